@@ -1,0 +1,92 @@
+"""The `npo` command: doors by name, and the one place where errors become words and exit codes.
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by a signal. Heavy imports wait inside the doors.
+"""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.base import base
+from npo_cli.cli.console import say, talk, visible
+from npo_cli.cli.demo import demo
+from npo_cli.cli.doctor import doctor
+from npo_cli.cli.evaluate import evaluate
+from npo_cli.cli.index import index
+from npo_cli.cli.recipes import recipes
+from npo_cli.cli.resume import resume
+from npo_cli.cli.sample_guide import sample_guide
+from npo_cli.cli.score_checkpoints import score_checkpoints
+from npo_cli.cli.show import show
+from npo_cli.cli.train import train
+from npo_cli.errors import NpoError
+
+DOORS = {
+    "train": train,
+    "index": index,
+    "score-checkpoints": score_checkpoints,
+    "sample-guide": sample_guide,
+    "resume": resume,
+    "eval": evaluate,
+    "show": show,
+    "recipes": recipes,
+    "doctor": doctor,
+    "demo": demo,
+    "base": base,
+}
+app = typer.Typer(name="npo", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+for _name, _door in DOORS.items():
+    app.command(_name)(_door)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from npo_cli import __version__
+
+        say(f"npo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def npo(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Near-Future Policy Optimization: a training run's own future teaches its past.
+
+    The circle: train, index, score-checkpoints, sample-guide, resume. `npo demo` goes round it once.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; always leaves through SystemExit."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of few letters shows the others as escapes instead of failing.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        typer.main.get_command(app).main(args, prog_name="npo")
+    except NpoError as error:
+        _explain(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except Exception as error:  # the house's own fault: one line, and how to see more
+        _explain(f"{type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
+        sys.exit(1)
+
+
+def _explain(message: str, hint: str) -> None:
+    if os.environ.get("NPO_DEBUG") == "1":
+        talk(traceback.format_exc())
+    talk(f"error: {_one_line(message)}", style="31")
+    if hint:
+        talk(f"  try: {_one_line(hint)}", style="2")
+
+
+def _one_line(text: str) -> str:
+    return visible(" ".join(text.splitlines()))

@@ -1,0 +1,22 @@
+"""`npo base`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.console import draw
+
+
+def base(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the model.", show_default=False)],
+    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Supervised steps.")] = 1200,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of samples and weights.")] = 0,
+) -> None:
+    """Make the embedded micro base again.
+
+    A small model is taught additions from noisy scratchpads.
+    """
+    from npo_cli.stages.base import make_base
+
+    draw(make_base(out, steps=steps, seed=seed), as_json=False)

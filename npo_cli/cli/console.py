@@ -1,0 +1,94 @@
+"""Draws streams of records: data on stdout, talk on stderr. The only file that prints.
+
+On a terminal long work shows bars; elsewhere a plain line now and then. `--json` turns every data record into
+one JSON object a line, as it comes. Text from models and files is data: control characters are made visible,
+markup is never interpreted.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Generator, Iterable
+from typing import Any, TextIO
+
+from npo_cli.records import Notice, Progress, StepReport
+
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def visible(text: str) -> str:
+    """The text with every control, direction, unassigned and line-breaking character spelled out: `\\x1b[31m`."""
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _HIDDEN else char for char in text
+    )
+
+
+def say(text: str) -> None:
+    """One line of data."""
+    print(text, flush=True)
+
+
+def talk(text: str, *, style: str = "") -> None:
+    """One line of talk, in an ANSI style (such as `1;31`) on a colour terminal."""
+    coloured = bool(style) and on_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
+    print(f"\x1b[{style}m{text}\x1b[0m" if coloured else text, file=sys.stderr, flush=True)
+
+
+def on_terminal(stream: TextIO) -> bool:
+    """A terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+# Data
+
+
+def as_line(record: Any) -> str:
+    """A record as one JSON object that names its kind; a step's metrics and timings stand beside branch and step."""
+    values = dataclasses.asdict(record)
+    if isinstance(record, StepReport):
+        values = {"branch": record.branch, "step": record.step, **record.metrics, **record.timings}
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(record).__name__).lower()
+    return json.dumps(_plain({"record": kind, **values}), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def draw(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None) -> None:
+    """Show talk as it comes; data as JSON lines as they come, or as tables at the end.
+
+    Only a generator is work in progress: the steps in a list were made long ago and move no bar.
+    `num_steps` is the last step of the training behind the records, where one is known: it gives the time left.
+    """
+    from npo_cli.cli.drawing import print_table
+    from npo_cli.cli.progress import live
+    from npo_cli.report.tables import TABLES
+
+    data: dict[type, list[Any]] = {kind: [] for kind in TABLES}
+    with contextlib.ExitStack() as stack:
+        show = None
+        if isinstance(records, Generator):
+            # A closed pipe or a signal leaves the stage through its own clean-up.
+            stack.enter_context(contextlib.closing(records))
+            show = stack.enter_context(live(num_steps))
+        for record in records:
+            if show and isinstance(record, Progress | Notice | StepReport):
+                show(record)
+            if as_json and not isinstance(record, Progress | Notice):
+                say(as_line(record))
+            elif type(record) in data:
+                data[type(record)].append(record)
+    for kind, some in data.items():
+        for table in TABLES[kind](some) if some else ():
+            print_table(table)

@@ -1,0 +1,25 @@
+"""`npo demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.console import draw
+from npo_cli.cli.options import JsonOpt
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the runs and the picture.")] = Path(
+        "npo-demo"
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="Seed of everything.")] = 0,
+    as_json: JsonOpt = False,
+) -> None:
+    """Go round the whole circle once.
+
+    GRPO against NPO on the embedded task, ending with a table and a picture.
+    """
+    from npo_cli.stages.demo import demo_run
+
+    draw(demo_run(out, seed=seed), as_json=as_json)

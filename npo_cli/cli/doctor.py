@@ -1,0 +1,19 @@
+"""`npo doctor`."""
+
+import typer
+
+from npo_cli.cli.console import draw
+from npo_cli.cli.options import JsonOpt
+
+
+def doctor(as_json: JsonOpt = False) -> None:
+    """Say what this machine can run.
+
+    The exit code is 1 if something needed is missing.
+    """
+    from npo_cli.stages.doctor import examine
+
+    checks = examine()
+    draw(checks, as_json=as_json)
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(1)

@@ -1,0 +1,38 @@
+"""`npo eval`."""
+
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.console import draw
+from npo_cli.cli.early import recipe_of
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.errors import NpoError
+
+
+def evaluate(
+    run: RunArg,
+    overrides: OverridesArg = None,
+    *,
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, metavar="N", help="This checkpoint. [default: the newest]")
+    ] = None,
+    every_step: Annotated[bool, typer.Option("--all", help="Every checkpoint of the branch.")] = False,
+    branch: BranchOpt = None,
+    allow_code: AllowCodeOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure held-out accuracy of checkpoints.
+
+    avg@k and pass@k, with 95 % intervals over prompts.
+    """
+    if every_step and step is not None:
+        raise NpoError("--step and --all contradict each other", "give one of them, or none for the newest checkpoint")
+    recipe_of(run, overrides, branch=branch)
+
+    from npo_cli.stages.evaluate import evaluate_run
+
+    records = evaluate_run(
+        run, step=step, every_step=every_step, branch=branch, overrides=overrides or (), allow_code=allow_code
+    )
+    draw(records, as_json=as_json)

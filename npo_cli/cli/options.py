@@ -1,0 +1,18 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+OverridesArg = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's, such as train.lr=3e-4."),
+]
+BranchOpt = Annotated[str | None, typer.Option("--branch", metavar="NAME", help="Branch of the run. [default: newest]")]
+AllowCodeOpt = Annotated[bool, typer.Option("--allow-code", help="Let the recipe's verifier run a function of yours.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout and nothing else.")]
+RecipeArg = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one (npo recipes).")
+]

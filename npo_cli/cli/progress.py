@@ -1,0 +1,105 @@
+"""Long work on stderr: bars on a terminal, a plain line every few seconds elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from npo_cli.cli.console import on_terminal, talk, visible
+from npo_cli.records import Notice, Progress, StepReport
+
+Show = Callable[[Progress | Notice | StepReport], None]
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextlib.contextmanager
+def live(num_steps: int | None = None) -> Iterator[Show]:
+    """Yields what shows one record of talk. Steps are counted towards `num_steps` where it is known."""
+    if on_terminal(sys.stderr):
+        with _bars() as bars:
+            yield lambda record: _draw(bars, as_talk(record, num_steps=num_steps))
+    else:
+        lines = PlainLines()
+        yield lambda record: lines.show(as_talk(record, num_steps=num_steps))
+
+
+def as_talk(record: Progress | Notice | StepReport, *, num_steps: int | None) -> Progress | Notice:
+    """A training step as progress with reward, entropy and tokens a second as its note; the rest as it is."""
+    if not isinstance(record, StepReport):
+        return record
+    shown = (
+        ("reward", record.metrics.get("reward"), "{:.3f}"),
+        ("entropy", record.metrics.get("entropy"), "{:.3f}"),
+        ("tok/s", record.timings.get("tokens_per_second"), "{:.0f}"),
+    )
+    note = "  ".join(f"{name} {form.format(value)}" for name, value, form in shown if value is not None)
+    return Progress(what=f"training {record.branch}", done=record.step, total=num_steps or 0, note=note)
+
+
+class PlainLines:
+    """One line for the first and last news of each piece of work, and every few seconds between."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started: dict[str, tuple[float, int]] = {}
+        self._told: dict[str, float] = {}
+
+    def show(self, record: Progress | Notice) -> None:
+        if isinstance(record, Notice):
+            talk(_notice(record))
+            return
+        now = self._clock()
+        began, first = self._started.setdefault(record.what, (now, record.done))
+        due = now - self._told.get(record.what, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES
+        if due or record.done == record.total:
+            self._told[record.what] = now
+            left = time_left(record, seconds=now - began, num_done=record.done - first)
+            talk("  ".join(filter(None, [f"{visible(record.what)} {_share(record)}", visible(record.note), left])))
+
+
+def time_left(record: Progress, *, seconds: float, num_done: int) -> str:
+    """`1:12 left` at the pace so far; empty while there is no pace or no known end."""
+    if num_done <= 0 or record.total <= record.done:
+        return ""
+    left = round(seconds / num_done * (record.total - record.done))
+    hours, minutes = left // 3600, left // 60 % 60
+    return f"{hours}:{minutes:02d}:{left % 60:02d} left" if hours else f"{minutes}:{left % 60:02d} left"
+
+
+def _share(record: Progress) -> str:
+    return f"{record.done}/{record.total}" if record.total else f"{record.done}"
+
+
+def _notice(record: Notice) -> str:
+    return f"{'warning: ' if record.level == 'warning' else ''}{visible(record.message)}"
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as bars:
+        yield bars
+
+
+def _draw(bars: Any, record: Progress | Notice) -> None:
+    from rich.text import Text
+
+    if isinstance(record, Notice):
+        bars.console.print(Text(_notice(record), style="yellow" if record.level == "warning" else ""))
+        return
+    what = visible(record.what)
+    task = next((task.id for task in bars.tasks if task.description == what), None)
+    if task is None:
+        task = bars.add_task(what, total=record.total or None, note="", completed=record.done)
+    bars.update(task, completed=record.done, total=record.total or None, note=visible(record.note))

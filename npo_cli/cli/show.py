@@ -1,0 +1,36 @@
+"""`npo show`."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from npo_cli.cli.console import draw, talk
+from npo_cli.cli.options import JsonOpt, RunArg
+
+What = Literal["metrics", "rollouts", "guides", "lineage", "groups"]
+
+
+def show(
+    run: RunArg,
+    what: Annotated[
+        What, typer.Argument(metavar="WHAT", help="metrics, rollouts, guides, lineage or groups.")
+    ] = "metrics",
+    *,
+    branch: Annotated[
+        str | None, typer.Option("--branch", metavar="NAME", help="Only this branch. [default: what there is]")
+    ] = None,
+    step: Annotated[int | None, typer.Option("--step", min=0, metavar="N", help="Only this step.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="ID", help="Only this prompt.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="The last N lines.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Look inside a run.
+
+    rollouts and groups are those of the newest step, unless --step or --prompt says otherwise.
+    """
+    from npo_cli.stages.show import show_run
+
+    lines = show_run(run, what, branch=branch, step=step, prompt_id=prompt, limit=limit)
+    if not lines:
+        talk(f"{run} has no {what} yet")
+    draw(lines, as_json=as_json)

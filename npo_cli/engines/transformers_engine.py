@@ -1,0 +1,143 @@
+"""Sampling with transformers' `generate`: each prompt is prefilled once, each response has a seed of its own.
+
+`generate` draws from one global stream. Here a logits processor picks the token instead, by inverting the
+cumulative distribution at a uniform number that belongs to (seed, position), and leaves only that token
+possible. So a response depends on its seed, not on its neighbours, and its log-probabilities come for free.
+Beams, penalties, top-k and top-p are left out: the behaviour law must be the policy's own.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from npo_cli.engines.requests import Sample, SampleRequest
+
+
+class SeededSampler(LogitsProcessor):
+    """Chooses one token a row and step, and remembers its log-probability and the entropy there."""
+
+    def __init__(self, seeds: Sequence[int], *, num_tokens: int, temperature: float, device: torch.device) -> None:
+        draws = [numpy.random.Generator(numpy.random.Philox(key=seed)).random(num_tokens) for seed in seeds]
+        self.uniform_NT = torch.from_numpy(numpy.stack(draws)).to(device)
+        self.temperature = temperature
+        self.logps: list[Tensor] = []
+        self.entropies: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Everything but the drawn token becomes impossible."""
+        logps_NW = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+        probs_NW = logps_NW.exp()
+        cumulative_NW = probs_NW.double().cumsum(dim=-1)
+        place = len(self.logps)
+        threshold_N1 = self.uniform_NT[:, place : place + 1] * cumulative_NW[:, -1:]
+        chosen_N1 = torch.searchsorted(cumulative_NW, threshold_N1, right=True).clamp(max=scores.shape[1] - 1)
+        self.logps.append(logps_NW.gather(1, chosen_N1)[:, 0])
+        self.entropies.append(-torch.nan_to_num(probs_NW * logps_NW).sum(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen_N1, 0.0)
+
+
+class TransformersEngine:
+    """Samples from the live model: there are no other weights to keep in step with it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        max_rows: int,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.eos_ids, self.pad_id, self.max_rows = tuple(eos_ids), pad_id, max_rows
+
+    def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
+        """One sample a request, in order; requests of one prompt share its prefill."""
+        samples: list[Sample] = []
+        for batch in self._batches(requests):
+            samples += self._generate_batch(batch, temperature=temperature, max_new_tokens=max_new_tokens)
+        return samples
+
+    def _batches(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
+        for start in range(0, len(requests), self.max_rows):
+            yield list(requests[start : start + self.max_rows])
+
+    @torch.no_grad()
+    def _generate_batch(self, batch: list[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
+        ids_NL, mask_NL, cache = self._prefill(batch)
+        sampler = SeededSampler(
+            [request.seed for request in batch],
+            num_tokens=max_new_tokens,
+            temperature=temperature,
+            device=ids_NL.device,
+        )
+        output_NX = self.model.generate(
+            ids_NL,
+            attention_mask=mask_NL,
+            past_key_values=cache,
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=GenerationConfig(
+                do_sample=False,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(self.eos_ids),
+                pad_token_id=self.pad_id,
+            ),
+        )
+        return self._samples(batch, output_NX[:, ids_NL.shape[1] :], sampler)
+
+    def _prefill(self, batch: list[SampleRequest]) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Left-padded ids and mask of all rows, and a cache of all but their last prompt token."""
+        distinct = list(dict.fromkeys(request.prompt_ids for request in batch))
+        width = max(len(ids) for ids in distinct)
+        gaps = [width - len(ids) for ids in distinct]
+        padded = [[self.pad_id] * gap + list(ids) for gap, ids in zip(gaps, distinct, strict=True)]
+        ids_PL = torch.tensor(padded, device=self.model.device)
+        mask_PL = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        if width > 1:
+            positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
+            self.model.base_model(
+                input_ids=ids_PL[:, :-1],
+                attention_mask=mask_PL[:, :-1] if any(gaps) else None,
+                position_ids=positions_PL[:, :-1],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        place = {ids: index for index, ids in enumerate(distinct)}
+        rows = torch.tensor([place[request.prompt_ids] for request in batch], device=self.model.device)
+        if width > 1:
+            cache.batch_select_indices(rows)
+        return ids_PL[rows], mask_PL[rows], cache
+
+    def _samples(self, batch: list[SampleRequest], response_NT: Tensor, sampler: SeededSampler) -> list[Sample]:
+        logps_NT = torch.stack(sampler.logps, dim=1).cpu().numpy()
+        entropies_NT = torch.stack(sampler.entropies, dim=1).cpu().numpy()
+        samples = []
+        for row, ids in enumerate(response_NT.tolist()):
+            length = next((place + 1 for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
+            finished = ids[length - 1] in self.eos_ids
+            kept = ids[:length]
+            samples.append(
+                Sample(
+                    prompt_id=batch[row].prompt_id,
+                    slot=batch[row].slot,
+                    response_ids=tuple(kept),
+                    logps=tuple(logps_NT[row, :length].tolist()),
+                    mean_entropy=float(entropies_NT[row, :length].mean(dtype="float64")),
+                    text=self.tokenizer.decode(kept[:-1] if finished else kept),
+                    finished=finished,
+                )
+            )
+        return samples

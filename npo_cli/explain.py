@@ -1,0 +1,133 @@
+"""What is wrong with a setting, in the user's words: the key, what is allowed, what was got, the nearest known key.
+
+Everything is read off the JSON schema of the config, so a new setting needs no word here.
+"""
+
+import difflib
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from npo_cli.config import Recipe
+
+
+def told(problems: Sequence[ErrorDetails], *, places: Mapping[str, str], source: str) -> str:
+    """All problems on one line, each with the place where its setting was written (else `source`)."""
+    lines = [f"{_problem(problem)} ({_place(problem, places=places, source=source)})" for problem in problems]
+    return "; ".join(lines[:6] + ([f"and {len(lines) - 6} more"] if len(lines) > 6 else []))
+
+
+def _place(problem: ErrorDetails, *, places: Mapping[str, str], source: str) -> str:
+    """Where the setting, or the nearest thing around it or in it, was written."""
+    parts = [str(part) for part in problem["loc"]]
+    around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    within = [key for key in places if around and key.startswith(around[0] + ".")]
+    return next((places[key] for key in around + within if key in places), source)
+
+
+def _problem(problem: ErrorDetails) -> str:
+    """One problem in the user's words: the key, what is allowed, what was got."""
+    key = ".".join(map(str, problem["loc"]))
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"{key} is not a setting"
+        case "missing":
+            return f"{key} is missing"
+        case "json_invalid":
+            return f"the settings cannot be read: {problem['msg']}"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case _:
+            got = json.dumps(problem["input"], ensure_ascii=False)
+            return f"{key} must be {_allowed(problem['loc'])}, got {got if len(got) <= 60 else got[:57] + '...'}"
+
+
+def hint(problems: Sequence[ErrorDetails]) -> str:
+    """The nearest known key for the first unknown one, else where to see what is allowed."""
+    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+    if not unknown:
+        return "npo recipes micro   # shows every setting with a value that is allowed"
+    key = ".".join(part for part in unknown[0] if isinstance(part, str))
+    near = nearest_key(key)
+    if near:
+        return f"write {near} instead of {key}"
+    section = key.rpartition(".")[0]
+    names = _schema(unknown[0][:-1])["properties"]
+    return f"{section or 'a recipe'} has the settings {', '.join(names)}"
+
+
+def nearest_key(key: str) -> str | None:
+    """The known key most like this one, the last name counting most: `lr` means `train.lr`. None if none is like it."""
+    section, _, name = key.rpartition(".")
+
+    def likeness(known: str) -> float:
+        known_section, _, known_name = known.rpartition(".")
+        return _ratio(name, known_name) + 0.2 * _ratio(section, known_section)
+
+    best = max(known_keys(), key=likeness)
+    return best if _ratio(name, best.rpartition(".")[2]) >= 0.65 else None
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def known_keys() -> tuple[str, ...]:
+    """Every dotted key of a recipe, sections included; settings of a list's items without a number."""
+
+    def walk(schema: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        for name, field in schema.get("properties", {}).items():
+            yield prefix + name
+            yield from walk(_follow(field.get("items", field)), f"{prefix}{name}.")
+
+    return tuple(walk(_schema(()), ""))
+
+
+@functools.cache
+def _root() -> dict[str, Any]:
+    return Recipe.model_json_schema()
+
+
+def _follow(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _root()["$defs"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+
+def _schema(loc: Sequence[str | int]) -> Mapping[str, Any]:
+    """JSON schema of one setting: names lead into mappings, numbers into lists."""
+    schema: Mapping[str, Any] = _root()
+    for part in loc:
+        if isinstance(part, str):
+            schema = schema["properties"][part]
+        else:
+            schema = schema["prefixItems"][part] if "prefixItems" in schema else schema["items"]
+        schema = _follow(schema)
+    return schema
+
+
+_KINDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "null",
+}
+
+
+def _allowed(loc: Sequence[str | int]) -> str:
+    schema = _schema(loc)
+    return " or ".join(map(_described, schema.get("anyOf", [schema])))
+
+
+def _described(schema: Mapping[str, Any]) -> str:
+    if "enum" in schema or "const" in schema:
+        return "one of " + ", ".join(schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "array":
+        return f"a list of {schema['minItems']} numbers" if "minItems" in schema else "a list"
+    if schema["type"] == "object":
+        return "a group of settings (KEY: VALUE)"
+    words = {"exclusiveMinimum": "above", "minimum": "at least", "maximum": "at most"}
+    bounds = " and ".join(f"{word} {schema[name]}" for name, word in words.items() if name in schema)
+    return f"{_KINDS[schema['type']]} {bounds}".strip()

@@ -1,0 +1,119 @@
+"""How often a guide finds an answer where the learner fails (Q), and how sure that figure is.
+
+Knows counts of correct samples, not who drew them. Axes: P prompts, B rows of bootstrap weights (row 0 = the
+data as they are). A prompt is a cluster: its samples are resampled together, never one by one.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+
+Z_95 = 1.959964
+PERCENTILES_95 = (2.5, 97.5)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Chance that k of the m samples, drawn without return, hold a correct one: 1 - C(m-c, k)/C(m, k).
+
+    Unbiased for pass@k; 1 when m - c < k. With k > m there is nothing left to draw, and k = m is meant.
+    Source: Chen et al. 2021.
+    """
+    assert num_samples >= 1 and 0 <= num_correct <= num_samples and k >= 1
+    k = min(k, num_samples)
+    num_wrong = num_samples - num_correct
+    if num_wrong < k:
+        return 1.0
+    return 1.0 - math.prod(1.0 - k / j for j in range(num_wrong + 1, num_samples + 1))
+
+
+def smoothed(quality: float | Floats, num_prompts: float | Floats) -> float | Floats:
+    """Q~ = (M Q + 1/2)/(M + 1): never 0, so that log S stays finite. 1/2 where there are no prompts."""
+    return (num_prompts * quality + 0.5) / (num_prompts + 1.0)
+
+
+def wilson(successes: float, trials: float, z: float = Z_95) -> Interval:
+    """Score interval of a share: (p + z^2/2M -+ z sqrt(p(1-p)/M + z^2/4M^2)) / (1 + z^2/M). (0, 1) without trials."""
+    if trials <= 0:
+        return 0.0, 1.0
+    share = successes / trials
+    shrink = 1.0 + z * z / trials
+    middle = (share + z * z / (2 * trials)) / shrink
+    half = z * math.sqrt(share * (1.0 - share) / trials + z * z / (4 * trials * trials)) / shrink
+    low = 0.0 if successes <= 0 else max(0.0, middle - half)
+    high = 1.0 if successes >= trials else min(1.0, middle + half)
+    return low, high
+
+
+def jeffreys(successes: float, trials: float, level: float = 0.95) -> Interval:
+    """Equal-tailed interval of Beta(c + 1/2, M - c + 1/2), its bound set to 0 at c = 0, to 1 at c = M.
+
+    Source: Brown, Cai and DasGupta 2001.
+    """
+    from scipy.special import betaincinv
+
+    tail = (1.0 - level) / 2.0
+    shape = successes + 0.5, trials - successes + 0.5
+    low = 0.0 if successes <= 0 else float(betaincinv(*shape, tail))
+    high = 1.0 if successes >= trials else float(betaincinv(*shape, 1.0 - tail))
+    return low, high
+
+
+def prompt_counts(num_prompts: int, rng: np.random.Generator, resamples: int) -> Floats:
+    """counts_BP: how often each prompt is drawn. Row 0 is all ones, the estimate itself; the others sum to P."""
+    drawn_BP = rng.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=resamples)
+    return np.vstack([np.ones((1, num_prompts)), drawn_BP])
+
+
+def percentile_interval(values_B: Floats) -> Interval:
+    """The 2.5 and 97.5 percentiles of rows 1.., stretched to row 0 where a skewed statistic misses its own estimate."""
+    estimate = float(values_B[0])
+    if len(values_B) == 1:
+        return estimate, estimate
+    low, high = np.percentile(values_B[1:], PERCENTILES_95)
+    return min(float(low), estimate), max(float(high), estimate)
+
+
+def share_interval(values_P: Floats, means_B: Floats) -> Interval:
+    """Interval of a mean of per-prompt shares; Wilson's with M = P where all prompts agree.
+
+    Without spread between prompts (all 0, all 1, a single one) a bootstrap has width nought, which is false certainty.
+    """
+    if np.ptp(values_P) > 0:
+        return percentile_interval(means_B)
+    return wilson(float(values_P.sum()), len(values_P))
+
+
+def cluster_interval(values_P: Floats | Sequence[float], rng: np.random.Generator, resamples: int) -> Interval:
+    """95 % interval of the mean over prompts: percentiles of the mean over resampled prompts."""
+    assert len(values_P) > 0
+    values_P = np.asarray(values_P, dtype=np.float64)
+    counts_BP = prompt_counts(len(values_P), rng, resamples)
+    return share_interval(values_P, counts_BP @ values_P / counts_BP.sum(axis=1))
+
+
+def intraclass_correlation(correct_P: Floats, samples_P: Floats) -> float:
+    """How alike samples of one prompt are: (MSB - MSW)/(MSB + (m0 - 1) MSW), one-way ANOVA, cut to [0, 1].
+
+    m0 = (N - sum m^2/N)/(P - 1) allows unequal m. 1 (the cautious end) where it cannot be told: fewer than two
+    prompts, one sample each, or no spread at all.
+    """
+    num_prompts, total = len(correct_P), float(samples_P.sum())
+    if num_prompts < 2 or total <= num_prompts:
+        return 1.0
+    shares_P = correct_P / samples_P
+    mean = correct_P.sum() / total
+    between = float((samples_P * (shares_P - mean) ** 2).sum()) / (num_prompts - 1)
+    within = float((samples_P * shares_P * (1.0 - shares_P)).sum()) / (total - num_prompts)
+    typical = (total - float((samples_P**2).sum()) / total) / (num_prompts - 1)
+    spread = between + (typical - 1.0) * within
+    return 1.0 if spread <= 0 else min(1.0, max(0.0, (between - within) / spread))
+
+
+def effective_trials(num_prompts: int, num_samples: float, icc: float) -> float:
+    """M_eff = M m/(1 + (m - 1) ICC): independent trials that M prompts of m samples are worth. M at ICC 1, M m at 0."""
+    return num_prompts * num_samples / (1.0 + (num_samples - 1.0) * icc)

@@ -1,0 +1,98 @@
+"""Rank candidate guides for one learner: S = Q/V, with intervals and the chance that each is the best.
+
+Knows counts and ratios, no model and no file. What Q, V and S mean is told in SIGNAL.md. Axes: A candidates,
+P prompts, B rows of prompt counts (row 0 = the data as they are).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from npo_cli.guide.evidence import Arm, Evidence, PromptOutcome, SignalKnobs, gather, prompts_asked
+from npo_cli.guide.pairing import RULES, Candidate, Ranking, p_best, paired_log_signals
+from npo_cli.guide.quality import prompt_counts
+from npo_cli.guide.scoring import Setting, score_of
+from npo_cli.guide.variance import HEAVY_TAILED, Moments, SampleRatio, VarianceKind, moments_of
+from npo_cli.records import CheckpointScore
+
+__all__ = ["Arm", "PromptOutcome", "SampleRatio", "SignalKnobs", "rank_arms", "variance_range_warning"]
+
+FLAT_RANGE = 1.05
+
+
+def rank_arms(self_arm: Arm, arms: Sequence[Arm], knobs: SignalKnobs) -> tuple[CheckpointScore, ...]:
+    """Score every candidate, in the order given, and mark the one that `knobs.rule` chooses.
+
+    Prompts are resampled with all their samples, jointly for all candidates. V comes from the verified-correct
+    samples if every candidate has 32, else from all samples, so that all are measured alike. A heavy-tailed kind
+    (seq2, ess) that a few weights dominate anywhere gives way to seq2_lognormal everywhere.
+    """
+    # Everyone is judged on prompts that the learner fails.
+    prompt_ids = prompts_asked(self_arm, arms)
+    rng = np.random.default_rng(knobs.seed)
+    counts_BP = prompt_counts(len(prompt_ids), rng, knobs.resamples)
+    # Sum the evidence per prompt, once.
+    evidence = gather(arms, prompt_ids, knobs)
+    candidates = [each.candidate for each in evidence]
+    self_moments = moments_of(self_arm.ratios, prompt_ids, cap=knobs.cap)
+    ranking = Ranking(variance=_trusted_kind(knobs, evidence), knobs=knobs.variance_knobs, alpha=knobs.alpha)
+    # Rank on shared prompts.
+    log_signal_BA = paired_log_signals(candidates, counts_BP, self_moments=self_moments, ranking=ranking)
+    distances = [arm.distance for arm in arms]
+    chosen = RULES[knobs.rule](log_signal_BA, distances)
+    # What would another profile have chosen from the same samples?
+    others = _other_choices(candidates, self_moments=self_moments, distances=distances, ranking=ranking)
+    others["one_se"] = RULES["one_se"](log_signal_BA, distances)
+    chosen_by = {name: arms[a].step for name, a in others.items()}
+    p_best_A = p_best(log_signal_BA)
+    setting = Setting(self_arm=self_arm, self_moments=self_moments, ranking=ranking, knobs=knobs)
+    return tuple(
+        replace(
+            score_of(each, counts_BP, setting),
+            p_best=float(p_best_A[a]),
+            chosen=a == chosen,
+            chosen_by=chosen_by,
+        )
+        for a, each in enumerate(evidence)
+    )
+
+
+def variance_range_warning(scores: Sequence[CheckpointScore]) -> str | None:
+    """One sentence if V varies by less than 5 % over the candidates, so that S ranks by Q alone; None for one."""
+    if len(scores) < 2:
+        return None
+    variances = [score.variance for score in scores]
+    low, high = min(variances), max(variances)
+    if high >= FLAT_RANGE * low:
+        return None
+    return (
+        f"V ({scores[0].variance_kind}) only ranges from {low:.4g} to {high:.4g} over {len(scores)} candidates (less "
+        "than 5 %), so S = Q/V ranks them by Q alone and tends to choose the farthest"
+    )
+
+
+def _trusted_kind(knobs: SignalKnobs, evidence: Sequence[Evidence]) -> VarianceKind:
+    """The V asked for, unless it averages weights that a few samples dominate for some candidate."""
+    if knobs.variance in HEAVY_TAILED and any(each.health.dominated for each in evidence):
+        return "seq2_lognormal"
+    return knobs.variance
+
+
+def _other_choices(
+    candidates: Sequence[Candidate], *, self_moments: Moments, distances: Sequence[int], ranking: Ranking
+) -> dict[str, int]:
+    """Place of the argmax of S under each profile: same samples, same alpha, another V."""
+    profiles = {
+        "faithful": replace(ranking, variance="kl_exp", knobs=replace(ranking.knobs, kappa=1.0)),
+        "group2": replace(ranking, variance="group2"),
+        "calibrated": replace(ranking, variance="kl_exp"),
+        "seq_kl": replace(ranking, variance="seq2_lognormal"),
+    }
+    data_1P = np.ones((1, len(candidates[0].covered_P)))
+    return {
+        name: RULES["argmax"](
+            paired_log_signals(candidates, data_1P, self_moments=self_moments, ranking=profile), distances
+        )
+        for name, profile in profiles.items()
+    }

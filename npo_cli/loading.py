@@ -1,0 +1,260 @@
+"""Recipes from YAML: find, read, extend, override, check, compare.
+
+The YAML is the JSON-like part of YAML 1.2: `3e-4` is a number, `yes` and `010` are text, aliases and repeated
+keys are refused. Values are checked strictly (no text taken for a number, no true for 1). It knows no setting
+by name except the two whose right to change depends on another (`refuse_frozen`).
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from npo_cli.config import Recipe, Settings
+from npo_cli.errors import NpoError
+from npo_cli.explain import hint, told
+
+EXTENDS = "extends"
+_SUFFIXES = (".yaml", ".yml", ".json")
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """Settings from one place, and where each dotted key of them was written."""
+
+    values: dict[str, Any]
+    places: dict[str, str]
+    """Dotted key -> `file:line` or `command line`."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2's core schema and without aliases and repeated keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - yaml's own spelling
+    yaml_constructors = {  # noqa: RUF012
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in {"null", "bool", "int", "float", "str", "seq", "map"}
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not part of a recipe", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+
+_FLOAT = r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), [*"~nN", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9]\d*)$"), [*"-+0123456789"])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT})$"), [*"-+.0123456789"])
+
+
+# Finding and reading
+
+
+def recipe_folder() -> Path:
+    """`npo_cli/recipes` of an installed package; in a source checkout the folder beside the package."""
+    installed = _PACKAGE / "recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the shipped recipes, sorted."""
+    return tuple(sorted(path.stem for path in recipe_folder().glob("*.yaml")))
+
+
+def recipe_path(name: str, *, beside: Path | None = None) -> Path:
+    """A path as it is (relative to `beside` where given), a bare name among the shipped recipes."""
+    if name.endswith(_SUFFIXES) or "/" in name or "\\" in name:
+        path = (beside or Path()) / Path(name).expanduser()
+        if not path.is_file():
+            raise NpoError(f"there is no recipe file {path}", "npo recipes   # lists the shipped recipes by name")
+        return path
+    path = recipe_folder() / f"{name}.yaml"
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
+    meant = f"npo recipes {near[0]}   # is that the one?" if near else "npo recipes   # lists the shipped recipes"
+    raise NpoError(f"there is no shipped recipe named {name!r} (a file needs its ending: {name}.yaml)", meant)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Defaults, then the chain of `extends`, then the file, then the overrides: later wins."""
+    layers = [*_chain(recipe_path(name_or_path)), *map(_parse_override, overrides)]
+    return _resolved(layers, source=name_or_path)
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with KEY=VALUE settings on top."""
+    base = Layer(values=recipe_dict(recipe), places={})
+    return _resolved([base, *map(_parse_override, overrides)], source="the run's recipe")
+
+
+def from_dict(values: Mapping[str, Any], *, source: str = "the saved recipe") -> Recipe:
+    """A recipe from plain data, checked like one from a file."""
+    return _resolved([Layer(values=dict(values), places={})], source=source)
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """Every setting as plain JSON-able data."""
+    return recipe.model_dump(mode="json")
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Every setting as YAML that `load_recipe` reads back to the same recipe."""
+    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _chain(path: Path) -> list[Layer]:
+    """The file's ancestors, oldest first, then the file itself. A circle is refused."""
+    layers: list[Layer] = []
+    visited: list[Path] = []
+    while True:
+        if path.resolve() in visited:
+            circle = " -> ".join(step.name for step in [*visited, path])
+            raise NpoError(f"recipes extend each other in a circle: {circle}", f"remove `{EXTENDS}` from {visited[0]}")
+        visited.append(path.resolve())
+        layer = _read(path)
+        layers.insert(0, layer)
+        parent = layer.values.pop(EXTENDS, None)
+        if parent is None:
+            return layers
+        if not isinstance(parent, str):
+            raise NpoError(f"{layer.places[EXTENDS]}: {EXTENDS} must be the name of a recipe", f"{EXTENDS}: micro")
+        path = recipe_path(parent, beside=path.parent)
+
+
+def _read(path: Path) -> Layer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise NpoError(f"{path} cannot be read: {error.strerror}", "name a readable recipe file") from error
+    except UnicodeDecodeError as error:
+        raise NpoError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+    node, values = _parsed(text, source=str(path))
+    if node is None:
+        raise NpoError(f"{path} is empty", "npo recipes micro   # shows what a recipe holds")
+    if not isinstance(node, yaml.MappingNode):
+        raise NpoError(f"{path} does not hold settings (KEY: VALUE)", "npo recipes micro   # shows what a recipe holds")
+    places = {key: f"{path.name}:{line}" for key, line in _lines(node, prefix="")}
+    return Layer(values=values, places=places)
+
+
+def _parsed(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{source}:{mark.line + 1}" if mark else source
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise NpoError(f"{place}: {problem}", "settings are written KEY: VALUE, nested by two spaces") from error
+    except (ValueError, KeyError) as error:
+        raise NpoError(f"{source}: a value does not fit its !!tag: {error}", "leave out the !!tag") from error
+
+
+def _lines(node: yaml.MappingNode, *, prefix: str) -> Iterator[tuple[str, int]]:
+    for key, value in node.value:
+        dotted = f"{prefix}{key.value}"
+        yield dotted, key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, prefix=f"{dotted}.")
+
+
+def _parse_override(text: str) -> Layer:
+    """KEY=VALUE with a dotted key and a YAML value. A value without `=` or key is the user's slip."""
+    dotted, equals, value = text.partition("=")
+    parts = dotted.split(".")
+    if not equals or not all(parts):
+        raise NpoError(f"{text!r} is not a setting: write KEY=VALUE", "train.lr=3e-4   # for example")
+    node, values = _parsed(value, source=f"the value of {dotted}")
+    inner = _lines(node, prefix=f"{dotted}.") if isinstance(node, yaml.MappingNode) else ()
+    for part in reversed(parts):
+        values = {part: values}
+    return Layer(values=values, places=dict.fromkeys([dotted, *(key for key, _ in inner)], "command line"))
+
+
+def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, everything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+# Checking
+
+
+def _resolved(layers: Sequence[Layer], *, source: str) -> Recipe:
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for layer in layers:
+        values = _merged(values, layer.values)
+        places |= layer.places
+    try:
+        # JSON mode: lists are tuples, yet nothing else is converted.
+        return Recipe.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise NpoError(told(problems, places=places, source=source), hint(problems)) from error
+
+
+# Comparing
+
+
+def _flat(settings: Settings, *, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Dotted key, value, and when it may change: `free`, `fork` or `never`."""
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            yield from _flat(value, prefix=f"{prefix}{name}.")
+        else:
+            yield prefix + name, value, (field.json_schema_extra or {}).get("on_resume", "never")
+
+
+def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of every setting that differs, in the order of the recipe."""
+    pairs = zip(_flat(old), _flat(new), strict=True)
+    return [(key, before, after) for (key, before, _), (_, after, _) in pairs if before != after]
+
+
+def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool) -> None:
+    """Refuse a change of anything that what was already computed depends on.
+
+    Free settings may change, fork settings only where a replay branches off, the rest never. num_steps is free
+    only under a constant schedule: a decay is spread over it, so other steps would have had other learning rates.
+    """
+    when = {key: allowed for key, _, allowed in _flat(old)}
+    for key, before, after in differences(old, new):
+        change = f"{key} cannot change from {before} to {after}"
+        afresh = f"npo train RECIPE {key}={after} --run NEW   # a run of its own"
+        if key == "train.num_steps" and old.train.schedule != "constant":
+            reason = f"the {old.train.schedule} schedule of the steps already made was spread over {before} steps"
+            raise NpoError(f"{change}: {reason}", afresh)
+        if when[key] == "fork" and not fork:
+            replay = f"npo resume RUN --at STEP --guide NAME {key}={after}"
+            raise NpoError(f"{change} in the middle of a branch, only where a replay leaves it", replay)
+        if when[key] == "never":
+            raise NpoError(f"{change}: the steps already made depend on it", afresh)

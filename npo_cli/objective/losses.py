@@ -1,0 +1,136 @@
+"""The policy loss: charge each row, take the surrogate of each token, add up.
+
+N rows (responses), T tokens. L = AGG[weight * surrogate] + kl_coef * AGG[k3] - entropy_coef * AGG[entropy], to be
+minimised. It does not know why a row is foreign. Engine mismatch is not corrected here: the old log-probabilities
+come from the trainer's own forward pass.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from npo_cli.objective.aggregation import aggregate
+from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, Rows
+from npo_cli.objective.ratios import log_ratio, make_charge
+from npo_cli.objective.surrogates import SURROGATES, Terms, Tokens, bounds_for, kl_k3
+
+
+class PolicyLoss(Protocol):
+    """Loss of one micro-batch: its share of the batch's loss, and what was measured on the way."""
+
+    def __call__(
+        self,
+        logps_NT: Tensor,
+        rows: Rows,
+        *,
+        divisors: Divisors,
+        ref_logps_NT: Tensor | None = None,
+        entropies_NT: Tensor | None = None,
+    ) -> tuple[Tensor, LossStats]: ...
+
+
+def policy_loss(
+    logps_NT: Tensor,
+    rows: Rows,
+    *,
+    knobs: LossKnobs,
+    divisors: Divisors,
+    ref_logps_NT: Tensor | None = None,
+    entropies_NT: Tensor | None = None,
+) -> tuple[Tensor, LossStats]:
+    """`make_policy_loss(knobs)`, made and called once."""
+    return make_policy_loss(knobs)(
+        logps_NT, rows, divisors=divisors, ref_logps_NT=ref_logps_NT, entropies_NT=entropies_NT
+    )
+
+
+def make_policy_loss(knobs: LossKnobs) -> PolicyLoss:
+    """The loss function of these knobs: every choice is made here, once.
+
+    However a batch is split into micro-batches, their losses (and stats) add up to the same sum. A row with an
+    empty mask, or A = 0, adds no policy loss. The reference may be given without a KL term, to measure it.
+    """
+    charge = make_charge(knobs.ratio, decoupled_cap=knobs.decoupled_cap)
+    surrogate = SURROGATES[knobs.kind]
+
+    def loss_of(
+        logps_NT: Tensor,
+        rows: Rows,
+        *,
+        divisors: Divisors,
+        ref_logps_NT: Tensor | None = None,
+        entropies_NT: Tensor | None = None,
+    ) -> tuple[Tensor, LossStats]:
+        assert ref_logps_NT is not None or not knobs.kl_coef, "a KL term needs the reference's log-probabilities"
+        assert entropies_NT is not None or not knobs.entropy_coef, "an entropy bonus needs entropies"
+        total = partial(aggregate, mask_NT=rows.mask_NT, how=knobs.aggregation, divisors=divisors)
+        charged = charge(logps_NT, rows)
+        tokens = _tokens(logps_NT, rows, charged.anchor_logps_NT)
+        terms = surrogate(tokens, bounds_for(charged.free_N1, knobs))
+        loss = total(charged.weight_NT * terms.loss_NT)
+        kl_NT = None if ref_logps_NT is None else _kl(tokens, ref_logps_NT)
+        if knobs.kl_coef:
+            loss = loss + knobs.kl_coef * total(kl_NT)
+        if knobs.entropy_coef:
+            loss = loss - knobs.entropy_coef * total(entropies_NT)
+        push_NT = charged.weight_NT * terms.gain_NT * tokens.advantages_N1.abs()
+        view = _View(tokens=tokens, terms=terms, push_NT=push_NT, kl_NT=kl_NT)
+        return loss, _measure(view, rows, total)
+
+    return loss_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _View:
+    """What there is to measure once the loss is known."""
+
+    tokens: Tokens
+    terms: Terms
+    push_NT: Tensor
+    kl_NT: Tensor | None
+
+
+def _tokens(logps_NT: Tensor, rows: Rows, anchor_logps_NT: Tensor) -> Tokens:
+    # Padding may hold anything, NaN too: it is cut out before the first exp, or its gradient would be 0 * NaN.
+    mask_NT = rows.mask_NT.bool()
+    logps_NT = torch.where(mask_NT, logps_NT, 0.0)
+    return Tokens(
+        logps_NT=logps_NT,
+        log_ratio_NT=log_ratio(logps_NT, anchor_logps_NT),
+        mask_NT=mask_NT,
+        advantages_N1=rows.advantages_N[:, None],
+    )
+
+
+def _kl(tokens: Tokens, ref_logps_NT: Tensor) -> Tensor:
+    return kl_k3(tokens.logps_NT, torch.where(tokens.mask_NT, ref_logps_NT.detach(), 0.0))
+
+
+@torch.no_grad()
+def _measure(view: _View, rows: Rows, total: Callable[[Tensor], Tensor]) -> LossStats:
+    mask_NT = view.tokens.mask_NT
+    foreign_NT = mask_NT & rows.foreign_N.bool()[:, None]
+    own_NT = mask_NT & ~foreign_NT
+    behavior_NT = torch.where(foreign_NT, rows.behavior_logps_NT, 0.0)
+    ratio_NT = log_ratio(view.tokens.logps_NT, behavior_NT).exp()
+    found = {
+        "own_tokens": own_NT.sum(),
+        "clipped_low": (own_NT & view.terms.low_NT).sum(),
+        "clipped_high": (own_NT & view.terms.high_NT).sum(),
+        "foreign_tokens": foreign_NT.sum(),
+        "foreign_kept": (foreign_NT & (view.push_NT > 0)).sum(),
+        "ratio_sum": torch.where(foreign_NT, ratio_NT, 0.0).sum(),
+        "ratio_min": torch.where(foreign_NT, ratio_NT, math.inf).amin(),
+        "ratio_max": torch.where(foreign_NT, ratio_NT, -math.inf).amax(),
+        "push": total(view.push_NT),
+        "foreign_push": total(torch.where(foreign_NT, view.push_NT, 0.0)),
+    }
+    if view.kl_NT is not None:
+        found |= {"kl_sum": torch.where(own_NT, view.kl_NT, 0.0).sum(), "kl_tokens": own_NT.sum()}
+    # One transfer for all of them: each .item() would wait for the device.
+    return LossStats(**dict(zip(found, torch.stack([each.double() for each in found.values()]).tolist(), strict=True)))

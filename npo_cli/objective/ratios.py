@@ -1,0 +1,112 @@
+"""Whom each row is charged to: the policy in the denominator of its importance ratio.
+
+N rows (responses), T tokens. A row the learner wrote itself is always charged to the old policy. For a foreign
+row there are four rules, chosen once. Their outcome is data (an anchor, a weight, a freedom), so the loss treats
+all rows alike. Token ratios ignore both the law of the prefix and the constant of correct-only filtering.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npo_cli.objective.batch import RatioMode, Rows
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +-20 nats, beyond which exp is noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Charge:
+    """How each token enters the loss. Nothing in it carries a gradient."""
+
+    anchor_logps_NT: Tensor
+    """Log-probability under the policy in the denominator."""
+    weight_NT: Tensor
+    """Factor on the token's policy loss, after clipping."""
+    free_N1: Tensor
+    """True where no clip and no cap applies."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """The log-probabilities of the same tokens under three policies, detached and zero outside the mask."""
+
+    current_NT: Tensor
+    old_NT: Tensor
+    behavior_NT: Tensor
+
+
+Rule = Callable[[Columns, float], Charge]
+
+
+def log_ratio(logps_NT: Tensor, anchor_logps_NT: Tensor) -> Tensor:
+    """log rho = l - l_anchor in nats, clamped to +-20; a clamped token gets no gradient through rho."""
+    return (logps_NT - anchor_logps_NT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def make_charge(mode: RatioMode, *, decoupled_cap: float) -> Callable[[Tensor, Rows], Charge]:
+    """The charging function of one mode: own rows to the old policy with weight 1, foreign rows by the mode's rule."""
+    rule = RULES[mode]
+
+    def charge(logps_NT: Tensor, rows: Rows) -> Charge:
+        columns = _columns(logps_NT, rows)
+        theirs = rule(columns, decoupled_cap)
+        foreign_N1 = rows.foreign_N.bool()[:, None]
+        return Charge(
+            anchor_logps_NT=torch.where(foreign_N1, theirs.anchor_logps_NT, columns.old_NT),
+            weight_NT=torch.where(foreign_N1, theirs.weight_NT, 1.0),
+            free_N1=foreign_N1 & theirs.free_N1,
+        )
+
+    return charge
+
+
+def charge_exact(columns: Columns, _cap: float) -> Charge:
+    """To the policy that wrote the row: rho = pi_theta / pi_behavior, clipped like any other. The NPO paper's rule."""
+    return _bound_charge(columns.behavior_NT)
+
+
+def charge_proximal(columns: Columns, _cap: float) -> Charge:
+    """To the old policy, as if the learner had written it: rho = pi_theta / pi_old (RLEP; NPO without correction)."""
+    return _bound_charge(columns.old_NT)
+
+
+def charge_decoupled(columns: Columns, cap: float) -> Charge:
+    """Clip against the old policy, correct apart: weight min(pi_old / pi_behavior, C) (decoupled PPO, 2110.00641)."""
+    weight_NT = log_ratio(columns.old_NT, columns.behavior_NT).exp().clamp(max=cap)
+    return _bound_charge(columns.old_NT, weight_NT)
+
+
+def charge_none(columns: Columns, _cap: float) -> Charge:
+    """Score function -A log pi_theta, weight 1, never clipped: anchored on itself, rho is 1 with gradient grad l."""
+    free_N1 = torch.ones_like(columns.current_NT[:, :1], dtype=torch.bool)
+    return Charge(anchor_logps_NT=columns.current_NT, weight_NT=torch.ones_like(columns.current_NT), free_N1=free_N1)
+
+
+RULES: dict[RatioMode, Rule] = {
+    "exact": charge_exact,
+    "proximal": charge_proximal,
+    "decoupled": charge_decoupled,
+    "none": charge_none,
+}
+
+
+def _columns(logps_NT: Tensor, rows: Rows) -> Columns:
+    current_NT = logps_NT.detach()
+    old_NT = current_NT if rows.old_logps_NT is None else rows.old_logps_NT.detach()
+    mask_NT = rows.mask_NT.bool()
+    return Columns(
+        current_NT=torch.where(mask_NT, current_NT, 0.0),
+        old_NT=torch.where(mask_NT, old_NT, 0.0),
+        behavior_NT=torch.where(mask_NT, rows.behavior_logps_NT.detach(), 0.0),
+    )
+
+
+def _bound_charge(anchor_NT: Tensor, weight_NT: Tensor | None = None) -> Charge:
+    return Charge(
+        anchor_logps_NT=anchor_NT,
+        weight_NT=torch.ones_like(anchor_NT) if weight_NT is None else weight_NT,
+        free_N1=torch.zeros_like(anchor_NT[:, :1], dtype=torch.bool),
+    )

@@ -1,0 +1,145 @@
+"""The objectives, token by token: what GRPO, GSPO, GSPO-token and CISPO make of a ratio and an advantage.
+
+N rows (responses), T tokens; an axis of length 1 broadcasts. No surrogate knows who wrote a row: a row that must
+not be clipped has infinite bounds, and so has a knob that is off.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from npo_cli.objective.batch import LossKind, LossKnobs
+from npo_cli.objective.ratios import LOG_RATIO_LIMIT, log_ratio
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """Where each row's ratio is cut."""
+
+    low_N1: Tensor
+    high_N1: Tensor
+    dual_N1: Tensor
+    """Cap c of the loss of a negative advantage, in units of |A|."""
+    delta_N1: Tensor
+    """Cap of the ratio before the min."""
+    cispo_N1: Tensor
+    """Cap of the CISPO weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """What a surrogate looks at. Every column is zero outside the mask."""
+
+    logps_NT: Tensor
+    log_ratio_NT: Tensor
+    mask_NT: Tensor
+    advantages_N1: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """A token loss, with how it treats each token."""
+
+    loss_NT: Tensor
+    gain_NT: Tensor
+    """Size of the factor on A grad log pi, detached; 0 where the gradient is cut."""
+    low_NT: Tensor
+    """True where it was cut because the ratio was too low."""
+    high_NT: Tensor
+    """True where it was cut because the ratio was too high."""
+
+
+def bounds_for(free_N1: Tensor, knobs: LossKnobs) -> Bounds:
+    """The knobs as one number per row: [1 - clip_low, 1 + clip_high] and the caps; a free row has none."""
+
+    def per_row(bound: float | None, unbounded: float) -> Tensor:
+        value = unbounded if bound is None else bound
+        return torch.full(free_N1.shape, value, dtype=torch.float32, device=free_N1.device).masked_fill(
+            free_N1, unbounded
+        )
+
+    return Bounds(
+        low_N1=per_row(1 - knobs.clip_low, -math.inf),
+        high_N1=per_row(1 + knobs.clip_high, math.inf),
+        dual_N1=per_row(knobs.dual_clip, math.inf),
+        delta_N1=per_row(knobs.delta, math.inf),
+        cispo_N1=per_row(knobs.cispo_cap, math.inf),
+    )
+
+
+def clipped_terms(ratio_NT: Tensor, advantages_N1: Tensor, bounds: Bounds) -> Terms:
+    """PPO's pessimistic surrogate: -min(min(rho, delta) A, clip(rho, low, high) A), and at most -c A where A < 0.
+
+    The gradient is rho A grad l, or 0 for A > 0 above `high`, and for A < 0 below `low` or above c or delta.
+    (Dual clip: arXiv 1912.09729; delta: INTELLECT-2, arXiv 2505.07291; low != high: DAPO, arXiv 2503.14476.)
+    """
+    capped_NT = torch.minimum(ratio_NT, bounds.delta_N1)
+    clipped_NT = torch.clamp(ratio_NT, min=bounds.low_N1, max=bounds.high_N1)
+    loss_NT = -torch.minimum(capped_NT * advantages_N1, clipped_NT * advantages_N1)
+    worst_N1 = torch.where(advantages_N1 < 0, -bounds.dual_N1 * advantages_N1, math.inf)
+    ratio_NT = ratio_NT.detach()
+    low_NT = (advantages_N1 < 0) & (ratio_NT < bounds.low_N1)
+    over_cap_NT = ratio_NT > torch.minimum(bounds.dual_N1, bounds.delta_N1)
+    high_NT = ((advantages_N1 > 0) & (ratio_NT > bounds.high_N1)) | ((advantages_N1 < 0) & over_cap_NT)
+    gain_NT = ratio_NT.masked_fill(low_NT | high_NT, 0.0)
+    return Terms(loss_NT=torch.minimum(loss_NT, worst_N1), gain_NT=gain_NT, low_NT=low_NT, high_NT=high_NT)
+
+
+def grpo_terms(tokens: Tokens, bounds: Bounds) -> Terms:
+    """Each token is clipped by its own ratio rho_t = exp(l - l_anchor). (GRPO, arXiv 2402.03300.)"""
+    terms = clipped_terms(tokens.log_ratio_NT.exp(), tokens.advantages_N1, bounds)
+    return _without_gain(terms, tokens.log_ratio_NT.abs() >= LOG_RATIO_LIMIT)
+
+
+def gspo_terms(tokens: Tokens, bounds: Bounds) -> Terms:
+    """All tokens are clipped by the sequence's ratio s = exp(mean_t log rho_t), its geometric mean. (arXiv 2507.18071.)
+
+    An empty sequence has s = 1 and, having no tokens, adds nothing.
+    """
+    ratio_NT = sequence_ratio(tokens).expand_as(tokens.logps_NT)
+    terms = clipped_terms(ratio_NT, tokens.advantages_N1, bounds)
+    return _without_gain(terms, tokens.log_ratio_NT.abs() >= LOG_RATIO_LIMIT)
+
+
+def gspo_token_terms(tokens: Tokens, bounds: Bounds) -> Terms:
+    """GSPO's value with token gradients: the ratio is sg[s] * pi / sg[pi]. (arXiv 2507.18071.)"""
+    token_NT = (tokens.logps_NT - tokens.logps_NT.detach()).exp()
+    return clipped_terms(sequence_ratio(tokens).detach() * token_NT, tokens.advantages_N1, bounds)
+
+
+def cispo_terms(tokens: Tokens, bounds: Bounds) -> Terms:
+    """-sg[min(rho, cap)] A l: a large ratio loses weight, never its gradient. (MiniMax-M1, arXiv 2506.13585.)"""
+    weight_NT = torch.minimum(tokens.log_ratio_NT.detach().exp(), bounds.cispo_N1)
+    never_NT = torch.zeros_like(tokens.logps_NT, dtype=torch.bool)
+    loss_NT = -weight_NT * tokens.advantages_N1 * tokens.logps_NT
+    return Terms(loss_NT=loss_NT, gain_NT=weight_NT, low_NT=never_NT, high_NT=never_NT)
+
+
+def sequence_ratio(tokens: Tokens) -> Tensor:
+    """s = exp((1/T) sum_t log rho_t), one per row."""
+    lengths_N1 = tokens.mask_NT.sum(dim=1, keepdim=True).clamp(min=1)
+    return (tokens.log_ratio_NT.sum(dim=1, keepdim=True) / lengths_N1).exp()
+
+
+def kl_k3(logps_NT: Tensor, ref_logps_NT: Tensor) -> Tensor:
+    """Unbiased, never negative estimate of KL(pi || ref) in nats: k3 = w - 1 - log w, w = pi_ref / pi.
+
+    0 where both agree. (Schulman 2020, joschu.net/blog/kl-approx.)
+    """
+    log_weight_NT = log_ratio(ref_logps_NT, logps_NT)
+    return log_weight_NT.exp() - 1 - log_weight_NT
+
+
+SURROGATES: dict[LossKind, Callable[[Tokens, Bounds], Terms]] = {
+    "grpo": grpo_terms,
+    "gspo": gspo_terms,
+    "gspo_token": gspo_token_terms,
+    "cispo": cispo_terms,
+}
+
+
+def _without_gain(terms: Terms, cut_NT: Tensor) -> Terms:
+    return replace(terms, gain_NT=terms.gain_NT.masked_fill(cut_NT, 0.0))

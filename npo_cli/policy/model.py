@@ -1,0 +1,154 @@
+"""The policy: a Hugging Face causal LM with its tokenizer, on one device, scored in one way."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from npo_cli.config import ModelSettings
+from npo_cli.errors import NpoError
+from npo_cli.policy.gguf import is_packaged, load_packaged
+from npo_cli.policy.logprobs import TokenRow, TokenScores, head_is_plain, pack_rows, token_scores
+from npo_cli.policy.weights import load_weights, weights_digest
+from npo_cli.records import Prompt
+
+EMBEDDED = Path(__file__).parent.parent / "assets" / "micro-base"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """Model and tokenizer together; weights change in place, everything else stays."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    plain_head: bool
+    """Logits are the head's output as it is, so responses can be scored in chunks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response: the generation config's, else the tokenizer's."""
+        found = self.model.generation_config.eos_token_id
+        found = self.tokenizer.eos_token_id if found is None else found
+        return tuple(found) if isinstance(found, list) else (found,)
+
+    @property
+    def pad_id(self) -> int:
+        """A token for padding, which is never attended to."""
+        return self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """sha256 of vocabulary and special tokens: guides are token ids, so they belong to one tokenizer."""
+        content = [sorted(self.tokenizer.get_vocab().items()), list(self.eos_ids)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights as they are now."""
+        return weights_digest(self.model)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt: plain text as it is, messages through the chat template."""
+        if prompt.text is not None:
+            return tuple(self.tokenizer(prompt.text).input_ids)
+        turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        return tuple(
+            self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+
+    def load(self, folder: Path) -> None:
+        """Swap in the weights of a checkpoint folder, checked tensor by tensor."""
+        load_weights(self.model, folder)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `from_pretrained` opens as it is."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
+        """Score responses; differentiable where gradients are on."""
+        packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
+        return token_scores(
+            self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
+        )
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` takes a GPU where there is one; a GPU asked for and absent is an error."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise NpoError(f"model.device={wanted} is not a device", "use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise NpoError(
+            f"model.device={wanted}, but torch sees no such GPU", "set model.device=cpu; npo doctor says why"
+        )
+    return device
+
+
+def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
+    """The recipe's model, or the same architecture with the weights of a checkpoint `folder`.
+
+    Dropout is off for good: a response is scored by the distribution that sampled it.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    model, tokenizer = _load_parts(settings, folder)
+    if tokenizer.eos_token_id is None and model.generation_config.eos_token_id is None:
+        raise NpoError(
+            f"{settings.path}: neither tokenizer nor generation config names an end token", "set eos_token_id there"
+        )
+    model = model.to(device).eval()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return Policy(model=model, tokenizer=tokenizer, plain_head=head_is_plain(model))
+
+
+def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    dtype = getattr(torch, settings.dtype)
+    if folder is None and is_packaged(settings.path):
+        return load_packaged(settings.path, dtype=dtype, attention=settings.attention)
+    source = str(folder or (EMBEDDED if settings.path == "micro-base" else settings.path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NpoError(
+            f"{source}: no tokenizer could be loaded", "model.path must be a folder or id with a tokenizer"
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation=settings.attention, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise NpoError(
+            f"{source}: no causal language model could be loaded", f"{str(error).splitlines()[0]}"
+        ) from error
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise NpoError(
+            f"{source}: the tokenizer has more tokens than the model has embeddings", "use the model's own tokenizer"
+        )
+    return model, tokenizer
+
+
+def require_chat_template(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
+    """Chat prompts need a template; say so before anything is trained."""
+    if any(prompt.messages for prompt in prompts) and not policy.tokenizer.chat_template:
+        raise NpoError(
+            f"{path}: the tokenizer has no chat template, and prompts are chat messages",
+            "set task.chat=false, or use an instruct model",
+        )

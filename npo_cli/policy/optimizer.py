@@ -1,0 +1,109 @@
+"""AdamW, its schedule as a function of the step alone, and its state as safetensors."""
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import PreTrainedModel
+
+from npo_cli.config import TrainSettings
+from npo_cli.errors import NpoError
+
+STATE_FILE, SCALARS_FILE = "optimizer.safetensors", "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """Everything a step needs besides weights, moments and the recipe."""
+
+    step: int
+    """Steps done."""
+    position: int
+    """Data cursor: prompts drawn since the start of the run."""
+    trackers: Mapping[str, float]
+    """Running figures: tokens generated, reward and entropy averages."""
+
+
+def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> AdamW:
+    """AdamW over every parameter that wants a gradient."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+
+
+def lr_at(step: int, settings: TrainSettings) -> float:
+    """Learning rate of step 1, 2, ...: linear warm-up, then constant, linear or cosine decay to a share of lr."""
+    if step <= settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    left = settings.num_steps - settings.warmup_steps
+    progress = min(1.0, (step - settings.warmup_steps) / max(1, left))
+    share = {
+        "constant": 1.0,
+        "linear": 1 - (1 - settings.min_lr_share) * progress,
+        "cosine": settings.min_lr_share + (1 - settings.min_lr_share) * (1 + math.cos(math.pi * progress)) / 2,
+    }[settings.schedule]
+    return settings.lr * share
+
+
+def set_lr(optimizer: AdamW, lr: float) -> None:
+    """One rate for every group of parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def random_streams() -> tuple[dict[str, Tensor], dict[str, object]]:
+    """State of every global random stream: torch's as tensors, Python's and numpy's as JSON."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    for index in range(torch.cuda.device_count()):
+        tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = numpy.random.get_state()
+    numpy_state = [name, keys.tolist(), position, has_gauss, cached]
+    return tensors, {"python": [version, list(words), gauss], "numpy": numpy_state}
+
+
+def restore_streams(tensors: Mapping[str, Tensor], scalars: Mapping[str, list]) -> None:
+    """Put the global random streams back where they were."""
+    torch.set_rng_state(tensors["rng.torch"])
+    for index in range(torch.cuda.device_count()):
+        if f"rng.cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"], index)
+    version, words, gauss = scalars["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = scalars["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+
+
+def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, state: TrainerState) -> None:
+    """Write optimizer.safetensors (moments by parameter name) and state.json into an existing folder."""
+    tensors, streams = random_streams()
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+    save_file(tensors, folder / STATE_FILE)
+    scalars = {"step": state.step, "position": state.position, "trackers": dict(state.trackers), "rng": streams}
+    (folder / SCALARS_FILE).write_text(json.dumps(scalars))
+
+
+def load_state(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> TrainerState:
+    """The reverse of `save_state`, in place; random streams included."""
+    tensors = load_file(folder / STATE_FILE)
+    scalars = json.loads((folder / SCALARS_FILE).read_text())
+    optimizer.state.clear()
+    for name, parameter in model.named_parameters():
+        found = {key: tensors[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in tensors}
+        if scalars["step"] and parameter.requires_grad and len(found) < len(MOMENTS):
+            raise NpoError(f"{folder}: optimizer state of {name} is missing", "resume from another step with --at")
+        if found:
+            moved = {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}
+            optimizer.state[parameter] = moved
+    restore_streams(tensors, scalars["rng"])
+    return TrainerState(step=scalars["step"], position=scalars["position"], trackers=scalars["trackers"])

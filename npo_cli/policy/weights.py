@@ -1,0 +1,75 @@
+"""Weights from a checkpoint folder into a live model, with nothing missing, extra, misshapen or not finite.
+
+`from_pretrained` fills a missing tensor with random numbers and only warns; a guide like that still answers.
+Here every tensor is accounted for before the first one is copied.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from npo_cli.errors import NpoError
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `model*.safetensors` in the folder."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise NpoError(f"{folder} holds no model*.safetensors", "npo index RUN lists the checkpoints that are whole")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise NpoError(f"{file} cannot be read: {error}", "npo index RUN --verify names damaged files") from error
+    return tensors
+
+
+def tied_names(model: PreTrainedModel) -> list[set[str]]:
+    """Names that share one storage, such as embedding and head of a tied model: any one of them is enough."""
+    by_storage: dict[int, set[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_storage.setdefault(tensor.data_ptr(), set()).add(name)
+    return [names for names in by_storage.values() if len(names) > 1]
+
+
+def check_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse tensors that do not fit the model one to one; names the first few that differ."""
+    own = model.state_dict()
+    excused = {name for names in tied_names(model) if names & tensors.keys() for name in names}
+    missing = sorted(own.keys() - tensors.keys() - excused)
+    extra = sorted(tensors.keys() - own.keys())
+    shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
+    broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    findings = {"missing": missing, "extra": extra, "of another shape": shapes, "not finite": broken}
+    for what, names in findings.items():
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise NpoError(
+                f"{folder}: tensor {what}: {shown}", "choose another step; npo index RUN --verify checks all"
+            )
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Copy the folder's weights into the model in place; the model is untouched when they do not fit."""
+    tensors = read_tensors(folder)
+    check_tensors(model, tensors, folder)
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """sha256 over the bytes of all tensors in name order: which policy this is, whatever file it came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,300 @@
+"""The nouns of the house. Every room speaks in these; none of them knows a file, a model or a tensor.
+
+Names follow the field: a *prompt* is answered by *rollouts*, the rollouts of one prompt at one step form a
+*group*, the rollout another checkpoint wrote is a *guide* trajectory. The paper's Q, V and S = Q/V are
+spelled quality, variance and signal.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Verdict = Literal["correct", "wrong", "unparseable", "timeout"]
+Source = Literal["own", "guide"]
+MixOutcome = Literal["injected", "gate_closed", "no_guide", "off"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn of a chat prompt."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A problem: exactly one of `text` (used as it is) and `messages` (put through the chat template)."""
+
+    prompt_id: str
+    """Unique in the task, stable between runs."""
+    answer: str
+    """Reference answer as text, for the verifier."""
+    text: str | None = None
+    messages: tuple[Message, ...] = ()
+    dataset: str = ""
+    """Which of the task's data sets it came from; chooses the verifier where sets are mixed."""
+    row: int = 0
+    """Position in that data set."""
+    images: tuple[str, ...] = ()
+    """References to images, in the order of their placeholders. No shipped policy reads them yet."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graded:
+    """What a verifier says of one response."""
+
+    verdict: Verdict
+    extracted: str | None = None
+    """The part of the response that was compared, where one was found."""
+
+    @property
+    def reward(self) -> float:
+        """1 for a verified-correct response, else 0."""
+        return 1.0 if self.verdict == "correct" else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One response to one prompt, with everything needed to charge it to the policy that wrote it."""
+
+    prompt_id: str
+    slot: int
+    """Place in the group, from 0."""
+    response_ids: tuple[int, ...]
+    """Token ids, the end token included when `finished`."""
+    behavior_logps: tuple[float, ...]
+    """Log-probability of each token (nats) under the policy that sampled it."""
+    text: str
+    finished: bool
+    """Ended with an end token. A cut-off response is never used as a guide."""
+    sampler_step: int
+    """Step of the weights that sampled it."""
+    source: Source = "own"
+    mean_entropy: float | None = None
+    """Mean over its tokens of the sampling distribution's entropy (nats)."""
+    verdict: Verdict | None = None
+    reward: float | None = None
+
+    @property
+    def guide_step(self) -> int | None:
+        """Step of the guide that wrote it; None for the policy's own."""
+        return self.sampler_step if self.source == "guide" else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """All rollouts of one prompt at one step."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    mix: MixOutcome = "off"
+    """Whether a guide took a slot, or why not; `off` where no guide is at work."""
+    own_accuracy: float | None = None
+    """Share of the policy's own rollouts verified correct, before a guide took a slot."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuideTrajectory:
+    """One verified-correct response of a guide, kept for its prompt."""
+
+    prompt_id: str
+    response_ids: tuple[int, ...]
+    behavior_logps: tuple[float, ...]
+    """Under the guide, from the trainer's forward pass (same precision and kernels as the learner's)."""
+    text: str
+    verdict: Verdict
+    guide_step: int
+    num_sampled: int
+    """Samples drawn from the guide for this prompt."""
+    num_correct: int
+    """How many of them were verified correct: an estimate of p_g(x), the constant that token ratios ignore."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuideInfo:
+    """Where a guide cache came from and whom it may serve."""
+
+    name: str
+    run_id: str
+    branch: str
+    """Branch of the learner; the guide's checkpoint is found on the same line of descent."""
+    at_step: int
+    """Step of the learner; the cache covers prompts visited in steps (at_step, at_step + num_steps]."""
+    guide_step: int
+    guide_digest: str
+    """Digest of the guide's weights."""
+    num_steps: int
+    tokenizer_digest: str
+    num_prompts: int
+    """Distinct prompts asked."""
+    num_found: int
+    """Prompts with a verified-correct trajectory."""
+    num_samples: int
+    num_tokens: int
+    """Tokens generated to make the cache."""
+    complete: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """A stretch of training on one branch: the run's lineage is the list of these."""
+
+    branch: str
+    parent: str | None
+    """Branch this one left; None for the first."""
+    fork_step: int
+    """Step of the parent it started from (0 for the first branch)."""
+    guide: str | None
+    """Name of the guide cache mixed in, or None for plain GRPO."""
+    guide_until: int | None
+    """Last step at which the guide is mixed in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointEntry:
+    """One line of the index."""
+
+    branch: str
+    step: int
+    parent: str | None
+    """`branch:step` of the checkpoint it grew from."""
+    tier: Literal["anchor", "guide"]
+    size_bytes: int
+    complete: bool
+    digest: str | None
+    """sha256 over the weights, hexadecimal."""
+    path: str
+    """Relative to the run directory."""
+    reward: float | None = None
+    """Mean on-policy reward of the batch at that step."""
+    entropy: float | None = None
+    """Mean token entropy at that step (nats)."""
+    accuracy: float | None = None
+    """Held-out accuracy, from the evaluation with the most samples."""
+    quality: float | None = None
+    variance: float | None = None
+    signal: float | None = None
+    scored_for: int | None = None
+    """Step of the learner that quality, variance and signal refer to (the newest score)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointScore:
+    """Q, V and S = Q/V of one candidate guide for one learner (paper section 3; algorithms sections 10-11)."""
+
+    step: int
+    distance: int
+    """Optimiser steps ahead of the learner."""
+    quality: float
+    quality_low: float
+    quality_high: float
+    quality_kind: str
+    """`pass@1` or `pass@k`."""
+    pass_at_1: float
+    pass_at_k: float
+    quality_self: float
+    """The same quality measured on fresh samples of the learner itself."""
+    quality_net: float
+    """quality - quality_self."""
+    variance: float
+    variance_low: float
+    variance_high: float
+    variance_kind: str
+    variances: Mapping[str, float]
+    """Every other V kind, from the same samples."""
+    signal: float
+    signal_low: float
+    signal_high: float
+    p_best: float
+    """Share of paired bootstrap resamples in which this candidate has the largest S."""
+    num_prompts: int
+    num_samples: int
+    kl_per_token: float
+    """KL(guide || learner) per token in nats, the D = 0 floor subtracted."""
+    kl_per_sequence: float
+    mean_length: float
+    """Tokens per response of the samples behind V."""
+    ess_fraction: float
+    unreliable: bool
+    """The chosen V rests on a few samples (effective sample size below a tenth), or could not be estimated."""
+    chosen: bool
+    chosen_by: Mapping[str, int] = field(default_factory=dict)
+    """The step that each other profile would have chosen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalReport:
+    """Held-out accuracy of one checkpoint, with 95 % intervals from a bootstrap over prompts."""
+
+    branch: str
+    step: int
+    num_prompts: int
+    num_samples: int
+    """Samples a prompt (k)."""
+    accuracy: float
+    """avg@k: mean over prompts of the share correct."""
+    accuracy_low: float
+    accuracy_high: float
+    pass_at_k: float
+    pass_at_k_low: float
+    pass_at_k_high: float
+    mean_length: float
+    cut_off: float
+    """Share of responses that hit the length limit."""
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one training step measured. `metrics` is a function of the seed alone; `timings` is not."""
+
+    branch: str
+    step: int
+    metrics: Mapping[str, float]
+    timings: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a long stage is; drawn as a bar on a terminal, as a line now and then elsewhere."""
+
+    what: str
+    done: int
+    total: int
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice:
+    """Something a person should read once: what was restored, what was saved, what looks odd."""
+
+    message: str
+    level: Literal["info", "warning"] = "info"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurvePoint:
+    """Held-out accuracy of one arm at one logical step, with everything it had cost by then."""
+
+    arm: str
+    step: int
+    """Logical step: the position in the data order."""
+    total_steps: int
+    """Optimiser steps ever made for this arm, scout and rolled-back ones included."""
+    total_tokens: int
+    """Tokens generated for it: training, scout and guide sampling; held-out evaluation apart."""
+    accuracy: float
+    entropy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crossing:
+    """What one arm had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
+
+    arm: str
+    threshold: float
+    step: int | None
+    """None where the threshold was never reached (censored)."""
+    total_steps: int | None
+    total_tokens: int | None

@@ -1,0 +1,158 @@
+"""Records to pictures. One colour an arm in every panel, names beside their lines, nothing that is not data.
+
+Colours are Okabe and Ito's, told apart by colour-blind eyes; lines differ in dash and marker as well. matplotlib
+is imported when a picture is made, and drawn without a display.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npo_cli.errors import NpoError
+from npo_cli.records import CheckpointScore, CurvePoint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = "os^Dv<>"
+QUIET = "#666666"
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": QUIET,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e6e6e6",
+    "figure.dpi": 150,
+}
+Cost = Callable[[CurvePoint], int]
+PANELS: tuple[tuple[str, Cost], ...] = (
+    ("logical step (place in the data)", lambda point: point.step),
+    ("all optimiser steps paid for", lambda point: point.total_steps),
+    ("all tokens generated", lambda point: point.total_tokens),
+)
+
+
+def comparison_figure(points: Sequence[CurvePoint], path: Path, title: str) -> None:
+    """Held-out accuracy of every arm against its logical step, its total steps and its total tokens."""
+    arms = list(dict.fromkeys(point.arm for point in points))
+    with _page(path, title=title, height=4.6) as figure:
+        panels = figure.subplots(1, len(PANELS), sharey=True)
+        for panel, (label, cost) in zip(panels, PANELS, strict=True):
+            for place, arm in enumerate(arms):
+                _draw_arm(panel, sorted((one for one in points if one.arm == arm), key=cost), cost=cost, place=place)
+            panel.set_xlabel(label)
+            panel.set_xlim(left=0)
+            panel.set_ylim(0, 1.02)
+            panel.xaxis.set_major_locator(_few_ticks())
+            panel.xaxis.set_major_formatter(lambda value, _: compact(value))
+        panels[0].set_ylabel("held-out accuracy")
+        lines, names = panels[0].get_legend_handles_labels()
+        figure.legend(
+            lines, names, loc="outside lower center", ncols=4, frameon=False, labelcolor="linecolor", handlelength=2.6
+        )
+
+
+def _draw_arm(panel: "Axes", points: Sequence[CurvePoint], *, cost: Cost, place: int) -> None:
+    panel.plot(
+        [cost(point) for point in points],
+        [point.accuracy for point in points],
+        color=COLOURS[place % len(COLOURS)],
+        linestyle=DASHES[place % len(DASHES)],
+        marker=MARKERS[place % len(MARKERS)],
+        markersize=4,
+        linewidth=2,
+        label=points[0].arm,
+        clip_on=False,
+    )
+
+
+def scores_figure(scores: Sequence[CheckpointScore], path: Path, title: str = "") -> None:
+    """Q, V and S = Q/V against distance with their intervals; a ring marks the chosen guide."""
+    ordered = sorted(scores, key=lambda one: one.distance)
+    best = "".join(f", step {one.step} best in {one.p_best:.0%}" for one in ordered if one.chosen)
+    named = (
+        (f"Q, {ordered[0].quality_kind} of the candidate", "quality", COLOURS[2]),
+        (f"V, {ordered[0].variance_kind}", "variance", COLOURS[1]),
+        (f"S = Q / V{best}", "signal", COLOURS[0]),
+    )
+    with _page(path, title=title, height=4.4) as figure:
+        for panel, (label, name, colour) in zip(figure.subplots(1, len(named)), named, strict=True):
+            _draw_score(panel, ordered, name=name, colour=colour)
+            panel.set_title(label, loc="left", color=colour)
+            panel.set_xlabel("optimiser steps ahead of the learner")
+
+
+def _draw_score(panel: "Axes", scores: Sequence[CheckpointScore], *, name: str, colour: str) -> None:
+    """A candidate whose figure could not be estimated is left out."""
+    fields = (name, f"{name}_low", f"{name}_high")
+    scores = [one for one in scores if all(math.isfinite(getattr(one, field)) for field in fields)]
+    if not scores:
+        panel.text(0.5, 0.5, "could not be estimated", transform=panel.transAxes, ha="center", color=QUIET)
+        return
+    distances = [one.distance for one in scores]
+    values = [getattr(one, name) for one in scores]
+    lows = [getattr(one, f"{name}_low") for one in scores]
+    highs = [getattr(one, f"{name}_high") for one in scores]
+    # A resampled interval may leave its own estimate outside; a bar cannot reach backwards.
+    bars = [
+        [max(0.0, value - low) for value, low in zip(values, lows, strict=True)],
+        [max(0.0, high - value) for value, high in zip(values, highs, strict=True)],
+    ]
+    panel.errorbar(distances, values, yerr=bars, color=colour, ecolor=f"{colour}88", fmt="o-", lw=2, ms=5, capsize=3)
+    for one, value in zip(scores, values, strict=True):
+        if one.chosen:
+            panel.plot([one.distance], [value], marker="o", ms=14, color=colour, fillstyle="none", mew=2)
+            panel.annotate(
+                f"step {one.step}", (one.distance, value), xytext=(-12, 9), textcoords="offset points", ha="right"
+            )
+    # V may span orders of magnitude: then ratios are what the eye should compare.
+    if name == "variance" and min(*values, *lows) > 0 and max(values) > 20 * min(values):
+        panel.set_yscale("log")
+    else:
+        panel.set_ylim(bottom=min(0.0, *lows))
+    panel.set_xlim(0, 1.05 * max(distances))
+
+
+def compact(value: float) -> str:
+    """A count as an axis says it: 300, 20k, 1.5M."""
+    for bound, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= bound:
+            return f"{value / bound:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _few_ticks() -> "MaxNLocator":
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=6, integer=True)
+
+
+@contextlib.contextmanager
+def _page(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
+    """A wide figure in the house style, saved when the block ends well; the format is the file's ending."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise NpoError("pictures need matplotlib, which is not installed", "pip install matplotlib") from error
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13.0, height), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        yield figure
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.print_figure(path)

@@ -1,0 +1,254 @@
+"""Records to tables of text, one function a kind of record. It knows no terminal: see the console for that."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from npo_cli.records import (
+    CheckpointEntry,
+    CheckpointScore,
+    Crossing,
+    EvalReport,
+    GuideInfo,
+    Segment,
+    StepReport,
+)
+from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
+from npo_cli.report.lines import Check, GroupLine, RecipeLine, RolloutLine
+
+
+def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
+    """The run's checkpoints. Incomplete ones are marked; columns that nothing filled are left out."""
+    header = (
+        *("branch", "step", "parent", "tier", "size", "whole", "digest", "reward", "entropy", "accuracy"),
+        *("Q", "V", "S", "scored for"),
+    )
+    rows = tuple(
+        (
+            *(one.branch, str(one.step), one.parent or "-", one.tier, size(one.size_bytes)),
+            *("yes" if one.complete else "NO", (one.digest or "-")[:12]),
+            *(number(one.reward), number(one.entropy), number(one.accuracy)),
+            *(number(one.quality), number(one.variance), number(one.signal), count(one.scored_for)),
+        )
+        for one in entries
+    )
+    return (without_empty_columns(Table(title="Checkpoints", header=header, rows=rows)),)
+
+
+def scores_tables(scores: Sequence[CheckpointScore]) -> tuple[Table, ...]:
+    """Candidates by distance with Q, V and S; then every other V from the same samples."""
+    ordered = sorted(scores, key=lambda one: one.distance)
+    return (_signal_table(ordered), _variance_table(ordered))
+
+
+def _signal_table(scores: Sequence[CheckpointScore]) -> Table:
+    header = ("step", "distance", "Q", "V", "S = Q/V", "p(best)", "pass@1", "pass@k", "Q - Q_self", "ESS", "")
+    rows = tuple(
+        (
+            *(str(one.step), str(one.distance)),
+            interval(one.quality, one.quality_low, one.quality_high),
+            interval(one.variance, one.variance_low, one.variance_high),
+            interval(one.signal, one.signal_low, one.signal_high),
+            *(number(one.p_best, digits=2), number(one.pass_at_1), number(one.pass_at_k), number(one.quality_net)),
+            *(number(one.ess_fraction), _mark(one)),
+        )
+        for one in scores
+    )
+    return Table(title="Candidate guides", header=header, rows=rows, notes=_score_notes(scores))
+
+
+def _mark(score: CheckpointScore) -> str:
+    return " ".join(word for word, said in (("<- chosen", score.chosen), ("unreliable V", score.unreliable)) if said)
+
+
+def _score_notes(scores: Sequence[CheckpointScore]) -> tuple[str, ...]:
+    first = scores[0]
+    notes = [
+        f"Q is {first.quality_kind} and V is {first.variance_kind}, with 95 % intervals; "
+        f"{first.num_prompts} prompts, {first.num_samples} samples a candidate."
+    ]
+    best = next((one for one in scores if one.chosen), None)
+    if best is not None:
+        notes.append(f"Step {best.step} is chosen; it has the largest S in {best.p_best:.0%} of the resamples.")
+    others = {name: step for one in scores for name, step in one.chosen_by.items()}
+    if others:
+        notes.append(
+            "Others would choose: " + ", ".join(f"{name} {step}" for name, step in sorted(others.items())) + "."
+        )
+    if any(one.unreliable for one in scores):
+        notes.append("unreliable V: it rests on a few samples (ESS below 0.1); trust another V kind there.")
+    return tuple(notes)
+
+
+def _variance_table(scores: Sequence[CheckpointScore]) -> Table:
+    """Every V kind side by side; the one that entered S is marked with a star."""
+    chosen = f"{scores[0].variance_kind} *"
+    kinds = sorted({kind for one in scores for kind in one.variances} - {scores[0].variance_kind})
+    rows = tuple(
+        (
+            *(str(one.step), str(one.distance), number(one.variance)),
+            *(number(one.variances.get(kind)) for kind in kinds),
+            *(number(one.kl_per_token), number(one.kl_per_sequence), number(one.mean_length, digits=1)),
+        )
+        for one in scores
+    )
+    header = ("step", "distance", chosen, *kinds, "KL/token", "KL/sequence", "length")
+    return Table(title="V by kind (* enters S; KL in nats, length in tokens)", header=header, rows=rows)
+
+
+def evals_tables(reports: Sequence[EvalReport]) -> tuple[Table, ...]:
+    header = ("branch", "step", "accuracy (avg@k)", "pass@k", "k", "prompts", "length", "cut off", "tokens")
+    rows = tuple(
+        (
+            *(one.branch, str(one.step)),
+            interval(one.accuracy, one.accuracy_low, one.accuracy_high),
+            interval(one.pass_at_k, one.pass_at_k_low, one.pass_at_k_high),
+            *(str(one.num_samples), count(one.num_prompts), number(one.mean_length, digits=1)),
+            *(f"{one.cut_off:.1%}", count(one.num_tokens)),
+        )
+        for one in reports
+    )
+    return (Table(title="Held-out accuracy, 95 % intervals over prompts", header=header, rows=rows),)
+
+
+def guides_tables(guides: Sequence[GuideInfo]) -> tuple[Table, ...]:
+    header = ("name", "branch", "for steps", "guide step", "solved", "samples", "tokens", "whole")
+    rows = tuple(
+        (
+            *(one.name, one.branch, f"{one.at_step + 1}-{one.at_step + one.num_steps}", str(one.guide_step)),
+            f"{count(one.num_found)} of {count(one.num_prompts)}",
+            *(count(one.num_samples), count(one.num_tokens), "yes" if one.complete else "NO"),
+        )
+        for one in guides
+    )
+    return (Table(title="Guide caches", header=header, rows=rows, notes=("solved: prompts with a verified answer",)),)
+
+
+def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
+    header = ("branch", "parent", "from step", "guide", "guide until")
+    rows = tuple(
+        (one.branch, one.parent or "-", str(one.fork_step), one.guide or "-", count(one.guide_until))
+        for one in segments
+    )
+    return (Table(title="Lineage", header=header, rows=rows),)
+
+
+def metrics_tables(reports: Sequence[StepReport]) -> tuple[Table, ...]:
+    """One line a branch (means of the first and the last tenth of its steps), then the newest steps one by one."""
+    branches = dict.fromkeys(one.branch for one in reports)
+    rows = tuple(_branch_row([one for one in reports if one.branch == branch]) for branch in branches)
+    header = ("branch", "steps", "reward first", "reward last", "entropy first", "entropy last", "tokens")
+    notes = ("first, last: mean over the first and over the last tenth of the steps",)
+    summary = Table(title="Training", header=header, rows=rows, notes=notes)
+    return (summary, _newest_steps(reports[-NUM_NEWEST:]))
+
+
+def _branch_row(reports: Sequence[StepReport]) -> tuple[str, ...]:
+    tenth = max(1, len(reports) // 10)
+    ends = (reports[:tenth], reports[-tenth:])
+    means = (number(_mean(some, name)) for name in ("reward", "entropy") for some in ends)
+    tokens = count(sum(int(one.metrics.get("tokens", 0)) for one in reports))
+    return (reports[0].branch, f"{reports[0].step}-{reports[-1].step}", *means, tokens)
+
+
+def _mean(reports: Sequence[StepReport], name: str) -> float | None:
+    values = [one.metrics[name] for one in reports if name in one.metrics]
+    return sum(values) / len(values) if values else None
+
+
+def _newest_steps(reports: Sequence[StepReport]) -> Table:
+    header = ("branch", "step", "reward", "entropy", "all wrong", "length", "injected", "grad norm", "tokens/s")
+    names = ("reward", "entropy", "frac_all_wrong", "completions/mean_length", "inject/slots", "grad_norm")
+    rows = tuple(
+        (
+            *(one.branch, str(one.step), *(number(one.metrics.get(name)) for name in names)),
+            count(_whole(one.timings.get("tokens_per_second"))),
+        )
+        for one in reports
+    )
+    return without_empty_columns(Table(title="Newest steps", header=header, rows=rows))
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def comparison_tables(crossings: Sequence[Crossing]) -> tuple[Table, ...]:
+    """What every arm had spent at each threshold, and its speed next to the first arm's on all three axes."""
+    header = ("arm", "accuracy", "step", "total steps", "total tokens", "by step", "by total steps", "by total tokens")
+    baselines = {one.threshold: one for one in reversed(crossings) if one.arm == crossings[0].arm}
+    rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold)) for one in crossings)
+    notes = (
+        f"by ...: cost of {crossings[0].arm} divided by cost of the arm; above 1 the arm is faster.",
+        "total: scout and rolled-back steps, and the guide's samples, are counted.",
+    )
+    return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
+
+
+def _crossing_row(one: Crossing, *, baseline: Crossing | None) -> tuple[str, ...]:
+    spent = (one.step, one.total_steps, one.total_tokens)
+    before = (baseline.step, baseline.total_steps, baseline.total_tokens) if baseline else (None, None, None)
+    ratios = (f"{mine / ours:.2f}x" if mine and ours else "-" for mine, ours in zip(before, spent, strict=True))
+    return (one.arm, number(one.threshold, digits=2), *(count(cost, absent="not reached") for cost in spent), *ratios)
+
+
+def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
+    header = ("branch", "step", "prompt", "slot", "source", "verdict", "ended", "question", "answer", "response")
+    rows = tuple(
+        (
+            *(one.branch, str(one.step), one.rollout.prompt_id, str(one.rollout.slot), _source(one)),
+            *(one.rollout.verdict or "-", "yes" if one.rollout.finished else "cut off"),
+            *(one.question, one.answer, one.rollout.text),
+        )
+        for one in lines
+    )
+    return (Table(title="Rollouts", header=header, rows=rows),)
+
+
+def _source(line: RolloutLine) -> str:
+    return "own" if line.rollout.source == "own" else f"guide {line.rollout.guide_step}"
+
+
+def groups_tables(lines: Sequence[GroupLine]) -> tuple[Table, ...]:
+    header = ("branch", "step", "prompt", "rollouts", "own accuracy", "reward", "mix")
+    rows = tuple(
+        (
+            *(one.branch, str(one.step), one.group.prompt.prompt_id, str(len(one.group.rollouts))),
+            *(number(one.group.own_accuracy), number(_mean_reward(one)), one.group.mix),
+        )
+        for one in lines
+    )
+    return (Table(title="Groups", header=header, rows=rows),)
+
+
+def _mean_reward(line: GroupLine) -> float | None:
+    rewards = [rollout.reward for rollout in line.group.rollouts if rollout.reward is not None]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def recipes_tables(lines: Sequence[RecipeLine]) -> tuple[Table, ...]:
+    rows = tuple((one.name, one.description) for one in lines)
+    return (Table(title="Recipes", header=("name", "what for"), rows=rows),)
+
+
+def checks_tables(checks: Sequence[Check]) -> tuple[Table, ...]:
+    words = {(True, True): "ok", (True, False): "ok", (False, False): "-", (False, True): "BAD"}
+    rows = tuple((words[one.ok, one.needed], one.name, one.detail, one.hint) for one in checks)
+    return (Table(title="This machine", header=("", "part", "found", "to mend it"), rows=rows),)
+
+
+NUM_NEWEST = 10
+
+TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
+    StepReport: metrics_tables,
+    CheckpointEntry: index_tables,
+    GuideInfo: guides_tables,
+    CheckpointScore: scores_tables,
+    EvalReport: evals_tables,
+    Crossing: comparison_tables,
+    Segment: lineage_tables,
+    RolloutLine: rollouts_tables,
+    GroupLine: groups_tables,
+    RecipeLine: recipes_tables,
+    Check: checks_tables,
+}
+"""How each kind of record is tabulated, in the order in which kinds are shown."""

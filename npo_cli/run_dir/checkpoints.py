@@ -1,0 +1,192 @@
+"""Checkpoints: built under a hidden name, signed, synced, renamed. A final name means a whole checkpoint.
+
+Two tiers. A *guide* is a folder that `from_pretrained` opens. An *anchor* is a guide with an `anchor/` folder
+inside, which holds what training needs to go on. Demoting an anchor renames that folder away and deletes it.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from npo_cli.errors import NpoError
+from npo_cli.run_dir.files import full_disk_explained, make_folder, require_space, sync_path
+from npo_cli.run_dir.lineage import descent
+from npo_cli.run_dir.manifests import (
+    ANCHOR,
+    has_whole_anchor,
+    has_whole_weights,
+    read_manifest,
+    sign_checkpoint,
+)
+from npo_cli.run_dir.paths import RunDir, step_name, step_of
+
+__all__ = [
+    "Checkpoint",
+    "delete_checkpoint",
+    "demote_checkpoint",
+    "find_checkpoint",
+    "history",
+    "is_complete",
+    "list_checkpoints",
+    "new_checkpoint",
+    "newest_anchor",
+    "require_space",
+    "sweep",
+]
+
+PARTIAL = ".partial"
+DEAD = ".dead"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint on the disk."""
+
+    branch: str
+    step: int
+    path: Path
+    tier: Literal["anchor", "guide"]
+
+    @property
+    def digest(self) -> str:
+        """Identity of its weights, from its manifest."""
+        return str(read_manifest(self.path)["digest"])
+
+    @property
+    def anchor_path(self) -> Path:
+        """Folder of the training state; exists where the tier is `anchor`."""
+        return self.path / ANCHOR
+
+
+@contextmanager
+def new_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
+    """Yield a hidden folder to save into; when the block ends well it becomes `step_000120`, else it is removed.
+
+    A complete checkpoint of that name is never overwritten: the same weights saved again are dropped (a lost
+    training state is put back), other weights are an error. An incomplete one makes room.
+    """
+    home = run.checkpoints_folder(branch)
+    hidden = home / f".{step_name(step)}{PARTIAL}"
+    with full_disk_explained(home / step_name(step)):
+        make_folder(home)
+        sweep(home)
+        hidden.mkdir()
+        try:
+            yield hidden
+            sign_checkpoint(hidden, branch=branch, step=step)
+            _sync_journals(run, branch)
+            _publish(hidden, home / step_name(step))
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync_journals(run: RunDir, branch: str) -> None:
+    """A checkpoint is never on the disk without the lines of the steps that led to it."""
+    for path in (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch)):
+        if path.exists():
+            sync_path(path)
+
+
+def _publish(hidden: Path, final: Path) -> None:
+    """Give a signed folder its final name."""
+    if final.exists() and has_whole_weights(final, deep=True):
+        _merge(hidden, final)
+        return
+    if final.exists():
+        _bury(final)
+    hidden.rename(final)
+    sync_path(final.parent)
+
+
+def _merge(hidden: Path, final: Path) -> None:
+    """The checkpoint is already there: keep it, give it the new training state where its own is gone or damaged."""
+    if read_manifest(hidden)["digest"] != read_manifest(final)["digest"]:
+        raise NpoError(
+            f"{final} exists and holds other weights than the ones to be saved",
+            "a checkpoint is never overwritten: replay as a new branch with npo resume RUN --at STEP",
+        )
+    if (hidden / ANCHOR).is_dir() and not has_whole_anchor(final, deep=True):
+        if (final / ANCHOR).exists():
+            _bury(final / ANCHOR)
+        (hidden / ANCHOR).rename(final / ANCHOR)
+        sync_path(final)
+
+
+def sweep(home: Path) -> None:
+    """Remove what dead writers left among a branch's checkpoints. Only for the one writer."""
+    if not home.is_dir():
+        return
+    dead = [*home.glob(f".step_*{PARTIAL}"), *home.glob(f".*{DEAD}"), *home.glob(f"step_*/.{ANCHOR}{DEAD}")]
+    for folder in dead:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def demote_checkpoint(checkpoint: Checkpoint) -> None:
+    """Take an anchor's training state away: from one moment to the next it is a weights-only guide."""
+    if checkpoint.anchor_path.exists():
+        _bury(checkpoint.anchor_path)
+
+
+def delete_checkpoint(checkpoint: Checkpoint) -> None:
+    """Remove a checkpoint: its name goes first, at once."""
+    _bury(checkpoint.path)
+
+
+def _bury(folder: Path) -> None:
+    """Rename a folder to a hidden dead name, sync, and only then delete it file by file."""
+    dead = folder.parent / f".{folder.name}{DEAD}"
+    shutil.rmtree(dead, ignore_errors=True)
+    folder.rename(dead)
+    sync_path(dead.parent)
+    shutil.rmtree(dead, ignore_errors=True)
+
+
+def is_complete(folder: Path, deep: bool = False) -> bool:
+    """The folder has a final name and every file of its weights with its size (`deep`: and its sha256)."""
+    return step_of(folder.name) is not None and has_whole_weights(folder, deep=deep)
+
+
+def list_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
+    """Complete checkpoints that the branch itself made, by step. A damaged training state makes it a guide."""
+    home = run.checkpoints_folder(branch)
+    found = []
+    for folder in home.iterdir() if home.is_dir() else ():
+        step = step_of(folder.name)
+        if step is not None and is_complete(folder):
+            tier: Literal["anchor", "guide"] = "anchor" if has_whole_anchor(folder) else "guide"
+            found.append(Checkpoint(branch=branch, step=step, path=folder, tier=tier))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def history(run: RunDir, branch: str) -> list[Checkpoint]:
+    """Checkpoints along the line of descent by step: each ancestor's up to the step where the line left it."""
+    line = descent(run, branch)
+    return [found for stretch in line for found in list_checkpoints(run, stretch.branch) if stretch.owns(found.step)]
+
+
+def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
+    """The checkpoint of a step on the branch's line of descent."""
+    every = history(run, branch)
+    for checkpoint in every:
+        if checkpoint.step == step:
+            return checkpoint
+    steps = ", ".join(str(checkpoint.step) for checkpoint in every) or "none"
+    raise NpoError(
+        f"{run.root} has no complete checkpoint of step {step} on branch {branch}; it has steps: {steps}",
+        f"choose one of these, or see npo index {run.root}",
+    )
+
+
+def newest_anchor(run: RunDir, branch: str) -> Checkpoint:
+    """The checkpoint from which the branch goes on: its own newest anchor, or the one it left its parent at."""
+    fork_step = descent(run, branch)[-1].from_step
+    anchors = [found for found in history(run, branch) if found.tier == "anchor" and found.step >= fork_step]
+    if not anchors:
+        raise NpoError(
+            f"branch {branch} of {run.root} has no complete checkpoint with a training state to go on from",
+            f"see npo index {run.root}; start again in a new folder with npo train",
+        )
+    return anchors[-1]

@@ -1,0 +1,189 @@
+"""Bytes on disk: JSON in its one spelling, whole-file replacement, syncing, and the full disk.
+
+Knows no layout: which file lies where is `paths.py`. JSON here is ASCII, without blanks, keys in the order
+given, and never holds NaN or infinity (JSON has no such numbers): such a value is dropped and named.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from npo_cli.errors import NpoError, RunFailed
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+HASH_BLOCK_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+
+def now_utc(*, fine: bool = False) -> str:
+    """The time, ISO 8601 in UTC to the second (`fine`: microsecond): `2026-11-23T07:30:00+00:00`."""
+    return datetime.now(UTC).isoformat(timespec="microseconds" if fine else "seconds")
+
+
+def row_of(record: object) -> dict[str, Any]:
+    """A record's fields, or a mapping's items, as one flat dict; nested records become dicts too."""
+    if is_dataclass(record):
+        return {spec.name: _plain(getattr(record, spec.name)) for spec in fields(record)}
+    assert isinstance(record, Mapping), f"neither a record nor a mapping: {type(record)}"
+    return {str(name): _plain(value) for name, value in record.items()}
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) or isinstance(value, Mapping):
+        return row_of(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def encode(record: object) -> str:
+    """One line of JSON without its newline. Non-finite numbers leave, their dotted names enter `dropped`.
+
+    In a list the place is kept and holds null. A record without such numbers has no `dropped`.
+    """
+    row = row_of(record)
+    dropped: list[str] = []
+    finite = _finite(row, "", dropped)
+    if dropped:
+        finite["dropped"] = dropped
+    return json.dumps(finite, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+
+
+def _finite(value: Any, name: str, dropped: list[str]) -> Any:
+    """The same value without NaN and infinity; the names of those go to `dropped`."""
+    if isinstance(value, dict):
+        kept = {}
+        for key, item in value.items():
+            inner = f"{name}.{key}" if name else key
+            if isinstance(item, float) and not math.isfinite(item):
+                dropped.append(inner)
+            else:
+                kept[key] = _finite(item, inner, dropped)
+        return kept
+    if isinstance(value, list):
+        return [_finite(item, f"{name}[{place}]", dropped) for place, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        dropped.append(name)
+        return None
+    return value
+
+
+def build(kind: type[T], row: Mapping[str, Any], source: Path) -> T:
+    """A record from a row of `source`: unknown fields are ignored, a dropped number reads as NaN."""
+    known = {spec.name for spec in fields(kind)}  # type: ignore[arg-type]
+    values = {name: value for name, value in row.items() if name in known}
+    values |= {name: math.nan for name in row.get("dropped", ()) if name in known}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise NpoError(f"{source}: not a {kind.__name__}: {error}", "restore the file from a copy") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a whole-file JSON document; anything else is a user's error that names the file."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise NpoError(f"{path} is damaged: {error}", "restore it from a copy of the run directory") from error
+    if not isinstance(found, dict):
+        raise NpoError(f"{path} is damaged: it holds no JSON object", "restore it from a copy of the run directory")
+    return found
+
+
+def write_json_atomic(path: Path, document: object) -> None:
+    """Replace a JSON document whole: a reader sees the old one or the new one. Indented by one blank."""
+    finite = json.loads(encode(document))
+    write_text_atomic(path, json.dumps(finite, ensure_ascii=True, indent=1, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a hidden neighbour, sync it, rename it over `path`, sync the folder."""
+    with full_disk_explained(path):
+        make_folder(path.parent)
+        handle, hidden = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(text.encode("utf-8"))
+                file.flush()
+                os.fchmod(file.fileno(), 0o644)
+                os.fsync(file.fileno())
+            os.replace(hidden, path)
+        except BaseException:
+            Path(hidden).unlink(missing_ok=True)
+            raise
+        sync_path(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it, each name synced into its parent."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_path(folder.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Force a file, or the names in a folder, down to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    summed = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            summed.update(block)
+    return summed.hexdigest()
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room. safetensors reports it as its own error, with the number in the text."""
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    said = str(error)
+    return any(f"os error {number}" in said or f"code: {number}," in said for number in FULL_DISK)
+
+
+@contextmanager
+def full_disk_explained(path: Path) -> Iterator[None]:
+    """Turn a full disk into the one error a user is meant to read; other errors pass unchanged."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise RunFailed(
+            f"no room left to write {path}; everything saved before is intact",
+            "free some disk space, then go on with `npo resume` on this run directory",
+        ) from error
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """Refuse to begin a write of `num_bytes` bytes that the file system under `path` cannot hold."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise RunFailed(
+            f"{path} needs {num_bytes / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB left",
+            "free some disk space or lower train.keep_anchors and train.keep_guides, then go on with `npo resume`",
+        )

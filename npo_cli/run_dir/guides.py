@@ -1,0 +1,180 @@
+"""Guide caches: the verified-correct trajectories of one later checkpoint, and every prompt it was asked.
+
+guide.json is replaced whole, at birth and when the cache is finished; the two journals beside it only grow, so
+sampling that was interrupted goes on where it stopped. An unfinished cache is never used for training.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from npo_cli.errors import NpoError
+from npo_cli.records import GuideInfo, GuideTrajectory
+from npo_cli.run_dir.files import build, make_folder, read_json, row_of, write_json_atomic
+from npo_cli.run_dir.journal import Journal, Outcome
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.run_dir.rollouts import exact_float32, shortest_float32
+
+PROGRESS = ("num_prompts", "num_found", "num_samples", "num_tokens", "complete")
+"""Fields of GuideInfo that sampling fills; the others say what the cache is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """One prompt that the guide was asked."""
+
+    prompt_id: str
+    num_sampled: int
+    num_correct: int
+    num_tokens: int
+    """Tokens generated."""
+
+
+@dataclass(slots=True)
+class GuideStore:
+    """An unfinished cache, open for writing."""
+
+    folder: Path
+    _asked: Journal = field(init=False)
+    _trajectories: Journal = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._asked = Journal(asked_path(self.folder))
+        self._trajectories = Journal(trajectories_path(self.folder))
+
+    def add_trajectory(self, trajectory: GuideTrajectory) -> Outcome:
+        """Keep one trajectory. Write it before `add_asked` of its prompt: asked means wholly dealt with."""
+        row = row_of(trajectory) | {"behavior_logps": shortest_float32(trajectory.behavior_logps)}
+        return self._trajectories.append_once(row, "prompt_id")
+
+    def add_asked(self, asked: Asked) -> Outcome:
+        """Note that a prompt was dealt with, whether or not a trajectory was found."""
+        return self._asked.append_once(asked, "prompt_id")
+
+    def asked(self) -> dict[str, Asked]:
+        """Prompts already dealt with, by prompt id."""
+        return read_asked(self.folder)
+
+    def trajectories(self) -> dict[str, GuideTrajectory]:
+        """Trajectories found so far, by prompt id."""
+        return read_trajectories(self.folder)
+
+    def sync(self) -> None:
+        """Force both journals down to the disk, the trajectories first."""
+        self._trajectories.sync()
+        self._asked.sync()
+
+
+def info_path(folder: Path) -> Path:
+    """What the cache is and how far it is."""
+    return folder / "guide.json"
+
+
+def asked_path(folder: Path) -> Path:
+    """One line a prompt asked."""
+    return folder / "asked.jsonl"
+
+
+def trajectories_path(folder: Path) -> Path:
+    """One line a prompt solved."""
+    return folder / "trajectories.jsonl"
+
+
+def new_guide(run: RunDir, info: GuideInfo) -> GuideStore:
+    """Open a cache for writing: a new one, or an unfinished one of the same identity, which goes on.
+
+    Any other cache of that name is a user's error. Identity: every field but the counts and `complete`.
+    """
+    folder = run.guide_folder(info.name)
+    if not info_path(folder).exists():
+        make_folder(folder)
+        write_json_atomic(info_path(folder), replace(info, complete=False))
+        return GuideStore(folder)
+    there = read_info(folder)
+    if there.complete:
+        raise NpoError(
+            f"{run.root} already has a finished guide {info.name!r} (step {there.guide_step} for step {there.at_step})",
+            "choose another name with --name, or use it: npo resume RUN --at STEP --guide NAME",
+        )
+    other = [name for name, value in identity(info).items() if identity(there)[name] != value]
+    if other:
+        raise NpoError(
+            f"{run.root} has an unfinished guide {info.name!r} with another {', '.join(other)}",
+            "choose another name with --name, or ask for the same guide again to finish it",
+        )
+    return GuideStore(folder)
+
+
+def identity(info: GuideInfo) -> dict[str, object]:
+    """What tells one cache from another: its fields without the counts."""
+    return {name: value for name, value in asdict(info).items() if name not in PROGRESS}
+
+
+def finish_guide(run: RunDir, info: GuideInfo) -> GuideInfo:
+    """Declare a cache complete, with its counts taken from its journals, and return what was written."""
+    folder = run.guide_folder(info.name)
+    store = GuideStore(folder)
+    store.sync()
+    every = store.asked().values()
+    done = replace(
+        info,
+        num_prompts=len(every),
+        num_found=len(store.trajectories()),
+        num_samples=sum(asked.num_sampled for asked in every),
+        num_tokens=sum(asked.num_tokens for asked in every),
+        complete=True,
+    )
+    write_json_atomic(info_path(folder), done)
+    return done
+
+
+def read_info(folder: Path) -> GuideInfo:
+    """guide.json of a cache."""
+    return build(GuideInfo, read_json(info_path(folder)), info_path(folder))
+
+
+def read_asked(folder: Path) -> dict[str, Asked]:
+    """Prompts that were asked, by prompt id."""
+    path = asked_path(folder)
+    return {row["prompt_id"]: build(Asked, row, path) for row in Journal(path).records()}
+
+
+def read_trajectories(folder: Path) -> dict[str, GuideTrajectory]:
+    """Trajectories kept, by prompt id."""
+    path = trajectories_path(folder)
+    found = [build(GuideTrajectory, row, path) for row in Journal(path).records()]
+    return {
+        kept.prompt_id: replace(
+            kept, response_ids=tuple(kept.response_ids), behavior_logps=exact_float32(kept.behavior_logps)
+        )
+        for kept in found
+    }
+
+
+def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, dict[str, GuideTrajectory]]:
+    """A finished cache of this run, ready for training: what it is, and its trajectories by prompt id."""
+    folder = run.guide_folder(name)
+    if not info_path(folder).exists():
+        names = ", ".join(info.name for info in list_guides(run)) or "none"
+        raise NpoError(
+            f"{run.root} has no guide {name!r}; it has: {names}",
+            "make one: npo sample-guide RUN --guide STEP --at STEP",
+        )
+    info = read_info(folder)
+    if info.run_id != run.run_id:
+        raise NpoError(
+            f"guide {name!r} was made in another run ({info.run_id}), not in {run.root} ({run.run_id})",
+            "make one here: npo sample-guide RUN --guide STEP --at STEP",
+        )
+    if not info.complete:
+        raise NpoError(
+            f"guide {name!r} of {run.root} is unfinished",
+            f"finish it: npo sample-guide {run.root} --guide {info.guide_step} --at {info.at_step} --name {name}",
+        )
+    return info, read_trajectories(folder)
+
+
+def list_guides(run: RunDir) -> list[GuideInfo]:
+    """Every cache by name, unfinished ones included."""
+    if not run.guides_folder.is_dir():
+        return []
+    return [read_info(folder) for folder in sorted(run.guides_folder.iterdir()) if info_path(folder).exists()]

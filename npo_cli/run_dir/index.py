@@ -1,0 +1,120 @@
+"""The table of a run's checkpoints. Everything in it can be made again from the other files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport
+from npo_cli.run_dir.checkpoints import PARTIAL
+from npo_cli.run_dir.files import row_of, write_json_atomic
+from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.lineage import birth_segment, branches, owner_of
+from npo_cli.run_dir.manifests import has_whole_anchor, has_whole_weights, read_manifest
+from npo_cli.run_dir.paths import RunDir, step_of
+from npo_cli.run_dir.scores import all_scores, evals
+
+Place = tuple[str, int]
+"""Branch and step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What the journals and scorings say of checkpoints, by place."""
+
+    scores: dict[Place, tuple[int, CheckpointScore]]
+    """Step of the learner, and the newest score for it."""
+    evals: dict[Place, EvalReport]
+    """The evaluation with the most samples."""
+
+
+def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
+    """Every checkpoint, incomplete ones included, by branch and step; saved as index.json.
+
+    `verify` compares the sha256 of every file, not only its size.
+    """
+    known = Known(scores=newest_scores(run), evals=best_evals(run))
+    entries = []
+    for branch in branches(run):
+        measured = {row.get("step"): row for row in Journal(run.metrics_path(branch)).records()}
+        parent = _birthplace(run, branch)
+        for step, folder in checkpoint_folders(run.checkpoints_folder(branch)):
+            fields = _on_disk(run, folder, verify=verify) | _measurements((branch, step), measured.get(step, {}), known)
+            entries.append(CheckpointEntry(branch=branch, step=step, parent=parent, **fields))
+            if fields["complete"]:
+                parent = f"{branch}:{step}"
+    write_json_atomic(run.index_path, {"checkpoints": [row_of(entry) for entry in entries]})
+    return entries
+
+
+def checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
+    """Folders of a branch that are a checkpoint or were to become one, by step."""
+    found = []
+    for folder in home.iterdir() if home.is_dir() else ():
+        hidden = folder.name.startswith(".") and folder.name.endswith(PARTIAL)
+        step = step_of(folder.name[1 : -len(PARTIAL)] if hidden else folder.name)
+        if step is not None:
+            found.append((step, folder))
+    return sorted(found)
+
+
+def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
+    """Fields of an entry that the folder itself answers."""
+    complete = not folder.name.startswith(".") and has_whole_weights(folder, deep=verify)
+    return {
+        "tier": "anchor" if has_whole_anchor(folder, deep=verify) else "guide",
+        "size_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "complete": complete,
+        "digest": _digest(folder) if complete else None,
+        "path": folder.relative_to(run.root).as_posix(),
+    }
+
+
+def _digest(folder: Path) -> str | None:
+    return read_manifest(folder).get("digest")
+
+
+def _measurements(place: Place, measured: dict[str, Any], known: Known) -> dict[str, Any]:
+    """Fields of an entry that were measured: by the step itself, by evaluations and by scorings."""
+    report = known.evals.get(place)
+    at, score = known.scores.get(place, (None, None))
+    return {
+        "reward": measured.get("reward"),
+        "entropy": measured.get("entropy"),
+        "accuracy": report.accuracy if report else None,
+        "quality": score.quality if score else None,
+        "variance": score.variance if score else None,
+        "signal": score.signal if score else None,
+        "scored_for": at,
+    }
+
+
+def _birthplace(run: RunDir, branch: str) -> str | None:
+    """The checkpoint that a branch left; None for the first branch."""
+    born = birth_segment(run, branch)
+    if born.parent is None:
+        return None
+    return f"{owner_of(run, born.parent, born.fork_step)}:{born.fork_step}"
+
+
+def newest_scores(run: RunDir) -> dict[Place, tuple[int, CheckpointScore]]:
+    """The newest score of every candidate ever scored, with the learner's step."""
+    newest: dict[Place, tuple[int, CheckpointScore]] = {}
+    for answer in all_scores(run):
+        for score in answer.scores:
+            newest[owner_of(run, answer.branch, score.step), score.step] = (answer.at, score)
+    return newest
+
+
+def best_evals(run: RunDir) -> dict[Place, EvalReport]:
+    """The evaluation with the most samples of every checkpoint evaluated; of equals the newest."""
+    best: dict[Place, EvalReport] = {}
+    for report in evals(run):
+        place = (report.branch, report.step)
+        if place not in best or num_drawn(report) >= num_drawn(best[place]):
+            best[place] = report
+    return best
+
+
+def num_drawn(report: EvalReport) -> int:
+    """Responses behind an evaluation."""
+    return report.num_prompts * report.num_samples

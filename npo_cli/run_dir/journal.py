@@ -1,0 +1,162 @@
+"""Files of JSON lines that only grow. A line is whole when its newline is on the disk.
+
+Readers ignore a torn tail (a last line without newline or without valid JSON, left by a dead writer); a writer
+cuts it off before its first line. Nothing else in a journal is ever changed. One writer at a time: see `lock.py`.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from npo_cli.errors import NpoError
+from npo_cli.run_dir.files import encode, full_disk_explained, make_folder, sync_path
+
+Outcome = Literal["written", "same", "differs"]
+Key = str | tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Journal:
+    """One file of JSON lines. A missing file reads as empty; the first write makes it and mends its tail."""
+
+    path: Path
+    _repaired: bool = field(default=False, init=False)
+    _held: dict[Key, dict[tuple[object, ...], str]] = field(default_factory=dict, init=False)
+    """Lines already there by the values of their key, for each key that `append_once` was asked for."""
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Every whole line, oldest first."""
+        for _, row in whole_lines(self.path):
+            yield row
+
+    def last(self) -> dict[str, Any] | None:
+        """The newest whole line; None in an empty journal."""
+        newest = deque(self.records(), maxlen=1)
+        return newest[0] if newest else None
+
+    def append(self, record: object) -> None:
+        """Add one line. Called without `sync`, it survives a killed process but perhaps not a power cut."""
+        line = encode(record)
+        self._write([line])
+        self._held.clear()
+
+    def append_once(self, record: object, key: Key = "step") -> Outcome:
+        """Add a line unless one with the same key is there: then compare the two, and write nothing.
+
+        Resuming executes again what came after the last checkpoint; `differs` says that it was not repeated exactly.
+        """
+        line = encode(record)
+        held = self._lines_by(key)
+        place = _key_of(json.loads(line), key)
+        if place in held:
+            return "same" if held[place] == line else "differs"
+        self._write([line])
+        held[place] = line
+        return "written"
+
+    def extend(self, records: list[object]) -> None:
+        """Add several lines in one write."""
+        self._write([encode(record) for record in records])
+        self._held.clear()
+
+    def repair(self) -> int:
+        """Cut off a torn tail; returns the number of bytes removed."""
+        self._repaired = True
+        if not self.path.exists():
+            return 0
+        whole, size = whole_size(self.path), self.path.stat().st_size
+        if whole < size:
+            os.truncate(self.path, whole)
+            sync_path(self.path)
+        return size - whole
+
+    def sync(self) -> None:
+        """Force every line down to the disk."""
+        if self.path.exists():
+            with full_disk_explained(self.path):
+                sync_path(self.path)
+
+    def _lines_by(self, key: Key) -> dict[tuple[object, ...], str]:
+        if not self._repaired:
+            self.repair()
+        if key not in self._held:
+            self._held[key] = {_key_of(row, key): line for line, row in whole_lines(self.path)}
+        return self._held[key]
+
+    def _write(self, lines: list[str]) -> None:
+        if not self._repaired:
+            self.repair()
+        with full_disk_explained(self.path):
+            make_folder(self.path.parent)
+            append_bytes(self.path, "".join(line + "\n" for line in lines).encode("ascii"))
+
+
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add bytes at the end of a file: all of them, or, when the disk is full, none."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        before = os.fstat(handle).st_size
+        try:
+            while data:
+                data = data[os.write(handle, data) :]
+        except OSError:
+            # What cannot be taken back is a torn tail, which the next writer cuts off.
+            with suppress(OSError):
+                os.ftruncate(handle, before)
+            raise
+    finally:
+        os.close(handle)
+
+
+def whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line with the object in it. Damage before the last line is an error that names the line."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        broken_at: int | None = None
+        for number, line in enumerate(file, start=1):
+            if broken_at is not None:
+                raise NpoError(
+                    f"{path}, line {broken_at}: not a JSON object",
+                    "restore the file from a copy, or remove that line by hand",
+                )
+            row = parsed(line)
+            if row is None:
+                broken_at = number
+            else:
+                yield line[:-1].decode("utf-8"), row
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The object in one line with its newline; None where the line is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def whole_size(path: Path, *, start: int = 0) -> int:
+    """Bytes up to and including the last whole line, looking from the line at `start` on.
+
+    Only the last line is doubted, as only it can be torn.
+    """
+    size = last_start = start
+    last = b""
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            last_start, last = size, line
+            size += len(line)
+    return size if not last or parsed(last) is not None else last_start
+
+
+def _key_of(row: dict[str, Any], key: Key) -> tuple[object, ...]:
+    return tuple(row.get(name) for name in ((key,) if isinstance(key, str) else key))

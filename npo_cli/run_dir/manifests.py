@@ -1,0 +1,89 @@
+"""What a whole checkpoint is: a folder whose manifest lists every file with its size and sha256.
+
+A checkpoint has two parts with a manifest each: the weights (`npo.json`, every file of the folder itself) and,
+in an anchor, the training state (`anchor/npo_anchor.json`, every file under `anchor/`).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from npo_cli.errors import NpoError
+from npo_cli.run_dir.files import now_utc, read_json, sha256_of, sync_path, write_json_atomic
+
+MANIFEST = "npo.json"
+ANCHOR = "anchor"
+ANCHOR_MANIFEST = "npo_anchor.json"
+WEIGHTS_SUFFIX = ".safetensors"
+
+
+def sign_checkpoint(folder: Path, *, branch: str, step: int) -> None:
+    """Sync every file of a checkpoint and write its manifests, the anchor's first."""
+    anchor = folder / ANCHOR
+    if anchor.is_dir():
+        _sign(anchor, ANCHOR_MANIFEST, {"step": step, "branch": branch})
+    files = _sign(folder, MANIFEST, {"step": step, "branch": branch})
+    assert any(name.endswith(WEIGHTS_SUFFIX) for name in files), f"no weights were saved in {folder}"
+
+
+def _sign(folder: Path, manifest: str, head: Mapping[str, Any]) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    for path in part_files(folder, manifest):
+        sync_path(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    tail = {"digest": weights_digest(files)} if manifest == MANIFEST else {}
+    write_json_atomic(folder / manifest, {**head, "files": files, **tail, "saved": now_utc()})
+    for inner in sorted({path.parent for path in part_files(folder, manifest)}):
+        sync_path(inner)
+    return files
+
+
+def part_files(folder: Path, manifest: str) -> list[Path]:
+    """The files that a manifest speaks for, sorted: all but the manifest itself, hidden ones and `anchor/`."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if path.is_file() and not hidden and parts != (manifest,) and parts[0] != ANCHOR:
+            found.append(path)
+    return found
+
+
+def weights_digest(files: Mapping[str, Any]) -> str:
+    """Identity of the weights: sha256 over `<sha256>  <name>` lines of the weights files in name order.
+
+    The same as `LC_ALL=C sha256sum *.safetensors | sha256sum` in the checkpoint's folder.
+    """
+    names = sorted(name for name in files if name.endswith(WEIGHTS_SUFFIX) and "/" not in name)
+    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode("utf-8")).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint's weights."""
+    return read_json(folder / MANIFEST)
+
+
+def has_whole_weights(folder: Path, *, deep: bool = False) -> bool:
+    """Every file of the weights part is there with its size; `deep` compares the sha256 sums too."""
+    return _agrees(folder, MANIFEST, deep=deep)
+
+
+def has_whole_anchor(folder: Path, *, deep: bool = False) -> bool:
+    """The folder holds a training state and every file of it is there; `deep` compares the sha256 sums too."""
+    return _agrees(folder / ANCHOR, ANCHOR_MANIFEST, deep=deep)
+
+
+def _agrees(folder: Path, manifest: str, *, deep: bool) -> bool:
+    try:
+        files = read_json(folder / manifest)["files"]
+        return all(_file_agrees(folder / name, said, deep=deep) for name, said in files.items())
+    except (NpoError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _file_agrees(path: Path, said: Mapping[str, Any], *, deep: bool) -> bool:
+    if not path.is_file() or path.stat().st_size != said["size"]:
+        return False
+    return not deep or sha256_of(path) == said["sha256"]

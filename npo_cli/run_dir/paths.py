@@ -1,0 +1,279 @@
+"""Where everything lies in a run directory, how one is born and how one is opened. FORMAT.md is the contract.
+
+A run directory is known by `npo_run.json`, which is written last at birth. This file knows names, not contents:
+the rooms' other files say what each journal holds.
+"""
+
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from npo_cli.errors import NpoError
+from npo_cli.run_dir.files import full_disk_explained, now_utc, read_json, write_json_atomic, write_text_atomic
+
+FORMAT = 1
+FIRST_BRANCH = "main"
+BIRTH_FILE = "npo_run.json"
+RECIPE_FILE = "recipe.yaml"
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+STEP_FOLDER = re.compile(r"step_(\d{6,})")
+
+
+def step_name(step: int) -> str:
+    """`step_000120`: padded to six digits, so that names sort like steps (up to 999,999)."""
+    assert step >= 0, f"no step {step}"
+    return f"step_{step:06d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step a folder is named after; None for any other name, hidden ones included."""
+    found = STEP_FOLDER.fullmatch(name)
+    return int(found.group(1)) if found and step_name(int(found.group(1))) == name else None
+
+
+def valid_name(name: str) -> str:
+    """The name itself, if a guide or branch may carry it: 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot."""
+    if not NAME.fullmatch(name):
+        raise NpoError(
+            f"{name!r} cannot name a guide or a branch",
+            "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.'",
+        )
+    return name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Birth:
+    """What `npo_run.json` says."""
+
+    format: int
+    run_id: str
+    """uuid4, 32 hexadecimal digits."""
+    created: str
+    """ISO 8601, UTC."""
+    npo_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """A run directory: every path in it has its name here."""
+
+    root: Path
+
+    @property
+    def birth(self) -> Birth:
+        """The run's passport, read anew."""
+        return read_birth(self.root)
+
+    @property
+    def run_id(self) -> str:
+        """uuid4 of the run, 32 hexadecimal digits: ties a guide cache to its run."""
+        return self.birth.run_id
+
+    @property
+    def lock_path(self) -> Path:
+        """Locked by the one writer; its content means nothing."""
+        return self.root / ".lock"
+
+    @property
+    def holder_path(self) -> Path:
+        """Who holds the lock, for the error message of the next one."""
+        return self.root / ".lock_holder.json"
+
+    @property
+    def segments_path(self) -> Path:
+        """The lineage."""
+        return self.root / "segments.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        """What happened and when."""
+        return self.root / "events.jsonl"
+
+    @property
+    def evals_path(self) -> Path:
+        """Held-out evaluations."""
+        return self.root / "evals.jsonl"
+
+    @property
+    def index_path(self) -> Path:
+        """The table of checkpoints; can be made again."""
+        return self.root / "index.json"
+
+    @property
+    def branches_folder(self) -> Path:
+        """One folder a branch."""
+        return self.root / "branches"
+
+    @property
+    def guides_folder(self) -> Path:
+        """One folder a guide cache."""
+        return self.root / "guides"
+
+    @property
+    def scores_folder(self) -> Path:
+        """One folder a scoring."""
+        return self.root / "scores"
+
+    def branch_folder(self, branch: str) -> Path:
+        """Everything one branch wrote."""
+        return self.branches_folder / valid_name(branch)
+
+    def recipe_path(self, branch: str | None = None) -> Path:
+        """The recipe in force on a branch; without one, the recipe of the run's birth."""
+        return (self.root if branch is None else self.branch_folder(branch)) / RECIPE_FILE
+
+    def metrics_path(self, branch: str) -> Path:
+        """Measurements a step: a function of the seed."""
+        return self.branch_folder(branch) / "metrics.jsonl"
+
+    def timings_path(self, branch: str) -> Path:
+        """Wall clock a step."""
+        return self.branch_folder(branch) / "timings.jsonl"
+
+    def rollouts_path(self, branch: str) -> Path:
+        """Every group of every step."""
+        return self.branch_folder(branch) / "rollouts.jsonl"
+
+    def checkpoints_folder(self, branch: str) -> Path:
+        """One folder a checkpoint."""
+        return self.branch_folder(branch) / "checkpoints"
+
+    def checkpoint_folder(self, branch: str, step: int) -> Path:
+        """The final name of one checkpoint, whether it exists or not."""
+        return self.checkpoints_folder(branch) / step_name(step)
+
+    def guide_folder(self, name: str) -> Path:
+        """One guide cache."""
+        return self.guides_folder / valid_name(name)
+
+    def score_folder(self, branch: str, at: int, *, key: str) -> Path:
+        """One scoring of the guides of one learner; `key` tells scorings with other settings apart."""
+        return self.scores_folder / f"{valid_name(branch)}_{step_name(at)}_{key}"
+
+    def recipe(self, branch: str | None = None) -> dict[str, Any]:
+        """The resolved recipe of a branch (of the run's birth without one), as plain data."""
+        return read_recipe(self.recipe_path(branch))
+
+    def save_recipe(self, branch: str, recipe: Mapping[str, Any]) -> None:
+        """Replace the recipe in force on a branch."""
+        write_text_atomic(self.recipe_path(branch), recipe_text(recipe))
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """A recipe as YAML, sections and keys in the order given."""
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe saved in `path`."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise NpoError(f"{path} is damaged: {detail}", "restore it from a copy of the run directory") from error
+    if not isinstance(found, dict):
+        raise NpoError(f"{path} is damaged: it holds no mapping", "restore it from a copy of the run directory")
+    return found
+
+
+def read_birth(root: Path) -> Birth:
+    """`npo_run.json`, checked: absent, damaged and from-the-future each have their own words."""
+    path = root / BIRTH_FILE
+    if not path.is_file():
+        raise NpoError(
+            f"{root} is not a run directory: it has no {BIRTH_FILE}", "start one: npo train RECIPE --run DIR"
+        )
+    found = read_json(path)
+    version = found.get("format")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise NpoError(f"{path} is damaged: format is {version!r}", "restore it from a copy of the run directory")
+    if version > FORMAT:
+        raise NpoError(
+            f"{root} was written by npo {found.get('npo_version', '?')} in run format {version}; "
+            f"this npo reads formats up to {FORMAT}",
+            "open it with a newer npo: pip install --upgrade npo-cli",
+        )
+    known = {name: found.get(name) for name in ("run_id", "created", "npo_version")}
+    for name, value in known.items():
+        if not isinstance(value, str):
+            raise NpoError(f"{path} is damaged: {name} is {value!r}", "restore it from a copy of the run directory")
+    return Birth(format=version, **known)  # type: ignore[arg-type]
+
+
+def open_run(root: Path) -> RunDir:
+    """An existing run directory of a format this program reads."""
+    root = Path(root)
+    if not root.exists():
+        raise NpoError(f"there is no run directory {root}", f"start one: npo train RECIPE --run {root}")
+    read_birth(root)
+    return RunDir(root)
+
+
+def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> RunDir:
+    """A new run directory in a new or empty folder; on failure nothing is left behind."""
+    root = Path(root)
+    refuse_used(root)
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        with full_disk_explained(root):
+            _give_birth(root, recipe, npo_version=npo_version)
+    except BaseException as error:
+        _undo(root, made, taken=isinstance(error, FileExistsError))
+        if isinstance(error, FileExistsError):
+            raise used_directory(root) from error
+        if isinstance(error, OSError):
+            raise NpoError(f"cannot make {root}: {error.strerror}", "name another folder with --run") from error
+        raise
+    return RunDir(root)
+
+
+def _give_birth(root: Path, recipe: Mapping[str, Any], *, npo_version: str) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    # Two births in one empty folder: the exclusive mode lets one of them pass.
+    with (root / RECIPE_FILE).open("x", encoding="utf-8") as file:
+        file.write(recipe_text(recipe))
+    run = RunDir(root)
+    run.save_recipe(FIRST_BRANCH, recipe)
+    birth = Birth(format=FORMAT, run_id=uuid.uuid4().hex, created=now_utc(), npo_version=npo_version)
+    write_json_atomic(root / BIRTH_FILE, birth)
+
+
+def _undo(root: Path, made: list[Path], *, taken: bool) -> None:
+    """Remove what a failed birth made: nothing where another birth took the folder."""
+    if taken:
+        return
+    if root.is_dir():
+        for name in (BIRTH_FILE, RECIPE_FILE):
+            (root / name).unlink(missing_ok=True)
+        shutil.rmtree(root / "branches", ignore_errors=True)
+    for folder in made:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def refuse_used(root: Path) -> None:
+    """A folder with anything in it never becomes a new run."""
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise used_directory(root)
+
+
+def used_directory(root: Path) -> NpoError:
+    """The words for a folder that cannot become a run."""
+    if (root / BIRTH_FILE).exists():
+        return NpoError(
+            f"{root} already holds a run", f"go on with it: npo resume {root}, or name a new folder: --run DIR"
+        )
+    if not root.is_dir():
+        return NpoError(f"{root} is a file, not a folder", "name a new folder with --run")
+    return NpoError(
+        f"{root} is not empty and holds no run",
+        "name a new or empty folder with --run (npo resume goes on with an existing run)",
+    )

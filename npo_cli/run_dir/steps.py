@@ -1,0 +1,42 @@
+"""What a step leaves besides its rollouts: measurements, which the seed alone decides, wall clock, and events."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from npo_cli.records import StepReport
+from npo_cli.run_dir.files import now_utc
+from npo_cli.run_dir.journal import Journal, Outcome
+from npo_cli.run_dir.paths import RunDir
+
+
+def metrics_row(report: StepReport) -> dict[str, Any]:
+    """The line of metrics.jsonl: step and branch, then every measurement under its own name."""
+    return {"step": report.step, "branch": report.branch, **report.metrics}
+
+
+def timings_row(report: StepReport) -> dict[str, Any]:
+    """The line of timings.jsonl. It has a time of day, so a step done again has a line of its own."""
+    return {"step": report.step, "branch": report.branch, "time": now_utc(), **report.timings}
+
+
+def append_event(run: RunDir, kind: str, details: Mapping[str, Any]) -> None:
+    """Note that something happened: `kind` is one word such as `resumed`, `differs`, `rolled_back`."""
+    Journal(run.events_path).append({"time": now_utc(), "kind": kind, **details})
+
+
+class StepJournals:
+    """metrics.jsonl and timings.jsonl of one branch, held open for a stretch of training."""
+
+    def __init__(self, run: RunDir, branch: str) -> None:
+        self.metrics = Journal(run.metrics_path(branch))
+        self.timings = Journal(run.timings_path(branch))
+
+    def write(self, report: StepReport) -> Outcome:
+        """Add one step. `differs`: the step was there with other measurements, which were kept."""
+        self.timings.append(timings_row(report))
+        return self.metrics.append_once(metrics_row(report))
+
+    def sync(self) -> None:
+        """Force both down to the disk."""
+        self.metrics.sync()
+        self.timings.sync()

@@ -1,0 +1,106 @@
+"""What two arms of one run cost for what they reached: by index, by optimiser steps, by tokens.
+
+An arm is a branch. A replayed branch is charged with everything it needed: its parent up to the later of fork and
+guide, the scoring of its learner, the guide's samples, and its own steps. Held-out evaluation is charged to nobody.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from npo_cli.records import Crossing, CurvePoint, Segment
+from npo_cli.run_dir.guides import load_guide
+from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.lineage import birth_segment, descent
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.run_dir.scores import evals, scorings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What an arm had spent."""
+
+    steps: int
+    tokens: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(steps=self.steps + other.steps, tokens=self.tokens + other.tokens)
+
+
+def cost_at(run: RunDir, branch: str, step: int) -> Cost:
+    """Everything spent for the branch to stand at `step`."""
+    born = birth_segment(run, branch)
+    if born.parent is None:
+        return own_cost(run, branch, after=0, until=step)
+    if step <= born.fork_step:
+        return cost_at(run, born.parent, step)
+    return entry_cost(run, born) + own_cost(run, branch, after=born.fork_step, until=step)
+
+
+def entry_cost(run: RunDir, born: Segment) -> Cost:
+    """What a replay had cost before its first step."""
+    if born.guide is None:
+        return cost_at(run, born.parent or born.branch, born.fork_step)
+    info, _ = load_guide(run, born.guide)
+    scout = cost_at(run, info.branch, max(born.fork_step, info.guide_step))
+    scored = sum(
+        len(row["response_ids"])
+        for scoring in scorings(run)
+        if (scoring.branch, scoring.at) == (info.branch, info.at_step)
+        for row in scoring.samples.records()
+    )
+    return scout + Cost(steps=0, tokens=info.num_tokens + scored)
+
+
+def own_cost(run: RunDir, branch: str, *, after: int, until: int) -> Cost:
+    """Steps and generated tokens of one branch in (after, until]."""
+    lines = [line for line in Journal(run.metrics_path(branch)).records() if after < line["step"] <= until]
+    return Cost(steps=len(lines), tokens=sum(int(line["tokens"]) for line in lines))
+
+
+def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
+    """Held-out accuracy along the branch's line of descent, with its costs."""
+    line = descent(run, branch)
+    seen = {}
+    for report in evals(run):
+        if any(stretch.branch == report.branch and stretch.owns(report.step) for stretch in line):
+            seen[report.step] = report
+    entropies = {
+        row["step"]: row["entropy"]
+        for stretch in line
+        for row in Journal(run.metrics_path(stretch.branch)).records()
+        if stretch.owns(row["step"])
+    }
+    points = []
+    for step, report in sorted(seen.items()):
+        cost = cost_at(run, branch, step)
+        points.append(
+            CurvePoint(
+                arm=arm,
+                step=step,
+                total_steps=cost.steps,
+                total_tokens=cost.tokens,
+                accuracy=report.accuracy,
+                entropy=entropies.get(step),
+            )
+        )
+    return points
+
+
+def crossing(points: Sequence[CurvePoint], threshold: float) -> Crossing:
+    """The first evaluation at which the mean of it and its two neighbours reaches the threshold.
+
+    The ends have one neighbour. None in every field where the curve ends below: censored, not infinite.
+    """
+    accuracies = [point.accuracy for point in points]
+    for place, point in enumerate(points):
+        near = accuracies[max(0, place - 1) : place + 2]
+        if sum(near) / len(near) >= threshold:
+            return Crossing(
+                arm=point.arm,
+                threshold=threshold,
+                step=point.step,
+                total_steps=point.total_steps,
+                total_tokens=point.total_tokens,
+            )
+    arm = points[0].arm if points else ""
+    return Crossing(arm=arm, threshold=threshold, step=None, total_steps=None, total_tokens=None)

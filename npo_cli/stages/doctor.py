@@ -1,0 +1,148 @@
+"""`npo doctor`: what this machine can run. It looks, changes nothing and needs no network.
+
+Which versions are right is read from the package's own requirements, so it is said in one place.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from npo_cli.loading import recipe_names
+from npo_cli.report.lines import Check
+from npo_cli.report.tables import size
+
+NEEDED_MEMORY = 1_000_000_000
+NEEDED_DISK = 1_000_000_000
+NOT_FOR_USERS = {"test", "dev"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What the package asks for."""
+
+    python: str
+    requirements: tuple[Requirement, ...]
+    """Those of an extra carry a marker that names it."""
+
+
+def examine() -> list[Check]:
+    """Every check, the needed parts first."""
+    wanted = wanted_parts()
+    return [
+        python_check(wanted.python),
+        *(package_check(requirement) for requirement in wanted.requirements if _extra(requirement) is None),
+        *torch_checks(),
+        memory_check(),
+        disk_check(Path.cwd()),
+        base_check(),
+        Check(name="recipes", ok=bool(recipe_names()), detail=", ".join(recipe_names()), hint=""),
+        *(
+            package_check(requirement)
+            for requirement in wanted.requirements
+            if _extra(requirement) not in {None, *NOT_FOR_USERS}
+        ),
+    ]
+
+
+def wanted_parts() -> Wanted:
+    """From the metadata of the installed package, in a source checkout from pyproject.toml."""
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    if pyproject.is_file():
+        project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+        extras = project.get("optional-dependencies", {})
+        texts = [
+            *project["dependencies"],
+            *(f"{one}; extra == '{name}'" for name, some in extras.items() for one in some),
+        ]
+        python = project["requires-python"]
+    else:
+        name = importlib.metadata.packages_distributions()["npo_cli"][0]
+        texts = importlib.metadata.requires(name) or []
+        python = importlib.metadata.metadata(name)["Requires-Python"]
+    return Wanted(python=python, requirements=tuple(map(Requirement, texts)))
+
+
+def _extra(requirement: Requirement) -> str | None:
+    """The extra that a requirement belongs to; None for a core one."""
+    text = str(requirement.marker or "")
+    return text.rpartition("extra == ")[2].strip("\"' ") if "extra == " in text else None
+
+
+def python_check(wanted: str) -> Check:
+    """The interpreter against the supported range."""
+    found = platform.python_version()
+    return _version_check(
+        "python", found=found, requirement=Requirement(f"python{wanted}"), hint="use a Python in that range"
+    )
+
+
+def package_check(requirement: Requirement) -> Check:
+    """An installed package against its range; an absent extra is no fault."""
+    extra = _extra(requirement)
+    bare = f"{requirement.name}{requirement.specifier}"
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        detail = "not installed" if extra is None else f"not installed (extra {extra})"
+        return Check(name=requirement.name, ok=False, detail=detail, hint=f"pip install '{bare}'", needed=extra is None)
+    return _version_check(requirement.name, found=found, requirement=requirement, hint=f"pip install '{bare}'")
+
+
+def _version_check(name: str, *, found: str, requirement: Requirement, hint: str) -> Check:
+    if requirement.specifier.contains(found, prereleases=True):
+        return Check(name=name, ok=True, detail=found)
+    return Check(name=name, ok=False, detail=f"{found}, but {requirement.specifier} is wanted", hint=hint)
+
+
+def torch_checks() -> Iterator[Check]:
+    """Whether torch and transformers import (a mismatched torchvision breaks them), threads, and the GPUs."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM  # noqa: F401 - its import is the check
+    except Exception as error:  # any failure inside a foreign import is the finding
+        hint = "pip uninstall torchvision torchaudio torchcodec   # builds that do not match torch break the import"
+        yield Check(name="import", ok=False, detail=f"{type(error).__name__}: {error}", hint=hint)
+        return
+    cores = os.cpu_count() or 1
+    yield Check(
+        name="import", ok=True, detail=f"torch and transformers import; {torch.get_num_threads()} of {cores} threads"
+    )
+    if not torch.cuda.is_available():
+        yield Check(name="gpu", ok=False, needed=False, detail="none that torch can use: training runs on the CPU")
+        return
+    for place in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(place)
+        yield Check(name=f"gpu {place}", ok=True, needed=False, detail=f"{card.name}, {size(card.total_memory)}")
+
+
+def memory_check() -> Check:
+    """Memory this process may use: the machine's, or the container's where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    usable = total if text == "max" else min(total, int(text))
+    hint = "" if usable >= NEEDED_MEMORY else f"the embedded task needs about {size(NEEDED_MEMORY)}"
+    return Check(name="memory", ok=not hint, detail=size(usable), hint=hint)
+
+
+def disk_check(folder: Path) -> Check:
+    """Free space where a run would be written."""
+    free = shutil.disk_usage(folder).free
+    hint = "" if free >= NEEDED_DISK else "free some space, or put runs on another disk with --run"
+    return Check(name="disk", ok=not hint, detail=f"{size(free)} free here", hint=hint)
+
+
+def base_check() -> Check:
+    """The model that ships inside the package."""
+    folder = Path(__file__).parents[1] / "assets" / "micro-base"
+    missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
+    if missing:
+        return Check(name="micro-base", ok=False, detail=f"lacks {', '.join(missing)}", hint="reinstall the package")
+    return Check(name="micro-base", ok=True, detail=size((folder / "model.safetensors").stat().st_size))

@@ -1,0 +1,92 @@
+"""`npo eval`: held-out accuracy of checkpoints, avg@k and pass@k, with intervals."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy
+
+from npo_cli.guide.quality import cluster_interval, pass_at_k
+from npo_cli.loading import from_dict, with_overrides
+from npo_cli.records import EvalReport, Group, Notice, Progress
+from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history
+from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.scores import append_eval, evals
+from npo_cli.seeds import derive_seed
+from npo_cli.stages.batches import rollouts_of
+from npo_cli.stages.world import World, answer, num_tokens, open_policy, open_task, open_world
+
+
+def evaluate_policy(world: World, *, branch: str, step: int) -> EvalReport:
+    """Sample the held-out prompts with the weights at hand; an evaluation already on record is not repeated.
+
+    Seeds do not depend on the step, so checkpoints are compared on common random numbers.
+    """
+    count = world.recipe.eval.samples
+    for report in evals(world.run):
+        if (report.branch, report.step, report.num_samples) == (branch, step, count):
+            return report
+    slots = range(count)
+    groups = answer(world, world.task.heldout, label=("eval",), slots=slots, sampler_step=step)
+    report = summary(groups, branch=branch, step=step, seed=world.recipe.train.seed)
+    append_eval(world.run, report)
+    return report
+
+
+def summary(groups: Sequence[Group], *, branch: str, step: int, seed: int) -> EvalReport:
+    """Accuracy and pass@k over prompts, 95 % intervals by resampling prompts."""
+    count = len(groups[0].rollouts)
+    correct = [sum(rollout.verdict == "correct" for rollout in group.rollouts) for group in groups]
+    shares = [number / count for number in correct]
+    solved = [pass_at_k(count, number, count) for number in correct]
+    rng = numpy.random.default_rng(derive_seed(seed, "eval-interval"))
+    low, high = cluster_interval(shares, rng, 2000)
+    pass_low, pass_high = cluster_interval(solved, rng, 2000)
+    rollouts = rollouts_of(groups)
+    tokens = num_tokens(groups)
+    return EvalReport(
+        branch=branch,
+        step=step,
+        num_prompts=len(groups),
+        num_samples=count,
+        accuracy=statistics.fmean(shares),
+        accuracy_low=low,
+        accuracy_high=high,
+        pass_at_k=statistics.fmean(solved),
+        pass_at_k_low=pass_low,
+        pass_at_k_high=pass_high,
+        mean_length=tokens / len(rollouts),
+        cut_off=statistics.fmean(not rollout.finished for rollout in rollouts),
+        num_tokens=tokens,
+    )
+
+
+def evaluate_run(
+    root: Path, *, step: int | None, every_step: bool, branch: str | None, overrides: Sequence[str], allow_code: bool
+) -> Iterator[Progress | Notice | EvalReport]:
+    """Evaluate the newest checkpoint, the one at `step`, or every one on the branch's line of descent."""
+    run = open_run(root)
+    branch = branch or newest_branch(run)
+    recipe = with_overrides(from_dict(run.recipe(branch)), overrides)
+    chosen = (
+        _chosen(history(run, branch), step, every_step=every_step)
+        if step is None
+        else [find_checkpoint(run, branch, step)]
+    )
+    with writing(run):
+        task = open_task(recipe, allow_code=allow_code)
+        try:
+            world = open_world(run, recipe, task=task, policy=open_policy(recipe, task, chosen[0]))
+            for done, checkpoint in enumerate(chosen):
+                yield Progress(what="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
+                world.policy.load(checkpoint.path)
+                yield evaluate_policy(world, branch=checkpoint.branch, step=checkpoint.step)
+        finally:
+            task.close()
+
+
+def _chosen(found: Sequence[Checkpoint], step: int | None, *, every_step: bool) -> list[Checkpoint]:
+    ordered = sorted(found, key=lambda checkpoint: checkpoint.step)
+    return ordered if every_step else ordered[-1:]

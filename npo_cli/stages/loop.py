@@ -1,0 +1,99 @@
+"""The training loop. Plain GRPO where no guide is at work, NPO where one is: nothing else differs.
+
+Each step: draw prompts, answer, verify, let a guide take a slot of each hard group, update, write down what
+happened, leave a checkpoint when one is due. The loop never looks at a clock except to report it.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch.optim import AdamW
+
+from npo_cli.errors import StoppedEarly
+from npo_cli.policy.model import Policy
+from npo_cli.policy.optimizer import TrainerState, lr_at
+from npo_cli.records import EvalReport, Notice, StepReport
+from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.run_dir.steps import StepJournals, append_event
+from npo_cli.stages.batches import Guidance, draw_batch
+from npo_cli.stages.evaluate import evaluate_policy
+from npo_cli.stages.measures import peak_memory_mb, step_metrics, tracked
+from npo_cli.stages.saving import save_checkpoint
+from npo_cli.stages.signals import StopFlag
+from npo_cli.stages.update import Updater, train_rows
+from npo_cli.stages.world import World, num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainer:
+    """A world that learns."""
+
+    world: World
+    optimizer: AdamW
+    steps: StepJournals
+    rollouts: RolloutJournal
+    branch: str
+    guidance: Guidance | None
+    reference: Policy | None
+    """Frozen base model; only where the loss has a KL term."""
+
+
+def grpo_steps(trainer: Trainer, state: TrainerState, stop: StopFlag) -> Iterator[StepReport | EvalReport | Notice]:
+    """Train from `state` to `train.num_steps`, or until a signal asks to stop."""
+    world, branch, settings = trainer.world, trainer.branch, trainer.world.recipe.train
+    updater = Updater(world.policy, trainer.optimizer, world.recipe, reference=trainer.reference)
+    while state.step < settings.num_steps:
+        state, report, odd = one_step(trainer, updater, state)
+        yield report
+        if odd:
+            yield Notice(message=odd, level="warning")
+        # Look before saving: a killed process finds the evaluation done or the step undone, never a hole.
+        every = world.recipe.eval.every
+        if every and state.step % every == 0:
+            yield evaluate_policy(world, branch=branch, step=state.step)
+        # Leave what the next command needs.
+        if state.step % settings.save_every == 0 or state.step == settings.num_steps or stop:
+            trainer.rollouts.sync()
+            trainer.steps.sync()
+            save_checkpoint(world, trainer.optimizer, state, branch=branch)
+        if stop:
+            append_event(world.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
+            raise StoppedEarly(
+                f"stopped by {stop.reason} after step {state.step}, which is saved", f"npo resume {world.run.root}"
+            )
+
+
+def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
+    """Draw, learn, write down. The last part of the answer is a remark where a replayed step came out differently."""
+    world, step = trainer.world, state.step + 1
+    started = time.perf_counter()
+    batch = draw_batch(
+        world,
+        trainer.rollouts,
+        branch=trainer.branch,
+        step=step,
+        position=state.position,
+        guidance=trainer.guidance,
+    )
+    drawn = time.perf_counter()
+    lr = lr_at(step, world.recipe.train)
+    update = updater.take_step(train_rows(world.policy, batch.chosen), lr=lr)
+    ended = time.perf_counter()
+
+    metrics = step_metrics(world, batch, update, lr=lr)
+    trackers = tracked(state.trackers, metrics)
+    metrics |= {name: value for name, value in trackers.items() if name != "ema_weight"}
+    timings = {
+        "seconds": ended - started,
+        "seconds/rollouts": drawn - started,
+        "seconds/update": ended - drawn,
+        "tokens_per_second": num_tokens(batch.own) / (drawn - started),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
+    odd = ""
+    if trainer.steps.write(report) == "differs":
+        odd = f"step {step} of {trainer.branch} was recorded before with other figures; the first record stays"
+        append_event(world.run, "differs", {"branch": trainer.branch, "step": step})
+    return replace(state, step=step, position=batch.position, trackers=trackers), report, odd

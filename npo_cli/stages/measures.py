@@ -1,0 +1,72 @@
+"""What a step reports. Everything here but memory is a function of the seed."""
+
+import resource
+import statistics
+from collections.abc import Mapping, Sequence
+
+from npo_cli.guide.mix import mix_counts
+from npo_cli.records import Group
+from npo_cli.stages.batches import StepBatch, rollouts_of
+from npo_cli.stages.update import UpdateReport
+from npo_cli.stages.world import World, num_tokens
+
+EMA_DECAY = 0.9
+
+
+def step_metrics(world: World, batch: StepBatch, update: UpdateReport, *, lr: float) -> dict[str, float]:
+    """The metrics line of one step, names as users of TRL know them; `inject/...` only where a guide is at work."""
+    accuracies = [statistics.fmean(rollout.reward for rollout in group.rollouts) for group in batch.own]
+    rollouts = rollouts_of(batch.own)
+    tokens = num_tokens(batch.own)
+    metrics = {
+        "reward": statistics.fmean(accuracies),
+        "reward_std": statistics.fmean(statistics.stdev(r.reward for r in group.rollouts) for group in batch.own),
+        "frac_all_wrong": statistics.fmean(accuracy == 0 for accuracy in accuracies),
+        "frac_all_right": statistics.fmean(accuracy == 1 for accuracy in accuracies),
+        "frac_reward_zero_std": _share_without_spread(batch.mixed),
+        "entropy": sum((r.mean_entropy or 0.0) * len(r.response_ids) for r in rollouts) / tokens,
+        "completions/mean_length": tokens / len(rollouts),
+        "completions/clipped_ratio": statistics.fmean(not rollout.finished for rollout in rollouts),
+        "verify/unparseable": statistics.fmean(rollout.verdict == "unparseable" for rollout in rollouts),
+        "verify/timeout": statistics.fmean(rollout.verdict == "timeout" for rollout in rollouts),
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "lr": lr,
+        "tokens": tokens,
+        "rows_trained": update.num_rows,
+        "data_position": batch.position,
+        **update.stats.metrics(),
+    }
+    if any(group.mix != "off" for group in batch.mixed):
+        metrics |= mix_counts(batch.mixed)
+    if update.grad_share is not None:
+        metrics["inject/grad_share"] = update.grad_share
+    if world.recipe.sampling.dynamic:
+        metrics |= {"dynamic/draws": batch.num_draws, "dynamic/kept": len(batch.chosen)}
+    if update.num_skipped:
+        metrics["skipped_updates"] = update.num_skipped
+    return metrics
+
+
+def _share_without_spread(groups: Sequence[Group]) -> float:
+    """Share of groups, guides seated, in which all rewards are equal."""
+    return statistics.fmean(len({rollout.reward for rollout in group.rollouts}) == 1 for group in groups)
+
+
+def tracked(trackers: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+    """Running figures: tokens since the start of the branch's history, and bias-corrected averages.
+
+    ema_t = (decay * raw_{t-1} + (1 - decay) * x_t) / (1 - decay^t), kept as the corrected value and its weight.
+    """
+    weight = trackers.get("ema_weight", 0.0)
+    grown = EMA_DECAY * weight + (1 - EMA_DECAY)
+    updated = {"tokens_total": trackers.get("tokens_total", 0) + metrics["tokens"], "ema_weight": grown}
+    for name in ("reward", "entropy"):
+        before = trackers.get(f"{name}_ema", 0.0)
+        updated[f"{name}_ema"] = (EMA_DECAY * weight * before + (1 - EMA_DECAY) * metrics[name]) / grown
+    return updated
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

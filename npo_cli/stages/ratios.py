@@ -1,0 +1,90 @@
+"""Samples of a guide, seen by the learner: what V is made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npo_cli.guide.signal import SampleRatio
+from npo_cli.policy.logprobs import TokenRow, micro_batches
+from npo_cli.records import Prompt, Rollout
+from npo_cli.stages.world import World
+
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedSample:
+    """One verified sample of one arm of a scoring, with the arm's own log-probabilities."""
+
+    arm: int
+    """Step of the checkpoint that wrote it; -1 for the first look at the learner."""
+    prompt_id: str
+    slot: int
+    response_ids: tuple[int, ...]
+    logps: tuple[float, ...]
+    """Under the arm's weights, from the trainer's forward pass."""
+    correct: bool
+    """Verified correct and ended by itself."""
+
+    @classmethod
+    def of_rollout(cls, arm: int, rollout: Rollout, logps: tuple[float, ...]) -> "JudgedSample":
+        """What scoring keeps of a rollout."""
+        return cls(
+            arm=arm,
+            prompt_id=rollout.prompt_id,
+            slot=rollout.slot,
+            response_ids=rollout.response_ids,
+            logps=logps,
+            correct=rollout.verdict == "correct" and rollout.finished,
+        )
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "JudgedSample":
+        """Read back from the run directory."""
+        return cls(**{**row, "response_ids": tuple(row["response_ids"]), "logps": tuple(row["logps"])})
+
+    def row(self) -> dict[str, Any]:
+        """As written to the run directory."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def learner_ratios(world: World, asked: Sequence[tuple[Prompt, JudgedSample]], *, cap: float) -> list[SampleRatio]:
+    """rho_t = learner / guide of every token, summed up as the V kinds need it; the learner's weights are loaded.
+
+    |log rho_t| is cut at 20 nats, so that one token cannot overflow a sum.
+    """
+    recipe = world.recipe
+    rows = [
+        TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=sample.response_ids) for prompt, sample in asked
+    ]
+    found = []
+    for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
+        scores = world.policy.score(
+            [rows[index] for index in run],
+            temperature=recipe.sampling.temperature,
+            chunk_tokens=recipe.train.logit_chunk_tokens,
+        )
+        logps_NT, collisions_NT = scores.logps_NT.double().cpu(), scores.collisions_NT.double().cpu()
+        for place, index in enumerate(run):
+            length = len(rows[index].response_ids)
+            found.append(_ratio(asked[index][1], logps_NT[place, :length], collisions_NT[place, :length], cap))
+    return found
+
+
+def _ratio(sample: JudgedSample, learner_T: Tensor, collision_T: Tensor, cap: float) -> SampleRatio:
+    log_rho_T = (learner_T - torch.tensor(sample.logps, dtype=torch.float64)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    rho_T = log_rho_T.exp()
+    gradient_T = 1 - 2 * learner_T.exp() + collision_T
+    return SampleRatio(
+        prompt_id=sample.prompt_id,
+        num_tokens=len(sample.response_ids),
+        log_w=log_rho_T.sum().item(),
+        sum_rho2=rho_T.clamp(max=cap).square().sum().item(),
+        sum_rho2_grad=(rho_T.square() * gradient_T).sum().item(),
+        sum_rho_grad=(rho_T * gradient_T).sum().item(),
+        correct=sample.correct,
+    )

@@ -1,0 +1,181 @@
+"""`npo resume`: go on from the newest state, or roll back to a step and replay from there with a guide.
+
+A rollback is a new branch: weights, optimiser, schedule and data order of the old step, fresh sampling seeds
+(the branch's name is part of every seed). Nothing that existed is touched.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.optim import AdamW
+
+from npo_cli.config import Recipe
+from npo_cli.errors import NpoError
+from npo_cli.loading import from_dict, recipe_dict, refuse_frozen, with_overrides
+from npo_cli.policy.optimizer import TrainerState, build_optimizer
+from npo_cli.records import EvalReport, GuideInfo, Notice, Segment, StepReport
+from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor
+from npo_cli.run_dir.guides import load_guide
+from npo_cli.run_dir.lineage import append_segment, new_branch_name, newest_branch, segments
+from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.paths import RunDir, open_run
+from npo_cli.run_dir.steps import append_event
+from npo_cli.stages.batches import Guidance
+from npo_cli.stages.loop import grpo_steps
+from npo_cli.stages.saving import restore_state, save_checkpoint
+from npo_cli.stages.signals import stop_between_steps
+from npo_cli.stages.train import batch_arithmetic, need_room_to_train, open_trainer
+from npo_cli.stages.world import World, open_policy, open_task, open_world
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Where training goes on."""
+
+    recipe: Recipe
+    branch: str
+    checkpoint: Checkpoint | None
+    """None where a run was killed before its first checkpoint: it starts from the base model."""
+    segment: Segment
+    is_new: bool
+    """The branch does not exist yet."""
+
+
+def resume_run(
+    root: Path,
+    *,
+    overrides: Sequence[str],
+    at: int | None,
+    guide: str | None,
+    source_branch: str | None,
+    new_branch: str | None,
+    steps: int | None,
+    allow_code: bool,
+) -> Iterator[StepReport | EvalReport | Notice]:
+    """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps."""
+    run = open_run(root)
+    with writing(run), stop_between_steps() as stop:
+        if at is None:
+            refuse_replay_options(guide=guide, new_branch=new_branch, steps=steps)
+            start = continuation(run, source_branch, overrides)
+        else:
+            start = fork(run, source_branch, at, overrides=overrides, guide=guide, wish=new_branch, steps=steps)
+        task = open_task(start.recipe, allow_code=allow_code)
+        try:
+            policy = open_policy(start.recipe, task, start.checkpoint)
+            world = open_world(run, start.recipe, task=task, policy=policy)
+            guidance = open_guidance(world, start.segment)
+            optimizer = build_optimizer(policy.model, start.recipe.train)
+            state = first_state(world, optimizer, start)
+            need_room_to_train(start.recipe, done=state.step, run=run)
+            record_start(run, start, overrides)
+            yield Notice(message=greeting(start, state, guidance))
+            yield Notice(message=batch_arithmetic(start.recipe))
+            trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
+            yield from grpo_steps(trainer, state, stop)
+        finally:
+            task.close()
+
+
+def refuse_replay_options(*, guide: str | None, new_branch: str | None, steps: int | None) -> None:
+    """`--guide`, `--branch` and `--steps` describe a replay, which needs a step to start from."""
+    for flag, value in (("--guide", guide), ("--branch", new_branch), ("--steps", steps)):
+        if value is not None:
+            raise NpoError(f"{flag} describes a replay, which needs --at STEP", "npo resume RUN --at STEP --guide NAME")
+
+
+def continuation(run: RunDir, branch: str | None, overrides: Sequence[str]) -> Start:
+    """The newest anchor of a branch; `overrides` may change only what falsifies nothing."""
+    branch = branch or newest_branch(run)
+    checkpoint = newest_anchor(run, branch) if history(run, branch) else None
+    old = from_dict(run.recipe(branch))
+    recipe = with_overrides(old, overrides)
+    refuse_frozen(old, recipe, fork=False)
+    segment = [entry for entry in segments(run) if entry.branch == branch][-1]
+    return Start(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=False)
+
+
+def fork(
+    run: RunDir,
+    parent: str | None,
+    at: int,
+    *,
+    overrides: Sequence[str],
+    guide: str | None,
+    wish: str | None,
+    steps: int | None,
+) -> Start:
+    """A new branch at `at`; the guide works for the segment it was sampled for unless `steps` says otherwise."""
+    info = load_guide(run, guide)[0] if guide else None
+    parent = parent or (info.branch if info else newest_branch(run))
+    checkpoint = find_checkpoint(run, parent, at)
+    old = from_dict(run.recipe(parent))
+    recipe = with_overrides(old, overrides)
+    refuse_frozen(old, recipe, fork=True)
+    if info:
+        check_guide(run, info, parent=parent, at=at)
+    until = at + (steps or info.num_steps) if info else None
+    branch = new_branch_name(run, wish or guide or f"{parent}-from-{at}")
+    segment = Segment(branch=branch, parent=parent, fork_step=at, guide=guide, guide_until=until)
+    return Start(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
+
+
+def check_guide(run: RunDir, info: GuideInfo, *, parent: str, at: int) -> None:
+    """A guide serves the learner, and so the prompts, that it was sampled for."""
+    again = f"npo sample-guide {run.root} --guide {info.guide_step} --at {at} --name NEW"
+    if (info.branch, info.at_step) != (parent, at):
+        raise NpoError(
+            f"guide {info.name} was sampled for step {info.at_step} of {info.branch}, not step {at} of {parent}", again
+        )
+
+
+def open_guidance(world: World, segment: Segment) -> Guidance | None:
+    """The segment's guide cache, checked against the tokenizer and the prompts at hand."""
+    if segment.guide is None or segment.guide_until is None:
+        return None
+    info, trajectories = load_guide(world.run, segment.guide)
+    if info.tokenizer_digest != world.policy.tokenizer_digest:
+        raise NpoError(
+            f"guide {info.name} was written with another tokenizer; its token ids mean nothing here",
+            "sample the guide again with npo sample-guide",
+        )
+    known = {prompt.prompt_id for prompt in world.task.train}
+    strangers = sorted(trajectories.keys() - known)
+    if strangers:
+        raise NpoError(
+            f"guide {info.name} answers prompts that this task does not have: {strangers[0]}", "use this run's own data"
+        )
+    return Guidance(trajectories=trajectories, until_step=segment.guide_until)
+
+
+def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
+    """The recipe in force first, then the lineage: a branch that is listed can be opened."""
+    run.save_recipe(start.branch, recipe_dict(start.recipe))
+    append_segment(run, start.segment, overrides=overrides)
+    details = {"branch": start.branch, "from": start.segment.parent, "at": start.segment.fork_step}
+    append_event(run, "rolled_back", details) if start.is_new else append_event(
+        run, "resumed", {"branch": start.branch}
+    )
+
+
+def first_state(world: World, optimizer: AdamW, start: Start) -> TrainerState:
+    """The checkpoint's, or that of a run which never got as far as step 0."""
+    if start.checkpoint is not None:
+        return restore_state(world, optimizer, start.checkpoint)
+    state = TrainerState(step=0, position=0, trackers={})
+    save_checkpoint(world, optimizer, state, branch=start.branch)
+    return state
+
+
+def greeting(start: Start, state: TrainerState, guidance: Guidance | None) -> str:
+    """What was restored, in one line."""
+    if start.checkpoint is None:
+        return f"{start.branch} starts from the base model: nothing was saved yet"
+    where = (
+        f"{start.checkpoint.branch} step {state.step}: weights, optimizer, data cursor {state.position}, random streams"
+    )
+    if not start.is_new:
+        return f"{start.branch} goes on from {where}"
+    helped = f", {len(guidance.trajectories)} guide trajectories until step {guidance.until_step}" if guidance else ""
+    return f"new branch {start.branch} from {where}{helped}"

@@ -1,0 +1,222 @@
+"""`npo sample-guide`: ask a later checkpoint the prompts of a segment and keep one verified answer each.
+
+Prompts are asked in rounds of `guide.round` samples until one is correct or `guide.k` were drawn. Stopping at
+the first success keeps the law of the trajectory, g(. | correct), and saves most of the tokens where the guide
+is good. Behaviour log-probabilities come from the trainer's forward pass under the guide's weights.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from npo_cli.errors import NpoError
+from npo_cli.policy.logprobs import TokenRow, micro_batches
+from npo_cli.records import GuideInfo, GuideTrajectory, Notice, Progress, Prompt, Rollout
+from npo_cli.run_dir.checkpoints import Checkpoint
+from npo_cli.run_dir.guides import Asked, GuideStore, finish_guide, new_guide
+from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.paths import RunDir, open_run
+from npo_cli.seeds import derive_seed
+from npo_cli.stages.segment import LearnerAt, find_future, find_learner, segment_prompts
+from npo_cli.stages.world import World, answer, open_policy, open_task, open_world
+
+CHUNK_PROMPTS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What the guide said to one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def correct(self) -> list[Rollout]:
+        """Verified-correct and ended by themselves."""
+        return [rollout for rollout in self.rollouts if rollout.verdict == "correct" and rollout.finished]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Whose answers are kept, and for whom."""
+
+    learner: Checkpoint
+    guide: Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cache:
+    """A guide cache being filled."""
+
+    info: GuideInfo
+    store: GuideStore
+
+
+def sample_run(
+    root: Path,
+    *,
+    guide_step: int | None,
+    at: int | None,
+    name: str | None,
+    branch: str | None,
+    steps: int | None,
+    overrides: Sequence[str],
+    allow_code: bool,
+) -> Iterator[Progress | Notice | GuideInfo]:
+    """Fill the guide cache `name`; a cache that was left unfinished is gone on with."""
+    run = open_run(root)
+    learner = find_learner(run, at=at, branch=branch, overrides=overrides)
+    guide = choose_guide(run, learner, guide_step)
+    with writing(run):
+        task = open_task(learner.recipe, allow_code=allow_code)
+        try:
+            policy = open_policy(learner.recipe, task, guide)
+            world = open_world(run, learner.recipe, task=task, policy=policy)
+            num_steps = steps or learner.recipe.intervention.steps or guide.step - learner.step
+            prompts = segment_prompts(world, learner, num_steps)
+            info = _info(world, learner, guide, name=name, num_steps=num_steps, count=len(prompts))
+            cache = Cache(info=info, store=new_guide(run, info))
+            yield from fill(world, cache, prompts, Pair(learner=learner.checkpoint, guide=guide))
+            yield finish_guide(run, info)
+        finally:
+            task.close()
+
+
+def choose_guide(run: RunDir, learner: LearnerAt, guide_step: int | None) -> Checkpoint:
+    """The named step, or the recipe's intervention.guide."""
+    step = learner.recipe.intervention.guide if guide_step is None else guide_step
+    if step is None:
+        raise NpoError(
+            "which step is the guide? the recipe has no intervention.guide",
+            f"add --guide STEP; npo score-checkpoints {run.root} --at {learner.step} names the best",
+        )
+    return find_future(run, learner, step)
+
+
+def _info(
+    world: World, learner: LearnerAt, guide: Checkpoint, *, name: str | None, num_steps: int, count: int
+) -> GuideInfo:
+    return GuideInfo(
+        name=name or f"{learner.branch}-{learner.step}-by-{guide.step}",
+        run_id=world.run.run_id,
+        branch=learner.branch,
+        at_step=learner.step,
+        guide_step=guide.step,
+        guide_digest=world.policy.digest,
+        num_steps=num_steps,
+        tokenizer_digest=world.policy.tokenizer_digest,
+        num_prompts=count,
+        num_found=0,
+        num_samples=0,
+        num_tokens=0,
+    )
+
+
+def fill(world: World, cache: Cache, prompts: Sequence[Prompt], pair: Pair) -> Iterator[Progress]:
+    """Ask, verify and keep, a chunk of prompts at a time; each chunk is on the disk before the next."""
+    done = cache.store.asked()
+    left = [prompt for prompt in prompts if prompt.prompt_id not in done]
+    num_found = len(cache.store.trajectories())
+    for start in range(0, len(left), CHUNK_PROMPTS):
+        note = f"{num_found} answered"
+        yield Progress(what="sample guide", done=len(done) + start, total=len(prompts), note=note)
+        answers = ask(world, left[start : start + CHUNK_PROMPTS], step=cache.info.guide_step)
+        trajectories = kept(world, answers, pair)
+        for trajectory in trajectories:
+            cache.store.add_trajectory(trajectory)
+        for entry in answers:
+            cache.store.add_asked(_ledger_line(entry))
+        num_found += len(trajectories)
+    yield Progress(what="sample guide", done=len(prompts), total=len(prompts), note=f"{num_found} answered")
+
+
+def ask(world: World, prompts: Sequence[Prompt], *, step: int) -> list[Answers]:
+    """Rounds of samples; a prompt that has a correct answer asks no more, unless the best of all k is wanted."""
+    settings = world.recipe.guide
+    size = settings.round if settings.select == "random" else settings.k
+    asked = {prompt.prompt_id: Answers(prompt=prompt, rollouts=()) for prompt in prompts}
+    for first in range(0, settings.k, size):
+        open_prompts = [entry.prompt for entry in asked.values() if not entry.correct]
+        if not open_prompts:
+            break
+        slots = range(first, min(first + size, settings.k))
+        for group in answer(world, open_prompts, label=("guide", step), slots=slots, sampler_step=step):
+            before = asked[group.prompt.prompt_id]
+            asked[group.prompt.prompt_id] = replace(before, rollouts=before.rollouts + group.rollouts)
+    return list(asked.values())
+
+
+def _ledger_line(entry: Answers) -> Asked:
+    return Asked(
+        prompt_id=entry.prompt.prompt_id,
+        num_sampled=len(entry.rollouts),
+        num_correct=len(entry.correct),
+        num_tokens=sum(len(rollout.response_ids) for rollout in entry.rollouts),
+    )
+
+
+def kept(world: World, asked: Sequence[Answers], pair: Pair) -> list[GuideTrajectory]:
+    """One correct answer a prompt, with log-probabilities from the trainer's pass under the guide's weights."""
+    solved = [entry for entry in asked if entry.correct]
+    chosen = SELECTORS[world.recipe.guide.select](world, solved, pair)
+    logps = forward_logps(world, [(entry.prompt, rollout) for entry, rollout in zip(solved, chosen, strict=True)])
+    return [
+        GuideTrajectory(
+            prompt_id=entry.prompt.prompt_id,
+            response_ids=rollout.response_ids,
+            behavior_logps=logps_T,
+            text=rollout.text,
+            verdict="correct",
+            guide_step=pair.guide.step,
+            num_sampled=len(entry.rollouts),
+            num_correct=len(entry.correct),
+        )
+        for entry, rollout, logps_T in zip(solved, chosen, logps, strict=True)
+    ]
+
+
+@torch.no_grad()
+def forward_logps(world: World, pairs: Sequence[tuple[Prompt, Rollout]]) -> list[tuple[float, ...]]:
+    """Per-token log-probabilities of responses under the weights at hand."""
+    rows = [
+        TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=rollout.response_ids) for prompt, rollout in pairs
+    ]
+    settings = world.recipe
+    found: list[tuple[float, ...]] = []
+    for run in micro_batches(rows, max_tokens=settings.train.micro_batch_tokens):
+        part = [rows[index] for index in run]
+        scores = world.policy.score(
+            part, temperature=settings.sampling.temperature, chunk_tokens=settings.train.logit_chunk_tokens
+        )
+        lines = scores.logps_NT.tolist()
+        found += [tuple(line[: len(row.response_ids)]) for line, row in zip(lines, part, strict=True)]
+    return found
+
+
+def _random(world: World, solved: Sequence[Answers], pair: Pair) -> list[Rollout]:
+    seed, step = world.recipe.train.seed, pair.guide.step
+    streams = [random.Random(derive_seed(seed, "guide-choice", step, entry.prompt.prompt_id)) for entry in solved]
+    return [stream.choice(entry.correct) for stream, entry in zip(streams, solved, strict=True)]
+
+
+def _shortest(world: World, solved: Sequence[Answers], pair: Pair) -> list[Rollout]:
+    return [min(entry.correct, key=lambda rollout: len(rollout.response_ids)) for entry in solved]
+
+
+def _nearest(world: World, solved: Sequence[Answers], pair: Pair) -> list[Rollout]:
+    """Highest mean log-probability under the learner, whose weights are swapped in for a moment."""
+    world.policy.load(pair.learner.path)
+    best = []
+    for entry in solved:
+        logps = forward_logps(world, [(entry.prompt, rollout) for rollout in entry.correct])
+        means = [sum(logps_T) / len(logps_T) for logps_T in logps]
+        best.append(entry.correct[max(range(len(means)), key=means.__getitem__)])
+    world.policy.load(pair.guide.path)
+    return best
+
+
+SELECTORS = {"random": _random, "shortest": _shortest, "nearest": _nearest}
+"""Ways to choose among several correct answers (`guide.select`)."""

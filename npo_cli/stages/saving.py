@@ -1,0 +1,35 @@
+"""Checkpoints as stages see them: what a save writes, what a restore brings back."""
+
+from torch.optim import AdamW
+
+from npo_cli.errors import NpoError
+from npo_cli.policy.optimizer import TrainerState, load_state, save_state
+from npo_cli.run_dir.checkpoints import Checkpoint, new_checkpoint
+from npo_cli.run_dir.files import require_space
+from npo_cli.run_dir.retention import apply_retention
+from npo_cli.stages.world import World
+
+ANCHOR = "anchor"
+
+
+def save_checkpoint(world: World, optimizer: AdamW, state: TrainerState, *, branch: str) -> None:
+    """Weights as a Hugging Face folder, everything else in its anchor/; then let retention tidy up."""
+    tensors = world.policy.model.state_dict().values()
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    require_space(world.run.root, 3 * num_bytes)
+    with new_checkpoint(world.run, branch, state.step) as folder:
+        world.policy.save(folder)
+        (folder / ANCHOR).mkdir()
+        save_state(folder / ANCHOR, world.policy.model, optimizer, state)
+    settings = world.recipe.train
+    apply_retention(world.run, branch, keep_anchors=settings.keep_anchors, keep_guides=settings.keep_guides)
+
+
+def restore_state(world: World, optimizer: AdamW, checkpoint: Checkpoint) -> TrainerState:
+    """Optimiser, random streams and cursor of an anchor; the weights are loaded already."""
+    if checkpoint.tier != "anchor":
+        raise NpoError(
+            f"step {checkpoint.step} of {checkpoint.branch} is a guide (weights only); training cannot go on from it",
+            "npo index RUN lists the anchors; keep more with train.keep_anchors",
+        )
+    return load_state(checkpoint.path / ANCHOR, world.policy.model, optimizer)

@@ -1,0 +1,216 @@
+"""`npo score-checkpoints`: Q, V and S = Q/V of every candidate guide for one learner.
+
+The learner is probed on prompts of the segment ahead; those it mostly fails are put to itself once more (the
+control, and the floor of V) and to each candidate. One model walks the checkpoints by swapping weights. Every
+chunk of samples is on the disk before the next: an interrupted scoring goes on where it stopped.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from npo_cli.config import ScoreSettings
+from npo_cli.errors import NpoError
+from npo_cli.guide.halving import Round, halving_rounds, survivors
+from npo_cli.guide.signal import Arm, PromptOutcome, SampleRatio, SignalKnobs, rank_arms, variance_range_warning
+from npo_cli.records import CheckpointScore, Notice, Progress, Prompt
+from npo_cli.run_dir.checkpoints import Checkpoint
+from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.scores import Scoring, open_scoring, save_scores
+from npo_cli.seeds import derive_seed
+from npo_cli.stages.ratios import JudgedSample, learner_ratios
+from npo_cli.stages.sample_guide import forward_logps
+from npo_cli.stages.segment import LearnerAt, find_future, find_learner, futures, segment_prompts
+from npo_cli.stages.world import World, answer, open_policy, open_task, open_world
+
+CHUNK_PROMPTS = 32
+PROBE = -1
+"""Arm number of the first look, which decides who is asked at all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contest:
+    """One scoring under way."""
+
+    world: World
+    learner: LearnerAt
+    scoring: Scoring
+    samples: dict[tuple[int, str], list[JudgedSample]]
+    """By (arm, prompt id): everything sampled so far, in this process or before."""
+    ratios: dict[tuple[int, str], list[SampleRatio]] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> ScoreSettings:
+        """The recipe's score section."""
+        return self.learner.recipe.score
+
+
+def score_run(
+    root: Path,
+    *,
+    at: int | None,
+    candidates: Sequence[int] | None,
+    branch: str | None,
+    overrides: Sequence[str],
+    allow_code: bool,
+) -> Iterator[Progress | Notice | CheckpointScore]:
+    """Probe, ask, rank; yields one score a candidate, nearest first."""
+    run = open_run(root)
+    learner = find_learner(run, at=at, branch=branch, overrides=overrides)
+    chosen = (
+        [find_future(run, learner, step) for step in sorted(set(candidates))] if candidates else futures(run, learner)
+    )
+    with writing(run):
+        task = open_task(learner.recipe, allow_code=allow_code)
+        try:
+            policy = open_policy(learner.recipe, task, learner.checkpoint)
+            world = open_world(run, learner.recipe, task=task, policy=policy)
+            contest = open_contest(world, learner, chosen)
+            hard = yield from hard_prompts(contest, count=learner.recipe.score.prompts, horizon=chosen[-1].step)
+            yield from collect(contest, learner.checkpoint, hard)
+            scores = yield from contested(contest, chosen, hard)
+            save_scores(contest.scoring, scores)
+            warning = variance_range_warning(scores)
+            if warning:
+                yield Notice(message=warning, level="warning")
+            yield from scores
+        finally:
+            task.close()
+
+
+def open_contest(world: World, learner: LearnerAt, candidates: Sequence[Checkpoint]) -> Contest:
+    """The same question asked again finds its samples."""
+    recipe = learner.recipe
+    settings = {
+        "prompts": recipe.score.prompts,
+        "k": recipe.score.k,
+        "gate": recipe.inject.gate,
+        "temperature": recipe.sampling.temperature,
+        "max_new_tokens": recipe.sampling.max_new_tokens,
+    }
+    steps = [checkpoint.step for checkpoint in candidates]
+    scoring = open_scoring(world.run, learner.branch, learner.step, candidates=steps, settings=settings)
+    contest = Contest(world=world, learner=learner, scoring=scoring, samples={})
+    for row in scoring.samples.records():
+        sample = JudgedSample.of_row(row)
+        contest.samples.setdefault((sample.arm, sample.prompt_id), []).append(sample)
+    return contest
+
+
+def hard_prompts(contest: Contest, *, count: int, horizon: int) -> Generator[Progress | Notice, None, list[Prompt]]:
+    """The prompts of the segment ahead that the gate would let a guide help with, by a first look of k samples."""
+    world, learner = contest.world, contest.learner
+    prompts = segment_prompts(world, learner, horizon - learner.step)[:count]
+    yield from collect(contest, learner.checkpoint, prompts, arm=PROBE)
+    gate, hard = learner.recipe.inject.gate, []
+    for prompt in prompts:
+        verdicts = [sample.correct for sample in contest.samples[PROBE, prompt.prompt_id]]
+        if sum(verdicts) / len(verdicts) <= gate:
+            hard.append(prompt)
+    if not hard:
+        raise NpoError(
+            f"the learner at step {learner.step} solves all {len(prompts)} prompts above the gate {gate}: no guide can help",
+            "choose an earlier --at, or raise inject.gate",
+        )
+    yield Notice(message=f"{len(hard)} of {len(prompts)} prompts are hard for step {learner.step} (accuracy <= {gate})")
+    return hard
+
+
+def collect(
+    contest: Contest, checkpoint: Checkpoint, prompts: Sequence[Prompt], *, arm: int | None = None
+) -> Iterator[Progress]:
+    """Sample a checkpoint k times on each prompt it was not asked before."""
+    arm = checkpoint.step if arm is None else arm
+    world, total = contest.world, len(prompts)
+    left = [prompt for prompt in prompts if (arm, prompt.prompt_id) not in contest.samples]
+    if left:
+        world.policy.load(checkpoint.path)
+    what = "probe the learner" if arm == PROBE else f"ask step {arm}"
+    for start in range(0, len(left), CHUNK_PROMPTS):
+        yield Progress(what=what, done=total - len(left) + start, total=total)
+        label = ("score", contest.learner.branch, contest.learner.step, arm)
+        part = left[start : start + CHUNK_PROMPTS]
+        groups = answer(world, part, label=label, slots=range(contest.settings.k), sampler_step=checkpoint.step)
+        flat = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+        samples = [
+            JudgedSample.of_rollout(arm, rollout, logps)
+            for (_, rollout), logps in zip(flat, forward_logps(world, flat), strict=True)
+        ]
+        contest.scoring.samples.extend([sample.row() for sample in samples])
+        for sample in samples:
+            contest.samples.setdefault((arm, sample.prompt_id), []).append(sample)
+    yield Progress(what=what, done=total, total=total)
+
+
+def contested(
+    contest: Contest, candidates: Sequence[Checkpoint], hard: Sequence[Prompt]
+) -> Generator[Progress, None, tuple[CheckpointScore, ...]]:
+    """Ask everybody everything, or with a budget halve the field round by round; scores all in the end."""
+    scores: tuple[CheckpointScore, ...] = ()
+    alive, num_asked = list(candidates), 0
+    for entry in plan(contest, len(candidates), len(hard)):
+        num_asked = min(len(hard), num_asked + entry.prompts_per_arm)
+        if entry.num_arms < len(alive):
+            steps = [checkpoint.step for checkpoint in alive]
+            kept = survivors([score for score in scores if score.step in steps], entry.num_arms)
+            alive = [checkpoint for checkpoint in alive if checkpoint.step in kept]
+        for checkpoint in alive:
+            yield from collect(contest, checkpoint, hard[:num_asked])
+        scores = yield from ranked(contest, candidates, hard)
+    return scores
+
+
+def plan(contest: Contest, num_candidates: int, num_prompts: int) -> list[Round]:
+    """Sequential halving within `score.budget`, or one round in which every candidate is asked everything."""
+    budget = contest.settings.budget
+    if budget is None:
+        return [Round(num_arms=num_candidates, prompts_per_arm=num_prompts)]
+    return halving_rounds(num_candidates, budget)
+
+
+def ranked(
+    contest: Contest, candidates: Sequence[Checkpoint], hard: Sequence[Prompt]
+) -> Generator[Progress, None, tuple[CheckpointScore, ...]]:
+    """Charge every sample to the learner, whose weights are swapped in once, and rank."""
+    contest.world.policy.load(contest.learner.checkpoint.path)
+    steps = [contest.learner.step, *[checkpoint.step for checkpoint in candidates]]
+    for done, step in enumerate(steps):
+        yield Progress(what="compare with the learner", done=done, total=len(steps), note=f"step {step}")
+        keys = [(prompt, (step, prompt.prompt_id)) for prompt in hard]
+        new = [(prompt, key) for prompt, key in keys if key in contest.samples and key not in contest.ratios]
+        asked = [(prompt, sample) for prompt, key in new for sample in contest.samples[key]]
+        for ratio in learner_ratios(contest.world, asked, cap=contest.settings.cap):
+            contest.ratios.setdefault((step, ratio.prompt_id), []).append(ratio)
+    yield Progress(what="compare with the learner", done=len(steps), total=len(steps))
+    self_arm, *arms = [_arm(contest, step, hard) for step in steps]
+    return rank_arms(self_arm, arms, signal_knobs(contest))
+
+
+def _arm(contest: Contest, step: int, hard: Sequence[Prompt]) -> Arm:
+    keys = [(step, prompt.prompt_id) for prompt in hard if (step, prompt.prompt_id) in contest.samples]
+    outcomes = []
+    for key in keys:
+        samples = contest.samples[key]
+        num_correct = sum(sample.correct for sample in samples)
+        outcomes.append(PromptOutcome(prompt_id=key[1], num_samples=len(samples), num_correct=num_correct))
+    ratios = tuple(ratio for key in keys for ratio in contest.ratios[key])
+    return Arm(step=step, distance=step - contest.learner.step, outcomes=tuple(outcomes), ratios=ratios)
+
+
+def signal_knobs(contest: Contest) -> SignalKnobs:
+    """The recipe's score section, as the guide room knows it."""
+    recipe, settings = contest.learner.recipe, contest.settings
+    return SignalKnobs(
+        quality=settings.quality,
+        k=settings.k,
+        variance=settings.variance,
+        kappa=settings.kappa,
+        cap=settings.cap,
+        average=settings.average,
+        alpha=settings.alpha,
+        rule=settings.rule,
+        group_size=recipe.train.group_size,
+        resamples=settings.resamples,
+        seed=derive_seed(recipe.train.seed, "bootstrap", contest.learner.step),
+    )

@@ -1,0 +1,93 @@
+"""`npo show`: look inside a run. Reads what the other stages wrote and computes nothing."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from npo_cli.errors import NpoError
+from npo_cli.records import GuideInfo, Prompt, Segment, StepReport
+from npo_cli.report.lines import GroupLine, RolloutLine
+from npo_cli.run_dir.guides import list_guides
+from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.lineage import branches, newest_branch, segments
+from npo_cli.run_dir.paths import RunDir, open_run
+from npo_cli.run_dir.rollouts import RolloutJournal
+
+Line = StepReport | RolloutLine | GroupLine | GuideInfo | Segment
+
+
+def show_run(
+    root: Path, what: str, *, branch: str | None, step: int | None, prompt_id: str | None, limit: int | None
+) -> list[Line]:
+    """The lines asked for, oldest first; with a limit the last of them. A filter that means nothing is refused."""
+    run = open_run(root)
+    if branch is not None and branch not in branches(run):
+        raise NpoError(f"{root} has no branch {branch!r}: {', '.join(branches(run))}", f"npo show {root} lineage")
+    if what in ("guides", "lineage") and step is not None:
+        raise NpoError(f"--step does not apply to {what}", f"npo show {root} {what}")
+    if what not in ("rollouts", "groups") and prompt_id is not None:
+        raise NpoError(f"--prompt does not apply to {what}", f"npo show {root} rollouts --prompt {prompt_id}")
+    match what:
+        case "metrics":
+            lines: Iterable[Line] = show_metrics(run, branch=branch, step=step)
+        case "rollouts":
+            lines = show_rollouts(run, branch=branch, step=step, prompt_id=prompt_id)
+        case "groups":
+            lines = show_groups(run, branch=branch, step=step, prompt_id=prompt_id)
+        case "guides":
+            lines = show_guides(run, branch=branch)
+        case _:
+            lines = show_lineage(run, branch=branch)
+    found = list(lines)
+    if not found and (step is not None or prompt_id is not None):
+        raise NpoError(f"{root} has no {what} of that step or prompt", f"npo show {root} {what}   # without the filter")
+    return found if limit is None else found[-limit:]
+
+
+def show_metrics(run: RunDir, *, branch: str | None, step: int | None) -> Iterator[StepReport]:
+    """Every step of one branch or of all. Of a step made twice, the newest timings."""
+    for name in branches(run) if branch is None else (branch,):
+        timings = {row["step"]: _numbers(row) for row in Journal(run.timings_path(name)).records()}
+        for row in Journal(run.metrics_path(name)).records():
+            if step in (None, row["step"]):
+                spent = timings.get(row["step"], {})
+                yield StepReport(branch=name, step=row["step"], metrics=_numbers(row), timings=spent)
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+
+
+def show_groups(run: RunDir, *, branch: str | None, step: int | None, prompt_id: str | None) -> Iterator[GroupLine]:
+    """Groups of one step, the newest unless one is named. A prompt alone is followed through all steps."""
+    name = branch or newest_branch(run)
+    journal = RolloutJournal(run.rollouts_path(name))
+    if step is None and prompt_id is None:
+        step = max(journal.steps(), default=None)
+    for at, group in journal.iter_groups(step=step, prompt_id=prompt_id):
+        yield GroupLine(branch=name, step=at, group=group)
+
+
+def show_rollouts(run: RunDir, *, branch: str | None, step: int | None, prompt_id: str | None) -> Iterator[RolloutLine]:
+    """Every rollout of those groups, the seated guide included."""
+    for line in show_groups(run, branch=branch, step=step, prompt_id=prompt_id):
+        prompt = line.group.prompt
+        for rollout in line.group.rollouts:
+            yield RolloutLine(
+                branch=line.branch, step=line.step, question=_question(prompt), answer=prompt.answer, rollout=rollout
+            )
+
+
+def _question(prompt: Prompt) -> str:
+    turns = (f"{message.role}: {message.content}" for message in prompt.messages)
+    return "\n".join(turns) if prompt.text is None else prompt.text
+
+
+def show_guides(run: RunDir, *, branch: str | None) -> list[GuideInfo]:
+    """Guide caches, for one branch or all."""
+    return [info for info in list_guides(run) if branch in (None, info.branch)]
+
+
+def show_lineage(run: RunDir, *, branch: str | None) -> list[Segment]:
+    """Stretches of training in the order in which they began."""
+    return [segment for segment in segments(run) if branch in (None, segment.branch)]

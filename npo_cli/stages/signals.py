@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM ask for a stop at the end of the step; a second Ctrl-C does not wait."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopFlag:
+    """Set by a signal, read between steps."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.reason is not None
+
+    def raise_flag(self, number: int, _frame: FrameType | None) -> None:
+        """Remember the first signal; on the second, stop at once."""
+        if self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+
+@contextmanager
+def stop_between_steps() -> Iterator[StopFlag]:
+    """Handlers for SIGINT and SIGTERM while the block runs; the old ones come back after it."""
+    flag = StopFlag()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, flag.raise_flag) for number in numbers]
+    try:
+        yield flag
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,216 @@
+"""One batch becomes one or more optimiser updates: the only place where policy and objective meet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from npo_cli.config import Recipe
+from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, Rows
+from npo_cli.objective.losses import make_policy_loss
+from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
+from npo_cli.policy.model import Policy
+from npo_cli.policy.optimizer import set_lr
+from npo_cli.stages.batches import GroupWithAdvantages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRow:
+    """One rollout on its way into the loss."""
+
+    tokens: TokenRow
+    behavior_logps: tuple[float, ...]
+    advantage: float
+    foreign: bool
+    """Written by another policy than the one being trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReport:
+    """Sums and means over the updates of one step."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping, mean over updates."""
+    grad_share: float | None
+    """Foreign rows' part: |g_f| / (|g_f| + |g_own|), mean over updates that had foreign rows."""
+    stats: LossStats
+    num_skipped: int
+    """Updates left out because their gradient was not finite."""
+    num_rows: int
+    """Rows that cost a backward pass."""
+
+
+def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages]) -> list[TrainRow]:
+    """One row a rollout, group after group."""
+    return [
+        TrainRow(
+            tokens=TokenRow(prompt_ids=policy.encode(entry.group.prompt), response_ids=rollout.response_ids),
+            behavior_logps=rollout.behavior_logps,
+            advantage=advantage,
+            foreign=rollout.source == "guide",
+        )
+        for entry in chosen
+        for rollout, advantage in zip(entry.group.rollouts, entry.advantages, strict=True)
+    ]
+
+
+def loss_knobs(recipe: Recipe) -> LossKnobs:
+    """The recipe's loss and injection settings, as the objective knows them."""
+    loss, inject = recipe.loss, recipe.inject
+    return LossKnobs(
+        kind=loss.kind,
+        aggregation=loss.aggregation,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+        delta=loss.delta,
+        cispo_cap=loss.cispo_cap,
+        kl_coef=loss.kl_coef,
+        entropy_coef=loss.entropy_coef,
+        ratio=inject.ratio,
+        decoupled_cap=inject.decoupled_cap,
+    )
+
+
+class Updater:
+    """Policy, optimiser and loss, ready to take steps."""
+
+    def __init__(self, policy: Policy, optimizer: AdamW, recipe: Recipe, *, reference: Policy | None = None) -> None:
+        self.policy, self.optimizer, self.recipe, self.reference = policy, optimizer, recipe, reference
+        self.loss = make_policy_loss(loss_knobs(recipe))
+        self.needs_every_row = recipe.loss.kl_coef > 0 or recipe.loss.entropy_coef > 0
+
+    def take_step(self, rows: Sequence[TrainRow], *, lr: float) -> UpdateReport:
+        """Split the rows into `train.num_updates` parts and update once with each."""
+        set_lr(self.optimizer, lr)
+        count = self.recipe.train.num_updates
+        old_logps = self._old_logps(rows) if count > 1 else [None] * len(rows)
+        size = -(-len(rows) // count) if rows else 1
+        reports = [
+            self._update(rows[start : start + size], old_logps[start : start + size])
+            for start in range(0, max(1, len(rows)), size)
+        ]
+        shares = [report.grad_share for report in reports if report.grad_share is not None]
+        return UpdateReport(
+            loss=sum(report.loss for report in reports) / len(reports),
+            grad_norm=sum(report.grad_norm for report in reports) / len(reports),
+            grad_share=sum(shares) / len(shares) if shares else None,
+            stats=sum((report.stats for report in reports[1:]), start=reports[0].stats),
+            num_skipped=sum(report.num_skipped for report in reports),
+            num_rows=sum(report.num_rows for report in reports),
+        )
+
+    @torch.no_grad()
+    def _old_logps(self, rows: Sequence[TrainRow]) -> list[Tensor]:
+        """Log-probabilities under the policy before the first update of this batch."""
+        found: list[Tensor] = []
+        for run in micro_batches([row.tokens for row in rows], max_tokens=self.recipe.train.micro_batch_tokens):
+            scores = self._score(self.policy, [rows[index] for index in run])
+            lengths = [len(rows[index].tokens.response_ids) for index in run]
+            found += [logps_T[:length] for logps_T, length in zip(scores.logps_NT, lengths, strict=True)]
+        return found
+
+    def _score(self, policy: Policy, rows: Sequence[TrainRow]) -> TokenScores:
+        return policy.score(
+            [row.tokens for row in rows],
+            temperature=self.recipe.sampling.temperature,
+            chunk_tokens=self.recipe.train.logit_chunk_tokens,
+        )
+
+    def _update(self, rows: Sequence[TrainRow], old_logps: Sequence[Tensor | None]) -> UpdateReport:
+        """Foreign rows first, so that their part of the gradient can be told from the rest."""
+        divisors = Divisors(
+            num_sequences=max(1, len(rows)),
+            num_tokens=max(1, sum(len(row.behavior_logps) for row in rows)),
+            max_tokens=self.recipe.sampling.max_new_tokens,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        useful = [pair for pair in zip(rows, old_logps, strict=True) if pair[0].advantage or self.needs_every_row]
+        foreign = [pair for pair in useful if pair[0].foreign]
+        own = [pair for pair in useful if not pair[0].foreign]
+        foreign_loss, foreign_stats = self._accumulate(foreign, divisors)
+        foreign_gradients = self._gradients() if foreign else None
+        own_loss, own_stats = self._accumulate(own, divisors)
+        grad_share = None if foreign_gradients is None else self._share(foreign_gradients)
+        grad_norm = self._apply()
+        return UpdateReport(
+            loss=foreign_loss + own_loss,
+            grad_norm=grad_norm,
+            grad_share=grad_share,
+            stats=foreign_stats + own_stats,
+            num_skipped=0 if math.isfinite(grad_norm) else 1,
+            num_rows=len(useful),
+        )
+
+    def _accumulate(
+        self, pairs: Sequence[tuple[TrainRow, Tensor | None]], divisors: Divisors
+    ) -> tuple[float, LossStats]:
+        """Forward and backward over micro-batches; gradients add up in the parameters."""
+        total, stats = 0.0, LossStats()
+        limit = self.recipe.train.micro_batch_tokens
+        for run in micro_batches([row.tokens for row, _ in pairs], max_tokens=limit):
+            rows = [pairs[index][0] for index in run]
+            scores = self._score(self.policy, rows)
+            loss, measured = self.loss(
+                scores.logps_NT,
+                self._loss_rows(rows, [pairs[index][1] for index in run], like=scores.logps_NT),
+                divisors=divisors,
+                ref_logps_NT=self._reference_logps(rows),
+                entropies_NT=scores.entropies_NT,
+            )
+            loss.backward()
+            total, stats = total + loss.item(), stats + measured
+        return total, stats
+
+    def _loss_rows(self, rows: Sequence[TrainRow], old_logps: Sequence[Tensor | None], *, like: Tensor) -> Rows:
+        """The objective's view of these rows, padded as `like` `(N, T)`."""
+        behavior_NT, mask_NT = torch.zeros_like(like), torch.zeros_like(like, dtype=torch.bool)
+        old_NT = None if old_logps[0] is None else torch.zeros_like(like)
+        for index, (row, old_T) in enumerate(zip(rows, old_logps, strict=True)):
+            length = len(row.behavior_logps)
+            behavior_NT[index, :length] = torch.tensor(row.behavior_logps)
+            mask_NT[index, :length] = True
+            if old_NT is not None and old_T is not None:
+                old_NT[index, :length] = old_T
+        return Rows(
+            behavior_logps_NT=behavior_NT.detach(),
+            mask_NT=mask_NT,
+            advantages_N=torch.tensor([row.advantage for row in rows], device=like.device),
+            foreign_N=torch.tensor([row.foreign for row in rows], device=like.device),
+            old_logps_NT=old_NT,
+        )
+
+    @torch.no_grad()
+    def _reference_logps(self, rows: Sequence[TrainRow]) -> Tensor | None:
+        return None if self.reference is None else self._score(self.reference, rows).logps_NT
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad.clone() for parameter in self._with_gradient()]
+
+    def _with_gradient(self) -> list[Tensor]:
+        return [parameter for parameter in self.policy.model.parameters() if parameter.grad is not None]
+
+    def _share(self, foreign: Sequence[Tensor]) -> float:
+        """|g_f| / (|g_f| + |g - g_f|), before clipping."""
+        rest = [parameter.grad - part for parameter, part in zip(self._with_gradient(), foreign, strict=True)]
+        foreign_norm, rest_norm = (torch.nn.utils.get_total_norm(parts).item() for parts in (foreign, rest))
+        return foreign_norm / (foreign_norm + rest_norm) if foreign_norm + rest_norm > 0 else 0.0
+
+    def _apply(self) -> float:
+        """Clip and update. A batch without any advantage has a gradient of zero: moments still decay.
+
+        A gradient that is not finite leaves weights and moments as they were.
+        """
+        parameters = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.grad_clip).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

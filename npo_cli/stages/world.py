@@ -1,0 +1,132 @@
+"""Everything a stage works with, opened together: recipe, run directory, policy, engine and task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from npo_cli.config import Recipe
+from npo_cli.engines.requests import Engine, SampleRequest
+from npo_cli.engines.transformers_engine import TransformersEngine
+from npo_cli.errors import NpoError
+from npo_cli.policy.model import Policy, load_policy, require_chat_template
+from npo_cli.records import Graded, Group, Prompt, Rollout
+from npo_cli.run_dir.checkpoints import Checkpoint
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.seeds import derive_seed
+from npo_cli.tasks.prompts import DataOrder, Task
+from npo_cli.tasks.sources import load_task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """One open run. The policy's weights are whatever checkpoint was loaded last."""
+
+    recipe: Recipe
+    run: RunDir
+    policy: Policy
+    engine: Engine
+    task: Task
+    order: DataOrder
+
+    def prompts_between(self, first: int, last: int) -> list[Prompt]:
+        """Distinct prompts at data positions first .. last - 1, in the order in which training meets them."""
+        indices = dict.fromkeys(self.order.indices(first, last - first))
+        return [self.task.train[index] for index in indices]
+
+
+def open_task(recipe: Recipe, *, allow_code: bool) -> Task:
+    """The recipe's task; the pool's seed is the run's unless the recipe fixes it."""
+    seed = recipe.train.seed if recipe.task.seed is None else recipe.task.seed
+    task = load_task(recipe.task, seed=seed, allow_code=allow_code)
+    if recipe.train.prompts_per_step > len(task.train):
+        raise NpoError(
+            f"the task has {len(task.train)} training prompts, but train.prompts_per_step is {recipe.train.prompts_per_step}",
+            f"set train.prompts_per_step={len(task.train)} or less, or bring more prompts",
+        )
+    return task
+
+
+def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Policy:
+    """The base model, or a checkpoint's, after a check that it can read every prompt of the task."""
+    policy = load_policy(recipe.model, checkpoint.path if checkpoint else None)
+    if checkpoint:
+        policy.load(checkpoint.path)
+    prompts = [*task.train, *task.heldout]
+    require_chat_template(policy, prompts, recipe.model.path)
+    for prompt in prompts:
+        length = len(policy.encode(prompt))
+        if length > recipe.task.max_prompt_tokens:
+            raise NpoError(
+                f"prompt {prompt.prompt_id} has {length} tokens; task.max_prompt_tokens is {recipe.task.max_prompt_tokens}",
+                f"raise it (task.max_prompt_tokens={length}) or leave the row out",
+            )
+    return policy
+
+
+def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
+    """Join the parts."""
+    engine = TransformersEngine(
+        policy.model,
+        policy.tokenizer,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        max_rows=recipe.engine.max_rows,
+    )
+    order = DataOrder(num_prompts=len(task.train), seed=recipe.train.seed)
+    return World(recipe=recipe, run=run, policy=policy, engine=engine, task=task, order=order)
+
+
+def answer(
+    world: World, prompts: Sequence[Prompt], *, label: tuple[str | int, ...], slots: Sequence[int], sampler_step: int
+) -> list[Group]:
+    """Sample every prompt once a slot with the weights at hand, and verify.
+
+    The seed of a response is that of (run seed, *label, prompt id, slot).
+    """
+    requests = [
+        SampleRequest(
+            prompt_id=prompt.prompt_id,
+            prompt_ids=world.policy.encode(prompt),
+            slot=slot,
+            seed=derive_seed(world.recipe.train.seed, *label, prompt.prompt_id, slot),
+        )
+        for prompt in prompts
+        for slot in slots
+    ]
+    settings = world.recipe.sampling
+    samples = world.engine.generate(requests, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
+    asked = [prompt for prompt in prompts for _ in slots]
+    graded = world.task.grade(asked, [sample.text for sample in samples])
+    rollouts = [
+        Rollout(
+            prompt_id=sample.prompt_id,
+            slot=sample.slot,
+            response_ids=sample.response_ids,
+            behavior_logps=sample.logps,
+            text=sample.text,
+            finished=sample.finished,
+            sampler_step=sampler_step,
+            mean_entropy=sample.mean_entropy,
+            verdict=verdict.verdict,
+            reward=verdict.reward,
+        )
+        for sample, verdict in zip(samples, _cut_off_is_wrong(samples, graded), strict=True)
+    ]
+    return [
+        Group(prompt=prompt, rollouts=tuple(rollouts[index * len(slots) : (index + 1) * len(slots)]))
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Graded]:
+    """A response that hit the length limit keeps its verdict unless that was correct by luck of the cut."""
+    return [
+        verdict
+        if sample.finished or verdict.verdict != "correct"
+        else Graded(verdict="wrong", extracted=verdict.extracted)
+        for sample, verdict in zip(samples, graded, strict=True)
+    ]
+
+
+def num_tokens(groups: Sequence[Group]) -> int:
+    """Tokens generated for these groups; what a guide brought along was paid for elsewhere."""
+    return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts if rollout.source == "own")

@@ -1,0 +1,159 @@
+"""Prompts from a file: checked row by row, split once, never shared between training and evaluation."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from npo_cli.config import TaskSettings
+from npo_cli.errors import NpoError
+from npo_cli.records import Message, Prompt
+from npo_cli.tasks.rows import Row, read_rows
+from npo_cli.tasks.shape import shaped
+
+IMAGE_COLUMNS = ("images", "image")
+
+Placed = tuple[Prompt, str]
+"""A prompt and the place in a file that it comes from."""
+
+
+def file_problems(settings: TaskSettings, *, seed: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+    """(pool, held-out). With a held-out file: the first rows of each. Without: a split drawn from the seed.
+
+    The held-out rows do not depend on task.pool_size, so a larger pool is judged on the same problems.
+    """
+    rows = _placed_prompts(settings.path or "", settings, "rows")
+    if settings.heldout_path is not None:
+        train = rows[: settings.pool_size]
+        heldout = _placed_prompts(settings.heldout_path, settings, "heldout")[: settings.heldout_size]
+    else:
+        train, heldout = _split(rows, settings, seed)
+    _refuse_repeated_ids([*train, *heldout])
+    _refuse_shared_prompts(train, heldout)
+    return tuple(prompt for prompt, _ in train), tuple(prompt for prompt, _ in heldout)
+
+
+def _split(rows: Sequence[Placed], settings: TaskSettings, seed: int) -> tuple[list[Placed], list[Placed]]:
+    """Shuffle once; held-out rows from the back, training rows from the front; each in the file's order."""
+    num_heldout = settings.heldout_size
+    if len(rows) <= num_heldout:
+        raise NpoError(
+            f"{settings.path} has {len(rows)} rows, too few to hold out {num_heldout} and train on the rest",
+            f"set task.heldout_size below {len(rows)}, add rows, or name a task.heldout_path",
+        )
+    order = list(range(len(rows)))
+    random.Random(f"split:{seed}").shuffle(order)
+    cut = len(rows) - num_heldout
+    return (
+        [rows[place] for place in sorted(order[:cut][: settings.pool_size])],
+        [rows[place] for place in sorted(order[cut:])],
+    )
+
+
+def _placed_prompts(path: str, settings: TaskSettings, prefix: str) -> list[Placed]:
+    columns = [settings.prompt_column, settings.answer_column, *IMAGE_COLUMNS]
+    columns += [settings.id_column] if settings.id_column is not None else []
+    rows = read_rows(Path(path).expanduser(), columns=columns)
+    return [(_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.place) for row in rows]
+
+
+def _prompt(row: Row, settings: TaskSettings, numbered_id: str) -> Prompt:
+    if any(row.values.get(column) for column in IMAGE_COLUMNS):
+        raise NpoError(
+            f"{row.place} has images, and image prompts are not read yet",
+            "remove the rows with images; they are never dropped in silence",
+        )
+    answer = _scalar(row, settings.answer_column, "task.answer_column")
+    prompt_id = _scalar(row, settings.id_column, "task.id_column") if settings.id_column else numbered_id
+    question = _cell(row, settings.prompt_column, "task.prompt_column")
+    bare = Prompt(prompt_id=prompt_id, answer=answer, row=row.position)
+    if isinstance(question, list):
+        return shaped(_messages(question, row.place), settings=settings, prompt=bare)
+    if not isinstance(question, str):
+        kind = type(question).__name__
+        raise NpoError(f"{row.place}: the prompt is a {kind}", "write a string, or a list of {role, content} messages")
+    if not question.strip():
+        raise NpoError(f"{row.place}: the prompt is empty", "fill it in or remove the row")
+    if settings.system and not settings.chat:
+        raise NpoError(f"task.system needs chat prompts, but {row.place} is plain text", "set task.chat=true")
+    return shaped(question, settings=settings, prompt=bare)
+
+
+def _messages(turns: list[Any], place: str) -> list[Message]:
+    """Chat messages, whole: a part that would be lost (an image, a tool call) is an error."""
+    messages = [_message(turn, f"{place}, message {number}") for number, turn in enumerate(turns, start=1)]
+    if not messages or not messages[-1].content.strip():
+        raise NpoError(f"{place}: the prompt is empty", "fill it in or remove the row")
+    if messages[-1].role in ("assistant", "system"):
+        role = messages[-1].role
+        raise NpoError(f"{place}: the last message is the {role}'s", "end a prompt with what is to be answered")
+    return messages
+
+
+def _message(turn: object, place: str) -> Message:
+    hint = 'write {"role": "user", "content": "..."}'
+    if not isinstance(turn, dict):
+        raise NpoError(f"{place} is not an object with role and content", hint)
+    role, content = turn.get("role"), turn.get("content")
+    if isinstance(content, list) and any(
+        isinstance(part, dict) and "image" in str(part.get("type")) for part in content
+    ):
+        raise NpoError(f"{place} has an image, and image prompts are not read yet", "remove the rows with images")
+    if not isinstance(role, str) or not role or not isinstance(content, str):
+        raise NpoError(f"{place}: role and content must be strings", hint)
+    extra = [key for key, value in turn.items() if key not in ("role", "content") and value is not None]
+    if extra:
+        raise NpoError(f"{place} has {extra[0]!r}, which is not read", f"remove it; {hint}")
+    return Message(role=role, content=content)
+
+
+def _cell(row: Row, column: str, key: str) -> Any:
+    if column not in row.values:
+        raise NpoError(
+            f"{row.place} has no column {column!r} ({key})",
+            f"set {key} to one of: {', '.join(map(str, row.values)) or '(it has none)'}",
+        )
+    return row.values[column]
+
+
+def _scalar(row: Row, column: str, key: str) -> str:
+    """A string or a number, as text."""
+    value = _cell(row, column, key)
+    if isinstance(value, float) and math.isnan(value):
+        value = None  # how pandas writes a missing number
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        kind = "null" if value is None else type(value).__name__
+        raise NpoError(f"{row.place}: {column!r} is a {kind}, not a string or a number", f"mend it, or {key}")
+    if not str(value).strip():
+        raise NpoError(f"{row.place}: {column!r} is empty", "fill it in or remove the row")
+    return str(value)
+
+
+def _refuse_repeated_ids(placed: Sequence[Placed]) -> None:
+    first: dict[str, str] = {}
+    for prompt, place in placed:
+        if prompt.prompt_id in first:
+            raise NpoError(
+                f"{place} has the prompt id {prompt.prompt_id!r} of {first[prompt.prompt_id]}",
+                "make the ids unique, or leave task.id_column out to number the rows",
+            )
+        first[prompt.prompt_id] = place
+
+
+def _refuse_shared_prompts(train: Sequence[Placed], heldout: Sequence[Placed]) -> None:
+    """A held-out problem that is trained on measures memory."""
+    trained = {_asked(prompt): place for prompt, place in train}
+    for prompt, place in heldout:
+        if _asked(prompt) in trained:
+            raise NpoError(
+                f"{place} (held out) is the same prompt as {trained[_asked(prompt)]} (trained on)",
+                "remove one of the two rows",
+            )
+
+
+def _asked(prompt: Prompt) -> Prompt:
+    """The prompt without what tells two rows apart."""
+    return replace(prompt, prompt_id="", answer="", row=0)

@@ -1,0 +1,86 @@
+"""Mathematical equality by Hugging Face's math-verify, behind a deadline that is kept.
+
+Its own timeout is an alarm signal: useless outside the main thread and inside C code. So it is switched off, and
+each comparison runs in a `CheckPool`. The comparison is not symmetric: the reference answer goes first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from npo_cli.errors import NpoError
+from npo_cli.records import Graded, Prompt
+from npo_cli.tasks.pool import CheckPool, Outcome
+from npo_cli.tasks.verify import unusable_answer
+
+DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
+"""What marks LaTeX inside a text. A reference answer without any is taken as LaTeX as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MathGrader:
+    """Correct where math-verify finds the response's last answer equal to the reference."""
+
+    pool: CheckPool
+
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Graded]:
+        pairs = [(prompt.answer, response) for prompt, response in zip(prompts, responses, strict=True)]
+        return [_graded(outcome) for outcome in self.pool.run(pairs)]
+
+    def check_answers(self, prompts: Sequence[Prompt]) -> None:
+        """A reference that is not read, or not in time, would make its prompt hopeless."""
+        pairs = [(prompt.answer, "") for prompt in prompts]
+        for prompt, outcome in zip(prompts, self.pool.run(pairs), strict=True):
+            if outcome.timed_out or outcome.error or outcome.value[0] == "no_reference":
+                raise unusable_answer(prompt, "mathematics")
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def math_grader(*, num_workers: int, timeout: float) -> MathGrader:
+    """The grader, with nothing started yet."""
+    if find_spec("math_verify") is None:
+        raise NpoError(
+            "the math_verify verifier needs the package math-verify, which is not installed",
+            "pip install math-verify, or set task.verifier=last_number for plain numbers",
+        )
+    return MathGrader(pool=CheckPool(build=build_comparison, num_workers=num_workers, timeout=timeout))
+
+
+def build_comparison() -> Callable[[tuple[str, str]], tuple[str, str | None]]:
+    """In the worker: import, warm up the LaTeX parser, and return (answer, response) -> (verdict, extracted)."""
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+
+    def read(text: str) -> list[Any]:
+        return parse(text, parsing_timeout=None)
+
+    def compare(pair: tuple[str, str]) -> tuple[str, str | None]:
+        answer, response = pair
+        gold = read(answer if any(mark in answer for mark in DELIMITERS) else f"\\boxed{{{answer}}}")
+        if all(isinstance(part, str) for part in gold):
+            return "no_reference", None
+        said = read(response)
+        extracted = next((part for part in said if isinstance(part, str)), None)
+        if said and verify(gold, said, timeout_seconds=None):
+            return "correct", extracted
+        # Only a text came back: something stood where an answer stands, but it is no mathematics.
+        unread = all(isinstance(part, str) for part in said)
+        return ("unparseable" if unread else "wrong"), extracted
+
+    compare(("\\frac{1}{2}", "$0.5$"))
+    return compare
+
+
+def _graded(outcome: Outcome) -> Graded:
+    if outcome.timed_out:
+        return Graded(verdict="timeout")
+    if outcome.error or outcome.value[0] == "no_reference":
+        return Graded(verdict="unparseable")
+    verdict, extracted = outcome.value
+    return Graded(verdict=verdict, extracted=extracted)

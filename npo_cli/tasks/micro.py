@@ -1,0 +1,124 @@
+"""The micro task: additions with a scratchpad, in a world where some table entries are believed wrong.
+
+A prompt is `12345+67890=` with both numbers written least significant digit first and filled with dots on
+the left to one fixed length. An answer writes, digit by digit, the sum digit and the carry (`_` none, `^`
+one), then `#` and the sum with its most significant digit first. Only what follows `#` is verified.
+
+A fixed 15 % of the 200 entries (digit, digit, carry) are *misconceived*: the supervised base learned one
+particular wrong digit for each. `kind` decides how many of them a prompt meets, hence how sparse reward is.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from npo_cli.records import Prompt
+
+ALPHABET = "0123456789_^+=#"
+FILL = "."
+PROMPT_CHARS = 12
+MAX_RESPONSE = 18
+MISCONCEIVED_SHARE = 0.15
+WORLD_SEED = 20733
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noise:
+    """How the supervised base errs: what a pretrained model's imperfection looks like here."""
+
+    digit: float = 0.20
+    """Chance that a sum digit is replaced by a random one."""
+    carry: float = 0.10
+    """Chance that a carry is flipped."""
+    misconception: float = 0.93
+    """Chance that a misconceived entry gets its wrong digit."""
+
+
+def misconceptions() -> dict[tuple[int, int, int], int]:
+    """The wrong digit of each misconceived (digit, digit, carry) entry; the same in every run."""
+    rng = random.Random(WORLD_SEED)
+    entries = [(a, b, c) for a in range(10) for b in range(10) for c in range(2)]
+    chosen = rng.sample(entries, round(MISCONCEIVED_SHARE * len(entries)))
+    return {(a, b, c): (a + b + c + rng.randint(1, 9)) % 10 for a, b, c in chosen}
+
+
+def digits(number: int, length: int) -> list[int]:
+    """The decimal digits of `number`, least significant first."""
+    return [int(char) for char in reversed(str(number).zfill(length))]
+
+
+def num_misconceived(a: int, b: int, length: int, wrong: dict[tuple[int, int, int], int]) -> int:
+    """How many misconceived entries the exact calculation of a + b meets."""
+    carry, met = 0, 0
+    for x, y in zip(digits(a, length), digits(b, length), strict=True):
+        met += (x, y, carry) in wrong
+        carry = (x + y + carry) // 10
+    return met
+
+
+def question(a: int, b: int, length: int) -> str:
+    """The prompt text of a + b, always PROMPT_CHARS long."""
+    text = f"{str(a).zfill(length)[::-1]}+{str(b).zfill(length)[::-1]}="
+    return text.rjust(PROMPT_CHARS, FILL)
+
+
+def final_answer(response: str) -> str | None:
+    """What stands after the one `#`; None where there is none, or several."""
+    _, mark, tail = response.partition("#")
+    return tail if mark and "#" not in tail else None
+
+
+def noisy_response(
+    a: int, b: int, length: int, *, noise: Noise, wrong: dict[tuple[int, int, int], int], rng: random.Random
+) -> str:
+    """One scratchpad as the supervised base is taught it, errors included."""
+    carry, written, pad = 0, [], ""
+    for x, y in zip(digits(a, length), digits(b, length), strict=True):
+        total = x + y + carry
+        digit, next_carry = total % 10, total // 10
+        if (x, y, carry) in wrong:
+            digit = wrong[x, y, carry] if rng.random() < noise.misconception else digit
+        elif rng.random() < noise.digit:
+            digit = rng.randrange(10)
+        if rng.random() < noise.carry:
+            next_carry = 1 - next_carry
+        carry = next_carry
+        written.append(str(digit))
+        pad += f"{digit}{'_^'[carry]}"
+    number = ("1" if carry else "") + "".join(reversed(written))
+    return f"{pad}#{number}"
+
+
+def additions(kind: str, rng: random.Random) -> Iterator[tuple[int, int, int]]:
+    """Endless (a, b, number of digits) of one kind.
+
+    `any`: 3 to 5 digits, whatever comes. `addh1`, `addh2`: 5 digits with at least 1 or 2 misconceived
+    entries. `mix3`: by turns 3 digits with none and 5 digits with at least 3.
+    """
+    wrong = misconceptions()
+    demands = {
+        "any": [(None, 0, 99)],
+        "addh1": [(5, 1, 99)],
+        "addh2": [(5, 2, 99)],
+        "mix3": [(3, 0, 0), (5, 3, 99)],
+    }[kind]
+    turn = 0
+    while True:
+        length, low, high = demands[turn % len(demands)]
+        size = length or rng.randint(3, 5)
+        a, b = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
+        if low <= num_misconceived(a, b, size, wrong) <= high:
+            yield a, b, size
+            turn += 1
+
+
+def micro_prompts(kind: str, count: int, seed: int) -> list[Prompt]:
+    """`count` different prompts of one kind, in the order drawn."""
+    rng = random.Random(f"micro:{kind}:{seed}")
+    prompts: dict[str, Prompt] = {}
+    for a, b, size in additions(kind, rng):
+        if len(prompts) == count:
+            break
+        text = question(a, b, size)
+        prompts.setdefault(text, Prompt(prompt_id=f"{kind}/{a}+{b}", text=text, answer=str(a + b)))
+    return list(prompts.values())

@@ -1,0 +1,91 @@
+"""Reads JSONL and parquet into rows that know where they stand, so that an error can say which line to mend."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from npo_cli.errors import NpoError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One record of a file."""
+
+    position: int
+    """From 0, blank lines not counted."""
+    place: str
+    """`data.jsonl line 3` or `data.parquet row 3`, counted from 1."""
+    values: dict[str, Any]
+
+
+def read_rows(path: Path, *, columns: Sequence[str]) -> list[Row]:
+    """All rows of a file. `columns` are those worth reading, where the format lets one choose."""
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise NpoError(f"the data file {path} {what}", "mend task.path (relative paths start at the current folder)")
+    if path.suffix not in readers:
+        raise NpoError(f"the data file {path} is neither .jsonl nor .parquet", "convert it, one JSON object a line")
+    try:
+        rows = list(readers[path.suffix](path, columns))
+    except OSError as error:
+        raise NpoError(f"the data file {path} cannot be read: {error.strerror or error}", "mend its rights") from error
+    if not rows:
+        raise NpoError(f"the data file {path} is empty", "it needs one row per prompt")
+    return rows
+
+
+def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    position = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path} line {number}"
+            yield Row(position=position, place=place, values=_json_object(line, place))
+            position += 1
+
+
+def _json_object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        # Decimals keep the answer 0.10 as it was written.
+        value = json.loads(line.decode("utf-8-sig"), parse_float=Decimal, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise NpoError(f"{place} is not valid JSON: {error}", "write one JSON object a line, in UTF-8") from error
+    if not isinstance(value, dict):
+        raise NpoError(f"{place} is a JSON {_json_kind(value)}, not an object", 'write {"prompt": ..., "answer": ...}')
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_kind(value: object) -> str:
+    names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise NpoError(
+            f"reading {path} needs the package pyarrow, which is not installed", "pip install pyarrow, or use .jsonl"
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            wanted = [name for name in columns if name in there]
+            num_rows = file.metadata.num_rows
+            values = file.read(columns=wanted).to_pylist() if wanted else [{}] * num_rows
+    except pyarrow.ArrowException as error:
+        raise NpoError(f"{path} is not a readable parquet file: {error}", "write it again") from error
+    # An absent column is kept absent, and the names that are there are told with it.
+    for position, row in enumerate(values):
+        rest = {name: None for name in there if name not in columns}
+        yield Row(position=position, place=f"{path} row {position + 1}", values=rest | row)

@@ -1,0 +1,116 @@
+"""A verifier of the user's own: `file.py:function`, called as function(prompt=, response=, answer=).
+
+It is a program from outside, so it runs only where it was allowed, in a process that can be killed, and what it
+prints goes to stderr. True, or a number of at least 1, is correct; anything less is wrong.
+"""
+
+import ast
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.records import Graded, Prompt
+from npo_cli.tasks.pool import CheckPool
+from npo_cli.tasks.worker import where
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UserGrader:
+    """Asks the user's function. Its exceptions end the run: a reward of 0 in their place would train on a bug."""
+
+    pool: CheckPool
+
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Graded]:
+        asked = [
+            {"prompt": prompt_text(prompt), "response": response, "answer": prompt.answer}
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        graded = []
+        for prompt, outcome in zip(prompts, self.pool.run(asked), strict=True):
+            trouble = outcome.error or (outcome.value if isinstance(outcome.value, str) else None)
+            if trouble:
+                raise RunFailed(
+                    f"the verifier failed on prompt {prompt.prompt_id}: {trouble}",
+                    "mend the function, then go on with npo resume",
+                )
+            verdict = "timeout" if outcome.timed_out else "correct" if outcome.value >= 1 else "wrong"
+            graded.append(Graded(verdict=verdict))
+        return graded
+
+    def check_answers(self, prompts: Sequence[Prompt]) -> None:
+        """Only the function knows what it can compare."""
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def is_user_code(verifier: str) -> bool:
+    """Whether a setting names a function in a file."""
+    return verifier.rpartition(":")[0].endswith(".py")
+
+
+def user_grader(verifier: str, *, allow_code: bool, num_workers: int, timeout: float) -> UserGrader:
+    """The grader for `file.py:function`. The file is read, not run, until the first response is graded."""
+    file, _, function = verifier.rpartition(":")
+    if not allow_code:
+        raise NpoError(
+            f"task.verifier {verifier} is code of your own, which is not run unless you say so",
+            "read it, then add --allow-code to the command",
+        )
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise NpoError(f"task.verifier names a file that does not exist: {path}", "mend the path before the colon")
+    _require_function(path, function)
+    build = partial(build_user_check, str(path), function)
+    return UserGrader(pool=CheckPool(build=build, num_workers=num_workers, timeout=timeout))
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as plain text; of a chat, what its messages say, with a blank line between them."""
+    return prompt.text if prompt.text is not None else "\n\n".join(message.content for message in prompt.messages)
+
+
+def build_user_check(file: str, function: str) -> Callable[[dict[str, str]], float | str]:
+    """In the worker: run the file and return a check that gives the function's number, or the text of its error."""
+    import sys
+
+    sys.path.insert(0, str(Path(file).parent))  # so that it can import its neighbours
+    spec = spec_from_file_location("npo_user_verifier", file)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    verifier = getattr(module, function)
+
+    def check(asked: dict[str, str]) -> float | str:
+        try:
+            value = verifier(**asked)
+        except (Exception, SystemExit) as error:
+            return where(error, inside=file)
+        if isinstance(value, str) or not hasattr(value, "__float__") or math.isnan(float(value)):
+            return f"{file}: {function} must return a bool or a number, it returned {value!r}"
+        return float(value)
+
+    return check
+
+
+def _require_function(path: Path, function: str) -> None:
+    """Find the name in the syntax tree, so that a slip shows before anything is sampled, and nothing is run."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        raise NpoError(f"task.verifier names a file that is not Python: {where(error)}", "mend that line") from error
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        for alias in getattr(node, "names", [])
+        if isinstance(alias, ast.alias)
+    }
+    if function not in names and "*" not in names:
+        there = ", ".join(sorted(names)) or "(it defines nothing)"
+        raise NpoError(f"{path} has no function {function!r}", f"write {path.name}:NAME with one of: {there}")

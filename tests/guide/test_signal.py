@@ -1,0 +1,150 @@
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from npo_cli.errors import NpoError
+from npo_cli.guide.signal import Arm, PromptOutcome, rank_arms, variance_range_warning
+
+from .samples import SIGNAL, arm, drifted
+
+LEARNER = arm(0, [0] * 30)
+
+
+def chosen_step(scores):
+    (step,) = [score.step for score in scores if score.chosen]
+    return step
+
+
+def test_a_clearly_better_guide_is_chosen_with_confidence():
+    # Q .2, .8, .9 of 30 prompts; group2 V 1, 1.21, 13.4: S about .21, .65, .07
+    arms = [
+        arm(20, [1] * 6 + [0] * 24),
+        arm(40, [1] * 24 + [0] * 6, log_w=-0.5),
+        arm(80, [1] * 27 + [0] * 3, log_w=-4.0),
+    ]
+    scores = rank_arms(LEARNER, arms, SIGNAL)
+    assert chosen_step(scores) == 40
+    assert scores[1].p_best > 0.95
+    assert sum(score.p_best for score in scores) == pytest.approx(1.0)
+    assert [score.step for score in scores] == [20, 40, 80]
+
+
+def test_each_profile_says_whom_it_would_have_chosen():
+    # Q~ .11, .40, .95 (31 = 30 + 1 in the denominator); KL per token 0, .1, .2, per sequence 0, 1, 2
+    arms = [
+        arm(20, [1] * 3 + [0] * 27),
+        arm(40, [1] * 12 + [0] * 18, log_w=-1.0),
+        arm(60, [1] * 29 + [0], log_w=-2.0),
+    ]
+    scores = rank_arms(LEARNER, arms, replace(SIGNAL, kappa=20.0))
+    # kl_exp: .95/e^.2 wins; with kappa 20: .11 against .40/e^2 = .054 and .95/e^4 = .017
+    # group2: .40/1.80 = .22 against .95/7.70 = .12; exp(2 KL): .11 against .40/7.4 = .055
+    assert scores[0].chosen_by == {"faithful": 60, "group2": 40, "calibrated": 20, "seq_kl": 20, "one_se": 40}
+    assert all(score.chosen_by == scores[0].chosen_by for score in scores)
+
+
+def test_one_standard_error_rule_stops_at_the_nearer_equal():
+    # 15 and 16 of 30 solved, each with prompts of its own: the lead is within its error
+    near, far = arm(20, [1] * 15 + [0] * 15), arm(60, [0] * 14 + [1] * 16)
+    assert chosen_step(rank_arms(LEARNER, [near, far], SIGNAL)) == 60
+    assert chosen_step(rank_arms(LEARNER, [near, far], replace(SIGNAL, rule="one_se"))) == 20
+
+
+def test_a_ranking_depends_on_the_seed_alone():
+    arms = [arm(20, [0, 1, 2] * 10), arm(40, [1, 0, 3] * 10, log_w=-0.3)]
+    assert rank_arms(LEARNER, arms, SIGNAL) == rank_arms(LEARNER, arms, SIGNAL)
+    assert rank_arms(LEARNER, arms, SIGNAL) != rank_arms(LEARNER, arms, replace(SIGNAL, seed=1))
+
+
+def test_candidates_do_not_depend_on_their_order():
+    arms = [arm(20, [0, 1, 2] * 10), arm(40, [1, 0, 3] * 10, log_w=-0.3)]
+    assert rank_arms(LEARNER, arms[::-1], SIGNAL)[::-1] == rank_arms(LEARNER, arms, SIGNAL)
+
+
+def test_heavy_tails_anywhere_put_everyone_on_the_lognormal_moment():
+    calm, wild = arm(20, [1] * 30), arm(40, [2] * 30)
+    ratios = list(wild.ratios)
+    ratios[0] = drifted(9.0, 10, prompt_id="p00")  # one weight of 8103 beside 119 of 1
+    scores = rank_arms(LEARNER, [calm, replace(wild, ratios=ratios)], replace(SIGNAL, variance="ess"))
+    assert [score.variance_kind for score in scores] == ["seq2_lognormal"] * 2
+    assert [score.unreliable for score in scores] == [False, True]
+    # what was asked for stays on record: one weight holds nearly all, so V is nearly N = 120
+    assert scores[1].variances["ess"] == pytest.approx(120 * (8103.08**2 + 119) / (8103.08 + 119) ** 2, rel=1e-4)
+    assert scores[1].ess_fraction < 0.1
+
+
+def test_kinds_that_never_weigh_sequences_do_not_mind_heavy_tails():
+    wild = arm(40, [2] * 30)
+    ratios = (drifted(9.0, 10, prompt_id="p00", correct=True), *wild.ratios[1:])
+    (score,) = rank_arms(LEARNER, [replace(wild, ratios=ratios)], SIGNAL)
+    assert (score.variance_kind, score.unreliable) == ("group2", False)
+    assert score.ess_fraction < 0.1
+
+
+def test_a_candidate_dropped_by_halving_cannot_win_on_easy_prompts():
+    # first 10 prompts are easy for everyone; the finalist was also asked 20 hard ones
+    dropped, finalist = arm(20, [3] * 9 + [0]), arm(40, [3] * 10 + [0] * 20)
+    scores = rank_arms(LEARNER, [dropped, finalist], SIGNAL)
+    assert scores[0].signal > scores[1].signal
+    assert chosen_step(scores) == 40
+    assert scores[1].p_best > 0.5
+
+
+def test_flat_variances_are_pointed_out():
+    near, far = arm(20, [1] * 30, log_w=-0.01), arm(60, [2] * 30, log_w=-0.1)
+    scores = rank_arms(LEARNER, [near, far], replace(SIGNAL, variance="kl_exp"))
+    assert variance_range_warning(scores) == (
+        "V (kl_exp) only ranges from 1.001 to 1.01 over 2 candidates (less than 5 %), so S = Q/V ranks them by Q "
+        "alone and tends to choose the farthest"
+    )
+
+
+def test_variances_that_differ_or_stand_alone_need_no_warning():
+    scores = rank_arms(LEARNER, [arm(20, [1] * 30), arm(60, [2] * 30, log_w=-1.0)], SIGNAL)
+    assert variance_range_warning(scores) is None
+    assert variance_range_warning(scores[:1]) is None
+
+
+def test_no_failing_prompt_is_a_users_error():
+    nothing = Arm(step=20, distance=20, outcomes=(), ratios=())
+    with pytest.raises(NpoError):
+        rank_arms(replace(LEARNER, outcomes=()), [nothing], SIGNAL)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=1, max_size=4),
+    st.lists(st.floats(-30, 5), min_size=4, max_size=4),
+    st.sampled_from(["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"]),
+    st.sampled_from(["pass@1", "pass@k"]),
+)
+def test_any_evidence_makes_a_sound_ranking(correct_AP, log_w_A, kind, quality):
+    arms = [arm(20 * (a + 1), correct_P, log_w=log_w_A[a]) for a, correct_P in enumerate(correct_AP)]
+    knobs = replace(SIGNAL, variance=kind, quality=quality, resamples=50)
+    scores = rank_arms(arm(0, [0] * 6), arms, knobs)
+    assert sum(score.chosen for score in scores) == 1
+    assert sum(score.p_best for score in scores) == pytest.approx(1.0)
+    for score in scores:
+        assert 0 <= score.quality_low <= score.quality <= score.quality_high <= 1
+        assert 0 < score.signal_low <= score.signal <= score.signal_high < math.inf
+        assert 0 < score.variance_low <= score.variance <= score.variance_high < math.inf
+
+
+def test_two_thousand_resamples_of_ten_candidates_are_quick():
+    rng = np.random.default_rng(0)
+    ids = [f"p{p:03}" for p in range(200)]
+
+    def large_arm(step):
+        outcomes = tuple(PromptOutcome(prompt_id=i, num_samples=8, num_correct=int(rng.integers(4))) for i in ids)
+        ratios = tuple(drifted(float(rng.normal(-1, 1)), 10, prompt_id=i) for i in ids for _ in range(2))
+        return Arm(step=step, distance=step, outcomes=outcomes, ratios=ratios)
+
+    learner, arms = large_arm(0), [large_arm(20 * a) for a in range(1, 11)]
+    started = time.process_time()
+    rank_arms(learner, arms, replace(SIGNAL, resamples=2000))
+    assert time.process_time() - started < 2.0

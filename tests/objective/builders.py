@@ -1,0 +1,46 @@
+"""Short spellings of this room's records. N rows, T tokens; the defaults are those of plain GRPO."""
+
+from torch import Tensor, tensor, zeros
+
+from npo_cli.objective.batch import Divisors, LossKnobs, Rows
+
+PLAIN = {
+    "kind": "grpo",
+    "aggregation": "seq_mean_token_mean",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": None,
+    "delta": None,
+    "cispo_cap": 5.0,
+    "kl_coef": 0.0,
+    "entropy_coef": 0.0,
+    "ratio": "exact",
+    "decoupled_cap": 2.0,
+}
+
+
+def knobs(**changes: object) -> LossKnobs:
+    return LossKnobs(**(PLAIN | changes))
+
+
+def make_rows(
+    advantages: list[float],
+    *,
+    mask: list[list[int]],
+    behavior: Tensor | None = None,
+    old: Tensor | None = None,
+    foreign: list[int] | None = None,
+) -> Rows:
+    mask_NT = tensor(mask).bool()
+    return Rows(
+        behavior_logps_NT=zeros(mask_NT.shape) if behavior is None else behavior,
+        mask_NT=mask_NT,
+        advantages_N=tensor(advantages),
+        foreign_N=tensor(foreign if foreign is not None else [0] * len(advantages)).bool(),
+        old_logps_NT=old,
+    )
+
+
+def divisors_of(rows: Rows) -> Divisors:
+    num_rows, num_columns = rows.mask_NT.shape
+    return Divisors(num_sequences=num_rows, num_tokens=int(rows.mask_NT.sum()), max_tokens=num_columns)

@@ -1,0 +1,100 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npo_cli.tasks.micro import (
+    ALPHABET,
+    MAX_RESPONSE,
+    PROMPT_CHARS,
+    Noise,
+    digits,
+    final_answer,
+    micro_prompts,
+    misconceptions,
+    noisy_response,
+    num_misconceived,
+    question,
+)
+from npo_cli.tasks.verify import judge_micro
+
+NO_NOISE = Noise(digit=0.0, carry=0.0, misconception=0.0)
+
+
+@st.composite
+def additions(draw: st.DrawFn) -> tuple[int, int, int]:
+    length = draw(st.integers(3, 5))
+    number = st.integers(10 ** (length - 1), 10**length - 1)
+    return draw(number), draw(number), length
+
+
+def test_the_world_has_the_same_thirty_misconceptions_for_ever():
+    wrong = misconceptions()
+    assert len(wrong) == 30  # 15 % of 10 * 10 * 2
+    assert list(wrong.items())[:4] == [((9, 2, 1), 7), ((3, 3, 1), 2), ((9, 9, 1), 1), ((3, 5, 1), 7)]
+    assert all(digit != (a + b + c) % 10 for (a, b, c), digit in wrong.items())
+
+
+@given(additions())
+def test_a_question_has_a_fixed_length_and_reads_backwards(addition: tuple[int, int, int]):
+    a, b, length = addition
+    text = question(a, b, length)
+    assert len(text) == PROMPT_CHARS
+    left, right = text.strip(".=").split("+")
+    assert (int(left[::-1]), int(right[::-1])) == (a, b)
+
+
+@given(additions())
+def test_a_scratchpad_without_noise_is_verified_correct(addition: tuple[int, int, int]):
+    a, b, length = addition
+    response = noisy_response(a, b, length, noise=NO_NOISE, wrong=misconceptions(), rng=random.Random(0))
+    assert judge_micro(str(a + b), response).verdict == "correct"
+    assert len(response) <= MAX_RESPONSE - 1  # one place is left for the end token
+    assert set(response) <= set(ALPHABET)
+
+
+@given(additions())
+def test_a_sure_misconception_is_met_exactly_where_it_is_counted(addition: tuple[int, int, int]):
+    a, b, length = addition
+    sure = Noise(digit=0.0, carry=0.0, misconception=1.0)
+    response = noisy_response(a, b, length, noise=sure, wrong=misconceptions(), rng=random.Random(0))
+    written = response.partition("#")[0][::2]
+    right = digits((a + b) % 10**length, length)
+    num_wrong = sum(int(said) != digit for said, digit in zip(written, right, strict=True))
+    assert num_wrong == num_misconceived(a, b, length, misconceptions())
+
+
+@given(st.text(alphabet="0#", max_size=6))
+def test_there_is_a_final_answer_exactly_where_there_is_one_mark(response: str):
+    assert (final_answer(response) is None) == (response.count("#") != 1)
+
+
+def test_the_final_answer_is_what_follows_the_mark():
+    assert final_answer("9_7_5_#579") == "579"
+    assert final_answer("#") == ""
+
+
+@pytest.mark.parametrize(("kind", "least"), [("addh1", 1), ("addh2", 2)])
+def test_hard_additions_meet_misconceptions(kind: str, least: int):
+    for prompt in micro_prompts(kind, 40, seed=0):
+        a, b = map(int, prompt.prompt_id.partition("/")[2].split("+"))
+        assert num_misconceived(a, b, 5, misconceptions()) >= least
+        assert prompt.answer == str(a + b)
+
+
+def test_mix3_takes_easy_and_hard_by_turns():
+    met = []
+    for prompt in micro_prompts("mix3", 20, seed=0):
+        a, b = map(int, prompt.prompt_id.partition("/")[2].split("+"))
+        met.append((len(str(a)), num_misconceived(a, b, len(str(a)), misconceptions())))
+    assert all(one == (3, 0) for one in met[::2])
+    assert all(length == 5 and count >= 3 for length, count in met[1::2])
+
+
+def test_prompts_are_a_function_of_kind_and_seed_and_a_longer_draw_only_adds():
+    short, long = micro_prompts("mix3", 10, seed=3), micro_prompts("mix3", 25, seed=3)
+    assert long[:10] == short
+    assert len({prompt.text for prompt in long}) == 25
+    assert micro_prompts("mix3", 10, seed=4) != short
+    assert [prompt.text for prompt in micro_prompts("mix3", 2, seed=0)] == ["....398+455=", "64599+01792="]
