@@ -122,7 +122,8 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """Every setting as YAML that `load_recipe` reads back to the same recipe."""
-    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=True, width=100)
+    # Letters beyond ASCII are escaped: yaml would fold a raw U+0085 into a space, and a terminal might obey others.
+    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=False, width=100)
 
 
 def _chain(path: Path) -> list[Layer]:

@@ -24,7 +24,7 @@ from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
 from npo_cli.cli.show import show
 from npo_cli.cli.train import train
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, StoppedEarly
 
 DOORS = {
     "train": train,
@@ -73,17 +73,18 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         typer.main.get_command(app).main(args, prog_name="npo")
     except NpoError as error:
-        _explain(error.message, error.hint)
+        label = "" if isinstance(error, StoppedEarly) else "error: "
+        _explain(f"{label}{error.message}", error.hint)
         sys.exit(error.exit_code)
     except Exception as error:  # the house's own fault: one line, and how to see more
-        _explain(f"{type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
+        _explain(f"error: {type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
         sys.exit(1)
 
 
 def _explain(message: str, hint: str) -> None:
     if os.environ.get("NPO_DEBUG") == "1":
         talk(traceback.format_exc())
-    talk(f"error: {_one_line(message)}", style="31")
+    talk(_one_line(message), style="31")
     if hint:
         talk(f"  try: {_one_line(hint)}", style="2")
 

@@ -81,7 +81,7 @@ def draw(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None)
         if isinstance(records, Generator):
             # A closed pipe or a signal leaves the stage through its own clean-up.
             stack.enter_context(contextlib.closing(records))
-            show = stack.enter_context(live(num_steps))
+            show = stack.enter_context(live(bars=_room_for_bars(as_json=as_json), num_steps=num_steps))
         for record in records:
             if show and isinstance(record, Progress | Notice | StepReport):
                 show(record)
@@ -92,3 +92,8 @@ def draw(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None)
     for kind, some in data.items():
         for table in TABLES[kind](some) if some else ():
             print_table(table)
+
+
+def _room_for_bars(*, as_json: bool) -> bool:
+    """Bars need a terminal that no stream of JSON lines runs through."""
+    return on_terminal(sys.stderr) and not (as_json and on_terminal(sys.stdout))

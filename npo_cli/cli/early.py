@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 def recipe_of(root: Path, overrides: Sequence[str] | None, *, branch: str | None = None) -> "Recipe":
     """The recipe in force on a branch (the newest without a name), overrides on top; the run must exist."""
     from npo_cli.loading import from_dict, with_overrides
-    from npo_cli.run_dir.lineage import newest_branch
+    from npo_cli.run_dir.lineage import branches, newest_branch
     from npo_cli.run_dir.paths import open_run
 
     run = open_run(root)
+    if branch is not None and branch not in branches(run):
+        raise NpoError(f"{root} has no branch {branch!r}: {', '.join(branches(run))}", f"npo show {root} lineage")
     return with_overrides(from_dict(run.recipe(branch or newest_branch(run))), overrides or ())
 
 

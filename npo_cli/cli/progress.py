@@ -1,12 +1,11 @@
 """Long work on stderr: bars on a terminal, a plain line every few seconds elsewhere."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from npo_cli.cli.console import on_terminal, talk, visible
+from npo_cli.cli.console import talk, visible
 from npo_cli.records import Notice, Progress, StepReport
 
 Show = Callable[[Progress | Notice | StepReport], None]
@@ -15,11 +14,11 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextlib.contextmanager
-def live(num_steps: int | None = None) -> Iterator[Show]:
+def live(*, bars: bool, num_steps: int | None = None) -> Iterator[Show]:
     """Yields what shows one record of talk. Steps are counted towards `num_steps` where it is known."""
-    if on_terminal(sys.stderr):
-        with _bars() as bars:
-            yield lambda record: _draw(bars, as_talk(record, num_steps=num_steps))
+    if bars:
+        with _bars() as drawn:
+            yield lambda record: _draw(drawn, as_talk(record, num_steps=num_steps))
     else:
         lines = PlainLines()
         yield lambda record: lines.show(as_talk(record, num_steps=num_steps))
@@ -88,7 +87,8 @@ def _bars() -> Iterator[Any]:
         TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as bars:
+    # rich would send stdout through the console of the bars, which is stderr.
+    with Progress(*columns, console=Console(stderr=True, highlight=False), redirect_stdout=False) as bars:
         yield bars
 
 

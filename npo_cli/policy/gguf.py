@@ -4,7 +4,9 @@ transformers dequantises the file but then refuses to save the model, because it
 "quantised": it is built again from the config without that entry.
 """
 
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -36,7 +38,8 @@ def load_packaged(path: str, *, dtype: torch.dtype, attention: str) -> tuple[Pre
     """Dequantised weights in `dtype`, in a model that can be saved, and its tokenizer."""
     file = packaged_file(path)
     names = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**names, dtype=dtype, attn_implementation=attention)
+    with redirect_stderr(StringIO()):  # the reader draws a progress bar that nothing else can switch off
+        loaded = AutoModelForCausalLM.from_pretrained(**names, dtype=dtype, attn_implementation=attention)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

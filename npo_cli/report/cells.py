@@ -29,6 +29,7 @@ def count(value: int | None, *, absent: str = "-") -> str:
 
 
 def interval(value: float, low: float, high: float) -> str:
+    """`0.500 [0.400, 0.600]`."""
     return f"{number(value)} [{number(low)}, {number(high)}]"
 
 

@@ -96,6 +96,7 @@ def _variance_table(scores: Sequence[CheckpointScore]) -> Table:
 
 
 def evals_tables(reports: Sequence[EvalReport]) -> tuple[Table, ...]:
+    """Held-out evaluations in the order given."""
     header = ("branch", "step", "accuracy (avg@k)", "pass@k", "k", "prompts", "length", "cut off", "tokens")
     rows = tuple(
         (
@@ -111,6 +112,7 @@ def evals_tables(reports: Sequence[EvalReport]) -> tuple[Table, ...]:
 
 
 def guides_tables(guides: Sequence[GuideInfo]) -> tuple[Table, ...]:
+    """Guide caches: whom they serve, who wrote them, how many prompts they solved."""
     header = ("name", "branch", "for steps", "guide step", "solved", "samples", "tokens", "whole")
     rows = tuple(
         (
@@ -124,6 +126,7 @@ def guides_tables(guides: Sequence[GuideInfo]) -> tuple[Table, ...]:
 
 
 def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
+    """Segments in the order in which training began them."""
     header = ("branch", "parent", "from step", "guide", "guide until")
     rows = tuple(
         (one.branch, one.parent or "-", str(one.fork_step), one.guide or "-", count(one.guide_until))
@@ -192,6 +195,7 @@ def _crossing_row(one: Crossing, *, baseline: Crossing | None) -> tuple[str, ...
 
 
 def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
+    """Rollouts with question, reference answer and response, the seated guide told apart."""
     header = ("branch", "step", "prompt", "slot", "source", "verdict", "ended", "question", "answer", "response")
     rows = tuple(
         (
@@ -209,6 +213,7 @@ def _source(line: RolloutLine) -> str:
 
 
 def groups_tables(lines: Sequence[GroupLine]) -> tuple[Table, ...]:
+    """Groups with the mean reward over all their rollouts."""
     header = ("branch", "step", "prompt", "rollouts", "own accuracy", "reward", "mix")
     rows = tuple(
         (
@@ -226,11 +231,13 @@ def _mean_reward(line: GroupLine) -> float | None:
 
 
 def recipes_tables(lines: Sequence[RecipeLine]) -> tuple[Table, ...]:
+    """Recipes by name."""
     rows = tuple((one.name, one.description) for one in lines)
     return (Table(title="Recipes", header=("name", "what for"), rows=rows),)
 
 
 def checks_tables(checks: Sequence[Check]) -> tuple[Table, ...]:
+    """`-` marks an optional part that is absent, `BAD` a fault."""
     words = {(True, True): "ok", (True, False): "ok", (False, False): "-", (False, True): "BAD"}
     rows = tuple((words[one.ok, one.needed], one.name, one.detail, one.hint) for one in checks)
     return (Table(title="This machine", header=("", "part", "found", "to mend it"), rows=rows),)

@@ -134,7 +134,7 @@ class RolloutJournal:
 
 
 def shortest_float32(logps_T: Sequence[float]) -> list[float]:
-    """The shortest decimals that name these float32 numbers: -1.2345678806 becomes -1.2345679."""
+    """The shortest decimals that name these float32 numbers: -1.2345677614212036 becomes -1.2345678."""
     import numpy as np
 
     return [float(str(number)) for number in np.asarray(logps_T, dtype=np.float32)]

@@ -70,20 +70,25 @@ def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
         for row in Journal(run.metrics_path(stretch.branch)).records()
         if stretch.owns(row["step"])
     }
-    points = []
-    for step, report in sorted(seen.items()):
-        cost = cost_at(run, branch, step)
-        points.append(
-            CurvePoint(
-                arm=arm,
-                step=step,
-                total_steps=cost.steps,
-                total_tokens=cost.tokens,
-                accuracy=report.accuracy,
-                entropy=entropies.get(step),
-            )
+    return [
+        CurvePoint(
+            arm=arm,
+            step=step,
+            total_steps=cost.steps,
+            total_tokens=cost.tokens,
+            accuracy=report.accuracy,
+            entropy=entropies.get(step),
         )
-    return points
+        for step, report in sorted(seen.items())
+        for cost in standings(run, branch, step)
+    ]
+
+
+def standings(run: RunDir, branch: str, step: int) -> list[Cost]:
+    """Cost of standing at `step`; at a replay's fork also the cost of being ready to replay, with nothing learned."""
+    born = birth_segment(run, branch)
+    ready = [entry_cost(run, born)] if born.parent is not None and step == born.fork_step else []
+    return [cost_at(run, branch, step), *ready]
 
 
 def crossing(points: Sequence[CurvePoint], threshold: float) -> Crossing:

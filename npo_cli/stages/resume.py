@@ -116,7 +116,7 @@ def fork(
     if info:
         check_guide(run, info, parent=parent, at=at)
     until = at + (steps or info.num_steps) if info else None
-    branch = new_branch_name(run, wish or guide or f"{parent}-from-{at}")
+    branch = new_branch_name(run, wish or guide or f"{parent}-from-{at}", exact=wish is not None)
     segment = Segment(branch=branch, parent=parent, fork_step=at, guide=guide, guide_until=until)
     return Start(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
 

@@ -33,7 +33,9 @@ def test_a_failed_replacement_keeps_the_old_document(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "is damaged"), ("[1]", "holds no JSON object"), (None, "is missing")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "is damaged"), ("[1]", "holds no JSON object"), (None, "is missing")]
+)
 def test_a_document_that_cannot_be_read_is_named(tmp_path, text: str | None, words: str):
     if text is not None:
         (tmp_path / "a.json").write_text(text)

@@ -103,7 +103,9 @@ def test_a_folder_that_is_no_run(tmp_path):
 def test_a_format_from_the_future_is_refused_politely(tmp_path):
     run = new_run(tmp_path)
     (run.root / "npo_run.json").write_text(json.dumps({"format": 2, "npo_version": "9.0"}))
-    with pytest.raises(NpoError, match=r"written by npo 9\.0 in run format 2; this npo reads formats up to 1") as caught:
+    with pytest.raises(
+        NpoError, match=r"written by npo 9\.0 in run format 2; this npo reads formats up to 1"
+    ) as caught:
         open_run(run.root)
     assert "upgrade" in caught.value.hint
 

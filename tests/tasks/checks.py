@@ -29,7 +29,7 @@ def build_trouble() -> Callable[[str], object]:
         if item == "raise":
             raise ValueError("no such item")
         if item == "sleeping child":
-            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).wait()
+            subprocess.Popen([sys.executable, "-c", "__import__('time').sleep(60)"]).wait()
         if item == "print":
             sys.stdout.write("noise\n")
         if item == "pid":

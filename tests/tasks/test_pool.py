@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -110,14 +111,18 @@ def test_stop_signals_to_a_worker_are_not_its_business(trouble: CheckPool):
 
 
 def test_a_child_of_a_late_check_ends_with_it(trouble: CheckPool):
-    before = children_asleep()
     assert trouble.run(["sleeping child"])[0].timed_out
-    assert children_asleep() == before
+    assert wait_until_gone(sleepers(), seconds=2)
 
 
-def children_asleep() -> int:
-    lines = subprocess.run(["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return sum("time.sleep(60)" in line and not line.startswith("Z") for line in lines)
+def sleepers() -> list[int]:
+    """The processes that the check `sleeping child` starts."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if b"__import__('time').sleep(60)" in command.read_bytes().split(b"\0"):
+                found.append(int(command.parent.name))
+    return found
 
 
 def test_what_a_check_prints_stays_out_of_stdout(capfd: pytest.CaptureFixture[str]):

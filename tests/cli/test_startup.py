@@ -1,0 +1,133 @@
+"""What is imported before it is needed, and how the process leaves, seen from outside."""
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "pydantic", "matplotlib", "scipy", "rich", "yaml")
+RUN = "from npo_cli.cli.app import main; main()"
+WATCHED = f"""
+import atexit, json, sys
+heavy = {HEAVY!r}
+atexit.register(lambda: print(json.dumps([name for name in heavy if name in sys.modules]), file=sys.stderr))
+{RUN}
+"""
+
+
+def launched(*args: str, code: str = RUN, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [(["--help"], 0), (["train", "--help"], 0), (["--version"], 0), (["train"], 2), (["bogus"], 2), ([], 2)],
+)
+def test_help_and_usage_errors_import_nothing_heavy(args, code):
+    result = launched(*args, code=WATCHED)
+    assert result.returncode == code
+    # pydantic is typer's own way to read arguments; it takes 0.05 s
+    assert set(json.loads(result.stderr.splitlines()[-1])) <= {"pydantic"}
+
+
+@pytest.mark.parametrize("args", [["train", "micro", "train.lrr=1", "--run", "new"], ["resume", "new"]])
+def test_wrong_settings_are_told_without_torch(args):
+    result = launched(*args, code=WATCHED)
+    assert result.returncode == 2
+    assert not {"torch", "transformers", "numpy", "matplotlib"} & set(json.loads(result.stderr.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["train"], ["train", "micro", "lr=1", "--run", "x"]])
+def test_help_and_usage_errors_answer_in_a_fraction_of_a_second(args):
+    def seconds() -> float:
+        started = time.perf_counter()
+        launched(*args)
+        return time.perf_counter() - started
+
+    # the best of three: the machine may be busy
+    assert min(seconds() for _ in range(3)) <= 0.4
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f'"{sys.executable}" -c "{RUN}" recipes micro --json | true; exit ${{PIPESTATUS[0]}}'
+    result = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert result.stderr == ""
+    assert result.returncode in (0, 1)
+
+
+def test_errors_off_a_terminal_are_without_colour():
+    result = launched("train", "nope", "--run", "new")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "\x1b" not in result.stderr
+    assert result.stderr.count("\n") == 2
+
+
+DRAWN = """
+from npo_cli.cli.console import draw
+from npo_cli.records import Notice, Progress, Segment
+
+def stage():
+    yield Notice(message="[bold]hello\\x1b]0;title\\x07")
+    yield Progress(what="work", done=1, total=2, note="[red]note")
+    yield Segment(branch="main", parent=None, fork_step=0, guide=None, guide_until=None)
+    yield Progress(what="work", done=2, total=2, note="[red]note")
+
+draw(stage(), as_json=True)
+"""
+
+
+def on_a_terminal(*, stdout_too: bool) -> tuple[str, str]:
+    """What a pipe on stdout and a terminal on stderr (or on both) receive."""
+    master, slave = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRAWN], stdout=slave if stdout_too else subprocess.PIPE, stderr=slave, env=environment
+    )
+    os.close(slave)
+    piped = "" if stdout_too else process.stdout.read().decode()
+    shown = b""
+    # a terminal whose last writer has gone gives an error instead of an end
+    with contextlib.suppress(OSError):
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    os.close(master)
+    assert process.wait(timeout=60) == 0
+    return piped, shown.decode()
+
+
+def test_bars_on_stderr_leave_the_json_on_stdout_alone():
+    piped, shown = on_a_terminal(stdout_too=False)
+    assert json.loads(piped)["branch"] == "main"
+    assert "work" in shown
+    assert "2/2" in shown
+    assert "[bold]hello\\x1b]0;title\\x07" in shown
+    assert "[red]note" in shown
+    assert "main" not in shown
+
+
+def test_json_lines_on_a_terminal_are_not_mixed_with_bars():
+    _, shown = on_a_terminal(stdout_too=True)
+    lines = shown.splitlines()
+    assert lines[0] == "[bold]hello\\x1b]0;title\\x07"
+    assert lines[1] == "work 1/2  [red]note"
+    assert json.loads(lines[2])["branch"] == "main"
+    assert "\x1b" not in shown

@@ -1,0 +1,141 @@
+from npo_cli.records import CheckpointEntry, Crossing, EvalReport, GuideInfo, Segment, StepReport
+from npo_cli.report.lines import Check, GroupLine, RolloutLine
+from npo_cli.report.tables import (
+    checks_tables,
+    comparison_tables,
+    evals_tables,
+    groups_tables,
+    guides_tables,
+    index_tables,
+    lineage_tables,
+    metrics_tables,
+    rollouts_tables,
+    scores_tables,
+)
+from tests.report.samples import FAR_SCORE, SCORE, group, rollout
+
+
+def test_the_index_marks_an_incomplete_checkpoint_and_drops_columns_nobody_filled():
+    whole = CheckpointEntry(
+        branch="main", step=20, parent="main:0", tier="anchor", size_bytes=3_400_000, complete=True, digest="ab" * 32,
+        path="x", reward=0.5,
+    )  # fmt: skip
+    torn = CheckpointEntry(
+        branch="main", step=40, parent=None, tier="guide", size_bytes=10, complete=False, digest=None, path="y"
+    )
+    (table,) = index_tables([whole, torn])
+    assert table.header == ("branch", "step", "parent", "tier", "size", "whole", "digest", "reward")
+    assert table.rows == (
+        ("main", "20", "main:0", "anchor", "3.4 MB", "yes", "abababababab", "0.500"),
+        ("main", "40", "-", "guide", "10 B", "NO", "-", "-"),
+    )
+
+
+def test_scores_are_ordered_by_distance_and_name_the_chosen_guide_and_how_sure_that_is():
+    signal, _ = scores_tables([FAR_SCORE, SCORE])
+    assert [row[:2] for row in signal.rows] == [("100", "20"), ("140", "60")]
+    assert signal.rows[0][2:6] == ("0.250 [0.200, 0.300]", "2.000 [1.500, 2.500]", "0.125 [0.100, 0.150]", "0.75")
+    assert [row[-1] for row in signal.rows] == ["<- chosen", "unreliable V"]
+    assert signal.notes == (
+        "Q is pass@k and V is group2, with 95 % intervals; 96 prompts, 768 samples a candidate.",
+        "Step 100 is chosen; it has the largest S in 75% of the resamples.",
+        "Others would choose: group2/pass@1 140, kl_exp/pass@k 140.",
+        "unreliable V: it rests on a few samples (ESS below 0.1); trust another V kind there.",
+    )
+
+
+def test_every_v_kind_stands_beside_the_chosen_one_which_has_a_star():
+    _, kinds = scores_tables([SCORE])
+    assert kinds.header == ("step", "distance", "group2 *", "kl_exp", "seq2", "KL/token", "KL/sequence", "length")
+    assert kinds.rows == (("100", "20", "2.000", "1.100", "30.000", "0.020", "0.300", "15.0"),)
+
+
+def test_speed_ups_stand_side_by_side_on_all_three_axes_and_what_was_not_reached_says_so():
+    crossings = [
+        Crossing(arm="GRPO", threshold=0.6, step=200, total_steps=200, total_tokens=400_000),
+        Crossing(arm="NPO", threshold=0.6, step=100, total_steps=250, total_tokens=500_000),
+        Crossing(arm="GRPO", threshold=0.9, step=None, total_steps=None, total_tokens=None),
+        Crossing(arm="NPO", threshold=0.9, step=180, total_steps=330, total_tokens=700_000),
+    ]
+    (table,) = comparison_tables(crossings)
+    # 200/100 = 2 by step, yet 200/250 = 0.8 by total steps and 400/500 = 0.8 by tokens
+    assert table.rows == (
+        ("GRPO", "0.60", "200", "200", "400,000", "1.00x", "1.00x", "1.00x"),
+        ("NPO", "0.60", "100", "250", "500,000", "2.00x", "0.80x", "0.80x"),
+        ("GRPO", "0.90", "not reached", "not reached", "not reached", "-", "-", "-"),
+        ("NPO", "0.90", "180", "330", "700,000", "-", "-", "-"),
+    )
+
+
+def test_training_is_summed_up_by_the_ends_of_each_branch():
+    # 20 steps: a tenth is 2, so first = (0 + 1)/2 and last = (18 + 19)/2, of rewards step/100
+    reports = [
+        StepReport(branch="main", step=step, metrics={"reward": step / 100, "tokens": 10}, timings={})
+        for step in range(20)
+    ]
+    fork = StepReport(
+        branch="near", step=5, metrics={"reward": 1.0, "tokens": 7}, timings={"tokens_per_second": 1234.6}
+    )
+    summary, newest = metrics_tables([*reports, fork])
+    assert summary.rows == (
+        ("main", "0-19", "0.005", "0.185", "-", "-", "200"),
+        ("near", "5-5", "1.000", "1.000", "-", "-", "7"),
+    )
+    assert newest.header == ("branch", "step", "reward", "tokens/s")
+    assert len(newest.rows) == 10
+    assert newest.rows[-1] == ("near", "5", "1.000", "1,235")
+
+
+def test_evaluations_carry_their_intervals():
+    report = EvalReport(
+        branch="main", step=20, num_prompts=256, num_samples=2, accuracy=0.5, accuracy_low=0.45, accuracy_high=0.55,
+        pass_at_k=0.6, pass_at_k_low=0.5, pass_at_k_high=0.7, mean_length=14.5, cut_off=0.031, num_tokens=7424,
+    )  # fmt: skip
+    (table,) = evals_tables([report])
+    assert table.rows == (
+        ("main", "20", "0.500 [0.450, 0.550]", "0.600 [0.500, 0.700]", "2", "256", "14.5", "3.1%", "7,424"),
+    )
+
+
+def test_a_guide_says_which_steps_it_serves_and_how_many_prompts_it_solved():
+    guide = GuideInfo(
+        name="near", run_id="r", branch="main", at_step=80, guide_step=160, guide_digest="d", num_steps=80,
+        tokenizer_digest="t", num_prompts=1000, num_found=900, num_samples=3000, num_tokens=45_000, complete=False,
+    )  # fmt: skip
+    (table,) = guides_tables([guide])
+    assert table.rows == (("near", "main", "81-160", "160", "900 of 1,000", "3,000", "45,000", "NO"),)
+
+
+def test_lineage_shows_where_each_branch_left_its_parent():
+    first = Segment(branch="main", parent=None, fork_step=0, guide=None, guide_until=None)
+    second = Segment(branch="near", parent="main", fork_step=80, guide="g", guide_until=160)
+    (table,) = lineage_tables([first, second])
+    assert table.rows == (("main", "-", "0", "-", "-"), ("near", "main", "80", "g", "160"))
+
+
+def test_a_seated_guide_is_told_from_the_policys_own_rollouts():
+    lines = [
+        RolloutLine(branch="near", step=81, question="6*7=", answer="42", rollout=one)
+        for one in (rollout(0, reward=0.0, text="41"), rollout(1, reward=1.0, source="guide"))
+    ]
+    (table,) = rollouts_tables(lines)
+    assert table.rows == (
+        ("near", "81", "p1", "0", "own", "wrong", "yes", "6*7=", "42", "41"),
+        ("near", "81", "p1", "1", "guide 40", "correct", "yes", "6*7=", "42", "42"),
+    )
+
+
+def test_a_groups_reward_is_the_mean_over_its_rollouts():
+    mixed = group(rollout(0, reward=0.0), rollout(1, reward=1.0, source="guide"), mix="injected", own_accuracy=0.0)
+    (table,) = groups_tables([GroupLine(branch="near", step=81, group=mixed)])
+    assert table.rows == (("near", "81", "p1", "2", "0.000", "0.500", "injected"),)
+
+
+def test_an_absent_optional_part_is_no_fault():
+    checks = [
+        Check(name="torch", ok=True, detail="2.13"),
+        Check(name="vllm", ok=False, detail="not installed", needed=False),
+        Check(name="disk", ok=False, detail="0 B", hint="free some"),
+    ]
+    (table,) = checks_tables(checks)
+    assert [row[0] for row in table.rows] == ["ok", "-", "BAD"]

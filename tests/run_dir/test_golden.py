@@ -1,0 +1,251 @@
+"""The format on disk, byte for byte. A change here is a change of format: see FORMAT.md before making one."""
+
+import re
+from pathlib import Path
+
+from npo_cli.records import Segment, StepReport
+from npo_cli.run_dir.guides import Asked, finish_guide, new_guide
+from npo_cli.run_dir.index import build_index
+from npo_cli.run_dir.lineage import append_segment
+from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
+from npo_cli.run_dir.steps import StepJournals, append_event
+from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run, save, score, trajectory
+
+FILES = """\
+.lock
+branches/late/recipe.yaml
+branches/main/checkpoints/step_000040/anchor/npo_anchor.json
+branches/main/checkpoints/step_000040/anchor/state.json
+branches/main/checkpoints/step_000040/config.json
+branches/main/checkpoints/step_000040/model.safetensors
+branches/main/checkpoints/step_000040/npo.json
+branches/main/metrics.jsonl
+branches/main/recipe.yaml
+branches/main/rollouts.jsonl
+branches/main/timings.jsonl
+evals.jsonl
+events.jsonl
+guides/g/asked.jsonl
+guides/g/guide.json
+guides/g/trajectories.jsonl
+index.json
+npo_run.json
+recipe.yaml
+scores/main_step_000020_23d29984/samples.jsonl
+scores/main_step_000020_23d29984/scores.json
+scores/main_step_000020_23d29984/settings.json
+segments.jsonl
+"""
+
+BIRTH = """\
+{
+ "format": 1,
+ "run_id": "RUN",
+ "created": "TIME",
+ "npo_version": "0.1.0"
+}
+"""
+
+RECIPE_YAML = """\
+name: tiny
+train:
+  seed: 0
+  num_steps: 4
+"""
+
+SEGMENTS = """\
+{"time":"TIME","branch":"main","parent":null,"fork_step":0,"guide":null,"guide_until":null,"overrides":[]}
+{"time":"TIME","branch":"late","parent":"main","fork_step":20,"guide":"g","guide_until":40,"overrides":["train.lr=1"]}
+"""
+
+METRICS = """\
+{"step":1,"branch":"main","reward":0.5,"dropped":["kl"]}
+"""
+
+ROLLOUTS = (
+    '{"step":1,"num_groups":1,"prompt":{"prompt_id":"p0","answer":"7","text":"3+4=","messages":[],"dataset":"","row":0,'
+    '"images":[]},"mix":"gate_closed","own_accuracy":1.0,"rollouts":['
+    '{"prompt_id":"p0","slot":0,"response_ids":[7,1],"behavior_logps":[-0.5,-0.25],"text":"7","finished":true,'
+    '"sampler_step":0,"source":"own","mean_entropy":null,"verdict":"correct","reward":1.0},'
+    '{"prompt_id":"p0","slot":1,"response_ids":[7,1],"behavior_logps":[-0.5,-0.25],"text":"7","finished":true,'
+    '"sampler_step":0,"source":"own","mean_entropy":null,"verdict":"correct","reward":1.0}]}\n'
+)
+
+EVALS = (
+    '{"branch":"main","step":40,"num_prompts":4,"num_samples":2,"accuracy":0.5,"accuracy_low":0.25,'
+    '"accuracy_high":0.75,"pass_at_k":0.5,"pass_at_k_low":0.25,"pass_at_k_high":0.75,"mean_length":2.0,"cut_off":0.0,'
+    '"num_tokens":16}\n'
+)
+
+# The sha256 sums are those of `{}\\n` and of the 73 bytes of a one-number safetensors file.
+MANIFEST = """\
+{
+ "step": 40,
+ "branch": "main",
+ "files": {
+  "config.json": {
+   "size": 3,
+   "sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+  },
+  "model.safetensors": {
+   "size": 73,
+   "sha256": "17cb74260b8a37e17ab8c501420696f65206e3594a6f75a404519ac40037feaa"
+  }
+ },
+ "digest": "4cd1773e5205c4b2c6d5a29c141691a996e92396f4473ac30852e2cd9ddb7c17",
+ "saved": "TIME"
+}
+"""
+
+ANCHOR_MANIFEST = """\
+{
+ "step": 40,
+ "branch": "main",
+ "files": {
+  "state.json": {
+   "size": 13,
+   "sha256": "a8dcf9de0bb0ebe3df0a96e1a5bcb58c016f74844ed60b04c80cd2686a258bac"
+  }
+ },
+ "saved": "TIME"
+}
+"""
+
+GUIDE = """\
+{
+ "name": "g",
+ "run_id": "RUN",
+ "branch": "main",
+ "at_step": 20,
+ "guide_step": 40,
+ "guide_digest": "d",
+ "num_steps": 20,
+ "tokenizer_digest": "t",
+ "num_prompts": 1,
+ "num_found": 1,
+ "num_samples": 4,
+ "num_tokens": 12,
+ "complete": true
+}
+"""
+
+TRAJECTORIES = (
+    '{"prompt_id":"p0","response_ids":[7,1],"behavior_logps":[-0.1,-1.2345678],"text":"7","verdict":"correct",'
+    '"guide_step":40,"num_sampled":4,"num_correct":1}\n'
+)
+
+SETTINGS = """\
+{
+ "branch": "main",
+ "at": 20,
+ "candidates": [
+  40
+ ],
+ "settings": {
+  "k": 8
+ }
+}
+"""
+
+INDEX = """\
+{
+ "checkpoints": [
+  {
+   "branch": "main",
+   "step": 40,
+   "parent": null,
+   "tier": "anchor",
+   "size_bytes": SIZE,
+   "complete": true,
+   "digest": "4cd1773e5205c4b2c6d5a29c141691a996e92396f4473ac30852e2cd9ddb7c17",
+   "path": "branches/main/checkpoints/step_000040",
+   "reward": null,
+   "entropy": null,
+   "accuracy": 0.5,
+   "quality": 0.5,
+   "variance": 0.5,
+   "signal": 0.5,
+   "scored_for": 20
+  }
+ ]
+}
+"""
+
+
+def filled_run(folder: Path) -> RunDir:
+    """A run with one of everything."""
+    run = new_run(folder)
+    with writing(run):
+        metrics = {"reward": 0.5, "kl": float("nan")}
+        StepJournals(run, "main").write(StepReport(branch="main", step=1, metrics=metrics, timings={"seconds": 1.0}))
+        RolloutJournal(run.rollouts_path("main")).write_step(1, [group("p0")])
+        save(run, 40)
+        append_eval(run, evaluation(40))
+        scoring = open_scoring(run, "main", 20, candidates=[40], settings={"k": 8})
+        scoring.samples.append({"step": 40})
+        save_scores(scoring, [score(40)])
+        store = new_guide(run, guide_info(run))
+        store.add_trajectory(trajectory("p0"))
+        store.add_asked(Asked(prompt_id="p0", num_sampled=4, num_correct=1, num_tokens=12))
+        finish_guide(run, guide_info(run))
+        run.save_recipe("late", RECIPE)
+        replay = Segment(branch="late", parent="main", fork_step=20, guide="g", guide_until=40)
+        append_segment(run, replay, overrides=["train.lr=1"])
+        append_event(run, "rolled_back", {"branch": "late", "at": 20})
+        build_index(run)
+    return run
+
+
+def timeless(path: Path, run_id: str) -> str:
+    """The text of a file with times and the run's id replaced by words."""
+    return re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00", "TIME", path.read_text()).replace(run_id, "RUN")
+
+
+def test_a_run_directory_is_laid_out_as_format_md_says(tmp_path):
+    run = filled_run(tmp_path)
+    found = sorted(path.relative_to(run.root).as_posix() for path in run.root.rglob("*") if path.is_file())
+    assert "".join(f"{name}\n" for name in found) == FILES
+
+
+def test_small_files_are_spelled_as_format_md_says(tmp_path):
+    run = filled_run(tmp_path)
+    spelled = {
+        "npo_run.json": BIRTH,
+        "recipe.yaml": RECIPE_YAML,
+        "branches/main/recipe.yaml": RECIPE_YAML,
+        "segments.jsonl": SEGMENTS,
+        "events.jsonl": '{"time":"TIME","kind":"rolled_back","branch":"late","at":20}\n',
+        "evals.jsonl": EVALS,
+        "branches/main/metrics.jsonl": METRICS,
+        "branches/main/timings.jsonl": '{"step":1,"branch":"main","time":"TIME","seconds":1.0}\n',
+        "branches/main/rollouts.jsonl": ROLLOUTS,
+        "guides/g/guide.json": GUIDE,
+        "guides/g/asked.jsonl": '{"prompt_id":"p0","num_sampled":4,"num_correct":1,"num_tokens":12}\n',
+        "guides/g/trajectories.jsonl": TRAJECTORIES,
+        "scores/main_step_000020_23d29984/settings.json": SETTINGS,
+        "scores/main_step_000020_23d29984/samples.jsonl": '{"step":40}\n',
+    }
+    for name, text in spelled.items():
+        assert timeless(run.root / name, run.run_id) == text, name
+
+
+def test_manifests_and_index_are_spelled_as_format_md_says(tmp_path):
+    run = filled_run(tmp_path)
+    folder = run.checkpoint_folder("main", 40)
+    assert timeless(folder / "npo.json", run.run_id) == MANIFEST
+    assert timeless(folder / "anchor" / "npo_anchor.json", run.run_id) == ANCHOR_MANIFEST
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert timeless(run.index_path, run.run_id) == INDEX.replace("SIZE", str(size))
+
+
+def test_the_same_run_made_twice_differs_only_in_times_and_its_id(tmp_path):
+    first, second = filled_run(tmp_path / "a"), filled_run(tmp_path / "b")
+    for name in FILES.split():
+        if not name.endswith(".safetensors"):
+            assert timeless(first.root / name, first.run_id) == timeless(second.root / name, second.run_id), name
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        paths = [run.root / "branches" / "main" / name for run in (first, second)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
