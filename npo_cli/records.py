@@ -1,8 +1,7 @@
 """The nouns of the house. Every room speaks in these; none of them knows a file, a model or a tensor.
 
-Names follow the field: a *prompt* is answered by *rollouts*, the rollouts of one prompt at one step form a
-*group*, the rollout another checkpoint wrote is a *guide* trajectory. The paper's Q, V and S = Q/V are
-spelled quality, variance and signal.
+Names follow the field: *rollouts* answer a *prompt*, those of one prompt at one step form a *group*, one that
+another checkpoint wrote is a *guide* trajectory. The paper's Q, V and S = Q/V are quality, variance and signal.
 """
 
 from collections.abc import Mapping

@@ -21,6 +21,10 @@ def demo(
     GRPO against NPO on the embedded task, ending with a table and a picture.
     """
     from npo_cli.loading import load_recipe
+    from npo_cli.run_dir.paths import refuse_used
+
+    refuse_used(out)
+
     from npo_cli.stages.demo import RECIPE, demo_run
 
     draw(demo_run(out, seed=seed), as_json=as_json, num_steps=load_recipe(RECIPE).train.num_steps)

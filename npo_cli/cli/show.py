@@ -7,13 +7,13 @@ import typer
 from npo_cli.cli.console import draw, talk
 from npo_cli.cli.options import JsonOpt, RunArg
 
-What = Literal["metrics", "rollouts", "guides", "lineage", "groups"]
+What = Literal["metrics", "rollouts", "guides", "lineage", "groups", "costs"]
 
 
 def show(
     run: RunArg,
     what: Annotated[
-        What, typer.Argument(metavar="WHAT", help="metrics, rollouts, guides, lineage or groups.")
+        What, typer.Argument(metavar="WHAT", help="metrics, rollouts, guides, lineage, groups or costs.")
     ] = "metrics",
     *,
     branch: Annotated[

@@ -22,8 +22,10 @@ def train(
     Checkpoints, metrics and rollouts are written to the run directory as it goes.
     """
     from npo_cli.loading import load_recipe
+    from npo_cli.run_dir.paths import refuse_used
 
     resolved = load_recipe(recipe, overrides or ())
+    refuse_used(run)
 
     from npo_cli.stages.train import train_run
 

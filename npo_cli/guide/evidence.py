@@ -106,10 +106,15 @@ def _values(outcomes: Sequence[PromptOutcome], prompt_ids: Sequence[str], k: int
 
 
 def mean_quality(outcomes: Sequence[PromptOutcome], k: int) -> float:
+    """pass@k of one arm, averaged over the prompts that it was asked."""
     return float(np.mean([pass_at_k(outcome.num_samples, outcome.num_correct, k) for outcome in outcomes]))
 
 
 def gather(arms: Sequence[Arm], prompt_ids: Sequence[str], knobs: SignalKnobs) -> list[Evidence]:
+    """What each arm's samples say, ready to be resampled.
+
+    V rests on the samples that a mixed group would take; where any arm has too few, on all samples of every arm.
+    """
     enough = all(len(injected(arm.ratios)) >= ENOUGH_SAMPLES for arm in arms)
     evidence = []
     for arm in arms:

@@ -11,7 +11,7 @@ ROUNDING = 16
 """Rewards this many units of rounding apart count as equal."""
 
 
-def group_advantages(rewards_PG: Tensor, *, divide_by_std: bool = True, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards_PG: Tensor, *, divide_by_std: bool, eps: float) -> Tensor:
     """How far a response beats its group: A = (r - mean) / (std + eps), std with ddof 1; Dr.GRPO leaves the std out.
 
     A unanimous group, or a group of one, yields exact zeros: it has nothing to teach, and dividing the rounding

@@ -81,7 +81,9 @@ def pack_rows(rows: Sequence[TokenRow], *, pad_id: int, device: torch.device) ->
 Head = Callable[[Tensor], Tensor]
 
 
-def chunk_scores(hidden_MH: Tensor, target_M: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def chunk_scores(
+    hidden_MH: Tensor, target_M: Tensor, head: Head, *, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of the target, entropy and collision probability; softmax in fp32 at `temperature`."""
     logps_MW = torch.log_softmax(head(hidden_MH).float() / temperature, dim=-1)
     probs_MW = logps_MW.exp()
@@ -109,11 +111,11 @@ def token_scores(
     pieces = []
     for start in range(0, len(packed.target_M), chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        inputs = (hidden_MH[part], packed.target_M[part], head, temperature)
+        inputs = (hidden_MH[part], packed.target_M[part], head)
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(chunk_scores, *inputs, use_reentrant=False))
+            pieces.append(checkpoint(chunk_scores, *inputs, temperature=temperature, use_reentrant=False))
         else:
-            pieces.append(chunk_scores(*inputs))
+            pieces.append(chunk_scores(*inputs, temperature=temperature))
     logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*pieces, strict=True))
     return TokenScores(
         logps_NT=packed.spread(logps_M),

@@ -82,7 +82,7 @@ def restore_streams(tensors: Mapping[str, Tensor], scalars: Mapping[str, list]) 
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
 
 
-def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, state: TrainerState) -> None:
+def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, *, state: TrainerState) -> None:
     """Write optimizer.safetensors (moments by parameter name) and state.json into an existing folder."""
     tensors, streams = random_streams()
     for name, parameter in model.named_parameters():

@@ -167,7 +167,7 @@ class RunDir:
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
     """A recipe as YAML, sections and keys in the order given."""
-    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=False, width=120)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

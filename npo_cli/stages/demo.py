@@ -22,13 +22,13 @@ from npo_cli.stages.index import index_run
 from npo_cli.stages.resume import resume_run
 from npo_cli.stages.sample_guide import sample_run
 from npo_cli.stages.score_checkpoints import score_run
+from npo_cli.stages.show import THRESHOLDS
 from npo_cli.stages.train import MAIN, train_run
 
 RECIPE = "npo-early"
 GUIDE = "near-future"
 CANDIDATES = (20, 40, 60)
 QUICK = ("score.prompts=96", "score.k=4")
-THRESHOLDS = (0.2, 0.6, 0.9)
 
 Shown = (
     Progress | Notice | StepReport | EvalReport | CheckpointEntry | CheckpointScore | GuideInfo | CurvePoint | Crossing

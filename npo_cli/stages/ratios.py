@@ -71,11 +71,11 @@ def learner_ratios(world: World, asked: Sequence[tuple[Prompt, JudgedSample]], *
         logps_NT, collisions_NT = scores.logps_NT.double().cpu(), scores.collisions_NT.double().cpu()
         for place, index in enumerate(run):
             length = len(rows[index].response_ids)
-            found.append(_ratio(asked[index][1], logps_NT[place, :length], collisions_NT[place, :length], cap))
+            found.append(_ratio(asked[index][1], logps_NT[place, :length], collisions_NT[place, :length], cap=cap))
     return found
 
 
-def _ratio(sample: JudgedSample, learner_T: Tensor, collision_T: Tensor, cap: float) -> SampleRatio:
+def _ratio(sample: JudgedSample, learner_T: Tensor, collision_T: Tensor, *, cap: float) -> SampleRatio:
     log_rho_T = (learner_T - torch.tensor(sample.logps, dtype=torch.float64)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rho_T = log_rho_T.exp()
     gradient_T = 1 - 2 * learner_T.exp() + collision_T

@@ -79,7 +79,7 @@ def sample_run(
             prompts = segment_prompts(world, learner, num_steps)
             info = _info(world, learner, guide, name=name, num_steps=num_steps, count=len(prompts))
             cache = Cache(info=info, store=new_guide(run, info))
-            yield from fill(world, cache, prompts, Pair(learner=learner.checkpoint, guide=guide))
+            yield from fill(world, cache, prompts, pair=Pair(learner=learner.checkpoint, guide=guide))
             yield finish_guide(run, info)
         finally:
             task.close()
@@ -115,7 +115,7 @@ def _info(
     )
 
 
-def fill(world: World, cache: Cache, prompts: Sequence[Prompt], pair: Pair) -> Iterator[Progress]:
+def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, pair: Pair) -> Iterator[Progress]:
     """Ask, verify and keep, a chunk of prompts at a time; each chunk is on the disk before the next."""
     done = cache.store.asked()
     left = [prompt for prompt in prompts if prompt.prompt_id not in done]

@@ -20,7 +20,7 @@ def save_checkpoint(world: World, optimizer: AdamW, state: TrainerState, *, bran
     with new_checkpoint(world.run, branch, state.step) as folder:
         world.policy.save(folder)
         (folder / ANCHOR).mkdir()
-        save_state(folder / ANCHOR, world.policy.model, optimizer, state)
+        save_state(folder / ANCHOR, world.policy.model, optimizer, state=state)
     settings = world.recipe.train
     apply_retention(world.run, branch, keep_anchors=settings.keep_anchors, keep_guides=settings.keep_guides)
 

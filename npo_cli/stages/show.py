@@ -5,15 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.errors import NpoError
-from npo_cli.records import GuideInfo, Prompt, Segment, StepReport
+from npo_cli.records import Crossing, CurvePoint, GuideInfo, Prompt, Segment, StepReport
 from npo_cli.report.lines import GroupLine, RolloutLine
 from npo_cli.run_dir.guides import list_guides
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import branches, newest_branch, segments
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.compare import crossing, curve
 
-Line = StepReport | RolloutLine | GroupLine | GuideInfo | Segment
+Line = StepReport | RolloutLine | GroupLine | GuideInfo | Segment | CurvePoint | Crossing
+
+THRESHOLDS = (0.2, 0.6, 0.9)
+"""Held-out accuracies whose cost is shown."""
 
 
 def show_run(
@@ -23,7 +27,7 @@ def show_run(
     run = open_run(root)
     if branch is not None and branch not in branches(run):
         raise NpoError(f"{root} has no branch {branch!r}: {', '.join(branches(run))}", f"npo show {root} lineage")
-    if what in ("guides", "lineage") and step is not None:
+    if what in ("guides", "lineage", "costs") and step is not None:
         raise NpoError(f"--step does not apply to {what}", f"npo show {root} {what}")
     if what not in ("rollouts", "groups") and prompt_id is not None:
         raise NpoError(f"--prompt does not apply to {what}", f"npo show {root} rollouts --prompt {prompt_id}")
@@ -34,6 +38,8 @@ def show_run(
             lines = show_rollouts(run, branch=branch, step=step, prompt_id=prompt_id)
         case "groups":
             lines = show_groups(run, branch=branch, step=step, prompt_id=prompt_id)
+        case "costs":
+            lines = show_costs(run, branch=branch)
         case "guides":
             lines = show_guides(run, branch=branch)
         case _:
@@ -86,6 +92,15 @@ def _question(prompt: Prompt) -> str:
 def show_guides(run: RunDir, *, branch: str | None) -> list[GuideInfo]:
     """Guide caches, for one branch or all."""
     return [info for info in list_guides(run) if branch in (None, info.branch)]
+
+
+def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Crossing]:
+    """Held-out accuracy of each branch with all it had cost, and where it first reached the thresholds."""
+    curves = [curve(run, name, arm=name) for name in branches(run) if branch in (None, name)]
+    for points in curves:
+        yield from points
+    for threshold in THRESHOLDS:
+        yield from (crossing(points, threshold) for points in curves if points)
 
 
 def show_lineage(run: RunDir, *, branch: str | None) -> list[Segment]:

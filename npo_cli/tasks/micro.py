@@ -47,7 +47,7 @@ def digits(number: int, length: int) -> list[int]:
     return [int(char) for char in reversed(str(number).zfill(length))]
 
 
-def num_misconceived(a: int, b: int, length: int, wrong: dict[tuple[int, int, int], int]) -> int:
+def num_misconceived(a: int, b: int, length: int, *, wrong: dict[tuple[int, int, int], int]) -> int:
     """How many misconceived entries the exact calculation of a + b meets."""
     carry, met = 0, 0
     for x, y in zip(digits(a, length), digits(b, length), strict=True):
@@ -107,7 +107,7 @@ def additions(kind: str, rng: random.Random) -> Iterator[tuple[int, int, int]]:
         length, low, high = demands[turn % len(demands)]
         size = length or rng.randint(3, 5)
         a, b = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
-        if low <= num_misconceived(a, b, size, wrong) <= high:
+        if low <= num_misconceived(a, b, size, wrong=wrong) <= high:
             yield a, b, size
             turn += 1
 
