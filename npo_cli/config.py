@@ -12,6 +12,7 @@ FREE = {"on_resume": "free"}
 FORK = {"on_resume": "fork"}
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -94,7 +95,7 @@ class TrainSettings(Settings):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     min_lr_share: Share = Field(0.1, description="Share of lr left at the end of a decay.")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW betas.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
     micro_batch_tokens: Count = Field(16384, description="Most padded tokens in one forward and backward pass.")
@@ -211,7 +212,7 @@ class ScoreSettings(Settings):
     budget: int | None = Field(
         None,
         ge=1,
-        description="Total (candidate, prompt) pairs, spent by sequential halving; null asks every candidate everything.",
+        description="Total (candidate, prompt) pairs, spent by sequential halving; null asks all of all candidates.",
         json_schema_extra=FREE,
     )
     resamples: Count = Field(2000, description="Bootstrap resamples of prompts.", json_schema_extra=FREE)

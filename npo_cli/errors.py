@@ -1,5 +1,8 @@
 """The one error a user is meant to read."""
 
+import shlex
+from pathlib import Path
+
 
 class NpoError(Exception):
     """A user's mistake or the world's: what is wrong, and the command or edit that mends it."""
@@ -22,3 +25,14 @@ class StoppedEarly(NpoError):
     """A signal ended the run after a whole step; it can be resumed."""
 
     exit_code = 130
+
+
+def as_typed(path: Path) -> str:
+    """A path as it is typed in a shell, so that a hint can be pasted: `'my run'`."""
+    return shlex.quote(str(path))
+
+
+def set_aside(folder: Path) -> str:
+    """The hint for a checkpoint that cannot be used: under another name it counts no more."""
+    moved = folder.with_name(f"{folder.name}.damaged")
+    return f"choose another step (npo index lists them), or set it aside: mv {as_typed(folder)} {as_typed(moved)}"

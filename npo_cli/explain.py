@@ -128,6 +128,6 @@ def _described(schema: Mapping[str, Any]) -> str:
         return f"a list of {schema['minItems']} numbers" if "minItems" in schema else "a list"
     if schema["type"] == "object":
         return "a group of settings (KEY: VALUE)"
-    words = {"exclusiveMinimum": "above", "minimum": "at least", "maximum": "at most"}
+    words = {"exclusiveMinimum": "above", "minimum": "at least", "maximum": "at most", "exclusiveMaximum": "below"}
     bounds = " and ".join(f"{word} {schema[name]}" for name, word in words.items() if name in schema)
     return f"{_KINDS[schema['type']]} {bounds}".strip()

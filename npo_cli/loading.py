@@ -8,6 +8,7 @@ by name except the two whose right to change depends on another (`refuse_frozen`
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from npo_cli.config import Recipe, Settings
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, as_typed
 from npo_cli.explain import hint, told
 
 EXTENDS = "extends"
@@ -110,6 +111,14 @@ def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _resolved([base, *map(_parse_override, overrides)], source="the run's recipe")
 
 
+def in_force(saved: Mapping[str, Any], overrides: Sequence[str], *, path: Path, fork: bool) -> Recipe:
+    """The recipe that a run saved in `path`, with settings on top that falsify nothing it computed."""
+    old = from_dict(saved, source=str(path))
+    recipe = with_overrides(old, overrides)
+    refuse_frozen(old, recipe, fork=fork, path=path)
+    return recipe
+
+
 def from_dict(values: Mapping[str, Any], *, source: str = "the saved recipe") -> Recipe:
     """A recipe from plain data, checked like one from a file."""
     return _resolved([Layer(values=dict(values), places={})], source=source)
@@ -173,6 +182,10 @@ def _parsed(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
         raise NpoError(f"{place}: {problem}", "settings are written KEY: VALUE, nested by two spaces") from error
     except (ValueError, KeyError) as error:
         raise NpoError(f"{source}: a value does not fit its !!tag: {error}", "leave out the !!tag") from error
+    except RecursionError as error:
+        raise NpoError(
+            f"{source}: nested too deeply", "settings are written KEY: VALUE, nested by two spaces"
+        ) from error
 
 
 def _lines(node: yaml.MappingNode, *, prefix: str) -> Iterator[tuple[str, int]]:
@@ -215,8 +228,8 @@ def _resolved(layers: Sequence[Layer], *, source: str) -> Recipe:
         values = _merged(values, layer.values)
         places |= layer.places
     try:
-        # JSON mode: lists are tuples, yet nothing else is converted.
-        return Recipe.model_validate_json(json.dumps(values), strict=True)
+        # JSON mode: lists are tuples, yet nothing else is converted. A date of a hand-edited recipe becomes text.
+        return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         raise NpoError(told(problems, places=places, source=source), hint(problems)) from error
@@ -241,8 +254,8 @@ def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     return [(key, before, after) for (key, before, _), (_, after, _) in pairs if before != after]
 
 
-def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool) -> None:
-    """Refuse a change of anything that what was already computed depends on.
+def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = None) -> None:
+    """Refuse a change of anything that what was already computed depends on; `path` is where the old recipe lies.
 
     Free settings may change, fork settings only where a replay branches off, the rest never. num_steps is free
     only under a constant schedule: a decay is spread over it, so other steps would have had other learning rates.
@@ -250,12 +263,18 @@ def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool) -> None:
     when = {key: allowed for key, _, allowed in _flat(old)}
     for key, before, after in differences(old, new):
         change = f"{key} cannot change from {before} to {after}"
-        afresh = f"npo train RECIPE {key}={after} --run NEW   # a run of its own"
+        afresh = f"npo train {as_typed(path) if path else 'RECIPE'} {_as_override(key, after)} --run NEW"
         if key == "train.num_steps" and old.train.schedule != "constant":
             reason = f"the {old.train.schedule} schedule of the steps already made was spread over {before} steps"
             raise NpoError(f"{change}: {reason}", afresh)
         if when[key] == "fork" and not fork:
-            replay = f"npo resume RUN --at STEP --guide NAME {key}={after}"
+            replay = "replay with it: add --at STEP --guide NAME to the command"
             raise NpoError(f"{change} in the middle of a branch, only where a replay leaves it", replay)
         if when[key] == "never":
             raise NpoError(f"{change}: the steps already made depend on it", afresh)
+
+
+def _as_override(key: str, value: Any) -> str:
+    """A setting as it is typed on the command line."""
+    text = value if isinstance(value, str) else json.dumps(value, default=lambda part: part.model_dump(mode="json"))
+    return shlex.quote(f"{key}={text}")

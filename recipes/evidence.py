@@ -74,7 +74,7 @@ def final_accuracy(run: Path, arm: str) -> float:
     return statistics.fmean(points[-3:])
 
 
-def crossings(runs: Sequence[Path], arm: str, threshold: float, axis: str) -> list[int | None]:
+def crossings(runs: Sequence[Path], arm: str, threshold: float, *, axis: str) -> list[int | None]:
     """Cost of reaching the threshold, one value a seed; None where it was not reached."""
     found = []
     for run in runs:
@@ -114,10 +114,13 @@ def table(plan: Plan, runs: Sequence[Path]) -> list[str]:
     for arm in arms:
         final = spread([final_accuracy(run, arm) for run in runs])
         for threshold in (0.6, 0.9):
-            costs = " | ".join(arrivals(crossings(runs, arm, threshold, axis)) for axis in COSTS)
+            costs = " | ".join(arrivals(crossings(runs, arm, threshold, axis=axis)) for axis in COSTS)
             lines.append(f"| {arm} | {final} | {threshold} | {costs} |")
     for threshold in (0.6, 0.9) if plan.at is not None else ():
-        pairs = [(crossings(runs, GRPO, threshold, axis), crossings(runs, GUIDED, threshold, axis)) for axis in COSTS]
+        pairs = [
+            (crossings(runs, GRPO, threshold, axis=axis), crossings(runs, GUIDED, threshold, axis=axis))
+            for axis in COSTS
+        ]
         lines.append(f"| GRPO / guided | | {threshold} | " + " | ".join(speed_up(*pair) for pair in pairs) + " |")
         lines.append(f"| ... from step {plan.at} | | {threshold} | {speed_up(*pairs[0], start=plan.at or 0)} | | |")
     return lines

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by a signal. Heavy impo
 """
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -39,6 +40,9 @@ DOORS = {
     "demo": demo,
     "base": base,
 }
+CommandLineError = typer.BadParameter.__mro__[2]
+"""What every slip on a command line is to typer, which exports no name for it."""
+REFUSED_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 app = typer.Typer(name="npo", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 for _name, _door in DOORS.items():
     app.command(_name)(_door)
@@ -70,12 +74,23 @@ def main(args: Sequence[str] | None = None) -> None:
         # A terminal of few letters shows the others as escapes instead of failing.
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
+    args = sys.argv[1:] if args is None else list(args)
     try:
-        typer.main.get_command(app).main(args, prog_name="npo")
+        sys.exit(typer.main.get_command(app).main(args, prog_name="npo", standalone_mode=False) or 0)
     except NpoError as error:
         label = "" if isinstance(error, StoppedEarly) else "error: "
         _explain(f"{label}{error.message}", error.hint)
         sys.exit(error.exit_code)
+    except CommandLineError as error:
+        if not args:  # the bare command asks what there is
+            error.show()
+        else:
+            door = f" {args[0]}" if args[0] in DOORS else ""
+            _explain(f"error: {error.format_message()}", f"npo{door} --help")
+        sys.exit(error.exit_code)
+    except OSError as error:  # the world's, where no room had better words
+        _explain(f"error: {error.strerror or error}: {error.filename}", "mend its rights, or name another path")
+        sys.exit(2 if error.errno in REFUSED_PATHS else 1)
     except Exception as error:  # the house's own fault: one line, and how to see more
         _explain(f"error: {type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
         sys.exit(1)

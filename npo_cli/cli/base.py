@@ -17,6 +17,10 @@ def base(
 
     A small model is taught additions from noisy scratchpads.
     """
+    from npo_cli.run_dir.paths import refuse_used
+
+    refuse_used(out, flag="--out")
+
     from npo_cli.stages.base import make_base
 
     draw(make_base(out, steps=steps, seed=seed), as_json=False)

@@ -23,7 +23,7 @@ def demo(
     from npo_cli.loading import load_recipe
     from npo_cli.run_dir.paths import refuse_used
 
-    refuse_used(out)
+    refuse_used(out, flag="--out")
 
     from npo_cli.stages.demo import RECIPE, demo_run
 

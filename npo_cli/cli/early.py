@@ -4,36 +4,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, as_typed
 
 if TYPE_CHECKING:
     from npo_cli.config import Recipe
 
+MAX_DIGITS = 18
+"""Of a step on the command line; Python itself refuses to read numbers of some thousand digits."""
 
-def recipe_of(root: Path, overrides: Sequence[str] | None, *, branch: str | None = None) -> "Recipe":
-    """The recipe in force on a branch (the newest without a name), overrides on top; the run must exist."""
-    from npo_cli.loading import from_dict, with_overrides
+
+def recipe_of(root: Path, overrides: Sequence[str] | None, *, branch: str | None = None, fork: bool = True) -> "Recipe":
+    """The recipe in force on a branch (the newest without a name), overrides on top; the run must exist.
+
+    A setting that would falsify what the run computed is refused; `fork` where a branch is left, or only looked at.
+    """
+    from npo_cli.loading import in_force
     from npo_cli.run_dir.lineage import branches, newest_branch
     from npo_cli.run_dir.paths import open_run
 
     run = open_run(root)
     if branch is not None and branch not in branches(run):
-        raise NpoError(f"{root} has no branch {branch!r}: {', '.join(branches(run))}", f"npo show {root} lineage")
-    return with_overrides(from_dict(run.recipe(branch or newest_branch(run))), overrides or ())
-
-
-def changed_recipe(root: Path, overrides: Sequence[str] | None, *, branch: str | None, fork: bool) -> "Recipe":
-    """The same for a branch that goes on or is left: a setting that must not change is refused."""
-    from npo_cli.loading import refuse_frozen
-
-    changed = recipe_of(root, overrides, branch=branch)
-    refuse_frozen(recipe_of(root, None, branch=branch), changed, fork=fork)
-    return changed
+        named = ", ".join(branches(run)) or "none yet"
+        raise NpoError(f"{root} has no branch {branch!r}: {named}", f"npo show {as_typed(root)} lineage")
+    branch = branch or newest_branch(run)
+    return in_force(run.recipe(branch), overrides or (), path=run.recipe_path(branch), fork=fork)
 
 
 def steps_in(text: str) -> tuple[int, ...]:
     """`20,40,60` as steps."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and part.isascii() for part in parts):
+    if not all(part.isdecimal() and part.isascii() and len(part) < MAX_DIGITS for part in parts):
         raise NpoError(f"--candidates takes steps apart by commas, got {text!r}", "--candidates 20,40,60")
     return tuple(map(int, parts))

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.console import draw
-from npo_cli.cli.early import changed_recipe
+from npo_cli.cli.early import recipe_of
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RunArg
 
 
@@ -35,7 +35,7 @@ def resume(
 
     Settings that would falsify what was already computed are refused; train.num_steps may be raised.
     """
-    settled = changed_recipe(run, overrides, branch=source, fork=at is not None)
+    settled = recipe_of(run, overrides, branch=source, fork=at is not None)
 
     from npo_cli.stages.resume import resume_run
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.console import draw, talk
+from npo_cli.cli.console import draw, talk, visible
 from npo_cli.cli.options import JsonOpt, RunArg
 
 What = Literal["metrics", "rollouts", "guides", "lineage", "groups", "costs"]
@@ -32,5 +32,5 @@ def show(
 
     lines = show_run(run, what, branch=branch, step=step, prompt_id=prompt, limit=limit)
     if not lines:
-        talk(f"{run} has no {what} yet")
+        talk(visible(f"{run} has no {what} yet"))
     draw(lines, as_json=as_json)

@@ -7,6 +7,7 @@ Beams, penalties, top-k and top-p are left out: the behaviour law must be the po
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy
 import torch
@@ -46,6 +47,16 @@ class SeededSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_N1, 0.0)
 
 
+@contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """The model's own generation settings out of sight: `generate` would fill in its beams, bans and penalties."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 class TransformersEngine:
     """Samples from the live model: there are no other weights to keep in step with it."""
 
@@ -81,20 +92,19 @@ class TransformersEngine:
             temperature=temperature,
             device=ids_NL.device,
         )
-        output_NX = self.model.generate(
-            ids_NL,
-            attention_mask=mask_NL,
-            past_key_values=cache,
-            logits_processor=LogitsProcessorList([sampler]),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(self.eos_ids),
-                pad_token_id=self.pad_id,
-            ),
-        )
+        with plain_generation(self.model):
+            output_NX = self.model.generate(
+                ids_NL,
+                attention_mask=mask_NL,
+                past_key_values=cache,
+                logits_processor=LogitsProcessorList([sampler]),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=list(self.eos_ids),
+                    pad_token_id=self.pad_id,
+                ),
+            )
         return self._samples(batch, output_NX[:, ids_NL.shape[1] :], sampler)
 
     def _prefill(self, batch: list[SampleRequest]) -> tuple[Tensor, Tensor, DynamicCache]:

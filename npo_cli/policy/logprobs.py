@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+PROBE_GAIN = 1000.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRow:
@@ -126,10 +128,18 @@ def token_scores(
 
 @torch.no_grad()
 def head_is_plain(model: PreTrainedModel) -> bool:
-    """Whether head(hidden) equals the model's own logits: false for models that scale or cap them afterwards."""
+    """Whether head(hidden) equals the model's own logits: false for models that scale or cap them afterwards.
+
+    The head's output is blown up for the test: a cap leaves the small logits of an untrained model as they are.
+    """
     probe = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
-    hidden_1LH = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    ours, theirs = model.get_output_embeddings()(hidden_1LH), model(input_ids=probe, use_cache=False).logits
+    head = model.get_output_embeddings()
+    amplifier = head.register_forward_hook(lambda _head, _inputs, logits: logits * PROBE_GAIN + PROBE_GAIN)
+    try:
+        hidden_1LH = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
+        ours, theirs = head(hidden_1LH), model(input_ids=probe, use_cache=False).logits
+    finally:
+        amplifier.remove()
     return bool(torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3))
 
 

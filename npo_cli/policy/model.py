@@ -4,20 +4,24 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from npo_cli.config import ModelSettings
-from npo_cli.errors import NpoError
-from npo_cli.policy.gguf import is_packaged, load_packaged
+from npo_cli.errors import NpoError, set_aside
+from npo_cli.policy.gguf import PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import TokenRow, TokenScores, head_is_plain, pack_rows, token_scores
-from npo_cli.policy.weights import load_weights, weights_digest
+from npo_cli.policy.weights import load_weights, refuse_filled_in, weights_digest
 from npo_cli.records import Prompt
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "micro-base"
+SHIPPED = ("micro-base", *PACKAGES)
+MODEL_WANTED = "set model.path to a folder or hub id of a causal language model with its weights and tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +61,11 @@ class Policy:
         """sha256 of the weights as they are now."""
         return weights_digest(self.model)
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Prompt and response together: positions beyond this are strange to the model, or crash it."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt: plain text as it is, messages through the chat template."""
         if prompt.text is not None:
@@ -89,11 +98,15 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-    except RuntimeError as error:
-        raise NpoError(f"model.device={wanted} is not a device", "use auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise NpoError(
+            f"model.device={wanted} is no device that npo uses", "set model.device to auto, cpu, cuda or cuda:N"
+        )
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise NpoError(
-            f"model.device={wanted}, but torch sees no such GPU", "set model.device=cpu; npo doctor says why"
+            f"model.device={wanted}, but torch sees no such GPU", "set model.device=cpu (npo doctor lists the GPUs)"
         )
     return device
 
@@ -123,21 +136,22 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
     dtype = getattr(torch, settings.dtype)
     if folder is None and is_packaged(settings.path):
         return load_packaged(settings.path, dtype=dtype, attention=settings.attention)
-    source = str(folder or (EMBEDDED if settings.path == "micro-base" else settings.path))
+    source = str(folder or find_model(settings.path))
+    mend = MODEL_WANTED if folder is None else set_aside(folder)
+    tokenizer = _load_tokenizer(source, mend=mend)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NpoError(
-            f"{source}: no tokenizer could be loaded", "model.path must be a folder or id with a tokenizer"
-        ) from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=settings.attention, trust_remote_code=False
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=settings.attention,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise NpoError(
-            f"{source}: no causal language model could be loaded", f"{str(error).splitlines()[0]}"
-        ) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise NpoError(f"{source}: no causal language model could be loaded: {_first_line(error)}", mend) from error
+    if folder is None:
+        refuse_filled_in(model, missing=found["missing_keys"], misshapen=found["mismatched_keys"], source=source)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise NpoError(
             f"{source}: the tokenizer has more tokens than the model has embeddings", "use the model's own tokenizer"
@@ -145,10 +159,42 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
     return model, tokenizer
 
 
+def find_model(path: str) -> str | Path:
+    """The folder that `model.path` means, or the hub id it is; a slip is told before the hub is asked."""
+    if path == "micro-base":
+        return EMBEDDED
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
+        raise NpoError(
+            f"model.path={path} is not a folder", f"name a model folder, a hub id, or {' or '.join(SHIPPED)}"
+        )
+    near = get_close_matches(path.lower(), SHIPPED, n=1, cutoff=0.8)
+    if near:
+        raise NpoError(f"model.path={path} is neither a folder nor a model that npo knows", f"set model.path={near[0]}")
+    return path
+
+
+def _load_tokenizer(source: str, *, mend: str) -> PreTrainedTokenizerBase:
+    """transformers makes up an empty tokenizer where a folder has none: one that knows no token of its own is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception
+        raise NpoError(f"{source}: no tokenizer could be loaded: {_first_line(error)}", mend) from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise NpoError(f"{source}: no tokenizer could be loaded: the folder has none", mend)
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def require_chat_template(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
     """Chat prompts need a template; say so before anything is trained."""
     if any(prompt.messages for prompt in prompts) and not policy.tokenizer.chat_template:
         raise NpoError(
             f"{path}: the tokenizer has no chat template, and prompts are chat messages",
-            "set task.chat=false, or use an instruct model",
+            "use an instruct model, or plain prompts (strings, and task.chat=false)",
         )

@@ -6,16 +6,18 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from npo_cli.config import TrainSettings
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, set_aside
 
 STATE_FILE, SCALARS_FILE = "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -70,6 +72,13 @@ def random_streams() -> tuple[dict[str, Tensor], dict[str, object]]:
     return tensors, {"python": [version, list(words), gauss], "numpy": numpy_state}
 
 
+def seed_streams(seed: int) -> None:
+    """Start every global random stream from the run's seed: what an anchor saves is then the seed's alone."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
 def restore_streams(tensors: Mapping[str, Tensor], scalars: Mapping[str, list]) -> None:
     """Put the global random streams back where they were."""
     torch.set_rng_state(tensors["rng.torch"])
@@ -93,15 +102,27 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, *, state:
     (folder / SCALARS_FILE).write_text(json.dumps(scalars))
 
 
+def _read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        return load_file(folder / STATE_FILE), json.loads((folder / SCALARS_FILE).read_text(encoding="ascii"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise NpoError(f"{folder}: the training state cannot be read: {error}", set_aside(folder.parent)) from error
+
+
 def load_state(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> TrainerState:
     """The reverse of `save_state`, in place; random streams included."""
-    tensors = load_file(folder / STATE_FILE)
-    scalars = json.loads((folder / SCALARS_FILE).read_text())
+    tensors, scalars = _read_state(folder)
+    has_moments = any(key.endswith(MOMENTS) for key in tensors)
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
         found = {key: tensors[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in tensors}
-        if scalars["step"] and parameter.requires_grad and len(found) < len(MOMENTS):
-            raise NpoError(f"{folder}: optimizer state of {name} is missing", "resume from another step with --at")
+        if has_moments and parameter.requires_grad and len(found) < len(MOMENTS):
+            raise NpoError(f"{folder}: optimizer state of {name} is missing", set_aside(folder.parent))
+        moments = [value for key, value in found.items() if key != "step"]
+        if not all(value.shape == parameter.shape and torch.isfinite(value).all() for value in moments):
+            raise NpoError(
+                f"{folder}: optimizer state of {name} has another shape or is not finite", set_aside(folder.parent)
+            )
         if found:
             moved = {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}
             optimizer.state[parameter] = moved

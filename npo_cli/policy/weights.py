@@ -5,7 +5,7 @@ Here every tensor is accounted for before the first one is copied.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,20 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, set_aside
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model*.safetensors` in the folder."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise NpoError(f"{folder} holds no model*.safetensors", "npo index RUN lists the checkpoints that are whole")
+        raise NpoError(f"{folder} holds no model*.safetensors", set_aside(folder))
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise NpoError(f"{file} cannot be read: {error}", "npo index RUN --verify names damaged files") from error
+            raise NpoError(f"{file} cannot be read: {error}", set_aside(folder)) from error
     return tensors
 
 
@@ -46,14 +46,29 @@ def check_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder:
     missing = sorted(own.keys() - tensors.keys() - excused)
     extra = sorted(tensors.keys() - own.keys())
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
-    broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
-    findings = {"missing": missing, "extra": extra, "of another shape": shapes, "not finite": broken}
+    kinds = sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point())
+    findings = {"missing": missing, "extra": extra, "of another shape": shapes, "of whole numbers": kinds}
+    _refuse(findings | {"not finite": _not_finite(tensors)}, folder, set_aside(folder))
+
+
+def refuse_filled_in(
+    model: PreTrainedModel, *, missing: Collection[str], misshapen: Collection[tuple], source: str
+) -> None:
+    """Refuse a base model of which transformers had to make up a part, or that holds no numbers."""
+    findings = {"missing": sorted(missing), "of another shape": sorted(name for name, *_ in misshapen)}
+    mend = "set model.path to a whole causal language model"
+    _refuse(findings | {"not finite": _not_finite(model.state_dict())}, source, mend)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+
+
+def _refuse(findings: Mapping[str, Sequence[str]], source: Path | str, mend: str) -> None:
     for what, names in findings.items():
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise NpoError(
-                f"{folder}: tensor {what}: {shown}", "choose another step; npo index RUN --verify checks all"
-            )
+            raise NpoError(f"{source}: tensor {what}: {shown}", mend)
 
 
 @torch.no_grad()

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, as_typed, set_aside
 from npo_cli.run_dir.files import full_disk_explained, make_folder, require_space, sync_path
-from npo_cli.run_dir.lineage import descent
+from npo_cli.run_dir.lineage import descent, owner_of
 from npo_cli.run_dir.manifests import (
     ANCHOR,
     has_whole_anchor,
     has_whole_weights,
     read_manifest,
     sign_checkpoint,
+    trouble,
 )
 from npo_cli.run_dir.paths import RunDir, step_name, step_of
 
@@ -33,7 +34,9 @@ __all__ = [
     "list_checkpoints",
     "new_checkpoint",
     "newest_anchor",
+    "refuse_damaged_after",
     "require_space",
+    "require_whole",
     "sweep",
 ]
 
@@ -106,7 +109,8 @@ def _merge(hidden: Path, final: Path) -> None:
     if read_manifest(hidden)["digest"] != read_manifest(final)["digest"]:
         raise NpoError(
             f"{final} exists and holds other weights than the ones to be saved",
-            "a checkpoint is never overwritten: replay as a new branch with npo resume RUN --at STEP",
+            "a checkpoint is never overwritten: replay as a new branch with "
+            f"npo resume {as_typed(final.parents[3])} --at STEP",
         )
     if (hidden / ANCHOR).is_dir() and not has_whole_anchor(final, deep=True):
         if (final / ANCHOR).exists():
@@ -173,20 +177,44 @@ def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
     for checkpoint in every:
         if checkpoint.step == step:
             return checkpoint
+    _refuse_damaged(run.checkpoint_folder(owner_of(run, branch, step), step))
     steps = ", ".join(str(checkpoint.step) for checkpoint in every) or "none"
     raise NpoError(
         f"{run.root} has no complete checkpoint of step {step} on branch {branch}; it has steps: {steps}",
-        f"choose one of these, or see npo index {run.root}",
+        f"choose one of these, or see npo index {as_typed(run.root)}",
     )
+
+
+def require_whole(checkpoint: Checkpoint, *, anchor: bool = False) -> None:
+    """Compare every byte of a checkpoint's weights (or training state) with its digests: a damaged one is refused."""
+    found = trouble(checkpoint.path, anchor=anchor)
+    if found:
+        raise NpoError(found, set_aside(checkpoint.path))
+
+
+def _refuse_damaged(folder: Path) -> None:
+    found = trouble(folder, deep=False) if folder.exists() else None
+    if found:
+        raise NpoError(found, set_aside(folder))
+
+
+def refuse_damaged_after(run: RunDir, branch: str, step: int) -> None:
+    """A damaged checkpoint newer than the one to go on from is for the user to judge: never passed over in silence."""
+    home = run.checkpoints_folder(branch)
+    for folder in sorted(home.iterdir()) if home.is_dir() else ():
+        found = step_of(folder.name)
+        if found is not None and found > step:
+            _refuse_damaged(folder)
 
 
 def newest_anchor(run: RunDir, branch: str) -> Checkpoint:
     """The checkpoint from which the branch goes on: its own newest anchor, or the one it left its parent at."""
     fork_step = descent(run, branch)[-1].from_step
     anchors = [found for found in history(run, branch) if found.tier == "anchor" and found.step >= fork_step]
+    refuse_damaged_after(run, branch, anchors[-1].step if anchors else fork_step)
     if not anchors:
         raise NpoError(
             f"branch {branch} of {run.root} has no complete checkpoint with a training state to go on from",
-            f"see npo index {run.root}; start again in a new folder with npo train",
+            f"start again in a new folder with npo train, or look: npo index {as_typed(run.root)}",
         )
     return anchors[-1]

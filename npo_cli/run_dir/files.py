@@ -13,10 +13,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from npo_cli.errors import NpoError, RunFailed
 
@@ -79,15 +81,46 @@ def _finite(value: Any, name: str, dropped: list[str]) -> Any:
     return value
 
 
-def build(kind: type[T], row: Mapping[str, Any], source: Path) -> T:
-    """A record from a row of `source`: unknown fields are ignored, a dropped number reads as NaN."""
-    known = {spec.name for spec in fields(kind)}  # type: ignore[arg-type]
-    values = {name: value for name, value in row.items() if name in known}
-    values |= {name: math.nan for name in row.get("dropped", ()) if name in known}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise NpoError(f"{source}: not a {kind.__name__}: {error}", "restore the file from a copy") from error
+def build(kind: type[T], row: Mapping[str, Any], source: Path | str) -> T:
+    """A record from a row of `source`: unknown fields are ignored, a dropped number reads as NaN.
+
+    A field that is absent or of another type is damage, and `source` (a file, perhaps with a line) is named.
+    """
+    specs = {spec.name: spec for spec in fields(kind)}  # type: ignore[arg-type]
+    values = {name: value for name, value in row.items() if name in specs}
+    values |= {name: math.nan for name in row.get("dropped", ()) if name in specs}
+    for name, spec in specs.items():
+        if name not in values and spec.default is MISSING and spec.default_factory is MISSING:
+            raise damaged(source, f"it has no field {name!r}")
+        if name in values and not _fits(values[name], spec.type):
+            raise damaged(source, f"{name} is {values[name]!r}")
+    return kind(**values)
+
+
+def damaged(source: Path | str, detail: str) -> NpoError:
+    """The words for a file of the run directory that does not say what it should."""
+    return NpoError(f"{source} is damaged: {detail}", "restore it from a copy of the run directory")
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    """Whether a JSON value can stand for a type. What is inside lists and mappings is not looked at."""
+    accepted = _json_types(wanted)
+    if isinstance(value, bool):
+        return bool in accepted
+    return isinstance(value, accepted)
+
+
+@cache
+def _json_types(wanted: Any) -> tuple[type, ...]:
+    """What json reads for a type: a list for a tuple, a dict for a mapping, a whole number also for a number."""
+    origin = get_origin(wanted) or wanted
+    if origin in (Union, UnionType):
+        return tuple(kind for option in get_args(wanted) for kind in _json_types(option))
+    if origin is Literal:
+        return (str,)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return (dict,)
+    return {float: (float, int), tuple: (list, tuple)}.get(origin, (origin,))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -96,10 +129,10 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise NpoError(f"{path} is damaged: {error}", "restore it from a copy of the run directory") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, str(error)) from error
     if not isinstance(found, dict):
-        raise NpoError(f"{path} is damaged: it holds no JSON object", "restore it from a copy of the run directory")
+        raise damaged(path, "it holds no JSON object")
     return found
 
 

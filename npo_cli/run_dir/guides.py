@@ -7,9 +7,9 @@ sampling that was interrupted goes on where it stopped. An unfinished cache is n
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, as_typed
 from npo_cli.records import GuideInfo, GuideTrajectory
-from npo_cli.run_dir.files import build, make_folder, read_json, row_of, write_json_atomic
+from npo_cli.run_dir.files import build, damaged, make_folder, read_json, row_of, write_json_atomic
 from npo_cli.run_dir.journal import Journal, Outcome
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.rollouts import exact_float32, shortest_float32
@@ -93,7 +93,8 @@ def new_guide(run: RunDir, info: GuideInfo) -> GuideStore:
     if there.complete:
         raise NpoError(
             f"{run.root} already has a finished guide {info.name!r} (step {there.guide_step} for step {there.at_step})",
-            "choose another name with --name, or use it: npo resume RUN --at STEP --guide NAME",
+            "choose another name with --name, or use it: "
+            f"npo resume {as_typed(run.root)} --at {there.at_step} --guide {info.name}",
         )
     other = [name for name, value in identity(info).items() if identity(there)[name] != value]
     if other:
@@ -134,20 +135,20 @@ def read_info(folder: Path) -> GuideInfo:
 
 def read_asked(folder: Path) -> dict[str, Asked]:
     """Prompts that were asked, by prompt id."""
-    path = asked_path(folder)
-    return {row["prompt_id"]: build(Asked, row, path) for row in Journal(path).records()}
+    return {asked.prompt_id: asked for asked in Journal(asked_path(folder)).built(Asked)}
 
 
 def read_trajectories(folder: Path) -> dict[str, GuideTrajectory]:
     """Trajectories kept, by prompt id."""
     path = trajectories_path(folder)
-    found = [build(GuideTrajectory, row, path) for row in Journal(path).records()]
-    return {
-        kept.prompt_id: replace(
-            kept, response_ids=tuple(kept.response_ids), behavior_logps=exact_float32(kept.behavior_logps)
-        )
-        for kept in found
-    }
+    found = {}
+    for number, kept in enumerate(Journal(path).built(GuideTrajectory), start=1):
+        ids, logps = kept.response_ids, kept.behavior_logps
+        whole = all(isinstance(token, int) and token >= 0 for token in ids) and len(ids) == len(logps) > 0
+        if not whole or not all(isinstance(logp, float | int) for logp in logps) or kept.verdict != "correct":
+            raise damaged(f"{path}, line {number}", f"it is no verified answer to prompt {kept.prompt_id}")
+        found[kept.prompt_id] = replace(kept, response_ids=tuple(ids), behavior_logps=exact_float32(logps))
+    return found
 
 
 def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, dict[str, GuideTrajectory]]:
@@ -157,20 +158,25 @@ def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, dict[str, GuideTrajec
         names = ", ".join(info.name for info in list_guides(run)) or "none"
         raise NpoError(
             f"{run.root} has no guide {name!r}; it has: {names}",
-            "make one: npo sample-guide RUN --guide STEP --at STEP",
+            f"make one: npo sample-guide {as_typed(run.root)} --guide STEP --at STEP --name {name}",
         )
     info = read_info(folder)
     if info.run_id != run.run_id:
         raise NpoError(
             f"guide {name!r} was made in another run ({info.run_id}), not in {run.root} ({run.run_id})",
-            "make one here: npo sample-guide RUN --guide STEP --at STEP",
+            f"make one here: npo sample-guide {as_typed(run.root)} --guide {info.guide_step} --at {info.at_step}",
         )
     if not info.complete:
         raise NpoError(
             f"guide {name!r} of {run.root} is unfinished",
-            f"finish it: npo sample-guide {run.root} --guide {info.guide_step} --at {info.at_step} --name {name}",
+            f"finish it: npo sample-guide {as_typed(run.root)} --branch {info.branch} --guide {info.guide_step} "
+            f"--at {info.at_step} --name {name}",
         )
-    return info, read_trajectories(folder)
+    trajectories = read_trajectories(folder)
+    if len(trajectories) != info.num_found:
+        detail = f"it has {len(trajectories)} answers, and {info_path(folder).name} counts {info.num_found}"
+        raise damaged(trajectories_path(folder), detail)
+    return info, trajectories
 
 
 def list_guides(run: RunDir) -> list[GuideInfo]:

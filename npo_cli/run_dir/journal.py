@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from npo_cli.errors import NpoError
-from npo_cli.run_dir.files import encode, full_disk_explained, make_folder, sync_path
+from npo_cli.run_dir.files import build, encode, full_disk_explained, make_folder, sync_path
 
+T = TypeVar("T")
 Outcome = Literal["written", "same", "differs"]
 Key = str | tuple[str, ...]
 
@@ -33,6 +34,10 @@ class Journal:
         """Every whole line, oldest first."""
         for _, row in whole_lines(self.path):
             yield row
+
+    def built(self, kind: type[T]) -> list[T]:
+        """Every whole line as a record; a line that is none is damage, and is named."""
+        return [build(kind, row, f"{self.path}, line {number}") for number, row in enumerate(self.records(), start=1)]
 
     def last(self) -> dict[str, Any] | None:
         """The newest whole line; None in an empty journal."""
@@ -67,19 +72,11 @@ class Journal:
     def repair(self) -> int:
         """Cut off a torn tail; returns the number of bytes removed."""
         self._repaired = True
-        if not self.path.exists():
-            return 0
-        whole, size = whole_size(self.path), self.path.stat().st_size
-        if whole < size:
-            os.truncate(self.path, whole)
-            sync_path(self.path)
-        return size - whole
+        return cut_at(self.path, whole_size(self.path)) if self.path.exists() else 0
 
     def sync(self) -> None:
         """Force every line down to the disk."""
-        if self.path.exists():
-            with full_disk_explained(self.path):
-                sync_path(self.path)
+        sync_lines(self.path)
 
     def _lines_by(self, key: Key) -> dict[tuple[object, ...], str]:
         if not self._repaired:
@@ -94,6 +91,22 @@ class Journal:
         with full_disk_explained(self.path):
             make_folder(self.path.parent)
             append_bytes(self.path, "".join(line + "\n" for line in lines).encode("ascii"))
+
+
+def cut_at(path: Path, whole: int) -> int:
+    """Cut off what comes after the first `whole` bytes; returns the number of bytes removed."""
+    torn = path.stat().st_size - whole
+    if torn > 0:
+        os.truncate(path, whole)
+        sync_path(path)
+    return torn
+
+
+def sync_lines(path: Path) -> None:
+    """Force what was written so far down to the disk, if anything was."""
+    if path.exists():
+        with full_disk_explained(path):
+            sync_path(path)
 
 
 def append_bytes(path: Path, data: bytes) -> None:
@@ -138,7 +151,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -7,11 +7,11 @@ it was resumed, perhaps with other settings. This file knows nothing of checkpoi
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, as_typed
 from npo_cli.records import Segment
-from npo_cli.run_dir.files import build, now_utc, row_of
+from npo_cli.run_dir.files import damaged, now_utc, row_of
 from npo_cli.run_dir.journal import Journal
-from npo_cli.run_dir.paths import RunDir, valid_name
+from npo_cli.run_dir.paths import NAME, RunDir, valid_name
 
 
 class Stretch(NamedTuple):
@@ -39,7 +39,11 @@ def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = 
 
 def segments(run: RunDir) -> list[Segment]:
     """Every segment, oldest first."""
-    return [build(Segment, row, run.segments_path) for row in Journal(run.segments_path).records()]
+    found = Journal(run.segments_path).built(Segment)
+    for number, segment in enumerate(found, start=1):
+        if not all(NAME.fullmatch(name) for name in (segment.branch, segment.parent or segment.branch)):
+            raise damaged(f"{run.segments_path}, line {number}", f"no branch can be named {segment.branch!r}")
+    return found
 
 
 def branches(run: RunDir) -> list[str]:
@@ -53,7 +57,7 @@ def newest_branch(run: RunDir) -> str:
     if not every:
         raise NpoError(
             f"nothing was trained in {run.root} yet",
-            f"start again in a new folder, or look: npo show {run.root} lineage",
+            f"start again in a new folder, or look: npo show {as_typed(run.root)} lineage",
         )
     return every[-1].branch
 
@@ -65,7 +69,9 @@ def birth_segment(run: RunDir, branch: str) -> Segment:
         if segment.branch == branch:
             return segment
     names = ", ".join(dict.fromkeys(segment.branch for segment in every)) or "none yet"
-    raise NpoError(f"{run.root} has no branch {branch!r}; it has: {names}", f"see npo show {run.root} lineage")
+    raise NpoError(
+        f"{run.root} has no branch {branch!r}; it has: {names}", f"see npo show {as_typed(run.root)} lineage"
+    )
 
 
 def descent(run: RunDir, branch: str) -> list[Stretch]:

@@ -67,23 +67,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def has_whole_weights(folder: Path, *, deep: bool = False) -> bool:
     """Every file of the weights part is there with its size; `deep` compares the sha256 sums too."""
-    return _agrees(folder, MANIFEST, deep=deep)
+    return trouble(folder, deep=deep) is None
 
 
 def has_whole_anchor(folder: Path, *, deep: bool = False) -> bool:
     """The folder holds a training state and every file of it is there; `deep` compares the sha256 sums too."""
-    return _agrees(folder / ANCHOR, ANCHOR_MANIFEST, deep=deep)
+    return trouble(folder, anchor=True, deep=deep) is None
 
 
-def _agrees(folder: Path, manifest: str, *, deep: bool) -> bool:
+def trouble(folder: Path, *, anchor: bool = False, deep: bool = True) -> str | None:
+    """What is wrong with the weights of a checkpoint (or with its training state), for people; None if it is whole."""
+    part, manifest = (folder / ANCHOR, ANCHOR_MANIFEST) if anchor else (folder, MANIFEST)
     try:
-        files = read_json(folder / manifest)["files"]
-        return all(_file_agrees(folder / name, said, deep=deep) for name, said in files.items())
-    except (NpoError, KeyError, TypeError, AttributeError):
-        return False
+        files = read_json(part / manifest)["files"]
+        return next(filter(None, (_file_trouble(part / name, said, deep=deep) for name, said in files.items())), None)
+    except NpoError as error:
+        return error.message
+    except (KeyError, TypeError, AttributeError):
+        return f"{part / manifest} is damaged: it does not list the files"
 
 
-def _file_agrees(path: Path, said: Mapping[str, Any], *, deep: bool) -> bool:
-    if not path.is_file() or path.stat().st_size != said["size"]:
-        return False
-    return not deep or sha256_of(path) == said["sha256"]
+def _file_trouble(path: Path, said: Mapping[str, Any], *, deep: bool) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != said["size"]:
+        return f"{path} has {path.stat().st_size:,} bytes, but {said['size']:,} were saved"
+    if deep and sha256_of(path) != said["sha256"]:
+        return f"{path} is not what was saved: its sha256 is another"
+    return None

@@ -4,6 +4,7 @@ A run directory is known by `npo_run.json`, which is written last at birth. This
 the rooms' other files say what each journal holds.
 """
 
+import os
 import re
 import shutil
 import uuid
@@ -14,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from npo_cli.errors import NpoError
-from npo_cli.run_dir.files import full_disk_explained, now_utc, read_json, write_json_atomic, write_text_atomic
+from npo_cli.errors import NpoError, as_typed
+from npo_cli.run_dir.files import damaged, full_disk_explained, now_utc, read_json, write_json_atomic, write_text_atomic
 
 FORMAT = 1
 FIRST_BRANCH = "main"
@@ -176,11 +177,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
-        raise NpoError(f"{path} is damaged: {detail}", "restore it from a copy of the run directory") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise damaged(path, " ".join(str(error).split())) from error
     if not isinstance(found, dict):
-        raise NpoError(f"{path} is damaged: it holds no mapping", "restore it from a copy of the run directory")
+        raise damaged(path, "it holds no mapping")
     return found
 
 
@@ -189,12 +189,13 @@ def read_birth(root: Path) -> Birth:
     path = root / BIRTH_FILE
     if not path.is_file():
         raise NpoError(
-            f"{root} is not a run directory: it has no {BIRTH_FILE}", "start one: npo train RECIPE --run DIR"
+            f"{root} is not a run directory: it has no {BIRTH_FILE}",
+            "name a run directory, or start a run in a new folder: npo train RECIPE --run DIR",
         )
     found = read_json(path)
     version = found.get("format")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise NpoError(f"{path} is damaged: format is {version!r}", "restore it from a copy of the run directory")
+        raise damaged(path, f"format is {version!r}")
     if version > FORMAT:
         raise NpoError(
             f"{root} was written by npo {found.get('npo_version', '?')} in run format {version}; "
@@ -204,7 +205,7 @@ def read_birth(root: Path) -> Birth:
     known = {name: found.get(name) for name in ("run_id", "created", "npo_version")}
     for name, value in known.items():
         if not isinstance(value, str):
-            raise NpoError(f"{path} is damaged: {name} is {value!r}", "restore it from a copy of the run directory")
+            raise damaged(path, f"{name} is {value!r}")
     return Birth(format=version, **known)  # type: ignore[arg-type]
 
 
@@ -212,7 +213,7 @@ def open_run(root: Path) -> RunDir:
     """An existing run directory of a format this program reads."""
     root = Path(root)
     if not root.exists():
-        raise NpoError(f"there is no run directory {root}", f"start one: npo train RECIPE --run {root}")
+        raise NpoError(f"there is no run directory {root}", f"start one: npo train RECIPE --run {as_typed(root)}")
     read_birth(root)
     return RunDir(root)
 
@@ -259,21 +260,26 @@ def _undo(root: Path, made: list[Path], *, taken: bool) -> None:
             folder.rmdir()
 
 
-def refuse_used(root: Path) -> None:
-    """A folder with anything in it never becomes a new run."""
+def refuse_used(root: Path, *, flag: str = "--run") -> None:
+    """A folder with anything in it never becomes a new run, nor does one that cannot be made."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise used_directory(root)
+        raise used_directory(root, flag=flag)
+    around = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
+        problem = "may not be written in" if around.is_dir() else "is a file"
+        raise NpoError(f"cannot make {root}: {around} {problem}", f"name another folder with {flag}")
 
 
-def used_directory(root: Path) -> NpoError:
+def used_directory(root: Path, *, flag: str = "--run") -> NpoError:
     """The words for a folder that cannot become a run."""
     if (root / BIRTH_FILE).exists():
         return NpoError(
-            f"{root} already holds a run", f"go on with it: npo resume {root}, or name a new folder: --run DIR"
+            f"{root} already holds a run",
+            f"go on with it: npo resume {as_typed(root)}, or name a new folder: {flag} DIR",
         )
     if not root.is_dir():
-        return NpoError(f"{root} is a file, not a folder", "name a new folder with --run")
+        return NpoError(f"{root} is a file, not a folder", f"name a new folder with {flag}")
     return NpoError(
         f"{root} is not empty and holds no run",
-        "name a new or empty folder with --run (npo resume goes on with an existing run)",
+        f"name a new or empty folder with {flag} (npo resume goes on with an existing run)",
     )

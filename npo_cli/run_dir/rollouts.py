@@ -5,7 +5,6 @@ that float32 and read back as the same float32. A step counts when all its `num_
 cut short by a dead writer is ignored by readers and cut off by the next writer.
 """
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +13,8 @@ from typing import Any
 
 from npo_cli.errors import NpoError
 from npo_cli.records import Group, Message, Prompt, Rollout
-from npo_cli.run_dir.files import build, encode, full_disk_explained, make_folder, row_of, sync_path
-from npo_cli.run_dir.journal import Outcome, append_bytes, parsed, whole_size
+from npo_cli.run_dir.files import build, damaged, encode, full_disk_explained, make_folder, row_of
+from npo_cli.run_dir.journal import Outcome, append_bytes, cut_at, parsed, sync_lines, whole_size
 
 HEAD = re.compile(rb'\{"step":(\d+),"num_groups":(\d+),')
 
@@ -60,8 +59,11 @@ class RolloutJournal:
         place = self._look().get(step)
         if place is None:
             return None
-        lines = self._bytes(place).splitlines(keepends=True)
-        return tuple(group_of(self._row(line), self.path) for line in lines)
+        groups, end = [], place.start
+        for line in self._bytes(place).splitlines(keepends=True):
+            end += len(line)
+            groups.append(group_of(self._row(line, end=end), self.path))
+        return tuple(groups)
 
     def steps(self) -> tuple[int, ...]:
         """Steps whose groups are all there, in the order written."""
@@ -79,18 +81,11 @@ class RolloutJournal:
         self._repaired = True
         if not self.path.exists():
             return 0
-        size = self.path.stat().st_size
-        whole = max((place.end for place in self._look().values()), default=0)
-        if whole < size:
-            os.truncate(self.path, whole)
-            sync_path(self.path)
-        return size - whole
+        return cut_at(self.path, max((place.end for place in self._look().values()), default=0))
 
     def sync(self) -> None:
         """Force every line down to the disk."""
-        if self.path.exists():
-            with full_disk_explained(self.path):
-                sync_path(self.path)
+        sync_lines(self.path)
 
     def _look(self) -> dict[int, Place]:
         """Find the steps written since the last look, from the head of each line alone."""
@@ -101,9 +96,9 @@ class RolloutJournal:
             file.seek(self._scanned)
             start, num_seen, open_step = self._scanned, 0, None
             while file.tell() < end_of_whole:
-                step, num_groups = self._head(file.readline())
+                step, num_groups = self._head(file.readline(), end=file.tell())
                 if open_step not in (None, step) or step in self._places:
-                    raise self._damaged(f"the groups of step {step} are not together")
+                    raise self._damaged(f"the groups of step {step} are not together", end=file.tell())
                 open_step, num_seen = step, num_seen + 1
                 if num_seen == num_groups:
                     self._places[step] = Place(start=start, end=file.tell())
@@ -111,21 +106,24 @@ class RolloutJournal:
                     self._scanned = start
         return self._places
 
-    def _head(self, line: bytes) -> tuple[int, int]:
+    def _head(self, line: bytes, *, end: int) -> tuple[int, int]:
         found = HEAD.match(line)
         if found:
             return int(found.group(1)), int(found.group(2))
-        row = self._row(line)
+        row = self._row(line, end=end)
         return int(row["step"]), int(row["num_groups"])
 
-    def _row(self, line: bytes) -> dict[str, Any]:
+    def _row(self, line: bytes, *, end: int) -> dict[str, Any]:
         row = parsed(line)
-        if row is None or "step" not in row or "num_groups" not in row:
-            raise self._damaged("a line is not a group")
+        if row is None or not isinstance(row.get("step"), int) or not isinstance(row.get("num_groups"), int):
+            raise self._damaged("a line is not a group", end=end)
         return row
 
-    def _damaged(self, detail: str) -> NpoError:
-        return NpoError(f"{self.path} is damaged: {detail}", "restore the file from a copy of the run directory")
+    def _damaged(self, detail: str, *, end: int) -> NpoError:
+        """`end`: byte after the bad line; its number is only counted now."""
+        with self.path.open("rb") as file:
+            number = file.read(end).count(b"\n")
+        return damaged(f"{self.path}, line {number}", detail)
 
     def _bytes(self, place: Place) -> bytes:
         with self.path.open("rb") as file:
@@ -175,8 +173,8 @@ def group_of(row: dict[str, Any], source: Path) -> Group:
             mix=row.get("mix", "off"),
             own_accuracy=row.get("own_accuracy"),
         )
-    except (KeyError, AttributeError) as error:
-        raise NpoError(f"{source} is damaged: a line is not a group", "restore the file from a copy") from error
+    except (KeyError, AttributeError, TypeError) as error:
+        raise damaged(source, "a line is not a group") from error
 
 
 def _rollout_of(row: dict[str, Any], source: Path) -> Rollout:

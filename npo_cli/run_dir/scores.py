@@ -6,6 +6,7 @@ finds its samples and another question never mixes with them.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,24 @@ from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.paths import RunDir
 
 KEY_LENGTH = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What settings.json says."""
+
+    branch: str
+    at: int
+    candidates: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What scores.json says."""
+
+    saved: str
+    scores: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(slots=True)
@@ -73,13 +92,10 @@ def open_scoring(
 
 
 def _scoring_in(folder: Path) -> Scoring:
-    said = read_json(folder / "settings.json")
+    path = folder / "settings.json"
+    said = build(Question, read_json(path), path)
     return Scoring(
-        folder=folder,
-        branch=said["branch"],
-        at=said["at"],
-        candidates=tuple(said["candidates"]),
-        settings=said["settings"],
+        folder=folder, branch=said.branch, at=said.at, candidates=tuple(said.candidates), settings=said.settings
     )
 
 
@@ -89,6 +105,11 @@ def scorings(run: RunDir) -> list[Scoring]:
         return []
     folders = sorted(run.scores_folder.iterdir())
     return [_scoring_in(folder) for folder in folders if (folder / "settings.json").exists()]
+
+
+def drop_scoring(scoring: Scoring) -> None:
+    """Forget a scoring that has no answer: kept, it would for ever protect its candidates from retention."""
+    shutil.rmtree(scoring.folder)
 
 
 def save_scores(scoring: Scoring, scores: Sequence[CheckpointScore]) -> None:
@@ -106,9 +127,9 @@ def all_scores(run: RunDir) -> list[ScoreSet]:
 
 
 def _scores_in(scoring: Scoring) -> ScoreSet:
-    said = read_json(scoring.scores_path)
-    scores = tuple(build(CheckpointScore, row, scoring.scores_path) for row in said["scores"])
-    return ScoreSet(branch=scoring.branch, at=scoring.at, saved=said["saved"], folder=scoring.folder, scores=scores)
+    said = build(Answer, read_json(scoring.scores_path), scoring.scores_path)
+    scores = tuple(build(CheckpointScore, row, scoring.scores_path) for row in said.scores)
+    return ScoreSet(branch=scoring.branch, at=scoring.at, saved=said.saved, folder=scoring.folder, scores=scores)
 
 
 def latest_scores(run: RunDir, *, branch: str | None = None, at: int | None = None) -> ScoreSet | None:
@@ -129,4 +150,4 @@ def append_eval(run: RunDir, report: EvalReport) -> None:
 
 def evals(run: RunDir) -> list[EvalReport]:
     """Every held-out evaluation, oldest first."""
-    return [build(EvalReport, row, run.evals_path) for row in Journal(run.evals_path).records()]
+    return Journal(run.evals_path).built(EvalReport)

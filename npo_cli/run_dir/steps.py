@@ -1,10 +1,10 @@
 """What a step leaves besides its rollouts: measurements, which the seed alone decides, wall clock, and events."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from npo_cli.records import StepReport
-from npo_cli.run_dir.files import now_utc
+from npo_cli.run_dir.files import damaged, now_utc
 from npo_cli.run_dir.journal import Journal, Outcome
 from npo_cli.run_dir.paths import RunDir
 
@@ -17,6 +17,15 @@ def metrics_row(report: StepReport) -> dict[str, Any]:
 def timings_row(report: StepReport) -> dict[str, Any]:
     """The line of timings.jsonl. It has a time of day, so a step done again has a line of its own."""
     return {"step": report.step, "branch": report.branch, "time": now_utc(), **report.timings}
+
+
+def measured_steps(run: RunDir, branch: str) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl, oldest first: each has its step."""
+    path = run.metrics_path(branch)
+    for number, row in enumerate(Journal(path).records(), start=1):
+        if not isinstance(row.get("step"), int):
+            raise damaged(f"{path}, line {number}", "it has no step")
+        yield row
 
 
 def append_event(run: RunDir, kind: str, details: Mapping[str, Any]) -> None:

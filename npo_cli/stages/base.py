@@ -4,9 +4,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from npo_cli.errors import NpoError
 from npo_cli.policy.pretrain import pretrain
 from npo_cli.records import Notice, Progress
+from npo_cli.run_dir.paths import refuse_used
 from npo_cli.tasks.micro import ALPHABET, FILL, Noise, additions, misconceptions, noisy_response, question
 
 NUM_SAMPLES = 20_000
@@ -14,8 +14,7 @@ NUM_SAMPLES = 20_000
 
 def make_base(out: Path, *, steps: int, seed: int) -> Iterator[Progress | Notice]:
     """Supervised training on noisy scratchpads; the result is a Hugging Face folder."""
-    if out.exists() and any(out.iterdir()):
-        raise NpoError(f"{out} exists and is not empty", "give --out a new folder")
+    refuse_used(out, flag="--out")
     wrong, rng = misconceptions(), random.Random(f"base:{seed}")
     texts = []
     for (a, b, length), _ in zip(additions("any", rng), range(NUM_SAMPLES), strict=False):

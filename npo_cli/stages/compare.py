@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from npo_cli.records import Crossing, CurvePoint, Segment
 from npo_cli.run_dir.guides import load_guide
-from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.index import best_evals
 from npo_cli.run_dir.lineage import birth_segment, descent
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.scores import evals, scorings
+from npo_cli.run_dir.scores import scorings
+from npo_cli.run_dir.steps import measured_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,21 +54,22 @@ def entry_cost(run: RunDir, born: Segment) -> Cost:
 
 def own_cost(run: RunDir, branch: str, *, after: int, until: int) -> Cost:
     """Steps and generated tokens of one branch in (after, until]."""
-    lines = [line for line in Journal(run.metrics_path(branch)).records() if after < line["step"] <= until]
+    lines = [line for line in measured_steps(run, branch) if after < line["step"] <= until]
     return Cost(steps=len(lines), tokens=sum(int(line["tokens"]) for line in lines))
 
 
 def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
     """Held-out accuracy along the branch's line of descent, with its costs."""
     line = descent(run, branch)
-    seen = {}
-    for report in evals(run):
-        if any(stretch.branch == report.branch and stretch.owns(report.step) for stretch in line):
-            seen[report.step] = report
+    seen = {
+        step: report
+        for (owner, step), report in best_evals(run).items()
+        if any(stretch.branch == owner and stretch.owns(step) for stretch in line)
+    }
     entropies = {
         row["step"]: row["entropy"]
         for stretch in line
-        for row in Journal(run.metrics_path(stretch.branch)).records()
+        for row in measured_steps(run, stretch.branch)
         if stretch.owns(row["step"])
     }
     return [

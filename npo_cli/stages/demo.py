@@ -37,7 +37,7 @@ Shown = (
 
 def demo_run(out: Path, *, seed: int) -> Iterator[Shown]:
     """Train, index, score, sample the best guide, roll back and replay, compare."""
-    refuse_used(out)
+    refuse_used(out, flag="--out")
     recipe = load_recipe(RECIPE, [f"train.seed={seed}"])
     at = recipe.intervention.at
     yield Notice(message=f"1/5 npo train {RECIPE} train.seed={seed} --run {out}")

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy
 
+from npo_cli.errors import NpoError, as_typed
 from npo_cli.guide.quality import cluster_interval, pass_at_k
-from npo_cli.loading import from_dict, with_overrides
+from npo_cli.loading import in_force
 from npo_cli.records import EvalReport, Group, Notice, Progress
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.lock import writing
-from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.scores import append_eval, evals
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.batches import rollouts_of
-from npo_cli.stages.world import World, answer, num_tokens, open_policy, open_task, open_world
+from npo_cli.stages.world import World, answer, load_checkpoint, num_tokens, open_policy, open_task, open_world
 
 
 def evaluate_policy(world: World, *, branch: str, step: int) -> EvalReport:
@@ -69,9 +70,9 @@ def evaluate_run(
     """Evaluate the newest checkpoint, the one at `step`, or every one on the branch's line of descent."""
     run = open_run(root)
     branch = branch or newest_branch(run)
-    recipe = with_overrides(from_dict(run.recipe(branch)), overrides)
+    recipe = in_force(run.recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
     chosen = (
-        _chosen(history(run, branch), step, every_step=every_step)
+        _chosen(history(run, branch), run, every_step=every_step)
         if step is None
         else [find_checkpoint(run, branch, step)]
     )
@@ -81,12 +82,14 @@ def evaluate_run(
             world = open_world(run, recipe, task=task, policy=open_policy(recipe, task, chosen[0]))
             for done, checkpoint in enumerate(chosen):
                 yield Progress(what="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
-                world.policy.load(checkpoint.path)
+                load_checkpoint(world.policy, checkpoint)
                 yield evaluate_policy(world, branch=checkpoint.branch, step=checkpoint.step)
         finally:
             task.close()
 
 
-def _chosen(found: Sequence[Checkpoint], step: int | None, *, every_step: bool) -> list[Checkpoint]:
+def _chosen(found: Sequence[Checkpoint], run: RunDir, *, every_step: bool) -> list[Checkpoint]:
+    if not found:
+        raise NpoError(f"{run.root} has no complete checkpoint yet", f"train first: npo resume {as_typed(run.root)}")
     ordered = sorted(found, key=lambda checkpoint: checkpoint.step)
     return ordered if every_step else ordered[-1:]

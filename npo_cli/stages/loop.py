@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch.optim import AdamW
 
-from npo_cli.errors import StoppedEarly
+from npo_cli.errors import StoppedEarly, as_typed
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
 from npo_cli.records import EvalReport, Notice, StepReport
@@ -52,15 +52,17 @@ def grpo_steps(trainer: Trainer, state: TrainerState, stop: StopFlag) -> Iterato
         every = world.recipe.eval.every
         if every and state.step % every == 0:
             yield evaluate_policy(world, branch=branch, step=state.step)
-        # Leave what the next command needs.
-        if state.step % settings.save_every == 0 or state.step == settings.num_steps or stop:
+        # Leave what the next command needs. A signal from here on is for the next step.
+        stopping = bool(stop)
+        if state.step % settings.save_every == 0 or state.step == settings.num_steps or stopping:
             trainer.rollouts.sync()
             trainer.steps.sync()
             save_checkpoint(world, trainer.optimizer, state, branch=branch)
-        if stop:
+        if stopping:
             append_event(world.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
             raise StoppedEarly(
-                f"stopped by {stop.reason} after step {state.step}, which is saved", f"npo resume {world.run.root}"
+                f"stopped by {stop.reason} after step {state.step}, which is saved",
+                f"npo resume {as_typed(world.run.root)}",
             )
 
 

@@ -4,28 +4,30 @@ A rollback is a new branch: weights, optimiser, schedule and data order of the o
 (the branch's name is part of every seed). Nothing that existed is touched.
 """
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.optim import AdamW
 
 from npo_cli.config import Recipe
-from npo_cli.errors import NpoError
-from npo_cli.loading import from_dict, recipe_dict, refuse_frozen, with_overrides
+from npo_cli.errors import NpoError, as_typed
+from npo_cli.loading import in_force, recipe_dict
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.records import EvalReport, GuideInfo, Notice, Segment, StepReport
-from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor
-from npo_cli.run_dir.guides import load_guide
+from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor, refuse_damaged_after
+from npo_cli.run_dir.files import damaged
+from npo_cli.run_dir.guides import load_guide, trajectories_path
 from npo_cli.run_dir.lineage import append_segment, new_branch_name, newest_branch, segments
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.steps import append_event
 from npo_cli.stages.batches import Guidance
 from npo_cli.stages.loop import grpo_steps
-from npo_cli.stages.saving import restore_state, save_checkpoint
+from npo_cli.stages.saving import restore_state
 from npo_cli.stages.signals import stop_between_steps
-from npo_cli.stages.train import batch_arithmetic, need_room_to_train, open_trainer
+from npo_cli.stages.train import batch_arithmetic, begin, open_trainer
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 
 
@@ -56,19 +58,21 @@ def resume_run(
     """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps."""
     run = open_run(root)
     with writing(run), stop_between_steps() as stop:
+        replay = {"--guide": guide, "--branch": new_branch, "--steps": steps}
+        again = typed_command(root, **{"--from": source_branch, "--at": at}, **replay)
         if at is None:
-            refuse_replay_options(guide=guide, new_branch=new_branch, steps=steps)
+            refuse_replay_options(again, **replay)
             start = continuation(run, source_branch, overrides)
         else:
             start = fork(run, source_branch, at, overrides=overrides, guide=guide, wish=new_branch, steps=steps)
+        need_room_to_train(run, start, again=again)
         task = open_task(start.recipe, allow_code=allow_code)
         try:
             policy = open_policy(start.recipe, task, start.checkpoint)
             world = open_world(run, start.recipe, task=task, policy=policy)
             guidance = open_guidance(world, start.segment)
             optimizer = build_optimizer(policy.model, start.recipe.train)
-            state = first_state(world, optimizer, start)
-            need_room_to_train(start.recipe, done=state.step, run=run)
+            state = yield from first_state(world, optimizer, start)
             record_start(run, start, overrides)
             yield Notice(message=greeting(start, state, guidance))
             yield Notice(message=batch_arithmetic(start.recipe))
@@ -78,20 +82,38 @@ def resume_run(
             task.close()
 
 
-def refuse_replay_options(*, guide: str | None, new_branch: str | None, steps: int | None) -> None:
+def typed_command(root: Path, **options: str | int | None) -> str:
+    """The command as it was typed, to begin a hint with."""
+    given = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return " ".join(["npo resume", as_typed(root), *given])
+
+
+def refuse_replay_options(again: str, **options: str | int | None) -> None:
     """`--guide`, `--branch` and `--steps` describe a replay, which needs a step to start from."""
-    for flag, value in (("--guide", guide), ("--branch", new_branch), ("--steps", steps)):
+    for name, value in options.items():
         if value is not None:
-            raise NpoError(f"{flag} describes a replay, which needs --at STEP", "npo resume RUN --at STEP --guide NAME")
+            raise NpoError(f"{name} describes a replay, which needs --at STEP", f"{again} --at STEP")
+
+
+def need_room_to_train(run: RunDir, start: Start, *, again: str) -> None:
+    """A run that has done all its steps says how to give it more."""
+    train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
+    if done < train.num_steps:
+        return
+    more = f"train.num_steps={2 * done}"
+    if train.schedule != "constant":
+        again = f"npo train {as_typed(run.recipe_path(start.segment.parent or start.branch))} --run NEW"
+    raise NpoError(f"the run has done {done} of {train.num_steps} steps: nothing is left to do", f"{again} {more}")
 
 
 def continuation(run: RunDir, branch: str | None, overrides: Sequence[str]) -> Start:
     """The newest anchor of a branch; `overrides` may change only what falsifies nothing."""
     branch = branch or newest_branch(run)
-    checkpoint = newest_anchor(run, branch) if history(run, branch) else None
-    old = from_dict(run.recipe(branch))
-    recipe = with_overrides(old, overrides)
-    refuse_frozen(old, recipe, fork=False)
+    recipe = in_force(run.recipe(branch), overrides, path=run.recipe_path(branch), fork=False)
+    known = history(run, branch)
+    if not known:
+        refuse_damaged_after(run, branch, -1)
+    checkpoint = newest_anchor(run, branch) if known else None
     segment = [entry for entry in segments(run) if entry.branch == branch][-1]
     return Start(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=False)
 
@@ -107,23 +129,23 @@ def fork(
     steps: int | None,
 ) -> Start:
     """A new branch at `at`; the guide works for the segment it was sampled for unless `steps` says otherwise."""
-    info = load_guide(run, guide)[0] if guide else None
+    info = None if guide is None else load_guide(run, guide)[0]
+    if info is None and steps is not None:
+        raise NpoError("--steps says how long a guide is mixed in, and no --guide is given", "add --guide NAME")
     parent = parent or (info.branch if info else newest_branch(run))
     checkpoint = find_checkpoint(run, parent, at)
-    old = from_dict(run.recipe(parent))
-    recipe = with_overrides(old, overrides)
-    refuse_frozen(old, recipe, fork=True)
+    recipe = in_force(run.recipe(parent), overrides, path=run.recipe_path(parent), fork=True)
     if info:
         check_guide(run, info, parent=parent, at=at)
     until = at + (steps or info.num_steps) if info else None
-    branch = new_branch_name(run, wish or guide or f"{parent}-from-{at}", exact=wish is not None)
+    branch = new_branch_name(run, guide or f"{parent}-from-{at}" if wish is None else wish, exact=wish is not None)
     segment = Segment(branch=branch, parent=parent, fork_step=at, guide=guide, guide_until=until)
     return Start(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
 
 
 def check_guide(run: RunDir, info: GuideInfo, *, parent: str, at: int) -> None:
     """A guide serves the learner, and so the prompts, that it was sampled for."""
-    again = f"npo sample-guide {run.root} --guide {info.guide_step} --at {at} --name NEW"
+    again = f"npo sample-guide {as_typed(run.root)} --branch {parent} --guide {info.guide_step} --at {at} --name NEW"
     if (info.branch, info.at_step) != (parent, at):
         raise NpoError(
             f"guide {info.name} was sampled for step {info.at_step} of {info.branch}, not step {at} of {parent}", again
@@ -138,7 +160,7 @@ def open_guidance(world: World, segment: Segment) -> Guidance | None:
     if info.tokenizer_digest != world.policy.tokenizer_digest:
         raise NpoError(
             f"guide {info.name} was written with another tokenizer; its token ids mean nothing here",
-            "sample the guide again with npo sample-guide",
+            f"npo sample-guide {as_typed(world.run.root)} --guide {info.guide_step} --at {info.at_step} --name NEW",
         )
     known = {prompt.prompt_id for prompt in world.task.train}
     strangers = sorted(trajectories.keys() - known)
@@ -146,6 +168,9 @@ def open_guidance(world: World, segment: Segment) -> Guidance | None:
         raise NpoError(
             f"guide {info.name} answers prompts that this task does not have: {strangers[0]}", "use this run's own data"
         )
+    top = max((max(kept.response_ids) for kept in trajectories.values()), default=0)
+    if top >= world.policy.model.get_input_embeddings().num_embeddings:
+        raise damaged(trajectories_path(world.run.guide_folder(info.name)), f"no token has the number {top}")
     return Guidance(trajectories=trajectories, until_step=segment.guide_until)
 
 
@@ -159,13 +184,11 @@ def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
     )
 
 
-def first_state(world: World, optimizer: AdamW, start: Start) -> TrainerState:
+def first_state(world: World, optimizer: AdamW, start: Start) -> Generator[EvalReport, None, TrainerState]:
     """The checkpoint's, or that of a run which never got as far as step 0."""
     if start.checkpoint is not None:
         return restore_state(world, optimizer, start.checkpoint)
-    state = TrainerState(step=0, position=0, trackers={})
-    save_checkpoint(world, optimizer, state, branch=start.branch)
-    return state
+    return (yield from begin(world, optimizer))
 
 
 def greeting(start: Start, state: TrainerState, guidance: Guidance | None) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, as_typed
 from npo_cli.policy.logprobs import TokenRow, micro_batches
 from npo_cli.records import GuideInfo, GuideTrajectory, Notice, Progress, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.guides import Asked, GuideStore, finish_guide, new_guide
 from npo_cli.run_dir.lock import writing
-from npo_cli.run_dir.paths import RunDir, open_run
+from npo_cli.run_dir.paths import RunDir, open_run, valid_name
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, segment_prompts
 from npo_cli.stages.world import World, answer, open_policy, open_task, open_world
@@ -70,6 +70,7 @@ def sample_run(
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
     guide = choose_guide(run, learner, guide_step)
+    name = valid_name(f"{learner.branch}-{learner.step}-by-{guide.step}" if name is None else name)
     with writing(run):
         task = open_task(learner.recipe, allow_code=allow_code)
         try:
@@ -91,21 +92,19 @@ def choose_guide(run: RunDir, learner: LearnerAt, guide_step: int | None) -> Che
     if step is None:
         raise NpoError(
             "which step is the guide? the recipe has no intervention.guide",
-            f"add --guide STEP; npo score-checkpoints {run.root} --at {learner.step} names the best",
+            f"add --guide STEP; the best is named by: npo score-checkpoints {as_typed(run.root)} --at {learner.step}",
         )
     return find_future(run, learner, step)
 
 
-def _info(
-    world: World, learner: LearnerAt, guide: Checkpoint, *, name: str | None, num_steps: int, count: int
-) -> GuideInfo:
+def _info(world: World, learner: LearnerAt, guide: Checkpoint, *, name: str, num_steps: int, count: int) -> GuideInfo:
     return GuideInfo(
-        name=name or f"{learner.branch}-{learner.step}-by-{guide.step}",
+        name=name,
         run_id=world.run.run_id,
         branch=learner.branch,
         at_step=learner.step,
         guide_step=guide.step,
-        guide_digest=world.policy.digest,
+        guide_digest=guide.digest,
         num_steps=num_steps,
         tokenizer_digest=world.policy.tokenizer_digest,
         num_prompts=count,
@@ -117,19 +116,19 @@ def _info(
 
 def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, pair: Pair) -> Iterator[Progress]:
     """Ask, verify and keep, a chunk of prompts at a time; each chunk is on the disk before the next."""
-    done = cache.store.asked()
-    left = [prompt for prompt in prompts if prompt.prompt_id not in done]
+    done = cache.store.asked().keys()
     num_found = len(cache.store.trajectories())
-    for start in range(0, len(left), CHUNK_PROMPTS):
-        note = f"{num_found} answered"
-        yield Progress(what="sample guide", done=len(done) + start, total=len(prompts), note=note)
-        answers = ask(world, left[start : start + CHUNK_PROMPTS], step=cache.info.guide_step)
-        trajectories = kept(world, answers, pair)
-        for trajectory in trajectories:
-            cache.store.add_trajectory(trajectory)
+    for start in range(0, len(prompts), CHUNK_PROMPTS):
+        # A chunk cut short is asked again whole: in the same company every figure comes out the same.
+        chunk = prompts[start : start + CHUNK_PROMPTS]
+        if all(prompt.prompt_id in done for prompt in chunk):
+            continue
+        yield Progress(what="sample guide", done=start, total=len(prompts), note=f"{num_found} answered")
+        answers = ask(world, chunk, step=cache.info.guide_step)
+        for trajectory in kept(world, answers, pair):
+            num_found += cache.store.add_trajectory(trajectory) == "written"
         for entry in answers:
             cache.store.add_asked(_ledger_line(entry))
-        num_found += len(trajectories)
     yield Progress(what="sample guide", done=len(prompts), total=len(prompts), note=f"{num_found} answered")
 
 

@@ -5,7 +5,7 @@ control, and the floor of V) and to each candidate. One model walks the checkpoi
 chunk of samples is on the disk before the next: an interrupted scoring goes on where it stopped.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from npo_cli.records import CheckpointScore, Notice, Progress, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.scores import Scoring, open_scoring, save_scores
+from npo_cli.run_dir.scores import Scoring, drop_scoring, open_scoring, save_scores
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.ratios import JudgedSample, learner_ratios
 from npo_cli.stages.sample_guide import forward_logps
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, futures, segment_prompts
-from npo_cli.stages.world import World, answer, open_policy, open_task, open_world
+from npo_cli.stages.world import World, answer, load_checkpoint, open_policy, open_task, open_world
 
 CHUNK_PROMPTS = 32
 PROBE = -1
@@ -59,12 +59,17 @@ def score_run(
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
     chosen = (
-        [find_future(run, learner, step) for step in sorted(set(candidates))] if candidates else futures(run, learner)
+        [find_future(run, learner, step) for step in sorted(set(candidates))]
+        if candidates is not None
+        else futures(run, learner)
     )
     with writing(run):
         task = open_task(learner.recipe, allow_code=allow_code)
         try:
             policy = open_policy(learner.recipe, task, learner.checkpoint)
+            # A candidate that cannot be used is told before anything is sampled.
+            for candidate in chosen:
+                load_checkpoint(policy, candidate)
             world = open_world(run, learner.recipe, task=task, policy=policy)
             contest = open_contest(world, learner, chosen)
             hard = yield from hard_prompts(contest, count=learner.recipe.score.prompts, horizon=chosen[-1].step)
@@ -80,7 +85,7 @@ def score_run(
 
 
 def open_contest(world: World, learner: LearnerAt, candidates: Sequence[Checkpoint]) -> Contest:
-    """The same question asked again finds its samples."""
+    """The same question asked again finds its samples; a prompt cut short by a kill is asked again."""
     recipe = learner.recipe
     settings = {
         "prompts": recipe.score.prompts,
@@ -91,11 +96,12 @@ def open_contest(world: World, learner: LearnerAt, candidates: Sequence[Checkpoi
     }
     steps = [checkpoint.step for checkpoint in candidates]
     scoring = open_scoring(world.run, learner.branch, learner.step, candidates=steps, settings=settings)
-    contest = Contest(world=world, learner=learner, scoring=scoring, samples={})
+    found: dict[tuple[int, str], dict[int, JudgedSample]] = {}
     for row in scoring.samples.records():
         sample = JudgedSample.of_row(row)
-        contest.samples.setdefault((sample.arm, sample.prompt_id), []).append(sample)
-    return contest
+        found.setdefault((sample.arm, sample.prompt_id), {})[sample.slot] = sample
+    whole = {key: list(by_slot.values()) for key, by_slot in found.items() if len(by_slot) == recipe.score.k}
+    return Contest(world=world, learner=learner, scoring=scoring, samples=whole)
 
 
 def hard_prompts(contest: Contest, *, count: int, horizon: int) -> Generator[Progress | Notice, None, list[Prompt]]:
@@ -109,9 +115,11 @@ def hard_prompts(contest: Contest, *, count: int, horizon: int) -> Generator[Pro
         if sum(verdicts) / len(verdicts) <= gate:
             hard.append(prompt)
     if not hard:
+        drop_scoring(contest.scoring)
         raise NpoError(
-            f"the learner at step {learner.step} solves all {len(prompts)} prompts above the gate {gate}: no guide can help",
-            "choose an earlier --at, or raise inject.gate",
+            f"the learner at step {learner.step} solves all {len(prompts)} prompts above the gate {gate}: "
+            "no guide can help",
+            "choose an earlier --at, ask more prompts (score.prompts), or raise inject.gate",
         )
     yield Notice(message=f"{len(hard)} of {len(prompts)} prompts are hard for step {learner.step} (accuracy <= {gate})")
     return hard
@@ -149,6 +157,7 @@ def contested(
     """Ask everybody everything, or with a budget halve the field round by round; scores all in the end."""
     scores: tuple[CheckpointScore, ...] = ()
     alive, num_asked = list(candidates), 0
+    asked = {contest.learner.step: hard}
     for entry in plan(contest, len(candidates), len(hard)):
         num_asked = min(len(hard), num_asked + entry.prompts_per_arm)
         if entry.num_arms < len(alive):
@@ -157,7 +166,8 @@ def contested(
             alive = [checkpoint for checkpoint in alive if checkpoint.step in kept]
         for checkpoint in alive:
             yield from collect(contest, checkpoint, hard[:num_asked])
-        scores = yield from ranked(contest, candidates, hard)
+            asked[checkpoint.step] = hard[:num_asked]
+        scores = yield from ranked(contest, asked)
     return scores
 
 
@@ -170,25 +180,27 @@ def plan(contest: Contest, num_candidates: int, num_prompts: int) -> list[Round]
 
 
 def ranked(
-    contest: Contest, candidates: Sequence[Checkpoint], hard: Sequence[Prompt]
+    contest: Contest, asked: Mapping[int, Sequence[Prompt]]
 ) -> Generator[Progress, None, tuple[CheckpointScore, ...]]:
-    """Charge every sample to the learner, whose weights are swapped in once, and rank."""
+    """Charge the samples to the learner, whose weights are swapped in once, and rank.
+
+    `asked`: the prompts of each arm so far, the learner's first. What a killed process had sampled beyond them, in
+    a later round, must not change who survives this one.
+    """
     contest.world.policy.load(contest.learner.checkpoint.path)
-    steps = [contest.learner.step, *[checkpoint.step for checkpoint in candidates]]
-    for done, step in enumerate(steps):
-        yield Progress(what="compare with the learner", done=done, total=len(steps), note=f"step {step}")
-        keys = [(prompt, (step, prompt.prompt_id)) for prompt in hard]
-        new = [(prompt, key) for prompt, key in keys if key in contest.samples and key not in contest.ratios]
-        asked = [(prompt, sample) for prompt, key in new for sample in contest.samples[key]]
-        for ratio in learner_ratios(contest.world, asked, cap=contest.settings.cap):
+    for done, (step, prompts) in enumerate(asked.items()):
+        yield Progress(what="compare with the learner", done=done, total=len(asked), note=f"step {step}")
+        new = [prompt for prompt in prompts if (step, prompt.prompt_id) not in contest.ratios]
+        pairs = [(prompt, sample) for prompt in new for sample in contest.samples[step, prompt.prompt_id]]
+        for ratio in learner_ratios(contest.world, pairs, cap=contest.settings.cap):
             contest.ratios.setdefault((step, ratio.prompt_id), []).append(ratio)
-    yield Progress(what="compare with the learner", done=len(steps), total=len(steps))
-    self_arm, *arms = [_arm(contest, step, hard) for step in steps]
+    yield Progress(what="compare with the learner", done=len(asked), total=len(asked))
+    self_arm, *arms = [_arm(contest, step, prompts) for step, prompts in asked.items()]
     return rank_arms(self_arm, arms, signal_knobs(contest))
 
 
-def _arm(contest: Contest, step: int, hard: Sequence[Prompt]) -> Arm:
-    keys = [(step, prompt.prompt_id) for prompt in hard if (step, prompt.prompt_id) in contest.samples]
+def _arm(contest: Contest, step: int, prompts: Sequence[Prompt]) -> Arm:
+    keys = [(step, prompt.prompt_id) for prompt in prompts]
     outcomes = []
     for key in keys:
         samples = contest.samples[key]

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npo_cli.config import Recipe
-from npo_cli.errors import NpoError
-from npo_cli.loading import from_dict, with_overrides
+from npo_cli.errors import NpoError, as_typed
+from npo_cli.loading import in_force
 from npo_cli.records import Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history
-from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import descent, newest_branch
 from npo_cli.run_dir.paths import RunDir
+from npo_cli.run_dir.steps import measured_steps
 from npo_cli.stages.world import World
 
 
@@ -31,12 +31,12 @@ class LearnerAt:
 def find_learner(run: RunDir, *, at: int | None, branch: str | None, overrides: Sequence[str]) -> LearnerAt:
     """The checkpoint at `at`, or at the recipe's intervention.at."""
     branch = branch or newest_branch(run)
-    recipe = with_overrides(from_dict(run.recipe(branch)), overrides)
+    recipe = in_force(run.recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
     step = recipe.intervention.at if at is None else at
     if step is None:
         raise NpoError(
             "which step is the learner? the recipe has no intervention.at",
-            f"add --at STEP; npo index {run.root} lists them",
+            f"add --at STEP, one of those in: npo index {as_typed(run.root)}",
         )
     return LearnerAt(recipe=recipe, branch=branch, checkpoint=find_checkpoint(run, branch, step))
 
@@ -46,7 +46,7 @@ def find_future(run: RunDir, learner: LearnerAt, step: int) -> Checkpoint:
     if step <= learner.step:
         raise NpoError(
             f"step {step} is not later than the learner's step {learner.step}: it is no near future",
-            f"choose a step above {learner.step}; npo index {run.root} lists them",
+            f"choose a step above {learner.step}: npo index {as_typed(run.root)}",
         )
     return find_checkpoint(run, learner.branch, step)
 
@@ -57,7 +57,8 @@ def futures(run: RunDir, learner: LearnerAt) -> list[Checkpoint]:
     if not later:
         raise NpoError(
             f"{learner.branch} has no checkpoint later than step {learner.step}",
-            f"train on first: npo resume {run.root}",
+            f"train on first: npo resume {as_typed(run.root)} --from {learner.branch} "
+            f"train.num_steps={2 * learner.step or 1}",
         )
     return sorted(later, key=lambda checkpoint: checkpoint.step)
 
@@ -68,10 +69,13 @@ def position_at(run: RunDir, branch: str, step: int) -> int:
         return 0
     for name, first, last in descent(run, branch):
         if first < step and (last is None or step <= last):
-            for line in Journal(run.metrics_path(name)).records():
-                if line["step"] == step:
-                    return int(line["data_position"])
-    raise NpoError(f"{branch} has no metrics of step {step}", f"npo show {run.root} metrics lists the steps")
+            for line in measured_steps(run, name):
+                if line["step"] == step and isinstance(line.get("data_position"), int):
+                    return line["data_position"]
+    raise NpoError(
+        f"the metrics of {branch} do not say where in the data step {step} ended",
+        f"choose another step, one of those in: npo show {as_typed(run.root)} metrics",
+    )
 
 
 def segment_prompts(world: World, learner: LearnerAt, num_steps: int) -> list[Prompt]:

@@ -1,10 +1,11 @@
 """`npo show`: look inside a run. Reads what the other stages wrote and computes nothing."""
 
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, as_typed
 from npo_cli.records import Crossing, CurvePoint, GuideInfo, Prompt, Segment, StepReport
 from npo_cli.report.lines import GroupLine, RolloutLine
 from npo_cli.run_dir.guides import list_guides
@@ -12,6 +13,7 @@ from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import branches, newest_branch, segments
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.run_dir.steps import measured_steps
 from npo_cli.stages.compare import crossing, curve
 
 Line = StepReport | RolloutLine | GroupLine | GuideInfo | Segment | CurvePoint | Crossing
@@ -26,11 +28,15 @@ def show_run(
     """The lines asked for, oldest first; with a limit the last of them. A filter that means nothing is refused."""
     run = open_run(root)
     if branch is not None and branch not in branches(run):
-        raise NpoError(f"{root} has no branch {branch!r}: {', '.join(branches(run))}", f"npo show {root} lineage")
+        named = ", ".join(branches(run)) or "none yet"
+        raise NpoError(f"{root} has no branch {branch!r}: {named}", f"npo show {as_typed(root)} lineage")
     if what in ("guides", "lineage", "costs") and step is not None:
-        raise NpoError(f"--step does not apply to {what}", f"npo show {root} {what}")
+        raise NpoError(f"--step does not apply to {what}", f"npo show {as_typed(root)} {what}")
     if what not in ("rollouts", "groups") and prompt_id is not None:
-        raise NpoError(f"--prompt does not apply to {what}", f"npo show {root} rollouts --prompt {prompt_id}")
+        raise NpoError(
+            f"--prompt does not apply to {what}",
+            f"npo show {as_typed(root)} rollouts --prompt {shlex.quote(prompt_id)}",
+        )
     match what:
         case "metrics":
             lines: Iterable[Line] = show_metrics(run, branch=branch, step=step)
@@ -46,15 +52,16 @@ def show_run(
             lines = show_lineage(run, branch=branch)
     found = list(lines)
     if not found and (step is not None or prompt_id is not None):
-        raise NpoError(f"{root} has no {what} of that step or prompt", f"npo show {root} {what}   # without the filter")
+        asked = [f"step {step}"] * (step is not None) + [f"prompt {prompt_id!r}"] * (prompt_id is not None)
+        raise NpoError(f"{root} has no {what} of {' and '.join(asked)}", f"npo show {as_typed(root)} {what}")
     return found if limit is None else found[-limit:]
 
 
 def show_metrics(run: RunDir, *, branch: str | None, step: int | None) -> Iterator[StepReport]:
     """Every step of one branch or of all. Of a step made twice, the newest timings."""
     for name in branches(run) if branch is None else (branch,):
-        timings = {row["step"]: _numbers(row) for row in Journal(run.timings_path(name)).records()}
-        for row in Journal(run.metrics_path(name)).records():
+        timings = {row.get("step"): _numbers(row) for row in Journal(run.timings_path(name)).records()}
+        for row in measured_steps(run, name):
             if step in (None, row["step"]):
                 spent = timings.get(row["step"], {})
                 yield StepReport(branch=name, step=row["step"], metrics=_numbers(row), timings=spent)

@@ -1,21 +1,20 @@
 """`npo train`: a GRPO baseline into a new run directory."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from torch.optim import AdamW
 
 from npo_cli import __version__
 from npo_cli.config import Recipe
-from npo_cli.errors import NpoError
 from npo_cli.loading import recipe_dict
 from npo_cli.policy.model import load_policy
-from npo_cli.policy.optimizer import TrainerState, build_optimizer
+from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_streams
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.lineage import append_segment
 from npo_cli.run_dir.lock import writing
-from npo_cli.run_dir.paths import RunDir, create_run, refuse_used
+from npo_cli.run_dir.paths import create_run, refuse_used
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.steps import StepJournals, append_event
 from npo_cli.stages.batches import Guidance
@@ -36,19 +35,26 @@ def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepR
         policy = open_policy(recipe, task, None)
         run = create_run(root, recipe=recipe_dict(recipe), npo_version=__version__)
         with writing(run), stop_between_steps() as stop:
+            # From this line on a killed run can be resumed.
+            append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide=None, guide_until=None))
             world = open_world(run, recipe, task=task, policy=policy)
             yield Notice(message=batch_arithmetic(recipe))
-            run.save_recipe(MAIN, recipe_dict(recipe))
-            append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide=None, guide_until=None))
             append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
             optimizer = build_optimizer(policy.model, recipe.train)
-            state = TrainerState(step=0, position=0, trackers={})
-            if recipe.eval.every:
-                yield evaluate_policy(world, branch=MAIN, step=0)
-            save_checkpoint(world, optimizer, state, branch=MAIN)
+            state = yield from begin(world, optimizer)
             yield from grpo_steps(open_trainer(world, optimizer, branch=MAIN, guidance=None), state, stop)
     finally:
         task.close()
+
+
+def begin(world: World, optimizer: AdamW) -> Generator[EvalReport, None, TrainerState]:
+    """Step 0 of a run: streams seeded, the base evaluated where evaluations are wanted, and saved."""
+    seed_streams(world.recipe.train.seed)
+    state = TrainerState(step=0, position=0, trackers={})
+    if world.recipe.eval.every:
+        yield evaluate_policy(world, branch=MAIN, step=0)
+    save_checkpoint(world, optimizer, state, branch=MAIN)
+    return state
 
 
 def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guidance | None) -> Trainer:
@@ -82,12 +88,3 @@ def batch_arithmetic(recipe: Recipe) -> str:
         f"{train.num_updates} update(s) of {rollouts // train.num_updates} rollouts; "
         f"{train.num_steps} steps = {train.num_steps * rollouts:,} rollouts, {epochs:.2f} epochs"
     )
-
-
-def need_room_to_train(recipe: Recipe, *, done: int, run: RunDir) -> None:
-    """A run that has done all its steps says how to give it more."""
-    if done >= recipe.train.num_steps:
-        raise NpoError(
-            f"the run has done {done} of {recipe.train.num_steps} steps: nothing is left to do",
-            f"npo resume {run.root} train.num_steps={2 * done or 1}",
-        )

@@ -9,11 +9,11 @@ from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
 from npo_cli.policy.model import Policy, load_policy, require_chat_template
 from npo_cli.records import Graded, Group, Prompt, Rollout
-from npo_cli.run_dir.checkpoints import Checkpoint
+from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.seeds import derive_seed
 from npo_cli.tasks.prompts import DataOrder, Task
-from npo_cli.tasks.sources import load_task
+from npo_cli.tasks.sources import load_task, where
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,9 @@ class World:
 
     def prompts_between(self, first: int, last: int) -> list[Prompt]:
         """Distinct prompts at data positions first .. last - 1, in the order in which training meets them."""
-        indices = dict.fromkeys(self.order.indices(first, last - first))
+        # Two epochs hold every prompt, however far `last` is.
+        count = min(last - first, 2 * len(self.task.train))
+        indices = dict.fromkeys(self.order.indices(first, count))
         return [self.task.train[index] for index in indices]
 
 
@@ -39,7 +41,8 @@ def open_task(recipe: Recipe, *, allow_code: bool) -> Task:
     task = load_task(recipe.task, seed=seed, allow_code=allow_code)
     if recipe.train.prompts_per_step > len(task.train):
         raise NpoError(
-            f"the task has {len(task.train)} training prompts, but train.prompts_per_step is {recipe.train.prompts_per_step}",
+            f"the task has {len(task.train)} training prompts, but train.prompts_per_step is "
+            f"{recipe.train.prompts_per_step}",
             f"set train.prompts_per_step={len(task.train)} or less, or bring more prompts",
         )
     return task
@@ -49,17 +52,36 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
     """The base model, or a checkpoint's, after a check that it can read every prompt of the task."""
     policy = load_policy(recipe.model, checkpoint.path if checkpoint else None)
     if checkpoint:
-        policy.load(checkpoint.path)
+        load_checkpoint(policy, checkpoint)
     prompts = [*task.train, *task.heldout]
     require_chat_template(policy, prompts, recipe.model.path)
     for prompt in prompts:
-        length = len(policy.encode(prompt))
-        if length > recipe.task.max_prompt_tokens:
-            raise NpoError(
-                f"prompt {prompt.prompt_id} has {length} tokens; task.max_prompt_tokens is {recipe.task.max_prompt_tokens}",
-                f"raise it (task.max_prompt_tokens={length}) or leave the row out",
-            )
+        refuse_unreadable(policy, prompt, recipe)
     return policy
+
+
+def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
+    """Swap in a checkpoint's weights: every tensor fits, and every byte is what was saved."""
+    policy.load(checkpoint.path)
+    require_whole(checkpoint)
+
+
+def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
+    """A prompt of no tokens, of more than allowed, or that leaves the model no room to answer."""
+    length, limit = len(policy.encode(prompt)), recipe.task.max_prompt_tokens
+    wanted = length + recipe.sampling.max_new_tokens
+    if length == 0:
+        problem = "has no tokens: the model's tokenizer knows none of its characters"
+        mend = "mend the prompt, or choose another model.path"
+    elif length > limit:
+        problem = f"has {length} tokens; task.max_prompt_tokens is {limit}"
+        mend = f"raise it (task.max_prompt_tokens={length}) or leave the prompt out"
+    elif policy.max_tokens is not None and wanted > policy.max_tokens:
+        problem = f"and its answer may have {wanted} tokens; {recipe.model.path} was made for {policy.max_tokens}"
+        mend = "lower sampling.max_new_tokens, leave the prompt out, or choose another model.path"
+    else:
+        return
+    raise NpoError(f"{where(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", mend)
 
 
 def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:

@@ -36,6 +36,14 @@ def file_problems(settings: TaskSettings, *, seed: int) -> tuple[tuple[Prompt, .
     return tuple(prompt for prompt, _ in train), tuple(prompt for prompt, _ in heldout)
 
 
+def place_of(prompt: Prompt, settings: TaskSettings) -> str:
+    """`data.jsonl line 3`: read again, as only an error asks."""
+    placed = _placed_prompts(settings.path or "", settings, "rows")
+    if settings.heldout_path is not None:
+        placed += _placed_prompts(settings.heldout_path, settings, "heldout")
+    return next(place for each, place in placed if each.prompt_id == prompt.prompt_id)
+
+
 def _split(rows: Sequence[Placed], settings: TaskSettings, seed: int) -> tuple[list[Placed], list[Placed]]:
     """Shuffle once; held-out rows from the back, training rows from the front; each in the file's order."""
     num_heldout = settings.heldout_size
@@ -71,15 +79,26 @@ def _prompt(row: Row, settings: TaskSettings, numbered_id: str) -> Prompt:
     question = _cell(row, settings.prompt_column, "task.prompt_column")
     bare = Prompt(prompt_id=prompt_id, answer=answer, row=row.position)
     if isinstance(question, list):
-        return shaped(_messages(question, row.place), settings=settings, prompt=bare)
+        return _sound(shaped(_messages(question, row.place), settings=settings, prompt=bare), row.place)
     if not isinstance(question, str):
-        kind = type(question).__name__
+        kind = "null" if question is None else type(question).__name__
         raise NpoError(f"{row.place}: the prompt is a {kind}", "write a string, or a list of {role, content} messages")
     if not question.strip():
         raise NpoError(f"{row.place}: the prompt is empty", "fill it in or remove the row")
     if settings.system and not settings.chat:
         raise NpoError(f"task.system needs chat prompts, but {row.place} is plain text", "set task.chat=true")
-    return shaped(question, settings=settings, prompt=bare)
+    return _sound(shaped(question, settings=settings, prompt=bare), row.place)
+
+
+def _sound(prompt: Prompt, place: str) -> Prompt:
+    """The prompt itself, if it is text: JSON can spell half a character, which no tokenizer takes."""
+    for text in (prompt.prompt_id, prompt.answer, prompt.text or "", *(turn.content for turn in prompt.messages)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])
+            raise NpoError(f"{place} holds half a character ({half})", "write the whole character, in UTF-8") from error
+    return prompt
 
 
 def _messages(turns: list[Any], place: str) -> list[Message]:

@@ -6,13 +6,14 @@ start, and no run could be resumed exactly. Here the hash seed is fixed and the 
 """
 
 import os
-import pickle
 import random
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from npo_cli.errors import NpoError, RunFailed
@@ -47,33 +48,42 @@ class Entry:
 
 def draw_entries(draws: Sequence[Draw]) -> list[list[Entry]]:
     """For each draw its entries in the order of their index; no question comes twice, in whatever data set."""
+    ours, theirs = Pipe()
+    code = f"from npo_cli.tasks.gym_draw import serve_draws; serve_draws({theirs.fileno()})"
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-    command = [sys.executable, "-P", "-c", "from npo_cli.tasks.gym_draw import serve_draws; serve_draws()"]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path}
-    done = subprocess.run(command, input=pickle.dumps(list(draws)), stdout=subprocess.PIPE, env=environment)
-    if done.returncode != 0:
-        raise RunFailed(
-            f"drawing problems from reasoning-gym ended with exit code {done.returncode}",
-            "what it said is above; npo doctor shows which packages are missing",
-        )
-    drawn = pickle.loads(done.stdout)
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", code],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+    )
+    # The pipe closes before the child is waited for, so that neither can hang on the other.
+    with child, ours:
+        theirs.close()
+        try:
+            ours.send(draws)
+            drawn = ours.recv()
+        except (EOFError, ConnectionError) as error:
+            raise RunFailed(
+                f"drawing problems from reasoning-gym ended with exit code {child.wait()}",
+                "what it said is above; npo doctor shows which packages are missing",
+            ) from error
     if isinstance(drawn, tuple):
         raise NpoError(*drawn)
     return drawn
 
 
-def serve_draws() -> None:
-    """In the child: draws on stdin, their entries on stdout, or (message, hint) where the user must mend something."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a data set that prints must not spoil the answer
-    draws: list[Draw] = pickle.load(sys.stdin.buffer)
-    try:
-        seen: set[str] = set()
-        reply: Any = [_distinct(draw, seen) for draw in draws]
-    except NpoError as error:
-        reply = (error.message, error.hint)
-    out.write(pickle.dumps(reply))
-    out.close()
+def serve_draws(channel_number: int) -> None:
+    """In the child: draws come down the pipe, their entries go back, or (message, hint) for the user to mend."""
+    os.dup2(2, 1)  # stdout belongs to the command's data, whatever a data set prints
+    with Connection(channel_number) as channel:
+        try:
+            seen: set[str] = set()
+            reply: Any = [_distinct(draw, seen) for draw in channel.recv()]
+        except NpoError as error:
+            reply = (error.message, error.hint)
+        channel.send(reply)
 
 
 def open_dataset(draw: Draw) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from npo_cli.errors import NpoError
 from npo_cli.records import Graded, Prompt
 from npo_cli.tasks.pool import CheckPool, Outcome
-from npo_cli.tasks.verify import unusable_answer
+from npo_cli.tasks.verify import UnusableAnswer
 
 DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
 """What marks LaTeX inside a text. A reference answer without any is taken as LaTeX as a whole."""
@@ -33,7 +33,7 @@ class MathGrader:
         pairs = [(prompt.answer, "") for prompt in prompts]
         for prompt, outcome in zip(prompts, self.pool.run(pairs), strict=True):
             if outcome.timed_out or outcome.error or outcome.value[0] == "no_reference":
-                raise unusable_answer(prompt, "mathematics")
+                raise UnusableAnswer(prompt, "mathematics")
 
     def close(self) -> None:
         self.pool.close()

@@ -52,7 +52,9 @@ def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 def _json_object(line: bytes, place: str) -> dict[str, Any]:
     try:
         # Decimals keep the answer 0.10 as it was written.
-        value = json.loads(line.decode("utf-8-sig"), parse_float=Decimal, parse_constant=_no_constant)
+        value = json.loads(
+            line.decode("utf-8-sig"), parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_once
+        )
     except (ValueError, RecursionError) as error:
         raise NpoError(f"{place} is not valid JSON: {error}", "write one JSON object a line, in UTF-8") from error
     if not isinstance(value, dict):
@@ -62,6 +64,15 @@ def _json_object(line: bytes, place: str) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a key come twice and readers keep the last: which one was meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
 
 
 def _json_kind(value: object) -> str:

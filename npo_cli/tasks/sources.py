@@ -4,14 +4,15 @@ from difflib import get_close_matches
 
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
-from npo_cli.tasks.files import file_problems
+from npo_cli.records import Prompt
+from npo_cli.tasks.files import file_problems, place_of
 from npo_cli.tasks.gym import GymProblems, gym_grader, gym_problems
 from npo_cli.tasks.math_pool import math_grader
 from npo_cli.tasks.micro import micro_prompts
 from npo_cli.tasks.prompts import Task
 from npo_cli.tasks.shape import refuse_idle_settings
 from npo_cli.tasks.user_code import is_user_code, user_grader
-from npo_cli.tasks.verify import JUDGES, Grader
+from npo_cli.tasks.verify import JUDGES, Grader, UnusableAnswer
 
 AUTO = {"micro": "micro", "reasoning_gym": "reasoning_gym", "file": "math_verify"}
 """What task.verifier `auto` means for each source. It never depends on what is installed: a missing package is an
@@ -36,10 +37,17 @@ def load_task(settings: TaskSettings, *, seed: int, allow_code: bool = False) ->
     grader = choose_grader(settings, problems=problems, allow_code=allow_code)
     try:
         grader.check_answers((*train, *heldout))
-    except BaseException:
+    except BaseException as error:
         grader.close()
+        if isinstance(error, UnusableAnswer):
+            raise NpoError(f"{where(error.prompt, settings)}{error.message}", error.hint) from error
         raise
     return Task(train=train, heldout=heldout, grader=grader)
+
+
+def where(prompt: Prompt, settings: TaskSettings) -> str:
+    """`data.jsonl line 3: ` to begin an error with; empty where prompts come from no file."""
+    return f"{place_of(prompt, settings)}: " if settings.source == "file" else ""
 
 
 def choose_grader(settings: TaskSettings, *, problems: GymProblems | None, allow_code: bool) -> Grader:

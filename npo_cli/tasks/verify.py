@@ -18,6 +18,18 @@ Judge = Callable[[str, str], Graded]
 """(reference answer, response) -> verdict."""
 
 
+class UnusableAnswer(NpoError):
+    """A reference answer that the chosen verifier cannot read."""
+
+    def __init__(self, prompt: Prompt, wanted: str) -> None:
+        shown = prompt.answer if len(prompt.answer) <= 60 else f"{prompt.answer[:60]}..."
+        super().__init__(
+            f"the reference answer of prompt {prompt.prompt_id} is not {wanted} the verifier can read: {shown!r}",
+            "mend that answer, or choose another task.verifier (exact compares texts as they are)",
+        )
+        self.prompt = prompt
+
+
 class Grader(Protocol):
     """Verifies responses, in the order given. `close` ends its processes; one that has none does nothing."""
 
@@ -43,19 +55,10 @@ class JudgeGrader:
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             if not self.readable(prompt.answer):
-                raise unusable_answer(prompt, "a number")
+                raise UnusableAnswer(prompt, "a number")
 
     def close(self) -> None:
         pass
-
-
-def unusable_answer(prompt: Prompt, wanted: str) -> NpoError:
-    """The error for a reference answer that the chosen verifier cannot read."""
-    shown = prompt.answer if len(prompt.answer) <= 60 else f"{prompt.answer[:60]}..."
-    return NpoError(
-        f"the reference answer of prompt {prompt.prompt_id} is not {wanted} the verifier can read: {shown!r}",
-        "mend that answer, or choose another task.verifier (exact compares texts as they are)",
-    )
 
 
 def judge_exact(answer: str, response: str) -> Graded:

@@ -2,6 +2,7 @@
 
 from torch import Tensor, tensor, zeros
 
+from npo_cli.objective.advantages import group_advantages
 from npo_cli.objective.batch import Divisors, LossKnobs, Rows
 
 PLAIN = {
@@ -21,6 +22,10 @@ PLAIN = {
 
 def knobs(**changes: object) -> LossKnobs:
     return LossKnobs(**(PLAIN | changes))
+
+
+def plain_advantages(rewards_PG: Tensor, *, divide_by_std: bool = True, eps: float = 1e-6) -> Tensor:
+    return group_advantages(rewards_PG, divide_by_std=divide_by_std, eps=eps)
 
 
 def make_rows(

@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from npo_cli.objective.advantages import group_advantages
 from npo_cli.objective.batch import Divisors, LossStats, Rows
 from npo_cli.objective.losses import make_policy_loss, policy_loss
 
-from .builders import divisors_of, knobs, make_rows
+from .builders import divisors_of, knobs, make_rows, plain_advantages
 
 KINDS = ["grpo", "gspo", "gspo_token", "cispo"]
 MODES = ["exact", "proximal", "decoupled", "none"]
@@ -100,7 +99,7 @@ def test_a_solved_foreign_slot_at_the_proximal_ratio_is_plain_grpo_on_that_group
     generator = torch.Generator().manual_seed(0)
     logps_NT = -torch.rand(8, 5, generator=generator)
     # seven failures and one success, which another policy wrote
-    advantages = group_advantages(tensor([[0.0] * 7 + [1.0]]))[0].tolist()
+    advantages = plain_advantages(tensor([[0.0] * 7 + [1.0]]))[0].tolist()
     own = make_rows(advantages, mask=[[1, 1, 1, 1, 1]] * 7 + [[1, 1, 1, 0, 0]])
     mixed = replace(
         own,

@@ -88,5 +88,5 @@ def test_a_guide_file_with_a_field_lost_is_damage(tmp_path):
     run = new_run(tmp_path)
     new_guide(run, guide_info(run))
     (run.guide_folder("g") / "guide.json").write_text('{"name": "g"}')
-    with pytest.raises(NpoError, match=r"guide\.json: not a GuideInfo: .*run_id"):
+    with pytest.raises(NpoError, match=r"guide\.json is damaged: it has no field 'run_id'"):
         list_guides(run)

@@ -62,7 +62,7 @@ def test_a_sure_misconception_is_met_exactly_where_it_is_counted(addition: tuple
     written = response.partition("#")[0][::2]
     right = digits((a + b) % 10**length, length)
     num_wrong = sum(int(said) != digit for said, digit in zip(written, right, strict=True))
-    assert num_wrong == num_misconceived(a, b, length, misconceptions())
+    assert num_wrong == num_misconceived(a, b, length, wrong=misconceptions())
 
 
 @given(st.text(alphabet="0#", max_size=6))
@@ -79,7 +79,7 @@ def test_the_final_answer_is_what_follows_the_mark():
 def test_hard_additions_meet_misconceptions(kind: str, least: int):
     for prompt in micro_prompts(kind, 40, seed=0):
         a, b = map(int, prompt.prompt_id.partition("/")[2].split("+"))
-        assert num_misconceived(a, b, 5, misconceptions()) >= least
+        assert num_misconceived(a, b, 5, wrong=misconceptions()) >= least
         assert prompt.answer == str(a + b)
 
 
@@ -87,7 +87,7 @@ def test_mix3_takes_easy_and_hard_by_turns():
     met = []
     for prompt in micro_prompts("mix3", 20, seed=0):
         a, b = map(int, prompt.prompt_id.partition("/")[2].split("+"))
-        met.append((len(str(a)), num_misconceived(a, b, len(str(a)), misconceptions())))
+        met.append((len(str(a)), num_misconceived(a, b, len(str(a)), wrong=misconceptions())))
     assert all(one == (3, 0) for one in met[::2])
     assert all(length == 5 and count >= 3 for length, count in met[1::2])
 

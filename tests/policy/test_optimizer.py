@@ -1,0 +1,114 @@
+"""AdamW's state on the disk and back, its schedule, and the random streams."""
+
+import random
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from npo_cli.config import TrainSettings
+from npo_cli.errors import NpoError
+from npo_cli.policy.optimizer import (
+    TrainerState,
+    build_optimizer,
+    load_state,
+    lr_at,
+    save_state,
+    seed_streams,
+    set_lr,
+)
+from tests.policy.models import qwen
+
+STATE = TrainerState(step=2, position=8, trackers={"tokens_total": 123, "reward_ema": 0.1 + 0.2})
+
+
+def trained(num_updates: int = 2):
+    model = qwen()
+    optimizer = build_optimizer(model, TrainSettings())
+    for update in range(num_updates):
+        model(torch.tensor([[1, 2, 3 + update]])).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_state_comes_back_exactly_and_the_next_update_is_the_same(tmp_path):
+    model, optimizer = trained()
+    save_state(tmp_path, model, optimizer, state=STATE)
+    twin = qwen()
+    twin.load_state_dict(model.state_dict())
+    other = build_optimizer(twin, TrainSettings())
+    assert load_state(tmp_path, twin, other) == STATE
+    for each, own in ((model, optimizer), (twin, other)):
+        each(torch.tensor([[5, 6]])).logits.square().mean().backward()
+        own.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_every_random_stream_goes_on_where_it_was(tmp_path):
+    model, optimizer = trained()
+    seed_streams(7)
+    random.gauss(0, 1)
+    numpy.random.standard_normal()
+    save_state(tmp_path, model, optimizer, state=STATE)
+
+    def draws() -> tuple[float, ...]:
+        return (torch.rand(1).item(), random.random(), random.gauss(0, 1), *numpy.random.standard_normal(3))
+
+    first = draws()
+    assert draws() != first
+    load_state(tmp_path, model, optimizer)
+    assert draws() == first
+
+
+def test_streams_start_from_the_seed():
+    seed_streams(-3)
+    first = (torch.rand(1).item(), random.random(), numpy.random.random())
+    seed_streams(-3)
+    assert (torch.rand(1).item(), random.random(), numpy.random.random()) == first
+
+
+def test_a_missing_moment_is_named(tmp_path):
+    model, optimizer = trained()
+    save_state(tmp_path, model, optimizer, state=STATE)
+    path = tmp_path / "optimizer.safetensors"
+    tensors = load_file(path)
+    tensors.pop("model.norm.weight.exp_avg_sq")
+    save_file(tensors, path)
+    with pytest.raises(NpoError, match=r"optimizer state of model\.norm\.weight is missing"):
+        load_state(tmp_path, model, optimizer)
+
+
+def test_a_state_saved_before_any_update_is_taken_back(tmp_path):
+    """Step 0, or a run whose every gradient so far was not finite."""
+    model, optimizer = trained(0)
+    save_state(tmp_path, model, optimizer, state=STATE)
+    assert load_state(tmp_path, model, optimizer) == STATE
+    assert not optimizer.state
+
+
+def rates(schedule: str, *, warmup_steps: int = 2) -> list[float]:
+    settings = TrainSettings(lr=1.0, schedule=schedule, warmup_steps=warmup_steps, num_steps=6, min_lr_share=0.2)
+    return [round(lr_at(step, settings), 6) for step in range(1, 7)]
+
+
+def test_rates_warm_up_and_then_decay_to_their_floor():
+    # 2 steps up, then 4 steps in which progress is 1/4, 1/2, 3/4, 1
+    assert rates("constant") == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert rates("linear") == [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]
+    # 0.2 + 0.8 * (1 + cos(pi * progress)) / 2
+    assert rates("cosine") == [0.5, 1.0, 0.882843, 0.6, 0.317157, 0.2]
+    assert rates("linear", warmup_steps=0)[0] == round(1 - 0.8 / 6, 6)
+
+
+def test_a_warm_up_longer_than_the_run_never_divides_by_zero():
+    assert rates("cosine", warmup_steps=6) == [round(step / 6, 6) for step in range(1, 7)]
+    settings = TrainSettings(lr=1.0, schedule="linear", warmup_steps=2, num_steps=2)
+    assert lr_at(3, settings) == pytest.approx(0.1)
+
+
+def test_one_rate_for_all_parameters():
+    _, optimizer = trained()
+    set_lr(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]

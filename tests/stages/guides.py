@@ -1,0 +1,55 @@
+"""Guide trajectories by hand: the right scratchpad of a micro addition, charged to whoever is asked for."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+
+from npo_cli.records import GuideTrajectory, Prompt, Rollout
+from npo_cli.stages.batches import Guidance
+from npo_cli.stages.sample_guide import forward_logps
+from npo_cli.stages.world import World
+from npo_cli.tasks.micro import Noise, noisy_response
+
+EXACT = Noise(digit=0.0, carry=0.0, misconception=0.0)
+
+
+def right_answer(world: World, prompt: Prompt, *, shift: float = 0.0) -> GuideTrajectory:
+    """The exact calculation, with log-probabilities under the weights at hand moved by `shift` nats a token."""
+    a, b = map(int, prompt.prompt_id.split("/")[1].split("+"))
+    text = noisy_response(a, b, len(str(a)), noise=EXACT, wrong={}, rng=random.Random(0))
+    ids = (*world.policy.tokenizer(text).input_ids, *world.policy.eos_ids)
+    return charged(world, prompt, ids, text, shift=shift)
+
+
+def charged(world: World, prompt: Prompt, ids: tuple[int, ...], text: str, *, shift: float = 0.0) -> GuideTrajectory:
+    """Any correct response as a guide trajectory."""
+    rollout = Rollout(
+        prompt_id=prompt.prompt_id,
+        slot=0,
+        response_ids=ids,
+        behavior_logps=(),
+        text=text,
+        finished=True,
+        sampler_step=0,
+    )
+    (logps_T,) = forward_logps(world, [(prompt, rollout)])
+    return GuideTrajectory(
+        prompt_id=prompt.prompt_id,
+        response_ids=ids,
+        behavior_logps=tuple(logp + shift for logp in logps_T),
+        text=text,
+        verdict="correct",
+        guide_step=99,
+        num_sampled=1,
+        num_correct=1,
+    )
+
+
+def guidance_of(trajectories: Iterable[GuideTrajectory], *, until: int = 99) -> Guidance:
+    return Guidance(trajectories={found.prompt_id: found for found in trajectories}, until_step=until)
+
+
+def with_settings(world: World, section: str, **changes: object) -> World:
+    """The same world under changed settings."""
+    settings = getattr(world.recipe, section).model_copy(update=changes)
+    return replace(world, recipe=world.recipe.model_copy(update={section: settings}))

@@ -1,0 +1,99 @@
+"""Real runs of a tiny recipe, and what of them must come out the same whatever happened on the way."""
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from npo_cli.config import Recipe
+from npo_cli.loading import from_dict, load_recipe
+from npo_cli.records import CheckpointScore, GuideInfo, StepReport
+from npo_cli.run_dir.checkpoints import find_checkpoint
+from npo_cli.run_dir.guides import load_guide
+from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.paths import RunDir, open_run
+from npo_cli.stages.resume import resume_run
+from npo_cli.stages.sample_guide import sample_run
+from npo_cli.stages.score_checkpoints import score_run
+from npo_cli.stages.train import train_run
+from npo_cli.stages.world import World, open_policy, open_task, open_world
+
+TINY = (
+    *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
+    *("task.pool_size=16", "task.heldout_size=4", "eval.every=0", "model.threads=1"),
+)
+"""A step of this takes about 50 ms. Its pool is seen once in 4 steps."""
+
+
+def tiny(*overrides: str) -> Recipe:
+    return load_recipe("micro", [*TINY, *overrides])
+
+
+def train(root: Path, *overrides: str) -> list[StepReport]:
+    return steps_of(train_run(root, tiny(*overrides), allow_code=False))
+
+
+def resume(root: Path, *overrides: str, **options: Any) -> list[StepReport]:
+    return steps_of(resuming(root, *overrides, **options))
+
+
+def resuming(root: Path, *overrides: str, **options: Any) -> Any:
+    """The generator itself: closing it is a stop between two steps with nothing saved, like a kill."""
+    asked = {"at": None, "guide": None, "source_branch": None, "new_branch": None, "steps": None} | options
+    return resume_run(root, overrides=overrides, allow_code=False, **asked)
+
+
+def sample(root: Path, *overrides: str, **options: Any) -> GuideInfo:
+    asked = {"guide_step": 4, "at": 2, "name": "near", "branch": None, "steps": None} | options
+    return list(sample_run(root, overrides=overrides, allow_code=False, **asked))[-1]
+
+
+def score(root: Path, *overrides: str, **options: Any) -> list[CheckpointScore]:
+    asked = {"at": 0, "candidates": None, "branch": None} | options
+    records = score_run(root, overrides=overrides, allow_code=False, **asked)
+    return [record for record in records if isinstance(record, CheckpointScore)]
+
+
+def steps_of(records: Iterable[Any]) -> list[StepReport]:
+    return [record for record in records if isinstance(record, StepReport)]
+
+
+def stop_after(records: Any, step: int) -> None:
+    """Let a run record `step`, then drop it where it stands."""
+    for record in records:
+        if isinstance(record, StepReport) and record.step == step:
+            records.close()
+
+
+def world_at(root: Path, step: int, *, branch: str | None = None) -> World:
+    """A run opened with the weights of one of its checkpoints."""
+    run = open_run(root)
+    branch = branch or newest_branch(run)
+    recipe = from_dict(run.recipe(branch))
+    task = open_task(recipe, allow_code=False)
+    return open_world(run, recipe, task=task, policy=open_policy(recipe, task, find_checkpoint(run, branch, step)))
+
+
+def reproducible(root: Path, branch: str = "main") -> dict[str, str]:
+    """Digests of everything that seed and recipe alone decide: weights, moments, streams, metrics, rollouts."""
+    folder = RunDir(root).branch_folder(branch)
+    names = ("metrics.jsonl", "rollouts.jsonl", "model.safetensors", "optimizer.safetensors", "state.json")
+    return {name: digest for name, digest in files_of(folder).items() if Path(name).name in names}
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """sha256 of every file, by its path in the folder; hidden ones left out."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def copied(root: Path, to: Path) -> Path:
+    return Path(shutil.copytree(root, to))
+
+
+def trajectories(root: Path, name: str = "near") -> dict[str, Any]:
+    return load_guide(open_run(root), name)[1]

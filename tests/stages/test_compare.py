@@ -1,0 +1,123 @@
+"""What an arm had cost, on a run written by hand: round numbers of steps and tokens.
+
+main: 6 steps of 100 tokens. `near` left it at step 2 with a guide from step 5 (70 tokens of samples, after a scoring of
+30 tokens) and did 3 steps of 10 tokens. `bare` left main at step 4 without a guide: 2 steps of 1 token.
+"""
+
+import pytest
+
+from npo_cli.records import CurvePoint, Segment
+from npo_cli.run_dir.guides import finish_guide, new_guide
+from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.lineage import append_segment
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.run_dir.scores import append_eval, open_scoring
+from npo_cli.stages.compare import Cost, cost_at, crossing, curve, standings
+from tests.run_dir.making import RECIPE, evaluation, guide_info, new_run
+
+
+def did(run: RunDir, branch: str, steps: range, *, tokens: int) -> None:
+    journal = Journal(run.metrics_path(branch))
+    for step in steps:
+        journal.append({"step": step, "branch": branch, "tokens": tokens, "entropy": step / 10})
+
+
+def left(run: RunDir, branch: str, *, at: int, guide: str | None = None) -> None:
+    run.save_recipe(branch, RECIPE)
+    append_segment(run, Segment(branch=branch, parent="main", fork_step=at, guide=guide, guide_until=5))
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    made = new_run(tmp_path)
+    did(made, "main", range(1, 7), tokens=100)
+    scoring = open_scoring(made, "main", 2, candidates=[5], settings={"k": 1})
+    scoring.samples.extend([{"response_ids": [1] * 20}, {"response_ids": [1] * 10}])
+    # Another learner's scoring is not this arm's to pay.
+    open_scoring(made, "main", 1, candidates=[5], settings={"k": 1}).samples.append({"response_ids": [1] * 999})
+    info = guide_info(made, name="near", at_step=2, guide_step=5, num_steps=3)
+    store = new_guide(made, info)
+    for prompt_id in ("a", "b"):
+        store.add_asked({"prompt_id": prompt_id, "num_sampled": 1, "num_correct": 0, "num_tokens": 35})
+    finish_guide(made, info)
+    left(made, "near", at=2, guide="near")
+    did(made, "near", range(3, 6), tokens=10)
+    left(made, "bare", at=4)
+    did(made, "bare", range(5, 7), tokens=1)
+    return made
+
+
+def cost(steps: int, tokens: int) -> Cost:
+    return Cost(steps=steps, tokens=tokens)
+
+
+def test_the_first_branch_pays_for_its_own_steps(run):
+    assert [cost_at(run, "main", step) for step in (0, 4, 6)] == [cost(0, 0), cost(4, 400), cost(6, 600)]
+
+
+def test_a_replay_pays_for_scout_scoring_guide_and_its_own_steps(run):
+    # scout: 5 steps, 500 tokens; scoring 30; guide 70; then 10 a step
+    assert cost_at(run, "near", 3) == cost(6, 610)
+    assert cost_at(run, "near", 5) == cost(8, 630)
+    # At and before the fork it is its parent.
+    assert cost_at(run, "near", 2) == cost(2, 200)
+    assert standings(run, "near", 2) == [cost(2, 200), cost(5, 600)]
+
+
+def test_a_fork_without_a_guide_pays_up_to_the_fork(run):
+    assert cost_at(run, "bare", 6) == cost(6, 402)
+    assert standings(run, "bare", 4) == [cost(4, 400), cost(4, 400)]
+
+
+def test_a_replay_of_a_replay_pays_for_the_whole_line(run):
+    run.save_recipe("third", RECIPE)
+    append_segment(run, Segment(branch="third", parent="near", fork_step=4, guide=None, guide_until=None))
+    did(run, "third", range(5, 6), tokens=3)
+    # near up to 4: 5 + 2 steps, 600 + 20 tokens
+    assert cost_at(run, "third", 5) == cost(8, 623)
+
+
+def points(run: RunDir, branch: str) -> list[tuple[int, int, int, float, float | None]]:
+    found = curve(run, branch, arm="x")
+    return [(each.step, each.total_steps, each.total_tokens, each.accuracy, each.entropy) for each in found]
+
+
+def test_a_curve_follows_the_line_of_descent(run):
+    for branch, step, accuracy in (("main", 0, 0.1), ("main", 2, 0.2), ("main", 4, 0.3), ("near", 4, 0.9)):
+        append_eval(run, evaluation(step, branch=branch, accuracy=accuracy))
+    assert points(run, "main") == [(0, 0, 0, 0.1, None), (2, 2, 200, 0.2, 0.2), (4, 4, 400, 0.3, 0.4)]
+    # At the fork it stands twice: as it was, and with everything paid and nothing learned yet.
+    assert points(run, "near") == [
+        (0, 0, 0, 0.1, None),
+        (2, 2, 200, 0.2, 0.2),
+        (2, 5, 600, 0.2, 0.2),
+        (4, 7, 620, 0.9, 0.4),
+    ]
+
+
+def test_the_evaluation_with_most_samples_is_the_one_quoted(run):
+    append_eval(run, evaluation(4, accuracy=0.25, num_samples=8))
+    append_eval(run, evaluation(4, accuracy=0.75, num_samples=2))
+    assert [accuracy for _, _, _, accuracy, _ in points(run, "main")] == [0.25]
+
+
+def arm(*accuracies: float) -> list[CurvePoint]:
+    return [
+        CurvePoint(arm="x", step=10 * place, total_steps=20 * place, total_tokens=place, accuracy=accuracy)
+        for place, accuracy in enumerate(accuracies)
+    ]
+
+
+def test_a_threshold_is_crossed_by_the_mean_of_three_evaluations():
+    # means: 0.05, 0.3, 0.3, 0.5, 0.6
+    found = crossing(arm(0.0, 0.1, 0.8, 0.0, 0.7), 0.3)
+    assert (found.step, found.total_steps, found.total_tokens) == (10, 20, 1)
+    # 0.8 at step 20 alone is luck: (0.1 + 0.8 + 0.0) / 3
+    assert crossing(arm(0.0, 0.1, 0.8, 0.0, 0.0), 0.4).step is None
+
+
+def test_a_threshold_never_reached_is_censored_and_the_ends_have_one_neighbour():
+    found = crossing(arm(0.1, 0.2), 0.5)
+    assert (found.arm, found.step, found.total_steps, found.total_tokens) == ("x", None, None, None)
+    assert crossing(arm(0.4, 0.6), 0.5).step == 0
+    assert crossing([], 0.5).step is None

@@ -1,0 +1,213 @@
+"""One batch becomes one update: the gradient, whatever it is split into, and what injected rows do to it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.run_dir.checkpoints import find_checkpoint
+from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.batches import draw_batch
+from npo_cli.stages.saving import restore_state
+from npo_cli.stages.update import TrainRow, Updater, UpdateReport, train_rows
+from npo_cli.stages.world import World
+from tests.stages.guides import charged, guidance_of, right_answer, with_settings
+from tests.stages.running import world_at
+
+LOSSES = {
+    "grpo": {},
+    "token mean, clip higher": {"aggregation": "token_mean", "clip_high": 0.28},
+    "dr grpo": {"aggregation": "seq_mean_token_sum_norm"},
+    "gspo": {"kind": "gspo"},
+    "cispo, dual clip": {"kind": "cispo", "dual_clip": 3.0},
+}
+
+
+class Recorder:
+    """An optimiser that learns nothing and remembers what it was told to learn."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.param_groups, self.gradients = model, [{"lr": 0.0}], []
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        self.model.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        self.gradients.append([parameter.grad.clone() for parameter in self.model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def world(scout) -> World:
+    opened = with_settings(world_at(scout, 2), "train", grad_clip=1e9)
+    return with_settings(opened, "inject", gate=1.0, ratio="exact")
+
+
+@pytest.fixture(scope="module")
+def rows(world, tmp_path_factory) -> list[TrainRow]:
+    """16 rows; each group holds a guide's answer, which the guide found likelier than the learner does."""
+    guidance = guidance_of(right_answer(world, prompt, shift=0.05) for prompt in world.task.train)
+    journal = RolloutJournal(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
+    batch = draw_batch(world, journal, branch="t", step=3, position=8, guidance=guidance)
+    found = train_rows(world.policy, batch.chosen)
+    assert sum(row.foreign for row in found) == 4
+    return found
+
+
+def learned(world: World, rows: Sequence[TrainRow], *, every_row: bool = False) -> tuple[list[Tensor], UpdateReport]:
+    """Gradient (of the last update) and report."""
+    recorder: Any = Recorder(world.policy.model)
+    updater = Updater(world.policy, recorder, world.recipe)
+    updater.needs_every_row |= every_row
+    report = updater.take_step(rows, lr=1.0)
+    return recorder.gradients[-1], report
+
+
+def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+
+
+def norm(gradient: Sequence[Tensor]) -> float:
+    return torch.nn.utils.get_total_norm(gradient).item()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_does_not_depend_on_how_the_batch_is_split(world, rows, loss):
+    world = with_settings(world, "loss", **LOSSES[loss])
+    whole, report = learned(world, rows)
+    assert norm(whole) > 0.01
+    for micro_batch_tokens, logit_chunk_tokens in ((1, 1), (90, 7), (200, 4096)):
+        changes = {"micro_batch_tokens": micro_batch_tokens, "logit_chunk_tokens": logit_chunk_tokens}
+        split, again = learned(with_settings(world, "train", **changes), rows)
+        assert distance(split, whole) < 1e-6
+        assert again.loss == pytest.approx(report.loss, abs=1e-6)
+        assert again.grad_share == pytest.approx(report.grad_share, abs=1e-5)
+
+
+def test_rows_without_advantage_cost_nothing_and_change_nothing(world, rows):
+    silent = [replace(row, advantage=0.0 if place % 3 else 1.0) for place, row in enumerate(rows)]
+    skipped, report = learned(world, silent)
+    included, everything = learned(world, silent, every_row=True)
+    assert distance(skipped, included) < 1e-6
+    assert (report.num_rows, everything.num_rows) == (6, 16)
+
+
+def test_the_divisor_is_the_full_batch(world, rows):
+    silent = [replace(row, advantage=0.0) for row in rows[1:]]
+    alone, _ = learned(world, rows[:1])
+    among, _ = learned(world, [rows[0], *silent])
+    # one of 16 rows: its mean over tokens weighs 1/16
+    assert distance([16 * part for part in among], alone) < 1e-6
+
+
+def test_a_batch_that_teaches_nothing_still_ages_the_moments(world, rows, scout):
+    fresh = world_at(scout, 2)
+    optimizer = build_optimizer(fresh.policy.model, fresh.recipe.train)
+    updater = Updater(fresh.policy, optimizer, fresh.recipe)
+    report = updater.take_step([replace(row, advantage=0.0) for row in rows], lr=1e-3)
+    assert (report.grad_norm, report.num_rows, report.num_skipped) == (0.0, 0, 0)
+    assert {state["step"].item() for state in optimizer.state.values()} == {1.0}
+    assert updater.take_step([], lr=1e-3).num_rows == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_as_they_were(rows, scout, bad):
+    world = world_at(scout, 2)
+    optimizer = build_optimizer(world.policy.model, world.recipe.train)
+    updater = Updater(world.policy, optimizer, world.recipe)
+    updater.take_step(rows, lr=1e-3)
+    weights = [parameter.clone() for parameter in world.policy.model.parameters()]
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    report = updater.take_step([*rows[1:], replace(rows[0], advantage=bad)], lr=1e-3)
+    assert report.num_skipped == 1
+    assert distance(list(world.policy.model.parameters()), weights) == 0
+    assert distance([state["exp_avg"] for state in optimizer.state.values()], moments) == 0
+
+
+def test_two_updates_take_half_of_the_rows_each_and_charge_both_to_the_weights_before(scout, rows):
+    world = with_settings(world_at(scout, 2), "train", num_updates=2)
+    optimizer = build_optimizer(world.policy.model, world.recipe.train)
+    report = Updater(world.policy, optimizer, world.recipe).take_step(rows, lr=1e-2)
+    assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
+    # After a first update this large, some ratios of the second half leave the clip range.
+    assert report.stats.clipped_low + report.stats.clipped_high > 0
+
+
+def test_grad_share_compares_the_foreign_part_of_the_gradient_with_the_rest(world, rows):
+    _, report = learned(world, rows)
+    foreign, _ = learned(world, [row if row.foreign else replace(row, advantage=0.0) for row in rows])
+    own, _ = learned(world, [replace(row, advantage=0.0) if row.foreign else row for row in rows])
+    assert report.grad_share == pytest.approx(norm(foreign) / (norm(foreign) + norm(own)), abs=1e-5)
+    assert 0 < report.grad_share < 1
+
+
+# Ratio modes, on rows whose guide found its tokens e times less likely than the learner does
+
+
+@pytest.fixture(scope="module")
+def far(world, rows) -> list[TrainRow]:
+    behind = [tuple(logp - 1.0 for logp in row.behavior_logps) for row in rows]
+    return [replace(row, behavior_logps=logps) if row.foreign else row for row, logps in zip(rows, behind, strict=True)]
+
+
+def in_mode(world: World, rows: Sequence[TrainRow], mode: str) -> tuple[list[Tensor], dict[str, float], float | None]:
+    gradient, report = learned(with_settings(world, "inject", ratio=mode), rows)
+    return gradient, report.stats.metrics(), report.grad_share
+
+
+def test_a_far_guide_is_clipped_away_by_exact_and_kept_by_the_others(world, rows, far):
+    near, far_off = (in_mode(world, some, "exact") for some in (rows, far))
+    assert near[1]["inject/kept_share"] > 0.9
+    # rho = e^(1 - 0.05) = 2.6, above the clip at 1.2 on every token
+    assert far_off[1]["inject/ratio_min"] == pytest.approx(2.586, abs=0.01)
+    assert (far_off[1]["inject/kept_share"], far_off[2]) == (0.0, 0.0)
+    for mode in ("proximal", "decoupled", "none"):
+        _, metrics, share = in_mode(world, far, mode)
+        assert metrics["inject/kept_share"] == 1
+        assert share > 0
+
+
+def test_proximal_and_none_agree_in_a_single_update_and_ignore_who_wrote_the_row(world, rows, far):
+    proximal, _, _ = in_mode(world, rows, "proximal")
+    for mode in ("proximal", "none"):
+        assert distance(in_mode(world, far, mode)[0], proximal) < 1e-7
+
+
+def test_decoupled_weighs_the_guides_row_and_exact_follows_its_ratio(world, rows):
+    plain, _, share = in_mode(world, rows, "proximal")
+    own = [replace(row, advantage=0.0) if row.foreign else row for row in rows]
+    own_part, _, _ = in_mode(world, own, "proximal")
+    foreign_part = [a - b for a, b in zip(plain, own_part, strict=True)]
+    assert share > 0
+    for mode in ("decoupled", "exact"):
+        gradient, _, _ = in_mode(world, rows, mode)
+        # old/guide = e^-0.05 on every token, in both modes
+        expected = [a + 0.951229 * b for a, b in zip(own_part, foreign_part, strict=True)]
+        assert distance(gradient, expected) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["proximal", "none", "exact", "decoupled"])
+def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
+    """The guide repeats the very rollouts that it replaces: the same weights come out of the whole step."""
+    ends = {}
+    for kind in ("plain", "mixed"):
+        world = with_settings(with_settings(world_at(scout, 2), "inject", ratio=mode, gate=1.0), "train", lr=1e-3)
+        journal = RolloutJournal(tmp_path / kind / "rollouts.jsonl")
+        own = draw_batch(world, RolloutJournal(tmp_path / "own.jsonl"), branch="t", step=3, position=4, guidance=None)
+        last = [(group.prompt, group.rollouts[-1]) for group in own.own if group.rollouts[-1].reward]
+        assert last, "no group ends with a right answer, so this shows nothing"
+        guides = [charged(world, prompt, rollout.response_ids, rollout.text) for prompt, rollout in last]
+        guidance = guidance_of(guides) if kind == "mixed" else None
+        batch = draw_batch(world, journal, branch="t", step=3, position=4, guidance=guidance)
+        rows = train_rows(world.policy, batch.chosen)
+        assert sum(row.foreign for row in rows) == (len(last) if guidance else 0)
+        optimizer = build_optimizer(world.policy.model, world.recipe.train)
+        restore_state(world, optimizer, find_checkpoint(world.run, "main", 2))
+        Updater(world.policy, optimizer, world.recipe).take_step(rows, lr=world.recipe.train.lr)
+        ends[kind] = [parameter.detach().clone() for parameter in world.policy.model.parameters()]
+    assert distance(ends["plain"], ends["mixed"]) < 1e-7
+    start = list(world_at(scout, 2).policy.model.parameters())
+    assert distance(ends["plain"], start) > 1e-5
