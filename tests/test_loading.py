@@ -149,7 +149,7 @@ def test_with_nothing_near_the_sections_settings_are_listed():
         ("train.num_steps=3.0", "train.num_steps must be a whole number at least 1, got 3.0"),
         ("train.num_steps='3'", 'train.num_steps must be a whole number at least 1, got "3"'),
         ("train.keep_anchors=0", "train.keep_anchors must be a whole number at least 1 or null, got 0"),
-        ("train.betas=[0.9, 2]", "train.betas.1 must be a number at least 0 and at most 1, got 2"),
+        ("train.betas=[0.9, 2]", "train.betas.1 must be a number at least 0 and below 1, got 2"),
         ("train.betas=[0.9]", "train.betas.1 is missing"),
         ("train.betas=3", "train.betas must be a list of 2 numbers, got 3"),
         ("loss.kind=ppo", 'loss.kind must be one of grpo, gspo, gspo_token, cispo, got "ppo"'),

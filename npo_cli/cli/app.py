@@ -70,10 +70,13 @@ def npo(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; always leaves through SystemExit."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        # A closed stream swallows: printing to none at all would go to the other one.
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         # A terminal of few letters shows the others as escapes instead of failing.
         with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     args = sys.argv[1:] if args is None else list(args)
     try:
         sys.exit(typer.main.get_command(app).main(args, prog_name="npo", standalone_mode=False) or 0)

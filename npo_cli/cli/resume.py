@@ -32,7 +32,6 @@ def resume(
 
     Without --at, training goes on from the newest state. With --at and --guide it rolls back to that step and
     replays from there as a new branch; nothing that existed is overwritten.
-
     Settings that would falsify what was already computed are refused; train.num_steps may be raised.
     """
     settled = recipe_of(run, overrides, branch=source, fork=at is not None)

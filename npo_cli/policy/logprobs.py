@@ -7,7 +7,8 @@ Axes: N rows, L positions of the packed batch, T response tokens (padded), M res
 one line, H hidden width, W vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +125,29 @@ def token_scores(
         entropies_NT=packed.spread(entropies_M),
         collisions_NT=packed.spread(collisions_M),
     )
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model with gradient checkpointing drop its activations: transformers does so in training mode only.
+
+    Dropout was taken out when the model was loaded, so the mode changes nothing else.
+    """
+    wanted = model.is_gradient_checkpointing and torch.is_grad_enabled()
+    model.train(wanted)
+    try:
+        yield
+    finally:
+        model.eval()
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """Take dropout out of a model for good, in whatever mode it is."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 @torch.no_grad()

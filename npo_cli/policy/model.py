@@ -15,7 +15,15 @@ from transformers.utils import logging
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError, set_aside
 from npo_cli.policy.gguf import PACKAGES, is_packaged, load_packaged
-from npo_cli.policy.logprobs import TokenRow, TokenScores, head_is_plain, pack_rows, token_scores
+from npo_cli.policy.logprobs import (
+    TokenRow,
+    TokenScores,
+    head_is_plain,
+    pack_rows,
+    recomputing,
+    token_scores,
+    without_dropout,
+)
 from npo_cli.policy.weights import load_weights, refuse_filled_in, weights_digest
 from npo_cli.records import Prompt
 
@@ -87,9 +95,10 @@ class Policy:
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
-        return token_scores(
-            self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
-        )
+        with recomputing(self.model):
+            return token_scores(
+                self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
+            )
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -126,9 +135,10 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
         raise NpoError(
             f"{settings.path}: neither tokenizer nor generation config names an end token", "set eos_token_id there"
         )
+    without_dropout(model)
     model = model.to(device).eval()
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(model=model, tokenizer=tokenizer, plain_head=head_is_plain(model))
 
 
@@ -164,7 +174,7 @@ def find_model(path: str) -> str | Path:
     if path == "micro-base":
         return EMBEDDED
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         return folder
     if not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
         raise NpoError(

@@ -1,5 +1,6 @@
 """The table of a run's checkpoints. Everything in it can be made again from the other files."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
             entries.append(CheckpointEntry(branch=branch, step=step, parent=parent, **fields))
             if fields["complete"]:
                 parent = f"{branch}:{step}"
-    write_json_atomic(run.index_path, {"checkpoints": [row_of(entry) for entry in entries]})
+    # Only a copy for other readers: a run that may not be written in is listed all the same.
+    if os.access(run.root, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        write_json_atomic(run.index_path, {"checkpoints": [row_of(entry) for entry in entries]})
     return entries
 
 

@@ -265,7 +265,8 @@ def refuse_used(root: Path, *, flag: str = "--run") -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise used_directory(root, flag=flag)
     around = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
+    effective = os.access in os.supports_effective_ids
+    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK, effective_ids=effective):
         problem = "may not be written in" if around.is_dir() else "is a file"
         raise NpoError(f"cannot make {root}: {around} {problem}", f"name another folder with {flag}")
 

@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from npo_cli.guide.signal import SampleRatio
-from npo_cli.policy.logprobs import TokenRow, micro_batches
+from npo_cli.policy.logprobs import TokenRow
 from npo_cli.records import Prompt, Rollout
-from npo_cli.stages.world import World
+from npo_cli.stages.world import RowScores, World, row_scores
 
 MAX_LOG_RATIO = 20.0
 
@@ -51,31 +50,20 @@ class JudgedSample:
         return asdict(self)
 
 
-@torch.no_grad()
 def learner_ratios(world: World, asked: Sequence[tuple[Prompt, JudgedSample]], *, cap: float) -> list[SampleRatio]:
     """rho_t = learner / guide of every token, summed up as the V kinds need it; the learner's weights are loaded.
 
     |log rho_t| is cut at 20 nats, so that one token cannot overflow a sum.
     """
-    recipe = world.recipe
     rows = [
         TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=sample.response_ids) for prompt, sample in asked
     ]
-    found = []
-    for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
-        scores = world.policy.score(
-            [rows[index] for index in run],
-            temperature=recipe.sampling.temperature,
-            chunk_tokens=recipe.train.logit_chunk_tokens,
-        )
-        logps_NT, collisions_NT = scores.logps_NT.double().cpu(), scores.collisions_NT.double().cpu()
-        for place, index in enumerate(run):
-            length = len(rows[index].response_ids)
-            found.append(_ratio(asked[index][1], logps_NT[place, :length], collisions_NT[place, :length], cap=cap))
-    return found
+    scored = row_scores(world.policy, world.recipe, rows)
+    return [_ratio(sample, scores, cap=cap) for (_, sample), scores in zip(asked, scored, strict=True)]
 
 
-def _ratio(sample: JudgedSample, learner_T: Tensor, collision_T: Tensor, *, cap: float) -> SampleRatio:
+def _ratio(sample: JudgedSample, scores: RowScores, *, cap: float) -> SampleRatio:
+    learner_T, collision_T = scores.logps_T.double().cpu(), scores.collisions_T.double().cpu()
     log_rho_T = (learner_T - torch.tensor(sample.logps, dtype=torch.float64)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rho_T = log_rho_T.exp()
     gradient_T = 1 - 2 * learner_T.exp() + collision_T

@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.policy.logprobs import TokenRow, micro_batches
+from npo_cli.policy.logprobs import TokenRow
 from npo_cli.records import GuideInfo, GuideTrajectory, Notice, Progress, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.guides import Asked, GuideStore, finish_guide, new_guide
@@ -21,7 +19,7 @@ from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run, valid_name
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, segment_prompts
-from npo_cli.stages.world import World, answer, open_policy, open_task, open_world
+from npo_cli.stages.world import World, answer, open_policy, open_task, open_world, row_scores
 
 CHUNK_PROMPTS = 64
 
@@ -177,22 +175,12 @@ def kept(world: World, asked: Sequence[Answers], pair: Pair) -> list[GuideTrajec
     ]
 
 
-@torch.no_grad()
 def forward_logps(world: World, pairs: Sequence[tuple[Prompt, Rollout]]) -> list[tuple[float, ...]]:
     """Per-token log-probabilities of responses under the weights at hand."""
     rows = [
         TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=rollout.response_ids) for prompt, rollout in pairs
     ]
-    settings = world.recipe
-    found: list[tuple[float, ...]] = []
-    for run in micro_batches(rows, max_tokens=settings.train.micro_batch_tokens):
-        part = [rows[index] for index in run]
-        scores = world.policy.score(
-            part, temperature=settings.sampling.temperature, chunk_tokens=settings.train.logit_chunk_tokens
-        )
-        lines = scores.logps_NT.tolist()
-        found += [tuple(line[: len(row.response_ids)]) for line, row in zip(lines, part, strict=True)]
-    return found
+    return [tuple(scores.logps_T.tolist()) for scores in row_scores(world.policy, world.recipe, rows)]
 
 
 def _random(world: World, solved: Sequence[Answers], pair: Pair) -> list[Rollout]:

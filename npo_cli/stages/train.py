@@ -23,6 +23,7 @@ from npo_cli.stages.loop import Trainer, grpo_steps
 from npo_cli.stages.saving import save_checkpoint
 from npo_cli.stages.signals import stop_between_steps
 from npo_cli.stages.world import World, open_policy, open_task, open_world
+from npo_cli.tasks.user_code import is_user_code
 
 MAIN = "main"
 
@@ -30,6 +31,7 @@ MAIN = "main"
 def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepReport | EvalReport | Notice]:
     """Check everything that can be wrong, then make the directory, save step 0 and train."""
     refuse_used(root)
+    recipe = with_whole_paths(recipe)
     task = open_task(recipe, allow_code=allow_code)
     try:
         policy = open_policy(recipe, task, None)
@@ -45,6 +47,24 @@ def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepR
             yield from grpo_steps(open_trainer(world, optimizer, branch=MAIN, guidance=None), state, stop)
     finally:
         task.close()
+
+
+def with_whole_paths(recipe: Recipe) -> Recipe:
+    """The same recipe with whole paths of the data and the verifier: a run is resumed from any folder."""
+    task = recipe.task
+    whole = {
+        "path": task.path and whole_path(task.path),
+        "heldout_path": task.heldout_path and whole_path(task.heldout_path),
+    }
+    if is_user_code(task.verifier):
+        file, _, function = task.verifier.rpartition(":")
+        whole["verifier"] = f"{whole_path(file)}:{function}"
+    return recipe.model_copy(update={"task": task.model_copy(update=whole)})
+
+
+def whole_path(path: str) -> str:
+    """From the root, whatever folder it was written in."""
+    return str(Path(path).expanduser().absolute())
 
 
 def begin(world: World, optimizer: AdamW) -> Generator[EvalReport, None, TrainerState]:

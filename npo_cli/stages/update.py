@@ -15,6 +15,7 @@ from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import set_lr
 from npo_cli.stages.batches import GroupWithAdvantages
+from npo_cli.stages.world import row_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,10 @@ class Updater:
         """Split the rows into `train.num_updates` parts and update once with each."""
         set_lr(self.optimizer, lr)
         count = self.recipe.train.num_updates
-        old_logps = self._old_logps(rows) if count > 1 else [None] * len(rows)
+        old_logps: list[Tensor | None] = [None] * len(rows)
+        if count > 1:
+            before = row_scores(self.policy, self.recipe, [row.tokens for row in rows])
+            old_logps = [scores.logps_T for scores in before]
         size = -(-len(rows) // count) if rows else 1
         reports = [
             self._update(rows[start : start + size], old_logps[start : start + size])
@@ -103,16 +107,6 @@ class Updater:
             num_skipped=sum(report.num_skipped for report in reports),
             num_rows=sum(report.num_rows for report in reports),
         )
-
-    @torch.no_grad()
-    def _old_logps(self, rows: Sequence[TrainRow]) -> list[Tensor]:
-        """Log-probabilities under the policy before the first update of this batch."""
-        found: list[Tensor] = []
-        for run in micro_batches([row.tokens for row in rows], max_tokens=self.recipe.train.micro_batch_tokens):
-            scores = self._score(self.policy, [rows[index] for index in run])
-            lengths = [len(rows[index].tokens.response_ids) for index in run]
-            found += [logps_T[:length] for logps_T, length in zip(scores.logps_NT, lengths, strict=True)]
-        return found
 
     def _score(self, policy: Policy, rows: Sequence[TrainRow]) -> TokenScores:
         return policy.score(

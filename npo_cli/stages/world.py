@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from npo_cli.config import Recipe
 from npo_cli.engines.requests import Engine, SampleRequest
 from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
+from npo_cli.policy.logprobs import TokenRow, micro_batches
 from npo_cli.policy.model import Policy, load_policy, require_chat_template
 from npo_cli.records import Graded, Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
@@ -147,6 +151,30 @@ def _cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Grade
         else Graded(verdict="wrong", extracted=verdict.extracted)
         for sample, verdict in zip(samples, graded, strict=True)
     ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowScores:
+    """What one forward pass says of one response, without padding."""
+
+    logps_T: Tensor
+    collisions_T: Tensor
+    """sum_v p(v)^2 of the distribution at each token."""
+
+
+@torch.no_grad()
+def row_scores(policy: Policy, recipe: Recipe, rows: Sequence[TokenRow]) -> list[RowScores]:
+    """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
+    found = []
+    for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
+        part = [rows[index] for index in run]
+        scores = policy.score(
+            part, temperature=recipe.sampling.temperature, chunk_tokens=recipe.train.logit_chunk_tokens
+        )
+        for row, logps_T, collisions_T in zip(part, scores.logps_NT, scores.collisions_NT, strict=True):
+            length = len(row.response_ids)
+            found.append(RowScores(logps_T=logps_T[:length], collisions_T=collisions_T[:length]))
+    return found
 
 
 def num_tokens(groups: Sequence[Group]) -> int:

@@ -68,6 +68,13 @@ class CheckPool:
     _workers: list[_Worker] = field(init=False, default_factory=list)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
+    def start(self) -> None:
+        """Bring one process up, so that a check that cannot be built is known before there is anything to check."""
+        with self._lock:
+            self._fill(1)
+            while not all(worker.ready for worker in self._workers):
+                self._collect()
+
     def run(self, items: Sequence[Any]) -> list[Outcome]:
         """The outcome of each item, in their order; safe from any thread, one batch at a time."""
         with self._lock:
@@ -144,7 +151,7 @@ class CheckPool:
         except (EOFError, OSError):
             return self._lose(worker, "died while it started")
         if kind == "broken":
-            raise RunFailed(f"the verifier could not be started: {payload}", "mend that, then run the command again")
+            raise RunFailed(f"the verifier could not be started: {payload}", "mend it, then run the command again")
         worker.ready, worker.item = True, None
         if kind == "error":
             return Outcome(error=payload)

@@ -5,6 +5,7 @@ prints goes to stderr. True, or a number of at least 1, is correct; anything les
 """
 
 import ast
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from npo_cli.errors import NpoError, RunFailed
 from npo_cli.records import Graded, Prompt
 from npo_cli.tasks.pool import CheckPool
 from npo_cli.tasks.worker import where
+
+CALLED = "write def function(prompt, response, answer)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,14 +38,15 @@ class UserGrader:
             if trouble:
                 raise RunFailed(
                     f"the verifier failed on prompt {prompt.prompt_id}: {trouble}",
-                    "mend the function, then go on with npo resume",
+                    "mend the function, then go on with npo resume and --allow-code",
                 )
             verdict = "timeout" if outcome.timed_out else "correct" if outcome.value >= 1 else "wrong"
             graded.append(Graded(verdict=verdict))
         return graded
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
-        """Only the function knows what it can compare."""
+        """Only the function knows what it can compare; that it can be called is known now."""
+        self.pool.start()
 
     def close(self) -> None:
         self.pool.close()
@@ -54,7 +58,7 @@ def is_user_code(verifier: str) -> bool:
 
 
 def user_grader(verifier: str, *, allow_code: bool, num_workers: int, timeout: float) -> UserGrader:
-    """The grader for `file.py:function`. The file is read, not run, until the first response is graded."""
+    """The grader for `file.py:function`. The file is read, not run, until its answers are checked."""
     file, _, function = verifier.rpartition(":")
     if not allow_code:
         raise NpoError(
@@ -84,6 +88,7 @@ def build_user_check(file: str, function: str) -> Callable[[dict[str, str]], flo
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     verifier = getattr(module, function)
+    _require_signature(verifier, f"{file}: {function}")
 
     def check(asked: dict[str, str]) -> float | str:
         try:
@@ -97,12 +102,24 @@ def build_user_check(file: str, function: str) -> Callable[[dict[str, str]], flo
     return check
 
 
+def _require_signature(verifier: object, name: str) -> None:
+    if not callable(verifier):
+        raise NpoError(f"{name} is not a function", CALLED)
+    try:
+        inspect.signature(verifier).bind(prompt="", response="", answer="")
+    except ValueError:
+        return  # written in C, it keeps its parameters to itself
+    except TypeError as error:
+        raise NpoError(f"{name} must take prompt, response and answer: {error}", CALLED) from error
+
+
 def _require_function(path: Path, function: str) -> None:
     """Find the name in the syntax tree, so that a slip shows before anything is sampled, and nothing is run."""
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (SyntaxError, ValueError) as error:
-        raise NpoError(f"task.verifier names a file that is not Python: {where(error)}", "mend that line") from error
+        place = where(error, inside=str(path))
+        raise NpoError(f"task.verifier names a file that is not Python: {place}", "mend that line") from error
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names |= {

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from npo_cli.errors import NpoError
+
 GRACE_SECONDS = 1.0
 """How long after its deadline a process ends itself, for when the one that should kill it is gone."""
 
@@ -40,9 +42,11 @@ def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]],
 
 def where(error: BaseException, *, inside: str | None = None) -> str:
     """`file:line: Kind: message` of the innermost place an error went through, in the file `inside` if it did."""
-    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    if isinstance(error, NpoError):
+        return error.message
     if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}: {text}"
+        return f"{error.filename}:{error.lineno}: {text}" if error.filename else f"{inside}: {text}"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if frame.filename == inside] or frames
     return f"{ours[-1].filename}:{ours[-1].lineno}: {text}" if ours else text

@@ -86,7 +86,7 @@ def test_a_run_without_guides_prints_no_data_and_says_so(run):
         (["show", "guides", "--step", "1"], "--step does not apply to guides"),
         (["show", "metrics", "--prompt", "p"], "--prompt does not apply to metrics"),
         (["show", "metrics", "--branch", "nope"], "has no branch 'nope': main"),
-        (["show", "rollouts", "--step", "99"], "has no rollouts of that step or prompt"),
+        (["show", "rollouts", "--step", "99"], "has no rollouts of step 99"),
         (["resume", "loss.kind=gspo"], "loss.kind cannot change from grpo to gspo"),
         (["resume", "inject.gate=0.1"], "inject.gate cannot change from 0.6 to 0.1 in the middle of a branch"),
         (["score-checkpoints", "score.kk=1"], "score.kk is not a setting"),

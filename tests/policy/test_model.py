@@ -106,3 +106,31 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(NpoError, match="headless"):
         opened(folder)
+
+
+def gradient_of(policy: Policy) -> tuple[list[torch.Tensor], int]:
+    """The gradient of the summed log-probabilities, and how often the first layer ran for it."""
+    runs = []
+    hook = policy.model.base_model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    policy.score(ROWS, temperature=1.0, chunk_tokens=2).logps_NT.sum().backward()
+    hook.remove()
+    return [parameter.grad.clone() for parameter in policy.model.parameters()], len(runs)
+
+
+def test_gradient_checkpointing_runs_each_layer_twice_for_the_same_gradient():
+    kept, once = gradient_of(load_policy(ModelSettings()))
+    recomputed, twice = gradient_of(load_policy(ModelSettings(gradient_checkpointing=True)))
+    assert (once, twice) == (1, 2)
+    for mine, theirs in zip(recomputed, kept, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_dropout_is_out_of_the_model_even_while_activations_are_recomputed(tmp_path):
+    folder = saved(qwen(), tmp_path)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
+    assert '"attention_dropout": 0.5' in config.read_text()
+    policy = load_policy(ModelSettings(path=str(folder), gradient_checkpointing=True))
+    first, second = (policy.score(ROWS, temperature=1.0, chunk_tokens=9).logps_NT for _ in range(2))
+    assert torch.equal(first, second)
+    assert not policy.model.training

@@ -1,3 +1,4 @@
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_cli.config import TaskSettings
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.records import Message, Prompt
 from npo_cli.tasks.gym import shares
 from npo_cli.tasks.prompts import Task
@@ -119,6 +120,12 @@ def test_a_config_that_the_data_set_refuses_is_named(config: dict[str, object]):
     with pytest.raises(NpoError, match="gcd") as caught:
         gym_task([{"name": "gcd", "config": config}])
     assert next(iter(config)) in caught.value.message
+
+
+def test_a_drawing_process_that_dies_is_a_failure_of_the_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RunFailed, match="drawing problems from reasoning-gym ended with exit code 1"):
+        gym_task([EASY_GCD])
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(0, 500))
