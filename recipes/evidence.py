@@ -16,11 +16,13 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 NPO = [sys.executable, "-c", "from npo_cli.cli.app import main; main()"]
 GRPO, GUIDED = "main", "guided"
+THRESHOLDS = (0.6, 0.9)
 COSTS = ("step", "total_steps", "total_tokens")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t for a 95 % interval of a mean of n values."""
@@ -61,6 +63,7 @@ def one_seed(plan: Plan, seed: int, out: Path) -> Path:
     return run
 
 
+@cache
 def records(run: Path, arm: str) -> list[dict[str, Any]]:
     """Curve points and crossings of one arm, as `npo show RUN costs --json` prints them."""
     command = [*NPO, "show", str(run), "costs", "--branch", arm, "--json"]
@@ -107,22 +110,36 @@ def arrivals(values: Sequence[int | None]) -> str:
     return f"{statistics.fmean(there):,.0f} ({len(there)} of {len(values)})" if there else f"- (0 of {len(values)})"
 
 
+def arm_rows(runs: Sequence[Path], arm: str) -> list[str]:
+    """What one arm reached and what it cost, a line a threshold."""
+    final = spread([final_accuracy(run, arm) for run in runs])
+    return [
+        f"| {arm} | {final} | {threshold} | "
+        + " | ".join(arrivals(crossings(runs, arm, threshold, axis=axis)) for axis in COSTS)
+        + " |"
+        for threshold in THRESHOLDS
+    ]
+
+
+def ratio_rows(runs: Sequence[Path], at: int) -> list[str]:
+    """GRPO's cost over the guided arm's, paired by seed; the last line counts steps from the rollback point only."""
+    better = sum(final_accuracy(run, GUIDED) >= final_accuracy(run, GRPO) for run in runs)
+    lines = []
+    for threshold in THRESHOLDS:
+        slow, fast = ([crossings(runs, arm, threshold, axis=axis) for axis in COSTS] for arm in (GRPO, GUIDED))
+        ratios = [speed_up(*pair) for pair in zip(slow, fast, strict=True)]
+        lines.append(f"| ratio | guided not lower on {better} of {len(runs)} | {threshold} | {' | '.join(ratios)} |")
+        if at:
+            lines.append(f"| ratio from step {at} | | {threshold} | {speed_up(slow[0], fast[0], start=at)} | | |")
+    return lines
+
+
 def table(plan: Plan, runs: Sequence[Path]) -> list[str]:
     """Markdown lines."""
-    arms = (GRPO,) if plan.at is None else (GRPO, GUIDED)
     lines = ["| arm | final accuracy | threshold | index | total steps | total tokens |", "|---|---|---|---|---|---|"]
-    for arm in arms:
-        final = spread([final_accuracy(run, arm) for run in runs])
-        for threshold in (0.6, 0.9):
-            costs = " | ".join(arrivals(crossings(runs, arm, threshold, axis=axis)) for axis in COSTS)
-            lines.append(f"| {arm} | {final} | {threshold} | {costs} |")
-    for threshold in (0.6, 0.9) if plan.at is not None else ():
-        pairs = [
-            (crossings(runs, GRPO, threshold, axis=axis), crossings(runs, GUIDED, threshold, axis=axis))
-            for axis in COSTS
-        ]
-        lines.append(f"| GRPO / guided | | {threshold} | " + " | ".join(speed_up(*pair) for pair in pairs) + " |")
-        lines.append(f"| ... from step {plan.at} | | {threshold} | {speed_up(*pairs[0], start=plan.at or 0)} | | |")
+    lines += arm_rows(runs, GRPO)
+    if plan.at is not None:
+        lines += [*arm_rows(runs, GUIDED), *ratio_rows(runs, plan.at)]
     return lines
 
 

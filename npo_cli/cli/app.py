@@ -73,7 +73,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         # A closed stream swallows: printing to none at all would go to the other one.
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
         # A terminal of few letters shows the others as escapes instead of failing.
         with contextlib.suppress(AttributeError):
             getattr(sys, name).reconfigure(errors="backslashreplace")

@@ -74,7 +74,7 @@ def random_streams() -> tuple[dict[str, Tensor], dict[str, object]]:
 
 def seed_streams(seed: int) -> None:
     """Start every global random stream from the run's seed: what an anchor saves is then the seed's alone."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from npo_cli.errors import as_typed
 from npo_cli.loading import load_recipe
 from npo_cli.records import (
     CheckpointEntry,
@@ -40,26 +41,26 @@ def demo_run(out: Path, *, seed: int) -> Iterator[Shown]:
     refuse_used(out, flag="--out")
     recipe = load_recipe(RECIPE, [f"train.seed={seed}"])
     at = recipe.intervention.at
-    yield Notice(message=f"1/5 npo train {RECIPE} train.seed={seed} --run {out}")
+    yield Notice(message=f"1/5 npo train {RECIPE} train.seed={seed} --run {as_typed(out)}")
     yield from without_evals(train_run(out, recipe, allow_code=False))
 
-    yield Notice(message=f"2/5 npo index {out}")
+    yield Notice(message=f"2/5 npo index {as_typed(out)}")
     yield from index_run(out, verify=False)
 
     steps = ",".join(map(str, CANDIDATES))
-    yield Notice(message=f"3/5 npo score-checkpoints {out} --at {at} --candidates {steps} {' '.join(QUICK)}")
+    yield Notice(message=f"3/5 npo score-checkpoints {as_typed(out)} --at {at} --candidates {steps} {' '.join(QUICK)}")
     best = None
     for record in score_run(out, at=at, candidates=CANDIDATES, branch=None, overrides=QUICK, allow_code=False):
         if isinstance(record, CheckpointScore) and record.chosen:
             best = record.step
         yield record
 
-    yield Notice(message=f"4/5 npo sample-guide {out} --guide {best} --at {at} --name {GUIDE}")
+    yield Notice(message=f"4/5 npo sample-guide {as_typed(out)} --guide {best} --at {at} --name {GUIDE}")
     yield from sample_run(
         out, guide_step=best, at=at, name=GUIDE, branch=None, steps=None, overrides=(), allow_code=False
     )
 
-    yield Notice(message=f"5/5 npo resume {out} --at {at} --guide {GUIDE}")
+    yield Notice(message=f"5/5 npo resume {as_typed(out)} --at {at} --guide {GUIDE}")
     replay = resume_run(
         out,
         overrides=(),

@@ -63,6 +63,8 @@ def score_run(
         if candidates is not None
         else futures(run, learner)
     )
+    if learner.recipe.score.budget is not None:
+        halving_rounds(len(chosen), learner.recipe.score.budget)  # a budget too small is told before it is spent
     with writing(run):
         task = open_task(learner.recipe, allow_code=allow_code)
         try:

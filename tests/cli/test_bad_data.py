@@ -1,0 +1,216 @@
+"""Data files and verifiers that cannot be used: the file, the line and what to do; no run directory is left."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cli.slips import SMALL, Said, npo, refused
+
+GOOD = tuple(json.dumps({"prompt": f"{number}+1=", "answer": str(number + 1)}) for number in range(30))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def training(folder: Path, *overrides: str, lines: Sequence[str] | None = None, code: int = 2) -> str:
+    """The words of a training on a file that must not begin. Paths are shortened to their names."""
+    if lines is not None:
+        (folder / "d.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
+    task = ("task.source=file", "task.path=d.jsonl", "task.verifier=last_number")
+    said = refused("train", "micro", *SMALL, *task, *overrides, "--run", "new", beside=folder, code=code)
+    return f"{said.message} | {said.hint}".replace(f"{folder}/", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing.jsonl", "the data file missing.jsonl does not exist | mend task.path"),
+        ("folder.jsonl", "the data file folder.jsonl is a folder, not a file"),
+        ("empty.jsonl", "the data file empty.jsonl is empty"),
+        ("blank.jsonl", "the data file blank.jsonl is empty"),
+        ("table.csv", "the data file table.csv is neither .jsonl nor .parquet"),
+        ("torn.parquet", "torn.parquet is not a readable parquet file"),
+    ],
+)
+def test_a_file_that_is_no_data_set_is_named(folder, name, words):
+    (folder / "folder.jsonl").mkdir()
+    for there, text in (("empty.jsonl", ""), ("blank.jsonl", "\n \n"), ("table.csv", "a,b"), ("torn.parquet", "PAR1x")):
+        (folder / there).write_text(text)
+    assert words in training(folder, f"task.path={name}")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{oops", "d.jsonl line 6 is not valid JSON"),
+        ("[1]", "d.jsonl line 6 is a JSON array, not an object"),
+        ("\udcff", "d.jsonl line 6 is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        ('{"prompt": "a", "prompt": "b", "answer": "1"}', "d.jsonl line 6 is not valid JSON: the key 'prompt' is"),
+        ('{"answer": "1"}', "d.jsonl line 6 has no column 'prompt' (task.prompt_column)"),
+        ('{"prompt": "1+1="}', "d.jsonl line 6 has no column 'answer' (task.answer_column)"),
+        ('{"prompt": null, "answer": "1"}', "d.jsonl line 6: the prompt is a null"),
+        ('{"prompt": " ", "answer": "1"}', "d.jsonl line 6: the prompt is empty"),
+        ('{"prompt": "1", "answer": null}', "d.jsonl line 6: 'answer' is a null"),
+        ('{"prompt": "1", "answer": "three"}', "d.jsonl line 6: the reference answer of prompt rows/000005 is"),
+        ('{"prompt": "1\\ud800", "answer": "1"}', "d.jsonl line 6 holds half a character ('\\ud800')"),
+        ('{"prompt": "' + "1" * 40 + '", "answer": "1"}', "line 6: prompt rows/000005 has 40 tokens; task.max_"),
+        ('{"prompt": "1", "answer": "1", "image": "x.png"}', "d.jsonl line 6 has images"),
+    ],
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_is_told_with_its_line(folder, line, words):
+    assert words in training(folder, "task.max_prompt_tokens=30", lines=[*GOOD[:5], line, *GOOD[5:]])
+
+
+def test_a_column_that_no_row_has_is_answered_with_those_there_are(folder):
+    words = training(folder, "task.answer_column=solution", lines=GOOD)
+    assert words.startswith("d.jsonl line 1 has no column 'solution' (task.answer_column) | ")
+    assert words.endswith("set task.answer_column to one of: prompt, answer")
+
+
+def test_two_rows_with_one_id_are_both_named(folder):
+    lines = [json.dumps({"prompt": f"{n}+1=", "answer": "1", "name": f"p{n % 20}"}) for n in range(30)]
+    words = training(folder, "task.id_column=name", lines=lines)
+    assert "d.jsonl line 26 has the prompt id 'p5' of d.jsonl line 6" in words
+
+
+def test_too_few_rows_are_counted(folder):
+    assert "d.jsonl has 3 rows, too few to hold out 4" in training(folder, lines=GOOD[:3])
+    assert "the task has 2 training prompts, but train.prompts_per_step is 4" in training(folder, lines=GOOD[:6])
+
+
+def test_a_heldout_row_that_is_trained_on_is_refused(folder):
+    words = training(folder, "task.heldout_path=d.jsonl", lines=GOOD)
+    assert "d.jsonl line 1 (held out) is the same prompt as" in words
+
+
+def test_a_prompt_that_leaves_the_model_no_room_to_answer_is_refused(folder):
+    # micro-base was made for 64 tokens: 4 of the prompt and 61 of the answer are one too many
+    words = training(folder, "sampling.max_new_tokens=61", lines=[*GOOD[:9], GOOD[10], *GOOD[11:]])
+    assert "and its answer may have 65 tokens; micro-base was made for 64 | lower sampling.max_new_tokens" in words
+
+
+def test_chat_prompts_need_a_template(folder):
+    turns = [json.dumps({"prompt": [{"role": "user", "content": f"{n}+1="}], "answer": "1"}) for n in range(30)]
+    assert "micro-base: the tokenizer has no chat template, and prompts are chat messages" in training(
+        folder, lines=turns
+    )
+
+
+def test_a_data_set_that_reasoning_gym_lacks_is_answered_with_the_nearest(folder):
+    source = ("task.source=reasoning_gym", "task.datasets=[{name: chain_summ}]", "task.verifier=auto")
+    assert training(folder, *source) == (
+        "task.datasets names 'chain_summ', which reasoning-gym does not have | did you mean chain_sum?"
+    )
+
+
+def test_a_run_goes_on_from_any_folder(folder, monkeypatch):
+    (folder / "d.jsonl").write_text("\n".join(GOOD))
+    (folder / "v.py").write_text("def check(prompt, response, answer):\n    return answer in response\n")
+    task = ("task.source=file", "task.path=d.jsonl", "task.verifier=v.py:check")
+    assert npo("train", "micro", *SMALL, *task, "train.num_steps=1", "--allow-code", "--run", "new").code == 0
+    monkeypatch.chdir("/")
+    assert npo("resume", folder / "new", "train.num_steps=2", "--allow-code").code == 0
+
+
+# Verifiers
+
+
+VERIFIERS = """
+import time
+
+def raises(prompt, response, answer):
+    raise ValueError("boom\\nand more")
+
+def hangs(prompt, response, answer):
+    time.sleep(60)
+
+def prints(prompt, response, answer):
+    print("said by the verifier")
+    return True
+
+def nothing(prompt, response, answer):
+    pass
+
+def leaves(prompt, response, answer):
+    raise SystemExit(3)
+
+def other(question):
+    return True
+
+NUMBER = 3
+"""
+
+
+def verified_by(folder: Path, verifier: str, *options: str) -> Said:
+    """One step judged by a function of the user's."""
+    (folder / "v.py").write_text(VERIFIERS)
+    task = (f"task.verifier={verifier}", "task.verify_timeout=0.2", "train.num_steps=1", "train.prompts_per_step=2")
+    return npo("train", "micro", *SMALL, *task, "train.group_size=2", *options, "--run", folder / "new")
+
+
+@pytest.mark.parametrize(
+    ("verifier", "code", "words"),
+    [
+        ("exakt", 2, "task.verifier 'exakt' is not a verifier"),
+        ("w.py:f", 2, "task.verifier names a file that does not exist"),
+        ("v.py:missing", 2, "v.py has no function 'missing'"),
+        ("torn.py:f", 2, "torn.py:1: SyntaxError: '(' was never closed"),
+        ("zero.py:f", 2, "zero.py: SyntaxError: source code string cannot contain null bytes"),
+        ("v.py:NUMBER", 1, "v.py: NUMBER is not a function"),
+        ("v.py:other", 1, "v.py: other must take prompt, response and answer: missing a required argument: 'question'"),
+        ("fails.py:f", 1, "fails.py:1: ModuleNotFoundError: No module named 'no_such_thing'"),
+    ],
+)
+def test_a_verifier_that_cannot_work_is_told_before_anything_is_written(folder, verifier, code, words):
+    (folder / "v.py").write_text(VERIFIERS)
+    (folder / "torn.py").write_text("def f(\n")
+    (folder / "zero.py").write_bytes(b"def f(): pass\0")
+    (folder / "fails.py").write_text("import no_such_thing as f\n")
+    args = ("train", "micro", *SMALL, f"task.verifier={verifier}", "--allow-code", "--run", "new")
+    before = {path.name for path in folder.iterdir()}
+    said = npo(*args)
+    assert (said.code, said.out, said.err.count("\n")) == (code, "", 2)
+    assert words in said.message
+    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == before
+
+
+def test_a_verifier_of_your_own_is_not_run_unless_you_say_so(folder):
+    said = verified_by(folder, "v.py:prints")
+    assert (said.code, said.hint) == (2, "read it, then add --allow-code to the command")
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("raises", "v.py:5: ValueError: boom"),
+        ("leaves", "v.py:18: SystemExit: 3"),
+        ("nothing", "v.py: nothing must return a bool or a number, it returned None"),
+    ],
+)
+def test_a_verifier_that_fails_ends_the_run_with_its_line_and_the_run_can_go_on(folder, function, words):
+    said = verified_by(folder, f"{folder}/v.py:{function}", "--allow-code")
+    assert (said.code, said.out) == (1, "")
+    assert said.message.startswith("the verifier failed on prompt mix3/")
+    assert said.message.endswith(words)
+    assert "npo resume" in said.hint
+    mended = f"def {function}(prompt, response, answer): return 1\ndef old("
+    (folder / "v.py").write_text(VERIFIERS.replace(f"def {function}(", mended))
+    assert npo("resume", folder / "new", "--allow-code").code == 0
+
+
+def test_a_verifier_that_hangs_costs_its_timeout_and_no_more(folder):
+    said = verified_by(folder, "v.py:hangs", "--allow-code", "--json")
+    (line,) = map(json.loads, said.out.splitlines())
+    assert (said.code, line["verify/timeout"], line["reward"]) == (0, 1.0, 0.0)
+
+
+def test_what_a_verifier_prints_is_no_data(folder):
+    said = verified_by(folder, "v.py:prints", "--allow-code", "--json")
+    (line,) = map(json.loads, said.out.splitlines())
+    assert (said.code, line["reward"]) == (0, 1.0)

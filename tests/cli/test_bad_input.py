@@ -1,0 +1,181 @@
+"""Slips in what is typed and in recipes: told in two lines, at once, with nothing written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.slips import refused
+
+HEAVY = ("torch", "transformers", "numpy", "matplotlib", "scipy")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def training(folder: Path, *overrides: str, recipe: str = "micro") -> str:
+    """The words of a training that must not begin."""
+    said = refused("train", recipe, *overrides, "--run", "new", beside=folder)
+    return f"{said.message} | {said.hint}"
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "hint"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?", "npo --help"),
+        (["train"], "Missing argument 'RECIPE'.", "npo train --help"),
+        (["train", "micro"], "Missing option '--run'.", "npo train --help"),
+        (["train", "micro", "--run"], "Option '--run' requires an argument.", "npo train --help"),
+        (["index", "a", "b"], "Got unexpected extra argument(s) (b)", "npo index --help"),
+        (["show", "a", "--limit", "0"], "Invalid value for '--limit': Input should be greater", "npo show --help"),
+        (["resume", "a", "--at", "two"], "Invalid value for '--at': Input should be a valid", "npo resume --help"),
+        (["train", "micro", "--run", "x", "--json=3"], "Option '--json' does not take a value.", "npo train --help"),
+        (["index", "a\0b"], "Invalid value for 'RUN'", "npo index --help"),
+    ],
+)  # fmt: skip
+def test_a_slip_on_the_command_line_names_it_and_the_help(folder, args, message, hint):
+    said = refused(*args, beside=folder)
+    assert said.message.startswith(message)
+    assert said.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lr", "'lr' is not a setting: write KEY=VALUE | train.lr=3e-4"),
+        ("train.lr: 3", "is not a setting: write KEY=VALUE"),
+        ("=5", "'=5' is not a setting: write KEY=VALUE"),
+        ("train..lr=5", "'train..lr=5' is not a setting: write KEY=VALUE"),
+        ("", "'' is not a setting: write KEY=VALUE"),
+        ("train.lr=[", "the value of train.lr:1: expected the node content"),
+        ("train.lr=*x", "the value of train.lr:1: aliases are not part of a recipe"),
+        ("train={lr: 1, lr: 2}", "the value of train:1: the key lr is given twice"),
+        ("train.lr=!!int x", "the value of train.lr: a value does not fit its !!tag"),
+        ("name=!!python/object:os.system x", "could not determine a constructor for the tag"),
+        ("train.lr=" + "[" * 5000, "the value of train.lr: nested too deeply"),
+        ("name=\udcff", "the value of name: unacceptable character"),
+        ("train.seed=" + "9" * 5000, "the value of train.seed: a value does not fit"),
+        ("train.\x1b[31mlr=3", "train.\\x1b[31mlr is not a setting"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_told_as_it_was_typed(folder, override, words):
+    assert words in training(folder, override)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trian.lr=1", "trian is not a setting (command line) | write train instead of trian"),
+        ("train.lrr=1", "train.lrr is not a setting (command line) | write train.lr instead of train.lrr"),
+        ("lr=1", "lr is not a setting (command line) | write train.lr instead of lr"),
+        ("train.zzz=1", "train.zzz is not a setting (command line) | train has the settings seed, num_steps"),
+        ("task.datasets=[{name: x, wieght: 3}]", "task.datasets.0.wieght is not a setting"),
+        ("train.lr=fast", 'train.lr must be a number above 0, got "fast"'),
+        ("train.lr=.nan", "train.lr must be a number above 0, got NaN"),
+        ("train.num_steps=2.5", "train.num_steps must be a whole number at least 1, got 2.5"),
+        ("train.betas=[0.9, 1]", "train.betas.1 must be a number at least 0 and below 1, got 1"),
+        ("train.group_size=1", "train.group_size must be a whole number at least 2, got 1"),
+        ("inject.gate=1.5", "inject.gate must be a number at least 0 and at most 1, got 1.5"),
+        ("loss.kind=ppo", "loss.kind must be one of grpo, gspo, gspo_token, cispo"),
+        ("train=null", "train must be a group of settings (KEY: VALUE), got null"),
+        ("train.num_updates=3", "train.num_updates must divide train.prompts_per_step"),
+        ("task.pool_size=2", "task.pool_size must be at least train.prompts_per_step"),
+        ("sampling.overlong_buffer=99", "sampling.overlong_buffer must not exceed sampling.max_new_tokens"),
+        ("task.source=file", "task.path must name a .jsonl or .parquet file"),
+    ],
+)
+def test_a_setting_that_is_unknown_or_out_of_range_is_named_with_what_is_allowed(folder, override, words):
+    assert words in training(folder, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {lr: 1}\nname: x\ntrain: {seed: 3}\n", "r.yaml:3: the key train is given twice"),
+        ("train:\n  lr: 1\n seed: 2\n", "r.yaml:3: "),
+        ("train:\n\tlr: 1\n", "r.yaml:2: found character '\\t' that cannot start any token"),
+        ("train:\n  lr: 3e-4\n  lrr: 3\n", "train.lrr is not a setting (r.yaml:3)"),
+        ("- a\n- b\n", "r.yaml does not hold settings (KEY: VALUE)"),
+        ("", "r.yaml is empty"),
+        ("# only talk\n", "r.yaml is empty"),
+        ("extends: nowhere\n", "there is no shipped recipe named 'nowhere'"),
+        ("extends: r.yaml\n", "recipes extend each other in a circle"),
+        ("name: a\n---\nname: b\n", "r.yaml:2: but found another document"),
+    ],
+)
+def test_a_recipe_file_that_cannot_be_read_is_told_with_its_line(folder, text, words):
+    (folder / "r.yaml").write_text(text, encoding="utf-8")
+    assert words in training(folder, recipe="./r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("micr", "no shipped recipe named 'micr' (a file needs its ending: micr.yaml) | npo recipes micro "),
+        ("micro-spare", "| npo recipes micro-sparse "),
+        ("micro.yaml", "there is no recipe file micro.yaml | npo recipes "),
+        ("../nope.yaml", "there is no recipe file ../nope.yaml"),
+        ("/", "there is no recipe file /"),
+        ("", "there is no shipped recipe named ''"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_answered_with_the_nearest(folder, name, words):
+    assert words in training(folder, recipe=name)
+
+
+def test_a_binary_recipe_is_told_by_its_first_bad_byte(folder):
+    (folder / "r.yaml").write_bytes(b"name: \xff")
+    assert "r.yaml is not UTF-8 text (byte 6)" in training(folder, recipe="r.yaml")
+
+
+# At once
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train", "micro", "train.lrr=1", "--run", "new"],
+        ["train", "micro", "--run", "used"],
+        ["index", "nowhere"],
+        ["resume", "nowhere"],
+        ["eval", "used"],
+        ["sample-guide", "nowhere", "--at", "1"],
+        ["score-checkpoints", "nowhere", "--candidates", "a,b"],
+        ["show", "nowhere"],
+        ["demo", "--out", "used"],
+        ["base", "--out", "used"],
+    ],
+)
+def test_a_slip_costs_no_heavy_import_and_little_time(folder, args):
+    (folder / "used").mkdir()
+    (folder / "used" / "file").write_text("something")
+    code = (
+        "import atexit, resource, sys\n"
+        f"heavy = {HEAVY!r}\n"
+        "def left():\n"
+        "    print([n for n in heavy if n in sys.modules], resource.getrusage(resource.RUSAGE_SELF).ru_utime)\n"
+        "atexit.register(left)\n"
+        "from npo_cli.cli.app import main\n"
+        "main()\n"
+    )
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 2)
+    imported, seconds = done.stdout.rsplit(maxsplit=1)
+    assert imported == "[]"
+    # time of this process alone, so that a busy machine does not matter
+    assert float(seconds) <= 0.4

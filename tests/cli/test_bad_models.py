@@ -1,0 +1,141 @@
+"""Models and devices that are not there or not whole: told before a run directory is made."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5Model
+
+from npo_cli.policy.model import EMBEDDED
+from tests.cli.slips import SMALL, edited, refused
+
+UP = "model.layers.0.mlp.up_proj.weight"
+SIZES = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def training(folder: Path, *overrides: str) -> str:
+    said = refused("train", "micro", *SMALL, *overrides, "--run", "new", beside=folder)
+    return f"{said.message} | {said.hint}"
+
+
+def base(folder: Path, *without: str) -> Path:
+    """A copy of the shipped model, some files left out."""
+    shutil.copytree(EMBEDDED, folder / "base", ignore=shutil.ignore_patterns(*without))
+    return folder / "base"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_a_gpu_that_is_not_there_is_refused(folder, device):
+    assert training(folder, f"model.device={device}") == (
+        f"model.device={device}, but torch sees no such GPU | set model.device=cpu (npo doctor lists the GPUs)"
+    )
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cuda:-1", "''"])
+def test_a_device_that_npo_does_not_use_is_refused(folder, device):
+    assert "is no device that npo uses | set model.device to auto, cpu" in training(folder, f"model.device={device}")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("./nowhere", "model.path=./nowhere is not a folder | name a model folder, a hub id"),
+        ("/no/where", "model.path=/no/where is not a folder"),
+        ("''", "model.path= is not a folder"),
+        ("file.txt", "model.path=file.txt is not a folder"),
+        ("micro_base", "neither a folder nor a model that npo knows | set model.path=micro-base"),
+        ("SmolLM2-135M", "neither a folder nor a model that npo knows | set model.path=smollm2-135m"),
+        ("a b c", "a b c: no tokenizer could be loaded"),
+    ],
+)
+def test_a_model_that_is_not_there_is_told_without_asking_the_hub(folder, path, words):
+    (folder / "file.txt").write_text("no model")
+    assert words in training(folder, f"model.path={path}")
+
+
+@pytest.mark.parametrize(
+    ("without", "words"),
+    [
+        ("tokenizer*", "base: no tokenizer could be loaded: the folder has none"),
+        ("config.json", "base: no causal language model could be loaded: Unrecognized model"),
+        ("model.safetensors", "base: no causal language model could be loaded: Error no file named model.safetensors"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_told_which(folder, without, words):
+    base(folder, without)
+    assert words in training(folder, "model.path=./base")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_folder_with_a_torn_file_is_refused(folder, file):
+    path = base(folder) / file
+    path.write_bytes(path.read_bytes()[:100])
+    assert "base: no " in training(folder, "model.path=./base")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop(UP), f"base: tensor missing: {UP}"),
+        (lambda tensors: tensors.update({UP: torch.zeros(3, 5)}), f"base: tensor of another shape: {UP}"),
+        (lambda tensors: tensors[UP].fill_(torch.nan), f"base: tensor not finite: {UP}"),
+    ],
+)
+def test_a_base_of_which_a_part_would_be_made_up_is_refused(
+    folder: Path, change: Callable[[dict[str, Tensor]], object], words: str
+):
+    path = base(folder) / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert words in training(folder, "model.path=./base")
+
+
+def test_a_model_that_is_no_causal_language_model_is_refused(folder):
+    home = base(folder, "model.safetensors", "config.json")
+    BertModel(BertConfig(hidden_size=8, intermediate_size=8, **SIZES)).save_pretrained(home)
+    assert "base: tensor missing: cls.predictions.bias" in training(folder, "model.path=./base")
+    T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=40)).save_pretrained(home)
+    assert "no causal language model could be loaded: Unrecognized configuration class" in training(
+        folder, "model.path=./base"
+    )
+
+
+def test_a_model_with_too_few_positions_is_refused(folder):
+    home = base(folder, "model.safetensors", "config.json", "generation_config.json")
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=40, n_positions=16)).save_pretrained(home)
+    # 12 tokens of prompt and 18 of answer
+    assert "and its answer may have 30 tokens; ./base was made for 16" in training(folder, "model.path=./base")
+
+
+def test_a_prompt_of_which_the_tokenizer_knows_nothing_is_refused(folder):
+    home = base(folder)
+    (home / "chat_template.jinja").write_text("{{ '' }}")
+    lines = [json.dumps({"prompt": f"{number}+1=", "answer": "1"}) for number in range(30)]
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    task = ("task.source=file", "task.path=d.jsonl", "task.chat=true", "task.verifier=last_number")
+    words = training(folder, "model.path=./base", *task)
+    assert "d.jsonl line " in words
+    assert "has no tokens: the model's tokenizer knows none of its characters" in words
+
+
+def test_code_that_a_model_brings_along_is_never_run(folder):
+    home = base(folder)
+    (home / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    edited(
+        home / "config.json", lambda text: text.replace('"qwen3"', '"evil", "auto_map": {"AutoConfig": "evil.Evil"}')
+    )
+    assert "contains custom code" in training(folder, "model.path=./base")
+    assert not (folder / "ran").exists()

@@ -1,0 +1,288 @@
+"""Run directories, steps, branches, guides and settings that a command cannot serve: nothing in the run changes."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from npo_cli.run_dir.checkpoints import demote_checkpoint, find_checkpoint
+from npo_cli.run_dir.paths import RunDir
+from tests.cli.slips import SMALL, copied, npo, refused, with_field
+
+
+def words(circle: Path, *args: str) -> str:
+    """What a command on the run answers; the run's path is written RUN, as it is typed where it stands in a hint."""
+    command, *rest = args
+    said = refused(command, circle, *rest, beside=circle.parent)
+    return f"{said.message.replace(str(circle), 'RUN')} | {said.hint.replace(shlex.quote(str(circle)), 'RUN')}"
+
+
+# Run directories
+
+
+def test_a_run_is_not_trained_again(circle):
+    said = refused("train", "micro", "--run", circle, beside=circle.parent)
+    assert said.message == f"{circle} already holds a run"
+    assert said.hint == f"go on with it: npo resume {shlex.quote(str(circle))}, or name a new folder: --run DIR"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("recipe.yaml", "is a file, not a folder"),
+        ("guides", "is not empty and holds no run"),
+        ("recipe.yaml/x", "recipe.yaml is a file"),
+    ],
+)
+def test_a_place_that_cannot_become_a_run_is_refused(circle, path, message):
+    assert refused("train", "micro", "--run", circle / path, beside=circle.parent).message.endswith(message)
+
+
+@pytest.mark.parametrize("command", ["index", "show", "eval", "resume", "sample-guide", "score-checkpoints"])
+def test_what_is_no_run_is_told_by_every_command(circle, tmp_path, command):
+    for path, message in (
+        (tmp_path / "nowhere", f"there is no run directory {tmp_path / 'nowhere'}"),
+        (circle / "guides", f"{circle / 'guides'} is not a run directory: it has no npo_run.json"),
+        (circle / "recipe.yaml", f"{circle / 'recipe.yaml'} is not a run directory: it has no npo_run.json"),
+    ):
+        said = refused(command, path, beside=circle.parent)
+        assert said.message == message
+        assert "npo train RECIPE --run" in said.hint
+
+
+def test_a_run_from_the_future_is_opened_by_no_command(circle, tmp_path):
+    run = copied(circle, tmp_path)
+    with_field(run / "npo_run.json", format=99, npo_version="9.9")
+    for args in (["index"], ["show"], ["eval"], ["resume"], ["sample-guide", "--at", "0"], ["score-checkpoints"]):
+        said = refused(args[0], run, *args[1:], beside=tmp_path)
+        assert said.message == f"{run} was written by npo 9.9 in run format 99; this npo reads formats up to 1"
+
+
+# Steps and branches
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["eval", "--step", "3"],
+        ["score-checkpoints", "--at", "3"],
+        ["sample-guide", "--at", "3", "--guide", "4"],
+        ["sample-guide", "--at", "0", "--guide", "3"],
+        ["score-checkpoints", "--at", "0", "--candidates", "2,3"],
+        ["resume", "--at", "3"],
+    ],
+)
+def test_a_step_without_a_checkpoint_is_answered_with_those_there_are(circle, args):
+    assert words(circle, *args) == (
+        "RUN has no complete checkpoint of step 3 on branch again; it has steps: 0, 2, 4 "
+        "| choose one of these, or see npo index RUN"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["eval", "--branch", "nope"], "RUN has no branch 'nope': main, again | npo show RUN lineage"),
+        (["eval", "--branch", ""], "RUN has no branch '': main, again | npo show RUN lineage"),
+        (["show", "--branch", "../main"], "RUN has no branch '../main': main, again | npo show RUN lineage"),
+        (["resume", "--from", "nope"], "RUN has no branch 'nope': main, again | npo show RUN lineage"),
+        (["show", "metrics", "--step", "99"], "RUN has no metrics of step 99 | npo show RUN metrics"),
+        (
+            ["show", "groups", "--prompt", "p q", "--step", "1"],
+            "RUN has no groups of step 1 and prompt 'p q' | npo show RUN groups",
+        ),
+        (
+            ["show", "metrics", "--prompt", "p q"],
+            "--prompt does not apply to metrics | npo show RUN rollouts --prompt 'p q'",
+        ),
+        (["show", "costs", "--step", "1"], "--step does not apply to costs | npo show RUN costs"),
+        (["eval", "--all", "--step", "2"], "--step and --all contradict each other | give one of them, or none for"),
+    ],
+)
+def test_what_is_not_in_the_run_is_named(circle, args, expected):
+    assert words(circle, *args).startswith(expected)
+
+
+@pytest.mark.parametrize("text", ["a,b", "", " ", "2,,4", "-2", "2 4", "2;4", "2.0", "9" * 5000])
+def test_candidates_that_are_no_steps_are_refused(circle, text):
+    said = words(circle, "score-checkpoints", "--at", "0", "--candidates", text)
+    assert said.startswith("--candidates takes steps apart by commas, got ")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["score-checkpoints"], "which step is the learner? the recipe has no intervention.at | add --at STEP"),
+        (["sample-guide", "--at", "0"], "which step is the guide? the recipe has no intervention.guide | add --guide"),
+        (["score-checkpoints", "--at", "2", "--candidates", "2"], "step 2 is not later than the learner's step 2"),
+        (["score-checkpoints", "--at", "2", "--candidates", "4,0"], "step 0 is not later than the learner's step 2"),
+        (
+            ["score-checkpoints", "--at", "0", "score.budget=1"],
+            "score.budget is 1, but 2 candidates in 1 rounds need at",
+        ),
+        (["sample-guide", "--at", "2", "--guide", "2"], "step 2 is not later than the learner's step 2"),
+        (["sample-guide", "--at", "4", "--guide", "2"], "step 2 is not later than the learner's step 4"),
+        (
+            ["score-checkpoints", "--at", "4", "--branch", "main"],
+            "main has no checkpoint later than step 4 | train on first: npo resume RUN --from main train.num_steps=8",
+        ),
+    ],
+)
+def test_a_learner_without_a_future_is_refused(circle, args, expected):
+    assert words(circle, *args).startswith(expected)
+
+
+def test_a_scoring_in_which_no_guide_can_help_leaves_nothing(circle):
+    before = sorted((circle / "scores").iterdir())
+    # with the gate at 0 and one sample, only a prompt that is solved is above it: ask until one is
+    args = ("--branch", "main", "--at", "0", "score.prompts=1", "score.k=1", "inject.gate=0")
+    said = npo("score-checkpoints", circle, *args)
+    if said.code == 0:
+        pytest.skip("the learner failed the one prompt it was asked")
+    assert (said.code, said.out) == (2, "")
+    assert said.message.startswith("the learner at step 0 solves all 1 prompts above the gate 0.0")
+    assert sorted((circle / "scores").iterdir()) == before
+
+
+# Settings of a run that exists
+
+
+@pytest.mark.parametrize("command", ["resume", "eval", "score-checkpoints", "sample-guide"])
+@pytest.mark.parametrize(
+    ("override", "change"),
+    [
+        ("train.lr=1e-3", "train.lr cannot change from 0.0003 to 0.001"),
+        ("task.kind=addh2", "task.kind cannot change from mix3 to addh2"),
+        ("train.group_size=8", "train.group_size cannot change from 4 to 8"),
+        ("task.heldout_size=2", "task.heldout_size cannot change from 4 to 2"),
+        ("train.betas=[0.8, 0.9]", "train.betas cannot change from (0.9, 0.95) to (0.8, 0.9)"),
+    ],
+)
+def test_a_setting_that_would_falsify_what_was_computed_is_refused_by_every_command(circle, command, override, change):
+    typed = shlex.quote(override.replace("1e-3", "0.001"))
+    recipe = circle / "branches" / "again" / "recipe.yaml"
+    said = refused(command, circle, override, beside=circle.parent)
+    assert said.message == f"{change}: the steps already made depend on it"
+    assert said.hint == f"npo train {shlex.quote(str(recipe))} {typed} --run NEW"
+
+
+def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tmp_path):
+    hint = refused("resume", circle, "train.lr=1e-3", beside=circle.parent).hint
+    args = shlex.split(hint.replace("NEW", shlex.quote(str(tmp_path / "new run"))))
+    assert npo(*args[1:]).code == 0
+    assert "lr: 0.001" in (tmp_path / "new run" / "recipe.yaml").read_text()
+
+
+def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
+    assert words(circle, "resume", "inject.gate=0.1") == (
+        "inject.gate cannot change from 0.6 to 0.1 in the middle of a branch, only where a replay leaves it "
+        "| replay with it: add --at STEP --guide NAME to the command"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "the run has done 4 of 4 steps: nothing is left to do | npo resume RUN train.num_steps=8"),
+        (["train.num_steps=2"], "the run has done 4 of 2 steps: nothing is left to do | npo resume RUN train.num_st"),
+        (["--from", "main"], "the run has done 4 of 4 steps: nothing is left to do | npo resume RUN --from main train"),
+        (["--at", "4", "--branch", "b"], "the run has done 4 of 4 steps: nothing is left to do | npo resume RUN --at "),
+        (["--guide", "near"], "--guide describes a replay, which needs --at STEP | npo resume RUN --guide near --at"),
+        (["--branch", "x"], "--branch describes a replay, which needs --at STEP | npo resume RUN --branch x --at STEP"),
+        (["--steps", "2"], "--steps describes a replay, which needs --at STEP"),
+        (["--at", "0", "--steps", "2"], "--steps says how long a guide is mixed in, and no --guide is given"),
+    ],
+)  # fmt: skip
+def test_a_resume_with_nothing_to_do_or_half_a_replay_says_how_to_go_on(circle, args, expected):
+    assert words(circle, "resume", *args).startswith(expected)
+
+
+def test_a_decay_that_was_spread_over_its_steps_is_not_stretched(tmp_path):
+    run = tmp_path / "run"
+    assert npo("train", "micro", *SMALL, "train.schedule=linear", "--run", run).code == 0
+    said = refused("resume", run, "train.num_steps=8", beside=tmp_path)
+    assert "the linear schedule of the steps already made was spread over 4 steps" in said.message
+    said = refused("resume", run, beside=tmp_path)
+    assert said.hint == f"npo train {run}/branches/main/recipe.yaml --run NEW train.num_steps=8"
+
+
+# Names and guides
+
+
+@pytest.mark.parametrize("name", ["../x", "", "x" * 65, "ünicode", ".hidden", "a/b", "a b", "a\n"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["sample-guide", "--at", "0", "--guide", "4", "--name"],
+        ["resume", "--at", "0", "--guide"],
+        ["resume", "--at", "0", "--guide", "near", "--branch"],
+    ],
+)
+def test_a_bad_name_is_refused_wherever_it_is_given(circle, args, name):
+    assert words(circle, *args, name).startswith(f"{name!r} cannot name a guide or a branch")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (
+            ["sample-guide", "--branch", "main", "--at", "0", "--guide", "4", "--name", "near"],
+            "RUN already has a finished guide 'near' (step 4 for step 0) | choose another name with --name, or use it: "
+            "npo resume RUN --at 0 --guide near",
+        ),
+        (
+            ["resume", "--at", "0", "--guide", "far"],
+            "RUN has no guide 'far'; it has: near | make one: npo sample-guide RUN --guide STEP --at STEP --name far",
+        ),
+        (
+            ["resume", "--at", "2", "--guide", "near"],
+            "guide near was sampled for step 0 of main, not step 2 of main "
+            "| npo sample-guide RUN --branch main --guide 4 --at 2 --name NEW",
+        ),
+        (["resume", "--at", "0", "--guide", "near", "--branch", "main"], "RUN already has a branch 'main' | choose an"),
+    ],
+)
+def test_a_guide_or_branch_that_does_not_fit_is_answered_with_the_command_that_does(circle, args, expected):
+    assert words(circle, *args).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"run_id": "0" * 32}, "guide 'near' was made in another run"),
+        ({"tokenizer_digest": "0" * 64}, "guide near was written with another tokenizer"),
+        ({"complete": False}, "is unfinished"),
+        ({"num_found": 99}, "answers, and guide.json counts 99"),
+    ],
+)
+def test_a_guide_that_is_not_this_runs_or_not_whole_is_refused(circle, tmp_path, fields, message):
+    run = copied(circle, tmp_path)
+    with_field(run / "guides" / "near" / "guide.json", **fields)
+    said = refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
+    assert message in said.message
+
+
+def test_a_guide_folder_copied_from_another_run_is_refused(circle, tmp_path):
+    run = tmp_path / "other"
+    assert npo("train", "micro", *SMALL, "train.seed=1", "--run", run).code == 0
+    shutil.copytree(circle / "guides", run / "guides")
+    said = refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
+    assert said.message.startswith("guide 'near' was made in another run")
+    assert said.hint == f"make one here: npo sample-guide {run} --guide 4 --at 0"
+
+
+def test_training_does_not_go_on_from_weights_alone(circle, tmp_path):
+    run = copied(circle, tmp_path)
+    demote_checkpoint(find_checkpoint(RunDir(run), "main", 2))
+    said = refused("resume", run, "--from", "main", "--at", "2", beside=tmp_path)
+    assert said.message == "step 2 of main is a guide (weights only); training cannot go on from it"
+    assert said.hint == f"choose a step that is an anchor: npo index {run}"
+
+
+def test_a_segment_longer_than_the_data_asks_every_prompt_once(circle, tmp_path):
+    run = copied(circle, tmp_path)
+    steps = ("--branch", "main", "--at", "0", "--guide", "4", "--steps", 10**12, "--name", "long", "guide.k=1")
+    said = npo("sample-guide", run, *steps, "--json")
+    assert json.loads(said.out)["num_prompts"] == 16
