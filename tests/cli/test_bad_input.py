@@ -158,14 +158,14 @@ def test_a_binary_recipe_is_told_by_its_first_bad_byte(folder):
         ["base", "--out", "used"],
     ],
 )
-def test_a_slip_costs_no_heavy_import_and_little_time(folder, args):
+def test_a_slip_costs_no_heavy_import(folder, args):
     (folder / "used").mkdir()
     (folder / "used" / "file").write_text("something")
     code = (
-        "import atexit, resource, sys\n"
+        "import atexit, sys\n"
         f"heavy = {HEAVY!r}\n"
         "def left():\n"
-        "    print([n for n in heavy if n in sys.modules], resource.getrusage(resource.RUSAGE_SELF).ru_utime)\n"
+        "    print([name for name in heavy if name in sys.modules])\n"
         "atexit.register(left)\n"
         "from npo_cli.cli.app import main\n"
         "main()\n"
@@ -175,7 +175,4 @@ def test_a_slip_costs_no_heavy_import_and_little_time(folder, args):
         [sys.executable, "-c", code, *args], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 2)
-    imported, seconds = done.stdout.rsplit(maxsplit=1)
-    assert imported == "[]"
-    # time of this process alone, so that a busy machine does not matter
-    assert float(seconds) <= 0.4
+    assert done.stdout == "[]\n"
