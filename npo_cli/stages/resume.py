@@ -75,7 +75,7 @@ def resume_run(
             state = yield from first_state(world, optimizer, start)
             record_start(run, start, overrides)
             yield Notice(message=greeting(start, state, guidance))
-            yield Notice(message=batch_arithmetic(start.recipe))
+            yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
             trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
             yield from grpo_steps(trainer, state, stop)
         finally:

@@ -40,7 +40,7 @@ def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepR
             # From this line on a killed run can be resumed.
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide=None, guide_until=None))
             world = open_world(run, recipe, task=task, policy=policy)
-            yield Notice(message=batch_arithmetic(recipe))
+            yield Notice(message=batch_arithmetic(recipe, num_prompts=len(task.train)))
             append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
             optimizer = build_optimizer(policy.model, recipe.train)
             state = yield from begin(world, optimizer)
@@ -98,11 +98,11 @@ def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guida
     )
 
 
-def batch_arithmetic(recipe: Recipe) -> str:
+def batch_arithmetic(recipe: Recipe, *, num_prompts: int) -> str:
     """What follows from prompts a step and group size."""
     train = recipe.train
     rollouts = train.prompts_per_step * train.group_size
-    epochs = train.num_steps * train.prompts_per_step / recipe.task.pool_size
+    epochs = train.num_steps * train.prompts_per_step / num_prompts
     return (
         f"{train.prompts_per_step} prompts x {train.group_size} rollouts = {rollouts} rollouts a step, "
         f"{train.num_updates} update(s) of {rollouts // train.num_updates} rollouts; "
