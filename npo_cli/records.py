@@ -1,7 +1,7 @@
 """The nouns of the house. Every room speaks in these; none of them knows a file, a model or a tensor.
 
-Names follow the field: *rollouts* answer a *prompt*, those of one prompt at one step form a *group*, one that
-another checkpoint wrote is a *guide* trajectory. The paper's Q, V and S = Q/V are quality, variance and signal.
+A *prompt* is answered by *rollouts*; those of one prompt at one step form a *group*; a rollout that another
+checkpoint wrote is a *guide* trajectory. The paper's Q, V and S = Q/V are quality, variance and signal.
 """
 
 from collections.abc import Mapping
@@ -32,9 +32,8 @@ class Prompt:
     text: str | None = None
     messages: tuple[Message, ...] = ()
     dataset: str = ""
-    """Which of the task's data sets it came from; chooses the verifier where sets are mixed."""
+    """Which of the task's data sets it is row `row` of; chooses the verifier where sets are mixed."""
     row: int = 0
-    """Position in that data set."""
     images: tuple[str, ...] = ()
     """References to images, in the order of their placeholders. No shipped policy reads them yet."""
 
@@ -125,6 +124,8 @@ class GuideInfo:
     """Digest of the guide's weights."""
     num_steps: int
     tokenizer_digest: str
+    sampling: str
+    """guide.k, guide.round and guide.select, such as `8 by 2, random`."""
     num_prompts: int
     """Distinct prompts asked."""
     num_found: int
@@ -224,13 +225,12 @@ class CheckpointScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalReport:
-    """Held-out accuracy of one checkpoint, with 95 % intervals from a bootstrap over prompts."""
+    """Held-out accuracy of one checkpoint, k = num_samples a prompt, 95 % intervals from a bootstrap over prompts."""
 
     branch: str
     step: int
     num_prompts: int
     num_samples: int
-    """Samples a prompt (k)."""
     accuracy: float
     """avg@k: mean over prompts of the share correct."""
     accuracy_low: float

@@ -49,17 +49,31 @@ def npo(log: Path, *arguments: str) -> None:
         subprocess.run([*NPO, *arguments], stdout=sink, stderr=sink, env=environment, check=True)
 
 
+def last_step(run: Path, arm: str) -> int | None:
+    """The newest step on record; None where the arm does not exist."""
+    journal = run / "branches" / arm / "metrics.jsonl"
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    return json.loads(lines[-1])["step"] if lines else None
+
+
 def one_seed(plan: Plan, seed: int, out: Path) -> Path:
-    """Train, and roll back once with a guide; skips what is done."""
+    """Train, and roll back once with a guide; what is done is skipped, what was cut short goes on."""
     run = out / f"{plan.recipe}-lr{plan.lr}-seed{seed}"
     log = run.with_suffix(".log")
     if not (run / "npo_run.json").exists():
         settings = [f"train.seed={seed}", f"train.lr={plan.lr}", f"train.num_steps={plan.steps}", *plan.extra]
         npo(log, "train", plan.recipe, *settings, "--run", str(run))
-    if plan.at is not None and not (run / "branches" / GUIDED).exists():
-        where = ["--at", str(plan.at)]
+    elif (last_step(run, GRPO) or 0) < plan.steps:
+        npo(log, "resume", str(run), "--from", GRPO)
+    if plan.at is None:
+        return run
+    where, cache = ["--at", str(plan.at)], run / "guides" / GUIDED / "guide.json"
+    if not (cache.exists() and json.loads(cache.read_text())["complete"]):
         npo(log, "sample-guide", str(run), *where, "--guide", str(plan.guide), "--name", GUIDED, "--branch", GRPO)
+    if not (run / "branches" / GUIDED).exists():
         npo(log, "resume", str(run), *where, "--guide", GUIDED)
+    elif (last_step(run, GUIDED) or 0) < plan.steps:
+        npo(log, "resume", str(run), "--from", GUIDED)
     return run
 
 

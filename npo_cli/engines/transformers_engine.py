@@ -2,7 +2,8 @@
 
 `generate` draws from one global stream. Here a logits processor picks the token instead, by inverting the
 cumulative distribution at a uniform number that belongs to (seed, position), and leaves only that token
-possible. So a response depends on its seed, not on its neighbours, and its log-probabilities come for free.
+possible. So a response depends on its seed and, but for float rounding, not on its neighbours; its log-probabilities
+come for free.
 Beams, penalties, top-k and top-p are left out: the behaviour law must be the policy's own.
 """
 

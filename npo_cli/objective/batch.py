@@ -119,5 +119,5 @@ class LossStats:
             found["inject/ratio_min"] = self.ratio_min
             found["inject/ratio_max"] = self.ratio_max
         if self.foreign_tokens and self.push:
-            found["inject/grad_share"] = self.foreign_push / self.push
+            found["inject/push_share"] = self.foreign_push / self.push
         return found

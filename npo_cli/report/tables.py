@@ -182,7 +182,7 @@ def comparison_tables(crossings: Sequence[Crossing]) -> tuple[Table, ...]:
     rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold)) for one in crossings)
     notes = (
         f"by ...: cost of {crossings[0].arm} divided by cost of the arm; above 1 the arm is faster.",
-        "total: scout and rolled-back steps, and the guide's samples, are counted.",
+        "total: scout and rolled-back steps, scoring and the guide's samples are counted.",
     )
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 

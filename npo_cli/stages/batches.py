@@ -47,6 +47,8 @@ class StepBatch:
     chosen: tuple[GroupWithAdvantages, ...]
     """The groups trained on: all of them, or with dynamic sampling those that teach."""
     num_draws: int
+    remembered: bool
+    """Read back from the journal instead of sampled."""
     position: int
     """Data cursor after this step."""
 
@@ -102,7 +104,7 @@ def _by_epoch(world: World, position: int, count: int) -> Iterator[tuple[int, li
     while position < end:
         stop = min(end, (position // size + 1) * size)
         indices = world.order.indices(position, stop - position)
-        yield position // size, [world.task.train[index] for index in indices]
+        yield world.order.epoch(position), [world.task.train[index] for index in indices]
         position = stop
 
 
@@ -137,6 +139,7 @@ def draw_batch(
         mixed=tuple(mixed),
         chosen=tuple(chosen[:wanted]),
         num_draws=num_draws,
+        remembered=bool(remembered),
         position=position + num_draws * wanted,
     )
 

@@ -1,18 +1,21 @@
 """What two arms of one run cost for what they reached: by index, by optimiser steps, by tokens.
 
-An arm is a branch. A replayed branch is charged with everything it needed: its parent up to the later of fork and
-guide, the scoring of its learner, the guide's samples, and its own steps. Held-out evaluation is charged to nobody.
+An arm is a branch. A replayed branch is charged with everything it needed: its parent up to the last of fork, guide
+and scored candidates, the scoring of its learner that came before it, the guide's samples, and its own steps. Held-out
+evaluation is charged to nobody.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from npo_cli.records import Crossing, CurvePoint, Segment
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.index import best_evals
+from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import birth_segment, descent
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.scores import scorings
+from npo_cli.run_dir.scores import Scoring, all_scores, scorings
 from npo_cli.run_dir.steps import measured_steps
 
 
@@ -42,14 +45,18 @@ def entry_cost(run: RunDir, born: Segment) -> Cost:
     if born.guide is None:
         return cost_at(run, born.parent or born.branch, born.fork_step)
     info, _ = load_guide(run, born.guide)
-    scout = cost_at(run, info.branch, max(born.fork_step, info.guide_step))
-    scored = sum(
-        len(row["response_ids"])
-        for scoring in scorings(run)
-        if (scoring.branch, scoring.at) == (info.branch, info.at_step)
-        for row in scoring.samples.records()
-    )
-    return scout + Cost(steps=0, tokens=info.num_tokens + scored)
+    asked = [found for found in scored_before(run, born) if (found.branch, found.at) == (info.branch, info.at_step)]
+    last = max(born.fork_step, info.guide_step, *(step for scoring in asked for step in scoring.candidates))
+    tokens = sum(len(row["response_ids"]) for scoring in asked for row in scoring.samples.records())
+    return cost_at(run, info.branch, last) + Cost(steps=0, tokens=info.num_tokens + tokens)
+
+
+def scored_before(run: RunDir, born: Segment) -> list[Scoring]:
+    """Scorings finished by the time the branch was born: what came later cannot have cost it anything."""
+    rows = Journal(run.segments_path).records()
+    birth = min(datetime.fromisoformat(row["time"]) for row in rows if row["branch"] == born.branch)
+    saved = {answer.folder: datetime.fromisoformat(answer.saved).replace(microsecond=0) for answer in all_scores(run)}
+    return [scoring for scoring in scorings(run) if scoring.folder in saved and saved[scoring.folder] <= birth]
 
 
 def own_cost(run: RunDir, branch: str, *, after: int, until: int) -> Cost:
@@ -98,8 +105,9 @@ def crossing(points: Sequence[CurvePoint], threshold: float) -> Crossing:
 
     The ends have one neighbour. None in every field where the curve ends below: censored, not infinite.
     """
-    accuracies = [point.accuracy for point in points]
-    for place, point in enumerate(points):
+    distinct = [point for place, point in enumerate(points) if place == 0 or point.step != points[place - 1].step]
+    accuracies = [point.accuracy for point in distinct]
+    for place, point in enumerate(distinct):
         near = accuracies[max(0, place - 1) : place + 2]
         if sum(near) / len(near) >= threshold:
             return Crossing(

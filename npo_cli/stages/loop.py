@@ -90,9 +90,10 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
         "seconds": ended - started,
         "seconds/rollouts": drawn - started,
         "seconds/update": ended - drawn,
-        "tokens_per_second": num_tokens(batch.own) / (drawn - started),
         "peak_memory_mb": peak_memory_mb(),
     }
+    if not batch.remembered:
+        timings["tokens_per_second"] = num_tokens(batch.own) / (drawn - started)
     report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
     odd = ""
     if trainer.steps.write(report) == "differs":

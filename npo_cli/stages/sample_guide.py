@@ -96,6 +96,7 @@ def choose_guide(run: RunDir, learner: LearnerAt, guide_step: int | None) -> Che
 
 
 def _info(world: World, learner: LearnerAt, guide: Checkpoint, *, name: str, num_steps: int, count: int) -> GuideInfo:
+    settings = world.recipe.guide
     return GuideInfo(
         name=name,
         run_id=world.run.run_id,
@@ -105,6 +106,7 @@ def _info(world: World, learner: LearnerAt, guide: Checkpoint, *, name: str, num
         guide_digest=guide.digest,
         num_steps=num_steps,
         tokenizer_digest=world.policy.tokenizer_digest,
+        sampling=f"{settings.k} by {settings.round}, {settings.select}",
         num_prompts=count,
         num_found=0,
         num_samples=0,
@@ -113,7 +115,7 @@ def _info(world: World, learner: LearnerAt, guide: Checkpoint, *, name: str, num
 
 
 def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, pair: Pair) -> Iterator[Progress]:
-    """Ask, verify and keep, a chunk of prompts at a time; each chunk is on the disk before the next."""
+    """Ask, verify and keep, a chunk of prompts at a time; each chunk is written before the next is drawn."""
     done = cache.store.asked().keys()
     num_found = len(cache.store.trajectories())
     for start in range(0, len(prompts), CHUNK_PROMPTS):

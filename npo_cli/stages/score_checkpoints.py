@@ -2,14 +2,14 @@
 
 The learner is probed on prompts of the segment ahead; those it mostly fails are put to itself once more (the
 control, and the floor of V) and to each candidate. One model walks the checkpoints by swapping weights. Every
-chunk of samples is on the disk before the next: an interrupted scoring goes on where it stopped.
+chunk of samples is written before the next is drawn: a killed scoring goes on where it stopped.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from npo_cli.config import ScoreSettings
+from npo_cli.config import Recipe, ScoreSettings
 from npo_cli.errors import NpoError
 from npo_cli.guide.halving import Round, halving_rounds, survivors
 from npo_cli.guide.signal import Arm, PromptOutcome, SampleRatio, SignalKnobs, rank_arms, variance_range_warning
@@ -78,12 +78,22 @@ def score_run(
             yield from collect(contest, learner.checkpoint, hard)
             scores = yield from contested(contest, chosen, hard)
             save_scores(contest.scoring, scores)
-            warning = variance_range_warning(scores)
-            if warning:
-                yield Notice(message=warning, level="warning")
+            for remark in (variance_range_warning(scores), sampling_gap(learner.recipe)):
+                if remark:
+                    yield Notice(message=remark, level="warning")
             yield from scores
         finally:
             task.close()
+
+
+def sampling_gap(recipe: Recipe) -> str | None:
+    """A remark where Q was measured with another number of tries than the guide will have."""
+    score, guide = recipe.score, recipe.guide
+    if score.quality != "pass@k" or score.k == guide.k:
+        return None
+    return (
+        f"Q is pass@{score.k}, but sample-guide asks up to guide.k = {guide.k} times: set score.k={guide.k} for its Q"
+    )
 
 
 def open_contest(world: World, learner: LearnerAt, candidates: Sequence[Checkpoint]) -> Contest:

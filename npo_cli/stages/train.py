@@ -26,6 +26,10 @@ from npo_cli.stages.world import World, open_policy, open_task, open_world
 from npo_cli.tasks.user_code import is_user_code
 
 MAIN = "main"
+ROUNDED_AWAY = (
+    "model.dtype=bfloat16 keeps no float32 copy of the weights: updates below about 0.4 % of a weight are rounded "
+    "away, so a small train.lr hardly learns"
+)
 
 
 def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepReport | EvalReport | Notice]:
@@ -41,6 +45,8 @@ def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepR
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide=None, guide_until=None))
             world = open_world(run, recipe, task=task, policy=policy)
             yield Notice(message=batch_arithmetic(recipe, num_prompts=len(task.train)))
+            if recipe.model.dtype == "bfloat16":
+                yield Notice(message=ROUNDED_AWAY, level="warning")
             append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
             optimizer = build_optimizer(policy.model, recipe.train)
             state = yield from begin(world, optimizer)

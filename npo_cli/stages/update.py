@@ -126,6 +126,9 @@ class Updater:
         useful = [pair for pair in zip(rows, old_logps, strict=True) if pair[0].advantage or self.needs_every_row]
         foreign = [pair for pair in useful if pair[0].foreign]
         own = [pair for pair in useful if not pair[0].foreign]
+        idle = sum(
+            len(row.behavior_logps) for row in rows if not (row.advantage or self.needs_every_row or row.foreign)
+        )
         foreign_loss, foreign_stats = self._accumulate(foreign, divisors)
         foreign_gradients = self._gradients() if foreign else None
         own_loss, own_stats = self._accumulate(own, divisors)
@@ -135,7 +138,7 @@ class Updater:
             loss=foreign_loss + own_loss,
             grad_norm=grad_norm,
             grad_share=grad_share,
-            stats=foreign_stats + own_stats,
+            stats=foreign_stats + own_stats + LossStats(own_tokens=idle),
             num_skipped=0 if math.isfinite(grad_norm) else 1,
             num_rows=len(useful),
         )

@@ -188,7 +188,7 @@ def test_the_share_of_the_push_is_that_of_the_gradient_autograd_finds(kind, mode
     _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, kind=kind, ratio=mode, aggregation=how)
     size_NT = gradient_NT.abs()
     expected = size_NT[rows.foreign_N].sum() / size_NT.sum()
-    assert stats.metrics()["inject/grad_share"] == pytest.approx(expected.item(), rel=1e-5)
+    assert stats.metrics()["inject/push_share"] == pytest.approx(expected.item(), rel=1e-5)
     if mode != "decoupled" or kind != "gspo":  # one ratio for the sequence spreads the token weights evenly
         assert stats.foreign_kept == float((gradient_NT[rows.foreign_N] != 0).sum())
 

@@ -100,7 +100,8 @@ def test_evaluations_carry_their_intervals():
 def test_a_guide_says_which_steps_it_serves_and_how_many_prompts_it_solved():
     guide = GuideInfo(
         name="near", run_id="r", branch="main", at_step=80, guide_step=160, guide_digest="d", num_steps=80,
-        tokenizer_digest="t", num_prompts=1000, num_found=900, num_samples=3000, num_tokens=45_000, complete=False,
+        tokenizer_digest="t", sampling="8 by 2, random",
+        num_prompts=1000, num_found=900, num_samples=3000, num_tokens=45_000, complete=False,
     )  # fmt: skip
     (table,) = guides_tables([guide])
     assert table.rows == (("near", "main", "81-160", "160", "900 of 1,000", "3,000", "45,000", "NO"),)

@@ -92,6 +92,7 @@ def guide_info(run: RunDir, **changes: object) -> GuideInfo:
         "guide_digest": "d",
         "num_steps": 20,
         "tokenizer_digest": "t",
+        "sampling": "8 by 2, random",
         "num_prompts": 0,
         "num_found": 0,
         "num_samples": 0,

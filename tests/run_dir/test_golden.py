@@ -124,6 +124,7 @@ GUIDE = """\
  "guide_digest": "d",
  "num_steps": 20,
  "tokenizer_digest": "t",
+ "sampling": "8 by 2, random",
  "num_prompts": 1,
  "num_found": 1,
  "num_samples": 4,

@@ -1,6 +1,7 @@
 """The batch of a step as training sees it: prompts in order, guides seated, advantages of the mixed groups."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_the_journal_keeps_the_replaced_rollout_and_the_guides(hard, tmp_path):
         assert [rollout.source for rollout in kept.rollouts[8:]] == ["guide"]
         assert (kept.mix, kept.own_accuracy) == ("injected", 0.0)
     # Read back, it is the same batch.
-    assert drawn(hard, tmp_path, guidance=guidance) == batch
+    assert drawn(hard, tmp_path, guidance=guidance) == replace(batch, remembered=True)
 
 
 def test_the_gate_an_absent_answer_and_the_end_of_the_segment_keep_a_guide_out(hard, scout, tmp_path):

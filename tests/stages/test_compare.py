@@ -4,6 +4,8 @@ main: 6 steps of 100 tokens. `near` left it at step 2 with a guide from step 5 (
 30 tokens) and did 3 steps of 10 tokens. `bare` left main at step 4 without a guide: 2 steps of 1 token.
 """
 
+import json
+
 import pytest
 
 from npo_cli.records import CurvePoint, Segment
@@ -11,7 +13,7 @@ from npo_cli.run_dir.guides import finish_guide, new_guide
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import append_segment
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.scores import append_eval, open_scoring
+from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
 from npo_cli.stages.compare import Cost, cost_at, crossing, curve, standings
 from tests.run_dir.making import RECIPE, evaluation, guide_info, new_run
 
@@ -33,8 +35,11 @@ def run(tmp_path) -> RunDir:
     did(made, "main", range(1, 7), tokens=100)
     scoring = open_scoring(made, "main", 2, candidates=[5], settings={"k": 1})
     scoring.samples.extend([{"response_ids": [1] * 20}, {"response_ids": [1] * 10}])
+    save_scores(scoring, [])
     # Another learner's scoring is not this arm's to pay.
-    open_scoring(made, "main", 1, candidates=[5], settings={"k": 1}).samples.append({"response_ids": [1] * 999})
+    other = open_scoring(made, "main", 1, candidates=[5], settings={"k": 1})
+    other.samples.append({"response_ids": [1] * 999})
+    save_scores(other, [])
     info = guide_info(made, name="near", at_step=2, guide_step=5, num_steps=3)
     store = new_guide(made, info)
     for prompt_id in ("a", "b"):
@@ -62,6 +67,22 @@ def test_a_replay_pays_for_scout_scoring_guide_and_its_own_steps(run):
     # At and before the fork it is its parent.
     assert cost_at(run, "near", 2) == cost(2, 200)
     assert standings(run, "near", 2) == [cost(2, 200), cost(5, 600)]
+
+
+def test_a_scoring_after_the_replay_cannot_have_cost_it_anything(run):
+    later = open_scoring(run, "main", 2, candidates=[6], settings={"k": 1})
+    later.samples.append({"response_ids": [1] * 999})
+    save_scores(later, [])
+    answer = json.loads(later.scores_path.read_text())
+    later.scores_path.write_text(json.dumps(answer | {"saved": "2999-01-01T00:00:00.000000+00:00"}))
+    assert cost_at(run, "near", 3) == cost(6, 610)
+
+
+def test_candidates_that_were_scored_are_scouts_too(run):
+    earlier = open_scoring(run, "main", 2, candidates=[5, 6], settings={"k": 1})
+    save_scores(earlier, [])
+    # the scout went on to step 6: one step and 100 tokens more
+    assert cost_at(run, "near", 3) == cost(7, 710)
 
 
 def test_a_fork_without_a_guide_pays_up_to_the_fork(run):
