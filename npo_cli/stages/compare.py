@@ -32,12 +32,19 @@ class Cost:
 
 def cost_at(run: RunDir, branch: str, step: int) -> Cost:
     """Everything spent for the branch to stand at `step`."""
+    return ledger(run, branch)[step]
+
+
+def ledger(run: RunDir, branch: str) -> dict[int, Cost]:
+    """The same for every step of the branch's line of descent, in one pass over the files."""
     born = birth_segment(run, branch)
-    if born.parent is None:
-        return own_cost(run, branch, after=0, until=step)
-    if step <= born.fork_step:
-        return cost_at(run, born.parent, step)
-    return entry_cost(run, born) + own_cost(run, branch, after=born.fork_step, until=step)
+    spent = Cost(steps=0, tokens=0) if born.parent is None else entry_cost(run, born)
+    parents = {0: spent} if born.parent is None else ledger(run, born.parent)
+    known = {step: cost for step, cost in parents.items() if step <= born.fork_step}
+    for line in measured_steps(run, branch):
+        spent = spent + Cost(steps=1, tokens=int(line["tokens"]))
+        known[line["step"]] = spent
+    return known
 
 
 def entry_cost(run: RunDir, born: Segment) -> Cost:
@@ -59,12 +66,6 @@ def scored_before(run: RunDir, born: Segment) -> list[Scoring]:
     return [scoring for scoring in scorings(run) if scoring.folder in saved and saved[scoring.folder] <= birth]
 
 
-def own_cost(run: RunDir, branch: str, *, after: int, until: int) -> Cost:
-    """Steps and generated tokens of one branch in (after, until]."""
-    lines = [line for line in measured_steps(run, branch) if after < line["step"] <= until]
-    return Cost(steps=len(lines), tokens=sum(int(line["tokens"]) for line in lines))
-
-
 def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
     """Held-out accuracy along the branch's line of descent, with its costs."""
     line = descent(run, branch)
@@ -79,6 +80,7 @@ def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
         for row in measured_steps(run, stretch.branch)
         if stretch.owns(row["step"])
     }
+    costs = standings(run, branch)
     return [
         CurvePoint(
             arm=arm,
@@ -89,15 +91,17 @@ def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
             entropy=entropies.get(step),
         )
         for step, report in sorted(seen.items())
-        for cost in standings(run, branch, step)
+        for cost in costs[step]
     ]
 
 
-def standings(run: RunDir, branch: str, step: int) -> list[Cost]:
-    """Cost of standing at `step`; at a replay's fork also the cost of being ready to replay, with nothing learned."""
+def standings(run: RunDir, branch: str) -> dict[int, list[Cost]]:
+    """Cost of standing at each step; at a replay's fork also the cost of being ready, with nothing learned yet."""
     born = birth_segment(run, branch)
-    ready = [entry_cost(run, born)] if born.parent is not None and step == born.fork_step else []
-    return [cost_at(run, branch, step), *ready]
+    costs = {step: [cost] for step, cost in ledger(run, branch).items()}
+    if born.parent is not None:
+        costs[born.fork_step].append(entry_cost(run, born))
+    return costs
 
 
 def crossing(points: Sequence[CurvePoint], threshold: float) -> Crossing:
