@@ -1,25 +1,22 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
-A field marked `free` may change when a run goes on, because nothing already computed depends on it. Every
-other field is fixed at the run's birth. `fork` fields may also change where a replay branches off.
+AutoNPO's own sections are in `npo_cli.auto_settings`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-FREE = {"on_resume": "free"}
-FORK = {"on_resume": "fork"}
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Settings(BaseModel):
-    """Unknown keys are errors at every level; a loaded recipe never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+from npo_cli.auto_settings import (
+    AutoSettings,
+    EarlySettings,
+    LateSettings,
+    PoolSettings,
+    ProbeSettings,
+    ReplaySettings,
+    RollbackSettings,
+)
+from npo_cli.settings import FORK, FREE, Count, Decay, Settings, Share
 
 
 class ModelSettings(Settings):
@@ -184,6 +181,12 @@ class GuideSettings(Settings):
         description="Samples a prompt drawn before looking whether one is correct; a solved prompt asks no more.",
         json_schema_extra=FREE,
     )
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="Temperature of a guide's samples; null takes sampling.temperature.",
+        json_schema_extra=FREE,
+    )
     select: Literal["random", "nearest", "shortest"] = Field(
         "random", description="Which correct sample is kept. nearest and shortest draw all k.", json_schema_extra=FREE
     )
@@ -255,6 +258,13 @@ class Recipe(Settings):
     score: ScoreSettings = ScoreSettings()
     eval: EvalSettings = EvalSettings()
     intervention: InterventionSettings = InterventionSettings()
+    auto: AutoSettings = AutoSettings()
+    pool: PoolSettings = PoolSettings()
+    probe: ProbeSettings = ProbeSettings()
+    rollback: RollbackSettings = RollbackSettings()
+    replay: ReplaySettings = ReplaySettings()
+    early: EarlySettings = EarlySettings()
+    late: LateSettings = LateSettings()
 
     @model_validator(mode="after")
     def _pool_covers_a_step(self) -> "Recipe":

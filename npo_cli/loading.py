@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from npo_cli.config import Recipe, Settings
+from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.explain import hint, told
+from npo_cli.settings import Settings
 
 EXTENDS = "extends"
 _SUFFIXES = (".yaml", ".yml", ".json")

@@ -270,30 +270,3 @@ class Notice:
 
     message: str
     level: Literal["info", "warning"] = "info"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CurvePoint:
-    """Held-out accuracy of one arm at one logical step, with everything it had cost by then."""
-
-    arm: str
-    step: int
-    """Logical step: the position in the data order."""
-    total_steps: int
-    """Optimiser steps ever made for this arm, scout and rolled-back ones included."""
-    total_tokens: int
-    """Tokens generated for it: training, scout and guide sampling; held-out evaluation apart."""
-    accuracy: float
-    entropy: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Crossing:
-    """What one arm had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
-
-    arm: str
-    threshold: float
-    step: int | None
-    """None where the threshold was never reached (censored)."""
-    total_steps: int | None
-    total_tokens: int | None

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.config import Recipe, Settings
+from npo_cli.config import Recipe
+from npo_cli.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "npo_cli"
@@ -24,10 +25,14 @@ GROUND_FLOOR = {
     "__init__": set(),
     "errors": set(),
     "records": set(),
+    "auto_records": set(),
+    "costs": set(),
     "seeds": set(),
-    "config": set(),
+    "settings": set(),
+    "auto_settings": {"settings"},
+    "config": {"settings", "auto_settings"},
     "explain": {"config"},
-    "loading": {"config", "errors", "explain"},
+    "loading": {"config", "errors", "explain", "settings"},
 }
 KNOWN_ONLY_TO = {
     "typer": {"cli"},
@@ -42,7 +47,7 @@ KNOWN_ONLY_TO = {
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
     "pyarrow": {"tasks"},
-    "pydantic": {"config", "loading"},
+    "pydantic": {"config", "settings", "auto_settings", "loading"},
     "pydantic_core": {"explain"},
     "yaml": {"loading", "run_dir"},
 }
@@ -273,7 +278,7 @@ def test_the_default_of_a_setting_lives_on_its_field_alone():
     again = [
         f"{place(path, node)}: {name}={value.value!r}"
         for path in SOURCES
-        if room_of(path) != "config"
+        if room_of(path) not in {"config", "settings", "auto_settings"}
         for name, value, node in defaults_beside(path)
         if isinstance(value, ast.Constant) and value.value and (name, value.value) in known
     ]

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from npo_cli.costs import CurvePoint
 from npo_cli.errors import NpoError
-from npo_cli.records import CheckpointScore, CurvePoint
+from npo_cli.records import CheckpointScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from npo_cli.records import Crossing, CurvePoint, Segment
+from npo_cli.costs import Crossing, CurvePoint
+from npo_cli.records import Segment
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.index import best_evals
 from npo_cli.run_dir.journal import Journal

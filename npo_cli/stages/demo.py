@@ -3,19 +3,10 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from npo_cli.costs import Crossing, CurvePoint
 from npo_cli.errors import as_typed
 from npo_cli.loading import load_recipe
-from npo_cli.records import (
-    CheckpointEntry,
-    CheckpointScore,
-    Crossing,
-    CurvePoint,
-    EvalReport,
-    GuideInfo,
-    Notice,
-    Progress,
-    StepReport,
-)
+from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, GuideInfo, Notice, Progress, StepReport
 from npo_cli.report.figures import comparison_figure
 from npo_cli.run_dir.paths import open_run, refuse_used
 from npo_cli.stages.compare import crossing, curve

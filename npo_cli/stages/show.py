@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from npo_cli.costs import Crossing, CurvePoint
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.records import Crossing, CurvePoint, GuideInfo, Prompt, Segment, StepReport
+from npo_cli.records import GuideInfo, Prompt, Segment, StepReport
 from npo_cli.report.lines import GroupLine, RolloutLine
 from npo_cli.run_dir.guides import list_guides
 from npo_cli.run_dir.journal import Journal

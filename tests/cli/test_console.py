@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from npo_cli.cli.console import as_line, draw, talk, visible
-from npo_cli.records import Crossing, Notice, Progress, StepReport
+from npo_cli.costs import Crossing
+from npo_cli.records import Notice, Progress, StepReport
 from npo_cli.report.lines import RolloutLine
 from tests.report.samples import FAR_SCORE, SCORE, rollout
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.costs import CurvePoint
 from npo_cli.errors import NpoError
-from npo_cli.records import CurvePoint
 from npo_cli.report.figures import compact, comparison_figure, scores_figure
 from tests.report.samples import FAR_SCORE, SCORE
 

@@ -1,4 +1,5 @@
-from npo_cli.records import CheckpointEntry, Crossing, EvalReport, GuideInfo, Segment, StepReport
+from npo_cli.costs import Crossing
+from npo_cli.records import CheckpointEntry, EvalReport, GuideInfo, Segment, StepReport
 from npo_cli.report.lines import Check, GroupLine, RolloutLine
 from npo_cli.report.tables import (
     checks_tables,

@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from npo_cli.records import CurvePoint, Segment
+from npo_cli.costs import CurvePoint
+from npo_cli.records import Segment
 from npo_cli.run_dir.guides import finish_guide, new_guide
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import append_segment

@@ -1,0 +1,59 @@
+"""What training cost: records of curves, crossings and accounts. Imports nothing."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurvePoint:
+    """Held-out accuracy of one arm at one logical step, with everything it had cost by then."""
+
+    arm: str
+    step: int
+    """Logical step: the position in the data order."""
+    total_steps: int
+    """Optimiser steps ever made for this arm, scout and rolled-back ones included."""
+    total_tokens: int
+    """Tokens generated for it: training, scout and guide sampling; held-out evaluation apart."""
+    accuracy: float
+    total_seconds: float = 0.0
+    """Wall clock of its training steps, guide sampling, scoring and probes."""
+    entropy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crossing:
+    """What one arm had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
+
+    arm: str
+    threshold: float
+    step: int | None
+    """None where the threshold was never reached (censored)."""
+    total_steps: int | None
+    total_tokens: int | None
+    total_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """Everything that a run executed, seen from one branch (algorithms, section 12)."""
+
+    branch: str
+    step: int
+    """Logical step: the position in the data order."""
+    updates: int
+    """Optimiser updates executed in the whole run, abandoned branches included."""
+    training_tokens: int
+    """Generated for the steps on the branch's line of descent."""
+    probe_tokens: int
+    guide_tokens: int
+    abandoned_tokens: int
+    """Generated for steps that are not on that line."""
+    seconds: float
+    """Wall clock of all steps, probes, scorings and guide sampling; held-out evaluations apart."""
+    interventions: int
+    rejections: int
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.training_tokens + self.probe_tokens + self.guide_tokens + self.abandoned_tokens
