@@ -45,9 +45,9 @@ class StratumQuality:
     """Mistakes of one age, and how many of them the policy solves by now."""
 
     nearest: int
-    """Age in steps, exclusive: the failure is more than this many steps old (0 counts the newest step)."""
+    """Least age in steps; the failures of the newest step have age 0."""
     farthest: int
-    """Age in steps, inclusive: undone by a rollback of this distance."""
+    """First age that is too old for it: a rollback of this distance undoes all of these failures."""
     num_mistakes: int
     """Distinct prompts whose newest failure has this age."""
     num_probed: int
@@ -135,6 +135,9 @@ class AutoState:
     until: int | None = None
     """Last step of the replay or the rest under way."""
     begun_early: bool = False
+    """Whether the early bootstrap was tried."""
+    early: bool = False
+    """Whether the intervention under way is the early bootstrap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,3 +170,14 @@ class TriggerReading:
     """1 - h_t/h_{t-W}."""
     needed_drop: float | None = None
     """The larger of d_H and c_H standard errors, relative to h_{t-W}."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """Consecutive recorded steps that did not trigger for one and the same reason."""
+
+    reason: str
+    first: int
+    last: int
+    num_steps: int
+    """Recorded steps in it; a log may skip some."""

@@ -26,7 +26,7 @@ class AutoSettings(Settings):
     )
     d_H: Share = Field(0.05, description="Entropy fell by at least this share over W.", json_schema_extra=FREE)
     c_H: float = Field(
-        2.0, ge=0, description="Entropy fell by at least this many units of its noise.", json_schema_extra=FREE
+        4.0, ge=0, description="Entropy fell by at least this many units of its noise.", json_schema_extra=FREE
     )
     warmup: int = Field(40, ge=0, description="Steps before the first warning may come.", json_schema_extra=FREE)
     cooldown: int = Field(40, ge=0, description="Steps of rest after a replay or a rejection.", json_schema_extra=FREE)

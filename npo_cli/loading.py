@@ -64,11 +64,16 @@ class _Loader(yaml.SafeLoader):
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes text which YAML 1.2 takes for a number, such as 0E0."""
+
+
 _FLOAT = r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), [*"~nN", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), [*"tTfF"])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9]\d*)$"), [*"-+0123456789"])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT})$"), [*"-+.0123456789"])
+for _reader in (_Loader, _Dumper):
+    _reader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT})$"), [*"-+.0123456789"])
 
 
 # Finding and reading
@@ -132,8 +137,13 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """Every setting as YAML that `load_recipe` reads back to the same recipe."""
+    return yaml_text(recipe_dict(recipe), width=100)
+
+
+def yaml_text(values: Mapping[str, Any], *, width: int) -> str:
+    """Plain data as YAML that this file and any YAML 1.1 reader understand alike, keys in the order given."""
     # Letters beyond ASCII are escaped: yaml would fold a raw U+0085 into a space, and a terminal might obey others.
-    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=False, width=100)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=width)
 
 
 def _chain(path: Path) -> list[Layer]:

@@ -1,15 +1,17 @@
-"""Make the tables of recipes/README.md again: GRPO against one manual intervention, seed by seed.
+"""Make the tables of recipes/README.md again: GRPO against interventions by hand and against AutoNPO, seed by seed.
 
-    python recipes/evidence.py OUT --recipe micro --lr 3e-4 --steps 220 --at 40 --guide 100 --seeds 0,1,2,3,4
+    python recipes/evidence.py OUT --recipe micro --lr 3e-4 --steps 220 --arm late=40:100 --arm auto --seeds 0,1,2,3,4
 
-Each seed is one run directory, made with the `npo` commands a person would type: train, sample-guide, resume. What
-is already there is not done again. The table counts everything: by index, by optimiser steps, by generated tokens.
-With --at left out only GRPO is trained, as for choosing its learning rate.
+Each seed is one run directory, made with the `npo` commands a person would type: train, sample-guide, resume; AutoNPO
+works on a copy of it (`npo resume --autonpo`), which is the same as training with it. What is already there is not done
+again. The table counts everything: by index, by optimiser steps, by generated tokens, by wall clock. Without --arm only
+GRPO is trained, as for choosing its learning rate.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,23 +23,43 @@ from pathlib import Path
 from typing import Any
 
 NPO = [sys.executable, "-c", "from npo_cli.cli.app import main; main()"]
-GRPO, GUIDED = "main", "guided"
+GRPO, AUTO = "main", "auto"
 THRESHOLDS = (0.6, 0.9)
-COSTS = ("step", "total_steps", "total_tokens")
+COSTS = ("step", "total_steps", "total_tokens", "total_seconds")
+HEAD = ("arm", "final accuracy", "threshold", "index", "total steps", "total tokens", "wall clock, s")
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """Student's t for a 95 % interval of a mean of n values."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One line of descent of each seed's run."""
+
+    name: str
+    at: int | None = None
+    """Step that a manual intervention goes back to; None for AutoNPO."""
+    guide: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One row pair of the table."""
+    """One table."""
 
     recipe: str
     lr: str
     steps: int
-    at: int | None
-    guide: int | None
+    arms: tuple[Arm, ...]
     extra: tuple[str, ...]
+    auto: tuple[str, ...]
+    """Settings of AutoNPO."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an arm of one seed lies."""
+
+    run: Path
+    branch: str
 
 
 def npo(log: Path, *arguments: str) -> None:
@@ -56,8 +78,8 @@ def last_step(run: Path, arm: str) -> int | None:
     return json.loads(lines[-1])["step"] if lines else None
 
 
-def one_seed(plan: Plan, seed: int, out: Path) -> Path:
-    """Train, and roll back once with a guide; what is done is skipped, what was cut short goes on."""
+def one_seed(plan: Plan, seed: int, out: Path) -> dict[str, Place]:
+    """Train, and try every arm; what is done is skipped, what was cut short goes on."""
     run = out / f"{plan.recipe}-lr{plan.lr}-seed{seed}"
     log = run.with_suffix(".log")
     if not (run / "npo_run.json").exists():
@@ -65,37 +87,66 @@ def one_seed(plan: Plan, seed: int, out: Path) -> Path:
         npo(log, "train", plan.recipe, *settings, "--run", str(run))
     elif (last_step(run, GRPO) or 0) < plan.steps:
         npo(log, "resume", str(run), "--from", GRPO)
-    if plan.at is None:
-        return run
-    where, cache = ["--at", str(plan.at)], run / "guides" / GUIDED / "guide.json"
+    places = {GRPO: Place(run, GRPO)}
+    for arm in plan.arms:
+        places[arm.name] = by_itself(plan, run, log) if arm.at is None else by_hand(plan, arm, run)
+    return places
+
+
+def by_hand(plan: Plan, arm: Arm, run: Path) -> Place:
+    """One rollback with the guide of one step."""
+    log = run.with_suffix(".log")
+    where, cache = ["--at", str(arm.at)], run / "guides" / arm.name / "guide.json"
     if not (cache.exists() and json.loads(cache.read_text())["complete"]):
-        npo(log, "sample-guide", str(run), *where, "--guide", str(plan.guide), "--name", GUIDED, "--branch", GRPO)
-    if not (run / "branches" / GUIDED).exists():
-        npo(log, "resume", str(run), *where, "--guide", GUIDED)
-    elif (last_step(run, GUIDED) or 0) < plan.steps:
-        npo(log, "resume", str(run), "--from", GUIDED)
-    return run
+        npo(log, "sample-guide", str(run), *where, "--guide", str(arm.guide), "--name", arm.name, "--branch", GRPO)
+    if not (run / "branches" / arm.name).exists():
+        npo(log, "resume", str(run), *where, "--guide", arm.name, "--from", GRPO)
+    elif (last_step(run, arm.name) or 0) < plan.steps:
+        npo(log, "resume", str(run), "--from", arm.name)
+    return Place(run, arm.name)
+
+
+def by_itself(plan: Plan, run: Path, log: Path) -> Place:
+    """AutoNPO on a copy, so that its probes are not charged to the plain arm."""
+    copy, hidden = run.with_name(f"{run.name}-{AUTO}"), run.with_name(f".{run.name}-{AUTO}")
+    if not copy.exists():
+        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.copytree(run, hidden)
+        hidden.rename(copy)
+        npo(log, "resume", str(copy), "--autonpo", "--from", GRPO, *plan.auto)
+    elif (last_step(copy, moves(copy)[-1]["branch"]) or 0) < plan.steps:
+        npo(log, "resume", str(copy), "--autonpo")
+    return Place(copy, moves(copy)[-1]["branch"])
+
+
+def moves(run: Path) -> list[dict[str, Any]]:
+    """The transitions of AutoNPO."""
+    return [json.loads(line) for line in (run / "autonpo.jsonl").read_text().splitlines()]
 
 
 @cache
-def records(run: Path, arm: str) -> list[dict[str, Any]]:
+def records(place: Place) -> list[dict[str, Any]]:
     """Curve points and crossings of one arm, as `npo show RUN costs --json` prints them."""
-    command = [*NPO, "show", str(run), "costs", "--branch", arm, "--json"]
+    command = [*NPO, "show", str(place.run), "costs", "--branch", place.branch, "--json"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [json.loads(line) for line in lines]
 
 
-def final_accuracy(run: Path, arm: str) -> float:
+def points(place: Place) -> list[dict[str, Any]]:
+    """Its evaluations by logical step."""
+    return [row for row in records(place) if row["record"] == "curve_point"]
+
+
+def final_accuracy(place: Place) -> float:
     """Mean of the last three evaluations."""
-    points = [row["accuracy"] for row in records(run, arm) if row["record"] == "curve_point"]
-    return statistics.fmean(points[-3:])
+    return statistics.fmean(point["accuracy"] for point in points(place)[-3:])
 
 
-def crossings(runs: Sequence[Path], arm: str, threshold: float, *, axis: str) -> list[int | None]:
+def crossings(places: Sequence[Place], threshold: float, *, axis: str) -> list[float | None]:
     """Cost of reaching the threshold, one value a seed; None where it was not reached."""
     found = []
-    for run in runs:
-        rows = [row for row in records(run, arm) if row["record"] == "crossing" and row["threshold"] == threshold]
+    for place in places:
+        rows = [row for row in records(place) if row["record"] == "crossing" and row["threshold"] == threshold]
         found.append(rows[0][axis])
     return found
 
@@ -107,7 +158,7 @@ def spread(values: Sequence[float]) -> str:
     )
 
 
-def speed_up(slow: Sequence[int | None], fast: Sequence[int | None], start: int = 0) -> str:
+def speed_up(slow: Sequence[float | None], fast: Sequence[float | None], start: int = 0) -> str:
     """Mean over seeds of the paired ratio, 95 % t interval; seeds in which an arm never arrived are left out."""
     pairs = [(a - start, b - start) for a, b in zip(slow, fast, strict=True) if a is not None and b is not None]
     ratios = [a / b for a, b in pairs if b > 0]
@@ -118,43 +169,100 @@ def speed_up(slow: Sequence[int | None], fast: Sequence[int | None], start: int 
     return f"{mean:.2f}x [{mean - half:.2f}, {mean + half:.2f}] ({len(ratios)} of {len(slow)})"
 
 
-def arrivals(values: Sequence[int | None]) -> str:
+def arrivals(values: Sequence[float | None]) -> str:
     """Mean over the seeds that arrived, and how many did."""
     there = [value for value in values if value is not None]
     return f"{statistics.fmean(there):,.0f} ({len(there)} of {len(values)})" if there else f"- (0 of {len(values)})"
 
 
-def arm_rows(runs: Sequence[Path], arm: str) -> list[str]:
+def arm_rows(name: str, places: Sequence[Place]) -> list[str]:
     """What one arm reached and what it cost, a line a threshold."""
-    final = spread([final_accuracy(run, arm) for run in runs])
+    final = spread([final_accuracy(place) for place in places])
     return [
-        f"| {arm} | {final} | {threshold} | "
-        + " | ".join(arrivals(crossings(runs, arm, threshold, axis=axis)) for axis in COSTS)
+        f"| {name} | {final} | {threshold} | "
+        + " | ".join(arrivals(crossings(places, threshold, axis=axis)) for axis in COSTS)
         + " |"
         for threshold in THRESHOLDS
     ]
 
 
-def ratio_rows(runs: Sequence[Path], at: int) -> list[str]:
-    """GRPO's cost over the guided arm's, paired by seed; the last line counts steps from the rollback point only."""
-    better = sum(final_accuracy(run, GUIDED) >= final_accuracy(run, GRPO) for run in runs)
+def ratio_rows(arm: Arm, plain: Sequence[Place], helped: Sequence[Place]) -> list[str]:
+    """GRPO's cost over the arm's, paired by seed; the last line counts steps from the rollback point only."""
+    better = sum(final_accuracy(b) >= final_accuracy(a) for a, b in zip(plain, helped, strict=True))
     lines = []
     for threshold in THRESHOLDS:
-        slow, fast = ([crossings(runs, arm, threshold, axis=axis) for axis in COSTS] for arm in (GRPO, GUIDED))
+        slow, fast = ([crossings(places, threshold, axis=axis) for axis in COSTS] for places in (plain, helped))
         ratios = [speed_up(*pair) for pair in zip(slow, fast, strict=True)]
-        lines.append(f"| ratio | guided not lower on {better} of {len(runs)} | {threshold} | {' | '.join(ratios)} |")
-        if at:
-            lines.append(f"| ratio from step {at} | | {threshold} | {speed_up(slow[0], fast[0], start=at)} | | |")
+        note = f"not lower on {better} of {len(plain)}"
+        lines.append(f"| {arm.name}, ratio | {note} | {threshold} | {' | '.join(ratios)} |")
+        if arm.at:
+            lines.append(
+                f"| {arm.name}, ratio from step {arm.at} | | {threshold} | "
+                f"{speed_up(slow[0], fast[0], start=arm.at)} | | | |"
+            )
     return lines
 
 
-def table(plan: Plan, runs: Sequence[Path]) -> list[str]:
+def entropy_rows(plan: Plan, seeds: Sequence[dict[str, Place]]) -> list[str]:
+    """Training entropy of every arm at eight places of the run, mean over the seeds."""
+    steps = [round(plan.steps * part / 80) * 10 for part in range(1, 9)]
+    lines = [f"| entropy at step | {' | '.join(map(str, steps))} |", "|---" * (len(steps) + 1) + "|"]
+    for name in seeds[0]:
+        curves = [{row["step"]: row["entropy"] for row in points(places[name])} for places in seeds]
+        values = [[curve[step] for curve in curves if curve.get(step) is not None] for step in steps]
+        lines.append(
+            f"| {name} | " + " | ".join(f"{statistics.fmean(some):.3f}" if some else "-" for some in values) + " |"
+        )
+    return lines
+
+
+def intervention_rows(seeds: Sequence[dict[str, Place]]) -> list[str]:
+    """What AutoNPO did, a line a probe."""
+    lines = ["| run | step | decision | D* | Q | V | p(best) | guides |", "|---" * 8 + "|"]
+    for places in seeds:
+        run = places[AUTO].run
+        for move in moves(run):
+            if move["event"] in ("accepted", "rejected"):
+                best = next((score for score in move["evidence"]["scores"] if score["chosen"]), None)
+                lines.append(f"| {run.name} | {move['step']} | {move['event']} | {choice(best)} | - |")
+            elif move["event"] == "guided":
+                found = f"{move['evidence']['num_found']} of {move['evidence']['num_asked']}"
+                lines[-1] = f"{lines[-1][:-3]}{found} |"
+    return lines
+
+
+def choice(score: dict[str, Any] | None) -> str:
+    """D*, Q, V and the chance that it is the best, as cells."""
+    if score is None:
+        return "- | - | - | -"
+    quality = f"{score['quality']:.3f} [{score['quality_low']:.3f}, {score['quality_high']:.3f}]"
+    return f"{score['distance']} | {quality} | {score['variance']:.2f} | {score['p_best']:.2f}"
+
+
+def table(plan: Plan, seeds: Sequence[dict[str, Place]]) -> list[str]:
     """Markdown lines."""
-    lines = ["| arm | final accuracy | threshold | index | total steps | total tokens |", "|---|---|---|---|---|---|"]
-    lines += arm_rows(runs, GRPO)
-    if plan.at is not None:
-        lines += [*arm_rows(runs, GUIDED), *ratio_rows(runs, plan.at)]
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    plain = [places[GRPO] for places in seeds]
+    lines += arm_rows("GRPO", plain)
+    for arm in plan.arms:
+        helped = [places[arm.name] for places in seeds]
+        lines += [*arm_rows(arm.name, helped), *ratio_rows(arm, plain, helped)]
+    if plan.arms:
+        lines += ["", *entropy_rows(plan, seeds)]
+    if any(arm.at is None for arm in plan.arms):
+        lines += ["", *intervention_rows(seeds)]
     return lines
+
+
+def arm_of(text: str) -> Arm:
+    """`late=40:100`, or `auto`."""
+    name, _, steps = text.partition("=")
+    if not steps:
+        if name != AUTO:
+            raise argparse.ArgumentTypeError(f"{text!r}: write NAME=AT:GUIDE, or {AUTO}")
+        return Arm(name=AUTO)
+    at, _, guide = steps.partition(":")
+    return Arm(name=name, at=int(at), guide=int(guide))
 
 
 def main() -> None:
@@ -164,20 +272,25 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--lr", required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--at", type=int)
-    parser.add_argument("--guide", type=int)
+    parser.add_argument("--arm", action="append", default=[], type=arm_of, metavar="NAME=AT:GUIDE|auto")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--auto-set", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     plan = Plan(
-        recipe=given.recipe, lr=given.lr, steps=given.steps, at=given.at, guide=given.guide, extra=tuple(given.set)
+        recipe=given.recipe,
+        lr=given.lr,
+        steps=given.steps,
+        arms=tuple(given.arm),
+        extra=tuple(given.set),
+        auto=tuple(given.auto_set),
     )
     given.out.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     with ThreadPoolExecutor(given.jobs) as pool:
-        runs = list(pool.map(lambda seed: one_seed(plan, seed, given.out), seeds))
-    sys.stdout.write("\n".join(table(plan, runs)) + "\n")
+        found = list(pool.map(lambda seed: one_seed(plan, seed, given.out), seeds))
+    sys.stdout.write("\n".join(table(plan, found)) + "\n")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def test_a_recipe_survives_its_own_yaml_and_its_own_data(tmp_path):
 @settings(deadline=None, max_examples=60)
 @given(lr=st.floats(1e-12, 1e12), seed=st.integers(-(10**9), 10**9), suffix=st.text(max_size=20))
 @example(lr=1.0, seed=0, suffix="\x85")
+@example(lr=1.0, seed=0, suffix="0E0")
 def test_any_value_survives_the_yaml_it_is_saved_as(tmp_path_factory, lr, seed, suffix):
     values = {"train": {"lr": lr, "seed": seed}, "task": {"suffix": suffix}}
     recipe = from_dict(values)

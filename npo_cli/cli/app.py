@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.base import base
 from npo_cli.cli.console import say, talk, visible
 from npo_cli.cli.demo import demo
@@ -33,6 +34,7 @@ DOORS = {
     "score-checkpoints": score_checkpoints,
     "sample-guide": sample_guide,
     "resume": resume,
+    "autonpo": autonpo,
     "eval": evaluate,
     "show": show,
     "recipes": recipes,

@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Generator, Iterable
 from typing import Any, TextIO
 
+from npo_cli.auto_records import Transition
 from npo_cli.records import Notice, Progress, StepReport
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -48,10 +49,15 @@ def on_terminal(stream: TextIO) -> bool:
 
 
 def as_line(record: Any) -> str:
-    """A record as one JSON object that names its kind; a step's metrics and timings stand beside branch and step."""
+    """A record as one JSON object that names its kind; a step's metrics and timings stand beside branch and step.
+
+    A move's branch and phase are said beside its step, and its whole state after them.
+    """
     values = dataclasses.asdict(record)
     if isinstance(record, StepReport):
         values = {"branch": record.branch, "step": record.step, **record.metrics, **record.timings}
+    if isinstance(record, Transition):
+        values = {"step": record.step, "branch": record.state.branch, "phase": record.state.phase, **values}
     kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(record).__name__).lower()
     return json.dumps(_plain({"record": kind, **values}), allow_nan=False)
 

@@ -1,5 +1,6 @@
 """`npo resume`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,24 +8,34 @@ import typer
 from npo_cli.cli.console import draw
 from npo_cli.cli.early import recipe_of
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.errors import NpoError, as_typed
+
+AtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Roll back to this step.")]
+GuideOpt = Annotated[
+    str | None, typer.Option("--guide", metavar="NAME", help="Guide cache to mix into the replay (npo sample-guide).")
+]
+FromOpt = Annotated[
+    str | None, typer.Option("--from", metavar="BRANCH", help="Branch to go on with or to leave. [default: newest]")
+]
+NewBranchOpt = Annotated[str | None, typer.Option("--branch", metavar="NEWNAME", help="Name of the new branch.")]
+StepsOpt = Annotated[
+    int | None, typer.Option("--steps", min=1, metavar="N", help="Steps for which the guide is mixed in.")
+]
+AutoOpt = Annotated[
+    bool, typer.Option("--autonpo", help="Let AutoNPO decide when and how far to roll back, and do it.")
+]
 
 
 def resume(
     run: RunArg,
     overrides: OverridesArg = None,
     *,
-    at: Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Roll back to this step.")] = None,
-    guide: Annotated[
-        str | None,
-        typer.Option("--guide", metavar="NAME", help="Guide cache to mix into the replay (npo sample-guide)."),
-    ] = None,
-    source: Annotated[
-        str | None, typer.Option("--from", metavar="BRANCH", help="Branch to go on with or to leave. [default: newest]")
-    ] = None,
-    branch: Annotated[str | None, typer.Option("--branch", metavar="NEWNAME", help="Name of the new branch.")] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="N", help="Steps for which the guide is mixed in.")
-    ] = None,
+    at: AtOpt = None,
+    guide: GuideOpt = None,
+    source: FromOpt = None,
+    branch: NewBranchOpt = None,
+    steps: StepsOpt = None,
+    autonpo: AutoOpt = False,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -32,20 +43,28 @@ def resume(
 
     Without --at, training goes on from the newest state. With --at and --guide it rolls back to that step and
     replays from there as a new branch; nothing that existed is overwritten.
+    With --autonpo the run is watched from its first step on, looking back over what is on record; with --at as
+    well it is watched from that step, as a new branch (npo autonpo RUN --explain rehearses).
     Settings that would falsify what was already computed are refused; train.num_steps may be raised.
     """
     settled = recipe_of(run, overrides, branch=source, fork=at is not None)
+    where = {"overrides": overrides or (), "at": at, "source_branch": source, "new_branch": branch}
+    if autonpo:
+        refuse_own_guide(run, guide=guide, steps=steps)
+        from npo_cli.stages.autonpo import resume_auto
 
-    from npo_cli.stages.resume import resume_run
+        records = resume_auto(run, **where, allow_code=allow_code)
+    else:
+        from npo_cli.stages.resume import resume_run
 
-    records = resume_run(
-        run,
-        overrides=overrides or (),
-        at=at,
-        guide=guide,
-        source_branch=source,
-        new_branch=branch,
-        steps=steps,
-        allow_code=allow_code,
-    )
+        records = resume_run(run, **where, guide=guide, steps=steps, allow_code=allow_code)
     draw(records, as_json=as_json, num_steps=settled.train.num_steps)
+
+
+def refuse_own_guide(run: Path, *, guide: str | None, steps: int | None) -> None:
+    """AutoNPO makes its guides itself."""
+    if guide is not None or steps is not None:
+        raise NpoError(
+            "--autonpo makes its own guides: --guide and --steps do not go with it",
+            f"npo resume {as_typed(run)} --autonpo",
+        )

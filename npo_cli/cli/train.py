@@ -14,6 +14,9 @@ def train(
     overrides: OverridesArg = None,
     *,
     run: Annotated[Path, typer.Option("--run", metavar="DIR", help="New run directory.", show_default=False)],
+    autonpo: Annotated[
+        bool, typer.Option("--autonpo", help="Let AutoNPO watch, roll back and replay (as npo resume --autonpo).")
+    ] = False,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -27,6 +30,9 @@ def train(
     resolved = load_recipe(recipe, overrides or ())
     refuse_used(run)
 
-    from npo_cli.stages.train import train_run
+    if autonpo:
+        from npo_cli.stages.autonpo import train_auto as begin
+    else:
+        from npo_cli.stages.train import train_run as begin
 
-    draw(train_run(run, resolved, allow_code=allow_code), as_json=as_json, num_steps=resolved.train.num_steps)
+    draw(begin(run, resolved, allow_code=allow_code), as_json=as_json, num_steps=resolved.train.num_steps)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
+from npo_cli.auto_records import Mistake
 from npo_cli.config import TrainSettings
 from npo_cli.errors import NpoError, set_aside
 
@@ -33,6 +34,8 @@ class TrainerState:
     """Data cursor: prompts drawn since the start of the run."""
     trackers: Mapping[str, float]
     """Running figures: tokens generated, reward and entropy averages."""
+    mistakes: tuple[Mistake, ...] = ()
+    """Newest failed prompts, oldest first: what AutoNPO asks again."""
 
 
 def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> AdamW:
@@ -98,7 +101,13 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, *, state:
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
     save_file(tensors, folder / STATE_FILE)
-    scalars = {"step": state.step, "position": state.position, "trackers": dict(state.trackers), "rng": streams}
+    scalars = {
+        "step": state.step,
+        "position": state.position,
+        "trackers": dict(state.trackers),
+        "mistakes": [[each.prompt_id, each.step, each.accuracy, each.epoch] for each in state.mistakes],
+        "rng": streams,
+    }
     (folder / SCALARS_FILE).write_text(json.dumps(scalars))
 
 
@@ -112,6 +121,17 @@ def _read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_state(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> TrainerState:
     """The reverse of `save_state`, in place; random streams included."""
     tensors, scalars = _read_state(folder)
+    _fill_moments(folder, tensors, model=model, optimizer=optimizer)
+    restore_streams(tensors, scalars["rng"])
+    return _state_of(scalars)
+
+
+def load_moments(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> None:
+    """The optimiser's moments alone."""
+    _fill_moments(folder, _read_state(folder)[0], model=model, optimizer=optimizer)
+
+
+def _fill_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: AdamW) -> None:
     has_moments = any(key.endswith(MOMENTS) for key in tensors)
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
@@ -126,5 +146,18 @@ def load_state(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> Traine
         if found:
             moved = {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}
             optimizer.state[parameter] = moved
-    restore_streams(tensors, scalars["rng"])
-    return TrainerState(step=scalars["step"], position=scalars["position"], trackers=scalars["trackers"])
+
+
+def peek_state(folder: Path) -> TrainerState:
+    """What a step needs besides weights and moments, read without touching any optimiser."""
+    return _state_of(_read_state(folder)[1])
+
+
+def _state_of(scalars: Mapping[str, Any]) -> TrainerState:
+    mistakes = tuple(
+        Mistake(prompt_id=prompt_id, step=step, accuracy=accuracy, epoch=epoch)
+        for prompt_id, step, accuracy, epoch in scalars.get("mistakes", ())
+    )
+    return TrainerState(
+        step=scalars["step"], position=scalars["position"], trackers=scalars["trackers"], mistakes=mistakes
+    )

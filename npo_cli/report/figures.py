@@ -37,20 +37,26 @@ STYLE = {
     "grid.color": "#e6e6e6",
     "figure.dpi": 150,
 }
-Cost = Callable[[CurvePoint], int]
+Cost = Callable[[CurvePoint], float]
 PANELS: tuple[tuple[str, Cost], ...] = (
     ("logical step (place in the data)", lambda point: point.step),
     ("all optimiser steps paid for", lambda point: point.total_steps),
     ("all tokens generated", lambda point: point.total_tokens),
 )
+CLOCK: tuple[str, Cost] = ("wall clock (s)", lambda point: point.total_seconds)
 
 
 def comparison_figure(points: Sequence[CurvePoint], path: Path, title: str) -> None:
-    """Held-out accuracy of every arm against its logical step, its total steps and its total tokens."""
+    """Held-out accuracy of every arm against its logical step, its total steps, its total tokens and the clock.
+
+    The clock has a panel only where it is known of every arm.
+    """
     arms = list(dict.fromkeys(point.arm for point in points))
-    with _page(path, title=title, height=4.6) as figure:
-        panels = figure.subplots(1, len(PANELS), sharey=True)
-        for panel, (label, cost) in zip(panels, PANELS, strict=True):
+    timed = {point.arm for point in points if point.total_seconds > 0} == set(arms)
+    axes = (*PANELS, CLOCK) if timed else PANELS
+    with page(path, title=title, height=4.6) as figure:
+        panels = figure.subplots(1, len(axes), sharey=True)
+        for panel, (label, cost) in zip(panels, axes, strict=True):
             for place, arm in enumerate(arms):
                 _draw_arm(panel, sorted((one for one in points if one.arm == arm), key=cost), cost=cost, place=place)
             panel.set_xlabel(label)
@@ -88,7 +94,7 @@ def scores_figure(scores: Sequence[CheckpointScore], path: Path, title: str = ""
         (f"V, {ordered[0].variance_kind}", "variance", COLOURS[1]),
         (f"S = Q / V{best}", "signal", COLOURS[0]),
     )
-    with _page(path, title=title, height=4.4) as figure:
+    with page(path, title=title, height=4.4) as figure:
         for panel, (label, name, colour) in zip(figure.subplots(1, len(named)), named, strict=True):
             _draw_score(panel, ordered, name=name, colour=colour)
             panel.set_title(label, loc="left", color=colour)
@@ -141,7 +147,7 @@ def _few_ticks() -> "MaxNLocator":
 
 
 @contextlib.contextmanager
-def _page(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
+def page(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
     """A wide figure in the house style, saved when the block ends well; the format is the file's ending."""
     try:
         import matplotlib

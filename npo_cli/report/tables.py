@@ -5,6 +5,7 @@ from typing import Any
 
 from npo_cli.costs import Crossing
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, GuideInfo, Segment, StepReport
+from npo_cli.report.auto_tables import AUTO_TABLES
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
 from npo_cli.report.lines import Check, GroupLine, RecipeLine, RolloutLine
 
@@ -169,22 +170,37 @@ def _whole(value: float | None) -> int | None:
 
 
 def comparison_tables(crossings: Sequence[Crossing]) -> tuple[Table, ...]:
-    """What every arm had spent at each threshold, and its speed next to the first arm's on all three axes."""
-    header = ("arm", "accuracy", "step", "total steps", "total tokens", "by step", "by total steps", "by total tokens")
+    """What every arm had spent at each threshold, and its speed next to the first arm's on every axis.
+
+    The wall clock is an axis where it is known.
+    """
+    timed = any(one.total_seconds for one in crossings)
+    totals = ("step", "total steps", "total tokens", *(("total seconds",) if timed else ()))
+    ratios = ("by step", "by total steps", "by total tokens", *(("by wall time",) if timed else ()))
     baselines = {one.threshold: one for one in reversed(crossings) if one.arm == crossings[0].arm}
-    rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold)) for one in crossings)
+    rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold), timed=timed) for one in crossings)
     notes = (
         f"by ...: cost of {crossings[0].arm} divided by cost of the arm; above 1 the arm is faster.",
-        "total: scout and rolled-back steps, scoring and the guide's samples are counted.",
+        "total: scout and rolled-back steps, scoring, probes and the guide's samples are counted.",
     )
+    header = ("arm", "accuracy", *totals, *ratios)
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 
 
-def _crossing_row(one: Crossing, *, baseline: Crossing | None) -> tuple[str, ...]:
-    spent = (one.step, one.total_steps, one.total_tokens)
-    before = (baseline.step, baseline.total_steps, baseline.total_tokens) if baseline else (None, None, None)
+def _crossing_row(one: Crossing, *, baseline: Crossing | None, timed: bool) -> tuple[str, ...]:
+    spent = _spent(one, timed=timed)
+    before = _spent(baseline, timed=timed) if baseline else (None,) * len(spent)
     ratios = (f"{mine / ours:.2f}x" if mine and ours else "-" for mine, ours in zip(before, spent, strict=True))
-    return (one.arm, number(one.threshold, digits=2), *(count(cost, absent="not reached") for cost in spent), *ratios)
+    return (one.arm, number(one.threshold, digits=2), *(_cost_cell(cost) for cost in spent), *ratios)
+
+
+def _spent(one: Crossing, *, timed: bool) -> tuple[float | None, ...]:
+    return (one.step, one.total_steps, one.total_tokens, *((one.total_seconds,) if timed else ()))
+
+
+def _cost_cell(cost: float | None) -> str:
+    """Counts whole, seconds to a tenth."""
+    return f"{cost:,.1f}" if isinstance(cost, float) else count(cost, absent="not reached")
 
 
 def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
@@ -245,6 +261,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     CheckpointScore: scores_tables,
     EvalReport: evals_tables,
     Crossing: comparison_tables,
+    **AUTO_TABLES,
     Segment: lineage_tables,
     RolloutLine: rollouts_tables,
     GroupLine: groups_tables,

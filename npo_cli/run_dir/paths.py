@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from npo_cli.errors import NpoError, as_typed
+from npo_cli.loading import yaml_text
 from npo_cli.run_dir.files import damaged, full_disk_explained, now_utc, read_json, write_json_atomic, write_text_atomic
 
 FORMAT = 1
@@ -168,7 +169,7 @@ class RunDir:
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
     """A recipe as YAML, sections and keys in the order given."""
-    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=False, width=120)
+    return yaml_text(recipe, width=120)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -8,7 +8,15 @@ still need is protected: it neither shrinks nor goes, whatever the quotas say.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from npo_cli.run_dir.checkpoints import Checkpoint, delete_checkpoint, demote_checkpoint, list_checkpoints, sweep
+from npo_cli.run_dir.auto import transitions
+from npo_cli.run_dir.checkpoints import (
+    Checkpoint,
+    delete_checkpoint,
+    demote_checkpoint,
+    history,
+    list_checkpoints,
+    sweep,
+)
 from npo_cli.run_dir.guides import list_guides
 from npo_cli.run_dir.lineage import branches, owner_of, segments
 from npo_cli.run_dir.paths import RunDir
@@ -71,7 +79,8 @@ def protected_places(run: RunDir) -> set[Place]:
     """Checkpoints that something unfinished, or something that may be repeated, rests on.
 
     Fork points; learner and guide of every guide cache; learner and candidates of every unfinished scoring; learner
-    and choice of the newest finished one; both ends of an intervention that a branch's recipe plans.
+    and choice of the newest finished one; both ends of an intervention that a branch's recipe plans; and all that
+    AutoNPO may go back to.
     """
     wanted: set[Place] = set()
     for segment in segments(run):
@@ -90,7 +99,21 @@ def protected_places(run: RunDir) -> set[Place]:
     for branch in branches(run):
         planned = run.recipe(branch).get("intervention") or {}
         wanted |= {(branch, planned[end]) for end in ("at", "guide") if planned.get(end) is not None}
+    wanted |= within_reach(run)
     return {(owner_of(run, branch, step), step) for branch, step in wanted}
+
+
+def within_reach(run: RunDir) -> set[Place]:
+    """What the next rollback of AutoNPO may need: every checkpoint as far back from the newest as its deltas reach."""
+    moves = transitions(run)
+    if not moves:
+        return set()
+    branch = moves[-1].state.branch
+    recipe = run.recipe(branch)
+    every, deltas = recipe["train"]["save_every"], recipe["auto"]["deltas"]
+    farthest = max((delta for delta in deltas if delta % every == 0), default=0)
+    steps = [found.step for found in history(run, branch)]
+    return {(branch, step) for step in steps if step >= max(steps) - farthest}
 
 
 def _places_of(scoring: Scoring) -> set[Place]:

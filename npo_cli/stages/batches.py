@@ -83,7 +83,7 @@ def own_part(group: Group) -> Group:
     return Group(prompt=group.prompt, rollouts=own)
 
 
-def fresh_groups(world: World, *, branch: str, step: int, position: int) -> list[Group]:
+def fresh_groups(world: World, *, seed_name: str, step: int, position: int) -> list[Group]:
     """One draw of prompts from the data order, answered by the policy as it is.
 
     The epoch is part of the label, so a small pool that wraps inside a step still gets fresh samples.
@@ -91,7 +91,7 @@ def fresh_groups(world: World, *, branch: str, step: int, position: int) -> list
     recipe = world.recipe
     groups = []
     for epoch, prompts in _by_epoch(world, position, recipe.train.prompts_per_step):
-        label = (branch, step, epoch)
+        label = (seed_name, step, epoch)
         slots = range(recipe.train.group_size)
         groups += answer(world, prompts, label=label, slots=slots, sampler_step=step - 1)
     return groups
@@ -109,7 +109,7 @@ def _by_epoch(world: World, position: int, count: int) -> Iterator[tuple[int, li
 
 
 def draw_batch(
-    world: World, journal: RolloutJournal, *, branch: str, step: int, position: int, guidance: Guidance | None
+    world: World, journal: RolloutJournal, *, seed_name: str, step: int, position: int, guidance: Guidance | None
 ) -> StepBatch:
     """Draw once, or with dynamic sampling until enough groups teach (after injection) or the limit is reached."""
     recipe = world.recipe
@@ -122,7 +122,7 @@ def draw_batch(
     while num_draws < (recipe.sampling.max_gen_batches if recipe.sampling.dynamic else 1):
         cursor = position + num_draws * wanted
         drawn = remembered[num_draws * wanted :][:wanted] or fresh_groups(
-            world, branch=branch, step=step, position=cursor
+            world, seed_name=seed_name, step=step, position=cursor
         )
         num_draws += 1
         seated = _seated(drawn, guidance if guidance and step <= guidance.until_step else None, recipe.inject.gate)

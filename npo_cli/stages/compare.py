@@ -1,22 +1,26 @@
-"""What two arms of one run cost for what they reached: by index, by optimiser steps, by tokens.
+"""What two arms of one run cost for what they reached: by index, by optimiser steps, by tokens, by wall clock.
 
 An arm is a branch. A replayed branch is charged with everything it needed: its parent up to the last of fork, guide
-and scored candidates, the scoring of its learner that came before it, the guide's samples, and its own steps. Held-out
-evaluation is charged to nobody.
+and scored candidates, the scoring of its learner that came before it, the guide's samples, and its own steps. A probe
+is charged to the branch whose policy was probed, from that step on; a replay that was judged worse and taken back, to
+the branch that goes on instead. Held-out evaluation is charged to nobody.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 
 from npo_cli.costs import Crossing, CurvePoint
 from npo_cli.records import Segment
+from npo_cli.run_dir.auto import probe_tokens, probes, transitions
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.index import best_evals
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import birth_segment, descent
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.scores import Scoring, all_scores, scorings
+from npo_cli.run_dir.seconds import seconds_in, step_seconds
 from npo_cli.run_dir.steps import measured_steps
 
 
@@ -26,9 +30,15 @@ class Cost:
 
     steps: int
     tokens: int
+    seconds: float
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(steps=self.steps + other.steps, tokens=self.tokens + other.tokens)
+        return Cost(
+            steps=self.steps + other.steps, tokens=self.tokens + other.tokens, seconds=self.seconds + other.seconds
+        )
+
+
+NOTHING = Cost(steps=0, tokens=0, seconds=0.0)
 
 
 def cost_at(run: RunDir, branch: str, step: int) -> Cost:
@@ -39,13 +49,53 @@ def cost_at(run: RunDir, branch: str, step: int) -> Cost:
 def ledger(run: RunDir, branch: str) -> dict[int, Cost]:
     """The same for every step of the branch's line of descent, in one pass over the files."""
     born = birth_segment(run, branch)
-    spent = Cost(steps=0, tokens=0) if born.parent is None else entry_cost(run, born)
+    spent = NOTHING if born.parent is None else entry_cost(run, born)
     parents = {0: spent} if born.parent is None else ledger(run, born.parent)
     known = {step: cost for step, cost in parents.items() if step <= born.fork_step}
-    for line in measured_steps(run, branch):
-        spent = spent + Cost(steps=1, tokens=int(line["tokens"]))
-        known[line["step"]] = spent
+    probed, taken_back = probe_costs(run, branch), taken_back_costs(run, branch)
+    for step, own in step_costs(run, branch).items():
+        spent = spent + own + probed.get(step, NOTHING)
+        known[step] = spent
+        # Standing here cost no more; going on from here does.
+        spent = spent + taken_back.get(step, NOTHING)
     return known
+
+
+def step_costs(run: RunDir, branch: str) -> dict[int, Cost]:
+    """What each of the branch's own steps took."""
+    seconds = step_seconds(run, branch)
+    return {
+        row["step"]: Cost(steps=1, tokens=int(row["tokens"]), seconds=seconds.get(row["step"], 0.0))
+        for row in measured_steps(run, branch)
+    }
+
+
+def probe_costs(run: RunDir, branch: str) -> dict[int, Cost]:
+    """What asking the mistakes again had cost, by the step whose policy was asked."""
+    costs: dict[int, Cost] = {}
+    for probe in probes(run):
+        if probe.branch == branch:
+            asked = Cost(steps=0, tokens=probe_tokens(probe), seconds=seconds_in(probe.folder))
+            costs[probe.step] = costs.get(probe.step, NOTHING) + asked
+    return costs
+
+
+def taken_back_costs(run: RunDir, branch: str) -> dict[int, Cost]:
+    """Own steps and guide of each replay that AutoNPO took back, by the step at which the branch went on without it."""
+    costs: dict[int, Cost] = {}
+    for before, move in pairwise(transitions(run)):
+        if move.event == "reverted" and move.state.branch == branch:
+            lost = before.state.branch
+            guide = birth_segment(run, lost).guide
+            replay = sum(step_costs(run, lost).values(), start=NOTHING)
+            costs[move.step] = replay + (NOTHING if guide is None else cache_cost(run, guide))
+    return costs
+
+
+def cache_cost(run: RunDir, name: str) -> Cost:
+    """What asking a guide took."""
+    info, _ = load_guide(run, name)
+    return Cost(steps=0, tokens=info.num_tokens, seconds=seconds_in(run.guide_folder(name)))
 
 
 def entry_cost(run: RunDir, born: Segment) -> Cost:
@@ -56,7 +106,8 @@ def entry_cost(run: RunDir, born: Segment) -> Cost:
     asked = [found for found in scored_before(run, born) if (found.branch, found.at) == (info.branch, info.at_step)]
     last = max(born.fork_step, info.guide_step, *(step for scoring in asked for step in scoring.candidates))
     tokens = sum(len(row["response_ids"]) for scoring in asked for row in scoring.samples.records())
-    return cost_at(run, info.branch, last) + Cost(steps=0, tokens=info.num_tokens + tokens)
+    scored = Cost(steps=0, tokens=tokens, seconds=sum(seconds_in(scoring.folder) for scoring in asked))
+    return cost_at(run, info.branch, last) + cache_cost(run, info.name) + scored
 
 
 def scored_before(run: RunDir, born: Segment) -> list[Scoring]:
@@ -88,6 +139,7 @@ def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
             step=step,
             total_steps=cost.steps,
             total_tokens=cost.tokens,
+            total_seconds=cost.seconds,
             accuracy=report.accuracy,
             entropy=entropies.get(step),
         )
@@ -121,6 +173,7 @@ def crossing(points: Sequence[CurvePoint], threshold: float) -> Crossing:
                 step=point.step,
                 total_steps=point.total_steps,
                 total_tokens=point.total_tokens,
+                total_seconds=point.total_seconds,
             )
     arm = points[0].arm if points else ""
     return Crossing(arm=arm, threshold=threshold, step=None, total_steps=None, total_tokens=None)

@@ -5,18 +5,20 @@ happened, leave a checkpoint when one is due. The loop never looks at a clock ex
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch.optim import AdamW
 
+from npo_cli.auto_records import Mistake
 from npo_cli.errors import StoppedEarly, as_typed
+from npo_cli.guide.mistakes import mistakes_of, remembered
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
 from npo_cli.records import EvalReport, Notice, StepReport
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.steps import StepJournals, append_event
-from npo_cli.stages.batches import Guidance, draw_batch
+from npo_cli.stages.batches import Guidance, StepBatch, draw_batch
 from npo_cli.stages.evaluate import evaluate_policy
 from npo_cli.stages.measures import peak_memory_mb, step_metrics, tracked
 from npo_cli.stages.saving import save_checkpoint
@@ -34,13 +36,26 @@ class Trainer:
     steps: StepJournals
     rollouts: RolloutJournal
     branch: str
+    seed_name: str
+    """Branch whose name enters every sampling seed: its own, or with rollback.seed=same its parent's."""
     guidance: Guidance | None
     reference: Policy | None
     """Frozen base model; only where the loss has a KL term."""
 
 
-def grpo_steps(trainer: Trainer, state: TrainerState, stop: StopFlag) -> Iterator[StepReport | EvalReport | Notice]:
-    """Train from `state` to `train.num_steps`, or until a signal asks to stop."""
+Watcher = Callable[[StepReport], bool]
+"""Looks at each step; True asks to pause once the step is saved."""
+
+
+def nobody(report: StepReport) -> bool:
+    """Plain training: nothing makes it pause."""
+    return False
+
+
+def grpo_steps(
+    trainer: Trainer, state: TrainerState, stop: StopFlag, *, watcher: Watcher = nobody
+) -> Iterator[StepReport | EvalReport | Notice]:
+    """Train from `state` to `train.num_steps`, until `watcher` asks for a pause, or until a signal asks to stop."""
     world, branch, settings = trainer.world, trainer.branch, trainer.world.recipe.train
     updater = Updater(world.policy, trainer.optimizer, world.recipe, reference=trainer.reference)
     while state.step < settings.num_steps:
@@ -53,8 +68,8 @@ def grpo_steps(trainer: Trainer, state: TrainerState, stop: StopFlag) -> Iterato
         if every and state.step % every == 0:
             yield evaluate_policy(world, branch=branch, step=state.step)
         # Leave what the next command needs. A signal from here on is for the next step.
-        stopping = bool(stop)
-        if state.step % settings.save_every == 0 or state.step == settings.num_steps or stopping:
+        stopping, pausing = bool(stop), watcher(report)
+        if state.step % settings.save_every == 0 or state.step == settings.num_steps or stopping or pausing:
             trainer.rollouts.sync()
             trainer.steps.sync()
             save_checkpoint(world, trainer.optimizer, state, branch=branch)
@@ -64,6 +79,8 @@ def grpo_steps(trainer: Trainer, state: TrainerState, stop: StopFlag) -> Iterato
                 f"stopped by {stop.reason} after step {state.step}, which is saved",
                 f"npo resume {as_typed(world.run.root)}",
             )
+        if pausing:
+            return
 
 
 def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
@@ -73,7 +90,7 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     batch = draw_batch(
         world,
         trainer.rollouts,
-        branch=trainer.branch,
+        seed_name=trainer.seed_name,
         step=step,
         position=state.position,
         guidance=trainer.guidance,
@@ -99,4 +116,11 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     if trainer.steps.write(report) == "differs":
         odd = f"step {step} of {trainer.branch} was recorded before with other figures; the first record stays"
         append_event(world.run, "differs", {"branch": trainer.branch, "step": step})
-    return replace(state, step=step, position=batch.position, trackers=trackers), report, odd
+    mistakes = remembered(state.mistakes, new_mistakes(world, batch, state), size=world.recipe.pool.size)
+    return replace(state, step=step, position=batch.position, trackers=trackers, mistakes=mistakes), report, odd
+
+
+def new_mistakes(world: World, batch: StepBatch, before: TrainerState) -> tuple[Mistake, ...]:
+    """Every group that a guide could ever be let into; how strict a mistake is, the probe decides (pool.tau)."""
+    epochs = [world.order.epoch(before.position + place) for place in range(len(batch.own))]
+    return mistakes_of(batch.own, step=before.step + 1, epochs=epochs, limit=world.recipe.inject.gate)

@@ -19,12 +19,13 @@ from npo_cli.records import EvalReport, GuideInfo, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor, refuse_damaged_after
 from npo_cli.run_dir.files import damaged
 from npo_cli.run_dir.guides import load_guide, trajectories_path
-from npo_cli.run_dir.lineage import append_segment, new_branch_name, newest_branch, segments
+from npo_cli.run_dir.lineage import append_segment, birth_segment, new_branch_name, newest_branch, segments
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.steps import append_event
 from npo_cli.stages.batches import Guidance
 from npo_cli.stages.loop import grpo_steps
+from npo_cli.stages.rollback import taken_back
 from npo_cli.stages.saving import restore_state
 from npo_cli.stages.signals import stop_between_steps
 from npo_cli.stages.train import batch_arithmetic, begin, open_trainer
@@ -187,7 +188,9 @@ def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
 def first_state(world: World, optimizer: AdamW, start: Start) -> Generator[EvalReport, None, TrainerState]:
     """The checkpoint's, or that of a run which never got as far as step 0."""
     if start.checkpoint is not None:
-        return restore_state(world, optimizer, start.checkpoint)
+        state = restore_state(world, optimizer, start.checkpoint)
+        born = start.segment if start.is_new else birth_segment(world.run, start.branch)
+        return taken_back(world, optimizer, state, born=born)
     return (yield from begin(world, optimizer))
 
 

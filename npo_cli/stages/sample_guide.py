@@ -6,10 +6,12 @@ is good. Behaviour log-probabilities come from the trainer's forward pass under 
 """
 
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.records import GuideInfo, GuideTrajectory, Notice, Progress, Prompt, Rollout
@@ -17,11 +19,15 @@ from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.guides import Asked, GuideStore, finish_guide, new_guide
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run, valid_name
+from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, segment_prompts
 from npo_cli.stages.world import World, answer, open_policy, open_task, open_world, row_scores
 
 CHUNK_PROMPTS = 64
+Known = Mapping[str, Sequence[Rollout]]
+"""Answers that the guide gave before, by prompt id: they count as its first samples, and cost nothing again."""
+NOTHING_KNOWN: Known = {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +102,6 @@ def choose_guide(run: RunDir, learner: LearnerAt, guide_step: int | None) -> Che
 
 
 def _info(world: World, learner: LearnerAt, guide: Checkpoint, *, name: str, num_steps: int, count: int) -> GuideInfo:
-    settings = world.recipe.guide
     return GuideInfo(
         name=name,
         run_id=world.run.run_id,
@@ -106,7 +111,7 @@ def _info(world: World, learner: LearnerAt, guide: Checkpoint, *, name: str, num
         guide_digest=guide.digest,
         num_steps=num_steps,
         tokenizer_digest=world.policy.tokenizer_digest,
-        sampling=f"{settings.k} by {settings.round}, {settings.select}",
+        sampling=sampling_law(world.recipe),
         num_prompts=count,
         num_found=0,
         num_samples=0,
@@ -114,7 +119,16 @@ def _info(world: World, learner: LearnerAt, guide: Checkpoint, *, name: str, num
     )
 
 
-def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, pair: Pair) -> Iterator[Progress]:
+def sampling_law(recipe: Recipe) -> str:
+    """How the answers were drawn: samples, rounds, choice, and a temperature of their own if there is one."""
+    settings = recipe.guide
+    heat = "" if settings.temperature is None else f", temperature {settings.temperature}"
+    return f"{settings.k} by {settings.round}, {settings.select}{heat}"
+
+
+def fill(
+    world: World, cache: Cache, prompts: Sequence[Prompt], *, pair: Pair, known: Known = NOTHING_KNOWN
+) -> Iterator[Progress]:
     """Ask, verify and keep, a chunk of prompts at a time; each chunk is written before the next is drawn."""
     done = cache.store.asked().keys()
     num_found = len(cache.store.trajectories())
@@ -124,36 +138,53 @@ def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, pair: Pair) -
         if all(prompt.prompt_id in done for prompt in chunk):
             continue
         yield Progress(what="sample guide", done=start, total=len(prompts), note=f"{num_found} answered")
-        answers = ask(world, chunk, step=cache.info.guide_step)
-        for trajectory in kept(world, answers, pair):
+        started = time.perf_counter()
+        answers = ask(world, chunk, step=cache.info.guide_step, known=known)
+        found = kept(world, answers, pair)
+        ledger = [_ledger_line(entry, num_known=len(known.get(entry.prompt.prompt_id, ()))) for entry in answers]
+        # The time comes first: a chunk lost from here on is asked again, and has then cost twice.
+        num_tokens = sum(line.num_tokens for line in ledger)
+        add_seconds(cache.store.folder, time.perf_counter() - started, num_tokens=num_tokens)
+        for trajectory in found:
             num_found += cache.store.add_trajectory(trajectory) == "written"
-        for entry in answers:
-            cache.store.add_asked(_ledger_line(entry))
+        for line in ledger:
+            cache.store.add_asked(line)
     yield Progress(what="sample guide", done=len(prompts), total=len(prompts), note=f"{num_found} answered")
 
 
-def ask(world: World, prompts: Sequence[Prompt], *, step: int) -> list[Answers]:
+def ask(world: World, prompts: Sequence[Prompt], *, step: int, known: Known = NOTHING_KNOWN) -> list[Answers]:
     """Rounds of samples; a prompt that has a correct answer asks no more, unless the best of all k is wanted."""
     settings = world.recipe.guide
-    size = settings.round if settings.select == "random" else settings.k
-    asked = {prompt.prompt_id: Answers(prompt=prompt, rollouts=()) for prompt in prompts}
-    for first in range(0, settings.k, size):
-        open_prompts = [entry.prompt for entry in asked.values() if not entry.correct]
-        if not open_prompts:
-            break
-        slots = range(first, min(first + size, settings.k))
-        for group in answer(world, open_prompts, label=("guide", step), slots=slots, sampler_step=step):
+    any_will_do = settings.select == "random"
+    asked = {
+        prompt.prompt_id: Answers(prompt=prompt, rollouts=tuple(known.get(prompt.prompt_id, ()))) for prompt in prompts
+    }
+    while True:
+        wanting = [
+            entry
+            for entry in asked.values()
+            if len(entry.rollouts) < settings.k and not (any_will_do and entry.correct)
+        ]
+        if not wanting:
+            return list(asked.values())
+        # Those who have the fewest answers are asked together, so that a slot is never drawn twice.
+        first = min(len(entry.rollouts) for entry in wanting)
+        slots = range(first, min(first + (settings.round if any_will_do else settings.k), settings.k))
+        now = [entry.prompt for entry in wanting if len(entry.rollouts) == first]
+        for group in answer(
+            world, now, label=("guide", step), slots=slots, sampler_step=step, temperature=settings.temperature
+        ):
             before = asked[group.prompt.prompt_id]
             asked[group.prompt.prompt_id] = replace(before, rollouts=before.rollouts + group.rollouts)
-    return list(asked.values())
 
 
-def _ledger_line(entry: Answers) -> Asked:
+def _ledger_line(entry: Answers, *, num_known: int) -> Asked:
+    """Samples of both kinds; tokens of the new ones."""
     return Asked(
         prompt_id=entry.prompt.prompt_id,
         num_sampled=len(entry.rollouts),
         num_correct=len(entry.correct),
-        num_tokens=sum(len(rollout.response_ids) for rollout in entry.rollouts),
+        num_tokens=sum(len(rollout.response_ids) for rollout in entry.rollouts[num_known:]),
     )
 
 
@@ -161,7 +192,8 @@ def kept(world: World, asked: Sequence[Answers], pair: Pair) -> list[GuideTrajec
     """One correct answer a prompt, with log-probabilities from the trainer's pass under the guide's weights."""
     solved = [entry for entry in asked if entry.correct]
     chosen = SELECTORS[world.recipe.guide.select](world, solved, pair)
-    logps = forward_logps(world, [(entry.prompt, rollout) for entry, rollout in zip(solved, chosen, strict=True)])
+    pairs = [(entry.prompt, rollout) for entry, rollout in zip(solved, chosen, strict=True)]
+    logps = forward_logps(world, pairs, temperature=world.recipe.guide.temperature)
     return [
         GuideTrajectory(
             prompt_id=entry.prompt.prompt_id,
@@ -177,12 +209,15 @@ def kept(world: World, asked: Sequence[Answers], pair: Pair) -> list[GuideTrajec
     ]
 
 
-def forward_logps(world: World, pairs: Sequence[tuple[Prompt, Rollout]]) -> list[tuple[float, ...]]:
+def forward_logps(
+    world: World, pairs: Sequence[tuple[Prompt, Rollout]], *, temperature: float | None = None
+) -> list[tuple[float, ...]]:
     """Per-token log-probabilities of responses under the weights at hand."""
     rows = [
         TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=rollout.response_ids) for prompt, rollout in pairs
     ]
-    return [tuple(scores.logps_T.tolist()) for scores in row_scores(world.policy, world.recipe, rows)]
+    scored = row_scores(world.policy, world.recipe, rows, temperature=temperature)
+    return [tuple(scores.logps_T.tolist()) for scores in scored]
 
 
 def _random(world: World, solved: Sequence[Answers], pair: Pair) -> list[Rollout]:

@@ -6,6 +6,7 @@ from npo_cli.errors import NpoError, as_typed
 from npo_cli.policy.optimizer import TrainerState, load_state, save_state
 from npo_cli.run_dir.checkpoints import Checkpoint, new_checkpoint, require_whole
 from npo_cli.run_dir.files import require_space
+from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.retention import apply_retention
 from npo_cli.stages.world import World
 
@@ -27,10 +28,15 @@ def save_checkpoint(world: World, optimizer: AdamW, state: TrainerState, *, bran
 
 def restore_state(world: World, optimizer: AdamW, checkpoint: Checkpoint) -> TrainerState:
     """Optimiser, random streams and cursor of an anchor; the weights are loaded already."""
+    need_state(world.run, checkpoint)
+    return load_state(checkpoint.path / ANCHOR, world.policy.model, optimizer)
+
+
+def need_state(run: RunDir, checkpoint: Checkpoint) -> None:
+    """Only an anchor, whole to the last byte, can be gone on from."""
     if not checkpoint.anchor_path.exists():
         raise NpoError(
             f"step {checkpoint.step} of {checkpoint.branch} is a guide (weights only); training cannot go on from it",
-            f"choose a step that is an anchor: npo index {as_typed(world.run.root)}",
+            f"choose a step that is an anchor: npo index {as_typed(run.root)}",
         )
     require_whole(checkpoint, anchor=True)
-    return load_state(checkpoint.path / ANCHOR, world.policy.model, optimizer)

@@ -5,6 +5,7 @@ control, and the floor of V) and to each candidate. One model walks the checkpoi
 chunk of samples is written before the next is drawn: a killed scoring goes on where it stopped.
 """
 
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.scores import Scoring, drop_scoring, open_scoring, save_scores
+from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.ratios import JudgedSample, learner_ratios
 from npo_cli.stages.sample_guide import forward_logps
@@ -151,12 +153,15 @@ def collect(
         yield Progress(what=what, done=total - len(left) + start, total=total)
         label = ("score", contest.learner.branch, contest.learner.step, arm)
         part = left[start : start + CHUNK_PROMPTS]
+        started = time.perf_counter()
         groups = answer(world, part, label=label, slots=range(contest.settings.k), sampler_step=checkpoint.step)
         flat = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
         samples = [
             JudgedSample.of_rollout(arm, rollout, logps)
             for (_, rollout), logps in zip(flat, forward_logps(world, flat), strict=True)
         ]
+        num_tokens = sum(len(sample.response_ids) for sample in samples)
+        add_seconds(contest.scoring.folder, time.perf_counter() - started, num_tokens=num_tokens)
         contest.scoring.samples.extend([sample.row() for sample in samples])
         for sample in samples:
             contest.samples.setdefault((arm, sample.prompt_id), []).append(sample)
@@ -204,8 +209,12 @@ def ranked(
         yield Progress(what="compare with the learner", done=done, total=len(asked), note=f"step {step}")
         new = [prompt for prompt in prompts if (step, prompt.prompt_id) not in contest.ratios]
         pairs = [(prompt, sample) for prompt in new for sample in contest.samples[step, prompt.prompt_id]]
+        if not pairs:
+            continue
+        started = time.perf_counter()
         for ratio in learner_ratios(contest.world, pairs, cap=contest.settings.cap):
             contest.ratios.setdefault((step, ratio.prompt_id), []).append(ratio)
+        add_seconds(contest.scoring.folder, time.perf_counter() - started, num_tokens=0)
     yield Progress(what="compare with the learner", done=len(asked), total=len(asked))
     self_arm, *arms = [_arm(contest, step, prompts) for step, prompts in asked.items()]
     return rank_arms(self_arm, arms, signal_knobs(contest))

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from npo_cli.costs import Crossing, CurvePoint
+from npo_cli.costs import Account, Crossing, CurvePoint
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.records import GuideInfo, Prompt, Segment, StepReport
 from npo_cli.report.lines import GroupLine, RolloutLine
@@ -15,9 +15,10 @@ from npo_cli.run_dir.lineage import branches, newest_branch, segments
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.steps import measured_steps
+from npo_cli.stages.accounting import account
 from npo_cli.stages.compare import crossing, curve
 
-Line = StepReport | RolloutLine | GroupLine | GuideInfo | Segment | CurvePoint | Crossing
+Line = StepReport | RolloutLine | GroupLine | GuideInfo | Segment | CurvePoint | Crossing | Account
 
 THRESHOLDS = (0.2, 0.6, 0.9)
 """Held-out accuracies whose cost is shown."""
@@ -102,13 +103,19 @@ def show_guides(run: RunDir, *, branch: str | None) -> list[GuideInfo]:
     return [info for info in list_guides(run) if branch in (None, info.branch)]
 
 
-def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Crossing]:
-    """Held-out accuracy of each branch with all it had cost, and where it first reached the thresholds."""
-    curves = [curve(run, name, arm=name) for name in branches(run) if branch in (None, name)]
+def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Crossing | Account]:
+    """Held-out accuracy of each branch with all it had cost, where it first reached the thresholds, and the account.
+
+    The account is that of the branch, or of the newest one.
+    """
+    names = [name for name in branches(run) if branch in (None, name)]
+    curves = [curve(run, name, arm=name) for name in names]
     for points in curves:
         yield from points
     for threshold in THRESHOLDS:
         yield from (crossing(points, threshold) for points in curves if points)
+    if names:
+        yield account(run, branch or newest_branch(run))
 
 
 def show_lineage(run: RunDir, *, branch: str | None) -> list[Segment]:

@@ -1,6 +1,7 @@
 """`npo train`: a GRPO baseline into a new run directory."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.optim import AdamW
@@ -20,8 +21,9 @@ from npo_cli.run_dir.steps import StepJournals, append_event
 from npo_cli.stages.batches import Guidance
 from npo_cli.stages.evaluate import evaluate_policy
 from npo_cli.stages.loop import Trainer, grpo_steps
+from npo_cli.stages.rollback import seed_name
 from npo_cli.stages.saving import save_checkpoint
-from npo_cli.stages.signals import stop_between_steps
+from npo_cli.stages.signals import StopFlag, stop_between_steps
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 from npo_cli.tasks.user_code import is_user_code
 
@@ -34,25 +36,47 @@ ROUNDED_AWAY = (
 
 def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepReport | EvalReport | Notice]:
     """Check everything that can be wrong, then make the directory, save step 0 and train."""
+    with new_world(root, recipe, allow_code=allow_code) as (world, stop):
+        yield from birth_notices(world)
+        optimizer = build_optimizer(world.policy.model, world.recipe.train)
+        state = yield from begin(world, optimizer)
+        yield from grpo_steps(open_trainer(world, optimizer, branch=MAIN, guidance=None), state, stop)
+
+
+Check = Callable[[Recipe, int], None]
+"""Refuses a recipe, given the number of training prompts."""
+
+
+def nothing_more(recipe: Recipe, num_prompts: int) -> None:
+    """Plain training has no demands of its own."""
+
+
+@contextmanager
+def new_world(
+    root: Path, recipe: Recipe, *, allow_code: bool, check: Check = nothing_more
+) -> Iterator[tuple[World, StopFlag]]:
+    """A run directory that did not exist before, open for training; nothing is made before everything was checked."""
     refuse_used(root)
     recipe = with_whole_paths(recipe)
     task = open_task(recipe, allow_code=allow_code)
     try:
+        check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
         run = create_run(root, recipe=recipe_dict(recipe), npo_version=__version__)
         with writing(run), stop_between_steps() as stop:
             # From this line on a killed run can be resumed.
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide=None, guide_until=None))
-            world = open_world(run, recipe, task=task, policy=policy)
-            yield Notice(message=batch_arithmetic(recipe, num_prompts=len(task.train)))
-            if recipe.model.dtype == "bfloat16":
-                yield Notice(message=ROUNDED_AWAY, level="warning")
             append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
-            optimizer = build_optimizer(policy.model, recipe.train)
-            state = yield from begin(world, optimizer)
-            yield from grpo_steps(open_trainer(world, optimizer, branch=MAIN, guidance=None), state, stop)
+            yield open_world(run, recipe, task=task, policy=policy), stop
     finally:
         task.close()
+
+
+def birth_notices(world: World) -> Iterator[Notice]:
+    """What a person should know before the first step."""
+    yield Notice(message=batch_arithmetic(world.recipe, num_prompts=len(world.task.train)))
+    if world.recipe.model.dtype == "bfloat16":
+        yield Notice(message=ROUNDED_AWAY, level="warning")
 
 
 def with_whole_paths(recipe: Recipe) -> Recipe:
@@ -99,6 +123,7 @@ def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guida
         steps=steps,
         rollouts=rollouts,
         branch=branch,
+        seed_name=seed_name(run, branch),
         guidance=guidance,
         reference=reference,
     )

@@ -102,24 +102,22 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
 
 
 def answer(
-    world: World, prompts: Sequence[Prompt], *, label: tuple[str | int, ...], slots: Sequence[int], sampler_step: int
+    world: World,
+    prompts: Sequence[Prompt],
+    *,
+    label: tuple[str | int, ...],
+    slots: Sequence[int],
+    sampler_step: int,
+    temperature: float | None = None,
 ) -> list[Group]:
-    """Sample every prompt once a slot with the weights at hand, and verify.
+    """Sample every prompt once a slot with the weights at hand, at sampling.temperature unless told, and verify.
 
     The seed of a response is that of (run seed, *label, prompt id, slot).
     """
-    requests = [
-        SampleRequest(
-            prompt_id=prompt.prompt_id,
-            prompt_ids=world.policy.encode(prompt),
-            slot=slot,
-            seed=derive_seed(world.recipe.train.seed, *label, prompt.prompt_id, slot),
-        )
-        for prompt in prompts
-        for slot in slots
-    ]
+    requests = _requests(world, prompts, label, slots=slots)
     settings = world.recipe.sampling
-    samples = world.engine.generate(requests, temperature=settings.temperature, max_new_tokens=settings.max_new_tokens)
+    heat = settings.temperature if temperature is None else temperature
+    samples = world.engine.generate(requests, temperature=heat, max_new_tokens=settings.max_new_tokens)
     asked = [prompt for prompt in prompts for _ in slots]
     graded = world.task.grade(asked, [sample.text for sample in samples])
     rollouts = [
@@ -143,6 +141,21 @@ def answer(
     ]
 
 
+def _requests(
+    world: World, prompts: Sequence[Prompt], label: tuple[str | int, ...], *, slots: Sequence[int]
+) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            prompt_id=prompt.prompt_id,
+            prompt_ids=world.policy.encode(prompt),
+            slot=slot,
+            seed=derive_seed(world.recipe.train.seed, *label, prompt.prompt_id, slot),
+        )
+        for prompt in prompts
+        for slot in slots
+    ]
+
+
 def _cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Graded]:
     """A response that hit the length limit keeps its verdict unless that was correct by luck of the cut."""
     return [
@@ -163,14 +176,15 @@ class RowScores:
 
 
 @torch.no_grad()
-def row_scores(policy: Policy, recipe: Recipe, rows: Sequence[TokenRow]) -> list[RowScores]:
+def row_scores(
+    policy: Policy, recipe: Recipe, rows: Sequence[TokenRow], *, temperature: float | None = None
+) -> list[RowScores]:
     """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
+    heat = recipe.sampling.temperature if temperature is None else temperature
     found = []
     for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
         part = [rows[index] for index in run]
-        scores = policy.score(
-            part, temperature=recipe.sampling.temperature, chunk_tokens=recipe.train.logit_chunk_tokens
-        )
+        scores = policy.score(part, temperature=heat, chunk_tokens=recipe.train.logit_chunk_tokens)
         for row, logps_T, collisions_T in zip(part, scores.logps_NT, scores.collisions_NT, strict=True):
             length = len(row.response_ids)
             found.append(RowScores(logps_T=logps_T[:length], collisions_T=collisions_T[:length]))

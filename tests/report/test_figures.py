@@ -1,4 +1,5 @@
 import math
+import re
 import struct
 import sys
 from dataclasses import replace
@@ -32,6 +33,22 @@ def test_the_comparison_is_one_wide_picture(tmp_path):
     comparison_figure([*points("GRPO", extra=0), *points("NPO", extra=40)], path, "two arms")
     # 13 x 4.6 inches at 150 dots an inch
     assert png_size(path) == (1950, 690)
+
+
+def labels(path: Path) -> list[str]:
+    """Texts of an SVG, which matplotlib notes beside their outlines."""
+    return re.findall(r"<!-- (.*) -->", path.read_text())
+
+
+def test_the_clock_has_a_panel_where_it_is_known_of_every_arm(tmp_path):
+    slow, fast = points("GRPO", extra=0), points("NPO", extra=40)
+    timed = [[replace(point, total_seconds=2.5 * point.total_steps) for point in arm] for arm in (slow, fast)]
+    comparison_figure([*timed[0], *timed[1]], tmp_path / "both.svg", "")
+    comparison_figure([*slow, *timed[1]], tmp_path / "one.svg", "")
+    assert labels(tmp_path / "both.svg").count("wall clock (s)") == 1
+    assert labels(tmp_path / "one.svg").count("wall clock (s)") == 0
+    # 2.5 x (90 + 40) = 325 seconds: the axis goes beyond 300
+    assert "300" in labels(tmp_path / "both.svg")
 
 
 def test_the_same_points_give_the_same_picture(tmp_path):

@@ -11,6 +11,7 @@ from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
+from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.run_dir.steps import StepJournals, append_event
 from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run, save, score, trajectory
 
@@ -30,6 +31,7 @@ evals.jsonl
 events.jsonl
 guides/g/asked.jsonl
 guides/g/guide.json
+guides/g/timings.jsonl
 guides/g/trajectories.jsonl
 index.json
 npo_run.json
@@ -37,6 +39,7 @@ recipe.yaml
 scores/main_step_000020_23d29984/samples.jsonl
 scores/main_step_000020_23d29984/scores.json
 scores/main_step_000020_23d29984/settings.json
+scores/main_step_000020_23d29984/timings.jsonl
 segments.jsonl
 """
 
@@ -186,9 +189,11 @@ def filled_run(folder: Path) -> RunDir:
         save(run, 40)
         append_eval(run, evaluation(40))
         scoring = open_scoring(run, "main", 20, candidates=[40], settings={"k": 8})
+        add_seconds(scoring.folder, 0.5, num_tokens=0)
         scoring.samples.append({"step": 40})
         save_scores(scoring, [score(40)])
         store = new_guide(run, guide_info(run))
+        add_seconds(run.guide_folder("g"), 1.5, num_tokens=12)
         store.add_trajectory(trajectory("p0"))
         store.add_asked(Asked(prompt_id="p0", num_sampled=4, num_correct=1, num_tokens=12))
         finish_guide(run, guide_info(run))
@@ -225,9 +230,11 @@ def test_small_files_are_spelled_as_format_md_says(tmp_path):
         "branches/main/rollouts.jsonl": ROLLOUTS,
         "guides/g/guide.json": GUIDE,
         "guides/g/asked.jsonl": '{"prompt_id":"p0","num_sampled":4,"num_correct":1,"num_tokens":12}\n',
+        "guides/g/timings.jsonl": '{"time":"TIME","seconds":1.5,"num_tokens":12}\n',
         "guides/g/trajectories.jsonl": TRAJECTORIES,
         "scores/main_step_000020_23d29984/settings.json": SETTINGS,
         "scores/main_step_000020_23d29984/samples.jsonl": '{"step":40}\n',
+        "scores/main_step_000020_23d29984/timings.jsonl": '{"time":"TIME","seconds":0.5,"num_tokens":0}\n',
     }
     for name, text in spelled.items():
         assert timeless(run.root / name, run.run_id) == text, name

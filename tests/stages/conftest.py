@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.stages.auto_runs import auto_training, train_plainly
 from tests.stages.running import sample, train
 from tests.stages.warm import Warm, warmed
 
@@ -15,6 +16,22 @@ def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scout") / "run"
     train(root)
     sample(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps under AutoNPO with two interventions (see auto_runs)."""
+    root = tmp_path_factory.mktemp("watched") / "run"
+    list(auto_training(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 12 steps of plain GRPO."""
+    root = tmp_path_factory.mktemp("plain") / "run"
+    train_plainly(root)
     return root
 
 

@@ -24,7 +24,7 @@ def hard(tmp_path_factory) -> World:
 
 def drawn(world: World, folder: Path, *, step: int = 1, position: int = 0, guidance: Guidance | None = None):
     journal = RolloutJournal(folder / "rollouts.jsonl")
-    return draw_batch(world, journal, branch="t", step=step, position=position, guidance=guidance)
+    return draw_batch(world, journal, seed_name="t", step=step, position=position, guidance=guidance)
 
 
 def test_a_guide_in_an_all_wrong_group_takes_the_last_slot_and_all_the_credit(hard, tmp_path):

@@ -1,0 +1,160 @@
+"""One rollback distance: its evidence from a probe, and its line in the confirmation (Q, V, S with intervals).
+
+Who is chosen is not known here. Axes: B rows of resampled prompts (row 0 = the data as they are).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from npo_cli.auto_records import RollbackScore
+from npo_cli.guide.evidence import PromptOutcome
+from npo_cli.guide.hindsight import (
+    Direction,
+    Hindsight,
+    View,
+    backward_views,
+    forward_views,
+    heavy_tail,
+    in_use,
+    views_agree,
+)
+from npo_cli.guide.mistakes import Stratum
+from npo_cli.guide.quality import Floats, percentile_interval, smoothed
+from npo_cli.guide.slices import Asked, asked_of, slice_interval, slice_quality
+from npo_cli.guide.variance import LARGEST_LOG, Average, VarianceKind, VarianceKnobs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollbackKnobs:
+    """The `score`, `probe` and `auto` settings that decide a confirmation, with the group size and a seed."""
+
+    variance: VarianceKind
+    kappa: float
+    cap: float
+    average: Average
+    group_size: int
+    alpha: float
+    rule: Literal["argmax", "one_se"]
+    direction: Direction
+    resamples: int
+    seed: int
+    q_min: float
+    """Accept where the lower 95 % bound of Q reaches this."""
+    pool_min: int
+    """Fewest mistakes of a slice."""
+
+    @property
+    def variance_knobs(self) -> VarianceKnobs:
+        return VarianceKnobs(kappa=self.kappa, cap=self.cap, average=self.average, group_size=self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One distance with its evidence."""
+
+    hindsight: Hindsight
+    num_mistakes: int
+    asked: Asked
+    """The probed prompts of the slice."""
+    forward: View | None
+    backward: View | None
+    view: View | None
+    """The one of the two that enters S."""
+    num_probed: int
+    """Prompts of the whole probe."""
+
+    @property
+    def distance(self) -> int:
+        return self.hindsight.distance
+
+
+def gathered(
+    strata: Sequence[Stratum],
+    probed: Sequence[PromptOutcome],
+    hindsights: Sequence[Hindsight],
+    *,
+    knobs: RollbackKnobs,
+) -> list[Candidate]:
+    """Every distance of which something was asked, nearest first, ready to be resampled."""
+    assert {each.distance for each in hindsights} <= {stratum.farthest for stratum in strata}, "slices end at strata"
+    assert len({each.distance for each in hindsights}) == len(hindsights), "one hindsight a distance"
+    rng = np.random.default_rng(knobs.seed)
+    asked = asked_of(strata, probed, rng=rng, resamples=knobs.resamples)
+    pairs = [(each, asked.within(each.distance)) for each in sorted(hindsights, key=lambda each: each.distance)]
+    kept = [each for each, part in pairs if part.prompt_ids]
+    parts = [part for _, part in pairs if part.prompt_ids]
+    forward = forward_views(kept, parts, cap=knobs.cap)
+    backward = backward_views(kept, rng=rng, resamples=knobs.resamples, cap=knobs.cap)
+    return [
+        Candidate(
+            hindsight=each,
+            num_mistakes=slice_size(strata, each.distance),
+            asked=part,
+            forward=ahead,
+            backward=behind,
+            view=in_use(ahead, behind, knobs.direction),
+            num_probed=len(probed),
+        )
+        for each, part, ahead, behind in zip(kept, parts, forward, backward, strict=True)
+    ]
+
+
+def slice_size(strata: Sequence[Stratum], distance: int) -> int:
+    """Distinct mistakes that a rollback of this distance undoes."""
+    return sum(len(stratum.prompt_ids) for stratum in strata if stratum.farthest <= distance)
+
+
+def log_signal(each: Candidate, *, kind: VarianceKind, knobs: VarianceKnobs, alpha: float) -> Floats:
+    """log S = log Q~ - alpha log V, Q~ = (M Q + 1/2)/(M + 1); V = 1 where none was measured.
+
+    M is the number of prompts of the whole probe: with that of the slice the half would favour slices hardly asked.
+    """
+    log_quality_B = np.log(smoothed(slice_quality(each.asked), each.num_probed))
+    return log_quality_B if each.view is None else log_quality_B - alpha * each.view.log_variance(kind, knobs)
+
+
+def score_of(each: Candidate, kind: VarianceKind, knobs: RollbackKnobs) -> RollbackScore:
+    """Q, V and S with 95 % intervals. S uses Q~, so it is not exactly quality/variance."""
+    quality_B = slice_quality(each.asked)
+    quality_low, quality_high = slice_interval(each.asked, quality_B)
+    log_signal_B = log_signal(each, kind=kind, knobs=knobs.variance_knobs, alpha=knobs.alpha)
+    signal_B = np.exp(np.clip(log_signal_B, -LARGEST_LOG, LARGEST_LOG))
+    signal_low, signal_high = percentile_interval(signal_B)
+    return RollbackScore(
+        distance=each.distance,
+        num_mistakes=each.num_mistakes,
+        num_probed=len(each.asked.prompt_ids),
+        quality=float(quality_B[0]),
+        quality_low=quality_low,
+        quality_high=quality_high,
+        signal=float(signal_B[0]),
+        signal_low=signal_low,
+        signal_high=signal_high,
+        p_best=0.0,
+        chosen=False,
+        **_drift(each, kind, knobs.variance_knobs),
+    )
+
+
+def _drift(each: Candidate, kind: VarianceKind, knobs: VarianceKnobs) -> dict[str, object]:
+    """V of the view in use with its interval, V both ways, and whether they can be believed."""
+    variance_B = np.ones(1) if each.view is None else np.exp(each.view.log_variance(kind, knobs))
+    variance_low, variance_high = percentile_interval(variance_B)
+    kl_per_token, kl_per_sequence = (0.0, 0.0) if each.view is None else each.view.kl(knobs)
+    return {
+        "variance": float(variance_B[0]),
+        "variance_low": variance_low,
+        "variance_high": variance_high,
+        "variance_kind": kind,
+        "variances": {} if each.view is None else each.view.variances(knobs),
+        "variance_forward": None if each.forward is None else each.forward.variances(knobs)[kind],
+        "variance_backward": None if each.backward is None else each.backward.variances(knobs)[kind],
+        "variances_agree": views_agree(each.forward, each.backward, kind=kind, knobs=knobs),
+        "heavy_tail": heavy_tail(each.hindsight.forward, each.hindsight.backward),
+        "kl_per_token": kl_per_token,
+        "kl_per_sequence": kl_per_sequence,
+        "num_backward": len(each.hindsight.backward),
+    }

@@ -1,0 +1,227 @@
+"""AutoNPO's records to tables of text: its moves, what each probe found, why it kept still, what it all cost.
+
+The evidence of a move is plain data, perhaps read back from a file that dropped what was no number: an absent figure
+is `-`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
+from typing import Any
+
+from npo_cli.auto_records import Confirmation, Stretch, Transition
+from npo_cli.costs import Account
+from npo_cli.report.auto_words import because
+from npo_cli.report.cells import Table, count, number, without_empty_columns
+
+Evidence = Mapping[str, Any]
+
+FLICKER = 5
+"""A break of fewer steps does not interrupt a range that is shown."""
+NUM_RANGES = 4
+WIDEST = 54
+"""Letters of a reason that fit with the rest into a line of 100."""
+PROFILES = ("argmax", "one_se", "faithful", "calibrated", "group2", "seq_kl")
+
+
+def transitions_tables(moves: Sequence[Transition]) -> tuple[Table, ...]:
+    """Every move with what it was based on, then what each probe found."""
+    rows = tuple((str(one.step), one.event, one.state.branch, basis(one)) for one in moves)
+    assumed = any(one.evidence.get("assumed") for one in moves)
+    notes = ("assumed: a record cannot be probed, so every trigger counts as accepted.",) if assumed else ()
+    title = "What AutoNPO would have done" if any(map(_is_rehearsed, moves)) else "What AutoNPO did"
+    table = without_empty_columns(
+        Table(title=title, header=("step", "event", "branch", "based on"), rows=rows, notes=notes)
+    )
+    found = [(f"step {one.step} of {one.state.branch}", one.evidence) for one in moves if one.evidence.get("scores")]
+    return (table, *(part for where, evidence in found for part in _confirmation(evidence, where=where)))
+
+
+def _is_rehearsed(move: Transition) -> bool:
+    return bool(move.evidence.get("rehearsed") or move.evidence.get("assumed"))
+
+
+# What a move was based on
+
+
+def basis(move: Transition) -> str:
+    """The evidence of a move in one cell, `-` where the event says it all."""
+    seen = move.evidence
+    match move.event:
+        case "started":
+            told = _settings(seen.get("settings") or {})
+        case "accepted" if seen.get("assumed"):
+            told = f"assumed: D = {seen.get('distance')}, the largest that leads to a checkpoint"
+        case "rolled_back" if seen.get("assumed"):
+            told = f"assumed: to {_either(seen.get('to_steps', ()))}"
+        case "rolled_back":
+            told = f"{because(move)}, replayed until {move.state.until}"
+        case "armed":
+            told = f"the {'rest' if move.phase_before == 'COOLDOWN' else 'warm-up'} is over"
+        case _ if move.state.phase == "COOLDOWN":
+            # A probe's whole reason stands below its own table.
+            reason = shorten(because(move), WIDEST, placeholder=" ...") if seen.get("scores") else because(move)
+            told = "; ".join(filter(None, (f"rest until {move.state.until}", reason)))
+        case _:
+            told = because(move)
+    return told or "-"
+
+
+def _either(steps: Sequence[int]) -> str:
+    """`61, 71 or 81`."""
+    return " or ".join(filter(None, (", ".join(map(str, steps[:-1])), *map(str, steps[-1:]))))
+
+
+def _settings(settings: Evidence) -> str:
+    """The figures of the auto section by the names that the design document gives them."""
+    auto = settings.get("auto") or {}
+    names = (("W", "window"), ("patience", "patience"), ("c_r", "c_r"), ("d_H", "d_H"), ("c_H", "c_H"))
+    rest = (("warm-up", "warmup"), ("rest", "cooldown"), ("max", "max"))
+    return ", ".join(f"{name} {auto[key]:g}" for name, key in (*names, *rest) if key in auto)
+
+
+# What a probe found
+
+
+def confirmations_tables(confirmations: Sequence[Confirmation]) -> tuple[Table, ...]:
+    """Q, V and S by distance, every V, and the mistakes by age, of each probe."""
+    return tuple(table for one in confirmations for table in _confirmation(dataclasses.asdict(one), where="a probe"))
+
+
+def _confirmation(found: Evidence, *, where: str) -> tuple[Table, ...]:
+    scores = sorted(found["scores"], key=lambda one: one["distance"])
+    views = (_variances(scores),) if scores else ()
+    return (_scores(found, scores, where=where), *views, _strata(found.get("strata", ())))
+
+
+def _scores(found: Evidence, scores: Sequence[Evidence], *, where: str) -> Table:
+    header = ("D", "mistakes", "Q", "V", "S = Q/V", "p(best)", "")
+    rows = tuple(
+        (
+            *(str(one["distance"]), count(one.get("num_mistakes"))),
+            *(_bounded(one, name) for name in ("quality", "variance", "signal")),
+            *(number(one.get("p_best"), digits=2), "<- D*" if one.get("chosen") else ""),
+        )
+        for one in scores
+    )
+    verdict = "accepted" if found.get("accepted") else f"rejected: {found.get('reason') or 'no reason recorded'}"
+    asked = f"{count(found.get('num_prompts'))} prompts, {count(found.get('num_samples'))} samples"
+    notes = [f"{verdict}.", f"{asked}, {count(found.get('num_tokens'))} tokens; intervals are 95 %."]
+    others = found.get("chosen_by") or {}
+    if others:
+        ordered = sorted(others, key=lambda name: (PROFILES.index(name) if name in PROFILES else len(PROFILES), name))
+        notes.append("D by rule and profile: " + ", ".join(f"{name} {others[name]}" for name in ordered) + ".")
+    return Table(title=f"Rollback distances, {where}", header=header, rows=rows, notes=tuple(notes))
+
+
+def _variances(scores: Sequence[Evidence]) -> Table:
+    """V from both sides; the two agree where their intervals overlap."""
+    header = ("D", "asked", "V forward", "V backward", "agree", "tail", "KL/token", "KL/sequence", "on record")
+    words = {None: "-", True: "yes", False: "NO"}
+    rows = tuple(
+        (
+            *(str(one["distance"]), count(one.get("num_probed"))),
+            *(number(one.get("variance_forward")), number(one.get("variance_backward"))),
+            words[one.get("variances_agree")],
+            "HEAVY" if one.get("heavy_tail") else "",
+            *(number(one.get("kl_per_token"), digits=4), number(one.get("kl_per_sequence"))),
+            count(one.get("num_backward")),
+        )
+        for one in scores
+    )
+    kind = scores[0].get("variance_kind", "V")
+    notes = ("forward: samples of now, seen by the old policy; backward: samples on record, seen by that of now.",)
+    return without_empty_columns(Table(title=f"V from both sides, {kind}", header=header, rows=rows, notes=notes))
+
+
+def _strata(strata: Sequence[Evidence]) -> Table:
+    header = ("age", "mistakes", "asked", "samples", "correct", "pass@1")
+    rows = tuple(
+        (
+            f"{one['nearest']}-{one['farthest'] - 1}",
+            *(count(one.get(name)) for name in ("num_mistakes", "num_probed", "num_samples", "num_correct")),
+            _bounded(one, "quality"),
+        )
+        for one in strata
+    )
+    return Table(title="Mistakes by age in steps", header=header, rows=rows)
+
+
+def _bounded(one: Evidence, name: str) -> str:
+    """`0.500 [0.400, 0.600]`, or as much of it as there is."""
+    value, low, high = (one.get(key) for key in (name, f"{name}_low", f"{name}_high"))
+    return "-" if value is None else f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+# Why nothing happened, and what it cost
+
+
+def stretches_tables(stretches: Sequence[Stretch]) -> tuple[Table, ...]:
+    """Each reason with its steps, most frequent first."""
+    reasons: dict[str, list[Stretch]] = {}
+    for one in stretches:
+        reasons.setdefault(one.reason, []).append(one)
+    totals = {reason: sum(one.num_steps for one in some) for reason, some in reasons.items()}
+    rows = tuple(
+        (reason, count(totals[reason]), MEANING.get(reason, ""), _ranges(reasons[reason]))
+        for reason in sorted(totals, key=lambda reason: -totals[reason])
+    )
+    header = ("why not", "steps", "meaning", "where")
+    notes = (f"Ranges run on over breaks of fewer than {FLICKER} steps; the counts are exact.",)
+    return (Table(title="Steps without a trigger", header=header, rows=rows, notes=notes),)
+
+
+MEANING: Mapping[str, str] = {
+    "warming_up": "before auto.warmup",
+    "replaying": "in a replay",
+    "resting": "in a cooldown",
+    "no_signal": "reward or entropy missing",
+    "short_history": "fewer than auto.window yet",
+    "rising": "reward still rises",
+    "entropy_level": "entropy falls too little",
+    "streak": "both hold, too briefly",
+    "waiting": "warned, no checkpoint yet",
+    "capped": "auto.max is reached",
+}
+
+
+def _ranges(stretches: Sequence[Stretch]) -> str:
+    """`41-92, 101-161`: breaks shorter than a flicker are closed, and of many ranges the longest are kept."""
+    closed: list[tuple[int, int]] = []
+    for one in sorted(stretches, key=lambda one: one.first):
+        if closed and one.first - closed[-1][1] <= FLICKER:
+            closed[-1] = (closed[-1][0], max(closed[-1][1], one.last))
+        else:
+            closed.append((one.first, one.last))
+    kept = sorted(sorted(closed, key=lambda span: span[0] - span[1])[:NUM_RANGES])
+    rest = f" and {len(closed) - len(kept)} more" if len(closed) > len(kept) else ""
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in kept) + rest
+
+
+def account_tables(accounts: Sequence[Account]) -> tuple[Table, ...]:
+    """Everything a run executed, a column for each branch that it is seen from."""
+    lines: tuple[tuple[str, Callable[[Account], str]], ...] = (
+        ("logical step", lambda one: count(one.step)),
+        ("optimiser updates", lambda one: count(one.updates)),
+        ("training tokens", lambda one: count(one.training_tokens)),
+        ("probe tokens", lambda one: count(one.probe_tokens)),
+        ("guide tokens", lambda one: count(one.guide_tokens)),
+        ("abandoned tokens", lambda one: count(one.abandoned_tokens)),
+        ("all tokens", lambda one: count(one.tokens)),
+        ("wall clock, s", lambda one: f"{one.seconds:,.1f}" if one.seconds > 0 else "-"),
+        ("interventions", lambda one: count(one.interventions)),
+        ("rejections", lambda one: count(one.rejections)),
+    )
+    rows = tuple((name, *(told(one) for one in accounts)) for name, told in lines)
+    header = ("everything executed", *(one.branch for one in accounts))
+    notes = ("abandoned: steps that are not on the branch's line; held-out evaluations are nobody's cost.",)
+    return (Table(title="Account", header=header, rows=rows, notes=notes),)
+
+
+AUTO_TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
+    Transition: transitions_tables,
+    Confirmation: confirmations_tables,
+    Stretch: stretches_tables,
+    Account: account_tables,
+}
+"""How each kind of record is tabulated, in the order in which kinds are shown."""

@@ -1,0 +1,71 @@
+"""JUDGE: is the replayed branch worse than the one it replaces? A paired test on the held-out prompts.
+
+Both policies answer the same prompts with the same seeds; prompts are resampled in pairs. With this test on, the
+held-out split has chosen a branch, and its accuracy is no longer that of unseen data.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy
+
+from npo_cli.guide.quality import cluster_interval
+from npo_cli.records import Group
+from npo_cli.run_dir.checkpoints import Checkpoint
+from npo_cli.seeds import derive_seed
+from npo_cli.stages.world import World, answer, load_checkpoint, num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairedTest:
+    """Held-out accuracy of two policies at one step, and the difference with its 95 % interval."""
+
+    replayed: float
+    abandoned: float
+    difference: float
+    """replayed - abandoned."""
+    difference_low: float
+    difference_high: float
+    num_prompts: int
+    num_tokens: int
+
+    @property
+    def worse(self) -> bool:
+        """The whole interval of the difference lies below 0."""
+        return self.difference_high < 0
+
+    def row(self) -> dict[str, float]:
+        """As evidence of a transition."""
+        return asdict(self)
+
+
+def paired_test(world: World, replayed: Checkpoint, abandoned: Checkpoint) -> PairedTest:
+    """eval.samples answers a prompt of each; the interval is a bootstrap of the paired differences over prompts."""
+    ours, theirs = _answers(world, replayed), _answers(world, abandoned)
+    differences = [_share(mine) - _share(other) for mine, other in zip(ours, theirs, strict=True)]
+    rng = numpy.random.default_rng(derive_seed(world.recipe.train.seed, "judge", replayed.branch, replayed.step))
+    low, high = paired_interval(differences, rng)
+    return PairedTest(
+        replayed=sum(map(_share, ours)) / len(ours),
+        abandoned=sum(map(_share, theirs)) / len(theirs),
+        difference=sum(differences) / len(differences),
+        difference_low=low,
+        difference_high=high,
+        num_prompts=len(differences),
+        num_tokens=num_tokens(ours) + num_tokens(theirs),
+    )
+
+
+def paired_interval(differences: list[float], rng: numpy.random.Generator) -> tuple[float, float]:
+    """Of the mean difference; from -1 to 1 seen as shares of [0, 1], so that no spread is no false certainty."""
+    low, high = cluster_interval([(1 + each) / 2 for each in differences], rng, 2000)
+    return 2 * low - 1, 2 * high - 1
+
+
+def _answers(world: World, checkpoint: Checkpoint) -> list[Group]:
+    load_checkpoint(world.policy, checkpoint)
+    slots = range(world.recipe.eval.samples)
+    return answer(world, world.task.heldout, label=("judge",), slots=slots, sampler_step=checkpoint.step)
+
+
+def _share(group: Group) -> float:
+    return sum(rollout.verdict == "correct" for rollout in group.rollouts) / len(group.rollouts)

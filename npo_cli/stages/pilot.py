@@ -1,0 +1,161 @@
+"""The driver of AutoNPO: asks the state machine what is next, does it, and tells it how it went.
+
+Every fact is on the disk before it is told: recorded metrics, answers of a probe, a finished cache, a branch. A killed
+driver therefore starts again from the last transition and comes to the same decisions. Steps that are on record, by
+this driver or by plain training, are looked at, not made again.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from npo_cli.auto_records import AutoState, Transition
+from npo_cli.errors import StoppedEarly, as_typed
+from npo_cli.guide.controller import Fact, StepSeen, advance
+from npo_cli.guide.trigger import Signal, Watch
+from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.records import EvalReport, Notice, Progress, StepReport
+from npo_cli.report.auto_words import in_words
+from npo_cli.run_dir.auto import append_transitions
+from npo_cli.run_dir.checkpoints import Checkpoint, history, newest_anchor
+from npo_cli.run_dir.lineage import descent, newest_branch
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.run_dir.steps import measured_steps
+from npo_cli.stages.auto_knobs import controller_knobs, trigger_knobs
+from npo_cli.stages.interventions import confirmed_fact, guided_fact, judged_fact, last_event, rolled_back_fact
+from npo_cli.stages.loop import grpo_steps
+from npo_cli.stages.resume import continuation, first_state, open_guidance, record_start
+from npo_cli.stages.signals import StopFlag
+from npo_cli.stages.train import open_trainer
+from npo_cli.stages.world import World, load_checkpoint
+
+TRAINING = ("TRAIN", "REPLAY", "COOLDOWN")
+Seen = Transition | Notice | Progress | StepReport | EvalReport
+
+
+def recorded_until(run: RunDir, branch: str, step: int) -> Iterator[Signal]:
+    """Signals of the branch's line of descent up to a step, oldest first."""
+    for stretch in descent(run, branch):
+        for row in measured_steps(run, stretch.branch):
+            if stretch.owns(row["step"]) and row["step"] <= step:
+                yield signal_of(row)
+
+
+def signal_of(row: Mapping[str, Any]) -> Signal:
+    """What the trigger sees of a step's measurements; a dropped number is missing."""
+    return Signal(step=row["step"], reward=row.get("reward"), entropy=row.get("entropy"))
+
+
+class Pilot:
+    """One run under AutoNPO, from the newest transition on."""
+
+    def __init__(self, world: World, state: AutoState, *, stop: StopFlag) -> None:
+        self.world, self.run, self.recipe = world, world.run, world.recipe
+        self.knobs = controller_knobs(world.recipe)
+        self.stop = stop
+        self.state = state
+        self.watch = self.watched_until(state)
+
+    def watched_until(self, state: AutoState) -> Watch:
+        """A watch that has seen the line of descent up to the state's step."""
+        watch = Watch(trigger_knobs(self.recipe))
+        for signal in recorded_until(self.run, state.branch, state.step):
+            watch.see(signal)
+        return watch
+
+    def drive(self) -> Iterator[Seen]:
+        """Train, probe, roll back, replay, until the last step is done."""
+        facts = {
+            "PROBE": confirmed_fact,
+            "GUIDE_GEN": guided_fact,
+            "ROLLBACK": rolled_back_fact,
+            "JUDGE": judged_fact,
+        }
+        while not self.ended:
+            act = facts.get(self.state.phase)
+            if act is None:
+                yield from self.go_on()
+                continue
+            fact = yield from act(self.world, self.state)
+            yield from self.told(fact)
+            self.watch = self.watched_until(self.state)
+
+    @property
+    def ended(self) -> bool:
+        """All steps are done and nothing waits; or the recipe wants no more than the replay."""
+        if self.state.phase not in TRAINING:
+            return False
+        stops = self.recipe.replay.after == "stop" and self.state.phase == "COOLDOWN"
+        if stops and last_event(self.run) in ("replayed", "kept"):
+            return True
+        return self.state.step >= self.recipe.train.num_steps
+
+    def told(self, fact: Fact) -> Iterator[Seen]:
+        """One fact to the state machine; its moves go to the disk before anything is done about them."""
+        self.state, moves = advance(self.state, fact, knobs=self.knobs)
+        append_transitions(self.run, moves)
+        for move in moves:
+            yield move
+            yield Notice(message=in_words(move))
+
+    def step_seen(self, signal: Signal) -> StepSeen:
+        """The fact of one step; a guide must be on the disk, so only steps with a checkpoint can be acted upon."""
+        at_checkpoint = signal.step % self.recipe.train.save_every == 0
+        return StepSeen(reading=self.watch.see(signal), has_checkpoint=at_checkpoint)
+
+    def go_on(self) -> Iterator[Seen]:
+        """Look at what is on record up to the newest full state, then make steps, until something is to be done."""
+        branch = self.state.branch
+        known = history(self.run, branch)
+        newest = newest_anchor(self.run, branch) if known else None
+        if newest is not None and newest.step > self.state.step:
+            yield from self.look_at_record(newest.step)
+            if self.state.phase not in TRAINING or self.ended:
+                return
+        yield from self.train_on(newest)
+
+    def look_at_record(self, last: int) -> Iterator[Seen]:
+        """Recorded steps of the branch itself, up to `last`."""
+        for signal in list(recorded_until(self.run, self.state.branch, last)):
+            if signal.step > self.state.step:
+                yield from self.told(self.step_seen(signal))
+                if self.state.phase not in TRAINING or self.ended:
+                    return
+        # Lines may be lost (a power cut); the checkpoint is there all the same.
+        self.state = replace(self.state, step=max(self.state.step, last))
+
+    def train_on(self, newest: Checkpoint | None) -> Iterator[Seen]:
+        """Live steps from the newest full state until a decision is due; its transitions wait for the checkpoint."""
+        start = continuation(self.run, self.state.branch, ())
+        if newest_branch(self.run) != self.state.branch:
+            record_start(self.run, start, ())
+        if newest is not None:
+            load_checkpoint(self.world.policy, newest)
+        guidance = open_guidance(self.world, start.segment)
+        optimizer = build_optimizer(self.world.policy.model, self.recipe.train)
+        state = yield from first_state(self.world, optimizer, start)
+        trainer = open_trainer(self.world, optimizer, branch=self.state.branch, guidance=guidance)
+        waiting: list[StepSeen] = []
+
+        def watcher(report: StepReport) -> bool:
+            if report.step <= self.state.step:
+                return False  # made again after a kill, and judged before it
+            fact = self.step_seen(signal_of({"step": report.step, **report.metrics}))
+            waiting.append(fact)
+            ahead, moves = advance(self.state, fact, knobs=self.knobs)
+            done = self.recipe.replay.after == "stop" and any(move.event == "replayed" for move in moves)
+            return done or ahead.phase not in TRAINING
+
+        try:
+            for record in grpo_steps(trainer, state, self.stop, watcher=watcher):
+                # By now the step before has been saved, if it had to be.
+                yield from self.tell_all(waiting)
+                yield record
+            yield from self.tell_all(waiting)
+        except StoppedEarly as stopped:
+            raise StoppedEarly(stopped.message, f"npo resume {as_typed(self.run.root)} --autonpo") from stopped
+
+    def tell_all(self, waiting: list[StepSeen]) -> Iterator[Seen]:
+        """Facts whose step is safe on the disk."""
+        while waiting:
+            yield from self.told(waiting.pop(0))

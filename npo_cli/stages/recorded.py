@@ -1,0 +1,159 @@
+"""Reward and entropy by step from somebody's records: a run's own, or any trainer's file of JSON lines.
+
+Known are the names that npo, TRL, verl and prime-rl give them; any other column is named on the command line. A line
+without a step, or with neither signal, is no record of a step (evaluations stand between them) and is passed over.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npo_cli.errors import NpoError, as_typed
+from npo_cli.guide.trigger import Signal
+
+Row = Mapping[str, Any]
+
+KNOWN: Mapping[str, tuple[str, ...]] = {
+    "step": ("step", "global_step", "training/global_step", "_step", "trainer/global_step"),
+    "reward": (
+        *("reward", "critic/score/mean", "critic/rewards/mean", "rewards/mean", "train/reward"),
+        *("reward/all/mean", "reward/mean"),
+    ),
+    "entropy": ("entropy", "actor/entropy", "actor/entropy_loss", "train/entropy", "entropy/mean"),
+}
+"""Column names in the order in which they are tried: npo and TRL, verl (its score before any KL penalty), prime-rl."""
+TELLING = ("step", "reward", "score", "acc", "entropy")
+NUM_NAMED = 16
+LARGEST = 1e100
+"""Beyond it squares are no numbers any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """Names given on the command line; None looks for a known one."""
+
+    step: str | None = None
+    reward: str | None = None
+    entropy: str | None = None
+
+
+def signals_of(rows: Sequence[Row], names: Mapping[str, str], *, source: Path) -> list[Signal]:
+    """One signal a step, by step, from the columns so named. Of a step recorded twice the later line wins.
+
+    It wins column by column: some trainers write the reward and the entropy of a step apart.
+    """
+    found: dict[int, dict[str, float | None]] = {}
+    for row in rows:
+        step = _step(row.get(names["step"]))
+        seen = {signal: _number(row[names[signal]]) for signal in ("reward", "entropy") if names[signal] in row}
+        if step is not None and seen:
+            found[step] = found.get(step, {}) | seen
+    if not found:
+        raise NpoError(
+            f"{source} has no line with a whole {names['step']!r} and a {names['reward']!r} or {names['entropy']!r}",
+            f"npo autonpo {as_typed(source)} --explain --step COLUMN",
+        )
+    return [
+        Signal(step=step, reward=seen.get("reward"), entropy=seen.get("entropy"))
+        for step, seen in sorted(found.items())
+    ]
+
+
+def chosen_columns(rows: Sequence[Row], columns: Columns, *, source: Path) -> dict[str, str]:
+    """The column of each of the three; refused where one holds no number anywhere, with those that do."""
+    numeric = list(dict.fromkeys(name for row in rows for name, value in row.items() if _number(value) is not None))
+    found, missing = {}, []
+    for signal, known in KNOWN.items():
+        given = getattr(columns, signal)
+        if given is not None and given not in numeric:
+            raise NpoError(f"{source} has no number in a column {given!r}; {_listed(numeric)}", f"--{signal} COLUMN")
+        name = given or next((name for name in known if name in numeric), None)
+        if name is None:
+            missing.append(signal)
+        else:
+            found[signal] = name
+    if missing:
+        flags = " ".join(f"--{signal} COLUMN" for signal in missing)
+        raise NpoError(
+            f"{source} has no {' and no '.join(missing)} by any name known here; {_listed(numeric)}",
+            f"npo autonpo {as_typed(source)} --explain {flags}",
+        )
+    return found
+
+
+def _listed(numeric: Iterable[str]) -> str:
+    """The columns with numbers, those first that could be meant."""
+    ordered = sorted(numeric, key=lambda name: not any(part in name.lower() for part in TELLING))
+    rest = f" and {len(ordered) - NUM_NAMED} more" if len(ordered) > NUM_NAMED else ""
+    return f"its numbers are: {', '.join(ordered[:NUM_NAMED]) or 'none'}{rest}"
+
+
+def _number(value: object) -> float | None:
+    """A finite number; everything else is a missing value."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+        return None
+    return float(value)
+
+
+def _step(value: object) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and number >= 0 and number.is_integer() else None
+
+
+# Files
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Every line as one flat row; a torn last line is passed over, any other that is no JSON object is refused.
+
+    The state that Hugging Face's trainer leaves (one object with a log_history) is read too.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise NpoError(
+            f"{path} is not UTF-8 text (byte {error.start})", "name a run directory, or a file of JSON lines"
+        ) from error
+    except OSError as error:
+        raise NpoError(f"{path} cannot be read: {error.strerror}", "mend its rights, or name another file") from error
+    lines = text.split("\n")
+    whole = _history(text) if _parsed(lines[0]) is None or len(lines) <= 2 else None
+    rows = whole if whole is not None else _rows(lines, path)
+    if not rows:
+        raise NpoError(f"{path} is empty", "it needs one JSON object a line, each with step, reward and entropy")
+    return [_flat(row) for row in rows]
+
+
+def _rows(lines: Sequence[str], path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parsed(line)
+        if row is not None:
+            rows.append(row)
+        elif line.strip() and (number < len(lines) or not rows):
+            raise NpoError(
+                f"{path}, line {number}: not a JSON object", "write one JSON object a line, or name another file"
+            )
+    return rows
+
+
+def _history(text: str) -> list[Row] | None:
+    """The log_history of a trainer state; None where the text is no such thing."""
+    found = (_parsed(text) or {}).get("log_history")
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else None
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _flat(row: Row) -> Row:
+    """What is one level down joins the rest under its own name: verl writes {"step": 1, "data": {...}}."""
+    inner = {name: value for group in row.values() if isinstance(group, dict) for name, value in group.items()}
+    return {**inner, **row}

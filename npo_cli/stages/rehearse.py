@@ -1,0 +1,113 @@
+"""`npo autonpo`: what AutoNPO did in a run, or, with --explain, would have done on somebody's records."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from npo_cli.auto_records import Stretch, Transition
+from npo_cli.costs import Account
+from npo_cli.errors import NpoError, as_typed
+from npo_cli.records import Notice
+from npo_cli.report.auto_figure import autonpo_figure
+from npo_cli.run_dir.auto import transitions
+from npo_cli.run_dir.checkpoints import history
+from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.accounting import account
+from npo_cli.stages.recorded import Columns
+from npo_cli.stages.rehearsal import Record, Rehearsal, of_file, of_run, rehearsed, stretches
+
+
+def rehearse(
+    source: Path,
+    *,
+    columns: Columns,
+    overrides: Sequence[str],
+    branch: str | None,
+    picture: Path | None,
+    draw: bool,
+) -> Iterator[Transition | Stretch | Notice]:
+    """Every move, then why the other steps made none, then a picture (unless not to `draw`) and a conclusion."""
+    record = (
+        of_run(source, columns=columns, overrides=overrides, branch=branch)
+        if source.is_dir()
+        else of_file(source, columns=columns, overrides=overrides)
+    )
+    yield from (Notice(message=remark) for remark in record.remarks)
+    found = rehearsed(record)
+    yield from found.moves
+    yield from stretches(found.reasons)
+    if draw:
+        yield drawn(record, found, picture=picture)
+    yield from conclusions(record, found)
+
+
+# What it comes to
+
+
+def drawn(record: Record, found: Rehearsal, *, picture: Path | None) -> Notice:
+    """The picture, beside what was rehearsed unless told otherwise; what a run really did has a band of its own."""
+    inside, beside = record.source / "autonpo.png", record.source.with_name(f"{record.source.name}.autonpo.png")
+    path = picture or (inside if record.run else beside)
+    if picture is None and not os.access(path.parent, os.W_OK):
+        return Notice(message=f"no picture: {path.parent} may not be written in; --out FILE names another place")
+    real = transitions(record.run) if record.run else []
+    courses = [("rehearsed", found.moves), *([("happened", real)] if real else [])]
+    title = f"AutoNPO rehearsed on {record.source.resolve().name}"
+    autonpo_figure(found.readings, courses, path, title=title)
+    return Notice(message=f"the picture is in {path}")
+
+
+def conclusions(record: Record, found: Rehearsal) -> Iterator[Notice]:
+    """How often it would have fired and where, and for a run the commands that do the same by hand."""
+    fired = [move.step for move in found.moves if move.event == "trigger"]
+    capped = [move.step for move in found.moves if move.event == "capped"]
+    within = f"in {len(found.readings)} recorded steps"
+    if fired:
+        times = "once" if len(fired) == 1 else f"{len(fired)} times"
+        yield Notice(message=f"it would have fired {times} {within}: at {_listed(fired)}")
+    else:
+        every = [reason for _, reason in found.reasons]
+        common = max(sorted(set(every)), key=every.count)
+        yield Notice(message=f"it would never have fired {within}, most of them: {common}")
+    if capped:
+        cap = f"auto.max = {record.recipe.auto.max}"
+        yield Notice(message=f"{cap} would have kept it from firing again from step {capped[0]} on")
+    for step in fired:
+        yield from by_hand(record, step)
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return " and ".join(filter(None, (", ".join(map(str, steps[:-1])), str(steps[-1]))))
+
+
+def by_hand(record: Record, step: int) -> Iterator[Notice]:
+    """From the plateau's start, W before the trigger, taught by the checkpoint late.delta later, where both exist."""
+    if record.run is None:
+        return
+    saved = [checkpoint.step for checkpoint in history(record.run, record.branch)]
+    at = max((each for each in saved if each <= step - record.recipe.auto.window), default=None)
+    if at is None or at + record.recipe.late.delta > record.signals[-1].step:
+        return
+    guide = max(each for each in saved if each <= at + record.recipe.late.delta)
+    if guide == at:
+        return
+    root = as_typed(record.source)
+    branch = "" if record.branch == newest_branch(record.run) else f" --branch {record.branch}"
+    name = f"{record.branch}-{at}-by-{guide}"
+    ask = f"npo sample-guide {root} --at {at} --guide {guide}{branch}"
+    replay = f"npo resume {root} --at {at} --guide {name}"
+    yield Notice(message=f"by hand, for step {step}: {ask} && {replay}")
+
+
+# What really happened
+
+
+def happened(root: Path, *, branch: str | None) -> Iterator[Transition | Account]:
+    """Every move of the run, and all that it cost seen from one branch."""
+    run = open_run(root)
+    moves = transitions(run)
+    if not moves:
+        raise NpoError(f"AutoNPO never watched {root}", f"npo resume {as_typed(root)} --autonpo")
+    yield from moves
+    yield account(run, branch or newest_branch(run))

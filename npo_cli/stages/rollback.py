@@ -1,0 +1,52 @@
+"""What a rollback takes back besides the weights: optimiser state, data and seeds (the `rollback` settings).
+
+By default everything is that of the old step and only the sampling seeds are new. The other choices are ablations.
+"""
+
+from dataclasses import replace
+
+from torch.optim import AdamW
+
+from npo_cli.loading import from_dict
+from npo_cli.policy.optimizer import TrainerState, load_moments
+from npo_cli.records import Segment
+from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, newest_anchor
+from npo_cli.run_dir.guides import load_guide
+from npo_cli.run_dir.lineage import birth_segment
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.stages.saving import ANCHOR, need_state
+from npo_cli.stages.segment import position_at
+from npo_cli.stages.world import World
+
+
+def seed_name(run: RunDir, branch: str) -> str:
+    """The branch whose name enters the sampling seeds: with rollback.seed=same that of the branch it left."""
+    born = birth_segment(run, branch)
+    recipe = from_dict(run.recipe(branch), source=str(run.recipe_path(branch)))
+    if born.parent is None or recipe.rollback.seed == "fresh":
+        return branch
+    return seed_name(run, born.parent)
+
+
+def taken_back(world: World, optimizer: AdamW, state: TrainerState, *, born: Segment) -> TrainerState:
+    """The state a new branch starts with, given that of the step it left its parent at."""
+    settings = world.recipe.rollback
+    if born.parent is None or state.step != born.fork_step:
+        return state
+    if settings.optimizer == "reset":
+        optimizer.state.clear()
+    elif settings.optimizer == "keep_current":
+        present = _present(world.run, born)
+        need_state(world.run, present)
+        load_moments(present.path / ANCHOR, world.policy.model, optimizer)
+    if settings.data == "onward":
+        return replace(state, position=position_at(world.run, born.parent, _present(world.run, born).step))
+    return state
+
+
+def _present(run: RunDir, born: Segment) -> Checkpoint:
+    """The policy that the rollback left behind: the guide, or without one the parent's newest."""
+    assert born.parent is not None
+    if born.guide is None:
+        return newest_anchor(run, born.parent)
+    return find_checkpoint(run, born.parent, load_guide(run, born.guide)[0].guide_step)
