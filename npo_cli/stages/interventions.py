@@ -12,7 +12,7 @@ from npo_cli.records import Progress, Prompt, Rollout, Segment
 from npo_cli.run_dir.auto import transitions
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint
 from npo_cli.run_dir.guides import load_guide
-from npo_cli.run_dir.lineage import birth_segment, branches, new_branch_name
+from npo_cli.run_dir.lineage import birth_segment, branches
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.stages.auto_guides import Wanted, made_guides
 from npo_cli.stages.confirm import confirmed, open_confirmation
@@ -121,8 +121,13 @@ def probed_answers(world: World, state: AutoState, present: Checkpoint) -> Mappi
 
 
 def branch_for(run: RunDir, segment: Segment) -> str:
-    """The guide's name for the branch; the branch that a killed driver had made of it is taken up again."""
-    for name in branches(run):
-        if birth_segment(run, name) == replace(segment, branch=name):
+    """The guide's name for the branch, or `NAME-2`, ...; the branch that a killed driver had made is taken up again.
+
+    A folder that no segment lists is what a driver left that was killed before the branch was born: nothing is in it.
+    """
+    known, number = branches(run), 1
+    while True:
+        name = segment.branch if number == 1 else f"{segment.branch}-{number}"
+        if name not in known or birth_segment(run, name) == replace(segment, branch=name):
             return name
-    return new_branch_name(run, segment.branch)
+        number += 1

@@ -68,7 +68,7 @@ def test_a_recorded_step_is_read_back_and_nobody_is_asked(tmp_path):
     before = path.read_bytes()
     # An engine of None cannot be asked anything.
     batch = draw_batch(
-        replace(world, engine=None), RolloutJournal(path), branch="main", step=3, position=8, guidance=None
+        replace(world, engine=None), RolloutJournal(path), seed_name="main", step=3, position=8, guidance=None
     )
     assert batch.own == RolloutJournal(path).read_step(3)
     assert batch.position == 12

@@ -51,7 +51,7 @@ def rows(world, tmp_path_factory) -> list[TrainRow]:
     """16 rows; each group holds a guide's answer, which the guide found likelier than the learner does."""
     guidance = guidance_of(right_answer(world, prompt, shift=0.05) for prompt in world.task.train)
     journal = RolloutJournal(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
-    batch = draw_batch(world, journal, branch="t", step=3, position=8, guidance=guidance)
+    batch = draw_batch(world, journal, seed_name="t", step=3, position=8, guidance=guidance)
     found = train_rows(world.policy, batch.chosen)
     assert sum(row.foreign for row in found) == 4
     return found
@@ -196,12 +196,13 @@ def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
     for kind in ("plain", "mixed"):
         world = with_settings(with_settings(world_at(scout, 2), "inject", ratio=mode, gate=1.0), "train", lr=1e-3)
         journal = RolloutJournal(tmp_path / kind / "rollouts.jsonl")
-        own = draw_batch(world, RolloutJournal(tmp_path / "own.jsonl"), branch="t", step=3, position=4, guidance=None)
+        plain = RolloutJournal(tmp_path / "own.jsonl")
+        own = draw_batch(world, plain, seed_name="t", step=3, position=4, guidance=None)
         last = [(group.prompt, group.rollouts[-1]) for group in own.own if group.rollouts[-1].reward]
         assert last, "no group ends with a right answer, so this shows nothing"
         guides = [charged(world, prompt, rollout.response_ids, rollout.text) for prompt, rollout in last]
         guidance = guidance_of(guides) if kind == "mixed" else None
-        batch = draw_batch(world, journal, branch="t", step=3, position=4, guidance=guidance)
+        batch = draw_batch(world, journal, seed_name="t", step=3, position=4, guidance=guidance)
         rows = train_rows(world.policy, batch.chosen)
         assert sum(row.foreign for row in rows) == (len(last) if guidance else 0)
         optimizer = build_optimizer(world.policy.model, world.recipe.train)

@@ -1,0 +1,105 @@
+"""Real runs under AutoNPO whose settings make it step in early and often, and what of them must come out the same."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from npo_cli.auto_records import Transition
+from npo_cli.config import Recipe
+from npo_cli.loading import load_recipe
+from npo_cli.records import Group, StepReport
+from npo_cli.run_dir.auto import transitions
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.autonpo import resume_auto, train_auto
+from npo_cli.stages.train import train_run
+from tests.stages.running import TINY, files_of, steps_of
+
+EAGER = (
+    *TINY,
+    *("train.num_steps=12", "train.lr=3e-4", "train.seed=7", "task.heldout_size=8"),
+    *("auto.warmup=4", "auto.window=2", "auto.patience=1", "auto.c_r=1000", "auto.d_H=0", "auto.c_H=0"),
+    *("auto.cooldown=1", "auto.deltas=[2,4]", "auto.q_min=0", "auto.pool_min=2", "auto.max=2"),
+    *("probe.prompts=8", "score.resamples=50"),
+)
+"""Every reward counts as standing still, so one step of falling entropy is a warning. This seed triggers at step 6
+(D* = 2) and on the replayed branch at step 8 (D* = 4), and is capped from then on; some 2.5 s."""
+
+NEVER = ("auto.c_H=1000000",)
+"""Entropy never falls by that much noise."""
+
+REJECTING = ("auto.q_min=0.99",)
+
+DECIDED = {
+    *("metrics.jsonl", "rollouts.jsonl", "model.safetensors", "optimizer.safetensors", "state.json"),
+    *("autonpo.jsonl", "asked.jsonl", "trajectories.jsonl", "settings.json"),
+}
+"""Names of files that seed and recipe alone decide."""
+
+
+def eager(*overrides: str) -> Recipe:
+    return load_recipe("micro", [*EAGER, *overrides])
+
+
+def train_plainly(root: Path, *overrides: str) -> list[StepReport]:
+    return steps_of(train_run(root, eager(*overrides), allow_code=False))
+
+
+def auto_training(root: Path, *overrides: str) -> Iterator[Any]:
+    """The generator itself: closing it is like a kill."""
+    return train_auto(root, eager(*overrides), allow_code=False)
+
+
+def auto_resuming(root: Path, *overrides: str, **options: Any) -> Iterator[Any]:
+    asked = {"at": None, "source_branch": None, "new_branch": None} | options
+    return resume_auto(root, overrides=overrides, allow_code=False, **asked)
+
+
+def moves_of(root: Path) -> list[Transition]:
+    return transitions(open_run(root))
+
+
+def events_of(root: Path) -> list[str]:
+    return [move.event for move in moves_of(root)]
+
+
+def the_move(root: Path, event: str, number: int = 0) -> Transition:
+    """The first (or a later) move of that event."""
+    return [move for move in moves_of(root) if move.event == event][number]
+
+
+def decided(root: Path) -> dict[str, str]:
+    """Digests of everything that must not depend on what happened on the way, for all branches, guides and probes."""
+    return {name: digest for name, digest in files_of(root).items() if Path(name).name in DECIDED}
+
+
+def off_main(root: Path) -> dict[str, str]:
+    """The same without the first branch, which plain training carries on where AutoNPO leaves it."""
+    return {name: digest for name, digest in decided(root).items() if not name.startswith("branches/main/")}
+
+
+def groups_of(root: Path, branch: str, step: int) -> tuple[Group, ...]:
+    found = RolloutJournal(open_run(root).rollouts_path(branch)).read_step(step)
+    assert found is not None, f"step {step} of {branch} is on record"
+    return found
+
+
+def prompt_ids(root: Path, branch: str, step: int) -> list[str]:
+    return [group.prompt.prompt_id for group in groups_of(root, branch, step)]
+
+
+def own_accuracy(group: Group) -> float:
+    own = [rollout for rollout in group.rollouts if rollout.source == "own"]
+    return sum(rollout.verdict == "correct" for rollout in own) / len(own)
+
+
+def failed_in(root: Path, branch: str, steps: range, *, at_most: float) -> list[str]:
+    """Distinct prompts of which at most this share was right, in the order in which they were first met."""
+    return list(
+        dict.fromkeys(
+            group.prompt.prompt_id
+            for step in steps
+            for group in groups_of(root, branch, step)
+            if own_accuracy(group) <= at_most
+        )
+    )

@@ -1,0 +1,213 @@
+"""A run under AutoNPO is a function of recipe and seed: how often it stopped, and when AutoNPO came, is no matter."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from npo_cli.run_dir.guides import load_guide, read_asked
+from npo_cli.run_dir.lineage import segments
+from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.train import train_run
+from tests.stages.auto_runs import (
+    NEVER,
+    auto_resuming,
+    auto_training,
+    decided,
+    eager,
+    events_of,
+    failed_in,
+    groups_of,
+    moves_of,
+    off_main,
+    own_accuracy,
+    prompt_ids,
+    the_move,
+    train_plainly,
+)
+from tests.stages.running import copied, files_of, steps_of, stop_after
+
+
+def check_same_but_for_main(root: Path, straight: Path) -> None:
+    """All branches, probes, guides and moves; of main what AutoNPO saw of it."""
+    assert off_main(root) == off_main(straight)
+    ours, theirs = decided(root), decided(straight)
+    for name in [name for name in theirs if name.startswith("branches/main/")]:
+        if name.endswith(".jsonl"):
+            assert (root / name).read_bytes().startswith((straight / name).read_bytes())
+        else:
+            assert ours[name] == theirs[name]
+
+
+def test_the_interventions_are_those_that_the_journal_tells(watched):
+    assert events_of(watched) == [
+        *("started", "armed", "warning", "trigger", "accepted", "guided", "rolled_back", "replayed"),
+        *("armed", "warning", "trigger", "accepted", "guided", "rolled_back", "replayed", "armed", "warning", "capped"),
+    ]
+    # 6 - 2 = 4, and on the replayed branch 8 - 4 = 4.
+    assert [(found.step, found.state.distance) for found in (the_move(watched, "accepted", n) for n in (0, 1))] == [
+        (6, 2),
+        (8, 4),
+    ]
+    assert [(born.branch, born.parent, born.fork_step, born.guide_until) for born in segments(open_run(watched))] == [
+        ("main", None, 0, None),
+        ("auto-1", "main", 4, 6),
+        ("auto-2", "auto-1", 4, 8),
+    ]
+
+
+@pytest.mark.parametrize("num_steps", [12, 7, 5])
+def test_training_first_and_autonpo_later_is_training_with_it(watched, plain, tmp_path, num_steps):
+    """7 and 5 lie between two checkpoints, 7 after and 5 before the first trigger."""
+    root = tmp_path / "run"
+    if num_steps == 12:
+        copied(plain, root)
+    else:
+        stop_after(train_run(root, eager(), allow_code=False), num_steps)
+    list(auto_resuming(root))
+    check_same_but_for_main(root, watched)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_dropped_again_and_again_ends_the_same(watched, tmp_path, seed):
+    root, rng = tmp_path / "run", random.Random(seed)
+    records = auto_training(root)
+    for _ in range(60):
+        # A restart says up to 4 things before its first step, and two steps lead to the next checkpoint.
+        left = rng.randint(6, 16)
+        seen = [record for _, record in zip(range(left), records, strict=False)]
+        records.close()
+        if len(seen) < left:
+            break
+        records = auto_resuming(root)
+    assert len(seen) < left, "it came to an end"
+    assert decided(root) == decided(watched)
+
+
+def test_a_run_that_ended_is_looked_at_and_left_alone(watched, tmp_path):
+    root = copied(watched, tmp_path / "run")
+    assert steps_of(auto_resuming(root)) == []
+    assert decided(root) == decided(watched)
+
+
+def test_where_nothing_triggers_training_is_plain_grpo_and_afterwards_nothing_changes(plain, tmp_path):
+    root = tmp_path / "run"
+    list(auto_training(root, *NEVER))
+    names = [name for name in decided(plain) if name.startswith("branches/")]
+    assert {name: decided(root)[name] for name in names} == {name: decided(plain)[name] for name in names}
+    before = decided(root)
+    said = [record.message for record in auto_resuming(root) if hasattr(record, "message")]
+    assert said[-1] == "looking back over steps 6-12 of main, already on record"
+    assert decided(root) == before
+    assert events_of(root) == ["started", "armed"]
+
+
+def test_a_plain_run_that_never_stagnated_gains_a_journal_and_nothing_else(plain, tmp_path):
+    root = copied(plain, tmp_path / "run")
+    list(auto_resuming(root, *NEVER))
+    assert events_of(root) == ["started", "armed"]
+    changed = {name for name, digest in files_of(root).items() if files_of(plain).get(name) != digest}
+    assert changed == {"autonpo.jsonl", "segments.jsonl", "events.jsonl", "branches/main/recipe.yaml"}
+
+
+# What a replay is made of
+
+
+INTERVENTIONS = [("auto-1", 6, 4), ("auto-2", 8, 4)]
+
+
+def parent_of(branch: str) -> dict[int, str]:
+    """Who made the step before the rollback."""
+    return {5: "main", 6: "main"} if branch == "auto-1" else {5: "auto-1", 6: "auto-1", 7: "auto-1", 8: "auto-1"}
+
+
+@pytest.mark.parametrize(("branch", "at", "back_to"), INTERVENTIONS)
+def test_guides_are_wanted_for_exactly_what_failed_in_the_slice(watched, branch, at, back_to):
+    """A quarter right of four samples or less (pool.tau = 0.25): one or none."""
+    before = parent_of(branch)
+    (parent,) = set(before.values())
+    failed = failed_in(watched, parent, range(back_to + 1, at + 1), at_most=0.25)
+    asked = read_asked(open_run(watched).guide_folder(branch))
+    assert sorted(asked) == sorted(failed)
+    assert len(failed) >= 5
+    info, found = load_guide(open_run(watched), branch)
+    assert (info.branch, info.at_step, info.guide_step, info.num_steps) == (parent, back_to, at, at - back_to)
+    assert set(found) == {prompt_id for prompt_id, entry in asked.items() if entry.num_correct}
+    assert len(found) == the_move(watched, "guided", INTERVENTIONS.index((branch, at, back_to))).evidence["num_found"]
+
+
+@pytest.mark.parametrize(("branch", "at", "back_to"), INTERVENTIONS)
+def test_the_replay_meets_the_same_prompts_in_the_same_order(watched, branch, at, back_to):
+    for step, parent in parent_of(branch).items():
+        assert back_to < step <= at
+        assert prompt_ids(watched, branch, step) == prompt_ids(watched, parent, step)
+
+
+@pytest.mark.parametrize(("branch", "at", "back_to"), INTERVENTIONS)
+def test_a_guide_sits_where_there_is_one_and_the_policy_fails_and_nowhere_after_the_replay(
+    watched, branch, at, back_to
+):
+    _, found = load_guide(open_run(watched), branch)
+    num_injected = 0
+    last = 8 if branch == "auto-1" else 12
+    for step in range(back_to + 1, last + 1):
+        for group in groups_of(watched, branch, step):
+            # inject.gate = 0.6 of the four own rollouts: two right or fewer
+            due = step <= at and group.prompt.prompt_id in found and own_accuracy(group) <= 0.6
+            guests = [rollout for rollout in group.rollouts if rollout.source == "guide"]
+            assert (group.mix == "injected") == bool(guests) == due
+            assert (group.mix == "off") == (step > at)
+            for guest in guests:
+                kept = found[group.prompt.prompt_id]
+                assert (guest.response_ids, guest.behavior_logps) == (kept.response_ids, kept.behavior_logps)
+                num_injected += 1
+    assert num_injected >= 1
+
+
+def test_the_rest_lasts_as_long_as_it_should_and_the_cap_holds_after_a_restart(watched, tmp_path):
+    first, second = (the_move(watched, "replayed", number) for number in (0, 1))
+    # cooldown = 1: replayed at 6, resting at 7, armed at 8
+    assert (first.step, first.state.until) == (6, 7)
+    assert [move.step for move in moves_of(watched) if move.event == "armed"] == [5, 8, 10]
+    assert (second.step, second.state.interventions) == (8, 2)
+    root = copied(watched, tmp_path / "run")
+    steps = steps_of(auto_resuming(root, "train.num_steps=16"))
+    assert [report.step for report in steps] == [13, 14, 15, 16]
+    assert set(events_of(root)[18:]) <= {"warning", "recovered", "capped"}
+
+
+def test_a_fork_by_hand_starts_anew_on_a_branch_of_its_own(watched, tmp_path):
+    root = copied(watched, tmp_path / "run")
+    list(auto_resuming(root, *NEVER, at=4, source_branch="main", new_branch="anew"))
+    begun = [move for move in moves_of(root) if move.event == "started"]
+    assert [(move.step, move.state.branch, move.state.interventions) for move in begun] == [
+        (0, "main", 0),
+        (4, "anew", 0),
+    ]
+    assert moves_of(root)[-1].event == "armed"
+    # Its settings are its own, and it is taken up again by itself.
+    assert open_run(root).recipe("anew")["auto"]["c_H"] == 1_000_000
+    assert steps_of(auto_resuming(root)) == []
+    before = decided(root)
+    assert {name: before[name] for name in decided(watched) if name != "autonpo.jsonl"} == {
+        name: digest for name, digest in decided(watched).items() if name != "autonpo.jsonl"
+    }
+
+
+def test_the_moves_of_two_runs_of_one_seed_hold_no_time_of_day(watched):
+    said = (watched / "autonpo.jsonl").read_text()
+    assert '"time"' not in said
+    assert "seconds" not in said
+
+
+def test_changed_settings_begin_anew_and_are_not_applied_backwards(tmp_path):
+    """Trained with a trigger that never fires, resumed with one that always does: it fires after the last record."""
+    root = tmp_path / "run"
+    train_plainly(root, "train.num_steps=8")
+    list(auto_resuming(root, *NEVER))
+    list(auto_resuming(root, "auto.c_H=0", "train.num_steps=12"))
+    begun = [move for move in moves_of(root) if move.event == "started"]
+    assert [(move.step, move.evidence["settings"]["auto"]["c_H"]) for move in begun] == [(0, 1e6), (8, 0)]
+    triggers = [move.step for move in moves_of(root) if move.event == "trigger"]
+    assert triggers
+    assert min(triggers) > 8

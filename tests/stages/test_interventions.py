@@ -1,0 +1,203 @@
+"""What an intervention leaves, and what becomes of it where it is rejected, reverted, early, or robbed of its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from npo_cli.policy.optimizer import peek_state
+from npo_cli.run_dir.auto import probes
+from npo_cli.run_dir.checkpoints import delete_checkpoint, demote_checkpoint, find_checkpoint
+from npo_cli.run_dir.guides import list_guides, load_guide, read_asked
+from npo_cli.run_dir.lineage import branches, segments
+from npo_cli.run_dir.manifests import sign_checkpoint
+from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.judge import PairedTest
+from tests.stages.auto_runs import (
+    REJECTING,
+    auto_resuming,
+    auto_training,
+    decided,
+    events_of,
+    failed_in,
+    groups_of,
+    moves_of,
+    the_move,
+)
+from tests.stages.running import copied, steps_of
+
+
+def main_of(root: Path) -> dict[str, str]:
+    return {name: digest for name, digest in decided(root).items() if name.startswith("branches/main/")}
+
+
+# Guides
+
+
+def test_right_answers_of_the_probe_are_the_guides_word_for_word(watched):
+    run = open_run(watched)
+    num_reused = 0
+    for name, probe in (("auto-1", ("main", 6)), ("auto-2", ("auto-1", 8))):
+        (folder,) = [found for found in probes(run) if (found.branch, found.step) == probe]
+        heard = {group.prompt.prompt_id: group.rollouts for _, group in folder.rollouts.iter_groups()}
+        _, cached = load_guide(run, name)
+        for prompt_id, entry in read_asked(run.guide_folder(name)).items():
+            right = [found for found in heard.get(prompt_id, ()) if found.verdict == "correct" and found.finished]
+            if right:
+                assert cached[prompt_id].response_ids in [found.response_ids for found in right]
+                # Asked no more: the samples are those of the probe (4), and no token was generated.
+                assert (entry.num_sampled, entry.num_correct, entry.num_tokens) == (4, len(right), 0)
+                num_reused += 1
+            else:
+                # guide.k = 8 in all; whoever has no answer was asked that often
+                assert entry.num_sampled <= 8
+                assert entry.num_correct or entry.num_sampled == 8
+                assert entry.num_tokens > 0
+    assert num_reused == sum(the_move(watched, "guided", number).evidence["num_reused"] for number in (0, 1)) >= 2
+
+
+# Rejected
+
+
+def test_a_rejected_probe_leaves_training_as_if_it_had_never_been(plain, tmp_path):
+    root = tmp_path / "run"
+    list(auto_training(root, *REJECTING))
+    assert events_of(root).count("rejected") >= 2
+    assert {"accepted", "guided", "rolled_back"}.isdisjoint(events_of(root))
+    assert "auto.q_min is 99 %" in the_move(root, "rejected").evidence["reason"]
+    assert main_of(root) == main_of(plain)
+    assert branches(open_run(root)) == ["main"]
+    assert not list_guides(open_run(root))
+
+
+# After the replay
+
+
+def test_after_the_replay_the_run_may_end_there(watched, tmp_path):
+    root = tmp_path / "run"
+    list(auto_training(root, "replay.after=stop"))
+    assert events_of(root)[-1] == "replayed"
+    # What it did up to there is what it does otherwise: the last checkpoint is that of step 6.
+    theirs = decided(watched)
+    ours = {name: digest for name, digest in decided(root).items() if name.startswith("branches/auto-1/checkpoints")}
+    assert {name.split("/")[3] for name in ours} == {"step_000006"}
+    assert all(theirs[name] == digest for name, digest in ours.items())
+    # It stays ended, until somebody changes that.
+    assert steps_of(auto_resuming(root)) == []
+    assert next(report.step for report in steps_of(auto_resuming(root, "replay.after=continue"))) == 7
+
+
+def test_a_replay_that_is_not_worse_is_kept(tmp_path):
+    root = tmp_path / "run"
+    list(auto_training(root, "replay.accept_test=true", "auto.max=1"))
+    kept = the_move(root, "kept")
+    assert (kept.phase_before, kept.state.branch, kept.evidence["parent"]) == ("JUDGE", "auto-1", "main")
+    assert kept.evidence["num_prompts"] == 8
+    # micro evaluates with several answers a prompt: shares of them, and their difference
+    assert kept.evidence["difference"] == pytest.approx(kept.evidence["replayed"] - kept.evidence["abandoned"])
+    assert kept.evidence["difference_low"] <= kept.evidence["difference"] <= kept.evidence["difference_high"]
+    assert kept.evidence["difference_high"] >= 0
+
+
+def test_a_worse_replay_is_left_and_its_parent_goes_on_like_plain_grpo(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(PairedTest, "worse", property(lambda test: True))
+    root = tmp_path / "run"
+    list(auto_training(root, "replay.accept_test=true", "auto.cooldown=2", "auto.max=1"))
+    reverted = the_move(root, "reverted")
+    # Judged at 6, resting at 7 and 8, armed at 9 on the parent.
+    assert (reverted.step, reverted.state.branch, reverted.state.phase, reverted.state.until) == (
+        6,
+        "main",
+        "COOLDOWN",
+        8,
+    )
+    assert the_move(root, "armed", 1).step == 9
+    assert moves_of(root)[-1].state.branch == "main"
+    assert main_of(root) == main_of(plain)
+    assert [born.branch for born in segments(open_run(root))] == ["main", "auto-1", "main"]
+
+
+# Early bootstrap
+
+
+def test_an_early_bootstrap_teaches_a_new_start(tmp_path):
+    root = tmp_path / "run"
+    list(auto_training(root, "auto.early=true", "early.scout=4", "early.window=2", "auto.c_H=1000000"))
+    assert events_of(root) == ["started", "early", "guided", "rolled_back", "replayed", "armed"]
+    born = segments(open_run(root))[-1]
+    assert (born.branch, born.parent, born.fork_step, born.guide_until) == ("early", "main", 0, 2)
+    # It counts for no intervention, and nothing was probed.
+    assert moves_of(root)[-1].state.interventions == 0
+    assert probes(open_run(root)) == []
+    mixes = {step: {group.mix for group in groups_of(root, "early", step)} for step in range(1, 13)}
+    assert all(mixes[step] == {"off"} for step in range(3, 13))
+    assert "injected" in mixes[1] | mixes[2]
+    asked = read_asked(open_run(root).guide_folder("early"))
+    assert set(asked) <= set(failed_in(root, "main", range(1, 5), at_most=0.25))
+
+
+# What is gone
+
+
+def test_without_the_policy_that_would_be_asked_the_trigger_is_missed_and_training_goes_on(plain, tmp_path):
+    root = copied(plain, tmp_path / "run")
+    delete_checkpoint(find_checkpoint(open_run(root), "main", 6))
+    list(auto_resuming(root))
+    missed = the_move(root, "missed")
+    assert (missed.step, missed.phase_before, missed.state.phase) == (6, "PROBE", "COOLDOWN")
+    assert "step 6" in missed.evidence["what"]
+    assert moves_of(root)[-1].step > 6
+
+
+def test_weights_alone_cannot_be_asked_for_their_mistakes(plain, tmp_path):
+    root = copied(plain, tmp_path / "run")
+    demote_checkpoint(find_checkpoint(open_run(root), "main", 6))
+    list(auto_resuming(root))
+    assert "weights only" in the_move(root, "missed").evidence["what"]
+
+
+@pytest.mark.parametrize("spoil", [delete_checkpoint, demote_checkpoint])
+def test_without_one_old_state_the_other_distances_are_chosen_from(plain, tmp_path, spoil):
+    """D = 2 of step 6 leads to step 4, which is gone; D = 4 leads to step 2."""
+    root = copied(plain, tmp_path / "run")
+    spoil(find_checkpoint(open_run(root), "main", 4))
+    list(auto_resuming(root, "auto.max=1"))
+    accepted = the_move(root, "accepted")
+    assert (accepted.step, accepted.state.distance) == (6, 4)
+    assert the_move(root, "rolled_back").evidence["to_step"] == 2
+
+
+def test_without_any_old_state_the_probe_is_rejected(plain, tmp_path):
+    root = copied(plain, tmp_path / "run")
+    for step in (2, 4):
+        delete_checkpoint(find_checkpoint(open_run(root), "main", step))
+    list(auto_resuming(root))
+    assert the_move(root, "rejected").evidence["reason"] == "no checkpoint to go back to"
+
+
+def test_an_old_state_lost_between_probe_and_guides_is_missed(watched, tmp_path):
+    root = tmp_path / "run"
+    for record in (records := auto_training(root)):
+        if getattr(record, "event", "") == "accepted":
+            records.close()
+    delete_checkpoint(find_checkpoint(open_run(root), "main", 4))
+    list(auto_resuming(root))
+    missed = the_move(root, "missed")
+    assert (missed.step, missed.phase_before) == (6, "GUIDE_GEN")
+    assert events_of(root)[: events_of(root).index("missed")] == events_of(watched)[: events_of(root).index("missed")]
+
+
+def test_states_saved_before_mistakes_were_remembered_still_load(plain, tmp_path):
+    """Nothing is known of what failed: the probe has nobody to ask, and training goes on from there."""
+    root = copied(plain, tmp_path / "run")
+    for path in root.rglob("anchor/state.json"):
+        scalars = json.loads(path.read_text())
+        del scalars["mistakes"]
+        path.write_text(json.dumps(scalars))
+        sign_checkpoint(path.parents[1], branch="main", step=scalars["step"])
+    (root / "branches/main/checkpoints/step_000012").rename(tmp_path / "gone")
+    assert peek_state(find_checkpoint(open_run(root), "main", 6).anchor_path).mistakes == ()
+    list(auto_resuming(root))
+    assert the_move(root, "rejected").evidence["reason"] == "only 0 mistakes in the last 4 steps; auto.pool_min is 2"
+    ours = find_checkpoint(open_run(root), "main", 12).path / "model.safetensors"
+    assert ours.read_bytes() == (tmp_path / "gone/model.safetensors").read_bytes()
