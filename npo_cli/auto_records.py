@@ -84,7 +84,7 @@ class RollbackScore:
     variance_backward: float | None
     """Checkpoint-free: from the old policy's samples on record, seen by the present one (section 10.7)."""
     variances_agree: bool | None
-    """Whether the two intervals overlap; None where one is missing."""
+    """Whether the two intervals overlap; None where one is missing or rests on less than 32 samples."""
     heavy_tail: bool | None
     """E_b[w^2] and E_a[w] differ by more than two standard errors (section 10.5)."""
     kl_per_token: float

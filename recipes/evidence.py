@@ -1,6 +1,6 @@
 """Make the tables of recipes/README.md again: GRPO against interventions by hand and against AutoNPO, seed by seed.
 
-    python recipes/evidence.py OUT --recipe micro --lr 3e-4 --steps 220 --arm late=40:100 --arm auto --seeds 0,1,2,3,4
+    python recipes/evidence.py OUT --recipe micro --lr 3e-4 --steps 220 --arm late=40:100 --arm 'auto=auto auto.max=2'
 
 Each seed is one run directory, made with the `npo` commands a person would type: train, sample-guide, resume; AutoNPO
 works on a copy of it (`npo resume --autonpo`), which is the same as training with it. What is already there is not done
@@ -39,6 +39,8 @@ class Arm:
     at: int | None = None
     """Step that a manual intervention goes back to; None for AutoNPO."""
     guide: int | None = None
+    settings: tuple[str, ...] = ()
+    """Of AutoNPO."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +52,6 @@ class Plan:
     steps: int
     arms: tuple[Arm, ...]
     extra: tuple[str, ...]
-    auto: tuple[str, ...]
-    """Settings of AutoNPO."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def one_seed(plan: Plan, seed: int, out: Path) -> dict[str, Place]:
         npo(log, "resume", str(run), "--from", GRPO)
     places = {GRPO: Place(run, GRPO)}
     for arm in plan.arms:
-        places[arm.name] = by_itself(plan, run, log) if arm.at is None else by_hand(plan, arm, run)
+        places[arm.name] = by_itself(plan, arm, run) if arm.at is None else by_hand(plan, arm, run)
     return places
 
 
@@ -106,14 +106,15 @@ def by_hand(plan: Plan, arm: Arm, run: Path) -> Place:
     return Place(run, arm.name)
 
 
-def by_itself(plan: Plan, run: Path, log: Path) -> Place:
+def by_itself(plan: Plan, arm: Arm, run: Path) -> Place:
     """AutoNPO on a copy, so that its probes are not charged to the plain arm."""
-    copy, hidden = run.with_name(f"{run.name}-{AUTO}"), run.with_name(f".{run.name}-{AUTO}")
+    log = run.with_suffix(".log")
+    copy, hidden = run.with_name(f"{run.name}-{arm.name}"), run.with_name(f".{run.name}-{arm.name}")
     if not copy.exists():
         shutil.rmtree(hidden, ignore_errors=True)
         shutil.copytree(run, hidden)
         hidden.rename(copy)
-        npo(log, "resume", str(copy), "--autonpo", "--from", GRPO, *plan.auto)
+        npo(log, "resume", str(copy), "--autonpo", "--from", GRPO, *arm.settings)
     elif (last_step(copy, moves(copy)[-1]["branch"]) or 0) < plan.steps:
         npo(log, "resume", str(copy), "--autonpo")
     return Place(copy, moves(copy)[-1]["branch"])
@@ -216,11 +217,11 @@ def entropy_rows(plan: Plan, seeds: Sequence[dict[str, Place]]) -> list[str]:
     return lines
 
 
-def intervention_rows(seeds: Sequence[dict[str, Place]]) -> list[str]:
+def intervention_rows(arm: Arm, seeds: Sequence[dict[str, Place]]) -> list[str]:
     """What AutoNPO did, a line a probe."""
     lines = ["| run | step | decision | D* | Q | V | p(best) | guides |", "|---" * 8 + "|"]
     for places in seeds:
-        run = places[AUTO].run
+        run = places[arm.name].run
         for move in moves(run):
             if move["event"] in ("accepted", "rejected"):
                 best = next((score for score in move["evidence"]["scores"] if score["chosen"]), None)
@@ -249,19 +250,21 @@ def table(plan: Plan, seeds: Sequence[dict[str, Place]]) -> list[str]:
         lines += [*arm_rows(arm.name, helped), *ratio_rows(arm, plain, helped)]
     if plan.arms:
         lines += ["", *entropy_rows(plan, seeds)]
-    if any(arm.at is None for arm in plan.arms):
-        lines += ["", *intervention_rows(seeds)]
+    for arm in plan.arms:
+        if arm.at is None:
+            lines += ["", *intervention_rows(arm, seeds)]
     return lines
 
 
 def arm_of(text: str) -> Arm:
-    """`late=40:100`, or `auto`."""
-    name, _, steps = text.partition("=")
-    if not steps:
-        if name != AUTO:
-            raise argparse.ArgumentTypeError(f"{text!r}: write NAME=AT:GUIDE, or {AUTO}")
-        return Arm(name=AUTO)
-    at, _, guide = steps.partition(":")
+    """`late=40:100`, or `NAME=auto KEY=VALUE ...`."""
+    name, _, rest = text.partition("=")
+    kind, *settings = rest.split() or [""]
+    if kind == AUTO:
+        return Arm(name=name, settings=tuple(settings))
+    at, _, guide = kind.partition(":")
+    if settings or not (at.isdecimal() and guide.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=AT:GUIDE, or 'NAME={AUTO} KEY=VALUE ...'")
     return Arm(name=name, at=int(at), guide=int(guide))
 
 
@@ -272,11 +275,10 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--lr", required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--arm", action="append", default=[], type=arm_of, metavar="NAME=AT:GUIDE|auto")
+    parser.add_argument("--arm", action="append", default=[], type=arm_of, metavar="NAME=AT:GUIDE|NAME=auto")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--auto-set", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     plan = Plan(
         recipe=given.recipe,
@@ -284,7 +286,6 @@ def main() -> None:
         steps=given.steps,
         arms=tuple(given.arm),
         extra=tuple(given.set),
-        auto=tuple(given.auto_set),
     )
     given.out.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in given.seeds.split(",")]

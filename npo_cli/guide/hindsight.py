@@ -118,8 +118,13 @@ def in_use(forward: View | None, backward: View | None, direction: Direction) ->
 def views_agree(
     forward: View | None, backward: View | None, *, kind: VarianceKind, knobs: VarianceKnobs
 ) -> bool | None:
-    """Whether the 95 % intervals of V overlap, all samples on either side; None where one side has none."""
+    """Whether the 95 % intervals of V overlap, all samples on either side; None where one side has less than 32.
+
+    A handful of prompts has an interval that is narrow by chance, and would disagree with anything.
+    """
     if forward is None or backward is None:
+        return None
+    if min(forward.moments_all.samples.sum(), backward.moments_all.samples.sum()) < ENOUGH_SAMPLES:
         return None
     (low, high), (other_low, other_high) = forward.interval(kind, knobs), backward.interval(kind, knobs)
     return low <= other_high * (1 + ROUNDING) and other_low <= high * (1 + ROUNDING)

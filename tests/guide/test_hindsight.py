@@ -57,7 +57,8 @@ def backward_chain(seed=1):
 @pytest.mark.parametrize("kind", ["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"])
 def test_a_policy_costs_nothing_to_learn_from_itself(kind):
     part = asked(strata_sized(30), outcomes(0, 1, 0, 2), resamples=20)
-    same = Hindsight(distance=10, forward=on(part.prompt_ids, 0.0), backward=on(["0-007", "0-008"], 0.0))
+    recorded = on(["0-007", "0-008"], 0.0, num=16)
+    same = Hindsight(distance=10, forward=on(part.prompt_ids, 0.0, num=11), backward=recorded)
     views = forward_of(same, part), *backward_of(same, resamples=20)
     for view in views:
         assert np.exp(view.log_variance(kind, KNOBS)) == pytest.approx([1.0] * 21)
@@ -139,6 +140,15 @@ def test_a_distance_without_samples_has_no_view_and_does_not_speak_for_the_other
     assert second is None
     assert first.log_variance("seq2_lognormal", KNOBS)[0] == pytest.approx(0.2)
     assert backward_of(seen, blind) == (None, None)
+
+
+def test_a_handful_of_samples_contradicts_nobody():
+    # 8 prompts * 4 samples on one side; one prompt of the other says e^6 = V, and its interval has no width
+    part = asked(strata_sized(40), outcomes(0, *[4] * 8), resamples=50)
+    for num, agree in ((31, None), (32, False)):
+        hindsight = Hindsight(distance=10, forward=on(part.prompt_ids, -0.1), backward=on(["0-001"], -3.0, num=num))
+        (backward,) = backward_of(hindsight, resamples=50)
+        assert views_agree(forward_of(hindsight, part), backward, kind="seq2_lognormal", knobs=KNOBS) is agree
 
 
 def test_the_direction_asked_for_gives_way_where_it_is_missing():
