@@ -1,6 +1,6 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
-AutoNPO's own sections are in `npo_cli.auto_settings`.
+AutoNPO's own sections are in `npo_cli.auto_settings`, the engine's in `npo_cli.engine_settings`.
 """
 
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from npo_cli.auto_settings import (
     ReplaySettings,
     RollbackSettings,
 )
+from npo_cli.engine_settings import EngineSettings
 from npo_cli.settings import FORK, FREE, Count, Decay, Settings, Share
 
 
@@ -149,13 +150,6 @@ class SamplingSettings(Settings):
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError("sampling.overlong_buffer must not exceed sampling.max_new_tokens")
         return self
-
-
-class EngineSettings(Settings):
-    """What generates tokens."""
-
-    kind: Literal["transformers"] = Field("transformers", description="What samples.")
-    max_rows: Count = Field(512, description="Responses sampled side by side.")
 
 
 class InjectSettings(Settings):

@@ -30,7 +30,8 @@ GROUND_FLOOR = {
     "seeds": set(),
     "settings": set(),
     "auto_settings": {"settings"},
-    "config": {"settings", "auto_settings"},
+    "engine_settings": {"settings"},
+    "config": {"settings", "auto_settings", "engine_settings"},
     "explain": {"config"},
     "loading": {"config", "errors", "explain", "settings"},
 }
@@ -47,7 +48,7 @@ KNOWN_ONLY_TO = {
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
     "pyarrow": {"tasks"},
-    "pydantic": {"config", "settings", "auto_settings", "loading"},
+    "pydantic": {"config", "settings", "auto_settings", "engine_settings", "loading"},
     "pydantic_core": {"explain"},
     "yaml": {"loading", "run_dir"},
 }

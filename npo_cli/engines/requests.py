@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
@@ -17,6 +19,14 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRequest:
+    """One trajectory whose log-probabilities are wanted."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One response sampled."""
 
@@ -26,6 +36,7 @@ class Sample:
     logps: tuple[float, ...]
     """At the sampling temperature, under the engine's weights (nats)."""
     mean_entropy: float
+    """Mean over the tokens of the law's entropy; vLLM tells only its unbiased estimate, the mean of -log p."""
     text: str
     """Without the end token."""
     finished: bool
@@ -34,5 +45,29 @@ class Sample:
 class Engine(Protocol):
     """Anything that samples."""
 
+    @property
+    def version(self) -> str | None:
+        """Which weights it holds, in the words of `take_weights`; None where it holds none that were ever given."""
+
+    @property
+    def holds_copy(self) -> bool:
+        """Whether it has weights of its own, which have to be sent and checked."""
+
+    @property
+    def remark(self) -> str:
+        """What a person should know before relying on a seed; empty where the same seed means the same response."""
+
+    def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
+        """Hold the weights that the model has now, under this name."""
+
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample a request, in order."""
+
+    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
+        """Log-probabilities (nats, temperature 1) of each response's tokens under the weights at hand."""
+
+    def rest(self) -> None:
+        """Nothing is asked for a while: give back what can be given back."""
+
+    def close(self) -> None:
+        """End, and leave nothing running. A second call does nothing."""

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from npo_cli.engines.requests import Sample, SampleRequest
+from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 
 
 class SeededSampler(LogitsProcessor):
@@ -61,6 +61,9 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 class TransformersEngine:
     """Samples from the live model: there are no other weights to keep in step with it."""
 
+    holds_copy = False
+    remark = ""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -72,6 +75,12 @@ class TransformersEngine:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.eos_ids, self.pad_id, self.max_rows = tuple(eos_ids), pad_id, max_rows
+        self.version: str | None = None
+
+    def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
+        """Nothing is moved: what the trainer changes is what samples."""
+        assert model is self.model, "it samples from the model that it was made with"
+        self.version = version
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample a request, in order; requests of one prompt share its prefill."""
@@ -79,6 +88,23 @@ class TransformersEngine:
         for batch in self._batches(requests):
             samples += self._generate_batch(batch, temperature=temperature, max_new_tokens=max_new_tokens)
         return samples
+
+    @torch.no_grad()
+    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
+        """One plain forward pass a trajectory."""
+        scored = []
+        for request in asked:
+            ids_1L = torch.tensor([request.prompt_ids + request.response_ids], device=self.model.device)
+            logps_LW = torch.log_softmax(self.model(ids_1L).logits[0].float(), dim=-1)
+            first, response = len(request.prompt_ids), ids_1L[0, len(request.prompt_ids) :]
+            scored.append(tuple(logps_LW[first - 1 : -1].gather(1, response[:, None])[:, 0].tolist()))
+        return scored
+
+    def rest(self) -> None:
+        """It keeps nothing between two batches."""
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
     def _batches(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
         for start in range(0, len(requests), self.max_rows):

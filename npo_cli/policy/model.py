@@ -70,6 +70,11 @@ class Policy:
         return weights_digest(self.model)
 
     @property
+    def num_changes(self) -> int:
+        """How often weights were written to since they exist: torch counts it, so no write goes unnoticed."""
+        return sum(tensor._version for tensor in self.model.state_dict(keep_vars=True).values())
+
+    @property
     def max_tokens(self) -> int | None:
         """Prompt and response together: positions beyond this are strange to the model, or crash it."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

@@ -5,6 +5,7 @@ with it afterwards leads to the same weights as training with it, as long as the
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,10 +45,10 @@ def resume_auto(
         try:
             refuse_impossible(start.recipe, len(task.train))
             policy = open_policy(start.recipe, task, start.checkpoint)
-            world = open_world(run, start.recipe, task=task, policy=policy)
-            record_start(run, start, overrides)
-            yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
-            yield from piloted(world, state, stop=stop, looks_back=not start.is_new)
+            with closing(open_world(run, start.recipe, task=task, policy=policy)) as world:
+                record_start(run, start, overrides)
+                yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
+                yield from piloted(world, state, stop=stop, looks_back=not start.is_new)
         finally:
             task.close()
 

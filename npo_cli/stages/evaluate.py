@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy
@@ -79,11 +80,11 @@ def evaluate_run(
     with writing(run):
         task = open_task(recipe, allow_code=allow_code)
         try:
-            world = open_world(run, recipe, task=task, policy=open_policy(recipe, task, chosen[0]))
-            for done, checkpoint in enumerate(chosen):
-                yield Progress(what="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
-                load_checkpoint(world.policy, checkpoint)
-                yield evaluate_policy(world, branch=checkpoint.branch, step=checkpoint.step)
+            with closing(open_world(run, recipe, task=task, policy=open_policy(recipe, task, chosen[0]))) as world:
+                for done, checkpoint in enumerate(chosen):
+                    yield Progress(what="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
+                    load_checkpoint(world.policy, checkpoint)
+                    yield evaluate_policy(world, branch=checkpoint.branch, step=checkpoint.step)
         finally:
             task.close()
 

@@ -96,6 +96,7 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
         guidance=trainer.guidance,
     )
     drawn = time.perf_counter()
+    world.engine.rest()
     lr = lr_at(step, world.recipe.train)
     update = updater.take_step(train_rows(world.policy, batch.chosen), lr=lr)
     ended = time.perf_counter()

@@ -9,7 +9,8 @@ import torch
 from npo_cli.guide.signal import SampleRatio
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.records import Prompt, Rollout
-from npo_cli.stages.world import RowScores, World, row_scores
+from npo_cli.stages.row_scores import RowScores, row_scores
+from npo_cli.stages.world import World
 
 MAX_LOG_RATIO = 20.0
 

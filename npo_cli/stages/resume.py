@@ -6,6 +6,7 @@ A rollback is a new branch: weights, optimiser, schedule and data order of the o
 
 import shlex
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,15 +71,15 @@ def resume_run(
         task = open_task(start.recipe, allow_code=allow_code)
         try:
             policy = open_policy(start.recipe, task, start.checkpoint)
-            world = open_world(run, start.recipe, task=task, policy=policy)
-            guidance = open_guidance(world, start.segment)
-            optimizer = build_optimizer(policy.model, start.recipe.train)
-            state = yield from first_state(world, optimizer, start)
-            record_start(run, start, overrides)
-            yield Notice(message=greeting(start, state, guidance))
-            yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
-            trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
-            yield from grpo_steps(trainer, state, stop)
+            with closing(open_world(run, start.recipe, task=task, policy=policy)) as world:
+                guidance = open_guidance(world, start.segment)
+                optimizer = build_optimizer(policy.model, start.recipe.train)
+                state = yield from first_state(world, optimizer, start)
+                record_start(run, start, overrides)
+                yield Notice(message=greeting(start, state, guidance))
+                yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
+                trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
+                yield from grpo_steps(trainer, state, stop)
         finally:
             task.close()
 

@@ -8,6 +8,7 @@ is good. Behaviour log-probabilities come from the trainer's forward pass under 
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run, valid_name
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.seeds import derive_seed
+from npo_cli.stages.row_scores import row_scores
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, segment_prompts
-from npo_cli.stages.world import World, answer, open_policy, open_task, open_world, row_scores
+from npo_cli.stages.world import World, answer, open_policy, open_task, open_world
 
 CHUNK_PROMPTS = 64
 Known = Mapping[str, Sequence[Rollout]]
@@ -79,13 +81,13 @@ def sample_run(
         task = open_task(learner.recipe, allow_code=allow_code)
         try:
             policy = open_policy(learner.recipe, task, guide)
-            world = open_world(run, learner.recipe, task=task, policy=policy)
-            num_steps = steps or learner.recipe.intervention.steps or guide.step - learner.step
-            prompts = segment_prompts(world, learner, num_steps)
-            info = _info(world, learner, guide, name=name, num_steps=num_steps, count=len(prompts))
-            cache = Cache(info=info, store=new_guide(run, info))
-            yield from fill(world, cache, prompts, pair=Pair(learner=learner.checkpoint, guide=guide))
-            yield finish_guide(run, info)
+            with closing(open_world(run, learner.recipe, task=task, policy=policy)) as world:
+                num_steps = steps or learner.recipe.intervention.steps or guide.step - learner.step
+                prompts = segment_prompts(world, learner, num_steps)
+                info = _info(world, learner, guide, name=name, num_steps=num_steps, count=len(prompts))
+                cache = Cache(info=info, store=new_guide(run, info))
+                yield from fill(world, cache, prompts, pair=Pair(learner=learner.checkpoint, guide=guide))
+                yield finish_guide(run, info)
         finally:
             task.close()
 

@@ -7,6 +7,7 @@ chunk of samples is written before the next is drawn: a killed scoring goes on w
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,16 +75,16 @@ def score_run(
             # A candidate that cannot be used is told before anything is sampled.
             for candidate in chosen:
                 load_checkpoint(policy, candidate)
-            world = open_world(run, learner.recipe, task=task, policy=policy)
-            contest = open_contest(world, learner, chosen)
-            hard = yield from hard_prompts(contest, count=learner.recipe.score.prompts, horizon=chosen[-1].step)
-            yield from collect(contest, learner.checkpoint, hard)
-            scores = yield from contested(contest, chosen, hard)
-            save_scores(contest.scoring, scores)
-            for remark in (variance_range_warning(scores), sampling_gap(learner.recipe)):
-                if remark:
-                    yield Notice(message=remark, level="warning")
-            yield from scores
+            with closing(open_world(run, learner.recipe, task=task, policy=policy)) as world:
+                contest = open_contest(world, learner, chosen)
+                hard = yield from hard_prompts(contest, count=learner.recipe.score.prompts, horizon=chosen[-1].step)
+                yield from collect(contest, learner.checkpoint, hard)
+                scores = yield from contested(contest, chosen, hard)
+                save_scores(contest.scoring, scores)
+                for remark in (variance_range_warning(scores), sampling_gap(learner.recipe)):
+                    if remark:
+                        yield Notice(message=remark, level="warning")
+                yield from scores
         finally:
             task.close()
 

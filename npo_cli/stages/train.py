@@ -1,7 +1,7 @@
 """`npo train`: a GRPO baseline into a new run directory."""
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from torch.optim import AdamW
@@ -67,7 +67,8 @@ def new_world(
             # From this line on a killed run can be resumed.
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide=None, guide_until=None))
             append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
-            yield open_world(run, recipe, task=task, policy=policy), stop
+            with closing(open_world(run, recipe, task=task, policy=policy)) as world:
+                yield world, stop
     finally:
         task.close()
 

@@ -15,7 +15,7 @@ from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import set_lr
 from npo_cli.stages.batches import GroupWithAdvantages
-from npo_cli.stages.world import row_scores
+from npo_cli.stages.row_scores import row_scores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,19 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from npo_cli.config import Recipe
+from npo_cli.engines.opening import open_engine
 from npo_cli.engines.requests import Engine, SampleRequest
-from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
-from npo_cli.policy.logprobs import TokenRow, micro_batches
 from npo_cli.policy.model import Policy, load_policy, require_chat_template
 from npo_cli.records import Graded, Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.seeds import derive_seed
+from npo_cli.stages.engine_sync import Probe, fixed_probe, in_step
 from npo_cli.tasks.prompts import DataOrder, Task
 from npo_cli.tasks.sources import load_task, where
 
@@ -28,8 +25,14 @@ class World:
     run: RunDir
     policy: Policy
     engine: Engine
+    probe: Probe
+    """By which an engine with weights of its own is held to the policy's."""
     task: Task
     order: DataOrder
+
+    def close(self) -> None:
+        """End the engine; the task belongs to whoever opened that."""
+        self.engine.close()
 
     def prompts_between(self, first: int, last: int) -> list[Prompt]:
         """Distinct prompts at data positions first .. last - 1, in the order in which training meets them."""
@@ -89,16 +92,25 @@ def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
 
 
 def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
-    """Join the parts."""
-    engine = TransformersEngine(
+    """Join the parts, and start the engine; whoever opens a world closes it."""
+    longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
+    engine = open_engine(
+        recipe.engine,
         policy.model,
         policy.tokenizer,
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
-        max_rows=recipe.engine.max_rows,
+        max_model_len=min(longest, policy.max_tokens or longest),
     )
-    order = DataOrder(num_prompts=len(task.train), seed=recipe.train.seed)
-    return World(recipe=recipe, run=run, policy=policy, engine=engine, task=task, order=order)
+    return World(
+        recipe=recipe,
+        run=run,
+        policy=policy,
+        engine=engine,
+        probe=fixed_probe(policy, task.train),
+        task=task,
+        order=DataOrder(num_prompts=len(task.train), seed=recipe.train.seed),
+    )
 
 
 def answer(
@@ -114,6 +126,7 @@ def answer(
 
     The seed of a response is that of (run seed, *label, prompt id, slot).
     """
+    in_step(world.recipe, world.policy, world.engine, world.probe, step=sampler_step)
     requests = _requests(world, prompts, label, slots=slots)
     settings = world.recipe.sampling
     heat = settings.temperature if temperature is None else temperature
@@ -164,31 +177,6 @@ def _cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Grade
         else Graded(verdict="wrong", extracted=verdict.extracted)
         for sample, verdict in zip(samples, graded, strict=True)
     ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowScores:
-    """What one forward pass says of one response, without padding."""
-
-    logps_T: Tensor
-    collisions_T: Tensor
-    """sum_v p(v)^2 of the distribution at each token."""
-
-
-@torch.no_grad()
-def row_scores(
-    policy: Policy, recipe: Recipe, rows: Sequence[TokenRow], *, temperature: float | None = None
-) -> list[RowScores]:
-    """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
-    heat = recipe.sampling.temperature if temperature is None else temperature
-    found = []
-    for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
-        part = [rows[index] for index in run]
-        scores = policy.score(part, temperature=heat, chunk_tokens=recipe.train.logit_chunk_tokens)
-        for row, logps_T, collisions_T in zip(part, scores.logps_NT, scores.collisions_NT, strict=True):
-            length = len(row.response_ids)
-            found.append(RowScores(logps_T=logps_T[:length], collisions_T=collisions_T[:length]))
-    return found
 
 
 def num_tokens(groups: Sequence[Group]) -> int:

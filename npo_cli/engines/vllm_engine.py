@@ -1,0 +1,199 @@
+"""vLLM in this process: continuous batching and a prefix cache, with weights of its own that are replaced in place.
+
+It starts with made-up weights and answers nothing until real ones were given. Transport is vLLM's `reload_weights`, fed
+with the trainer's tensors under their Hugging Face names. The head is always sent: the engine is told that it is
+not tied, because a tied one would silently keep its old values.
+Left out: beams, penalties, top-k and top-p. The behaviour law must be the policy's own.
+"""
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
+from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of
+from npo_cli.engines.vllm_words import Limits, check_versions, sample_of, sampling_fields, scored_of, scoring_fields
+from npo_cli.engines.watch import within
+from npo_cli.errors import NpoError, RunFailed
+
+INSTEAD = "npo doctor tells what is missing; engine.kind=transformers needs no vLLM"
+HUNG = f"raise engine.deadline if it was only slow; {RESUME}"
+NOT_REPEATABLE = (
+    "vLLM on a GPU may answer a seed differently from batch to batch: a resumed run goes on, but not bit for bit "
+    "(VLLM_BATCH_INVARIANT=1 where vLLM supports it)"
+)
+
+
+class VllmEngine:
+    """One `vllm.LLM`."""
+
+    holds_copy = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limits: Limits) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
+        self.version: str | None = None
+        self._shapes = shapes_of(named_tensors(model))
+        self._folder = Path(tempfile.mkdtemp(prefix="npo-engine-"))
+        self._asleep = False
+        save_untied_config(model, self._folder)
+        try:
+            with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams():
+                self._llm = _start(self._folder, model, limits)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    @property
+    def remark(self) -> str:
+        """Seeds are kept on a CPU; on a GPU the batch has a say."""
+        invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+        return "" if self.limits.on_cpu or invariant else NOT_REPEATABLE
+
+    def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
+        """Replace every tensor, forget every cached prefix, stamp the version."""
+        tensors = named_tensors(model)
+        refuse_other_names(self._shapes, tensors)
+        with self._working("take weights"):
+            self._wake()
+            self.version = None
+            self._llm.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("the prefix cache of the old weights could not be dropped")
+            self._llm.update_weight_version(version)
+        self.version = version
+
+    def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
+        """One sample a request, in order; a finished one leaves the batch at once and makes room."""
+        fields = [sampling_fields(request, temperature, max_new_tokens, self.limits.eos_ids) for request in requests]
+        outputs = self._answers([request.prompt_ids for request in requests], fields, phase="sample")
+        check_versions(outputs, self.version)
+        return [
+            sample_of(request, output, eos_ids=self.limits.eos_ids, tokenizer=self.tokenizer)
+            for request, output in zip(requests, outputs, strict=True)
+        ]
+
+    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
+        """One prefill a trajectory."""
+        prompts = [request.prompt_ids + request.response_ids for request in asked]
+        outputs = self._answers(prompts, [scoring_fields() for _ in asked], phase="score")
+        return [scored_of(request, output.prompt_logprobs) for request, output in zip(asked, outputs, strict=True)]
+
+    def rest(self) -> None:
+        """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot."""
+        if self.limits.can_sleep and not self._asleep:
+            with self._working("go to sleep"):
+                self._llm.sleep(level=2)
+            self._asleep, self.version = True, None
+
+    def close(self) -> None:
+        """Shut the engine core down and remove the folder that it started from."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def _answers(self, prompts: Sequence[tuple[int, ...]], fields: Sequence[dict[str, Any]], *, phase: str) -> list:
+        from vllm import SamplingParams, TokensPrompt
+
+        asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        params = [SamplingParams(**each) for each in fields]
+        with self._working(phase):
+            return self._llm.generate(asked, params, use_tqdm=False)
+
+    @contextmanager
+    def _working(self, phase: str) -> Iterator[None]:
+        """A dead engine is told by phase and cause; a hung one ends the process."""
+        if self._llm is None:
+            raise RunFailed(f"the engine was closed before it was to {phase}", RESUME)
+        try:
+            with within(self.limits.deadline, phase=phase, mend=HUNG):
+                yield
+        except NpoError:
+            raise
+        except Exception as error:  # whatever a foreign engine dies of is the finding
+            raise RunFailed(f"vLLM failed while it was to {phase}: {first_line(error)}", RESUME) from error
+
+
+def first_line(error: Exception) -> str:
+    """The kind of error and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+
+
+def save_untied_config(model: PreTrainedModel, folder: Path) -> None:
+    """The model's config as an engine should read it: head and embedding apart."""
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    config.get_text_config().tie_word_embeddings = False
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+
+
+def prepare_environment(limits: Limits) -> None:
+    """What vLLM reads from the environment before it is imported; a value that is there stays."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(limits.kv_cache_gb))),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _own_random_streams() -> Iterator[None]:
+    """vLLM seeds torch, numpy and random for itself; the trainer's streams go on as if nothing had happened."""
+    import random
+
+    import numpy
+
+    states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+        torch.set_num_threads(threads)
+
+
+def _start(folder: Path, model: PreTrainedModel, limits: Limits) -> Any:
+    prepare_environment(limits)
+    try:
+        from vllm import LLM
+    except Exception as error:  # a mismatched torchvision breaks the import with a RuntimeError
+        raise NpoError(f"vllm cannot be imported: {first_line(error)}", INSTEAD) from error
+    try:
+        return LLM(
+            model=str(folder),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=str(model.dtype).removeprefix("torch."),
+            logprobs_mode="processed_logprobs",
+            enforce_eager=limits.eager,
+            max_model_len=limits.max_model_len,
+            max_num_seqs=limits.max_rows,
+            tensor_parallel_size=limits.tensor_parallel,
+            gpu_memory_utilization=limits.memory_share,
+            enable_sleep_mode=limits.can_sleep,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=0,
+        )
+    except Exception as error:  # whatever a foreign engine dies of is the finding
+        raise RunFailed(f"vLLM could not start: {first_line(error)}", INSTEAD) from error

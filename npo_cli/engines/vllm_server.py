@@ -1,0 +1,273 @@
+"""vLLM in a process of its own, asked over HTTP on this machine: its OpenAI server with the RL endpoints of vLLM 0.32.
+
+Weights travel by vLLM's own means: `nccl` and `ipc` by its weight-transfer engines (init, start, update, finish),
+`disk` by a folder that it reloads, which is the one that works on a CPU. A sync pauses with mode keep, so nothing that
+is under way is cut, and stamps the version. The server dies with this process, however this process dies.
+"""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
+from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of
+from npo_cli.engines.vllm_engine import INSTEAD, NOT_REPEATABLE, first_line, save_untied_config
+from npo_cli.engines.vllm_words import Limits, check_versions, sample_of, sampling_fields, scored_of, scoring_fields
+from npo_cli.errors import NpoError, RunFailed
+
+NAME = "policy"
+SIDE_BY_SIDE = 64
+"""Connections open at one time; vLLM batches what they bring."""
+Send = Callable[[dict[str, Any], str], None]
+"""Tensors by name and the version they are called by, to the server."""
+
+
+class VllmServer:
+    """A server process and a client of it."""
+
+    holds_copy = True
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limits: Limits, transport: str
+    ) -> None:
+        self.tokenizer, self.limits = tokenizer, limits
+        self.version: str | None = None
+        tensors = named_tensors(model)
+        self._shapes = shapes_of(tensors)
+        self._folder = Path(tempfile.mkdtemp(prefix="npo-engine-"))
+        self._session = _session()
+        self._url, self._process = "", None
+        self._send: Send = self._send_by_disk
+        try:
+            save_untied_config(model, self._folder)
+            if transport == "disk":
+                save_file(_whole(tensors), self._folder / "model.safetensors")
+            self._start(str(model.dtype).removeprefix("torch."), transport)
+            if transport != "disk":
+                from npo_cli.engines.vllm_transfer import open_transfer
+
+                self._send = open_transfer(transport, url=self._url, tensors=tensors, limits=limits)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def remark(self) -> str:
+        """As in process: seeds are kept on a CPU."""
+        return "" if self.limits.on_cpu else NOT_REPEATABLE
+
+    def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
+        """Pause without cutting anything, send, forget every cached prefix, stamp, go on."""
+        tensors = named_tensors(model)
+        refuse_other_names(self._shapes, tensors)
+        with self._working("take weights"):
+            self.version = None
+            self._post("pause?mode=keep")
+            self._send(tensors, version)
+            self._post("reset_prefix_cache")
+            self._post("update_weight_version", {"new_version": version})
+            self._post("resume")
+        self.version = version
+
+    def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
+        """One sample a request, in order."""
+        fields = [sampling_fields(request, temperature, max_new_tokens, self.limits.eos_ids) for request in requests]
+        outputs = self._answers([request.prompt_ids for request in requests], fields, phase="sample")
+        check_versions(outputs, self.version)
+        return [
+            sample_of(request, output, eos_ids=self.limits.eos_ids, tokenizer=self.tokenizer)
+            for request, output in zip(requests, outputs, strict=True)
+        ]
+
+    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
+        """One prefill a trajectory."""
+        prompts = [request.prompt_ids + request.response_ids for request in asked]
+        outputs = self._answers(prompts, [scoring_fields() for _ in asked], phase="score")
+        return [scored_of(request, output.prompt_logprobs) for request, output in zip(asked, outputs, strict=True)]
+
+    def rest(self) -> None:
+        """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot."""
+        if self.limits.can_sleep and self.version is not None:
+            with self._working("go to sleep"):
+                self._post("sleep?level=2")
+                self._post("wake_up?tags=weights")
+            self.version = None
+
+    def close(self) -> None:
+        """End the server with everything it started, and remove its folder."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stdin.close()
+            process.wait()
+        self._session.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # The process
+
+    def _start(self, dtype: str, transport: str) -> None:
+        port = _free_port()
+        self._url = f"http://127.0.0.1:{port}"
+        log = (self._folder / "server.log").open("wb")
+        command = [sys.executable, "-m", "npo_cli.engines.keeper", *self._command(dtype, transport, port)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self._environment(), start_new_session=True
+        )
+        deadline = time.monotonic() + self.limits.start_timeout
+        while not self._healthy():
+            if self._process.poll() is not None:
+                raise RunFailed(f"the vLLM server could not start: {self._last_words()}", INSTEAD)
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"the vLLM server did not start within engine.start_timeout = {self.limits.start_timeout:g} s",
+                    INSTEAD,
+                )
+            time.sleep(0.2)
+
+    def _command(self, dtype: str, transport: str, port: int) -> list[str]:
+        limits = self.limits
+        options = {
+            "--model": str(self._folder),
+            "--served-model-name": NAME,
+            "--host": "127.0.0.1",
+            "--port": str(port),
+            "--dtype": dtype,
+            "--logprobs-mode": "processed_logprobs",
+            "--max-model-len": str(limits.max_model_len),
+            "--max-num-seqs": str(limits.max_rows),
+            "--tensor-parallel-size": str(limits.tensor_parallel),
+            "--data-parallel-size": str(limits.data_parallel),
+            "--gpu-memory-utilization": str(limits.memory_share),
+            "--load-format": "safetensors" if transport == "disk" else "dummy",
+            "--seed": "0",
+        }
+        flags = ["--skip-tokenizer-init", "--disable-log-stats", "--enable-prefix-caching", "--enable-scale-out"]
+        flags += ["--enforce-eager"] if limits.eager else []
+        flags += ["--enable-sleep-mode"] if limits.can_sleep else []
+        if transport != "disk":
+            options["--weight-transfer-config"] = f'{{"backend": "{transport}"}}'
+        pairs = [part for option in options.items() for part in option]
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pairs, *flags]
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.limits.kv_cache_gb))),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+            **os.environ,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_API_KEY": self._session.headers["Authorization"].removeprefix("Bearer "),
+        }
+
+    def _healthy(self) -> bool:
+        import requests
+
+        try:
+            return self._session.get(f"{self._url}/health", timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    def _last_words(self) -> str:
+        log = self._folder / "server.log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        told = [line for line in lines if "Error" in line] or lines
+        return told[-1].strip() if told else "it said nothing"
+
+    # Asking
+
+    def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        answer = self._session.post(f"{self._url}/{path}", json=body, timeout=self.limits.deadline)
+        answer.raise_for_status()
+        return answer.json() if answer.content else None
+
+    def _answers(
+        self, prompts: Sequence[tuple[int, ...]], fields: Sequence[dict[str, Any]], *, phase: str
+    ) -> list[Any]:
+        bodies = [
+            {"model": NAME, "token_ids": list(prompt), "sampling_params": each}
+            for prompt, each in zip(prompts, fields, strict=True)
+        ]
+        with self._working(phase), ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+            return list(pool.map(lambda body: _output(self._post("inference/v1/generate", body)), bodies))
+
+    def _send_by_disk(self, tensors: dict[str, Any], version: str) -> None:
+        """A folder beside the one it started from, gone once it was read."""
+        folder = Path(tempfile.mkdtemp(prefix="weights-", dir=self._folder))
+        try:
+            shutil.copy(self._folder / "config.json", folder)
+            save_file(_whole(tensors), folder / "model.safetensors")
+            self._post("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def _working(self, phase: str) -> Iterator[None]:
+        """A dead or hung server is told by phase and cause."""
+        import requests
+
+        try:
+            yield
+        except NpoError:
+            raise
+        except requests.Timeout as error:
+            message = f"the vLLM server hung while it was to {phase}: nothing after {self.limits.deadline:g} s"
+            raise RunFailed(message, RESUME) from error
+        except Exception as error:  # whatever a foreign engine dies of is the finding
+            dead = self._process is None or self._process.poll() is not None
+            cause = f"it has ended: {self._last_words()}" if dead else first_line(error)
+            raise RunFailed(f"the vLLM server failed while it was to {phase}: {cause}", RESUME) from error
+
+
+def _session() -> Any:
+    """One set of connections, with a key that only this process knows."""
+    try:
+        import requests
+        from requests.adapters import HTTPAdapter
+    except ImportError as error:
+        raise NpoError("engine.kind=vllm_server needs vllm, which is not installed", INSTEAD) from error
+    session = requests.Session()
+    session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=SIDE_BY_SIDE))
+    session.trust_env = False  # a proxy for the world is none for this machine
+    session.headers["Authorization"] = f"Bearer {secrets.token_hex(16)}"
+    return session
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _whole(tensors: dict[str, Any]) -> dict[str, Any]:
+    """A file has no two names for one storage."""
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _output(answer: dict[str, Any]) -> Any:
+    """A server's answer in the shape that vLLM has in process."""
+    first = answer["choices"][0]
+    contents = (first.get("logprobs") or {}).get("content") or ()
+    places = [{place["token_id"]: SimpleNamespace(logprob=place["logprob"])} for place in contents]
+    spans = [SimpleNamespace(version=span["version"]) for span in first.get("weight_versions") or ()]
+    said = SimpleNamespace(
+        token_ids=first["token_ids"], finish_reason=first["finish_reason"], logprobs=places, weight_versions=spans
+    )
+    prompt = [
+        None if place is None else {int(token): SimpleNamespace(**entry) for token, entry in place.items()}
+        for place in answer.get("prompt_logprobs") or ()
+    ]
+    return SimpleNamespace(outputs=[said], prompt_logprobs=prompt)

@@ -1,0 +1,93 @@
+"""What vLLM is asked and what it answers, in process or over HTTP: the same few fields either way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
+from npo_cli.engines.sync import RESUME
+from npo_cli.errors import RunFailed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What a vLLM engine may take, and how long."""
+
+    eos_ids: tuple[int, ...]
+    max_model_len: int
+    """Prompt and response together, in tokens."""
+    max_rows: int
+    tensor_parallel: int
+    data_parallel: int
+    memory_share: float
+    kv_cache_gb: float
+    on_cpu: bool
+    eager: bool
+    can_sleep: bool
+    start_timeout: float
+    """Seconds."""
+    deadline: float
+    """Seconds a batch or a sync may take."""
+
+
+def sampling_fields(
+    request: SampleRequest, temperature: float, max_new_tokens: int, eos_ids: Sequence[int]
+) -> dict[str, Any]:
+    """The whole law at that temperature, the request's own seed, the log-probability of each token drawn."""
+    return {
+        "temperature": temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": max_new_tokens,
+        "seed": request.seed,
+        "stop_token_ids": list(eos_ids),
+        "ignore_eos": True,
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
+def scoring_fields() -> dict[str, Any]:
+    """One token is the least that may be asked for; only the prompt's log-probabilities are wanted."""
+    return {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+
+
+def sample_of(
+    request: SampleRequest, output: Any, *, eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> Sample:
+    """One answer; a response that vLLM gave up on is nobody's finished sample."""
+    answer = output.outputs[0]
+    ids = tuple(answer.token_ids)
+    if answer.finish_reason not in ("stop", "length") or not ids:
+        raise RunFailed(
+            f"vLLM ended the response to {request.prompt_id} with {answer.finish_reason!r} after {len(ids)} tokens",
+            RESUME,
+        )
+    logps = tuple(place[token].logprob for place, token in zip(answer.logprobs, ids, strict=True))
+    finished = ids[-1] in eos_ids
+    return Sample(
+        prompt_id=request.prompt_id,
+        slot=request.slot,
+        response_ids=ids,
+        logps=logps,
+        mean_entropy=-sum(logps) / len(logps),
+        text=tokenizer.decode(ids[:-1] if finished else ids),
+        finished=finished,
+    )
+
+
+def scored_of(request: ScoreRequest, prompt_logprobs: Sequence[Any]) -> tuple[float, ...]:
+    """The response's part of a prefill's log-probabilities."""
+    first = len(request.prompt_ids)
+    places = prompt_logprobs[first:]
+    return tuple(place[token].logprob for place, token in zip(places, request.response_ids, strict=True))
+
+
+def check_versions(outputs: Sequence[Any], version: str | None) -> None:
+    """Every token of every answer was sampled by the weights that were last given."""
+    seen = {span.version for output in outputs for span in output.outputs[0].weight_versions or ()}
+    if version is None or seen - {version}:
+        told = ", ".join(sorted(seen)) or "none"
+        raise RunFailed(f"the engine answered with weights {told}, not with {version}", RESUME)
