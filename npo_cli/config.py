@@ -1,6 +1,6 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
-AutoNPO's own sections are in `npo_cli.auto_settings`.
+AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`.
 """
 
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from npo_cli.auto_settings import (
     ReplaySettings,
     RollbackSettings,
 )
+from npo_cli.engine_settings import EngineSettings, MismatchSettings
 from npo_cli.settings import FORK, FREE, Count, Decay, Settings, Share
 
 
@@ -151,13 +152,6 @@ class SamplingSettings(Settings):
         return self
 
 
-class EngineSettings(Settings):
-    """What generates tokens."""
-
-    kind: Literal["transformers"] = Field("transformers", description="What samples.")
-    max_rows: Count = Field(512, description="Responses sampled side by side.")
-
-
 class InjectSettings(Settings):
     """How a guide takes its slot in a group."""
 
@@ -253,6 +247,7 @@ class Recipe(Settings):
     loss: LossSettings = LossSettings()
     sampling: SamplingSettings = SamplingSettings()
     engine: EngineSettings = EngineSettings()
+    mismatch: MismatchSettings = MismatchSettings()
     inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
     score: ScoreSettings = ScoreSettings()
