@@ -1,6 +1,6 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
-AutoNPO's own sections are in `npo_cli.auto_settings`, the engine's in `npo_cli.engine_settings`.
+AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`.
 """
 
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from npo_cli.auto_settings import (
     ReplaySettings,
     RollbackSettings,
 )
-from npo_cli.engine_settings import EngineSettings
+from npo_cli.engine_settings import EngineSettings, MismatchSettings
 from npo_cli.settings import FORK, FREE, Count, Decay, Settings, Share
 
 
@@ -247,6 +247,7 @@ class Recipe(Settings):
     loss: LossSettings = LossSettings()
     sampling: SamplingSettings = SamplingSettings()
     engine: EngineSettings = EngineSettings()
+    mismatch: MismatchSettings = MismatchSettings()
     inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
     score: ScoreSettings = ScoreSettings()

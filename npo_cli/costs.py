@@ -46,14 +46,18 @@ class Account:
     """Generated for the steps on the branch's line of descent."""
     probe_tokens: int
     guide_tokens: int
+    judge_tokens: int
+    """Of the held-out tests that decided which branch goes on (replay.accept_test)."""
     abandoned_tokens: int
     """Generated for steps that are not on that line."""
     seconds: float
-    """Wall clock of all steps, probes, scorings and guide sampling; held-out evaluations apart."""
+    """Wall clock of all steps, probes, scorings, guide sampling and held-out tests that decided; evaluations apart."""
     interventions: int
     rejections: int
+    """Triggers that led to no replay that was kept: rejected, unguided, something missing, or taken back."""
 
     @property
     def tokens(self) -> int:
         """All of them."""
-        return self.training_tokens + self.probe_tokens + self.guide_tokens + self.abandoned_tokens
+        asked = self.probe_tokens + self.guide_tokens + self.judge_tokens
+        return self.training_tokens + asked + self.abandoned_tokens

@@ -279,8 +279,10 @@ def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = N
             reason = f"the {old.train.schedule} schedule of the steps already made was spread over {before} steps"
             raise NpoError(f"{change}: {reason}", afresh)
         if when[key] == "fork" and not fork:
-            replay = "replay with it: add --at STEP --guide NAME to the command"
-            raise NpoError(f"{change} in the middle of a branch, only where a replay leaves it", replay)
+            raise NpoError(
+                f"{change} in the middle of a branch, only where another one leaves it",
+                "leave the branch with it: add --at STEP to the command",
+            )
         if when[key] == "never":
             raise NpoError(f"{change}: the steps already made depend on it", afresh)
 

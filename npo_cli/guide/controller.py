@@ -47,7 +47,7 @@ class Confirmed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Missed:
-    """What a probe or the guides need is gone."""
+    """What the phase at hand needs is gone."""
 
     what: str
     """In words."""
@@ -101,7 +101,7 @@ def advance(state: AutoState, fact: Fact, *, knobs: ControllerKnobs) -> tuple[Au
         case Confirmed():
             course.confirmed(fact.confirmation)
         case Missed():
-            course.expect("PROBE", "GUIDE_GEN")
+            course.expect("PROBE", "GUIDE_GEN", "ROLLBACK", "JUDGE")
             course.rest("missed", asdict(fact))
         case Guided():
             course.guided(fact)

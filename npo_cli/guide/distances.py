@@ -151,7 +151,7 @@ def _drift(each: Candidate, kind: VarianceKind, knobs: VarianceKnobs) -> dict[st
         "variance_kind": kind,
         "variances": {} if each.view is None else each.view.variances(knobs),
         "variance_forward": None if each.forward is None else each.forward.variances(knobs)[kind],
-        "variance_backward": None if each.backward is None else each.backward.variances(knobs)[kind],
+        "variance_backward": None if each.backward is None else each.backward.variances(knobs).get(kind),
         "variances_agree": views_agree(each.forward, each.backward, kind=kind, knobs=knobs),
         "heavy_tail": heavy_tail(each.hindsight.forward, each.hindsight.backward),
         "kl_per_token": kl_per_token,

@@ -1,7 +1,8 @@
 """What it would cost a checkpoint of the past to learn from the present policy (V), seen from either side.
 
 Forward: the present policy's samples b, seen by the old checkpoint a, log w = log a - log b. Backward: what the old
-policy itself had sampled, seen by the present one, log w = log b - log a, so that the same code gives exp(KL(a||b)).
+policy itself had sampled, seen by the present one, log w = log b - log a, so that the same code gives exp(KL(a||b));
+its squares would be those of b/a, another quantity, and are not used.
 Axes: P prompts, B rows of weights (row 0 = the data as they are), N samples.
 """
 
@@ -31,6 +32,9 @@ from npo_cli.guide.weights import ENOUGH_SAMPLES, injected
 
 Direction = Literal["guide", "learner"]
 
+TWO_SIDED: tuple[VarianceKind, ...] = ("kl_exp", "seq2_lognormal", "group2")
+"""Kinds made of a KL, which the samples of either policy tell up to its direction. A mean square of w = a/b under b
+is not that of b/a under a, so the other kinds have no backward view."""
 STANDARD_ERRORS = 2.0
 ROUNDING = 1e-9
 
@@ -122,7 +126,7 @@ def views_agree(
 
     A handful of prompts has an interval that is narrow by chance, and would disagree with anything.
     """
-    if forward is None or backward is None:
+    if forward is None or backward is None or kind not in TWO_SIDED:
         return None
     if min(forward.moments_all.samples.sum(), backward.moments_all.samples.sum()) < ENOUGH_SAMPLES:
         return None

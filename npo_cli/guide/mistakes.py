@@ -3,19 +3,17 @@
 Knows verdicts and ids, no samples' text and no file. Axes: J strata of age (nearest first).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from npo_cli.auto_records import Mistake
-from npo_cli.guide.evidence import PromptOutcome
 from npo_cli.guide.mix import own_rollouts
 from npo_cli.records import Group
 from npo_cli.seeds import derive_seed
 
 FEW = 4
-"""Prompts that the first half asks of every stratum, however small its share."""
+"""Prompts asked of every stratum, however small its share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,49 +63,15 @@ def strata_of(mistakes: Sequence[Mistake], *, step: int, distances: Sequence[int
     )
 
 
-def first_half(strata: Sequence[Stratum], *, num_prompts: int, seed: int) -> tuple[tuple[str, ...], ...]:
-    """Prompts of each stratum to ask first: half of `num_prompts`, by size N_j, a few of every stratum.
+def to_ask(strata: Sequence[Stratum], *, num_prompts: int, seed: int) -> tuple[tuple[str, ...], ...]:
+    """`num_prompts` of all strata, by size N_j, a few of every stratum; all of them where all fit.
 
-    All of them where all fit into `num_prompts`, since then there is nothing to choose.
+    Not by N_j sqrt(q_j (1 - q_j)) with q_j of a first look (Neyman 1934): the strata that were unlucky in it are asked
+    less and stay low, which pulled Q down by up to a tenth (AUTONPO.md).
     """
     sizes_J = [len(stratum.prompt_ids) for stratum in strata]
-    budget = num_prompts if sum(sizes_J) <= num_prompts else math.ceil(num_prompts / 2)
-    counts_J = _allotted(budget, sizes_J, room_J=sizes_J, least=FEW)
+    counts_J = _allotted(num_prompts, sizes_J, room_J=sizes_J, least=FEW)
     return tuple(_drawn(stratum.prompt_ids, seed)[:count] for stratum, count in zip(strata, counts_J, strict=True))
-
-
-def second_half(
-    strata: Sequence[Stratum],
-    asked: Sequence[Sequence[str]],
-    spread: Sequence[float],
-    *,
-    num_prompts: int,
-    seed: int,
-) -> tuple[tuple[str, ...], ...]:
-    """Prompts to ask on top of `asked`: the rest of `num_prompts`, by N_j spread_j (Neyman 1934), none twice.
-
-    A stratum that runs out passes its share on to the others.
-    """
-    left_J = [
-        [prompt_id for prompt_id in _drawn(stratum.prompt_ids, seed) if prompt_id not in before]
-        for stratum, before in zip(strata, map(frozenset, asked), strict=True)
-    ]
-    weights_J = [len(stratum.prompt_ids) * each for stratum, each in zip(strata, spread, strict=True)]
-    budget = max(0, num_prompts - sum(map(len, asked)))
-    counts_J = _allotted(budget, weights_J, room_J=[len(left) for left in left_J], least=0)
-    return tuple(tuple(left[:count]) for left, count in zip(left_J, counts_J, strict=True))
-
-
-def spreads_of(strata: Sequence[Stratum], outcomes: Sequence[PromptOutcome]) -> tuple[float, ...]:
-    """Spread of one sample in each stratum, sqrt(q (1 - q)) with q = (c + 1/2)/(n + 1); 1/2 where nothing was asked."""
-    by_id = {outcome.prompt_id: outcome for outcome in outcomes}
-    spreads = []
-    for stratum in strata:
-        found = [by_id[prompt_id] for prompt_id in stratum.prompt_ids if prompt_id in by_id]
-        num_samples = sum(outcome.num_samples for outcome in found)
-        quality = (sum(outcome.num_correct for outcome in found) + 0.5) / (num_samples + 1.0)
-        spreads.append(math.sqrt(quality * (1.0 - quality)))
-    return tuple(spreads)
 
 
 def _own_accuracy(group: Group) -> float:

@@ -104,6 +104,11 @@ class Watch:
         self._remember(signal.step, reward, entropy)
         return self._compared(signal.step, reward, entropy)
 
+    def catch_up(self, signal: Signal) -> None:
+        """See a step again, unless it was seen already."""
+        if self._last_step is None or signal.step > self._last_step:
+            self.see(signal)
+
     def _remember(self, step: int, reward: float, entropy: float) -> None:
         self._steps.append(step)
         self._rewards.append(reward)
@@ -160,5 +165,10 @@ def spreads_around_line(steps: Sequence[float], *columns: Sequence[float]) -> It
         yield math.sqrt(max(residual, 0.0) / (num - 2))
 
 
+def is_finite(value: float | None) -> bool:
+    """Whether there is a number."""
+    return value is not None and math.isfinite(value)
+
+
 def _present(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    return value if is_finite(value) else None

@@ -4,16 +4,18 @@ N rows (responses), T response tokens. All log-probabilities are in nats, at the
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 from npo_cli.errors import NpoError
+from npo_cli.objective.stats import LARGEST, SMALLEST, Additive, MismatchStats
 
 LossKind = Literal["grpo", "gspo", "gspo_token", "cispo"]
 Aggregation = Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"]
 RatioMode = Literal["exact", "proximal", "decoupled", "none"]
+MismatchMode = Literal["token_tis", "sequence_tis", "token_mis", "sequence_mis", "geometric", "k3", "off"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +23,7 @@ class Rows:
     """Whole responses and what is known of them. Values outside the mask are never read, whatever they are."""
 
     behavior_logps_NT: Tensor
-    """Under the policy that wrote the row. Read on foreign rows only."""
+    """Under the policy that wrote the row; of an own row, as the engine that sampled it saw the same weights."""
     mask_NT: Tensor
     """True on response tokens, the end token included."""
     advantages_N: Tensor
@@ -43,6 +45,19 @@ class Divisors:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MismatchKnobs:
+    """How own rows are corrected for the engine that sampled them. A mode reads its own numbers only."""
+
+    mode: MismatchMode
+    cap: float
+    low: float
+    high: float
+    geo_low: float
+    geo_high: float
+    k3_max: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LossKnobs:
     """Which objective, and its numbers. Carries no defaults: those live on the settings."""
 
@@ -58,6 +73,7 @@ class LossKnobs:
     ratio: RatioMode
     """How foreign rows are charged."""
     decoupled_cap: float
+    mismatch: MismatchKnobs
 
     def __post_init__(self) -> None:
         """A delta inside the clip range would clip good tokens early, so it is refused."""
@@ -69,12 +85,8 @@ class LossKnobs:
             )
 
 
-SMALLEST = {"merge": min}
-LARGEST = {"merge": max}
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LossStats:
+class LossStats(Additive):
     """What one micro-batch measured. Stats add up; `LossStats()` is the zero."""
 
     own_tokens: float = 0.0
@@ -97,13 +109,7 @@ class LossStats:
     """L1 norm of d policy loss / d log-probability."""
     foreign_push: float = 0.0
     """The part of it on foreign tokens."""
-
-    def __add__(self, other: "LossStats") -> "LossStats":
-        merged = {}
-        for each in fields(self):
-            mine, theirs = getattr(self, each.name), getattr(other, each.name)
-            merged[each.name] = each.metadata["merge"](mine, theirs) if each.metadata else mine + theirs
-        return LossStats(**merged)
+    mismatch: MismatchStats = field(default_factory=MismatchStats)
 
     def metrics(self) -> dict[str, float]:
         """Shares and means under their public names; what has no tokens behind it is left out."""
@@ -120,4 +126,4 @@ class LossStats:
             found["inject/ratio_max"] = self.ratio_max
         if self.foreign_tokens and self.push:
             found["inject/push_share"] = self.foreign_push / self.push
-        return found
+        return found | self.mismatch.metrics()

@@ -1,8 +1,8 @@
-"""The policy loss: charge each row, take the surrogate of each token, add up.
+"""The policy loss: charge each row, take the surrogate of each token, weigh it, add up.
 
 N rows (responses), T tokens. L = AGG[weight * surrogate] + kl_coef * AGG[k3] - entropy_coef * AGG[entropy], to be
-minimised. It does not know why a row is foreign. Engine mismatch is not corrected here: the old log-probabilities
-come from the trainer's own forward pass.
+minimised. It does not know why a row is foreign. The weight is that of the charge on foreign rows, and on own rows
+that of the engine's mismatch; neither reaches the KL and entropy terms.
 """
 
 import math
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from npo_cli.objective.aggregation import aggregate
 from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, Rows
+from npo_cli.objective.mismatch import Correction, make_correction, measure
 from npo_cli.objective.ratios import log_ratio, make_charge
+from npo_cli.objective.stats import MismatchStats
 from npo_cli.objective.surrogates import SURROGATES, Terms, Tokens, bounds_for, kl_k3
 
 
@@ -56,6 +58,7 @@ def make_policy_loss(knobs: LossKnobs) -> PolicyLoss:
     empty mask, or A = 0, adds no policy loss. The reference may be given without a KL term, to measure it.
     """
     charge = make_charge(knobs.ratio, decoupled_cap=knobs.decoupled_cap)
+    correct = make_correction(knobs.mismatch)
     surrogate = SURROGATES[knobs.kind]
 
     def loss_of(
@@ -69,17 +72,18 @@ def make_policy_loss(knobs: LossKnobs) -> PolicyLoss:
         assert ref_logps_NT is not None or not knobs.kl_coef, "a KL term needs the reference's log-probabilities"
         assert entropies_NT is not None or not knobs.entropy_coef, "an entropy bonus needs entropies"
         total = partial(aggregate, mask_NT=rows.mask_NT, how=knobs.aggregation, divisors=divisors)
-        charged = charge(logps_NT, rows)
+        charged, corrected = charge(logps_NT, rows), correct(logps_NT, rows)
+        weight_NT = charged.weight_NT * corrected.weight_NT
         tokens = _tokens(logps_NT, rows, charged.anchor_logps_NT)
         terms = surrogate(tokens, bounds_for(charged.free_N1, knobs))
-        loss = total(charged.weight_NT * terms.loss_NT)
+        loss = total(weight_NT * terms.loss_NT)
         kl_NT = None if ref_logps_NT is None else _kl(tokens, ref_logps_NT)
         if knobs.kl_coef:
             loss = loss + knobs.kl_coef * total(kl_NT)
         if knobs.entropy_coef:
             loss = loss - knobs.entropy_coef * total(entropies_NT)
-        push_NT = charged.weight_NT * terms.gain_NT * tokens.advantages_N1.abs()
-        view = _View(tokens=tokens, terms=terms, push_NT=push_NT, kl_NT=kl_NT)
+        push_NT = weight_NT * terms.gain_NT * tokens.advantages_N1.abs()
+        view = _View(tokens=tokens, terms=terms, push_NT=push_NT, kl_NT=kl_NT, corrected=corrected)
         return loss, _measure(view, rows, total)
 
     return loss_of
@@ -93,6 +97,7 @@ class _View:
     terms: Terms
     push_NT: Tensor
     kl_NT: Tensor | None
+    corrected: Correction
 
 
 def _tokens(logps_NT: Tensor, rows: Rows, anchor_logps_NT: Tensor) -> Tokens:
@@ -133,4 +138,7 @@ def _measure(view: _View, rows: Rows, total: Callable[[Tensor], Tensor]) -> Loss
     if view.kl_NT is not None:
         found |= {"kl_sum": torch.where(own_NT, view.kl_NT, 0.0).sum(), "kl_tokens": own_NT.sum()}
     # One transfer for all of them: each .item() would wait for the device.
-    return LossStats(**dict(zip(found, torch.stack([each.double() for each in found.values()]).tolist(), strict=True)))
+    ours = torch.stack([each.double() for each in found.values()])
+    numbers = torch.cat([ours, measure(view.corrected)]).tolist()
+    mismatch = MismatchStats.from_numbers(numbers[len(found) :])
+    return LossStats(**dict(zip(found, numbers, strict=False)), mismatch=mismatch)

@@ -46,12 +46,33 @@ def log_ratio(logps_NT: Tensor, anchor_logps_NT: Tensor) -> Tensor:
     return (logps_NT - anchor_logps_NT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
+def columns_of(logps_NT: Tensor, rows: Rows) -> Columns:
+    """The three columns of these rows. Without old log-probabilities the current ones stand in."""
+    current_NT = logps_NT.detach()
+    old_NT = current_NT if rows.old_logps_NT is None else rows.old_logps_NT.detach()
+    mask_NT = rows.mask_NT.bool()
+    return Columns(
+        current_NT=torch.where(mask_NT, current_NT, 0.0),
+        old_NT=torch.where(mask_NT, old_NT, 0.0),
+        behavior_NT=torch.where(mask_NT, rows.behavior_logps_NT.detach(), 0.0),
+    )
+
+
+def k3(log_weight_NT: Tensor) -> Tensor:
+    """w - 1 - log w of w = p / q: never negative, 0 at w = 1; its mean over samples of q is KL(q || p), in nats.
+
+    (Schulman 2020, joschu.net/blog/kl-approx.)
+    """
+    # exp(x) - 1 would drown small x in rounding.
+    return log_weight_NT.expm1() - log_weight_NT
+
+
 def make_charge(mode: RatioMode, *, decoupled_cap: float) -> Callable[[Tensor, Rows], Charge]:
     """The charging function of one mode: own rows to the old policy with weight 1, foreign rows by the mode's rule."""
     rule = RULES[mode]
 
     def charge(logps_NT: Tensor, rows: Rows) -> Charge:
-        columns = _columns(logps_NT, rows)
+        columns = columns_of(logps_NT, rows)
         theirs = rule(columns, decoupled_cap)
         foreign_N1 = rows.foreign_N.bool()[:, None]
         return Charge(
@@ -91,17 +112,6 @@ RULES: dict[RatioMode, Rule] = {
     "decoupled": charge_decoupled,
     "none": charge_none,
 }
-
-
-def _columns(logps_NT: Tensor, rows: Rows) -> Columns:
-    current_NT = logps_NT.detach()
-    old_NT = current_NT if rows.old_logps_NT is None else rows.old_logps_NT.detach()
-    mask_NT = rows.mask_NT.bool()
-    return Columns(
-        current_NT=torch.where(mask_NT, current_NT, 0.0),
-        old_NT=torch.where(mask_NT, old_NT, 0.0),
-        behavior_NT=torch.where(mask_NT, rows.behavior_logps_NT.detach(), 0.0),
-    )
 
 
 def _bound_charge(anchor_NT: Tensor, weight_NT: Tensor | None = None) -> Charge:

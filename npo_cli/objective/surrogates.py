@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from npo_cli.objective.batch import LossKind, LossKnobs
-from npo_cli.objective.ratios import LOG_RATIO_LIMIT, log_ratio
+from npo_cli.objective.ratios import LOG_RATIO_LIMIT, k3, log_ratio
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,12 +125,8 @@ def sequence_ratio(tokens: Tokens) -> Tensor:
 
 
 def kl_k3(logps_NT: Tensor, ref_logps_NT: Tensor) -> Tensor:
-    """Unbiased, never negative estimate of KL(pi || ref) in nats: k3 = w - 1 - log w, w = pi_ref / pi.
-
-    0 where both agree. (Schulman 2020, joschu.net/blog/kl-approx.)
-    """
-    log_weight_NT = log_ratio(ref_logps_NT, logps_NT)
-    return log_weight_NT.exp() - 1 - log_weight_NT
+    """Unbiased, never negative estimate of KL(pi || ref) in nats: k3 of w = pi_ref / pi. 0 where both agree."""
+    return k3(log_ratio(ref_logps_NT, logps_NT))
 
 
 SURROGATES: dict[LossKind, Callable[[Tokens, Bounds], Terms]] = {

@@ -206,6 +206,7 @@ def account_tables(accounts: Sequence[Account]) -> tuple[Table, ...]:
         ("training tokens", lambda one: count(one.training_tokens)),
         ("probe tokens", lambda one: count(one.probe_tokens)),
         ("guide tokens", lambda one: count(one.guide_tokens)),
+        ("judge tokens", lambda one: count(one.judge_tokens)),
         ("abandoned tokens", lambda one: count(one.abandoned_tokens)),
         ("all tokens", lambda one: count(one.tokens)),
         ("wall clock, s", lambda one: f"{one.seconds:,.1f}" if one.seconds > 0 else "-"),
@@ -214,7 +215,10 @@ def account_tables(accounts: Sequence[Account]) -> tuple[Table, ...]:
     )
     rows = tuple((name, *(told(one) for one in accounts)) for name, told in lines)
     header = ("everything executed", *(one.branch for one in accounts))
-    notes = ("abandoned: steps that are not on the branch's line; held-out evaluations are nobody's cost.",)
+    notes = (
+        "judge: held-out tests that decided which branch goes on; other evaluations are nobody's cost.",
+        "abandoned: steps that are not on the branch's line.",
+    )
     return (Table(title="Account", header=header, rows=rows, notes=notes),)
 
 

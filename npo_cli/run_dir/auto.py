@@ -64,6 +64,17 @@ def probes_folder(run: RunDir) -> Path:
     return run.root / "probes"
 
 
+def judgement_folder(run: RunDir, branch: str, step: int) -> Path:
+    """Where the clock of one held-out test lies; what it found is in autonpo.jsonl."""
+    return run.root / "judgements" / f"{branch}_{step_name(step)}"
+
+
+def judgements(run: RunDir) -> list[Path]:
+    """The folder of every such test."""
+    root = run.root / "judgements"
+    return sorted(root.iterdir()) if root.is_dir() else []
+
+
 def append_transitions(run: RunDir, moves: Sequence[Transition]) -> None:
     """Write down the moves that one fact made, in one go, synced: nothing before them is decided again."""
     if moves:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from npo_cli.costs import Account
 from npo_cli.loading import from_dict
-from npo_cli.run_dir.auto import ProbeFolder, probe_tokens, probes, transitions
+from npo_cli.run_dir.auto import ProbeFolder, judgements, probe_tokens, probes, transitions
 from npo_cli.run_dir.guides import list_guides, read_asked
 from npo_cli.run_dir.lineage import birth_segment, branches, descent
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.scores import scorings
 from npo_cli.run_dir.seconds import seconds_in
 from npo_cli.run_dir.steps import measured_steps
+
+JUDGED = ("kept", "reverted")
+IN_VAIN = ("rejected", "unguided", "missed", "reverted")
 
 
 def account(run: RunDir, branch: str) -> Account:
@@ -42,10 +45,11 @@ def account(run: RunDir, branch: str) -> Account:
         training_tokens=on_line,
         probe_tokens=sum(probe_tokens(probe) for probe in found),
         guide_tokens=guide_tokens(run),
+        judge_tokens=sum(int(move.evidence.get("num_tokens", 0)) for move in moves if move.event in JUDGED),
         abandoned_tokens=off_line,
         seconds=sum(seconds_in(folder) for folder in timed_folders(run, found)),
         interventions=sum(move.event == "rolled_back" and not move.evidence.get("early") for move in moves),
-        rejections=sum(move.event == "rejected" for move in moves),
+        rejections=sum(move.event in IN_VAIN for move in moves),
     )
 
 
@@ -61,8 +65,9 @@ def _tokens_so_far(run: RunDir, name: str) -> int:
 
 
 def timed_folders(run: RunDir, found: list[ProbeFolder]) -> Iterator[Path]:
-    """Every folder that keeps a clock: branches, guide caches, scorings, probes."""
+    """Every folder that keeps a clock: branches, guide caches, scorings, probes, held-out tests that decided."""
     yield from (run.branch_folder(branch) for branch in branches(run))
     yield from (run.guide_folder(info.name) for info in list_guides(run))
     yield from (scoring.folder for scoring in scorings(run))
     yield from (probe.folder for probe in found)
+    yield from judgements(run)

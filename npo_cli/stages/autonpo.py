@@ -12,7 +12,7 @@ from pathlib import Path
 from npo_cli.auto_records import AutoState, Transition
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.records import Notice
+from npo_cli.records import Notice, StepReport
 from npo_cli.run_dir.auto import append_transitions, transitions
 from npo_cli.run_dir.checkpoints import history, newest_anchor
 from npo_cli.run_dir.lineage import birth_segment, newest_branch
@@ -100,7 +100,13 @@ def piloted(world: World, state: AutoState, *, stop: StopFlag, looks_back: bool)
                 message=f"looking back over steps {state.step + 1}-{newest} of {state.branch}, already on record"
             )
     pilot = Pilot(world, state, stop=stop)
-    yield from pilot.drive()
+    yield from (Notice(message=lack, level="warning") for lack in pilot.lacking())
+    idle = True
+    for record in pilot.drive():
+        idle = idle and not isinstance(record, StepReport)
+        yield record
+    if idle:
+        yield Notice(message=f"no step was left to make: {pilot.why_ended()}")
     yield account(world.run, pilot.state.branch)
 
 
@@ -111,8 +117,8 @@ def begun(world: World, state: AutoState) -> Generator[Transition, None, AutoSta
     same_branch = bool(starts) and transitions(run)[-1].state.branch == state.branch
     if same_branch and starts[-1].evidence["settings"] == settings:
         return state
-    if same_branch and state.phase in TRAINING and history(run, state.branch):
-        # What the old settings left unanswered is not asked again with new ones.
+    if same_branch and state.phase in ("TRAIN", "COOLDOWN") and history(run, state.branch):
+        # What the old settings left unanswered is not asked again with new ones; a replay's end is no question.
         step = max(state.step, newest_anchor(run, state.branch).step)
         state = replace(state, step=step, streak=0, warned=False)
     move = Transition(

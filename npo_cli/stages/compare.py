@@ -3,7 +3,7 @@
 An arm is a branch. A replayed branch is charged with everything it needed: its parent up to the last of fork, guide
 and scored candidates, the scoring of its learner that came before it, the guide's samples, and its own steps. A probe
 is charged to the branch whose policy was probed, from that step on; a replay that was judged worse and taken back, to
-the branch that goes on instead. Held-out evaluation is charged to nobody.
+the branch that goes on instead, as is the test that decided. Other held-out evaluation is charged to nobody.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from npo_cli.costs import Crossing, CurvePoint
 from npo_cli.records import Segment
-from npo_cli.run_dir.auto import probe_tokens, probes, transitions
+from npo_cli.run_dir.auto import judgement_folder, probe_tokens, probes, transitions
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.index import best_evals
 from npo_cli.run_dir.journal import Journal
@@ -52,12 +52,12 @@ def ledger(run: RunDir, branch: str) -> dict[int, Cost]:
     spent = NOTHING if born.parent is None else entry_cost(run, born)
     parents = {0: spent} if born.parent is None else ledger(run, born.parent)
     known = {step: cost for step, cost in parents.items() if step <= born.fork_step}
-    probed, taken_back = probe_costs(run, branch), taken_back_costs(run, branch)
+    probed, judged = probe_costs(run, branch), judged_costs(run, branch)
     for step, own in step_costs(run, branch).items():
         spent = spent + own + probed.get(step, NOTHING)
         known[step] = spent
         # Standing here cost no more; going on from here does.
-        spent = spent + taken_back.get(step, NOTHING)
+        spent = spent + judged.get(step, NOTHING)
     return known
 
 
@@ -80,15 +80,18 @@ def probe_costs(run: RunDir, branch: str) -> dict[int, Cost]:
     return costs
 
 
-def taken_back_costs(run: RunDir, branch: str) -> dict[int, Cost]:
-    """Own steps and guide of each replay that AutoNPO took back, by the step at which the branch went on without it."""
+def judged_costs(run: RunDir, branch: str) -> dict[int, Cost]:
+    """The held-out tests after which the branch went on, by step; with each replay taken back, its steps and guide."""
     costs: dict[int, Cost] = {}
     for before, move in pairwise(transitions(run)):
-        if move.event == "reverted" and move.state.branch == branch:
-            lost = before.state.branch
-            guide = birth_segment(run, lost).guide
-            replay = sum(step_costs(run, lost).values(), start=NOTHING)
-            costs[move.step] = replay + (NOTHING if guide is None else cache_cost(run, guide))
+        if move.event in ("kept", "reverted") and move.state.branch == branch:
+            replayed = before.state.branch
+            seconds = seconds_in(judgement_folder(run, replayed, move.step))
+            costs[move.step] = Cost(steps=0, tokens=int(move.evidence.get("num_tokens", 0)), seconds=seconds)
+            if move.event == "reverted":
+                guide = birth_segment(run, replayed).guide
+                asked = NOTHING if guide is None else cache_cost(run, guide)
+                costs[move.step] += sum(step_costs(run, replayed).values(), start=asked)
     return costs
 
 

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from npo_cli.auto_records import Confirmation, Mistake
-from npo_cli.guide.mistakes import Stratum, first_half, second_half, spreads_of, strata_of
+from npo_cli.guide.mistakes import Stratum, strata_of, to_ask
 from npo_cli.guide.rollback import Hindsight, Probed, RollbackKnobs, SampleRatio, confirm
 from npo_cli.policy.optimizer import peek_state
 from npo_cli.records import Group, Progress, Prompt
@@ -67,15 +67,10 @@ def open_confirmation(world: World, branch: str, present: Checkpoint) -> Probe:
 
 
 def confirmed(probe: Probe) -> Generator[Progress, None, Confirmation]:
-    """Ask in two halves, look at every stored distance from both sides, decide."""
+    """Ask, look at every stored distance from both sides, decide."""
     world, count = probe.world, probe.world.recipe.probe.prompts
     load_checkpoint(world.policy, probe.present)
-    # Half of the prompts by the size of the strata, the rest where the answer is most uncertain.
-    first = first_half(probe.strata, num_prompts=count, seed=probe.seed)
-    groups = yield from asked(probe, first, num_chunks=0)
-    spread = spreads_of(probe.strata, outcomes_of(groups))
-    rest = second_half(probe.strata, first, spread, num_prompts=count, seed=probe.seed)
-    groups += yield from asked(probe, rest, num_chunks=-(-len(groups) // CHUNK_PROMPTS))
+    groups = yield from asked(probe, to_ask(probe.strata, num_prompts=count, seed=probe.seed))
     # How far each checkpoint of the past is from the policy that answered.
     hindsights = yield from looked_back(probe, groups)
     return confirm(
@@ -87,14 +82,14 @@ def confirmed(probe: Probe) -> Generator[Progress, None, Confirmation]:
     )
 
 
-def asked(probe: Probe, chosen: Sequence[Sequence[str]], *, num_chunks: int) -> Generator[Progress, None, list[Group]]:
+def asked(probe: Probe, chosen: Sequence[Sequence[str]]) -> Generator[Progress, None, list[Group]]:
     """Answers to the prompts of all strata; a chunk on record is read back."""
     world, recipe, journal = probe.world, probe.world.recipe, probe.folder.rollouts
     prompts = [world.task.prompt(prompt_id) for stratum in chosen for prompt_id in stratum]
     groups: list[Group] = []
     for place, start in enumerate(range(0, len(prompts), CHUNK_PROMPTS)):
         yield Progress(what="ask again what failed", done=start, total=len(prompts))
-        known = journal.read_step(num_chunks + place)
+        known = journal.read_step(place)
         if known is None:
             began = time.perf_counter()
             known = answer(
@@ -105,7 +100,7 @@ def asked(probe: Probe, chosen: Sequence[Sequence[str]], *, num_chunks: int) -> 
                 sampler_step=probe.present.step,
                 temperature=recipe.guide.temperature,
             )
-            journal.write_step(num_chunks + place, known)
+            journal.write_step(place, known)
             tokens = sum(len(rollout.response_ids) for group in known for rollout in group.rollouts)
             add_seconds(probe.folder.folder, time.perf_counter() - began, num_tokens=tokens)
         groups += known

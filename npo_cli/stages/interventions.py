@@ -4,7 +4,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 
 from npo_cli.auto_records import AutoState
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guide.controller import Confirmed, Guided, Judged, Missed, RolledBack
 from npo_cli.guide.mistakes import strata_of
 from npo_cli.policy.optimizer import peek_state
@@ -15,7 +15,7 @@ from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.lineage import birth_segment, branches
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.stages.auto_guides import Wanted, made_guides
-from npo_cli.stages.confirm import confirmed, open_confirmation
+from npo_cli.stages.confirm import confirmed, open_confirmation, places_back
 from npo_cli.stages.judge import paired_test
 from npo_cli.stages.resume import Start, record_start
 from npo_cli.stages.saving import ANCHOR, need_state
@@ -30,7 +30,10 @@ def confirmed_fact(world: World, state: AutoState) -> Generator[Progress, None, 
     present = present_policy(world.run, state)
     if isinstance(present, str):
         return Missed(what=present)
-    found = yield from confirmed(open_confirmation(world, state.branch, present))
+    probe = open_confirmation(world, state.branch, present)
+    if not places_back(probe):
+        return Missed(what=f"no full state at any of auto.deltas before step {state.step}")
+    found = yield from confirmed(probe)
     return Confirmed(confirmation=found)
 
 
@@ -57,11 +60,14 @@ def guided_fact(world: World, state: AutoState) -> Generator[Progress, None, Gui
     return (yield from made_guides(world, wanted))
 
 
-def rolled_back_fact(world: World, state: AutoState) -> Generator[Progress, None, RolledBack]:
+def rolled_back_fact(world: World, state: AutoState) -> Generator[Progress, None, RolledBack | Missed]:
     """ROLLBACK: a branch is born that leaves the present one `distance` steps ago; the old one stays as it is."""
     yield Progress(what="roll back", done=0, total=1)
     guide = next(move.evidence["guide"] for move in reversed(transitions(world.run)) if move.event == "guided")
-    info, _ = load_guide(world.run, guide)
+    try:
+        info, _ = load_guide(world.run, guide)
+    except NpoError as error:
+        return Missed(what=error.message)
     until = info.at_step + info.num_steps
     segment = Segment(branch=guide, parent=state.branch, fork_step=info.at_step, guide=guide, guide_until=until)
     segment = replace(segment, branch=branch_for(world.run, segment))
@@ -71,14 +77,19 @@ def rolled_back_fact(world: World, state: AutoState) -> Generator[Progress, None
     return RolledBack(branch=segment.branch, to_step=info.at_step, until=until)
 
 
-def judged_fact(world: World, state: AutoState) -> Generator[Progress, None, Judged]:
+def judged_fact(world: World, state: AutoState) -> Generator[Progress, None, Judged | Missed]:
     """JUDGE: the replayed policy against the one that was left, on held-out prompts."""
     yield Progress(what="held-out test", done=0, total=1)
     parent = birth_segment(world.run, state.branch).parent
     assert parent is not None, "a replay left another branch"
-    replayed = find_checkpoint(world.run, state.branch, state.step)
-    abandoned = find_checkpoint(world.run, parent, state.step)
-    test = paired_test(world, replayed, abandoned)
+    try:
+        replayed = find_checkpoint(world.run, state.branch, state.step)
+        abandoned = find_checkpoint(world.run, parent, state.step)
+        test = paired_test(world, replayed, abandoned)
+    except RunFailed:
+        raise
+    except NpoError as error:
+        return Missed(what=error.message)
     return Judged(worse=test.worse, evidence=test.row(), parent=parent)
 
 
@@ -109,8 +120,9 @@ def slice_prompts(world: World, state: AutoState, present: Checkpoint) -> tuple[
     mistakes = peek_state(present.path / ANCHOR).mistakes
     (only,) = strata_of(mistakes, step=state.step, distances=[distance], tau=world.recipe.pool.tau)
     failed = set(only.prompt_ids)
+    num_steps = world.recipe.early.window if state.early else distance
     first = position_at(world.run, state.branch, back_to(state))
-    last = position_at(world.run, state.branch, state.step)
+    last = position_at(world.run, state.branch, back_to(state) + num_steps)
     return tuple(prompt for prompt in world.prompts_between(first, last) if prompt.prompt_id in failed)
 
 

@@ -4,13 +4,16 @@ Both policies answer the same prompts with the same seeds; prompts are resampled
 held-out split has chosen a branch, and its accuracy is no longer that of unseen data.
 """
 
+import time
 from dataclasses import asdict, dataclass
 
 import numpy
 
 from npo_cli.guide.quality import cluster_interval
 from npo_cli.records import Group
+from npo_cli.run_dir.auto import judgement_folder
 from npo_cli.run_dir.checkpoints import Checkpoint
+from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.world import World, answer, load_checkpoint, num_tokens
 
@@ -40,7 +43,11 @@ class PairedTest:
 
 def paired_test(world: World, replayed: Checkpoint, abandoned: Checkpoint) -> PairedTest:
     """eval.samples answers a prompt of each; the interval is a bootstrap of the paired differences over prompts."""
+    began = time.perf_counter()
     ours, theirs = _answers(world, replayed), _answers(world, abandoned)
+    tokens = num_tokens(ours) + num_tokens(theirs)
+    folder = judgement_folder(world.run, replayed.branch, replayed.step)
+    add_seconds(folder, time.perf_counter() - began, num_tokens=tokens)
     differences = [_share(mine) - _share(other) for mine, other in zip(ours, theirs, strict=True)]
     rng = numpy.random.default_rng(derive_seed(world.recipe.train.seed, "judge", replayed.branch, replayed.step))
     low, high = paired_interval(differences, rng)
@@ -51,7 +58,7 @@ def paired_test(world: World, replayed: Checkpoint, abandoned: Checkpoint) -> Pa
         difference_low=low,
         difference_high=high,
         num_prompts=len(differences),
-        num_tokens=num_tokens(ours) + num_tokens(theirs),
+        num_tokens=tokens,
     )
 
 

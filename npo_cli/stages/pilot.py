@@ -5,14 +5,15 @@ driver therefore starts again from the last transition and comes to the same dec
 this driver or by plain training, are looked at, not made again.
 """
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from npo_cli.auto_records import AutoState, Transition
 from npo_cli.errors import StoppedEarly, as_typed
 from npo_cli.guide.controller import Fact, StepSeen, advance
-from npo_cli.guide.trigger import Signal, Watch
+from npo_cli.guide.trigger import Signal, Watch, is_finite
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.records import EvalReport, Notice, Progress, StepReport
 from npo_cli.report.auto_words import in_words
@@ -20,7 +21,7 @@ from npo_cli.run_dir.auto import append_transitions
 from npo_cli.run_dir.checkpoints import Checkpoint, history, newest_anchor
 from npo_cli.run_dir.lineage import descent, newest_branch
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.steps import measured_steps
+from npo_cli.run_dir.steps import append_event, measured_steps
 from npo_cli.stages.auto_knobs import controller_knobs, trigger_knobs
 from npo_cli.stages.interventions import confirmed_fact, guided_fact, judged_fact, last_event, rolled_back_fact
 from npo_cli.stages.loop import grpo_steps
@@ -76,9 +77,24 @@ class Pilot:
             if act is None:
                 yield from self.go_on()
                 continue
-            fact = yield from act(self.world, self.state)
+            fact = yield from self.stoppable(act(self.world, self.state))
             yield from self.told(fact)
             self.watch = self.watched_until(self.state)
+
+    def lacking(self) -> list[str]:
+        """Signals that no step on record has: without them nothing can ever trigger."""
+        known = list(recorded_until(self.run, self.state.branch, sys.maxsize))
+        return [
+            f"no step on record has a finite {name}: AutoNPO cannot trigger on them"
+            for name in ("reward", "entropy")
+            if known and not any(is_finite(getattr(signal, name)) for signal in known)
+        ]
+
+    def why_ended(self) -> str:
+        """In words."""
+        if self.state.step >= self.recipe.train.num_steps:
+            return f"all {self.recipe.train.num_steps} steps are made (train.num_steps may be raised)"
+        return "replay.after=stop, and the replay is done (replay.after=continue goes on)"
 
     @property
     def ended(self) -> bool:
@@ -89,6 +105,22 @@ class Pilot:
         if stops and last_event(self.run) in ("replayed", "kept"):
             return True
         return self.state.step >= self.recipe.train.num_steps
+
+    def stoppable(self, act: Generator[Progress, None, Fact]) -> Generator[Progress, None, Fact]:
+        """The act, left between two of its chunks if a signal asks for it; each chunk is on the disk."""
+        while True:
+            if self.stop:
+                act.close()
+                append_event(self.run, "stopped", {"branch": self.state.branch, "step": self.state.step})
+                raise StoppedEarly(
+                    f"stopped by {self.stop.reason} in {self.state.phase}; what was sampled is saved",
+                    f"npo resume {as_typed(self.run.root)} --autonpo",
+                )
+            try:
+                progress = next(act)
+            except StopIteration as done:
+                return done.value
+            yield progress
 
     def told(self, fact: Fact) -> Iterator[Seen]:
         """One fact to the state machine; its moves go to the disk before anything is done about them."""
@@ -138,9 +170,14 @@ class Pilot:
         waiting: list[StepSeen] = []
 
         def watcher(report: StepReport) -> bool:
+            signal = signal_of({"step": report.step, **report.metrics})
             if report.step <= self.state.step:
-                return False  # made again after a kill, and judged before it
-            fact = self.step_seen(signal_of({"step": report.step, **report.metrics}))
+                # Made again after a kill, and judged before it; only a power cut loses its record.
+                self.watch.catch_up(signal)
+                return False
+            fact = self.step_seen(signal)
+            # Nothing is decided on figures that are not on the disk.
+            trainer.steps.sync()
             waiting.append(fact)
             ahead, moves = advance(self.state, fact, knobs=self.knobs)
             done = self.recipe.replay.after == "stop" and any(move.event == "replayed" for move in moves)

@@ -155,7 +155,8 @@ def reachable(record: Record, step: int) -> list[int]:
 
 def as_assumed(move: Transition, record: Record) -> Transition:
     """The same move; where nobody could be asked, its evidence says that it was made up."""
-    steps = [move.step - each for each in reachable(record, move.step)]
+    early = move.state.early
+    steps = [move.state.step] if early else [move.step - each for each in reachable(record, move.step)]
     told = {
         "accepted": {"distance": move.state.distance},
         "guided": {},

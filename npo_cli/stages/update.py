@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from npo_cli.config import Recipe
-from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, Rows
+from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, MismatchKnobs, Rows
 from npo_cli.objective.losses import make_policy_loss
 from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
 from npo_cli.policy.model import Policy
@@ -60,8 +60,8 @@ def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages]) -> list[Tr
 
 
 def loss_knobs(recipe: Recipe) -> LossKnobs:
-    """The recipe's loss and injection settings, as the objective knows them."""
-    loss, inject = recipe.loss, recipe.inject
+    """The recipe's loss, injection and mismatch settings, as the objective knows them."""
+    loss, inject, mismatch = recipe.loss, recipe.inject, recipe.mismatch
     return LossKnobs(
         kind=loss.kind,
         aggregation=loss.aggregation,
@@ -74,6 +74,15 @@ def loss_knobs(recipe: Recipe) -> LossKnobs:
         entropy_coef=loss.entropy_coef,
         ratio=inject.ratio,
         decoupled_cap=inject.decoupled_cap,
+        mismatch=MismatchKnobs(
+            mode=mismatch.mode,
+            cap=mismatch.cap,
+            low=mismatch.low,
+            high=mismatch.high,
+            geo_low=mismatch.geo_low,
+            geo_high=mismatch.geo_high,
+            k3_max=mismatch.k3_max,
+        ),
     )
 
 

@@ -177,8 +177,8 @@ def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tm
 
 def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
     assert words(circle, "resume", "inject.gate=0.1") == (
-        "inject.gate cannot change from 0.6 to 0.1 in the middle of a branch, only where a replay leaves it "
-        "| replay with it: add --at STEP --guide NAME to the command"
+        "inject.gate cannot change from 0.6 to 0.1 in the middle of a branch, only where another one leaves it "
+        "| leave the branch with it: add --at STEP to the command"
     )
 
 

@@ -14,6 +14,7 @@ WARNED = replace(ARMED, streak=5, warned=True)
 PROBING = replace(ARMED, phase="PROBE")
 GUIDING = replace(ARMED, phase="GUIDE_GEN", distance=20)
 LEAVING = replace(ARMED, phase="ROLLBACK", distance=20)
+JUDGING = AutoState(branch="auto-1", step=100, phase="JUDGE", distance=20, interventions=1)
 REPLAYING = AutoState(branch="auto-1", step=80, phase="REPLAY", distance=20, until=100, interventions=1)
 ROLLED_BACK = RolledBack(branch="auto-1", to_step=80, until=100)
 
@@ -122,6 +123,7 @@ def test_the_evidence_is_plain_data():
         (PROBING, REJECTED, "rejected"),
         (PROBING, MISSED, "missed"),
         (GUIDING, MISSED, "missed"),
+        (LEAVING, MISSED, "missed"),
         (GUIDING, UNGUIDED, "unguided"),
     ],
 )
@@ -129,6 +131,12 @@ def test_an_intervention_that_comes_to_nothing_rests(state, fact, event):
     after, moves = tell(state, fact)
     assert moves == [(100, event, state.phase, "COOLDOWN")]
     assert after == AutoState(branch="main", step=100, phase="COOLDOWN", until=140)
+
+
+def test_a_test_that_cannot_be_done_leaves_the_replay_in_place():
+    after, moves = tell(JUDGING, MISSED)
+    assert moves == [(100, "missed", "JUDGE", "COOLDOWN")]
+    assert after == AutoState(branch="auto-1", step=100, phase="COOLDOWN", until=140, interventions=1)
 
 
 @pytest.mark.parametrize(("worse", "event", "branch"), [(False, "kept", "auto-1"), (True, "reverted", "main")])
@@ -217,7 +225,7 @@ def test_early_begins_on_the_first_branch_alone():
         (GUIDING, ACCEPTED),
         (GUIDING, ROLLED_BACK),
         (LEAVING, seen(101)),
-        (LEAVING, MISSED),
+        (REPLAYING, MISSED),
         (PROBING, seen(101)),
         (REPLAYING, Judged(worse=True, evidence={}, parent="main")),
         (ARMED, seen(100)),

@@ -1,21 +1,17 @@
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_cli.auto_records import Mistake
-from npo_cli.guide.evidence import PromptOutcome
 from npo_cli.guide.mistakes import (
     Stratum,
-    first_half,
     mistakes_of,
     remembered,
-    second_half,
-    spreads_of,
     strata_of,
+    to_ask,
 )
 from npo_cli.guide.mix import seat_guides
 from npo_cli.records import Group
@@ -123,104 +119,53 @@ def test_strata_come_by_distance_and_prompts_by_age_then_place():
 # The allotment
 
 
-def test_the_first_half_follows_the_sizes():
-    # half of 40 is 20: 12, 6, 2 by size; the last is raised to 4, and 16 are left for 60 to 30: 10.7 and 5.3
-    assert counts(first_half(strata_sized(60, 30, 10), num_prompts=40, seed=0)) == [11, 5, 4]
-    # half of 200 is 100: nobody is below a few
-    assert counts(first_half(strata_sized(600, 300, 100), num_prompts=200, seed=0)) == [60, 30, 10]
+def test_prompts_are_asked_by_the_size_of_their_strata():
+    # of 20: 12, 6, 2 by size; the last is raised to 4, and 16 are left for 60 to 30: 10.7 and 5.3
+    assert counts(to_ask(strata_sized(60, 30, 10), num_prompts=20, seed=0)) == [11, 5, 4]
+    # of 100: nobody is below a few
+    assert counts(to_ask(strata_sized(600, 300, 100), num_prompts=100, seed=0)) == [60, 30, 10]
 
 
 def test_a_few_of_every_stratum_are_asked_as_long_as_there_are_any():
-    # half of 40: at least 4, or the 2 there are; 14 are left for the large one
-    assert counts(first_half(strata_sized(1000, 2, 5, 0), num_prompts=40, seed=0)) == [14, 2, 4, 0]
+    # at least 4, or the 2 there are; 14 of 20 are left for the large one
+    assert counts(to_ask(strata_sized(1000, 2, 5, 0), num_prompts=20, seed=0)) == [14, 2, 4, 0]
 
 
-def test_where_all_mistakes_fit_all_are_asked_at_once():
+def test_where_all_mistakes_fit_all_are_asked():
     strata = strata_sized(5, 0, 3)
-    asked = first_half(strata, num_prompts=8, seed=0)
+    asked = to_ask(strata, num_prompts=8, seed=0)
     assert [set(each) for each in asked] == [set(stratum.prompt_ids) for stratum in strata]
-    assert counts(second_half(strata, asked, [0.5] * 3, num_prompts=8, seed=0)) == [0, 0, 0]
-
-
-def test_the_second_half_goes_where_the_answer_is_uncertain():
-    # 40 left for 1000 * .1 and 1000 * .3: 10 and 30
-    strata = strata_sized(1000, 1000)
-    asked = first_half(strata, num_prompts=80, seed=0)
-    assert counts(asked) == [20, 20]
-    assert counts(second_half(strata, asked, [0.1, 0.3], num_prompts=80, seed=0)) == [10, 30]
-    # and where there is more to know: 40 left for 600 * .1 and 200 * .3
-    strata = strata_sized(600, 200)
-    asked = first_half(strata, num_prompts=80, seed=0)
-    assert counts(second_half(strata, asked, [0.1, 0.3], num_prompts=80, seed=0)) == [20, 20]
-
-
-def test_a_full_stratum_passes_its_share_on():
-    # 40 left for 24 * .5 = 600 * .02 = 12: 13.3 each, but the first has only 24 - 16 = 8, so 16 for the others
-    strata = strata_sized(24, 600, 600)
-    asked = [stratum.prompt_ids[:num] for stratum, num in zip(strata, (16, 12, 12), strict=True)]
-    assert counts(second_half(strata, asked, [0.5, 0.02, 0.02], num_prompts=80, seed=0)) == [8, 16, 16]
 
 
 def test_tiny_budgets_and_empty_pools_are_no_trouble():
-    assert first_half((), num_prompts=10, seed=0) == ()
-    assert first_half(strata_sized(0, 0), num_prompts=10, seed=0) == ((), ())
-    # half of 3, rounded up; then the one that is left
-    strata = strata_sized(100, 100)
-    asked = first_half(strata, num_prompts=3, seed=0)
-    assert counts(asked) == [1, 1]
-    assert sum(counts(second_half(strata, asked, [0.5, 0.5], num_prompts=3, seed=0))) == 1
-    assert counts(second_half(strata, asked, [0.5, 0.5], num_prompts=1, seed=0)) == [0, 0]
+    assert to_ask((), num_prompts=10, seed=0) == ()
+    assert to_ask(strata_sized(0, 0), num_prompts=10, seed=0) == ((), ())
+    assert counts(to_ask(strata_sized(100, 100), num_prompts=3, seed=0)) == [2, 1]
 
 
-def test_strata_without_any_spread_are_asked_last():
-    strata = strata_sized(30, 30)
-    asked = [stratum.prompt_ids[:10] for stratum in strata]
-    # 25 left: the 20 of the uncertain one, then 5 of the certain one
-    assert counts(second_half(strata, asked, [0.0, 0.5], num_prompts=45, seed=0)) == [5, 20]
-
-
-@given(
-    sizes=st.lists(st.integers(0, 60), max_size=6),
-    num_prompts=st.integers(1, 150),
-    seed=st.integers(0, 5),
-    data=st.data(),
-)
-def test_no_prompt_is_asked_twice_and_the_budget_is_spent_exactly(sizes, num_prompts, seed, data):
+@given(sizes=st.lists(st.integers(0, 60), max_size=6), num_prompts=st.integers(1, 150), seed=st.integers(0, 5))
+def test_no_prompt_is_asked_twice_and_the_budget_is_spent_exactly(sizes, num_prompts, seed):
     strata = strata_sized(*sizes)
-    spread = [data.draw(st.floats(0, 0.5)) for _ in sizes]
-    first = first_half(strata, num_prompts=num_prompts, seed=seed)
-    second = second_half(strata, first, spread, num_prompts=num_prompts, seed=seed)
-    asked = [prompt_id for half in (first, second) for of_stratum in half for prompt_id in of_stratum]
+    chosen = to_ask(strata, num_prompts=num_prompts, seed=seed)
+    asked = [prompt_id for of_stratum in chosen for prompt_id in of_stratum]
     assert max(Counter(asked).values(), default=1) == 1
     assert len(asked) == min(num_prompts, sum(sizes))
-    for half in (first, second):
-        assert all(set(ids) <= set(stratum.prompt_ids) for ids, stratum in zip(half, strata, strict=True))
+    assert all(set(ids) <= set(stratum.prompt_ids) for ids, stratum in zip(chosen, strata, strict=True))
 
 
 def test_the_choice_depends_on_the_seed_alone():
     strata = strata_sized(200)
-    (one,) = first_half(strata, num_prompts=40, seed=1)
-    assert (one,) == first_half(strata, num_prompts=40, seed=1)
+    (one,) = to_ask(strata, num_prompts=20, seed=1)
+    assert (one,) == to_ask(strata, num_prompts=20, seed=1)
     # another order of the same prompts changes nothing; another seed does
     turned = (replace(strata[0], prompt_ids=strata[0].prompt_ids[::-1]),)
-    assert (one,) == first_half(turned, num_prompts=40, seed=1)
-    assert (one,) != first_half(strata, num_prompts=40, seed=2)
+    assert (one,) == to_ask(turned, num_prompts=20, seed=1)
+    assert (one,) != to_ask(strata, num_prompts=20, seed=2)
 
 
 def test_every_prompt_of_a_stratum_is_as_likely_to_be_asked():
     # 20 of 100 over 400 seeds: each about 80 times, sd sqrt(400 * .2 * .8) = 8; 5 sd is 40
     strata = strata_sized(100)
-    asked = Counter(prompt_id for seed in range(400) for prompt_id in first_half(strata, num_prompts=40, seed=seed)[0])
+    asked = Counter(prompt_id for seed in range(400) for prompt_id in to_ask(strata, num_prompts=20, seed=seed)[0])
     assert len(asked) == 100
     assert all(40 < times < 120 for times in asked.values())
-
-
-def test_spread_is_largest_where_half_are_solved():
-    strata = strata_sized(10, 10, 10)
-    outcomes = [
-        PromptOutcome(prompt_id="0-000", num_samples=4, num_correct=2),
-        PromptOutcome(prompt_id="1-000", num_samples=4, num_correct=0),
-        PromptOutcome(prompt_id="1-001", num_samples=5, num_correct=0),
-    ]
-    # q = 2.5/5; .5/10; .5/1 where nothing was asked
-    assert spreads_of(strata, outcomes) == pytest.approx([0.5, np.sqrt(0.05 * 0.95), 0.5])

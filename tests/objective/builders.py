@@ -1,9 +1,19 @@
 """Short spellings of this room's records. N rows, T tokens; the defaults are those of plain GRPO."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, tensor, zeros
 
 from npo_cli.objective.advantages import group_advantages
-from npo_cli.objective.batch import Divisors, LossKnobs, Rows
+from npo_cli.objective.batch import Divisors, LossKnobs, MismatchKnobs, Rows
+
+MISMATCH = {"cap": 2.0, "low": 0.5, "high": 5.0, "geo_low": 0.999, "geo_high": 1.001, "k3_max": 0.01}
+
+
+def mismatch(mode: str, **changes: object) -> MismatchKnobs:
+    return MismatchKnobs(mode=mode, **(MISMATCH | changes))
+
 
 PLAIN = {
     "kind": "grpo",
@@ -17,6 +27,7 @@ PLAIN = {
     "entropy_coef": 0.0,
     "ratio": "exact",
     "decoupled_cap": 2.0,
+    "mismatch": mismatch("token_tis"),
 }
 
 
@@ -44,6 +55,13 @@ def make_rows(
         foreign_N=tensor(foreign if foreign is not None else [0] * len(advantages)).bool(),
         old_logps_NT=old,
     )
+
+
+def from_an_agreeing_engine(rows: Rows, logps_NT: Tensor) -> Rows:
+    """The same rows; the engine that sampled the learner's own saw the trainer's log-probabilities."""
+    old_NT = logps_NT.detach() if rows.old_logps_NT is None else rows.old_logps_NT
+    behavior_NT = torch.where(rows.foreign_N[:, None], rows.behavior_logps_NT, old_NT)
+    return replace(rows, behavior_logps_NT=behavior_NT)
 
 
 def divisors_of(rows: Rows) -> Divisors:

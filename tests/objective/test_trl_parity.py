@@ -1,15 +1,17 @@
 """TRL's own `_compute_loss` as an oracle, on the same log-probabilities and advantages."""
 
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from npo_cli.objective.batch import Rows
 from npo_cli.objective.losses import policy_loss
 
-from .builders import divisors_of, knobs, make_rows
+from .builders import divisors_of, from_an_agreeing_engine, knobs, make_rows, mismatch
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="the oracle is TRL 1.16, a development extra")
 accelerate = pytest.importorskip("accelerate", reason="TRL needs it")
@@ -48,6 +50,7 @@ def trl_trainer(logps_NT: Tensor, entropies_NT: Tensor, **changes: object) -> Tr
         "top_entropy_quantile": 1.0,
         "off_policy_mask_threshold": None,
         "use_vllm": False,
+        "vllm_importance_sampling_correction": True,
         "aux_loss_enabled": False,
     }
     return TrlTrainer(**(settings | changes))
@@ -70,9 +73,22 @@ CASES = {
         {"loss_type": "cispo", "epsilon_high": 1.1},
     ),
     "kl": ({"kl_coef": 0.3}, {"beta": 0.3}),
+    # the engine's weight is multiplied onto the clipped loss, and not onto the KL term
+    "token_tis": ({"kl_coef": 0.3, "mismatch": mismatch("token_tis", cap=1.1)}, {"beta": 0.3, "use_vllm": True}),
+    "sequence_mis": ({"mismatch": mismatch("sequence_mis")}, {"use_vllm": True}),
     # TRL's entropy bonus is a token mean whatever the loss, so only that aggregation is comparable
     "entropy": ({"aggregation": "token_mean", "entropy_coef": 0.2}, {"loss_type": "bnpo", "entropy_coef": 0.2}),
 }
+
+
+def trl_weights(rows: Rows, logps_NT: Tensor, *, case: str) -> Tensor:
+    """`importance_sampling_ratio` as TRL's generation step makes it for token_truncate and sequence_mask."""
+    old_NT = logps_NT.detach() if rows.old_logps_NT is None else rows.old_logps_NT
+    difference_NT = (old_NT - rows.behavior_logps_NT) * rows.mask_NT
+    if case == "token_tis":
+        return difference_NT.exp().clamp(max=1.1)
+    ratio_N1 = difference_NT.sum(dim=1, keepdim=True).exp()
+    return ratio_N1.masked_fill((ratio_N1 < 0.5) | (ratio_N1 > 5.0), 0.0)
 
 
 @pytest.mark.parametrize("old_is_current", [False, True])
@@ -87,7 +103,11 @@ def test_loss_gradient_and_metrics_are_those_of_trl(case, old_is_current):
     logps_NT = values_NT.requires_grad_()
     entropies_NT = torch.rand(4, NUM_COLUMNS, generator=generator, dtype=torch.float64).requires_grad_()
 
-    rows = make_rows(ADVANTAGES, mask=MASK, old=old_NT)
+    rows = from_an_agreeing_engine(make_rows(ADVANTAGES, mask=MASK, old=old_NT), logps_NT)
+    if "mismatch" in ours:
+        # summed over up to 5 tokens, such noise leaves 0.5 and 5 on some rows
+        noise_NT = 0.5 * torch.randn(values_NT.shape, generator=generator).double()
+        rows = replace(rows, behavior_logps_NT=rows.behavior_logps_NT + noise_NT)
     terms = {"ref_logps_NT": ref_NT} if "kl_coef" in ours else {}
     loss, stats = policy_loss(
         logps_NT, rows, knobs=knobs(**ours), divisors=divisors_of(rows), entropies_NT=entropies_NT, **terms
@@ -102,6 +122,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl(case, old_is_current):
         "old_per_token_logps": old_NT,
         "ref_per_token_logps": ref_NT,
         "num_items_in_batch": rows.mask_NT.sum(),
+        "importance_sampling_ratio": trl_weights(rows, logps_NT, case=case),
     }
     oracle = grpo_trainer.GRPOTrainer._compute_loss(trainer, None, inputs)
 
@@ -115,7 +136,9 @@ def test_loss_gradient_and_metrics_are_those_of_trl(case, old_is_current):
         assert stats.metrics()["clip_ratio/low"] == pytest.approx(metrics["clip_ratio/low_mean"][0])
         assert stats.metrics()["clip_ratio/high"] == pytest.approx(metrics["clip_ratio/high_mean"][0])
         assert (stats.clipped_low + stats.clipped_high > 0) is not old_is_current
-    if case == "kl":
+    if "mismatch" in ours:
+        assert 0 < stats.metrics()["mismatch/clipped_share"] < 1
+    if "kl_coef" in ours:
         assert stats.metrics()["kl"] == pytest.approx(trainer._metrics["train"]["kl"][0])
 
 

@@ -127,18 +127,19 @@ def test_of_many_ranges_the_longest_are_named():
 def test_an_account_adds_up():
     found = Account(
         branch="auto-2", step=120, updates=170, training_tokens=224_302, probe_tokens=9_889, guide_tokens=22_041,
-        abandoned_tokens=93_516, seconds=0.0, interventions=2, rejections=1,
+        judge_tokens=400, abandoned_tokens=93_516, seconds=0.0, interventions=2, rejections=1,
     )  # fmt: skip
     (table,) = account_tables([found])
-    # 224302 + 9889 + 22041 + 93516 = 349748; no clock was kept
+    # 224302 + 9889 + 22041 + 400 + 93516 = 350148; no clock was kept
     assert dict(table.rows) == {
         "logical step": "120",
         "optimiser updates": "170",
         "training tokens": "224,302",
         "probe tokens": "9,889",
         "guide tokens": "22,041",
+        "judge tokens": "400",
         "abandoned tokens": "93,516",
-        "all tokens": "349,748",
+        "all tokens": "350,148",
         "wall clock, s": "-",
         "interventions": "2",
         "rejections": "1",

@@ -12,12 +12,40 @@ NUM_PROMPTS = 16
 
 REFUSED = {
     "no distance ends at a checkpoint": (("auto.deltas=[1,3]",), "none of auto.deltas (1, 3)", "auto.deltas=[2,4]"),
-    "too few full states": (("train.keep_anchors=1",), "train.keep_anchors is 1", "train.keep_anchors=2"),
-    # 5 steps need 3 states: 3 * 2 >= 5; but 5 is no multiple of 2 and 6 needs 3.
+    # 4 steps back in steps of 2: the guide's own state, the one between, the one to go back to
+    "too few full states": (("train.keep_anchors=2",), "train.keep_anchors is 2", "train.keep_anchors=3"),
+    # 5 is no multiple of 2, and 6 needs 6/2 + 1
     "too few full states for a longer one": (
-        ("train.keep_anchors=2", "auto.deltas=[2,5,6]"),
-        "train.keep_anchors is 2: a rollback by 6 steps",
-        "train.keep_anchors=3",
+        ("train.keep_anchors=3", "auto.deltas=[2,5,6]"),
+        "train.keep_anchors is 3: a rollback by 6 steps",
+        "train.keep_anchors=4",
+    ),
+    "a warm-up as long as the run": (("auto.warmup=12",), "auto.warmup is 12", "auto.warmup=11"),
+    "a window longer than the run": (("auto.window=1000",), "auto.window is 1000", "auto.window=11"),
+    # max(4, 2) + 9 = 13 steps of 12
+    "patience that outlasts the run": (("auto.patience=9",), "could come at step 13", "auto.patience=8"),
+    "a probe that nothing passes": (("auto.q_min=1",), "auto.q_min is 1", "auto.q_min=0.1"),
+    "a replay that never meets its guides": (("rollback.data=onward",), "rollback.data is onward", "data=same"),
+    "a V that the old samples cannot tell": (
+        ("probe.direction=learner", "score.variance=seq2"),
+        "score.variance=seq2 can only be told",
+        "score.variance=group2",
+    ),
+    "a scout longer than the run": (
+        ("auto.early=true", "early.scout=400", "early.window=4"),
+        "early.scout is 400",
+        "early.scout=10",
+    ),
+    "a scout of which nothing may be left": (
+        ("auto.early=true", "early.scout=8", "early.window=2", "replay.accept_test=true", "train.keep_guides=1"),
+        "early.window is 2 and early.scout 8",
+        "early.window=8",
+    ),
+    # no distance is longer than the run: min(16 prompts, 12 * 4)
+    "more asked than a run has steps for": (
+        ("auto.deltas=[2,400]", "probe.prompts=17"),
+        "probe.prompts is 17, but at most 16",
+        "probe.prompts=16",
     ),
     "every distance longer than the run": (("auto.deltas=[12]",), "auto.deltas begin at 12", "train.num_steps"),
     "guides that would never be let in": (
@@ -58,7 +86,9 @@ REFUSED = {
 LEGAL = {
     "as it is": (),
     "one distance of two ends at a checkpoint": ("auto.deltas=[3,4]",),
-    "just enough full states": ("train.keep_anchors=2",),
+    "just enough full states": ("train.keep_anchors=3",),
+    "patience that just fits": ("auto.patience=8",),
+    "a long warm-up where nobody steps in": ("auto.max=0", "auto.warmup=40"),
     "a distance one step short of the run": ("auto.deltas=[2,10]",),
     "a gate as wide as a mistake": ("inject.gate=0.25",),
     "no cap and a rest as long as a replay": ("auto.max=-1", "auto.cooldown=4"),

@@ -1,13 +1,20 @@
 """A run under AutoNPO is a function of recipe and seed: how often it stopped, and when AutoNPO came, is no matter."""
 
+import json
 import random
+import signal
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from npo_cli.errors import StoppedEarly
+from npo_cli.records import Notice, Progress, StepReport
 from npo_cli.run_dir.guides import load_guide, read_asked
 from npo_cli.run_dir.lineage import segments
 from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.resume import resume_run
 from npo_cli.stages.train import train_run
 from tests.stages.auto_runs import (
     NEVER,
@@ -26,6 +33,11 @@ from tests.stages.auto_runs import (
     train_plainly,
 )
 from tests.stages.running import copied, files_of, steps_of, stop_after
+
+PLAINLY = {
+    **{"overrides": (), "at": None, "source_branch": None, "new_branch": None, "guide": None, "steps": None},
+    "allow_code": False,
+}
 
 
 def check_same_but_for_main(root: Path, straight: Path) -> None:
@@ -86,7 +98,9 @@ def test_a_run_dropped_again_and_again_ends_the_same(watched, tmp_path, seed):
 
 def test_a_run_that_ended_is_looked_at_and_left_alone(watched, tmp_path):
     root = copied(watched, tmp_path / "run")
-    assert steps_of(auto_resuming(root)) == []
+    records = list(auto_resuming(root))
+    assert steps_of(records) == []
+    assert "no step was left to make: all 12 steps are made (train.num_steps may be raised)" in said(records)
     assert decided(root) == decided(watched)
 
 
@@ -96,8 +110,7 @@ def test_where_nothing_triggers_training_is_plain_grpo_and_afterwards_nothing_ch
     names = [name for name in decided(plain) if name.startswith("branches/")]
     assert {name: decided(root)[name] for name in names} == {name: decided(plain)[name] for name in names}
     before = decided(root)
-    said = [record.message for record in auto_resuming(root) if hasattr(record, "message")]
-    assert said[-1] == "looking back over steps 6-12 of main, already on record"
+    assert said(auto_resuming(root))[-2] == "looking back over steps 6-12 of main, already on record"
     assert decided(root) == before
     assert events_of(root) == ["started", "armed"]
 
@@ -192,6 +205,52 @@ def test_a_fork_by_hand_starts_anew_on_a_branch_of_its_own(watched, tmp_path):
     assert {name: before[name] for name in decided(watched) if name != "autonpo.jsonl"} == {
         name: digest for name, digest in decided(watched).items() if name != "autonpo.jsonl"
     }
+
+
+def said(records: Iterable[Any]) -> list[str]:
+    """Everything that was told in words."""
+    return [record.message for record in records if isinstance(record, Notice)]
+
+
+@pytest.mark.parametrize(("what", "number"), [("ask again what failed", 1), ("look back", 2), ("sample guide", 1)])
+def test_a_signal_in_an_intervention_is_heeded_between_two_chunks(watched, tmp_path, what, number):
+    root = tmp_path / "run"
+    seen = 0
+    with pytest.raises(StoppedEarly, match=r"what was sampled is saved") as stopped:
+        for record in auto_training(root):
+            seen += isinstance(record, Progress) and record.what == what
+            if seen == number:
+                signal.raise_signal(signal.SIGTERM)
+                seen += 1
+    assert stopped.value.hint.endswith("--autonpo")
+    assert "rolled_back" not in events_of(root)
+    list(auto_resuming(root))
+    assert decided(root) == decided(watched)
+
+
+def test_settings_changed_in_a_replay_hold_from_there_and_the_replay_ends_where_it_should(tmp_path):
+    root = tmp_path / "run"
+    for record in (records := auto_training(root, "auto.max=1")):
+        if isinstance(record, StepReport) and record.branch == "auto-1":
+            records.close()
+    assert moves_of(root)[-1].state.phase == "REPLAY"
+    # whoever goes on without AutoNPO passes the end of the replay
+    list(resume_run(root, **PLAINLY))
+    list(auto_resuming(root, "replay.accept_test=true", "train.num_steps=14"))
+    replayed = the_move(root, "replayed")
+    assert (replayed.step, replayed.state.phase) == (6, "JUDGE")
+    assert {"kept", "reverted"} & set(events_of(root))
+    assert moves_of(root)[-1].state.phase in ("TRAIN", "COOLDOWN")
+
+
+def test_a_run_whose_record_lacks_a_signal_is_told_so(plain, tmp_path):
+    root = copied(plain, tmp_path / "run")
+    path = root / "branches" / "main" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "entropy"}) + "\n" for row in rows))
+    told = said(auto_resuming(root))
+    assert "no step on record has a finite entropy: AutoNPO cannot trigger on them" in told
+    assert not any("finite reward" in each for each in told)
 
 
 def test_the_moves_of_two_runs_of_one_seed_hold_no_time_of_day(watched):

@@ -12,7 +12,7 @@ import pytest
 from npo_cli.auto_records import AutoState, Transition
 from npo_cli.costs import CurvePoint
 from npo_cli.records import Segment
-from npo_cli.run_dir.auto import append_transitions, open_probe
+from npo_cli.run_dir.auto import append_transitions, judgement_folder, open_probe
 from npo_cli.run_dir.guides import finish_guide, new_guide
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import append_segment
@@ -152,14 +152,28 @@ def test_a_replay_taken_back_is_paid_by_the_branch_that_goes_on_instead(run):
     reverted = AutoState(branch="main", step=5, phase="COOLDOWN")
     moves = [
         Transition(step=5, event="replayed", phase_before="REPLAY", state=replayed),
-        Transition(step=5, event="reverted", phase_before="JUDGE", state=reverted),
+        Transition(step=5, event="reverted", phase_before="JUDGE", state=reverted, evidence={"num_tokens": 40}),
     ]
     append_transitions(run, moves)
+    add_seconds(judgement_folder(run, "near", 5), 0.5, num_tokens=40)
     assert cost_at(run, "main", 5) == cost(5, 500, 20)
-    # from there on: near's 3 steps of 10 tokens and 2 s, and its guide's 70 tokens and 5 s; then step 6 itself
-    assert cost_at(run, "main", 6) == cost(9, 700, 35)
+    # from there on: near's 3 steps of 10 tokens and 2 s, its guide's 70 tokens and 5 s, the test; then step 6 itself
+    assert cost_at(run, "main", 6) == cost(9, 740, 35.5)
     # the replay itself is charged as before
     assert cost_at(run, "near", 5) == cost(8, 630, 34)
+
+
+def test_a_replay_that_is_kept_pays_for_the_test_from_then_on(run):
+    replayed = AutoState(branch="near", step=4, phase="JUDGE")
+    kept = AutoState(branch="near", step=4, phase="COOLDOWN")
+    before = cost_at(run, "near", 4), cost_at(run, "near", 5)
+    moves = [
+        Transition(step=4, event="replayed", phase_before="REPLAY", state=replayed),
+        Transition(step=4, event="kept", phase_before="JUDGE", state=kept, evidence={"num_tokens": 40}),
+    ]
+    append_transitions(run, moves)
+    assert cost_at(run, "near", 4) == before[0]
+    assert cost_at(run, "near", 5) == before[1] + cost(0, 40, 0)
 
 
 def points(run: RunDir, branch: str) -> list[tuple[int, int, int, float, float, float | None]]:

@@ -153,13 +153,13 @@ def test_a_killed_probe_asks_nobody_twice_and_finds_the_same(plain, tmp_path, mo
     roots = [copied(plain, tmp_path / name) for name in ("straight", "killed")]
     straight, everyone = probe_at_6(roots[0])
     found = finished(confirmed(straight))
-    # 8 prompts in two halves of 4, each a chunk of 3 and one of 1; 4 samples each
-    assert straight.folder.rollouts.steps() == (0, 1, 2, 3)
+    # 8 prompts in chunks of 3, 3 and 2; 4 samples each
+    assert straight.folder.rollouts.steps() == (0, 1, 2)
     assert len(everyone) == len(set(everyone)) == 32
 
     killed, before = probe_at_6(roots[1])
     for record in (doing := confirmed(killed)):
-        if record == Progress(what="ask again what failed", done=3, total=4):
+        if record == Progress(what="ask again what failed", done=3, total=8):
             doing.close()
     assert len(before) == 12
     with (killed.folder.folder / "rollouts.jsonl").open("ab") as file:

@@ -22,6 +22,7 @@ from tests.stages.auto_runs import (
     failed_in,
     groups_of,
     moves_of,
+    prompt_ids,
     the_move,
 )
 from tests.stages.running import copied, steps_of
@@ -117,6 +118,28 @@ def test_a_worse_replay_is_left_and_its_parent_goes_on_like_plain_grpo(plain, tm
     assert [born.branch for born in segments(open_run(root))] == ["main", "auto-1", "main"]
 
 
+def test_a_test_that_lacks_one_of_the_two_keeps_the_replay_and_says_why(tmp_path):
+    root = tmp_path / "run"
+    for record in auto_training(root, "replay.accept_test=true", "auto.max=1"):
+        if getattr(record, "event", "") == "replayed":
+            delete_checkpoint(find_checkpoint(open_run(root), "main", 6))
+    missed = the_move(root, "missed")
+    assert (missed.phase_before, missed.state.branch, missed.state.phase) == ("JUDGE", "auto-1", "COOLDOWN")
+    assert "step 6" in missed.evidence["what"]
+    assert moves_of(root)[-1].state.branch == "auto-1"
+
+
+def test_a_short_early_window_asks_only_its_own_prompts_and_is_judged_at_its_end(tmp_path):
+    root = tmp_path / "run"
+    early = ("auto.early=true", "early.scout=8", "early.window=2", "replay.accept_test=true", "auto.warmup=9")
+    kept = ("auto.deltas=[2]", "train.keep_anchors=2", "auto.max=0")
+    list(auto_training(root, *early, *kept))
+    assert {"kept", "reverted"} & set(events_of(root))
+    asked = read_asked(open_run(root).guide_folder("early"))
+    # only prompts of the window's two steps of 4, whenever the scout failed them last
+    assert set(asked) <= {each for step in (1, 2) for each in prompt_ids(root, "main", step)}
+
+
 # Early bootstrap
 
 
@@ -133,7 +156,7 @@ def test_an_early_bootstrap_teaches_a_new_start(tmp_path):
     assert all(mixes[step] == {"off"} for step in range(3, 13))
     assert "injected" in mixes[1] | mixes[2]
     asked = read_asked(open_run(root).guide_folder("early"))
-    assert set(asked) <= set(failed_in(root, "main", range(1, 5), at_most=0.25))
+    assert set(asked) <= set(failed_in(root, "main", range(1, 3), at_most=0.25))
 
 
 # What is gone
@@ -167,12 +190,13 @@ def test_without_one_old_state_the_other_distances_are_chosen_from(plain, tmp_pa
     assert the_move(root, "rolled_back").evidence["to_step"] == 2
 
 
-def test_without_any_old_state_the_probe_is_rejected(plain, tmp_path):
+def test_without_any_old_state_nobody_is_asked(plain, tmp_path):
     root = copied(plain, tmp_path / "run")
     for step in (2, 4):
         delete_checkpoint(find_checkpoint(open_run(root), "main", step))
-    list(auto_resuming(root))
-    assert the_move(root, "rejected").evidence["reason"] == "no checkpoint to go back to"
+    list(auto_resuming(root, "auto.max=1"))
+    assert the_move(root, "missed").evidence == {"what": "no full state at any of auto.deltas before step 6"}
+    assert not any(root.glob("probes/main_step_000006*/rollouts*"))
 
 
 def test_an_old_state_lost_between_probe_and_guides_is_missed(watched, tmp_path):

@@ -212,3 +212,75 @@ def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
     assert distance(ends["plain"], ends["mixed"]) < 1e-7
     start = list(world_at(scout, 2).policy.model.parameters())
     assert distance(ends["plain"], start) > 1e-5
+
+
+# Engine mismatch, on rows that the engine found likelier than the trainer does
+
+
+def seen_by(rows: Sequence[TrainRow], *, own: float, guide_in_all: float) -> list[TrainRow]:
+    """The writers of the rows shifted: own rows by `own` nats a token, a guide's by `guide_in_all` over its answer."""
+    shifts = [guide_in_all / len(row.behavior_logps) if row.foreign else own for row in rows]
+    moved = [tuple(logp + shift for logp in row.behavior_logps) for row, shift in zip(rows, shifts, strict=True)]
+    return [replace(row, behavior_logps=logps) for row, logps in zip(rows, moved, strict=True)]
+
+
+OWN_FACTORS = {
+    # w = e^-3 a token; e^-20 an answer (of 7 tokens or more), 0 to the eye; masks and filters leave nothing
+    **{"token_tis": 0.049787, "sequence_tis": 0.0, "off": 1.0},
+    **{"token_mis": 0.0, "sequence_mis": 0.0, "geometric": 0.0, "k3": 0.0},
+}
+
+
+@pytest.mark.parametrize("ratio", ["exact", "proximal"])
+@pytest.mark.parametrize("mode", OWN_FACTORS)
+def test_a_far_guide_keeps_its_gradient_while_own_rows_are_corrected(world, rows, mode, ratio):
+    world = with_settings(with_settings(world, "inject", ratio=ratio), "mismatch", mode="off")
+    far = seen_by(rows, own=3.0, guide_in_all=20.0)
+    whole, report = learned(with_settings(world, "mismatch", mode=mode), far)
+    guide_part, _ = learned(world, [row if row.foreign else replace(row, advantage=0.0) for row in far])
+    own_part, _ = learned(world, [replace(row, advantage=0.0) if row.foreign else row for row in far])
+    assert min(norm(guide_part), norm(own_part)) > 0.01
+    expected = [a + OWN_FACTORS[mode] * b for a, b in zip(guide_part, own_part, strict=True)]
+    assert distance(whole, expected) < 1e-6
+    metrics = report.stats.metrics()
+    assert metrics["inject/kept_share"] == 1
+    assert metrics["mismatch/kept_share"] == float(mode in ("token_tis", "sequence_tis", "off"))
+    if OWN_FACTORS[mode] == 0.0:
+        assert report.grad_share == pytest.approx(1.0, abs=1e-4)
+
+
+def test_an_engine_that_is_the_trainer_is_corrected_by_nothing(world, rows):
+    plain, report = learned(with_settings(world, "mismatch", mode="off"), rows)
+    for mode in OWN_FACTORS:
+        assert distance(learned(with_settings(world, "mismatch", mode=mode), rows)[0], plain) < 1e-6
+    # log-probabilities of two float32 forward passes, a few units of rounding apart
+    metrics = report.stats.metrics()
+    assert metrics["mismatch/abs_log_w_p99"] < 1e-5
+    assert (metrics["mismatch/weight_max"], metrics["mismatch/ess"]) == pytest.approx((1.0, 1.0), abs=1e-5)
+    assert (metrics["mismatch/clipped_share"], metrics["mismatch/kept_share"]) == (0.0, 1.0)
+
+
+def test_mismatch_is_measured_on_trained_rows_however_they_are_split(world, rows):
+    noisy = seen_by(
+        [replace(row, advantage=0.0) if place % 3 else row for place, row in enumerate(rows)], own=0.3, guide_in_all=5
+    )
+    _, report = learned(world, noisy)
+    trained = [row for row in noisy if row.advantage and not row.foreign]
+    assert 0 < len(trained) < sum(not row.foreign for row in noisy)
+    assert report.stats.mismatch.sequences == len(trained)
+    assert report.stats.mismatch.tokens == sum(len(row.behavior_logps) for row in trained)
+    metrics = report.stats.metrics()
+    # log w = -0.3 on every token, in the bin from 10^-0.55 = 0.28 to 10^-0.5 = 0.32
+    assert metrics["mismatch/k1"] == pytest.approx(0.3, abs=1e-5)
+    assert metrics["mismatch/abs_log_w_p99"] == pytest.approx(10**-0.5)
+    _, again = learned(with_settings(world, "train", micro_batch_tokens=90), noisy)
+    assert again.stats.metrics() == pytest.approx(metrics, abs=1e-5)
+
+
+def test_several_updates_measure_the_engine_against_the_weights_that_sampled(scout, rows):
+    world = with_settings(world_at(scout, 2), "train", num_updates=2)
+    optimizer = build_optimizer(world.policy.model, world.recipe.train)
+    report = Updater(world.policy, optimizer, world.recipe).take_step(rows, lr=1e-2)
+    # The second half was learned after an update that moved ratios out of the clip; its engine saw none of it.
+    assert report.stats.clipped_low + report.stats.clipped_high > 0
+    assert report.stats.metrics()["mismatch/weight_max"] == pytest.approx(1.0, abs=1e-5)
