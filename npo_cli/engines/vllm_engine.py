@@ -72,7 +72,8 @@ class VllmEngine:
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample a request, in order; a finished one leaves the batch at once and makes room."""
-        fields = [sampling_fields(request, temperature, max_new_tokens, self.limits.eos_ids) for request in requests]
+        law = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.limits.eos_ids}
+        fields = [sampling_fields(request, **law) for request in requests]
         outputs = self._answers([request.prompt_ids for request in requests], fields, phase="sample")
         check_versions(outputs, self.version)
         return [
@@ -147,7 +148,7 @@ def prepare_environment(limits: Limits) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(limits.kv_cache_gb))),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_LEVEL": "CRITICAL",
         "VLLM_NO_USAGE_STATS": "1",
     }
     for name, value in wanted.items():
@@ -192,6 +193,8 @@ def _start(folder: Path, model: PreTrainedModel, limits: Limits) -> Any:
             gpu_memory_utilization=limits.memory_share,
             enable_sleep_mode=limits.can_sleep,
             enable_prefix_caching=True,
+            enable_chunked_prefill=limits.chunked_prefill,
+            max_num_batched_tokens=limits.max_batched_tokens,
             disable_log_stats=True,
             seed=0,
         )

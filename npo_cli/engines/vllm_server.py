@@ -85,7 +85,8 @@ class VllmServer:
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample a request, in order."""
-        fields = [sampling_fields(request, temperature, max_new_tokens, self.limits.eos_ids) for request in requests]
+        law = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.limits.eos_ids}
+        fields = [sampling_fields(request, **law) for request in requests]
         outputs = self._answers([request.prompt_ids for request in requests], fields, phase="sample")
         check_versions(outputs, self.version)
         return [
@@ -155,6 +156,9 @@ class VllmServer:
             "--seed": "0",
         }
         flags = ["--skip-tokenizer-init", "--disable-log-stats", "--enable-prefix-caching", "--enable-scale-out"]
+        if limits.max_batched_tokens is not None:
+            options["--max-num-batched-tokens"] = str(limits.max_batched_tokens)
+        flags += [] if limits.chunked_prefill else ["--no-enable-chunked-prefill"]
         flags += ["--enforce-eager"] if limits.eager else []
         flags += ["--enable-sleep-mode"] if limits.can_sleep else []
         if transport != "disk":

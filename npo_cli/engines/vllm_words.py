@@ -31,9 +31,19 @@ class Limits:
     deadline: float
     """Seconds a batch or a sync may take."""
 
+    @property
+    def chunked_prefill(self) -> bool:
+        """Not on a CPU: after part of a prompt vLLM rewinds the request's random stream, which a CPU's cannot."""
+        return not self.on_cpu
+
+    @property
+    def max_batched_tokens(self) -> int | None:
+        """A whole prompt fits into one pass where prompts are not cut; None leaves it to vLLM."""
+        return max(4096, self.max_model_len) if self.on_cpu else None
+
 
 def sampling_fields(
-    request: SampleRequest, temperature: float, max_new_tokens: int, eos_ids: Sequence[int]
+    request: SampleRequest, *, temperature: float, max_new_tokens: int, eos_ids: Sequence[int]
 ) -> dict[str, Any]:
     """The whole law at that temperature, the request's own seed, the log-probability of each token drawn."""
     return {

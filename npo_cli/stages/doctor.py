@@ -14,6 +14,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from npo_cli.engines.checkup import PACKAGES, engine_findings
 from npo_cli.loading import recipe_names
 from npo_cli.report.lines import Check
 from npo_cli.report.tables import size
@@ -21,6 +22,7 @@ from npo_cli.report.tables import size
 NEEDED_MEMORY = 1_000_000_000
 NEEDED_DISK = 1_000_000_000
 NOT_FOR_USERS = {"test", "dev"}
+"""Extras of people who change npo."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +48,18 @@ def examine() -> list[Check]:
         *(
             package_check(requirement)
             for requirement in wanted.requirements
-            if _extra(requirement) not in {None, *NOT_FOR_USERS}
+            if _extra(requirement) not in {None, *NOT_FOR_USERS, *PACKAGES}
         ),
+        *engine_checks(wanted),
+    ]
+
+
+def engine_checks(wanted: Wanted) -> list[Check]:
+    """Which engine.kind works here; that vLLM is not there is no fault."""
+    ranges = {each.name: each.specifier for each in wanted.requirements if each.name in PACKAGES}
+    return [
+        Check(name=f"engine {each.kind}", ok=each.works, detail=each.detail, hint=each.hint, needed=False)
+        for each in engine_findings(ranges)
     ]
 
 

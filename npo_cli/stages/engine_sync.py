@@ -5,7 +5,7 @@ last time. An engine that samples from the trainer's own model has nothing to be
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from npo_cli.config import Recipe
 from npo_cli.engines.requests import Engine, ScoreRequest
@@ -17,35 +17,42 @@ from npo_cli.stages.row_scores import row_scores
 
 NUM_ROWS = 8
 LONGEST = 64
-"""Tokens of a probe row: a longer prompt is cut, which no answer depends on."""
+"""Tokens of a probe row: a longer prompt is cut, and nothing is ever asked with it."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Probe:
-    """The fixed trajectories by which the two sides are compared, and what the trainer said of them last."""
+class Sync:
+    """Policy and engine, and the fixed probe that both score after each sync."""
 
+    recipe: Recipe
+    policy: Policy
+    engine: Engine
     rows: tuple[TokenRow, ...]
-    last: Sequence[Row] | None = field(default=None)
+    last: Sequence[Row] | None = None
+    """What the trainer said of the probe at the last sync."""
+
+    def in_step(self, step: int) -> None:
+        """Send the weights at hand, those of `step`, unless the engine holds them; then compare log-probabilities."""
+        version = f"step {step}, write {self.policy.num_changes}"
+        if self.engine.version == version:
+            return
+        self.engine.take_weights(self.policy.model, version=version)
+        if self.engine.holds_copy and self.rows:
+            self.prove(version)
+
+    def prove(self, version: str) -> None:
+        """Stop where the engine does not score the probe as the trainer does, or as it did before."""
+        scored = row_scores(self.policy, self.recipe, self.rows, temperature=1.0)
+        trainer = [tuple(scores.logps_T.tolist()) for scores in scored]
+        asked = [ScoreRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids) for row in self.rows]
+        found = Agreement(engine=self.engine.score(asked), trainer=trainer, before=self.last)
+        tolerance = self.recipe.engine.tolerance or TOLERANCES[self.recipe.model.dtype]
+        refuse_disagreement(found, tolerance=tolerance, version=version)
+        self.last = trainer
 
 
-def fixed_probe(policy: Policy, prompts: Sequence[Prompt]) -> Probe:
+def probe_rows(policy: Policy, prompts: Sequence[Prompt]) -> tuple[TokenRow, ...]:
     """The first prompts of the task, each token after the first predicted from those before it."""
     encoded = dict.fromkeys(policy.encode(prompt)[:LONGEST] for prompt in prompts[: 4 * NUM_ROWS])
     rows = [TokenRow(prompt_ids=ids[:1], response_ids=ids[1:]) for ids in encoded if len(ids) > 1]
-    return Probe(rows=tuple(rows[:NUM_ROWS]))
-
-
-def in_step(recipe: Recipe, policy: Policy, engine: Engine, probe: Probe, *, step: int) -> None:
-    """Send the weights at hand, those of `step`, unless the engine holds them; then compare log-probabilities."""
-    version = f"step {step}, write {policy.num_changes}"
-    if engine.version == version:
-        return
-    engine.take_weights(policy.model, version=version)
-    if not (engine.holds_copy and probe.rows):
-        return
-    trainer = [tuple(scores.logps_T.tolist()) for scores in row_scores(policy, recipe, probe.rows, temperature=1.0)]
-    asked = [ScoreRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids) for row in probe.rows]
-    found = Agreement(engine=engine.score(asked), trainer=trainer, before=probe.last)
-    tolerance = recipe.engine.tolerance or TOLERANCES[recipe.model.dtype]
-    refuse_disagreement(found, tolerance=tolerance, version=version)
-    probe.last = trainer
+    return tuple(rows[:NUM_ROWS])

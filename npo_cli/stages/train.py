@@ -78,6 +78,8 @@ def birth_notices(world: World) -> Iterator[Notice]:
     yield Notice(message=batch_arithmetic(world.recipe, num_prompts=len(world.task.train)))
     if world.recipe.model.dtype == "bfloat16":
         yield Notice(message=ROUNDED_AWAY, level="warning")
+    if world.engine.remark:
+        yield Notice(message=world.engine.remark, level="warning")
 
 
 def with_whole_paths(recipe: Recipe) -> Recipe:

@@ -12,7 +12,7 @@ from npo_cli.records import Graded, Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.engine_sync import Probe, fixed_probe, in_step
+from npo_cli.stages.engine_sync import Sync, probe_rows
 from npo_cli.tasks.prompts import DataOrder, Task
 from npo_cli.tasks.sources import load_task, where
 
@@ -25,8 +25,8 @@ class World:
     run: RunDir
     policy: Policy
     engine: Engine
-    probe: Probe
-    """By which an engine with weights of its own is held to the policy's."""
+    sync: Sync
+    """Holds the engine to the policy's weights."""
     task: Task
     order: DataOrder
 
@@ -107,7 +107,7 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
         run=run,
         policy=policy,
         engine=engine,
-        probe=fixed_probe(policy, task.train),
+        sync=Sync(recipe=recipe, policy=policy, engine=engine, rows=probe_rows(policy, task.train)),
         task=task,
         order=DataOrder(num_prompts=len(task.train), seed=recipe.train.seed),
     )
@@ -126,7 +126,7 @@ def answer(
 
     The seed of a response is that of (run seed, *label, prompt id, slot).
     """
-    in_step(world.recipe, world.policy, world.engine, world.probe, step=sampler_step)
+    world.sync.in_step(sampler_step)
     requests = _requests(world, prompts, label, slots=slots)
     settings = world.recipe.sampling
     heat = settings.temperature if temperature is None else temperature

@@ -17,6 +17,8 @@ def test_this_machine_can_run_what_its_tests_run():
     for name in ("python", "torch", "transformers", "import", "memory", "disk", "micro-base", "recipes"):
         assert checks[name].ok, checks[name]
     assert "micro" in checks["recipes"].detail
+    assert checks["engine transformers"].ok
+    assert "engine vllm" in checks
 
 
 def test_a_version_out_of_range_is_a_fault_with_the_command_that_mends_it():
