@@ -1,0 +1,87 @@
+"""What is compared before weights are sent, and what two sides must say of one probe afterwards."""
+
+import math
+from random import Random
+
+import pytest
+import torch
+
+from npo_cli.config import ModelSettings
+from npo_cli.engines.sync import Agreement, named_tensors, refuse_disagreement, refuse_other_names, shapes_of
+from npo_cli.errors import RunFailed
+from npo_cli.policy.model import load_policy
+
+TENSORS = {"a.weight": torch.zeros(2, 3), "b.weight": torch.ones(4)}
+
+
+def test_a_tied_head_is_sent_under_its_own_name():
+    model = load_policy(ModelSettings(threads=1)).model
+    assert model.config.tie_word_embeddings
+    tensors = named_tensors(model)
+    assert tensors["lm_head.weight"].data_ptr() == tensors["model.embed_tokens.weight"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("offered", "told"),
+    [
+        ({"a.weight": torch.zeros(2, 3)}, "tensor missing: b.weight"),
+        (TENSORS | {"c": torch.zeros(1)}, "tensor unknown to the engine: c"),
+        (TENSORS | {"a.weight": torch.zeros(3, 2)}, "tensor of another shape: a.weight"),
+        (TENSORS | {"b.weight": torch.tensor([1.0, math.nan, 0, 0])}, "tensor not finite: b.weight"),
+    ],
+)
+def test_other_tensors_than_the_engine_started_with_are_not_sent(offered, told):
+    with pytest.raises(RunFailed, match=told):
+        refuse_other_names(shapes_of(TENSORS), offered)
+    refuse_other_names(shapes_of(TENSORS), TENSORS)
+
+
+def agreement(engine, trainer, before=None):
+    return Agreement(
+        engine=[tuple(engine)], trainer=[tuple(trainer)], before=None if before is None else [tuple(before)]
+    )
+
+
+def test_the_gap_is_a_mean_over_tokens():
+    found = agreement([-1.0, -2.0, -3.0], [-1.0, -2.3, -3.6])
+    # (0 + .3 + .6)/3
+    assert (found.mean_gap, found.max_gap) == (pytest.approx(0.3), pytest.approx(0.6))
+    with pytest.raises(RunFailed, match=r"differ by 0\.3 nats .* average, 0\.6 at most; engine\.tolerance is 0\.29"):
+        refuse_disagreement(found, tolerance=0.29, version="step 4")
+    refuse_disagreement(found, tolerance=0.31, version="step 4")
+
+
+def test_scores_that_are_no_numbers_agree_with_nothing():
+    with pytest.raises(RunFailed, match="inf nats"):
+        refuse_disagreement(agreement([math.nan, -1.0], [-1.0, -1.0]), tolerance=1.0, version="step 4")
+
+
+def noisy(values, *, seed, noise):
+    rng = Random(seed)
+    return [value + rng.gauss(0, noise) for value in values]
+
+
+def test_an_engine_nearer_to_the_old_weights_is_stale_however_small_the_gap():
+    """Noise of .05 a token, weights that moved by .05: within any tolerance for bfloat16, and yet told apart.
+
+    400 tokens: sqrt(d) = .05 * 20 = 1, which is 20 noises, and 2 * SURE = 8 are asked for.
+    """
+    old = [-1.0 - 0.01 * i for i in range(400)]
+    new = [value + (0.05 if i % 2 else -0.05) for i, value in enumerate(old)]
+    for seed in range(50):
+        assert agreement(noisy(old, seed=seed, noise=0.05), new, old).stale
+        assert not agreement(noisy(new, seed=seed, noise=0.05), new, old).stale
+
+
+def test_weights_that_hardly_moved_cannot_be_told_from_the_old_ones_and_nobody_is_accused():
+    old = [-1.0] * 40
+    new = [-1.0001] * 40
+    assert not any(agreement(noisy(new, seed=seed, noise=0.05), new, old).stale for seed in range(200))
+    # nor where nothing moved at all, nor at the first sync
+    assert not agreement(old, old, old).stale
+    assert not agreement(old, new).stale
+
+
+def test_a_stale_engine_is_told_by_that_name():
+    with pytest.raises(RunFailed, match="still holds the weights from before the sync to step 4"):
+        refuse_disagreement(agreement([-1.0, -2.0], [-1.5, -2.5], [-1.0, -2.0]), tolerance=9.0, version="step 4")
