@@ -1,10 +1,12 @@
-"""Keeps a command alive as long as its parent, and not a moment longer: `python -m npo_cli.engines.keeper COMMAND ...`
+"""Keeps a command alive as long as its parent, and not a moment longer: `keeper FOLDER COMMAND ...`
 
 The parent holds the other end of this process's stdin. Whatever becomes of the parent, `kill -9` too, the pipe closes,
-and the command with all its children is ended: they are one process group of their own. Knows nothing of engines.
+and the command with all its children is ended: they are one process group of their own. In the end FOLDER, which the
+command worked in, is removed. Knows nothing of engines.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ PATIENCE = 5.0
 """Seconds between asking a group to end and ending it."""
 
 
-def main(command: list[str]) -> int:
+def main(folder: str, command: list[str]) -> int:
     """Run the command; end it when stdin ends. The exit code is the command's."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=_end_with_parent, args=(child.pid,), daemon=True).start()
@@ -24,6 +26,7 @@ def main(command: list[str]) -> int:
         signal.signal(number, lambda *_: _end_group(child.pid))
     code = child.wait()
     _signal_group(child.pid, signal.SIGKILL)  # what the command left behind
+    shutil.rmtree(folder, ignore_errors=True)
     return code if code >= 0 else 128 - code
 
 
@@ -51,4 +54,4 @@ def _signal_group(group: int, number: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -8,7 +8,6 @@ Left out: beams, penalties, top-k and top-p. The behaviour law must be the polic
 
 import copy
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from npo_cli.engines.quiet import quiet
 from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of
 from npo_cli.engines.vllm_words import Limits, check_versions, sample_of, sampling_fields, scored_of, scoring_fields
@@ -41,15 +41,11 @@ class VllmEngine:
         self.tokenizer, self.limits = tokenizer, limits
         self.version: str | None = None
         self._shapes = shapes_of(named_tensors(model))
-        self._folder = Path(tempfile.mkdtemp(prefix="npo-engine-"))
         self._asleep = False
-        save_untied_config(model, self._folder)
-        try:
-            with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams():
-                self._llm = _start(self._folder, model, limits)
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+        with tempfile.TemporaryDirectory(prefix="npo-engine-") as folder:
+            save_untied_config(model, Path(folder))
+            with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams(), quiet():
+                self._llm = _start(Path(folder), model, limits)
 
     @property
     def remark(self) -> str:
@@ -95,8 +91,7 @@ class VllmEngine:
             self._asleep, self.version = True, None
 
     def close(self) -> None:
-        """Shut the engine core down and remove the folder that it started from."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Shut the engine core down."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
@@ -120,7 +115,7 @@ class VllmEngine:
         if self._llm is None:
             raise RunFailed(f"the engine was closed before it was to {phase}", RESUME)
         try:
-            with within(self.limits.deadline, phase=phase, mend=HUNG):
+            with within(self.limits.deadline, phase=phase, mend=HUNG), _own_random_streams():
                 yield
         except NpoError:
             raise
@@ -157,7 +152,7 @@ def prepare_environment(limits: Limits) -> None:
 
 @contextmanager
 def _own_random_streams() -> Iterator[None]:
-    """vLLM seeds torch, numpy and random for itself; the trainer's streams go on as if nothing had happened."""
+    """vLLM seeds torch, numpy and random, and draws from them; the trainer's streams go on as if it had not."""
     import random
 
     import numpy

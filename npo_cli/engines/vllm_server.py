@@ -51,6 +51,7 @@ class VllmServer:
         self._folder = Path(tempfile.mkdtemp(prefix="npo-engine-"))
         self._session = _session()
         self._url, self._process = "", None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
         self._send: Send = self._send_by_disk
         try:
             save_untied_config(model, self._folder)
@@ -115,6 +116,7 @@ class VllmServer:
             process.stdin.close()
             process.wait()
         self._session.close()
+        self._log.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # The process
@@ -122,10 +124,15 @@ class VllmServer:
     def _start(self, dtype: str, transport: str) -> None:
         port = _free_port()
         self._url = f"http://127.0.0.1:{port}"
-        log = (self._folder / "server.log").open("wb")
-        command = [sys.executable, "-m", "npo_cli.engines.keeper", *self._command(dtype, transport, port)]
+        keeper = [sys.executable, "-m", "npo_cli.engines.keeper", str(self._folder)]
+        command = [*keeper, *self._command(dtype, transport, port)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self._environment(), start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=self._environment(),
+            start_new_session=True,
         )
         deadline = time.monotonic() + self.limits.start_timeout
         while not self._healthy():
@@ -186,10 +193,10 @@ class VllmServer:
             return False
 
     def _last_words(self) -> str:
-        log = self._folder / "server.log"
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        told = [line for line in lines if "Error" in line] or lines
-        return told[-1].strip() if told else "it said nothing"
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()
+        last = max((place for place, line in enumerate(lines) if "Error" in line), default=len(lines) - 1)
+        return " ".join(line.strip() for line in lines[last : last + 3]) or "it said nothing"
 
     # Asking
 

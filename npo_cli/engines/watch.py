@@ -14,17 +14,20 @@ EXIT_CODE = 1
 @contextmanager
 def within(seconds: float, *, phase: str, mend: str) -> Iterator[None]:
     """Run the block; if it is still running after `seconds`, name the phase on stderr and leave the process."""
-    timer = threading.Timer(seconds, give_up, (seconds, phase, mend))
+    # Whatever becomes of stderr in the meantime.
+    terminal = os.dup(2)
+    words = f"error: the engine hung while it was to {phase}: nothing after {seconds:g} s\n  try: {mend}\n"
+    timer = threading.Timer(seconds, give_up, (terminal, words))
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        os.close(terminal)
 
 
-def give_up(seconds: float, phase: str, mend: str) -> None:
-    """The last words of a process whose engine hangs."""
-    text = f"error: the engine hung while it was to {phase}: nothing after {seconds:g} s\nhint: {mend}\n"
-    os.write(2, text.encode())
+def give_up(terminal: int, words: str) -> None:
+    """The end of a process whose engine hangs."""
+    os.write(terminal, words.encode())
     os._exit(EXIT_CODE)

@@ -49,7 +49,7 @@ def family_of(path: Path) -> list[int]:
 
 def kept(*command: str) -> subprocess.Popen[bytes]:
     """A keeper whose parent holds on to the pipe."""
-    return subprocess.Popen([*KEEPER, *command], stdin=subprocess.PIPE)
+    return subprocess.Popen([*KEEPER, "no-folder", *command], stdin=subprocess.PIPE)
 
 
 def test_the_exit_code_is_the_commands():
@@ -70,12 +70,16 @@ def test_closing_the_pipe_ends_the_command_and_its_children(tmp_path, command):
 
 
 def test_kill_9_of_the_parent_leaves_nobody_behind(tmp_path):
-    command = [*KEEPER, sys.executable, "-c", FAMILY, str(tmp_path / "pids")]
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"large")
+    command = [*KEEPER, str(folder), sys.executable, "-c", FAMILY, str(tmp_path / "pids")]
     parent = subprocess.Popen([sys.executable, "-c", PARENT, *command])
     pids = family_of(tmp_path / "pids")
     parent.kill()
     parent.wait()
     assert wait_for(lambda: not any(map(lives, pids)))
+    assert wait_for(lambda: not folder.exists())
 
 
 def test_what_a_command_leaves_behind_ends_with_it(tmp_path):

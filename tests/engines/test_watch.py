@@ -21,7 +21,7 @@ def test_past_its_limit_the_process_names_the_phase_and_ends():
     ended = run(seconds=0.2, sleep=600)
     assert ended.returncode == 1
     assert ended.stderr == (
-        "error: the engine hung while it was to sample: nothing after 0.2 s\nhint: npo resume RUN\n"
+        "error: the engine hung while it was to sample: nothing after 0.2 s\n  try: npo resume RUN\n"
     )
 
 

@@ -1,0 +1,121 @@
+"""Time the engines side by side on one run's model and prompts, and one engine that walks all checkpoints against many.
+
+    python recipes/engines.py RUN --engines transformers,vllm --prompts 16 --k 8 --repeats 5
+    python recipes/engines.py RUN --walk 6
+
+Rates are medians over repeats, the engines in turn (A B A B ...), so that a machine that slows down slows both. The
+walk samples the same prompts from each of the newest checkpoints of the run: with one engine whose weights are swapped
+and proved, and with an engine started anew for each.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from npo_cli.loading import from_dict, with_overrides
+from npo_cli.run_dir.checkpoints import Checkpoint, history
+from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.world import World, answer, load_checkpoint, open_policy, open_task, open_world
+
+
+def opened(root: Path, kind: str, overrides: Sequence[str]) -> World:
+    """The run's newest branch with another engine."""
+    run = open_run(root)
+    branch = newest_branch(run)
+    recipe = with_overrides(from_dict(run.recipe(branch)), [*overrides, f"engine.kind={kind}"])
+    task = open_task(recipe, allow_code=False)
+    return open_world(run, recipe, task=task, policy=open_policy(recipe, task, history(run, branch)[0]))
+
+
+def sampled(world: World, *, num_prompts: int, k: int, number: int) -> tuple[int, float]:
+    """Tokens and seconds of one batch, verification included."""
+    began = time.perf_counter()
+    prompts = world.task.train[:num_prompts]
+    groups = answer(world, prompts, label=("bench", number), slots=range(k), sampler_step=0)
+    return sum(len(each.response_ids) for group in groups for each in group.rollouts), time.perf_counter() - began
+
+
+def rates(root: Path, kinds: Sequence[str], given: argparse.Namespace) -> None:
+    """Start, sync and tokens a second of every engine."""
+    worlds, starts = {}, {}
+    for kind in kinds:
+        began = time.perf_counter()
+        worlds[kind] = opened(root, kind, given.set)
+        starts[kind] = time.perf_counter() - began
+        sampled(worlds[kind], num_prompts=2, k=1, number=-1)
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+    syncs: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(given.repeats):
+        for kind, world in worlds.items():
+            written(world)
+            began = time.perf_counter()
+            world.sync.in_step(number)
+            syncs[kind].append(time.perf_counter() - began)
+            tokens, seconds = sampled(world, num_prompts=given.prompts, k=given.k, number=number)
+            found[kind].append(tokens / seconds)
+    print("| engine | start, s | sync and proof, s | tokens a second | min | max |\n|---|---|---|---|---|---|")
+    for kind in kinds:
+        middle, sync = statistics.median(found[kind]), statistics.median(syncs[kind])
+        low, high = min(found[kind]), max(found[kind])
+        print(f"| {kind} | {starts[kind]:.1f} | {sync:.2f} | {middle:,.0f} | {low:,.0f} | {high:,.0f} |")
+    for world in worlds.values():
+        world.close()
+
+
+def written(world: World) -> None:
+    """Write to a tensor, so that the next sync has to send all of them."""
+    next(world.policy.model.parameters()).detach().mul_(1.0)
+
+
+def walk(root: Path, given: argparse.Namespace) -> None:
+    """Seconds for the same samples of each of the newest checkpoints, both ways."""
+    run = open_run(root)
+    places = history(run, newest_branch(run))[-given.walk :]
+    began = time.perf_counter()
+    with closing(opened(root, "vllm", given.set)) as world:
+        one = [visited(world, place, given) for place in places]
+    with_one = time.perf_counter() - began
+    began = time.perf_counter()
+    many = []
+    for place in places:
+        with closing(opened(root, "vllm", given.set)) as world:
+            many.append(visited(world, place, given))
+    with_many = time.perf_counter() - began
+    assert one == many, "the same seeds and weights answer alike"
+    print(f"| {len(places)} checkpoints, {one[0][1]:,} tokens of the first | seconds |\n|---|---|")
+    print(
+        f"| one engine, weights swapped and proved | {with_one:.1f} |\n| an engine started for each | {with_many:.1f} |"
+    )
+
+
+def visited(world: World, place: Checkpoint, given: argparse.Namespace) -> tuple[int, int]:
+    """Step, and tokens sampled from it."""
+    load_checkpoint(world.policy, place)
+    prompts = world.task.train[: given.prompts]
+    groups = answer(world, prompts, label=("walk",), slots=range(given.k), sampler_step=place.step)
+    return place.step, sum(len(each.response_ids) for group in groups for each in group.rollouts)
+
+
+def main() -> None:
+    """Parse, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--engines", default="transformers,vllm")
+    parser.add_argument("--walk", type=int, default=0)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    given = parser.parse_args()
+    if given.walk:
+        walk(given.run, given)
+    else:
+        rates(given.run, given.engines.split(","), given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Whole runs with vLLM as the engine: the circle, a kill in mid-batch, a sync that goes wrong, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from npo_cli.engines import vllm_engine
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.world import open_policy, open_task, open_world
+from tests.stages.running import TINY, reproducible, resume, sample, score, tiny, train
+
+pytestmark = pytest.mark.vllm
+VLLM = ("engine.kind=vllm",)
+SERVED = ("engine.kind=vllm_server",)
+NPO = [sys.executable, "-c", "from npo_cli.cli.app import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("vllm") / "run"
+    train(root, *VLLM)
+    return root
+
+
+def test_the_circle_goes_round_and_every_rollout_tells_whose_it_is(trained):
+    assert [found.step for found in score(trained, "score.prompts=8", "score.k=2")] == [2, 4]
+    info = sample(trained)
+    assert info.complete
+    steps = resume(trained, at=2, guide="near")
+    assert [report.step for report in steps] == [3, 4]
+    for branch, step in (("main", 1), ("main", 4), ("near", 3)):
+        groups = RolloutJournal(open_run(trained).rollouts_path(branch)).read_step(step)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        assert {each.sampler_step for each in rollouts if each.source == "own"} == {step - 1}
+        assert {each.sampler_step for each in rollouts if each.source == "guide"} <= {4}
+
+
+def test_engine_and_trainer_agree_at_every_step(trained):
+    rows = [json.loads(line) for line in (trained / "branches" / "main" / "metrics.jsonl").read_text().splitlines()]
+    trained_rows = [row for row in rows if row["rows_trained"]]
+    assert trained_rows
+    assert all(row["mismatch/abs_log_w_p99"] < 1e-4 for row in trained_rows)
+    assert all(row["mismatch/clipped_share"] == 0 for row in trained_rows)
+
+
+def test_a_server_trains_the_same_policy_to_rounding(trained, tmp_path):
+    train(tmp_path / "run", *SERVED)
+    ours, theirs = (
+        [json.loads(line) for line in (root / "branches" / "main" / "metrics.jsonl").read_text().splitlines()]
+        for root in (trained, tmp_path / "run")
+    )
+    assert [row["reward"] for row in ours[:4]] == [row["reward"] for row in theirs]
+
+
+def started(root: Path, *settings: str) -> subprocess.Popen[bytes]:
+    command = [*NPO, "train", "micro", *TINY, *settings, "--run", str(root)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("engine", [VLLM, SERVED])
+def test_kill_9_in_mid_batch_and_a_resume_end_in_the_same_bytes(trained, tmp_path, engine):
+    """The seeds of a batch are its own, and on a CPU vLLM keeps them."""
+    straight = tmp_path / "straight"
+    train(straight, *engine)
+    root = tmp_path / "killed"
+    process = started(root, *engine)
+    metrics = root / "branches" / "main" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    resume(root)
+    assert reproducible(root, "main") == reproducible(straight, "main")
+
+
+def test_a_sync_that_goes_wrong_stops_the_run_which_can_be_resumed(tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    sent = vllm_engine.named_tensors
+    calls = []
+
+    def loses_a_layer_later(model):
+        calls.append(model)
+        return {name: tensor for name, tensor in sent(model).items() if len(calls) < 4 or "layers.2" not in name}
+
+    monkeypatch.setattr(vllm_engine, "named_tensors", loses_a_layer_later)
+    with pytest.raises(RunFailed, match=r"weights were not sent to the engine: tensor missing: model\.layers\.2"):
+        train(root, *VLLM)
+    monkeypatch.setattr(vllm_engine, "named_tensors", sent)
+    assert resume(root)[-1].step == 4
+
+
+def test_a_world_that_cannot_open_leaves_no_engine(tmp_path):
+    recipe = tiny("engine.kind=vllm", "engine.transport=nccl")
+    with pytest.raises(NpoError, match=r"engine\.transport=nccl is for GPUs"):
+        train(tmp_path / "run", "engine.kind=vllm_server", "engine.transport=nccl")
+    task = open_task(recipe, allow_code=False)
+    policy = open_policy(recipe, task, None)
+    world = open_world(None, recipe, task=task, policy=policy)
+    world.close()
+    with pytest.raises(RunFailed, match="was closed"):
+        world.engine.generate([], temperature=1.0, max_new_tokens=1)
+    task.close()
