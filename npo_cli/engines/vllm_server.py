@@ -193,6 +193,8 @@ class VllmServer:
             return False
 
     def _last_words(self) -> str:
+        if self._log.closed:
+            return "it was closed"
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
         last = max((place for place, line in enumerate(lines) if "Error" in line), default=len(lines) - 1)
