@@ -152,11 +152,13 @@ def crossings(places: Sequence[Place], threshold: float, *, axis: str) -> list[f
     return found
 
 
-def spread(values: Sequence[float]) -> str:
-    """mean +- standard deviation."""
-    return (
-        f"{statistics.fmean(values):.3f} +- {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
-    )
+def interval(values: Sequence[float]) -> str:
+    """Mean over seeds with its 95 % t interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = T_95[min(8, len(values))] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 
 def speed_up(slow: Sequence[float | None], fast: Sequence[float | None], start: int = 0) -> str:
@@ -178,7 +180,7 @@ def arrivals(values: Sequence[float | None]) -> str:
 
 def arm_rows(name: str, places: Sequence[Place]) -> list[str]:
     """What one arm reached and what it cost, a line a threshold."""
-    final = spread([final_accuracy(place) for place in places])
+    final = interval([final_accuracy(place) for place in places])
     return [
         f"| {name} | {final} | {threshold} | "
         + " | ".join(arrivals(crossings(places, threshold, axis=axis)) for axis in COSTS)
@@ -222,22 +224,25 @@ def intervention_rows(arm: Arm, seeds: Sequence[dict[str, Place]]) -> list[str]:
     lines = ["| run | step | decision | D* | Q | V | p(best) | guides |", "|---" * 8 + "|"]
     for places in seeds:
         run = places[arm.name].run
+        fewest = moves(run)[0]["evidence"]["settings"]["auto"]["pool_min"]
         for move in moves(run):
-            if move["event"] in ("accepted", "rejected"):
-                best = next((score for score in move["evidence"]["scores"] if score["chosen"]), None)
-                lines.append(f"| {run.name} | {move['step']} | {move['event']} | {choice(best)} | - |")
+            if move["event"] in ("accepted", "rejected", "early"):
+                scores = move["evidence"].get("scores", ())
+                best = next((score for score in scores if score["chosen"]), None)
+                rivals = sum(score["num_mistakes"] >= fewest for score in scores)
+                lines.append(f"| {run.name} | {move['step']} | {move['event']} | {choice(best, rivals)} | - |")
             elif move["event"] == "guided":
                 found = f"{move['evidence']['num_found']} of {move['evidence']['num_asked']}"
                 lines[-1] = f"{lines[-1][:-3]}{found} |"
     return lines
 
 
-def choice(score: dict[str, Any] | None) -> str:
-    """D*, Q, V and the chance that it is the best, as cells."""
+def choice(score: dict[str, Any] | None, rivals: int) -> str:
+    """D*, Q, V, and the chance that it is the best of so many distances, as cells."""
     if score is None:
         return "- | - | - | -"
     quality = f"{score['quality']:.3f} [{score['quality_low']:.3f}, {score['quality_high']:.3f}]"
-    return f"{score['distance']} | {quality} | {score['variance']:.2f} | {score['p_best']:.2f}"
+    return f"{score['distance']} | {quality} | {score['variance']:.2f} | {score['p_best']:.2f} of {rivals}"
 
 
 def table(plan: Plan, seeds: Sequence[dict[str, Place]]) -> list[str]:
@@ -280,13 +285,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    plan = Plan(
-        recipe=given.recipe,
-        lr=given.lr,
-        steps=given.steps,
-        arms=tuple(given.arm),
-        extra=tuple(given.set),
-    )
+    plan = Plan(recipe=given.recipe, lr=given.lr, steps=given.steps, arms=tuple(given.arm), extra=tuple(given.set))
     given.out.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     with ThreadPoolExecutor(given.jobs) as pool:
