@@ -23,10 +23,9 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of
 from npo_cli.engines.vllm_engine import INSTEAD, NOT_REPEATABLE, first_line, save_untied_config
-from npo_cli.engines.vllm_words import Limits, check_versions, sample_of, sampling_fields, scored_of, scoring_fields
+from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.errors import NpoError, RunFailed
 
 NAME = "policy"
@@ -36,10 +35,8 @@ Send = Callable[[dict[str, Any], str], None]
 """Tensors by name and the version they are called by, to the server."""
 
 
-class VllmServer:
+class VllmServer(AsksVllm):
     """A server process and a client of it."""
-
-    holds_copy = True
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limits: Limits, transport: str
@@ -83,23 +80,6 @@ class VllmServer:
             self._post("update_weight_version", {"new_version": version})
             self._post("resume")
         self.version = version
-
-    def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
-        """One sample a request, in order."""
-        law = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.limits.eos_ids}
-        fields = [sampling_fields(request, **law) for request in requests]
-        outputs = self._answers([request.prompt_ids for request in requests], fields, phase="sample")
-        check_versions(outputs, self.version)
-        return [
-            sample_of(request, output, eos_ids=self.limits.eos_ids, tokenizer=self.tokenizer)
-            for request, output in zip(requests, outputs, strict=True)
-        ]
-
-    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
-        """One prefill a trajectory."""
-        prompts = [request.prompt_ids + request.response_ids for request in asked]
-        outputs = self._answers(prompts, [scoring_fields() for _ in asked], phase="score")
-        return [scored_of(request, output.prompt_logprobs) for request, output in zip(asked, outputs, strict=True)]
 
     def rest(self) -> None:
         """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot."""

@@ -1,5 +1,6 @@
 """What vLLM is asked and what it answers, in process or over HTTP: the same few fields either way."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,3 +102,33 @@ def check_versions(outputs: Sequence[Any], version: str | None) -> None:
     if version is None or seen - {version}:
         told = ", ".join(sorted(seen)) or "none"
         raise RunFailed(f"the engine answered with weights {told}, not with {version}", RESUME)
+
+
+class AsksVllm(ABC):
+    """What both kinds of vLLM have in common: how they are asked, and what is checked of an answer."""
+
+    holds_copy = True
+    tokenizer: PreTrainedTokenizerBase
+    limits: Limits
+    version: str | None
+
+    def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
+        """One sample a request, in order; a finished one leaves the batch at once and makes room."""
+        law = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.limits.eos_ids}
+        fields = [sampling_fields(request, **law) for request in requests]
+        outputs = self._answers([request.prompt_ids for request in requests], fields, phase="sample")
+        check_versions(outputs, self.version)
+        return [
+            sample_of(request, output, eos_ids=self.limits.eos_ids, tokenizer=self.tokenizer)
+            for request, output in zip(requests, outputs, strict=True)
+        ]
+
+    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
+        """One prefill a trajectory."""
+        prompts = [request.prompt_ids + request.response_ids for request in asked]
+        outputs = self._answers(prompts, [scoring_fields() for _ in asked], phase="score")
+        return [scored_of(request, output.prompt_logprobs) for request, output in zip(asked, outputs, strict=True)]
+
+    @abstractmethod
+    def _answers(self, prompts: Sequence[tuple[int, ...]], fields: Sequence[dict[str, Any]], *, phase: str) -> list:
+        """One output of vLLM a prompt, in order; `fields` are those of its SamplingParams."""
