@@ -24,12 +24,19 @@ class EngineSettings(Settings):
         json_schema_extra=FORK,
     )
     max_rows: Count = Field(512, description="Responses sampled side by side.")
-    tensor_parallel: Count = Field(1, description="vllm: GPUs that share a copy of the model.", json_schema_extra=FREE)
+    devices: str = Field(
+        "",
+        description="vllm_server: its GPUs, such as `1,2` (not the trainer's); empty leaves them as they are.",
+        json_schema_extra=FREE,
+    )
+    tensor_parallel: Count = Field(
+        1, description="vllm_server: GPUs that share a copy of the model.", json_schema_extra=FREE
+    )
     data_parallel: Count = Field(1, description="vllm_server: copies of the model.", json_schema_extra=FREE)
     memory_share: float = Field(
         0.4, gt=0, le=1, description="vllm: share of a GPU's memory that the engine may use.", json_schema_extra=FREE
     )
-    kv_cache_gb: float = Field(1.0, gt=0, description="vllm on a CPU: size of the KV cache.", json_schema_extra=FREE)
+    kv_cache_gb: Count = Field(1, description="vllm on a CPU: size of the KV cache.", json_schema_extra=FREE)
     graphs: bool = Field(True, description="vllm on a GPU: capture CUDA graphs.", json_schema_extra=FREE)
     sleep: bool = Field(
         True, description="vllm on a GPU: give its memory back during the update.", json_schema_extra=FREE
@@ -55,8 +62,11 @@ class EngineSettings(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> "EngineSettings":
-        if self.data_parallel > 1 and self.kind != "vllm_server":
-            raise ValueError("engine.data_parallel above 1 needs engine.kind=vllm_server")
+        for key in ("tensor_parallel", "data_parallel", "devices"):
+            if getattr(self, key) not in (1, "") and self.kind != "vllm_server":
+                raise ValueError(f"engine.{key} needs engine.kind=vllm_server")
+        if self.transport == "ipc" and self.tensor_parallel * self.data_parallel > 1:
+            raise ValueError("engine.transport=ipc reaches one GPU only: use nccl, or one copy on one GPU")
         return self
 
 

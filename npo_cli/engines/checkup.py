@@ -75,4 +75,4 @@ def _tried() -> tuple[bool, str]:
     except subprocess.TimeoutExpired:
         return False, f"nothing after {PATIENCE:g} s"
     lines = (trial.stdout if trial.returncode == 0 else trial.stderr).strip().splitlines()
-    return trial.returncode == 0, lines[-1] if lines else "it said nothing"
+    return trial.returncode == 0 and bool(lines), lines[-1] if lines else "it names no device"

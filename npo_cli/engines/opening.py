@@ -50,6 +50,7 @@ def _vllm(
         data_parallel=settings.data_parallel,
         memory_share=settings.memory_share,
         kv_cache_gb=settings.kv_cache_gb,
+        devices=settings.devices,
         on_cpu=on_cpu,
         eager=on_cpu or not settings.graphs,
         can_sleep=settings.sleep and not on_cpu,

@@ -36,7 +36,8 @@ class Sample:
     logps: tuple[float, ...]
     """At the sampling temperature, under the engine's weights (nats)."""
     mean_entropy: float
-    """Mean over the tokens of the law's entropy; vLLM tells only its unbiased estimate, the mean of -log p."""
+    """Mean over the tokens of the law's entropy; of vLLM the mean of -log p, whose average over all tokens of a batch
+    tends to the same figure."""
     text: str
     """Without the end token."""
     finished: bool

@@ -17,7 +17,9 @@ from npo_cli.errors import RunFailed
 TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 0.1}
 """Mean |engine - trainer| in nats a token, for the same weights: some fifty and ten times what was measured."""
 SURE = 4.0
-"""Standard errors between the old weights and the new before a probe may say which of them the engine holds."""
+"""Standard errors on either side between the old weights and the new before a probe may say which the engine holds."""
+SMALLEST_SHARE = 0.1
+"""Of the way back to the old weights; below it an engine is off, not stale, and the tolerance judges it."""
 RESUME = "nothing was lost: `npo resume RUN` goes on from the last checkpoint"
 
 Row = tuple[float, ...]
@@ -74,21 +76,42 @@ class Agreement:
         return max(abs(a - b) for a, b in self._pairs(self.trainer))
 
     @property
-    def stale(self) -> bool:
-        """Whether the engine is nearer to the weights before, where the two are far enough apart to tell.
+    def share_of_old(self) -> float:
+        """How far the engine stands on the way from the new weights (0) back to the old ones (1).
 
-        With noise of deviation s a token, sum (e - new)^2 - sum (e - old)^2 is -d +- 2 s sqrt(d) for new weights and
-        d +- 2 s sqrt(d) for old ones, d = sum (new - old)^2. It decides where sqrt(d) >= 2 SURE s, s being the
-        smaller of the two distances.
+        The projection c = <e - new, old - new>/d with d = |old - new|^2: a stale engine has 1, a mixture some part.
         """
+        away, back, squared = self._displacements()
+        return sum(a * b for a, b in zip(away, back, strict=True)) / squared if squared > 0 else 0.0
+
+    @property
+    def error(self) -> float:
+        """Standard error of that share: s/sqrt(d), with s the engine's noise a token across the way."""
+        away, back, squared = self._displacements()
+        if squared == 0:
+            return math.inf
+        share = self.share_of_old
+        rest = sum((a - share * b) ** 2 for a, b in zip(away, back, strict=True))
+        return math.sqrt(rest / len(away) / squared)
+
+    @property
+    def decides(self) -> bool:
+        """Whether old and new are far enough apart to tell which of them the engine holds: 2 SURE errors."""
+        return self.before is not None and self.error * 2 * SURE <= 1
+
+    @property
+    def stale(self) -> bool:
+        """Whether the engine holds some of the old weights, beyond what noise explains."""
+        return self.decides and self.share_of_old > max(SMALLEST_SHARE, SURE * self.error)
+
+    def _displacements(self) -> tuple[list[float], list[float], float]:
+        """e - new and old - new, a token each, and |old - new|^2."""
         if self.before is None:
-            return False
-        new = sum((a - b) ** 2 for a, b in self._pairs(self.trainer))
-        old = sum((a - b) ** 2 for a, b in self._pairs(self.before))
-        rows = zip(self.trainer, self.before, strict=True)
-        moved = [a - b for row, was in rows for a, b in zip(row, was, strict=True)]
-        noise = math.sqrt(min(new, old) / len(moved))
-        return old < new and math.sqrt(sum(each * each for each in moved)) >= 2 * SURE * noise
+            return [], [], 0.0
+        away = [a - b for a, b in self._pairs(self.trainer)]
+        rows = zip(self.before, self.trainer, strict=True)
+        back = [a - b for row, now in rows for a, b in zip(row, now, strict=True)]
+        return away, back, sum(each * each for each in back)
 
     def _pairs(self, other: Sequence[Row]) -> list[tuple[float, float]]:
         rows = zip(self.engine, other, strict=True)
@@ -100,8 +123,8 @@ def refuse_disagreement(found: Agreement, *, tolerance: float, version: str) -> 
     told = f"engine and trainer differ by {found.mean_gap:.3g} nats a token on average, {found.max_gap:.3g} at most"
     if found.stale:
         raise RunFailed(
-            f"the engine still holds the weights from before the sync to {version}: {told}, "
-            "and it is nearer to the old ones",
+            f"the engine still holds weights from before the sync to {version}: {told}, "
+            f"and it stands at {found.share_of_old:.0%} of the way back to the old ones",
             RESUME,
         )
     if not found.mean_gap <= tolerance:

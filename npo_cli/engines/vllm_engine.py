@@ -31,6 +31,10 @@ NOT_REPEATABLE = (
 )
 
 
+ASLEEP = frozenset({"weights", "kv_cache"})
+"""What sleep level 2 gives back, in vLLM's words."""
+
+
 class VllmEngine(AsksVllm):
     """One `vllm.LLM`."""
 
@@ -38,7 +42,7 @@ class VllmEngine(AsksVllm):
         self.tokenizer, self.limits = tokenizer, limits
         self.version: str | None = None
         self._shapes = shapes_of(named_tensors(model))
-        self._asleep = False
+        self._asleep: frozenset[str] = frozenset()
         with tempfile.TemporaryDirectory(prefix="npo-engine-") as folder:
             save_untied_config(model, Path(folder))
             with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams(), quiet():
@@ -55,9 +59,10 @@ class VllmEngine(AsksVllm):
         tensors = named_tensors(model)
         refuse_other_names(self._shapes, tensors)
         with self._working("take weights"):
-            self._wake()
+            self._wake("weights")
             self.version = None
             self._llm.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
+            self._wake("kv_cache")
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache of the old weights could not be dropped")
             self._llm.update_weight_version(version)
@@ -68,7 +73,7 @@ class VllmEngine(AsksVllm):
         if self.limits.can_sleep and not self._asleep:
             with self._working("go to sleep"):
                 self._llm.sleep(level=2)
-            self._asleep, self.version = True, None
+            self._asleep, self.version = ASLEEP, None
 
     def close(self) -> None:
         """Shut the engine core down."""
@@ -76,10 +81,12 @@ class VllmEngine(AsksVllm):
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
 
-    def _wake(self) -> None:
-        if self._asleep:
-            self._llm.wake_up()
-            self._asleep = False
+    def _wake(self, part: str) -> None:
+        """One part of the memory that `rest` gave back; the update's own leftovers make room for it."""
+        if part in self._asleep:
+            torch.cuda.empty_cache()
+            self._llm.wake_up(tags=[part])
+            self._asleep = self._asleep - {part}
 
     def _answers(self, prompts: Sequence[tuple[int, ...]], fields: Sequence[dict[str, Any]], *, phase: str) -> list:
         from vllm import SamplingParams, TokensPrompt
@@ -121,7 +128,7 @@ def prepare_environment(limits: Limits) -> None:
     """What vLLM reads from the environment before it is imported; a value that is there stays."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(limits.kv_cache_gb))),
+        "VLLM_CPU_KVCACHE_SPACE": str(limits.kv_cache_gb),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "CRITICAL",
         "VLLM_NO_USAGE_STATS": "1",
@@ -138,14 +145,30 @@ def _own_random_streams() -> Iterator[None]:
     import numpy
 
     states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
-    threads = torch.get_num_threads()
+    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    # vLLM's worker for CPUs puts a function that does nothing in the place of this one.
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     try:
         yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
+        if cards:
+            torch.cuda.set_rng_state_all(cards)
+        torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
+
+
+def refuse_other_platform(model: PreTrainedModel) -> None:
+    """A vLLM built for CPUs serves a model on a CPU, one for GPUs a model on a GPU."""
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != model.device.type:
+        raise NpoError(
+            f"this vLLM is for {current_platform.device_type or 'no device'}, and model.device is {model.device.type}",
+            INSTEAD,
+        )
 
 
 def _start(folder: Path, model: PreTrainedModel, limits: Limits) -> Any:
@@ -154,6 +177,7 @@ def _start(folder: Path, model: PreTrainedModel, limits: Limits) -> Any:
         from vllm import LLM
     except Exception as error:  # a mismatched torchvision breaks the import with a RuntimeError
         raise NpoError(f"vllm cannot be imported: {first_line(error)}", INSTEAD) from error
+    refuse_other_platform(model)
     try:
         return LLM(
             model=str(folder),
@@ -164,7 +188,6 @@ def _start(folder: Path, model: PreTrainedModel, limits: Limits) -> Any:
             enforce_eager=limits.eager,
             max_model_len=limits.max_model_len,
             max_num_seqs=limits.max_rows,
-            tensor_parallel_size=limits.tensor_parallel,
             gpu_memory_utilization=limits.memory_share,
             enable_sleep_mode=limits.can_sleep,
             enable_prefix_caching=True,

@@ -29,8 +29,6 @@ from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.errors import NpoError, RunFailed
 
 NAME = "policy"
-SIDE_BY_SIDE = 64
-"""Connections open at one time; vLLM batches what they bring."""
 Send = Callable[[dict[str, Any], str], None]
 """Tensors by name and the version they are called by, to the server."""
 
@@ -43,11 +41,12 @@ class VllmServer(AsksVllm):
     ) -> None:
         self.tokenizer, self.limits = tokenizer, limits
         self.version: str | None = None
+        self._transport = transport
         tensors = named_tensors(model)
         self._shapes = shapes_of(tensors)
         self._folder = Path(tempfile.mkdtemp(prefix="npo-engine-"))
-        self._session = _session()
-        self._url, self._process = "", None
+        self._session = _session(limits)
+        self._url, self._process, self._asleep = "", None, False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
         self._send: Send = self._send_by_disk
         try:
@@ -58,7 +57,8 @@ class VllmServer(AsksVllm):
             if transport != "disk":
                 from npo_cli.engines.vllm_transfer import open_transfer
 
-                self._send = open_transfer(transport, url=self._url, tensors=tensors, limits=limits)
+                with self._working("meet for the first weights"):
+                    self._send = open_transfer(transport, post=self._post, tensors=tensors, limits=limits)
         except BaseException:
             self.close()
             raise
@@ -66,7 +66,8 @@ class VllmServer(AsksVllm):
     @property
     def remark(self) -> str:
         """As in process: seeds are kept on a CPU."""
-        return "" if self.limits.on_cpu else NOT_REPEATABLE
+        invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+        return "" if self.limits.on_cpu or invariant else NOT_REPEATABLE
 
     def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Pause without cutting anything, send, forget every cached prefix, stamp, go on."""
@@ -75,19 +76,24 @@ class VllmServer(AsksVllm):
         with self._working("take weights"):
             self.version = None
             self._post("pause?mode=keep")
+            if self._asleep:
+                self._post("wake_up?tags=weights")
             self._send(tensors, version)
-            self._post("reset_prefix_cache")
+            if self._asleep:
+                self._post("wake_up?tags=kv_cache")
+                self._asleep = False
+            if not self._post("reset_prefix_cache")["success"]:
+                raise RuntimeError("the prefix cache of the old weights could not be dropped")
             self._post("update_weight_version", {"new_version": version})
             self._post("resume")
         self.version = version
 
     def rest(self) -> None:
         """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot."""
-        if self.limits.can_sleep and self.version is not None:
+        if self.limits.can_sleep and not self._asleep:
             with self._working("go to sleep"):
                 self._post("sleep?level=2")
-                self._post("wake_up?tags=weights")
-            self.version = None
+            self._asleep, self.version = True, None
 
     def close(self) -> None:
         """End the server with everything it started, and remove its folder."""
@@ -142,6 +148,7 @@ class VllmServer(AsksVllm):
             "--load-format": "safetensors" if transport == "disk" else "dummy",
             "--seed": "0",
         }
+        options["--middleware"] = "npo_cli.engines.vllm_guard.Guard"
         flags = ["--skip-tokenizer-init", "--disable-log-stats", "--enable-prefix-caching", "--enable-scale-out"]
         if limits.max_batched_tokens is not None:
             options["--max-num-batched-tokens"] = str(limits.max_batched_tokens)
@@ -155,11 +162,15 @@ class VllmServer(AsksVllm):
 
     def _environment(self) -> dict[str, str]:
         return {
-            "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(self.limits.kv_cache_gb))),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
             **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": str(self.limits.kv_cache_gb),
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            **({"CUDA_VISIBLE_DEVICES": self.limits.devices} if self.limits.devices else {}),
+            **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self._transport == "ipc" else {}),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_API_KEY": self._session.headers["Authorization"].removeprefix("Bearer "),
         }
@@ -168,7 +179,8 @@ class VllmServer(AsksVllm):
         import requests
 
         try:
-            return self._session.get(f"{self._url}/health", timeout=5).ok
+            # Nobody else's server knows this key.
+            return self._session.get(f"{self._url}/v1/models", timeout=5).ok
         except requests.RequestException:
             return False
 
@@ -194,7 +206,7 @@ class VllmServer(AsksVllm):
             {"model": NAME, "token_ids": list(prompt), "sampling_params": each}
             for prompt, each in zip(prompts, fields, strict=True)
         ]
-        with self._working(phase), ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        with self._working(phase), ThreadPoolExecutor(side_by_side(self.limits)) as pool:
             return list(pool.map(lambda body: _output(self._post("inference/v1/generate", body)), bodies))
 
     def _send_by_disk(self, tensors: dict[str, Any], version: str) -> None:
@@ -225,7 +237,12 @@ class VllmServer(AsksVllm):
             raise RunFailed(f"the vLLM server failed while it was to {phase}: {cause}", RESUME) from error
 
 
-def _session() -> Any:
+def side_by_side(limits: Limits) -> int:
+    """Connections open at one time: as many requests as all copies together may batch."""
+    return limits.max_rows * limits.data_parallel
+
+
+def _session(limits: Limits) -> Any:
     """One set of connections, with a key that only this process knows."""
     try:
         import requests
@@ -233,7 +250,7 @@ def _session() -> Any:
     except ImportError as error:
         raise NpoError("engine.kind=vllm_server needs vllm, which is not installed", INSTEAD) from error
     session = requests.Session()
-    session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=SIDE_BY_SIDE))
+    session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=side_by_side(limits)))
     session.trust_env = False  # a proxy for the world is none for this machine
     session.headers["Authorization"] = f"Bearer {secrets.token_hex(16)}"
     return session

@@ -23,7 +23,9 @@ class Limits:
     tensor_parallel: int
     data_parallel: int
     memory_share: float
-    kv_cache_gb: float
+    kv_cache_gb: int
+    devices: str
+    """CUDA_VISIBLE_DEVICES of a server; empty leaves it alone."""
     on_cpu: bool
     eager: bool
     can_sleep: bool
@@ -98,10 +100,11 @@ def scored_of(request: ScoreRequest, prompt_logprobs: Sequence[Any]) -> tuple[fl
 
 def check_versions(outputs: Sequence[Any], version: str | None) -> None:
     """Every token of every answer was sampled by the weights that were last given."""
-    seen = {span.version for output in outputs for span in output.outputs[0].weight_versions or ()}
-    if version is None or seen - {version}:
-        told = ", ".join(sorted(seen)) or "none"
-        raise RunFailed(f"the engine answered with weights {told}, not with {version}", RESUME)
+    for output in outputs:
+        seen = {span.version for span in output.outputs[0].weight_versions or ()}
+        if version is None or seen != {version}:
+            told = ", ".join(sorted(seen)) or "of no version"
+            raise RunFailed(f"the engine answered with weights {told}, not with {version}", RESUME)
 
 
 class AsksVllm(ABC):
@@ -124,7 +127,7 @@ class AsksVllm(ABC):
         ]
 
     def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
-        """One prefill a trajectory."""
+        """One prefill a trajectory, which must be shorter than the longest that is allowed: vLLM adds a token."""
         prompts = [request.prompt_ids + request.response_ids for request in asked]
         outputs = self._answers(prompts, [scoring_fields() for _ in asked], phase="score")
         return [scored_of(request, output.prompt_logprobs) for request, output in zip(asked, outputs, strict=True)]

@@ -71,8 +71,12 @@ class Policy:
 
     @property
     def num_changes(self) -> int:
-        """How often weights were written to since they exist: torch counts it, so no write goes unnoticed."""
+        """How often weights were written to: torch counts writes in place, `mark_written` those that it misses."""
         return sum(tensor._version for tensor in self.model.state_dict(keep_vars=True).values())
+
+    def mark_written(self) -> None:
+        """After an update: a fused optimiser writes past torch's counter."""
+        torch.autograd.graph.increment_version(list(self.model.parameters()))
 
     @property
     def max_tokens(self) -> int | None:
@@ -91,6 +95,7 @@ class Policy:
     def load(self, folder: Path) -> None:
         """Swap in the weights of a checkpoint folder, checked tensor by tensor."""
         load_weights(self.model, folder)
+        self.mark_written()
 
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` opens as it is."""

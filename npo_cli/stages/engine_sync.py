@@ -4,8 +4,9 @@ Sync is lazy: whoever wants answers calls `in_step` first, and weights travel on
 last time. An engine that samples from the trainer's own model has nothing to be sent.
 """
 
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from npo_cli.config import Recipe
 from npo_cli.engines.requests import Engine, ScoreRequest
@@ -17,7 +18,7 @@ from npo_cli.stages.row_scores import row_scores
 
 NUM_ROWS = 8
 LONGEST = 64
-"""Tokens of a probe row: a longer prompt is cut, and nothing is ever asked with it."""
+"""Tokens of a probe row: of a longer prompt the end, and nothing is ever asked with it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,15 +30,18 @@ class Sync:
     engine: Engine
     rows: tuple[TokenRow, ...]
     last: Sequence[Row] | None = None
-    """What the trainer said of the probe at the last sync."""
+    """What the trainer said of the probe at the newest sync that could be told from this one; older than the last where
+    steps are too small to be told one by one."""
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+    """In every version: another run's weights have other names."""
 
     def in_step(self, step: int) -> None:
         """Send the weights at hand, those of `step`, unless the engine holds them; then compare log-probabilities."""
-        version = f"step {step}, write {self.policy.num_changes}"
+        version = f"step {step}, write {self.policy.num_changes}, run {self.token}"
         if self.engine.version == version:
             return
         self.engine.take_weights(self.policy.model, version=version)
-        if self.engine.holds_copy and self.rows:
+        if self.engine.holds_copy:
             self.prove(version)
 
     def prove(self, version: str) -> None:
@@ -48,11 +52,16 @@ class Sync:
         found = Agreement(engine=self.engine.score(asked), trainer=trainer, before=self.last)
         tolerance = self.recipe.engine.tolerance or TOLERANCES[self.recipe.model.dtype]
         refuse_disagreement(found, tolerance=tolerance, version=version)
-        self.last = trainer
+        if self.last is None or found.decides:
+            self.last = trainer
 
 
 def probe_rows(policy: Policy, prompts: Sequence[Prompt]) -> tuple[TokenRow, ...]:
-    """The first prompts of the task, each token after the first predicted from those before it."""
-    encoded = dict.fromkeys(policy.encode(prompt)[:LONGEST] for prompt in prompts[: 4 * NUM_ROWS])
+    """The ends of the task's first prompts, each token after the first predicted from those before it.
+
+    Where they are too short to tell anything: the first tokens of the vocabulary in a row.
+    """
+    encoded = dict.fromkeys(policy.encode(prompt)[-LONGEST:] for prompt in prompts[: 4 * NUM_ROWS])
     rows = [TokenRow(prompt_ids=ids[:1], response_ids=ids[1:]) for ids in encoded if len(ids) > 1]
-    return tuple(rows[:NUM_ROWS])
+    plain = tuple(range(min(8, len(policy.tokenizer))))
+    return tuple(rows[:NUM_ROWS]) or (TokenRow(prompt_ids=plain[:1], response_ids=plain[1:]),)

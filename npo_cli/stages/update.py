@@ -218,5 +218,6 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.grad_clip).item()
         if math.isfinite(norm):
             self.optimizer.step()
+            self.policy.mark_written()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -64,13 +64,28 @@ def noisy(values, *, seed, noise):
 def test_an_engine_nearer_to_the_old_weights_is_stale_however_small_the_gap():
     """Noise of .05 a token, weights that moved by .05: within any tolerance for bfloat16, and yet told apart.
 
-    400 tokens: sqrt(d) = .05 * 20 = 1, which is 20 noises, and 2 * SURE = 8 are asked for.
+    400 tokens: sqrt(d) = .05 * 20 = 1, so the share has an error of .05, and 1/8 is asked for.
     """
     old = [-1.0 - 0.01 * i for i in range(400)]
     new = [value + (0.05 if i % 2 else -0.05) for i, value in enumerate(old)]
     for seed in range(50):
         assert agreement(noisy(old, seed=seed, noise=0.05), new, old).stale
         assert not agreement(noisy(new, seed=seed, noise=0.05), new, old).stale
+
+
+def test_a_mixture_is_told_by_its_share_of_the_old_weights():
+    # 45 % of the way back, with noise a hundredth of the step
+    old = [-1.0 - 0.01 * i for i in range(400)]
+    new = [value + (0.01 if i % 2 else -0.01) for i, value in enumerate(old)]
+    mixed = [0.45 * a + 0.55 * b for a, b in zip(old, new, strict=True)]
+    found = agreement(noisy(mixed, seed=1, noise=0.0001), new, old)
+    assert found.share_of_old == pytest.approx(0.45, abs=0.002)
+    # s/sqrt(d) = .0001/(.01 * 20)
+    assert found.error == pytest.approx(0.0005, rel=0.1)
+    assert found.stale
+    # a tenth is left to the tolerance
+    slightly = [0.05 * a + 0.95 * b for a, b in zip(old, new, strict=True)]
+    assert not agreement(noisy(slightly, seed=1, noise=0.0001), new, old).stale
 
 
 def test_weights_that_hardly_moved_cannot_be_told_from_the_old_ones_and_nobody_is_accused():
@@ -83,5 +98,5 @@ def test_weights_that_hardly_moved_cannot_be_told_from_the_old_ones_and_nobody_i
 
 
 def test_a_stale_engine_is_told_by_that_name():
-    with pytest.raises(RunFailed, match="still holds the weights from before the sync to step 4"):
+    with pytest.raises(RunFailed, match=r"still holds weights from before the sync to step 4.* 100% of the way back"):
         refuse_disagreement(agreement([-1.0, -2.0], [-1.5, -2.5], [-1.0, -2.0]), tolerance=9.0, version="step 4")

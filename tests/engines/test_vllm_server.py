@@ -73,7 +73,7 @@ def test_new_weights_reach_the_server_and_old_ones_are_told(served, monkeypatch)
     assert not list(server._folder.glob("weights-*"))
     monkeypatch.setattr(server, "_send", lambda tensors, version: None)
     moved(policy, by=0.05)
-    with pytest.raises(RunFailed, match="still holds the weights from before"):
+    with pytest.raises(RunFailed, match="still holds weights from before"):
         sync.in_step(2)
     with torch.no_grad():
         policy.model.load_state_dict(state)
@@ -85,6 +85,9 @@ def test_nobody_else_on_the_machine_may_ask(served):
     _, server = served
     body = {"token_ids": [1, 2], "sampling_params": {"max_tokens": 1}}
     assert requests.post(f"{server._url}/inference/v1/generate", json=body, timeout=30).status_code == 401
+    # vLLM's own key does not guard these
+    for path in ("pause", "resume", "reset_prefix_cache", "collective_rpc", "update_weight_version", "health"):
+        assert requests.post(f"{server._url}/{path}", json={"new_version": "evil"}, timeout=30).status_code == 401
 
 
 def test_a_server_killed_in_mid_batch_is_an_error_that_says_so_and_leaves_nobody():

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from npo_cli.config import TrainSettings
+from npo_cli.config import ModelSettings, TrainSettings
 from npo_cli.errors import NpoError
+from npo_cli.policy.model import load_policy
 from npo_cli.policy.optimizer import (
     TrainerState,
     build_optimizer,
@@ -112,3 +113,19 @@ def test_one_rate_for_all_parameters():
     _, optimizer = trained()
     set_lr(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_every_update_and_every_load_counts_as_a_write(tmp_path, options):
+    policy = load_policy(ModelSettings(threads=1))
+    policy.save(tmp_path)
+    seen = [policy.num_changes]
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3, **options)
+    for parameter in policy.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    policy.mark_written()
+    seen.append(policy.num_changes)
+    policy.load(tmp_path)
+    seen.append(policy.num_changes)
+    assert seen == sorted(set(seen))
