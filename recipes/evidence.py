@@ -164,7 +164,7 @@ def interval(values: Sequence[float]) -> str:
 def speed_up(slow: Sequence[float | None], fast: Sequence[float | None], start: int = 0) -> str:
     """Mean over seeds of the paired ratio, 95 % t interval; seeds in which an arm never arrived are left out."""
     pairs = [(a - start, b - start) for a, b in zip(slow, fast, strict=True) if a is not None and b is not None]
-    ratios = [a / b for a, b in pairs if b > 0]
+    ratios = [a / b for a, b in pairs if a > 0 and b > 0]
     if len(ratios) < 2:
         return " ".join(f"{ratio:.2f}x" for ratio in ratios) or "-"
     half = T_95[min(8, len(ratios))] * statistics.stdev(ratios) / len(ratios) ** 0.5
