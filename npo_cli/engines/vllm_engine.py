@@ -7,6 +7,7 @@ Left out: beams, penalties, top-k and top-p. The behaviour law must be the polic
 """
 
 import copy
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -76,10 +77,12 @@ class VllmEngine(AsksVllm):
             self._asleep, self.version = ASLEEP, None
 
     def close(self) -> None:
-        """Shut the engine core down."""
+        """Shut the engine core down; its weights and cache hang in circles that only a collection frees."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
 
     def _wake(self, part: str) -> None:
         """One part of the memory that `rest` gave back; the update's own leftovers make room for it."""
