@@ -20,6 +20,8 @@ from tests.stages.running import TINY, reproducible, resume, sample, score, tiny
 pytestmark = pytest.mark.vllm
 VLLM = ("engine.kind=vllm",)
 SERVED = ("engine.kind=vllm_server",)
+LONGER = ("train.num_steps=10",)
+"""So that nobody is done before the kill falls."""
 NPO = [sys.executable, "-c", "from npo_cli.cli.app import main; main()"]
 
 
@@ -69,9 +71,9 @@ def started(root: Path, *settings: str) -> subprocess.Popen[bytes]:
 def test_kill_9_in_mid_batch_and_a_resume_end_in_the_same_bytes(trained, tmp_path, engine):
     """The seeds of a batch are its own, and on a CPU vLLM keeps them."""
     straight = tmp_path / "straight"
-    train(straight, *engine)
+    train(straight, *engine, *LONGER)
     root = tmp_path / "killed"
-    process = started(root, *engine)
+    process = started(root, *engine, *LONGER)
     metrics = root / "branches" / "main" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
