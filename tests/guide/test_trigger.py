@@ -132,3 +132,18 @@ def test_a_missing_value_leaves_both_averages_as_they_are(hole):
         assert None in (seen.reward, seen.entropy)
     # m = (.6 + .2/2)/1.5: the step before was step 1
     assert watch.see(Signal(step=4, reward=0.6, entropy=0.4)).reward_ema == pytest.approx(0.7 / 1.5)
+
+
+def test_a_step_made_again_is_seen_where_its_record_was_lost_and_nowhere_else():
+    """A power cut took the record of the last step, or of none."""
+    rng = Random(2)
+    signals = [Signal(step=step, reward=rng.random(), entropy=0.9**step) for step in range(1, 31)]
+    straight = Watch(KNOBS)
+    told = [straight.see(signal) for signal in signals]
+    for num_kept in (19, 20):
+        again = Watch(KNOBS)
+        for signal in signals[:num_kept]:
+            again.see(signal)
+        for signal in signals[17:20]:
+            again.catch_up(signal)
+        assert [again.see(signal) for signal in signals[20:]] == told[20:]

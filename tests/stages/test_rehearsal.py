@@ -107,6 +107,12 @@ def test_an_early_bootstrap_is_rehearsed_too(tmp_path):
     assert found.moves[3].evidence == {"assumed": True, "to_steps": [0]}
 
 
+def test_an_early_bootstrap_goes_back_to_where_it_began_and_nowhere_else(tmp_path):
+    found = rehearsed(of(tmp_path, "auto.early=true", "early.scout=8", "auto.max=0", rows=still(12)))
+    (back,) = [move for move in found.moves if move.event == "rolled_back"]
+    assert (back.step, back.evidence) == (8, {"assumed": True, "to_steps": [0]})
+
+
 def test_a_rise_and_a_level_entropy_never_fire(tmp_path):
     rising = [row | {"reward": row["step"] / 100} for row in still(40)]
     level = [row | {"entropy": 1.0} for row in still(40)]
