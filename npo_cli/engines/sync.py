@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from npo_cli.errors import RunFailed
 
 TOLERANCES: Mapping[str, float] = {"float32": 1e-3, "bfloat16": 0.1}
-"""Mean |engine - trainer| in nats a token, for the same weights: some fifty and ten times what was measured."""
+"""Mean |engine - trainer| in nats a token, for the same weights. In float32 single tokens differed by at most 4e-5; the
+figure for bfloat16 is a guess."""
 SURE = 4.0
 """Standard errors on either side between the old weights and the new before a probe may say which the engine holds."""
 SMALLEST_SHARE = 0.1

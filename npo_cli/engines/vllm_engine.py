@@ -26,10 +26,6 @@ from npo_cli.errors import NpoError, RunFailed
 
 INSTEAD = "npo doctor tells what is missing; engine.kind=transformers needs no vLLM"
 HUNG = f"raise engine.deadline if it was only slow; {RESUME}"
-NOT_REPEATABLE = (
-    "vLLM on a GPU may answer a seed differently from batch to batch: a resumed run goes on, but not bit for bit "
-    "(VLLM_BATCH_INVARIANT=1 where vLLM supports it)"
-)
 
 
 ASLEEP = frozenset({"weights", "kv_cache"})
@@ -48,12 +44,6 @@ class VllmEngine(AsksVllm):
             save_untied_config(model, Path(folder))
             with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams(), quiet():
                 self._llm = _start(Path(folder), model, limits)
-
-    @property
-    def remark(self) -> str:
-        """Seeds are kept on a CPU; on a GPU the batch has a say."""
-        invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-        return "" if self.limits.on_cpu or invariant else NOT_REPEATABLE
 
     def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Replace every tensor, forget every cached prefix, stamp the version."""

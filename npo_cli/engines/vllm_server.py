@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of
-from npo_cli.engines.vllm_engine import INSTEAD, NOT_REPEATABLE, first_line, save_untied_config
+from npo_cli.engines.vllm_engine import INSTEAD, first_line, save_untied_config
 from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.errors import NpoError, RunFailed
 
@@ -62,12 +62,6 @@ class VllmServer(AsksVllm):
         except BaseException:
             self.close()
             raise
-
-    @property
-    def remark(self) -> str:
-        """As in process: seeds are kept on a CPU."""
-        invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-        return "" if self.limits.on_cpu or invariant else NOT_REPEATABLE
 
     def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Pause without cutting anything, send, forget every cached prefix, stamp, go on."""

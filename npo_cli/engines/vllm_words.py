@@ -1,5 +1,6 @@
 """What vLLM is asked and what it answers, in process or over HTTP: the same few fields either way."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.engines.sync import RESUME
 from npo_cli.errors import RunFailed
+
+NOT_REPEATABLE = (
+    "vLLM on a GPU may answer a seed differently from batch to batch: a resumed run goes on, but not bit for bit "
+    "(VLLM_BATCH_INVARIANT=1 where vLLM supports it)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +120,12 @@ class AsksVllm(ABC):
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
     version: str | None
+
+    @property
+    def remark(self) -> str:
+        """Seeds are kept on a CPU; on a GPU the batch has a say."""
+        invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+        return "" if self.limits.on_cpu or invariant else NOT_REPEATABLE
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample a request, in order; a finished one leaves the batch at once and makes room."""

@@ -24,7 +24,7 @@ from npo_cli.stages.auto_knobs import settings_of
 from npo_cli.stages.pilot import TRAINING, Pilot, Seen
 from npo_cli.stages.resume import Start, continuation, fork, record_start
 from npo_cli.stages.signals import StopFlag, stop_between_steps
-from npo_cli.stages.train import MAIN, batch_arithmetic, birth_notices, new_world
+from npo_cli.stages.train import MAIN, batch_arithmetic, birth_notices, engine_notices, new_world
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 
 
@@ -48,6 +48,7 @@ def resume_auto(
             with closing(open_world(run, start.recipe, task=task, policy=policy)) as world:
                 record_start(run, start, overrides)
                 yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
+                yield from engine_notices(world)
                 yield from piloted(world, state, stop=stop, looks_back=not start.is_new)
         finally:
             task.close()

@@ -32,17 +32,20 @@ class Sync:
     last: Sequence[Row] | None = None
     """What the trainer said of the probe at the newest sync that could be told from this one; older than the last where
     steps are too small to be told one by one."""
+    proved: str | None = None
+    """The version that was sent and found to be what it should be."""
     token: str = field(default_factory=lambda: secrets.token_hex(4))
     """In every version: another run's weights have other names."""
 
     def in_step(self, step: int) -> None:
         """Send the weights at hand, those of `step`, unless the engine holds them; then compare log-probabilities."""
         version = f"step {step}, write {self.policy.num_changes}, run {self.token}"
-        if self.engine.version == version:
+        if self.engine.version == self.proved == version:
             return
         self.engine.take_weights(self.policy.model, version=version)
         if self.engine.holds_copy:
             self.prove(version)
+        self.proved = version
 
     def prove(self, version: str) -> None:
         """Stop where the engine does not score the probe as the trainer does, or as it did before."""

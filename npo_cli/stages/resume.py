@@ -29,7 +29,7 @@ from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.rollback import taken_back
 from npo_cli.stages.saving import restore_state
 from npo_cli.stages.signals import stop_between_steps
-from npo_cli.stages.train import batch_arithmetic, begin, open_trainer
+from npo_cli.stages.train import batch_arithmetic, begin, engine_notices, open_trainer
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 
 
@@ -78,6 +78,7 @@ def resume_run(
                 record_start(run, start, overrides)
                 yield Notice(message=greeting(start, state, guidance))
                 yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
+                yield from engine_notices(world)
                 trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
                 yield from grpo_steps(trainer, state, stop)
         finally:

@@ -78,6 +78,11 @@ def birth_notices(world: World) -> Iterator[Notice]:
     yield Notice(message=batch_arithmetic(world.recipe, num_prompts=len(world.task.train)))
     if world.recipe.model.dtype == "bfloat16":
         yield Notice(message=ROUNDED_AWAY, level="warning")
+    yield from engine_notices(world)
+
+
+def engine_notices(world: World) -> Iterator[Notice]:
+    """Where the same seed may give another response, a run says so whenever it begins or goes on."""
     if world.engine.remark:
         yield Notice(message=world.engine.remark, level="warning")
 

@@ -167,6 +167,9 @@ def test_an_engine_that_kept_its_old_weights_is_told_by_a_step_however_small(syn
     moved(policy, by=by)
     with pytest.raises(RunFailed, match="still holds weights from before"):
         sync.in_step(1)
+    # nor is it believed when it is asked for the same weights again
+    with pytest.raises(RunFailed, match="still holds weights from before"):
+        sync.in_step(1)
 
 
 def test_weights_that_are_no_numbers_are_not_sent(synced):
