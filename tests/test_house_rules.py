@@ -26,6 +26,7 @@ GROUND_FLOOR = {
     "errors": set(),
     "records": set(),
     "auto_records": set(),
+    "compare_records": set(),
     "costs": set(),
     "seeds": set(),
     "settings": set(),

@@ -15,6 +15,7 @@ import typer
 
 from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.base import base
+from npo_cli.cli.compare import compare
 from npo_cli.cli.console import say, talk, visible
 from npo_cli.cli.demo import demo
 from npo_cli.cli.doctor import doctor
@@ -37,6 +38,7 @@ DOORS = {
     "autonpo": autonpo,
     "eval": evaluate,
     "show": show,
+    "compare": compare,
     "recipes": recipes,
     "doctor": doctor,
     "demo": demo,

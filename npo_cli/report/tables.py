@@ -7,6 +7,7 @@ from npo_cli.costs import Crossing
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, GuideInfo, Segment, StepReport
 from npo_cli.report.auto_tables import AUTO_TABLES
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
+from npo_cli.report.compare_tables import COMPARE_TABLES
 from npo_cli.report.lines import Check, GroupLine, RecipeLine, RolloutLine
 
 
@@ -261,6 +262,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     CheckpointScore: scores_tables,
     EvalReport: evals_tables,
     Crossing: comparison_tables,
+    **COMPARE_TABLES,
     **AUTO_TABLES,
     Segment: lineage_tables,
     RolloutLine: rollouts_tables,

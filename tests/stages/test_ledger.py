@@ -19,7 +19,7 @@ from npo_cli.run_dir.lineage import append_segment
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
 from npo_cli.run_dir.seconds import add_seconds
-from npo_cli.stages.compare import Cost, cost_at, crossing, curve, standings
+from npo_cli.stages.ledger import Cost, cost_at, crossing, curve, standings
 from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run
 
 

@@ -1,0 +1,89 @@
+"""Are arms comparable? What must be alike and is not, and in what the methods differ.
+
+Everything that is neither a method's own nor must be alike (seeds, length, what is kept, how the machine is used) is
+passed over: it changes what a run costs to keep, not what it learns.
+"""
+
+from collections.abc import Iterator
+
+from npo_cli.loading import differences
+from npo_cli.run_dir.auto import transitions
+from npo_cli.run_dir.guides import read_info
+from npo_cli.run_dir.lineage import birth_segment, descent
+from npo_cli.run_dir.manifests import read_manifest
+from npo_cli.run_dir.paths import FIRST_BRANCH
+from npo_cli.stages.arms import Arm, Place, SeedRun
+
+ALIKE = (
+    *("model.path", "model.dtype", "task.", "train.prompts_per_step", "train.group_size"),
+    *("sampling.temperature", "sampling.max_new_tokens"),
+)
+PASSED_OVER = (
+    *("name", "description", "model.device", "model.threads", "model.gradient_checkpointing", "model.attention"),
+    *("task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine."),
+    *("train.seed", "train.num_steps", "train.save_every", "train.keep_anchors", "train.keep_guides"),
+    *("train.micro_batch_tokens", "train.logit_chunk_tokens"),
+)
+
+
+def method_differences(arm: Arm, baseline: Arm) -> tuple[str, ...]:
+    """`KEY OLD -> NEW` of every setting in which the arm's method is not the baseline's, and what stepped in."""
+    changes = [change for change in settings_apart(arm, baseline) if not change.startswith(ALIKE)]
+    for what in (guided, watched):
+        mine, theirs = {what(one.place) for one in arm.runs}, {what(one.place) for one in baseline.runs}
+        if mine != theirs:
+            changes.append(f"{what.__name__} {_one_of(theirs)} -> {_one_of(mine)}")
+    return tuple(changes)
+
+
+def mismatches(arm: Arm, baseline: Arm) -> tuple[str, ...]:
+    """What a fair comparison needs alike: base weights, task, group, batch, sampling; and seeds of one method."""
+    found = [change for change in settings_apart(arm, baseline) if change.startswith(ALIKE)]
+    bases = {base_digest(one) for one in (*arm.runs, *baseline.runs)} - {None}
+    if len(bases) > 1:
+        found.append(f"base weights {' and '.join(sorted(str(digest)[:12] for digest in bases))}")
+    return (*found, *(f"{change} within the arm" for change in settings_within(arm)))
+
+
+def settings_apart(arm: Arm, baseline: Arm) -> list[str]:
+    """Settings of the arm's first seed that differ from the baseline's first."""
+    return list(_changes(baseline.runs[0].place, arm.runs[0].place))
+
+
+def settings_within(arm: Arm) -> list[str]:
+    """Settings in which seeds of one arm differ, which makes them two methods."""
+    first = arm.runs[0].place
+    return list(dict.fromkeys(change for one in arm.runs[1:] for change in _changes(first, one.place)))
+
+
+def _changes(before: Place, after: Place) -> Iterator[str]:
+    for key, old, new in differences(before.recipe, after.recipe):
+        if not key.startswith(PASSED_OVER):
+            yield f"{key} {old} -> {new}"
+
+
+def base_digest(one: SeedRun) -> str | None:
+    """Of the weights that training began with; None where that checkpoint is not there."""
+    folder = one.place.run.checkpoint_folder(FIRST_BRANCH, 0)
+    return read_manifest(folder).get("digest") if folder.is_dir() else None
+
+
+def guided(place: Place) -> str:
+    """Which guide had a seat on the line of descent."""
+    seats = []
+    for stretch in descent(place.run, place.branch):
+        guide = birth_segment(place.run, stretch.branch).guide
+        if guide is not None:
+            info = read_info(place.run.guide_folder(guide))
+            seats.append(f"{info.guide_step} at {info.at_step}")
+    return ", ".join(seats) or "by nobody"
+
+
+def watched(place: Place) -> str:
+    """Whether AutoNPO decided on the line of descent."""
+    names = {stretch.branch for stretch in descent(place.run, place.branch)}
+    return "by AutoNPO" if any(move.state.branch in names for move in transitions(place.run)) else "by nobody"
+
+
+def _one_of(values: set[str]) -> str:
+    return next(iter(values)) if len(values) == 1 else "as it came"
