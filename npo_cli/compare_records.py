@@ -80,6 +80,8 @@ class ArmSummary:
     """Share of the gradient norm that came from injected slots, mean over the steps that had one."""
     spent: Mapping[str, float]
     """Mean cost by each axis of standing at the horizon."""
+    run_tokens: float
+    """Mean over the seeds of every token that the run generated, for this branch or any other."""
     differs: tuple[str, ...]
     """Settings in which the method differs from the baseline: `train.lr 0.0001 -> 0.0003`."""
     mismatched: tuple[str, ...]
@@ -134,4 +136,4 @@ class SpeedUp:
     arrived: Mapping[str, Estimate]
     """By axis: mean of the ratios of the pairs of seeds in which both arrived, Student's interval."""
     restricted: Mapping[str, Estimate]
-    """By axis: ratio of the restricted means of all seeds, interval by resampling seeds."""
+    """By axis: ratio of the restricted means of the common seeds, arrived or not; interval by resampling seeds."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from npo_cli.compare_records import Estimate
 from npo_cli.guide.arms import Resampler
-from npo_cli.guide.quality import percentile_interval
+from npo_cli.guide.quality import Floats, percentile_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +49,12 @@ def restricted_mean(arm: Sequence[Way], horizon: float) -> float:
 
 def student(values: Sequence[float], *, of: int) -> Estimate:
     """Mean with its 95 % interval, mean -+ t(n - 1) sd/sqrt(n); of one value the value alone."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     mean, num = statistics.fmean(values), len(values)
     if num < 2:
         return Estimate(value=mean, num=num, of=of)
-    half = float(t.ppf(0.975, num - 1)) * statistics.stdev(values) / num**0.5
+    half = float(stdtrit(num - 1, 0.975)) * statistics.stdev(values) / num**0.5
     return Estimate(value=mean, low=mean - half, high=mean + half, num=num, of=of)
 
 
@@ -67,22 +67,30 @@ def arrived_ratio(arm: Sequence[Way], baseline: Sequence[Way]) -> Estimate | Non
 
 
 def restricted_ratio(
-    arm: Sequence[Way], baseline: Sequence[Way], horizon: float, resampler: Resampler
+    arm: Sequence[Way], baseline: Sequence[Way], *, horizon: float, resampler: Resampler
 ) -> Estimate | None:
-    """RM of the baseline over RM of the arm, all seeds counted; 95 % interval by resampling seeds, pairs together.
+    """RM of the baseline over RM of the arm; 95 % interval by resampling seeds, the two of a pair together.
 
-    None where an arm reaches the threshold at no cost, or the threshold was reached by neither: then it says nothing.
+    Over the seeds that both have, arrived or not; over all where they share none. None where neither ever arrived, or
+    an arm may arrive at no cost: then it says nothing. A horizon that few reached hides what lies
+    beyond it, and the ratio is then nearer to 1 than the truth.
     """
-    if all(one.cost is None for one in (*arm, *baseline)):
+    common = {one.seed for one in arm} & {one.seed for one in baseline}
+    slow, fast = ([one for one in side if one.seed in common or not common] for side in (baseline, arm))
+    if all(one.cost is None for one in (*slow, *fast)):
         return None
-    sides = []
-    for side in (baseline, arm):
-        ordered = sorted(side, key=lambda one: one.seed)
-        values_S = np.array([one.restricted(horizon) for one in ordered])
-        sides.append(resampler.seed_weights([one.seed for one in ordered]) @ values_S)
-    if min(side_B.min() for side_B in sides) <= 0:
+    slow_B, fast_B = (_restricted_means(side, horizon, resampler) for side in (slow, fast))
+    if min(slow_B.min(), fast_B.min()) <= 0:
         return None
-    ratio_B = sides[0] / sides[1]
-    num = min(len(arm), len(baseline))
-    low, high = percentile_interval(ratio_B) if num > 1 else (None, None)
-    return Estimate(value=float(ratio_B[0]), low=low, high=high, num=num, of=num)
+    ratio_B = slow_B / fast_B
+    drawn = max(len(slow), len(fast)) > 1
+    low, high = percentile_interval(ratio_B) if drawn else (None, None)
+    num, of = min(len(slow), len(fast)), max(len(arm), len(baseline))
+    return Estimate(value=float(ratio_B[0]), low=low, high=high, num=num, of=of)
+
+
+def _restricted_means(side: Sequence[Way], horizon: float, resampler: Resampler) -> Floats:
+    """RM of each resample of the seeds; row 0 is RM itself."""
+    ordered = sorted(side, key=lambda one: one.seed)
+    values_S = np.array([one.restricted(horizon) for one in ordered])
+    return resampler.seed_weights([one.seed for one in ordered]) @ values_S

@@ -19,11 +19,11 @@ LABELS = {
 MOST_MARKED = 12
 
 
-def arms_figure(points: Sequence[BandPoint], path: Path) -> None:
+def arms_figure(points: Sequence[BandPoint], path: Path, title: str) -> None:
     """One panel an axis; an axis that is not known of every arm has none."""
     axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
     arms = list(dict.fromkeys(point.arm for point in points))
-    with page(path, title="", height=4.6) as figure:
+    with page(path, title=title, height=4.6) as figure:
         panels = figure.subplots(1, len(axes), sharey=True)
         for panel, axis in zip(panels, axes, strict=True):
             for place, arm in enumerate(arms):
@@ -33,7 +33,7 @@ def arms_figure(points: Sequence[BandPoint], path: Path) -> None:
             panel.set_ylim(0, 1.02)
             panel.xaxis.set_major_locator(few_ticks())
             panel.xaxis.set_major_formatter(lambda value, _: compact(value))
-        panels[0].set_ylabel("held-out accuracy, 95 % band")
+        panels[0].set_ylabel("held-out accuracy")
         lines, names = panels[0].get_legend_handles_labels()
         figure.legend(
             lines, names, loc="outside lower center", ncols=4, frameon=False, labelcolor="linecolor", handlelength=2.6

@@ -45,11 +45,12 @@ def _drawn_notes(some: Sequence[ArmSummary | ArmDifference]) -> tuple[str, ...]:
 
 def _training_table(arms: Sequence[ArmSummary]) -> Table:
     quarters = tuple(f"entropy {25 * place}-{25 * place + 25} %" for place in range(4))
-    header = ("arm", "seeds", "updates", "tokens", "seconds", *quarters, "slots a step", "grad share")
+    header = ("arm", "seeds", "updates", "tokens", "seconds", "whole run", *quarters, "slots a step", "grad share")
     rows = tuple(
         (
             *(one.arm, str(len(one.seeds))),
             *(_cost(one.spent.get("updates")), _cost(one.spent.get("tokens")), _cost(one.spent.get("seconds"))),
+            _cost(one.run_tokens),
             *(number(entropy) for entropy in one.entropies),
             *(number(one.slots_per_step, digits=2) if one.slots_per_step else "-", number(one.grad_share)),
         )
@@ -57,6 +58,7 @@ def _training_table(arms: Sequence[ArmSummary]) -> Table:
     )
     notes = (
         "updates, tokens, seconds: mean over seeds; guides, scoring, probes and what was rolled back are counted.",
+        "whole run: all tokens that its runs ever generated, branches of other arms and abandoned ones included.",
         "entropy: of training, nats a token. grad share: of the gradient norm, in steps with a guide slot.",
     )
     title = f"What it took to stand at step {arms[0].horizon}"
@@ -147,10 +149,13 @@ def speed_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
         notes=("above 1 the arm is cheaper; Student's interval over the pairs; those that arrived, of all pairs.",),
     )
     restricted = Table(
-        title=f"Cost of {baseline} / cost of the arm, all seeds, up to the common cost h",
+        title=f"Cost of {baseline} / cost of the arm, arrived or not, up to the common cost h",
         header=header,
         rows=rows(lambda one: one.restricted, pairs=False),
-        notes=("ratio of the means of min(cost, h): nobody is left out; interval from resampled seeds.",),
+        notes=(
+            "ratio of the means of min(cost, h); interval from resampled seeds.",
+            "(n of N): only so many seeds are common to both.",
+        ),
     )
     return tuple(table for table in map(without_empty_columns, (arrived, restricted)) if len(table.header) > 2)
 
@@ -171,7 +176,7 @@ def _ratio(one: Estimate | None, *, pairs: bool) -> str:
     if one is None:
         return "-"
     known = "" if one.low is None or one.high is None else f" [{one.low:.2f}, {one.high:.2f}]"
-    return f"{one.value:.2f}x{known}" + (f" ({one.num} of {one.of})" if pairs else "")
+    return f"{one.value:.2f}x{known}" + (f" ({one.num} of {one.of})" if pairs or one.num < one.of else "")
 
 
 def _cost(value: float | None) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from npo_cli.compare_records import AXES, Axis, BandPoint, SeedPoint
+from npo_cli.errors import NpoError, as_typed
 from npo_cli.guide.arms import (
     Resampler,
     SeedFigures,
@@ -42,11 +43,18 @@ class Common:
 def common_ground(arms: Sequence[Arm]) -> Common:
     """The seconds are an axis only where every run kept its clock."""
     runs = [one for arm in arms for one in arm.runs]
+    shortest, latest = min(runs, key=lambda one: one.points[-1].step), max(runs, key=lambda one: one.points[0].step)
+    if latest.points[0].step > shortest.points[-1].step:
+        raise NpoError(
+            f"{shortest.place.name} was last evaluated at step {shortest.points[-1].step}, "
+            f"{latest.place.name} not before step {latest.points[0].step}",
+            f"npo eval {as_typed(latest.place.run.root)} --all --branch {latest.place.branch}",
+        )
     known = [axis for axis in AXES if all(getattr(one.points[-1], axis) is not None for one in runs)]
     curves = {axis: [costs_of(one, axis) for one in runs] for axis in known}
     stretches = {axis: common_range(some) for axis, some in curves.items()}
     return Common(
-        horizon=min(one.points[-1].step for one in runs),
+        horizon=shortest.points[-1].step,
         ranges={axis: stretch for axis, stretch in stretches.items() if stretch is not None},
         ends={axis: min(costs[-1] for costs in some) for axis, some in curves.items()},
     )

@@ -15,6 +15,7 @@ from npo_cli.guide.arrivals import Way, arrived_ratio, restricted_mean, restrict
 from npo_cli.records import Notice
 from npo_cli.report.compare_figure import arms_figure
 from npo_cli.report.sheet import write_points
+from npo_cli.stages.accounting import account
 from npo_cli.stages.alignment import method_differences, mismatches
 from npo_cli.stages.arm_figures import Common, bands, common_ground, cost_of, named_figures, standing_at
 from npo_cli.stages.arms import Arm, SeedRun, read_arms
@@ -35,14 +36,14 @@ def compare_runs(
 
     # Each arm by itself.
     resampler = Resampler()
-    summaries = [summary(arm, arms[0], common, resampler) for arm in arms]
+    summaries = [summary(arm, arms[0], common=common, resampler=resampler) for arm in arms]
     yield from summaries
 
     # Each arm next to the baseline.
-    yield from (difference(arm, arms[0], common, resampler) for arm in arms[1:])
-    for threshold in thresholds or THRESHOLDS:
+    yield from (difference(arm, arms[0], common=common, resampler=resampler) for arm in arms[1:])
+    for threshold in dict.fromkeys(thresholds or THRESHOLDS):
         ways = {arm.name: ways_to(threshold, arm, common) for arm in arms}
-        yield from (arrival(name, threshold, found, common) for name, found in ways.items())
+        yield from (arrival(name, threshold, ways=found, common=common) for name, found in ways.items())
         for arm in arms[1:]:
             pair = (arm.name, arms[0].name)
             yield speed_up(pair, threshold, ways=ways, common=common, resampler=resampler)
@@ -54,8 +55,16 @@ def compare_runs(
         write_points(points, csv)
         yield Notice(message=f"points: {csv}")
     if figure is not None:
-        arms_figure(bands(arms, common, resampler), figure)
+        arms_figure(bands(arms, common, resampler), figure, title=headline(summaries))
         yield Notice(message=f"picture: {figure}")
+
+
+def headline(arms: Sequence[ArmSummary]) -> str:
+    """What the picture shows, and what its bands are taken over."""
+    over = {arm.over for arm in arms}
+    drawn_over = next(iter(over)) if len(over) == 1 else "what each arm has"
+    seeds = sorted({len(arm.seeds) for arm in arms})
+    return f"{' or '.join(map(str, seeds))} seed(s) an arm; band: 95 % over {drawn_over}"
 
 
 def warnings(arms: Sequence[Arm], common: Common) -> Iterator[Notice]:
@@ -66,18 +75,18 @@ def warnings(arms: Sequence[Arm], common: Common) -> Iterator[Notice]:
         if arm.seeds != arms[0].seeds:
             said = f"{arm.name} has seeds {_listed(arm.seeds)}, {arms[0].name} has {_listed(arms[0].seeds)}"
             yield Notice(message=f"{said}: only common seeds are paired", level="warning")
-        for one in arm.runs:
-            if not one.outcomes:
-                mend = f"npo eval {as_typed(one.place.run.root)} --all --branch {one.place.branch}"
-                said = f"{one.place.name} kept no outcomes prompt by prompt, so prompts are not resampled"
-                yield Notice(message=f"{said}; {mend} adds them", level="warning")
+        bare = [one.place for one in arm.runs if not one.outcomes]
+        if bare:
+            said = f"{arm.name}: evaluations of {len(bare)} of {len(arm.runs)} seeds kept no outcomes prompt by prompt"
+            mend = f"npo eval {as_typed(bare[0].run.root)} --all --branch {bare[0].branch}"
+            yield Notice(message=f"{said}; {mend} adds them where there are checkpoints", level="warning")
     shortest = min((one for arm in arms for one in arm.runs), key=lambda one: one.points[-1].step)
     if any(one.points[-1].step > common.horizon for arm in arms for one in arm.runs):
         said = f"{shortest.place.name} was last evaluated at step {common.horizon}"
         yield Notice(message=f"{said}: final accuracies of all arms are taken there", level="warning")
 
 
-def summary(arm: Arm, baseline: Arm, common: Common, resampler: Resampler) -> ArmSummary:
+def summary(arm: Arm, baseline: Arm, *, common: Common, resampler: Resampler) -> ArmSummary:
     """Accuracy with intervals, costs, entropy and injected share of one arm."""
     names, figures = named_figures(arm, common)
     found = dict(zip(names, arm_estimates(figures, resampler), strict=True))
@@ -96,6 +105,7 @@ def summary(arm: Arm, baseline: Arm, common: Common, resampler: Resampler) -> Ar
         slots_per_step=statistics.fmean(row.get("inject/slots", 0.0) for row in steps) if steps else 0.0,
         grad_share=statistics.fmean(shares) if shares else None,
         spent=standing_at(arm, common),
+        run_tokens=statistics.fmean(account(one.place.run, one.place.branch).tokens for one in arm.runs),
         differs=method_differences(arm, baseline),
         mismatched=mismatches(arm, baseline),
     )
@@ -118,7 +128,7 @@ def mean_entropies(arm: Arm, horizon: int) -> tuple[float | None, ...]:
     return tuple(statistics.fmean(some) if some else None for some in known)
 
 
-def difference(arm: Arm, baseline: Arm, common: Common, resampler: Resampler) -> ArmDifference:
+def difference(arm: Arm, baseline: Arm, *, common: Common, resampler: Resampler) -> ArmDifference:
     """Over the seeds that both have, pair by pair; over all seeds of both, drawn apart, where they share none."""
     seeds = set(arm.seeds) & set(baseline.seeds)
     sides = [[one for one in side.runs if one.place.seed in seeds or not seeds] for side in (arm, baseline)]
@@ -158,7 +168,7 @@ def arrival_of(one: SeedRun, threshold: float) -> SeedPoint | None:
     return next((point for point in one.points if point.step == step), None)
 
 
-def arrival(name: str, threshold: float, ways: dict[Axis, list[Way]], common: Common) -> Arrival:
+def arrival(name: str, threshold: float, *, ways: dict[Axis, list[Way]], common: Common) -> Arrival:
     """Means over the seeds of one arm."""
     some = next(iter(ways.values()))
     return Arrival(
@@ -184,7 +194,10 @@ def speed_up(
     arm, baseline = pair
     mine, theirs = ways[arm], ways[baseline]
     arrived = {axis: arrived_ratio(mine[axis], theirs[axis]) for axis in mine}
-    restricted = {axis: restricted_ratio(mine[axis], theirs[axis], common.ends[axis], resampler) for axis in mine}
+    restricted = {
+        axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.ends[axis], resampler=resampler)
+        for axis in mine
+    }
     return SpeedUp(
         arm=arm,
         baseline=baseline,
