@@ -123,7 +123,7 @@ def places_of(text: str) -> Iterator[Place]:
 
 def split_arm(text: str) -> tuple[str | None, Path, str | None]:
     """Name, run and branch. A path that exists is meant as it is, whatever signs are in it."""
-    name: str | None = None
+    given, name = text, None
     if "=" in text and not Path(text).exists():
         name, _, text = text.partition("=")
         if not name.strip() or "/" in name:
@@ -132,9 +132,7 @@ def split_arm(text: str) -> tuple[str | None, Path, str | None]:
     if ":" in text and not Path(text).exists():
         text, _, branch = text.rpartition(":")
     if not text or branch == "":
-        raise NpoError(
-            f"an arm is [NAME=]RUN[:BRANCH], got {text + (':' if branch == '' else '')!r}", "npo compare --help"
-        )
+        raise NpoError(f"an arm is [NAME=]RUN[:BRANCH], got {given!r}", "name a run directory: npo=runs/a:late")
     return name, Path(text), branch
 
 

@@ -146,7 +146,7 @@ def difference(arm: Arm, baseline: Arm, *, common: Common, resampler: Resampler)
         final=found.pop("final"),
         areas=found,
         num_not_lower=sum(
-            one.values_PF[:, place].mean() >= other.values_PF[:, place].mean() - 1e-12 for one, other in pairs
+            bool(one.values_PF[:, place].mean() >= other.values_PF[:, place].mean() - 1e-12) for one, other in pairs
         ),
     )
 

@@ -1,0 +1,218 @@
+"""Arms read from real tiny runs: two seeds, each trained plainly to step 4 and replayed from step 2 with a guide."""
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from npo_cli.compare_records import AXES, ArmDifference, ArmSummary, Arrival, SeedPoint, SpeedUp
+from npo_cli.errors import NpoError
+from npo_cli.records import Notice
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.scores import evals
+from npo_cli.run_dir.steps import measured_steps
+from npo_cli.stages.arms import split_arm
+from npo_cli.stages.compare import compare_runs
+from npo_cli.stages.ledger import cost_at
+from tests.stages.running import copied, files_of, resume, sample, train
+
+SETTINGS = ("eval.every=1", "task.heldout_size=8")
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("seeds")
+    for seed in (0, 1):
+        train(home / f"s{seed}", *SETTINGS, f"train.seed={seed}")
+        sample(home / f"s{seed}")
+        resume(home / f"s{seed}", at=2, guide="near")
+    return home
+
+
+def compared(*arms: str, **options) -> dict[type, list]:
+    asked = {"thresholds": (), "baseline": None, "csv": None, "figure": None} | options
+    found: dict[type, list] = {}
+    for record in compare_runs(arms, **asked):
+        found.setdefault(type(record), []).append(record)
+    return found
+
+
+def both(seeds: Path) -> list[str]:
+    return [
+        f"{name}={seeds}/s{seed}:{branch}" for name, branch in (("grpo", "main"), ("npo", "near")) for seed in (0, 1)
+    ]
+
+
+def said(found: dict[type, list]) -> list[str]:
+    return [notice.message for notice in found.get(Notice, [])]
+
+
+def accuracies(root: Path, branch: str) -> dict[int, float]:
+    """Of the branch itself at its own steps, of main before."""
+    reports = {(one.branch, one.step): one.accuracy for one in evals(open_run(root))}
+    return {step: reports.get((branch, step), reports["main", step]) for step in range(5)}
+
+
+def test_each_seed_is_read_along_its_line_with_the_costs_of_the_ledger(seeds):
+    found = compared(*both(seeds))
+    points = [one for one in found[SeedPoint] if (one.arm, one.seed) == ("npo", 1)]
+    # the fork stands twice: as it was, and with the scout's two steps and the guide's answers paid
+    assert [(one.step, one.updates) for one in points] == [(0, 0), (1, 1), (2, 2), (2, 4), (3, 5), (4, 6)]
+    end = cost_at(open_run(seeds / "s1"), "near", 4)
+    assert (points[-1].tokens, points[-1].seconds) == (end.tokens, end.seconds)
+    assert {one.step: one.accuracy for one in points} == accuracies(seeds / "s1", "near")
+    assert said(found) == []
+
+
+def test_final_accuracy_and_areas_are_those_of_the_evaluations(seeds):
+    npo = compared(*both(seeds))[ArmSummary][1]
+    curves = [accuracies(seeds / name, "near") for name in ("s0", "s1")]
+    assert npo.final.value == pytest.approx(statistics.fmean(curve[step] for curve in curves for step in (2, 3, 4)))
+    # evenly spaced steps 0 to 4: the ends count half
+    areas = [(curve[0] / 2 + curve[1] + curve[2] + curve[3] + curve[4] / 2) / 4 for curve in curves]
+    assert npo.areas["step"].value == pytest.approx(statistics.fmean(areas))
+    assert set(npo.areas) == set(AXES)
+    assert (npo.seeds, npo.num_prompts, npo.over, npo.horizon) == ((0, 1), 8, "seeds and prompts", 4)
+
+
+def test_areas_by_tokens_stop_where_the_first_arm_ends(seeds):
+    found = compared(*both(seeds))
+    ends = [max(one.tokens for one in found[SeedPoint] if (one.arm, one.seed) == ("grpo", seed)) for seed in (0, 1)]
+    areas = []
+    for seed in (0, 1):
+        points = [one for one in found[SeedPoint] if (one.arm, one.seed) == ("npo", seed)]
+        grid = np.linspace(0, min(ends), 20001)
+        areas.append(np.interp(grid, [one.tokens for one in points], [one.accuracy for one in points]).mean())
+    assert found[ArmSummary][1].areas["tokens"].value == pytest.approx(statistics.fmean(areas), abs=1e-4)
+
+
+def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
+    grpo, npo = compared(*both(seeds))[ArmSummary]
+    runs = [open_run(seeds / name) for name in ("s0", "s1")]
+    # steps 1 and 2 had no guide
+    slots = [row["inject/slots"] for run in runs for row in measured_steps(run, "near")]
+    assert npo.slots_per_step == pytest.approx(sum(slots) / 8)
+    assert (grpo.slots_per_step, grpo.grad_share) == (0.0, None)
+    own = [row["entropy"] for run in runs for row in measured_steps(run, "near") if row["step"] == 3]
+    assert npo.entropies[2] == pytest.approx(statistics.fmean(own))
+    assert npo.entropies[:2] == grpo.entropies[:2]
+
+
+def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(seeds):
+    grpo, npo = compared(*both(seeds))[ArmSummary]
+    assert (grpo.differs, grpo.mismatched) == ((), ())
+    assert (npo.differs, npo.mismatched) == (("guided by nobody -> 4 at 2",), ())
+
+
+def test_differences_are_paired_by_seed_and_prompt(seeds):
+    (found,) = compared(*both(seeds))[ArmDifference]
+    finals = [
+        [statistics.fmean(accuracies(seeds / name, branch)[step] for step in (2, 3, 4)) for name in ("s0", "s1")]
+        for branch in ("near", "main")
+    ]
+    assert (found.arm, found.baseline, found.num_pairs, found.num_prompts) == ("npo", "grpo", 2, 8)
+    assert found.final.value == pytest.approx(statistics.fmean(finals[0]) - statistics.fmean(finals[1]))
+    assert found.num_not_lower == sum(mine >= theirs for mine, theirs in zip(*finals, strict=True))
+
+
+def test_an_arm_against_itself_differs_by_nothing(seeds):
+    found = compared(f"a={seeds}/s0:main", f"b={seeds}/s0:main", thresholds=(0.01,))
+    (apart,) = found[ArmDifference]
+    assert (apart.final.value, {one.value for one in apart.areas.values()}) == (0.0, {0.0})
+    assert apart.over == "prompts"
+
+
+def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
+    found = compared(*both(seeds), thresholds=(1.0,))
+    grpo, npo = found[Arrival]
+    assert (grpo.num_reached, grpo.num_runs, grpo.censored) == (0, 2, True)
+    # everything spent by the end: 4 updates, and 4 + 2 with the scout's two steps twice
+    assert (grpo.costs["updates"], npo.costs["updates"]) == (4, 6)
+    assert (npo.horizons["updates"], npo.restricted["updates"]) == (4, 4)
+    (ratio,) = found[SpeedUp]
+    assert (ratio.arrived, ratio.restricted) == ({}, {})
+
+
+def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seeds(seeds):
+    found = compared(str(seeds / "s0"), str(seeds / "s1"))
+    assert [(one.arm, one.seeds) for one in found[ArmSummary]] == [("micro:main", (0, 1)), ("micro:near", (0, 1))]
+    named = compared(f"x={seeds}/s0", f"x={seeds}/s1", f"y={seeds}/s0:main", baseline="y")
+    # a named arm takes the newest branch
+    assert [(one.arm, one.runs) for one in named[ArmSummary]] == [
+        ("y", (f"{seeds}/s0:main",)),
+        ("x", (f"{seeds}/s0:near", f"{seeds}/s1:near")),
+    ]
+    assert said(named) == ["x has seeds 0, 1, y has 0: only common seeds are paired"]
+
+
+def test_an_arm_is_split_into_name_run_and_branch(tmp_path, monkeypatch):
+    assert split_arm("npo=runs/a:late") == ("npo", Path("runs/a"), "late")
+    assert split_arm("runs/a") == (None, Path("runs/a"), None)
+    monkeypatch.chdir(tmp_path)
+    for odd in ("lr=3:x", "b:c"):
+        (tmp_path / odd).mkdir()
+        assert split_arm(odd) == (None, Path(odd), None)
+    assert split_arm("n=b:c") == ("n", Path("b:c"), None)
+    assert split_arm("n=b:c:late") == ("n", Path("b:c"), "late")
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        (["a=S/s0:main", "a=S/s0:near"], "arm 'a' has seed 0 twice"),
+        (["S/s0:main"], "one run alone is compared with nothing"),
+        (["S/s0:late", "S/s1"], "has no branch 'late': main, near"),
+        (["=S/s0", "S/s1"], "'' cannot name an arm"),
+        (["a=S/s0:", "S/s1"], r"an arm is \[NAME=\]RUN\[:BRANCH\], got"),
+        (["S/nothing", "S/s1"], "there is no run directory"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(seeds, arms, message):
+    with pytest.raises(NpoError, match=message):
+        compared(*(arm.replace("S/", f"{seeds}/") for arm in arms))
+
+
+def test_an_unknown_baseline_and_a_run_without_evaluations_are_refused(seeds, tmp_path):
+    with pytest.raises(NpoError, match="there is no arm 'c'"):
+        compared(*both(seeds), baseline="c")
+    dark = copied(seeds / "s0", tmp_path / "dark")
+    (dark / "evals.jsonl").unlink()
+    with pytest.raises(NpoError, match="has no held-out evaluation") as refused:
+        compared(f"a={dark}:main", f"b={seeds}/s1")
+    assert refused.value.hint == f"npo eval {dark} --all --branch main"
+
+
+def test_without_outcomes_seeds_alone_are_drawn_and_it_is_said(seeds, tmp_path):
+    old = [copied(seeds / f"s{seed}", tmp_path / f"old{seed}") for seed in (0, 1)]
+    (old[0] / "outcomes.jsonl").unlink()
+    found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
+    assert {one.over for one in found[ArmSummary]} == {"seeds"}
+    assert found[ArmDifference][0].num_prompts is None
+    assert said(found)[0].startswith("a: evaluations of 1 of 2 seeds kept no outcomes prompt by prompt; npo eval")
+
+
+def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_path):
+    root = tmp_path / "other"
+    train(root, *SETTINGS, "train.lr=0.5", "train.group_size=2", "task.seed=9", "train.num_steps=3")
+    found = compared(f"a={seeds}/s0:main", f"b={root}")
+    other = found[ArmSummary][1]
+    assert other.differs == ("train.lr 0.0003 -> 0.5",)
+    assert other.mismatched == ("train.group_size 4 -> 2",)
+    assert (found[ArmDifference][0].num_pairs, found[ArmDifference][0].num_prompts) == (1, None)
+    assert said(found) == [
+        "b is not comparable with a: train.group_size 4 -> 2",
+        f"{root}:main was last evaluated at step 3: final accuracies of all arms are taken there",
+    ]
+    assert other.horizon == 3
+    one_arm = compared(f"a={seeds}/s1:main", f"a={root}")
+    assert "train.lr 0.5 -> 0.0003 within the arm" in one_arm[ArmSummary][0].mismatched
+
+
+def test_comparing_writes_into_no_run(seeds, tmp_path):
+    before = files_of(seeds)
+    found = compared(*both(seeds), csv=tmp_path / "new" / "p.csv", figure=tmp_path / "c.svg")
+    assert files_of(seeds) == before
+    # a header and a line a point
+    assert len((tmp_path / "new" / "p.csv").read_text().splitlines()) == 1 + len(found[SeedPoint])
+    assert "all tokens generated" in (tmp_path / "c.svg").read_text()
