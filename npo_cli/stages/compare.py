@@ -46,7 +46,7 @@ def compare_runs(
         yield from (arrival(name, threshold, ways=found, common=common) for name, found in ways.items())
         for arm in arms[1:]:
             pair = (arm.name, arms[0].name)
-            yield speed_up(pair, threshold, ways=ways, common=common, resampler=resampler)
+            yield speed_up(pair, threshold, ways=ways, common=common)
 
     # What others may draw and count for themselves.
     points = [point for arm in arms for one in arm.runs for point in one.points]
@@ -188,16 +188,12 @@ def speed_up(
     *,
     ways: dict[str, dict[Axis, list[Way]]],
     common: Common,
-    resampler: Resampler,
 ) -> SpeedUp:
     """Both ratios of an arm and the baseline on every axis; a ratio that nothing can be said of is left out."""
     arm, baseline = pair
     mine, theirs = ways[arm], ways[baseline]
     arrived = {axis: arrived_ratio(mine[axis], theirs[axis]) for axis in mine}
-    restricted = {
-        axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.ends[axis], resampler=resampler)
-        for axis in mine
-    }
+    restricted = {axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.ends[axis]) for axis in mine}
     return SpeedUp(
         arm=arm,
         baseline=baseline,
