@@ -71,7 +71,7 @@ def warnings(arms: Sequence[Arm], common: Common) -> Iterator[Notice]:
     """What makes the comparison less than fair, or smaller than it looks."""
     for arm in arms:
         for what in mismatches(arm, arms[0]):
-            yield Notice(message=f"{arm.name} is not comparable with {arms[0].name}: {what}", level="warning")
+            yield Notice(message=f"not alike: {what} ({arm.name})", level="warning")
         if arm.seeds != arms[0].seeds:
             said = f"{arm.name} has seeds {_listed(arm.seeds)}, {arms[0].name} has {_listed(arms[0].seeds)}"
             yield Notice(message=f"{said}: only common seeds are paired", level="warning")

@@ -105,6 +105,14 @@ def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(se
     assert (npo.differs, npo.mismatched) == (("guided by nobody -> 4 at 2",), ())
 
 
+def test_settings_without_effect_are_no_difference(seeds, tmp_path):
+    root = tmp_path / "tuned"
+    train(root, *SETTINGS, "auto.patience=9", "inject.gate=0.25", "train.save_every=1")
+    found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
+    assert [one.differs for one in found[ArmSummary]] == [(), (), ("guided by nobody -> 4 at 2",)]
+    assert said(found) == []
+
+
 def test_differences_are_paired_by_seed_and_prompt(seeds):
     (found,) = compared(*both(seeds))[ArmDifference]
     finals = [
@@ -201,7 +209,7 @@ def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_p
     assert other.mismatched == ("train.group_size 4 -> 2",)
     assert (found[ArmDifference][0].num_pairs, found[ArmDifference][0].num_prompts) == (1, None)
     assert said(found) == [
-        "b is not comparable with a: train.group_size 4 -> 2",
+        "not alike: train.group_size 4 -> 2 (b)",
         f"{root}:main was last evaluated at step 3: final accuracies of all arms are taken there",
     ]
     assert other.horizon == 3
