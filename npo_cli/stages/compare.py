@@ -61,10 +61,10 @@ def compare_runs(
 
 def headline(arms: Sequence[ArmSummary]) -> str:
     """What the picture shows, and what its bands are taken over."""
-    over = {arm.over for arm in arms}
-    drawn_over = next(iter(over)) if len(over) == 1 else "what each arm has"
+    over = sorted({arm.over for arm in arms})
     seeds = sorted({len(arm.seeds) for arm in arms})
-    return f"{' or '.join(map(str, seeds))} seed(s) an arm; band: 95 % over {drawn_over}"
+    words = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'} an arm"
+    return f"{words}; band: 95 % over {' or over '.join(over)}"
 
 
 def warnings(arms: Sequence[Arm], common: Common) -> Iterator[Notice]:
@@ -142,7 +142,9 @@ def difference(arm: Arm, baseline: Arm, *, common: Common, resampler: Resampler)
         baseline=baseline.name,
         num_pairs=len(pairs),
         num_prompts=min((num_shared(*pair) for pair in pairs), default=0) or None,
-        over=drawn(len(seeds) or len(mine) + len(theirs), with_prompts=all(one.prompts for one in (*mine, *theirs))),
+        over=drawn(
+            len(seeds) or min(len(mine), len(theirs)), with_prompts=all(one.prompts for one in (*mine, *theirs))
+        ),
         final=found.pop("final"),
         areas=found,
         num_not_lower=sum(

@@ -1,5 +1,6 @@
 """Arms read from real tiny runs: two seeds, each trained plainly to step 4 and replayed from step 2 with a guide."""
 
+import re
 import statistics
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def test_an_arm_against_itself_differs_by_nothing(seeds):
     assert apart.over == "prompts"
 
 
+def test_arms_of_one_other_seed_each_are_not_paired_and_claim_no_seeds(seeds):
+    (apart,) = compared(f"a={seeds}/s0:main", f"b={seeds}/s1:main")[ArmDifference]
+    assert (apart.num_pairs, apart.num_prompts, apart.over, apart.num_not_lower) == (0, None, "prompts", 0)
+    finals = [statistics.fmean(accuracies(seeds / name, "main")[step] for step in (2, 3, 4)) for name in ("s1", "s0")]
+    assert apart.final.value == pytest.approx(finals[0] - finals[1])
+
+
 def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
     found = compared(*both(seeds), thresholds=(1.0,))
     grpo, npo = found[Arrival]
@@ -223,4 +231,6 @@ def test_comparing_writes_into_no_run(seeds, tmp_path):
     assert files_of(seeds) == before
     # a header and a line a point
     assert len((tmp_path / "new" / "p.csv").read_text().splitlines()) == 1 + len(found[SeedPoint])
-    assert "all tokens generated" in (tmp_path / "c.svg").read_text()
+    assert {"all tokens generated", "2 seeds an arm; band: 95 % over seeds and prompts"} <= set(
+        re.findall(r"<!-- (.*) -->", (tmp_path / "c.svg").read_text())
+    )
