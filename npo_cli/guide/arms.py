@@ -37,7 +37,6 @@ class SeedFigures:
 class Resampler:
     """The same draws for the same question: two arms on the same seeds and prompts are resampled together."""
 
-    seed: int = 0
     _held: dict[tuple[str, ...], Floats] = field(default_factory=dict)
 
     def prompt_means(self, figures: SeedFigures) -> Floats:
@@ -57,7 +56,7 @@ class Resampler:
         key = (what, *names)
         if key not in self._held:
             digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
-            rng = np.random.default_rng(derive_seed(self.seed, "compare", digest))
+            rng = np.random.default_rng(derive_seed("compare", digest))
             self._held[key] = prompt_counts(len(names), rng, RESAMPLES)
             # Sets are asked for again and again, seed by seed; large ones are drawn again rather than kept.
             while len(self._held) > 1 and sum(map(np.size, self._held.values())) > MOST_HELD:
@@ -69,7 +68,7 @@ def small_sample(num_seeds: int) -> float:
     """sqrt(S/(S - 1)) t(S - 1)/z: what makes a bootstrap of S values as wide as Student's interval; 1 for one seed.
 
     Unstretched, five seeds have the variance 4/5 too small, and tails of the normal where they need those of t.
-    Source: Hesterberg 2015, The American Statistician 69(4), section 4.
+    Source: Hesterberg 2015, The American Statistician 69(4).
     """
     from scipy.special import stdtrit
 

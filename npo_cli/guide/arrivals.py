@@ -66,7 +66,7 @@ def restricted_ratio(arm: Sequence[Way], baseline: Sequence[Way], *, horizon: fl
     """R = RM of the baseline / RM of the arm over common seeds, arrived or not; over all where they share none.
 
     Interval R -+ t(n - 1) sd(u)/sqrt(n) with u = (slow - R fast)/RM of the arm, the ratio estimator's (Cochran 1977,
-    Sampling Techniques, section 6.3); unpaired, none. None where neither ever arrived, or the arm did at no cost.
+    Sampling Techniques, chapter 6); unpaired, none. None where neither ever arrived, or the arm did at no cost.
     A horizon that few reached hides what lies beyond it, and the ratio is then nearer to 1 than the truth.
     """
     slow_by_seed = {one.seed: one for one in baseline}
