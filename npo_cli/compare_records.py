@@ -136,4 +136,4 @@ class SpeedUp:
     arrived: Mapping[str, Estimate]
     """By axis: mean of the ratios of the pairs of seeds in which both arrived, Student's interval."""
     restricted: Mapping[str, Estimate]
-    """By axis: ratio of the restricted means of the common seeds, arrived or not; interval by resampling seeds."""
+    """By axis: ratio of the restricted means of the common seeds, arrived or not, Student's interval."""

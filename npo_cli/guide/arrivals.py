@@ -14,11 +14,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from npo_cli.compare_records import Estimate
-from npo_cli.guide.arms import Resampler
-from npo_cli.guide.quality import Floats, percentile_interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,31 +62,26 @@ def arrived_ratio(arm: Sequence[Way], baseline: Sequence[Way]) -> Estimate | Non
     return student(ratios, of=len(pairs)) if ratios else None
 
 
-def restricted_ratio(
-    arm: Sequence[Way], baseline: Sequence[Way], *, horizon: float, resampler: Resampler
-) -> Estimate | None:
-    """RM of the baseline over RM of the arm; 95 % interval by resampling seeds, the two of a pair together.
+def restricted_ratio(arm: Sequence[Way], baseline: Sequence[Way], *, horizon: float) -> Estimate | None:
+    """R = RM of the baseline / RM of the arm over common seeds, arrived or not; over all where they share none.
 
-    Over the seeds that both have, arrived or not; over all where they share none. None where neither ever arrived, or
-    an arm may arrive at no cost: then it says nothing. A horizon that few reached hides what lies
-    beyond it, and the ratio is then nearer to 1 than the truth.
+    Interval R -+ t(n - 1) sd(u)/sqrt(n) with u = (slow - R fast)/RM of the arm, the ratio estimator's (Cochran 1977,
+    Sampling Techniques, chapter 6); unpaired, none. None where neither ever arrived, or the arm did at no cost.
+    A horizon that few reached hides what lies beyond it, and the ratio is then nearer to 1 than the truth.
     """
-    common = {one.seed for one in arm} & {one.seed for one in baseline}
-    slow, fast = ([one for one in side if one.seed in common or not common] for side in (baseline, arm))
+    slow_by_seed = {one.seed: one for one in baseline}
+    pairs = [(slow_by_seed[one.seed], one) for one in arm if one.seed in slow_by_seed]
+    slow, fast = ([slow for slow, _ in pairs], [fast for _, fast in pairs]) if pairs else (baseline, arm)
     if all(one.cost is None for one in (*slow, *fast)):
         return None
-    slow_B, fast_B = (_restricted_means(side, horizon, resampler) for side in (slow, fast))
-    if min(slow_B.min(), fast_B.min()) <= 0:
+    mean = restricted_mean(fast, horizon)
+    if mean <= 0:
         return None
-    ratio_B = slow_B / fast_B
-    drawn = max(len(slow), len(fast)) > 1
-    low, high = percentile_interval(ratio_B) if drawn else (None, None)
-    num, of = min(len(slow), len(fast)), max(len(arm), len(baseline))
-    return Estimate(value=float(ratio_B[0]), low=low, high=high, num=num, of=of)
-
-
-def _restricted_means(side: Sequence[Way], horizon: float, resampler: Resampler) -> Floats:
-    """RM of each resample of the seeds; row 0 is RM itself."""
-    ordered = sorted(side, key=lambda one: one.seed)
-    values_S = np.array([one.restricted(horizon) for one in ordered])
-    return resampler.seed_weights([one.seed for one in ordered]) @ values_S
+    ratio, of = restricted_mean(slow, horizon) / mean, max(len(arm), len(baseline))
+    if len(pairs) < 2:
+        return Estimate(value=ratio, num=len(pairs), of=of)
+    spread = student(
+        [(slow.restricted(horizon) - ratio * fast.restricted(horizon)) / mean for slow, fast in pairs], of=of
+    )
+    assert spread.low is not None and spread.high is not None
+    return Estimate(value=ratio, low=ratio + spread.low, high=ratio + spread.high, num=len(pairs), of=of)

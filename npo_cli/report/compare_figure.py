@@ -24,7 +24,7 @@ def arms_figure(points: Sequence[BandPoint], path: Path, title: str) -> None:
     axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
     arms = list(dict.fromkeys(point.arm for point in points))
     with page(path, title=title, height=4.6) as figure:
-        panels = figure.subplots(1, len(axes), sharey=True)
+        panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
         for panel, axis in zip(panels, axes, strict=True):
             for place, arm in enumerate(arms):
                 _draw_arm(panel, [one for one in points if (one.arm, one.axis) == (arm, axis)], place=place)

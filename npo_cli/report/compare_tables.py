@@ -153,7 +153,7 @@ def speed_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
         header=header,
         rows=rows(lambda one: one.restricted, pairs=False),
         notes=(
-            "ratio of the means of min(cost, h); interval from resampled seeds.",
+            "ratio of the means of min(cost, h); Student's interval over the pairs.",
             "(n of N): only so many seeds are common to both.",
         ),
     )

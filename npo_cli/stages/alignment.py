@@ -24,6 +24,10 @@ PASSED_OVER = (
     *("train.seed", "train.num_steps", "train.save_every", "train.keep_anchors", "train.keep_guides"),
     *("train.micro_batch_tokens", "train.logit_chunk_tokens"),
 )
+IF_WATCHED = ("auto.", "pool.", "probe.", "rollback.", "replay.", "early.", "late.")
+IF_GUIDED = ("inject.", "guide.", "score.", "intervention.")
+"""Sections without effect where AutoNPO did not watch, or where no guide had a seat."""
+NOBODY = "by nobody"
 
 
 def method_differences(arm: Arm, baseline: Arm) -> tuple[str, ...]:
@@ -57,8 +61,12 @@ def settings_within(arm: Arm) -> list[str]:
 
 
 def _changes(before: Place, after: Place) -> Iterator[str]:
+    """Only of settings that had an effect on both."""
+    idle = PASSED_OVER
+    for sections, what in ((IF_WATCHED, watched), (IF_GUIDED, guided)):
+        idle += sections if NOBODY in (what(before), what(after)) else ()
     for key, old, new in differences(before.recipe, after.recipe):
-        if not key.startswith(PASSED_OVER):
+        if not key.startswith(idle):
             yield f"{key} {old} -> {new}"
 
 
@@ -76,14 +84,14 @@ def guided(place: Place) -> str:
         if guide is not None:
             info = read_info(place.run.guide_folder(guide))
             seats.append(f"{info.guide_step} at {info.at_step}")
-    return ", ".join(seats) or "by nobody"
+    return ", ".join(seats) or NOBODY
 
 
 def watched(place: Place) -> str:
     """Whether AutoNPO decided on the line of descent."""
     names = {stretch.branch for stretch in descent(place.run, place.branch)}
-    return "by AutoNPO" if any(move.state.branch in names for move in transitions(place.run)) else "by nobody"
+    return "by AutoNPO" if any(move.state.branch in names for move in transitions(place.run)) else NOBODY
 
 
 def _one_of(values: set[str]) -> str:
-    return next(iter(values)) if len(values) == 1 else "as it came"
+    return next(iter(values)) if len(values) == 1 else "varies"

@@ -46,7 +46,7 @@ def compare_runs(
         yield from (arrival(name, threshold, ways=found, common=common) for name, found in ways.items())
         for arm in arms[1:]:
             pair = (arm.name, arms[0].name)
-            yield speed_up(pair, threshold, ways=ways, common=common, resampler=resampler)
+            yield speed_up(pair, threshold, ways=ways, common=common)
 
     # What others may draw and count for themselves.
     points = [point for arm in arms for one in arm.runs for point in one.points]
@@ -61,17 +61,17 @@ def compare_runs(
 
 def headline(arms: Sequence[ArmSummary]) -> str:
     """What the picture shows, and what its bands are taken over."""
-    over = {arm.over for arm in arms}
-    drawn_over = next(iter(over)) if len(over) == 1 else "what each arm has"
+    over = sorted({arm.over for arm in arms})
     seeds = sorted({len(arm.seeds) for arm in arms})
-    return f"{' or '.join(map(str, seeds))} seed(s) an arm; band: 95 % over {drawn_over}"
+    words = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'} an arm"
+    return f"{words}; band: 95 % over {' or over '.join(over)}"
 
 
 def warnings(arms: Sequence[Arm], common: Common) -> Iterator[Notice]:
     """What makes the comparison less than fair, or smaller than it looks."""
     for arm in arms:
         for what in mismatches(arm, arms[0]):
-            yield Notice(message=f"{arm.name} is not comparable with {arms[0].name}: {what}", level="warning")
+            yield Notice(message=f"not alike: {what} ({arm.name})", level="warning")
         if arm.seeds != arms[0].seeds:
             said = f"{arm.name} has seeds {_listed(arm.seeds)}, {arms[0].name} has {_listed(arms[0].seeds)}"
             yield Notice(message=f"{said}: only common seeds are paired", level="warning")
@@ -142,11 +142,13 @@ def difference(arm: Arm, baseline: Arm, *, common: Common, resampler: Resampler)
         baseline=baseline.name,
         num_pairs=len(pairs),
         num_prompts=min((num_shared(*pair) for pair in pairs), default=0) or None,
-        over=drawn(len(seeds) or len(mine) + len(theirs), with_prompts=all(one.prompts for one in (*mine, *theirs))),
+        over=drawn(
+            len(seeds) or min(len(mine), len(theirs)), with_prompts=all(one.prompts for one in (*mine, *theirs))
+        ),
         final=found.pop("final"),
         areas=found,
         num_not_lower=sum(
-            one.values_PF[:, place].mean() >= other.values_PF[:, place].mean() - 1e-12 for one, other in pairs
+            bool(one.values_PF[:, place].mean() >= other.values_PF[:, place].mean() - 1e-12) for one, other in pairs
         ),
     )
 
@@ -188,16 +190,12 @@ def speed_up(
     *,
     ways: dict[str, dict[Axis, list[Way]]],
     common: Common,
-    resampler: Resampler,
 ) -> SpeedUp:
     """Both ratios of an arm and the baseline on every axis; a ratio that nothing can be said of is left out."""
     arm, baseline = pair
     mine, theirs = ways[arm], ways[baseline]
     arrived = {axis: arrived_ratio(mine[axis], theirs[axis]) for axis in mine}
-    restricted = {
-        axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.ends[axis], resampler=resampler)
-        for axis in mine
-    }
+    restricted = {axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.ends[axis]) for axis in mine}
     return SpeedUp(
         arm=arm,
         baseline=baseline,

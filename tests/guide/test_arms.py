@@ -13,6 +13,7 @@ from npo_cli.guide.arms import (
     common_range,
     paired_estimates,
     quarters,
+    small_sample,
 )
 
 
@@ -66,18 +67,27 @@ def test_one_seed_has_the_interval_of_its_prompts():
 
 def test_seeds_on_the_same_prompts_do_not_average_the_prompts_away():
     alone = arm_estimates([seed_of(0, HALF)], Resampler())[0]
-    shared = arm_estimates([seed_of(number, HALF) for number in range(4)], Resampler())[0]
-    own = arm_estimates([seed_of(number, HALF, names=f"s{number}-") for number in range(4)], Resampler())[0]
+    shared = arm_estimates([seed_of(number, HALF) for number in range(8)], Resampler())[0]
+    own = arm_estimates([seed_of(number, HALF, names=f"s{number}-") for number in range(8)], Resampler())[0]
     assert width(shared) == pytest.approx(width(alone), rel=0.01)
-    # 400 different prompts; a seed drawn twice counts twice, so a little more than half: sqrt(7/16) = 0.66
-    assert width(own) / width(alone) == pytest.approx(0.66, abs=0.06)
+    # 800 different prompts. Weights of seeds: sum of squares 1/8 + c^2 7/64, with c^2 = 8/7 (2.365/1.96)^2: 0.307
+    assert width(own) / width(alone) == pytest.approx(0.307**0.5, abs=0.06)
 
 
-def test_seeds_that_differ_widen_the_interval():
-    # seeds at 0.2 and 0.8: half of the resamples take one of them twice
+def test_few_seeds_are_stretched_to_students_width():
+    # sqrt(5/4) x 2.776 / 1.96; sqrt(2) x 12.706 / 1.96
+    assert [small_sample(num) for num in (1, 5, 2)] == pytest.approx([1.0, 1.5838, 9.168], abs=1e-3)
+    # half of the resamples take one of the two twice: 0.01 off, stretched
+    (found,) = arm_estimates([seed_of(0, [0.49] * 100), seed_of(1, [0.51] * 100)], Resampler())
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 - 0.09168, 0.5 + 0.09168), abs=1e-4)
+
+
+def test_no_interval_leaves_what_an_accuracy_can_be():
     apart = [seed_of(0, [0.2] * 100), seed_of(1, [0.8] * 100)]
     (found,) = arm_estimates(apart, Resampler())
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.2, 0.8))
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.0, 1.0))
+    (signed,) = paired_estimates(apart, [seed_of(0, [0.5] * 100), seed_of(1, [0.5] * 100)], Resampler())
+    assert (signed.value, signed.low, signed.high) == pytest.approx((0.0, -1.0, 1.0))
 
 
 def test_prompts_that_all_agree_are_no_certainty():
@@ -87,8 +97,9 @@ def test_prompts_that_all_agree_are_no_certainty():
 
 
 def test_without_outcomes_only_seeds_are_drawn_and_one_seed_has_no_interval():
-    (found,) = arm_estimates([bare(0, 0.2), bare(1, 0.4)], Resampler())
-    assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.2, 0.4))
+    (found,) = arm_estimates([bare(0, 0.29), bare(1, 0.31)], Resampler())
+    # 0.01 off, stretched as above
+    assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3 - 0.09168, 0.3 + 0.09168), abs=1e-4)
     (alone,) = arm_estimates([bare(0, 0.2)], Resampler())
     assert (alone.value, alone.low, alone.high) == (0.2, None, None)
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.stats import CensoredData, ecdf
 
-from npo_cli.guide.arms import Resampler
 from npo_cli.guide.arrivals import Way, arrived_ratio, restricted_mean, restricted_ratio, student
 
 
@@ -49,24 +48,31 @@ def test_ratios_rest_on_pairs_in_which_both_arrived_and_say_so():
 
 
 def test_the_restricted_ratio_leaves_no_seed_out():
-    # baseline (20 + 40) / 2 = 30, arm (10 + 20) / 2 = 15; drawing one pair twice gives 20/10 or 40/20
-    found = restricted_ratio(ways(10, 20), ways(20, None), horizon=40, resampler=Resampler())
+    # baseline (20 + 40) / 2 = 30, arm (10 + 20) / 2 = 15; both pairs say 2
+    found = restricted_ratio(ways(10, 20), ways(20, None), horizon=40)
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
+def test_pairs_that_disagree_give_the_restricted_ratio_students_interval():
+    # 30/10 = 3; u = (20 - 30)/10 and (40 - 30)/10: standard deviation sqrt 2, over sqrt 2; t(1) = 12.706
+    found = restricted_ratio(ways(10, 10), ways(20, None), horizon=40)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - 12.706, 3 + 12.706), abs=1e-3)
+
+
 def test_the_restricted_ratio_is_of_common_seeds_where_there_are_any():
     # seed 0 alone is common: 20/10; the baseline's seeds 1 and 2 have no partner
-    found = restricted_ratio(ways(10), ways(20, 40, 40), horizon=40, resampler=Resampler())
+    found = restricted_ratio(ways(10), ways(20, 40, 40), horizon=40)
     assert found is not None
     assert (found.value, found.low, found.num, found.of) == (2.0, None, 1, 3)
-    # none in common: (20 + 40) / 2 over 10
+    # none in common: (20 + 40) / 2 over 10, and nothing to pair
     strangers = [Way(seed=9, cost=10, end=40)]
-    apart = restricted_ratio(strangers, ways(20, None), horizon=40, resampler=Resampler())
+    apart = restricted_ratio(strangers, ways(20, None), horizon=40)
     assert apart is not None
-    assert (apart.value, apart.low, apart.high) == pytest.approx((3.0, 2.0, 4.0))
+    assert (apart.value, apart.low, apart.num, apart.of) == (3.0, None, 0, 2)
 
 
 def test_what_nobody_reached_or_what_cost_nothing_has_no_ratio():
-    assert restricted_ratio(ways(None), ways(None), horizon=40, resampler=Resampler()) is None
-    assert restricted_ratio(ways(0), ways(10), horizon=40, resampler=Resampler()) is None
+    assert restricted_ratio(ways(None), ways(None), horizon=40) is None
+    assert restricted_ratio(ways(0), ways(10), horizon=40) is None

@@ -50,7 +50,7 @@ def test_arms_have_intervals_and_say_what_they_come_from():
         "all arms cover.",
         "grpo: resampled over seeds and held-out prompts.",
     ]
-    assert drawn(arms_tables([GRPO]))[5] == "95 % intervals: resampled over seeds and held-out prompts."
+    assert drawn(arms_tables([GRPO]))[4] == "95 % intervals: resampled over seeds and held-out prompts."
     one_seed = "npo: resampled over nothing: one seed, and outcomes were not kept prompt by prompt."
     assert drawn(arms_tables([GRPO, ONE]))[6] == one_seed
 

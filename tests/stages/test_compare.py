@@ -1,5 +1,6 @@
 """Arms read from real tiny runs: two seeds, each trained plainly to step 4 and replayed from step 2 with a guide."""
 
+import re
 import statistics
 from pathlib import Path
 
@@ -105,6 +106,14 @@ def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(se
     assert (npo.differs, npo.mismatched) == (("guided by nobody -> 4 at 2",), ())
 
 
+def test_settings_without_effect_are_no_difference(seeds, tmp_path):
+    root = tmp_path / "tuned"
+    train(root, *SETTINGS, "auto.patience=9", "inject.gate=0.25", "train.save_every=1")
+    found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
+    assert [one.differs for one in found[ArmSummary]] == [(), (), ("guided by nobody -> 4 at 2",)]
+    assert said(found) == []
+
+
 def test_differences_are_paired_by_seed_and_prompt(seeds):
     (found,) = compared(*both(seeds))[ArmDifference]
     finals = [
@@ -121,6 +130,13 @@ def test_an_arm_against_itself_differs_by_nothing(seeds):
     (apart,) = found[ArmDifference]
     assert (apart.final.value, {one.value for one in apart.areas.values()}) == (0.0, {0.0})
     assert apart.over == "prompts"
+
+
+def test_arms_of_one_other_seed_each_are_not_paired_and_claim_no_seeds(seeds):
+    (apart,) = compared(f"a={seeds}/s0:main", f"b={seeds}/s1:main")[ArmDifference]
+    assert (apart.num_pairs, apart.num_prompts, apart.over, apart.num_not_lower) == (0, None, "prompts", 0)
+    finals = [statistics.fmean(accuracies(seeds / name, "main")[step] for step in (2, 3, 4)) for name in ("s1", "s0")]
+    assert apart.final.value == pytest.approx(finals[0] - finals[1])
 
 
 def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
@@ -201,12 +217,12 @@ def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_p
     assert other.mismatched == ("train.group_size 4 -> 2",)
     assert (found[ArmDifference][0].num_pairs, found[ArmDifference][0].num_prompts) == (1, None)
     assert said(found) == [
-        "b is not comparable with a: train.group_size 4 -> 2",
+        "not alike: train.group_size 4 -> 2 (b)",
         f"{root}:main was last evaluated at step 3: final accuracies of all arms are taken there",
     ]
     assert other.horizon == 3
     one_arm = compared(f"a={seeds}/s1:main", f"a={root}")
-    assert "train.lr 0.0003 -> 0.5 within the arm" in one_arm[ArmSummary][0].mismatched
+    assert "train.lr 0.5 -> 0.0003 within the arm" in one_arm[ArmSummary][0].mismatched
 
 
 def test_comparing_writes_into_no_run(seeds, tmp_path):
@@ -215,4 +231,6 @@ def test_comparing_writes_into_no_run(seeds, tmp_path):
     assert files_of(seeds) == before
     # a header and a line a point
     assert len((tmp_path / "new" / "p.csv").read_text().splitlines()) == 1 + len(found[SeedPoint])
-    assert "all tokens generated" in (tmp_path / "c.svg").read_text()
+    assert {"all tokens generated", "2 seeds an arm; band: 95 % over seeds and prompts"} <= set(
+        re.findall(r"<!-- (.*) -->", (tmp_path / "c.svg").read_text())
+    )
