@@ -98,6 +98,9 @@ class TrainSettings(Settings):
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    skip_grad_norm: float | None = Field(
+        None, gt=0, description="An update whose gradient norm is above this is left out; null leaves none out."
+    )
     micro_batch_tokens: Count = Field(16384, description="Most padded tokens in one forward and backward pass.")
     logit_chunk_tokens: Count = Field(4096, description="Response tokens whose logits exist at one time.")
     keep_anchors: int | None = Field(
@@ -238,6 +241,8 @@ class Recipe(Settings):
             raise ValueError("task.pool_size must be at least train.prompts_per_step")
         if inject.compose == "replace" and inject.slots >= train.group_size:
             raise ValueError("inject.slots must be below train.group_size: the policy answers too")
+        if self.experience.share and self.sampling.dynamic:
+            raise ValueError("experience.share composes its batches itself: sampling.dynamic must be false")
         if inject.shape != "none" and self.loss.kind != "grpo":
             raise ValueError(f"inject.shape=soft is defined for loss.kind=grpo, not for {self.loss.kind}")
         return self

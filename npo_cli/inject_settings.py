@@ -111,13 +111,19 @@ class MethodSettings(Settings):
     """What a recipe of `recipes/methods/` stands for, and the commands that make a run of it."""
 
     name: str = Field("grpo", description="Name of the method, shown in tables.", json_schema_extra=FREE)
-    track: Literal["matched", "reference"] = Field(
+    track: Literal["matched", "reference", "controls"] = Field(
         "matched",
-        description="Common GRPO core with one injected slot, or the method's own knobs.",
+        description="Common GRPO core with one injected slot, the method's own knobs, or a control.",
         json_schema_extra=FREE,
     )
     plan: tuple[str, ...] = Field(
-        ("train {recipe} --run {run}",),
-        description="npo commands in order; npo bench fills in {recipe}, {run}, {steps}, {at}, {guide} and {teacher}.",
+        ("train {recipe} --method {method} --run {run}",),
+        description="npo commands in order; npo bench fills in what stands in braces.",
+        json_schema_extra=FREE,
+    )
+    stretch: int | None = Field(
+        None,
+        ge=1,
+        description="Repeat the plan's commands after the first every so many steps; {at} and {next} move on.",
         json_schema_extra=FREE,
     )

@@ -35,7 +35,8 @@ GROUND_FLOOR = {
     "inject_settings": {"settings"},
     "config": {"settings", "auto_settings", "engine_settings", "inject_settings"},
     "explain": {"config"},
-    "loading": {"config", "errors", "explain", "settings"},
+    "recipe_files": {"errors"},
+    "loading": {"config", "errors", "explain", "recipe_files", "settings"},
 }
 KNOWN_ONLY_TO = {
     "typer": {"cli"},

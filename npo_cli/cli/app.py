@@ -15,6 +15,7 @@ import typer
 
 from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.base import base
+from npo_cli.cli.bench import bench
 from npo_cli.cli.console import say, talk, visible
 from npo_cli.cli.demo import demo
 from npo_cli.cli.doctor import doctor
@@ -35,6 +36,7 @@ DOORS = {
     "sample-guide": sample_guide,
     "resume": resume,
     "autonpo": autonpo,
+    "bench": bench,
     "eval": evaluate,
     "show": show,
     "recipes": recipes,

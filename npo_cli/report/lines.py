@@ -1,5 +1,6 @@
-"""Records that exist only to be shown: one line of `npo show`, `npo recipes` or `npo doctor`."""
+"""Records that exist only to be shown: one line of `npo show`, `npo recipes`, `npo doctor` or `npo bench`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from npo_cli.records import Group, Rollout
@@ -46,3 +47,13 @@ class Check:
     """What to do about it."""
     needed: bool = True
     """False for an optional part: its absence is no fault."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuned:
+    """The setting that a method gets, and what the tuning seeds said of each."""
+
+    method: str
+    setting: str
+    areas: Mapping[str, float]
+    """Setting to the mean over tuning seeds of held-out accuracy, averaged over the steps."""

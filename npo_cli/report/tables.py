@@ -7,8 +7,9 @@ from npo_cli.costs import Crossing
 from npo_cli.guide_records import GuideInfo
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
 from npo_cli.report.auto_tables import AUTO_TABLES
+from npo_cli.report.bench_tables import tuned_tables
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
-from npo_cli.report.lines import Check, GroupLine, RecipeLine, RolloutLine
+from npo_cli.report.lines import Check, GroupLine, RecipeLine, RolloutLine, Tuned
 
 
 def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
@@ -267,6 +268,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     RolloutLine: rollouts_tables,
     GroupLine: groups_tables,
     RecipeLine: recipes_tables,
+    Tuned: tuned_tables,
     Check: checks_tables,
 }
 """How each kind of record is tabulated, in the order in which kinds are shown."""

@@ -56,12 +56,13 @@ def nobody(report: StepReport) -> bool:
 
 
 def grpo_steps(
-    trainer: Trainer, state: TrainerState, stop: StopFlag, *, watcher: Watcher = nobody
+    trainer: Trainer, state: TrainerState, stop: StopFlag, *, watcher: Watcher = nobody, until: int | None = None
 ) -> Iterator[StepReport | EvalReport | Notice]:
-    """Train from `state` to `train.num_steps`, until `watcher` asks for a pause, or until a signal asks to stop."""
+    """Train from `state` to `train.num_steps` or `until`, a pause that `watcher` asks for, or a signal to stop."""
     world, branch, settings = trainer.world, trainer.branch, trainer.world.recipe.train
     updater = Updater(world.policy, trainer.optimizer, world.recipe, reference=trainer.reference)
-    while state.step < settings.num_steps:
+    last = settings.num_steps if until is None else until
+    while state.step < last:
         state, report, odd = one_step(trainer, updater, state)
         yield report
         if odd:
@@ -72,7 +73,7 @@ def grpo_steps(
             yield evaluate_policy(world, branch=branch, step=state.step)
         # Leave what the next command needs. A signal from here on is for the next step.
         stopping, pausing = bool(stop), watcher(report)
-        if state.step % settings.save_every == 0 or state.step == settings.num_steps or stopping or pausing:
+        if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
             trainer.rollouts.sync()
             trainer.steps.sync()
             save_checkpoint(world, trainer.optimizer, state, branch=branch)

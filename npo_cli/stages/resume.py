@@ -58,8 +58,9 @@ def resume_run(
     new_branch: str | None,
     steps: int | None,
     allow_code: bool,
+    until: int | None = None,
 ) -> Iterator[StepReport | EvalReport | Notice]:
-    """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps."""
+    """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps, up to `until`."""
     run = open_run(root)
     with writing(run), stop_between_steps() as stop:
         replay = {"--guide": guide, "--branch": new_branch, "--steps": steps}
@@ -69,7 +70,7 @@ def resume_run(
             start = continuation(run, source_branch, overrides)
         else:
             start = fork(run, source_branch, at, overrides=overrides, guide=guide, wish=new_branch, steps=steps)
-        need_room_to_train(run, start, again=again)
+        need_room_to_train(run, start, again=again, until=until)
         task = open_task(start.recipe, allow_code=allow_code)
         try:
             policy = open_policy(start.recipe, task, start.checkpoint)
@@ -82,7 +83,7 @@ def resume_run(
                 yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
                 yield from engine_notices(world)
                 trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
-                yield from grpo_steps(trainer, state, stop)
+                yield from grpo_steps(trainer, state, stop, until=until)
         finally:
             task.close()
 
@@ -100,9 +101,13 @@ def refuse_replay_options(again: str, **options: str | int | None) -> None:
             raise NpoError(f"{name} describes a replay, which needs --at STEP", f"{again} --at STEP")
 
 
-def need_room_to_train(run: RunDir, start: Start, *, again: str) -> None:
+def need_room_to_train(run: RunDir, start: Start, *, again: str, until: int | None = None) -> None:
     """A run that has done all its steps says how to give it more."""
     train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
+    if until is not None and done >= until:
+        raise NpoError(
+            f"step {done} is done already: --until {until} leaves nothing to do", f"{again} --until {done + 1}"
+        )
     if done < train.num_steps:
         return
     more = f"train.num_steps={2 * done}"

@@ -35,13 +35,16 @@ ROUNDED_AWAY = (
 )
 
 
-def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepReport | EvalReport | Notice]:
-    """Check everything that can be wrong, then make the directory, save step 0 and train."""
+def train_run(
+    root: Path, recipe: Recipe, *, allow_code: bool, until: int | None = None
+) -> Iterator[StepReport | EvalReport | Notice]:
+    """Check everything that can be wrong, then make the directory, save step 0 and train, perhaps not to the end."""
     with new_world(root, recipe, allow_code=allow_code) as (world, stop):
         yield from birth_notices(world)
         optimizer = build_optimizer(world.policy.model, world.recipe.train)
         state = yield from begin(world, optimizer)
-        yield from grpo_steps(open_trainer(world, optimizer, branch=MAIN, guidance=None), state, stop)
+        trainer = open_trainer(world, optimizer, branch=MAIN, guidance=None)
+        yield from grpo_steps(trainer, state, stop, until=until)
 
 
 Check = Callable[[Recipe, int], None]

@@ -49,7 +49,7 @@ class UpdateReport:
     """Foreign rows' part: |g_f| / (|g_f| + |g_own|), mean over updates that had foreign rows."""
     stats: LossStats
     num_skipped: int
-    """Updates left out because their gradient was not finite."""
+    """Updates left out because their gradient was not finite, or above train.skip_grad_norm."""
     num_rows: int
     """Rows that cost a backward pass."""
 
@@ -160,7 +160,7 @@ class Updater:
             grad_norm=grad_norm,
             grad_share=grad_share,
             stats=foreign_stats + own_stats + LossStats(own_tokens=idle),
-            num_skipped=0 if math.isfinite(grad_norm) else 1,
+            num_skipped=0 if self._bearable(grad_norm) else 1,
             num_rows=len(useful),
         )
 
@@ -222,15 +222,19 @@ class Updater:
     def _apply(self) -> float:
         """Clip and update. A batch without any advantage has a gradient of zero: moments still decay.
 
-        A gradient that is not finite leaves weights and moments as they were.
+        A gradient that is not finite, or above train.skip_grad_norm, leaves weights and moments as they were.
         """
         parameters = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.grad_clip).item()
-        if math.isfinite(norm):
+        if self._bearable(norm):
             self.optimizer.step()
             self.policy.mark_written()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _bearable(self, grad_norm: float) -> bool:
+        limit = self.recipe.train.skip_grad_norm
+        return math.isfinite(grad_norm) and (limit is None or grad_norm <= limit)
