@@ -21,6 +21,7 @@ from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
 from npo_cli.cli.index import index
 from npo_cli.cli.recipes import recipes
+from npo_cli.cli.report import report
 from npo_cli.cli.resume import resume
 from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
@@ -37,6 +38,7 @@ DOORS = {
     "autonpo": autonpo,
     "eval": evaluate,
     "show": show,
+    "report": report,
     "recipes": recipes,
     "doctor": doctor,
     "demo": demo,

@@ -27,6 +27,43 @@ class RolloutLine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptStory:
+    """One prompt through training, along the line of descent of a branch."""
+
+    prompt_id: str
+    branch: str
+    question: str
+    """The prompt as text; chat turns as `role: content`."""
+    answer: str
+    num_visits: int
+    solved_at: int | None
+    """First step at which one of the policy's own rollouts was correct; None if there is none."""
+    mostly_solved_at: int | None
+    """First step at which more than half of them were."""
+    seated_at: tuple[int, ...]
+    """Steps at which a guide took a slot."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Visit:
+    """One step of that story."""
+
+    branch: str
+    step: int
+    num_asked: int
+    """Own rollouts."""
+    num_correct: int
+    """How many of those were verified correct."""
+    group: Group
+    """As recorded: the own rollouts, and behind them the guide's, with the number of the slot that it took."""
+
+    @property
+    def guide_step(self) -> int | None:
+        """Step of the guide that was seated; None where none was."""
+        return next((one.guide_step for one in self.group.rollouts if one.source == "guide"), None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeLine:
     """A shipped recipe."""
 

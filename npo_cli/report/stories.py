@@ -1,0 +1,107 @@
+"""A prompt's story: in one sentence, as tables of text, and its answers with equal ones told once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from npo_cli.records import Rollout
+from npo_cli.report.cells import Table, number
+from npo_cli.report.inert import shortened
+from npo_cli.report.lines import PromptStory, Visit
+
+LONGEST = 600
+"""Letters of an answer in a table."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """Rollouts of one visit that say the same, from the same source."""
+
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def first(self) -> Rollout:
+        """One of them, for everything that they share."""
+        return self.rollouts[0]
+
+    @property
+    def who(self) -> str:
+        """`own`, or `guide, step 60`."""
+        return "own" if self.first.guide_step is None else f"guide, step {self.first.guide_step}"
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Places in the group."""
+        return tuple(rollout.slot for rollout in self.rollouts)
+
+    @property
+    def logp_per_token(self) -> float | None:
+        """Mean log-probability of a token under the policy that wrote it (nats); of equal answers the mean."""
+        logps = [logp for rollout in self.rollouts for logp in rollout.behavior_logps]
+        return sum(logps) / len(logps) if logps else None
+
+
+def answers(visit: Visit) -> tuple[Answer, ...]:
+    """The guide's answer first, then correct ones, then the others by how often they were given."""
+    alike: dict[tuple[object, ...], list[Rollout]] = {}
+    for one in visit.group.rollouts:
+        alike.setdefault((one.source, one.verdict, one.finished, one.text), []).append(one)
+    ordered = sorted(
+        alike.values(),
+        key=lambda some: (some[0].source == "own", some[0].verdict != "correct", -len(some), some[0].slot),
+    )
+    return tuple(Answer(rollouts=tuple(some)) for some in ordered)
+
+
+def in_a_sentence(story: PromptStory) -> str:
+    """`5 visits; first solved by itself at step 40; a guide was seated at steps 12, 26`."""
+    times = f"{story.num_visits} visit{'s' * (story.num_visits != 1)}"
+    solved = (
+        "never solved by itself" if story.solved_at is None else f"first solved by itself at step {story.solved_at}"
+    )
+    mostly = "" if story.mostly_solved_at in (None, story.solved_at) else f", mostly at step {story.mostly_solved_at}"
+    steps = ", ".join(map(str, story.seated_at))
+    seated = f"a guide was seated at step{'s' * (len(story.seated_at) > 1)} {steps}" if steps else "no guide was seated"
+    return f"{times}; {solved}{mostly}; {seated}"
+
+
+SEATS = {"gate_closed": "good enough without the guide", "no_guide": "the guide had no answer", "off": ""}
+
+
+def what_happened(visit: Visit) -> str:
+    """`0 of 8 own answers correct; the guide of step 60 took a slot`."""
+    own = f"{visit.num_correct} of {visit.num_asked} own answers correct"
+    seat = (
+        f"the guide of step {visit.guide_step} took a slot" if visit.guide_step is not None else SEATS[visit.group.mix]
+    )
+    return f"{own}; {seat}" if seat else own
+
+
+def stories_tables(stories: Sequence[PromptStory]) -> tuple[Table, ...]:
+    """A sentence over question and reference answer."""
+    return tuple(
+        Table(
+            title=f"Prompt {one.prompt_id} on the line of {one.branch}: {in_a_sentence(one)}",
+            header=("question", "reference answer"),
+            rows=((one.question, one.answer),),
+        )
+        for one in stories
+    )
+
+
+def visits_tables(visits: Sequence[Visit]) -> tuple[Table, ...]:
+    """A table a visit, a line for each different answer."""
+    header = ("slots", "source", "verdict", "ended", "tokens", "log-prob", "response")
+    told = []
+    for visit in visits:
+        rows = tuple(
+            (
+                *(" ".join(map(str, one.slots)), one.who, one.first.verdict or "-"),
+                *("yes" if one.first.finished else "cut off", str(len(one.first.response_ids))),
+                *(number(one.logp_per_token), shortened(one.first.text, longest=LONGEST, tail=LONGEST // 2)),
+            )
+            for one in answers(visit)
+        )
+        told.append(Table(title=f"Step {visit.step}, {visit.branch}: {what_happened(visit)}", header=header, rows=rows))
+    notes = ("log-prob: mean a token, in nats, under the policy that wrote it; the guide's under the guide.",)
+    last = told.pop()
+    return (*told, Table(title=last.title, header=last.header, rows=last.rows, notes=notes))
