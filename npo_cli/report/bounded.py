@@ -53,8 +53,10 @@ def draw_bounded(panel: "Axes", estimates: Sequence[Bounded], *, colour: str, ma
     for one in known:
         if one.chosen_as is not None:
             panel.plot([one.distance], [one.value], marker="o", ms=14, color=colour, fillstyle="none", mew=2)
-            place = {"xytext": (-12, 9), "textcoords": "offset points", "ha": "right"}
-            panel.annotate(one.chosen_as, (one.distance, one.value), **place)
+            # To the side that has room.
+            side, ha = (12, "left") if one.distance < max(distances) / 2 else (-12, "right")
+            at = (one.distance, one.value)
+            panel.annotate(one.chosen_as, at, xytext=(side, 9), textcoords="offset points", ha=ha)
     # V may span orders of magnitude: then ratios are what the eye should compare.
     if may_be_log and min(*values, *lows) > 0 and max(values) > WIDE_RANGE * min(values):
         panel.set_yscale("log")

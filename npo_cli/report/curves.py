@@ -135,7 +135,7 @@ def moving_mean(values: Sequence[float]) -> list[float]:
 def _finish(panel: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     panel.xaxis.set_major_formatter(lambda value, _: compact(value))
     if len(panel.get_legend_handles_labels()[0]) > 1:
         panel.legend(frameon=False, labelcolor=QUIET, handlelength=2.6, fontsize=9)

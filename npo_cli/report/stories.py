@@ -76,6 +76,22 @@ def what_happened(visit: Visit) -> str:
     return f"{own}; {seat}" if seat else own
 
 
+def log_ratio(visit: Visit) -> str:
+    """How much likelier the guide found its answer than the policy did: on record where the policy gave it as well.
+
+    log policy / guide, summed over the tokens: the exact ratio that the guide's slot is trained with, before its clip.
+    """
+    guide = next(one for one in visit.group.rollouts if one.source == "guide")
+    same = [one for one in visit.group.rollouts if one.source == "own" and one.response_ids == guide.response_ids]
+    if not same:
+        return "The policy did not give this answer here, so its log-probability under the policy is not on record."
+    ratio = sum(same[0].behavior_logps) - sum(guide.behavior_logps)
+    return (
+        f"The policy gave this very answer too: log-ratio policy / guide {ratio:+.3f} nats, "
+        f"{ratio / len(guide.response_ids):+.4f} a token."
+    )
+
+
 def stories_tables(stories: Sequence[PromptStory]) -> tuple[Table, ...]:
     """A sentence over question and reference answer."""
     return tuple(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from npo_cli.records import CheckpointScore
-from npo_cli.report.auto_tables import transitions_tables
+from npo_cli.report.auto_tables import confirmation_tables, transitions_tables
 from npo_cli.report.curves import Arm, accuracy_pictures, training_pictures
 from npo_cli.report.limbs import Limb
 from npo_cli.report.page import Chapter, Part
@@ -135,15 +135,14 @@ def _decided(run: RunDir, *, prefix: str) -> Iterator[Part]:
     moves = transitions(run)
     if not moves:
         return
-    decisions, *probes = transitions_tables(moves)
-    yield Part(title="What AutoNPO decided", tables=(decisions,), folded=tuple(probes))
-    for move in [move for move in moves if move.evidence.get("scores")][:NUM_PROBES]:
+    yield Part(title="AutoNPO", tables=transitions_tables(moves)[:1])
+    for number, move in enumerate(move for move in moves if move.evidence.get("scores")):
+        found, name = move.evidence, f"{prefix}probe-{move.step}-{move.event}-"
         yield Part(
             title=f"Probe at step {move.step}: {move.event}",
-            text=str(move.evidence.get("reason") or "") or "Q, V and S of each rollback distance, 95 % intervals.",
-            pictures=tuple(
-                rollback_pictures(move.evidence["scores"], prefix=f"{prefix}probe-{move.step}-{move.event}-")
-            ),
+            text=str(found.get("reason") or "") or "Q, V and S of each rollback distance, 95 % intervals.",
+            pictures=tuple(rollback_pictures(found["scores"], prefix=name)) if number < NUM_PROBES else (),
+            folded=confirmation_tables(found, where=f"step {move.step}"),
         )
 
 

@@ -8,7 +8,7 @@ from npo_cli.report.cells import Table, count, interval, number
 from npo_cli.report.curves import Arm, accuracy_pictures
 from npo_cli.report.page import Chapter, Part
 from npo_cli.run_dir.index import best_evals
-from npo_cli.run_dir.lineage import branches, newest_branch, owner_of
+from npo_cli.run_dir.lineage import branches, descent, newest_branch
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.stages.accounting import account
 from npo_cli.stages.compare import curve
@@ -18,21 +18,21 @@ def facts_of(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:
     """What a reader asks first."""
     recipe, birth, spent = run.recipe(branch), run.birth, account(run, branch)
     names = branches(run)
-    reached = final_accuracy(run, branch)
     return (
         ("recipe", str(recipe.get("name", "-"))),
         ("model", str(_section(recipe, "model").get("path", "-"))),
         ("task", str(_section(recipe, "task").get("source", "-"))),
         ("seed", str(_section(recipe, "train").get("seed", "-"))),
         ("learning rate", str(_section(recipe, "train").get("lr", "-"))),
-        ("branch, newest of " + str(len(names)), branch),
+        (f"branch, newest of {len(names)}", branch),
         ("step", count(spent.step)),
-        ("held-out accuracy", reached),
+        final_accuracy(run, branch),
         ("updates executed", count(spent.updates)),
         ("tokens generated", count(spent.tokens)),
         ("seconds", f"{spent.seconds:,.1f}"),
-        ("started", f"{birth.created}, npo {birth.npo_version}"),
-        ("run", birth.run_id),
+        ("started", birth.created),
+        ("npo", birth.npo_version),
+        ("run", birth.run_id[:12]),
     )
 
 
@@ -41,14 +41,19 @@ def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def final_accuracy(run: RunDir, branch: str) -> str:
-    """Of the newest step evaluated on the line of descent, with its interval."""
-    seen = {step: report for (owner, step), report in best_evals(run).items() if owner_of(run, branch, step) == owner}
+def final_accuracy(run: RunDir, branch: str) -> tuple[str, str]:
+    """Of the newest step evaluated on the line of descent: which one, and the accuracy with its interval."""
+    line = descent(run, branch)
+    seen = {
+        step: report
+        for (owner, step), report in best_evals(run).items()
+        if any(stretch.branch == owner and stretch.owns(step) for stretch in line)
+    }
     if not seen:
-        return "-"
+        return "held-out accuracy", "-"
     newest = seen[max(seen)]
     told = interval(newest.accuracy, newest.accuracy_low, newest.accuracy_high)
-    return f"{told} at step {newest.step}"
+    return f"held-out accuracy, step {newest.step}", told
 
 
 def overview(runs: Sequence[tuple[str, RunDir]]) -> Chapter:
@@ -60,13 +65,13 @@ def overview(runs: Sequence[tuple[str, RunDir]]) -> Chapter:
         rows.append(
             (
                 *(label, str(run.recipe(branch).get("name", "-")), branch, count(spent.step)),
-                *(final_accuracy(run, branch), number(_best(points)), count(spent.updates), count(spent.tokens)),
+                *(final_accuracy(run, branch)[1], number(_best(points)), count(spent.updates), count(spent.tokens)),
                 f"{spent.seconds:,.1f}",
             )
         )
         if points:
             arms.append(Arm(place=place, points=tuple(points), guide_until=None, is_fork=False))
-    header = ("run", "recipe", "branch", "step", "held-out accuracy", "best", "updates", "tokens", "seconds")
+    header = ("run", "recipe", "branch", "step", "newest held-out accuracy", "best", "updates", "tokens", "seconds")
     part = Part(
         title="Side by side",
         text="The newest branch of each run. Updates, tokens and seconds are those of the whole run.",

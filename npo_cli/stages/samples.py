@@ -70,7 +70,10 @@ def fates(branch: str, marks: dict[str, list[Mark]]) -> Table:
         ("visited", len(marks)),
         ("solved by the policy itself at some visit", sum(any(one.num_correct for one in m) for m in marks.values())),
         ("a guide was seated", len(after)),
-        ("  never solved before that", sum(not any(one.num_correct for one in before) for before, _ in after)),
+        (
+            "  not solved by the policy itself until then",
+            sum(not any(one.num_correct for one in before) for before, _ in after),
+        ),
         ("  visited again afterwards", len(again)),
         ("  and solved by the policy itself then", sum(any(one.num_correct for one in later) for later in again)),
     )
