@@ -63,3 +63,4 @@ def draw_bounded(panel: "Axes", estimates: Sequence[Bounded], *, colour: str, ma
     else:
         panel.set_ylim(bottom=min(0.0, *lows))
     panel.set_xlim(0, 1.05 * max(distances))
+    panel.xaxis.get_major_locator().set_params(integer=True)

@@ -59,6 +59,7 @@ def _draw_tree(panel: "Axes", *, limbs: Sequence[Limb], moves: Sequence[Transiti
     panel.grid(False, axis="y")
     panel.spines["left"].set_visible(False)
     panel.set_xlim(left=0)
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("logical step")
     if panel.get_legend_handles_labels()[0]:
         panel.figure.legend(loc="outside lower center", ncols=len(SIGNS), frameon=False, fontsize=9)
