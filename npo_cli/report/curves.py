@@ -42,7 +42,9 @@ class Arm:
 
 def accuracy_pictures(arms: Sequence[Arm], *, prefix: str) -> Iterator[Picture]:
     """Held-out accuracy against logical step, all steps, all tokens and, where it is known of all, the clock."""
-    timed = all(any(point.total_seconds > 0 for point in arm.points) for arm in arms)
+    # At a standstill at step 0 nothing was spent, known or not.
+    clocks = [point.total_seconds > 0 for arm in arms for point in arm.points if point.total_steps]
+    timed = bool(clocks) and all(clocks)
     axes = (*PANELS, CLOCK) if timed else PANELS
     for name, (label, cost) in zip(NAMES, axes, strict=False):
         yield Picture(

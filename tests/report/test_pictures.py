@@ -92,6 +92,8 @@ def test_the_clock_is_an_axis_where_every_arm_has_one():
         "accuracy-by-clock",
     ]
     assert len(list(accuracy_pictures([timed, still], prefix=""))) == 3
+    # An arm that only stands at its start has spent nothing, and takes no axis away.
+    assert len(list(accuracy_pictures([timed, arm("b", [0])], prefix=""))) == 4
 
 
 def test_the_band_of_a_guide_ends_where_its_mixing_ended():
