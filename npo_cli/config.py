@@ -1,6 +1,7 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
-AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`.
+AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
+foreign trajectories in `npo_cli.inject_settings`.
 """
 
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from npo_cli.auto_settings import (
     RollbackSettings,
 )
 from npo_cli.engine_settings import EngineSettings, MismatchSettings
-from npo_cli.settings import FORK, FREE, Count, Decay, Settings, Share
+from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSettings, MethodSettings
+from npo_cli.settings import FREE, Count, Decay, Settings, Share
 
 
 class ModelSettings(Settings):
@@ -152,40 +154,6 @@ class SamplingSettings(Settings):
         return self
 
 
-class InjectSettings(Settings):
-    """How a guide takes its slot in a group."""
-
-    gate: Share = Field(
-        0.6, description="A guide takes a slot where the group's own accuracy is at most this.", json_schema_extra=FORK
-    )
-    ratio: Literal["exact", "proximal", "decoupled", "none"] = Field(
-        "exact", description="Importance ratio of the injected slot.", json_schema_extra=FORK
-    )
-    decoupled_cap: float = Field(
-        2.0, gt=0, description="Cap C of the decoupled weight old/guide.", json_schema_extra=FORK
-    )
-
-
-class GuideSettings(Settings):
-    """How a guide is asked for its answers."""
-
-    k: Count = Field(8, description="Most samples a prompt.", json_schema_extra=FREE)
-    round: Count = Field(
-        2,
-        description="Samples a prompt drawn before looking whether one is correct; a solved prompt asks no more.",
-        json_schema_extra=FREE,
-    )
-    temperature: float | None = Field(
-        None,
-        gt=0,
-        description="Temperature of a guide's samples; null takes sampling.temperature.",
-        json_schema_extra=FREE,
-    )
-    select: Literal["random", "nearest", "shortest"] = Field(
-        "random", description="Which correct sample is kept. nearest and shortest draw all k.", json_schema_extra=FREE
-    )
-
-
 class ScoreSettings(Settings):
     """How candidates are compared as guides: Q, V and S."""
 
@@ -250,6 +218,8 @@ class Recipe(Settings):
     mismatch: MismatchSettings = MismatchSettings()
     inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
+    experience: ExperienceSettings = ExperienceSettings()
+    method: MethodSettings = MethodSettings()
     score: ScoreSettings = ScoreSettings()
     eval: EvalSettings = EvalSettings()
     intervention: InterventionSettings = InterventionSettings()
@@ -262,7 +232,12 @@ class Recipe(Settings):
     late: LateSettings = LateSettings()
 
     @model_validator(mode="after")
-    def _pool_covers_a_step(self) -> "Recipe":
-        if self.train.prompts_per_step > self.task.pool_size:
+    def _sections_fit(self) -> "Recipe":
+        train, inject = self.train, self.inject
+        if train.prompts_per_step > self.task.pool_size:
             raise ValueError("task.pool_size must be at least train.prompts_per_step")
+        if inject.compose == "replace" and inject.slots >= train.group_size:
+            raise ValueError("inject.slots must be below train.group_size: the policy answers too")
+        if inject.shape != "none" and self.loss.kind != "grpo":
+            raise ValueError(f"inject.shape=soft is defined for loss.kind=grpo, not for {self.loss.kind}")
         return self

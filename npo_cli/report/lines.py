@@ -55,12 +55,12 @@ class Visit:
     num_correct: int
     """How many of those were verified correct."""
     group: Group
-    """As recorded: the own rollouts, and behind them the guide's, with the number of the slot that it took."""
+    """As recorded: the own rollouts, and behind them those of others, with the number of the slot that each took."""
 
     @property
-    def guide_step(self) -> int | None:
-        """Step of the guide that was seated; None where none was."""
-        return next((one.guide_step for one in self.group.rollouts if one.source == "guide"), None)
+    def guests(self) -> tuple[Rollout, ...]:
+        """Rollouts of others: a guide, a teacher, the past."""
+        return tuple(one for one in self.group.rollouts if one.foreign)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from npo_cli.report.cells import Table
 from npo_cli.report.inert import shortened, spelled_out
 from npo_cli.report.lines import PromptStory, Visit
 from npo_cli.report.pictures import Picture, svg_of
-from npo_cli.report.stories import answers, in_a_sentence, log_ratio, what_happened
+from npo_cli.report.stories import answers, how_far, in_a_sentence, log_ratio, what_happened
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -86,7 +86,11 @@ def _environment() -> "Environment":
     environment.tests["number_cell"] = is_number
     environment.filters |= {
         **{"inlined": inlined, "sentence": in_a_sentence, "answers": answers, "happened": what_happened},
-        **{"ratio": log_ratio, "share": lambda visit: round(100 * visit.num_correct / max(1, visit.num_asked))},
+        **{
+            "ratio": log_ratio,
+            "far": how_far,
+            "share": lambda visit: round(100 * visit.num_correct / max(1, visit.num_asked)),
+        },
     }
     return environment
 

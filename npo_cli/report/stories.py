@@ -25,8 +25,8 @@ class Answer:
 
     @property
     def who(self) -> str:
-        """`own`, or `guide, step 60`."""
-        return "own" if self.first.guide_step is None else f"guide, step {self.first.guide_step}"
+        """`own`, `guide, step 60`, or `teacher`."""
+        return who_wrote(self.first)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -35,19 +35,19 @@ class Answer:
 
     @property
     def logp_per_token(self) -> float | None:
-        """Mean log-probability of a token under the policy that wrote it (nats); of equal answers the mean."""
-        logps = [logp for rollout in self.rollouts for logp in rollout.behavior_logps]
+        """Mean log-probability of a token under who wrote it (nats), of equal answers the mean; None if not known."""
+        logps = [logp for rollout in self.rollouts for logp in rollout.behavior_logps or ()]
         return sum(logps) / len(logps) if logps else None
 
 
 def answers(visit: Visit) -> tuple[Answer, ...]:
-    """The guide's answer first, then correct ones, then the others by how often they were given."""
+    """Those of others first, then correct ones, then the rest by how often they were given."""
     alike: dict[tuple[object, ...], list[Rollout]] = {}
     for one in visit.group.rollouts:
         alike.setdefault((one.source, one.verdict, one.finished, one.text), []).append(one)
     ordered = sorted(
         alike.values(),
-        key=lambda some: (some[0].source == "own", some[0].verdict != "correct", -len(some), some[0].slot),
+        key=lambda some: (not some[0].foreign, some[0].verdict != "correct", -len(some), some[0].slot),
     )
     return tuple(Answer(rollouts=tuple(some)) for some in ordered)
 
@@ -64,15 +64,35 @@ def in_a_sentence(story: PromptStory) -> str:
     return f"{times}; {solved}{mostly}; {seated}"
 
 
-SEATS = {"gate_closed": "good enough without the guide", "no_guide": "the guide had no answer", "off": ""}
+SEATS = {
+    "gate_closed": "good enough without a guide",
+    "no_guide": "the guide had no answer",
+    "off": "",
+    "injected": "",
+}
+
+
+def who_wrote(rollout: Rollout) -> str:
+    """`own`, or the source with the step of its weights where these are of this run."""
+    if not rollout.foreign or rollout.sampler_step is None:
+        return rollout.source
+    return f"{rollout.source}, step {rollout.sampler_step}"
+
+
+def how_far(visit: Visit) -> str:
+    """`guide, step 60: 40 steps ahead of the policy that answered`, of the first guest."""
+    guest = visit.guests[0]
+    if guest.sampler_step is None:
+        return who_wrote(guest)
+    # The policy of step t has made t - 1 steps.
+    ahead = guest.sampler_step - (visit.step - 1)
+    return f"{who_wrote(guest)}: {abs(ahead)} steps {'ahead of' if ahead >= 0 else 'behind'} the policy that answered"
 
 
 def what_happened(visit: Visit) -> str:
-    """`0 of 8 own answers correct; the guide of step 60 took a slot`."""
+    """`0 of 8 own answers correct; in a slot: guide, step 60`."""
     own = f"{visit.num_correct} of {visit.num_asked} own answers correct"
-    seat = (
-        f"the guide of step {visit.guide_step} took a slot" if visit.guide_step is not None else SEATS[visit.group.mix]
-    )
+    seat = f"in a slot: {'; '.join(map(who_wrote, visit.guests))}" if visit.guests else SEATS[visit.group.mix]
     return f"{own}; {seat}" if seat else own
 
 
@@ -81,11 +101,13 @@ def log_ratio(visit: Visit) -> str:
 
     log policy / guide, summed over the tokens: the exact ratio that the guide's slot is trained with, before its clip.
     """
-    guide = next(one for one in visit.group.rollouts if one.source == "guide")
-    same = [one for one in visit.group.rollouts if one.source == "own" and one.response_ids == guide.response_ids]
+    guide = visit.guests[0]
+    if guide.behavior_logps is None:
+        return "Its log-probability under who wrote it is not known."
+    same = [one for one in visit.group.rollouts if not one.foreign and one.response_ids == guide.response_ids]
     if not same:
         return "The policy did not give this answer here, so its log-probability under the policy is not on record."
-    ratio = sum(same[0].behavior_logps) - sum(guide.behavior_logps)
+    ratio = sum(same[0].behavior_logps or ()) - sum(guide.behavior_logps)
     return (
         f"The policy gave this very answer too: log-ratio policy / guide {ratio:+.3f} nats, "
         f"{ratio / len(guide.response_ids):+.4f} a token."

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from npo_cli.costs import CostLine, Crossing
-from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, GuideInfo, Segment, StepReport
+from npo_cli.guide_records import GuideInfo
+from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
 from npo_cli.report.auto_tables import AUTO_TABLES
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
 from npo_cli.report.lines import Check, GroupLine, PromptStory, RecipeLine, RolloutLine, Visit

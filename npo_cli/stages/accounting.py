@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from npo_cli.costs import Account
+from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import from_dict
-from npo_cli.records import GuideInfo
 from npo_cli.run_dir.auto import ProbeFolder, judgements, probe_tokens, probes, transitions
 from npo_cli.run_dir.guides import list_guides, read_asked
 from npo_cli.run_dir.lineage import birth_segment, branches, descent

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+from npo_cli.guide_records import GuideInfo
 from npo_cli.records import CheckpointScore
 from npo_cli.report.auto_tables import confirmation_tables, transitions_tables
 from npo_cli.report.curves import Arm, accuracy_pictures, training_pictures
@@ -69,11 +70,16 @@ def limbs_of(run: RunDir, branch: str) -> list[Limb]:
                 last_step=last,
                 kept_until=ends,
                 guide=born.guide,
-                guide_step=caches[born.guide].guide_step if born.guide in caches else None,
+                guide_step=guide_step_of(caches.get(born.guide or "")),
                 guide_until=born.guide_until if born.guide else None,
             )
         )
     return found
+
+
+def guide_step_of(info: GuideInfo | None) -> int | None:
+    """Where on this run's own line the guide stands; None for others' guides."""
+    return info.guide_step if info is not None and info.source != "run" else None
 
 
 def arms_of(run: RunDir) -> Iterator[Arm]:

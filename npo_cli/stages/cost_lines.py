@@ -60,6 +60,7 @@ def scouted(run: RunDir, branch: str) -> set[Place]:
     return {
         (stretch.branch, step)
         for info in (caches[name] for name in guides if name in caches)
+        if info.guide_step is not None and info.source != "run"
         for stretch in descent(run, info.branch)
         for step in range(info.at_step + 1, info.guide_step + 1)
         if stretch.owns(step)

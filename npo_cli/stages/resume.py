@@ -14,17 +14,19 @@ from torch.optim import AdamW
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
+from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import in_force, recipe_dict
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
-from npo_cli.records import EvalReport, GuideInfo, Notice, Segment, StepReport
+from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor, refuse_damaged_after
 from npo_cli.run_dir.files import damaged
-from npo_cli.run_dir.guides import load_guide, trajectories_path
+from npo_cli.run_dir.guides import asking, load_guide, trajectories_path
 from npo_cli.run_dir.lineage import append_segment, birth_segment, new_branch_name, newest_branch, segments
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.steps import append_event
 from npo_cli.stages.batches import Guidance
+from npo_cli.stages.experience import refuse_second_source
 from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.rollback import taken_back
 from npo_cli.stages.saving import restore_state
@@ -148,7 +150,7 @@ def fork(
 
 def check_guide(run: RunDir, info: GuideInfo, *, parent: str, at: int) -> None:
     """A guide serves the learner, and so the prompts, that it was sampled for."""
-    again = f"npo sample-guide {as_typed(run.root)} --branch {parent} --guide {info.guide_step} --at {at} --name NEW"
+    again = f"npo sample-guide {as_typed(run.root)} --branch {parent} {asking(info)} --at {at} --name NEW"
     if (info.branch, info.at_step) != (parent, at):
         raise NpoError(
             f"guide {info.name} was sampled for step {info.at_step} of {info.branch}, not step {at} of {parent}", again
@@ -159,22 +161,35 @@ def open_guidance(world: World, segment: Segment) -> Guidance | None:
     """The segment's guide cache, checked against the tokenizer and the prompts at hand."""
     if segment.guide is None or segment.guide_until is None:
         return None
+    refuse_second_source(world, other=f"guide {segment.guide}")
     info, trajectories = load_guide(world.run, segment.guide)
     if info.tokenizer_digest != world.policy.tokenizer_digest:
         raise NpoError(
             f"guide {info.name} was written with another tokenizer; its token ids mean nothing here",
-            f"npo sample-guide {as_typed(world.run.root)} --guide {info.guide_step} --at {info.at_step} --name NEW",
+            f"npo sample-guide {as_typed(world.run.root)} {asking(info)} --at {info.at_step} --name NEW",
         )
+    refuse_unknown_logps(world, info)
     known = {prompt.prompt_id for prompt in world.task.train}
     strangers = sorted(trajectories.keys() - known)
     if strangers:
         raise NpoError(
             f"guide {info.name} answers prompts that this task does not have: {strangers[0]}", "use this run's own data"
         )
-    top = max((max(kept.response_ids) for kept in trajectories.values()), default=0)
+    every = [kept for several in trajectories.values() for kept in several]
+    top = max((max(kept.response_ids) for kept in every), default=0)
     if top >= world.policy.model.get_input_embeddings().num_embeddings:
         raise damaged(trajectories_path(world.run.guide_folder(info.name)), f"no token has the number {top}")
     return Guidance(trajectories=trajectories, until_step=segment.guide_until)
+
+
+def refuse_unknown_logps(world: World, info: GuideInfo) -> None:
+    """A ratio to the guide's probabilities needs them."""
+    ratio = world.recipe.inject.ratio
+    if not info.has_logps and ratio in ("exact", "decoupled"):
+        raise NpoError(
+            f"inject.ratio={ratio} divides by the probabilities of who wrote guide {info.name}, which nobody knows",
+            "inject.ratio=unit   # or proximal, or none",
+        )
 
 
 def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:

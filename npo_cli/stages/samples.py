@@ -28,7 +28,7 @@ def marks_of(run: RunDir, branch: str) -> dict[str, list[Mark]]:
     found: dict[str, list[Mark]] = {}
     for one in visits(run, branch):
         prompt_id = one.group.prompt.prompt_id
-        mark = Mark(prompt_id=prompt_id, step=one.step, num_correct=one.num_correct, seated=one.guide_step is not None)
+        mark = Mark(prompt_id=prompt_id, step=one.step, num_correct=one.num_correct, seated=bool(one.guests))
         found.setdefault(prompt_id, []).append(mark)
     return found
 
@@ -38,7 +38,7 @@ def samples(run: RunDir, branch: str, marks: dict[str, list[Mark]]) -> Iterator[
     for prompt_id in chosen(marks):
         steps = {mark.step for mark in marks[prompt_id]}
         seen = tuple(visits(run, branch, prompt_id=prompt_id, steps=steps))
-        shown = next((one for one in seen if one.guide_step is not None), seen[-1])
+        shown = next((one for one in seen if one.guests), seen[-1])
         yield Sample(story=story(branch, seen), visits=seen, shown=shown)
 
 

@@ -22,8 +22,8 @@ from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.scores import Scoring, drop_scoring, open_scoring, save_scores
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.seeds import derive_seed
+from npo_cli.stages.authors import forward_logps
 from npo_cli.stages.ratios import JudgedSample, learner_ratios
-from npo_cli.stages.sample_guide import forward_logps
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, futures, segment_prompts
 from npo_cli.stages.world import World, answer, load_checkpoint, open_policy, open_task, open_world
 

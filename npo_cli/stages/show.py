@@ -7,7 +7,8 @@ from typing import Any
 
 from npo_cli.costs import Account, Crossing, CurvePoint
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.records import GuideInfo, Segment, StepReport
+from npo_cli.guide_records import GuideInfo
+from npo_cli.records import Segment, StepReport
 from npo_cli.report.lines import GroupLine, PromptStory, RolloutLine, Visit
 from npo_cli.run_dir.guides import list_guides
 from npo_cli.run_dir.journal import Journal

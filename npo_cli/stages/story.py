@@ -21,8 +21,8 @@ def visits(
 
 
 def _visit(branch: str, step: int, group: Group) -> Visit:
-    """Counts its own answers: the journal keeps the one whose slot a guide took as well."""
-    own = [rollout for rollout in group.rollouts if rollout.source == "own"]
+    """Counts its own answers: the journal keeps those whose slot another took as well."""
+    own = [rollout for rollout in group.rollouts if not rollout.foreign]
     num_correct = sum(rollout.verdict == "correct" for rollout in own)
     return Visit(branch=branch, step=step, num_asked=len(own), num_correct=num_correct, group=group)
 
@@ -38,7 +38,7 @@ def story(branch: str, seen: Sequence[Visit]) -> PromptStory:
         num_visits=len(seen),
         solved_at=next((one.step for one in seen if one.num_correct), None),
         mostly_solved_at=next((one.step for one in seen if 2 * one.num_correct > one.num_asked), None),
-        seated_at=tuple(one.step for one in seen if one.guide_step is not None),
+        seated_at=tuple(one.step for one in seen if one.guests),
     )
 
 

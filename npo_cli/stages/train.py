@@ -8,6 +8,7 @@ from torch.optim import AdamW
 
 from npo_cli import __version__
 from npo_cli.config import Recipe
+from npo_cli.guide_records import Experience
 from npo_cli.loading import recipe_dict
 from npo_cli.policy.model import load_policy
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_streams
@@ -108,7 +109,8 @@ def whole_path(path: str) -> str:
 def begin(world: World, optimizer: AdamW) -> Generator[EvalReport, None, TrainerState]:
     """Step 0 of a run: streams seeded, the base evaluated where evaluations are wanted, and saved."""
     seed_streams(world.recipe.train.seed)
-    state = TrainerState(step=0, position=0, trackers={})
+    memory = Experience() if world.recipe.experience.share else None
+    state = TrainerState(step=0, position=0, trackers={}, experience=memory)
     if world.recipe.eval.every:
         yield evaluate_policy(world, branch=MAIN, step=0)
     save_checkpoint(world, optimizer, state, branch=MAIN)

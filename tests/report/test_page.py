@@ -101,7 +101,7 @@ def test_a_sample_sets_the_policy_beside_the_guide():
     (own,) = re.findall(r"Step 30 of calm, the policy itself: \d of \d correct", text)
     assert own.endswith("1 of 3 correct")
     # The policy of step 30 had made 29 steps: 40 - 29 = 11.
-    assert "Guide: the policy of step 40, 11 steps ahead of the policy that answered" in text
+    assert "In a slot: guide, step 40: 11 steps ahead of the policy that answered" in text
     assert "log-ratio policy / guide -0.375 nats" in text
     assert re.search(r"8: 0/2\s+30: 1/3 G", text)
 

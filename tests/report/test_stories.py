@@ -1,7 +1,15 @@
 from dataclasses import replace
 
 from npo_cli.cli.drawing import plain_table
-from npo_cli.report.stories import answers, in_a_sentence, log_ratio, stories_tables, visits_tables
+from npo_cli.report.stories import (
+    answers,
+    how_far,
+    in_a_sentence,
+    log_ratio,
+    stories_tables,
+    visits_tables,
+    what_happened,
+)
 from tests.report.visits import GUIDED, SOLVED, STORY, VISITS
 
 
@@ -29,13 +37,13 @@ def test_a_story_on_the_terminal_is_read_from_top_to_bottom():
         "question  reference answer\n"
         "6*7=                    42\n"
         "\n"
-        "Step 30, late: 1 of 3 own answers correct; the guide of step 40 took a slot\n"
+        "Step 30, late: 1 of 3 own answers correct; in a slot: guide, step 40\n"
         "slots  source          verdict  ended  tokens  log-prob  response\n"
         "2      guide, step 40  correct  yes         2    -0.188        42\n"
         "1      own             correct  yes         2    -0.375        42\n"
         "0 2    own             wrong    yes         2    -0.375         7\n"
         "\n"
-        "Step 50, late: 1 of 1 own answers correct; good enough without the guide\n"
+        "Step 50, late: 1 of 1 own answers correct; good enough without a guide\n"
         "slots  source  verdict  ended  tokens  log-prob  response\n"
         "    0  own     correct  yes         2    -0.375        42\n"
         "log-prob: mean a token, in nats, under the policy that wrote it; the guide's under the guide.\n"
@@ -56,3 +64,19 @@ def test_a_long_answer_is_cut_on_the_terminal():
     assert table.rows[0][-1].endswith("y42")
     # 5002 letters, 600 are shown
     assert "[... 4,402 letters left out ...]" in table.rows[0][-1]
+
+
+def test_a_teacher_has_no_step_and_no_log_probability():
+    teacher = replace(GUIDED.group.rollouts[-1], source="teacher", sampler_step=None, behavior_logps=None)
+    taught = replace(GUIDED, group=replace(GUIDED.group, rollouts=(*GUIDED.group.rollouts[:-1], teacher)))
+    first = answers(taught)[0]
+    assert (first.who, first.logp_per_token, how_far(taught)) == ("teacher", None, "teacher")
+    assert what_happened(taught) == "1 of 3 own answers correct; in a slot: teacher"
+    assert log_ratio(taught) == "Its log-probability under who wrote it is not known."
+
+
+def test_the_past_is_behind():
+    past = replace(GUIDED.group.rollouts[-1], source="past", sampler_step=9)
+    replayed = replace(GUIDED, group=replace(GUIDED.group, rollouts=(*GUIDED.group.rollouts[:-1], past)))
+    # The policy of step 30 had made 29 steps.
+    assert how_far(replayed) == "past, step 9: 20 steps behind the policy that answered"

@@ -1,5 +1,6 @@
 from npo_cli.costs import Crossing
-from npo_cli.records import CheckpointEntry, EvalReport, GuideInfo, Segment, StepReport
+from npo_cli.guide_records import GuideInfo
+from npo_cli.records import CheckpointEntry, EvalReport, Segment, StepReport
 from npo_cli.report.lines import Check, GroupLine, RolloutLine
 from npo_cli.report.tables import (
     checks_tables,
