@@ -42,6 +42,8 @@ KNOWN_ONLY_TO = {
     "typer": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "torch": {"objective", "policy", "engines", "stages"},
     "transformers": {"policy", "engines", "npo_cli/stages/doctor.py"},
     "safetensors": {"policy", "engines"},

@@ -22,6 +22,7 @@ from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
 from npo_cli.cli.index import index
 from npo_cli.cli.recipes import recipes
+from npo_cli.cli.report import report
 from npo_cli.cli.resume import resume
 from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
@@ -39,6 +40,7 @@ DOORS = {
     "bench": bench,
     "eval": evaluate,
     "show": show,
+    "report": report,
     "recipes": recipes,
     "doctor": doctor,
     "demo": demo,

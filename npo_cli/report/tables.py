@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from npo_cli.costs import Crossing
+from npo_cli.costs import CostLine, Crossing
 from npo_cli.guide_records import GuideInfo
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
 from npo_cli.report.auto_tables import AUTO_TABLES
 from npo_cli.report.bench_tables import tuned_tables
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
-from npo_cli.report.lines import Check, GroupLine, RecipeLine, RolloutLine, Tuned
+from npo_cli.report.lines import Check, GroupLine, PromptStory, RecipeLine, RolloutLine, Tuned, Visit
+from npo_cli.report.stories import stories_tables, visits_tables
 
 
 def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
@@ -205,6 +206,14 @@ def _cost_cell(cost: float | None) -> str:
     return f"{cost:,.1f}" if isinstance(cost, float) else count(cost, absent="not reached")
 
 
+def costs_tables(lines: Sequence[CostLine]) -> tuple[Table, ...]:
+    """Everything executed by kind of work."""
+    rows = tuple(
+        (one.what, count(one.steps), count(one.tokens), f"{one.seconds:,.1f}" if one.seconds else "-") for one in lines
+    )
+    return (Table(title="Everything executed", header=("work", "steps", "tokens", "seconds"), rows=rows),)
+
+
 def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
     """Rollouts with question, reference answer and response, the seated guide told apart."""
     header = ("branch", "step", "prompt", "slot", "source", "verdict", "ended", "question", "answer", "response")
@@ -267,6 +276,8 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     Segment: lineage_tables,
     RolloutLine: rollouts_tables,
     GroupLine: groups_tables,
+    PromptStory: stories_tables,
+    Visit: visits_tables,
     RecipeLine: recipes_tables,
     Tuned: tuned_tables,
     Check: checks_tables,
