@@ -51,7 +51,7 @@ def sample_guide(
     """
     recipe_of(run, overrides, branch=branch)
 
-    from npo_cli.stages.guide_sources import Ask
+    from npo_cli.stages.guide_plan import Ask
     from npo_cli.stages.sample_guide import sample_run
 
     records = sample_run(
