@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from npo_cli.costs import Crossing
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide_records import GuideInfo, SourceScore
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
 from npo_cli.report.auto_tables import AUTO_TABLES
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
 from npo_cli.report.lines import Check, GroupLine, RecipeLine, RolloutLine
+from npo_cli.report.source_tables import sources_tables
 
 
 def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
@@ -271,6 +272,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     CheckpointEntry: index_tables,
     GuideInfo: guides_tables,
     CheckpointScore: scores_tables,
+    SourceScore: sources_tables,
     EvalReport: evals_tables,
     Crossing: comparison_tables,
     **AUTO_TABLES,

@@ -22,6 +22,8 @@ class EndpointAuthor:
     """With the learner's weights."""
     endpoint: Endpoint
     retelling: Retelling
+    label: tuple[str, ...]
+    """In the sampling seeds."""
 
     def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
         """Rounds of samples."""
@@ -55,7 +57,7 @@ class EndpointAuthor:
         heat = recipe.guide.temperature
         return TextRequest(
             prompt=prompt,
-            seed=derive_seed(recipe.train.seed, "guide", "endpoint", prompt.prompt_id, slot),
+            seed=derive_seed(recipe.train.seed, *self.label, prompt.prompt_id, slot),
             temperature=recipe.sampling.temperature if heat is None else heat,
             max_new_tokens=recipe.sampling.max_new_tokens,
         )
@@ -83,7 +85,12 @@ def open_endpoint(plan: Plan, task: Task, policy: Policy) -> OpenSource:
     return OpenSource(
         plan=plan,
         world=world,
-        author=EndpointAuthor(world=world, endpoint=endpoint, retelling=Retelling(world=world, learner=policy)),
+        author=EndpointAuthor(
+            world=world,
+            endpoint=endpoint,
+            retelling=Retelling(world=world, learner=policy),
+            label=(plan.purpose, plan.ask.source),
+        ),
         digest="",
         tokenizer_digest=policy.tokenizer_digest,
         origin=f"{endpoint.url} model {endpoint.model}",

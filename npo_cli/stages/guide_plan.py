@@ -81,6 +81,8 @@ class Plan:
     """Where the author is a checkpoint of this run."""
     other: OtherRun | None = None
     """Where it is one of another run."""
+    purpose: str = "guide"
+    """In the seeds: what is sampled to choose a source is not what is sampled to learn from it."""
 
     @property
     def default_name(self) -> str:

@@ -28,7 +28,7 @@ class OutsideAuthor:
     """The outside model's: its policy, its engine."""
     learner: Policy
     retelling: Retelling
-    label: str
+    label: tuple[str, ...]
     """In the sampling seeds."""
 
     @property
@@ -42,7 +42,7 @@ class OutsideAuthor:
 
     def _drawn(self, prompts: Sequence[Prompt], slots: range) -> list[Answers]:
         heat = self.world.recipe.guide.temperature
-        groups = answer(self.world, prompts, label=("guide", self.label), slots=slots, sampler_step=0, temperature=heat)
+        groups = answer(self.world, prompts, label=self.label, slots=slots, sampler_step=0, temperature=heat)
         told = iter(self._told([(group.prompt, rollout) for group in groups for rollout in group.rollouts]))
         return [
             Answers(
@@ -87,7 +87,7 @@ def open_outside(plan: Plan, task: Task, policy: Policy) -> OpenSource:
         world=world,
         learner=policy,
         retelling=Retelling(world=world, learner=policy),
-        label=plan.ask.source,
+        label=(plan.purpose, plan.ask.source),
     )
     other = plan.other
     return OpenSource(

@@ -1,4 +1,4 @@
-"""Guide caches that nothing is generated for: files of traces, and the run's own past; and those of an address."""
+"""Guide caches from files of traces: verified here, told in the learner's tokens, never believed."""
 
 import json
 import random
@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.errors import NpoError, RunFailed
+from npo_cli.errors import NpoError
 from npo_cli.records import Notice
 from npo_cli.run_dir.files import sha256_of
-from npo_cli.run_dir.guides import asked_path, load_guide, read_asked, trajectories_path
+from npo_cli.run_dir.guides import load_guide, read_asked, trajectories_path
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages import guide_cache
 from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.sample_guide import sample_run
-from tests.engines.openai_server import serving
-from tests.stages.running import copied, resume, sample, train, trajectories, world_at
+from tests.stages.running import copied, resume, sample, trajectories, world_at
 from tests.stages.teachers import right_rows, right_text, traces_file
 
 NAMED = {"guide_step": None, "name": "given"}
@@ -45,9 +43,6 @@ def from_file(root: Path, path: Path, *overrides: str, name: str = "given"):
 
 def notices(records) -> list[str]:
     return [record.message for record in records if isinstance(record, Notice)]
-
-
-# A file
 
 
 def test_a_files_answers_are_verified_told_in_the_learners_tokens_and_cost_nothing(root, lesson, tmp_path):
@@ -219,150 +214,6 @@ def test_a_file_that_changed_makes_another_cache(root, lesson, tmp_path):
     traces_file(path, right_rows(prompts[:4]))
     with pytest.raises(NpoError, match="an unfinished guide 'given' with another guide_digest"):
         from_file(root, path)
-
-
-# The past
-
-
-@pytest.fixture(scope="module")
-def veteran(tmp_path_factory):
-    """8 steps that see a pool of 16 twice: steps 5 to 8 meet what steps 1 to 4 answered."""
-    root = tmp_path_factory.mktemp("veteran") / "run"
-    train(root, "train.num_steps=8")
-    return root
-
-
-def recorded(root: Path, steps: range) -> dict[str, list]:
-    journal = RolloutJournal(open_run(root).rollouts_path("main"))
-    found: dict[str, list] = {}
-    for step in steps:
-        for group in journal.read_step(step):
-            found.setdefault(group.prompt.prompt_id, []).extend((step, rollout) for rollout in group.rollouts)
-    return found
-
-
-def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_day(veteran, tmp_path):
-    root = copied(veteran, tmp_path / "run")
-    info = sample(root, source="past", at=4, **NAMED)
-    history, found = recorded(root, range(1, 5)), trajectories(root, "given")
-    solved = {
-        prompt_id
-        for prompt_id, each in history.items()
-        if any(rollout.verdict == "correct" and rollout.finished for _, rollout in each)
-    }
-    assert found.keys() == solved
-    assert solved
-    for prompt_id, kept in found.items():
-        same = [(step, rollout) for step, rollout in history[prompt_id] if rollout.response_ids == kept.response_ids]
-        step, rollout = max(same, key=lambda pair: pair[0])
-        assert (kept.source, kept.guide_step) == ("past", rollout.sampler_step)
-        assert rollout.sampler_step == step - 1
-        newest = [rollout.behavior_logps for at, rollout in same if at == step]
-        assert kept.behavior_logps in newest
-        assert kept.num_sampled == len(history[prompt_id]) == 4
-    assert (info.num_tokens, info.given_tokens, info.has_logps, info.origin) == (0, 0, True, "")
-    # each of the 16 prompts was visited once in steps 1 to 4
-    assert info.num_samples == 16 * 4
-
-
-def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
-    root = copied(veteran, tmp_path / "run")
-    sample(root, source="past", at=4, **NAMED)
-    reports = resume(root, "inject.ratio=exact", "inject.gate=1", at=4, guide="given")
-    assert sum(report.metrics["inject/slots"] for report in reports) == len(trajectories(root, "given"))
-    assert len(reports) == 4
-
-
-def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
-    root = tmp_path / "run"
-    train(root, "train.num_steps=12", "task.pool_size=4", "train.save_every=4")
-    sample(root, "guide.per_prompt=8", "guide.k=8", source="past", at=8, **NAMED)
-    history = recorded(root, range(1, 9))
-    for prompt_id, several in load_guide(open_run(root), "given")[1].items():
-        texts = [kept.text for kept in several]
-        assert len(texts) == len(set(texts))
-        right = [rollout for _, rollout in history[prompt_id] if rollout.verdict == "correct"]
-        assert {kept.num_correct for kept in several} == {len(right)}
-        for kept in several:
-            assert kept.guide_step == max(each.sampler_step for each in right if each.text == kept.text)
-
-
-def test_there_is_no_past_at_step_0_nor_where_nothing_was_visited_before(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
-    with pytest.raises(NpoError, match="the learner at step 0 has no past"):
-        sample(root, source="past", at=0, **NAMED)
-    with pytest.raises(NpoError, match=r"none of the 8 prompts of steps 3-4 was solved in steps 1-2"):
-        sample(root, source="past", at=2, **NAMED)
-
-
-# An address
-
-
-def right_to(prompts):
-    """A server's teacher: the right scratchpad of whatever it is asked."""
-    by_text = {prompt.text: prompt for prompt in prompts}
-
-    def say(body: dict) -> dict:
-        text = right_text(by_text[body["prompt"]])
-        return {"text": text, "finish_reason": "stop", "usage": {"completion_tokens": 7}}
-
-    return say
-
-
-def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its_own(root, lesson):
-    _, prompts = lesson
-    with serving(right_to(prompts)) as served:
-        asked = {"source": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
-        info = sample(root, **asked)
-        seeds = [body["seed"] for body in served.bodies]
-    found = trajectories(root, "given")
-    assert {prompt.prompt_id: right_text(prompt) for prompt in prompts} == {
-        prompt_id: kept.text for prompt_id, kept in found.items()
-    }
-    # 8 prompts, solved in the first round of 2, 7 tokens by the server's count
-    assert (info.num_samples, info.num_tokens) == (16, 16 * 7)
-    assert len(set(seeds)) == 16
-    assert (info.origin, info.guide_digest, info.has_logps) == (f"{served.url} model teacher", "", False)
-    assert {kept.source for kept in found.values()} == {"teacher"}
-
-
-def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path, monkeypatch):
-    monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
-    _, prompts = lesson
-    straight, broken = (copied(scout, tmp_path / name) for name in ("straight", "broken"))
-    with serving(right_to(prompts)) as served:
-        asked = {"source": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
-        sample(straight, **asked)
-        whole = len(served.bodies)
-        # The first chunk of three is heard; then the server is gone for good.
-        say = served.say
-        served.bodies.clear()
-
-        def say_a_little(body: dict) -> dict:
-            if len(served.bodies) > 6:
-                served.failures.append((400, {}, b"out of order"))
-            return say(body)
-
-        served.say = say_a_little
-        with pytest.raises(RunFailed, match="answered 400: out of order"):
-            sample(broken, **asked)
-        served.say, first = say, len(read_asked(broken / "guides" / "given"))
-        served.failures.clear()
-        served.bodies.clear()
-        sample(broken, **asked)
-        assert (whole, first, len(served.bodies)) == (16, 3, 10)
-    for path in (asked_path, trajectories_path):
-        one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
-        assert one == other
-
-
-def test_an_address_without_the_model_is_refused_and_nothing_is_written(root, lesson):
-    before = sorted(root.rglob("*"))
-    with serving(right_to(lesson[1])) as served:
-        asked = {"source": "endpoint", "origin": served.url, "model": "oracle", **NAMED}
-        with pytest.raises(NpoError, match="has no model 'oracle'; it has: teacher"):
-            sample(root, **asked)
-    assert sorted(root.rglob("*")) == before
 
 
 def test_no_engine_is_started_for_what_needs_none(root, lesson, tmp_path):
