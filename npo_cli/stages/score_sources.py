@@ -35,6 +35,8 @@ from npo_cli.stages.source_arms import SourceArm, collect_source, source_arms, t
 from npo_cli.stages.world import load_checkpoint, open_policy, open_task, open_world
 from npo_cli.tasks.prompts import Task
 
+BEYOND = 10**9
+"""Steps to a policy that is not of the learner's line, in a tie."""
 NOT_FRESH = "recorded while training: not fresh, as many tries as there were visits"
 BROUGHT = "brought in a file: not fresh, as many tries as it has rows"
 NO_LOGPS = "no V and S: nobody knows the log-probabilities of who wrote it, so its ratio to the learner is not known"
@@ -200,7 +202,8 @@ def arm_of(contest: Contest, field: Field, number: int, *, hard: Sequence[Prompt
         started = time.perf_counter()
         ratios = tuple(learner_ratios(contest.world, pairs, cap=contest.settings.cap))
         add_seconds(contest.scoring.folder, time.perf_counter() - started, num_tokens=0)
-    distance = 0 if number < 0 else number - contest.learner.step
+    # Of equal S the one nearest to the learner is taken.
+    distance = BEYOND if number < 0 else abs(number - contest.learner.step)
     return Arm(step=number, distance=distance, outcomes=tuple(outcomes), ratios=ratios)
 
 
@@ -213,7 +216,7 @@ def source_score(
     known = SourceScore(
         name=field.name(score.step),
         kind=kind,
-        distance=score.distance if score.step >= 0 else None,
+        distance=None if score.step < 0 else score.step - field.learner.step,
         num_prompts=score.num_prompts,
         num_samples=num_samples,
         num_tries=num_samples / score.num_prompts,

@@ -86,8 +86,8 @@ def _matcher(prompts: Sequence[Prompt], settings: TaskSettings) -> Callable[[Row
 
     def matched(row: Row) -> list[str]:
         name, asked = row.values.get("prompt_id"), row.values.get("prompt")
-        if isinstance(name, str):
-            return [name] if name in known else []
+        if isinstance(name, str | int) and not isinstance(name, bool):
+            return [str(name)] if str(name) in known else []
         if name is not None:
             raise _Unusable(f"prompt_id is {_kind(name)}")
         question = _as_question(asked)
