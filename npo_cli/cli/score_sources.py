@@ -34,7 +34,7 @@ def score_sources(
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compare past, self, near and far future and teachers by S = Q/V.
+    """Compare past, futures and teachers by S = Q/V.
 
     The learner itself and its later steps are always compared. --source adds: past (what it once got right), base (step
     0), model=FOLDER_OR_HUB_ID, run=OTHER_RUN[:BRANCH], file=TRACES, endpoint=NAME@http://127.0.0.1:8000/v1.

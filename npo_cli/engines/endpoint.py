@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from threading import Event
-from typing import Any
+from typing import Any, NoReturn
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
@@ -102,7 +102,7 @@ class Endpoint:
                     return
                 raise
         listed = found.get("data") if isinstance(found, dict) else None
-        names = [each.get("id") for each in listed or () if isinstance(each, dict)]
+        names = [each.get("id") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
         if names and self.model not in names:
             known = ", ".join(map(str, names[:8]))
             raise NpoError(f"{self.url} has no model {self.model!r}; it has: {known}", f"--model {names[0]}")
@@ -128,9 +128,12 @@ class Endpoint:
             finished = choice.get("finish_reason") == "stop"
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise RunFailed(f"{self.url}/{path} answered something else than OpenAI's API does", AGAIN) from error
-        if not isinstance(text, str | None) or isinstance(num_tokens, bool) or not isinstance(num_tokens, int | None):
+        if not isinstance(text, str | None):
             raise RunFailed(f"{self.url}/{path} answered with a text that is none", AGAIN)
-        return TextAnswer(text=text or "", finished=finished, num_tokens=num_tokens)
+        is_count = isinstance(num_tokens, int) and not isinstance(num_tokens, bool) and num_tokens >= 0
+        # JSON can spell half a character, which no tokenizer takes.
+        whole = (text or "").encode("utf-8", "replace").decode()
+        return TextAnswer(text=whole, finished=finished, num_tokens=num_tokens if is_count else None)
 
     def _body(self, request: TextRequest) -> tuple[str, dict[str, Any]]:
         """Plain text is completed, messages are answered."""
@@ -164,9 +167,7 @@ class Endpoint:
         raise AssertionError("the last try ends in one way or the other")
 
     def _once(self, opener: OpenerDirector, path: str, *, body: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
+        headers = {"Content-Type": "application/json", "Accept": "application/json", **_key()}
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}/{path}", data=data, headers=headers)
         try:
@@ -174,13 +175,13 @@ class Endpoint:
                 return json.loads(_whole(answer, deadline=time.monotonic() + self.patience.timeout))
         except HTTPError as error:
             self._refused(path, error)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunFailed(f"{self.url}/{path} did not answer in JSON", AGAIN) from error
         except (OSError, HTTPException) as error:
             said = getattr(error, "reason", None) or error
             raise PassingError(f"could not be reached: {said or type(error).__name__}") from error
 
-    def _refused(self, path: str, error: HTTPError) -> None:
+    def _refused(self, path: str, error: HTTPError) -> NoReturn:
         """What may pass is tried again; anything else ends it, in the server's own words."""
         with error:
             try:
@@ -219,6 +220,14 @@ def checked_address(text: str) -> str:
             f"put the key into the environment as {KEY_VARIABLE}",
         )
     return text.rstrip("/")
+
+
+def _key() -> dict[str, str]:
+    """The header that shows the key, where there is one."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise NpoError(f"{KEY_VARIABLE} holds characters that no key has", "set it to the key alone, or unset it")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _whole(answer: HTTPResponse, *, deadline: float) -> bytes:

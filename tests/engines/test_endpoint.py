@@ -97,6 +97,24 @@ def test_a_key_comes_from_the_environment_and_a_refusal_says_where_it_belongs(mo
     assert served.keys == [None, "Bearer open sesame"]
 
 
+def test_half_a_character_becomes_a_question_mark_and_a_strange_count_is_no_count():
+    def half(body: dict) -> dict:
+        return {"text": "1\ud800", "finish_reason": "stop", "usage": {"completion_tokens": -4}}
+
+    with serving(half) as served:
+        (answer,) = endpoint(served).ask([wanted()])
+    assert (answer.text, answer.num_tokens) == ("1?", None)
+
+
+def test_a_key_that_no_header_can_hold_is_told_without_being_shown(monkeypatch):
+    monkeypatch.setenv("NPO_ENDPOINT_KEY", "open\nsesame")
+    with serving(echo) as served:
+        with pytest.raises(NpoError, match="NPO_ENDPOINT_KEY holds characters") as caught:
+            endpoint(served).ask([wanted()])
+        assert served.bodies == []
+    assert "sesame" not in caught.value.message
+
+
 def test_a_redirect_is_not_followed_so_that_no_other_address_sees_the_key(monkeypatch):
     monkeypatch.setenv("NPO_ENDPOINT_KEY", "secret")
     with serving(echo) as elsewhere, serving(echo) as served:
@@ -113,6 +131,7 @@ def test_a_redirect_is_not_followed_so_that_no_other_address_sees_the_key(monkey
         (b'{"choices": []}', "answered something else than OpenAI's API does"),
         (b"[1]", "answered something else than OpenAI's API does"),
         (b'{"choices": [{"text": 7}]}', "answered with a text that is none"),
+        (b"[" * 200_000, "did not answer in JSON"),
     ],
 )
 def test_an_answer_that_is_none_ends_it(broken, message):
