@@ -79,6 +79,17 @@ class GuideSettings(Settings):
         json_schema_extra=FREE,
     )
 
+    concurrency: Count = Field(8, description="endpoint: requests under way at the same time.", json_schema_extra=FREE)
+    timeout: float = Field(
+        120.0, gt=0, description="endpoint: seconds that one answer may take.", json_schema_extra=FREE
+    )
+    retries: int = Field(
+        5,
+        ge=0,
+        description="endpoint: further tries after a refusal that may pass (429, 5xx, a broken connection).",
+        json_schema_extra=FREE,
+    )
+
     @model_validator(mode="after")
     def _fits(self) -> "GuideSettings":
         for key in ("per_prompt", "min_correct"):

@@ -26,6 +26,7 @@ from npo_cli.cli.report import report
 from npo_cli.cli.resume import resume
 from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
+from npo_cli.cli.score_sources import score_sources
 from npo_cli.cli.show import show
 from npo_cli.cli.train import train
 from npo_cli.errors import NpoError, StoppedEarly
@@ -34,6 +35,7 @@ DOORS = {
     "train": train,
     "index": index,
     "score-checkpoints": score_checkpoints,
+    "score-sources": score_sources,
     "sample-guide": sample_guide,
     "resume": resume,
     "autonpo": autonpo,

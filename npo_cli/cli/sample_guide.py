@@ -10,7 +10,9 @@ from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, 
 
 GuideOpt = Annotated[
     int | None,
-    typer.Option("--guide", min=1, metavar="STEP", help="Step of the guide. [default: intervention.guide]"),
+    typer.Option(
+        "--guide", min=1, metavar="STEP", help="Step of the guide. [default: intervention.guide; of a run: its newest]"
+    ),
 ]
 AtOpt = Annotated[
     int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: intervention.at]")
@@ -51,7 +53,7 @@ def sample_guide(
     """
     recipe_of(run, overrides, branch=branch)
 
-    from npo_cli.stages.guide_sources import Ask
+    from npo_cli.stages.guide_plan import Ask
     from npo_cli.stages.sample_guide import sample_run
 
     records = sample_run(

@@ -92,6 +92,16 @@ class Policy:
             self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
         )
 
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        """Token ids of a response that somebody else wrote, without an end token: no text can name one."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+    @property
+    def end_id(self) -> int:
+        """The token that a response is ended with: the tokenizer's own where it is one of those that end it."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.eos_ids else self.eos_ids[0]
+
     def load(self, folder: Path) -> None:
         """Swap in the weights of a checkpoint folder, checked tensor by tensor."""
         load_weights(self.model, folder)

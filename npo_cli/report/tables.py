@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from npo_cli.costs import CostLine, Crossing
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide_records import GuideInfo, SourceScore
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
 from npo_cli.report.auto_tables import AUTO_TABLES
 from npo_cli.report.bench_tables import tuned_tables
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
 from npo_cli.report.lines import Check, GroupLine, PromptStory, RecipeLine, RolloutLine, Tuned, Visit
+from npo_cli.report.source_tables import sources_tables
 from npo_cli.report.stories import stories_tables, visits_tables
 
 
@@ -109,17 +110,23 @@ def evals_tables(reports: Sequence[EvalReport]) -> tuple[Table, ...]:
 
 
 def guides_tables(guides: Sequence[GuideInfo]) -> tuple[Table, ...]:
-    """Guide caches: whom they serve, who wrote them, how many prompts they solved."""
-    header = ("name", "branch", "for steps", "guide step", "solved", "samples", "tokens", "whole")
+    """Guide caches: whom they serve, who wrote them, how many prompts they solved, what they cost and whom."""
+    header = (
+        *("name", "branch", "for steps", "source", "guide step", "from", "solved", "kept", "samples", "tokens"),
+        *("given tokens", "side tokens", "log-probs", "whole"),
+    )
     rows = tuple(
         (
-            *(one.name, one.branch, f"{one.at_step + 1}-{one.at_step + one.num_steps}", str(one.guide_step)),
-            f"{count(one.num_found)} of {count(one.num_prompts)}",
-            *(count(one.num_samples), count(one.num_tokens), "yes" if one.complete else "NO"),
+            *(one.name, one.branch, f"{one.at_step + 1}-{one.at_step + one.num_steps}"),
+            *(one.source, count(one.guide_step), one.origin),
+            *(f"{count(one.num_found)} of {count(one.num_prompts)}", count(one.num_trajectories or one.num_found)),
+            *(count(one.num_samples), count(one.num_tokens), count(one.given_tokens or None)),
+            *(count(one.side_tokens or None), "yes" if one.has_logps else "none", "yes" if one.complete else "NO"),
         )
         for one in guides
     )
-    return (Table(title="Guide caches", header=header, rows=rows, notes=("solved: prompts with a verified answer",)),)
+    notes = ("solved: prompts with a verified answer; given: by somebody else; side: what training the guide had cost",)
+    return (without_empty_columns(Table(title="Guide caches", header=header, rows=rows, notes=notes)),)
 
 
 def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
@@ -229,7 +236,12 @@ def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
 
 
 def _source(line: RolloutLine) -> str:
-    return "own" if line.rollout.source == "own" else f"guide {line.rollout.guide_step}"
+    rollout = line.rollout
+    return (
+        rollout.source
+        if rollout.sampler_step is None or not rollout.foreign
+        else f"{rollout.source} {rollout.sampler_step}"
+    )
 
 
 def groups_tables(lines: Sequence[GroupLine]) -> tuple[Table, ...]:
@@ -270,6 +282,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     CheckpointEntry: index_tables,
     GuideInfo: guides_tables,
     CheckpointScore: scores_tables,
+    SourceScore: sources_tables,
     EvalReport: evals_tables,
     Crossing: comparison_tables,
     **AUTO_TABLES,

@@ -126,7 +126,14 @@ def asking(info: GuideInfo) -> str:
     """The options of `npo sample-guide` that name the same author again."""
     if info.source == "checkpoint":
         return f"--guide {info.guide_step}"
-    return f"--source {info.source}" + (f" --from {as_typed(info.origin)}" if info.origin else "")
+    what, tail = info.origin, ""
+    if info.source == "endpoint":
+        what, _, model = info.origin.partition(" model ")
+        tail = f" --model {as_typed(model)}"
+    elif info.source == "run":
+        what, _, place = info.origin.rpartition(" step ")
+        tail = f" --guide {place.split()[0]}"
+    return f"--source {info.source}" + (f" --from {as_typed(what)}{tail}" if what else "")
 
 
 def identity(info: GuideInfo) -> dict[str, object]:

@@ -1,9 +1,10 @@
 """Somebody whose answers are kept: what is asked of an author, and the forward passes that charge answers to it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from npo_cli.inject_settings import GuideSettings
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt, Rollout
@@ -17,21 +18,37 @@ class Answers:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
-    num_known: int = 0
-    """How many of them, the first ones, were not generated for this cache."""
+    repeats: tuple[Rollout, ...] = ()
+    """Answers that are among `rollouts` already: counted, never kept."""
+    num_tokens: int = 0
+    """Tokens generated for this cache."""
 
     @property
     def correct(self) -> list[Rollout]:
         """Verified-correct and ended by themselves."""
-        return [rollout for rollout in self.rollouts if rollout.verdict == "correct" and rollout.finished]
+        return right_ones(self.rollouts)
 
     @property
-    def num_new_tokens(self) -> int:
-        """Tokens generated for this cache."""
-        return sum(len(rollout.response_ids) for rollout in self.rollouts[self.num_known :])
+    def num_sampled(self) -> int:
+        """Answers heard."""
+        return len(self.rollouts) + len(self.repeats)
+
+    @property
+    def num_correct(self) -> int:
+        """Correct answers heard."""
+        return len(self.correct) + len(right_ones(self.repeats))
+
+
+def right_ones(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Those that are verified-correct and ended by themselves."""
+    return [rollout for rollout in rollouts if rollout.verdict == "correct" and rollout.finished]
 
 
 Pairs = Sequence[tuple[Prompt, Rollout]]
+Known = Mapping[str, Sequence[Rollout]]
+"""Answers given before, by prompt id: they count as the first samples, and cost nothing again."""
+Draw = Callable[[Sequence[Prompt], range], Sequence[Answers]]
+"""New answers to each prompt, one a slot."""
 
 
 class Author(Protocol):
@@ -45,6 +62,49 @@ class Author(Protocol):
 
     def nearness(self, pairs: Pairs) -> list[float]:
         """Mean log-probability a token under the learner."""
+
+    def remarks(self) -> list[str]:
+        """What a person should know when all is asked."""
+
+
+def drawn_in_rounds(
+    settings: GuideSettings, prompts: Sequence[Prompt], draw: Draw, *, known: Known | None = None
+) -> list[Answers]:
+    """Up to guide.k samples a prompt, `guide.round` at a time; solved prompts ask no more, unless all are wanted."""
+    asked = {prompt.prompt_id: _begun(prompt, (known or {}).get(prompt.prompt_id, ())) for prompt in prompts}
+    while True:
+        wanting = [
+            entry
+            for entry in asked.values()
+            if len(entry.rollouts) < settings.k and (settings.draws_all or not entry.correct)
+        ]
+        if not wanting:
+            return list(asked.values())
+        # Those who have the fewest answers are asked together, so that a slot is never drawn twice.
+        first = min(len(entry.rollouts) for entry in wanting)
+        slots = range(first, min(first + (settings.k if settings.draws_all else settings.round), settings.k))
+        now = [entry.prompt for entry in wanting if len(entry.rollouts) == first]
+        for new in draw(now, slots):
+            before = asked[new.prompt.prompt_id]
+            asked[new.prompt.prompt_id] = replace(
+                before, rollouts=before.rollouts + new.rollouts, num_tokens=before.num_tokens + new.num_tokens
+            )
+
+
+def _begun(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
+    return Answers(prompt=prompt, rollouts=tuple(rollouts))
+
+
+def each_once(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
+    """Answers that cost nothing; of the same tokens said again the first is kept."""
+    first: dict[tuple[int, ...], Rollout] = {}
+    repeats = []
+    for rollout in rollouts:
+        if rollout.response_ids in first:
+            repeats.append(rollout)
+        else:
+            first[rollout.response_ids] = rollout
+    return Answers(prompt=prompt, rollouts=tuple(first.values()), repeats=tuple(repeats))
 
 
 def forward_logps(

@@ -1,15 +1,12 @@
 """A checkpoint of the run answers: its weights are swapped in, and prompts are asked in rounds."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from npo_cli.records import Prompt, Rollout
+from npo_cli.records import Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint
-from npo_cli.stages.authors import Answers, Pairs, forward_logps, mean_logps
-from npo_cli.stages.world import World, answer
-
-Known = Mapping[str, Sequence[Rollout]]
-"""Answers that the guide gave before, by prompt id: they count as its first samples, and cost nothing again."""
+from npo_cli.stages.authors import Answers, Known, Pairs, drawn_in_rounds, forward_logps, mean_logps
+from npo_cli.stages.world import World, answer, num_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,29 +33,21 @@ class CheckpointAuthor:
         self.world.policy.load(self.guide.path)
         return near
 
+    def remarks(self) -> list[str]:
+        """Nothing: its tokens are the learner's."""
+        return []
+
 
 def ask_in_rounds(world: World, prompts: Sequence[Prompt], *, step: int, known: Known | None = None) -> list[Answers]:
-    """Up to guide.k samples a prompt of the weights at hand, `guide.round` at a time; `step` enters the seeds."""
+    """Rounds of samples of the weights at hand; `step` enters the seeds."""
     settings = world.recipe.guide
-    asked = {prompt.prompt_id: _begun(prompt, (known or {}).get(prompt.prompt_id, ())) for prompt in prompts}
-    while True:
-        wanting = [
-            entry
-            for entry in asked.values()
-            if len(entry.rollouts) < settings.k and (settings.draws_all or not entry.correct)
-        ]
-        if not wanting:
-            return list(asked.values())
-        # Those who have the fewest answers are asked together, so that a slot is never drawn twice.
-        first = min(len(entry.rollouts) for entry in wanting)
-        slots = range(first, min(first + (settings.k if settings.draws_all else settings.round), settings.k))
-        now = [entry.prompt for entry in wanting if len(entry.rollouts) == first]
-        for group in answer(
+
+    def draw(now: Sequence[Prompt], slots: range) -> list[Answers]:
+        groups = answer(
             world, now, label=("guide", step), slots=slots, sampler_step=step, temperature=settings.temperature
-        ):
-            before = asked[group.prompt.prompt_id]
-            asked[group.prompt.prompt_id] = replace(before, rollouts=before.rollouts + group.rollouts)
+        )
+        return [
+            Answers(prompt=group.prompt, rollouts=group.rollouts, num_tokens=num_tokens([group])) for group in groups
+        ]
 
-
-def _begun(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
-    return Answers(prompt=prompt, rollouts=tuple(rollouts), num_known=len(rollouts))
+    return drawn_in_rounds(settings, prompts, draw, known=known)

@@ -11,7 +11,7 @@ from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Notice
 from npo_cli.report.figures import comparison_figure
 from npo_cli.run_dir.paths import open_run, refuse_used
 from npo_cli.stages.compare import crossing, curve
-from npo_cli.stages.guide_sources import Ask
+from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.index import index_run
 from npo_cli.stages.resume import resume_run
 from npo_cli.stages.sample_guide import sample_run

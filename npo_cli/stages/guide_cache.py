@@ -61,18 +61,19 @@ def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, author: Autho
 
 
 def _ledger_line(entry: Answers) -> Asked:
-    """Samples of both kinds; tokens of the new ones."""
     return Asked(
         prompt_id=entry.prompt.prompt_id,
-        num_sampled=len(entry.rollouts),
-        num_correct=len(entry.correct),
-        num_tokens=entry.num_new_tokens,
+        num_sampled=entry.num_sampled,
+        num_correct=entry.num_correct,
+        num_tokens=entry.num_tokens,
     )
 
 
 def kept(world: World, asked: Sequence[Answers], *, author: Author, cache: Cache) -> list[GuideTrajectory]:
     """The best answers of each prompt by `guide.select`, up to `guide.per_prompt`, with who they are charged to."""
-    ordered = in_order(world, asked, author=author, label=cache.info.guide_step)
+    info = cache.info
+    label = info.source if info.guide_step is None else info.guide_step
+    ordered = in_order(world, asked, author=author, label=label)
     chosen = [
         (entry, number, rollout)
         for entry, rollouts in zip(asked, ordered, strict=True)
@@ -87,8 +88,8 @@ def kept(world: World, asked: Sequence[Answers], *, author: Author, cache: Cache
             text=rollout.text,
             verdict=rollout.verdict or "unparseable",
             guide_step=rollout.sampler_step,
-            num_sampled=len(entry.rollouts),
-            num_correct=len(entry.correct),
+            num_sampled=entry.num_sampled,
+            num_correct=entry.num_correct,
             source=rollout.source if rollout.foreign else "guide",
             number=number,
             finished=rollout.finished,
@@ -97,17 +98,19 @@ def kept(world: World, asked: Sequence[Answers], *, author: Author, cache: Cache
     ]
 
 
-def in_order(world: World, asked: Sequence[Answers], *, author: Author, label: int | None) -> list[list[Rollout]]:
-    """Of each prompt the answers that may be kept, the best first; none where too few were correct."""
+def in_order(world: World, asked: Sequence[Answers], *, author: Author, label: int | str) -> list[list[Rollout]]:
+    """Of each prompt the answers that may be kept, the best first; none where too few were correct.
+
+    `label` enters the seeds: the guide's step, or the kind of source.
+    """
     settings = world.recipe.guide
-    eligible = [entry.correct if len(entry.correct) >= settings.min_correct else [] for entry in asked]
+    eligible = [entry.correct if entry.num_correct >= settings.min_correct else [] for entry in asked]
     if settings.keep == "all":
         eligible = [right or list(entry.rollouts) for right, entry in zip(eligible, asked, strict=True)]
     if settings.select == "random":
         seed = world.recipe.train.seed
-        name = "past" if label is None else label
         return [
-            _shuffled(right, seed=derive_seed(seed, "guide-choice", name, entry.prompt.prompt_id))
+            _shuffled(right, seed=derive_seed(seed, "guide-choice", label, entry.prompt.prompt_id))
             for right, entry in zip(eligible, asked, strict=True)
         ]
     if settings.select == "shortest":

@@ -6,7 +6,7 @@ trajectory, g(. | correct), and saves most of the tokens where the guide is good
 the trainer's forward pass under the weights that wrote, where these are at hand.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from npo_cli.run_dir.guides import finish_guide, new_guide
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import open_run, valid_name
 from npo_cli.stages.guide_cache import Cache, fill
-from npo_cli.stages.guide_sources import Ask, open_source, plan_of
+from npo_cli.stages.guide_plan import Ask, plan_of
+from npo_cli.stages.guide_sources import open_source
 from npo_cli.stages.segment import find_learner, segment_prompts
 from npo_cli.stages.world import open_policy, open_task
 
@@ -43,9 +44,16 @@ def sample_run(
             policy = open_policy(learner.recipe, task, learner.checkpoint)
             with closing(open_source(plan, task=task, policy=policy)) as source:
                 prompts = segment_prompts(source.world, learner, plan.num_steps)
+                yield from told(source.remarks)
                 info = source.info(name, num_prompts=len(prompts))
                 cache = Cache(info=info, store=new_guide(run, info))
                 yield from fill(source.world, cache, prompts, author=source.author)
+                yield from told(source.author.remarks())
                 yield finish_guide(run, info)
         finally:
             task.close()
+
+
+def told(remarks: Iterable[str]) -> Iterator[Notice]:
+    """What a person should know of a source."""
+    return (Notice(message=remark, level="warning") for remark in remarks)

@@ -99,8 +99,13 @@ def sampling_gap(recipe: Recipe) -> str | None:
     )
 
 
-def open_contest(world: World, learner: LearnerAt, candidates: Sequence[Checkpoint]) -> Contest:
-    """The same question asked again finds its samples; a prompt cut short by a kill is asked again."""
+def open_contest(
+    world: World, learner: LearnerAt, candidates: Sequence[Checkpoint], *, others: Sequence[str] = ()
+) -> Contest:
+    """The same question asked again finds its samples; a prompt cut short by a kill is asked again.
+
+    `others`: who else is asked, where the question is not about checkpoints alone.
+    """
     recipe = learner.recipe
     settings = {
         "prompts": recipe.score.prompts,
@@ -109,6 +114,8 @@ def open_contest(world: World, learner: LearnerAt, candidates: Sequence[Checkpoi
         "temperature": recipe.sampling.temperature,
         "max_new_tokens": recipe.sampling.max_new_tokens,
     }
+    if others:
+        settings["sources"] = list(others)
     steps = [checkpoint.step for checkpoint in candidates]
     scoring = open_scoring(world.run, learner.branch, learner.step, candidates=steps, settings=settings)
     found: dict[tuple[int, str], dict[int, JudgedSample]] = {}

@@ -146,7 +146,7 @@ def answer(
             verdict=verdict.verdict,
             reward=verdict.reward,
         )
-        for sample, verdict in zip(samples, _cut_off_is_wrong(samples, graded), strict=True)
+        for sample, verdict in zip(samples, cut_off_is_wrong(samples, graded), strict=True)
     ]
     return [
         Group(prompt=prompt, rollouts=tuple(rollouts[index * len(slots) : (index + 1) * len(slots)]))
@@ -169,7 +169,7 @@ def _requests(
     ]
 
 
-def _cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Graded]:
+def cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Graded]:
     """A response that hit the length limit keeps its verdict unless that was correct by luck of the cut."""
     return [
         verdict

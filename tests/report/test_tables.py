@@ -133,7 +133,9 @@ def test_a_guide_says_which_steps_it_serves_and_how_many_prompts_it_solved():
         num_prompts=1000, num_found=900, num_samples=3000, num_tokens=45_000, complete=False,
     )  # fmt: skip
     (table,) = guides_tables([guide])
-    assert table.rows == (("near", "main", "81-160", "160", "900 of 1,000", "3,000", "45,000", "NO"),)
+    assert table.rows == (
+        ("near", "main", "81-160", "checkpoint", "160", "900 of 1,000", "900", "3,000", "45,000", "yes", "NO"),
+    )
 
 
 def test_lineage_shows_where_each_branch_left_its_parent():

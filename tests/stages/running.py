@@ -14,7 +14,7 @@ from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.stages.guide_sources import Ask
+from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.resume import resume_run
 from npo_cli.stages.sample_guide import sample_run
 from npo_cli.stages.score_checkpoints import score_run

@@ -19,7 +19,7 @@ from npo_cli.stages import guide_cache
 from npo_cli.stages.authors import Answers, forward_logps
 from npo_cli.stages.checkpoint_author import CheckpointAuthor, ask_in_rounds
 from npo_cli.stages.guide_cache import in_order
-from npo_cli.stages.guide_sources import Ask
+from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.sample_guide import sample_run
 from npo_cli.stages.world import World
 from tests.stages.guides import right_answer, with_settings
