@@ -214,8 +214,13 @@ def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, Trajectories]:
         )
     trajectories = read_trajectories(folder)
     count, wanted = sum(map(len, trajectories.values())), info.num_trajectories or info.num_found
-    if len(trajectories) != info.num_found or count != wanted:
-        detail = f"it has {count} answers to {len(trajectories)} prompts, and {info_path(folder).name} counts {wanted}"
+    if (len(trajectories), count) != (info.num_found, wanted):
+        said = f"{info_path(folder).name} counts {wanted} to {info.num_found}"
+        detail = f"it has {count} answers to {len(trajectories)} prompts, and {said}"
+        raise damaged(trajectories_path(folder), detail)
+    wrong = [kept for several in trajectories.values() for kept in several if kept.verdict != "correct"]
+    if wrong and info.keeps == "correct":
+        detail = f"it is no verified answer to prompt {wrong[0].prompt_id}"
         raise damaged(trajectories_path(folder), detail)
     return info, trajectories
 

@@ -31,8 +31,7 @@ def sampling_law(recipe: Recipe) -> str:
     heat = "" if settings.temperature is None else f", temperature {settings.temperature}"
     more = "" if settings.per_prompt == 1 else f", {settings.per_prompt} a prompt"
     least = "" if settings.min_correct == 1 else f", at least {settings.min_correct} correct"
-    every = "" if settings.keep == "correct" else ", wrong ones too"
-    return f"{settings.k} by {settings.round}, {settings.select}{heat}{more}{least}{every}"
+    return f"{settings.k} by {settings.round}, {settings.select}{heat}{more}{least}"
 
 
 def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, author: Author) -> Iterator[Progress]:
