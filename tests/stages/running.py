@@ -32,8 +32,8 @@ def tiny(*overrides: str) -> Recipe:
     return load_recipe("micro", [*TINY, *overrides])
 
 
-def train(root: Path, *overrides: str) -> list[StepReport]:
-    return steps_of(train_run(root, tiny(*overrides), allow_code=False))
+def train(root: Path, *overrides: str, until: int | None = None) -> list[StepReport]:
+    return steps_of(train_run(root, tiny(*overrides), allow_code=False, until=until))
 
 
 def resume(root: Path, *overrides: str, **options: Any) -> list[StepReport]:
