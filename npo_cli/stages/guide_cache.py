@@ -106,7 +106,9 @@ def in_order(world: World, asked: Sequence[Answers], *, author: Author, label: i
     settings = world.recipe.guide
     eligible = [entry.correct if entry.num_correct >= settings.min_correct else [] for entry in asked]
     if settings.keep == "all":
-        eligible = [right or list(entry.rollouts) for right, entry in zip(eligible, asked, strict=True)]
+        eligible = [
+            right or entry.correct or list(entry.rollouts) for right, entry in zip(eligible, asked, strict=True)
+        ]
     if settings.select == "random":
         seed = world.recipe.train.seed
         return [
