@@ -68,8 +68,6 @@ class GuideInfo:
     has_logps: bool = True
     """Whether log-probabilities of who wrote the trajectories are kept; without them only the ratios `proximal`, `unit`
     and `none` can be used."""
-    keeps: Literal["correct", "all"] = "correct"
-    """Whether a wrong answer may be among them."""
     num_trajectories: int = 0
     given_tokens: int = 0
     """Tokens of trajectories that were not generated here (a file of traces), paid for by somebody else."""

@@ -75,7 +75,7 @@ class GuideSettings(Settings):
     )
     keep: Literal["correct", "all"] = Field(
         "correct",
-        description="Keep verified-correct answers only, or with `all` a wrong one where there is no other.",
+        description="Keep verified-correct answers only, or with `all` a wrong one where there is no right one.",
         json_schema_extra=FREE,
     )
 

@@ -44,7 +44,7 @@ def sample_guide(
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Keep another policy's correct answers.
+    """Keep correct answers of a later step, or of others.
 
     Asked are the prompts that a replay from --at will visit; one verified-correct answer a prompt is kept.
     --source: checkpoint (a later step of the run), self (the learner), base (step 0), model (--from a folder or hub

@@ -183,7 +183,9 @@ def read_trajectories(folder: Path) -> Trajectories:
         whole = len(ids) > 0 and all(isinstance(token, int) and token >= 0 for token in ids)
         if logps is not None:
             whole = whole and len(ids) == len(logps) and all(isinstance(logp, float | int) for logp in logps)
-        if not whole or kept.verdict not in get_args(Verdict) or kept.source not in get_args(Source):
+        # A wrong one is kept only where there is no right one.
+        fits = kept.verdict == "correct" or (kept.verdict in get_args(Verdict) and kept.num_correct == 0)
+        if not whole or not fits or kept.source not in get_args(Source):
             raise damaged(f"{path}, line {number}", f"it is no verified answer to prompt {kept.prompt_id}")
         exact = None if logps is None else exact_float32(logps)
         whole_one = replace(kept, response_ids=tuple(ids), behavior_logps=exact)
@@ -214,14 +216,12 @@ def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, Trajectories]:
         )
     trajectories = read_trajectories(folder)
     count, wanted = sum(map(len, trajectories.values())), info.num_trajectories or info.num_found
-    if (len(trajectories), count) != (info.num_found, wanted):
-        said = f"{info_path(folder).name} counts {wanted} to {info.num_found}"
-        detail = f"it has {count} answers to {len(trajectories)} prompts, and {said}"
-        raise damaged(trajectories_path(folder), detail)
-    wrong = [kept for several in trajectories.values() for kept in several if kept.verdict != "correct"]
-    if wrong and info.keeps == "correct":
-        detail = f"it is no verified answer to prompt {wrong[0].prompt_id}"
-        raise damaged(trajectories_path(folder), detail)
+    counts = ((len(trajectories), info.num_found, "prompts with answers"), (count, wanted, "answers"))
+    for there, said, what in counts:
+        if there != said:
+            raise damaged(
+                trajectories_path(folder), f"it has {there} {what}, and {info_path(folder).name} counts {said}"
+            )
     return info, trajectories
 
 

@@ -82,7 +82,6 @@ def _info(world: World, wanted: Wanted) -> GuideInfo:
         guide_digest=wanted.guide.digest,
         num_steps=wanted.num_steps,
         tokenizer_digest=world.policy.tokenizer_digest,
-        keeps=world.recipe.guide.keep,
         sampling=f"probe {world.recipe.probe.k}, then {sampling_law(world.recipe)}",
         num_prompts=len(wanted.prompts),
         num_found=0,

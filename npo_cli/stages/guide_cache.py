@@ -31,7 +31,8 @@ def sampling_law(recipe: Recipe) -> str:
     heat = "" if settings.temperature is None else f", temperature {settings.temperature}"
     more = "" if settings.per_prompt == 1 else f", {settings.per_prompt} a prompt"
     least = "" if settings.min_correct == 1 else f", at least {settings.min_correct} correct"
-    return f"{settings.k} by {settings.round}, {settings.select}{heat}{more}{least}"
+    every = "" if settings.keep == "correct" else ", wrong ones too"
+    return f"{settings.k} by {settings.round}, {settings.select}{heat}{more}{least}{every}"
 
 
 def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, author: Author) -> Iterator[Progress]:
@@ -105,7 +106,9 @@ def in_order(world: World, asked: Sequence[Answers], *, author: Author, label: i
     settings = world.recipe.guide
     eligible = [entry.correct if entry.num_correct >= settings.min_correct else [] for entry in asked]
     if settings.keep == "all":
-        eligible = [right or list(entry.rollouts) for right, entry in zip(eligible, asked, strict=True)]
+        eligible = [
+            right or entry.correct or list(entry.rollouts) for right, entry in zip(eligible, asked, strict=True)
+        ]
     if settings.select == "random":
         seed = world.recipe.train.seed
         return [

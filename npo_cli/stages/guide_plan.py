@@ -128,7 +128,6 @@ class OpenSource:
             num_steps=self.plan.num_steps,
             tokenizer_digest=self.tokenizer_digest,
             sampling=sampling_law(learner.recipe),
-            keeps=learner.recipe.guide.keep,
             num_prompts=num_prompts,
             num_found=0,
             num_samples=0,

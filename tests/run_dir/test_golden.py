@@ -136,7 +136,6 @@ GUIDE = """\
  "source": "checkpoint",
  "origin": "",
  "has_logps": true,
- "keeps": "correct",
  "num_trajectories": 1,
  "given_tokens": 0,
  "side_tokens": 0
