@@ -1,7 +1,7 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
 AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
-foreign trajectories in `npo_cli.inject_settings`.
+foreign trajectories in `npo_cli.inject_settings`, LoRA's in `npo_cli.lora_settings`.
 """
 
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from npo_cli.auto_settings import (
 )
 from npo_cli.engine_settings import EngineSettings, MismatchSettings
 from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSettings, MethodSettings
+from npo_cli.lora_settings import LoraSettings
 from npo_cli.settings import FREE, Count, Decay, Settings, Share
 
 
@@ -36,6 +37,7 @@ class ModelSettings(Settings):
         False, description="Recompute activations in the backward pass.", json_schema_extra=FREE
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice.")
+    lora: LoraSettings = LoraSettings()
 
 
 class DatasetSettings(Settings):

@@ -2,7 +2,7 @@
 
 The YAML is the JSON-like part of YAML 1.2: `3e-4` is a number, `yes` and `010` are text, aliases and repeated
 keys are refused. Values are checked strictly (no text taken for a number, no true for 1). It knows no setting
-by name except the two whose right to change depends on another (`refuse_frozen`).
+by name except those whose right to change depends on another (`refuse_frozen`).
 """
 
 import json
@@ -248,6 +248,8 @@ def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = N
     when = {key: allowed for key, _, allowed in _flat(old)}
     for key, before, after in differences(old, new):
         change = f"{key} cannot change from {before} to {after}"
+        if key == "model.path" and old.model.lora.rank is not None:
+            continue  # adapters know their base by its weights, wherever they lie
         afresh = f"npo train {as_typed(path) if path else 'RECIPE'} {_as_override(key, after)} --run NEW"
         if key == "train.num_steps" and old.train.schedule != "constant":
             reason = f"the {old.train.schedule} schedule of the steps already made was spread over {before} steps"

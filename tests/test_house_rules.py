@@ -33,7 +33,8 @@ GROUND_FLOOR = {
     "auto_settings": {"settings"},
     "engine_settings": {"settings"},
     "inject_settings": {"settings"},
-    "config": {"settings", "auto_settings", "engine_settings", "inject_settings"},
+    "lora_settings": {"settings"},
+    "config": {"settings", "auto_settings", "engine_settings", "inject_settings", "lora_settings"},
     "explain": {"config"},
     "recipe_files": {"errors"},
     "loading": {"config", "errors", "explain", "recipe_files", "settings"},
@@ -53,7 +54,9 @@ KNOWN_ONLY_TO = {
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
     "pyarrow": {"tasks"},
-    "pydantic": {"config", "settings", "auto_settings", "engine_settings", "inject_settings", "loading"},
+    "pydantic": {
+        *("config", "settings", "auto_settings", "engine_settings", "inject_settings", "lora_settings", "loading"),
+    },
     "pydantic_core": {"explain"},
     "yaml": {"loading", "run_dir"},
 }
@@ -284,7 +287,7 @@ def test_the_default_of_a_setting_lives_on_its_field_alone():
     again = [
         f"{place(path, node)}: {name}={value.value!r}"
         for path in SOURCES
-        if room_of(path) not in {"config", "settings", "auto_settings", "engine_settings"}
+        if room_of(path) not in {"config", "settings", "auto_settings", "engine_settings", "lora_settings"}
         for name, value, node in defaults_beside(path)
         if isinstance(value, ast.Constant) and value.value and (name, value.value) in known
     ]

@@ -31,7 +31,7 @@ from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.rollback import taken_back
 from npo_cli.stages.saving import restore_state
 from npo_cli.stages.signals import stop_between_steps
-from npo_cli.stages.train import batch_arithmetic, begin, engine_notices, open_trainer
+from npo_cli.stages.train import batch_arithmetic, begin, engine_notices, open_trainer, with_whole_paths
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 
 
@@ -199,7 +199,7 @@ def refuse_unknown_logps(world: World, info: GuideInfo) -> None:
 
 def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
     """The recipe in force first, then the lineage: a branch that is listed can be opened."""
-    run.save_recipe(start.branch, recipe_dict(start.recipe))
+    run.save_recipe(start.branch, recipe_dict(with_whole_paths(start.recipe)))
     append_segment(run, start.segment, overrides=overrides)
     details = {"branch": start.branch, "from": start.segment.parent, "at": start.segment.fork_step}
     append_event(run, "rolled_back", details) if start.is_new else append_event(

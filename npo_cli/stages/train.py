@@ -10,7 +10,7 @@ from npo_cli import __version__
 from npo_cli.config import Recipe
 from npo_cli.guide_records import Experience
 from npo_cli.loading import recipe_dict
-from npo_cli.policy.model import load_policy
+from npo_cli.policy.model import SHIPPED, Policy, load_policy
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_streams
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
@@ -80,7 +80,7 @@ def new_world(
 def birth_notices(world: World) -> Iterator[Notice]:
     """What a person should know before the first step."""
     yield Notice(message=batch_arithmetic(world.recipe, num_prompts=len(world.task.train)))
-    if world.recipe.model.dtype == "bfloat16":
+    if world.recipe.model.dtype == "bfloat16" and world.policy.adapters is None:
         yield Notice(message=ROUNDED_AWAY, level="warning")
     yield from engine_notices(world)
 
@@ -92,8 +92,8 @@ def engine_notices(world: World) -> Iterator[Notice]:
 
 
 def with_whole_paths(recipe: Recipe) -> Recipe:
-    """The same recipe with whole paths of the data and the verifier: a run is resumed from any folder."""
-    task = recipe.task
+    """The same recipe with whole paths of data, verifier and the base of adapters: a run is resumed from any folder."""
+    task, model = recipe.task, recipe.model
     whole = {
         "path": task.path and whole_path(task.path),
         "heldout_path": task.heldout_path and whole_path(task.heldout_path),
@@ -101,7 +101,10 @@ def with_whole_paths(recipe: Recipe) -> Recipe:
     if is_user_code(task.verifier):
         file, _, function = task.verifier.rpartition(":")
         whole["verifier"] = f"{whole_path(file)}:{function}"
-    return recipe.model_copy(update={"task": task.model_copy(update=whole)})
+    # Without adapters a checkpoint is a model of its own, and nobody comes back to the base.
+    if model.lora.rank is not None and Path(model.path).expanduser().is_dir() and model.path not in SHIPPED:
+        model = model.model_copy(update={"path": whole_path(model.path)})
+    return recipe.model_copy(update={"task": task.model_copy(update=whole), "model": model})
 
 
 def whole_path(path: str) -> str:
@@ -125,11 +128,7 @@ def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guida
     run = world.run
     steps, rollouts = StepJournals(run, branch), RolloutJournal(run.rollouts_path(branch))
     rollouts.repair()
-    reference = None
-    if world.recipe.loss.kl_coef > 0:
-        base = find_checkpoint(run, MAIN, 0)
-        reference = load_policy(world.recipe.model, base.path)
-        reference.model.requires_grad_(False)
+    reference = frozen_base(world) if world.recipe.loss.kl_coef > 0 else None
     return Trainer(
         world=world,
         optimizer=optimizer,
@@ -140,6 +139,15 @@ def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guida
         guidance=guidance,
         reference=reference,
     )
+
+
+def frozen_base(world: World) -> Policy:
+    """What the run began with: with adapters the same model without them, else a second copy from step 0."""
+    if world.policy.adapters is not None:
+        return world.policy.base
+    copy = load_policy(world.recipe.model, find_checkpoint(world.run, MAIN, 0).path)
+    copy.model.requires_grad_(False)
+    return copy
 
 
 def batch_arithmetic(recipe: Recipe, *, num_prompts: int) -> str:

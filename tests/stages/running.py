@@ -26,6 +26,7 @@ TINY = (
     *("task.pool_size=16", "task.heldout_size=4", "eval.every=0", "model.threads=1"),
 )
 """A step of this takes about 50 ms. Its pool is seen once in 4 steps."""
+LORA = ("model.lora.rank=4", "train.lr=1e-3")
 
 
 def tiny(*overrides: str) -> Recipe:
@@ -81,7 +82,8 @@ def world_at(root: Path, step: int, *, branch: str | None = None) -> World:
 def reproducible(root: Path, branch: str = "main") -> dict[str, str]:
     """Digests of everything that seed and recipe alone decide: weights, moments, streams, metrics, rollouts."""
     folder = RunDir(root).branch_folder(branch)
-    names = ("metrics.jsonl", "rollouts.jsonl", "model.safetensors", "optimizer.safetensors", "state.json")
+    weights = ("model.safetensors", "adapter_model.safetensors", "adapter_config.json")
+    names = ("metrics.jsonl", "rollouts.jsonl", *weights, "optimizer.safetensors", "state.json")
     return {name: digest for name, digest in files_of(folder).items() if Path(name).name in names}
 
 
