@@ -10,12 +10,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError, set_aside
-from npo_cli.policy.adapters import Adapters, adapter_tensors, attach, load_adapters, save_adapters, switched_off
+from npo_cli.policy.adapters import (
+    Adapters,
+    adapter_tensors,
+    attach,
+    base_tensors,
+    load_adapters,
+    save_adapters,
+    switched_off,
+)
 from npo_cli.policy.gguf import PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
@@ -80,6 +89,16 @@ class Policy:
         """What `save` writes of weights."""
         tensors = self.model.state_dict() if self.adapters is None else adapter_tensors(self.model)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """The base's weights under their own names, adapters left out."""
+        return base_tensors(self.model)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The adapters as they are now, under the names of peft's files."""
+        return adapter_tensors(self.model)
 
     @property
     def base(self) -> "Policy":

@@ -21,15 +21,10 @@ from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.scores import save_scores
 from npo_cli.run_dir.seconds import add_seconds
+from npo_cli.stages.contest import Contest, collect_all
 from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.ratios import learner_ratios
-from npo_cli.stages.score_checkpoints import (
-    Contest,
-    collect,
-    hard_prompts,
-    open_contest,
-    signal_knobs,
-)
+from npo_cli.stages.score_checkpoints import hard_prompts, open_contest, signal_knobs
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, futures
 from npo_cli.stages.source_arms import SourceArm, collect_source, source_arms, tried
 from npo_cli.stages.world import load_checkpoint, open_policy, open_task, open_world
@@ -147,8 +142,7 @@ def compared(run: RunDir, field: Field, task: Task) -> Generator[Progress | Noti
         contest = open_contest(world, learner, ahead, others=["self", *named])
         horizon = (field.near or ahead)[-1].step
         hard = yield from hard_prompts(contest, count=learner.recipe.score.prompts, horizon=horizon)
-        for checkpoint in field.checkpoints:
-            yield from collect(contest, checkpoint, hard)
+        yield from collect_all(contest, field.checkpoints, hard)
     # The engine is closed: an outside model may need its room.
     for arm in field.others:
         policy.load(learner.checkpoint.path)

@@ -18,12 +18,12 @@ from npo_cli.run_dir.files import sha256_of
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.stages.authors import Author
+from npo_cli.stages.contest import CHUNK_PROMPTS, PROBE, Contest
 from npo_cli.stages.guide_plan import Ask, Plan, plan_of
 from npo_cli.stages.guide_sources import open_source
 from npo_cli.stages.outside_author import fitted, load_outside
 from npo_cli.stages.ratios import JudgedSample
 from npo_cli.stages.sample_guide import told
-from npo_cli.stages.score_checkpoints import CHUNK_PROMPTS, PROBE, Contest
 from npo_cli.stages.segment import LearnerAt
 from npo_cli.tasks.prompts import Task
 

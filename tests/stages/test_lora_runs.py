@@ -101,7 +101,7 @@ def one_update(root: Path, reference_of: Callable[[World], Policy]) -> tuple[flo
     groups = RolloutJournal(world.run.rollouts_path("main")).read_step(4)
     optimizer = build_optimizer(world.policy.model, recipe.train)
     updater = Updater(world.policy, optimizer, recipe, reference=reference_of(world))
-    report = updater.take_step(train_rows(world.policy, with_advantages(world, groups)), lr=1e-3)
+    report = updater.take_step(train_rows(world.policy, with_advantages(world, groups), recipe.inject), lr=1e-3)
     return report.loss, report.grad_norm, world.policy.digest
 
 
