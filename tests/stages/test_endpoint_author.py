@@ -76,7 +76,8 @@ def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path
         served.failures.clear()
         served.bodies.clear()
         sample(broken, **asked)
-        assert (whole, first, len(served.bodies)) == (16, 3, 10)
+        # A request that was under way when the first failed may still come in: it is one of these, asked twice.
+        assert (whole, first, len({body["seed"] for body in served.bodies})) == (16, 3, 10)
     for path in (asked_path, trajectories_path):
         one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
         assert one == other
