@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg", ".pdf")
-LONGEST_NAME = 22
+LONGEST_NAME = 28
 Estimate = tuple[float, float, float]
 """Value, low, high."""
 

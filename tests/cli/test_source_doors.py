@@ -114,7 +114,7 @@ def test_kill_9_while_an_address_is_asked_and_the_same_command_ends_in_the_same_
         (["--source", "self", "--guide", "2"], "--guide means nothing to --source self"),
         (["--source", "past"], "the learner at step 0 has no past to draw from"),
         (["--source", "run", "--from", "nowhere"], "there is no run directory nowhere"),
-        (["--source", "model", "--from", "recipe.yaml"], "--from recipe.yaml cannot be asked: "),
+        (["--source", "model", "--from", "./nowhere"], "--from ./nowhere cannot be asked: "),
     ],
 )
 def test_a_slip_in_a_source_is_told_and_nothing_is_written(taught, tmp_path, options, message):
