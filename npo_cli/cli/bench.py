@@ -42,7 +42,7 @@ def bench(
     """Train several methods on several seeds, resumably.
 
     With --grid each method first chooses its own best value on other seeds. The same command goes on where it
-    stopped; npo compare draws the table.
+    stopped; npo report sets the runs side by side.
     """
     from npo_cli.stages.bench import Question, bench
 

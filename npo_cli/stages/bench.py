@@ -2,7 +2,7 @@
 
 First every method is trained with every setting of a small grid on tuning seeds; its best setting then gets the
 table's seeds. A run is made with the commands of the method's plan, in processes of their own, as many side by side as
-fit. What is done is not done again; what was cut short is gone on with. Nothing here computes: `npo compare` does.
+fit. What is done is not done again; what was cut short is gone on with.
 """
 
 import os
@@ -51,7 +51,7 @@ class Question:
 
 
 def bench(question: Question) -> Iterator[Progress | Notice | Tuned]:
-    """Tune, then train the table's seeds; ends with the command that draws the table."""
+    """Tune, then train the table's seeds; ends with the command that sets them side by side."""
     check(question)
     with stop_between_steps() as stop:
         chosen = yield from tuned(question, stop)
@@ -61,8 +61,8 @@ def bench(question: Question) -> Iterator[Progress | Notice | Tuned]:
             for method in question.methods
         ]
         yield from worked_off(cells, question.jobs, stop)
-    arms = " ".join(f"{shown(cell.method)}={as_typed(cell.run)}" for cell in cells)
-    yield Notice(message=f"compare them: npo compare {arms}")
+    runs = " ".join(as_typed(cell.run) for cell in cells)
+    yield Notice(message=f"side by side: npo report {runs} --out {as_typed(question.out / 'report.html')}")
 
 
 def check(question: Question) -> None:

@@ -44,7 +44,7 @@ def test_each_method_gets_its_own_best_setting_and_the_same_question_does_nothin
     assert commands_in(tmp_path) == ["train"] * 3
     made = tmp_path / "runs/matched-grpo" / tuned.setting / "seed-0/run"
     assert isinstance(last, Notice)
-    assert last.message == f"compare them: npo compare matched-grpo={made}"
+    assert last.message == f"side by side: npo report {made} --out {tmp_path / 'report.html'}"
     before = logs(tmp_path)
     assert [record for record in bench(asked) if isinstance(record, Tuned)] == [tuned]
     assert logs(tmp_path) == before
