@@ -17,7 +17,7 @@ from npo_cli.run_dir.paths import open_run
 from tests.stages.running import copied, sample, trajectories, world_at
 from tests.stages.teachers import in_other_tokens
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 TAUGHT = {"guide_step": None, "name": "taught"}
 
 
