@@ -1,6 +1,7 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
-AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`.
+AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
+foreign trajectories in `npo_cli.inject_settings`, LoRA's in `npo_cli.lora_settings`.
 """
 
 from typing import Any, Literal
@@ -17,7 +18,9 @@ from npo_cli.auto_settings import (
     RollbackSettings,
 )
 from npo_cli.engine_settings import EngineSettings, MismatchSettings
-from npo_cli.settings import FORK, FREE, Count, Decay, Settings, Share
+from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSettings, MethodSettings
+from npo_cli.lora_settings import LoraSettings
+from npo_cli.settings import FREE, Count, Decay, Settings, Share
 
 
 class ModelSettings(Settings):
@@ -34,6 +37,7 @@ class ModelSettings(Settings):
         False, description="Recompute activations in the backward pass.", json_schema_extra=FREE
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice.")
+    lora: LoraSettings = LoraSettings()
 
 
 class DatasetSettings(Settings):
@@ -96,6 +100,9 @@ class TrainSettings(Settings):
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    skip_grad_norm: float | None = Field(
+        None, gt=0, description="An update whose gradient norm is above this is left out; null leaves none out."
+    )
     micro_batch_tokens: Count = Field(16384, description="Most padded tokens in one forward and backward pass.")
     logit_chunk_tokens: Count = Field(4096, description="Response tokens whose logits exist at one time.")
     keep_anchors: int | None = Field(
@@ -150,40 +157,6 @@ class SamplingSettings(Settings):
         if self.overlong_buffer > self.max_new_tokens:
             raise ValueError("sampling.overlong_buffer must not exceed sampling.max_new_tokens")
         return self
-
-
-class InjectSettings(Settings):
-    """How a guide takes its slot in a group."""
-
-    gate: Share = Field(
-        0.6, description="A guide takes a slot where the group's own accuracy is at most this.", json_schema_extra=FORK
-    )
-    ratio: Literal["exact", "proximal", "decoupled", "none"] = Field(
-        "exact", description="Importance ratio of the injected slot.", json_schema_extra=FORK
-    )
-    decoupled_cap: float = Field(
-        2.0, gt=0, description="Cap C of the decoupled weight old/guide.", json_schema_extra=FORK
-    )
-
-
-class GuideSettings(Settings):
-    """How a guide is asked for its answers."""
-
-    k: Count = Field(8, description="Most samples a prompt.", json_schema_extra=FREE)
-    round: Count = Field(
-        2,
-        description="Samples a prompt drawn before looking whether one is correct; a solved prompt asks no more.",
-        json_schema_extra=FREE,
-    )
-    temperature: float | None = Field(
-        None,
-        gt=0,
-        description="Temperature of a guide's samples; null takes sampling.temperature.",
-        json_schema_extra=FREE,
-    )
-    select: Literal["random", "nearest", "shortest"] = Field(
-        "random", description="Which correct sample is kept. nearest and shortest draw all k.", json_schema_extra=FREE
-    )
 
 
 class ScoreSettings(Settings):
@@ -250,6 +223,8 @@ class Recipe(Settings):
     mismatch: MismatchSettings = MismatchSettings()
     inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
+    experience: ExperienceSettings = ExperienceSettings()
+    method: MethodSettings = MethodSettings()
     score: ScoreSettings = ScoreSettings()
     eval: EvalSettings = EvalSettings()
     intervention: InterventionSettings = InterventionSettings()
@@ -262,7 +237,14 @@ class Recipe(Settings):
     late: LateSettings = LateSettings()
 
     @model_validator(mode="after")
-    def _pool_covers_a_step(self) -> "Recipe":
-        if self.train.prompts_per_step > self.task.pool_size:
+    def _sections_fit(self) -> "Recipe":
+        train, inject = self.train, self.inject
+        if train.prompts_per_step > self.task.pool_size:
             raise ValueError("task.pool_size must be at least train.prompts_per_step")
+        if inject.compose == "replace" and inject.slots >= train.group_size:
+            raise ValueError("inject.slots must be below train.group_size: the policy answers too")
+        if self.experience.share and self.sampling.dynamic:
+            raise ValueError("experience.share composes its batches itself: sampling.dynamic must be false")
+        if inject.shape != "none" and self.loss.kind != "grpo":
+            raise ValueError(f"inject.shape=soft is defined for loss.kind=grpo, not for {self.loss.kind}")
         return self

@@ -34,6 +34,19 @@ class Crossing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CostLine:
+    """What one kind of work took in a whole run."""
+
+    what: str
+    steps: int | None
+    """Steps trained; None where the work is no training."""
+    tokens: int
+    """Generated."""
+    seconds: float | None
+    """Wall clock; None where nobody kept it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Account:
     """Everything that a run executed, seen from one branch (algorithms, section 12)."""
 

@@ -38,6 +38,9 @@ class EngineSettings(Settings):
     )
     kv_cache_gb: Count = Field(1, description="vllm on a CPU: size of the KV cache.", json_schema_extra=FREE)
     graphs: bool = Field(True, description="vllm on a GPU: capture CUDA graphs.", json_schema_extra=FREE)
+    max_adapters: Count = Field(
+        8, description="vllm, LoRA: adapters served side by side, so candidates asked together.", json_schema_extra=FREE
+    )
     sleep: bool = Field(
         True, description="vllm on a GPU: give its memory back during the update.", json_schema_extra=FREE
     )

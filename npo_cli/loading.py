@@ -1,11 +1,10 @@
-"""Recipes from YAML: find, read, extend, override, check, compare.
+"""Recipes from YAML: read, extend, override, check, compare.
 
 The YAML is the JSON-like part of YAML 1.2: `3e-4` is a number, `yes` and `010` are text, aliases and repeated
 keys are refused. Values are checked strictly (no text taken for a number, no true for 1). It knows no setting
-by name except the two whose right to change depends on another (`refuse_frozen`).
+by name except those whose right to change depends on another (`refuse_frozen`).
 """
 
-import difflib
 import json
 import re
 import shlex
@@ -20,11 +19,10 @@ from pydantic import ValidationError
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.explain import hint, told
+from npo_cli.recipe_files import method_path, recipe_path
 from npo_cli.settings import Settings
 
 EXTENDS = "extends"
-_SUFFIXES = (".yaml", ".yml", ".json")
-_PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,39 +74,15 @@ for _reader in (_Loader, _Dumper):
     _reader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT})$"), [*"-+.0123456789"])
 
 
-# Finding and reading
+# Reading
 
 
-def recipe_folder() -> Path:
-    """`npo_cli/recipes` of an installed package; in a source checkout the folder beside the package."""
-    installed = _PACKAGE / "recipes"
-    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
-
-
-def recipe_names() -> tuple[str, ...]:
-    """Names of the shipped recipes, sorted."""
-    return tuple(sorted(path.stem for path in recipe_folder().glob("*.yaml")))
-
-
-def recipe_path(name: str, *, beside: Path | None = None) -> Path:
-    """A path as it is (relative to `beside` where given), a bare name among the shipped recipes."""
-    if name.endswith(_SUFFIXES) or "/" in name or "\\" in name:
-        path = (beside or Path()) / Path(name).expanduser()
-        if not path.is_file():
-            raise NpoError(f"there is no recipe file {path}", "npo recipes   # lists the shipped recipes by name")
-        return path
-    path = recipe_folder() / f"{name}.yaml"
-    if path.is_file():
-        return path
-    near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
-    meant = f"npo recipes {near[0]}   # is that the one?" if near else "npo recipes   # lists the shipped recipes"
-    raise NpoError(f"there is no shipped recipe named {name!r} (a file needs its ending: {name}.yaml)", meant)
-
-
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Defaults, then the chain of `extends`, then the file, then the overrides: later wins."""
-    layers = [*_chain(recipe_path(name_or_path)), *map(_parse_override, overrides)]
-    return _resolved(layers, source=name_or_path)
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Recipe:
+    """Defaults, then the chain of `extends`, then the file, the method, the overrides: later wins."""
+    layers = _chain(recipe_path(name_or_path))
+    if method is not None:
+        layers += _chain(method_path(method))
+    return _resolved([*layers, *map(_parse_override, overrides)], source=name_or_path)
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -274,6 +248,8 @@ def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = N
     when = {key: allowed for key, _, allowed in _flat(old)}
     for key, before, after in differences(old, new):
         change = f"{key} cannot change from {before} to {after}"
+        if key == "model.path" and old.model.lora.rank is not None:
+            continue  # adapters know their base by its weights, wherever they lie
         afresh = f"npo train {as_typed(path) if path else 'RECIPE'} {_as_override(key, after)} --run NEW"
         if key == "train.num_steps" and old.train.schedule != "constant":
             reason = f"the {old.train.schedule} schedule of the steps already made was spread over {before} steps"

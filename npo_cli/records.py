@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Verdict = Literal["correct", "wrong", "unparseable", "timeout"]
-Source = Literal["own", "guide"]
+Source = Literal["own", "guide", "teacher", "past"]
+"""Who wrote a rollout: the policy itself, another checkpoint of its run, an outside model, the policy of long ago."""
 MixOutcome = Literal["injected", "gate_closed", "no_guide", "off"]
 
 
@@ -61,18 +62,23 @@ class Rollout:
     """Place in the group, from 0."""
     response_ids: tuple[int, ...]
     """Token ids, the end token included when `finished`."""
-    behavior_logps: tuple[float, ...]
-    """Log-probability of each token (nats) under the policy that sampled it."""
+    behavior_logps: tuple[float, ...] | None
+    """Log-probability of each token (nats) under the policy that sampled it; None where nobody knows them."""
     text: str
     finished: bool
     """Ended with an end token. A cut-off response is never used as a guide."""
-    sampler_step: int
-    """Step of the weights that sampled it."""
+    sampler_step: int | None
+    """Step of the weights that sampled it; None where these are not of this run."""
     source: Source = "own"
     mean_entropy: float | None = None
     """Mean over its tokens of the sampling distribution's entropy (nats)."""
     verdict: Verdict | None = None
     reward: float | None = None
+
+    @property
+    def foreign(self) -> bool:
+        """Written by another policy than the one that is trained at this step."""
+        return self.source != "own"
 
     @property
     def guide_step(self) -> int | None:
@@ -90,50 +96,6 @@ class Group:
     """Whether a guide took a slot, or why not; `off` where no guide is at work."""
     own_accuracy: float | None = None
     """Share of the policy's own rollouts verified correct, before a guide took a slot."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuideTrajectory:
-    """One verified-correct response of a guide, kept for its prompt."""
-
-    prompt_id: str
-    response_ids: tuple[int, ...]
-    behavior_logps: tuple[float, ...]
-    """Under the guide, from the trainer's forward pass (same precision and kernels as the learner's)."""
-    text: str
-    verdict: Verdict
-    guide_step: int
-    num_sampled: int
-    """Samples drawn from the guide for this prompt."""
-    num_correct: int
-    """How many of them were verified correct: an estimate of p_g(x), the constant that token ratios ignore."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuideInfo:
-    """Where a guide cache came from and whom it may serve."""
-
-    name: str
-    run_id: str
-    branch: str
-    """Branch of the learner; the guide's checkpoint is found on the same line of descent."""
-    at_step: int
-    """Step of the learner; the cache covers prompts visited in steps (at_step, at_step + num_steps]."""
-    guide_step: int
-    guide_digest: str
-    """Digest of the guide's weights."""
-    num_steps: int
-    tokenizer_digest: str
-    sampling: str
-    """guide.k, guide.round and guide.select, such as `8 by 2, random`."""
-    num_prompts: int
-    """Distinct prompts asked."""
-    num_found: int
-    """Prompts with a verified-correct trajectory."""
-    num_samples: int
-    num_tokens: int
-    """Tokens generated to make the cache."""
-    complete: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,19 +27,25 @@ GROUND_FLOOR = {
     "records": set(),
     "auto_records": set(),
     "compare_records": set(),
+    "guide_records": {"records"},
     "costs": set(),
     "seeds": set(),
     "settings": set(),
     "auto_settings": {"settings"},
     "engine_settings": {"settings"},
-    "config": {"settings", "auto_settings", "engine_settings"},
+    "inject_settings": {"settings"},
+    "lora_settings": {"settings"},
+    "config": {"settings", "auto_settings", "engine_settings", "inject_settings", "lora_settings"},
     "explain": {"config"},
-    "loading": {"config", "errors", "explain", "settings"},
+    "recipe_files": {"errors"},
+    "loading": {"config", "errors", "explain", "recipe_files", "settings"},
 }
 KNOWN_ONLY_TO = {
     "typer": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
+    "markupsafe": {"report"},
     "torch": {"objective", "policy", "engines", "stages"},
     "transformers": {"policy", "engines", "npo_cli/stages/doctor.py"},
     "safetensors": {"policy", "engines"},
@@ -49,7 +55,9 @@ KNOWN_ONLY_TO = {
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
     "pyarrow": {"tasks"},
-    "pydantic": {"config", "settings", "auto_settings", "engine_settings", "loading"},
+    "pydantic": {
+        *("config", "settings", "auto_settings", "engine_settings", "inject_settings", "lora_settings", "loading"),
+    },
     "pydantic_core": {"explain"},
     "yaml": {"loading", "run_dir"},
 }
@@ -280,7 +288,7 @@ def test_the_default_of_a_setting_lives_on_its_field_alone():
     again = [
         f"{place(path, node)}: {name}={value.value!r}"
         for path in SOURCES
-        if room_of(path) not in {"config", "settings", "auto_settings", "engine_settings"}
+        if room_of(path) not in {"config", "settings", "auto_settings", "engine_settings", "lora_settings"}
         for name, value, node in defaults_beside(path)
         if isinstance(value, ast.Constant) and value.value and (name, value.value) in known
     ]

@@ -8,17 +8,8 @@ from hypothesis import strategies as st
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.explain import known_keys, nearest_key
-from npo_cli.loading import (
-    differences,
-    from_dict,
-    load_recipe,
-    recipe_dict,
-    recipe_names,
-    recipe_path,
-    recipe_yaml,
-    refuse_frozen,
-    with_overrides,
-)
+from npo_cli.loading import differences, from_dict, load_recipe, recipe_dict, recipe_yaml, refuse_frozen, with_overrides
+from npo_cli.recipe_files import recipe_names, recipe_path
 
 
 def written(folder: Path, text: str, name: str = "mine.yaml") -> str:

@@ -7,7 +7,8 @@ import yaml
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.loading import load_recipe, recipe_names
+from npo_cli.loading import load_recipe
+from npo_cli.recipe_files import recipe_names
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

@@ -15,6 +15,7 @@ import typer
 
 from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.base import base
+from npo_cli.cli.bench import bench
 from npo_cli.cli.compare import compare
 from npo_cli.cli.console import say, talk, visible
 from npo_cli.cli.demo import demo
@@ -22,9 +23,11 @@ from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
 from npo_cli.cli.index import index
 from npo_cli.cli.recipes import recipes
+from npo_cli.cli.report import report
 from npo_cli.cli.resume import resume
 from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
+from npo_cli.cli.score_sources import score_sources
 from npo_cli.cli.show import show
 from npo_cli.cli.train import train
 from npo_cli.errors import NpoError, StoppedEarly
@@ -33,12 +36,15 @@ DOORS = {
     "train": train,
     "index": index,
     "score-checkpoints": score_checkpoints,
+    "score-sources": score_sources,
     "sample-guide": sample_guide,
     "resume": resume,
     "autonpo": autonpo,
+    "bench": bench,
     "eval": evaluate,
     "show": show,
     "compare": compare,
+    "report": report,
     "recipes": recipes,
     "doctor": doctor,
     "demo": demo,

@@ -12,21 +12,17 @@ import math
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Generator, Iterable
 from typing import Any, TextIO
 
 from npo_cli.auto_records import Transition
 from npo_cli.records import Notice, Progress, StepReport
-
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+from npo_cli.report.inert import spelled_out
 
 
 def visible(text: str) -> str:
-    """The text with every control, direction, unassigned and line-breaking character spelled out: `\\x1b[31m`."""
-    return "".join(
-        char.encode("unicode_escape").decode() if unicodedata.category(char) in _HIDDEN else char for char in text
-    )
+    """The text in one line, with every character spelled out that a terminal would obey: `\\x1b[31m`."""
+    return spelled_out(text)
 
 
 def say(text: str) -> None:

@@ -30,6 +30,20 @@ def recipe_of(root: Path, overrides: Sequence[str] | None, *, branch: str | None
     return in_force(run.recipe(branch), overrides or (), path=run.recipe_path(branch), fork=fork)
 
 
+def stopping_at(until: int | None, recipe: "Recipe", *, after: int, autonpo: bool) -> int:
+    """The last step that will be made now; an `--until` that means nothing is refused."""
+    last = recipe.train.num_steps
+    if until is None:
+        return last
+    if autonpo:
+        raise NpoError(
+            "--until does not go with --autonpo, which goes back and forth", "set auto.max or train.num_steps"
+        )
+    if not after < until <= last:
+        raise NpoError(f"--until {until} is not between step {after + 1} and {last}", f"--until {last}")
+    return until
+
+
 def steps_in(text: str) -> tuple[int, ...]:
     """`20,40,60` as steps."""
     parts = [part.strip() for part in text.split(",")]

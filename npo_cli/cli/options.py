@@ -13,6 +13,10 @@ OverridesArg = Annotated[
 BranchOpt = Annotated[str | None, typer.Option("--branch", metavar="NAME", help="Branch of the run. [default: newest]")]
 AllowCodeOpt = Annotated[bool, typer.Option("--allow-code", help="Let the recipe's verifier run a function of yours.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout and nothing else.")]
+UntilOpt = Annotated[
+    int | None,
+    typer.Option("--until", min=0, metavar="STEP", help="Stop after this step, saved; npo resume goes on."),
+]
 RecipeArg = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one (npo recipes).")
 ]

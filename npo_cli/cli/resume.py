@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.console import draw
-from npo_cli.cli.early import recipe_of
-from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.early import recipe_of, stopping_at
+from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
 from npo_cli.errors import NpoError, as_typed
 
 AtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Roll back to this step.")]
@@ -35,6 +35,7 @@ def resume(
     source: FromOpt = None,
     branch: NewBranchOpt = None,
     steps: StepsOpt = None,
+    until: UntilOpt = None,
     autonpo: AutoOpt = False,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
@@ -48,6 +49,7 @@ def resume(
     Settings that would falsify what was already computed are refused; train.num_steps may be raised.
     """
     settled = recipe_of(run, overrides, branch=source, fork=at is not None)
+    last = stopping_at(until, settled, after=at or 0, autonpo=autonpo)
     where = {"overrides": overrides or (), "at": at, "source_branch": source, "new_branch": branch}
     if autonpo:
         refuse_own_guide(run, guide=guide, steps=steps)
@@ -57,8 +59,8 @@ def resume(
     else:
         from npo_cli.stages.resume import resume_run
 
-        records = resume_run(run, **where, guide=guide, steps=steps, allow_code=allow_code)
-    draw(records, as_json=as_json, num_steps=settled.train.num_steps)
+        records = resume_run(run, **where, guide=guide, steps=steps, until=until, allow_code=allow_code)
+    draw(records, as_json=as_json, num_steps=last)
 
 
 def refuse_own_guide(run: Path, *, guide: str | None, steps: int | None) -> None:

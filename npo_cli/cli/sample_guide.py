@@ -1,6 +1,6 @@
 """`npo sample-guide`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -8,37 +8,57 @@ from npo_cli.cli.console import draw
 from npo_cli.cli.early import recipe_of
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 
+GuideOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--guide", min=1, metavar="STEP", help="Step of the guide. [default: intervention.guide; of a run: its newest]"
+    ),
+]
+AtOpt = Annotated[
+    int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: intervention.at]")
+]
+StepsOpt = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, metavar="N", help="Length of the replay. [default: guide minus at, or the rest]"),
+]
+Source = Literal["checkpoint", "self", "base", "model", "endpoint", "file", "past", "run"]
+SourceOpt = Annotated[Source, typer.Option("--source", metavar="KIND", help="Who is asked, of the list above.")]
+OriginOpt = Annotated[
+    str | None, typer.Option("--from", metavar="WHAT", help="Where a model, endpoint, file or run is found.")
+]
+ModelOpt = Annotated[str | None, typer.Option("--model", metavar="NAME", help="endpoint: name of its model.")]
+
 
 def sample_guide(
     run: RunArg,
     overrides: OverridesArg = None,
     *,
-    guide: Annotated[
-        int | None,
-        typer.Option("--guide", min=1, metavar="STEP", help="Step of the guide. [default: intervention.guide]"),
-    ] = None,
-    at: Annotated[
-        int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: intervention.at]")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="N", help="Length of the replay. [default: guide minus at]")
-    ] = None,
+    guide: GuideOpt = None,
+    at: AtOpt = None,
+    steps: StepsOpt = None,
+    source: SourceOpt = "checkpoint",
+    origin: OriginOpt = None,
+    model: ModelOpt = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the guide cache.")] = None,
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Keep a later checkpoint's correct answers.
+    """Keep correct answers of a later step, or of others.
 
-    It is asked the prompts that a replay from --at will visit; one verified-correct answer a prompt is kept.
+    Asked are the prompts that a replay from --at will visit; one verified-correct answer a prompt is kept.
+    --source: checkpoint (a later step of the run), self (the learner), base (step 0), model (--from a folder or hub
+    id), endpoint (--from an address that speaks OpenAI's language), file (--from traces in .jsonl or .parquet), past
+    (the run's own earlier successes), run (--from another run, --guide a step of it).
     """
     recipe_of(run, overrides, branch=branch)
 
+    from npo_cli.stages.guide_plan import Ask
     from npo_cli.stages.sample_guide import sample_run
 
     records = sample_run(
         run,
-        guide_step=guide,
+        ask=Ask(source=source, guide_step=guide, origin=origin, model=model),
         at=at,
         name=name,
         branch=branch,

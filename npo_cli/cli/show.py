@@ -26,7 +26,8 @@ def show(
 ) -> None:
     """Look inside a run.
 
-    rollouts and groups are those of the newest step, unless --step or --prompt says otherwise.
+    rollouts and groups are those of the newest step, unless --step or --prompt says otherwise. `rollouts --prompt ID`
+    follows one prompt through training, across the branches that this one descends from.
     """
     from npo_cli.stages.show import show_run
 

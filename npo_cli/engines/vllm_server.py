@@ -6,9 +6,7 @@ is under way is cut, and stamps the version. The server dies with this process, 
 """
 
 import os
-import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,14 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of
+from npo_cli.engines.adapters import AdapterPort
+from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
 from npo_cli.engines.vllm_engine import INSTEAD, first_line, save_untied_config
+from npo_cli.engines.vllm_http import free_port, lora_flags, open_session, output_of, side_by_side
 from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.errors import NpoError, RunFailed
 
@@ -37,22 +36,29 @@ class VllmServer(AsksVllm):
     """A server process and a client of it."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, limits: Limits, transport: str
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limits: Limits,
+        transport: str,
+        adapters: AdapterPort | None = None,
     ) -> None:
-        self.tokenizer, self.limits = tokenizer, limits
+        self.tokenizer, self.limits, self.adapters = tokenizer, limits, adapters
         self.version: str | None = None
         self._transport = transport
-        tensors = named_tensors(model)
-        self._shapes = shapes_of(tensors)
+        tensors = named_tensors(model) if adapters is None else with_head(model, adapters.base())
+        self._shapes = shapes_of(tensors if adapters is None else adapters.tensors())
+        self._held: dict[str, Path] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="npo-engine-"))
-        self._session = _session(limits)
+        self._session = open_session(limits)
         self._url, self._process, self._asleep = "", None, False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
         self._send: Send = self._send_by_disk
         try:
             save_untied_config(model, self._folder)
             if transport == "disk":
-                save_file(_whole(tensors), self._folder / "model.safetensors")
+                save_file(whole(tensors), self._folder / "model.safetensors")
             self._start(str(model.dtype).removeprefix("torch."), transport)
             if transport != "disk":
                 from npo_cli.engines.vllm_transfer import open_transfer
@@ -64,7 +70,10 @@ class VllmServer(AsksVllm):
             raise
 
     def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Pause without cutting anything, send, forget every cached prefix, stamp, go on."""
+        """Pause without cutting anything, send, forget every cached prefix, stamp, go on; adapters need no pause."""
+        if self.adapters is not None:
+            self._take_adapters(self.adapters, version)
+            return
         tensors = named_tensors(model)
         refuse_other_names(self._shapes, tensors)
         with self._working("take weights"):
@@ -82,11 +91,32 @@ class VllmServer(AsksVllm):
             self._post("resume")
         self.version = version
 
+    def _take_adapters(self, port: AdapterPort, version: str) -> None:
+        """Loaded beside the others under the version as their name; the oldest make room."""
+        refuse_other_names(self._shapes, port.tensors())
+        with self._working("take adapters"):
+            if self._asleep:
+                self._post("wake_up")
+                self._asleep = False
+            self.version = None
+            while len(self._held) >= self.limits.max_adapters:
+                oldest = next(iter(self._held))
+                self._post("v1/unload_lora_adapter", {"lora_name": oldest})
+                shutil.rmtree(self._held.pop(oldest))
+            folder = Path(tempfile.mkdtemp(prefix="adapters-", dir=self._folder))
+            port.write(folder)
+            self._post("v1/load_lora_adapter", {"lora_name": version, "lora_path": str(folder)})
+            self._held[version] = folder
+        self.version = version
+
     def rest(self) -> None:
-        """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot."""
+        """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot.
+
+        The base beside adapters is never sent again: it waits in the CPU's memory.
+        """
         if self.limits.can_sleep and not self._asleep:
             with self._working("go to sleep"):
-                self._post("sleep?level=2")
+                self._post(f"sleep?level={2 if self.adapters is None else 1}")
             self._asleep, self.version = True, None
 
     def close(self) -> None:
@@ -102,7 +132,7 @@ class VllmServer(AsksVllm):
     # The process
 
     def _start(self, dtype: str, transport: str) -> None:
-        port = _free_port()
+        port = free_port()
         self._url = f"http://127.0.0.1:{port}"
         keeper = [sys.executable, "-m", "npo_cli.engines.keeper", str(self._folder)]
         command = [*keeper, *self._command(dtype, transport, port)]
@@ -149,6 +179,7 @@ class VllmServer(AsksVllm):
         flags += [] if limits.chunked_prefill else ["--no-enable-chunked-prefill"]
         flags += ["--enforce-eager"] if limits.eager else []
         flags += ["--enable-sleep-mode"] if limits.can_sleep else []
+        flags += [] if self.adapters is None else lora_flags(self.adapters, limits)
         if transport != "disk":
             options["--weight-transfer-config"] = f'{{"backend": "{transport}"}}'
         pairs = [part for option in options.items() for part in option]
@@ -166,6 +197,7 @@ class VllmServer(AsksVllm):
             **({"CUDA_VISIBLE_DEVICES": self.limits.devices} if self.limits.devices else {}),
             **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self._transport == "ipc" else {}),
             "VLLM_SERVER_DEV_MODE": "1",
+            **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self.adapters else {}),
             "VLLM_API_KEY": self._session.headers["Authorization"].removeprefix("Bearer "),
         }
 
@@ -191,24 +223,32 @@ class VllmServer(AsksVllm):
     def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
         answer = self._session.post(f"{self._url}/{path}", json=body, timeout=self.limits.deadline)
         answer.raise_for_status()
-        return answer.json() if answer.content else None
+        # Doors for adapters say their success in plain words.
+        return answer.json() if answer.headers.get("content-type", "").startswith("application/json") else None
 
     def _answers(
-        self, prompts: Sequence[tuple[int, ...]], fields: Sequence[dict[str, Any]], *, phase: str
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        fields: Sequence[dict[str, Any]],
+        versions: Sequence[str | None],
+        *,
+        phase: str,
     ) -> list[Any]:
+        # Adapters are asked by their name; the server knows no other and answers 404.
+        names = [NAME if self.adapters is None else version for version in versions]
         bodies = [
-            {"model": NAME, "token_ids": list(prompt), "sampling_params": each}
-            for prompt, each in zip(prompts, fields, strict=True)
+            {"model": name, "token_ids": list(prompt), "sampling_params": each}
+            for prompt, each, name in zip(prompts, fields, names, strict=True)
         ]
         with self._working(phase), ThreadPoolExecutor(side_by_side(self.limits)) as pool:
-            return list(pool.map(lambda body: _output(self._post("inference/v1/generate", body)), bodies))
+            return list(pool.map(lambda body: output_of(self._post("inference/v1/generate", body)), bodies))
 
     def _send_by_disk(self, tensors: dict[str, Any], version: str) -> None:
         """A folder beside the one it started from, gone once it was read."""
         folder = Path(tempfile.mkdtemp(prefix="weights-", dir=self._folder))
         try:
             shutil.copy(self._folder / "config.json", folder)
-            save_file(_whole(tensors), folder / "model.safetensors")
+            save_file(whole(tensors), folder / "model.safetensors")
             self._post("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -229,49 +269,3 @@ class VllmServer(AsksVllm):
             dead = self._process is None or self._process.poll() is not None
             cause = f"it has ended: {self._last_words()}" if dead else first_line(error)
             raise RunFailed(f"the vLLM server failed while it was to {phase}: {cause}", RESUME) from error
-
-
-def side_by_side(limits: Limits) -> int:
-    """Connections open at one time: as many requests as all copies together may batch."""
-    return limits.max_rows * limits.data_parallel
-
-
-def _session(limits: Limits) -> Any:
-    """One set of connections, with a key that only this process knows."""
-    try:
-        import requests
-        from requests.adapters import HTTPAdapter
-    except ImportError as error:
-        raise NpoError("engine.kind=vllm_server needs vllm, which is not installed", INSTEAD) from error
-    session = requests.Session()
-    session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=side_by_side(limits)))
-    session.trust_env = False  # a proxy for the world is none for this machine
-    session.headers["Authorization"] = f"Bearer {secrets.token_hex(16)}"
-    return session
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _whole(tensors: dict[str, Any]) -> dict[str, Any]:
-    """A file has no two names for one storage."""
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _output(answer: dict[str, Any]) -> Any:
-    """A server's answer in the shape that vLLM has in process."""
-    first = answer["choices"][0]
-    contents = (first.get("logprobs") or {}).get("content") or ()
-    places = [{place["token_id"]: SimpleNamespace(logprob=place["logprob"])} for place in contents]
-    spans = [SimpleNamespace(version=span["version"]) for span in first.get("weight_versions") or ()]
-    said = SimpleNamespace(
-        token_ids=first["token_ids"], finish_reason=first["finish_reason"], logprobs=places, weight_versions=spans
-    )
-    prompt = [
-        None if place is None else {int(token): SimpleNamespace(**entry) for token, entry in place.items()}
-        for place in answer.get("prompt_logprobs") or ()
-    ]
-    return SimpleNamespace(outputs=[said], prompt_logprobs=prompt)

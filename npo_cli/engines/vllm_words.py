@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from npo_cli.engines.adapters import AdapterPort
 from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.engines.sync import RESUME
 from npo_cli.errors import RunFailed
@@ -35,6 +36,8 @@ class Limits:
     on_cpu: bool
     eager: bool
     can_sleep: bool
+    max_adapters: int
+    """Of one base, side by side."""
     start_timeout: float
     """Seconds."""
     deadline: float
@@ -104,10 +107,15 @@ def scored_of(request: ScoreRequest, prompt_logprobs: Sequence[Any]) -> tuple[fl
     return tuple(place[token].logprob for place, token in zip(places, request.response_ids, strict=True))
 
 
-def check_versions(outputs: Sequence[Any], version: str | None) -> None:
-    """Every token of every answer was sampled by the weights that were last given."""
-    for output in outputs:
+def check_versions(outputs: Sequence[Any], versions: Sequence[str | None], *, adapters: bool) -> None:
+    """Every token of every answer was sampled by the weights that were asked.
+
+    Adapters are named by the request that came back with the answer: beside them the base has one version for ever.
+    """
+    for output, version in zip(outputs, versions, strict=True):
         seen = {span.version for span in output.outputs[0].weight_versions or ()}
+        if adapters:
+            seen = set() if output.lora_request is None else {output.lora_request.lora_name}
         if version is None or seen != {version}:
             told = ", ".join(sorted(seen)) or "of no version"
             raise RunFailed(f"the engine answered with weights {told}, not with {version}", RESUME)
@@ -120,6 +128,14 @@ class AsksVllm(ABC):
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
     version: str | None
+    adapters: AdapterPort | None
+    _held: dict[str, Any]
+    """Adapters by the version they were given as, the oldest first."""
+
+    @property
+    def num_versions(self) -> int:
+        """Adapters stand side by side; whole weights replace each other."""
+        return 1 if self.adapters is None else self.limits.max_adapters
 
     @property
     def remark(self) -> str:
@@ -131,19 +147,37 @@ class AsksVllm(ABC):
         """One sample a request, in order; a finished one leaves the batch at once and makes room."""
         law = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.limits.eos_ids}
         fields = [sampling_fields(request, **law) for request in requests]
-        outputs = self._answers([request.prompt_ids for request in requests], fields, phase="sample")
-        check_versions(outputs, self.version)
+        versions = [request.version or self.version for request in requests]
+        self._refuse_let_go(versions)
+        prompts = [request.prompt_ids for request in requests]
+        outputs = self._answers(prompts, fields, versions, phase="sample")
+        check_versions(outputs, versions, adapters=self.adapters is not None)
         return [
             sample_of(request, output, eos_ids=self.limits.eos_ids, tokenizer=self.tokenizer)
             for request, output in zip(requests, outputs, strict=True)
         ]
 
+    def _refuse_let_go(self, versions: Sequence[str | None]) -> None:
+        """vLLM would wait for ever for adapters that were let go."""
+        for version in () if self.adapters is None else dict.fromkeys(versions):
+            if version not in self._held:
+                raise RunFailed(f"the engine was asked for weights {version}, which it does not hold", RESUME)
+
     def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
         """One prefill a trajectory, which must be shorter than the longest that is allowed: vLLM adds a token."""
         prompts = [request.prompt_ids + request.response_ids for request in asked]
-        outputs = self._answers(prompts, [scoring_fields() for _ in asked], phase="score")
+        versions = [self.version] * len(asked)
+        outputs = self._answers(prompts, [scoring_fields() for _ in asked], versions, phase="score")
+        check_versions(outputs, versions, adapters=self.adapters is not None)
         return [scored_of(request, output.prompt_logprobs) for request, output in zip(asked, outputs, strict=True)]
 
     @abstractmethod
-    def _answers(self, prompts: Sequence[tuple[int, ...]], fields: Sequence[dict[str, Any]], *, phase: str) -> list:
+    def _answers(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        fields: Sequence[dict[str, Any]],
+        versions: Sequence[str | None],
+        *,
+        phase: str,
+    ) -> list:
         """One output of vLLM a prompt, in order; `fields` are those of its SamplingParams."""

@@ -1,51 +1,96 @@
-"""Seat a guide in one slot of a group that the learner mostly fails.
+"""Seat foreign trajectories in the slots of a group that the learner mostly fails.
 
-The slots of a group are drawn alike, so replacing the last is replacing a random one. A mixed group is an
-ordinary Group: what differs is the data of one rollout. Rewards come from the verifier, never from here: a cached
+The slots of a group are drawn alike, so replacing the last ones is replacing random ones. A mixed group is an
+ordinary Group: what differs is the data of some rollouts. Rewards come from the verifier, never from here: a cached
 trajectory was verified when it was cached.
 """
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from npo_cli.records import Group, GuideTrajectory, Rollout
+from npo_cli.guide_records import GuideTrajectory
+from npo_cli.records import Group, Rollout
+from npo_cli.seeds import derive_seed
+
+Guides = Mapping[str, Sequence[GuideTrajectory]]
+"""Cached trajectories by prompt id."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeatRule:
+    """Which groups are helped, and how many of their slots are given away."""
+
+    gate: float
+    """Largest share of a group's own rollouts that may be correct; 1 lets every group in."""
+    slots: int
+    compose: Literal["replace", "append"]
+    group_size: int
+    """Rollouts of a group, n, before anything is appended."""
+    seed: int
+    """Chooses where a prompt has more trajectories than slots."""
+
+    @property
+    def open(self) -> bool:
+        """Whether every group is let in, whatever its accuracy."""
+        return self.gate >= 1
+
+
+def num_seats(rule: SeatRule, guides: Sequence[GuideTrajectory]) -> int:
+    """Slots that such a group gives away: no more than there are trajectories."""
+    return min(rule.slots, len(guides))
+
+
+def num_own(rule: SeatRule, guides: Sequence[GuideTrajectory]) -> int:
+    """Rollouts to be sampled: a slot that is given away whatever they say is not sampled first."""
+    return rule.group_size - (num_seats(rule, guides) if rule.open and rule.compose == "replace" else 0)
 
 
 def own_rollouts(group: Group) -> tuple[Rollout, ...]:
-    """The learner's own rollouts of a group; all of them where no guide took a slot."""
-    return tuple(rollout for rollout in group.rollouts if rollout.source == "own")
+    """The learner's own rollouts of a group; all of them where nobody else took a slot."""
+    return tuple(rollout for rollout in group.rollouts if not rollout.foreign)
 
 
-def seat_guides(groups: Sequence[Group], guides: Mapping[str, GuideTrajectory], *, gate: float) -> tuple[Group, ...]:
-    """Where at most `gate` of a group's own rollouts are correct, a cached correct response takes its last slot.
+def seat_guides(groups: Sequence[Group], guides: Guides, rule: SeatRule) -> tuple[Group, ...]:
+    """Where at most `gate` of a group's own rollouts are correct, cached responses take its last slots, or new ones.
 
-    `guides` is keyed by prompt id. A group above the gate, or without a cached trajectory, is kept as it is, and
-    its `mix` says which of the two it was.
+    A group above the gate, or without a cached trajectory, is kept as it is; its `mix` says which of the two it was.
     """
-    return tuple(_seated(group, guides.get(group.prompt.prompt_id), gate) for group in groups)
+    return tuple(_seated(group, guides.get(group.prompt.prompt_id, ()), rule) for group in groups)
 
 
 def mix_counts(groups: Sequence[Group]) -> dict[str, float]:
-    """Groups of a batch by what the mix did; `eligible` is what the gate let through, seated or not."""
+    """Groups of a batch by what the mix did; `eligible` is what the gate let through, seated or not.
+
+    `slots` counts the slots given away.
+    """
     outcomes = [group.mix for group in groups]
     seated, missing = outcomes.count("injected"), outcomes.count("no_guide")
     return {
-        "inject/slots": float(seated),
+        "inject/slots": float(sum(rollout.foreign for group in groups for rollout in group.rollouts)),
         "inject/eligible": float(seated + missing),
         "inject/no_guide": float(missing),
         "inject/gate_closed": float(outcomes.count("gate_closed")),
     }
 
 
-def _seated(group: Group, guide: GuideTrajectory | None, gate: float) -> Group:
+def _seated(group: Group, guides: Sequence[GuideTrajectory], rule: SeatRule) -> Group:
     own_accuracy = _own_accuracy(group)
-    if own_accuracy > gate:
+    if own_accuracy > rule.gate:
         return replace(group, mix="gate_closed", own_accuracy=own_accuracy)
-    if guide is None:
+    if not guides:
         return replace(group, mix="no_guide", own_accuracy=own_accuracy)
-    *kept, last = group.rollouts
-    rollouts = (*kept, _as_rollout(guide, last.slot))
-    return replace(group, rollouts=rollouts, mix="injected", own_accuracy=own_accuracy)
+    count = num_seats(rule, guides)
+    first = rule.group_size - (count if rule.compose == "replace" else 0)
+    guests = [_as_rollout(guide, first + place) for place, guide in enumerate(_chosen(guides, rule, count))]
+    return replace(group, rollouts=(*group.rollouts[:first], *guests), mix="injected", own_accuracy=own_accuracy)
+
+
+def _chosen(guides: Sequence[GuideTrajectory], rule: SeatRule, count: int) -> Sequence[GuideTrajectory]:
+    if count == len(guides):
+        return guides
+    return random.Random(derive_seed(rule.seed, guides[0].prompt_id)).sample(guides, count)
 
 
 def _own_accuracy(group: Group) -> float:
@@ -55,18 +100,17 @@ def _own_accuracy(group: Group) -> float:
 
 
 def _as_rollout(guide: GuideTrajectory, slot: int) -> Rollout:
-    """The cached trajectory in a slot, charged to the guide that wrote it."""
-    assert guide.verdict == "correct", "only verified-correct trajectories are cached"
-    assert len(guide.response_ids) == len(guide.behavior_logps)
+    """The cached trajectory in a slot, charged to the policy that wrote it."""
+    assert guide.behavior_logps is None or len(guide.response_ids) == len(guide.behavior_logps)
     return Rollout(
         prompt_id=guide.prompt_id,
         slot=slot,
         response_ids=guide.response_ids,
         behavior_logps=guide.behavior_logps,
         text=guide.text,
-        finished=True,
+        finished=guide.finished,
         sampler_step=guide.guide_step,
-        source="guide",
-        verdict="correct",
-        reward=1.0,
+        source=guide.source,
+        verdict=guide.verdict,
+        reward=1.0 if guide.verdict == "correct" else 0.0,
     )

@@ -5,7 +5,7 @@ P prompts, B rows of prompt counts (row 0 = the data as they are).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from npo_cli.guide.evidence import Arm, Evidence, PromptOutcome, SignalKnobs, ga
 from npo_cli.guide.pairing import RULES, Candidate, Ranking, p_best, paired_log_signals
 from npo_cli.guide.quality import prompt_counts
 from npo_cli.guide.scoring import Setting, score_of
-from npo_cli.guide.variance import HEAVY_TAILED, Moments, SampleRatio, VarianceKind, moments_of
+from npo_cli.guide.variance import HEAVY_TAILED, KINDS, Moments, SampleRatio, VarianceKind, moments_of
 from npo_cli.records import CheckpointScore
 
-__all__ = ["Arm", "PromptOutcome", "SampleRatio", "SignalKnobs", "rank_arms", "variance_range_warning"]
+__all__ = ["Arm", "Lead", "PromptOutcome", "SampleRatio", "SignalKnobs", "leads", "rank_arms", "variance_range_warning"]
 
 FLAT_RANGE = 1.05
 
@@ -56,6 +56,31 @@ def rank_arms(self_arm: Arm, arms: Sequence[Arm], knobs: SignalKnobs) -> tuple[C
         )
         for a, each in enumerate(evidence)
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lead:
+    """Who leads under one kind of V."""
+
+    place: int
+    """Of the arm with the largest S."""
+    p_best_A: tuple[float, ...]
+    """Of each arm."""
+
+
+def leads(self_arm: Arm, arms: Sequence[Arm], knobs: SignalKnobs) -> dict[VarianceKind, Lead]:
+    """Under every V, from the same samples and the same resamples: the largest S, and how sure that is."""
+    prompt_ids = prompts_asked(self_arm, arms)
+    counts_BP = prompt_counts(len(prompt_ids), np.random.default_rng(knobs.seed), knobs.resamples)
+    candidates = [each.candidate for each in gather(arms, prompt_ids, knobs)]
+    self_moments = moments_of(self_arm.ratios, prompt_ids, cap=knobs.cap)
+    found = {}
+    for kind in KINDS:
+        ranking = Ranking(variance=kind, knobs=knobs.variance_knobs, alpha=knobs.alpha)
+        log_signal_BA = paired_log_signals(candidates, counts_BP, self_moments=self_moments, ranking=ranking)
+        place = RULES["argmax"](log_signal_BA, [arm.distance for arm in arms])
+        found[kind] = Lead(place=place, p_best_A=tuple(p_best(log_signal_BA).tolist()))
+    return found
 
 
 def variance_range_warning(scores: Sequence[CheckpointScore]) -> str | None:

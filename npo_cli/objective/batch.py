@@ -14,7 +14,8 @@ from npo_cli.objective.stats import LARGEST, SMALLEST, Additive, MismatchStats
 
 LossKind = Literal["grpo", "gspo", "gspo_token", "cispo"]
 Aggregation = Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"]
-RatioMode = Literal["exact", "proximal", "decoupled", "none"]
+RatioMode = Literal["exact", "proximal", "decoupled", "unit", "none"]
+Shape = Literal["none", "soft"]
 MismatchMode = Literal["token_tis", "sequence_tis", "token_mis", "sequence_mis", "geometric", "k3", "off"]
 
 
@@ -23,7 +24,8 @@ class Rows:
     """Whole responses and what is known of them. Values outside the mask are never read, whatever they are."""
 
     behavior_logps_NT: Tensor
-    """Under the policy that wrote the row; of an own row, as the engine that sampled it saw the same weights."""
+    """Under the policy that wrote the row; of an own row, as the engine that sampled it saw the same weights. NaN on
+    foreign rows of which nobody knows it: no mode that reads it may be chosen for them."""
     mask_NT: Tensor
     """True on response tokens, the end token included."""
     advantages_N: Tensor
@@ -31,6 +33,8 @@ class Rows:
     """True where another policy wrote the row."""
     old_logps_NT: Tensor | None = None
     """Under the weights at the start of the update; None says that they are the current ones."""
+    free_N: Tensor | None = None
+    """True where a row is not clipped, whatever the knobs; None is nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +77,10 @@ class LossKnobs:
     ratio: RatioMode
     """How foreign rows are charged."""
     decoupled_cap: float
+    shape: Shape
+    """What becomes of a foreign row's ratio before the clip."""
+    gamma: float
+    """Constant of the soft shape."""
     mismatch: MismatchKnobs
 
     def __post_init__(self) -> None:
@@ -101,8 +109,10 @@ class LossStats(Additive):
     foreign_tokens: float = 0.0
     foreign_kept: float = 0.0
     """Foreign tokens with a gradient: neither clipped nor of a row with A = 0."""
+    known_tokens: float = 0.0
+    """Foreign tokens whose probability under their writer is known."""
     ratio_sum: float = 0.0
-    """Sum over foreign tokens of pi_theta / pi_behavior, whichever mode charges them."""
+    """Sum over those of pi_theta / pi_behavior, whichever mode charges them."""
     ratio_min: float = field(default=math.inf, metadata=SMALLEST)
     ratio_max: float = field(default=-math.inf, metadata=LARGEST)
     push: float = 0.0
@@ -121,7 +131,8 @@ class LossStats(Additive):
             found["kl"] = self.kl_sum / self.kl_tokens
         if self.foreign_tokens:
             found["inject/kept_share"] = self.foreign_kept / self.foreign_tokens
-            found["inject/ratio_mean"] = self.ratio_sum / self.foreign_tokens
+        if self.known_tokens:
+            found["inject/ratio_mean"] = self.ratio_sum / self.known_tokens
             found["inject/ratio_min"] = self.ratio_min
             found["inject/ratio_max"] = self.ratio_max
         if self.foreign_tokens and self.push:

@@ -75,7 +75,7 @@ def make_policy_loss(knobs: LossKnobs) -> PolicyLoss:
         charged, corrected = charge(logps_NT, rows), correct(logps_NT, rows)
         weight_NT = charged.weight_NT * corrected.weight_NT
         tokens = _tokens(logps_NT, rows, charged.anchor_logps_NT)
-        terms = surrogate(tokens, bounds_for(charged.free_N1, knobs))
+        terms = surrogate(tokens, bounds_for(charged.free_N1, rows.foreign_N.bool()[:, None], knobs))
         loss = total(weight_NT * terms.loss_NT)
         kl_NT = None if ref_logps_NT is None else _kl(tokens, ref_logps_NT)
         if knobs.kl_coef:
@@ -121,7 +121,8 @@ def _measure(view: _View, rows: Rows, total: Callable[[Tensor], Tensor]) -> Loss
     mask_NT = view.tokens.mask_NT
     foreign_NT = mask_NT & rows.foreign_N.bool()[:, None]
     own_NT = mask_NT & ~foreign_NT
-    behavior_NT = torch.where(foreign_NT, rows.behavior_logps_NT, 0.0)
+    known_NT = foreign_NT & ~rows.behavior_logps_NT.isnan()
+    behavior_NT = torch.where(known_NT, rows.behavior_logps_NT, 0.0)
     ratio_NT = log_ratio(view.tokens.logps_NT, behavior_NT).exp()
     found = {
         "own_tokens": own_NT.sum(),
@@ -129,9 +130,10 @@ def _measure(view: _View, rows: Rows, total: Callable[[Tensor], Tensor]) -> Loss
         "clipped_high": (own_NT & view.terms.high_NT).sum(),
         "foreign_tokens": foreign_NT.sum(),
         "foreign_kept": (foreign_NT & (view.push_NT > 0)).sum(),
-        "ratio_sum": torch.where(foreign_NT, ratio_NT, 0.0).sum(),
-        "ratio_min": torch.where(foreign_NT, ratio_NT, math.inf).amin(),
-        "ratio_max": torch.where(foreign_NT, ratio_NT, -math.inf).amax(),
+        "known_tokens": known_NT.sum(),
+        "ratio_sum": torch.where(known_NT, ratio_NT, 0.0).sum(),
+        "ratio_min": torch.where(known_NT, ratio_NT, math.inf).amin(),
+        "ratio_max": torch.where(known_NT, ratio_NT, -math.inf).amax(),
         "push": total(view.push_NT),
         "foreign_push": total(torch.where(foreign_NT, view.push_NT, 0.0)),
     }

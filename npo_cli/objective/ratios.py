@@ -1,7 +1,7 @@
 """Whom each row is charged to: the policy in the denominator of its importance ratio.
 
 N rows (responses), T tokens. A row the learner wrote itself is always charged to the old policy. For a foreign
-row there are four rules, chosen once. Their outcome is data (an anchor, a weight, a freedom), so the loss treats
+row there are five rules, chosen once. Their outcome is data (an anchor, a weight, a freedom), so the loss treats
 all rows alike. Token ratios ignore both the law of the prefix and the constant of correct-only filtering.
 """
 
@@ -75,10 +75,11 @@ def make_charge(mode: RatioMode, *, decoupled_cap: float) -> Callable[[Tensor, R
         columns = columns_of(logps_NT, rows)
         theirs = rule(columns, decoupled_cap)
         foreign_N1 = rows.foreign_N.bool()[:, None]
+        free_N1 = foreign_N1 & theirs.free_N1
         return Charge(
             anchor_logps_NT=torch.where(foreign_N1, theirs.anchor_logps_NT, columns.old_NT),
             weight_NT=torch.where(foreign_N1, theirs.weight_NT, 1.0),
-            free_N1=foreign_N1 & theirs.free_N1,
+            free_N1=free_N1 if rows.free_N is None else free_N1 | rows.free_N.bool()[:, None],
         )
 
     return charge
@@ -100,6 +101,11 @@ def charge_decoupled(columns: Columns, cap: float) -> Charge:
     return _bound_charge(columns.old_NT, weight_NT)
 
 
+def charge_unit(columns: Columns, _cap: float) -> Charge:
+    """To nobody: rho = pi_theta / 1, where the writer's probabilities are unknown (LUFFY, arXiv 2504.14945, eq. 6)."""
+    return _bound_charge(torch.zeros_like(columns.current_NT))
+
+
 def charge_none(columns: Columns, _cap: float) -> Charge:
     """Score function -A log pi_theta, weight 1, never clipped: anchored on itself, rho is 1 with gradient grad l."""
     free_N1 = torch.ones_like(columns.current_NT[:, :1], dtype=torch.bool)
@@ -110,6 +116,7 @@ RULES: dict[RatioMode, Rule] = {
     "exact": charge_exact,
     "proximal": charge_proximal,
     "decoupled": charge_decoupled,
+    "unit": charge_unit,
     "none": charge_none,
 }
 

@@ -27,6 +27,8 @@ class Bounds:
     """Cap of the ratio before the min."""
     cispo_N1: Tensor
     """Cap of the CISPO weight."""
+    soft_N1: Tensor
+    """Constant gamma of a row whose ratio is shaped; infinite where it is not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +54,11 @@ class Terms:
     """True where it was cut because the ratio was too high."""
 
 
-def bounds_for(free_N1: Tensor, knobs: LossKnobs) -> Bounds:
-    """The knobs as one number per row: [1 - clip_low, 1 + clip_high] and the caps; a free row has none."""
+def bounds_for(free_N1: Tensor, shaped_N1: Tensor, knobs: LossKnobs) -> Bounds:
+    """The knobs as one number per row: [1 - clip_low, 1 + clip_high] and the caps; a free row has none.
+
+    `shaped_N1` is true where the ratio takes the shape that the knobs name.
+    """
 
     def per_row(bound: float | None, unbounded: float) -> Tensor:
         value = unbounded if bound is None else bound
@@ -67,7 +72,17 @@ def bounds_for(free_N1: Tensor, knobs: LossKnobs) -> Bounds:
         dual_N1=per_row(knobs.dual_clip, math.inf),
         delta_N1=per_row(knobs.delta, math.inf),
         cispo_N1=per_row(knobs.cispo_cap, math.inf),
+        soft_N1=torch.where(shaped_N1 & (knobs.shape == "soft"), knobs.gamma, math.inf),
     )
+
+
+def softened(ratio_NT: Tensor, soft_N1: Tensor) -> Tensor:
+    """f(r) = r / (r + gamma): from 0 to 1, steepest where r is small. r itself where gamma is infinite.
+
+    As a factor on A grad log pi: r f'(r) = gamma r / (r + gamma)^2, which peaks at 1/4 for r = gamma and is .0826 at
+    r = 1 for gamma = .1. (Policy shaping of LUFFY, arXiv 2504.14945, and ExGRPO, arXiv 2510.02245.)
+    """
+    return torch.where(soft_N1.isinf(), ratio_NT, ratio_NT / (ratio_NT + soft_N1))
 
 
 def clipped_terms(ratio_NT: Tensor, advantages_N1: Tensor, bounds: Bounds) -> Terms:
@@ -89,8 +104,12 @@ def clipped_terms(ratio_NT: Tensor, advantages_N1: Tensor, bounds: Bounds) -> Te
 
 
 def grpo_terms(tokens: Tokens, bounds: Bounds) -> Terms:
-    """Each token is clipped by its own ratio rho_t = exp(l - l_anchor). (GRPO, arXiv 2402.03300.)"""
-    terms = clipped_terms(tokens.log_ratio_NT.exp(), tokens.advantages_N1, bounds)
+    """Each token is clipped by its own ratio rho_t = exp(l - l_anchor), perhaps shaped. (GRPO, arXiv 2402.03300.)"""
+    ratio_NT = tokens.log_ratio_NT.exp()
+    terms = clipped_terms(softened(ratio_NT, bounds.soft_N1), tokens.advantages_N1, bounds)
+    # d log f / d log r = gamma / (r + gamma), and 1 without a shape.
+    slope_NT = torch.where(bounds.soft_N1.isinf(), 1.0, bounds.soft_N1 / (ratio_NT.detach() + bounds.soft_N1))
+    terms = replace(terms, gain_NT=terms.gain_NT * slope_NT)
     return _without_gain(terms, tokens.log_ratio_NT.abs() >= LOG_RATIO_LIMIT)
 
 

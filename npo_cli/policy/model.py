@@ -3,17 +3,28 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError, set_aside
+from npo_cli.policy.adapters import (
+    Adapters,
+    adapter_tensors,
+    attach,
+    base_tensors,
+    load_adapters,
+    save_adapters,
+    switched_off,
+)
 from npo_cli.policy.gguf import PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
@@ -40,6 +51,10 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     plain_head: bool
     """Logits are the head's output as it is, so responses can be scored in chunks."""
+    adapters: Adapters | None
+    """What is trained in place of the weights; None where every weight is."""
+    bare: bool = False
+    """Score without the adapters."""
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +85,28 @@ class Policy:
         return weights_digest(self.model)
 
     @property
+    def num_bytes(self) -> int:
+        """What `save` writes of weights."""
+        tensors = self.model.state_dict() if self.adapters is None else adapter_tensors(self.model)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """The base's weights under their own names, adapters left out."""
+        return base_tensors(self.model)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The adapters as they are now, under the names of peft's files."""
+        return adapter_tensors(self.model)
+
+    @property
+    def base(self) -> "Policy":
+        """The frozen base of a policy with adapters: the same model, scored without them."""
+        assert self.adapters is not None, "there is no base beside the weights that are trained"
+        return replace(self, bare=True)
+
+    @property
     def num_changes(self) -> int:
         """How often weights were written to: torch counts writes in place, `mark_written` those that it misses."""
         return sum(tensor._version for tensor in self.model.state_dict(keep_vars=True).values())
@@ -92,20 +129,36 @@ class Policy:
             self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
         )
 
+    def encode_response(self, text: str) -> tuple[int, ...]:
+        """Token ids of a response that somebody else wrote, without an end token: no text can name one."""
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+    @property
+    def end_id(self) -> int:
+        """The token that a response is ended with: the tokenizer's own where it is one of those that end it."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.eos_ids else self.eos_ids[0]
+
     def load(self, folder: Path) -> None:
-        """Swap in the weights of a checkpoint folder, checked tensor by tensor."""
-        load_weights(self.model, folder)
+        """Swap in the weights or the adapters of a checkpoint folder, checked tensor by tensor."""
+        if self.adapters is None:
+            load_weights(self.model, folder)
+        else:
+            load_adapters(self.model, self.adapters, folder)
         self.mark_written()
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `from_pretrained` opens as it is."""
+        """Write a folder that `from_pretrained` opens as it is: transformers', or with adapters peft's."""
+        if self.adapters is not None:
+            save_adapters(self.model, self.adapters, folder)
+            return
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
-        with recomputing(self.model):
+        with recomputing(self.model), switched_off(self.model) if self.bare else nullcontext():
             return token_scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
@@ -133,23 +186,29 @@ def choose_device(wanted: str) -> torch.device:
 def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     """The recipe's model, or the same architecture with the weights of a checkpoint `folder`.
 
-    Dropout is off for good: a response is scored by the distribution that sampled it.
+    Dropout is off for good: a response is scored by the distribution that sampled it. With LoRA the folder holds
+    adapters, and the base is the recipe's.
     """
+    with_lora = settings.lora.rank is not None
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    model, tokenizer = _load_parts(settings, folder)
+    model, tokenizer = _load_parts(settings, None if with_lora else folder)
     if tokenizer.eos_token_id is None and model.generation_config.eos_token_id is None:
         raise NpoError(
             f"{settings.path}: neither tokenizer nor generation config names an end token", "set eos_token_id there"
         )
     without_dropout(model)
+    adapters = attach(model, settings.lora, path=settings.path) if with_lora else None
     model = model.to(device).eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model=model, tokenizer=tokenizer, plain_head=head_is_plain(model))
+    policy = Policy(model=model, tokenizer=tokenizer, plain_head=head_is_plain(model), adapters=adapters)
+    if with_lora and folder is not None:
+        policy.load(folder)
+    return policy
 
 
 def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

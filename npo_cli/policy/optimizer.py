@@ -4,7 +4,7 @@ import json
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from npo_cli.auto_records import Mistake
 from npo_cli.config import TrainSettings
 from npo_cli.errors import NpoError, set_aside
+from npo_cli.guide_records import Experience, Success
 
 STATE_FILE, SCALARS_FILE = "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -36,6 +37,8 @@ class TrainerState:
     """Running figures: tokens generated, reward and entropy averages."""
     mistakes: tuple[Mistake, ...] = ()
     """Newest failed prompts, oldest first: what AutoNPO asks again."""
+    experience: Experience | None = None
+    """Past successes to be replayed; None where the recipe has no use for them."""
 
 
 def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> AdamW:
@@ -108,6 +111,8 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, *, state:
         "mistakes": [[each.prompt_id, each.step, each.accuracy, each.epoch] for each in state.mistakes],
         "rng": streams,
     }
+    if state.experience is not None:
+        scalars["experience"] = asdict(state.experience)
     (folder / SCALARS_FILE).write_text(json.dumps(scalars))
 
 
@@ -158,6 +163,20 @@ def _state_of(scalars: Mapping[str, Any]) -> TrainerState:
         Mistake(prompt_id=prompt_id, step=step, accuracy=accuracy, epoch=epoch)
         for prompt_id, step, accuracy, epoch in scalars.get("mistakes", ())
     )
+    kept = scalars.get("experience")
     return TrainerState(
-        step=scalars["step"], position=scalars["position"], trackers=scalars["trackers"], mistakes=mistakes
+        step=scalars["step"],
+        position=scalars["position"],
+        trackers=scalars["trackers"],
+        mistakes=mistakes,
+        experience=None if kept is None else _experience_of(kept),
     )
+
+
+def _experience_of(kept: Mapping[str, Any]) -> Experience:
+    def success(row: Mapping[str, Any]) -> Success:
+        ids, logps = tuple(row["response_ids"]), tuple(row["behavior_logps"])
+        return Success(response_ids=ids, behavior_logps=logps, text=row["text"], step=row["step"])
+
+    successes = {name: tuple(map(success, rows)) for name, rows in kept["successes"].items()}
+    return Experience(**{**kept, "successes": successes})

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from npo_cli.errors import NpoError, set_aside
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model*.safetensors` in the folder."""
-    files = sorted(folder.glob("model*.safetensors"))
+def read_tensors(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Tensor]:
+    """All tensors of the folder's files of that name."""
+    files = sorted(folder.glob(pattern))
     if not files:
-        raise NpoError(f"{folder} holds no model*.safetensors", set_aside(folder))
+        raise NpoError(f"{folder} holds no {pattern}", set_aside(folder))
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -39,10 +39,14 @@ def tied_names(model: PreTrainedModel) -> list[set[str]]:
     return [names for names in by_storage.values() if len(names) > 1]
 
 
-def check_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Refuse tensors that do not fit the model one to one; names the first few that differ."""
-    own = model.state_dict()
-    excused = {name for names in tied_names(model) if names & tensors.keys() for name in names}
+def check_tensors(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path, *, tied: Sequence[set[str]] = ()
+) -> None:
+    """Refuse tensors that do not fit our own one to one; names the first few that differ.
+
+    Of names that are tied one is enough.
+    """
+    excused = {name for names in tied if names & tensors.keys() for name in names}
     missing = sorted(own.keys() - tensors.keys() - excused)
     extra = sorted(tensors.keys() - own.keys())
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
@@ -71,12 +75,16 @@ def _refuse(findings: Mapping[str, Sequence[str]], source: Path | str, mend: str
             raise NpoError(f"{source}: tensor {what}: {shown}", mend)
 
 
-@torch.no_grad()
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy the folder's weights into the model in place; the model is untouched when they do not fit."""
-    tensors = read_tensors(folder)
-    check_tensors(model, tensors, folder)
-    own = model.state_dict()
+    tensors, own = read_tensors(folder), model.state_dict()
+    check_tensors(own, tensors, folder, tied=tied_names(model))
+    copy_tensors(own, tensors)
+
+
+@torch.no_grad()
+def copy_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Values into the tensors of the same names, in place."""
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 

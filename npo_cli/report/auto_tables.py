@@ -34,7 +34,7 @@ def transitions_tables(moves: Sequence[Transition]) -> tuple[Table, ...]:
         Table(title=title, header=("step", "event", "branch", "based on"), rows=rows, notes=notes)
     )
     found = [(f"step {one.step} of {one.state.branch}", one.evidence) for one in moves if one.evidence.get("scores")]
-    return (table, *(part for where, evidence in found for part in _confirmation(evidence, where=where)))
+    return (table, *(part for where, evidence in found for part in confirmation_tables(evidence, where=where)))
 
 
 def _is_rehearsed(move: Transition) -> bool:
@@ -85,10 +85,13 @@ def _settings(settings: Evidence) -> str:
 
 def confirmations_tables(confirmations: Sequence[Confirmation]) -> tuple[Table, ...]:
     """Q, V and S by distance, every V, and the mistakes by age, of each probe."""
-    return tuple(table for one in confirmations for table in _confirmation(dataclasses.asdict(one), where="a probe"))
+    return tuple(
+        table for one in confirmations for table in confirmation_tables(dataclasses.asdict(one), where="a probe")
+    )
 
 
-def _confirmation(found: Evidence, *, where: str) -> tuple[Table, ...]:
+def confirmation_tables(found: Evidence, *, where: str) -> tuple[Table, ...]:
+    """The same of one probe, whose evidence may have come from a file."""
     scores = sorted(found["scores"], key=lambda one: one["distance"])
     views = (_variances(scores),) if scores else ()
     return (_scores(found, scores, where=where), *views, _strata(found.get("strata", ())))

@@ -5,7 +5,6 @@ is imported when a picture is made, and drawn without a display.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from npo_cli.costs import CurvePoint
 from npo_cli.errors import NpoError
 from npo_cli.records import CheckpointScore
+from npo_cli.report.bounded import draw_bounded, of_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,40 +96,9 @@ def scores_figure(scores: Sequence[CheckpointScore], path: Path, title: str = ""
     )
     with page(path, title=title, height=4.4) as figure:
         for panel, (label, name, colour) in zip(figure.subplots(1, len(named)), named, strict=True):
-            _draw_score(panel, ordered, name=name, colour=colour)
+            draw_bounded(panel, of_scores(ordered, name), colour=colour, may_be_log=name == "variance", quiet=QUIET)
             panel.set_title(label, loc="left", color=colour)
             panel.set_xlabel("optimiser steps ahead of the learner")
-
-
-def _draw_score(panel: "Axes", scores: Sequence[CheckpointScore], *, name: str, colour: str) -> None:
-    """A candidate whose figure could not be estimated is left out."""
-    fields = (name, f"{name}_low", f"{name}_high")
-    scores = [one for one in scores if all(math.isfinite(getattr(one, field)) for field in fields)]
-    if not scores:
-        panel.text(0.5, 0.5, "could not be estimated", transform=panel.transAxes, ha="center", color=QUIET)
-        return
-    distances = [one.distance for one in scores]
-    values = [getattr(one, name) for one in scores]
-    lows = [getattr(one, f"{name}_low") for one in scores]
-    highs = [getattr(one, f"{name}_high") for one in scores]
-    # A resampled interval may leave its own estimate outside; a bar cannot reach backwards.
-    bars = [
-        [max(0.0, value - low) for value, low in zip(values, lows, strict=True)],
-        [max(0.0, high - value) for value, high in zip(values, highs, strict=True)],
-    ]
-    panel.errorbar(distances, values, yerr=bars, color=colour, ecolor=f"{colour}88", fmt="o-", lw=2, ms=5, capsize=3)
-    for one, value in zip(scores, values, strict=True):
-        if one.chosen:
-            panel.plot([one.distance], [value], marker="o", ms=14, color=colour, fillstyle="none", mew=2)
-            panel.annotate(
-                f"step {one.step}", (one.distance, value), xytext=(-12, 9), textcoords="offset points", ha="right"
-            )
-    # V may span orders of magnitude: then ratios are what the eye should compare.
-    if name == "variance" and min(*values, *lows) > 0 and max(values) > 20 * min(values):
-        panel.set_yscale("log")
-    else:
-        panel.set_ylim(bottom=min(0.0, *lows))
-    panel.set_xlim(0, 1.05 * max(distances))
 
 
 def compact(value: float) -> str:

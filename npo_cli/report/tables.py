@@ -4,11 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from npo_cli.costs import Crossing
-from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, GuideInfo, Segment, StepReport
+from npo_cli.guide_records import GuideInfo, SourceScore
+from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
 from npo_cli.report.auto_tables import AUTO_TABLES
+from npo_cli.report.bench_tables import tuned_tables
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
 from npo_cli.report.compare_tables import COMPARE_TABLES
-from npo_cli.report.lines import Check, GroupLine, RecipeLine, RolloutLine
+from npo_cli.report.cost_tables import comparison_tables
+from npo_cli.report.lines import Check, GroupLine, PromptStory, RecipeLine, RolloutLine, Tuned, Visit
+from npo_cli.report.source_tables import sources_tables
+from npo_cli.report.stories import stories_tables, visits_tables
 
 
 def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
@@ -107,17 +112,23 @@ def evals_tables(reports: Sequence[EvalReport]) -> tuple[Table, ...]:
 
 
 def guides_tables(guides: Sequence[GuideInfo]) -> tuple[Table, ...]:
-    """Guide caches: whom they serve, who wrote them, how many prompts they solved."""
-    header = ("name", "branch", "for steps", "guide step", "solved", "samples", "tokens", "whole")
+    """Guide caches: whom they serve, who wrote them, how many prompts they solved, what they cost and whom."""
+    header = (
+        *("name", "branch", "for steps", "source", "guide step", "from", "solved", "kept", "samples", "tokens"),
+        *("given tokens", "side tokens", "log-probs", "whole"),
+    )
     rows = tuple(
         (
-            *(one.name, one.branch, f"{one.at_step + 1}-{one.at_step + one.num_steps}", str(one.guide_step)),
-            f"{count(one.num_found)} of {count(one.num_prompts)}",
-            *(count(one.num_samples), count(one.num_tokens), "yes" if one.complete else "NO"),
+            *(one.name, one.branch, f"{one.at_step + 1}-{one.at_step + one.num_steps}"),
+            *(one.source, count(one.guide_step), one.origin),
+            *(f"{count(one.num_found)} of {count(one.num_prompts)}", count(one.num_trajectories or one.num_found)),
+            *(count(one.num_samples), count(one.num_tokens), count(one.given_tokens or None)),
+            *(count(one.side_tokens or None), "yes" if one.has_logps else "none", "yes" if one.complete else "NO"),
         )
         for one in guides
     )
-    return (Table(title="Guide caches", header=header, rows=rows, notes=("solved: prompts with a verified answer",)),)
+    notes = ("solved: prompts with a verified answer; given: by somebody else; side: what training the guide had cost",)
+    return (without_empty_columns(Table(title="Guide caches", header=header, rows=rows, notes=notes)),)
 
 
 def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
@@ -170,40 +181,6 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-def comparison_tables(crossings: Sequence[Crossing]) -> tuple[Table, ...]:
-    """What every arm had spent at each threshold, and its speed next to the first arm's on every axis.
-
-    The wall clock is an axis where it is known.
-    """
-    timed = any(one.total_seconds for one in crossings)
-    totals = ("step", "total steps", "total tokens", *(("total seconds",) if timed else ()))
-    ratios = ("by step", "by total steps", "by total tokens", *(("by wall time",) if timed else ()))
-    baselines = {one.threshold: one for one in reversed(crossings) if one.arm == crossings[0].arm}
-    rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold), timed=timed) for one in crossings)
-    notes = (
-        f"by ...: cost of {crossings[0].arm} divided by cost of the arm; above 1 the arm is faster.",
-        "total: scout and rolled-back steps, scoring, probes and the guide's samples are counted.",
-    )
-    header = ("arm", "accuracy", *totals, *ratios)
-    return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
-
-
-def _crossing_row(one: Crossing, *, baseline: Crossing | None, timed: bool) -> tuple[str, ...]:
-    spent = _spent(one, timed=timed)
-    before = _spent(baseline, timed=timed) if baseline else (None,) * len(spent)
-    ratios = (f"{mine / ours:.2f}x" if mine and ours else "-" for mine, ours in zip(before, spent, strict=True))
-    return (one.arm, number(one.threshold, digits=2), *(_cost_cell(cost) for cost in spent), *ratios)
-
-
-def _spent(one: Crossing, *, timed: bool) -> tuple[float | None, ...]:
-    return (one.step, one.total_steps, one.total_tokens, *((one.total_seconds,) if timed else ()))
-
-
-def _cost_cell(cost: float | None) -> str:
-    """Counts whole, seconds to a tenth."""
-    return f"{cost:,.1f}" if isinstance(cost, float) else count(cost, absent="not reached")
-
-
 def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
     """Rollouts with question, reference answer and response, the seated guide told apart."""
     header = ("branch", "step", "prompt", "slot", "source", "verdict", "ended", "question", "answer", "response")
@@ -219,7 +196,12 @@ def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
 
 
 def _source(line: RolloutLine) -> str:
-    return "own" if line.rollout.source == "own" else f"guide {line.rollout.guide_step}"
+    rollout = line.rollout
+    return (
+        rollout.source
+        if rollout.sampler_step is None or not rollout.foreign
+        else f"{rollout.source} {rollout.sampler_step}"
+    )
 
 
 def groups_tables(lines: Sequence[GroupLine]) -> tuple[Table, ...]:
@@ -260,6 +242,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     CheckpointEntry: index_tables,
     GuideInfo: guides_tables,
     CheckpointScore: scores_tables,
+    SourceScore: sources_tables,
     EvalReport: evals_tables,
     Crossing: comparison_tables,
     **COMPARE_TABLES,
@@ -267,7 +250,10 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     Segment: lineage_tables,
     RolloutLine: rollouts_tables,
     GroupLine: groups_tables,
+    PromptStory: stories_tables,
+    Visit: visits_tables,
     RecipeLine: recipes_tables,
+    Tuned: tuned_tables,
     Check: checks_tables,
 }
 """How each kind of record is tabulated, in the order in which kinds are shown."""

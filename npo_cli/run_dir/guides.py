@@ -1,21 +1,30 @@
-"""Guide caches: the verified-correct trajectories of one later checkpoint, and every prompt it was asked.
+"""Guide caches: verified trajectories of another policy, whoever that is, and every prompt it was asked.
 
 guide.json is replaced whole, at birth and when the cache is finished; the two journals beside it only grow, so
 sampling that was interrupted goes on where it stopped. An unfinished cache is never used for training.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.records import GuideInfo, GuideTrajectory
+from npo_cli.guide_records import GuideInfo, GuideTrajectory
+from npo_cli.records import Source, Verdict
 from npo_cli.run_dir.files import build, damaged, make_folder, read_json, row_of, write_json_atomic
 from npo_cli.run_dir.journal import Journal, Outcome
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.rollouts import exact_float32, shortest_float32
 
-PROGRESS = ("num_prompts", "num_found", "num_samples", "num_tokens", "complete")
+PROGRESS = (
+    *("num_prompts", "num_found", "num_samples", "num_tokens", "complete"),
+    *("has_logps", "num_trajectories", "given_tokens"),
+)
 """Fields of GuideInfo that sampling fills; the others say what the cache is."""
+
+Trajectories = Mapping[str, tuple[GuideTrajectory, ...]]
+"""By prompt id, in the order of their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +52,9 @@ class GuideStore:
 
     def add_trajectory(self, trajectory: GuideTrajectory) -> Outcome:
         """Keep one trajectory. Write it before `add_asked` of its prompt: asked means wholly dealt with."""
-        row = row_of(trajectory) | {"behavior_logps": shortest_float32(trajectory.behavior_logps)}
-        return self._trajectories.append_once(row, "prompt_id")
+        logps = trajectory.behavior_logps
+        row = row_of(trajectory) | {"behavior_logps": None if logps is None else shortest_float32(logps)}
+        return self._trajectories.append_once(row, ("prompt_id", "number"))
 
     def add_asked(self, asked: Asked) -> Outcome:
         """Note that a prompt was dealt with, whether or not a trajectory was found."""
@@ -54,8 +64,8 @@ class GuideStore:
         """Prompts already dealt with, by prompt id."""
         return read_asked(self.folder)
 
-    def trajectories(self) -> dict[str, GuideTrajectory]:
-        """Trajectories found so far, by prompt id."""
+    def trajectories(self) -> Trajectories:
+        """Trajectories found so far."""
         return read_trajectories(self.folder)
 
     def sync(self) -> None:
@@ -75,7 +85,7 @@ def asked_path(folder: Path) -> Path:
 
 
 def trajectories_path(folder: Path) -> Path:
-    """One line a prompt solved."""
+    """One line a trajectory kept."""
     return folder / "trajectories.jsonl"
 
 
@@ -92,7 +102,7 @@ def new_guide(run: RunDir, info: GuideInfo) -> GuideStore:
     there = read_info(folder)
     if there.complete:
         raise NpoError(
-            f"{run.root} already has a finished guide {info.name!r} (step {there.guide_step} for step {there.at_step})",
+            f"{run.root} already has a finished guide {info.name!r} ({author(there)} for step {there.at_step})",
             "choose another name with --name, or use it: "
             f"npo resume {as_typed(run.root)} --at {there.at_step} --guide {info.name}",
         )
@@ -103,6 +113,27 @@ def new_guide(run: RunDir, info: GuideInfo) -> GuideStore:
             "choose another name with --name, or ask for the same guide again to finish it",
         )
     return GuideStore(folder)
+
+
+def author(info: GuideInfo) -> str:
+    """Who wrote a cache, in few words: `step 100`, `model FOLDER`, `past`."""
+    if info.guide_step is not None and info.source != "run":
+        return f"step {info.guide_step}"
+    return f"{info.source} {info.origin}".rstrip()
+
+
+def asking(info: GuideInfo) -> str:
+    """The options of `npo sample-guide` that name the same author again."""
+    if info.source == "checkpoint":
+        return f"--guide {info.guide_step}"
+    what, tail = info.origin, ""
+    if info.source == "endpoint":
+        what, _, model = info.origin.partition(" model ")
+        tail = f" --model {as_typed(model)}"
+    elif info.source == "run":
+        what, _, place = info.origin.rpartition(" step ")
+        tail = f" --guide {place.split()[0]}"
+    return f"--source {info.source}" + (f" --from {as_typed(what)}{tail}" if what else "")
 
 
 def identity(info: GuideInfo) -> dict[str, object]:
@@ -116,10 +147,15 @@ def finish_guide(run: RunDir, info: GuideInfo) -> GuideInfo:
     store = GuideStore(folder)
     store.sync()
     every = store.asked().values()
+    found = store.trajectories()
+    kept = [each for several in found.values() for each in several]
     done = replace(
         info,
         num_prompts=len(every),
-        num_found=len(store.trajectories()),
+        num_found=len(found),
+        num_trajectories=len(kept),
+        has_logps=all(each.behavior_logps is not None for each in kept),
+        given_tokens=sum(len(each.response_ids) for each in kept) if info.source == "file" else 0,
         num_samples=sum(asked.num_sampled for asked in every),
         num_tokens=sum(asked.num_tokens for asked in every),
         complete=True,
@@ -138,20 +174,26 @@ def read_asked(folder: Path) -> dict[str, Asked]:
     return {asked.prompt_id: asked for asked in Journal(asked_path(folder)).built(Asked)}
 
 
-def read_trajectories(folder: Path) -> dict[str, GuideTrajectory]:
-    """Trajectories kept, by prompt id."""
+def read_trajectories(folder: Path) -> Trajectories:
+    """Trajectories kept."""
     path = trajectories_path(folder)
-    found = {}
+    found: dict[str, tuple[GuideTrajectory, ...]] = {}
     for number, kept in enumerate(Journal(path).built(GuideTrajectory), start=1):
         ids, logps = kept.response_ids, kept.behavior_logps
-        whole = all(isinstance(token, int) and token >= 0 for token in ids) and len(ids) == len(logps) > 0
-        if not whole or not all(isinstance(logp, float | int) for logp in logps) or kept.verdict != "correct":
+        whole = len(ids) > 0 and all(isinstance(token, int) and token >= 0 for token in ids)
+        if logps is not None:
+            whole = whole and len(ids) == len(logps) and all(isinstance(logp, float | int) for logp in logps)
+        # A wrong one is kept only where there is no right one.
+        fits = kept.verdict == "correct" or (kept.verdict in get_args(Verdict) and kept.num_correct == 0)
+        if not whole or not fits or kept.source not in get_args(Source):
             raise damaged(f"{path}, line {number}", f"it is no verified answer to prompt {kept.prompt_id}")
-        found[kept.prompt_id] = replace(kept, response_ids=tuple(ids), behavior_logps=exact_float32(logps))
+        exact = None if logps is None else exact_float32(logps)
+        whole_one = replace(kept, response_ids=tuple(ids), behavior_logps=exact)
+        found[kept.prompt_id] = (*found.get(kept.prompt_id, ()), whole_one)
     return found
 
 
-def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, dict[str, GuideTrajectory]]:
+def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, Trajectories]:
     """A finished cache of this run, ready for training: what it is, and its trajectories by prompt id."""
     folder = run.guide_folder(name)
     if not info_path(folder).exists():
@@ -164,18 +206,22 @@ def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, dict[str, GuideTrajec
     if info.run_id != run.run_id:
         raise NpoError(
             f"guide {name!r} was made in another run ({info.run_id}), not in {run.root} ({run.run_id})",
-            f"make one here: npo sample-guide {as_typed(run.root)} --guide {info.guide_step} --at {info.at_step}",
+            f"make one here: npo sample-guide {as_typed(run.root)} {asking(info)} --at {info.at_step}",
         )
     if not info.complete:
         raise NpoError(
             f"guide {name!r} of {run.root} is unfinished",
-            f"finish it: npo sample-guide {as_typed(run.root)} --branch {info.branch} --guide {info.guide_step} "
+            f"finish it: npo sample-guide {as_typed(run.root)} --branch {info.branch} {asking(info)} "
             f"--at {info.at_step} --name {name}",
         )
     trajectories = read_trajectories(folder)
-    if len(trajectories) != info.num_found:
-        detail = f"it has {len(trajectories)} answers, and {info_path(folder).name} counts {info.num_found}"
-        raise damaged(trajectories_path(folder), detail)
+    count, wanted = sum(map(len, trajectories.values())), info.num_trajectories or info.num_found
+    counts = ((len(trajectories), info.num_found, "prompts with answers"), (count, wanted, "answers"))
+    for there, said, what in counts:
+        if there != said:
+            raise damaged(
+                trajectories_path(folder), f"it has {there} {what}, and {info_path(folder).name} counts {said}"
+            )
     return info, trajectories
 
 

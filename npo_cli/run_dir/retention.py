@@ -88,7 +88,8 @@ def protected_places(run: RunDir) -> set[Place]:
             wanted.add((segment.parent, segment.fork_step))
     own_guides = [info for info in list_guides(run) if info.run_id == run.run_id]
     for info in own_guides:
-        wanted |= {(info.branch, info.at_step), (info.branch, info.guide_step)}
+        steps = {info.at_step} if info.guide_step is None else {info.at_step, info.guide_step}
+        wanted |= {(info.branch, step) for step in steps}
     for scoring in scorings(run):
         if not scoring.finished:
             wanted |= _places_of(scoring)

@@ -158,7 +158,8 @@ def group_row(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
 
 
 def _rollout_row(rollout: Rollout) -> dict[str, Any]:
-    return row_of(rollout) | {"behavior_logps": shortest_float32(rollout.behavior_logps)}
+    logps = rollout.behavior_logps
+    return row_of(rollout) | {"behavior_logps": None if logps is None else shortest_float32(logps)}
 
 
 def group_of(row: dict[str, Any], source: Path) -> Group:
@@ -179,4 +180,5 @@ def group_of(row: dict[str, Any], source: Path) -> Group:
 
 def _rollout_of(row: dict[str, Any], source: Path) -> Rollout:
     found = build(Rollout, row, source)
-    return replace(found, response_ids=tuple(found.response_ids), behavior_logps=exact_float32(found.behavior_logps))
+    logps = None if found.behavior_logps is None else exact_float32(found.behavior_logps)
+    return replace(found, response_ids=tuple(found.response_ids), behavior_logps=logps)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npo_cli.guide_records import SourceScore
 from npo_cli.records import CheckpointScore, EvalReport
 from npo_cli.run_dir.files import build, encode, now_utc, read_json, row_of, write_json_atomic
 from npo_cli.run_dir.journal import Journal
@@ -112,12 +113,13 @@ def drop_scoring(scoring: Scoring) -> None:
     shutil.rmtree(scoring.folder)
 
 
-def save_scores(scoring: Scoring, scores: Sequence[CheckpointScore]) -> None:
-    """Write the answer, one object a candidate; the scoring is finished."""
+def save_scores(scoring: Scoring, scores: Sequence[CheckpointScore], *, sources: Sequence[SourceScore] = ()) -> None:
+    """Write the answer, one object a candidate; the scoring is finished. `sources`: all that was compared, if more."""
     scoring.samples.sync()
     rows = [json.loads(encode(score)) for score in scores]
     head = {"branch": scoring.branch, "at": scoring.at, "saved": now_utc(fine=True)}
-    write_json_atomic(scoring.scores_path, {**head, "scores": rows})
+    more = {"sources": [json.loads(encode(source)) for source in sources]} if sources else {}
+    write_json_atomic(scoring.scores_path, {**head, "scores": rows, **more})
 
 
 def all_scores(run: RunDir) -> list[ScoreSet]:

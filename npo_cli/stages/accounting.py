@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from npo_cli.costs import Account
+from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import from_dict
 from npo_cli.run_dir.auto import ProbeFolder, judgements, probe_tokens, probes, transitions
 from npo_cli.run_dir.guides import list_guides, read_asked
@@ -55,13 +56,16 @@ def account(run: RunDir, branch: str) -> Account:
 
 def guide_tokens(run: RunDir) -> int:
     """What finding and asking guides took: samples of every cache, finished or not, and of every scoring."""
-    caches = sum(info.num_tokens if info.complete else _tokens_so_far(run, info.name) for info in list_guides(run))
+    caches = sum(tokens_of(run, info) for info in list_guides(run))
     samples = (row for scoring in scorings(run) for row in scoring.samples.records())
     return caches + sum(len(row["response_ids"]) for row in samples)
 
 
-def _tokens_so_far(run: RunDir, name: str) -> int:
-    return sum(asked.num_tokens for asked in read_asked(run.guide_folder(name)).values())
+def tokens_of(run: RunDir, info: GuideInfo) -> int:
+    """Generated for one cache, so far where it is unfinished."""
+    if info.complete:
+        return info.num_tokens
+    return sum(asked.num_tokens for asked in read_asked(run.guide_folder(info.name)).values())
 
 
 def timed_folders(run: RunDir, found: list[ProbeFolder]) -> Iterator[Path]:

@@ -8,11 +8,14 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from npo_cli.guide.controller import Guided
-from npo_cli.records import GuideInfo, Progress, Prompt, Rollout
+from npo_cli.guide_records import GuideInfo
+from npo_cli.records import Progress, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.guides import finish_guide, identity, info_path, new_guide, read_info
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.stages.sample_guide import Answers, Cache, Pair, fill, sampling_law
+from npo_cli.stages.authors import Answers
+from npo_cli.stages.checkpoint_author import CheckpointAuthor
+from npo_cli.stages.guide_cache import Cache, fill, sampling_law
 from npo_cli.stages.world import World, load_checkpoint
 
 
@@ -41,8 +44,8 @@ def made_guides(world: World, wanted: Wanted) -> Generator[Progress, None, Guide
         done = read_info(folder)
     else:
         cache = Cache(info=info, store=new_guide(world.run, info))
-        pair = Pair(learner=wanted.learner, guide=wanted.guide)
-        yield from fill(world, cache, wanted.prompts, pair=pair, known=wanted.probed)
+        author = CheckpointAuthor(world=world, learner=wanted.learner, guide=wanted.guide, known=wanted.probed)
+        yield from fill(world, cache, wanted.prompts, author=author)
         done = finish_guide(world.run, info)
     return Guided(
         guide=done.name,

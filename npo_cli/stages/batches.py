@@ -1,17 +1,20 @@
-"""The batch of one step: prompts drawn, answered, verified, a guide seated, groups without advantage dropped.
+"""The batch of one step: prompts drawn, answered, verified, others' trajectories seated, idle groups dropped.
 
 A step that a killed process had already recorded is read back instead of sampled again: the pending batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
+from torch import Tensor
 
-from npo_cli.guide.mix import seat_guides
+from npo_cli.guide.mix import Guides, SeatRule, num_own, own_rollouts, seat_guides
 from npo_cli.objective.advantages import group_advantages, overlong_penalty
-from npo_cli.records import Group, GuideTrajectory, Rollout
+from npo_cli.records import Group, Prompt, Rollout
 from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.seeds import derive_seed
 from npo_cli.stages.world import World, answer
 
 
@@ -19,8 +22,28 @@ from npo_cli.stages.world import World, answer
 class Guidance:
     """A guide cache at work: which prompts it helps, and until when."""
 
-    trajectories: Mapping[str, GuideTrajectory]
+    trajectories: Guides
     until_step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Prompts of a batch that are drawn alike."""
+
+    prompts: tuple[Prompt, ...]
+    label: tuple[str | int, ...]
+    """In every sampling seed, behind branch and step."""
+    guides: Guides | None
+    """Trajectories that may be seated; None where nobody is at work."""
+    rule: SeatRule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draw:
+    """Prompts for one step, and where the data order stands behind them."""
+
+    parts: tuple[Part, ...]
+    position: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +66,7 @@ class StepBatch:
     own: tuple[Group, ...]
     """Every group as the policy answered it."""
     mixed: tuple[Group, ...]
-    """The same groups after a guide took its slots."""
+    """The same groups after others took their slots."""
     chosen: tuple[GroupWithAdvantages, ...]
     """The groups trained on: all of them, or with dynamic sampling those that teach."""
     num_draws: int
@@ -54,7 +77,20 @@ class StepBatch:
 
 
 def with_advantages(world: World, groups: Sequence[Group]) -> list[GroupWithAdvantages]:
-    """Advantages of each (mixed) group, on the verified reward plus DAPO's penalty of overlong answers."""
+    """Advantages of each (mixed) group; groups that others' trajectories made longer are a table of their own."""
+    by_size: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        by_size.setdefault(len(group.rollouts), []).append(place)
+    found: dict[int, GroupWithAdvantages] = {}
+    for places in by_size.values():
+        rows = advantages_of(world, [groups[place] for place in places]).tolist()
+        for place, row in zip(places, rows, strict=True):
+            found[place] = GroupWithAdvantages(group=groups[place], advantages=tuple(row))
+    return [found[place] for place in range(len(groups))]
+
+
+def advantages_of(world: World, groups: Sequence[Group]) -> Tensor:
+    """`(P, G)`: on the verified reward plus DAPO's penalty of overlong answers."""
     recipe = world.recipe
     rewards_PG = torch.tensor([[rollout.reward for rollout in group.rollouts] for group in groups])
     if recipe.sampling.overlong_buffer:
@@ -66,38 +102,52 @@ def with_advantages(world: World, groups: Sequence[Group]) -> list[GroupWithAdva
             penalty=recipe.sampling.overlong_penalty,
         )
         rewards_PG = rewards_PG + penalty_N.view_as(rewards_PG)
-    advantages_PG = group_advantages(rewards_PG, divide_by_std=recipe.loss.divide_by_std, eps=recipe.loss.adv_eps)
-    rows = advantages_PG.tolist()
-    return [GroupWithAdvantages(group=group, advantages=tuple(row)) for group, row in zip(groups, rows, strict=True)]
+    own_PG = None
+    if recipe.inject.baseline == "own":
+        own_PG = torch.tensor([[not rollout.foreign for rollout in group.rollouts] for group in groups])
+    return group_advantages(
+        rewards_PG, divide_by_std=recipe.loss.divide_by_std, eps=recipe.loss.adv_eps, baseline_PG=own_PG
+    )
 
 
 def recorded(own: Group, mixed: Group) -> Group:
-    """The journal's view: all own rollouts, and behind them the guide's that took a slot."""
-    guests = tuple(rollout for rollout in mixed.rollouts if rollout.source == "guide")
+    """The journal's view: all own rollouts, and behind them those of others that took a slot."""
+    guests = tuple(rollout for rollout in mixed.rollouts if rollout.foreign)
     return replace(mixed, rollouts=own.rollouts + guests)
 
 
 def own_part(group: Group) -> Group:
     """The reverse of `recorded`."""
-    own = tuple(rollout for rollout in group.rollouts if rollout.source == "own")
-    return Group(prompt=group.prompt, rollouts=own)
+    return Group(prompt=group.prompt, rollouts=own_rollouts(group))
 
 
-def fresh_groups(world: World, *, seed_name: str, step: int, position: int) -> list[Group]:
-    """One draw of prompts from the data order, answered by the policy as it is.
+def seat_rule(world: World, *, seed_name: str, step: int) -> SeatRule:
+    """The recipe's, with a seed of this step's own."""
+    recipe = world.recipe
+    return SeatRule(
+        gate=recipe.inject.gate,
+        slots=recipe.inject.slots,
+        compose=recipe.inject.compose,
+        group_size=recipe.train.group_size,
+        seed=derive_seed(recipe.train.seed, "seat", seed_name, step),
+    )
+
+
+def window(world: World, *, seed_name: str, step: int, position: int, guides: Guides | None) -> Draw:
+    """The next prompts of the data order.
 
     The epoch is part of the label, so a small pool that wraps inside a step still gets fresh samples.
     """
-    recipe = world.recipe
-    groups = []
-    for epoch, prompts in _by_epoch(world, position, recipe.train.prompts_per_step):
-        label = (seed_name, step, epoch)
-        slots = range(recipe.train.group_size)
-        groups += answer(world, prompts, label=label, slots=slots, sampler_step=step - 1)
-    return groups
+    rule = seat_rule(world, seed_name=seed_name, step=step)
+    count = world.recipe.train.prompts_per_step
+    parts = [
+        Part(prompts=tuple(prompts), label=(epoch,), guides=guides, rule=rule)
+        for epoch, prompts in _by_epoch(world, position, count)
+    ]
+    return Draw(parts=tuple(parts), position=position + count)
 
 
-def _by_epoch(world: World, position: int, count: int) -> Iterator[tuple[int, list]]:
+def _by_epoch(world: World, position: int, count: int) -> Iterator[tuple[int, list[Prompt]]]:
     """The next `count` prompts, split where an epoch ends."""
     size = len(world.task.train)
     end = position + count
@@ -108,25 +158,57 @@ def _by_epoch(world: World, position: int, count: int) -> Iterator[tuple[int, li
         position = stop
 
 
+def answered(world: World, part: Part, *, seed_name: str, step: int) -> list[Group]:
+    """The part's prompts answered by the policy as it is; a slot that is given away in any case is not sampled."""
+    by_count: dict[int, list[Prompt]] = {}
+    for prompt in part.prompts:
+        count = num_own(part.rule, (part.guides or {}).get(prompt.prompt_id, ()))
+        by_count.setdefault(count, []).append(prompt)
+    found: dict[str, Group] = {}
+    for count, prompts in by_count.items():
+        label = (seed_name, step, *part.label)
+        groups = answer(world, prompts, label=label, slots=range(count), sampler_step=step - 1)
+        found |= {group.prompt.prompt_id: group for group in groups}
+    return [found[prompt.prompt_id] for prompt in part.prompts]
+
+
+def seated_in(part: Part, groups: Sequence[Group]) -> Sequence[Group]:
+    """The part's groups with its trajectories in their slots."""
+    return groups if part.guides is None else seat_guides(groups, part.guides, part.rule)
+
+
 def draw_batch(
-    world: World, journal: RolloutJournal, *, seed_name: str, step: int, position: int, guidance: Guidance | None
+    world: World,
+    journal: RolloutJournal,
+    *,
+    seed_name: str,
+    step: int,
+    position: int,
+    guidance: Guidance | None,
+    draw: Draw | None = None,
 ) -> StepBatch:
-    """Draw once, or with dynamic sampling until enough groups teach (after injection) or the limit is reached."""
+    """Draw once, or with dynamic sampling until enough groups teach (after injection) or the limit is reached.
+
+    `draw` says which prompts; None takes the next of the data order.
+    """
     recipe = world.recipe
     wanted = recipe.train.prompts_per_step
-    remembered = [own_part(group) for group in journal.read_step(step) or ()]
+    guides = guidance.trajectories if guidance and step <= guidance.until_step else None
+    left = [own_part(group) for group in journal.read_step(step) or ()]
+    remembered = bool(left)
     own: list[Group] = []
     mixed: list[Group] = []
     chosen: list[GroupWithAdvantages] = []
     num_draws = 0
     while num_draws < (recipe.sampling.max_gen_batches if recipe.sampling.dynamic else 1):
-        cursor = position + num_draws * wanted
-        drawn = remembered[num_draws * wanted :][:wanted] or fresh_groups(
-            world, seed_name=seed_name, step=step, position=cursor
-        )
-        num_draws += 1
-        seated = _seated(drawn, guidance if guidance and step <= guidance.until_step else None, recipe.inject.gate)
-        own += drawn
+        now = draw or window(world, seed_name=seed_name, step=step, position=position, guides=guides)
+        num_draws, position = num_draws + 1, now.position
+        drawn = []
+        for part in now.parts:
+            drawn.append(left[: len(part.prompts)] or answered(world, part, seed_name=seed_name, step=step))
+            left = left[len(part.prompts) :]
+        own += chain.from_iterable(drawn)
+        seated = list(chain.from_iterable(map(seated_in, now.parts, drawn)))
         mixed += seated
         weighed = with_advantages(world, seated)
         chosen += [entry for entry in weighed if entry.teaches] if recipe.sampling.dynamic else weighed
@@ -139,13 +221,9 @@ def draw_batch(
         mixed=tuple(mixed),
         chosen=tuple(chosen[:wanted]),
         num_draws=num_draws,
-        remembered=bool(remembered),
-        position=position + num_draws * wanted,
+        remembered=remembered,
+        position=position,
     )
-
-
-def _seated(groups: Sequence[Group], guidance: Guidance | None, gate: float) -> Sequence[Group]:
-    return groups if guidance is None else seat_guides(groups, guidance.trajectories, gate=gate)
 
 
 def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:

@@ -19,10 +19,10 @@ from npo_cli.run_dir.lineage import owner_of
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.seeds import derive_seed
+from npo_cli.stages.authors import forward_logps
 from npo_cli.stages.auto_checks import usable_deltas
 from npo_cli.stages.batches import own_part
 from npo_cli.stages.ratios import JudgedSample, learner_ratios
-from npo_cli.stages.sample_guide import forward_logps
 from npo_cli.stages.saving import ANCHOR
 from npo_cli.stages.world import World, answer, load_checkpoint
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from npo_cli.costs import Crossing, CurvePoint
 from npo_cli.errors import as_typed
+from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import load_recipe
-from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, GuideInfo, Notice, Progress, StepReport
+from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Notice, Progress, StepReport
 from npo_cli.report.figures import comparison_figure
 from npo_cli.run_dir.paths import open_run, refuse_used
+from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.index import index_run
 from npo_cli.stages.ledger import crossing, curve
 from npo_cli.stages.resume import resume_run
@@ -48,7 +50,7 @@ def demo_run(out: Path, *, seed: int) -> Iterator[Shown]:
 
     yield Notice(message=f"4/5 npo sample-guide {as_typed(out)} --guide {best} --at {at} --name {GUIDE}")
     yield from sample_run(
-        out, guide_step=best, at=at, name=GUIDE, branch=None, steps=None, overrides=(), allow_code=False
+        out, ask=Ask(guide_step=best), at=at, name=GUIDE, branch=None, steps=None, overrides=(), allow_code=False
     )
 
     yield Notice(message=f"5/5 npo resume {as_typed(out)} --at {at} --guide {GUIDE}")

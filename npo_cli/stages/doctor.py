@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from npo_cli.engines.checkup import PACKAGES, engine_findings
-from npo_cli.loading import recipe_names
+from npo_cli.recipe_files import recipe_names
 from npo_cli.report.lines import Check
 from npo_cli.report.tables import size
 

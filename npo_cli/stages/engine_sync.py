@@ -37,15 +37,19 @@ class Sync:
     token: str = field(default_factory=lambda: secrets.token_hex(4))
     """In every version: another run's weights have other names."""
 
-    def in_step(self, step: int) -> None:
-        """Send the weights at hand, those of `step`, unless the engine holds them; then compare log-probabilities."""
+    def in_step(self, step: int) -> str:
+        """Send the weights at hand, those of `step`, unless the engine holds them; then compare log-probabilities.
+
+        Returns the version that they are called by.
+        """
         version = f"step {step}, write {self.policy.num_changes}, run {self.token}"
         if self.engine.version == self.proved == version:
-            return
+            return version
         self.engine.take_weights(self.policy.model, version=version)
         if self.engine.holds_copy:
             self.prove(version)
         self.proved = version
+        return version
 
     def prove(self, version: str) -> None:
         """Stop where the engine does not score the probe as the trainer does, or as it did before."""

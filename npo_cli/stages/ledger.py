@@ -107,7 +107,8 @@ def entry_cost(run: RunDir, born: Segment) -> Cost:
         return cost_at(run, born.parent or born.branch, born.fork_step)
     info, _ = load_guide(run, born.guide)
     asked = [found for found in scored_before(run, born) if (found.branch, found.at) == (info.branch, info.at_step)]
-    last = max(born.fork_step, info.guide_step, *(step for scoring in asked for step in scoring.candidates))
+    ahead = born.fork_step if info.guide_step is None else info.guide_step
+    last = max(born.fork_step, ahead, *(step for scoring in asked for step in scoring.candidates))
     tokens = sum(len(row["response_ids"]) for scoring in asked for row in scoring.samples.records())
     scored = Cost(steps=0, tokens=tokens, seconds=sum(seconds_in(scoring.folder) for scoring in asked))
     return cost_at(run, info.branch, last) + cache_cost(run, info.name) + scored

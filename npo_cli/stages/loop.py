@@ -12,7 +12,9 @@ from torch.optim import AdamW
 
 from npo_cli.auto_records import Mistake
 from npo_cli.errors import StoppedEarly, as_typed
+from npo_cli.guide.experience import sizes
 from npo_cli.guide.mistakes import mistakes_of, remembered
+from npo_cli.guide_records import Experience
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
 from npo_cli.records import EvalReport, Notice, StepReport
@@ -20,6 +22,7 @@ from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.steps import StepJournals, append_event
 from npo_cli.stages.batches import Guidance, StepBatch, draw_batch
 from npo_cli.stages.evaluate import evaluate_policy
+from npo_cli.stages.experience import composed, learned
 from npo_cli.stages.measures import peak_memory_mb, step_metrics, tracked
 from npo_cli.stages.saving import save_checkpoint
 from npo_cli.stages.signals import StopFlag
@@ -53,12 +56,13 @@ def nobody(report: StepReport) -> bool:
 
 
 def grpo_steps(
-    trainer: Trainer, state: TrainerState, stop: StopFlag, *, watcher: Watcher = nobody
+    trainer: Trainer, state: TrainerState, stop: StopFlag, *, watcher: Watcher = nobody, until: int | None = None
 ) -> Iterator[StepReport | EvalReport | Notice]:
-    """Train from `state` to `train.num_steps`, until `watcher` asks for a pause, or until a signal asks to stop."""
+    """Train from `state` to `train.num_steps` or `until`, a pause that `watcher` asks for, or a signal to stop."""
     world, branch, settings = trainer.world, trainer.branch, trainer.world.recipe.train
     updater = Updater(world.policy, trainer.optimizer, world.recipe, reference=trainer.reference)
-    while state.step < settings.num_steps:
+    last = settings.num_steps if until is None else until
+    while state.step < last:
         state, report, odd = one_step(trainer, updater, state)
         yield report
         if odd:
@@ -69,7 +73,7 @@ def grpo_steps(
             yield evaluate_policy(world, branch=branch, step=state.step)
         # Leave what the next command needs. A signal from here on is for the next step.
         stopping, pausing = bool(stop), watcher(report)
-        if state.step % settings.save_every == 0 or state.step == settings.num_steps or stopping or pausing:
+        if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
             trainer.rollouts.sync()
             trainer.steps.sync()
             save_checkpoint(world, trainer.optimizer, state, branch=branch)
@@ -87,21 +91,16 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     """Draw, learn, write down. The last part of the answer is a remark where a replayed step came out differently."""
     world, step = trainer.world, state.step + 1
     started = time.perf_counter()
-    batch = draw_batch(
-        world,
-        trainer.rollouts,
-        seed_name=trainer.seed_name,
-        step=step,
-        position=state.position,
-        guidance=trainer.guidance,
-    )
+    batch, memory = drawn_batch(trainer, state)
     drawn = time.perf_counter()
     world.engine.rest()
     lr = lr_at(step, world.recipe.train)
-    update = updater.take_step(train_rows(world.policy, batch.chosen), lr=lr)
+    update = updater.take_step(train_rows(world.policy, batch.chosen, world.recipe.inject), lr=lr)
     ended = time.perf_counter()
 
     metrics = step_metrics(world, batch, update, lr=lr)
+    if memory is not None:
+        metrics |= sizes(memory)
     trackers = tracked(state.trackers, metrics)
     metrics |= {name: value for name, value in trackers.items() if name != "ema_weight"}
     timings = {
@@ -118,7 +117,20 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
         odd = f"step {step} of {trainer.branch} was recorded before with other figures; the first record stays"
         append_event(world.run, "differs", {"branch": trainer.branch, "step": step})
     mistakes = remembered(state.mistakes, new_mistakes(world, batch, state), size=world.recipe.pool.size)
-    return replace(state, step=step, position=batch.position, trackers=trackers, mistakes=mistakes), report, odd
+    after = replace(state, step=step, position=batch.position, trackers=trackers, mistakes=mistakes, experience=memory)
+    return after, report, odd
+
+
+def drawn_batch(trainer: Trainer, state: TrainerState) -> tuple[StepBatch, Experience | None]:
+    """The step's batch, and the memory of past successes behind it: from the data order alone where there is none."""
+    world, memory, draw = trainer.world, state.experience, None
+    place = {"seed_name": trainer.seed_name, "step": state.step + 1, "position": state.position}
+    if memory is not None and memory.started:
+        draw = composed(world, memory, **place)
+    batch = draw_batch(world, trainer.rollouts, **place, guidance=trainer.guidance, draw=draw)
+    if memory is not None:
+        memory = learned(world, batch, memory, before=state.step, position=state.position)
+    return batch, memory
 
 
 def new_mistakes(world: World, batch: StepBatch, before: TrainerState) -> tuple[Mistake, ...]:

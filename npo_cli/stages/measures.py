@@ -20,7 +20,7 @@ def step_metrics(world: World, batch: StepBatch, update: UpdateReport, *, lr: fl
     tokens = num_tokens(batch.own)
     metrics = {
         "reward": statistics.fmean(accuracies),
-        "reward_std": statistics.fmean(statistics.stdev(r.reward for r in group.rollouts) for group in batch.own),
+        "reward_std": statistics.fmean(map(_deviation, batch.own)),
         "frac_all_wrong": statistics.fmean(accuracy == 0 for accuracy in accuracies),
         "frac_all_right": statistics.fmean(accuracy == 1 for accuracy in accuracies),
         "frac_reward_zero_std": _share_without_spread(batch.mixed),
@@ -46,6 +46,12 @@ def step_metrics(world: World, batch: StepBatch, update: UpdateReport, *, lr: fl
     if update.num_skipped:
         metrics["skipped_updates"] = update.num_skipped
     return metrics
+
+
+def _deviation(group: Group) -> float:
+    """Standard deviation of a group's rewards, ddof 1; 0 for a single rollout."""
+    rewards = [rollout.reward for rollout in group.rollouts]
+    return statistics.stdev(rewards) if len(rewards) > 1 else 0.0
 
 
 def _share_without_spread(groups: Sequence[Group]) -> float:

@@ -20,17 +20,17 @@ class JudgedSample:
     """One verified sample of one arm of a scoring, with the arm's own log-probabilities."""
 
     arm: int
-    """Step of the checkpoint that wrote it; -1 for the first look at the learner."""
+    """Step of the checkpoint that wrote it; -1 for the first look at the learner; below that, an outside source."""
     prompt_id: str
     slot: int
     response_ids: tuple[int, ...]
-    logps: tuple[float, ...]
-    """Under the arm's weights, from the trainer's forward pass."""
+    logps: tuple[float, ...] | None
+    """Under the arm's weights, from the trainer's forward pass; None where nobody knows them."""
     correct: bool
     """Verified correct and ended by itself."""
 
     @classmethod
-    def of_rollout(cls, arm: int, rollout: Rollout, logps: tuple[float, ...]) -> "JudgedSample":
+    def of_rollout(cls, arm: int, rollout: Rollout, logps: tuple[float, ...] | None) -> "JudgedSample":
         """What scoring keeps of a rollout."""
         return cls(
             arm=arm,
@@ -44,7 +44,8 @@ class JudgedSample:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "JudgedSample":
         """Read back from the run directory."""
-        return cls(**{**row, "response_ids": tuple(row["response_ids"]), "logps": tuple(row["logps"])})
+        logps = row["logps"] if row["logps"] is None else tuple(row["logps"])
+        return cls(**{**row, "response_ids": tuple(row["response_ids"]), "logps": logps})
 
     def row(self) -> dict[str, Any]:
         """As written to the run directory."""

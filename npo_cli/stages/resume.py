@@ -14,22 +14,24 @@ from torch.optim import AdamW
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
+from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import in_force, recipe_dict
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
-from npo_cli.records import EvalReport, GuideInfo, Notice, Segment, StepReport
+from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor, refuse_damaged_after
 from npo_cli.run_dir.files import damaged
-from npo_cli.run_dir.guides import load_guide, trajectories_path
+from npo_cli.run_dir.guides import asking, load_guide, trajectories_path
 from npo_cli.run_dir.lineage import append_segment, birth_segment, new_branch_name, newest_branch, segments
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.steps import append_event
 from npo_cli.stages.batches import Guidance
+from npo_cli.stages.experience import refuse_second_source
 from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.rollback import taken_back
 from npo_cli.stages.saving import restore_state
 from npo_cli.stages.signals import stop_between_steps
-from npo_cli.stages.train import batch_arithmetic, begin, engine_notices, open_trainer
+from npo_cli.stages.train import batch_arithmetic, begin, engine_notices, open_trainer, with_whole_paths
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 
 
@@ -56,8 +58,9 @@ def resume_run(
     new_branch: str | None,
     steps: int | None,
     allow_code: bool,
+    until: int | None = None,
 ) -> Iterator[StepReport | EvalReport | Notice]:
-    """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps."""
+    """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps, up to `until`."""
     run = open_run(root)
     with writing(run), stop_between_steps() as stop:
         replay = {"--guide": guide, "--branch": new_branch, "--steps": steps}
@@ -67,7 +70,7 @@ def resume_run(
             start = continuation(run, source_branch, overrides)
         else:
             start = fork(run, source_branch, at, overrides=overrides, guide=guide, wish=new_branch, steps=steps)
-        need_room_to_train(run, start, again=again)
+        need_room_to_train(run, start, again=again, until=until)
         task = open_task(start.recipe, allow_code=allow_code)
         try:
             policy = open_policy(start.recipe, task, start.checkpoint)
@@ -80,7 +83,7 @@ def resume_run(
                 yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
                 yield from engine_notices(world)
                 trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
-                yield from grpo_steps(trainer, state, stop)
+                yield from grpo_steps(trainer, state, stop, until=until)
         finally:
             task.close()
 
@@ -98,9 +101,13 @@ def refuse_replay_options(again: str, **options: str | int | None) -> None:
             raise NpoError(f"{name} describes a replay, which needs --at STEP", f"{again} --at STEP")
 
 
-def need_room_to_train(run: RunDir, start: Start, *, again: str) -> None:
+def need_room_to_train(run: RunDir, start: Start, *, again: str, until: int | None = None) -> None:
     """A run that has done all its steps says how to give it more."""
     train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
+    if until is not None and done >= until:
+        raise NpoError(
+            f"step {done} is done already: --until {until} leaves nothing to do", f"{again} --until {done + 1}"
+        )
     if done < train.num_steps:
         return
     more = f"train.num_steps={2 * done}"
@@ -148,7 +155,7 @@ def fork(
 
 def check_guide(run: RunDir, info: GuideInfo, *, parent: str, at: int) -> None:
     """A guide serves the learner, and so the prompts, that it was sampled for."""
-    again = f"npo sample-guide {as_typed(run.root)} --branch {parent} --guide {info.guide_step} --at {at} --name NEW"
+    again = f"npo sample-guide {as_typed(run.root)} --branch {parent} {asking(info)} --at {at} --name NEW"
     if (info.branch, info.at_step) != (parent, at):
         raise NpoError(
             f"guide {info.name} was sampled for step {info.at_step} of {info.branch}, not step {at} of {parent}", again
@@ -159,27 +166,40 @@ def open_guidance(world: World, segment: Segment) -> Guidance | None:
     """The segment's guide cache, checked against the tokenizer and the prompts at hand."""
     if segment.guide is None or segment.guide_until is None:
         return None
+    refuse_second_source(world, other=f"guide {segment.guide}")
     info, trajectories = load_guide(world.run, segment.guide)
     if info.tokenizer_digest != world.policy.tokenizer_digest:
         raise NpoError(
             f"guide {info.name} was written with another tokenizer; its token ids mean nothing here",
-            f"npo sample-guide {as_typed(world.run.root)} --guide {info.guide_step} --at {info.at_step} --name NEW",
+            f"npo sample-guide {as_typed(world.run.root)} {asking(info)} --at {info.at_step} --name NEW",
         )
+    refuse_unknown_logps(world, info)
     known = {prompt.prompt_id for prompt in world.task.train}
     strangers = sorted(trajectories.keys() - known)
     if strangers:
         raise NpoError(
             f"guide {info.name} answers prompts that this task does not have: {strangers[0]}", "use this run's own data"
         )
-    top = max((max(kept.response_ids) for kept in trajectories.values()), default=0)
+    every = [kept for several in trajectories.values() for kept in several]
+    top = max((max(kept.response_ids) for kept in every), default=0)
     if top >= world.policy.model.get_input_embeddings().num_embeddings:
         raise damaged(trajectories_path(world.run.guide_folder(info.name)), f"no token has the number {top}")
     return Guidance(trajectories=trajectories, until_step=segment.guide_until)
 
 
+def refuse_unknown_logps(world: World, info: GuideInfo) -> None:
+    """A ratio to the guide's probabilities needs them."""
+    ratio = world.recipe.inject.ratio
+    if not info.has_logps and ratio in ("exact", "decoupled"):
+        raise NpoError(
+            f"inject.ratio={ratio} divides by the probabilities of who wrote guide {info.name}, which nobody knows",
+            "inject.ratio=unit   # or proximal, or none",
+        )
+
+
 def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
     """The recipe in force first, then the lineage: a branch that is listed can be opened."""
-    run.save_recipe(start.branch, recipe_dict(start.recipe))
+    run.save_recipe(start.branch, recipe_dict(with_whole_paths(start.recipe)))
     append_segment(run, start.segment, overrides=overrides)
     details = {"branch": start.branch, "from": start.segment.parent, "at": start.segment.fork_step}
     append_event(run, "rolled_back", details) if start.is_new else append_event(

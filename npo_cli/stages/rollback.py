@@ -47,6 +47,7 @@ def taken_back(world: World, optimizer: AdamW, state: TrainerState, *, born: Seg
 def _present(run: RunDir, born: Segment) -> Checkpoint:
     """The policy that the rollback left behind: the guide, or without one the parent's newest."""
     assert born.parent is not None
-    if born.guide is None:
+    guide_step = None if born.guide is None else load_guide(run, born.guide)[0].guide_step
+    if guide_step is None:
         return newest_anchor(run, born.parent)
-    return find_checkpoint(run, born.parent, load_guide(run, born.guide)[0].guide_step)
+    return find_checkpoint(run, born.parent, guide_step)

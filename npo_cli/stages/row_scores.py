@@ -18,6 +18,8 @@ class RowScores:
     logps_T: Tensor
     collisions_T: Tensor
     """sum_v p(v)^2 of the distribution at each token."""
+    entropies_T: Tensor
+    """Entropy of that distribution (nats)."""
 
 
 @torch.no_grad()
@@ -30,7 +32,12 @@ def row_scores(
     for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
         part = [rows[index] for index in run]
         scores = policy.score(part, temperature=heat, chunk_tokens=recipe.train.logit_chunk_tokens)
-        for row, logps_T, collisions_T in zip(part, scores.logps_NT, scores.collisions_NT, strict=True):
+        columns = (scores.logps_NT, scores.collisions_NT, scores.entropies_NT)
+        for row, logps_T, collisions_T, entropies_T in zip(part, *columns, strict=True):
             length = len(row.response_ids)
-            found.append(RowScores(logps_T=logps_T[:length], collisions_T=collisions_T[:length]))
+            found.append(
+                RowScores(
+                    logps_T=logps_T[:length], collisions_T=collisions_T[:length], entropies_T=entropies_T[:length]
+                )
+            )
     return found

@@ -15,9 +15,8 @@ ANCHOR = "anchor"
 
 def save_checkpoint(world: World, optimizer: AdamW, state: TrainerState, *, branch: str) -> None:
     """Weights as a Hugging Face folder, everything else in its anchor/; then let retention tidy up."""
-    tensors = world.policy.model.state_dict().values()
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    require_space(world.run.root, 3 * num_bytes)
+    # The optimiser keeps two moments of each weight.
+    require_space(world.run.root, 3 * world.policy.num_bytes)
     with new_checkpoint(world.run, branch, state.step) as folder:
         world.policy.save(folder)
         (folder / ANCHOR).mkdir()

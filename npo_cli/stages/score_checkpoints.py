@@ -8,45 +8,29 @@ chunk of samples is written before the next is drawn: a killed scoring goes on w
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from npo_cli.config import Recipe, ScoreSettings
+from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.guide.halving import Round, halving_rounds, survivors
-from npo_cli.guide.signal import Arm, PromptOutcome, SampleRatio, SignalKnobs, rank_arms, variance_range_warning
+from npo_cli.guide.signal import Arm, PromptOutcome, SignalKnobs, rank_arms, variance_range_warning
 from npo_cli.records import CheckpointScore, Notice, Progress, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.scores import Scoring, drop_scoring, open_scoring, save_scores
+from npo_cli.run_dir.scores import drop_scoring, open_scoring, save_scores
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.seeds import derive_seed
+from npo_cli.stages.contest import PROBE, Contest, collect, collect_all
 from npo_cli.stages.ratios import JudgedSample, learner_ratios
-from npo_cli.stages.sample_guide import forward_logps
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, futures, segment_prompts
-from npo_cli.stages.world import World, answer, load_checkpoint, open_policy, open_task, open_world
-
-CHUNK_PROMPTS = 32
-PROBE = -1
-"""Arm number of the first look, which decides who is asked at all."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contest:
-    """One scoring under way."""
-
-    world: World
-    learner: LearnerAt
-    scoring: Scoring
-    samples: dict[tuple[int, str], list[JudgedSample]]
-    """By (arm, prompt id): everything sampled so far, in this process or before."""
-    ratios: dict[tuple[int, str], list[SampleRatio]] = field(default_factory=dict)
-
-    @property
-    def settings(self) -> ScoreSettings:
-        """The recipe's score section."""
-        return self.learner.recipe.score
+from npo_cli.stages.world import (
+    World,
+    load_checkpoint,
+    open_policy,
+    open_task,
+    open_world,
+)
 
 
 def score_run(
@@ -99,8 +83,13 @@ def sampling_gap(recipe: Recipe) -> str | None:
     )
 
 
-def open_contest(world: World, learner: LearnerAt, candidates: Sequence[Checkpoint]) -> Contest:
-    """The same question asked again finds its samples; a prompt cut short by a kill is asked again."""
+def open_contest(
+    world: World, learner: LearnerAt, candidates: Sequence[Checkpoint], *, others: Sequence[str] = ()
+) -> Contest:
+    """The same question asked again finds its samples; a prompt cut short by a kill is asked again.
+
+    `others`: who else is asked, where the question is not about checkpoints alone.
+    """
     recipe = learner.recipe
     settings = {
         "prompts": recipe.score.prompts,
@@ -109,6 +98,8 @@ def open_contest(world: World, learner: LearnerAt, candidates: Sequence[Checkpoi
         "temperature": recipe.sampling.temperature,
         "max_new_tokens": recipe.sampling.max_new_tokens,
     }
+    if others:
+        settings["sources"] = list(others)
     steps = [checkpoint.step for checkpoint in candidates]
     scoring = open_scoring(world.run, learner.branch, learner.step, candidates=steps, settings=settings)
     found: dict[tuple[int, str], dict[int, JudgedSample]] = {}
@@ -140,35 +131,6 @@ def hard_prompts(contest: Contest, *, count: int, horizon: int) -> Generator[Pro
     return hard
 
 
-def collect(
-    contest: Contest, checkpoint: Checkpoint, prompts: Sequence[Prompt], *, arm: int | None = None
-) -> Iterator[Progress]:
-    """Sample a checkpoint k times on each prompt it was not asked before."""
-    arm = checkpoint.step if arm is None else arm
-    world, total = contest.world, len(prompts)
-    left = [prompt for prompt in prompts if (arm, prompt.prompt_id) not in contest.samples]
-    if left:
-        world.policy.load(checkpoint.path)
-    what = "probe the learner" if arm == PROBE else f"ask step {arm}"
-    for start in range(0, len(left), CHUNK_PROMPTS):
-        yield Progress(what=what, done=total - len(left) + start, total=total)
-        label = ("score", contest.learner.branch, contest.learner.step, arm)
-        part = left[start : start + CHUNK_PROMPTS]
-        started = time.perf_counter()
-        groups = answer(world, part, label=label, slots=range(contest.settings.k), sampler_step=checkpoint.step)
-        flat = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-        samples = [
-            JudgedSample.of_rollout(arm, rollout, logps)
-            for (_, rollout), logps in zip(flat, forward_logps(world, flat), strict=True)
-        ]
-        num_tokens = sum(len(sample.response_ids) for sample in samples)
-        add_seconds(contest.scoring.folder, time.perf_counter() - started, num_tokens=num_tokens)
-        contest.scoring.samples.extend([sample.row() for sample in samples])
-        for sample in samples:
-            contest.samples.setdefault((arm, sample.prompt_id), []).append(sample)
-    yield Progress(what=what, done=total, total=total)
-
-
 def contested(
     contest: Contest, candidates: Sequence[Checkpoint], hard: Sequence[Prompt]
 ) -> Generator[Progress, None, tuple[CheckpointScore, ...]]:
@@ -182,9 +144,8 @@ def contested(
             steps = [checkpoint.step for checkpoint in alive]
             kept = survivors([score for score in scores if score.step in steps], entry.num_arms)
             alive = [checkpoint for checkpoint in alive if checkpoint.step in kept]
-        for checkpoint in alive:
-            yield from collect(contest, checkpoint, hard[:num_asked])
-            asked[checkpoint.step] = hard[:num_asked]
+        yield from collect_all(contest, alive, hard[:num_asked])
+        asked |= {checkpoint.step: hard[:num_asked] for checkpoint in alive}
         scores = yield from ranked(contest, asked)
     return scores
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from npo_cli.costs import Account, Crossing, CurvePoint
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.records import GuideInfo, Prompt, Segment, StepReport
-from npo_cli.report.lines import GroupLine, RolloutLine
+from npo_cli.guide_records import GuideInfo
+from npo_cli.records import Segment, StepReport
+from npo_cli.report.lines import GroupLine, PromptStory, RolloutLine, Visit
 from npo_cli.run_dir.guides import list_guides
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import branches, newest_branch, segments
@@ -17,8 +18,11 @@ from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.steps import measured_steps
 from npo_cli.stages.accounting import account
 from npo_cli.stages.ledger import crossing, curve
+from npo_cli.stages.story import question, story, visits
 
-Line = StepReport | RolloutLine | GroupLine | GuideInfo | Segment | CurvePoint | Crossing | Account
+Line = (
+    StepReport | RolloutLine | GroupLine | PromptStory | Visit | GuideInfo | Segment | CurvePoint | Crossing | Account
+)
 
 THRESHOLDS = (0.2, 0.6, 0.9)
 """Held-out accuracies whose cost is shown."""
@@ -27,7 +31,10 @@ THRESHOLDS = (0.2, 0.6, 0.9)
 def show_run(
     root: Path, what: str, *, branch: str | None, step: int | None, prompt_id: str | None, limit: int | None
 ) -> list[Line]:
-    """The lines asked for, oldest first; with a limit the last of them. A filter that means nothing is refused."""
+    """The lines asked for, oldest first; with a limit the last of them. A filter that means nothing is refused.
+
+    A prompt's story keeps its first line, whatever the limit.
+    """
     run = open_run(root)
     if branch is not None and branch not in branches(run):
         named = ", ".join(branches(run)) or "none yet"
@@ -42,6 +49,8 @@ def show_run(
     match what:
         case "metrics":
             lines: Iterable[Line] = show_metrics(run, branch=branch, step=step)
+        case "rollouts" if prompt_id is not None and step is None:
+            lines = show_story(run, branch=branch, prompt_id=prompt_id)
         case "rollouts":
             lines = show_rollouts(run, branch=branch, step=step, prompt_id=prompt_id)
         case "groups":
@@ -56,7 +65,8 @@ def show_run(
     if not found and (step is not None or prompt_id is not None):
         asked = [f"step {step}"] * (step is not None) + [f"prompt {prompt_id!r}"] * (prompt_id is not None)
         raise NpoError(f"{root} has no {what} of {' and '.join(asked)}", f"npo show {as_typed(root)} {what}")
-    return found if limit is None else found[-limit:]
+    head = found[:1] if found and isinstance(found[0], PromptStory) else []
+    return found if limit is None else [*head, *found[len(head) :][-limit:]]
 
 
 def show_metrics(run: RunDir, *, branch: str | None, step: int | None) -> Iterator[StepReport]:
@@ -89,13 +99,17 @@ def show_rollouts(run: RunDir, *, branch: str | None, step: int | None, prompt_i
         prompt = line.group.prompt
         for rollout in line.group.rollouts:
             yield RolloutLine(
-                branch=line.branch, step=line.step, question=_question(prompt), answer=prompt.answer, rollout=rollout
+                branch=line.branch, step=line.step, question=question(prompt), answer=prompt.answer, rollout=rollout
             )
 
 
-def _question(prompt: Prompt) -> str:
-    turns = (f"{message.role}: {message.content}" for message in prompt.messages)
-    return "\n".join(turns) if prompt.text is None else prompt.text
+def show_story(run: RunDir, *, branch: str | None, prompt_id: str) -> Iterator[PromptStory | Visit]:
+    """One prompt through training, across the branches on the line of descent; nothing if it was never visited."""
+    name = branch or newest_branch(run)
+    seen = list(visits(run, name, prompt_id=prompt_id))
+    if seen:
+        yield story(name, seen)
+        yield from seen
 
 
 def show_guides(run: RunDir, *, branch: str | None) -> list[GuideInfo]:

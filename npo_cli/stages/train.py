@@ -8,8 +8,9 @@ from torch.optim import AdamW
 
 from npo_cli import __version__
 from npo_cli.config import Recipe
+from npo_cli.guide_records import Experience
 from npo_cli.loading import recipe_dict
-from npo_cli.policy.model import load_policy
+from npo_cli.policy.model import SHIPPED, Policy, load_policy
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_streams
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
@@ -34,13 +35,16 @@ ROUNDED_AWAY = (
 )
 
 
-def train_run(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[StepReport | EvalReport | Notice]:
-    """Check everything that can be wrong, then make the directory, save step 0 and train."""
+def train_run(
+    root: Path, recipe: Recipe, *, allow_code: bool, until: int | None = None
+) -> Iterator[StepReport | EvalReport | Notice]:
+    """Check everything that can be wrong, then make the directory, save step 0 and train, perhaps not to the end."""
     with new_world(root, recipe, allow_code=allow_code) as (world, stop):
         yield from birth_notices(world)
         optimizer = build_optimizer(world.policy.model, world.recipe.train)
         state = yield from begin(world, optimizer)
-        yield from grpo_steps(open_trainer(world, optimizer, branch=MAIN, guidance=None), state, stop)
+        trainer = open_trainer(world, optimizer, branch=MAIN, guidance=None)
+        yield from grpo_steps(trainer, state, stop, until=until)
 
 
 Check = Callable[[Recipe, int], None]
@@ -76,7 +80,7 @@ def new_world(
 def birth_notices(world: World) -> Iterator[Notice]:
     """What a person should know before the first step."""
     yield Notice(message=batch_arithmetic(world.recipe, num_prompts=len(world.task.train)))
-    if world.recipe.model.dtype == "bfloat16":
+    if world.recipe.model.dtype == "bfloat16" and world.policy.adapters is None:
         yield Notice(message=ROUNDED_AWAY, level="warning")
     yield from engine_notices(world)
 
@@ -88,8 +92,8 @@ def engine_notices(world: World) -> Iterator[Notice]:
 
 
 def with_whole_paths(recipe: Recipe) -> Recipe:
-    """The same recipe with whole paths of the data and the verifier: a run is resumed from any folder."""
-    task = recipe.task
+    """The same recipe with whole paths of data, verifier and the base of adapters: a run is resumed from any folder."""
+    task, model = recipe.task, recipe.model
     whole = {
         "path": task.path and whole_path(task.path),
         "heldout_path": task.heldout_path and whole_path(task.heldout_path),
@@ -97,7 +101,10 @@ def with_whole_paths(recipe: Recipe) -> Recipe:
     if is_user_code(task.verifier):
         file, _, function = task.verifier.rpartition(":")
         whole["verifier"] = f"{whole_path(file)}:{function}"
-    return recipe.model_copy(update={"task": task.model_copy(update=whole)})
+    # Without adapters a checkpoint is a model of its own, and nobody comes back to the base.
+    if model.lora.rank is not None and Path(model.path).expanduser().is_dir() and model.path not in SHIPPED:
+        model = model.model_copy(update={"path": whole_path(model.path)})
+    return recipe.model_copy(update={"task": task.model_copy(update=whole), "model": model})
 
 
 def whole_path(path: str) -> str:
@@ -108,7 +115,8 @@ def whole_path(path: str) -> str:
 def begin(world: World, optimizer: AdamW) -> Generator[EvalReport, None, TrainerState]:
     """Step 0 of a run: streams seeded, the base evaluated where evaluations are wanted, and saved."""
     seed_streams(world.recipe.train.seed)
-    state = TrainerState(step=0, position=0, trackers={})
+    memory = Experience() if world.recipe.experience.share else None
+    state = TrainerState(step=0, position=0, trackers={}, experience=memory)
     if world.recipe.eval.every:
         yield evaluate_policy(world, branch=MAIN, step=0)
     save_checkpoint(world, optimizer, state, branch=MAIN)
@@ -120,11 +128,7 @@ def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guida
     run = world.run
     steps, rollouts = StepJournals(run, branch), RolloutJournal(run.rollouts_path(branch))
     rollouts.repair()
-    reference = None
-    if world.recipe.loss.kl_coef > 0:
-        base = find_checkpoint(run, MAIN, 0)
-        reference = load_policy(world.recipe.model, base.path)
-        reference.model.requires_grad_(False)
+    reference = frozen_base(world) if world.recipe.loss.kl_coef > 0 else None
     return Trainer(
         world=world,
         optimizer=optimizer,
@@ -135,6 +139,15 @@ def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guida
         guidance=guidance,
         reference=reference,
     )
+
+
+def frozen_base(world: World) -> Policy:
+    """What the run began with: with adapters the same model without them, else a second copy from step 0."""
+    if world.policy.adapters is not None:
+        return world.policy.base
+    copy = load_policy(world.recipe.model, find_checkpoint(world.run, MAIN, 0).path)
+    copy.model.requires_grad_(False)
+    return copy
 
 
 def batch_arithmetic(recipe: Recipe, *, num_prompts: int) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from npo_cli.config import Recipe
+from npo_cli.inject_settings import InjectSettings
 from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, MismatchKnobs, Rows
 from npo_cli.objective.losses import make_policy_loss
 from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
@@ -23,10 +24,18 @@ class TrainRow:
     """One rollout on its way into the loss."""
 
     tokens: TokenRow
-    behavior_logps: tuple[float, ...]
+    behavior_logps: tuple[float, ...] | None
+    """None of a foreign row whose writer nobody can ask."""
     advantage: float
     foreign: bool
     """Written by another policy than the one being trained."""
+    free: bool = False
+    """Not clipped."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return len(self.tokens.response_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,19 +49,22 @@ class UpdateReport:
     """Foreign rows' part: |g_f| / (|g_f| + |g_own|), mean over updates that had foreign rows."""
     stats: LossStats
     num_skipped: int
-    """Updates left out because their gradient was not finite."""
+    """Updates left out because their gradient was not finite, or above train.skip_grad_norm."""
     num_rows: int
     """Rows that cost a backward pass."""
 
 
-def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages]) -> list[TrainRow]:
-    """One row a rollout, group after group."""
+def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages], inject: InjectSettings) -> list[TrainRow]:
+    """One row a rollout, group after group; `inject` says who is clipped in a batch with foreign rows."""
+    mixed = any(rollout.foreign for entry in chosen for rollout in entry.group.rollouts)
+    clips = {True: inject.clip, False: inject.clip_own or not mixed}
     return [
         TrainRow(
             tokens=TokenRow(prompt_ids=policy.encode(entry.group.prompt), response_ids=rollout.response_ids),
             behavior_logps=rollout.behavior_logps,
             advantage=advantage,
-            foreign=rollout.source == "guide",
+            foreign=rollout.foreign,
+            free=not clips[rollout.foreign],
         )
         for entry in chosen
         for rollout, advantage in zip(entry.group.rollouts, entry.advantages, strict=True)
@@ -74,6 +86,8 @@ def loss_knobs(recipe: Recipe) -> LossKnobs:
         entropy_coef=loss.entropy_coef,
         ratio=inject.ratio,
         decoupled_cap=inject.decoupled_cap,
+        shape=inject.shape,
+        gamma=inject.gamma,
         mismatch=MismatchKnobs(
             mode=mismatch.mode,
             cap=mismatch.cap,
@@ -128,16 +142,14 @@ class Updater:
         """Foreign rows first, so that their part of the gradient can be told from the rest."""
         divisors = Divisors(
             num_sequences=max(1, len(rows)),
-            num_tokens=max(1, sum(len(row.behavior_logps) for row in rows)),
+            num_tokens=max(1, sum(row.num_tokens for row in rows)),
             max_tokens=self.recipe.sampling.max_new_tokens,
         )
         self.optimizer.zero_grad(set_to_none=True)
         useful = [pair for pair in zip(rows, old_logps, strict=True) if pair[0].advantage or self.needs_every_row]
         foreign = [pair for pair in useful if pair[0].foreign]
         own = [pair for pair in useful if not pair[0].foreign]
-        idle = sum(
-            len(row.behavior_logps) for row in rows if not (row.advantage or self.needs_every_row or row.foreign)
-        )
+        idle = sum(row.num_tokens for row in rows if not (row.advantage or self.needs_every_row or row.foreign))
         foreign_loss, foreign_stats = self._accumulate(foreign, divisors)
         foreign_gradients = self._gradients() if foreign else None
         own_loss, own_stats = self._accumulate(own, divisors)
@@ -148,7 +160,7 @@ class Updater:
             grad_norm=grad_norm,
             grad_share=grad_share,
             stats=foreign_stats + own_stats + LossStats(own_tokens=idle),
-            num_skipped=0 if math.isfinite(grad_norm) else 1,
+            num_skipped=0 if self._bearable(grad_norm) else 1,
             num_rows=len(useful),
         )
 
@@ -177,8 +189,8 @@ class Updater:
         behavior_NT, mask_NT = torch.zeros_like(like), torch.zeros_like(like, dtype=torch.bool)
         old_NT = None if old_logps[0] is None else torch.zeros_like(like)
         for index, (row, old_T) in enumerate(zip(rows, old_logps, strict=True)):
-            length = len(row.behavior_logps)
-            behavior_NT[index, :length] = torch.tensor(row.behavior_logps)
+            length = row.num_tokens
+            behavior_NT[index, :length] = torch.tensor(row.behavior_logps or [math.nan] * length)
             mask_NT[index, :length] = True
             if old_NT is not None and old_T is not None:
                 old_NT[index, :length] = old_T
@@ -188,6 +200,7 @@ class Updater:
             advantages_N=torch.tensor([row.advantage for row in rows], device=like.device),
             foreign_N=torch.tensor([row.foreign for row in rows], device=like.device),
             old_logps_NT=old_NT,
+            free_N=torch.tensor([row.free for row in rows], device=like.device),
         )
 
     @torch.no_grad()
@@ -209,15 +222,19 @@ class Updater:
     def _apply(self) -> float:
         """Clip and update. A batch without any advantage has a gradient of zero: moments still decay.
 
-        A gradient that is not finite leaves weights and moments as they were.
+        A gradient that is not finite, or above train.skip_grad_norm, leaves weights and moments as they were.
         """
         parameters = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.grad_clip).item()
-        if math.isfinite(norm):
+        if self._bearable(norm):
             self.optimizer.step()
             self.policy.mark_written()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _bearable(self, grad_norm: float) -> bool:
+        limit = self.recipe.train.skip_grad_norm
+        return math.isfinite(grad_norm) and (limit is None or grad_norm <= limit)

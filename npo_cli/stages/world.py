@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npo_cli.config import Recipe
+from npo_cli.engines.adapters import AdapterPort
 from npo_cli.engines.opening import open_engine
-from npo_cli.engines.requests import Engine, SampleRequest
+from npo_cli.engines.requests import Engine, Sample, SampleRequest
 from npo_cli.errors import NpoError
+from npo_cli.policy.adapters import Adapters
 from npo_cli.policy.model import Policy, load_policy, require_chat_template
 from npo_cli.records import Graded, Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
@@ -101,6 +103,7 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
         max_model_len=min(longest, policy.max_tokens or longest),
+        adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
     )
     return World(
         recipe=recipe,
@@ -110,6 +113,17 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
         sync=Sync(recipe=recipe, policy=policy, engine=engine, rows=probe_rows(policy, task.train)),
         task=task,
         order=DataOrder(num_prompts=len(task.train), seed=recipe.train.seed),
+    )
+
+
+def adapter_port(policy: Policy, adapters: Adapters) -> AdapterPort:
+    """A policy's adapters as an engine is told of them."""
+    return AdapterPort(
+        rank=adapters.rank,
+        targets=tuple(adapters.config["target_modules"]),
+        base=lambda: policy.frozen,
+        tensors=lambda: policy.trained,
+        write=policy.save,
     )
 
 
@@ -126,50 +140,77 @@ def answer(
 
     The seed of a response is that of (run seed, *label, prompt id, slot).
     """
-    world.sync.in_step(sampler_step)
-    requests = _requests(world, prompts, label, slots=slots)
+    version = world.sync.in_step(sampler_step)
+    asked = Asked(label=label, sampler_step=sampler_step, version=version)
+    (groups,) = answer_side_by_side(world, prompts, [asked], slots=slots, temperature=temperature)
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """Weights that are asked, which the engine holds."""
+
+    label: tuple[str | int, ...]
+    sampler_step: int
+    version: str
+
+
+def answer_side_by_side(
+    world: World,
+    prompts: Sequence[Prompt],
+    asked: Sequence[Asked],
+    *,
+    slots: Sequence[int],
+    temperature: float | None = None,
+) -> list[list[Group]]:
+    """The same of several weights at once, in one batch of the engine; the groups of each in the order asked."""
     settings = world.recipe.sampling
     heat = settings.temperature if temperature is None else temperature
+    requests = [request for each in asked for request in _requests(world, prompts, each, slots=slots)]
     samples = world.engine.generate(requests, temperature=heat, max_new_tokens=settings.max_new_tokens)
-    asked = [prompt for prompt in prompts for _ in slots]
-    graded = world.task.grade(asked, [sample.text for sample in samples])
-    rollouts = [
-        Rollout(
-            prompt_id=sample.prompt_id,
-            slot=sample.slot,
-            response_ids=sample.response_ids,
-            behavior_logps=sample.logps,
-            text=sample.text,
-            finished=sample.finished,
-            sampler_step=sampler_step,
-            mean_entropy=sample.mean_entropy,
-            verdict=verdict.verdict,
-            reward=verdict.reward,
-        )
-        for sample, verdict in zip(samples, _cut_off_is_wrong(samples, graded), strict=True)
-    ]
+    graded = world.task.grade(
+        [prompt for _ in asked for prompt in prompts for _ in slots], [one.text for one in samples]
+    )
+    verdicts = iter(zip(samples, cut_off_is_wrong(samples, graded), strict=True))
     return [
-        Group(prompt=prompt, rollouts=tuple(rollouts[index * len(slots) : (index + 1) * len(slots)]))
-        for index, prompt in enumerate(prompts)
+        [
+            Group(prompt=prompt, rollouts=tuple(_rollout(*next(verdicts), each.sampler_step) for _ in slots))
+            for prompt in prompts
+        ]
+        for each in asked
     ]
 
 
-def _requests(
-    world: World, prompts: Sequence[Prompt], label: tuple[str | int, ...], *, slots: Sequence[int]
-) -> list[SampleRequest]:
+def _rollout(sample: Sample, verdict: Graded, sampler_step: int) -> Rollout:
+    return Rollout(
+        prompt_id=sample.prompt_id,
+        slot=sample.slot,
+        response_ids=sample.response_ids,
+        behavior_logps=sample.logps,
+        text=sample.text,
+        finished=sample.finished,
+        sampler_step=sampler_step,
+        mean_entropy=sample.mean_entropy,
+        verdict=verdict.verdict,
+        reward=verdict.reward,
+    )
+
+
+def _requests(world: World, prompts: Sequence[Prompt], asked: Asked, *, slots: Sequence[int]) -> list[SampleRequest]:
     return [
         SampleRequest(
             prompt_id=prompt.prompt_id,
             prompt_ids=world.policy.encode(prompt),
             slot=slot,
-            seed=derive_seed(world.recipe.train.seed, *label, prompt.prompt_id, slot),
+            seed=derive_seed(world.recipe.train.seed, *asked.label, prompt.prompt_id, slot),
+            version=asked.version,
         )
         for prompt in prompts
         for slot in slots
     ]
 
 
-def _cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Graded]:
+def cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Graded]:
     """A response that hit the length limit keeps its verdict unless that was correct by luck of the cut."""
     return [
         verdict

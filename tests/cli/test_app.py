@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 from npo_cli.cli import app as cli
 from npo_cli.cli.early import steps_in
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly
-from npo_cli.loading import load_recipe, recipe_dict, recipe_names
+from npo_cli.loading import load_recipe, recipe_dict
+from npo_cli.recipe_files import recipe_names
 
 runner = CliRunner()
 

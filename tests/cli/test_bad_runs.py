@@ -254,7 +254,7 @@ def test_a_guide_or_branch_that_does_not_fit_is_answered_with_the_command_that_d
         ({"run_id": "0" * 32}, "guide 'near' was made in another run"),
         ({"tokenizer_digest": "0" * 64}, "guide near was written with another tokenizer"),
         ({"complete": False}, "is unfinished"),
-        ({"num_found": 99}, "answers, and guide.json counts 99"),
+        ({"num_found": 99}, "prompts with answers, and guide.json counts 99"),
     ],
 )
 def test_a_guide_that_is_not_this_runs_or_not_whole_is_refused(circle, tmp_path, fields, message):

@@ -234,6 +234,7 @@ def test_an_evaluation_without_its_fields_is_named_by_line(run):
         ('"response_ids":[', '"response_ids":[1,', "line 1 is damaged: it is no verified answer to prompt mix3/"),
         ('"response_ids":[', '"ids":[', "line 1 is damaged: it has no field 'response_ids'"),
         ('"verdict":"correct"', '"verdict":"wrong"', "line 1 is damaged: it is no verified answer to prompt mix3/"),
+        ('"verdict":"correct"', '"verdict":"fine"', "line 1 is damaged: it is no verified answer to prompt mix3/"),
         ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near answers prompts that this task does not have: oth"),
         ('"response_ids":[', '"response_ids":["1",', "line 1 is damaged: it is no verified answer to prompt mix3/"),
     ],

@@ -65,9 +65,25 @@ def test_show_rollouts_follows_one_prompt_and_takes_the_last(run):
     newest = lines_of(called("show", str(run), "rollouts", "--json"))
     assert len(newest) == 16
     prompt = newest[0]["rollout"]["prompt_id"]
-    followed = lines_of(called("show", str(run), "rollouts", "--prompt", prompt, "--limit", "4", "--json"))
-    assert followed == [line for line in newest if line["rollout"]["prompt_id"] == prompt][-4:]
-    assert {line["answer"] for line in followed} == {newest[0]["answer"]}
+    story, visit = lines_of(called("show", str(run), "rollouts", "--prompt", prompt, "--limit", "1", "--json"))
+    assert (story["record"], story["prompt_id"], story["answer"]) == ("prompt_story", prompt, newest[0]["answer"])
+    assert (visit["record"], visit["step"]) == ("visit", 4)
+    # every token and log-probability of the visit, as without --prompt
+    assert visit["group"]["rollouts"] == [line["rollout"] for line in newest if line["rollout"]["prompt_id"] == prompt]
+    told = called("show", str(run), "rollouts", "--prompt", prompt).stdout
+    assert told.startswith(f"Prompt {prompt} on the line of main: ")
+    assert f"Step 4, main: {visit['num_correct']} of 4 own answers correct\n" in told
+
+
+def test_report_leaves_a_page_and_pictures_and_says_where(run, tmp_path):
+    out, folder = tmp_path / "r.html", tmp_path / "pictures"
+    result = called("report", str(run), "--out", str(out), "--pictures", str(folder))
+    assert (result.exit_code, result.stdout) == (0, "")
+    *_, page, pictures = result.stderr.splitlines()
+    assert page.startswith(f"report: {out}, ")
+    # reward, entropy and the lineage; nothing was evaluated
+    assert pictures == f"pictures: 3 as PNG and SVG in {folder}"
+    assert len(list(folder.iterdir())) == 6
 
 
 def test_show_lineage_begins_with_the_first_branch(run):

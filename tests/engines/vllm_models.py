@@ -35,7 +35,15 @@ def untied_policy(folder: Path) -> Policy:
 def limits_of(policy: Policy, **changes) -> Limits:
     figures = {
         **{"eos_ids": policy.eos_ids, "max_model_len": 64, "max_rows": 64, "tensor_parallel": 1, "data_parallel": 1},
-        **{"memory_share": 0.4, "kv_cache_gb": 1, "devices": "", "on_cpu": True, "eager": True, "can_sleep": False},
+        **{
+            "memory_share": 0.4,
+            "kv_cache_gb": 1,
+            "devices": "",
+            "on_cpu": True,
+            "eager": True,
+            "can_sleep": False,
+            "max_adapters": 4,
+        },
         **{"start_timeout": 240.0, "deadline": 120.0},
     }
     return Limits(**figures | changes)

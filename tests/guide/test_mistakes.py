@@ -13,10 +13,9 @@ from npo_cli.guide.mistakes import (
     strata_of,
     to_ask,
 )
-from npo_cli.guide.mix import seat_guides
 from npo_cli.records import Group
 
-from .test_mix import GUIDE, group_of
+from .test_mix import group_of, seated
 
 
 def failed(prompt_id: str, step: int, accuracy: float = 0.0) -> Mistake:
@@ -52,7 +51,7 @@ def test_a_group_of_at_most_the_limit_is_a_mistake():
 
 def test_a_seated_guide_does_not_hide_a_failure():
     # 1 of 4 slots is correct, but it is the guide's: 0 of 3 of the policy's own
-    (mixed,) = seat_guides([group_of(False, False, False, False)], {"a": GUIDE}, gate=0.6)
+    (mixed,) = seated([group_of(False, False, False, False)])
     (mistake,) = mistakes_of([mixed], step=1, epochs=[0], limit=0.0)
     assert mistake.accuracy == 0.0
 

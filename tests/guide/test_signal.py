@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
-from npo_cli.guide.signal import Arm, rank_arms, variance_range_warning
+from npo_cli.guide.signal import Arm, leads, rank_arms, variance_range_warning
 
 from .samples import SIGNAL, arm, drifted
 
@@ -131,3 +131,22 @@ def test_any_evidence_makes_a_sound_ranking(correct_AP, log_w_A, kind, quality):
         assert 0 <= score.quality_low <= score.quality <= score.quality_high <= 1
         assert 0 < score.signal_low <= score.signal <= score.signal_high < math.inf
         assert 0 < score.variance_low <= score.variance <= score.variance_high < math.inf
+
+
+def test_every_kind_of_v_names_its_own_leader_from_the_same_resamples():
+    # Q~ 6.5/31, 24.5/31, 29.5/31. kl_exp 1, e^.05, e^.4; group2 1, 1.21, 13.4: the far one leads only where V is small
+    arms = [
+        arm(20, [1] * 6 + [0] * 24),
+        arm(40, [1] * 24 + [0] * 6, log_w=-0.5),
+        arm(80, [1] * 29 + [0] * 1, log_w=-0.9),
+    ]
+    found = leads(LEARNER, arms, SIGNAL)
+    ranked = rank_arms(LEARNER, arms, SIGNAL)
+    assert set(found) == {"kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"}
+    assert [found["group2"].p_best_A[place] for place in range(3)] == [score.p_best for score in ranked]
+    assert arms[found["group2"].place].step == chosen_step(ranked)
+    # exp(2 x .9) = 6.0 and exp(2 x .5) = 2.7: S .16 and .29, and .21 for the nearest
+    assert found["seq2_lognormal"].place == 1
+    # exp(.09) = 1.09 and exp(.05) = 1.05: S .87 and .75
+    assert found["kl_exp"].place == 2
+    assert all(sum(lead.p_best_A) == pytest.approx(1) for lead in found.values())

@@ -27,6 +27,8 @@ PLAIN = {
     "entropy_coef": 0.0,
     "ratio": "exact",
     "decoupled_cap": 2.0,
+    "shape": "none",
+    "gamma": 0.1,
     "mismatch": mismatch("token_tis"),
 }
 

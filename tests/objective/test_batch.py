@@ -8,10 +8,22 @@ from .builders import knobs
 
 def test_stats_of_micro_batches_add_up():
     first = LossStats(
-        own_tokens=10.0, clipped_high=1.0, foreign_tokens=2.0, ratio_sum=3.0, ratio_min=1.0, ratio_max=2.0
+        own_tokens=10.0,
+        clipped_high=1.0,
+        foreign_tokens=2.0,
+        known_tokens=2.0,
+        ratio_sum=3.0,
+        ratio_min=1.0,
+        ratio_max=2.0,
     )
     second = LossStats(
-        own_tokens=30.0, clipped_high=3.0, foreign_tokens=2.0, ratio_sum=1.0, ratio_min=0.2, ratio_max=0.8
+        own_tokens=30.0,
+        clipped_high=3.0,
+        foreign_tokens=2.0,
+        known_tokens=2.0,
+        ratio_sum=1.0,
+        ratio_min=0.2,
+        ratio_max=0.8,
     )
     total = sum([first, second], start=LossStats())
     # 4 of 40 own tokens clipped; foreign ratios 4 over 4 tokens, none of them with a gradient

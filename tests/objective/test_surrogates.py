@@ -27,7 +27,7 @@ def surrogate(terms_of, ratios, *, advantage, free=False, **changes):
         mask_NT=torch.ones_like(logps_NT, dtype=torch.bool),
         advantages_N1=tensor([[advantage]]),
     )
-    terms = terms_of(tokens, bounds_for(tensor([[free]]), knobs(**changes)))
+    terms = terms_of(tokens, bounds_for(tensor([[free]]), tensor([[False]]), knobs(**changes)))
     (gradient_NT,) = torch.autograd.grad(terms.loss_NT.sum(), logps_NT)
     return terms.loss_NT[0].tolist(), gradient_NT[0].tolist(), terms.gain_NT[0].tolist()
 

@@ -114,7 +114,8 @@ def gradient_of(policy: Policy) -> tuple[list[torch.Tensor], int]:
     hook = policy.model.base_model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
     policy.score(ROWS, temperature=1.0, chunk_tokens=2).logps_NT.sum().backward()
     hook.remove()
-    return [parameter.grad.clone() for parameter in policy.model.parameters()], len(runs)
+    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    return [parameter.grad.clone() for parameter in trained], len(runs)
 
 
 def test_gradient_checkpointing_runs_each_layer_twice_for_the_same_gradient():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from npo_cli.records import CheckpointScore, EvalReport, Group, GuideInfo, GuideTrajectory, Prompt, Rollout, Segment
+from npo_cli.guide_records import GuideInfo, GuideTrajectory
+from npo_cli.records import CheckpointScore, EvalReport, Group, Prompt, Rollout, Segment
 from npo_cli.run_dir.checkpoints import new_checkpoint
 from npo_cli.run_dir.lineage import append_segment
 from npo_cli.run_dir.outcomes import Outcomes

@@ -136,13 +136,19 @@ GUIDE = """\
  "num_found": 1,
  "num_samples": 4,
  "num_tokens": 12,
- "complete": true
+ "complete": true,
+ "source": "checkpoint",
+ "origin": "",
+ "has_logps": true,
+ "num_trajectories": 1,
+ "given_tokens": 0,
+ "side_tokens": 0
 }
 """
 
 TRAJECTORIES = (
     '{"prompt_id":"p0","response_ids":[7,1],"behavior_logps":[-0.1,-1.2345678],"text":"7","verdict":"correct",'
-    '"guide_step":40,"num_sampled":4,"num_correct":1}\n'
+    '"guide_step":40,"num_sampled":4,"num_correct":1,"source":"guide","number":0,"finished":true}\n'
 )
 
 SETTINGS = """\

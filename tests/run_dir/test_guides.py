@@ -19,9 +19,10 @@ def test_a_finished_cache_comes_back_whole_with_its_counts(tmp_path):
     store.add_asked(asked("b", 0))
     finish_guide(run, guide_info(run))
     info, trajectories = load_guide(run, "g")
-    assert trajectories == {"a": trajectory("a")}
+    assert trajectories == {"a": (trajectory("a"),)}
     # two prompts, 4 samples and 12 tokens each, one solved
-    assert info == guide_info(run, num_prompts=2, num_found=1, num_samples=8, num_tokens=24, complete=True)
+    counts = {"num_prompts": 2, "num_found": 1, "num_trajectories": 1, "num_samples": 8, "num_tokens": 24}
+    assert info == guide_info(run, **counts, complete=True)
     assert list_guides(run) == [info]
 
 

@@ -31,7 +31,8 @@ NEVER = ("auto.c_H=1000000",)
 REJECTING = ("auto.q_min=0.99",)
 
 DECIDED = {
-    *("metrics.jsonl", "rollouts.jsonl", "model.safetensors", "optimizer.safetensors", "state.json"),
+    *("metrics.jsonl", "rollouts.jsonl", "optimizer.safetensors", "state.json"),
+    *("model.safetensors", "adapter_model.safetensors", "adapter_config.json"),
     *("autonpo.jsonl", "asked.jsonl", "trajectories.jsonl", "settings.json"),
 }
 """Names of files that seed and recipe alone decide."""

@@ -4,9 +4,10 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 
-from npo_cli.records import GuideTrajectory, Prompt, Rollout
+from npo_cli.guide_records import GuideTrajectory
+from npo_cli.records import Prompt, Rollout
+from npo_cli.stages.authors import forward_logps
 from npo_cli.stages.batches import Guidance
-from npo_cli.stages.sample_guide import forward_logps
 from npo_cli.stages.world import World
 from npo_cli.tasks.micro import Noise, noisy_response
 
@@ -46,7 +47,7 @@ def charged(world: World, prompt: Prompt, ids: tuple[int, ...], text: str, *, sh
 
 
 def guidance_of(trajectories: Iterable[GuideTrajectory], *, until: int = 99) -> Guidance:
-    return Guidance(trajectories={found.prompt_id: found for found in trajectories}, until_step=until)
+    return Guidance(trajectories={found.prompt_id: (found,) for found in trajectories}, until_step=until)
 
 
 def with_settings(world: World, section: str, **changes: object) -> World:

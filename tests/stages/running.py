@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.config import Recipe
+from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import from_dict, load_recipe
-from npo_cli.records import CheckpointScore, GuideInfo, StepReport
+from npo_cli.records import CheckpointScore, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.paths import RunDir, open_run
+from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.resume import resume_run
 from npo_cli.stages.sample_guide import sample_run
 from npo_cli.stages.score_checkpoints import score_run
@@ -24,14 +26,15 @@ TINY = (
     *("task.pool_size=16", "task.heldout_size=4", "eval.every=0", "model.threads=1"),
 )
 """A step of this takes about 50 ms. Its pool is seen once in 4 steps."""
+LORA = ("model.lora.rank=4", "train.lr=1e-3")
 
 
 def tiny(*overrides: str) -> Recipe:
     return load_recipe("micro", [*TINY, *overrides])
 
 
-def train(root: Path, *overrides: str) -> list[StepReport]:
-    return steps_of(train_run(root, tiny(*overrides), allow_code=False))
+def train(root: Path, *overrides: str, until: int | None = None) -> list[StepReport]:
+    return steps_of(train_run(root, tiny(*overrides), allow_code=False, until=until))
 
 
 def resume(root: Path, *overrides: str, **options: Any) -> list[StepReport]:
@@ -46,7 +49,8 @@ def resuming(root: Path, *overrides: str, **options: Any) -> Any:
 
 def sample(root: Path, *overrides: str, **options: Any) -> GuideInfo:
     asked = {"guide_step": 4, "at": 2, "name": "near", "branch": None, "steps": None} | options
-    return list(sample_run(root, overrides=overrides, allow_code=False, **asked))[-1]
+    ask = Ask(**{name: asked.pop(name) for name in ("source", "guide_step", "origin", "model") if name in asked})
+    return list(sample_run(root, ask=ask, overrides=overrides, allow_code=False, **asked))[-1]
 
 
 def score(root: Path, *overrides: str, **options: Any) -> list[CheckpointScore]:
@@ -78,7 +82,8 @@ def world_at(root: Path, step: int, *, branch: str | None = None) -> World:
 def reproducible(root: Path, branch: str = "main") -> dict[str, str]:
     """Digests of everything that seed and recipe alone decide: weights, moments, streams, metrics, rollouts."""
     folder = RunDir(root).branch_folder(branch)
-    names = ("metrics.jsonl", "rollouts.jsonl", "model.safetensors", "optimizer.safetensors", "state.json")
+    weights = ("model.safetensors", "adapter_model.safetensors", "adapter_config.json")
+    names = ("metrics.jsonl", "rollouts.jsonl", *weights, "optimizer.safetensors", "state.json")
     return {name: digest for name, digest in files_of(folder).items() if Path(name).name in names}
 
 
@@ -96,4 +101,7 @@ def copied(root: Path, to: Path) -> Path:
 
 
 def trajectories(root: Path, name: str = "near") -> dict[str, Any]:
-    return load_guide(open_run(root), name)[1]
+    """Of a cache with one trajectory a prompt."""
+    every = load_guide(open_run(root), name)[1]
+    assert {len(several) for several in every.values()} <= {1}
+    return {prompt_id: one for prompt_id, (one,) in every.items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.stages.auto_runs import EAGER, auto_resuming, auto_training, decided, events_of
+from tests.stages.running import LORA
 from tests.stages.warm import Child, Warm
 
 PHASES = ("TRAIN", "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE", "COOLDOWN")
@@ -104,8 +105,9 @@ def phase_of(root: Path) -> str | None:
     return json.loads(lines[-1])["phase"] if lines else None
 
 
-def test_a_run_killed_in_one_phase_after_the_other_ends_as_if_it_had_not_been(warm: Warm, tmp_path):
-    settings = (JUDGED, "auto.max=1", "train.num_steps=10")
+@pytest.mark.parametrize("kind", [(), LORA], ids=["every weight", "lora"])
+def test_a_run_killed_in_one_phase_after_the_other_ends_as_if_it_had_not_been(warm: Warm, tmp_path, kind):
+    settings = (*kind, JUDGED, "auto.max=1", "train.num_steps=10")
     list(auto_training(tmp_path / "straight", *settings))
     assert {"accepted", "rolled_back", "kept"} <= set(events_of(tmp_path / "straight"))
     matrix = Matrix(warm=warm, folder=tmp_path, settings=settings, rng=random.Random(5))

@@ -171,7 +171,7 @@ def test_a_guide_sits_where_there_is_one_and_the_policy_fails_and_nowhere_after_
             assert (group.mix == "injected") == bool(guests) == due
             assert (group.mix == "off") == (step > at)
             for guest in guests:
-                kept = found[group.prompt.prompt_id]
+                (kept,) = found[group.prompt.prompt_id]
                 assert (guest.response_ids, guest.behavior_logps) == (kept.response_ids, kept.behavior_logps)
                 num_injected += 1
     assert num_injected >= 1

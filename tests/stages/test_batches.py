@@ -33,7 +33,7 @@ def test_a_guide_in_an_all_wrong_group_takes_the_last_slot_and_all_the_credit(ha
     assert [group.own_accuracy for group in batch.mixed] == [0.0] * 4
     for entry in batch.chosen:
         *own, guest = entry.group.rollouts
-        trajectory = guidance.trajectories[entry.group.prompt.prompt_id]
+        (trajectory,) = guidance.trajectories[entry.group.prompt.prompt_id]
         assert {rollout.source for rollout in own} == {"own"}
         assert (guest.source, guest.slot, guest.guide_step, guest.reward) == ("guide", 7, 99, 1.0)
         assert (guest.response_ids, guest.behavior_logps) == (trajectory.response_ids, trajectory.behavior_logps)
@@ -43,12 +43,12 @@ def test_a_guide_in_an_all_wrong_group_takes_the_last_slot_and_all_the_credit(ha
 
 def test_the_loss_gets_the_mixed_groups_rows(hard, tmp_path):
     guidance = guidance_of(right_answer(hard, prompt, shift=-1.0) for prompt in hard.task.train)
-    rows = train_rows(hard.policy, drawn(hard, tmp_path, guidance=guidance).chosen)
+    rows = train_rows(hard.policy, drawn(hard, tmp_path, guidance=guidance).chosen, hard.recipe.inject)
     assert [row.foreign for row in rows] == ([False] * 7 + [True]) * 4
     assert [round(row.advantage, 3) for row in rows] == ([-0.354] * 7 + [2.475]) * 4
     prompt = hard.task.train[hard.order.indices(0, 1)[0]]
     assert rows[7].tokens.prompt_ids == hard.policy.encode(prompt)
-    assert rows[7].behavior_logps == guidance.trajectories[prompt.prompt_id].behavior_logps
+    assert rows[7].behavior_logps == guidance.trajectories[prompt.prompt_id][0].behavior_logps
 
 
 def test_the_journal_keeps_the_replaced_rollout_and_the_guides(hard, tmp_path):

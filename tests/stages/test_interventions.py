@@ -45,7 +45,7 @@ def test_right_answers_of_the_probe_are_the_guides_word_for_word(watched):
         for prompt_id, entry in read_asked(run.guide_folder(name)).items():
             right = [found for found in heard.get(prompt_id, ()) if found.verdict == "correct" and found.finished]
             if right:
-                assert cached[prompt_id].response_ids in [found.response_ids for found in right]
+                assert cached[prompt_id][0].response_ids in [found.response_ids for found in right]
                 # Asked no more: the samples are those of the probe (4), and no token was generated.
                 assert (entry.num_sampled, entry.num_correct, entry.num_tokens) == (4, len(right), 0)
                 num_reused += 1

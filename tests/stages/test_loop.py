@@ -12,6 +12,7 @@ from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.stages.batches import draw_batch
 from npo_cli.stages.train import train_run
 from tests.stages.running import (
+    LORA,
     TINY,
     copied,
     files_of,
@@ -34,6 +35,8 @@ KINDS = {
         *("loss.entropy_coef=0.01", "train.schedule=cosine", "train.warmup_steps=2"),
         *("train.micro_batch_tokens=200", "train.logit_chunk_tokens=50"),
     ),
+    "lora": LORA,
+    "lora with kl to the base": (*LORA, "loss.kl_coef=0.05"),
     "retention": ("train.keep_anchors=1", "train.keep_guides=1"),
 }
 LONGER = ("train.num_steps=10", "train.save_every=4")

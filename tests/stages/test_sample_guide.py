@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from npo_cli.guide_records import GuideInfo
 from npo_cli.policy.logprobs import TokenRow
-from npo_cli.records import GuideInfo, Rollout
+from npo_cli.records import Rollout
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.guides import asked_path, read_asked, trajectories_path
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages import sample_guide
-from npo_cli.stages.sample_guide import SELECTORS, Answers, Pair, ask, forward_logps, sample_run
+from npo_cli.stages import guide_cache
+from npo_cli.stages.authors import Answers, forward_logps
+from npo_cli.stages.checkpoint_author import CheckpointAuthor, ask_in_rounds
+from npo_cli.stages.guide_cache import in_order
+from npo_cli.stages.guide_plan import Ask
+from npo_cli.stages.sample_guide import sample_run
 from npo_cli.stages.world import World
 from tests.stages.guides import right_answer, with_settings
 from tests.stages.running import copied, files_of, sample, train, trajectories, world_at
@@ -65,8 +70,8 @@ def test_a_solved_prompt_is_asked_no_more(scout):
 def test_early_stopping_keeps_the_first_samples_of_the_full_draw(scout):
     world = world_at(scout, 4)
     prompts = world.prompts_between(8, 16)
-    in_rounds = ask(world, prompts, step=4)
-    at_once = ask(with_settings(world, "guide", round=8), prompts, step=4)
+    in_rounds = ask_in_rounds(world, prompts, step=4)
+    at_once = ask_in_rounds(with_settings(world, "guide", round=8), prompts, step=4)
     for part, whole in zip(in_rounds, at_once, strict=True):
         drawn = [rollout.response_ids for rollout in part.rollouts]
         assert drawn == [rollout.response_ids for rollout in whole.rollouts[: len(drawn)]]
@@ -88,13 +93,13 @@ def test_the_counts_are_those_of_the_ledger(scout, tmp_path):
 @pytest.mark.parametrize("cut", [0.2, 0.6, 0.9])
 def test_an_interrupted_cache_is_gone_on_with_and_ends_the_same(scout, tmp_path, monkeypatch, cut):
     """The kill is one of its leftovers: some lines of both journals, the last one torn."""
-    monkeypatch.setattr(sample_guide, "CHUNK_PROMPTS", 3)
+    monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     straight, broken = (copied(scout, tmp_path / name) for name in ("straight", "broken"))
     for root in (straight, broken):
         shutil.rmtree(root / "guides")
     sample(straight)
     records = sample_run(
-        broken, guide_step=4, at=2, name="near", branch=None, steps=None, overrides=(), allow_code=False
+        broken, ask=Ask(guide_step=4), at=2, name="near", branch=None, steps=None, overrides=(), allow_code=False
     )
     for _ in range(3):  # two chunks of three are done when the third is announced
         next(records)
@@ -113,7 +118,7 @@ def test_an_interrupted_cache_is_gone_on_with_and_ends_the_same(scout, tmp_path,
 
 
 @pytest.fixture(scope="module")
-def choice(scout) -> tuple[World, list[Answers], Pair]:
+def choice(scout) -> tuple[World, list[Answers], CheckpointAuthor]:
     """One prompt with three answers called right, of 9, 8 and 10 tokens, and a wrong one; weights of the guide."""
     world = world_at(scout, 4)
     prompt = next(prompt for prompt in world.task.train if len(prompt.prompt_id.split("/")[1]) == 7)
@@ -141,39 +146,54 @@ def choice(scout) -> tuple[World, list[Answers], Pair]:
         rollout(4, tuple(body[:2]), "correct", finished=False),
     )
     run = open_run(scout)
-    pair = Pair(learner=find_checkpoint(run, "main", 2), guide=find_checkpoint(run, "main", 4))
-    return world, [Answers(prompt=prompt, rollouts=rollouts)], pair
+    author = CheckpointAuthor(
+        world=world, learner=find_checkpoint(run, "main", 2), guide=find_checkpoint(run, "main", 4)
+    )
+    return world, [Answers(prompt=prompt, rollouts=rollouts)], author
+
+
+def best(choice, **changes: object) -> list[Rollout]:
+    """The answers in the order in which they would be kept."""
+    world, answers, author = choice
+    (ordered,) = in_order(with_settings(world, "guide", **changes), answers, author=author, label=4)
+    return ordered
 
 
 def test_shortest_keeps_the_answer_of_fewest_tokens(choice):
-    assert [rollout.slot for rollout in SELECTORS["shortest"](*choice)] == [2]
+    assert [rollout.slot for rollout in best(choice, select="shortest")] == [2, 1, 3]
 
 
 def test_nearest_keeps_what_the_learner_finds_likeliest_a_token(choice):
-    world, (answers,), pair = choice
-    (chosen,) = SELECTORS["nearest"](*choice)
+    world, (answers,), author = choice
+    chosen, *_ = best(choice, select="nearest")
     assert world.policy.digest == world_at(world.run.root, 4).policy.digest, "the guide's weights are back"
     learner = world_at(world.run.root, 2)
     pairs = [(answers.prompt, rollout) for rollout in answers.correct]
     means = [sum(logps_T) / len(logps_T) for logps_T in forward_logps(learner, pairs)]
     assert chosen == answers.correct[means.index(max(means))]
-    assert pair.learner.step == 2
+    assert author.learner.step == 2
 
 
 def test_random_is_the_seeds_choice_among_the_right_ones(choice):
-    world, answers, pair = choice
-    again = [SELECTORS["random"](world, answers, pair) for _ in range(2)]
-    assert again[0] == again[1]
-    seen = set()
-    for seed in range(20):
-        (chosen,) = SELECTORS["random"](with_settings(world, "train", seed=seed), answers, pair)
-        seen.add(chosen.slot)
+    world, answers, author = choice
+    assert best(choice) == best(choice)
+    seen = {best((with_settings(world, "train", seed=seed), answers, author))[0].slot for seed in range(20)}
     assert seen == {1, 2, 3}
+
+
+def test_a_prompt_with_too_few_right_answers_keeps_none_and_a_wrong_one_only_if_asked_to(choice):
+    # three right answers, finished, of five
+    assert len(best(choice, min_correct=3)) == 3
+    assert best(choice, min_correct=4) == []
+    world, (answers,), author = choice
+    wrong = (world, [replace(answers, rollouts=answers.rollouts[:1])], author)
+    assert best(wrong) == []
+    assert [rollout.verdict for rollout in best(wrong, keep="all")] == ["wrong"]
 
 
 def test_choosing_the_best_needs_all_k_samples(scout):
     world = with_settings(world_at(scout, 4), "guide", select="shortest", k=4)
-    assert {len(entry.rollouts) for entry in ask(world, world.prompts_between(8, 12), step=4)} == {4}
+    assert {len(entry.rollouts) for entry in ask_in_rounds(world, world.prompts_between(8, 12), step=4)} == {4}
 
 
 def test_dynamic_sampling_asks_for_every_prompt_the_scout_drew(tmp_path):
@@ -187,8 +207,8 @@ def test_seeds_of_a_guide_do_not_depend_on_the_order_of_prompts(scout):
     world = world_at(scout, 4)
     prompts = world.prompts_between(8, 16)
     shuffled = random.Random(0).sample(prompts, len(prompts))
-    first = {entry.prompt.prompt_id: entry for entry in ask(world, prompts, step=4)}
-    for entry in ask(world, shuffled, step=4):
+    first = {entry.prompt.prompt_id: entry for entry in ask_in_rounds(world, prompts, step=4)}
+    for entry in ask_in_rounds(world, shuffled, step=4):
         drawn = [replace(rollout, behavior_logps=(), mean_entropy=None) for rollout in entry.rollouts]
         assert drawn == [
             replace(rollout, behavior_logps=(), mean_entropy=None) for rollout in first[entry.prompt.prompt_id].rollouts

@@ -12,7 +12,8 @@ from npo_cli.records import Notice
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.scores import latest_scores, scorings
-from npo_cli.stages.score_checkpoints import PROBE, open_contest, ranked, score_run
+from npo_cli.stages.contest import PROBE
+from npo_cli.stages.score_checkpoints import open_contest, ranked, score_run
 from npo_cli.stages.segment import find_learner
 from npo_cli.stages.world import open_policy, open_task, open_world
 from tests.stages.running import copied, score, train

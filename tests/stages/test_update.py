@@ -52,7 +52,7 @@ def rows(world, tmp_path_factory) -> list[TrainRow]:
     guidance = guidance_of(right_answer(world, prompt, shift=0.05) for prompt in world.task.train)
     journal = RolloutJournal(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
     batch = draw_batch(world, journal, seed_name="t", step=3, position=8, guidance=guidance)
-    found = train_rows(world.policy, batch.chosen)
+    found = train_rows(world.policy, batch.chosen, world.recipe.inject)
     assert sum(row.foreign for row in found) == 4
     return found
 
@@ -203,13 +203,14 @@ def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
         guides = [charged(world, prompt, rollout.response_ids, rollout.text) for prompt, rollout in last]
         guidance = guidance_of(guides) if kind == "mixed" else None
         batch = draw_batch(world, journal, seed_name="t", step=3, position=4, guidance=guidance)
-        rows = train_rows(world.policy, batch.chosen)
+        rows = train_rows(world.policy, batch.chosen, world.recipe.inject)
         assert sum(row.foreign for row in rows) == (len(last) if guidance else 0)
         optimizer = build_optimizer(world.policy.model, world.recipe.train)
         restore_state(world, optimizer, find_checkpoint(world.run, "main", 2))
         Updater(world.policy, optimizer, world.recipe).take_step(rows, lr=world.recipe.train.lr)
         ends[kind] = [parameter.detach().clone() for parameter in world.policy.model.parameters()]
-    assert distance(ends["plain"], ends["mixed"]) < 1e-7
+    # Without a gate the slot given away is not sampled, and the others' last bits depend on their company.
+    assert distance(ends["plain"], ends["mixed"]) < 5e-7
     start = list(world_at(scout, 2).policy.model.parameters())
     assert distance(ends["plain"], start) > 1e-5
 

@@ -1,0 +1,85 @@
+"""`npo bench`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.console import draw
+from npo_cli.cli.options import JsonOpt, OverridesArg, RecipeArg
+from npo_cli.errors import NpoError
+
+MethodsOpt = Annotated[
+    str, typer.Option("--methods", metavar="NAMES", help="Methods apart by commas (npo recipes --methods).")
+]
+SeedsOpt = Annotated[str, typer.Option("--seeds", metavar="N|A,B", help="How many seeds from 0 on, or which.")]
+GridOpt = Annotated[
+    list[str] | None,
+    typer.Option("--grid", metavar="KEY=A,B,C", help="Setting that each method may choose for itself."),
+]
+TuningOpt = Annotated[str, typer.Option("--tuning-seeds", metavar="A,B", help="Seeds that choose it.")]
+TeacherOpt = Annotated[
+    str,
+    typer.Option("--teacher", metavar="OPTIONS", help="Of npo sample-guide, for a method with an outside teacher."),
+]
+JobsOpt = Annotated[int | None, typer.Option("--jobs", min=1, metavar="N", help="Runs side by side. [default: cores]")]
+
+
+def bench(
+    recipe: RecipeArg,
+    overrides: OverridesArg = None,
+    *,
+    methods: MethodsOpt,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the runs.", show_default=False)],
+    seeds: SeedsOpt = "5",
+    grid: GridOpt = None,
+    tuning_seeds: TuningOpt = "100,101",
+    teacher: TeacherOpt = "",
+    jobs: JobsOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Train several methods on several seeds, resumably.
+
+    With --grid each method first chooses its own best value on other seeds. The same command goes on where it
+    stopped; npo report sets the runs side by side.
+    """
+    from npo_cli.stages.bench import Question, bench
+
+    question = Question(
+        recipe=recipe,
+        methods=tuple(part.strip() for part in methods.split(",")),
+        settings=tuple(overrides or ()),
+        seeds=seeds_in(seeds),
+        grid=grid_of(grid or ()),
+        tuning_seeds=seeds_in(tuning_seeds, several=True),
+        teacher=teacher,
+        out=out,
+        jobs=jobs or len(os.sched_getaffinity(0)),
+    )
+    draw(bench(question), as_json=as_json)
+
+
+def seeds_in(text: str, *, several: bool = False) -> tuple[int, ...]:
+    """`5` is the seeds 0 to 4 (with `several` the seed 5), `7,9` these two."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and part.isascii() and len(part) < 10 for part in parts):
+        raise NpoError(f"seeds are whole numbers apart by commas, got {text!r}", "--seeds 5   # or --seeds 0,1,2")
+    numbers = tuple(map(int, parts))
+    found = numbers if several or len(numbers) > 1 else tuple(range(numbers[0]))
+    if not found or len(set(found)) < len(found):
+        raise NpoError(f"{text!r} names no seed, or one twice", "--seeds 5   # or --seeds 0,1,2")
+    return found
+
+
+def grid_of(texts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """`train.lr=1e-4,3e-4` as one KEY=VALUE a value; only one key may have several."""
+    found = []
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals or not key or not values:
+            raise NpoError(f"--grid takes KEY=A,B,C, got {text!r}", "--grid train.lr=1e-4,3e-4,6e-4")
+        found += [f"{key}={value.strip()}" for value in values.split(",")]
+    if len({one.partition("=")[0] for one in found}) > 1:
+        raise NpoError("--grid varies one setting", "--grid train.lr=1e-4,3e-4,6e-4")
+    return tuple(found)

@@ -1,0 +1,59 @@
+"""`npo score-sources`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.console import draw
+from npo_cli.cli.early import recipe_of, steps_in
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+
+AtOpt = Annotated[
+    int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: intervention.at]")
+]
+CandidatesOpt = Annotated[
+    str | None, typer.Option("--candidates", metavar="STEPS", help="Such as 20,40,60. [default: every later step]")
+]
+SourcesOpt = Annotated[
+    list[str] | None,
+    typer.Option("--source", metavar="KIND[=WHAT]", help="One more source, of the list above; may be repeated."),
+]
+
+
+def score_sources(
+    run: RunArg,
+    overrides: OverridesArg = None,
+    *,
+    at: AtOpt = None,
+    candidates: CandidatesOpt = None,
+    far: Annotated[int | None, typer.Option("--far", min=1, metavar="STEP", help="The far future.")] = None,
+    source: SourcesOpt = None,
+    figure: Annotated[Path | None, typer.Option("--figure", metavar="FILE", help="Draw it: F.png or F.svg.")] = None,
+    branch: BranchOpt = None,
+    allow_code: AllowCodeOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Compare past, futures and teachers by S = Q/V.
+
+    The learner itself and its later steps are always compared. --source adds: past (what it once got right), base (step
+    0), model=FOLDER_OR_HUB_ID, run=OTHER_RUN[:BRANCH], file=TRACES, endpoint=NAME@http://127.0.0.1:8000/v1.
+    """
+    chosen = None if candidates is None else steps_in(candidates)
+    recipe_of(run, overrides, branch=branch)
+
+    from npo_cli.stages.score_sources import score_sources as scored
+    from npo_cli.stages.source_arms import asked_for
+
+    records = scored(
+        run,
+        at=at,
+        candidates=chosen,
+        far=far,
+        sources=[asked_for(text) for text in source or ()],
+        branch=branch,
+        figure=figure,
+        overrides=overrides or (),
+        allow_code=allow_code,
+    )
+    draw(records, as_json=as_json)

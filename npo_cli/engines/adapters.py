@@ -1,0 +1,40 @@
+"""What an engine is told of a policy that trains adapters: a frozen base, given once, and small tensors that change.
+
+vLLM serves many adapters of one base side by side (multi-LoRA), none of them merged. This room does not know peft.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from npo_cli.errors import NpoError
+
+RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""Sizes of vLLM's adapter slots: a smaller rank is padded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterPort:
+    """How the live adapters of a policy, and the base beside them, are reached."""
+
+    rank: int
+    targets: tuple[str, ...]
+    """Last names of the layers that have one."""
+    base: Callable[[], Mapping[str, Tensor]]
+    """The frozen weights under their Hugging Face names."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """The adapters as they are now."""
+    write: Callable[[Path], None]
+    """Write them into a folder in peft's format."""
+
+
+def slot_rank(rank: int) -> int:
+    """The smallest slot that holds adapters of this rank."""
+    for size in RANKS:
+        if rank <= size:
+            return size
+    raise NpoError(
+        f"vLLM serves adapters up to rank {RANKS[-1]}, and model.lora.rank is {rank}", "engine.kind=transformers"
+    )

@@ -1,0 +1,96 @@
+"""Sources of trajectories side by side as a picture: Q, V and S of past, self, futures and teachers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npo_cli.errors import NpoError
+from npo_cli.guide_records import SourceScore
+from npo_cli.report.figures import COLOURS, QUIET, page
+from npo_cli.report.source_tables import in_order
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMATS = (".png", ".svg", ".pdf")
+LONGEST_NAME = 28
+Estimate = tuple[float, float, float]
+"""Value, low, high."""
+
+
+def refuse_format(path: Path) -> None:
+    """A picture that could not be written is told before anything is computed."""
+    if path.suffix.lower() not in FORMATS:
+        raise NpoError(f"--figure {path}: a picture ends in {', '.join(FORMATS)}", f"--figure {path.stem or 'F'}.png")
+
+
+def sources_figure(scores: Sequence[SourceScore], path: Path, title: str = "") -> None:
+    """A row a source by kind and distance, a panel for Q, V and S; a ring marks the largest S."""
+    ordered = list(reversed(in_order(scores)))
+    best = "".join(f", {_short(one.name)} best in {one.p_best:.0%}" for one in ordered if one.chosen)
+    panels = (
+        ("Q, prompts solved", COLOURS[2], [(one.quality, one.quality_low, one.quality_high) for one in ordered]),
+        (
+            f"V, {ordered[0].variance_kind}",
+            COLOURS[1],
+            [_all(one.variance, one.variance_low, one.variance_high) for one in ordered],
+        ),
+        (f"S = Q / V{best}", COLOURS[0], [_all(one.signal, one.signal_low, one.signal_high) for one in ordered]),
+    )
+    with page(path, title=title, height=1.9 + 0.42 * len(ordered)) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True)
+        for panel, (label, colour, estimates) in zip(axes, panels, strict=True):
+            _draw(panel, estimates, colour=colour, chosen=[one.chosen for one in ordered])
+            panel.set_title(label, loc="left", color=colour)
+        axes[0].set_yticks(range(len(ordered)), [_label(one) for one in ordered])
+        axes[0].set_ylim(-0.6, len(ordered) - 0.4)
+
+
+def _all(value: float | None, low: float | None, high: float | None) -> Estimate | None:
+    return None if value is None or low is None or high is None else (value, low, high)
+
+
+def _draw(panel: "Axes", estimates: Sequence[Estimate | None], *, colour: str, chosen: Sequence[bool]) -> None:
+    known = [each for each in estimates if each is not None]
+    for place, (estimate, is_chosen) in enumerate(zip(estimates, chosen, strict=True)):
+        if estimate is None:
+            panel.annotate(
+                "not known", (0.02, place), xycoords=("axes fraction", "data"), color=QUIET, va="center", fontsize=9
+            )
+            continue
+        value, low, high = estimate
+        # A resampled interval may leave its own estimate outside; a bar cannot reach backwards.
+        bars = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        panel.errorbar(
+            [value],
+            [place],
+            xerr=bars,
+            color=colour,
+            ecolor=f"{colour}88",
+            fmt="o",
+            ms=6,
+            capsize=3,
+            lw=2,
+            clip_on=False,
+        )
+        if is_chosen:
+            panel.plot([value], [place], marker="o", ms=14, color=colour, fillstyle="none", mew=2)
+    panel.grid(visible=True, axis="x")
+    lows, values = [low for _, low, _ in known], [value for value, _, _ in known]
+    # V may span orders of magnitude: then ratios are what the eye should compare.
+    if known and min(*values, *lows) > 0 and max(values) > 20 * min(values):
+        panel.set_xscale("log")
+    elif known:
+        panel.set_xlim(left=min(0.0, *lows))
+
+
+def _label(score: SourceScore) -> str:
+    ahead = f" (+{score.distance})" if score.kind in ("near", "far") else ""
+    far = "far: " if score.kind == "far" else ""
+    return f"{far}{_short(score.name)}{ahead}"
+
+
+def _short(name: str) -> str:
+    """Of a path the end tells most; letters of a font that has no dollar mathematics."""
+    cut = name if len(name) <= LONGEST_NAME else f"{name.split(' ')[0]} ...{name[-(LONGEST_NAME - 10) :]}"
+    return cut.replace("$", r"\$")

@@ -1,0 +1,77 @@
+"""Sources of trajectories side by side as tables of text."""
+
+from collections.abc import Sequence
+
+from npo_cli.guide_records import SourceScore
+from npo_cli.report.cells import Table, count, interval, number
+
+
+def sources_tables(scores: Sequence[SourceScore]) -> tuple[Table, ...]:
+    """Q, V and S of each, in the order of the figure; then how sure the largest S is under each kind of V."""
+    ordered = in_order(scores)
+    return (_signal_table(ordered), _lead_table(ordered))
+
+
+RANKS = ("past", "base", "self", "near", "far", "run", "model", "endpoint", "file")
+"""Kinds of sources, from the learner's own past to others."""
+
+
+def in_order(scores: Sequence[SourceScore]) -> list[SourceScore]:
+    """By kind, then by distance."""
+    return sorted(scores, key=lambda one: (RANKS.index(one.kind), one.distance or 0))
+
+
+def _signal_table(scores: Sequence[SourceScore]) -> Table:
+    header = (
+        "source",
+        "kind",
+        "ahead",
+        "Q",
+        "V",
+        "S = Q/V",
+        "p(best)",
+        "pass@1",
+        "tries",
+        "Q - Q_self",
+        "KL/token",
+        "",
+    )
+    rows = tuple(
+        (
+            *(one.name, one.kind, count(one.distance)),
+            interval(one.quality, one.quality_low, one.quality_high),
+            _known(one.variance, one.variance_low, one.variance_high),
+            _known(one.signal, one.signal_low, one.signal_high),
+            *(number(one.p_best, digits=2), number(one.pass_at_1), number(one.num_tries, digits=1)),
+            *(number(one.quality_net), number(one.kl_per_token), _mark(one)),
+        )
+        for one in scores
+    )
+    first = scores[0]
+    asked = next(one.quality_kind for one in scores if one.kind == "self")
+    notes = [
+        f"Q is {asked} and V is {first.variance_kind}, with 95 % intervals; {first.num_prompts} prompts that the "
+        "learner mostly fails. tries: samples a prompt."
+    ]
+    notes += [f"{one.name}: {one.note}." for one in scores if one.note]
+    return Table(title="Sources of trajectories", header=header, rows=rows, notes=tuple(notes))
+
+
+def _known(value: float | None, low: float | None, high: float | None) -> str:
+    return "-" if value is None or low is None or high is None else interval(value, low, high)
+
+
+def _mark(score: SourceScore) -> str:
+    return " ".join(word for word, said in (("<- largest S", score.chosen), ("unreliable V", score.unreliable)) if said)
+
+
+def _lead_table(scores: Sequence[SourceScore]) -> Table:
+    """The place of the maximum is marked with a star."""
+    kinds = sorted({kind for one in scores for kind in one.p_best_by})
+    rows = tuple(
+        (one.name, one.kind, *(number(one.p_best_by[kind], digits=2) + " *" * (kind in one.best_by) for kind in kinds))
+        for one in scores
+        if one.p_best_by
+    )
+    title = "Share of resamples with the largest S, by kind of V (* the largest S of the data as they are)"
+    return Table(title=title, header=("source", "kind", *kinds), rows=rows)

@@ -1,0 +1,122 @@
+"""Somebody whose answers are kept: what is asked of an author, and the forward passes that charge answers to it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from npo_cli.inject_settings import GuideSettings
+from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.model import Policy
+from npo_cli.records import Prompt, Rollout
+from npo_cli.stages.row_scores import row_scores
+from npo_cli.stages.world import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """What was said to one prompt."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    repeats: tuple[Rollout, ...] = ()
+    """Answers that are among `rollouts` already: counted, never kept."""
+    num_tokens: int = 0
+    """Tokens generated for this cache."""
+
+    @property
+    def correct(self) -> list[Rollout]:
+        """Verified-correct and ended by themselves."""
+        return right_ones(self.rollouts)
+
+    @property
+    def num_sampled(self) -> int:
+        """Answers heard."""
+        return len(self.rollouts) + len(self.repeats)
+
+    @property
+    def num_correct(self) -> int:
+        """Correct answers heard."""
+        return len(self.correct) + len(right_ones(self.repeats))
+
+
+def right_ones(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Those that are verified-correct and ended by themselves."""
+    return [rollout for rollout in rollouts if rollout.verdict == "correct" and rollout.finished]
+
+
+Pairs = Sequence[tuple[Prompt, Rollout]]
+Known = Mapping[str, Sequence[Rollout]]
+"""Answers given before, by prompt id: they count as the first samples, and cost nothing again."""
+Draw = Callable[[Sequence[Prompt], range], Sequence[Answers]]
+"""New answers to each prompt, one a slot."""
+
+
+class Author(Protocol):
+    """Somebody whose answers are kept."""
+
+    def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
+        """Verified answers to each prompt, in order; the same prompts in the same company get the same answers."""
+
+    def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
+        """Log-probabilities (nats) of each answer's tokens under who wrote it; None where nobody knows."""
+
+    def nearness(self, pairs: Pairs) -> list[float]:
+        """Mean log-probability a token under the learner."""
+
+    def remarks(self) -> list[str]:
+        """What a person should know when all is asked."""
+
+
+def drawn_in_rounds(
+    settings: GuideSettings, prompts: Sequence[Prompt], draw: Draw, *, known: Known | None = None
+) -> list[Answers]:
+    """Up to guide.k samples a prompt, `guide.round` at a time; solved prompts ask no more, unless all are wanted."""
+    asked = {prompt.prompt_id: _begun(prompt, (known or {}).get(prompt.prompt_id, ())) for prompt in prompts}
+    while True:
+        wanting = [
+            entry
+            for entry in asked.values()
+            if len(entry.rollouts) < settings.k and (settings.draws_all or not entry.correct)
+        ]
+        if not wanting:
+            return list(asked.values())
+        # Those who have the fewest answers are asked together, so that a slot is never drawn twice.
+        first = min(len(entry.rollouts) for entry in wanting)
+        slots = range(first, min(first + (settings.k if settings.draws_all else settings.round), settings.k))
+        now = [entry.prompt for entry in wanting if len(entry.rollouts) == first]
+        for new in draw(now, slots):
+            before = asked[new.prompt.prompt_id]
+            asked[new.prompt.prompt_id] = replace(
+                before, rollouts=before.rollouts + new.rollouts, num_tokens=before.num_tokens + new.num_tokens
+            )
+
+
+def _begun(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
+    return Answers(prompt=prompt, rollouts=tuple(rollouts))
+
+
+def each_once(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
+    """Answers that cost nothing; of the same tokens said again the first is kept."""
+    first: dict[tuple[int, ...], Rollout] = {}
+    repeats = []
+    for rollout in rollouts:
+        if rollout.response_ids in first:
+            repeats.append(rollout)
+        else:
+            first[rollout.response_ids] = rollout
+    return Answers(prompt=prompt, rollouts=tuple(first.values()), repeats=tuple(repeats))
+
+
+def forward_logps(
+    world: World, pairs: Pairs, *, temperature: float | None = None, policy: Policy | None = None
+) -> list[tuple[float, ...]]:
+    """Per-token log-probabilities of responses under the weights at hand, of the world's policy or of another."""
+    policy = policy or world.policy
+    rows = [TokenRow(prompt_ids=policy.encode(prompt), response_ids=rollout.response_ids) for prompt, rollout in pairs]
+    scored = row_scores(policy, world.recipe, rows, temperature=temperature)
+    return [tuple(scores.logps_T.tolist()) for scores in scored]
+
+
+def mean_logps(world: World, pairs: Pairs, *, policy: Policy | None = None) -> list[float]:
+    """Mean log-probability a token under the weights at hand."""
+    return [sum(logps_T) / len(logps_T) for logps_T in forward_logps(world, pairs, policy=policy)]

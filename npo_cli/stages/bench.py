@@ -1,0 +1,234 @@
+"""`npo bench`: a comparison of methods, made run by run: seeds for every method, each with its own best setting.
+
+First every method is trained with every setting of a small grid on tuning seeds; its best setting then gets the
+table's seeds. A run is made with the commands of the method's plan, in processes of their own, as many side by side as
+fit. What is done is not done again; what was cut short is gone on with.
+"""
+
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from npo_cli.errors import NpoError, RunFailed, StoppedEarly, as_typed
+from npo_cli.recipe_files import method_path
+from npo_cli.records import Notice, Progress
+from npo_cli.report.lines import Tuned
+from npo_cli.run_dir.files import read_json, write_json_atomic
+from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.ledger import curve
+from npo_cli.stages.plans import Cell, Command, commands, left_of
+from npo_cli.stages.signals import StopFlag, stop_between_steps
+
+NPO = (sys.executable, "-c", "from npo_cli.cli.app import main; main()")
+DONE, LOG, TUNING = "done.json", "log.txt", "tuning.json"
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is compared."""
+
+    recipe: str
+    methods: tuple[str, ...]
+    settings: tuple[str, ...]
+    """KEY=VALUE for every run."""
+    seeds: tuple[int, ...]
+    grid: tuple[str, ...]
+    """One KEY=VALUE each; empty without tuning."""
+    tuning_seeds: tuple[int, ...]
+    teacher: str
+    out: Path
+    jobs: int
+
+
+def bench(question: Question) -> Iterator[Progress | Notice | Tuned]:
+    """Tune, then train the table's seeds; ends with the command that sets them side by side."""
+    check(question)
+    with stop_between_steps() as stop:
+        chosen = yield from tuned(question, stop)
+        cells = [
+            cell_of(question, method, chosen[method], seed=seed, part="runs")
+            for seed in question.seeds
+            for method in question.methods
+        ]
+        yield from worked_off(cells, question.jobs, stop)
+    runs = " ".join(as_typed(cell.run) for cell in cells)
+    yield Notice(message=f"side by side: npo report {runs} --out {as_typed(question.out / 'report.html')}")
+
+
+def check(question: Question) -> None:
+    """Every run's recipe and plan are looked at before the first one is made."""
+    if set(question.seeds) & set(question.tuning_seeds) and question.grid:
+        both = min(set(question.seeds) & set(question.tuning_seeds))
+        raise NpoError(f"seed {both} would both choose a setting and be in the table", "--tuning-seeds 100,101")
+    for method in question.methods:
+        for setting in question.grid or ("",):
+            cell = cell_of(question, method, setting, seed=question.seeds[0], part="runs")
+            recipe = cell.resolved()
+            commands(cell)
+            if not recipe.eval.every:
+                raise NpoError("without held-out evaluations there is nothing to compare", "add eval.every=10")
+            if question.grid and recipe.task.source == "file":
+                raise NpoError(
+                    "the held-out file would be looked at while tuning, and then reported on",
+                    "tune on another file first, then leave --grid out: npo bench RECIPE train.lr=...",
+                )
+
+
+def cell_of(question: Question, method: str, setting: str, *, seed: int, part: str) -> Cell:
+    """`OUT/runs/matched-luffy/train.lr=3e-4/seed-0`."""
+    folder = question.out / part / shown(method) / (setting or "as-it-is").replace("/", "_") / f"seed-{seed}"
+    settings = (*question.settings, *((setting,) if setting else ()))
+    return Cell(
+        recipe=question.recipe, method=method, settings=settings, seed=seed, folder=folder, teacher=question.teacher
+    )
+
+
+def shown(method: str) -> str:
+    """A method's name as a folder and in tables: `matched-luffy`; of a file its stem."""
+    path = method_path(method)
+    return path.stem if method.endswith((".yaml", ".yml", ".json")) else f"{path.parent.name}-{path.stem}"
+
+
+def tuned(question: Question, stop: StopFlag) -> Generator[Progress | Notice | Tuned, None, dict[str, str]]:
+    """Each method's best setting of the grid by the area under its held-out curve, means over the tuning seeds."""
+    if not question.grid:
+        return dict.fromkeys(question.methods, "")
+    cells = [
+        cell_of(question, method, setting, seed=seed, part="tuning")
+        for seed in question.tuning_seeds
+        for method in question.methods
+        for setting in question.grid
+    ]
+    yield from worked_off(cells, question.jobs, stop)
+    chosen: dict[str, str] = {}
+    for method in question.methods:
+        areas = {
+            setting: statistics.fmean(
+                area(cell_of(question, method, setting, seed=seed, part="tuning")) for seed in question.tuning_seeds
+            )
+            for setting in question.grid
+        }
+        chosen[method] = max(areas, key=areas.__getitem__)
+        yield Tuned(method=shown(method), setting=chosen[method], areas=areas)
+    write_json_atomic(question.out / TUNING, {shown(method): setting for method, setting in chosen.items()})
+    return chosen
+
+
+def area(cell: Cell) -> float:
+    """Held-out accuracy of the run's last branch averaged over its steps: the area under the curve by the trapezoid
+    rule, divided by the number of steps.
+    """
+    run = open_run(cell.run)
+    points = sorted(curve(run, newest_branch(run), arm=""), key=lambda point: point.step)
+    pieces = [(after.step - before.step) * (after.accuracy + before.accuracy) / 2 for before, after in pairwise(points)]
+    return sum(pieces) / (points[-1].step - points[0].step)
+
+
+# Working off
+
+
+@dataclass(slots=True)
+class Job:
+    """A cell at work."""
+
+    cell: Cell
+    waiting: list[Command]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+
+
+def worked_off(cells: Sequence[Cell], jobs: int, stop: StopFlag) -> Iterator[Progress | Notice]:
+    """Run every cell that is not done, `jobs` at a time, until all are done or a signal asks to stop."""
+    todo = [Job(cell=cell, waiting=commands(cell)) for cell in cells if not is_done(cell)]
+    total, running, failed = len(cells), [], []
+    while todo or running:
+        if stop:
+            _stop_all(running)
+            raise StoppedEarly(f"stopped by {stop.reason}; what is done is kept", "the same command again goes on")
+        while todo and len(running) < jobs:
+            running.append(todo.pop(0))
+        for job in list(running):
+            state = _advanced(job)
+            if state == "running":
+                continue
+            running.remove(job)
+            failed += [job.cell] if state == "failed" else []
+            done = total - len(todo) - len(running)
+            yield Progress(what="bench", done=done, total=total, note=str(job.cell.folder))
+        time.sleep(POLL_SECONDS if running else 0)
+    yield Progress(what="bench", done=total, total=total)
+    if failed:
+        first = failed[0].folder / LOG
+        raise RunFailed(f"{len(failed)} of {total} runs failed; the first: {_last_line(first)}", f"less {first}")
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether the cell was worked off, with these very commands."""
+    path = cell.folder / DONE
+    if not path.exists():
+        return False
+    before = [tuple(command) for command in read_json(path)["commands"]]
+    if before != commands(cell):
+        raise NpoError(f"{cell.folder} was made with other commands: {path}", "choose another --out")
+    return True
+
+
+def _advanced(job: Job) -> str:
+    """Look at the cell's process; start the next command when it has ended."""
+    if job.process is not None:
+        code = job.process.poll()
+        if code is None:
+            return "running"
+        job.process = None
+        if code != 0:
+            return "failed"
+        job.waiting.pop(0)
+    while job.waiting:
+        command = left_of(job.waiting[0], job.cell)
+        if command is not None:
+            job.process = _started(job.cell, command)
+            return "running"
+        job.waiting.pop(0)
+    write_json_atomic(job.cell.folder / DONE, {"commands": [list(command) for command in commands(job.cell)]})
+    return "done"
+
+
+def _started(cell: Cell, command: Command) -> subprocess.Popen[bytes]:
+    """One npo command in a session of its own, so that a Ctrl-C reaches it only through us; its talk goes to a log."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    threads = str(cell.resolved().model.threads or 1)
+    with (cell.folder / LOG).open("a", encoding="utf-8") as log:
+        log.write(f"$ npo {shlex.join(command)}\n")
+        log.flush()
+        return subprocess.Popen(
+            [*NPO, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            start_new_session=True,
+        )
+
+
+def _stop_all(running: Sequence[Job]) -> None:
+    """Every process finishes its step, saves and ends."""
+    alive = [job.process for job in running if job.process is not None]
+    for process in alive:
+        process.send_signal(signal.SIGTERM)
+    for process in alive:
+        process.wait()
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")

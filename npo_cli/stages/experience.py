@@ -1,0 +1,166 @@
+"""ExGRPO inside the loop: which prompts of a batch are replayed with which stored answer, and what the batch leaves.
+
+The memory is part of the training state; what is remembered and drawn is decided in `guide/experience.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from npo_cli.errors import NpoError
+from npo_cli.guide.experience import Buckets, Outcome, began, collected, drawn_prompts
+from npo_cli.guide.mix import SeatRule
+from npo_cli.guide_records import Experience, GuideTrajectory, Success
+from npo_cli.policy.logprobs import TokenRow
+from npo_cli.records import Group, Prompt
+from npo_cli.seeds import derive_seed
+from npo_cli.stages.batches import Draw, Part, StepBatch, seat_rule
+from npo_cli.stages.row_scores import RowScores, row_scores
+from npo_cli.stages.world import World
+
+REPLAY = "replay"
+"""In the sampling seeds of replayed prompts, in the place of the epoch."""
+
+
+def refuse_second_source(world: World, *, other: str) -> None:
+    """Stored successes and a guide cache cannot both own the slots of a batch."""
+    if world.recipe.experience.share:
+        raise NpoError(
+            f"experience.share replays the run's own successes, and {other} fills the same slots",
+            "one of them: set experience.share=0 when the run is made, or leave the guide out",
+        )
+
+
+def composed(world: World, memory: Experience, *, seed_name: str, step: int, position: int) -> Draw:
+    """floor(share B) replayed prompts, or as many as are stored, and the rest from the data order."""
+    recipe = world.recipe
+    wanted = recipe.train.prompts_per_step
+    num_replayed = min(len(memory.successes), int(recipe.experience.share * wanted))
+    fresh, behind = unretired(world, memory, position, count=wanted - num_replayed)
+    names = drawn_prompts(
+        memory,
+        num_replayed,
+        buckets=buckets_of(world),
+        seed=derive_seed(recipe.train.seed, "experience", seed_name, step),
+        without={prompt.prompt_id for _, prompt in fresh},
+    )
+    if len(names) < num_replayed:
+        fresh, behind = unretired(world, memory, position, count=wanted - len(names), without=names)
+    rule = seat_rule(world, seed_name=seed_name, step=step)
+    parts = [
+        Part(prompts=tuple(prompt for at, prompt in fresh if at == epoch), label=(epoch,), guides=None, rule=rule)
+        for epoch in dict.fromkeys(epoch for epoch, _ in fresh)
+    ]
+    if names:
+        parts.append(_replayed(world, memory, names, rule=rule))
+    return Draw(parts=tuple(parts), position=behind)
+
+
+def buckets_of(world: World) -> Buckets:
+    """The recipe's preference among stored prompts."""
+    settings = world.recipe.experience
+    size = world.recipe.train.group_size
+    return Buckets(group_size=size, units=settings.bucket_units, sigma=settings.bucket_sigma)
+
+
+def unretired(
+    world: World, memory: Experience, position: int, *, count: int, without: Sequence[str] = ()
+) -> tuple[list[tuple[int, Prompt]], int]:
+    """The next `count` prompts with their epochs, those passed over that retired in an earlier one; and the cursor.
+
+    Where fewer than a batch are left unretired, nobody is passed over: a batch is never short.
+    """
+    pool = world.task.train
+    skip = len(pool) - len(memory.retired) >= world.recipe.train.prompts_per_step
+    found: list[tuple[int, Prompt]] = []
+    while len(found) < count:
+        prompt, epoch = pool[world.order.indices(position, 1)[0]], world.order.epoch(position)
+        position += 1
+        gone = skip and memory.retired.get(prompt.prompt_id, epoch) < epoch
+        if not gone and prompt.prompt_id not in without:
+            found.append((epoch, prompt))
+    return found, position
+
+
+def _replayed(world: World, memory: Experience, names: Sequence[str], *, rule: SeatRule) -> Part:
+    """Every one of these groups gives a slot to the best of its stored answers."""
+    known = {prompt.prompt_id: prompt for prompt in world.task.train}
+    best = selected(world, {name: memory.successes[name] for name in names}, known, seed=rule.seed)
+    guides = {
+        name: (
+            GuideTrajectory(
+                prompt_id=name,
+                response_ids=success.response_ids,
+                behavior_logps=success.behavior_logps,
+                text=success.text,
+                verdict="correct",
+                guide_step=success.step,
+                num_sampled=rule.group_size,
+                num_correct=memory.num_correct[name],
+                source="past",
+            ),
+        )
+        for name, success in best.items()
+    }
+    open_rule = SeatRule(gate=1.0, slots=1, compose=rule.compose, group_size=rule.group_size, seed=rule.seed)
+    return Part(prompts=tuple(known[name] for name in names), label=(REPLAY,), guides=guides, rule=open_rule)
+
+
+def selected(
+    world: World, stored: Mapping[str, Sequence[Success]], prompts: Mapping[str, Prompt], *, seed: int
+) -> dict[str, Success]:
+    """Of each prompt's answers that with the least entropy or NLL under the present policy, means over its tokens."""
+    how = world.recipe.experience.select
+    if how == "random":
+        return {name: each[derive_seed(seed, "stored", name) % len(each)] for name, each in stored.items()}
+    several = [(name, success) for name, each in stored.items() if len(each) > 1 for success in each]
+    rows = [_row(world, prompts[name], success.response_ids) for name, success in several]
+    costs: dict[str, list[float]] = {}
+    for (name, _), scores in zip(several, row_scores(world.policy, world.recipe, rows), strict=True):
+        costs.setdefault(name, []).append(_cost(scores, how))
+    return {name: each[_first_least(costs[name]) if name in costs else 0] for name, each in stored.items()}
+
+
+def _cost(scores: RowScores, how: str) -> float:
+    return float(scores.entropies_T.mean()) if how == "entropy" else -float(scores.logps_T.mean())
+
+
+def _first_least(costs: Sequence[float]) -> int:
+    return min(range(len(costs)), key=costs.__getitem__)
+
+
+def _row(world: World, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
+    return TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=response_ids)
+
+
+def learned(world: World, batch: StepBatch, memory: Experience, *, before: int, position: int) -> Experience:
+    """The memory after this batch. Asked before the update: log-probabilities are those of the weights that wrote."""
+    settings = world.recipe.experience
+    rewards = [rollout.reward for group in batch.own for rollout in group.rollouts]
+    outcomes = [] if not memory.started else _outcomes(world, batch, before=before, position=position)
+    memory = collected(memory, outcomes, retire=settings.retire)
+    return began(memory, sum(rewards) / len(rewards), start=settings.start)
+
+
+def _outcomes(world: World, batch: StepBatch, *, before: int, position: int) -> list[Outcome]:
+    solved = [(group, _correct(group)) for group in batch.mixed]
+    partly = [(group, right) for group, right in solved if 0 < len(right) < len(group.rollouts)]
+    own = [(group, rollout) for group, right in partly for rollout in right if not rollout.foreign]
+    rows = [_row(world, group.prompt, rollout.response_ids) for group, rollout in own]
+    fresh: dict[str, list[Success]] = {}
+    for (group, rollout), scores in zip(own, row_scores(world.policy, world.recipe, rows), strict=True):
+        logps = tuple(scores.logps_T.tolist())
+        success = Success(response_ids=rollout.response_ids, behavior_logps=logps, text=rollout.text, step=before)
+        fresh.setdefault(group.prompt.prompt_id, []).append(success)
+    return [
+        Outcome(
+            prompt_id=group.prompt.prompt_id,
+            num_correct=len(right),
+            group_size=len(group.rollouts),
+            epoch=world.order.epoch(position),
+            fresh=tuple(fresh.get(group.prompt.prompt_id, ())),
+        )
+        for group, right in solved
+    ]
+
+
+def _correct(group: Group) -> list:
+    return [rollout for rollout in group.rollouts if rollout.verdict == "correct"]

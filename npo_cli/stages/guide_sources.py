@@ -1,0 +1,60 @@
+"""Who is asked for a guide cache: `--source` to an author, with where its answers come from.
+
+| source | who | behaviour log-probabilities |
+|---|---|---|
+| checkpoint | a later step of the learner's line | its forward pass |
+| self, base | the learner itself, step 0: controls (is it the future, or only more samples?) | its forward pass |
+| model | an outside model, from a folder or the hub | its forward pass, if it has the learner's tokenizer |
+| run | a checkpoint of another run (RLEP's converged seed run) | as of a model |
+| endpoint | a model behind an OpenAI-compatible address | none |
+| file | traces that somebody brings, in JSONL or parquet | none, but those that the file brings |
+| past | the learner's own line up to its step: what it once got right (ExGRPO) | as recorded when it was sampled |
+
+Answers that were not given in the learner's tokens are told in them (`retelling.py`), and then nobody knows their
+log-probabilities. All are verified here, except those of the past, which were verified when they were sampled.
+"""
+
+from collections.abc import Callable, Mapping
+
+from npo_cli.policy.model import Policy
+from npo_cli.stages.checkpoint_author import CheckpointAuthor
+from npo_cli.stages.endpoint_author import open_endpoint
+from npo_cli.stages.guide_plan import OpenSource, Plan
+from npo_cli.stages.outside_author import open_outside
+from npo_cli.stages.past_author import open_past
+from npo_cli.stages.traces_author import open_file
+from npo_cli.stages.world import load_checkpoint, open_world
+from npo_cli.tasks.prompts import Task
+
+
+def open_source(plan: Plan, *, task: Task, policy: Policy) -> OpenSource:
+    """The author, ready to be asked; `policy` is the learner's."""
+    return SOURCES[plan.ask.source](plan, task, policy)
+
+
+def open_checkpoint(plan: Plan, task: Task, policy: Policy) -> OpenSource:
+    """The guide's weights in the learner's place."""
+    assert plan.guide is not None
+    load_checkpoint(policy, plan.guide)
+    world = open_world(plan.run, plan.learner.recipe, task=task, policy=policy)
+    author = CheckpointAuthor(world=world, learner=plan.learner.checkpoint, guide=plan.guide)
+    return OpenSource(
+        plan=plan,
+        world=world,
+        author=author,
+        digest=plan.guide.digest,
+        tokenizer_digest=policy.tokenizer_digest,
+    )
+
+
+SOURCES: Mapping[str, Callable[[Plan, Task, Policy], OpenSource]] = {
+    "checkpoint": open_checkpoint,
+    "self": open_checkpoint,
+    "base": open_checkpoint,
+    "model": open_outside,
+    "run": open_outside,
+    "endpoint": open_endpoint,
+    "file": open_file,
+    "past": open_past,
+}
+"""`--source` to what opens it."""

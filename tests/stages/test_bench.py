@@ -1,0 +1,99 @@
+"""`npo bench` for real: processes, a stop in the middle, and the same command again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.records import Notice
+from npo_cli.report.lines import Tuned
+from npo_cli.stages.bench import Question, bench
+from tests.stages.running import TINY, files_of, train
+
+NPO = (sys.executable, "-c", "from npo_cli.cli.app import main; main()")
+SETTINGS = (*TINY, "eval.every=2", "early.scout=2", "early.window=2")
+
+
+def question(out: Path, **changes: object) -> Question:
+    plain = {"recipe": "micro", "methods": ("grpo",), "settings": SETTINGS, "seeds": (0,), "grid": ()}
+    return Question(**{**plain, "tuning_seeds": (100,), "teacher": "", "out": out, "jobs": 2, **changes})
+
+
+def logs(out: Path) -> str:
+    return "".join(path.read_text() for path in sorted(out.rglob("log.txt")))
+
+
+def commands_in(out: Path) -> list[str]:
+    return [line.split()[2] for line in logs(out).splitlines() if line.startswith("$ npo")]
+
+
+def test_each_method_gets_its_own_best_setting_and_the_same_question_does_nothing_again(tmp_path):
+    asked = question(tmp_path, grid=("train.lr=1e-5", "train.lr=1e-3"))
+    *_, last = records = list(bench(asked))
+    (tuned,) = (record for record in records if isinstance(record, Tuned))
+    assert tuned.method == "matched-grpo"
+    assert set(tuned.areas) == set(asked.grid)
+    assert tuned.setting == max(tuned.areas, key=tuned.areas.__getitem__)
+    # two settings on the tuning seed, then the better one on the table's
+    assert commands_in(tmp_path) == ["train"] * 3
+    made = tmp_path / "runs/matched-grpo" / tuned.setting / "seed-0/run"
+    assert isinstance(last, Notice)
+    assert last.message == f"side by side: npo report {made} --out {tmp_path / 'report.html'}"
+    before = logs(tmp_path)
+    assert [record for record in bench(asked) if isinstance(record, Tuned)] == [tuned]
+    assert logs(tmp_path) == before
+
+
+def test_a_bench_that_is_stopped_stops_its_runs_and_goes_on_to_the_same_bytes(tmp_path):
+    longer = [*SETTINGS, "train.num_steps=40", "eval.every=20", "train.save_every=20"]
+    command = (*NPO, "bench", "micro", *longer, "--out", tmp_path / "out", "--methods", "grpo", "--seeds", "3,4")
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE)
+    journals = [tmp_path / "out/runs/matched-grpo/as-it-is" / f"seed-{seed}/run/branches/main" for seed in (3, 4)]
+    deadline = time.monotonic() + 120
+    while not any((journal / "metrics.jsonl").exists() for journal in journals):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1].decode()
+    assert process.returncode == 130
+    assert "stopped by SIGTERM" in said
+    assert not any((journal.parents[2] / "done.json").exists() for journal in journals)
+    done = subprocess.run([*map(str, command)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "resume" in commands_in(tmp_path / "out")
+    train(tmp_path / "straight", *longer, "train.seed=3")
+    for name in ("branches/main/metrics.jsonl", "branches/main/rollouts.jsonl"):
+        assert files_of(journals[0].parents[1])[name] == files_of(tmp_path / "straight")[name]
+
+
+def test_one_run_that_fails_does_not_take_the_others_along(tmp_path):
+    # a warm-up of AutoNPO that is longer than the run
+    asked = question(tmp_path, methods=("autonpo", "npo-early"))
+    with pytest.raises(RunFailed, match="1 of 2 runs failed"):
+        list(bench(asked))
+    assert commands_in(tmp_path / "runs/matched-npo-early") == ["train", "sample-guide", "resume"]
+    assert (tmp_path / "runs/matched-npo-early/as-it-is/seed-0/done.json").exists()
+
+
+def test_another_question_in_the_same_folder_is_refused(tmp_path):
+    folder = tmp_path / "runs/matched-grpo/as-it-is/seed-0"
+    folder.mkdir(parents=True)
+    (folder / "done.json").write_text(json.dumps({"commands": [["train", "micro"]]}))
+    with pytest.raises(NpoError, match="was made with other commands"):
+        list(bench(question(tmp_path)))
+
+
+def test_questions_without_a_fair_answer_are_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(NpoError, match="seed 0 would both choose a setting and be in the table"):
+        list(bench(question(tmp_path, grid=("train.lr=1e-4",), tuning_seeds=(0,))))
+    with pytest.raises(NpoError, match="without held-out evaluations there is nothing to compare"):
+        list(bench(question(tmp_path, settings=(*TINY, "eval.every=0"))))
+    with pytest.raises(NpoError, match="there is no method 'gpro'"):
+        list(bench(question(tmp_path, methods=("gpro",))))
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,190 @@
+"""`npo report` on real runs: what is in the page, what is refused, and that a run is only read."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.records import Group
+from npo_cli.run_dir.paths import create_run, open_run
+from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.chapters import arms_of, limbs_of
+from npo_cli.stages.report import report_runs
+from npo_cli.stages.samples import NUM_SAMPLES, Mark, chosen, fates, spread
+from tests.report.parsing import Found
+from tests.report.test_page import HOSTILE
+from tests.stages.running import copied, files_of, resume, score
+
+
+@pytest.fixture(scope="module")
+def guided(scout, tmp_path_factory) -> Path:
+    """4 steps on main, evaluated; a scoring; steps 3 and 4 again as `near` with a guide in every group it can."""
+    root = copied(scout, tmp_path_factory.mktemp("guided") / "a run é")
+    resume(root, "inject.gate=1.0", "eval.every=1", at=2, guide="near")
+    score(root, "score.k=2", "score.resamples=50", "inject.gate=1.0", at=2)
+    return root
+
+
+def reported(*roots: Path, out: Path, pictures: Path | None = None) -> Found:
+    list(report_runs(roots, out, pictures=pictures))
+    return Found(out.read_text(encoding="utf-8"))
+
+
+def captions(found: Found) -> list[str]:
+    return [line for line in found.texts if line.strip()]
+
+
+def test_a_page_tells_everything_of_a_run(guided, tmp_path):
+    found = reported(guided, out=tmp_path / "new" / "r.html")
+    assert found.odd == []
+    told = captions(found)
+    for title in (
+        *("npo report: a run é", "Held-out accuracy", "Training", "Lineage", "Candidate guides for step 2 of near"),
+        *("What it cost", "Everything executed", "Prompts and answers", "Recipe in full"),
+    ):
+        assert title in told, title
+    assert "num_steps: 4" in found.text
+    # 4 curves, reward and entropy and two of the guide's, the tree, Q and V and S
+    assert found.elements["img"] == 4 + 4 + 1 + 3
+    assert 0 < found.elements["article"] <= NUM_SAMPLES
+    assert "AutoNPO" not in told
+
+
+def test_a_page_tells_what_autonpo_decided(watched, tmp_path):
+    told = captions(reported(watched, out=tmp_path / "r.html"))
+    assert "What AutoNPO did" in told
+    assert {"Probe at step 6: accepted", "Probe at step 8: accepted"} <= set(told)
+
+
+def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):
+    found = reported(guided, watched, out=tmp_path / "r.html", pictures=tmp_path / "p")
+    told = captions(found)
+    assert told.index("Overview") < told.index("Side by side") < told.index("What it cost")
+    assert [value for _, name, value in found.attributes if name == "href"] == [f"#chapter-{n}" for n in (1, 2, 3)]
+    saved = {path.name for path in (tmp_path / "p").iterdir()}
+    assert {"overview-accuracy-by-step.svg", "run-1-lineage.png", "run-2-lineage.svg"} <= saved
+    # every picture of the page, once of each kind and under a name of its own
+    assert len(saved) == 2 * found.elements["img"]
+
+
+def test_the_same_run_gives_the_same_page_and_is_only_read(guided, tmp_path):
+    before = files_of(guided)
+    for name in ("a.html", "b.html", "a.html"):
+        reported(guided, out=tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    assert files_of(guided) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
+
+
+def test_a_curve_begins_where_its_branch_was_ready_to_start_again(guided):
+    run = open_run(guided)
+    (near,) = [arm for arm in arms_of(run) if arm.points[0].arm == "near"]
+    # Step 2 was not evaluated, so its first point is step 3: no diamond without a measurement.
+    assert [point.step for point in near.points] == [3, 4]
+    assert (near.is_fork, near.guide_until) == (False, 4)
+    # 4 steps of main, guide and scoring paid, and one of its own
+    assert near.points[0].total_steps == 5
+
+
+def test_limbs_tell_what_is_kept(guided):
+    main, near = limbs_of(open_run(guided), "near")
+    assert (main.fork_step, main.last_step, main.kept_until) == (0, 4, 2)
+    assert (near.fork_step, near.last_step, near.kept_until) == (2, 4, 4)
+    assert (near.parent, near.guide, near.guide_step, near.guide_until) == ("main", "near", 4, 4)
+    main, near = limbs_of(open_run(guided), "main")
+    assert (main.kept_until, near.kept_until) == (4, None)
+
+
+def test_hostile_rollouts_of_a_real_run_are_text(guided, tmp_path):
+    root = copied(guided, tmp_path / "run")
+    journal = open_run(root).rollouts_path("near")
+    steps = {step: RolloutJournal(journal).read_step(step) for step in (3, 4)}
+    journal.unlink()
+    for step, groups in steps.items():
+        RolloutJournal(journal).write_step(step, [hostile(group) for group in groups])
+    calm = reported(guided, out=tmp_path / "calm.html")
+    found = reported(root, out=tmp_path / "hostile.html")
+    # Answers are no longer told apart, so there are fewer boxes; but no element of a new kind.
+    assert found.elements.keys() == calm.elements.keys()
+    assert found.odd == []
+    assert "<script>alert(1)</script>" in found.text
+    assert "\\x1b[2J\\x1b]0;owned\\x07\\u202e" in found.text
+    assert not set((tmp_path / "hostile.html").read_text()) & set("\x1b\x07\u202e\x00")
+
+
+def hostile(group: Group) -> Group:
+    return replace(group, rollouts=tuple(replace(rollout, text=HOSTILE) for rollout in group.rollouts))
+
+
+def test_a_run_that_just_began_has_a_page(scout, tmp_path):
+    root = copied(scout, tmp_path / "run")
+    for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
+        (root / "branches" / "main" / name).unlink()
+    told = captions(reported(root, out=tmp_path / "r.html"))
+    assert "No checkpoint was evaluated yet: npo eval RUN --all does it." in told
+    assert "Training" not in told
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("r.txt", "a page ends in .html"),
+        ("folder.html", "folder.html is a folder"),
+        ("mine.html", "exists and is no report of npo"),
+    ],
+)
+def test_what_is_no_page_of_ours_is_not_replaced(guided, tmp_path, out, message):
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "mine.html").write_text("<p>my own page</p>")
+    with pytest.raises(NpoError, match=re.escape(message)):
+        list(report_runs([guided], tmp_path / out, pictures=None))
+    assert (tmp_path / "mine.html").read_text() == "<p>my own page</p>"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "mine.html"]
+
+
+def test_runs_that_cannot_be_told_are_refused_before_anything_is_written(guided, tmp_path):
+    empty = create_run(tmp_path / "empty", recipe={"name": "x"}, npo_version="0").root
+    for roots, message in (
+        ([guided, guided / "." / ""], "was given twice"),
+        ([guided, tmp_path / "nowhere"], "there is no run directory"),
+        ([empty], "nothing was trained in"),
+    ):
+        with pytest.raises(NpoError, match=message):
+            list(report_runs(roots, tmp_path / "r.html", pictures=None))
+    damaged = copied(guided, tmp_path / "damaged")
+    with (damaged / "evals.jsonl").open("a") as file:
+        file.write(json.dumps({"branch": "main"}) + "\n")
+    with pytest.raises(NpoError, match=r"evals\.jsonl, line \d+ is damaged"):
+        list(report_runs([damaged], tmp_path / "r.html", pictures=None))
+    assert not (tmp_path / "r.html").exists()
+
+
+# Which prompts are shown
+
+
+def mark(step: int, *, right: int = 0, seated: bool = False) -> Mark:
+    return Mark(prompt_id="", step=step, num_correct=right, seated=seated)
+
+
+def test_samples_are_spread_over_the_steps_at_which_guides_were_seated():
+    marks = {f"p{step}": [mark(step, seated=step > 3)] for step in range(1, 14)}
+    # Ten were guided, from step 4 to 13: places 0, 3, 6 and 9 of them.
+    assert chosen(marks) == ["p4", "p7", "p10", "p13"]
+    # Without any guide: those of the newest step.
+    plain = {"old": [mark(1)], "new": [mark(1), mark(9)], "newer": [mark(9)]}
+    assert chosen(plain) == ["new", "newer"]
+    assert (chosen({}), spread([1, 2, 3])) == ([], [1, 2, 3])
+
+
+def test_fates_tell_what_followed_a_guide():
+    marks = {
+        "taught": [mark(1), mark(5, seated=True), mark(9, right=2)],
+        "knew": [mark(1, right=1), mark(5, seated=True)],
+        "never": [mark(1), mark(5, seated=True), mark(9)],
+        "alone": [mark(1, right=1)],
+    }
+    table = fates("late", marks)
+    assert [number for _, number in table.rows] == ["4", "3", "3", "2", "2", "1"]
