@@ -4,8 +4,9 @@ Everything that is neither a method's own nor must be alike (seeds, length, what
 passed over: it changes what a run costs to keep, not what it learns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import differences
 from npo_cli.run_dir.auto import transitions
 from npo_cli.run_dir.guides import read_info
@@ -22,7 +23,7 @@ PASSED_OVER = (
     *("name", "description", "model.device", "model.threads", "model.gradient_checkpointing", "model.attention"),
     *("task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine."),
     *("train.seed", "train.num_steps", "train.save_every", "train.keep_anchors", "train.keep_guides"),
-    *("train.micro_batch_tokens", "train.logit_chunk_tokens"),
+    *("train.micro_batch_tokens", "train.logit_chunk_tokens", "method."),
 )
 IF_WATCHED = ("auto.", "pool.", "probe.", "rollback.", "replay.", "early.", "late.")
 IF_GUIDED = ("inject.", "guide.", "score.", "intervention.")
@@ -43,9 +44,9 @@ def method_differences(arm: Arm, baseline: Arm) -> tuple[str, ...]:
 def mismatches(arm: Arm, baseline: Arm) -> tuple[str, ...]:
     """What a fair comparison needs alike: base weights, task, group, batch, sampling; and seeds of one method."""
     found = [change for change in settings_apart(arm, baseline) if change.startswith(ALIKE)]
-    bases = {base_digest(one) for one in (*arm.runs, *baseline.runs)} - {None}
-    if len(bases) > 1:
-        found.append(f"base weights {' and '.join(sorted(str(digest)[:12] for digest in bases))}")
+    for bases in base_digests((*arm.runs, *baseline.runs)):
+        if len(bases) > 1:
+            found.append(f"base weights {' and '.join(sorted(digest[:12] for digest in bases))}")
     return (*found, *(f"{change} within the arm" for change in settings_within(arm)))
 
 
@@ -70,21 +71,47 @@ def _changes(before: Place, after: Place) -> Iterator[str]:
             yield f"{key} {old} -> {new}"
 
 
-def base_digest(one: SeedRun) -> str | None:
-    """Of the weights that training began with; None where that checkpoint is not there."""
-    folder = one.place.run.checkpoint_folder(FIRST_BRANCH, 0)
-    return read_manifest(folder).get("digest") if folder.is_dir() else None
+def base_digests(runs: Sequence[SeedRun]) -> tuple[set[str], set[str]]:
+    """Of the weights that training began with, where those checkpoints are there: trained whole, and beside adapters.
+
+    The two are digests of different things, so a base is only known to be another among runs of one kind.
+    """
+    whole, beside = set(), set()
+    for one in runs:
+        folder = one.place.run.checkpoint_folder(FIRST_BRANCH, 0)
+        if not folder.is_dir():
+            continue
+        if one.place.recipe.model.lora.rank is None:
+            whole.add(str(read_manifest(folder)["digest"]))
+        else:
+            from npo_cli.policy.adapters import base_beside
+
+            beside.add(base_beside(folder))
+    return whole, beside
 
 
 def guided(place: Place) -> str:
-    """Which guide had a seat on the line of descent."""
-    seats = []
-    for stretch in descent(place.run, place.branch):
-        guide = birth_segment(place.run, stretch.branch).guide
-        if guide is not None:
-            info = read_info(place.run.guide_folder(guide))
-            seats.append(f"{info.guide_step} at {info.at_step}")
-    return ", ".join(seats) or NOBODY
+    """Who had a seat on the line of descent, and of which learner."""
+    past = ["its past"] if place.recipe.experience.share else []
+    return ", ".join([*past, *(f"{_author(info)} at {info.at_step}" for info in guides_of(place))]) or NOBODY
+
+
+def guides_of(place: Place) -> list[GuideInfo]:
+    """The caches that the branches of the line of descent were given."""
+    given = [birth_segment(place.run, stretch.branch).guide for stretch in descent(place.run, place.branch)]
+    return [read_info(place.run.guide_folder(guide)) for guide in given if guide is not None]
+
+
+def paid_elsewhere(arm: Arm) -> int:
+    """Tokens that its guides took outside its runs, all seeds: training another run, writing a file of traces."""
+    return sum(info.side_tokens + info.given_tokens for one in arm.runs for info in guides_of(one.place))
+
+
+def _author(info: GuideInfo) -> str:
+    """A later checkpoint by its step; anybody else by what it is, and from where unless that is another in each run."""
+    if info.source == "checkpoint":
+        return str(info.guide_step)
+    return info.source if info.source == "run" else f"{info.source} {info.origin}".rstrip()
 
 
 def watched(place: Place) -> str:

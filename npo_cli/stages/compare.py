@@ -16,7 +16,7 @@ from npo_cli.records import Notice
 from npo_cli.report.compare_figure import arms_figure
 from npo_cli.report.sheet import write_points
 from npo_cli.stages.accounting import account
-from npo_cli.stages.alignment import method_differences, mismatches
+from npo_cli.stages.alignment import method_differences, mismatches, paid_elsewhere
 from npo_cli.stages.arm_figures import Common, bands, common_ground, cost_of, named_figures, standing_at
 from npo_cli.stages.arms import Arm, SeedRun, read_arms
 from npo_cli.stages.ledger import crossing
@@ -75,6 +75,10 @@ def warnings(arms: Sequence[Arm], common: Common) -> Iterator[Notice]:
         if arm.seeds != arms[0].seeds:
             said = f"{arm.name} has seeds {_listed(arm.seeds)}, {arms[0].name} has {_listed(arms[0].seeds)}"
             yield Notice(message=f"{said}: only common seeds are paired", level="warning")
+        elsewhere = paid_elsewhere(arm)
+        if elsewhere:
+            said = f"{arm.name}: its guides had cost {elsewhere:,} tokens outside of its runs; no figure counts them"
+            yield Notice(message=said, level="warning")
         bare = [one.place for one in arm.runs if not one.outcomes]
         if bare:
             said = f"{arm.name}: evaluations of {len(bare)} of {len(arm.runs)} seeds kept no outcomes prompt by prompt"
