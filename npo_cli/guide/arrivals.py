@@ -12,7 +12,7 @@ of the Kaplan-Meier curve itself. Source: Royston and Parmar 2013, BMC Medical R
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from npo_cli.compare_records import Estimate
 
@@ -59,7 +59,7 @@ def arrived_ratio(arm: Sequence[Way], baseline: Sequence[Way]) -> Estimate | Non
     theirs = {one.seed: one for one in baseline}
     pairs = [(theirs[one.seed].cost, one.cost) for one in arm if one.seed in theirs]
     ratios = [slow / fast for slow, fast in pairs if slow and fast]
-    return student(ratios, of=len(pairs)) if ratios else None
+    return _not_below_zero(student(ratios, of=len(pairs))) if ratios else None
 
 
 def restricted_ratio(arm: Sequence[Way], baseline: Sequence[Way], *, horizon: float) -> Estimate | None:
@@ -84,4 +84,10 @@ def restricted_ratio(arm: Sequence[Way], baseline: Sequence[Way], *, horizon: fl
         [(slow.restricted(horizon) - ratio * fast.restricted(horizon)) / mean for slow, fast in pairs], of=of
     )
     assert spread.low is not None and spread.high is not None
-    return Estimate(value=ratio, low=ratio + spread.low, high=ratio + spread.high, num=len(pairs), of=of)
+    found = Estimate(value=ratio, low=ratio + spread.low, high=ratio + spread.high, num=len(pairs), of=of)
+    return _not_below_zero(found)
+
+
+def _not_below_zero(ratio: Estimate) -> Estimate:
+    """Few pairs that differ much say no more than what a ratio of costs is."""
+    return ratio if ratio.low is None else replace(ratio, low=max(ratio.low, 0.0))

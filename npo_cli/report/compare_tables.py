@@ -59,7 +59,8 @@ def _training_table(arms: Sequence[ArmSummary]) -> Table:
     notes = (
         "updates, tokens, seconds: mean over seeds; guides, scoring, probes and what was rolled back are counted.",
         "whole run: all tokens that its runs ever generated, branches of other arms and abandoned ones included.",
-        "entropy: of training, nats a token. grad share: of the gradient norm, in steps with a guide slot.",
+        "entropy: of training, nats a token.",
+        *(("grad share: of the gradient norm, in steps with a guide slot.",) * any(one.grad_share for one in arms)),
     )
     title = f"What it took to stand at step {arms[0].horizon}"
     return without_empty_columns(Table(title=title, header=header, rows=rows, notes=notes))
@@ -121,8 +122,9 @@ def arrivals_tables(found: Sequence[Arrival]) -> tuple[Table, ...]:
         )
         for one in found
     )
+    bound = ">=: some seed never arrived and counts what it had spent at its end, so the mean is a lower bound."
     notes = (
-        ">=: some seed never arrived and counts what it had spent at its end, so the mean is a lower bound.",
+        *((bound,) * any(one.censored for one in found)),
         "min(cost, h): mean up to a cost h that every seed lived to see, arrived or not.",
     )
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
@@ -148,13 +150,14 @@ def speed_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
         rows=rows(lambda one: one.arrived, pairs=True),
         notes=("above 1 the arm is cheaper; Student's interval over the pairs; those that arrived, of all pairs.",),
     )
+    partly = any(ratio.num < ratio.of for one in found for ratio in one.restricted.values())
     restricted = Table(
         title=f"Cost of {baseline} / cost of the arm, arrived or not, up to the common cost h",
         header=header,
         rows=rows(lambda one: one.restricted, pairs=False),
         notes=(
             "ratio of the means of min(cost, h); Student's interval over the pairs.",
-            "(n of N): only so many seeds are common to both.",
+            *(("(n of N): only so many seeds are common to both.",) * partly),
         ),
     )
     return tuple(table for table in map(without_empty_columns, (arrived, restricted)) if len(table.header) > 2)

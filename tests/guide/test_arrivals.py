@@ -55,10 +55,20 @@ def test_the_restricted_ratio_leaves_no_seed_out():
 
 
 def test_pairs_that_disagree_give_the_restricted_ratio_students_interval():
-    # 30/10 = 3; u = (20 - 30)/10 and (40 - 30)/10: standard deviation sqrt 2, over sqrt 2; t(1) = 12.706
-    found = restricted_ratio(ways(10, 10), ways(20, None), horizon=40)
+    # 30/10 = 3; u = (20 - 30)/10, 0 and (40 - 30)/10: standard deviation 1, over sqrt 3; t(2) = 4.303
+    found = restricted_ratio(ways(10, 10, 10), ways(20, 30, None), horizon=40)
     assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - 12.706, 3 + 12.706), abs=1e-3)
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - 2.484, 3 + 2.484), abs=1e-3)
+
+
+def test_no_ratio_of_costs_is_said_to_be_below_zero():
+    # two pairs: 30/10 = 3, standard deviation sqrt 2, over sqrt 2; t(1) = 12.706
+    for found in (
+        restricted_ratio(ways(10, 10), ways(20, None), horizon=40),
+        arrived_ratio(ways(10, 10), ways(20, 40)),
+    ):
+        assert found is not None
+        assert (found.value, found.low, found.high) == pytest.approx((3.0, 0.0, 3 + 12.706), abs=1e-3)
 
 
 def test_the_restricted_ratio_is_of_common_seeds_where_there_are_any():

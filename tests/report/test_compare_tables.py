@@ -128,3 +128,23 @@ def test_ratios_say_on_how_many_pairs_they_rest():
     assert "npo      0.60  1.25x [1.00, 1.50]  0.50x (1 of 2)" in lines
     # nothing can be said on any axis: no table
     assert speed_tables([replace(speed, arrived={}, restricted={})]) == ()
+
+
+def test_notes_explain_only_what_is_in_the_table():
+    share = "grad share: of the gradient norm, in steps with a guide slot."
+    assert [share in arms_tables(arms)[1].notes for arms in ([GRPO, ONE], [GRPO])] == [True, False]
+    some = Arrival(
+        arm="a",
+        threshold=0.6,
+        num_runs=1,
+        num_reached=0,
+        costs={"step": 5},
+        restricted={"step": 5},
+        horizons={"step": 5},
+    )
+    tables = [arrivals_tables([one])[0] for one in (some, replace(some, num_reached=1))]
+    assert [any(note.startswith(">=") for note in table.notes) for table in tables] == [True, False]
+    speed = SpeedUp(arm="b", baseline="a", threshold=0.6, arrived={}, restricted={"step": Estimate(value=2.0)})
+    partly = replace(speed, restricted={"step": Estimate(value=2.0, num=1, of=2)})
+    noted = [any(note.startswith("(n of N)") for note in speed_tables([one])[0].notes) for one in (partly, speed)]
+    assert noted == [True, False]
