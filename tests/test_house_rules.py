@@ -26,6 +26,7 @@ GROUND_FLOOR = {
     "errors": set(),
     "records": set(),
     "auto_records": set(),
+    "compare_records": set(),
     "guide_records": {"records"},
     "costs": set(),
     "seeds": set(),

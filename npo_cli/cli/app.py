@@ -16,6 +16,7 @@ import typer
 from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.base import base
 from npo_cli.cli.bench import bench
+from npo_cli.cli.compare import compare
 from npo_cli.cli.console import say, talk, visible
 from npo_cli.cli.demo import demo
 from npo_cli.cli.doctor import doctor
@@ -42,6 +43,7 @@ DOORS = {
     "bench": bench,
     "eval": evaluate,
     "show": show,
+    "compare": compare,
     "report": report,
     "recipes": recipes,
     "doctor": doctor,

@@ -114,6 +114,11 @@ def save_adapters(model: PreTrainedModel, adapters: Adapters, folder: Path) -> N
     (folder / BASE_FILE).write_text(json.dumps(base))
 
 
+def base_beside(folder: Path) -> str:
+    """Digest of the base that a folder's adapters were trained beside."""
+    return str(_read(folder / BASE_FILE, folder)["digest"])
+
+
 def load_adapters(model: PreTrainedModel, adapters: Adapters, folder: Path) -> None:
     """Copy a folder's adapters into the model; it is untouched where base, config or tensors are others."""
     tensors = read_tensors(folder, TENSORS_FILE)

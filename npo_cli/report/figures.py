@@ -62,7 +62,7 @@ def comparison_figure(points: Sequence[CurvePoint], path: Path, title: str) -> N
             panel.set_xlabel(label)
             panel.set_xlim(left=0)
             panel.set_ylim(0, 1.02)
-            panel.xaxis.set_major_locator(_few_ticks())
+            panel.xaxis.set_major_locator(few_ticks())
             panel.xaxis.set_major_formatter(lambda value, _: compact(value))
         panels[0].set_ylabel("held-out accuracy")
         lines, names = panels[0].get_legend_handles_labels()
@@ -109,7 +109,8 @@ def compact(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _few_ticks() -> "MaxNLocator":
+def few_ticks() -> "MaxNLocator":
+    """At most six, at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=6, integer=True)

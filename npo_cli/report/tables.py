@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from npo_cli.costs import CostLine, Crossing
+from npo_cli.costs import Crossing
 from npo_cli.guide_records import GuideInfo, SourceScore
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
 from npo_cli.report.auto_tables import AUTO_TABLES
 from npo_cli.report.bench_tables import tuned_tables
 from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
+from npo_cli.report.compare_tables import COMPARE_TABLES
+from npo_cli.report.cost_tables import comparison_tables
 from npo_cli.report.lines import Check, GroupLine, PromptStory, RecipeLine, RolloutLine, Tuned, Visit
 from npo_cli.report.source_tables import sources_tables
 from npo_cli.report.stories import stories_tables, visits_tables
@@ -179,48 +181,6 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-def comparison_tables(crossings: Sequence[Crossing]) -> tuple[Table, ...]:
-    """What every arm had spent at each threshold, and its speed next to the first arm's on every axis.
-
-    The wall clock is an axis where it is known.
-    """
-    timed = any(one.total_seconds for one in crossings)
-    totals = ("step", "total steps", "total tokens", *(("total seconds",) if timed else ()))
-    ratios = ("by step", "by total steps", "by total tokens", *(("by wall time",) if timed else ()))
-    baselines = {one.threshold: one for one in reversed(crossings) if one.arm == crossings[0].arm}
-    rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold), timed=timed) for one in crossings)
-    notes = (
-        f"by ...: cost of {crossings[0].arm} divided by cost of the arm; above 1 the arm is faster.",
-        "total: scout and rolled-back steps, scoring, probes and the guide's samples are counted.",
-    )
-    header = ("arm", "accuracy", *totals, *ratios)
-    return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
-
-
-def _crossing_row(one: Crossing, *, baseline: Crossing | None, timed: bool) -> tuple[str, ...]:
-    spent = _spent(one, timed=timed)
-    before = _spent(baseline, timed=timed) if baseline else (None,) * len(spent)
-    ratios = (f"{mine / ours:.2f}x" if mine and ours else "-" for mine, ours in zip(before, spent, strict=True))
-    return (one.arm, number(one.threshold, digits=2), *(_cost_cell(cost) for cost in spent), *ratios)
-
-
-def _spent(one: Crossing, *, timed: bool) -> tuple[float | None, ...]:
-    return (one.step, one.total_steps, one.total_tokens, *((one.total_seconds,) if timed else ()))
-
-
-def _cost_cell(cost: float | None) -> str:
-    """Counts whole, seconds to a tenth."""
-    return f"{cost:,.1f}" if isinstance(cost, float) else count(cost, absent="not reached")
-
-
-def costs_tables(lines: Sequence[CostLine]) -> tuple[Table, ...]:
-    """Everything executed by kind of work."""
-    rows = tuple(
-        (one.what, count(one.steps), count(one.tokens), f"{one.seconds:,.1f}" if one.seconds else "-") for one in lines
-    )
-    return (Table(title="Everything executed", header=("work", "steps", "tokens", "seconds"), rows=rows),)
-
-
 def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
     """Rollouts with question, reference answer and response, the seated guide told apart."""
     header = ("branch", "step", "prompt", "slot", "source", "verdict", "ended", "question", "answer", "response")
@@ -285,6 +245,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     SourceScore: sources_tables,
     EvalReport: evals_tables,
     Crossing: comparison_tables,
+    **COMPARE_TABLES,
     **AUTO_TABLES,
     Segment: lineage_tables,
     RolloutLine: rollouts_tables,

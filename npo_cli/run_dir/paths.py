@@ -103,6 +103,11 @@ class RunDir:
         return self.root / "evals.jsonl"
 
     @property
+    def outcomes_path(self) -> Path:
+        """The same, prompt by prompt."""
+        return self.root / "outcomes.jsonl"
+
+    @property
     def index_path(self) -> Path:
         """The table of checkpoints; can be made again."""
         return self.root / "index.json"

@@ -1,6 +1,6 @@
 """The account of a run: everything it executed, whatever became of it, seen from one branch.
 
-A curve (`compare.py`) charges an arm with what that arm needed; an account leaves nothing out. Held-out evaluations
+A curve (`ledger.py`) charges an arm with what that arm needed; an account leaves nothing out. Held-out evaluations
 are nobody's cost.
 """
 

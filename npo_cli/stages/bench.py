@@ -14,17 +14,17 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly, as_typed
+from npo_cli.guide.arms import area_weights
 from npo_cli.recipe_files import method_path
 from npo_cli.records import Notice, Progress
 from npo_cli.report.lines import Tuned
 from npo_cli.run_dir.files import read_json, write_json_atomic
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.compare import curve
+from npo_cli.stages.ledger import curve
 from npo_cli.stages.plans import Cell, Command, commands, left_of
 from npo_cli.stages.signals import StopFlag, stop_between_steps
 
@@ -51,7 +51,7 @@ class Question:
 
 
 def bench(question: Question) -> Iterator[Progress | Notice | Tuned]:
-    """Tune, then train the table's seeds; ends with the command that sets them side by side."""
+    """Tune, then train the table's seeds; ends with the commands that set them side by side."""
     check(question)
     with stop_between_steps() as stop:
         chosen = yield from tuned(question, stop)
@@ -62,7 +62,10 @@ def bench(question: Question) -> Iterator[Progress | Notice | Tuned]:
         ]
         yield from worked_off(cells, question.jobs, stop)
     runs = " ".join(as_typed(cell.run) for cell in cells)
-    yield Notice(message=f"side by side: npo report {runs} --out {as_typed(question.out / 'report.html')}")
+    arms = " ".join(f"{shown(cell.method)}={as_typed(cell.run)}" for cell in cells)
+    yield Notice(message=f"as a page: npo report {runs} --out {as_typed(question.out / 'report.html')}")
+    if len(cells) > 1:
+        yield Notice(message=f"side by side: npo compare {arms} --figure {as_typed(question.out / 'compare.png')}")
 
 
 def check(question: Question) -> None:
@@ -125,13 +128,12 @@ def tuned(question: Question, stop: StopFlag) -> Generator[Progress | Notice | T
 
 
 def area(cell: Cell) -> float:
-    """Held-out accuracy of the run's last branch averaged over its steps: the area under the curve by the trapezoid
-    rule, divided by the number of steps.
-    """
+    """Held-out accuracy of the run's last branch averaged over its steps, as `npo compare` does."""
     run = open_run(cell.run)
-    points = sorted(curve(run, newest_branch(run), arm=""), key=lambda point: point.step)
-    pieces = [(after.step - before.step) * (after.accuracy + before.accuracy) / 2 for before, after in pairwise(points)]
-    return sum(pieces) / (points[-1].step - points[0].step)
+    points = curve(run, newest_branch(run), arm="")
+    steps = [point.step for point in points]
+    weights_E = area_weights(steps, low=steps[0], high=steps[-1])
+    return float(weights_E @ [point.accuracy for point in points])
 
 
 # Working off

@@ -6,18 +6,12 @@ from itertools import chain
 from npo_cli.guide_records import GuideInfo
 from npo_cli.records import CheckpointScore
 from npo_cli.report.auto_tables import confirmation_tables, transitions_tables
+from npo_cli.report.cost_tables import comparison_tables, costs_tables
 from npo_cli.report.curves import Arm, accuracy_pictures, training_pictures
 from npo_cli.report.limbs import Limb
 from npo_cli.report.page import Chapter, Part
 from npo_cli.report.signals import guide_pictures, rollback_pictures
-from npo_cli.report.tables import (
-    comparison_tables,
-    costs_tables,
-    evals_tables,
-    guides_tables,
-    lineage_tables,
-    scores_tables,
-)
+from npo_cli.report.tables import evals_tables, guides_tables, lineage_tables, scores_tables
 from npo_cli.report.tree import tree_picture
 from npo_cli.run_dir.auto import transitions
 from npo_cli.run_dir.guides import list_guides
@@ -26,9 +20,9 @@ from npo_cli.run_dir.lineage import birth_segment, branches, descent, newest_bra
 from npo_cli.run_dir.paths import RunDir, recipe_text
 from npo_cli.run_dir.scores import all_scores
 from npo_cli.run_dir.steps import measured_steps
-from npo_cli.stages.compare import crossing, curve
 from npo_cli.stages.cost_lines import cost_lines
 from npo_cli.stages.facts import facts_of
+from npo_cli.stages.ledger import crossing, curve
 from npo_cli.stages.samples import fates, marks_of, samples
 from npo_cli.stages.show import THRESHOLDS, show_metrics
 

@@ -14,7 +14,7 @@ from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.scores import evals, scorings
 from npo_cli.run_dir.seconds import seconds_in
 from npo_cli.stages.accounting import JUDGED, tokens_of
-from npo_cli.stages.compare import NOTHING, Cost, step_costs
+from npo_cli.stages.ledger import NOTHING, Cost, step_costs
 
 Place = tuple[str, int]
 

@@ -10,9 +10,9 @@ from npo_cli.loading import load_recipe
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Notice, Progress, StepReport
 from npo_cli.report.figures import comparison_figure
 from npo_cli.run_dir.paths import open_run, refuse_used
-from npo_cli.stages.compare import crossing, curve
 from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.index import index_run
+from npo_cli.stages.ledger import crossing, curve
 from npo_cli.stages.resume import resume_run
 from npo_cli.stages.sample_guide import sample_run
 from npo_cli.stages.score_checkpoints import score_run

@@ -14,6 +14,7 @@ from npo_cli.records import EvalReport, Group, Notice, Progress
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.outcomes import Outcomes, all_outcomes, append_outcomes, prompt_key
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.scores import append_eval, evals
 from npo_cli.seeds import derive_seed
@@ -24,23 +25,44 @@ from npo_cli.stages.world import World, answer, load_checkpoint, num_tokens, ope
 def evaluate_policy(world: World, *, branch: str, step: int) -> EvalReport:
     """Sample the held-out prompts with the weights at hand; an evaluation already on record is not repeated.
 
-    Seeds do not depend on the step, so checkpoints are compared on common random numbers.
+    Seeds do not depend on the step, so checkpoints are compared on common random numbers. One whose outcomes were
+    not kept (by an npo that kept none) is made again for their sake.
     """
     count = world.recipe.eval.samples
+    asked = (branch, step, count)
+    kept = any((one.branch, one.step, one.num_samples) == asked for one in all_outcomes(world.run))
     for report in evals(world.run):
-        if (report.branch, report.step, report.num_samples) == (branch, step, count):
+        if kept and (report.branch, report.step, report.num_samples) == asked:
             return report
     slots = range(count)
     groups = answer(world, world.task.heldout, label=("eval",), slots=slots, sampler_step=step)
     report = summary(groups, branch=branch, step=step, seed=world.recipe.train.seed)
+    # The sum comes last: a killed process leaves no report whose outcomes are missing.
+    append_outcomes(world.run, outcomes(groups, branch=branch, step=step))
     append_eval(world.run, report)
     return report
+
+
+def outcomes(groups: Sequence[Group], *, branch: str, step: int) -> Outcomes:
+    """How often each prompt was solved."""
+    return Outcomes(
+        branch=branch,
+        step=step,
+        num_samples=len(groups[0].rollouts),
+        prompts=tuple(prompt_key(group.prompt) for group in groups),
+        num_correct=tuple(map(num_correct, groups)),
+    )
+
+
+def num_correct(group: Group) -> int:
+    """Rollouts of one prompt that were verified correct."""
+    return sum(rollout.verdict == "correct" for rollout in group.rollouts)
 
 
 def summary(groups: Sequence[Group], *, branch: str, step: int, seed: int) -> EvalReport:
     """Accuracy and pass@k over prompts, 95 % intervals by resampling prompts."""
     count = len(groups[0].rollouts)
-    correct = [sum(rollout.verdict == "correct" for rollout in group.rollouts) for group in groups]
+    correct = [num_correct(group) for group in groups]
     shares = [number / count for number in correct]
     solved = [pass_at_k(count, number, count) for number in correct]
     rng = numpy.random.default_rng(derive_seed(seed, "eval-interval"))

@@ -11,7 +11,7 @@ from npo_cli.run_dir.index import best_evals
 from npo_cli.run_dir.lineage import branches, descent, newest_branch
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.stages.accounting import account
-from npo_cli.stages.compare import curve
+from npo_cli.stages.ledger import curve
 
 
 def facts_of(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:

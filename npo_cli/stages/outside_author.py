@@ -13,8 +13,8 @@ from npo_cli.policy.model import Policy, load_policy, require_chat_template
 from npo_cli.records import Prompt, Rollout
 from npo_cli.run_dir.checkpoints import require_whole
 from npo_cli.stages.authors import Answers, Pairs, drawn_in_rounds, forward_logps, mean_logps
-from npo_cli.stages.compare import cost_at
 from npo_cli.stages.guide_plan import OpenSource, Plan
+from npo_cli.stages.ledger import cost_at
 from npo_cli.stages.retelling import Retelling, Said
 from npo_cli.stages.world import World, answer, num_tokens, open_world
 from npo_cli.tasks.prompts import Task

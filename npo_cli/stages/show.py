@@ -17,7 +17,7 @@ from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.steps import measured_steps
 from npo_cli.stages.accounting import account
-from npo_cli.stages.compare import crossing, curve
+from npo_cli.stages.ledger import crossing, curve
 from npo_cli.stages.story import question, story, visits
 
 Line = (

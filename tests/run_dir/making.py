@@ -11,6 +11,7 @@ from npo_cli.guide_records import GuideInfo, GuideTrajectory
 from npo_cli.records import CheckpointScore, EvalReport, Group, Prompt, Rollout, Segment
 from npo_cli.run_dir.checkpoints import new_checkpoint
 from npo_cli.run_dir.lineage import append_segment
+from npo_cli.run_dir.outcomes import Outcomes
 from npo_cli.run_dir.paths import RunDir, create_run
 
 RECIPE = {"name": "tiny", "train": {"seed": 0, "num_steps": 4}}
@@ -143,3 +144,9 @@ def evaluation(step: int, *, branch: str = "main", accuracy: float = 0.5, num_sa
         cut_off=0.0,
         num_tokens=16,
     )
+
+
+def outcomes(step: int, *, num_correct: tuple[int, ...] = (2, 1, 0, 1)) -> Outcomes:
+    """Those behind `evaluation(step)`."""
+    prompts = ("0a", "0b", "0c", "0d")
+    return Outcomes(branch="main", step=step, num_samples=2, prompts=prompts, num_correct=num_correct)

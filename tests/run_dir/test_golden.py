@@ -8,12 +8,13 @@ from npo_cli.run_dir.guides import Asked, finish_guide, new_guide
 from npo_cli.run_dir.index import build_index
 from npo_cli.run_dir.lineage import append_segment
 from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.outcomes import append_outcomes
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.run_dir.steps import StepJournals, append_event
-from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run, save, score, trajectory
+from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run, outcomes, save, score, trajectory
 
 FILES = """\
 .lock
@@ -35,6 +36,7 @@ guides/g/timings.jsonl
 guides/g/trajectories.jsonl
 index.json
 npo_run.json
+outcomes.jsonl
 recipe.yaml
 scores/main_step_000020_23d29984/samples.jsonl
 scores/main_step_000020_23d29984/scores.json
@@ -82,6 +84,8 @@ EVALS = (
     '"accuracy_high":0.75,"pass_at_k":0.5,"pass_at_k_low":0.25,"pass_at_k_high":0.75,"mean_length":2.0,"cut_off":0.0,'
     '"num_tokens":16}\n'
 )
+
+OUTCOMES = '{"branch":"main","step":40,"num_samples":2,"prompts":["0a","0b","0c","0d"],"num_correct":[2,1,0,1]}\n'
 
 # The sha256 sums are those of `{}\\n` and of the 73 bytes of a one-number safetensors file.
 MANIFEST = """\
@@ -193,6 +197,7 @@ def filled_run(folder: Path) -> RunDir:
         StepJournals(run, "main").write(StepReport(branch="main", step=1, metrics=metrics, timings={"seconds": 1.0}))
         RolloutJournal(run.rollouts_path("main")).write_step(1, [group("p0")])
         save(run, 40)
+        append_outcomes(run, outcomes(40))
         append_eval(run, evaluation(40))
         scoring = open_scoring(run, "main", 20, candidates=[40], settings={"k": 8})
         add_seconds(scoring.folder, 0.5, num_tokens=0)
@@ -231,6 +236,7 @@ def test_small_files_are_spelled_as_format_md_says(tmp_path):
         "segments.jsonl": SEGMENTS,
         "events.jsonl": '{"time":"TIME","kind":"rolled_back","branch":"late","at":20}\n',
         "evals.jsonl": EVALS,
+        "outcomes.jsonl": OUTCOMES,
         "branches/main/metrics.jsonl": METRICS,
         "branches/main/timings.jsonl": '{"step":1,"branch":"main","time":"TIME","seconds":1.0}\n',
         "branches/main/rollouts.jsonl": ROLLOUTS,

@@ -19,7 +19,7 @@ from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.scores import scorings
 from npo_cli.run_dir.seconds import add_seconds, seconds_in
 from npo_cli.stages.accounting import account
-from npo_cli.stages.compare import cost_at
+from npo_cli.stages.ledger import cost_at
 from npo_cli.stages.show import show_run
 from npo_cli.stages.train import train_run
 from tests.run_dir.making import group

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.compare_records import ArmSummary
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.records import Notice
 from npo_cli.report.lines import Tuned
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.scores import evals
 from npo_cli.stages.bench import Question, bench
+from npo_cli.stages.compare import compare_runs
 from tests.stages.running import TINY, files_of, train
 
 NPO = (sys.executable, "-c", "from npo_cli.cli.app import main; main()")
@@ -23,6 +28,12 @@ SETTINGS = (*TINY, "eval.every=2", "early.scout=2", "early.window=2")
 def question(out: Path, **changes: object) -> Question:
     plain = {"recipe": "micro", "methods": ("grpo",), "settings": SETTINGS, "seeds": (0,), "grid": ()}
     return Question(**{**plain, "tuning_seeds": (100,), "teacher": "", "out": out, "jobs": 2, **changes})
+
+
+def tuning_run(asked: Question) -> Path:
+    """Of the setting that was chosen."""
+    (setting,) = json.loads((asked.out / "tuning.json").read_text()).values()
+    return asked.out / "tuning/matched-grpo" / setting / "seed-100/run"
 
 
 def logs(out: Path) -> str:
@@ -44,7 +55,10 @@ def test_each_method_gets_its_own_best_setting_and_the_same_question_does_nothin
     assert commands_in(tmp_path) == ["train"] * 3
     made = tmp_path / "runs/matched-grpo" / tuned.setting / "seed-0/run"
     assert isinstance(last, Notice)
-    assert last.message == f"side by side: npo report {made} --out {tmp_path / 'report.html'}"
+    assert last.message == f"as a page: npo report {made} --out {tmp_path / 'report.html'}"
+    # trapezoids between steps 0, 2 and 4: 2 (a0 + a2)/2 + 2 (a2 + a4)/2, divided by 4 steps
+    accuracies = {one.step: one.accuracy for one in evals(open_run(tuning_run(asked)))}
+    assert tuned.areas[tuned.setting] == pytest.approx((accuracies[0] + 2 * accuracies[2] + accuracies[4]) / 4)
     before = logs(tmp_path)
     assert [record for record in bench(asked) if isinstance(record, Tuned)] == [tuned]
     assert logs(tmp_path) == before
@@ -68,6 +82,11 @@ def test_a_bench_that_is_stopped_stops_its_runs_and_goes_on_to_the_same_bytes(tm
     assert done.returncode == 0, done.stderr.decode()
     assert "resume" in commands_in(tmp_path / "out")
     train(tmp_path / "straight", *longer, "train.seed=3")
+    # what it ends with is a command that works
+    hint = next(line for line in done.stderr.decode().splitlines() if "npo compare" in line)
+    arms, _, picture = hint.partition("npo compare ")[2].partition(" --figure ")
+    records = compare_runs(shlex.split(arms), thresholds=(), baseline=None, csv=None, figure=Path(picture))
+    assert [(one.arm, one.seeds) for one in records if isinstance(one, ArmSummary)] == [("matched-grpo", (3, 4))]
     for name in ("branches/main/metrics.jsonl", "branches/main/rollouts.jsonl"):
         assert files_of(journals[0].parents[1])[name] == files_of(tmp_path / "straight")[name]
 

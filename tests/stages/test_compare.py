@@ -1,232 +1,236 @@
-"""What an arm had cost, on a run written by hand: round numbers of steps, tokens and seconds.
+"""Arms read from real tiny runs: two seeds, each trained plainly to step 4 and replayed from step 2 with a guide."""
 
-main: 6 steps of 100 tokens and 4 s. `near` left it at step 2 with a guide from step 5 (70 tokens and 5 s of samples,
-after a scoring of 30 tokens and 3 s) and did 3 steps of 10 tokens and 2 s. `bare` left main at step 4 without a guide:
-2 steps of 1 token, whose seconds nobody wrote down.
-"""
+import re
+import statistics
+from pathlib import Path
 
-import json
-
+import numpy as np
 import pytest
 
-from npo_cli.auto_records import AutoState, Transition
-from npo_cli.costs import CurvePoint
-from npo_cli.records import Segment
-from npo_cli.run_dir.auto import append_transitions, judgement_folder, open_probe
-from npo_cli.run_dir.guides import finish_guide, new_guide
-from npo_cli.run_dir.journal import Journal
-from npo_cli.run_dir.lineage import append_segment
-from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
-from npo_cli.run_dir.seconds import add_seconds
-from npo_cli.stages.compare import Cost, cost_at, crossing, curve, standings
-from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run
+from npo_cli.compare_records import AXES, ArmDifference, ArmSummary, Arrival, SeedPoint, SpeedUp
+from npo_cli.errors import NpoError
+from npo_cli.records import Notice
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.scores import evals
+from npo_cli.run_dir.steps import measured_steps
+from npo_cli.stages.arms import split_arm
+from npo_cli.stages.compare import compare_runs
+from npo_cli.stages.ledger import cost_at
+from tests.stages.running import copied, files_of, resume, sample, train
+
+SETTINGS = ("eval.every=1", "task.heldout_size=8")
 
 
-def did(run: RunDir, branch: str, steps: range, *, tokens: int, seconds: float | None = None) -> None:
-    journal = Journal(run.metrics_path(branch))
-    for step in steps:
-        journal.append({"step": step, "branch": branch, "tokens": tokens, "entropy": step / 10})
-        if seconds is not None:
-            took(run, branch, step, seconds)
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("seeds")
+    for seed in (0, 1):
+        train(home / f"s{seed}", *SETTINGS, f"train.seed={seed}")
+        sample(home / f"s{seed}")
+        resume(home / f"s{seed}", at=2, guide="near")
+    return home
 
 
-def took(run: RunDir, branch: str, step: int, seconds: float) -> None:
-    Journal(run.timings_path(branch)).append({"step": step, "branch": branch, "time": "", "seconds": seconds})
+def compared(*arms: str, **options) -> dict[type, list]:
+    asked = {"thresholds": (), "baseline": None, "csv": None, "figure": None} | options
+    found: dict[type, list] = {}
+    for record in compare_runs(arms, **asked):
+        found.setdefault(type(record), []).append(record)
+    return found
 
 
-def left(run: RunDir, branch: str, *, at: int, guide: str | None = None) -> None:
-    run.save_recipe(branch, RECIPE)
-    append_segment(run, Segment(branch=branch, parent="main", fork_step=at, guide=guide, guide_until=5))
-
-
-@pytest.fixture
-def run(tmp_path) -> RunDir:
-    made = new_run(tmp_path)
-    did(made, "main", range(1, 7), tokens=100, seconds=4.0)
-    scoring = open_scoring(made, "main", 2, candidates=[5], settings={"k": 1})
-    scoring.samples.extend([{"response_ids": [1] * 20}, {"response_ids": [1] * 10}])
-    add_seconds(scoring.folder, 2.0, num_tokens=30)
-    add_seconds(scoring.folder, 1.0, num_tokens=0)
-    save_scores(scoring, [])
-    # Another learner's scoring is not this arm's to pay.
-    other = open_scoring(made, "main", 1, candidates=[5], settings={"k": 1})
-    other.samples.append({"response_ids": [1] * 999})
-    add_seconds(other.folder, 999.0, num_tokens=999)
-    save_scores(other, [])
-    info = guide_info(made, name="near", at_step=2, guide_step=5, num_steps=3)
-    store = new_guide(made, info)
-    for prompt_id in ("a", "b"):
-        store.add_asked({"prompt_id": prompt_id, "num_sampled": 1, "num_correct": 0, "num_tokens": 35})
-    add_seconds(made.guide_folder("near"), 5.0, num_tokens=70)
-    finish_guide(made, info)
-    left(made, "near", at=2, guide="near")
-    did(made, "near", range(3, 6), tokens=10, seconds=2.0)
-    left(made, "bare", at=4)
-    did(made, "bare", range(5, 7), tokens=1)
-    return made
-
-
-def cost(steps: int, tokens: int, seconds: float) -> Cost:
-    return Cost(steps=steps, tokens=tokens, seconds=seconds)
-
-
-def test_the_first_branch_pays_for_its_own_steps(run):
-    assert [cost_at(run, "main", step) for step in (0, 4, 6)] == [cost(0, 0, 0), cost(4, 400, 16), cost(6, 600, 24)]
-
-
-def test_a_replay_pays_for_scout_scoring_guide_and_its_own_steps(run):
-    # scout: 5 steps, 500 tokens, 20 s; scoring 30 and 3 s; guide 70 and 5 s; then 10 and 2 s a step
-    assert cost_at(run, "near", 3) == cost(6, 610, 30)
-    assert cost_at(run, "near", 5) == cost(8, 630, 34)
-    # At and before the fork it is its parent.
-    assert cost_at(run, "near", 2) == cost(2, 200, 8)
-    assert standings(run, "near")[2] == [cost(2, 200, 8), cost(5, 600, 28)]
-
-
-def test_a_step_executed_again_after_a_kill_took_both_its_times(run):
-    took(run, "main", 2, 16.0)
-    # 4 x 4 s and the second execution of step 2; its tokens were read back, not generated again
-    assert cost_at(run, "main", 4) == cost(4, 400, 32)
-    assert cost_at(run, "main", 1) == cost(1, 100, 4)
-
-
-def test_a_scoring_after_the_replay_cannot_have_cost_it_anything(run):
-    later = open_scoring(run, "main", 2, candidates=[6], settings={"k": 1})
-    later.samples.append({"response_ids": [1] * 999})
-    add_seconds(later.folder, 999.0, num_tokens=999)
-    save_scores(later, [])
-    answer = json.loads(later.scores_path.read_text())
-    later.scores_path.write_text(json.dumps(answer | {"saved": "2999-01-01T00:00:00.000000+00:00"}))
-    assert cost_at(run, "near", 3) == cost(6, 610, 30)
-
-
-def test_candidates_that_were_scored_are_scouts_too(run):
-    earlier = open_scoring(run, "main", 2, candidates=[5, 6], settings={"k": 1})
-    save_scores(earlier, [])
-    # the scout went on to step 6: one step, 100 tokens and 4 s more
-    assert cost_at(run, "near", 3) == cost(7, 710, 34)
-
-
-def test_a_fork_without_a_guide_pays_up_to_the_fork(run):
-    assert cost_at(run, "bare", 6) == cost(6, 402, 16)
-    assert standings(run, "bare")[4] == [cost(4, 400, 16), cost(4, 400, 16)]
-
-
-def test_a_replay_of_a_replay_pays_for_the_whole_line(run):
-    run.save_recipe("third", RECIPE)
-    append_segment(run, Segment(branch="third", parent="near", fork_step=4, guide=None, guide_until=None))
-    did(run, "third", range(5, 6), tokens=3, seconds=0.5)
-    # near up to 4: 5 + 2 steps, 600 + 20 tokens, 28 + 4 s
-    assert cost_at(run, "third", 5) == cost(8, 623, 32.5)
-
-
-def probed(run: RunDir, branch: str, step: int, *, seconds: float) -> None:
-    """Two answers of two tokens each."""
-    probe = open_probe(run, branch, step, settings={"k": 2})
-    add_seconds(probe.folder, seconds, num_tokens=4)
-    probe.rollouts.write_step(0, [group("p0")])
-
-
-def test_a_probe_is_paid_by_the_branch_that_was_probed_from_that_step_on(run):
-    probed(run, "main", 5, seconds=6.0)
-    assert cost_at(run, "main", 4) == cost(4, 400, 16)
-    assert cost_at(run, "main", 5) == cost(5, 504, 26)
-    assert cost_at(run, "main", 6) == cost(6, 604, 30)
-    # bare left main at step 4 and needed no probe of step 5
-    assert cost_at(run, "bare", 6) == cost(6, 402, 16)
-
-
-def test_a_replay_pays_for_the_probe_of_its_guide_and_for_its_own(run):
-    # the guide is main at step 5
-    probed(run, "main", 5, seconds=6.0)
-    assert cost_at(run, "near", 3) == cost(6, 614, 36)
-    # a probe at step 4 of the replay: 8 tokens and 7 s in all
-    probed(run, "near", 4, seconds=1.0)
-    assert cost_at(run, "near", 3) == cost(6, 614, 36)
-    assert cost_at(run, "near", 5) == cost(8, 638, 41)
-
-
-def test_a_replay_taken_back_is_paid_by_the_branch_that_goes_on_instead(run):
-    replayed = AutoState(branch="near", step=5, phase="JUDGE")
-    reverted = AutoState(branch="main", step=5, phase="COOLDOWN")
-    moves = [
-        Transition(step=5, event="replayed", phase_before="REPLAY", state=replayed),
-        Transition(step=5, event="reverted", phase_before="JUDGE", state=reverted, evidence={"num_tokens": 40}),
-    ]
-    append_transitions(run, moves)
-    add_seconds(judgement_folder(run, "near", 5), 0.5, num_tokens=40)
-    assert cost_at(run, "main", 5) == cost(5, 500, 20)
-    # from there on: near's 3 steps of 10 tokens and 2 s, its guide's 70 tokens and 5 s, the test; then step 6 itself
-    assert cost_at(run, "main", 6) == cost(9, 740, 35.5)
-    # the replay itself is charged as before
-    assert cost_at(run, "near", 5) == cost(8, 630, 34)
-
-
-def test_a_replay_that_is_kept_pays_for_the_test_from_then_on(run):
-    replayed = AutoState(branch="near", step=4, phase="JUDGE")
-    kept = AutoState(branch="near", step=4, phase="COOLDOWN")
-    before = cost_at(run, "near", 4), cost_at(run, "near", 5)
-    moves = [
-        Transition(step=4, event="replayed", phase_before="REPLAY", state=replayed),
-        Transition(step=4, event="kept", phase_before="JUDGE", state=kept, evidence={"num_tokens": 40}),
-    ]
-    append_transitions(run, moves)
-    assert cost_at(run, "near", 4) == before[0]
-    assert cost_at(run, "near", 5) == before[1] + cost(0, 40, 0)
-
-
-def points(run: RunDir, branch: str) -> list[tuple[int, int, int, float, float, float | None]]:
+def both(seeds: Path) -> list[str]:
     return [
-        (each.step, each.total_steps, each.total_tokens, each.total_seconds, each.accuracy, each.entropy)
-        for each in curve(run, branch, arm="x")
+        f"{name}={seeds}/s{seed}:{branch}" for name, branch in (("grpo", "main"), ("npo", "near")) for seed in (0, 1)
     ]
 
 
-def test_a_curve_follows_the_line_of_descent(run):
-    for branch, step, accuracy in (("main", 0, 0.1), ("main", 2, 0.2), ("main", 4, 0.3), ("near", 4, 0.9)):
-        append_eval(run, evaluation(step, branch=branch, accuracy=accuracy))
-    assert points(run, "main") == [(0, 0, 0, 0, 0.1, None), (2, 2, 200, 8, 0.2, 0.2), (4, 4, 400, 16, 0.3, 0.4)]
-    # At the fork it stands twice: as it was, and with everything paid and nothing learned yet.
-    assert points(run, "near") == [
-        (0, 0, 0, 0, 0.1, None),
-        (2, 2, 200, 8, 0.2, 0.2),
-        (2, 5, 600, 28, 0.2, 0.2),
-        (4, 7, 620, 32, 0.9, 0.4),
+def said(found: dict[type, list]) -> list[str]:
+    return [notice.message for notice in found.get(Notice, [])]
+
+
+def accuracies(root: Path, branch: str) -> dict[int, float]:
+    """Of the branch itself at its own steps, of main before."""
+    reports = {(one.branch, one.step): one.accuracy for one in evals(open_run(root))}
+    return {step: reports.get((branch, step), reports["main", step]) for step in range(5)}
+
+
+def test_each_seed_is_read_along_its_line_with_the_costs_of_the_ledger(seeds):
+    found = compared(*both(seeds))
+    points = [one for one in found[SeedPoint] if (one.arm, one.seed) == ("npo", 1)]
+    # the fork stands twice: as it was, and with the scout's two steps and the guide's answers paid
+    assert [(one.step, one.updates) for one in points] == [(0, 0), (1, 1), (2, 2), (2, 4), (3, 5), (4, 6)]
+    end = cost_at(open_run(seeds / "s1"), "near", 4)
+    assert (points[-1].tokens, points[-1].seconds) == (end.tokens, end.seconds)
+    assert {one.step: one.accuracy for one in points} == accuracies(seeds / "s1", "near")
+    assert said(found) == []
+
+
+def test_final_accuracy_and_areas_are_those_of_the_evaluations(seeds):
+    npo = compared(*both(seeds))[ArmSummary][1]
+    curves = [accuracies(seeds / name, "near") for name in ("s0", "s1")]
+    assert npo.final.value == pytest.approx(statistics.fmean(curve[step] for curve in curves for step in (2, 3, 4)))
+    # evenly spaced steps 0 to 4: the ends count half
+    areas = [(curve[0] / 2 + curve[1] + curve[2] + curve[3] + curve[4] / 2) / 4 for curve in curves]
+    assert npo.areas["step"].value == pytest.approx(statistics.fmean(areas))
+    assert set(npo.areas) == set(AXES)
+    assert (npo.seeds, npo.num_prompts, npo.over, npo.horizon) == ((0, 1), 8, "seeds and prompts", 4)
+
+
+def test_areas_by_tokens_stop_where_the_first_arm_ends(seeds):
+    found = compared(*both(seeds))
+    ends = [max(one.tokens for one in found[SeedPoint] if (one.arm, one.seed) == ("grpo", seed)) for seed in (0, 1)]
+    areas = []
+    for seed in (0, 1):
+        points = [one for one in found[SeedPoint] if (one.arm, one.seed) == ("npo", seed)]
+        grid = np.linspace(0, min(ends), 20001)
+        areas.append(np.interp(grid, [one.tokens for one in points], [one.accuracy for one in points]).mean())
+    assert found[ArmSummary][1].areas["tokens"].value == pytest.approx(statistics.fmean(areas), abs=1e-4)
+
+
+def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
+    grpo, npo = compared(*both(seeds))[ArmSummary]
+    runs = [open_run(seeds / name) for name in ("s0", "s1")]
+    # steps 1 and 2 had no guide
+    slots = [row["inject/slots"] for run in runs for row in measured_steps(run, "near")]
+    assert npo.slots_per_step == pytest.approx(sum(slots) / 8)
+    assert (grpo.slots_per_step, grpo.grad_share) == (0.0, None)
+    own = [row["entropy"] for run in runs for row in measured_steps(run, "near") if row["step"] == 3]
+    assert npo.entropies[2] == pytest.approx(statistics.fmean(own))
+    assert npo.entropies[:2] == grpo.entropies[:2]
+
+
+def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(seeds):
+    grpo, npo = compared(*both(seeds))[ArmSummary]
+    assert (grpo.differs, grpo.mismatched) == ((), ())
+    assert (npo.differs, npo.mismatched) == (("guided by nobody -> 4 at 2",), ())
+
+
+def test_settings_without_effect_are_no_difference(seeds, tmp_path):
+    root = tmp_path / "tuned"
+    train(root, *SETTINGS, "auto.patience=9", "inject.gate=0.25", "train.save_every=1")
+    found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
+    assert [one.differs for one in found[ArmSummary]] == [(), (), ("guided by nobody -> 4 at 2",)]
+    assert said(found) == []
+
+
+def test_differences_are_paired_by_seed_and_prompt(seeds):
+    (found,) = compared(*both(seeds))[ArmDifference]
+    finals = [
+        [statistics.fmean(accuracies(seeds / name, branch)[step] for step in (2, 3, 4)) for name in ("s0", "s1")]
+        for branch in ("near", "main")
     ]
+    assert (found.arm, found.baseline, found.num_pairs, found.num_prompts) == ("npo", "grpo", 2, 8)
+    assert found.final.value == pytest.approx(statistics.fmean(finals[0]) - statistics.fmean(finals[1]))
+    assert found.num_not_lower == sum(mine >= theirs for mine, theirs in zip(*finals, strict=True))
 
 
-def test_the_evaluation_with_most_samples_is_the_one_quoted(run):
-    append_eval(run, evaluation(4, accuracy=0.25, num_samples=8))
-    append_eval(run, evaluation(4, accuracy=0.75, num_samples=2))
-    assert [accuracy for *_, accuracy, _ in points(run, "main")] == [0.25]
+def test_an_arm_against_itself_differs_by_nothing(seeds):
+    found = compared(f"a={seeds}/s0:main", f"b={seeds}/s0:main", thresholds=(0.01,))
+    (apart,) = found[ArmDifference]
+    assert (apart.final.value, {one.value for one in apart.areas.values()}) == (0.0, {0.0})
+    assert apart.over == "prompts"
 
 
-def arm(*accuracies: float) -> list[CurvePoint]:
-    return [
-        CurvePoint(
-            arm="x",
-            step=10 * place,
-            total_steps=20 * place,
-            total_tokens=place,
-            total_seconds=1.5 * place,
-            accuracy=accuracy,
-        )
-        for place, accuracy in enumerate(accuracies)
+def test_arms_of_one_other_seed_each_are_not_paired_and_claim_no_seeds(seeds):
+    (apart,) = compared(f"a={seeds}/s0:main", f"b={seeds}/s1:main")[ArmDifference]
+    assert (apart.num_pairs, apart.num_prompts, apart.over, apart.num_not_lower) == (0, None, "prompts", 0)
+    finals = [statistics.fmean(accuracies(seeds / name, "main")[step] for step in (2, 3, 4)) for name in ("s1", "s0")]
+    assert apart.final.value == pytest.approx(finals[0] - finals[1])
+
+
+def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
+    found = compared(*both(seeds), thresholds=(1.0,))
+    grpo, npo = found[Arrival]
+    assert (grpo.num_reached, grpo.num_runs, grpo.censored) == (0, 2, True)
+    # everything spent by the end: 4 updates, and 4 + 2 with the scout's two steps twice
+    assert (grpo.costs["updates"], npo.costs["updates"]) == (4, 6)
+    assert (npo.horizons["updates"], npo.restricted["updates"]) == (4, 4)
+    (ratio,) = found[SpeedUp]
+    assert (ratio.arrived, ratio.restricted) == ({}, {})
+
+
+def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seeds(seeds):
+    found = compared(str(seeds / "s0"), str(seeds / "s1"))
+    assert [(one.arm, one.seeds) for one in found[ArmSummary]] == [("micro:main", (0, 1)), ("micro:near", (0, 1))]
+    named = compared(f"x={seeds}/s0", f"x={seeds}/s1", f"y={seeds}/s0:main", baseline="y")
+    # a named arm takes the newest branch
+    assert [(one.arm, one.runs) for one in named[ArmSummary]] == [
+        ("y", (f"{seeds}/s0:main",)),
+        ("x", (f"{seeds}/s0:near", f"{seeds}/s1:near")),
     ]
+    assert said(named) == ["x has seeds 0, 1, y has 0: only common seeds are paired"]
 
 
-def test_a_threshold_is_crossed_by_the_mean_of_three_evaluations():
-    # means: 0.05, 0.3, 0.3, 0.5, 0.6
-    found = crossing(arm(0.0, 0.1, 0.8, 0.0, 0.7), 0.3)
-    assert (found.step, found.total_steps, found.total_tokens, found.total_seconds) == (10, 20, 1, 1.5)
-    # 0.8 at step 20 alone is luck: (0.1 + 0.8 + 0.0) / 3
-    assert crossing(arm(0.0, 0.1, 0.8, 0.0, 0.0), 0.4).step is None
+def test_an_arm_is_split_into_name_run_and_branch(tmp_path, monkeypatch):
+    assert split_arm("npo=runs/a:late") == ("npo", Path("runs/a"), "late")
+    assert split_arm("runs/a") == (None, Path("runs/a"), None)
+    monkeypatch.chdir(tmp_path)
+    for odd in ("lr=3:x", "b:c"):
+        (tmp_path / odd).mkdir()
+        assert split_arm(odd) == (None, Path(odd), None)
+    assert split_arm("n=b:c") == ("n", Path("b:c"), None)
+    assert split_arm("n=b:c:late") == ("n", Path("b:c"), "late")
 
 
-def test_a_threshold_never_reached_is_censored_and_the_ends_have_one_neighbour():
-    found = crossing(arm(0.1, 0.2), 0.5)
-    assert (found.arm, found.step) == ("x", None)
-    assert (found.total_steps, found.total_tokens, found.total_seconds) == (None, None, None)
-    assert crossing(arm(0.4, 0.6), 0.5).step == 0
-    assert crossing([], 0.5).step is None
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        (["a=S/s0:main", "a=S/s0:near"], "arm 'a' has seed 0 twice"),
+        (["S/s0:main"], "one run alone is compared with nothing"),
+        (["S/s0:late", "S/s1"], "has no branch 'late': main, near"),
+        (["=S/s0", "S/s1"], "'' cannot name an arm"),
+        (["a=S/s0:", "S/s1"], r"an arm is \[NAME=\]RUN\[:BRANCH\], got"),
+        (["S/nothing", "S/s1"], "there is no run directory"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(seeds, arms, message):
+    with pytest.raises(NpoError, match=message):
+        compared(*(arm.replace("S/", f"{seeds}/") for arm in arms))
+
+
+def test_an_unknown_baseline_and_a_run_without_evaluations_are_refused(seeds, tmp_path):
+    with pytest.raises(NpoError, match="there is no arm 'c'"):
+        compared(*both(seeds), baseline="c")
+    dark = copied(seeds / "s0", tmp_path / "dark")
+    (dark / "evals.jsonl").unlink()
+    with pytest.raises(NpoError, match="has no held-out evaluation") as refused:
+        compared(f"a={dark}:main", f"b={seeds}/s1")
+    assert refused.value.hint == f"npo eval {dark} --all --branch main"
+
+
+def test_without_outcomes_seeds_alone_are_drawn_and_it_is_said(seeds, tmp_path):
+    old = [copied(seeds / f"s{seed}", tmp_path / f"old{seed}") for seed in (0, 1)]
+    (old[0] / "outcomes.jsonl").unlink()
+    found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
+    assert {one.over for one in found[ArmSummary]} == {"seeds"}
+    assert found[ArmDifference][0].num_prompts is None
+    assert said(found)[0].startswith("a: evaluations of 1 of 2 seeds kept no outcomes prompt by prompt; npo eval")
+
+
+def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_path):
+    root = tmp_path / "other"
+    train(root, *SETTINGS, "train.lr=0.5", "train.group_size=2", "task.seed=9", "train.num_steps=3")
+    found = compared(f"a={seeds}/s0:main", f"b={root}")
+    other = found[ArmSummary][1]
+    assert other.differs == ("train.lr 0.0003 -> 0.5",)
+    assert other.mismatched == ("train.group_size 4 -> 2",)
+    assert (found[ArmDifference][0].num_pairs, found[ArmDifference][0].num_prompts) == (1, None)
+    assert said(found) == [
+        "not alike: train.group_size 4 -> 2 (b)",
+        f"{root}:main was last evaluated at step 3: final accuracies of all arms are taken there",
+    ]
+    assert other.horizon == 3
+    one_arm = compared(f"a={seeds}/s1:main", f"a={root}")
+    assert "train.lr 0.5 -> 0.0003 within the arm" in one_arm[ArmSummary][0].mismatched
+
+
+def test_comparing_writes_into_no_run(seeds, tmp_path):
+    before = files_of(seeds)
+    found = compared(*both(seeds), csv=tmp_path / "new" / "p.csv", figure=tmp_path / "c.svg")
+    assert files_of(seeds) == before
+    # a header and a line a point
+    assert len((tmp_path / "new" / "p.csv").read_text().splitlines()) == 1 + len(found[SeedPoint])
+    assert {"all tokens generated", "2 seeds an arm; band: 95 % over seeds and prompts"} <= set(
+        re.findall(r"<!-- (.*) -->", (tmp_path / "c.svg").read_text())
+    )

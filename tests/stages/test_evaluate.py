@@ -4,10 +4,12 @@ import pytest
 
 from npo_cli.records import EvalReport, Prompt, Rollout
 from npo_cli.records import Group as Answered
+from npo_cli.run_dir.outcomes import all_outcomes, prompt_key
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.scores import evals
 from npo_cli.stages.evaluate import evaluate_policy, evaluate_run, summary
-from tests.stages.running import copied, train, world_at
+from npo_cli.stages.world import open_task
+from tests.stages.running import copied, tiny, train, world_at
 
 
 def evaluated(root, **options) -> list[EvalReport]:
@@ -51,6 +53,38 @@ def test_training_evaluates_on_its_beat_and_resuming_repeats_nothing(tmp_path):
     before = (root / "evals.jsonl").read_bytes()
     assert [report.step for report in evaluated(root, every_step=True)] == [0, 2, 4]
     assert (root / "evals.jsonl").read_bytes() == before
+
+
+def test_outcomes_are_kept_prompt_by_prompt_and_sum_up_to_the_report(tmp_path):
+    root = tmp_path / "run"
+    train(root, "eval.every=2", "task.heldout_size=8")
+    run = open_run(root)
+    kept = all_outcomes(run)
+    assert [one.step for one in kept] == [0, 2, 4]
+    # 8 prompts twice; all evaluations ask the same
+    assert [sum(one.num_correct) / 16 for one in kept] == [report.accuracy for report in evals(run)]
+    assert {one.prompts for one in kept} == {
+        tuple(map(prompt_key, open_task(tiny("task.heldout_size=8"), allow_code=False).heldout))
+    }
+
+
+def test_a_run_whose_outcomes_were_not_kept_gets_them_and_no_other_line(tmp_path):
+    root = tmp_path / "run"
+    train(root, "eval.every=2")
+    before, reports = (root / "outcomes.jsonl").read_bytes(), (root / "evals.jsonl").read_bytes()
+    (root / "outcomes.jsonl").unlink()
+    evaluated(root, every_step=True)
+    assert (root / "outcomes.jsonl").read_bytes() == before
+    assert (root / "evals.jsonl").read_bytes() == reports
+
+
+def test_an_evaluation_killed_between_its_two_lines_is_made_again_alike(tmp_path):
+    root = tmp_path / "run"
+    train(root, "eval.every=2")
+    before = [(root / name).read_bytes() for name in ("outcomes.jsonl", "evals.jsonl")]
+    (root / "evals.jsonl").write_bytes(b"".join(before[1].splitlines(keepends=True)[:-1]))
+    evaluated(root, step=4)
+    assert [(root / name).read_bytes() for name in ("outcomes.jsonl", "evals.jsonl")] == before
 
 
 def test_a_checkpoint_evaluated_later_gets_the_figure_it_got_in_training(scout, tmp_path):

@@ -12,8 +12,8 @@ from npo_cli.run_dir.guides import asked_path, load_guide, trajectories_path
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.stages import guide_cache
-from npo_cli.stages.compare import cost_at
 from npo_cli.stages.guide_plan import Ask
+from npo_cli.stages.ledger import cost_at
 from npo_cli.stages.retelling import Retelling, Said
 from npo_cli.stages.sample_guide import sample_run
 from tests.stages.running import copied, resume, sample, train, trajectories, world_at

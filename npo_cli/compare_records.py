@@ -1,0 +1,139 @@
+"""What `npo compare` finds: records of arms, of how they differ, and of what they took to arrive. Imports nothing.
+
+An *arm* is one method, trained once or with several seeds. Figures come for four *axes*, by which arms are aligned:
+logical step (the place in the data), optimiser updates executed, tokens generated, seconds; the last three with
+everything that an arm needed beside its own steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["step", "updates", "tokens", "seconds"]
+AXES: tuple[Axis, ...] = ("step", "updates", "tokens", "seconds")
+Over = Literal["seeds and prompts", "prompts", "seeds", "nothing"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeedPoint:
+    """One held-out evaluation of one seed of an arm, with everything it had cost by then."""
+
+    arm: str
+    seed: int
+    run: str
+    branch: str
+    step: int
+    updates: int
+    tokens: int
+    seconds: float | None
+    """None where the wall clock of some step was not kept."""
+    accuracy: float
+    entropy: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A figure with its 95 % interval; None in both ends where nothing could be resampled."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    num: int = 1
+    """Seeds, or pairs of seeds, that it rests on."""
+    of: int = 1
+    """Those that there are: a figure with fewer rests on a part of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BandPoint:
+    """Mean held-out accuracy of an arm at one cost, for a picture."""
+
+    arm: str
+    axis: Axis
+    cost: float
+    accuracy: Estimate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmSummary:
+    """One arm over the range that all arms have in common."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    runs: tuple[str, ...]
+    """`RUN:BRANCH` of each seed."""
+    num_prompts: int | None
+    """Held-out prompts of a seed; None where the outcomes of some evaluation were not kept."""
+    over: Over
+    """What the intervals were taken over."""
+    horizon: int
+    """Logical step of the last evaluations compared: the last that every seed of every arm has."""
+    final: Estimate
+    """Held-out accuracy: mean of the last three evaluations up to the horizon."""
+    areas: Mapping[str, Estimate]
+    """Mean accuracy along each axis, over the range common to all arms; an axis without one is absent."""
+    entropies: tuple[float | None, ...]
+    """Mean training entropy (nats a token) in each quarter of the horizon."""
+    slots_per_step: float
+    """Guide slots injected a step, mean over all steps up to the horizon."""
+    grad_share: float | None
+    """Share of the gradient norm that came from injected slots, mean over the steps that had one."""
+    spent: Mapping[str, float]
+    """Mean cost by each axis of standing at the horizon."""
+    run_tokens: float
+    """Mean over the seeds of every token that the run generated, for this branch or any other."""
+    differs: tuple[str, ...]
+    """Settings in which the method differs from the baseline: `train.lr 0.0001 -> 0.0003`."""
+    mismatched: tuple[str, ...]
+    """Settings that a fair comparison needs alike and that are not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmDifference:
+    """An arm minus the baseline, paired by seed, and by prompt where both were asked the same."""
+
+    arm: str
+    baseline: str
+    num_pairs: int
+    """Seeds that both have; 0: not paired at all."""
+    num_prompts: int | None
+    """Held-out prompts that both of a pair were asked, the fewest of any pair; None: not paired by prompt."""
+    over: Over
+    final: Estimate
+    areas: Mapping[str, Estimate]
+    num_not_lower: int
+    """Pairs in which the arm's final accuracy is not below the baseline's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrival:
+    """What an arm had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
+
+    arm: str
+    threshold: float
+    num_runs: int
+    num_reached: int
+    costs: Mapping[str, float]
+    """Mean over all seeds by axis. One that never arrived counts what it had spent at its end: see `censored`."""
+    restricted: Mapping[str, float]
+    """Restricted mean by axis: mean of min(cost, horizon)."""
+    horizons: Mapping[str, float]
+    """The smallest cost at which any seed of any arm ended."""
+
+    @property
+    def censored(self) -> bool:
+        """Some seed never arrived: then `costs` are lower bounds."""
+        return self.num_reached < self.num_runs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedUp:
+    """Cost of the baseline over the cost of the arm, to one threshold: above 1 the arm is cheaper."""
+
+    arm: str
+    baseline: str
+    threshold: float
+    arrived: Mapping[str, Estimate]
+    """By axis: mean of the ratios of the pairs of seeds in which both arrived, Student's interval."""
+    restricted: Mapping[str, Estimate]
+    """By axis: ratio of the restricted means of the common seeds, arrived or not, Student's interval."""

@@ -1,0 +1,48 @@
+"""What a run cost as tables of text: at each held-out accuracy it reached, and by kind of work."""
+
+from collections.abc import Sequence
+
+from npo_cli.costs import CostLine, Crossing
+from npo_cli.report.cells import Table, count, number
+
+
+def comparison_tables(crossings: Sequence[Crossing]) -> tuple[Table, ...]:
+    """What every arm had spent at each threshold, and its speed next to the first arm's on every axis.
+
+    The wall clock is an axis where it is known.
+    """
+    timed = any(one.total_seconds for one in crossings)
+    totals = ("step", "total steps", "total tokens", *(("total seconds",) if timed else ()))
+    ratios = ("by step", "by total steps", "by total tokens", *(("by wall time",) if timed else ()))
+    baselines = {one.threshold: one for one in reversed(crossings) if one.arm == crossings[0].arm}
+    rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold), timed=timed) for one in crossings)
+    notes = (
+        f"by ...: cost of {crossings[0].arm} divided by cost of the arm; above 1 the arm is faster.",
+        "total: scout and rolled-back steps, scoring, probes and the guide's samples are counted.",
+    )
+    header = ("arm", "accuracy", *totals, *ratios)
+    return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
+
+
+def _crossing_row(one: Crossing, *, baseline: Crossing | None, timed: bool) -> tuple[str, ...]:
+    spent = _spent(one, timed=timed)
+    before = _spent(baseline, timed=timed) if baseline else (None,) * len(spent)
+    ratios = (f"{mine / ours:.2f}x" if mine and ours else "-" for mine, ours in zip(before, spent, strict=True))
+    return (one.arm, number(one.threshold, digits=2), *(_cost_cell(cost) for cost in spent), *ratios)
+
+
+def _spent(one: Crossing, *, timed: bool) -> tuple[float | None, ...]:
+    return (one.step, one.total_steps, one.total_tokens, *((one.total_seconds,) if timed else ()))
+
+
+def _cost_cell(cost: float | None) -> str:
+    """Counts whole, seconds to a tenth."""
+    return f"{cost:,.1f}" if isinstance(cost, float) else count(cost, absent="not reached")
+
+
+def costs_tables(lines: Sequence[CostLine]) -> tuple[Table, ...]:
+    """Everything executed by kind of work."""
+    rows = tuple(
+        (one.what, count(one.steps), count(one.tokens), f"{one.seconds:,.1f}" if one.seconds else "-") for one in lines
+    )
+    return (Table(title="Everything executed", header=("work", "steps", "tokens", "seconds"), rows=rows),)

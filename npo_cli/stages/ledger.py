@@ -1,0 +1,183 @@
+"""What an arm of a run cost for what it reached: by index, by optimiser steps, by tokens, by wall clock.
+
+An arm is a branch. A replayed branch is charged with everything it needed: its parent up to the last of fork, guide
+and scored candidates, the scoring of its learner that came before it, the guide's samples, and its own steps. A probe
+is charged to the branch whose policy was probed, from that step on; a replay that was judged worse and taken back, to
+the branch that goes on instead, as is the test that decided. Other held-out evaluation is charged to nobody.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+
+from npo_cli.costs import Crossing, CurvePoint
+from npo_cli.records import Segment
+from npo_cli.run_dir.auto import judgement_folder, probe_tokens, probes, transitions
+from npo_cli.run_dir.guides import load_guide
+from npo_cli.run_dir.index import best_evals
+from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.lineage import birth_segment, descent
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.run_dir.scores import Scoring, all_scores, scorings
+from npo_cli.run_dir.seconds import seconds_in, step_seconds
+from npo_cli.run_dir.steps import measured_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What an arm had spent."""
+
+    steps: int
+    tokens: int
+    seconds: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            steps=self.steps + other.steps, tokens=self.tokens + other.tokens, seconds=self.seconds + other.seconds
+        )
+
+
+NOTHING = Cost(steps=0, tokens=0, seconds=0.0)
+
+
+def cost_at(run: RunDir, branch: str, step: int) -> Cost:
+    """Everything spent for the branch to stand at `step`."""
+    return ledger(run, branch)[step]
+
+
+def ledger(run: RunDir, branch: str) -> dict[int, Cost]:
+    """The same for every step of the branch's line of descent, in one pass over the files."""
+    born = birth_segment(run, branch)
+    spent = NOTHING if born.parent is None else entry_cost(run, born)
+    parents = {0: spent} if born.parent is None else ledger(run, born.parent)
+    known = {step: cost for step, cost in parents.items() if step <= born.fork_step}
+    probed, judged = probe_costs(run, branch), judged_costs(run, branch)
+    for step, own in step_costs(run, branch).items():
+        spent = spent + own + probed.get(step, NOTHING)
+        known[step] = spent
+        # Standing here cost no more; going on from here does.
+        spent = spent + judged.get(step, NOTHING)
+    return known
+
+
+def step_costs(run: RunDir, branch: str) -> dict[int, Cost]:
+    """What each of the branch's own steps took."""
+    seconds = step_seconds(run, branch)
+    return {
+        row["step"]: Cost(steps=1, tokens=int(row["tokens"]), seconds=seconds.get(row["step"], 0.0))
+        for row in measured_steps(run, branch)
+    }
+
+
+def probe_costs(run: RunDir, branch: str) -> dict[int, Cost]:
+    """What asking the mistakes again had cost, by the step whose policy was asked."""
+    costs: dict[int, Cost] = {}
+    for probe in probes(run):
+        if probe.branch == branch:
+            asked = Cost(steps=0, tokens=probe_tokens(probe), seconds=seconds_in(probe.folder))
+            costs[probe.step] = costs.get(probe.step, NOTHING) + asked
+    return costs
+
+
+def judged_costs(run: RunDir, branch: str) -> dict[int, Cost]:
+    """The held-out tests after which the branch went on, by step; with each replay taken back, its steps and guide."""
+    costs: dict[int, Cost] = {}
+    for before, move in pairwise(transitions(run)):
+        if move.event in ("kept", "reverted") and move.state.branch == branch:
+            replayed = before.state.branch
+            seconds = seconds_in(judgement_folder(run, replayed, move.step))
+            costs[move.step] = Cost(steps=0, tokens=int(move.evidence.get("num_tokens", 0)), seconds=seconds)
+            if move.event == "reverted":
+                guide = birth_segment(run, replayed).guide
+                asked = NOTHING if guide is None else cache_cost(run, guide)
+                costs[move.step] += sum(step_costs(run, replayed).values(), start=asked)
+    return costs
+
+
+def cache_cost(run: RunDir, name: str) -> Cost:
+    """What asking a guide took."""
+    info, _ = load_guide(run, name)
+    return Cost(steps=0, tokens=info.num_tokens, seconds=seconds_in(run.guide_folder(name)))
+
+
+def entry_cost(run: RunDir, born: Segment) -> Cost:
+    """What a replay had cost before its first step."""
+    if born.guide is None:
+        return cost_at(run, born.parent or born.branch, born.fork_step)
+    info, _ = load_guide(run, born.guide)
+    asked = [found for found in scored_before(run, born) if (found.branch, found.at) == (info.branch, info.at_step)]
+    ahead = born.fork_step if info.guide_step is None else info.guide_step
+    last = max(born.fork_step, ahead, *(step for scoring in asked for step in scoring.candidates))
+    tokens = sum(len(row["response_ids"]) for scoring in asked for row in scoring.samples.records())
+    scored = Cost(steps=0, tokens=tokens, seconds=sum(seconds_in(scoring.folder) for scoring in asked))
+    return cost_at(run, info.branch, last) + cache_cost(run, info.name) + scored
+
+
+def scored_before(run: RunDir, born: Segment) -> list[Scoring]:
+    """Scorings finished by the time the branch was born: what came later cannot have cost it anything."""
+    rows = Journal(run.segments_path).records()
+    birth = min(datetime.fromisoformat(row["time"]) for row in rows if row["branch"] == born.branch)
+    saved = {answer.folder: datetime.fromisoformat(answer.saved).replace(microsecond=0) for answer in all_scores(run)}
+    return [scoring for scoring in scorings(run) if scoring.folder in saved and saved[scoring.folder] <= birth]
+
+
+def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
+    """Held-out accuracy along the branch's line of descent, with its costs."""
+    line = descent(run, branch)
+    seen = {
+        step: report
+        for (owner, step), report in best_evals(run).items()
+        if any(stretch.branch == owner and stretch.owns(step) for stretch in line)
+    }
+    entropies = {
+        row["step"]: row["entropy"]
+        for stretch in line
+        for row in measured_steps(run, stretch.branch)
+        if stretch.owns(row["step"])
+    }
+    costs = standings(run, branch)
+    return [
+        CurvePoint(
+            arm=arm,
+            step=step,
+            total_steps=cost.steps,
+            total_tokens=cost.tokens,
+            total_seconds=cost.seconds,
+            accuracy=report.accuracy,
+            entropy=entropies.get(step),
+        )
+        for step, report in sorted(seen.items())
+        for cost in costs[step]
+    ]
+
+
+def standings(run: RunDir, branch: str) -> dict[int, list[Cost]]:
+    """Cost of standing at each step; at a replay's fork also the cost of being ready, with nothing learned yet."""
+    born = birth_segment(run, branch)
+    costs = {step: [cost] for step, cost in ledger(run, branch).items()}
+    if born.parent is not None:
+        costs[born.fork_step].append(entry_cost(run, born))
+    return costs
+
+
+def crossing(points: Sequence[CurvePoint], threshold: float) -> Crossing:
+    """The first evaluation at which the mean of it and its two neighbours reaches the threshold.
+
+    The ends have one neighbour. None in every field where the curve ends below: censored, not infinite.
+    """
+    distinct = [point for place, point in enumerate(points) if place == 0 or point.step != points[place - 1].step]
+    accuracies = [point.accuracy for point in distinct]
+    for place, point in enumerate(distinct):
+        near = accuracies[max(0, place - 1) : place + 2]
+        if sum(near) / len(near) >= threshold:
+            return Crossing(
+                arm=point.arm,
+                threshold=threshold,
+                step=point.step,
+                total_steps=point.total_steps,
+                total_tokens=point.total_tokens,
+                total_seconds=point.total_seconds,
+            )
+    arm = points[0].arm if points else ""
+    return Crossing(arm=arm, threshold=threshold, step=None, total_steps=None, total_tokens=None)

@@ -1,0 +1,24 @@
+"""Points of curves for other programs."""
+
+from npo_cli.compare_records import SeedPoint
+from npo_cli.report.sheet import write_points
+
+
+def test_a_point_is_a_line_and_what_is_not_known_is_empty(tmp_path):
+    point = SeedPoint(
+        arm='a, "b"',
+        seed=1,
+        run="r",
+        branch="main",
+        step=5,
+        updates=10,
+        tokens=99,
+        seconds=None,
+        accuracy=0.5,
+        entropy=None,
+    )
+    path = tmp_path / "new" / "points.csv"
+    write_points([point], path)
+    assert path.read_text() == (
+        'arm,seed,run,branch,step,updates,tokens,seconds,accuracy,entropy\n"a, ""b""",1,r,main,5,10,99,,0.5,\n'
+    )

@@ -1,0 +1,62 @@
+"""What makes arms alike: seen through `npo compare`, on real tiny runs of other kinds than a plain one."""
+
+from pathlib import Path
+
+import pytest
+
+from npo_cli.compare_records import ArmSummary
+from npo_cli.records import Notice
+from npo_cli.run_dir.guides import read_info
+from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.compare import compare_runs
+from tests.stages.running import LORA, resume, sample, train
+
+SETTINGS = ("eval.every=2", "task.heldout_size=8")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("plain") / "run"
+    train(root, *SETTINGS)
+    return root
+
+
+def second(*arms: str) -> tuple[ArmSummary, list[str]]:
+    """The second arm, and what was said."""
+    records = list(compare_runs(arms, thresholds=(), baseline=None, csv=None, figure=None))
+    _, arm = (one for one in records if isinstance(one, ArmSummary))
+    return arm, [one.message for one in records if isinstance(one, Notice)]
+
+
+def test_adapters_are_a_method_and_not_another_base(plain, tmp_path):
+    train(tmp_path / "lora", *SETTINGS, *LORA)
+    arm, said = second(f"whole={plain}", f"lora={tmp_path / 'lora'}")
+    assert (arm.mismatched, said) == ((), [])
+    assert arm.differs == ("model.lora.rank None -> 4", "train.lr 0.0003 -> 0.001")
+
+
+def test_adapters_beside_other_weights_are_not_alike(plain, tmp_path):
+    base = open_run(plain).checkpoint_folder("main", 4)
+    train(tmp_path / "near", *SETTINGS, *LORA)
+    train(tmp_path / "far", *SETTINGS, *LORA, f"model.path={base}")
+    arm, said = second(f"a={tmp_path / 'near'}", f"b={tmp_path / 'far'}")
+    path, weights = arm.mismatched
+    assert path.startswith("model.path ")
+    assert weights.startswith("base weights ")
+    assert [message.partition(" (")[0] for message in said] == [f"not alike: {path}", f"not alike: {weights}"]
+
+
+def test_a_guide_from_another_run_is_named_and_what_it_had_cost_there_is_told(plain, tmp_path):
+    train(tmp_path / "other", *SETTINGS, "train.seed=7")
+    sample(plain, source="run", origin=str(tmp_path / "other"), guide_step=None, name="taught")
+    resume(plain, at=2, guide="taught")
+    arm, said = second(f"a={plain}:main", f"b={plain}:taught")
+    assert arm.differs == ("guided by nobody -> run at 2",)
+    tokens = read_info(open_run(plain).guide_folder("taught")).side_tokens
+    assert said == [f"b: its guides had cost {tokens:,} tokens outside of its runs; no figure counts them"]
+
+
+def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_path):
+    train(tmp_path / "past", *SETTINGS, "experience.share=0.5", "inject.gate=1", "method.name=exgrpo")
+    arm, said = second(f"a={plain}:main", f"b={tmp_path / 'past'}")
+    assert (arm.differs, said) == (("experience.share 0.0 -> 0.5", "guided by nobody -> its past"), [])
