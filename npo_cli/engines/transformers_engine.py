@@ -96,7 +96,7 @@ class TransformersEngine:
         scored = []
         for request in asked:
             ids_1L = torch.tensor([request.prompt_ids + request.response_ids], device=self.model.device)
-            logps_LW = torch.log_softmax(self.model(ids_1L).logits[0].float(), dim=-1)
+            logps_LW = torch.log_softmax(self._logits(ids_1L)[0], dim=-1)
             first, response = len(request.prompt_ids), ids_1L[0, len(request.prompt_ids) :]
             scored.append(tuple(logps_LW[first - 1 : -1].gather(1, response[:, None])[:, 0].tolist()))
         return scored
@@ -114,12 +114,7 @@ class TransformersEngine:
     @torch.no_grad()
     def _generate_batch(self, batch: list[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         ids_NL, mask_NL, cache = self._prefill(batch)
-        sampler = SeededSampler(
-            [request.seed for request in batch],
-            num_tokens=max_new_tokens,
-            temperature=temperature,
-            device=ids_NL.device,
-        )
+        sampler = self._sampler(batch, num_tokens=max_new_tokens, temperature=temperature)
         with plain_generation(self.model):
             output_NX = self.model.generate(
                 ids_NL,
@@ -134,6 +129,15 @@ class TransformersEngine:
                 ),
             )
         return self._samples(batch, output_NX[:, ids_NL.shape[1] :], sampler)
+
+    def _logits(self, ids_1L: Tensor) -> Tensor:
+        """Of every position, in float32."""
+        return self.model(ids_1L).logits.float()
+
+    def _sampler(self, batch: list[SampleRequest], *, num_tokens: int, temperature: float) -> SeededSampler:
+        """Who chooses the tokens of this batch."""
+        seeds = [request.seed for request in batch]
+        return SeededSampler(seeds, num_tokens=num_tokens, temperature=temperature, device=self.model.device)
 
     def _prefill(self, batch: list[SampleRequest]) -> tuple[Tensor, Tensor, DynamicCache]:
         """Left-padded ids and mask of all rows, and a cache of all but their last prompt token."""

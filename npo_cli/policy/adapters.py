@@ -121,12 +121,16 @@ def base_beside(folder: Path) -> str:
 
 def load_adapters(model: PreTrainedModel, adapters: Adapters, folder: Path) -> None:
     """Copy a folder's adapters into the model; it is untouched where base, config or tensors are others."""
+    copy_tensors(adapter_tensors(model), read_adapters(model, adapters, folder))
+
+
+def read_adapters(model: PreTrainedModel, adapters: Adapters, folder: Path) -> dict[str, Tensor]:
+    """A folder's adapters, of the same base, config and shapes as the model's."""
     tensors = read_tensors(folder, TENSORS_FILE)
     _refuse_other_base(adapters, folder)
     _refuse_other_config(adapters, folder)
-    own = adapter_tensors(model)
-    check_tensors(own, tensors, folder)
-    copy_tensors(own, tensors)
+    check_tensors(adapter_tensors(model), tensors, folder)
+    return tensors
 
 
 def _refuse_other_base(adapters: Adapters, folder: Path) -> None:

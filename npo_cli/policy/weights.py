@@ -75,11 +75,16 @@ def _refuse(findings: Mapping[str, Sequence[str]], source: Path | str, mend: str
             raise NpoError(f"{source}: tensor {what}: {shown}", mend)
 
 
+def fitting_tensors(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The folder's weights, each of which has its place in the model."""
+    tensors = read_tensors(folder)
+    check_tensors(model.state_dict(), tensors, folder, tied=tied_names(model))
+    return tensors
+
+
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy the folder's weights into the model in place; the model is untouched when they do not fit."""
-    tensors, own = read_tensors(folder), model.state_dict()
-    check_tensors(own, tensors, folder, tied=tied_names(model))
-    copy_tensors(own, tensors)
+    copy_tensors(model.state_dict(), fitting_tensors(model, folder))
 
 
 @torch.no_grad()

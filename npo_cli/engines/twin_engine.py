@@ -1,0 +1,96 @@
+"""Sampling from pi_t (pi_t / pi_old)^a: two models read the same response, token by token, each with its own cache.
+
+The logits z of the two give those of the product, z_t + a (z_t - z_old), and the softmax normalises it; so the
+log-probabilities are those of the law that was sampled. The seeded sampler is the one of `transformers_engine`: a
+response depends on its seed alone. One prefill a prompt and one forward pass a token, of either model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from npo_cli.engines.requests import SampleRequest
+from npo_cli.engines.transformers_engine import SeededSampler, TransformersEngine
+
+
+def pushed_logits(new_NW: Tensor, old_NW: Tensor, strength: float) -> Tensor:
+    """z_t + a (z_t - z_old). A token that either model rules out stays impossible."""
+    ruled_out_NW = torch.isneginf(new_NW) | torch.isneginf(old_NW)
+    return (new_NW + strength * (new_NW - old_NW)).masked_fill(ruled_out_NW, -torch.inf)
+
+
+class OlderReader:
+    """The older model along the responses of a batch: asked after each token for its logits of the next."""
+
+    def __init__(self, model: PreTrainedModel, mask_NL: Tensor, cache: DynamicCache) -> None:
+        self.model, self.mask_NL, self.cache = model, mask_NL, cache
+        self.padded = not bool(mask_NL.all())
+
+    def read(self, input_ids: Tensor) -> Tensor:
+        """Reads the newest token of each row; the cache holds those before it."""
+        grown = input_ids.shape[1] - self.mask_NL.shape[1]
+        self.mask_NL = torch.nn.functional.pad(self.mask_NL, (0, grown), value=1)
+        output = self.model(
+            input_ids=input_ids[:, -1:],
+            attention_mask=self.mask_NL if self.padded else None,
+            position_ids=self.mask_NL.sum(-1, keepdim=True) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1].float()
+
+
+class TwinSampler(SeededSampler):
+    """Chooses from the product of two models' laws."""
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        *,
+        reader: OlderReader,
+        strength: float,
+        num_tokens: int,
+        temperature: float,
+        device: torch.device,
+    ) -> None:
+        super().__init__(seeds, num_tokens=num_tokens, temperature=temperature, device=device)
+        self.reader, self.strength = reader, strength
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The newer model's scores come from `generate`, the older one's from its reader."""
+        return super().__call__(input_ids, pushed_logits(scores.float(), self.reader.read(input_ids), self.strength))
+
+
+class TwinEngine(TransformersEngine):
+    """Samples from the live model pushed away from an older one, whose weights are never moved here."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        older: PreTrainedModel,
+        strength: float,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        max_rows: int,
+    ) -> None:
+        super().__init__(model, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=max_rows)
+        self.older = TransformersEngine(older, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=max_rows)
+        self.strength = strength
+
+    def _logits(self, ids_1L: Tensor) -> Tensor:
+        return pushed_logits(super()._logits(ids_1L), self.older._logits(ids_1L), self.strength)
+
+    def _sampler(self, batch: list[SampleRequest], *, num_tokens: int, temperature: float) -> SeededSampler:
+        _, mask_NL, cache = self.older._prefill(batch)
+        return TwinSampler(
+            [request.seed for request in batch],
+            reader=OlderReader(self.older.model, mask_NL, cache),
+            strength=self.strength,
+            num_tokens=num_tokens,
+            temperature=temperature,
+            device=self.model.device,
+        )

@@ -1,0 +1,106 @@
+"""A policy pushed along its own motion, away from how it was some steps ago: in its logits, or in its weights.
+
+In logits: pi_t (pi_t / pi_old)^a, normalised token by token; two models are held. In weights: theta_t + a (theta_t -
+theta_old), moved in place for as long as it is needed and put back bit for bit.
+
+Of adapters the product B A is pushed, (1 + a) B_t A_t - a B_old A_old, by joining the two along the rank:
+[(1 + a) B_t, -a B_old] and [A_t; A_old]. Pushing A and B each for itself would be another policy, off by
+(a + a^2) (B_t - B_old) (A_t - A_old). The base is never written to.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from npo_cli.policy.adapters import NAME, PREFIX, read_adapters
+from npo_cli.policy.logprobs import TokenRow, TokenScores, pack_rows, response_hidden
+from npo_cli.policy.model import Policy
+from npo_cli.policy.weights import fitting_tensors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushedPolicy:
+    """pi_t (pi_t / pi_old)^a: the policy of two models."""
+
+    new: Policy
+    old: Policy
+    strength: float
+    """The exponent a."""
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
+        """Score responses under the product of both laws; logits exist for one chunk of response tokens at a time."""
+        packed = pack_rows(rows, pad_id=self.new.pad_id, device=self.new.device)
+        parts = [response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (self.new, self.old)]
+        pieces = []
+        for start in range(0, len(packed.target_M), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            new_MW, old_MW = (head(hidden_MH[part]).float() for hidden_MH, head in parts)
+            logps_MW = torch.log_softmax((new_MW + self.strength * (new_MW - old_MW)) / temperature, dim=-1)
+            probs_MW = logps_MW.exp()
+            chosen_M = logps_MW.gather(1, packed.target_M[part, None])[:, 0]
+            pieces.append((chosen_M, -(probs_MW * logps_MW).sum(-1), probs_MW.square().sum(-1)))
+        logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*pieces, strict=True))
+        return TokenScores(
+            logps_NT=packed.spread(logps_M),
+            entropies_NT=packed.spread(entropies_M),
+            collisions_NT=packed.spread(collisions_M),
+        )
+
+
+@contextmanager
+def pushed(policy: Policy, folder: Path, *, strength: float) -> Iterator[None]:
+    """The policy's weights moved on from those of a checkpoint folder; afterwards bit for bit what they were."""
+    moved = _moved_weights(policy, folder, strength) if policy.adapters is None else _joined(policy, folder, strength)
+    parameters = _own_tensors(policy)
+    kept = {name: parameters[name].data for name in moved}
+    try:
+        for name, tensor in moved.items():
+            parameters[name].data = tensor
+        policy.mark_written()
+        yield
+    finally:
+        for name, tensor in kept.items():
+            parameters[name].data = tensor
+        policy.mark_written()
+
+
+def _own_tensors(policy: Policy) -> dict[str, Tensor]:
+    """Every live tensor by its own name."""
+    return dict(policy.model.state_dict(keep_vars=True))
+
+
+@torch.no_grad()
+def _moved_weights(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
+    """theta_t + a (theta_t - theta_old) in float32, of each tensor once: names that are tied share theirs."""
+    own, old = _own_tensors(policy), fitting_tensors(policy.model, folder)
+    by_storage = {own[name].data_ptr(): name for name in old}
+    return {name: _further(own[name], old[name], strength) for name in by_storage.values()}
+
+
+def _further(now: Tensor, before: Tensor, strength: float) -> Tensor:
+    new, old = now.detach().float(), before.to(now.device).float()
+    return (new + strength * (new - old)).to(now.dtype)
+
+
+@torch.no_grad()
+def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
+    """Adapters of twice the rank, whose product is (1 + a) B_t A_t - a B_old A_old."""
+    assert policy.adapters is not None
+    own, old = _own_tensors(policy), _live_names(read_adapters(policy.model, policy.adapters, folder))
+    return {name: _join(name, own[name].detach(), old[name].to(own[name].device), strength) for name in old}
+
+
+def _join(name: str, now: Tensor, before: Tensor, strength: float) -> Tensor:
+    if ".lora_A." in name:
+        return torch.cat([now, before.to(now.dtype)], dim=0)
+    return torch.cat([(1 + strength) * now, -strength * before.to(now.dtype)], dim=1)
+
+
+def _live_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names that peft gives to live adapters, from those of its files."""
+    return {name.removeprefix(PREFIX).replace(".weight", f".{NAME}.weight"): one for name, one in tensors.items()}
