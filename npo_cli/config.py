@@ -1,7 +1,8 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
 AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
-foreign trajectories in `npo_cli.inject_settings`, LoRA's in `npo_cli.lora_settings`.
+foreign trajectories in `npo_cli.inject_settings`, of extrapolated ones in `npo_cli.extrapolate_settings`, LoRA's in
+`npo_cli.lora_settings`.
 """
 
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from npo_cli.auto_settings import (
     RollbackSettings,
 )
 from npo_cli.engine_settings import EngineSettings, MismatchSettings
+from npo_cli.extrapolate_settings import ExtrapolateSettings
 from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSettings, MethodSettings
 from npo_cli.lora_settings import LoraSettings
 from npo_cli.settings import FREE, Count, Decay, Settings, Share
@@ -223,6 +225,7 @@ class Recipe(Settings):
     mismatch: MismatchSettings = MismatchSettings()
     inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
+    extrapolate: ExtrapolateSettings = ExtrapolateSettings()
     experience: ExperienceSettings = ExperienceSettings()
     method: MethodSettings = MethodSettings()
     score: ScoreSettings = ScoreSettings()
@@ -247,4 +250,24 @@ class Recipe(Settings):
             raise ValueError("experience.share composes its batches itself: sampling.dynamic must be false")
         if inject.shape != "none" and self.loss.kind != "grpo":
             raise ValueError(f"inject.shape=soft is defined for loss.kind=grpo, not for {self.loss.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _extrapolation_fits(self) -> "Recipe":
+        if self.guide.source != "extrapolated":
+            return self
+        extrapolate, train = self.extrapolate, self.train
+        if train.save_every > min(extrapolate.lags):
+            raise ValueError(
+                f"the older copy is a checkpoint {min(extrapolate.lags)} steps back: "
+                f"train.save_every must be at most that, got {train.save_every}"
+            )
+        if extrapolate.seat == "seats" and extrapolate.seats >= train.group_size:
+            raise ValueError("extrapolate.seats must be below train.group_size: the policy answers too")
+        if self.experience.share:
+            raise ValueError("experience.share and guide.source=extrapolated fill the same slots: choose one")
+        if extrapolate.space == "weights" and self.model.lora.rank is not None and self.engine.kind != "transformers":
+            raise ValueError(
+                "extrapolate.space=weights doubles the rank of adapters: it needs engine.kind=transformers"
+            )
         return self

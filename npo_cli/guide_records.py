@@ -31,9 +31,35 @@ class GuideTrajectory:
     """Ends with an end token; only a wrong one may not."""
 
 
-GuideSource = Literal["checkpoint", "self", "base", "model", "endpoint", "file", "past", "run"]
-"""Where a cache's trajectories come from: a later checkpoint of the line, the learner itself, step 0, an outside
-model's folder, a server, a file of traces, the run's own past successes, a checkpoint of another run."""
+GuideSource = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]
+"""Where a cache's trajectories come from: a later checkpoint of the line, the learner itself, step 0, the learner
+pushed along its own motion, an outside model's folder, a server, a file of traces, the run's own past successes, a
+checkpoint of another run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Push:
+    """How a policy is pushed along its own motion: pi_t (pi_t / pi_{t-k})^a, or the same of its weights."""
+
+    space: Literal["logits", "weights"]
+    k: int
+    """Steps back of the older copy."""
+    a: float
+    """How far, in motions of k steps."""
+
+    @property
+    def name(self) -> str:
+        """`logits:20:2`, as it is asked for."""
+        return f"{self.space}:{self.k}:{self.a:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushChoice:
+    """Which push is in force while training; part of the training state where it is chosen anew now and then."""
+
+    push: Push
+    asking: bool
+    """Whether anybody is asked: it backed off where the push showed nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +99,8 @@ class GuideInfo:
     """Tokens of trajectories that were not generated here (a file of traces), paid for by somebody else."""
     side_tokens: int = 0
     """Tokens that training the guide had cost in another run."""
+    older_step: int | None = None
+    """Of an extrapolated guide the step of its older copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +109,7 @@ class SourceScore:
 
     name: str
     """`past`, `self`, `step 60`, `model FOLDER`."""
-    kind: Literal["past", "base", "self", "near", "far", "run", "model", "endpoint", "file"]
+    kind: Literal["past", "base", "self", "extrapolated", "near", "far", "run", "model", "endpoint", "file"]
     distance: int | None
     """Optimiser steps ahead of the learner; None where it is no policy of the learner's line."""
     num_prompts: int
@@ -109,6 +137,7 @@ class SourceScore:
     unreliable: bool = False
     """V rests on too few samples."""
     kl_per_token: float | None = None
+    kl_per_sequence: float | None = None
     p_best_by: Mapping[str, float] = field(default_factory=dict)
     """p_best under every kind of V."""
     best_by: tuple[str, ...] = ()

@@ -50,6 +50,11 @@ class InjectSettings(Settings):
 class GuideSettings(Settings):
     """How a source is asked for its answers, and which are kept."""
 
+    source: Literal["cache", "extrapolated"] = Field(
+        "cache",
+        description="Who guides training: a cache given to npo resume, or the policy pushed along its own motion.",
+        json_schema_extra=FORK,
+    )
     k: Count = Field(8, description="Most samples a prompt.", json_schema_extra=FREE)
     round: Count = Field(
         2,

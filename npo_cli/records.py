@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Verdict = Literal["correct", "wrong", "unparseable", "timeout"]
-Source = Literal["own", "guide", "teacher", "past"]
-"""Who wrote a rollout: the policy itself, another checkpoint of its run, an outside model, the policy of long ago."""
+Source = Literal["own", "guide", "extrapolated", "teacher", "past"]
+"""Who wrote a rollout: the policy itself, another checkpoint of its run, the policy pushed along its own motion, an
+outside model, the policy of long ago."""
 MixOutcome = Literal["injected", "gate_closed", "no_guide", "off"]
 
 
@@ -96,6 +97,8 @@ class Group:
     """Whether a guide took a slot, or why not; `off` where no guide is at work."""
     own_accuracy: float | None = None
     """Share of the policy's own rollouts verified correct, before a guide took a slot."""
+    spare: tuple[Rollout, ...] = ()
+    """Answers that a guide gave at this step and that took no slot: generated, and not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,10 +21,13 @@ StepsOpt = Annotated[
     int | None,
     typer.Option("--steps", min=1, metavar="N", help="Length of the replay. [default: guide minus at, or the rest]"),
 ]
-Source = Literal["checkpoint", "self", "base", "model", "endpoint", "file", "past", "run"]
+Source = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]
 SourceOpt = Annotated[Source, typer.Option("--source", metavar="KIND", help="Who is asked, of the list above.")]
 OriginOpt = Annotated[
-    str | None, typer.Option("--from", metavar="WHAT", help="Where a model, endpoint, file or run is found.")
+    str | None,
+    typer.Option(
+        "--from", metavar="WHAT", help="Where a model, endpoint, file or run is found; extrapolated: SPACE:K:A."
+    ),
 ]
 ModelOpt = Annotated[str | None, typer.Option("--model", metavar="NAME", help="endpoint: name of its model.")]
 
@@ -47,7 +50,8 @@ def sample_guide(
     """Keep correct answers of a later step, or of others.
 
     Asked are the prompts that a replay from --at will visit; one verified-correct answer a prompt is kept.
-    --source: checkpoint (a later step of the run), self (the learner), base (step 0), model (--from a folder or hub
+    --source: checkpoint (a later step of the run), self (the learner), base (step 0), extrapolated
+    (the learner pushed along its own motion, --from logits:20:2 or weights:20:2), model (--from a folder or hub
     id), endpoint (--from an address that speaks OpenAI's language), file (--from traces in .jsonl or .parquet), past
     (the run's own earlier successes), run (--from another run, --guide a step of it).
     """

@@ -37,7 +37,8 @@ def score_sources(
     """Compare past, futures and teachers by S = Q/V.
 
     The learner itself and its later steps are always compared. --source adds: past (what it once got right), base (step
-    0), model=FOLDER_OR_HUB_ID, run=OTHER_RUN[:BRANCH], file=TRACES, endpoint=NAME@http://127.0.0.1:8000/v1.
+    0), extrapolated=SPACE:K:A (the learner pushed along its own motion; logits:20,40:1,2 is a grid of four),
+    model=FOLDER_OR_HUB_ID, run=OTHER_RUN[:BRANCH], file=TRACES, endpoint=NAME@http://127.0.0.1:8000/v1.
     """
     chosen = None if candidates is None else steps_in(candidates)
     recipe_of(run, overrides, branch=branch)
@@ -50,7 +51,7 @@ def score_sources(
         at=at,
         candidates=chosen,
         far=far,
-        sources=[asked_for(text) for text in source or ()],
+        sources=[ask for text in source or () for ask in asked_for(text)],
         branch=branch,
         figure=figure,
         overrides=overrides or (),

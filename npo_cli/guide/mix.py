@@ -52,6 +52,13 @@ def own_rollouts(group: Group) -> tuple[Rollout, ...]:
     return tuple(rollout for rollout in group.rollouts if not rollout.foreign)
 
 
+def own_accuracy(group: Group) -> float:
+    """Share of the learner's own rollouts that are verified correct."""
+    own = own_rollouts(group)
+    assert own and all(rollout.verdict is not None for rollout in own), "groups are verified before they are mixed"
+    return sum(rollout.verdict == "correct" for rollout in own) / len(own)
+
+
 def seat_guides(groups: Sequence[Group], guides: Guides, rule: SeatRule) -> tuple[Group, ...]:
     """Where at most `gate` of a group's own rollouts are correct, cached responses take its last slots, or new ones.
 
@@ -76,27 +83,21 @@ def mix_counts(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _seated(group: Group, guides: Sequence[GuideTrajectory], rule: SeatRule) -> Group:
-    own_accuracy = _own_accuracy(group)
-    if own_accuracy > rule.gate:
-        return replace(group, mix="gate_closed", own_accuracy=own_accuracy)
+    accuracy = own_accuracy(group)
+    if accuracy > rule.gate:
+        return replace(group, mix="gate_closed", own_accuracy=accuracy)
     if not guides:
-        return replace(group, mix="no_guide", own_accuracy=own_accuracy)
+        return replace(group, mix="no_guide", own_accuracy=accuracy)
     count = num_seats(rule, guides)
     first = rule.group_size - (count if rule.compose == "replace" else 0)
     guests = [_as_rollout(guide, first + place) for place, guide in enumerate(_chosen(guides, rule, count))]
-    return replace(group, rollouts=(*group.rollouts[:first], *guests), mix="injected", own_accuracy=own_accuracy)
+    return replace(group, rollouts=(*group.rollouts[:first], *guests), mix="injected", own_accuracy=accuracy)
 
 
 def _chosen(guides: Sequence[GuideTrajectory], rule: SeatRule, count: int) -> Sequence[GuideTrajectory]:
     if count == len(guides):
         return guides
     return random.Random(derive_seed(rule.seed, guides[0].prompt_id)).sample(guides, count)
-
-
-def _own_accuracy(group: Group) -> float:
-    own = own_rollouts(group)
-    assert own and all(rollout.verdict is not None for rollout in own), "groups are verified before they are mixed"
-    return sum(rollout.verdict == "correct" for rollout in own) / len(own)
 
 
 def _as_rollout(guide: GuideTrajectory, slot: int) -> Rollout:

@@ -92,13 +92,13 @@ def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
     """Adapters of twice the rank, whose product is (1 + a) B_t A_t - a B_old A_old."""
     assert policy.adapters is not None
     own, old = _own_tensors(policy), _live_names(read_adapters(policy.model, policy.adapters, folder))
-    return {name: _join(name, own[name].detach(), old[name].to(own[name].device), strength) for name in old}
-
-
-def _join(name: str, now: Tensor, before: Tensor, strength: float) -> Tensor:
-    if ".lora_A." in name:
-        return torch.cat([now, before.to(now.dtype)], dim=0)
-    return torch.cat([(1 + strength) * now, -strength * before.to(now.dtype)], dim=1)
+    joined = {}
+    for name, tensor in old.items():
+        now, before = own[name].detach(), tensor.to(own[name])
+        is_A = ".lora_A." in name
+        parts = [now, before] if is_A else [(1 + strength) * now, -strength * before]
+        joined[name] = torch.cat(parts, dim=0 if is_A else 1)
+    return joined
 
 
 def _live_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

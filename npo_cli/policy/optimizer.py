@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from npo_cli.auto_records import Mistake
 from npo_cli.config import TrainSettings
 from npo_cli.errors import NpoError, set_aside
-from npo_cli.guide_records import Experience, Success
+from npo_cli.guide_records import Experience, Push, PushChoice, Success
 
 STATE_FILE, SCALARS_FILE = "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -39,6 +39,8 @@ class TrainerState:
     """Newest failed prompts, oldest first: what AutoNPO asks again."""
     experience: Experience | None = None
     """Past successes to be replayed; None where the recipe has no use for them."""
+    choice: PushChoice | None = None
+    """How the policy is pushed along its own motion; None where that was never chosen anew."""
 
 
 def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> AdamW:
@@ -113,6 +115,8 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, *, state:
     }
     if state.experience is not None:
         scalars["experience"] = asdict(state.experience)
+    if state.choice is not None:
+        scalars["choice"] = asdict(state.choice)
     (folder / SCALARS_FILE).write_text(json.dumps(scalars))
 
 
@@ -163,13 +167,14 @@ def _state_of(scalars: Mapping[str, Any]) -> TrainerState:
         Mistake(prompt_id=prompt_id, step=step, accuracy=accuracy, epoch=epoch)
         for prompt_id, step, accuracy, epoch in scalars.get("mistakes", ())
     )
-    kept = scalars.get("experience")
+    kept, choice = scalars.get("experience"), scalars.get("choice")
     return TrainerState(
         step=scalars["step"],
         position=scalars["position"],
         trackers=scalars["trackers"],
         mistakes=mistakes,
         experience=None if kept is None else _experience_of(kept),
+        choice=choice and PushChoice(push=Push(**choice["push"]), asking=choice["asking"]),
     )
 
 

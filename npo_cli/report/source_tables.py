@@ -12,7 +12,7 @@ def sources_tables(scores: Sequence[SourceScore]) -> tuple[Table, ...]:
     return (_signal_table(ordered), _lead_table(ordered))
 
 
-RANKS = ("past", "base", "self", "near", "far", "run", "model", "endpoint", "file")
+RANKS = ("past", "base", "self", "extrapolated", "near", "far", "run", "model", "endpoint", "file")
 """Kinds of sources, from the learner's own past to others."""
 
 
@@ -34,6 +34,7 @@ def _signal_table(scores: Sequence[SourceScore]) -> Table:
         "tries",
         "Q - Q_self",
         "KL/token",
+        "KL/seq",
         "",
     )
     rows = tuple(
@@ -43,7 +44,7 @@ def _signal_table(scores: Sequence[SourceScore]) -> Table:
             _known(one.variance, one.variance_low, one.variance_high),
             _known(one.signal, one.signal_low, one.signal_high),
             *(number(one.p_best, digits=2), number(one.pass_at_1), number(one.num_tries, digits=1)),
-            *(number(one.quality_net), number(one.kl_per_token), _mark(one)),
+            *(number(one.quality_net), number(one.kl_per_token), number(one.kl_per_sequence), _mark(one)),
         )
         for one in scores
     )

@@ -84,6 +84,8 @@ def how_far(visit: Visit) -> str:
     guest = visit.guests[0]
     if guest.sampler_step is None:
         return who_wrote(guest)
+    if guest.source == "extrapolated":
+        return f"{who_wrote(guest)}: the policy that answered, pushed along its own motion"
     # The policy of step t has made t - 1 steps.
     ahead = guest.sampler_step - (visit.step - 1)
     return f"{who_wrote(guest)}: {abs(ahead)} steps {'ahead of' if ahead >= 0 else 'behind'} the policy that answered"

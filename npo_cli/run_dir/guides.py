@@ -130,6 +130,8 @@ def asking(info: GuideInfo) -> str:
     if info.source == "endpoint":
         what, _, model = info.origin.partition(" model ")
         tail = f" --model {as_typed(model)}"
+    elif info.source == "extrapolated":
+        what = info.origin.partition(" of ")[0]
     elif info.source == "run":
         what, _, place = info.origin.rpartition(" step ")
         tail = f" --guide {place.split()[0]}"

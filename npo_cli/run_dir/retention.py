@@ -78,7 +78,8 @@ def apply_retention(run: RunDir, branch: str, *, keep_anchors: int | None, keep_
 def protected_places(run: RunDir) -> set[Place]:
     """Checkpoints that something unfinished, or something that may be repeated, rests on.
 
-    Fork points; learner and guide of every guide cache; learner and candidates of every unfinished scoring; learner
+    Fork points; learner, guide and older copy of every guide cache; the older copies that an extrapolated guide of a
+    branch goes back to; learner and candidates of every unfinished scoring; learner
     and choice of the newest finished one; both ends of an intervention that a branch's recipe plans; and all that
     AutoNPO may go back to.
     """
@@ -88,8 +89,8 @@ def protected_places(run: RunDir) -> set[Place]:
             wanted.add((segment.parent, segment.fork_step))
     own_guides = [info for info in list_guides(run) if info.run_id == run.run_id]
     for info in own_guides:
-        steps = {info.at_step} if info.guide_step is None else {info.at_step, info.guide_step}
-        wanted |= {(info.branch, step) for step in steps}
+        steps = (info.at_step, info.guide_step, info.older_step)
+        wanted |= {(info.branch, step) for step in steps if step is not None}
     for scoring in scorings(run):
         if not scoring.finished:
             wanted |= _places_of(scoring)
@@ -100,8 +101,20 @@ def protected_places(run: RunDir) -> set[Place]:
     for branch in branches(run):
         planned = run.recipe(branch).get("intervention") or {}
         wanted |= {(branch, planned[end]) for end in ("at", "guide") if planned.get(end) is not None}
+        wanted |= older_copies(run, branch)
     wanted |= within_reach(run)
     return {(owner_of(run, branch, step), step) for branch, step in wanted}
+
+
+def older_copies(run: RunDir, branch: str) -> set[Place]:
+    """What an extrapolated guide needs from the newest checkpoint on: as far back as its k, and one save more."""
+    recipe = run.recipe(branch)
+    if recipe.get("guide", {}).get("source") != "extrapolated":
+        return set()
+    settings, every = recipe["extrapolate"], recipe["train"]["save_every"]
+    farthest = max((settings["k"], *settings["k_grid"]) if settings["refresh"] else (settings["k"],))
+    steps = [found.step for found in history(run, branch)]
+    return {(branch, step) for step in steps if step > max(steps) - farthest - every}
 
 
 def within_reach(run: RunDir) -> set[Place]:

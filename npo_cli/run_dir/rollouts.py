@@ -147,7 +147,7 @@ def exact_float32(logps_T: Sequence[float | None]) -> tuple[float, ...]:
 
 def group_row(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
     """One group as one line of the journal."""
-    return {
+    row = {
         "step": step,
         "num_groups": num_groups,
         "prompt": row_of(group.prompt),
@@ -155,6 +155,9 @@ def group_row(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
         "own_accuracy": group.own_accuracy,
         "rollouts": [_rollout_row(rollout) for rollout in group.rollouts],
     }
+    if group.spare:
+        row["spare"] = [_rollout_row(rollout) for rollout in group.spare]
+    return row
 
 
 def _rollout_row(rollout: Rollout) -> dict[str, Any]:
@@ -173,6 +176,7 @@ def group_of(row: dict[str, Any], source: Path) -> Group:
             rollouts=tuple(_rollout_of(rollout, source) for rollout in rollouts),
             mix=row.get("mix", "off"),
             own_accuracy=row.get("own_accuracy"),
+            spare=tuple(_rollout_of(rollout, source) for rollout in row.get("spare", ())),
         )
     except (KeyError, AttributeError, TypeError) as error:
         raise damaged(source, "a line is not a group") from error

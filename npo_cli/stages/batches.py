@@ -6,6 +6,7 @@ A step that a killed process had already recorded is read back instead of sample
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +45,15 @@ class Draw:
 
     parts: tuple[Part, ...]
     position: int
+
+
+class Live(Protocol):
+    """Somebody who is asked while the batch is drawn."""
+
+    def filled(
+        self, part: Part, before: Sequence[Group], *, seed_name: str, step: int
+    ) -> tuple[Sequence[Group], Sequence[Group]]:
+        """The part's groups as the policy answered them, and with others in their slots; `before` is on record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,9 +182,18 @@ def answered(world: World, part: Part, *, seed_name: str, step: int) -> list[Gro
     return [found[prompt.prompt_id] for prompt in part.prompts]
 
 
-def seated_in(part: Part, groups: Sequence[Group]) -> Sequence[Group]:
-    """The part's groups with its trajectories in their slots."""
-    return groups if part.guides is None else seat_guides(groups, part.guides, part.rule)
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """Slots go to trajectories that are at hand, or to nobody."""
+
+    world: World
+
+    def filled(
+        self, part: Part, before: Sequence[Group], *, seed_name: str, step: int
+    ) -> tuple[Sequence[Group], Sequence[Group]]:
+        """Own answers, on record or fresh, and the same groups with the part's trajectories in their slots."""
+        own = [own_part(group) for group in before] or answered(self.world, part, seed_name=seed_name, step=step)
+        return own, own if part.guides is None else seat_guides(own, part.guides, part.rule)
 
 
 def draw_batch(
@@ -186,15 +205,16 @@ def draw_batch(
     position: int,
     guidance: Guidance | None,
     draw: Draw | None = None,
+    live: Live | None = None,
 ) -> StepBatch:
     """Draw once, or with dynamic sampling until enough groups teach (after injection) or the limit is reached.
 
-    `draw` says which prompts; None takes the next of the data order.
+    `draw` says which prompts; None takes the next of the data order. `live` answers in the place of a cache.
     """
     recipe = world.recipe
     wanted = recipe.train.prompts_per_step
     guides = guidance.trajectories if guidance and step <= guidance.until_step else None
-    left = [own_part(group) for group in journal.read_step(step) or ()]
+    left = list(journal.read_step(step) or ())
     remembered = bool(left)
     own: list[Group] = []
     mixed: list[Group] = []
@@ -203,12 +223,12 @@ def draw_batch(
     while num_draws < (recipe.sampling.max_gen_batches if recipe.sampling.dynamic else 1):
         now = draw or window(world, seed_name=seed_name, step=step, position=position, guides=guides)
         num_draws, position = num_draws + 1, now.position
-        drawn = []
+        pairs = []
         for part in now.parts:
-            drawn.append(left[: len(part.prompts)] or answered(world, part, seed_name=seed_name, step=step))
-            left = left[len(part.prompts) :]
-        own += chain.from_iterable(drawn)
-        seated = list(chain.from_iterable(map(seated_in, now.parts, drawn)))
+            before, left = left[: len(part.prompts)], left[len(part.prompts) :]
+            pairs.append((live or Cached(world)).filled(part, before, seed_name=seed_name, step=step))
+        own += chain.from_iterable(drawn for drawn, _ in pairs)
+        seated = list(chain.from_iterable(seats for _, seats in pairs))
         mixed += seated
         weighed = with_advantages(world, seated)
         chosen += [entry for entry in weighed if entry.teaches] if recipe.sampling.dynamic else weighed

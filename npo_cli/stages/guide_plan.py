@@ -11,8 +11,10 @@ from npo_cli.policy.model import Policy
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.paths import RunDir, open_run
+from npo_cli.stages.ahead import Motion, motion_at
 from npo_cli.stages.authors import Author
 from npo_cli.stages.guide_cache import sampling_law
+from npo_cli.stages.pushes import EXAMPLE, push_of
 from npo_cli.stages.segment import LearnerAt, find_future
 from npo_cli.stages.world import World, open_world
 from npo_cli.tasks.prompts import Task
@@ -22,6 +24,7 @@ TAKES: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("--guide",),
     "self": (),
     "base": (),
+    "extrapolated": ("--from",),
     "model": ("--from",),
     "endpoint": ("--from", "--model"),
     "file": ("--from",),
@@ -30,6 +33,7 @@ TAKES: Mapping[str, tuple[str, ...]] = {
 }
 """Options that say who is asked, by source; of these only --guide may be left out."""
 EXAMPLES = {
+    "extrapolated": f"--from {EXAMPLE}",
     "model": "--from FOLDER_OR_HUB_ID",
     "endpoint": "--from http://127.0.0.1:8000/v1 --model NAME",
     "file": "--from traces.jsonl",
@@ -44,7 +48,7 @@ class Ask:
     source: str = "checkpoint"
     guide_step: int | None = None
     origin: str | None = None
-    """Folder, hub id, address, file or run, as the source has it."""
+    """Folder, hub id, address, file, run, or SPACE:K:A, as the source has it."""
     model: str | None = None
     """Name of the model at an address."""
 
@@ -81,6 +85,8 @@ class Plan:
     """Where the author is a checkpoint of this run."""
     other: OtherRun | None = None
     """Where it is one of another run."""
+    motion: Motion | None = None
+    """Where it is the learner pushed along its own motion."""
     purpose: str = "guide"
     """In the seeds: what is sampled to choose a source is not what is sampled to learn from it."""
 
@@ -135,6 +141,7 @@ class OpenSource:
             source=self.plan.ask.source,
             origin=self.origin,
             side_tokens=self.side_tokens,
+            older_step=None if self.plan.motion is None else self.plan.motion.older.step,
         )
 
 
@@ -143,6 +150,7 @@ def plan_of(run: RunDir, learner: LearnerAt, ask: Ask, *, steps: int | None) -> 
     refuse_misplaced_options(ask)
     guide = chosen_guide(run, learner, ask)
     other = chosen_run(run, ask) if ask.source == "run" else None
+    motion = chosen_motion(run, learner, ask) if ask.source == "extrapolated" else None
     if ask.source == "file":
         refuse_no_file(Path(ask.origin or "").expanduser())
     if ask.source == "endpoint":
@@ -154,7 +162,7 @@ def plan_of(run: RunDir, learner: LearnerAt, ask: Ask, *, steps: int | None) -> 
     num_steps = steps or learner.recipe.intervention.steps or (ahead if ahead > 0 else rest)
     if num_steps < 1:
         raise NpoError(f"step {learner.step} is the run's last: how long is the replay?", "add --steps N")
-    return Plan(run=run, learner=learner, ask=ask, num_steps=num_steps, guide=guide, other=other)
+    return Plan(run=run, learner=learner, ask=ask, num_steps=num_steps, guide=guide, other=other, motion=motion)
 
 
 def refuse_misplaced_options(ask: Ask) -> None:
@@ -188,6 +196,23 @@ def chosen_guide(run: RunDir, learner: LearnerAt, ask: Ask) -> Checkpoint | None
             f"add --guide STEP; the best is named by: npo score-checkpoints {as_typed(run.root)} --at {learner.step}",
         )
     return find_future(run, learner, step)
+
+
+def chosen_motion(run: RunDir, learner: LearnerAt, ask: Ask) -> Motion:
+    """SPACE:K:A, with the older copy that lies so far behind the learner."""
+    push, recipe = push_of(ask.origin or ""), learner.recipe
+    if push.space == "weights" and recipe.model.lora.rank is not None and recipe.engine.kind != "transformers":
+        raise NpoError(
+            f"{push.name} doubles the rank of adapters, which engine.kind={recipe.engine.kind} does not take",
+            "add engine.kind=transformers, or push the logits",
+        )
+    found = motion_at(run, learner.branch, push, step=learner.step, every=recipe.train.save_every)
+    if found is None:
+        raise NpoError(
+            f"step {learner.step} has no older copy {push.k} steps back",
+            "choose a later learner with --at, or a smaller k",
+        )
+    return found
 
 
 def chosen_run(run: RunDir, ask: Ask) -> OtherRun:

@@ -4,6 +4,7 @@
 |---|---|---|
 | checkpoint | a later step of the learner's line | its forward pass |
 | self, base | the learner itself, step 0: controls (is it the future, or only more samples?) | its forward pass |
+| extrapolated | the learner pushed along its own motion (`guide/EXTRAPOLATED.md`) | a forward pass under the same law |
 | model | an outside model, from a folder or the hub | its forward pass, if it has the learner's tokenizer |
 | run | a checkpoint of another run (RLEP's converged seed run) | as of a model |
 | endpoint | a model behind an OpenAI-compatible address | none |
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from npo_cli.policy.model import Policy
 from npo_cli.stages.checkpoint_author import CheckpointAuthor
 from npo_cli.stages.endpoint_author import open_endpoint
+from npo_cli.stages.extrapolated_author import open_extrapolated
 from npo_cli.stages.guide_plan import OpenSource, Plan
 from npo_cli.stages.outside_author import open_outside
 from npo_cli.stages.past_author import open_past
@@ -51,6 +53,7 @@ SOURCES: Mapping[str, Callable[[Plan, Task, Policy], OpenSource]] = {
     "checkpoint": open_checkpoint,
     "self": open_checkpoint,
     "base": open_checkpoint,
+    "extrapolated": open_extrapolated,
     "model": open_outside,
     "run": open_outside,
     "endpoint": open_endpoint,

@@ -23,7 +23,9 @@ from npo_cli.run_dir.steps import StepJournals, append_event
 from npo_cli.stages.batches import Guidance, StepBatch, draw_batch
 from npo_cli.stages.evaluate import evaluate_policy
 from npo_cli.stages.experience import composed, learned
+from npo_cli.stages.extrapolation import Extrapolator, Helper
 from npo_cli.stages.measures import peak_memory_mb, step_metrics, tracked
+from npo_cli.stages.push_refresh import Refresh, refreshed, with_choice
 from npo_cli.stages.saving import save_checkpoint
 from npo_cli.stages.signals import StopFlag
 from npo_cli.stages.update import Updater, train_rows
@@ -44,6 +46,8 @@ class Trainer:
     guidance: Guidance | None
     reference: Policy | None
     """Frozen base model; only where the loss has a KL term."""
+    extrapolator: Extrapolator | None = None
+    """Only where the policy's own motion guides."""
 
 
 Watcher = Callable[[StepReport], bool]
@@ -91,7 +95,8 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     """Draw, learn, write down. The last part of the answer is a remark where a replayed step came out differently."""
     world, step = trainer.world, state.step + 1
     started = time.perf_counter()
-    batch, memory = drawn_batch(trainer, state)
+    state, refresh, helper = helped(trainer, state)
+    batch, memory = drawn_batch(trainer, state, helper)
     drawn = time.perf_counter()
     world.engine.rest()
     lr = lr_at(step, world.recipe.train)
@@ -101,6 +106,10 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     metrics = step_metrics(world, batch, update, lr=lr)
     if memory is not None:
         metrics |= sizes(memory)
+    if helper is not None:
+        metrics |= helper.metrics(batch)
+    if refresh is not None:
+        metrics = with_choice(metrics, refresh)
     trackers = tracked(state.trackers, metrics)
     metrics |= {name: value for name, value in trackers.items() if name != "ema_weight"}
     timings = {
@@ -121,13 +130,27 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     return after, report, odd
 
 
-def drawn_batch(trainer: Trainer, state: TrainerState) -> tuple[StepBatch, Experience | None]:
+def helped(trainer: Trainer, state: TrainerState) -> tuple[TrainerState, Refresh | None, Helper | None]:
+    """How the policy is pushed at this step, chosen anew where that is due, and who then helps.
+
+    Nobody does while a cache is at work: the slots are its own.
+    """
+    busy = trainer.guidance is not None and state.step < trainer.guidance.until_step
+    if trainer.extrapolator is None or busy:
+        return state, None, None
+    refresh = refreshed(trainer.extrapolator, state, seed_name=trainer.seed_name)
+    if refresh is not None:
+        state = replace(state, choice=refresh.choice)
+    return state, refresh, trainer.extrapolator.helper(state)
+
+
+def drawn_batch(trainer: Trainer, state: TrainerState, helper: Helper | None) -> tuple[StepBatch, Experience | None]:
     """The step's batch, and the memory of past successes behind it: from the data order alone where there is none."""
     world, memory, draw = trainer.world, state.experience, None
     place = {"seed_name": trainer.seed_name, "step": state.step + 1, "position": state.position}
     if memory is not None and memory.started:
         draw = composed(world, memory, **place)
-    batch = draw_batch(world, trainer.rollouts, **place, guidance=trainer.guidance, draw=draw)
+    batch = draw_batch(world, trainer.rollouts, **place, guidance=trainer.guidance, draw=draw, live=helper)
     if memory is not None:
         memory = learned(world, batch, memory, before=state.step, position=state.position)
     return batch, memory

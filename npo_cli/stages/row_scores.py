@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from npo_cli.config import Recipe
+from npo_cli.policy.extrapolated import PushedPolicy
 from npo_cli.policy.logprobs import TokenRow, micro_batches
 from npo_cli.policy.model import Policy
 
@@ -24,7 +25,7 @@ class RowScores:
 
 @torch.no_grad()
 def row_scores(
-    policy: Policy, recipe: Recipe, rows: Sequence[TokenRow], *, temperature: float | None = None
+    policy: Policy | PushedPolicy, recipe: Recipe, rows: Sequence[TokenRow], *, temperature: float | None = None
 ) -> list[RowScores]:
     """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
     heat = recipe.sampling.temperature if temperature is None else temperature

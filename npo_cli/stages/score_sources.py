@@ -206,22 +206,21 @@ def source_score(
 ) -> SourceScore:
     """One arm's line, with what must be known of it."""
     kind, samples = field.kind(score.step), samples_of(contest, score.step)
-    num_samples = len(samples)
     known = SourceScore(
         name=field.name(score.step),
         kind=kind,
         distance=None if score.step < 0 else score.step - field.learner.step,
         num_prompts=score.num_prompts,
-        num_samples=num_samples,
-        num_tries=num_samples / score.num_prompts,
+        num_samples=len(samples),
+        num_tries=len(samples) / score.num_prompts,
         quality_kind="any of what is given" if kind in ("past", "file") else score.quality_kind,
         quality=score.quality,
         quality_low=score.quality_low,
         quality_high=score.quality_high,
         quality_net=score.quality_net,
-        pass_at_1=sum(sample.correct for sample in samples) / num_samples if num_samples else 0.0,
+        pass_at_1=sum(sample.correct for sample in samples) / len(samples) if samples else 0.0,
         variance_kind=score.variance_kind,
-        note="; ".join(filter(None, (_origin_note(kind), _gap_note(score.step in charged, num_samples)))),
+        note="; ".join(filter(None, (_origin_note(kind), _gap_note(score.step in charged, len(samples))))),
     )
     if score.step not in charged:
         return known
@@ -238,6 +237,7 @@ def source_score(
         chosen=score.chosen,
         unreliable=score.unreliable,
         kl_per_token=score.kl_per_token,
+        kl_per_sequence=score.kl_per_sequence,
         p_best_by={which: lead.p_best_A[place] for which, lead in leads.items()},
         best_by=tuple(which for which, lead in leads.items() if lead.place == place),
     )

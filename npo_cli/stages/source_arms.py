@@ -22,12 +22,13 @@ from npo_cli.stages.contest import CHUNK_PROMPTS, PROBE, Contest
 from npo_cli.stages.guide_plan import Ask, Plan, plan_of
 from npo_cli.stages.guide_sources import open_source
 from npo_cli.stages.outside_author import fitted, load_outside
+from npo_cli.stages.pushes import pushes_of
 from npo_cli.stages.ratios import JudgedSample
 from npo_cli.stages.sample_guide import told
 from npo_cli.stages.segment import LearnerAt
 from npo_cli.tasks.prompts import Task
 
-KINDS = ("past", "base", "run", "model", "endpoint", "file")
+KINDS = ("past", "base", "extrapolated", "run", "model", "endpoint", "file")
 GIVEN = frozenset({"past", "file"})
 """Sources that generate nothing: their samples are not fresh, and as many a prompt as there happen to be."""
 
@@ -56,15 +57,20 @@ class SourceArm:
         return f"{self.kind} {self.plan.origin}".rstrip().partition(" of run ")[0]
 
 
-def asked_for(text: str) -> Ask:
-    """`past`, `base`, `model=FOLDER`, `run=OTHER[:BRANCH]`, `file=TRACES`, `endpoint=NAME@http://...`."""
+def asked_for(text: str) -> list[Ask]:
+    """`past`, `base`, `model=FOLDER`, `run=OTHER[:BRANCH]`, `file=TRACES`, `endpoint=NAME@http://...`.
+
+    `extrapolated=SPACE:K:A` may be a grid, and is then several.
+    """
     kind, _, what = text.partition("=")
     if kind not in KINDS:
         raise NpoError(f"--source {text}: there is no kind {kind!r} to compare", f"--source takes {', '.join(KINDS)}")
     if kind == "endpoint":
         name, _, address = what.partition("@")
-        return Ask(source=kind, origin=address or None, model=name or None)
-    return Ask(source=kind, origin=what or None)
+        return [Ask(source=kind, origin=address or None, model=name or None)]
+    if kind == "extrapolated":
+        return [Ask(source=kind, origin=push.name) for push in pushes_of(what)]
+    return [Ask(source=kind, origin=what or None)]
 
 
 def source_arms(run: RunDir, learner: LearnerAt, asked: Sequence[Ask], *, num_steps: int) -> list[SourceArm]:
@@ -84,6 +90,8 @@ def _digest(plan: Plan) -> str:
     """Of a file, of another run's checkpoint, of the weights in a folder; a hub id and an address are their names."""
     if plan.other:
         return plan.other.checkpoint.digest
+    if plan.motion:
+        return plan.motion.older.digest
     path = Path(plan.origin).expanduser()
     if plan.ask.source == "file":
         return sha256_of(path)

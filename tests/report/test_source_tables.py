@@ -11,7 +11,8 @@ NEAR = SourceScore(
     name="step 60", kind="near", distance=20, num_prompts=10, num_samples=80, num_tries=8.0, quality_kind="pass@k",
     quality=0.5, quality_low=0.4, quality_high=0.6, quality_net=0.25, pass_at_1=0.2, variance_kind="group2",
     variance=2.0, variance_low=1.5, variance_high=2.5, signal=0.25, signal_low=0.2, signal_high=0.3, p_best=0.75,
-    chosen=True, kl_per_token=0.02, p_best_by={"group2": 0.75, "kl_exp": 0.25}, best_by=("group2",),
+    chosen=True, kl_per_token=0.02, kl_per_sequence=0.3, p_best_by={"group2": 0.75, "kl_exp": 0.25},
+    best_by=("group2",),
 )  # fmt: skip
 ITSELF = replace(
     NEAR, name="self", kind="self", distance=0, quality_net=0.0, p_best=0.25, chosen=False,
@@ -29,7 +30,7 @@ def test_sources_stand_from_the_own_past_to_others_and_an_unknown_v_is_a_dash():
     assert [row[0] for row in signal.rows] == ["self", "step 60", "model teach"]
     assert signal.rows[1] == (
         *("step 60", "near", "20", "0.500 [0.400, 0.600]", "2.000 [1.500, 2.500]", "0.250 [0.200, 0.300]"),
-        *("0.75", "0.200", "8.0", "0.250", "0.020", "<- largest S"),
+        *("0.75", "0.200", "8.0", "0.250", "0.020", "0.300", "<- largest S"),
     )
     assert signal.rows[2][2:7] == ("-", "0.900 [0.800, 1.000]", "-", "-", "-")
     assert signal.notes[-1] == "model teach: no V."

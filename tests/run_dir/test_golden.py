@@ -142,7 +142,8 @@ GUIDE = """\
  "has_logps": true,
  "num_trajectories": 1,
  "given_tokens": 0,
- "side_tokens": 0
+ "side_tokens": 0,
+ "older_step": null
 }
 """
 

@@ -42,7 +42,7 @@ def foreigner(tmp_path_factory) -> Path:
 def records_of(root: Path, *sources: str, **options: Any) -> list:
     asked = {"at": 4, "candidates": None, "far": None, "branch": None, "figure": None} | options
     overrides = (*QUICK, *asked.pop("overrides", ()))
-    ask = [asked_for(text) for text in sources]
+    ask = [ask for text in sources for ask in asked_for(text)]
     return list(score_sources(root, sources=ask, overrides=overrides, allow_code=False, **asked))
 
 

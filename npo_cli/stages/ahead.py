@@ -1,0 +1,192 @@
+"""The policy pushed along its own motion, asked like any other: which older copy, how far, in logits or in weights.
+
+The older copy is a checkpoint of the line. Training leaves one every `train.save_every` steps, so it is the newest of
+these that lies at least k steps back; of a copy that lies further the motion is longer, and a is made smaller by as
+much: what is forecast is always a k steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from npo_cli.engines.twin_engine import TwinEngine
+from npo_cli.errors import NpoError, as_typed
+from npo_cli.guide_records import Push
+from npo_cli.policy.extrapolated import PushedPolicy, pushed
+from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.records import Group, Prompt
+from npo_cli.run_dir.checkpoints import Checkpoint, history, require_whole
+from npo_cli.run_dir.paths import RunDir
+from npo_cli.stages.authors import Pairs, forward_logps
+from npo_cli.stages.row_scores import row_scores
+from npo_cli.stages.world import World, answer, load_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Motion:
+    """What is pushed: from an older copy to the policy of a step, and beyond."""
+
+    push: Push
+    step: int
+    """Of the policy."""
+    older: Checkpoint
+
+    @property
+    def lag(self) -> int:
+        """Steps between the two; k, or a little more where no checkpoint lies exactly there."""
+        return self.step - self.older.step
+
+    @property
+    def strength(self) -> float:
+        """a k / lag."""
+        return self.push.a * self.push.k / self.lag
+
+
+def motion_at(run: RunDir, branch: str, push: Push, *, step: int, every: int) -> Motion | None:
+    """From the newest checkpoint of the line that lies at least k steps back; None while there is none so far back.
+
+    Only steps that training leaves by plan count: where a run was stopped and resumed decides nothing.
+    """
+    if step < push.k:
+        return None
+    steps = [found for found in history(run, branch) if found.step <= step - push.k and found.step % every == 0]
+    newest = max(steps, key=lambda found: found.step, default=None)
+    if newest is None or step - newest.step >= 2 * push.k:
+        raise NpoError(
+            f"{run.root} has no checkpoint of {branch} in steps {max(0, step - 2 * push.k + 1)} to {step - push.k}, "
+            f"where the older copy of k={push.k} belongs",
+            f"set train.save_every to {push.k} or less and train.keep_guides higher when it is trained, or choose "
+            f"another k: npo index {as_typed(run.root)}",
+        )
+    return Motion(push=push, step=step, older=newest)
+
+
+class Ahead(Protocol):
+    """The pushed policy at work."""
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        label: tuple[str | int, ...],
+        slots: Sequence[int],
+        temperature: float | None = None,
+    ) -> list[Group]:
+        """Verified answers; the seed of each is that of (run seed, *label, prompt id, slot)."""
+
+    def logps(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
+        """Per-token log-probabilities (nats) under the pushed policy, from the trainer's pass."""
+
+    @property
+    def forwards_per_token(self) -> int:
+        """Forward passes behind one token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InLogits:
+    """Two models side by side."""
+
+    world: World
+    """Its engine is the twin."""
+    pair: PushedPolicy
+    motion: Motion
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        label: tuple[str | int, ...],
+        slots: Sequence[int],
+        temperature: float | None = None,
+    ) -> list[Group]:
+        """From the product of both laws."""
+        step = self.motion.step
+        return _told(answer(self.world, prompts, label=label, slots=slots, sampler_step=step, temperature=temperature))
+
+    def logps(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
+        """Of the normalised product."""
+        encode = self.world.policy.encode
+        rows = [TokenRow(prompt_ids=encode(prompt), response_ids=rollout.response_ids) for prompt, rollout in pairs]
+        scored = row_scores(self.pair, self.world.recipe, rows, temperature=temperature)
+        return [tuple(scores.logps_T.tolist()) for scores in scored]
+
+    @property
+    def forwards_per_token(self) -> int:
+        """One of each model."""
+        return 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InWeights:
+    """One model, whose weights are moved for as long as it is asked."""
+
+    world: World
+    motion: Motion
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        label: tuple[str | int, ...],
+        slots: Sequence[int],
+        temperature: float | None = None,
+    ) -> list[Group]:
+        """By whatever engine the run has, which is sent the moved weights."""
+        step = self.motion.step
+        with pushed(self.world.policy, self.motion.older.path, strength=self.motion.strength):
+            return _told(
+                answer(self.world, prompts, label=label, slots=slots, sampler_step=step, temperature=temperature)
+            )
+
+    def logps(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
+        """Of the moved weights."""
+        with pushed(self.world.policy, self.motion.older.path, strength=self.motion.strength):
+            return forward_logps(self.world, pairs, temperature=temperature)
+
+    @property
+    def forwards_per_token(self) -> int:
+        """As of any policy."""
+        return 1
+
+
+def older_policy(world: World, motion: Motion, *, into: Policy | None = None) -> Policy | None:
+    """The older copy, whole to the last byte: in a second model where logits are pushed, perhaps one at hand."""
+    if motion.push.space == "weights":
+        require_whole(motion.older)
+        return None
+    if into is None:
+        into = load_policy(world.recipe.model, motion.older.path)
+        into.model.requires_grad_(False)
+    load_checkpoint(into, motion.older)
+    return into
+
+
+def open_ahead(world: World, motion: Motion, *, old: Policy | None = None) -> InLogits | InWeights:
+    """The pushed policy; the world holds the weights of the motion's step, and `old` those of its older copy."""
+    if motion.push.space == "weights":
+        return InWeights(world=world, motion=motion)
+    assert old is not None, "logits are pushed away from those of a second model"
+    policy, strength = world.policy, motion.strength
+    twin = TwinEngine(
+        policy.model,
+        policy.tokenizer,
+        older=old.model,
+        strength=strength,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        max_rows=world.recipe.engine.max_rows,
+    )
+    return InLogits(
+        world=replace(world, engine=twin, sync=replace(world.sync, engine=twin, proved=None)),
+        pair=PushedPolicy(new=policy, old=old, strength=strength),
+        motion=motion,
+    )
+
+
+def _told(groups: Sequence[Group]) -> list[Group]:
+    """Who wrote these answers is on record."""
+    return [
+        replace(group, rollouts=tuple(replace(rollout, source="extrapolated") for rollout in group.rollouts))
+        for group in groups
+    ]

@@ -1,0 +1,159 @@
+"""Every `extrapolate.refresh` steps: which k and a is the policy pushed by, and is it worth asking at all?
+
+The learner and every push of the grid answer the newest failed prompts, `extrapolate.samples` times each. Everything
+is a function of seed and step, so a killed run decides the same again. Its tokens are charged to the step that follows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from npo_cli.extrapolate_settings import ExtrapolateSettings
+from npo_cli.guide.evidence import Arm, PromptOutcome, SignalKnobs
+from npo_cli.guide.push_choice import PushTrial, best_of, choice_of, lower_net, row_of
+from npo_cli.guide.signal import rank_arms
+from npo_cli.guide_records import Push, PushChoice
+from npo_cli.policy.optimizer import TrainerState
+from npo_cli.records import Group, Prompt
+from npo_cli.run_dir.steps import append_event
+from npo_cli.seeds import derive_seed
+from npo_cli.stages.authors import forward_logps
+from npo_cli.stages.extrapolation import Extrapolator, push_in_force
+from npo_cli.stages.ratios import JudgedSample, learner_ratios
+from npo_cli.stages.world import World, answer
+
+ITSELF = 0
+"""Number of the learner's own arm; the pushes count from 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refresh:
+    """What a choice came to, and what it took."""
+
+    choice: PushChoice
+    best: PushTrial | None
+    tokens: int
+    forwards: int
+
+    def metrics(self) -> dict[str, float]:
+        """For the line of the step that follows."""
+        told = {
+            "extrapolate/asking": float(self.choice.asking),
+            "extrapolate/k": float(self.choice.push.k),
+            "extrapolate/a": self.choice.push.a,
+            "extrapolate/choice_tokens": float(self.tokens),
+        }
+        if self.best is not None:
+            told |= {
+                "extrapolate/quality_net": self.best.quality_net,
+                "extrapolate/quality_net_low": self.best.quality_net_low,
+                "extrapolate/kl_per_sequence": self.best.kl_per_sequence,
+            }
+        return told
+
+
+def with_choice(metrics: Mapping[str, float], refresh: Refresh) -> dict[str, float]:
+    """A step's metrics, charged with the choice that was made before it."""
+    tokens = metrics["tokens"]
+    forwards = metrics.get("forwards", tokens)
+    charged = {"tokens": tokens + refresh.tokens, "forwards": forwards + refresh.forwards}
+    return {**metrics, **refresh.metrics(), **charged}
+
+
+def refreshed(extrapolator: Extrapolator, state: TrainerState, *, seed_name: str) -> Refresh | None:
+    """A new choice where one is due after `state` and something was failed; None where the old one stands."""
+    world, settings = extrapolator.world, extrapolator.world.recipe.extrapolate
+    due = settings.refresh and state.step % settings.refresh == 0 and state.step >= min(settings.k_grid)
+    prompts = newest_mistakes(world, state) if due else []
+    if not prompts:
+        return None
+    label = ("refresh", seed_name, state.step)
+    own = answer(world, prompts, label=label, slots=range(settings.samples), sampler_step=state.step)
+    itself, tokens = arm_of(world, own, forward_logps(world, _pairs(own)), number=ITSELF), _tokens(own)
+    forwards, arms = tokens, {}
+    for push in pushes_in_reach(settings, step=state.step):
+        ahead = extrapolator.ahead(push, step=state.step)
+        assert ahead is not None, "a copy lies so far back"
+        groups = ahead.answer(prompts, label=(*label, push.name), slots=range(settings.samples))
+        arms[push] = arm_of(world, groups, ahead.logps(_pairs(groups)), number=len(arms) + 1)
+        tokens += _tokens(groups)
+        forwards += ahead.forwards_per_token * _tokens(groups)
+    trials = trials_of(world, itself, arms, step=state.step)
+    best = best_of(trials, max_kl=settings.max_kl)
+    choice = choice_of(best, standing=push_in_force(world.recipe, state.choice))
+    details = {"branch": extrapolator.branch, "step": state.step, "num_prompts": len(prompts), "tokens": tokens}
+    decided = {"push": choice.push.name, "asking": choice.asking, "trials": [row_of(trial) for trial in trials]}
+    append_event(world.run, "extrapolated", details | decided)
+    return Refresh(choice=choice, best=best, tokens=tokens, forwards=forwards)
+
+
+def pushes_in_reach(settings: ExtrapolateSettings, *, step: int) -> list[Push]:
+    """The grid, as far as there was time to move."""
+    return [Push(space=settings.space, k=k, a=a) for k, a in product(settings.k_grid, settings.a_grid) if k <= step]
+
+
+def newest_mistakes(world: World, state: TrainerState) -> list[Prompt]:
+    """Distinct prompts of the pool of mistakes that the gate would let in, the newest first."""
+    known = {prompt.prompt_id: prompt for prompt in world.task.train}
+    gate = world.recipe.inject.gate
+    failed = dict.fromkeys(each.prompt_id for each in reversed(state.mistakes) if each.accuracy <= gate)
+    return [known[name] for name in failed if name in known][: world.recipe.extrapolate.prompts]
+
+
+def arm_of(world: World, groups: Sequence[Group], logps: Sequence[tuple[float, ...]], *, number: int) -> Arm:
+    """Outcomes prompt by prompt, and the ratios of the learner to who wrote; the learner's weights are at hand."""
+    pairs = _pairs(groups)
+    samples = [
+        (prompt, JudgedSample.of_rollout(number, rollout, logps_T))
+        for (prompt, rollout), logps_T in zip(pairs, logps, strict=True)
+    ]
+    outcomes = [
+        PromptOutcome(
+            prompt_id=group.prompt.prompt_id,
+            num_samples=len(group.rollouts),
+            num_correct=sum(one.verdict == "correct" and one.finished for one in group.rollouts),
+        )
+        for group in groups
+    ]
+    ratios = learner_ratios(world, samples, cap=world.recipe.score.cap)
+    return Arm(step=number, distance=number, outcomes=outcomes, ratios=ratios)
+
+
+def trials_of(world: World, itself: Arm, arms: Mapping[Push, Arm], *, step: int) -> list[PushTrial]:
+    """S and KL of each push as every scoring measures them, and its Q_net."""
+    recipe = world.recipe
+    score, settings = recipe.score, recipe.extrapolate
+    knobs = SignalKnobs(
+        quality=score.quality,
+        k=settings.samples,
+        variance=score.variance,
+        kappa=score.kappa,
+        cap=score.cap,
+        average=score.average,
+        alpha=score.alpha,
+        rule=score.rule,
+        group_size=recipe.train.group_size,
+        resamples=score.resamples,
+        seed=derive_seed(recipe.train.seed, "refresh", step),
+    )
+    trials = []
+    for (push, arm), found in zip(arms.items(), rank_arms(itself, list(arms.values()), knobs), strict=True):
+        net, low = lower_net(arm.outcomes, itself.outcomes, k=knobs.quality_k, confidence=settings.confidence)
+        trials.append(
+            PushTrial(
+                push=push,
+                quality_net=net,
+                quality_net_low=low,
+                signal=found.signal,
+                kl_per_sequence=found.kl_per_sequence,
+            )
+        )
+    return trials
+
+
+def _pairs(groups: Sequence[Group]) -> list[tuple]:
+    return [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
+
+
+def _tokens(groups: Sequence[Group]) -> int:
+    return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)

@@ -1,0 +1,185 @@
+"""Training with the policy's own motion as the guide: who is asked, what it costs, and what survives a kill."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.guide.extrapolated import answers_in
+from npo_cli.records import Group
+from npo_cli.run_dir.checkpoints import list_checkpoints
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.train import train_run
+from tests.stages.running import LORA, copied, reproducible, resume, sample, stop_after, tiny, train
+
+AHEAD = (
+    *("guide.source=extrapolated", "extrapolate.k=2", "inject.ratio=proximal", "train.num_steps=6"),
+    *("task.kind=mix3", "inject.gate=0.25"),
+)
+SEATS = (*AHEAD, "extrapolate.seat=seats", "extrapolate.seats=1")
+
+
+@pytest.fixture(scope="module")
+def injected(tmp_path_factory) -> Path:
+    """Two samples of the pushed policy in each group that has at most one right answer in four."""
+    root = tmp_path_factory.mktemp("injected") / "run"
+    train(root, *AHEAD)
+    return root
+
+
+@pytest.fixture(scope="module")
+def seated(tmp_path_factory) -> Path:
+    """The last of four slots of such a group sampled from it."""
+    root = tmp_path_factory.mktemp("seated") / "run"
+    train(root, *SEATS)
+    return root
+
+
+def groups_at(root: Path, step: int, branch: str = "main") -> tuple[Group, ...]:
+    return RolloutJournal(open_run(root).rollouts_path(branch)).read_step(step)
+
+
+def metrics_of(root: Path, branch: str = "main") -> list[dict]:
+    return [json.loads(line) for line in open_run(root).metrics_path(branch).read_text().splitlines()]
+
+
+def right(group: Group) -> int:
+    return sum(one.verdict == "correct" for one in group.rollouts if not one.foreign)
+
+
+def test_nobody_is_asked_before_the_run_is_k_steps_old(injected, seated):
+    for root in (injected, seated):
+        for row in metrics_of(root):
+            # the policy of step 3 has made 2 steps
+            assert ("extrapolate/groups" in row) == (row["step"] >= 3)
+        assert all(group.mix == "off" and not answers_in(group) for group in groups_at(root, 2))
+
+
+def test_only_hard_groups_are_asked_and_a_verified_answer_takes_the_last_slot(injected):
+    groups = [group for step in range(3, 7) for group in groups_at(injected, step)]
+    for group in groups:
+        answers = answers_in(group)
+        if right(group) > 1:
+            assert (group.mix, answers) == ("gate_closed", ())
+            continue
+        assert len(answers) == 2
+        guests = [one for one in group.rollouts if one.foreign]
+        solved = [one for one in answers if one.verdict == "correct" and one.finished]
+        assert [one.slot for one in guests] == [3] * bool(solved)
+        assert group.mix == ("injected" if solved else "no_guide")
+        assert all(one in solved for one in guests)
+    assert {group.mix for group in groups} == {"gate_closed", "injected", "no_guide"}
+
+
+def test_a_seat_is_kept_right_or_wrong_and_costs_no_token(seated):
+    groups = [group for step in range(3, 7) for group in groups_at(seated, step)]
+    for group in groups:
+        assert [one.slot for one in group.rollouts] == [0, 1, 2, 3]
+        first = sum(one.verdict == "correct" for one in group.rollouts[:3])
+        # of three own answers: 1/3 is above the gate of 1/4
+        assert group.rollouts[3].source == ("extrapolated" if first == 0 else "own")
+        assert group.spare == ()
+    assert {group.rollouts[3].verdict for group in groups if group.mix == "injected"} >= {"wrong"}
+
+
+def test_every_token_and_every_forward_pass_is_charged(injected):
+    for row in metrics_of(injected)[2:]:
+        groups = groups_at(injected, row["step"])
+        own = sum(len(one.response_ids) for group in groups for one in group.rollouts if one.source == "own")
+        theirs = sum(len(one.response_ids) for group in groups for one in answers_in(group))
+        assert (row["tokens"], row["extrapolate/tokens"]) == (own + theirs, theirs)
+        # two models read each of their tokens
+        assert row["forwards"] == own + 2 * theirs
+
+
+@pytest.mark.parametrize(
+    ("settings", "fixture", "step"),
+    [(AHEAD, "injected", 1), (AHEAD, "injected", 3), (SEATS, "seated", 4)],
+    ids=["inject-1", "inject-3", "seats-4"],
+)
+def test_a_run_killed_anywhere_comes_out_the_same_bit_for_bit(settings, fixture, step, tmp_path, request):
+    """After 1 there is no older copy yet; 3 is recorded and not saved; after 4 the copy of step 2 is read again."""
+    root = tmp_path / "run"
+    stop_after(train_run(root, tiny(*settings), allow_code=False), step)
+    resume(root)
+    assert reproducible(root) == reproducible(request.getfixturevalue(fixture))
+
+
+def test_a_process_killed_in_the_middle_of_its_steps_comes_out_the_same(injected, tmp_path):
+    root = tmp_path / "run"
+    child = os.fork()
+    if child == 0:
+        for record in train_run(root, tiny(*AHEAD), allow_code=False):
+            if getattr(record, "step", 0) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [report.step for report in resume(root)] == [5, 6]
+    assert reproducible(root) == reproducible(injected)
+
+
+def test_where_a_run_was_stopped_decides_nothing(injected, tmp_path):
+    """A checkpoint of step 3, which training by plan does not leave, is not taken for the older copy."""
+    root = tmp_path / "run"
+    train(root, *AHEAD, until=3)
+    resume(root)
+    kept, whole = reproducible(root), reproducible(injected)
+    assert {name: kept[name] for name in whole} == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [(), LORA], ids=["weights", "adapters"])
+def test_pushed_weights_leave_no_trace_in_the_weights(lora, tmp_path):
+    """Nobody's answer is taken (no group is so bad), so it trains as plain GRPO does, bit for bit."""
+    plain, asked = tmp_path / "plain", tmp_path / "asked"
+    settings = (*lora, "train.num_steps=6", "sampling.max_new_tokens=2")
+    train(plain, *settings)
+    train(asked, *AHEAD, *settings, "extrapolate.space=weights")
+    groups = [group for step in range(3, 7) for group in groups_at(asked, step)]
+    assert sum(len(answers_in(group)) for group in groups) == 2 * len(groups)
+    ours, theirs = reproducible(asked), reproducible(plain)
+    weights = [name for name in theirs if name.endswith("model.safetensors")]
+    assert [ours[name] for name in weights] == [theirs[name] for name in weights]
+
+
+def test_a_cache_at_work_has_the_slots_and_afterwards_the_motion_again(injected, tmp_path):
+    root = copied(injected, tmp_path / "run")
+    sample(root, "inject.gate=1.0", guide_step=4, at=2)
+    resume(root, "inject.gate=1.0", at=2, guide="near", new_branch="helped")
+    sources = {
+        step: {one.source for group in groups_at(root, step, "helped") for one in group.rollouts} for step in (3, 5)
+    }
+    assert "extrapolated" not in sources[3] and "guide" in sources[3]
+    assert "guide" not in sources[5] and "extrapolated" in sources[5]
+
+
+def test_retention_never_takes_the_older_copy(tmp_path):
+    root = tmp_path / "run"
+    quotas = ("train.save_every=1", "train.keep_anchors=1", "train.keep_guides=1", "extrapolate.k=3")
+    train(root, *AHEAD, *quotas, "train.num_steps=8")
+    assert metrics_of(root)[-1]["extrapolate/lag"] == 3
+    # 0 always; 5 to 8, 3 steps back and one save more; 4 is the one guide of the quota
+    assert [found.step for found in list_checkpoints(open_run(root), "main")] == [0, 4, 5, 6, 7, 8]
+    assert [report.step for report in resume(root, "train.num_steps=9")] == [9]
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ("train.save_every=3", "train.save_every must be at most that, got 3"),
+        ("experience.share=0.5", "fill the same slots"),
+        ("extrapolate.k_grid=[2,2]", "names a value twice"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting, why):
+    with pytest.raises(NpoError, match=why):
+        tiny(*AHEAD, setting)
+
+
+def test_as_many_seats_as_slots_are_refused():
+    with pytest.raises(NpoError, match=r"extrapolate\.seats must be below train\.group_size"):
+        tiny(*SEATS, "extrapolate.seats=4")

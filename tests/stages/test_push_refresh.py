@@ -1,0 +1,80 @@
+"""The choice of k and a while a run trains: made on time, charged, kept in the state, the same after a kill."""
+
+from pathlib import Path
+
+import pytest
+
+from npo_cli.policy.optimizer import peek_state
+from npo_cli.run_dir.checkpoints import find_checkpoint
+from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.train import train_run
+from tests.stages.running import reproducible, resume, stop_after, tiny, train
+from tests.stages.test_extrapolation import AHEAD, metrics_of
+
+CHOOSING = (
+    *(*AHEAD, "train.num_steps=8", "extrapolate.refresh=3", "extrapolate.k_grid=[2,4]", "extrapolate.a_grid=[1]"),
+    *("extrapolate.prompts=8", "extrapolate.confidence=0.5", "score.resamples=50"),
+)
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("choosing") / "run"
+    train(root, *CHOOSING)
+    return root
+
+
+def decisions(root: Path) -> list[dict]:
+    return [row for row in Journal(open_run(root).events_path).records() if row["kind"] == "extrapolated"]
+
+
+def test_it_is_made_every_so_many_steps_over_the_pushes_there_was_time_for(choosing):
+    made = decisions(choosing)
+    assert [row["step"] for row in made] == [3, 6]
+    tried = [[trial["push"] for trial in row["trials"]] for row in made]
+    assert tried == [["logits:2:1"], ["logits:2:1", "logits:4:1"]]
+
+
+def test_what_was_chosen_is_in_force_until_the_next_choice(choosing):
+    made = {row["step"]: row for row in decisions(choosing)}
+    rows = {row["step"]: row for row in metrics_of(choosing)}
+    for step in (3, 6):
+        last = max(at for at in range(step + 1, 9) if at <= step + 3)
+        for at in range(step + 1, last + 1):
+            assert ("extrapolate/groups" in rows[at]) == made[step]["asking"]
+            if made[step]["asking"]:
+                assert f"logits:{rows[at]['extrapolate/k']:g}:{rows[at]['extrapolate/a']:g}" == made[step]["push"]
+
+
+def test_its_tokens_are_charged_to_the_step_that_follows(choosing):
+    rows = {row["step"]: row for row in metrics_of(choosing)}
+    for made in decisions(choosing):
+        row = rows[made["step"] + 1]
+        assert row["extrapolate/choice_tokens"] == made["tokens"] > 0
+        assert row["forwards"] > row["tokens"] > made["tokens"]
+    # tokens so far are the sum over steps, choices included
+    assert rows[8]["tokens_total"] == sum(row["tokens"] for row in rows.values())
+
+
+def test_the_choice_is_in_the_training_state(choosing):
+    state = peek_state(find_checkpoint(open_run(choosing), "main", 8).anchor_path)
+    last = decisions(choosing)[-1]
+    assert (state.choice.push.name, state.choice.asking) == (last["push"], last["asking"])
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_a_run_killed_around_a_choice_decides_the_same(choosing, tmp_path, step):
+    root = tmp_path / "run"
+    stop_after(train_run(root, tiny(*CHOOSING), allow_code=False), step)
+    resume(root)
+    assert reproducible(root) == reproducible(choosing)
+
+
+def test_a_push_above_the_limit_is_never_asked(tmp_path):
+    root = tmp_path / "run"
+    train(root, *CHOOSING, "extrapolate.max_kl=1e-9", "train.num_steps=5")
+    (made,) = decisions(root)
+    assert made["asking"] is False
+    assert [row["step"] for row in metrics_of(root) if "extrapolate/groups" in row] == [3]
+    assert made["trials"][0]["kl_per_sequence"] > 1e-9
