@@ -18,6 +18,8 @@ class CurvePoint:
     total_seconds: float = 0.0
     """Wall clock of its training steps, guide sampling, scoring and probes."""
     entropy: float | None = None
+    total_forwards: int = 0
+    """Forward passes of sampling: one a token, and one more where an older copy reads it too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,7 @@ class Crossing:
     total_steps: int | None
     total_tokens: int | None
     total_seconds: float | None = None
+    total_forwards: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,30 +9,37 @@ from npo_cli.report.cells import Table, count, number
 def comparison_tables(crossings: Sequence[Crossing]) -> tuple[Table, ...]:
     """What every arm had spent at each threshold, and its speed next to the first arm's on every axis.
 
-    The wall clock is an axis where it is known.
+    The wall clock is an axis where it is known, forward passes where they are more than tokens.
     """
     timed = any(one.total_seconds for one in crossings)
-    totals = ("step", "total steps", "total tokens", *(("total seconds",) if timed else ()))
-    ratios = ("by step", "by total steps", "by total tokens", *(("by wall time",) if timed else ()))
+    twice = any((one.total_forwards or 0) > (one.total_tokens or 0) for one in crossings)
+    more = ("seconds",) * timed + ("forwards",) * twice
+    totals = ("step", "total steps", "total tokens", *(f"total {axis}" for axis in more))
+    ratios = ("by step", "by total steps", "by total tokens", *(f"by {WORDS[axis]}" for axis in more))
     baselines = {one.threshold: one for one in reversed(crossings) if one.arm == crossings[0].arm}
-    rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold), timed=timed) for one in crossings)
+    rows = tuple(_crossing_row(one, baseline=baselines.get(one.threshold), more=more) for one in crossings)
     notes = (
         f"by ...: cost of {crossings[0].arm} divided by cost of the arm; above 1 the arm is faster.",
         "total: scout and rolled-back steps, scoring, probes and the guide's samples are counted.",
+        *(("forwards: of sampling; of an extrapolated guide's tokens those of the older copy too.",) * twice),
     )
     header = ("arm", "accuracy", *totals, *ratios)
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 
 
-def _crossing_row(one: Crossing, *, baseline: Crossing | None, timed: bool) -> tuple[str, ...]:
-    spent = _spent(one, timed=timed)
-    before = _spent(baseline, timed=timed) if baseline else (None,) * len(spent)
+WORDS = {"seconds": "wall time", "forwards": "forwards"}
+
+
+def _crossing_row(one: Crossing, *, baseline: Crossing | None, more: Sequence[str]) -> tuple[str, ...]:
+    spent = _spent(one, more=more)
+    before = _spent(baseline, more=more) if baseline else (None,) * len(spent)
     ratios = (f"{mine / ours:.2f}x" if mine and ours else "-" for mine, ours in zip(before, spent, strict=True))
     return (one.arm, number(one.threshold, digits=2), *(_cost_cell(cost) for cost in spent), *ratios)
 
 
-def _spent(one: Crossing, *, timed: bool) -> tuple[float | None, ...]:
-    return (one.step, one.total_steps, one.total_tokens, *((one.total_seconds,) if timed else ()))
+def _spent(one: Crossing, *, more: Sequence[str]) -> tuple[float | None, ...]:
+    further = {"seconds": one.total_seconds, "forwards": one.total_forwards}
+    return (one.step, one.total_steps, one.total_tokens, *(further[axis] for axis in more))
 
 
 def _cost_cell(cost: float | None) -> str:

@@ -69,7 +69,8 @@ def push_in_force(recipe: Recipe, choice: PushChoice | None) -> Push:
     """The one chosen last, or the recipe's k and a."""
     settings = recipe.extrapolate
     if choice is not None and settings.refresh:
-        return choice.push
+        # A replay may push something else than the run that chose.
+        return replace(choice.push, space=settings.space)
     return Push(space=settings.space, k=settings.k, a=settings.a)
 
 

@@ -31,10 +31,20 @@ class Cost:
     steps: int
     tokens: int
     seconds: float
+    older_forwards: int = 0
+    """Forward passes of older copies while sampling, beside the one that each token takes."""
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of sampling, prefill apart."""
+        return self.tokens + self.older_forwards
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
-            steps=self.steps + other.steps, tokens=self.tokens + other.tokens, seconds=self.seconds + other.seconds
+            steps=self.steps + other.steps,
+            tokens=self.tokens + other.tokens,
+            seconds=self.seconds + other.seconds,
+            older_forwards=self.older_forwards + other.older_forwards,
         )
 
 
@@ -65,7 +75,12 @@ def step_costs(run: RunDir, branch: str) -> dict[int, Cost]:
     """What each of the branch's own steps took."""
     seconds = step_seconds(run, branch)
     return {
-        row["step"]: Cost(steps=1, tokens=int(row["tokens"]), seconds=seconds.get(row["step"], 0.0))
+        row["step"]: Cost(
+            steps=1,
+            tokens=int(row["tokens"]),
+            seconds=seconds.get(row["step"], 0.0),
+            older_forwards=int(row.get("forwards", row["tokens"]) - row["tokens"]),
+        )
         for row in measured_steps(run, branch)
     }
 
@@ -98,7 +113,9 @@ def judged_costs(run: RunDir, branch: str) -> dict[int, Cost]:
 def cache_cost(run: RunDir, name: str) -> Cost:
     """What asking a guide took."""
     info, _ = load_guide(run, name)
-    return Cost(steps=0, tokens=info.num_tokens, seconds=seconds_in(run.guide_folder(name)))
+    twice = info.source == "extrapolated" and info.origin.startswith("logits")
+    seconds = seconds_in(run.guide_folder(name))
+    return Cost(steps=0, tokens=info.num_tokens, seconds=seconds, older_forwards=info.num_tokens if twice else 0)
 
 
 def entry_cost(run: RunDir, born: Segment) -> Cost:
@@ -144,6 +161,7 @@ def curve(run: RunDir, branch: str, *, arm: str) -> list[CurvePoint]:
             total_steps=cost.steps,
             total_tokens=cost.tokens,
             total_seconds=cost.seconds,
+            total_forwards=cost.forwards,
             accuracy=report.accuracy,
             entropy=entropies.get(step),
         )
@@ -178,6 +196,7 @@ def crossing(points: Sequence[CurvePoint], threshold: float) -> Crossing:
                 total_steps=point.total_steps,
                 total_tokens=point.total_tokens,
                 total_seconds=point.total_seconds,
+                total_forwards=point.total_forwards,
             )
     arm = points[0].arm if points else ""
     return Crossing(arm=arm, threshold=threshold, step=None, total_steps=None, total_tokens=None)

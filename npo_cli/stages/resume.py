@@ -25,8 +25,10 @@ from npo_cli.run_dir.lineage import append_segment, birth_segment, new_branch_na
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.steps import append_event
+from npo_cli.stages.ahead import motion_at
 from npo_cli.stages.batches import Guidance
 from npo_cli.stages.experience import refuse_second_source
+from npo_cli.stages.extrapolation import push_in_force
 from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.rollback import taken_back
 from npo_cli.stages.saving import restore_state
@@ -147,6 +149,9 @@ def fork(
     recipe = in_force(run.recipe(parent), overrides, path=run.recipe_path(parent), fork=True)
     if info:
         check_guide(run, info, parent=parent, at=at)
+    if recipe.guide.source == "extrapolated":
+        # Whether the older copy is still there is told before a branch is made.
+        motion_at(run, parent, push_in_force(recipe, None), step=at, every=recipe.train.save_every)
     until = at + (steps or info.num_steps) if info else None
     branch = new_branch_name(run, guide or f"{parent}-from-{at}" if wish is None else wish, exact=wish is not None)
     segment = Segment(branch=branch, parent=parent, fork_step=at, guide=guide, guide_until=until)

@@ -44,3 +44,14 @@ def test_an_arm_without_a_clock_is_not_compared_by_it():
     ]
     (table,) = comparison_tables(crossings)
     assert [row[-1] for row in table.rows] == ["-", "-"]
+
+
+def test_forward_passes_are_an_axis_where_an_older_copy_read_along():
+    crossings = [
+        Crossing(arm="GRPO", threshold=0.6, step=200, total_steps=200, total_tokens=400, total_forwards=400),
+        Crossing(arm="L", threshold=0.6, step=100, total_steps=100, total_tokens=400, total_forwards=500),
+    ]
+    (table,) = comparison_tables(crossings)
+    assert (table.header[5], table.header[9]) == ("total forwards", "by forwards")
+    # 400/500 = 0.8, though no token more was generated
+    assert [(row[5], row[-2:]) for row in table.rows] == [("400", ("1.00x", "1.00x")), ("500", ("1.00x", "0.80x"))]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from npo_cli.records import Group
 from npo_cli.run_dir.checkpoints import list_checkpoints
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.ledger import cost_at
 from npo_cli.stages.train import train_run
-from tests.stages.running import LORA, copied, reproducible, resume, sample, stop_after, tiny, train
+from tests.stages.running import LORA, copied, files_of, reproducible, resume, sample, stop_after, tiny, train
 
 AHEAD = (
     *("guide.source=extrapolated", "extrapolate.k=2", "inject.ratio=proximal", "train.num_steps=6"),
@@ -94,6 +96,10 @@ def test_every_token_and_every_forward_pass_is_charged(injected):
         assert (row["tokens"], row["extrapolate/tokens"]) == (own + theirs, theirs)
         # two models read each of their tokens
         assert row["forwards"] == own + 2 * theirs
+    spent = cost_at(open_run(injected), "main", 6)
+    rows = metrics_of(injected)
+    assert spent.tokens == sum(row["tokens"] for row in rows)
+    assert spent.forwards == sum(row.get("forwards", row["tokens"]) for row in rows) > spent.tokens
 
 
 @pytest.mark.parametrize(
@@ -155,6 +161,18 @@ def test_a_cache_at_work_has_the_slots_and_afterwards_the_motion_again(injected,
     }
     assert "extrapolated" not in sources[3] and "guide" in sources[3]
     assert "guide" not in sources[5] and "extrapolated" in sources[5]
+
+
+def test_a_replay_may_turn_it_on_and_is_refused_where_the_older_copy_is_gone(injected, tmp_path):
+    root = copied(injected, tmp_path / "run")
+    shutil.rmtree(open_run(root).checkpoint_folder("main", 2))
+    before = files_of(root)
+    # of the copies for k = 2 at step 4 only step 0 is left, and that is 2 k back
+    with pytest.raises(NpoError, match=r"no checkpoint of main in steps 1 to 2"):
+        resume(root, at=4, new_branch="again")
+    assert files_of(root) == before
+    assert [report.step for report in resume(root, "extrapolate.k=3", at=4, new_branch="again")] == [5, 6]
+    assert metrics_of(root, "again")[0]["extrapolate/lag"] == 4
 
 
 def test_retention_never_takes_the_older_copy(tmp_path):

@@ -1,0 +1,102 @@
+"""Time sampling from two models against sampling from each of them, on one run's model and prompts.
+
+    python recipes/extrapolation.py RUN --push logits:20:2 --at 80 --prompts 16 --k 8 --repeats 9
+
+With --cpu the process's own seconds count instead of the clock's: on a CPU that other work shares they are steadier.
+The three take turns (A B C A B C ...), so that a machine that slows down slows all. What is compared is seconds a token
+step of the batch (the longest response of each batch decides how many there are): two models side by side against the
+sum of the newer and the older model alone.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from npo_cli.engines.requests import Engine
+from npo_cli.engines.transformers_engine import TransformersEngine
+from npo_cli.loading import from_dict
+from npo_cli.run_dir.checkpoints import find_checkpoint
+from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.ahead import InLogits, motion_at, older_policy, open_ahead
+from npo_cli.stages.pushes import push_of
+from npo_cli.stages.world import World, answer, open_policy, open_task, open_world
+
+
+def seconds_a_step(world: World, given: argparse.Namespace, *, number: int) -> float:
+    """Of one batch."""
+    clock = time.process_time if given.cpu else time.perf_counter
+    prompts = world.task.train[: given.prompts]
+    began = clock()
+    groups = answer(world, prompts, label=("bench", number), slots=range(given.k), sampler_step=0)
+    longest = max(len(each.response_ids) for group in groups for each in group.rollouts)
+    return (clock() - began) / longest
+
+
+def worlds_of(world: World, ahead: InLogits) -> dict[str, World]:
+    """The same run with each of three engines."""
+    alone: Engine = TransformersEngine(
+        ahead.pair.old.model,
+        world.policy.tokenizer,
+        eos_ids=world.policy.eos_ids,
+        pad_id=world.policy.pad_id,
+        max_rows=world.recipe.engine.max_rows,
+    )
+    old = replace(
+        world, engine=alone, policy=ahead.pair.old, sync=replace(world.sync, engine=alone, policy=ahead.pair.old)
+    )
+    return {"newer alone": world, "older alone": old, "both": ahead.world}
+
+
+def measured(world: World, ahead: InLogits, given: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a token step of every turn, the first of which does not count."""
+    found: dict[str, list[float]] = {}
+    for number in range(-1, given.repeats):
+        for name, one in worlds_of(world, ahead).items():
+            spent = seconds_a_step(one, given, number=number)
+            if number >= 0:
+                found.setdefault(name, []).append(spent)
+    return found
+
+
+def table(found: dict[str, list[float]]) -> Sequence[str]:
+    """Medians in milliseconds, and the ratio turn by turn."""
+    rows = [
+        f"| {name} | {1000 * statistics.median(each):.2f} | {1000 * min(each):.2f} |" for name, each in found.items()
+    ]
+    sums = [new + old for new, old in zip(found["newer alone"], found["older alone"], strict=True)]
+    ratios = [both / alone for both, alone in zip(found["both"], sums, strict=True)]
+    last = f"both / (newer + older), median of {len(ratios)} turns: {statistics.median(ratios):.2f}"
+    return ["| sampler | ms a token step, median | least |", "|---|---|---|", *rows, "", last]
+
+
+def main() -> None:
+    """Read the command line, measure, print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--push", default="logits:20:2")
+    parser.add_argument("--at", type=int, required=True)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--cpu", action="store_true")
+    given = parser.parse_args()
+    run = open_run(given.run)
+    branch = newest_branch(run)
+    recipe = from_dict(run.recipe(branch))
+    task = open_task(recipe, allow_code=False)
+    policy = open_policy(recipe, task, find_checkpoint(run, branch, given.at))
+    motion = motion_at(run, branch, push_of(given.push), step=given.at, every=recipe.train.save_every)
+    if motion is None:
+        parser.error("there is no older copy so far back")
+    with closing(task), closing(open_world(run, recipe, task=task, policy=policy)) as world:
+        ahead = open_ahead(world, motion, old=older_policy(world, motion))
+        print("\n".join(table(measured(world, ahead, given))))
+
+
+if __name__ == "__main__":
+    main()
