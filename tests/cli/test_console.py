@@ -118,7 +118,7 @@ def test_a_threshold_never_reached_is_null_in_json():
     line = as_line(Crossing(arm="GRPO", threshold=0.9, step=None, total_steps=None, total_tokens=None))
     assert line == (
         '{"record": "crossing", "arm": "GRPO", "threshold": 0.9, "step": null, "total_steps": null, '
-        '"total_tokens": null, "total_seconds": null}'
+        '"total_tokens": null, "total_seconds": null, "total_forwards": null}'
     )
 
 
