@@ -21,6 +21,7 @@ from npo_cli.policy.adapters import (
     adapter_tensors,
     attach,
     base_tensors,
+    fitting_adapters,
     load_adapters,
     save_adapters,
     switched_off,
@@ -35,7 +36,8 @@ from npo_cli.policy.logprobs import (
     token_scores,
     without_dropout,
 )
-from npo_cli.policy.weights import load_weights, refuse_filled_in, weights_digest
+from npo_cli.policy.sharding import Shared
+from npo_cli.policy.weights import fitting_weights, load_weights, refuse_filled_in, tensors_digest
 from npo_cli.records import Prompt
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "micro-base"
@@ -55,6 +57,8 @@ class Policy:
     """What is trained in place of the weights; None where every weight is."""
     bare: bool = False
     """Score without the adapters."""
+    shared: Shared | None = None
+    """How its weights are held by several processes; None where this one has them all."""
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +86,7 @@ class Policy:
     @property
     def digest(self) -> str:
         """sha256 of the weights as they are now."""
-        return weights_digest(self.model)
+        return tensors_digest(self.tensors)
 
     @property
     def num_bytes(self) -> int:
@@ -91,14 +95,19 @@ class Policy:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every whole tensor of the model under its name there."""
+        return self.model.state_dict() if self.shared is None else self.shared.whole("all")
+
+    @property
     def frozen(self) -> dict[str, Tensor]:
         """The base's weights under their own names, adapters left out."""
-        return base_tensors(self.model)
+        return base_tensors(self.model) if self.shared is None else self.shared.whole("base")
 
     @property
     def trained(self) -> dict[str, Tensor]:
         """The adapters as they are now, under the names of peft's files."""
-        return adapter_tensors(self.model)
+        return adapter_tensors(self.model) if self.shared is None else self.shared.whole("adapters")
 
     @property
     def base(self) -> "Policy":
@@ -141,7 +150,13 @@ class Policy:
 
     def load(self, folder: Path) -> None:
         """Swap in the weights or the adapters of a checkpoint folder, checked tensor by tensor."""
-        if self.adapters is None:
+        if self.shared is not None:
+            # Only this process reads: the others get what fits from it.
+            if self.adapters is None:
+                self.shared.spread("all", fitting_weights(self.model, folder, tied=self.shared.tied))
+            else:
+                self.shared.spread("adapters", fitting_adapters(self.model, self.adapters, folder))
+        elif self.adapters is None:
             load_weights(self.model, folder)
         else:
             load_adapters(self.model, self.adapters, folder)
@@ -150,16 +165,17 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` opens as it is: transformers', or with adapters peft's."""
         if self.adapters is not None:
-            save_adapters(self.model, self.adapters, folder)
+            save_adapters(self.trained, self.adapters, folder)
             return
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=None if self.shared is None else self.tensors)
         self.tokenizer.save_pretrained(folder)
 
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
+        scores = token_scores if self.shared is None else self.shared.token_scores
         with recomputing(self.model), switched_off(self.model) if self.bare else nullcontext():
-            return token_scores(
+            return scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
 

@@ -16,7 +16,7 @@ from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import in_force, recipe_dict
-from npo_cli.policy.optimizer import TrainerState, build_optimizer
+from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor, refuse_damaged_after
 from npo_cli.run_dir.files import damaged
@@ -31,6 +31,7 @@ from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.rollback import taken_back
 from npo_cli.stages.saving import restore_state
 from npo_cli.stages.signals import stop_between_steps
+from npo_cli.stages.together import new_optimizer
 from npo_cli.stages.train import batch_arithmetic, begin, engine_notices, open_trainer, with_whole_paths
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 
@@ -76,7 +77,7 @@ def resume_run(
             policy = open_policy(start.recipe, task, start.checkpoint)
             with closing(open_world(run, start.recipe, task=task, policy=policy)) as world:
                 guidance = open_guidance(world, start.segment)
-                optimizer = build_optimizer(policy.model, start.recipe.train)
+                optimizer = new_optimizer(world.policy, start.recipe.train)
                 state = yield from first_state(world, optimizer, start)
                 record_start(run, start, overrides)
                 yield Notice(message=greeting(start, state, guidance))

@@ -3,11 +3,12 @@
 from torch.optim import AdamW
 
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.policy.optimizer import TrainerState, load_state, save_state
+from npo_cli.policy.optimizer import TrainerState
 from npo_cli.run_dir.checkpoints import Checkpoint, new_checkpoint, require_whole
 from npo_cli.run_dir.files import require_space
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.retention import apply_retention
+from npo_cli.stages.together import load_training_state, save_training_state
 from npo_cli.stages.world import World
 
 ANCHOR = "anchor"
@@ -20,7 +21,7 @@ def save_checkpoint(world: World, optimizer: AdamW, state: TrainerState, *, bran
     with new_checkpoint(world.run, branch, state.step) as folder:
         world.policy.save(folder)
         (folder / ANCHOR).mkdir()
-        save_state(folder / ANCHOR, world.policy.model, optimizer, state=state)
+        save_training_state(folder / ANCHOR, world.policy, optimizer, state=state)
     settings = world.recipe.train
     apply_retention(world.run, branch, keep_anchors=settings.keep_anchors, keep_guides=settings.keep_guides)
 
@@ -28,7 +29,7 @@ def save_checkpoint(world: World, optimizer: AdamW, state: TrainerState, *, bran
 def restore_state(world: World, optimizer: AdamW, checkpoint: Checkpoint) -> TrainerState:
     """Optimiser, random streams and cursor of an anchor; the weights are loaded already."""
     need_state(world.run, checkpoint)
-    return load_state(checkpoint.path / ANCHOR, world.policy.model, optimizer)
+    return load_training_state(checkpoint.path / ANCHOR, world.policy, optimizer)
 
 
 def need_state(run: RunDir, checkpoint: Checkpoint) -> None:

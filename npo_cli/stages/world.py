@@ -15,6 +15,7 @@ from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.engine_sync import Sync, probe_rows
+from npo_cli.stages.together import SharedEngine, refuse_crowd, shared_among_all
 from npo_cli.tasks.prompts import DataOrder, Task
 from npo_cli.tasks.sources import load_task, where
 
@@ -59,14 +60,16 @@ def open_task(recipe: Recipe, *, allow_code: bool) -> Task:
 
 def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Policy:
     """The base model, or a checkpoint's, after a check that it can read every prompt of the task."""
-    policy = load_policy(recipe.model, checkpoint.path if checkpoint else None)
+    refuse_crowd(recipe)
+    folder = checkpoint.path if checkpoint else None
+    policy = load_policy(recipe.model, folder)
     if checkpoint:
         load_checkpoint(policy, checkpoint)
     prompts = [*task.train, *task.heldout]
     require_chat_template(policy, prompts, recipe.model.path)
     for prompt in prompts:
         refuse_unreadable(policy, prompt, recipe)
-    return policy
+    return shared_among_all(policy, recipe, folder=folder)
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
@@ -96,14 +99,19 @@ def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
 def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
     """Join the parts, and start the engine; whoever opens a world closes it."""
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
-    engine = open_engine(
-        recipe.engine,
-        policy.model,
-        policy.tokenizer,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        max_model_len=min(longest, policy.max_tokens or longest),
-        adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
+    in_shards = policy.shared is not None and recipe.engine.kind == "transformers"
+    engine = (
+        SharedEngine(policy, max_rows=recipe.engine.max_rows)
+        if in_shards
+        else open_engine(
+            recipe.engine,
+            policy.model,
+            policy.tokenizer,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            max_model_len=min(longest, policy.max_tokens or longest),
+            adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
+        )
     )
     return World(
         recipe=recipe,
