@@ -4,6 +4,7 @@ They all say it in the same environment variables. Without them there is one pro
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from npo_cli.errors import NpoError
@@ -49,7 +50,7 @@ def _number(name: str, default: str) -> int:
     return int(text)
 
 
-def without_place(environment: dict[str, str]) -> dict[str, str]:
+def without_place(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program that has no part in the job, such as a server."""
     ours = {*NAMES, *ADDRESS, "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
     foreign = ("TORCHELASTIC_",)

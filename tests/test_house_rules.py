@@ -32,7 +32,7 @@ GROUND_FLOOR = {
     "costs": set(),
     "seeds": set(),
     "settings": set(),
-    **dict.fromkeys(SECTIONS, {"settings"}),
+    **{section: {"settings"} for section in SECTIONS},
     "config": {"settings", *SECTIONS},
     "launched": {"errors"},
     "__main__": {"cli"},

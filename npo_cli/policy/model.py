@@ -36,7 +36,7 @@ from npo_cli.policy.logprobs import (
     token_scores,
     without_dropout,
 )
-from npo_cli.policy.sharding import Shared
+from npo_cli.policy.sharding import Shared, Whole
 from npo_cli.policy.weights import fitting_weights, load_weights, refuse_filled_in, tensors_digest
 from npo_cli.records import Prompt
 
@@ -98,6 +98,11 @@ class Policy:
     def tensors(self) -> dict[str, Tensor]:
         """Every whole tensor of the model under its name there."""
         return self.model.state_dict() if self.shared is None else self.shared.whole("all")
+
+    @property
+    def whole_model(self) -> PreTrainedModel | Whole:
+        """The model as an engine is shown it."""
+        return self.model if self.shared is None else Whole(self.model, self.shared)
 
     @property
     def frozen(self) -> dict[str, Tensor]:

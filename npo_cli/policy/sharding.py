@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,6 +72,25 @@ class Shared:
             packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=plain_head
         )
         return TokenScores(logps_NT=found[0], entropies_NT=found[1], collisions_NT=found[2])
+
+
+class Whole:
+    """A model in shards, for who wants its tensors whole: an engine that is sent them."""
+
+    def __init__(self, model: PreTrainedModel, shared: Shared) -> None:
+        self._model, self._shared = model, shared
+
+    @property
+    def __class__(self) -> type:
+        """The model's own."""
+        return type(self._model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Gathered to rank 0's CPU memory."""
+        return self._shared.whole("all")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def shard(model: PreTrainedModel, settings: ParallelSettings, *, device: str, size: int) -> list[set[str]]:

@@ -174,7 +174,7 @@ class Team:
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether a collective failed because of another process; gloo raises a plain RuntimeError that names its source."""
+    """Whether a collective failed because of another process; gloo's are RuntimeErrors that name its source."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.optim import AdamW
 
 from npo_cli.config import ModelSettings, Recipe, TrainSettings
+from npo_cli.engine_settings import EngineSettings
 from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
@@ -39,12 +40,22 @@ def refuse_crowd(recipe: Recipe) -> None:
             f"engine.kind=vllm samples in this process, and there are {place.size}",
             "engine.kind=vllm_server   # or transformers",
         )
+    if recipe.engine.transport in ("nccl", "ipc"):
+        raise NpoError(
+            f"engine.transport={recipe.engine.transport} sends from one GPU, and {place.size} hold the weights",
+            "engine.transport=auto",
+        )
     if place.size > train.prompts_per_step * train.group_size:
         raise NpoError(
             f"{place.size} processes for {train.prompts_per_step * train.group_size} rollouts a step",
             "start fewer processes, or raise train.prompts_per_step",
         )
     settle_device(place.local_rank, local_size=place.local_size, wanted=recipe.model.device)
+
+
+def by_disk(engine: EngineSettings, policy: Policy) -> EngineSettings:
+    """Weights that were gathered lie in rank 0's CPU memory: a server takes them from the disk."""
+    return engine if policy.shared is None else engine.model_copy(update={"transport": "disk"})
 
 
 def shared_among_all(policy: Policy, recipe: Recipe, *, folder: Path | None, name: str = LEARNER) -> Policy:

@@ -15,7 +15,7 @@ from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.engine_sync import Sync, probe_rows
-from npo_cli.stages.together import SharedEngine, refuse_crowd, shared_among_all
+from npo_cli.stages.together import SharedEngine, by_disk, refuse_crowd, shared_among_all
 from npo_cli.tasks.prompts import DataOrder, Task
 from npo_cli.tasks.sources import load_task, where
 
@@ -99,20 +99,18 @@ def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
 def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
     """Join the parts, and start the engine; whoever opens a world closes it."""
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
-    in_shards = policy.shared is not None and recipe.engine.kind == "transformers"
-    engine = (
-        SharedEngine(policy, max_rows=recipe.engine.max_rows)
-        if in_shards
-        else open_engine(
-            recipe.engine,
-            policy.model,
+    if policy.shared is not None and recipe.engine.kind == "transformers":
+        engine: Engine = SharedEngine(policy, max_rows=recipe.engine.max_rows)
+    else:
+        engine = open_engine(
+            by_disk(recipe.engine, policy),
+            policy.whole_model,
             policy.tokenizer,
             eos_ids=policy.eos_ids,
             pad_id=policy.pad_id,
             max_model_len=min(longest, policy.max_tokens or longest),
             adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
         )
-    )
     return World(
         recipe=recipe,
         run=run,
