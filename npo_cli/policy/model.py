@@ -21,7 +21,6 @@ from npo_cli.policy.adapters import (
     adapter_tensors,
     attach,
     base_tensors,
-    fitting_adapters,
     load_adapters,
     save_adapters,
     switched_off,
@@ -37,7 +36,7 @@ from npo_cli.policy.logprobs import (
     without_dropout,
 )
 from npo_cli.policy.sharding import Shared, Whole
-from npo_cli.policy.weights import fitting_weights, load_weights, refuse_filled_in, tensors_digest
+from npo_cli.policy.weights import load_weights, refuse_filled_in, tensors_digest
 from npo_cli.records import Prompt
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "micro-base"
@@ -156,11 +155,7 @@ class Policy:
     def load(self, folder: Path) -> None:
         """Swap in the weights or the adapters of a checkpoint folder, checked tensor by tensor."""
         if self.shared is not None:
-            # Only this process reads: the others get what fits from it.
-            if self.adapters is None:
-                self.shared.spread("all", fitting_weights(self.model, folder, tied=self.shared.tied))
-            else:
-                self.shared.spread("adapters", fitting_adapters(self.model, self.adapters, folder))
+            self.shared.load(self.model, self.adapters, folder)
         elif self.adapters is None:
             load_weights(self.model, folder)
         else:

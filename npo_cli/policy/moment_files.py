@@ -5,6 +5,7 @@ and its header says where in the whole each piece belongs. A whole tensor is the
 takes what a single process wrote. Imports of torch's distributed checkpoint wait inside.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -51,7 +52,10 @@ def _filled(folder: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     from torch.distributed import checkpoint
 
     alone = not any(map(is_shard, wanted.values()))
-    checkpoint.load(wanted, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    with warnings.catch_warnings():
+        # That there is one process only is no news.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        checkpoint.load(wanted, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)), no_dist=alone)
     return wanted
 
 

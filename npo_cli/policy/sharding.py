@@ -8,6 +8,7 @@ sends them out the same way. Imports wait inside: a process that works alone kno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
 
@@ -16,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from npo_cli.parallel_settings import ParallelSettings
-from npo_cli.policy.adapters import adapter_tensors, base_tensors
+from npo_cli.policy.adapters import Adapters, adapter_tensors, base_tensors, fitting_adapters
 from npo_cli.policy.logprobs import PackedRows, TokenScores, token_scores
 from npo_cli.policy.team import Member, Team
-from npo_cli.policy.weights import tied_names
+from npo_cli.policy.weights import fitting_weights, tied_names
 
 Part = Literal["all", "base", "adapters"]
 SCORING = "npo_token_scores"
@@ -41,6 +42,13 @@ class Shared:
     def whole(self, part: Part) -> dict[str, Tensor]:
         """Whole tensors on the CPU, gathered to rank 0."""
         return self.team.work_alike(Gather(name=self.name, part=part, tied=self.tied))[0]
+
+    def load(self, model: PreTrainedModel, adapters: Adapters | None, folder: Path) -> None:
+        """A checkpoint's weights or adapters; this process alone reads them, and the others get what fits."""
+        if adapters is None:
+            self.spread("all", fitting_weights(model, folder, tied=self.tied))
+        else:
+            self.spread("adapters", fitting_adapters(model, adapters, folder))
 
     def spread(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
         """Every process gets its shard of these whole tensors."""
