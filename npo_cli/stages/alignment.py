@@ -108,10 +108,13 @@ def paid_elsewhere(arm: Arm) -> int:
 
 
 def _author(info: GuideInfo) -> str:
-    """A later checkpoint by its step; anybody else by what it is, and from where unless that is another in each run."""
+    """A later checkpoint by its step, an outside model by its name, anybody else by what it is.
+
+    A file, or another run, is another one for each seed.
+    """
     if info.source == "checkpoint":
         return str(info.guide_step)
-    return info.source if info.source == "run" else f"{info.source} {info.origin}".rstrip()
+    return info.source if info.source in ("run", "file") else f"{info.source} {info.origin}".rstrip()
 
 
 def watched(place: Place) -> str:
