@@ -17,7 +17,6 @@ from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.base import base
 from npo_cli.cli.bench import bench
 from npo_cli.cli.compare import compare
-from npo_cli.cli.console import say, talk, visible
 from npo_cli.cli.demo import demo
 from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
@@ -29,6 +28,7 @@ from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
 from npo_cli.cli.score_sources import score_sources
 from npo_cli.cli.show import show
+from npo_cli.cli.terminal import say, talk, visible
 from npo_cli.cli.train import train
 from npo_cli.errors import NpoError, StoppedEarly
 
