@@ -35,6 +35,7 @@ from npo_cli.policy.logprobs import (
     token_scores,
     without_dropout,
 )
+from npo_cli.policy.precision import mixed_precision, patch_with_liger
 from npo_cli.policy.weights import load_weights, refuse_filled_in, weights_digest
 from npo_cli.records import Prompt
 
@@ -53,6 +54,8 @@ class Policy:
     """Logits are the head's output as it is, so responses can be scored in chunks."""
     adapters: Adapters | None
     """What is trained in place of the weights; None where every weight is."""
+    compute_dtype: torch.dtype
+    """Of the forward pass."""
     bare: bool = False
     """Score without the adapters."""
 
@@ -158,7 +161,8 @@ class Policy:
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
-        with recomputing(self.model), switched_off(self.model) if self.bare else nullcontext():
+        bare = switched_off(self.model) if self.bare else nullcontext()
+        with recomputing(self.model), bare, mixed_precision(self.model, self.compute_dtype):
             return token_scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
@@ -205,7 +209,15 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     model = model.to(device).eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model=model, tokenizer=tokenizer, plain_head=head_is_plain(model), adapters=adapters)
+    if settings.liger:
+        patch_with_liger(model)
+    policy = Policy(
+        model=model,
+        tokenizer=tokenizer,
+        plain_head=head_is_plain(model),
+        adapters=adapters,
+        compute_dtype=getattr(torch, settings.precision),
+    )
     if with_lora and folder is not None:
         policy.load(folder)
     return policy

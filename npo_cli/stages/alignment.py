@@ -16,12 +16,12 @@ from npo_cli.run_dir.paths import FIRST_BRANCH
 from npo_cli.stages.arms import Arm, Place, SeedRun
 
 ALIKE = (
-    *("model.path", "model.dtype", "task.", "train.prompts_per_step", "train.group_size"),
+    *("model.path", "model.dtype", "model.compute_dtype", "task.", "train.prompts_per_step", "train.group_size"),
     *("sampling.temperature", "sampling.max_new_tokens"),
 )
 PASSED_OVER = (
     *("name", "description", "model.device", "model.threads", "model.gradient_checkpointing", "model.attention"),
-    *("task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine."),
+    *("model.liger", "task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine."),
     *("train.seed", "train.num_steps", "train.save_every", "train.keep_anchors", "train.keep_guides"),
     *("train.micro_batch_tokens", "train.logit_chunk_tokens", "method."),
 )
