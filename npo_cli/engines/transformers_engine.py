@@ -73,8 +73,9 @@ class TransformersEngine:
         eos_ids: Sequence[int],
         pad_id: int,
         max_rows: int,
+        dtype: torch.dtype,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.eos_ids, self.pad_id, self.max_rows = tuple(eos_ids), pad_id, max_rows
         self.version: str | None = None
 
@@ -96,7 +97,9 @@ class TransformersEngine:
         scored = []
         for request in asked:
             ids_1L = torch.tensor([request.prompt_ids + request.response_ids], device=self.model.device)
-            logps_LW = torch.log_softmax(self.model(ids_1L).logits[0].float(), dim=-1)
+            with self._precision():
+                logits_LW = self.model(ids_1L).logits[0]
+            logps_LW = torch.log_softmax(logits_LW.float(), dim=-1)
             first, response = len(request.prompt_ids), ids_1L[0, len(request.prompt_ids) :]
             scored.append(tuple(logps_LW[first - 1 : -1].gather(1, response[:, None])[:, 0].tolist()))
         return scored
@@ -106,6 +109,10 @@ class TransformersEngine:
 
     def close(self) -> None:
         """There is nothing to end."""
+
+    def _precision(self) -> torch.autocast:
+        """The trainer's: bfloat16 products over float32 weights where that is how it computes."""
+        return torch.autocast(self.model.device.type, dtype=self.dtype, enabled=self.dtype != self.model.dtype)
 
     def _batches(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
         for start in range(0, len(requests), self.max_rows):
@@ -120,7 +127,7 @@ class TransformersEngine:
             temperature=temperature,
             device=ids_NL.device,
         )
-        with plain_generation(self.model):
+        with plain_generation(self.model), self._precision():
             output_NX = self.model.generate(
                 ids_NL,
                 attention_mask=mask_NL,
@@ -148,13 +155,14 @@ class TransformersEngine:
         cache = DynamicCache(config=self.model.config)
         if width > 1:
             positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
-            self.model.base_model(
-                input_ids=ids_PL[:, :-1],
-                attention_mask=mask_PL[:, :-1] if any(gaps) else None,
-                position_ids=positions_PL[:, :-1],
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with self._precision():
+                self.model.base_model(
+                    input_ids=ids_PL[:, :-1],
+                    attention_mask=mask_PL[:, :-1] if any(gaps) else None,
+                    position_ids=positions_PL[:, :-1],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
         place = {ids: index for index, ids in enumerate(distinct)}
         rows = torch.tensor([place[request.prompt_ids] for request in batch], device=self.model.device)
         if width > 1:

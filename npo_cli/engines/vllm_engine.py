@@ -245,7 +245,7 @@ def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: Ad
             load_format="dummy" if adapters is None else "safetensors",
             **({} if adapters is None else lora_options(adapters, limits)),
             skip_tokenizer_init=True,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=limits.dtype,
             logprobs_mode="processed_logprobs",
             enforce_eager=limits.eager,
             max_model_len=limits.max_model_len,

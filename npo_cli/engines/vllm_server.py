@@ -60,7 +60,7 @@ class VllmServer(AsksVllm):
             save_untied_config(model, self._folder)
             if transport == "disk":
                 save_file(whole(tensors), self._folder / "model.safetensors")
-            self._start(str(model.dtype).removeprefix("torch."), transport)
+            self._start(limits.dtype, transport)
             if transport != "disk":
                 from npo_cli.engines.vllm_transfer import open_transfer
 

@@ -26,6 +26,8 @@ class Limits:
     eos_ids: tuple[int, ...]
     max_model_len: int
     """Prompt and response together, in tokens."""
+    dtype: str
+    """In which the engine computes: the trainer's own."""
     max_rows: int
     tensor_parallel: int
     data_parallel: int

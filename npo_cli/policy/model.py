@@ -25,6 +25,7 @@ from npo_cli.policy.adapters import (
     save_adapters,
     switched_off,
 )
+from npo_cli.policy.devices import choose_device
 from npo_cli.policy.gguf import PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
@@ -35,6 +36,7 @@ from npo_cli.policy.logprobs import (
     token_scores,
     without_dropout,
 )
+from npo_cli.policy.precision import mixed_precision, patch_with_liger
 from npo_cli.policy.sharding import Shared, Whole
 from npo_cli.policy.weights import load_weights, refuse_filled_in, tensors_digest
 from npo_cli.records import Prompt
@@ -54,6 +56,8 @@ class Policy:
     """Logits are the head's output as it is, so responses can be scored in chunks."""
     adapters: Adapters | None
     """What is trained in place of the weights; None where every weight is."""
+    compute_dtype: torch.dtype
+    """Of the forward pass."""
     bare: bool = False
     """Score without the adapters."""
     shared: Shared | None = None
@@ -174,29 +178,11 @@ class Policy:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
         scores = token_scores if self.shared is None else self.shared.token_scores
-        with recomputing(self.model), switched_off(self.model) if self.bare else nullcontext():
+        bare = switched_off(self.model) if self.bare else nullcontext()
+        with recomputing(self.model), bare, mixed_precision(self.model, self.compute_dtype):
             return scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
-
-
-def choose_device(wanted: str) -> torch.device:
-    """`auto` takes a GPU where there is one; a GPU asked for and absent is an error."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise NpoError(
-            f"model.device={wanted} is no device that npo uses", "set model.device to auto, cpu, cuda or cuda:N"
-        )
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise NpoError(
-            f"model.device={wanted}, but torch sees no such GPU", "set model.device=cpu (npo doctor lists the GPUs)"
-        )
-    return device
 
 
 def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
@@ -221,7 +207,15 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     model = model.to(device).eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model=model, tokenizer=tokenizer, plain_head=head_is_plain(model), adapters=adapters)
+    if settings.liger:
+        patch_with_liger(model)
+    policy = Policy(
+        model=model,
+        tokenizer=tokenizer,
+        plain_head=head_is_plain(model),
+        adapters=adapters,
+        compute_dtype=getattr(torch, settings.precision),
+    )
     if with_lora and folder is not None:
         policy.load(folder)
     return policy

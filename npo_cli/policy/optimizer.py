@@ -1,4 +1,4 @@
-"""AdamW, its schedule as a function of the step alone, and its state as safetensors."""
+"""The optimiser, its schedule as a function of the step alone, and its state as safetensors."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Adafactor, AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from npo_cli.auto_records import Mistake
@@ -24,7 +24,6 @@ from npo_cli.policy.moment_files import STATE_FILE, small_state, whole_state
 from npo_cli.policy.sharding import is_shard, local
 
 SCALARS_FILE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +42,26 @@ class TrainerState:
     """Past successes to be replayed; None where the recipe has no use for them."""
 
 
-def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> AdamW:
-    """AdamW over every parameter that wants a gradient."""
+def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> Optimizer:
+    """The recipe's, over every parameter that wants a gradient. A fused step needs no copies of the gradients.
+
+    Adafactor's rate is relative: a step moves a matrix by at most lr times its own root mean square (arXiv 1804.04235).
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    if settings.optimizer == "adafactor":
+        return Adafactor(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    fused = True if model.device.type == "cuda" else None
+    return AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
+
+
+def state_shapes(optimizer: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    """What the optimiser keeps of a parameter once it has moved it, by its own names; `step` is one number."""
+    shape = tuple(parameter.shape)
+    if isinstance(optimizer, AdamW):
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    if len(shape) < 2:
+        return {"step": (), "variance": shape}
+    return {"step": (), "row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
 
 
 def lr_at(step: int, settings: TrainSettings) -> float:
@@ -63,7 +78,7 @@ def lr_at(step: int, settings: TrainSettings) -> float:
     return settings.lr * share
 
 
-def set_lr(optimizer: AdamW, lr: float) -> None:
+def set_lr(optimizer: Optimizer, lr: float) -> None:
     """One rate for every group of parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -99,10 +114,10 @@ def restore_streams(tensors: Mapping[str, Tensor], scalars: Mapping[str, list]) 
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
 
 
-def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, *, state: TrainerState) -> None:
+def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, state: TrainerState) -> None:
     """Write optimizer.safetensors (moments by parameter name) and state.json into an existing folder.
 
-    Moments in shards are left to `moment_shards.save_shards`, which every process takes part in.
+    Moments in shards are left to `moment_shards.SaveMoments`, which every process takes part in.
     """
     tensors, streams = random_streams()
     for name, parameter in model.named_parameters():
@@ -130,7 +145,7 @@ def _read_state(folder: Path, *, moments: bool) -> tuple[dict[str, Tensor], dict
         raise NpoError(f"{folder}: the training state cannot be read: {error}", set_aside(folder.parent)) from error
 
 
-def load_state(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> TrainerState:
+def load_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> TrainerState:
     """The reverse of `save_state`, in place; random streams included."""
     tensors, scalars = _read_state(folder, moments=True)
     fill_moments(folder, tensors, model=model, optimizer=optimizer)
@@ -145,21 +160,21 @@ def load_streams(folder: Path) -> TrainerState:
     return _state_of(scalars)
 
 
-def load_moments(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> None:
+def load_moments(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
     """The optimiser's moments alone."""
     fill_moments(folder, _read_state(folder, moments=True)[0], model=model, optimizer=optimizer)
 
 
-def fill_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: AdamW) -> None:
+def fill_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: Optimizer) -> None:
     """Moments by parameter name into the optimiser, in place of what it has; refused where they do not fit."""
-    has_moments = any(key.endswith(MOMENTS) for key in tensors)
+    has_moments = any(not key.startswith("rng.") for key in tensors)
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
-        found = {key: tensors[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in tensors}
-        if has_moments and parameter.requires_grad and len(found) < len(MOMENTS):
+        shapes = state_shapes(optimizer, parameter)
+        found = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
+        if has_moments and parameter.requires_grad and found.keys() != shapes.keys():
             raise NpoError(f"{folder}: optimizer state of {name} is missing", set_aside(folder.parent))
-        moments = [value for key, value in found.items() if key != "step"]
-        if not all(value.shape == parameter.shape and torch.isfinite(local(value)).all() for value in moments):
+        if not all(value.shape == shapes[key] and torch.isfinite(local(value)).all() for key, value in found.items()):
             raise NpoError(
                 f"{folder}: optimizer state of {name} has another shape or is not finite", set_aside(folder.parent)
             )

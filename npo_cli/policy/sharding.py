@@ -101,16 +101,24 @@ class Whole:
         return getattr(self._model, name)
 
 
-def shard(model: PreTrainedModel, settings: ParallelSettings, *, device: str, size: int) -> list[set[str]]:
+def shard(
+    model: PreTrainedModel, settings: ParallelSettings, *, compute_dtype: torch.dtype, size: int
+) -> list[set[str]]:
     """Cut the model's weights in place, a layer at a time; the names that shared a tensor before."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    tied, mesh, layers = tied_names(model), init_device_mesh(device, (size,)), set(model._no_split_modules or ())
+    tied, layers = tied_names(model), set(model._no_split_modules or ())
+    # Weights are gathered in the precision of the forward pass; gradients add up in that of the weights.
+    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    common = {
+        "mesh": init_device_mesh(model.device.type, (size,)),
+        "mp_policy": MixedPrecisionPolicy() if compute_dtype == model.dtype else mixed,
+    }
     for module in [each for each in model.modules() if type(each).__name__ in layers]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=settings.reshard_after_forward)
+        fully_shard(module, **common, reshard_after_forward=settings.reshard_after_forward)
     # What is left (embedding, last norm, head) stays gathered between forward and backward: both ends need it.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, **common, reshard_after_forward=False)
     setattr(model, SCORING, MethodType(_scores, model))
     register_fsdp_forward_method(model, SCORING)
     return tied

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -211,19 +210,3 @@ def leading(place: Place, member: Member) -> Iterator[None]:
     finally:
         _TEAM.reset(known)
         team.dismiss(failed=failed)
-
-
-def settle_device(local_rank: int, *, local_size: int, wanted: str) -> None:
-    """Every process of a machine takes a GPU of its own, where GPUs are used."""
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return
-    if wanted not in ("auto", "cuda"):
-        raise NpoError(
-            f"model.device={wanted} puts every process on one device", "leave model.device=auto: each takes its own"
-        )
-    if torch.cuda.device_count() < local_size:
-        raise NpoError(
-            f"{local_size} processes on this machine, but torch sees {torch.cuda.device_count()} GPUs",
-            "start as many processes as there are GPUs (torchrun --nproc-per-node N), or set model.device=cpu",
-        )
-    torch.cuda.set_device(local_rank)

@@ -57,7 +57,7 @@ class Sync:
         trainer = [tuple(scores.logps_T.tolist()) for scores in scored]
         asked = [ScoreRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids) for row in self.rows]
         found = Agreement(engine=self.engine.score(asked), trainer=trainer, before=self.last)
-        tolerance = self.recipe.engine.tolerance or TOLERANCES[self.recipe.model.dtype]
+        tolerance = self.recipe.engine.tolerance or TOLERANCES[self.recipe.model.precision]
         refuse_disagreement(found, tolerance=tolerance, version=version)
         if self.last is None or found.decides:
             self.last = trainer

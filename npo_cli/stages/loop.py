@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.auto_records import Mistake
 from npo_cli.errors import StoppedEarly, as_typed
@@ -36,7 +36,7 @@ class Trainer:
     """A world that learns."""
 
     world: World
-    optimizer: AdamW
+    optimizer: Optimizer
     steps: StepJournals
     rollouts: RolloutJournal
     branch: str

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
@@ -208,7 +208,7 @@ def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
     )
 
 
-def first_state(world: World, optimizer: AdamW, start: Start) -> Generator[EvalReport, None, TrainerState]:
+def first_state(world: World, optimizer: Optimizer, start: Start) -> Generator[EvalReport, None, TrainerState]:
     """The checkpoint's, or that of a run which never got as far as step 0."""
     if start.checkpoint is not None:
         state = restore_state(world, optimizer, start.checkpoint)

@@ -5,7 +5,7 @@ By default everything is that of the old step and only the sampling seeds are ne
 
 from dataclasses import replace
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.loading import from_dict
 from npo_cli.policy.optimizer import TrainerState
@@ -29,7 +29,7 @@ def seed_name(run: RunDir, branch: str) -> str:
     return seed_name(run, born.parent)
 
 
-def taken_back(world: World, optimizer: AdamW, state: TrainerState, *, born: Segment) -> TrainerState:
+def taken_back(world: World, optimizer: Optimizer, state: TrainerState, *, born: Segment) -> TrainerState:
     """The state a new branch starts with, given that of the step it left its parent at."""
     settings = world.recipe.rollback
     if born.parent is None or state.step != born.fork_step:

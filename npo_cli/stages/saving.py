@@ -1,6 +1,6 @@
 """Checkpoints as stages see them: what a save writes, what a restore brings back."""
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.policy.optimizer import TrainerState
@@ -14,7 +14,7 @@ from npo_cli.stages.world import World
 ANCHOR = "anchor"
 
 
-def save_checkpoint(world: World, optimizer: AdamW, state: TrainerState, *, branch: str) -> None:
+def save_checkpoint(world: World, optimizer: Optimizer, state: TrainerState, *, branch: str) -> None:
     """Weights as a Hugging Face folder, everything else in its anchor/; then let retention tidy up."""
     # The optimiser keeps two moments of each weight.
     require_space(world.run.root, 3 * world.policy.num_bytes)
@@ -26,7 +26,7 @@ def save_checkpoint(world: World, optimizer: AdamW, state: TrainerState, *, bran
     apply_retention(world.run, branch, keep_anchors=settings.keep_anchors, keep_guides=settings.keep_guides)
 
 
-def restore_state(world: World, optimizer: AdamW, checkpoint: Checkpoint) -> TrainerState:
+def restore_state(world: World, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
     """Optimiser, random streams and cursor of an anchor; the weights are loaded already."""
     need_state(world.run, checkpoint)
     return load_training_state(checkpoint.path / ANCHOR, world.policy, optimizer)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
 from npo_cli.policy.model import Policy
@@ -13,7 +13,7 @@ from npo_cli.stages.update import Updater
 from npo_cli.stages.update_records import Asked, Share, ShareReport
 
 
-def open_updater(policy: Policy, optimizer: AdamW, recipe: Recipe, *, reference: Policy | None) -> Updater:
+def open_updater(policy: Policy, optimizer: Optimizer, recipe: Recipe, *, reference: Policy | None) -> Updater:
     """Policy, optimiser and loss, in this process or in all of them."""
     if policy.shared is None:
         return Updater(policy, optimizer, recipe, reference=reference)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.config import ModelSettings, Recipe, TrainSettings
 from npo_cli.engine_settings import EngineSettings
@@ -19,12 +19,13 @@ from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
 from npo_cli.launched import place_here
 from npo_cli.parallel_settings import ParallelSettings
+from npo_cli.policy.devices import settle_device
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.moment_shards import ForgetMoments, LoadMoments, SaveMoments
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, load_moments, load_state, load_streams, save_state
 from npo_cli.policy.sharding import Shared, shard
-from npo_cli.policy.team import settle_device, team_here
+from npo_cli.policy.team import team_here
 from npo_cli.stages.shares import Hand, in_turn
 
 LEARNER, REFERENCE = "policy", "reference"
@@ -39,6 +40,11 @@ def refuse_crowd(recipe: Recipe) -> None:
         raise NpoError(
             f"engine.kind=vllm samples in this process, and there are {place.size}",
             "engine.kind=vllm_server   # or transformers",
+        )
+    if train.optimizer == "adafactor":
+        raise NpoError(
+            "train.optimizer=adafactor sums over rows and columns of whole matrices, and here they are in shards",
+            "train.optimizer=adamw",
         )
     if recipe.engine.transport in ("nccl", "ipc"):
         raise NpoError(
@@ -108,7 +114,7 @@ class Shard:
     def take_part(self, hand: Hand) -> None:
         """In place; one pass lets FSDP2 find its root, before any layer is called on its own."""
         whole, team = hand.policies[self.name], hand.team
-        tied = shard(whole.model, self.settings, device=whole.device.type, size=team.size)
+        tied = shard(whole.model, self.settings, compute_dtype=whole.compute_dtype, size=team.size)
         shared = Shared(team=team, name=self.name, tied=tied, reshard=self.settings.reshard_after_forward)
         policy = replace(whole, shared=shared)
         hand.models[self.name], hand.policies[self.name] = policy.model, policy
@@ -172,7 +178,12 @@ class SampleShare:
         """With all weights whole: answers differ in length, so the processes make other numbers of passes."""
         policy = hand.policies[self.name]
         engine = TransformersEngine(
-            policy.model, policy.tokenizer, eos_ids=policy.eos_ids, pad_id=policy.pad_id, max_rows=self.max_rows
+            policy.model,
+            policy.tokenizer,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            max_rows=self.max_rows,
+            dtype=policy.compute_dtype,
         )
         assert policy.shared is not None
         with policy.shared.gathered(policy.model):
@@ -195,7 +206,7 @@ class NewOptimizer:
         hand.optimizer = build_optimizer(hand.models[self.name], self.settings)
 
 
-def new_optimizer(policy: Policy, settings: TrainSettings) -> AdamW:
+def new_optimizer(policy: Policy, settings: TrainSettings) -> Optimizer:
     """An optimiser without a past."""
     if policy.shared is None:
         return build_optimizer(policy.model, settings)
@@ -204,14 +215,14 @@ def new_optimizer(policy: Policy, settings: TrainSettings) -> AdamW:
     return team.member.optimizer
 
 
-def save_training_state(folder: Path, policy: Policy, optimizer: AdamW, *, state: TrainerState) -> None:
+def save_training_state(folder: Path, policy: Policy, optimizer: Optimizer, *, state: TrainerState) -> None:
     """Everything but the weights, into an existing folder."""
     save_state(folder, policy.model, optimizer, state=state)
     if policy.shared is not None:
         policy.shared.team.work_alike(SaveMoments(name=policy.shared.name, folder=folder.absolute()))
 
 
-def load_training_state(folder: Path, policy: Policy, optimizer: AdamW) -> TrainerState:
+def load_training_state(folder: Path, policy: Policy, optimizer: Optimizer) -> TrainerState:
     """The reverse, in place, whatever number of processes wrote it."""
     if policy.shared is None:
         return load_state(folder, policy.model, optimizer)
@@ -219,7 +230,7 @@ def load_training_state(folder: Path, policy: Policy, optimizer: AdamW) -> Train
     return load_streams(folder)
 
 
-def replace_moments(policy: Policy, optimizer: AdamW, folder: Path | None) -> None:
+def replace_moments(policy: Policy, optimizer: Optimizer, folder: Path | None) -> None:
     """The optimiser's moments alone: those of a training state, or none."""
     if policy.shared is not None:
         name = policy.shared.name

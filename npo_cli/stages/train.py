@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli import __version__
 from npo_cli.config import Recipe
@@ -32,7 +32,7 @@ from npo_cli.tasks.user_code import is_user_code
 MAIN = "main"
 ROUNDED_AWAY = (
     "model.dtype=bfloat16 keeps no float32 copy of the weights: updates below about 0.4 % of a weight are rounded "
-    "away, so a small train.lr hardly learns"
+    "away, so a small train.lr hardly learns; model.dtype=float32 model.compute_dtype=bfloat16 keeps one"
 )
 
 
@@ -113,7 +113,7 @@ def whole_path(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def begin(world: World, optimizer: AdamW) -> Generator[EvalReport, None, TrainerState]:
+def begin(world: World, optimizer: Optimizer) -> Generator[EvalReport, None, TrainerState]:
     """Step 0 of a run: streams seeded, the base evaluated where evaluations are wanted, and saved."""
     seed_streams(world.recipe.train.seed)
     memory = Experience() if world.recipe.experience.share else None
@@ -124,7 +124,7 @@ def begin(world: World, optimizer: AdamW) -> Generator[EvalReport, None, Trainer
     return state
 
 
-def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guidance | None) -> Trainer:
+def open_trainer(world: World, optimizer: Optimizer, *, branch: str, guidance: Guidance | None) -> Trainer:
     """Journals mended after a kill, and the frozen base where the loss measures a distance to it."""
     run = world.run
     steps, rollouts = StepJournals(run, branch), RolloutJournal(run.rollouts_path(branch))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
 from npo_cli.inject_settings import InjectSettings
@@ -69,7 +69,9 @@ def loss_knobs(recipe: Recipe) -> LossKnobs:
 class Updater:
     """Policy, optimiser and loss, ready to take steps."""
 
-    def __init__(self, policy: Policy, optimizer: AdamW, recipe: Recipe, *, reference: Policy | None = None) -> None:
+    def __init__(
+        self, policy: Policy, optimizer: Optimizer, recipe: Recipe, *, reference: Policy | None = None
+    ) -> None:
         self.policy, self.optimizer, self.recipe, self.reference = policy, optimizer, recipe, reference
         self.loss = make_policy_loss(loss_knobs(recipe))
         self.needs_every_row = recipe.loss.kl_coef > 0 or recipe.loss.entropy_coef > 0

@@ -109,6 +109,7 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
             eos_ids=policy.eos_ids,
             pad_id=policy.pad_id,
             max_model_len=min(longest, policy.max_tokens or longest),
+            dtype=policy.compute_dtype,
             adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
         )
     return World(
