@@ -82,6 +82,8 @@ class Team:
             answers = [None] * self.size
             # The own answer may be a whole model: it stays here.
             dist.gather_object(None, answers, dst=0)
+            # Everybody has read it, or there would be no answers.
+            self._store.delete_key(f"npo/order/{self._num_orders - 1}")
         return [answer, *answers[1:]]
 
     def work_alike(self, piece: Piece) -> list[Any]:

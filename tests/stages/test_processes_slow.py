@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def test_every_kind_of_update_is_that_of_one_process(overrides, tmp_path):
     resume(tmp_path / "alone", more)
     resume(tmp_path / "together", more)
     assert_same_curve(metrics(tmp_path / "together"), metrics(tmp_path / "alone"))
+
+
+def test_mixed_precision_differs_by_its_rounding_alone(tmp_path):
+    mixed = "model.compute_dtype=bfloat16"
+    train(tmp_path / "alone", mixed)
+    run("train", "micro", *TINY, mixed, "--run", str(tmp_path / "together"), log=tmp_path / "log")
+    # The first step has the same weights; bfloat16 keeps 8 bits, and a norm adds up what many of them cut off.
+    first = [metrics(tmp_path / name)[0] for name in ("together", "alone")]
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=0.1)
+    assert all(row["mismatch/abs_log_w_p99"] < 0.2 for row in metrics(tmp_path / "together"))
 
 
 def test_a_circle_by_two_processes_is_that_of_one(tmp_path):
@@ -91,6 +102,7 @@ def test_bad_input_is_told_once_and_nothing_is_written(overrides, told, tmp_path
     assert not root.exists()
 
 
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm")
 @pytest.mark.vllm
 def test_a_server_is_sent_what_the_processes_hold(tmp_path: Path):
     engine = ("engine.kind=vllm_server", "model.dtype=float32")
