@@ -28,6 +28,7 @@ GROUND_FLOOR = {
     "auto_records": set(),
     "compare_records": set(),
     "guide_records": {"records"},
+    "images": {"errors", "records"},
     "costs": set(),
     "seeds": set(),
     "settings": set(),
@@ -54,7 +55,8 @@ KNOWN_ONLY_TO = {
     "vllm": {"engines"},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
-    "pyarrow": {"tasks"},
+    "PIL": {"images", "npo_cli/tasks/shapes.py"},
+    "pyarrow": {"tasks", "images"},
     "pydantic": {
         *("config", "settings", "auto_settings", "engine_settings", "inject_settings", "lora_settings", "loading"),
     },

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from npo_cli.config import ModelSettings
@@ -36,6 +36,7 @@ from npo_cli.policy.logprobs import (
     without_dropout,
 )
 from npo_cli.policy.precision import mixed_precision, patch_with_liger
+from npo_cli.policy.vision import Vision, load_vision, model_class
 from npo_cli.policy.weights import load_weights, refuse_filled_in, weights_digest
 from npo_cli.records import Prompt
 
@@ -56,6 +57,8 @@ class Policy:
     """What is trained in place of the weights; None where every weight is."""
     compute_dtype: torch.dtype
     """Of the forward pass."""
+    vision: Vision | None = None
+    """What it sees with; None where it reads text alone."""
     bare: bool = False
     """Score without the adapters."""
 
@@ -124,13 +127,20 @@ class Policy:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt: plain text as it is, messages through the chat template."""
+        """Token ids of a prompt: plain text as it is, messages through the chat template, pictures as image tokens."""
+        if self.vision is not None:
+            special = prompt.text is not None
+            return tuple(self.tokenizer(self.vision.text_of(prompt), add_special_tokens=special).input_ids)
         if prompt.text is not None:
             return tuple(self.tokenizer(prompt.text).input_ids)
         turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
         return tuple(
             self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
         )
+
+    def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
+        """A response to a prompt, ready to be scored."""
+        return TokenRow(prompt_ids=self.encode(prompt), response_ids=response_ids, images=prompt.images)
 
     def encode_response(self, text: str) -> tuple[int, ...]:
         """Token ids of a response that somebody else wrote, without an end token: no text can name one."""
@@ -157,10 +167,13 @@ class Policy:
             return
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        if self.vision is not None:
+            self.vision.save(folder)
 
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
+        packed = packed if self.vision is None else self.vision.seen(packed, rows)
         bare = switched_off(self.model) if self.bare else nullcontext()
         with recomputing(self.model), bare, mixed_precision(self.model, self.compute_dtype):
             return token_scores(
@@ -200,6 +213,7 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     model, tokenizer = _load_parts(settings, None if with_lora else folder)
+    vision = load_vision(model, tokenizer)
     if tokenizer.eos_token_id is None and model.generation_config.eos_token_id is None:
         raise NpoError(
             f"{settings.path}: neither tokenizer nor generation config names an end token", "set eos_token_id there"
@@ -217,6 +231,7 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
         plain_head=head_is_plain(model),
         adapters=adapters,
         compute_dtype=getattr(torch, settings.precision),
+        vision=vision,
     )
     if with_lora and folder is not None:
         policy.load(folder)
@@ -231,7 +246,7 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
     mend = MODEL_WANTED if folder is None else set_aside(folder)
     tokenizer = _load_tokenizer(source, mend=mend)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = model_class(source).from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=settings.attention,

@@ -77,7 +77,7 @@ def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
 
 def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
     """A prompt of no tokens, of more than allowed, or that leaves the model no room to answer."""
-    length, limit = len(policy.encode(prompt)), recipe.task.max_prompt_tokens
+    length, limit = num_prompt_tokens(policy, prompt, recipe), recipe.task.max_prompt_tokens
     wanted = length + recipe.sampling.max_new_tokens
     if length == 0:
         problem = "has no tokens: the model's tokenizer knows none of its characters"
@@ -93,6 +93,19 @@ def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
     raise NpoError(f"{where(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", mend)
 
 
+def num_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
+    """Tokens of a prompt, those of its pictures included."""
+    if prompt.images and policy.vision is None:
+        raise NpoError(
+            f"{where(prompt, recipe.task)}prompt {prompt.prompt_id} has images; {recipe.model.path} reads text alone",
+            "set model.path to a vision-language model, or leave task.image_column out",
+        )
+    try:
+        return len(policy.encode(prompt))
+    except NpoError as error:
+        raise NpoError(f"{where(prompt, recipe.task)}{error.message}", error.hint) from error
+
+
 def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
     """Join the parts, and start the engine; whoever opens a world closes it."""
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
@@ -105,6 +118,7 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
         max_model_len=min(longest, policy.max_tokens or longest),
         dtype=policy.compute_dtype,
         adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
+        sight=policy.vision,
     )
     return World(
         recipe=recipe,
@@ -205,6 +219,7 @@ def _requests(world: World, prompts: Sequence[Prompt], asked: Asked, *, slots: S
             slot=slot,
             seed=derive_seed(world.recipe.train.seed, *asked.label, prompt.prompt_id, slot),
             version=asked.version,
+            images=prompt.images,
         )
         for prompt in prompts
         for slot in slots
