@@ -295,12 +295,3 @@ def _load_tokenizer(source: str, *, mend: str) -> PreTrainedTokenizerBase:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def require_chat_template(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
-    """Chat prompts need a template; say so before anything is trained."""
-    if any(prompt.messages for prompt in prompts) and not policy.tokenizer.chat_template:
-        raise NpoError(
-            f"{path}: the tokenizer has no chat template, and prompts are chat messages",
-            "use an instruct model, or plain prompts (strings, and task.chat=false)",
-        )

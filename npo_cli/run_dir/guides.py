@@ -54,7 +54,8 @@ class GuideStore:
         """Keep one trajectory. Write it before `add_asked` of its prompt: asked means wholly dealt with."""
         logps = trajectory.behavior_logps
         row = row_of(trajectory) | {"behavior_logps": None if logps is None else shortest_float32(logps)}
-        row |= {"images": image_rows(trajectory.images)}
+        row.pop("images")
+        row |= {"images": image_rows(trajectory.images)} if trajectory.images else {}
         return self._trajectories.append_once(row, ("prompt_id", "number"))
 
     def add_asked(self, asked: Asked) -> Outcome:

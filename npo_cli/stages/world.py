@@ -9,7 +9,8 @@ from npo_cli.engines.opening import open_engine
 from npo_cli.engines.requests import Engine, Sample, SampleRequest
 from npo_cli.errors import NpoError
 from npo_cli.policy.adapters import Adapters
-from npo_cli.policy.model import Policy, load_policy, require_chat_template
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.reading import require_reader
 from npo_cli.records import Graded, Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
@@ -63,7 +64,7 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
     if checkpoint:
         load_checkpoint(policy, checkpoint)
     prompts = [*task.train, *task.heldout]
-    require_chat_template(policy, prompts, recipe.model.path)
+    require_reader(policy, prompts, recipe.model.path)
     for prompt in prompts:
         refuse_unreadable(policy, prompt, recipe)
     return policy
@@ -95,11 +96,6 @@ def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
 
 def num_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
     """Tokens of a prompt, those of its pictures included."""
-    if prompt.images and policy.vision is None:
-        raise NpoError(
-            f"{where(prompt, recipe.task)}prompt {prompt.prompt_id} has images; {recipe.model.path} reads text alone",
-            "set model.path to a vision-language model, or leave task.image_column out",
-        )
     try:
         return len(policy.encode(prompt))
     except NpoError as error:
