@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide_records import GuideInfo, GuideTrajectory
 from npo_cli.loading import in_force, recipe_dict
 from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
@@ -182,10 +182,23 @@ def open_guidance(world: World, segment: Segment) -> Guidance | None:
             f"guide {info.name} answers prompts that this task does not have: {strangers[0]}", "use this run's own data"
         )
     every = [kept for several in trajectories.values() for kept in several]
+    for kept in every:
+        refuse_other_pixels(world, info, kept)
     top = max((max(kept.response_ids) for kept in every), default=0)
     if top >= world.policy.model.get_input_embeddings().num_embeddings:
         raise damaged(trajectories_path(world.run.guide_folder(info.name)), f"no token has the number {top}")
     return Guidance(trajectories=trajectories, until_step=segment.guide_until)
+
+
+def refuse_other_pixels(world: World, info: GuideInfo, kept: GuideTrajectory) -> None:
+    """An answer to other pictures is no answer to this prompt, whatever its text."""
+    shown = [image.sha256 for image in world.task.prompt(kept.prompt_id).images]
+    if shown != [image.sha256 for image in kept.images]:
+        raise NpoError(
+            f"guide {info.name} was shown other pictures for prompt {kept.prompt_id} than this task has",
+            f"bring the old ones back, or: npo sample-guide {as_typed(world.run.root)} {asking(info)} "
+            f"--at {info.at_step} --name NEW",
+        )
 
 
 def refuse_unknown_logps(world: World, info: GuideInfo) -> None:
