@@ -62,11 +62,16 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
     policy = load_policy(recipe.model, checkpoint.path if checkpoint else None)
     if checkpoint:
         load_checkpoint(policy, checkpoint)
+    refuse_unreadable_task(policy, task, recipe)
+    return policy
+
+
+def refuse_unreadable_task(policy: Policy, task: Task, recipe: Recipe) -> None:
+    """Every prompt, held-out ones included, can be read and leaves room for an answer."""
     prompts = [*task.train, *task.heldout]
     require_chat_template(policy, prompts, recipe.model.path)
     for prompt in prompts:
         refuse_unreadable(policy, prompt, recipe)
-    return policy
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
