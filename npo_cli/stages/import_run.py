@@ -1,8 +1,8 @@
 """`npo index RUN --import FOLDER`: a run directory around the checkpoints that another trainer left.
 
-The folder says which weights there are; task, batch and sampling are the recipe's to say. Everything is read and checked
-before anything is written, and the run appears whole or not at all. No training state comes over: its optimiser's is
-pickled, so training goes on only with fresh moments (`npo resume --fresh-optimizer`).
+The folder says which weights there are; task, batch and sampling are the recipe's to say. The run appears whole or
+not at all, and nothing changes in the folder. No training state comes over: the optimiser's is pickled, so training
+goes on only with fresh moments (`npo resume --fresh-optimizer`).
 """
 
 import math
@@ -33,6 +33,7 @@ ORDER = (
     "which prompts that trainer had visited is not on record: npo's own data order under this recipe stands in for it, "
     "so what is scored and sampled 'after step N' are prompts of that order"
 )
+FREE_OF_COST = "what its steps had cost is not on record: tables of costs count no tokens and no seconds for them"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,9 @@ def recipe_of(found: Sequence[Foreign], asked: Import) -> Recipe:
     """The recipe, what the folder itself says on top, and the command line above both."""
     if len({each.adapters for each in found}) > 1:
         other = next(each.path for each in found if each.adapters != found[-1].adapters)
-        raise NpoError(f"{other} and {found[-1].path}: one holds adapters, the other a whole model", "import them apart")
+        raise NpoError(
+            f"{other} and {found[-1].path}: one holds adapters, the other a whole model", "import them apart"
+        )
     steps = [each.step for each in found if each.step]
     told = [f"train.num_steps={max(steps, default=1)}", f"train.save_every={math.gcd(*steps) or 1}"]
     told += lora_settings_of(found[-1].path) if found[-1].adapters else ["model.lora.rank=null"]
@@ -109,15 +112,17 @@ def records_of(found: Sequence[Foreign], asked: Import) -> Records:
 
 
 def write_metrics(run: RunDir, records: Records, recipe: Recipe, *, steps: Sequence[int]) -> None:
-    """A line for each step that was measured or saved, with the data cursor of npo's own order."""
+    """A line for every step, with the data cursor of npo's own order; no tokens, as nobody says how many there were."""
+    last = max(*steps, *records.by_step, 0)
     lines = [
         {
             "step": step,
             "branch": MAIN,
             **records.by_step.get(step, {}),
+            "tokens": 0,
             "data_position": step * recipe.train.prompts_per_step,
         }
-        for step in sorted({*records.by_step, *steps} - {0})
+        for step in range(1, last + 1)
     ]
     if lines:
         Journal(run.metrics_path(MAIN)).extend(lines)
@@ -129,7 +134,7 @@ def take_checkpoints(
     """Each one is loaded, so that every tensor is accounted for, and signed under its step's name."""
     if base is not None:
         with new_checkpoint(run, MAIN, 0) as folder:
-            first = load_policy(base.model)
+            first = policy if policy.adapters is not None else load_policy(base.model)
             first.save(folder)
             policy.load(folder)
     for number, each in enumerate(found):
@@ -153,6 +158,9 @@ def told(root: Path, found: Sequence[Foreign], records: Records) -> Iterator[Not
     steps = ", ".join(str(each.step) for each in found)
     yield Notice(message=f"{root}: {found[-1].trainer}, steps {steps}; weights only, no training state")
     yield Notice(message=ORDER, level="warning")
+    yield Notice(
+        message="what its steps had cost is not on record: tables of costs count none for them", level="warning"
+    )
     if records.source is not None:
         yield Notice(message=f"{len(records.by_step)} recorded steps from {records.source}")
     if records.missing:
