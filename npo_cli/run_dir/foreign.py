@@ -8,20 +8,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.run_dir.lock import writing
-from npo_cli.run_dir.paths import BIRTH_FILE, RunDir, refuse_used
+from npo_cli.run_dir.paths import BIRTH_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
 TRAINER_STATE = "trainer_state.json"
 METRICS = "metrics.jsonl"
 KEPT = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken"})
 """Endings of what belongs to a model besides its weights: config, tokenizer, chat template."""
-IMPORTING = ".importing"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,22 +155,3 @@ def metrics_beside(found: list[Foreign], home: Path) -> Path | None:
     """The records that the trainer left: the newest trainer_state.json, or prime-rl's metrics.jsonl."""
     candidates = [found[-1].path / TRAINER_STATE, home / TRAINER_STATE, home / METRICS, home.parent / METRICS]
     return next((path for path in candidates if path.is_file()), None)
-
-
-@contextmanager
-def built_aside(root: Path) -> Iterator[Path]:
-    """A hidden sibling that becomes `root` when the block ends well, else it is removed: a run is whole or not there.
-
-    What a killed import left is removed; one that is still at work is refused by its lock.
-    """
-    refuse_used(root)
-    hidden = root.absolute().parent / f".{root.name}{IMPORTING}"
-    if hidden.exists():
-        with writing(RunDir(hidden)):
-            shutil.rmtree(hidden)
-    try:
-        yield hidden
-        refuse_used(root)
-        hidden.rename(root.absolute())
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)

@@ -17,8 +17,9 @@ from npo_cli.loading import load_recipe, recipe_dict
 from npo_cli.policy.foreign import lora_settings_of, take_adapters
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.records import CheckpointEntry, Notice, Progress, Segment
+from npo_cli.run_dir.aside import built_aside
 from npo_cli.run_dir.checkpoints import new_checkpoint
-from npo_cli.run_dir.foreign import Foreign, built_aside, foreign_checkpoints, metrics_beside, take_files
+from npo_cli.run_dir.foreign import Foreign, foreign_checkpoints, metrics_beside, take_files
 from npo_cli.run_dir.index import build_index
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import append_segment

@@ -203,7 +203,7 @@ def test_pickled_weights_are_never_opened(tmp_path):
 
 
 def test_what_a_killed_import_left_is_cleared_and_one_at_work_is_not(tmp_path):
-    hidden = tmp_path / ".run.importing"
+    hidden = tmp_path / ".run.unfinished"
     (hidden / "branches").mkdir(parents=True)
     with writing(RunDir(hidden)), pytest.raises(NpoError, match="in use by process"):
         list(importing(tmp_path / "run", trl_output(tmp_path / "out")))
