@@ -57,6 +57,8 @@ def resume(
     where = {"overrides": overrides or (), "at": at, "source_branch": source, "new_branch": branch}
     if fresh:
         refuse_nowhere(run, at=at, autonpo=autonpo)
+    from npo_cli.stages.tracking import tracked
+
     if autonpo:
         refuse_own_guide(run, guide=guide, steps=steps)
         from npo_cli.stages.autonpo import resume_auto
@@ -66,7 +68,7 @@ def resume(
         from npo_cli.stages.resume import resume_run
 
         records = resume_run(run, **where, guide=guide, steps=steps, until=until, allow_code=allow_code, fresh=fresh)
-    draw(records, as_json=as_json, num_steps=last)
+    draw(tracked(run, settled, records), as_json=as_json, num_steps=last)
 
 
 def refuse_nowhere(run: Path, *, at: int | None, autonpo: bool) -> None:
