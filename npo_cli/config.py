@@ -2,7 +2,7 @@
 
 AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
 foreign trajectories in `npo_cli.inject_settings`, LoRA's in `npo_cli.lora_settings`, those of several processes in
-`npo_cli.parallel_settings`.
+`npo_cli.parallel_settings`, those of trackers in `npo_cli.track_settings`.
 """
 
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSet
 from npo_cli.lora_settings import LoraSettings
 from npo_cli.parallel_settings import ParallelSettings
 from npo_cli.settings import FREE, Count, Decay, Settings, Share
+from npo_cli.track_settings import TrackSettings
 
 
 class ModelSettings(Settings):
@@ -262,6 +263,7 @@ class Recipe(Settings):
     replay: ReplaySettings = ReplaySettings()
     early: EarlySettings = EarlySettings()
     late: LateSettings = LateSettings()
+    track: TrackSettings = TrackSettings()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":

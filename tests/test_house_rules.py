@@ -21,7 +21,14 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 LEAF_ROOMS = {"guide", "objective", "policy", "engines", "tasks", "run_dir", "report"}
 ROOMS_BELOW = {"cli": {"stages", *LEAF_ROOMS}, "stages": LEAF_ROOMS}
-SECTIONS = {"auto_settings", "engine_settings", "inject_settings", "lora_settings", "parallel_settings"}
+SECTIONS = {
+    "auto_settings",
+    "engine_settings",
+    "inject_settings",
+    "lora_settings",
+    "parallel_settings",
+    "track_settings",
+}
 GROUND_FLOOR = {
     "__init__": set(),
     "errors": set(),
@@ -34,7 +41,7 @@ GROUND_FLOOR = {
     "costs": set(),
     "seeds": set(),
     "settings": set(),
-    **{section: {"settings"} for section in SECTIONS},
+    **dict.fromkeys(SECTIONS, {"settings"}),
     "config": {"settings", *SECTIONS},
     "launched": {"errors"},
     "__main__": {"cli"},
@@ -54,6 +61,7 @@ KNOWN_ONLY_TO = {
     "peft": {"policy"},
     "accelerate": {"policy"},
     "vllm": {"engines"},
+    **dict.fromkeys(("tensorboard", "wandb", "trackio"), {"report"}),
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
     "PIL": {"images", "npo_cli/tasks/shapes.py"},
@@ -289,8 +297,7 @@ def test_the_default_of_a_setting_lives_on_its_field_alone():
     again = [
         f"{place(path, node)}: {name}={value.value!r}"
         for path in SOURCES
-        if room_of(path)
-        not in {"config", "settings", "auto_settings", "engine_settings", "lora_settings", "parallel_settings"}
+        if room_of(path) not in {"config", "settings", *SECTIONS}
         for name, value, node in defaults_beside(path)
         if isinstance(value, ast.Constant) and value.value and (name, value.value) in known
     ]

@@ -66,11 +66,16 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
     policy = load_policy(recipe.model, folder)
     if checkpoint:
         load_checkpoint(policy, checkpoint)
+    refuse_unreadable_task(policy, task, recipe)
+    return shared_among_all(policy, recipe, folder=folder)
+
+
+def refuse_unreadable_task(policy: Policy, task: Task, recipe: Recipe) -> None:
+    """Every prompt, held-out ones included, can be read and leaves room for an answer."""
     prompts = [*task.train, *task.heldout]
     require_reader(policy, prompts, recipe.model.path)
     for prompt in prompts:
         refuse_unreadable(policy, prompt, recipe)
-    return shared_among_all(policy, recipe, folder=folder)
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
