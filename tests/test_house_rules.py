@@ -27,6 +27,7 @@ GROUND_FLOOR = {
     "records": set(),
     "auto_records": set(),
     "compare_records": set(),
+    "plan_records": set(),
     "guide_records": {"records"},
     "costs": set(),
     "seeds": set(),

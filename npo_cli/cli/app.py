@@ -21,6 +21,7 @@ from npo_cli.cli.demo import demo
 from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
 from npo_cli.cli.index import index
+from npo_cli.cli.plan import plan
 from npo_cli.cli.recipes import recipes
 from npo_cli.cli.report import report
 from npo_cli.cli.resume import resume
@@ -46,6 +47,7 @@ DOORS = {
     "compare": compare,
     "report": report,
     "recipes": recipes,
+    "plan": plan,
     "doctor": doctor,
     "demo": demo,
     "base": base,
