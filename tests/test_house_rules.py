@@ -21,14 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 LEAF_ROOMS = {"guide", "objective", "policy", "engines", "tasks", "run_dir", "report"}
 ROOMS_BELOW = {"cli": {"stages", *LEAF_ROOMS}, "stages": LEAF_ROOMS}
-SECTIONS = {
-    "auto_settings",
-    "engine_settings",
-    "inject_settings",
-    "lora_settings",
-    "parallel_settings",
-    "track_settings",
-}
+SECTIONS = {f"{name}_settings" for name in ("auto", "engine", "inject", "lora", "parallel", "track")}
 GROUND_FLOOR = {
     "__init__": set(),
     "errors": set(),
@@ -41,7 +34,7 @@ GROUND_FLOOR = {
     "costs": set(),
     "seeds": set(),
     "settings": set(),
-    **dict.fromkeys(SECTIONS, {"settings"}),
+    **{section: {"settings"} for section in SECTIONS},
     "config": {"settings", *SECTIONS},
     "launched": {"errors"},
     "__main__": {"cli"},
@@ -61,7 +54,7 @@ KNOWN_ONLY_TO = {
     "peft": {"policy"},
     "accelerate": {"policy"},
     "vllm": {"engines"},
-    **dict.fromkeys(("tensorboard", "wandb", "trackio"), {"report"}),
+    **{tracker: {"report"} for tracker in ("tensorboard", "wandb", "trackio")},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
     "PIL": {"images", "npo_cli/tasks/shapes.py"},
