@@ -21,7 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 LEAF_ROOMS = {"guide", "objective", "policy", "engines", "tasks", "run_dir", "report"}
 ROOMS_BELOW = {"cli": {"stages", *LEAF_ROOMS}, "stages": LEAF_ROOMS}
-SECTIONS = {"auto_settings", "engine_settings", "inject_settings", "lora_settings", "parallel_settings"}
+SECTIONS = {f"{name}_settings" for name in ("auto", "engine", "inject", "lora", "parallel", "track")}
 GROUND_FLOOR = {
     "__init__": set(),
     "errors": set(),
@@ -30,6 +30,7 @@ GROUND_FLOOR = {
     "compare_records": set(),
     "plan_records": set(),
     "guide_records": {"records"},
+    "images": {"errors", "records"},
     "costs": set(),
     "seeds": set(),
     "settings": set(),
@@ -53,9 +54,11 @@ KNOWN_ONLY_TO = {
     "peft": {"policy"},
     "accelerate": {"policy"},
     "vllm": {"engines"},
+    **{tracker: {"report"} for tracker in ("tensorboard", "wandb", "trackio")},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
-    "pyarrow": {"tasks"},
+    "PIL": {"images", "npo_cli/tasks/shapes.py"},
+    "pyarrow": {"tasks", "images"},
     "pydantic": {"config", "settings", "loading", *SECTIONS},
     "pydantic_core": {"explain"},
     "yaml": {"loading", "run_dir"},
@@ -287,8 +290,7 @@ def test_the_default_of_a_setting_lives_on_its_field_alone():
     again = [
         f"{place(path, node)}: {name}={value.value!r}"
         for path in SOURCES
-        if room_of(path)
-        not in {"config", "settings", "auto_settings", "engine_settings", "lora_settings", "parallel_settings"}
+        if room_of(path) not in {"config", "settings", *SECTIONS}
         for name, value, node in defaults_beside(path)
         if isinstance(value, ast.Constant) and value.value and (name, value.value) in known
     ]

@@ -21,6 +21,7 @@ from npo_cli.cli.compare import compare
 from npo_cli.cli.demo import demo
 from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
+from npo_cli.cli.export import export
 from npo_cli.cli.index import index
 from npo_cli.cli.plan import plan
 from npo_cli.cli.recipes import recipes
@@ -47,6 +48,7 @@ DOORS = {
     "eval": evaluate,
     "show": show,
     "compare": compare,
+    "export": export,
     "report": report,
     "recipes": recipes,
     "plan": plan,

@@ -77,9 +77,12 @@ def attach(model: PreTrainedModel, settings: LoraSettings, *, path: str) -> Adap
 
 
 def target_names(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
-    """Last names of linear layers; an unknown one is refused (peft would take the others without a word)."""
+    """Last names of linear layers; an unknown one is refused (peft would take the others without a word).
+
+    Where none is named: all of the language model's, none of a vision tower's.
+    """
     head = model.get_output_embeddings()
-    linear = (module for module in model.named_modules() if isinstance(module[1], torch.nn.Linear))
+    linear = [module for module in model.named_modules() if isinstance(module[1], torch.nn.Linear)]
     known = sorted({name.rpartition(".")[2] for name, module in linear if module is not head})
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -87,7 +90,8 @@ def target_names(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
             f"model.lora.targets: this model has no linear layer named {unknown[0]} (the head is no target)",
             f"choose among {', '.join(known)}, or leave it empty for all of them",
         )
-    return sorted(set(wanted)) or known
+    language = {module for module in model.get_decoder().modules()}
+    return sorted(set(wanted)) or sorted({name.rpartition(".")[2] for name, module in linear if module in language})
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

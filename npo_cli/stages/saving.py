@@ -3,12 +3,14 @@
 from torch.optim import Optimizer
 
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.policy.optimizer import TrainerState
+from npo_cli.guide_records import Experience
+from npo_cli.policy.optimizer import TrainerState, seed_streams
 from npo_cli.run_dir.checkpoints import Checkpoint, new_checkpoint, require_whole
 from npo_cli.run_dir.files import require_space
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.retention import apply_retention
-from npo_cli.stages.together import load_training_state, save_training_state
+from npo_cli.stages.segment import position_at
+from npo_cli.stages.together import load_training_state, replace_moments, save_training_state
 from npo_cli.stages.world import World
 
 ANCHOR = "anchor"
@@ -32,11 +34,21 @@ def restore_state(world: World, optimizer: Optimizer, checkpoint: Checkpoint) ->
     return load_training_state(checkpoint.path / ANCHOR, world.policy, optimizer)
 
 
+def fresh_state(world: World, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
+    """What a step needs where only weights were saved: moments of nothing, streams from the seed, the data cursor."""
+    replace_moments(world.policy, optimizer, None)
+    seed_streams(world.recipe.train.seed)
+    position = position_at(world.run, checkpoint.branch, checkpoint.step)
+    memory = Experience() if world.recipe.experience.share else None
+    return TrainerState(step=checkpoint.step, position=position, trackers={}, experience=memory)
+
+
 def need_state(run: RunDir, checkpoint: Checkpoint) -> None:
     """Only an anchor, whole to the last byte, can be gone on from."""
     if not checkpoint.anchor_path.exists():
         raise NpoError(
             f"step {checkpoint.step} of {checkpoint.branch} is a guide (weights only); training cannot go on from it",
-            f"choose a step that is an anchor: npo index {as_typed(run.root)}",
+            f"choose an anchor (npo index {as_typed(run.root)}), or begin the optimizer anew: "
+            f"npo resume {as_typed(run.root)} --at {checkpoint.step} --fresh-optimizer",
         )
     require_whole(checkpoint, anchor=True)

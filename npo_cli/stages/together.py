@@ -185,6 +185,7 @@ class SampleShare:
             pad_id=policy.pad_id,
             max_rows=self.max_rows,
             dtype=policy.compute_dtype,
+            sight=policy.vision,
         )
         assert policy.shared is not None
         with policy.shared.gathered(policy.model):

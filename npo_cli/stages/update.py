@@ -26,7 +26,7 @@ def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages], inject: In
     clips = {True: inject.clip, False: inject.clip_own or not mixed}
     return [
         TrainRow(
-            tokens=TokenRow(prompt_ids=policy.encode(entry.group.prompt), response_ids=rollout.response_ids),
+            tokens=policy.row(entry.group.prompt, rollout.response_ids),
             behavior_logps=rollout.behavior_logps,
             advantage=advantage,
             foreign=rollout.foreign,

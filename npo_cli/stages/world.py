@@ -9,7 +9,8 @@ from npo_cli.engines.opening import open_engine
 from npo_cli.engines.requests import Engine, Sample, SampleRequest
 from npo_cli.errors import NpoError
 from npo_cli.policy.adapters import Adapters
-from npo_cli.policy.model import Policy, load_policy, require_chat_template
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.reading import require_reader
 from npo_cli.records import Graded, Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
@@ -65,11 +66,16 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
     policy = load_policy(recipe.model, folder)
     if checkpoint:
         load_checkpoint(policy, checkpoint)
+    refuse_unreadable_task(policy, task, recipe)
+    return shared_among_all(policy, recipe, folder=folder)
+
+
+def refuse_unreadable_task(policy: Policy, task: Task, recipe: Recipe) -> None:
+    """Every prompt, held-out ones included, can be read and leaves room for an answer."""
     prompts = [*task.train, *task.heldout]
-    require_chat_template(policy, prompts, recipe.model.path)
+    require_reader(policy, prompts, recipe.model.path)
     for prompt in prompts:
         refuse_unreadable(policy, prompt, recipe)
-    return shared_among_all(policy, recipe, folder=folder)
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
@@ -80,7 +86,7 @@ def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
 
 def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
     """A prompt of no tokens, of more than allowed, or that leaves the model no room to answer."""
-    length, limit = len(policy.encode(prompt)), recipe.task.max_prompt_tokens
+    length, limit = num_prompt_tokens(policy, prompt, recipe), recipe.task.max_prompt_tokens
     wanted = length + recipe.sampling.max_new_tokens
     if length == 0:
         problem = "has no tokens: the model's tokenizer knows none of its characters"
@@ -94,6 +100,14 @@ def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
     else:
         return
     raise NpoError(f"{where(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", mend)
+
+
+def num_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
+    """Tokens of a prompt, those of its pictures included."""
+    try:
+        return len(policy.encode(prompt))
+    except NpoError as error:
+        raise NpoError(f"{where(prompt, recipe.task)}{error.message}", error.hint) from error
 
 
 def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
@@ -111,6 +125,7 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
             max_model_len=min(longest, policy.max_tokens or longest),
             dtype=policy.compute_dtype,
             adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
+            sight=policy.vision,
         )
     return World(
         recipe=recipe,
@@ -211,6 +226,7 @@ def _requests(world: World, prompts: Sequence[Prompt], asked: Asked, *, slots: S
             slot=slot,
             seed=derive_seed(world.recipe.train.seed, *asked.label, prompt.prompt_id, slot),
             version=asked.version,
+            images=prompt.images,
         )
         for prompt in prompts
         for slot in slots
