@@ -1,7 +1,8 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
 AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
-foreign trajectories in `npo_cli.inject_settings`, LoRA's in `npo_cli.lora_settings`.
+foreign trajectories in `npo_cli.inject_settings`, LoRA's in `npo_cli.lora_settings`, those of several processes in
+`npo_cli.parallel_settings`, those of trackers in `npo_cli.track_settings`.
 """
 
 from typing import Any, Literal
@@ -20,7 +21,9 @@ from npo_cli.auto_settings import (
 from npo_cli.engine_settings import EngineSettings, MismatchSettings
 from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSettings, MethodSettings
 from npo_cli.lora_settings import LoraSettings
+from npo_cli.parallel_settings import ParallelSettings
 from npo_cli.settings import FREE, Count, Decay, Settings, Share
+from npo_cli.track_settings import TrackSettings
 
 
 class ModelSettings(Settings):
@@ -244,6 +247,7 @@ class Recipe(Settings):
     loss: LossSettings = LossSettings()
     sampling: SamplingSettings = SamplingSettings()
     engine: EngineSettings = EngineSettings()
+    parallel: ParallelSettings = ParallelSettings()
     mismatch: MismatchSettings = MismatchSettings()
     inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
@@ -259,6 +263,7 @@ class Recipe(Settings):
     replay: ReplaySettings = ReplaySettings()
     early: EarlySettings = EarlySettings()
     late: LateSettings = LateSettings()
+    track: TrackSettings = TrackSettings()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":

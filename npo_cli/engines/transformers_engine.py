@@ -136,6 +136,8 @@ class TransformersEngine:
                 attention_mask=mask_NL,
                 past_key_values=cache,
                 logits_processor=LogitsProcessorList([sampler]),
+                # Several processes would otherwise all go on until the last of them has its last token.
+                synced_gpus=False,
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=max_new_tokens,

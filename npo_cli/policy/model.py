@@ -25,6 +25,7 @@ from npo_cli.policy.adapters import (
     save_adapters,
     switched_off,
 )
+from npo_cli.policy.devices import choose_device
 from npo_cli.policy.gguf import PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
@@ -36,8 +37,9 @@ from npo_cli.policy.logprobs import (
     without_dropout,
 )
 from npo_cli.policy.precision import mixed_precision, patch_with_liger
+from npo_cli.policy.sharding import Shared, Whole
 from npo_cli.policy.vision import Vision, load_vision, model_class
-from npo_cli.policy.weights import load_weights, refuse_filled_in, weights_digest
+from npo_cli.policy.weights import load_weights, refuse_filled_in, tensors_digest
 from npo_cli.records import Prompt
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "micro-base"
@@ -61,6 +63,8 @@ class Policy:
     """What it sees with; None where it reads text alone."""
     bare: bool = False
     """Score without the adapters."""
+    shared: Shared | None = None
+    """How its weights are held by several processes; None where this one has them all."""
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +92,7 @@ class Policy:
     @property
     def digest(self) -> str:
         """sha256 of the weights as they are now."""
-        return weights_digest(self.model)
+        return tensors_digest(self.tensors)
 
     @property
     def num_bytes(self) -> int:
@@ -97,14 +101,24 @@ class Policy:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every whole tensor of the model under its name there."""
+        return self.model.state_dict() if self.shared is None else self.shared.whole("all")
+
+    @property
+    def whole_model(self) -> PreTrainedModel | Whole:
+        """The model as an engine is shown it."""
+        return self.model if self.shared is None else Whole(self.model, self.shared)
+
+    @property
     def frozen(self) -> dict[str, Tensor]:
         """The base's weights under their own names, adapters left out."""
-        return base_tensors(self.model)
+        return base_tensors(self.model) if self.shared is None else self.shared.whole("base")
 
     @property
     def trained(self) -> dict[str, Tensor]:
         """The adapters as they are now, under the names of peft's files."""
-        return adapter_tensors(self.model)
+        return adapter_tensors(self.model) if self.shared is None else self.shared.whole("adapters")
 
     @property
     def base(self) -> "Policy":
@@ -154,7 +168,9 @@ class Policy:
 
     def load(self, folder: Path) -> None:
         """Swap in the weights or the adapters of a checkpoint folder, checked tensor by tensor."""
-        if self.adapters is None:
+        if self.shared is not None:
+            self.shared.load(self.model, self.adapters, folder)
+        elif self.adapters is None:
             load_weights(self.model, folder)
         else:
             load_adapters(self.model, self.adapters, folder)
@@ -163,9 +179,9 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` opens as it is: transformers', or with adapters peft's."""
         if self.adapters is not None:
-            save_adapters(self.model, self.adapters, folder)
+            save_adapters(self.trained, self.adapters, folder)
             return
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=None if self.shared is None else self.tensors)
         self.tokenizer.save_pretrained(folder)
         if self.vision is not None:
             self.vision.save(folder)
@@ -174,30 +190,12 @@ class Policy:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
         packed = packed if self.vision is None else self.vision.seen(packed, rows)
+        scores = token_scores if self.shared is None else self.shared.token_scores
         bare = switched_off(self.model) if self.bare else nullcontext()
         with recomputing(self.model), bare, mixed_precision(self.model, self.compute_dtype):
-            return token_scores(
+            return scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
-
-
-def choose_device(wanted: str) -> torch.device:
-    """`auto` takes a GPU where there is one; a GPU asked for and absent is an error."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise NpoError(
-            f"model.device={wanted} is no device that npo uses", "set model.device to auto, cpu, cuda or cuda:N"
-        )
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise NpoError(
-            f"model.device={wanted}, but torch sees no such GPU", "set model.device=cpu (npo doctor lists the GPUs)"
-        )
-    return device
 
 
 def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:

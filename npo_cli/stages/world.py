@@ -16,6 +16,7 @@ from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.engine_sync import Sync, probe_rows
+from npo_cli.stages.together import SharedEngine, by_disk, refuse_crowd, shared_among_all
 from npo_cli.tasks.prompts import DataOrder, Task
 from npo_cli.tasks.sources import load_task, where
 
@@ -60,14 +61,21 @@ def open_task(recipe: Recipe, *, allow_code: bool) -> Task:
 
 def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Policy:
     """The base model, or a checkpoint's, after a check that it can read every prompt of the task."""
-    policy = load_policy(recipe.model, checkpoint.path if checkpoint else None)
+    refuse_crowd(recipe)
+    folder = checkpoint.path if checkpoint else None
+    policy = load_policy(recipe.model, folder)
     if checkpoint:
         load_checkpoint(policy, checkpoint)
+    refuse_unreadable_task(policy, task, recipe)
+    return shared_among_all(policy, recipe, folder=folder)
+
+
+def refuse_unreadable_task(policy: Policy, task: Task, recipe: Recipe) -> None:
+    """Every prompt, held-out ones included, can be read and leaves room for an answer."""
     prompts = [*task.train, *task.heldout]
     require_reader(policy, prompts, recipe.model.path)
     for prompt in prompts:
         refuse_unreadable(policy, prompt, recipe)
-    return policy
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
@@ -105,17 +113,20 @@ def num_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
 def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
     """Join the parts, and start the engine; whoever opens a world closes it."""
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
-    engine = open_engine(
-        recipe.engine,
-        policy.model,
-        policy.tokenizer,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        max_model_len=min(longest, policy.max_tokens or longest),
-        dtype=policy.compute_dtype,
-        adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
-        sight=policy.vision,
-    )
+    if policy.shared is not None and recipe.engine.kind == "transformers":
+        engine: Engine = SharedEngine(policy, max_rows=recipe.engine.max_rows)
+    else:
+        engine = open_engine(
+            by_disk(recipe.engine, policy),
+            policy.whole_model,
+            policy.tokenizer,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            max_model_len=min(longest, policy.max_tokens or longest),
+            dtype=policy.compute_dtype,
+            adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
+            sight=policy.vision,
+        )
     return World(
         recipe=recipe,
         run=run,
