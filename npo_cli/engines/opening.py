@@ -36,6 +36,8 @@ def open_engine(
         return TransformersEngine(
             model, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=settings.max_rows, dtype=dtype
         )
+    if adapters is not None:
+        refuse_transport(settings)
     if find_spec("vllm") is None:
         raise NpoError(
             f"engine.kind={settings.kind}, but vllm is not installed",
@@ -45,6 +47,15 @@ def open_engine(
         settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
     )
     return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
+
+
+def refuse_transport(settings: EngineSettings) -> None:
+    """Adapters go through a folder; what sends whole models is not quietly replaced by it."""
+    if settings.kind == "vllm_server" and settings.transport not in ("auto", "disk"):
+        raise NpoError(
+            f"engine.transport={settings.transport} sends whole models; adapters (model.lora.rank) go through a folder",
+            "engine.transport=auto",
+        )
 
 
 def limits_of(
