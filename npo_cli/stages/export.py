@@ -58,7 +58,6 @@ def export_checkpoint(root: Path, *, step: int, branch: str | None, out: Path) -
     require_whole(checkpoint)
     card = model_card(run, checkpoint, branch=branch)
     with full_disk_explained(out), built_aside(out, flag="--out") as hidden:
-        hidden.mkdir(parents=True)
         for name in read_manifest(checkpoint.path)["files"]:
             if name != OURS:
                 (hidden / name).parent.mkdir(parents=True, exist_ok=True)
