@@ -214,8 +214,10 @@ def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
 def first_state(world: World, optimizer: Optimizer, start: Start) -> Generator[EvalReport, None, TrainerState]:
     """The checkpoint's, or that of a run which never got as far as step 0."""
     if start.checkpoint is not None:
-        restored = fresh_state if start.is_fresh else restore_state
-        state = restored(world, optimizer, start.checkpoint)
+        if start.is_fresh:
+            state = fresh_state(world, start.checkpoint)
+        else:
+            state = restore_state(world, optimizer, start.checkpoint)
         born = start.segment if start.is_new else birth_segment(world.run, start.branch)
         return taken_back(world, optimizer, state, born=born)
     return (yield from begin(world, optimizer))

@@ -33,9 +33,8 @@ def restore_state(world: World, optimizer: Optimizer, checkpoint: Checkpoint) ->
     return load_state(checkpoint.path / ANCHOR, world.policy.model, optimizer)
 
 
-def fresh_state(world: World, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
-    """What a step needs where only weights were saved: moments of nothing, streams from the seed, the data cursor."""
-    optimizer.state.clear()
+def fresh_state(world: World, checkpoint: Checkpoint) -> TrainerState:
+    """Where only weights were saved: what a step needs beside a new optimiser."""
     seed_streams(world.recipe.train.seed)
     position = position_at(world.run, checkpoint.branch, checkpoint.step)
     memory = Experience() if world.recipe.experience.share else None
