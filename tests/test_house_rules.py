@@ -21,7 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 LEAF_ROOMS = {"guide", "objective", "policy", "engines", "tasks", "run_dir", "report"}
 ROOMS_BELOW = {"cli": {"stages", *LEAF_ROOMS}, "stages": LEAF_ROOMS}
-SECTIONS = {"auto_settings", "engine_settings", "inject_settings", "lora_settings", "track_settings"}
+SECTIONS = {f"{name}_settings" for name in ("auto", "engine", "inject", "lora", "parallel", "track")}
 GROUND_FLOOR = {
     "__init__": set(),
     "errors": set(),
@@ -30,11 +30,14 @@ GROUND_FLOOR = {
     "compare_records": set(),
     "plan_records": set(),
     "guide_records": {"records"},
+    "images": {"errors", "records"},
     "costs": set(),
     "seeds": set(),
     "settings": set(),
-    **{name: {"settings"} for name in SECTIONS},
+    **{section: {"settings"} for section in SECTIONS},
     "config": {"settings", *SECTIONS},
+    "launched": {"errors"},
+    "__main__": {"cli"},
     "explain": {"config"},
     "recipe_files": {"errors"},
     "loading": {"config", "errors", "explain", "recipe_files", "settings"},
@@ -51,10 +54,11 @@ KNOWN_ONLY_TO = {
     "peft": {"policy"},
     "accelerate": {"policy"},
     "vllm": {"engines"},
-    **{name: {"report"} for name in ("tensorboard", "wandb", "trackio")},
+    **{tracker: {"report"} for tracker in ("tensorboard", "wandb", "trackio")},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
-    "pyarrow": {"tasks"},
+    "PIL": {"images", "npo_cli/tasks/shapes.py"},
+    "pyarrow": {"tasks", "images"},
     "pydantic": {"config", "settings", "loading", *SECTIONS},
     "pydantic_core": {"explain"},
     "yaml": {"loading", "run_dir"},
