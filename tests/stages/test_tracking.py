@@ -76,6 +76,7 @@ def test_a_branch_is_a_run_of_its_own_from_its_fork_on(shown):
     assert [step for step, _ in curve(shown, "again", "entropy")] == [3, 4]
 
 
+@pytest.mark.slow
 def test_interventions_of_autonpo_are_events_on_the_branch_that_they_lead_to(tmp_path):
     recipe = eager(TB)
     list(tracked(tmp_path / "run", recipe, train_auto(tmp_path / "run", recipe, allow_code=False)))
