@@ -1,7 +1,8 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
 AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
-foreign trajectories in `npo_cli.inject_settings`, LoRA's in `npo_cli.lora_settings`.
+foreign trajectories in `npo_cli.inject_settings`, LoRA's in `npo_cli.lora_settings`, those of several processes in
+`npo_cli.parallel_settings`, those of trackers in `npo_cli.track_settings`.
 """
 
 from typing import Any, Literal
@@ -20,7 +21,9 @@ from npo_cli.auto_settings import (
 from npo_cli.engine_settings import EngineSettings, MismatchSettings
 from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSettings, MethodSettings
 from npo_cli.lora_settings import LoraSettings
+from npo_cli.parallel_settings import ParallelSettings
 from npo_cli.settings import FREE, Count, Decay, Settings, Share
+from npo_cli.track_settings import TrackSettings
 
 
 class ModelSettings(Settings):
@@ -66,13 +69,19 @@ class DatasetSettings(Settings):
 class TaskSettings(Settings):
     """Problems, and how answers to them are judged."""
 
-    source: Literal["micro", "reasoning_gym", "file"] = Field("micro", description="Where prompts come from.")
+    source: Literal["micro", "reasoning_gym", "file", "shapes"] = Field("micro", description="Where prompts come from.")
     kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: which additions.")
     datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: the mixture.")
     path: str | None = Field(None, description="file: a .jsonl or .parquet file.")
     prompt_column: str = Field("prompt", description="file: column with a string or a list of chat messages.")
     answer_column: str = Field("answer", description="file: column with the reference answer.")
     id_column: str | None = Field(None, description="file: column with unique prompt ids; null numbers the rows.")
+    image_column: str | None = Field(
+        None, description="file: column with a prompt's pictures, one or a list; null where prompts have none."
+    )
+    max_image_pixels: int = Field(
+        40_000_000, ge=1, le=89_000_000, description="A larger picture is an error, told from its header."
+    )
     heldout_path: str | None = Field(None, description="file: a file with the held-out split; null splits `path`.")
     pool_size: Count = Field(1024, description="Training prompts (for a file: at most).")
     heldout_size: Count = Field(256, description="Held-out prompts, which training never sees.")
@@ -238,6 +247,7 @@ class Recipe(Settings):
     loss: LossSettings = LossSettings()
     sampling: SamplingSettings = SamplingSettings()
     engine: EngineSettings = EngineSettings()
+    parallel: ParallelSettings = ParallelSettings()
     mismatch: MismatchSettings = MismatchSettings()
     inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
@@ -253,6 +263,7 @@ class Recipe(Settings):
     replay: ReplaySettings = ReplaySettings()
     early: EarlySettings = EarlySettings()
     late: LateSettings = LateSettings()
+    track: TrackSettings = TrackSettings()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":

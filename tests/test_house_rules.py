@@ -21,6 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 LEAF_ROOMS = {"guide", "objective", "policy", "engines", "tasks", "run_dir", "report"}
 ROOMS_BELOW = {"cli": {"stages", *LEAF_ROOMS}, "stages": LEAF_ROOMS}
+SECTIONS = {f"{name}_settings" for name in ("auto", "engine", "inject", "lora", "parallel", "track")}
 GROUND_FLOOR = {
     "__init__": set(),
     "errors": set(),
@@ -29,14 +30,14 @@ GROUND_FLOOR = {
     "compare_records": set(),
     "plan_records": set(),
     "guide_records": {"records"},
+    "images": {"errors", "records"},
     "costs": set(),
     "seeds": set(),
     "settings": set(),
-    "auto_settings": {"settings"},
-    "engine_settings": {"settings"},
-    "inject_settings": {"settings"},
-    "lora_settings": {"settings"},
-    "config": {"settings", "auto_settings", "engine_settings", "inject_settings", "lora_settings"},
+    **{section: {"settings"} for section in SECTIONS},
+    "config": {"settings", *SECTIONS},
+    "launched": {"errors"},
+    "__main__": {"cli"},
     "explain": {"config"},
     "recipe_files": {"errors"},
     "loading": {"config", "errors", "explain", "recipe_files", "settings"},
@@ -53,12 +54,12 @@ KNOWN_ONLY_TO = {
     "peft": {"policy"},
     "accelerate": {"policy"},
     "vllm": {"engines"},
+    **{tracker: {"report"} for tracker in ("tensorboard", "wandb", "trackio")},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
-    "pyarrow": {"tasks"},
-    "pydantic": {
-        *("config", "settings", "auto_settings", "engine_settings", "inject_settings", "lora_settings", "loading"),
-    },
+    "PIL": {"images", "npo_cli/tasks/shapes.py"},
+    "pyarrow": {"tasks", "images"},
+    "pydantic": {"config", "settings", "loading", *SECTIONS},
     "pydantic_core": {"explain"},
     "yaml": {"loading", "run_dir"},
 }
@@ -289,7 +290,7 @@ def test_the_default_of_a_setting_lives_on_its_field_alone():
     again = [
         f"{place(path, node)}: {name}={value.value!r}"
         for path in SOURCES
-        if room_of(path) not in {"config", "settings", "auto_settings", "engine_settings", "lora_settings"}
+        if room_of(path) not in {"config", "settings", *SECTIONS}
         for name, value, node in defaults_beside(path)
         if isinstance(value, ast.Constant) and value.value and (name, value.value) in known
     ]

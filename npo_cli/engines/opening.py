@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engine_settings import EngineSettings
 from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.requests import Engine
+from npo_cli.engines.requests import Engine, Sight
 from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
 
@@ -27,6 +27,7 @@ def open_engine(
     max_model_len: int,
     dtype: torch.dtype,
     adapters: AdapterPort | None = None,
+    sight: Sight | None = None,
 ) -> Engine:
     """An engine for this model, started; `max_model_len` is prompt and response together, in tokens.
 
@@ -34,7 +35,18 @@ def open_engine(
     """
     if settings.kind == "transformers":
         return TransformersEngine(
-            model, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=settings.max_rows, dtype=dtype
+            model,
+            tokenizer,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            max_rows=settings.max_rows,
+            dtype=dtype,
+            sight=sight,
+        )
+    if sight is not None:
+        raise NpoError(
+            f"engine.kind={settings.kind} is not shown pictures yet, and the model is a vision-language one",
+            "set engine.kind=transformers",
         )
     if find_spec("vllm") is None:
         raise NpoError(

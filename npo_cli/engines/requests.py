@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from npo_cli.records import ImageRef
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +21,8 @@ class SampleRequest:
     """63 bits; the same request with the same weights gets the same response."""
     version: str | None = None
     """Which of the weights that are held answers; None is those that were given last."""
+    images: tuple[ImageRef, ...] = ()
+    """What the image tokens of the prompt show."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +48,17 @@ class Sample:
     text: str
     """Without the end token."""
     finished: bool
+
+
+class Sight(Protocol):
+    """How a model with a vision tower is shown pictures."""
+
+    @property
+    def silent_ids(self) -> tuple[int, ...]:
+        """Tokens that the policy never writes."""
+
+    def inputs(self, ids_NL: Tensor, images: Sequence[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
+        """What the model reads beside these ids, whose rows show these pictures."""
 
 
 class Engine(Protocol):

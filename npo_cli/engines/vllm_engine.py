@@ -170,7 +170,8 @@ def save_untied_config(model: PreTrainedModel, folder: Path) -> None:
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    config.architectures = [type(model).__name__]
+    # A model in shards is of a class that FSDP2 made.
+    config.architectures = [model.__class__.__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
 
 

@@ -26,6 +26,7 @@ from npo_cli.engines.vllm_engine import INSTEAD, first_line, save_untied_config
 from npo_cli.engines.vllm_http import free_port, lora_flags, open_session, output_of, side_by_side
 from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.errors import NpoError, RunFailed
+from npo_cli.launched import without_place
 
 NAME = "policy"
 Send = Callable[[dict[str, Any], str], None]
@@ -189,7 +190,8 @@ class VllmServer(AsksVllm):
         return {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
-            **os.environ,
+            # The server has no part in a job of several trainers.
+            **without_place(os.environ),
             "VLLM_CPU_KVCACHE_SPACE": str(self.limits.kv_cache_gb),
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",

@@ -21,7 +21,7 @@ ALIKE = (
 )
 PASSED_OVER = (
     *("name", "description", "model.device", "model.threads", "model.gradient_checkpointing", "model.attention"),
-    *("model.liger", "task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine."),
+    *("model.liger", "task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine.", "parallel."),
     *("train.seed", "train.num_steps", "train.save_every", "train.keep_anchors", "train.keep_guides"),
     *("train.micro_batch_tokens", "train.logit_chunk_tokens", "method."),
 )

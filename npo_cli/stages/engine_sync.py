@@ -45,7 +45,7 @@ class Sync:
         version = f"step {step}, write {self.policy.num_changes}, run {self.token}"
         if self.engine.version == self.proved == version:
             return version
-        self.engine.take_weights(self.policy.model, version=version)
+        self.engine.take_weights(self.policy.whole_model, version=version)
         if self.engine.holds_copy:
             self.prove(version)
         self.proved = version

@@ -1,7 +1,7 @@
 """One forward pass over given responses, within the recipe's memory limits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from npo_cli.config import Recipe
 from npo_cli.policy.logprobs import TokenRow, micro_batches
 from npo_cli.policy.model import Policy
+from npo_cli.stages.shares import Hand, by_tokens, in_order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,16 +23,59 @@ class RowScores:
     """Entropy of that distribution (nats)."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """How a forward pass is made."""
+
+    temperature: float
+    micro_batch_tokens: int
+    logit_chunk_tokens: int
+
+
 def row_scores(
     policy: Policy, recipe: Recipe, rows: Sequence[TokenRow], *, temperature: float | None = None
 ) -> list[RowScores]:
     """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
-    heat = recipe.sampling.temperature if temperature is None else temperature
+    how = Pass(
+        temperature=recipe.sampling.temperature if temperature is None else temperature,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        logit_chunk_tokens=recipe.train.logit_chunk_tokens,
+    )
+    if policy.shared is None:
+        return rows_scored(policy, how, rows)
+    shares = by_tokens([row.num_tokens for row in rows], policy.shared.team.size)
+    pieces = [
+        ScoreRows(name=policy.shared.name, bare=policy.bare, how=how, rows=[rows[place] for place in share])
+        for share in shares
+    ]
+    return in_order(shares, policy.shared.team.work(pieces))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRows:
+    """One process's share of the rows."""
+
+    name: str
+    bare: bool
+    how: Pass
+    rows: Sequence[TokenRow]
+    phase = "score"
+
+    def take_part(self, hand: Hand) -> list[RowScores]:
+        """With all weights whole: the processes need not make equally many passes."""
+        policy = replace(hand.policies[self.name], bare=self.bare)
+        assert policy.shared is not None
+        with policy.shared.gathered(policy.model):
+            return rows_scored(policy, self.how, self.rows)
+
+
+@torch.no_grad()
+def rows_scored(policy: Policy, how: Pass, rows: Sequence[TokenRow]) -> list[RowScores]:
+    """The same in this process alone."""
     found = []
-    for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
+    for run in micro_batches(rows, max_tokens=how.micro_batch_tokens):
         part = [rows[index] for index in run]
-        scores = policy.score(part, temperature=heat, chunk_tokens=recipe.train.logit_chunk_tokens)
+        scores = policy.score(part, temperature=how.temperature, chunk_tokens=how.logit_chunk_tokens)
         columns = (scores.logps_NT, scores.collisions_NT, scores.entropies_NT)
         for row, logps_T, collisions_T, entropies_T in zip(part, *columns, strict=True):
             length = len(row.response_ids)

@@ -11,7 +11,7 @@ from npo_cli.config import Recipe
 from npo_cli.guide_records import Experience
 from npo_cli.loading import recipe_dict
 from npo_cli.policy.model import SHIPPED, Policy, load_policy
-from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_streams
+from npo_cli.policy.optimizer import TrainerState, seed_streams
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.lineage import append_segment
@@ -25,6 +25,7 @@ from npo_cli.stages.loop import Trainer, grpo_steps
 from npo_cli.stages.rollback import seed_name
 from npo_cli.stages.saving import save_checkpoint
 from npo_cli.stages.signals import StopFlag, stop_between_steps
+from npo_cli.stages.together import REFERENCE, new_optimizer, shared_among_all
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 from npo_cli.tasks.user_code import is_user_code
 
@@ -41,7 +42,7 @@ def train_run(
     """Check everything that can be wrong, then make the directory, save step 0 and train, perhaps not to the end."""
     with new_world(root, recipe, allow_code=allow_code) as (world, stop):
         yield from birth_notices(world)
-        optimizer = build_optimizer(world.policy.model, world.recipe.train)
+        optimizer = new_optimizer(world.policy, world.recipe.train)
         state = yield from begin(world, optimizer)
         trainer = open_trainer(world, optimizer, branch=MAIN, guidance=None)
         yield from grpo_steps(trainer, state, stop, until=until)
@@ -145,9 +146,10 @@ def frozen_base(world: World) -> Policy:
     """What the run began with: with adapters the same model without them, else a second copy from step 0."""
     if world.policy.adapters is not None:
         return world.policy.base
-    copy = load_policy(world.recipe.model, find_checkpoint(world.run, MAIN, 0).path)
+    folder = find_checkpoint(world.run, MAIN, 0).path
+    copy = load_policy(world.recipe.model, folder)
     copy.model.requires_grad_(False)
-    return copy
+    return shared_among_all(copy, world.recipe, folder=folder, name=REFERENCE)
 
 
 def batch_arithmetic(recipe: Recipe, *, num_prompts: int) -> str:

@@ -1,0 +1,99 @@
+"""Several processes, at length: adapters, penalties and guides as with one, a rank that hangs, a signal, a server."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from npo_cli.run_dir.checkpoints import newest_anchor
+from npo_cli.run_dir.paths import RunDir, open_run
+from tests.stages.launching import is_gone, pid_of, run, start, wait_until
+from tests.stages.running import LORA, TINY, copied, resume, sample, train
+from tests.stages.test_processes import assert_same_curve, metrics
+from tests.stages.warm import num_lines
+
+pytestmark = pytest.mark.slow
+PENALTIES = ("loss.kl_coef=0.05", "loss.entropy_coef=0.01", "train.num_updates=2", "train.micro_batch_tokens=200")
+"""Every row is needed, a frozen base is scored beside the policy, and processes differ in how many passes they need."""
+
+
+@pytest.mark.parametrize("overrides", [PENALTIES, (*LORA, *PENALTIES), ("model.gradient_checkpointing=true",)])
+def test_every_kind_of_update_is_that_of_one_process(overrides, tmp_path):
+    train(tmp_path / "alone", *overrides)
+    arguments = ["train", "micro", *TINY, *overrides, "--run", str(tmp_path / "together")]
+    run(*arguments, log=tmp_path / "log")
+    assert_same_curve(metrics(tmp_path / "together"), metrics(tmp_path / "alone"))
+    # Adapters and moments in shards go on in one process.
+    more = "train.num_steps=6"
+    resume(tmp_path / "alone", more)
+    resume(tmp_path / "together", more)
+    assert_same_curve(metrics(tmp_path / "together"), metrics(tmp_path / "alone"))
+
+
+def test_a_circle_by_two_processes_is_that_of_one(tmp_path):
+    train(tmp_path / "alone")
+    root = copied(tmp_path / "alone", tmp_path / "together")
+    asked = ("--guide", "4", "--at", "2", "--name", "near")
+    run("score-checkpoints", str(root), "--at", "2", "score.prompts=4", "score.k=2", log=tmp_path / "score")
+    run("sample-guide", str(root), *asked, log=tmp_path / "sample")
+    run("resume", str(root), "--at", "2", "--guide", "near", log=tmp_path / "resume")
+    sample(tmp_path / "alone")
+    resume(tmp_path / "alone", at=2, guide="near")
+    curves = [RunDir(one).metrics_path("near") for one in (root, tmp_path / "alone")]
+    assert [num_lines(path) for path in curves] == [2, 2]
+    kept = [RunDir(one).root / "guides" / "near" / "trajectories.jsonl" for one in (root, tmp_path / "alone")]
+    assert num_lines(kept[0]) == num_lines(kept[1])
+    assert "Q" in (tmp_path / "score").read_text()
+
+
+def test_a_rank_that_hangs_ends_the_job_when_the_deadline_is_over(tmp_path):
+    root, log = tmp_path / "run", tmp_path / "log"
+    limits = ("train.num_steps=100000", "train.save_every=5", "parallel.deadline=15")
+    job = start("train", "micro", *TINY, *limits, "--run", str(root), log=log)
+    wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= 6, job, log)
+    ranks = [pid_of(job, 0), pid_of(job, 1)]
+    os.kill(ranks[1], signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert job.wait(120) == 1
+    # Not before the deadline; then a few seconds of asking around and of torchrun's patience.
+    assert time.monotonic() - stopped >= 15
+    assert "error: rank 1 did not finish `" in log.read_text()
+    assert "within 15 s" in log.read_text()
+    assert all(map(is_gone, ranks))
+
+
+def test_a_signal_to_the_job_ends_the_step_and_saves_it(tmp_path):
+    root, log = tmp_path / "run", tmp_path / "log"
+    job = start("train", "micro", *TINY, "train.num_steps=100000", "--run", str(root), log=log)
+    wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= 3, job, log)
+    ranks = [pid_of(job, 0), pid_of(job, 1)]
+    os.kill(ranks[0], signal.SIGTERM)
+    job.wait(60)
+    assert "stopped by SIGTERM after step" in log.read_text()
+    assert all(map(is_gone, ranks))
+    assert newest_anchor(open_run(root), "main").step == num_lines(RunDir(root).metrics_path("main"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("engine.kind=vllm",), "engine.kind=vllm samples in this process, and there are 2"),
+        (("train.prompts_per_step=0",), "train.prompts_per_step"),
+        (("model.path=no/such/model/here",), "model.path"),
+    ],
+)
+def test_bad_input_is_told_once_and_nothing_is_written(overrides, told, tmp_path):
+    root, log = tmp_path / "run", tmp_path / "log"
+    assert start("train", "micro", *TINY, *overrides, "--run", str(root), log=log).wait(120) == 1
+    assert [told in line for line in log.read_text().splitlines() if line.startswith("error:")] == [True]
+    assert not root.exists()
+
+
+@pytest.mark.vllm
+def test_a_server_is_sent_what_the_processes_hold(tmp_path: Path):
+    engine = ("engine.kind=vllm_server", "model.dtype=float32")
+    run("train", "micro", *TINY, *engine, "--run", str(tmp_path / "run"), log=tmp_path / "log")
+    # Each sync was proved: trainer and server score one probe alike, or the run ends.
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
