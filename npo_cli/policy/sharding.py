@@ -7,7 +7,7 @@ sends them out the same way. Imports wait inside: a process that works alone kno
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -115,7 +115,8 @@ def shard(
         "mesh": init_device_mesh(model.device.type, (size,)),
         "mp_policy": MixedPrecisionPolicy() if compute_dtype == model.dtype else mixed,
     }
-    for module in [each for each in model.modules() if type(each).__name__ in layers]:
+    # A vision tower stays with the rest: a pass without pictures would not gather layers of its own in step.
+    for module in [each for each in model.get_decoder().modules() if type(each).__name__ in layers]:
         fully_shard(module, **common, reshard_after_forward=settings.reshard_after_forward)
     # What is left (embedding, last norm, head) stays gathered between forward and backward: both ends need it.
     fully_shard(model, **common, reshard_after_forward=False)
@@ -129,7 +130,17 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As a plain tuple: FSDP2 looks for tensors in what a method returns, and does not look into records."""
     found = token_scores(model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=plain_head)
+    if torch.is_grad_enabled() and not packed.sights:
+        # Every process has a gradient for the same weights, 0 for those of a tower that it did not use.
+        idle = [parameter for parameter in tower_of(model) if parameter.requires_grad]
+        found = replace(found, logps_NT=found.logps_NT + sum(0.0 * parameter.sum() for parameter in idle))
     return found.logps_NT, found.entropies_NT, found.collisions_NT
+
+
+def tower_of(model: PreTrainedModel) -> list[Tensor]:
+    """Parameters of what a model sees with: neither text layers nor head."""
+    text = {id(each) for part in (model.get_decoder(), model.get_output_embeddings()) for each in part.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in text]
 
 
 def parts_of(model: PreTrainedModel, part: Part) -> dict[str, Tensor]:
