@@ -33,6 +33,7 @@ def open_engine(
 
     `dtype` is the precision in which the trainer computes, and so must the engine.
     """
+    refuse_blind_engine(settings, sight)
     if settings.kind == "transformers":
         return TransformersEngine(
             model,
@@ -43,11 +44,6 @@ def open_engine(
             dtype=dtype,
             sight=sight,
         )
-    if sight is not None:
-        raise NpoError(
-            f"engine.kind={settings.kind} is not shown pictures yet, and the model is a vision-language one",
-            "set engine.kind=transformers",
-        )
     if find_spec("vllm") is None:
         raise NpoError(
             f"engine.kind={settings.kind}, but vllm is not installed",
@@ -57,6 +53,15 @@ def open_engine(
         settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
     )
     return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
+
+
+def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
+    """Pictures are shown to transformers alone."""
+    if sight is not None and settings.kind != "transformers":
+        raise NpoError(
+            f"engine.kind={settings.kind} is not shown pictures yet, and the model is a vision-language one",
+            "set engine.kind=transformers",
+        )
 
 
 def limits_of(
