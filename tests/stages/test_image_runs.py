@@ -128,3 +128,9 @@ def test_pictures_need_a_model_that_sees(tmp_path: Path):
     with pytest.raises(NpoError, match="micro-base reads text alone, and prompts have images"):
         list(training(tmp_path / "run", Path("micro-base")))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_engine_that_is_not_shown_pictures_is_refused_before_there_is_a_run(untaught_vl: Path, tmp_path: Path):
+    with pytest.raises(NpoError, match=r"engine.kind=vllm is not shown pictures yet"):
+        list(training(tmp_path / "run", untaught_vl, "engine.kind=vllm"))
+    assert not (tmp_path / "run").exists()
