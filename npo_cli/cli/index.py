@@ -34,7 +34,7 @@ def index(
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """List the checkpoints of a run, or make a run from another trainer's.
+    """List a run's checkpoints, or import another trainer's.
 
     Step, branch, parent, tier, size, digest, reward and entropy, accuracy, and Q, V and S once scored.
     """
