@@ -126,7 +126,8 @@ def prepare(shards: Path, out: Path, wanted: Wanted) -> Counter[str]:
     seen: set[str] = set()
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(pq.ParquetWriter(out / f"{name}.parquet", SCHEMA)) for name in ("train", "heldout")
+            name: stack.enter_context(pq.ParquetWriter(out / f"{name}.parquet", SCHEMA))
+            for name in ("train", "heldout")
         }
         for rows in shard_rows(shards):
             found = [taken_or_why(row, wanted) for row in rows]

@@ -32,7 +32,7 @@ from npo_cli.policy.model import EMBEDDED, Policy, load_policy
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.policy.shape import model_shape
 from npo_cli.stages.plan import total
-from npo_cli.stages.update import Updater, TrainRow
+from npo_cli.stages.update import TrainRow, Updater
 
 PROMPT, RESPONSE, ROWS = 64, 192, 8
 MB = 10**6

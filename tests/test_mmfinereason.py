@@ -101,14 +101,18 @@ def test_what_is_held_out_depends_on_what_a_row_holds_and_not_on_where_it_stands
 
 
 def test_the_plan_of_eight_gpus_fits_and_counts_the_published_parameters():
-    settings = [f"model.path={ROOT}/recipes/models/qwen3-vl-8b.json", "engine.data_parallel=4", "engine.devices=4,5,6,7"]
+    settings = [f"model.path={ROOT / 'recipes' / 'models' / 'qwen3-vl-8b.json'}"]
     name = "qwen3-vl-8b-mmfinereason"
     assert model_shape(load_recipe(name, settings).model).num_params == 8_767_123_696
     footing = Footing(num_gpus=8, gpu_bytes=80 * 10**9, host_bytes=10**12, disk_bytes=4 * 10**12)
-    found = list(plan_recipe(name, settings, method="autonpo", footing=footing, autonpo=True))
-    assert {one.where: one.fits for one in found if isinstance(one, Verdict)} == dict.fromkeys(
-        ("gpu", "engine gpu", "host", "disk"), True
-    )
+
+    def verdicts(*more: str) -> dict[str, bool]:
+        found = plan_recipe(name, [*settings, *more], method="autonpo", footing=footing, autonpo=True)
+        return {one.where: one.fits for one in found if isinstance(one, Verdict)}
+
+    assert verdicts() == {"gpu": True, "host": True, "disk": True}
+    server = ("engine.kind=vllm_server", "engine.memory_share=0.9", "engine.data_parallel=4", "engine.devices=4,5,6,7")
+    assert verdicts(*server) == {"gpu": True, "engine gpu": True, "host": True, "disk": True}
 
 
 @pytest.mark.parametrize("method", ["grpo", "npo-early", "npo-late", "npo", "autonpo"])
