@@ -43,10 +43,10 @@ def open_engine(
             dtype=dtype,
             sight=sight,
         )
-    if sight is not None:
+    if sight is not None and settings.kind == "vllm_server":
         raise NpoError(
-            f"engine.kind={settings.kind} is not shown pictures yet, and the model is a vision-language one",
-            "set engine.kind=transformers",
+            "engine.kind=vllm_server is shown no pictures, and the model is a vision-language one",
+            "set engine.kind=vllm, or engine.kind=transformers",
         )
     if find_spec("vllm") is None:
         raise NpoError(
@@ -56,7 +56,7 @@ def open_engine(
     limits = limits_of(
         settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
     )
-    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
+    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters, sight=sight)
 
 
 def limits_of(
@@ -91,11 +91,12 @@ def _vllm(
     *,
     limits: "Limits",
     adapters: AdapterPort | None,
+    sight: Sight | None,
 ) -> Engine:
     if settings.kind == "vllm":
         from npo_cli.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters)
+        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters, sight=sight)
     from npo_cli.engines.vllm_server import VllmServer
 
     transport = ("disk" if limits.on_cpu else "nccl") if settings.transport == "auto" else settings.transport
