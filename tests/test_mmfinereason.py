@@ -1,4 +1,4 @@
-"""From the data set's shards to the two files of the recipe `qwen3-vl-8b-mmfinereason`."""
+"""The recipe `qwen3-vl-8b-mmfinereason`: its plan, and the way from the data set's shards to its two files."""
 
 import runpy
 import sys
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.loading import load_recipe
+from npo_cli.plan_records import Footing, Verdict
 from npo_cli.policy.model import EMBEDDED
-from npo_cli.tasks.files import file_problems
+from npo_cli.policy.shape import model_shape
+from npo_cli.stages.plan import plan_recipe
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -81,3 +84,34 @@ def test_only_rows_that_the_recipe_can_use_are_taken_and_the_others_are_counted(
         "1 several pictures",
         "4 train",
     ]
+
+
+def test_what_is_held_out_depends_on_what_a_row_holds_and_not_on_where_it_stands(tmp_path, monkeypatch):
+    rows = [row(f"<image>{number}+1=", str(number + 1), picture(64, 64)) for number in range(40)]
+    found = []
+    for name, order in (("one", rows), ("other", rows[::-1])):
+        folder = tmp_path / name
+        folder.mkdir()
+        pq.write_table(pa.Table.from_pylist(order), folder / "shard.parquet")
+        written = prepared(folder, monkeypatch, "--heldout-one-in", "4")
+        found.append({split: {each["question"] for each in some} for split, some in written.items()})
+    assert found[0] == found[1]
+    assert found[0]["heldout"] and not found[0]["heldout"] & found[0]["train"]
+    assert len(found[0]["heldout"] | found[0]["train"]) == 40
+
+
+def test_the_plan_of_eight_gpus_fits_and_counts_the_published_parameters():
+    settings = [f"model.path={ROOT}/recipes/models/qwen3-vl-8b.json", "engine.data_parallel=4", "engine.devices=4,5,6,7"]
+    name = "qwen3-vl-8b-mmfinereason"
+    assert model_shape(load_recipe(name, settings).model).num_params == 8_767_123_696
+    footing = Footing(num_gpus=8, gpu_bytes=80 * 10**9, host_bytes=10**12, disk_bytes=4 * 10**12)
+    found = list(plan_recipe(name, settings, method="autonpo", footing=footing, autonpo=True))
+    assert {one.where: one.fits for one in found if isinstance(one, Verdict)} == dict.fromkeys(
+        ("gpu", "engine gpu", "host", "disk"), True
+    )
+
+
+@pytest.mark.parametrize("method", ["grpo", "npo-early", "npo-late", "npo", "autonpo"])
+def test_the_recipe_takes_the_methods_of_the_paper(method):
+    recipe = load_recipe("qwen3-vl-8b-mmfinereason", method=f"matched/{method}")
+    assert (recipe.method.name, recipe.inject.gate, recipe.inject.slots) == (method, 0.6, 1)

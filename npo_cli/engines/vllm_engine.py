@@ -9,7 +9,6 @@ Left out: beams, penalties, top-k and top-p. The behaviour law must be the polic
 import copy
 import gc
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +53,6 @@ class VllmEngine(AsksVllm):
         self._shapes = shapes_of(named_tensors(model) if adapters is None else adapters.tensors())
         self._asleep: frozenset[str] = frozenset()
         self._held: dict[str, Any] = {}
-        self._home = tempfile.TemporaryDirectory(prefix="npo-adapters-")
         self._num_adapters = 0
         with tempfile.TemporaryDirectory(prefix="npo-engine-") as name:
             folder = Path(name)
@@ -100,14 +98,13 @@ class VllmEngine(AsksVllm):
             while len(self._held) >= self.limits.max_adapters:
                 oldest = self._held.pop(next(iter(self._held)))
                 self._llm.llm_engine.remove_lora(oldest.lora_int_id)
-                shutil.rmtree(oldest.lora_path)
             self._num_adapters += 1
-            folder = Path(self._home.name) / str(self._num_adapters)
-            folder.mkdir()
-            port.write(folder)
-            request = LoRARequest(version, self._num_adapters, str(folder))
-            if not self._llm.llm_engine.add_lora(request):
-                raise RuntimeError("the adapters were not taken")
+            # Read once, here; a process killed later leaves no folder behind.
+            with tempfile.TemporaryDirectory(prefix="npo-adapters-") as folder:
+                port.write(Path(folder))
+                request = LoRARequest(version, self._num_adapters, folder)
+                if not self._llm.llm_engine.add_lora(request):
+                    raise RuntimeError("the adapters were not taken")
             self._held[version] = request
         self.version = version
 
@@ -126,7 +123,6 @@ class VllmEngine(AsksVllm):
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-            self._home.cleanup()
             del llm
             gc.collect()
 

@@ -5,7 +5,6 @@ which the trainer's tower sees them, so that its other way of resizing has nothi
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from npo_cli.engines.requests import Shown, Sight
-from npo_cli.errors import NpoError
 
 NEVER = -100.0
 """Added to a logit: the most that vLLM allows."""
@@ -23,12 +21,6 @@ OPTIONS: Mapping[str, Any] = {"skip_tokenizer_init": False, "limit_mm_per_prompt
 
 def save_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:
     """What vLLM's processor reads beside the model's config."""
-    if find_spec("torchvision") is None:
-        raise NpoError(
-            "vLLM reads pictures with torchvision, which is not installed",
-            "pip install torchvision (without a GPU add --index-url https://download.pytorch.org/whl/cpu), or "
-            "engine.kind=transformers",
-        )
     tokenizer.save_pretrained(folder)
     sight.save(folder)
 

@@ -57,13 +57,14 @@ def _held(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Need]
     wide = FLOAT if shape.num_adapters else weight
     share = f" / {num_gpus} GPUs" if num_gpus > 1 else ""
 
-    def need(what: str, count: float, each: int, *, how: str) -> Need:
-        return Need(where="gpu", phase="always", what=what, num_bytes=ceil(count * each / num_gpus), how=how + share)
+    def need(what: str, count: float, each: int, *, how: str, phase: Phase = "always") -> Need:
+        return Need(where="gpu", phase=phase, what=what, num_bytes=ceil(count * each / num_gpus), how=how + share)
 
     yield need("weights", shape.num_params, weight, how=f"{_count(shape.num_params)} x {weight} B")
     if shape.num_adapters:
         yield need("adapters", shape.num_adapters, FLOAT, how=f"{_count(shape.num_adapters)} x {FLOAT} B")
-    yield need("gradients", trained, wide, how=f"{_count(trained)} x {wide} B")
+    # Given back when the update is made, so they are not there to sample.
+    yield need("gradients", trained, wide, how=f"{_count(trained)} x {wide} B", phase="update")
     if train.optimizer == "adamw":
         yield need("AdamW's moments", 2 * trained, wide, how=f"2 x {_count(trained)} x {wide} B")
     else:

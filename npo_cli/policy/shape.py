@@ -56,7 +56,7 @@ def model_shape(settings: ModelSettings) -> ModelShape:
             saved_bytes=full,
             checkpointed_bytes=checkpointed,
             layer_bytes=full / text.num_hidden_layers,
-            vision_bytes=vision_bytes(config, compute),
+            vision_bytes=vision_bytes(config, compute, checkpointing=settings.gradient_checkpointing),
         )
 
 
@@ -150,18 +150,20 @@ def counted(forward: Callable[[], object], counts: Callable[[Tensor], bool]) -> 
     return sum(size for _, size in saved.values())
 
 
-def vision_bytes(config: PreTrainedConfig, compute: torch.dtype) -> float:
+def vision_bytes(config: PreTrainedConfig, compute: torch.dtype, *, checkpointing: bool) -> float:
     """Of one image token, by hand: a tower's attention splits by image, which content-free tensors cannot follow.
 
     A block saves about 10 h + 2 i floats a patch (two norms and their outputs, q, k, v, the attention's output, the
-    MLP's two inputs), and merge^2 patches become one token.
+    MLP's two inputs), and merge^2 patches become one token. With checkpointing each block keeps its input, and one
+    block at a time the rest.
     """
     tower = getattr(config, "vision_config", None)
     names = ("depth", "hidden_size", "intermediate_size", "spatial_merge_size")
     if tower is None or not all(hasattr(tower, name) for name in names):
         return 0.0
-    floats = 10 * tower.hidden_size + 2 * tower.intermediate_size
-    return float(tower.spatial_merge_size**2 * tower.depth * floats * compute.itemsize)
+    block = 10 * tower.hidden_size + 2 * tower.intermediate_size
+    floats = tower.depth * tower.hidden_size + block if checkpointing else tower.depth * block
+    return float(tower.spatial_merge_size**2 * floats * compute.itemsize)
 
 
 def _kv_width(text: PreTrainedConfig) -> int:

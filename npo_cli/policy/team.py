@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -82,6 +82,8 @@ class Team:
             answers = [None] * self.size
             # The own answer may be a whole model: it stays here.
             dist.gather_object(None, answers, dst=0)
+            # Everybody has read it, or there would be no answers.
+            self._store.delete_key(f"npo/order/{self._num_orders - 1}")
         return [answer, *answers[1:]]
 
     def work_alike(self, piece: Piece) -> list[Any]:
@@ -98,13 +100,18 @@ class Team:
                 box: list[Any] = [None]
                 dist.scatter_object_list(box, None, src=0)
                 dist.gather_object(box[0].take_part(self.member), None, dst=0)
+        self._store.set(f"npo/left/{self.rank}", "")
 
     def dismiss(self, *, failed: bool) -> None:
         """Rank 0 has no more work: whoever waits for some may leave."""
-        with suppress(dist.DistError) if failed else nullcontext():
+        with suppress(dist.DistError):
             if failed:
                 self._say_end("")
             self._order({"phase": STOP})
+            if not failed:
+                # The store may end with this process: let them read it.
+                left = [f"npo/left/{rank}" for rank in range(1, self.size)]
+                self._store.wait(left, timedelta(seconds=SILENCE))
         if self.deadline and not failed:
             dist.destroy_process_group()
 
@@ -122,6 +129,8 @@ class Team:
                 break
             except dist.DistStoreError:
                 continue
+            except dist.DistNetworkError as error:
+                raise RunFailed("rank 0, or the launcher, is gone", GO_ON) from error
         self._num_orders += 1
         return json.loads(self._store.get(key))
 
@@ -130,7 +139,7 @@ class Team:
         store = dist.PrefixStore("npo/group", self._store)
         patience = timedelta(seconds=deadline)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=patience)
-        dist.barrier(device_ids=None)
+        dist.barrier()
         self.deadline = deadline
 
     # Who is missing

@@ -120,5 +120,7 @@ TRACKERS: Mapping[str, Callable[[Shown], Tracker]] = {
 def refuse_absent(names: tuple[str, ...]) -> None:
     """A tracker that is not installed is told before anything begins."""
     for name in names:
-        if find_spec(name) is None:
+        found = find_spec(name)
+        # A folder of that name, which wandb itself leaves, passes for a package without a file.
+        if found is None or found.origin is None:
             raise NpoError(f"track.to names {name}, which is not installed", f"pip install {name}   # or track.to=[]")

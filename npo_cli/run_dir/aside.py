@@ -22,9 +22,14 @@ def built_aside(root: Path, *, flag: str = "--run") -> Iterator[Path]:
     if hidden.exists():
         with writing(RunDir(hidden)):
             shutil.rmtree(hidden)
+    made = [folder for folder in hidden.parents if not folder.exists()]
+    hidden.mkdir(parents=True)
     try:
         yield hidden
         refuse_used(root, flag=flag)
         hidden.rename(root.absolute())
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()

@@ -55,14 +55,14 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout(trainer="transformers or TRL", above=("",), name=re.compile(r"checkpoint-(\d{1,9})"), inside=("",)),
+    Layout(trainer="transformers or TRL", above=("",), name=re.compile(r"checkpoint-(\d{1,6})"), inside=("",)),
     Layout(
         trainer="verl",
         above=("",),
-        name=re.compile(r"global_step_(\d{1,9})"),
+        name=re.compile(r"global_step_(\d{1,6})"),
         inside=("actor/huggingface", "actor/lora_adapter"),
     ),
-    Layout(trainer="prime-rl", above=("weights", ""), name=re.compile(r"step_(\d{1,9})"), inside=("",)),
+    Layout(trainer="prime-rl", above=("weights", ""), name=re.compile(r"step_(\d{1,6})"), inside=("",)),
 )
 
 

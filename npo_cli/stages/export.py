@@ -39,6 +39,11 @@ def export_guide(root: Path, name: str, *, out: Path, form: Form, allow_code: bo
         raise NpoError(
             f"guide {name} answers prompts that this task does not have any more", "restore the data file of the recipe"
         )
+    if any(each.prompt.images for each in answers):
+        raise NpoError(
+            f"guide {name} answers prompts with images, and the table has no column for them",
+            f"npo show {as_typed(root)} guides   # a cache with images serves its own run",
+        )
     with full_disk_explained(out):
         turned = write_table(out, answers, form=form)
     yield Notice(message=f"{len(answers)} answers to {len(trajectories)} prompts are in {out}")
@@ -58,7 +63,6 @@ def export_checkpoint(root: Path, *, step: int, branch: str | None, out: Path) -
     require_whole(checkpoint)
     card = model_card(run, checkpoint, branch=branch)
     with full_disk_explained(out), built_aside(out, flag="--out") as hidden:
-        hidden.mkdir(parents=True)
         for name in read_manifest(checkpoint.path)["files"]:
             if name != OURS:
                 (hidden / name).parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ ORDER = (
     "which prompts that trainer had visited is not on record: npo's own data order under this recipe stands in for it, "
     "so what is scored and sampled 'after step N' are prompts of that order"
 )
+LAST_STEP = 999_999
 FREE_OF_COST = "what its steps had cost is not on record: tables of costs count no tokens and no seconds for them"
 
 
@@ -108,8 +109,11 @@ def records_of(found: Sequence[Foreign], asked: Import) -> Records:
     names = known_columns(rows, Columns())
     if "step" not in names:
         raise NpoError(f"{source} has no step by any name known here", "--metrics FILE: one JSON object a step")
+    by_step = measured_by_step(rows, names)
+    if max(by_step, default=0) > LAST_STEP:
+        raise NpoError(f"{source} has a step {max(by_step)}, and npo counts to {LAST_STEP:,}", "--metrics FILE")
     missing = tuple(signal for signal in ("reward", "entropy") if signal not in names)
-    return Records(source=source, by_step=measured_by_step(rows, names), missing=missing)
+    return Records(source=source, by_step=by_step, missing=missing)
 
 
 def write_metrics(run: RunDir, records: Records, recipe: Recipe, *, steps: Sequence[int]) -> None:

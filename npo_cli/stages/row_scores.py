@@ -22,6 +22,12 @@ class RowScores:
     entropies_T: Tensor
     """Entropy of that distribution (nats)."""
 
+    def to_send(self) -> "RowScores":
+        """The same on the CPU and by itself: a slice would take its whole batch along, on a device of its own."""
+        columns = (self.logps_T, self.collisions_T, self.entropies_T)
+        logps_T, collisions_T, entropies_T = (column.cpu().clone() for column in columns)
+        return RowScores(logps_T=logps_T, collisions_T=collisions_T, entropies_T=entropies_T)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
@@ -66,7 +72,7 @@ class ScoreRows:
         policy = replace(hand.policies[self.name], bare=self.bare)
         assert policy.shared is not None
         with policy.shared.gathered(policy.model):
-            return rows_scored(policy, self.how, self.rows)
+            return [scores.to_send() for scores in rows_scored(policy, self.how, self.rows)]
 
 
 @torch.no_grad()

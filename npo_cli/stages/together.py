@@ -98,7 +98,8 @@ class Open:
     def take_part(self, hand: Hand) -> tuple[str, str]:
         """What was found, in two digests."""
         policy = self.opened or load_policy(self.model, self.folder)
-        policy.model.requires_grad_(False) if self.name == REFERENCE else None
+        if self.name == REFERENCE:
+            policy.model.requires_grad_(False)
         hand.policies[self.name] = policy
         return policy.digest, policy.tokenizer_digest
 

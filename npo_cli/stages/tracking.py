@@ -5,7 +5,6 @@ nothing that it does ends a run.
 """
 
 import math
-import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from npo_cli.auto_records import Transition
 from npo_cli.config import Recipe
+from npo_cli.launched import place_here
 from npo_cli.loading import recipe_dict
 from npo_cli.records import EvalReport, Notice, StepReport
 from npo_cli.report.trackers import TRACKERS, Shown, Tracker, refuse_absent
@@ -27,7 +27,8 @@ EVALUATED = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_len
 def tracked(root: Path, recipe: Recipe, records: Generator[Any, None, None]) -> Generator[Any, None, None]:
     """The same records; `track.to` chooses who else sees them. Of several processes the first one shows."""
     with closing(records):
-        if not recipe.track.to or os.environ.get("RANK", "0") != "0":
+        place = place_here()
+        if not recipe.track.to or (place is not None and place.rank > 0):
             yield from records
             return
         refuse_absent(recipe.track.to)

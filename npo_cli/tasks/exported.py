@@ -1,8 +1,9 @@
 """Verified answers as a parquet table for other trainers: the columns that TRL and verl read, and npo's own beside.
 
 TRL reads `prompt` and `completion` (text, or chat messages where the prompt is a chat); verl reads `prompt` (always
-messages), `data_source`, `ability`, `reward_model` and `extra_info`. Neither minds columns of others. `prompt_id`,
-`response`, `response_ids` and `logps` are what `npo sample-guide --source file` reads back.
+messages), `data_source`, `ability`, `reward_model` and `extra_info`. Both read `images` (bytes, in Hugging
+Face's form), which is there where prompts have any. Neither minds columns of others. `prompt_id`, `response`,
+`response_ids` and `logps` are what `npo sample-guide --source file` reads back.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.guide_records import GuideTrajectory
+from npo_cli.images import image_bytes
 from npo_cli.records import Prompt
 
 Form = Literal["trl", "verl"]
@@ -49,6 +51,7 @@ def write_table(path: Path, answers: Sequence[Answered], *, form: Form) -> bool:
             f"writing {path} needs the package pyarrow, which is not installed", "pip install pyarrow"
         ) from error
     chats = form == "verl" or any(each.prompt.messages for each in answers)
+    shown = any(each.prompt.images for each in answers)
     rows = [_row(each, number, chats=chats) for number, each in enumerate(answers)]
     turns = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
     words = turns if chats else pyarrow.string()
@@ -63,6 +66,11 @@ def write_table(path: Path, answers: Sequence[Answered], *, form: Form) -> bool:
             *(("response_ids", pyarrow.list_(number)), ("logps", pyarrow.list_(pyarrow.float32()))),
             *(("verdict", text), ("source", text), ("guide_step", number), ("finished", pyarrow.bool_())),
             *(("num_sampled", number), ("num_correct", number)),
+            *(
+                [("images", pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", text)])))]
+                if shown
+                else []
+            ),
         ]
     )
     hidden = path.with_name(f".{path.name}.tmp")
@@ -97,4 +105,5 @@ def _row(each: Answered, number: int, *, chats: bool) -> dict[str, Any]:
         "finished": kept.finished,
         "num_sampled": kept.num_sampled,
         "num_correct": kept.num_correct,
+        "images": [{"bytes": image_bytes(image), "path": Path(image.place).name} for image in prompt.images],
     }

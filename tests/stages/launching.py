@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,22 +13,24 @@ import pytest
 PATIENCE_SECONDS = 240.0
 
 
-def start(*args: str, log: Path, processes: int = 2) -> subprocess.Popen:
-    """`torchrun -m npo_cli ARGS`, all that it says into a file."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    with log.open("w") as told:
-        return subprocess.Popen(
-            # torchrun takes `--run` for one of its own options unless told where those end.
-            [*command, "--shutdown-timeout=2", "-m", "--", "npo_cli", *args],
-            stdout=told,
-            stderr=told,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+@contextmanager
+def started(*args: str, log: Path) -> Iterator[subprocess.Popen]:
+    """`torchrun -m npo_cli ARGS` in two processes, all that they say into a file; it does not outlive the block."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # torchrun takes `--run` for one of its own options unless told where those end.
+    command = [*launcher, "--shutdown-timeout=2", "-m", "--", "npo_cli", *args]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as told, subprocess.Popen(command, stdout=told, stderr=told, env=environment) as job:
+        try:
+            yield job
+        finally:
+            job.terminate()
 
 
 def run(*args: str, log: Path) -> None:
     """The same, to its good end."""
-    assert start(*args, log=log).wait(PATIENCE_SECONDS) == 0, log.read_text()
+    with started(*args, log=log) as job:
+        assert job.wait(PATIENCE_SECONDS) == 0, log.read_text()
 
 
 def pid_of(job: subprocess.Popen, rank: int) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.loading import from_dict, load_recipe
 from npo_cli.records import IMAGE_MARK, StepReport
@@ -13,9 +14,11 @@ from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.guides import load_guide, trajectories_path
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.export import export_guide
 from npo_cli.stages.story import question
 from npo_cli.stages.train import train_run
 from npo_cli.stages.world import open_task
+from npo_cli.tasks.files import file_problems
 from tests.pictures import seeing
 from tests.stages.running import resume, sample, score
 
@@ -102,6 +105,16 @@ def test_a_prompt_is_shown_with_its_pictures_by_reference(circle: Path):
     name = image.place.rpartition("/")[2]
     shown = f"[image 1: {name}, 32x32, sha256 {image.sha256[:12]}]"
     assert question(group.prompt) == f"user: {group.prompt.messages[0].content.replace(IMAGE_MARK, shown)}"
+
+
+def test_an_exported_cache_brings_its_pictures_along(circle: Path, tmp_path: Path):
+    """Read back as a data file, every prompt shows the same bytes in another place."""
+    list(export_guide(circle, "near", out=tmp_path / "near.parquet", form="trl", allow_code=False))
+    column = {"path": str(tmp_path / "near.parquet"), "image_column": "images", "id_column": "prompt_id"}
+    again, heldout = file_problems(TaskSettings(source="file", heldout_size=1, **column), seed=0)
+    _, trajectories = load_guide(open_run(circle), "near")
+    shown = {prompt.prompt_id: [image.sha256 for image in prompt.images] for prompt in (*again, *heldout)}
+    assert shown == {name: [image.sha256 for image in kept.images] for name, (kept,) in trajectories.items()}
 
 
 def test_adapters_beside_a_model_that_sees_go_round_as_well(taught_vl: Path, tmp_path: Path):

@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_refused_and_no_run_is_left(tmp_path):
     weights = home / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(NpoError, match=r"checkpoint-2.*cannot be read"):
-        list(importing(tmp_path / "run", home))
+        list(importing(tmp_path / "new" / "deep" / "run", home))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -193,6 +193,13 @@ def test_folders_that_hold_no_checkpoints_say_what_was_looked_for(tmp_path):
     imported(tmp_path / "run", home)
     with pytest.raises(NpoError, match="is npo's own"):
         list(importing(tmp_path / "again", tmp_path / "run" / "branches" / "main" / "checkpoints"))
+
+
+def test_a_step_that_nobody_could_count_to_is_refused(tmp_path):
+    home = trl_output(tmp_path / "out")
+    (tmp_path / "log.jsonl").write_text('{"step": 1e15, "reward": 1.0, "entropy": 1.0}\n')
+    with pytest.raises(NpoError, match="npo counts to 999,999"):
+        list(importing(tmp_path / "run", home, metrics=tmp_path / "log.jsonl"))
 
 
 def test_pickled_weights_are_never_opened(tmp_path):

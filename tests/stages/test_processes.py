@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from npo_cli.run_dir.paths import RunDir
-from tests.stages.launching import is_gone, pid_of, run, start, wait_until
+from tests.stages.launching import is_gone, pid_of, run, started, wait_until
 from tests.stages.running import TINY, copied, resume, train
 from tests.stages.warm import num_lines
 
@@ -89,16 +89,17 @@ def test_one_process_goes_on_from_what_two_saved(together, onward, tmp_path):
 
 def test_two_go_on_from_what_one_saved_and_a_killed_rank_ends_the_job(alone, onward, tmp_path):
     root, log = copied(alone, tmp_path / "run"), tmp_path / "log"
-    job = start("resume", str(root), "train.num_steps=100000", "train.save_every=1000", log=log)
-    wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= LAST + 4, job, log)
-    ranks = [pid_of(job, 0), pid_of(job, 1)]
-    os.kill(ranks[1], signal.SIGKILL)
-    killed = time.monotonic()
-    # torchrun gives 1 for whatever failed.
-    assert job.wait(60) == 1
-    # Far from the deadline of half an hour: a closed connection says it at once.
-    assert time.monotonic() - killed < 60
-    assert "error: rank 1 died in `" in log.read_text()
+    more = ("train.num_steps=100000", "train.save_every=1000")
+    with started("resume", str(root), *more, log=log) as job:
+        wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= LAST + 4, job, log)
+        ranks = [pid_of(job, 0), pid_of(job, 1)]
+        os.kill(ranks[1], signal.SIGKILL)
+        killed = time.monotonic()
+        # torchrun gives 1 for whatever failed.
+        assert job.wait(60) == 1
+        # Far from the deadline of half an hour: a closed connection says it at once.
+        assert time.monotonic() - killed < 60
+        assert "error: rank 1 died in `" in log.read_text()
     assert all(map(is_gone, ranks))
     assert_same_curve(metrics(root)[: LAST + 4], metrics(onward))
     # Nothing was saved since step 20, and nothing hinders going on from there.

@@ -15,8 +15,10 @@ from npo_cli.loading import from_dict
 from npo_cli.records import Notice, StepReport
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.steps import measured_steps
+from npo_cli.stages.autonpo import train_auto
 from npo_cli.stages.tracking import tracked
 from npo_cli.stages.train import train_run
+from tests.stages.auto_runs import eager, moves_of
 from tests.stages.running import copied, resuming, stop_after, tiny
 
 TB = "track.to=[tensorboard]"
@@ -72,6 +74,18 @@ def test_each_step_is_shown_once_though_step_3_was_made_twice(shown):
 def test_a_branch_is_a_run_of_its_own_from_its_fork_on(shown):
     assert curve(shown, "again", "entropy") == recorded(shown, "again", "entropy")
     assert [step for step, _ in curve(shown, "again", "entropy")] == [3, 4]
+
+
+@pytest.mark.slow
+def test_interventions_of_autonpo_are_events_on_the_branch_that_they_lead_to(tmp_path):
+    recipe = eager(TB)
+    list(tracked(tmp_path / "run", recipe, train_auto(tmp_path / "run", recipe, allow_code=False)))
+    for name in ("trigger", "rolled_back", "capped"):
+        moves = [move for move in moves_of(tmp_path / "run") if move.event == name]
+        assert moves
+        for branch in {move.state.branch for move in moves}:
+            steps = [(move.step, 1.0) for move in moves if move.state.branch == branch]
+            assert curve(tmp_path / "run", branch, f"autonpo/{name}") == steps
 
 
 def test_evaluations_stand_at_their_steps(shown):
