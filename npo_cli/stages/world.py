@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from npo_cli.config import Recipe
 from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.opening import open_engine
+from npo_cli.engines.opening import open_engine, refuse_blind_engine
 from npo_cli.engines.requests import Engine, Sample, SampleRequest
 from npo_cli.errors import NpoError
 from npo_cli.policy.adapters import Adapters
@@ -72,6 +72,7 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
 
 def refuse_unreadable_task(policy: Policy, task: Task, recipe: Recipe) -> None:
     """Every prompt, held-out ones included, can be read and leaves room for an answer."""
+    refuse_blind_engine(recipe.engine, policy.vision)
     prompts = [*task.train, *task.heldout]
     require_reader(policy, prompts, recipe.model.path)
     for prompt in prompts:

@@ -1,16 +1,12 @@
 """What vLLM is told of pictures, without a vLLM."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from npo_cli.engine_settings import EngineSettings
-from npo_cli.engines.opening import open_engine
 from npo_cli.engines.requests import Shown
-from npo_cli.engines.vllm_images import save_processor, vllm_prompts
-from npo_cli.errors import NpoError
+from npo_cli.engines.vllm_images import vllm_prompts
 from npo_cli.stages.engine_sync import probe_rows
 from tests.pictures import mixed_prompts, resized, seeing
 
@@ -45,26 +41,3 @@ def test_a_probe_ends_a_prompt_behind_its_last_picture(untaught_vl: Path):
         assert row.prompt_ids[-1] == policy.vision.image_id and policy.vision.image_id not in row.response_ids
     # without pictures: the end of a prompt, each token but the first
     assert probe_rows(policy, [blind])[0].response_ids == policy.encode(blind)[1:]
-
-
-def test_a_server_is_shown_no_pictures_and_says_so(untaught_vl: Path):
-    policy = seeing(untaught_vl)
-    with pytest.raises(NpoError, match=r"engine\.kind=vllm_server is shown no pictures"):
-        open_engine(
-            EngineSettings(kind="vllm_server"),
-            policy.model,
-            policy.tokenizer,
-            eos_ids=policy.eos_ids,
-            pad_id=policy.pad_id,
-            max_model_len=64,
-            dtype=policy.compute_dtype,
-            sight=policy.vision,
-        )
-
-
-@pytest.mark.skipif(find_spec("torchvision") is not None, reason="it is about the lack of torchvision")
-def test_torchvision_is_asked_for_before_vllm_starts(untaught_vl: Path, tmp_path: Path):
-    policy = seeing(untaught_vl)
-    with pytest.raises(NpoError, match="vLLM reads pictures with torchvision"):
-        save_processor(tmp_path, policy.tokenizer, policy.vision)
-    assert not list(tmp_path.iterdir())
