@@ -48,7 +48,7 @@ def open_engine(
     limits = limits_of(
         settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
     )
-    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
+    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters, sight=sight)
 
 
 def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
@@ -66,11 +66,19 @@ def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
 
 
 def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
-    """Pictures are shown to transformers alone."""
-    if sight is not None and settings.kind != "transformers":
+    """A server is shown no pictures, and vLLM reads them with a package that may be missing."""
+    if sight is None or settings.kind == "transformers":
+        return
+    if settings.kind == "vllm_server":
         raise NpoError(
-            f"engine.kind={settings.kind} is not shown pictures yet, and the model is a vision-language one",
-            "set engine.kind=transformers",
+            "engine.kind=vllm_server is shown no pictures, and the model is a vision-language one",
+            "set engine.kind=vllm, or engine.kind=transformers",
+        )
+    if find_spec("torchvision") is None:
+        raise NpoError(
+            "engine.kind=vllm reads pictures with torchvision, which is not installed",
+            "pip install torchvision (without a GPU add --index-url https://download.pytorch.org/whl/cpu), or "
+            "engine.kind=transformers",
         )
 
 
@@ -106,11 +114,12 @@ def _vllm(
     *,
     limits: "Limits",
     adapters: AdapterPort | None,
+    sight: Sight | None,
 ) -> Engine:
     if settings.kind == "vllm":
         from npo_cli.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters)
+        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters, sight=sight)
     from npo_cli.engines.vllm_server import VllmServer
 
     transport = ("disk" if limits.on_cpu else "nccl") if settings.transport == "auto" else settings.transport

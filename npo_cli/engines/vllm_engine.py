@@ -1,8 +1,8 @@
 """vLLM in this process: continuous batching and a prefix cache, with weights of its own that are replaced in place.
 
-It starts with made-up weights and answers nothing until real ones were given. Transport is vLLM's `reload_weights`, fed
-with the trainer's tensors under their Hugging Face names. The head is always sent: the engine is told that it is
-not tied, because a tied one would silently keep its old values.
+It starts with made-up weights, or where it sees pictures with the first ones, and answers nothing until real ones were
+given. Transport is vLLM's `reload_weights`, fed with the trainer's tensors under their Hugging Face names. The head is
+always sent: the engine is told that it is not tied, because a tied one would silently keep its old values.
 Left out: beams, penalties, top-k and top-p. The behaviour law must be the policy's own.
 """
 
@@ -21,7 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engines.adapters import AdapterPort, slot_rank
 from npo_cli.engines.quiet import quiet
+from npo_cli.engines.requests import Shown, Sight
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
+from npo_cli.engines.vllm_images import OPTIONS, refuse_other_tokens, save_processor, vllm_prompts
 from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.engines.watch import within
 from npo_cli.errors import NpoError, RunFailed
@@ -44,8 +46,9 @@ class VllmEngine(AsksVllm):
         *,
         limits: Limits,
         adapters: AdapterPort | None = None,
+        sight: Sight | None = None,
     ) -> None:
-        self.tokenizer, self.limits, self.adapters = tokenizer, limits, adapters
+        self.tokenizer, self.limits, self.adapters, self.sight = tokenizer, limits, adapters, sight
         self.version: str | None = None
         self._shapes = shapes_of(named_tensors(model) if adapters is None else adapters.tensors())
         self._asleep: frozenset[str] = frozenset()
@@ -54,10 +57,13 @@ class VllmEngine(AsksVllm):
         with tempfile.TemporaryDirectory(prefix="npo-engine-") as name:
             folder = Path(name)
             save_untied_config(model, folder)
-            if adapters is not None:
-                save_file(whole(with_head(model, adapters.base())), folder / "model.safetensors")
+            if sight is not None:
+                save_processor(folder, tokenizer, sight)
+            if adapters is not None or sight is not None:
+                base = named_tensors(model) if adapters is None else with_head(model, adapters.base())
+                save_file(whole(base), folder / "model.safetensors")
             with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams(), quiet():
-                self._llm = _start(folder, model, limits=limits, adapters=adapters)
+                self._llm = _start(folder, model, limits=limits, adapters=adapters, sees=sight is not None)
 
     def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Replace every tensor, forget every cached prefix, stamp the version; or put adapters beside the others."""
@@ -71,6 +77,7 @@ class VllmEngine(AsksVllm):
             self.version = None
             self._llm.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
             self._wake("kv_cache")
+            self._llm.llm_engine.reset_encoder_cache()
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache of the old weights could not be dropped")
             self._llm.update_weight_version(version)
@@ -128,19 +135,21 @@ class VllmEngine(AsksVllm):
 
     def _answers(
         self,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Shown],
         fields: Sequence[dict[str, Any]],
         versions: Sequence[str | None],
         *,
         phase: str,
     ) -> list:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
 
-        asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        asked = vllm_prompts(prompts, self.sight)
         params = [SamplingParams(**each) for each in fields]
         beside = None if self.adapters is None else [self._held[str(version)] for version in versions]
         with self._working(phase):
-            return self._llm.generate(asked, params, lora_request=beside, use_tqdm=False)
+            outputs = self._llm.generate(asked, params, lora_request=beside, use_tqdm=False)
+            refuse_other_tokens(prompts, outputs)
+            return outputs
 
     @contextmanager
     def _working(self, phase: str) -> Iterator[None]:
@@ -228,7 +237,7 @@ def refuse_other_platform(model: PreTrainedModel) -> None:
         )
 
 
-def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: AdapterPort | None) -> Any:
+def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: AdapterPort | None, sees: bool) -> Any:
     prepare_environment(limits)
     try:
         from vllm import LLM
@@ -238,9 +247,10 @@ def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: Ad
     try:
         return LLM(
             model=str(folder),
-            load_format="dummy" if adapters is None else "safetensors",
+            # Made-up weights would also make up how a picture is normalised, which is never sent.
+            load_format="dummy" if adapters is None and not sees else "safetensors",
             **({} if adapters is None else lora_options(adapters, limits)),
-            skip_tokenizer_init=True,
+            **(OPTIONS if sees else {"skip_tokenizer_init": True}),
             dtype=limits.dtype,
             logprobs_mode="processed_logprobs",
             enforce_eager=limits.eager,

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engines.adapters import AdapterPort
+from npo_cli.engines.requests import Shown
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
 from npo_cli.engines.vllm_engine import INSTEAD, first_line, save_untied_config
 from npo_cli.engines.vllm_http import free_port, lora_flags, open_session, output_of, side_by_side
@@ -34,7 +35,9 @@ Send = Callable[[dict[str, Any], str], None]
 
 
 class VllmServer(AsksVllm):
-    """A server process and a client of it."""
+    """A server process and a client of it, which is shown no pictures."""
+
+    sight = None
 
     def __init__(
         self,
@@ -230,7 +233,7 @@ class VllmServer(AsksVllm):
 
     def _answers(
         self,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Shown],
         fields: Sequence[dict[str, Any]],
         versions: Sequence[str | None],
         *,
@@ -239,7 +242,7 @@ class VllmServer(AsksVllm):
         # Adapters are asked by their name; the server knows no other and answers 404.
         names = [NAME if self.adapters is None else version for version in versions]
         bodies = [
-            {"model": name, "token_ids": list(prompt), "sampling_params": each}
+            {"model": name, "token_ids": list(prompt.ids), "sampling_params": each}
             for prompt, each, name in zip(prompts, fields, names, strict=True)
         ]
         with self._working(phase), ThreadPoolExecutor(side_by_side(self.limits)) as pool:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,12 +26,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.utils import cached_file
 
 from npo_cli.errors import NpoError
 from npo_cli.images import open_image, require_pillow
 from npo_cli.policy.logprobs import PackedRows, TokenRow
 from npo_cli.records import IMAGE_MARK, ImageRef, Prompt
+
+if TYPE_CHECKING:
+    from npo_cli.images import Image
 
 KNOWN = ("qwen3_vl",)
 """config.model_type of the models whose inputs are made here."""
@@ -82,12 +86,14 @@ class Vision:
     processor: BaseImageProcessor
     files: Mapping[str, bytes]
     """The processor's own by name, which every checkpoint gets."""
+    silent_ids: tuple[int, ...]
+    """Tokens that a policy never writes."""
     _cache: "PixelCache" = field(default_factory=PixelCache)
 
     @property
-    def silent_ids(self) -> tuple[int, ...]:
-        """Tokens that a policy never writes."""
-        return self.config.image_token_id, self.config.video_token_id
+    def image_id(self) -> int:
+        """The token that stands for a part of a picture."""
+        return self.config.image_token_id
 
     def text_of(self, prompt: Prompt) -> str:
         """The prompt as the tokenizer reads it, each mark spelled as the image tokens of its picture."""
@@ -136,7 +142,7 @@ class Vision:
         return {
             "pixel_values": torch.cat([pixels.patches for pixels in shown]).to(device),
             "image_grid_thw": torch.cat([pixels.grid_13 for pixels in shown]).to(device),
-            "mm_token_type_ids": (ids_NL == self.config.image_token_id).int(),
+            "mm_token_type_ids": (ids_NL == self.image_id).int(),
         }
 
     def seen(self, packed: PackedRows, rows: Sequence[TokenRow]) -> PackedRows:
@@ -152,6 +158,18 @@ class Vision:
             found = Pixels(patches=made["pixel_values"], grid_13=made["image_grid_thw"])
         self._cache.put(ref.sha256, found)
         return found
+
+    def still(self, ref: ImageRef) -> "Image.Image":
+        """The picture in the size in which the tower sees it, resized as `pixels` does."""
+        size = self.processor.size
+        height, width = smart_resize(
+            ref.height,
+            ref.width,
+            factor=self.processor.patch_size * self.processor.merge_size,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        return open_image(ref).resize((width, height), resample=self.processor.resample)
 
     def save(self, folder: Path) -> None:
         """The processor's files as they came with the model."""
@@ -199,7 +217,13 @@ def load_vision(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> V
             "bring the model's preprocessor_config.json",
         ) from error
     files = {path.name: path.read_bytes() for path in found if path is not None}
-    return Vision(config=config, tokenizer=tokenizer, processor=processor, files=files)
+    return Vision(
+        config=config,
+        tokenizer=tokenizer,
+        processor=processor,
+        files=files,
+        silent_ids=(config.image_token_id, config.video_token_id),
+    )
 
 
 def _file(source: str, name: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,13 @@ def test_pictures_need_a_model_that_sees(tmp_path: Path):
 
 
 def test_an_engine_that_is_not_shown_pictures_is_refused_before_there_is_a_run(untaught_vl: Path, tmp_path: Path):
-    with pytest.raises(NpoError, match=r"engine.kind=vllm is not shown pictures yet"):
+    with pytest.raises(NpoError, match=r"engine.kind=vllm_server is shown no pictures"):
+        list(training(tmp_path / "run", untaught_vl, "engine.kind=vllm_server"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="it is about the lack of torchvision")
+def test_vllm_without_torchvision_is_refused_before_there_is_a_run(untaught_vl: Path, tmp_path: Path):
+    with pytest.raises(NpoError, match=r"engine.kind=vllm reads pictures with torchvision"):
         list(training(tmp_path / "run", untaught_vl, "engine.kind=vllm"))
     assert not (tmp_path / "run").exists()
