@@ -39,11 +39,12 @@ def export_guide(root: Path, name: str, *, out: Path, form: Form, allow_code: bo
         raise NpoError(
             f"guide {name} answers prompts that this task does not have any more", "restore the data file of the recipe"
         )
-    if any(each.prompt.images for each in answers):
-        raise NpoError(
-            f"guide {name} answers prompts with images, and the table has no column for them",
-            f"npo show {as_typed(root)} guides   # a cache with images serves its own run",
-        )
+    for each in answers:
+        if [image.sha256 for image in each.prompt.images] != [image.sha256 for image in each.trajectory.images]:
+            raise NpoError(
+                f"guide {name} was shown other pictures for prompt {each.prompt.prompt_id} than this task has",
+                "bring the old ones back",
+            )
     with full_disk_explained(out):
         turned = write_table(out, answers, form=form)
     yield Notice(message=f"{len(answers)} answers to {len(trajectories)} prompts are in {out}")
