@@ -11,7 +11,9 @@ from npo_cli.loading import load_recipe
 from npo_cli.plan_records import Footing, Verdict
 from npo_cli.policy.model import EMBEDDED
 from npo_cli.policy.shape import model_shape
+from npo_cli.records import StepReport
 from npo_cli.stages.plan import plan_recipe
+from npo_cli.stages.train import train_run
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -119,3 +121,17 @@ def test_the_plan_of_eight_gpus_fits_and_counts_the_published_parameters():
 def test_the_recipe_takes_the_methods_of_the_paper(method):
     recipe = load_recipe("qwen3-vl-8b-mmfinereason", method=f"matched/{method}")
     assert (recipe.method.name, recipe.inject.gate, recipe.inject.slots) == (method, 0.6, 1)
+
+
+def test_the_recipe_trains_with_a_tiny_model_and_made_up_data_in_their_places(untaught_vl, tmp_path, monkeypatch):
+    rows = [row(f"<image>{number}+1=", str(number + 1), picture(64, 64)) for number in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shard.parquet")
+    prepared(tmp_path, monkeypatch, "--heldout-one-in", "4")
+    settings = [
+        *(f"model.path={untaught_vl}", f"task.path={tmp_path}/out/train.parquet", "task.verify_workers=1"),
+        *(f"task.heldout_path={tmp_path}/out/heldout.parquet", "task.pool_size=16", "task.chat=false"),
+        *("train.num_steps=2", "train.prompts_per_step=2", "sampling.max_new_tokens=4", "eval.every=0"),
+    ]
+    recipe = load_recipe("qwen3-vl-8b-mmfinereason", settings, method="matched/grpo")
+    reports = [one for one in train_run(tmp_path / "run", recipe, allow_code=False) if isinstance(one, StepReport)]
+    assert [one.step for one in reports] == [1, 2]
