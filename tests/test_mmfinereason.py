@@ -12,8 +12,15 @@ from npo_cli.plan_records import Footing, Verdict
 from npo_cli.policy.model import EMBEDDED
 from npo_cli.policy.shape import model_shape
 from npo_cli.records import StepReport
+from npo_cli.run_dir.checkpoints import find_checkpoint
+from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.stages.plan import plan_recipe
+from npo_cli.stages.plans import Cell, commands
 from npo_cli.stages.train import train_run
+from npo_cli.tasks.shapes import shapes_prompts
+from tests.cli.slips import npo
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -121,6 +128,58 @@ def test_the_plan_of_eight_gpus_fits_and_counts_the_published_parameters():
 def test_the_recipe_takes_the_methods_of_the_paper(method):
     recipe = load_recipe("qwen3-vl-8b-mmfinereason", method=f"matched/{method}")
     assert (recipe.method.name, recipe.inject.gate, recipe.inject.slots) == (method, 0.6, 1)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """Drawn pictures in the two files that the recipe reads."""
+    folder = tmp_path_factory.mktemp("drawn")
+    prompts = shapes_prompts(24, 0)
+    rows = [
+        {
+            "id": prompt.prompt_id,
+            "question": prompt.messages[0].content,
+            "answer": prompt.answer,
+            "image": {"bytes": prompt.images[0].data, "path": "x.ppm"},
+        }
+        for prompt in prompts
+    ]
+    for name, some in (("train", rows[:16]), ("heldout", rows[16:])):
+        pq.write_table(pa.Table.from_pylist(some), folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("method", [pytest.param("npo-early", marks=pytest.mark.slow), "npo-late", "autonpo"])
+def test_the_whole_plan_of_a_method_runs_with_a_tiny_model_and_drawn_pictures(taught_vl, drawn, tmp_path, method):
+    """The commands of the method, as `npo bench` would give them."""
+    settings = (
+        *(f"model.path={taught_vl}", f"task.path={drawn}/train.parquet", f"task.heldout_path={drawn}/heldout.parquet"),
+        *("task.pool_size=16", "task.suffix=''", "task.verify_workers=1", "sampling.max_new_tokens=3", "guide.k=8"),
+        *("train.num_steps=6", "train.save_every=2", "train.prompts_per_step=4", "eval.every=0", "model.threads=1"),
+        *("intervention.at=2", "intervention.guide=4", "early.scout=2", "early.window=2", "auto.early=true"),
+        *("auto.deltas=[2]", "auto.pool_min=1", "probe.prompts=4", "auto.warmup=1", "auto.window=2", "auto.patience=1"),
+    )
+    cell = Cell(
+        recipe="qwen3-vl-8b-mmfinereason",
+        method=f"matched/{method}",
+        settings=settings,
+        seed=0,
+        folder=tmp_path,
+        teacher="",
+    )
+    for command in commands(cell):
+        said = npo(*command)
+        assert said.code == 0, (command, said.err)
+    run = open_run(cell.run)
+    branch = newest_branch(run)
+    seated = [
+        one.source
+        for _, group in RolloutJournal(run.rollouts_path(branch)).iter_groups()
+        for one in group.rollouts
+        if one.foreign
+    ]
+    assert seated and set(seated) == {"guide"}
+    assert find_checkpoint(run, branch, 6).step == 6
 
 
 def test_the_recipe_trains_with_a_tiny_model_and_made_up_data_in_their_places(untaught_vl, tmp_path, monkeypatch):
