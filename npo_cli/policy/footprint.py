@@ -117,6 +117,11 @@ def _sampling(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[N
         how = f"engine.memory_share={recipe.engine.memory_share:g} of the GPU"
         yield Need(where="gpu", phase=phase, what="vLLM", num_bytes=share, how=how)
         return
+    # Scoring, the sync's probe included, gathers them whoever samples.
+    if num_gpus > 1 or compute < bytes_of(recipe.model.dtype):
+        whole = shape.num_params * compute
+        how = f"{_count(shape.num_params)} x {compute} B"
+        yield Need(where="gpu", phase="sampling", what="whole weights", num_bytes=whole, how=how)
     if recipe.engine.kind == "vllm_server":
         return
     rows = min(recipe.engine.max_rows, ceil(recipe.train.prompts_per_step * recipe.train.group_size / num_gpus))
@@ -125,10 +130,6 @@ def _sampling(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[N
     yield Need(where="gpu", phase="sampling", what="KV cache", num_bytes=cache, how=how)
     logits = rows * shape.vocab * (SAMPLER_COPIES * FLOAT + compute)
     yield Need(where="gpu", phase="sampling", what="logits", num_bytes=logits, how=f"{rows} rows x {shape.vocab:,}")
-    if num_gpus > 1 or compute < bytes_of(recipe.model.dtype):
-        whole = shape.num_params * compute
-        how = f"{_count(shape.num_params)} x {compute} B"
-        yield Need(where="gpu", phase="sampling", what="whole weights", num_bytes=whole, how=how)
 
 
 def engine_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:

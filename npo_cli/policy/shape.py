@@ -12,21 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError
 from npo_cli.plan_records import ModelShape
 from npo_cli.policy.adapters import target_names
-from npo_cli.policy.gguf import is_packaged, load_packaged
+from npo_cli.policy.gguf import is_packaged, packaged_config
 from npo_cli.policy.model import MODEL_WANTED, find_model
 from npo_cli.policy.precision import mixed_precision
+from npo_cli.policy.vision import class_of
 
 PROBE_TOKENS = 251
 """A prime, so that no size of the model is taken for the length of the probe."""
@@ -63,7 +58,7 @@ def model_shape(settings: ModelSettings) -> ModelShape:
 def model_config(settings: ModelSettings) -> PreTrainedConfig:
     """Of a folder, a config.json by its own path, a shipped model, or a hub id."""
     if is_packaged(settings.path):
-        return load_packaged(settings.path, dtype=torch.float32, attention=settings.attention)[0].config
+        return packaged_config(settings.path)
     path = settings.path
     source = Path(path).expanduser() if path.endswith(".json") else find_model(path)
     try:
@@ -77,9 +72,7 @@ def model_config(settings: ModelSettings) -> PreTrainedConfig:
 
 def empty_model(config: PreTrainedConfig, settings: ModelSettings) -> PreTrainedModel:
     """The architecture with tensors that hold nothing; only under FakeTensorMode."""
-    kind: Any = AutoModelForCausalLM
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        kind = AutoModelForImageTextToText
+    kind: Any = class_of(config)
     return kind.from_config(config, dtype=getattr(torch, settings.dtype), attn_implementation=settings.attention)
 
 

@@ -188,7 +188,11 @@ def _parts(content: str) -> list[dict[str, str]]:
 
 def model_class(source: str) -> type:
     """The transformers class that opens this folder or hub id: with the vision tower, where there is one."""
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return class_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
+
+
+def class_of(config: PreTrainedConfig) -> type:
+    """The same of a config."""
     return AutoModelForImageTextToText if _has_tower(config) else AutoModelForCausalLM
 
 

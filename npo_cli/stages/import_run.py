@@ -5,9 +5,10 @@ not at all, and nothing changes in the folder. No training state comes over: the
 goes on only with fresh moments (`npo resume --fresh-optimizer`).
 """
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from npo_cli import __version__
@@ -95,9 +96,15 @@ def recipe_of(found: Sequence[Foreign], asked: Import) -> Recipe:
             f"{other} and {found[-1].path}: one holds adapters, the other a whole model", "import them apart"
         )
     steps = [each.step for each in found if each.step]
-    told = [f"train.num_steps={max(steps, default=1)}", f"train.save_every={math.gcd(*steps) or 1}"]
+    told = [f"train.num_steps={max(steps, default=1)}", f"train.save_every={usual_distance(steps)}"]
     told += lora_settings_of(found[-1].path) if found[-1].adapters else ["model.lora.rank=null"]
     return load_recipe(asked.recipe, [*told, *asked.overrides])
+
+
+def usual_distance(steps: Sequence[int]) -> int:
+    """Steps from one checkpoint to the next, as it mostly was: a last one may come out of turn."""
+    gaps = Counter(after - before for before, after in pairwise([0, *steps]))
+    return gaps.most_common(1)[0][0] if gaps else 1
 
 
 def records_of(found: Sequence[Foreign], asked: Import) -> Records:
@@ -163,9 +170,7 @@ def told(root: Path, found: Sequence[Foreign], records: Records) -> Iterator[Not
     steps = ", ".join(str(each.step) for each in found)
     yield Notice(message=f"{root}: {found[-1].trainer}, steps {steps}; weights only, no training state")
     yield Notice(message=ORDER, level="warning")
-    yield Notice(
-        message="what its steps had cost is not on record: tables of costs count none for them", level="warning"
-    )
+    yield Notice(message=FREE_OF_COST, level="warning")
     if records.source is not None:
         yield Notice(message=f"{len(records.by_step)} recorded steps from {records.source}")
     if records.missing:

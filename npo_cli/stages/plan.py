@@ -14,6 +14,7 @@ from npo_cli.policy.footprint import FLOAT, bytes_of, engine_gpus, engine_needs,
 from npo_cli.policy.shape import model_shape
 from npo_cli.run_dir.room import disk_needs
 from npo_cli.stages.auto_checks import refuse_impossible
+from npo_cli.stages.together import refuse_many
 
 GB = 10**9
 PLACES: tuple[Where, ...] = ("gpu", "engine gpu", "host", "disk")
@@ -65,7 +66,7 @@ def refuse_short(found: Sequence[Need | Verdict | Knob], footing: Footing) -> No
 
 
 def refuse_footing(recipe: Recipe, footing: Footing) -> None:
-    """GPUs for a server and none left to train on, or a batch that cannot be shared out."""
+    """GPUs for a server and none left to train on, or what several processes cannot do."""
     left = trainer_gpus(recipe, footing)
     if left < 1:
         raise NpoError(
@@ -73,16 +74,13 @@ def refuse_footing(recipe: Recipe, footing: Footing) -> None:
             "GPUs: none is left for training",
             f"--gpus {engine_gpus(recipe) + 1}, or engine.kind=vllm",
         )
-    if recipe.engine.kind == "vllm" and left > 1:
-        raise NpoError(
-            f"engine.kind=vllm samples in one process, and {left} would train",
-            "engine.kind=vllm_server with GPUs of its own, or engine.kind=transformers",
-        )
+    if left > 1:
+        refuse_many(recipe, left)
 
 
-def all_needs(recipe: Recipe, footing: Footing, *, autonpo: bool, shape: ModelShape | None = None) -> Iterator[Need]:
+def all_needs(recipe: Recipe, footing: Footing, *, autonpo: bool) -> Iterator[Need]:
     """Of every place."""
-    shape = shape or model_shape(recipe.model)
+    shape = model_shape(recipe.model)
     yield from gpu_needs(recipe, shape, footing)
     yield from engine_needs(recipe, shape, footing)
     yield from host_needs(recipe, shape, footing)

@@ -26,6 +26,7 @@ from npo_cli.policy.moment_shards import ForgetMoments, LoadMoments, SaveMoments
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, load_moments, load_state, load_streams, save_state
 from npo_cli.policy.sharding import Shared, shard
 from npo_cli.policy.team import team_here
+from npo_cli.stages.row_scores import row_scores
 from npo_cli.stages.shares import Hand, in_turn
 
 LEARNER, REFERENCE = "policy", "reference"
@@ -33,12 +34,19 @@ LEARNER, REFERENCE = "policy", "reference"
 
 def refuse_crowd(recipe: Recipe) -> None:
     """What several processes cannot do, said before anything is loaded; then each takes its device."""
-    place, train = place_here(), recipe.train
+    place = place_here()
     if team_here() is None or place is None:
         return
+    refuse_many(recipe, place.size)
+    settle_device(place.local_rank, local_size=place.local_size, wanted=recipe.model.device)
+
+
+def refuse_many(recipe: Recipe, size: int) -> None:
+    """What `size` processes cannot do, on whatever machine."""
+    train = recipe.train
     if recipe.engine.kind == "vllm":
         raise NpoError(
-            f"engine.kind=vllm samples in this process, and there are {place.size}",
+            f"engine.kind=vllm samples in this process, and there are {size}",
             "engine.kind=vllm_server   # or transformers",
         )
     if train.optimizer == "adafactor":
@@ -48,15 +56,14 @@ def refuse_crowd(recipe: Recipe) -> None:
         )
     if recipe.engine.transport in ("nccl", "ipc"):
         raise NpoError(
-            f"engine.transport={recipe.engine.transport} sends from one GPU, and {place.size} hold the weights",
+            f"engine.transport={recipe.engine.transport} sends from one GPU, and {size} hold the weights",
             "engine.transport=auto",
         )
-    if place.size > train.prompts_per_step * train.group_size:
+    if size > train.prompts_per_step * train.group_size:
         raise NpoError(
-            f"{place.size} processes for {train.prompts_per_step * train.group_size} rollouts a step",
+            f"{size} processes for {train.prompts_per_step * train.group_size} rollouts a step",
             "start fewer processes, or raise train.prompts_per_step",
         )
-    settle_device(place.local_rank, local_size=place.local_size, wanted=recipe.model.device)
 
 
 def by_disk(engine: EngineSettings, policy: Policy) -> EngineSettings:
@@ -130,9 +137,10 @@ class SharedEngine:
     num_versions = 1
     remark = ""
 
-    def __init__(self, policy: Policy, *, max_rows: int) -> None:
+    def __init__(self, policy: Policy, recipe: Recipe) -> None:
         assert policy.shared is not None
-        self.name, self.team, self.max_rows = policy.shared.name, policy.shared.team, max_rows
+        self.policy, self.recipe = policy, recipe
+        self.name, self.team = policy.shared.name, policy.shared.team
         self.version: str | None = None
 
     def take_weights(self, model: Any, *, version: str) -> None:
@@ -147,15 +155,19 @@ class SharedEngine:
                 requests=share,
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
-                max_rows=self.max_rows,
+                max_rows=self.recipe.engine.max_rows,
             )
             for share in in_turn(requests, self.team.size)
         ]
         return [sample for share in self.team.work(pieces) for sample in share]
 
     def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
-        """An engine without weights of its own is never asked what it holds."""
-        raise NotImplementedError
+        """The trainer's own pass: there are no other weights."""
+        rows = [
+            TokenRow(prompt_ids=each.prompt_ids, response_ids=each.response_ids, images=each.images) for each in asked
+        ]
+        scored = row_scores(self.policy, self.recipe, rows, temperature=1.0)
+        return [tuple(scores.logps_T.tolist()) for scores in scored]
 
     def rest(self) -> None:
         """It keeps nothing between two batches."""

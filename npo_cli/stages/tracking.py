@@ -12,7 +12,6 @@ from typing import Any
 
 from npo_cli.auto_records import Transition
 from npo_cli.config import Recipe
-from npo_cli.launched import place_here
 from npo_cli.loading import recipe_dict
 from npo_cli.records import EvalReport, Notice, StepReport
 from npo_cli.report.trackers import TRACKERS, Shown, Tracker, refuse_absent
@@ -25,10 +24,9 @@ EVALUATED = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_len
 
 
 def tracked(root: Path, recipe: Recipe, records: Generator[Any, None, None]) -> Generator[Any, None, None]:
-    """The same records; `track.to` chooses who else sees them. Of several processes the first one shows."""
+    """The same records; `track.to` chooses who else sees them."""
     with closing(records):
-        place = place_here()
-        if not recipe.track.to or (place is not None and place.rank > 0):
+        if not recipe.track.to:
             yield from records
             return
         refuse_absent(recipe.track.to)

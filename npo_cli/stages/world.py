@@ -115,7 +115,7 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
     """Join the parts, and start the engine; whoever opens a world closes it."""
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
     if policy.shared is not None and recipe.engine.kind == "transformers":
-        engine: Engine = SharedEngine(policy, max_rows=recipe.engine.max_rows)
+        engine: Engine = SharedEngine(policy, recipe)
     else:
         engine = open_engine(
             by_disk(recipe.engine, policy),

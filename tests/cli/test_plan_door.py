@@ -45,7 +45,15 @@ def test_a_server_that_leaves_no_gpu_and_an_engine_that_cannot_be_shared(tmp_pat
     server = ("engine.kind=vllm_server", "engine.tensor_parallel=2")
     assert "none is left" in refused("plan", "micro", *server, "--gpus", "2", beside=tmp_path).err
     said = refused("plan", "micro", "engine.kind=vllm", "--gpus", "2", beside=tmp_path)
-    assert "samples in one process" in said.err
+    assert "engine.kind=vllm samples in this process, and there are 2" in said.err
+
+
+def test_a_setting_that_several_processes_refuse_is_no_plan_for_them(tmp_path):
+    said = refused("plan", "micro", "train.optimizer=adafactor", "--gpus", "2", beside=tmp_path)
+    assert "here they are in shards" in said.err
+    short = npo("plan", "micro", "--gpus", "2", "--gpu-mem", "1.6", "--disk", "100")
+    assert (short.code, "adafactor" in short.out) == (2, False)
+    assert "adafactor" in npo("plan", "micro", "--gpu-mem", "1.6", "--disk", "100").out
 
 
 def test_autonpo_is_refused_where_it_could_never_go_back(tmp_path):

@@ -111,5 +111,6 @@ def test_a_server_has_gpus_of_its_own():
         "what vLLM leaves alone": 100_000,
     }
     needs = by_name(gpu_needs(found, SHAPE, footing))
-    assert (needs["weights"], "KV cache" in needs) == (1000, False)
+    # Four GPUs train: a quarter each, whole to score.
+    assert (needs["weights"], needs["whole weights"], "KV cache" in needs) == (1000, 4000, False)
     assert not list(engine_needs(recipe(), SHAPE, footing))

@@ -5,11 +5,9 @@ import torch
 
 from npo_cli.config import LoraSettings, ModelSettings
 from npo_cli.errors import NpoError
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.shape import PROBE_TOKENS as TOKENS
 from npo_cli.policy.shape import factored, model_shape
-
-TOKENS = 251
 
 
 def saved_by_a_real_pass(policy: Policy) -> int:
@@ -75,8 +73,3 @@ def test_a_config_alone_is_enough_and_another_file_is_refused(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(NpoError, match="no model config could be read"):
         model_shape(ModelSettings(path=str(tmp_path / "other.json")))
-
-
-def test_the_probe_is_a_row_that_scoring_takes():
-    row = TokenRow(prompt_ids=(1,), response_ids=(2,) * (TOKENS - 1))
-    assert row.num_tokens == TOKENS

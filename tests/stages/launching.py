@@ -14,11 +14,11 @@ PATIENCE_SECONDS = 240.0
 
 
 @contextmanager
-def started(*args: str, log: Path) -> Iterator[subprocess.Popen]:
-    """`torchrun -m npo_cli ARGS` in two processes, all that they say into a file; it does not outlive the block."""
+def started(*args: str, log: Path, module: str = "npo_cli") -> Iterator[subprocess.Popen]:
+    """`torchrun -m MODULE ARGS` in two processes, all that they say into a file; it does not outlive the block."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     # torchrun takes `--run` for one of its own options unless told where those end.
-    command = [*launcher, "--shutdown-timeout=2", "-m", "--", "npo_cli", *args]
+    command = [*launcher, "--shutdown-timeout=2", "-m", "--", module, *args]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as told, subprocess.Popen(command, stdout=told, stderr=told, env=environment) as job:
         try:
@@ -27,9 +27,9 @@ def started(*args: str, log: Path) -> Iterator[subprocess.Popen]:
             job.terminate()
 
 
-def run(*args: str, log: Path) -> None:
+def run(*args: str, log: Path, module: str = "npo_cli") -> None:
     """The same, to its good end."""
-    with started(*args, log=log) as job:
+    with started(*args, log=log, module=module) as job:
         assert job.wait(PATIENCE_SECONDS) == 0, log.read_text()
 
 

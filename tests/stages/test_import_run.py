@@ -18,7 +18,7 @@ from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.steps import measured_steps
 from npo_cli.stages.evaluate import evaluate_run
-from npo_cli.stages.import_run import Import, import_run
+from npo_cli.stages.import_run import Import, import_run, usual_distance
 from npo_cli.stages.recorded import Columns
 from npo_cli.stages.rehearse import rehearse
 from npo_cli.stages.report import report_runs
@@ -193,6 +193,15 @@ def test_folders_that_hold_no_checkpoints_say_what_was_looked_for(tmp_path):
     imported(tmp_path / "run", home)
     with pytest.raises(NpoError, match="is npo's own"):
         list(importing(tmp_path / "again", tmp_path / "run" / "branches" / "main" / "checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "distance"),
+    # the last one out of turn; the first one out of turn; a single one; none
+    [((20, 40, 60, 67), 20), ((5, 25, 45, 65), 20), ((7,), 7), ((), 1)],
+)
+def test_the_distance_of_checkpoints_is_the_usual_one(steps, distance):
+    assert usual_distance(steps) == distance
 
 
 def test_a_step_that_nobody_could_count_to_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Several processes, at length: adapters, penalties and guides as with one, a rank that hangs, a signal, a server."""
 
+import json
 import os
 import signal
 import time
@@ -8,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.model import load_policy
+from npo_cli.run_dir.auto import transitions
 from npo_cli.run_dir.checkpoints import newest_anchor
 from npo_cli.run_dir.paths import RunDir, open_run
+from npo_cli.stages.accounting import account
+from npo_cli.stages.row_scores import row_scores
+from tests.cli.slips import npo
 from tests.stages.launching import is_gone, pid_of, run, started, wait_until
-from tests.stages.running import LORA, TINY, copied, resume, sample, train
+from tests.stages.running import LORA, TINY, copied, resume, sample, tiny, train
+from tests.stages.scoring_together import ASKED
 from tests.stages.test_processes import assert_same_curve, metrics
 from tests.stages.warm import num_lines
 
@@ -31,6 +39,29 @@ def test_every_kind_of_update_is_that_of_one_process(overrides, tmp_path):
     resume(tmp_path / "alone", more)
     resume(tmp_path / "together", more)
     assert_same_curve(metrics(tmp_path / "together"), metrics(tmp_path / "alone"))
+
+
+def test_the_shared_engine_scores_as_one_process_does(tmp_path):
+    run(log=tmp_path / "log", module="tests.stages.scoring_together")
+    answers = json.loads(next(line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("[[")))
+    rows = [TokenRow(prompt_ids=each.prompt_ids, response_ids=each.response_ids) for each in ASKED]
+    alone = row_scores(load_policy(tiny().model), tiny(), rows, temperature=1.0)
+    for found, expected in zip(answers, alone, strict=True):
+        assert found == pytest.approx(expected.logps_T.tolist(), abs=1e-5)
+
+
+def test_autonpo_decides_as_in_one_process(tmp_path):
+    settings = ["micro-sparse-auto", "--autonpo", "train.num_steps=40", "model.threads=1", "eval.every=0"]
+    assert npo("train", *settings, "--run", tmp_path / "alone").code == 0
+    run("train", *settings, "--run", str(tmp_path / "together"), log=tmp_path / "log")
+    alone, together = (transitions(open_run(tmp_path / name)) for name in ("alone", "together"))
+    assert [(move.event, move.state.branch, move.step) for move in together] == [
+        (move.event, move.state.branch, move.step) for move in alone
+    ]
+    # The scout's answers were taken as a guide, and the base was trained again with them.
+    assert "replayed" in {move.event for move in together}
+    tokens = [account(open_run(tmp_path / name), "early").tokens for name in ("alone", "together")]
+    assert tokens[0] == tokens[1] > 0
 
 
 def test_mixed_precision_differs_by_its_rounding_alone(tmp_path):
