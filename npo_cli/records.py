@@ -23,6 +23,25 @@ class Message:
     content: str
 
 
+IMAGE_MARK = "<image>"
+"""Where a picture stands in the text of a prompt that has pictures."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRef:
+    """A picture by reference: where its bytes are, and which bytes they were."""
+
+    place: str
+    """A file, `FILE.parquet#COLUMN/ROW/NUMBER` (counted from 0), or any name where `data` holds the bytes."""
+    sha256: str
+    """Of the encoded bytes, hexadecimal."""
+    width: int
+    """Pixels, upright as it is shown."""
+    height: int
+    data: bytes | None = field(default=None, repr=False, compare=False)
+    """The bytes themselves, where they are in no file; never written down."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """A problem: exactly one of `text` (used as it is) and `messages` (put through the chat template)."""
@@ -36,8 +55,8 @@ class Prompt:
     dataset: str = ""
     """Which of the task's data sets it is row `row` of; chooses the verifier where sets are mixed."""
     row: int = 0
-    images: tuple[str, ...] = ()
-    """References to images, in the order of their placeholders. No shipped policy reads them yet."""
+    images: tuple[ImageRef, ...] = ()
+    """In the order of their marks in the text or messages: as many as there are marks, or none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,6 +45,8 @@ def worlds_of(world: World, ahead: InLogits) -> dict[str, World]:
         eos_ids=world.policy.eos_ids,
         pad_id=world.policy.pad_id,
         max_rows=world.recipe.engine.max_rows,
+        dtype=world.policy.compute_dtype,
+        sight=world.policy.vision,
     )
     old = replace(
         world, engine=alone, policy=ahead.pair.old, sync=replace(world.sync, engine=alone, policy=ahead.pair.old)

@@ -21,19 +21,25 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 LEAF_ROOMS = {"guide", "objective", "policy", "engines", "tasks", "run_dir", "report"}
 ROOMS_BELOW = {"cli": {"stages", *LEAF_ROOMS}, "stages": LEAF_ROOMS}
-SECTIONS = ("auto_settings", "engine_settings", "extrapolate_settings", "inject_settings", "lora_settings")
+SECTIONS = {
+    f"{name}_settings" for name in ("auto", "engine", "extrapolate", "inject", "lora", "parallel", "score", "track")
+}
 GROUND_FLOOR = {
     "__init__": set(),
     "errors": set(),
     "records": set(),
     "auto_records": set(),
     "compare_records": set(),
+    "plan_records": set(),
     "guide_records": {"records"},
+    "images": {"errors", "records"},
     "costs": set(),
     "seeds": set(),
     "settings": set(),
-    **{name: {"settings"} for name in SECTIONS},
+    **{section: {"settings"} for section in SECTIONS},
     "config": {"settings", *SECTIONS},
+    "launched": {"errors"},
+    "__main__": {"cli"},
     "explain": {"config"},
     "recipe_files": {"errors"},
     "loading": {"config", "errors", "explain", "recipe_files", "settings"},
@@ -50,9 +56,11 @@ KNOWN_ONLY_TO = {
     "peft": {"policy"},
     "accelerate": {"policy"},
     "vllm": {"engines"},
+    **{tracker: {"report"} for tracker in ("tensorboard", "wandb", "trackio")},
     "reasoning_gym": {"tasks"},
     "math_verify": {"tasks"},
-    "pyarrow": {"tasks"},
+    "PIL": {"images", "npo_cli/tasks/shapes.py"},
+    "pyarrow": {"tasks", "images"},
     "pydantic": {"config", "settings", "loading", *SECTIONS},
     "pydantic_core": {"explain"},
     "yaml": {"loading", "run_dir"},
@@ -284,8 +292,7 @@ def test_the_default_of_a_setting_lives_on_its_field_alone():
     again = [
         f"{place(path, node)}: {name}={value.value!r}"
         for path in SOURCES
-        if room_of(path)
-        not in {"config", "settings", "auto_settings", "engine_settings", "extrapolate_settings", "lora_settings"}
+        if room_of(path) not in {"config", "settings", *SECTIONS}
         for name, value, node in defaults_beside(path)
         if isinstance(value, ast.Constant) and value.value and (name, value.value) in known
     ]

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -17,11 +18,12 @@ from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.base import base
 from npo_cli.cli.bench import bench
 from npo_cli.cli.compare import compare
-from npo_cli.cli.console import say, talk, visible
 from npo_cli.cli.demo import demo
 from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
+from npo_cli.cli.export import export
 from npo_cli.cli.index import index
+from npo_cli.cli.plan import plan
 from npo_cli.cli.recipes import recipes
 from npo_cli.cli.report import report
 from npo_cli.cli.resume import resume
@@ -29,8 +31,10 @@ from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
 from npo_cli.cli.score_sources import score_sources
 from npo_cli.cli.show import show
+from npo_cli.cli.terminal import say, talk, visible
 from npo_cli.cli.train import train
 from npo_cli.errors import NpoError, StoppedEarly
+from npo_cli.launched import place_here
 
 DOORS = {
     "train": train,
@@ -44,8 +48,10 @@ DOORS = {
     "eval": evaluate,
     "show": show,
     "compare": compare,
+    "export": export,
     "report": report,
     "recipes": recipes,
+    "plan": plan,
     "doctor": doctor,
     "demo": demo,
     "base": base,
@@ -89,7 +95,7 @@ def main(args: Sequence[str] | None = None) -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
     args = sys.argv[1:] if args is None else list(args)
     try:
-        sys.exit(typer.main.get_command(app).main(args, prog_name="npo", standalone_mode=False) or 0)
+        sys.exit(_run(args) or 0)
     except NpoError as error:
         label = "" if isinstance(error, StoppedEarly) else "error: "
         _explain(f"{label}{error.message}", error.hint)
@@ -107,6 +113,17 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:  # the house's own fault: one line, and how to see more
         _explain(f"error: {type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
         sys.exit(1)
+
+
+def _run(args: Sequence[str]) -> int | None:
+    """The command; where a launcher started several processes, rank 0 runs it and the others follow."""
+    place = place_here()
+    command = partial(typer.main.get_command(app).main, args, prog_name="npo", standalone_mode=False)
+    if place is None:
+        return command()
+    from npo_cli.stages.follow import follow, lead
+
+    return lead(place, command) if place.rank == 0 else follow(place)
 
 
 def _explain(message: str, hint: str) -> None:

@@ -1,47 +1,22 @@
-"""Draws streams of records: data on stdout, talk on stderr. The only file that prints.
+"""Draws streams of records: data on stdout, talk on stderr.
 
 On a terminal long work shows bars; elsewhere a plain line now and then. `--json` turns every data record into
-one JSON object a line, as it comes. Text from models and files is data: control characters are made visible,
-markup is never interpreted.
+one JSON object a line, as it comes.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Generator, Iterable
-from typing import Any, TextIO
+from typing import Any
 
 from npo_cli.auto_records import Transition
+from npo_cli.cli.progress import live
+from npo_cli.cli.terminal import on_terminal, say
 from npo_cli.records import Notice, Progress, StepReport
-from npo_cli.report.inert import spelled_out
-
-
-def visible(text: str) -> str:
-    """The text in one line, with every character spelled out that a terminal would obey: `\\x1b[31m`."""
-    return spelled_out(text)
-
-
-def say(text: str) -> None:
-    """One line of data."""
-    print(text, flush=True)
-
-
-def talk(text: str, *, style: str = "") -> None:
-    """One line of talk, in an ANSI style (such as `1;31`) on a colour terminal."""
-    coloured = bool(style) and on_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
-    print(f"\x1b[{style}m{text}\x1b[0m" if coloured else text, file=sys.stderr, flush=True)
-
-
-def on_terminal(stream: TextIO) -> bool:
-    """A terminal that can move its cursor."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-# Data
 
 
 def as_line(record: Any) -> str:
@@ -74,7 +49,6 @@ def draw(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None)
     `num_steps` is the last step of the training behind the records, where one is known: it gives the time left.
     """
     from npo_cli.cli.drawing import print_table
-    from npo_cli.cli.progress import live
     from npo_cli.report.tables import TABLES
 
     data: dict[type, list[Any]] = {kind: [] for kind in TABLES}

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from npo_cli.cli.console import on_terminal, say, visible
+from npo_cli.cli.terminal import on_terminal, say, visible
 from npo_cli.report.cells import Table
 
 GAP = 2

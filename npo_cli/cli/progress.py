@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from npo_cli.cli.console import talk, visible
+from npo_cli.cli.terminal import talk, visible
 from npo_cli.records import Notice, Progress, StepReport
 
 Show = Callable[[Progress | Notice | StepReport], None]

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npo_cli.cli.console import draw, say
+from npo_cli.cli.console import draw
 from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.terminal import say
 
 if TYPE_CHECKING:
     from npo_cli.report.lines import RecipeLine

@@ -24,6 +24,9 @@ StepsOpt = Annotated[
 AutoOpt = Annotated[
     bool, typer.Option("--autonpo", help="Let AutoNPO decide when and how far to roll back, and do it.")
 ]
+FreshOpt = Annotated[
+    bool, typer.Option("--fresh-optimizer", help="Roll back to weights alone: of an import, or without its state.")
+]
 
 
 def resume(
@@ -37,6 +40,7 @@ def resume(
     steps: StepsOpt = None,
     until: UntilOpt = None,
     autonpo: AutoOpt = False,
+    fresh: FreshOpt = False,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -51,6 +55,10 @@ def resume(
     settled = recipe_of(run, overrides, branch=source, fork=at is not None)
     last = stopping_at(until, settled, after=at or 0, autonpo=autonpo)
     where = {"overrides": overrides or (), "at": at, "source_branch": source, "new_branch": branch}
+    if fresh:
+        refuse_nowhere(run, at=at, autonpo=autonpo)
+    from npo_cli.stages.tracking import tracked
+
     if autonpo:
         refuse_own_guide(run, guide=guide, steps=steps)
         from npo_cli.stages.autonpo import resume_auto
@@ -59,8 +67,17 @@ def resume(
     else:
         from npo_cli.stages.resume import resume_run
 
-        records = resume_run(run, **where, guide=guide, steps=steps, until=until, allow_code=allow_code)
-    draw(records, as_json=as_json, num_steps=last)
+        records = resume_run(run, **where, guide=guide, steps=steps, until=until, allow_code=allow_code, fresh=fresh)
+    draw(tracked(run, settled, records), as_json=as_json, num_steps=last)
+
+
+def refuse_nowhere(run: Path, *, at: int | None, autonpo: bool) -> None:
+    """An optimizer begins anew where a branch is left by hand."""
+    if at is None or autonpo:
+        raise NpoError(
+            "--fresh-optimizer begins a branch by hand: it needs --at STEP, and does not go with --autonpo",
+            f"npo resume {as_typed(run)} --at STEP --fresh-optimizer",
+        )
 
 
 def refuse_own_guide(run: Path, *, guide: str | None, steps: int | None) -> None:

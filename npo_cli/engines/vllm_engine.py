@@ -1,15 +1,14 @@
 """vLLM in this process: continuous batching and a prefix cache, with weights of its own that are replaced in place.
 
-It starts with made-up weights and answers nothing until real ones were given. Transport is vLLM's `reload_weights`, fed
-with the trainer's tensors under their Hugging Face names. The head is always sent: the engine is told that it is
-not tied, because a tied one would silently keep its old values.
+It starts with made-up weights, or where it sees pictures with the first ones, and answers nothing until real ones were
+given. Transport is vLLM's `reload_weights`, fed with the trainer's tensors under their Hugging Face names. The head is
+always sent: the engine is told that it is not tied, because a tied one would silently keep its old values.
 Left out: beams, penalties, top-k and top-p. The behaviour law must be the policy's own.
 """
 
 import copy
 import gc
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engines.adapters import AdapterPort, slot_rank
 from npo_cli.engines.quiet import quiet
+from npo_cli.engines.requests import Shown, Sight
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
+from npo_cli.engines.vllm_images import OPTIONS, refuse_other_tokens, save_processor, vllm_prompts
 from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.engines.watch import within
 from npo_cli.errors import NpoError, RunFailed
@@ -45,21 +46,24 @@ class VllmEngine(AsksVllm):
         *,
         limits: Limits,
         adapters: AdapterPort | None = None,
+        sight: Sight | None = None,
     ) -> None:
-        self.tokenizer, self.limits, self.adapters = tokenizer, limits, adapters
+        self.tokenizer, self.limits, self.adapters, self.sight = tokenizer, limits, adapters, sight
         self.version: str | None = None
         self._shapes = shapes_of(named_tensors(model) if adapters is None else adapters.tensors())
         self._asleep: frozenset[str] = frozenset()
         self._held: dict[str, Any] = {}
-        self._home = tempfile.TemporaryDirectory(prefix="npo-adapters-")
         self._num_adapters = 0
         with tempfile.TemporaryDirectory(prefix="npo-engine-") as name:
             folder = Path(name)
             save_untied_config(model, folder)
-            if adapters is not None:
-                save_file(whole(with_head(model, adapters.base())), folder / "model.safetensors")
+            if sight is not None:
+                save_processor(folder, tokenizer, sight)
+            if adapters is not None or sight is not None:
+                base = named_tensors(model) if adapters is None else with_head(model, adapters.base())
+                save_file(whole(base), folder / "model.safetensors")
             with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams(), quiet():
-                self._llm = _start(folder, model, limits=limits, adapters=adapters)
+                self._llm = _start(folder, model, limits=limits, adapters=adapters, sees=sight is not None)
 
     def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Replace every tensor, forget every cached prefix, stamp the version; or put adapters beside the others."""
@@ -73,6 +77,7 @@ class VllmEngine(AsksVllm):
             self.version = None
             self._llm.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
             self._wake("kv_cache")
+            self._llm.llm_engine.reset_encoder_cache()
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("the prefix cache of the old weights could not be dropped")
             self._llm.update_weight_version(version)
@@ -93,14 +98,13 @@ class VllmEngine(AsksVllm):
             while len(self._held) >= self.limits.max_adapters:
                 oldest = self._held.pop(next(iter(self._held)))
                 self._llm.llm_engine.remove_lora(oldest.lora_int_id)
-                shutil.rmtree(oldest.lora_path)
             self._num_adapters += 1
-            folder = Path(self._home.name) / str(self._num_adapters)
-            folder.mkdir()
-            port.write(folder)
-            request = LoRARequest(version, self._num_adapters, str(folder))
-            if not self._llm.llm_engine.add_lora(request):
-                raise RuntimeError("the adapters were not taken")
+            # Read once, here; a process killed later leaves no folder behind.
+            with tempfile.TemporaryDirectory(prefix="npo-adapters-") as folder:
+                port.write(Path(folder))
+                request = LoRARequest(version, self._num_adapters, folder)
+                if not self._llm.llm_engine.add_lora(request):
+                    raise RuntimeError("the adapters were not taken")
             self._held[version] = request
         self.version = version
 
@@ -119,7 +123,6 @@ class VllmEngine(AsksVllm):
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-            self._home.cleanup()
             del llm
             gc.collect()
 
@@ -132,19 +135,21 @@ class VllmEngine(AsksVllm):
 
     def _answers(
         self,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Shown],
         fields: Sequence[dict[str, Any]],
         versions: Sequence[str | None],
         *,
         phase: str,
     ) -> list:
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
 
-        asked = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        asked = vllm_prompts(prompts, self.sight)
         params = [SamplingParams(**each) for each in fields]
         beside = None if self.adapters is None else [self._held[str(version)] for version in versions]
         with self._working(phase):
-            return self._llm.generate(asked, params, lora_request=beside, use_tqdm=False)
+            outputs = self._llm.generate(asked, params, lora_request=beside, use_tqdm=False)
+            refuse_other_tokens(prompts, outputs)
+            return outputs
 
     @contextmanager
     def _working(self, phase: str) -> Iterator[None]:
@@ -170,7 +175,8 @@ def save_untied_config(model: PreTrainedModel, folder: Path) -> None:
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    config.architectures = [type(model).__name__]
+    # A model in shards is of a class that FSDP2 made.
+    config.architectures = [model.__class__.__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
 
 
@@ -231,7 +237,7 @@ def refuse_other_platform(model: PreTrainedModel) -> None:
         )
 
 
-def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: AdapterPort | None) -> Any:
+def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: AdapterPort | None, sees: bool) -> Any:
     prepare_environment(limits)
     try:
         from vllm import LLM
@@ -241,10 +247,11 @@ def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: Ad
     try:
         return LLM(
             model=str(folder),
-            load_format="dummy" if adapters is None else "safetensors",
+            # Made-up weights would also make up how a picture is normalised, which is never sent.
+            load_format="dummy" if adapters is None and not sees else "safetensors",
             **({} if adapters is None else lora_options(adapters, limits)),
-            skip_tokenizer_init=True,
-            dtype=str(model.dtype).removeprefix("torch."),
+            **(OPTIONS if sees else {"skip_tokenizer_init": True}),
+            dtype=limits.dtype,
             logprobs_mode="processed_logprobs",
             enforce_eager=limits.eager,
             max_model_len=limits.max_model_len,

@@ -21,11 +21,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engines.adapters import AdapterPort
+from npo_cli.engines.requests import Shown
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
 from npo_cli.engines.vllm_engine import INSTEAD, first_line, save_untied_config
 from npo_cli.engines.vllm_http import free_port, lora_flags, open_session, output_of, side_by_side
 from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.errors import NpoError, RunFailed
+from npo_cli.launched import without_place
 
 NAME = "policy"
 Send = Callable[[dict[str, Any], str], None]
@@ -33,7 +35,9 @@ Send = Callable[[dict[str, Any], str], None]
 
 
 class VllmServer(AsksVllm):
-    """A server process and a client of it."""
+    """A server process and a client of it, which is shown no pictures."""
+
+    sight = None
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class VllmServer(AsksVllm):
             save_untied_config(model, self._folder)
             if transport == "disk":
                 save_file(whole(tensors), self._folder / "model.safetensors")
-            self._start(str(model.dtype).removeprefix("torch."), transport)
+            self._start(limits.dtype, transport)
             if transport != "disk":
                 from npo_cli.engines.vllm_transfer import open_transfer
 
@@ -189,7 +193,8 @@ class VllmServer(AsksVllm):
         return {
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
-            **os.environ,
+            # The server has no part in a job of several trainers.
+            **without_place(os.environ),
             "VLLM_CPU_KVCACHE_SPACE": str(self.limits.kv_cache_gb),
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
@@ -228,7 +233,7 @@ class VllmServer(AsksVllm):
 
     def _answers(
         self,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Shown],
         fields: Sequence[dict[str, Any]],
         versions: Sequence[str | None],
         *,
@@ -237,7 +242,7 @@ class VllmServer(AsksVllm):
         # Adapters are asked by their name; the server knows no other and answers 404.
         names = [NAME if self.adapters is None else version for version in versions]
         bodies = [
-            {"model": name, "token_ids": list(prompt), "sampling_params": each}
+            {"model": name, "token_ids": list(prompt.ids), "sampling_params": each}
             for prompt, each, name in zip(prompts, fields, names, strict=True)
         ]
         with self._working(phase), ThreadPoolExecutor(side_by_side(self.limits)) as pool:

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
+from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest, Shown, Sight
 from npo_cli.engines.sync import RESUME
+from npo_cli.engines.vllm_images import silence
 from npo_cli.errors import RunFailed
 
 NOT_REPEATABLE = (
@@ -26,6 +27,8 @@ class Limits:
     eos_ids: tuple[int, ...]
     max_model_len: int
     """Prompt and response together, in tokens."""
+    dtype: str
+    """In which the engine computes: the trainer's own."""
     max_rows: int
     tensor_parallel: int
     data_parallel: int
@@ -129,6 +132,8 @@ class AsksVllm(ABC):
     limits: Limits
     version: str | None
     adapters: AdapterPort | None
+    sight: Sight | None
+    """How it is shown pictures; None where the model reads text alone."""
     _held: dict[str, Any]
     """Adapters by the version they were given as, the oldest first."""
 
@@ -146,10 +151,10 @@ class AsksVllm(ABC):
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample a request, in order; a finished one leaves the batch at once and makes room."""
         law = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.limits.eos_ids}
-        fields = [sampling_fields(request, **law) for request in requests]
+        fields = [sampling_fields(request, **law) | silence(self.sight) for request in requests]
         versions = [request.version or self.version for request in requests]
         self._refuse_let_go(versions)
-        prompts = [request.prompt_ids for request in requests]
+        prompts = [Shown(ids=request.prompt_ids, images=request.images) for request in requests]
         outputs = self._answers(prompts, fields, versions, phase="sample")
         check_versions(outputs, versions, adapters=self.adapters is not None)
         return [
@@ -165,7 +170,7 @@ class AsksVllm(ABC):
 
     def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
         """One prefill a trajectory, which must be shorter than the longest that is allowed: vLLM adds a token."""
-        prompts = [request.prompt_ids + request.response_ids for request in asked]
+        prompts = [Shown(ids=each.prompt_ids + each.response_ids, images=each.images) for each in asked]
         versions = [self.version] * len(asked)
         outputs = self._answers(prompts, [scoring_fields() for _ in asked], versions, phase="score")
         check_versions(outputs, versions, adapters=self.adapters is not None)
@@ -174,7 +179,7 @@ class AsksVllm(ABC):
     @abstractmethod
     def _answers(
         self,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[Shown],
         fields: Sequence[dict[str, Any]],
         versions: Sequence[str | None],
         *,

@@ -77,9 +77,12 @@ def attach(model: PreTrainedModel, settings: LoraSettings, *, path: str) -> Adap
 
 
 def target_names(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
-    """Last names of linear layers; an unknown one is refused (peft would take the others without a word)."""
+    """Last names of linear layers; an unknown one is refused (peft would take the others without a word).
+
+    Where none is named: all of the language model's, none of a vision tower's.
+    """
     head = model.get_output_embeddings()
-    linear = (module for module in model.named_modules() if isinstance(module[1], torch.nn.Linear))
+    linear = [module for module in model.named_modules() if isinstance(module[1], torch.nn.Linear)]
     known = sorted({name.rpartition(".")[2] for name, module in linear if module is not head})
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -87,7 +90,8 @@ def target_names(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
             f"model.lora.targets: this model has no linear layer named {unknown[0]} (the head is no target)",
             f"choose among {', '.join(known)}, or leave it empty for all of them",
         )
-    return sorted(set(wanted)) or known
+    language = {module for module in model.get_decoder().modules()}
+    return sorted(set(wanted)) or sorted({name.rpartition(".")[2] for name, module in linear if module in language})
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -105,9 +109,17 @@ def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name.replace(WRAPPED, "."): tensor for name, tensor in own.items() if name not in adapters}
 
 
-def save_adapters(model: PreTrainedModel, adapters: Adapters, folder: Path) -> None:
-    """A folder as peft's own, and beside it which base it needs."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+def share_base(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Let the frozen weights of a model be those of another of the same base: both then take the room of one."""
+    parameters, base = dict(model.named_parameters()), dict(other.named_parameters())
+    for name in parameters.keys() & base.keys():
+        if f".{NAME}." not in name:
+            parameters[name].data = base[name].data
+
+
+def save_adapters(own: Mapping[str, Tensor], adapters: Adapters, folder: Path) -> None:
+    """A folder as peft's own, and beside it which base it needs; `own` are whole adapters under the names there."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in own.items()}
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(adapters.config, indent=2, sort_keys=True))
     base = {"path": adapters.base_path, "digest": adapters.base_digest}
@@ -121,11 +133,11 @@ def base_beside(folder: Path) -> str:
 
 def load_adapters(model: PreTrainedModel, adapters: Adapters, folder: Path) -> None:
     """Copy a folder's adapters into the model; it is untouched where base, config or tensors are others."""
-    copy_tensors(adapter_tensors(model), read_adapters(model, adapters, folder))
+    copy_tensors(adapter_tensors(model), fitting_adapters(model, adapters, folder))
 
 
-def read_adapters(model: PreTrainedModel, adapters: Adapters, folder: Path) -> dict[str, Tensor]:
-    """A folder's adapters, of the same base, config and shapes as the model's."""
+def fitting_adapters(model: PreTrainedModel, adapters: Adapters, folder: Path) -> dict[str, Tensor]:
+    """A folder's adapters, which belong to this base and fit the model's one to one."""
     tensors = read_tensors(folder, TENSORS_FILE)
     _refuse_other_base(adapters, folder)
     _refuse_other_config(adapters, folder)

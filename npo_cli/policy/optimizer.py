@@ -1,4 +1,4 @@
-"""AdamW, its schedule as a function of the step alone, and its state as safetensors."""
+"""The optimiser, its schedule as a function of the step alone, and its state as safetensors."""
 
 import json
 import math
@@ -11,18 +11,19 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Adafactor, AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from npo_cli.auto_records import Mistake
 from npo_cli.config import TrainSettings
 from npo_cli.errors import NpoError, set_aside
 from npo_cli.guide_records import Experience, Push, PushChoice, Success
+from npo_cli.policy.moment_files import STATE_FILE, small_state, whole_state
+from npo_cli.policy.sharding import is_shard, local
 
-STATE_FILE, SCALARS_FILE = "optimizer.safetensors", "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+SCALARS_FILE = "state.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +44,26 @@ class TrainerState:
     """How the policy is pushed along its own motion; None where that was never chosen anew."""
 
 
-def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> AdamW:
-    """AdamW over every parameter that wants a gradient."""
+def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> Optimizer:
+    """The recipe's, over every parameter that wants a gradient. A fused step needs no copies of the gradients.
+
+    Adafactor's rate is relative: a step moves a matrix by at most lr times its own root mean square (arXiv 1804.04235).
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    if settings.optimizer == "adafactor":
+        return Adafactor(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    fused = True if model.device.type == "cuda" else None
+    return AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
+
+
+def state_shapes(optimizer: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+    """What the optimiser keeps of a parameter once it has moved it, by its own names; `step` is one number."""
+    shape = tuple(parameter.shape)
+    if isinstance(optimizer, AdamW):
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    if len(shape) < 2:
+        return {"step": (), "variance": shape}
+    return {"step": (), "row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
 
 
 def lr_at(step: int, settings: TrainSettings) -> float:
@@ -63,7 +80,7 @@ def lr_at(step: int, settings: TrainSettings) -> float:
     return settings.lr * share
 
 
-def set_lr(optimizer: AdamW, lr: float) -> None:
+def set_lr(optimizer: Optimizer, lr: float) -> None:
     """One rate for every group of parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -99,12 +116,16 @@ def restore_streams(tensors: Mapping[str, Tensor], scalars: Mapping[str, list]) 
     numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
 
 
-def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, *, state: TrainerState) -> None:
-    """Write optimizer.safetensors (moments by parameter name) and state.json into an existing folder."""
+def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, state: TrainerState) -> None:
+    """Write optimizer.safetensors (moments by parameter name) and state.json into an existing folder.
+
+    Moments in shards are left to `moment_shards.SaveMoments`, which every process takes part in.
+    """
     tensors, streams = random_streams()
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
+            if not is_shard(value):
+                tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
     save_file(tensors, folder / STATE_FILE)
     scalars = {
         "step": state.step,
@@ -120,35 +141,44 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: AdamW, *, state:
     (folder / SCALARS_FILE).write_text(json.dumps(scalars))
 
 
-def _read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_state(folder: Path, *, moments: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        return load_file(folder / STATE_FILE), json.loads((folder / SCALARS_FILE).read_text(encoding="ascii"))
+        scalars = json.loads((folder / SCALARS_FILE).read_text(encoding="ascii"))
+        return whole_state(folder) if moments else small_state(folder, start="rng."), scalars
     except (OSError, ValueError, SafetensorError) as error:
         raise NpoError(f"{folder}: the training state cannot be read: {error}", set_aside(folder.parent)) from error
 
 
-def load_state(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> TrainerState:
+def load_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> TrainerState:
     """The reverse of `save_state`, in place; random streams included."""
-    tensors, scalars = _read_state(folder)
-    _fill_moments(folder, tensors, model=model, optimizer=optimizer)
+    tensors, scalars = _read_state(folder, moments=True)
+    fill_moments(folder, tensors, model=model, optimizer=optimizer)
     restore_streams(tensors, scalars["rng"])
     return _state_of(scalars)
 
 
-def load_moments(folder: Path, model: PreTrainedModel, optimizer: AdamW) -> None:
+def load_streams(folder: Path) -> TrainerState:
+    """The same without the moments, where they are in shards."""
+    tensors, scalars = _read_state(folder, moments=False)
+    restore_streams(tensors, scalars["rng"])
+    return _state_of(scalars)
+
+
+def load_moments(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
     """The optimiser's moments alone."""
-    _fill_moments(folder, _read_state(folder)[0], model=model, optimizer=optimizer)
+    fill_moments(folder, _read_state(folder, moments=True)[0], model=model, optimizer=optimizer)
 
 
-def _fill_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: AdamW) -> None:
-    has_moments = any(key.endswith(MOMENTS) for key in tensors)
+def fill_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: Optimizer) -> None:
+    """Moments by parameter name into the optimiser, in place of what it has; refused where they do not fit."""
+    has_moments = any(not key.startswith("rng.") for key in tensors)
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
-        found = {key: tensors[f"{name}.{key}"] for key in MOMENTS if f"{name}.{key}" in tensors}
-        if has_moments and parameter.requires_grad and len(found) < len(MOMENTS):
+        shapes = state_shapes(optimizer, parameter)
+        found = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
+        if has_moments and parameter.requires_grad and found.keys() != shapes.keys():
             raise NpoError(f"{folder}: optimizer state of {name} is missing", set_aside(folder.parent))
-        moments = [value for key, value in found.items() if key != "step"]
-        if not all(value.shape == parameter.shape and torch.isfinite(value).all() for value in moments):
+        if not all(value.shape == shapes[key] and torch.isfinite(local(value)).all() for key, value in found.items()):
             raise NpoError(
                 f"{folder}: optimizer state of {name} has another shape or is not finite", set_aside(folder.parent)
             )
@@ -159,7 +189,7 @@ def _fill_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrai
 
 def peek_state(folder: Path) -> TrainerState:
     """What a step needs besides weights and moments, read without touching any optimiser."""
-    return _state_of(_read_state(folder)[1])
+    return _state_of(_read_state(folder, moments=False)[1])
 
 
 def _state_of(scalars: Mapping[str, Any]) -> TrainerState:

@@ -75,16 +75,16 @@ def _refuse(findings: Mapping[str, Sequence[str]], source: Path | str, mend: str
             raise NpoError(f"{source}: tensor {what}: {shown}", mend)
 
 
-def fitting_tensors(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The folder's weights, each of which has its place in the model."""
-    tensors = read_tensors(folder)
-    check_tensors(model.state_dict(), tensors, folder, tied=tied_names(model))
-    return tensors
-
-
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy the folder's weights into the model in place; the model is untouched when they do not fit."""
-    copy_tensors(model.state_dict(), fitting_tensors(model, folder))
+    copy_tensors(model.state_dict(), fitting_weights(model, folder, tied=tied_names(model)))
+
+
+def fitting_weights(model: PreTrainedModel, folder: Path, *, tied: Sequence[set[str]]) -> dict[str, Tensor]:
+    """The folder's weights, which fit the model one to one."""
+    tensors = read_tensors(folder)
+    check_tensors(model.state_dict(), tensors, folder, tied=tied)
+    return tensors
 
 
 @torch.no_grad()
@@ -96,8 +96,13 @@ def copy_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> No
 
 def weights_digest(model: PreTrainedModel) -> str:
     """sha256 over the bytes of all tensors in name order: which policy this is, whatever file it came from."""
+    return tensors_digest(model.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The same of tensors under the names that they have in a model."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

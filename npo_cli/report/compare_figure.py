@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npo_cli.compare_records import AXES, BandPoint
-from npo_cli.report.figures import COLOURS, DASHES, MARKERS, compact, few_ticks, page
+from npo_cli.report.figures import COLOURS, draw_line, label_arms, label_costs, page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,6 @@ LABELS = {
     "tokens": "all tokens generated",
     "seconds": "wall clock (s)",
 }
-MOST_MARKED = 12
 
 
 def arms_figure(points: Sequence[BandPoint], path: Path, title: str) -> None:
@@ -28,33 +27,13 @@ def arms_figure(points: Sequence[BandPoint], path: Path, title: str) -> None:
         for panel, axis in zip(panels, axes, strict=True):
             for place, arm in enumerate(arms):
                 _draw_arm(panel, [one for one in points if (one.arm, one.axis) == (arm, axis)], place=place)
-            panel.set_xlabel(LABELS[axis])
-            panel.set_xlim(left=0)
-            panel.set_ylim(0, 1.02)
-            panel.xaxis.set_major_locator(few_ticks())
-            panel.xaxis.set_major_formatter(lambda value, _: compact(value))
-        panels[0].set_ylabel("held-out accuracy")
-        lines, names = panels[0].get_legend_handles_labels()
-        figure.legend(
-            lines, names, loc="outside lower center", ncols=4, frameon=False, labelcolor="linecolor", handlelength=2.6
-        )
+            label_costs(panel, LABELS[axis])
+        label_arms(figure, panels[0])
 
 
 def _draw_arm(panel: "Axes", points: Sequence[BandPoint], *, place: int) -> None:
-    colour = COLOURS[place % len(COLOURS)]
-    costs = [one.cost for one in points]
-    panel.plot(
-        costs,
-        [one.accuracy.value for one in points],
-        color=colour,
-        linestyle=DASHES[place % len(DASHES)],
-        marker=MARKERS[place % len(MARKERS)],
-        markevery=max(1, len(points) // MOST_MARKED),
-        markersize=4,
-        linewidth=2,
-        label=points[0].arm,
-        clip_on=False,
-    )
+    draw_line(panel, [(one.cost, one.accuracy.value) for one in points], name=points[0].arm, place=place)
     lows = [one.accuracy.value if one.accuracy.low is None else one.accuracy.low for one in points]
     highs = [one.accuracy.value if one.accuracy.high is None else one.accuracy.high for one in points]
-    panel.fill_between(costs, lows, highs, color=colour, alpha=0.15, linewidth=0)
+    colour = COLOURS[place % len(COLOURS)]
+    panel.fill_between([one.cost for one in points], lows, highs, color=colour, alpha=0.15, linewidth=0)

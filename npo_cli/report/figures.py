@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv<>"
+MOST_MARKED = 12
 QUIET = "#666666"
 STYLE = {
     "font.size": 11,
@@ -58,30 +59,42 @@ def comparison_figure(points: Sequence[CurvePoint], path: Path, title: str) -> N
         panels = figure.subplots(1, len(axes), sharey=True)
         for panel, (label, cost) in zip(panels, axes, strict=True):
             for place, arm in enumerate(arms):
-                _draw_arm(panel, sorted((one for one in points if one.arm == arm), key=cost), cost=cost, place=place)
-            panel.set_xlabel(label)
-            panel.set_xlim(left=0)
-            panel.set_ylim(0, 1.02)
-            panel.xaxis.set_major_locator(few_ticks())
-            panel.xaxis.set_major_formatter(lambda value, _: compact(value))
-        panels[0].set_ylabel("held-out accuracy")
-        lines, names = panels[0].get_legend_handles_labels()
-        figure.legend(
-            lines, names, loc="outside lower center", ncols=4, frameon=False, labelcolor="linecolor", handlelength=2.6
-        )
+                own = sorted((one for one in points if one.arm == arm), key=cost)
+                draw_line(panel, [(cost(one), one.accuracy) for one in own], name=arm, place=place)
+            label_costs(panel, label)
+        label_arms(figure, panels[0])
 
 
-def _draw_arm(panel: "Axes", points: Sequence[CurvePoint], *, cost: Cost, place: int) -> None:
+def draw_line(panel: "Axes", points: Sequence[tuple[float, float]], *, name: str, place: int) -> None:
+    """The (cost, accuracy) of the n-th arm; a long line has a mark only here and there."""
     panel.plot(
-        [cost(point) for point in points],
-        [point.accuracy for point in points],
+        *zip(*points, strict=True),
         color=COLOURS[place % len(COLOURS)],
         linestyle=DASHES[place % len(DASHES)],
         marker=MARKERS[place % len(MARKERS)],
+        markevery=max(1, len(points) // MOST_MARKED),
         markersize=4,
         linewidth=2,
-        label=points[0].arm,
+        label=name,
         clip_on=False,
+    )
+
+
+def label_costs(panel: "Axes", label: str) -> None:
+    """Accuracy from 0 to 1 against a cost from 0."""
+    panel.set_xlabel(label)
+    panel.set_xlim(left=0)
+    panel.set_ylim(0, 1.02)
+    panel.xaxis.set_major_locator(few_ticks())
+    panel.xaxis.set_major_formatter(lambda value, _: compact(value))
+
+
+def label_arms(figure: "Figure", first: "Axes") -> None:
+    """What the panels share: the left one's scale, and one legend below."""
+    first.set_ylabel("held-out accuracy")
+    lines, names = first.get_legend_handles_labels()
+    figure.legend(
+        lines, names, loc="outside lower center", ncols=4, frameon=False, labelcolor="linecolor", handlelength=2.6
     )
 
 

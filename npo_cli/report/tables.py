@@ -12,6 +12,7 @@ from npo_cli.report.cells import Table, count, interval, number, size, without_e
 from npo_cli.report.compare_tables import COMPARE_TABLES
 from npo_cli.report.cost_tables import comparison_tables
 from npo_cli.report.lines import Check, GroupLine, PromptStory, RecipeLine, RolloutLine, Tuned, Visit
+from npo_cli.report.plan_tables import PLAN_TABLES
 from npo_cli.report.source_tables import sources_tables
 from npo_cli.report.stories import stories_tables, visits_tables
 
@@ -247,6 +248,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     Crossing: comparison_tables,
     **COMPARE_TABLES,
     **AUTO_TABLES,
+    **PLAN_TABLES,
     Segment: lineage_tables,
     RolloutLine: rollouts_tables,
     GroupLine: groups_tables,

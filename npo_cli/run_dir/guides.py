@@ -15,7 +15,7 @@ from npo_cli.records import Source, Verdict
 from npo_cli.run_dir.files import build, damaged, make_folder, read_json, row_of, write_json_atomic
 from npo_cli.run_dir.journal import Journal, Outcome
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.rollouts import exact_float32, shortest_float32
+from npo_cli.run_dir.rollouts import exact_float32, image_rows, images_of, shortest_float32
 
 PROGRESS = (
     *("num_prompts", "num_found", "num_samples", "num_tokens", "complete"),
@@ -54,6 +54,8 @@ class GuideStore:
         """Keep one trajectory. Write it before `add_asked` of its prompt: asked means wholly dealt with."""
         logps = trajectory.behavior_logps
         row = row_of(trajectory) | {"behavior_logps": None if logps is None else shortest_float32(logps)}
+        row.pop("images")
+        row |= {"images": image_rows(trajectory.images)} if trajectory.images else {}
         return self._trajectories.append_once(row, ("prompt_id", "number"))
 
     def add_asked(self, asked: Asked) -> Outcome:
@@ -190,7 +192,8 @@ def read_trajectories(folder: Path) -> Trajectories:
         if not whole or not fits or kept.source not in get_args(Source):
             raise damaged(f"{path}, line {number}", f"it is no verified answer to prompt {kept.prompt_id}")
         exact = None if logps is None else exact_float32(logps)
-        whole_one = replace(kept, response_ids=tuple(ids), behavior_logps=exact)
+        images = images_of(kept.images, path)
+        whole_one = replace(kept, response_ids=tuple(ids), behavior_logps=exact, images=images)
         found[kept.prompt_id] = (*found.get(kept.prompt_id, ()), whole_one)
     return found
 

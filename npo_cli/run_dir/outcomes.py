@@ -41,7 +41,8 @@ class Outcomes:
 def prompt_key(prompt: Prompt) -> str:
     """The first 16 hexadecimal digits of the sha256 of what is asked and what is expected."""
     turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
-    content = {"text": prompt.text, "messages": turns, "images": prompt.images, "answer": prompt.answer}
+    digests = [image.sha256 for image in prompt.images]
+    content = {"text": prompt.text, "messages": turns, "images": digests, "answer": prompt.answer}
     return hashlib.sha256(encode(content).encode("ascii")).hexdigest()[:KEY_LENGTH]
 
 

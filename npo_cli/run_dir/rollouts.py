@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.errors import NpoError
-from npo_cli.records import Group, Message, Prompt, Rollout
+from npo_cli.records import Group, ImageRef, Message, Prompt, Rollout
 from npo_cli.run_dir.files import build, damaged, encode, full_disk_explained, make_folder, row_of
 from npo_cli.run_dir.journal import Outcome, append_bytes, cut_at, parsed, sync_lines, whole_size
 
@@ -150,7 +150,7 @@ def group_row(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
     row = {
         "step": step,
         "num_groups": num_groups,
-        "prompt": row_of(group.prompt),
+        "prompt": row_of(group.prompt) | {"images": image_rows(group.prompt.images)},
         "mix": group.mix,
         "own_accuracy": group.own_accuracy,
         "rollouts": [_rollout_row(rollout) for rollout in group.rollouts],
@@ -158,6 +158,16 @@ def group_row(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
     if group.spare:
         row["spare"] = [_rollout_row(rollout) for rollout in group.spare]
     return row
+
+
+def image_rows(images: Sequence[ImageRef]) -> list[dict[str, Any]]:
+    """Pictures as references: whatever bytes are held stay where they are."""
+    return [{name: value for name, value in row_of(image).items() if name != "data"} for image in images]
+
+
+def images_of(rows: Sequence[dict[str, Any]], source: Path) -> tuple[ImageRef, ...]:
+    """The references in these rows."""
+    return tuple(build(ImageRef, row, source) for row in rows)
 
 
 def _rollout_row(rollout: Rollout) -> dict[str, Any]:
@@ -170,7 +180,7 @@ def group_of(row: dict[str, Any], source: Path) -> Group:
     try:
         prompt, rollouts = row["prompt"], row["rollouts"]
         messages = tuple(build(Message, message, source) for message in prompt.get("messages", ()))
-        images = tuple(prompt.get("images", ()))
+        images = images_of(prompt.get("images", ()), source)
         return Group(
             prompt=replace(build(Prompt, prompt, source), messages=messages, images=images),
             rollouts=tuple(_rollout_of(rollout, source) for rollout in rollouts),

@@ -33,6 +33,12 @@ def append_event(run: RunDir, kind: str, details: Mapping[str, Any]) -> None:
     Journal(run.events_path).append({"time": now_utc(), "kind": kind, **details})
 
 
+def imported_from(run: RunDir) -> str | None:
+    """Who had trained the first branch of a run that was imported; None for a run of npo's own."""
+    events = Journal(run.events_path).records()
+    return next((str(event.get("trainer")) for event in events if event.get("kind") == "imported"), None)
+
+
 class StepJournals:
     """metrics.jsonl and timings.jsonl of one branch, held open for a stretch of training."""
 

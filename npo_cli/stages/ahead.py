@@ -12,8 +12,8 @@ from typing import Protocol
 from npo_cli.engines.twin_engine import TwinEngine
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.guide_records import Push
+from npo_cli.policy.adapters import share_base
 from npo_cli.policy.extrapolated import PushedPolicy, pushed
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.records import Group, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint, history, require_whole
@@ -106,8 +106,7 @@ class InLogits:
 
     def logps(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
         """Of the normalised product."""
-        encode = self.world.policy.encode
-        rows = [TokenRow(prompt_ids=encode(prompt), response_ids=rollout.response_ids) for prompt, rollout in pairs]
+        rows = [self.world.policy.row(prompt, rollout.response_ids) for prompt, rollout in pairs]
         scored = row_scores(self.pair, self.world.recipe, rows, temperature=temperature)
         return [tuple(scores.logps_T.tolist()) for scores in scored]
 
@@ -152,12 +151,16 @@ class InWeights:
 
 def older_policy(world: World, motion: Motion, *, into: Policy | None = None) -> Policy | None:
     """The older copy, whole to the last byte: in a second model where logits are pushed, perhaps one at hand."""
+    if world.policy.shared is not None:
+        raise NpoError("an extrapolated policy is asked by one process", "start this command without a launcher")
     if motion.push.space == "weights":
         require_whole(motion.older)
         return None
     if into is None:
         into = load_policy(world.recipe.model, motion.older.path)
         into.model.requires_grad_(False)
+        if into.adapters is not None:
+            share_base(into.model, world.policy.model)
     load_checkpoint(into, motion.older)
     return into
 
@@ -176,6 +179,8 @@ def open_ahead(world: World, motion: Motion, *, old: Policy | None = None) -> In
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
         max_rows=world.recipe.engine.max_rows,
+        dtype=policy.compute_dtype,
+        sight=policy.vision,
     )
     return InLogits(
         world=replace(world, engine=twin, sync=replace(world.sync, engine=twin, proved=None)),

@@ -16,12 +16,12 @@ from npo_cli.run_dir.paths import FIRST_BRANCH
 from npo_cli.stages.arms import Arm, Place, SeedRun
 
 ALIKE = (
-    *("model.path", "model.dtype", "task.", "train.prompts_per_step", "train.group_size"),
+    *("model.path", "model.dtype", "model.compute_dtype", "task.", "train.prompts_per_step", "train.group_size"),
     *("sampling.temperature", "sampling.max_new_tokens"),
 )
 PASSED_OVER = (
     *("name", "description", "model.device", "model.threads", "model.gradient_checkpointing", "model.attention"),
-    *("task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine."),
+    *("model.liger", "task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine.", "parallel."),
     *("train.seed", "train.num_steps", "train.save_every", "train.keep_anchors", "train.keep_guides"),
     *("train.micro_batch_tokens", "train.logit_chunk_tokens", "method."),
 )
@@ -108,10 +108,13 @@ def paid_elsewhere(arm: Arm) -> int:
 
 
 def _author(info: GuideInfo) -> str:
-    """A later checkpoint by its step; anybody else by what it is, and from where unless that is another in each run."""
+    """A later checkpoint by its step, an outside model by its name, anybody else by what it is.
+
+    A file, or another run, is another one for each seed.
+    """
     if info.source == "checkpoint":
         return str(info.guide_step)
-    return info.source if info.source == "run" else f"{info.source} {info.origin}".rstrip()
+    return info.source if info.source in ("run", "file") else f"{info.source} {info.origin}".rstrip()
 
 
 def watched(place: Place) -> str:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from npo_cli.inject_settings import GuideSettings
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt, Rollout
 from npo_cli.stages.row_scores import row_scores
@@ -112,7 +111,7 @@ def forward_logps(
 ) -> list[tuple[float, ...]]:
     """Per-token log-probabilities of responses under the weights at hand, of the world's policy or of another."""
     policy = policy or world.policy
-    rows = [TokenRow(prompt_ids=policy.encode(prompt), response_ids=rollout.response_ids) for prompt, rollout in pairs]
+    rows = [policy.row(prompt, rollout.response_ids) for prompt, rollout in pairs]
     scored = row_scores(policy, world.recipe, rows, temperature=temperature)
     return [tuple(scores.logps_T.tolist()) for scores in scored]
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from npo_cli.errors import NpoError
 from npo_cli.guide.mix import Guides, SeatRule, num_own, own_rollouts, seat_guides
 from npo_cli.objective.advantages import group_advantages, overlong_penalty
 from npo_cli.records import Group, Prompt, Rollout
@@ -131,6 +132,19 @@ def own_part(group: Group) -> Group:
     return Group(prompt=group.prompt, rollouts=own_rollouts(group))
 
 
+def with_pictures(world: World, group: Group) -> Group:
+    """A group as it was recorded, with the task's own pictures; refused where these are others than were answered."""
+    if not group.prompt.images:
+        return group
+    prompt = world.task.prompt(group.prompt.prompt_id)
+    if [image.sha256 for image in prompt.images] != [image.sha256 for image in group.prompt.images]:
+        raise NpoError(
+            f"prompt {prompt.prompt_id} was answered with other pictures than this task has",
+            "bring the old ones back, or start a new run with the new ones",
+        )
+    return replace(group, prompt=replace(group.prompt, images=prompt.images))
+
+
 def seat_rule(world: World, *, seed_name: str, step: int) -> SeatRule:
     """The recipe's, with a seed of this step's own."""
     recipe = world.recipe
@@ -214,7 +228,7 @@ def draw_batch(
     recipe = world.recipe
     wanted = recipe.train.prompts_per_step
     guides = guidance.trajectories if guidance and step <= guidance.until_step else None
-    left = list(journal.read_step(step) or ())
+    left = [with_pictures(world, group) for group in journal.read_step(step) or ()]
     remembered = bool(left)
     own: list[Group] = []
     mixed: list[Group] = []

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly, as_typed
 from npo_cli.guide.arms import area_weights
+from npo_cli.launched import without_place
 from npo_cli.recipe_files import method_path
 from npo_cli.records import Notice, Progress
 from npo_cli.report.lines import Tuned
@@ -217,7 +218,7 @@ def _started(cell: Cell, command: Command) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
+            env={**without_place(os.environ), "OMP_NUM_THREADS": threads},
             start_new_session=True,
         )
 

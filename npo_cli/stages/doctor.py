@@ -15,6 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from npo_cli.engines.checkup import PACKAGES, engine_findings
+from npo_cli.launched import place_here
 from npo_cli.recipe_files import recipe_names
 from npo_cli.report.lines import Check
 from npo_cli.report.tables import size
@@ -41,6 +42,7 @@ def examine() -> list[Check]:
         python_check(wanted.python),
         *(package_check(requirement) for requirement in wanted.requirements if _extra(requirement) is None),
         *torch_checks(),
+        process_check(),
         memory_check(),
         disk_check(Path.cwd()),
         base_check(),
@@ -132,6 +134,13 @@ def torch_checks() -> Iterator[Check]:
     for place in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(place)
         yield Check(name=f"gpu {place}", ok=True, needed=False, detail=f"{card.name}, {size(card.total_memory)}")
+
+
+def process_check() -> Check:
+    """How many processes a launcher started; that there is one only is no fault."""
+    place = place_here()
+    started = "1 (torchrun starts several)" if place is None else f"{place.size}, {place.local_size} on this machine"
+    return Check(name="processes", ok=True, needed=False, detail=started)
 
 
 def memory_check() -> Check:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npo_cli.engines.endpoint import Endpoint, Patience, TextRequest, checked_address
+from npo_cli.errors import NpoError
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt
 from npo_cli.seeds import derive_seed
@@ -53,6 +54,11 @@ class EndpointAuthor:
         ]
 
     def _request(self, prompt: Prompt, slot: int) -> TextRequest:
+        if prompt.images:
+            raise NpoError(
+                f"prompt {prompt.prompt_id} has images, and no pictures are sent to an address",
+                "ask a model's folder instead: --source model --from FOLDER_OR_HUB_ID",
+            )
         recipe = self.world.recipe
         heat = recipe.guide.temperature
         return TextRequest(

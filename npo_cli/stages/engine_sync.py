@@ -6,7 +6,7 @@ last time. An engine that samples from the trainer's own model has nothing to be
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from npo_cli.config import Recipe
 from npo_cli.engines.requests import Engine, ScoreRequest
@@ -45,7 +45,7 @@ class Sync:
         version = f"step {step}, write {self.policy.num_changes}, run {self.token}"
         if self.engine.version == self.proved == version:
             return version
-        self.engine.take_weights(self.policy.model, version=version)
+        self.engine.take_weights(self.policy.whole_model, version=version)
         if self.engine.holds_copy:
             self.prove(version)
         self.proved = version
@@ -53,22 +53,41 @@ class Sync:
 
     def prove(self, version: str) -> None:
         """Stop where the engine does not score the probe as the trainer does, or as it did before."""
-        scored = row_scores(self.policy, self.recipe, self.rows, temperature=1.0)
+        scored = row_scores(unrestrained(self.policy), self.recipe, self.rows, temperature=1.0)
         trainer = [tuple(scores.logps_T.tolist()) for scores in scored]
-        asked = [ScoreRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids) for row in self.rows]
+        asked = [
+            ScoreRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids, images=row.images)
+            for row in self.rows
+        ]
         found = Agreement(engine=self.engine.score(asked), trainer=trainer, before=self.last)
-        tolerance = self.recipe.engine.tolerance or TOLERANCES[self.recipe.model.dtype]
+        tolerance = self.recipe.engine.tolerance or TOLERANCES[self.recipe.model.precision]
         refuse_disagreement(found, tolerance=tolerance, version=version)
         if self.last is None or found.decides:
             self.last = trainer
 
 
+def unrestrained(policy: Policy) -> Policy:
+    """The same model scored over its whole vocabulary, as an engine scores what it is given."""
+    return policy if policy.vision is None else replace(policy, vision=replace(policy.vision, silent_ids=()))
+
+
 def probe_rows(policy: Policy, prompts: Sequence[Prompt]) -> tuple[TokenRow, ...]:
     """The ends of the task's first prompts, each token after the first predicted from those before it.
 
-    Where they are too short to tell anything: the first tokens of the vocabulary in a row.
+    Where they are too short to tell anything: the first tokens of the vocabulary in a row. Where they show pictures:
+    whole ones, so that a vision tower that stayed behind is told too.
     """
+    seeing = [seen_row(policy, prompt) for prompt in prompts[:NUM_ROWS] if prompt.images]
+    if seeing:
+        return tuple(seeing)
     encoded = dict.fromkeys(policy.encode(prompt)[-LONGEST:] for prompt in prompts[: 4 * NUM_ROWS])
     rows = [TokenRow(prompt_ids=ids[:1], response_ids=ids[1:]) for ids in encoded if len(ids) > 1]
     plain = tuple(range(min(8, len(policy.tokenizer))))
     return tuple(rows[:NUM_ROWS]) or (TokenRow(prompt_ids=plain[:1], response_ids=plain[1:]),)
+
+
+def seen_row(policy: Policy, prompt: Prompt) -> TokenRow:
+    """What follows the last picture of a prompt, predicted from that and all before it."""
+    ids = policy.encode(prompt)
+    first = len(ids) - ids[::-1].index(policy.vision.image_id)
+    return TokenRow(prompt_ids=ids[:first], response_ids=ids[first:][:LONGEST], images=prompt.images)

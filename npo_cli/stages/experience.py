@@ -128,7 +128,7 @@ def _first_least(costs: Sequence[float]) -> int:
 
 
 def _row(world: World, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
-    return TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=response_ids)
+    return world.policy.row(prompt, response_ids)
 
 
 def learned(world: World, batch: StepBatch, memory: Experience, *, before: int, position: int) -> Experience:

@@ -93,6 +93,7 @@ def kept(world: World, asked: Sequence[Answers], *, author: Author, cache: Cache
             source=rollout.source if rollout.foreign else "guide",
             number=number,
             finished=rollout.finished,
+            images=entry.prompt.images,
         )
         for (entry, number, rollout), logps_T in zip(chosen, logps, strict=True)
     ]

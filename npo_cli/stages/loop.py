@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.auto_records import Mistake
 from npo_cli.errors import StoppedEarly, as_typed
@@ -27,6 +27,7 @@ from npo_cli.stages.extrapolation import Extrapolator, Helper
 from npo_cli.stages.measures import peak_memory_mb, step_metrics, tracked
 from npo_cli.stages.push_refresh import Refresh, refreshed, with_choice
 from npo_cli.stages.saving import save_checkpoint
+from npo_cli.stages.shared_update import open_updater
 from npo_cli.stages.signals import StopFlag
 from npo_cli.stages.update import Updater, train_rows
 from npo_cli.stages.world import World, num_tokens
@@ -37,7 +38,7 @@ class Trainer:
     """A world that learns."""
 
     world: World
-    optimizer: AdamW
+    optimizer: Optimizer
     steps: StepJournals
     rollouts: RolloutJournal
     branch: str
@@ -64,7 +65,7 @@ def grpo_steps(
 ) -> Iterator[StepReport | EvalReport | Notice]:
     """Train from `state` to `train.num_steps` or `until`, a pause that `watcher` asks for, or a signal to stop."""
     world, branch, settings = trainer.world, trainer.branch, trainer.world.recipe.train
-    updater = Updater(world.policy, trainer.optimizer, world.recipe, reference=trainer.reference)
+    updater = open_updater(world.policy, trainer.optimizer, world.recipe, reference=trainer.reference)
     last = settings.num_steps if until is None else until
     while state.step < last:
         state, report, odd = one_step(trainer, updater, state)
@@ -94,6 +95,8 @@ def grpo_steps(
 def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
     """Draw, learn, write down. The last part of the answer is a remark where a replayed step came out differently."""
     world, step = trainer.world, state.step + 1
+    if world.policy.shared is not None:
+        world.policy.shared.team.where = f"step {step}"
     started = time.perf_counter()
     state, refresh, helper = helped(trainer, state)
     batch, memory = drawn_batch(trainer, state, helper)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.policy.model import Policy, load_policy, require_chat_template
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.reading import require_reader
 from npo_cli.records import Prompt, Rollout
 from npo_cli.run_dir.checkpoints import require_whole
 from npo_cli.stages.authors import Answers, Pairs, drawn_in_rounds, forward_logps, mean_logps
@@ -124,7 +125,7 @@ def load_outside(plan: Plan) -> Policy:
 def fitted(plan: Plan, outside: Policy, task: Task) -> Recipe:
     """The learner's recipe with room for the prompts as the outside model reads them; one that has none is refused."""
     recipe = plan.learner.recipe
-    require_chat_template(outside, task.train, plan.origin)
+    require_reader(outside, task.train, plan.origin)
     lengths = {prompt.prompt_id: len(outside.encode(prompt)) for prompt in task.train}
     longest = max(lengths, key=lengths.__getitem__)
     wanted = lengths[longest] + recipe.sampling.max_new_tokens

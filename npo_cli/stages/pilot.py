@@ -14,7 +14,6 @@ from npo_cli.auto_records import AutoState, Transition
 from npo_cli.errors import StoppedEarly, as_typed
 from npo_cli.guide.controller import Fact, StepSeen, advance
 from npo_cli.guide.trigger import Signal, Watch, is_finite
-from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.records import EvalReport, Notice, Progress, StepReport
 from npo_cli.report.auto_words import in_words
 from npo_cli.run_dir.auto import append_transitions
@@ -27,6 +26,7 @@ from npo_cli.stages.interventions import confirmed_fact, guided_fact, judged_fac
 from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.resume import continuation, first_state, open_guidance, record_start
 from npo_cli.stages.signals import StopFlag
+from npo_cli.stages.together import new_optimizer
 from npo_cli.stages.train import open_trainer
 from npo_cli.stages.world import World, load_checkpoint
 
@@ -164,7 +164,7 @@ class Pilot:
         if newest is not None:
             load_checkpoint(self.world.policy, newest)
         guidance = open_guidance(self.world, start.segment)
-        optimizer = build_optimizer(self.world.policy.model, self.recipe.train)
+        optimizer = new_optimizer(self.world.policy, self.recipe.train)
         state = yield from first_state(self.world, optimizer, start)
         trainer = open_trainer(self.world, optimizer, branch=self.state.branch, guidance=guidance)
         waiting: list[StepSeen] = []

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from npo_cli.guide.signal import SampleRatio
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.records import Prompt, Rollout
 from npo_cli.stages.row_scores import RowScores, row_scores
 from npo_cli.stages.world import World
@@ -57,9 +56,7 @@ def learner_ratios(world: World, asked: Sequence[tuple[Prompt, JudgedSample]], *
 
     |log rho_t| is cut at 20 nats, so that one token cannot overflow a sum.
     """
-    rows = [
-        TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=sample.response_ids) for prompt, sample in asked
-    ]
+    rows = [world.policy.row(prompt, sample.response_ids) for prompt, sample in asked]
     scored = row_scores(world.policy, world.recipe, rows)
     return [_ratio(sample, scores, cap=cap) for (_, sample), scores in zip(asked, scored, strict=True)]
 

@@ -63,17 +63,13 @@ def signals_of(rows: Sequence[Row], names: Mapping[str, str], *, source: Path) -
 
 def chosen_columns(rows: Sequence[Row], columns: Columns, *, source: Path) -> dict[str, str]:
     """The column of each of the three; refused where one holds no number anywhere, with those that do."""
-    numeric = list(dict.fromkeys(name for row in rows for name, value in row.items() if _number(value) is not None))
-    found, missing = {}, []
-    for signal, known in KNOWN.items():
+    numeric = _numeric(rows)
+    for signal in KNOWN:
         given = getattr(columns, signal)
         if given is not None and given not in numeric:
             raise NpoError(f"{source} has no number in a column {given!r}; {_listed(numeric)}", f"--{signal} COLUMN")
-        name = given or next((name for name in known if name in numeric), None)
-        if name is None:
-            missing.append(signal)
-        else:
-            found[signal] = name
+    found = known_columns(rows, columns)
+    missing = [signal for signal in KNOWN if signal not in found]
     if missing:
         flags = " ".join(f"--{signal} COLUMN" for signal in missing)
         raise NpoError(
@@ -81,6 +77,33 @@ def chosen_columns(rows: Sequence[Row], columns: Columns, *, source: Path) -> di
             f"npo autonpo {as_typed(source)} --explain {flags}",
         )
     return found
+
+
+def known_columns(rows: Sequence[Row], columns: Columns) -> dict[str, str]:
+    """The column of each of the three that is there: the one that was named, else the first known one."""
+    numeric = _numeric(rows)
+    names = {
+        signal: getattr(columns, signal) or next((name for name in known if name in numeric), None)
+        for signal, known in KNOWN.items()
+    }
+    return {signal: name for signal, name in names.items() if name is not None}
+
+
+def measured_by_step(rows: Sequence[Row], names: Mapping[str, str]) -> dict[int, dict[str, float]]:
+    """Every number of each step under its own name, reward and entropy under ours; the later line wins by column."""
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        step = _step(row.get(names["step"]))
+        numbers = {name: _number(value) for name, value in row.items() if name not in ("step", "branch")}
+        if step is not None:
+            seen = {name: number for name, number in numbers.items() if number is not None}
+            ours = {signal: seen[name] for signal, name in names.items() if signal != "step" and name in seen}
+            found[step] = found.get(step, {}) | seen | ours
+    return dict(sorted(found.items()))
+
+
+def _numeric(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name, value in row.items() if _number(value) is not None))
 
 
 def _listed(numeric: Iterable[str]) -> str:

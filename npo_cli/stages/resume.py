@@ -7,16 +7,16 @@ A rollback is a new branch: weights, optimiser, schedule and data order of the o
 import shlex
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide_records import GuideInfo, GuideTrajectory
 from npo_cli.loading import in_force, recipe_dict
-from npo_cli.policy.optimizer import TrainerState, build_optimizer
+from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor, refuse_damaged_after
 from npo_cli.run_dir.files import damaged
@@ -31,8 +31,9 @@ from npo_cli.stages.experience import refuse_second_source
 from npo_cli.stages.extrapolation import push_in_force
 from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.rollback import taken_back
-from npo_cli.stages.saving import restore_state
+from npo_cli.stages.saving import fresh_state, restore_state
 from npo_cli.stages.signals import stop_between_steps
+from npo_cli.stages.together import new_optimizer
 from npo_cli.stages.train import batch_arithmetic, begin, engine_notices, open_trainer, with_whole_paths
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 
@@ -48,6 +49,8 @@ class Start:
     segment: Segment
     is_new: bool
     """The branch does not exist yet."""
+    is_fresh: bool = False
+    """Weights alone are taken from the checkpoint; the optimiser begins anew."""
 
 
 def resume_run(
@@ -61,6 +64,7 @@ def resume_run(
     steps: int | None,
     allow_code: bool,
     until: int | None = None,
+    fresh: bool = False,
 ) -> Iterator[StepReport | EvalReport | Notice]:
     """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps, up to `until`."""
     run = open_run(root)
@@ -72,16 +76,17 @@ def resume_run(
             start = continuation(run, source_branch, overrides)
         else:
             start = fork(run, source_branch, at, overrides=overrides, guide=guide, wish=new_branch, steps=steps)
+            start = replace(start, is_fresh=fresh)
         need_room_to_train(run, start, again=again, until=until)
         task = open_task(start.recipe, allow_code=allow_code)
         try:
             policy = open_policy(start.recipe, task, start.checkpoint)
             with closing(open_world(run, start.recipe, task=task, policy=policy)) as world:
                 guidance = open_guidance(world, start.segment)
-                optimizer = build_optimizer(policy.model, start.recipe.train)
+                optimizer = new_optimizer(world.policy, start.recipe.train)
                 state = yield from first_state(world, optimizer, start)
                 record_start(run, start, overrides)
-                yield Notice(message=greeting(start, state, guidance))
+                yield Notice(message=greeting(start, state, guidance), level="warning" if fresh else "info")
                 yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
                 yield from engine_notices(world)
                 trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
@@ -186,10 +191,23 @@ def open_guidance(world: World, segment: Segment) -> Guidance | None:
             f"guide {info.name} answers prompts that this task does not have: {strangers[0]}", "use this run's own data"
         )
     every = [kept for several in trajectories.values() for kept in several]
+    for kept in every:
+        refuse_other_pixels(world, info, kept)
     top = max((max(kept.response_ids) for kept in every), default=0)
     if top >= world.policy.model.get_input_embeddings().num_embeddings:
         raise damaged(trajectories_path(world.run.guide_folder(info.name)), f"no token has the number {top}")
     return Guidance(trajectories=trajectories, until_step=segment.guide_until)
+
+
+def refuse_other_pixels(world: World, info: GuideInfo, kept: GuideTrajectory) -> None:
+    """An answer to other pictures is no answer to this prompt, whatever its text."""
+    shown = [image.sha256 for image in world.task.prompt(kept.prompt_id).images]
+    if shown != [image.sha256 for image in kept.images]:
+        raise NpoError(
+            f"guide {info.name} was shown other pictures for prompt {kept.prompt_id} than this task has",
+            f"bring the old ones back, or: npo sample-guide {as_typed(world.run.root)} {asking(info)} "
+            f"--at {info.at_step} --name NEW",
+        )
 
 
 def refuse_unknown_logps(world: World, info: GuideInfo) -> None:
@@ -212,10 +230,11 @@ def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
     )
 
 
-def first_state(world: World, optimizer: AdamW, start: Start) -> Generator[EvalReport, None, TrainerState]:
+def first_state(world: World, optimizer: Optimizer, start: Start) -> Generator[EvalReport, None, TrainerState]:
     """The checkpoint's, or that of a run which never got as far as step 0."""
     if start.checkpoint is not None:
-        state = restore_state(world, optimizer, start.checkpoint)
+        restored = fresh_state if start.is_fresh else restore_state
+        state = restored(world, optimizer, start.checkpoint)
         born = start.segment if start.is_new else birth_segment(world.run, start.branch)
         return taken_back(world, optimizer, state, born=born)
     return (yield from begin(world, optimizer))
@@ -230,5 +249,7 @@ def greeting(start: Start, state: TrainerState, guidance: Guidance | None) -> st
     )
     if not start.is_new:
         return f"{start.branch} goes on from {where}"
+    if start.is_fresh:
+        where = f"{start.checkpoint.branch} step {state.step}: weights and data cursor {state.position} alone"
     helped = f", {len(guidance.trajectories)} guide trajectories until step {guidance.until_step}" if guidance else ""
     return f"new branch {start.branch} from {where}{helped}"

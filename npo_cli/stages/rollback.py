@@ -5,10 +5,10 @@ By default everything is that of the old step and only the sampling seeds are ne
 
 from dataclasses import replace
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.loading import from_dict
-from npo_cli.policy.optimizer import TrainerState, load_moments
+from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import Segment
 from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, newest_anchor
 from npo_cli.run_dir.guides import load_guide
@@ -16,6 +16,7 @@ from npo_cli.run_dir.lineage import birth_segment
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.stages.saving import ANCHOR, need_state
 from npo_cli.stages.segment import position_at
+from npo_cli.stages.together import replace_moments
 from npo_cli.stages.world import World
 
 
@@ -28,17 +29,17 @@ def seed_name(run: RunDir, branch: str) -> str:
     return seed_name(run, born.parent)
 
 
-def taken_back(world: World, optimizer: AdamW, state: TrainerState, *, born: Segment) -> TrainerState:
+def taken_back(world: World, optimizer: Optimizer, state: TrainerState, *, born: Segment) -> TrainerState:
     """The state a new branch starts with, given that of the step it left its parent at."""
     settings = world.recipe.rollback
     if born.parent is None or state.step != born.fork_step:
         return state
     if settings.optimizer == "reset":
-        optimizer.state.clear()
+        replace_moments(world.policy, optimizer, None)
     elif settings.optimizer == "keep_current":
         present = _present(world.run, born)
         need_state(world.run, present)
-        load_moments(present.path / ANCHOR, world.policy.model, optimizer)
+        replace_moments(world.policy, optimizer, present.path / ANCHOR)
     if settings.data == "onward":
         return replace(state, position=position_at(world.run, born.parent, _present(world.run, born).step))
     return state

@@ -1,7 +1,7 @@
 """One forward pass over given responses, within the recipe's memory limits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from npo_cli.config import Recipe
 from npo_cli.policy.extrapolated import PushedPolicy
 from npo_cli.policy.logprobs import TokenRow, micro_batches
 from npo_cli.policy.model import Policy
+from npo_cli.stages.shares import Hand, by_tokens, in_order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,17 +23,66 @@ class RowScores:
     entropies_T: Tensor
     """Entropy of that distribution (nats)."""
 
+    def to_send(self) -> "RowScores":
+        """The same on the CPU and by itself: a slice would take its whole batch along, on a device of its own."""
+        columns = (self.logps_T, self.collisions_T, self.entropies_T)
+        logps_T, collisions_T, entropies_T = (column.cpu().clone() for column in columns)
+        return RowScores(logps_T=logps_T, collisions_T=collisions_T, entropies_T=entropies_T)
 
-@torch.no_grad()
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """How a forward pass is made."""
+
+    temperature: float
+    micro_batch_tokens: int
+    logit_chunk_tokens: int
+
+
 def row_scores(
     policy: Policy | PushedPolicy, recipe: Recipe, rows: Sequence[TokenRow], *, temperature: float | None = None
 ) -> list[RowScores]:
     """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
-    heat = recipe.sampling.temperature if temperature is None else temperature
+    how = Pass(
+        temperature=recipe.sampling.temperature if temperature is None else temperature,
+        micro_batch_tokens=recipe.train.micro_batch_tokens,
+        logit_chunk_tokens=recipe.train.logit_chunk_tokens,
+    )
+    if policy.shared is None:
+        return rows_scored(policy, how, rows)
+    shares = by_tokens([row.num_tokens for row in rows], policy.shared.team.size)
+    pieces = [
+        ScoreRows(name=policy.shared.name, bare=policy.bare, how=how, rows=[rows[place] for place in share])
+        for share in shares
+    ]
+    return in_order(shares, policy.shared.team.work(pieces))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRows:
+    """One process's share of the rows."""
+
+    name: str
+    bare: bool
+    how: Pass
+    rows: Sequence[TokenRow]
+    phase = "score"
+
+    def take_part(self, hand: Hand) -> list[RowScores]:
+        """With all weights whole: the processes need not make equally many passes."""
+        policy = replace(hand.policies[self.name], bare=self.bare)
+        assert policy.shared is not None
+        with policy.shared.gathered(policy.model):
+            return [scores.to_send() for scores in rows_scored(policy, self.how, self.rows)]
+
+
+@torch.no_grad()
+def rows_scored(policy: Policy, how: Pass, rows: Sequence[TokenRow]) -> list[RowScores]:
+    """The same in this process alone."""
     found = []
-    for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
+    for run in micro_batches(rows, max_tokens=how.micro_batch_tokens):
         part = [rows[index] for index in run]
-        scores = policy.score(part, temperature=heat, chunk_tokens=recipe.train.logit_chunk_tokens)
+        scores = policy.score(part, temperature=how.temperature, chunk_tokens=how.logit_chunk_tokens)
         columns = (scores.logps_NT, scores.collisions_NT, scores.entropies_NT)
         for row, logps_T, collisions_T, entropies_T in zip(part, *columns, strict=True):
             length = len(row.response_ids)

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterator, Sequence
 
-from npo_cli.records import Group, Prompt
+from npo_cli.records import IMAGE_MARK, Group, ImageRef, Prompt
 from npo_cli.report.lines import PromptStory, Visit
 from npo_cli.run_dir.lineage import descent
 from npo_cli.run_dir.paths import RunDir
@@ -43,6 +43,15 @@ def story(branch: str, seen: Sequence[Visit]) -> PromptStory:
 
 
 def question(prompt: Prompt) -> str:
-    """A prompt as text; chat turns as `role: content`."""
+    """A prompt as text; chat turns as `role: content`, pictures by reference."""
     turns = (f"{message.role}: {message.content}" for message in prompt.messages)
-    return "\n".join(turns) if prompt.text is None else prompt.text
+    text = "\n".join(turns) if prompt.text is None else prompt.text
+    for number, image in enumerate(prompt.images, start=1):
+        text = text.replace(IMAGE_MARK, reference(image, number), 1)
+    return text
+
+
+def reference(image: ImageRef, number: int) -> str:
+    """`[image 1: cat.png, 64x64, sha256 ab12cd34ef56]`."""
+    name = image.place.rpartition("/")[2] if "#" not in image.place else image.place
+    return f"[image {number}: {name}, {image.width}x{image.height}, sha256 {image.sha256[:12]}]"

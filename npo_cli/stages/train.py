@@ -4,14 +4,14 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli import __version__
 from npo_cli.config import Recipe
 from npo_cli.guide_records import Experience
 from npo_cli.loading import recipe_dict
 from npo_cli.policy.model import SHIPPED, Policy, load_policy
-from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_streams
+from npo_cli.policy.optimizer import TrainerState, seed_streams
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.lineage import append_segment
@@ -26,13 +26,14 @@ from npo_cli.stages.loop import Trainer, grpo_steps
 from npo_cli.stages.rollback import seed_name
 from npo_cli.stages.saving import save_checkpoint
 from npo_cli.stages.signals import StopFlag, stop_between_steps
+from npo_cli.stages.together import REFERENCE, new_optimizer, shared_among_all
 from npo_cli.stages.world import World, open_policy, open_task, open_world
 from npo_cli.tasks.user_code import is_user_code
 
 MAIN = "main"
 ROUNDED_AWAY = (
     "model.dtype=bfloat16 keeps no float32 copy of the weights: updates below about 0.4 % of a weight are rounded "
-    "away, so a small train.lr hardly learns"
+    "away, so a small train.lr hardly learns; model.dtype=float32 model.compute_dtype=bfloat16 keeps one"
 )
 
 
@@ -42,7 +43,7 @@ def train_run(
     """Check everything that can be wrong, then make the directory, save step 0 and train, perhaps not to the end."""
     with new_world(root, recipe, allow_code=allow_code) as (world, stop):
         yield from birth_notices(world)
-        optimizer = build_optimizer(world.policy.model, world.recipe.train)
+        optimizer = new_optimizer(world.policy, world.recipe.train)
         state = yield from begin(world, optimizer)
         trainer = open_trainer(world, optimizer, branch=MAIN, guidance=None)
         yield from grpo_steps(trainer, state, stop, until=until)
@@ -113,7 +114,7 @@ def whole_path(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def begin(world: World, optimizer: AdamW) -> Generator[EvalReport, None, TrainerState]:
+def begin(world: World, optimizer: Optimizer) -> Generator[EvalReport, None, TrainerState]:
     """Step 0 of a run: streams seeded, the base evaluated where evaluations are wanted, and saved."""
     seed_streams(world.recipe.train.seed)
     memory = Experience() if world.recipe.experience.share else None
@@ -124,7 +125,7 @@ def begin(world: World, optimizer: AdamW) -> Generator[EvalReport, None, Trainer
     return state
 
 
-def open_trainer(world: World, optimizer: AdamW, *, branch: str, guidance: Guidance | None) -> Trainer:
+def open_trainer(world: World, optimizer: Optimizer, *, branch: str, guidance: Guidance | None) -> Trainer:
     """Journals mended after a kill, and the frozen base where the loss measures a distance to it."""
     run = world.run
     steps, rollouts = StepJournals(run, branch), RolloutJournal(run.rollouts_path(branch))
@@ -148,9 +149,10 @@ def frozen_base(world: World) -> Policy:
     """What the run began with: with adapters the same model without them, else a second copy from step 0."""
     if world.policy.adapters is not None:
         return world.policy.base
-    copy = load_policy(world.recipe.model, find_checkpoint(world.run, MAIN, 0).path)
+    folder = find_checkpoint(world.run, MAIN, 0).path
+    copy = load_policy(world.recipe.model, folder)
     copy.model.requires_grad_(False)
-    return copy
+    return shared_among_all(copy, world.recipe, folder=folder, name=REFERENCE)
 
 
 def batch_arithmetic(recipe: Recipe, *, num_prompts: int) -> str:

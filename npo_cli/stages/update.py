@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
 from npo_cli.inject_settings import InjectSettings
@@ -15,43 +14,10 @@ from npo_cli.objective.losses import make_policy_loss
 from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import set_lr
+from npo_cli.policy.sharding import as_number
 from npo_cli.stages.batches import GroupWithAdvantages
 from npo_cli.stages.row_scores import row_scores
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainRow:
-    """One rollout on its way into the loss."""
-
-    tokens: TokenRow
-    behavior_logps: tuple[float, ...] | None
-    """None of a foreign row whose writer nobody can ask."""
-    advantage: float
-    foreign: bool
-    """Written by another policy than the one being trained."""
-    free: bool = False
-    """Not clipped."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Response tokens."""
-        return len(self.tokens.response_ids)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UpdateReport:
-    """Sums and means over the updates of one step."""
-
-    loss: float
-    grad_norm: float
-    """Before clipping, mean over updates."""
-    grad_share: float | None
-    """Foreign rows' part: |g_f| / (|g_f| + |g_own|), mean over updates that had foreign rows."""
-    stats: LossStats
-    num_skipped: int
-    """Updates left out because their gradient was not finite, or above train.skip_grad_norm."""
-    num_rows: int
-    """Rows that cost a backward pass."""
+from npo_cli.stages.update_records import Asked, Share, ShareReport, TrainRow, UpdateReport
 
 
 def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages], inject: InjectSettings) -> list[TrainRow]:
@@ -60,7 +26,7 @@ def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages], inject: In
     clips = {True: inject.clip, False: inject.clip_own or not mixed}
     return [
         TrainRow(
-            tokens=TokenRow(prompt_ids=policy.encode(entry.group.prompt), response_ids=rollout.response_ids),
+            tokens=policy.row(entry.group.prompt, rollout.response_ids),
             behavior_logps=rollout.behavior_logps,
             advantage=advantage,
             foreign=rollout.foreign,
@@ -103,14 +69,15 @@ def loss_knobs(recipe: Recipe) -> LossKnobs:
 class Updater:
     """Policy, optimiser and loss, ready to take steps."""
 
-    def __init__(self, policy: Policy, optimizer: AdamW, recipe: Recipe, *, reference: Policy | None = None) -> None:
+    def __init__(
+        self, policy: Policy, optimizer: Optimizer, recipe: Recipe, *, reference: Policy | None = None
+    ) -> None:
         self.policy, self.optimizer, self.recipe, self.reference = policy, optimizer, recipe, reference
         self.loss = make_policy_loss(loss_knobs(recipe))
         self.needs_every_row = recipe.loss.kl_coef > 0 or recipe.loss.entropy_coef > 0
 
     def take_step(self, rows: Sequence[TrainRow], *, lr: float) -> UpdateReport:
         """Split the rows into `train.num_updates` parts and update once with each."""
-        set_lr(self.optimizer, lr)
         count = self.recipe.train.num_updates
         old_logps: list[Tensor | None] = [None] * len(rows)
         if count > 1:
@@ -118,7 +85,7 @@ class Updater:
             old_logps = [scores.logps_T for scores in before]
         size = -(-len(rows) // count) if rows else 1
         reports = [
-            self._update(rows[start : start + size], old_logps[start : start + size])
+            self._update(rows[start : start + size], old_logps[start : start + size], lr=lr)
             for start in range(0, max(1, len(rows)), size)
         ]
         shares = [report.grad_share for report in reports if report.grad_share is not None]
@@ -138,35 +105,57 @@ class Updater:
             chunk_tokens=self.recipe.train.logit_chunk_tokens,
         )
 
-    def _update(self, rows: Sequence[TrainRow], old_logps: Sequence[Tensor | None]) -> UpdateReport:
-        """Foreign rows first, so that their part of the gradient can be told from the rest."""
-        divisors = Divisors(
-            num_sequences=max(1, len(rows)),
-            num_tokens=max(1, sum(row.num_tokens for row in rows)),
-            max_tokens=self.recipe.sampling.max_new_tokens,
-        )
-        self.optimizer.zero_grad(set_to_none=True)
+    def _update(self, rows: Sequence[TrainRow], old_logps: Sequence[Tensor | None], *, lr: float) -> UpdateReport:
         useful = [pair for pair in zip(rows, old_logps, strict=True) if pair[0].advantage or self.needs_every_row]
+        idle = sum(row.num_tokens for row in rows if not (row.advantage or self.needs_every_row or row.foreign))
         foreign = [pair for pair in useful if pair[0].foreign]
         own = [pair for pair in useful if not pair[0].foreign]
-        idle = sum(row.num_tokens for row in rows if not (row.advantage or self.needs_every_row or row.foreign))
-        foreign_loss, foreign_stats = self._accumulate(foreign, divisors)
-        foreign_gradients = self._gradients() if foreign else None
-        own_loss, own_stats = self._accumulate(own, divisors)
-        grad_share = None if foreign_gradients is None else self._share(foreign_gradients)
-        grad_norm = self._apply()
+        whole = Share(
+            foreign=foreign,
+            own=own,
+            divisors=Divisors(
+                num_sequences=max(1, len(rows)),
+                num_tokens=max(1, sum(row.num_tokens for row in rows)),
+                max_tokens=self.recipe.sampling.max_new_tokens,
+            ),
+            lr=lr,
+            any_foreign=bool(foreign),
+            num_passes=(self.num_passes(foreign), self.num_passes(own)),
+        )
+        reports = self.all_shares(whole)
         return UpdateReport(
-            loss=foreign_loss + own_loss,
-            grad_norm=grad_norm,
-            grad_share=grad_share,
-            stats=foreign_stats + own_stats + LossStats(own_tokens=idle),
-            num_skipped=0 if self._bearable(grad_norm) else 1,
+            loss=sum(report.loss for report in reports),
+            grad_norm=reports[0].grad_norm,
+            grad_share=reports[0].grad_share,
+            stats=sum((report.stats for report in reports), start=LossStats(own_tokens=idle)),
+            num_skipped=0 if self._bearable(reports[0].grad_norm) else 1,
             num_rows=len(useful),
         )
 
-    def _accumulate(
-        self, pairs: Sequence[tuple[TrainRow, Tensor | None]], divisors: Divisors
-    ) -> tuple[float, LossStats]:
+    def all_shares(self, whole: Share) -> list[ShareReport]:
+        """The update is made; one report a process."""
+        return [self.take_share(whole)]
+
+    def num_passes(self, pairs: Sequence[Asked]) -> int:
+        """Micro-batches of these rows."""
+        return len(micro_batches([row.tokens for row, _ in pairs], max_tokens=self.recipe.train.micro_batch_tokens))
+
+    def take_share(self, share: Share) -> ShareReport:
+        """Foreign rows first, so that their part of the gradient can be told from the rest."""
+        set_lr(self.optimizer, share.lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        foreign_loss, foreign_stats = self._accumulate(share.foreign, share, num_passes=share.num_passes[0])
+        foreign_gradients = self._gradients() if share.any_foreign else None
+        own_loss, own_stats = self._accumulate(share.own, share, num_passes=share.num_passes[1])
+        grad_share = None if foreign_gradients is None else self._share(foreign_gradients)
+        return ShareReport(
+            loss=foreign_loss + own_loss,
+            stats=foreign_stats + own_stats,
+            grad_norm=self._apply(),
+            grad_share=grad_share,
+        )
+
+    def _accumulate(self, pairs: Sequence[Asked], share: Share, *, num_passes: int) -> tuple[float, LossStats]:
         """Forward and backward over micro-batches; gradients add up in the parameters."""
         total, stats = 0.0, LossStats()
         limit = self.recipe.train.micro_batch_tokens
@@ -176,13 +165,24 @@ class Updater:
             loss, measured = self.loss(
                 scores.logps_NT,
                 self._loss_rows(rows, [pairs[index][1] for index in run], like=scores.logps_NT),
-                divisors=divisors,
+                divisors=share.divisors,
                 ref_logps_NT=self._reference_logps(rows),
                 entropies_NT=scores.entropies_NT,
             )
-            loss.backward()
+            # FSDP2 takes the mean over processes, and the divisors are those of the whole update already.
+            (loss * share.num_shares if share.num_shares > 1 else loss).backward()
             total, stats = total + loss.item(), stats + measured
+        for _ in range(num_passes - self.num_passes(pairs)):
+            self._pass_over_nothing()
         return total, stats
+
+    def _pass_over_nothing(self) -> None:
+        """Gather and reduce with the others, and add nothing."""
+        nothing = TrainRow(
+            tokens=TokenRow(prompt_ids=(0,), response_ids=(0,)), behavior_logps=None, advantage=0.0, foreign=False
+        )
+        self._reference_logps([nothing])
+        (self._score(self.policy, [nothing]).logps_NT.sum() * 0.0).backward()
 
     def _loss_rows(self, rows: Sequence[TrainRow], old_logps: Sequence[Tensor | None], *, like: Tensor) -> Rows:
         """The objective's view of these rows, padded as `like` `(N, T)`."""
@@ -216,7 +216,7 @@ class Updater:
     def _share(self, foreign: Sequence[Tensor]) -> float:
         """|g_f| / (|g_f| + |g - g_f|), before clipping."""
         rest = [parameter.grad - part for parameter, part in zip(self._with_gradient(), foreign, strict=True)]
-        foreign_norm, rest_norm = (torch.nn.utils.get_total_norm(parts).item() for parts in (foreign, rest))
+        foreign_norm, rest_norm = (as_number(torch.nn.utils.get_total_norm(parts)) for parts in (foreign, rest))
         return foreign_norm / (foreign_norm + rest_norm) if foreign_norm + rest_norm > 0 else 0.0
 
     def _apply(self) -> float:
@@ -228,7 +228,7 @@ class Updater:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.grad_clip).item()
+        norm = as_number(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.grad_clip))
         if self._bearable(norm):
             self.optimizer.step()
             self.policy.mark_written()

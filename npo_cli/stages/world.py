@@ -5,16 +5,18 @@ from dataclasses import dataclass
 
 from npo_cli.config import Recipe
 from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.opening import open_engine
+from npo_cli.engines.opening import open_engine, refuse_blind_engine
 from npo_cli.engines.requests import Engine, Sample, SampleRequest
 from npo_cli.errors import NpoError
 from npo_cli.policy.adapters import Adapters
-from npo_cli.policy.model import Policy, load_policy, require_chat_template
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.reading import require_reader
 from npo_cli.records import Graded, Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.seeds import derive_seed
 from npo_cli.stages.engine_sync import Sync, probe_rows
+from npo_cli.stages.together import SharedEngine, by_disk, refuse_crowd, shared_among_all
 from npo_cli.tasks.prompts import DataOrder, Task
 from npo_cli.tasks.sources import load_task, where
 
@@ -59,14 +61,22 @@ def open_task(recipe: Recipe, *, allow_code: bool) -> Task:
 
 def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Policy:
     """The base model, or a checkpoint's, after a check that it can read every prompt of the task."""
-    policy = load_policy(recipe.model, checkpoint.path if checkpoint else None)
+    refuse_crowd(recipe)
+    folder = checkpoint.path if checkpoint else None
+    policy = load_policy(recipe.model, folder)
     if checkpoint:
         load_checkpoint(policy, checkpoint)
+    refuse_unreadable_task(policy, task, recipe)
+    return shared_among_all(policy, recipe, folder=folder)
+
+
+def refuse_unreadable_task(policy: Policy, task: Task, recipe: Recipe) -> None:
+    """Every prompt, held-out ones included, can be read and leaves room for an answer."""
+    refuse_blind_engine(recipe.engine, policy.vision)
     prompts = [*task.train, *task.heldout]
-    require_chat_template(policy, prompts, recipe.model.path)
+    require_reader(policy, prompts, recipe.model.path)
     for prompt in prompts:
         refuse_unreadable(policy, prompt, recipe)
-    return policy
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
@@ -77,7 +87,7 @@ def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
 
 def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
     """A prompt of no tokens, of more than allowed, or that leaves the model no room to answer."""
-    length, limit = len(policy.encode(prompt)), recipe.task.max_prompt_tokens
+    length, limit = num_prompt_tokens(policy, prompt, recipe), recipe.task.max_prompt_tokens
     wanted = length + recipe.sampling.max_new_tokens
     if length == 0:
         problem = "has no tokens: the model's tokenizer knows none of its characters"
@@ -93,18 +103,31 @@ def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
     raise NpoError(f"{where(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", mend)
 
 
+def num_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
+    """Tokens of a prompt, those of its pictures included."""
+    try:
+        return len(policy.encode(prompt))
+    except NpoError as error:
+        raise NpoError(f"{where(prompt, recipe.task)}{error.message}", error.hint) from error
+
+
 def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
     """Join the parts, and start the engine; whoever opens a world closes it."""
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
-    engine = open_engine(
-        recipe.engine,
-        policy.model,
-        policy.tokenizer,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        max_model_len=min(longest, policy.max_tokens or longest),
-        adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
-    )
+    if policy.shared is not None and recipe.engine.kind == "transformers":
+        engine: Engine = SharedEngine(policy, recipe)
+    else:
+        engine = open_engine(
+            by_disk(recipe.engine, policy),
+            policy.whole_model,
+            policy.tokenizer,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            max_model_len=min(longest, policy.max_tokens or longest),
+            dtype=policy.compute_dtype,
+            adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
+            sight=policy.vision,
+        )
     return World(
         recipe=recipe,
         run=run,
@@ -204,6 +227,7 @@ def _requests(world: World, prompts: Sequence[Prompt], asked: Asked, *, slots: S
             slot=slot,
             seed=derive_seed(world.recipe.train.seed, *asked.label, prompt.prompt_id, slot),
             version=asked.version,
+            images=prompt.images,
         )
         for prompt in prompts
         for slot in slots

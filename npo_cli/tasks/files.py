@@ -11,6 +11,7 @@ from typing import Any
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.records import Message, Prompt
+from npo_cli.tasks.pictures import Album, in_one_text, same_pixels, with_images
 from npo_cli.tasks.rows import Row, read_rows
 from npo_cli.tasks.shape import shaped
 
@@ -62,24 +63,35 @@ def _split(rows: Sequence[Placed], settings: TaskSettings, seed: int) -> tuple[l
 
 
 def _placed_prompts(path: str, settings: TaskSettings, prefix: str) -> list[Placed]:
-    columns = [settings.prompt_column, settings.answer_column, *IMAGE_COLUMNS]
+    file = Path(path).expanduser()
+    columns = [settings.prompt_column, settings.answer_column]
     columns += [settings.id_column] if settings.id_column is not None else []
-    rows = read_rows(Path(path).expanduser(), columns=columns)
-    return [(_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.place) for row in rows]
+    if settings.image_column is None:
+        rows = read_rows(file, columns=[*columns, *IMAGE_COLUMNS])
+        return [(_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.place) for row in rows]
+    rows = read_rows(file, columns=columns)
+    album = Album(file=file, column=settings.image_column, max_pixels=settings.max_image_pixels)
+    bare = [_prompt(row, settings, f"{prefix}/{row.position:06d}") for row in rows]
+    return [
+        (with_images(prompt, images, row.place), row.place)
+        for prompt, row, images in zip(bare, rows, album.of_rows(rows), strict=True)
+    ]
 
 
 def _prompt(row: Row, settings: TaskSettings, numbered_id: str) -> Prompt:
-    if any(row.values.get(column) for column in IMAGE_COLUMNS):
+    there = [column for column in IMAGE_COLUMNS if row.values.get(column)]
+    if settings.image_column is None and there:
         raise NpoError(
-            f"{row.place} has images, and image prompts are not read yet",
-            "remove the rows with images; they are never dropped in silence",
+            f"{row.place} has images, and task.image_column names none",
+            f"set task.image_column={there[0]}; pictures are never dropped in silence",
         )
     answer = _scalar(row, settings.answer_column, "task.answer_column")
     prompt_id = _scalar(row, settings.id_column, "task.id_column") if settings.id_column else numbered_id
     question = _cell(row, settings.prompt_column, "task.prompt_column")
     bare = Prompt(prompt_id=prompt_id, answer=answer, row=row.position)
     if isinstance(question, list):
-        return _sound(shaped(_messages(question, row.place), settings=settings, prompt=bare), row.place)
+        turns = _messages(question, row.place, parts=settings.image_column is not None)
+        return _sound(shaped(turns, settings=settings, prompt=bare), row.place)
     if not isinstance(question, str):
         kind = "null" if question is None else type(question).__name__
         raise NpoError(f"{row.place}: the prompt is a {kind}", "write a string, or a list of {role, content} messages")
@@ -101,9 +113,9 @@ def _sound(prompt: Prompt, place: str) -> Prompt:
     return prompt
 
 
-def _messages(turns: list[Any], place: str) -> list[Message]:
-    """Chat messages, whole: a part that would be lost (an image, a tool call) is an error."""
-    messages = [_message(turn, f"{place}, message {number}") for number, turn in enumerate(turns, start=1)]
+def _messages(turns: list[Any], place: str, *, parts: bool) -> list[Message]:
+    """Chat messages, whole: what would be lost (a tool call, an image nobody asked for) is an error."""
+    messages = [_message(turn, f"{place}, message {at}", parts=parts) for at, turn in enumerate(turns, start=1)]
     if not messages or not messages[-1].content.strip():
         raise NpoError(f"{place}: the prompt is empty", "fill it in or remove the row")
     if messages[-1].role in ("assistant", "system"):
@@ -112,15 +124,17 @@ def _messages(turns: list[Any], place: str) -> list[Message]:
     return messages
 
 
-def _message(turn: object, place: str) -> Message:
+def _message(turn: object, place: str, *, parts: bool) -> Message:
     hint = 'write {"role": "user", "content": "..."}'
     if not isinstance(turn, dict):
         raise NpoError(f"{place} is not an object with role and content", hint)
     role, content = turn.get("role"), turn.get("content")
-    if isinstance(content, list) and any(
+    if isinstance(content, list) and parts:
+        content = in_one_text(content, place)
+    elif isinstance(content, list) and any(
         isinstance(part, dict) and "image" in str(part.get("type")) for part in content
     ):
-        raise NpoError(f"{place} has an image, and image prompts are not read yet", "remove the rows with images")
+        raise NpoError(f"{place} has an image, and task.image_column names none", "set task.image_column=images")
     if not isinstance(role, str) or not role or not isinstance(content, str):
         raise NpoError(f"{place}: role and content must be strings", hint)
     extra = [key for key, value in turn.items() if key not in ("role", "content") and value is not None]
@@ -175,4 +189,4 @@ def _refuse_shared_prompts(train: Sequence[Placed], heldout: Sequence[Placed]) -
 
 def _asked(prompt: Prompt) -> Prompt:
     """The prompt without what tells two rows apart."""
-    return replace(prompt, prompt_id="", answer="", row=0)
+    return replace(prompt, prompt_id="", answer="", row=0, images=same_pixels(prompt.images))

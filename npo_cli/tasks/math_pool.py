@@ -30,10 +30,14 @@ class MathGrader:
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
         """A reference that is not read, or not in time, would make its prompt hopeless."""
-        pairs = [(prompt.answer, "") for prompt in prompts]
-        for prompt, outcome in zip(prompts, self.pool.run(pairs), strict=True):
-            if outcome.timed_out or outcome.error or outcome.value[0] == "no_reference":
+        for prompt, is_read in zip(prompts, self.readable([prompt.answer for prompt in prompts]), strict=True):
+            if not is_read:
                 raise UnusableAnswer(prompt, "mathematics")
+
+    def readable(self, answers: Sequence[str]) -> list[bool]:
+        """Which reference answers are read, in time."""
+        outcomes = self.pool.run([(answer, "") for answer in answers])
+        return [not (each.timed_out or each.error or each.value[0] == "no_reference") for each in outcomes]
 
     def close(self) -> None:
         self.pool.close()

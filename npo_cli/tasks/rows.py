@@ -9,6 +9,9 @@ from typing import Any
 
 from npo_cli.errors import NpoError
 
+ROWS_AT_A_TIME = 32
+"""Of a column with pictures."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
@@ -78,6 +81,22 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _json_kind(value: object) -> str:
     names = {list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
+
+
+def parquet_column(path: Path, column: str) -> Iterator[Any]:
+    """One column of a file whose other columns were read, a few rows in memory at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                yield from [None] * file.metadata.num_rows
+                return
+            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[column]):
+                yield from batch.column(0).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise NpoError(f"{path} is not a readable parquet file: {error}", "write it again") from error
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:

@@ -27,11 +27,16 @@ def shaped(question: str | Sequence[Message], *, settings: TaskSettings, prompt:
 
 def refuse_idle_settings(settings: TaskSettings) -> None:
     """A setting that would change nothing is a misunderstanding: say so."""
-    if settings.source == "micro":
+    if settings.image_column is not None and settings.source != "file":
+        raise NpoError(
+            f"task.image_column names a column of a file, and task.source is {settings.source}",
+            "leave it out, or set task.source=file",
+        )
+    if settings.source in ("micro", "shapes"):
         idle = [name for name in ("suffix", "chat", "system") if getattr(settings, name)]
         if idle:
             raise NpoError(
-                f"task.{idle[0]} has no meaning for the micro task, whose prompts have one fixed form",
+                f"task.{idle[0]} has no meaning for the {settings.source} task, whose prompts have one fixed form",
                 f"leave task.{idle[0]} out, or choose another task.source",
             )
     elif settings.source == "reasoning_gym" and settings.system and not settings.chat:

@@ -11,10 +11,11 @@ from npo_cli.tasks.math_pool import math_grader
 from npo_cli.tasks.micro import micro_prompts
 from npo_cli.tasks.prompts import Task
 from npo_cli.tasks.shape import refuse_idle_settings
+from npo_cli.tasks.shapes import shapes_prompts
 from npo_cli.tasks.user_code import is_user_code, user_grader
 from npo_cli.tasks.verify import JUDGES, Grader, UnusableAnswer
 
-AUTO = {"micro": "micro", "reasoning_gym": "reasoning_gym", "file": "math_verify"}
+AUTO = {"micro": "micro", "reasoning_gym": "reasoning_gym", "file": "math_verify", "shapes": "exact"}
 """What task.verifier `auto` means for each source. It never depends on what is installed: a missing package is an
 error, as the same recipe must not be graded in two ways."""
 NAMES = ("auto", "exact", "number", "last_number", "reasoning_gym", "math_verify")
@@ -28,6 +29,9 @@ def load_task(settings: TaskSettings, *, seed: int, allow_code: bool = False) ->
     if settings.source == "micro":
         # The pool is the first part, so that it does not depend on the size of the held-out split.
         prompts = micro_prompts(settings.kind, settings.pool_size + settings.heldout_size, pool_seed)
+        train, heldout = tuple(prompts[: settings.pool_size]), tuple(prompts[settings.pool_size :])
+    elif settings.source == "shapes":
+        prompts = shapes_prompts(settings.pool_size + settings.heldout_size, pool_seed)
         train, heldout = tuple(prompts[: settings.pool_size]), tuple(prompts[settings.pool_size :])
     elif settings.source == "file":
         train, heldout = file_problems(settings, seed=pool_seed)

@@ -80,7 +80,8 @@ def _matcher(prompts: Sequence[Prompt], settings: TaskSettings) -> Callable[[Row
     """Ids of the prompts that a row answers: several where the task asks the same more than once."""
     known = {prompt.prompt_id for prompt in prompts}
     by_question: dict[object, list[str]] = {}
-    for prompt in prompts:
+    # The same words are asked of many pictures: only its id says which prompt with pictures is meant.
+    for prompt in (prompt for prompt in prompts if not prompt.images):
         by_question.setdefault(_question(prompt), []).append(prompt.prompt_id)
     blank = Prompt(prompt_id="", answer="")
 

@@ -278,7 +278,8 @@ def test_training_does_not_go_on_from_weights_alone(circle, tmp_path):
     demote_checkpoint(find_checkpoint(RunDir(run), "main", 2))
     said = refused("resume", run, "--from", "main", "--at", "2", beside=tmp_path)
     assert said.message == "step 2 of main is a guide (weights only); training cannot go on from it"
-    assert said.hint == f"choose a step that is an anchor: npo index {run}"
+    anew = f"npo resume {run} --at 2 --fresh-optimizer"
+    assert said.hint == f"choose an anchor (npo index {run}), or begin the optimizer anew: {anew}"
 
 
 def test_a_segment_longer_than_the_data_asks_every_prompt_once(circle, tmp_path):

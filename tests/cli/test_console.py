@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from npo_cli.cli.console import as_line, draw, talk, visible
+from npo_cli.cli.console import as_line, draw
+from npo_cli.cli.terminal import talk, visible
 from npo_cli.costs import Crossing
 from npo_cli.records import Notice, Progress, StepReport
 from npo_cli.report.lines import RolloutLine

@@ -41,6 +41,8 @@ def twin_of(policy: Policy, older: Policy, *, strength: float, max_rows: int = 5
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
         max_rows=max_rows,
+        dtype=policy.compute_dtype,
+        sight=policy.vision,
     )
 
 

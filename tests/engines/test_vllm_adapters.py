@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from npo_cli.config import ModelSettings
+from npo_cli.engine_settings import EngineSettings
 from npo_cli.engines.adapters import slot_rank
+from npo_cli.engines.opening import open_engine
 from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.lora_settings import LoraSettings
@@ -137,3 +139,11 @@ def test_a_slot_holds_the_next_larger_rank_that_vllm_knows():
     assert [slot_rank(rank) for rank in (1, 8, 9, 64, 300)] == [8, 8, 16, 64, 512]
     with pytest.raises(NpoError, match=r"up to rank 512, and model\.lora\.rank is 513"):
         slot_rank(513)
+
+
+def test_adapters_never_take_another_road_than_the_one_that_was_named():
+    policy = lora_policy()
+    named = EngineSettings(kind="vllm_server", transport="nccl")
+    options = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id, "max_model_len": 64, "dtype": torch.float32}
+    with pytest.raises(NpoError, match=r"transport=nccl sends whole models; adapters \(model\.lora\.rank\) go through"):
+        open_engine(named, policy.model, policy.tokenizer, **options, adapters=adapter_port(policy, policy.adapters))

@@ -34,7 +34,14 @@ def untied_policy(folder: Path) -> Policy:
 
 def limits_of(policy: Policy, **changes) -> Limits:
     figures = {
-        **{"eos_ids": policy.eos_ids, "max_model_len": 64, "max_rows": 64, "tensor_parallel": 1, "data_parallel": 1},
+        **{
+            "eos_ids": policy.eos_ids,
+            "max_model_len": 64,
+            "dtype": "float32",
+            "max_rows": 64,
+            "tensor_parallel": 1,
+            "data_parallel": 1,
+        },
         **{
             "memory_share": 0.4,
             "kv_cache_gb": 1,

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError
 from npo_cli.policy.logprobs import TokenRow, head_is_plain
-from npo_cli.policy.model import Policy, load_policy, require_chat_template
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.reading import require_chat_template
 from npo_cli.records import Message, Prompt
 from tests.policy.models import gemma, opened, qwen, saved
 

@@ -1,4 +1,4 @@
-"""AdamW's state on the disk and back, its schedule, and the random streams."""
+"""The optimiser's state on the disk and back, its schedule, and the random streams."""
 
 import random
 
@@ -21,12 +21,13 @@ from npo_cli.policy.optimizer import (
 )
 from tests.policy.models import qwen
 
+UP = "model.layers.0.mlp.up_proj.weight"
 STATE = TrainerState(step=2, position=8, trackers={"tokens_total": 123, "reward_ema": 0.1 + 0.2})
 
 
-def trained(num_updates: int = 2):
+def trained(num_updates: int = 2, *, kind: str = "adamw"):
     model = qwen()
-    optimizer = build_optimizer(model, TrainSettings())
+    optimizer = build_optimizer(model, TrainSettings(optimizer=kind))
     for update in range(num_updates):
         model(torch.tensor([[1, 2, 3 + update]])).logits.square().mean().backward()
         optimizer.step()
@@ -34,12 +35,13 @@ def trained(num_updates: int = 2):
     return model, optimizer
 
 
-def test_state_comes_back_exactly_and_the_next_update_is_the_same(tmp_path):
-    model, optimizer = trained()
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_state_comes_back_exactly_and_the_next_update_is_the_same(tmp_path, kind):
+    model, optimizer = trained(kind=kind)
     save_state(tmp_path, model, optimizer, state=STATE)
     twin = qwen()
     twin.load_state_dict(model.state_dict())
-    other = build_optimizer(twin, TrainSettings())
+    other = build_optimizer(twin, TrainSettings(optimizer=kind))
     assert load_state(tmp_path, twin, other) == STATE
     for each, own in ((model, optimizer), (twin, other)):
         each(torch.tensor([[5, 6]])).logits.square().mean().backward()
@@ -87,6 +89,28 @@ def test_a_state_saved_before_any_update_is_taken_back(tmp_path):
     save_state(tmp_path, model, optimizer, state=STATE)
     assert load_state(tmp_path, model, optimizer) == STATE
     assert not optimizer.state
+
+
+@pytest.mark.parametrize(("entry", "shape"), [("row_var", (1, 12)), ("col_var", (12, 1))])
+def test_a_row_or_column_of_adafactor_that_fits_nothing_is_refused(tmp_path, entry, shape):
+    model, optimizer = trained(kind="adafactor")
+    save_state(tmp_path, model, optimizer, state=STATE)
+    path = tmp_path / "optimizer.safetensors"
+    tensors = load_file(path) | {f"{UP}.{entry}": torch.ones(shape)}
+    save_file(tensors, path)
+    with pytest.raises(NpoError, match="another shape or is not finite"):
+        load_state(tmp_path, model, optimizer)
+
+
+def test_adafactor_keeps_a_row_and_a_column_of_a_matrix():
+    model, optimizer = trained(kind="adafactor")
+    rows, columns = model.get_parameter(UP).shape
+    kept = optimizer.state[model.get_parameter(UP)]
+    assert {name: tuple(value.shape) for name, value in kept.items()} == {
+        "step": (),
+        "row_var": (rows, 1),
+        "col_var": (1, columns),
+    }
 
 
 def rates(schedule: str, *, warmup_steps: int = 2) -> list[float]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.records import Message, Prompt
+from npo_cli.records import ImageRef, Message, Prompt
 from npo_cli.run_dir.outcomes import all_outcomes, append_outcomes, outcomes_of, prompt_key
 from tests.run_dir.making import evaluation, new_run, outcomes
 
@@ -15,10 +15,13 @@ def test_a_prompt_is_known_by_what_is_asked_and_expected_alone():
     # printf '{"text":"3+4=","messages":[],"images":[],"answer":"7"}' | sha256sum
     assert prompt_key(plain) == "4372ba56bd4bc545"
     assert prompt_key(replace(plain, prompt_id="b", row=5, dataset="d")) == prompt_key(plain)
+    picture = ImageRef(place="x.png", sha256="ab", width=4, height=3)
+    moved = replace(plain, images=(replace(picture, place="y.png"),))
+    assert prompt_key(moved) == prompt_key(replace(plain, images=(picture,)))
     others = [
         replace(plain, text="4+3="),
         replace(plain, answer="8"),
-        replace(plain, images=("x.png",)),
+        replace(plain, images=(picture,)),
         replace(plain, text=None, messages=(Message(role="user", content="3+4="),)),
     ]
     assert len({prompt_key(one) for one in (plain, *others)}) == 5

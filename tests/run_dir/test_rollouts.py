@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
-from npo_cli.records import Group, Message, Prompt
+from npo_cli.records import Group, ImageRef, Message, Prompt
 from npo_cli.run_dir.rollouts import RolloutJournal, exact_float32, shortest_float32
 from tests.run_dir.making import group, rollout
 
@@ -37,7 +37,7 @@ def test_groups_come_back_equal_with_everything_in_them(tmp_path):
         messages=(Message(role="system", content="be brief"), Message(role="user", content="\ud83d\n")),
         dataset="gcd",
         row=3,
-        images=("a.png",),
+        images=(ImageRef(place="a.png", sha256="ab", width=4, height=3),),
     )
     seated = replace(rollout(1, prompt_id="chat:1"), source="guide", sampler_step=40, mean_entropy=0.1, verdict=None)
     written = (group("p0"), Group(prompt=chat, rollouts=(rollout(0, prompt_id="chat:1"), seated), mix="injected"))

@@ -1,5 +1,6 @@
 """What makes arms alike: seen through `npo compare`, on real tiny runs of other kinds than a plain one."""
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from npo_cli.records import Notice
 from npo_cli.run_dir.guides import read_info
 from npo_cli.run_dir.paths import open_run
 from npo_cli.stages.compare import compare_runs
-from tests.stages.running import LORA, resume, sample, train
+from tests.stages.running import LORA, resume, sample, train, world_at
+from tests.stages.teachers import right_rows, traces_file
 
 SETTINGS = ("eval.every=2", "task.heldout_size=8")
 
@@ -54,6 +56,19 @@ def test_a_guide_from_another_run_is_named_and_what_it_had_cost_there_is_told(pl
     assert arm.differs == ("guided by nobody -> run at 2",)
     tokens = read_info(open_run(plain).guide_folder("taught")).side_tokens
     assert said == [f"b: its guides had cost {tokens:,} tokens outside of its runs; no figure counts them"]
+
+
+def test_a_file_of_traces_is_another_one_for_each_seed_and_yet_one_method(plain, tmp_path):
+    for seed in (0, 1):
+        root = tmp_path / f"seed-{seed}"
+        train(root, *SETTINGS, f"train.seed={seed}")
+        with closing(world_at(root, 2)) as world:
+            traces = traces_file(tmp_path / f"traces-{seed}.jsonl", right_rows(world.prompts_between(8, 16)))
+        sample(root, source="file", origin=str(traces), guide_step=None, name="taught")
+        resume(root, at=2, guide="taught")
+    taught = [f"luffy={tmp_path / f'seed-{seed}'}:taught" for seed in (0, 1)]
+    arm, _ = second(f"grpo={plain}:main", *taught)
+    assert arm.differs == ("guided by nobody -> file at 2",)
 
 
 def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_path):

@@ -1,0 +1,176 @@
+"""Where the memory of training goes, as plain arithmetic on a model's shape and a recipe.
+
+What is held all the time, and on top of it the larger of two: an update, or sampling. Under FSDP2 each of N GPUs holds
+1/N of weights, gradients and moments, and gathers one block at a time; to sample it gathers the whole model.
+"""
+
+from collections.abc import Iterator
+from math import ceil
+
+from npo_cli.config import Recipe
+from npo_cli.plan_records import Footing, ModelShape, Need, Phase
+
+FLOAT, HALF = 4, 2
+CHUNK_COPIES = 4
+"""float32 rows of the vocabulary alive in the backward pass of a chunk: two saved, two on the way."""
+SAMPLER_COPIES = 6
+"""The same of one sampled token: logits, log-probabilities, probabilities, and their sums in float64."""
+CONTEXT_BYTES = 1_500_000_000
+"""CUDA, its libraries and NCCL in each process: a guess, as no GPU was at hand."""
+PROCESS_BYTES = 4_000_000_000
+"""Python, torch and its libraries in the memory of the machine: a guess."""
+
+
+def bytes_of(dtype: str) -> int:
+    """Of one number."""
+    return HALF if dtype == "bfloat16" else FLOAT
+
+
+def trainer_gpus(recipe: Recipe, footing: Footing) -> int:
+    """GPUs left for training beside those of a server."""
+    return footing.num_gpus - engine_gpus(recipe)
+
+
+def engine_gpus(recipe: Recipe) -> int:
+    """GPUs of a vLLM server of its own; 0 where the trainer's GPUs sample."""
+    engine = recipe.engine
+    return engine.tensor_parallel * engine.data_parallel if engine.kind == "vllm_server" else 0
+
+
+def longest_row(recipe: Recipe) -> int:
+    """Prompt and response together, in tokens."""
+    return recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
+
+
+def gpu_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:
+    """Of each GPU that trains."""
+    yield from _held(recipe, shape, num_gpus=trainer_gpus(recipe, footing))
+    yield from _update(recipe, shape, num_gpus=trainer_gpus(recipe, footing))
+    yield from _sampling(recipe, shape, footing)
+
+
+def _held(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Need]:
+    model, train = recipe.model, recipe.train
+    weight = bytes_of(model.dtype)
+    trained = shape.num_adapters or shape.num_params
+    # Adapters are float32 whatever the base is.
+    wide = FLOAT if shape.num_adapters else weight
+    share = f" / {num_gpus} GPUs" if num_gpus > 1 else ""
+
+    def need(what: str, count: float, each: int, *, how: str, phase: Phase = "always") -> Need:
+        return Need(where="gpu", phase=phase, what=what, num_bytes=ceil(count * each / num_gpus), how=how + share)
+
+    yield need("weights", shape.num_params, weight, how=f"{_count(shape.num_params)} x {weight} B")
+    if shape.num_adapters:
+        yield need("adapters", shape.num_adapters, FLOAT, how=f"{_count(shape.num_adapters)} x {FLOAT} B")
+    # Given back when the update is made, so they are not there to sample.
+    yield need("gradients", trained, wide, how=f"{_count(trained)} x {wide} B", phase="update")
+    if train.optimizer == "adamw":
+        yield need("AdamW's moments", 2 * trained, wide, how=f"2 x {_count(trained)} x {wide} B")
+    else:
+        floats = shape.adafactor_floats
+        yield need("Adafactor's rows and columns", floats, wide, how=f"{_count(floats)} x {wide} B")
+    if recipe.loss.kl_coef > 0 and not shape.num_adapters:
+        how = f"{_count(shape.num_params)} x {weight} B"
+        yield need("frozen base of the KL term", shape.num_params, weight, how=how)
+    yield Need(where="gpu", phase="always", what="CUDA and NCCL", num_bytes=CONTEXT_BYTES, how="a guess")
+
+
+def _update(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Need]:
+    model, train = recipe.model, recipe.train
+    compute, weight = bytes_of(model.precision), bytes_of(model.dtype)
+    tokens = max(train.micro_batch_tokens, longest_row(recipe))
+    chunk = min(train.logit_chunk_tokens, tokens)
+
+    def need(what: str, num_bytes: float, how: str) -> Need:
+        return Need(where="gpu", phase="update", what=what, num_bytes=ceil(num_bytes), how=how)
+
+    if model.gradient_checkpointing:
+        a_token = shape.checkpointed_bytes + shape.layer_bytes
+        how = f"{tokens:,} tokens x ({_kb(shape.checkpointed_bytes)} + a layer's {_kb(shape.layer_bytes)})"
+    else:
+        a_token, how = shape.saved_bytes, f"{tokens:,} tokens x {_kb(shape.saved_bytes)}"
+    yield need("activations", tokens * a_token, how)
+    if shape.vision_bytes and recipe.task.max_prompt_tokens:
+        images = tokens * recipe.task.max_prompt_tokens / longest_row(recipe)
+        one = shape.vision_bytes
+        yield need("vision tower", images * one, f"at most {images:,.0f} image tokens x {_kb(one)}")
+    rows = chunk * shape.vocab * (CHUNK_COPIES * FLOAT + compute)
+    yield need("logits of a chunk", rows, f"{chunk:,} tokens x {shape.vocab:,} x {CHUNK_COPIES * FLOAT + compute} B")
+    if num_gpus > 1:
+        gathered = shape.outside_blocks + 2 * shape.largest_block
+        yield need("gathered blocks", gathered * (compute + weight), "embedding, head and two blocks, and gradients")
+    elif compute < weight:
+        yield need("weights in bfloat16", shape.num_params * compute, f"{_count(shape.num_params)} x {compute} B")
+    trained = shape.num_adapters or shape.num_params
+    wide = FLOAT if shape.num_adapters else weight
+    yield need("a guide's part of the gradient", trained * wide / num_gpus, "a copy while a group is mixed")
+
+
+def _sampling(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:
+    """By the trainer's own model, or by vLLM on the same GPU; a server has GPUs of its own."""
+    num_gpus = trainer_gpus(recipe, footing)
+    compute = bytes_of(recipe.model.precision)
+    if recipe.engine.kind == "vllm":
+        share = int(recipe.engine.memory_share * footing.gpu_bytes)
+        phase = "sampling" if recipe.engine.sleep else "always"
+        how = f"engine.memory_share={recipe.engine.memory_share:g} of the GPU"
+        yield Need(where="gpu", phase=phase, what="vLLM", num_bytes=share, how=how)
+        return
+    # Scoring, the sync's probe included, gathers them whoever samples.
+    if num_gpus > 1 or compute < bytes_of(recipe.model.dtype):
+        whole = shape.num_params * compute
+        how = f"{_count(shape.num_params)} x {compute} B"
+        yield Need(where="gpu", phase="sampling", what="whole weights", num_bytes=whole, how=how)
+    if recipe.engine.kind == "vllm_server":
+        return
+    rows = min(recipe.engine.max_rows, ceil(recipe.train.prompts_per_step * recipe.train.group_size / num_gpus))
+    cache = rows * longest_row(recipe) * shape.cache_floats * compute
+    how = f"{rows} rows x {longest_row(recipe):,} tokens x {_kb(shape.cache_floats * compute)}"
+    yield Need(where="gpu", phase="sampling", what="KV cache", num_bytes=cache, how=how)
+    logits = rows * shape.vocab * (SAMPLER_COPIES * FLOAT + compute)
+    yield Need(where="gpu", phase="sampling", what="logits", num_bytes=logits, how=f"{rows} rows x {shape.vocab:,}")
+
+
+def engine_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:
+    """Of each GPU of a vLLM server: its part of the weights, and a cache in which at least one response has room."""
+    if not engine_gpus(recipe):
+        return
+    parallel, compute = recipe.engine.tensor_parallel, bytes_of(recipe.model.precision)
+
+    def need(what: str, num_bytes: float, how: str) -> Need:
+        return Need(where="engine gpu", phase="always", what=what, num_bytes=ceil(num_bytes), how=how)
+
+    yield need(
+        "weights", shape.num_params * compute / parallel, f"{_count(shape.num_params)} x {compute} B / {parallel}"
+    )
+    least = longest_row(recipe) * shape.cache_floats * compute / parallel
+    yield need("KV cache of one response", least, f"{longest_row(recipe):,} tokens; what is left serves more of them")
+    yield need(
+        "what vLLM leaves alone", (1 - recipe.engine.memory_share) * footing.gpu_bytes, "1 - engine.memory_share"
+    )
+
+
+def host_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:
+    """Of the memory of one machine."""
+    processes = min(footing.gpus_per_machine, max(1, trainer_gpus(recipe, footing)))
+    held, weight = shape.num_params, bytes_of(recipe.model.dtype)
+
+    def need(phase: Phase, what: str, num_bytes: float, *, how: str) -> Need:
+        return Need(where="host", phase=phase, what=what, num_bytes=ceil(num_bytes), how=how)
+
+    guess = f"{processes} x a guess of {PROCESS_BYTES // 10**9} GB"
+    yield need("always", "processes", processes * PROCESS_BYTES, how=guess)
+    written = shape.num_adapters * FLOAT if shape.num_adapters else held * weight
+    yield need("saving", "weights on their way to the disk", written, how="gathered by the first process")
+    if recipe.engine.kind == "vllm" and recipe.engine.sleep:
+        each = held * bytes_of(recipe.model.precision) * processes
+        yield need("update", "vLLM's weights while it sleeps", each, how=f"{processes} engines")
+
+
+def _count(num: int) -> str:
+    return f"{num / 1e9:.2f} G" if num >= 1e9 else f"{num / 1e6:.2f} M"
+
+
+def _kb(num_bytes: float) -> str:
+    return f"{num_bytes / 1000:,.1f} kB"

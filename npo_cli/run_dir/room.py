@@ -1,0 +1,57 @@
+"""How much of a disk a run will take: checkpoints under its retention, AutoNPO's branches, and the journals."""
+
+from collections.abc import Iterator
+
+from npo_cli.config import Recipe
+from npo_cli.plan_records import Need
+
+TOKEN_BYTES, ROLLOUT_BYTES, STEP_BYTES = 24, 150, 1100
+"""Of one recorded token (id, log-probability, text), of one rollout beside them, of one step's figures; fitted to a run
+of the micro task."""
+
+
+def disk_needs(recipe: Recipe, *, weights: int, moments: int, autonpo: bool) -> Iterator[Need]:
+    """Of the whole run; `weights` and `moments` are what one checkpoint takes, in bytes.
+
+    A replay of AutoNPO is a branch with checkpoints of its own. What an unfinished scoring or a rollback protects
+    beyond the quotas is not foreseen.
+    """
+    branches = [("the run's branch", recipe.train.num_steps)]
+    rounds = max(1, recipe.auto.max) if autonpo else 0
+    if rounds:
+        branches.append((f"up to {rounds} replays of AutoNPO", rounds * min(max(recipe.auto.deltas), branches[0][1])))
+    for name, steps in branches:
+        anchors, guides = kept(recipe, steps)
+        # Before the first update there are no moments.
+        size = anchors * (weights + moments) - moments + guides * weights
+        yield _need(f"checkpoints of {name}", size, f"{anchors} full states, {guides} guides")
+    steps = sum(each for _, each in branches)
+    rollouts = steps * recipe.train.prompts_per_step * recipe.train.group_size
+    each = ROLLOUT_BYTES + TOKEN_BYTES * recipe.sampling.max_new_tokens
+    how = f"{rollouts:,} rollouts of at most {recipe.sampling.max_new_tokens:,} tokens"
+    yield _need("journals", rollouts * each + steps * STEP_BYTES, how)
+    answers = longest_segment(recipe) * recipe.train.prompts_per_step * recipe.guide.k * (1 + rounds)
+    yield _need("guide caches", answers * each, f"{answers:,} answers, {recipe.guide.k} a prompt")
+
+
+def longest_segment(recipe: Recipe) -> int:
+    """Steps whose prompts a guide answers: the planned intervention's, else AutoNPO's longest."""
+    planned = recipe.intervention
+    if planned.steps is not None:
+        return planned.steps
+    if planned.at is not None and planned.guide is not None:
+        return planned.guide - planned.at
+    return min(max(recipe.auto.deltas), recipe.train.num_steps)
+
+
+def kept(recipe: Recipe, steps: int) -> tuple[int, int]:
+    """Full states and weights-only guides that one branch keeps; step 0 and the newest are always full."""
+    train = recipe.train
+    saved = -(-steps // train.save_every) + 1
+    anchors = saved if train.keep_anchors is None else min(saved, train.keep_anchors + 1)
+    guides = saved - anchors
+    return anchors, guides if train.keep_guides is None else min(guides, train.keep_guides)
+
+
+def _need(what: str, num_bytes: int, how: str) -> Need:
+    return Need(where="disk", phase="always", what=what, num_bytes=num_bytes, how=how)

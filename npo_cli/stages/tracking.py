@@ -1,0 +1,142 @@
+"""What a training run yields, shown by trackers as well. Every record passes through unchanged.
+
+A step that was on record before is not shown again. A tracker that fails is told of once and left out from then on:
+nothing that it does ends a run.
+"""
+
+import math
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from npo_cli.auto_records import Transition
+from npo_cli.config import Recipe
+from npo_cli.loading import recipe_dict
+from npo_cli.records import EvalReport, Notice, StepReport
+from npo_cli.report.trackers import TRACKERS, Shown, Tracker, refuse_absent
+from npo_cli.run_dir.lineage import birth_segment, branches
+from npo_cli.run_dir.paths import BIRTH_FILE, RunDir
+from npo_cli.run_dir.scores import evals
+from npo_cli.run_dir.steps import measured_steps
+
+EVALUATED = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_length", "cut_off")
+
+
+def tracked(root: Path, recipe: Recipe, records: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """The same records; `track.to` chooses who else sees them."""
+    with closing(records):
+        if not recipe.track.to:
+            yield from records
+            return
+        refuse_absent(recipe.track.to)
+        audience = Audience(root, recipe)
+        try:
+            for record in records:
+                # Shown first: whoever stops at this record has seen it.
+                yield from audience.see(record)
+                yield record
+        finally:
+            audience.leave()
+
+
+class Audience:
+    """The trackers of one command, each on the branch that was trained last."""
+
+    def __init__(self, root: Path, recipe: Recipe) -> None:
+        self.run, self.recipe = RunDir(root), recipe
+        self.names = list(recipe.track.to)
+        self.branch: str | None = None
+        self.open: dict[str, Tracker] = {}
+        self.shown = _on_record(self.run)
+
+    def see(self, record: object) -> Iterator[Notice]:
+        """Show a record's numbers, if it has any that were not shown before."""
+        told = _numbers(record)
+        if told is None:
+            return
+        kind, branch, step, values = told
+        if (kind, branch, step) in self.shown:
+            return
+        yield from self.go_to(branch)
+        for name, tracker in list(self.open.items()):
+            try:
+                tracker.log(values, step=step)
+            except Exception as error:  # whatever a foreign program dies of
+                yield self.drop(name, error)
+
+    def go_to(self, branch: str) -> Iterator[Notice]:
+        """Another branch is another run of each tracker."""
+        if branch == self.branch:
+            return
+        self.leave()
+        self.branch = branch
+        shown = _shown(self.run, self.recipe, branch)
+        for name in list(self.names):
+            try:
+                self.open[name] = TRACKERS[name](shown)
+            except Exception as error:  # no network, no account, no room
+                yield self.drop(name, error)
+
+    def drop(self, name: str, error: Exception) -> Notice:
+        """Once is enough."""
+        self.names.remove(name)
+        self.open.pop(name, None)
+        first = next(iter(str(error).splitlines()), "")
+        return Notice(
+            message=f"{name} failed and shows nothing more of this run ({type(error).__name__}: {first}); "
+            "training goes on, and its own files are whole",
+            level="warning",
+        )
+
+    def leave(self) -> None:
+        """Close every tracker; one that cannot be closed has nothing to say that counts."""
+        for tracker in self.open.values():
+            try:
+                tracker.close()
+            except Exception:
+                continue
+        self.open, self.branch = {}, None
+
+
+def _on_record(run: RunDir) -> set[tuple[str, str, int]]:
+    """Steps and evaluations that an earlier command made: executed again after a kill, they were shown already."""
+    if not (run.root / BIRTH_FILE).exists():
+        return set()
+    steps = {("step", branch, row["step"]) for branch in branches(run) for row in measured_steps(run, branch)}
+    return steps | {("eval", report.branch, report.step) for report in evals(run)}
+
+
+def _numbers(record: object) -> tuple[str, str, int, Mapping[str, float]] | None:
+    """Kind, branch, step and what to show of a record; None of one that is no measurement."""
+    match record:
+        case StepReport():
+            return "step", record.branch, record.step, _finite({**record.metrics, **_timed(record.timings)})
+        case EvalReport():
+            values = {f"eval/{name}": getattr(record, name) for name in EVALUATED}
+            return "eval", record.branch, record.step, _finite(values)
+        case Transition():
+            return record.event, record.state.branch, record.step, {f"autonpo/{record.event}": 1.0}
+        case _:
+            return None
+
+
+def _timed(timings: Mapping[str, float]) -> dict[str, float]:
+    return {f"time/{name}": value for name, value in timings.items()}
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+
+def _shown(run: RunDir, recipe: Recipe, branch: str) -> Shown:
+    born = birth_segment(run, branch)
+    fork = {"parent": born.parent, "fork_step": born.fork_step, "guide": born.guide, "guide_until": born.guide_until}
+    return Shown(
+        project=recipe.track.project,
+        group=run.root.resolve().name,
+        branch=branch,
+        key=f"{run.run_id[:8]}-{branch}",
+        config={**recipe_dict(recipe), "branch": branch, **fork},
+        folder=run.root,
+    )

@@ -1,0 +1,201 @@
+"""`npo plan`'s estimate of one GPU beside what a real step takes, on this machine's CPU and models made on the spot.
+
+    python recipes/plan_check.py OUT [--only NAME,NAME]
+
+Each case is a process of its own. It loads a model as a run does, takes one update so that the moments are there, and
+then looks at the highest resident memory of a second update, one row of which is a guide's, and of sampling. What the
+process held before the model was loaded is taken off. Needs Linux, which can forget an old peak.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from npo_cli.config import Recipe
+from npo_cli.engines.opening import open_engine
+from npo_cli.engines.requests import SampleRequest
+from npo_cli.loading import load_recipe
+from npo_cli.plan_records import Footing
+from npo_cli.policy.footprint import gpu_needs
+from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.model import EMBEDDED, Policy, load_policy
+from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.policy.shape import model_shape
+from npo_cli.stages.plan import total
+from npo_cli.stages.update import TrainRow, Updater
+
+PROMPT, RESPONSE, ROWS = 64, 192, 8
+MB = 10**6
+COMMON = (
+    *(f"task.max_prompt_tokens={PROMPT}", f"sampling.max_new_tokens={RESPONSE}", "model.threads=1"),
+    *(f"train.micro_batch_tokens={ROWS * (PROMPT + RESPONSE)}", "train.logit_chunk_tokens=512"),
+    *("train.prompts_per_step=2", f"train.group_size={ROWS // 2}", "model.device=cpu"),
+)
+CASES = {
+    "llama": ("llama",),
+    "llama + checkpointing": ("llama", "model.gradient_checkpointing=true"),
+    "qwen3": ("qwen3",),
+    "qwen3 + checkpointing": ("qwen3", "model.gradient_checkpointing=true"),
+    "qwen3 + checkpointing + adafactor": ("qwen3", "model.gradient_checkpointing=true", "train.optimizer=adafactor"),
+    "qwen3 + checkpointing + LoRA": ("qwen3", "model.gradient_checkpointing=true", "model.lora.rank=16"),
+    "qwen3 + checkpointing + mixed": ("qwen3", "model.gradient_checkpointing=true", "model.compute_dtype=bfloat16"),
+    "qwen3 deep + checkpointing": ("deep", "model.gradient_checkpointing=true"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peaks:
+    """Bytes."""
+
+    held: int
+    """Weights and moments, between two steps."""
+    update: int
+    sampling: int
+
+
+def made_model(kind: str) -> PreTrainedModel:
+    """Random weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 384, "intermediate_size": 1152, "num_attention_heads": 6, "num_key_value_heads": 2}
+    common = sizes | {"vocab_size": 8192, "eos_token_id": 15, "pad_token_id": 16, "bos_token_id": None}
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**common, num_hidden_layers=6))
+    layers = 16 if kind == "deep" else 6
+    return Qwen3ForCausalLM(Qwen3Config(**common, num_hidden_layers=layers, head_dim=64))
+
+
+def written_model(kind: str, folder: Path) -> None:
+    """As a folder that a recipe can name, with the tokenizer of the micro base."""
+    made_model(kind).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED / name, folder / name)
+
+
+def resident(name: str = "VmRSS") -> int:
+    """Bytes of this process in memory: now, or at most (`VmHWM`) since the peak was last forgotten."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+def settled() -> int:
+    """What is held once garbage is gone and freed pages are given back; the peak is forgotten."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
+def made_rows() -> list[TrainRow]:
+    """A full micro-batch of own rows and one of a guide's, of the longest prompt and answer."""
+    ids = torch.randint(20, 8000, (ROWS + 1, PROMPT + RESPONSE)).tolist()
+    return [
+        TrainRow(
+            tokens=TokenRow(prompt_ids=tuple(row[:PROMPT]), response_ids=tuple(row[PROMPT:])),
+            behavior_logps=(-9.0,) * RESPONSE,
+            advantage=1.0 if number % 2 else -1.0,
+            foreign=number == ROWS,
+        )
+        for number, row in enumerate(ids)
+    ]
+
+
+def sample(policy: Policy, recipe: Recipe) -> None:
+    """One batch by the engine that samples with the trainer's own weights."""
+    engine = open_engine(
+        recipe.engine,
+        policy.model,
+        policy.tokenizer,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        max_model_len=PROMPT + RESPONSE,
+        dtype=policy.compute_dtype,
+    )
+    prompts = torch.randint(20, 8000, (ROWS, PROMPT)).tolist()
+    asked = [
+        SampleRequest(prompt_id=str(slot), prompt_ids=tuple(ids), slot=slot, seed=slot, version="0")
+        for slot, ids in enumerate(prompts)
+    ]
+    engine.take_weights(policy.model, version="0")
+    engine.generate(asked, temperature=1.0, max_new_tokens=RESPONSE)
+
+
+def measured(recipe: Recipe) -> Peaks:
+    """In a process that did nothing before."""
+    # A small model first, so that what torch sets up once is not charged to the large one.
+    small = load_policy(load_recipe("micro").model)
+    Updater(small, build_optimizer(small.model, recipe.train), load_recipe("micro")).take_step([], lr=1e-6)
+    del small
+    before = settled()
+    policy = load_policy(recipe.model)
+    updater = Updater(policy, build_optimizer(policy.model, recipe.train), recipe)
+    updater.take_step(made_rows(), lr=1e-6)
+    held = settled()
+    updater.take_step(made_rows(), lr=1e-6)
+    update = resident("VmHWM")
+    settled()
+    sample(policy, recipe)
+    return Peaks(held=held - before, update=update - before, sampling=resident("VmHWM") - before)
+
+
+def estimated(recipe: Recipe) -> Peaks:
+    """The same by `npo plan`, without CUDA."""
+    shape = model_shape(recipe.model)
+    needs = [need for need in gpu_needs(recipe, shape, Footing(num_gpus=1, gpu_bytes=0)) if "CUDA" not in need.what]
+    always = total(needs, "always")
+    return Peaks(held=always, update=always + total(needs, "update"), sampling=always + total(needs, "sampling"))
+
+
+def run_case(name: str, out: Path) -> dict[str, dict[str, int]]:
+    """Both, the measurement in a process of its own."""
+    kind, *settings = CASES[name]
+    folder = out / kind
+    if not folder.is_dir():
+        written_model(kind, folder)
+    settings = [*COMMON, f"model.path={folder}", *settings]
+    # Large blocks are mapped and given back at once, so that resident memory is what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    child = [sys.executable, __file__, "--child", str(out), *settings]
+    found = subprocess.run(child, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    estimate = estimated(load_recipe("micro", settings))
+    return {"measured": json.loads(found.splitlines()[-1]), "estimated": as_dict(estimate)}
+
+
+def as_dict(peaks: Peaks) -> dict[str, int]:
+    """For JSON."""
+    return {"held": peaks.held, "update": peaks.update, "sampling": peaks.sampling}
+
+
+def main() -> None:
+    """A table in Markdown, a line as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default=",".join(CASES), help="names of cases, with commas between them")
+    asked = parser.parse_args()
+    if asked.child:
+        print(json.dumps(as_dict(measured(load_recipe("micro", asked.settings)))))
+        return
+    print("| case | " + " | ".join(f"{what}, MB" for what in ("held", "update", "sampling")) + " |\n|---|---|---|---|")
+    for name in asked.only.split(","):
+        found = run_case(name, asked.out)
+        cells = [
+            f"{found['estimated'][what] / MB:,.0f} / {found['measured'][what] / MB:,.0f} = "
+            f"{found['estimated'][what] / found['measured'][what]:.2f}"
+            for what in ("held", "update", "sampling")
+        ]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

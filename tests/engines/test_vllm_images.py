@@ -1,0 +1,117 @@
+"""vLLM for real, on a CPU, with a tiny Qwen3-VL: the trainer's tokens and pixels, and a stale tower is told."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from npo_cli.engines import vllm_engine
+from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
+from npo_cli.engines.vllm_engine import VllmEngine
+from npo_cli.errors import RunFailed
+from npo_cli.loading import load_recipe
+from npo_cli.policy.model import Policy
+from npo_cli.seeds import derive_seed
+from npo_cli.stages.engine_sync import Sync, probe_rows
+from npo_cli.stages.world import adapter_port
+from tests.pictures import mixed_prompts, seeing
+
+from .vllm_models import limits_of
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair(untaught_vl: Path) -> Iterator[tuple[Policy, VllmEngine, Sync]]:
+    policy = seeing(untaught_vl)
+    engine = VllmEngine(
+        policy.model, policy.tokenizer, limits=limits_of(policy, max_model_len=128), sight=policy.vision
+    )
+    rows = probe_rows(policy, mixed_prompts())
+    yield policy, engine, Sync(recipe=load_recipe("micro", []), policy=policy, engine=engine, rows=rows)
+    engine.close()
+
+
+def requests_of(policy: Policy) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            prompt_id=prompt.prompt_id,
+            prompt_ids=policy.encode(prompt),
+            images=prompt.images,
+            slot=slot,
+            seed=derive_seed(0, prompt.prompt_id, slot),
+        )
+        for prompt in mixed_prompts()
+        for slot in range(8)
+    ]
+
+
+def assert_sampled_as_scored(policy: Policy, samples: list[Sample]) -> None:
+    prompts = {prompt.prompt_id: prompt for prompt in mixed_prompts()}
+    rows = [policy.row(prompts[each.prompt_id], each.response_ids) for each in samples]
+    with torch.no_grad():
+        scores_NT = policy.score(rows, temperature=1.0, chunk_tokens=4096).logps_NT
+    for sample, logps_T in zip(samples, scores_NT, strict=True):
+        assert torch.allclose(torch.tensor(sample.logps), logps_T[: len(sample.logps)], atol=1e-4)
+
+
+def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, VllmEngine, Sync]):
+    policy, engine, sync = pair
+    sync.in_step(0)
+    requests = requests_of(policy)
+    samples = engine.generate(requests, temperature=1.0, max_new_tokens=6)
+    assert_sampled_as_scored(policy, samples)
+    # an untaught model would write one of the two silent tokens of 30 about once in 15 tokens
+    written = [token for sample in samples for token in sample.response_ids]
+    assert len(written) > 100 and not set(written) & set(policy.vision.silent_ids)
+    assert engine.generate(requests[::-1], temperature=1.0, max_new_tokens=6)[::-1] == samples
+
+
+def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Policy, VllmEngine, Sync]):
+    policy, engine, sync = pair
+    sync.in_step(0)
+    one, _, _, four = mixed_prompts()
+    asked = ScoreRequest(prompt_ids=policy.encode(one), response_ids=(policy.end_id,), images=one.images)
+    num_tokens = len(asked.prompt_ids) + 1
+    # 32 x 32 pixels are 2 x 2 tokens, 48 x 64 are 3 x 4: eight more
+    with pytest.raises(RunFailed, match=f"it read {num_tokens + 8} tokens where the trainer reads {num_tokens}: "):
+        engine.score([replace(asked, images=four.images)])
+
+
+def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, VllmEngine, Sync], monkeypatch: pytest.MonkeyPatch):
+    policy, _, sync = pair
+    sync.in_step(0)
+    sent = policy.model.state_dict()
+    old = {name: tensor.clone() for name, tensor in sent.items() if ".visual." in name}
+    with torch.no_grad():
+        for name in old:
+            sent[name] += 0.05 * torch.randn(sent[name].shape, generator=torch.Generator().manual_seed(1))
+    whole = vllm_engine.named_tensors
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm_engine, "named_tensors", lambda model: whole(model) | old)
+        with pytest.raises(RunFailed, match="the engine still holds weights from before"):
+            sync.in_step(1)
+    sync.in_step(1)
+
+
+def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(untaught_vl: Path):
+    policy = seeing(untaught_vl, lora=4)
+    with torch.no_grad():
+        for name, tensor in policy.model.named_parameters():
+            if "lora_B" in name:
+                tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    limits = limits_of(policy, max_model_len=128)
+    port = adapter_port(policy, policy.adapters)
+    engine = VllmEngine(policy.model, policy.tokenizer, limits=limits, adapters=port, sight=policy.vision)
+    rows = probe_rows(policy, mixed_prompts())
+    try:
+        Sync(recipe=load_recipe("micro", []), policy=policy, engine=engine, rows=rows).in_step(0)
+        assert_sampled_as_scored(policy, engine.generate(requests_of(policy), temperature=1.0, max_new_tokens=6))
+    finally:
+        engine.close()

@@ -1,0 +1,59 @@
+"""How much of a disk a run takes: by hand, and beside a real run."""
+
+from pathlib import Path
+
+import pytest
+
+from npo_cli.loading import load_recipe
+from npo_cli.policy.shape import model_shape
+from npo_cli.run_dir.room import disk_needs, kept
+from npo_cli.stages.plan import checkpoint_bytes
+from tests.stages.running import tiny, train
+
+
+@pytest.mark.parametrize(
+    ("quotas", "expected"),
+    [
+        # steps 0, 10, ..., 100 are 11
+        ((), (11, 0)),
+        (("train.keep_anchors=2",), (3, 8)),
+        (("train.keep_anchors=2", "train.keep_guides=5"), (3, 5)),
+        (("train.keep_anchors=50",), (11, 0)),
+    ],
+)
+def test_quotas_leave_full_states_and_guides(quotas, expected):
+    assert kept(load_recipe("micro", ["train.save_every=10", *quotas]), 100) == expected
+
+
+def test_a_replay_of_autonpo_is_a_branch_of_its_own():
+    settings = ["train.num_steps=100", "train.save_every=10", "auto.deltas=[20,40]", "auto.max=2", "guide.k=8"]
+    recipe = load_recipe("micro", [*settings, "train.prompts_per_step=4", "train.group_size=4"])
+    alone, watched = (
+        {need.what: need.num_bytes for need in disk_needs(recipe, weights=10, moments=20, autonpo=on)}
+        for on in (False, True)
+    )
+    assert alone["checkpoints of the run's branch"] == 11 * 30 - 20
+    # 2 x 40 steps: 8 saves and a first one
+    assert watched["checkpoints of up to 2 replays of AutoNPO"] == 9 * 30 - 20
+    # 180 steps instead of 100; three caches instead of one
+    assert watched["journals"] == pytest.approx(1.8 * alone["journals"])
+    assert watched["guide caches"] == 3 * alone["guide caches"]
+
+
+def test_the_estimate_is_what_a_real_run_takes(tmp_path):
+    settings = ("train.num_steps=12", "train.prompts_per_step=8", "task.pool_size=64")
+    train(tmp_path / "run", *settings)
+    recipe = tiny(*settings)
+    weights, moments = checkpoint_bytes(recipe, model_shape(recipe.model))
+    needs = disk_needs(recipe, weights=weights, moments=moments, autonpo=False)
+    planned = {need.what: need.num_bytes for need in needs}
+    checkpoints = sized(tmp_path / "run" / "branches" / "main" / "checkpoints")
+    journals = sized(tmp_path / "run") - checkpoints
+    # 7 full states, the first without moments; beside the tensors a few kB of JSON each
+    assert planned["checkpoints of the run's branch"] == pytest.approx(checkpoints, rel=0.03)
+    # responses may end before the limit
+    assert journals == pytest.approx(planned["journals"], rel=0.25)
+
+
+def sized(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
