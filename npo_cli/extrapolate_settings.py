@@ -21,7 +21,12 @@ class ExtrapolateSettings(Settings):
     k: Count = Field(
         20, description="Steps back of the older copy, which is a checkpoint of the run.", json_schema_extra=FORK
     )
-    a: Strength = Field(2.0, description="How far: a times the motion of those k steps.", json_schema_extra=FORK)
+    a: float = Field(
+        2.0,
+        ge=0,
+        description="How far: a times the motion of those k steps. 0 asks the policy itself: the control.",
+        json_schema_extra=FORK,
+    )
     seat: Literal["inject", "seats"] = Field(
         "inject",
         description="inject: a verified answer takes a slot. seats: slots are sampled from it, right or wrong.",
