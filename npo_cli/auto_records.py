@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Phase = Literal["TRAIN", "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE", "COOLDOWN"]
+Phase = Literal["TRAIN", "PUSH", "AHEAD", "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE", "COOLDOWN"]
 Event = Literal[
     "started",
     "armed",
@@ -15,6 +15,10 @@ Event = Literal[
     "recovered",
     "trigger",
     "capped",
+    "pushed",
+    "unpushed",
+    "moved",
+    "unmoved",
     "early",
     "missed",
     "accepted",
@@ -133,7 +137,7 @@ class AutoState:
     distance: int | None = None
     """D of the intervention under way."""
     until: int | None = None
-    """Last step of the replay or the rest under way."""
+    """Last step of the replay, of the extrapolated guidance or of the rest under way."""
     begun_early: bool = False
     """Whether the early bootstrap was tried."""
     early: bool = False

@@ -39,6 +39,12 @@ class AutoSettings(Settings):
         description="Rollback distances to choose from; those at a checkpoint count.",
         json_schema_extra=FREE,
     )
+    extrapolate: int = Field(
+        0,
+        ge=0,
+        description="Steps that a trigger tries extrapolated guides for, before it probes; 0 is off.",
+        json_schema_extra=FREE,
+    )
     early: bool = Field(False, description="Begin with an early bootstrap (see early).", json_schema_extra=FREE)
 
     @model_validator(mode="after")

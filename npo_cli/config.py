@@ -253,11 +253,23 @@ class Recipe(Settings):
             raise ValueError(f"inject.shape=soft is defined for loss.kind=grpo, not for {self.loss.kind}")
         return self
 
+    @property
+    def uses_motion(self) -> bool:
+        """Whether the policy is ever pushed along its own motion while it trains."""
+        return self.guide.source == "extrapolated" or self.auto.extrapolate > 0
+
     @model_validator(mode="after")
     def _extrapolation_fits(self) -> "Recipe":
-        if self.guide.source != "extrapolated":
+        if not self.uses_motion:
             return self
         extrapolate, train = self.extrapolate, self.train
+        if self.guide.source == "extrapolated" and self.auto.extrapolate:
+            raise ValueError("guide.source=extrapolated guides every step: auto.extrapolate must be 0")
+        if self.auto.extrapolate % train.save_every:
+            raise ValueError(
+                "what comes of auto.extrapolate is looked at where a checkpoint lies: it must be a multiple of "
+                f"train.save_every ({train.save_every}), got {self.auto.extrapolate}"
+            )
         if train.save_every > min(extrapolate.lags):
             raise ValueError(
                 f"the older copy is a checkpoint {min(extrapolate.lags)} steps back: "
@@ -266,7 +278,7 @@ class Recipe(Settings):
         if extrapolate.seat == "seats" and extrapolate.seats >= train.group_size:
             raise ValueError("extrapolate.seats must be below train.group_size: the policy answers too")
         if self.experience.share:
-            raise ValueError("experience.share and guide.source=extrapolated fill the same slots: choose one")
+            raise ValueError("experience.share and extrapolated guides fill the same slots: choose one")
         if extrapolate.space == "weights" and self.model.lora.rank is not None and self.engine.kind != "transformers":
             raise ValueError(
                 "extrapolate.space=weights doubles the rank of adapters: it needs engine.kind=transformers"

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from npo_cli.auto_records import AutoState, Confirmation, Event, Phase, Transition, TriggerReading
+from npo_cli.guide.facts import Confirmed, Fact, Guided, Judged, Missed, Pushed, RolledBack, StepSeen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,69 +28,8 @@ class ControllerKnobs:
     early: bool
     early_scout: int
     accept_test: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepSeen:
-    """A training step was made (or found on record) and read."""
-
-    reading: TriggerReading
-    has_checkpoint: bool
-    """Whether the policy after this step is on the disk: it may become the guide."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Confirmed:
-    """The mistakes were asked again."""
-
-    confirmation: Confirmation
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Missed:
-    """What the phase at hand needs is gone."""
-
-    what: str
-    """In words."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Guided:
-    """Guides were asked for."""
-
-    guide: str
-    """Name of the cache."""
-    num_asked: int
-    """Prompts that want a guide."""
-    num_found: int
-    """Prompts that have one."""
-    num_reused: int
-    """Of those, answered by the probe already."""
-    num_tokens: int
-    """Generated on top of the probe's."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RolledBack:
-    """A branch was born that leaves the present one at `to_step`."""
-
-    branch: str
-    to_step: int
-    until: int
-    """Last step of its replay."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
-    """The replayed policy was compared with the one that was left."""
-
-    worse: bool
-    evidence: Mapping[str, Any]
-    parent: str
-    """The branch to go back to where it is worse."""
-
-
-Fact = StepSeen | Confirmed | Missed | Guided | RolledBack | Judged
+    push_steps: int
+    """Steps of extrapolated guidance that come before a probe; 0 is none."""
 
 
 def advance(state: AutoState, fact: Fact, *, knobs: ControllerKnobs) -> tuple[AutoState, tuple[Transition, ...]]:
@@ -100,9 +40,11 @@ def advance(state: AutoState, fact: Fact, *, knobs: ControllerKnobs) -> tuple[Au
             course.step_seen(fact)
         case Confirmed():
             course.confirmed(fact.confirmation)
+        case Pushed():
+            course.expect("PUSH")
+            course.move("pushed", asdict(fact), branch=fact.branch, until=fact.until, phase="AHEAD")
         case Missed():
-            course.expect("PROBE", "GUIDE_GEN", "ROLLBACK", "JUDGE")
-            course.rest("missed", asdict(fact))
+            course.missed(fact)
         case Guided():
             course.guided(fact)
         case RolledBack():
@@ -128,6 +70,8 @@ def why_not(state: AutoState, reading: TriggerReading, *, knobs: ControllerKnobs
         return "replaying"
     if state.phase == "COOLDOWN":
         return "resting"
+    if state.phase == "AHEAD":
+        return "pushing"
     assert state.phase == "TRAIN", f"a step in {state.phase} did trigger"
     if state.step <= knobs.warmup:
         return "warming_up"
@@ -168,12 +112,15 @@ class _Course:
         self.move(event, evidence, phase="COOLDOWN", until=until, distance=None, early=False, **changes)
 
     def step_seen(self, fact: StepSeen) -> None:
-        self.expect("TRAIN", "REPLAY", "COOLDOWN")
+        self.expect("TRAIN", "AHEAD", "REPLAY", "COOLDOWN")
         last, step = self.state.step, fact.reading.step
         assert step > last, "steps increase"
         self.state = replace(self.state, step=step)
         if self.state.phase == "REPLAY":
             self.replay_step(step)
+            return
+        if self.state.phase == "AHEAD":
+            self.ahead_step(fact.reading)
             return
         if self.state.phase == "COOLDOWN":
             assert self.state.until is not None
@@ -194,6 +141,24 @@ class _Course:
             self.move("replayed", evidence, phase="JUDGE", until=None)
         else:
             self.rest("replayed", evidence)
+
+    def ahead_step(self, reading: TriggerReading) -> None:
+        """At the end of the guidance: it helped if the reward rises again, else the mistakes are asked."""
+        assert self.state.until is not None
+        if reading.step < self.state.until:
+            return
+        if reading.verdict == "rising":
+            self.rest("moved", _figures(reading, 0))
+        else:
+            self.move("unmoved", _figures(reading, 0), phase="PROBE", until=None)
+
+    def missed(self, fact: Missed) -> None:
+        """Nothing can be pushed: then the mistakes are asked. Of everything else it is the end."""
+        self.expect("PUSH", "PROBE", "GUIDE_GEN", "ROLLBACK", "JUDGE")
+        if self.state.phase == "PUSH":
+            self.move("unpushed", asdict(fact), phase="PROBE")
+        else:
+            self.rest("missed", asdict(fact))
 
     def train_step(self, fact: StepSeen) -> None:
         """An ordinary step: the early bootstrap, or the streak and what follows from it."""
@@ -234,7 +199,7 @@ class _Course:
         if self.is_capped():
             self.move("capped", {**evidence, "interventions": self.state.interventions}, warned=False)
         else:
-            self.leave_train("trigger", evidence, phase="PROBE")
+            self.leave_train("trigger", evidence, phase="PUSH" if self.knobs.push_steps else "PROBE")
 
     def is_capped(self) -> bool:
         return 0 <= self.knobs.max_interventions <= self.state.interventions

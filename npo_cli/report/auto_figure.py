@@ -117,6 +117,7 @@ def _draw_band(panel: "Axes", moves: Sequence[Transition], *, name: str, axis: S
     for events, marker, colour, size in (
         (("warning",), "v", WARNING, 7),
         (("trigger", "early"), "D", TRIGGER, 8),
+        (("pushed",), "^", BACK, 8),
         (tuple(ENDED), "x", INK, 7),
     ):
         steps = [move.step for move in moves if move.event in events]
@@ -174,6 +175,7 @@ def _legend(figure: "Figure", moves: Sequence[Transition]) -> None:
     key = [
         ("warning", bool(happened & {"warning"}), sign("v", WARNING)),
         ("trigger", bool(happened & {"trigger", "early"}), sign("D", TRIGGER)),
+        ("pushed ahead", "pushed" in happened, sign("^", BACK)),
         ("rollback", "rolled_back" in happened, Line2D([], [], color=BACK, lw=2)),
         ("nothing came of it", bool(happened & set(ENDED)), sign("x", INK)),
         ("rest", any(rests(moves)), Patch(color=REST)),

@@ -18,7 +18,7 @@ def because(move: Transition) -> str:
     """What the move rests on; empty where the event says it all."""
     evidence = move.evidence
     match move.event:
-        case "warning" | "trigger" | "recovered" | "capped":
+        case "warning" | "trigger" | "recovered" | "capped" | "moved" | "unmoved":
             return _signals(evidence)
         case "accepted" | "rejected":
             return _confirmation(evidence)
@@ -38,7 +38,9 @@ def because(move: Transition) -> str:
                 if "replayed" in evidence
                 else ""
             )
-        case "missed":
+        case "pushed":
+            return f"the policy's own motion guides until step {evidence['until']}"
+        case "missed" | "unpushed":
             return str(evidence.get("what", ""))
         case _:
             return ""

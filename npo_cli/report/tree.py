@@ -20,6 +20,7 @@ WIDE = 13.0
 SIGNS = (
     (("warning",), "v", "warning"),
     (("accepted", "early"), "D", "trigger, accepted"),
+    (("pushed",), "^", "pushed ahead"),
     (("rejected", "missed", "unguided", "reverted"), "x", "trigger, nothing came of it"),
 )
 

@@ -109,7 +109,8 @@ def protected_places(run: RunDir) -> set[Place]:
 def older_copies(run: RunDir, branch: str) -> set[Place]:
     """What an extrapolated guide needs from the newest checkpoint on: as far back as its k, and one save more."""
     recipe = run.recipe(branch)
-    if recipe.get("guide", {}).get("source") != "extrapolated":
+    wanted = recipe.get("guide", {}).get("source") == "extrapolated" or recipe.get("auto", {}).get("extrapolate")
+    if not wanted:
         return set()
     settings, every = recipe["extrapolate"], recipe["train"]["save_every"]
     farthest = max((settings["k"], *settings["k_grid"]) if settings["refresh"] else (settings["k"],))

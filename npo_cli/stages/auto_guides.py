@@ -7,7 +7,7 @@ samples counted. The cache is an ordinary one: `npo show RUN guides` lists it, `
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from npo_cli.guide.controller import Guided
+from npo_cli.guide.facts import Guided
 from npo_cli.guide_records import GuideInfo
 from npo_cli.records import Progress, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint

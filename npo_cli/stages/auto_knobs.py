@@ -6,7 +6,7 @@ from npo_cli.config import Recipe
 from npo_cli.guide.controller import ControllerKnobs
 from npo_cli.guide.trigger import TriggerKnobs
 
-SECTIONS = ("auto", "pool", "probe", "rollback", "replay", "early", "score", "guide", "inject")
+SECTIONS = ("auto", "pool", "probe", "rollback", "replay", "early", "score", "guide", "inject", "extrapolate")
 """Settings that decide what AutoNPO does."""
 
 
@@ -38,4 +38,5 @@ def controller_knobs(recipe: Recipe) -> ControllerKnobs:
         early=recipe.auto.early,
         early_scout=recipe.early.scout,
         accept_test=recipe.replay.accept_test,
+        push_steps=recipe.auto.extrapolate,
     )

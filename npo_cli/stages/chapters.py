@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from npo_cli.guide_records import GuideInfo
-from npo_cli.records import CheckpointScore
+from npo_cli.records import CheckpointScore, Segment
 from npo_cli.report.auto_tables import confirmation_tables, transitions_tables
 from npo_cli.report.cost_tables import comparison_tables, costs_tables
 from npo_cli.report.curves import Arm, accuracy_pictures, training_pictures
@@ -65,10 +65,15 @@ def limbs_of(run: RunDir, branch: str) -> list[Limb]:
                 kept_until=ends,
                 guide=born.guide,
                 guide_step=guide_step_of(caches.get(born.guide or "")),
-                guide_until=born.guide_until if born.guide else None,
+                guide_until=guided_until(born),
             )
         )
     return found
+
+
+def guided_until(born: Segment) -> int | None:
+    """Last step with a guide of any kind."""
+    return born.guide_until if born.guide else born.ahead_until
 
 
 def guide_step_of(info: GuideInfo | None) -> int | None:
@@ -86,7 +91,7 @@ def arms_of(run: RunDir) -> Iterator[Arm]:
             ready = [point for point in points if point.step == born.fork_step][-1:]
             points = [*ready, *(point for point in points if point.step > born.fork_step)]
         if points:
-            until = born.guide_until if born.guide else None
+            until = guided_until(born)
             forks = born.parent is not None and points[0].step == born.fork_step
             yield Arm(place=place, points=tuple(points), guide_until=until, is_fork=forks)
 

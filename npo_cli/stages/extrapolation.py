@@ -15,6 +15,7 @@ from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint
+from npo_cli.run_dir.lineage import birth_segment
 from npo_cli.stages.ahead import InLogits, InWeights, Motion, motion_at, older_policy, open_ahead
 from npo_cli.stages.batches import Part, StepBatch, own_part
 from npo_cli.stages.world import World, answer, num_tokens
@@ -35,6 +36,12 @@ class Extrapolator:
     """Found whole, and in `old` where there is one."""
     old: Policy | None = None
     """A second model; only where logits are pushed."""
+    until: int | None = None
+    """Last step of an intervention of AutoNPO; None where it helps as long as the run lasts."""
+
+    def rests(self, state: TrainerState) -> bool:
+        """Whether its time is over at the step after `state`."""
+        return self.until is not None and state.step >= self.until
 
     def helper(self, state: TrainerState) -> "Helper | None":
         """Who helps at the step after `state`; None where there is no older copy, or the choice is to ask nobody."""
@@ -63,6 +70,14 @@ class Extrapolator:
             self.older = {kept: older for kept, older in self.older.items() if kept[0] != push.k}
             self.older[key] = found.older
         return Motion(push=push, step=step, older=self.older[key])
+
+
+def extrapolator_of(world: World, branch: str) -> Extrapolator | None:
+    """Who pushes the policy on this branch: the recipe wants it, or AutoNPO tries it for some steps; else None."""
+    if world.recipe.guide.source == "extrapolated":
+        return Extrapolator(world=world, branch=branch)
+    until = birth_segment(world.run, branch).ahead_until
+    return None if until is None else Extrapolator(world=world, branch=branch, until=until)
 
 
 def push_in_force(recipe: Recipe, choice: PushChoice | None) -> Push:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from npo_cli.auto_records import AutoState
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.guide.controller import Confirmed, Guided, Judged, Missed, RolledBack
+from npo_cli.guide.facts import Confirmed, Guided, Judged, Missed, Pushed, RolledBack
 from npo_cli.guide.mistakes import strata_of
 from npo_cli.policy.optimizer import peek_state
 from npo_cli.records import Progress, Prompt, Rollout, Segment
@@ -14,8 +14,10 @@ from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.lineage import birth_segment, branches
 from npo_cli.run_dir.paths import RunDir
+from npo_cli.stages.ahead import motion_at
 from npo_cli.stages.auto_guides import Wanted, made_guides
 from npo_cli.stages.confirm import confirmed, open_confirmation, places_back
+from npo_cli.stages.extrapolation import AHEAD, push_in_force
 from npo_cli.stages.judge import paired_test
 from npo_cli.stages.resume import Start, record_start
 from npo_cli.stages.saving import ANCHOR, need_state
@@ -35,6 +37,23 @@ def confirmed_fact(world: World, state: AutoState) -> Generator[Progress, None, 
         return Missed(what=f"no full state at any of auto.deltas before step {state.step}")
     found = yield from confirmed(probe)
     return Confirmed(confirmation=found)
+
+
+def pushed_fact(world: World, state: AutoState) -> Generator[Progress, None, Pushed | Missed]:
+    """PUSH: a branch is born that goes on from here, its hard groups answered by the policy pushed along its motion."""
+    yield Progress(what="push", done=0, total=1)
+    push, every = push_in_force(world.recipe, None), world.recipe.train.save_every
+    try:
+        motion = motion_at(world.run, state.branch, push, step=state.step, every=every)
+    except NpoError as error:
+        return Missed(what=error.message)
+    if motion is None:
+        return Missed(what=f"step {state.step} is less than extrapolate.k={push.k} steps from the start")
+    until = state.step + world.recipe.auto.extrapolate
+    segment = Segment(
+        branch=AHEAD, parent=state.branch, fork_step=state.step, guide=None, guide_until=None, ahead_until=until
+    )
+    return Pushed(branch=born(world, segment), until=until)
 
 
 def guided_fact(world: World, state: AutoState) -> Generator[Progress, None, Guided | Missed]:
@@ -70,11 +89,16 @@ def rolled_back_fact(world: World, state: AutoState) -> Generator[Progress, None
         return Missed(what=error.message)
     until = info.at_step + info.num_steps
     segment = Segment(branch=guide, parent=state.branch, fork_step=info.at_step, guide=guide, guide_until=until)
+    return RolledBack(branch=born(world, segment), to_step=info.at_step, until=until)
+
+
+def born(world: World, segment: Segment) -> str:
+    """Name of the branch, which exists from now on; a killed driver may have made it before."""
     segment = replace(segment, branch=branch_for(world.run, segment))
     if segment.branch not in branches(world.run):
         start = Start(recipe=world.recipe, branch=segment.branch, checkpoint=None, segment=segment, is_new=True)
         record_start(world.run, start, ())
-    return RolledBack(branch=segment.branch, to_step=info.at_step, until=until)
+    return segment.branch
 
 
 def judged_fact(world: World, state: AutoState) -> Generator[Progress, None, Judged | Missed]:

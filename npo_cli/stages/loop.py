@@ -139,7 +139,7 @@ def helped(trainer: Trainer, state: TrainerState) -> tuple[TrainerState, Refresh
     Nobody does while a cache is at work: the slots are its own.
     """
     busy = trainer.guidance is not None and state.step < trainer.guidance.until_step
-    if trainer.extrapolator is None or busy:
+    if trainer.extrapolator is None or busy or trainer.extrapolator.rests(state):
         return state, None, None
     refresh = refreshed(trainer.extrapolator, state, seed_name=trainer.seed_name)
     if refresh is not None:

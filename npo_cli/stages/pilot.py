@@ -12,7 +12,8 @@ from typing import Any
 
 from npo_cli.auto_records import AutoState, Transition
 from npo_cli.errors import StoppedEarly, as_typed
-from npo_cli.guide.controller import Fact, StepSeen, advance
+from npo_cli.guide.controller import advance
+from npo_cli.guide.facts import Fact, StepSeen
 from npo_cli.guide.trigger import Signal, Watch, is_finite
 from npo_cli.records import EvalReport, Notice, Progress, StepReport
 from npo_cli.report.auto_words import in_words
@@ -22,7 +23,14 @@ from npo_cli.run_dir.lineage import descent, newest_branch
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.steps import append_event, measured_steps
 from npo_cli.stages.auto_knobs import controller_knobs, trigger_knobs
-from npo_cli.stages.interventions import confirmed_fact, guided_fact, judged_fact, last_event, rolled_back_fact
+from npo_cli.stages.interventions import (
+    confirmed_fact,
+    guided_fact,
+    judged_fact,
+    last_event,
+    pushed_fact,
+    rolled_back_fact,
+)
 from npo_cli.stages.loop import grpo_steps
 from npo_cli.stages.resume import continuation, first_state, open_guidance, record_start
 from npo_cli.stages.signals import StopFlag
@@ -30,7 +38,7 @@ from npo_cli.stages.together import new_optimizer
 from npo_cli.stages.train import open_trainer
 from npo_cli.stages.world import World, load_checkpoint
 
-TRAINING = ("TRAIN", "REPLAY", "COOLDOWN")
+TRAINING = ("TRAIN", "AHEAD", "REPLAY", "COOLDOWN")
 Seen = Transition | Notice | Progress | StepReport | EvalReport
 
 
@@ -65,8 +73,9 @@ class Pilot:
         return watch
 
     def drive(self) -> Iterator[Seen]:
-        """Train, probe, roll back, replay, until the last step is done."""
+        """Train, push, probe, roll back, replay, until the last step is done."""
         facts = {
+            "PUSH": pushed_fact,
             "PROBE": confirmed_fact,
             "GUIDE_GEN": guided_fact,
             "ROLLBACK": rolled_back_fact,

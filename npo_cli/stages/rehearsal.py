@@ -13,17 +13,8 @@ from pathlib import Path
 from npo_cli.auto_records import AutoState, Confirmation, Stretch, Transition, TriggerReading
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
-from npo_cli.guide.controller import (
-    Confirmed,
-    Fact,
-    Guided,
-    Judged,
-    Missed,
-    RolledBack,
-    StepSeen,
-    advance,
-    why_not,
-)
+from npo_cli.guide.controller import advance, why_not
+from npo_cli.guide.facts import Confirmed, Fact, Guided, Judged, Missed, RolledBack, StepSeen
 from npo_cli.guide.trigger import Signal, Watch
 from npo_cli.loading import from_dict, with_overrides
 from npo_cli.run_dir.lineage import descent, newest_branch
@@ -133,6 +124,8 @@ def assumed_fact(state: AutoState, seen: StepSeen, record: Record) -> Fact:
     step = seen.reading.step
     distances = reachable(record, step)
     match state.phase:
+        case "PUSH":
+            return Missed(what="a rehearsal pushes nothing")
         case "PROBE" if not distances:
             return Missed(what=f"no distance of auto.deltas leads from step {step} to a checkpoint")
         case "PROBE":

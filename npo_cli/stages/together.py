@@ -44,10 +44,10 @@ def refuse_crowd(recipe: Recipe) -> None:
 def refuse_many(recipe: Recipe, size: int) -> None:
     """What `size` processes cannot do, on whatever machine."""
     train = recipe.train
-    if recipe.guide.source == "extrapolated":
+    if recipe.uses_motion:
         raise NpoError(
-            f"guide.source=extrapolated holds two models whole in one process, and there are {size}",
-            "start one process, or choose another guide.source",
+            f"an extrapolated guide holds two models whole in one process, and there are {size}",
+            "start one process; or another guide.source, and auto.extrapolate=0",
         )
     if recipe.engine.kind == "vllm":
         raise NpoError(

@@ -21,7 +21,7 @@ from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.run_dir.steps import StepJournals, append_event
 from npo_cli.stages.batches import Guidance
 from npo_cli.stages.evaluate import evaluate_policy
-from npo_cli.stages.extrapolation import Extrapolator
+from npo_cli.stages.extrapolation import extrapolator_of
 from npo_cli.stages.loop import Trainer, grpo_steps
 from npo_cli.stages.rollback import seed_name
 from npo_cli.stages.saving import save_checkpoint
@@ -131,7 +131,6 @@ def open_trainer(world: World, optimizer: Optimizer, *, branch: str, guidance: G
     steps, rollouts = StepJournals(run, branch), RolloutJournal(run.rollouts_path(branch))
     rollouts.repair()
     reference = frozen_base(world) if world.recipe.loss.kl_coef > 0 else None
-    extrapolates = world.recipe.guide.source == "extrapolated"
     return Trainer(
         world=world,
         optimizer=optimizer,
@@ -141,7 +140,7 @@ def open_trainer(world: World, optimizer: Optimizer, *, branch: str, guidance: G
         seed_name=seed_name(run, branch),
         guidance=guidance,
         reference=reference,
-        extrapolator=Extrapolator(world=world, branch=branch) if extrapolates else None,
+        extrapolator=extrapolator_of(world, branch),
     )
 
 

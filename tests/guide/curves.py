@@ -5,17 +5,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from npo_cli.auto_records import AutoState, Confirmation, Phase, Transition, TriggerReading
-from npo_cli.guide.controller import (
-    Confirmed,
-    ControllerKnobs,
-    Fact,
-    Guided,
-    Judged,
-    Missed,
-    RolledBack,
-    StepSeen,
-    advance,
-)
+from npo_cli.guide.controller import ControllerKnobs, advance
+from npo_cli.guide.facts import Confirmed, Fact, Guided, Judged, Missed, RolledBack, StepSeen
 from npo_cli.guide.trigger import Signal, TriggerKnobs, Watch
 
 KNOBS = TriggerKnobs(ema=0.9, window=20, c_r=1.0, d_H=0.05, c_H=4.0)
@@ -26,6 +17,7 @@ CONTROL = ControllerKnobs(
     max_interventions=3,
     early=False,
     early_scout=20,
+    push_steps=0,
     accept_test=False,
 )
 START = AutoState(branch="main", step=0)

@@ -5,13 +5,18 @@ from dataclasses import asdict, replace
 import pytest
 
 from npo_cli.auto_records import AutoState, TriggerReading
-from npo_cli.guide.controller import Judged, RolledBack, StepSeen, advance, why_not
+from npo_cli.guide.controller import advance, why_not
+from npo_cli.guide.facts import Judged, Pushed, RolledBack, StepSeen
 
 from .curves import ACCEPTED, CONTROL, GUIDED, MISSED, REJECTED, START, UNGUIDED
 
 ARMED = AutoState(branch="main", step=100)
 WARNED = replace(ARMED, streak=5, warned=True)
 PROBING = replace(ARMED, phase="PROBE")
+PUSHING = replace(ARMED, phase="PUSH")
+AHEAD = AutoState(branch="ahead", step=100, phase="AHEAD", until=120)
+PUSHED = Pushed(branch="ahead", until=120)
+TRYING = replace(CONTROL, push_steps=20)
 GUIDING = replace(ARMED, phase="GUIDE_GEN", distance=20)
 LEAVING = replace(ARMED, phase="ROLLBACK", distance=20)
 JUDGING = AutoState(branch="auto-1", step=100, phase="JUDGE", distance=20, interventions=1)
@@ -33,6 +38,39 @@ def tell(state, *facts, knobs=CONTROL):
         moves += [(move.step, move.event, move.phase_before, move.state.phase) for move in made]
         assert not made or made[-1].state == state
     return state, moves
+
+
+# The cheap intervention
+
+
+def test_a_trigger_leads_to_a_push_first_where_one_is_wanted():
+    fact = seen(101, "stagnant", has_checkpoint=True)
+    assert tell(WARNED, fact, knobs=TRYING)[1] == [(101, "trigger", "TRAIN", "PUSH")]
+    assert tell(WARNED, fact)[1] == [(101, "trigger", "TRAIN", "PROBE")]
+
+
+def test_a_push_is_looked_at_when_its_time_is_over():
+    state, moves = tell(PUSHING, PUSHED, *(seen(step, "stagnant") for step in range(101, 120)), knobs=TRYING)
+    assert moves == [(100, "pushed", "PUSH", "AHEAD")]
+    assert (state.branch, state.step, state.until) == ("ahead", 119, 120)
+
+
+@pytest.mark.parametrize("verdict", ["stagnant", "entropy_level", "no_signal", "short_history"])
+def test_what_did_not_rise_is_asked(verdict):
+    state, moves = tell(replace(AHEAD, step=119), seen(120, verdict), knobs=TRYING)
+    assert moves == [(120, "unmoved", "AHEAD", "PROBE")]
+    assert state.until is None
+
+
+def test_what_rises_again_is_rest():
+    state, moves = tell(replace(AHEAD, step=119), seen(120, "rising"), knobs=TRYING)
+    assert moves == [(120, "moved", "AHEAD", "COOLDOWN")]
+    # 120 + a cooldown of 40
+    assert (state.until, state.interventions) == (160, 0)
+
+
+def test_what_cannot_be_pushed_is_asked():
+    assert tell(PUSHING, MISSED, knobs=TRYING)[1] == [(100, "unpushed", "PUSH", "PROBE")]
 
 
 # The streak

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npo_cli.auto_records import AutoState, Confirmation, TriggerReading
-from npo_cli.guide.controller import Confirmed, ControllerKnobs, Judged, Missed, RolledBack, StepSeen, advance
+from npo_cli.guide.controller import ControllerKnobs, advance
+from npo_cli.guide.facts import Confirmed, Judged, Missed, Pushed, RolledBack, StepSeen
 from npo_cli.guide.trigger import Signal
 
 from .curves import CONTROL, GUIDED, REJECTED, START, UNGUIDED, Story
@@ -17,6 +18,11 @@ from .curves import CONTROL, GUIDED, REJECTED, START, UNGUIDED, Story
 DIAGRAM = {
     ("TRAIN", "PROBE"),
     ("TRAIN", "GUIDE_GEN"),
+    ("TRAIN", "PUSH"),
+    ("PUSH", "AHEAD"),
+    ("PUSH", "PROBE"),
+    ("AHEAD", "PROBE"),
+    ("AHEAD", "COOLDOWN"),
     ("PROBE", "GUIDE_GEN"),
     ("PROBE", "COOLDOWN"),
     ("GUIDE_GEN", "ROLLBACK"),
@@ -90,12 +96,16 @@ KNOBS = st.builds(
     early=st.booleans(),
     early_scout=st.integers(1, 8),
     accept_test=st.booleans(),
+    push_steps=st.integers(0, 3),
 )
 
 
-def any_fact(data, state):
+def any_fact(data, state, knobs):
     """Some fact that fits the phase."""
     match state.phase:
+        case "PUSH":
+            pushed = Pushed(branch="ahead", until=state.step + knobs.push_steps)
+            return data.draw(st.sampled_from([pushed, Missed(what="gone")]))
         case "PROBE":
             distance = data.draw(st.integers(1, state.step))
             found = Confirmation(accepted=True, reason="", distance=distance, strata=(), scores=())
@@ -118,7 +128,7 @@ def test_the_cap_holds_and_phases_move_along_the_diagram(data, knobs):
     state = AutoState(branch="main", step=0)
     for _ in range(40):
         before = state
-        state, moves = advance(state, any_fact(data, state), knobs=knobs)
+        state, moves = advance(state, any_fact(data, state, knobs), knobs=knobs)
         phases = [before.phase, *(move.state.phase for move in moves)]
         assert {(a, b) for a, b in pairwise(phases) if a != b} <= DIAGRAM
         assert [move.phase_before for move in moves] == phases[:-1]
@@ -126,7 +136,7 @@ def test_the_cap_holds_and_phases_move_along_the_diagram(data, knobs):
         assert moves or state.phase == before.phase
         assert knobs.max_interventions == -1 or state.interventions <= knobs.max_interventions
         # What belongs to a phase is there in it, and in no other.
-        assert (state.until is not None) == (state.phase in ("REPLAY", "COOLDOWN"))
+        assert (state.until is not None) == (state.phase in ("AHEAD", "REPLAY", "COOLDOWN"))
         assert (state.distance is not None) == (state.phase in ("GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE"))
         assert (state.streak == 0 and not state.warned) or state.phase == "TRAIN"
         assert not state.warned or state.streak >= knobs.patience

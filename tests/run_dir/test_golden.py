@@ -62,8 +62,8 @@ train:
 """
 
 SEGMENTS = """\
-{"time":"TIME","branch":"main","parent":null,"fork_step":0,"guide":null,"guide_until":null,"overrides":[]}
-{"time":"TIME","branch":"late","parent":"main","fork_step":20,"guide":"g","guide_until":40,"overrides":["train.lr=1"]}
+{"time":"TIME","branch":"main","parent":null,"fork_step":0,"guide":null,"guide_until":null,"ahead_until":null,"overrides":[]}
+{"time":"TIME","branch":"late","parent":"main","fork_step":20,"guide":"g","guide_until":40,"ahead_until":null,"overrides":["train.lr=1"]}
 """
 
 METRICS = """\

@@ -79,6 +79,17 @@ def off_main(root: Path) -> dict[str, str]:
     return {name: digest for name, digest in decided(root).items() if not name.startswith("branches/main/")}
 
 
+def check_same_but_for_main(root: Path, straight: Path) -> None:
+    """All branches, probes, guides and moves; of main what AutoNPO saw of it."""
+    assert off_main(root) == off_main(straight)
+    ours, theirs = decided(root), decided(straight)
+    for name in [name for name in theirs if name.startswith("branches/main/")]:
+        if name.endswith(".jsonl"):
+            assert (root / name).read_bytes().startswith((straight / name).read_bytes())
+        else:
+            assert ours[name] == theirs[name]
+
+
 def groups_of(root: Path, branch: str, step: int) -> tuple[Group, ...]:
     found = RolloutJournal(open_run(root).rollouts_path(branch)).read_step(step)
     assert found is not None, f"step {step} of {branch} is on record"

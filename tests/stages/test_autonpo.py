@@ -4,7 +4,6 @@ import json
 import random
 import signal
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,13 +19,13 @@ from tests.stages.auto_runs import (
     NEVER,
     auto_resuming,
     auto_training,
+    check_same_but_for_main,
     decided,
     eager,
     events_of,
     failed_in,
     groups_of,
     moves_of,
-    off_main,
     own_accuracy,
     prompt_ids,
     the_move,
@@ -38,17 +37,6 @@ PLAINLY = {
     **{"overrides": (), "at": None, "source_branch": None, "new_branch": None, "guide": None, "steps": None},
     "allow_code": False,
 }
-
-
-def check_same_but_for_main(root: Path, straight: Path) -> None:
-    """All branches, probes, guides and moves; of main what AutoNPO saw of it."""
-    assert off_main(root) == off_main(straight)
-    ours, theirs = decided(root), decided(straight)
-    for name in [name for name in theirs if name.startswith("branches/main/")]:
-        if name.endswith(".jsonl"):
-            assert (root / name).read_bytes().startswith((straight / name).read_bytes())
-        else:
-            assert ours[name] == theirs[name]
 
 
 def test_the_interventions_are_those_that_the_journal_tells(watched):

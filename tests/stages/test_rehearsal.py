@@ -6,7 +6,8 @@ import pytest
 
 from npo_cli.auto_records import AutoState, Stretch, Transition
 from npo_cli.errors import NpoError
-from npo_cli.guide.controller import StepSeen, advance
+from npo_cli.guide.controller import advance
+from npo_cli.guide.facts import StepSeen
 from npo_cli.guide.trigger import Watch
 from npo_cli.stages.auto_knobs import controller_knobs, trigger_knobs
 from npo_cli.stages.recorded import Columns

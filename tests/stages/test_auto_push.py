@@ -1,0 +1,128 @@
+"""AutoNPO tries extrapolated guides first: a branch that goes on from here, then a look at whether the reward moved."""
+
+import random
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.run_dir.lineage import segments
+from npo_cli.run_dir.paths import open_run
+from npo_cli.run_dir.steps import measured_steps
+from tests.stages.auto_runs import (
+    auto_resuming,
+    auto_training,
+    check_same_but_for_main,
+    decided,
+    eager,
+    events_of,
+    groups_of,
+    moves_of,
+    the_move,
+    train_plainly,
+)
+from tests.stages.test_auto_kills import Matrix
+from tests.stages.warm import Warm
+
+PUSHING = ("auto.extrapolate=2", "extrapolate.k=2", "extrapolate.a=1", "auto.max=1", "replay.accept_test=false")
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("push") / "run"
+    list(auto_training(root, *PUSHING))
+    return root
+
+
+def test_the_cheap_intervention_comes_first_and_a_rollback_where_it_did_not_move(pushed):
+    # c_r=1000: no gain is ever above the noise, so nothing ever counts as moved.
+    assert events_of(pushed)[:9] == [
+        *("started", "armed", "warning", "trigger", "pushed", "unmoved", "accepted", "guided", "rolled_back"),
+    ]
+    trigger, unmoved = the_move(pushed, "trigger"), the_move(pushed, "unmoved")
+    assert trigger.state.phase == "PUSH"
+    assert (unmoved.step, unmoved.state.branch, unmoved.state.phase) == (trigger.step + 2, "ahead", "PROBE")
+    born = {segment.branch: segment for segment in segments(open_run(pushed))}
+    ahead = born["ahead"]
+    assert (ahead.parent, ahead.fork_step, ahead.guide) == ("main", trigger.step, None)
+    assert ahead.ahead_until == trigger.step + 2
+    assert born["auto-1"].parent == "ahead"
+
+
+def test_the_motion_guides_on_its_branch_until_its_end_and_nowhere_else(pushed):
+    until = the_move(pushed, "unmoved").step
+    run = open_run(pushed)
+    rows = [(name, row) for name in ("main", "ahead", "auto-1") for row in measured_steps(run, name)]
+    helped = {(name, row["step"]) for name, row in rows if "extrapolate/groups" in row}
+    assert helped == {("ahead", step) for step in range(until - 1, until + 1)}
+    answers = [
+        one
+        for step in range(until - 1, until + 1)
+        for group in groups_of(pushed, "ahead", step)
+        for one in (*group.rollouts, *group.spare)
+    ]
+    assert any(one.source == "extrapolated" for one in answers)
+
+
+def test_a_reward_that_rises_is_rest_and_no_rollback(tmp_path):
+    # From the first step on any gain counts: the steps before the trigger are told by the rewards alone.
+    root = tmp_path / "run"
+    list(auto_training(root, *PUSHING, "auto.c_r=0"))
+    events = events_of(root)
+    if "pushed" in events:
+        after = events[events.index("pushed") + 1]
+        reading = the_move(root, after).evidence
+        assert after == ("moved" if reading["gain"] > reading["margin"] else "unmoved")
+
+
+def test_where_no_copy_lies_so_far_back_the_mistakes_are_asked_at_once(tmp_path):
+    root = tmp_path / "run"
+    list(auto_training(root, *PUSHING, "extrapolate.k=10"))
+    assert events_of(root)[3:6] == ["trigger", "unpushed", "accepted"]
+    assert "less than extrapolate.k=10 steps" in the_move(root, "unpushed").evidence["what"]
+    assert "ahead" not in {segment.branch for segment in segments(open_run(root))}
+
+
+def test_training_first_and_autonpo_later_is_training_with_it(pushed, tmp_path):
+    root = tmp_path / "run"
+    train_plainly(root, *PUSHING)
+    list(auto_resuming(root))
+    check_same_but_for_main(root, pushed)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_dropped_again_and_again_ends_the_same(pushed, tmp_path, seed):
+    rng, root = random.Random(seed), tmp_path / "run"
+    running = auto_training(root, *PUSHING)
+    for _ in range(12):
+        for _ in range(rng.randrange(1, 12)):
+            next(running, None)
+        running.close()
+        running = auto_resuming(root)
+    list(running)
+    assert decided(root) == decided(pushed)
+
+
+def test_a_run_killed_while_it_is_pushed_ends_the_same(warm: Warm, pushed, tmp_path):
+    matrix = Matrix(warm=warm, folder=tmp_path, settings=PUSHING, rng=random.Random(3))
+    root = tmp_path / "killed"
+    for target in ("PUSH", "AHEAD", "AHEAD", "PROBE"):
+        if not matrix.kill_at(root, target):
+            break
+    list(auto_resuming(root))
+    assert matrix.kills.total() >= 2
+    assert decided(root) == decided(pushed)
+
+
+def test_its_end_must_lie_at_a_checkpoint_and_it_is_not_for_runs_that_are_pushed_anyway():
+    with pytest.raises(NpoError, match=r"multiple of train.save_every \(2\), got 3"):
+        eager(*PUSHING, "auto.extrapolate=3")
+    with pytest.raises(NpoError, match=r"auto\.extrapolate must be 0"):
+        eager(*PUSHING, "guide.source=extrapolated")
+
+
+def test_every_move_is_told_in_words(pushed):
+    from npo_cli.report.auto_words import in_words
+
+    told = [in_words(move) for move in moves_of(pushed)]
+    until = the_move(pushed, "pushed").state.until
+    assert f"ahead step {until - 2}: pushed: the policy's own motion guides until step {until}" in told
