@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["step", "updates", "tokens", "seconds"]
-AXES: tuple[Axis, ...] = ("step", "updates", "tokens", "seconds")
+Axis = Literal["step", "updates", "tokens", "forwards", "seconds"]
+AXES: tuple[Axis, ...] = ("step", "updates", "tokens", "forwards", "seconds")
 Over = Literal["seeds and prompts", "prompts", "seeds", "nothing"]
 
 
@@ -25,6 +25,8 @@ class SeedPoint:
     step: int
     updates: int
     tokens: int
+    forwards: int
+    """Forward passes of sampling: one a token, and one more where an older copy reads it too."""
     seconds: float | None
     """None where the wall clock of some step was not kept."""
     accuracy: float

@@ -127,9 +127,9 @@ class MethodSettings(Settings):
     """What a recipe of `recipes/methods/` stands for, and the commands that make a run of it."""
 
     name: str = Field("grpo", description="Name of the method, shown in tables.", json_schema_extra=FREE)
-    track: Literal["matched", "reference", "controls"] = Field(
+    track: Literal["matched", "reference", "controls", "extrapolated"] = Field(
         "matched",
-        description="Common GRPO core with one injected slot, the method's own knobs, or a control.",
+        description="Common GRPO core with one injected slot, own knobs, a control, or the policy's own motion.",
         json_schema_extra=FREE,
     )
     plan: tuple[str, ...] = Field(

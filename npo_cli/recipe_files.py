@@ -6,7 +6,7 @@ from pathlib import Path
 from npo_cli.errors import NpoError
 
 METHODS = "methods"
-TRACKS = ("matched", "reference", "controls")
+TRACKS = ("matched", "reference", "controls", "extrapolated")
 """Folders of shipped methods, in the order in which a bare name is looked for."""
 _SUFFIXES = (".yaml", ".yml", ".json")
 _PACKAGE = Path(__file__).parent

@@ -14,6 +14,7 @@ LABELS = {
     "step": "logical step (place in the data)",
     "updates": "all optimiser updates",
     "tokens": "all tokens generated",
+    "forwards": "forward passes of sampling",
     "seconds": "wall clock (s)",
 }
 

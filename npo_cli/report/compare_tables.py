@@ -45,11 +45,11 @@ def _drawn_notes(some: Sequence[ArmSummary | ArmDifference]) -> tuple[str, ...]:
 
 def _training_table(arms: Sequence[ArmSummary]) -> Table:
     quarters = tuple(f"entropy {25 * place}-{25 * place + 25} %" for place in range(4))
-    header = ("arm", "seeds", "updates", "tokens", "seconds", "whole run", *quarters, "slots a step", "grad share")
+    header = ("arm", "seeds", "updates", "tokens", "forwards", "seconds", "whole run", *quarters, "slots a step", "grad share")
     rows = tuple(
         (
             *(one.arm, str(len(one.seeds))),
-            *(_cost(one.spent.get("updates")), _cost(one.spent.get("tokens")), _cost(one.spent.get("seconds"))),
+            *(_cost(one.spent.get(axis)) for axis in AXES[1:]),
             _cost(one.run_tokens),
             *(number(entropy) for entropy in one.entropies),
             *(number(one.slots_per_step, digits=2) if one.slots_per_step else "-", number(one.grad_share)),
@@ -57,7 +57,7 @@ def _training_table(arms: Sequence[ArmSummary]) -> Table:
         for one in arms
     )
     notes = (
-        "updates, tokens, seconds: mean over seeds; guides, scoring, probes and what was rolled back are counted.",
+        "updates, tokens, forwards, seconds: mean over seeds; guides, scoring, probes and what was rolled back are counted.",
         "whole run: all tokens that its runs ever generated, branches of other arms and abandoned ones included.",
         "entropy: of training, nats a token.",
         *(("grad share: of the gradient norm, in steps with a guide slot.",) * any(one.grad_share for one in arms)),

@@ -41,7 +41,7 @@ class Common:
 
 
 def common_ground(arms: Sequence[Arm]) -> Common:
-    """The seconds are an axis only where every run kept its clock."""
+    """The seconds are an axis only where every run kept its clock, forward passes only where they are not tokens."""
     runs = [one for arm in arms for one in arm.runs]
     shortest, latest = min(runs, key=lambda one: one.points[-1].step), max(runs, key=lambda one: one.points[0].step)
     if latest.points[0].step > shortest.points[-1].step:
@@ -50,7 +50,9 @@ def common_ground(arms: Sequence[Arm]) -> Common:
             f"{latest.place.name} not before step {latest.points[0].step}",
             f"npo eval {as_typed(latest.place.run.root)} --all --branch {latest.place.branch}",
         )
-    known = [axis for axis in AXES if all(getattr(one.points[-1], axis) is not None for one in runs)]
+    twice = any(one.points[-1].forwards > one.points[-1].tokens for one in runs)
+    axes = [axis for axis in AXES if twice or axis != "forwards"]
+    known = [axis for axis in axes if all(getattr(one.points[-1], axis) is not None for one in runs)]
     curves = {axis: [costs_of(one, axis) for one in runs] for axis in known}
     stretches = {axis: common_range(some) for axis, some in curves.items()}
     return Common(

@@ -155,6 +155,7 @@ def read_seed(place: Place) -> SeedRun:
             step=point.step,
             updates=point.total_steps * per_step,
             tokens=point.total_tokens,
+            forwards=point.total_forwards,
             seconds=point.total_seconds if timed else None,
             accuracy=point.accuracy,
             entropy=point.entropy,

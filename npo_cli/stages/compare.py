@@ -1,4 +1,4 @@
-"""`npo compare`: what each arm reached, what it cost on four axes, how far they lie apart, and how sure that is.
+"""`npo compare`: what each arm reached, what it cost on five axes, how far they lie apart, and how sure that is.
 
 Reads run directories and writes into none. Cost is the ledger's (`ledger.py`): everything that an arm needed, what
 was rolled back and asked included. The statistics are `guide/arms.py` and `guide/arrivals.py`.

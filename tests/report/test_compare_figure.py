@@ -24,7 +24,7 @@ def test_every_axis_has_a_panel_and_every_arm_a_name(tmp_path):
     found = labels(tmp_path / "c.svg")
     assert {*LABELS.values(), "grpo", "npo", "two arms", "held-out accuracy"} <= set(found)
     # one band an arm and an axis
-    assert len(re.findall(r'id="FillBetweenPolyCollection_\d+"', (tmp_path / "c.svg").read_text())) == 8
+    assert len(re.findall(r'id="FillBetweenPolyCollection_\d+"', (tmp_path / "c.svg").read_text())) == 10
 
 
 def test_an_axis_that_is_not_known_has_no_panel(tmp_path):

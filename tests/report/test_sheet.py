@@ -13,6 +13,7 @@ def test_a_point_is_a_line_and_what_is_not_known_is_empty(tmp_path):
         step=5,
         updates=10,
         tokens=99,
+        forwards=120,
         seconds=None,
         accuracy=0.5,
         entropy=None,
@@ -20,5 +21,5 @@ def test_a_point_is_a_line_and_what_is_not_known_is_empty(tmp_path):
     path = tmp_path / "new" / "points.csv"
     write_points([point], path)
     assert path.read_text() == (
-        'arm,seed,run,branch,step,updates,tokens,seconds,accuracy,entropy\n"a, ""b""",1,r,main,5,10,99,,0.5,\n'
+        'arm,seed,run,branch,step,updates,tokens,forwards,seconds,accuracy,entropy\n"a, ""b""",1,r,main,5,10,99,120,,0.5,\n'
     )

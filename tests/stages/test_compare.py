@@ -73,7 +73,8 @@ def test_final_accuracy_and_areas_are_those_of_the_evaluations(seeds):
     # evenly spaced steps 0 to 4: the ends count half
     areas = [(curve[0] / 2 + curve[1] + curve[2] + curve[3] + curve[4] / 2) / 4 for curve in curves]
     assert npo.areas["step"].value == pytest.approx(statistics.fmean(areas))
-    assert set(npo.areas) == set(AXES)
+    # no older copy was asked, so forward passes are tokens
+    assert set(npo.areas) == set(AXES) - {"forwards"}
     assert (npo.seeds, npo.num_prompts, npo.over, npo.horizon) == ((0, 1), 8, "seeds and prompts", 4)
 
 
@@ -234,3 +235,12 @@ def test_comparing_writes_into_no_run(seeds, tmp_path):
     assert {"all tokens generated", "2 seeds an arm; band: 95 % over seeds and prompts"} <= set(
         re.findall(r"<!-- (.*) -->", (tmp_path / "c.svg").read_text())
     )
+
+
+def test_forward_passes_are_an_axis_where_an_older_copy_was_asked(tmp_path):
+    for name, more in (("plain", ()), ("pushed", ("guide.source=extrapolated", "extrapolate.k=2", "inject.gate=1"))):
+        train(tmp_path / name, "train.num_steps=4", "eval.every=2", *more)
+    plain, pushed = compared(f"plain={tmp_path / 'plain'}", f"pushed={tmp_path / 'pushed'}")[ArmSummary]
+    assert plain.spent["forwards"] == plain.spent["tokens"]
+    assert pushed.spent["forwards"] > pushed.spent["tokens"]
+    assert "forwards" in plain.areas
