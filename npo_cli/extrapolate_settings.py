@@ -22,7 +22,7 @@ class ExtrapolateSettings(Settings):
         20, description="Steps back of the older copy, which is a checkpoint of the run.", json_schema_extra=FORK
     )
     a: float = Field(
-        2.0,
+        1.0,
         ge=0,
         description="How far: a times the motion of those k steps. 0 asks the policy itself: the control.",
         json_schema_extra=FORK,

@@ -1,6 +1,6 @@
 """Time sampling from two models against sampling from each of them, on one run's model and prompts.
 
-    python recipes/extrapolation.py RUN --push logits:20:2 --at 80 --prompts 16 --k 8 --repeats 9
+    python recipes/extrapolation.py RUN --push logits:20:1 --at 80 --prompts 16 --k 8 --repeats 9
 
 With --cpu the process's own seconds count instead of the clock's: on a CPU that other work shares they are steadier.
 The three take turns (A B C A B C ...), so that a machine that slows down slows all. What is compared is seconds a token
@@ -80,7 +80,7 @@ def main() -> None:
     """Read the command line, measure, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--push", default="logits:20:2")
+    parser.add_argument("--push", default="logits:20:1")
     parser.add_argument("--at", type=int, required=True)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--k", type=int, default=8)

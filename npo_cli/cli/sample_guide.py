@@ -51,7 +51,7 @@ def sample_guide(
 
     Asked are the prompts that a replay from --at will visit; one verified-correct answer a prompt is kept.
     --source: checkpoint (a later step of the run), self (the learner), base (step 0), extrapolated
-    (the learner pushed along its own motion, --from logits:20:2 or weights:20:2), model (--from a folder or hub
+    (the learner pushed along its own motion, --from logits:20:1 or weights:20:1), model (--from a folder or hub
     id), endpoint (--from an address that speaks OpenAI's language), file (--from traces in .jsonl or .parquet), past
     (the run's own earlier successes), run (--from another run, --guide a step of it).
     """

@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 from npo_cli.errors import NpoError
 from npo_cli.guide_records import Push
 
-EXAMPLE = "logits:20:2"
+EXAMPLE = "logits:20:1"
 SPACES = get_args(get_type_hints(Push)["space"])
 
 
