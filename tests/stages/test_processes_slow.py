@@ -15,8 +15,10 @@ from npo_cli.run_dir.auto import transitions
 from npo_cli.run_dir.checkpoints import newest_anchor
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.stages.accounting import account
+from npo_cli.stages.engine_sync import probe_rows
 from npo_cli.stages.row_scores import row_scores
 from tests.cli.slips import npo
+from tests.pictures import mixed_prompts, seeing
 from tests.stages.launching import is_gone, pid_of, run, started, wait_until
 from tests.stages.running import LORA, TINY, copied, resume, sample, tiny, train
 from tests.stages.scoring_together import ASKED
@@ -41,13 +43,30 @@ def test_every_kind_of_update_is_that_of_one_process(overrides, tmp_path):
     assert_same_curve(metrics(tmp_path / "together"), metrics(tmp_path / "alone"))
 
 
+def scored_together(*arguments: str, log: Path) -> list[list[float]]:
+    run(*arguments, log=log, module="tests.stages.scoring_together")
+    return json.loads(next(line for line in log.read_text().splitlines() if line.startswith("[[")))
+
+
 def test_the_shared_engine_scores_as_one_process_does(tmp_path):
-    run(log=tmp_path / "log", module="tests.stages.scoring_together")
-    answers = json.loads(next(line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("[[")))
+    answers = scored_together(log=tmp_path / "log")
     rows = [TokenRow(prompt_ids=each.prompt_ids, response_ids=each.response_ids) for each in ASKED]
     alone = row_scores(load_policy(tiny().model), tiny(), rows, temperature=1.0)
     for found, expected in zip(answers, alone, strict=True):
         assert found == pytest.approx(expected.logps_T.tolist(), abs=1e-5)
+
+
+def test_a_probe_with_pictures_is_scored_over_the_whole_vocabulary_by_every_process(untaught_vl: Path, tmp_path: Path):
+    answers = scored_together(str(untaught_vl), log=tmp_path / "log")
+    policy = seeing(untaught_vl)
+    rows = probe_rows(policy, mixed_prompts())
+    whole, restrained = (
+        row_scores(policy, tiny(), rows, temperature=1.0, whole_vocabulary=wanted) for wanted in (True, False)
+    )
+    for found, expected, never in zip(answers, whole, restrained, strict=True):
+        assert found == pytest.approx(expected.logps_T.tolist(), abs=1e-5)
+        # of 30 tokens the two that are never written have some part of the law
+        assert max(abs(expected.logps_T - never.logps_T)) > 0.01
 
 
 def test_autonpo_decides_as_in_one_process(tmp_path):
