@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.loading import load_recipe
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import load_policy
 from npo_cli.run_dir.auto import transitions
@@ -17,11 +18,13 @@ from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.stages.accounting import account
 from npo_cli.stages.engine_sync import probe_rows
 from npo_cli.stages.row_scores import row_scores
+from npo_cli.stages.train import train_run
 from tests.cli.slips import npo
 from tests.pictures import mixed_prompts, seeing
 from tests.stages.launching import is_gone, pid_of, run, started, wait_until
 from tests.stages.running import LORA, TINY, copied, resume, sample, tiny, train
 from tests.stages.scoring_together import ASKED
+from tests.stages.test_image_runs import SMALL
 from tests.stages.test_processes import assert_same_curve, metrics
 from tests.stages.warm import num_lines
 
@@ -160,3 +163,14 @@ def test_a_server_is_sent_what_the_processes_hold(tmp_path: Path):
     run("train", "micro", *TINY, *engine, "--run", str(tmp_path / "run"), log=tmp_path / "log")
     # Each sync was proved: trainer and server score one probe alike, or the run ends.
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision")
+@pytest.mark.vllm
+def test_a_server_beside_two_processes_is_shown_pictures_as_the_engine_in_one(taught_vl: Path, tmp_path: Path):
+    settings = (f"model.path={taught_vl}", *SMALL, "train.num_steps=2")
+    alone = load_recipe("shapes", [*settings, "engine.kind=vllm"])
+    list(train_run(tmp_path / "alone", alone, allow_code=False))
+    together = tmp_path / "together"
+    run("train", "shapes", *settings, "engine.kind=vllm_server", "--run", str(together), log=tmp_path / "log")
+    assert_same_curve(metrics(together), metrics(tmp_path / "alone"))
