@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engines.adapters import AdapterPort
 from npo_cli.engines.requests import Shown, Sight
+from npo_cli.engines.scratch import scratch_folder
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
 from npo_cli.engines.vllm_engine import INSTEAD, first_line, save_untied_config
 from npo_cli.engines.vllm_http import free_port, lora_flags, open_session, output_of, side_by_side
@@ -56,7 +57,8 @@ class VllmServer(AsksVllm):
         tensors = named_tensors(model) if adapters is None else with_head(model, adapters.base())
         self._shapes = shapes_of(tensors if adapters is None else adapters.tensors())
         self._held: dict[str, Path] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="npo-engine-"))
+        self._scratch = ExitStack()
+        self._folder = self._scratch.enter_context(scratch_folder())
         self._session = open_session(limits)
         self._url, self._process, self._asleep = "", None, False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
@@ -135,7 +137,7 @@ class VllmServer(AsksVllm):
             process.wait()
         self._session.close()
         self._log.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     # The process
 
