@@ -66,17 +66,10 @@ def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
 
 
 def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
-    """A server is shown no pictures, and vLLM reads them with a package that may be missing."""
-    if sight is None or settings.kind == "transformers":
-        return
-    if settings.kind == "vllm_server":
+    """vLLM reads pictures with a package that may be missing."""
+    if sight is not None and settings.kind != "transformers" and find_spec("torchvision") is None:
         raise NpoError(
-            "engine.kind=vllm_server is shown no pictures, and the model is a vision-language one",
-            "set engine.kind=vllm, or engine.kind=transformers",
-        )
-    if find_spec("torchvision") is None:
-        raise NpoError(
-            "engine.kind=vllm reads pictures with torchvision, which is not installed",
+            f"engine.kind={settings.kind} reads pictures with torchvision, which is not installed",
             "pip install torchvision (without a GPU add --index-url https://download.pytorch.org/whl/cpu), or "
             "engine.kind=transformers",
         )
@@ -125,4 +118,5 @@ def _vllm(
     transport = ("disk" if limits.on_cpu else "nccl") if settings.transport == "auto" else settings.transport
     if limits.on_cpu and transport != "disk":
         raise NpoError(f"engine.transport={transport} is for GPUs, and the model is on a CPU", "engine.transport=auto")
-    return VllmServer(model, tokenizer, limits=limits, transport="disk" if adapters else transport, adapters=adapters)
+    transport = "disk" if adapters else transport
+    return VllmServer(model, tokenizer, limits=limits, transport=transport, adapters=adapters, sight=sight)

@@ -9,7 +9,6 @@ Left out: beams, penalties, top-k and top-p. The behaviour law must be the polic
 import copy
 import gc
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from npo_cli.engines.adapters import AdapterPort, slot_rank
 from npo_cli.engines.quiet import quiet
 from npo_cli.engines.requests import Shown, Sight
+from npo_cli.engines.scratch import scratch_folder
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
 from npo_cli.engines.vllm_images import OPTIONS, refuse_other_tokens, save_processor, vllm_prompts
 from npo_cli.engines.vllm_words import AsksVllm, Limits
@@ -54,8 +54,7 @@ class VllmEngine(AsksVllm):
         self._asleep: frozenset[str] = frozenset()
         self._held: dict[str, Any] = {}
         self._num_adapters = 0
-        with tempfile.TemporaryDirectory(prefix="npo-engine-") as name:
-            folder = Path(name)
+        with scratch_folder() as folder:
             save_untied_config(model, folder)
             if sight is not None:
                 save_processor(folder, tokenizer, sight)
@@ -99,10 +98,10 @@ class VllmEngine(AsksVllm):
                 oldest = self._held.pop(next(iter(self._held)))
                 self._llm.llm_engine.remove_lora(oldest.lora_int_id)
             self._num_adapters += 1
-            # Read once, here; a process killed later leaves no folder behind.
-            with tempfile.TemporaryDirectory(prefix="npo-adapters-") as folder:
-                port.write(Path(folder))
-                request = LoRARequest(version, self._num_adapters, folder)
+            # Read once, here.
+            with scratch_folder() as folder:
+                port.write(folder)
+                request = LoRARequest(version, self._num_adapters, str(folder))
                 if not self._llm.llm_engine.add_lora(request):
                     raise RuntimeError("the adapters were not taken")
             self._held[version] = request

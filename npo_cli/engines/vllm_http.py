@@ -58,4 +58,5 @@ def output_of(answer: dict[str, Any]) -> Any:
         for place in answer.get("prompt_logprobs") or ()
     ]
     asked = SimpleNamespace(lora_name=answer["model"]) if answer.get("model") else None
-    return SimpleNamespace(outputs=[said], prompt_logprobs=prompt, lora_request=asked)
+    read = answer.get("prompt_token_ids")
+    return SimpleNamespace(outputs=[said], prompt_logprobs=prompt, prompt_token_ids=read, lora_request=asked)

@@ -4,19 +4,26 @@ vLLM makes the rest of the image tokens itself, with a processor of its own. Pic
 which the trainer's tower sees them, so that its other way of resizing has nothing to do; the tokens are compared.
 """
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from npo_cli.engines.requests import Shown, Sight
 
+if TYPE_CHECKING:
+    from npo_cli.images import Image
+
 NEVER = -100.0
 """Added to a logit: the most that vLLM allows."""
 OPTIONS: Mapping[str, Any] = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"video": 0}}
 """Of a vLLM that is shown pictures: its processor wants the tokenizer, and no room is kept for videos."""
+FLAGS = ("--limit-mm-per-prompt", '{"video": 0}', "--allowed-media-domains", "nowhere.invalid")
+"""The same of its server, which fetches no picture from anywhere: an empty list of domains would mean all of them."""
 
 
 def save_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:
@@ -42,6 +49,28 @@ def vllm_prompts(prompts: Sequence[Shown], sight: Sight | None) -> list[dict[str
         }
         for prompt in prompts
     ]
+
+
+def server_prompts(prompts: Sequence[Shown], sight: Sight | None) -> list[dict[str, Any]]:
+    """The same in the words of vLLM's server: pictures travel inside, and the tokens made of them come back."""
+    urls = {ref: _data_url(sight.still(ref)) for ref in dict.fromkeys(ref for each in prompts for ref in each.images)}
+    return [
+        {
+            "token_ids": _one_token_each(prompt, sight.image_id),
+            "content_parts": [{"type": "image_url", "url": urls[ref]} for ref in prompt.images],
+            "return_token_ids": True,
+        }
+        if prompt.images
+        else {"token_ids": list(prompt.ids)}
+        for prompt in prompts
+    ]
+
+
+def _data_url(still: "Image.Image") -> str:
+    """The picture itself, without loss, as a url; packed quickly, for it goes no further than this machine."""
+    packed = BytesIO()
+    still.save(packed, format="PNG", compress_level=1)
+    return f"data:image/png;base64,{b64encode(packed.getvalue()).decode()}"
 
 
 def _one_token_each(prompt: Shown, image_id: int) -> list[int]:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.requests import Shown
+from npo_cli.engines.requests import Shown, Sight
+from npo_cli.engines.scratch import scratch_folder
 from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
 from npo_cli.engines.vllm_engine import INSTEAD, first_line, save_untied_config
 from npo_cli.engines.vllm_http import free_port, lora_flags, open_session, output_of, side_by_side
+from npo_cli.engines.vllm_images import FLAGS, refuse_other_tokens, save_processor, server_prompts
 from npo_cli.engines.vllm_words import AsksVllm, Limits
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.launched import without_place
@@ -35,9 +37,7 @@ Send = Callable[[dict[str, Any], str], None]
 
 
 class VllmServer(AsksVllm):
-    """A server process and a client of it, which is shown no pictures."""
-
-    sight = None
+    """A server process and a client of it."""
 
     def __init__(
         self,
@@ -47,23 +47,29 @@ class VllmServer(AsksVllm):
         limits: Limits,
         transport: str,
         adapters: AdapterPort | None = None,
+        sight: Sight | None = None,
     ) -> None:
-        self.tokenizer, self.limits, self.adapters = tokenizer, limits, adapters
+        self.tokenizer, self.limits, self.adapters, self.sight = tokenizer, limits, adapters, sight
         self.version: str | None = None
         self._transport = transport
+        # Made-up weights would also make up how a picture is normalised, which is never sent.
+        self._starts_real = transport == "disk" or sight is not None
         tensors = named_tensors(model) if adapters is None else with_head(model, adapters.base())
         self._shapes = shapes_of(tensors if adapters is None else adapters.tensors())
         self._held: dict[str, Path] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="npo-engine-"))
+        self._scratch = ExitStack()
+        self._folder = self._scratch.enter_context(scratch_folder())
         self._session = open_session(limits)
         self._url, self._process, self._asleep = "", None, False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
         self._send: Send = self._send_by_disk
         try:
             save_untied_config(model, self._folder)
-            if transport == "disk":
+            if sight is not None:
+                save_processor(self._folder, tokenizer, sight)
+            if self._starts_real:
                 save_file(whole(tensors), self._folder / "model.safetensors")
-            self._start(limits.dtype, transport)
+            self._start()
             if transport != "disk":
                 from npo_cli.engines.vllm_transfer import open_transfer
 
@@ -131,15 +137,15 @@ class VllmServer(AsksVllm):
             process.wait()
         self._session.close()
         self._log.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     # The process
 
-    def _start(self, dtype: str, transport: str) -> None:
+    def _start(self) -> None:
         port = free_port()
         self._url = f"http://127.0.0.1:{port}"
         keeper = [sys.executable, "-m", "npo_cli.engines.keeper", str(self._folder)]
-        command = [*keeper, *self._command(dtype, transport, port)]
+        command = [*keeper, *self._command(port)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -159,33 +165,34 @@ class VllmServer(AsksVllm):
                 )
             time.sleep(0.2)
 
-    def _command(self, dtype: str, transport: str, port: int) -> list[str]:
+    def _command(self, port: int) -> list[str]:
         limits = self.limits
         options = {
             "--model": str(self._folder),
             "--served-model-name": NAME,
             "--host": "127.0.0.1",
             "--port": str(port),
-            "--dtype": dtype,
+            "--dtype": limits.dtype,
             "--logprobs-mode": "processed_logprobs",
             "--max-model-len": str(limits.max_model_len),
             "--max-num-seqs": str(limits.max_rows),
             "--tensor-parallel-size": str(limits.tensor_parallel),
             "--data-parallel-size": str(limits.data_parallel),
             "--gpu-memory-utilization": str(limits.memory_share),
-            "--load-format": "safetensors" if transport == "disk" else "dummy",
+            "--load-format": "safetensors" if self._starts_real else "dummy",
             "--seed": "0",
         }
         options["--middleware"] = "npo_cli.engines.vllm_guard.Guard"
-        flags = ["--skip-tokenizer-init", "--disable-log-stats", "--enable-prefix-caching", "--enable-scale-out"]
+        flags = ["--disable-log-stats", "--enable-prefix-caching", "--enable-scale-out"]
+        flags += ["--skip-tokenizer-init"] if self.sight is None else FLAGS
         if limits.max_batched_tokens is not None:
             options["--max-num-batched-tokens"] = str(limits.max_batched_tokens)
         flags += [] if limits.chunked_prefill else ["--no-enable-chunked-prefill"]
         flags += ["--enforce-eager"] if limits.eager else []
         flags += ["--enable-sleep-mode"] if limits.can_sleep else []
         flags += [] if self.adapters is None else lora_flags(self.adapters, limits)
-        if transport != "disk":
-            options["--weight-transfer-config"] = f'{{"backend": "{transport}"}}'
+        if self._transport != "disk":
+            options["--weight-transfer-config"] = f'{{"backend": "{self._transport}"}}'
         pairs = [part for option in options.items() for part in option]
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *pairs, *flags]
 
@@ -242,11 +249,13 @@ class VllmServer(AsksVllm):
         # Adapters are asked by their name; the server knows no other and answers 404.
         names = [NAME if self.adapters is None else version for version in versions]
         bodies = [
-            {"model": name, "token_ids": list(prompt.ids), "sampling_params": each}
-            for prompt, each, name in zip(prompts, fields, names, strict=True)
+            asked | {"model": name, "sampling_params": each}
+            for asked, each, name in zip(server_prompts(prompts, self.sight), fields, names, strict=True)
         ]
         with self._working(phase), ThreadPoolExecutor(side_by_side(self.limits)) as pool:
-            return list(pool.map(lambda body: output_of(self._post("inference/v1/generate", body)), bodies))
+            outputs = list(pool.map(lambda body: output_of(self._post("inference/v1/generate", body)), bodies))
+            refuse_other_tokens(prompts, outputs)
+            return outputs
 
     def _send_by_disk(self, tensors: dict[str, Any], version: str) -> None:
         """A folder beside the one it started from, gone once it was read."""

@@ -45,7 +45,7 @@ def _drawn_notes(some: Sequence[ArmSummary | ArmDifference]) -> tuple[str, ...]:
 
 def _training_table(arms: Sequence[ArmSummary]) -> Table:
     quarters = tuple(f"entropy {25 * place}-{25 * place + 25} %" for place in range(4))
-    header = ("arm", "seeds", "updates", "tokens", "forwards", "seconds", "whole run", *quarters, "slots a step", "grad share")
+    header = ("arm", "seeds", *AXES[1:], "whole run", *quarters, "slots a step", "grad share")
     rows = tuple(
         (
             *(one.arm, str(len(one.seeds))),
@@ -57,7 +57,7 @@ def _training_table(arms: Sequence[ArmSummary]) -> Table:
         for one in arms
     )
     notes = (
-        "updates, tokens, forwards, seconds: mean over seeds; guides, scoring, probes and what was rolled back are counted.",
+        "updates to seconds: mean over seeds; guides, scoring, probes and what was rolled back are counted.",
         "whole run: all tokens that its runs ever generated, branches of other arms and abandoned ones included.",
         "entropy: of training, nats a token.",
         *(("grad share: of the gradient norm, in steps with a guide slot.",) * any(one.grad_share for one in arms)),

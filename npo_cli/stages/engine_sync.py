@@ -6,7 +6,7 @@ last time. An engine that samples from the trainer's own model has nothing to be
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from npo_cli.config import Recipe
 from npo_cli.engines.requests import Engine, ScoreRequest
@@ -53,7 +53,7 @@ class Sync:
 
     def prove(self, version: str) -> None:
         """Stop where the engine does not score the probe as the trainer does, or as it did before."""
-        scored = row_scores(unrestrained(self.policy), self.recipe, self.rows, temperature=1.0)
+        scored = row_scores(self.policy, self.recipe, self.rows, temperature=1.0, whole_vocabulary=True)
         trainer = [tuple(scores.logps_T.tolist()) for scores in scored]
         asked = [
             ScoreRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids, images=row.images)
@@ -64,11 +64,6 @@ class Sync:
         refuse_disagreement(found, tolerance=tolerance, version=version)
         if self.last is None or found.decides:
             self.last = trainer
-
-
-def unrestrained(policy: Policy) -> Policy:
-    """The same model scored over its whole vocabulary, as an engine scores what it is given."""
-    return policy if policy.vision is None else replace(policy, vision=replace(policy.vision, silent_ids=()))
 
 
 def probe_rows(policy: Policy, prompts: Sequence[Prompt]) -> tuple[TokenRow, ...]:

@@ -35,16 +35,24 @@ class Pass:
     """How a forward pass is made."""
 
     temperature: float
+    whole_vocabulary: bool
+    """Tokens that the policy never writes have their part of the law too, as an engine scores what it is given."""
     micro_batch_tokens: int
     logit_chunk_tokens: int
 
 
 def row_scores(
-    policy: Policy | PushedPolicy, recipe: Recipe, rows: Sequence[TokenRow], *, temperature: float | None = None
+    policy: Policy | PushedPolicy,
+    recipe: Recipe,
+    rows: Sequence[TokenRow],
+    *,
+    temperature: float | None = None,
+    whole_vocabulary: bool = False,
 ) -> list[RowScores]:
     """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
     how = Pass(
         temperature=recipe.sampling.temperature if temperature is None else temperature,
+        whole_vocabulary=whole_vocabulary,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         logit_chunk_tokens=recipe.train.logit_chunk_tokens,
     )
@@ -77,8 +85,10 @@ class ScoreRows:
 
 
 @torch.no_grad()
-def rows_scored(policy: Policy, how: Pass, rows: Sequence[TokenRow]) -> list[RowScores]:
+def rows_scored(policy: Policy | PushedPolicy, how: Pass, rows: Sequence[TokenRow]) -> list[RowScores]:
     """The same in this process alone."""
+    if how.whole_vocabulary and isinstance(policy, Policy) and policy.vision is not None:
+        policy = replace(policy, vision=replace(policy.vision, silent_ids=()))
     found = []
     for run in micro_batches(rows, max_tokens=how.micro_batch_tokens):
         part = [rows[index] for index in run]

@@ -1,16 +1,20 @@
 """vLLM for real, on a CPU, with a tiny Qwen3-VL: the trainer's tokens and pixels, and a stale tower is told."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from npo_cli.engines import vllm_engine
+from npo_cli.engines import vllm_engine, vllm_server
 from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.engines.vllm_engine import VllmEngine
+from npo_cli.engines.vllm_server import VllmServer
 from npo_cli.errors import RunFailed
 from npo_cli.loading import load_recipe
 from npo_cli.policy.model import Policy
@@ -25,14 +29,16 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision"),
 ]
+Vllm = VllmEngine | VllmServer
+SERVED = partial(VllmServer, transport="disk")
+KINDS = {"argvalues": [VllmEngine, SERVED], "ids": ["in process", "server"]}
 
 
-@pytest.fixture(scope="module")
-def pair(untaught_vl: Path) -> Iterator[tuple[Policy, VllmEngine, Sync]]:
+@pytest.fixture(scope="module", params=KINDS["argvalues"], ids=KINDS["ids"])
+def pair(request: pytest.FixtureRequest, untaught_vl: Path) -> Iterator[tuple[Policy, Vllm, Sync]]:
     policy = seeing(untaught_vl)
-    engine = VllmEngine(
-        policy.model, policy.tokenizer, limits=limits_of(policy, max_model_len=128), sight=policy.vision
-    )
+    limits = limits_of(policy, max_model_len=128)
+    engine = request.param(policy.model, policy.tokenizer, limits=limits, sight=policy.vision)
     rows = probe_rows(policy, mixed_prompts())
     yield policy, engine, Sync(recipe=load_recipe("micro", []), policy=policy, engine=engine, rows=rows)
     engine.close()
@@ -61,7 +67,7 @@ def assert_sampled_as_scored(policy: Policy, samples: list[Sample]) -> None:
         assert torch.allclose(torch.tensor(sample.logps), logps_T[: len(sample.logps)], atol=1e-4)
 
 
-def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, VllmEngine, Sync]):
+def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, Vllm, Sync]):
     policy, engine, sync = pair
     sync.in_step(0)
     requests = requests_of(policy)
@@ -73,7 +79,7 @@ def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, VllmEngi
     assert engine.generate(requests[::-1], temperature=1.0, max_new_tokens=6)[::-1] == samples
 
 
-def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Policy, VllmEngine, Sync]):
+def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Policy, Vllm, Sync]):
     policy, engine, sync = pair
     sync.in_step(0)
     one, _, _, four = mixed_prompts()
@@ -84,8 +90,8 @@ def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Po
         engine.score([replace(asked, images=four.images)])
 
 
-def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, VllmEngine, Sync], monkeypatch: pytest.MonkeyPatch):
-    policy, _, sync = pair
+def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, Vllm, Sync], monkeypatch: pytest.MonkeyPatch):
+    policy, engine, sync = pair
     sync.in_step(0)
     sent = policy.model.state_dict()
     old = {name: tensor.clone() for name, tensor in sent.items() if ".visual." in name}
@@ -94,13 +100,38 @@ def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, VllmEngine, Sync
             sent[name] += 0.05 * torch.randn(sent[name].shape, generator=torch.Generator().manual_seed(1))
     whole = vllm_engine.named_tensors
     with monkeypatch.context() as patched:
-        patched.setattr(vllm_engine, "named_tensors", lambda model: whole(model) | old)
+        for module in (vllm_engine, vllm_server):
+            patched.setattr(module, "named_tensors", lambda model: whole(model) | old)
         with pytest.raises(RunFailed, match="the engine still holds weights from before"):
             sync.in_step(1)
     sync.in_step(1)
+    assert_sampled_as_scored(policy, engine.generate(requests_of(policy), temperature=1.0, max_new_tokens=6))
 
 
-def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(untaught_vl: Path):
+@pytest.mark.parametrize("pair", [SERVED], indirect=True, ids=["server"])
+def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, Sync]):
+    policy, engine, sync = pair
+    sync.in_step(0)
+    asked = []
+
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+
+    with HTTPServer(("127.0.0.1", 0), Door) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        part = {"type": "image_url", "url": f"http://127.0.0.1:{door.server_port}/picture.png"}
+        body = {"token_ids": [policy.vision.image_id], "content_parts": [part], "sampling_params": {"max_tokens": 1}}
+        answer = engine._session.post(f"{engine._url}/inference/v1/generate", json=body, timeout=60)
+        door.shutdown()
+    assert not answer.ok and "allowed domains" in answer.text
+    assert asked == []
+
+
+@pytest.mark.parametrize("kind", **KINDS)
+def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(
+    kind: Callable[..., Vllm], untaught_vl: Path
+):
     policy = seeing(untaught_vl, lora=4)
     with torch.no_grad():
         for name, tensor in policy.model.named_parameters():
@@ -108,7 +139,7 @@ def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(unta
                 tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
     limits = limits_of(policy, max_model_len=128)
     port = adapter_port(policy, policy.adapters)
-    engine = VllmEngine(policy.model, policy.tokenizer, limits=limits, adapters=port, sight=policy.vision)
+    engine = kind(policy.model, policy.tokenizer, limits=limits, adapters=port, sight=policy.vision)
     rows = probe_rows(policy, mixed_prompts())
     try:
         Sync(recipe=load_recipe("micro", []), policy=policy, engine=engine, rows=rows).in_step(0)

@@ -1,4 +1,7 @@
-"""A process of a job that torchrun started in a test: rank 0 asks the shared engine to score, and says what it said."""
+"""A process of a job that torchrun started in a test: rank 0 has rows scored by all, and says what they said.
+
+Alone the shared engine is asked; with a folder the vision-language model in it, over its whole vocabulary.
+"""
 
 import json
 import sys
@@ -7,8 +10,11 @@ from collections.abc import Sequence
 from npo_cli.engines.requests import ScoreRequest
 from npo_cli.launched import place_here
 from npo_cli.policy.model import load_policy
+from npo_cli.stages.engine_sync import probe_rows
 from npo_cli.stages.follow import follow, lead
+from npo_cli.stages.row_scores import row_scores
 from npo_cli.stages.together import SharedEngine, shared_among_all
+from tests.pictures import mixed_prompts
 from tests.stages.running import tiny
 
 ASKED = tuple(ScoreRequest(prompt_ids=(1, 2, 3), response_ids=tuple(range(4, 4 + length))) for length in (1, 5, 2))
@@ -16,9 +22,15 @@ ASKED = tuple(ScoreRequest(prompt_ids=(1, 2, 3), response_ids=tuple(range(4, 4 +
 
 def scored() -> int:
     """The log-probabilities as JSON on stdout."""
-    recipe = tiny()
+    recipe = tiny(*(f"model.path={folder}" for folder in sys.argv[1:]))
     policy = shared_among_all(load_policy(recipe.model), recipe, folder=None)
-    answers: Sequence[Sequence[float]] = SharedEngine(policy, recipe).score(ASKED)
+    answers: Sequence[Sequence[float]]
+    if policy.vision is None:
+        answers = SharedEngine(policy, recipe).score(ASKED)
+    else:
+        rows = probe_rows(policy, mixed_prompts())
+        found = row_scores(policy, recipe, rows, temperature=1.0, whole_vocabulary=True)
+        answers = [each.logps_T.tolist() for each in found]
     sys.stdout.write(json.dumps(answers) + "\n")
     return 0
 

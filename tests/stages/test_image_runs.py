@@ -28,6 +28,8 @@ SMALL = (
     *("task.pool_size=16", "task.heldout_size=4", "eval.every=0", "guide.k=16", "guide.per_prompt=1"),
 )
 
+BLIND_WITHOUT = pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision")
+
 
 def training(root: Path, model: Path, *overrides: str):
     recipe = load_recipe("shapes", [f"model.path={model}", *SMALL, *overrides])
@@ -48,8 +50,20 @@ def copied(circle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(circle, tmp_path / "run"))
 
 
-def test_every_rollout_is_charged_to_the_pixels_that_it_was_sampled_with(circle: Path):
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "transformers",
+        *(pytest.param(kind, marks=(pytest.mark.vllm, BLIND_WITHOUT)) for kind in ("vllm", "vllm_server")),
+    ],
+)
+def test_every_rollout_is_charged_to_the_pixels_that_it_was_sampled_with(
+    engine: str, circle: Path, taught_vl: Path, tmp_path: Path
+):
     """What step 0 scores now is what was written down when it was asked."""
+    if engine != "transformers":
+        circle = tmp_path / "run"
+        list(training(circle, taught_vl, f"engine.kind={engine}"))
     run = open_run(circle)
     policy = seeing(find_checkpoint(run, "main", 0).path)
     task = open_task(from_dict(run.recipe("main")), allow_code=False)
@@ -131,14 +145,9 @@ def test_pictures_need_a_model_that_sees(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_engine_that_is_not_shown_pictures_is_refused_before_there_is_a_run(untaught_vl: Path, tmp_path: Path):
-    with pytest.raises(NpoError, match=r"engine.kind=vllm_server is shown no pictures"):
-        list(training(tmp_path / "run", untaught_vl, "engine.kind=vllm_server"))
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="it is about the lack of torchvision")
-def test_vllm_without_torchvision_is_refused_before_there_is_a_run(untaught_vl: Path, tmp_path: Path):
-    with pytest.raises(NpoError, match=r"engine.kind=vllm reads pictures with torchvision"):
-        list(training(tmp_path / "run", untaught_vl, "engine.kind=vllm"))
+@pytest.mark.parametrize("kind", ["vllm", "vllm_server"])
+def test_vllm_without_torchvision_is_refused_before_there_is_a_run(kind: str, untaught_vl: Path, tmp_path: Path):
+    with pytest.raises(NpoError, match=f"engine.kind={kind} reads pictures with torchvision"):
+        list(training(tmp_path / "run", untaught_vl, f"engine.kind={kind}"))
     assert not (tmp_path / "run").exists()

@@ -9,17 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.loading import load_recipe
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import load_policy
 from npo_cli.run_dir.auto import transitions
 from npo_cli.run_dir.checkpoints import newest_anchor
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.stages.accounting import account
+from npo_cli.stages.engine_sync import probe_rows
 from npo_cli.stages.row_scores import row_scores
+from npo_cli.stages.train import train_run
 from tests.cli.slips import npo
+from tests.pictures import mixed_prompts, seeing
 from tests.stages.launching import is_gone, pid_of, run, started, wait_until
 from tests.stages.running import LORA, TINY, copied, resume, sample, tiny, train
 from tests.stages.scoring_together import ASKED
+from tests.stages.test_image_runs import SMALL
 from tests.stages.test_processes import assert_same_curve, metrics
 from tests.stages.warm import num_lines
 
@@ -41,13 +46,30 @@ def test_every_kind_of_update_is_that_of_one_process(overrides, tmp_path):
     assert_same_curve(metrics(tmp_path / "together"), metrics(tmp_path / "alone"))
 
 
+def scored_together(*arguments: str, log: Path) -> list[list[float]]:
+    run(*arguments, log=log, module="tests.stages.scoring_together")
+    return json.loads(next(line for line in log.read_text().splitlines() if line.startswith("[[")))
+
+
 def test_the_shared_engine_scores_as_one_process_does(tmp_path):
-    run(log=tmp_path / "log", module="tests.stages.scoring_together")
-    answers = json.loads(next(line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("[[")))
+    answers = scored_together(log=tmp_path / "log")
     rows = [TokenRow(prompt_ids=each.prompt_ids, response_ids=each.response_ids) for each in ASKED]
     alone = row_scores(load_policy(tiny().model), tiny(), rows, temperature=1.0)
     for found, expected in zip(answers, alone, strict=True):
         assert found == pytest.approx(expected.logps_T.tolist(), abs=1e-5)
+
+
+def test_a_probe_with_pictures_is_scored_over_the_whole_vocabulary_by_every_process(untaught_vl: Path, tmp_path: Path):
+    answers = scored_together(str(untaught_vl), log=tmp_path / "log")
+    policy = seeing(untaught_vl)
+    rows = probe_rows(policy, mixed_prompts())
+    whole, restrained = (
+        row_scores(policy, tiny(), rows, temperature=1.0, whole_vocabulary=wanted) for wanted in (True, False)
+    )
+    for found, expected, never in zip(answers, whole, restrained, strict=True):
+        assert found == pytest.approx(expected.logps_T.tolist(), abs=1e-5)
+        # of 30 tokens the two that are never written have some part of the law
+        assert max(abs(expected.logps_T - never.logps_T)) > 0.01
 
 
 def test_autonpo_decides_as_in_one_process(tmp_path):
@@ -141,3 +163,14 @@ def test_a_server_is_sent_what_the_processes_hold(tmp_path: Path):
     run("train", "micro", *TINY, *engine, "--run", str(tmp_path / "run"), log=tmp_path / "log")
     # Each sync was proved: trainer and server score one probe alike, or the run ends.
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision")
+@pytest.mark.vllm
+def test_a_server_beside_two_processes_is_shown_pictures_as_the_engine_in_one(taught_vl: Path, tmp_path: Path):
+    settings = (f"model.path={taught_vl}", *SMALL, "train.num_steps=2")
+    alone = load_recipe("shapes", [*settings, "engine.kind=vllm"])
+    list(train_run(tmp_path / "alone", alone, allow_code=False))
+    together = tmp_path / "together"
+    run("train", "shapes", *settings, "engine.kind=vllm_server", "--run", str(together), log=tmp_path / "log")
+    assert_same_curve(metrics(together), metrics(tmp_path / "alone"))
