@@ -42,8 +42,15 @@ def with_head(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU: a file has no two names for one storage."""
-    return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    """On the CPU, and copied there only where it must be: a file has no two names for one storage."""
+    found: dict[str, Tensor] = {}
+    taken = set()
+    for name, tensor in tensors.items():
+        here = tensor.cpu().contiguous()
+        place = here.untyped_storage().data_ptr()
+        found[name] = here.clone() if place in taken else here
+        taken.add(place)
+    return found
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -5,9 +5,10 @@ from random import Random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from npo_cli.config import ModelSettings
-from npo_cli.engines.sync import Agreement, named_tensors, refuse_disagreement, refuse_other_names, shapes_of
+from npo_cli.engines.sync import Agreement, named_tensors, refuse_disagreement, refuse_other_names, shapes_of, whole
 from npo_cli.errors import RunFailed
 from npo_cli.policy.model import load_policy
 
@@ -19,6 +20,17 @@ def test_a_tied_head_is_sent_under_its_own_name():
     assert model.config.tie_word_embeddings
     tensors = named_tensors(model)
     assert tensors["lm_head.weight"].data_ptr() == tensors["model.embed_tokens.weight"].data_ptr()
+
+
+def test_a_second_name_is_copied_and_nothing_else_is(tmp_path):
+    tensors = named_tensors(load_policy(ModelSettings(threads=1)).model)
+    ready = whole(tensors)
+    copied = {name for name, tensor in ready.items() if tensor.data_ptr() != tensors[name].data_ptr()}
+    assert copied == {"lm_head.weight"}
+    save_file(ready, tmp_path / "model.safetensors")
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize(
