@@ -163,9 +163,9 @@ class TransformersEngine:
         cache = DynamicCache(config=self.model.config)
         place = {prompt: index for index, prompt in enumerate(distinct)}
         rows = torch.tensor([place[request.prompt_ids, request.images] for request in batch], device=self.model.device)
+        sights = self._sights(ids_PL, [images for _, images in distinct])
         if width > 1:
             positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
-            sights = self._sights(ids_PL, [images for _, images in distinct])
             with self._precision():
                 self.model.base_model(
                     input_ids=ids_PL[:, :-1],
@@ -177,7 +177,7 @@ class TransformersEngine:
                     **sights,
                 )
             cache.batch_select_indices(rows)
-            self._count_on(rows, seen=bool(sights))
+        self._count_on(rows, seen=bool(sights))
         return ids_PL[rows], mask_PL[rows], cache
 
     def _sights(self, ids_PL: Tensor, images: list[tuple[ImageRef, ...]]) -> dict[str, Tensor]:

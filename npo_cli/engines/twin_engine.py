@@ -24,8 +24,11 @@ def pushed_logits(new_NW: Tensor, old_NW: Tensor, strength: float) -> Tensor:
 class OlderReader:
     """The older model along the responses of a batch: asked after each token for its logits of the next."""
 
-    def __init__(self, model: PreTrainedModel, mask_NL: Tensor, cache: DynamicCache, *, sees: bool) -> None:
-        self.model, self.mask_NL, self.cache, self.sees = model, mask_NL, cache, sees
+    def __init__(
+        self, model: PreTrainedModel, mask_NL: Tensor, cache: DynamicCache, *, position_lag_N1: Tensor | None
+    ) -> None:
+        self.model, self.mask_NL, self.cache = model, mask_NL, cache
+        self.position_lag_N1 = position_lag_N1
         self.padded = not bool(mask_NL.all())
 
     def read(self, input_ids: Tensor) -> Tensor:
@@ -34,13 +37,18 @@ class OlderReader:
         self.mask_NL = torch.nn.functional.pad(self.mask_NL, (0, grown), value=1)
         output = self.model(
             input_ids=input_ids[:, -1:],
-            # A model that sees counts its positions by itself, from the mask.
-            attention_mask=self.mask_NL if self.padded or self.sees else None,
-            position_ids=None if self.sees else self.mask_NL.sum(-1, keepdim=True) - 1,
+            attention_mask=self.mask_NL if self.padded else None,
+            position_ids=self._positions(),
             past_key_values=self.cache,
             use_cache=True,
         )
         return output.logits[:, -1].float()
+
+    def _positions(self) -> Tensor:
+        """Of the newest tokens. Left to itself, a model that sees would count those of the whole padded row."""
+        place_N1 = self.mask_NL.sum(-1, keepdim=True) - 1
+        # One axis stands for time, height and width, which are the same in text.
+        return place_N1 if self.position_lag_N1 is None else (place_N1 + self.position_lag_N1)[None]
 
 
 class TwinSampler(SeededSampler):
@@ -90,9 +98,10 @@ class TwinEngine(TransformersEngine):
 
     def _sampler(self, batch: list[SampleRequest], *, num_tokens: int, temperature: float) -> SeededSampler:
         _, mask_NL, cache = self.older._prefill(batch)
+        lag_N1 = None if self.sight is None else self.older.model.base_model.rope_deltas
         return TwinSampler(
             [request.seed for request in batch],
-            reader=OlderReader(self.older.model, mask_NL, cache, sees=self.sight is not None),
+            reader=OlderReader(self.older.model, mask_NL, cache, position_lag_N1=lag_N1),
             strength=self.strength,
             num_tokens=num_tokens,
             temperature=temperature,

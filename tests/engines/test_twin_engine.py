@@ -1,6 +1,8 @@
 """Two models, one response: the law is pi_t (pi_t / pi_old)^a, and a response is its seed's alone."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from npo_cli.engines.twin_engine import TwinEngine, pushed_logits
 from npo_cli.policy.extrapolated import PushedPolicy
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
+from tests.engines.test_image_prompts import asked as asked_with_pictures
+from tests.engines.test_image_prompts import engine_of
 from tests.engines.test_transformers_engine import TEXTS, asked, drawn
+from tests.pictures import mixed_prompts, seeing
 
 ROWS = [TokenRow(prompt_ids=(1, 2, 3), response_ids=(4, 5)), TokenRow(prompt_ids=(2,), response_ids=(6, 7, 8))]
 
@@ -24,12 +29,15 @@ def policy() -> Policy:
 @pytest.fixture(scope="module")
 def older() -> Policy:
     """The same model with every weight moved a little."""
-    found = load_policy(ModelSettings(threads=1))
+    return nudged(load_policy(ModelSettings(threads=1)))
+
+
+@torch.no_grad()
+def nudged(policy: Policy) -> Policy:
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in found.model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    return found
+    for parameter in policy.model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    return policy
 
 
 def twin_of(policy: Policy, older: Policy, *, strength: float, max_rows: int = 512) -> TwinEngine:
@@ -129,3 +137,45 @@ def test_sampling_moves_neither_model(policy, older):
     before = policy.digest, older.digest
     said(twin_of(policy, older, strength=2.0), asked(policy, TEXTS))
     assert (policy.digest, older.digest) == before
+
+
+# With pictures: rows of different lengths, none, one or two of them each
+
+
+@pytest.mark.parametrize("strength", [0.0, 2.0])
+def test_without_strength_or_motion_pictures_are_answered_as_by_the_plain_engine(untaught_vl: Path, strength):
+    policy, other = seeing(untaught_vl), seeing(untaught_vl)
+    # without strength the older copy may be any
+    other = other if strength else nudged(other)
+    requests = asked_with_pictures(policy, mixed_prompts(), num_slots=6)
+    plain = engine_of(policy).generate(requests, temperature=1.0, max_new_tokens=6)
+    found = twin_of(policy, other, strength=strength).generate(requests, temperature=1.0, max_new_tokens=6)
+    assert [one.response_ids for one in found] == [one.response_ids for one in plain]
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.logps == pytest.approx(theirs.logps, abs=1e-5)
+
+
+@pytest.mark.parametrize("places", [(0, 1, 2, 3), (0,), (1,), (2,)], ids=["all", "one", "blind", "two"])
+def test_two_models_that_see_sample_from_what_the_trainer_scores(untaught_vl: Path, places):
+    """Side by side rows are padded; alone they are not."""
+    policy, older = seeing(untaught_vl), nudged(seeing(untaught_vl))
+    prompts = [mixed_prompts()[place] for place in places]
+    requests = asked_with_pictures(policy, prompts, num_slots=6)
+    samples = twin_of(policy, older, strength=2.0).generate(requests, temperature=1.0, max_new_tokens=6)
+    rows = [policy.row(prompts[place // 6], sample.response_ids) for place, sample in enumerate(samples)]
+    pair = PushedPolicy(new=policy, old=older, strength=2.0)
+    pushed_NT, plain_NT = (each.score(rows, temperature=1.0, chunk_tokens=64).logps_NT for each in (pair, policy))
+    assert (pushed_NT - plain_NT).abs().max() > 0.1
+    for sample, logps_T in zip(samples, pushed_NT.tolist(), strict=True):
+        assert sample.logps == pytest.approx(logps_T[: len(sample.logps)], abs=1e-4)
+
+
+def test_a_prompt_of_one_token_forgets_the_pictures_of_the_batch_before(untaught_vl: Path):
+    policy, older = seeing(untaught_vl), nudged(seeing(untaught_vl))
+    twin = twin_of(policy, older, strength=2.0)
+    twin.generate(asked_with_pictures(policy, mixed_prompts(), num_slots=2), temperature=1.0, max_new_tokens=3)
+    (request,) = asked_with_pictures(policy, mixed_prompts()[1:2], num_slots=1)
+    short = replace(request, prompt_ids=request.prompt_ids[-1:])
+    found = twin.generate([short], temperature=1.0, max_new_tokens=6)
+    alone = twin_of(seeing(untaught_vl), nudged(seeing(untaught_vl)), strength=2.0)
+    assert found == alone.generate([short], temperature=1.0, max_new_tokens=6)

@@ -9,6 +9,7 @@ import pytest
 
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
+from npo_cli.guide.extrapolated import answers_in
 from npo_cli.loading import from_dict, load_recipe
 from npo_cli.records import IMAGE_MARK, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
@@ -16,12 +17,13 @@ from npo_cli.run_dir.guides import load_guide, trajectories_path
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.stages.export import export_guide
+from npo_cli.stages.extrapolation import Extrapolator, push_in_force
 from npo_cli.stages.story import question
 from npo_cli.stages.train import train_run
 from npo_cli.stages.world import open_task
 from npo_cli.tasks.files import file_problems
 from tests.pictures import seeing
-from tests.stages.running import resume, sample, score
+from tests.stages.running import reproducible, resume, sample, score, stop_after, world_at
 
 SMALL = (
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=8"),
@@ -137,6 +139,23 @@ def test_adapters_beside_a_model_that_sees_go_round_as_well(taught_vl: Path, tmp
     list(training(root, taught_vl, "model.lora.rank=2", "train.num_steps=2"))
     resume(root, "train.num_steps=3")
     assert open_run(root).recipe("main")["model"]["lora"]["rank"] == 2
+
+
+def test_the_pushed_policy_sees_the_pictures_and_a_killed_run_asks_it_again(taught_vl: Path, tmp_path: Path):
+    """What step 4 asked is what the policy of step 3, pushed away from step 1, scores when it is read again."""
+    pushed = ("guide.source=extrapolated", "extrapolate.k=2", "inject.gate=0.9", "train.save_every=1")
+    whole, mended = tmp_path / "whole", tmp_path / "mended"
+    list(training(whole, taught_vl, *pushed))
+    world = world_at(whole, 3)
+    ahead = Extrapolator(world=world, branch="main").ahead(push_in_force(world.recipe, None), step=3)
+    groups = RolloutJournal(world.run.rollouts_path("main")).read_step(4)
+    pairs = [(world.task.prompt(group.prompt.prompt_id), one) for group in groups for one in answers_in(group)]
+    assert pairs
+    for (_, one), logps_T in zip(pairs, ahead.logps(pairs), strict=True):
+        assert list(one.behavior_logps) == pytest.approx(logps_T, abs=1e-4)
+    stop_after(training(mended, taught_vl, *pushed), 3)
+    resume(mended)
+    assert reproducible(mended) == reproducible(whole)
 
 
 def test_pictures_need_a_model_that_sees(tmp_path: Path):

@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.config import ModelSettings
 from npo_cli.engines import vllm_engine
 from npo_cli.errors import NpoError, RunFailed
+from npo_cli.guide.extrapolated import answers_in
+from npo_cli.policy.extrapolated import pushed
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.records import Group, Rollout
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.world import open_policy, open_task, open_world
-from tests.stages.running import TINY, reproducible, resume, sample, score, tiny, train
+from npo_cli.stages.extrapolation import Extrapolator, push_in_force
+from npo_cli.stages.world import answer, open_policy, open_task, open_world
+from tests.stages.running import TINY, reproducible, resume, sample, score, tiny, train, world_at
 
 pytestmark = pytest.mark.vllm
 VLLM = ("engine.kind=vllm",)
@@ -112,3 +118,64 @@ def test_a_world_that_cannot_open_leaves_no_engine(tmp_path):
     with pytest.raises(RunFailed, match="was closed"):
         world.engine.generate([], temperature=1.0, max_new_tokens=1)
     task.close()
+
+
+# The policy pushed in its weights: one more sync into the engine, and one out of it
+
+
+PUSHED = (
+    *("guide.source=extrapolated", "extrapolate.space=weights", "extrapolate.k=2", "extrapolate.a=2.0"),
+    *("inject.gate=0.5", "train.save_every=1", "train.num_steps=6"),
+)
+
+
+def scored(policy: Policy, pairs: list[tuple[Group, Rollout]]) -> list[list[float]]:
+    """By the trainer's pass, with the weights at hand."""
+    rows = [policy.row(group.prompt, one.response_ids) for group, one in pairs]
+    logps_NT = policy.score(rows, temperature=1.0, chunk_tokens=512).logps_NT.tolist()
+    return [logps_T[: len(one.response_ids)] for logps_T, (_, one) in zip(logps_NT, pairs, strict=True)]
+
+
+def furthest(pairs: list[tuple[Group, Rollout]], logps: list[list[float]]) -> float:
+    """From what was recorded when they were sampled."""
+    found = zip(pairs, logps, strict=True)
+    return max(abs(a - b) for (_, one), told in found for a, b in zip(one.behavior_logps, told, strict=True))
+
+
+@pytest.fixture(scope="module", params=[VLLM, SERVED], ids=["vllm", "served"])
+def asked(request, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pushed") / "run"
+    train(root, *request.param, *PUSHED)
+    return root
+
+
+def test_pushed_weights_answer_and_then_the_policys_own_are_back(asked):
+    """Each step asks the policy, then the pushed one, then learns; each swap was proved, or the run had ended."""
+    run = open_run(asked)
+    for step in (3, 4, 5, 6):
+        groups = RolloutJournal(run.rollouts_path("main")).read_step(step)
+        own = [(group, one) for group in groups for one in group.rollouts if not one.foreign]
+        theirs = [(group, one) for group in groups for one in answers_in(group)]
+        assert theirs
+        # the policy of step - 1, and its older copy of 2 steps before
+        policy = load_policy(ModelSettings(path=str(run.checkpoint_folder("main", step - 1)), threads=1))
+        assert furthest(own, scored(policy, own)) < 1e-4
+        assert furthest(theirs, scored(policy, theirs)) > 0.05
+        with pushed(policy, run.checkpoint_folder("main", step - 3), strength=2.0):
+            assert furthest(theirs, scored(policy, theirs)) < 1e-4
+            assert furthest(own, scored(policy, own)) > 0.05
+
+
+def test_the_engine_is_sent_the_policys_own_weights_again_though_nothing_was_learned(asked):
+    """The same seeds before and after the pushed policy was asked, as a choice of k and a does it."""
+    world = world_at(asked, 4)
+    ahead = Extrapolator(world=world, branch="main").ahead(push_in_force(world.recipe, None), step=4)
+    prompts, slots = world.task.train[:4], range(2)
+    before = answer(world, prompts, label=("t",), slots=slots, sampler_step=4)
+    between = ahead.answer(prompts, label=("t",), slots=slots)
+    after = answer(world, prompts, label=("t",), slots=slots, sampler_step=4)
+    world.close()
+    world.task.close()
+    assert after == before
+    pairs = zip(between, before, strict=True)
+    assert any(theirs.rollouts[0].behavior_logps != ours.rollouts[0].behavior_logps for theirs, ours in pairs)
