@@ -19,7 +19,8 @@ class CurvePoint:
     """Wall clock of its training steps, guide sampling, scoring and probes."""
     entropy: float | None = None
     total_forwards: int = 0
-    """Forward passes of sampling: one a token, and one more where an older copy reads it too."""
+    """Forward passes of sampling: one a token, and one more where an older copy reads it too. Prefills, and passes that
+    score or train on whole responses, are in no count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,7 @@ class Crossing:
     total_tokens: int | None
     total_seconds: float | None = None
     total_forwards: int | None = None
+    """As in `CurvePoint`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,12 +21,16 @@ def comparison_tables(crossings: Sequence[Crossing]) -> tuple[Table, ...]:
     notes = (
         f"by ...: cost of {crossings[0].arm} divided by cost of the arm; above 1 the arm is faster.",
         "total: scout and rolled-back steps, scoring, probes and the guide's samples are counted.",
-        *(("forwards: of sampling; of an extrapolated guide's tokens those of the older copy too.",) * twice),
+        *((FORWARDS,) * twice),
     )
     header = ("arm", "accuracy", *totals, *ratios)
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 
 
+FORWARDS = (
+    "forwards: of sampling alone, with those of the older copy on an extrapolated guide's tokens; passes that score or "
+    "train on whole responses are not counted."
+)
 WORDS = {"seconds": "wall time", "forwards": "forwards"}
 
 

@@ -22,6 +22,7 @@ from npo_cli.run_dir.paths import RunDir
 from npo_cli.run_dir.scores import Scoring, all_scores, scorings
 from npo_cli.run_dir.seconds import seconds_in, step_seconds
 from npo_cli.run_dir.steps import measured_steps
+from npo_cli.stages.contest import PROBE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +37,7 @@ class Cost:
 
     @property
     def forwards(self) -> int:
-        """Forward passes of sampling, prefill apart."""
+        """Forward passes of sampling alone: not prefills, nor passes that score or train on whole responses."""
         return self.tokens + self.older_forwards
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -126,9 +127,21 @@ def entry_cost(run: RunDir, born: Segment) -> Cost:
     asked = [found for found in scored_before(run, born) if (found.branch, found.at) == (info.branch, info.at_step)]
     ahead = born.fork_step if info.guide_step is None else info.guide_step
     last = max(born.fork_step, ahead, *(step for scoring in asked for step in scoring.candidates))
-    tokens = sum(len(row["response_ids"]) for scoring in asked for row in scoring.samples.records())
-    scored = Cost(steps=0, tokens=tokens, seconds=sum(seconds_in(scoring.folder) for scoring in asked))
+    scored = sum((scoring_cost(scoring) for scoring in asked), start=NOTHING)
     return cost_at(run, info.branch, last) + cache_cost(run, info.name) + scored
+
+
+def scoring_cost(scoring: Scoring) -> Cost:
+    """What sampling for a scoring took; an older copy read along with arms whose logits were pushed."""
+    named = enumerate(scoring.settings.get("sources", ()))
+    read_twice = {PROBE - place for place, name in named if name.startswith("extrapolated logits:")}
+    told = [(row["arm"], len(row["response_ids"])) for row in scoring.samples.records()]
+    return Cost(
+        steps=0,
+        tokens=sum(count for _, count in told),
+        seconds=seconds_in(scoring.folder),
+        older_forwards=sum(count for arm, count in told if arm in read_twice),
+    )
 
 
 def scored_before(run: RunDir, born: Segment) -> list[Scoring]:

@@ -1,7 +1,8 @@
 """Every `extrapolate.refresh` steps: which k and a is the policy pushed by, and is it worth asking at all?
 
 The learner and every push of the grid answer the newest failed prompts, `extrapolate.samples` times each. Everything
-is a function of seed and step, so a killed run decides the same again. Its tokens are charged to the step that follows.
+is a function of seed and step, so a killed run decides the same again. Its tokens, and the forward passes that sampled
+them, are charged to the step that follows; those that score them afterwards are in no count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ class Refresh:
     best: PushTrial | None
     tokens: int
     forwards: int
+    """Of sampling: the older copy reads the tokens of pushed logits too."""
 
     def metrics(self) -> dict[str, float]:
         """For the line of the step that follows."""

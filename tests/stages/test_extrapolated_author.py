@@ -1,5 +1,6 @@
 """The learner pushed along its own motion as a guide: who is asked, what is kept of it, what it is compared with."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from npo_cli.run_dir.checkpoints import find_checkpoint, list_checkpoints
 from npo_cli.run_dir.guides import asking, load_guide
 from npo_cli.run_dir.paths import open_run
 from npo_cli.stages.ahead import motion_at, older_policy, open_ahead
+from npo_cli.stages.ledger import cost_at
 from npo_cli.stages.pushes import push_of, pushes_of
 from tests.stages.running import LORA, copied, resume, sample, train, world_at
 from tests.stages.test_score_sources import scored
@@ -83,6 +85,20 @@ def test_a_grid_is_compared_with_futures_past_base_and_self_on_the_same_prompts(
         assert 0 <= one.p_best <= 1
     near, far = (ahead[f"extrapolated logits:2:{a}"].kl_per_sequence for a in (1, 4))
     assert 0 < near < far
+
+
+def test_a_replay_pays_for_what_the_older_copy_read_of_a_comparison_and_of_the_cache(line, tmp_path):
+    root = copied(line, tmp_path / "run")
+    scored(root, "past", "extrapolated=weights:2:1", "extrapolated=logits:2:1", at=4)
+    cache = extrapolated(root, "logits:2:1")
+    resume(root, at=4, guide="ahead")
+    (journal,) = root.glob("scores/*/samples.jsonl")
+    rows = [json.loads(row) for row in journal.read_text().splitlines()]
+    # -1 is the learner, and the sources count on from there: -2 the past, -3 weights, -4 logits
+    read = {arm: sum(len(row["response_ids"]) for row in rows if row["arm"] == arm) for arm in (-3, -4)}
+    assert read[-3] > 0 and read[-4] > 0
+    spent = cost_at(open_run(root), "ahead", 5)
+    assert spent.forwards - spent.tokens == read[-4] + cache.num_tokens
 
 
 def test_a_comparison_asked_again_samples_nothing_new(line, tmp_path):

@@ -7,16 +7,19 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from npo_cli.errors import NpoError
 from npo_cli.guide.extrapolated import answers_in
+from npo_cli.guide_records import Push
 from npo_cli.records import Group
 from npo_cli.run_dir.checkpoints import list_checkpoints
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.stages.ahead import motion_at, older_policy
 from npo_cli.stages.ledger import cost_at
 from npo_cli.stages.train import train_run
-from tests.stages.running import LORA, copied, files_of, reproducible, resume, sample, stop_after, tiny, train
+from tests.stages.running import LORA, copied, files_of, reproducible, resume, sample, stop_after, tiny, train, world_at
 
 AHEAD = (
     *("guide.source=extrapolated", "extrapolate.k=2", "inject.ratio=proximal", "train.num_steps=6"),
@@ -113,6 +116,48 @@ def test_a_run_killed_anywhere_comes_out_the_same_bit_for_bit(settings, fixture,
     stop_after(train_run(root, tiny(*settings), allow_code=False), step)
     resume(root)
     assert reproducible(root) == reproducible(request.getfixturevalue(fixture))
+
+
+@pytest.fixture(scope="module", params=["logits", "weights"])
+def adapted(request, tmp_path_factory) -> Path:
+    """Adapters alone are trained and pushed."""
+    root = tmp_path_factory.mktemp("adapted") / "run"
+    train(root, *AHEAD, *LORA, f"extrapolate.space={request.param}")
+    assert any(answers_in(group) for group in groups_at(root, 6))
+    return root
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_run_of_adapters_killed_anywhere_comes_out_the_same_bit_for_bit(adapted, step, tmp_path):
+    """3 is recorded and not saved; after 4 the older copy is the one of step 2, read into a model of its own again."""
+    root = tmp_path / "run"
+    space = open_run(adapted).recipe("main")["extrapolate"]["space"]
+    stop_after(train_run(root, tiny(*AHEAD, *LORA, f"extrapolate.space={space}"), allow_code=False), step)
+    resume(root)
+    ours, theirs = reproducible(root), reproducible(adapted)
+    assert any(name.endswith("adapter_model.safetensors") for name in theirs)
+    assert ours == theirs
+
+
+def test_the_older_copy_of_a_run_of_adapters_has_the_learners_base_and_adapters_of_its_own(adapted):
+    world = world_at(adapted, 6)
+    motion = motion_at(world.run, "main", Push(space="logits", k=2, a=1.0), step=6, every=2)
+    older = older_policy(world, motion)
+    assert older is not None
+    theirs, ours = (dict(policy.model.named_parameters()) for policy in (older, world.policy))
+    adapters = {name for name in ours if ".lora_" in name}
+    assert theirs.keys() == ours.keys() and 0 < len(adapters) < len(ours)
+    for name in ours:
+        # a frozen tensor takes its room once
+        assert (theirs[name].data_ptr() == ours[name].data_ptr()) == (name not in adapters)
+    # the adapters are those of steps 4 and 6, and an update of the learner's leaves the other's alone
+    assert older.digest == world_at(adapted, 4).policy.digest != world.policy.digest
+    before = older.digest
+    with torch.no_grad():
+        for name in adapters:
+            ours[name].add_(1.0)
+    world.policy.mark_written()
+    assert older.digest == before
 
 
 def test_a_process_killed_in_the_middle_of_its_steps_comes_out_the_same(injected, tmp_path):

@@ -45,13 +45,13 @@ def run(tmp_path) -> RunDir:
     made = new_run(tmp_path)
     did(made, "main", range(1, 7), tokens=100, seconds=4.0)
     scoring = open_scoring(made, "main", 2, candidates=[5], settings={"k": 1})
-    scoring.samples.extend([{"response_ids": [1] * 20}, {"response_ids": [1] * 10}])
+    scoring.samples.extend([{"arm": 5, "response_ids": [1] * 20}, {"arm": 5, "response_ids": [1] * 10}])
     add_seconds(scoring.folder, 2.0, num_tokens=30)
     add_seconds(scoring.folder, 1.0, num_tokens=0)
     save_scores(scoring, [])
     # Another learner's scoring is not this arm's to pay.
     other = open_scoring(made, "main", 1, candidates=[5], settings={"k": 1})
-    other.samples.append({"response_ids": [1] * 999})
+    other.samples.append({"arm": 5, "response_ids": [1] * 999})
     add_seconds(other.folder, 999.0, num_tokens=999)
     save_scores(other, [])
     info = guide_info(made, name="near", at_step=2, guide_step=5, num_steps=3)
@@ -93,7 +93,7 @@ def test_a_step_executed_again_after_a_kill_took_both_its_times(run):
 
 def test_a_scoring_after_the_replay_cannot_have_cost_it_anything(run):
     later = open_scoring(run, "main", 2, candidates=[6], settings={"k": 1})
-    later.samples.append({"response_ids": [1] * 999})
+    later.samples.append({"arm": 5, "response_ids": [1] * 999})
     add_seconds(later.folder, 999.0, num_tokens=999)
     save_scores(later, [])
     answer = json.loads(later.scores_path.read_text())

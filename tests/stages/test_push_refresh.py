@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 
 from npo_cli.policy.optimizer import peek_state
+from npo_cli.records import Group
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.paths import open_run
+from npo_cli.stages.extrapolation import Extrapolator
+from npo_cli.stages.push_refresh import newest_mistakes, pushes_in_reach
 from npo_cli.stages.train import train_run
-from tests.stages.running import reproducible, resume, stop_after, tiny, train
+from npo_cli.stages.world import answer
+from tests.stages.running import reproducible, resume, stop_after, tiny, train, world_at
 from tests.stages.test_extrapolation import AHEAD, metrics_of
 
 CHOOSING = (
@@ -55,6 +59,30 @@ def test_its_tokens_are_charged_to_the_step_that_follows(choosing):
         assert row["forwards"] > row["tokens"] > made["tokens"]
     # tokens so far are the sum over steps, choices included
     assert rows[8]["tokens_total"] == sum(row["tokens"] for row in rows.values())
+
+
+@pytest.mark.parametrize(("space", "passes"), [("logits", 2), ("weights", 1)])
+def test_the_older_copy_is_charged_for_what_it_read_while_it_was_sampled(tmp_path, space, passes):
+    """Asked again at step 4 with the same seeds: the learner's tokens are read once, a push's by as many as it has."""
+    root = tmp_path / "run"
+    train(root, *CHOOSING, "extrapolate.refresh=4", "train.num_steps=5", f"extrapolate.space={space}")
+    world = world_at(root, 4)
+    prompts = newest_mistakes(world, peek_state(find_checkpoint(world.run, "main", 4).anchor_path))
+    label, slots = ("refresh", "main", 4), range(world.recipe.extrapolate.samples)
+    own = tokens_in(answer(world, prompts, label=label, slots=slots, sampler_step=4))
+    theirs = 0
+    for push in pushes_in_reach(world.recipe.extrapolate, step=4):
+        ahead = Extrapolator(world=world, branch="main").ahead(push, step=4)
+        theirs += tokens_in(ahead.answer(prompts, label=(*label, push.name), slots=slots))
+    row = metrics_of(root)[4]
+    assert row["extrapolate/choice_tokens"] == own + theirs
+    # and what step 5 asked for itself
+    asked = row.get("extrapolate/tokens", 0)
+    assert row["forwards"] - row["tokens"] == (passes - 1) * (theirs + asked)
+
+
+def tokens_in(groups: list[Group]) -> int:
+    return sum(len(one.response_ids) for group in groups for one in group.rollouts)
 
 
 def test_the_choice_is_in_the_training_state(choosing):
