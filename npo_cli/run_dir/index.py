@@ -1,6 +1,7 @@
 """The table of a run's checkpoints. Everything in it can be made again from the other files."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
         parent = _birthplace(run, branch)
         for step, folder in checkpoint_folders(run.checkpoints_folder(branch)):
             fields = _on_disk(run, folder, verify=verify) | _measurements((branch, step), measured.get(step, {}), known)
+            if not folder.is_dir():
+                # Its writer has renamed or removed it meanwhile.
+                continue
             entries.append(CheckpointEntry(branch=branch, step=step, parent=parent, **fields))
             if fields["complete"]:
                 parent = f"{branch}:{step}"
@@ -65,11 +69,20 @@ def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
     complete = not folder.name.startswith(".") and has_whole_weights(folder, deep=verify)
     return {
         "tier": "anchor" if has_whole_anchor(folder, deep=verify) else "guide",
-        "size_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "size_bytes": _size(folder),
         "complete": complete,
         "digest": _digest(folder) if complete else None,
         "path": folder.relative_to(run.root).as_posix(),
     }
+
+
+def _size(folder: Path) -> int:
+    """Bytes of its files; those that a writer takes away meanwhile are not counted."""
+    total = 0
+    with suppress(FileNotFoundError):
+        for path in folder.rglob("*"):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _digest(folder: Path) -> str | None:

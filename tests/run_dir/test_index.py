@@ -1,4 +1,6 @@
 import json
+import shutil
+import threading
 
 from npo_cli.records import StepReport
 from npo_cli.run_dir.checkpoints import demote_checkpoint, find_checkpoint
@@ -65,6 +67,30 @@ def test_what_is_not_whole_is_listed_as_incomplete(tmp_path):
         (60, False, "main:40"),
     ]
     assert table[1].digest is None and table[3].size_bytes == 0
+
+
+def test_a_table_is_made_while_a_writer_saves(tmp_path):
+    run = new_run(tmp_path)
+    save(run, 0)
+    home, stop = run.checkpoints_folder("main"), threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            partial = home / ".step_000020.partial"
+            (partial / "anchor").mkdir(parents=True)
+            for number in range(50):
+                (partial / f"{number}.json").touch()
+            partial.rename(home / "gone")
+            shutil.rmtree(home / "gone")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        tables = [build_index(run) for _ in range(300)]
+    finally:
+        stop.set()
+        writer.join()
+    assert all(table[0].complete and [entry.step for entry in table[1:]] in ([], [20]) for table in tables)
 
 
 def test_verifying_finds_a_change_that_sizes_hide(tmp_path):
