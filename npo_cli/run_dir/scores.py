@@ -19,6 +19,8 @@ from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.paths import RunDir
 
 KEY_LENGTH = 8
+PROBE = -1
+"""Arm number of the first look, which decides who is asked at all; sources that are no checkpoint have numbers below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

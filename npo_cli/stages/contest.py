@@ -8,7 +8,7 @@ from npo_cli.config import ScoreSettings
 from npo_cli.guide.signal import SampleRatio
 from npo_cli.records import Group, Progress, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint
-from npo_cli.run_dir.scores import Scoring
+from npo_cli.run_dir.scores import PROBE, Scoring
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.stages.authors import forward_logps
 from npo_cli.stages.ratios import JudgedSample
@@ -16,8 +16,6 @@ from npo_cli.stages.segment import LearnerAt
 from npo_cli.stages.world import Asked, World, answer, answer_side_by_side
 
 CHUNK_PROMPTS = 32
-PROBE = -1
-"""Arm number of the first look, which decides who is asked at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

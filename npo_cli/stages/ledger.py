@@ -19,10 +19,9 @@ from npo_cli.run_dir.index import best_evals
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import birth_segment, descent
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.scores import Scoring, all_scores, scorings
+from npo_cli.run_dir.scores import PROBE, Scoring, all_scores, scorings
 from npo_cli.run_dir.seconds import seconds_in, step_seconds
 from npo_cli.run_dir.steps import measured_steps
-from npo_cli.stages.contest import PROBE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,10 +18,10 @@ from npo_cli.records import CheckpointScore, Notice, Progress, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.lock import writing
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.scores import drop_scoring, open_scoring, save_scores
+from npo_cli.run_dir.scores import PROBE, drop_scoring, open_scoring, save_scores
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.contest import PROBE, Contest, collect, collect_all
+from npo_cli.stages.contest import Contest, collect, collect_all
 from npo_cli.stages.ratios import JudgedSample, learner_ratios
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, futures, segment_prompts
 from npo_cli.stages.world import (

@@ -16,9 +16,10 @@ from npo_cli.policy.model import Policy
 from npo_cli.records import Notice, Progress, Prompt
 from npo_cli.run_dir.files import sha256_of
 from npo_cli.run_dir.paths import RunDir
+from npo_cli.run_dir.scores import PROBE
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.stages.authors import Author
-from npo_cli.stages.contest import CHUNK_PROMPTS, PROBE, Contest
+from npo_cli.stages.contest import CHUNK_PROMPTS, Contest
 from npo_cli.stages.guide_plan import Ask, Plan, plan_of
 from npo_cli.stages.guide_sources import open_source
 from npo_cli.stages.outside_author import fitted, load_outside
