@@ -20,7 +20,7 @@ from npo_cli.run_dir.paths import RunDir
 
 KEY_LENGTH = 8
 PROBE = -1
-"""Arm number of the first look, which decides who is asked at all; sources that are no checkpoint have numbers below."""
+"""Arm number of the first look, which decides who is asked at all; other sources than checkpoints lie below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
