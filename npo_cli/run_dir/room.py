@@ -32,6 +32,9 @@ def disk_needs(recipe: Recipe, *, weights: int, moments: int, autonpo: bool) -> 
     yield _need("journals", rollouts * each + steps * STEP_BYTES, how)
     answers = longest_segment(recipe) * recipe.train.prompts_per_step * recipe.guide.k * (1 + rounds)
     yield _need("guide caches", answers * each, f"{answers:,} answers, {recipe.guide.k} a prompt")
+    if recipe.engine.kind == "vllm_server":
+        # By nccl or ipc no second one is written.
+        yield _need("weights for the server", 2 * weights, "in TMPDIR: those it starts from, and a sync's")
 
 
 def longest_segment(recipe: Recipe) -> int:

@@ -24,7 +24,7 @@ def test_what_fits_is_said_with_every_need():
 def test_what_does_not_fit_is_refused_with_the_setting_that_mends_it():
     said = npo("plan", "micro", *SMALL)
     assert said.code == 2
-    assert "gpu: 1.94 GB are needed, there are 1.85 GB" in said.err
+    assert "gpu: 1.99 GB are needed, there are 1.85 GB" in said.err
     setting = said.err.partition("try: add ")[2].strip()
     assert f"{setting} " in said.out.partition("What would help, alone")[2]
     assert npo("plan", "micro", setting, *SMALL).code == 0

@@ -33,7 +33,9 @@ def recipe(**sections: dict) -> Recipe:
 
 
 def by_name(needs: object) -> dict[str, int]:
-    return {need.what: need.num_bytes for need in needs if isinstance(need, Need) and need.how != "a guess"}
+    """Without the guess and the tenth that is put beside it."""
+    counted = [need for need in needs if isinstance(need, Need) and need.how not in ("a guess", "a tenth of the rest")]
+    return {need.what: need.num_bytes for need in counted}
 
 
 def test_one_gpu_in_float32():
@@ -114,3 +116,24 @@ def test_a_server_has_gpus_of_its_own():
     # Four GPUs train: a quarter each, whole to score.
     assert (needs["weights"], needs["whole weights"], "KV cache" in needs) == (1000, 4000, False)
     assert not list(engine_needs(recipe(), SHAPE, footing))
+
+
+def test_a_tenth_of_each_phase_is_put_beside_it_but_for_guesses_and_what_vllm_takes():
+    found = recipe(engine={"kind": "vllm", "memory_share": 0.5, "sleep": True})
+    needs = [*gpu_needs(found, SHAPE, GPU)]
+    beside = {need.phase: need.num_bytes for need in needs if need.what == "what is not counted"}
+    # weights and moments; gradients, activations, logits and a guide's part
+    assert beside == {"always": (4000 + 8000) / 10, "update": (4000 + 500 * 200 + 70 * 50 * 20 + 4000) / 10}
+
+
+def test_a_policy_pushed_along_its_motion_holds_an_older_copy_or_moves_its_weights():
+    logits = by_name(gpu_needs(recipe(guide={"source": "extrapolated"}), SHAPE, GPU))
+    plain = by_name(gpu_needs(recipe(), SHAPE, GPU))
+    # as many rows as the policy's own, of 60 + 40 tokens
+    assert {name: size for name, size in logits.items() if name not in plain} == {
+        "an older copy": 1000 * 4,
+        "its KV cache": 32 * 100 * 40 * 4,
+    }
+    weights = recipe(auto={"extrapolate": 20}, extrapolate={"space": "weights"})
+    found = by_name(gpu_needs(weights, SHAPE, GPU))
+    assert {name: size for name, size in found.items() if name not in plain} == {"moved weights": 1000 * 4}
