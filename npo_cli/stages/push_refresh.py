@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from npo_cli.extrapolate_settings import ExtrapolateSettings
-from npo_cli.guide.evidence import Arm, PromptOutcome, SignalKnobs
+from npo_cli.guide.evidence import Arm, PromptOutcome
 from npo_cli.guide.push_choice import PushTrial, best_of, choice_of, lower_net, row_of
 from npo_cli.guide.signal import rank_arms
 from npo_cli.guide_records import Push, PushChoice
@@ -21,6 +21,7 @@ from npo_cli.seeds import derive_seed
 from npo_cli.stages.authors import forward_logps
 from npo_cli.stages.extrapolation import Extrapolator, push_in_force
 from npo_cli.stages.ratios import JudgedSample, learner_ratios
+from npo_cli.stages.score_checkpoints import signal_knobs
 from npo_cli.stages.world import World, answer
 
 ITSELF = 0
@@ -123,21 +124,9 @@ def arm_of(world: World, groups: Sequence[Group], logps: Sequence[tuple[float, .
 
 def trials_of(world: World, itself: Arm, arms: Mapping[Push, Arm], *, step: int) -> list[PushTrial]:
     """S and KL of each push as every scoring measures them, and its Q_net."""
-    recipe = world.recipe
-    score, settings = recipe.score, recipe.extrapolate
-    knobs = SignalKnobs(
-        quality=score.quality,
-        k=settings.samples,
-        variance=score.variance,
-        kappa=score.kappa,
-        cap=score.cap,
-        average=score.average,
-        alpha=score.alpha,
-        rule=score.rule,
-        group_size=recipe.train.group_size,
-        resamples=score.resamples,
-        seed=derive_seed(recipe.train.seed, "refresh", step),
-    )
+    recipe, settings = world.recipe, world.recipe.extrapolate
+    seed = derive_seed(recipe.train.seed, "refresh", step)
+    knobs = signal_knobs(recipe, recipe.score, k=settings.samples, seed=seed)
     trials = []
     for (push, arm), found in zip(arms.items(), rank_arms(itself, list(arms.values()), knobs), strict=True):
         net, low = lower_net(arm.outcomes, itself.outcomes, k=knobs.quality_k, confidence=settings.confidence)

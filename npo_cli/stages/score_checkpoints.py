@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from npo_cli.config import Recipe
+from npo_cli.config import Recipe, ScoreSettings
 from npo_cli.errors import NpoError
 from npo_cli.guide.halving import Round, halving_rounds, survivors
 from npo_cli.guide.signal import Arm, PromptOutcome, SignalKnobs, rank_arms, variance_range_warning
@@ -179,7 +179,7 @@ def ranked(
         add_seconds(contest.scoring.folder, time.perf_counter() - started, num_tokens=0)
     yield Progress(what="compare with the learner", done=len(asked), total=len(asked))
     self_arm, *arms = [_arm(contest, step, prompts) for step, prompts in asked.items()]
-    return rank_arms(self_arm, arms, signal_knobs(contest))
+    return rank_arms(self_arm, arms, contest_knobs(contest))
 
 
 def _arm(contest: Contest, step: int, prompts: Sequence[Prompt]) -> Arm:
@@ -193,12 +193,18 @@ def _arm(contest: Contest, step: int, prompts: Sequence[Prompt]) -> Arm:
     return Arm(step=step, distance=step - contest.learner.step, outcomes=tuple(outcomes), ratios=ratios)
 
 
-def signal_knobs(contest: Contest) -> SignalKnobs:
-    """The recipe's score section, as the guide room knows it."""
-    recipe, settings = contest.learner.recipe, contest.settings
+def contest_knobs(contest: Contest) -> SignalKnobs:
+    """Of a scoring."""
+    recipe = contest.learner.recipe
+    seed = derive_seed(recipe.train.seed, "bootstrap", contest.learner.step)
+    return signal_knobs(recipe, contest.settings, k=contest.settings.k, seed=seed)
+
+
+def signal_knobs(recipe: Recipe, settings: ScoreSettings, *, k: int, seed: int) -> SignalKnobs:
+    """The recipe's score section, as the guide room knows it, for `k` samples a prompt."""
     return SignalKnobs(
         quality=settings.quality,
-        k=settings.k,
+        k=k,
         variance=settings.variance,
         kappa=settings.kappa,
         cap=settings.cap,
@@ -207,5 +213,5 @@ def signal_knobs(contest: Contest) -> SignalKnobs:
         rule=settings.rule,
         group_size=recipe.train.group_size,
         resamples=settings.resamples,
-        seed=derive_seed(recipe.train.seed, "bootstrap", contest.learner.step),
+        seed=seed,
     )

@@ -24,7 +24,7 @@ from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.stages.contest import Contest, collect_all
 from npo_cli.stages.guide_plan import Ask
 from npo_cli.stages.ratios import learner_ratios
-from npo_cli.stages.score_checkpoints import hard_prompts, open_contest, signal_knobs
+from npo_cli.stages.score_checkpoints import contest_knobs, hard_prompts, open_contest
 from npo_cli.stages.segment import LearnerAt, find_future, find_learner, futures
 from npo_cli.stages.source_arms import SourceArm, collect_source, source_arms, tried
 from npo_cli.stages.world import load_checkpoint, open_policy, open_task, open_world
@@ -162,7 +162,7 @@ def weighed(
         yield Progress(what="compare with the learner", done=done, total=len(numbers), note=field.name(number))
         arms[number] = arm_of(contest, field, number, hard=hard)
     yield Progress(what="compare with the learner", done=len(numbers), total=len(numbers))
-    knobs, self_arm = signal_knobs(contest), arms[field.learner.step]
+    knobs, self_arm = contest_knobs(contest), arms[field.learner.step]
     charged = [arm for arm in arms.values() if arm.ratios]
     found = leads(self_arm, charged, knobs)
     ranked = {score.step: score for score in rank_arms(self_arm, charged, knobs)}
