@@ -77,7 +77,8 @@ def _settings(settings: Evidence) -> str:
     auto = settings.get("auto") or {}
     names = (("W", "window"), ("patience", "patience"), ("c_r", "c_r"), ("d_H", "d_H"), ("c_H", "c_H"))
     rest = (("warm-up", "warmup"), ("rest", "cooldown"), ("max", "max"))
-    return ", ".join(f"{name} {auto[key]:g}" for name, key in (*names, *rest) if key in auto)
+    push = (("push first for", "extrapolate"),) * bool(auto.get("extrapolate"))
+    return ", ".join(f"{name} {auto[key]:g}" for name, key in (*names, *rest, *push) if key in auto)
 
 
 # What a probe found

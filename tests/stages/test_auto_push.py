@@ -5,6 +5,8 @@ import random
 import pytest
 
 from npo_cli.errors import NpoError
+from npo_cli.report.auto_tables import basis
+from npo_cli.report.auto_words import in_words
 from npo_cli.run_dir.lineage import segments
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.steps import measured_steps
@@ -121,8 +123,7 @@ def test_its_end_must_lie_at_a_checkpoint_and_it_is_not_for_runs_that_are_pushed
 
 
 def test_every_move_is_told_in_words(pushed):
-    from npo_cli.report.auto_words import in_words
-
     told = [in_words(move) for move in moves_of(pushed)]
     until = the_move(pushed, "pushed").state.until
     assert f"ahead step {until - 2}: pushed: the policy's own motion guides until step {until}" in told
+    assert basis(moves_of(pushed)[0]).endswith("max 1, push first for 2")
