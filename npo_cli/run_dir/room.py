@@ -10,8 +10,8 @@ TOKEN_BYTES, ROLLOUT_BYTES, STEP_BYTES = 24, 150, 1100
 of the micro task."""
 
 
-def disk_needs(recipe: Recipe, *, weights: int, moments: int, autonpo: bool) -> Iterator[Need]:
-    """Of the whole run; `weights` and `moments` are what one checkpoint takes, in bytes.
+def disk_needs(recipe: Recipe, *, weights: int, moments: int, served: int, autonpo: bool) -> Iterator[Need]:
+    """Of the whole run; `weights` and `moments` are what one checkpoint takes, `served` the whole model, in bytes.
 
     A replay of AutoNPO is a branch with checkpoints of its own. What an unfinished scoring or a rollback protects
     beyond the quotas is not foreseen.
@@ -33,8 +33,8 @@ def disk_needs(recipe: Recipe, *, weights: int, moments: int, autonpo: bool) -> 
     answers = longest_segment(recipe) * recipe.train.prompts_per_step * recipe.guide.k * (1 + rounds)
     yield _need("guide caches", answers * each, f"{answers:,} answers, {recipe.guide.k} a prompt")
     if recipe.engine.kind == "vllm_server":
-        # By nccl or ipc no second one is written.
-        yield _need("weights for the server", 2 * weights, "in TMPDIR: those it starts from, and a sync's")
+        # A sync by nccl or ipc writes none.
+        yield _need("weights for the server", served + weights, "in TMPDIR: those it starts from, and a sync's")
 
 
 def longest_segment(recipe: Recipe) -> int:

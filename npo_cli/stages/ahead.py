@@ -156,13 +156,15 @@ def older_policy(world: World, motion: Motion, *, into: Policy | None = None) ->
     if motion.push.space == "weights":
         require_whole(motion.older)
         return None
-    if into is None:
-        into = load_policy(world.recipe.model, motion.older.path)
-        into.model.requires_grad_(False)
-        if into.adapters is not None:
-            share_base(into.model, world.policy.model)
-    load_checkpoint(into, motion.older)
-    return into
+    if into is not None:
+        load_checkpoint(into, motion.older)
+        return into
+    require_whole(motion.older)
+    opened = load_policy(world.recipe.model, motion.older.path)
+    opened.model.requires_grad_(False)
+    if opened.adapters is not None:
+        share_base(opened.model, world.policy.model)
+    return opened
 
 
 def open_ahead(world: World, motion: Motion, *, old: Policy | None = None) -> InLogits | InWeights:

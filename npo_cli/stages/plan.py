@@ -85,7 +85,8 @@ def all_needs(recipe: Recipe, footing: Footing, *, autonpo: bool) -> Iterator[Ne
     yield from engine_needs(recipe, shape, footing)
     yield from host_needs(recipe, shape, footing)
     weights, moments = checkpoint_bytes(recipe, shape)
-    yield from disk_needs(recipe, weights=weights, moments=moments, autonpo=autonpo)
+    served = shape.num_params * bytes_of(recipe.model.dtype)
+    yield from disk_needs(recipe, weights=weights, moments=moments, served=served, autonpo=autonpo)
 
 
 def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> tuple[int, int]:

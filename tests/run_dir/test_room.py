@@ -29,7 +29,7 @@ def test_a_replay_of_autonpo_is_a_branch_of_its_own():
     settings = ["train.num_steps=100", "train.save_every=10", "auto.deltas=[20,40]", "auto.max=2", "guide.k=8"]
     recipe = load_recipe("micro", [*settings, "train.prompts_per_step=4", "train.group_size=4"])
     alone, watched = (
-        {need.what: need.num_bytes for need in disk_needs(recipe, weights=10, moments=20, autonpo=on)}
+        {need.what: need.num_bytes for need in disk_needs(recipe, weights=10, moments=20, served=0, autonpo=on)}
         for on in (False, True)
     )
     assert alone["checkpoints of the run's branch"] == 11 * 30 - 20
@@ -45,7 +45,7 @@ def test_the_estimate_is_what_a_real_run_takes(tmp_path):
     train(tmp_path / "run", *settings)
     recipe = tiny(*settings)
     weights, moments = checkpoint_bytes(recipe, model_shape(recipe.model))
-    needs = disk_needs(recipe, weights=weights, moments=moments, autonpo=False)
+    needs = disk_needs(recipe, weights=weights, moments=moments, served=0, autonpo=False)
     planned = {need.what: need.num_bytes for need in needs}
     checkpoints = sized(tmp_path / "run" / "branches" / "main" / "checkpoints")
     journals = sized(tmp_path / "run") - checkpoints
@@ -53,6 +53,14 @@ def test_the_estimate_is_what_a_real_run_takes(tmp_path):
     assert planned["checkpoints of the run's branch"] == pytest.approx(checkpoints, rel=0.03)
     # responses may end before the limit
     assert journals == pytest.approx(planned["journals"], rel=0.25)
+
+
+def test_a_server_is_given_the_whole_model_once_and_what_is_trained_at_each_sync():
+    recipe = load_recipe("micro", ["engine.kind=vllm_server"])
+    needs = disk_needs(recipe, weights=10, moments=20, served=400, autonpo=False)
+    assert {need.what: need.num_bytes for need in needs}["weights for the server"] == 400 + 10
+    alone = disk_needs(load_recipe("micro", []), weights=10, moments=20, served=400, autonpo=False)
+    assert "weights for the server" not in {need.what for need in alone}
 
 
 def sized(folder: Path) -> int:
