@@ -19,10 +19,11 @@ from pathlib import Path
 from npo_cli.engines.requests import Engine
 from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.loading import from_dict
+from npo_cli.policy.extrapolated import PushedPolicy
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.ahead import InLogits, motion_at, older_policy, open_ahead
+from npo_cli.stages.ahead import Ahead, motion_at, older_policy, open_ahead
 from npo_cli.stages.pushes import push_of
 from npo_cli.stages.world import World, answer, open_policy, open_task, open_world
 
@@ -37,10 +38,11 @@ def seconds_a_step(world: World, given: argparse.Namespace, *, number: int) -> f
     return (clock() - began) / longest
 
 
-def worlds_of(world: World, ahead: InLogits) -> dict[str, World]:
+def worlds_of(world: World, ahead: Ahead) -> dict[str, World]:
     """The same run with each of three engines."""
+    assert isinstance(ahead.policy, PushedPolicy), "both models are there only where logits are pushed"
     alone: Engine = TransformersEngine(
-        ahead.pair.old.model,
+        ahead.policy.old.model,
         world.policy.tokenizer,
         eos_ids=world.policy.eos_ids,
         pad_id=world.policy.pad_id,
@@ -49,12 +51,12 @@ def worlds_of(world: World, ahead: InLogits) -> dict[str, World]:
         sight=world.policy.vision,
     )
     old = replace(
-        world, engine=alone, policy=ahead.pair.old, sync=replace(world.sync, engine=alone, policy=ahead.pair.old)
+        world, engine=alone, policy=ahead.policy.old, sync=replace(world.sync, engine=alone, policy=ahead.policy.old)
     )
     return {"newer alone": world, "older alone": old, "both": ahead.world}
 
 
-def measured(world: World, ahead: InLogits, given: argparse.Namespace) -> dict[str, list[float]]:
+def measured(world: World, ahead: Ahead, given: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a token step of every turn, the first of which does not count."""
     found: dict[str, list[float]] = {}
     for number in range(-1, given.repeats):

@@ -42,7 +42,7 @@ def bench(
     """Train several methods on several seeds, resumably.
 
     With --grid each method first chooses its own best value on other seeds. The same command goes on where it
-    stopped; npo report sets the runs side by side.
+    stopped; npo compare DIR and npo report DIR set the runs side by side.
     """
     from npo_cli.stages.bench import Question, bench
 

@@ -17,7 +17,8 @@ def compare(
         list[str],
         typer.Argument(
             metavar="ARM",
-            help="[NAME=]RUN[:BRANCH]. The same NAME again is another seed; a RUN alone stands for all its branches.",
+            help="[NAME=]RUN[:BRANCH]. The same NAME again is another seed; a RUN alone stands for all its branches, "
+            "the folder of an npo bench for all its runs.",
             show_default=False,
         ),
     ],

@@ -9,7 +9,10 @@ from npo_cli.cli.console import draw
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run directories, or folders of npo bench.", show_default=False),
+    ],
     *,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page, ending in .html.")] = Path(
         "npo-report.html"

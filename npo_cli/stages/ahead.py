@@ -5,9 +5,10 @@ these that lies at least k steps back; of a copy that lies further the motion is
 much: what is forecast is always a k steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
 
 from npo_cli.engines.twin_engine import TwinEngine
 from npo_cli.errors import NpoError, as_typed
@@ -18,7 +19,7 @@ from npo_cli.policy.model import Policy, load_policy
 from npo_cli.records import Group, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint, history, require_whole
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.stages.authors import Pairs, forward_logps
+from npo_cli.stages.authors import Pairs
 from npo_cli.stages.row_scores import row_scores
 from npo_cli.stages.world import World, answer, load_checkpoint
 
@@ -62,8 +63,18 @@ def motion_at(run: RunDir, branch: str, push: Push, *, step: int, every: int) ->
     return Motion(push=push, step=step, older=newest)
 
 
-class Ahead(Protocol):
-    """The pushed policy at work."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ahead:
+    """The pushed policy at work: two models side by side, or one whose weights are moved for as long as it is asked."""
+
+    world: World
+    """Its engine samples from the pushed policy while `in_place` holds."""
+    policy: Policy | PushedPolicy
+    """What scores for it while `in_place` holds."""
+    motion: Motion
+    in_place: Callable[[], AbstractContextManager[None]]
+    forwards_per_token: int
+    """Forward passes behind one token."""
 
     def answer(
         self,
@@ -74,79 +85,18 @@ class Ahead(Protocol):
         temperature: float | None = None,
     ) -> list[Group]:
         """Verified answers; the seed of each is that of (run seed, *label, prompt id, slot)."""
-
-    def logps(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
-        """Per-token log-probabilities (nats) under the pushed policy, from the trainer's pass."""
-
-    @property
-    def forwards_per_token(self) -> int:
-        """Forward passes behind one token."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InLogits:
-    """Two models side by side."""
-
-    world: World
-    """Its engine is the twin."""
-    pair: PushedPolicy
-    motion: Motion
-
-    def answer(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        label: tuple[str | int, ...],
-        slots: Sequence[int],
-        temperature: float | None = None,
-    ) -> list[Group]:
-        """From the product of both laws."""
         step = self.motion.step
-        return _told(answer(self.world, prompts, label=label, slots=slots, sampler_step=step, temperature=temperature))
-
-    def logps(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
-        """Of the normalised product."""
-        rows = [self.world.policy.row(prompt, rollout.response_ids) for prompt, rollout in pairs]
-        scored = row_scores(self.pair, self.world.recipe, rows, temperature=temperature)
-        return [tuple(scores.logps_T.tolist()) for scores in scored]
-
-    @property
-    def forwards_per_token(self) -> int:
-        """One of each model."""
-        return 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InWeights:
-    """One model, whose weights are moved for as long as it is asked."""
-
-    world: World
-    motion: Motion
-
-    def answer(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        label: tuple[str | int, ...],
-        slots: Sequence[int],
-        temperature: float | None = None,
-    ) -> list[Group]:
-        """By whatever engine the run has, which is sent the moved weights."""
-        step = self.motion.step
-        with pushed(self.world.policy, self.motion.older.path, strength=self.motion.strength):
+        with self.in_place():
             return _told(
                 answer(self.world, prompts, label=label, slots=slots, sampler_step=step, temperature=temperature)
             )
 
     def logps(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
-        """Of the moved weights."""
-        with pushed(self.world.policy, self.motion.older.path, strength=self.motion.strength):
-            return forward_logps(self.world, pairs, temperature=temperature)
-
-    @property
-    def forwards_per_token(self) -> int:
-        """As of any policy."""
-        return 1
+        """Per-token log-probabilities (nats) under the pushed policy, from the trainer's pass."""
+        rows = [self.world.policy.row(prompt, rollout.response_ids) for prompt, rollout in pairs]
+        with self.in_place():
+            scored = row_scores(self.policy, self.world.recipe, rows, temperature=temperature)
+        return [tuple(scores.logps_T.tolist()) for scores in scored]
 
 
 def older_policy(world: World, motion: Motion, *, into: Policy | None = None) -> Policy | None:
@@ -167,12 +117,16 @@ def older_policy(world: World, motion: Motion, *, into: Policy | None = None) ->
     return opened
 
 
-def open_ahead(world: World, motion: Motion, *, old: Policy | None = None) -> InLogits | InWeights:
-    """The pushed policy; the world holds the weights of the motion's step, and `old` those of its older copy."""
-    if motion.push.space == "weights":
-        return InWeights(world=world, motion=motion)
-    assert old is not None, "logits are pushed away from those of a second model"
+def open_ahead(world: World, motion: Motion, *, old: Policy | None = None) -> Ahead:
+    """The pushed policy; the world holds the weights of the motion's step, and `old` those of its older copy.
+
+    In weights any engine serves, which is sent the moved ones; in logits it is an engine of two models.
+    """
     policy, strength = world.policy, motion.strength
+    if motion.push.space == "weights":
+        in_place = partial(pushed, policy, motion.older.path, strength=strength)
+        return Ahead(world=world, policy=policy, motion=motion, in_place=in_place, forwards_per_token=1)
+    assert old is not None, "logits are pushed away from those of a second model"
     twin = TwinEngine(
         policy.model,
         policy.tokenizer,
@@ -184,10 +138,12 @@ def open_ahead(world: World, motion: Motion, *, old: Policy | None = None) -> In
         dtype=policy.compute_dtype,
         sight=policy.vision,
     )
-    return InLogits(
+    return Ahead(
         world=replace(world, engine=twin, sync=replace(world.sync, engine=twin, proved=None)),
-        pair=PushedPolicy(new=policy, old=old, strength=strength),
+        policy=PushedPolicy(new=policy, old=old, strength=strength),
         motion=motion,
+        in_place=nullcontext,
+        forwards_per_token=2,
     )
 
 

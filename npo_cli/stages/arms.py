@@ -10,6 +10,7 @@ from npo_cli.config import Recipe
 from npo_cli.costs import CurvePoint
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.loading import from_dict
+from npo_cli.run_dir.bench_arms import arms_in, is_bench
 from npo_cli.run_dir.index import best_evals
 from npo_cli.run_dir.lineage import Stretch, branches, descent, newest_branch
 from npo_cli.run_dir.outcomes import Outcomes, outcomes_of
@@ -107,8 +108,19 @@ def refuse_repeated(name: str, places: Sequence[Place]) -> None:
 
 
 def places_of(text: str) -> Iterator[Place]:
-    """What one argument names: a branch, the newest one where only the arm has a name, else all of the run's."""
+    """What one argument names: branches of a run, or the newest one of every run of a bench."""
     name, path, branch = split_arm(text)
+    if not is_bench(path):
+        yield from places_in(path, name=name, branch=branch)
+        return
+    if name or branch:
+        raise NpoError(f"{path} holds the runs of a bench, which have names", f"npo compare {as_typed(path)}")
+    for arm, root in arms_in(path):
+        yield from places_in(root, name=arm, branch=None)
+
+
+def places_in(path: Path, *, name: str | None, branch: str | None) -> Iterator[Place]:
+    """One run's: the branch, or the newest one where only the arm has a name, else all."""
     run = open_run(path)
     known = branches(run)
     if branch is not None and branch not in known:

@@ -22,6 +22,7 @@ from npo_cli.launched import without_place
 from npo_cli.recipe_files import method_path
 from npo_cli.records import Notice, Progress
 from npo_cli.report.lines import Tuned
+from npo_cli.run_dir.bench_arms import save_arms
 from npo_cli.run_dir.files import read_json, write_json_atomic
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.paths import open_run
@@ -62,11 +63,11 @@ def bench(question: Question) -> Iterator[Progress | Notice | Tuned]:
             for method in question.methods
         ]
         yield from worked_off(cells, question.jobs, stop)
-    runs = " ".join(as_typed(cell.run) for cell in cells)
-    arms = " ".join(f"{shown(cell.method)}={as_typed(cell.run)}" for cell in cells)
-    yield Notice(message=f"as a page: npo report {runs} --out {as_typed(question.out / 'report.html')}")
+    save_arms(question.out, [(shown(cell.method), cell.run) for cell in cells])
+    out = as_typed(question.out)
+    yield Notice(message=f"as a page: npo report {out} --out {as_typed(question.out / 'report.html')}")
     if len(cells) > 1:
-        yield Notice(message=f"side by side: npo compare {arms} --figure {as_typed(question.out / 'compare.png')}")
+        yield Notice(message=f"side by side: npo compare {out} --figure {as_typed(question.out / 'compare.png')}")
 
 
 def check(question: Question) -> None:

@@ -16,7 +16,7 @@ from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint
 from npo_cli.run_dir.lineage import birth_segment
-from npo_cli.stages.ahead import InLogits, InWeights, Motion, motion_at, older_policy, open_ahead
+from npo_cli.stages.ahead import Ahead, Motion, motion_at, older_policy, open_ahead
 from npo_cli.stages.batches import Part, StepBatch, own_part
 from npo_cli.stages.world import World, answer, num_tokens
 
@@ -50,7 +50,7 @@ class Extrapolator:
         ahead = self.ahead(push_in_force(self.world.recipe, state.choice), step=state.step)
         return None if ahead is None else Helper(world=self.world, ahead=ahead)
 
-    def ahead(self, push: Push, *, step: int) -> InLogits | InWeights | None:
+    def ahead(self, push: Push, *, step: int) -> Ahead | None:
         """The policy of `step`, whose weights are at hand, pushed; None while there is no older copy."""
         motion = self._motion(push, step=step)
         if motion is None:
@@ -94,7 +94,7 @@ class Helper:
     """The pushed policy at one step of the loop, and how its answers are seated."""
 
     world: World
-    ahead: InLogits | InWeights
+    ahead: Ahead
 
     def filled(
         self, part: Part, before: Sequence[Group], *, seed_name: str, step: int

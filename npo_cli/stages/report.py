@@ -9,6 +9,7 @@ from npo_cli.records import Notice, Progress
 from npo_cli.report.cells import size
 from npo_cli.report.page import GENERATOR, page_html, pictures_of
 from npo_cli.report.pictures import save_picture
+from npo_cli.run_dir.bench_arms import arms_in, is_bench
 from npo_cli.run_dir.files import write_text_atomic
 from npo_cli.run_dir.lineage import newest_branch
 from npo_cli.run_dir.paths import RunDir, open_run
@@ -45,6 +46,7 @@ def report_runs(roots: Sequence[Path], out: Path, *, pictures: Path | None) -> I
 
 def opened(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:
     """The runs with the names that tell them apart: those of their folders, or the whole paths."""
+    roots = [one for root in roots for one in (bench_runs(root) if is_bench(root) else [root])]
     places = [root.resolve() for root in roots]
     again = next((root for place, root in enumerate(roots) if places[place] in places[:place]), None)
     if again is not None:
@@ -55,6 +57,11 @@ def opened(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:
     names = [place.name for place in places]
     labels = names if len(set(names)) == len(names) else [str(root) for root in roots]
     return list(zip(labels, runs, strict=True))
+
+
+def bench_runs(folder: Path) -> list[Path]:
+    """Every run of a bench."""
+    return [run for _, run in arms_in(folder)]
 
 
 def refuse_out(out: Path) -> None:

@@ -15,6 +15,7 @@ from npo_cli.compare_records import ArmSummary
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.records import Notice
 from npo_cli.report.lines import Tuned
+from npo_cli.run_dir.bench_arms import arms_in
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.scores import evals
 from npo_cli.stages.bench import Question, bench
@@ -55,7 +56,8 @@ def test_each_method_gets_its_own_best_setting_and_the_same_question_does_nothin
     assert commands_in(tmp_path) == ["train"] * 3
     made = tmp_path / "runs/matched-grpo" / tuned.setting / "seed-0/run"
     assert isinstance(last, Notice)
-    assert last.message == f"as a page: npo report {made} --out {tmp_path / 'report.html'}"
+    assert last.message == f"as a page: npo report {tmp_path} --out {tmp_path / 'report.html'}"
+    assert arms_in(tmp_path) == [("matched-grpo", made)]
     # trapezoids between steps 0, 2 and 4: 2 (a0 + a2)/2 + 2 (a2 + a4)/2, divided by 4 steps
     accuracies = {one.step: one.accuracy for one in evals(open_run(tuning_run(asked)))}
     assert tuned.areas[tuned.setting] == pytest.approx((accuracies[0] + 2 * accuracies[2] + accuracies[4]) / 4)

@@ -10,6 +10,7 @@ import pytest
 from npo_cli.compare_records import AXES, ArmDifference, ArmSummary, Arrival, SeedPoint, SpeedUp
 from npo_cli.errors import NpoError
 from npo_cli.records import Notice
+from npo_cli.run_dir.bench_arms import ARMS_FILE, save_arms
 from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.scores import evals
 from npo_cli.run_dir.steps import measured_steps
@@ -161,6 +162,23 @@ def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seed
         ("x", (f"{seeds}/s0:near", f"{seeds}/s1:near")),
     ]
     assert said(named) == ["x has seeds 0, 1, y has 0: only common seeds are paired"]
+
+
+def test_the_folder_of_a_bench_stands_for_all_its_runs_also_after_a_move(seeds, tmp_path):
+    home = copied(seeds, tmp_path / "a")
+    save_arms(home, [(arm, home / run) for arm, run in (("npo", "s0"), ("npo", "s1"), ("again", "s1"))])
+    moved = home.rename(tmp_path / "b")
+    found, plain = compared(str(moved), *both(seeds)[:2], baseline="grpo"), compared(*both(seeds))
+    assert [(one.arm, one.seeds) for one in found[ArmSummary]] == [("grpo", (0, 1)), ("npo", (0, 1)), ("again", (1,))]
+    read, meant = ([one for one in some[SeedPoint] if one.arm == "npo"] for some in (found, plain))
+    assert [(one.seed, one.branch, one.step, one.tokens, one.accuracy) for one in read] == [
+        (one.seed, one.branch, one.step, one.tokens, one.accuracy) for one in meant
+    ]
+    with pytest.raises(NpoError, match="holds the runs of a bench, which have names"):
+        compared(f"x={moved}", *both(seeds)[:2])
+    (moved / ARMS_FILE).write_text("{}")
+    with pytest.raises(NpoError, match=r"arms\.json is not what npo bench writes"):
+        compared(str(moved))
 
 
 def test_an_arm_is_split_into_name_run_and_branch(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.records import Group
+from npo_cli.run_dir.bench_arms import save_arms
 from npo_cli.run_dir.paths import create_run, open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.stages.chapters import arms_of, limbs_of
@@ -68,6 +69,15 @@ def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):
     assert {"overview-accuracy-by-step.svg", "run-1-lineage.png", "run-2-lineage.svg"} <= saved
     # every picture of the page, once of each kind and under a name of its own
     assert len(saved) == 2 * found.elements["img"]
+
+
+def test_the_folder_of_a_bench_stands_for_its_runs(guided, watched, tmp_path):
+    home = tmp_path / "bench"
+    for name, run in (("grpo", guided), ("auto", watched)):
+        copied(run, home / name)
+    save_arms(home, [(name, home / name) for name in ("grpo", "auto")])
+    found = reported(home, out=tmp_path / "r.html")
+    assert [value for _, name, value in found.attributes if name == "href"] == [f"#chapter-{n}" for n in (1, 2, 3)]
 
 
 def test_the_same_run_gives_the_same_page_and_is_only_read(guided, tmp_path):
