@@ -258,6 +258,11 @@ class Recipe(Settings):
         """Whether the policy is ever pushed along its own motion while it trains."""
         return self.guide.source == "extrapolated" or self.auto.extrapolate > 0
 
+    @property
+    def pushes_weights(self) -> bool:
+        """Whether that is done in weights."""
+        return self.uses_motion and self.extrapolate.space == "weights"
+
     @model_validator(mode="after")
     def _extrapolation_fits(self) -> "Recipe":
         if not self.uses_motion:
@@ -279,8 +284,4 @@ class Recipe(Settings):
             raise ValueError("extrapolate.seats must be below train.group_size: the policy answers too")
         if self.experience.share:
             raise ValueError("experience.share and extrapolated guides fill the same slots: choose one")
-        if extrapolate.space == "weights" and self.model.lora.rank is not None and self.engine.kind != "transformers":
-            raise ValueError(
-                "extrapolate.space=weights doubles the rank of adapters: it needs engine.kind=transformers"
-            )
         return self

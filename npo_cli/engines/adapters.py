@@ -20,12 +20,15 @@ class AdapterPort:
     """How the live adapters of a policy, and the base beside them, are reached."""
 
     rank: int
+    """The largest they may have, here or joined with older ones."""
     targets: tuple[str, ...]
     """Last names of the layers that have one."""
     base: Callable[[], Mapping[str, Tensor]]
     """The frozen weights under their Hugging Face names."""
     tensors: Callable[[], Mapping[str, Tensor]]
     """The adapters as they are now."""
+    sizes: Callable[[], Mapping[str, tuple[int, ...]]]
+    """Their shapes but for the rank."""
     write: Callable[[Path], None]
     """Write them into a folder in peft's format."""
 
@@ -36,5 +39,6 @@ def slot_rank(rank: int) -> int:
         if rank <= size:
             return size
     raise NpoError(
-        f"vLLM serves adapters up to rank {RANKS[-1]}, and model.lora.rank is {rank}", "engine.kind=transformers"
+        f"vLLM serves adapters up to rank {RANKS[-1]}, and {rank} is asked for",
+        "lower model.lora.rank (extrapolate.space=weights takes twice as much), or set engine.kind=transformers",
     )

@@ -58,9 +58,17 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def refuse_other_names(expected: Mapping[str, tuple[int, ...]], offered: Mapping[str, Tensor]) -> None:
-    """The tensors that the engine was started with, no fewer, no others, in the same shapes, all of them finite."""
-    shapes = shapes_of(offered)
+def refuse_other_names(
+    expected: Mapping[str, tuple[int, ...]],
+    offered: Mapping[str, Tensor],
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """The tensors that the engine was started with, no fewer, no others, in the same shapes, all of them finite.
+
+    `shapes`: those of the offered tensors, where not all of them counts.
+    """
+    shapes = shapes_of(offered) if shapes is None else shapes
     findings = {
         "missing": sorted(expected.keys() - shapes.keys()),
         "unknown to the engine": sorted(shapes.keys() - expected.keys()),

@@ -50,7 +50,7 @@ class VllmEngine(AsksVllm):
     ) -> None:
         self.tokenizer, self.limits, self.adapters, self.sight = tokenizer, limits, adapters, sight
         self.version: str | None = None
-        self._shapes = shapes_of(named_tensors(model) if adapters is None else adapters.tensors())
+        self._shapes = shapes_of(named_tensors(model)) if adapters is None else adapters.sizes()
         self._asleep: frozenset[str] = frozenset()
         self._held: dict[str, Any] = {}
         self._num_adapters = 0
@@ -89,7 +89,7 @@ class VllmEngine(AsksVllm):
         """
         from vllm.lora.request import LoRARequest
 
-        refuse_other_names(self._shapes, port.tensors())
+        refuse_other_names(self._shapes, port.tensors(), shapes=port.sizes())
         with self._working("take adapters"):
             self._wake("weights")
             self._wake("kv_cache")

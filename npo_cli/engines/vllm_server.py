@@ -55,7 +55,7 @@ class VllmServer(AsksVllm):
         # Made-up weights would also make up how a picture is normalised, which is never sent.
         self._starts_real = transport == "disk" or sight is not None
         tensors = named_tensors(model) if adapters is None else with_head(model, adapters.base())
-        self._shapes = shapes_of(tensors if adapters is None else adapters.tensors())
+        self._shapes = shapes_of(tensors) if adapters is None else adapters.sizes()
         self._held: dict[str, Path] = {}
         self._scratch = ExitStack()
         self._folder = self._scratch.enter_context(scratch_folder())
@@ -103,7 +103,7 @@ class VllmServer(AsksVllm):
 
     def _take_adapters(self, port: AdapterPort, version: str) -> None:
         """Loaded beside the others under the version as their name; the oldest make room."""
-        refuse_other_names(self._shapes, port.tensors())
+        refuse_other_names(self._shapes, port.tensors(), shapes=port.sizes())
         with self._working("take adapters"):
             if self._asleep:
                 self._post("wake_up")

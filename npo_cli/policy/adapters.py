@@ -117,11 +117,27 @@ def share_base(model: PreTrainedModel, other: PreTrainedModel) -> None:
             parameters[name].data = base[name].data
 
 
+def sizes_without_rank(own: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """What a layer reads, or writes, by the names of peft's files: shapes but for the rank."""
+    return {name: (tensor.shape[1 if is_matrix_A(name) else 0],) for name, tensor in own.items()}
+
+
+def is_matrix_A(name: str) -> bool:
+    """Whether it is a matrix A, (rank, in), or a B, (out, rank)."""
+    return ".lora_A." in name
+
+
 def save_adapters(own: Mapping[str, Tensor], adapters: Adapters, folder: Path) -> None:
-    """A folder as peft's own, and beside it which base it needs; `own` are whole adapters under the names there."""
+    """A folder as peft's own, and beside it which base it needs; `own` are whole adapters under the names there.
+
+    Joined ones have another rank, and an alpha that leaves alpha / rank what it is.
+    """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in own.items()}
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(adapters.config, indent=2, sort_keys=True))
+    rank = next(tensor.shape[0] for name, tensor in own.items() if is_matrix_A(name))
+    grown = {"r": rank, "lora_alpha": adapters.config["lora_alpha"] * rank / adapters.rank}
+    config = {**adapters.config, **({} if rank == adapters.rank else grown)}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
     base = {"path": adapters.base_path, "digest": adapters.base_digest}
     (folder / BASE_FILE).write_text(json.dumps(base))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npo_cli.policy.adapters import NAME, PREFIX, fitting_adapters
+from npo_cli.policy.adapters import NAME, PREFIX, fitting_adapters, is_matrix_A
 from npo_cli.policy.logprobs import (
     Head,
     TokenRow,
@@ -122,7 +122,7 @@ def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
     joined = {}
     for name, tensor in old.items():
         now, before = own[name].detach(), tensor.to(own[name])
-        is_A = ".lora_A." in name
+        is_A = is_matrix_A(name)
         parts = [now, before] if is_A else [(1 + strength) * now, -strength * before]
         joined[name] = torch.cat(parts, dim=0 if is_A else 1)
     return joined

@@ -56,7 +56,11 @@ def open_extrapolated(plan: Plan, task: Task, policy: Policy) -> OpenSource:
     assert motion is not None
     in_logits = motion.push.space == "logits"
     recipe = plan.learner.recipe
-    world = quiet_world(plan, task, policy) if in_logits else open_world(plan.run, recipe, task=task, policy=policy)
+    world = (
+        quiet_world(plan, task, policy)
+        if in_logits
+        else open_world(plan.run, recipe, task=task, policy=policy, pushes_weights=True)
+    )
     return OpenSource(
         plan=plan,
         world=world,

@@ -201,11 +201,6 @@ def chosen_guide(run: RunDir, learner: LearnerAt, ask: Ask) -> Checkpoint | None
 def chosen_motion(run: RunDir, learner: LearnerAt, ask: Ask) -> Motion:
     """SPACE:K:A, with the older copy that lies so far behind the learner."""
     push, recipe = push_of(ask.origin or ""), learner.recipe
-    if push.space == "weights" and recipe.model.lora.rank is not None and recipe.engine.kind != "transformers":
-        raise NpoError(
-            f"{push.name} doubles the rank of adapters, which engine.kind={recipe.engine.kind} does not take",
-            "add engine.kind=transformers, or push the logits",
-        )
     found = motion_at(run, learner.branch, push, step=learner.step, every=recipe.train.save_every)
     if found is None:
         raise NpoError(

@@ -8,7 +8,7 @@ from npo_cli.engines.adapters import AdapterPort
 from npo_cli.engines.opening import open_engine, refuse_blind_engine
 from npo_cli.engines.requests import Engine, Sample, SampleRequest
 from npo_cli.errors import NpoError
-from npo_cli.policy.adapters import Adapters
+from npo_cli.policy.adapters import Adapters, sizes_without_rank
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.reading import require_reader
 from npo_cli.records import Graded, Group, Prompt, Rollout
@@ -111,8 +111,12 @@ def num_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
         raise NpoError(f"{where(prompt, recipe.task)}{error.message}", error.hint) from error
 
 
-def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> World:
-    """Join the parts, and start the engine; whoever opens a world closes it."""
+def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy, pushes_weights: bool = False) -> World:
+    """Join the parts, and start the engine; whoever opens a world closes it.
+
+    `pushes_weights`: the policy will be pushed along its motion in weights, though the recipe does not say so.
+    """
+    joins = pushes_weights or recipe.pushes_weights
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
     if policy.shared is not None and recipe.engine.kind == "transformers":
         engine: Engine = SharedEngine(policy, recipe)
@@ -125,7 +129,7 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
             pad_id=policy.pad_id,
             max_model_len=min(longest, policy.max_tokens or longest),
             dtype=policy.compute_dtype,
-            adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters),
+            adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters, joins=joins),
             sight=policy.vision,
         )
     return World(
@@ -139,13 +143,14 @@ def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy) -> Wo
     )
 
 
-def adapter_port(policy: Policy, adapters: Adapters) -> AdapterPort:
-    """A policy's adapters as an engine is told of them."""
+def adapter_port(policy: Policy, adapters: Adapters, *, joins: bool = False) -> AdapterPort:
+    """A policy's adapters as an engine is told of them; `joins`: with those of an older copy their rank is twice."""
     return AdapterPort(
-        rank=adapters.rank,
+        rank=2 * adapters.rank if joins else adapters.rank,
         targets=tuple(adapters.config["target_modules"]),
         base=lambda: policy.frozen,
         tensors=lambda: policy.trained,
+        sizes=lambda: sizes_without_rank(policy.trained),
         write=policy.save,
     )
 

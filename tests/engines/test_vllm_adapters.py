@@ -13,6 +13,7 @@ from npo_cli.engines.opening import open_engine
 from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.lora_settings import LoraSettings
+from npo_cli.policy.extrapolated import pushed
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.stages.world import adapter_port
@@ -40,8 +41,8 @@ def served(request) -> Iterator[tuple]:
     from npo_cli.engines.vllm_engine import VllmEngine
     from npo_cli.engines.vllm_server import VllmServer
 
-    policy = lora_policy()
-    made = {"limits": limits_of(policy), "adapters": adapter_port(policy, policy.adapters)}
+    policy = lora_policy(rank=8)
+    made = {"limits": limits_of(policy), "adapters": adapter_port(policy, policy.adapters, joins=True)}
     if request.param == "vllm":
         engine = VllmEngine(policy.model, policy.tokenizer, **made)
     else:
@@ -106,16 +107,34 @@ def test_adapters_asked_in_one_batch_answer_as_each_does_alone_and_as_the_traine
 
 
 @pytest.mark.vllm
+def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_path):
+    policy, engine, _ = served
+    policy.save(tmp_path)
+    turned(policy, seed=5)
+    own = trainer_scores(policy)
+    engine.take_weights(policy.model, version="own")
+    with pushed(policy, tmp_path, strength=0.5):
+        engine.take_weights(policy.model, version="pushed")
+        theirs = trainer_scores(policy)
+        (found,) = engine.score([response()])
+        assert found == pytest.approx(theirs.tolist(), abs=1e-4)
+    assert (own - theirs).abs().max() > 0.01
+    both = sampled(engine, named(policy, "own") + named(policy, "pushed"))
+    assert both[:12] == sampled(engine, named(policy, "own"))
+    assert [one.text for one in both[:12]] != [one.text for one in both[12:]]
+
+
+@pytest.mark.vllm
 def test_the_oldest_adapters_make_room_and_are_not_answered_for(served):
     policy, engine, scores = served
-    first, *others = scores
+    first, *_ = scores
     assert engine.num_versions == 4
     for number in (7, 8):
         turned(policy, seed=number)
         engine.take_weights(policy.model, version=f"later {number}")
     with pytest.raises(RunFailed, match=r"the engine was asked for weights step 0, .*, which it does not hold"):
         sampled(engine, named(policy, first))
-    assert sampled(engine, named(policy, others[-1]))
+    assert sampled(engine, named(policy, "later 7"))
     (found,) = engine.score([response()])
     assert found == pytest.approx(trainer_scores(policy).tolist(), abs=1e-4)
 
@@ -137,7 +156,7 @@ def test_adapters_that_are_not_finite_or_named_otherwise_are_not_sent(served):
 
 def test_a_slot_holds_the_next_larger_rank_that_vllm_knows():
     assert [slot_rank(rank) for rank in (1, 8, 9, 64, 300)] == [8, 8, 16, 64, 512]
-    with pytest.raises(NpoError, match=r"up to rank 512, and model\.lora\.rank is 513"):
+    with pytest.raises(NpoError, match="up to rank 512, and 513 is asked for"):
         slot_rank(513)
 
 

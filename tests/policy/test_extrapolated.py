@@ -103,6 +103,23 @@ def test_of_adapters_the_product_is_pushed_and_the_base_is_never_written(lora, f
     assert not torch.allclose(inside, logps(policy), atol=1e-3)
 
 
+def test_joined_adapters_are_one_adapter_for_whoever_reads_peft_folders(lora, folder, tmp_path):
+    from peft import PeftModel
+
+    policy = load_policy(lora)
+    moved(policy, seed=0)
+    policy.save(folder)
+    moved(policy, seed=1)
+    (tmp_path / "joined").mkdir()
+    with pushed(policy, folder, strength=1.5):
+        policy.save(tmp_path / "joined")
+        inside = logps(policy)
+    other = load_policy(ModelSettings(threads=1))
+    PeftModel.from_pretrained(other.model, tmp_path / "joined")
+    assert torch.allclose(logps(other), inside, atol=1e-5)
+    assert not torch.allclose(logps(policy), inside, atol=1e-3)
+
+
 def test_adapters_that_are_pushed_are_not_pushed_factor_by_factor(lora, folder):
     """B A is bilinear: moving A and B each by a of its motion gives (a + a^2) dB dA on top."""
     policy = load_policy(lora)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.config import ModelSettings
 from npo_cli.engines import vllm_engine
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guide.extrapolated import answers_in
+from npo_cli.loading import from_dict
 from npo_cli.policy.extrapolated import pushed
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.records import Group, Rollout
@@ -21,7 +21,7 @@ from npo_cli.run_dir.paths import open_run
 from npo_cli.run_dir.rollouts import RolloutJournal
 from npo_cli.stages.extrapolation import Extrapolator, push_in_force
 from npo_cli.stages.world import answer, open_policy, open_task, open_world
-from tests.stages.running import TINY, reproducible, resume, sample, score, tiny, train, world_at
+from tests.stages.running import LORA, TINY, reproducible, resume, sample, score, tiny, train, world_at
 
 pytestmark = pytest.mark.vllm
 VLLM = ("engine.kind=vllm",)
@@ -142,7 +142,11 @@ def furthest(pairs: list[tuple[Group, Rollout]], logps: list[list[float]]) -> fl
     return max(abs(a - b) for (_, one), told in found for a, b in zip(one.behavior_logps, told, strict=True))
 
 
-@pytest.fixture(scope="module", params=[VLLM, SERVED], ids=["vllm", "served"])
+JOINED = (*VLLM, *LORA, "model.lora.rank=8")
+"""With their older copies they have rank 16, which is vLLM's next larger slot."""
+
+
+@pytest.fixture(scope="module", params=[VLLM, SERVED, JOINED], ids=["vllm", "served", "adapters"])
 def asked(request, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("pushed") / "run"
     train(root, *request.param, *PUSHED)
@@ -152,13 +156,14 @@ def asked(request, tmp_path_factory) -> Path:
 def test_pushed_weights_answer_and_then_the_policys_own_are_back(asked):
     """Each step asks the policy, then the pushed one, then learns; each swap was proved, or the run had ended."""
     run = open_run(asked)
+    settings = from_dict(run.recipe("main")).model
     for step in (3, 4, 5, 6):
         groups = RolloutJournal(run.rollouts_path("main")).read_step(step)
         own = [(group, one) for group in groups for one in group.rollouts if not one.foreign]
         theirs = [(group, one) for group in groups for one in answers_in(group)]
         assert theirs
         # the policy of step - 1, and its older copy of 2 steps before
-        policy = load_policy(ModelSettings(path=str(run.checkpoint_folder("main", step - 1)), threads=1))
+        policy = load_policy(settings, run.checkpoint_folder("main", step - 1))
         assert furthest(own, scored(policy, own)) < 1e-4
         assert furthest(theirs, scored(policy, theirs)) > 0.05
         with pushed(policy, run.checkpoint_folder("main", step - 3), strength=2.0):
