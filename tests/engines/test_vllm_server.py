@@ -22,7 +22,9 @@ from .vllm_models import asked, limits_of, moved, tied_policy
 
 pytestmark = pytest.mark.vllm
 OWNER = """
-import sys, time
+import signal, sys, time
+# A shell's background job ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.engines.vllm_models import limits_of, tied_policy
 from npo_cli.engines.vllm_server import VllmServer
 policy = tied_policy()
