@@ -17,7 +17,7 @@ from npo_cli.run_dir.guides import finish_guide, new_guide
 from npo_cli.run_dir.journal import Journal
 from npo_cli.run_dir.lineage import append_segment
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
+from npo_cli.run_dir.scores import Scoring, append_eval, open_scoring, save_scores
 from npo_cli.run_dir.seconds import add_seconds
 from npo_cli.stages.ledger import Cost, cost_at, crossing, curve, standings
 from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run
@@ -67,6 +67,13 @@ def run(tmp_path) -> RunDir:
     return made
 
 
+def saved(scoring: Scoring, *, when: str) -> None:
+    """Branches and scorings are told apart by their times, and the fixture's branch is born already."""
+    save_scores(scoring, [])
+    answer = json.loads(scoring.scores_path.read_text())
+    scoring.scores_path.write_text(json.dumps(answer | {"saved": when}))
+
+
 def cost(steps: int, tokens: int, seconds: float) -> Cost:
     return Cost(steps=steps, tokens=tokens, seconds=seconds)
 
@@ -95,15 +102,13 @@ def test_a_scoring_after_the_replay_cannot_have_cost_it_anything(run):
     later = open_scoring(run, "main", 2, candidates=[6], settings={"k": 1})
     later.samples.append({"arm": 5, "response_ids": [1] * 999})
     add_seconds(later.folder, 999.0, num_tokens=999)
-    save_scores(later, [])
-    answer = json.loads(later.scores_path.read_text())
-    later.scores_path.write_text(json.dumps(answer | {"saved": "2999-01-01T00:00:00.000000+00:00"}))
+    saved(later, when="2999-01-01T00:00:00.000000+00:00")
     assert cost_at(run, "near", 3) == cost(6, 610, 30)
 
 
 def test_candidates_that_were_scored_are_scouts_too(run):
     earlier = open_scoring(run, "main", 2, candidates=[5, 6], settings={"k": 1})
-    save_scores(earlier, [])
+    saved(earlier, when="2000-01-01T00:00:00.000000+00:00")
     # the scout went on to step 6: one step, 100 tokens and 4 s more
     assert cost_at(run, "near", 3) == cost(7, 710, 34)
 
