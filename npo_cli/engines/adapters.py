@@ -28,7 +28,7 @@ class AdapterPort:
     tensors: Callable[[], Mapping[str, Tensor]]
     """The adapters as they are now."""
     sizes: Callable[[], Mapping[str, tuple[int, ...]]]
-    """Their shapes but for the rank."""
+    """Their shapes, but for the rank where they may be joined."""
     write: Callable[[Path], None]
     """Write them into a folder in peft's format."""
 

@@ -135,8 +135,9 @@ def save_adapters(own: Mapping[str, Tensor], adapters: Adapters, folder: Path) -
     tensors = {name: tensor.cpu().contiguous() for name, tensor in own.items()}
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
     rank = next(tensor.shape[0] for name, tensor in own.items() if is_matrix_A(name))
-    grown = {"r": rank, "lora_alpha": adapters.config["lora_alpha"] * rank / adapters.rank}
-    config = {**adapters.config, **({} if rank == adapters.rank else grown)}
+    config = dict(adapters.config)
+    if rank != adapters.rank:
+        config |= {"r": rank, "lora_alpha": config["lora_alpha"] * rank / adapters.rank}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True))
     base = {"path": adapters.base_path, "digest": adapters.base_digest}
     (folder / BASE_FILE).write_text(json.dumps(base))

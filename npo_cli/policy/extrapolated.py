@@ -29,6 +29,7 @@ from npo_cli.policy.logprobs import (
 from npo_cli.policy.model import Policy
 from npo_cli.policy.precision import mixed_precision
 from npo_cli.policy.weights import fitting_weights, tied_names
+from npo_cli.records import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,10 @@ class PushedPolicy:
     @property
     def shared(self) -> None:
         """One process holds both models whole."""
+
+    def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
+        """As the newer one has it; their tokens are the same."""
+        return self.new.row(prompt, response_ids)
 
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:

@@ -19,8 +19,7 @@ from npo_cli.policy.model import Policy, load_policy
 from npo_cli.records import Group, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint, history, require_whole
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.stages.authors import Pairs
-from npo_cli.stages.row_scores import row_scores
+from npo_cli.stages.authors import Pairs, forward_logps
 from npo_cli.stages.world import World, answer, load_checkpoint
 
 
@@ -93,10 +92,8 @@ class Ahead:
 
     def logps(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
         """Per-token log-probabilities (nats) under the pushed policy, from the trainer's pass."""
-        rows = [self.world.policy.row(prompt, rollout.response_ids) for prompt, rollout in pairs]
         with self.in_place():
-            scored = row_scores(self.policy, self.world.recipe, rows, temperature=temperature)
-        return [tuple(scores.logps_T.tolist()) for scores in scored]
+            return forward_logps(self.world, pairs, temperature=temperature, policy=self.policy)
 
 
 def older_policy(world: World, motion: Motion, *, into: Policy | None = None) -> Policy | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from npo_cli.inject_settings import GuideSettings
+from npo_cli.policy.extrapolated import PushedPolicy
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt, Rollout
 from npo_cli.stages.row_scores import row_scores
@@ -107,7 +108,7 @@ def each_once(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
 
 
 def forward_logps(
-    world: World, pairs: Pairs, *, temperature: float | None = None, policy: Policy | None = None
+    world: World, pairs: Pairs, *, temperature: float | None = None, policy: Policy | PushedPolicy | None = None
 ) -> list[tuple[float, ...]]:
     """Per-token log-probabilities of responses under the weights at hand, of the world's policy or of another."""
     policy = policy or world.policy

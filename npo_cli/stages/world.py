@@ -7,6 +7,7 @@ from npo_cli.config import Recipe
 from npo_cli.engines.adapters import AdapterPort
 from npo_cli.engines.opening import open_engine, refuse_blind_engine
 from npo_cli.engines.requests import Engine, Sample, SampleRequest
+from npo_cli.engines.sync import shapes_of
 from npo_cli.errors import NpoError
 from npo_cli.policy.adapters import Adapters, sizes_without_rank
 from npo_cli.policy.model import Policy, load_policy
@@ -150,7 +151,7 @@ def adapter_port(policy: Policy, adapters: Adapters, *, joins: bool = False) -> 
         targets=tuple(adapters.config["target_modules"]),
         base=lambda: policy.frozen,
         tensors=lambda: policy.trained,
-        sizes=lambda: sizes_without_rank(policy.trained),
+        sizes=lambda: sizes_without_rank(policy.trained) if joins else shapes_of(policy.trained),
         write=policy.save,
     )
 

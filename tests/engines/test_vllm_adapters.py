@@ -107,6 +107,21 @@ def test_adapters_asked_in_one_batch_answer_as_each_does_alone_and_as_the_traine
 
 
 @pytest.mark.vllm
+def test_the_oldest_adapters_make_room_and_are_not_answered_for(served):
+    policy, engine, scores = served
+    first, *others = scores
+    assert engine.num_versions == 4
+    for number in (7, 8):
+        turned(policy, seed=number)
+        engine.take_weights(policy.model, version=f"later {number}")
+    with pytest.raises(RunFailed, match=r"the engine was asked for weights step 0, .*, which it does not hold"):
+        sampled(engine, named(policy, first))
+    assert sampled(engine, named(policy, others[-1]))
+    (found,) = engine.score([response()])
+    assert found == pytest.approx(trainer_scores(policy).tolist(), abs=1e-4)
+
+
+@pytest.mark.vllm
 def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_path):
     policy, engine, _ = served
     policy.save(tmp_path)
@@ -122,21 +137,6 @@ def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_pa
     both = sampled(engine, named(policy, "own") + named(policy, "pushed"))
     assert both[:12] == sampled(engine, named(policy, "own"))
     assert [one.text for one in both[:12]] != [one.text for one in both[12:]]
-
-
-@pytest.mark.vllm
-def test_the_oldest_adapters_make_room_and_are_not_answered_for(served):
-    policy, engine, scores = served
-    first, *_ = scores
-    assert engine.num_versions == 4
-    for number in (7, 8):
-        turned(policy, seed=number)
-        engine.take_weights(policy.model, version=f"later {number}")
-    with pytest.raises(RunFailed, match=r"the engine was asked for weights step 0, .*, which it does not hold"):
-        sampled(engine, named(policy, first))
-    assert sampled(engine, named(policy, "later 7"))
-    (found,) = engine.score([response()])
-    assert found == pytest.approx(trainer_scores(policy).tolist(), abs=1e-4)
 
 
 @pytest.mark.vllm
