@@ -1,0 +1,97 @@
+"""Every command, setting and choice that the circles use, by a neutral name: the place to edit after a rename.
+
+`COMMANDS` holds the argv of each command, with braces for what a circle fills in. `SETTINGS` maps a neutral name to
+today's dotted key and `CHOICES` a neutral value to today's spelling of it; a value that is not in `CHOICES` is passed
+as it is. Circles and baseline know neutral names only, so that neither changes in a rename.
+"""
+
+import json
+from collections.abc import Mapping
+
+PACKAGE = "npo_cli"
+"""Started as `python -m PACKAGE ARGV`."""
+
+COMMANDS = {
+    "train": ["train", "{recipe}", "--run", "{run}"],
+    "train with AutoNPO": ["train", "{recipe}", "--run", "{run}", "--autonpo"],
+    "resume": ["resume", "{run}"],
+    "sample a guide": ["sample-guide", "{run}", "--guide", "{guide_step}", "--at", "{at}", "--name", "{name}"],
+    "fork": ["resume", "{run}", "--at", "{at}", "--guide", "{name}", "--branch", "{branch}"],
+    "score checkpoints": ["score-checkpoints", "{run}", "--at", "{at}"],
+    "score sources": ["score-sources", "{run}", "--at", "{at}", "--source", "past"],
+    "show costs": ["show", "{run}", "costs", "--json"],
+    "compare": ["compare", "grpo={run}:main", "npo={run}:{branch}", "--json"],
+}
+
+RECIPES = {"micro": "micro", "shapes": "shapes"}
+
+TINY_VL = ["recipes/tiny_vl.py", "{out}", "--steps", "30"]
+"""Script and arguments that make the tiny vision-language model."""
+
+SETTINGS = {
+    "steps": "train.num_steps",
+    "save every": "train.save_every",
+    "prompts per step": "train.prompts_per_step",
+    "group size": "train.group_size",
+    "learning rate": "train.lr",
+    "seed": "train.seed",
+    "pool size": "task.pool_size",
+    "held-out size": "task.heldout_size",
+    "kind of task": "task.kind",
+    "evaluate every": "eval.every",
+    "model": "model.path",
+    "threads": "model.threads",
+    "LoRA rank": "model.lora.rank",
+    "largest accuracy of a guided group": "inject.gate",
+    "importance ratio": "inject.ratio",
+    "shape of the ratio": "inject.shape",
+    "clip guided rows": "inject.clip",
+    "guide samples per prompt": "guide.k",
+    "replayed share": "experience.share",
+    "replay start": "experience.start",
+    "score prompts": "score.prompts",
+    "score samples": "score.k",
+    "score resamples": "score.resamples",
+    "score budget": "score.budget",
+    "trigger warmup": "auto.warmup",
+    "trigger window": "auto.window",
+    "trigger patience": "auto.patience",
+    "trigger reward factor": "auto.c_r",
+    "trigger entropy drop": "auto.d_H",
+    "trigger entropy factor": "auto.c_H",
+    "cooldown": "auto.cooldown",
+    "rollback distances": "auto.deltas",
+    "least quality": "auto.q_min",
+    "least mistakes": "auto.pool_min",
+    "most interventions": "auto.max",
+    "probe prompts": "probe.prompts",
+    "test the replay": "replay.accept_test",
+    "early intervention": "auto.early",
+    "scout steps": "early.scout",
+    "early window": "early.window",
+}
+
+CHOICES = {
+    "exact": "exact",
+    "proximal": "proximal",
+    "no ratio": "none",
+    "decoupled": "decoupled",
+    "soft": "soft",
+    "any addition": "any",
+}
+
+
+def setting_arguments(settings: Mapping[str, object]) -> list[str]:
+    """`KEY=VALUE` arguments for settings by their neutral names."""
+    return [f"{SETTINGS[name]}={_spell(value)}" for name, value in settings.items()]
+
+
+def fill(argv: list[str], **blanks: object) -> list[str]:
+    """A command with its braces filled in."""
+    return [part.format(**blanks) for part in argv]
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, str):
+        return CHOICES.get(value, value)
+    return json.dumps(value)

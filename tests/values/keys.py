@@ -1,0 +1,163 @@
+"""Names of files, metrics, JSON keys and words as they are today: the place to edit after a rename of what is on disk.
+
+A neutral name stands left, today's right. A key that is absent on disk is recorded as null, so a metric that a rename
+lost shows up as a difference.
+"""
+
+METRICS_FILE = "branches/{branch}/metrics.jsonl"
+ROLLOUTS_FILE = "branches/{branch}/rollouts.jsonl"
+CHECKPOINT_FOLDER = "branches/{branch}/checkpoints/step_{step:06d}"
+LINEAGE_FILE = "segments.jsonl"
+EVALS_FILE = "evals.jsonl"
+MOVES_FILE = "autonpo.jsonl"
+GUIDE_FOLDER = "guides/{name}"
+GUIDE_FILES = {"info": "guide.json", "asked": "asked.jsonl", "trajectories": "trajectories.jsonl"}
+SCORES_FILES = "scores/*/scores.json"
+SCORE_SAMPLES_FILES = "scores/*/samples.jsonl"
+PROBE_FILES = "probes/*/rollouts.jsonl"
+
+STEP_KEYS = {
+    "step": "step",
+    "reward": "reward",
+    "reward deviation": "reward_std",
+    "share all wrong": "frac_all_wrong",
+    "share all right": "frac_all_right",
+    "entropy": "entropy",
+    "loss": "loss",
+    "gradient norm": "grad_norm",
+    "learning rate": "lr",
+    "tokens": "tokens",
+    "tokens so far": "tokens_total",
+    "rows trained": "rows_trained",
+    "data position": "data_position",
+    "clipped low": "clip_ratio/low",
+    "clipped high": "clip_ratio/high",
+    "mismatch weight": "mismatch/weight_mean",
+    "smoothed reward": "reward_ema",
+    "smoothed entropy": "entropy_ema",
+}
+"""Metrics of one step."""
+GUIDED_STEP_KEYS = {
+    "guided slots": "inject/slots",
+    "eligible groups": "inject/eligible",
+    "groups without a guide": "inject/no_guide",
+    "groups above the gate": "inject/gate_closed",
+    "guided ratio mean": "inject/ratio_mean",
+    "guided ratio min": "inject/ratio_min",
+    "guided ratio max": "inject/ratio_max",
+    "guided share unclipped": "inject/kept_share",
+    "guided share pushed": "inject/push_share",
+    "guided share of the gradient": "inject/grad_share",
+    "stored answers": "experience/answers",
+    "stored prompts": "experience/prompts",
+}
+"""Metrics of steps in which a guide or the replay memory took part; left out of the others."""
+
+GUIDE_INFO_KEYS = {
+    "learner step": "at_step",
+    "guide step": "guide_step",
+    "steps": "num_steps",
+    "prompts": "num_prompts",
+    "prompts solved": "num_found",
+    "samples": "num_samples",
+    "tokens": "num_tokens",
+    "trajectories": "num_trajectories",
+    "complete": "complete",
+}
+GUIDE_QUALITY_KEYS = {
+    "distance": "distance",
+    "Q": "quality",
+    "Q low": "quality_low",
+    "Q high": "quality_high",
+    "V": "variance",
+    "V low": "variance_low",
+    "V high": "variance_high",
+    "S": "signal",
+    "S low": "signal_low",
+    "S high": "signal_high",
+    "probability of being best": "p_best",
+    "chosen": "chosen",
+}
+"""Q, V and S wherever they are reported."""
+SCORE_KEYS = GUIDE_QUALITY_KEYS | {
+    "step": "step",
+    "pass@1": "pass_at_1",
+    "Q of the learner": "quality_self",
+    "prompts": "num_prompts",
+    "samples": "num_samples",
+    "KL per token": "kl_per_token",
+    "KL per sequence": "kl_per_sequence",
+    "effective sample size": "ess_fraction",
+    "unreliable": "unreliable",
+}
+SOURCE_KEYS = GUIDE_QUALITY_KEYS | {
+    "kind": "kind",
+    "pass@1": "pass_at_1",
+    "prompts": "num_prompts",
+    "samples": "num_samples",
+    "tries": "num_tries",
+}
+DISTANCE_KEYS = GUIDE_QUALITY_KEYS | {
+    "mistakes": "num_mistakes",
+    "probed": "num_probed",
+    "V forward": "variance_forward",
+    "V backward": "variance_backward",
+}
+MOVE_KEYS = {"step": "step", "event": "event", "before": "phase_before", "after": "phase"}
+STATE_KEYS = {"step": "step", "interventions": "interventions", "distance": "distance", "until": "until"}
+EVIDENCE_KEYS = {
+    "verdict": "verdict",
+    "gain": "gain",
+    "margin": "margin",
+    "entropy drop": "drop",
+    "needed drop": "needed_drop",
+    "accepted": "accepted",
+    "distance": "distance",
+    "prompts": "num_prompts",
+    "samples": "num_samples",
+    "tokens": "num_tokens",
+    "asked": "num_asked",
+    "solved": "num_found",
+    "reused": "num_reused",
+    "rolled back to": "to_step",
+}
+"""Evidence of a move; each has some of these."""
+EVAL_KEYS = {
+    "step": "step",
+    "prompts": "num_prompts",
+    "samples": "num_samples",
+    "accuracy": "accuracy",
+    "accuracy low": "accuracy_low",
+    "accuracy high": "accuracy_high",
+    "mean length": "mean_length",
+    "tokens": "num_tokens",
+}
+ACCOUNT_KEYS = {
+    "step": "step",
+    "updates": "updates",
+    "training tokens": "training_tokens",
+    "probe tokens": "probe_tokens",
+    "guide tokens": "guide_tokens",
+    "judge tokens": "judge_tokens",
+    "abandoned tokens": "abandoned_tokens",
+    "interventions": "interventions",
+    "rejections": "rejections",
+}
+CURVE_KEYS = {
+    "step": "step",
+    "accuracy": "accuracy",
+    "steps in total": "total_steps",
+    "tokens in total": "total_tokens",
+    "forward passes in total": "total_forwards",
+}
+SUMMARY_KEYS = {"accuracy at the end": "final.value", "low": "final.low", "high": "final.high"}
+LINE_KIND = "record"
+LINES = {
+    "account": ("account", ACCOUNT_KEYS),
+    "curve_point": ("point of a curve", CURVE_KEYS),
+    "arm_summary": ("summary", SUMMARY_KEYS),
+    "arm_difference": ("difference", SUMMARY_KEYS),
+}
+"""Lines of `--json` that are read: today's kind -> neutral kind and keys; a dot leads into an object."""
+WORDS: dict[str, str] = {}
+"""Today's spelling of a recorded word -> that in the baseline, for renamed words (events, phases, sources, mixes)."""
