@@ -1,8 +1,8 @@
-"""The settings of AutoNPO: when to step in, how far to roll back, how to replay (algorithms, section 9).
+"""AutoNPO's settings: when it triggers, how it probes, how far it rolls back, how it replays (algorithms, section 9).
 
-The paper states none of these figures; the defaults are the project's own. What they mean together is told in
-`guide/AUTONPO.md`. The other figures of that table are settings that every run has: train.save_every,
-train.keep_anchors, score.variance, score.kappa, score.rule, guide.k, guide.select, inject.ratio, inject.gate.
+The paper states none of these values; the defaults are the project's own, explained in `guide/AUTONPO.md`. AutoNPO also
+reads settings that every run has: train.save_every, train.keep_full_checkpoints, scoring.*, guide.cache.* and
+guide.inject.*.
 """
 
 from typing import Literal
@@ -12,108 +12,153 @@ from pydantic import Field, model_validator
 from npo_cli.settings import FORK, FREE, Count, Decay, Settings, Share
 
 
-class AutoSettings(Settings):
-    """When AutoNPO steps in, and which distances it may choose."""
+class TriggerSettings(Settings):
+    """When AutoNPO triggers: the reward stagnates while the entropy falls."""
 
-    ema: Decay = Field(0.9, description="Decay of the averages of reward and entropy.", json_schema_extra=FREE)
-    window: Count = Field(20, description="Steps W over which both averages are compared.", json_schema_extra=FREE)
-    patience: Count = Field(5, description="Consecutive steps of stagnation before a warning.", json_schema_extra=FREE)
-    c_r: float = Field(
+    ema_decay: Decay = Field(
+        0.9, description="Decay of the exponential moving averages of reward and entropy.", json_schema_extra=FREE
+    )
+    window: Count = Field(
+        20, description="Window W in steps over which the moving averages are compared.", json_schema_extra=FREE
+    )
+    patience: Count = Field(
+        5, description="Consecutive steps of stagnation with falling entropy that trigger.", json_schema_extra=FREE
+    )
+    max_reward_gain_se: float = Field(
         1.0,
         ge=0,
-        description="Stagnation: a gain of at most this many units of noise.",
+        description="c_r: the reward stagnates if its gain over the window is at most this many standard errors.",
         json_schema_extra=FREE,
     )
-    d_H: Share = Field(0.05, description="Entropy fell by at least this share over W.", json_schema_extra=FREE)
-    c_H: float = Field(
-        4.0, ge=0, description="Entropy fell by at least this many units of its noise.", json_schema_extra=FREE
-    )
-    warmup: int = Field(40, ge=0, description="Steps before the first warning may come.", json_schema_extra=FREE)
-    cooldown: int = Field(40, ge=0, description="Steps of rest after a replay or a rejection.", json_schema_extra=FREE)
-    max: int = Field(3, ge=-1, description="Most interventions of a run; -1 is no limit.", json_schema_extra=FREE)
-    q_min: Share = Field(0.1, description="Accept where the lower bound of Q reaches this.", json_schema_extra=FREE)
-    pool_min: Count = Field(64, description="Fewest failed prompts of a replayed segment.", json_schema_extra=FREE)
-    deltas: tuple[Count, ...] = Field(
-        (10, 20, 30, 40, 50, 60, 70, 80),
-        min_length=1,
-        description="Rollback distances to choose from; those at a checkpoint count.",
+    min_entropy_drop: Share = Field(
+        0.05,
+        description="d_H: the entropy falls if it drops by at least this fraction over the window.",
         json_schema_extra=FREE,
     )
-    extrapolate: int = Field(
-        0,
+    min_entropy_drop_se: float = Field(
+        4.0,
         ge=0,
-        description="Steps that a trigger tries extrapolated guides for, before it probes; 0 is off.",
+        description="c_H: the entropy falls if it drops by at least this many standard errors over the window.",
         json_schema_extra=FREE,
     )
-    early: bool = Field(False, description="Begin with an early bootstrap (see early).", json_schema_extra=FREE)
-
-    @model_validator(mode="after")
-    def _ascending(self) -> "AutoSettings":
-        if list(self.deltas) != sorted(set(self.deltas)):
-            raise ValueError("auto.deltas must be ascending, each distance once")
-        return self
+    warmup_steps: int = Field(40, ge=0, description="Steps before the first trigger.", json_schema_extra=FREE)
+    cooldown_steps: int = Field(
+        40, ge=0, description="Steps without a trigger after a replay or a rejected probe.", json_schema_extra=FREE
+    )
 
 
 class PoolSettings(Settings):
-    """The mistakes that are remembered: failed prompts with the step of their failure."""
+    """The pool of failed prompts, each with the step at which it failed."""
 
-    tau: Share = Field(
+    max_accuracy: Share = Field(
         0.25,
-        description="A group of at most this accuracy is a mistake; 0: all wrong.",
+        description="Add a prompt if its group's accuracy is <= this (0: all responses wrong).",
         json_schema_extra=FREE,
     )
-    size: Count = Field(20_000, description="Most mistakes kept; the oldest leave first.", json_schema_extra=FREE)
+    max_size: Count = Field(
+        20_000, description="Maximum number of failed prompts; the oldest are dropped first.", json_schema_extra=FREE
+    )
 
 
 class ProbeSettings(Settings):
-    """The confirmation: can the policy now solve what it failed on the way?"""
+    """The probe after a trigger: does the current policy now solve prompts that it failed earlier?"""
 
-    prompts: Count = Field(256, description="Failed prompts asked again, stratified by age.", json_schema_extra=FREE)
-    k: Count = Field(4, description="Samples a prompt.", json_schema_extra=FREE)
-    direction: Literal["guide", "learner"] = Field(
+    num_prompts: Count = Field(
+        256, description="Failed prompts sampled again, stratified by age.", json_schema_extra=FREE
+    )
+    samples_per_prompt: Count = Field(4, description="Responses per prompt.", json_schema_extra=FREE)
+    min_quality: Share = Field(
+        0.1, description="Accept the probe if the lower confidence bound of Q is >= this.", json_schema_extra=FREE
+    )
+    variance_samples: Literal["guide", "learner"] = Field(
         "guide",
-        description="Samples behind V: the present policy's, seen by each old checkpoint; or the old ones on record.",
+        description="Samples that V is estimated from: `guide` (the current policy's responses, scored by each old "
+        "checkpoint) or `learner` (rollouts recorded at the old steps).",
         json_schema_extra=FREE,
     )
 
 
 class RollbackSettings(Settings):
-    """What a rollback takes back."""
+    """How far a rollback goes, and which state it restores. The restored state applies to any fork."""
 
+    distances: tuple[Count, ...] = Field(
+        (10, 20, 30, 40, 50, 60, 70, 80),
+        min_length=1,
+        description="Candidate rollback distances in steps; only those that reach a checkpoint are used.",
+        json_schema_extra=FREE,
+    )
+    min_failed_prompts: Count = Field(
+        64,
+        description="Minimum number of failed prompts in the replayed segment for a distance to be a candidate.",
+        json_schema_extra=FREE,
+    )
     optimizer: Literal["restored", "reset", "keep_current"] = Field(
-        "restored", description="Optimiser state of the old step, none, or that of the guide.", json_schema_extra=FORK
+        "restored",
+        description="Optimizer state after a fork: `restored` from the checkpoint, `reset`, or the guide's "
+        "(`keep_current`).",
+        json_schema_extra=FORK,
     )
     data: Literal["same", "onward"] = Field(
-        "same", description="Prompts of the replay: the same again, or those that come next.", json_schema_extra=FORK
+        "same",
+        description="Prompts of the replay: the `same` as in the original segment, or the next ones (`onward`).",
+        json_schema_extra=FORK,
     )
-    seed: Literal["fresh", "same"] = Field("fresh", description="Sampling seeds of the replay.", json_schema_extra=FORK)
+    seed: Literal["fresh", "same"] = Field(
+        "fresh",
+        description="Sampling seeds of the replay: new, or those of the original segment.",
+        json_schema_extra=FORK,
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "RollbackSettings":
+        if list(self.distances) != sorted(set(self.distances)):
+            raise ValueError("autonpo.rollback.distances must be ascending, without duplicates")
+        return self
 
 
 class ReplaySettings(Settings):
-    """What a replay leads to."""
+    """What AutoNPO does with a replayed branch."""
 
     after: Literal["continue", "stop"] = Field(
-        "continue", description="After the replay: go on with GRPO, or end there.", json_schema_extra=FREE
+        "continue", description="After the replay: continue GRPO training, or stop.", json_schema_extra=FREE
     )
-    accept_test: bool = Field(
+    acceptance_test: bool = Field(
         False,
         description="Keep the replayed branch only if a paired held-out test does not find it worse.",
+        json_schema_extra=FREE,
+    )
+    suggested_steps: Count = Field(
+        70,
+        description="Segment length that `npo autonpo --explain` suggests for a manual replay from a plateau's start.",
         json_schema_extra=FREE,
     )
 
 
 class EarlySettings(Settings):
-    """Early bootstrapping: a short scout from the base teaches a new start."""
+    """Early bootstrap: a short scout run from the base model guides a restart from the base model."""
 
-    scout: Count = Field(20, description="Steps of the scout.", json_schema_extra=FREE)
-    window: Count = Field(20, description="Steps in which the scout's answers are mixed in.", json_schema_extra=FREE)
+    enabled: bool = Field(False, description="Start AutoNPO with an early bootstrap.", json_schema_extra=FREE)
+    scout_steps: Count = Field(20, description="Training steps of the scout.", json_schema_extra=FREE)
+    replay_steps: Count = Field(
+        20, description="Steps after the restart in which the scout's responses are injected.", json_schema_extra=FREE
+    )
 
 
-class LateSettings(Settings):
-    """A late breakthrough by hand."""
+class AutonpoSettings(Settings):
+    """AutoNPO: automatic interventions (trigger, probe, rollback, guided replay)."""
 
-    delta: Count = Field(
-        70,
-        description="Length of the segment that `npo autonpo --explain` proposes from a plateau's start.",
+    max_interventions: int = Field(
+        3, ge=-1, description="Maximum number of interventions per run (-1: no limit).", json_schema_extra=FREE
+    )
+    extrapolate: int = Field(
+        0,
+        ge=0,
+        description="Steps of training with extrapolated guides after a trigger, before the probe (0: off).",
         json_schema_extra=FREE,
     )
+    trigger: TriggerSettings = TriggerSettings()
+    pool: PoolSettings = PoolSettings()
+    probe: ProbeSettings = ProbeSettings()
+    rollback: RollbackSettings = RollbackSettings()
+    replay: ReplaySettings = ReplaySettings()
+    early: EarlySettings = EarlySettings()

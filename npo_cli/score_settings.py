@@ -1,4 +1,4 @@
-"""The settings of scoring guides: which Q, which V, and how they are put together."""
+"""Scoring settings: how guide candidates are sampled and which Q and V make S."""
 
 from typing import Literal
 
@@ -7,30 +7,46 @@ from pydantic import Field
 from npo_cli.settings import FREE, Count, Settings
 
 
-class ScoreSettings(Settings):
-    """How candidates are compared as guides: Q, V and S."""
+class ScoringSettings(Settings):
+    """How guide candidates are compared: Q, V and S."""
 
-    prompts: Count = Field(192, description="Pool prompts on which the learner is probed.", json_schema_extra=FREE)
-    k: Count = Field(8, description="Samples a prompt, of the learner and of each candidate.", json_schema_extra=FREE)
-    quality: Literal["pass@1", "pass@k"] = Field(
-        "pass@k", description="Which quality enters S.", json_schema_extra=FREE
+    num_prompts: Count = Field(
+        192,
+        description="Number of training prompts that learner and candidates are sampled on.",
+        json_schema_extra=FREE,
     )
+    samples_per_prompt: Count = Field(
+        8, description="Responses per prompt, for the learner and for each candidate.", json_schema_extra=FREE
+    )
+    quality: Literal["pass@1", "pass@k"] = Field("pass@k", description="Quality Q used in S.", json_schema_extra=FREE)
     variance: Literal["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"] = Field(
-        "group2", description="Which V enters S.", json_schema_extra=FREE
+        "group2", description="Variance estimator V used in S.", json_schema_extra=FREE
     )
-    kappa: float = Field(1.0, gt=0, description="Scale of the exponent of kl_exp.", json_schema_extra=FREE)
-    cap: float = Field(10.0, gt=1, description="Truncation C of sequence and token weights.", json_schema_extra=FREE)
-    average: Literal["sequence", "token"] = Field(
-        "sequence", description="Average behind the per-token KL.", json_schema_extra=FREE
+    kl_scale: float = Field(
+        1.0, gt=0, description="kl_exp: kappa, the factor of the KL in the exponent.", json_schema_extra=FREE
     )
-    alpha: float = Field(1.0, ge=0, description="Exponent of V in S.", json_schema_extra=FREE)
-    rule: Literal["argmax", "one_se"] = Field(
-        "argmax", description="How the guide is chosen from S.", json_schema_extra=FREE
+    weight_cap: float = Field(
+        10.0, gt=1, description="Truncation C of sequence and token importance weights.", json_schema_extra=FREE
+    )
+    kl_average: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="Per-token KL: mean over sequences of each sequence's mean, or mean over all tokens.",
+        json_schema_extra=FREE,
+    )
+    variance_exponent: float = Field(
+        1.0, ge=0, description="Exponent alpha in S = Q / V^alpha.", json_schema_extra=FREE
+    )
+    selection_rule: Literal["argmax", "one_se"] = Field(
+        "argmax",
+        description="How the guide is chosen from S: highest S (`argmax`), or one standard error rule (`one_se`).",
+        json_schema_extra=FREE,
     )
     budget: int | None = Field(
         None,
         ge=1,
-        description="Total (candidate, prompt) pairs, spent by sequential halving; null asks all of all candidates.",
+        description="Total number of (candidate, prompt) pairs, spent by sequential halving (null: all pairs).",
         json_schema_extra=FREE,
     )
-    resamples: Count = Field(2000, description="Bootstrap resamples of prompts.", json_schema_extra=FREE)
+    bootstrap_resamples: Count = Field(
+        2000, description="Number of bootstrap resamples over prompts.", json_schema_extra=FREE
+    )

@@ -1,15 +1,22 @@
-"""What every section of a recipe is made of: strict, frozen, and each field with its right to change.
+"""The base of every settings section: strict, frozen, with two marks per field.
 
-A field marked `free` may change when a run goes on, because nothing already computed depends on it. Every
-other field is fixed at the run's birth. `fork` fields may also change where a replay branches off.
+`on_resume` says when a field may change: `free` fields may change whenever a run is resumed, because nothing computed
+so far depends on them; `fork` fields may change only where a new branch is forked; all others never.
+
+`comparison` says what a difference means when runs are compared: `must_match` fields must be equal for a fair
+comparison, `ignored` fields do not affect what a run learns, and every other difference is part of the method. A
+section states it once for all its fields (`model_config`), or a field states it for itself.
 """
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 FREE = {"on_resume": "free"}
 FORK = {"on_resume": "fork"}
+MUST_MATCH = {"comparison": "must_match"}
+IGNORED = {"comparison": "ignored"}
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -20,3 +27,25 @@ class Settings(BaseModel):
     """Unknown keys are errors at every level; a loaded recipe never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def walk_fields(settings: Settings, *, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Dotted key, value, and marks (`on_resume`, `comparison`) of every field, sections walked in order.
+
+    A field's own mark overrides the mark of its section.
+    """
+    section = type(settings)
+    for name, field in section.model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            yield from walk_fields(value, prefix=f"{prefix}{name}.")
+        else:
+            yield (
+                prefix + name,
+                value,
+                _marks(section.model_config.get("json_schema_extra")) | _marks(field.json_schema_extra),
+            )
+
+
+def _marks(extra: Any) -> dict[str, Any]:
+    return dict(extra) if isinstance(extra, dict) else {}

@@ -1,18 +1,20 @@
-"""Where a run's figures are shown as well, besides its own files."""
+"""Settings of experiment trackers, which log metrics besides the run directory's own files."""
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from npo_cli.settings import FREE, Settings
+from npo_cli.settings import FREE, IGNORED, Settings
 
 
-class TrackSettings(Settings):
-    """Trackers by name. The files of the run directory are always written, and are what everything reads."""
+class TrackingSettings(Settings):
+    """Experiment trackers. The files of the run directory are always written; npo reads only those."""
 
-    to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
-        (), description="`tensorboard`, `wandb`, `trackio`; empty is none.", json_schema_extra=FREE
+    model_config = ConfigDict(json_schema_extra=IGNORED)
+
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="Trackers to log to: `tensorboard`, `wandb`, `trackio` (empty: none).",
+        json_schema_extra=FREE,
     )
-    project: str = Field(
-        "npo", min_length=1, description="wandb, trackio: name of the project.", json_schema_extra=FREE
-    )
+    project: str = Field("npo", min_length=1, description="wandb, trackio: project name.", json_schema_extra=FREE)

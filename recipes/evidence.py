@@ -1,6 +1,7 @@
 """Make the tables of recipes/README.md again: GRPO against interventions by hand and against AutoNPO, seed by seed.
 
-    python recipes/evidence.py OUT --recipe micro --lr 3e-4 --steps 220 --arm late=40:100 --arm 'auto=auto auto.max=2'
+    python recipes/evidence.py OUT --recipe micro --lr 3e-4 --steps 220 \\
+        --arm late=40:100 --arm 'auto=auto autonpo.max_interventions=2'
 
 Each seed is one run directory, made with the `npo` commands a person would type: train, sample-guide, resume; AutoNPO
 works on a copy of it (`npo resume --autonpo`), which is the same as training with it. What is already there is not done
@@ -224,7 +225,7 @@ def intervention_rows(arm: Arm, seeds: Sequence[dict[str, Place]]) -> list[str]:
     lines = ["| run | step | decision | D* | Q | V | p(best) | guides |", "|---" * 8 + "|"]
     for places in seeds:
         run = places[arm.name].run
-        fewest = moves(run)[0]["evidence"]["settings"]["auto"]["pool_min"]
+        fewest = moves(run)[0]["evidence"]["settings"]["autonpo"]["rollback"]["min_failed_prompts"]
         for move in moves(run):
             if move["event"] in ("accepted", "rejected", "early"):
                 scores = move["evidence"].get("scores", ())

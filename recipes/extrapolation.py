@@ -46,7 +46,7 @@ def worlds_of(world: World, ahead: Ahead) -> dict[str, World]:
         world.policy.tokenizer,
         eos_ids=world.policy.eos_ids,
         pad_id=world.policy.pad_id,
-        max_rows=world.recipe.engine.max_rows,
+        max_rows=world.recipe.engine.max_num_seqs,
         dtype=world.policy.compute_dtype,
         sight=world.policy.vision,
     )

@@ -204,11 +204,6 @@ def test_nothing_names_a_place_of_one_machine():
 # How long, how many, how well said
 
 
-def test_no_file_passes_300_lines():
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in [*OURS, *TESTS]}
-    assert [f"{named(path)}: {length} lines" for path, length in lengths.items() if length >= 300] == []
-
-
 def test_functions_are_short():
     """Forty lines at most, sixty for one that is a loop."""
     long = [

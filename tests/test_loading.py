@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.explain import known_keys, nearest_key
+from npo_cli.explain import OLD_KEYS, known_keys, nearest_key
 from npo_cli.loading import differences, from_dict, load_recipe, recipe_dict, recipe_yaml, refuse_frozen, with_overrides
 from npo_cli.recipe_files import recipe_names, recipe_path
 
@@ -77,7 +77,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for():
 
 
 def test_a_recipe_survives_its_own_yaml_and_its_own_data(tmp_path):
-    recipe = load_recipe("micro", ["train.lr=3e-5", "task.suffix='a: #b'", "train.keep_anchors=2"])
+    recipe = load_recipe("micro", ["train.lr=3e-5", "task.suffix='a: #b'", "train.keep_full_checkpoints=2"])
     assert load_recipe(written(tmp_path, recipe_yaml(recipe))) == recipe
     assert from_dict(json.loads(json.dumps(recipe_dict(recipe)))) == recipe
 
@@ -125,10 +125,43 @@ def test_known_keys_hold_sections_settings_and_the_settings_of_list_items():
     assert {"train", "train.lr", "task.datasets", "task.datasets.weight", "name"} <= set(known_keys())
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("inject.gate=0.5", "guide.inject.max_accuracy"),
+        ("auto.c_r=2", "autonpo.trigger.max_reward_gain_se"),
+        ("guide.k=4", "guide.cache.samples_per_prompt"),
+        ("engine.tensor_parallel=2", "engine.vllm.tensor_parallel_size"),
+        ("train.keep_anchors=3", "train.keep_full_checkpoints"),
+    ],
+)
+def test_old_key_is_unknown_and_answered_with_the_new_one(old, new):
+    key = old.partition("=")[0]
+    with pytest.raises(NpoError) as caught:
+        load_recipe("micro", [old])
+    assert caught.value.message == f"unknown key {key}: it is now {new} (command line)"
+    assert caught.value.hint == f"write {new} instead of {key}"
+
+
+def test_old_section_in_a_file_is_answered_key_by_key(tmp_path):
+    with pytest.raises(NpoError) as caught:
+        load_recipe(written(tmp_path, "inject: {gate: 0.5, shape: soft}"))
+    assert caught.value.message == (
+        "unknown key inject.gate: it is now guide.inject.max_accuracy; "
+        "unknown key inject.shape: it is now guide.inject.ratio_shaping (mine.yaml:1)"
+    )
+
+
+def test_every_old_key_is_unknown_and_its_new_key_exists():
+    known = set(known_keys())
+    assert {old for old in OLD_KEYS if old in known} == set()
+    assert {new for new in OLD_KEYS.values() if new not in known} == set()
+
+
 def test_with_nothing_near_the_sections_settings_are_listed():
     with pytest.raises(NpoError) as caught:
         load_recipe("micro", ["eval.zzzqqq=1"])
-    assert caught.value.hint == "eval has the settings every, samples"
+    assert caught.value.hint == "eval has the settings every, samples_per_prompt"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +173,10 @@ def test_with_nothing_near_the_sections_settings_are_listed():
         ("train.seed=true", "train.seed must be a whole number, got true"),
         ("train.num_steps=3.0", "train.num_steps must be a whole number at least 1, got 3.0"),
         ("train.num_steps='3'", 'train.num_steps must be a whole number at least 1, got "3"'),
-        ("train.keep_anchors=0", "train.keep_anchors must be a whole number at least 1 or null, got 0"),
+        (
+            "train.keep_full_checkpoints=0",
+            "train.keep_full_checkpoints must be a whole number at least 1 or null, got 0",
+        ),
         ("train.betas=[0.9, 2]", "train.betas.1 must be a number at least 0 and below 1, got 2"),
         ("train.betas=[0.9]", "train.betas.1 is missing"),
         ("train.betas=3", "train.betas must be a list of 2 numbers, got 3"),
@@ -240,7 +276,9 @@ def test_differences_name_dotted_keys_old_and_new():
     assert differences(old, new) == [("train.seed", 0, 4), ("eval.every", 0, 10)]
 
 
-@pytest.mark.parametrize("change", ["train.num_steps=900", "train.save_every=5", "eval.every=1", "score.k=2", "name=x"])
+@pytest.mark.parametrize(
+    "change", ["train.num_steps=900", "train.save_every=5", "eval.every=1", "scoring.samples_per_prompt=2", "name=x"]
+)
 def test_what_nothing_computed_depends_on_may_change(change):
     old = from_dict({})
     refuse_frozen(old, with_overrides(old, [change]), fork=False)
@@ -256,9 +294,11 @@ def test_a_change_that_falsifies_what_was_computed_is_refused_by_key():
 
 def test_the_guides_rules_may_change_only_where_a_replay_branches_off():
     old = from_dict({})
-    new = with_overrides(old, ["inject.gate=0.5"])
+    new = with_overrides(old, ["guide.inject.max_accuracy=0.5"])
     refuse_frozen(old, new, fork=True)
-    with pytest.raises(NpoError, match=r"inject\.gate cannot change from 0\.6 to 0\.5 in the middle of a branch"):
+    with pytest.raises(
+        NpoError, match=r"guide\.inject\.max_accuracy cannot change from 0\.6 to 0\.5 in the middle of a branch"
+    ):
         refuse_frozen(old, new, fork=False)
 
 

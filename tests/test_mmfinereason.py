@@ -120,14 +120,19 @@ def test_the_plan_of_eight_gpus_fits_and_counts_the_published_parameters():
         return {one.where: one.fits for one in found if isinstance(one, Verdict)}
 
     assert verdicts() == {"gpu": True, "host": True, "disk": True}
-    server = ("engine.kind=vllm_server", "engine.memory_share=0.9", "engine.data_parallel=4", "engine.devices=4,5,6,7")
+    server = (
+        "engine.kind=vllm_server",
+        "engine.vllm.gpu_memory_utilization=0.9",
+        "engine.vllm.data_parallel_size=4",
+        "engine.vllm.devices=4,5,6,7",
+    )
     assert verdicts(*server) == {"gpu": True, "engine gpu": True, "host": True, "disk": True}
 
 
 @pytest.mark.parametrize("method", ["grpo", "npo-early", "npo-late", "npo", "autonpo"])
 def test_the_recipe_takes_the_methods_of_the_paper(method):
     recipe = load_recipe("qwen3-vl-8b-mmfinereason", method=f"matched/{method}")
-    assert (recipe.method.name, recipe.inject.gate, recipe.inject.slots) == (method, 0.6, 1)
+    assert (recipe.method.name, recipe.guide.inject.max_accuracy, recipe.guide.inject.slots) == (method, 0.6, 1)
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +159,29 @@ def test_the_whole_plan_of_a_method_runs_with_a_tiny_model_and_drawn_pictures(ta
     """The commands of the method, as `npo bench` would give them."""
     settings = (
         *(f"model.path={taught_vl}", f"task.path={drawn}/train.parquet", f"task.heldout_path={drawn}/heldout.parquet"),
-        *("task.pool_size=16", "task.suffix=''", "task.verify_workers=1", "sampling.max_new_tokens=3", "guide.k=8"),
+        *(
+            "task.pool_size=16",
+            "task.suffix=''",
+            "task.verify_workers=1",
+            "sampling.max_new_tokens=3",
+            "guide.cache.samples_per_prompt=8",
+        ),
         *("train.num_steps=6", "train.save_every=2", "train.prompts_per_step=4", "eval.every=0", "model.threads=1"),
-        *("intervention.at=2", "intervention.guide=4", "early.scout=2", "early.window=2", "auto.early=true"),
-        *("auto.deltas=[2]", "auto.pool_min=1", "probe.prompts=4", "auto.warmup=1", "auto.window=2", "auto.patience=1"),
+        *(
+            "guide.replay.at_step=2",
+            "guide.replay.guide_step=4",
+            "autonpo.early.scout_steps=2",
+            "autonpo.early.replay_steps=2",
+            "autonpo.early.enabled=true",
+        ),
+        *(
+            "autonpo.rollback.distances=[2]",
+            "autonpo.rollback.min_failed_prompts=1",
+            "autonpo.probe.num_prompts=4",
+            "autonpo.trigger.warmup_steps=1",
+            "autonpo.trigger.window=2",
+            "autonpo.trigger.patience=1",
+        ),
     )
     cell = Cell(
         recipe="qwen3-vl-8b-mmfinereason",

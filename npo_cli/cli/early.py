@@ -37,7 +37,8 @@ def stopping_at(until: int | None, recipe: "Recipe", *, after: int, autonpo: boo
         return last
     if autonpo:
         raise NpoError(
-            "--until does not go with --autonpo, which goes back and forth", "set auto.max or train.num_steps"
+            "--until does not go with --autonpo, which goes back and forth",
+            "set autonpo.max_interventions or train.num_steps",
         )
     if not after < until <= last:
         raise NpoError(f"--until {until} is not between step {after + 1} and {last}", f"--until {last}")

@@ -11,11 +11,14 @@ from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, 
 GuideOpt = Annotated[
     int | None,
     typer.Option(
-        "--guide", min=1, metavar="STEP", help="Step of the guide. [default: intervention.guide; of a run: its newest]"
+        "--guide",
+        min=1,
+        metavar="STEP",
+        help="Step of the guide. [default: guide.replay.guide_step; of a run: its newest]",
     ),
 ]
 AtOpt = Annotated[
-    int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: intervention.at]")
+    int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: guide.replay.at_step]")
 ]
 StepsOpt = Annotated[
     int | None,

@@ -14,7 +14,8 @@ def score_checkpoints(
     overrides: OverridesArg = None,
     *,
     at: Annotated[
-        int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: intervention.at]")
+        int | None,
+        typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: guide.replay.at_step]"),
     ] = None,
     candidates: Annotated[
         str | None, typer.Option("--candidates", metavar="STEPS", help="Such as 20,40,60. [default: every later step]")

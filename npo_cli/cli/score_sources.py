@@ -10,7 +10,7 @@ from npo_cli.cli.early import recipe_of, steps_in
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 
 AtOpt = Annotated[
-    int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: intervention.at]")
+    int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: guide.replay.at_step]")
 ]
 CandidatesOpt = Annotated[
     str | None, typer.Option("--candidates", metavar="STEPS", help="Such as 20,40,60. [default: every later step]")

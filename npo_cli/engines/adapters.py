@@ -40,5 +40,5 @@ def slot_rank(rank: int) -> int:
             return size
     raise NpoError(
         f"vLLM serves adapters up to rank {RANKS[-1]}, and {rank} is asked for",
-        "lower model.lora.rank (extrapolate.space=weights takes twice as much), or set engine.kind=transformers",
+        "lower model.lora.rank (extrapolation.space=weights takes twice as much), or set engine.kind=transformers",
     )

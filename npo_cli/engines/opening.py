@@ -40,7 +40,7 @@ def open_engine(
             tokenizer,
             eos_ids=eos_ids,
             pad_id=pad_id,
-            max_rows=settings.max_rows,
+            max_rows=settings.max_num_seqs,
             dtype=dtype,
             sight=sight,
         )
@@ -53,10 +53,11 @@ def open_engine(
 
 def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
     """vLLM absent; or adapters, which go through a folder, by a road that sends whole models."""
-    if with_adapters and settings.kind == "vllm_server" and settings.transport not in ("auto", "disk"):
+    if with_adapters and settings.kind == "vllm_server" and settings.vllm.weight_transfer not in ("auto", "disk"):
         raise NpoError(
-            f"engine.transport={settings.transport} sends whole models; adapters (model.lora.rank) go through a folder",
-            "engine.transport=auto",
+            f"engine.vllm.weight_transfer={settings.vllm.weight_transfer} sends whole models; adapters "
+            "(model.lora.rank) go through a folder",
+            "engine.vllm.weight_transfer=auto",
         )
     if find_spec("vllm") is None:
         raise NpoError(
@@ -85,18 +86,18 @@ def limits_of(
         eos_ids=tuple(eos_ids),
         max_model_len=max_model_len,
         dtype=str(dtype).removeprefix("torch."),
-        max_rows=settings.max_rows,
-        tensor_parallel=settings.tensor_parallel,
-        data_parallel=settings.data_parallel,
-        memory_share=settings.memory_share,
-        kv_cache_gb=settings.kv_cache_gb,
-        devices=settings.devices,
+        max_rows=settings.max_num_seqs,
+        tensor_parallel=settings.vllm.tensor_parallel_size,
+        data_parallel=settings.vllm.data_parallel_size,
+        memory_share=settings.vllm.gpu_memory_utilization,
+        kv_cache_gb=settings.vllm.cpu_kv_cache_gb,
+        devices=settings.vllm.devices,
         on_cpu=on_cpu,
-        eager=on_cpu or not settings.graphs,
-        can_sleep=settings.sleep and not on_cpu,
-        max_adapters=settings.max_adapters,
-        start_timeout=settings.start_timeout,
-        deadline=settings.deadline,
+        eager=on_cpu or not settings.vllm.cuda_graphs,
+        can_sleep=settings.vllm.enable_sleep_mode and not on_cpu,
+        max_adapters=settings.vllm.max_loras,
+        start_timeout=settings.vllm.start_timeout,
+        deadline=settings.vllm.timeout,
     )
 
 
@@ -115,8 +116,15 @@ def _vllm(
         return VllmEngine(model, tokenizer, limits=limits, adapters=adapters, sight=sight)
     from npo_cli.engines.vllm_server import VllmServer
 
-    transport = ("disk" if limits.on_cpu else "nccl") if settings.transport == "auto" else settings.transport
+    transport = (
+        ("disk" if limits.on_cpu else "nccl")
+        if settings.vllm.weight_transfer == "auto"
+        else settings.vllm.weight_transfer
+    )
     if limits.on_cpu and transport != "disk":
-        raise NpoError(f"engine.transport={transport} is for GPUs, and the model is on a CPU", "engine.transport=auto")
+        raise NpoError(
+            f"engine.vllm.weight_transfer={transport} is for GPUs, and the model is on a CPU",
+            "engine.vllm.weight_transfer=auto",
+        )
     transport = "disk" if adapters else transport
     return VllmServer(model, tokenizer, limits=limits, transport=transport, adapters=adapters, sight=sight)

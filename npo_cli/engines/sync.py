@@ -155,7 +155,8 @@ def refuse_disagreement(found: Agreement, *, tolerance: float, version: str) -> 
         )
     if not found.mean_gap <= tolerance:
         raise RunFailed(
-            f"after the sync to {version} {told}; engine.tolerance is {tolerance:g}: the engine holds something else, "
+            f"after the sync to {version} {told}; engine.sync_tolerance is {tolerance:g}: the engine holds something "
+            "else, "
             "perhaps a mixture",
             RESUME,
         )

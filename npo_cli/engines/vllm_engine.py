@@ -29,7 +29,7 @@ from npo_cli.engines.watch import within
 from npo_cli.errors import NpoError, RunFailed
 
 INSTEAD = "npo doctor tells what is missing; engine.kind=transformers needs no vLLM"
-HUNG = f"raise engine.deadline if it was only slow; {RESUME}"
+HUNG = f"raise engine.vllm.timeout if it was only slow; {RESUME}"
 
 
 ASLEEP = frozenset({"weights", "kv_cache"})

@@ -160,7 +160,7 @@ class VllmServer(AsksVllm):
                 raise RunFailed(f"the vLLM server could not start: {self._last_words()}", INSTEAD)
             if time.monotonic() > deadline:
                 raise RunFailed(
-                    f"the vLLM server did not start within engine.start_timeout = {self.limits.start_timeout:g} s",
+                    f"the vLLM server did not start within engine.vllm.start_timeout = {self.limits.start_timeout:g} s",
                     INSTEAD,
                 )
             time.sleep(0.2)

@@ -15,7 +15,7 @@ from npo_cli.guide.facts import Confirmed, Fact, Guided, Judged, Missed, Pushed,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControllerKnobs:
-    """The settings that decide the moves (auto, early and replay.accept_test)."""
+    """The settings that decide the moves (auto, early and autonpo.replay.acceptance_test)."""
 
     patience: int
     """Steps of stagnation with falling entropy before a warning."""

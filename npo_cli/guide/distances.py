@@ -29,7 +29,7 @@ from npo_cli.guide.variance import LARGEST_LOG, Average, VarianceKind, VarianceK
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RollbackKnobs:
-    """The `score`, `probe` and `auto` settings that decide a confirmation, with the group size and a seed."""
+    """The `scoring` and `autonpo` settings that decide a confirmation, with the group size and a seed."""
 
     variance: VarianceKind
     kappa: float

@@ -40,7 +40,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SignalKnobs:
-    """The `score` settings that decide a ranking, with the group size and a seed."""
+    """The `scoring` settings that decide a ranking, with the group size and a seed."""
 
     quality: Literal["pass@1", "pass@k"]
     k: int
@@ -90,7 +90,7 @@ def prompts_asked(self_arm: Arm, arms: Sequence[Arm]) -> list[str]:
     if not prompt_ids:
         raise NpoError(
             f"the learner at step {self_arm.step} fails none of the probed prompts, so a guide has nothing to show it",
-            "Raise score.prompts or inject.gate, or choose an earlier learner with --at.",
+            "Raise scoring.num_prompts or guide.inject.max_accuracy, or choose an earlier learner with --at.",
         )
     assert all(arm.outcomes for arm in arms), "every candidate of a ranking was asked something"
     return prompt_ids

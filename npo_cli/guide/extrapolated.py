@@ -1,7 +1,7 @@
 """Seat answers of an extrapolated policy while training: which groups are asked, who takes a slot, what is spare.
 
 Nobody is asked for a group that the policy can do itself. *inject*: a few answers of each hard group, and those that
-are verified-correct take its last slots. *seats*: the last slots are sampled from the extrapolated policy instead of
+are verified-correct take its last slots. *sample*: the last slots are sampled from the extrapolated policy instead of
 the learner, and keep what comes, right or wrong. The first way costs tokens, the second none.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 from npo_cli.guide.mix import SeatRule, own_accuracy
 from npo_cli.records import Group, Rollout
 
-Seat = Literal["inject", "seats"]
+Seat = Literal["inject", "sample"]
 
 
 def hard_groups(groups: Sequence[Group], rule: SeatRule) -> list[Group]:
@@ -28,7 +28,7 @@ def seat_answers(own: Group, answers: Sequence[Rollout], rule: SeatRule, *, num_
     accuracy = own_accuracy(replace(own, rollouts=own.rollouts[:num_judged]))
     if accuracy > rule.gate:
         return replace(own, mix="gate_closed", own_accuracy=accuracy)
-    if seat == "seats":
+    if seat == "sample":
         return replace(own, rollouts=(*own.rollouts, *answers), mix="injected", own_accuracy=accuracy)
     right = [one for one in answers if one.verdict == "correct" and one.finished][: rule.slots]
     spare = tuple(one for one in answers if one not in right)

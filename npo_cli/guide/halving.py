@@ -33,9 +33,9 @@ def halving_rounds(num_arms: int, budget: int) -> list[Round]:
     num_rounds = max(1, math.ceil(math.log2(num_arms)))
     if budget < num_arms * num_rounds:
         raise NpoError(
-            f"score.budget is {budget}, but {num_arms} candidates in {num_rounds} rounds need "
+            f"scoring.budget is {budget}, but {num_arms} candidates in {num_rounds} rounds need "
             f"at least {num_arms * num_rounds} (candidate, prompt) pairs",
-            f"set score.budget to {num_arms * num_rounds} or more (useful: {20 * num_arms * num_rounds}), "
+            f"set scoring.budget to {num_arms * num_rounds} or more (useful: {20 * num_arms * num_rounds}), "
             "or to null to ask every candidate everything.",
         )
     rounds = []
@@ -59,8 +59,9 @@ def successive_rejects(num_arms: int, budget: int) -> list[int]:
     """
     if budget <= num_arms:
         raise NpoError(
-            f"score.budget is {budget}, but {num_arms} candidates need more than {num_arms} (candidate, prompt) pairs",
-            f"set score.budget above {num_arms}, or to null to ask every candidate everything.",
+            f"scoring.budget is {budget}, but {num_arms} candidates need more than {num_arms} (candidate, prompt) "
+            "pairs",
+            f"set scoring.budget above {num_arms}, or to null to ask every candidate everything.",
         )
     log_bar = 0.5 + sum(1.0 / i for i in range(2, num_arms + 1))
     return [math.ceil((budget - num_arms) / (log_bar * (num_arms + 1 - phase))) for phase in range(1, num_arms)]

@@ -120,7 +120,10 @@ def _objection(
     farthest = max(each.distance for each in hindsights)
     num_mistakes = slice_size(strata, farthest)
     if num_mistakes < knobs.pool_min:
-        return f"only {num_mistakes} mistakes in the last {farthest} steps; auto.pool_min is {knobs.pool_min}"
+        return (
+            f"only {num_mistakes} mistakes in the last {farthest} steps; "
+            f"autonpo.rollback.min_failed_prompts is {knobs.pool_min}"
+        )
     chosen = next((score for score in scores if score.chosen), None)
     if chosen is None:
         return f"none of the {num_mistakes} mistakes in the last {farthest} steps was asked again"
@@ -128,7 +131,7 @@ def _objection(
         quality, low, high = map(_percent, (chosen.quality, chosen.quality_low, chosen.quality_high))
         return (
             f"the policy solves {quality} [{low}, {high}] of the mistakes in the last {chosen.distance} steps; "
-            f"auto.q_min is {_percent(knobs.q_min)}"
+            f"autonpo.probe.min_quality is {_percent(knobs.q_min)}"
         )
     return ""
 

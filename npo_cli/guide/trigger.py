@@ -18,7 +18,7 @@ FEWEST_VALUES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TriggerKnobs:
-    """The `auto` settings that decide a reading."""
+    """The `autonpo.trigger` settings that decide a reading."""
 
     ema: float
     """Decay lam of both averages; 0 is no averaging."""

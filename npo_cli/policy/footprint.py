@@ -37,7 +37,7 @@ def trainer_gpus(recipe: Recipe, footing: Footing) -> int:
 def engine_gpus(recipe: Recipe) -> int:
     """GPUs of a vLLM server of its own; 0 where the trainer's GPUs sample."""
     engine = recipe.engine
-    return engine.tensor_parallel * engine.data_parallel if engine.kind == "vllm_server" else 0
+    return engine.vllm.tensor_parallel_size * engine.vllm.data_parallel_size if engine.kind == "vllm_server" else 0
 
 
 def longest_row(recipe: Recipe) -> int:
@@ -124,9 +124,9 @@ def _sampling(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[N
     num_gpus = trainer_gpus(recipe, footing)
     compute = bytes_of(recipe.model.precision)
     if recipe.engine.kind == "vllm":
-        share = int(recipe.engine.memory_share * footing.gpu_bytes)
-        phase = "sampling" if recipe.engine.sleep else "always"
-        how = f"engine.memory_share={recipe.engine.memory_share:g} of the GPU"
+        share = int(recipe.engine.vllm.gpu_memory_utilization * footing.gpu_bytes)
+        phase = "sampling" if recipe.engine.vllm.enable_sleep_mode else "always"
+        how = f"engine.vllm.gpu_memory_utilization={recipe.engine.vllm.gpu_memory_utilization:g} of the GPU"
         yield Need(where="gpu", phase=phase, what=VLLM, num_bytes=share, how=how)
         return
     # Scoring, the sync's probe included, gathers them whoever samples.
@@ -136,7 +136,7 @@ def _sampling(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[N
         yield Need(where="gpu", phase="sampling", what="whole weights", num_bytes=whole, how=how)
     if recipe.engine.kind == "vllm_server":
         return
-    rows = min(recipe.engine.max_rows, ceil(recipe.train.prompts_per_step * recipe.train.group_size / num_gpus))
+    rows = min(recipe.engine.max_num_seqs, ceil(recipe.train.prompts_per_step * recipe.train.group_size / num_gpus))
     cache = rows * longest_row(recipe) * shape.cache_floats * compute
     how = f"{rows} rows x {longest_row(recipe):,} tokens x {_kb(shape.cache_floats * compute)}"
     yield Need(where="gpu", phase="sampling", what="KV cache", num_bytes=cache, how=how)
@@ -152,11 +152,11 @@ def _pushing(recipe: Recipe, shape: ModelShape) -> Iterator[Need]:
     # Adapters are float32, and both models share one base.
     trained, wide = (shape.num_adapters, FLOAT) if shape.num_adapters else (shape.num_params, weight)
     how = f"{_count(trained)} x {wide} B"
-    if recipe.extrapolate.space == "weights":
+    if recipe.extrapolation.space == "weights":
         yield Need(where="gpu", phase="sampling", what="moved weights", num_bytes=trained * wide, how=how)
         return
     yield Need(where="gpu", phase="always", what="an older copy", num_bytes=trained * wide, how=how)
-    rows = min(recipe.engine.max_rows, recipe.train.prompts_per_step * recipe.train.group_size)
+    rows = min(recipe.engine.max_num_seqs, recipe.train.prompts_per_step * recipe.train.group_size)
     size = rows * longest_row(recipe) * shape.cache_floats * compute
     yield Need(where="gpu", phase="sampling", what="its KV cache", num_bytes=size, how=f"at most {rows} rows")
 
@@ -165,7 +165,7 @@ def engine_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterato
     """Of each GPU of a vLLM server: its part of the weights, and a cache in which at least one response has room."""
     if not engine_gpus(recipe):
         return
-    parallel, compute = recipe.engine.tensor_parallel, bytes_of(recipe.model.precision)
+    parallel, compute = recipe.engine.vllm.tensor_parallel_size, bytes_of(recipe.model.precision)
 
     def need(what: str, num_bytes: float, how: str) -> Need:
         return Need(where="engine gpu", phase="always", what=what, num_bytes=ceil(num_bytes), how=how)
@@ -176,7 +176,9 @@ def engine_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterato
     least = longest_row(recipe) * shape.cache_floats * compute / parallel
     yield need("KV cache of one response", least, f"{longest_row(recipe):,} tokens; what is left serves more of them")
     yield need(
-        "what vLLM leaves alone", (1 - recipe.engine.memory_share) * footing.gpu_bytes, "1 - engine.memory_share"
+        "what vLLM leaves alone",
+        (1 - recipe.engine.vllm.gpu_memory_utilization) * footing.gpu_bytes,
+        "1 - engine.vllm.gpu_memory_utilization",
     )
 
 
@@ -192,7 +194,7 @@ def host_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[
     yield need("always", "processes", processes * PROCESS_BYTES, how=guess)
     written = shape.num_adapters * FLOAT if shape.num_adapters else held * weight
     yield need("saving", "weights on their way to the disk", written, how="gathered by the first process")
-    if recipe.engine.kind == "vllm" and recipe.engine.sleep:
+    if recipe.engine.kind == "vllm" and recipe.engine.vllm.enable_sleep_mode:
         each = held * bytes_of(recipe.model.precision) * processes
         yield need("update", "vLLM's weights while it sleeps", each, how=f"{processes} engines")
 

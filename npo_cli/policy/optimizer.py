@@ -74,8 +74,8 @@ def lr_at(step: int, settings: TrainSettings) -> float:
     progress = min(1.0, (step - settings.warmup_steps) / max(1, left))
     share = {
         "constant": 1.0,
-        "linear": 1 - (1 - settings.min_lr_share) * progress,
-        "cosine": settings.min_lr_share + (1 - settings.min_lr_share) * (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - (1 - settings.min_lr_ratio) * progress,
+        "cosine": settings.min_lr_ratio + (1 - settings.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2,
     }[settings.schedule]
     return settings.lr * share
 

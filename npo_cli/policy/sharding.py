@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npo_cli.parallel_settings import ParallelSettings
+from npo_cli.parallel_settings import DistributedSettings
 from npo_cli.policy.adapters import Adapters, adapter_tensors, base_tensors, fitting_adapters
 from npo_cli.policy.logprobs import PackedRows, TokenScores, token_scores
 from npo_cli.policy.team import Member, Team
@@ -102,7 +102,7 @@ class Whole:
 
 
 def shard(
-    model: PreTrainedModel, settings: ParallelSettings, *, compute_dtype: torch.dtype, size: int
+    model: PreTrainedModel, settings: DistributedSettings, *, compute_dtype: torch.dtype, size: int
 ) -> list[set[str]]:
     """Cut the model's weights in place, a layer at a time; the names that shared a tensor before."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -73,12 +73,14 @@ def _either(steps: Sequence[int]) -> str:
 
 
 def _settings(settings: Evidence) -> str:
-    """The figures of the auto section by the names that the design document gives them."""
-    auto = settings.get("auto") or {}
-    names = (("W", "window"), ("patience", "patience"), ("c_r", "c_r"), ("d_H", "d_H"), ("c_H", "c_H"))
-    rest = (("warm-up", "warmup"), ("rest", "cooldown"), ("max", "max"))
-    push = (("push first for", "extrapolate"),) * bool(auto.get("extrapolate"))
-    return ", ".join(f"{name} {auto[key]:g}" for name, key in (*names, *rest, *push) if key in auto)
+    """The trigger's settings by the symbols of AUTONPO.md, and how often and how far AutoNPO may act."""
+    autonpo = settings.get("autonpo") or {}
+    shown = (autonpo.get("trigger") or {}) | autonpo
+    names = (("W", "window"), ("patience", "patience"), ("c_r", "max_reward_gain_se"), ("d_H", "min_entropy_drop"))
+    rest = (("c_H", "min_entropy_drop_se"), ("warm-up", "warmup_steps"), ("rest", "cooldown_steps"))
+    most = (("max", "max_interventions"),)
+    push = (("push first for", "extrapolate"),) * bool(autonpo.get("extrapolate"))
+    return ", ".join(f"{name} {shown[key]:g}" for name, key in (*names, *rest, *most, *push) if key in shown)
 
 
 # What a probe found
@@ -176,16 +178,16 @@ def stretches_tables(stretches: Sequence[Stretch]) -> tuple[Table, ...]:
 
 
 MEANING: Mapping[str, str] = {
-    "warming_up": "before auto.warmup",
+    "warming_up": "before autonpo.trigger.warmup_steps",
     "replaying": "in a replay",
     "resting": "in a cooldown",
     "no_signal": "reward or entropy missing",
-    "short_history": "fewer than auto.window yet",
+    "short_history": "fewer than autonpo.trigger.window yet",
     "rising": "reward still rises",
     "entropy_level": "entropy falls too little",
     "streak": "both hold, too briefly",
     "waiting": "warned, no checkpoint yet",
-    "capped": "auto.max is reached",
+    "capped": "autonpo.max_interventions is reached",
 }
 
 

@@ -123,4 +123,7 @@ def refuse_absent(names: tuple[str, ...]) -> None:
         found = find_spec(name)
         # A folder of that name, which wandb itself leaves, passes for a package without a file.
         if found is None or found.origin is None:
-            raise NpoError(f"track.to names {name}, which is not installed", f"pip install {name}   # or track.to=[]")
+            raise NpoError(
+                f"tracking.report_to names {name}, which is not installed",
+                f"pip install {name}   # or tracking.report_to=[]",
+            )

@@ -218,5 +218,6 @@ def require_space(path: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise RunFailed(
             f"{path} needs {num_bytes / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB left",
-            "free some disk space or lower train.keep_anchors and train.keep_guides, then go on with `npo resume`",
+            "free some disk space or lower train.keep_full_checkpoints and train.keep_weights_only, then go on with "
+            "`npo resume`",
         )

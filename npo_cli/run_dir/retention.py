@@ -99,8 +99,8 @@ def protected_places(run: RunDir) -> set[Place]:
         chosen = [score.step for score in newest.scores if score.chosen]
         wanted |= {(newest.branch, step) for step in (newest.at, *chosen)}
     for branch in branches(run):
-        planned = run.recipe(branch).get("intervention") or {}
-        wanted |= {(branch, planned[end]) for end in ("at", "guide") if planned.get(end) is not None}
+        planned = run.recipe(branch).get("guide", {}).get("replay") or {}
+        wanted |= {(branch, planned[end]) for end in ("at_step", "guide_step") if planned.get(end) is not None}
         wanted |= older_copies(run, branch)
     wanted |= within_reach(run)
     return {(owner_of(run, branch, step), step) for branch, step in wanted}
@@ -109,24 +109,24 @@ def protected_places(run: RunDir) -> set[Place]:
 def older_copies(run: RunDir, branch: str) -> set[Place]:
     """What an extrapolated guide needs from the newest checkpoint on: as far back as its k, and one save more."""
     recipe = run.recipe(branch)
-    wanted = recipe.get("guide", {}).get("source") == "extrapolated" or recipe.get("auto", {}).get("extrapolate")
+    wanted = recipe.get("guide", {}).get("source") == "extrapolated" or recipe.get("autonpo", {}).get("extrapolate")
     if not wanted:
         return set()
-    settings, every = recipe["extrapolate"], recipe["train"]["save_every"]
+    settings, every = recipe["extrapolation"], recipe["train"]["save_every"]
     farthest = max((settings["k"], *settings["k_grid"]) if settings["refresh"] else (settings["k"],))
     steps = [found.step for found in history(run, branch)]
     return {(branch, step) for step in steps if step > max(steps) - farthest - every}
 
 
 def within_reach(run: RunDir) -> set[Place]:
-    """What the next rollback of AutoNPO may need: every checkpoint as far back from the newest as its deltas reach."""
+    """What the next AutoNPO rollback may need: all checkpoints within the largest rollback distance of the newest."""
     moves = transitions(run)
     if not moves:
         return set()
     branch = moves[-1].state.branch
     recipe = run.recipe(branch)
-    every, deltas = recipe["train"]["save_every"], recipe["auto"]["deltas"]
-    farthest = max((delta for delta in deltas if delta % every == 0), default=0)
+    every, distances = recipe["train"]["save_every"], recipe["autonpo"]["rollback"]["distances"]
+    farthest = max((distance for distance in distances if distance % every == 0), default=0)
     steps = [found.step for found in history(run, branch)]
     return {(branch, step) for step in steps if step >= max(steps) - farthest}
 

@@ -17,9 +17,11 @@ def disk_needs(recipe: Recipe, *, weights: int, moments: int, served: int, auton
     beyond the quotas is not foreseen.
     """
     branches = [("the run's branch", recipe.train.num_steps)]
-    rounds = max(1, recipe.auto.max) if autonpo else 0
+    rounds = max(1, recipe.autonpo.max_interventions) if autonpo else 0
     if rounds:
-        branches.append((f"up to {rounds} replays of AutoNPO", rounds * min(max(recipe.auto.deltas), branches[0][1])))
+        branches.append(
+            (f"up to {rounds} replays of AutoNPO", rounds * min(max(recipe.autonpo.rollback.distances), branches[0][1]))
+        )
     for name, steps in branches:
         anchors, guides = kept(recipe, steps)
         # Before the first update there are no moments.
@@ -30,8 +32,12 @@ def disk_needs(recipe: Recipe, *, weights: int, moments: int, served: int, auton
     each = ROLLOUT_BYTES + TOKEN_BYTES * recipe.sampling.max_new_tokens
     how = f"{rollouts:,} rollouts of at most {recipe.sampling.max_new_tokens:,} tokens"
     yield _need("journals", rollouts * each + steps * STEP_BYTES, how)
-    answers = longest_segment(recipe) * recipe.train.prompts_per_step * recipe.guide.k * (1 + rounds)
-    yield _need("guide caches", answers * each, f"{answers:,} answers, {recipe.guide.k} a prompt")
+    answers = (
+        longest_segment(recipe) * recipe.train.prompts_per_step * recipe.guide.cache.samples_per_prompt * (1 + rounds)
+    )
+    yield _need(
+        "guide caches", answers * each, f"{answers:,} answers, {recipe.guide.cache.samples_per_prompt} a prompt"
+    )
     if recipe.engine.kind == "vllm_server":
         # A sync by nccl or ipc writes none.
         yield _need("weights for the server", served + weights, "in TMPDIR: those it starts from, and a sync's")
@@ -39,21 +45,21 @@ def disk_needs(recipe: Recipe, *, weights: int, moments: int, served: int, auton
 
 def longest_segment(recipe: Recipe) -> int:
     """Steps whose prompts a guide answers: the planned intervention's, else AutoNPO's longest."""
-    planned = recipe.intervention
-    if planned.steps is not None:
-        return planned.steps
-    if planned.at is not None and planned.guide is not None:
-        return planned.guide - planned.at
-    return min(max(recipe.auto.deltas), recipe.train.num_steps)
+    planned = recipe.guide.replay
+    if planned.num_steps is not None:
+        return planned.num_steps
+    if planned.at_step is not None and planned.guide_step is not None:
+        return planned.guide_step - planned.at_step
+    return min(max(recipe.autonpo.rollback.distances), recipe.train.num_steps)
 
 
 def kept(recipe: Recipe, steps: int) -> tuple[int, int]:
     """Full states and weights-only guides that one branch keeps; step 0 and the newest are always full."""
     train = recipe.train
     saved = -(-steps // train.save_every) + 1
-    anchors = saved if train.keep_anchors is None else min(saved, train.keep_anchors + 1)
+    anchors = saved if train.keep_full_checkpoints is None else min(saved, train.keep_full_checkpoints + 1)
     guides = saved - anchors
-    return anchors, guides if train.keep_guides is None else min(guides, train.keep_guides)
+    return anchors, guides if train.keep_weights_only is None else min(guides, train.keep_weights_only)
 
 
 def _need(what: str, num_bytes: int, how: str) -> Need:

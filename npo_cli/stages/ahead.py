@@ -56,7 +56,8 @@ def motion_at(run: RunDir, branch: str, push: Push, *, step: int, every: int) ->
         raise NpoError(
             f"{run.root} has no checkpoint of {branch} in steps {max(0, step - 2 * push.k + 1)} to {step - push.k}, "
             f"where the older copy of k={push.k} belongs",
-            f"set train.save_every to {push.k} or less and train.keep_guides higher when it is trained, or choose "
+            f"set train.save_every to {push.k} or less and train.keep_weights_only higher when it is trained, or "
+            "choose "
             f"another k: npo index {as_typed(run.root)}",
         )
     return Motion(push=push, step=step, older=newest)
@@ -131,7 +132,7 @@ def open_ahead(world: World, motion: Motion, *, old: Policy | None = None) -> Ah
         strength=strength,
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
-        max_rows=world.recipe.engine.max_rows,
+        max_rows=world.recipe.engine.max_num_seqs,
         dtype=policy.compute_dtype,
         sight=policy.vision,
     )

@@ -6,6 +6,7 @@ passed over: it changes what a run costs to keep, not what it learns.
 
 from collections.abc import Iterator, Sequence
 
+from npo_cli.config import Recipe
 from npo_cli.guide_records import GuideInfo
 from npo_cli.loading import differences
 from npo_cli.run_dir.auto import transitions
@@ -13,27 +14,21 @@ from npo_cli.run_dir.guides import read_info
 from npo_cli.run_dir.lineage import birth_segment, descent
 from npo_cli.run_dir.manifests import read_manifest
 from npo_cli.run_dir.paths import FIRST_BRANCH
+from npo_cli.settings import walk_fields
 from npo_cli.stages.arms import Arm, Place, SeedRun
 
-ALIKE = (
-    *("model.path", "model.dtype", "model.compute_dtype", "task.", "train.prompts_per_step", "train.group_size"),
-    *("sampling.temperature", "sampling.max_new_tokens"),
-)
-PASSED_OVER = (
-    *("name", "description", "model.device", "model.threads", "model.gradient_checkpointing", "model.attention"),
-    *("model.liger", "task.seed", "task.verify_timeout", "task.verify_workers", "eval.", "engine.", "parallel."),
-    *("train.seed", "train.num_steps", "train.save_every", "train.keep_anchors", "train.keep_guides"),
-    *("train.micro_batch_tokens", "train.logit_chunk_tokens", "method."),
-)
-IF_WATCHED = ("auto.", "pool.", "probe.", "rollback.", "replay.", "early.", "late.")
-IF_GUIDED = ("inject.", "guide.", "score.", "intervention.")
+COMPARISON = {key: marks.get("comparison", "differs") for key, _, marks in walk_fields(Recipe())}
+"""Dotted key -> `must_match`, `ignored`, or `differs` (the difference is part of the method); see "
+"`npo_cli.settings`."""
+IF_WATCHED = ("autonpo.",)
+IF_GUIDED = ("guide.source", "guide.inject.", "guide.cache.", "guide.endpoint.", "guide.replay.", "scoring.")
 """Sections without effect where AutoNPO did not watch, or where no guide had a seat."""
 NOBODY = "by nobody"
 
 
 def method_differences(arm: Arm, baseline: Arm) -> tuple[str, ...]:
     """`KEY OLD -> NEW` of every setting in which the arm's method is not the baseline's, and what stepped in."""
-    changes = [change for change in settings_apart(arm, baseline) if not change.startswith(ALIKE)]
+    changes = [change for change in settings_apart(arm, baseline) if not _must_match(change)]
     for what in (guided, watched):
         mine, theirs = {what(one.place) for one in arm.runs}, {what(one.place) for one in baseline.runs}
         if mine != theirs:
@@ -43,7 +38,7 @@ def method_differences(arm: Arm, baseline: Arm) -> tuple[str, ...]:
 
 def mismatches(arm: Arm, baseline: Arm) -> tuple[str, ...]:
     """What a fair comparison needs alike: base weights, task, group, batch, sampling; and seeds of one method."""
-    found = [change for change in settings_apart(arm, baseline) if change.startswith(ALIKE)]
+    found = [change for change in settings_apart(arm, baseline) if _must_match(change)]
     for bases in base_digests((*arm.runs, *baseline.runs)):
         if len(bases) > 1:
             found.append(f"base weights {' and '.join(sorted(digest[:12] for digest in bases))}")
@@ -61,13 +56,18 @@ def settings_within(arm: Arm) -> list[str]:
     return list(dict.fromkeys(change for one in arm.runs[1:] for change in _changes(first, one.place)))
 
 
+def _must_match(change: str) -> bool:
+    """Of a `KEY OLD -> NEW`."""
+    return COMPARISON[change.split(" ", 1)[0]] == "must_match"
+
+
 def _changes(before: Place, after: Place) -> Iterator[str]:
     """Only of settings that had an effect on both."""
-    idle = PASSED_OVER
+    idle: tuple[str, ...] = ()
     for sections, what in ((IF_WATCHED, watched), (IF_GUIDED, guided)):
         idle += sections if NOBODY in (what(before), what(after)) else ()
     for key, old, new in differences(before.recipe, after.recipe):
-        if not key.startswith(idle):
+        if COMPARISON[key] != "ignored" and not key.startswith(idle):
             yield f"{key} {old} -> {new}"
 
 
@@ -92,7 +92,7 @@ def base_digests(runs: Sequence[SeedRun]) -> tuple[set[str], set[str]]:
 
 def guided(place: Place) -> str:
     """Who had a seat on the line of descent, and of which learner."""
-    past = ["its past"] if place.recipe.experience.share else []
+    past = ["its past"] if place.recipe.guide.experience.replay_fraction else []
     return ", ".join([*past, *(f"{_author(info)} at {info.at_step}" for info in guides_of(place))]) or NOBODY
 
 

@@ -70,19 +70,30 @@ class Author(Protocol):
 def drawn_in_rounds(
     settings: GuideSettings, prompts: Sequence[Prompt], draw: Draw, *, known: Known | None = None
 ) -> list[Answers]:
-    """Up to guide.k samples a prompt, `guide.round` at a time; solved prompts ask no more, unless all are wanted."""
+    """Up to `samples_per_prompt` samples per prompt, `samples_per_round` at a time, until a prompt is solved.
+
+    With `draws_all` solved prompts are sampled further.
+    """
     asked = {prompt.prompt_id: _begun(prompt, (known or {}).get(prompt.prompt_id, ())) for prompt in prompts}
     while True:
         wanting = [
             entry
             for entry in asked.values()
-            if len(entry.rollouts) < settings.k and (settings.draws_all or not entry.correct)
+            if len(entry.rollouts) < settings.cache.samples_per_prompt
+            and (settings.cache.draws_all or not entry.correct)
         ]
         if not wanting:
             return list(asked.values())
         # Those who have the fewest answers are asked together, so that a slot is never drawn twice.
         first = min(len(entry.rollouts) for entry in wanting)
-        slots = range(first, min(first + (settings.k if settings.draws_all else settings.round), settings.k))
+        slots = range(
+            first,
+            min(
+                first
+                + (settings.cache.samples_per_prompt if settings.cache.draws_all else settings.cache.samples_per_round),
+                settings.cache.samples_per_prompt,
+            ),
+        )
         now = [entry.prompt for entry in wanting if len(entry.rollouts) == first]
         for new in draw(now, slots):
             before = asked[new.prompt.prompt_id]

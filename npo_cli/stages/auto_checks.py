@@ -7,13 +7,13 @@ from npo_cli.guide.hindsight import TWO_SIDED
 
 def usable_deltas(recipe: Recipe) -> tuple[int, ...]:
     """Rollback distances that end at a checkpoint: multiples of train.save_every."""
-    return tuple(delta for delta in recipe.auto.deltas if delta % recipe.train.save_every == 0)
+    return tuple(delta for delta in recipe.autonpo.rollback.distances if delta % recipe.train.save_every == 0)
 
 
 def longest_slice(recipe: Recipe, *, num_prompts: int) -> int:
     """Most distinct prompts that a replay of the largest usable distance can visit."""
     farthest = min(usable_deltas(recipe)[-1], recipe.train.num_steps)
-    return min(recipe.pool.size, num_prompts, farthest * recipe.train.prompts_per_step)
+    return min(recipe.autonpo.pool.max_size, num_prompts, farthest * recipe.train.prompts_per_step)
 
 
 def refuse_impossible(recipe: Recipe, num_prompts: int) -> None:
@@ -24,11 +24,14 @@ def refuse_impossible(recipe: Recipe, num_prompts: int) -> None:
     refuse_endless(recipe)
     refuse_early(recipe)
     most = longest_slice(recipe, num_prompts=num_prompts)
-    for key, wanted in (("probe.prompts", recipe.probe.prompts), ("auto.pool_min", recipe.auto.pool_min)):
+    for key, wanted in (
+        ("autonpo.probe.num_prompts", recipe.autonpo.probe.num_prompts),
+        ("autonpo.rollback.min_failed_prompts", recipe.autonpo.rollback.min_failed_prompts),
+    ):
         if wanted > most:
             raise NpoError(
                 f"{key} is {wanted}, but at most {most} prompts can have failed within the largest distance "
-                f"(pool.size {recipe.pool.size}, {num_prompts} training prompts, "
+                f"(autonpo.pool.max_size {recipe.autonpo.pool.max_size}, {num_prompts} training prompts, "
                 f"{recipe.train.prompts_per_step} a step)",
                 f"{key}={most} or less",
             )
@@ -36,41 +39,54 @@ def refuse_impossible(recipe: Recipe, num_prompts: int) -> None:
 
 def refuse_unreachable(recipe: Recipe) -> None:
     """A rollback needs a full state at its distance, and steps to go back over."""
-    auto, train, usable = recipe.auto, recipe.train, usable_deltas(recipe)
+    auto, train, usable = recipe.autonpo, recipe.train, usable_deltas(recipe)
     if not usable:
         raise NpoError(
-            f"none of auto.deltas ({', '.join(map(str, auto.deltas))}) is a multiple of train.save_every "
+            f"none of autonpo.rollback.distances ({', '.join(map(str, auto.rollback.distances))}) is a multiple of "
+            "train.save_every "
             f"({train.save_every}): no checkpoint to go back to",
-            f"auto.deltas=[{train.save_every},{2 * train.save_every}], or a smaller train.save_every",
+            f"autonpo.rollback.distances=[{train.save_every},{2 * train.save_every}], or a smaller train.save_every",
         )
     # The newest state is the guide's own; the one to go back to comes on top.
     needed = usable[-1] // train.save_every + 1
-    if train.keep_anchors is not None and train.keep_anchors < needed:
+    if train.keep_full_checkpoints is not None and train.keep_full_checkpoints < needed:
         raise NpoError(
-            f"train.keep_anchors is {train.keep_anchors}: a rollback by {usable[-1]} steps (auto.deltas) needs "
+            f"train.keep_full_checkpoints is {train.keep_full_checkpoints}: a rollback by {usable[-1]} steps "
+            "(autonpo.rollback.distances) needs "
             f"{needed} full states {train.save_every} steps apart, the newest one counted",
-            f"train.keep_anchors={needed}, or smaller auto.deltas",
+            f"train.keep_full_checkpoints={needed}, or smaller autonpo.rollback.distances",
         )
     if usable[0] >= train.num_steps:
         raise NpoError(
-            f"auto.deltas begin at {usable[0]}, and the run has only {train.num_steps} steps (train.num_steps)",
-            "smaller auto.deltas and train.save_every, or more train.num_steps",
+            f"autonpo.rollback.distances begin at {usable[0]}, and the run has only {train.num_steps} steps "
+            "(train.num_steps)",
+            "smaller autonpo.rollback.distances and train.save_every, or more train.num_steps",
         )
 
 
 def refuse_silent(recipe: Recipe) -> None:
     """Warm-up, window and patience must leave a step at which a warning could come."""
-    auto, num_steps = recipe.auto, recipe.train.num_steps
-    if auto.max == 0:
+    auto, num_steps = recipe.autonpo, recipe.train.num_steps
+    if auto.max_interventions == 0:
         return
-    first = max(auto.warmup, auto.window) + auto.patience
+    first = max(auto.trigger.warmup_steps, auto.trigger.window) + auto.trigger.patience
     if first > num_steps:
-        parts = {"auto.warmup": auto.warmup, "auto.window": auto.window, "auto.patience": auto.patience}
+        parts = {
+            "autonpo.trigger.warmup_steps": auto.trigger.warmup_steps,
+            "autonpo.trigger.window": auto.trigger.window,
+            "autonpo.trigger.patience": auto.trigger.patience,
+        }
         key = max(parts, key=lambda name: parts[name])
-        rest = max(auto.warmup, auto.window) if key == "auto.patience" else auto.patience
+        rest = (
+            max(auto.trigger.warmup_steps, auto.trigger.window)
+            if key == "autonpo.trigger.patience"
+            else auto.trigger.patience
+        )
         raise NpoError(
-            f"{key} is {parts[key]}: the first warning could come at step {first} (the larger of auto.warmup "
-            f"{auto.warmup} and auto.window {auto.window}, and then auto.patience {auto.patience}), "
+            f"{key} is {parts[key]}: the first warning could come at step {first} (the larger of "
+            "autonpo.trigger.warmup_steps "
+            f"{auto.trigger.warmup_steps} and autonpo.trigger.window {auto.trigger.window}, and then "
+            f"autonpo.trigger.patience {auto.trigger.patience}), "
             f"and the run has only {num_steps} steps (train.num_steps)",
             f"{key}={max(1, num_steps - rest)} or less",
         )
@@ -78,70 +94,81 @@ def refuse_silent(recipe: Recipe) -> None:
 
 def refuse_vain(recipe: Recipe) -> None:
     """Guides that would never be let in, a probe that nothing can pass, a V that one side cannot tell."""
-    if recipe.pool.tau > recipe.inject.gate:
+    autonpo, inject = recipe.autonpo, recipe.guide.inject
+    if autonpo.pool.max_accuracy > inject.max_accuracy:
         raise NpoError(
-            f"pool.tau is {recipe.pool.tau:g}, above inject.gate {recipe.inject.gate:g}: "
+            f"autonpo.pool.max_accuracy is {autonpo.pool.max_accuracy:g}, above guide.inject.max_accuracy "
+            f"{inject.max_accuracy:g}: "
             "a guide made for such a prompt would never be let in",
-            f"pool.tau={recipe.inject.gate:g} or less",
+            f"autonpo.pool.max_accuracy={inject.max_accuracy:g} or less",
         )
-    if recipe.auto.q_min >= 1:
-        raise NpoError("auto.q_min is 1: no lower bound of a pass rate reaches that", "auto.q_min=0.1")
-    if recipe.rollback.data == "onward":
+    if autonpo.probe.min_quality >= 1:
         raise NpoError(
-            "rollback.data is onward: AutoNPO's guides answer the prompts that it goes back over, "
+            "autonpo.probe.min_quality is 1: no lower bound of a pass rate reaches that",
+            "autonpo.probe.min_quality=0.1",
+        )
+    if autonpo.rollback.data == "onward":
+        raise NpoError(
+            "autonpo.rollback.data is onward: AutoNPO's guides answer the prompts that it goes back over, "
             "and such a replay never meets them",
-            "rollback.data=same",
+            "autonpo.rollback.data=same",
         )
-    if recipe.probe.direction == "learner" and recipe.score.variance not in TWO_SIDED:
+    if autonpo.probe.variance_samples == "learner" and recipe.scoring.variance not in TWO_SIDED:
         raise NpoError(
-            f"probe.direction is learner, but score.variance={recipe.score.variance} can only be told from the "
+            f"autonpo.probe.variance_samples is learner, but scoring.variance={recipe.scoring.variance} can only be "
+            "told from the "
             "guide's samples",
-            f"score.variance={TWO_SIDED[-1]}, or probe.direction=guide",
+            f"scoring.variance={TWO_SIDED[-1]}, or autonpo.probe.variance_samples=guide",
         )
 
 
 def refuse_endless(recipe: Recipe) -> None:
     """Without a cap, a rest shorter than a replay lets the run go over the same steps for ever."""
-    auto, farthest = recipe.auto, usable_deltas(recipe)[-1]
-    if auto.max == -1 and auto.cooldown < farthest:
+    auto, farthest = recipe.autonpo, usable_deltas(recipe)[-1]
+    if auto.max_interventions == -1 and auto.trigger.cooldown_steps < farthest:
         raise NpoError(
-            f"auto.cooldown is {auto.cooldown}, shorter than the longest replay ({farthest}, auto.deltas), and "
-            "auto.max sets no limit: the run could go over the same steps for ever",
-            f"auto.cooldown={farthest}, or a limit such as auto.max=3",
+            f"autonpo.trigger.cooldown_steps is {auto.trigger.cooldown_steps}, shorter than the longest replay "
+            f"({farthest}, autonpo.rollback.distances), and "
+            "autonpo.max_interventions sets no limit: the run could go over the same steps for ever",
+            f"autonpo.trigger.cooldown_steps={farthest}, or a limit such as autonpo.max_interventions=3",
         )
 
 
 def refuse_early(recipe: Recipe) -> None:
     """A scout needs a checkpoint at its end, and at the end of the replay where the two are compared."""
-    auto = recipe.auto
-    if auto.early and recipe.early.scout >= recipe.train.num_steps:
+    early, train = recipe.autonpo.early, recipe.train
+    if not early.enabled:
+        return
+    if early.scout_steps >= train.num_steps:
         raise NpoError(
-            f"early.scout is {recipe.early.scout}, and the run has only {recipe.train.num_steps} steps "
+            f"autonpo.early.scout_steps is {early.scout_steps}, and the run has only {train.num_steps} steps "
             "(train.num_steps): the bootstrap would never come",
-            f"early.scout={(recipe.train.num_steps - 1) // recipe.train.save_every * recipe.train.save_every} or less",
+            f"autonpo.early.scout_steps={(train.num_steps - 1) // train.save_every * train.save_every} or less",
         )
-    if auto.early and recipe.early.window > recipe.early.scout:
+    if early.replay_steps > early.scout_steps:
         raise NpoError(
-            f"early.window is {recipe.early.window}, longer than the scout that answers it "
-            f"(early.scout {recipe.early.scout})",
-            f"early.window={recipe.early.scout} or less",
+            f"autonpo.early.replay_steps is {early.replay_steps}, longer than the scout that answers it "
+            f"(autonpo.early.scout_steps {early.scout_steps})",
+            f"autonpo.early.replay_steps={early.scout_steps} or less",
         )
-    if auto.early and recipe.early.scout % recipe.train.save_every:
+    if early.scout_steps % train.save_every:
         raise NpoError(
-            f"early.scout is {recipe.early.scout}, no multiple of train.save_every ({recipe.train.save_every}): "
+            f"autonpo.early.scout_steps is {early.scout_steps}, no multiple of train.save_every ({train.save_every}): "
             "the scout's last step has no checkpoint",
-            f"early.scout={recipe.train.save_every}",
+            f"autonpo.early.scout_steps={train.save_every}",
         )
-    if auto.early and recipe.replay.accept_test and recipe.early.window % recipe.train.save_every:
+    if recipe.autonpo.replay.acceptance_test and early.replay_steps % train.save_every:
         raise NpoError(
-            f"early.window is {recipe.early.window}, no multiple of train.save_every ({recipe.train.save_every}): "
-            "the scout has no checkpoint that the replay could be compared with (replay.accept_test)",
-            f"early.window={recipe.early.scout}",
+            f"autonpo.early.replay_steps is {early.replay_steps}, no multiple of train.save_every "
+            f"({train.save_every}): "
+            "the scout has no checkpoint that the replay could be compared with (autonpo.replay.acceptance_test)",
+            f"autonpo.early.replay_steps={early.scout_steps}",
         )
-    judged = auto.early and recipe.replay.accept_test
-    if judged and recipe.early.window < recipe.early.scout and recipe.train.keep_guides is not None:
+    judged = recipe.autonpo.replay.acceptance_test
+    if judged and early.replay_steps < early.scout_steps and train.keep_weights_only is not None:
         raise NpoError(
-            f"early.window is {recipe.early.window} and early.scout {recipe.early.scout}: replay.accept_test needs the "
-            "scout as it was in between, which train.keep_guides may have deleted by then",
-            f"early.window={recipe.early.scout}",
+            f"autonpo.early.replay_steps is {early.replay_steps} and autonpo.early.scout_steps {early.scout_steps}: "
+            "autonpo.replay.acceptance_test needs the "
+            "scout as it was in between, which train.keep_weights_only may have deleted by then",
+            f"autonpo.early.replay_steps={early.scout_steps}",
         )

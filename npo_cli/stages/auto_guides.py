@@ -1,7 +1,8 @@
 """GUIDE_GEN: one verified answer of the present policy for each mistake of the slice that will be replayed.
 
-Correct answers of the probe are guides already; the other prompts are asked up to `guide.k` times, the probe's
-samples counted. The cache is an ordinary one: `npo show RUN guides` lists it, `npo resume` could use it.
+Correct answers of the probe are guides already; the other prompts are sampled up to
+`guide.cache.samples_per_prompt` times, the probe's samples included. The cache is an ordinary
+one: `npo show RUN guides` lists it, `npo resume` could use it.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -82,7 +83,7 @@ def _info(world: World, wanted: Wanted) -> GuideInfo:
         guide_digest=wanted.guide.digest,
         num_steps=wanted.num_steps,
         tokenizer_digest=world.policy.tokenizer_digest,
-        sampling=f"probe {world.recipe.probe.k}, then {sampling_law(world.recipe)}",
+        sampling=f"probe {world.recipe.autonpo.probe.samples_per_prompt}, then {sampling_law(world.recipe)}",
         num_prompts=len(wanted.prompts),
         num_found=0,
         num_samples=0,

@@ -6,7 +6,7 @@ from npo_cli.config import Recipe
 from npo_cli.guide.controller import ControllerKnobs
 from npo_cli.guide.trigger import TriggerKnobs
 
-SECTIONS = ("auto", "pool", "probe", "rollback", "replay", "early", "score", "guide", "inject", "extrapolate")
+SECTIONS = ("autonpo", "scoring", "guide", "extrapolation")
 """Settings that decide what AutoNPO does."""
 
 
@@ -18,25 +18,25 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def trigger_knobs(recipe: Recipe) -> TriggerKnobs:
     """The auto settings that decide what counts as stagnation."""
-    auto = recipe.auto
+    auto = recipe.autonpo
     return TriggerKnobs(
-        ema=auto.ema,
-        window=auto.window,
-        c_r=auto.c_r,
-        d_H=auto.d_H,
-        c_H=auto.c_H,
+        ema=auto.trigger.ema_decay,
+        window=auto.trigger.window,
+        c_r=auto.trigger.max_reward_gain_se,
+        d_H=auto.trigger.min_entropy_drop,
+        c_H=auto.trigger.min_entropy_drop_se,
     )
 
 
 def controller_knobs(recipe: Recipe) -> ControllerKnobs:
     """The settings that decide when the controller moves."""
     return ControllerKnobs(
-        patience=recipe.auto.patience,
-        warmup=recipe.auto.warmup,
-        cooldown=recipe.auto.cooldown,
-        max_interventions=recipe.auto.max,
-        early=recipe.auto.early,
-        early_scout=recipe.early.scout,
-        accept_test=recipe.replay.accept_test,
-        push_steps=recipe.auto.extrapolate,
+        patience=recipe.autonpo.trigger.patience,
+        warmup=recipe.autonpo.trigger.warmup_steps,
+        cooldown=recipe.autonpo.trigger.cooldown_steps,
+        max_interventions=recipe.autonpo.max_interventions,
+        early=recipe.autonpo.early.enabled,
+        early_scout=recipe.autonpo.early.scout_steps,
+        accept_test=recipe.autonpo.replay.acceptance_test,
+        push_steps=recipe.autonpo.extrapolate,
     )

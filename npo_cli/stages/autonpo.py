@@ -89,10 +89,12 @@ def where(
 
 def piloted(world: World, state: AutoState, *, stop: StopFlag, looks_back: bool) -> Iterator[Seen]:
     """Write down that AutoNPO begins, or with which settings it goes on; drive; account for everything."""
-    left_out = sorted(set(world.recipe.auto.deltas) - set(usable_deltas(world.recipe)))
+    left_out = sorted(set(world.recipe.autonpo.rollback.distances) - set(usable_deltas(world.recipe)))
     if left_out:
         distances = ", ".join(map(str, left_out))
-        yield Notice(message=f"auto.deltas {distances}: no multiples of train.save_every, so never chosen")
+        yield Notice(
+            message=f"autonpo.rollback.distances {distances}: no multiples of train.save_every, so never chosen"
+        )
     state = yield from begun(world, state)
     if looks_back and history(world.run, state.branch):
         newest = newest_anchor(world.run, state.branch).step

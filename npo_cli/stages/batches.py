@@ -114,7 +114,7 @@ def advantages_of(world: World, groups: Sequence[Group]) -> Tensor:
         )
         rewards_PG = rewards_PG + penalty_N.view_as(rewards_PG)
     own_PG = None
-    if recipe.inject.baseline == "own":
+    if recipe.guide.inject.baseline == "on_policy":
         own_PG = torch.tensor([[not rollout.foreign for rollout in group.rollouts] for group in groups])
     return group_advantages(
         rewards_PG, divide_by_std=recipe.loss.divide_by_std, eps=recipe.loss.adv_eps, baseline_PG=own_PG
@@ -149,9 +149,9 @@ def seat_rule(world: World, *, seed_name: str, step: int) -> SeatRule:
     """The recipe's, with a seed of this step's own."""
     recipe = world.recipe
     return SeatRule(
-        gate=recipe.inject.gate,
-        slots=recipe.inject.slots,
-        compose=recipe.inject.compose,
+        gate=recipe.guide.inject.max_accuracy,
+        slots=recipe.guide.inject.slots,
+        compose=recipe.guide.inject.mode,
         group_size=recipe.train.group_size,
         seed=derive_seed(recipe.train.seed, "seat", seed_name, step),
     )

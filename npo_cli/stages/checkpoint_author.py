@@ -24,7 +24,7 @@ class CheckpointAuthor:
 
     def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """From the trainer's pass under the guide's weights."""
-        return [*forward_logps(self.world, pairs, temperature=self.world.recipe.guide.temperature)]
+        return [*forward_logps(self.world, pairs, temperature=self.world.recipe.guide.cache.temperature)]
 
     def nearness(self, pairs: Pairs) -> list[float]:
         """Under the learner, whose weights are swapped in for a moment."""
@@ -44,7 +44,7 @@ def ask_in_rounds(world: World, prompts: Sequence[Prompt], *, step: int, known: 
 
     def draw(now: Sequence[Prompt], slots: range) -> list[Answers]:
         groups = answer(
-            world, now, label=("guide", step), slots=slots, sampler_step=step, temperature=settings.temperature
+            world, now, label=("guide", step), slots=slots, sampler_step=step, temperature=settings.cache.temperature
         )
         return [
             Answers(prompt=group.prompt, rollouts=group.rollouts, num_tokens=num_tokens([group])) for group in groups

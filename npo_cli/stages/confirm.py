@@ -47,11 +47,11 @@ def open_confirmation(world: World, branch: str, present: Checkpoint) -> Probe:
     """The mistakes saved with the policy's own checkpoint, by age."""
     recipe = world.recipe
     settings = {
-        "prompts": recipe.probe.prompts,
-        "k": recipe.probe.k,
-        "tau": recipe.pool.tau,
+        "prompts": recipe.autonpo.probe.num_prompts,
+        "k": recipe.autonpo.probe.samples_per_prompt,
+        "tau": recipe.autonpo.pool.max_accuracy,
         "deltas": list(usable_deltas(recipe)),
-        "temperature": recipe.guide.temperature or recipe.sampling.temperature,
+        "temperature": recipe.guide.cache.temperature or recipe.sampling.temperature,
         "max_new_tokens": recipe.sampling.max_new_tokens,
     }
     mistakes = peek_state(present.path / ANCHOR).mistakes
@@ -61,14 +61,16 @@ def open_confirmation(world: World, branch: str, present: Checkpoint) -> Probe:
         present=present,
         folder=open_probe(world.run, branch, present.step, settings=settings),
         mistakes=mistakes,
-        strata=strata_of(mistakes, step=present.step, distances=usable_deltas(recipe), tau=recipe.pool.tau),
+        strata=strata_of(
+            mistakes, step=present.step, distances=usable_deltas(recipe), tau=recipe.autonpo.pool.max_accuracy
+        ),
         seed=derive_seed(recipe.train.seed, "probe", branch, present.step),
     )
 
 
 def confirmed(probe: Probe) -> Generator[Progress, None, Confirmation]:
     """Ask, look at every stored distance from both sides, decide."""
-    world, count = probe.world, probe.world.recipe.probe.prompts
+    world, count = probe.world, probe.world.recipe.autonpo.probe.num_prompts
     load_checkpoint(world.policy, probe.present)
     groups = yield from asked(probe, to_ask(probe.strata, num_prompts=count, seed=probe.seed))
     # How far each checkpoint of the past is from the policy that answered.
@@ -96,9 +98,9 @@ def asked(probe: Probe, chosen: Sequence[Sequence[str]]) -> Generator[Progress, 
                 world,
                 prompts[start : start + CHUNK_PROMPTS],
                 label=("probe", probe.branch, probe.present.step),
-                slots=range(recipe.probe.k),
+                slots=range(recipe.autonpo.probe.samples_per_prompt),
                 sampler_step=probe.present.step,
-                temperature=recipe.guide.temperature,
+                temperature=recipe.guide.cache.temperature,
             )
             journal.write_step(place, known)
             tokens = sum(len(rollout.response_ids) for group in known for rollout in group.rollouts)
@@ -122,7 +124,7 @@ def outcomes_of(groups: Sequence[Group]) -> list[Probed]:
 
 def looked_back(probe: Probe, groups: Sequence[Group]) -> Generator[Progress, None, list[Hindsight]]:
     """The two views of every distance that has a full state; the present policy's weights are at hand."""
-    world, heat = probe.world, probe.world.recipe.guide.temperature
+    world, heat = probe.world, probe.world.recipe.guide.cache.temperature
     pairs = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     began = time.perf_counter()
     logps = forward_logps(world, pairs, temperature=heat)
@@ -139,7 +141,7 @@ def looked_back(probe: Probe, groups: Sequence[Group]) -> Generator[Progress, No
         load_checkpoint(world.policy, place)
         inside = slice_ids(probe, step - place.step)
         seen = [pair for pair in samples if pair[0].prompt_id in inside]
-        forward = learner_ratios(world, seen, cap=world.recipe.score.cap)
+        forward = learner_ratios(world, seen, cap=world.recipe.scoring.weight_cap)
         hindsights.append(Hindsight(distance=step - place.step, forward=forward, backward=backward[place.step]))
     yield Progress(what="look back", done=len(places), total=len(places))
     add_seconds(probe.folder.folder, time.perf_counter() - began, num_tokens=0)
@@ -175,23 +177,23 @@ def on_record(probe: Probe, step: int) -> list[SampleRatio]:
         if group.prompt.prompt_id in failed
         for rollout in group.rollouts
     ]
-    return learner_ratios(world, rows, cap=world.recipe.score.cap)
+    return learner_ratios(world, rows, cap=world.recipe.scoring.weight_cap)
 
 
 def rollback_knobs(probe: Probe) -> RollbackKnobs:
     """The recipe's score, probe and auto sections, as the guide room knows them."""
     recipe = probe.world.recipe
     return RollbackKnobs(
-        variance=recipe.score.variance,
-        kappa=recipe.score.kappa,
-        cap=recipe.score.cap,
-        average=recipe.score.average,
+        variance=recipe.scoring.variance,
+        kappa=recipe.scoring.kl_scale,
+        cap=recipe.scoring.weight_cap,
+        average=recipe.scoring.kl_average,
         group_size=recipe.train.group_size,
-        alpha=recipe.score.alpha,
-        rule=recipe.score.rule,
-        direction=recipe.probe.direction,
-        resamples=recipe.score.resamples,
+        alpha=recipe.scoring.variance_exponent,
+        rule=recipe.scoring.selection_rule,
+        direction=recipe.autonpo.probe.variance_samples,
+        resamples=recipe.scoring.bootstrap_resamples,
         seed=derive_seed(probe.seed, "bootstrap"),
-        q_min=recipe.auto.q_min,
-        pool_min=recipe.auto.pool_min,
+        q_min=recipe.autonpo.probe.min_quality,
+        pool_min=recipe.autonpo.rollback.min_failed_prompts,
     )

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from npo_cli.config import ScoreSettings
+from npo_cli.config import ScoringSettings
 from npo_cli.guide.signal import SampleRatio
 from npo_cli.records import Group, Progress, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint
@@ -30,9 +30,9 @@ class Contest:
     ratios: dict[tuple[int, str], list[SampleRatio]] = field(default_factory=dict)
 
     @property
-    def settings(self) -> ScoreSettings:
+    def settings(self) -> ScoringSettings:
         """The recipe's score section."""
-        return self.learner.recipe.score
+        return self.learner.recipe.scoring
 
 
 def collect(
@@ -50,7 +50,9 @@ def collect(
         label = ("score", contest.learner.branch, contest.learner.step, arm)
         part = left[start : start + CHUNK_PROMPTS]
         started = time.perf_counter()
-        groups = answer(world, part, label=label, slots=range(contest.settings.k), sampler_step=checkpoint.step)
+        groups = answer(
+            world, part, label=label, slots=range(contest.settings.samples_per_prompt), sampler_step=checkpoint.step
+        )
         keep(contest, arm, groups, started=started)
     yield Progress(what=what, done=total, total=total)
 
@@ -98,7 +100,7 @@ def collect_side_by_side(
         yield Progress(what=what, done=total - len(left) + start, total=total)
         part = left[start : start + CHUNK_PROMPTS]
         started = time.perf_counter()
-        answers = answer_side_by_side(world, part, asked, slots=range(contest.settings.k))
+        answers = answer_side_by_side(world, part, asked, slots=range(contest.settings.samples_per_prompt))
         for checkpoint, groups in zip(checkpoints, answers, strict=True):
             world.policy.load(checkpoint.path)
             new = [group for group in groups if (checkpoint.step, group.prompt.prompt_id) not in contest.samples]

@@ -22,7 +22,7 @@ from npo_cli.stages.train import MAIN, train_run
 RECIPE = "npo-early"
 GUIDE = "near-future"
 CANDIDATES = (20, 40, 60)
-QUICK = ("score.prompts=96", "score.k=4")
+QUICK = ("scoring.num_prompts=96", "scoring.samples_per_prompt=4")
 
 Shown = (
     Progress | Notice | StepReport | EvalReport | CheckpointEntry | CheckpointScore | GuideInfo | CurvePoint | Crossing
@@ -33,7 +33,7 @@ def demo_run(out: Path, *, seed: int) -> Iterator[Shown]:
     """Train, index, score, sample the best guide, roll back and replay, compare."""
     refuse_used(out, flag="--out")
     recipe = load_recipe(RECIPE, [f"train.seed={seed}"])
-    at = recipe.intervention.at
+    at = recipe.guide.replay.at_step
     yield Notice(message=f"1/5 npo train {RECIPE} train.seed={seed} --run {as_typed(out)}")
     yield from without_evals(train_run(out, recipe, allow_code=False))
 

@@ -60,7 +60,7 @@ class EndpointAuthor:
                 "ask a model's folder instead: --source model --from FOLDER_OR_HUB_ID",
             )
         recipe = self.world.recipe
-        heat = recipe.guide.temperature
+        heat = recipe.guide.cache.temperature
         return TextRequest(
             prompt=prompt,
             seed=derive_seed(recipe.train.seed, *self.label, prompt.prompt_id, slot),
@@ -84,7 +84,11 @@ class EndpointAuthor:
 def open_endpoint(plan: Plan, task: Task, policy: Policy) -> OpenSource:
     """The address, once it has shown that it has the model."""
     settings = plan.learner.recipe.guide
-    patience = Patience(concurrency=settings.concurrency, timeout=settings.timeout, retries=settings.retries)
+    patience = Patience(
+        concurrency=settings.endpoint.concurrency,
+        timeout=settings.endpoint.timeout,
+        retries=settings.endpoint.max_retries,
+    )
     endpoint = Endpoint(url=checked_address(plan.origin), model=plan.ask.model or "", patience=patience)
     endpoint.refuse_unknown_model()
     world = quiet_world(plan, task, policy)

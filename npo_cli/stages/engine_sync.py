@@ -60,7 +60,7 @@ class Sync:
             for row in self.rows
         ]
         found = Agreement(engine=self.engine.score(asked), trainer=trainer, before=self.last)
-        tolerance = self.recipe.engine.tolerance or TOLERANCES[self.recipe.model.precision]
+        tolerance = self.recipe.engine.sync_tolerance or TOLERANCES[self.recipe.model.precision]
         refuse_disagreement(found, tolerance=tolerance, version=version)
         if self.last is None or found.decides:
             self.last = trainer

@@ -28,7 +28,7 @@ def evaluate_policy(world: World, *, branch: str, step: int) -> EvalReport:
     Seeds do not depend on the step, so checkpoints are compared on common random numbers. One whose outcomes were
     not kept (by an npo that kept none) is made again for their sake.
     """
-    count = world.recipe.eval.samples
+    count = world.recipe.eval.samples_per_prompt
     asked = (branch, step, count)
     kept = any((one.branch, one.step, one.num_samples) == asked for one in all_outcomes(world.run))
     for report in evals(world.run):

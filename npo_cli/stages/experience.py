@@ -22,10 +22,10 @@ REPLAY = "replay"
 
 def refuse_second_source(world: World, *, other: str) -> None:
     """Stored successes and a guide cache cannot both own the slots of a batch."""
-    if world.recipe.experience.share:
+    if world.recipe.guide.experience.replay_fraction:
         raise NpoError(
-            f"experience.share replays the run's own successes, and {other} fills the same slots",
-            "one of them: set experience.share=0 when the run is made, or leave the guide out",
+            f"guide.experience.replay_fraction replays the run's own successes, and {other} fills the same slots",
+            "one of them: set guide.experience.replay_fraction=0 when the run is made, or leave the guide out",
         )
 
 
@@ -33,7 +33,7 @@ def composed(world: World, memory: Experience, *, seed_name: str, step: int, pos
     """floor(share B) replayed prompts, or as many as are stored, and the rest from the data order."""
     recipe = world.recipe
     wanted = recipe.train.prompts_per_step
-    num_replayed = min(len(memory.successes), int(recipe.experience.share * wanted))
+    num_replayed = min(len(memory.successes), int(recipe.guide.experience.replay_fraction * wanted))
     fresh, behind = unretired(world, memory, position, count=wanted - num_replayed)
     names = drawn_prompts(
         memory,
@@ -56,7 +56,7 @@ def composed(world: World, memory: Experience, *, seed_name: str, step: int, pos
 
 def buckets_of(world: World) -> Buckets:
     """The recipe's preference among stored prompts."""
-    settings = world.recipe.experience
+    settings = world.recipe.guide.experience
     size = world.recipe.train.group_size
     return Buckets(group_size=size, units=settings.bucket_units, sigma=settings.bucket_sigma)
 
@@ -108,7 +108,7 @@ def selected(
     world: World, stored: Mapping[str, Sequence[Success]], prompts: Mapping[str, Prompt], *, seed: int
 ) -> dict[str, Success]:
     """Of each prompt's answers that with the least entropy or NLL under the present policy, means over its tokens."""
-    how = world.recipe.experience.select
+    how = world.recipe.guide.experience.select
     if how == "random":
         return {name: each[derive_seed(seed, "stored", name) % len(each)] for name, each in stored.items()}
     several = [(name, success) for name, each in stored.items() if len(each) > 1 for success in each]
@@ -133,11 +133,11 @@ def _row(world: World, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRo
 
 def learned(world: World, batch: StepBatch, memory: Experience, *, before: int, position: int) -> Experience:
     """The memory after this batch. Asked before the update: log-probabilities are those of the weights that wrote."""
-    settings = world.recipe.experience
+    settings = world.recipe.guide.experience
     rewards = [rollout.reward for group in batch.own for rollout in group.rollouts]
     outcomes = [] if not memory.started else _outcomes(world, batch, before=before, position=position)
-    memory = collected(memory, outcomes, retire=settings.retire)
-    return began(memory, sum(rewards) / len(rewards), start=settings.start)
+    memory = collected(memory, outcomes, retire=settings.retire_solved)
+    return began(memory, sum(rewards) / len(rewards), start=settings.start_accuracy)
 
 
 def _outcomes(world: World, batch: StepBatch, *, before: int, position: int) -> list[Outcome]:

@@ -25,7 +25,7 @@ class ExtrapolatedAuthor:
         settings = self.world.recipe.guide
 
         def draw(now: Sequence[Prompt], slots: range) -> list[Answers]:
-            groups = self.ahead.answer(now, label=self.label, slots=slots, temperature=settings.temperature)
+            groups = self.ahead.answer(now, label=self.label, slots=slots, temperature=settings.cache.temperature)
             return [
                 Answers(
                     prompt=group.prompt,
@@ -39,7 +39,7 @@ class ExtrapolatedAuthor:
 
     def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """From the trainer's pass under the pushed policy."""
-        return [*self.ahead.logps(pairs, temperature=self.world.recipe.guide.temperature)]
+        return [*self.ahead.logps(pairs, temperature=self.world.recipe.guide.cache.temperature)]
 
     def nearness(self, pairs: Pairs) -> list[float]:
         """Under the learner."""

@@ -1,7 +1,7 @@
 """Extrapolated guides inside the loop: the policy pushed along its own motion answers for groups that are hard.
 
 The older copy is a checkpoint of the run, read again after a kill. Before the run is k steps old nobody is asked, nor
-while a guide cache is at work. The gate needs the policy's own answers, so these come first: with `seats` all but the
+while a guide cache is at work. The gate needs the policy's own answers, so these come first: with `sample` all but the
 last slots, which are then sampled from one or the other.
 """
 
@@ -45,7 +45,7 @@ class Extrapolator:
 
     def helper(self, state: TrainerState) -> "Helper | None":
         """Who helps at the step after `state`; None where there is no older copy, or the choice is to ask nobody."""
-        if self.world.recipe.extrapolate.refresh and state.choice and not state.choice.asking:
+        if self.world.recipe.extrapolation.refresh and state.choice and not state.choice.asking:
             return None
         ahead = self.ahead(push_in_force(self.world.recipe, state.choice), step=state.step)
         return None if ahead is None else Helper(world=self.world, ahead=ahead)
@@ -82,7 +82,7 @@ def extrapolator_of(world: World, branch: str) -> Extrapolator | None:
 
 def push_in_force(recipe: Recipe, choice: PushChoice | None) -> Push:
     """The one chosen last, or the recipe's k and a."""
-    settings = recipe.extrapolate
+    settings = recipe.extrapolation
     if choice is not None and settings.refresh:
         # A replay may push something else than the run that chose.
         return replace(choice.push, space=settings.space)
@@ -104,10 +104,10 @@ class Helper:
             own, answers = [own_part(group) for group in before], [answers_in(group) for group in before]
         else:
             own, answers = self._asked(part, label=(seed_name, step, *part.label), step=step)
-        settings = self.world.recipe.extrapolate
+        settings = self.world.recipe.extrapolation
         num_judged = self._num_judged(part)
         return own, [
-            seat_answers(group, said, part.rule, num_judged=num_judged, seat=settings.seat)
+            seat_answers(group, said, part.rule, num_judged=num_judged, seat=settings.mode)
             for group, said in zip(own, answers, strict=True)
         ]
 
@@ -126,14 +126,14 @@ class Helper:
 
     def _num_judged(self, part: Part) -> int:
         """Own answers before the gate is looked at."""
-        settings = self.world.recipe.extrapolate
-        return part.rule.group_size - (settings.seats if settings.seat == "seats" else 0)
+        settings = self.world.recipe.extrapolation
+        return part.rule.group_size - (settings.slots if settings.mode == "sample" else 0)
 
     def _asked(
         self, part: Part, *, label: tuple[str | int, ...], step: int
     ) -> tuple[list[Group], list[tuple[Rollout, ...]]]:
-        """The policy first; then the pushed one for hard groups, and with `seats` the policy again for the others."""
-        settings, rule = self.world.recipe.extrapolate, part.rule
+        """The policy first; then the pushed one for hard groups, and with `sample` the policy again for the others."""
+        settings, rule = self.world.recipe.extrapolation, part.rule
         first = self._num_judged(part)
         own = self._own(part.prompts, label=label, slots=range(first), step=step)
         hard = [group.prompt for group in hard_groups(list(own.values()), rule)]
@@ -143,7 +143,7 @@ class Helper:
         if left and easy:
             more = self._own(easy, label=label, slots=left, step=step)
             own |= {name: _longer(own[name], group) for name, group in more.items()}
-        slots = left or range(settings.samples)
+        slots = left or range(settings.samples_per_group)
         said = self.ahead.answer(hard, label=(AHEAD, *label), slots=slots) if hard else []
         answers = {group.prompt.prompt_id: group.rollouts for group in said}
         return list(own.values()), [answers.get(name, ()) for name in own]

@@ -28,11 +28,14 @@ class Cache:
 def sampling_law(recipe: Recipe) -> str:
     """How the answers were drawn and kept: samples, rounds, choice, and what differs from one correct answer each."""
     settings = recipe.guide
-    heat = "" if settings.temperature is None else f", temperature {settings.temperature}"
-    more = "" if settings.per_prompt == 1 else f", {settings.per_prompt} a prompt"
-    least = "" if settings.min_correct == 1 else f", at least {settings.min_correct} correct"
-    every = "" if settings.keep == "correct" else ", wrong ones too"
-    return f"{settings.k} by {settings.round}, {settings.select}{heat}{more}{least}{every}"
+    heat = "" if settings.cache.temperature is None else f", temperature {settings.cache.temperature}"
+    more = (
+        "" if settings.cache.max_responses_per_prompt == 1 else f", {settings.cache.max_responses_per_prompt} a prompt"
+    )
+    least = "" if settings.cache.min_correct == 1 else f", at least {settings.cache.min_correct} correct"
+    every = "" if settings.cache.keep == "correct" else ", wrong ones too"
+    rounds = f"{settings.cache.samples_per_prompt} by {settings.cache.samples_per_round}"
+    return f"{rounds}, {settings.cache.select}{heat}{more}{least}{every}"
 
 
 def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, author: Author) -> Iterator[Progress]:
@@ -70,14 +73,15 @@ def _ledger_line(entry: Answers) -> Asked:
 
 
 def kept(world: World, asked: Sequence[Answers], *, author: Author, cache: Cache) -> list[GuideTrajectory]:
-    """The best answers of each prompt by `guide.select`, up to `guide.per_prompt`, with who they are charged to."""
+    """The best answers of each prompt by guide.cache.select, up to max_responses_per_prompt, with their "
+    "log-probabilities."""
     info = cache.info
     label = info.source if info.guide_step is None else info.guide_step
     ordered = in_order(world, asked, author=author, label=label)
     chosen = [
         (entry, number, rollout)
         for entry, rollouts in zip(asked, ordered, strict=True)
-        for number, rollout in enumerate(rollouts[: world.recipe.guide.per_prompt])
+        for number, rollout in enumerate(rollouts[: world.recipe.guide.cache.max_responses_per_prompt])
     ]
     logps = author.logps([(entry.prompt, rollout) for entry, _, rollout in chosen])
     return [
@@ -105,18 +109,18 @@ def in_order(world: World, asked: Sequence[Answers], *, author: Author, label: i
     `label` enters the seeds: the guide's step, or the kind of source.
     """
     settings = world.recipe.guide
-    eligible = [entry.correct if entry.num_correct >= settings.min_correct else [] for entry in asked]
-    if settings.keep == "all":
+    eligible = [entry.correct if entry.num_correct >= settings.cache.min_correct else [] for entry in asked]
+    if settings.cache.keep == "all":
         eligible = [
             right or entry.correct or list(entry.rollouts) for right, entry in zip(eligible, asked, strict=True)
         ]
-    if settings.select == "random":
+    if settings.cache.select == "random":
         seed = world.recipe.train.seed
         return [
             _shuffled(right, seed=derive_seed(seed, "guide-choice", label, entry.prompt.prompt_id))
             for right, entry in zip(eligible, asked, strict=True)
         ]
-    if settings.select == "shortest":
+    if settings.cache.select == "shortest":
         return [sorted(right, key=lambda rollout: len(rollout.response_ids)) for right in eligible]
     pairs = [(entry.prompt, rollout) for right, entry in zip(eligible, asked, strict=True) for rollout in right]
     far = iter([-near for near in author.nearness(pairs)])

@@ -159,7 +159,7 @@ def plan_of(run: RunDir, learner: LearnerAt, ask: Ask, *, steps: int | None) -> 
         raise NpoError("the learner at step 0 has no past to draw from", "choose a later learner with --at")
     ahead = guide.step - learner.step if guide is not None else 0
     rest = learner.recipe.train.num_steps - learner.step
-    num_steps = steps or learner.recipe.intervention.steps or (ahead if ahead > 0 else rest)
+    num_steps = steps or learner.recipe.guide.replay.num_steps or (ahead if ahead > 0 else rest)
     if num_steps < 1:
         raise NpoError(f"step {learner.step} is the run's last: how long is the replay?", "add --steps N")
     return Plan(run=run, learner=learner, ask=ask, num_steps=num_steps, guide=guide, other=other, motion=motion)
@@ -182,17 +182,17 @@ def refuse_misplaced_options(ask: Ask) -> None:
 
 
 def chosen_guide(run: RunDir, learner: LearnerAt, ask: Ask) -> Checkpoint | None:
-    """The named step, or the recipe's intervention.guide; the learner; step 0; nobody of this run."""
+    """The named step, or the recipe's guide.replay.guide_step; the learner; step 0; nobody of this run."""
     if ask.source == "self":
         return learner.checkpoint
     if ask.source == "base":
         return find_checkpoint(run, learner.branch, 0)
     if ask.source != "checkpoint":
         return None
-    step = learner.recipe.intervention.guide if ask.guide_step is None else ask.guide_step
+    step = learner.recipe.guide.replay.guide_step if ask.guide_step is None else ask.guide_step
     if step is None:
         raise NpoError(
-            "which step is the guide? the recipe has no intervention.guide",
+            "which step is the guide? the recipe has no guide.replay.guide_step",
             f"add --guide STEP; the best is named by: npo score-checkpoints {as_typed(run.root)} --at {learner.step}",
         )
     return find_future(run, learner, step)

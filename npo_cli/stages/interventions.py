@@ -34,7 +34,7 @@ def confirmed_fact(world: World, state: AutoState) -> Generator[Progress, None, 
         return Missed(what=present)
     probe = open_confirmation(world, state.branch, present)
     if not places_back(probe):
-        return Missed(what=f"no full state at any of auto.deltas before step {state.step}")
+        return Missed(what=f"no full state at any of autonpo.rollback.distances before step {state.step}")
     found = yield from confirmed(probe)
     return Confirmed(confirmation=found)
 
@@ -48,8 +48,8 @@ def pushed_fact(world: World, state: AutoState) -> Generator[Progress, None, Pus
     except NpoError as error:
         return Missed(what=error.message)
     if motion is None:
-        return Missed(what=f"step {state.step} is less than extrapolate.k={push.k} steps from the start")
-    until = state.step + world.recipe.auto.extrapolate
+        return Missed(what=f"step {state.step} is less than extrapolation.k={push.k} steps from the start")
+    until = state.step + world.recipe.autonpo.extrapolate
     segment = Segment(
         branch=AHEAD, parent=state.branch, fork_step=state.step, guide=None, guide_until=None, ahead_until=until
     )
@@ -72,7 +72,7 @@ def guided_fact(world: World, state: AutoState) -> Generator[Progress, None, Gui
         branch=state.branch,
         learner=learner,
         guide=present,
-        num_steps=world.recipe.early.window if state.early else state.step - to_step,
+        num_steps=world.recipe.autonpo.early.replay_steps if state.early else state.step - to_step,
         prompts=slice_prompts(world, state, present),
         probed={} if state.early else probed_answers(world, state, present),
     )
@@ -142,9 +142,9 @@ def slice_prompts(world: World, state: AutoState, present: Checkpoint) -> tuple[
     """The mistakes of the last `distance` steps, in the order in which the replay meets them."""
     distance = state.step - back_to(state)
     mistakes = peek_state(present.path / ANCHOR).mistakes
-    (only,) = strata_of(mistakes, step=state.step, distances=[distance], tau=world.recipe.pool.tau)
+    (only,) = strata_of(mistakes, step=state.step, distances=[distance], tau=world.recipe.autonpo.pool.max_accuracy)
     failed = set(only.prompt_ids)
-    num_steps = world.recipe.early.window if state.early else distance
+    num_steps = world.recipe.autonpo.early.replay_steps if state.early else distance
     first = position_at(world.run, state.branch, back_to(state))
     last = position_at(world.run, state.branch, back_to(state) + num_steps)
     return tuple(prompt for prompt in world.prompts_between(first, last) if prompt.prompt_id in failed)

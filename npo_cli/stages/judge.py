@@ -42,7 +42,8 @@ class PairedTest:
 
 
 def paired_test(world: World, replayed: Checkpoint, abandoned: Checkpoint) -> PairedTest:
-    """eval.samples answers a prompt of each; the interval is a bootstrap of the paired differences over prompts."""
+    """eval.samples_per_prompt responses of each policy; interval: a bootstrap of the paired differences over "
+    "prompts."""
     began = time.perf_counter()
     ours, theirs = _answers(world, replayed), _answers(world, abandoned)
     tokens = num_tokens(ours) + num_tokens(theirs)
@@ -70,7 +71,7 @@ def paired_interval(differences: list[float], rng: numpy.random.Generator) -> tu
 
 def _answers(world: World, checkpoint: Checkpoint) -> list[Group]:
     load_checkpoint(world.policy, checkpoint)
-    slots = range(world.recipe.eval.samples)
+    slots = range(world.recipe.eval.samples_per_prompt)
     return answer(world, world.task.heldout, label=("judge",), slots=slots, sampler_step=checkpoint.step)
 
 

@@ -43,7 +43,7 @@ class Trainer:
     rollouts: RolloutJournal
     branch: str
     seed_name: str
-    """Branch whose name enters every sampling seed: its own, or with rollback.seed=same its parent's."""
+    """Branch whose name enters every sampling seed: its own, or with autonpo.rollback.seed=same its parent's."""
     guidance: Guidance | None
     reference: Policy | None
     """Frozen base model; only where the loss has a KL term."""
@@ -103,7 +103,7 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     drawn = time.perf_counter()
     world.engine.rest()
     lr = lr_at(step, world.recipe.train)
-    update = updater.take_step(train_rows(world.policy, batch.chosen, world.recipe.inject), lr=lr)
+    update = updater.take_step(train_rows(world.policy, batch.chosen, world.recipe.guide.inject), lr=lr)
     ended = time.perf_counter()
 
     metrics = step_metrics(world, batch, update, lr=lr)
@@ -128,7 +128,7 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     if trainer.steps.write(report) == "differs":
         odd = f"step {step} of {trainer.branch} was recorded before with other figures; the first record stays"
         append_event(world.run, "differs", {"branch": trainer.branch, "step": step})
-    mistakes = remembered(state.mistakes, new_mistakes(world, batch, state), size=world.recipe.pool.size)
+    mistakes = remembered(state.mistakes, new_mistakes(world, batch, state), size=world.recipe.autonpo.pool.max_size)
     after = replace(state, step=step, position=batch.position, trackers=trackers, mistakes=mistakes, experience=memory)
     return after, report, odd
 
@@ -160,6 +160,6 @@ def drawn_batch(trainer: Trainer, state: TrainerState, helper: Helper | None) ->
 
 
 def new_mistakes(world: World, batch: StepBatch, before: TrainerState) -> tuple[Mistake, ...]:
-    """Every group that a guide could ever be let into; how strict a mistake is, the probe decides (pool.tau)."""
+    """Every group that a guide could be injected into; the probe filters by autonpo.pool.max_accuracy."""
     epochs = [world.order.epoch(before.position + place) for place in range(len(batch.own))]
-    return mistakes_of(batch.own, step=before.step + 1, epochs=epochs, limit=world.recipe.inject.gate)
+    return mistakes_of(batch.own, step=before.step + 1, epochs=epochs, limit=world.recipe.guide.inject.max_accuracy)

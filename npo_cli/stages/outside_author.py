@@ -42,7 +42,7 @@ class OutsideAuthor:
         return drawn_in_rounds(self.world.recipe.guide, prompts, self._drawn)
 
     def _drawn(self, prompts: Sequence[Prompt], slots: range) -> list[Answers]:
-        heat = self.world.recipe.guide.temperature
+        heat = self.world.recipe.guide.cache.temperature
         groups = answer(self.world, prompts, label=self.label, slots=slots, sampler_step=0, temperature=heat)
         told = iter(self._told([(group.prompt, rollout) for group in groups for rollout in group.rollouts]))
         return [
@@ -68,7 +68,7 @@ class OutsideAuthor:
         """From a forward pass of the outside model; None for what it said in other tokens."""
         if not self.same_tokens:
             return [None] * len(pairs)
-        return [*forward_logps(self.world, pairs, temperature=self.world.recipe.guide.temperature)]
+        return [*forward_logps(self.world, pairs, temperature=self.world.recipe.guide.cache.temperature)]
 
     def nearness(self, pairs: Pairs) -> list[float]:
         """Under the learner, who is in memory too."""
@@ -105,7 +105,7 @@ def open_outside(plan: Plan, task: Task, policy: Policy) -> OpenSource:
 
 OTHER_TOKENS = (
     "it has another tokenizer than the learner: its text is told in the learner's tokens, without log-probabilities, "
-    "so a replay needs inject.ratio=unit, proximal or none"
+    "so a replay needs guide.inject.ratio=unit, proximal or none"
 )
 
 

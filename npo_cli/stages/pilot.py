@@ -103,14 +103,14 @@ class Pilot:
         """In words."""
         if self.state.step >= self.recipe.train.num_steps:
             return f"all {self.recipe.train.num_steps} steps are made (train.num_steps may be raised)"
-        return "replay.after=stop, and the replay is done (replay.after=continue goes on)"
+        return "autonpo.replay.after=stop, and the replay is done (autonpo.replay.after=continue goes on)"
 
     @property
     def ended(self) -> bool:
         """All steps are done and nothing waits; or the recipe wants no more than the replay."""
         if self.state.phase not in TRAINING:
             return False
-        stops = self.recipe.replay.after == "stop" and self.state.phase == "COOLDOWN"
+        stops = self.recipe.autonpo.replay.after == "stop" and self.state.phase == "COOLDOWN"
         if stops and last_event(self.run) in ("replayed", "kept"):
             return True
         return self.state.step >= self.recipe.train.num_steps
@@ -189,7 +189,7 @@ class Pilot:
             trainer.steps.sync()
             waiting.append(fact)
             ahead, moves = advance(self.state, fact, knobs=self.knobs)
-            done = self.recipe.replay.after == "stop" and any(move.event == "replayed" for move in moves)
+            done = self.recipe.autonpo.replay.after == "stop" and any(move.event == "replayed" for move in moves)
             return done or ahead.phase not in TRAINING
 
         try:

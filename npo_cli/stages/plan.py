@@ -3,6 +3,7 @@
 The figures are sums of products that are shown. What is a guess says so; no GPU was at hand to measure one.
 """
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -23,12 +24,20 @@ KNOBS: dict[Where, tuple[str, ...]] = {
     "gpu": (
         *("train.micro_batch_tokens=/2", "train.micro_batch_tokens=/4", "train.logit_chunk_tokens=/4"),
         *("model.gradient_checkpointing=true", "model.compute_dtype=bfloat16", "train.optimizer=adafactor"),
-        *("model.dtype=bfloat16", "model.lora.rank=16", "engine.max_rows=/4", "engine.sleep=true"),
+        *("model.dtype=bfloat16", "model.lora.rank=16", "engine.max_num_seqs=/4", "engine.vllm.enable_sleep_mode=true"),
     ),
-    "engine gpu": ("engine.tensor_parallel=*2", "engine.tensor_parallel=*4", "model.compute_dtype=bfloat16"),
-    "host": ("engine.sleep=false", "model.lora.rank=16"),
+    "engine gpu": (
+        "engine.vllm.tensor_parallel_size=*2",
+        "engine.vllm.tensor_parallel_size=*4",
+        "model.compute_dtype=bfloat16",
+    ),
+    "host": ("engine.vllm.enable_sleep_mode=false", "model.lora.rank=16"),
     "disk": (
-        *("train.keep_anchors=2", "train.keep_anchors=2 train.keep_guides=10", "train.save_every=*2"),
+        *(
+            "train.keep_full_checkpoints=2",
+            "train.keep_full_checkpoints=2 train.keep_weights_only=10",
+            "train.save_every=*2",
+        ),
         *("model.lora.rank=16", "train.optimizer=adafactor"),
     ),
 }
@@ -70,7 +79,8 @@ def refuse_footing(recipe: Recipe, footing: Footing) -> None:
     left = trainer_gpus(recipe, footing)
     if left < 1:
         raise NpoError(
-            f"engine.tensor_parallel x engine.data_parallel is {engine_gpus(recipe)}, and there are {footing.num_gpus} "
+            f"engine.vllm.tensor_parallel_size x engine.vllm.data_parallel_size is {engine_gpus(recipe)}, and there "
+            f"are {footing.num_gpus} "
             "GPUs: none is left for training",
             f"--gpus {engine_gpus(recipe) + 1}, or engine.kind=vllm",
         )
@@ -145,6 +155,5 @@ def worded(knob: str, recipe: Recipe) -> str:
     key, _, value = knob.partition("=")
     if value[0] not in "/*":
         return knob
-    section, _, field = key.partition(".")
-    own, factor = getattr(getattr(recipe, section), field), int(value[1:])
+    own, factor = operator.attrgetter(key)(recipe), int(value[1:])
     return f"{key}={max(1, own // factor) if value[0] == '/' else own * factor}"

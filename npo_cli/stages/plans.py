@@ -55,8 +55,8 @@ class Cell:
 def commands(cell: Cell) -> list[Command]:
     """The method's plan for this cell, stretch by stretch where it repeats itself."""
     recipe = cell.resolved()
-    first, *rest = recipe.method.plan
-    steps, stretch = recipe.train.num_steps, recipe.method.stretch
+    first, *rest = recipe.method.commands
+    steps, stretch = recipe.train.num_steps, recipe.method.repeat_every
     found = [(*_filled(first, cell, recipe), *cell.overrides)]
     if stretch is None:
         return found + [_filled(line, cell, recipe) for line in rest]
@@ -69,7 +69,7 @@ def commands(cell: Cell) -> list[Command]:
 
 def _filled(line: str, cell: Cell, recipe: Recipe, *, moving: Mapping[str, str] = NOTHING_MOVES) -> Command:
     """One line of the plan with its braces filled; the words of `{teacher}` stay words."""
-    at, guide = recipe.intervention.at, recipe.intervention.guide
+    at, guide = recipe.guide.replay.at_step, recipe.guide.replay.guide_step
     known = {
         "recipe": cell.recipe,
         "method": cell.method,
@@ -77,8 +77,8 @@ def _filled(line: str, cell: Cell, recipe: Recipe, *, moving: Mapping[str, str] 
         "at": at,
         "guide": guide,
         "segment": None if at is None or guide is None else guide - at,
-        "scout": recipe.early.scout,
-        "window": recipe.early.window,
+        "scout": recipe.autonpo.early.scout_steps,
+        "window": recipe.autonpo.early.replay_steps,
         "steps": recipe.train.num_steps,
         **moving,
     }
@@ -95,8 +95,8 @@ def _filled(line: str, cell: Cell, recipe: Recipe, *, moving: Mapping[str, str] 
 def _worded(word: str, known: Mapping[str, object], *, method: str) -> str:
     for name, value in known.items():
         if f"{{{name}}}" in word and value is None:
-            key = "guide" if name == "segment" else name
-            raise NpoError(f"method {method} needs intervention.{key}", f"add intervention.{key}=STEP")
+            key = f"guide.replay.{'at_step' if name == 'at' else 'guide_step'}"
+            raise NpoError(f"method {method} needs {key}", f"add {key}=STEP")
         word = word.replace(f"{{{name}}}", str(value))
     return word
 

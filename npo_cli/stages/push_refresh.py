@@ -1,15 +1,16 @@
-"""Every `extrapolate.refresh` steps: which k and a is the policy pushed by, and is it worth asking at all?
+"""Every `extrapolation.refresh` steps: which k and a is the policy pushed by, and is it worth asking at all?
 
-The learner and every push of the grid answer the newest failed prompts, `extrapolate.samples` times each. Everything
-is a function of seed and step, so a killed run decides the same again. Its tokens, and the forward passes that sampled
-them, are charged to the step that follows; those that score them afterwards are in no count.
+The learner and every push of the grid answer the newest failed prompts, `extrapolation.samples_per_group` times each.
+Everything is a function of seed and step, so a killed run decides the same again. Its tokens, and
+the forward passes that sampled them, are charged to the step that follows; those that score them afterwards are in no
+count.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from npo_cli.extrapolate_settings import ExtrapolateSettings
+from npo_cli.extrapolate_settings import ExtrapolationSettings
 from npo_cli.guide.evidence import Arm, PromptOutcome
 from npo_cli.guide.push_choice import PushTrial, best_of, choice_of, lower_net, row_of
 from npo_cli.guide.signal import rank_arms
@@ -65,19 +66,19 @@ def with_choice(metrics: Mapping[str, float], refresh: Refresh) -> dict[str, flo
 
 def refreshed(extrapolator: Extrapolator, state: TrainerState, *, seed_name: str) -> Refresh | None:
     """A new choice where one is due after `state` and something was failed; None where the old one stands."""
-    world, settings = extrapolator.world, extrapolator.world.recipe.extrapolate
+    world, settings = extrapolator.world, extrapolator.world.recipe.extrapolation
     due = settings.refresh and state.step % settings.refresh == 0 and state.step >= min(settings.k_grid)
     prompts = newest_mistakes(world, state) if due else []
     if not prompts:
         return None
     label = ("refresh", seed_name, state.step)
-    own = answer(world, prompts, label=label, slots=range(settings.samples), sampler_step=state.step)
+    own = answer(world, prompts, label=label, slots=range(settings.samples_per_group), sampler_step=state.step)
     itself, tokens = arm_of(world, own, forward_logps(world, _pairs(own)), number=ITSELF), _tokens(own)
     forwards, arms = tokens, {}
     for push in pushes_in_reach(settings, step=state.step):
         ahead = extrapolator.ahead(push, step=state.step)
         assert ahead is not None, "a copy lies so far back"
-        groups = ahead.answer(prompts, label=(*label, push.name), slots=range(settings.samples))
+        groups = ahead.answer(prompts, label=(*label, push.name), slots=range(settings.samples_per_group))
         arms[push] = arm_of(world, groups, ahead.logps(_pairs(groups)), number=len(arms) + 1)
         tokens += _tokens(groups)
         forwards += ahead.forwards_per_token * _tokens(groups)
@@ -90,7 +91,7 @@ def refreshed(extrapolator: Extrapolator, state: TrainerState, *, seed_name: str
     return Refresh(choice=choice, best=best, tokens=tokens, forwards=forwards)
 
 
-def pushes_in_reach(settings: ExtrapolateSettings, *, step: int) -> list[Push]:
+def pushes_in_reach(settings: ExtrapolationSettings, *, step: int) -> list[Push]:
     """The grid, as far as there was time to move."""
     return [Push(space=settings.space, k=k, a=a) for k, a in product(settings.k_grid, settings.a_grid) if k <= step]
 
@@ -98,9 +99,9 @@ def pushes_in_reach(settings: ExtrapolateSettings, *, step: int) -> list[Push]:
 def newest_mistakes(world: World, state: TrainerState) -> list[Prompt]:
     """Distinct prompts of the pool of mistakes that the gate would let in, the newest first."""
     known = {prompt.prompt_id: prompt for prompt in world.task.train}
-    gate = world.recipe.inject.gate
+    gate = world.recipe.guide.inject.max_accuracy
     failed = dict.fromkeys(each.prompt_id for each in reversed(state.mistakes) if each.accuracy <= gate)
-    return [known[name] for name in failed if name in known][: world.recipe.extrapolate.prompts]
+    return [known[name] for name in failed if name in known][: world.recipe.extrapolation.prompts]
 
 
 def arm_of(world: World, groups: Sequence[Group], logps: Sequence[tuple[float, ...]], *, number: int) -> Arm:
@@ -118,15 +119,15 @@ def arm_of(world: World, groups: Sequence[Group], logps: Sequence[tuple[float, .
         )
         for group in groups
     ]
-    ratios = learner_ratios(world, samples, cap=world.recipe.score.cap)
+    ratios = learner_ratios(world, samples, cap=world.recipe.scoring.weight_cap)
     return Arm(step=number, distance=number, outcomes=outcomes, ratios=ratios)
 
 
 def trials_of(world: World, itself: Arm, arms: Mapping[Push, Arm], *, step: int) -> list[PushTrial]:
     """S and KL of each push as every scoring measures them, and its Q_net."""
-    recipe, settings = world.recipe, world.recipe.extrapolate
+    recipe, settings = world.recipe, world.recipe.extrapolation
     seed = derive_seed(recipe.train.seed, "refresh", step)
-    knobs = signal_knobs(recipe, recipe.score, k=settings.samples, seed=seed)
+    knobs = signal_knobs(recipe, recipe.scoring, k=settings.samples_per_group, seed=seed)
     trials = []
     for (push, arm), found in zip(arms.items(), rank_arms(itself, list(arms.values()), knobs), strict=True):
         net, low = lower_net(arm.outcomes, itself.outcomes, k=knobs.quality_k, confidence=settings.confidence)

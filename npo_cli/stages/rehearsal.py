@@ -82,7 +82,9 @@ def of_file(path: Path, *, columns: Columns, overrides: Sequence[str]) -> Record
         remarks.append("every record counts as a checkpoint; train.save_every=N says otherwise")
     apart = (signals[-1].step - signals[0].step) / max(1, len(signals) - 1)
     if apart >= 2:
-        remarks.append(f"records are {apart:.3g} steps apart: auto.patience counts records, everything else steps")
+        remarks.append(
+            f"records are {apart:.3g} steps apart: autonpo.trigger.patience counts records, everything else steps"
+        )
     return Record(
         source=path,
         run=None,
@@ -127,7 +129,7 @@ def assumed_fact(state: AutoState, seen: StepSeen, record: Record) -> Fact:
         case "PUSH":
             return Missed(what="a rehearsal pushes nothing")
         case "PROBE" if not distances:
-            return Missed(what=f"no distance of auto.deltas leads from step {step} to a checkpoint")
+            return Missed(what=f"no distance of autonpo.rollback.distances leads from step {step} to a checkpoint")
         case "PROBE":
             largest = Confirmation(accepted=True, reason="", distance=distances[-1], strata=(), scores=())
             return Confirmed(confirmation=largest)
@@ -142,8 +144,8 @@ def assumed_fact(state: AutoState, seen: StepSeen, record: Record) -> Fact:
 
 
 def reachable(record: Record, step: int) -> list[int]:
-    """Distances of auto.deltas that end at a checkpoint: multiples of save_every, not before step 0."""
-    return [each for each in record.recipe.auto.deltas if each % record.save_every == 0 and each <= step]
+    """Distances of autonpo.rollback.distances that end at a checkpoint: multiples of save_every, not before step 0."""
+    return [each for each in record.recipe.autonpo.rollback.distances if each % record.save_every == 0 and each <= step]
 
 
 def as_assumed(move: Transition, record: Record) -> Transition:

@@ -71,7 +71,7 @@ def conclusions(record: Record, found: Rehearsal) -> Iterator[Notice]:
         common = max(sorted(set(every)), key=every.count)
         yield Notice(message=f"it would never have fired {within}, most of them: {common}")
     if capped:
-        cap = f"auto.max = {record.recipe.auto.max}"
+        cap = f"autonpo.max_interventions = {record.recipe.autonpo.max_interventions}"
         yield Notice(message=f"{cap} would have kept it from firing again from step {capped[0]} on")
     for step in fired:
         yield from by_hand(record, step)
@@ -82,14 +82,15 @@ def _listed(steps: Sequence[int]) -> str:
 
 
 def by_hand(record: Record, step: int) -> Iterator[Notice]:
-    """From the plateau's start, W before the trigger, taught by the checkpoint late.delta later, where both exist."""
+    """From the plateau's start, W before the trigger, guided from autonpo.replay.suggested_steps later, if both "
+    "exist."""
     if record.run is None:
         return
     saved = [checkpoint.step for checkpoint in history(record.run, record.branch)]
-    at = max((each for each in saved if each <= step - record.recipe.auto.window), default=None)
-    if at is None or at + record.recipe.late.delta > record.signals[-1].step:
+    at = max((each for each in saved if each <= step - record.recipe.autonpo.trigger.window), default=None)
+    if at is None or at + record.recipe.autonpo.replay.suggested_steps > record.signals[-1].step:
         return
-    guide = max(each for each in saved if each <= at + record.recipe.late.delta)
+    guide = max(each for each in saved if each <= at + record.recipe.autonpo.replay.suggested_steps)
     if guide == at:
         return
     root = as_typed(record.source)

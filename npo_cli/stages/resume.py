@@ -212,11 +212,12 @@ def refuse_other_pixels(world: World, info: GuideInfo, kept: GuideTrajectory) ->
 
 def refuse_unknown_logps(world: World, info: GuideInfo) -> None:
     """A ratio to the guide's probabilities needs them."""
-    ratio = world.recipe.inject.ratio
+    ratio = world.recipe.guide.inject.ratio
     if not info.has_logps and ratio in ("exact", "decoupled"):
         raise NpoError(
-            f"inject.ratio={ratio} divides by the probabilities of who wrote guide {info.name}, which nobody knows",
-            "inject.ratio=unit   # or proximal, or none",
+            f"guide.inject.ratio={ratio} divides by the probabilities of who wrote guide {info.name}, which nobody "
+            "knows",
+            "guide.inject.ratio=unit   # or proximal, or none",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a rollback takes back besides the weights: optimiser state, data and seeds (the `rollback` settings).
+"""What a rollback takes back besides the weights: optimiser state, data and seeds (the `autonpo.rollback` settings).
 
 By default everything is that of the old step and only the sampling seeds are new. The other choices are ablations.
 """
@@ -21,17 +21,17 @@ from npo_cli.stages.world import World
 
 
 def seed_name(run: RunDir, branch: str) -> str:
-    """The branch whose name enters the sampling seeds: with rollback.seed=same that of the branch it left."""
+    """The branch whose name enters the sampling seeds: with autonpo.rollback.seed=same that of the branch it left."""
     born = birth_segment(run, branch)
     recipe = from_dict(run.recipe(branch), source=str(run.recipe_path(branch)))
-    if born.parent is None or recipe.rollback.seed == "fresh":
+    if born.parent is None or recipe.autonpo.rollback.seed == "fresh":
         return branch
     return seed_name(run, born.parent)
 
 
 def taken_back(world: World, optimizer: Optimizer, state: TrainerState, *, born: Segment) -> TrainerState:
     """The state a new branch starts with, given that of the step it left its parent at."""
-    settings = world.recipe.rollback
+    settings = world.recipe.autonpo.rollback
     if born.parent is None or state.step != born.fork_step:
         return state
     if settings.optimizer == "reset":

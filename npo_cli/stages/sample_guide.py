@@ -1,9 +1,10 @@
 """`npo sample-guide`: ask somebody the prompts of a segment, verify, and keep answers for training.
 
 Who is asked is a source (`stages/guide_sources.py`): a later checkpoint by default. Prompts are asked in rounds of
-`guide.round` samples until one is correct or `guide.k` were drawn. Stopping at the first success keeps the law of the
-trajectory, g(. | correct), and saves most of the tokens where the guide is good. Behaviour log-probabilities come from
-the trainer's forward pass under the weights that wrote, where these are at hand.
+`guide.cache.samples_per_round` samples until one is correct or `guide.cache.samples_per_prompt` were drawn.
+Stopping at the first success keeps the law of the trajectory, g(. | correct), and saves most of the tokens where the
+guide is good. Behaviour log-probabilities come from the trainer's forward pass under the weights that wrote, where
+these are at hand.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

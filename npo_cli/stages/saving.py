@@ -25,7 +25,9 @@ def save_checkpoint(world: World, optimizer: Optimizer, state: TrainerState, *, 
         (folder / ANCHOR).mkdir()
         save_training_state(folder / ANCHOR, world.policy, optimizer, state=state)
     settings = world.recipe.train
-    apply_retention(world.run, branch, keep_anchors=settings.keep_anchors, keep_guides=settings.keep_guides)
+    apply_retention(
+        world.run, branch, keep_anchors=settings.keep_full_checkpoints, keep_guides=settings.keep_weights_only
+    )
 
 
 def restore_state(world: World, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
@@ -39,7 +41,7 @@ def fresh_state(world: World, optimizer: Optimizer, checkpoint: Checkpoint) -> T
     replace_moments(world.policy, optimizer, None)
     seed_streams(world.recipe.train.seed)
     position = position_at(world.run, checkpoint.branch, checkpoint.step)
-    memory = Experience() if world.recipe.experience.share else None
+    memory = Experience() if world.recipe.guide.experience.replay_fraction else None
     return TrainerState(step=checkpoint.step, position=position, trackers={}, experience=memory)
 
 

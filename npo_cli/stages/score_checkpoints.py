@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from npo_cli.config import Recipe, ScoreSettings
+from npo_cli.config import Recipe, ScoringSettings
 from npo_cli.errors import NpoError
 from npo_cli.guide.halving import Round, halving_rounds, survivors
 from npo_cli.guide.signal import Arm, PromptOutcome, SignalKnobs, rank_arms, variance_range_warning
@@ -50,8 +50,8 @@ def score_run(
         if candidates is not None
         else futures(run, learner)
     )
-    if learner.recipe.score.budget is not None:
-        halving_rounds(len(chosen), learner.recipe.score.budget)  # a budget too small is told before it is spent
+    if learner.recipe.scoring.budget is not None:
+        halving_rounds(len(chosen), learner.recipe.scoring.budget)  # a budget too small is told before it is spent
     with writing(run):
         task = open_task(learner.recipe, allow_code=allow_code)
         try:
@@ -61,7 +61,9 @@ def score_run(
                 load_checkpoint(policy, candidate)
             with closing(open_world(run, learner.recipe, task=task, policy=policy)) as world:
                 contest = open_contest(world, learner, chosen)
-                hard = yield from hard_prompts(contest, count=learner.recipe.score.prompts, horizon=chosen[-1].step)
+                hard = yield from hard_prompts(
+                    contest, count=learner.recipe.scoring.num_prompts, horizon=chosen[-1].step
+                )
                 yield from collect(contest, learner.checkpoint, hard)
                 scores = yield from contested(contest, chosen, hard)
                 save_scores(contest.scoring, scores)
@@ -75,11 +77,13 @@ def score_run(
 
 def sampling_gap(recipe: Recipe) -> str | None:
     """A remark where Q was measured with another number of tries than the guide will have."""
-    score, guide = recipe.score, recipe.guide
-    if score.quality != "pass@k" or score.k == guide.k:
+    score, guide = recipe.scoring, recipe.guide
+    if score.quality != "pass@k" or score.samples_per_prompt == guide.cache.samples_per_prompt:
         return None
+    most = guide.cache.samples_per_prompt
     return (
-        f"Q is pass@{score.k}, but sample-guide asks up to guide.k = {guide.k} times: set score.k={guide.k} for its Q"
+        f"Q is pass@{score.samples_per_prompt}, but sample-guide draws up to guide.cache.samples_per_prompt = {most} "
+        f"samples: set scoring.samples_per_prompt={most} for its Q"
     )
 
 
@@ -92,9 +96,9 @@ def open_contest(
     """
     recipe = learner.recipe
     settings = {
-        "prompts": recipe.score.prompts,
-        "k": recipe.score.k,
-        "gate": recipe.inject.gate,
+        "prompts": recipe.scoring.num_prompts,
+        "k": recipe.scoring.samples_per_prompt,
+        "gate": recipe.guide.inject.max_accuracy,
         "temperature": recipe.sampling.temperature,
         "max_new_tokens": recipe.sampling.max_new_tokens,
     }
@@ -106,7 +110,11 @@ def open_contest(
     for row in scoring.samples.records():
         sample = JudgedSample.of_row(row)
         found.setdefault((sample.arm, sample.prompt_id), {})[sample.slot] = sample
-    whole = {key: list(by_slot.values()) for key, by_slot in found.items() if len(by_slot) == recipe.score.k}
+    whole = {
+        key: list(by_slot.values())
+        for key, by_slot in found.items()
+        if len(by_slot) == recipe.scoring.samples_per_prompt
+    }
     return Contest(world=world, learner=learner, scoring=scoring, samples=whole)
 
 
@@ -115,7 +123,7 @@ def hard_prompts(contest: Contest, *, count: int, horizon: int) -> Generator[Pro
     world, learner = contest.world, contest.learner
     prompts = segment_prompts(world, learner, horizon - learner.step)[:count]
     yield from collect(contest, learner.checkpoint, prompts, arm=PROBE)
-    gate, hard = learner.recipe.inject.gate, []
+    gate, hard = learner.recipe.guide.inject.max_accuracy, []
     for prompt in prompts:
         verdicts = [sample.correct for sample in contest.samples[PROBE, prompt.prompt_id]]
         if sum(verdicts) / len(verdicts) <= gate:
@@ -125,7 +133,7 @@ def hard_prompts(contest: Contest, *, count: int, horizon: int) -> Generator[Pro
         raise NpoError(
             f"the learner at step {learner.step} solves all {len(prompts)} prompts above the gate {gate}: "
             "no guide can help",
-            "choose an earlier --at, ask more prompts (score.prompts), or raise inject.gate",
+            "choose an earlier --at, ask more prompts (scoring.num_prompts), or raise guide.inject.max_accuracy",
         )
     yield Notice(message=f"{len(hard)} of {len(prompts)} prompts are hard for step {learner.step} (accuracy <= {gate})")
     return hard
@@ -151,7 +159,7 @@ def contested(
 
 
 def plan(contest: Contest, num_candidates: int, num_prompts: int) -> list[Round]:
-    """Sequential halving within `score.budget`, or one round in which every candidate is asked everything."""
+    """Sequential halving within `scoring.budget`, or one round in which every candidate is asked everything."""
     budget = contest.settings.budget
     if budget is None:
         return [Round(num_arms=num_candidates, prompts_per_arm=num_prompts)]
@@ -174,7 +182,7 @@ def ranked(
         if not pairs:
             continue
         started = time.perf_counter()
-        for ratio in learner_ratios(contest.world, pairs, cap=contest.settings.cap):
+        for ratio in learner_ratios(contest.world, pairs, cap=contest.settings.weight_cap):
             contest.ratios.setdefault((step, ratio.prompt_id), []).append(ratio)
         add_seconds(contest.scoring.folder, time.perf_counter() - started, num_tokens=0)
     yield Progress(what="compare with the learner", done=len(asked), total=len(asked))
@@ -197,21 +205,21 @@ def contest_knobs(contest: Contest) -> SignalKnobs:
     """Of a scoring."""
     recipe = contest.learner.recipe
     seed = derive_seed(recipe.train.seed, "bootstrap", contest.learner.step)
-    return signal_knobs(recipe, contest.settings, k=contest.settings.k, seed=seed)
+    return signal_knobs(recipe, contest.settings, k=contest.settings.samples_per_prompt, seed=seed)
 
 
-def signal_knobs(recipe: Recipe, settings: ScoreSettings, *, k: int, seed: int) -> SignalKnobs:
+def signal_knobs(recipe: Recipe, settings: ScoringSettings, *, k: int, seed: int) -> SignalKnobs:
     """The recipe's score section, as the guide room knows it, for `k` samples a prompt."""
     return SignalKnobs(
         quality=settings.quality,
         k=k,
         variance=settings.variance,
-        kappa=settings.kappa,
-        cap=settings.cap,
-        average=settings.average,
-        alpha=settings.alpha,
-        rule=settings.rule,
+        kappa=settings.kl_scale,
+        cap=settings.weight_cap,
+        average=settings.kl_average,
+        alpha=settings.variance_exponent,
+        rule=settings.selection_rule,
         group_size=recipe.train.group_size,
-        resamples=settings.resamples,
+        resamples=settings.bootstrap_resamples,
         seed=seed,
     )

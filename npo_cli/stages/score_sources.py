@@ -141,7 +141,7 @@ def compared(run: RunDir, field: Field, task: Task) -> Generator[Progress | Noti
         named = [f"{arm.name} {arm.digest}".rstrip() for arm in field.others]
         contest = open_contest(world, learner, ahead, others=["self", *named])
         horizon = (field.near or ahead)[-1].step
-        hard = yield from hard_prompts(contest, count=learner.recipe.score.prompts, horizon=horizon)
+        hard = yield from hard_prompts(contest, count=learner.recipe.scoring.num_prompts, horizon=horizon)
         yield from collect_all(contest, field.checkpoints, hard)
     # The engine is closed: an outside model may need its room.
     for arm in field.others:
@@ -194,7 +194,7 @@ def arm_of(contest: Contest, field: Field, number: int, *, hard: Sequence[Prompt
     ratios = ()
     if pairs and all(sample.logps is not None for _, sample in pairs):
         started = time.perf_counter()
-        ratios = tuple(learner_ratios(contest.world, pairs, cap=contest.settings.cap))
+        ratios = tuple(learner_ratios(contest.world, pairs, cap=contest.settings.weight_cap))
         add_seconds(contest.scoring.folder, time.perf_counter() - started, num_tokens=0)
     # Of equal S the one nearest to the learner is taken.
     distance = BEYOND if number < 0 else abs(number - contest.learner.step)

@@ -29,13 +29,13 @@ class LearnerAt:
 
 
 def find_learner(run: RunDir, *, at: int | None, branch: str | None, overrides: Sequence[str]) -> LearnerAt:
-    """The checkpoint at `at`, or at the recipe's intervention.at."""
+    """The checkpoint at `at`, or at the recipe's guide.replay.at_step."""
     branch = branch or newest_branch(run)
     recipe = in_force(run.recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
-    step = recipe.intervention.at if at is None else at
+    step = recipe.guide.replay.at_step if at is None else at
     if step is None:
         raise NpoError(
-            "which step is the learner? the recipe has no intervention.at",
+            "which step is the learner? the recipe has no guide.replay.at_step",
             f"add --at STEP, one of those in: npo index {as_typed(run.root)}",
         )
     return LearnerAt(recipe=recipe, branch=branch, checkpoint=find_checkpoint(run, branch, step))

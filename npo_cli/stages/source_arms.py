@@ -75,11 +75,15 @@ def asked_for(text: str) -> list[Ask]:
 
 
 def source_arms(run: RunDir, learner: LearnerAt, asked: Sequence[Ask], *, num_steps: int) -> list[SourceArm]:
-    """Each source once, in the order given, asked for `score.k` answers a prompt at once."""
+    """Each source once, in the order given, asked for `scoring.samples_per_prompt` answers a prompt at once."""
     recipe = learner.recipe
-    k = recipe.score.k
-    every = {"k": k, "round": k, "temperature": None, "select": "random", "per_prompt": 1, "min_correct": 1}
-    judged = replace(learner, recipe=recipe.model_copy(update={"guide": recipe.guide.model_copy(update=every)}))
+    k = recipe.scoring.samples_per_prompt
+    every = {
+        **{"samples_per_prompt": k, "samples_per_round": k, "temperature": None, "select": "random"},
+        **{"max_responses_per_prompt": 1, "min_correct": 1},
+    }
+    guide = recipe.guide.model_copy(update={"cache": recipe.guide.cache.model_copy(update=every)})
+    judged = replace(learner, recipe=recipe.model_copy(update={"guide": guide}))
     arms = []
     for place, ask in enumerate(dict.fromkeys(asked)):
         plan = replace(plan_of(run, judged, ask, steps=num_steps), purpose="score")

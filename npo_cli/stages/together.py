@@ -18,7 +18,7 @@ from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
 from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
 from npo_cli.launched import place_here
-from npo_cli.parallel_settings import ParallelSettings
+from npo_cli.parallel_settings import DistributedSettings
 from npo_cli.policy.devices import settle_device
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
@@ -47,7 +47,7 @@ def refuse_many(recipe: Recipe, size: int) -> None:
     if recipe.uses_motion:
         raise NpoError(
             f"an extrapolated guide holds two models whole in one process, and there are {size}",
-            "start one process; or another guide.source, and auto.extrapolate=0",
+            "start one process; or another guide.source, and autonpo.extrapolate=0",
         )
     if recipe.engine.kind == "vllm":
         raise NpoError(
@@ -59,10 +59,11 @@ def refuse_many(recipe: Recipe, size: int) -> None:
             "train.optimizer=adafactor sums over rows and columns of whole matrices, and here they are in shards",
             "train.optimizer=adamw",
         )
-    if recipe.engine.transport in ("nccl", "ipc"):
+    if recipe.engine.vllm.weight_transfer in ("nccl", "ipc"):
         raise NpoError(
-            f"engine.transport={recipe.engine.transport} sends from one GPU, and {size} hold the weights",
-            "engine.transport=auto",
+            f"engine.vllm.weight_transfer={recipe.engine.vllm.weight_transfer} sends from one GPU, and {size} hold the "
+            "weights",
+            "engine.vllm.weight_transfer=auto",
         )
     if size > train.prompts_per_step * train.group_size:
         raise NpoError(
@@ -73,7 +74,9 @@ def refuse_many(recipe: Recipe, size: int) -> None:
 
 def by_disk(engine: EngineSettings, policy: Policy) -> EngineSettings:
     """Weights that were gathered lie in rank 0's CPU memory: a server takes them from the disk."""
-    return engine if policy.shared is None else engine.model_copy(update={"transport": "disk"})
+    if policy.shared is None:
+        return engine
+    return engine.model_copy(update={"vllm": engine.vllm.model_copy(update={"weight_transfer": "disk"})})
 
 
 def shared_among_all(policy: Policy, recipe: Recipe, *, folder: Path | None, name: str = LEARNER) -> Policy:
@@ -81,7 +84,7 @@ def shared_among_all(policy: Policy, recipe: Recipe, *, folder: Path | None, nam
     team = team_here()
     if team is None:
         return policy
-    team.join(deadline=recipe.parallel.deadline, device=policy.device.type)
+    team.join(deadline=recipe.distributed.timeout, device=policy.device.type)
     # The others may have been started in another folder.
     opened = Open(name=name, model=recipe.model, folder=folder and folder.absolute(), opened=policy)
     prints = team.work([opened, *[replace(opened, opened=None)] * (team.size - 1)])
@@ -92,7 +95,7 @@ def shared_among_all(policy: Policy, recipe: Recipe, *, folder: Path | None, nam
                 f"rank {rank} found other files than rank 0: {what} of {folder or recipe.model.path} that differ",
                 "give every machine the same files",
             )
-    team.work_alike(Shard(name=name, settings=recipe.parallel))
+    team.work_alike(Shard(name=name, settings=recipe.distributed))
     return team.member.policies[name]
 
 
@@ -121,7 +124,7 @@ class Shard:
     """Keep only this process's part of an opened model."""
 
     name: str
-    settings: ParallelSettings
+    settings: DistributedSettings
     phase = "shard the model"
 
     def take_part(self, hand: Hand) -> None:
@@ -160,7 +163,7 @@ class SharedEngine:
                 requests=share,
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
-                max_rows=self.recipe.engine.max_rows,
+                max_rows=self.recipe.engine.max_num_seqs,
             )
             for share in in_turn(requests, self.team.size)
         ]

@@ -24,12 +24,12 @@ EVALUATED = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_len
 
 
 def tracked(root: Path, recipe: Recipe, records: Generator[Any, None, None]) -> Generator[Any, None, None]:
-    """The same records; `track.to` chooses who else sees them."""
+    """The same records; `tracking.report_to` chooses who else sees them."""
     with closing(records):
-        if not recipe.track.to:
+        if not recipe.tracking.report_to:
             yield from records
             return
-        refuse_absent(recipe.track.to)
+        refuse_absent(recipe.tracking.report_to)
         audience = Audience(root, recipe)
         try:
             for record in records:
@@ -45,7 +45,7 @@ class Audience:
 
     def __init__(self, root: Path, recipe: Recipe) -> None:
         self.run, self.recipe = RunDir(root), recipe
-        self.names = list(recipe.track.to)
+        self.names = list(recipe.tracking.report_to)
         self.branch: str | None = None
         self.open: dict[str, Tracker] = {}
         self.shown = _on_record(self.run)
@@ -133,7 +133,7 @@ def _shown(run: RunDir, recipe: Recipe, branch: str) -> Shown:
     born = birth_segment(run, branch)
     fork = {"parent": born.parent, "fork_step": born.fork_step, "guide": born.guide, "guide_until": born.guide_until}
     return Shown(
-        project=recipe.track.project,
+        project=recipe.tracking.project,
         group=run.root.resolve().name,
         branch=branch,
         key=f"{run.run_id[:8]}-{branch}",

@@ -117,7 +117,7 @@ def whole_path(path: str) -> str:
 def begin(world: World, optimizer: Optimizer) -> Generator[EvalReport, None, TrainerState]:
     """Step 0 of a run: streams seeded, the base evaluated where evaluations are wanted, and saved."""
     seed_streams(world.recipe.train.seed)
-    memory = Experience() if world.recipe.experience.share else None
+    memory = Experience() if world.recipe.guide.experience.replay_fraction else None
     state = TrainerState(step=0, position=0, trackers={}, experience=memory)
     if world.recipe.eval.every:
         yield evaluate_policy(world, branch=MAIN, step=0)

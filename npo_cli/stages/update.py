@@ -23,7 +23,7 @@ from npo_cli.stages.update_records import Asked, Share, ShareReport, TrainRow, U
 def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages], inject: InjectSettings) -> list[TrainRow]:
     """One row a rollout, group after group; `inject` says who is clipped in a batch with foreign rows."""
     mixed = any(rollout.foreign for entry in chosen for rollout in entry.group.rollouts)
-    clips = {True: inject.clip, False: inject.clip_own or not mixed}
+    clips = {True: inject.clip_off_policy, False: inject.clip_on_policy or not mixed}
     return [
         TrainRow(
             tokens=policy.row(entry.group.prompt, rollout.response_ids),
@@ -39,7 +39,7 @@ def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages], inject: In
 
 def loss_knobs(recipe: Recipe) -> LossKnobs:
     """The recipe's loss, injection and mismatch settings, as the objective knows them."""
-    loss, inject, mismatch = recipe.loss, recipe.inject, recipe.mismatch
+    loss, inject, mismatch = recipe.loss, recipe.guide.inject, recipe.mismatch
     return LossKnobs(
         kind=loss.kind,
         aggregation=loss.aggregation,
@@ -52,8 +52,8 @@ def loss_knobs(recipe: Recipe) -> LossKnobs:
         entropy_coef=loss.entropy_coef,
         ratio=inject.ratio,
         decoupled_cap=inject.decoupled_cap,
-        shape=inject.shape,
-        gamma=inject.gamma,
+        shape=inject.ratio_shaping,
+        gamma=inject.shaping_gamma,
         mismatch=MismatchKnobs(
             mode=mismatch.mode,
             cap=mismatch.cap,

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.slips import SMALL, npo
 
-FEW = ("score.prompts=8", "score.k=2", "score.resamples=50")
+FEW = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50")
 
 
 @pytest.fixture(scope="session")

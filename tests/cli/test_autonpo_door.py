@@ -23,7 +23,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_explain_prints_moves_and_reasons_and_talks_on_the_other_stream(folder):
     as_file(folder, still(40))
-    said = npo("autonpo", "metrics.jsonl", "--explain", *SHARP, "auto.max=1")
+    said = npo("autonpo", "metrics.jsonl", "--explain", *SHARP, "autonpo.max_interventions=1")
     assert said.code == 0
     assert said.out == (
         "What AutoNPO would have done\n"
@@ -43,8 +43,8 @@ def test_explain_prints_moves_and_reasons_and_talks_on_the_other_stream(folder):
         "\n"
         "Steps without a trigger\n"
         "why not     steps  meaning                 where\n"
-        "capped         21  auto.max is reached     20-40\n"
-        "warming_up     10  before auto.warmup      1-10\n"
+        "capped         21  autonpo.max_interventions is reached     20-40\n"
+        "warming_up     10  before autonpo.trigger.warmup_steps      1-10\n"
         "streak          4  both hold, too briefly  11-12, 18-19\n"
         "resting         4  in a cooldown           14-17\n"
         "Ranges run on over breaks of fewer than 5 steps; the counts are exact.\n"
@@ -55,13 +55,13 @@ def test_explain_prints_moves_and_reasons_and_talks_on_the_other_stream(folder):
         "every record counts as a checkpoint; train.save_every=N says otherwise\n"
         "the picture is in metrics.jsonl.autonpo.png\n"
         "it would have fired once in 40 recorded steps: at 13\n"
-        "auto.max = 1 would have kept it from firing again from step 20 on\n"
+        "autonpo.max_interventions = 1 would have kept it from firing again from step 20 on\n"
     )
 
 
 def test_json_is_one_object_a_move_with_step_event_and_phase_and_no_picture(folder):
     as_file(folder, still(40))
-    said = npo("autonpo", "metrics.jsonl", "--explain", *SHARP, "auto.max=1", "--json")
+    said = npo("autonpo", "metrics.jsonl", "--explain", *SHARP, "autonpo.max_interventions=1", "--json")
     lines = [json.loads(line) for line in said.out.splitlines()]
     assert [(line["step"], line["event"], line["phase_before"], line["phase"]) for line in lines[:5]] == [
         (0, "started", "TRAIN", "TRAIN"),
@@ -81,7 +81,7 @@ def test_json_is_one_object_a_move_with_step_event_and_phase_and_no_picture(fold
 def test_columns_and_settings_are_taken_from_the_command_line(folder):
     as_file(folder, [{"i": row["step"], "acc": row["reward"], "H": row["entropy"]} for row in still(40)])
     named = ("--step", "i", "--reward", "acc", "--entropy", "H")
-    said = npo("autonpo", "metrics.jsonl", "--explain", *named, *SHARP, "auto.patience=1", "--json")
+    said = npo("autonpo", "metrics.jsonl", "--explain", *named, *SHARP, "autonpo.trigger.patience=1", "--json")
     triggers = [json.loads(line)["step"] for line in said.out.splitlines() if '"trigger"' in line]
     assert triggers == [11, 16]
 
@@ -109,7 +109,7 @@ def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
         (["run"], "AutoNPO never watched run", "npo resume run --autonpo"),
         (["m.jsonl"], "m.jsonl is a file: what really happened", "npo autonpo m.jsonl --explain"),
         (["run", "--reward", "acc"], "--reward belongs to --explain", "npo autonpo run --explain"),
-        (["run", "auto.window=3"], "KEY=VALUE belongs to --explain", "npo autonpo run --explain"),
+        (["run", "autonpo.trigger.window=3"], "KEY=VALUE belongs to --explain", "npo autonpo run --explain"),
         (
             ["m.jsonl", "--explain", "--branch", "b"],
             "--branch names a branch of a run",
@@ -119,8 +119,16 @@ def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
         (["m.jsonl", "--explain", "--out", "x.txt"], "--out x.txt: a picture ends in .png", "--out x.txt.png"),
         (["m.jsonl", "--explain", "--out", "run/m.svg"], "--out run/m.svg is a folder", "--out run/m.svg/autonpo.png"),
         (["m.jsonl", "--explain", "--reward", "x"], "m.jsonl has no number in a column 'x'", "--reward COLUMN"),
-        (["m.jsonl", "--explain", "auto.wndow=3"], "auto.wndow is not a setting", "write auto.window instead"),
-        (["m.jsonl", "--explain", "auto.deltas=[20,10]"], "auto.deltas must be ascending", "npo recipes"),
+        (
+            ["m.jsonl", "--explain", "auto.wndow=3"],
+            "auto.wndow is not a setting",
+            "write autonpo.trigger.window instead",
+        ),
+        (
+            ["m.jsonl", "--explain", "autonpo.rollback.distances=[20,10]"],
+            "autonpo.rollback.distances must be ascending",
+            "npo recipes",
+        ),
         (["bin", "--explain"], "bin is not UTF-8 text (byte 0)", "name a run directory, or a file of JSON lines"),
         (["empty", "--explain"], "empty is empty", "it needs one JSON object a line"),
         (["plain", "--explain"], "plain is not a run directory: it has no npo_run.json", "name a run directory"),

@@ -87,7 +87,10 @@ def test_an_override_that_cannot_be_read_is_told_as_it_was_typed(folder, overrid
         ("train.num_steps=2.5", "train.num_steps must be a whole number at least 1, got 2.5"),
         ("train.betas=[0.9, 1]", "train.betas.1 must be a number at least 0 and below 1, got 1"),
         ("train.group_size=1", "train.group_size must be a whole number at least 2, got 1"),
-        ("inject.gate=1.5", "inject.gate must be a number at least 0 and at most 1, got 1.5"),
+        (
+            "guide.inject.max_accuracy=1.5",
+            "guide.inject.max_accuracy must be a number at least 0 and at most 1, got 1.5",
+        ),
         ("loss.kind=ppo", "loss.kind must be one of grpo, gspo, gspo_token, cispo"),
         ("train=null", "train must be a group of settings (KEY: VALUE), got null"),
         ("train.num_updates=3", "train.num_updates must divide train.prompts_per_step"),

@@ -114,13 +114,16 @@ def test_candidates_that_are_no_steps_are_refused(circle, text):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["score-checkpoints"], "which step is the learner? the recipe has no intervention.at | add --at STEP"),
-        (["sample-guide", "--at", "0"], "which step is the guide? the recipe has no intervention.guide | add --guide"),
+        (["score-checkpoints"], "which step is the learner? the recipe has no guide.replay.at_step | add --at STEP"),
+        (
+            ["sample-guide", "--at", "0"],
+            "which step is the guide? the recipe has no guide.replay.guide_step | add --guide",
+        ),
         (["score-checkpoints", "--at", "2", "--candidates", "2"], "step 2 is not later than the learner's step 2"),
         (["score-checkpoints", "--at", "2", "--candidates", "4,0"], "step 0 is not later than the learner's step 2"),
         (
-            ["score-checkpoints", "--at", "0", "score.budget=1"],
-            "score.budget is 1, but 2 candidates in 1 rounds need at",
+            ["score-checkpoints", "--at", "0", "scoring.budget=1"],
+            "scoring.budget is 1, but 2 candidates in 1 rounds need at",
         ),
         (["sample-guide", "--at", "2", "--guide", "2"], "step 2 is not later than the learner's step 2"),
         (["sample-guide", "--at", "4", "--guide", "2"], "step 2 is not later than the learner's step 4"),
@@ -137,7 +140,15 @@ def test_a_learner_without_a_future_is_refused(circle, args, expected):
 def test_a_scoring_in_which_no_guide_can_help_leaves_nothing(circle):
     before = sorted((circle / "scores").iterdir())
     # with the gate at 0 and one sample, only a prompt that is solved is above it: ask until one is
-    args = ("--branch", "main", "--at", "0", "score.prompts=1", "score.k=1", "inject.gate=0")
+    args = (
+        "--branch",
+        "main",
+        "--at",
+        "0",
+        "scoring.num_prompts=1",
+        "scoring.samples_per_prompt=1",
+        "guide.inject.max_accuracy=0",
+    )
     said = npo("score-checkpoints", circle, *args)
     if said.code == 0:
         pytest.skip("the learner failed the one prompt it was asked")
@@ -176,8 +187,9 @@ def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tm
 
 
 def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
-    assert words(circle, "resume", "inject.gate=0.1") == (
-        "inject.gate cannot change from 0.6 to 0.1 in the middle of a branch, only where another one leaves it "
+    assert words(circle, "resume", "guide.inject.max_accuracy=0.1") == (
+        "guide.inject.max_accuracy cannot change from 0.6 to 0.1 in the middle of a branch, only where another one "
+        "leaves it "
         "| leave the branch with it: add --at STEP to the command"
     )
 
@@ -284,6 +296,18 @@ def test_training_does_not_go_on_from_weights_alone(circle, tmp_path):
 
 def test_a_segment_longer_than_the_data_asks_every_prompt_once(circle, tmp_path):
     run = copied(circle, tmp_path)
-    steps = ("--branch", "main", "--at", "0", "--guide", "4", "--steps", 10**12, "--name", "long", "guide.k=1")
+    steps = (
+        "--branch",
+        "main",
+        "--at",
+        "0",
+        "--guide",
+        "4",
+        "--steps",
+        10**12,
+        "--name",
+        "long",
+        "guide.cache.samples_per_prompt=1",
+    )
     said = npo("sample-guide", run, *steps, "--json")
     assert json.loads(said.out)["num_prompts"] == 16

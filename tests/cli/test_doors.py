@@ -104,7 +104,10 @@ def test_a_run_without_guides_prints_no_data_and_says_so(run):
         (["show", "metrics", "--branch", "nope"], "has no branch 'nope': main"),
         (["show", "rollouts", "--step", "99"], "has no rollouts of step 99"),
         (["resume", "loss.kind=gspo"], "loss.kind cannot change from grpo to gspo"),
-        (["resume", "inject.gate=0.1"], "inject.gate cannot change from 0.6 to 0.1 in the middle of a branch"),
+        (
+            ["resume", "guide.inject.max_accuracy=0.1"],
+            "guide.inject.max_accuracy cannot change from 0.6 to 0.1 in the middle of a branch",
+        ),
         (["score-checkpoints", "score.kk=1"], "score.kk is not a setting"),
         (["eval", "--branch", "nope"], "has no branch 'nope': main"),
         (["resume", "--from", "nope"], "has no branch 'nope': main"),
@@ -119,7 +122,7 @@ def test_what_a_run_cannot_answer_is_refused(run, args, message):
 
 
 def test_eval_prints_one_report_a_checkpoint(run):
-    lines = lines_of(called("eval", str(run), "--all", "eval.samples=1", "--json"))
+    lines = lines_of(called("eval", str(run), "--all", "eval.samples_per_prompt=1", "--json"))
     assert [(line["record"], line["step"], line["num_prompts"]) for line in lines] == [
         ("eval_report", 0, 8),
         ("eval_report", 2, 8),
@@ -130,7 +133,7 @@ def test_eval_prints_one_report_a_checkpoint(run):
 def test_the_circle_closes_through_the_doors(run, tmp_path):
     root = tmp_path / "copy"
     lines_of(called("train", "micro", *SMALL, "--run", str(root), "--json"))
-    few = ["score.prompts=8", "score.k=2", "score.resamples=50"]
+    few = ["scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50"]
     scores = lines_of(called("score-checkpoints", str(root), "--at", "0", *few, "--json"))
     assert [(line["step"], line["distance"]) for line in scores] == [(2, 2), (4, 4)]
     assert sum(line["chosen"] for line in scores) == 1

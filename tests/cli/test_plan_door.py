@@ -42,7 +42,7 @@ def test_a_disk_that_is_too_small_names_retention():
 
 
 def test_a_server_that_leaves_no_gpu_and_an_engine_that_cannot_be_shared(tmp_path):
-    server = ("engine.kind=vllm_server", "engine.tensor_parallel=2")
+    server = ("engine.kind=vllm_server", "engine.vllm.tensor_parallel_size=2")
     assert "none is left" in refused("plan", "micro", *server, "--gpus", "2", beside=tmp_path).err
     said = refused("plan", "micro", "engine.kind=vllm", "--gpus", "2", beside=tmp_path)
     assert "engine.kind=vllm samples in this process, and there are 2" in said.err
@@ -57,5 +57,5 @@ def test_a_setting_that_several_processes_refuse_is_no_plan_for_them(tmp_path):
 
 
 def test_autonpo_is_refused_where_it_could_never_go_back(tmp_path):
-    said = refused("plan", "micro", "train.keep_anchors=1", "--autonpo", beside=tmp_path)
-    assert "train.keep_anchors is 1" in said.err
+    said = refused("plan", "micro", "train.keep_full_checkpoints=1", "--autonpo", beside=tmp_path)
+    assert "train.keep_full_checkpoints is 1" in said.err

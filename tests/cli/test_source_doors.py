@@ -43,7 +43,9 @@ def test_a_hostile_file_name_and_hostile_traces_are_shown_as_text(taught, tmp_pa
         assert "\x1b" not in text and "\u202e" not in text
     assert "\\x1b[31mtr\\u202eaces.jsonl" in shown.out
     assert "rows cannot be used" in said.err
-    replayed = npo("resume", run, "--at", "0", "--guide", "given", "inject.ratio=unit", "inject.gate=1")
+    replayed = npo(
+        "resume", run, "--at", "0", "--guide", "given", "guide.inject.ratio=unit", "guide.inject.max_accuracy=1"
+    )
     assert replayed.code == 0
     rollouts = npo("show", run, "rollouts", "--branch", "given", "--step", "1").out
     assert "teacher" in rollouts and "\x1b" not in rollouts
@@ -64,7 +66,13 @@ def test_every_source_is_told_with_where_it_came_from(taught, tmp_path):
 
 def test_sources_are_compared_as_tables_and_as_json(taught, tmp_path):
     run = copied(taught, tmp_path)
-    quick = ("score.k=2", "score.resamples=20", "inject.gate=1", "--at", "0")
+    quick = (
+        "scoring.samples_per_prompt=2",
+        "scoring.bootstrap_resamples=20",
+        "guide.inject.max_accuracy=1",
+        "--at",
+        "0",
+    )
     said = npo("score-sources", run, *quick, "--figure", tmp_path / "s.svg")
     assert said.code == 0
     assert said.out.splitlines()[0] == "Sources of trajectories"

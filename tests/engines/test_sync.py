@@ -58,7 +58,9 @@ def test_the_gap_is_a_mean_over_tokens():
     found = agreement([-1.0, -2.0, -3.0], [-1.0, -2.3, -3.6])
     # (0 + .3 + .6)/3
     assert (found.mean_gap, found.max_gap) == (pytest.approx(0.3), pytest.approx(0.6))
-    with pytest.raises(RunFailed, match=r"differ by 0\.3 nats .* average, 0\.6 at most; engine\.tolerance is 0\.29"):
+    with pytest.raises(
+        RunFailed, match=r"differ by 0\.3 nats .* average, 0\.6 at most; engine\.sync_tolerance is 0\.29"
+    ):
         refuse_disagreement(found, tolerance=0.29, version="step 4")
     refuse_disagreement(found, tolerance=0.31, version="step 4")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from npo_cli.config import ModelSettings
-from npo_cli.engine_settings import EngineSettings
+from npo_cli.engine_settings import EngineSettings, VllmSettings
 from npo_cli.engines.adapters import slot_rank
 from npo_cli.engines.opening import open_engine
 from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
@@ -162,7 +162,7 @@ def test_a_slot_holds_the_next_larger_rank_that_vllm_knows():
 
 def test_adapters_never_take_another_road_than_the_one_that_was_named():
     policy = lora_policy()
-    named = EngineSettings(kind="vllm_server", transport="nccl")
+    named = EngineSettings(kind="vllm_server", vllm=VllmSettings(weight_transfer="nccl"))
     options = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id, "max_model_len": 64, "dtype": torch.float32}
-    with pytest.raises(NpoError, match=r"transport=nccl sends whole models; adapters \(model\.lora\.rank\) go through"):
+    with pytest.raises(NpoError, match=r"weight_transfer=nccl sends whole models; adapters \(model\.lora\.rank\) go"):
         open_engine(named, policy.model, policy.tokenizer, **options, adapters=adapter_port(policy, policy.adapters))

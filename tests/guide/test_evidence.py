@@ -34,7 +34,7 @@ def test_a_learner_that_fails_nothing_needs_no_guide():
     with pytest.raises(NpoError) as caught:
         prompts_asked(replace(SELF, outcomes=()), [nothing])
     assert "fails none of the probed prompts" in caught.value.message
-    assert "score.prompts" in caught.value.hint
+    assert "scoring.num_prompts" in caught.value.hint
 
 
 def test_a_prompt_counted_twice_is_our_own_mistake():

@@ -73,7 +73,7 @@ def test_without_a_right_answer_the_group_stays_its_own_and_the_answers_are_on_r
 
 def test_a_seat_keeps_a_wrong_answer():
     own = group(False, False, False)
-    found = seated(own, said(False, first=3), num_judged=3, seat="seats")
+    found = seated(own, said(False, first=3), num_judged=3, seat="sample")
     assert [(one.slot, one.source, one.reward) for one in found.rollouts[3:]] == [(3, "extrapolated", 0.0)]
     assert (found.mix, found.spare) == ("injected", ())
 
@@ -81,7 +81,7 @@ def test_a_seat_keeps_a_wrong_answer():
 def test_only_the_answers_before_the_gate_decide():
     """1 of the first 2 is above the gate; that all 4 come to 1/4 was not known when the gate was looked at."""
     own = group(True, False, False, False)
-    found = seated(own, (), num_judged=2, seat="seats")
+    found = seated(own, (), num_judged=2, seat="sample")
     assert (found.mix, found.own_accuracy, found.rollouts) == ("gate_closed", 0.5, own.rollouts)
 
 

@@ -29,7 +29,7 @@ def test_a_lone_arm_gets_the_whole_budget():
 def test_a_budget_too_small_for_one_prompt_each_is_refused():
     with pytest.raises(NpoError) as caught:
         halving_rounds(8, 23)
-    assert "score.budget is 23" in caught.value.message
+    assert "scoring.budget is 23" in caught.value.message
     assert "24 or more" in caught.value.hint
     assert halving_rounds(8, 24)[0].prompts_per_arm == 1
 
@@ -46,7 +46,7 @@ def test_successive_rejects_spends_at_most_its_budget():
 
 
 def test_successive_rejects_needs_more_prompts_than_arms():
-    with pytest.raises(NpoError, match=r"score\.budget is 4"):
+    with pytest.raises(NpoError, match=r"scoring\.budget is 4"):
         successive_rejects(4, 4)
     assert successive_rejects(1, 10) == []
 

@@ -207,7 +207,7 @@ def test_without_a_checkpoint_there_is_no_way_back():
 
 def test_a_short_list_of_mistakes_is_not_worth_a_rollback():
     found = judged([back(10), back(30)], strata=strata_sized(5, 3, 4), probed=outcomes(0, 4), pool_min=64)
-    assert found.reason == "only 12 mistakes in the last 30 steps; auto.pool_min is 64"
+    assert found.reason == "only 12 mistakes in the last 30 steps; autonpo.rollback.min_failed_prompts is 64"
     assert (found.accepted, found.distance, found.chosen_by) == (False, None, {})
     # the figures are reported all the same
     assert [(score.quality, score.p_best, score.chosen) for score in found.scores] == [(1.0, 0.0, False)] * 2
@@ -235,7 +235,8 @@ def test_a_policy_that_still_fails_is_sent_on():
     found = judged([back(10, 0.0)], probed=outcomes(0, *[0] * 20))
     assert not found.accepted
     assert (
-        found.reason == "the policy solves 0 % [0 %, 16.1 %] of the mistakes in the last 10 steps; auto.q_min is 10 %"
+        found.reason
+        == "the policy solves 0 % [0 %, 16.1 %] of the mistakes in the last 10 steps; autonpo.probe.min_quality is 10 %"
     )
     assert (found.distance, found.scores[0].chosen) == (10, True)
 

@@ -57,7 +57,7 @@ def test_four_gpus_in_mixed_precision_with_checkpointing_and_a_kl_term():
     found = recipe(
         model={"compute_dtype": "bfloat16", "gradient_checkpointing": True},
         loss={"kl_coef": 0.1},
-        engine={"max_rows": 5},
+        engine={"max_num_seqs": 5},
     )
     assert by_name(gpu_needs(found, SHAPE, Footing(num_gpus=4, gpu_bytes=10**6))) == {
         "weights": 1000,
@@ -94,7 +94,10 @@ def test_adapters_are_trained_in_float32_beside_a_bfloat16_base():
 
 def test_adafactor_keeps_less_and_vllm_takes_its_share():
     asleep, awake = (
-        recipe(train={"optimizer": "adafactor"}, engine={"kind": "vllm", "memory_share": 0.5, "sleep": sleep})
+        recipe(
+            train={"optimizer": "adafactor"},
+            engine={"kind": "vllm", "vllm": {"gpu_memory_utilization": 0.5, "enable_sleep_mode": sleep}},
+        )
         for sleep in (True, False)
     )
     needs = {need.what: need for need in gpu_needs(asleep, SHAPE, GPU)}
@@ -105,7 +108,7 @@ def test_adafactor_keeps_less_and_vllm_takes_its_share():
 
 
 def test_a_server_has_gpus_of_its_own():
-    found = recipe(engine={"kind": "vllm_server", "tensor_parallel": 2, "memory_share": 0.9})
+    found = recipe(engine={"kind": "vllm_server", "vllm": {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9}})
     footing = Footing(num_gpus=6, gpu_bytes=10**6)
     assert by_name(engine_needs(found, SHAPE, footing)) == {
         "weights": 2000,
@@ -119,7 +122,7 @@ def test_a_server_has_gpus_of_its_own():
 
 
 def test_a_tenth_of_each_phase_is_put_beside_it_but_for_guesses_and_what_vllm_takes():
-    found = recipe(engine={"kind": "vllm", "memory_share": 0.5, "sleep": True})
+    found = recipe(engine={"kind": "vllm", "vllm": {"gpu_memory_utilization": 0.5, "enable_sleep_mode": True}})
     needs = [*gpu_needs(found, SHAPE, GPU)]
     beside = {need.phase: need.num_bytes for need in needs if need.what == "what is not counted"}
     # weights and moments; gradients, activations, logits and a guide's part
@@ -134,6 +137,6 @@ def test_a_policy_pushed_along_its_motion_holds_an_older_copy_or_moves_its_weigh
         "an older copy": 1000 * 4,
         "its KV cache": 32 * 100 * 40 * 4,
     }
-    weights = recipe(auto={"extrapolate": 20}, extrapolate={"space": "weights"})
+    weights = recipe(autonpo={"extrapolate": 20}, extrapolation={"space": "weights"})
     found = by_name(gpu_needs(weights, SHAPE, GPU))
     assert {name: size for name, size in found.items() if name not in plain} == {"moved weights": 1000 * 4}

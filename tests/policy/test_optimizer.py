@@ -114,7 +114,7 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_matrix():
 
 
 def rates(schedule: str, *, warmup_steps: int = 2) -> list[float]:
-    settings = TrainSettings(lr=1.0, schedule=schedule, warmup_steps=warmup_steps, num_steps=6, min_lr_share=0.2)
+    settings = TrainSettings(lr=1.0, schedule=schedule, warmup_steps=warmup_steps, num_steps=6, min_lr_ratio=0.2)
     return [round(lr_at(step, settings), 6) for step in range(1, 7)]
 
 

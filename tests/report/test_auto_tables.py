@@ -33,7 +33,12 @@ def test_every_move_says_what_it_was_based_on():
 
 def test_a_rehearsal_says_that_it_assumed_and_where_it_could_have_gone_back_to():
     moves = [
-        move(0, "started", rehearsed=True, settings={"auto": {"window": 20, "c_r": 1.0, "max": -1}}),
+        move(
+            0,
+            "started",
+            rehearsed=True,
+            settings={"autonpo": {"trigger": {"window": 20, "max_reward_gain_se": 1.0}, "max_interventions": -1}},
+        ),
         move(120, "accepted", "GUIDE_GEN", before="PROBE", assumed=True, distance=80),
         move(120, "guided", "ROLLBACK", before="GUIDE_GEN", assumed=True),
         move(120, "rolled_back", "REPLAY", before="ROLLBACK", to=40, assumed=True, to_steps=[40, 60, 100]),
@@ -77,7 +82,9 @@ def test_each_probe_shows_q_v_and_s_by_distance_the_nearest_first():
 
 
 def test_a_rejected_probe_gives_its_whole_reason_below_its_table():
-    reason = "the policy solves 0 % [0 %, 27.8 %] of the mistakes in the last 10 steps; auto.q_min is 10 %"
+    reason = (
+        "the policy solves 0 % [0 %, 27.8 %] of the mistakes in the last 10 steps; autonpo.probe.min_quality is 10 %"
+    )
     rejected = CONFIRMATION | {"accepted": False, "reason": reason}
     table, scores, *_ = transitions_tables([move(40, "rejected", "COOLDOWN", before="PROBE", **rejected)])
     assert table.rows[0][-1] == "rest until 80; the policy solves 0 % [0 %, 27.8 %] of the ..."

@@ -134,7 +134,10 @@ def test_tokens_of_a_probe_are_those_of_its_whole_chunks(run):
 def watched(run, branch: str, *, every: int, deltas: list[int]) -> None:
     """AutoNPO is at work on this branch."""
     recipe = run.recipe(branch)
-    run.save_recipe(branch, recipe | {"train": {**recipe["train"], "save_every": every}, "auto": {"deltas": deltas}})
+    run.save_recipe(
+        branch,
+        recipe | {"train": {**recipe["train"], "save_every": every}, "autonpo": {"rollback": {"distances": deltas}}},
+    )
     append_transitions(
         run, [Transition(step=0, event="started", phase_before="TRAIN", state=AutoState(branch=branch, step=0))]
     )

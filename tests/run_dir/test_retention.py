@@ -98,7 +98,7 @@ def test_everything_an_intervention_may_need_is_protected(tmp_path):
     open_scoring(run, "main", 50, candidates=[60, 70], settings={})
     finished = open_scoring(run, "main", 80, candidates=[85, 90], settings={})
     save_scores(finished, [score(85), score(90, chosen=True)])
-    run.save_recipe("main", RECIPE | {"intervention": {"at": 100, "guide": 120, "steps": None}})
+    run.save_recipe("main", RECIPE | {"guide": {"replay": {"at_step": 100, "guide_step": 120, "num_steps": None}}})
     of_main = {step for branch, step in protected_places(run) if branch == "main"}
     assert of_main == {10, 5, 20, 30, 50, 60, 70, 80, 90, 100, 120}
     assert {step for branch, step in protected_places(run) if branch == "late"} == {40}

@@ -16,9 +16,9 @@ from tests.stages.running import tiny, train
     [
         # steps 0, 10, ..., 100 are 11
         ((), (11, 0)),
-        (("train.keep_anchors=2",), (3, 8)),
-        (("train.keep_anchors=2", "train.keep_guides=5"), (3, 5)),
-        (("train.keep_anchors=50",), (11, 0)),
+        (("train.keep_full_checkpoints=2",), (3, 8)),
+        (("train.keep_full_checkpoints=2", "train.keep_weights_only=5"), (3, 5)),
+        (("train.keep_full_checkpoints=50",), (11, 0)),
     ],
 )
 def test_quotas_leave_full_states_and_guides(quotas, expected):
@@ -26,7 +26,13 @@ def test_quotas_leave_full_states_and_guides(quotas, expected):
 
 
 def test_a_replay_of_autonpo_is_a_branch_of_its_own():
-    settings = ["train.num_steps=100", "train.save_every=10", "auto.deltas=[20,40]", "auto.max=2", "guide.k=8"]
+    settings = [
+        "train.num_steps=100",
+        "train.save_every=10",
+        "autonpo.rollback.distances=[20,40]",
+        "autonpo.max_interventions=2",
+        "guide.cache.samples_per_prompt=8",
+    ]
     recipe = load_recipe("micro", [*settings, "train.prompts_per_step=4", "train.group_size=4"])
     alone, watched = (
         {need.what: need.num_bytes for need in disk_needs(recipe, weights=10, moments=20, served=0, autonpo=on)}

@@ -18,17 +18,30 @@ from tests.stages.running import TINY, files_of, steps_of
 EAGER = (
     *TINY,
     *("train.num_steps=12", "train.lr=3e-4", "train.seed=7", "task.heldout_size=8"),
-    *("auto.warmup=4", "auto.window=2", "auto.patience=1", "auto.c_r=1000", "auto.d_H=0", "auto.c_H=0"),
-    *("auto.cooldown=1", "auto.deltas=[2,4]", "auto.q_min=0", "auto.pool_min=2", "auto.max=2"),
-    *("probe.prompts=8", "score.resamples=50"),
+    *(
+        "autonpo.trigger.warmup_steps=4",
+        "autonpo.trigger.window=2",
+        "autonpo.trigger.patience=1",
+        "autonpo.trigger.max_reward_gain_se=1000",
+        "autonpo.trigger.min_entropy_drop=0",
+        "autonpo.trigger.min_entropy_drop_se=0",
+    ),
+    *(
+        "autonpo.trigger.cooldown_steps=1",
+        "autonpo.rollback.distances=[2,4]",
+        "autonpo.probe.min_quality=0",
+        "autonpo.rollback.min_failed_prompts=2",
+        "autonpo.max_interventions=2",
+    ),
+    *("autonpo.probe.num_prompts=8", "scoring.bootstrap_resamples=50"),
 )
 """Every reward counts as standing still, so one step of falling entropy is a warning. This seed triggers at step 6
 (D* = 2) and on the replayed branch at step 8 (D* = 4), and is capped from then on; some 2.5 s."""
 
-NEVER = ("auto.c_H=1000000",)
+NEVER = ("autonpo.trigger.min_entropy_drop_se=1000000",)
 """Entropy never falls by that much noise."""
 
-REJECTING = ("auto.q_min=0.99",)
+REJECTING = ("autonpo.probe.min_quality=0.99",)
 
 DECIDED = {
     *("metrics.jsonl", "rollouts.jsonl", "optimizer.safetensors", "state.json"),

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable
 from dataclasses import replace
+from operator import attrgetter
 
 from npo_cli.guide_records import GuideTrajectory
 from npo_cli.records import Prompt, Rollout
@@ -51,6 +52,9 @@ def guidance_of(trajectories: Iterable[GuideTrajectory], *, until: int = 99) -> 
 
 
 def with_settings(world: World, section: str, **changes: object) -> World:
-    """The same world under changed settings."""
-    settings = getattr(world.recipe, section).model_copy(update=changes)
-    return replace(world, recipe=world.recipe.model_copy(update={section: settings}))
+    """The same world under changed settings of one section, such as `train` or `guide.inject`."""
+    recipe, names = world.recipe, section.split(".")
+    inner = attrgetter(section)(recipe).model_copy(update=changes)
+    for depth in range(len(names) - 1, 0, -1):
+        inner = attrgetter(".".join(names[:depth]))(recipe).model_copy(update={names[depth]: inner})
+    return replace(world, recipe=recipe.model_copy(update={names[0]: inner}))

@@ -8,8 +8,20 @@ from npo_cli.run_dir.paths import RunDir
 from tests.run_dir.making import new_run
 
 SHARP = (
-    *("auto.ema=0", "auto.window=5", "auto.patience=3", "auto.c_r=1", "auto.c_H=0", "auto.d_H=0.05"),
-    *("auto.warmup=10", "auto.cooldown=4", "auto.max=2", "auto.deltas=[5,10,20]"),
+    *(
+        "autonpo.trigger.ema_decay=0",
+        "autonpo.trigger.window=5",
+        "autonpo.trigger.patience=3",
+        "autonpo.trigger.max_reward_gain_se=1",
+        "autonpo.trigger.min_entropy_drop_se=0",
+        "autonpo.trigger.min_entropy_drop=0.05",
+    ),
+    *(
+        "autonpo.trigger.warmup_steps=10",
+        "autonpo.trigger.cooldown_steps=4",
+        "autonpo.max_interventions=2",
+        "autonpo.rollback.distances=[5,10,20]",
+    ),
 )
 """No averaging. On `still` rows: armed at 11, the streak is 11, 12, 13; after a rest of 4 steps it begins again."""
 

@@ -40,7 +40,7 @@ def whole(trained, tmp_path_factory) -> Path:
     root = copied(trained, tmp_path_factory.mktemp("whole") / "run")
     sample(root)
     resume(root, at=2, guide="near")
-    score(root, "score.k=2", "score.resamples=50", "inject.gate=1.0", at=2)
+    score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
     return root
 
 

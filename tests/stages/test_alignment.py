@@ -72,6 +72,12 @@ def test_a_file_of_traces_is_another_one_for_each_seed_and_yet_one_method(plain,
 
 
 def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_path):
-    train(tmp_path / "past", *SETTINGS, "experience.share=0.5", "inject.gate=1", "method.name=exgrpo")
+    train(
+        tmp_path / "past",
+        *SETTINGS,
+        "guide.experience.replay_fraction=0.5",
+        "guide.inject.max_accuracy=1",
+        "method.name=exgrpo",
+    )
     arm, said = second(f"a={plain}:main", f"b={tmp_path / 'past'}")
-    assert (arm.differs, said) == (("experience.share 0.0 -> 0.5", "guided by nobody -> its past"), [])
+    assert (arm.differs, said) == (("guide.experience.replay_fraction 0.0 -> 0.5", "guided by nobody -> its past"), [])

@@ -23,7 +23,7 @@ PHASES = ("TRAIN", "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE", "COOLDOW
 SAVING = "saving a checkpoint"
 LONGEST_DELAY = {SAVING: 0.003, "ROLLBACK": 0.006}
 """Seconds after an event; other phases are not as short."""
-JUDGED = "replay.accept_test=true"
+JUDGED = "autonpo.replay.acceptance_test=true"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,7 +107,7 @@ def phase_of(root: Path) -> str | None:
 
 @pytest.mark.parametrize("kind", [(), LORA], ids=["every weight", "lora"])
 def test_a_run_killed_in_one_phase_after_the_other_ends_as_if_it_had_not_been(warm: Warm, tmp_path, kind):
-    settings = (*kind, JUDGED, "auto.max=1", "train.num_steps=10")
+    settings = (*kind, JUDGED, "autonpo.max_interventions=1", "train.num_steps=10")
     list(auto_training(tmp_path / "straight", *settings))
     assert {"accepted", "rolled_back", "kept"} <= set(events_of(tmp_path / "straight"))
     matrix = Matrix(warm=warm, folder=tmp_path, settings=settings, rng=random.Random(5))
@@ -121,7 +121,10 @@ def test_a_run_killed_in_one_phase_after_the_other_ends_as_if_it_had_not_been(wa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(JUDGED,), ("auto.early=true", "early.scout=4", "early.window=4", JUDGED)])
+@pytest.mark.parametrize(
+    "settings",
+    [(JUDGED,), ("autonpo.early.enabled=true", "autonpo.early.scout_steps=4", "autonpo.early.replay_steps=4", JUDGED)],
+)
 def test_forty_kills_in_all_phases_change_nothing(warm: Warm, tmp_path, settings):
     list(auto_training(tmp_path / "straight", *settings))
     straight = decided(tmp_path / "straight")

@@ -25,7 +25,13 @@ from tests.stages.auto_runs import (
 from tests.stages.test_auto_kills import Matrix
 from tests.stages.warm import Warm
 
-PUSHING = ("auto.extrapolate=2", "extrapolate.k=2", "extrapolate.a=1", "auto.max=1", "replay.accept_test=false")
+PUSHING = (
+    "autonpo.extrapolate=2",
+    "extrapolation.k=2",
+    "extrapolation.a=1",
+    "autonpo.max_interventions=1",
+    "autonpo.replay.acceptance_test=false",
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,7 @@ def test_the_motion_guides_on_its_branch_until_its_end_and_nowhere_else(pushed):
 def test_a_reward_that_rises_is_rest_and_no_rollback(tmp_path):
     # c_r=0: any gain counts as one, and with this seed there is one after the push.
     root = tmp_path / "run"
-    list(auto_training(root, *PUSHING, "auto.c_r=0", "train.seed=9"))
+    list(auto_training(root, *PUSHING, "autonpo.trigger.max_reward_gain_se=0", "train.seed=9"))
     moved = the_move(root, "moved")
     assert moved.evidence["gain"] > moved.evidence["margin"] == 0
     assert (moved.state.branch, moved.state.phase, moved.state.interventions) == ("ahead", "COOLDOWN", 0)
@@ -77,9 +83,9 @@ def test_a_reward_that_rises_is_rest_and_no_rollback(tmp_path):
 
 def test_where_no_copy_lies_so_far_back_the_mistakes_are_asked_at_once(tmp_path):
     root = tmp_path / "run"
-    list(auto_training(root, *PUSHING, "extrapolate.k=10"))
+    list(auto_training(root, *PUSHING, "extrapolation.k=10"))
     assert events_of(root)[3:6] == ["trigger", "unpushed", "accepted"]
-    assert "less than extrapolate.k=10 steps" in the_move(root, "unpushed").evidence["what"]
+    assert "less than extrapolation.k=10 steps" in the_move(root, "unpushed").evidence["what"]
     assert "ahead" not in {segment.branch for segment in segments(open_run(root))}
 
 
@@ -116,8 +122,8 @@ def test_a_run_killed_while_it_is_pushed_ends_the_same(warm: Warm, pushed, tmp_p
 
 def test_its_end_must_lie_at_a_checkpoint_and_it_is_not_for_runs_that_are_pushed_anyway():
     with pytest.raises(NpoError, match=r"multiple of train.save_every \(2\), got 3"):
-        eager(*PUSHING, "auto.extrapolate=3")
-    with pytest.raises(NpoError, match=r"auto\.extrapolate must be 0"):
+        eager(*PUSHING, "autonpo.extrapolate=3")
+    with pytest.raises(NpoError, match=r"autonpo\.extrapolate must be 0"):
         eager(*PUSHING, "guide.source=extrapolated")
 
 

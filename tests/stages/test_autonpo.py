@@ -124,7 +124,7 @@ def parent_of(branch: str) -> dict[int, str]:
 
 @pytest.mark.parametrize(("branch", "at", "back_to"), INTERVENTIONS)
 def test_guides_are_wanted_for_exactly_what_failed_in_the_slice(watched, branch, at, back_to):
-    """A quarter right of four samples or less (pool.tau = 0.25): one or none."""
+    """A quarter right of four samples or less (autonpo.pool.max_accuracy = 0.25): one or none."""
     before = parent_of(branch)
     (parent,) = set(before.values())
     failed = failed_in(watched, parent, range(back_to + 1, at + 1), at_most=0.25)
@@ -153,7 +153,7 @@ def test_a_guide_sits_where_there_is_one_and_the_policy_fails_and_nowhere_after_
     last = 8 if branch == "auto-1" else 12
     for step in range(back_to + 1, last + 1):
         for group in groups_of(watched, branch, step):
-            # inject.gate = 0.6 of the four own rollouts: two right or fewer
+            # guide.inject.max_accuracy = 0.6 of the four own rollouts: two right or fewer
             due = step <= at and group.prompt.prompt_id in found and own_accuracy(group) <= 0.6
             guests = [rollout for rollout in group.rollouts if rollout.source == "guide"]
             assert (group.mix == "injected") == bool(guests) == due
@@ -187,7 +187,7 @@ def test_a_fork_by_hand_starts_anew_on_a_branch_of_its_own(watched, tmp_path):
     ]
     assert moves_of(root)[-1].event == "armed"
     # Its settings are its own, and it is taken up again by itself.
-    assert open_run(root).recipe("anew")["auto"]["c_H"] == 1_000_000
+    assert open_run(root).recipe("anew")["autonpo"]["trigger"]["min_entropy_drop_se"] == 1_000_000
     assert steps_of(auto_resuming(root)) == []
     before = decided(root)
     assert {name: before[name] for name in decided(watched) if name != "autonpo.jsonl"} == {
@@ -218,13 +218,13 @@ def test_a_signal_in_an_intervention_is_heeded_between_two_chunks(watched, tmp_p
 
 def test_settings_changed_in_a_replay_hold_from_there_and_the_replay_ends_where_it_should(tmp_path):
     root = tmp_path / "run"
-    for record in (records := auto_training(root, "auto.max=1")):
+    for record in (records := auto_training(root, "autonpo.max_interventions=1")):
         if isinstance(record, StepReport) and record.branch == "auto-1":
             records.close()
     assert moves_of(root)[-1].state.phase == "REPLAY"
     # whoever goes on without AutoNPO passes the end of the replay
     list(resume_run(root, **PLAINLY))
-    list(auto_resuming(root, "replay.accept_test=true", "train.num_steps=14"))
+    list(auto_resuming(root, "autonpo.replay.acceptance_test=true", "train.num_steps=14"))
     replayed = the_move(root, "replayed")
     assert (replayed.step, replayed.state.phase) == (6, "JUDGE")
     assert {"kept", "reverted"} & set(events_of(root))
@@ -252,9 +252,12 @@ def test_changed_settings_begin_anew_and_are_not_applied_backwards(tmp_path):
     root = tmp_path / "run"
     train_plainly(root, "train.num_steps=8")
     list(auto_resuming(root, *NEVER))
-    list(auto_resuming(root, "auto.c_H=0", "train.num_steps=12"))
+    list(auto_resuming(root, "autonpo.trigger.min_entropy_drop_se=0", "train.num_steps=12"))
     begun = [move for move in moves_of(root) if move.event == "started"]
-    assert [(move.step, move.evidence["settings"]["auto"]["c_H"]) for move in begun] == [(0, 1e6), (8, 0)]
+    assert [(move.step, move.evidence["settings"]["autonpo"]["trigger"]["min_entropy_drop_se"]) for move in begun] == [
+        (0, 1e6),
+        (8, 0),
+    ]
     triggers = [move.step for move in moves_of(root) if move.event == "trigger"]
     assert triggers
     assert min(triggers) > 8

@@ -43,7 +43,7 @@ def test_a_guide_in_an_all_wrong_group_takes_the_last_slot_and_all_the_credit(ha
 
 def test_the_loss_gets_the_mixed_groups_rows(hard, tmp_path):
     guidance = guidance_of(right_answer(hard, prompt, shift=-1.0) for prompt in hard.task.train)
-    rows = train_rows(hard.policy, drawn(hard, tmp_path, guidance=guidance).chosen, hard.recipe.inject)
+    rows = train_rows(hard.policy, drawn(hard, tmp_path, guidance=guidance).chosen, hard.recipe.guide.inject)
     assert [row.foreign for row in rows] == ([False] * 7 + [True]) * 4
     assert [round(row.advantage, 3) for row in rows] == ([-0.354] * 7 + [2.475]) * 4
     prompt = hard.task.train[hard.order.indices(0, 1)[0]]
@@ -68,7 +68,7 @@ def test_the_gate_an_absent_answer_and_the_end_of_the_segment_keep_a_guide_out(h
     alone = drawn(world, tmp_path / "alone")
     accuracies = [sum(rollout.reward for rollout in group.rollouts) / 4 for group in alone.own]
     assert 0 < sum(accuracies) < 4, "some right and some wrong, or this shows nothing"
-    shut = with_settings(world, "inject", gate=0.0)
+    shut = with_settings(world, "guide.inject", max_accuracy=0.0)
     batch = drawn(shut, tmp_path / "shut", guidance=guidance_of(right_answer(world, prompt) for prompt in prompts))
     assert [group.mix for group in batch.mixed] == ["gate_closed" if share else "injected" for share in accuracies]
     none = drawn(shut, tmp_path / "none", guidance=guidance_of([]))

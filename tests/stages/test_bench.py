@@ -23,7 +23,7 @@ from npo_cli.stages.compare import compare_runs
 from tests.stages.running import TINY, files_of, train
 
 NPO = (sys.executable, "-c", "from npo_cli.cli.app import main; main()")
-SETTINGS = (*TINY, "eval.every=2", "early.scout=2", "early.window=2")
+SETTINGS = (*TINY, "eval.every=2", "autonpo.early.scout_steps=2", "autonpo.early.replay_steps=2")
 
 
 def question(out: Path, **changes: object) -> Question:

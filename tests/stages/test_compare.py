@@ -110,7 +110,7 @@ def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(se
 
 def test_settings_without_effect_are_no_difference(seeds, tmp_path):
     root = tmp_path / "tuned"
-    train(root, *SETTINGS, "auto.patience=9", "inject.gate=0.25", "train.save_every=1")
+    train(root, *SETTINGS, "autonpo.trigger.patience=9", "guide.inject.max_accuracy=0.25", "train.save_every=1")
     found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
     assert [one.differs for one in found[ArmSummary]] == [(), (), ("guided by nobody -> 4 at 2",)]
     assert said(found) == []
@@ -256,7 +256,10 @@ def test_comparing_writes_into_no_run(seeds, tmp_path):
 
 
 def test_forward_passes_are_an_axis_where_an_older_copy_was_asked(tmp_path):
-    for name, more in (("plain", ()), ("pushed", ("guide.source=extrapolated", "extrapolate.k=2", "inject.gate=1"))):
+    for name, more in (
+        ("plain", ()),
+        ("pushed", ("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.max_accuracy=1")),
+    ):
         train(tmp_path / name, "train.num_steps=4", "eval.every=2", *more)
     plain, pushed = compared(f"plain={tmp_path / 'plain'}", f"pushed={tmp_path / 'pushed'}")[ArmSummary]
     assert plain.spent["forwards"] == plain.spent["tokens"]

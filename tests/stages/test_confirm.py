@@ -38,7 +38,7 @@ class Counting:
 def probe_at_6(root: Path, **changes: object) -> tuple[Probe, list[tuple[str, int]]]:
     """What the plain run's step 6 is asked, and a list of who will have been."""
     asked: list[tuple[str, int]] = []
-    world = with_settings(world_at(root, 6, branch="main"), "probe", **changes)
+    world = with_settings(world_at(root, 6, branch="main"), "autonpo.probe", **changes)
     world = replace(world, engine=Counting(engine=world.engine, asked=asked))
     return open_confirmation(world, "main", find_checkpoint(world.run, "main", 6)), asked
 
@@ -60,7 +60,7 @@ def answers(probe: Probe) -> list[Group]:
 def everybody(plain, tmp_path_factory) -> tuple[Probe, Confirmation]:
     """All mistakes of steps 3 to 6 asked again, so that nothing is weighted."""
     root = copied(plain, tmp_path_factory.mktemp("everybody") / "run")
-    probe, _ = probe_at_6(root, prompts=16)
+    probe, _ = probe_at_6(root, num_prompts=16)
     return probe, finished(confirmed(probe))
 
 
@@ -182,7 +182,10 @@ def test_a_finished_probe_is_read_and_nobody_is_asked(watched, tmp_path):
 
 def test_other_settings_are_another_probe(watched, tmp_path):
     root = copied(watched, tmp_path / "run")
-    folders = [probe_at_6(root, **changes)[0].folder.folder for changes in ({}, {"k": 5}, {"prompts": 9}, {})]
+    folders = [
+        probe_at_6(root, **changes)[0].folder.folder
+        for changes in ({}, {"samples_per_prompt": 5}, {"num_prompts": 9}, {})
+    ]
     assert folders[0] == folders[3]
     assert len(set(folders)) == 3
 

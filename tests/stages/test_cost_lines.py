@@ -17,7 +17,7 @@ def whole(scout, tmp_path_factory) -> Path:
     """4 steps on main, a guide of step 4 for step 2, steps 3 and 4 again as `near`, and a scoring."""
     root = copied(scout, tmp_path_factory.mktemp("whole") / "run")
     resume(root, at=2, guide="near")
-    score(root, "score.k=2", "score.resamples=50", "inject.gate=1.0", at=2)
+    score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
     return root
 
 

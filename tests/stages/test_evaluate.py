@@ -98,7 +98,7 @@ def test_a_checkpoint_evaluated_later_gets_the_figure_it_got_in_training(scout, 
 def test_more_samples_are_another_evaluation(scout, tmp_path):
     root = copied(scout, tmp_path / "run")
     (two,) = evaluated(root, step=2)
-    (five,) = evaluated(root, step=2, overrides=("eval.samples=5",))
+    (five,) = evaluated(root, step=2, overrides=("eval.samples_per_prompt=5",))
     assert (two.num_samples, five.num_samples) == (2, 5)
     assert evals(open_run(root)) == [two, five]
 

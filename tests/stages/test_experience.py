@@ -16,7 +16,13 @@ from npo_cli.stages.experience import composed, selected, unretired
 from tests.stages.running import copied, files_of, resume, resuming, sample, train, world_at
 
 EXGRPO = (
-    *("experience.share=0.5", "experience.start=0.0", "inject.ratio=exact", "inject.shape=soft", "inject.clip=false"),
+    *(
+        "guide.experience.replay_fraction=0.5",
+        "guide.experience.start_accuracy=0.0",
+        "guide.inject.ratio=exact",
+        "guide.inject.ratio_shaping=soft",
+        "guide.inject.clip_off_policy=false",
+    ),
     *("train.num_steps=8", "task.kind=any", "train.lr=1e-4"),
 )
 
@@ -149,5 +155,5 @@ def test_a_prompt_is_in_a_batch_once(replaying):
 def test_a_guide_cache_beside_the_memory_is_refused(replaying, tmp_path):
     root = copied(replaying, tmp_path / "run")
     sample(root, guide_step=4, at=2)
-    with pytest.raises(NpoError, match=r"experience.share replays .* guide near fills the same slots"):
+    with pytest.raises(NpoError, match=r"guide.experience.replay_fraction replays .* guide near fills the same slots"):
         resume(root, at=2, guide="near")

@@ -23,7 +23,7 @@ from tests.stages.trainers import trl_output
 def guided(scout, tmp_path_factory):
     """A copy of the tiny run, whose guide answers are given to the easy prompts as well."""
     root = copied(scout, tmp_path_factory.mktemp("export") / "run")
-    sample(root, "inject.gate=1.0", "guide.keep=all", name="all")
+    sample(root, "guide.inject.max_accuracy=1.0", "guide.cache.keep=all", name="all")
     return root
 
 
@@ -64,7 +64,7 @@ def test_for_verl_prompts_are_chats_and_that_is_told(guided, tmp_path):
 def test_a_table_comes_back_as_a_file_of_traces_token_for_token(guided, tmp_path):
     rows = rows_of(guided, tmp_path / "g.parquet")
     options = {"source": "file", "origin": str(tmp_path / "g.parquet"), "guide_step": None, "steps": 2, "name": "back"}
-    sample(guided, "inject.gate=1.0", "guide.keep=all", **options)
+    sample(guided, "guide.inject.max_accuracy=1.0", "guide.cache.keep=all", **options)
     _, kept = load_guide(open_run(guided), "back")
     assert {name: some[0].response_ids for name, some in kept.items()} == {
         row["prompt_id"]: tuple(row["response_ids"]) for row in rows

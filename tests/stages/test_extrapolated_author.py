@@ -17,7 +17,13 @@ from npo_cli.stages.pushes import push_of, pushes_of
 from tests.stages.running import LORA, copied, resume, sample, train, world_at
 from tests.stages.test_score_sources import scored
 
-LINE = ("train.num_steps=6", "guide.k=4", "score.prompts=16", "score.k=2", "inject.gate=1.0")
+LINE = (
+    "train.num_steps=6",
+    "guide.cache.samples_per_prompt=4",
+    "scoring.num_prompts=16",
+    "scoring.samples_per_prompt=2",
+    "guide.inject.max_accuracy=1.0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def test_a_comparison_asked_again_samples_nothing_new(line, tmp_path):
 def test_retention_keeps_the_older_copy_of_a_cache(line, tmp_path):
     root = copied(line, tmp_path / "run")
     extrapolated(root, "logits:2:1")
-    resume(root, "train.num_steps=10", "train.keep_anchors=1", "train.keep_guides=1")
+    resume(root, "train.num_steps=10", "train.keep_full_checkpoints=1", "train.keep_weights_only=1")
     # 0 always, 2 and 4 for the cache, 8 by the quota of guides, 10 the newest
     assert [found.step for found in list_checkpoints(open_run(root), "main")] == [0, 2, 4, 8, 10]
 

@@ -27,11 +27,17 @@ from tests.stages.guides import with_settings
 from tests.stages.running import train, world_at
 
 ASKED = (
-    *("guide.source=extrapolated", "extrapolate.k=2", "extrapolate.a=2.0", "task.kind=any", "inject.gate=0.8"),
+    *(
+        "guide.source=extrapolated",
+        "extrapolation.k=2",
+        "extrapolation.a=2.0",
+        "task.kind=any",
+        "guide.inject.max_accuracy=0.8",
+    ),
     *("train.num_steps=4", "train.prompts_per_step=12", "train.group_size=6", "train.grad_clip=1e9"),
 )
 CLIP, CAP = 0.2, 2.0
-"""loss.clip_low = loss.clip_high; and both inject.decoupled_cap and mismatch.cap."""
+"""loss.clip_low = loss.clip_high; and both guide.inject.decoupled_cap and mismatch.cap."""
 SHIFTS = (0.5, 1.0)
 """What the engine finds own rows less likely by than the trainer does, in nats a token, in turn."""
 
@@ -66,11 +72,11 @@ class Mixed:
     lines: list[Line]
 
 
-@pytest.fixture(scope="module", params=["logits-inject", "logits-seats", "weights-seats"])
+@pytest.fixture(scope="module", params=["logits-inject", "logits-sample", "weights-sample"])
 def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
     space, seat = request.param.split("-")
     root = tmp_path_factory.mktemp("asked") / "run"
-    train(root, *ASKED, f"extrapolate.space={space}", f"extrapolate.seat={seat}", "extrapolate.seats=2")
+    train(root, *ASKED, f"extrapolation.space={space}", f"extrapolation.mode={seat}", "extrapolation.slots=2")
     world = world_at(root, 4)
     ahead = Extrapolator(world=world, branch="main").ahead(push_in_force(world.recipe, None), step=4)
     journal = RolloutJournal(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
@@ -144,7 +150,7 @@ def both_gradients(
     """Of the second of two updates: as the trainer makes it, and by hand."""
     # The update moves the weights, so it has a world of its own.
     world = with_settings(world_at(mixed.world.run.root, 4), "train", num_updates=2)
-    world = with_settings(with_settings(world, "inject", ratio=ratio), "mismatch", mode=mismatch)
+    world = with_settings(with_settings(world, "guide.inject", ratio=ratio), "mismatch", mode=mismatch)
     jolt: Any = Jolt(world.policy.model)
     Updater(world.policy, jolt, world.recipe).take_step(rows, lr=1.0)
     half = len(rows) // 2
@@ -190,7 +196,7 @@ def charged(ratio: str, own_weight: Callable[[Tensor], Tensor] = torch.ones_like
 
 
 def rows_of(mixed: Mixed) -> list[TrainRow]:
-    return train_rows(mixed.world.policy, mixed.batch.chosen, mixed.world.recipe.inject)
+    return train_rows(mixed.world.policy, mixed.batch.chosen, mixed.world.recipe.guide.inject)
 
 
 def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -229,7 +235,7 @@ def own(group: Group) -> list[Rollout]:
 def test_every_token_has_the_gradient_that_its_mode_says(mixed, ratio):
     signs = {line.advantage > 0 for line in taught(mixed)}
     # what is injected is right, a seat may be either
-    assert signs == ({True} if mixed.world.recipe.extrapolate.seat == "inject" else {True, False})
+    assert signs == ({True} if mixed.world.recipe.extrapolation.mode == "inject" else {True, False})
     trained, by_hand = both_gradients(mixed, rows_of(mixed), charged(ratio), ratio=ratio)
     assert distance(trained, by_hand) < 1e-5
 
@@ -269,7 +275,7 @@ def test_the_engines_mismatch_weighs_own_rows_and_leaves_its_answers_alone(mixed
 
 
 def test_answers_without_a_slot_teach_nothing(mixed):
-    if mixed.world.recipe.extrapolate.seat == "seats":
+    if mixed.world.recipe.extrapolation.mode == "sample":
         assert not any(group.spare for group in mixed.batch.mixed)
         return
     right = [one for group in mixed.batch.mixed for one in group.spare if one.verdict == "correct"]

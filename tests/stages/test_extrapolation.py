@@ -22,10 +22,10 @@ from npo_cli.stages.train import train_run
 from tests.stages.running import LORA, copied, files_of, reproducible, resume, sample, stop_after, tiny, train, world_at
 
 AHEAD = (
-    *("guide.source=extrapolated", "extrapolate.k=2", "inject.ratio=proximal", "train.num_steps=6"),
-    *("task.kind=mix3", "inject.gate=0.25"),
+    *("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.ratio=proximal", "train.num_steps=6"),
+    *("task.kind=mix3", "guide.inject.max_accuracy=0.25"),
 )
-SEATS = (*AHEAD, "extrapolate.seat=seats", "extrapolate.seats=1")
+SEATS = (*AHEAD, "extrapolation.mode=sample", "extrapolation.slots=1")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_run_killed_anywhere_comes_out_the_same_bit_for_bit(settings, fixture,
 def adapted(request, tmp_path_factory) -> Path:
     """Adapters alone are trained and pushed."""
     root = tmp_path_factory.mktemp("adapted") / "run"
-    train(root, *AHEAD, *LORA, f"extrapolate.space={request.param}")
+    train(root, *AHEAD, *LORA, f"extrapolation.space={request.param}")
     assert any(answers_in(group) for group in groups_at(root, 6))
     return root
 
@@ -131,8 +131,8 @@ def adapted(request, tmp_path_factory) -> Path:
 def test_a_run_of_adapters_killed_anywhere_comes_out_the_same_bit_for_bit(adapted, step, tmp_path):
     """3 is recorded and not saved; after 4 the older copy is the one of step 2, read into a model of its own again."""
     root = tmp_path / "run"
-    space = open_run(adapted).recipe("main")["extrapolate"]["space"]
-    stop_after(train_run(root, tiny(*AHEAD, *LORA, f"extrapolate.space={space}"), allow_code=False), step)
+    space = open_run(adapted).recipe("main")["extrapolation"]["space"]
+    stop_after(train_run(root, tiny(*AHEAD, *LORA, f"extrapolation.space={space}"), allow_code=False), step)
     resume(root)
     ours, theirs = reproducible(root), reproducible(adapted)
     assert any(name.endswith("adapter_model.safetensors") for name in theirs)
@@ -189,7 +189,7 @@ def test_pushed_weights_leave_no_trace_in_the_weights(lora, tmp_path):
     plain, asked = tmp_path / "plain", tmp_path / "asked"
     settings = (*lora, "train.num_steps=6", "sampling.max_new_tokens=2")
     train(plain, *settings)
-    train(asked, *AHEAD, *settings, "extrapolate.space=weights")
+    train(asked, *AHEAD, *settings, "extrapolation.space=weights")
     groups = [group for step in range(3, 7) for group in groups_at(asked, step)]
     assert sum(len(answers_in(group)) for group in groups) == 2 * len(groups)
     ours, theirs = reproducible(asked), reproducible(plain)
@@ -199,8 +199,8 @@ def test_pushed_weights_leave_no_trace_in_the_weights(lora, tmp_path):
 
 def test_a_cache_at_work_has_the_slots_and_afterwards_the_motion_again(injected, tmp_path):
     root = copied(injected, tmp_path / "run")
-    sample(root, "inject.gate=1.0", guide_step=4, at=2)
-    resume(root, "inject.gate=1.0", at=2, guide="near", new_branch="helped")
+    sample(root, "guide.inject.max_accuracy=1.0", guide_step=4, at=2)
+    resume(root, "guide.inject.max_accuracy=1.0", at=2, guide="near", new_branch="helped")
     sources = {
         step: {one.source for group in groups_at(root, step, "helped") for one in group.rollouts} for step in (3, 5)
     }
@@ -216,13 +216,13 @@ def test_a_replay_may_turn_it_on_and_is_refused_where_the_older_copy_is_gone(inj
     with pytest.raises(NpoError, match=r"no checkpoint of main in steps 1 to 2"):
         resume(root, at=4, new_branch="again")
     assert files_of(root) == before
-    assert [report.step for report in resume(root, "extrapolate.k=3", at=4, new_branch="again")] == [5, 6]
+    assert [report.step for report in resume(root, "extrapolation.k=3", at=4, new_branch="again")] == [5, 6]
     assert metrics_of(root, "again")[0]["extrapolate/lag"] == 4
 
 
 def test_retention_never_takes_the_older_copy(tmp_path):
     root = tmp_path / "run"
-    quotas = ("train.save_every=1", "train.keep_anchors=1", "train.keep_guides=1", "extrapolate.k=3")
+    quotas = ("train.save_every=1", "train.keep_full_checkpoints=1", "train.keep_weights_only=1", "extrapolation.k=3")
     train(root, *AHEAD, *quotas, "train.num_steps=8")
     assert metrics_of(root)[-1]["extrapolate/lag"] == 3
     # 0 always; 5 to 8, 3 steps back and one save more; 4 is the one guide of the quota
@@ -234,8 +234,8 @@ def test_retention_never_takes_the_older_copy(tmp_path):
     ("setting", "why"),
     [
         ("train.save_every=3", "train.save_every must be at most that, got 3"),
-        ("experience.share=0.5", "fill the same slots"),
-        ("extrapolate.k_grid=[2,2]", "names a value twice"),
+        ("guide.experience.replay_fraction=0.5", "use the same slots"),
+        ("extrapolation.k_grid=[2,2]", "contains a value twice"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(setting, why):
@@ -244,5 +244,5 @@ def test_settings_that_cannot_work_are_refused(setting, why):
 
 
 def test_as_many_seats_as_slots_are_refused():
-    with pytest.raises(NpoError, match=r"extrapolate\.seats must be below train\.group_size"):
-        tiny(*SEATS, "extrapolate.seats=4")
+    with pytest.raises(NpoError, match=r"extrapolation\.slots must be below train\.group_size"):
+        tiny(*SEATS, "extrapolation.slots=4")

@@ -27,7 +27,13 @@ from tests.stages.running import reproducible, resume, sample, score, stop_after
 
 SMALL = (
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=8"),
-    *("task.pool_size=16", "task.heldout_size=4", "eval.every=0", "guide.k=16", "guide.per_prompt=1"),
+    *(
+        "task.pool_size=16",
+        "task.heldout_size=4",
+        "eval.every=0",
+        "guide.cache.samples_per_prompt=16",
+        "guide.cache.max_responses_per_prompt=1",
+    ),
 )
 
 BLIND_WITHOUT = pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision")
@@ -143,7 +149,7 @@ def test_adapters_beside_a_model_that_sees_go_round_as_well(taught_vl: Path, tmp
 
 def test_the_pushed_policy_sees_the_pictures_and_a_killed_run_asks_it_again(taught_vl: Path, tmp_path: Path):
     """What step 4 asked is what the policy of step 3, pushed away from step 1, scores when it is read again."""
-    pushed = ("guide.source=extrapolated", "extrapolate.k=2", "inject.gate=0.9", "train.save_every=1")
+    pushed = ("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.max_accuracy=0.9", "train.save_every=1")
     whole, mended = tmp_path / "whole", tmp_path / "mended"
     list(training(whole, taught_vl, *pushed))
     world = world_at(whole, 3)

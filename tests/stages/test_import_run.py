@@ -26,7 +26,12 @@ from npo_cli.stages.show import show_run
 from tests.stages.running import TINY, files_of, resume, sample, score, world_at
 from tests.stages.trainers import hf_folder, trl_output
 
-FEW = ("score.prompts=8", "score.k=2", "score.resamples=50", "inject.gate=1.0")
+FEW = (
+    "scoring.num_prompts=8",
+    "scoring.samples_per_prompt=2",
+    "scoring.bootstrap_resamples=50",
+    "guide.inject.max_accuracy=1.0",
+)
 
 
 def importing(root: Path, home: Path, *overrides: str, metrics: Path | None = None, base: bool = False) -> Iterator:
@@ -76,7 +81,7 @@ def test_candidates_are_scored_a_guide_sampled_and_steps_evaluated(trl_run):
     root, _ = trl_run
     (found,) = score(root, *FEW, at=2)
     assert (found.step, found.distance) == (4, 2)
-    assert sample(root, "inject.gate=1.0").complete
+    assert sample(root, "guide.inject.max_accuracy=1.0").complete
     reports = [
         one
         for one in evaluate_run(root, step=None, every_step=True, branch=None, overrides=(), allow_code=False)
@@ -104,7 +109,7 @@ def test_training_goes_on_from_it_only_with_an_optimizer_begun_anew(trl_run):
     with pytest.raises(NpoError, match="weights only") as refused:
         resume(root, at=2)
     assert refused.value.hint.endswith("--at 2 --fresh-optimizer")
-    sample(root, "inject.gate=1.0", name="again")
+    sample(root, "guide.inject.max_accuracy=1.0", name="again")
     assert [one.step for one in resume(root, at=2, guide="again", fresh=True)] == [3, 4]
     # the branch has states of its own from here on
     assert [one.step for one in resume(root, "train.num_steps=5")] == [5]
@@ -115,7 +120,13 @@ def test_the_trigger_is_rehearsed_where_both_signals_are_on_record(tmp_path):
     home = trl_output(tmp_path / "out", history=rising)
     (home / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rising))
     imported(tmp_path / "run", home, "train.num_steps=80", metrics=home / "log.jsonl")
-    asked = {"columns": Columns(), "overrides": ("auto.warmup=10",), "branch": None, "picture": None, "draw": False}
+    asked = {
+        "columns": Columns(),
+        "overrides": ("autonpo.trigger.warmup_steps=10",),
+        "branch": None,
+        "picture": None,
+        "draw": False,
+    }
     from_run = list(rehearse(tmp_path / "run", **asked))
     assert any(isinstance(one, Notice) and "fired" in one.message for one in from_run)
 

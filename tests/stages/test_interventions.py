@@ -50,7 +50,7 @@ def test_right_answers_of_the_probe_are_the_guides_word_for_word(watched):
                 assert (entry.num_sampled, entry.num_correct, entry.num_tokens) == (4, len(right), 0)
                 num_reused += 1
             else:
-                # guide.k = 8 in all; whoever has no answer was asked that often
+                # guide.cache.samples_per_prompt = 8 in all; whoever has no answer was asked that often
                 assert entry.num_sampled <= 8
                 assert entry.num_correct or entry.num_sampled == 8
                 assert entry.num_tokens > 0
@@ -65,7 +65,7 @@ def test_a_rejected_probe_leaves_training_as_if_it_had_never_been(plain, tmp_pat
     list(auto_training(root, *REJECTING))
     assert events_of(root).count("rejected") >= 2
     assert {"accepted", "guided", "rolled_back"}.isdisjoint(events_of(root))
-    assert "auto.q_min is 99 %" in the_move(root, "rejected").evidence["reason"]
+    assert "autonpo.probe.min_quality is 99 %" in the_move(root, "rejected").evidence["reason"]
     assert main_of(root) == main_of(plain)
     assert branches(open_run(root)) == ["main"]
     assert not list_guides(open_run(root))
@@ -76,7 +76,7 @@ def test_a_rejected_probe_leaves_training_as_if_it_had_never_been(plain, tmp_pat
 
 def test_after_the_replay_the_run_may_end_there(watched, tmp_path):
     root = tmp_path / "run"
-    list(auto_training(root, "replay.after=stop"))
+    list(auto_training(root, "autonpo.replay.after=stop"))
     assert events_of(root)[-1] == "replayed"
     # What it did up to there is what it does otherwise: the last checkpoint is that of step 6.
     theirs = decided(watched)
@@ -85,12 +85,12 @@ def test_after_the_replay_the_run_may_end_there(watched, tmp_path):
     assert all(theirs[name] == digest for name, digest in ours.items())
     # It stays ended, until somebody changes that.
     assert steps_of(auto_resuming(root)) == []
-    assert next(report.step for report in steps_of(auto_resuming(root, "replay.after=continue"))) == 7
+    assert next(report.step for report in steps_of(auto_resuming(root, "autonpo.replay.after=continue"))) == 7
 
 
 def test_a_replay_that_is_not_worse_is_kept(tmp_path):
     root = tmp_path / "run"
-    list(auto_training(root, "replay.accept_test=true", "auto.max=1"))
+    list(auto_training(root, "autonpo.replay.acceptance_test=true", "autonpo.max_interventions=1"))
     kept = the_move(root, "kept")
     assert (kept.phase_before, kept.state.branch, kept.evidence["parent"]) == ("JUDGE", "auto-1", "main")
     assert kept.evidence["num_prompts"] == 8
@@ -103,7 +103,14 @@ def test_a_replay_that_is_not_worse_is_kept(tmp_path):
 def test_a_worse_replay_is_left_and_its_parent_goes_on_like_plain_grpo(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(PairedTest, "worse", property(lambda test: True))
     root = tmp_path / "run"
-    list(auto_training(root, "replay.accept_test=true", "auto.cooldown=2", "auto.max=1"))
+    list(
+        auto_training(
+            root,
+            "autonpo.replay.acceptance_test=true",
+            "autonpo.trigger.cooldown_steps=2",
+            "autonpo.max_interventions=1",
+        )
+    )
     reverted = the_move(root, "reverted")
     # Judged at 6, resting at 7 and 8, armed at 9 on the parent.
     assert (reverted.step, reverted.state.branch, reverted.state.phase, reverted.state.until) == (
@@ -120,7 +127,7 @@ def test_a_worse_replay_is_left_and_its_parent_goes_on_like_plain_grpo(plain, tm
 
 def test_a_test_that_lacks_one_of_the_two_keeps_the_replay_and_says_why(tmp_path):
     root = tmp_path / "run"
-    for record in auto_training(root, "replay.accept_test=true", "auto.max=1"):
+    for record in auto_training(root, "autonpo.replay.acceptance_test=true", "autonpo.max_interventions=1"):
         if getattr(record, "event", "") == "replayed":
             delete_checkpoint(find_checkpoint(open_run(root), "main", 6))
     missed = the_move(root, "missed")
@@ -131,8 +138,14 @@ def test_a_test_that_lacks_one_of_the_two_keeps_the_replay_and_says_why(tmp_path
 
 def test_a_short_early_window_asks_only_its_own_prompts_and_is_judged_at_its_end(tmp_path):
     root = tmp_path / "run"
-    early = ("auto.early=true", "early.scout=8", "early.window=2", "replay.accept_test=true", "auto.warmup=9")
-    kept = ("auto.deltas=[2]", "train.keep_anchors=2", "auto.max=0")
+    early = (
+        "autonpo.early.enabled=true",
+        "autonpo.early.scout_steps=8",
+        "autonpo.early.replay_steps=2",
+        "autonpo.replay.acceptance_test=true",
+        "autonpo.trigger.warmup_steps=9",
+    )
+    kept = ("autonpo.rollback.distances=[2]", "train.keep_full_checkpoints=2", "autonpo.max_interventions=0")
     list(auto_training(root, *early, *kept))
     assert {"kept", "reverted"} & set(events_of(root))
     asked = read_asked(open_run(root).guide_folder("early"))
@@ -145,7 +158,15 @@ def test_a_short_early_window_asks_only_its_own_prompts_and_is_judged_at_its_end
 
 def test_an_early_bootstrap_teaches_a_new_start(tmp_path):
     root = tmp_path / "run"
-    list(auto_training(root, "auto.early=true", "early.scout=4", "early.window=2", "auto.c_H=1000000"))
+    list(
+        auto_training(
+            root,
+            "autonpo.early.enabled=true",
+            "autonpo.early.scout_steps=4",
+            "autonpo.early.replay_steps=2",
+            "autonpo.trigger.min_entropy_drop_se=1000000",
+        )
+    )
     assert events_of(root) == ["started", "early", "guided", "rolled_back", "replayed", "armed"]
     born = segments(open_run(root))[-1]
     assert (born.branch, born.parent, born.fork_step, born.guide_until) == ("early", "main", 0, 2)
@@ -184,7 +205,7 @@ def test_without_one_old_state_the_other_distances_are_chosen_from(plain, tmp_pa
     """D = 2 of step 6 leads to step 4, which is gone; D = 4 leads to step 2."""
     root = copied(plain, tmp_path / "run")
     spoil(find_checkpoint(open_run(root), "main", 4))
-    list(auto_resuming(root, "auto.max=1"))
+    list(auto_resuming(root, "autonpo.max_interventions=1"))
     accepted = the_move(root, "accepted")
     assert (accepted.step, accepted.state.distance) == (6, 4)
     assert the_move(root, "rolled_back").evidence["to_step"] == 2
@@ -194,8 +215,10 @@ def test_without_any_old_state_nobody_is_asked(plain, tmp_path):
     root = copied(plain, tmp_path / "run")
     for step in (2, 4):
         delete_checkpoint(find_checkpoint(open_run(root), "main", step))
-    list(auto_resuming(root, "auto.max=1"))
-    assert the_move(root, "missed").evidence == {"what": "no full state at any of auto.deltas before step 6"}
+    list(auto_resuming(root, "autonpo.max_interventions=1"))
+    assert the_move(root, "missed").evidence == {
+        "what": "no full state at any of autonpo.rollback.distances before step 6"
+    }
     assert not any(root.glob("probes/main_step_000006*/rollouts*"))
 
 
@@ -222,6 +245,9 @@ def test_states_saved_before_mistakes_were_remembered_still_load(plain, tmp_path
     (root / "branches/main/checkpoints/step_000012").rename(tmp_path / "gone")
     assert peek_state(find_checkpoint(open_run(root), "main", 6).anchor_path).mistakes == ()
     list(auto_resuming(root))
-    assert the_move(root, "rejected").evidence["reason"] == "only 0 mistakes in the last 4 steps; auto.pool_min is 2"
+    assert (
+        the_move(root, "rejected").evidence["reason"]
+        == "only 0 mistakes in the last 4 steps; autonpo.rollback.min_failed_prompts is 2"
+    )
     ours = find_checkpoint(open_run(root), "main", 12).path / "model.safetensors"
     assert ours.read_bytes() == (tmp_path / "gone/model.safetensors").read_bytes()

@@ -37,7 +37,7 @@ KINDS = {
     ),
     "lora": LORA,
     "lora with kl to the base": (*LORA, "loss.kl_coef=0.05"),
-    "retention": ("train.keep_anchors=1", "train.keep_guides=1"),
+    "retention": ("train.keep_full_checkpoints=1", "train.keep_weights_only=1"),
 }
 LONGER = ("train.num_steps=10", "train.save_every=4")
 

@@ -36,7 +36,12 @@ def circled(tmp_path_factory) -> Path:
     """Trained, scored, a guide sampled, rolled back, replayed."""
     root = tmp_path_factory.mktemp("lora") / "run"
     train(root, *LORA)
-    assert [found.step for found in score(root, "score.prompts=8", "score.k=2", "inject.gate=1.0")] == [2, 4]
+    assert [
+        found.step
+        for found in score(
+            root, "scoring.num_prompts=8", "scoring.samples_per_prompt=2", "guide.inject.max_accuracy=1.0"
+        )
+    ] == [2, 4]
     assert sample(root).complete
     assert [report.step for report in resume(root, at=2, guide="near")] == [3, 4]
     return root
@@ -75,7 +80,7 @@ def test_every_command_reads_such_a_run(circled, tmp_path):
 
 def test_retention_keeps_adapters_as_guides(tmp_path):
     root = tmp_path / "run"
-    train(root, *LORA, "train.save_every=1", "train.keep_anchors=1", "train.keep_guides=1")
+    train(root, *LORA, "train.save_every=1", "train.keep_full_checkpoints=1", "train.keep_weights_only=1")
     kept = [(found.step, found.tier) for found in list_checkpoints(open_run(root), "main")]
     assert kept == [(0, "anchor"), (3, "guide"), (4, "anchor")]
 
@@ -101,7 +106,7 @@ def one_update(root: Path, reference_of: Callable[[World], Policy]) -> tuple[flo
     groups = RolloutJournal(world.run.rollouts_path("main")).read_step(4)
     optimizer = build_optimizer(world.policy.model, recipe.train)
     updater = Updater(world.policy, optimizer, recipe, reference=reference_of(world))
-    report = updater.take_step(train_rows(world.policy, with_advantages(world, groups), recipe.inject), lr=1e-3)
+    report = updater.take_step(train_rows(world.policy, with_advantages(world, groups), recipe.guide.inject), lr=1e-3)
     return report.loss, report.grad_norm, world.policy.digest
 
 
@@ -168,7 +173,11 @@ def test_rank_and_scale_belong_to_a_runs_birth_and_so_does_the_base_without_adap
 # AutoNPO
 
 
-@pytest.mark.parametrize("early", [(), ("auto.early=true", "early.scout=4", "early.window=4")], ids=["late", "early"])
+@pytest.mark.parametrize(
+    "early",
+    [(), ("autonpo.early.enabled=true", "autonpo.early.scout_steps=4", "autonpo.early.replay_steps=4")],
+    ids=["late", "early"],
+)
 def test_autonpo_steps_in_on_adapters(tmp_path, early):
     root = tmp_path / "run"
     steps_of(train_auto(root, eager(*LORA, *early), allow_code=False))

@@ -23,7 +23,7 @@ DIVISORS = Divisors(num_sequences=1, num_tokens=1, max_tokens=1)
 
 
 def recipe(name: str, *overrides: str) -> Recipe:
-    return load_recipe("micro-sparse", ["loss.entropy_coef=0", "inject.ratio=exact", *overrides], method=name)
+    return load_recipe("micro-sparse", ["loss.entropy_coef=0", "guide.inject.ratio=exact", *overrides], method=name)
 
 
 def gradient(settings: Recipe, *, policy: float, author: float | None, advantage: float = 1.0) -> float:
@@ -35,7 +35,7 @@ def gradient(settings: Recipe, *, policy: float, author: float | None, advantage
         mask_NT=tensor([[True]]),
         advantages_N=tensor([advantage]),
         foreign_N=tensor([True]),
-        free_N=tensor([not settings.inject.clip]),
+        free_N=tensor([not settings.guide.inject.clip_off_policy]),
     )
     loss, _ = policy_loss(logps_NT, rows, knobs=loss_knobs(settings), divisors=DIVISORS)
     (found,) = torch.autograd.grad(loss, logps_NT)
@@ -44,7 +44,7 @@ def gradient(settings: Recipe, *, policy: float, author: float | None, advantage
 
 def advantages(settings: Recipe, rewards: list[float], foreign: int) -> Tensor:
     own_PG = tensor([[True] * (len(rewards) - foreign) + [False] * foreign])
-    baseline_PG = own_PG if settings.inject.baseline == "own" else None
+    baseline_PG = own_PG if settings.guide.inject.baseline == "on_policy" else None
     loss = settings.loss
     return group_advantages(
         tensor([rewards]), divide_by_std=loss.divide_by_std, eps=loss.adv_eps, baseline_PG=baseline_PG
@@ -105,12 +105,12 @@ def test_a_bad_trace_is_pushed_down_with_the_same_weight():
 
 
 def test_a_row_that_is_not_clipped_keeps_its_gradient_and_an_own_one_may_lose_its_clip_too():
-    far = recipe("matched/npo-late", "inject.clip=false")
+    far = recipe("matched/npo-late", "guide.inject.clip_off_policy=false")
     assert gradient(far, policy=0.6, author=0.4) == pytest.approx(1.5)
 
 
 def test_the_own_baseline_leaves_foreign_rewards_out_of_mean_and_deviation():
-    settings = recipe("matched/grpo", "inject.baseline=own")
+    settings = recipe("matched/grpo", "guide.inject.baseline=on_policy")
     # own rewards 0 0 1: mean 1/3, sd .57735; the foreign 1 stands (2/3) / .57735 above them
     assert advantages(settings, [0.0, 0.0, 1.0, 1.0], 1).tolist() == pytest.approx(
         [-0.57735, -0.57735, 1.1547, 1.1547], abs=1e-4

@@ -20,7 +20,12 @@ from tests.stages.running import copied, resume, sample, train, trajectories, wo
 from tests.stages.teachers import in_other_tokens
 
 OUTSIDE = {"guide_step": None, "name": "taught"}
-LUFFY = ("inject.ratio=unit", "inject.shape=soft", "inject.clip=false", "inject.gate=1")
+LUFFY = (
+    "guide.inject.ratio=unit",
+    "guide.inject.ratio_shaping=soft",
+    "guide.inject.clip_off_policy=false",
+    "guide.inject.max_accuracy=1",
+)
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabiliti
 
 def test_the_same_policy_in_other_tokens_says_as_much_that_is_right(root, foreigner):
     """Base and foreigner are one policy in two spellings; drawn 64 times on 8 prompts they agree but for chance."""
-    many = ("guide.k=64", "guide.select=shortest")
+    many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest")
     ours = sample(root, *many, source="base", guide_step=None, name="ours")
     theirs = sample(root, *many, source="model", origin=str(foreigner), guide_step=None, name="theirs")
     shares = []
@@ -132,7 +137,7 @@ def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_
 def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens):
     origin = teacher_folder(root) if tokens == "same" else foreigner
     # every prompt has a trajectory, right or wrong: the gate of 1 lets all of them in
-    sample(root, "guide.keep=all", source="model", origin=str(origin), at=0, **OUTSIDE)
+    sample(root, "guide.cache.keep=all", source="model", origin=str(origin), at=0, **OUTSIDE)
     reports = resume(root, *LUFFY, at=0, guide="taught")
     assert [report.step for report in reports] == [1, 2, 3, 4]
     assert {report.metrics["inject/slots"] for report in reports} == {4.0}
@@ -142,9 +147,11 @@ def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens)
 
 def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_can_be_used(root, foreigner):
     sample(root, source="model", origin=str(foreigner), **OUTSIDE)
-    with pytest.raises(NpoError, match=r"inject\.ratio=exact divides by .* guide taught, which nobody knows") as caught:
-        resume(root, "inject.ratio=exact", at=2, guide="taught")
-    assert caught.value.hint.startswith("inject.ratio=unit")
+    with pytest.raises(
+        NpoError, match=r"guide\.inject\.ratio=exact divides by .* guide taught, which nobody knows"
+    ) as caught:
+        resume(root, "guide.inject.ratio=exact", at=2, guide="taught")
+    assert caught.value.hint.startswith("guide.inject.ratio=unit")
 
 
 @pytest.mark.parametrize("kill_after", [1, 2])

@@ -57,7 +57,7 @@ def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_d
 def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
     root = copied(veteran, tmp_path / "run")
     sample(root, source="past", at=4, **NAMED)
-    reports = resume(root, "inject.ratio=exact", "inject.gate=1", at=4, guide="given")
+    reports = resume(root, "guide.inject.ratio=exact", "guide.inject.max_accuracy=1", at=4, guide="given")
     assert sum(report.metrics["inject/slots"] for report in reports) == len(trajectories(root, "given"))
     assert len(reports) == 4
 
@@ -65,7 +65,9 @@ def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
 def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
     root = tmp_path / "run"
     train(root, "train.num_steps=12", "task.pool_size=4", "train.save_every=4")
-    sample(root, "guide.per_prompt=8", "guide.k=8", source="past", at=8, **NAMED)
+    sample(
+        root, "guide.cache.max_responses_per_prompt=8", "guide.cache.samples_per_prompt=8", source="past", at=8, **NAMED
+    )
     history = recorded(root, range(1, 9))
     for prompt_id, several in load_guide(open_run(root), "given")[1].items():
         texts = [kept.text for kept in several]

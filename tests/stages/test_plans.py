@@ -21,7 +21,14 @@ def typed(found: list[tuple[str, ...]], folder: Path) -> list[str]:
 
 
 def test_npo_early_and_late_is_five_commands(tmp_path):
-    here = cell(tmp_path, "matched/npo", "intervention.at=2", "intervention.guide=4", "early.scout=3", "early.window=2")
+    here = cell(
+        tmp_path,
+        "matched/npo",
+        "guide.replay.at_step=2",
+        "guide.replay.guide_step=4",
+        "autonpo.early.scout_steps=3",
+        "autonpo.early.replay_steps=2",
+    )
     found = commands(here)
     assert typed(found, tmp_path) == [
         "train micro --method matched/npo --run RUN --until 3",
@@ -53,13 +60,13 @@ def test_the_teacher_is_named_in_words_of_its_own_and_by_seed(tmp_path):
 def test_what_a_plan_needs_and_nobody_gave_is_told_before_anything_runs(tmp_path):
     with pytest.raises(NpoError, match="method luffy needs a teacher"):
         commands(cell(tmp_path, "luffy"))
-    with pytest.raises(NpoError, match=r"method npo-late needs intervention.guide"):
-        commands(cell(tmp_path, "npo-late", "intervention.at=2"))
+    with pytest.raises(NpoError, match=r"method npo-late needs guide.replay.guide_step"):
+        commands(cell(tmp_path, "npo-late", "guide.replay.at_step=2"))
 
 
 def test_a_command_that_is_done_is_left_out_and_one_cut_short_is_gone_on_with(scout, tmp_path):
     """The scout has 4 steps on main and the guide `near`."""
-    here = cell(tmp_path, "matched/npo-late", "intervention.at=2", "intervention.guide=4")
+    here = cell(tmp_path, "matched/npo-late", "guide.replay.at_step=2", "guide.replay.guide_step=4")
     born, asked, replayed = commands(here)
     assert left_of(born, here) == born
     root = copied(scout, here.run)

@@ -100,7 +100,15 @@ def test_a_circle_by_two_processes_is_that_of_one(tmp_path):
     train(tmp_path / "alone")
     root = copied(tmp_path / "alone", tmp_path / "together")
     asked = ("--guide", "4", "--at", "2", "--name", "near")
-    run("score-checkpoints", str(root), "--at", "2", "score.prompts=4", "score.k=2", log=tmp_path / "score")
+    run(
+        "score-checkpoints",
+        str(root),
+        "--at",
+        "2",
+        "scoring.num_prompts=4",
+        "scoring.samples_per_prompt=2",
+        log=tmp_path / "score",
+    )
     run("sample-guide", str(root), *asked, log=tmp_path / "sample")
     run("resume", str(root), "--at", "2", "--guide", "near", log=tmp_path / "resume")
     sample(tmp_path / "alone")
@@ -114,7 +122,7 @@ def test_a_circle_by_two_processes_is_that_of_one(tmp_path):
 
 def test_a_rank_that_hangs_ends_the_job_when_the_deadline_is_over(tmp_path):
     root, log = tmp_path / "run", tmp_path / "log"
-    limits = ("train.num_steps=100000", "train.save_every=5", "parallel.deadline=15")
+    limits = ("train.num_steps=100000", "train.save_every=5", "distributed.timeout=15")
     with started("train", "micro", *TINY, *limits, "--run", str(root), log=log) as job:
         wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= 6, job, log)
         ranks = [pid_of(job, 0), pid_of(job, 1)]

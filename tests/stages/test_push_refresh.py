@@ -17,8 +17,8 @@ from tests.stages.running import reproducible, resume, stop_after, tiny, train, 
 from tests.stages.test_extrapolation import AHEAD, metrics_of
 
 CHOOSING = (
-    *(*AHEAD, "train.num_steps=8", "extrapolate.refresh=3", "extrapolate.k_grid=[2,4]", "extrapolate.a_grid=[1]"),
-    *("extrapolate.prompts=8", "extrapolate.confidence=0.5", "score.resamples=50"),
+    *(*AHEAD, "train.num_steps=8", "extrapolation.refresh=3", "extrapolation.k_grid=[2,4]", "extrapolation.a_grid=[1]"),
+    *("extrapolation.prompts=8", "extrapolation.confidence=0.5", "scoring.bootstrap_resamples=50"),
 )
 
 
@@ -65,13 +65,13 @@ def test_its_tokens_are_charged_to_the_step_that_follows(choosing):
 def test_the_older_copy_is_charged_for_what_it_read_while_it_was_sampled(tmp_path, space, passes):
     """Asked again at step 4 with the same seeds: the learner's tokens are read once, a push's by as many as it has."""
     root = tmp_path / "run"
-    train(root, *CHOOSING, "extrapolate.refresh=4", "train.num_steps=5", f"extrapolate.space={space}")
+    train(root, *CHOOSING, "extrapolation.refresh=4", "train.num_steps=5", f"extrapolation.space={space}")
     world = world_at(root, 4)
     prompts = newest_mistakes(world, peek_state(find_checkpoint(world.run, "main", 4).anchor_path))
-    label, slots = ("refresh", "main", 4), range(world.recipe.extrapolate.samples)
+    label, slots = ("refresh", "main", 4), range(world.recipe.extrapolation.samples_per_group)
     own = tokens_in(answer(world, prompts, label=label, slots=slots, sampler_step=4))
     theirs = 0
-    for push in pushes_in_reach(world.recipe.extrapolate, step=4):
+    for push in pushes_in_reach(world.recipe.extrapolation, step=4):
         ahead = Extrapolator(world=world, branch="main").ahead(push, step=4)
         theirs += tokens_in(ahead.answer(prompts, label=(*label, push.name), slots=slots))
     row = metrics_of(root)[4]
@@ -101,7 +101,7 @@ def test_a_run_killed_around_a_choice_decides_the_same(choosing, tmp_path, step)
 
 def test_a_push_above_the_limit_is_never_asked(tmp_path):
     root = tmp_path / "run"
-    train(root, *CHOOSING, "extrapolate.max_kl=1e-9", "train.num_steps=5")
+    train(root, *CHOOSING, "extrapolation.max_kl=1e-9", "train.num_steps=5")
     (made,) = decisions(root)
     assert made["asking"] is False
     assert [row["step"] for row in metrics_of(root) if "extrapolate/groups" in row] == [3]

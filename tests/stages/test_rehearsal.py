@@ -72,11 +72,11 @@ def test_what_nobody_could_be_asked_is_marked_as_assumed(tmp_path):
         branch="-", step=0, phase="REPLAY", interventions=2, distance=20, until=20
     )
     assert not found[13, "trigger"].evidence.get("assumed")
-    assert found[0, "started"].evidence["settings"]["auto"]["window"] == 5
+    assert found[0, "started"].evidence["settings"]["autonpo"]["trigger"]["window"] == 5
 
 
 def test_with_checkpoints_apart_a_trigger_waits_for_one_and_goes_back_to_one(tmp_path):
-    found = rehearsed(of(tmp_path, "train.save_every=10", "auto.max=1"))
+    found = rehearsed(of(tmp_path, "train.save_every=10", "autonpo.max_interventions=1"))
     # warned at 13, checkpoint at 20; of 5, 10 and 20 the last two lead to one
     assert events(found.moves)[1:4] == [(11, "armed"), (13, "warning"), (20, "trigger")]
     back = next(move for move in found.moves if move.event == "rolled_back")
@@ -85,15 +85,17 @@ def test_with_checkpoints_apart_a_trigger_waits_for_one_and_goes_back_to_one(tmp
 
 
 def test_where_no_distance_leads_to_a_checkpoint_the_chance_is_missed(tmp_path):
-    found = rehearsed(of(tmp_path, "train.save_every=7", "auto.max=1"))
+    found = rehearsed(of(tmp_path, "train.save_every=7", "autonpo.max_interventions=1"))
     # 14 is the first checkpoint; none of 5, 10, 20 is a multiple of 7
     assert events(found.moves)[2:5] == [(13, "warning"), (14, "trigger"), (14, "missed")]
-    assert found.moves[4].evidence == {"what": "no distance of auto.deltas leads from step 14 to a checkpoint"}
+    assert found.moves[4].evidence == {
+        "what": "no distance of autonpo.rollback.distances leads from step 14 to a checkpoint"
+    }
     assert found.moves[4].state.interventions == 0
 
 
 def test_a_held_out_test_is_assumed_to_keep_the_replay(tmp_path):
-    found = rehearsed(of(tmp_path, "replay.accept_test=true", "auto.max=1"))
+    found = rehearsed(of(tmp_path, "autonpo.replay.acceptance_test=true", "autonpo.max_interventions=1"))
     kept = [move for move in found.moves if move.event in ("replayed", "kept")]
     assert [(move.step, move.event, move.state.phase) for move in kept] == [
         (13, "replayed", "JUDGE"),
@@ -103,13 +105,21 @@ def test_a_held_out_test_is_assumed_to_keep_the_replay(tmp_path):
 
 
 def test_an_early_bootstrap_is_rehearsed_too(tmp_path):
-    found = rehearsed(of(tmp_path, "auto.early=true", "early.scout=5"))
+    found = rehearsed(of(tmp_path, "autonpo.early.enabled=true", "autonpo.early.scout_steps=5"))
     assert events(found.moves)[:5] == [(0, "started"), *((5, event) for event in ("early", *FOLLOWED[2:]))]
     assert found.moves[3].evidence == {"assumed": True, "to_steps": [0]}
 
 
 def test_an_early_bootstrap_goes_back_to_where_it_began_and_nowhere_else(tmp_path):
-    found = rehearsed(of(tmp_path, "auto.early=true", "early.scout=8", "auto.max=0", rows=still(12)))
+    found = rehearsed(
+        of(
+            tmp_path,
+            "autonpo.early.enabled=true",
+            "autonpo.early.scout_steps=8",
+            "autonpo.max_interventions=0",
+            rows=still(12),
+        )
+    )
     (back,) = [move for move in found.moves if move.event == "rolled_back"]
     assert (back.step, back.evidence) == (8, {"assumed": True, "to_steps": [0]})
 
@@ -142,7 +152,9 @@ def test_records_far_apart_and_from_a_later_step_on_are_rehearsed(tmp_path):
     # compared with the record 10 steps before: from the second record on; the streak is 110, 120, 130... but the
     # first two have too few values to tell noise by (3), so it is 120, 130, 140
     assert events(rehearsed(record).moves)[:4] == [(0, "started"), (100, "armed"), (140, "warning"), (140, "trigger")]
-    assert "records are 10 steps apart: auto.patience counts records, everything else steps" in record.remarks
+    assert (
+        "records are 10 steps apart: autonpo.trigger.patience counts records, everything else steps" in record.remarks
+    )
 
 
 def test_a_record_of_step_0_is_seen(tmp_path):
@@ -184,7 +196,7 @@ def test_a_branch_is_rehearsed_along_its_line_of_descent(tmp_path):
 def test_settings_that_no_run_could_have_are_no_error_in_a_rehearsal(tmp_path):
     run = as_run(tmp_path, still(40))
     # frozen in a run, no multiple of save_every, warm-up beyond its end
-    odd = ("train.prompts_per_step=2", "auto.deltas=[3]", "auto.warmup=100")
+    odd = ("train.prompts_per_step=2", "autonpo.rollback.distances=[3]", "autonpo.trigger.warmup_steps=100")
     record = of_run(run.root, columns=Columns(), overrides=(*SHARP, *odd), branch=None)
     assert events(rehearsed(record).moves) == [(0, "started")]
 

@@ -40,7 +40,7 @@ def test_moves_come_first_then_the_reasons_then_the_conclusion(tmp_path):
         "read as step: step, reward: reward, entropy: entropy",
         "every record counts as a checkpoint; train.save_every=N says otherwise",
         "it would have fired 2 times in 40 recorded steps: at 13 and 20",
-        "auto.max = 2 would have kept it from firing again from step 27 on",
+        "autonpo.max_interventions = 2 would have kept it from firing again from step 27 on",
     ]
     assert list(tmp_path.iterdir()) == [tmp_path / "metrics.jsonl"]
 
@@ -83,7 +83,7 @@ def test_what_the_run_really_did_has_a_band_of_its_own(tmp_path):
 
 # By hand
 
-QUARTERS = ("train.save_every=4", "auto.deltas=[4,8]", "auto.max=1")
+QUARTERS = ("train.save_every=4", "autonpo.rollback.distances=[4,8]", "autonpo.max_interventions=1")
 """Fires once, at 16."""
 
 
@@ -95,7 +95,7 @@ def test_a_trigger_in_a_run_comes_with_the_commands_that_do_the_same_by_hand(tmp
     run = with_checkpoints(as_run(tmp_path, still(40)), 0, 4, 8, 12, 16, 20)
     # fires at 16, the first multiple of 4 after 13: the plateau began at 16 - 5 = 11, so at 8; then 8 + 10 = 18
     root = run.root
-    assert by_hand(run, *QUARTERS, "late.delta=10") == [
+    assert by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=10") == [
         f"by hand, for step 16: npo sample-guide {root} --at 8 --guide 16 && "
         f"npo resume {root} --at 8 --guide main-8-by-16"
     ]
@@ -103,22 +103,24 @@ def test_a_trigger_in_a_run_comes_with_the_commands_that_do_the_same_by_hand(tmp
 
 def test_by_hand_only_between_checkpoints_that_are_there_and_steps_that_were_made(tmp_path):
     run = with_checkpoints(as_run(tmp_path, still(40)), 8, 16)
-    assert len(by_hand(run, *QUARTERS, "late.delta=32")) == 1
+    assert len(by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=32")) == 1
     # 8 + 33 = 41 is beyond the record
-    assert by_hand(run, *QUARTERS, "late.delta=33") == []
+    assert by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=33") == []
     # 8 + 7 = 15: no checkpoint after 8
-    assert by_hand(run, *QUARTERS, "late.delta=7") == []
+    assert by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=7") == []
     # nothing at or before 16 - 9 = 7
-    assert by_hand(run, *QUARTERS, "late.delta=10", "auto.window=9") == []
+    assert by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=10", "autonpo.trigger.window=9") == []
     path = as_file(tmp_path, still(40))
-    assert not any(line.startswith("by hand") for line in words(told(path, *QUARTERS, "late.delta=10")))
+    assert not any(
+        line.startswith("by hand") for line in words(told(path, *QUARTERS, "autonpo.replay.suggested_steps=10"))
+    )
 
 
 def test_by_hand_names_a_branch_that_is_not_the_newest(tmp_path):
     run = with_checkpoints(as_run(tmp_path, still(40)), 8, 16)
     fork(run, "again", parent="main", at=16)
     did(run, "again", still(20)[16:])
-    (line,) = by_hand(run, *QUARTERS, "late.delta=10", branch="main")
+    (line,) = by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=10", branch="main")
     assert "--at 8 --guide 16 --branch main && " in line
 
 

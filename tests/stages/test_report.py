@@ -24,8 +24,8 @@ from tests.stages.running import copied, files_of, resume, score
 def guided(scout, tmp_path_factory) -> Path:
     """4 steps on main, evaluated; a scoring; steps 3 and 4 again as `near` with a guide in every group it can."""
     root = copied(scout, tmp_path_factory.mktemp("guided") / "a run é")
-    resume(root, "inject.gate=1.0", "eval.every=1", at=2, guide="near")
-    score(root, "score.k=2", "score.resamples=50", "inject.gate=1.0", at=2)
+    resume(root, "guide.inject.max_accuracy=1.0", "eval.every=1", at=2, guide="near")
+    score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
     return root
 
 

@@ -83,8 +83,8 @@ def page(scout, watched, tmp_path_factory) -> Path:
     """Two runs; every answer of the one's replay would like to be more than text."""
     folder = tmp_path_factory.mktemp("page")
     root = copied(scout, folder / "hostile")
-    resume(root, "inject.gate=1.0", "eval.every=1", at=2, guide="near")
-    score(root, "score.k=2", "score.resamples=50", "inject.gate=1.0", at=2)
+    resume(root, "guide.inject.max_accuracy=1.0", "eval.every=1", at=2, guide="near")
+    score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
     journal = open_run(root).rollouts_path("near")
     steps = {step: RolloutJournal(journal).read_step(step) for step in (3, 4)}
     journal.unlink()

@@ -99,9 +99,9 @@ def test_steps_decides_how_long_the_guide_is_mixed_in(scout, tmp_path):
 
 def test_a_second_replay_gets_a_name_of_its_own(replayed, tmp_path):
     root = copied(replayed, tmp_path / "run")
-    resume(root, "inject.ratio=exact", at=2, guide="near", source_branch="main")
+    resume(root, "guide.inject.ratio=exact", at=2, guide="near", source_branch="main")
     assert segments(open_run(root))[-1].branch == "near-2"
-    assert open_run(root).recipe("near-2")["inject"]["ratio"] == "exact"
+    assert open_run(root).recipe("near-2")["guide"]["inject"]["ratio"] == "exact"
 
 
 def test_more_steps_continue_where_the_run_ended(scout, tmp_path):
@@ -129,7 +129,7 @@ def test_a_guide_serves_only_the_step_it_was_sampled_for(scout):
 
 def test_weights_alone_do_not_continue_a_training(tmp_path):
     root = tmp_path / "run"
-    train(root, "train.keep_anchors=1")
+    train(root, "train.keep_full_checkpoints=1")
     before = files_of(root)
     with pytest.raises(NpoError, match=r"step 2 of main is a guide \(weights only\)"):
         resume(root, at=2)

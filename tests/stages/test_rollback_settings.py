@@ -60,14 +60,14 @@ def test_restored_moments_are_those_of_the_old_step(guided):
 
 
 def test_reset_moments_are_none(guided):
-    moments, state = begun(guided, "rollback.optimizer=reset")
+    moments, state = begun(guided, "autonpo.rollback.optimizer=reset")
     assert moments == {}
     assert (state.step, state.position) == (4, 16)
 
 
 @pytest.mark.parametrize(("guide", "step"), [("near", 8), (None, 12)])
 def test_kept_moments_are_those_of_the_guide_or_of_what_was_left(guided, guide, step):
-    moments, state = begun(guided, "rollback.optimizer=keep_current", guide=guide)
+    moments, state = begun(guided, "autonpo.rollback.optimizer=keep_current", guide=guide)
     check_equal(moments, saved(guided, step))
     assert (
         saved(guided, step)["lm_head.weight.step" if "lm_head.weight.step" in moments else next(iter(moments))]
@@ -78,7 +78,7 @@ def test_kept_moments_are_those_of_the_guide_or_of_what_was_left(guided, guide, 
 
 @pytest.mark.parametrize(("guide", "step"), [("near", 8), (None, 12)])
 def test_onward_the_replay_gets_the_prompts_that_come_next(guided, guide, step):
-    moments, state = begun(guided, "rollback.data=onward", guide=guide)
+    moments, state = begun(guided, "autonpo.rollback.data=onward", guide=guide)
     check_equal(moments, saved(guided, 4))
     # 4 prompts a step
     assert (state.step, state.position) == (4, 4 * step)
@@ -87,9 +87,9 @@ def test_onward_the_replay_gets_the_prompts_that_come_next(guided, guide, step):
 def test_the_weights_of_a_rollback_are_always_those_of_the_old_step(guided, tmp_path):
     """After one step without moments they differ from the step with them, and from nothing else."""
     roots = [copied(guided, tmp_path / name) for name in ("restored", "reset")]
-    for root, settings in zip(roots, ((), ("rollback.optimizer=reset",)), strict=True):
+    for root, settings in zip(roots, ((), ("autonpo.rollback.optimizer=reset",)), strict=True):
         resume(root, *settings, at=4, guide="near", new_branch="new")
-        assert open_run(root).recipe("new")["rollback"]["optimizer"] == (
+        assert open_run(root).recipe("new")["autonpo"]["rollback"]["optimizer"] == (
             settings[0].split("=")[1] if settings else "restored"
         )
     first, second = (groups_of(root, "new", 5) for root in roots)
@@ -101,7 +101,7 @@ def test_the_weights_of_a_rollback_are_always_those_of_the_old_step(guided, tmp_
 
 def test_onward_is_onward_in_a_real_replay(guided, tmp_path):
     root = copied(guided, tmp_path / "run")
-    resume(root, "rollback.data=onward", at=4, guide="near", new_branch="new")
+    resume(root, "autonpo.rollback.data=onward", at=4, guide="near", new_branch="new")
     world = world_at(root, 4, branch="main")
     coming = [prompt.prompt_id for prompt in world.prompts_between(32, 36)]
     assert prompt_ids(root, "new", 5) == coming
@@ -110,7 +110,7 @@ def test_onward_is_onward_in_a_real_replay(guided, tmp_path):
 
 def test_with_the_same_seeds_and_no_guide_the_replay_is_the_original(guided, tmp_path):
     root = copied(guided, tmp_path / "run")
-    resume(root, "rollback.seed=same", at=4, new_branch="new")
+    resume(root, "autonpo.rollback.seed=same", at=4, new_branch="new")
     ours, theirs = reproducible(root, "new"), reproducible(root, "main")
     states = [name for name in ours if name.startswith("checkpoints/")]
     assert {name.split("/")[1] for name in states} == {f"step_{step:06d}" for step in (6, 8, 10, 12)}
@@ -121,21 +121,21 @@ def test_with_the_same_seeds_and_no_guide_the_replay_is_the_original(guided, tmp
 
 def test_the_same_seeds_are_handed_down_and_fresh_ones_are_not(guided, tmp_path):
     root = copied(guided, tmp_path / "run")
-    resume(root, "rollback.seed=same", at=4, new_branch="new")
+    resume(root, "autonpo.rollback.seed=same", at=4, new_branch="new")
     resume(root, at=6, source_branch="new", new_branch="newer")
     # The recipe is handed down, so its child has the seeds of main as well ...
     assert groups_of(root, "newer", 7) == groups_of(root, "main", 7)
-    resume(root, "rollback.seed=fresh", at=6, source_branch="new", new_branch="other")
+    resume(root, "autonpo.rollback.seed=fresh", at=6, source_branch="new", new_branch="other")
     # ... unless it wants its own: the same prompts, other samples.
     assert prompt_ids(root, "other", 7) == prompt_ids(root, "main", 7)
     assert groups_of(root, "other", 7) != groups_of(root, "main", 7)
 
 
 ABLATIONS = [
-    "rollback.optimizer=reset",
-    "rollback.optimizer=keep_current",
-    "rollback.data=onward",
-    "rollback.seed=same",
+    "autonpo.rollback.optimizer=reset",
+    "autonpo.rollback.optimizer=keep_current",
+    "autonpo.rollback.data=onward",
+    "autonpo.rollback.seed=same",
 ]
 
 

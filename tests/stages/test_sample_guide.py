@@ -71,7 +71,7 @@ def test_early_stopping_keeps_the_first_samples_of_the_full_draw(scout):
     world = world_at(scout, 4)
     prompts = world.prompts_between(8, 16)
     in_rounds = ask_in_rounds(world, prompts, step=4)
-    at_once = ask_in_rounds(with_settings(world, "guide", round=8), prompts, step=4)
+    at_once = ask_in_rounds(with_settings(world, "guide.cache", samples_per_round=8), prompts, step=4)
     for part, whole in zip(in_rounds, at_once, strict=True):
         drawn = [rollout.response_ids for rollout in part.rollouts]
         assert drawn == [rollout.response_ids for rollout in whole.rollouts[: len(drawn)]]
@@ -155,7 +155,7 @@ def choice(scout) -> tuple[World, list[Answers], CheckpointAuthor]:
 def best(choice, **changes: object) -> list[Rollout]:
     """The answers in the order in which they would be kept."""
     world, answers, author = choice
-    (ordered,) = in_order(with_settings(world, "guide", **changes), answers, author=author, label=4)
+    (ordered,) = in_order(with_settings(world, "guide.cache", **changes), answers, author=author, label=4)
     return ordered
 
 
@@ -192,7 +192,7 @@ def test_a_prompt_with_too_few_right_answers_keeps_none_and_a_wrong_one_only_if_
 
 
 def test_choosing_the_best_needs_all_k_samples(scout):
-    world = with_settings(world_at(scout, 4), "guide", select="shortest", k=4)
+    world = with_settings(world_at(scout, 4), "guide.cache", select="shortest", samples_per_prompt=4)
     assert {len(entry.rollouts) for entry in ask_in_rounds(world, world.prompts_between(8, 12), step=4)} == {4}
 
 

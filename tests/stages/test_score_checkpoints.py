@@ -18,8 +18,8 @@ from npo_cli.stages.segment import find_learner
 from npo_cli.stages.world import open_policy, open_task, open_world
 from tests.stages.running import copied, score, train
 
-QUICK = ("score.k=4", "score.resamples=50")
-LENIENT = (*QUICK, "inject.gate=1.0")
+QUICK = ("scoring.samples_per_prompt=4", "scoring.bootstrap_resamples=50")
+LENIENT = (*QUICK, "guide.inject.max_accuracy=1.0")
 """Every prompt counts as hard, so that it is known who is asked."""
 
 
@@ -27,7 +27,7 @@ LENIENT = (*QUICK, "inject.gate=1.0")
 def line(tmp_path_factory) -> Path:
     """A run with candidates 1 to 4 for the learner at step 0."""
     root = tmp_path_factory.mktemp("line") / "run"
-    train(root, "train.save_every=1", "inject.gate=1.0")
+    train(root, "train.save_every=1", "guide.inject.max_accuracy=1.0")
     return root
 
 
@@ -67,7 +67,7 @@ def test_probe_control_and_candidates_are_asked_the_prompts_ahead(line, tmp_path
 
 def test_hard_prompts_are_those_the_first_look_finds_below_the_gate(line, tmp_path):
     root = copied(line, tmp_path / "run")
-    score(root, *QUICK, "inject.gate=0.0", candidates=[4])
+    score(root, *QUICK, "guide.inject.max_accuracy=0.0", candidates=[4])
     right = Counter(row["prompt_id"] for row in samples_of(root) if row["arm"] == PROBE and row["correct"])
     found = asked(root)
     hard = [prompt_id for prompt_id in found[PROBE] if not right[prompt_id]]
@@ -103,7 +103,7 @@ def test_the_learner_measured_against_itself_is_at_the_floor(line, tmp_path):
     assert itself.ess_fraction == pytest.approx(1, abs=1e-4)
 
 
-BUDGETS = {"everybody everything": (), "halving": ("score.budget=64",)}
+BUDGETS = {"everybody everything": (), "halving": ("scoring.budget=64",)}
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +160,14 @@ def test_a_budget_asks_the_better_half_more(straight):
 def test_samples_of_later_rounds_do_not_decide_earlier_ones(straight, tmp_path):
     """First everything is asked; the budget's own race over the same samples is what it would have been alone."""
     root = copied(straight["everybody everything"], tmp_path / "run")
-    score(root, *LENIENT, "score.budget=64")
+    score(root, *LENIENT, "scoring.budget=64")
     assert_same_answer(answer_of(root), answer_of(straight["halving"]))
 
 
 def test_the_cautious_rule_takes_the_nearest_within_one_standard_error(straight, tmp_path):
     root = copied(straight["everybody everything"], tmp_path / "run")
     greedy = score(root, *LENIENT)
-    cautious = score(root, *LENIENT, "score.rule=one_se")
+    cautious = score(root, *LENIENT, "scoring.selection_rule=one_se")
     (nearest,) = [entry.step for entry in cautious if entry.chosen]
     (largest,) = [entry.step for entry in greedy if entry.chosen]
     assert nearest <= largest
@@ -176,15 +176,15 @@ def test_the_cautious_rule_takes_the_nearest_within_one_standard_error(straight,
 
 
 def test_a_budget_too_small_for_a_race_says_what_it_needs(line, tmp_path):
-    with pytest.raises(NpoError, match=r"score\.budget is 3, but 4 candidates in 2 rounds need at least 8"):
-        score(copied(line, tmp_path / "run"), *LENIENT, "score.budget=3")
+    with pytest.raises(NpoError, match=r"scoring\.budget is 3, but 4 candidates in 2 rounds need at least 8"):
+        score(copied(line, tmp_path / "run"), *LENIENT, "scoring.budget=3")
 
 
 def test_a_learner_that_solves_everything_is_told_so(line, tmp_path):
     """One easy addition, which the base solves in one of 4 samples: a gate of 0 helps only where none is right."""
     root = copied(line, tmp_path / "run")
     with pytest.raises(NpoError, match=r"solves all 1 prompts above the gate 0\.0: no guide can help"):
-        score(root, *QUICK, "inject.gate=0.0", "score.prompts=1", candidates=[4])
+        score(root, *QUICK, "guide.inject.max_accuracy=0.0", "scoring.num_prompts=1", candidates=[4])
 
 
 def test_a_candidate_must_lie_ahead(line):

@@ -22,7 +22,7 @@ from tests.stages.running import copied, train, world_at
 from tests.stages.teachers import in_other_tokens, right_rows, right_text, traces_file
 from tests.stages.test_score_checkpoints import assert_same_answer
 
-QUICK = ("score.k=4", "score.resamples=50", "inject.gate=1.0")
+QUICK = ("scoring.samples_per_prompt=4", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0")
 """Every prompt counts as hard, so that it is known who is asked."""
 
 
@@ -30,7 +30,7 @@ QUICK = ("score.k=4", "score.resamples=50", "inject.gate=1.0")
 def line(tmp_path_factory) -> Path:
     """8 steps over a pool of 16, twice: checkpoints 2, 4, 6 and 8; at step 4 every prompt has a past."""
     root = tmp_path_factory.mktemp("line") / "run"
-    train(root, "train.num_steps=8", "train.lr=1e-3", "inject.gate=1.0")
+    train(root, "train.num_steps=8", "train.lr=1e-3", "guide.inject.max_accuracy=1.0")
     return root
 
 
@@ -75,7 +75,7 @@ def test_a_policy_of_the_learners_tokens_is_charged_like_a_checkpoint(line, tmp_
     """Step 8 as a checkpoint and as an outside model: the same weights, so the same law, and other samples."""
     root = copied(line, tmp_path / "run")
     folder = find_checkpoint(open_run(root), "main", 8).path
-    found = scored(root, f"model={folder}", candidates=[8], overrides=("score.k=32",))
+    found = scored(root, f"model={folder}", candidates=[8], overrides=("scoring.samples_per_prompt=32",))
     inside, outside = found["step 8"], found[f"model {folder}"]
     assert outside.num_samples == inside.num_samples == 16 * 32
     # pass@1 over 512 samples: a standard error below 0.022 each

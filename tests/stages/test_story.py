@@ -20,8 +20,8 @@ def replayed(tmp_path_factory) -> Path:
     """4 steps on main; then steps 3 and 4 again as `near`, every group given to a guide that knows the answer."""
     root = tmp_path_factory.mktemp("replayed") / "run"
     train(root, *EVERY_PROMPT)
-    sample(root, "guide.k=16")
-    resume(root, "inject.gate=1.0", at=2, guide="near")
+    sample(root, "guide.cache.samples_per_prompt=16")
+    resume(root, "guide.inject.max_accuracy=1.0", at=2, guide="near")
     return root
 
 

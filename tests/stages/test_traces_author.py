@@ -19,7 +19,12 @@ from tests.stages.running import copied, resume, sample, trajectories, world_at
 from tests.stages.teachers import right_rows, right_text, traces_file
 
 NAMED = {"guide_step": None, "name": "given"}
-LUFFY = ("inject.ratio=unit", "inject.shape=soft", "inject.clip=false", "inject.gate=1")
+LUFFY = (
+    "guide.inject.ratio=unit",
+    "guide.inject.ratio_shaping=soft",
+    "guide.inject.clip_off_policy=false",
+    "guide.inject.max_accuracy=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,7 @@ def test_a_prompt_is_matched_by_its_text_too_and_several_rows_answer_one(root, l
     # the same answer with a further digit sum written by somebody who is right in the end
     other = f"{right[:2]}{right}"
     rows = [{"prompt": prompt.text, "response": text} for text in (right, other, right)]
-    *_, info = from_file(root, traces_file(tmp_path / "traces.jsonl", rows), "guide.per_prompt=4")
+    *_, info = from_file(root, traces_file(tmp_path / "traces.jsonl", rows), "guide.cache.max_responses_per_prompt=4")
     kept = load_guide(open_run(root), "given")[1][prompt.prompt_id]
     assert Counter(each.text for each in kept) == {right: 1, other: 1}
     assert {(each.num_sampled, each.num_correct) for each in kept} == {(3, 3)}
@@ -107,7 +112,7 @@ def test_token_ids_are_kept_as_they_are_with_the_log_probabilities_that_come_wit
     assert [list(found[prompt.prompt_id].response_ids) for prompt in prompts] == ids
     assert all(set(kept.behavior_logps) == {-0.25} for kept in found.values())
     assert info.has_logps
-    assert len(resume(root, "inject.ratio=exact", at=2, guide="given")) == 2
+    assert len(resume(root, "guide.inject.ratio=exact", at=2, guide="given")) == 2
 
 
 def test_rows_that_cannot_be_used_are_named_and_counted(root, lesson, tmp_path):

@@ -21,7 +21,7 @@ from npo_cli.stages.train import train_run
 from tests.stages.auto_runs import eager, moves_of
 from tests.stages.running import copied, resuming, stop_after, tiny
 
-TB = "track.to=[tensorboard]"
+TB = "tracking.report_to=[tensorboard]"
 
 
 def training(root: Path, *overrides: str) -> Any:
@@ -60,7 +60,7 @@ def shown(tmp_path_factory) -> Path:
     """Killed after step 3, with step 2 saved, and gone on with; then rolled back to step 2 once more."""
     pytest.importorskip("tensorboard")
     root = tmp_path_factory.mktemp("shown") / "run"
-    stop_after(training(root, TB, "eval.every=2", "eval.samples=1"), 3)
+    stop_after(training(root, TB, "eval.every=2", "eval.samples_per_prompt=1"), 3)
     list(going_on(root))
     list(going_on(root, at=2, new_branch="again"))
     return root
@@ -126,8 +126,8 @@ def test_a_tracker_that_cannot_begin_is_told_once_and_ends_nothing(scout, tmp_pa
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(tmp_path, monkeypatch, name):
     found = importlib.util.find_spec
     monkeypatch.setattr("npo_cli.report.trackers.find_spec", lambda wanted: None if wanted == name else found(wanted))
-    with pytest.raises(NpoError, match=f"track.to names {name}, which is not installed") as refused:
-        list(training(tmp_path / "run", f"track.to=[{name}]"))
+    with pytest.raises(NpoError, match=f"tracking.report_to names {name}, which is not installed") as refused:
+        list(training(tmp_path / "run", f"tracking.report_to=[{name}]"))
     assert refused.value.hint.startswith(f"pip install {name}")
     assert not list(tmp_path.iterdir())
 
@@ -141,7 +141,7 @@ def test_without_trackers_nothing_is_added_to_a_run(tmp_path):
 def test_wandb_takes_the_same_figures_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert warnings_in(training(tmp_path / "run", "track.to=[wandb]")) == []
+    assert warnings_in(training(tmp_path / "run", "tracking.report_to=[wandb]")) == []
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert b"frac_reward_zero_std" in file.read_bytes() or b"grad_norm" in file.read_bytes()
 
@@ -150,5 +150,5 @@ def test_wandb_takes_the_same_figures_offline(tmp_path, monkeypatch):
 def test_trackio_takes_the_same_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
-    assert warnings_in(training(tmp_path / "run", "track.to=[trackio]")) == []
+    assert warnings_in(training(tmp_path / "run", "tracking.report_to=[trackio]")) == []
     assert list((tmp_path / "trackio").rglob("npo*.db"))

@@ -43,7 +43,7 @@ class Recorder:
 @pytest.fixture(scope="module")
 def world(scout) -> World:
     opened = with_settings(world_at(scout, 2), "train", grad_clip=1e9)
-    return with_settings(opened, "inject", gate=1.0, ratio="exact")
+    return with_settings(opened, "guide.inject", max_accuracy=1.0, ratio="exact")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def rows(world, tmp_path_factory) -> list[TrainRow]:
     guidance = guidance_of(right_answer(world, prompt, shift=0.05) for prompt in world.task.train)
     journal = RolloutJournal(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
     batch = draw_batch(world, journal, seed_name="t", step=3, position=8, guidance=guidance)
-    found = train_rows(world.policy, batch.chosen, world.recipe.inject)
+    found = train_rows(world.policy, batch.chosen, world.recipe.guide.inject)
     assert sum(row.foreign for row in found) == 4
     return found
 
@@ -154,7 +154,7 @@ def far(world, rows) -> list[TrainRow]:
 
 
 def in_mode(world: World, rows: Sequence[TrainRow], mode: str) -> tuple[list[Tensor], dict[str, float], float | None]:
-    gradient, report = learned(with_settings(world, "inject", ratio=mode), rows)
+    gradient, report = learned(with_settings(world, "guide.inject", ratio=mode), rows)
     return gradient, report.stats.metrics(), report.grad_share
 
 
@@ -194,7 +194,9 @@ def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
     """The guide repeats the very rollouts that it replaces: the same weights come out of the whole step."""
     ends = {}
     for kind in ("plain", "mixed"):
-        world = with_settings(with_settings(world_at(scout, 2), "inject", ratio=mode, gate=1.0), "train", lr=1e-3)
+        world = with_settings(
+            with_settings(world_at(scout, 2), "guide.inject", ratio=mode, max_accuracy=1.0), "train", lr=1e-3
+        )
         journal = RolloutJournal(tmp_path / kind / "rollouts.jsonl")
         plain = RolloutJournal(tmp_path / "own.jsonl")
         own = draw_batch(world, plain, seed_name="t", step=3, position=4, guidance=None)
@@ -203,7 +205,7 @@ def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
         guides = [charged(world, prompt, rollout.response_ids, rollout.text) for prompt, rollout in last]
         guidance = guidance_of(guides) if kind == "mixed" else None
         batch = draw_batch(world, journal, seed_name="t", step=3, position=4, guidance=guidance)
-        rows = train_rows(world.policy, batch.chosen, world.recipe.inject)
+        rows = train_rows(world.policy, batch.chosen, world.recipe.guide.inject)
         assert sum(row.foreign for row in rows) == (len(last) if guidance else 0)
         optimizer = build_optimizer(world.policy.model, world.recipe.train)
         restore_state(world, optimizer, find_checkpoint(world.run, "main", 2))
@@ -235,7 +237,7 @@ OWN_FACTORS = {
 @pytest.mark.parametrize("ratio", ["exact", "proximal"])
 @pytest.mark.parametrize("mode", OWN_FACTORS)
 def test_a_far_guide_keeps_its_gradient_while_own_rows_are_corrected(world, rows, mode, ratio):
-    world = with_settings(with_settings(world, "inject", ratio=ratio), "mismatch", mode="off")
+    world = with_settings(with_settings(world, "guide.inject", ratio=ratio), "mismatch", mode="off")
     far = seen_by(rows, own=3.0, guide_in_all=20.0)
     whole, report = learned(with_settings(world, "mismatch", mode=mode), far)
     guide_part, _ = learned(world, [row if row.foreign else replace(row, advantage=0.0) for row in far])

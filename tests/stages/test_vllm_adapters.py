@@ -11,7 +11,7 @@ from npo_cli.run_dir.rollouts import RolloutJournal
 from tests.stages.running import LORA, copied, resume, sample, score, train
 
 pytestmark = pytest.mark.vllm
-ASKED = ("score.prompts=8", "score.k=2", "inject.gate=1.0")
+ASKED = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "guide.inject.max_accuracy=1.0")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_candidates_asked_together_say_and_score_what_they_do_one_after_the_othe
     # five candidates: all at once, in runs of two, one by one
     for places in (8, 2, 1):
         root = copied(trained, tmp_path / str(places))
-        scores = score(root, *ASKED, f"engine.max_adapters={places}", at=1)
+        scores = score(root, *ASKED, f"engine.vllm.max_loras={places}", at=1)
         found[places] = (scores, samples(root))
     assert [one.step for one in found[8][0]] == [2, 3, 4, 5, 6]
     for places in (2, 1):

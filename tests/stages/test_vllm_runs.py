@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 
 
 def test_the_circle_goes_round_and_every_rollout_tells_whose_it_is(trained):
-    assert [found.step for found in score(trained, "score.prompts=8", "score.k=2")] == [2, 4]
+    assert [found.step for found in score(trained, "scoring.num_prompts=8", "scoring.samples_per_prompt=2")] == [2, 4]
     info = sample(trained)
     assert info.complete
     steps = resume(trained, at=2, guide="near")
@@ -108,9 +108,9 @@ def test_a_sync_that_goes_wrong_stops_the_run_which_can_be_resumed(tmp_path, mon
 
 
 def test_a_world_that_cannot_open_leaves_no_engine(tmp_path):
-    recipe = tiny("engine.kind=vllm", "engine.transport=nccl")
-    with pytest.raises(NpoError, match=r"engine\.transport=nccl is for GPUs"):
-        train(tmp_path / "run", "engine.kind=vllm_server", "engine.transport=nccl")
+    recipe = tiny("engine.kind=vllm", "engine.vllm.weight_transfer=nccl")
+    with pytest.raises(NpoError, match=r"engine\.vllm\.weight_transfer=nccl is for GPUs"):
+        train(tmp_path / "run", "engine.kind=vllm_server", "engine.vllm.weight_transfer=nccl")
     task = open_task(recipe, allow_code=False)
     policy = open_policy(recipe, task, None)
     world = open_world(None, recipe, task=task, policy=policy)
@@ -124,8 +124,8 @@ def test_a_world_that_cannot_open_leaves_no_engine(tmp_path):
 
 
 PUSHED = (
-    *("guide.source=extrapolated", "extrapolate.space=weights", "extrapolate.k=2", "extrapolate.a=2.0"),
-    *("inject.gate=0.5", "train.save_every=1", "train.num_steps=6"),
+    *("guide.source=extrapolated", "extrapolation.space=weights", "extrapolation.k=2", "extrapolation.a=2.0"),
+    *("guide.inject.max_accuracy=0.5", "train.save_every=1", "train.num_steps=6"),
 )
 
 

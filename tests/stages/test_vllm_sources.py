@@ -57,7 +57,7 @@ def test_vllms_own_server_answers_like_the_policy_that_it_serves(scout, tmp_path
     """The base behind an address and as a checkpoint: pass@1 of 8 prompts x 64 samples agrees but for chance."""
     monkeypatch.setenv("NPO_ENDPOINT_KEY", "sesame")
     root = copied(scout, tmp_path / "run")
-    many = ("guide.k=64", "guide.select=shortest", "guide.concurrency=16")
+    many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest", "guide.endpoint.concurrency=16")
     theirs = sample(root, *many, source="endpoint", origin=server, model="teacher", **TAUGHT)
     ours = sample(root, *many, source="base", guide_step=None, name="ours")
     assert theirs.num_samples == ours.num_samples == 512
@@ -77,7 +77,9 @@ def test_an_outside_model_is_asked_through_the_engine_of_the_recipe(scout, tmp_p
     root = copied(scout, tmp_path / "run")
     same = find_checkpoint(open_run(root), "main", 4).path
     folder = same if tokens == "same" else in_other_tokens(tmp_path / "foreign")
-    info = sample(root, "engine.kind=vllm", "guide.k=16", source="model", origin=str(folder), **TAUGHT)
+    info = sample(
+        root, "engine.kind=vllm", "guide.cache.samples_per_prompt=16", source="model", origin=str(folder), **TAUGHT
+    )
     found = trajectories(root, "taught")
     assert found
     assert info.has_logps == (tokens == "same")
