@@ -33,7 +33,7 @@ Event = Literal[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mistake:
+class FailedPrompt:
     """A prompt that the policy mostly failed, and when."""
 
     prompt_id: str
@@ -48,11 +48,11 @@ class Mistake:
 class StratumQuality:
     """Mistakes of one age, and how many of them the policy solves by now."""
 
-    nearest: int
+    min_age: int
     """Least age in steps; the failures of the newest step have age 0."""
-    farthest: int
+    max_age: int
     """First age that is too old for it: a rollback of this distance undoes all of these failures."""
-    num_mistakes: int
+    num_failed_prompts: int
     """Distinct prompts whose newest failure has this age."""
     num_probed: int
     num_samples: int
@@ -69,7 +69,7 @@ class RollbackScore:
     """Q, V and S of one rollback distance (paper section on AutoNPO; algorithms, sections 9 to 11)."""
 
     distance: int
-    num_mistakes: int
+    num_failed_prompts: int
     """Distinct prompts of the slice: failed in the last `distance` steps."""
     num_probed: int
     quality: float
@@ -89,32 +89,32 @@ class RollbackScore:
     """Checkpoint-free: from the old policy's samples on record, seen by the present one (section 10.7)."""
     variances_agree: bool | None
     """Whether the two intervals overlap; None where one is missing or rests on less than 32 samples."""
-    heavy_tail: bool | None
+    has_heavy_tail: bool | None
     """E_b[w^2] and E_a[w] differ by more than two standard errors (section 10.5)."""
     kl_per_token: float
     kl_per_sequence: float
-    num_backward: int
+    num_backward_samples: int
     """Samples on record behind `variance_backward`."""
     signal: float
     signal_low: float
     signal_high: float
     p_best: float
     """Share of paired resamples in which this distance has the largest S."""
-    chosen: bool
+    is_selected: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Confirmation:
+class ProbeResult:
     """What a probe of the mistakes found."""
 
-    accepted: bool
+    is_accepted: bool
     reason: str
     """Why it was rejected, in words; empty where it was accepted."""
     distance: int | None
     """D*; None where no distance could be chosen."""
     strata: tuple[StratumQuality, ...]
     scores: tuple[RollbackScore, ...]
-    chosen_by: Mapping[str, int] = field(default_factory=dict)
+    selection_by_profile: Mapping[str, int] = field(default_factory=dict)
     """The distance that each profile would have chosen: faithful, group2, calibrated, seq_kl, one_se, argmax."""
     num_prompts: int = 0
     num_samples: int = 0
@@ -122,25 +122,25 @@ class Confirmation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AutoState:
+class AutoNPOState:
     """Where the state machine stands. With the recorded metrics after `step` it decides everything that follows."""
 
     branch: str
     step: int
     """Step of the newest fact on that branch."""
     phase: Phase = "TRAIN"
-    streak: int = 0
+    stagnation_streak: int = 0
     """Consecutive steps of stagnation with falling entropy."""
-    warned: bool = False
-    interventions: int = 0
+    has_warned: bool = False
+    num_interventions: int = 0
     """Accepted so far, the early bootstrap apart."""
     distance: int | None = None
     """D of the intervention under way."""
-    until: int | None = None
+    until_step: int | None = None
     """Last step of the replay, of the extrapolated guidance or of the rest under way."""
-    begun_early: bool = False
+    has_tried_early: bool = False
     """Whether the early bootstrap was tried."""
-    early: bool = False
+    is_early: bool = False
     """Whether the intervention under way is the early bootstrap."""
 
 
@@ -151,7 +151,7 @@ class Transition:
     step: int
     event: Event
     phase_before: Phase
-    state: AutoState
+    state: AutoNPOState
     """After the move."""
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
@@ -166,22 +166,22 @@ class TriggerReading:
     entropy: float | None
     reward_ema: float | None = None
     entropy_ema: float | None = None
-    gain: float | None = None
+    reward_gain: float | None = None
     """m_t - m_{t-W}."""
-    margin: float | None = None
+    reward_margin: float | None = None
     """c_r times the standard error of that difference."""
-    drop: float | None = None
+    entropy_drop: float | None = None
     """1 - h_t/h_{t-W}."""
-    needed_drop: float | None = None
+    required_entropy_drop: float | None = None
     """The larger of d_H and c_H standard errors, relative to h_{t-W}."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Stretch:
+class NonTriggerSpan:
     """Consecutive recorded steps that did not trigger for one and the same reason."""
 
     reason: str
-    first: int
-    last: int
+    first_step: int
+    last_step: int
     num_steps: int
     """Recorded steps in it; a log may skip some."""

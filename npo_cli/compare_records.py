@@ -11,14 +11,14 @@ from typing import Literal
 
 Axis = Literal["step", "updates", "tokens", "forwards", "seconds"]
 AXES: tuple[Axis, ...] = ("step", "updates", "tokens", "forwards", "seconds")
-Over = Literal["seeds and prompts", "prompts", "seeds", "nothing"]
+ResamplingUnit = Literal["seeds and prompts", "prompts", "seeds", "nothing"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedPoint:
     """One held-out evaluation of one seed of an arm, with everything it had cost by then."""
 
-    arm: str
+    method: str
     seed: int
     run: str
     branch: str
@@ -40,90 +40,90 @@ class Estimate:
     value: float
     low: float | None = None
     high: float | None = None
-    num: int = 1
+    num_used: int = 1
     """Seeds, or pairs of seeds, that it rests on."""
-    of: int = 1
+    num_total: int = 1
     """Those that there are: a figure with fewer rests on a part of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BandPoint:
+class CurveBandPoint:
     """Mean held-out accuracy of an arm at one cost, for a picture."""
 
-    arm: str
+    method: str
     axis: Axis
     cost: float
     accuracy: Estimate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ArmSummary:
+class MethodSummary:
     """One arm over the range that all arms have in common."""
 
-    arm: str
+    method: str
     seeds: tuple[int, ...]
     runs: tuple[str, ...]
     """`RUN:BRANCH` of each seed."""
     num_prompts: int | None
     """Held-out prompts of a seed; None where the outcomes of some evaluation were not kept."""
-    over: Over
+    resampling_unit: ResamplingUnit
     """What the intervals were taken over."""
     horizon: int
     """Logical step of the last evaluations compared: the last that every seed of every arm has."""
-    final: Estimate
+    final_accuracy: Estimate
     """Held-out accuracy: mean of the last three evaluations up to the horizon."""
     areas: Mapping[str, Estimate]
     """Mean accuracy along each axis, over the range common to all arms; an axis without one is absent."""
     entropies: tuple[float | None, ...]
     """Mean training entropy (nats a token) in each quarter of the horizon."""
-    slots_per_step: float
+    injections_per_step: float
     """Guide slots injected a step, mean over all steps up to the horizon."""
-    grad_share: float | None
+    guide_gradient_share: float | None
     """Share of the gradient norm that came from injected slots, mean over the steps that had one."""
-    spent: Mapping[str, float]
+    mean_costs: Mapping[str, float]
     """Mean cost by each axis of standing at the horizon."""
     run_tokens: float
     """Mean over the seeds of every token that the run generated, for this branch or any other."""
-    differs: tuple[str, ...]
+    changed_settings: tuple[str, ...]
     """Settings in which the method differs from the baseline: `train.lr 0.0001 -> 0.0003`."""
-    mismatched: tuple[str, ...]
+    mismatched_settings: tuple[str, ...]
     """Settings that a fair comparison needs alike and that are not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ArmDifference:
+class MethodDifference:
     """An arm minus the baseline, paired by seed, and by prompt where both were asked the same."""
 
-    arm: str
+    method: str
     baseline: str
     num_pairs: int
     """Seeds that both have; 0: not paired at all."""
     num_prompts: int | None
     """Held-out prompts that both of a pair were asked, the fewest of any pair; None: not paired by prompt."""
-    over: Over
-    final: Estimate
+    resampling_unit: ResamplingUnit
+    final_accuracy: Estimate
     areas: Mapping[str, Estimate]
     num_not_lower: int
     """Pairs in which the arm's final accuracy is not below the baseline's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arrival:
+class MethodTimeToThreshold:
     """What an arm had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
 
-    arm: str
+    method: str
     threshold: float
     num_runs: int
     num_reached: int
     costs: Mapping[str, float]
     """Mean over all seeds by axis. One that never arrived counts what it had spent at its end: see `censored`."""
-    restricted: Mapping[str, float]
+    restricted_means: Mapping[str, float]
     """Restricted mean by axis: mean of min(cost, horizon)."""
     horizons: Mapping[str, float]
     """The smallest cost at which any seed of any arm ended."""
 
     @property
-    def censored(self) -> bool:
+    def is_censored(self) -> bool:
         """Some seed never arrived: then `costs` are lower bounds."""
         return self.num_reached < self.num_runs
 
@@ -132,10 +132,10 @@ class Arrival:
 class SpeedUp:
     """Cost of the baseline over the cost of the arm, to one threshold: above 1 the arm is cheaper."""
 
-    arm: str
+    method: str
     baseline: str
     threshold: float
-    arrived: Mapping[str, Estimate]
+    ratio_if_reached: Mapping[str, Estimate]
     """By axis: mean of the ratios of the pairs of seeds in which both arrived, Student's interval."""
-    restricted: Mapping[str, Estimate]
+    restricted_mean_ratio: Mapping[str, Estimate]
     """By axis: ratio of the restricted means of the common seeds, arrived or not, Student's interval."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class CurvePoint:
     """Held-out accuracy of one arm at one logical step, with everything it had cost by then."""
 
-    arm: str
+    name: str
     step: int
     """Logical step: the position in the data order."""
     total_steps: int
@@ -24,10 +24,10 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Crossing:
+class CostToThreshold:
     """What one arm had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
 
-    arm: str
+    name: str
     threshold: float
     step: int | None
     """None where the threshold was never reached (censored)."""
@@ -39,10 +39,10 @@ class Crossing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CostLine:
+class ActivityCost:
     """What one kind of work took in a whole run."""
 
-    what: str
+    activity: str
     steps: int | None
     """Steps trained; None where the work is no training."""
     tokens: int
@@ -52,7 +52,7 @@ class CostLine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Account:
+class RunCosts:
     """Everything that a run executed, seen from one branch (algorithms, section 12)."""
 
     branch: str
@@ -64,18 +64,18 @@ class Account:
     """Generated for the steps on the branch's line of descent."""
     probe_tokens: int
     guide_tokens: int
-    judge_tokens: int
+    acceptance_test_tokens: int
     """Of the held-out tests that decided which branch goes on (autonpo.replay.acceptance_test)."""
     abandoned_tokens: int
     """Generated for steps that are not on that line."""
     seconds: float
     """Wall clock of all steps, probes, scorings, guide sampling and held-out tests that decided; evaluations apart."""
-    interventions: int
-    rejections: int
+    num_interventions: int
+    num_rejections: int
     """Triggers that led to no replay that was kept: rejected, unguided, something missing, or taken back."""
 
     @property
     def tokens(self) -> int:
         """All of them."""
-        asked = self.probe_tokens + self.guide_tokens + self.judge_tokens
+        asked = self.probe_tokens + self.guide_tokens + self.acceptance_test_tokens
         return self.training_tokens + asked + self.abandoned_tokens

@@ -27,12 +27,12 @@ class StoppedEarly(NpoError):
     exit_code = 130
 
 
-def as_typed(path: Path) -> str:
+def quote_path(path: Path) -> str:
     """A path as it is typed in a shell, so that a hint can be pasted: `'my run'`."""
     return shlex.quote(str(path))
 
 
-def set_aside(folder: Path) -> str:
+def damaged_checkpoint_hint(folder: Path) -> str:
     """The hint for a checkpoint that cannot be used: under another name it counts no more."""
     moved = folder.with_name(f"{folder.name}.damaged")
-    return f"choose another step (npo index lists them), or set it aside: mv {as_typed(folder)} {as_typed(moved)}"
+    return f"choose another step (npo index lists them), or set it aside: mv {quote_path(folder)} {quote_path(moved)}"

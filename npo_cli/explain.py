@@ -136,9 +136,9 @@ OLD_KEYS: Mapping[str, str] = {
 """Dotted key of version 0.1 -> the key that replaces it."""
 
 
-def told(problems: Sequence[ErrorDetails], *, places: Mapping[str, str], source: str) -> str:
+def describe_problems(problems: Sequence[ErrorDetails], *, locations: Mapping[str, str], source: str) -> str:
     """All problems on one line, each with the place where its setting was written (else `source`)."""
-    lines = [f"{_problem(problem)} ({_place(problem, places=places, source=source)})" for problem in problems]
+    lines = [f"{_problem(problem)} ({_place(problem, places=locations, source=source)})" for problem in problems]
     return "; ".join(lines[:6] + ([f"and {len(lines) - 6} more"] if len(lines) > 6 else []))
 
 
@@ -184,7 +184,7 @@ def _dotted(loc: Sequence[str | int]) -> str:
     return ".".join(map(str, loc))
 
 
-def hint(problems: Sequence[ErrorDetails]) -> str:
+def suggest_fix(problems: Sequence[ErrorDetails]) -> str:
     """The new name or the nearest known key of the first unknown one, else where to see what is allowed."""
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     if not unknown:
@@ -192,7 +192,7 @@ def hint(problems: Sequence[ErrorDetails]) -> str:
     loc = unknown[0]["loc"]
     first = _unknown_keys(unknown[0])[0]
     key = first if first in OLD_KEYS else ".".join(part for part in loc if isinstance(part, str))
-    near = OLD_KEYS.get(key) or nearest_key(key)
+    near = OLD_KEYS.get(key) or find_nearest_key(key)
     if near:
         return f"write {near} instead of {key}"
     section = key.rpartition(".")[0]
@@ -200,7 +200,7 @@ def hint(problems: Sequence[ErrorDetails]) -> str:
     return f"{section or 'a recipe'} has the settings {', '.join(names)}"
 
 
-def nearest_key(key: str) -> str | None:
+def find_nearest_key(key: str) -> str | None:
     """The known key most like this one, the last name counting most: `lr` means `train.lr`. None if none is like it."""
     section, _, name = key.rpartition(".")
 
@@ -208,7 +208,7 @@ def nearest_key(key: str) -> str | None:
         known_section, _, known_name = known.rpartition(".")
         return _ratio(name, known_name) + 0.2 * _ratio(section, known_section)
 
-    best = max(known_keys(), key=likeness)
+    best = max(list_known_keys(), key=likeness)
     return best if _ratio(name, best.rpartition(".")[2]) >= 0.65 else None
 
 
@@ -216,7 +216,7 @@ def _ratio(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
-def known_keys() -> tuple[str, ...]:
+def list_known_keys() -> tuple[str, ...]:
     """Every dotted key of a recipe, sections included; settings of a list's items without a number."""
 
     def walk(schema: Mapping[str, Any], prefix: str) -> Iterator[str]:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from npo_cli.records import ImageRef, Source, Verdict
+from npo_cli.records import ImageRef, RolloutSource, Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GuideTrajectory:
+class GuideRollout:
     """One response of another policy, kept for its prompt: verified, correct unless the cache keeps all."""
 
     prompt_id: str
@@ -24,7 +24,7 @@ class GuideTrajectory:
     """Samples drawn for this prompt."""
     num_correct: int
     """How many of them were verified correct: an estimate of p_g(x), the constant that token ratios ignore."""
-    source: Source = "guide"
+    source: RolloutSource = "guide"
     number: int = 0
     """Place among the trajectories of its prompt."""
     finished: bool = True
@@ -33,14 +33,14 @@ class GuideTrajectory:
     """What its writer was shown."""
 
 
-GuideSource = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]
+GuideSourceKind = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]
 """Where a cache's trajectories come from: a later checkpoint of the line, the learner itself, step 0, the learner
 pushed along its own motion, an outside model's folder, a server, a file of traces, the run's own past successes, a
 checkpoint of another run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Push:
+class ExtrapolationSpec:
     """How a policy is pushed along its own motion: pi_t (pi_t / pi_{t-k})^a, or the same of its weights."""
 
     space: Literal["logits", "weights"]
@@ -56,23 +56,23 @@ class Push:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PushChoice:
+class ExtrapolationState:
     """Which push is in force while training; part of the training state where it is chosen anew now and then."""
 
-    push: Push
-    asking: bool
+    spec: ExtrapolationSpec
+    is_active: bool
     """Whether anybody is asked: it backed off where the push showed nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GuideInfo:
+class GuideCacheInfo:
     """Where a guide cache came from and whom it may serve."""
 
     name: str
     run_id: str
     branch: str
     """Branch of the learner; a checkpoint that is the guide is found on the same line of descent."""
-    at_step: int
+    learner_step: int
     """Step of the learner; the cache covers prompts visited in steps (at_step, at_step + num_steps]."""
     guide_step: int | None
     """Step of the guide's weights; None where these are not of this run."""
@@ -84,22 +84,22 @@ class GuideInfo:
     """samples_per_prompt, samples_per_round and select of guide.cache, such as `8 by 2, random`."""
     num_prompts: int
     """Distinct prompts asked."""
-    num_found: int
+    num_prompts_with_rollouts: int
     """Prompts with a trajectory."""
     num_samples: int
     num_tokens: int
     """Tokens generated to make the cache."""
     complete: bool = False
-    source: GuideSource = "checkpoint"
+    source: GuideSourceKind = "checkpoint"
     origin: str = ""
     """What was asked, for people: a folder, a hub id, an address, a file, another run; empty for the run's own."""
     has_logps: bool = True
     """Whether log-probabilities of who wrote the trajectories are kept; without them only the ratios `proximal`, `unit`
     and `none` can be used."""
-    num_trajectories: int = 0
-    given_tokens: int = 0
+    num_rollouts: int = 0
+    external_tokens: int = 0
     """Tokens of trajectories that were not generated here (a file of traces), paid for by somebody else."""
-    side_tokens: int = 0
+    guide_training_tokens: int = 0
     """Tokens that training the guide had cost in another run."""
     older_step: int | None = None
     """Of an extrapolated guide the step of its older copy."""
@@ -116,7 +116,7 @@ class SourceScore:
     """Optimiser steps ahead of the learner; None where it is no policy of the learner's line."""
     num_prompts: int
     num_samples: int
-    num_tries: float
+    samples_per_prompt: float
     """Samples a prompt, on average."""
     quality_kind: str
     quality: float
@@ -134,15 +134,15 @@ class SourceScore:
     signal_high: float | None = None
     p_best: float | None = None
     """Share of resamples in which it has the largest S, among those that have one."""
-    chosen: bool = False
+    is_selected: bool = False
     """The largest S."""
-    unreliable: bool = False
+    is_unreliable: bool = False
     """V rests on too few samples."""
     kl_per_token: float | None = None
     kl_per_sequence: float | None = None
-    p_best_by: Mapping[str, float] = field(default_factory=dict)
+    p_best_by_variance_kind: Mapping[str, float] = field(default_factory=dict)
     """p_best under every kind of V."""
-    best_by: tuple[str, ...] = ()
+    best_for_variance_kinds: tuple[str, ...] = ()
     """Kinds of V under which it has the largest S."""
     note: str = ""
     """What to know before its figures are believed."""
@@ -161,14 +161,14 @@ class Success:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Experience:
+class ReplayBuffer:
     """ExGRPO's memory, part of the training state (algorithms, section 6)."""
 
-    started: bool = False
+    is_collecting: bool = False
     """A batch had passed the success rate from which on successes are collected."""
     successes: Mapping[str, tuple[Success, ...]] = field(default_factory=dict)
     """By prompt id, oldest first."""
     num_correct: Mapping[str, int] = field(default_factory=dict)
     """Newest number of correct rollouts in the group of each prompt that has successes."""
-    retired: Mapping[str, int] = field(default_factory=dict)
+    retired_epochs: Mapping[str, int] = field(default_factory=dict)
     """Prompt id to the epoch in which every slot of its group was correct."""

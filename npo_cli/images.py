@@ -18,11 +18,11 @@ from npo_cli.records import ImageRef
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-IN_PARQUET = ".parquet#"
-DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PARQUET_MARKER = ".parquet#"
+HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow cuts these off at white instead of scaling them."""
-NUM_ROW_GROUPS = 2
+ROW_GROUP_CACHE_SIZE = 2
 """Of parquet files, whose pictures are held encoded."""
 
 
@@ -32,27 +32,27 @@ def require_pillow() -> None:
         raise NpoError("prompts with images need pillow, which is not installed", "pip install 'npo-cli[images]'")
 
 
-def decoded(data: bytes, *, what: str, max_pixels: int | None = None) -> "Image.Image":
+def decode_image(data: bytes, *, label: str, max_pixels: int | None = None) -> "Image.Image":
     """The picture in these bytes. `what` begins an error; the size is checked before anything is decoded."""
     from PIL import Image, ImageOps
 
     if not data:
-        raise NpoError(f"{what} is empty", "bring the picture, or remove the row")
+        raise NpoError(f"{label} is empty", "bring the picture, or remove the row")
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures in its own way; the limit here is the recipe's.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(BytesIO(data), formats=FORMATS)
-            _refuse_unusable(picture, what=what, max_pixels=max_pixels)
+            picture = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
+            _refuse_unusable(picture, what=label, max_pixels=max_pixels)
             return _rgb(ImageOps.exif_transpose(picture))
     except Image.DecompressionBombError as error:
-        raise NpoError(f"{what} is enormous: {error}", "make it smaller, or remove the row") from error
+        raise NpoError(f"{label} is enormous: {error}", "make it smaller, or remove the row") from error
     except Image.UnidentifiedImageError as error:
         raise NpoError(
-            f"{what} is no picture that can be read", f"write it as one of {', '.join(FORMATS)}, or remove the row"
+            f"{label} is no picture that can be read", f"write it as one of {', '.join(IMAGE_FORMATS)}, or remove the row"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged bytes
-        raise NpoError(f"{what} is damaged: {error}", "write it again, or remove the row") from error
+        raise NpoError(f"{label} is damaged: {error}", "write it again, or remove the row") from error
 
 
 def _refuse_unusable(picture: "Image.Image", *, what: str, max_pixels: int | None) -> None:
@@ -65,7 +65,7 @@ def _refuse_unusable(picture: "Image.Image", *, what: str, max_pixels: int | Non
     # A telephone's MPO is a JPEG with a second view behind it.
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
         raise NpoError(f"{what} has {picture.n_frames} frames", "write one of them as a picture of its own")
-    if picture.mode in DEEP_MODES:
+    if picture.mode in HIGH_BIT_DEPTH_MODES:
         raise NpoError(f"{what} has more than 8 bits a colour (mode {picture.mode})", "write it with 8 bits")
 
 
@@ -79,21 +79,21 @@ def _rgb(picture: "Image.Image") -> "Image.Image":
     return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
 
 
-def image_ref(data: bytes, *, place: str, what: str, max_pixels: int, keep: bool = False) -> ImageRef:
+def make_image_ref(data: bytes, *, location: str, label: str, max_pixels: int, keep_bytes: bool = False) -> ImageRef:
     """A reference to these bytes, which were found at `place`, once they were decoded; `keep` holds them in memory."""
-    width, height = decoded(data, what=what, max_pixels=max_pixels).size
+    width, height = decode_image(data, label=label, max_pixels=max_pixels).size
     digest = hashlib.sha256(data).hexdigest()
-    return ImageRef(place=place, sha256=digest, width=width, height=height, data=data if keep else None)
+    return ImageRef(location=location, sha256=digest, width=width, height=height, data=data if keep_bytes else None)
 
 
-def held_image(picture: "Image.Image", name: str) -> ImageRef:
+def make_in_memory_image_ref(picture: "Image.Image", name: str) -> ImageRef:
     """A picture that is in no file. It is held as PPM, whose bytes depend on nothing but its pixels."""
     buffer = BytesIO()
     upright = _rgb(picture)
     upright.save(buffer, format="PPM")
     data = buffer.getvalue()
     return ImageRef(
-        place=name,
+        location=name,
         sha256=hashlib.sha256(data).hexdigest(),
         width=upright.width,
         height=upright.height,
@@ -103,39 +103,39 @@ def held_image(picture: "Image.Image", name: str) -> ImageRef:
 
 def open_image(ref: ImageRef) -> "Image.Image":
     """The picture itself, if it is still the one that was referred to."""
-    data = image_bytes(ref)
+    data = load_image_bytes(ref)
     digest = hashlib.sha256(data).hexdigest()
     if digest != ref.sha256:
         raise NpoError(
-            f"{ref.place} is not the picture that it was: its sha256 begins with {digest[:12]}, not {ref.sha256[:12]}",
+            f"{ref.location} is not the picture that it was: its sha256 begins with {digest[:12]}, not {ref.sha256[:12]}",
             "bring the old one back, or start a new run with the new one",
         )
-    return decoded(data, what=ref.place)
+    return decode_image(data, label=ref.location)
 
 
-def image_bytes(ref: ImageRef) -> bytes:
+def load_image_bytes(ref: ImageRef) -> bytes:
     """The encoded bytes, wherever they are."""
     if ref.data is not None:
         return ref.data
-    file, is_cell, cell = ref.place.rpartition(IN_PARQUET)
+    file, is_cell, cell = ref.location.rpartition(PARQUET_MARKER)
     if not is_cell:
-        return file_bytes(Path(ref.place), what=ref.place)
+        return read_file_bytes(Path(ref.location), label=ref.location)
     column, row, number = cell.rsplit("/", 2)
-    found = parquet_images(f"{file}{IN_PARQUET[:-1]}", column, int(row))
+    found = read_parquet_images(f"{file}{PARQUET_MARKER[:-1]}", column, int(row))
     return found[int(number)]
 
 
-def file_bytes(path: Path, *, what: str) -> bytes:
+def read_file_bytes(path: Path, *, label: str) -> bytes:
     """A file's bytes."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise NpoError(
-            f"{what} cannot be read: {error.strerror or error}", "bring the picture back, or mend the path"
+            f"{label} cannot be read: {error.strerror or error}", "bring the picture back, or mend the path"
         ) from error
 
 
-def parquet_images(file: str, column: str, row: int) -> list[bytes]:
+def read_parquet_images(file: str, column: str, row: int) -> list[bytes]:
     """The pictures in one cell. A file is read a row group at a time."""
     group, place = _group_of(file, row)
     cell = _group_cells(file, column, group)[place]
@@ -159,7 +159,7 @@ def _group_of(file: str, row: int) -> tuple[int, int]:
     raise NpoError(f"{file} has no row {row}", "bring the file back as it was")
 
 
-@lru_cache(maxsize=NUM_ROW_GROUPS)
+@lru_cache(maxsize=ROW_GROUP_CACHE_SIZE)
 def _group_cells(file: str, column: str, group: int) -> list:
     from pyarrow.parquet import ParquetFile
 

@@ -9,38 +9,38 @@ from dataclasses import dataclass
 
 from npo_cli.errors import NpoError
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class LaunchInfo:
     """This process among the others."""
 
     rank: int
     """0 leads."""
-    size: int
+    world_size: int
     """Processes of the job, on all machines."""
     local_rank: int
     """Among the processes of this machine."""
-    local_size: int
+    local_world_size: int
 
 
-def place_here() -> Place | None:
+def read_launch_info() -> LaunchInfo | None:
     """The place that a launcher gave this process; None where it is the only one."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return None
     rank, size = _number("RANK", "0"), _number("WORLD_SIZE", "1")
     local_rank = _number("LOCAL_RANK", str(rank))
     local_size = _number("LOCAL_WORLD_SIZE", str(size))
-    missing = [name for name in ADDRESS if name not in os.environ]
+    missing = [name for name in RENDEZVOUS_VARIABLES if name not in os.environ]
     if missing or not 0 <= rank < size or not 0 <= local_rank < local_size:
         wrong = f"{missing[0]} is missing" if missing else f"RANK={rank} of WORLD_SIZE={size} cannot be"
         raise NpoError(
             f"the environment speaks of several processes, but {wrong}",
             "torchrun --nproc-per-node N -m npo_cli ..., or for one process: unset RANK WORLD_SIZE",
         )
-    return Place(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
+    return LaunchInfo(rank=rank, world_size=size, local_rank=local_rank, local_world_size=local_size)
 
 
 def _number(name: str, default: str) -> int:
@@ -50,8 +50,8 @@ def _number(name: str, default: str) -> int:
     return int(text)
 
 
-def without_place(environment: Mapping[str, str]) -> dict[str, str]:
+def strip_launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program that has no part in the job, such as a server."""
-    ours = {*NAMES, *ADDRESS, "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
+    ours = {*RANK_VARIABLES, *RENDEZVOUS_VARIABLES, "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
     foreign = ("TORCHELASTIC_",)
     return {name: value for name, value in environment.items() if name not in ours and not name.startswith(foreign)}

@@ -17,20 +17,20 @@ import yaml
 from pydantic import ValidationError
 
 from npo_cli.config import Recipe
-from npo_cli.errors import NpoError, as_typed
-from npo_cli.explain import hint, told
-from npo_cli.recipe_files import method_path, recipe_path
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.explain import suggest_fix, describe_problems
+from npo_cli.recipe_files import find_method, find_recipe
 from npo_cli.settings import walk_fields
 
-EXTENDS = "extends"
+EXTENDS_KEY = "extends"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class SettingsLayer:
     """Settings from one place, and where each dotted key of them was written."""
 
     values: dict[str, Any]
-    places: dict[str, str]
+    locations: dict[str, str]
     """Dotted key -> `file:line` or `command line`."""
 
 
@@ -79,67 +79,67 @@ for _reader in (_Loader, _Dumper):
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Recipe:
     """Defaults, then the chain of `extends`, then the file, the method, the overrides: later wins."""
-    layers = _chain(recipe_path(name_or_path))
+    layers = _chain(find_recipe(name_or_path))
     if method is not None:
-        layers += _chain(method_path(method))
+        layers += _chain(find_method(method))
     return _resolved([*layers, *map(_parse_override, overrides)], source=name_or_path)
 
 
-def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with KEY=VALUE settings on top."""
-    base = Layer(values=recipe_dict(recipe), places={})
+    base = SettingsLayer(values=recipe_to_dict(recipe), locations={})
     return _resolved([base, *map(_parse_override, overrides)], source="the run's recipe")
 
 
-def in_force(saved: Mapping[str, Any], overrides: Sequence[str], *, path: Path, fork: bool) -> Recipe:
+def override_saved_recipe(saved: Mapping[str, Any], overrides: Sequence[str], *, path: Path, fork: bool) -> Recipe:
     """The recipe that a run saved in `path`, with settings on top that falsify nothing it computed."""
-    old = from_dict(saved, source=str(path))
-    recipe = with_overrides(old, overrides)
-    refuse_frozen(old, recipe, fork=fork, path=path)
+    old = recipe_from_dict(saved, source=str(path))
+    recipe = apply_overrides(old, overrides)
+    check_frozen_settings(old, recipe, fork=fork, path=path)
     return recipe
 
 
-def from_dict(values: Mapping[str, Any], *, source: str = "the saved recipe") -> Recipe:
+def recipe_from_dict(values: Mapping[str, Any], *, source: str = "the saved recipe") -> Recipe:
     """A recipe from plain data, checked like one from a file."""
-    return _resolved([Layer(values=dict(values), places={})], source=source)
+    return _resolved([SettingsLayer(values=dict(values), locations={})], source=source)
 
 
-def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Every setting as plain JSON-able data."""
     return recipe.model_dump(mode="json")
 
 
-def recipe_yaml(recipe: Recipe) -> str:
+def recipe_to_yaml(recipe: Recipe) -> str:
     """Every setting as YAML that `load_recipe` reads back to the same recipe."""
-    return yaml_text(recipe_dict(recipe), width=100)
+    return dump_yaml(recipe_to_dict(recipe), width=100)
 
 
-def yaml_text(values: Mapping[str, Any], *, width: int) -> str:
+def dump_yaml(values: Mapping[str, Any], *, width: int) -> str:
     """Plain data as YAML that this file and any YAML 1.1 reader understand alike, keys in the order given."""
     # Letters beyond ASCII are escaped: yaml would fold a raw U+0085 into a space, and a terminal might obey others.
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=width)
 
 
-def _chain(path: Path) -> list[Layer]:
+def _chain(path: Path) -> list[SettingsLayer]:
     """The file's ancestors, oldest first, then the file itself. A circle is refused."""
-    layers: list[Layer] = []
+    layers: list[SettingsLayer] = []
     visited: list[Path] = []
     while True:
         if path.resolve() in visited:
             circle = " -> ".join(step.name for step in [*visited, path])
-            raise NpoError(f"recipes extend each other in a circle: {circle}", f"remove `{EXTENDS}` from {visited[0]}")
+            raise NpoError(f"recipes extend each other in a circle: {circle}", f"remove `{EXTENDS_KEY}` from {visited[0]}")
         visited.append(path.resolve())
         layer = _read(path)
         layers.insert(0, layer)
-        parent = layer.values.pop(EXTENDS, None)
+        parent = layer.values.pop(EXTENDS_KEY, None)
         if parent is None:
             return layers
         if not isinstance(parent, str):
-            raise NpoError(f"{layer.places[EXTENDS]}: {EXTENDS} must be the name of a recipe", f"{EXTENDS}: micro")
-        path = recipe_path(parent, beside=path.parent)
+            raise NpoError(f"{layer.locations[EXTENDS_KEY]}: {EXTENDS_KEY} must be the name of a recipe", f"{EXTENDS_KEY}: micro")
+        path = find_recipe(parent, beside=path.parent)
 
 
-def _read(path: Path) -> Layer:
+def _read(path: Path) -> SettingsLayer:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -152,7 +152,7 @@ def _read(path: Path) -> Layer:
     if not isinstance(node, yaml.MappingNode):
         raise NpoError(f"{path} does not hold settings (KEY: VALUE)", "npo recipes micro   # shows what a recipe holds")
     places = {key: f"{path.name}:{line}" for key, line in _lines(node, prefix="")}
-    return Layer(values=values, places=places)
+    return SettingsLayer(values=values, locations=places)
 
 
 def _parsed(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
@@ -181,7 +181,7 @@ def _lines(node: yaml.MappingNode, *, prefix: str) -> Iterator[tuple[str, int]]:
             yield from _lines(value, prefix=f"{dotted}.")
 
 
-def _parse_override(text: str) -> Layer:
+def _parse_override(text: str) -> SettingsLayer:
     """KEY=VALUE with a dotted key and a YAML value. A value without `=` or key is the user's slip."""
     dotted, equals, value = text.partition("=")
     parts = dotted.split(".")
@@ -191,7 +191,7 @@ def _parse_override(text: str) -> Layer:
     inner = _lines(node, prefix=f"{dotted}.") if isinstance(node, yaml.MappingNode) else ()
     for part in reversed(parts):
         values = {part: values}
-    return Layer(values=values, places=dict.fromkeys([dotted, *(key for key, _ in inner)], "command line"))
+    return SettingsLayer(values=values, locations=dict.fromkeys([dotted, *(key for key, _ in inner)], "command line"))
 
 
 def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,41 +206,41 @@ def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 # Checking
 
 
-def _resolved(layers: Sequence[Layer], *, source: str) -> Recipe:
+def _resolved(layers: Sequence[SettingsLayer], *, source: str) -> Recipe:
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for layer in layers:
         values = _merged(values, layer.values)
-        places |= layer.places
+        places |= layer.locations
     try:
         # JSON mode: lists are tuples, yet nothing else is converted. A date of a hand-edited recipe becomes text.
         return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        raise NpoError(told(problems, places=places, source=source), hint(problems)) from error
+        raise NpoError(describe_problems(problems, locations=places, source=source), suggest_fix(problems)) from error
 
 
 # Comparing
 
 
-def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+def diff_recipes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every setting that differs, in the order of the recipe."""
     pairs = zip(walk_fields(old), walk_fields(new), strict=True)
     return [(key, before, after) for (key, before, _), (_, after, _) in pairs if before != after]
 
 
-def refuse_frozen(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = None) -> None:
+def check_frozen_settings(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = None) -> None:
     """Refuse a change of anything that what was already computed depends on; `path` is where the old recipe lies.
 
     Free settings may change, fork settings only where a replay branches off, the rest never. num_steps is free
     only under a constant schedule: a decay is spread over it, so other steps would have had other learning rates.
     """
     when = {key: marks.get("on_resume", "never") for key, _, marks in walk_fields(old)}
-    for key, before, after in differences(old, new):
+    for key, before, after in diff_recipes(old, new):
         change = f"{key} cannot change from {before} to {after}"
         if key == "model.path" and old.model.lora.rank is not None:
             continue  # adapters know their base by its weights, wherever they lie
-        afresh = f"npo train {as_typed(path) if path else 'RECIPE'} {_as_override(key, after)} --run NEW"
+        afresh = f"npo train {quote_path(path) if path else 'RECIPE'} {_as_override(key, after)} --run NEW"
         if key == "train.num_steps" and old.train.schedule != "constant":
             reason = f"the {old.train.schedule} schedule of the steps already made was spread over {before} steps"
             raise NpoError(f"{change}: {reason}", afresh)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Where = Literal["gpu", "engine gpu", "host", "disk"]
-Phase = Literal["always", "sampling", "update", "saving"]
+Location = Literal["gpu", "engine gpu", "host", "disk"]
+MemoryPhase = Literal["always", "sampling", "update", "saving"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,30 +12,30 @@ class ModelShape:
     """A model without its weights. Parameters are counted, and so is what autograd saves of one token."""
 
     num_params: int
-    num_adapters: int
+    num_lora_params: int
     """Parameters of LoRA's adapters; 0 where every weight is trained."""
     adafactor_floats: int
     """Rows, columns and vectors that Adafactor keeps of what is trained."""
-    largest_block: int
+    largest_block_params: int
     """Parameters of the largest part that FSDP2 gathers at once."""
-    outside_blocks: int
+    root_params: int
     """Parameters of embedding, head and last norm, gathered with the root."""
-    hidden: int
-    vocab: int
-    cache_floats: int
+    hidden_size: int
+    vocab_size: int
+    kv_cache_floats: int
     """Keys and values of one token in all layers."""
-    saved_bytes: float
+    activation_bytes: float
     """Activations saved for the backward pass, of one token."""
-    checkpointed_bytes: float
+    checkpointed_activation_bytes: float
     """The same with gradient checkpointing: inputs of the layers alone."""
-    layer_bytes: float
+    layer_activation_bytes: float
     """Of one layer, saved anew while it is recomputed."""
-    vision_bytes: float
+    vision_activation_bytes: float
     """Activations that the vision tower saves of one image token; 0 without one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Footing:
+class Hardware:
     """The machine that is asked about. Sizes in bytes; None is no limit."""
 
     num_gpus: int
@@ -46,37 +46,37 @@ class Footing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Need:
+class Allocation:
     """One thing that takes room: on each GPU, on each machine, or on the disk."""
 
-    where: Where
-    phase: Phase
-    what: str
+    location: Location
+    phase: MemoryPhase
+    label: str
     num_bytes: int
-    how: str
+    formula: str
     """The product behind the figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class PeakUsage:
     """The largest need of one place."""
 
-    where: Where
-    peak: Phase
+    location: Location
+    peak_phase: MemoryPhase
     num_bytes: int
-    limit: int | None
+    limit_bytes: int | None
 
     @property
     def fits(self) -> bool:
         """Whether the need stays within the limit."""
-        return self.limit is None or self.num_bytes <= self.limit
+        return self.limit_bytes is None or self.num_bytes <= self.limit_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Knob:
+class SettingChange:
     """One setting, and what the place would need with it."""
 
     setting: str
-    where: Where
+    location: Location
     num_bytes: int
     fits: bool

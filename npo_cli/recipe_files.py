@@ -5,51 +5,51 @@ from pathlib import Path
 
 from npo_cli.errors import NpoError
 
-METHODS = "methods"
+METHODS_FOLDER = "methods"
 TRACKS = ("matched", "reference", "controls", "extrapolated")
 """Folders of shipped methods, in the order in which a bare name is looked for."""
 _SUFFIXES = (".yaml", ".yml", ".json")
 _PACKAGE = Path(__file__).parent
 
 
-def recipe_folder() -> Path:
+def find_recipe_folder() -> Path:
     """`npo_cli/recipes` of an installed package; in a source checkout the folder beside the package."""
     installed = _PACKAGE / "recipes"
     return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
 
 
-def recipe_names() -> tuple[str, ...]:
+def list_recipe_names() -> tuple[str, ...]:
     """Names of the shipped recipes, sorted."""
-    return tuple(sorted(path.stem for path in recipe_folder().glob("*.yaml")))
+    return tuple(sorted(path.stem for path in find_recipe_folder().glob("*.yaml")))
 
 
-def method_names() -> tuple[str, ...]:
+def list_method_names() -> tuple[str, ...]:
     """Shipped methods, such as `matched/luffy`, sorted."""
-    home = recipe_folder() / METHODS
+    home = find_recipe_folder() / METHODS_FOLDER
     return tuple(sorted(path.relative_to(home).with_suffix("").as_posix() for path in home.rglob("*.yaml")))
 
 
-def method_path(name: str) -> Path:
+def find_method(name: str) -> Path:
     """A file as it is; `reference/luffy` among the shipped methods; a bare name in the first track that has it."""
     if name.endswith(_SUFFIXES):
-        return recipe_path(f"./{name}" if "/" not in name else name)
+        return find_recipe(f"./{name}" if "/" not in name else name)
     for tried in (name, *(f"{track}/{name}" for track in TRACKS)):
-        if tried in method_names():
-            return recipe_folder() / METHODS / f"{tried}.yaml"
-    near = difflib.get_close_matches(name, method_names(), n=1, cutoff=0.4)
+        if tried in list_method_names():
+            return find_recipe_folder() / METHODS_FOLDER / f"{tried}.yaml"
+    near = difflib.get_close_matches(name, list_method_names(), n=1, cutoff=0.4)
     raise NpoError(f"there is no method {name!r}", f"--method {near[0]}" if near else "npo recipes --methods")
 
 
-def recipe_path(name: str, *, beside: Path | None = None) -> Path:
+def find_recipe(name: str, *, beside: Path | None = None) -> Path:
     """A path as it is (relative to `beside` where given), a bare name among the shipped recipes."""
     if name.endswith(_SUFFIXES) or "/" in name or "\\" in name:
         path = (beside or Path()) / Path(name).expanduser()
         if not path.is_file():
             raise NpoError(f"there is no recipe file {path}", "npo recipes   # lists the shipped recipes by name")
         return path
-    path = recipe_folder() / f"{name}.yaml"
+    path = find_recipe_folder() / f"{name}.yaml"
     if path.is_file():
         return path
-    near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, list_recipe_names(), n=1, cutoff=0.4)
     meant = f"npo recipes {near[0]}   # is that the one?" if near else "npo recipes   # lists the shipped recipes"
     raise NpoError(f"there is no shipped recipe named {name!r} (a file needs its ending: {name}.yaml)", meant)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Verdict = Literal["correct", "wrong", "unparseable", "timeout"]
-Source = Literal["own", "guide", "extrapolated", "teacher", "past"]
+RolloutSource = Literal["own", "guide", "extrapolated", "teacher", "past"]
 """Who wrote a rollout: the policy itself, another checkpoint of its run, the policy pushed along its own motion, an
 outside model, the policy of long ago."""
-MixOutcome = Literal["injected", "gate_closed", "no_guide", "off"]
+InjectionStatus = Literal["injected", "gate_closed", "no_guide", "off"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +23,7 @@ class Message:
     content: str
 
 
-IMAGE_MARK = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 """Where a picture stands in the text of a prompt that has pictures."""
 
 
@@ -31,7 +31,7 @@ IMAGE_MARK = "<image>"
 class ImageRef:
     """A picture by reference: where its bytes are, and which bytes they were."""
 
-    place: str
+    location: str
     """A file, `FILE.parquet#COLUMN/ROW/NUMBER` (counted from 0), or any name where `data` holds the bytes."""
     sha256: str
     """Of the encoded bytes, hexadecimal."""
@@ -60,7 +60,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Graded:
+class VerifierResult:
     """What a verifier says of one response."""
 
     verdict: Verdict
@@ -89,14 +89,14 @@ class Rollout:
     """Ended with an end token. A cut-off response is never used as a guide."""
     sampler_step: int | None
     """Step of the weights that sampled it; None where these are not of this run."""
-    source: Source = "own"
+    source: RolloutSource = "own"
     mean_entropy: float | None = None
     """Mean over its tokens of the sampling distribution's entropy (nats)."""
     verdict: Verdict | None = None
     reward: float | None = None
 
     @property
-    def foreign(self) -> bool:
+    def is_off_policy(self) -> bool:
         """Written by another policy than the one that is trained at this step."""
         return self.source != "own"
 
@@ -112,11 +112,11 @@ class Group:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
-    mix: MixOutcome = "off"
+    injection_status: InjectionStatus = "off"
     """Whether a guide took a slot, or why not; `off` where no guide is at work."""
-    own_accuracy: float | None = None
+    on_policy_accuracy: float | None = None
     """Share of the policy's own rollouts verified correct, before a guide took a slot."""
-    spare: tuple[Rollout, ...] = ()
+    unused_guide_rollouts: tuple[Rollout, ...] = ()
     """Answers that a guide gave at this step and that took no slot: generated, and not trained on."""
 
 
@@ -129,11 +129,11 @@ class Segment:
     """Branch this one left; None for the first."""
     fork_step: int
     """Step of the parent it started from (0 for the first branch)."""
-    guide: str | None
+    guide_cache: str | None
     """Name of the guide cache mixed in, or None for plain GRPO."""
     guide_until: int | None
     """Last step at which the guide is mixed in."""
-    ahead_until: int | None = None
+    extrapolation_until: int | None = None
     """Last step at which the policy's own motion guides, where AutoNPO tries that; else None."""
 
 
@@ -161,7 +161,7 @@ class CheckpointEntry:
     quality: float | None = None
     variance: float | None = None
     signal: float | None = None
-    scored_for: int | None = None
+    learner_step: int | None = None
     """Step of the learner that quality, variance and signal refer to (the newest score)."""
 
 
@@ -202,10 +202,10 @@ class CheckpointScore:
     mean_length: float
     """Tokens per response of the samples behind V."""
     ess_fraction: float
-    unreliable: bool
+    is_unreliable: bool
     """The chosen V rests on a few samples (effective sample size below a tenth), or could not be estimated."""
-    chosen: bool
-    chosen_by: Mapping[str, int] = field(default_factory=dict)
+    is_selected: bool
+    selection_by_profile: Mapping[str, int] = field(default_factory=dict)
     """The step that each other profile would have chosen."""
 
 
@@ -225,7 +225,7 @@ class EvalReport:
     pass_at_k_low: float
     pass_at_k_high: float
     mean_length: float
-    cut_off: float
+    truncated_fraction: float
     """Share of responses that hit the length limit."""
     num_tokens: int
 
@@ -244,7 +244,7 @@ class StepReport:
 class Progress:
     """How far a long stage is; drawn as a bar on a terminal, as a line now and then elsewhere."""
 
-    what: str
+    description: str
     done: int
     total: int
     note: str = ""

@@ -15,47 +15,47 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from npo_cli.loading import from_dict, with_overrides
-from npo_cli.run_dir.checkpoints import Checkpoint, history
-from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.loading import recipe_from_dict, apply_overrides
+from npo_cli.run_dir.checkpoints import Checkpoint, list_ancestry_checkpoints
+from npo_cli.run_dir.lineage import find_newest_branch
 from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.world import World, answer, load_checkpoint, open_policy, open_task, open_world
+from npo_cli.stages.world import Session, sample_groups, load_checkpoint, open_policy, open_task, open_session
 
 
-def opened(root: Path, kind: str, overrides: Sequence[str]) -> World:
+def open_run_session(root: Path, kind: str, overrides: Sequence[str]) -> Session:
     """The run's newest branch with another engine."""
     run = open_run(root)
-    branch = newest_branch(run)
-    recipe = with_overrides(from_dict(run.recipe(branch)), [*overrides, f"engine.kind={kind}"])
+    branch = find_newest_branch(run)
+    recipe = apply_overrides(recipe_from_dict(run.read_recipe(branch)), [*overrides, f"engine.kind={kind}"])
     task = open_task(recipe, allow_code=False)
-    return open_world(run, recipe, task=task, policy=open_policy(recipe, task, history(run, branch)[0]))
+    return open_session(run, recipe, task=task, policy=open_policy(recipe, task, list_ancestry_checkpoints(run, branch)[0]))
 
 
-def sampled(world: World, *, num_prompts: int, k: int, number: int) -> tuple[int, float]:
+def time_sampling(world: Session, *, num_prompts: int, k: int, number: int) -> tuple[int, float]:
     """Tokens and seconds of one batch, verification included."""
     began = time.perf_counter()
     prompts = world.task.train[:num_prompts]
-    groups = answer(world, prompts, label=("bench", number), slots=range(k), sampler_step=0)
+    groups = sample_groups(world, prompts, seed_label=("bench", number), slots=range(k), sampler_step=0)
     return sum(len(each.response_ids) for group in groups for each in group.rollouts), time.perf_counter() - began
 
 
-def rates(root: Path, kinds: Sequence[str], given: argparse.Namespace) -> None:
+def measure_rates(root: Path, kinds: Sequence[str], given: argparse.Namespace) -> None:
     """Start, sync and tokens a second of every engine."""
     worlds, starts = {}, {}
     for kind in kinds:
         began = time.perf_counter()
-        worlds[kind] = opened(root, kind, given.set)
+        worlds[kind] = open_run_session(root, kind, given.set)
         starts[kind] = time.perf_counter() - began
-        sampled(worlds[kind], num_prompts=2, k=1, number=-1)
+        time_sampling(worlds[kind], num_prompts=2, k=1, number=-1)
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     syncs: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(given.repeats):
         for kind, world in worlds.items():
-            written(world)
+            touch_weights(world)
             began = time.perf_counter()
             world.sync.in_step(number)
             syncs[kind].append(time.perf_counter() - began)
-            tokens, seconds = sampled(world, num_prompts=given.prompts, k=given.k, number=number)
+            tokens, seconds = time_sampling(world, num_prompts=given.prompts, k=given.k, number=number)
             found[kind].append(tokens / seconds)
     print("| engine | start, s | sync and proof, s | tokens a second | min | max |\n|---|---|---|---|---|---|")
     for kind in kinds:
@@ -66,24 +66,24 @@ def rates(root: Path, kinds: Sequence[str], given: argparse.Namespace) -> None:
         world.close()
 
 
-def written(world: World) -> None:
+def touch_weights(world: Session) -> None:
     """Write to a tensor, so that the next sync has to send all of them."""
     next(world.policy.model.parameters()).detach().mul_(1.0)
 
 
-def walk(root: Path, given: argparse.Namespace) -> None:
+def compare_walks(root: Path, given: argparse.Namespace) -> None:
     """Seconds for the same samples of each of the newest checkpoints, both ways."""
     run = open_run(root)
-    places = history(run, newest_branch(run))[-given.walk :]
+    places = list_ancestry_checkpoints(run, find_newest_branch(run))[-given.walk :]
     began = time.perf_counter()
-    with closing(opened(root, "vllm", given.set)) as world:
-        one = [visited(world, place, given) for place in places]
+    with closing(open_run_session(root, "vllm", given.set)) as world:
+        one = [sample_checkpoint(world, place, given) for place in places]
     with_one = time.perf_counter() - began
     began = time.perf_counter()
     many = []
     for place in places:
-        with closing(opened(root, "vllm", given.set)) as world:
-            many.append(visited(world, place, given))
+        with closing(open_run_session(root, "vllm", given.set)) as world:
+            many.append(sample_checkpoint(world, place, given))
     with_many = time.perf_counter() - began
     assert one == many, "the same seeds and weights answer alike"
     print(f"| {len(places)} checkpoints, {one[0][1]:,} tokens of the first | seconds |\n|---|---|")
@@ -92,11 +92,11 @@ def walk(root: Path, given: argparse.Namespace) -> None:
     )
 
 
-def visited(world: World, place: Checkpoint, given: argparse.Namespace) -> tuple[int, int]:
+def sample_checkpoint(world: Session, place: Checkpoint, given: argparse.Namespace) -> tuple[int, int]:
     """Step, and tokens sampled from it."""
     load_checkpoint(world.policy, place)
     prompts = world.task.train[: given.prompts]
-    groups = answer(world, prompts, label=("walk",), slots=range(given.k), sampler_step=place.step)
+    groups = sample_groups(world, prompts, seed_label=("walk",), slots=range(given.k), sampler_step=place.step)
     return place.step, sum(len(each.response_ids) for group in groups for each in group.rollouts)
 
 
@@ -112,9 +112,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     if given.walk:
-        walk(given.run, given)
+        compare_walks(given.run, given)
     else:
-        rates(given.run, given.engines.split(","), given)
+        measure_rates(given.run, given.engines.split(","), given)
 
 
 if __name__ == "__main__":

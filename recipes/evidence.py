@@ -33,7 +33,7 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
+class Method:
     """One line of descent of each seed's run."""
 
     name: str
@@ -45,18 +45,18 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Experiment:
     """One table."""
 
     recipe: str
     lr: str
     steps: int
-    arms: tuple[Arm, ...]
+    methods: tuple[Method, ...]
     extra: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MethodRun:
     """Where an arm of one seed lies."""
 
     run: Path
@@ -79,7 +79,7 @@ def last_step(run: Path, arm: str) -> int | None:
     return json.loads(lines[-1])["step"] if lines else None
 
 
-def one_seed(plan: Plan, seed: int, out: Path) -> dict[str, Place]:
+def run_seed(plan: Experiment, seed: int, out: Path) -> dict[str, MethodRun]:
     """Train, and try every arm; what is done is skipped, what was cut short goes on."""
     run = out / f"{plan.recipe}-lr{plan.lr}-seed{seed}"
     log = run.with_suffix(".log")
@@ -88,13 +88,13 @@ def one_seed(plan: Plan, seed: int, out: Path) -> dict[str, Place]:
         npo(log, "train", plan.recipe, *settings, "--run", str(run))
     elif (last_step(run, GRPO) or 0) < plan.steps:
         npo(log, "resume", str(run), "--from", GRPO)
-    places = {GRPO: Place(run, GRPO)}
-    for arm in plan.arms:
-        places[arm.name] = by_itself(plan, arm, run) if arm.at is None else by_hand(plan, arm, run)
+    places = {GRPO: MethodRun(run, GRPO)}
+    for arm in plan.methods:
+        places[arm.name] = run_autonpo_method(plan, arm, run) if arm.at is None else run_manual_method(plan, arm, run)
     return places
 
 
-def by_hand(plan: Plan, arm: Arm, run: Path) -> Place:
+def run_manual_method(plan: Experiment, arm: Method, run: Path) -> MethodRun:
     """One rollback with the guide of one step."""
     log = run.with_suffix(".log")
     where, cache = ["--at", str(arm.at)], run / "guides" / arm.name / "guide.json"
@@ -104,10 +104,10 @@ def by_hand(plan: Plan, arm: Arm, run: Path) -> Place:
         npo(log, "resume", str(run), *where, "--guide", arm.name, "--from", GRPO)
     elif (last_step(run, arm.name) or 0) < plan.steps:
         npo(log, "resume", str(run), "--from", arm.name)
-    return Place(run, arm.name)
+    return MethodRun(run, arm.name)
 
 
-def by_itself(plan: Plan, arm: Arm, run: Path) -> Place:
+def run_autonpo_method(plan: Experiment, arm: Method, run: Path) -> MethodRun:
     """AutoNPO on a copy, so that its probes are not charged to the plain arm."""
     log = run.with_suffix(".log")
     copy, hidden = run.with_name(f"{run.name}-{arm.name}"), run.with_name(f".{run.name}-{arm.name}")
@@ -116,39 +116,39 @@ def by_itself(plan: Plan, arm: Arm, run: Path) -> Place:
         shutil.copytree(run, hidden)
         hidden.rename(copy)
         npo(log, "resume", str(copy), "--autonpo", "--from", GRPO, *arm.settings)
-    elif (last_step(copy, moves(copy)[-1]["branch"]) or 0) < plan.steps:
+    elif (last_step(copy, read_transitions(copy)[-1]["branch"]) or 0) < plan.steps:
         npo(log, "resume", str(copy), "--autonpo")
-    return Place(copy, moves(copy)[-1]["branch"])
+    return MethodRun(copy, read_transitions(copy)[-1]["branch"])
 
 
-def moves(run: Path) -> list[dict[str, Any]]:
+def read_transitions(run: Path) -> list[dict[str, Any]]:
     """The transitions of AutoNPO."""
     return [json.loads(line) for line in (run / "autonpo.jsonl").read_text().splitlines()]
 
 
 @cache
-def records(place: Place) -> list[dict[str, Any]]:
+def read_cost_records(place: MethodRun) -> list[dict[str, Any]]:
     """Curve points and crossings of one arm, as `npo show RUN costs --json` prints them."""
     command = [*NPO, "show", str(place.run), "costs", "--branch", place.branch, "--json"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [json.loads(line) for line in lines]
 
 
-def points(place: Place) -> list[dict[str, Any]]:
+def curve_points(place: MethodRun) -> list[dict[str, Any]]:
     """Its evaluations by logical step."""
-    return [row for row in records(place) if row["record"] == "curve_point"]
+    return [row for row in read_cost_records(place) if row["record"] == "curve_point"]
 
 
-def final_accuracy(place: Place) -> float:
+def final_accuracy(place: MethodRun) -> float:
     """Mean of the last three evaluations."""
-    return statistics.fmean(point["accuracy"] for point in points(place)[-3:])
+    return statistics.fmean(point["accuracy"] for point in curve_points(place)[-3:])
 
 
-def crossings(places: Sequence[Place], threshold: float, *, axis: str) -> list[float | None]:
+def costs_to_threshold(places: Sequence[MethodRun], threshold: float, *, axis: str) -> list[float | None]:
     """Cost of reaching the threshold, one value a seed; None where it was not reached."""
     found = []
     for place in places:
-        rows = [row for row in records(place) if row["record"] == "crossing" and row["threshold"] == threshold]
+        rows = [row for row in read_cost_records(place) if row["record"] == "crossing" and row["threshold"] == threshold]
         found.append(rows[0][axis])
     return found
 
@@ -173,29 +173,29 @@ def speed_up(slow: Sequence[float | None], fast: Sequence[float | None], start: 
     return f"{mean:.2f}x [{mean - half:.2f}, {mean + half:.2f}] ({len(ratios)} of {len(slow)})"
 
 
-def arrivals(values: Sequence[float | None]) -> str:
+def format_costs(values: Sequence[float | None]) -> str:
     """Mean over the seeds that arrived, and how many did."""
     there = [value for value in values if value is not None]
     return f"{statistics.fmean(there):,.0f} ({len(there)} of {len(values)})" if there else f"- (0 of {len(values)})"
 
 
-def arm_rows(name: str, places: Sequence[Place]) -> list[str]:
+def method_rows(name: str, places: Sequence[MethodRun]) -> list[str]:
     """What one arm reached and what it cost, a line a threshold."""
     final = interval([final_accuracy(place) for place in places])
     return [
         f"| {name} | {final} | {threshold} | "
-        + " | ".join(arrivals(crossings(places, threshold, axis=axis)) for axis in COSTS)
+        + " | ".join(format_costs(costs_to_threshold(places, threshold, axis=axis)) for axis in COSTS)
         + " |"
         for threshold in THRESHOLDS
     ]
 
 
-def ratio_rows(arm: Arm, plain: Sequence[Place], helped: Sequence[Place]) -> list[str]:
+def ratio_rows(arm: Method, plain: Sequence[MethodRun], helped: Sequence[MethodRun]) -> list[str]:
     """GRPO's cost over the arm's, paired by seed; the last line counts steps from the rollback point only."""
     better = sum(final_accuracy(b) >= final_accuracy(a) for a, b in zip(plain, helped, strict=True))
     lines = []
     for threshold in THRESHOLDS:
-        slow, fast = ([crossings(places, threshold, axis=axis) for axis in COSTS] for places in (plain, helped))
+        slow, fast = ([costs_to_threshold(places, threshold, axis=axis) for axis in COSTS] for places in (plain, helped))
         ratios = [speed_up(*pair) for pair in zip(slow, fast, strict=True)]
         note = f"not lower on {better} of {len(plain)}"
         lines.append(f"| {arm.name}, ratio | {note} | {threshold} | {' | '.join(ratios)} |")
@@ -207,12 +207,12 @@ def ratio_rows(arm: Arm, plain: Sequence[Place], helped: Sequence[Place]) -> lis
     return lines
 
 
-def entropy_rows(plan: Plan, seeds: Sequence[dict[str, Place]]) -> list[str]:
+def entropy_rows(plan: Experiment, seeds: Sequence[dict[str, MethodRun]]) -> list[str]:
     """Training entropy of every arm at eight places of the run, mean over the seeds."""
     steps = [round(plan.steps * part / 80) * 10 for part in range(1, 9)]
     lines = [f"| entropy at step | {' | '.join(map(str, steps))} |", "|---" * (len(steps) + 1) + "|"]
     for name in seeds[0]:
-        curves = [{row["step"]: row["entropy"] for row in points(places[name])} for places in seeds]
+        curves = [{row["step"]: row["entropy"] for row in curve_points(places[name])} for places in seeds]
         values = [[curve[step] for curve in curves if curve.get(step) is not None] for step in steps]
         lines.append(
             f"| {name} | " + " | ".join(f"{statistics.fmean(some):.3f}" if some else "-" for some in values) + " |"
@@ -220,25 +220,25 @@ def entropy_rows(plan: Plan, seeds: Sequence[dict[str, Place]]) -> list[str]:
     return lines
 
 
-def intervention_rows(arm: Arm, seeds: Sequence[dict[str, Place]]) -> list[str]:
+def intervention_rows(arm: Method, seeds: Sequence[dict[str, MethodRun]]) -> list[str]:
     """What AutoNPO did, a line a probe."""
     lines = ["| run | step | decision | D* | Q | V | p(best) | guides |", "|---" * 8 + "|"]
     for places in seeds:
         run = places[arm.name].run
-        fewest = moves(run)[0]["evidence"]["settings"]["autonpo"]["rollback"]["min_failed_prompts"]
-        for move in moves(run):
+        fewest = read_transitions(run)[0]["evidence"]["settings"]["autonpo"]["rollback"]["min_failed_prompts"]
+        for move in read_transitions(run):
             if move["event"] in ("accepted", "rejected", "early"):
                 scores = move["evidence"].get("scores", ())
                 best = next((score for score in scores if score["chosen"]), None)
                 rivals = sum(score["num_mistakes"] >= fewest for score in scores)
-                lines.append(f"| {run.name} | {move['step']} | {move['event']} | {choice(best, rivals)} | - |")
+                lines.append(f"| {run.name} | {move['step']} | {move['event']} | {format_choice(best, rivals)} | - |")
             elif move["event"] == "guided":
                 found = f"{move['evidence']['num_found']} of {move['evidence']['num_asked']}"
                 lines[-1] = f"{lines[-1][:-3]}{found} |"
     return lines
 
 
-def choice(score: dict[str, Any] | None, rivals: int) -> str:
+def format_choice(score: dict[str, Any] | None, rivals: int) -> str:
     """D*, Q, V, and the chance that it is the best of so many distances, as cells."""
     if score is None:
         return "- | - | - | -"
@@ -246,32 +246,32 @@ def choice(score: dict[str, Any] | None, rivals: int) -> str:
     return f"{score['distance']} | {quality} | {score['variance']:.2f} | {score['p_best']:.2f} of {rivals}"
 
 
-def table(plan: Plan, seeds: Sequence[dict[str, Place]]) -> list[str]:
+def table(plan: Experiment, seeds: Sequence[dict[str, MethodRun]]) -> list[str]:
     """Markdown lines."""
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     plain = [places[GRPO] for places in seeds]
-    lines += arm_rows("GRPO", plain)
-    for arm in plan.arms:
+    lines += method_rows("GRPO", plain)
+    for arm in plan.methods:
         helped = [places[arm.name] for places in seeds]
-        lines += [*arm_rows(arm.name, helped), *ratio_rows(arm, plain, helped)]
-    if plan.arms:
+        lines += [*method_rows(arm.name, helped), *ratio_rows(arm, plain, helped)]
+    if plan.methods:
         lines += ["", *entropy_rows(plan, seeds)]
-    for arm in plan.arms:
+    for arm in plan.methods:
         if arm.at is None:
             lines += ["", *intervention_rows(arm, seeds)]
     return lines
 
 
-def arm_of(text: str) -> Arm:
+def parse_method(text: str) -> Method:
     """`late=40:100`, or `NAME=auto KEY=VALUE ...`."""
     name, _, rest = text.partition("=")
     kind, *settings = rest.split() or [""]
     if kind == AUTO:
-        return Arm(name=name, settings=tuple(settings))
+        return Method(name=name, settings=tuple(settings))
     at, _, guide = kind.partition(":")
     if settings or not (at.isdecimal() and guide.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=AT:GUIDE, or 'NAME={AUTO} KEY=VALUE ...'")
-    return Arm(name=name, at=int(at), guide=int(guide))
+    return Method(name=name, at=int(at), guide=int(guide))
 
 
 def main() -> None:
@@ -281,16 +281,16 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--lr", required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--arm", action="append", default=[], type=arm_of, metavar="NAME=AT:GUIDE|NAME=auto")
+    parser.add_argument("--arm", action="append", default=[], type=parse_method, metavar="NAME=AT:GUIDE|NAME=auto")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    plan = Plan(recipe=given.recipe, lr=given.lr, steps=given.steps, arms=tuple(given.arm), extra=tuple(given.set))
+    plan = Experiment(recipe=given.recipe, lr=given.lr, steps=given.steps, methods=tuple(given.arm), extra=tuple(given.set))
     given.out.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     with ThreadPoolExecutor(given.jobs) as pool:
-        found = list(pool.map(lambda seed: one_seed(plan, seed, given.out), seeds))
+        found = list(pool.map(lambda seed: run_seed(plan, seed, given.out), seeds))
     sys.stdout.write("\n".join(table(plan, found)) + "\n")
 
 

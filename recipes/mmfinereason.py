@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from npo_cli.tasks.math_pool import MathGrader, math_grader
+from npo_cli.tasks.math_pool import MathVerifier, make_math_verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,18 +47,18 @@ TEMPLATE_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
+class SelectionRules:
     """What a row must be to be taken."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    grader: MathGrader
+    grader: MathVerifier
     max_tokens: int
     max_pixels: int
     heldout_one_in: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Taken:
+class SelectedRow:
     """A row that is written."""
 
     row: dict[str, object]
@@ -76,7 +76,7 @@ def shard_rows(folder: Path) -> Iterator[list[dict[str, object]]]:
                 number += len(rows)
 
 
-def taken_or_why(row: dict[str, object], wanted: Wanted) -> Taken | str:
+def select_row(row: dict[str, object], wanted: SelectionRules) -> SelectedRow | str:
     """The row as it is written, or why it is left out. Its answer is looked at elsewhere, in company."""
     question, picture = str(row["question"] or "").strip(), (row["image"] or {}).get("bytes")
     if not question or not str(row["answer"] or "").strip():
@@ -87,16 +87,16 @@ def taken_or_why(row: dict[str, object], wanted: Wanted) -> Taken | str:
         return "several pictures"
     question = question if MARK in question else f"{MARK}\n{question}"
     try:
-        picture, num_image_tokens = fitted(picture, wanted.max_pixels)
+        picture, num_image_tokens = fit_image(picture, wanted.max_pixels)
     except (OSError, Image.DecompressionBombError):
         return "a picture that cannot be read"
     if len(wanted.tokenizer(question).input_ids) + num_image_tokens + TEMPLATE_TOKENS > wanted.max_tokens:
         return "a prompt that is too long"
     digest = hashlib.sha256(question.encode() + picture).hexdigest()
-    return Taken(row=row | {"question": question, "image": {"bytes": picture, "path": None}}, digest=digest)
+    return SelectedRow(row=row | {"question": question, "image": {"bytes": picture, "path": None}}, digest=digest)
 
 
-def fitted(picture: bytes, max_pixels: int) -> tuple[bytes, int]:
+def fit_image(picture: bytes, max_pixels: int) -> tuple[bytes, int]:
     """The picture, made smaller where it is too large, and the most tokens that it becomes."""
     opened = Image.open(BytesIO(picture))
     opened.load()
@@ -112,14 +112,14 @@ def fitted(picture: bytes, max_pixels: int) -> tuple[bytes, int]:
     return picture, max(LEAST_TOKENS, ceil(width / side) * ceil(height / side))
 
 
-def with_readable_answers(taken: Sequence[Taken], wanted: Wanted, left_out: Counter[str]) -> list[Taken]:
+def drop_unreadable_answers(taken: Sequence[SelectedRow], wanted: SelectionRules, left_out: Counter[str]) -> list[SelectedRow]:
     """Those whose reference answer math_verify can compare."""
-    readable = wanted.grader.readable([str(each.row["answer"]) for each in taken])
+    readable = wanted.grader.are_readable([str(each.row["answer"]) for each in taken])
     left_out["an answer that math_verify cannot read"] += readable.count(False)
     return [each for each, is_read in zip(taken, readable, strict=True) if is_read]
 
 
-def prepare(shards: Path, out: Path, wanted: Wanted) -> Counter[str]:
+def prepare(shards: Path, out: Path, wanted: SelectionRules) -> Counter[str]:
     """Write OUT/train.parquet and OUT/heldout.parquet; how many rows went where."""
     out.mkdir(parents=True)
     counts: Counter[str] = Counter()
@@ -130,10 +130,10 @@ def prepare(shards: Path, out: Path, wanted: Wanted) -> Counter[str]:
             for name in ("train", "heldout")
         }
         for rows in shard_rows(shards):
-            found = [taken_or_why(row, wanted) for row in rows]
+            found = [select_row(row, wanted) for row in rows]
             counts.update(each for each in found if isinstance(each, str))
             parts: dict[str, list[dict[str, object]]] = {name: [] for name in writers}
-            for each in with_readable_answers([each for each in found if isinstance(each, Taken)], wanted, counts):
+            for each in drop_unreadable_answers([each for each in found if isinstance(each, SelectedRow)], wanted, counts):
                 if each.digest in seen:
                     counts["a repeated row"] += 1
                     continue
@@ -163,8 +163,8 @@ def main() -> None:
     # Inside, because each process that reads answers imports this file again.
     from transformers import AutoTokenizer
 
-    grader = math_grader(num_workers=asked.workers, timeout=5.0)
-    wanted = Wanted(
+    grader = make_math_verifier(num_workers=asked.workers, timeout=5.0)
+    wanted = SelectionRules(
         tokenizer=AutoTokenizer.from_pretrained(asked.model),
         grader=grader,
         max_tokens=asked.max_tokens,

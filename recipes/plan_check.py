@@ -25,14 +25,14 @@ from npo_cli.config import Recipe
 from npo_cli.engines.opening import open_engine
 from npo_cli.engines.requests import SampleRequest
 from npo_cli.loading import load_recipe
-from npo_cli.plan_records import Footing
+from npo_cli.plan_records import Hardware
 from npo_cli.policy.footprint import gpu_needs
 from npo_cli.policy.logprobs import TokenRow
-from npo_cli.policy.model import EMBEDDED, Policy, load_policy
+from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.policy.shape import model_shape
-from npo_cli.stages.plan import total
-from npo_cli.stages.update import TrainRow, Updater
+from npo_cli.stages.plan import sum_bytes
+from npo_cli.stages.update import TrainingSample, Updater
 
 PROMPT, RESPONSE, ROWS = 64, 192, 8
 MB = 10**6
@@ -63,7 +63,7 @@ class Peaks:
     sampling: int
 
 
-def made_model(kind: str) -> PreTrainedModel:
+def make_model(kind: str) -> PreTrainedModel:
     """Random weights."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 384, "intermediate_size": 1152, "num_attention_heads": 6, "num_key_value_heads": 2}
@@ -74,36 +74,36 @@ def made_model(kind: str) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**common, num_hidden_layers=layers, head_dim=64))
 
 
-def written_model(kind: str, folder: Path) -> None:
+def save_model(kind: str, folder: Path) -> None:
     """As a folder that a recipe can name, with the tokenizer of the micro base."""
-    made_model(kind).save_pretrained(folder)
+    make_model(kind).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(EMBEDDED / name, folder / name)
+        shutil.copyfile(MICRO_BASE_FOLDER / name, folder / name)
 
 
-def resident(name: str = "VmRSS") -> int:
+def resident_bytes(name: str = "VmRSS") -> int:
     """Bytes of this process in memory: now, or at most (`VmHWM`) since the peak was last forgotten."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
-def settled() -> int:
+def settle_memory() -> int:
     """What is held once garbage is gone and freed pages are given back; the peak is forgotten."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return resident()
+    return resident_bytes()
 
 
-def made_rows() -> list[TrainRow]:
+def make_rows() -> list[TrainingSample]:
     """A full micro-batch of own rows and one of a guide's, of the longest prompt and answer."""
     ids = torch.randint(20, 8000, (ROWS + 1, PROMPT + RESPONSE)).tolist()
     return [
-        TrainRow(
+        TrainingSample(
             tokens=TokenRow(prompt_ids=tuple(row[:PROMPT]), response_ids=tuple(row[PROMPT:])),
             behavior_logps=(-9.0,) * RESPONSE,
             advantage=1.0 if number % 2 else -1.0,
-            foreign=number == ROWS,
+            is_off_policy=number == ROWS,
         )
         for number, row in enumerate(ids)
     ]
@@ -125,34 +125,34 @@ def sample(policy: Policy, recipe: Recipe) -> None:
         SampleRequest(prompt_id=str(slot), prompt_ids=tuple(ids), slot=slot, seed=slot, version="0")
         for slot, ids in enumerate(prompts)
     ]
-    engine.take_weights(policy.model, version="0")
+    engine.update_weights(policy.model, version="0")
     engine.generate(asked, temperature=1.0, max_new_tokens=RESPONSE)
 
 
-def measured(recipe: Recipe) -> Peaks:
+def measure_peaks(recipe: Recipe) -> Peaks:
     """In a process that did nothing before."""
     # A small model first, so that what torch sets up once is not charged to the large one.
     small = load_policy(load_recipe("micro").model)
     Updater(small, build_optimizer(small.model, recipe.train), load_recipe("micro")).take_step([], lr=1e-6)
     del small
-    before = settled()
+    before = settle_memory()
     policy = load_policy(recipe.model)
     updater = Updater(policy, build_optimizer(policy.model, recipe.train), recipe)
-    updater.take_step(made_rows(), lr=1e-6)
-    held = settled()
-    updater.take_step(made_rows(), lr=1e-6)
-    update = resident("VmHWM")
-    settled()
+    updater.take_step(make_rows(), lr=1e-6)
+    held = settle_memory()
+    updater.take_step(make_rows(), lr=1e-6)
+    update = resident_bytes("VmHWM")
+    settle_memory()
     sample(policy, recipe)
-    return Peaks(held=held - before, update=update - before, sampling=resident("VmHWM") - before)
+    return Peaks(held=held - before, update=update - before, sampling=resident_bytes("VmHWM") - before)
 
 
-def estimated(recipe: Recipe) -> Peaks:
+def estimate_peaks(recipe: Recipe) -> Peaks:
     """The same by `npo plan`, without CUDA."""
     shape = model_shape(recipe.model)
-    needs = [need for need in gpu_needs(recipe, shape, Footing(num_gpus=1, gpu_bytes=0)) if "CUDA" not in need.what]
-    always = total(needs, "always")
-    return Peaks(held=always, update=always + total(needs, "update"), sampling=always + total(needs, "sampling"))
+    needs = [need for need in gpu_needs(recipe, shape, Hardware(num_gpus=1, gpu_bytes=0)) if "CUDA" not in need.label]
+    always = sum_bytes(needs, "always")
+    return Peaks(held=always, update=always + sum_bytes(needs, "update"), sampling=always + sum_bytes(needs, "sampling"))
 
 
 def run_case(name: str, out: Path) -> dict[str, dict[str, int]]:
@@ -160,13 +160,13 @@ def run_case(name: str, out: Path) -> dict[str, dict[str, int]]:
     kind, *settings = CASES[name]
     folder = out / kind
     if not folder.is_dir():
-        written_model(kind, folder)
+        save_model(kind, folder)
     settings = [*COMMON, f"model.path={folder}", *settings]
     # Large blocks are mapped and given back at once, so that resident memory is what is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     child = [sys.executable, __file__, "--child", str(out), *settings]
     found = subprocess.run(child, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    estimate = estimated(load_recipe("micro", settings))
+    estimate = estimate_peaks(load_recipe("micro", settings))
     return {"measured": json.loads(found.splitlines()[-1]), "estimated": as_dict(estimate)}
 
 
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES), help="names of cases, with commas between them")
     asked = parser.parse_args()
     if asked.child:
-        print(json.dumps(as_dict(measured(load_recipe("micro", asked.settings)))))
+        print(json.dumps(as_dict(measure_peaks(load_recipe("micro", asked.settings)))))
         return
     print("| case | " + " | ".join(f"{what}, MB" for what in ("held", "update", "sampling")) + " |\n|---|---|---|---|")
     for name in asked.only.split(","):

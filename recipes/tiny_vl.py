@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from npo_cli.config import ModelSettings
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.tasks.shapes import CELL_PIXELS, QUESTIONS, noisy_count, riddles, shapes_prompt
+from npo_cli.tasks.shapes import CELL_PIXELS, QUESTIONS, noisy_count, generate_questions, shapes_prompt
 
 WORDS = (*"0123456789 ?\n", "system", "user", "assistant", "how", "many", *QUESTIONS)
 END, PAD = "<|im_end|>", "<|endoftext|>"
@@ -100,7 +100,7 @@ def text_config(num_words: int, *, pad_id: int, eos_id: int) -> dict[str, object
     }
 
 
-def save_untaught(out: Path, *, seed: int) -> None:
+def save_untrained(out: Path, *, seed: int) -> None:
     """Model, tokenizer and image processor with random weights."""
     words = tokenizer()
     model(words, seed=seed).save_pretrained(out)
@@ -109,19 +109,19 @@ def save_untaught(out: Path, *, seed: int) -> None:
     Qwen2VLImageProcessorPil(patch_size=CELL_PIXELS, size=sizes).save_pretrained(out)
 
 
-def lessons(policy: Policy, *, seed: int) -> Iterator[TokenRow]:
+def generate_training_rows(policy: Policy, *, seed: int) -> Iterator[TokenRow]:
     """Endless pictures, questions and answers, as wrong as they are meant to be."""
     rng = random.Random(f"tiny-vl:{seed}")
-    for number, (shapes, asked) in enumerate(riddles(rng)):
+    for number, (shapes, asked) in enumerate(generate_questions(rng)):
         prompt = shapes_prompt(shapes, asked, f"lesson/{number}")
         said = policy.encode_response(str(noisy_count(shapes, asked, rng)))
         yield policy.row(prompt, (*said, policy.end_id))
 
 
-def teach(policy: Policy, *, num_steps: int, seed: int) -> Iterator[float]:
+def train_supervised(policy: Policy, *, num_steps: int, seed: int) -> Iterator[float]:
     """Supervised learning of the answers, with a linear warm-up and decay; yields the loss of each step."""
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.0)
-    coming = lessons(policy, seed=seed)
+    coming = generate_training_rows(policy, seed=seed)
     for step in range(1, num_steps + 1):
         rows = [next(coming) for _ in range(BATCH_ROWS)]
         logps_NT = policy.score(rows, temperature=1.0, chunk_tokens=4096).logps_NT
@@ -144,9 +144,9 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.out.exists():
         parser.error(f"{asked.out} exists already")
-    save_untaught(asked.out, seed=asked.seed)
+    save_untrained(asked.out, seed=asked.seed)
     policy = load_policy(ModelSettings(path=str(asked.out)))
-    for step, loss in enumerate(teach(policy, num_steps=asked.steps, seed=asked.seed), start=1):
+    for step, loss in enumerate(train_supervised(policy, num_steps=asked.steps, seed=asked.seed), start=1):
         if step % 100 == 0 or step == asked.steps:
             print(f"step {step} of {asked.steps}: loss {loss:.3f}", flush=True)
     policy.save(asked.out)

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from recipes import tiny_vl
-from tests.pictures import seeing
+from tests.pictures import load_vision_policy
 
 
 @pytest.fixture(scope="session")
 def untaught_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights."""
     folder = tmp_path_factory.mktemp("vl") / "untaught"
-    tiny_vl.save_untaught(folder, seed=0)
+    tiny_vl.save_untrained(folder, seed=0)
     return folder
 
 
@@ -20,8 +20,8 @@ def untaught_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def taught_vl(untaught_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after a few lessons: it answers with one digit, often a wrong one."""
     folder = tmp_path_factory.mktemp("vl") / "taught"
-    policy = seeing(untaught_vl)
-    for _ in tiny_vl.teach(policy, num_steps=30, seed=0):
+    policy = load_vision_policy(untaught_vl)
+    for _ in tiny_vl.train_supervised(policy, num_steps=30, seed=0):
         pass
     folder.mkdir()
     policy.save(folder)

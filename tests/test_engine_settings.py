@@ -2,11 +2,11 @@ import pytest
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.loading import load_recipe, recipe_yaml, refuse_frozen
+from npo_cli.loading import load_recipe, recipe_to_yaml, check_frozen_settings
 
 
 def test_token_weights_up_to_two_are_the_default_and_shown():
-    text = recipe_yaml(Recipe())
+    text = recipe_to_yaml(Recipe())
     assert "\nmismatch:\n  mode: token_tis\n  cap: 2.0\n  low: 0.5\n  high: 5.0\n" in text
     assert "  geo_low: 0.999\n  geo_high: 1.001\n  k3_max: 0.01\n" in text
 
@@ -40,5 +40,5 @@ def test_a_bound_that_cannot_be_is_refused_by_name(setting, said):
 def test_the_correction_is_part_of_a_runs_loss_and_never_changes(fork):
     old, new = load_recipe("micro"), load_recipe("micro", ["mismatch.mode=off"])
     with pytest.raises(NpoError) as caught:
-        refuse_frozen(old, new, fork=fork)
+        check_frozen_settings(old, new, fork=fork)
     assert "mismatch.mode cannot change from token_tis to off" in caught.value.message

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from npo_cli.errors import NpoError
-from npo_cli.images import decoded, held_image, image_ref, open_image
+from npo_cli.images import decode_image, make_in_memory_image_ref, make_image_ref, open_image
 
 LIMIT = 1000
 
@@ -45,7 +45,7 @@ BAD = {
 @pytest.mark.parametrize("problem", BAD)
 def test_what_cannot_be_shown_is_refused_and_named(problem: str):
     with pytest.raises(NpoError) as refusal:
-        image_ref(BAD[problem], place="x.png", what="data.jsonl line 3, image 1", max_pixels=LIMIT)
+        make_image_ref(BAD[problem], location="x.png", label="data.jsonl line 3, image 1", max_pixels=LIMIT)
     assert refusal.value.message.startswith("data.jsonl line 3, image 1 ")
     assert problem in refusal.value.message
 
@@ -56,7 +56,7 @@ def test_a_photograph_is_turned_upright():
     left_red = Image.new("RGB", (4, 2), (0, 0, 255))
     left_red.paste((255, 0, 0), (0, 0, 2, 2))
     data = encoded(left_red, "PNG", exif=turned)
-    ref = image_ref(data, place="x.png", what="x.png", max_pixels=LIMIT, keep=True)
+    ref = make_image_ref(data, location="x.png", label="x.png", max_pixels=LIMIT, keep_bytes=True)
     shown = open_image(ref)
     assert (ref.width, ref.height) == shown.size == (2, 4)
     assert [shown.getpixel((0, y)) for y in range(4)] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
@@ -74,14 +74,14 @@ def test_a_photograph_is_turned_upright():
     ],
 )
 def test_every_mode_becomes_rgb_on_white(picture: Image.Image, colour: tuple[int, int, int]):
-    shown = decoded(encoded(picture), what="x")
+    shown = decode_image(encoded(picture), label="x")
     assert shown.mode == "RGB" and shown.getpixel((0, 0)) == colour
 
 
 def test_a_file_that_was_changed_is_not_the_picture_that_was_referred_to(tmp_path: Path):
     file = tmp_path / "red.png"
     file.write_bytes(encoded(RED))
-    ref = image_ref(file.read_bytes(), place=str(file), what="red.png", max_pixels=LIMIT)
+    ref = make_image_ref(file.read_bytes(), location=str(file), label="red.png", max_pixels=LIMIT)
     assert ref.data is None and open_image(ref).getpixel((0, 0)) == (255, 0, 0)
     file.write_bytes(encoded(RED.rotate(180)) + b"!")
     with pytest.raises(NpoError, match="is not the picture that it was"):
@@ -92,7 +92,7 @@ def test_a_file_that_was_changed_is_not_the_picture_that_was_referred_to(tmp_pat
 
 
 def test_a_picture_in_no_file_is_known_by_its_pixels_alone():
-    ref = held_image(RED, "one")
-    assert ref.sha256 == held_image(decoded(encoded(RED), what="x"), "two").sha256
+    ref = make_in_memory_image_ref(RED, "one")
+    assert ref.sha256 == make_in_memory_image_ref(decode_image(encoded(RED), label="x"), "two").sha256
     assert ref.data is not None and ref.data.startswith(b"P6\n4 2\n255\n") and "data" not in repr(ref)
     assert open_image(ref).tobytes() == bytes((255, 0, 0)) * 8

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.explain import OLD_KEYS, known_keys, nearest_key
-from npo_cli.loading import differences, from_dict, load_recipe, recipe_dict, recipe_yaml, refuse_frozen, with_overrides
-from npo_cli.recipe_files import recipe_names, recipe_path
+from npo_cli.explain import OLD_KEYS, list_known_keys, find_nearest_key
+from npo_cli.loading import diff_recipes, recipe_from_dict, load_recipe, recipe_to_dict, recipe_to_yaml, check_frozen_settings, apply_overrides
+from npo_cli.recipe_files import list_recipe_names, find_recipe
 
 
 def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
@@ -65,12 +65,12 @@ def test_extending_merges_sections_and_replaces_lists(tmp_path):
 
 def test_a_file_may_extend_a_shipped_recipe(tmp_path):
     recipe = load_recipe(written(tmp_path, "extends: micro-sparse\ntrain: {seed: 9}"))
-    assert differences(load_recipe("micro-sparse"), recipe) == [("train.seed", 0, 9)]
+    assert diff_recipes(load_recipe("micro-sparse"), recipe) == [("train.seed", 0, 9)]
 
 
 def test_every_shipped_recipe_loads_and_says_what_it_is_for():
-    assert "micro" in recipe_names()
-    for name in recipe_names():
+    assert "micro" in list_recipe_names()
+    for name in list_recipe_names():
         recipe = load_recipe(name)
         assert recipe.name == name
         assert recipe.description
@@ -78,8 +78,8 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for():
 
 def test_a_recipe_survives_its_own_yaml_and_its_own_data(tmp_path):
     recipe = load_recipe("micro", ["train.lr=3e-5", "task.suffix='a: #b'", "train.keep_full_checkpoints=2"])
-    assert load_recipe(written(tmp_path, recipe_yaml(recipe))) == recipe
-    assert from_dict(json.loads(json.dumps(recipe_dict(recipe)))) == recipe
+    assert load_recipe(written(tmp_path, recipe_to_yaml(recipe))) == recipe
+    assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
 
 
 @settings(deadline=None, max_examples=60)
@@ -88,9 +88,9 @@ def test_a_recipe_survives_its_own_yaml_and_its_own_data(tmp_path):
 @example(lr=1.0, seed=0, suffix="0E0")
 def test_any_value_survives_the_yaml_it_is_saved_as(tmp_path_factory, lr, seed, suffix):
     values = {"train": {"lr": lr, "seed": seed}, "task": {"suffix": suffix}}
-    recipe = from_dict(values)
+    recipe = recipe_from_dict(values)
     path = tmp_path_factory.mktemp("yaml") / "one.yaml"
-    path.write_text(recipe_yaml(recipe), encoding="utf-8")
+    path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
     assert load_recipe(str(path)) == recipe
 
 
@@ -118,11 +118,11 @@ def test_a_misplaced_key_is_sent_to_its_section(tmp_path):
     ],
 )
 def test_the_nearest_known_key(key, meant):
-    assert nearest_key(key) == meant
+    assert find_nearest_key(key) == meant
 
 
 def test_known_keys_hold_sections_settings_and_the_settings_of_list_items():
-    assert {"train", "train.lr", "task.datasets", "task.datasets.weight", "name"} <= set(known_keys())
+    assert {"train", "train.lr", "task.datasets", "task.datasets.weight", "name"} <= set(list_known_keys())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_old_section_in_a_file_is_answered_key_by_key(tmp_path):
 
 
 def test_every_old_key_is_unknown_and_its_new_key_exists():
-    known = set(known_keys())
+    known = set(list_known_keys())
     assert {old for old in OLD_KEYS if old in known} == set()
     assert {new for new in OLD_KEYS.values() if new not in known} == set()
 
@@ -258,7 +258,7 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path):
 
 def test_an_unknown_name_gets_the_nearest_shipped_one():
     with pytest.raises(NpoError) as caught:
-        recipe_path("micr")
+        find_recipe("micr")
     assert caught.value.hint.startswith("npo recipes micro ")
 
 
@@ -271,42 +271,42 @@ def test_a_path_that_is_not_there_is_refused(tmp_path):
 
 
 def test_differences_name_dotted_keys_old_and_new():
-    old = from_dict({})
-    new = with_overrides(old, ["train.seed=4", "eval.every=10"])
-    assert differences(old, new) == [("train.seed", 0, 4), ("eval.every", 0, 10)]
+    old = recipe_from_dict({})
+    new = apply_overrides(old, ["train.seed=4", "eval.every=10"])
+    assert diff_recipes(old, new) == [("train.seed", 0, 4), ("eval.every", 0, 10)]
 
 
 @pytest.mark.parametrize(
     "change", ["train.num_steps=900", "train.save_every=5", "eval.every=1", "scoring.samples_per_prompt=2", "name=x"]
 )
 def test_what_nothing_computed_depends_on_may_change(change):
-    old = from_dict({})
-    refuse_frozen(old, with_overrides(old, [change]), fork=False)
+    old = recipe_from_dict({})
+    check_frozen_settings(old, apply_overrides(old, [change]), fork=False)
 
 
 def test_a_change_that_falsifies_what_was_computed_is_refused_by_key():
-    old = from_dict({})
+    old = recipe_from_dict({})
     with pytest.raises(NpoError) as caught:
-        refuse_frozen(old, with_overrides(old, ["train.lr=0.5"]), fork=True)
+        check_frozen_settings(old, apply_overrides(old, ["train.lr=0.5"]), fork=True)
     assert caught.value.message == "train.lr cannot change from 0.0001 to 0.5: the steps already made depend on it"
     assert "npo train RECIPE train.lr=0.5 --run NEW" in caught.value.hint
 
 
 def test_the_guides_rules_may_change_only_where_a_replay_branches_off():
-    old = from_dict({})
-    new = with_overrides(old, ["guide.inject.max_accuracy=0.5"])
-    refuse_frozen(old, new, fork=True)
+    old = recipe_from_dict({})
+    new = apply_overrides(old, ["guide.inject.max_accuracy=0.5"])
+    check_frozen_settings(old, new, fork=True)
     with pytest.raises(
         NpoError, match=r"guide\.inject\.max_accuracy cannot change from 0\.6 to 0\.5 in the middle of a branch"
     ):
-        refuse_frozen(old, new, fork=False)
+        check_frozen_settings(old, new, fork=False)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_last_step_is_fixed_where_a_decay_was_spread_over_it(schedule):
-    old = from_dict({"train": {"schedule": schedule}})
+    old = recipe_from_dict({"train": {"schedule": schedule}})
     with pytest.raises(NpoError, match=f"the {schedule} schedule of the steps already made was spread over 300 steps"):
-        refuse_frozen(old, with_overrides(old, ["train.num_steps=400"]), fork=True)
+        check_frozen_settings(old, apply_overrides(old, ["train.num_steps=400"]), fork=True)
 
 
 def test_every_setting_says_what_it_is():

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from npo_cli.loading import load_recipe
-from npo_cli.plan_records import Footing, Verdict
-from npo_cli.policy.model import EMBEDDED
+from npo_cli.plan_records import Hardware, PeakUsage
+from npo_cli.policy.model import MICRO_BASE_FOLDER
 from npo_cli.policy.shape import model_shape
 from npo_cli.records import StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.lineage import find_newest_branch
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.plan import plan_recipe
-from npo_cli.stages.plans import Cell, commands
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.plan import plan_resources
+from npo_cli.stages.plans import BenchRun, build_commands
 from npo_cli.stages.train import train_run
 from npo_cli.tasks.shapes import shapes_prompts
 from tests.cli.slips import npo
@@ -46,7 +46,7 @@ def row(question: str, answer: str, image: bytes | None) -> dict:
 
 
 def prepared(folder: Path, monkeypatch, *options: str) -> dict[str, list[dict]]:
-    argv = ["mmfinereason.py", str(folder), str(folder / "out"), "--model", str(EMBEDDED), "--workers", "1", *options]
+    argv = ["mmfinereason.py", str(folder), str(folder / "out"), "--model", str(MICRO_BASE_FOLDER), "--workers", "1", *options]
     monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     return {name: pq.read_table(folder / "out" / f"{name}.parquet").to_pylist() for name in ("train", "heldout")}
@@ -113,11 +113,11 @@ def test_the_plan_of_eight_gpus_fits_and_counts_the_published_parameters():
     settings = [f"model.path={ROOT / 'recipes' / 'models' / 'qwen3-vl-8b.json'}"]
     name = "qwen3-vl-8b-mmfinereason"
     assert model_shape(load_recipe(name, settings).model).num_params == 8_767_123_696
-    footing = Footing(num_gpus=8, gpu_bytes=80 * 10**9, host_bytes=10**12, disk_bytes=4 * 10**12)
+    footing = Hardware(num_gpus=8, gpu_bytes=80 * 10**9, host_bytes=10**12, disk_bytes=4 * 10**12)
 
     def verdicts(*more: str) -> dict[str, bool]:
-        found = plan_recipe(name, [*settings, *more], method="autonpo", footing=footing, autonpo=True)
-        return {one.where: one.fits for one in found if isinstance(one, Verdict)}
+        found = plan_resources(name, [*settings, *more], method="autonpo", hardware=footing, autonpo=True)
+        return {one.location: one.fits for one in found if isinstance(one, PeakUsage)}
 
     assert verdicts() == {"gpu": True, "host": True, "disk": True}
     server = (
@@ -183,7 +183,7 @@ def test_the_whole_plan_of_a_method_runs_with_a_tiny_model_and_drawn_pictures(ta
             "autonpo.trigger.patience=1",
         ),
     )
-    cell = Cell(
+    cell = BenchRun(
         recipe="qwen3-vl-8b-mmfinereason",
         method=f"matched/{method}",
         settings=settings,
@@ -191,16 +191,16 @@ def test_the_whole_plan_of_a_method_runs_with_a_tiny_model_and_drawn_pictures(ta
         folder=tmp_path,
         teacher="",
     )
-    for command in commands(cell):
+    for command in build_commands(cell):
         said = npo(*command)
         assert said.code == 0, (command, said.err)
     run = open_run(cell.run)
-    branch = newest_branch(run)
+    branch = find_newest_branch(run)
     seated = [
         one.source
-        for _, group in RolloutJournal(run.rollouts_path(branch)).iter_groups()
+        for _, group in RolloutLog(run.rollouts_path(branch)).iter_groups()
         for one in group.rollouts
-        if one.foreign
+        if one.is_off_policy
     ]
     assert seated and set(seated) == {"guide"}
     assert find_checkpoint(run, branch, 6).step == 6

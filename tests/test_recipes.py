@@ -8,7 +8,7 @@ import yaml
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.loading import load_recipe
-from npo_cli.recipe_files import recipe_names
+from npo_cli.recipe_files import list_recipe_names
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -41,7 +41,7 @@ def test_a_recipe_holds_only_what_differs(path, tmp_path):
 
 
 def test_every_recipe_loads_and_is_named_as_its_file():
-    for name in recipe_names():
+    for name in list_recipe_names():
         recipe = load_recipe(name)
         assert (recipe.name, bool(recipe.description)) == (name, True)
-    assert set(recipe_names()) == {path.stem for path in RECIPES}
+    assert set(list_recipe_names()) == {path.stem for path in RECIPES}

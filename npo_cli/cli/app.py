@@ -31,12 +31,12 @@ from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
 from npo_cli.cli.score_sources import score_sources
 from npo_cli.cli.show import show
-from npo_cli.cli.terminal import say, talk, visible
+from npo_cli.cli.terminal import print_data, print_status, escape_for_terminal
 from npo_cli.cli.train import train
 from npo_cli.errors import NpoError, StoppedEarly
-from npo_cli.launched import place_here
+from npo_cli.launched import read_launch_info
 
-DOORS = {
+COMMANDS = {
     "train": train,
     "index": index,
     "score-checkpoints": score_checkpoints,
@@ -58,9 +58,9 @@ DOORS = {
 }
 CommandLineError = typer.BadParameter.__mro__[2]
 """What every slip on a command line is to typer, which exports no name for it."""
-REFUSED_PATHS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+BAD_PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 app = typer.Typer(name="npo", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for _name, _door in DOORS.items():
+for _name, _door in COMMANDS.items():
     app.command(_name)(_door)
 
 
@@ -68,7 +68,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from npo_cli import __version__
 
-        say(f"npo {__version__}")
+        print_data(f"npo {__version__}")
         raise typer.Exit
 
 
@@ -104,12 +104,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if not args:  # the bare command asks what there is
             error.show()
         else:
-            door = f" {args[0]}" if args[0] in DOORS else ""
+            door = f" {args[0]}" if args[0] in COMMANDS else ""
             _explain(f"error: {error.format_message()}", f"npo{door} --help")
         sys.exit(error.exit_code)
     except OSError as error:  # the world's, where no room had better words
         _explain(f"error: {error.strerror or error}: {error.filename}", "mend its rights, or name another path")
-        sys.exit(2 if error.errno in REFUSED_PATHS else 1)
+        sys.exit(2 if error.errno in BAD_PATH_ERRNOS else 1)
     except Exception as error:  # the house's own fault: one line, and how to see more
         _explain(f"error: {type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
         sys.exit(1)
@@ -117,22 +117,22 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(args: Sequence[str]) -> int | None:
     """The command; where a launcher started several processes, rank 0 runs it and the others follow."""
-    place = place_here()
+    place = read_launch_info()
     command = partial(typer.main.get_command(app).main, args, prog_name="npo", standalone_mode=False)
     if place is None:
         return command()
-    from npo_cli.stages.follow import follow, lead
+    from npo_cli.stages.follow import run_worker, run_leader
 
-    return lead(place, command) if place.rank == 0 else follow(place)
+    return run_leader(place, command) if place.rank == 0 else run_worker(place)
 
 
 def _explain(message: str, hint: str) -> None:
     if os.environ.get("NPO_DEBUG") == "1":
-        talk(traceback.format_exc())
-    talk(_one_line(message), style="31")
+        print_status(traceback.format_exc())
+    print_status(_one_line(message), style="31")
     if hint:
-        talk(f"  try: {_one_line(hint)}", style="2")
+        print_status(f"  try: {_one_line(hint)}", style="2")
 
 
 def _one_line(text: str) -> str:
-    return visible(" ".join(text.splitlines()))
+    return escape_for_terminal(" ".join(text.splitlines()))

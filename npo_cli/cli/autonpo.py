@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.auto_records import Stretch
-from npo_cli.cli.console import draw
-from npo_cli.cli.early import recipe_of
+from npo_cli.auto_records import NonTriggerSpan
+from npo_cli.cli.console import print_records
+from npo_cli.cli.early import load_run_recipe
 from npo_cli.cli.options import BranchOpt, JsonOpt, OverridesArg
-from npo_cli.errors import NpoError, as_typed
+from npo_cli.errors import NpoError, quote_path
 
-PICTURES = (".png", ".svg", ".pdf")
+FIGURE_FORMATS = (".png", ".svg", ".pdf")
 
 SourceArg = Annotated[
     Path, typer.Argument(metavar="RUN_OR_METRICS", help="A run directory, or a file of JSON lines.", show_default=False)
@@ -54,29 +54,29 @@ def autonpo(
     given = {"KEY=VALUE": overrides, "--step": step, "--reward": reward, "--entropy": entropy, "--out": out}
     _check(source, explain=explain, branch=branch, given=[name for name, value in given.items() if value])
     if source.is_dir():
-        recipe_of(source, None, branch=branch)
+        load_run_recipe(source, None, branch=branch)
     if not explain:
-        from npo_cli.stages.rehearse import happened
+        from npo_cli.stages.rehearse import report_history
 
-        draw(happened(source, branch=branch), as_json=as_json)
+        print_records(report_history(source, branch=branch), as_json=as_json)
         return
     _check_picture(out)
 
-    from npo_cli.stages.recorded import Columns
-    from npo_cli.stages.rehearse import rehearse
+    from npo_cli.stages.recorded import LogColumns
+    from npo_cli.stages.rehearse import explain_autonpo
 
-    columns = Columns(step=step, reward=reward, entropy=entropy)
+    columns = LogColumns(step=step, reward=reward, entropy=entropy)
     shown = out is not None or not as_json
-    records = rehearse(source, columns=columns, overrides=overrides or (), branch=branch, picture=out, draw=shown)
+    records = explain_autonpo(source, columns=columns, overrides=overrides or (), branch=branch, figure_path=out, draw=shown)
     # One JSON object a move: why nothing happened elsewhere is for tables.
-    draw((one for one in records if not (as_json and isinstance(one, Stretch))), as_json=as_json)
+    print_records((one for one in records if not (as_json and isinstance(one, NonTriggerSpan))), as_json=as_json)
 
 
 def _check(source: Path, *, explain: bool, branch: str | None, given: list[str]) -> None:
     """What only one of the two kinds of source, or only --explain, can answer is refused at once."""
     if not source.exists():
         raise NpoError(f"there is no run directory or file {source}", "name a run directory, or a file of JSON lines")
-    again = f"npo autonpo {as_typed(source)} --explain"
+    again = f"npo autonpo {quote_path(source)} --explain"
     if not explain and given:
         raise NpoError(f"{given[0]} belongs to --explain", again)
     if source.is_dir():
@@ -92,6 +92,6 @@ def _check_picture(out: Path | None) -> None:
     if out is None:
         return
     if out.is_dir():
-        raise NpoError(f"--out {out} is a folder", f"--out {as_typed(out / 'autonpo.png')}")
-    if out.suffix not in PICTURES:
-        raise NpoError(f"--out {out}: a picture ends in {', '.join(PICTURES)}", f"--out {as_typed(out)}.png")
+        raise NpoError(f"--out {out} is a folder", f"--out {quote_path(out / 'autonpo.png')}")
+    if out.suffix not in FIGURE_FORMATS:
+        raise NpoError(f"--out {out}: a picture ends in {', '.join(FIGURE_FORMATS)}", f"--out {quote_path(out)}.png")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 
 
 def base(
@@ -17,10 +17,10 @@ def base(
 
     A small model is taught additions from noisy scratchpads.
     """
-    from npo_cli.run_dir.paths import refuse_used
+    from npo_cli.run_dir.paths import check_unused
 
-    refuse_used(out, flag="--out")
+    check_unused(out, flag="--out")
 
     from npo_cli.stages.base import make_base
 
-    draw(make_base(out, steps=steps, seed=seed), as_json=False)
+    print_records(make_base(out, steps=steps, seed=seed), as_json=False)

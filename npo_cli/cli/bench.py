@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt, OverridesArg, RecipeArg
 from npo_cli.errors import NpoError
 
@@ -44,35 +44,35 @@ def bench(
     With --grid each method first chooses its own best value on other seeds. The same command goes on where it
     stopped; npo compare DIR and npo report DIR set the runs side by side.
     """
-    from npo_cli.stages.bench import Question, bench
+    from npo_cli.stages.bench import BenchSpec, run_bench
 
-    question = Question(
+    question = BenchSpec(
         recipe=recipe,
         methods=tuple(part.strip() for part in methods.split(",")),
         settings=tuple(overrides or ()),
-        seeds=seeds_in(seeds),
-        grid=grid_of(grid or ()),
-        tuning_seeds=seeds_in(tuning_seeds, several=True),
+        seeds=parse_seeds(seeds),
+        grid=parse_grid(grid or ()),
+        tuning_seeds=parse_seeds(tuning_seeds, as_list=True),
         teacher=teacher,
         out=out,
         jobs=jobs or len(os.sched_getaffinity(0)),
     )
-    draw(bench(question), as_json=as_json)
+    print_records(run_bench(question), as_json=as_json)
 
 
-def seeds_in(text: str, *, several: bool = False) -> tuple[int, ...]:
+def parse_seeds(text: str, *, as_list: bool = False) -> tuple[int, ...]:
     """`5` is the seeds 0 to 4 (with `several` the seed 5), `7,9` these two."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and part.isascii() and len(part) < 10 for part in parts):
         raise NpoError(f"seeds are whole numbers apart by commas, got {text!r}", "--seeds 5   # or --seeds 0,1,2")
     numbers = tuple(map(int, parts))
-    found = numbers if several or len(numbers) > 1 else tuple(range(numbers[0]))
+    found = numbers if as_list or len(numbers) > 1 else tuple(range(numbers[0]))
     if not found or len(set(found)) < len(found):
         raise NpoError(f"{text!r} names no seed, or one twice", "--seeds 5   # or --seeds 0,1,2")
     return found
 
 
-def grid_of(texts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+def parse_grid(texts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     """`train.lr=1e-4,3e-4` as one KEY=VALUE a value; only one key may have several."""
     found = []
     for text in texts:

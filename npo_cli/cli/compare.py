@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt
 from npo_cli.errors import NpoError
 
-PICTURES = (".png", ".svg")
+FIGURE_FORMATS = (".png", ".svg")
 
 
 def compare(
@@ -49,7 +49,7 @@ def compare(
     for threshold in thresholds or ():
         if not 0 < threshold <= 1:
             raise NpoError(f"--threshold must be above 0 and at most 1, got {threshold}", "--threshold 0.9")
-    if figure is not None and figure.suffix.lower() not in PICTURES:
+    if figure is not None and figure.suffix.lower() not in FIGURE_FORMATS:
         raise NpoError(f"--figure draws .png and .svg, not {figure.name!r}", "--figure comparison.png")
     for option, path in (("--csv", csv), ("--figure", figure)):
         if path is not None and path.is_dir():
@@ -57,4 +57,4 @@ def compare(
 
     from npo_cli.stages.compare import compare_runs
 
-    draw(compare_runs(arms, thresholds=thresholds or (), baseline=baseline, csv=csv, figure=figure), as_json=as_json)
+    print_records(compare_runs(arms, thresholds=thresholds or (), baseline=baseline, csv=csv, figure=figure), as_json=as_json)

@@ -14,12 +14,12 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 from npo_cli.auto_records import Transition
-from npo_cli.cli.progress import live
-from npo_cli.cli.terminal import on_terminal, say
+from npo_cli.cli.progress import open_progress
+from npo_cli.cli.terminal import is_terminal, print_data
 from npo_cli.records import Notice, Progress, StepReport
 
 
-def as_line(record: Any) -> str:
+def to_json_line(record: Any) -> str:
     """A record as one JSON object that names its kind; a step's metrics and timings stand beside branch and step.
 
     A move's branch and phase are said beside its step, and its whole state after them.
@@ -42,7 +42,7 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def draw(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None) -> None:
+def print_records(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None) -> None:
     """Show talk as it comes; data as JSON lines as they come, or as tables at the end.
 
     Only a generator is work in progress: the steps in a list were made long ago and move no bar.
@@ -57,12 +57,12 @@ def draw(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None)
         if isinstance(records, Generator):
             # A closed pipe or a signal leaves the stage through its own clean-up.
             stack.enter_context(contextlib.closing(records))
-            show = stack.enter_context(live(bars=_room_for_bars(as_json=as_json), num_steps=num_steps))
+            show = stack.enter_context(open_progress(bars=_room_for_bars(as_json=as_json), num_steps=num_steps))
         for record in records:
             if show and isinstance(record, Progress | Notice | StepReport):
                 show(record)
             if as_json and not isinstance(record, Progress | Notice):
-                say(as_line(record))
+                print_data(to_json_line(record))
             elif type(record) in data:
                 data[type(record)].append(record)
     for kind, some in data.items():
@@ -72,4 +72,4 @@ def draw(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None)
 
 def _room_for_bars(*, as_json: bool) -> bool:
     """Bars need a terminal that no stream of JSON lines runs through."""
-    return on_terminal(sys.stderr) and not (as_json and on_terminal(sys.stdout))
+    return is_terminal(sys.stderr) and not (as_json and is_terminal(sys.stdout))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt
 
 
@@ -21,10 +21,10 @@ def demo(
     GRPO against NPO on the embedded task, ending with a table and a picture.
     """
     from npo_cli.loading import load_recipe
-    from npo_cli.run_dir.paths import refuse_used
+    from npo_cli.run_dir.paths import check_unused
 
-    refuse_used(out, flag="--out")
+    check_unused(out, flag="--out")
 
-    from npo_cli.stages.demo import RECIPE, demo_run
+    from npo_cli.stages.demo import RECIPE, run_demo
 
-    draw(demo_run(out, seed=seed), as_json=as_json, num_steps=load_recipe(RECIPE).train.num_steps)
+    print_records(run_demo(out, seed=seed), as_json=as_json, num_steps=load_recipe(RECIPE).train.num_steps)

@@ -2,7 +2,7 @@
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt
 
 
@@ -11,9 +11,9 @@ def doctor(as_json: JsonOpt = False) -> None:
 
     The exit code is 1 if something needed is missing.
     """
-    from npo_cli.stages.doctor import examine
+    from npo_cli.stages.doctor import run_checks
 
-    checks = examine()
-    draw(checks, as_json=as_json)
-    if any(check.needed and not check.ok for check in checks):
+    checks = run_checks()
+    print_records(checks, as_json=as_json)
+    if any(check.is_required and not check.is_ok for check in checks):
         raise typer.Exit(1)

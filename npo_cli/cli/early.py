@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npo_cli.errors import NpoError, as_typed
+from npo_cli.errors import NpoError, quote_path
 
 if TYPE_CHECKING:
     from npo_cli.config import Recipe
@@ -13,24 +13,24 @@ MAX_DIGITS = 18
 """Of a step on the command line; Python itself refuses to read numbers of some thousand digits."""
 
 
-def recipe_of(root: Path, overrides: Sequence[str] | None, *, branch: str | None = None, fork: bool = True) -> "Recipe":
+def load_run_recipe(root: Path, overrides: Sequence[str] | None, *, branch: str | None = None, fork: bool = True) -> "Recipe":
     """The recipe in force on a branch (the newest without a name), overrides on top; the run must exist.
 
     A setting that would falsify what the run computed is refused; `fork` where a branch is left, or only looked at.
     """
-    from npo_cli.loading import in_force
-    from npo_cli.run_dir.lineage import branches, newest_branch
+    from npo_cli.loading import override_saved_recipe
+    from npo_cli.run_dir.lineage import list_branches, find_newest_branch
     from npo_cli.run_dir.paths import open_run
 
     run = open_run(root)
-    if branch is not None and branch not in branches(run):
-        named = ", ".join(branches(run)) or "none yet"
-        raise NpoError(f"{root} has no branch {branch!r}: {named}", f"npo show {as_typed(root)} lineage")
-    branch = branch or newest_branch(run)
-    return in_force(run.recipe(branch), overrides or (), path=run.recipe_path(branch), fork=fork)
+    if branch is not None and branch not in list_branches(run):
+        named = ", ".join(list_branches(run)) or "none yet"
+        raise NpoError(f"{root} has no branch {branch!r}: {named}", f"npo show {quote_path(root)} lineage")
+    branch = branch or find_newest_branch(run)
+    return override_saved_recipe(run.read_recipe(branch), overrides or (), path=run.recipe_path(branch), fork=fork)
 
 
-def stopping_at(until: int | None, recipe: "Recipe", *, after: int, autonpo: bool) -> int:
+def resolve_last_step(until: int | None, recipe: "Recipe", *, after: int, autonpo: bool) -> int:
     """The last step that will be made now; an `--until` that means nothing is refused."""
     last = recipe.train.num_steps
     if until is None:
@@ -45,7 +45,7 @@ def stopping_at(until: int | None, recipe: "Recipe", *, after: int, autonpo: boo
     return until
 
 
-def steps_in(text: str) -> tuple[int, ...]:
+def parse_steps(text: str) -> tuple[int, ...]:
     """`20,40,60` as steps."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and part.isascii() and len(part) < MAX_DIGITS for part in parts):

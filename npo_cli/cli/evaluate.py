@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
-from npo_cli.cli.early import recipe_of
+from npo_cli.cli.console import print_records
+from npo_cli.cli.early import load_run_recipe
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.errors import NpoError
 
@@ -28,11 +28,11 @@ def evaluate(
     """
     if every_step and step is not None:
         raise NpoError("--step and --all contradict each other", "give one of them, or none for the newest checkpoint")
-    recipe_of(run, overrides, branch=branch)
+    load_run_recipe(run, overrides, branch=branch)
 
     from npo_cli.stages.evaluate import evaluate_run
 
     records = evaluate_run(
         run, step=step, every_step=every_step, branch=branch, overrides=overrides or (), allow_code=allow_code
     )
-    draw(records, as_json=as_json)
+    print_records(records, as_json=as_json)

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, RunArg
-from npo_cli.errors import NpoError, as_typed
+from npo_cli.errors import NpoError, quote_path
 
-Form = Literal["trl", "verl"]
+ExportFormat = Literal["trl", "verl"]
 
 
 def export(
@@ -23,7 +23,7 @@ def export(
         int | None, typer.Option("--step", min=0, metavar="N", help="This checkpoint, as a folder.")
     ] = None,
     columns: Annotated[
-        Form, typer.Option("--columns", metavar="KIND", help="guide: trl (prompts as they are) or verl (as chats).")
+        ExportFormat, typer.Option("--columns", metavar="KIND", help="guide: trl (prompts as they are) or verl (as chats).")
     ] = "trl",
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
@@ -35,7 +35,7 @@ def export(
     """
     if (guide is None) == (step is None):
         raise NpoError(
-            "npo export takes either --guide NAME or --step N", f"npo export {as_typed(run)} --step N --out DIR"
+            "npo export takes either --guide NAME or --step N", f"npo export {quote_path(run)} --step N --out DIR"
         )
 
     from npo_cli.stages.export import export_checkpoint, export_guide
@@ -44,4 +44,4 @@ def export(
         records = export_guide(run, guide, out=out, form=columns, allow_code=allow_code)
     else:
         records = export_checkpoint(run, step=step or 0, branch=branch, out=out)
-    draw(records, as_json=False)
+    print_records(records, as_json=False)

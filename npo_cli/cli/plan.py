@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt, OverridesArg
-from npo_cli.plan_records import Footing
+from npo_cli.plan_records import Hardware
 
 GB = 10**9
 
@@ -37,7 +37,7 @@ def plan(
     Weights, gradients, optimiser, activations, caches and the whole run's disk. What cannot fit is refused, with the
     settings that would help.
     """
-    footing = Footing(
+    footing = Hardware(
         num_gpus=gpus,
         gpu_bytes=int(gpu_mem * GB),
         host_bytes=None if host_mem is None else int(host_mem * GB),
@@ -45,8 +45,8 @@ def plan(
         gpus_per_machine=per_machine,
     )
 
-    from npo_cli.stages.plan import plan_recipe, refuse_short
+    from npo_cli.stages.plan import plan_resources, validate_fits
 
-    found = list(plan_recipe(recipe, overrides or (), method=method, footing=footing, autonpo=autonpo))
-    draw(found, as_json=as_json)
-    refuse_short(found, footing)
+    found = list(plan_resources(recipe, overrides or (), method=method, hardware=footing, autonpo=autonpo))
+    print_records(found, as_json=as_json)
+    validate_fits(found, footing)

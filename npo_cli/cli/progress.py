@@ -5,26 +5,26 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from npo_cli.cli.terminal import talk, visible
+from npo_cli.cli.terminal import print_status, escape_for_terminal
 from npo_cli.records import Notice, Progress, StepReport
 
-Show = Callable[[Progress | Notice | StepReport], None]
+ProgressCallback = Callable[[Progress | Notice | StepReport], None]
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextlib.contextmanager
-def live(*, bars: bool, num_steps: int | None = None) -> Iterator[Show]:
+def open_progress(*, bars: bool, num_steps: int | None = None) -> Iterator[ProgressCallback]:
     """Yields what shows one record of talk. Steps are counted towards `num_steps` where it is known."""
     if bars:
         with _bars() as drawn:
-            yield lambda record: _draw(drawn, as_talk(record, num_steps=num_steps))
+            yield lambda record: _draw(drawn, to_progress(record, num_steps=num_steps))
     else:
-        lines = PlainLines()
-        yield lambda record: lines.show(as_talk(record, num_steps=num_steps))
+        lines = PlainProgress()
+        yield lambda record: lines.show(to_progress(record, num_steps=num_steps))
 
 
-def as_talk(record: Progress | Notice | StepReport, *, num_steps: int | None) -> Progress | Notice:
+def to_progress(record: Progress | Notice | StepReport, *, num_steps: int | None) -> Progress | Notice:
     """A training step as progress with reward, entropy and tokens a second as its note; the rest as it is."""
     if not isinstance(record, StepReport):
         return record
@@ -34,10 +34,10 @@ def as_talk(record: Progress | Notice | StepReport, *, num_steps: int | None) ->
         ("tok/s", record.timings.get("tokens_per_second"), "{:.0f}"),
     )
     note = "  ".join(f"{name} {form.format(value)}" for name, value, form in shown if value is not None)
-    return Progress(what=f"training {record.branch}", done=record.step, total=num_steps or 0, note=note)
+    return Progress(description=f"training {record.branch}", done=record.step, total=num_steps or 0, note=note)
 
 
-class PlainLines:
+class PlainProgress:
     """One line for the first and last news of each piece of work, and every few seconds between."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -47,18 +47,18 @@ class PlainLines:
 
     def show(self, record: Progress | Notice) -> None:
         if isinstance(record, Notice):
-            talk(_notice(record))
+            print_status(_notice(record))
             return
         now = self._clock()
-        began, first = self._started.setdefault(record.what, (now, record.done))
-        due = now - self._told.get(record.what, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES
+        began, first = self._started.setdefault(record.description, (now, record.done))
+        due = now - self._told.get(record.description, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES
         if due or record.done == record.total:
-            self._told[record.what] = now
-            left = time_left(record, seconds=now - began, num_done=record.done - first)
-            talk("  ".join(filter(None, [f"{visible(record.what)} {_share(record)}", visible(record.note), left])))
+            self._told[record.description] = now
+            left = format_time_left(record, seconds=now - began, num_done=record.done - first)
+            print_status("  ".join(filter(None, [f"{escape_for_terminal(record.description)} {_share(record)}", escape_for_terminal(record.note), left])))
 
 
-def time_left(record: Progress, *, seconds: float, num_done: int) -> str:
+def format_time_left(record: Progress, *, seconds: float, num_done: int) -> str:
     """`1:12 left` at the pace so far; empty while there is no pace or no known end."""
     if num_done <= 0 or record.total <= record.done:
         return ""
@@ -72,7 +72,7 @@ def _share(record: Progress) -> str:
 
 
 def _notice(record: Notice) -> str:
-    return f"{'warning: ' if record.level == 'warning' else ''}{visible(record.message)}"
+    return f"{'warning: ' if record.level == 'warning' else ''}{escape_for_terminal(record.message)}"
 
 
 @contextlib.contextmanager
@@ -98,8 +98,8 @@ def _draw(bars: Any, record: Progress | Notice) -> None:
     if isinstance(record, Notice):
         bars.console.print(Text(_notice(record), style="yellow" if record.level == "warning" else ""))
         return
-    what = visible(record.what)
+    what = escape_for_terminal(record.description)
     task = next((task.id for task in bars.tasks if task.description == what), None)
     if task is None:
         task = bars.add_task(what, total=record.total or None, note="", completed=record.done)
-    bars.update(task, completed=record.done, total=record.total or None, note=visible(record.note))
+    bars.update(task, completed=record.done, total=record.total or None, note=escape_for_terminal(record.note))

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt
-from npo_cli.cli.terminal import say
+from npo_cli.cli.terminal import print_data
 
 if TYPE_CHECKING:
-    from npo_cli.report.lines import RecipeLine
+    from npo_cli.report.lines import RecipeView
 
 
 def recipes(
@@ -26,30 +26,30 @@ def recipes(
     as_json: JsonOpt = False,
 ) -> None:
     """List the shipped recipes, or print one whole."""
-    from npo_cli.loading import load_recipe, recipe_dict, recipe_yaml
+    from npo_cli.loading import load_recipe, recipe_to_dict, recipe_to_yaml
 
     if name is not None:
         recipe = load_recipe(name, method=method)
-        say(json.dumps(recipe_dict(recipe)) if as_json else recipe_yaml(recipe).rstrip())
+        print_data(json.dumps(recipe_to_dict(recipe)) if as_json else recipe_to_yaml(recipe).rstrip())
         return
-    draw(list(_methods() if methods else _recipes()), as_json=as_json)
+    print_records(list(_methods() if methods else _recipes()), as_json=as_json)
 
 
-def _recipes() -> "Iterator[RecipeLine]":
+def _recipes() -> "Iterator[RecipeView]":
     from npo_cli.loading import load_recipe
-    from npo_cli.recipe_files import recipe_names, recipe_path
-    from npo_cli.report.lines import RecipeLine
+    from npo_cli.recipe_files import list_recipe_names, find_recipe
+    from npo_cli.report.lines import RecipeView
 
-    for name in recipe_names():
-        yield RecipeLine(name=name, description=load_recipe(name).description, path=str(recipe_path(name)))
+    for name in list_recipe_names():
+        yield RecipeView(name=name, description=load_recipe(name).description, path=str(find_recipe(name)))
 
 
-def _methods() -> "Iterator[RecipeLine]":
+def _methods() -> "Iterator[RecipeView]":
     """Their first comment says what they are."""
-    from npo_cli.recipe_files import method_names, method_path
-    from npo_cli.report.lines import RecipeLine
+    from npo_cli.recipe_files import list_method_names, find_method
+    from npo_cli.report.lines import RecipeView
 
-    for name in method_names():
-        path = method_path(name)
+    for name in list_method_names():
+        path = find_method(name)
         first = path.read_text(encoding="utf-8").splitlines()[0]
-        yield RecipeLine(name=name, description=first.removeprefix("# "), path=str(path))
+        yield RecipeView(name=name, description=first.removeprefix("# "), path=str(path))

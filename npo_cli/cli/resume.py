@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
-from npo_cli.cli.early import recipe_of, stopping_at
+from npo_cli.cli.console import print_records
+from npo_cli.cli.early import load_run_recipe, resolve_last_step
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
-from npo_cli.errors import NpoError, as_typed
+from npo_cli.errors import NpoError, quote_path
 
 AtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Roll back to this step.")]
 GuideOpt = Annotated[
@@ -52,38 +52,38 @@ def resume(
     well it is watched from that step, as a new branch (npo autonpo RUN --explain rehearses).
     Settings that would falsify what was already computed are refused; train.num_steps may be raised.
     """
-    settled = recipe_of(run, overrides, branch=source, fork=at is not None)
-    last = stopping_at(until, settled, after=at or 0, autonpo=autonpo)
+    settled = load_run_recipe(run, overrides, branch=source, fork=at is not None)
+    last = resolve_last_step(until, settled, after=at or 0, autonpo=autonpo)
     where = {"overrides": overrides or (), "at": at, "source_branch": source, "new_branch": branch}
     if fresh:
-        refuse_nowhere(run, at=at, autonpo=autonpo)
-    from npo_cli.stages.tracking import tracked
+        validate_fresh_optimizer(run, at=at, autonpo=autonpo)
+    from npo_cli.stages.tracking import track_records
 
     if autonpo:
-        refuse_own_guide(run, guide=guide, steps=steps)
-        from npo_cli.stages.autonpo import resume_auto
+        validate_no_guide_options(run, guide=guide, steps=steps)
+        from npo_cli.stages.autonpo import resume_autonpo
 
-        records = resume_auto(run, **where, allow_code=allow_code)
+        records = resume_autonpo(run, **where, allow_code=allow_code)
     else:
         from npo_cli.stages.resume import resume_run
 
         records = resume_run(run, **where, guide=guide, steps=steps, until=until, allow_code=allow_code, fresh=fresh)
-    draw(tracked(run, settled, records), as_json=as_json, num_steps=last)
+    print_records(track_records(run, settled, records), as_json=as_json, num_steps=last)
 
 
-def refuse_nowhere(run: Path, *, at: int | None, autonpo: bool) -> None:
+def validate_fresh_optimizer(run: Path, *, at: int | None, autonpo: bool) -> None:
     """An optimizer begins anew where a branch is left by hand."""
     if at is None or autonpo:
         raise NpoError(
             "--fresh-optimizer begins a branch by hand: it needs --at STEP, and does not go with --autonpo",
-            f"npo resume {as_typed(run)} --at STEP --fresh-optimizer",
+            f"npo resume {quote_path(run)} --at STEP --fresh-optimizer",
         )
 
 
-def refuse_own_guide(run: Path, *, guide: str | None, steps: int | None) -> None:
+def validate_no_guide_options(run: Path, *, guide: str | None, steps: int | None) -> None:
     """AutoNPO makes its guides itself."""
     if guide is not None or steps is not None:
         raise NpoError(
             "--autonpo makes its own guides: --guide and --steps do not go with it",
-            f"npo resume {as_typed(run)} --autonpo",
+            f"npo resume {quote_path(run)} --autonpo",
         )

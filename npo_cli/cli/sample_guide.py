@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.console import draw
-from npo_cli.cli.early import recipe_of
+from npo_cli.cli.console import print_records
+from npo_cli.cli.early import load_run_recipe
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 
 GuideOpt = Annotated[
@@ -24,8 +24,8 @@ StepsOpt = Annotated[
     int | None,
     typer.Option("--steps", min=1, metavar="N", help="Length of the replay. [default: guide minus at, or the rest]"),
 ]
-Source = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]
-SourceOpt = Annotated[Source, typer.Option("--source", metavar="KIND", help="Who is asked, of the list above.")]
+SourceOption = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]
+SourceOpt = Annotated[SourceOption, typer.Option("--source", metavar="KIND", help="Who is asked, of the list above.")]
 OriginOpt = Annotated[
     str | None,
     typer.Option(
@@ -58,14 +58,14 @@ def sample_guide(
     id), endpoint (--from an address that speaks OpenAI's language), file (--from traces in .jsonl or .parquet), past
     (the run's own earlier successes), run (--from another run, --guide a step of it).
     """
-    recipe_of(run, overrides, branch=branch)
+    load_run_recipe(run, overrides, branch=branch)
 
-    from npo_cli.stages.guide_plan import Ask
-    from npo_cli.stages.sample_guide import sample_run
+    from npo_cli.stages.guide_plan import SourceSpec
+    from npo_cli.stages.sample_guide import build_guide_cache
 
-    records = sample_run(
+    records = build_guide_cache(
         run,
-        ask=Ask(source=source, guide_step=guide, origin=origin, model=model),
+        spec=SourceSpec(kind=source, guide_step=guide, origin=origin, model=model),
         at=at,
         name=name,
         branch=branch,
@@ -73,4 +73,4 @@ def sample_guide(
         overrides=overrides or (),
         allow_code=allow_code,
     )
-    draw(records, as_json=as_json)
+    print_records(records, as_json=as_json)

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
-from npo_cli.cli.early import recipe_of, steps_in
+from npo_cli.cli.console import print_records
+from npo_cli.cli.early import load_run_recipe, parse_steps
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 
 
@@ -28,10 +28,10 @@ def score_checkpoints(
 
     Q, V and S of every candidate for the policy at STEP, each with an interval.
     """
-    chosen = None if candidates is None else steps_in(candidates)
-    recipe_of(run, overrides, branch=branch)
+    chosen = None if candidates is None else parse_steps(candidates)
+    load_run_recipe(run, overrides, branch=branch)
 
     from npo_cli.stages.score_checkpoints import score_run
 
     records = score_run(run, at=at, candidates=chosen, branch=branch, overrides=overrides or (), allow_code=allow_code)
-    draw(records, as_json=as_json)
+    print_records(records, as_json=as_json)

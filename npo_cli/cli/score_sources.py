@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
-from npo_cli.cli.early import recipe_of, steps_in
+from npo_cli.cli.console import print_records
+from npo_cli.cli.early import load_run_recipe, parse_steps
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 
 AtOpt = Annotated[
@@ -40,21 +40,21 @@ def score_sources(
     0), extrapolated=SPACE:K:A (the learner pushed along its own motion; logits:20,40:1,2 is a grid of four),
     model=FOLDER_OR_HUB_ID, run=OTHER_RUN[:BRANCH], file=TRACES, endpoint=NAME@http://127.0.0.1:8000/v1.
     """
-    chosen = None if candidates is None else steps_in(candidates)
-    recipe_of(run, overrides, branch=branch)
+    chosen = None if candidates is None else parse_steps(candidates)
+    load_run_recipe(run, overrides, branch=branch)
 
     from npo_cli.stages.score_sources import score_sources as scored
-    from npo_cli.stages.source_arms import asked_for
+    from npo_cli.stages.source_arms import parse_source_specs
 
     records = scored(
         run,
         at=at,
         candidates=chosen,
         far=far,
-        sources=[ask for text in source or () for ask in asked_for(text)],
+        sources=[ask for text in source or () for ask in parse_source_specs(text)],
         branch=branch,
         figure=figure,
         overrides=overrides or (),
         allow_code=allow_code,
     )
-    draw(records, as_json=as_json)
+    print_records(records, as_json=as_json)

@@ -4,17 +4,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.console import draw
+from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt, RunArg
-from npo_cli.cli.terminal import talk, visible
+from npo_cli.cli.terminal import print_status, escape_for_terminal
 
-What = Literal["metrics", "rollouts", "guides", "lineage", "groups", "costs"]
+ShowTopic = Literal["metrics", "rollouts", "guides", "lineage", "groups", "costs"]
 
 
 def show(
     run: RunArg,
     what: Annotated[
-        What, typer.Argument(metavar="WHAT", help="metrics, rollouts, guides, lineage, groups or costs.")
+        ShowTopic, typer.Argument(metavar="WHAT", help="metrics, rollouts, guides, lineage, groups or costs.")
     ] = "metrics",
     *,
     branch: Annotated[
@@ -34,5 +34,5 @@ def show(
 
     lines = show_run(run, what, branch=branch, step=step, prompt_id=prompt, limit=limit)
     if not lines:
-        talk(visible(f"{run} has no {what} yet"))
-    draw(lines, as_json=as_json)
+        print_status(escape_for_terminal(f"{run} has no {what} yet"))
+    print_records(lines, as_json=as_json)

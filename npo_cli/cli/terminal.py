@@ -7,25 +7,25 @@ import os
 import sys
 from typing import TextIO
 
-from npo_cli.report.inert import spelled_out
+from npo_cli.report.inert import escape_control_chars
 
 
-def visible(text: str) -> str:
+def escape_for_terminal(text: str) -> str:
     """The text in one line, with every character spelled out that a terminal would obey: `\\x1b[31m`."""
-    return spelled_out(text)
+    return escape_control_chars(text)
 
 
-def say(text: str) -> None:
+def print_data(text: str) -> None:
     """One line of data."""
     print(text, flush=True)
 
 
-def talk(text: str, *, style: str = "") -> None:
+def print_status(text: str, *, style: str = "") -> None:
     """One line of talk, in an ANSI style (such as `1;31`) on a colour terminal."""
-    coloured = bool(style) and on_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
+    coloured = bool(style) and is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
     print(f"\x1b[{style}m{text}\x1b[0m" if coloured else text, file=sys.stderr, flush=True)
 
 
-def on_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO) -> bool:
     """A terminal that can move its cursor."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import draw
-from npo_cli.cli.early import stopping_at
+from npo_cli.cli.console import print_records
+from npo_cli.cli.early import resolve_last_step
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RecipeArg, UntilOpt
 
 
@@ -31,19 +31,19 @@ def train(
     Checkpoints, metrics and rollouts are written to the run directory as it goes.
     """
     from npo_cli.loading import load_recipe
-    from npo_cli.run_dir.paths import refuse_used
+    from npo_cli.run_dir.paths import check_unused
 
     resolved = load_recipe(recipe, overrides or (), method=method)
-    refuse_used(run)
-    last = stopping_at(until, resolved, after=-1, autonpo=autonpo)
-    from npo_cli.stages.tracking import tracked
+    check_unused(run)
+    last = resolve_last_step(until, resolved, after=-1, autonpo=autonpo)
+    from npo_cli.stages.tracking import track_records
 
     if autonpo:
-        from npo_cli.stages.autonpo import train_auto
+        from npo_cli.stages.autonpo import train_autonpo
 
-        records = train_auto(run, resolved, allow_code=allow_code)
+        records = train_autonpo(run, resolved, allow_code=allow_code)
     else:
         from npo_cli.stages.train import train_run
 
         records = train_run(run, resolved, until=until, allow_code=allow_code)
-    draw(tracked(run, resolved, records), as_json=as_json, num_steps=last)
+    print_records(track_records(run, resolved, records), as_json=as_json, num_steps=last)

@@ -11,34 +11,34 @@ from torch import Tensor
 
 from npo_cli.errors import NpoError
 
-RANKS = (8, 16, 32, 64, 128, 256, 512)
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
 """Sizes of vLLM's adapter slots: a smaller rank is padded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterPort:
+class AdapterHandle:
     """How the live adapters of a policy, and the base beside them, are reached."""
 
-    rank: int
+    max_rank: int
     """The largest they may have, here or joined with older ones."""
-    targets: tuple[str, ...]
+    target_modules: tuple[str, ...]
     """Last names of the layers that have one."""
-    base: Callable[[], Mapping[str, Tensor]]
+    read_base: Callable[[], Mapping[str, Tensor]]
     """The frozen weights under their Hugging Face names."""
-    tensors: Callable[[], Mapping[str, Tensor]]
+    read_adapters: Callable[[], Mapping[str, Tensor]]
     """The adapters as they are now."""
-    sizes: Callable[[], Mapping[str, tuple[int, ...]]]
+    read_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
     """Their shapes, but for the rank where they may be joined."""
-    write: Callable[[Path], None]
+    save: Callable[[Path], None]
     """Write them into a folder in peft's format."""
 
 
-def slot_rank(rank: int) -> int:
+def round_up_lora_rank(rank: int) -> int:
     """The smallest slot that holds adapters of this rank."""
-    for size in RANKS:
+    for size in LORA_RANKS:
         if rank <= size:
             return size
     raise NpoError(
-        f"vLLM serves adapters up to rank {RANKS[-1]}, and {rank} is asked for",
+        f"vLLM serves adapters up to rank {LORA_RANKS[-1]}, and {rank} is asked for",
         "lower model.lora.rank (extrapolation.space=weights takes twice as much), or set engine.kind=transformers",
     )

@@ -23,12 +23,12 @@ from npo_cli.errors import NpoError, RunFailed
 from npo_cli.records import Prompt
 
 KEY_VARIABLE = "NPO_ENDPOINT_KEY"
-PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+RETRYABLE_STATUS_CODES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """Answers that may be others in a moment."""
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 30.0
-MAX_ANSWER_BYTES = 64 << 20
-HERE = frozenset({"localhost", "127.0.0.1", "::1"})
+INITIAL_BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 30.0
+MAX_RESPONSE_BYTES = 64 << 20
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class TextRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextAnswer:
+class TextCompletion:
     """One answer, in words."""
 
     text: str
@@ -53,7 +53,7 @@ class TextAnswer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
+class RequestLimits:
     """How a server is treated."""
 
     concurrency: int
@@ -64,12 +64,12 @@ class Patience:
     """Further tries after a refusal that may pass."""
 
 
-class PassingError(Exception):
+class RetryableError(Exception):
     """A refusal that may pass."""
 
-    def __init__(self, message: str, wait: float | None = None) -> None:
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.wait = wait
+        self.retry_after = retry_after
         """Seconds that the server asks for."""
 
 
@@ -81,15 +81,15 @@ class _NoRedirect(HTTPRedirectHandler):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Endpoint:
+class OpenAIClient:
     """One model at one address."""
 
     url: str
     """Up to and with `/v1`."""
     model: str
-    patience: Patience
+    limits: RequestLimits
 
-    def refuse_unknown_model(self) -> None:
+    def check_model(self) -> None:
         """Ask for the list of models, so that a wrong address or name is told before anything is written.
 
         A server that has no such list is believed.
@@ -107,18 +107,18 @@ class Endpoint:
             known = ", ".join(map(str, names[:8]))
             raise NpoError(f"{self.url} has no model {self.model!r}; it has: {known}", f"--model {names[0]}")
 
-    def ask(self, requests: Sequence[TextRequest]) -> list[TextAnswer]:
+    def generate(self, requests: Sequence[TextRequest]) -> list[TextCompletion]:
         """One answer a request, in order; a few are under way at a time. The first failure stops them all."""
         stop = Event()
         with self._opened() as opener:
-            pool = ThreadPoolExecutor(self.patience.concurrency, thread_name_prefix="endpoint")
+            pool = ThreadPoolExecutor(self.limits.concurrency, thread_name_prefix="endpoint")
             try:
                 return list(pool.map(lambda request: self._answered(opener, request, stop), requests))
             finally:
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answered(self, opener: OpenerDirector, request: TextRequest, stop: Event) -> TextAnswer:
+    def _answered(self, opener: OpenerDirector, request: TextRequest, stop: Event) -> TextCompletion:
         path, body = self._body(request)
         found = self._patiently(opener, path, body=body, stop=stop)
         try:
@@ -127,13 +127,13 @@ class Endpoint:
             num_tokens = (found.get("usage") or {}).get("completion_tokens")
             finished = choice.get("finish_reason") == "stop"
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise RunFailed(f"{self.url}/{path} answered something else than OpenAI's API does", AGAIN) from error
+            raise RunFailed(f"{self.url}/{path} answered something else than OpenAI's API does", RETRY_HINT) from error
         if not isinstance(text, str | None):
-            raise RunFailed(f"{self.url}/{path} answered with a text that is none", AGAIN)
+            raise RunFailed(f"{self.url}/{path} answered with a text that is none", RETRY_HINT)
         is_count = isinstance(num_tokens, int) and not isinstance(num_tokens, bool) and num_tokens >= 0
         # JSON can spell half a character, which no tokenizer takes.
         whole = (text or "").encode("utf-8", "replace").decode()
-        return TextAnswer(text=whole, finished=finished, num_tokens=num_tokens if is_count else None)
+        return TextCompletion(text=whole, finished=finished, num_tokens=num_tokens if is_count else None)
 
     def _body(self, request: TextRequest) -> tuple[str, dict[str, Any]]:
         """Plain text is completed, messages are answered."""
@@ -153,16 +153,16 @@ class Endpoint:
     ) -> Mapping[str, Any]:
         """Try again after what may pass, waiting twice as long each time, or as long as the server asks."""
         stop = stop or Event()
-        wait = FIRST_WAIT_SECONDS
-        for tries_left in range(self.patience.retries, -1, -1):
+        wait = INITIAL_BACKOFF_SECONDS
+        for tries_left in range(self.limits.retries, -1, -1):
             try:
                 return self._once(opener, path, body=body)
-            except PassingError as error:
+            except RetryableError as error:
                 if not tries_left or stop.is_set():
-                    times = "once" if not self.patience.retries else f"{self.patience.retries + 1} times"
-                    raise RunFailed(f"{self.url}/{path} was asked {times}, and at last {error}", AGAIN) from error
-                asked_for = wait if error.wait is None else error.wait
-                stop.wait(min(asked_for, LONGEST_WAIT_SECONDS))
+                    times = "once" if not self.limits.retries else f"{self.limits.retries + 1} times"
+                    raise RunFailed(f"{self.url}/{path} was asked {times}, and at last {error}", RETRY_HINT) from error
+                asked_for = wait if error.retry_after is None else error.retry_after
+                stop.wait(min(asked_for, MAX_BACKOFF_SECONDS))
                 wait *= 2
         raise AssertionError("the last try ends in one way or the other")
 
@@ -171,15 +171,15 @@ class Endpoint:
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}/{path}", data=data, headers=headers)
         try:
-            with closing(opener.open(request, timeout=self.patience.timeout)) as answer:
-                return json.loads(_whole(answer, deadline=time.monotonic() + self.patience.timeout))
+            with closing(opener.open(request, timeout=self.limits.timeout)) as answer:
+                return json.loads(_whole(answer, deadline=time.monotonic() + self.limits.timeout))
         except HTTPError as error:
             self._refused(path, error)
         except (ValueError, RecursionError) as error:
-            raise RunFailed(f"{self.url}/{path} did not answer in JSON", AGAIN) from error
+            raise RunFailed(f"{self.url}/{path} did not answer in JSON", RETRY_HINT) from error
         except (OSError, HTTPException) as error:
             said = getattr(error, "reason", None) or error
-            raise PassingError(f"could not be reached: {said or type(error).__name__}") from error
+            raise RetryableError(f"could not be reached: {said or type(error).__name__}") from error
 
     def _refused(self, path: str, error: HTTPError) -> NoReturn:
         """What may pass is tried again; anything else ends it, in the server's own words."""
@@ -189,23 +189,23 @@ class Endpoint:
             except (OSError, HTTPException):
                 said = ""
         told = f"answered {error.code}" + (f": {said}" if said else "")
-        if error.code in PASSING:
-            raise PassingError(told, wait=_seconds(error.headers.get("Retry-After"))) from error
-        hint = f"set {KEY_VARIABLE} to the server's key" if error.code in (401, 403) else AGAIN
+        if error.code in RETRYABLE_STATUS_CODES:
+            raise RetryableError(told, retry_after=_seconds(error.headers.get("Retry-After"))) from error
+        hint = f"set {KEY_VARIABLE} to the server's key" if error.code in (401, 403) else RETRY_HINT
         raise RunFailed(f"{self.url}/{path} {told}", hint) from error
 
     @contextmanager
     def _opened(self) -> Iterator[OpenerDirector]:
         """A proxy for the world is none for this machine."""
-        handlers = [_NoRedirect(), *([ProxyHandler({})] if urlsplit(self.url).hostname in HERE else [])]
+        handlers = [_NoRedirect(), *([ProxyHandler({})] if urlsplit(self.url).hostname in LOCAL_HOSTS else [])]
         with closing(build_opener(*handlers)) as opener:
             yield opener
 
 
-AGAIN = "look at the server, then give the same command again: it goes on where it stopped"
+RETRY_HINT = "look at the server, then give the same command again: it goes on where it stopped"
 
 
-def checked_address(text: str) -> str:
+def validate_url(text: str) -> str:
     """An address as it may be kept in a file: http or https, and no secret in it."""
     try:
         parts = urlsplit(text)
@@ -236,7 +236,7 @@ def _whole(answer: HTTPResponse, *, deadline: float) -> bytes:
     while part := answer.read1(1 << 16):
         parts.append(part)
         size += len(part)
-        if size > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+        if size > MAX_RESPONSE_BYTES or time.monotonic() > deadline:
             raise TimeoutError("its answer did not end")
     return b"".join(parts)
 

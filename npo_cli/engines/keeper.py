@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-PATIENCE = 5.0
+TERMINATE_GRACE_SECONDS = 5.0
 """Seconds between asking a group to end and ending it."""
 
 
@@ -38,7 +38,7 @@ def _end_with_parent(group: int) -> None:
 
 def _end_group(group: int) -> None:
     _signal_group(group, signal.SIGTERM)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TERMINATE_GRACE_SECONDS
     while time.monotonic() < deadline and _signal_group(group, 0):
         time.sleep(0.05)
     _signal_group(group, signal.SIGKILL)

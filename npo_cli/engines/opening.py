@@ -8,13 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.engine_settings import EngineSettings
-from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.requests import Engine, Sight
+from npo_cli.engines.adapters import AdapterHandle
+from npo_cli.engines.requests import Engine, VisionProcessor
 from npo_cli.engines.transformers_engine import TransformersEngine
 from npo_cli.errors import NpoError
 
 if TYPE_CHECKING:
-    from npo_cli.engines.vllm_words import Limits
+    from npo_cli.engines.vllm_words import VllmLimits
 
 
 def open_engine(
@@ -26,14 +26,14 @@ def open_engine(
     pad_id: int,
     max_model_len: int,
     dtype: torch.dtype,
-    adapters: AdapterPort | None = None,
-    sight: Sight | None = None,
+    adapters: AdapterHandle | None = None,
+    vision: VisionProcessor | None = None,
 ) -> Engine:
     """An engine for this model, started; `max_model_len` is prompt and response together, in tokens.
 
     `dtype` is the precision in which the trainer computes, and so must the engine.
     """
-    refuse_blind_engine(settings, sight)
+    check_vision_packages(settings, vision)
     if settings.kind == "transformers":
         return TransformersEngine(
             model,
@@ -42,18 +42,18 @@ def open_engine(
             pad_id=pad_id,
             max_rows=settings.max_num_seqs,
             dtype=dtype,
-            sight=sight,
+            vision=vision,
         )
-    refuse_impossible(settings, with_adapters=adapters is not None)
-    limits = limits_of(
+    validate_engine(settings, uses_adapters=adapters is not None)
+    limits = build_vllm_limits(
         settings, on_cpu=model.device.type == "cpu", eos_ids=eos_ids, max_model_len=max_model_len, dtype=dtype
     )
-    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters, sight=sight)
+    return _vllm(settings, model, tokenizer, limits=limits, adapters=adapters, sight=vision)
 
 
-def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
+def validate_engine(settings: EngineSettings, *, uses_adapters: bool) -> None:
     """vLLM absent; or adapters, which go through a folder, by a road that sends whole models."""
-    if with_adapters and settings.kind == "vllm_server" and settings.vllm.weight_transfer not in ("auto", "disk"):
+    if uses_adapters and settings.kind == "vllm_server" and settings.vllm.weight_transfer not in ("auto", "disk"):
         raise NpoError(
             f"engine.vllm.weight_transfer={settings.vllm.weight_transfer} sends whole models; adapters "
             "(model.lora.rank) go through a folder",
@@ -66,7 +66,7 @@ def refuse_impossible(settings: EngineSettings, *, with_adapters: bool) -> None:
         )
 
 
-def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
+def check_vision_packages(settings: EngineSettings, sight: VisionProcessor | None) -> None:
     """vLLM reads pictures with a package that may be missing."""
     if sight is not None and settings.kind != "transformers" and find_spec("torchvision") is None:
         raise NpoError(
@@ -76,26 +76,26 @@ def refuse_blind_engine(settings: EngineSettings, sight: Sight | None) -> None:
         )
 
 
-def limits_of(
+def build_vllm_limits(
     settings: EngineSettings, *, on_cpu: bool, eos_ids: Sequence[int], max_model_len: int, dtype: torch.dtype
-) -> "Limits":
+) -> "VllmLimits":
     """What vLLM may take, from the recipe and the device."""
-    from npo_cli.engines.vllm_words import Limits
+    from npo_cli.engines.vllm_words import VllmLimits
 
-    return Limits(
+    return VllmLimits(
         eos_ids=tuple(eos_ids),
         max_model_len=max_model_len,
         dtype=str(dtype).removeprefix("torch."),
-        max_rows=settings.max_num_seqs,
-        tensor_parallel=settings.vllm.tensor_parallel_size,
-        data_parallel=settings.vllm.data_parallel_size,
-        memory_share=settings.vllm.gpu_memory_utilization,
-        kv_cache_gb=settings.vllm.cpu_kv_cache_gb,
+        max_num_seqs=settings.max_num_seqs,
+        tensor_parallel_size=settings.vllm.tensor_parallel_size,
+        data_parallel_size=settings.vllm.data_parallel_size,
+        gpu_memory_utilization=settings.vllm.gpu_memory_utilization,
+        cpu_kv_cache_gb=settings.vllm.cpu_kv_cache_gb,
         devices=settings.vllm.devices,
         on_cpu=on_cpu,
-        eager=on_cpu or not settings.vllm.cuda_graphs,
+        enforce_eager=on_cpu or not settings.vllm.cuda_graphs,
         can_sleep=settings.vllm.enable_sleep_mode and not on_cpu,
-        max_adapters=settings.vllm.max_loras,
+        max_loras=settings.vllm.max_loras,
         start_timeout=settings.vllm.start_timeout,
         deadline=settings.vllm.timeout,
     )
@@ -106,14 +106,14 @@ def _vllm(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    limits: "Limits",
-    adapters: AdapterPort | None,
-    sight: Sight | None,
+    limits: "VllmLimits",
+    adapters: AdapterHandle | None,
+    sight: VisionProcessor | None,
 ) -> Engine:
     if settings.kind == "vllm":
         from npo_cli.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters, sight=sight)
+        return VllmEngine(model, tokenizer, limits=limits, adapters=adapters, vision=sight)
     from npo_cli.engines.vllm_server import VllmServer
 
     transport = (
@@ -127,4 +127,4 @@ def _vllm(
             "engine.vllm.weight_transfer=auto",
         )
     transport = "disk" if adapters else transport
-    return VllmServer(model, tokenizer, limits=limits, transport=transport, adapters=adapters, sight=sight)
+    return VllmServer(model, tokenizer, limits=limits, transport=transport, adapters=adapters, vision=sight)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def suppress_output() -> Iterator[None]:
     """Standard output and error of this process, C++ included, go into a file that nobody reads."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -30,7 +30,7 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreRequest:
+class LogprobRequest:
     """One trajectory whose log-probabilities are wanted."""
 
     prompt_ids: tuple[int, ...]
@@ -40,10 +40,10 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shown:
+class EngineInput:
     """Tokens that an engine reads, and what the image tokens among them show."""
 
-    ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
     images: tuple[ImageRef, ...]
 
 
@@ -64,24 +64,24 @@ class Sample:
     finished: bool
 
 
-class Sight(Protocol):
+class VisionProcessor(Protocol):
     """How a model with a vision tower is shown pictures."""
 
     @property
-    def silent_ids(self) -> tuple[int, ...]:
+    def suppressed_ids(self) -> tuple[int, ...]:
         """Tokens that the policy never writes."""
 
     @property
-    def image_id(self) -> int:
+    def image_token_id(self) -> int:
         """The token that stands for a part of a picture."""
 
-    def still(self, ref: ImageRef) -> "Image.Image":
+    def resize_image(self, ref: ImageRef) -> "Image.Image":
         """The picture in the size in which the model sees it."""
 
     def save(self, folder: Path) -> None:
         """Write the files of the model's own processor."""
 
-    def inputs(self, ids_NL: Tensor, images: Sequence[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
+    def build_inputs(self, ids_NL: Tensor, images: Sequence[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
         """What the model reads beside these ids, whose rows show these pictures."""
 
 
@@ -93,7 +93,7 @@ class Engine(Protocol):
         """Which weights it holds, in the words of `take_weights`; None where it holds none that were ever given."""
 
     @property
-    def holds_copy(self) -> bool:
+    def has_own_weights(self) -> bool:
         """Whether it has weights of its own, which have to be sent and checked."""
 
     @property
@@ -101,19 +101,19 @@ class Engine(Protocol):
         """How many weights it can hold side by side, each under the version it was given as."""
 
     @property
-    def remark(self) -> str:
+    def reproducibility_warning(self) -> str:
         """What a person should know before relying on a seed; empty where the same seed means the same response."""
 
-    def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
+    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Hold the weights that the model has now, under this name."""
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample a request, in order."""
 
-    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
+    def compute_logps(self, requests: Sequence[LogprobRequest]) -> list[tuple[float, ...]]:
         """Log-probabilities (nats, temperature 1) of each response's tokens under the weights at hand."""
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Nothing is asked for a while: give back what can be given back."""
 
     def close(self) -> None:

@@ -12,24 +12,24 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-PREFIX = "npo-scratch-"
-HELD = "held.lock"
+SCRATCH_PREFIX = "npo-scratch-"
+LOCK_NAME = "held.lock"
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A folder with nothing but its lock; those that nobody holds any more are removed on the way."""
-    sweep()
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    remove_stale_folders()
+    folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
     try:
-        with FileLock(folder / HELD):
+        with FileLock(folder / LOCK_NAME):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep() -> None:
+def remove_stale_folders() -> None:
     """Remove what killed processes left; other people's folders are left to them."""
-    for held in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{HELD}"):
+    for held in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*/{LOCK_NAME}"):
         with suppress(Timeout, PermissionError), FileLock(held, timeout=0):
             shutil.rmtree(held.parent, ignore_errors=True)

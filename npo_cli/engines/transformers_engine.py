@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest, Sight
+from npo_cli.engines.requests import Sample, SampleRequest, LogprobRequest, VisionProcessor
 from npo_cli.records import ImageRef
 
 
@@ -50,7 +50,7 @@ class SeededSampler(LogitsProcessor):
 
 
 @contextmanager
-def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """The model's own generation settings out of sight: `generate` would fill in its beams, bans and penalties."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -62,9 +62,9 @@ def plain_generation(model: PreTrainedModel) -> Iterator[None]:
 class TransformersEngine:
     """Samples from the live model: there are no other weights to keep in step with it."""
 
-    holds_copy = False
+    has_own_weights = False
     num_versions = 1
-    remark = ""
+    reproducibility_warning = ""
 
     def __init__(
         self,
@@ -75,14 +75,14 @@ class TransformersEngine:
         pad_id: int,
         max_rows: int,
         dtype: torch.dtype,
-        sight: Sight | None = None,
+        vision: VisionProcessor | None = None,
     ) -> None:
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.eos_ids, self.pad_id, self.max_rows = tuple(eos_ids), pad_id, max_rows
-        self.sight = sight
+        self.vision = vision
         self.version: str | None = None
 
-    def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
+    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Nothing is moved: what the trainer changes is what samples."""
         assert model is self.model, "it samples from the model that it was made with"
         self.version = version
@@ -95,10 +95,10 @@ class TransformersEngine:
         return samples
 
     @torch.no_grad()
-    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
+    def compute_logps(self, requests: Sequence[LogprobRequest]) -> list[tuple[float, ...]]:
         """One plain forward pass a trajectory."""
         scored = []
-        for request in asked:
+        for request in requests:
             ids_1L = torch.tensor([request.prompt_ids + request.response_ids], device=self.model.device)
             with self._precision():
                 logits_LW = self._logits(ids_1L)[0]
@@ -107,7 +107,7 @@ class TransformersEngine:
             scored.append(tuple(logps_LW[first - 1 : -1].gather(1, response[:, None])[:, 0].tolist()))
         return scored
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """It keeps nothing between two batches."""
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class TransformersEngine:
     def _generate_batch(self, batch: list[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         ids_NL, mask_NL, cache = self._prefill(batch)
         sampler = self._sampler(batch, num_tokens=max_new_tokens, temperature=temperature)
-        with plain_generation(self.model), self._precision():
+        with default_generation_config(self.model), self._precision():
             output_NX = self.model.generate(
                 ids_NL,
                 attention_mask=mask_NL,
@@ -138,7 +138,7 @@ class TransformersEngine:
                     max_new_tokens=max_new_tokens,
                     eos_token_id=list(self.eos_ids),
                     pad_token_id=self.pad_id,
-                    suppress_tokens=list(self.sight.silent_ids) if self.sight else None,
+                    suppress_tokens=list(self.vision.suppressed_ids) if self.vision else None,
                 ),
             )
         return self._samples(batch, output_NX[:, ids_NL.shape[1] :], sampler)
@@ -182,13 +182,13 @@ class TransformersEngine:
 
     def _sights(self, ids_PL: Tensor, images: list[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
         """What is shown with these prompts, their last token left out."""
-        if self.sight is None:
+        if self.vision is None:
             return {}
-        return self.sight.inputs(ids_PL[:, :-1], images)
+        return self.vision.build_inputs(ids_PL[:, :-1], images)
 
     def _count_on(self, rows: Tensor, *, seen: bool) -> None:
         """How far positions lag behind tokens, which such a model remembers from its last prefill: now one a row."""
-        if self.sight is not None:
+        if self.vision is not None:
             base = self.model.base_model
             base.rope_deltas = base.rope_deltas[rows] if seen else torch.zeros_like(rows)[:, None]
 

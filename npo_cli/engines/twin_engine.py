@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from npo_cli.engines.requests import SampleRequest, Sight
+from npo_cli.engines.requests import SampleRequest, VisionProcessor
 from npo_cli.engines.transformers_engine import SeededSampler, TransformersEngine
 
 
-def pushed_logits(new_NW: Tensor, old_NW: Tensor, strength: float) -> Tensor:
+def extrapolate_logits(new_NW: Tensor, old_NW: Tensor, strength: float) -> Tensor:
     """z_t + a (z_t - z_old). A token that either model rules out stays impossible."""
     ruled_out_NW = torch.isneginf(new_NW) | torch.isneginf(old_NW)
     return (new_NW + strength * (new_NW - old_NW)).masked_fill(ruled_out_NW, -torch.inf)
 
 
-class OlderReader:
+class OlderModelReader:
     """The older model along the responses of a batch: asked after each token for its logits of the next."""
 
     def __init__(
@@ -31,7 +31,7 @@ class OlderReader:
         self.position_lag_N1 = position_lag_N1
         self.padded = not bool(mask_NL.all())
 
-    def read(self, input_ids: Tensor) -> Tensor:
+    def next_logits(self, input_ids: Tensor) -> Tensor:
         """Reads the newest token of each row; the cache holds those before it."""
         grown = input_ids.shape[1] - self.mask_NL.shape[1]
         self.mask_NL = torch.nn.functional.pad(self.mask_NL, (0, grown), value=1)
@@ -51,14 +51,14 @@ class OlderReader:
         return place_N1 if self.position_lag_N1 is None else (place_N1 + self.position_lag_N1)[None]
 
 
-class TwinSampler(SeededSampler):
+class ExtrapolatedTokenSampler(SeededSampler):
     """Chooses from the product of two models' laws."""
 
     def __init__(
         self,
         seeds: Sequence[int],
         *,
-        reader: OlderReader,
+        reader: OlderModelReader,
         strength: float,
         num_tokens: int,
         temperature: float,
@@ -69,10 +69,10 @@ class TwinSampler(SeededSampler):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The newer model's scores come from `generate`, the older one's from its reader."""
-        return super().__call__(input_ids, pushed_logits(scores.float(), self.reader.read(input_ids), self.strength))
+        return super().__call__(input_ids, extrapolate_logits(scores.float(), self.reader.next_logits(input_ids), self.strength))
 
 
-class TwinEngine(TransformersEngine):
+class ExtrapolatedEngine(TransformersEngine):
     """Samples from the live model pushed away from an older one, whose weights are never moved here."""
 
     def __init__(
@@ -86,22 +86,22 @@ class TwinEngine(TransformersEngine):
         pad_id: int,
         max_rows: int,
         dtype: torch.dtype,
-        sight: Sight | None = None,
+        vision: VisionProcessor | None = None,
     ) -> None:
-        how = {"eos_ids": eos_ids, "pad_id": pad_id, "max_rows": max_rows, "dtype": dtype, "sight": sight}
+        how = {"eos_ids": eos_ids, "pad_id": pad_id, "max_rows": max_rows, "dtype": dtype, "sight": vision}
         super().__init__(model, tokenizer, **how)
         self.older = TransformersEngine(older, tokenizer, **how)
         self.strength = strength
 
     def _logits(self, ids_1L: Tensor) -> Tensor:
-        return pushed_logits(super()._logits(ids_1L), self.older._logits(ids_1L), self.strength)
+        return extrapolate_logits(super()._logits(ids_1L), self.older._logits(ids_1L), self.strength)
 
     def _sampler(self, batch: list[SampleRequest], *, num_tokens: int, temperature: float) -> SeededSampler:
         _, mask_NL, cache = self.older._prefill(batch)
-        lag_N1 = None if self.sight is None else self.older.model.base_model.rope_deltas
-        return TwinSampler(
+        lag_N1 = None if self.vision is None else self.older.model.base_model.rope_deltas
+        return ExtrapolatedTokenSampler(
             [request.seed for request in batch],
-            reader=OlderReader(self.older.model, mask_NL, cache, position_lag_N1=lag_N1),
+            reader=OlderModelReader(self.older.model, mask_NL, cache, position_lag_N1=lag_N1),
             strength=self.strength,
             num_tokens=num_tokens,
             temperature=temperature,

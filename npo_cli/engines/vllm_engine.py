@@ -18,25 +18,25 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from npo_cli.engines.adapters import AdapterPort, slot_rank
-from npo_cli.engines.quiet import quiet
-from npo_cli.engines.requests import Shown, Sight
+from npo_cli.engines.adapters import AdapterHandle, round_up_lora_rank
+from npo_cli.engines.quiet import suppress_output
+from npo_cli.engines.requests import EngineInput, VisionProcessor
 from npo_cli.engines.scratch import scratch_folder
-from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
-from npo_cli.engines.vllm_images import OPTIONS, refuse_other_tokens, save_processor, vllm_prompts
-from npo_cli.engines.vllm_words import AsksVllm, Limits
-from npo_cli.engines.watch import within
+from npo_cli.engines.sync import RESUME_HINT, named_tensors, check_sent_tensors, tensor_shapes, copy_to_cpu, add_head
+from npo_cli.engines.vllm_images import IMAGE_ENGINE_OPTIONS, check_prompt_tokens, save_processor, vllm_prompts
+from npo_cli.engines.vllm_words import BaseVllmEngine, VllmLimits
+from npo_cli.engines.watch import exit_on_timeout
 from npo_cli.errors import NpoError, RunFailed
 
-INSTEAD = "npo doctor tells what is missing; engine.kind=transformers needs no vLLM"
-HUNG = f"raise engine.vllm.timeout if it was only slow; {RESUME}"
+VLLM_HINT = "npo doctor tells what is missing; engine.kind=transformers needs no vLLM"
+HANG_HINT = f"raise engine.vllm.timeout if it was only slow; {RESUME_HINT}"
 
 
-ASLEEP = frozenset({"weights", "kv_cache"})
+SLEEP_TAGS = frozenset({"weights", "kv_cache"})
 """What sleep level 2 gives back, in vLLM's words."""
 
 
-class VllmEngine(AsksVllm):
+class VllmEngine(BaseVllmEngine):
     """One `vllm.LLM`."""
 
     def __init__(
@@ -44,33 +44,33 @@ class VllmEngine(AsksVllm):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        limits: Limits,
-        adapters: AdapterPort | None = None,
-        sight: Sight | None = None,
+        limits: VllmLimits,
+        adapters: AdapterHandle | None = None,
+        vision: VisionProcessor | None = None,
     ) -> None:
-        self.tokenizer, self.limits, self.adapters, self.sight = tokenizer, limits, adapters, sight
+        self.tokenizer, self.limits, self.adapters, self.vision = tokenizer, limits, adapters, vision
         self.version: str | None = None
-        self._shapes = shapes_of(named_tensors(model)) if adapters is None else adapters.sizes()
+        self._shapes = tensor_shapes(named_tensors(model)) if adapters is None else adapters.read_shapes()
         self._asleep: frozenset[str] = frozenset()
         self._held: dict[str, Any] = {}
         self._num_adapters = 0
         with scratch_folder() as folder:
             save_untied_config(model, folder)
-            if sight is not None:
-                save_processor(folder, tokenizer, sight)
-            if adapters is not None or sight is not None:
-                base = named_tensors(model) if adapters is None else with_head(model, adapters.base())
-                save_file(whole(base), folder / "model.safetensors")
-            with within(limits.start_timeout, phase="start", mend=INSTEAD), _own_random_streams(), quiet():
-                self._llm = _start(folder, model, limits=limits, adapters=adapters, sees=sight is not None)
+            if vision is not None:
+                save_processor(folder, tokenizer, vision)
+            if adapters is not None or vision is not None:
+                base = named_tensors(model) if adapters is None else add_head(model, adapters.read_base())
+                save_file(copy_to_cpu(base), folder / "model.safetensors")
+            with exit_on_timeout(limits.start_timeout, phase="start", hint=VLLM_HINT), _own_random_streams(), suppress_output():
+                self._llm = _start(folder, model, limits=limits, adapters=adapters, sees=vision is not None)
 
-    def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
+    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Replace every tensor, forget every cached prefix, stamp the version; or put adapters beside the others."""
         if self.adapters is not None:
             self._take_adapters(self.adapters, version)
             return
         tensors = named_tensors(model)
-        refuse_other_names(self._shapes, tensors)
+        check_sent_tensors(self._shapes, tensors)
         with self._working("take weights"):
             self._wake("weights")
             self.version = None
@@ -82,32 +82,32 @@ class VllmEngine(AsksVllm):
             self._llm.update_weight_version(version)
         self.version = version
 
-    def _take_adapters(self, port: AdapterPort, version: str) -> None:
+    def _take_adapters(self, port: AdapterHandle, version: str) -> None:
         """A slot of their own under a number that nobody had before; the oldest make room.
 
         vLLM's prefix cache tells adapters apart, so nothing has to be forgotten.
         """
         from vllm.lora.request import LoRARequest
 
-        refuse_other_names(self._shapes, port.tensors(), shapes=port.sizes())
+        check_sent_tensors(self._shapes, port.read_adapters(), shapes=port.read_shapes())
         with self._working("take adapters"):
             self._wake("weights")
             self._wake("kv_cache")
             self.version = None
-            while len(self._held) >= self.limits.max_adapters:
+            while len(self._held) >= self.limits.max_loras:
                 oldest = self._held.pop(next(iter(self._held)))
                 self._llm.llm_engine.remove_lora(oldest.lora_int_id)
             self._num_adapters += 1
             # Read once, here.
             with scratch_folder() as folder:
-                port.write(folder)
+                port.save(folder)
                 request = LoRARequest(version, self._num_adapters, str(folder))
                 if not self._llm.llm_engine.add_lora(request):
                     raise RuntimeError("the adapters were not taken")
             self._held[version] = request
         self.version = version
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot.
 
         The base beside adapters is never sent again: it waits in the CPU's memory.
@@ -115,7 +115,7 @@ class VllmEngine(AsksVllm):
         if self.limits.can_sleep and not self._asleep:
             with self._working("go to sleep"):
                 self._llm.sleep(level=2 if self.adapters is None else 1)
-            self._asleep, self.version = ASLEEP, None
+            self._asleep, self.version = SLEEP_TAGS, None
 
     def close(self) -> None:
         """Shut the engine core down; its weights and cache hang in circles that only a collection frees."""
@@ -134,7 +134,7 @@ class VllmEngine(AsksVllm):
 
     def _answers(
         self,
-        prompts: Sequence[Shown],
+        prompts: Sequence[EngineInput],
         fields: Sequence[dict[str, Any]],
         versions: Sequence[str | None],
         *,
@@ -142,29 +142,29 @@ class VllmEngine(AsksVllm):
     ) -> list:
         from vllm import SamplingParams
 
-        asked = vllm_prompts(prompts, self.sight)
+        asked = vllm_prompts(prompts, self.vision)
         params = [SamplingParams(**each) for each in fields]
         beside = None if self.adapters is None else [self._held[str(version)] for version in versions]
         with self._working(phase):
             outputs = self._llm.generate(asked, params, lora_request=beside, use_tqdm=False)
-            refuse_other_tokens(prompts, outputs)
+            check_prompt_tokens(prompts, outputs)
             return outputs
 
     @contextmanager
     def _working(self, phase: str) -> Iterator[None]:
         """A dead engine is told by phase and cause; a hung one ends the process."""
         if self._llm is None:
-            raise RunFailed(f"the engine was closed before it was to {phase}", RESUME)
+            raise RunFailed(f"the engine was closed before it was to {phase}", RESUME_HINT)
         try:
-            with within(self.limits.deadline, phase=phase, mend=HUNG), _own_random_streams():
+            with exit_on_timeout(self.limits.deadline, phase=phase, hint=HANG_HINT), _own_random_streams():
                 yield
         except NpoError:
             raise
         except Exception as error:  # whatever a foreign engine dies of is the finding
-            raise RunFailed(f"vLLM failed while it was to {phase}: {first_line(error)}", RESUME) from error
+            raise RunFailed(f"vLLM failed while it was to {phase}: {summarize_error(error)}", RESUME_HINT) from error
 
 
-def first_line(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """The kind of error and the first line of what it says."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
 
@@ -179,11 +179,11 @@ def save_untied_config(model: PreTrainedModel, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def prepare_environment(limits: Limits) -> None:
+def prepare_environment(limits: VllmLimits) -> None:
     """What vLLM reads from the environment before it is imported; a value that is there stays."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(limits.kv_cache_gb),
+        "VLLM_CPU_KVCACHE_SPACE": str(limits.cpu_kv_cache_gb),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "CRITICAL",
         "VLLM_NO_USAGE_STATS": "1",
@@ -215,47 +215,47 @@ def _own_random_streams() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def lora_options(adapters: AdapterPort, limits: Limits) -> dict[str, Any]:
+def lora_options(adapters: AdapterHandle, limits: VllmLimits) -> dict[str, Any]:
     """Slots for adapters beside the base, in vLLM's words."""
     return {
         "enable_lora": True,
-        "max_lora_rank": slot_rank(adapters.rank),
-        "max_loras": limits.max_adapters,
-        "lora_target_modules": list(adapters.targets),
+        "max_lora_rank": round_up_lora_rank(adapters.max_rank),
+        "max_loras": limits.max_loras,
+        "lora_target_modules": list(adapters.target_modules),
     }
 
 
-def refuse_other_platform(model: PreTrainedModel) -> None:
+def check_platform(model: PreTrainedModel) -> None:
     """A vLLM built for CPUs serves a model on a CPU, one for GPUs a model on a GPU."""
     from vllm.platforms import current_platform
 
     if current_platform.device_type != model.device.type:
         raise NpoError(
             f"this vLLM is for {current_platform.device_type or 'no device'}, and model.device is {model.device.type}",
-            INSTEAD,
+            VLLM_HINT,
         )
 
 
-def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: AdapterPort | None, sees: bool) -> Any:
+def _start(folder: Path, model: PreTrainedModel, *, limits: VllmLimits, adapters: AdapterHandle | None, sees: bool) -> Any:
     prepare_environment(limits)
     try:
         from vllm import LLM
     except Exception as error:  # a mismatched torchvision breaks the import with a RuntimeError
-        raise NpoError(f"vllm cannot be imported: {first_line(error)}", INSTEAD) from error
-    refuse_other_platform(model)
+        raise NpoError(f"vllm cannot be imported: {summarize_error(error)}", VLLM_HINT) from error
+    check_platform(model)
     try:
         return LLM(
             model=str(folder),
             # Made-up weights would also make up how a picture is normalised, which is never sent.
             load_format="dummy" if adapters is None and not sees else "safetensors",
             **({} if adapters is None else lora_options(adapters, limits)),
-            **(OPTIONS if sees else {"skip_tokenizer_init": True}),
+            **(IMAGE_ENGINE_OPTIONS if sees else {"skip_tokenizer_init": True}),
             dtype=limits.dtype,
             logprobs_mode="processed_logprobs",
-            enforce_eager=limits.eager,
+            enforce_eager=limits.enforce_eager,
             max_model_len=limits.max_model_len,
-            max_num_seqs=limits.max_rows,
-            gpu_memory_utilization=limits.memory_share,
+            max_num_seqs=limits.max_num_seqs,
+            gpu_memory_utilization=limits.gpu_memory_utilization,
             enable_sleep_mode=limits.can_sleep,
             enable_prefix_caching=True,
             enable_chunked_prefill=limits.chunked_prefill,
@@ -264,4 +264,4 @@ def _start(folder: Path, model: PreTrainedModel, *, limits: Limits, adapters: Ad
             seed=0,
         )
     except Exception as error:  # whatever a foreign engine dies of is the finding
-        raise RunFailed(f"vLLM could not start: {first_line(error)}", INSTEAD) from error
+        raise RunFailed(f"vLLM could not start: {summarize_error(error)}", VLLM_HINT) from error

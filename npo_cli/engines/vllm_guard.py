@@ -12,7 +12,7 @@ Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
 
-class Guard:
+class ApiKeyMiddleware:
     """ASGI middleware: without the key, 401."""
 
     def __init__(self, app: App) -> None:

@@ -5,46 +5,46 @@ import socket
 from types import SimpleNamespace
 from typing import Any
 
-from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.vllm_engine import INSTEAD, lora_options
-from npo_cli.engines.vllm_words import Limits
+from npo_cli.engines.adapters import AdapterHandle
+from npo_cli.engines.vllm_engine import VLLM_HINT, lora_options
+from npo_cli.engines.vllm_words import VllmLimits
 from npo_cli.errors import NpoError
 
 
-def lora_flags(adapters: AdapterPort, limits: Limits) -> list[str]:
+def lora_flags(adapters: AdapterHandle, limits: VllmLimits) -> list[str]:
     """Slots for adapters beside the base, as options of the server."""
     options = lora_options(adapters, limits)
     sizes = ["--max-lora-rank", str(options["max_lora_rank"]), "--max-loras", str(options["max_loras"])]
     return ["--enable-lora", *sizes, "--lora-target-modules", *options["lora_target_modules"]]
 
 
-def side_by_side(limits: Limits) -> int:
+def max_connections(limits: VllmLimits) -> int:
     """Connections open at one time: as many requests as all copies together may batch."""
-    return limits.max_rows * limits.data_parallel
+    return limits.max_num_seqs * limits.data_parallel_size
 
 
-def open_session(limits: Limits) -> Any:
+def open_http_session(limits: VllmLimits) -> Any:
     """One set of connections, with a key that only this process knows."""
     try:
         import requests
         from requests.adapters import HTTPAdapter
     except ImportError as error:
-        raise NpoError("engine.kind=vllm_server needs vllm, which is not installed", INSTEAD) from error
+        raise NpoError("engine.kind=vllm_server needs vllm, which is not installed", VLLM_HINT) from error
     session = requests.Session()
-    session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=side_by_side(limits)))
+    session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=max_connections(limits)))
     session.trust_env = False  # a proxy for the world is none for this machine
     session.headers["Authorization"] = f"Bearer {secrets.token_hex(16)}"
     return session
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """One that nobody on this machine listens to now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def output_of(answer: dict[str, Any]) -> Any:
+def parse_output(answer: dict[str, Any]) -> Any:
     """A server's answer in the shape that vLLM has in process."""
     first = answer["choices"][0]
     contents = (first.get("logprobs") or {}).get("content") or ()

@@ -13,55 +13,55 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from npo_cli.engines.requests import Shown, Sight
+from npo_cli.engines.requests import EngineInput, VisionProcessor
 
 if TYPE_CHECKING:
     from npo_cli.images import Image
 
-NEVER = -100.0
+BANNED_LOGIT_BIAS = -100.0
 """Added to a logit: the most that vLLM allows."""
-OPTIONS: Mapping[str, Any] = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"video": 0}}
+IMAGE_ENGINE_OPTIONS: Mapping[str, Any] = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"video": 0}}
 """Of a vLLM that is shown pictures: its processor wants the tokenizer, and no room is kept for videos."""
-FLAGS = ("--limit-mm-per-prompt", '{"video": 0}', "--allowed-media-domains", "nowhere.invalid")
+IMAGE_SERVER_FLAGS = ("--limit-mm-per-prompt", '{"video": 0}', "--allowed-media-domains", "nowhere.invalid")
 """The same of its server, which fetches no picture from anywhere: an empty list of domains would mean all of them."""
 
 
-def save_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:
+def save_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, sight: VisionProcessor) -> None:
     """What vLLM's processor reads beside the model's config."""
     tokenizer.save_pretrained(folder)
     sight.save(folder)
 
 
-def silence(sight: Sight | None) -> dict[str, Any]:
+def suppression_fields(sight: VisionProcessor | None) -> dict[str, Any]:
     """Fields of a SamplingParams under which the policy's silent tokens are never drawn."""
-    return {} if sight is None else {"logit_bias": dict.fromkeys(sight.silent_ids, NEVER)}
+    return {} if sight is None else {"logit_bias": dict.fromkeys(sight.suppressed_ids, BANNED_LOGIT_BIAS)}
 
 
-def vllm_prompts(prompts: Sequence[Shown], sight: Sight | None) -> list[dict[str, Any]]:
+def vllm_prompts(prompts: Sequence[EngineInput], sight: VisionProcessor | None) -> list[dict[str, Any]]:
     """Prompts in vLLM's words. A picture that several of them show is opened once."""
     if sight is None:
-        return [{"prompt_token_ids": list(prompt.ids)} for prompt in prompts]
-    stills = {ref: sight.still(ref) for prompt in prompts for ref in prompt.images}
+        return [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+    stills = {ref: sight.resize_image(ref) for prompt in prompts for ref in prompt.images}
     return [
         {
-            "prompt_token_ids": _one_token_each(prompt, sight.image_id) if prompt.images else list(prompt.ids),
+            "prompt_token_ids": _one_token_each(prompt, sight.image_token_id) if prompt.images else list(prompt.token_ids),
             **({"multi_modal_data": {"image": [stills[ref] for ref in prompt.images]}} if prompt.images else {}),
         }
         for prompt in prompts
     ]
 
 
-def server_prompts(prompts: Sequence[Shown], sight: Sight | None) -> list[dict[str, Any]]:
+def server_prompts(prompts: Sequence[EngineInput], sight: VisionProcessor | None) -> list[dict[str, Any]]:
     """The same in the words of vLLM's server: pictures travel inside, and the tokens made of them come back."""
-    urls = {ref: _data_url(sight.still(ref)) for ref in dict.fromkeys(ref for each in prompts for ref in each.images)}
+    urls = {ref: _data_url(sight.resize_image(ref)) for ref in dict.fromkeys(ref for each in prompts for ref in each.images)}
     return [
         {
-            "token_ids": _one_token_each(prompt, sight.image_id),
+            "token_ids": _one_token_each(prompt, sight.image_token_id),
             "content_parts": [{"type": "image_url", "url": urls[ref]} for ref in prompt.images],
             "return_token_ids": True,
         }
         if prompt.images
-        else {"token_ids": list(prompt.ids)}
+        else {"token_ids": list(prompt.token_ids)}
         for prompt in prompts
     ]
 
@@ -73,19 +73,19 @@ def _data_url(still: "Image.Image") -> str:
     return f"data:image/png;base64,{b64encode(packed.getvalue()).decode()}"
 
 
-def _one_token_each(prompt: Shown, image_id: int) -> list[int]:
+def _one_token_each(prompt: EngineInput, image_id: int) -> list[int]:
     """Each run of image tokens as one of them."""
-    runs = [(token, len(list(run))) for token, run in groupby(prompt.ids)]
+    runs = [(token, len(list(run))) for token, run in groupby(prompt.token_ids)]
     short = [token for token, length in runs for _ in range(1 if token == image_id else length)]
     assert short.count(image_id) == len(prompt.images), "a picture is one run of image tokens"
     return short
 
 
-def refuse_other_tokens(prompts: Sequence[Shown], outputs: Sequence[Any]) -> None:
+def check_prompt_tokens(prompts: Sequence[EngineInput], outputs: Sequence[Any]) -> None:
     """The prompt that vLLM made of the pictures is the one that the trainer scores."""
     for prompt, output in zip(prompts, outputs, strict=True):
-        if prompt.images and tuple(output.prompt_token_ids) != prompt.ids:
-            places = ", ".join(ref.place for ref in prompt.images)
+        if prompt.images and tuple(output.prompt_token_ids) != prompt.token_ids:
+            places = ", ".join(ref.location for ref in prompt.images)
             raise RuntimeError(
-                f"it read {len(output.prompt_token_ids)} tokens where the trainer reads {len(prompt.ids)}: {places}"
+                f"it read {len(output.prompt_token_ids)} tokens where the trainer reads {len(prompt.token_ids)}: {places}"
             )

@@ -20,23 +20,23 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.requests import Shown, Sight
+from npo_cli.engines.adapters import AdapterHandle
+from npo_cli.engines.requests import EngineInput, VisionProcessor
 from npo_cli.engines.scratch import scratch_folder
-from npo_cli.engines.sync import RESUME, named_tensors, refuse_other_names, shapes_of, whole, with_head
-from npo_cli.engines.vllm_engine import INSTEAD, first_line, save_untied_config
-from npo_cli.engines.vllm_http import free_port, lora_flags, open_session, output_of, side_by_side
-from npo_cli.engines.vllm_images import FLAGS, refuse_other_tokens, save_processor, server_prompts
-from npo_cli.engines.vllm_words import AsksVllm, Limits
+from npo_cli.engines.sync import RESUME_HINT, named_tensors, check_sent_tensors, tensor_shapes, copy_to_cpu, add_head
+from npo_cli.engines.vllm_engine import VLLM_HINT, summarize_error, save_untied_config
+from npo_cli.engines.vllm_http import find_free_port, lora_flags, open_http_session, parse_output, max_connections
+from npo_cli.engines.vllm_images import IMAGE_SERVER_FLAGS, check_prompt_tokens, save_processor, server_prompts
+from npo_cli.engines.vllm_words import BaseVllmEngine, VllmLimits
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.launched import without_place
+from npo_cli.launched import strip_launch_variables
 
-NAME = "policy"
-Send = Callable[[dict[str, Any], str], None]
+SERVED_MODEL_NAME = "policy"
+SendWeights = Callable[[dict[str, Any], str], None]
 """Tensors by name and the version they are called by, to the server."""
 
 
-class VllmServer(AsksVllm):
+class VllmServer(BaseVllmEngine):
     """A server process and a client of it."""
 
     def __init__(
@@ -44,48 +44,48 @@ class VllmServer(AsksVllm):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        limits: Limits,
+        limits: VllmLimits,
         transport: str,
-        adapters: AdapterPort | None = None,
-        sight: Sight | None = None,
+        adapters: AdapterHandle | None = None,
+        vision: VisionProcessor | None = None,
     ) -> None:
-        self.tokenizer, self.limits, self.adapters, self.sight = tokenizer, limits, adapters, sight
+        self.tokenizer, self.limits, self.adapters, self.vision = tokenizer, limits, adapters, vision
         self.version: str | None = None
         self._transport = transport
         # Made-up weights would also make up how a picture is normalised, which is never sent.
-        self._starts_real = transport == "disk" or sight is not None
-        tensors = named_tensors(model) if adapters is None else with_head(model, adapters.base())
-        self._shapes = shapes_of(tensors) if adapters is None else adapters.sizes()
+        self._starts_real = transport == "disk" or vision is not None
+        tensors = named_tensors(model) if adapters is None else add_head(model, adapters.read_base())
+        self._shapes = tensor_shapes(tensors) if adapters is None else adapters.read_shapes()
         self._held: dict[str, Path] = {}
         self._scratch = ExitStack()
         self._folder = self._scratch.enter_context(scratch_folder())
-        self._session = open_session(limits)
+        self._session = open_http_session(limits)
         self._url, self._process, self._asleep = "", None, False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the server
-        self._send: Send = self._send_by_disk
+        self._send: SendWeights = self._send_by_disk
         try:
             save_untied_config(model, self._folder)
-            if sight is not None:
-                save_processor(self._folder, tokenizer, sight)
+            if vision is not None:
+                save_processor(self._folder, tokenizer, vision)
             if self._starts_real:
-                save_file(whole(tensors), self._folder / "model.safetensors")
+                save_file(copy_to_cpu(tensors), self._folder / "model.safetensors")
             self._start()
             if transport != "disk":
-                from npo_cli.engines.vllm_transfer import open_transfer
+                from npo_cli.engines.vllm_transfer import open_weight_transfer
 
                 with self._working("meet for the first weights"):
-                    self._send = open_transfer(transport, post=self._post, tensors=tensors, limits=limits)
+                    self._send = open_weight_transfer(transport, post=self._post, tensors=tensors, limits=limits)
         except BaseException:
             self.close()
             raise
 
-    def take_weights(self, model: PreTrainedModel, *, version: str) -> None:
+    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Pause without cutting anything, send, forget every cached prefix, stamp, go on; adapters need no pause."""
         if self.adapters is not None:
             self._take_adapters(self.adapters, version)
             return
         tensors = named_tensors(model)
-        refuse_other_names(self._shapes, tensors)
+        check_sent_tensors(self._shapes, tensors)
         with self._working("take weights"):
             self.version = None
             self._post("pause?mode=keep")
@@ -101,25 +101,25 @@ class VllmServer(AsksVllm):
             self._post("resume")
         self.version = version
 
-    def _take_adapters(self, port: AdapterPort, version: str) -> None:
+    def _take_adapters(self, port: AdapterHandle, version: str) -> None:
         """Loaded beside the others under the version as their name; the oldest make room."""
-        refuse_other_names(self._shapes, port.tensors(), shapes=port.sizes())
+        check_sent_tensors(self._shapes, port.read_adapters(), shapes=port.read_shapes())
         with self._working("take adapters"):
             if self._asleep:
                 self._post("wake_up")
                 self._asleep = False
             self.version = None
-            while len(self._held) >= self.limits.max_adapters:
+            while len(self._held) >= self.limits.max_loras:
                 oldest = next(iter(self._held))
                 self._post("v1/unload_lora_adapter", {"lora_name": oldest})
                 shutil.rmtree(self._held.pop(oldest))
             folder = Path(tempfile.mkdtemp(prefix="adapters-", dir=self._folder))
-            port.write(folder)
+            port.save(folder)
             self._post("v1/load_lora_adapter", {"lora_name": version, "lora_path": str(folder)})
             self._held[version] = folder
         self.version = version
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot.
 
         The base beside adapters is never sent again: it waits in the CPU's memory.
@@ -142,7 +142,7 @@ class VllmServer(AsksVllm):
     # The process
 
     def _start(self) -> None:
-        port = free_port()
+        port = find_free_port()
         self._url = f"http://127.0.0.1:{port}"
         keeper = [sys.executable, "-m", "npo_cli.engines.keeper", str(self._folder)]
         command = [*keeper, *self._command(port)]
@@ -157,11 +157,11 @@ class VllmServer(AsksVllm):
         deadline = time.monotonic() + self.limits.start_timeout
         while not self._healthy():
             if self._process.poll() is not None:
-                raise RunFailed(f"the vLLM server could not start: {self._last_words()}", INSTEAD)
+                raise RunFailed(f"the vLLM server could not start: {self._last_words()}", VLLM_HINT)
             if time.monotonic() > deadline:
                 raise RunFailed(
                     f"the vLLM server did not start within engine.vllm.start_timeout = {self.limits.start_timeout:g} s",
-                    INSTEAD,
+                    VLLM_HINT,
                 )
             time.sleep(0.2)
 
@@ -169,26 +169,26 @@ class VllmServer(AsksVllm):
         limits = self.limits
         options = {
             "--model": str(self._folder),
-            "--served-model-name": NAME,
+            "--served-model-name": SERVED_MODEL_NAME,
             "--host": "127.0.0.1",
             "--port": str(port),
             "--dtype": limits.dtype,
             "--logprobs-mode": "processed_logprobs",
             "--max-model-len": str(limits.max_model_len),
-            "--max-num-seqs": str(limits.max_rows),
-            "--tensor-parallel-size": str(limits.tensor_parallel),
-            "--data-parallel-size": str(limits.data_parallel),
-            "--gpu-memory-utilization": str(limits.memory_share),
+            "--max-num-seqs": str(limits.max_num_seqs),
+            "--tensor-parallel-size": str(limits.tensor_parallel_size),
+            "--data-parallel-size": str(limits.data_parallel_size),
+            "--gpu-memory-utilization": str(limits.gpu_memory_utilization),
             "--load-format": "safetensors" if self._starts_real else "dummy",
             "--seed": "0",
         }
         options["--middleware"] = "npo_cli.engines.vllm_guard.Guard"
         flags = ["--disable-log-stats", "--enable-prefix-caching", "--enable-scale-out"]
-        flags += ["--skip-tokenizer-init"] if self.sight is None else FLAGS
+        flags += ["--skip-tokenizer-init"] if self.vision is None else IMAGE_SERVER_FLAGS
         if limits.max_batched_tokens is not None:
             options["--max-num-batched-tokens"] = str(limits.max_batched_tokens)
         flags += [] if limits.chunked_prefill else ["--no-enable-chunked-prefill"]
-        flags += ["--enforce-eager"] if limits.eager else []
+        flags += ["--enforce-eager"] if limits.enforce_eager else []
         flags += ["--enable-sleep-mode"] if limits.can_sleep else []
         flags += [] if self.adapters is None else lora_flags(self.adapters, limits)
         if self._transport != "disk":
@@ -201,8 +201,8 @@ class VllmServer(AsksVllm):
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
             # The server has no part in a job of several trainers.
-            **without_place(os.environ),
-            "VLLM_CPU_KVCACHE_SPACE": str(self.limits.kv_cache_gb),
+            **strip_launch_variables(os.environ),
+            "VLLM_CPU_KVCACHE_SPACE": str(self.limits.cpu_kv_cache_gb),
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
@@ -240,21 +240,21 @@ class VllmServer(AsksVllm):
 
     def _answers(
         self,
-        prompts: Sequence[Shown],
+        prompts: Sequence[EngineInput],
         fields: Sequence[dict[str, Any]],
         versions: Sequence[str | None],
         *,
         phase: str,
     ) -> list[Any]:
         # Adapters are asked by their name; the server knows no other and answers 404.
-        names = [NAME if self.adapters is None else version for version in versions]
+        names = [SERVED_MODEL_NAME if self.adapters is None else version for version in versions]
         bodies = [
             asked | {"model": name, "sampling_params": each}
-            for asked, each, name in zip(server_prompts(prompts, self.sight), fields, names, strict=True)
+            for asked, each, name in zip(server_prompts(prompts, self.vision), fields, names, strict=True)
         ]
-        with self._working(phase), ThreadPoolExecutor(side_by_side(self.limits)) as pool:
-            outputs = list(pool.map(lambda body: output_of(self._post("inference/v1/generate", body)), bodies))
-            refuse_other_tokens(prompts, outputs)
+        with self._working(phase), ThreadPoolExecutor(max_connections(self.limits)) as pool:
+            outputs = list(pool.map(lambda body: parse_output(self._post("inference/v1/generate", body)), bodies))
+            check_prompt_tokens(prompts, outputs)
             return outputs
 
     def _send_by_disk(self, tensors: dict[str, Any], version: str) -> None:
@@ -262,7 +262,7 @@ class VllmServer(AsksVllm):
         folder = Path(tempfile.mkdtemp(prefix="weights-", dir=self._folder))
         try:
             shutil.copy(self._folder / "config.json", folder)
-            save_file(whole(tensors), folder / "model.safetensors")
+            save_file(copy_to_cpu(tensors), folder / "model.safetensors")
             self._post("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -278,8 +278,8 @@ class VllmServer(AsksVllm):
             raise
         except requests.Timeout as error:
             message = f"the vLLM server hung while it was to {phase}: nothing after {self.limits.deadline:g} s"
-            raise RunFailed(message, RESUME) from error
+            raise RunFailed(message, RESUME_HINT) from error
         except Exception as error:  # whatever a foreign engine dies of is the finding
             dead = self._process is None or self._process.poll() is not None
-            cause = f"it has ended: {self._last_words()}" if dead else first_line(error)
-            raise RunFailed(f"the vLLM server failed while it was to {phase}: {cause}", RESUME) from error
+            cause = f"it has ended: {self._last_words()}" if dead else summarize_error(error)
+            raise RunFailed(f"the vLLM server failed while it was to {phase}: {cause}", RESUME_HINT) from error

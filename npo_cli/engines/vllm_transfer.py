@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npo_cli.engines.sync import RESUME
-from npo_cli.engines.vllm_words import Limits
-from npo_cli.engines.watch import within
+from npo_cli.engines.sync import RESUME_HINT
+from npo_cli.engines.vllm_words import VllmLimits
+from npo_cli.engines.watch import exit_on_timeout
 
-Post = Callable[..., Any]
+PostRequest = Callable[..., Any]
 """Path and JSON body to the server, key included."""
 
 
-class Client:
+class WeightTransferClient:
     """vLLM's `VLLMWeightSyncClient` over the connection that is there."""
 
-    def __init__(self, post: Post) -> None:
+    def __init__(self, post: PostRequest) -> None:
         self.post = post
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -44,8 +44,8 @@ class Client:
         self.post("finish_weight_update")
 
 
-def open_transfer(
-    transport: str, *, post: Post, tensors: Mapping[str, Tensor], limits: Limits
+def open_weight_transfer(
+    transport: str, *, post: PostRequest, tensors: Mapping[str, Tensor], limits: VllmLimits
 ) -> Callable[[dict[str, Tensor], str], None]:
     """A function that sends tensors of these names and shapes; when it is there, the rendezvous is done."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
@@ -64,19 +64,19 @@ def open_transfer(
             yield from self.tensors.items()
 
     source, device = Source(), next(iter(tensors.values())).device
-    with within(limits.start_timeout, phase="meet for the first weights", mend=RESUME), torch.cuda.device(device):
+    with exit_on_timeout(limits.start_timeout, phase="meet for the first weights", hint=RESUME_HINT), torch.cuda.device(device):
         info = _init_info(transport, limits)
-        sender = WeightTransferTrainerFactory.trainer_init(info, client=Client(post), source=source)
+        sender = WeightTransferTrainerFactory.trainer_init(info, client=WeightTransferClient(post), source=source)
 
     def send(now: dict[str, Tensor], _version: str) -> None:
         source.tensors = now
-        with within(limits.deadline, phase="take weights", mend=RESUME), torch.cuda.device(device):
+        with exit_on_timeout(limits.deadline, phase="take weights", hint=RESUME_HINT), torch.cuda.device(device):
             sender.send_weights()
 
     return send
 
 
-def _init_info(transport: str, limits: Limits) -> Any:
+def _init_info(transport: str, limits: VllmLimits) -> Any:
     if transport == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
@@ -86,5 +86,5 @@ def _init_info(transport: str, limits: Limits) -> Any:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    workers = limits.tensor_parallel * limits.data_parallel
+    workers = limits.tensor_parallel_size * limits.data_parallel_size
     return NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=1 + workers)

@@ -8,20 +8,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest, Shown, Sight
-from npo_cli.engines.sync import RESUME
-from npo_cli.engines.vllm_images import silence
+from npo_cli.engines.adapters import AdapterHandle
+from npo_cli.engines.requests import Sample, SampleRequest, LogprobRequest, EngineInput, VisionProcessor
+from npo_cli.engines.sync import RESUME_HINT
+from npo_cli.engines.vllm_images import suppression_fields
 from npo_cli.errors import RunFailed
 
-NOT_REPEATABLE = (
+NONDETERMINISM_WARNING = (
     "vLLM on a GPU may answer a seed differently from batch to batch: a resumed run goes on, but not bit for bit "
     "(VLLM_BATCH_INVARIANT=1 where vLLM supports it)"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class VllmLimits:
     """What a vLLM engine may take, and how long."""
 
     eos_ids: tuple[int, ...]
@@ -29,17 +29,17 @@ class Limits:
     """Prompt and response together, in tokens."""
     dtype: str
     """In which the engine computes: the trainer's own."""
-    max_rows: int
-    tensor_parallel: int
-    data_parallel: int
-    memory_share: float
-    kv_cache_gb: int
+    max_num_seqs: int
+    tensor_parallel_size: int
+    data_parallel_size: int
+    gpu_memory_utilization: float
+    cpu_kv_cache_gb: int
     devices: str
     """CUDA_VISIBLE_DEVICES of a server; empty leaves it alone."""
     on_cpu: bool
-    eager: bool
+    enforce_eager: bool
     can_sleep: bool
-    max_adapters: int
+    max_loras: int
     """Of one base, side by side."""
     start_timeout: float
     """Seconds."""
@@ -74,12 +74,12 @@ def sampling_fields(
     }
 
 
-def scoring_fields() -> dict[str, Any]:
+def logprob_fields() -> dict[str, Any]:
     """One token is the least that may be asked for; only the prompt's log-probabilities are wanted."""
     return {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
 
 
-def sample_of(
+def parse_sample(
     request: SampleRequest, output: Any, *, eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> Sample:
     """One answer; a response that vLLM gave up on is nobody's finished sample."""
@@ -88,7 +88,7 @@ def sample_of(
     if answer.finish_reason not in ("stop", "length") or not ids:
         raise RunFailed(
             f"vLLM ended the response to {request.prompt_id} with {answer.finish_reason!r} after {len(ids)} tokens",
-            RESUME,
+            RESUME_HINT,
         )
     logps = tuple(place[token].logprob for place, token in zip(answer.logprobs, ids, strict=True))
     finished = ids[-1] in eos_ids
@@ -103,36 +103,36 @@ def sample_of(
     )
 
 
-def scored_of(request: ScoreRequest, prompt_logprobs: Sequence[Any]) -> tuple[float, ...]:
+def parse_logps(request: LogprobRequest, prompt_logprobs: Sequence[Any]) -> tuple[float, ...]:
     """The response's part of a prefill's log-probabilities."""
     first = len(request.prompt_ids)
     places = prompt_logprobs[first:]
     return tuple(place[token].logprob for place, token in zip(places, request.response_ids, strict=True))
 
 
-def check_versions(outputs: Sequence[Any], versions: Sequence[str | None], *, adapters: bool) -> None:
+def check_versions(outputs: Sequence[Any], versions: Sequence[str | None], *, uses_adapters: bool) -> None:
     """Every token of every answer was sampled by the weights that were asked.
 
     Adapters are named by the request that came back with the answer: beside them the base has one version for ever.
     """
     for output, version in zip(outputs, versions, strict=True):
         seen = {span.version for span in output.outputs[0].weight_versions or ()}
-        if adapters:
+        if uses_adapters:
             seen = set() if output.lora_request is None else {output.lora_request.lora_name}
         if version is None or seen != {version}:
             told = ", ".join(sorted(seen)) or "of no version"
-            raise RunFailed(f"the engine answered with weights {told}, not with {version}", RESUME)
+            raise RunFailed(f"the engine answered with weights {told}, not with {version}", RESUME_HINT)
 
 
-class AsksVllm(ABC):
+class BaseVllmEngine(ABC):
     """What both kinds of vLLM have in common: how they are asked, and what is checked of an answer."""
 
-    holds_copy = True
+    has_own_weights = True
     tokenizer: PreTrainedTokenizerBase
-    limits: Limits
+    limits: VllmLimits
     version: str | None
-    adapters: AdapterPort | None
-    sight: Sight | None
+    adapters: AdapterHandle | None
+    vision: VisionProcessor | None
     """How it is shown pictures; None where the model reads text alone."""
     _held: dict[str, Any]
     """Adapters by the version they were given as, the oldest first."""
@@ -140,25 +140,25 @@ class AsksVllm(ABC):
     @property
     def num_versions(self) -> int:
         """Adapters stand side by side; whole weights replace each other."""
-        return 1 if self.adapters is None else self.limits.max_adapters
+        return 1 if self.adapters is None else self.limits.max_loras
 
     @property
-    def remark(self) -> str:
+    def reproducibility_warning(self) -> str:
         """Seeds are kept on a CPU; on a GPU the batch has a say."""
         invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-        return "" if self.limits.on_cpu or invariant else NOT_REPEATABLE
+        return "" if self.limits.on_cpu or invariant else NONDETERMINISM_WARNING
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample a request, in order; a finished one leaves the batch at once and makes room."""
         law = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.limits.eos_ids}
-        fields = [sampling_fields(request, **law) | silence(self.sight) for request in requests]
+        fields = [sampling_fields(request, **law) | suppression_fields(self.vision) for request in requests]
         versions = [request.version or self.version for request in requests]
         self._refuse_let_go(versions)
-        prompts = [Shown(ids=request.prompt_ids, images=request.images) for request in requests]
+        prompts = [EngineInput(token_ids=request.prompt_ids, images=request.images) for request in requests]
         outputs = self._answers(prompts, fields, versions, phase="sample")
-        check_versions(outputs, versions, adapters=self.adapters is not None)
+        check_versions(outputs, versions, uses_adapters=self.adapters is not None)
         return [
-            sample_of(request, output, eos_ids=self.limits.eos_ids, tokenizer=self.tokenizer)
+            parse_sample(request, output, eos_ids=self.limits.eos_ids, tokenizer=self.tokenizer)
             for request, output in zip(requests, outputs, strict=True)
         ]
 
@@ -166,20 +166,20 @@ class AsksVllm(ABC):
         """vLLM would wait for ever for adapters that were let go."""
         for version in () if self.adapters is None else dict.fromkeys(versions):
             if version not in self._held:
-                raise RunFailed(f"the engine was asked for weights {version}, which it does not hold", RESUME)
+                raise RunFailed(f"the engine was asked for weights {version}, which it does not hold", RESUME_HINT)
 
-    def score(self, asked: Sequence[ScoreRequest]) -> list[tuple[float, ...]]:
+    def compute_logps(self, requests: Sequence[LogprobRequest]) -> list[tuple[float, ...]]:
         """One prefill a trajectory, which must be shorter than the longest that is allowed: vLLM adds a token."""
-        prompts = [Shown(ids=each.prompt_ids + each.response_ids, images=each.images) for each in asked]
-        versions = [self.version] * len(asked)
-        outputs = self._answers(prompts, [scoring_fields() for _ in asked], versions, phase="score")
-        check_versions(outputs, versions, adapters=self.adapters is not None)
-        return [scored_of(request, output.prompt_logprobs) for request, output in zip(asked, outputs, strict=True)]
+        prompts = [EngineInput(token_ids=each.prompt_ids + each.response_ids, images=each.images) for each in requests]
+        versions = [self.version] * len(requests)
+        outputs = self._answers(prompts, [logprob_fields() for _ in requests], versions, phase="score")
+        check_versions(outputs, versions, uses_adapters=self.adapters is not None)
+        return [parse_logps(request, output.prompt_logprobs) for request, output in zip(requests, outputs, strict=True)]
 
     @abstractmethod
     def _answers(
         self,
-        prompts: Sequence[Shown],
+        prompts: Sequence[EngineInput],
         fields: Sequence[dict[str, Any]],
         versions: Sequence[str | None],
         *,

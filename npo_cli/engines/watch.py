@@ -8,16 +8,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_CODE = 1
+TIMEOUT_EXIT_CODE = 1
 
 
 @contextmanager
-def within(seconds: float, *, phase: str, mend: str) -> Iterator[None]:
+def exit_on_timeout(seconds: float, *, phase: str, hint: str) -> Iterator[None]:
     """Run the block; if it is still running after `seconds`, name the phase on stderr and leave the process."""
     # Whatever becomes of stderr in the meantime.
     terminal = os.dup(2)
-    words = f"error: the engine hung while it was to {phase}: nothing after {seconds:g} s\n  try: {mend}\n"
-    timer = threading.Timer(seconds, give_up, (terminal, words))
+    words = f"error: the engine hung while it was to {phase}: nothing after {seconds:g} s\n  try: {hint}\n"
+    timer = threading.Timer(seconds, exit_process, (terminal, words))
     timer.daemon = True
     timer.start()
     try:
@@ -27,7 +27,7 @@ def within(seconds: float, *, phase: str, mend: str) -> Iterator[None]:
         os.close(terminal)
 
 
-def give_up(terminal: int, words: str) -> None:
+def exit_process(terminal: int, words: str) -> None:
     """The end of a process whose engine hangs."""
     os.write(terminal, words.encode())
-    os._exit(EXIT_CODE)
+    os._exit(TIMEOUT_EXIT_CODE)

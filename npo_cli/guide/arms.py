@@ -14,16 +14,16 @@ from typing import Literal
 import numpy as np
 
 from npo_cli.compare_records import Estimate
-from npo_cli.guide.quality import Z_95, Floats, Interval, percentile_interval, prompt_counts, wilson
+from npo_cli.guide.quality import Z_95, Floats, Interval, percentile_interval, bootstrap_counts, wilson
 from npo_cli.seeds import derive_seed
 
 RESAMPLES = 2000
-MOST_HELD = 16_000_000
+MAX_CACHED_COUNTS = 16_000_000
 """Counts kept in memory, of 8 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SeedFigures:
+class SeedStatistics:
     """What one seed of an arm measured."""
 
     seed: int
@@ -39,7 +39,7 @@ class Resampler:
 
     _held: dict[tuple[str, ...], Floats] = field(default_factory=dict)
 
-    def prompt_means(self, figures: SeedFigures) -> Floats:
+    def prompt_means(self, figures: SeedStatistics) -> Floats:
         """means_BF over the resampled prompts; every row the same where outcomes were not kept."""
         if not figures.prompts:
             return np.repeat(figures.values_PF.mean(axis=0, keepdims=True), RESAMPLES + 1, axis=0)
@@ -49,7 +49,7 @@ class Resampler:
     def seed_weights(self, seeds: Sequence[int]) -> Floats:
         """weights_BS that sum to 1: counts of a draw, their distance from 1/S stretched by `small_sample(S)`."""
         even = 1.0 / len(seeds)
-        return even + small_sample(len(seeds)) * (self._counts("seeds", tuple(map(str, seeds))) / len(seeds) - even)
+        return even + small_sample_factor(len(seeds)) * (self._counts("seeds", tuple(map(str, seeds))) / len(seeds) - even)
 
     def _counts(self, what: Literal["prompts", "seeds"], names: tuple[str, ...]) -> Floats:
         """How often each name is drawn; a function of the names in their order."""
@@ -57,14 +57,14 @@ class Resampler:
         if key not in self._held:
             digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
             rng = np.random.default_rng(derive_seed("compare", digest))
-            self._held[key] = prompt_counts(len(names), rng, RESAMPLES)
+            self._held[key] = bootstrap_counts(len(names), rng, RESAMPLES)
             # Sets are asked for again and again, seed by seed; large ones are drawn again rather than kept.
-            while len(self._held) > 1 and sum(map(np.size, self._held.values())) > MOST_HELD:
+            while len(self._held) > 1 and sum(map(np.size, self._held.values())) > MAX_CACHED_COUNTS:
                 del self._held[next(iter(self._held))]
         return self._held[key]
 
 
-def small_sample(num_seeds: int) -> float:
+def small_sample_factor(num_seeds: int) -> float:
     """sqrt(S/(S - 1)) t(S - 1)/z: what makes a bootstrap of S values as wide as Student's interval; 1 for one seed.
 
     Unstretched, five seeds have the variance 4/5 too small, and tails of the normal where they need those of t.
@@ -77,15 +77,15 @@ def small_sample(num_seeds: int) -> float:
     return float((num_seeds / (num_seeds - 1)) ** 0.5 * stdtrit(num_seeds - 1, 0.975) / Z_95)
 
 
-def arm_estimates(arm: Sequence[SeedFigures], resampler: Resampler) -> list[Estimate]:
+def estimate_method(arm: Sequence[SeedStatistics], resampler: Resampler) -> list[Estimate]:
     """Each figure of one arm: mean over its seeds of the mean over their prompts."""
     means_BSF = np.stack([resampler.prompt_means(one) for one in arm], axis=1)
     means_BF = np.einsum("bs,bsf->bf", resampler.seed_weights([one.seed for one in arm]), means_BSF)
     return _estimates(means_BF, arm, signed=False)
 
 
-def paired_estimates(
-    arm: Sequence[SeedFigures], baseline: Sequence[SeedFigures], resampler: Resampler
+def estimate_paired_difference(
+    arm: Sequence[SeedStatistics], baseline: Sequence[SeedStatistics], resampler: Resampler
 ) -> list[Estimate]:
     """Each figure of the arm minus that of the baseline, over pairs of one seed, on the prompts common to both.
 
@@ -93,7 +93,7 @@ def paired_estimates(
     """
     arm, baseline = (sorted(side, key=lambda one: one.seed) for side in (arm, baseline))
     assert [one.seed for one in arm] == [one.seed for one in baseline], "pairs are of one seed"
-    pairs = [common_prompts(mine, theirs) for mine, theirs in zip(arm, baseline, strict=True)]
+    pairs = [restrict_to_common_prompts(mine, theirs) for mine, theirs in zip(arm, baseline, strict=True)]
     means_BSF = np.stack(
         [resampler.prompt_means(mine) - resampler.prompt_means(theirs) for mine, theirs in pairs], axis=1
     )
@@ -101,8 +101,8 @@ def paired_estimates(
     return _estimates(means_BF, [mine for mine, _ in pairs], signed=True)
 
 
-def apart_estimates(
-    arm: Sequence[SeedFigures], baseline: Sequence[SeedFigures], resampler: Resampler
+def estimate_unpaired_difference(
+    arm: Sequence[SeedStatistics], baseline: Sequence[SeedStatistics], resampler: Resampler
 ) -> list[Estimate]:
     """The same for arms without a common seed: each is resampled by itself."""
     sides = []
@@ -112,7 +112,7 @@ def apart_estimates(
     return _estimates(sides[0] - sides[1], [*arm, *baseline], signed=True)
 
 
-def common_prompts(mine: SeedFigures, theirs: SeedFigures) -> tuple[SeedFigures, SeedFigures]:
+def restrict_to_common_prompts(mine: SeedStatistics, theirs: SeedStatistics) -> tuple[SeedStatistics, SeedStatistics]:
     """Both on the prompts that both were asked, in one order; as they are where they share none."""
     if mine.prompts == theirs.prompts:
         return mine, theirs
@@ -123,17 +123,17 @@ def common_prompts(mine: SeedFigures, theirs: SeedFigures) -> tuple[SeedFigures,
     ours, others = (list(column) for column in zip(*shared, strict=True))
     keys = tuple(mine.prompts[place] for place in ours)
     return (
-        SeedFigures(seed=mine.seed, prompts=keys, values_PF=mine.values_PF[ours]),
-        SeedFigures(seed=theirs.seed, prompts=keys, values_PF=theirs.values_PF[others]),
+        SeedStatistics(seed=mine.seed, prompts=keys, values_PF=mine.values_PF[ours]),
+        SeedStatistics(seed=theirs.seed, prompts=keys, values_PF=theirs.values_PF[others]),
     )
 
 
-def num_shared(mine: SeedFigures, theirs: SeedFigures) -> int:
+def count_common_prompts(mine: SeedStatistics, theirs: SeedStatistics) -> int:
     """Held-out prompts that both were asked."""
     return len(set(mine.prompts) & set(theirs.prompts))
 
 
-def _estimates(means_BF: Floats, seeds: Sequence[SeedFigures], *, signed: bool) -> list[Estimate]:
+def _estimates(means_BF: Floats, seeds: Sequence[SeedStatistics], *, signed: bool) -> list[Estimate]:
     """No interval where there was nothing to draw: one seed without outcomes."""
     num = len({one.seed for one in seeds})
     num_prompts = len({key for one in seeds for key in one.prompts})
@@ -143,7 +143,7 @@ def _estimates(means_BF: Floats, seeds: Sequence[SeedFigures], *, signed: bool) 
         drawn = num > 1 or num_prompts > 1
         found.append(
             Estimate(
-                value=float(values_B[0]), low=low if drawn else None, high=high if drawn else None, num=num, of=num
+                value=float(values_B[0]), low=low if drawn else None, high=high if drawn else None, num_used=num, num_total=num
             )
         )
     return found
@@ -164,7 +164,7 @@ def _interval(values_B: Floats, num: int, *, signed: bool) -> Interval:
     return max(low, -1.0 if signed else 0.0), min(high, 1.0)
 
 
-def line_weights(costs_E: Sequence[float], grid_F: Floats) -> Floats:
+def interpolation_weights(costs_E: Sequence[float], grid_F: Floats) -> Floats:
     """weights_EF with which evaluations enter the polyline through (cost, accuracy) at each place of the grid."""
     return np.stack([np.interp(grid_F, costs_E, unit) for unit in np.eye(len(costs_E))])
 
@@ -177,7 +177,7 @@ def area_weights(costs_E: Sequence[float], *, low: float, high: float) -> Floats
     assert costs_E[0] <= low < high <= costs_E[-1], "nothing is said beyond the curve"
     inside = [cost for cost in costs_E if low < cost < high]
     grid = np.unique([low, *inside, high])
-    return np.trapezoid(line_weights(costs_E, grid), grid, axis=1) / (high - low)
+    return np.trapezoid(interpolation_weights(costs_E, grid), grid, axis=1) / (high - low)
 
 
 def common_range(curves: Sequence[Sequence[float]]) -> tuple[float, float] | None:
@@ -186,7 +186,7 @@ def common_range(curves: Sequence[Sequence[float]]) -> tuple[float, float] | Non
     return (low, high) if low < high else None
 
 
-def quarters(values: Mapping[int, float], horizon: int) -> tuple[float | None, ...]:
+def quarter_means(values: Mapping[int, float], horizon: int) -> tuple[float | None, ...]:
     """Mean over the steps in each quarter ((q - 1) H/4, q H/4]; None where none was measured."""
     found = []
     for quarter in range(4):

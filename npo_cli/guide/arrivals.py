@@ -18,51 +18,51 @@ from npo_cli.compare_records import Estimate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Way:
+class SeedTimeToThreshold:
     """One seed's way to a threshold, on one axis."""
 
     seed: int
     cost: float | None
     """What it had spent on arrival; None: it never arrived."""
-    end: float
+    total_cost: float
     """What it had spent in all."""
 
     @property
-    def bound(self) -> float:
+    def lower_bound(self) -> float:
         """The cost, or what is known to be less than it."""
-        return self.end if self.cost is None else self.cost
+        return self.total_cost if self.cost is None else self.cost
 
-    def restricted(self, horizon: float) -> float:
+    def restricted_cost(self, horizon: float) -> float:
         """min(cost, horizon), which is known, as no seed ended before the horizon."""
-        assert self.cost is not None or self.end >= horizon, "a seed that ended before the horizon has no value"
+        assert self.cost is not None or self.total_cost >= horizon, "a seed that ended before the horizon has no value"
         return horizon if self.cost is None else min(self.cost, horizon)
 
 
-def restricted_mean(arm: Sequence[Way], horizon: float) -> float:
+def restricted_mean(arm: Sequence[SeedTimeToThreshold], horizon: float) -> float:
     """RM(horizon)."""
-    return statistics.fmean(one.restricted(horizon) for one in arm)
+    return statistics.fmean(one.restricted_cost(horizon) for one in arm)
 
 
-def student(values: Sequence[float], *, of: int) -> Estimate:
+def mean_with_interval(values: Sequence[float], *, of: int) -> Estimate:
     """Mean with its 95 % interval, mean -+ t(n - 1) sd/sqrt(n); of one value the value alone."""
     from scipy.special import stdtrit
 
     mean, num = statistics.fmean(values), len(values)
     if num < 2:
-        return Estimate(value=mean, num=num, of=of)
+        return Estimate(value=mean, num_used=num, num_total=of)
     half = float(stdtrit(num - 1, 0.975)) * statistics.stdev(values) / num**0.5
-    return Estimate(value=mean, low=mean - half, high=mean + half, num=num, of=of)
+    return Estimate(value=mean, low=mean - half, high=mean + half, num_used=num, num_total=of)
 
 
-def arrived_ratio(arm: Sequence[Way], baseline: Sequence[Way]) -> Estimate | None:
+def uncensored_ratio(arm: Sequence[SeedTimeToThreshold], baseline: Sequence[SeedTimeToThreshold]) -> Estimate | None:
     """Mean of baseline / arm over the pairs of one seed in which both arrived, at a cost; None without such a pair."""
     theirs = {one.seed: one for one in baseline}
     pairs = [(theirs[one.seed].cost, one.cost) for one in arm if one.seed in theirs]
     ratios = [slow / fast for slow, fast in pairs if slow and fast]
-    return _not_below_zero(student(ratios, of=len(pairs))) if ratios else None
+    return _not_below_zero(mean_with_interval(ratios, of=len(pairs))) if ratios else None
 
 
-def restricted_ratio(arm: Sequence[Way], baseline: Sequence[Way], *, horizon: float) -> Estimate | None:
+def restricted_ratio(arm: Sequence[SeedTimeToThreshold], baseline: Sequence[SeedTimeToThreshold], *, horizon: float) -> Estimate | None:
     """R = RM of the baseline / RM of the arm over common seeds, arrived or not; over all where they share none.
 
     Interval R -+ t(n - 1) sd(u)/sqrt(n) with u = (slow - R fast)/RM of the arm, the ratio estimator's (Cochran 1977,
@@ -79,12 +79,12 @@ def restricted_ratio(arm: Sequence[Way], baseline: Sequence[Way], *, horizon: fl
         return None
     ratio, of = restricted_mean(slow, horizon) / mean, max(len(arm), len(baseline))
     if len(pairs) < 2:
-        return Estimate(value=ratio, num=len(pairs), of=of)
-    spread = student(
-        [(slow.restricted(horizon) - ratio * fast.restricted(horizon)) / mean for slow, fast in pairs], of=of
+        return Estimate(value=ratio, num_used=len(pairs), num_total=of)
+    spread = mean_with_interval(
+        [(slow.restricted_cost(horizon) - ratio * fast.restricted_cost(horizon)) / mean for slow, fast in pairs], of=of
     )
     assert spread.low is not None and spread.high is not None
-    found = Estimate(value=ratio, low=ratio + spread.low, high=ratio + spread.high, num=len(pairs), of=of)
+    found = Estimate(value=ratio, low=ratio + spread.low, high=ratio + spread.high, num_used=len(pairs), num_total=of)
     return _not_below_zero(found)
 
 

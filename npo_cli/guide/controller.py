@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from npo_cli.auto_records import AutoState, Confirmation, Event, Phase, Transition, TriggerReading
-from npo_cli.guide.facts import Confirmed, Fact, Guided, Judged, Missed, Pushed, RolledBack, StepSeen
+from npo_cli.auto_records import AutoNPOState, ProbeResult, Event, Phase, Transition, TriggerReading
+from npo_cli.guide.facts import ProbeFinished, ControllerEvent, GuideBuilt, ReplayJudged, PrerequisiteMissing, ExtrapolationStarted, RollbackDone, StepObserved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,35 +32,35 @@ class ControllerKnobs:
     """Steps of extrapolated guidance that come before a probe; 0 is none."""
 
 
-def advance(state: AutoState, fact: Fact, *, knobs: ControllerKnobs) -> tuple[AutoState, tuple[Transition, ...]]:
+def advance(state: AutoNPOState, fact: ControllerEvent, *, knobs: ControllerKnobs) -> tuple[AutoNPOState, tuple[Transition, ...]]:
     """The next state and the moves that led there, in order; most steps make none. The last one holds that state."""
     course = _Course(state, knobs)
     match fact:
-        case StepSeen():
+        case StepObserved():
             course.step_seen(fact)
-        case Confirmed():
+        case ProbeFinished():
             course.confirmed(fact.confirmation)
-        case Pushed():
+        case ExtrapolationStarted():
             course.expect("PUSH")
-            course.move("pushed", asdict(fact), branch=fact.branch, until=fact.until, phase="AHEAD")
-        case Missed():
+            course.move("pushed", asdict(fact), branch=fact.branch, until=fact.until_step, phase="AHEAD")
+        case PrerequisiteMissing():
             course.missed(fact)
-        case Guided():
+        case GuideBuilt():
             course.guided(fact)
-        case RolledBack():
+        case RollbackDone():
             course.rolled_back(fact)
-        case Judged():
+        case ReplayJudged():
             course.expect("JUDGE")
-            branch = fact.parent if fact.worse else state.branch
+            branch = fact.parent if fact.is_worse else state.branch
             evidence = {**fact.evidence, "parent": fact.parent}
-            course.rest("reverted" if fact.worse else "kept", evidence, branch=branch)
+            course.rest("reverted" if fact.is_worse else "kept", evidence, branch=branch)
     if course.moves:
         # The step that ends a rest may begin a streak; a restart from this move must know of it.
         course.moves[-1] = replace(course.moves[-1], state=course.state)
     return course.state, tuple(course.moves)
 
 
-def why_not(state: AutoState, reading: TriggerReading, *, knobs: ControllerKnobs) -> str:
+def explain_no_trigger(state: AutoNPOState, reading: TriggerReading, *, knobs: ControllerKnobs) -> str:
     """One word for a step that did not trigger, given the state after it.
 
     The step that ends a replay already counts as rest.
@@ -75,9 +75,9 @@ def why_not(state: AutoState, reading: TriggerReading, *, knobs: ControllerKnobs
     assert state.phase == "TRAIN", f"a step in {state.phase} did trigger"
     if state.step <= knobs.warmup:
         return "warming_up"
-    if state.warned:
+    if state.has_warned:
         return "waiting"
-    if state.streak >= knobs.patience:
+    if state.stagnation_streak >= knobs.patience:
         return "capped"
     return "streak" if reading.verdict == "stagnant" else reading.verdict
 
@@ -85,7 +85,7 @@ def why_not(state: AutoState, reading: TriggerReading, *, knobs: ControllerKnobs
 class _Course:
     """A state on its way through one fact."""
 
-    def __init__(self, state: AutoState, knobs: ControllerKnobs) -> None:
+    def __init__(self, state: AutoNPOState, knobs: ControllerKnobs) -> None:
         self.state = state
         self.knobs = knobs
         self.moves: list[Transition] = []
@@ -111,7 +111,7 @@ class _Course:
         until = self.state.step + self.knobs.cooldown
         self.move(event, evidence, phase="COOLDOWN", until=until, distance=None, early=False, **changes)
 
-    def step_seen(self, fact: StepSeen) -> None:
+    def step_seen(self, fact: StepObserved) -> None:
         self.expect("TRAIN", "AHEAD", "REPLAY", "COOLDOWN")
         last, step = self.state.step, fact.reading.step
         assert step > last, "steps increase"
@@ -123,9 +123,9 @@ class _Course:
             self.ahead_step(fact.reading)
             return
         if self.state.phase == "COOLDOWN":
-            assert self.state.until is not None
+            assert self.state.until_step is not None
             # A rest that begins in the warm-up (early bootstrap) lasts at least as long as that.
-            if step <= max(self.state.until, self.knobs.warmup):
+            if step <= max(self.state.until_step, self.knobs.warmup):
                 return
             self.move("armed", {}, phase="TRAIN", until=None)
         elif last <= self.knobs.warmup < step:
@@ -133,8 +133,8 @@ class _Course:
         self.train_step(fact)
 
     def replay_step(self, step: int) -> None:
-        assert self.state.until is not None
-        if step < self.state.until:
+        assert self.state.until_step is not None
+        if step < self.state.until_step:
             return
         evidence = {"distance": self.state.distance}
         if self.knobs.accept_test:
@@ -144,15 +144,15 @@ class _Course:
 
     def ahead_step(self, reading: TriggerReading) -> None:
         """At the end of the guidance: it helped if the reward rises again, else the mistakes are asked."""
-        assert self.state.until is not None
-        if reading.step < self.state.until:
+        assert self.state.until_step is not None
+        if reading.step < self.state.until_step:
             return
         if reading.verdict == "rising":
             self.rest("moved", _figures(reading, 0))
         else:
             self.move("unmoved", _figures(reading, 0), phase="PROBE", until=None)
 
-    def missed(self, fact: Missed) -> None:
+    def missed(self, fact: PrerequisiteMissing) -> None:
         """Nothing can be pushed: then the mistakes are asked. Of everything else it is the end."""
         self.expect("PUSH", "PROBE", "GUIDE_GEN", "ROLLBACK", "JUDGE")
         if self.state.phase == "PUSH":
@@ -160,7 +160,7 @@ class _Course:
         else:
             self.rest("missed", asdict(fact))
 
-    def train_step(self, fact: StepSeen) -> None:
+    def train_step(self, fact: StepObserved) -> None:
         """An ordinary step: the early bootstrap, or the streak and what follows from it."""
         if self.early_is_due():
             scout = self.knobs.early_scout
@@ -171,67 +171,67 @@ class _Course:
         if self.state.step <= self.knobs.warmup:
             return
         self.count(fact.reading)
-        if self.state.warned and fact.has_checkpoint:
+        if self.state.has_warned and fact.has_checkpoint:
             self.answer_warning(fact.reading)
 
     def early_is_due(self) -> bool:
         """At the scout's last step on the first branch: an intervention would have left it."""
-        untouched = not self.state.begun_early and self.state.interventions == 0
+        untouched = not self.state.has_tried_early and self.state.num_interventions == 0
         return self.knobs.early and untouched and self.state.step == self.knobs.early_scout
 
     def count(self, reading: TriggerReading) -> None:
         """The streak grows, ends, or (data missing) stays; at `patience` it becomes a warning."""
         if reading.verdict == "stagnant":
-            streak = self.state.streak + 1
+            streak = self.state.stagnation_streak + 1
             self.state = replace(self.state, streak=streak)
             # A streak that met the cap is warned of again only if the cap has been raised since.
             is_due = streak == self.knobs.patience or (streak > self.knobs.patience and not self.is_capped())
-            if is_due and not self.state.warned:
+            if is_due and not self.state.has_warned:
                 self.move("warning", _figures(reading, streak), warned=True)
         elif reading.verdict in ("rising", "entropy_level"):
-            if self.state.warned:
-                self.move("recovered", _figures(reading, self.state.streak), streak=0, warned=False)
+            if self.state.has_warned:
+                self.move("recovered", _figures(reading, self.state.stagnation_streak), streak=0, warned=False)
             self.state = replace(self.state, streak=0)
 
     def answer_warning(self, reading: TriggerReading) -> None:
         """A probe, or the word that there will be none; the warning is answered either way."""
-        evidence = _figures(reading, self.state.streak)
+        evidence = _figures(reading, self.state.stagnation_streak)
         if self.is_capped():
-            self.move("capped", {**evidence, "interventions": self.state.interventions}, warned=False)
+            self.move("capped", {**evidence, "interventions": self.state.num_interventions}, warned=False)
         else:
             self.leave_train("trigger", evidence, phase="PUSH" if self.knobs.push_steps else "PROBE")
 
     def is_capped(self) -> bool:
-        return 0 <= self.knobs.max_interventions <= self.state.interventions
+        return 0 <= self.knobs.max_interventions <= self.state.num_interventions
 
-    def confirmed(self, confirmation: Confirmation) -> None:
+    def confirmed(self, confirmation: ProbeResult) -> None:
         self.expect("PROBE")
         evidence = asdict(confirmation)
-        if confirmation.accepted:
+        if confirmation.is_accepted:
             assert confirmation.distance is not None, "a distance was chosen"
             self.move("accepted", evidence, phase="GUIDE_GEN", distance=confirmation.distance)
         else:
             self.rest("rejected", evidence)
 
-    def guided(self, fact: Guided) -> None:
+    def guided(self, fact: GuideBuilt) -> None:
         self.expect("GUIDE_GEN")
         if fact.num_found:
             self.move("guided", asdict(fact), phase="ROLLBACK")
         else:
             self.rest("unguided", asdict(fact))
 
-    def rolled_back(self, fact: RolledBack) -> None:
+    def rolled_back(self, fact: RollbackDone) -> None:
         self.expect("ROLLBACK")
-        assert fact.to_step < fact.until, "a replay has a step"
-        early = self.state.early
+        assert fact.to_step < fact.until_step, "a replay has a step"
+        early = self.state.is_early
         self.move(
             "rolled_back",
             {**asdict(fact), "parent": self.state.branch, "early": early},
             branch=fact.branch,
             step=fact.to_step,
-            until=fact.until,
+            until=fact.until_step,
             phase="REPLAY",
-            interventions=self.state.interventions + (not early),
+            interventions=self.state.num_interventions + (not early),
         )
 
 

@@ -10,20 +10,20 @@ from typing import Literal
 import numpy as np
 
 from npo_cli.auto_records import RollbackScore
-from npo_cli.guide.evidence import PromptOutcome
+from npo_cli.guide.evidence import PromptPassCount
 from npo_cli.guide.hindsight import (
-    Direction,
-    Hindsight,
-    View,
-    backward_views,
-    forward_views,
-    heavy_tail,
-    in_use,
-    views_agree,
+    DriftDirection,
+    DriftSamples,
+    DriftEstimate,
+    estimate_backward_drift,
+    estimate_forward_drift,
+    is_heavy_tailed,
+    select_drift,
+    is_drift_consistent,
 )
 from npo_cli.guide.mistakes import Stratum
-from npo_cli.guide.quality import Floats, percentile_interval, smoothed
-from npo_cli.guide.slices import Asked, asked_of, slice_interval, slice_quality
+from npo_cli.guide.quality import Floats, percentile_interval, smooth_quality
+from npo_cli.guide.slices import ProbedPrompts, resample_strata, stratified_quality_interval, stratified_quality
 from npo_cli.guide.variance import LARGEST_LOG, Average, VarianceKind, VarianceKnobs
 
 
@@ -38,7 +38,7 @@ class RollbackKnobs:
     group_size: int
     alpha: float
     rule: Literal["argmax", "one_se"]
-    direction: Direction
+    direction: DriftDirection
     resamples: int
     seed: int
     q_min: float
@@ -52,81 +52,81 @@ class RollbackKnobs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
+class RollbackCandidate:
     """One distance with its evidence."""
 
-    hindsight: Hindsight
-    num_mistakes: int
-    asked: Asked
+    drift_samples: DriftSamples
+    num_failed_prompts: int
+    probed_prompts: ProbedPrompts
     """The probed prompts of the slice."""
-    forward: View | None
-    backward: View | None
-    view: View | None
+    forward_drift: DriftEstimate | None
+    backward_drift: DriftEstimate | None
+    drift: DriftEstimate | None
     """The one of the two that enters S."""
     num_probed: int
     """Prompts of the whole probe."""
 
     @property
     def distance(self) -> int:
-        return self.hindsight.distance
+        return self.drift_samples.distance
 
 
-def gathered(
+def build_rollback_candidates(
     strata: Sequence[Stratum],
-    probed: Sequence[PromptOutcome],
-    hindsights: Sequence[Hindsight],
+    probed: Sequence[PromptPassCount],
+    hindsights: Sequence[DriftSamples],
     *,
     knobs: RollbackKnobs,
-) -> list[Candidate]:
+) -> list[RollbackCandidate]:
     """Every distance of which something was asked, nearest first, ready to be resampled."""
-    assert {each.distance for each in hindsights} <= {stratum.farthest for stratum in strata}, "slices end at strata"
+    assert {each.distance for each in hindsights} <= {stratum.max_age for stratum in strata}, "slices end at strata"
     assert len({each.distance for each in hindsights}) == len(hindsights), "one hindsight a distance"
     rng = np.random.default_rng(knobs.seed)
-    asked = asked_of(strata, probed, rng=rng, resamples=knobs.resamples)
+    asked = resample_strata(strata, probed, rng=rng, resamples=knobs.resamples)
     pairs = [(each, asked.within(each.distance)) for each in sorted(hindsights, key=lambda each: each.distance)]
     kept = [each for each, part in pairs if part.prompt_ids]
     parts = [part for _, part in pairs if part.prompt_ids]
-    forward = forward_views(kept, parts, cap=knobs.cap)
-    backward = backward_views(kept, rng=rng, resamples=knobs.resamples, cap=knobs.cap)
+    forward = estimate_forward_drift(kept, parts, cap=knobs.cap)
+    backward = estimate_backward_drift(kept, rng=rng, resamples=knobs.resamples, cap=knobs.cap)
     return [
-        Candidate(
-            hindsight=each,
-            num_mistakes=slice_size(strata, each.distance),
-            asked=part,
-            forward=ahead,
-            backward=behind,
-            view=in_use(ahead, behind, knobs.direction),
+        RollbackCandidate(
+            drift_samples=each,
+            num_failed_prompts=count_failed_prompts(strata, each.distance),
+            probed_prompts=part,
+            forward_drift=ahead,
+            backward_drift=behind,
+            drift=select_drift(ahead, behind, knobs.direction),
             num_probed=len(probed),
         )
         for each, part, ahead, behind in zip(kept, parts, forward, backward, strict=True)
     ]
 
 
-def slice_size(strata: Sequence[Stratum], distance: int) -> int:
+def count_failed_prompts(strata: Sequence[Stratum], distance: int) -> int:
     """Distinct mistakes that a rollback of this distance undoes."""
-    return sum(len(stratum.prompt_ids) for stratum in strata if stratum.farthest <= distance)
+    return sum(len(stratum.prompt_ids) for stratum in strata if stratum.max_age <= distance)
 
 
-def log_signal(each: Candidate, *, kind: VarianceKind, knobs: VarianceKnobs, alpha: float) -> Floats:
+def log_signal(each: RollbackCandidate, *, kind: VarianceKind, knobs: VarianceKnobs, alpha: float) -> Floats:
     """log S = log Q~ - alpha log V, Q~ = (M Q + 1/2)/(M + 1); V = 1 where none was measured.
 
     M is the number of prompts of the whole probe: with that of the slice the half would favour slices hardly asked.
     """
-    log_quality_B = np.log(smoothed(slice_quality(each.asked), each.num_probed))
-    return log_quality_B if each.view is None else log_quality_B - alpha * each.view.log_variance(kind, knobs)
+    log_quality_B = np.log(smooth_quality(stratified_quality(each.probed_prompts), each.num_probed))
+    return log_quality_B if each.drift is None else log_quality_B - alpha * each.drift.log_variance(kind, knobs)
 
 
-def score_of(each: Candidate, kind: VarianceKind, knobs: RollbackKnobs) -> RollbackScore:
+def score_rollback_candidate(each: RollbackCandidate, kind: VarianceKind, knobs: RollbackKnobs) -> RollbackScore:
     """Q, V and S with 95 % intervals. S uses Q~, so it is not exactly quality/variance."""
-    quality_B = slice_quality(each.asked)
-    quality_low, quality_high = slice_interval(each.asked, quality_B)
+    quality_B = stratified_quality(each.probed_prompts)
+    quality_low, quality_high = stratified_quality_interval(each.probed_prompts, quality_B)
     log_signal_B = log_signal(each, kind=kind, knobs=knobs.variance_knobs, alpha=knobs.alpha)
     signal_B = np.exp(np.clip(log_signal_B, -LARGEST_LOG, LARGEST_LOG))
     signal_low, signal_high = percentile_interval(signal_B)
     return RollbackScore(
         distance=each.distance,
-        num_mistakes=each.num_mistakes,
-        num_probed=len(each.asked.prompt_ids),
+        num_failed_prompts=each.num_failed_prompts,
+        num_probed=len(each.probed_prompts.prompt_ids),
         quality=float(quality_B[0]),
         quality_low=quality_low,
         quality_high=quality_high,
@@ -134,27 +134,27 @@ def score_of(each: Candidate, kind: VarianceKind, knobs: RollbackKnobs) -> Rollb
         signal_low=signal_low,
         signal_high=signal_high,
         p_best=0.0,
-        chosen=False,
+        is_selected=False,
         **_drift(each, kind, knobs.variance_knobs),
     )
 
 
-def _drift(each: Candidate, kind: VarianceKind, knobs: VarianceKnobs) -> dict[str, object]:
+def _drift(each: RollbackCandidate, kind: VarianceKind, knobs: VarianceKnobs) -> dict[str, object]:
     """V of the view in use with its interval, V both ways, and whether they can be believed."""
-    variance_B = np.ones(1) if each.view is None else np.exp(each.view.log_variance(kind, knobs))
+    variance_B = np.ones(1) if each.drift is None else np.exp(each.drift.log_variance(kind, knobs))
     variance_low, variance_high = percentile_interval(variance_B)
-    kl_per_token, kl_per_sequence = (0.0, 0.0) if each.view is None else each.view.kl(knobs)
+    kl_per_token, kl_per_sequence = (0.0, 0.0) if each.drift is None else each.drift.kl(knobs)
     return {
         "variance": float(variance_B[0]),
         "variance_low": variance_low,
         "variance_high": variance_high,
         "variance_kind": kind,
-        "variances": {} if each.view is None else each.view.variances(knobs),
-        "variance_forward": None if each.forward is None else each.forward.variances(knobs)[kind],
-        "variance_backward": None if each.backward is None else each.backward.variances(knobs).get(kind),
-        "variances_agree": views_agree(each.forward, each.backward, kind=kind, knobs=knobs),
-        "heavy_tail": heavy_tail(each.hindsight.forward, each.hindsight.backward),
+        "variances": {} if each.drift is None else each.drift.variances(knobs),
+        "variance_forward": None if each.forward_drift is None else each.forward_drift.variances(knobs)[kind],
+        "variance_backward": None if each.backward_drift is None else each.backward_drift.variances(knobs).get(kind),
+        "variances_agree": is_drift_consistent(each.forward_drift, each.backward_drift, kind=kind, knobs=knobs),
+        "heavy_tail": is_heavy_tailed(each.drift_samples.forward, each.drift_samples.backward),
         "kl_per_token": kl_per_token,
         "kl_per_sequence": kl_per_sequence,
-        "num_backward": len(each.hindsight.backward),
+        "num_backward": len(each.drift_samples.backward),
     }

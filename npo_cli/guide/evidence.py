@@ -12,12 +12,12 @@ import numpy as np
 from npo_cli.errors import NpoError
 from npo_cli.guide.pairing import Candidate
 from npo_cli.guide.quality import Floats, pass_at_k
-from npo_cli.guide.variance import Average, Moments, SampleRatio, VarianceKind, VarianceKnobs, moments_of
-from npo_cli.guide.weights import ENOUGH_SAMPLES, WeightHealth, injected, weight_health
+from npo_cli.guide.variance import Average, Moments, SampleRatio, VarianceKind, VarianceKnobs, compute_moments
+from npo_cli.guide.weights import MIN_SAMPLES, WeightDiagnostics, select_correct, diagnose_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PromptOutcome:
+class PromptPassCount:
     """What one policy's fresh samples of one prompt came to."""
 
     prompt_id: str
@@ -26,13 +26,13 @@ class PromptOutcome:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
+class CandidateResults:
     """One candidate guide (or the learner itself, at distance 0) and its evidence."""
 
     step: int
     distance: int
     """Optimiser steps ahead of the learner."""
-    outcomes: Sequence[PromptOutcome]
+    pass_counts: Sequence[PromptPassCount]
     """One a prompt that the learner fails; a candidate dropped early has fewer."""
     ratios: Sequence[SampleRatio]
     """Of all its samples, right and wrong. The learner's own measure the KL floor."""
@@ -65,19 +65,19 @@ class SignalKnobs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Evidence:
+class CandidateEvidence:
     """One arm, summed."""
 
-    arm: Arm
+    results: CandidateResults
     candidate: Candidate
-    health: WeightHealth
+    diagnostics: WeightDiagnostics
     num_tokens: int
     """Of the samples behind V."""
     moments_all: Moments
     """Of all its samples, right and wrong: what KL is measured on."""
 
 
-def prompts_asked(self_arm: Arm, arms: Sequence[Arm]) -> list[str]:
+def list_queried_prompts(self_arm: CandidateResults, arms: Sequence[CandidateResults]) -> list[str]:
     """Ids of the prompts put to any candidate, sorted."""
     if not arms:
         raise NpoError(
@@ -85,18 +85,18 @@ def prompts_asked(self_arm: Arm, arms: Sequence[Arm]) -> list[str]:
             "Train on past this step (or lower train.save_every), so that a later checkpoint exists.",
         )
     for arm in (self_arm, *arms):
-        assert len({outcome.prompt_id for outcome in arm.outcomes}) == len(arm.outcomes), "one outcome a prompt"
-    prompt_ids = sorted({outcome.prompt_id for arm in arms for outcome in arm.outcomes})
+        assert len({outcome.prompt_id for outcome in arm.pass_counts}) == len(arm.pass_counts), "one outcome a prompt"
+    prompt_ids = sorted({outcome.prompt_id for arm in arms for outcome in arm.pass_counts})
     if not prompt_ids:
         raise NpoError(
             f"the learner at step {self_arm.step} fails none of the probed prompts, so a guide has nothing to show it",
             "Raise scoring.num_prompts or guide.inject.max_accuracy, or choose an earlier learner with --at.",
         )
-    assert all(arm.outcomes for arm in arms), "every candidate of a ranking was asked something"
+    assert all(arm.pass_counts for arm in arms), "every candidate of a ranking was asked something"
     return prompt_ids
 
 
-def _values(outcomes: Sequence[PromptOutcome], prompt_ids: Sequence[str], k: int) -> tuple[Floats, Floats]:
+def _values(outcomes: Sequence[PromptPassCount], prompt_ids: Sequence[str], k: int) -> tuple[Floats, Floats]:
     """covered_P and values_P: whether each prompt was asked, and its pass@k (0 where it was not)."""
     by_id = {outcome.prompt_id: outcome for outcome in outcomes}
     asked = [by_id.get(prompt_id) for prompt_id in prompt_ids]
@@ -105,31 +105,31 @@ def _values(outcomes: Sequence[PromptOutcome], prompt_ids: Sequence[str], k: int
     return covered_P, values_P
 
 
-def mean_quality(outcomes: Sequence[PromptOutcome], k: int) -> float:
+def mean_quality(outcomes: Sequence[PromptPassCount], k: int) -> float:
     """pass@k of one arm, averaged over the prompts that it was asked."""
     return float(np.mean([pass_at_k(outcome.num_samples, outcome.num_correct, k) for outcome in outcomes]))
 
 
-def gather(arms: Sequence[Arm], prompt_ids: Sequence[str], knobs: SignalKnobs) -> list[Evidence]:
+def gather_evidence(arms: Sequence[CandidateResults], prompt_ids: Sequence[str], knobs: SignalKnobs) -> list[CandidateEvidence]:
     """What each arm's samples say, ready to be resampled.
 
     V rests on the samples that a mixed group would take; where any arm has too few, on all samples of every arm.
     """
-    enough = all(len(injected(arm.ratios)) >= ENOUGH_SAMPLES for arm in arms)
+    enough = all(len(select_correct(arm.ratios)) >= MIN_SAMPLES for arm in arms)
     evidence = []
     for arm in arms:
-        behind_V = injected(arm.ratios) if enough else tuple(arm.ratios)
-        covered_P, values_P = _values(arm.outcomes, prompt_ids, knobs.quality_k)
+        behind_V = select_correct(arm.ratios) if enough else tuple(arm.ratios)
+        covered_P, values_P = _values(arm.pass_counts, prompt_ids, knobs.quality_k)
         candidate = Candidate(
-            covered_P=covered_P, values_P=values_P, moments=moments_of(behind_V, prompt_ids, cap=knobs.cap)
+            covered_P=covered_P, values_P=values_P, moments=compute_moments(behind_V, prompt_ids, cap=knobs.cap)
         )
         evidence.append(
-            Evidence(
-                arm=arm,
+            CandidateEvidence(
+                results=arm,
                 candidate=candidate,
-                health=weight_health(behind_V),
+                diagnostics=diagnose_weights(behind_V),
                 num_tokens=sum(sample.num_tokens for sample in behind_V),
-                moments_all=moments_of(arm.ratios, prompt_ids, cap=knobs.cap),
+                moments_all=compute_moments(arm.ratios, prompt_ids, cap=knobs.cap),
             )
         )
     return evidence

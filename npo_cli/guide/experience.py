@@ -10,18 +10,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from npo_cli.guide_records import Experience, Success
+from npo_cli.guide_records import ReplayBuffer, Success
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class GroupResult:
     """One group of the batch, all slots counted, the replayed one included."""
 
     prompt_id: str
     num_correct: int
     group_size: int
     epoch: int
-    fresh: tuple[Success, ...]
+    new_successes: tuple[Success, ...]
     """The policy's own correct responses of this step."""
 
 
@@ -34,16 +34,16 @@ class Buckets:
     sigma: float
 
 
-def began(memory: Experience, success_rate: float, *, start: float) -> Experience:
+def start_collecting(memory: ReplayBuffer, success_rate: float, *, start: float) -> ReplayBuffer:
     """Collection begins after the first batch with a success rate above `start`, and never ends."""
-    return replace(memory, started=memory.started or success_rate > start)
+    return replace(memory, started=memory.is_collecting or success_rate > start)
 
 
-def collected(memory: Experience, outcomes: Sequence[Outcome], *, retire: bool) -> Experience:
+def add_successes(memory: ReplayBuffer, outcomes: Sequence[GroupResult], *, retire: bool) -> ReplayBuffer:
     """Partly solved groups leave their correct responses, each text once; a wholly solved prompt leaves the memory."""
-    if not memory.started:
+    if not memory.is_collecting:
         return memory
-    successes, num_correct, retired = dict(memory.successes), dict(memory.num_correct), dict(memory.retired)
+    successes, num_correct, retired = dict(memory.successes), dict(memory.num_correct), dict(memory.retired_epochs)
     for outcome in outcomes:
         if outcome.num_correct == outcome.group_size and retire:
             successes.pop(outcome.prompt_id, None)
@@ -51,14 +51,14 @@ def collected(memory: Experience, outcomes: Sequence[Outcome], *, retire: bool) 
             retired.setdefault(outcome.prompt_id, outcome.epoch)
         elif 0 < outcome.num_correct < outcome.group_size:
             known = {success.text: success for success in (*successes.get(outcome.prompt_id, ()),)}
-            for success in outcome.fresh:
+            for success in outcome.new_successes:
                 known.setdefault(success.text, success)
             successes[outcome.prompt_id] = tuple(known.values())
             num_correct[outcome.prompt_id] = outcome.num_correct
     return replace(memory, successes=successes, num_correct=num_correct, retired=retired)
 
 
-def bucket_shares(counts: Collection[int], buckets: Buckets) -> dict[int, float]:
+def bucket_probabilities(counts: Collection[int], buckets: Buckets) -> dict[int, float]:
     """Probability of each non-empty bucket k: N(k; n/2, sigma) in counts, or N(k/n; 1/2, sigma) in rates, normalised.
 
     A bucket has one mass however many prompts lie in it. In counts with sigma = 1 and n = 8 the weights are 1, .607,
@@ -71,8 +71,8 @@ def bucket_shares(counts: Collection[int], buckets: Buckets) -> dict[int, float]
     return {count: weight / total for count, weight in weights.items()}
 
 
-def drawn_prompts(
-    memory: Experience, num_wanted: int, *, buckets: Buckets, seed: int, without: Collection[str] = ()
+def sample_replay_prompts(
+    memory: ReplayBuffer, num_prompts: int, *, buckets: Buckets, seed: int, exclude: Collection[str] = ()
 ) -> list[str]:
     """Prompts to be replayed: bucket by bucket at random, uniform inside and without replacement.
 
@@ -80,15 +80,15 @@ def drawn_prompts(
     """
     rng = random.Random(seed)
     waiting: dict[int, list[str]] = {}
-    for prompt_id in sorted(memory.successes.keys() - set(without)):
+    for prompt_id in sorted(memory.successes.keys() - set(exclude)):
         waiting.setdefault(memory.num_correct[prompt_id], []).append(prompt_id)
     for prompts in waiting.values():
         rng.shuffle(prompts)
     chosen: list[str] = []
-    while waiting and len(chosen) < num_wanted:
-        shares = bucket_shares(waiting.keys(), buckets)
+    while waiting and len(chosen) < num_prompts:
+        shares = bucket_probabilities(waiting.keys(), buckets)
         # Python's own choices, so that a seed means the same wherever numpy is newer.
-        picks = rng.choices(list(shares), weights=list(shares.values()), k=num_wanted - len(chosen))
+        picks = rng.choices(list(shares), weights=list(shares.values()), k=num_prompts - len(chosen))
         for bucket in picks:
             if waiting.get(bucket):
                 chosen.append(waiting[bucket].pop())
@@ -96,10 +96,10 @@ def drawn_prompts(
     return chosen
 
 
-def sizes(memory: Experience) -> Mapping[str, float]:
+def buffer_metrics(memory: ReplayBuffer) -> Mapping[str, float]:
     """What the memory holds, as metrics."""
     return {
         "experience/prompts": float(len(memory.successes)),
         "experience/answers": float(sum(map(len, memory.successes.values()))),
-        "experience/retired": float(len(memory.retired)),
+        "experience/retired": float(len(memory.retired_epochs)),
     }

@@ -9,26 +9,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from npo_cli.guide.mix import SeatRule, own_accuracy
+from npo_cli.guide.mix import InjectionPolicy, measure_on_policy_accuracy
 from npo_cli.records import Group, Rollout
 
-Seat = Literal["inject", "sample"]
+InjectionMode = Literal["inject", "sample"]
 
 
-def hard_groups(groups: Sequence[Group], rule: SeatRule) -> list[Group]:
+def select_failed_groups(groups: Sequence[Group], rule: InjectionPolicy) -> list[Group]:
     """Those whose own answers leave room for help, in order."""
-    return [group for group in groups if own_accuracy(group) <= rule.gate]
+    return [group for group in groups if measure_on_policy_accuracy(group) <= rule.gate]
 
 
-def seat_answers(own: Group, answers: Sequence[Rollout], rule: SeatRule, *, num_judged: int, seat: Seat) -> Group:
+def inject_responses(own: Group, answers: Sequence[Rollout], rule: InjectionPolicy, *, num_gate_rollouts: int, mode: InjectionMode) -> Group:
     """The group with the answers it was given in their slots; whether it was hard, its first `num_judged` rollouts say.
 
     Of verified-correct answers the first ones are seated, at most `rule.slots`.
     """
-    accuracy = own_accuracy(replace(own, rollouts=own.rollouts[:num_judged]))
+    accuracy = measure_on_policy_accuracy(replace(own, rollouts=own.rollouts[:num_gate_rollouts]))
     if accuracy > rule.gate:
         return replace(own, mix="gate_closed", own_accuracy=accuracy)
-    if seat == "sample":
+    if mode == "sample":
         return replace(own, rollouts=(*own.rollouts, *answers), mix="injected", own_accuracy=accuracy)
     right = [one for one in answers if one.verdict == "correct" and one.finished][: rule.slots]
     spare = tuple(one for one in answers if one not in right)
@@ -39,14 +39,14 @@ def seat_answers(own: Group, answers: Sequence[Rollout], rule: SeatRule, *, num_
     return replace(own, rollouts=(*own.rollouts[:first], *guests), mix="injected", own_accuracy=accuracy, spare=spare)
 
 
-def answers_in(group: Group) -> tuple[Rollout, ...]:
+def extrapolated_rollouts(group: Group) -> tuple[Rollout, ...]:
     """Every answer of the extrapolated policy, seated or spare."""
-    return tuple(one for one in (*group.rollouts, *group.spare) if one.source == "extrapolated")
+    return tuple(one for one in (*group.rollouts, *group.unused_guide_rollouts) if one.source == "extrapolated")
 
 
-def asked_counts(groups: Sequence[Group]) -> dict[str, float]:
+def extrapolation_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Of a batch: groups that it was asked for, its answers, how many were verified, and the tokens they took."""
-    answers = [answers_in(group) for group in groups]
+    answers = [extrapolated_rollouts(group) for group in groups]
     every = [one for several in answers for one in several]
     return {
         "extrapolate/groups": float(sum(bool(several) for several in answers)),

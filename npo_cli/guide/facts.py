@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from npo_cli.auto_records import Confirmation, TriggerReading
+from npo_cli.auto_records import ProbeResult, TriggerReading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepSeen:
+class StepObserved:
     """A training step was made (or found on record) and read."""
 
     reading: TriggerReading
@@ -17,14 +17,14 @@ class StepSeen:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Confirmed:
+class ProbeFinished:
     """The mistakes were asked again."""
 
-    confirmation: Confirmation
+    confirmation: ProbeResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Missed:
+class PrerequisiteMissing:
     """What the phase at hand needs is gone."""
 
     what: str
@@ -32,21 +32,21 @@ class Missed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pushed:
+class ExtrapolationStarted:
     """A branch was born that goes on from here, guided by the policy's own motion."""
 
     branch: str
-    until: int
+    until_step: int
     """Last step of that guidance."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Guided:
+class GuideBuilt:
     """Guides were asked for."""
 
     guide: str
     """Name of the cache."""
-    num_asked: int
+    num_prompts: int
     """Prompts that want a guide."""
     num_found: int
     """Prompts that have one."""
@@ -57,23 +57,23 @@ class Guided:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RolledBack:
+class RollbackDone:
     """A branch was born that leaves the present one at `to_step`."""
 
     branch: str
     to_step: int
-    until: int
+    until_step: int
     """Last step of its replay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
+class ReplayJudged:
     """The replayed policy was compared with the one that was left."""
 
-    worse: bool
+    is_worse: bool
     evidence: Mapping[str, Any]
     parent: str
     """The branch to go back to where it is worse."""
 
 
-Fact = StepSeen | Pushed | Confirmed | Missed | Guided | RolledBack | Judged
+ControllerEvent = StepObserved | ExtrapolationStarted | ProbeFinished | PrerequisiteMissing | GuideBuilt | RollbackDone | ReplayJudged

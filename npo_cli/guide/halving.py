@@ -13,55 +13,55 @@ from npo_cli.records import CheckpointScore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Round:
+class HalvingRound:
     """One round of sequential halving."""
 
-    num_arms: int
+    num_candidates: int
     """Candidates still in the race."""
-    prompts_per_arm: int
+    prompts_per_candidate: int
     """NEW prompts put to each of them in this round, on top of all earlier rounds' prompts."""
 
 
-def halving_rounds(num_arms: int, budget: int) -> list[Round]:
+def halving_rounds(num_candidates: int, budget: int) -> list[HalvingRound]:
     """Sequential halving: ceil(log2 K) rounds share T (arm, prompt) pairs alike, floor(T/(|S_r| ceil(log2 K))) an arm.
 
     K = 8, T = 480: 8 arms x 20 new prompts, 4 x 40, 2 x 80; so the finalists saw 20 + 40 + 80 = 140. After each
     round the better half (rounded up) stays. One arm has nobody to beat: one round, the whole budget.
     Source: Karnin, Koren and Somekh 2013.
     """
-    assert num_arms >= 1
-    num_rounds = max(1, math.ceil(math.log2(num_arms)))
-    if budget < num_arms * num_rounds:
+    assert num_candidates >= 1
+    num_rounds = max(1, math.ceil(math.log2(num_candidates)))
+    if budget < num_candidates * num_rounds:
         raise NpoError(
-            f"scoring.budget is {budget}, but {num_arms} candidates in {num_rounds} rounds need "
-            f"at least {num_arms * num_rounds} (candidate, prompt) pairs",
-            f"set scoring.budget to {num_arms * num_rounds} or more (useful: {20 * num_arms * num_rounds}), "
+            f"scoring.budget is {budget}, but {num_candidates} candidates in {num_rounds} rounds need "
+            f"at least {num_candidates * num_rounds} (candidate, prompt) pairs",
+            f"set scoring.budget to {num_candidates * num_rounds} or more (useful: {20 * num_candidates * num_rounds}), "
             "or to null to ask every candidate everything.",
         )
     rounds = []
     for _ in range(num_rounds):
-        rounds.append(Round(num_arms=num_arms, prompts_per_arm=budget // (num_arms * num_rounds)))
-        num_arms = math.ceil(num_arms / 2)
+        rounds.append(HalvingRound(num_candidates=num_candidates, prompts_per_candidate=budget // (num_candidates * num_rounds)))
+        num_candidates = math.ceil(num_candidates / 2)
     return rounds
 
 
-def survivors(scores: Sequence[CheckpointScore], keep: int) -> tuple[int, ...]:
+def select_survivors(scores: Sequence[CheckpointScore], keep: int) -> tuple[int, ...]:
     """Steps of the `keep` candidates of largest S, nearest first; of equals the nearer stays. All, if keep is more."""
     ranked = sorted(scores, key=lambda score: (-score.signal, score.distance))
     return tuple(score.step for score in sorted(ranked[:keep], key=lambda score: score.distance))
 
 
-def successive_rejects(num_arms: int, budget: int) -> list[int]:
+def successive_rejects(num_candidates: int, budget: int) -> list[int]:
     """Successive rejects: prompts that every live arm has seen after phase 1..K-1, the worst arm leaving each time.
 
     n_k = ceil((T - K)/(logbar(K) (K + 1 - k))), logbar(K) = 1/2 + sum_{i=2..K} 1/i. Totals, not additions
     (K = 4, T = 100: 16, 21, 31). Empty for one arm. Source: Audibert, Bubeck and Munos, 2010.
     """
-    if budget <= num_arms:
+    if budget <= num_candidates:
         raise NpoError(
-            f"scoring.budget is {budget}, but {num_arms} candidates need more than {num_arms} (candidate, prompt) "
+            f"scoring.budget is {budget}, but {num_candidates} candidates need more than {num_candidates} (candidate, prompt) "
             "pairs",
-            f"set scoring.budget above {num_arms}, or to null to ask every candidate everything.",
+            f"set scoring.budget above {num_candidates}, or to null to ask every candidate everything.",
         )
-    log_bar = 0.5 + sum(1.0 / i for i in range(2, num_arms + 1))
-    return [math.ceil((budget - num_arms) / (log_bar * (num_arms + 1 - phase))) for phase in range(1, num_arms)]
+    log_bar = 0.5 + sum(1.0 / i for i in range(2, num_candidates + 1))
+    return [math.ceil((budget - num_candidates) / (log_bar * (num_candidates + 1 - phase))) for phase in range(1, num_candidates)]

@@ -13,26 +13,26 @@ from typing import Literal
 
 import numpy as np
 
-from npo_cli.guide.quality import Floats, Interval, percentile_interval, prompt_counts
-from npo_cli.guide.slices import Asked
+from npo_cli.guide.quality import Floats, Interval, percentile_interval, bootstrap_counts
+from npo_cli.guide.slices import ProbedPrompts
 from npo_cli.guide.variance import (
-    KINDS,
-    NO_FLOOR,
+    VARIANCE_ESTIMATORS,
+    NO_KL_FLOOR,
     Moments,
     SampleRatio,
     VarianceKind,
     VarianceKnobs,
     log_sum_exp,
     log_variances,
-    moments_of,
+    compute_moments,
     net_kl,
-    pooled,
+    pool_moments,
 )
-from npo_cli.guide.weights import ENOUGH_SAMPLES, injected
+from npo_cli.guide.weights import MIN_SAMPLES, select_correct
 
-Direction = Literal["guide", "learner"]
+DriftDirection = Literal["guide", "learner"]
 
-TWO_SIDED: tuple[VarianceKind, ...] = ("kl_exp", "seq2_lognormal", "group2")
+BIDIRECTIONAL_KINDS: tuple[VarianceKind, ...] = ("kl_exp", "seq2_lognormal", "group2")
 """Kinds made of a KL, which the samples of either policy tell up to its direction. A mean square of w = a/b under b
 is not that of b/a under a, so the other kinds have no backward view."""
 STANDARD_ERRORS = 2.0
@@ -40,7 +40,7 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Hindsight:
+class DriftSamples:
     """One checkpoint that the run could go back to, and the samples that tell how far away it is."""
 
     distance: int
@@ -52,7 +52,7 @@ class Hindsight:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class View:
+class DriftEstimate:
     """The samples of one direction, summed per prompt."""
 
     samples: tuple[SampleRatio, ...]
@@ -70,7 +70,7 @@ class View:
     def variances(self, knobs: VarianceKnobs) -> dict[str, float]:
         """Every kind of V, of the data as they are."""
         data_1P = self.weights_BP[:1]
-        return {kind: float(np.exp(_log_variance(self.moments, data_1P, kind=kind, knobs=knobs)[0])) for kind in KINDS}
+        return {kind: float(np.exp(_log_variance(self.moments, data_1P, kind=kind, knobs=knobs)[0])) for kind in VARIANCE_ESTIMATORS}
 
     def interval(self, kind: VarianceKind, knobs: VarianceKnobs) -> Interval:
         """95 % interval of V from all samples, by which the two directions can be compared."""
@@ -78,32 +78,32 @@ class View:
 
     def kl(self, knobs: VarianceKnobs) -> tuple[float, float]:
         """KL per token and per sequence in nats, from all samples; never below 0."""
-        per_token, per_sequence = net_kl(pooled(self.moments_all, self.weights_BP[:1]), NO_FLOOR, knobs.average)
+        per_token, per_sequence = net_kl(pool_moments(self.moments_all, self.weights_BP[:1]), NO_KL_FLOOR, knobs.average)
         return float(per_token[0]), float(per_sequence[0])
 
 
-def forward_views(hindsights: Sequence[Hindsight], parts: Sequence[Asked], *, cap: float) -> tuple[View | None, ...]:
+def estimate_forward_drift(hindsights: Sequence[DriftSamples], parts: Sequence[ProbedPrompts], *, cap: float) -> tuple[DriftEstimate | None, ...]:
     """The present policy's samples on each slice, weighted as its strata are; None where there is none.
 
     V rests on correct samples if every candidate that has samples has 32 such, else on all samples of all of them.
     """
     seen = [_of_prompts(each.forward, part.prompt_ids) for each, part in zip(hindsights, parts, strict=True)]
-    enough = all(len(injected(samples)) >= ENOUGH_SAMPLES for samples in seen if samples)
+    enough = all(len(select_correct(samples)) >= MIN_SAMPLES for samples in seen if samples)
     return tuple(
-        _view(samples, injected(samples) if enough else samples, part.prompt_ids, weights_BP=part.weights_BP, cap=cap)
+        _view(samples, select_correct(samples) if enough else samples, part.prompt_ids, weights_BP=part.weights_BP, cap=cap)
         for samples, part in zip(seen, parts, strict=True)
     )
 
 
-def backward_views(
-    hindsights: Sequence[Hindsight], *, rng: np.random.Generator, resamples: int, cap: float
-) -> tuple[View | None, ...]:
+def estimate_backward_drift(
+    hindsights: Sequence[DriftSamples], *, rng: np.random.Generator, resamples: int, cap: float
+) -> tuple[DriftEstimate | None, ...]:
     """The old policies' samples on record, their prompts resampled for all distances at once; None without any."""
     ids = [sorted({sample.prompt_id for sample in each.backward}) for each in hindsights]
     recorded = sorted({prompt_id for own in ids for prompt_id in own})
     if not recorded:
         return tuple(None for _ in hindsights)
-    counts_BR = prompt_counts(len(recorded), rng, resamples)
+    counts_BR = bootstrap_counts(len(recorded), rng, resamples)
     place = {prompt_id: r for r, prompt_id in enumerate(recorded)}
     views = []
     for each, own in zip(hindsights, ids, strict=True):
@@ -113,33 +113,33 @@ def backward_views(
     return tuple(views)
 
 
-def in_use(forward: View | None, backward: View | None, direction: Direction) -> View | None:
+def select_drift(forward: DriftEstimate | None, backward: DriftEstimate | None, direction: DriftDirection) -> DriftEstimate | None:
     """The view that enters S: the one asked for, else the other one."""
     first, second = (forward, backward) if direction == "guide" else (backward, forward)
     return first if first is not None else second
 
 
-def views_agree(
-    forward: View | None, backward: View | None, *, kind: VarianceKind, knobs: VarianceKnobs
+def is_drift_consistent(
+    forward: DriftEstimate | None, backward: DriftEstimate | None, *, kind: VarianceKind, knobs: VarianceKnobs
 ) -> bool | None:
     """Whether the 95 % intervals of V overlap, all samples on either side; None where one side has less than 32.
 
     A handful of prompts has an interval that is narrow by chance, and would disagree with anything.
     """
-    if forward is None or backward is None or kind not in TWO_SIDED:
+    if forward is None or backward is None or kind not in BIDIRECTIONAL_KINDS:
         return None
-    if min(forward.moments_all.samples.sum(), backward.moments_all.samples.sum()) < ENOUGH_SAMPLES:
+    if min(forward.moments_all.samples.sum(), backward.moments_all.samples.sum()) < MIN_SAMPLES:
         return None
     (low, high), (other_low, other_high) = forward.interval(kind, knobs), backward.interval(kind, knobs)
     return low <= other_high * (1 + ROUNDING) and other_low <= high * (1 + ROUNDING)
 
 
-def heavy_tail(forward: Sequence[SampleRatio], backward: Sequence[SampleRatio]) -> bool | None:
+def is_heavy_tailed(forward: Sequence[SampleRatio], backward: Sequence[SampleRatio]) -> bool | None:
     """Whether E_b[w^2] and E_a[w], equal by definition, differ by more than two joint standard errors over prompts.
 
     Then one side has not met the weights that decide the moment. None below 32 samples or two prompts on a side.
     """
-    if min(len(forward), len(backward)) < ENOUGH_SAMPLES:
+    if min(len(forward), len(backward)) < MIN_SAMPLES:
         return None
     logs = _log_means(forward, scale=2.0), _log_means(backward, scale=-1.0)
     if min(map(len, logs)) < 2:
@@ -171,17 +171,17 @@ def _view(
     *,
     weights_BP: Floats,
     cap: float,
-) -> View | None:
+) -> DriftEstimate | None:
     if not samples:
         return None
-    return View(
+    return DriftEstimate(
         samples=behind_V,
-        moments=moments_of(behind_V, prompt_ids, cap=cap),
-        moments_all=moments_of(samples, prompt_ids, cap=cap),
+        moments=compute_moments(behind_V, prompt_ids, cap=cap),
+        moments_all=compute_moments(samples, prompt_ids, cap=cap),
         weights_BP=weights_BP,
     )
 
 
 def _log_variance(moments: Moments, weights_BP: Floats, *, kind: VarianceKind, knobs: VarianceKnobs) -> Floats:
-    log_V_B = log_variances(pooled(moments, weights_BP), kind=kind, floor=NO_FLOOR, knobs=knobs)
+    log_V_B = log_variances(pool_moments(moments, weights_BP), kind=kind, floor=NO_KL_FLOOR, knobs=knobs)
     return np.where(np.isnan(log_V_B), log_V_B[0], log_V_B)

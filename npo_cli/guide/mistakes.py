@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from npo_cli.auto_records import Mistake
-from npo_cli.guide.mix import own_rollouts
+from npo_cli.auto_records import FailedPrompt
+from npo_cli.guide.mix import select_on_policy
 from npo_cli.records import Group
 from npo_cli.seeds import derive_seed
 
-FEW = 4
+MIN_PROMPTS_PER_STRATUM = 4
 """Prompts asked of every stratum, however small its share."""
 
 
@@ -20,30 +20,30 @@ FEW = 4
 class Stratum:
     """Distinct prompts whose newest failure, s, has an age of nearest <= t - s < farthest."""
 
-    nearest: int
+    min_age: int
     """Steps."""
-    farthest: int
+    max_age: int
     """Steps: the smallest rollback that undoes all of these failures."""
     prompt_ids: tuple[str, ...]
     """Newest failure first."""
 
 
-def mistakes_of(groups: Sequence[Group], *, step: int, epochs: Sequence[int], limit: float) -> tuple[Mistake, ...]:
+def collect_failed_prompts(groups: Sequence[Group], *, step: int, epochs: Sequence[int], limit: float) -> tuple[FailedPrompt, ...]:
     """Prompts of which at most `limit` of the policy's own rollouts were correct; a seated guide is not counted."""
     return tuple(
-        Mistake(prompt_id=group.prompt.prompt_id, step=step, accuracy=accuracy, epoch=epoch)
+        FailedPrompt(prompt_id=group.prompt.prompt_id, step=step, accuracy=accuracy, epoch=epoch)
         for group, epoch in zip(groups, epochs, strict=True)
         for accuracy in [_own_accuracy(group)]
         if accuracy <= limit
     )
 
 
-def remembered(before: Sequence[Mistake], new: Sequence[Mistake], *, size: int) -> tuple[Mistake, ...]:
+def update_failed_prompt_pool(before: Sequence[FailedPrompt], new: Sequence[FailedPrompt], *, size: int) -> tuple[FailedPrompt, ...]:
     """The newest `size` mistakes, oldest first; of one step those that came last."""
     return tuple(sorted((*before, *new), key=lambda mistake: mistake.step)[-size:])
 
 
-def strata_of(mistakes: Sequence[Mistake], *, step: int, distances: Sequence[int], tau: float) -> tuple[Stratum, ...]:
+def stratify_failed_prompts(mistakes: Sequence[FailedPrompt], *, step: int, distances: Sequence[int], tau: float) -> tuple[Stratum, ...]:
     """Mistakes of accuracy <= tau by age at `step`, one stratum a distance, ascending; one without any is empty.
 
     The newest failure of a prompt decides its age. Failures of later steps, or older than every distance, are left out.
@@ -55,27 +55,27 @@ def strata_of(mistakes: Sequence[Mistake], *, step: int, distances: Sequence[int
     ordered = sorted(newest.items(), key=lambda failed: -failed[1])
     return tuple(
         Stratum(
-            nearest=nearest,
-            farthest=farthest,
+            min_age=nearest,
+            max_age=farthest,
             prompt_ids=tuple(prompt_id for prompt_id, failed_at in ordered if nearest <= step - failed_at < farthest),
         )
         for nearest, farthest in pairwise([0, *sorted(set(distances))])
     )
 
 
-def to_ask(strata: Sequence[Stratum], *, num_prompts: int, seed: int) -> tuple[tuple[str, ...], ...]:
+def allocate_probe_prompts(strata: Sequence[Stratum], *, num_prompts: int, seed: int) -> tuple[tuple[str, ...], ...]:
     """`num_prompts` of all strata, by size N_j, a few of every stratum; all of them where all fit.
 
     Not by N_j sqrt(q_j (1 - q_j)) with q_j of a first look (Neyman 1934): the strata that were unlucky in it are asked
     less and stay low, which pulled Q down by up to a tenth (AUTONPO.md).
     """
     sizes_J = [len(stratum.prompt_ids) for stratum in strata]
-    counts_J = _allotted(num_prompts, sizes_J, room_J=sizes_J, least=FEW)
+    counts_J = _allotted(num_prompts, sizes_J, room_J=sizes_J, least=MIN_PROMPTS_PER_STRATUM)
     return tuple(_drawn(stratum.prompt_ids, seed)[:count] for stratum, count in zip(strata, counts_J, strict=True))
 
 
 def _own_accuracy(group: Group) -> float:
-    own = own_rollouts(group)
+    own = select_on_policy(group)
     assert own and all(rollout.verdict is not None for rollout in own), "groups are verified before they are judged"
     return sum(rollout.verdict == "correct" for rollout in own) / len(own)
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npo_cli.guide.quality import Floats, smoothed
-from npo_cli.guide.variance import Floor, Moments, VarianceKind, VarianceKnobs, floor_of, log_variances, pooled
+from npo_cli.guide.quality import Floats, smooth_quality
+from npo_cli.guide.variance import KLFloor, Moments, VarianceKind, VarianceKnobs, estimate_kl_floor, log_variances, pool_moments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ranking:
+class SignalFormula:
     """How Q and V become one number."""
 
     variance: VarianceKind
@@ -35,7 +35,7 @@ class Candidate:
     """Of the samples behind V; one row a prompt."""
 
     @property
-    def measured(self) -> bool:
+    def has_samples(self) -> bool:
         """Whether there is any sample to estimate V from."""
         return bool(self.moments.samples.sum() > 0)
 
@@ -45,7 +45,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
+class SignalResamples:
     """Q, log V and log S of one candidate, a row a resample."""
 
     quality_B: Floats
@@ -53,7 +53,7 @@ class Parts:
     log_signal_B: Floats
 
 
-def parts_of(candidate: Candidate, counts_BP: Floats, *, self_moments: Moments, ranking: Ranking) -> Parts:
+def resample_signal(candidate: Candidate, counts_BP: Floats, *, learner_moments: Moments, formula: SignalFormula) -> SignalResamples:
     """log S = log Q~ - alpha log V.
 
     A resample that misses the candidate altogether repeats row 0; V = 1 where nothing was measured.
@@ -61,19 +61,19 @@ def parts_of(candidate: Candidate, counts_BP: Floats, *, self_moments: Moments, 
     asked_B = counts_BP @ candidate.covered_P
     with np.errstate(invalid="ignore"):
         quality_B = _filled(counts_BP @ (candidate.values_P * candidate.covered_P) / asked_B)
-    floor = floor_of(pooled(self_moments, counts_BP), ranking.knobs.average)
-    log_variance_B = _filled(_log_variance(pooled(candidate.moments, counts_BP), floor, ranking))
+    floor = estimate_kl_floor(pool_moments(learner_moments, counts_BP), formula.knobs.average)
+    log_variance_B = _filled(_log_variance(pool_moments(candidate.moments, counts_BP), floor, formula))
     # Q~ follows the number of prompts, which a resample of a partly asked candidate changes.
-    log_quality_B = np.log(smoothed(quality_B, np.maximum(asked_B, 1.0)))
-    return Parts(
+    log_quality_B = np.log(smooth_quality(quality_B, np.maximum(asked_B, 1.0)))
+    return SignalResamples(
         quality_B=quality_B,
         log_variance_B=log_variance_B,
-        log_signal_B=log_quality_B - ranking.alpha * log_variance_B,
+        log_signal_B=log_quality_B - formula.alpha * log_variance_B,
     )
 
 
 def paired_log_signals(
-    candidates: Sequence[Candidate], counts_BP: Floats, *, self_moments: Moments, ranking: Ranking
+    candidates: Sequence[Candidate], counts_BP: Floats, *, learner_moments: Moments, formula: SignalFormula
 ) -> Floats:
     """log_signal_BA, comparable between candidates that were not asked the same prompts.
 
@@ -83,10 +83,10 @@ def paired_log_signals(
     """
 
     def log_signal(candidate: Candidate, mask_P: Floats) -> Floats:
-        return parts_of(candidate, counts_BP * mask_P, self_moments=self_moments, ranking=ranking).log_signal_B
+        return resample_signal(candidate, counts_BP * mask_P, learner_moments=learner_moments, formula=formula).log_signal_B
 
     own_BA = np.stack([log_signal(candidate, candidate.covered_P) for candidate in candidates], axis=1)
-    measured_A = np.array([candidate.measured for candidate in candidates])
+    measured_A = np.array([candidate.has_samples for candidate in candidates])
     if measured_A.any():
         own_BA = np.where(measured_A, own_BA, -np.inf)
     widest = max(candidate.num_prompts for candidate in candidates)
@@ -128,10 +128,10 @@ def one_se(log_signal_BA: Floats, distances: Sequence[int]) -> int:
     return min(near_enough, key=lambda a: distances[a])
 
 
-RULES: Mapping[str, Callable[[Floats, Sequence[int]], int]] = {"argmax": argmax, "one_se": one_se}
+SELECTION_RULES: Mapping[str, Callable[[Floats, Sequence[int]], int]] = {"argmax": argmax, "one_se": one_se}
 
 
-def _log_variance(moments: Moments, floor: Floor, ranking: Ranking) -> Floats:
+def _log_variance(moments: Moments, floor: KLFloor, ranking: SignalFormula) -> Floats:
     return log_variances(moments, kind=ranking.variance, floor=floor, knobs=ranking.knobs)
 
 

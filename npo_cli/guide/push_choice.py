@@ -9,16 +9,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from npo_cli.guide.evidence import PromptOutcome
+from npo_cli.guide.evidence import PromptPassCount
 from npo_cli.guide.quality import pass_at_k
-from npo_cli.guide_records import Push, PushChoice
+from npo_cli.guide_records import ExtrapolationSpec, ExtrapolationState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushTrial:
     """One push on the prompts of a refresh."""
 
-    push: Push
+    push: ExtrapolationSpec
     quality_net: float
     """Q minus that of the learner's own fresh samples, on the same prompts."""
     quality_net_low: float
@@ -29,7 +29,7 @@ class PushTrial:
 
 
 def lower_net(
-    ahead: Sequence[PromptOutcome], itself: Sequence[PromptOutcome], *, k: int, confidence: float
+    ahead: Sequence[PromptPassCount], itself: Sequence[PromptPassCount], *, k: int, confidence: float
 ) -> tuple[float, float]:
     """Mean paired difference of pass@k over prompts, and its one-sided lower end: mean - z sd / sqrt(P).
 
@@ -43,7 +43,7 @@ def lower_net(
     return mean, mean - z * spread / math.sqrt(len(differences_P))
 
 
-def _pass(outcome: PromptOutcome, k: int) -> float:
+def _pass(outcome: PromptPassCount, k: int) -> float:
     return pass_at_k(outcome.num_samples, outcome.num_correct, k)
 
 
@@ -53,11 +53,11 @@ def best_of(trials: Sequence[PushTrial], *, max_kl: float) -> PushTrial | None:
     return max(whole, key=lambda trial: trial.signal, default=None)
 
 
-def choice_of(best: PushTrial | None, *, standing: Push) -> PushChoice:
+def choice_of(best: PushTrial | None, *, standing: ExtrapolationSpec) -> ExtrapolationState:
     """The best push, asked if it helps; where there is none the one that stands, and nobody is asked."""
     if best is None:
-        return PushChoice(push=standing, asking=False)
-    return PushChoice(push=best.push, asking=best.quality_net_low > 0)
+        return ExtrapolationState(spec=standing, is_active=False)
+    return ExtrapolationState(spec=best.push, is_active=best.quality_net_low > 0)
 
 
 def row_of(trial: PushTrial) -> dict[str, object]:

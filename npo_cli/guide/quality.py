@@ -31,7 +31,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - k / j for j in range(num_wrong + 1, num_samples + 1))
 
 
-def smoothed(quality: float | Floats, num_prompts: float | Floats) -> float | Floats:
+def smooth_quality(quality: float | Floats, num_prompts: float | Floats) -> float | Floats:
     """Q~ = (M Q + 1/2)/(M + 1): never 0, so that log S stays finite. 1/2 where there are no prompts."""
     return (num_prompts * quality + 0.5) / (num_prompts + 1.0)
 
@@ -63,7 +63,7 @@ def jeffreys(successes: float, trials: float, level: float = 0.95) -> Interval:
     return low, high
 
 
-def prompt_counts(num_prompts: int, rng: np.random.Generator, resamples: int) -> Floats:
+def bootstrap_counts(num_prompts: int, rng: np.random.Generator, resamples: int) -> Floats:
     """counts_BP: how often each prompt is drawn. Row 0 is all ones, the estimate itself; the others sum to P."""
     drawn_BP = rng.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=resamples)
     return np.vstack([np.ones((1, num_prompts)), drawn_BP])
@@ -78,7 +78,7 @@ def percentile_interval(values_B: Floats) -> Interval:
     return min(float(low), estimate), max(float(high), estimate)
 
 
-def share_interval(values_P: Floats, means_B: Floats) -> Interval:
+def pass_rate_interval(values_P: Floats, means_B: Floats) -> Interval:
     """Interval of a mean of per-prompt shares; Wilson's with M = P where all prompts agree.
 
     Without spread between prompts (all 0, all 1, a single one) a bootstrap has width nought, which is false certainty.
@@ -92,8 +92,8 @@ def cluster_interval(values_P: Floats | Sequence[float], rng: np.random.Generato
     """95 % interval of the mean over prompts: percentiles of the mean over resampled prompts."""
     assert len(values_P) > 0
     values_P = np.asarray(values_P, dtype=np.float64)
-    counts_BP = prompt_counts(len(values_P), rng, resamples)
-    return share_interval(values_P, counts_BP @ values_P / counts_BP.sum(axis=1))
+    counts_BP = bootstrap_counts(len(values_P), rng, resamples)
+    return pass_rate_interval(values_P, counts_BP @ values_P / counts_BP.sum(axis=1))
 
 
 def intraclass_correlation(correct_P: Floats, samples_P: Floats) -> float:

@@ -8,54 +8,54 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npo_cli.guide.evidence import Arm, Evidence, SignalKnobs, mean_quality
-from npo_cli.guide.pairing import Ranking, parts_of
-from npo_cli.guide.quality import Floats, percentile_interval, share_interval
-from npo_cli.guide.variance import HEAVY_TAILED, KINDS, LARGEST_LOG, Moments, floor_of, log_variances, net_kl, pooled
-from npo_cli.guide.weights import ENOUGH_SAMPLES
+from npo_cli.guide.evidence import CandidateResults, CandidateEvidence, SignalKnobs, mean_quality
+from npo_cli.guide.pairing import SignalFormula, resample_signal
+from npo_cli.guide.quality import Floats, percentile_interval, pass_rate_interval
+from npo_cli.guide.variance import HEAVY_TAILED, VARIANCE_ESTIMATORS, LARGEST_LOG, Moments, estimate_kl_floor, log_variances, net_kl, pool_moments
+from npo_cli.guide.weights import MIN_SAMPLES
 from npo_cli.records import CheckpointScore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class RankingContext:
     """What all lines of one ranking share."""
 
-    self_arm: Arm
-    self_moments: Moments
+    learner_results: CandidateResults
+    learner_moments: Moments
     """Of the learner against itself: the KL floor."""
-    ranking: Ranking
+    formula: SignalFormula
     """With the V really used, which may differ from the one asked for."""
     knobs: SignalKnobs
 
 
-def score_of(each: Evidence, counts_BP: Floats, setting: Setting) -> CheckpointScore:
+def score_candidate(each: CandidateEvidence, counts_BP: Floats, setting: RankingContext) -> CheckpointScore:
     """Q, V, S and their 95 % intervals. S uses Q~, so it is not exactly quality/variance."""
     own_BP = counts_BP * each.candidate.covered_P
     return CheckpointScore(
-        step=each.arm.step,
-        distance=each.arm.distance,
+        step=each.results.step,
+        distance=each.results.distance,
         num_prompts=each.candidate.num_prompts,
-        num_samples=sum(outcome.num_samples for outcome in each.arm.outcomes),
+        num_samples=sum(outcome.num_samples for outcome in each.results.pass_counts),
         p_best=0.0,
-        chosen=False,
+        is_selected=False,
         quality_kind=setting.knobs.quality,
-        pass_at_1=mean_quality(each.arm.outcomes, 1),
-        pass_at_k=mean_quality(each.arm.outcomes, setting.knobs.k),
+        pass_at_1=mean_quality(each.results.pass_counts, 1),
+        pass_at_k=mean_quality(each.results.pass_counts, setting.knobs.k),
         **_signal(each, own_BP, setting),
         **_drift(each, own_BP[:1], setting),
         variances=_other_variances(each, own_BP[:1], setting),
     )
 
 
-def _signal(each: Evidence, own_BP: Floats, setting: Setting) -> dict[str, float]:
+def _signal(each: CandidateEvidence, own_BP: Floats, setting: RankingContext) -> dict[str, float]:
     """Q, V and S with intervals, from the same resamples."""
     candidate = each.candidate
-    parts = parts_of(candidate, own_BP, self_moments=setting.self_moments, ranking=setting.ranking)
+    parts = resample_signal(candidate, own_BP, learner_moments=setting.learner_moments, formula=setting.formula)
     variance_B, signal_B = np.exp(parts.log_variance_B), _exp(parts.log_signal_B)
-    quality_low, quality_high = share_interval(candidate.values_P[candidate.covered_P > 0], parts.quality_B)
+    quality_low, quality_high = pass_rate_interval(candidate.values_P[candidate.covered_P > 0], parts.quality_B)
     variance_low, variance_high = percentile_interval(variance_B)
     signal_low, signal_high = percentile_interval(signal_B)
-    quality, quality_self = float(parts.quality_B[0]), _quality_self(each.arm, setting)
+    quality, quality_self = float(parts.quality_B[0]), _quality_self(each.results, setting)
     return {
         "quality": quality,
         "quality_self": quality_self,
@@ -71,40 +71,40 @@ def _signal(each: Evidence, own_BP: Floats, setting: Setting) -> dict[str, float
     }
 
 
-def _quality_self(arm: Arm, setting: Setting) -> float:
+def _quality_self(arm: CandidateResults, setting: RankingContext) -> float:
     """Q of the learner on the candidate's prompts: what a second try would have found without any guide."""
-    asked = {outcome.prompt_id for outcome in arm.outcomes}
-    shared = [outcome for outcome in setting.self_arm.outcomes if outcome.prompt_id in asked]
+    asked = {outcome.prompt_id for outcome in arm.pass_counts}
+    shared = [outcome for outcome in setting.learner_results.pass_counts if outcome.prompt_id in asked]
     assert shared, "the learner is sampled afresh on the candidates' prompts"
     return mean_quality(shared, setting.knobs.quality_k)
 
 
-def _drift(each: Evidence, data_1P: Floats, setting: Setting) -> dict[str, float | str | bool]:
+def _drift(each: CandidateEvidence, data_1P: Floats, setting: RankingContext) -> dict[str, float | str | bool]:
     """KL of all samples (right and wrong, else it is no KL), and whether V can be believed."""
-    knobs, health = setting.knobs, each.health
-    floor = floor_of(pooled(setting.self_moments, data_1P), knobs.average)
-    per_token, per_sequence = net_kl(pooled(each.moments_all, data_1P), floor, knobs.average)
+    knobs, health = setting.knobs, each.diagnostics
+    floor = estimate_kl_floor(pool_moments(setting.learner_moments, data_1P), knobs.average)
+    per_token, per_sequence = net_kl(pool_moments(each.moments_all, data_1P), floor, knobs.average)
     return {
         "kl_per_token": float(np.nan_to_num(per_token[0])),
         "kl_per_sequence": float(np.nan_to_num(per_sequence[0])),
         "mean_length": each.num_tokens / health.num_samples if health.num_samples else 0.0,
         "ess_fraction": health.ess_fraction,
-        "variance_kind": setting.ranking.variance,
-        "unreliable": health.num_samples < ENOUGH_SAMPLES or (knobs.variance in HEAVY_TAILED and health.dominated),
+        "variance_kind": setting.formula.variance,
+        "unreliable": health.num_samples < MIN_SAMPLES or (knobs.variance in HEAVY_TAILED and health.is_dominated),
     }
 
 
-def _other_variances(each: Evidence, data_1P: Floats, setting: Setting) -> Mapping[str, float]:
+def _other_variances(each: CandidateEvidence, data_1P: Floats, setting: RankingContext) -> Mapping[str, float]:
     """Every V kind but the one in S; nothing where no sample was seen twice."""
-    if not each.candidate.measured:
+    if not each.candidate.has_samples:
         return {}
-    moments = pooled(each.candidate.moments, data_1P)
-    knobs = setting.ranking.knobs
-    floor = floor_of(pooled(setting.self_moments, data_1P), knobs.average)
+    moments = pool_moments(each.candidate.moments, data_1P)
+    knobs = setting.formula.knobs
+    floor = estimate_kl_floor(pool_moments(setting.learner_moments, data_1P), knobs.average)
     return {
         kind: float(np.exp(log_variances(moments, kind=kind, floor=floor, knobs=knobs)[0]))
-        for kind in KINDS
-        if kind != setting.ranking.variance
+        for kind in VARIANCE_ESTIMATORS
+        if kind != setting.formula.variance
     }
 
 

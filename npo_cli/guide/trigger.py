@@ -12,7 +12,7 @@ from operator import mul
 
 from npo_cli.auto_records import TriggerReading
 
-FEWEST_VALUES = 3
+MIN_VALUES = 3
 """A line takes two degrees of freedom; below three values nothing is left to tell noise from."""
 
 
@@ -30,7 +30,7 @@ class TriggerKnobs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Signal:
+class TriggerInput:
     """What one step recorded; None or a non-finite number is missing."""
 
     step: int
@@ -70,7 +70,7 @@ class _Average:
         return self.value
 
 
-class Watch:
+class Trigger:
     """What the trigger remembers of one line of descent. Steps must come in order; gaps are allowed."""
 
     def __init__(self, knobs: TriggerKnobs) -> None:
@@ -78,13 +78,13 @@ class Watch:
         self._reward, self._entropy = _Average(knobs.ema), _Average(knobs.ema)
         # From the newest record at or before t - W to the present one: at most W + 1 of them.
         self._points: deque[_Point] = deque()
-        num_values = max(2 * knobs.window, FEWEST_VALUES)
+        num_values = max(2 * knobs.window, MIN_VALUES)
         self._steps: deque[int] = deque(maxlen=num_values)
         self._rewards: deque[float] = deque(maxlen=num_values)
         self._entropies: deque[float] = deque(maxlen=num_values)
         self._last_step: int | None = None
 
-    def see(self, signal: Signal) -> TriggerReading:
+    def observe(self, signal: TriggerInput) -> TriggerReading:
         """Stagnation: m_t - m_{t-W} <= c_r SE_r; falling: h_{t-W} - h_t >= max(d_H h_{t-W}, c_H SE_h).
 
         A record with a value missing counts as none: it moves no average. Entropy of 0 cannot fall further.
@@ -104,10 +104,10 @@ class Watch:
         self._remember(signal.step, reward, entropy)
         return self._compared(signal.step, reward, entropy)
 
-    def catch_up(self, signal: Signal) -> None:
+    def observe_if_new(self, signal: TriggerInput) -> None:
         """See a step again, unless it was seen already."""
         if self._last_step is None or signal.step > self._last_step:
-            self.see(signal)
+            self.observe(signal)
 
     def _remember(self, step: int, reward: float, entropy: float) -> None:
         self._steps.append(step)
@@ -122,10 +122,10 @@ class Watch:
         then, now = self._points[0], self._points[-1]
         seen = {"step": step, "reward": reward, "entropy": entropy}
         averages = {"reward_ema": now.reward, "entropy_ema": now.entropy}
-        if then.step > step - self.knobs.window or len(self._steps) < FEWEST_VALUES:
+        if then.step > step - self.knobs.window or len(self._steps) < MIN_VALUES:
             return TriggerReading(verdict="short_history", **seen, **averages)
         scale = error_of_difference(self.knobs.ema, len(self._points) - 1)
-        spread_r, spread_h = spreads_around_line(self._steps, self._rewards, self._entropies)
+        spread_r, spread_h = residual_stds(self._steps, self._rewards, self._entropies)
         gain = now.reward - then.reward
         margin = self.knobs.c_r * scale * spread_r
         drop = needed_drop = None
@@ -137,10 +137,10 @@ class Watch:
             verdict="rising" if gain > margin else "stagnant" if falls else "entropy_level",
             **seen,
             **averages,
-            gain=gain,
-            margin=margin,
-            drop=drop,
-            needed_drop=needed_drop,
+            reward_gain=gain,
+            reward_margin=margin,
+            entropy_drop=drop,
+            required_entropy_drop=needed_drop,
         )
 
 
@@ -149,7 +149,7 @@ def error_of_difference(decay: float, num_apart: int) -> float:
     return math.sqrt(2.0 * (1.0 - decay) / (1.0 + decay) * (1.0 - decay**num_apart))
 
 
-def spreads_around_line(steps: Sequence[float], *columns: Sequence[float]) -> Iterator[float]:
+def residual_stds(steps: Sequence[float], *columns: Sequence[float]) -> Iterator[float]:
     """Each column's standard deviation around its least-squares line, sqrt((S_yy - S_xy^2/S_xx)/(n - 2)).
 
     Measured from the column's first value, so that a constant's is exactly 0.

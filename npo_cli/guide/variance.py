@@ -36,7 +36,7 @@ class SampleRatio:
     """sum over tokens of rho^2 G, G = 1 - 2 p(y_t) + sum_v p(v)^2 of the learner."""
     sum_rho_grad: float
     """sum over tokens of rho G."""
-    correct: bool
+    is_correct: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,14 +76,14 @@ class Moments:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Floor:
+class KLFloor:
     """KL measured where there is none (the learner against itself): the noise of the instrument, in nats."""
 
     per_token: float | Floats
     per_sequence: float | Floats
 
 
-NO_FLOOR = Floor(per_token=0.0, per_sequence=0.0)
+NO_KL_FLOOR = KLFloor(per_token=0.0, per_sequence=0.0)
 
 
 def k1(log_w: float | Floats) -> float | Floats:
@@ -109,7 +109,7 @@ def log_sum_exp(logs: Floats, axis: int) -> Floats:
         return np.log(np.exp(logs - shift).sum(axis=axis)) + np.squeeze(shift, axis=axis)
 
 
-def moments_of(samples: Sequence[SampleRatio], prompt_ids: Sequence[str], *, cap: float) -> Moments:
+def compute_moments(samples: Sequence[SampleRatio], prompt_ids: Sequence[str], *, cap: float) -> Moments:
     """Sums per prompt, in the order of `prompt_ids`; samples of other prompts are left out."""
     place = {prompt_id: p for p, prompt_id in enumerate(prompt_ids)}
     kept = [sample for sample in samples if sample.prompt_id in place]
@@ -137,7 +137,7 @@ def moments_of(samples: Sequence[SampleRatio], prompt_ids: Sequence[str], *, cap
     return Moments(**sums, **log_sums)
 
 
-def pooled(moments: Moments, counts_BP: Floats) -> Moments:
+def pool_moments(moments: Moments, counts_BP: Floats) -> Moments:
     """The sums of each resample: prompt p counted counts_BP[b, p] times, logarithms added as logarithms."""
     with np.errstate(divide="ignore"):
         log_counts_BP = np.log(counts_BP)
@@ -154,57 +154,57 @@ def kl_means(moments: Moments, average: Average) -> tuple[Floats, Floats]:
         return (by_sequence if average == "sequence" else by_token), moments.kl / moments.samples
 
 
-def floor_of(moments: Moments, average: Average) -> Floor:
+def estimate_kl_floor(moments: Moments, average: Average) -> KLFloor:
     """KL_0 from samples of the learner seen twice by the learner; 0 where there are none."""
     per_token, per_sequence = kl_means(moments, average)
-    return Floor(per_token=np.nan_to_num(per_token), per_sequence=np.nan_to_num(per_sequence))
+    return KLFloor(per_token=np.nan_to_num(per_token), per_sequence=np.nan_to_num(per_sequence))
 
 
-def net_kl(moments: Moments, floor: Floor, average: Average) -> tuple[Floats, Floats]:
+def net_kl(moments: Moments, floor: KLFloor, average: Average) -> tuple[Floats, Floats]:
     """KL_net = max(0, KL - KL_0), per token and per sequence."""
     per_token, per_sequence = kl_means(moments, average)
     return np.maximum(0.0, per_token - floor.per_token), np.maximum(0.0, per_sequence - floor.per_sequence)
 
 
-def _kl_exp(moments: Moments, floor: Floor, knobs: VarianceKnobs) -> Floats:
+def _kl_exp(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
     """V = exp(kappa KL per token): the paper's form, its scale unknown."""
     return knobs.kappa * net_kl(moments, floor, knobs.average)[0]
 
 
-def _tok2(moments: Moments, floor: Floor, knobs: VarianceKnobs) -> Floats:
+def _tok2(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
     """V = mean over tokens of min(rho, C)^2: what token-level importance sampling really multiplies by."""
     if knobs.average == "sequence":
         return np.log(moments.rho2_per_token / moments.samples)
     return np.log(moments.rho2 / moments.tokens)
 
 
-def _tok2_grad(moments: Moments, floor: Floor, knobs: VarianceKnobs) -> Floats:
+def _tok2_grad(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
     """V = sum rho^2 G / sum rho G: tok2 weighted by each token's gradient. 1 where no token has any gradient."""
     return np.where(moments.rho_grad > 0, np.log(moments.rho2_grad / moments.rho_grad), 0.0 * moments.samples)
 
 
-def _seq2(moments: Moments, floor: Floor, knobs: VarianceKnobs) -> Floats:
+def _seq2(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
     """V = mean of min(w, C)^2, the Renyi-2 moment, truncated (Ionides 2008): below 1 once all weights are small."""
     return moments.log_w2_capped - np.log(moments.samples)
 
 
-def _seq2_lognormal(moments: Moments, floor: Floor, knobs: VarianceKnobs) -> Floats:
+def _seq2_lognormal(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
     """V = exp(2 KL per sequence): that moment if log w were normal; low variance, not truncated."""
     return 2.0 * net_kl(moments, floor, knobs.average)[1]
 
 
-def _ess(moments: Moments, floor: Floor, knobs: VarianceKnobs) -> Floats:
+def _ess(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
     """V = N sum w^2/(sum w)^2 = 1 + CV^2 = 1/ESS fraction; at most N, however far the policies are (Kong 1992)."""
     return np.log(moments.samples) + moments.log_w2 - 2.0 * moments.log_w
 
 
-def _group2(moments: Moments, floor: Floor, knobs: VarianceKnobs) -> Floats:
+def _group2(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
     """V = (n - 1 + min(exp(2 KL per sequence), C^2))/n: one guide's slot among n of the learner's own."""
     log_slot = np.minimum(_seq2_lognormal(moments, floor, knobs), 2.0 * np.log(knobs.cap))
     return np.log((knobs.group_size - 1 + np.exp(log_slot)) / knobs.group_size)
 
 
-KINDS: Mapping[VarianceKind, Callable[[Moments, Floor, VarianceKnobs], Floats]] = {
+VARIANCE_ESTIMATORS: Mapping[VarianceKind, Callable[[Moments, KLFloor, VarianceKnobs], Floats]] = {
     "kl_exp": _kl_exp,
     "tok2": _tok2,
     "tok2_grad": _tok2_grad,
@@ -217,17 +217,17 @@ HEAVY_TAILED: frozenset[VarianceKind] = frozenset({"seq2", "ess"})
 """Kinds that average sequence weights themselves, so that one sample can decide them."""
 
 
-def log_variances(moments: Moments, *, kind: VarianceKind, floor: Floor, knobs: VarianceKnobs) -> Floats:
+def log_variances(moments: Moments, *, kind: VarianceKind, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
     """log V of every row, cut to +-700. nan in a row without samples."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        log_V = KINDS[kind](moments, floor, knobs)
+        log_V = VARIANCE_ESTIMATORS[kind](moments, floor, knobs)
     return np.where(moments.samples > 0, np.clip(log_V, -LARGEST_LOG, LARGEST_LOG), np.nan)
 
 
-def variance(
-    samples: Sequence[SampleRatio], kind: VarianceKind, *, knobs: VarianceKnobs, floor: Floor = NO_FLOOR
+def estimate_variance(
+    samples: Sequence[SampleRatio], kind: VarianceKind, *, knobs: VarianceKnobs, floor: KLFloor = NO_KL_FLOOR
 ) -> float:
     """V of one set of samples; 1 when the guide is the learner, nan without samples."""
     prompt_ids = sorted({sample.prompt_id for sample in samples})
-    moments = pooled(moments_of(samples, prompt_ids, cap=knobs.cap), np.ones((1, len(prompt_ids))))
+    moments = pool_moments(compute_moments(samples, prompt_ids, cap=knobs.cap), np.ones((1, len(prompt_ids))))
     return float(np.exp(log_variances(moments, kind=kind, floor=floor, knobs=knobs)[0]))

@@ -12,53 +12,53 @@ import numpy as np
 from npo_cli.guide.quality import Floats
 from npo_cli.guide.variance import SampleRatio, log_sum_exp
 
-ENOUGH_SAMPLES = 32
+MIN_SAMPLES = 32
 LOWEST_ESS_FRACTION = 0.1
-LARGEST_SHARE = 0.5
+LARGEST_WEIGHT_SHARE = 0.5
 LARGEST_PARETO_K = 0.7
 SHORTEST_TAIL = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WeightHealth:
+class WeightDiagnostics:
     """Whether an average over these weights rests on more than a few of them."""
 
     num_samples: int
     ess_fraction: float
     """(sum w)^2/(N sum w^2); 1 for equal weights, 0 without samples."""
-    max_share: float
+    max_weight_share: float
     """Largest weight over the sum of weights."""
     pareto_k: float | None
     """Shape of the weights' upper tail; None where the tail is too short or flat to be fitted."""
 
     @property
-    def dominated(self) -> bool:
+    def is_dominated(self) -> bool:
         """A few weights decide the moment: ESS fraction < 0.1, or one weight > 1/2, or k > 0.7.
 
         The share matters below 40 samples, where ESS < 1/10 would ask for less than the 4 it leaves.
         """
         heavy = self.pareto_k is not None and self.pareto_k > LARGEST_PARETO_K
-        return self.ess_fraction < LOWEST_ESS_FRACTION or self.max_share > LARGEST_SHARE or heavy
+        return self.ess_fraction < LOWEST_ESS_FRACTION or self.max_weight_share > LARGEST_WEIGHT_SHARE or heavy
 
 
-def weight_health(samples: Sequence[SampleRatio]) -> WeightHealth:
+def diagnose_weights(samples: Sequence[SampleRatio]) -> WeightDiagnostics:
     """Diagnose the sequence weights of one guide."""
     if not samples:
-        return WeightHealth(num_samples=0, ess_fraction=0.0, max_share=1.0, pareto_k=None)
+        return WeightDiagnostics(num_samples=0, ess_fraction=0.0, max_weight_share=1.0, pareto_k=None)
     log_w_N = np.array([sample.log_w for sample in samples], dtype=np.float64)
     log_total = float(log_sum_exp(log_w_N, axis=0))
     log_fraction = 2 * log_total - float(log_sum_exp(2 * log_w_N, axis=0)) - math.log(len(samples))
-    return WeightHealth(
+    return WeightDiagnostics(
         num_samples=len(samples),
         ess_fraction=min(1.0, math.exp(log_fraction)),
-        max_share=math.exp(float(log_w_N.max()) - log_total),
+        max_weight_share=math.exp(float(log_w_N.max()) - log_total),
         pareto_k=pareto_k(log_w_N),
     )
 
 
-def injected(samples: Sequence[SampleRatio]) -> tuple[SampleRatio, ...]:
+def select_correct(samples: Sequence[SampleRatio]) -> tuple[SampleRatio, ...]:
     """The verified-correct samples: the only ones that may ever take a slot."""
-    return tuple(sample for sample in samples if sample.correct)
+    return tuple(sample for sample in samples if sample.is_correct)
 
 
 def pareto_k(log_w_N: Floats) -> float | None:

@@ -15,7 +15,7 @@ from npo_cli.objective.batch import Aggregation, Divisors
 def aggregate(loss_NT: Tensor, mask_NT: Tensor, *, how: Aggregation, divisors: Divisors) -> Tensor:
     """This micro-batch's share of the batch's loss, in the unit of `loss_NT`. Tokens outside the mask are not read."""
     mask_NT = mask_NT.bool()
-    return RULES[how](torch.where(mask_NT, loss_NT, 0.0), mask_NT, divisors)
+    return AGGREGATIONS[how](torch.where(mask_NT, loss_NT, 0.0), mask_NT, divisors)
 
 
 def sequence_mean_token_mean(loss_NT: Tensor, mask_NT: Tensor, divisors: Divisors) -> Tensor:
@@ -34,7 +34,7 @@ def sequence_mean_token_sum(loss_NT: Tensor, mask_NT: Tensor, divisors: Divisors
     return loss_NT.sum() / (divisors.num_sequences * divisors.max_tokens)
 
 
-RULES: dict[Aggregation, Callable[[Tensor, Tensor, Divisors], Tensor]] = {
+AGGREGATIONS: dict[Aggregation, Callable[[Tensor, Tensor, Divisors], Tensor]] = {
     "seq_mean_token_mean": sequence_mean_token_mean,
     "token_mean": token_mean,
     "seq_mean_token_sum_norm": sequence_mean_token_sum,

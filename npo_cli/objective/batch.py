@@ -10,17 +10,17 @@ from typing import Literal
 from torch import Tensor
 
 from npo_cli.errors import NpoError
-from npo_cli.objective.stats import LARGEST, SMALLEST, Additive, MismatchStats
+from npo_cli.objective.stats import MERGE_MAX, MERGE_MIN, Additive, MismatchStats
 
 LossKind = Literal["grpo", "gspo", "gspo_token", "cispo"]
 Aggregation = Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"]
 RatioMode = Literal["exact", "proximal", "decoupled", "unit", "none"]
-Shape = Literal["none", "soft"]
+RatioShape = Literal["none", "soft"]
 MismatchMode = Literal["token_tis", "sequence_tis", "token_mis", "sequence_mis", "geometric", "k3", "off"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
+class LossInputs:
     """Whole responses and what is known of them. Values outside the mask are never read, whatever they are."""
 
     behavior_logps_NT: Tensor
@@ -29,11 +29,11 @@ class Rows:
     mask_NT: Tensor
     """True on response tokens, the end token included."""
     advantages_N: Tensor
-    foreign_N: Tensor
+    off_policy_N: Tensor
     """True where another policy wrote the row."""
     old_logps_NT: Tensor | None = None
     """Under the weights at the start of the update; None says that they are the current ones."""
-    free_N: Tensor | None = None
+    unclipped_N: Tensor | None = None
     """True where a row is not clipped, whatever the knobs; None is nowhere."""
 
 
@@ -77,7 +77,7 @@ class LossKnobs:
     ratio: RatioMode
     """How foreign rows are charged."""
     decoupled_cap: float
-    shape: Shape
+    shape: RatioShape
     """What becomes of a foreign row's ratio before the clip."""
     gamma: float
     """Constant of the soft shape."""
@@ -97,7 +97,7 @@ class LossKnobs:
 class LossStats(Additive):
     """What one micro-batch measured. Stats add up; `LossStats()` is the zero."""
 
-    own_tokens: float = 0.0
+    on_policy_tokens: float = 0.0
     clipped_low: float = 0.0
     """Own tokens without a gradient because their ratio was too low (A < 0)."""
     clipped_high: float = 0.0
@@ -106,35 +106,35 @@ class LossStats(Additive):
     """Sum of k3 towards the reference over own tokens: on foreign tokens it would not estimate a KL."""
     kl_tokens: float = 0.0
     """Own tokens with a reference."""
-    foreign_tokens: float = 0.0
-    foreign_kept: float = 0.0
+    off_policy_tokens: float = 0.0
+    off_policy_tokens_with_gradient: float = 0.0
     """Foreign tokens with a gradient: neither clipped nor of a row with A = 0."""
-    known_tokens: float = 0.0
+    off_policy_tokens_with_logps: float = 0.0
     """Foreign tokens whose probability under their writer is known."""
     ratio_sum: float = 0.0
     """Sum over those of pi_theta / pi_behavior, whichever mode charges them."""
-    ratio_min: float = field(default=math.inf, metadata=SMALLEST)
-    ratio_max: float = field(default=-math.inf, metadata=LARGEST)
-    push: float = 0.0
+    ratio_min: float = field(default=math.inf, metadata=MERGE_MIN)
+    ratio_max: float = field(default=-math.inf, metadata=MERGE_MAX)
+    gradient_magnitude: float = 0.0
     """L1 norm of d policy loss / d log-probability."""
-    foreign_push: float = 0.0
+    off_policy_gradient_magnitude: float = 0.0
     """The part of it on foreign tokens."""
     mismatch: MismatchStats = field(default_factory=MismatchStats)
 
     def metrics(self) -> dict[str, float]:
         """Shares and means under their public names; what has no tokens behind it is left out."""
         found = {}
-        if self.own_tokens:
-            found["clip_ratio/low"] = self.clipped_low / self.own_tokens
-            found["clip_ratio/high"] = self.clipped_high / self.own_tokens
+        if self.on_policy_tokens:
+            found["clip_ratio/low"] = self.clipped_low / self.on_policy_tokens
+            found["clip_ratio/high"] = self.clipped_high / self.on_policy_tokens
         if self.kl_tokens:
             found["kl"] = self.kl_sum / self.kl_tokens
-        if self.foreign_tokens:
-            found["inject/kept_share"] = self.foreign_kept / self.foreign_tokens
-        if self.known_tokens:
-            found["inject/ratio_mean"] = self.ratio_sum / self.known_tokens
+        if self.off_policy_tokens:
+            found["inject/kept_share"] = self.off_policy_tokens_with_gradient / self.off_policy_tokens
+        if self.off_policy_tokens_with_logps:
+            found["inject/ratio_mean"] = self.ratio_sum / self.off_policy_tokens_with_logps
             found["inject/ratio_min"] = self.ratio_min
             found["inject/ratio_max"] = self.ratio_max
-        if self.foreign_tokens and self.push:
-            found["inject/push_share"] = self.foreign_push / self.push
+        if self.off_policy_tokens and self.gradient_magnitude:
+            found["inject/push_share"] = self.off_policy_gradient_magnitude / self.gradient_magnitude
         return found | self.mismatch.metrics()

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from npo_cli.objective.aggregation import aggregate
-from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, Rows
-from npo_cli.objective.mismatch import Correction, make_correction, measure
-from npo_cli.objective.ratios import log_ratio, make_charge
+from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, LossInputs
+from npo_cli.objective.mismatch import MismatchCorrection, make_correction, measure_mismatch
+from npo_cli.objective.ratios import log_ratio, make_ratio_anchor
 from npo_cli.objective.stats import MismatchStats
-from npo_cli.objective.surrogates import SURROGATES, Terms, Tokens, bounds_for, kl_k3
+from npo_cli.objective.surrogates import SURROGATES, SurrogateTerms, SurrogateInputs, make_clip_bounds, kl_k3
 
 
 class PolicyLoss(Protocol):
@@ -28,7 +28,7 @@ class PolicyLoss(Protocol):
     def __call__(
         self,
         logps_NT: Tensor,
-        rows: Rows,
+        rows: LossInputs,
         *,
         divisors: Divisors,
         ref_logps_NT: Tensor | None = None,
@@ -38,7 +38,7 @@ class PolicyLoss(Protocol):
 
 def policy_loss(
     logps_NT: Tensor,
-    rows: Rows,
+    rows: LossInputs,
     *,
     knobs: LossKnobs,
     divisors: Divisors,
@@ -57,13 +57,13 @@ def make_policy_loss(knobs: LossKnobs) -> PolicyLoss:
     However a batch is split into micro-batches, their losses (and stats) add up to the same sum. A row with an
     empty mask, or A = 0, adds no policy loss. The reference may be given without a KL term, to measure it.
     """
-    charge = make_charge(knobs.ratio, decoupled_cap=knobs.decoupled_cap)
+    charge = make_ratio_anchor(knobs.ratio, decoupled_cap=knobs.decoupled_cap)
     correct = make_correction(knobs.mismatch)
     surrogate = SURROGATES[knobs.kind]
 
     def loss_of(
         logps_NT: Tensor,
-        rows: Rows,
+        rows: LossInputs,
         *,
         divisors: Divisors,
         ref_logps_NT: Tensor | None = None,
@@ -75,14 +75,14 @@ def make_policy_loss(knobs: LossKnobs) -> PolicyLoss:
         charged, corrected = charge(logps_NT, rows), correct(logps_NT, rows)
         weight_NT = charged.weight_NT * corrected.weight_NT
         tokens = _tokens(logps_NT, rows, charged.anchor_logps_NT)
-        terms = surrogate(tokens, bounds_for(charged.free_N1, rows.foreign_N.bool()[:, None], knobs))
+        terms = surrogate(tokens, make_clip_bounds(charged.unclipped_N1, rows.off_policy_N.bool()[:, None], knobs))
         loss = total(weight_NT * terms.loss_NT)
         kl_NT = None if ref_logps_NT is None else _kl(tokens, ref_logps_NT)
         if knobs.kl_coef:
             loss = loss + knobs.kl_coef * total(kl_NT)
         if knobs.entropy_coef:
             loss = loss - knobs.entropy_coef * total(entropies_NT)
-        push_NT = weight_NT * terms.gain_NT * tokens.advantages_N1.abs()
+        push_NT = weight_NT * terms.dloss_dlogp_factor_NT * tokens.advantages_N1.abs()
         view = _View(tokens=tokens, terms=terms, push_NT=push_NT, kl_NT=kl_NT, corrected=corrected)
         return loss, _measure(view, rows, total)
 
@@ -93,18 +93,18 @@ def make_policy_loss(knobs: LossKnobs) -> PolicyLoss:
 class _View:
     """What there is to measure once the loss is known."""
 
-    tokens: Tokens
-    terms: Terms
+    tokens: SurrogateInputs
+    terms: SurrogateTerms
     push_NT: Tensor
     kl_NT: Tensor | None
-    corrected: Correction
+    corrected: MismatchCorrection
 
 
-def _tokens(logps_NT: Tensor, rows: Rows, anchor_logps_NT: Tensor) -> Tokens:
+def _tokens(logps_NT: Tensor, rows: LossInputs, anchor_logps_NT: Tensor) -> SurrogateInputs:
     # Padding may hold anything, NaN too: it is cut out before the first exp, or its gradient would be 0 * NaN.
     mask_NT = rows.mask_NT.bool()
     logps_NT = torch.where(mask_NT, logps_NT, 0.0)
-    return Tokens(
+    return SurrogateInputs(
         logps_NT=logps_NT,
         log_ratio_NT=log_ratio(logps_NT, anchor_logps_NT),
         mask_NT=mask_NT,
@@ -112,22 +112,22 @@ def _tokens(logps_NT: Tensor, rows: Rows, anchor_logps_NT: Tensor) -> Tokens:
     )
 
 
-def _kl(tokens: Tokens, ref_logps_NT: Tensor) -> Tensor:
+def _kl(tokens: SurrogateInputs, ref_logps_NT: Tensor) -> Tensor:
     return kl_k3(tokens.logps_NT, torch.where(tokens.mask_NT, ref_logps_NT.detach(), 0.0))
 
 
 @torch.no_grad()
-def _measure(view: _View, rows: Rows, total: Callable[[Tensor], Tensor]) -> LossStats:
+def _measure(view: _View, rows: LossInputs, total: Callable[[Tensor], Tensor]) -> LossStats:
     mask_NT = view.tokens.mask_NT
-    foreign_NT = mask_NT & rows.foreign_N.bool()[:, None]
+    foreign_NT = mask_NT & rows.off_policy_N.bool()[:, None]
     own_NT = mask_NT & ~foreign_NT
     known_NT = foreign_NT & ~rows.behavior_logps_NT.isnan()
     behavior_NT = torch.where(known_NT, rows.behavior_logps_NT, 0.0)
     ratio_NT = log_ratio(view.tokens.logps_NT, behavior_NT).exp()
     found = {
         "own_tokens": own_NT.sum(),
-        "clipped_low": (own_NT & view.terms.low_NT).sum(),
-        "clipped_high": (own_NT & view.terms.high_NT).sum(),
+        "clipped_low": (own_NT & view.terms.clipped_low_NT).sum(),
+        "clipped_high": (own_NT & view.terms.clipped_high_NT).sum(),
         "foreign_tokens": foreign_NT.sum(),
         "foreign_kept": (foreign_NT & (view.push_NT > 0)).sum(),
         "known_tokens": known_NT.sum(),
@@ -141,6 +141,6 @@ def _measure(view: _View, rows: Rows, total: Callable[[Tensor], Tensor]) -> Loss
         found |= {"kl_sum": torch.where(own_NT, view.kl_NT, 0.0).sum(), "kl_tokens": own_NT.sum()}
     # One transfer for all of them: each .item() would wait for the device.
     ours = torch.stack([each.double() for each in found.values()])
-    numbers = torch.cat([ours, measure(view.corrected)]).tolist()
+    numbers = torch.cat([ours, measure_mismatch(view.corrected)]).tolist()
     mismatch = MismatchStats.from_numbers(numbers[len(found) :])
     return LossStats(**dict(zip(found, numbers, strict=False)), mismatch=mismatch)

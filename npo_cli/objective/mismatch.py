@@ -11,44 +11,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npo_cli.objective.batch import MismatchKnobs, MismatchMode, Rows
-from npo_cli.objective.ratios import LOG_RATIO_LIMIT, columns_of, k3, log_ratio
-from npo_cli.objective.stats import EDGES
+from npo_cli.objective.batch import MismatchKnobs, MismatchMode, LossInputs
+from npo_cli.objective.ratios import LOG_RATIO_LIMIT, collect_policy_logps, k3, log_ratio
+from npo_cli.objective.stats import HISTOGRAM_EDGES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Correction:
+class MismatchCorrection:
     """The factor of each token, and what it came from. Nothing in it carries a gradient."""
 
     weight_NT: Tensor
     """Factor on the token's policy loss, after clipping; 1 on foreign rows and outside the mask."""
-    cut_NT: Tensor
+    clipped_NT: Tensor
     """True where the mode cut or zeroed it; never on foreign rows."""
     log_weight_NT: Tensor
     """Raw log w in nats, clamped to +-20; 0 on foreign rows and outside the mask."""
-    own_NT: Tensor
+    on_policy_NT: Tensor
     """True on the response tokens of own rows."""
 
 
-Rule = Callable[[Tensor, Tensor, MismatchKnobs], tuple[Tensor, Tensor]]
+MismatchRule = Callable[[Tensor, Tensor, MismatchKnobs], tuple[Tensor, Tensor]]
 """Log w, the mask and the numbers in; factor and where it was cut out. A row without tokens has log w = 0."""
 
 
-def make_correction(knobs: MismatchKnobs) -> Callable[[Tensor, Rows], Correction]:
+def make_correction(knobs: MismatchKnobs) -> Callable[[Tensor, LossInputs], MismatchCorrection]:
     """The correcting function of one mode, given the current log-probabilities and the rows."""
-    rule = RULES[knobs.mode]
+    rule = MISMATCH_RULES[knobs.mode]
 
     @torch.no_grad()
-    def correct(logps_NT: Tensor, rows: Rows) -> Correction:
-        columns = columns_of(logps_NT, rows)
-        own_NT = rows.mask_NT.bool() & ~rows.foreign_N.bool()[:, None]
+    def correct(logps_NT: Tensor, rows: LossInputs) -> MismatchCorrection:
+        columns = collect_policy_logps(logps_NT, rows)
+        own_NT = rows.mask_NT.bool() & ~rows.off_policy_N.bool()[:, None]
         log_weight_NT = torch.where(own_NT, log_ratio(columns.old_NT, columns.behavior_NT), 0.0)
         weight_NT, cut_NT = rule(log_weight_NT, own_NT, knobs)
-        return Correction(
+        return MismatchCorrection(
             weight_NT=torch.where(own_NT, weight_NT, 1.0),
-            cut_NT=own_NT & cut_NT,
+            clipped_NT=own_NT & cut_NT,
             log_weight_NT=log_weight_NT,
-            own_NT=own_NT,
+            on_policy_NT=own_NT,
         )
 
     return correct
@@ -85,26 +85,26 @@ def k3_filter(log_weight_NT: Tensor, mask_NT: Tensor, knobs: MismatchKnobs) -> t
     return _filtered(_mean_N1(k3(log_weight_NT), mask_NT) <= knobs.k3_max, like=log_weight_NT)
 
 
-def off(log_weight_NT: Tensor, _mask_NT: Tensor, _knobs: MismatchKnobs) -> tuple[Tensor, Tensor]:
+def no_correction(log_weight_NT: Tensor, _mask_NT: Tensor, _knobs: MismatchKnobs) -> tuple[Tensor, Tensor]:
     """1: the mismatch is measured only."""
     return torch.ones_like(log_weight_NT), torch.zeros_like(log_weight_NT, dtype=torch.bool)
 
 
-RULES: dict[MismatchMode, Rule] = {
+MISMATCH_RULES: dict[MismatchMode, MismatchRule] = {
     "token_tis": token_tis,
     "sequence_tis": sequence_tis,
     "token_mis": token_mis,
     "sequence_mis": sequence_mis,
     "geometric": geometric,
     "k3": k3_filter,
-    "off": off,
+    "off": no_correction,
 }
 
 
 @torch.no_grad()
-def measure(found: Correction) -> Tensor:
+def measure_mismatch(found: MismatchCorrection) -> Tensor:
     """The numbers of `MismatchStats` in their order, in one tensor, so that they cross from the device together."""
-    own_NT = found.own_NT
+    own_NT = found.on_policy_NT
     log_weight_NT = found.log_weight_NT.double()
     weight_NT = torch.where(own_NT, log_weight_NT.exp(), 0.0)
     scalars = [
@@ -114,13 +114,13 @@ def measure(found: Correction) -> Tensor:
         torch.where(own_NT, weight_NT, -torch.inf).amax(),
         (-log_weight_NT).sum(),
         k3(log_weight_NT).sum(),
-        found.cut_NT.sum(),
+        found.clipped_NT.sum(),
         own_NT.any(dim=1).sum(),
         (own_NT & (found.weight_NT != 0)).any(dim=1).sum(),
     ]
-    edges = torch.tensor(EDGES, dtype=torch.float64, device=own_NT.device)
+    edges = torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64, device=own_NT.device)
     bins = torch.bucketize(log_weight_NT.abs()[own_NT], edges)
-    histogram = torch.bincount(bins, minlength=len(EDGES) + 1)
+    histogram = torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) + 1)
     return torch.cat([torch.stack([each.double() for each in scalars]), histogram.double()])
 
 

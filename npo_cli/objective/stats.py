@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Self
 
-SMALLEST = {"merge": min}
-LARGEST = {"merge": max}
+MERGE_MIN = {"merge": min}
+MERGE_MAX = {"merge": max}
 
-EDGES = (*(10.0 ** (k / 20 - 7) for k in range(167)), 20.0)
+HISTOGRAM_EDGES = (*(10.0 ** (k / 20 - 7) for k in range(167)), 20.0)
 """Upper ends of the histogram's bins, in nats: 1e-7 (what float32 rounds off a log-probability), then 20 bins a decade,
 each 12 % further, up to 20 (where log-ratios end). Behind the last lies a bin for what is not a number."""
 
@@ -20,7 +20,7 @@ def _bin_by_bin(mine: Sequence[float], theirs: Sequence[float]) -> tuple[float, 
     return tuple(a + b for a, b in zip(mine, theirs, strict=True))
 
 
-BIN_BY_BIN = {"merge": _bin_by_bin}
+MERGE_BINS = {"merge": _bin_by_bin}
 
 
 class Additive:
@@ -46,17 +46,17 @@ class MismatchStats(Additive):
     tokens: float = 0.0
     weight_sum: float = 0.0
     weight_square_sum: float = 0.0
-    weight_max: float = field(default=-math.inf, metadata=LARGEST)
+    weight_max: float = field(default=-math.inf, metadata=MERGE_MAX)
     k1_sum: float = 0.0
     """Sum of -log w, in nats."""
     k3_sum: float = 0.0
     """Sum of w - 1 - log w, in nats."""
-    cut_tokens: float = 0.0
+    clipped_tokens: float = 0.0
     """Tokens whose weight the mode cut or zeroed."""
     sequences: float = 0.0
-    kept_sequences: float = 0.0
+    unmasked_sequences: float = 0.0
     """Those with at least one token whose weight is not 0."""
-    histogram: tuple[float, ...] = field(default=(0.0,) * (len(EDGES) + 1), metadata=BIN_BY_BIN)
+    histogram: tuple[float, ...] = field(default=(0.0,) * (len(HISTOGRAM_EDGES) + 1), metadata=MERGE_BINS)
     """Tokens by |log w|, each in the first bin whose upper end (EDGES) it does not pass."""
 
     @classmethod
@@ -77,19 +77,19 @@ class MismatchStats(Additive):
         return {
             "mismatch/weight_mean": mean,
             "mismatch/weight_max": self.weight_max,
-            "mismatch/clipped_share": self.cut_tokens / self.tokens,
+            "mismatch/clipped_share": self.clipped_tokens / self.tokens,
             "mismatch/ess": mean**2 / mean_square,
             "mismatch/k1": self.k1_sum / self.tokens,
             "mismatch/k3": self.k3_sum / self.tokens,
             "mismatch/chi2": mean_square - 1,
             "mismatch/abs_log_w_p99": self._percentile(99),
-            "mismatch/kept_share": self.kept_sequences / self.sequences,
+            "mismatch/kept_share": self.unmasked_sequences / self.sequences,
         }
 
     def _percentile(self, percent: int) -> float:
         """The upper end of the bin that holds it: at most 12 % too high, never too low; below 1e-7 it is 0."""
         seen = 0.0
-        for count, upper in zip(self.histogram, (0.0, *EDGES[1:]), strict=False):
+        for count, upper in zip(self.histogram, (0.0, *HISTOGRAM_EDGES[1:]), strict=False):
             seen += count
             if 100 * seen >= percent * self.tokens:
                 return upper

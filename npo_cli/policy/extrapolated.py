@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npo_cli.policy.adapters import NAME, PREFIX, fitting_adapters, is_matrix_A
+from npo_cli.policy.adapters import ADAPTER_NAME, PEFT_PREFIX, read_fitting_adapters, is_lora_A
 from npo_cli.policy.logprobs import (
     Head,
     TokenRow,
@@ -24,20 +24,20 @@ from npo_cli.policy.logprobs import (
     chunk_scores,
     pack_rows,
     response_hidden,
-    without_words,
+    suppress_tokens,
 )
 from npo_cli.policy.model import Policy
 from npo_cli.policy.precision import mixed_precision
-from npo_cli.policy.weights import fitting_weights, tied_names
+from npo_cli.policy.weights import read_fitting_weights, tied_names
 from npo_cli.records import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PushedPolicy:
+class ExtrapolatedPolicy:
     """pi_t (pi_t / pi_old)^a: the policy of two models."""
 
-    new: Policy
-    old: Policy
+    newer: Policy
+    older: Policy
     strength: float
     """The exponent a."""
 
@@ -47,29 +47,29 @@ class PushedPolicy:
 
     def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
         """As the newer one has it; their tokens are the same."""
-        return self.new.row(prompt, response_ids)
+        return self.newer.row(prompt, response_ids)
 
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses under the product of both laws; logits exist for one chunk of response tokens at a time."""
-        packed = pack_rows(rows, pad_id=self.new.pad_id, device=self.new.device)
-        packed = packed if self.new.vision is None else self.new.vision.seen(packed, rows)
+        packed = pack_rows(rows, pad_id=self.newer.pad_id, device=self.newer.device)
+        packed = packed if self.newer.vision is None else self.newer.vision.attach_images(packed, rows)
         pieces = []
-        with mixed_precision(self.new.model, self.new.compute_dtype):
+        with mixed_precision(self.newer.model, self.newer.compute_dtype):
             (new_MH, new_head), (old_MH, old_head) = (
-                response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (self.new, self.old)
+                response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (self.newer, self.older)
             )
             joined_MX = torch.cat([new_MH, old_MH], dim=1)
             head = _pushed_head(new_head, old_head, strength=self.strength, width=new_MH.shape[1])
-            head = without_words(head, packed.silent_ids)
+            head = suppress_tokens(head, packed.suppressed_ids)
             for start in range(0, len(packed.target_M), chunk_tokens):
                 part = slice(start, start + chunk_tokens)
                 pieces.append(chunk_scores(joined_MX[part], packed.target_M[part], head, temperature=temperature))
         logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*pieces, strict=True))
         return TokenScores(
-            logps_NT=packed.spread(logps_M),
-            entropies_NT=packed.spread(entropies_M),
-            collisions_NT=packed.spread(collisions_M),
+            logps_NT=packed.to_padded(logps_M),
+            entropies_NT=packed.to_padded(entropies_M),
+            collisions_NT=packed.to_padded(collisions_M),
         )
 
 
@@ -84,7 +84,7 @@ def _pushed_head(new: Head, old: Head, *, strength: float, width: int) -> Head:
 
 
 @contextmanager
-def pushed(policy: Policy, folder: Path, *, strength: float) -> Iterator[None]:
+def extrapolate_weights(policy: Policy, folder: Path, *, strength: float) -> Iterator[None]:
     """The policy's weights moved on from those of a checkpoint folder; afterwards bit for bit what they were."""
     moved = _moved_weights(policy, folder, strength) if policy.adapters is None else _joined(policy, folder, strength)
     parameters = _own_tensors(policy)
@@ -92,12 +92,12 @@ def pushed(policy: Policy, folder: Path, *, strength: float) -> Iterator[None]:
     try:
         for name, tensor in moved.items():
             parameters[name].data = tensor
-        policy.mark_written()
+        policy.mark_weights_changed()
         yield
     finally:
         for name, tensor in kept.items():
             parameters[name].data = tensor
-        policy.mark_written()
+        policy.mark_weights_changed()
 
 
 def _own_tensors(policy: Policy) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def _own_tensors(policy: Policy) -> dict[str, Tensor]:
 def _moved_weights(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
     """theta_t + a (theta_t - theta_old) in float32, of each tensor once: names that are tied share theirs."""
     own = _own_tensors(policy)
-    old = fitting_weights(policy.model, folder, tied=tied_names(policy.model))
+    old = read_fitting_weights(policy.model, folder, tied=tied_names(policy.model))
     by_storage = {own[name].data_ptr(): name for name in old}
     return {name: _further(own[name], old[name], strength) for name in by_storage.values()}
 
@@ -123,11 +123,11 @@ def _further(now: Tensor, before: Tensor, strength: float) -> Tensor:
 def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
     """Adapters of twice the rank, whose product is (1 + a) B_t A_t - a B_old A_old."""
     assert policy.adapters is not None
-    own, old = _own_tensors(policy), _live_names(fitting_adapters(policy.model, policy.adapters, folder))
+    own, old = _own_tensors(policy), _live_names(read_fitting_adapters(policy.model, policy.adapters, folder))
     joined = {}
     for name, tensor in old.items():
         now, before = own[name].detach(), tensor.to(own[name])
-        is_A = is_matrix_A(name)
+        is_A = is_lora_A(name)
         parts = [now, before] if is_A else [(1 + strength) * now, -strength * before]
         joined[name] = torch.cat(parts, dim=0 if is_A else 1)
     return joined
@@ -135,4 +135,4 @@ def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
 
 def _live_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names that peft gives to live adapters, from those of its files."""
-    return {name.removeprefix(PREFIX).replace(".weight", f".{NAME}.weight"): one for name, one in tensors.items()}
+    return {name.removeprefix(PEFT_PREFIX).replace(".weight", f".{ADAPTER_NAME}.weight"): one for name, one in tensors.items()}

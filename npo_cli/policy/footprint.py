@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from math import ceil
 
 from npo_cli.config import Recipe
-from npo_cli.plan_records import Footing, ModelShape, Need, Phase
+from npo_cli.plan_records import Hardware, ModelShape, Allocation, MemoryPhase
 
-FLOAT, HALF = 4, 2
+FLOAT_BYTES, HALF_BYTES = 4, 2
 CHUNK_COPIES = 4
 """float32 rows of the vocabulary alive in the backward pass of a chunk: two saved, two on the way."""
 SAMPLER_COPIES = 6
@@ -18,18 +18,18 @@ SAMPLER_COPIES = 6
 VLLM = "vLLM"
 CONTEXT_BYTES = 1_500_000_000
 """CUDA, its libraries and NCCL in each process: a guess, as no GPU was at hand."""
-NOT_COUNTED = 0.1
+UNCOUNTED_FRACTION = 0.1
 """Of what is counted, put beside it: on a CPU the measured peaks of an update lay 6 to 16 % above the sum."""
 PROCESS_BYTES = 4_000_000_000
 """Python, torch and its libraries in the memory of the machine: a guess."""
 
 
-def bytes_of(dtype: str) -> int:
+def dtype_bytes(dtype: str) -> int:
     """Of one number."""
-    return HALF if dtype == "bfloat16" else FLOAT
+    return HALF_BYTES if dtype == "bfloat16" else FLOAT_BYTES
 
 
-def trainer_gpus(recipe: Recipe, footing: Footing) -> int:
+def trainer_gpus(recipe: Recipe, footing: Hardware) -> int:
     """GPUs left for training beside those of a server."""
     return footing.num_gpus - engine_gpus(recipe)
 
@@ -40,12 +40,12 @@ def engine_gpus(recipe: Recipe) -> int:
     return engine.vllm.tensor_parallel_size * engine.vllm.data_parallel_size if engine.kind == "vllm_server" else 0
 
 
-def longest_row(recipe: Recipe) -> int:
+def max_row_tokens(recipe: Recipe) -> int:
     """Prompt and response together, in tokens."""
     return recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
 
 
-def gpu_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:
+def gpu_needs(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[Allocation]:
     """Of each GPU that trains."""
     counted = [
         *_held(recipe, shape, num_gpus=trainer_gpus(recipe, footing)),
@@ -54,28 +54,28 @@ def gpu_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[N
         *_pushing(recipe, shape),
     ]
     yield from counted
-    yield Need(where="gpu", phase="always", what="CUDA and NCCL", num_bytes=CONTEXT_BYTES, how="a guess")
+    yield Allocation(location="gpu", phase="always", label="CUDA and NCCL", num_bytes=CONTEXT_BYTES, formula="a guess")
     for phase in ("always", "update", "sampling"):
-        rest = sum(need.num_bytes for need in counted if need.phase == phase and need.what != VLLM)
+        rest = sum(need.num_bytes for need in counted if need.phase == phase and need.label != VLLM)
         if rest:
-            size = ceil(NOT_COUNTED * rest)
-            yield Need(where="gpu", phase=phase, what="what is not counted", num_bytes=size, how="a tenth of the rest")
+            size = ceil(UNCOUNTED_FRACTION * rest)
+            yield Allocation(location="gpu", phase=phase, label="what is not counted", num_bytes=size, formula="a tenth of the rest")
 
 
-def _held(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Need]:
+def _held(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Allocation]:
     model, train = recipe.model, recipe.train
-    weight = bytes_of(model.dtype)
-    trained = shape.num_adapters or shape.num_params
+    weight = dtype_bytes(model.dtype)
+    trained = shape.num_lora_params or shape.num_params
     # Adapters are float32 whatever the base is.
-    wide = FLOAT if shape.num_adapters else weight
+    wide = FLOAT_BYTES if shape.num_lora_params else weight
     share = f" / {num_gpus} GPUs" if num_gpus > 1 else ""
 
-    def need(what: str, count: float, each: int, *, how: str, phase: Phase = "always") -> Need:
-        return Need(where="gpu", phase=phase, what=what, num_bytes=ceil(count * each / num_gpus), how=how + share)
+    def need(what: str, count: float, each: int, *, how: str, phase: MemoryPhase = "always") -> Allocation:
+        return Allocation(location="gpu", phase=phase, label=what, num_bytes=ceil(count * each / num_gpus), formula=how + share)
 
     yield need("weights", shape.num_params, weight, how=f"{_count(shape.num_params)} x {weight} B")
-    if shape.num_adapters:
-        yield need("adapters", shape.num_adapters, FLOAT, how=f"{_count(shape.num_adapters)} x {FLOAT} B")
+    if shape.num_lora_params:
+        yield need("adapters", shape.num_lora_params, FLOAT_BYTES, how=f"{_count(shape.num_lora_params)} x {FLOAT_BYTES} B")
     # Given back when the update is made, so they are not there to sample.
     yield need("gradients", trained, wide, how=f"{_count(trained)} x {wide} B", phase="update")
     if train.optimizer == "adamw":
@@ -83,98 +83,98 @@ def _held(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Need]
     else:
         floats = shape.adafactor_floats
         yield need("Adafactor's rows and columns", floats, wide, how=f"{_count(floats)} x {wide} B")
-    if recipe.loss.kl_coef > 0 and not shape.num_adapters:
+    if recipe.loss.kl_coef > 0 and not shape.num_lora_params:
         how = f"{_count(shape.num_params)} x {weight} B"
         yield need("frozen base of the KL term", shape.num_params, weight, how=how)
 
 
-def _update(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Need]:
+def _update(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Allocation]:
     model, train = recipe.model, recipe.train
-    compute, weight = bytes_of(model.precision), bytes_of(model.dtype)
-    tokens = max(train.micro_batch_tokens, longest_row(recipe))
+    compute, weight = dtype_bytes(model.precision), dtype_bytes(model.dtype)
+    tokens = max(train.micro_batch_tokens, max_row_tokens(recipe))
     chunk = min(train.logit_chunk_tokens, tokens)
 
-    def need(what: str, num_bytes: float, how: str) -> Need:
-        return Need(where="gpu", phase="update", what=what, num_bytes=ceil(num_bytes), how=how)
+    def need(what: str, num_bytes: float, how: str) -> Allocation:
+        return Allocation(location="gpu", phase="update", label=what, num_bytes=ceil(num_bytes), formula=how)
 
     if model.gradient_checkpointing:
-        a_token = shape.checkpointed_bytes + shape.layer_bytes
-        how = f"{tokens:,} tokens x ({_kb(shape.checkpointed_bytes)} + a layer's {_kb(shape.layer_bytes)})"
+        a_token = shape.checkpointed_activation_bytes + shape.layer_activation_bytes
+        how = f"{tokens:,} tokens x ({_kb(shape.checkpointed_activation_bytes)} + a layer's {_kb(shape.layer_activation_bytes)})"
     else:
-        a_token, how = shape.saved_bytes, f"{tokens:,} tokens x {_kb(shape.saved_bytes)}"
+        a_token, how = shape.activation_bytes, f"{tokens:,} tokens x {_kb(shape.activation_bytes)}"
     yield need("activations", tokens * a_token, how)
-    if shape.vision_bytes and recipe.task.max_prompt_tokens:
-        images = tokens * recipe.task.max_prompt_tokens / longest_row(recipe)
-        one = shape.vision_bytes
+    if shape.vision_activation_bytes and recipe.task.max_prompt_tokens:
+        images = tokens * recipe.task.max_prompt_tokens / max_row_tokens(recipe)
+        one = shape.vision_activation_bytes
         yield need("vision tower", images * one, f"at most {images:,.0f} image tokens x {_kb(one)}")
-    rows = chunk * shape.vocab * (CHUNK_COPIES * FLOAT + compute)
-    yield need("logits of a chunk", rows, f"{chunk:,} tokens x {shape.vocab:,} x {CHUNK_COPIES * FLOAT + compute} B")
+    rows = chunk * shape.vocab_size * (CHUNK_COPIES * FLOAT_BYTES + compute)
+    yield need("logits of a chunk", rows, f"{chunk:,} tokens x {shape.vocab_size:,} x {CHUNK_COPIES * FLOAT_BYTES + compute} B")
     if num_gpus > 1:
-        gathered = shape.outside_blocks + 2 * shape.largest_block
+        gathered = shape.root_params + 2 * shape.largest_block_params
         yield need("gathered blocks", gathered * (compute + weight), "embedding, head and two blocks, and gradients")
     elif compute < weight:
         yield need("weights in bfloat16", shape.num_params * compute, f"{_count(shape.num_params)} x {compute} B")
-    trained = shape.num_adapters or shape.num_params
-    wide = FLOAT if shape.num_adapters else weight
+    trained = shape.num_lora_params or shape.num_params
+    wide = FLOAT_BYTES if shape.num_lora_params else weight
     yield need("a guide's part of the gradient", trained * wide / num_gpus, "a copy while a group is mixed")
 
 
-def _sampling(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:
+def _sampling(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[Allocation]:
     """By the trainer's own model, or by vLLM on the same GPU; a server has GPUs of its own."""
     num_gpus = trainer_gpus(recipe, footing)
-    compute = bytes_of(recipe.model.precision)
+    compute = dtype_bytes(recipe.model.precision)
     if recipe.engine.kind == "vllm":
         share = int(recipe.engine.vllm.gpu_memory_utilization * footing.gpu_bytes)
         phase = "sampling" if recipe.engine.vllm.enable_sleep_mode else "always"
         how = f"engine.vllm.gpu_memory_utilization={recipe.engine.vllm.gpu_memory_utilization:g} of the GPU"
-        yield Need(where="gpu", phase=phase, what=VLLM, num_bytes=share, how=how)
+        yield Allocation(location="gpu", phase=phase, label=VLLM, num_bytes=share, formula=how)
         return
     # Scoring, the sync's probe included, gathers them whoever samples.
-    if num_gpus > 1 or compute < bytes_of(recipe.model.dtype):
+    if num_gpus > 1 or compute < dtype_bytes(recipe.model.dtype):
         whole = shape.num_params * compute
         how = f"{_count(shape.num_params)} x {compute} B"
-        yield Need(where="gpu", phase="sampling", what="whole weights", num_bytes=whole, how=how)
+        yield Allocation(location="gpu", phase="sampling", label="whole weights", num_bytes=whole, formula=how)
     if recipe.engine.kind == "vllm_server":
         return
     rows = min(recipe.engine.max_num_seqs, ceil(recipe.train.prompts_per_step * recipe.train.group_size / num_gpus))
-    cache = rows * longest_row(recipe) * shape.cache_floats * compute
-    how = f"{rows} rows x {longest_row(recipe):,} tokens x {_kb(shape.cache_floats * compute)}"
-    yield Need(where="gpu", phase="sampling", what="KV cache", num_bytes=cache, how=how)
-    logits = rows * shape.vocab * (SAMPLER_COPIES * FLOAT + compute)
-    yield Need(where="gpu", phase="sampling", what="logits", num_bytes=logits, how=f"{rows} rows x {shape.vocab:,}")
+    cache = rows * max_row_tokens(recipe) * shape.kv_cache_floats * compute
+    how = f"{rows} rows x {max_row_tokens(recipe):,} tokens x {_kb(shape.kv_cache_floats * compute)}"
+    yield Allocation(location="gpu", phase="sampling", label="KV cache", num_bytes=cache, formula=how)
+    logits = rows * shape.vocab_size * (SAMPLER_COPIES * FLOAT_BYTES + compute)
+    yield Allocation(location="gpu", phase="sampling", label="logits", num_bytes=logits, formula=f"{rows} rows x {shape.vocab_size:,}")
 
 
-def _pushing(recipe: Recipe, shape: ModelShape) -> Iterator[Need]:
+def _pushing(recipe: Recipe, shape: ModelShape) -> Iterator[Allocation]:
     """The policy pushed along its own motion: an older model beside it, or weights that are moved and put back."""
     if not recipe.uses_motion:
         return
-    weight, compute = bytes_of(recipe.model.dtype), bytes_of(recipe.model.precision)
+    weight, compute = dtype_bytes(recipe.model.dtype), dtype_bytes(recipe.model.precision)
     # Adapters are float32, and both models share one base.
-    trained, wide = (shape.num_adapters, FLOAT) if shape.num_adapters else (shape.num_params, weight)
+    trained, wide = (shape.num_lora_params, FLOAT_BYTES) if shape.num_lora_params else (shape.num_params, weight)
     how = f"{_count(trained)} x {wide} B"
     if recipe.extrapolation.space == "weights":
-        yield Need(where="gpu", phase="sampling", what="moved weights", num_bytes=trained * wide, how=how)
+        yield Allocation(location="gpu", phase="sampling", label="moved weights", num_bytes=trained * wide, formula=how)
         return
-    yield Need(where="gpu", phase="always", what="an older copy", num_bytes=trained * wide, how=how)
+    yield Allocation(location="gpu", phase="always", label="an older copy", num_bytes=trained * wide, formula=how)
     rows = min(recipe.engine.max_num_seqs, recipe.train.prompts_per_step * recipe.train.group_size)
-    size = rows * longest_row(recipe) * shape.cache_floats * compute
-    yield Need(where="gpu", phase="sampling", what="its KV cache", num_bytes=size, how=f"at most {rows} rows")
+    size = rows * max_row_tokens(recipe) * shape.kv_cache_floats * compute
+    yield Allocation(location="gpu", phase="sampling", label="its KV cache", num_bytes=size, formula=f"at most {rows} rows")
 
 
-def engine_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:
+def engine_needs(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[Allocation]:
     """Of each GPU of a vLLM server: its part of the weights, and a cache in which at least one response has room."""
     if not engine_gpus(recipe):
         return
-    parallel, compute = recipe.engine.vllm.tensor_parallel_size, bytes_of(recipe.model.precision)
+    parallel, compute = recipe.engine.vllm.tensor_parallel_size, dtype_bytes(recipe.model.precision)
 
-    def need(what: str, num_bytes: float, how: str) -> Need:
-        return Need(where="engine gpu", phase="always", what=what, num_bytes=ceil(num_bytes), how=how)
+    def need(what: str, num_bytes: float, how: str) -> Allocation:
+        return Allocation(location="engine gpu", phase="always", label=what, num_bytes=ceil(num_bytes), formula=how)
 
     yield need(
         "weights", shape.num_params * compute / parallel, f"{_count(shape.num_params)} x {compute} B / {parallel}"
     )
-    least = longest_row(recipe) * shape.cache_floats * compute / parallel
-    yield need("KV cache of one response", least, f"{longest_row(recipe):,} tokens; what is left serves more of them")
+    least = max_row_tokens(recipe) * shape.kv_cache_floats * compute / parallel
+    yield need("KV cache of one response", least, f"{max_row_tokens(recipe):,} tokens; what is left serves more of them")
     yield need(
         "what vLLM leaves alone",
         (1 - recipe.engine.vllm.gpu_memory_utilization) * footing.gpu_bytes,
@@ -182,20 +182,20 @@ def engine_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterato
     )
 
 
-def host_needs(recipe: Recipe, shape: ModelShape, footing: Footing) -> Iterator[Need]:
+def host_needs(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[Allocation]:
     """Of the memory of one machine."""
     processes = min(footing.gpus_per_machine, max(1, trainer_gpus(recipe, footing)))
-    held, weight = shape.num_params, bytes_of(recipe.model.dtype)
+    held, weight = shape.num_params, dtype_bytes(recipe.model.dtype)
 
-    def need(phase: Phase, what: str, num_bytes: float, *, how: str) -> Need:
-        return Need(where="host", phase=phase, what=what, num_bytes=ceil(num_bytes), how=how)
+    def need(phase: MemoryPhase, what: str, num_bytes: float, *, how: str) -> Allocation:
+        return Allocation(location="host", phase=phase, label=what, num_bytes=ceil(num_bytes), formula=how)
 
     guess = f"{processes} x a guess of {PROCESS_BYTES // 10**9} GB"
     yield need("always", "processes", processes * PROCESS_BYTES, how=guess)
-    written = shape.num_adapters * FLOAT if shape.num_adapters else held * weight
+    written = shape.num_lora_params * FLOAT_BYTES if shape.num_lora_params else held * weight
     yield need("saving", "weights on their way to the disk", written, how="gathered by the first process")
     if recipe.engine.kind == "vllm" and recipe.engine.vllm.enable_sleep_mode:
-        each = held * bytes_of(recipe.model.precision) * processes
+        each = held * dtype_bytes(recipe.model.precision) * processes
         yield need("update", "vLLM's weights while it sleeps", each, how=f"{processes} engines")
 
 

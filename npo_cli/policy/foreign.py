@@ -10,33 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.errors import NpoError
-from npo_cli.policy.adapters import CONFIG_FILE, INCIDENTAL, TENSORS_FILE, adapter_tensors
+from npo_cli.policy.adapters import CONFIG_FILE, IGNORED_CONFIG_KEYS, TENSORS_FILE, adapter_tensors
 from npo_cli.policy.model import Policy
 from npo_cli.policy.weights import check_tensors, copy_tensors, read_tensors
 
-TRAINING_ONLY = frozenset({"lora_dropout", "init_lora_weights", "task_type", "auto_mapping", "r", "lora_alpha"})
+TRAINING_ONLY_KEYS = frozenset({"lora_dropout", "init_lora_weights", "task_type", "auto_mapping", "r", "lora_alpha"})
 """Entries that do not change the function, and those that the settings took over."""
-PLAIN_STARTS = (True, False, "gaussian")
+SUPPORTED_INITS = (True, False, "gaussian")
 """Start values that leave the base as it was."""
-MEND = "merge them into their base (peft: merge_and_unload, save_pretrained) and import that folder"
+MERGE_HINT = "merge them into their base (peft: merge_and_unload, save_pretrained) and import that folder"
 
 
-def lora_settings_of(folder: Path) -> list[str]:
+def read_lora_settings(folder: Path) -> list[str]:
     """`KEY=VALUE` settings under which a policy has the adapters of this folder."""
-    said = read_config(folder)
+    said = read_adapter_config(folder)
     rank, alpha, targets = (said.get(name) for name in ("r", "lora_alpha", "target_modules"))
     if said.get("peft_type") != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise NpoError(f"{folder}: these adapters are {said.get('peft_type')}, and npo reads LoRA only", MEND)
+        raise NpoError(f"{folder}: these adapters are {said.get('peft_type')}, and npo reads LoRA only", MERGE_HINT)
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise NpoError(f"{folder}: target_modules is {targets!r}, not a list of layers' names", MEND)
-    if said.get("init_lora_weights", True) not in PLAIN_STARTS:
-        raise NpoError(f"{folder}: init_lora_weights={said['init_lora_weights']} changed the base itself", MEND)
+        raise NpoError(f"{folder}: target_modules is {targets!r}, not a list of layers' names", MERGE_HINT)
+    if said.get("init_lora_weights", True) not in SUPPORTED_INITS:
+        raise NpoError(f"{folder}: init_lora_weights={said['init_lora_weights']} changed the base itself", MERGE_HINT)
     settings = [f"model.lora.rank={rank}", f"model.lora.alpha={alpha}", f"model.lora.targets={json.dumps(targets)}"]
     base = said.get("base_model_name_or_path")
     return [*settings, f"model.path={json.dumps(base)}"] if isinstance(base, str) and base else settings
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """peft's adapter_config.json."""
     path = folder / CONFIG_FILE
     try:
@@ -48,23 +48,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def take_adapters(policy: Policy, folder: Path) -> None:
+def import_adapters(policy: Policy, folder: Path) -> None:
     """Copy a folder's adapters into the policy's; refused where they are another function or do not fit."""
     assert policy.adapters is not None, "a policy without adapters takes none"
-    refuse_other_function(policy.adapters.config, folder)
+    check_adapter_config(policy.adapters.config, folder)
     tensors, own = read_tensors(folder, TENSORS_FILE), adapter_tensors(policy.model)
     check_tensors(own, tensors, folder)
     copy_tensors(own, tensors)
-    policy.mark_written()
+    policy.mark_weights_changed()
 
 
-def refuse_other_function(ours: Mapping[str, Any], folder: Path) -> None:
+def check_adapter_config(ours: Mapping[str, Any], folder: Path) -> None:
     """Whatever both programs write into a config must be the same, training aside."""
-    said = read_config(folder)
+    said = read_adapter_config(folder)
     same = {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in said.items()}
-    compared = sorted((ours.keys() & same.keys()) - INCIDENTAL - TRAINING_ONLY)
+    compared = sorted((ours.keys() & same.keys()) - IGNORED_CONFIG_KEYS - TRAINING_ONLY_KEYS)
     differing = [f"{name} {same[name]}" for name in compared if same[name] != ours[name]]
     if (said.get("r"), said.get("lora_alpha")) != (ours["r"], ours["lora_alpha"]):
         differing.append(f"rank {said.get('r')} and alpha {said.get('lora_alpha')}")
     if differing:
-        raise NpoError(f"{folder}: npo has no such adapters: {', '.join(differing[:3])}", MEND)
+        raise NpoError(f"{folder}: npo has no such adapters: {', '.join(differing[:3])}", MERGE_HINT)

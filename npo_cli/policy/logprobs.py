@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from npo_cli.records import ImageRef
 
-PROBE_GAIN = 1000.0
+HEAD_TEST_SCALE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +46,12 @@ class PackedRows:
     target_M: Tensor
     mask_NT: Tensor
     """True where a response token is, end token included."""
-    sights: Mapping[str, Tensor] = field(default_factory=dict)
+    vision_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """What the model reads beside the ids; nothing where no row shows a picture."""
-    silent_ids: tuple[int, ...] = ()
+    suppressed_ids: tuple[int, ...] = ()
     """Tokens that the policy never writes."""
 
-    def spread(self, values_M: Tensor) -> Tensor:
+    def to_padded(self, values_M: Tensor) -> Tensor:
         """Per-token values on a line become `(N, T)`, 0 in the padding."""
         return values_M.new_zeros(self.mask_NT.shape).masked_scatter(self.mask_NT, values_M)
 
@@ -108,13 +108,13 @@ def response_hidden(model: PreTrainedModel, packed: PackedRows, *, plain_head: b
     A model whose logits are scaled or capped after the head gives its own logits, of every position.
     """
     if not plain_head:
-        logits_NLW = model(input_ids=packed.input_ids_NL, **packed.sights, use_cache=False).logits
+        logits_NLW = model(input_ids=packed.input_ids_NL, **packed.vision_inputs, use_cache=False).logits
         return logits_NLW[packed.row_M, packed.position_M], torch.nn.Identity()
-    hidden_NLH = model.base_model(input_ids=packed.input_ids_NL, **packed.sights, use_cache=False).last_hidden_state
+    hidden_NLH = model.base_model(input_ids=packed.input_ids_NL, **packed.vision_inputs, use_cache=False).last_hidden_state
     return hidden_NLH[packed.row_M, packed.position_M], model.get_output_embeddings()
 
 
-def without_words(head: Head, silent_ids: Sequence[int]) -> Head:
+def suppress_tokens(head: Head, silent_ids: Sequence[int]) -> Head:
     """The same head for a policy that never writes these tokens: their probability is 0."""
     if not silent_ids:
         return head
@@ -133,7 +133,7 @@ def token_scores(
 ) -> TokenScores:
     """Score the packed responses; differentiable where gradients are on."""
     hidden_MH, head = response_hidden(model, packed, plain_head=plain_head)
-    head = without_words(head, packed.silent_ids)
+    head = suppress_tokens(head, packed.suppressed_ids)
     pieces = []
     for start in range(0, len(packed.target_M), chunk_tokens):
         part = slice(start, start + chunk_tokens)
@@ -144,14 +144,14 @@ def token_scores(
             pieces.append(chunk_scores(*inputs, temperature=temperature))
     logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*pieces, strict=True))
     return TokenScores(
-        logps_NT=packed.spread(logps_M),
-        entropies_NT=packed.spread(entropies_M),
-        collisions_NT=packed.spread(collisions_M),
+        logps_NT=packed.to_padded(logps_M),
+        entropies_NT=packed.to_padded(entropies_M),
+        collisions_NT=packed.to_padded(collisions_M),
     )
 
 
 @contextmanager
-def recomputing(model: PreTrainedModel) -> Iterator[None]:
+def recompute_activations(model: PreTrainedModel) -> Iterator[None]:
     """Let a model with gradient checkpointing drop its activations: transformers does so in training mode only.
 
     Dropout was taken out when the model was loaded, so the mode changes nothing else.
@@ -164,7 +164,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
         model.eval()
 
 
-def without_dropout(model: PreTrainedModel) -> None:
+def remove_dropout(model: PreTrainedModel) -> None:
     """Take dropout out of a model for good, in whatever mode it is."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -174,14 +174,14 @@ def without_dropout(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def head_is_plain(model: PreTrainedModel) -> bool:
+def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether head(hidden) equals the model's own logits: false for models that scale or cap them afterwards.
 
     The head's output is blown up for the test: a cap leaves the small logits of an untrained model as they are.
     """
     probe = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
     head = model.get_output_embeddings()
-    amplifier = head.register_forward_hook(lambda _head, _inputs, logits: logits * PROBE_GAIN + PROBE_GAIN)
+    amplifier = head.register_forward_hook(lambda _head, _inputs, logits: logits * HEAD_TEST_SCALE + HEAD_TEST_SCALE)
     try:
         hidden_1LH = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
         ours, theirs = head(hidden_1LH), model(input_ids=probe, use_cache=False).logits

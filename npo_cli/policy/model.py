@@ -15,36 +15,36 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from npo_cli.config import ModelSettings
-from npo_cli.errors import NpoError, set_aside
+from npo_cli.errors import NpoError, damaged_checkpoint_hint
 from npo_cli.policy.adapters import (
-    Adapters,
+    AdapterInfo,
     adapter_tensors,
-    attach,
+    attach_adapters,
     base_tensors,
     load_adapters,
     save_adapters,
-    switched_off,
+    disable_adapters,
 )
 from npo_cli.policy.devices import choose_device
-from npo_cli.policy.gguf import PACKAGES, is_packaged, load_packaged
+from npo_cli.policy.gguf import GGUF_PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
     TokenScores,
-    head_is_plain,
+    has_plain_head,
     pack_rows,
-    recomputing,
+    recompute_activations,
     token_scores,
-    without_dropout,
+    remove_dropout,
 )
 from npo_cli.policy.precision import mixed_precision, patch_with_liger
-from npo_cli.policy.sharding import Shared, Whole
-from npo_cli.policy.vision import Vision, load_vision, model_class
-from npo_cli.policy.weights import load_weights, refuse_filled_in, tensors_digest
+from npo_cli.policy.sharding import ShardingContext, UnshardedView
+from npo_cli.policy.vision import Vision, load_vision, find_model_class
+from npo_cli.policy.weights import load_weights, check_loaded_weights, tensors_digest
 from npo_cli.records import Prompt
 
-EMBEDDED = Path(__file__).parent.parent / "assets" / "micro-base"
-SHIPPED = ("micro-base", *PACKAGES)
-MODEL_WANTED = "set model.path to a folder or hub id of a causal language model with its weights and tokenizer"
+MICRO_BASE_FOLDER = Path(__file__).parent.parent / "assets" / "micro-base"
+BUNDLED_MODELS = ("micro-base", *GGUF_PACKAGES)
+MODEL_HINT = "set model.path to a folder or hub id of a causal language model with its weights and tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,15 +55,15 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     plain_head: bool
     """Logits are the head's output as it is, so responses can be scored in chunks."""
-    adapters: Adapters | None
+    adapters: AdapterInfo | None
     """What is trained in place of the weights; None where every weight is."""
     compute_dtype: torch.dtype
     """Of the forward pass."""
     vision: Vision | None = None
     """What it sees with; None where it reads text alone."""
-    bare: bool = False
+    is_base_only: bool = False
     """Score without the adapters."""
-    shared: Shared | None = None
+    shared: ShardingContext | None = None
     """How its weights are held by several processes; None where this one has them all."""
 
     @property
@@ -103,35 +103,35 @@ class Policy:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every whole tensor of the model under its name there."""
-        return self.model.state_dict() if self.shared is None else self.shared.whole("all")
+        return self.model.state_dict() if self.shared is None else self.shared.gather_weights("all")
 
     @property
-    def whole_model(self) -> PreTrainedModel | Whole:
+    def full_model(self) -> PreTrainedModel | UnshardedView:
         """The model as an engine is shown it."""
-        return self.model if self.shared is None else Whole(self.model, self.shared)
+        return self.model if self.shared is None else UnshardedView(self.model, self.shared)
 
     @property
-    def frozen(self) -> dict[str, Tensor]:
+    def base_weights(self) -> dict[str, Tensor]:
         """The base's weights under their own names, adapters left out."""
-        return base_tensors(self.model) if self.shared is None else self.shared.whole("base")
+        return base_tensors(self.model) if self.shared is None else self.shared.gather_weights("base")
 
     @property
-    def trained(self) -> dict[str, Tensor]:
+    def adapter_weights(self) -> dict[str, Tensor]:
         """The adapters as they are now, under the names of peft's files."""
-        return adapter_tensors(self.model) if self.shared is None else self.shared.whole("adapters")
+        return adapter_tensors(self.model) if self.shared is None else self.shared.gather_weights("adapters")
 
     @property
-    def base(self) -> "Policy":
+    def base_policy(self) -> "Policy":
         """The frozen base of a policy with adapters: the same model, scored without them."""
         assert self.adapters is not None, "there is no base beside the weights that are trained"
         return replace(self, bare=True)
 
     @property
-    def num_changes(self) -> int:
+    def num_weight_changes(self) -> int:
         """How often weights were written to: torch counts writes in place, `mark_written` those that it misses."""
         return sum(tensor._version for tensor in self.model.state_dict(keep_vars=True).values())
 
-    def mark_written(self) -> None:
+    def mark_weights_changed(self) -> None:
         """After an update: a fused optimiser writes past torch's counter."""
         torch.autograd.graph.increment_version(list(self.model.parameters()))
 
@@ -144,7 +144,7 @@ class Policy:
         """Token ids of a prompt: plain text as it is, messages through the chat template, pictures as image tokens."""
         if self.vision is not None:
             special = prompt.text is not None
-            return tuple(self.tokenizer(self.vision.text_of(prompt), add_special_tokens=special).input_ids)
+            return tuple(self.tokenizer(self.vision.render_prompt(prompt), add_special_tokens=special).input_ids)
         if prompt.text is not None:
             return tuple(self.tokenizer(prompt.text).input_ids)
         turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
@@ -174,12 +174,12 @@ class Policy:
             load_weights(self.model, folder)
         else:
             load_adapters(self.model, self.adapters, folder)
-        self.mark_written()
+        self.mark_weights_changed()
 
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` opens as it is: transformers', or with adapters peft's."""
         if self.adapters is not None:
-            save_adapters(self.trained, self.adapters, folder)
+            save_adapters(self.adapter_weights, self.adapters, folder)
             return
         self.model.save_pretrained(folder, state_dict=None if self.shared is None else self.tensors)
         self.tokenizer.save_pretrained(folder)
@@ -189,10 +189,10 @@ class Policy:
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
-        packed = packed if self.vision is None else self.vision.seen(packed, rows)
+        packed = packed if self.vision is None else self.vision.attach_images(packed, rows)
         scores = token_scores if self.shared is None else self.shared.token_scores
-        bare = switched_off(self.model) if self.bare else nullcontext()
-        with recomputing(self.model), bare, mixed_precision(self.model, self.compute_dtype):
+        bare = disable_adapters(self.model) if self.is_base_only else nullcontext()
+        with recompute_activations(self.model), bare, mixed_precision(self.model, self.compute_dtype):
             return scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
@@ -216,8 +216,8 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
         raise NpoError(
             f"{settings.path}: neither tokenizer nor generation config names an end token", "set eos_token_id there"
         )
-    without_dropout(model)
-    adapters = attach(model, settings.lora, path=settings.path) if with_lora else None
+    remove_dropout(model)
+    adapters = attach_adapters(model, settings.lora, path=settings.path) if with_lora else None
     model = model.to(device).eval()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -226,7 +226,7 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     policy = Policy(
         model=model,
         tokenizer=tokenizer,
-        plain_head=head_is_plain(model),
+        plain_head=has_plain_head(model),
         adapters=adapters,
         compute_dtype=getattr(torch, settings.precision),
         vision=vision,
@@ -241,10 +241,10 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
     if folder is None and is_packaged(settings.path):
         return load_packaged(settings.path, dtype=dtype, attention=settings.attention)
     source = str(folder or find_model(settings.path))
-    mend = MODEL_WANTED if folder is None else set_aside(folder)
+    mend = MODEL_HINT if folder is None else damaged_checkpoint_hint(folder)
     tokenizer = _load_tokenizer(source, mend=mend)
     try:
-        model, found = model_class(source).from_pretrained(
+        model, found = find_model_class(source).from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=settings.attention,
@@ -255,7 +255,7 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise NpoError(f"{source}: no causal language model could be loaded: {_first_line(error)}", mend) from error
     if folder is None:
-        refuse_filled_in(model, missing=found["missing_keys"], misshapen=found["mismatched_keys"], source=source)
+        check_loaded_weights(model, missing=found["missing_keys"], misshapen=found["mismatched_keys"], source=source)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise NpoError(
             f"{source}: the tokenizer has more tokens than the model has embeddings", "use the model's own tokenizer"
@@ -266,15 +266,15 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
 def find_model(path: str) -> str | Path:
     """The folder that `model.path` means, or the hub id it is; a slip is told before the hub is asked."""
     if path == "micro-base":
-        return EMBEDDED
+        return MICRO_BASE_FOLDER
     folder = Path(path).expanduser()
     if path and folder.is_dir():
         return folder
     if not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
         raise NpoError(
-            f"model.path={path} is not a folder", f"name a model folder, a hub id, or {' or '.join(SHIPPED)}"
+            f"model.path={path} is not a folder", f"name a model folder, a hub id, or {' or '.join(BUNDLED_MODELS)}"
         )
-    near = get_close_matches(path.lower(), SHIPPED, n=1, cutoff=0.8)
+    near = get_close_matches(path.lower(), BUNDLED_MODELS, n=1, cutoff=0.8)
     if near:
         raise NpoError(f"model.path={path} is neither a folder nor a model that npo knows", f"set model.path={near[0]}")
     return path

@@ -17,21 +17,21 @@ from transformers import PreTrainedModel
 from npo_cli.policy.sharding import is_shard
 
 STATE_FILE = "optimizer.safetensors"
-SHARDS = "shard-*.safetensors"
+SHARD_GLOB = "shard-*.safetensors"
 
 
 def has_shards(folder: Path) -> bool:
     """Whether several processes wrote this training state."""
-    return any(folder.glob(SHARDS))
+    return any(folder.glob(SHARD_GLOB))
 
 
-def small_state(folder: Path, *, start: str = "", end: str = "") -> dict[str, Tensor]:
+def read_small_tensors(folder: Path, *, start: str = "", end: str = "") -> dict[str, Tensor]:
     """Tensors of optimizer.safetensors whose names begin and end like that; the others are not read."""
     with safe_open(folder / STATE_FILE, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys() if name.startswith(start) and name.endswith(end)}  # noqa: SIM118
 
 
-def whole_state(folder: Path) -> dict[str, Tensor]:
+def read_full_state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a training state, put together in this process."""
     tensors = load_file(folder / STATE_FILE)
     if has_shards(folder):
@@ -59,7 +59,7 @@ def _filled(folder: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     return wanted
 
 
-def shards_of(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+def read_shards(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     """The moments of a model in shards: of each whole one on the disk, this process's part."""
     sizes, wanted = _sizes(folder), {}
     for name, parameter in model.named_parameters():
@@ -67,7 +67,7 @@ def shards_of(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
             if key.rpartition(".")[0] == name and size == parameter.shape:
                 wanted[key] = torch.zeros_like(parameter, dtype=dtype)
     # How many steps each parameter has made is a number, which nobody cuts.
-    return _filled(folder, wanted) | small_state(folder, end=".step")
+    return _filled(folder, wanted) | read_small_tensors(folder, end=".step")
 
 
 def save_shards(folder: Path, shards: dict[str, Tensor]) -> None:

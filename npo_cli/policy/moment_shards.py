@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npo_cli.errors import NpoError
-from npo_cli.policy.moment_files import save_shards, shards_of
-from npo_cli.policy.optimizer import fill_moments
+from npo_cli.policy.moment_files import save_shards, read_shards
+from npo_cli.policy.optimizer import restore_moments
 from npo_cli.policy.sharding import is_shard
-from npo_cli.policy.team import Member
+from npo_cli.policy.team import Worker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,7 @@ class SaveMoments:
     folder: Path
     phase = "save the optimizer"
 
-    def take_part(self, member: Member) -> None:
+    def run(self, member: Worker) -> None:
         """One file a process; a run before its first update has nothing to write."""
         _need(self.folder)
         model, optimizer, found = member.models[self.name], member.optimizer, {}
@@ -41,20 +41,20 @@ class LoadMoments:
     folder: Path
     phase = "load the optimizer"
 
-    def take_part(self, member: Member) -> None:
+    def run(self, member: Worker) -> None:
         """The optimiser's state is replaced."""
         _need(self.folder)
         model = member.models[self.name]
-        fill_moments(self.folder, shards_of(model, self.folder), model=model, optimizer=member.optimizer)
+        restore_moments(self.folder, read_shards(model, self.folder), model=model, optimizer=member.optimizer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ForgetMoments:
+class ResetMoments:
     """The optimiser starts afresh."""
 
     phase = "reset the optimizer"
 
-    def take_part(self, member: Member) -> None:
+    def run(self, member: Worker) -> None:
         """No state is left."""
         assert member.optimizer is not None
         member.optimizer.state.clear()

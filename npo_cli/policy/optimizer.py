@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from npo_cli.auto_records import Mistake
+from npo_cli.auto_records import FailedPrompt
 from npo_cli.config import TrainSettings
-from npo_cli.errors import NpoError, set_aside
-from npo_cli.guide_records import Experience, Push, PushChoice, Success
-from npo_cli.policy.moment_files import STATE_FILE, small_state, whole_state
-from npo_cli.policy.sharding import is_shard, local
+from npo_cli.errors import NpoError, damaged_checkpoint_hint
+from npo_cli.guide_records import ReplayBuffer, ExtrapolationSpec, ExtrapolationState, Success
+from npo_cli.policy.moment_files import STATE_FILE, read_small_tensors, read_full_state
+from npo_cli.policy.sharding import is_shard, local_tensor
 
 SCALARS_FILE = "state.json"
 
@@ -34,13 +34,13 @@ class TrainerState:
     """Steps done."""
     position: int
     """Data cursor: prompts drawn since the start of the run."""
-    trackers: Mapping[str, float]
+    running_metrics: Mapping[str, float]
     """Running figures: tokens generated, reward and entropy averages."""
-    mistakes: tuple[Mistake, ...] = ()
+    failed_prompts: tuple[FailedPrompt, ...] = ()
     """Newest failed prompts, oldest first: what AutoNPO asks again."""
-    experience: Experience | None = None
+    replay_buffer: ReplayBuffer | None = None
     """Past successes to be replayed; None where the recipe has no use for them."""
-    choice: PushChoice | None = None
+    extrapolation_choice: ExtrapolationState | None = None
     """How the policy is pushed along its own motion; None where that was never chosen anew."""
 
 
@@ -56,7 +56,7 @@ def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> Optimize
     return AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=fused)
 
 
-def state_shapes(optimizer: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+def optimizer_state_shapes(optimizer: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ...]]:
     """What the optimiser keeps of a parameter once it has moved it, by its own names; `step` is one number."""
     shape = tuple(parameter.shape)
     if isinstance(optimizer, AdamW):
@@ -86,7 +86,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def random_streams() -> tuple[dict[str, Tensor], dict[str, object]]:
+def read_random_state() -> tuple[dict[str, Tensor], dict[str, object]]:
     """State of every global random stream: torch's as tensors, Python's and numpy's as JSON."""
     tensors = {"rng.torch": torch.get_rng_state()}
     for index in range(torch.cuda.device_count()):
@@ -97,14 +97,14 @@ def random_streams() -> tuple[dict[str, Tensor], dict[str, object]]:
     return tensors, {"python": [version, list(words), gauss], "numpy": numpy_state}
 
 
-def seed_streams(seed: int) -> None:
+def seed_random_state(seed: int) -> None:
     """Start every global random stream from the run's seed: what an anchor saves is then the seed's alone."""
     torch.manual_seed(seed % 2**63)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
 
 
-def restore_streams(tensors: Mapping[str, Tensor], scalars: Mapping[str, list]) -> None:
+def restore_random_state(tensors: Mapping[str, Tensor], scalars: Mapping[str, list]) -> None:
     """Put the global random streams back where they were."""
     torch.set_rng_state(tensors["rng.torch"])
     for index in range(torch.cuda.device_count()):
@@ -121,7 +121,7 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, st
 
     Moments in shards are left to `moment_shards.SaveMoments`, which every process takes part in.
     """
-    tensors, streams = random_streams()
+    tensors, streams = read_random_state()
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if not is_shard(value):
@@ -130,88 +130,88 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, st
     scalars = {
         "step": state.step,
         "position": state.position,
-        "trackers": dict(state.trackers),
-        "mistakes": [[each.prompt_id, each.step, each.accuracy, each.epoch] for each in state.mistakes],
+        "trackers": dict(state.running_metrics),
+        "mistakes": [[each.prompt_id, each.step, each.accuracy, each.epoch] for each in state.failed_prompts],
         "rng": streams,
     }
-    if state.experience is not None:
-        scalars["experience"] = asdict(state.experience)
-    if state.choice is not None:
-        scalars["choice"] = asdict(state.choice)
+    if state.replay_buffer is not None:
+        scalars["experience"] = asdict(state.replay_buffer)
+    if state.extrapolation_choice is not None:
+        scalars["choice"] = asdict(state.extrapolation_choice)
     (folder / SCALARS_FILE).write_text(json.dumps(scalars))
 
 
 def _read_state(folder: Path, *, moments: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         scalars = json.loads((folder / SCALARS_FILE).read_text(encoding="ascii"))
-        return whole_state(folder) if moments else small_state(folder, start="rng."), scalars
+        return read_full_state(folder) if moments else read_small_tensors(folder, start="rng."), scalars
     except (OSError, ValueError, SafetensorError) as error:
-        raise NpoError(f"{folder}: the training state cannot be read: {error}", set_aside(folder.parent)) from error
+        raise NpoError(f"{folder}: the training state cannot be read: {error}", damaged_checkpoint_hint(folder.parent)) from error
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> TrainerState:
     """The reverse of `save_state`, in place; random streams included."""
     tensors, scalars = _read_state(folder, moments=True)
-    fill_moments(folder, tensors, model=model, optimizer=optimizer)
-    restore_streams(tensors, scalars["rng"])
+    restore_moments(folder, tensors, model=model, optimizer=optimizer)
+    restore_random_state(tensors, scalars["rng"])
     return _state_of(scalars)
 
 
-def load_streams(folder: Path) -> TrainerState:
+def load_state_without_moments(folder: Path) -> TrainerState:
     """The same without the moments, where they are in shards."""
     tensors, scalars = _read_state(folder, moments=False)
-    restore_streams(tensors, scalars["rng"])
+    restore_random_state(tensors, scalars["rng"])
     return _state_of(scalars)
 
 
 def load_moments(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
     """The optimiser's moments alone."""
-    fill_moments(folder, _read_state(folder, moments=True)[0], model=model, optimizer=optimizer)
+    restore_moments(folder, _read_state(folder, moments=True)[0], model=model, optimizer=optimizer)
 
 
-def fill_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: Optimizer) -> None:
+def restore_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: Optimizer) -> None:
     """Moments by parameter name into the optimiser, in place of what it has; refused where they do not fit."""
     has_moments = any(not key.startswith("rng.") for key in tensors)
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
-        shapes = state_shapes(optimizer, parameter)
+        shapes = optimizer_state_shapes(optimizer, parameter)
         found = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
         if has_moments and parameter.requires_grad and found.keys() != shapes.keys():
-            raise NpoError(f"{folder}: optimizer state of {name} is missing", set_aside(folder.parent))
-        if not all(value.shape == shapes[key] and torch.isfinite(local(value)).all() for key, value in found.items()):
+            raise NpoError(f"{folder}: optimizer state of {name} is missing", damaged_checkpoint_hint(folder.parent))
+        if not all(value.shape == shapes[key] and torch.isfinite(local_tensor(value)).all() for key, value in found.items()):
             raise NpoError(
-                f"{folder}: optimizer state of {name} has another shape or is not finite", set_aside(folder.parent)
+                f"{folder}: optimizer state of {name} has another shape or is not finite", damaged_checkpoint_hint(folder.parent)
             )
         if found:
             moved = {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}
             optimizer.state[parameter] = moved
 
 
-def peek_state(folder: Path) -> TrainerState:
+def read_trainer_state(folder: Path) -> TrainerState:
     """What a step needs besides weights and moments, read without touching any optimiser."""
     return _state_of(_read_state(folder, moments=False)[1])
 
 
 def _state_of(scalars: Mapping[str, Any]) -> TrainerState:
     mistakes = tuple(
-        Mistake(prompt_id=prompt_id, step=step, accuracy=accuracy, epoch=epoch)
+        FailedPrompt(prompt_id=prompt_id, step=step, accuracy=accuracy, epoch=epoch)
         for prompt_id, step, accuracy, epoch in scalars.get("mistakes", ())
     )
     kept, choice = scalars.get("experience"), scalars.get("choice")
     return TrainerState(
         step=scalars["step"],
         position=scalars["position"],
-        trackers=scalars["trackers"],
-        mistakes=mistakes,
-        experience=None if kept is None else _experience_of(kept),
-        choice=choice and PushChoice(push=Push(**choice["push"]), asking=choice["asking"]),
+        running_metrics=scalars["trackers"],
+        failed_prompts=mistakes,
+        replay_buffer=None if kept is None else _experience_of(kept),
+        extrapolation_choice=choice and ExtrapolationState(spec=ExtrapolationSpec(**choice["push"]), is_active=choice["asking"]),
     )
 
 
-def _experience_of(kept: Mapping[str, Any]) -> Experience:
+def _experience_of(kept: Mapping[str, Any]) -> ReplayBuffer:
     def success(row: Mapping[str, Any]) -> Success:
         ids, logps = tuple(row["response_ids"]), tuple(row["behavior_logps"])
         return Success(response_ids=ids, behavior_logps=logps, text=row["text"], step=row["step"])
 
     successes = {name: tuple(map(success, rows)) for name, rows in kept["successes"].items()}
-    return Experience(**{**kept, "successes": successes})
+    return ReplayBuffer(**{**kept, "successes": successes})

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from npo_cli.errors import NpoError
 
-OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+LIGER_OPTIONS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 """Of Liger's kernels: log-probabilities are computed in `logprobs.py`, for response tokens alone."""
 
 
@@ -35,4 +35,4 @@ def patch_with_liger(model: PreTrainedModel) -> None:
         raise NpoError("model.liger=true, but liger-kernel is not installed", "pip install 'npo[liger]'")
     from transformers.integrations.liger import apply_liger_kernel
 
-    apply_liger_kernel(model, OWN_LOSS)
+    apply_liger_kernel(model, LIGER_OPTIONS)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 PEAK_LR = 2e-3
 WARMUP_STEPS = 20
-FINAL_LR_SHARE = 0.1
+FINAL_LR_FRACTION = 0.1
 BATCH_ROWS = 128
 END = "</s>"
 
@@ -64,9 +64,9 @@ def padded_batch(rows: Sequence[list[int]], *, prompt_tokens: int, pad_id: int) 
     return inputs_NL, targets_NL
 
 
-def lr_share(step: int, num_steps: int) -> float:
+def lr_factor(step: int, num_steps: int) -> float:
     """Linear warm-up, then linear decay to a tenth."""
-    return min(1.0, step / WARMUP_STEPS) * (1 - (1 - FINAL_LR_SHARE) * step / num_steps)
+    return min(1.0, step / WARMUP_STEPS) * (1 - (1 - FINAL_LR_FRACTION) * step / num_steps)
 
 
 def pretrain(
@@ -88,7 +88,7 @@ def pretrain(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * lr_share(step, num_steps)
+            group["lr"] = PEAK_LR * lr_factor(step, num_steps)
         optimizer.step()
         yield step, loss.item()
     model.save_pretrained(out)

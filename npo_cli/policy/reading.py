@@ -7,13 +7,13 @@ from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt
 
 
-def require_reader(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
+def check_prompt_support(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
     """Eyes for pictures, a template for chats. `path` names the model in an error."""
-    require_sight(policy, prompts, path)
-    require_chat_template(policy, prompts, path)
+    check_vision_support(policy, prompts, path)
+    check_chat_template(policy, prompts, path)
 
 
-def require_sight(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
+def check_vision_support(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
     """Pictures need a vision-language model."""
     if policy.vision is None and any(prompt.images for prompt in prompts):
         raise NpoError(
@@ -22,7 +22,7 @@ def require_sight(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
         )
 
 
-def require_chat_template(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
+def check_chat_template(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
     """Chat prompts need a template; say so before anything is trained."""
     if any(prompt.messages for prompt in prompts) and not policy.tokenizer.chat_template:
         raise NpoError(

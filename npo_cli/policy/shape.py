@@ -17,13 +17,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError
 from npo_cli.plan_records import ModelShape
-from npo_cli.policy.adapters import target_names
+from npo_cli.policy.adapters import resolve_target_modules
 from npo_cli.policy.gguf import is_packaged, packaged_config
-from npo_cli.policy.model import MODEL_WANTED, find_model
+from npo_cli.policy.model import MODEL_HINT, find_model
 from npo_cli.policy.precision import mixed_precision
-from npo_cli.policy.vision import class_of
+from npo_cli.policy.vision import choose_model_class
 
-PROBE_TOKENS = 251
+TRACE_TOKENS = 251
 """A prime, so that no size of the model is taken for the length of the probe."""
 
 
@@ -34,24 +34,24 @@ def model_shape(settings: ModelSettings) -> ModelShape:
     compute = getattr(torch, settings.precision)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = empty_model(config, settings)
-        blocks = blocks_of(model)
+        blocks = transformer_blocks(model)
         in_blocks = sum(map(num_params, blocks))
         text = config.get_text_config()
-        full, checkpointed = (saved_bytes(model, compute, checkpointing=on) / PROBE_TOKENS for on in (False, True))
-        trained = trained_shapes(model, settings)
+        full, checkpointed = (saved_bytes(model, compute, checkpointing=on) / TRACE_TOKENS for on in (False, True))
+        trained = trainable_shapes(model, settings)
         return ModelShape(
             num_params=num_params(model),
-            num_adapters=sum(map(_size, trained)) if settings.lora.rank else 0,
-            adafactor_floats=sum(map(factored, trained)),
-            largest_block=max(map(num_params, blocks), default=0),
-            outside_blocks=num_params(model) - in_blocks,
-            hidden=text.hidden_size,
-            vocab=text.vocab_size,
-            cache_floats=2 * text.num_hidden_layers * _kv_width(text),
-            saved_bytes=full,
-            checkpointed_bytes=checkpointed,
-            layer_bytes=full / text.num_hidden_layers,
-            vision_bytes=vision_bytes(config, compute, checkpointing=settings.gradient_checkpointing),
+            num_lora_params=sum(map(_size, trained)) if settings.lora.rank else 0,
+            adafactor_floats=sum(map(adafactor_numel, trained)),
+            largest_block_params=max(map(num_params, blocks), default=0),
+            root_params=num_params(model) - in_blocks,
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            kv_cache_floats=2 * text.num_hidden_layers * _kv_width(text),
+            activation_bytes=full,
+            checkpointed_activation_bytes=checkpointed,
+            layer_activation_bytes=full / text.num_hidden_layers,
+            vision_activation_bytes=vision_bytes(config, compute, checkpointing=settings.gradient_checkpointing),
         )
 
 
@@ -66,17 +66,17 @@ def model_config(settings: ModelSettings) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise NpoError(
-            f"{path}: no model config could be read: {first}", f"{MODEL_WANTED}, or a config.json"
+            f"{path}: no model config could be read: {first}", f"{MODEL_HINT}, or a config.json"
         ) from error
 
 
 def empty_model(config: PreTrainedConfig, settings: ModelSettings) -> PreTrainedModel:
     """The architecture with tensors that hold nothing; only under FakeTensorMode."""
-    kind: Any = class_of(config)
+    kind: Any = choose_model_class(config)
     return kind.from_config(config, dtype=getattr(torch, settings.dtype), attn_implementation=settings.attention)
 
 
-def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+def transformer_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The layers that transformers itself says must not be split."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
@@ -87,12 +87,12 @@ def num_params(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def trained_shapes(model: PreTrainedModel, settings: ModelSettings) -> list[tuple[int, ...]]:
+def trainable_shapes(model: PreTrainedModel, settings: ModelSettings) -> list[tuple[int, ...]]:
     """Of every tensor that the optimiser moves: all of them, or a pair of rank r beside each adapted layer."""
     rank = settings.lora.rank
     if rank is None:
         return [tuple(parameter.shape) for parameter in model.parameters()]
-    targets = set(target_names(model, settings.lora.targets))
+    targets = set(resolve_target_modules(model, settings.lora.targets))
     adapted = [
         module
         for name, module in model.named_modules()
@@ -102,7 +102,7 @@ def trained_shapes(model: PreTrainedModel, settings: ModelSettings) -> list[tupl
     return [shape for pair in pairs for shape in pair]
 
 
-def factored(shape: tuple[int, ...]) -> int:
+def adafactor_numel(shape: tuple[int, ...]) -> int:
     """What Adafactor keeps of a tensor: a row and a column of each matrix, else one figure a weight."""
     if len(shape) < 2:
         return _size(shape)
@@ -117,18 +117,18 @@ def saved_bytes(model: PreTrainedModel, compute: torch.dtype, *, checkpointing: 
     model.train(checkpointing)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long)
+    ids = torch.zeros((1, TRACE_TOKENS), dtype=torch.long)
     matrices = {tuple(sorted(parameter.shape)) for parameter in model.parameters() if parameter.dim() == 2}
 
     def counts(tensor: Tensor) -> bool:
         # A weight, or its copy in the precision of the pass; and a mask that only a traced pass makes.
-        return tuple(sorted(tensor.shape)) not in matrices and tensor.shape[-2:] != (PROBE_TOKENS, PROBE_TOKENS)
+        return tuple(sorted(tensor.shape)) not in matrices and tensor.shape[-2:] != (TRACE_TOKENS, TRACE_TOKENS)
 
     with mixed_precision(model, compute):
-        return counted(lambda: model.base_model(input_ids=ids, use_cache=False), counts)
+        return count_saved_bytes(lambda: model.base_model(input_ids=ids, use_cache=False), counts)
 
 
-def counted(forward: Callable[[], object], counts: Callable[[Tensor], bool]) -> int:
+def count_saved_bytes(forward: Callable[[], object], counts: Callable[[Tensor], bool]) -> int:
     """Bytes of the storages that autograd saves in a pass, each once."""
     saved: dict[int, tuple[Any, int]] = {}
 

@@ -17,47 +17,47 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from npo_cli.parallel_settings import DistributedSettings
-from npo_cli.policy.adapters import Adapters, adapter_tensors, base_tensors, fitting_adapters
+from npo_cli.policy.adapters import AdapterInfo, adapter_tensors, base_tensors, read_fitting_adapters
 from npo_cli.policy.logprobs import PackedRows, TokenScores, token_scores
-from npo_cli.policy.team import Member, Team
-from npo_cli.policy.weights import fitting_weights, tied_names
+from npo_cli.policy.team import Worker, WorkerGroup
+from npo_cli.policy.weights import read_fitting_weights, tied_names
 
-Part = Literal["all", "base", "adapters"]
-SCORING = "npo_token_scores"
+WeightScope = Literal["all", "base", "adapters"]
+SCORE_METHOD = "npo_token_scores"
 """Name of the method by which a model in shards scores: FSDP2 gathers weights around methods that it was told of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shared:
+class ShardingContext:
     """What a policy knows of the other processes that hold parts of its weights."""
 
-    team: Team
+    worker_group: WorkerGroup
     name: str
     """The model's name in pieces of work."""
     tied: Sequence[set[str]]
     """Names of one tensor, looked up while it was whole."""
-    reshard: bool
+    reshard_after_forward: bool
     """A layer's gathered weights go after its forward pass."""
 
-    def whole(self, part: Part) -> dict[str, Tensor]:
+    def gather_weights(self, part: WeightScope) -> dict[str, Tensor]:
         """Whole tensors on the CPU, gathered to rank 0."""
-        return self.team.work_alike(Gather(name=self.name, part=part, tied=self.tied))[0]
+        return self.worker_group.broadcast(GatherWeights(name=self.name, scope=part, tied=self.tied))[0]
 
-    def load(self, model: PreTrainedModel, adapters: Adapters | None, folder: Path) -> None:
+    def load(self, model: PreTrainedModel, adapters: AdapterInfo | None, folder: Path) -> None:
         """A checkpoint's weights or adapters; this process alone reads them, and the others get what fits."""
         if adapters is None:
-            self.spread("all", fitting_weights(model, folder, tied=self.tied))
+            self.scatter_weights("all", read_fitting_weights(model, folder, tied=self.tied))
         else:
-            self.spread("adapters", fitting_adapters(model, adapters, folder))
+            self.scatter_weights("adapters", read_fitting_adapters(model, adapters, folder))
 
-    def spread(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
+    def scatter_weights(self, part: WeightScope, tensors: Mapping[str, Tensor]) -> None:
         """Every process gets its shard of these whole tensors."""
-        others = Spread(name=self.name, part=part, names=tuple(tensors), tensors=None)
-        mine = Spread(name=self.name, part=part, names=tuple(tensors), tensors=tensors)
-        self.team.work([mine, *[others] * (self.team.size - 1)])
+        others = ScatterWeights(name=self.name, scope=part, names=tuple(tensors), tensors=None)
+        mine = ScatterWeights(name=self.name, scope=part, names=tuple(tensors), tensors=tensors)
+        self.worker_group.scatter([mine, *[others] * (self.worker_group.world_size - 1)])
 
     @contextmanager
-    def gathered(self, model: PreTrainedModel) -> Iterator[None]:
+    def unshard_weights(self, model: PreTrainedModel) -> Iterator[None]:
         """All weights whole in every process, so that each may make as many forward passes as it likes."""
         from torch.distributed.fsdp import FSDPModule
 
@@ -70,22 +70,22 @@ class Shared:
         finally:
             for part in parts:
                 part.reshard()
-                part.set_reshard_after_forward(self.reshard and part is not model, recurse=False)
+                part.set_reshard_after_forward(self.reshard_after_forward and part is not model, recurse=False)
 
     def token_scores(
         self, model: PreTrainedModel, packed: PackedRows, *, temperature: float, chunk_tokens: int, plain_head: bool
     ) -> TokenScores:
         """`logprobs.token_scores` with the weights gathered around it."""
-        found = getattr(model, SCORING)(
+        found = getattr(model, SCORE_METHOD)(
             packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=plain_head
         )
         return TokenScores(logps_NT=found[0], entropies_NT=found[1], collisions_NT=found[2])
 
 
-class Whole:
+class UnshardedView:
     """A model in shards, for who wants its tensors whole: an engine that is sent them."""
 
-    def __init__(self, model: PreTrainedModel, shared: Shared) -> None:
+    def __init__(self, model: PreTrainedModel, shared: ShardingContext) -> None:
         self._model, self._shared = model, shared
 
     @property
@@ -95,13 +95,13 @@ class Whole:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Gathered to rank 0's CPU memory."""
-        return self._shared.whole("all")
+        return self._shared.gather_weights("all")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
 
-def shard(
+def shard_model(
     model: PreTrainedModel, settings: DistributedSettings, *, compute_dtype: torch.dtype, size: int
 ) -> list[set[str]]:
     """Cut the model's weights in place, a layer at a time; the names that shared a tensor before."""
@@ -120,8 +120,8 @@ def shard(
         fully_shard(module, **common, reshard_after_forward=settings.reshard_after_forward)
     # What is left (embedding, last norm, head) stays gathered between forward and backward: both ends need it.
     fully_shard(model, **common, reshard_after_forward=False)
-    setattr(model, SCORING, MethodType(_scores, model))
-    register_fsdp_forward_method(model, SCORING)
+    setattr(model, SCORE_METHOD, MethodType(_scores, model))
+    register_fsdp_forward_method(model, SCORE_METHOD)
     return tied
 
 
@@ -130,20 +130,20 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As a plain tuple: FSDP2 looks for tensors in what a method returns, and does not look into records."""
     found = token_scores(model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=plain_head)
-    if torch.is_grad_enabled() and not packed.sights:
+    if torch.is_grad_enabled() and not packed.vision_inputs:
         # Every process has a gradient for the same weights, 0 for those of a tower that it did not use.
-        idle = [parameter for parameter in tower_of(model) if parameter.requires_grad]
+        idle = [parameter for parameter in vision_tower_parameters(model) if parameter.requires_grad]
         found = replace(found, logps_NT=found.logps_NT + sum(0.0 * parameter.sum() for parameter in idle))
     return found.logps_NT, found.entropies_NT, found.collisions_NT
 
 
-def tower_of(model: PreTrainedModel) -> list[Tensor]:
+def vision_tower_parameters(model: PreTrainedModel) -> list[Tensor]:
     """Parameters of what a model sees with: neither text layers nor head."""
     text = {id(each) for part in (model.get_decoder(), model.get_output_embeddings()) for each in part.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in text]
 
 
-def parts_of(model: PreTrainedModel, part: Part) -> dict[str, Tensor]:
+def select_tensors(model: PreTrainedModel, part: WeightScope) -> dict[str, Tensor]:
     """The model's own tensors, or the base's, or the adapters', under the names of their files."""
     choose = {"all": PreTrainedModel.state_dict, "base": base_tensors, "adapters": adapter_tensors}
     return choose[part](model)
@@ -154,30 +154,30 @@ def is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this process holds of it."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
-def as_number(tensor: Tensor) -> float:
+def to_scalar(tensor: Tensor) -> float:
     """The value of a number of which every process may hold a part."""
     return (tensor.full_tensor() if is_shard(tensor) else tensor).item()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gather:
+class GatherWeights:
     """Whole tensors to rank 0."""
 
     name: str
-    part: Part
+    scope: WeightScope
     tied: Sequence[set[str]]
     phase = "gather the weights"
 
-    def take_part(self, member: Member) -> dict[str, Tensor] | None:
+    def run(self, member: Worker) -> dict[str, Tensor] | None:
         """One tensor at a time; two names of one tensor stay that."""
         found, whole, leads = {}, {}, torch.distributed.get_rank() == 0
         first = {name: min(names) for names in self.tied for name in names}
-        for name, tensor in parts_of(member.models[self.name], self.part).items():
+        for name, tensor in select_tensors(member.models[self.name], self.scope).items():
             twin = first.get(name, name)
             if twin not in whole:
                 full = tensor.full_tensor() if is_shard(tensor) else tensor
@@ -187,23 +187,23 @@ class Gather:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
+class ScatterWeights:
     """Rank 0's whole tensors to everybody's shards."""
 
     name: str
-    part: Part
+    scope: WeightScope
     names: tuple[str, ...]
     tensors: Mapping[str, Tensor] | None
     """Rank 0 alone has them."""
     phase = "spread the weights"
 
     @torch.no_grad()
-    def take_part(self, member: Member) -> None:
+    def run(self, member: Worker) -> None:
         """One tensor at a time, in place."""
         from torch.distributed.tensor import distribute_tensor
 
         model = member.models[self.name]
-        own = parts_of(model, self.part)
+        own = select_tensors(model, self.scope)
         for name in self.names:
             mine = own[name]
             full = torch.empty(mine.shape, dtype=mine.dtype) if self.tensors is None else self.tensors[name]

@@ -21,45 +21,45 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.launched import Place
+from npo_cli.launched import LaunchInfo
 
 JOIN, STOP = "join", "stop"
-SILENCE = 3.0
+REPORT_SECONDS = 3.0
 """Seconds in which a process that only waited for another says so."""
 DAY = timedelta(days=1)
-GO_ON = "npo resume RUN goes on from the last checkpoint"
+RESUME_HINT = "npo resume RUN goes on from the last checkpoint"
 
 
 @dataclass(kw_only=True)
-class Member:
+class Worker:
     """What one process holds: its shards of each model, and of the optimiser's state."""
 
     models: dict[str, PreTrainedModel] = field(default_factory=dict)
     """By the name under which the pieces of work speak of them."""
     optimizer: Optimizer | None = None
-    team: "Team" = field(init=False)
+    worker_group: "WorkerGroup" = field(init=False)
 
 
-class Piece(Protocol):
+class WorkerTask(Protocol):
     """Common work, as one process is told of it."""
 
     @property
     def phase(self) -> str:
         """What it is, for people."""
 
-    def take_part(self, member: Any) -> Any:
+    def run(self, member: Any) -> Any:
         """Do this process's share; the answer goes to rank 0."""
 
 
-class Team:
+class WorkerGroup:
     """All processes of the job, seen from one of them."""
 
-    def __init__(self, place: Place, member: Member) -> None:
-        self.rank, self.size, self.member = place.rank, place.size, member
-        member.team = self
+    def __init__(self, place: LaunchInfo, member: Worker) -> None:
+        self.rank, self.world_size, self.worker = place.rank, place.world_size, member
+        member.worker_group = self
         self.deadline = 0.0
         """Seconds; 0 before anybody has joined."""
-        self.where = ""
+        self.context = ""
         """Added to a phase: `step 7`."""
         self._store = next(dist.rendezvous("env://"))[0]
         self._num_orders = 0
@@ -71,26 +71,26 @@ class Team:
             with self._told_apart(JOIN):
                 self._meet(deadline, device)
 
-    def work(self, pieces: Sequence[Piece]) -> list[Any]:
+    def scatter(self, pieces: Sequence[WorkerTask]) -> list[Any]:
         """One piece a process, by rank; the answers, by rank."""
         mine, *others = pieces
-        phase = f"`{mine.phase}` of {self.where}" if self.where else f"`{mine.phase}`"
+        phase = f"`{mine.phase}` of {self.context}" if self.context else f"`{mine.phase}`"
         self._order({"phase": phase})
         with self._told_apart(phase):
             dist.scatter_object_list([None], [None, *others], src=0)
-            answer = mine.take_part(self.member)
-            answers = [None] * self.size
+            answer = mine.run(self.worker)
+            answers = [None] * self.world_size
             # The own answer may be a whole model: it stays here.
             dist.gather_object(None, answers, dst=0)
             # Everybody has read it, or there would be no answers.
             self._store.delete_key(f"npo/order/{self._num_orders - 1}")
         return [answer, *answers[1:]]
 
-    def work_alike(self, piece: Piece) -> list[Any]:
+    def broadcast(self, piece: WorkerTask) -> list[Any]:
         """The same piece to every process."""
-        return self.work([piece] * self.size)
+        return self.scatter([piece] * self.world_size)
 
-    def follow(self) -> None:
+    def serve(self) -> None:
         """The whole life of any other rank: piece after piece, until rank 0 says that it is over."""
         while (order := self._next_order())["phase"] != STOP:
             with self._told_apart(order["phase"]):
@@ -99,10 +99,10 @@ class Team:
                     continue
                 box: list[Any] = [None]
                 dist.scatter_object_list(box, None, src=0)
-                dist.gather_object(box[0].take_part(self.member), None, dst=0)
+                dist.gather_object(box[0].take_part(self.worker), None, dst=0)
         self._store.set(f"npo/left/{self.rank}", "")
 
-    def dismiss(self, *, failed: bool) -> None:
+    def shut_down(self, *, failed: bool) -> None:
         """Rank 0 has no more work: whoever waits for some may leave."""
         with suppress(dist.DistError):
             if failed:
@@ -110,8 +110,8 @@ class Team:
             self._order({"phase": STOP})
             if not failed:
                 # The store may end with this process: let them read it.
-                left = [f"npo/left/{rank}" for rank in range(1, self.size)]
-                self._store.wait(left, timedelta(seconds=SILENCE))
+                left = [f"npo/left/{rank}" for rank in range(1, self.world_size)]
+                self._store.wait(left, timedelta(seconds=REPORT_SECONDS))
         if self.deadline and not failed:
             dist.destroy_process_group()
 
@@ -130,7 +130,7 @@ class Team:
             except dist.DistStoreError:
                 continue
             except dist.DistNetworkError as error:
-                raise RunFailed("rank 0, or the launcher, is gone", GO_ON) from error
+                raise RunFailed("rank 0, or the launcher, is gone", RESUME_HINT) from error
         self._num_orders += 1
         return json.loads(self._store.get(key))
 
@@ -138,7 +138,7 @@ class Team:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         store = dist.PrefixStore("npo/group", self._store)
         patience = timedelta(seconds=deadline)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=patience)
         dist.barrier()
         self.deadline = deadline
 
@@ -151,7 +151,7 @@ class Team:
         try:
             yield
         except Exception as error:
-            if not lost_contact(error):
+            if not is_connection_lost(error):
                 self._say_end(json.dumps(_as_fault(error, f"rank {self.rank} failed in {phase}")))
                 raise
             self._say_end("")
@@ -162,8 +162,8 @@ class Team:
 
     def _loss(self, phase: str, seconds: float, error: Exception) -> BaseException:
         """What is to be said of a lost contact; nothing by others while rank 0 is there to say it."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        until = time.monotonic() + SILENCE
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        until = time.monotonic() + REPORT_SECONDS
         while time.monotonic() < until and not all(self._store.check([f"npo/end/{rank}"]) for rank in others):
             time.sleep(0.05)
         ends = {rank: self._store.get(f"npo/end/{rank}") for rank in others if self._store.check([f"npo/end/{rank}"])}
@@ -174,14 +174,14 @@ class Team:
             return (NpoError if fault["mistake"] else RunFailed)(fault["message"], fault["hint"])
         silent = [rank for rank in others if rank not in ends]
         if not silent:
-            return RunFailed(f"the processes lost contact in {phase}: {_first_line(error)}", GO_ON)
+            return RunFailed(f"the processes lost contact in {phase}: {_first_line(error)}", RESUME_HINT)
         names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
         hung = seconds >= self.deadline > 0
         how = f"did not finish {phase} within {self.deadline:g} s" if hung else f"died in {phase}"
-        return RunFailed(f"{names} {how}", GO_ON)
+        return RunFailed(f"{names} {how}", RESUME_HINT)
 
 
-def lost_contact(error: Exception) -> bool:
+def is_connection_lost(error: Exception) -> bool:
     """Whether a collective failed because of another process; gloo's are RuntimeErrors that name its source."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
@@ -193,29 +193,29 @@ def _as_fault(error: Exception, who: str) -> dict[str, Any]:
         mistake = not isinstance(error, RunFailed)
         return {"mistake": mistake, "message": f"{who}: {error.message}", "hint": error.hint}
     text = f"{who}: {type(error).__name__}: {_first_line(error)}"
-    return {"mistake": False, "message": text, "hint": f"NPO_DEBUG=1 shows where it happened; {GO_ON}"}
+    return {"mistake": False, "message": text, "hint": f"NPO_DEBUG=1 shows where it happened; {RESUME_HINT}"}
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-_TEAM: ContextVar[Team | None] = ContextVar("team", default=None)
+_TEAM: ContextVar[WorkerGroup | None] = ContextVar("team", default=None)
 
 
-def team_here() -> Team | None:
+def current_worker_group() -> WorkerGroup | None:
     """The team that this process leads; None where it works alone."""
     return _TEAM.get()
 
 
 @contextmanager
-def leading(place: Place, member: Member) -> Iterator[None]:
+def lead_workers(place: LaunchInfo, worker: Worker) -> Iterator[None]:
     """Rank 0 for the length of a command; however it ends, the others are told."""
-    team, failed = Team(place, member), True
+    team, failed = WorkerGroup(place, worker), True
     known = _TEAM.set(team)
     try:
         yield
         failed = False
     finally:
         _TEAM.reset(known)
-        team.dismiss(failed=failed)
+        team.shut_down(failed=failed)

@@ -32,22 +32,22 @@ from transformers.utils import cached_file
 from npo_cli.errors import NpoError
 from npo_cli.images import open_image, require_pillow
 from npo_cli.policy.logprobs import PackedRows, TokenRow
-from npo_cli.records import IMAGE_MARK, ImageRef, Prompt
+from npo_cli.records import IMAGE_PLACEHOLDER, ImageRef, Prompt
 
 if TYPE_CHECKING:
     from npo_cli.images import Image
 
-KNOWN = ("qwen3_vl",)
+SUPPORTED_MODEL_TYPES = ("qwen3_vl",)
 """config.model_type of the models whose inputs are made here."""
-FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
 """What a model's folder holds for its processor."""
 CACHE_BYTES = 256 << 20
 
-Pictures = tuple[ImageRef, ...]
+RowImages = tuple[ImageRef, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pixels:
+class ImagePatches:
     """One picture as the vision tower reads it."""
 
     patches: Tensor
@@ -60,16 +60,16 @@ class Pixels:
 class PixelCache:
     """The newest pictures by digest, together below CACHE_BYTES but for the last one."""
 
-    _held: "OrderedDict[str, Pixels]" = field(default_factory=OrderedDict)
+    _held: "OrderedDict[str, ImagePatches]" = field(default_factory=OrderedDict)
     _num_bytes: int = 0
 
-    def take(self, digest: str) -> Pixels | None:
+    def pop(self, digest: str) -> ImagePatches | None:
         """Out of the cache: whoever wants it kept puts it back, as the newest."""
         found = self._held.pop(digest, None)
         self._num_bytes -= 0 if found is None else found.patches.nbytes
         return found
 
-    def put(self, digest: str, pixels: Pixels) -> None:
+    def put(self, digest: str, pixels: ImagePatches) -> None:
         """As the newest; the oldest make room."""
         self._held[digest] = pixels
         self._num_bytes += pixels.patches.nbytes
@@ -86,36 +86,36 @@ class Vision:
     processor: BaseImageProcessor
     files: Mapping[str, bytes]
     """The processor's own by name, which every checkpoint gets."""
-    silent_ids: tuple[int, ...]
+    suppressed_ids: tuple[int, ...]
     """Tokens that a policy never writes."""
     _cache: "PixelCache" = field(default_factory=PixelCache)
 
     @property
-    def image_id(self) -> int:
+    def image_token_id(self) -> int:
         """The token that stands for a part of a picture."""
         return self.config.image_token_id
 
-    def text_of(self, prompt: Prompt) -> str:
+    def render_prompt(self, prompt: Prompt) -> str:
         """The prompt as the tokenizer reads it, each mark spelled as the image tokens of its picture."""
         if prompt.text is not None:
-            whole = self.spelled("vision_start_token_id", "image_token_id", "vision_end_token_id")
-            text = prompt.text.replace(IMAGE_MARK, whole)
+            whole = self.tokens_to_text("vision_start_token_id", "image_token_id", "vision_end_token_id")
+            text = prompt.text.replace(IMAGE_PLACEHOLDER, whole)
         else:
             turns = [{"role": turn.role, "content": _parts(turn.content)} for turn in prompt.messages]
             text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        before, *after = text.split(self.spelled("image_token_id"))
+        before, *after = text.split(self.tokens_to_text("image_token_id"))
         if len(after) != len(prompt.images):
             raise NpoError(
                 f"prompt {prompt.prompt_id} has {len(prompt.images)} images, but its text and the chat template make "
                 f"{len(after)} places for them",
-                f"take {self.spelled('image_token_id')} out of the text, or use the model's own chat template",
+                f"take {self.tokens_to_text('image_token_id')} out of the text, or use the model's own chat template",
             )
-        token = self.spelled("image_token_id")
+        token = self.tokens_to_text("image_token_id")
         return before + "".join(
             token * self.num_tokens(ref, prompt) + rest for ref, rest in zip(prompt.images, after, strict=True)
         )
 
-    def spelled(self, *names: str) -> str:
+    def tokens_to_text(self, *names: str) -> str:
         """Tokens that the model's config names, as text."""
         return "".join(self.tokenizer.convert_ids_to_tokens([getattr(self.config, name) for name in names]))
 
@@ -125,41 +125,41 @@ class Vision:
             num_patches = self.processor.get_number_of_image_patches(ref.height, ref.width, {})
         except ValueError as error:
             raise NpoError(
-                f"prompt {prompt.prompt_id}, {ref.place}: {ref.width} x {ref.height} pixels cannot be read: {error}",
+                f"prompt {prompt.prompt_id}, {ref.location}: {ref.width} x {ref.height} pixels cannot be read: {error}",
                 "crop the picture, or remove the row",
             ) from error
         return num_patches // self.processor.merge_size**2
 
-    def inputs(self, ids_NL: Tensor, images: Sequence[Pictures]) -> dict[str, Tensor]:
+    def build_inputs(self, ids_NL: Tensor, images: Sequence[RowImages]) -> dict[str, Tensor]:
         """What the model wants beside these ids, whose rows show these pictures; nothing where none shows any.
 
         `mm_token_type_ids` is 1 where a picture stands: transformers counts positions along its rows and columns there.
         """
-        shown = [self.pixels(ref) for row in images for ref in row]
+        shown = [self.load_patches(ref) for row in images for ref in row]
         if not shown:
             return {}
         device = ids_NL.device
         return {
             "pixel_values": torch.cat([pixels.patches for pixels in shown]).to(device),
             "image_grid_thw": torch.cat([pixels.grid_13 for pixels in shown]).to(device),
-            "mm_token_type_ids": (ids_NL == self.image_id).int(),
+            "mm_token_type_ids": (ids_NL == self.image_token_id).int(),
         }
 
-    def seen(self, packed: PackedRows, rows: Sequence[TokenRow]) -> PackedRows:
+    def attach_images(self, packed: PackedRows, rows: Sequence[TokenRow]) -> PackedRows:
         """The same rows with what they show."""
-        sights = self.inputs(packed.input_ids_NL, [row.images for row in rows])
-        return replace(packed, sights=sights, silent_ids=self.silent_ids)
+        sights = self.build_inputs(packed.input_ids_NL, [row.images for row in rows])
+        return replace(packed, sights=sights, silent_ids=self.suppressed_ids)
 
-    def pixels(self, ref: ImageRef) -> Pixels:
+    def load_patches(self, ref: ImageRef) -> ImagePatches:
         """The picture's patches: opened, checked against its digest, and kept for a while."""
-        found = self._cache.take(ref.sha256)
+        found = self._cache.pop(ref.sha256)
         if found is None:
             made = self.processor(images=[open_image(ref)], return_tensors="pt")
-            found = Pixels(patches=made["pixel_values"], grid_13=made["image_grid_thw"])
+            found = ImagePatches(patches=made["pixel_values"], grid_13=made["image_grid_thw"])
         self._cache.put(ref.sha256, found)
         return found
 
-    def still(self, ref: ImageRef) -> "Image.Image":
+    def resize_image(self, ref: ImageRef) -> "Image.Image":
         """The picture in the size in which the tower sees it, resized as `pixels` does."""
         size = self.processor.size
         height, width = smart_resize(
@@ -179,19 +179,19 @@ class Vision:
 
 def _parts(content: str) -> list[dict[str, str]]:
     """A turn as the chat template of a vision-language model takes it."""
-    first, *rest = content.split(IMAGE_MARK)
+    first, *rest = content.split(IMAGE_PLACEHOLDER)
     parts: list[dict[str, str]] = [{"type": "text", "text": first}] if first else []
     for text in rest:
         parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
     return parts
 
 
-def model_class(source: str) -> type:
+def find_model_class(source: str) -> type:
     """The transformers class that opens this folder or hub id: with the vision tower, where there is one."""
-    return class_of(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    return choose_model_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
 
 
-def class_of(config: PreTrainedConfig) -> type:
+def choose_model_class(config: PreTrainedConfig) -> type:
     """The same of a config."""
     return AutoModelForImageTextToText if _has_tower(config) else AutoModelForCausalLM
 
@@ -205,14 +205,14 @@ def load_vision(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> V
     source, config = model.name_or_path, model.config
     if not _has_tower(config):
         return None
-    if config.model_type not in KNOWN:
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
         raise NpoError(
             f"{source} is a vision-language model of the kind {config.model_type}; npo reads pictures for "
-            f"{', '.join(KNOWN)} only",
+            f"{', '.join(SUPPORTED_MODEL_TYPES)} only",
             "choose one of those, or a text model",
         )
     require_pillow()
-    found = [_file(source, name) for name in FILES]
+    found = [_file(source, name) for name in PROCESSOR_FILES]
     try:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -226,7 +226,7 @@ def load_vision(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> V
         tokenizer=tokenizer,
         processor=processor,
         files=files,
-        silent_ids=(config.image_token_id, config.video_token_id),
+        suppressed_ids=(config.image_token_id, config.video_token_id),
     )
 
 

@@ -14,20 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npo_cli.errors import NpoError, set_aside
+from npo_cli.errors import NpoError, damaged_checkpoint_hint
 
 
 def read_tensors(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Tensor]:
     """All tensors of the folder's files of that name."""
     files = sorted(folder.glob(pattern))
     if not files:
-        raise NpoError(f"{folder} holds no {pattern}", set_aside(folder))
+        raise NpoError(f"{folder} holds no {pattern}", damaged_checkpoint_hint(folder))
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
             tensors |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise NpoError(f"{file} cannot be read: {error}", set_aside(folder)) from error
+            raise NpoError(f"{file} cannot be read: {error}", damaged_checkpoint_hint(folder)) from error
     return tensors
 
 
@@ -52,10 +52,10 @@ def check_tensors(
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
     kinds = sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point())
     findings = {"missing": missing, "extra": extra, "of another shape": shapes, "of whole numbers": kinds}
-    _refuse(findings | {"not finite": _not_finite(tensors)}, folder, set_aside(folder))
+    _refuse(findings | {"not finite": _not_finite(tensors)}, folder, damaged_checkpoint_hint(folder))
 
 
-def refuse_filled_in(
+def check_loaded_weights(
     model: PreTrainedModel, *, missing: Collection[str], misshapen: Collection[tuple], source: str
 ) -> None:
     """Refuse a base model of which transformers had to make up a part, or that holds no numbers."""
@@ -77,10 +77,10 @@ def _refuse(findings: Mapping[str, Sequence[str]], source: Path | str, mend: str
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy the folder's weights into the model in place; the model is untouched when they do not fit."""
-    copy_tensors(model.state_dict(), fitting_weights(model, folder, tied=tied_names(model)))
+    copy_tensors(model.state_dict(), read_fitting_weights(model, folder, tied=tied_names(model)))
 
 
-def fitting_weights(model: PreTrainedModel, folder: Path, *, tied: Sequence[set[str]]) -> dict[str, Tensor]:
+def read_fitting_weights(model: PreTrainedModel, folder: Path, *, tied: Sequence[set[str]]) -> dict[str, Tensor]:
     """The folder's weights, which fit the model one to one."""
     tensors = read_tensors(folder)
     check_tensors(model.state_dict(), tensors, folder, tied=tied)

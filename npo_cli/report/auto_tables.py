@@ -9,32 +9,32 @@ from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any
 
-from npo_cli.auto_records import Confirmation, Stretch, Transition
-from npo_cli.costs import Account
-from npo_cli.report.auto_words import because
-from npo_cli.report.cells import Table, count, number, without_empty_columns
+from npo_cli.auto_records import ProbeResult, NonTriggerSpan, Transition
+from npo_cli.costs import RunCosts
+from npo_cli.report.auto_words import describe_reason
+from npo_cli.report.cells import Table, format_count, format_number, drop_empty_columns
 
 Evidence = Mapping[str, Any]
 
-FLICKER = 5
+MAX_GAP = 5
 """A break of fewer steps does not interrupt a range that is shown."""
 NUM_RANGES = 4
-WIDEST = 54
+MAX_REASON_CHARS = 54
 """Letters of a reason that fit with the rest into a line of 100."""
 PROFILES = ("argmax", "one_se", "faithful", "calibrated", "group2", "seq_kl")
 
 
 def transitions_tables(moves: Sequence[Transition]) -> tuple[Table, ...]:
     """Every move with what it was based on, then what each probe found."""
-    rows = tuple((str(one.step), one.event, one.state.branch, basis(one)) for one in moves)
+    rows = tuple((str(one.step), one.event, one.state.branch, describe_evidence(one)) for one in moves)
     assumed = any(one.evidence.get("assumed") for one in moves)
     notes = ("assumed: a record cannot be probed, so every trigger counts as accepted.",) if assumed else ()
     title = "What AutoNPO would have done" if any(map(_is_rehearsed, moves)) else "What AutoNPO did"
-    table = without_empty_columns(
+    table = drop_empty_columns(
         Table(title=title, header=("step", "event", "branch", "based on"), rows=rows, notes=notes)
     )
     found = [(f"step {one.step} of {one.state.branch}", one.evidence) for one in moves if one.evidence.get("scores")]
-    return (table, *(part for where, evidence in found for part in confirmation_tables(evidence, where=where)))
+    return (table, *(part for where, evidence in found for part in probe_tables(evidence, where=where)))
 
 
 def _is_rehearsed(move: Transition) -> bool:
@@ -44,7 +44,7 @@ def _is_rehearsed(move: Transition) -> bool:
 # What a move was based on
 
 
-def basis(move: Transition) -> str:
+def describe_evidence(move: Transition) -> str:
     """The evidence of a move in one cell, `-` where the event says it all."""
     seen = move.evidence
     match move.event:
@@ -55,15 +55,15 @@ def basis(move: Transition) -> str:
         case "rolled_back" if seen.get("assumed"):
             told = f"assumed: to {_either(seen.get('to_steps', ()))}"
         case "rolled_back":
-            told = f"{because(move)}, replayed until {move.state.until}"
+            told = f"{describe_reason(move)}, replayed until {move.state.until_step}"
         case "armed":
             told = f"the {'rest' if move.phase_before == 'COOLDOWN' else 'warm-up'} is over"
         case _ if move.state.phase == "COOLDOWN":
             # A probe's whole reason stands below its own table.
-            reason = shorten(because(move), WIDEST, placeholder=" ...") if seen.get("scores") else because(move)
-            told = "; ".join(filter(None, (f"rest until {move.state.until}", reason)))
+            reason = shorten(describe_reason(move), MAX_REASON_CHARS, placeholder=" ...") if seen.get("scores") else describe_reason(move)
+            told = "; ".join(filter(None, (f"rest until {move.state.until_step}", reason)))
         case _:
-            told = because(move)
+            told = describe_reason(move)
     return told or "-"
 
 
@@ -86,14 +86,14 @@ def _settings(settings: Evidence) -> str:
 # What a probe found
 
 
-def confirmations_tables(confirmations: Sequence[Confirmation]) -> tuple[Table, ...]:
+def probes_tables(confirmations: Sequence[ProbeResult]) -> tuple[Table, ...]:
     """Q, V and S by distance, every V, and the mistakes by age, of each probe."""
     return tuple(
-        table for one in confirmations for table in confirmation_tables(dataclasses.asdict(one), where="a probe")
+        table for one in confirmations for table in probe_tables(dataclasses.asdict(one), where="a probe")
     )
 
 
-def confirmation_tables(found: Evidence, *, where: str) -> tuple[Table, ...]:
+def probe_tables(found: Evidence, *, where: str) -> tuple[Table, ...]:
     """The same of one probe, whose evidence may have come from a file."""
     scores = sorted(found["scores"], key=lambda one: one["distance"])
     views = (_variances(scores),) if scores else ()
@@ -104,15 +104,15 @@ def _scores(found: Evidence, scores: Sequence[Evidence], *, where: str) -> Table
     header = ("D", "mistakes", "Q", "V", "S = Q/V", "p(best)", "")
     rows = tuple(
         (
-            *(str(one["distance"]), count(one.get("num_mistakes"))),
+            *(str(one["distance"]), format_count(one.get("num_mistakes"))),
             *(_bounded(one, name) for name in ("quality", "variance", "signal")),
-            *(number(one.get("p_best"), digits=2), "<- D*" if one.get("chosen") else ""),
+            *(format_number(one.get("p_best"), digits=2), "<- D*" if one.get("chosen") else ""),
         )
         for one in scores
     )
     verdict = "accepted" if found.get("accepted") else f"rejected: {found.get('reason') or 'no reason recorded'}"
-    asked = f"{count(found.get('num_prompts'))} prompts, {count(found.get('num_samples'))} samples"
-    notes = [f"{verdict}.", f"{asked}, {count(found.get('num_tokens'))} tokens; intervals are 95 %."]
+    asked = f"{format_count(found.get('num_prompts'))} prompts, {format_count(found.get('num_samples'))} samples"
+    notes = [f"{verdict}.", f"{asked}, {format_count(found.get('num_tokens'))} tokens; intervals are 95 %."]
     others = found.get("chosen_by") or {}
     if others:
         ordered = sorted(others, key=lambda name: (PROFILES.index(name) if name in PROFILES else len(PROFILES), name))
@@ -126,18 +126,18 @@ def _variances(scores: Sequence[Evidence]) -> Table:
     words = {None: "-", True: "yes", False: "NO"}
     rows = tuple(
         (
-            *(str(one["distance"]), count(one.get("num_probed"))),
-            *(number(one.get("variance_forward")), number(one.get("variance_backward"))),
+            *(str(one["distance"]), format_count(one.get("num_probed"))),
+            *(format_number(one.get("variance_forward")), format_number(one.get("variance_backward"))),
             words[one.get("variances_agree")],
             "HEAVY" if one.get("heavy_tail") else "",
-            *(number(one.get("kl_per_token"), digits=4), number(one.get("kl_per_sequence"))),
-            count(one.get("num_backward")),
+            *(format_number(one.get("kl_per_token"), digits=4), format_number(one.get("kl_per_sequence"))),
+            format_count(one.get("num_backward")),
         )
         for one in scores
     )
     kind = scores[0].get("variance_kind", "V")
     notes = ("forward: samples of now, seen by the old policy; backward: samples on record, seen by that of now.",)
-    return without_empty_columns(Table(title=f"V from both sides, {kind}", header=header, rows=rows, notes=notes))
+    return drop_empty_columns(Table(title=f"V from both sides, {kind}", header=header, rows=rows, notes=notes))
 
 
 def _strata(strata: Sequence[Evidence]) -> Table:
@@ -145,7 +145,7 @@ def _strata(strata: Sequence[Evidence]) -> Table:
     rows = tuple(
         (
             f"{one['nearest']}-{one['farthest'] - 1}",
-            *(count(one.get(name)) for name in ("num_mistakes", "num_probed", "num_samples", "num_correct")),
+            *(format_count(one.get(name)) for name in ("num_mistakes", "num_probed", "num_samples", "num_correct")),
             _bounded(one, "quality"),
         )
         for one in strata
@@ -156,28 +156,28 @@ def _strata(strata: Sequence[Evidence]) -> Table:
 def _bounded(one: Evidence, name: str) -> str:
     """`0.500 [0.400, 0.600]`, or as much of it as there is."""
     value, low, high = (one.get(key) for key in (name, f"{name}_low", f"{name}_high"))
-    return "-" if value is None else f"{number(value)} [{number(low)}, {number(high)}]"
+    return "-" if value is None else f"{format_number(value)} [{format_number(low)}, {format_number(high)}]"
 
 
 # Why nothing happened, and what it cost
 
 
-def stretches_tables(stretches: Sequence[Stretch]) -> tuple[Table, ...]:
+def no_trigger_tables(stretches: Sequence[NonTriggerSpan]) -> tuple[Table, ...]:
     """Each reason with its steps, most frequent first."""
-    reasons: dict[str, list[Stretch]] = {}
+    reasons: dict[str, list[NonTriggerSpan]] = {}
     for one in stretches:
         reasons.setdefault(one.reason, []).append(one)
     totals = {reason: sum(one.num_steps for one in some) for reason, some in reasons.items()}
     rows = tuple(
-        (reason, count(totals[reason]), MEANING.get(reason, ""), _ranges(reasons[reason]))
+        (reason, format_count(totals[reason]), REASON_MEANINGS.get(reason, ""), _ranges(reasons[reason]))
         for reason in sorted(totals, key=lambda reason: -totals[reason])
     )
     header = ("why not", "steps", "meaning", "where")
-    notes = (f"Ranges run on over breaks of fewer than {FLICKER} steps; the counts are exact.",)
+    notes = (f"Ranges run on over breaks of fewer than {MAX_GAP} steps; the counts are exact.",)
     return (Table(title="Steps without a trigger", header=header, rows=rows, notes=notes),)
 
 
-MEANING: Mapping[str, str] = {
+REASON_MEANINGS: Mapping[str, str] = {
     "warming_up": "before autonpo.trigger.warmup_steps",
     "replaying": "in a replay",
     "resting": "in a cooldown",
@@ -191,33 +191,33 @@ MEANING: Mapping[str, str] = {
 }
 
 
-def _ranges(stretches: Sequence[Stretch]) -> str:
+def _ranges(stretches: Sequence[NonTriggerSpan]) -> str:
     """`41-92, 101-161`: breaks shorter than a flicker are closed, and of many ranges the longest are kept."""
     closed: list[tuple[int, int]] = []
-    for one in sorted(stretches, key=lambda one: one.first):
-        if closed and one.first - closed[-1][1] <= FLICKER:
-            closed[-1] = (closed[-1][0], max(closed[-1][1], one.last))
+    for one in sorted(stretches, key=lambda one: one.first_step):
+        if closed and one.first_step - closed[-1][1] <= MAX_GAP:
+            closed[-1] = (closed[-1][0], max(closed[-1][1], one.last_step))
         else:
-            closed.append((one.first, one.last))
+            closed.append((one.first_step, one.last_step))
     kept = sorted(sorted(closed, key=lambda span: span[0] - span[1])[:NUM_RANGES])
     rest = f" and {len(closed) - len(kept)} more" if len(closed) > len(kept) else ""
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in kept) + rest
 
 
-def account_tables(accounts: Sequence[Account]) -> tuple[Table, ...]:
+def account_tables(accounts: Sequence[RunCosts]) -> tuple[Table, ...]:
     """Everything a run executed, a column for each branch that it is seen from."""
-    lines: tuple[tuple[str, Callable[[Account], str]], ...] = (
-        ("logical step", lambda one: count(one.step)),
-        ("optimiser updates", lambda one: count(one.updates)),
-        ("training tokens", lambda one: count(one.training_tokens)),
-        ("probe tokens", lambda one: count(one.probe_tokens)),
-        ("guide tokens", lambda one: count(one.guide_tokens)),
-        ("judge tokens", lambda one: count(one.judge_tokens)),
-        ("abandoned tokens", lambda one: count(one.abandoned_tokens)),
-        ("all tokens", lambda one: count(one.tokens)),
+    lines: tuple[tuple[str, Callable[[RunCosts], str]], ...] = (
+        ("logical step", lambda one: format_count(one.step)),
+        ("optimiser updates", lambda one: format_count(one.updates)),
+        ("training tokens", lambda one: format_count(one.training_tokens)),
+        ("probe tokens", lambda one: format_count(one.probe_tokens)),
+        ("guide tokens", lambda one: format_count(one.guide_tokens)),
+        ("judge tokens", lambda one: format_count(one.acceptance_test_tokens)),
+        ("abandoned tokens", lambda one: format_count(one.abandoned_tokens)),
+        ("all tokens", lambda one: format_count(one.tokens)),
         ("wall clock, s", lambda one: f"{one.seconds:,.1f}" if one.seconds > 0 else "-"),
-        ("interventions", lambda one: count(one.interventions)),
-        ("rejections", lambda one: count(one.rejections)),
+        ("interventions", lambda one: format_count(one.num_interventions)),
+        ("rejections", lambda one: format_count(one.num_rejections)),
     )
     rows = tuple((name, *(told(one) for one in accounts)) for name, told in lines)
     header = ("everything executed", *(one.branch for one in accounts))
@@ -228,10 +228,10 @@ def account_tables(accounts: Sequence[Account]) -> tuple[Table, ...]:
     return (Table(title="Account", header=header, rows=rows, notes=notes),)
 
 
-AUTO_TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
+AUTONPO_TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     Transition: transitions_tables,
-    Confirmation: confirmations_tables,
-    Stretch: stretches_tables,
-    Account: account_tables,
+    ProbeResult: probes_tables,
+    NonTriggerSpan: no_trigger_tables,
+    RunCosts: account_tables,
 }
 """How each kind of record is tabulated, in the order in which kinds are shown."""

@@ -8,13 +8,13 @@ from npo_cli.auto_records import Transition
 COUNTED = ("streak", "num_found", "num_asked")
 
 
-def in_words(move: Transition) -> str:
+def describe_transition(move: Transition) -> str:
     """`main step 120: warning: reward gained 0.004 where noise is 0.021, entropy fell 9 %`."""
-    said = because(move)
+    said = describe_reason(move)
     return f"{move.state.branch} step {move.step}: {move.event.replace('_', ' ')}{f': {said}' if said else ''}"
 
 
-def because(move: Transition) -> str:
+def describe_reason(move: Transition) -> str:
     """What the move rests on; empty where the event says it all."""
     evidence = move.evidence
     match move.event:

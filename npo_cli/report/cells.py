@@ -16,24 +16,24 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def number(value: float | None, *, digits: int = 3) -> str:
+def format_number(value: float | None, *, digits: int = 3) -> str:
     """Fixed digits below 10 000, three significant ones above; `-` for None."""
     if value is None:
         return "-"
     return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
-def count(value: int | None, *, absent: str = "-") -> str:
+def format_count(value: int | None, *, absent: str = "-") -> str:
     """A whole number with thousands apart."""
     return absent if value is None else f"{value:,}"
 
 
-def interval(value: float, low: float, high: float) -> str:
+def format_interval(value: float, low: float, high: float) -> str:
     """`0.500 [0.400, 0.600]`."""
-    return f"{number(value)} [{number(low)}, {number(high)}]"
+    return f"{format_number(value)} [{format_number(low)}, {format_number(high)}]"
 
 
-def size(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes in the largest unit of 1000 that leaves at least 1: `1.1 MB`."""
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
@@ -42,7 +42,7 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} GB"
 
 
-def without_empty_columns(table: Table) -> Table:
+def drop_empty_columns(table: Table) -> Table:
     """The table without the columns in which no row says anything."""
     kept = [place for place in range(len(table.header)) if any(row[place] not in ("", "-") for row in table.rows)]
     return Table(

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from npo_cli.compare_records import AXES, ArmDifference, ArmSummary, Arrival, Estimate, SpeedUp
-from npo_cli.report.cells import Table, count, interval, number, without_empty_columns
+from npo_cli.compare_records import AXES, MethodDifference, MethodSummary, MethodTimeToThreshold, Estimate, SpeedUp
+from npo_cli.report.cells import Table, format_count, format_interval, format_number, drop_empty_columns
 
-DRAWN = {
+RESAMPLED_OVER = {
     "seeds and prompts": "seeds and held-out prompts",
     "seeds": "seeds alone, as outcomes were not kept prompt by prompt,",
     "prompts": "held-out prompts alone, as there is one seed: they say nothing of another seed;",
@@ -15,15 +15,15 @@ DRAWN = {
 """What intervals come from, by `over`."""
 
 
-def arms_tables(arms: Sequence[ArmSummary]) -> tuple[Table, ...]:
+def summary_tables(arms: Sequence[MethodSummary]) -> tuple[Table, ...]:
     """What each arm reached, what it took and how it trained, and in what its settings differ from the first's."""
     return (_accuracy_table(arms), _training_table(arms), *_settings_table(arms))
 
 
-def _accuracy_table(arms: Sequence[ArmSummary]) -> Table:
+def _accuracy_table(arms: Sequence[MethodSummary]) -> Table:
     header = ("arm", "seeds", "final accuracy", *(f"area by {axis}" for axis in AXES))
     rows = tuple(
-        (one.arm, str(len(one.seeds)), _plain(one.final), *(_plain(one.areas.get(axis)) for axis in AXES))
+        (one.method, str(len(one.seeds)), _plain(one.final_accuracy), *(_plain(one.areas.get(axis)) for axis in AXES))
         for one in arms
     )
     notes = (
@@ -31,28 +31,28 @@ def _accuracy_table(arms: Sequence[ArmSummary]) -> Table:
         "area: mean accuracy along an axis, over the stretch that all arms cover.",
         *_drawn_notes(arms),
     )
-    return without_empty_columns(Table(title="Held-out accuracy", header=header, rows=rows, notes=notes))
+    return drop_empty_columns(Table(title="Held-out accuracy", header=header, rows=rows, notes=notes))
 
 
-def _drawn_notes(some: Sequence[ArmSummary | ArmDifference]) -> tuple[str, ...]:
+def _drawn_notes(some: Sequence[MethodSummary | MethodDifference]) -> tuple[str, ...]:
     """What the intervals come from; by arm where it is not the same for all."""
-    kinds = {one.over: [other.arm for other in some if other.over == one.over] for one in some}
+    kinds = {one.resampling_unit: [other.method for other in some if other.resampling_unit == one.resampling_unit] for one in some}
     return tuple(
-        f"{'95 % intervals' if len(kinds) == 1 else ', '.join(names)}: resampled over {DRAWN[over]}".rstrip(";,") + "."
+        f"{'95 % intervals' if len(kinds) == 1 else ', '.join(names)}: resampled over {RESAMPLED_OVER[over]}".rstrip(";,") + "."
         for over, names in kinds.items()
     )
 
 
-def _training_table(arms: Sequence[ArmSummary]) -> Table:
+def _training_table(arms: Sequence[MethodSummary]) -> Table:
     quarters = tuple(f"entropy {25 * place}-{25 * place + 25} %" for place in range(4))
     header = ("arm", "seeds", *AXES[1:], "whole run", *quarters, "slots a step", "grad share")
     rows = tuple(
         (
-            *(one.arm, str(len(one.seeds))),
-            *(_cost(one.spent.get(axis)) for axis in AXES[1:]),
+            *(one.method, str(len(one.seeds))),
+            *(_cost(one.mean_costs.get(axis)) for axis in AXES[1:]),
             _cost(one.run_tokens),
-            *(number(entropy) for entropy in one.entropies),
-            *(number(one.slots_per_step, digits=2) if one.slots_per_step else "-", number(one.grad_share)),
+            *(format_number(entropy) for entropy in one.entropies),
+            *(format_number(one.injections_per_step, digits=2) if one.injections_per_step else "-", format_number(one.guide_gradient_share)),
         )
         for one in arms
     )
@@ -60,29 +60,29 @@ def _training_table(arms: Sequence[ArmSummary]) -> Table:
         "updates to seconds: mean over seeds; guides, scoring, probes and what was rolled back are counted.",
         "whole run: all tokens that its runs ever generated, branches of other arms and abandoned ones included.",
         "entropy: of training, nats a token.",
-        *(("grad share: of the gradient norm, in steps with a guide slot.",) * any(one.grad_share for one in arms)),
+        *(("grad share: of the gradient norm, in steps with a guide slot.",) * any(one.guide_gradient_share for one in arms)),
     )
     title = f"What it took to stand at step {arms[0].horizon}"
-    return without_empty_columns(Table(title=title, header=header, rows=rows, notes=notes))
+    return drop_empty_columns(Table(title=title, header=header, rows=rows, notes=notes))
 
 
-def _settings_table(arms: Sequence[ArmSummary]) -> tuple[Table, ...]:
+def _settings_table(arms: Sequence[MethodSummary]) -> tuple[Table, ...]:
     rows = tuple(
-        (one.arm, word, change)
+        (one.method, word, change)
         for one in arms
-        for word, changes in (("NOT ALIKE", one.mismatched), ("method", one.differs))
+        for word, changes in (("NOT ALIKE", one.mismatched_settings), ("method", one.changed_settings))
         for change in changes
     )
-    header = ("arm", "what", f"{arms[0].arm} -> arm")
+    header = ("arm", "what", f"{arms[0].method} -> arm")
     return (Table(title="In what the settings differ", header=header, rows=rows),) if rows else ()
 
 
-def differences_tables(found: Sequence[ArmDifference]) -> tuple[Table, ...]:
+def differences_tables(found: Sequence[MethodDifference]) -> tuple[Table, ...]:
     """Each arm minus the baseline."""
     header = ("arm", "pairs", "final accuracy", "not lower", *(f"area by {axis}" for axis in AXES))
     rows = tuple(
         (
-            *(one.arm, str(one.num_pairs), _signed(one.final)),
+            *(one.method, str(one.num_pairs), _signed(one.final_accuracy)),
             f"{one.num_not_lower} of {one.num_pairs}" if one.num_pairs else "-",
             *(_signed(one.areas.get(axis)) for axis in AXES),
         )
@@ -90,23 +90,23 @@ def differences_tables(found: Sequence[ArmDifference]) -> tuple[Table, ...]:
     )
     notes = (*_pairing_notes(found), *_drawn_notes(found))
     return (
-        without_empty_columns(Table(title=f"Arm minus {found[0].baseline}", header=header, rows=rows, notes=notes)),
+        drop_empty_columns(Table(title=f"Arm minus {found[0].baseline}", header=header, rows=rows, notes=notes)),
     )
 
 
-def _pairing_notes(found: Sequence[ArmDifference]) -> tuple[str, ...]:
+def _pairing_notes(found: Sequence[MethodDifference]) -> tuple[str, ...]:
     notes = []
     for one in found:
         if not one.num_pairs:
-            notes.append(f"{one.arm} shares no seed with {one.baseline}: not paired.")
+            notes.append(f"{one.method} shares no seed with {one.baseline}: not paired.")
         elif one.num_prompts is None:
-            notes.append(f"{one.arm}: paired by seed; not by prompt, as no held-out prompt is known to be common.")
+            notes.append(f"{one.method}: paired by seed; not by prompt, as no held-out prompt is known to be common.")
         else:
-            notes.append(f"{one.arm}: paired by seed and by prompt, {one.num_prompts} prompts a pair.")
+            notes.append(f"{one.method}: paired by seed and by prompt, {one.num_prompts} prompts a pair.")
     return tuple(notes)
 
 
-def arrivals_tables(found: Sequence[Arrival]) -> tuple[Table, ...]:
+def time_to_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Table, ...]:
     """Mean cost of reaching each threshold; lower bounds where a seed never did."""
     horizons = found[0].horizons
     axes = [axis for axis in AXES if axis in horizons]
@@ -116,21 +116,21 @@ def arrivals_tables(found: Sequence[Arrival]) -> tuple[Table, ...]:
     )
     rows = tuple(
         (
-            *(one.arm, number(one.threshold, digits=2), f"{one.num_reached} of {one.num_runs}"),
-            *(f"{'>= ' if one.censored else ''}{_cost(one.costs[axis])}" for axis in axes),
-            *(_cost(one.restricted[axis]) for axis in axes),
+            *(one.method, format_number(one.threshold, digits=2), f"{one.num_reached} of {one.num_runs}"),
+            *(f"{'>= ' if one.is_censored else ''}{_cost(one.costs[axis])}" for axis in axes),
+            *(_cost(one.restricted_means[axis]) for axis in axes),
         )
         for one in found
     )
     bound = ">=: some seed never arrived and counts what it had spent at its end, so the mean is a lower bound."
     notes = (
-        *((bound,) * any(one.censored for one in found)),
+        *((bound,) * any(one.is_censored for one in found)),
         "min(cost, h): mean up to a cost h that every seed lived to see, arrived or not.",
     )
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 
 
-def speed_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
+def speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
     """Ratios of costs, from the pairs that arrived and from all seeds."""
     baseline = found[0].baseline
     header = ("arm", "accuracy", *(f"by {axis}" for axis in AXES))
@@ -138,7 +138,7 @@ def speed_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
     def rows(of: Callable[[SpeedUp], Mapping[str, Estimate]], *, pairs: bool) -> tuple[tuple[str, ...], ...]:
         return tuple(
             (
-                *(one.arm, number(one.threshold, digits=2)),
+                *(one.method, format_number(one.threshold, digits=2)),
                 *(_ratio(of(one).get(axis), pairs=pairs) for axis in AXES),
             )
             for one in found
@@ -147,26 +147,26 @@ def speed_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
     arrived = Table(
         title=f"Cost of {baseline} / cost of the arm, in pairs of seeds that both arrived",
         header=header,
-        rows=rows(lambda one: one.arrived, pairs=True),
+        rows=rows(lambda one: one.ratio_if_reached, pairs=True),
         notes=("above 1 the arm is cheaper; Student's interval over the pairs; those that arrived, of all pairs.",),
     )
-    partly = any(ratio.num < ratio.of for one in found for ratio in one.restricted.values())
+    partly = any(ratio.num_used < ratio.num_total for one in found for ratio in one.restricted_mean_ratio.values())
     restricted = Table(
         title=f"Cost of {baseline} / cost of the arm, arrived or not, up to the common cost h",
         header=header,
-        rows=rows(lambda one: one.restricted, pairs=False),
+        rows=rows(lambda one: one.restricted_mean_ratio, pairs=False),
         notes=(
             "ratio of the means of min(cost, h); Student's interval over the pairs.",
             *(("(n of N): only so many seeds are common to both.",) * partly),
         ),
     )
-    return tuple(table for table in map(without_empty_columns, (arrived, restricted)) if len(table.header) > 2)
+    return tuple(table for table in map(drop_empty_columns, (arrived, restricted)) if len(table.header) > 2)
 
 
 def _plain(one: Estimate | None) -> str:
     if one is None or one.low is None or one.high is None:
-        return number(one and one.value)
-    return interval(one.value, one.low, one.high)
+        return format_number(one and one.value)
+    return format_interval(one.value, one.low, one.high)
 
 
 def _signed(one: Estimate | None) -> str:
@@ -179,20 +179,20 @@ def _ratio(one: Estimate | None, *, pairs: bool) -> str:
     if one is None:
         return "-"
     known = "" if one.low is None or one.high is None else f" [{one.low:.2f}, {one.high:.2f}]"
-    return f"{one.value:.2f}x{known}" + (f" ({one.num} of {one.of})" if pairs or one.num < one.of else "")
+    return f"{one.value:.2f}x{known}" + (f" ({one.num_used} of {one.num_total})" if pairs or one.num_used < one.num_total else "")
 
 
 def _cost(value: float | None) -> str:
     """Counts whole; seconds below 1000 to a tenth."""
     if value is None:
         return "-"
-    return count(round(value)) if value >= 1000 or value == round(value) else f"{value:,.1f}"
+    return format_count(round(value)) if value >= 1000 or value == round(value) else f"{value:,.1f}"
 
 
 COMPARE_TABLES: dict[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
-    ArmSummary: arms_tables,
-    ArmDifference: differences_tables,
-    Arrival: arrivals_tables,
-    SpeedUp: speed_tables,
+    MethodSummary: summary_tables,
+    MethodDifference: differences_tables,
+    MethodTimeToThreshold: time_to_threshold_tables,
+    SpeedUp: speedup_tables,
 }
 """Merged into the table of all records."""

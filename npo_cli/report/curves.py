@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 from npo_cli.costs import CurvePoint
 from npo_cli.records import StepReport
-from npo_cli.report.figures import CLOCK, PANELS, QUIET, Cost, compact
-from npo_cli.report.limbs import Limb
-from npo_cli.report.pictures import Look, Picture, look
+from npo_cli.report.figures import SECONDS_AXIS, COST_AXES, MUTED, CostGetter, format_compact
+from npo_cli.report.limbs import BranchSpan
+from npo_cli.report.pictures import LineStyle, Plot, get_line_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SMOOTH = 9
+SMOOTHING_WINDOW = 9
 """Steps in the moving average of what is measured once a step."""
-NAMES = ("step", "total-steps", "tokens", "clock")
-MEASURES = (
+AXIS_NAMES = ("step", "total-steps", "tokens", "clock")
+PLOTTED_METRICS = (
     ("reward", "mean reward of a batch", "training reward"),
     ("entropy", "mean entropy of a token (nats)", "policy entropy"),
     ("inject/slots", "groups with a guide in a slot", "guides seated"),
@@ -29,10 +29,10 @@ MEASURES = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
+class Curve:
     """One curve of held-out accuracy, from the point at which it became an arm of its own."""
 
-    place: int
+    index: int
     """Decides its colour, dash and marker."""
     points: tuple[CurvePoint, ...]
     guide_until: int | None
@@ -40,33 +40,33 @@ class Arm:
     """Whether its first point is that of a rollback."""
 
 
-def accuracy_pictures(arms: Sequence[Arm], *, prefix: str) -> Iterator[Picture]:
+def make_accuracy_plots(arms: Sequence[Curve], *, prefix: str) -> Iterator[Plot]:
     """Held-out accuracy against logical step, all steps, all tokens and, where it is known of all, the clock."""
     # At a standstill at step 0 nothing was spent, known or not.
     clocks = [point.total_seconds > 0 for arm in arms for point in arm.points if point.total_steps]
     timed = bool(clocks) and all(clocks)
-    axes = (*PANELS, CLOCK) if timed else PANELS
-    for name, (label, cost) in zip(NAMES, axes, strict=False):
-        yield Picture(
+    axes = (*COST_AXES, SECONDS_AXIS) if timed else COST_AXES
+    for name, (label, cost) in zip(AXIS_NAMES, axes, strict=False):
+        yield Plot(
             name=f"{prefix}accuracy-by-{name}",
-            says=f"held-out accuracy against {label}: {_ends(arms)}",
+            alt_text=f"held-out accuracy against {label}: {_ends(arms)}",
             draw=partial(_draw_accuracy, arms=arms, cost=cost, label=label),
         )
 
 
-def _ends(arms: Sequence[Arm]) -> str:
-    return ", ".join(f"{arm.points[0].arm} ends at {arm.points[-1].accuracy:.3f}" for arm in arms)
+def _ends(arms: Sequence[Curve]) -> str:
+    return ", ".join(f"{arm.points[0].name} ends at {arm.points[-1].accuracy:.3f}" for arm in arms)
 
 
-def _draw_accuracy(panel: "Axes", *, arms: Sequence[Arm], cost: Cost, label: str) -> None:
+def _draw_accuracy(panel: "Axes", *, arms: Sequence[Curve], cost: CostGetter, label: str) -> None:
     for arm in arms:
-        style, points = look(arm.place), arm.points
+        style, points = get_line_style(arm.index), arm.points
         if arm.guide_until is not None:
             _draw_guided(panel, points, cost=cost, until=arm.guide_until, colour=style.colour)
         panel.plot(
             [cost(point) for point in points],
             [point.accuracy for point in points],
-            **{"color": style.colour, "ls": style.dash, "lw": 2, "clip_on": False, "label": points[0].arm},
+            **{"color": style.colour, "ls": style.dash, "lw": 2, "clip_on": False, "label": points[0].name},
             **{"marker": style.marker, "ms": 3.5},
         )
         if arm.is_fork:
@@ -78,7 +78,7 @@ def _draw_accuracy(panel: "Axes", *, arms: Sequence[Arm], cost: Cost, label: str
     _finish(panel)
 
 
-def _draw_guided(panel: "Axes", points: Sequence[CurvePoint], *, cost: Cost, until: int, colour: str) -> None:
+def _draw_guided(panel: "Axes", points: Sequence[CurvePoint], *, cost: CostGetter, until: int, colour: str) -> None:
     """A band behind the line up to step `until`, between evaluations by straight interpolation."""
     import numpy as np
 
@@ -89,26 +89,26 @@ def _draw_guided(panel: "Axes", points: Sequence[CurvePoint], *, cost: Cost, unt
     panel.plot(costs, accuracies, color=colour, lw=9, alpha=0.22, solid_capstyle="butt", zorder=1)
 
 
-def _draw_fork(panel: "Axes", at: tuple[float, float], style: Look) -> None:
+def _draw_fork(panel: "Axes", at: tuple[float, float], style: LineStyle) -> None:
     panel.plot(*at, marker="D", ms=8, color="white", mec=style.colour, mew=2, zorder=5, clip_on=False)
 
 
-def training_pictures(reports: Sequence[StepReport], limbs: Sequence[Limb], *, prefix: str) -> Iterator[Picture]:
+def make_training_plots(reports: Sequence[StepReport], limbs: Sequence[BranchSpan], *, prefix: str) -> Iterator[Plot]:
     """One picture for each measure that any step has; a constant zero is not drawn."""
-    for name, label, title in MEASURES:
+    for name, label, title in PLOTTED_METRICS:
         if any(report.metrics.get(name) for report in reports):
-            yield Picture(
+            yield Plot(
                 name=f"{prefix}{title.replace(' ', '-').replace(chr(39), '')}",
-                says=f"{title} by step, a line a branch",
+                alt_text=f"{title} by step, a line a branch",
                 draw=partial(_draw_measure, reports=reports, limbs=limbs, name=name, label=label, title=title),
             )
 
 
 def _draw_measure(
-    panel: "Axes", *, reports: Sequence[StepReport], limbs: Sequence[Limb], name: str, label: str, title: str
+    panel: "Axes", *, reports: Sequence[StepReport], limbs: Sequence[BranchSpan], name: str, label: str, title: str
 ) -> None:
     for place, limb in enumerate(limbs):
-        style = look(place)
+        style = get_line_style(place)
         seen = [(one.step, one.metrics[name]) for one in reports if one.branch == limb.branch and name in one.metrics]
         if not seen:
             continue
@@ -129,7 +129,7 @@ def _draw_measure(
 
 def moving_mean(values: Sequence[float]) -> list[float]:
     """The mean over `SMOOTH` values around each; near the ends over those that there are."""
-    half = SMOOTH // 2
+    half = SMOOTHING_WINDOW // 2
     windows = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
@@ -138,6 +138,6 @@ def _finish(panel: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
-    panel.xaxis.set_major_formatter(lambda value, _: compact(value))
+    panel.xaxis.set_major_formatter(lambda value, _: format_compact(value))
     if len(panel.get_legend_handles_labels()[0]) > 1:
-        panel.legend(frameon=False, labelcolor=QUIET, handlelength=2.6, fontsize=9)
+        panel.legend(frameon=False, labelcolor=MUTED, handlelength=2.6, fontsize=9)

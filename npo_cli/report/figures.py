@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from npo_cli.costs import CurvePoint
 from npo_cli.errors import NpoError
 from npo_cli.records import CheckpointScore
-from npo_cli.report.bounded import draw_bounded, of_scores
+from npo_cli.report.bounded import draw_intervals, collect_estimates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,57 +22,57 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv<>"
-MOST_MARKED = 12
-QUIET = "#666666"
+MAX_MARKERS = 12
+MUTED = "#666666"
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.labelsize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": QUIET,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "grid.color": "#e6e6e6",
     "figure.dpi": 150,
 }
-Cost = Callable[[CurvePoint], float]
-PANELS: tuple[tuple[str, Cost], ...] = (
+CostGetter = Callable[[CurvePoint], float]
+COST_AXES: tuple[tuple[str, CostGetter], ...] = (
     ("logical step (place in the data)", lambda point: point.step),
     ("all optimiser steps paid for", lambda point: point.total_steps),
     ("all tokens generated", lambda point: point.total_tokens),
 )
-CLOCK: tuple[str, Cost] = ("wall clock (s)", lambda point: point.total_seconds)
+SECONDS_AXIS: tuple[str, CostGetter] = ("wall clock (s)", lambda point: point.total_seconds)
 
 
-def comparison_figure(points: Sequence[CurvePoint], path: Path, title: str) -> None:
+def plot_accuracy_curves(points: Sequence[CurvePoint], path: Path, title: str) -> None:
     """Held-out accuracy of every arm against its logical step, its total steps, its total tokens and the clock.
 
     The clock has a panel only where it is known of every arm.
     """
-    arms = list(dict.fromkeys(point.arm for point in points))
-    timed = {point.arm for point in points if point.total_seconds > 0} == set(arms)
-    axes = (*PANELS, CLOCK) if timed else PANELS
-    with page(path, title=title, height=4.6) as figure:
+    arms = list(dict.fromkeys(point.name for point in points))
+    timed = {point.name for point in points if point.total_seconds > 0} == set(arms)
+    axes = (*COST_AXES, SECONDS_AXIS) if timed else COST_AXES
+    with open_figure(path, title=title, height=4.6) as figure:
         panels = figure.subplots(1, len(axes), sharey=True)
         for panel, (label, cost) in zip(panels, axes, strict=True):
             for place, arm in enumerate(arms):
-                own = sorted((one for one in points if one.arm == arm), key=cost)
-                draw_line(panel, [(cost(one), one.accuracy) for one in own], name=arm, place=place)
-            label_costs(panel, label)
-        label_arms(figure, panels[0])
+                own = sorted((one for one in points if one.name == arm), key=cost)
+                draw_line(panel, [(cost(one), one.accuracy) for one in own], name=arm, index=place)
+            label_cost_axis(panel, label)
+        add_method_legend(figure, panels[0])
 
 
-def draw_line(panel: "Axes", points: Sequence[tuple[float, float]], *, name: str, place: int) -> None:
+def draw_line(panel: "Axes", points: Sequence[tuple[float, float]], *, name: str, index: int) -> None:
     """The (cost, accuracy) of the n-th arm; a long line has a mark only here and there."""
     panel.plot(
         *zip(*points, strict=True),
-        color=COLOURS[place % len(COLOURS)],
-        linestyle=DASHES[place % len(DASHES)],
-        marker=MARKERS[place % len(MARKERS)],
-        markevery=max(1, len(points) // MOST_MARKED),
+        color=COLOURS[index % len(COLOURS)],
+        linestyle=DASHES[index % len(DASHES)],
+        marker=MARKERS[index % len(MARKERS)],
+        markevery=max(1, len(points) // MAX_MARKERS),
         markersize=4,
         linewidth=2,
         label=name,
@@ -80,16 +80,16 @@ def draw_line(panel: "Axes", points: Sequence[tuple[float, float]], *, name: str
     )
 
 
-def label_costs(panel: "Axes", label: str) -> None:
+def label_cost_axis(panel: "Axes", label: str) -> None:
     """Accuracy from 0 to 1 against a cost from 0."""
     panel.set_xlabel(label)
     panel.set_xlim(left=0)
     panel.set_ylim(0, 1.02)
-    panel.xaxis.set_major_locator(few_ticks())
-    panel.xaxis.set_major_formatter(lambda value, _: compact(value))
+    panel.xaxis.set_major_locator(make_tick_locator())
+    panel.xaxis.set_major_formatter(lambda value, _: format_compact(value))
 
 
-def label_arms(figure: "Figure", first: "Axes") -> None:
+def add_method_legend(figure: "Figure", first: "Axes") -> None:
     """What the panels share: the left one's scale, and one legend below."""
     first.set_ylabel("held-out accuracy")
     lines, names = first.get_legend_handles_labels()
@@ -98,23 +98,23 @@ def label_arms(figure: "Figure", first: "Axes") -> None:
     )
 
 
-def scores_figure(scores: Sequence[CheckpointScore], path: Path, title: str = "") -> None:
+def plot_scores(scores: Sequence[CheckpointScore], path: Path, title: str = "") -> None:
     """Q, V and S = Q/V against distance with their intervals; a ring marks the chosen guide."""
     ordered = sorted(scores, key=lambda one: one.distance)
-    best = "".join(f", step {one.step} best in {one.p_best:.0%}" for one in ordered if one.chosen)
+    best = "".join(f", step {one.step} best in {one.p_best:.0%}" for one in ordered if one.is_selected)
     named = (
         (f"Q, {ordered[0].quality_kind} of the candidate", "quality", COLOURS[2]),
         (f"V, {ordered[0].variance_kind}", "variance", COLOURS[1]),
         (f"S = Q / V{best}", "signal", COLOURS[0]),
     )
-    with page(path, title=title, height=4.4) as figure:
+    with open_figure(path, title=title, height=4.4) as figure:
         for panel, (label, name, colour) in zip(figure.subplots(1, len(named)), named, strict=True):
-            draw_bounded(panel, of_scores(ordered, name), colour=colour, may_be_log=name == "variance", quiet=QUIET)
+            draw_intervals(panel, collect_estimates(ordered, name), colour=colour, allow_log=name == "variance", muted_colour=MUTED)
             panel.set_title(label, loc="left", color=colour)
             panel.set_xlabel("optimiser steps ahead of the learner")
 
 
-def compact(value: float) -> str:
+def format_compact(value: float) -> str:
     """A count as an axis says it: 300, 20k, 1.5M."""
     for bound, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= bound:
@@ -122,7 +122,7 @@ def compact(value: float) -> str:
     return f"{value:.3g}"
 
 
-def few_ticks() -> "MaxNLocator":
+def make_tick_locator() -> "MaxNLocator":
     """At most six, at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
@@ -130,7 +130,7 @@ def few_ticks() -> "MaxNLocator":
 
 
 @contextlib.contextmanager
-def page(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
+def open_figure(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
     """A wide figure in the house style, saved when the block ends well; the format is the file's ending."""
     try:
         import matplotlib

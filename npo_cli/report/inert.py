@@ -6,13 +6,13 @@ It knows neither terminals nor HTML: what a letter means to them is theirs to qu
 import unicodedata
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-LONGEST = 4000
+MAX_TEXT_CHARS = 4000
 """Letters of one text that are shown."""
 _TAIL = 1000
 """Of these, how many come from its end: that is where an answer stands."""
 
 
-def spelled_out(text: str, *, keep: str = "") -> str:
+def escape_control_chars(text: str, *, keep: str = "") -> str:
     """The text with every control, direction, unassigned and line-breaking character spelled out: `\\x1b[31m`.
 
     Characters in `keep` stay as they are.
@@ -23,9 +23,9 @@ def spelled_out(text: str, *, keep: str = "") -> str:
     )
 
 
-def shortened(text: str, *, longest: int = LONGEST, tail: int = _TAIL) -> str:
+def truncate_middle(text: str, *, max_chars: int = MAX_TEXT_CHARS, tail_chars: int = _TAIL) -> str:
     """A text of more than `longest` letters without its middle, and a note of how much that was."""
-    left_out = len(text) - longest
+    left_out = len(text) - max_chars
     if left_out <= 0:
         return text
-    return f"{text[: longest - tail]} [... {left_out:,} letters left out ...] {text[len(text) - tail :]}"
+    return f"{text[: max_chars - tail_chars]} [... {left_out:,} letters left out ...] {text[len(text) - tail_chars :]}"

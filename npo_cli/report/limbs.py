@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limb:
+class BranchSpan:
     """One branch of the lineage tree."""
 
     branch: str
@@ -12,9 +12,9 @@ class Limb:
     fork_step: int
     last_step: int
     """Newest step on record; `fork_step` where there is none."""
-    kept_until: int | None
+    lineage_until: int | None
     """Last of its own steps on the line of descent that the report follows; None where none is."""
-    guide: str | None
+    guide_cache: str | None
     guide_step: int | None
     """Step of the checkpoint that guided; None without a guide, or where its cache is gone."""
     guide_until: int | None

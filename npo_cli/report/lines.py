@@ -7,7 +7,7 @@ from npo_cli.records import Group, Rollout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GroupLine:
+class GroupView:
     """A group, and where it was trained on."""
 
     branch: str
@@ -16,42 +16,42 @@ class GroupLine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutLine:
+class RolloutView:
     """A rollout, and where it was trained on."""
 
     branch: str
     step: int
-    question: str
+    prompt_text: str
     """The prompt as text; chat turns as `role: content`."""
-    answer: str
+    reference_answer: str
     rollout: Rollout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PromptStory:
+class PromptHistory:
     """One prompt through training, along the line of descent of a branch."""
 
     prompt_id: str
     branch: str
-    question: str
+    prompt_text: str
     """The prompt as text; chat turns as `role: content`."""
-    answer: str
+    reference_answer: str
     num_visits: int
-    solved_at: int | None
+    first_solved_step: int | None
     """First step at which one of the policy's own rollouts was correct; None if there is none."""
-    mostly_solved_at: int | None
+    first_mostly_solved_step: int | None
     """First step at which more than half of them were."""
-    seated_at: tuple[int, ...]
+    injection_steps: tuple[int, ...]
     """Steps at which a guide took a slot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Visit:
+class PromptVisit:
     """One step of that story."""
 
     branch: str
     step: int
-    num_asked: int
+    num_on_policy: int
     """Own rollouts."""
     num_correct: int
     """How many of those were verified correct."""
@@ -59,13 +59,13 @@ class Visit:
     """As recorded: the own rollouts, and behind them those of others, with the number of the slot that each took."""
 
     @property
-    def guests(self) -> tuple[Rollout, ...]:
+    def off_policy_rollouts(self) -> tuple[Rollout, ...]:
         """Rollouts of others: a guide, a teacher, the past."""
-        return tuple(one for one in self.group.rollouts if one.foreign)
+        return tuple(one for one in self.group.rollouts if one.is_off_policy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RecipeLine:
+class RecipeView:
     """A shipped recipe."""
 
     name: str
@@ -74,20 +74,20 @@ class RecipeLine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
+class DoctorCheck:
     """One thing `npo doctor` looked at."""
 
     name: str
-    ok: bool
+    is_ok: bool
     detail: str
     hint: str = ""
     """What to do about it."""
-    needed: bool = True
+    is_required: bool = True
     """False for an optional part: its absence is no fault."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tuned:
+class TunedSetting:
     """The setting that a method gets, and what the tuning seeds said of each."""
 
     method: str

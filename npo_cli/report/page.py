@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npo_cli.report.cells import Table
-from npo_cli.report.inert import shortened, spelled_out
-from npo_cli.report.lines import PromptStory, Visit
-from npo_cli.report.pictures import Picture, svg_of
-from npo_cli.report.stories import answers, how_far, in_a_sentence, log_ratio, what_happened
+from npo_cli.report.inert import truncate_middle, escape_control_chars
+from npo_cli.report.lines import PromptHistory, PromptVisit
+from npo_cli.report.pictures import Plot, render_svg
+from npo_cli.report.stories import dedupe_responses, describe_guide_distance, describe_history, describe_log_ratio, describe_visit
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,58 +26,58 @@ GENERATOR = '<meta name="generator" content="npo report">'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
+class PromptSample:
     """One prompt: its story, every visit in short, and the one visit whose answers are shown."""
 
-    story: PromptStory
-    visits: tuple[Visit, ...]
-    shown: Visit
+    history: PromptHistory
+    visits: tuple[PromptVisit, ...]
+    shown_visit: PromptVisit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class Subsection:
     """A heading with what belongs to it, in this order."""
 
     title: str
     text: str = ""
-    pictures: tuple[Picture, ...] = ()
+    plots: tuple[Plot, ...] = ()
     tables: tuple[Table, ...] = ()
-    samples: tuple[Sample, ...] = ()
-    folded: tuple[Table, ...] = ()
+    samples: tuple[PromptSample, ...] = ()
+    collapsed_tables: tuple[Table, ...] = ()
     """Shown when asked for."""
     listing: str = ""
     """Plain text, folded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Chapter:
+class Section:
     """One run, or the overview of several."""
 
     title: str
-    facts: tuple[tuple[str, str], ...]
-    parts: tuple[Part, ...]
+    summary: tuple[tuple[str, str], ...]
+    subsections: tuple[Subsection, ...]
 
 
-def page_html(title: str, chapters: Sequence[Chapter]) -> str:
+def render_page(title: str, chapters: Sequence[Section]) -> str:
     """The whole page. The same records give the same page, letter by letter."""
     template = _environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(title=title, chapters=chapters)
 
 
-def pictures_of(chapters: Sequence[Chapter]) -> list[Picture]:
+def list_plots(chapters: Sequence[Section]) -> list[Plot]:
     """Every picture of a page."""
-    return [picture for chapter in chapters for part in chapter.parts for picture in part.pictures]
+    return [picture for chapter in chapters for part in chapter.subsections for picture in part.plots]
 
 
 def _environment() -> "Environment":
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    def inlined(picture: Picture) -> Markup:
-        return Markup("data:image/svg+xml;base64," + base64.b64encode(svg_of(picture)).decode("ascii"))
+    def inlined(picture: Plot) -> Markup:
+        return Markup("data:image/svg+xml;base64," + base64.b64encode(render_svg(picture)).decode("ascii"))
 
     def inert(value: object) -> object:
-        return spelled_out(shortened(value), keep="\n") if type(value) is str else value
+        return escape_control_chars(truncate_middle(value), keep="\n") if type(value) is str else value
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=inert, trim_blocks=True, lstrip_blocks=True
@@ -85,10 +85,10 @@ def _environment() -> "Environment":
     environment.globals["GENERATOR"] = Markup(GENERATOR)
     environment.tests["number_cell"] = is_number
     environment.filters |= {
-        **{"inlined": inlined, "sentence": in_a_sentence, "answers": answers, "happened": what_happened},
+        **{"inlined": inlined, "sentence": describe_history, "answers": dedupe_responses, "happened": describe_visit},
         **{
-            "ratio": log_ratio,
-            "far": how_far,
+            "ratio": describe_log_ratio,
+            "far": describe_guide_distance,
             "share": lambda visit: round(100 * visit.num_correct / max(1, visit.num_asked)),
         },
     }

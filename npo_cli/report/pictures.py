@@ -24,18 +24,18 @@ NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
+class Plot:
     """One panel. `name` becomes a file name; `says` is what a reader who cannot see it is told."""
 
     name: str
-    says: str
+    alt_text: str
     draw: Callable[["Axes"], None]
     width: float = WIDTH
     height: float = HEIGHT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Look:
+class LineStyle:
     """How one branch or run is drawn, the same in every picture."""
 
     colour: str
@@ -43,26 +43,26 @@ class Look:
     marker: str
 
 
-def look(place: int) -> Look:
+def get_line_style(place: int) -> LineStyle:
     """Of the n-th of them; after the last colour the first comes again."""
-    return Look(
+    return LineStyle(
         colour=COLOURS[place % len(COLOURS)], dash=DASHES[place % len(DASHES)], marker=MARKERS[place % len(MARKERS)]
     )
 
 
-def svg_of(picture: Picture) -> bytes:
+def render_svg(picture: Plot) -> bytes:
     """The picture as a document of its own."""
     return _drawn(picture, "svg")
 
 
-def save_picture(picture: Picture, folder: Path) -> None:
+def save_plot(picture: Plot, folder: Path) -> None:
     """NAME.png and NAME.svg in that folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         (folder / f"{picture.name}.{kind}").write_bytes(_drawn(picture, kind))
 
 
-def _drawn(picture: Picture, kind: str) -> bytes:
+def _drawn(picture: Plot, kind: str) -> bytes:
     with _figure(picture) as figure:
         picture.draw(figure.subplots())
         with io.BytesIO() as file:
@@ -71,7 +71,7 @@ def _drawn(picture: Picture, kind: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _figure(picture: Picture) -> Iterator["Figure"]:
+def _figure(picture: Plot) -> Iterator["Figure"]:
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -6,28 +6,28 @@ from typing import TYPE_CHECKING
 
 from npo_cli.errors import NpoError
 from npo_cli.guide_records import SourceScore
-from npo_cli.report.figures import COLOURS, QUIET, page
-from npo_cli.report.source_tables import in_order
+from npo_cli.report.figures import COLOURS, MUTED, open_figure
+from npo_cli.report.source_tables import sort_sources
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg", ".pdf")
-LONGEST_NAME = 28
-Estimate = tuple[float, float, float]
+FIGURE_FORMATS = (".png", ".svg", ".pdf")
+MAX_NAME_CHARS = 28
+ValueWithInterval = tuple[float, float, float]
 """Value, low, high."""
 
 
-def refuse_format(path: Path) -> None:
+def validate_figure_format(path: Path) -> None:
     """A picture that could not be written is told before anything is computed."""
-    if path.suffix.lower() not in FORMATS:
-        raise NpoError(f"--figure {path}: a picture ends in {', '.join(FORMATS)}", f"--figure {path.stem or 'F'}.png")
+    if path.suffix.lower() not in FIGURE_FORMATS:
+        raise NpoError(f"--figure {path}: a picture ends in {', '.join(FIGURE_FORMATS)}", f"--figure {path.stem or 'F'}.png")
 
 
-def sources_figure(scores: Sequence[SourceScore], path: Path, title: str = "") -> None:
+def plot_sources(scores: Sequence[SourceScore], path: Path, title: str = "") -> None:
     """A row a source by kind and distance, a panel for Q, V and S; a ring marks the largest S."""
-    ordered = list(reversed(in_order(scores)))
-    best = "".join(f", {_short(one.name)} best in {one.p_best:.0%}" for one in ordered if one.chosen)
+    ordered = list(reversed(sort_sources(scores)))
+    best = "".join(f", {_short(one.name)} best in {one.p_best:.0%}" for one in ordered if one.is_selected)
     panels = (
         ("Q, prompts solved", COLOURS[2], [(one.quality, one.quality_low, one.quality_high) for one in ordered]),
         (
@@ -37,25 +37,25 @@ def sources_figure(scores: Sequence[SourceScore], path: Path, title: str = "") -
         ),
         (f"S = Q / V{best}", COLOURS[0], [_all(one.signal, one.signal_low, one.signal_high) for one in ordered]),
     )
-    with page(path, title=title, height=1.9 + 0.42 * len(ordered)) as figure:
+    with open_figure(path, title=title, height=1.9 + 0.42 * len(ordered)) as figure:
         axes = figure.subplots(1, len(panels), sharey=True)
         for panel, (label, colour, estimates) in zip(axes, panels, strict=True):
-            _draw(panel, estimates, colour=colour, chosen=[one.chosen for one in ordered])
+            _draw_sources(panel, estimates, colour=colour, chosen=[one.is_selected for one in ordered])
             panel.set_title(label, loc="left", color=colour)
         axes[0].set_yticks(range(len(ordered)), [_label(one) for one in ordered])
         axes[0].set_ylim(-0.6, len(ordered) - 0.4)
 
 
-def _all(value: float | None, low: float | None, high: float | None) -> Estimate | None:
+def _all(value: float | None, low: float | None, high: float | None) -> ValueWithInterval | None:
     return None if value is None or low is None or high is None else (value, low, high)
 
 
-def _draw(panel: "Axes", estimates: Sequence[Estimate | None], *, colour: str, chosen: Sequence[bool]) -> None:
+def _draw_sources(panel: "Axes", estimates: Sequence[ValueWithInterval | None], *, colour: str, chosen: Sequence[bool]) -> None:
     known = [each for each in estimates if each is not None]
     for place, (estimate, is_chosen) in enumerate(zip(estimates, chosen, strict=True)):
         if estimate is None:
             panel.annotate(
-                "not known", (0.02, place), xycoords=("axes fraction", "data"), color=QUIET, va="center", fontsize=9
+                "not known", (0.02, place), xycoords=("axes fraction", "data"), color=MUTED, va="center", fontsize=9
             )
             continue
         value, low, high = estimate
@@ -92,5 +92,5 @@ def _label(score: SourceScore) -> str:
 
 def _short(name: str) -> str:
     """Of a path the end tells most; letters of a font that has no dollar mathematics."""
-    cut = name if len(name) <= LONGEST_NAME else f"{name.split(' ')[0]} ...{name[-(LONGEST_NAME - 10) :]}"
+    cut = name if len(name) <= MAX_NAME_CHARS else f"{name.split(' ')[0]} ...{name[-(MAX_NAME_CHARS - 10) :]}"
     return cut.replace("$", r"\$")

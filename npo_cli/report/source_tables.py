@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 
 from npo_cli.guide_records import SourceScore
-from npo_cli.report.cells import Table, count, interval, number
+from npo_cli.report.cells import Table, format_count, format_interval, format_number
 
 
 def sources_tables(scores: Sequence[SourceScore]) -> tuple[Table, ...]:
     """Q, V and S of each, in the order of the figure; then how sure the largest S is under each kind of V."""
-    ordered = in_order(scores)
+    ordered = sort_sources(scores)
     return (_signal_table(ordered), _lead_table(ordered))
 
 
-RANKS = ("past", "base", "self", "extrapolated", "near", "far", "run", "model", "endpoint", "file")
+SOURCE_ORDER = ("past", "base", "self", "extrapolated", "near", "far", "run", "model", "endpoint", "file")
 """Kinds of sources, from the learner's own past to others."""
 
 
-def in_order(scores: Sequence[SourceScore]) -> list[SourceScore]:
+def sort_sources(scores: Sequence[SourceScore]) -> list[SourceScore]:
     """By kind, then by distance."""
-    return sorted(scores, key=lambda one: (RANKS.index(one.kind), one.distance or 0))
+    return sorted(scores, key=lambda one: (SOURCE_ORDER.index(one.kind), one.distance or 0))
 
 
 def _signal_table(scores: Sequence[SourceScore]) -> Table:
@@ -39,12 +39,12 @@ def _signal_table(scores: Sequence[SourceScore]) -> Table:
     )
     rows = tuple(
         (
-            *(one.name, one.kind, count(one.distance)),
-            interval(one.quality, one.quality_low, one.quality_high),
+            *(one.name, one.kind, format_count(one.distance)),
+            format_interval(one.quality, one.quality_low, one.quality_high),
             _known(one.variance, one.variance_low, one.variance_high),
             _known(one.signal, one.signal_low, one.signal_high),
-            *(number(one.p_best, digits=2), number(one.pass_at_1), number(one.num_tries, digits=1)),
-            *(number(one.quality_net), number(one.kl_per_token), number(one.kl_per_sequence), _mark(one)),
+            *(format_number(one.p_best, digits=2), format_number(one.pass_at_1), format_number(one.samples_per_prompt, digits=1)),
+            *(format_number(one.quality_net), format_number(one.kl_per_token), format_number(one.kl_per_sequence), _mark(one)),
         )
         for one in scores
     )
@@ -59,20 +59,20 @@ def _signal_table(scores: Sequence[SourceScore]) -> Table:
 
 
 def _known(value: float | None, low: float | None, high: float | None) -> str:
-    return "-" if value is None or low is None or high is None else interval(value, low, high)
+    return "-" if value is None or low is None or high is None else format_interval(value, low, high)
 
 
 def _mark(score: SourceScore) -> str:
-    return " ".join(word for word, said in (("<- largest S", score.chosen), ("unreliable V", score.unreliable)) if said)
+    return " ".join(word for word, said in (("<- largest S", score.is_selected), ("unreliable V", score.is_unreliable)) if said)
 
 
 def _lead_table(scores: Sequence[SourceScore]) -> Table:
     """The place of the maximum is marked with a star."""
-    kinds = sorted({kind for one in scores for kind in one.p_best_by})
+    kinds = sorted({kind for one in scores for kind in one.p_best_by_variance_kind})
     rows = tuple(
-        (one.name, one.kind, *(number(one.p_best_by[kind], digits=2) + " *" * (kind in one.best_by) for kind in kinds))
+        (one.name, one.kind, *(format_number(one.p_best_by_variance_kind[kind], digits=2) + " *" * (kind in one.best_for_variance_kinds) for kind in kinds))
         for one in scores
-        if one.p_best_by
+        if one.p_best_by_variance_kind
     )
     title = "Share of resamples with the largest S, by kind of V (* the largest S of the data as they are)"
     return Table(title=title, header=("source", "kind", *kinds), rows=rows)

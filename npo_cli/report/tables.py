@@ -3,18 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from npo_cli.costs import Crossing
-from npo_cli.guide_records import GuideInfo, SourceScore
+from npo_cli.costs import CostToThreshold
+from npo_cli.guide_records import GuideCacheInfo, SourceScore
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
-from npo_cli.report.auto_tables import AUTO_TABLES
-from npo_cli.report.bench_tables import tuned_tables
-from npo_cli.report.cells import Table, count, interval, number, size, without_empty_columns
+from npo_cli.report.auto_tables import AUTONPO_TABLES
+from npo_cli.report.bench_tables import tuning_tables
+from npo_cli.report.cells import Table, format_count, format_interval, format_number, format_bytes, drop_empty_columns
 from npo_cli.report.compare_tables import COMPARE_TABLES
-from npo_cli.report.cost_tables import comparison_tables
-from npo_cli.report.lines import Check, GroupLine, PromptStory, RecipeLine, RolloutLine, Tuned, Visit
+from npo_cli.report.cost_tables import cost_to_threshold_tables
+from npo_cli.report.lines import DoctorCheck, GroupView, PromptHistory, RecipeView, RolloutView, TunedSetting, PromptVisit
 from npo_cli.report.plan_tables import PLAN_TABLES
 from npo_cli.report.source_tables import sources_tables
-from npo_cli.report.stories import stories_tables, visits_tables
+from npo_cli.report.stories import prompt_history_tables, visits_tables
 
 
 def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
@@ -25,14 +25,14 @@ def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
     )
     rows = tuple(
         (
-            *(one.branch, str(one.step), one.parent or "-", one.tier, size(one.size_bytes)),
+            *(one.branch, str(one.step), one.parent or "-", one.tier, format_bytes(one.size_bytes)),
             *("yes" if one.complete else "NO", (one.digest or "-")[:12]),
-            *(number(one.reward), number(one.entropy), number(one.accuracy)),
-            *(number(one.quality), number(one.variance), number(one.signal), count(one.scored_for)),
+            *(format_number(one.reward), format_number(one.entropy), format_number(one.accuracy)),
+            *(format_number(one.quality), format_number(one.variance), format_number(one.signal), format_count(one.learner_step)),
         )
         for one in entries
     )
-    return (without_empty_columns(Table(title="Checkpoints", header=header, rows=rows)),)
+    return (drop_empty_columns(Table(title="Checkpoints", header=header, rows=rows)),)
 
 
 def scores_tables(scores: Sequence[CheckpointScore]) -> tuple[Table, ...]:
@@ -46,11 +46,11 @@ def _signal_table(scores: Sequence[CheckpointScore]) -> Table:
     rows = tuple(
         (
             *(str(one.step), str(one.distance)),
-            interval(one.quality, one.quality_low, one.quality_high),
-            interval(one.variance, one.variance_low, one.variance_high),
-            interval(one.signal, one.signal_low, one.signal_high),
-            *(number(one.p_best, digits=2), number(one.pass_at_1), number(one.pass_at_k), number(one.quality_net)),
-            *(number(one.ess_fraction), _mark(one)),
+            format_interval(one.quality, one.quality_low, one.quality_high),
+            format_interval(one.variance, one.variance_low, one.variance_high),
+            format_interval(one.signal, one.signal_low, one.signal_high),
+            *(format_number(one.p_best, digits=2), format_number(one.pass_at_1), format_number(one.pass_at_k), format_number(one.quality_net)),
+            *(format_number(one.ess_fraction), _mark(one)),
         )
         for one in scores
     )
@@ -58,7 +58,7 @@ def _signal_table(scores: Sequence[CheckpointScore]) -> Table:
 
 
 def _mark(score: CheckpointScore) -> str:
-    return " ".join(word for word, said in (("<- chosen", score.chosen), ("unreliable V", score.unreliable)) if said)
+    return " ".join(word for word, said in (("<- chosen", score.is_selected), ("unreliable V", score.is_unreliable)) if said)
 
 
 def _score_notes(scores: Sequence[CheckpointScore]) -> tuple[str, ...]:
@@ -67,15 +67,15 @@ def _score_notes(scores: Sequence[CheckpointScore]) -> tuple[str, ...]:
         f"Q is {first.quality_kind} and V is {first.variance_kind}, with 95 % intervals; "
         f"{first.num_prompts} prompts, {first.num_samples} samples a candidate."
     ]
-    best = next((one for one in scores if one.chosen), None)
+    best = next((one for one in scores if one.is_selected), None)
     if best is not None:
         notes.append(f"Step {best.step} is chosen; it has the largest S in {best.p_best:.0%} of the resamples.")
-    others = {name: step for one in scores for name, step in one.chosen_by.items()}
+    others = {name: step for one in scores for name, step in one.selection_by_profile.items()}
     if others:
         notes.append(
             "Others would choose: " + ", ".join(f"{name} {step}" for name, step in sorted(others.items())) + "."
         )
-    if any(one.unreliable for one in scores):
+    if any(one.is_unreliable for one in scores):
         notes.append("unreliable V: it rests on a few samples (ESS below 0.1); trust another V kind there.")
     return tuple(notes)
 
@@ -86,9 +86,9 @@ def _variance_table(scores: Sequence[CheckpointScore]) -> Table:
     kinds = sorted({kind for one in scores for kind in one.variances} - {scores[0].variance_kind})
     rows = tuple(
         (
-            *(str(one.step), str(one.distance), number(one.variance)),
-            *(number(one.variances.get(kind)) for kind in kinds),
-            *(number(one.kl_per_token), number(one.kl_per_sequence), number(one.mean_length, digits=1)),
+            *(str(one.step), str(one.distance), format_number(one.variance)),
+            *(format_number(one.variances.get(kind)) for kind in kinds),
+            *(format_number(one.kl_per_token), format_number(one.kl_per_sequence), format_number(one.mean_length, digits=1)),
         )
         for one in scores
     )
@@ -102,17 +102,17 @@ def evals_tables(reports: Sequence[EvalReport]) -> tuple[Table, ...]:
     rows = tuple(
         (
             *(one.branch, str(one.step)),
-            interval(one.accuracy, one.accuracy_low, one.accuracy_high),
-            interval(one.pass_at_k, one.pass_at_k_low, one.pass_at_k_high),
-            *(str(one.num_samples), count(one.num_prompts), number(one.mean_length, digits=1)),
-            *(f"{one.cut_off:.1%}", count(one.num_tokens)),
+            format_interval(one.accuracy, one.accuracy_low, one.accuracy_high),
+            format_interval(one.pass_at_k, one.pass_at_k_low, one.pass_at_k_high),
+            *(str(one.num_samples), format_count(one.num_prompts), format_number(one.mean_length, digits=1)),
+            *(f"{one.truncated_fraction:.1%}", format_count(one.num_tokens)),
         )
         for one in reports
     )
     return (Table(title="Held-out accuracy, 95 % intervals over prompts", header=header, rows=rows),)
 
 
-def guides_tables(guides: Sequence[GuideInfo]) -> tuple[Table, ...]:
+def guides_tables(guides: Sequence[GuideCacheInfo]) -> tuple[Table, ...]:
     """Guide caches: whom they serve, who wrote them, how many prompts they solved, what they cost and whom."""
     header = (
         *("name", "branch", "for steps", "source", "guide step", "from", "solved", "kept", "samples", "tokens"),
@@ -120,23 +120,23 @@ def guides_tables(guides: Sequence[GuideInfo]) -> tuple[Table, ...]:
     )
     rows = tuple(
         (
-            *(one.name, one.branch, f"{one.at_step + 1}-{one.at_step + one.num_steps}"),
-            *(one.source, count(one.guide_step), one.origin),
-            *(f"{count(one.num_found)} of {count(one.num_prompts)}", count(one.num_trajectories or one.num_found)),
-            *(count(one.num_samples), count(one.num_tokens), count(one.given_tokens or None)),
-            *(count(one.side_tokens or None), "yes" if one.has_logps else "none", "yes" if one.complete else "NO"),
+            *(one.name, one.branch, f"{one.learner_step + 1}-{one.learner_step + one.num_steps}"),
+            *(one.source, format_count(one.guide_step), one.origin),
+            *(f"{format_count(one.num_prompts_with_rollouts)} of {format_count(one.num_prompts)}", format_count(one.num_rollouts or one.num_prompts_with_rollouts)),
+            *(format_count(one.num_samples), format_count(one.num_tokens), format_count(one.external_tokens or None)),
+            *(format_count(one.guide_training_tokens or None), "yes" if one.has_logps else "none", "yes" if one.complete else "NO"),
         )
         for one in guides
     )
     notes = ("solved: prompts with a verified answer; given: by somebody else; side: what training the guide had cost",)
-    return (without_empty_columns(Table(title="Guide caches", header=header, rows=rows, notes=notes)),)
+    return (drop_empty_columns(Table(title="Guide caches", header=header, rows=rows, notes=notes)),)
 
 
 def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
     """Segments in the order in which training began them."""
     header = ("branch", "parent", "from step", "guide", "guide until")
     rows = tuple(
-        (one.branch, one.parent or "-", str(one.fork_step), one.guide or "-", count(one.guide_until))
+        (one.branch, one.parent or "-", str(one.fork_step), one.guide_cache or "-", format_count(one.guide_until))
         for one in segments
     )
     return (Table(title="Lineage", header=header, rows=rows),)
@@ -155,8 +155,8 @@ def metrics_tables(reports: Sequence[StepReport]) -> tuple[Table, ...]:
 def _branch_row(reports: Sequence[StepReport]) -> tuple[str, ...]:
     tenth = max(1, len(reports) // 10)
     ends = (reports[:tenth], reports[-tenth:])
-    means = (number(_mean(some, name)) for name in ("reward", "entropy") for some in ends)
-    tokens = count(sum(int(one.metrics.get("tokens", 0)) for one in reports))
+    means = (format_number(_mean(some, name)) for name in ("reward", "entropy") for some in ends)
+    tokens = format_count(sum(int(one.metrics.get("tokens", 0)) for one in reports))
     return (reports[0].branch, f"{reports[0].step}-{reports[-1].step}", *means, tokens)
 
 
@@ -170,69 +170,69 @@ def _newest_steps(reports: Sequence[StepReport]) -> Table:
     names = ("reward", "entropy", "frac_all_wrong", "completions/mean_length", "inject/slots", "grad_norm")
     rows = tuple(
         (
-            *(one.branch, str(one.step), *(number(one.metrics.get(name)) for name in names)),
-            count(_whole(one.timings.get("tokens_per_second"))),
+            *(one.branch, str(one.step), *(format_number(one.metrics.get(name)) for name in names)),
+            format_count(_whole(one.timings.get("tokens_per_second"))),
         )
         for one in reports
     )
-    return without_empty_columns(Table(title="Newest steps", header=header, rows=rows))
+    return drop_empty_columns(Table(title="Newest steps", header=header, rows=rows))
 
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-def rollouts_tables(lines: Sequence[RolloutLine]) -> tuple[Table, ...]:
+def rollouts_tables(lines: Sequence[RolloutView]) -> tuple[Table, ...]:
     """Rollouts with question, reference answer and response, the seated guide told apart."""
     header = ("branch", "step", "prompt", "slot", "source", "verdict", "ended", "question", "answer", "response")
     rows = tuple(
         (
             *(one.branch, str(one.step), one.rollout.prompt_id, str(one.rollout.slot), _source(one)),
             *(one.rollout.verdict or "-", "yes" if one.rollout.finished else "cut off"),
-            *(one.question, one.answer, one.rollout.text),
+            *(one.prompt_text, one.reference_answer, one.rollout.text),
         )
         for one in lines
     )
     return (Table(title="Rollouts", header=header, rows=rows),)
 
 
-def _source(line: RolloutLine) -> str:
+def _source(line: RolloutView) -> str:
     rollout = line.rollout
     return (
         rollout.source
-        if rollout.sampler_step is None or not rollout.foreign
+        if rollout.sampler_step is None or not rollout.is_off_policy
         else f"{rollout.source} {rollout.sampler_step}"
     )
 
 
-def groups_tables(lines: Sequence[GroupLine]) -> tuple[Table, ...]:
+def groups_tables(lines: Sequence[GroupView]) -> tuple[Table, ...]:
     """Groups with the mean reward over all their rollouts."""
     header = ("branch", "step", "prompt", "rollouts", "own accuracy", "reward", "mix")
     rows = tuple(
         (
             *(one.branch, str(one.step), one.group.prompt.prompt_id, str(len(one.group.rollouts))),
-            *(number(one.group.own_accuracy), number(_mean_reward(one)), one.group.mix),
+            *(format_number(one.group.on_policy_accuracy), format_number(_mean_reward(one)), one.group.injection_status),
         )
         for one in lines
     )
     return (Table(title="Groups", header=header, rows=rows),)
 
 
-def _mean_reward(line: GroupLine) -> float | None:
+def _mean_reward(line: GroupView) -> float | None:
     rewards = [rollout.reward for rollout in line.group.rollouts if rollout.reward is not None]
     return sum(rewards) / len(rewards) if rewards else None
 
 
-def recipes_tables(lines: Sequence[RecipeLine]) -> tuple[Table, ...]:
+def recipes_tables(lines: Sequence[RecipeView]) -> tuple[Table, ...]:
     """Recipes by name."""
     rows = tuple((one.name, one.description) for one in lines)
     return (Table(title="Recipes", header=("name", "what for"), rows=rows),)
 
 
-def checks_tables(checks: Sequence[Check]) -> tuple[Table, ...]:
+def checks_tables(checks: Sequence[DoctorCheck]) -> tuple[Table, ...]:
     """`-` marks an optional part that is absent, `BAD` a fault."""
     words = {(True, True): "ok", (True, False): "ok", (False, False): "-", (False, True): "BAD"}
-    rows = tuple((words[one.ok, one.needed], one.name, one.detail, one.hint) for one in checks)
+    rows = tuple((words[one.is_ok, one.is_required], one.name, one.detail, one.hint) for one in checks)
     return (Table(title="This machine", header=("", "part", "found", "to mend it"), rows=rows),)
 
 
@@ -241,21 +241,21 @@ NUM_NEWEST = 10
 TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     StepReport: metrics_tables,
     CheckpointEntry: index_tables,
-    GuideInfo: guides_tables,
+    GuideCacheInfo: guides_tables,
     CheckpointScore: scores_tables,
     SourceScore: sources_tables,
     EvalReport: evals_tables,
-    Crossing: comparison_tables,
+    CostToThreshold: cost_to_threshold_tables,
     **COMPARE_TABLES,
-    **AUTO_TABLES,
+    **AUTONPO_TABLES,
     **PLAN_TABLES,
     Segment: lineage_tables,
-    RolloutLine: rollouts_tables,
-    GroupLine: groups_tables,
-    PromptStory: stories_tables,
-    Visit: visits_tables,
-    RecipeLine: recipes_tables,
-    Tuned: tuned_tables,
-    Check: checks_tables,
+    RolloutView: rollouts_tables,
+    GroupView: groups_tables,
+    PromptHistory: prompt_history_tables,
+    PromptVisit: visits_tables,
+    RecipeView: recipes_tables,
+    TunedSetting: tuning_tables,
+    DoctorCheck: checks_tables,
 }
 """How each kind of record is tabulated, in the order in which kinds are shown."""

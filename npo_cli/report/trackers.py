@@ -14,7 +14,7 @@ from npo_cli.errors import NpoError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shown:
+class TrackerRun:
     """What a tracker calls a branch."""
 
     project: str
@@ -42,7 +42,7 @@ class Tracker(Protocol):
 class TensorboardTracker:
     """Event files in `RUN/tensorboard/BRANCH`."""
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: TrackerRun) -> None:
         from tensorboard.summary import Writer
 
         self._writer = Writer(str(shown.folder / "tensorboard" / shown.branch))
@@ -61,7 +61,7 @@ class TensorboardTracker:
 class WandbTracker:
     """A run at wandb, or under `RUN/wandb` with WANDB_MODE=offline."""
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: TrackerRun) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -87,7 +87,7 @@ class WandbTracker:
 class TrackioTracker:
     """A run in trackio's local store (TRACKIO_DIR)."""
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: TrackerRun) -> None:
         import trackio
 
         self._trackio = trackio
@@ -110,14 +110,14 @@ class TrackioTracker:
         self._trackio.finish()
 
 
-TRACKERS: Mapping[str, Callable[[Shown], Tracker]] = {
+TRACKERS: Mapping[str, Callable[[TrackerRun], Tracker]] = {
     "tensorboard": TensorboardTracker,
     "wandb": WandbTracker,
     "trackio": TrackioTracker,
 }
 
 
-def refuse_absent(names: tuple[str, ...]) -> None:
+def validate_trackers_installed(names: tuple[str, ...]) -> None:
     """A tracker that is not installed is told before anything begins."""
     for name in names:
         found = find_spec(name)

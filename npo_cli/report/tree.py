@@ -9,15 +9,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from npo_cli.auto_records import Transition
-from npo_cli.report.figures import QUIET
-from npo_cli.report.limbs import Limb
-from npo_cli.report.pictures import Picture, look
+from npo_cli.report.figures import MUTED
+from npo_cli.report.limbs import BranchSpan
+from npo_cli.report.pictures import Plot, get_line_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDE = 13.0
-SIGNS = (
+LINEAGE_PLOT_WIDTH = 13.0
+EVENT_MARKERS = (
     (("warning",), "v", "warning"),
     (("accepted", "early"), "D", "trigger, accepted"),
     (("pushed",), "^", "pushed ahead"),
@@ -25,33 +25,33 @@ SIGNS = (
 )
 
 
-def tree_picture(limbs: Sequence[Limb], moves: Sequence[Transition], *, prefix: str) -> Picture:
+def make_lineage_plot(limbs: Sequence[BranchSpan], moves: Sequence[Transition], *, prefix: str) -> Plot:
     """Branches, guides and the moves of AutoNPO."""
     says = "; ".join(
         f"{one.branch} from step {one.fork_step} to {one.last_step}"
         + (f", guided until step {one.guide_until}" if one.guide_until is not None else "")
         for one in limbs
     )
-    return Picture(
+    return Plot(
         name=f"{prefix}lineage",
-        says=f"lineage: {says}",
+        alt_text=f"lineage: {says}",
         draw=partial(_draw_tree, limbs=limbs, moves=moves),
-        width=WIDE,
+        width=LINEAGE_PLOT_WIDTH,
         height=1.3 + 0.62 * len(limbs),
     )
 
 
-def _draw_tree(panel: "Axes", *, limbs: Sequence[Limb], moves: Sequence[Transition]) -> None:
+def _draw_tree(panel: "Axes", *, limbs: Sequence[BranchSpan], moves: Sequence[Transition]) -> None:
     lanes = {limb.branch: lane for lane, limb in enumerate(limbs)}
     for lane, limb in enumerate(limbs):
         _draw_limb(panel, limb, lane)
         if limb.parent in lanes:
             _draw_fork(panel, limb, start=lanes[limb.parent], lane=lane)
-    for events, marker, label in SIGNS:
+    for events, marker, label in EVENT_MARKERS:
         # The branch after a rollback is not the one on which it was decided: these moves are made before it.
         places = [(move.step, lanes[move.state.branch]) for move in moves if move.event in events]
         if places:
-            style = {"color": QUIET, "ms": 6, "mew": 1.5, "lw": 0, "zorder": 6}
+            style = {"color": MUTED, "ms": 6, "mew": 1.5, "lw": 0, "zorder": 6}
             panel.plot(*zip(*places, strict=True), marker=marker, label=label, **style)
     panel.set_ylim(len(limbs) - 0.4, -0.75)
     panel.set_yticks(range(len(limbs)), [limb.branch for limb in limbs])
@@ -63,12 +63,12 @@ def _draw_tree(panel: "Axes", *, limbs: Sequence[Limb], moves: Sequence[Transiti
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("logical step")
     if panel.get_legend_handles_labels()[0]:
-        panel.figure.legend(loc="outside lower center", ncols=len(SIGNS), frameon=False, fontsize=9)
+        panel.figure.legend(loc="outside lower center", ncols=len(EVENT_MARKERS), frameon=False, fontsize=9)
 
 
-def _draw_limb(panel: "Axes", limb: Limb, lane: int) -> None:
-    colour = look(lane).colour
-    kept = limb.fork_step if limb.kept_until is None else limb.kept_until
+def _draw_limb(panel: "Axes", limb: BranchSpan, lane: int) -> None:
+    colour = get_line_style(lane).colour
+    kept = limb.fork_step if limb.lineage_until is None else limb.lineage_until
     panel.plot([limb.fork_step, kept], [lane, lane], color=colour, lw=4, solid_capstyle="butt")
     panel.plot([kept, limb.last_step], [lane, lane], color=colour, lw=2, ls=":")
     if limb.guide_until is not None:
@@ -79,16 +79,16 @@ def _draw_limb(panel: "Axes", limb: Limb, lane: int) -> None:
     )
 
 
-def _draw_fork(panel: "Axes", limb: Limb, *, start: int, lane: int) -> None:
+def _draw_fork(panel: "Axes", limb: BranchSpan, *, start: int, lane: int) -> None:
     """Down from the parent; where a guide is known, back from its checkpoint."""
-    colour = look(lane).colour
+    colour = get_line_style(lane).colour
     origin = limb.fork_step if limb.guide_step is None else limb.guide_step
     arrow = {"arrowstyle": "-|>", "color": colour, "lw": 1.5, "shrinkA": 3, "shrinkB": 3}
     panel.annotate("", xy=(limb.fork_step, lane), xytext=(origin, start), arrowprops=arrow, zorder=4)
     if limb.guide_step is not None:
         panel.plot(limb.guide_step, start, marker="o", ms=7, color="white", mec=colour, mew=2, zorder=5)
-    if limb.guide is not None:
+    if limb.guide_cache is not None:
         where = (limb.fork_step, lane)
         panel.annotate(
-            f"guide {limb.guide}", where, xytext=(4, -16), textcoords="offset points", fontsize=9, color=colour
+            f"guide {limb.guide_cache}", where, xytext=(4, -16), textcoords="offset points", fontsize=9, color=colour
         )

@@ -5,28 +5,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from npo_cli.run_dir.lock import writing
-from npo_cli.run_dir.paths import RunDir, refuse_used
+from npo_cli.run_dir.lock import lock_run
+from npo_cli.run_dir.paths import RunDir, check_unused
 
-UNFINISHED = ".unfinished"
+UNFINISHED_SUFFIX = ".unfinished"
 
 
 @contextmanager
-def built_aside(root: Path, *, flag: str = "--run") -> Iterator[Path]:
+def atomic_directory(root: Path, *, flag: str = "--run") -> Iterator[Path]:
     """A hidden sibling that becomes `root` when the block ends well, else it is removed.
 
     What a killed writer left is removed; one that is still at work there is refused by its lock.
     """
-    refuse_used(root, flag=flag)
-    hidden = root.absolute().parent / f".{root.name}{UNFINISHED}"
+    check_unused(root, flag=flag)
+    hidden = root.absolute().parent / f".{root.name}{UNFINISHED_SUFFIX}"
     if hidden.exists():
-        with writing(RunDir(hidden)):
+        with lock_run(RunDir(hidden)):
             shutil.rmtree(hidden)
     made = [folder for folder in hidden.parents if not folder.exists()]
     hidden.mkdir(parents=True)
     try:
         yield hidden
-        refuse_used(root, flag=flag)
+        check_unused(root, flag=flag)
         hidden.rename(root.absolute())
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

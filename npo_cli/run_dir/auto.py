@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_cli.auto_records import AutoState, Transition
-from npo_cli.run_dir.files import build, damaged, encode, read_json, row_of, write_json_atomic
-from npo_cli.run_dir.journal import Journal
-from npo_cli.run_dir.paths import RunDir, step_name
-from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.auto_records import AutoNPOState, Transition
+from npo_cli.run_dir.files import decode_record, damaged_file_error, encode_record, read_json, to_row, write_json_atomic
+from npo_cli.run_dir.journal import JsonlLog
+from npo_cli.run_dir.paths import RunDir, format_step
+from npo_cli.run_dir.rollouts import RolloutLog
 
 KEY_LENGTH = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeQuestion:
+class ProbeSpec:
     """What settings.json of a probe says."""
 
     branch: str
@@ -31,7 +31,7 @@ class ProbeQuestion:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeFolder:
+class ProbeStore:
     """One confirmation of one policy: its question, and its answers chunk by chunk."""
 
     folder: Path
@@ -39,9 +39,9 @@ class ProbeFolder:
     step: int
 
     @property
-    def rollouts(self) -> RolloutJournal:
+    def rollouts(self) -> RolloutLog:
         """Every answer; the field `step` of a line is the number of its chunk, from 0."""
-        return RolloutJournal(self.folder / "rollouts.jsonl")
+        return RolloutLog(self.folder / "rollouts.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,62 +64,62 @@ def probes_folder(run: RunDir) -> Path:
     return run.root / "probes"
 
 
-def judgement_folder(run: RunDir, branch: str, step: int) -> Path:
+def acceptance_test_folder(run: RunDir, branch: str, step: int) -> Path:
     """Where the clock of one held-out test lies; what it found is in autonpo.jsonl."""
-    return run.root / "judgements" / f"{branch}_{step_name(step)}"
+    return run.root / "judgements" / f"{branch}_{format_step(step)}"
 
 
-def judgements(run: RunDir) -> list[Path]:
+def list_acceptance_tests(run: RunDir) -> list[Path]:
     """The folder of every such test."""
     root = run.root / "judgements"
     return sorted(root.iterdir()) if root.is_dir() else []
 
 
-def append_transitions(run: RunDir, moves: Sequence[Transition]) -> None:
+def append_transitions(run: RunDir, transitions: Sequence[Transition]) -> None:
     """Write down the moves that one fact made, in one go, synced: nothing before them is decided again."""
-    if moves:
-        journal = Journal(autonpo_path(run))
-        journal.extend([_row(move) for move in moves])
+    if transitions:
+        journal = JsonlLog(autonpo_path(run))
+        journal.extend([_row(move) for move in transitions])
         journal.sync()
 
 
 def _row(move: Transition) -> dict[str, Any]:
     """Who, when, what first; the whole state and the evidence behind."""
-    row = row_of(move)
+    row = to_row(move)
     state, evidence = row.pop("state"), row.pop("evidence")
     return {**row, "phase": state["phase"], "branch": state["branch"], "state": state, "evidence": evidence}
 
 
-def transitions(run: RunDir) -> list[Transition]:
+def read_transitions(run: RunDir) -> list[Transition]:
     """Every move, oldest first; none where AutoNPO never watched."""
     path = autonpo_path(run)
     return [
-        _transition_of(row, f"{path}, line {number}") for number, row in enumerate(Journal(path).records(), start=1)
+        _transition_of(row, f"{path}, line {number}") for number, row in enumerate(JsonlLog(path).iter_rows(), start=1)
     ]
 
 
 def _transition_of(row: dict[str, Any], source: str) -> Transition:
     if not isinstance(row.get("state"), dict):
-        raise damaged(source, "it has no state")
-    state = build(AutoState, row["state"], source)
-    line = build(_Line, row, source)
+        raise damaged_file_error(source, "it has no state")
+    state = decode_record(AutoNPOState, row["state"], source)
+    line = decode_record(_Line, row, source)
     return Transition(
         step=line.step, event=line.event, phase_before=line.phase_before, state=state, evidence=line.evidence
     )
 
 
-def open_probe(run: RunDir, branch: str, step: int, *, settings: Mapping[str, Any]) -> ProbeFolder:
+def open_probe(run: RunDir, branch: str, step: int, *, settings: Mapping[str, Any]) -> ProbeStore:
     """The folder of this probe, made or found again by its policy and settings."""
     question = {"branch": branch, "step": step, "settings": dict(settings)}
-    canonical = json.dumps(json.loads(encode(question)), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(json.loads(encode_record(question)), sort_keys=True, separators=(",", ":"))
     key = hashlib.sha256(canonical.encode("ascii")).hexdigest()[:KEY_LENGTH]
-    folder = probes_folder(run) / f"{branch}_{step_name(step)}_{key}"
+    folder = probes_folder(run) / f"{branch}_{format_step(step)}_{key}"
     if not (folder / "settings.json").exists():
         write_json_atomic(folder / "settings.json", question)
-    return ProbeFolder(folder=folder, branch=branch, step=step)
+    return ProbeStore(folder=folder, branch=branch, step=step)
 
 
-def probes(run: RunDir) -> list[ProbeFolder]:
+def list_probes(run: RunDir) -> list[ProbeStore]:
     """Every probe, unfinished ones included, by folder name."""
     if not probes_folder(run).is_dir():
         return []
@@ -127,12 +127,12 @@ def probes(run: RunDir) -> list[ProbeFolder]:
     for folder in sorted(probes_folder(run).iterdir()):
         path = folder / "settings.json"
         if path.exists():
-            said = build(ProbeQuestion, read_json(path), path)
-            found.append(ProbeFolder(folder=folder, branch=said.branch, step=said.step))
+            said = decode_record(ProbeSpec, read_json(path), path)
+            found.append(ProbeStore(folder=folder, branch=said.branch, step=said.step))
     return found
 
 
-def probe_tokens(probe: ProbeFolder) -> int:
+def count_probe_tokens(probe: ProbeStore) -> int:
     """Tokens generated for it."""
     groups = (group for _, group in probe.rollouts.iter_groups())
     return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)

@@ -9,24 +9,24 @@ from pathlib import Path
 from npo_cli.errors import NpoError
 from npo_cli.run_dir.files import read_json, write_json_atomic
 
-ARMS_FILE = "arms.json"
+BENCH_INDEX_FILE = "arms.json"
 
 
-def save_arms(folder: Path, arms: Sequence[tuple[str, Path]]) -> None:
+def save_bench_index(folder: Path, runs: Sequence[tuple[str, Path]]) -> None:
     """Arm and run of every cell, in the order of the table."""
-    rows = [{"arm": arm, "run": run.relative_to(folder).as_posix()} for arm, run in arms]
-    write_json_atomic(folder / ARMS_FILE, {"arms": rows})
+    rows = [{"arm": arm, "run": run.relative_to(folder).as_posix()} for arm, run in runs]
+    write_json_atomic(folder / BENCH_INDEX_FILE, {"arms": rows})
 
 
 def is_bench(folder: Path) -> bool:
     """Whether a bench was worked off here."""
-    return (folder / ARMS_FILE).is_file()
+    return (folder / BENCH_INDEX_FILE).is_file()
 
 
-def arms_in(folder: Path) -> list[tuple[str, Path]]:
+def load_bench_index(folder: Path) -> list[tuple[str, Path]]:
     """Arm and run directory, as they were saved."""
     try:
-        return [(str(row["arm"]), folder / row["run"]) for row in read_json(folder / ARMS_FILE)["arms"]]
+        return [(str(row["arm"]), folder / row["run"]) for row in read_json(folder / BENCH_INDEX_FILE)["arms"]]
     except (KeyError, TypeError) as error:
-        path = folder / ARMS_FILE
+        path = folder / BENCH_INDEX_FILE
         raise NpoError(f"{path} is not what npo bench writes", "the same npo bench again writes it anew") from error

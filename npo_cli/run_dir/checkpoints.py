@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from npo_cli.errors import NpoError, as_typed, set_aside
-from npo_cli.run_dir.files import full_disk_explained, make_folder, require_space, sync_path
-from npo_cli.run_dir.lineage import descent, owner_of
+from npo_cli.errors import NpoError, quote_path, damaged_checkpoint_hint
+from npo_cli.run_dir.files import explain_full_disk, make_folder, check_disk_space, sync_path
+from npo_cli.run_dir.lineage import ancestry, find_owning_branch
 from npo_cli.run_dir.manifests import (
-    ANCHOR,
-    has_whole_anchor,
-    has_whole_weights,
+    TRAINING_STATE_FOLDER,
+    has_intact_training_state,
+    has_intact_weights,
     read_manifest,
-    sign_checkpoint,
-    trouble,
+    write_manifests,
+    find_damage,
 )
-from npo_cli.run_dir.paths import RunDir, step_name, step_of
+from npo_cli.run_dir.paths import RunDir, format_step, parse_step
 
 __all__ = [
     "Checkpoint",
@@ -40,8 +40,8 @@ __all__ = [
     "sweep",
 ]
 
-PARTIAL = ".partial"
-DEAD = ".dead"
+PARTIAL_SUFFIX = ".partial"
+DELETED_SUFFIX = ".dead"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,29 +59,29 @@ class Checkpoint:
         return str(read_manifest(self.path)["digest"])
 
     @property
-    def anchor_path(self) -> Path:
+    def training_state_path(self) -> Path:
         """Folder of the training state; exists where the tier is `anchor`."""
-        return self.path / ANCHOR
+        return self.path / TRAINING_STATE_FOLDER
 
 
 @contextmanager
-def new_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
+def create_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
     """Yield a hidden folder to save into; when the block ends well it becomes `step_000120`, else it is removed.
 
     A complete checkpoint of that name is never overwritten: the same weights saved again are dropped (a lost
     training state is put back), other weights are an error. An incomplete one makes room.
     """
     home = run.checkpoints_folder(branch)
-    hidden = home / f".{step_name(step)}{PARTIAL}"
-    with full_disk_explained(home / step_name(step)):
+    hidden = home / f".{format_step(step)}{PARTIAL_SUFFIX}"
+    with explain_full_disk(home / format_step(step)):
         make_folder(home)
-        sweep(home)
+        remove_leftovers(home)
         hidden.mkdir()
         try:
             yield hidden
-            sign_checkpoint(hidden, branch=branch, step=step)
+            write_manifests(hidden, branch=branch, step=step)
             _sync_journals(run, branch)
-            _publish(hidden, home / step_name(step))
+            _publish(hidden, home / format_step(step))
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
 
@@ -95,7 +95,7 @@ def _sync_journals(run: RunDir, branch: str) -> None:
 
 def _publish(hidden: Path, final: Path) -> None:
     """Give a signed folder its final name."""
-    if final.exists() and has_whole_weights(final, deep=True):
+    if final.exists() and has_intact_weights(final, deep=True):
         _merge(hidden, final)
         return
     if final.exists():
@@ -110,28 +110,28 @@ def _merge(hidden: Path, final: Path) -> None:
         raise NpoError(
             f"{final} exists and holds other weights than the ones to be saved",
             "a checkpoint is never overwritten: replay as a new branch with "
-            f"npo resume {as_typed(final.parents[3])} --at STEP",
+            f"npo resume {quote_path(final.parents[3])} --at STEP",
         )
-    if (hidden / ANCHOR).is_dir() and not has_whole_anchor(final, deep=True):
-        if (final / ANCHOR).exists():
-            _bury(final / ANCHOR)
-        (hidden / ANCHOR).rename(final / ANCHOR)
+    if (hidden / TRAINING_STATE_FOLDER).is_dir() and not has_intact_training_state(final, deep=True):
+        if (final / TRAINING_STATE_FOLDER).exists():
+            _bury(final / TRAINING_STATE_FOLDER)
+        (hidden / TRAINING_STATE_FOLDER).rename(final / TRAINING_STATE_FOLDER)
         sync_path(final)
 
 
-def sweep(home: Path) -> None:
+def remove_leftovers(home: Path) -> None:
     """Remove what dead writers left among a branch's checkpoints. Only for the one writer."""
     if not home.is_dir():
         return
-    dead = [*home.glob(f".step_*{PARTIAL}"), *home.glob(f".*{DEAD}"), *home.glob(f"step_*/.{ANCHOR}{DEAD}")]
+    dead = [*home.glob(f".step_*{PARTIAL_SUFFIX}"), *home.glob(f".*{DELETED_SUFFIX}"), *home.glob(f"step_*/.{TRAINING_STATE_FOLDER}{DELETED_SUFFIX}")]
     for folder in dead:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def demote_checkpoint(checkpoint: Checkpoint) -> None:
     """Take an anchor's training state away: from one moment to the next it is a weights-only guide."""
-    if checkpoint.anchor_path.exists():
-        _bury(checkpoint.anchor_path)
+    if checkpoint.training_state_path.exists():
+        _bury(checkpoint.training_state_path)
 
 
 def delete_checkpoint(checkpoint: Checkpoint) -> None:
@@ -141,7 +141,7 @@ def delete_checkpoint(checkpoint: Checkpoint) -> None:
 
 def _bury(folder: Path) -> None:
     """Rename a folder to a hidden dead name, sync, and only then delete it file by file."""
-    dead = folder.parent / f".{folder.name}{DEAD}"
+    dead = folder.parent / f".{folder.name}{DELETED_SUFFIX}"
     shutil.rmtree(dead, ignore_errors=True)
     folder.rename(dead)
     sync_path(dead.parent)
@@ -150,7 +150,7 @@ def _bury(folder: Path) -> None:
 
 def is_complete(folder: Path, deep: bool = False) -> bool:
     """The folder has a final name and every file of its weights with its size (`deep`: and its sha256)."""
-    return step_of(folder.name) is not None and has_whole_weights(folder, deep=deep)
+    return parse_step(folder.name) is not None and has_intact_weights(folder, deep=deep)
 
 
 def list_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
@@ -158,63 +158,63 @@ def list_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
     home = run.checkpoints_folder(branch)
     found = []
     for folder in home.iterdir() if home.is_dir() else ():
-        step = step_of(folder.name)
+        step = parse_step(folder.name)
         if step is not None and is_complete(folder):
-            tier: Literal["anchor", "guide"] = "anchor" if has_whole_anchor(folder) else "guide"
+            tier: Literal["anchor", "guide"] = "anchor" if has_intact_training_state(folder) else "guide"
             found.append(Checkpoint(branch=branch, step=step, path=folder, tier=tier))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def history(run: RunDir, branch: str) -> list[Checkpoint]:
+def list_ancestry_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
     """Checkpoints along the line of descent by step: each ancestor's up to the step where the line left it."""
-    line = descent(run, branch)
-    return [found for stretch in line for found in list_checkpoints(run, stretch.branch) if stretch.owns(found.step)]
+    line = ancestry(run, branch)
+    return [found for stretch in line for found in list_checkpoints(run, stretch.branch) if stretch.contains(found.step)]
 
 
 def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
     """The checkpoint of a step on the branch's line of descent."""
-    every = history(run, branch)
+    every = list_ancestry_checkpoints(run, branch)
     for checkpoint in every:
         if checkpoint.step == step:
             return checkpoint
-    _refuse_damaged(run.checkpoint_folder(owner_of(run, branch, step), step))
+    _refuse_damaged(run.checkpoint_folder(find_owning_branch(run, branch, step), step))
     steps = ", ".join(str(checkpoint.step) for checkpoint in every) or "none"
     raise NpoError(
         f"{run.root} has no complete checkpoint of step {step} on branch {branch}; it has steps: {steps}",
-        f"choose one of these, or see npo index {as_typed(run.root)}",
+        f"choose one of these, or see npo index {quote_path(run.root)}",
     )
 
 
-def require_whole(checkpoint: Checkpoint, *, anchor: bool = False) -> None:
+def verify_checkpoint(checkpoint: Checkpoint, *, training_state: bool = False) -> None:
     """Compare every byte of a checkpoint's weights (or training state) with its digests: a damaged one is refused."""
-    found = trouble(checkpoint.path, anchor=anchor)
+    found = find_damage(checkpoint.path, training_state=training_state)
     if found:
-        raise NpoError(found, set_aside(checkpoint.path))
+        raise NpoError(found, damaged_checkpoint_hint(checkpoint.path))
 
 
 def _refuse_damaged(folder: Path) -> None:
-    found = trouble(folder, deep=False) if folder.exists() else None
+    found = find_damage(folder, deep=False) if folder.exists() else None
     if found:
-        raise NpoError(found, set_aside(folder))
+        raise NpoError(found, damaged_checkpoint_hint(folder))
 
 
-def refuse_damaged_after(run: RunDir, branch: str, step: int) -> None:
+def check_newer_checkpoints(run: RunDir, branch: str, step: int) -> None:
     """A damaged checkpoint newer than the one to go on from is for the user to judge: never passed over in silence."""
     home = run.checkpoints_folder(branch)
     for folder in sorted(home.iterdir()) if home.is_dir() else ():
-        found = step_of(folder.name)
+        found = parse_step(folder.name)
         if found is not None and found > step:
             _refuse_damaged(folder)
 
 
-def newest_anchor(run: RunDir, branch: str) -> Checkpoint:
+def find_resume_checkpoint(run: RunDir, branch: str) -> Checkpoint:
     """The checkpoint from which the branch goes on: its own newest anchor, or the one it left its parent at."""
-    fork_step = descent(run, branch)[-1].from_step
-    anchors = [found for found in history(run, branch) if found.tier == "anchor" and found.step >= fork_step]
-    refuse_damaged_after(run, branch, anchors[-1].step if anchors else fork_step)
+    fork_step = ancestry(run, branch)[-1].from_step
+    anchors = [found for found in list_ancestry_checkpoints(run, branch) if found.tier == "anchor" and found.step >= fork_step]
+    check_newer_checkpoints(run, branch, anchors[-1].step if anchors else fork_step)
     if not anchors:
         raise NpoError(
             f"branch {branch} of {run.root} has no complete checkpoint with a training state to go on from",
-            f"start again in a new folder with npo train, or look: npo index {as_typed(run.root)}",
+            f"start again in a new folder with npo train, or look: npo index {quote_path(run.root)}",
         )
     return anchors[-1]

@@ -22,18 +22,18 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from npo_cli.errors import NpoError, RunFailed
 
-FULL_DISK = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 HASH_BLOCK_BYTES = 1 << 20
 
 T = TypeVar("T")
 
 
-def now_utc(*, fine: bool = False) -> str:
+def now_utc(*, microseconds: bool = False) -> str:
     """The time, ISO 8601 in UTC to the second (`fine`: microsecond): `2026-11-23T07:30:00+00:00`."""
-    return datetime.now(UTC).isoformat(timespec="microseconds" if fine else "seconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds" if microseconds else "seconds")
 
 
-def row_of(record: object) -> dict[str, Any]:
+def to_row(record: object) -> dict[str, Any]:
     """A record's fields, or a mapping's items, as one flat dict; nested records become dicts too."""
     if is_dataclass(record):
         return {spec.name: _plain(getattr(record, spec.name)) for spec in fields(record)}
@@ -43,18 +43,18 @@ def row_of(record: object) -> dict[str, Any]:
 
 def _plain(value: object) -> object:
     if is_dataclass(value) or isinstance(value, Mapping):
-        return row_of(value)
+        return to_row(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
 
 
-def encode(record: object) -> str:
+def encode_record(record: object) -> str:
     """One line of JSON without its newline. Non-finite numbers leave, their dotted names enter `dropped`.
 
     In a list the place is kept and holds null. A record without such numbers has no `dropped`.
     """
-    row = row_of(record)
+    row = to_row(record)
     dropped: list[str] = []
     finite = _finite(row, "", dropped)
     if dropped:
@@ -81,7 +81,7 @@ def _finite(value: Any, name: str, dropped: list[str]) -> Any:
     return value
 
 
-def build(kind: type[T], row: Mapping[str, Any], source: Path | str) -> T:
+def decode_record(kind: type[T], row: Mapping[str, Any], source: Path | str) -> T:
     """A record from a row of `source`: unknown fields are ignored, a dropped number reads as NaN.
 
     A field that is absent or of another type is damage, and `source` (a file, perhaps with a line) is named.
@@ -91,13 +91,13 @@ def build(kind: type[T], row: Mapping[str, Any], source: Path | str) -> T:
     values |= {name: math.nan for name in row.get("dropped", ()) if name in specs}
     for name, spec in specs.items():
         if name not in values and spec.default is MISSING and spec.default_factory is MISSING:
-            raise damaged(source, f"it has no field {name!r}")
+            raise damaged_file_error(source, f"it has no field {name!r}")
         if name in values and not _fits(values[name], spec.type):
-            raise damaged(source, f"{name} is {values[name]!r}")
+            raise damaged_file_error(source, f"{name} is {values[name]!r}")
     return kind(**values)
 
 
-def damaged(source: Path | str, detail: str) -> NpoError:
+def damaged_file_error(source: Path | str, detail: str) -> NpoError:
     """The words for a file of the run directory that does not say what it should."""
     return NpoError(f"{source} is damaged: {detail}", "restore it from a copy of the run directory")
 
@@ -130,21 +130,21 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
     except (ValueError, RecursionError) as error:
-        raise damaged(path, str(error)) from error
+        raise damaged_file_error(path, str(error)) from error
     if not isinstance(found, dict):
-        raise damaged(path, "it holds no JSON object")
+        raise damaged_file_error(path, "it holds no JSON object")
     return found
 
 
 def write_json_atomic(path: Path, document: object) -> None:
     """Replace a JSON document whole: a reader sees the old one or the new one. Indented by one blank."""
-    finite = json.loads(encode(document))
+    finite = json.loads(encode_record(document))
     write_text_atomic(path, json.dumps(finite, ensure_ascii=True, indent=1, allow_nan=False) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a hidden neighbour, sync it, rename it over `path`, sync the folder."""
-    with full_disk_explained(path):
+    with explain_full_disk(path):
         make_folder(path.parent)
         handle, hidden = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
@@ -178,7 +178,7 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, hexadecimal."""
     summed = hashlib.sha256()
     with path.open("rb") as file:
@@ -190,13 +190,13 @@ def sha256_of(path: Path) -> str:
 def is_full_disk(error: BaseException) -> bool:
     """Whether a write failed for want of room. safetensors reports it as its own error, with the number in the text."""
     if isinstance(error, OSError):
-        return error.errno in FULL_DISK
+        return error.errno in DISK_FULL_ERRNOS
     said = str(error)
-    return any(f"os error {number}" in said or f"code: {number}," in said for number in FULL_DISK)
+    return any(f"os error {number}" in said or f"code: {number}," in said for number in DISK_FULL_ERRNOS)
 
 
 @contextmanager
-def full_disk_explained(path: Path) -> Iterator[None]:
+def explain_full_disk(path: Path) -> Iterator[None]:
     """Turn a full disk into the one error a user is meant to read; other errors pass unchanged."""
     try:
         yield
@@ -209,7 +209,7 @@ def full_disk_explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def require_space(path: Path, num_bytes: int) -> None:
+def check_disk_space(path: Path, num_bytes: int) -> None:
     """Refuse to begin a write of `num_bytes` bytes that the file system under `path` cannot hold."""
     folder = path.absolute()
     while not folder.exists():

@@ -9,26 +9,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
-from npo_cli.errors import NpoError, as_typed
-from npo_cli.guide_records import GuideInfo, GuideTrajectory
-from npo_cli.records import Source, Verdict
-from npo_cli.run_dir.files import build, damaged, make_folder, read_json, row_of, write_json_atomic
-from npo_cli.run_dir.journal import Journal, Outcome
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guide_records import GuideCacheInfo, GuideRollout
+from npo_cli.records import RolloutSource, Verdict
+from npo_cli.run_dir.files import decode_record, damaged_file_error, make_folder, read_json, to_row, write_json_atomic
+from npo_cli.run_dir.journal import JsonlLog, AppendResult
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.rollouts import exact_float32, image_rows, images_of, shortest_float32
+from npo_cli.run_dir.rollouts import decode_float32, encode_images, decode_images, encode_float32
 
-PROGRESS = (
+COUNT_FIELDS = (
     *("num_prompts", "num_found", "num_samples", "num_tokens", "complete"),
     *("has_logps", "num_trajectories", "given_tokens"),
 )
 """Fields of GuideInfo that sampling fills; the others say what the cache is."""
 
-Trajectories = Mapping[str, tuple[GuideTrajectory, ...]]
+RolloutsByPrompt = Mapping[str, tuple[GuideRollout, ...]]
 """By prompt id, in the order of their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class QueriedPrompt:
     """One prompt that the guide was asked."""
 
     prompt_id: str
@@ -39,36 +39,36 @@ class Asked:
 
 
 @dataclass(slots=True)
-class GuideStore:
+class GuideCacheWriter:
     """An unfinished cache, open for writing."""
 
     folder: Path
-    _asked: Journal = field(init=False)
-    _trajectories: Journal = field(init=False)
+    _asked: JsonlLog = field(init=False)
+    _trajectories: JsonlLog = field(init=False)
 
     def __post_init__(self) -> None:
-        self._asked = Journal(asked_path(self.folder))
-        self._trajectories = Journal(trajectories_path(self.folder))
+        self._asked = JsonlLog(queried_prompts_path(self.folder))
+        self._trajectories = JsonlLog(guide_rollouts_path(self.folder))
 
-    def add_trajectory(self, trajectory: GuideTrajectory) -> Outcome:
+    def add_rollout(self, rollout: GuideRollout) -> AppendResult:
         """Keep one trajectory. Write it before `add_asked` of its prompt: asked means wholly dealt with."""
-        logps = trajectory.behavior_logps
-        row = row_of(trajectory) | {"behavior_logps": None if logps is None else shortest_float32(logps)}
+        logps = rollout.behavior_logps
+        row = to_row(rollout) | {"behavior_logps": None if logps is None else encode_float32(logps)}
         row.pop("images")
-        row |= {"images": image_rows(trajectory.images)} if trajectory.images else {}
+        row |= {"images": encode_images(rollout.images)} if rollout.images else {}
         return self._trajectories.append_once(row, ("prompt_id", "number"))
 
-    def add_asked(self, asked: Asked) -> Outcome:
+    def add_queried_prompt(self, prompt: QueriedPrompt) -> AppendResult:
         """Note that a prompt was dealt with, whether or not a trajectory was found."""
-        return self._asked.append_once(asked, "prompt_id")
+        return self._asked.append_once(prompt, "prompt_id")
 
-    def asked(self) -> dict[str, Asked]:
+    def read_queried_prompts(self) -> dict[str, QueriedPrompt]:
         """Prompts already dealt with, by prompt id."""
-        return read_asked(self.folder)
+        return read_queried_prompts(self.folder)
 
-    def trajectories(self) -> Trajectories:
+    def read_rollouts(self) -> RolloutsByPrompt:
         """Trajectories found so far."""
-        return read_trajectories(self.folder)
+        return read_guide_rollouts(self.folder)
 
     def sync(self) -> None:
         """Force both journals down to the disk, the trajectories first."""
@@ -76,82 +76,82 @@ class GuideStore:
         self._asked.sync()
 
 
-def info_path(folder: Path) -> Path:
+def cache_info_path(folder: Path) -> Path:
     """What the cache is and how far it is."""
     return folder / "guide.json"
 
 
-def asked_path(folder: Path) -> Path:
+def queried_prompts_path(folder: Path) -> Path:
     """One line a prompt asked."""
     return folder / "asked.jsonl"
 
 
-def trajectories_path(folder: Path) -> Path:
+def guide_rollouts_path(folder: Path) -> Path:
     """One line a trajectory kept."""
     return folder / "trajectories.jsonl"
 
 
-def new_guide(run: RunDir, info: GuideInfo) -> GuideStore:
+def open_guide_cache(run: RunDir, info: GuideCacheInfo) -> GuideCacheWriter:
     """Open a cache for writing: a new one, or an unfinished one of the same identity, which goes on.
 
     Any other cache of that name is a user's error. Identity: every field but the counts and `complete`.
     """
     folder = run.guide_folder(info.name)
-    if not info_path(folder).exists():
+    if not cache_info_path(folder).exists():
         make_folder(folder)
-        write_json_atomic(info_path(folder), replace(info, complete=False))
-        return GuideStore(folder)
-    there = read_info(folder)
+        write_json_atomic(cache_info_path(folder), replace(info, complete=False))
+        return GuideCacheWriter(folder)
+    there = read_cache_info(folder)
     if there.complete:
         raise NpoError(
-            f"{run.root} already has a finished guide {info.name!r} ({author(there)} for step {there.at_step})",
+            f"{run.root} already has a finished guide {info.name!r} ({describe_guide_source(there)} for step {there.learner_step})",
             "choose another name with --name, or use it: "
-            f"npo resume {as_typed(run.root)} --at {there.at_step} --guide {info.name}",
+            f"npo resume {quote_path(run.root)} --at {there.learner_step} --guide {info.name}",
         )
-    other = [name for name, value in identity(info).items() if identity(there)[name] != value]
+    other = [name for name, value in cache_identity(info).items() if cache_identity(there)[name] != value]
     if other:
         raise NpoError(
             f"{run.root} has an unfinished guide {info.name!r} with another {', '.join(other)}",
             "choose another name with --name, or ask for the same guide again to finish it",
         )
-    return GuideStore(folder)
+    return GuideCacheWriter(folder)
 
 
-def author(info: GuideInfo) -> str:
+def describe_guide_source(info: GuideCacheInfo) -> str:
     """Who wrote a cache, in few words: `step 100`, `model FOLDER`, `past`."""
     if info.guide_step is not None and info.source != "run":
         return f"step {info.guide_step}"
     return f"{info.source} {info.origin}".rstrip()
 
 
-def asking(info: GuideInfo) -> str:
+def format_guide_source_options(info: GuideCacheInfo) -> str:
     """The options of `npo sample-guide` that name the same author again."""
     if info.source == "checkpoint":
         return f"--guide {info.guide_step}"
     what, tail = info.origin, ""
     if info.source == "endpoint":
         what, _, model = info.origin.partition(" model ")
-        tail = f" --model {as_typed(model)}"
+        tail = f" --model {quote_path(model)}"
     elif info.source == "extrapolated":
         what = info.origin.partition(" of ")[0]
     elif info.source == "run":
         what, _, place = info.origin.rpartition(" step ")
         tail = f" --guide {place.split()[0]}"
-    return f"--source {info.source}" + (f" --from {as_typed(what)}{tail}" if what else "")
+    return f"--source {info.source}" + (f" --from {quote_path(what)}{tail}" if what else "")
 
 
-def identity(info: GuideInfo) -> dict[str, object]:
+def cache_identity(info: GuideCacheInfo) -> dict[str, object]:
     """What tells one cache from another: its fields without the counts."""
-    return {name: value for name, value in asdict(info).items() if name not in PROGRESS}
+    return {name: value for name, value in asdict(info).items() if name not in COUNT_FIELDS}
 
 
-def finish_guide(run: RunDir, info: GuideInfo) -> GuideInfo:
+def finish_guide_cache(run: RunDir, info: GuideCacheInfo) -> GuideCacheInfo:
     """Declare a cache complete, with its counts taken from its journals, and return what was written."""
     folder = run.guide_folder(info.name)
-    store = GuideStore(folder)
+    store = GuideCacheWriter(folder)
     store.sync()
-    every = store.asked().values()
-    found = store.trajectories()
+    every = store.read_queried_prompts().values()
+    found = store.read_rollouts()
     kept = [each for several in found.values() for each in several]
     done = replace(
         info,
@@ -164,74 +164,74 @@ def finish_guide(run: RunDir, info: GuideInfo) -> GuideInfo:
         num_tokens=sum(asked.num_tokens for asked in every),
         complete=True,
     )
-    write_json_atomic(info_path(folder), done)
+    write_json_atomic(cache_info_path(folder), done)
     return done
 
 
-def read_info(folder: Path) -> GuideInfo:
+def read_cache_info(folder: Path) -> GuideCacheInfo:
     """guide.json of a cache."""
-    return build(GuideInfo, read_json(info_path(folder)), info_path(folder))
+    return decode_record(GuideCacheInfo, read_json(cache_info_path(folder)), cache_info_path(folder))
 
 
-def read_asked(folder: Path) -> dict[str, Asked]:
+def read_queried_prompts(folder: Path) -> dict[str, QueriedPrompt]:
     """Prompts that were asked, by prompt id."""
-    return {asked.prompt_id: asked for asked in Journal(asked_path(folder)).built(Asked)}
+    return {asked.prompt_id: asked for asked in JsonlLog(queried_prompts_path(folder)).read_records(QueriedPrompt)}
 
 
-def read_trajectories(folder: Path) -> Trajectories:
+def read_guide_rollouts(folder: Path) -> RolloutsByPrompt:
     """Trajectories kept."""
-    path = trajectories_path(folder)
-    found: dict[str, tuple[GuideTrajectory, ...]] = {}
-    for number, kept in enumerate(Journal(path).built(GuideTrajectory), start=1):
+    path = guide_rollouts_path(folder)
+    found: dict[str, tuple[GuideRollout, ...]] = {}
+    for number, kept in enumerate(JsonlLog(path).read_records(GuideRollout), start=1):
         ids, logps = kept.response_ids, kept.behavior_logps
         whole = len(ids) > 0 and all(isinstance(token, int) and token >= 0 for token in ids)
         if logps is not None:
             whole = whole and len(ids) == len(logps) and all(isinstance(logp, float | int) for logp in logps)
         # A wrong one is kept only where there is no right one.
         fits = kept.verdict == "correct" or (kept.verdict in get_args(Verdict) and kept.num_correct == 0)
-        if not whole or not fits or kept.source not in get_args(Source):
-            raise damaged(f"{path}, line {number}", f"it is no verified answer to prompt {kept.prompt_id}")
-        exact = None if logps is None else exact_float32(logps)
-        images = images_of(kept.images, path)
+        if not whole or not fits or kept.source not in get_args(RolloutSource):
+            raise damaged_file_error(f"{path}, line {number}", f"it is no verified answer to prompt {kept.prompt_id}")
+        exact = None if logps is None else decode_float32(logps)
+        images = decode_images(kept.images, path)
         whole_one = replace(kept, response_ids=tuple(ids), behavior_logps=exact, images=images)
         found[kept.prompt_id] = (*found.get(kept.prompt_id, ()), whole_one)
     return found
 
 
-def load_guide(run: RunDir, name: str) -> tuple[GuideInfo, Trajectories]:
+def load_guide(run: RunDir, name: str) -> tuple[GuideCacheInfo, RolloutsByPrompt]:
     """A finished cache of this run, ready for training: what it is, and its trajectories by prompt id."""
     folder = run.guide_folder(name)
-    if not info_path(folder).exists():
-        names = ", ".join(info.name for info in list_guides(run)) or "none"
+    if not cache_info_path(folder).exists():
+        names = ", ".join(info.name for info in list_guide_caches(run)) or "none"
         raise NpoError(
             f"{run.root} has no guide {name!r}; it has: {names}",
-            f"make one: npo sample-guide {as_typed(run.root)} --guide STEP --at STEP --name {name}",
+            f"make one: npo sample-guide {quote_path(run.root)} --guide STEP --at STEP --name {name}",
         )
-    info = read_info(folder)
+    info = read_cache_info(folder)
     if info.run_id != run.run_id:
         raise NpoError(
             f"guide {name!r} was made in another run ({info.run_id}), not in {run.root} ({run.run_id})",
-            f"make one here: npo sample-guide {as_typed(run.root)} {asking(info)} --at {info.at_step}",
+            f"make one here: npo sample-guide {quote_path(run.root)} {format_guide_source_options(info)} --at {info.learner_step}",
         )
     if not info.complete:
         raise NpoError(
             f"guide {name!r} of {run.root} is unfinished",
-            f"finish it: npo sample-guide {as_typed(run.root)} --branch {info.branch} {asking(info)} "
-            f"--at {info.at_step} --name {name}",
+            f"finish it: npo sample-guide {quote_path(run.root)} --branch {info.branch} {format_guide_source_options(info)} "
+            f"--at {info.learner_step} --name {name}",
         )
-    trajectories = read_trajectories(folder)
-    count, wanted = sum(map(len, trajectories.values())), info.num_trajectories or info.num_found
-    counts = ((len(trajectories), info.num_found, "prompts with answers"), (count, wanted, "answers"))
+    trajectories = read_guide_rollouts(folder)
+    count, wanted = sum(map(len, trajectories.values())), info.num_rollouts or info.num_prompts_with_rollouts
+    counts = ((len(trajectories), info.num_prompts_with_rollouts, "prompts with answers"), (count, wanted, "answers"))
     for there, said, what in counts:
         if there != said:
-            raise damaged(
-                trajectories_path(folder), f"it has {there} {what}, and {info_path(folder).name} counts {said}"
+            raise damaged_file_error(
+                guide_rollouts_path(folder), f"it has {there} {what}, and {cache_info_path(folder).name} counts {said}"
             )
     return info, trajectories
 
 
-def list_guides(run: RunDir) -> list[GuideInfo]:
+def list_guide_caches(run: RunDir) -> list[GuideCacheInfo]:
     """Every cache by name, unfinished ones included."""
     if not run.guides_folder.is_dir():
         return []
-    return [read_info(folder) for folder in sorted(run.guides_folder.iterdir()) if info_path(folder).exists()]
+    return [read_cache_info(folder) for folder in sorted(run.guides_folder.iterdir()) if cache_info_path(folder).exists()]

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport
-from npo_cli.run_dir.checkpoints import PARTIAL
-from npo_cli.run_dir.files import row_of, write_json_atomic
-from npo_cli.run_dir.journal import Journal
-from npo_cli.run_dir.lineage import birth_segment, branches, owner_of
-from npo_cli.run_dir.manifests import has_whole_anchor, has_whole_weights, read_manifest
-from npo_cli.run_dir.paths import RunDir, step_of
-from npo_cli.run_dir.scores import all_scores, evals
+from npo_cli.run_dir.checkpoints import PARTIAL_SUFFIX
+from npo_cli.run_dir.files import to_row, write_json_atomic
+from npo_cli.run_dir.journal import JsonlLog
+from npo_cli.run_dir.lineage import find_first_segment, list_branches, find_owning_branch
+from npo_cli.run_dir.manifests import has_intact_training_state, has_intact_weights, read_manifest
+from npo_cli.run_dir.paths import RunDir, parse_step
+from npo_cli.run_dir.scores import read_all_scores, read_evals
 
-Place = tuple[str, int]
+BranchStep = tuple[str, int]
 """Branch and step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Known:
+class CheckpointMeasurements:
     """What the journals and scorings say of checkpoints, by place."""
 
-    scores: dict[Place, tuple[int, CheckpointScore]]
+    scores: dict[BranchStep, tuple[int, CheckpointScore]]
     """Step of the learner, and the newest score for it."""
-    evals: dict[Place, EvalReport]
+    evals: dict[BranchStep, EvalReport]
     """The evaluation with the most samples."""
 
 
@@ -34,12 +34,12 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
 
     `verify` compares the sha256 of every file, not only its size.
     """
-    known = Known(scores=newest_scores(run), evals=best_evals(run))
+    known = CheckpointMeasurements(scores=collect_newest_scores(run), evals=select_best_evals(run))
     entries = []
-    for branch in branches(run):
-        measured = {row.get("step"): row for row in Journal(run.metrics_path(branch)).records()}
+    for branch in list_branches(run):
+        measured = {row.get("step"): row for row in JsonlLog(run.metrics_path(branch)).iter_rows()}
         parent = _birthplace(run, branch)
-        for step, folder in checkpoint_folders(run.checkpoints_folder(branch)):
+        for step, folder in list_checkpoint_folders(run.checkpoints_folder(branch)):
             fields = _on_disk(run, folder, verify=verify) | _measurements((branch, step), measured.get(step, {}), known)
             if not folder.is_dir():
                 # Its writer has renamed or removed it meanwhile.
@@ -49,16 +49,16 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
                 parent = f"{branch}:{step}"
     # Only a copy for other readers: a run that may not be written in is listed all the same.
     if os.access(run.root, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-        write_json_atomic(run.index_path, {"checkpoints": [row_of(entry) for entry in entries]})
+        write_json_atomic(run.index_path, {"checkpoints": [to_row(entry) for entry in entries]})
     return entries
 
 
-def checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
+def list_checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
     """Folders of a branch that are a checkpoint or were to become one, by step."""
     found = []
     for folder in home.iterdir() if home.is_dir() else ():
-        hidden = folder.name.startswith(".") and folder.name.endswith(PARTIAL)
-        step = step_of(folder.name[1 : -len(PARTIAL)] if hidden else folder.name)
+        hidden = folder.name.startswith(".") and folder.name.endswith(PARTIAL_SUFFIX)
+        step = parse_step(folder.name[1 : -len(PARTIAL_SUFFIX)] if hidden else folder.name)
         if step is not None:
             found.append((step, folder))
     return sorted(found)
@@ -66,9 +66,9 @@ def checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
 
 def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
     """Fields of an entry that the folder itself answers."""
-    complete = not folder.name.startswith(".") and has_whole_weights(folder, deep=verify)
+    complete = not folder.name.startswith(".") and has_intact_weights(folder, deep=verify)
     return {
-        "tier": "anchor" if has_whole_anchor(folder, deep=verify) else "guide",
+        "tier": "anchor" if has_intact_training_state(folder, deep=verify) else "guide",
         "size_bytes": _size(folder),
         "complete": complete,
         "digest": _digest(folder) if complete else None,
@@ -89,7 +89,7 @@ def _digest(folder: Path) -> str | None:
     return read_manifest(folder).get("digest")
 
 
-def _measurements(place: Place, measured: dict[str, Any], known: Known) -> dict[str, Any]:
+def _measurements(place: BranchStep, measured: dict[str, Any], known: CheckpointMeasurements) -> dict[str, Any]:
     """Fields of an entry that were measured: by the step itself, by evaluations and by scorings."""
     report = known.evals.get(place)
     at, score = known.scores.get(place, (None, None))
@@ -106,31 +106,31 @@ def _measurements(place: Place, measured: dict[str, Any], known: Known) -> dict[
 
 def _birthplace(run: RunDir, branch: str) -> str | None:
     """The checkpoint that a branch left; None for the first branch."""
-    born = birth_segment(run, branch)
+    born = find_first_segment(run, branch)
     if born.parent is None:
         return None
-    return f"{owner_of(run, born.parent, born.fork_step)}:{born.fork_step}"
+    return f"{find_owning_branch(run, born.parent, born.fork_step)}:{born.fork_step}"
 
 
-def newest_scores(run: RunDir) -> dict[Place, tuple[int, CheckpointScore]]:
+def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CheckpointScore]]:
     """The newest score of every candidate ever scored, with the learner's step."""
-    newest: dict[Place, tuple[int, CheckpointScore]] = {}
-    for answer in all_scores(run):
+    newest: dict[BranchStep, tuple[int, CheckpointScore]] = {}
+    for answer in read_all_scores(run):
         for score in answer.scores:
-            newest[owner_of(run, answer.branch, score.step), score.step] = (answer.at, score)
+            newest[find_owning_branch(run, answer.branch, score.step), score.step] = (answer.learner_step, score)
     return newest
 
 
-def best_evals(run: RunDir) -> dict[Place, EvalReport]:
+def select_best_evals(run: RunDir) -> dict[BranchStep, EvalReport]:
     """The evaluation with the most samples of every checkpoint evaluated; of equals the newest."""
-    best: dict[Place, EvalReport] = {}
-    for report in evals(run):
+    best: dict[BranchStep, EvalReport] = {}
+    for report in read_evals(run):
         place = (report.branch, report.step)
-        if place not in best or num_drawn(report) >= num_drawn(best[place]):
+        if place not in best or count_eval_samples(report) >= count_eval_samples(best[place]):
             best[place] = report
     return best
 
 
-def num_drawn(report: EvalReport) -> int:
+def count_eval_samples(report: EvalReport) -> int:
     """Responses behind an evaluation."""
     return report.num_prompts * report.num_samples

@@ -14,48 +14,48 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from npo_cli.errors import NpoError
-from npo_cli.run_dir.files import build, encode, full_disk_explained, make_folder, sync_path
+from npo_cli.run_dir.files import decode_record, encode_record, explain_full_disk, make_folder, sync_path
 
 T = TypeVar("T")
-Outcome = Literal["written", "same", "differs"]
-Key = str | tuple[str, ...]
+AppendResult = Literal["written", "same", "differs"]
+KeyFields = str | tuple[str, ...]
 
 
 @dataclass(slots=True)
-class Journal:
+class JsonlLog:
     """One file of JSON lines. A missing file reads as empty; the first write makes it and mends its tail."""
 
     path: Path
     _repaired: bool = field(default=False, init=False)
-    _held: dict[Key, dict[tuple[object, ...], str]] = field(default_factory=dict, init=False)
+    _held: dict[KeyFields, dict[tuple[object, ...], str]] = field(default_factory=dict, init=False)
     """Lines already there by the values of their key, for each key that `append_once` was asked for."""
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
         """Every whole line, oldest first."""
-        for _, row in whole_lines(self.path):
+        for _, row in iter_complete_lines(self.path):
             yield row
 
-    def built(self, kind: type[T]) -> list[T]:
+    def read_records(self, kind: type[T]) -> list[T]:
         """Every whole line as a record; a line that is none is damage, and is named."""
-        return [build(kind, row, f"{self.path}, line {number}") for number, row in enumerate(self.records(), start=1)]
+        return [decode_record(kind, row, f"{self.path}, line {number}") for number, row in enumerate(self.iter_rows(), start=1)]
 
-    def last(self) -> dict[str, Any] | None:
+    def last_row(self) -> dict[str, Any] | None:
         """The newest whole line; None in an empty journal."""
-        newest = deque(self.records(), maxlen=1)
+        newest = deque(self.iter_rows(), maxlen=1)
         return newest[0] if newest else None
 
     def append(self, record: object) -> None:
         """Add one line. Called without `sync`, it survives a killed process but perhaps not a power cut."""
-        line = encode(record)
+        line = encode_record(record)
         self._write([line])
         self._held.clear()
 
-    def append_once(self, record: object, key: Key = "step") -> Outcome:
+    def append_once(self, record: object, key: KeyFields = "step") -> AppendResult:
         """Add a line unless one with the same key is there: then compare the two, and write nothing.
 
         Resuming executes again what came after the last checkpoint; `differs` says that it was not repeated exactly.
         """
-        line = encode(record)
+        line = encode_record(record)
         held = self._lines_by(key)
         place = _key_of(json.loads(line), key)
         if place in held:
@@ -66,46 +66,46 @@ class Journal:
 
     def extend(self, records: list[object]) -> None:
         """Add several lines in one write."""
-        self._write([encode(record) for record in records])
+        self._write([encode_record(record) for record in records])
         self._held.clear()
 
     def repair(self) -> int:
         """Cut off a torn tail; returns the number of bytes removed."""
         self._repaired = True
-        return cut_at(self.path, whole_size(self.path)) if self.path.exists() else 0
+        return truncate_file(self.path, measure_complete_size(self.path)) if self.path.exists() else 0
 
     def sync(self) -> None:
         """Force every line down to the disk."""
-        sync_lines(self.path)
+        sync_log(self.path)
 
-    def _lines_by(self, key: Key) -> dict[tuple[object, ...], str]:
+    def _lines_by(self, key: KeyFields) -> dict[tuple[object, ...], str]:
         if not self._repaired:
             self.repair()
         if key not in self._held:
-            self._held[key] = {_key_of(row, key): line for line, row in whole_lines(self.path)}
+            self._held[key] = {_key_of(row, key): line for line, row in iter_complete_lines(self.path)}
         return self._held[key]
 
     def _write(self, lines: list[str]) -> None:
         if not self._repaired:
             self.repair()
-        with full_disk_explained(self.path):
+        with explain_full_disk(self.path):
             make_folder(self.path.parent)
             append_bytes(self.path, "".join(line + "\n" for line in lines).encode("ascii"))
 
 
-def cut_at(path: Path, whole: int) -> int:
+def truncate_file(path: Path, size: int) -> int:
     """Cut off what comes after the first `whole` bytes; returns the number of bytes removed."""
-    torn = path.stat().st_size - whole
+    torn = path.stat().st_size - size
     if torn > 0:
-        os.truncate(path, whole)
+        os.truncate(path, size)
         sync_path(path)
     return torn
 
 
-def sync_lines(path: Path) -> None:
+def sync_log(path: Path) -> None:
     """Force what was written so far down to the disk, if anything was."""
     if path.exists():
-        with full_disk_explained(path):
+        with explain_full_disk(path):
             sync_path(path)
 
 
@@ -126,7 +126,7 @@ def append_bytes(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def iter_complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line with the object in it. Damage before the last line is an error that names the line."""
     if not path.exists():
         return
@@ -138,14 +138,14 @@ def whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     f"{path}, line {broken_at}: not a JSON object",
                     "restore the file from a copy, or remove that line by hand",
                 )
-            row = parsed(line)
+            row = parse_line(line)
             if row is None:
                 broken_at = number
             else:
                 yield line[:-1].decode("utf-8"), row
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
     """The object in one line with its newline; None where the line is torn."""
     if not line.endswith(b"\n"):
         return None
@@ -156,7 +156,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def whole_size(path: Path, *, start: int = 0) -> int:
+def measure_complete_size(path: Path, *, start: int = 0) -> int:
     """Bytes up to and including the last whole line, looking from the line at `start` on.
 
     Only the last line is doubted, as only it can be torn.
@@ -168,8 +168,8 @@ def whole_size(path: Path, *, start: int = 0) -> int:
         for line in file:
             last_start, last = size, line
             size += len(line)
-    return size if not last or parsed(last) is not None else last_start
+    return size if not last or parse_line(last) is not None else last_start
 
 
-def _key_of(row: dict[str, Any], key: Key) -> tuple[object, ...]:
+def _key_of(row: dict[str, Any], key: KeyFields) -> tuple[object, ...]:
     return tuple(row.get(name) for name in ((key,) if isinstance(key, str) else key))

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from filelock import FileLock, Timeout
 
 from npo_cli.errors import NpoError
-from npo_cli.run_dir.files import build, now_utc, read_json, write_json_atomic
+from npo_cli.run_dir.files import decode_record, now_utc, read_json, write_json_atomic
 from npo_cli.run_dir.paths import RunDir
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Holder:
+class LockHolder:
     """Who writes in a run directory."""
 
     pid: int
@@ -30,19 +30,19 @@ class Holder:
 
 
 @contextmanager
-def writing(run: RunDir) -> Iterator[None]:
+def lock_run(run: RunDir) -> Iterator[None]:
     """Hold the run's lock for the block; refused at once, with the holder's name, where another writer holds it."""
     lock = FileLock(run.lock_path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise held(run) from error
+        raise run_locked_error(run) from error
     except PermissionError as error:
         raise NpoError(f"cannot write in {run.root}: {error.strerror}", "check the folder's permissions") from error
     try:
         command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
         write_json_atomic(
-            run.holder_path, Holder(pid=os.getpid(), host=platform.node(), command=command, since=now_utc())
+            run.holder_path, LockHolder(pid=os.getpid(), host=platform.node(), command=command, since=now_utc())
         )
         try:
             yield
@@ -52,10 +52,10 @@ def writing(run: RunDir) -> Iterator[None]:
         lock.release()
 
 
-def held(run: RunDir) -> NpoError:
+def run_locked_error(run: RunDir) -> NpoError:
     """The words for a run directory in which another process writes."""
     try:
-        holder = build(Holder, read_json(run.holder_path), run.holder_path)
+        holder = decode_record(LockHolder, read_json(run.holder_path), run.holder_path)
     except NpoError:
         # Taken this moment and not yet signed, or the note was lost: the lock itself is what counts.
         return NpoError(f"{run.root} is in use by another npo process", "wait until it ends, then try again")

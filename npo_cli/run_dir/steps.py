@@ -4,52 +4,52 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from npo_cli.records import StepReport
-from npo_cli.run_dir.files import damaged, now_utc
-from npo_cli.run_dir.journal import Journal, Outcome
+from npo_cli.run_dir.files import damaged_file_error, now_utc
+from npo_cli.run_dir.journal import JsonlLog, AppendResult
 from npo_cli.run_dir.paths import RunDir
 
 
-def metrics_row(report: StepReport) -> dict[str, Any]:
+def encode_metrics(report: StepReport) -> dict[str, Any]:
     """The line of metrics.jsonl: step and branch, then every measurement under its own name."""
     return {"step": report.step, "branch": report.branch, **report.metrics}
 
 
-def timings_row(report: StepReport) -> dict[str, Any]:
+def encode_timings(report: StepReport) -> dict[str, Any]:
     """The line of timings.jsonl. It has a time of day, so a step done again has a line of its own."""
     return {"step": report.step, "branch": report.branch, "time": now_utc(), **report.timings}
 
 
-def measured_steps(run: RunDir, branch: str) -> Iterator[dict[str, Any]]:
+def read_metrics(run: RunDir, branch: str) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl, oldest first: each has its step."""
     path = run.metrics_path(branch)
-    for number, row in enumerate(Journal(path).records(), start=1):
+    for number, row in enumerate(JsonlLog(path).iter_rows(), start=1):
         if not isinstance(row.get("step"), int):
-            raise damaged(f"{path}, line {number}", "it has no step")
+            raise damaged_file_error(f"{path}, line {number}", "it has no step")
         yield row
 
 
 def append_event(run: RunDir, kind: str, details: Mapping[str, Any]) -> None:
     """Note that something happened: `kind` is one word such as `resumed`, `differs`, `rolled_back`."""
-    Journal(run.events_path).append({"time": now_utc(), "kind": kind, **details})
+    JsonlLog(run.events_path).append({"time": now_utc(), "kind": kind, **details})
 
 
-def imported_from(run: RunDir) -> str | None:
+def find_source_trainer(run: RunDir) -> str | None:
     """Who had trained the first branch of a run that was imported; None for a run of npo's own."""
-    events = Journal(run.events_path).records()
+    events = JsonlLog(run.events_path).iter_rows()
     return next((str(event.get("trainer")) for event in events if event.get("kind") == "imported"), None)
 
 
-class StepJournals:
+class StepLog:
     """metrics.jsonl and timings.jsonl of one branch, held open for a stretch of training."""
 
     def __init__(self, run: RunDir, branch: str) -> None:
-        self.metrics = Journal(run.metrics_path(branch))
-        self.timings = Journal(run.timings_path(branch))
+        self.metrics = JsonlLog(run.metrics_path(branch))
+        self.timings = JsonlLog(run.timings_path(branch))
 
-    def write(self, report: StepReport) -> Outcome:
+    def write(self, report: StepReport) -> AppendResult:
         """Add one step. `differs`: the step was there with other measurements, which were kept."""
-        self.timings.append(timings_row(report))
-        return self.metrics.append_once(metrics_row(report))
+        self.timings.append(encode_timings(report))
+        return self.metrics.append_once(encode_metrics(report))
 
     def sync(self) -> None:
         """Force both down to the disk."""

@@ -7,53 +7,53 @@ passed over: it changes what a run costs to keep, not what it learns.
 from collections.abc import Iterator, Sequence
 
 from npo_cli.config import Recipe
-from npo_cli.guide_records import GuideInfo
-from npo_cli.loading import differences
-from npo_cli.run_dir.auto import transitions
-from npo_cli.run_dir.guides import read_info
-from npo_cli.run_dir.lineage import birth_segment, descent
+from npo_cli.guide_records import GuideCacheInfo
+from npo_cli.loading import diff_recipes
+from npo_cli.run_dir.auto import read_transitions
+from npo_cli.run_dir.guides import read_cache_info
+from npo_cli.run_dir.lineage import find_first_segment, ancestry
 from npo_cli.run_dir.manifests import read_manifest
 from npo_cli.run_dir.paths import FIRST_BRANCH
 from npo_cli.settings import walk_fields
-from npo_cli.stages.arms import Arm, Place, SeedRun
+from npo_cli.stages.arms import MethodRuns, RunBranch, SeedRun
 
 COMPARISON = {key: marks.get("comparison", "differs") for key, _, marks in walk_fields(Recipe())}
 """Dotted key -> `must_match`, `ignored`, or `differs` (the difference is part of the method); see "
 "`npo_cli.settings`."""
-IF_WATCHED = ("autonpo.",)
-IF_GUIDED = ("guide.source", "guide.inject.", "guide.cache.", "guide.endpoint.", "guide.replay.", "scoring.")
+AUTONPO_SECTIONS = ("autonpo.",)
+GUIDE_SECTIONS = ("guide.source", "guide.inject.", "guide.cache.", "guide.endpoint.", "guide.replay.", "scoring.")
 """Sections without effect where AutoNPO did not watch, or where no guide had a seat."""
-NOBODY = "by nobody"
+NOT_USED = "by nobody"
 
 
-def method_differences(arm: Arm, baseline: Arm) -> tuple[str, ...]:
+def method_differences(arm: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:
     """`KEY OLD -> NEW` of every setting in which the arm's method is not the baseline's, and what stepped in."""
-    changes = [change for change in settings_apart(arm, baseline) if not _must_match(change)]
-    for what in (guided, watched):
-        mine, theirs = {what(one.place) for one in arm.runs}, {what(one.place) for one in baseline.runs}
+    changes = [change for change in diff_settings(arm, baseline) if not _must_match(change)]
+    for what in (describe_guides, describe_autonpo):
+        mine, theirs = {what(one.run_branch) for one in arm.runs}, {what(one.run_branch) for one in baseline.runs}
         if mine != theirs:
             changes.append(f"{what.__name__} {_one_of(theirs)} -> {_one_of(mine)}")
     return tuple(changes)
 
 
-def mismatches(arm: Arm, baseline: Arm) -> tuple[str, ...]:
+def find_mismatches(arm: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:
     """What a fair comparison needs alike: base weights, task, group, batch, sampling; and seeds of one method."""
-    found = [change for change in settings_apart(arm, baseline) if _must_match(change)]
+    found = [change for change in diff_settings(arm, baseline) if _must_match(change)]
     for bases in base_digests((*arm.runs, *baseline.runs)):
         if len(bases) > 1:
             found.append(f"base weights {' and '.join(sorted(digest[:12] for digest in bases))}")
-    return (*found, *(f"{change} within the arm" for change in settings_within(arm)))
+    return (*found, *(f"{change} within the arm" for change in diff_seed_settings(arm)))
 
 
-def settings_apart(arm: Arm, baseline: Arm) -> list[str]:
+def diff_settings(arm: MethodRuns, baseline: MethodRuns) -> list[str]:
     """Settings of the arm's first seed that differ from the baseline's first."""
-    return list(_changes(baseline.runs[0].place, arm.runs[0].place))
+    return list(_changes(baseline.runs[0].run_branch, arm.runs[0].run_branch))
 
 
-def settings_within(arm: Arm) -> list[str]:
+def diff_seed_settings(arm: MethodRuns) -> list[str]:
     """Settings in which seeds of one arm differ, which makes them two methods."""
-    first = arm.runs[0].place
-    return list(dict.fromkeys(change for one in arm.runs[1:] for change in _changes(first, one.place)))
+    first = arm.runs[0].run_branch
+    return list(dict.fromkeys(change for one in arm.runs[1:] for change in _changes(first, one.run_branch)))
 
 
 def _must_match(change: str) -> bool:
@@ -61,12 +61,12 @@ def _must_match(change: str) -> bool:
     return COMPARISON[change.split(" ", 1)[0]] == "must_match"
 
 
-def _changes(before: Place, after: Place) -> Iterator[str]:
+def _changes(before: RunBranch, after: RunBranch) -> Iterator[str]:
     """Only of settings that had an effect on both."""
     idle: tuple[str, ...] = ()
-    for sections, what in ((IF_WATCHED, watched), (IF_GUIDED, guided)):
-        idle += sections if NOBODY in (what(before), what(after)) else ()
-    for key, old, new in differences(before.recipe, after.recipe):
+    for sections, what in ((AUTONPO_SECTIONS, describe_autonpo), (GUIDE_SECTIONS, describe_guides)):
+        idle += sections if NOT_USED in (what(before), what(after)) else ()
+    for key, old, new in diff_recipes(before.recipe, after.recipe):
         if COMPARISON[key] != "ignored" and not key.startswith(idle):
             yield f"{key} {old} -> {new}"
 
@@ -78,36 +78,36 @@ def base_digests(runs: Sequence[SeedRun]) -> tuple[set[str], set[str]]:
     """
     whole, beside = set(), set()
     for one in runs:
-        folder = one.place.run.checkpoint_folder(FIRST_BRANCH, 0)
+        folder = one.run_branch.run.checkpoint_folder(FIRST_BRANCH, 0)
         if not folder.is_dir():
             continue
-        if one.place.recipe.model.lora.rank is None:
+        if one.run_branch.recipe.model.lora.rank is None:
             whole.add(str(read_manifest(folder)["digest"]))
         else:
-            from npo_cli.policy.adapters import base_beside
+            from npo_cli.policy.adapters import read_base_digest
 
-            beside.add(base_beside(folder))
+            beside.add(read_base_digest(folder))
     return whole, beside
 
 
-def guided(place: Place) -> str:
+def describe_guides(place: RunBranch) -> str:
     """Who had a seat on the line of descent, and of which learner."""
     past = ["its past"] if place.recipe.guide.experience.replay_fraction else []
-    return ", ".join([*past, *(f"{_author(info)} at {info.at_step}" for info in guides_of(place))]) or NOBODY
+    return ", ".join([*past, *(f"{_author(info)} at {info.learner_step}" for info in read_guide_infos(place))]) or NOT_USED
 
 
-def guides_of(place: Place) -> list[GuideInfo]:
+def read_guide_infos(place: RunBranch) -> list[GuideCacheInfo]:
     """The caches that the branches of the line of descent were given."""
-    given = [birth_segment(place.run, stretch.branch).guide for stretch in descent(place.run, place.branch)]
-    return [read_info(place.run.guide_folder(guide)) for guide in given if guide is not None]
+    given = [find_first_segment(place.run, stretch.branch).guide_cache for stretch in ancestry(place.run, place.branch)]
+    return [read_cache_info(place.run.guide_folder(guide)) for guide in given if guide is not None]
 
 
-def paid_elsewhere(arm: Arm) -> int:
+def count_external_tokens(arm: MethodRuns) -> int:
     """Tokens that its guides took outside its runs, all seeds: training another run, writing a file of traces."""
-    return sum(info.side_tokens + info.given_tokens for one in arm.runs for info in guides_of(one.place))
+    return sum(info.guide_training_tokens + info.external_tokens for one in arm.runs for info in read_guide_infos(one.run_branch))
 
 
-def _author(info: GuideInfo) -> str:
+def _author(info: GuideCacheInfo) -> str:
     """A later checkpoint by its step, an outside model by its name, anybody else by what it is.
 
     A file, or another run, is another one for each seed.
@@ -117,10 +117,10 @@ def _author(info: GuideInfo) -> str:
     return info.source if info.source in ("run", "file") else f"{info.source} {info.origin}".rstrip()
 
 
-def watched(place: Place) -> str:
+def describe_autonpo(place: RunBranch) -> str:
     """Whether AutoNPO decided on the line of descent."""
-    names = {stretch.branch for stretch in descent(place.run, place.branch)}
-    return "by AutoNPO" if any(move.state.branch in names for move in transitions(place.run)) else NOBODY
+    names = {stretch.branch for stretch in ancestry(place.run, place.branch)}
+    return "by AutoNPO" if any(move.state.branch in names for move in read_transitions(place.run)) else NOT_USED
 
 
 def _one_of(values: set[str]) -> str:

@@ -8,22 +8,22 @@ from typing import Any
 from npo_cli.compare_records import SeedPoint
 from npo_cli.config import Recipe
 from npo_cli.costs import CurvePoint
-from npo_cli.errors import NpoError, as_typed
-from npo_cli.loading import from_dict
-from npo_cli.run_dir.bench_arms import arms_in, is_bench
-from npo_cli.run_dir.index import best_evals
-from npo_cli.run_dir.lineage import Stretch, branches, descent, newest_branch
-from npo_cli.run_dir.outcomes import Outcomes, outcomes_of
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.loading import recipe_from_dict
+from npo_cli.run_dir.bench_arms import load_bench_index, is_bench
+from npo_cli.run_dir.index import select_best_evals
+from npo_cli.run_dir.lineage import Span, list_branches, ancestry, find_newest_branch
+from npo_cli.run_dir.outcomes import PromptResults, match_prompt_results
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.run_dir.steps import measured_steps
-from npo_cli.stages.ledger import curve
+from npo_cli.run_dir.steps import read_metrics
+from npo_cli.stages.ledger import learning_curve
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class RunBranch:
     """One line of descent, under the name of its arm."""
 
-    arm: str
+    method: str
     run: RunDir
     branch: str
     recipe: Recipe
@@ -43,12 +43,12 @@ class Place:
 class SeedRun:
     """One seed of an arm, with everything that was measured of it."""
 
-    place: Place
+    run_branch: RunBranch
     points: tuple[SeedPoint, ...]
     """Its evaluations; a replay's fork stands twice, the second time with all of the guide's costs."""
     curve: tuple[CurvePoint, ...]
     """The same as the ledger says them."""
-    outcomes: dict[int, Outcomes]
+    outcomes: dict[int, PromptResults]
     """By step; empty unless every evaluation has its own, all on the same prompts."""
     steps: dict[int, dict[str, Any]]
     """The metrics of every step of its line of descent."""
@@ -56,11 +56,11 @@ class SeedRun:
     @property
     def prompts(self) -> tuple[str, ...]:
         """Keys of its held-out prompts; none where outcomes were not kept."""
-        return next((one.prompts for one in self.outcomes.values()), ())
+        return next((one.prompt_keys for one in self.outcomes.values()), ())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Arm:
+class MethodRuns:
     """One method, a run a seed, by seed."""
 
     name: str
@@ -69,35 +69,35 @@ class Arm:
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds it was trained with."""
-        return tuple(one.place.seed for one in self.runs)
+        return tuple(one.run_branch.seed for one in self.runs)
 
 
-def read_arms(texts: Sequence[str], *, baseline: str | None) -> list[Arm]:
+def load_methods(texts: Sequence[str], *, baseline: str | None) -> list[MethodRuns]:
     """Every arm, the baseline first, else in the order given."""
-    places = [place for text in texts for place in places_of(text)]
-    by_arm: dict[str, list[Place]] = {}
+    places = [place for text in texts for place in resolve_run_branches(text)]
+    by_arm: dict[str, list[RunBranch]] = {}
     for place in places:
-        by_arm.setdefault(place.arm, []).append(place)
+        by_arm.setdefault(place.method, []).append(place)
     for name, some in by_arm.items():
-        refuse_repeated(name, some)
+        validate_unique_seeds(name, some)
     first = next(iter(by_arm)) if baseline is None else baseline
     if first not in by_arm:
         raise NpoError(f"--baseline: there is no arm {first!r}", f"the arms are: {', '.join(by_arm)}")
     if len(places) < 2:
         raise NpoError(
             f"one run alone is compared with nothing: {places[0].name}",
-            f"name another run or branch, or look at this one: npo show {as_typed(places[0].run.root)} costs",
+            f"name another run or branch, or look at this one: npo show {quote_path(places[0].run.root)} costs",
         )
     ordered = [first, *(name for name in by_arm if name != first)]
     return [
-        Arm(name=name, runs=tuple(read_seed(place) for place in sorted(by_arm[name], key=lambda one: one.seed)))
+        MethodRuns(name=name, runs=tuple(load_seed_run(place) for place in sorted(by_arm[name], key=lambda one: one.seed)))
         for name in ordered
     ]
 
 
-def refuse_repeated(name: str, places: Sequence[Place]) -> None:
+def validate_unique_seeds(name: str, places: Sequence[RunBranch]) -> None:
     """A seed counted twice would make an arm look surer than it is."""
-    seen: dict[int, Place] = {}
+    seen: dict[int, RunBranch] = {}
     for place in places:
         if place.seed in seen:
             raise NpoError(
@@ -107,33 +107,33 @@ def refuse_repeated(name: str, places: Sequence[Place]) -> None:
         seen[place.seed] = place
 
 
-def places_of(text: str) -> Iterator[Place]:
+def resolve_run_branches(text: str) -> Iterator[RunBranch]:
     """What one argument names: branches of a run, or the newest one of every run of a bench."""
-    name, path, branch = split_arm(text)
+    name, path, branch = parse_method_argument(text)
     if not is_bench(path):
-        yield from places_in(path, name=name, branch=branch)
+        yield from iter_run_branches(path, name=name, branch=branch)
         return
     if name or branch:
-        raise NpoError(f"{path} holds the runs of a bench, which have names", f"npo compare {as_typed(path)}")
-    for arm, root in arms_in(path):
-        yield from places_in(root, name=arm, branch=None)
+        raise NpoError(f"{path} holds the runs of a bench, which have names", f"npo compare {quote_path(path)}")
+    for arm, root in load_bench_index(path):
+        yield from iter_run_branches(root, name=arm, branch=None)
 
 
-def places_in(path: Path, *, name: str | None, branch: str | None) -> Iterator[Place]:
+def iter_run_branches(path: Path, *, name: str | None, branch: str | None) -> Iterator[RunBranch]:
     """One run's: the branch, or the newest one where only the arm has a name, else all."""
     run = open_run(path)
-    known = branches(run)
+    known = list_branches(run)
     if branch is not None and branch not in known:
         named = ", ".join(known) or "none yet"
-        raise NpoError(f"{path} has no branch {branch!r}: {named}", f"npo show {as_typed(path)} lineage")
+        raise NpoError(f"{path} has no branch {branch!r}: {named}", f"npo show {quote_path(path)} lineage")
     # A run without a single step has no branch; newest_branch has the words for it.
-    chosen = known if branch is None and name is None and known else [branch or newest_branch(run)]
+    chosen = known if branch is None and name is None and known else [branch or find_newest_branch(run)]
     for one in chosen:
-        recipe = from_dict(run.recipe(one), source=str(run.recipe_path(one)))
-        yield Place(arm=name or f"{recipe.name}:{one}", run=run, branch=one, recipe=recipe)
+        recipe = recipe_from_dict(run.read_recipe(one), source=str(run.recipe_path(one)))
+        yield RunBranch(method=name or f"{recipe.name}:{one}", run=run, branch=one, recipe=recipe)
 
 
-def split_arm(text: str) -> tuple[str | None, Path, str | None]:
+def parse_method_argument(text: str) -> tuple[str | None, Path, str | None]:
     """Name, run and branch. A path that exists is meant as it is, whatever signs are in it."""
     given, name = text, None
     if "=" in text and not Path(text).exists():
@@ -148,19 +148,19 @@ def split_arm(text: str) -> tuple[str | None, Path, str | None]:
     return name, Path(text), branch
 
 
-def read_seed(place: Place) -> SeedRun:
+def load_seed_run(place: RunBranch) -> SeedRun:
     """Curve, outcomes and metrics of one line of descent; without a held-out evaluation there is nothing to compare."""
     run, branch = place.run, place.branch
-    line = descent(run, branch)
-    found = curve(run, branch, arm=place.arm)
+    line = ancestry(run, branch)
+    found = learning_curve(run, branch, name=place.method)
     if not found:
         raise NpoError(
-            f"{place.name} has no held-out evaluation", f"npo eval {as_typed(run.root)} --all --branch {branch}"
+            f"{place.name} has no held-out evaluation", f"npo eval {quote_path(run.root)} --all --branch {branch}"
         )
     per_step, timed = place.recipe.train.num_updates, found[-1].total_seconds > 0
     points = tuple(
         SeedPoint(
-            arm=place.arm,
+            method=place.method,
             seed=place.seed,
             run=str(run.root),
             branch=branch,
@@ -175,25 +175,25 @@ def read_seed(place: Place) -> SeedRun:
         for point in found
     )
     return SeedRun(
-        place=place,
+        run_branch=place,
         points=points,
         curve=tuple(found),
-        outcomes=whole_outcomes(run, line, {point.step for point in points}),
+        outcomes=load_complete_outcomes(run, line, {point.step for point in points}),
         steps={
             row["step"]: row
             for stretch in line
-            for row in measured_steps(run, stretch.branch)
-            if stretch.owns(row["step"])
+            for row in read_metrics(run, stretch.branch)
+            if stretch.contains(row["step"])
         },
     )
 
 
-def whole_outcomes(run: RunDir, line: Sequence[Stretch], steps: set[int]) -> dict[int, Outcomes]:
+def load_complete_outcomes(run: RunDir, line: Sequence[Span], steps: set[int]) -> dict[int, PromptResults]:
     """The outcomes of every evaluation on the line, by step; none at all where one has none or other prompts."""
     found = {
         step: one
-        for (owner, step), one in outcomes_of(best_evals(run), run).items()
-        if any(stretch.branch == owner and stretch.owns(step) for stretch in line)
+        for (owner, step), one in match_prompt_results(select_best_evals(run), run).items()
+        if any(stretch.branch == owner and stretch.contains(step) for stretch in line)
     }
-    same = len({one.prompts for one in found.values()}) == 1
+    same = len({one.prompt_keys for one in found.values()}) == 1
     return found if same and set(found) == steps else {}

@@ -5,82 +5,82 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from npo_cli.inject_settings import GuideSettings
-from npo_cli.policy.extrapolated import PushedPolicy
+from npo_cli.policy.extrapolated import ExtrapolatedPolicy
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt, Rollout
-from npo_cli.stages.row_scores import row_scores
-from npo_cli.stages.world import World
+from npo_cli.stages.row_scores import run_logprob_pass
+from npo_cli.stages.world import Session
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answers:
+class PromptResponses:
     """What was said to one prompt."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
-    repeats: tuple[Rollout, ...] = ()
+    duplicates: tuple[Rollout, ...] = ()
     """Answers that are among `rollouts` already: counted, never kept."""
     num_tokens: int = 0
     """Tokens generated for this cache."""
 
     @property
-    def correct(self) -> list[Rollout]:
+    def correct_rollouts(self) -> list[Rollout]:
         """Verified-correct and ended by themselves."""
-        return right_ones(self.rollouts)
+        return filter_correct(self.rollouts)
 
     @property
     def num_sampled(self) -> int:
         """Answers heard."""
-        return len(self.rollouts) + len(self.repeats)
+        return len(self.rollouts) + len(self.duplicates)
 
     @property
     def num_correct(self) -> int:
         """Correct answers heard."""
-        return len(self.correct) + len(right_ones(self.repeats))
+        return len(self.correct_rollouts) + len(filter_correct(self.duplicates))
 
 
-def right_ones(rollouts: Sequence[Rollout]) -> list[Rollout]:
+def filter_correct(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Those that are verified-correct and ended by themselves."""
     return [rollout for rollout in rollouts if rollout.verdict == "correct" and rollout.finished]
 
 
 Pairs = Sequence[tuple[Prompt, Rollout]]
-Known = Mapping[str, Sequence[Rollout]]
+PriorRollouts = Mapping[str, Sequence[Rollout]]
 """Answers given before, by prompt id: they count as the first samples, and cost nothing again."""
-Draw = Callable[[Sequence[Prompt], range], Sequence[Answers]]
+SampleFunction = Callable[[Sequence[Prompt], range], Sequence[PromptResponses]]
 """New answers to each prompt, one a slot."""
 
 
-class Author(Protocol):
+class GuideSource(Protocol):
     """Somebody whose answers are kept."""
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
+    def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """Verified answers to each prompt, in order; the same prompts in the same company get the same answers."""
 
-    def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
+    def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """Log-probabilities (nats) of each answer's tokens under who wrote it; None where nobody knows."""
 
-    def nearness(self, pairs: Pairs) -> list[float]:
+    def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Mean log-probability a token under the learner."""
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What a person should know when all is asked."""
 
 
-def drawn_in_rounds(
-    settings: GuideSettings, prompts: Sequence[Prompt], draw: Draw, *, known: Known | None = None
-) -> list[Answers]:
+def sample_in_rounds(
+    settings: GuideSettings, prompts: Sequence[Prompt], draw: SampleFunction, *, prior_rollouts: PriorRollouts | None = None
+) -> list[PromptResponses]:
     """Up to `samples_per_prompt` samples per prompt, `samples_per_round` at a time, until a prompt is solved.
 
     With `draws_all` solved prompts are sampled further.
     """
-    asked = {prompt.prompt_id: _begun(prompt, (known or {}).get(prompt.prompt_id, ())) for prompt in prompts}
+    asked = {prompt.prompt_id: _begun(prompt, (prior_rollouts or {}).get(prompt.prompt_id, ())) for prompt in prompts}
     while True:
         wanting = [
             entry
             for entry in asked.values()
             if len(entry.rollouts) < settings.cache.samples_per_prompt
-            and (settings.cache.draws_all or not entry.correct)
+            and (settings.cache.draws_all or not entry.correct_rollouts)
         ]
         if not wanting:
             return list(asked.values())
@@ -102,11 +102,11 @@ def drawn_in_rounds(
             )
 
 
-def _begun(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
-    return Answers(prompt=prompt, rollouts=tuple(rollouts))
+def _begun(prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptResponses:
+    return PromptResponses(prompt=prompt, rollouts=tuple(rollouts))
 
 
-def each_once(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
+def dedupe_rollouts(prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptResponses:
     """Answers that cost nothing; of the same tokens said again the first is kept."""
     first: dict[tuple[int, ...], Rollout] = {}
     repeats = []
@@ -115,19 +115,19 @@ def each_once(prompt: Prompt, rollouts: Sequence[Rollout]) -> Answers:
             repeats.append(rollout)
         else:
             first[rollout.response_ids] = rollout
-    return Answers(prompt=prompt, rollouts=tuple(first.values()), repeats=tuple(repeats))
+    return PromptResponses(prompt=prompt, rollouts=tuple(first.values()), duplicates=tuple(repeats))
 
 
-def forward_logps(
-    world: World, pairs: Pairs, *, temperature: float | None = None, policy: Policy | PushedPolicy | None = None
+def compute_logprobs(
+    world: Session, pairs: Pairs, *, temperature: float | None = None, policy: Policy | ExtrapolatedPolicy | None = None
 ) -> list[tuple[float, ...]]:
     """Per-token log-probabilities of responses under the weights at hand, of the world's policy or of another."""
     policy = policy or world.policy
     rows = [policy.row(prompt, rollout.response_ids) for prompt, rollout in pairs]
-    scored = row_scores(policy, world.recipe, rows, temperature=temperature)
+    scored = run_logprob_pass(policy, world.recipe, rows, temperature=temperature)
     return [tuple(scores.logps_T.tolist()) for scores in scored]
 
 
-def mean_logps(world: World, pairs: Pairs, *, policy: Policy | None = None) -> list[float]:
+def compute_mean_logprobs(world: Session, pairs: Pairs, *, policy: Policy | None = None) -> list[float]:
     """Mean log-probability a token under the weights at hand."""
-    return [sum(logps_T) / len(logps_T) for logps_T in forward_logps(world, pairs, policy=policy)]
+    return [sum(logps_T) / len(logps_T) for logps_T in compute_logprobs(world, pairs, policy=policy)]

@@ -2,7 +2,7 @@
 
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.guide.hindsight import TWO_SIDED
+from npo_cli.guide.hindsight import BIDIRECTIONAL_KINDS
 
 
 def usable_deltas(recipe: Recipe) -> tuple[int, ...]:
@@ -10,20 +10,20 @@ def usable_deltas(recipe: Recipe) -> tuple[int, ...]:
     return tuple(delta for delta in recipe.autonpo.rollback.distances if delta % recipe.train.save_every == 0)
 
 
-def longest_slice(recipe: Recipe, *, num_prompts: int) -> int:
+def max_failed_prompts(recipe: Recipe, *, num_prompts: int) -> int:
     """Most distinct prompts that a replay of the largest usable distance can visit."""
     farthest = min(usable_deltas(recipe)[-1], recipe.train.num_steps)
     return min(recipe.autonpo.pool.max_size, num_prompts, farthest * recipe.train.prompts_per_step)
 
 
-def refuse_impossible(recipe: Recipe, num_prompts: int) -> None:
+def validate_autonpo_settings(recipe: Recipe, num_prompts: int) -> None:
     """The key that is wrong, and what would be right."""
-    refuse_unreachable(recipe)
-    refuse_silent(recipe)
-    refuse_vain(recipe)
-    refuse_endless(recipe)
-    refuse_early(recipe)
-    most = longest_slice(recipe, num_prompts=num_prompts)
+    validate_deltas(recipe)
+    validate_trigger(recipe)
+    validate_pool_and_probe(recipe)
+    validate_cooldown(recipe)
+    validate_early(recipe)
+    most = max_failed_prompts(recipe, num_prompts=num_prompts)
     for key, wanted in (
         ("autonpo.probe.num_prompts", recipe.autonpo.probe.num_prompts),
         ("autonpo.rollback.min_failed_prompts", recipe.autonpo.rollback.min_failed_prompts),
@@ -37,7 +37,7 @@ def refuse_impossible(recipe: Recipe, num_prompts: int) -> None:
             )
 
 
-def refuse_unreachable(recipe: Recipe) -> None:
+def validate_deltas(recipe: Recipe) -> None:
     """A rollback needs a full state at its distance, and steps to go back over."""
     auto, train, usable = recipe.autonpo, recipe.train, usable_deltas(recipe)
     if not usable:
@@ -64,7 +64,7 @@ def refuse_unreachable(recipe: Recipe) -> None:
         )
 
 
-def refuse_silent(recipe: Recipe) -> None:
+def validate_trigger(recipe: Recipe) -> None:
     """Warm-up, window and patience must leave a step at which a warning could come."""
     auto, num_steps = recipe.autonpo, recipe.train.num_steps
     if auto.max_interventions == 0:
@@ -92,7 +92,7 @@ def refuse_silent(recipe: Recipe) -> None:
         )
 
 
-def refuse_vain(recipe: Recipe) -> None:
+def validate_pool_and_probe(recipe: Recipe) -> None:
     """Guides that would never be let in, a probe that nothing can pass, a V that one side cannot tell."""
     autonpo, inject = recipe.autonpo, recipe.guide.inject
     if autonpo.pool.max_accuracy > inject.max_accuracy:
@@ -113,16 +113,16 @@ def refuse_vain(recipe: Recipe) -> None:
             "and such a replay never meets them",
             "autonpo.rollback.data=same",
         )
-    if autonpo.probe.variance_samples == "learner" and recipe.scoring.variance not in TWO_SIDED:
+    if autonpo.probe.variance_samples == "learner" and recipe.scoring.variance not in BIDIRECTIONAL_KINDS:
         raise NpoError(
             f"autonpo.probe.variance_samples is learner, but scoring.variance={recipe.scoring.variance} can only be "
             "told from the "
             "guide's samples",
-            f"scoring.variance={TWO_SIDED[-1]}, or autonpo.probe.variance_samples=guide",
+            f"scoring.variance={BIDIRECTIONAL_KINDS[-1]}, or autonpo.probe.variance_samples=guide",
         )
 
 
-def refuse_endless(recipe: Recipe) -> None:
+def validate_cooldown(recipe: Recipe) -> None:
     """Without a cap, a rest shorter than a replay lets the run go over the same steps for ever."""
     auto, farthest = recipe.autonpo, usable_deltas(recipe)[-1]
     if auto.max_interventions == -1 and auto.trigger.cooldown_steps < farthest:
@@ -134,7 +134,7 @@ def refuse_endless(recipe: Recipe) -> None:
         )
 
 
-def refuse_early(recipe: Recipe) -> None:
+def validate_early(recipe: Recipe) -> None:
     """A scout needs a checkpoint at its end, and at the end of the replay where the two are compared."""
     early, train = recipe.autonpo.early, recipe.train
     if not early.enabled:

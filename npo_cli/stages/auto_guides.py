@@ -8,20 +8,20 @@ one: `npo show RUN guides` lists it, `npo resume` could use it.
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from npo_cli.guide.facts import Guided
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide.facts import GuideBuilt
+from npo_cli.guide_records import GuideCacheInfo
 from npo_cli.records import Progress, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint
-from npo_cli.run_dir.guides import finish_guide, identity, info_path, new_guide, read_info
+from npo_cli.run_dir.guides import finish_guide_cache, cache_identity, cache_info_path, open_guide_cache, read_cache_info
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.stages.authors import Answers
-from npo_cli.stages.checkpoint_author import CheckpointAuthor
-from npo_cli.stages.guide_cache import Cache, fill, sampling_law
-from npo_cli.stages.world import World, load_checkpoint
+from npo_cli.stages.authors import PromptResponses
+from npo_cli.stages.checkpoint_author import CheckpointSource
+from npo_cli.stages.guide_cache import CacheBuild, fill_cache, describe_sampling
+from npo_cli.stages.world import Session, load_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
+class GuideRequest:
     """A guide cache to be made."""
 
     name: str
@@ -32,60 +32,60 @@ class Wanted:
     """The present policy."""
     num_steps: int
     prompts: tuple[Prompt, ...]
-    probed: Mapping[str, tuple[Rollout, ...]]
+    probe_rollouts: Mapping[str, tuple[Rollout, ...]]
     """What the probe heard, by prompt id."""
 
 
-def made_guides(world: World, wanted: Wanted) -> Generator[Progress, None, Guided]:
+def build_guides(world: Session, wanted: GuideRequest) -> Generator[Progress, None, GuideBuilt]:
     """Fill the cache, or find it filled: a killed run asks nothing twice."""
-    info = free_name(world.run, _info(world, wanted))
+    info = choose_cache_name(world.run, _info(world, wanted))
     folder = world.run.guide_folder(info.name)
     load_checkpoint(world.policy, wanted.guide)
-    if info_path(folder).exists() and read_info(folder).complete:
-        done = read_info(folder)
+    if cache_info_path(folder).exists() and read_cache_info(folder).complete:
+        done = read_cache_info(folder)
     else:
-        cache = Cache(info=info, store=new_guide(world.run, info))
-        author = CheckpointAuthor(world=world, learner=wanted.learner, guide=wanted.guide, known=wanted.probed)
-        yield from fill(world, cache, wanted.prompts, author=author)
-        done = finish_guide(world.run, info)
-    return Guided(
+        cache = CacheBuild(info=info, store=open_guide_cache(world.run, info))
+        author = CheckpointSource(session=world, learner=wanted.learner, guide=wanted.guide, prior_rollouts=wanted.probe_rollouts)
+        yield from fill_cache(world, cache, wanted.prompts, source=author)
+        done = finish_guide_cache(world.run, info)
+    return GuideBuilt(
         guide=done.name,
-        num_asked=done.num_prompts,
-        num_found=done.num_found,
-        num_reused=sum(bool(solved(wanted.probed, prompt)) for prompt in wanted.prompts),
+        num_prompts=done.num_prompts,
+        num_found=done.num_prompts_with_rollouts,
+        num_reused=sum(bool(select_correct_rollouts(wanted.probe_rollouts, prompt)) for prompt in wanted.prompts),
         num_tokens=done.num_tokens,
     )
 
 
-def solved(probed: Mapping[str, Sequence[Rollout]], prompt: Prompt) -> list[Rollout]:
+def select_correct_rollouts(probed: Mapping[str, Sequence[Rollout]], prompt: Prompt) -> list[Rollout]:
     """Answers of the probe that can be guides as they are."""
-    return Answers(prompt=prompt, rollouts=tuple(probed.get(prompt.prompt_id, ()))).correct
+    return PromptResponses(prompt=prompt, rollouts=tuple(probed.get(prompt.prompt_id, ()))).correct_rollouts
 
 
-def free_name(run: RunDir, info: GuideInfo) -> GuideInfo:
+def choose_cache_name(run: RunDir, info: GuideCacheInfo) -> GuideCacheInfo:
     """The name wished for, or `NAME-2`, ... where a cache of another identity has it."""
     number = 1
     while True:
         tried = replace(info, name=info.name if number == 1 else f"{info.name}-{number}")
-        path = info_path(run.guide_folder(tried.name))
-        if not path.exists() or identity(read_info(path.parent)) == identity(tried):
+        path = cache_info_path(run.guide_folder(tried.name))
+        if not path.exists() or cache_identity(read_cache_info(path.parent)) == cache_identity(tried):
             return tried
         number += 1
 
 
-def _info(world: World, wanted: Wanted) -> GuideInfo:
-    return GuideInfo(
+def _info(world: Session, wanted: GuideRequest) -> GuideCacheInfo:
+    return GuideCacheInfo(
         name=wanted.name,
         run_id=world.run.run_id,
         branch=wanted.branch,
-        at_step=wanted.learner.step,
+        learner_step=wanted.learner.step,
         guide_step=wanted.guide.step,
         guide_digest=wanted.guide.digest,
         num_steps=wanted.num_steps,
         tokenizer_digest=world.policy.tokenizer_digest,
-        sampling=f"probe {world.recipe.autonpo.probe.samples_per_prompt}, then {sampling_law(world.recipe)}",
+        sampling=f"probe {world.recipe.autonpo.probe.samples_per_prompt}, then {describe_sampling(world.recipe)}",
         num_prompts=len(wanted.prompts),
-        num_found=0,
+        num_prompts_with_rollouts=0,
         num_samples=0,
         num_tokens=0,
     )

@@ -6,14 +6,14 @@ from npo_cli.config import Recipe
 from npo_cli.guide.controller import ControllerKnobs
 from npo_cli.guide.trigger import TriggerKnobs
 
-SECTIONS = ("autonpo", "scoring", "guide", "extrapolation")
+DECIDING_SECTIONS = ("autonpo", "scoring", "guide", "extrapolation")
 """Settings that decide what AutoNPO does."""
 
 
-def settings_of(recipe: Recipe) -> dict[str, Any]:
+def dump_autonpo_settings(recipe: Recipe) -> dict[str, Any]:
     """The sections that decide, as plain data."""
     plain = recipe.model_dump(mode="json")
-    return {name: plain[name] for name in SECTIONS}
+    return {name: plain[name] for name in DECIDING_SECTIONS}
 
 
 def trigger_knobs(recipe: Recipe) -> TriggerKnobs:

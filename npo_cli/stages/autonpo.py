@@ -9,26 +9,26 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from npo_cli.auto_records import AutoState, Transition
+from npo_cli.auto_records import AutoNPOState, Transition
 from npo_cli.config import Recipe
-from npo_cli.errors import NpoError, as_typed
+from npo_cli.errors import NpoError, quote_path
 from npo_cli.records import Notice, StepReport
-from npo_cli.run_dir.auto import append_transitions, transitions
-from npo_cli.run_dir.checkpoints import history, newest_anchor
-from npo_cli.run_dir.lineage import birth_segment, newest_branch
-from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.auto import append_transitions, read_transitions
+from npo_cli.run_dir.checkpoints import list_ancestry_checkpoints, find_resume_checkpoint
+from npo_cli.run_dir.lineage import find_first_segment, find_newest_branch
+from npo_cli.run_dir.lock import lock_run
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.stages.accounting import account
-from npo_cli.stages.auto_checks import refuse_impossible, usable_deltas
-from npo_cli.stages.auto_knobs import settings_of
-from npo_cli.stages.pilot import TRAINING, Pilot, Seen
-from npo_cli.stages.resume import Start, continuation, fork, record_start
+from npo_cli.stages.accounting import compute_run_costs
+from npo_cli.stages.auto_checks import validate_autonpo_settings, usable_deltas
+from npo_cli.stages.auto_knobs import dump_autonpo_settings
+from npo_cli.stages.pilot import TRAINING_PHASES, AutoNPODriver, DriverRecord
+from npo_cli.stages.resume import ResumePoint, find_resume_point, fork, record_start
 from npo_cli.stages.signals import StopFlag, stop_between_steps
-from npo_cli.stages.train import MAIN, batch_arithmetic, birth_notices, engine_notices, new_world
-from npo_cli.stages.world import World, open_policy, open_task, open_world
+from npo_cli.stages.train import MAIN, describe_batch_sizes, startup_warnings, engine_warnings, create_session
+from npo_cli.stages.world import Session, open_policy, open_task, open_session
 
 
-def resume_auto(
+def resume_autonpo(
     root: Path,
     *,
     overrides: Sequence[str],
@@ -36,58 +36,58 @@ def resume_auto(
     source_branch: str | None,
     new_branch: str | None,
     allow_code: bool,
-) -> Iterator[Seen]:
+) -> Iterator[DriverRecord]:
     """Watch a run from its newest transition on, from its first step, or from `at` as a new branch."""
     run = open_run(root)
-    with writing(run), stop_between_steps() as stop:
-        start, state = where(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
+    with lock_run(run), stop_between_steps() as stop:
+        start, state = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
         task = open_task(start.recipe, allow_code=allow_code)
         try:
-            refuse_impossible(start.recipe, len(task.train))
+            validate_autonpo_settings(start.recipe, len(task.train))
             policy = open_policy(start.recipe, task, start.checkpoint)
-            with closing(open_world(run, start.recipe, task=task, policy=policy)) as world:
+            with closing(open_session(run, start.recipe, task=task, policy=policy)) as world:
                 record_start(run, start, overrides)
-                yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
-                yield from engine_notices(world)
-                yield from piloted(world, state, stop=stop, looks_back=not start.is_new)
+                yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(task.train)))
+                yield from engine_warnings(world)
+                yield from run_autonpo(world, state, stop=stop, replays_log=not start.is_new)
         finally:
             task.close()
 
 
-def train_auto(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[Seen]:
+def train_autonpo(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[DriverRecord]:
     """A new run under AutoNPO; settings that could never work are refused before anything is made."""
-    with new_world(root, recipe, allow_code=allow_code, check=refuse_impossible) as (world, stop):
-        yield from birth_notices(world)
-        yield from piloted(world, AutoState(branch=MAIN, step=0), stop=stop, looks_back=False)
+    with create_session(root, recipe, allow_code=allow_code, check=validate_autonpo_settings) as (world, stop):
+        yield from startup_warnings(world)
+        yield from run_autonpo(world, AutoNPOState(branch=MAIN, step=0), stop=stop, replays_log=False)
 
 
-def where(
+def find_start(
     run: RunDir, *, overrides: Sequence[str], at: int | None, source_branch: str | None, new_branch: str | None
-) -> tuple[Start, AutoState]:
+) -> tuple[ResumePoint, AutoNPOState]:
     """The branch to watch, and the state to go on from."""
     if at is not None:
-        start = fork(run, source_branch, at, overrides=overrides, guide=None, wish=new_branch, steps=None)
-        return start, AutoState(branch=start.branch, step=at)
+        start = fork(run, source_branch, at, overrides=overrides, guide=None, new_branch=new_branch, steps=None)
+        return start, AutoNPOState(branch=start.branch, step=at)
     if new_branch is not None:
         raise NpoError(
-            "--branch names a new branch, which needs --at STEP", f"npo resume {as_typed(run.root)} --autonpo --at STEP"
+            "--branch names a new branch, which needs --at STEP", f"npo resume {quote_path(run.root)} --autonpo --at STEP"
         )
-    before = transitions(run)
+    before = read_transitions(run)
     if before:
         state = before[-1].state
         if source_branch not in (None, state.branch):
             raise NpoError(
                 f"AutoNPO of {run.root} is at work on branch {state.branch}, not on {source_branch}",
-                f"leave --from out, or begin anew on a branch of its own: npo resume {as_typed(run.root)} --autonpo "
+                f"leave --from out, or begin anew on a branch of its own: npo resume {quote_path(run.root)} --autonpo "
                 f"--from {source_branch} --at STEP",
             )
-        return continuation(run, state.branch, overrides), state
-    branch = source_branch or newest_branch(run)
-    start = continuation(run, branch, overrides)
-    return start, AutoState(branch=branch, step=birth_segment(run, branch).fork_step)
+        return find_resume_point(run, state.branch, overrides), state
+    branch = source_branch or find_newest_branch(run)
+    start = find_resume_point(run, branch, overrides)
+    return start, AutoNPOState(branch=branch, step=find_first_segment(run, branch).fork_step)
 
 
-def piloted(world: World, state: AutoState, *, stop: StopFlag, looks_back: bool) -> Iterator[Seen]:
+def run_autonpo(world: Session, state: AutoNPOState, *, stop: StopFlag, replays_log: bool) -> Iterator[DriverRecord]:
     """Write down that AutoNPO begins, or with which settings it goes on; drive; account for everything."""
     left_out = sorted(set(world.recipe.autonpo.rollback.distances) - set(usable_deltas(world.recipe)))
     if left_out:
@@ -95,34 +95,34 @@ def piloted(world: World, state: AutoState, *, stop: StopFlag, looks_back: bool)
         yield Notice(
             message=f"autonpo.rollback.distances {distances}: no multiples of train.save_every, so never chosen"
         )
-    state = yield from begun(world, state)
-    if looks_back and history(world.run, state.branch):
-        newest = newest_anchor(world.run, state.branch).step
-        if newest > state.step and state.phase in TRAINING:
+    state = yield from log_settings(world, state)
+    if replays_log and list_ancestry_checkpoints(world.run, state.branch):
+        newest = find_resume_checkpoint(world.run, state.branch).step
+        if newest > state.step and state.phase in TRAINING_PHASES:
             yield Notice(
                 message=f"looking back over steps {state.step + 1}-{newest} of {state.branch}, already on record"
             )
-    pilot = Pilot(world, state, stop=stop)
-    yield from (Notice(message=lack, level="warning") for lack in pilot.lacking())
+    pilot = AutoNPODriver(world, state, stop=stop)
+    yield from (Notice(message=lack, level="warning") for lack in pilot.missing_inputs())
     idle = True
-    for record in pilot.drive():
+    for record in pilot.run_loop():
         idle = idle and not isinstance(record, StepReport)
         yield record
     if idle:
-        yield Notice(message=f"no step was left to make: {pilot.why_ended()}")
-    yield account(world.run, pilot.state.branch)
+        yield Notice(message=f"no step was left to make: {pilot.end_reason()}")
+    yield compute_run_costs(world.run, pilot.state.branch)
 
 
-def begun(world: World, state: AutoState) -> Generator[Transition, None, AutoState]:
+def log_settings(world: Session, state: AutoNPOState) -> Generator[Transition, None, AutoNPOState]:
     """The first line of autonpo.jsonl, and one more wherever the settings change: from that step on they hold."""
-    run, settings = world.run, settings_of(world.recipe)
-    starts = [move for move in transitions(run) if move.event == "started"]
-    same_branch = bool(starts) and transitions(run)[-1].state.branch == state.branch
+    run, settings = world.run, dump_autonpo_settings(world.recipe)
+    starts = [move for move in read_transitions(run) if move.event == "started"]
+    same_branch = bool(starts) and read_transitions(run)[-1].state.branch == state.branch
     if same_branch and starts[-1].evidence["settings"] == settings:
         return state
-    if same_branch and state.phase in ("TRAIN", "COOLDOWN") and history(run, state.branch):
+    if same_branch and state.phase in ("TRAIN", "COOLDOWN") and list_ancestry_checkpoints(run, state.branch):
         # What the old settings left unanswered is not asked again with new ones; a replay's end is no question.
-        step = max(state.step, newest_anchor(run, state.branch).step)
+        step = max(state.step, find_resume_checkpoint(run, state.branch).step)
         state = replace(state, step=step, streak=0, warned=False)
     move = Transition(
         step=state.step, event="started", phase_before=state.phase, state=state, evidence={"settings": settings}

@@ -12,47 +12,47 @@ import torch
 from torch import Tensor
 
 from npo_cli.errors import NpoError
-from npo_cli.guide.mix import Guides, SeatRule, num_own, own_rollouts, seat_guides
+from npo_cli.guide.mix import GuidesByPrompt, InjectionPolicy, count_on_policy, select_on_policy, inject_guides
 from npo_cli.objective.advantages import group_advantages, overlong_penalty
 from npo_cli.records import Group, Prompt, Rollout
-from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.run_dir.rollouts import RolloutLog
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.world import World, answer
+from npo_cli.stages.world import Session, sample_groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Guidance:
+class ActiveGuide:
     """A guide cache at work: which prompts it helps, and until when."""
 
-    trajectories: Guides
+    trajectories: GuidesByPrompt
     until_step: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class PromptBatch:
     """Prompts of a batch that are drawn alike."""
 
     prompts: tuple[Prompt, ...]
-    label: tuple[str | int, ...]
+    seed_label: tuple[str | int, ...]
     """In every sampling seed, behind branch and step."""
-    guides: Guides | None
+    guides: GuidesByPrompt | None
     """Trajectories that may be seated; None where nobody is at work."""
-    rule: SeatRule
+    injection: InjectionPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Draw:
+class BatchPlan:
     """Prompts for one step, and where the data order stands behind them."""
 
-    parts: tuple[Part, ...]
+    prompt_batches: tuple[PromptBatch, ...]
     position: int
 
 
-class Live(Protocol):
+class OnlineGuide(Protocol):
     """Somebody who is asked while the batch is drawn."""
 
-    def filled(
-        self, part: Part, before: Sequence[Group], *, seed_name: str, step: int
+    def build_groups(
+        self, part: PromptBatch, before: Sequence[Group], *, seed_name: str, step: int
     ) -> tuple[Sequence[Group], Sequence[Group]]:
         """The part's groups as the policy answered them, and with others in their slots; `before` is on record."""
 
@@ -65,7 +65,7 @@ class GroupWithAdvantages:
     advantages: tuple[float, ...]
 
     @property
-    def teaches(self) -> bool:
+    def has_signal(self) -> bool:
         """Whether any rollout is better or worse than the group's mean."""
         return any(advantage != 0 for advantage in self.advantages)
 
@@ -74,33 +74,33 @@ class GroupWithAdvantages:
 class StepBatch:
     """What one step saw and what it trains on."""
 
-    own: tuple[Group, ...]
+    on_policy: tuple[Group, ...]
     """Every group as the policy answered it."""
     mixed: tuple[Group, ...]
     """The same groups after others took their slots."""
-    chosen: tuple[GroupWithAdvantages, ...]
+    selected: tuple[GroupWithAdvantages, ...]
     """The groups trained on: all of them, or with dynamic sampling those that teach."""
-    num_draws: int
-    remembered: bool
+    num_gen_batches: int
+    is_recorded: bool
     """Read back from the journal instead of sampled."""
     position: int
     """Data cursor after this step."""
 
 
-def with_advantages(world: World, groups: Sequence[Group]) -> list[GroupWithAdvantages]:
+def add_advantages(world: Session, groups: Sequence[Group]) -> list[GroupWithAdvantages]:
     """Advantages of each (mixed) group; groups that others' trajectories made longer are a table of their own."""
     by_size: dict[int, list[int]] = {}
     for place, group in enumerate(groups):
         by_size.setdefault(len(group.rollouts), []).append(place)
     found: dict[int, GroupWithAdvantages] = {}
     for places in by_size.values():
-        rows = advantages_of(world, [groups[place] for place in places]).tolist()
+        rows = compute_advantages(world, [groups[place] for place in places]).tolist()
         for place, row in zip(places, rows, strict=True):
             found[place] = GroupWithAdvantages(group=groups[place], advantages=tuple(row))
     return [found[place] for place in range(len(groups))]
 
 
-def advantages_of(world: World, groups: Sequence[Group]) -> Tensor:
+def compute_advantages(world: Session, groups: Sequence[Group]) -> Tensor:
     """`(P, G)`: on the verified reward plus DAPO's penalty of overlong answers."""
     recipe = world.recipe
     rewards_PG = torch.tensor([[rollout.reward for rollout in group.rollouts] for group in groups])
@@ -115,24 +115,24 @@ def advantages_of(world: World, groups: Sequence[Group]) -> Tensor:
         rewards_PG = rewards_PG + penalty_N.view_as(rewards_PG)
     own_PG = None
     if recipe.guide.inject.baseline == "on_policy":
-        own_PG = torch.tensor([[not rollout.foreign for rollout in group.rollouts] for group in groups])
+        own_PG = torch.tensor([[not rollout.is_off_policy for rollout in group.rollouts] for group in groups])
     return group_advantages(
         rewards_PG, divide_by_std=recipe.loss.divide_by_std, eps=recipe.loss.adv_eps, baseline_PG=own_PG
     )
 
 
-def recorded(own: Group, mixed: Group) -> Group:
+def to_log_group(own: Group, mixed: Group) -> Group:
     """The journal's view: all own rollouts, and behind them those of others that took a slot."""
-    guests = tuple(rollout for rollout in mixed.rollouts if rollout.foreign)
+    guests = tuple(rollout for rollout in mixed.rollouts if rollout.is_off_policy)
     return replace(mixed, rollouts=own.rollouts + guests)
 
 
-def own_part(group: Group) -> Group:
+def from_log_group(group: Group) -> Group:
     """The reverse of `recorded`."""
-    return Group(prompt=group.prompt, rollouts=own_rollouts(group))
+    return Group(prompt=group.prompt, rollouts=select_on_policy(group))
 
 
-def with_pictures(world: World, group: Group) -> Group:
+def restore_images(world: Session, group: Group) -> Group:
     """A group as it was recorded, with the task's own pictures; refused where these are others than were answered."""
     if not group.prompt.images:
         return group
@@ -145,10 +145,10 @@ def with_pictures(world: World, group: Group) -> Group:
     return replace(group, prompt=replace(group.prompt, images=prompt.images))
 
 
-def seat_rule(world: World, *, seed_name: str, step: int) -> SeatRule:
+def make_injection_policy(world: Session, *, seed_name: str, step: int) -> InjectionPolicy:
     """The recipe's, with a seed of this step's own."""
     recipe = world.recipe
-    return SeatRule(
+    return InjectionPolicy(
         gate=recipe.guide.inject.max_accuracy,
         slots=recipe.guide.inject.slots,
         compose=recipe.guide.inject.mode,
@@ -157,21 +157,21 @@ def seat_rule(world: World, *, seed_name: str, step: int) -> SeatRule:
     )
 
 
-def window(world: World, *, seed_name: str, step: int, position: int, guides: Guides | None) -> Draw:
+def plan_next_batch(world: Session, *, seed_name: str, step: int, position: int, guides: GuidesByPrompt | None) -> BatchPlan:
     """The next prompts of the data order.
 
     The epoch is part of the label, so a small pool that wraps inside a step still gets fresh samples.
     """
-    rule = seat_rule(world, seed_name=seed_name, step=step)
+    rule = make_injection_policy(world, seed_name=seed_name, step=step)
     count = world.recipe.train.prompts_per_step
     parts = [
-        Part(prompts=tuple(prompts), label=(epoch,), guides=guides, rule=rule)
+        PromptBatch(prompts=tuple(prompts), seed_label=(epoch,), guides=guides, injection=rule)
         for epoch, prompts in _by_epoch(world, position, count)
     ]
-    return Draw(parts=tuple(parts), position=position + count)
+    return BatchPlan(prompt_batches=tuple(parts), position=position + count)
 
 
-def _by_epoch(world: World, position: int, count: int) -> Iterator[tuple[int, list[Prompt]]]:
+def _by_epoch(world: Session, position: int, count: int) -> Iterator[tuple[int, list[Prompt]]]:
     """The next `count` prompts, split where an epoch ends."""
     size = len(world.task.train)
     end = position + count
@@ -182,44 +182,44 @@ def _by_epoch(world: World, position: int, count: int) -> Iterator[tuple[int, li
         position = stop
 
 
-def answered(world: World, part: Part, *, seed_name: str, step: int) -> list[Group]:
+def sample_on_policy_groups(world: Session, part: PromptBatch, *, seed_name: str, step: int) -> list[Group]:
     """The part's prompts answered by the policy as it is; a slot that is given away in any case is not sampled."""
     by_count: dict[int, list[Prompt]] = {}
     for prompt in part.prompts:
-        count = num_own(part.rule, (part.guides or {}).get(prompt.prompt_id, ()))
+        count = count_on_policy(part.injection, (part.guides or {}).get(prompt.prompt_id, ()))
         by_count.setdefault(count, []).append(prompt)
     found: dict[str, Group] = {}
     for count, prompts in by_count.items():
-        label = (seed_name, step, *part.label)
-        groups = answer(world, prompts, label=label, slots=range(count), sampler_step=step - 1)
+        label = (seed_name, step, *part.seed_label)
+        groups = sample_groups(world, prompts, seed_label=label, slots=range(count), sampler_step=step - 1)
         found |= {group.prompt.prompt_id: group for group in groups}
     return [found[prompt.prompt_id] for prompt in part.prompts]
 
 
 @dataclass(frozen=True, slots=True)
-class Cached:
+class CachedGuide:
     """Slots go to trajectories that are at hand, or to nobody."""
 
-    world: World
+    session: Session
 
-    def filled(
-        self, part: Part, before: Sequence[Group], *, seed_name: str, step: int
+    def build_groups(
+        self, part: PromptBatch, before: Sequence[Group], *, seed_name: str, step: int
     ) -> tuple[Sequence[Group], Sequence[Group]]:
         """Own answers, on record or fresh, and the same groups with the part's trajectories in their slots."""
-        own = [own_part(group) for group in before] or answered(self.world, part, seed_name=seed_name, step=step)
-        return own, own if part.guides is None else seat_guides(own, part.guides, part.rule)
+        own = [from_log_group(group) for group in before] or sample_on_policy_groups(self.session, part, seed_name=seed_name, step=step)
+        return own, own if part.guides is None else inject_guides(own, part.guides, part.injection)
 
 
-def draw_batch(
-    world: World,
-    journal: RolloutJournal,
+def build_batch(
+    world: Session,
+    journal: RolloutLog,
     *,
     seed_name: str,
     step: int,
     position: int,
-    guidance: Guidance | None,
-    draw: Draw | None = None,
-    live: Live | None = None,
+    active_guide: ActiveGuide | None,
+    batch_plan: BatchPlan | None = None,
+    online_guide: OnlineGuide | None = None,
 ) -> StepBatch:
     """Draw once, or with dynamic sampling until enough groups teach (after injection) or the limit is reached.
 
@@ -227,39 +227,39 @@ def draw_batch(
     """
     recipe = world.recipe
     wanted = recipe.train.prompts_per_step
-    guides = guidance.trajectories if guidance and step <= guidance.until_step else None
-    left = [with_pictures(world, group) for group in journal.read_step(step) or ()]
+    guides = active_guide.trajectories if active_guide and step <= active_guide.until_step else None
+    left = [restore_images(world, group) for group in journal.read_step(step) or ()]
     remembered = bool(left)
     own: list[Group] = []
     mixed: list[Group] = []
     chosen: list[GroupWithAdvantages] = []
     num_draws = 0
     while num_draws < (recipe.sampling.max_gen_batches if recipe.sampling.dynamic else 1):
-        now = draw or window(world, seed_name=seed_name, step=step, position=position, guides=guides)
+        now = batch_plan or plan_next_batch(world, seed_name=seed_name, step=step, position=position, guides=guides)
         num_draws, position = num_draws + 1, now.position
         pairs = []
-        for part in now.parts:
+        for part in now.prompt_batches:
             before, left = left[: len(part.prompts)], left[len(part.prompts) :]
-            pairs.append((live or Cached(world)).filled(part, before, seed_name=seed_name, step=step))
+            pairs.append((online_guide or CachedGuide(world)).build_groups(part, before, seed_name=seed_name, step=step))
         own += chain.from_iterable(drawn for drawn, _ in pairs)
         seated = list(chain.from_iterable(seats for _, seats in pairs))
         mixed += seated
-        weighed = with_advantages(world, seated)
-        chosen += [entry for entry in weighed if entry.teaches] if recipe.sampling.dynamic else weighed
+        weighed = add_advantages(world, seated)
+        chosen += [entry for entry in weighed if entry.has_signal] if recipe.sampling.dynamic else weighed
         if len(chosen) >= wanted:
             break
     if not remembered:
-        journal.write_step(step, [recorded(*pair) for pair in zip(own, mixed, strict=True)])
+        journal.write_step(step, [to_log_group(*pair) for pair in zip(own, mixed, strict=True)])
     return StepBatch(
-        own=tuple(own),
+        on_policy=tuple(own),
         mixed=tuple(mixed),
-        chosen=tuple(chosen[:wanted]),
-        num_draws=num_draws,
-        remembered=remembered,
+        selected=tuple(chosen[:wanted]),
+        num_gen_batches=num_draws,
+        is_recorded=remembered,
         position=position,
     )
 
 
-def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:
+def flatten_rollouts(groups: Sequence[Group]) -> list[Rollout]:
     """All rollouts, in order."""
     return [rollout for group in groups for rollout in group.rollouts]

@@ -16,27 +16,27 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from npo_cli.errors import NpoError, RunFailed, StoppedEarly, as_typed
+from npo_cli.errors import NpoError, RunFailed, StoppedEarly, quote_path
 from npo_cli.guide.arms import area_weights
-from npo_cli.launched import without_place
-from npo_cli.recipe_files import method_path
+from npo_cli.launched import strip_launch_variables
+from npo_cli.recipe_files import find_method
 from npo_cli.records import Notice, Progress
-from npo_cli.report.lines import Tuned
-from npo_cli.run_dir.bench_arms import save_arms
+from npo_cli.report.lines import TunedSetting
+from npo_cli.run_dir.bench_arms import save_bench_index
 from npo_cli.run_dir.files import read_json, write_json_atomic
-from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.lineage import find_newest_branch
 from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.ledger import curve
-from npo_cli.stages.plans import Cell, Command, commands, left_of
+from npo_cli.stages.ledger import learning_curve
+from npo_cli.stages.plans import BenchRun, Command, build_commands, find_remaining_command
 from npo_cli.stages.signals import StopFlag, stop_between_steps
 
-NPO = (sys.executable, "-c", "from npo_cli.cli.app import main; main()")
-DONE, LOG, TUNING = "done.json", "log.txt", "tuning.json"
+NPO_COMMAND = (sys.executable, "-c", "from npo_cli.cli.app import main; main()")
+DONE_FILE, LOG_FILE, TUNING_FILE = "done.json", "log.txt", "tuning.json"
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
+class BenchSpec:
     """What is compared."""
 
     recipe: str
@@ -52,34 +52,34 @@ class Question:
     jobs: int
 
 
-def bench(question: Question) -> Iterator[Progress | Notice | Tuned]:
+def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]:
     """Tune, then train the table's seeds; ends with the commands that set them side by side."""
-    check(question)
+    validate_spec(question)
     with stop_between_steps() as stop:
-        chosen = yield from tuned(question, stop)
+        chosen = yield from tune_methods(question, stop)
         cells = [
-            cell_of(question, method, chosen[method], seed=seed, part="runs")
+            make_bench_run(question, method, chosen[method], seed=seed, subfolder="runs")
             for seed in question.seeds
             for method in question.methods
         ]
-        yield from worked_off(cells, question.jobs, stop)
-    save_arms(question.out, [(shown(cell.method), cell.run) for cell in cells])
-    out = as_typed(question.out)
-    yield Notice(message=f"as a page: npo report {out} --out {as_typed(question.out / 'report.html')}")
+        yield from execute_runs(cells, question.jobs, stop)
+    save_bench_index(question.out, [(format_method_name(cell.method), cell.run) for cell in cells])
+    out = quote_path(question.out)
+    yield Notice(message=f"as a page: npo report {out} --out {quote_path(question.out / 'report.html')}")
     if len(cells) > 1:
-        yield Notice(message=f"side by side: npo compare {out} --figure {as_typed(question.out / 'compare.png')}")
+        yield Notice(message=f"side by side: npo compare {out} --figure {quote_path(question.out / 'compare.png')}")
 
 
-def check(question: Question) -> None:
+def validate_spec(question: BenchSpec) -> None:
     """Every run's recipe and plan are looked at before the first one is made."""
     if set(question.seeds) & set(question.tuning_seeds) and question.grid:
         both = min(set(question.seeds) & set(question.tuning_seeds))
         raise NpoError(f"seed {both} would both choose a setting and be in the table", "--tuning-seeds 100,101")
     for method in question.methods:
         for setting in question.grid or ("",):
-            cell = cell_of(question, method, setting, seed=question.seeds[0], part="runs")
-            recipe = cell.resolved()
-            commands(cell)
+            cell = make_bench_run(question, method, setting, seed=question.seeds[0], subfolder="runs")
+            recipe = cell.resolve_recipe()
+            build_commands(cell)
             if not recipe.eval.every:
                 raise NpoError("without held-out evaluations there is nothing to compare", "add eval.every=10")
             if question.grid and recipe.task.source == "file":
@@ -89,50 +89,50 @@ def check(question: Question) -> None:
                 )
 
 
-def cell_of(question: Question, method: str, setting: str, *, seed: int, part: str) -> Cell:
+def make_bench_run(question: BenchSpec, method: str, setting: str, *, seed: int, subfolder: str) -> BenchRun:
     """`OUT/runs/matched-luffy/train.lr=3e-4/seed-0`."""
-    folder = question.out / part / shown(method) / (setting or "as-it-is").replace("/", "_") / f"seed-{seed}"
+    folder = question.out / subfolder / format_method_name(method) / (setting or "as-it-is").replace("/", "_") / f"seed-{seed}"
     settings = (*question.settings, *((setting,) if setting else ()))
-    return Cell(
+    return BenchRun(
         recipe=question.recipe, method=method, settings=settings, seed=seed, folder=folder, teacher=question.teacher
     )
 
 
-def shown(method: str) -> str:
+def format_method_name(method: str) -> str:
     """A method's name as a folder and in tables: `matched-luffy`; of a file its stem."""
-    path = method_path(method)
+    path = find_method(method)
     return path.stem if method.endswith((".yaml", ".yml", ".json")) else f"{path.parent.name}-{path.stem}"
 
 
-def tuned(question: Question, stop: StopFlag) -> Generator[Progress | Notice | Tuned, None, dict[str, str]]:
+def tune_methods(question: BenchSpec, stop: StopFlag) -> Generator[Progress | Notice | TunedSetting, None, dict[str, str]]:
     """Each method's best setting of the grid by the area under its held-out curve, means over the tuning seeds."""
     if not question.grid:
         return dict.fromkeys(question.methods, "")
     cells = [
-        cell_of(question, method, setting, seed=seed, part="tuning")
+        make_bench_run(question, method, setting, seed=seed, subfolder="tuning")
         for seed in question.tuning_seeds
         for method in question.methods
         for setting in question.grid
     ]
-    yield from worked_off(cells, question.jobs, stop)
+    yield from execute_runs(cells, question.jobs, stop)
     chosen: dict[str, str] = {}
     for method in question.methods:
         areas = {
             setting: statistics.fmean(
-                area(cell_of(question, method, setting, seed=seed, part="tuning")) for seed in question.tuning_seeds
+                compute_curve_area(make_bench_run(question, method, setting, seed=seed, subfolder="tuning")) for seed in question.tuning_seeds
             )
             for setting in question.grid
         }
         chosen[method] = max(areas, key=areas.__getitem__)
-        yield Tuned(method=shown(method), setting=chosen[method], areas=areas)
-    write_json_atomic(question.out / TUNING, {shown(method): setting for method, setting in chosen.items()})
+        yield TunedSetting(method=format_method_name(method), setting=chosen[method], areas=areas)
+    write_json_atomic(question.out / TUNING_FILE, {format_method_name(method): setting for method, setting in chosen.items()})
     return chosen
 
 
-def area(cell: Cell) -> float:
+def compute_curve_area(cell: BenchRun) -> float:
     """Held-out accuracy of the run's last branch averaged over its steps, as `npo compare` does."""
     run = open_run(cell.run)
-    points = curve(run, newest_branch(run), arm="")
+    points = learning_curve(run, find_newest_branch(run), name="")
     steps = [point.step for point in points]
     weights_E = area_weights(steps, low=steps[0], high=steps[-1])
     return float(weights_E @ [point.accuracy for point in points])
@@ -145,15 +145,15 @@ def area(cell: Cell) -> float:
 class Job:
     """A cell at work."""
 
-    cell: Cell
-    waiting: list[Command]
+    bench_run: BenchRun
+    pending_commands: list[Command]
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
 
 
-def worked_off(cells: Sequence[Cell], jobs: int, stop: StopFlag) -> Iterator[Progress | Notice]:
+def execute_runs(cells: Sequence[BenchRun], jobs: int, stop: StopFlag) -> Iterator[Progress | Notice]:
     """Run every cell that is not done, `jobs` at a time, until all are done or a signal asks to stop."""
-    todo = [Job(cell=cell, waiting=commands(cell)) for cell in cells if not is_done(cell)]
+    todo = [Job(bench_run=cell, pending_commands=build_commands(cell)) for cell in cells if not is_done(cell)]
     total, running, failed = len(cells), [], []
     while todo or running:
         if stop:
@@ -168,21 +168,21 @@ def worked_off(cells: Sequence[Cell], jobs: int, stop: StopFlag) -> Iterator[Pro
             running.remove(job)
             failed += [job.cell] if state == "failed" else []
             done = total - len(todo) - len(running)
-            yield Progress(what="bench", done=done, total=total, note=str(job.cell.folder))
+            yield Progress(description="bench", done=done, total=total, note=str(job.cell.folder))
         time.sleep(POLL_SECONDS if running else 0)
-    yield Progress(what="bench", done=total, total=total)
+    yield Progress(description="bench", done=total, total=total)
     if failed:
-        first = failed[0].folder / LOG
+        first = failed[0].folder / LOG_FILE
         raise RunFailed(f"{len(failed)} of {total} runs failed; the first: {_last_line(first)}", f"less {first}")
 
 
-def is_done(cell: Cell) -> bool:
+def is_done(cell: BenchRun) -> bool:
     """Whether the cell was worked off, with these very commands."""
-    path = cell.folder / DONE
+    path = cell.folder / DONE_FILE
     if not path.exists():
         return False
     before = [tuple(command) for command in read_json(path)["commands"]]
-    if before != commands(cell):
+    if before != build_commands(cell):
         raise NpoError(f"{cell.folder} was made with other commands: {path}", "choose another --out")
     return True
 
@@ -196,30 +196,30 @@ def _advanced(job: Job) -> str:
         job.process = None
         if code != 0:
             return "failed"
-        job.waiting.pop(0)
-    while job.waiting:
-        command = left_of(job.waiting[0], job.cell)
+        job.pending_commands.pop(0)
+    while job.pending_commands:
+        command = find_remaining_command(job.pending_commands[0], job.bench_run)
         if command is not None:
-            job.process = _started(job.cell, command)
+            job.process = _started(job.bench_run, command)
             return "running"
-        job.waiting.pop(0)
-    write_json_atomic(job.cell.folder / DONE, {"commands": [list(command) for command in commands(job.cell)]})
+        job.pending_commands.pop(0)
+    write_json_atomic(job.bench_run.folder / DONE_FILE, {"commands": [list(command) for command in build_commands(job.bench_run)]})
     return "done"
 
 
-def _started(cell: Cell, command: Command) -> subprocess.Popen[bytes]:
+def _started(cell: BenchRun, command: Command) -> subprocess.Popen[bytes]:
     """One npo command in a session of its own, so that a Ctrl-C reaches it only through us; its talk goes to a log."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    threads = str(cell.resolved().model.threads or 1)
-    with (cell.folder / LOG).open("a", encoding="utf-8") as log:
+    threads = str(cell.resolve_recipe().model.threads or 1)
+    with (cell.folder / LOG_FILE).open("a", encoding="utf-8") as log:
         log.write(f"$ npo {shlex.join(command)}\n")
         log.flush()
         return subprocess.Popen(
-            [*NPO, *command],
+            [*NPO_COMMAND, *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**without_place(os.environ), "OMP_NUM_THREADS": threads},
+            env={**strip_launch_variables(os.environ), "OMP_NUM_THREADS": threads},
             start_new_session=True,
         )
 

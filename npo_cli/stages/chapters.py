@@ -3,37 +3,37 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide_records import GuideCacheInfo
 from npo_cli.records import CheckpointScore, Segment
-from npo_cli.report.auto_tables import confirmation_tables, transitions_tables
-from npo_cli.report.cost_tables import comparison_tables, costs_tables
-from npo_cli.report.curves import Arm, accuracy_pictures, training_pictures
-from npo_cli.report.limbs import Limb
-from npo_cli.report.page import Chapter, Part
-from npo_cli.report.signals import guide_pictures, rollback_pictures
+from npo_cli.report.auto_tables import probe_tables, transitions_tables
+from npo_cli.report.cost_tables import cost_to_threshold_tables, costs_tables
+from npo_cli.report.curves import Curve, make_accuracy_plots, make_training_plots
+from npo_cli.report.limbs import BranchSpan
+from npo_cli.report.page import Section, Subsection
+from npo_cli.report.signals import make_score_plots, make_probe_plots
 from npo_cli.report.tables import evals_tables, guides_tables, lineage_tables, scores_tables
-from npo_cli.report.tree import tree_picture
-from npo_cli.run_dir.auto import transitions
-from npo_cli.run_dir.guides import list_guides
-from npo_cli.run_dir.index import best_evals
-from npo_cli.run_dir.lineage import birth_segment, branches, descent, newest_branch, segments
-from npo_cli.run_dir.paths import RunDir, recipe_text
-from npo_cli.run_dir.scores import all_scores
-from npo_cli.run_dir.steps import measured_steps
+from npo_cli.report.tree import make_lineage_plot
+from npo_cli.run_dir.auto import read_transitions
+from npo_cli.run_dir.guides import list_guide_caches
+from npo_cli.run_dir.index import select_best_evals
+from npo_cli.run_dir.lineage import find_first_segment, list_branches, ancestry, find_newest_branch, read_segments
+from npo_cli.run_dir.paths import RunDir, dump_recipe
+from npo_cli.run_dir.scores import read_all_scores
+from npo_cli.run_dir.steps import read_metrics
 from npo_cli.stages.cost_lines import cost_lines
-from npo_cli.stages.facts import facts_of
-from npo_cli.stages.ledger import crossing, curve
-from npo_cli.stages.samples import fates, marks_of, samples
+from npo_cli.stages.facts import summarize_run
+from npo_cli.stages.ledger import cost_to_threshold, learning_curve
+from npo_cli.stages.samples import prompt_outcomes_table, summarize_visits, select_samples
 from npo_cli.stages.show import THRESHOLDS, show_metrics
 
-NUM_PROBES = 6
+MAX_PLOTTED_PROBES = 6
 """Probes that are drawn; all are tabulated."""
 
 
-def chapter(run: RunDir, *, title: str, prefix: str) -> Chapter:
+def build_run_section(run: RunDir, *, title: str, prefix: str) -> Section:
     """Everything of one run; `prefix` begins the names of its pictures."""
-    branch = newest_branch(run)
-    limbs = limbs_of(run, branch)
+    branch = find_newest_branch(run)
+    limbs = collect_branch_spans(run, branch)
     parts = (
         *_reached(run, prefix=prefix),
         *_trained(run, limbs, prefix=prefix),
@@ -42,151 +42,151 @@ def chapter(run: RunDir, *, title: str, prefix: str) -> Chapter:
         *_scored(run, prefix=prefix),
         _cost(run, branch),
         *_answered(run, branch),
-        Part(title="Recipe", listing=recipe_text(run.recipe(branch))),
+        Subsection(title="Recipe", listing=dump_recipe(run.read_recipe(branch))),
     )
-    return Chapter(title=title, facts=facts_of(run, branch), parts=parts)
+    return Section(title=title, summary=summarize_run(run, branch), subsections=parts)
 
 
-def limbs_of(run: RunDir, branch: str) -> list[Limb]:
+def collect_branch_spans(run: RunDir, branch: str) -> list[BranchSpan]:
     """Every branch, as the line of descent of one of them sees it."""
-    kept = {stretch.branch: stretch for stretch in descent(run, branch)}
-    caches = {info.name: info for info in list_guides(run)}
+    kept = {stretch.branch: stretch for stretch in ancestry(run, branch)}
+    caches = {info.name: info for info in list_guide_caches(run)}
     found = []
-    for name in branches(run):
-        born = birth_segment(run, name)
-        last = max((row["step"] for row in measured_steps(run, name)), default=born.fork_step)
+    for name in list_branches(run):
+        born = find_first_segment(run, name)
+        last = max((row["step"] for row in read_metrics(run, name)), default=born.fork_step)
         ends = last if name in kept and kept[name].to_step is None else kept[name].to_step if name in kept else None
         found.append(
-            Limb(
+            BranchSpan(
                 branch=name,
                 parent=born.parent,
                 fork_step=born.fork_step,
                 last_step=last,
-                kept_until=ends,
-                guide=born.guide,
-                guide_step=guide_step_of(caches.get(born.guide or "")),
-                guide_until=guided_until(born),
+                lineage_until=ends,
+                guide_cache=born.guide_cache,
+                guide_step=get_guide_step(caches.get(born.guide_cache or "")),
+                guide_until=last_guided_step(born),
             )
         )
     return found
 
 
-def guided_until(born: Segment) -> int | None:
+def last_guided_step(born: Segment) -> int | None:
     """Last step with a guide of any kind."""
-    return born.guide_until if born.guide else born.ahead_until
+    return born.guide_until if born.guide_cache else born.extrapolation_until
 
 
-def guide_step_of(info: GuideInfo | None) -> int | None:
+def get_guide_step(info: GuideCacheInfo | None) -> int | None:
     """Where on this run's own line the guide stands; None for others' guides."""
     return info.guide_step if info is not None and info.source != "run" else None
 
 
-def arms_of(run: RunDir) -> Iterator[Arm]:
+def build_curves(run: RunDir) -> Iterator[Curve]:
     """A curve a branch, from its rollback on; a branch without an evaluation has none."""
-    for place, name in enumerate(branches(run)):
-        born = birth_segment(run, name)
-        points = curve(run, name, arm=name)
+    for place, name in enumerate(list_branches(run)):
+        born = find_first_segment(run, name)
+        points = learning_curve(run, name, name=name)
         if born.parent is not None:
             # Two points stand at the fork: the parent's cost, and the cost of being ready to start again.
             ready = [point for point in points if point.step == born.fork_step][-1:]
             points = [*ready, *(point for point in points if point.step > born.fork_step)]
         if points:
-            until = guided_until(born)
+            until = last_guided_step(born)
             forks = born.parent is not None and points[0].step == born.fork_step
-            yield Arm(place=place, points=tuple(points), guide_until=until, is_fork=forks)
+            yield Curve(index=place, points=tuple(points), guide_until=until, is_fork=forks)
 
 
-def _reached(run: RunDir, *, prefix: str) -> Iterator[Part]:
-    arms = list(arms_of(run))
+def _reached(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
+    arms = list(build_curves(run))
     if not arms:
-        yield Part(title="Held-out accuracy", text="No checkpoint was evaluated yet: npo eval RUN --all does it.")
+        yield Subsection(title="Held-out accuracy", text="No checkpoint was evaluated yet: npo eval RUN --all does it.")
         return
-    curves = [curve(run, name, arm=name) for name in branches(run)]
-    crossings = [crossing(points, threshold) for threshold in THRESHOLDS for points in curves if points]
-    yield Part(
+    curves = [learning_curve(run, name, name=name) for name in list_branches(run)]
+    crossings = [cost_to_threshold(points, threshold) for threshold in THRESHOLDS for points in curves if points]
+    yield Subsection(
         title="Held-out accuracy",
         text="By place in the data, and by everything it had cost by then: all steps, tokens and seconds, those of "
         "scouts, scorings, probes and guides included. A diamond is a rollback; the broad band behind a line "
         "lasts as long as a guide was mixed in.",
-        pictures=tuple(accuracy_pictures(arms, prefix=prefix)),
-        tables=comparison_tables(crossings),
-        folded=evals_tables([report for _, report in sorted(best_evals(run).items())]),
+        plots=tuple(make_accuracy_plots(arms, prefix=prefix)),
+        tables=cost_to_threshold_tables(crossings),
+        collapsed_tables=evals_tables([report for _, report in sorted(select_best_evals(run).items())]),
     )
 
 
-def _trained(run: RunDir, limbs: Sequence[Limb], *, prefix: str) -> Iterator[Part]:
+def _trained(run: RunDir, limbs: Sequence[BranchSpan], *, prefix: str) -> Iterator[Subsection]:
     reports = list(show_metrics(run, branch=None, step=None))
     if reports:
-        yield Part(
+        yield Subsection(
             title="Training",
             text="Thin lines are single steps, thick ones a moving average of nine. A dotted vertical line is a "
             "rollback, a shaded range the steps in which a guide was mixed in.",
-            pictures=tuple(training_pictures(reports, limbs, prefix=prefix)),
+            plots=tuple(make_training_plots(reports, limbs, prefix=prefix)),
         )
 
 
-def _lineage(run: RunDir, limbs: Sequence[Limb], *, prefix: str) -> Part:
-    guides = list_guides(run)
-    return Part(
+def _lineage(run: RunDir, limbs: Sequence[BranchSpan], *, prefix: str) -> Subsection:
+    guides = list_guide_caches(run)
+    return Subsection(
         title="Lineage",
         text="A lane a branch. What a dotted line shows was left behind; an arrow leads from the checkpoint that "
         "was the guide (or from the parent) back to the step from which training began again.",
-        pictures=(tree_picture(limbs, transitions(run), prefix=prefix),),
-        tables=(*lineage_tables(segments(run)), *(guides_tables(guides) if guides else ())),
+        plots=(make_lineage_plot(limbs, read_transitions(run), prefix=prefix),),
+        tables=(*lineage_tables(read_segments(run)), *(guides_tables(guides) if guides else ())),
     )
 
 
-def _decided(run: RunDir, *, prefix: str) -> Iterator[Part]:
-    moves = transitions(run)
+def _decided(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
+    moves = read_transitions(run)
     if not moves:
         return
-    yield Part(title="AutoNPO", tables=transitions_tables(moves)[:1])
+    yield Subsection(title="AutoNPO", tables=transitions_tables(moves)[:1])
     for number, move in enumerate(move for move in moves if move.evidence.get("scores")):
         found, name = move.evidence, f"{prefix}probe-{move.step}-{move.event}-"
-        yield Part(
+        yield Subsection(
             title=f"Probe at step {move.step}: {move.event}",
             text=str(found.get("reason") or "") or "Q, V and S of each rollback distance, 95 % intervals.",
-            pictures=tuple(rollback_pictures(found["scores"], prefix=name)) if number < NUM_PROBES else (),
-            folded=confirmation_tables(found, where=f"step {move.step}"),
+            plots=tuple(make_probe_plots(found["scores"], prefix=name)) if number < MAX_PLOTTED_PROBES else (),
+            collapsed_tables=probe_tables(found, where=f"step {move.step}"),
         )
 
 
-def _scored(run: RunDir, *, prefix: str) -> Iterator[Part]:
-    for answer in all_scores(run):
+def _scored(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
+    for answer in read_all_scores(run):
         if answer.scores:
             signals, kinds = scores_tables(answer.scores)
-            yield Part(
-                title=f"Candidate guides for step {answer.at} of {answer.branch}",
+            yield Subsection(
+                title=f"Candidate guides for step {answer.learner_step} of {answer.branch}",
                 text=_choice(answer.scores),
-                pictures=tuple(guide_pictures(answer.scores, prefix=f"{prefix}{answer.folder.name}-")),
+                plots=tuple(make_score_plots(answer.scores, prefix=f"{prefix}{answer.folder.name}-")),
                 tables=(signals,),
-                folded=(kinds,),
+                collapsed_tables=(kinds,),
             )
 
 
 def _choice(scores: Sequence[CheckpointScore]) -> str:
-    best = next((one for one in scores if one.chosen), None)
+    best = next((one for one in scores if one.is_selected), None)
     rule = "Q: how much of what the learner fails it solves. V: what its distance costs in variance. S = Q / V."
     return rule if best is None else f"{rule} Step {best.step} has the largest S in {best.p_best:.0%} of the resamples."
 
 
-def _cost(run: RunDir, branch: str) -> Part:
-    return Part(
+def _cost(run: RunDir, branch: str) -> Subsection:
+    return Subsection(
         title="What it cost",
         text="Nothing that was executed is left out, whatever became of it.",
         tables=costs_tables(list(cost_lines(run, branch))),
     )
 
 
-def _answered(run: RunDir, branch: str) -> Iterator[Part]:
-    marks = marks_of(run, branch)
+def _answered(run: RunDir, branch: str) -> Iterator[Subsection]:
+    marks = summarize_visits(run, branch)
     if marks:
-        seated = any(one.seated for one in chain(*marks.values()))
+        seated = any(one.has_guide for one in chain(*marks.values()))
         which = "for which a guide was seated" if seated else "of the newest step"
-        yield Part(
+        yield Subsection(
             title="Prompts and answers",
             text=f"Some of the prompts {which}, evenly spaced. Log-probabilities are those of the policy that wrote "
             "the answer, the guide's under the guide. The row below each prompt is its whole history.",
-            tables=(fates(branch, marks),),
-            samples=tuple(samples(run, branch, marks)),
+            tables=(prompt_outcomes_table(branch, marks),),
+            samples=tuple(select_samples(run, branch, marks)),
         )

@@ -5,49 +5,49 @@ from dataclasses import dataclass, field
 
 from npo_cli.records import Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint
-from npo_cli.stages.authors import Answers, Known, Pairs, drawn_in_rounds, forward_logps, mean_logps
-from npo_cli.stages.world import World, answer, num_tokens
+from npo_cli.stages.authors import PromptResponses, PriorRollouts, Pairs, sample_in_rounds, compute_logprobs, compute_mean_logprobs
+from npo_cli.stages.world import Session, sample_groups, count_generated_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointAuthor:
+class CheckpointSource:
     """Whose answers are kept, and for whom. The guide's weights are at hand whenever it is asked."""
 
-    world: World
+    session: Session
     learner: Checkpoint
     guide: Checkpoint
-    known: Known = field(default_factory=dict)
+    prior_rollouts: PriorRollouts = field(default_factory=dict)
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
+    def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """Rounds of samples; a prompt that has a correct answer asks no more, unless all k are wanted."""
-        return ask_in_rounds(self.world, prompts, step=self.guide.step, known=self.known)
+        return sample_policy_in_rounds(self.session, prompts, step=self.guide.step, prior_rollouts=self.prior_rollouts)
 
-    def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
+    def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """From the trainer's pass under the guide's weights."""
-        return [*forward_logps(self.world, pairs, temperature=self.world.recipe.guide.cache.temperature)]
+        return [*compute_logprobs(self.session, pairs, temperature=self.session.recipe.guide.cache.temperature)]
 
-    def nearness(self, pairs: Pairs) -> list[float]:
+    def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner, whose weights are swapped in for a moment."""
-        self.world.policy.load(self.learner.path)
-        near = mean_logps(self.world, pairs)
-        self.world.policy.load(self.guide.path)
+        self.session.policy.load(self.learner.path)
+        near = compute_mean_logprobs(self.session, pairs)
+        self.session.policy.load(self.guide.path)
         return near
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Nothing: its tokens are the learner's."""
         return []
 
 
-def ask_in_rounds(world: World, prompts: Sequence[Prompt], *, step: int, known: Known | None = None) -> list[Answers]:
+def sample_policy_in_rounds(world: Session, prompts: Sequence[Prompt], *, step: int, prior_rollouts: PriorRollouts | None = None) -> list[PromptResponses]:
     """Rounds of samples of the weights at hand; `step` enters the seeds."""
     settings = world.recipe.guide
 
-    def draw(now: Sequence[Prompt], slots: range) -> list[Answers]:
-        groups = answer(
-            world, now, label=("guide", step), slots=slots, sampler_step=step, temperature=settings.cache.temperature
+    def draw(now: Sequence[Prompt], slots: range) -> list[PromptResponses]:
+        groups = sample_groups(
+            world, now, seed_label=("guide", step), slots=slots, sampler_step=step, temperature=settings.cache.temperature
         )
         return [
-            Answers(prompt=group.prompt, rollouts=group.rollouts, num_tokens=num_tokens([group])) for group in groups
+            PromptResponses(prompt=group.prompt, rollouts=group.rollouts, num_tokens=count_generated_tokens([group])) for group in groups
         ]
 
-    return drawn_in_rounds(settings, prompts, draw, known=known)
+    return sample_in_rounds(settings, prompts, draw, prior_rollouts=prior_rollouts)

@@ -8,45 +8,45 @@ import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from npo_cli.compare_records import ArmDifference, ArmSummary, Arrival, Axis, Over, SeedPoint, SpeedUp
-from npo_cli.errors import as_typed
-from npo_cli.guide.arms import Resampler, apart_estimates, arm_estimates, num_shared, paired_estimates, quarters
-from npo_cli.guide.arrivals import Way, arrived_ratio, restricted_mean, restricted_ratio
+from npo_cli.compare_records import MethodDifference, MethodSummary, MethodTimeToThreshold, Axis, ResamplingUnit, SeedPoint, SpeedUp
+from npo_cli.errors import quote_path
+from npo_cli.guide.arms import Resampler, estimate_unpaired_difference, estimate_method, count_common_prompts, estimate_paired_difference, quarter_means
+from npo_cli.guide.arrivals import SeedTimeToThreshold, uncensored_ratio, restricted_mean, restricted_ratio
 from npo_cli.records import Notice
-from npo_cli.report.compare_figure import arms_figure
+from npo_cli.report.compare_figure import plot_method_curves
 from npo_cli.report.sheet import write_points
-from npo_cli.stages.accounting import account
-from npo_cli.stages.alignment import method_differences, mismatches, paid_elsewhere
-from npo_cli.stages.arm_figures import Common, bands, common_ground, cost_of, named_figures, standing_at
-from npo_cli.stages.arms import Arm, SeedRun, read_arms
-from npo_cli.stages.ledger import crossing
+from npo_cli.stages.accounting import compute_run_costs
+from npo_cli.stages.alignment import method_differences, find_mismatches, count_external_tokens
+from npo_cli.stages.arm_figures import ComparisonRange, estimate_bands, find_comparison_range, get_cost, compute_method_statistics, mean_costs_at_horizon
+from npo_cli.stages.arms import MethodRuns, SeedRun, load_methods
+from npo_cli.stages.ledger import cost_to_threshold
 
 THRESHOLDS = (0.6, 0.9)
 
-Shown = ArmSummary | ArmDifference | Arrival | SpeedUp | SeedPoint | Notice
+CompareRecord = MethodSummary | MethodDifference | MethodTimeToThreshold | SpeedUp | SeedPoint | Notice
 
 
 def compare_runs(
     texts: Sequence[str], *, thresholds: Sequence[float], baseline: str | None, csv: Path | None, figure: Path | None
-) -> Iterator[Shown]:
+) -> Iterator[CompareRecord]:
     """Read, align, estimate; then the table of points and the picture, where they are wanted."""
-    arms = read_arms(texts, baseline=baseline)
-    common = common_ground(arms)
-    yield from warnings(arms, common)
+    arms = load_methods(texts, baseline=baseline)
+    common = find_comparison_range(arms)
+    yield from collect_warnings(arms, common)
 
     # Each arm by itself.
     resampler = Resampler()
-    summaries = [summary(arm, arms[0], common=common, resampler=resampler) for arm in arms]
+    summaries = [summarize_method(arm, arms[0], common=common, resampler=resampler) for arm in arms]
     yield from summaries
 
     # Each arm next to the baseline.
-    yield from (difference(arm, arms[0], common=common, resampler=resampler) for arm in arms[1:])
+    yield from (estimate_difference(arm, arms[0], common=common, resampler=resampler) for arm in arms[1:])
     for threshold in dict.fromkeys(thresholds or THRESHOLDS):
-        ways = {arm.name: ways_to(threshold, arm, common) for arm in arms}
-        yield from (arrival(name, threshold, ways=found, common=common) for name, found in ways.items())
+        ways = {arm.name: collect_threshold_costs(threshold, arm, common) for arm in arms}
+        yield from (summarize_time_to_threshold(name, threshold, seed_costs=found, common=common) for name, found in ways.items())
         for arm in arms[1:]:
             pair = (arm.name, arms[0].name)
-            yield speed_up(pair, threshold, ways=ways, common=common)
+            yield estimate_speedup(pair, threshold, seed_costs=ways, common=common)
 
     # What others may draw and count for themselves.
     points = [point for arm in arms for one in arm.runs for point in one.points]
@@ -55,101 +55,101 @@ def compare_runs(
         write_points(points, csv)
         yield Notice(message=f"points: {csv}")
     if figure is not None:
-        arms_figure(bands(arms, common, resampler), figure, title=headline(summaries))
+        plot_method_curves(estimate_bands(arms, common, resampler), figure, title=format_plot_title(summaries))
         yield Notice(message=f"picture: {figure}")
 
 
-def headline(arms: Sequence[ArmSummary]) -> str:
+def format_plot_title(arms: Sequence[MethodSummary]) -> str:
     """What the picture shows, and what its bands are taken over."""
-    over = sorted({arm.over for arm in arms})
+    over = sorted({arm.resampling_unit for arm in arms})
     seeds = sorted({len(arm.seeds) for arm in arms})
     words = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'} an arm"
     return f"{words}; band: 95 % over {' or over '.join(over)}"
 
 
-def warnings(arms: Sequence[Arm], common: Common) -> Iterator[Notice]:
+def collect_warnings(arms: Sequence[MethodRuns], common: ComparisonRange) -> Iterator[Notice]:
     """What makes the comparison less than fair, or smaller than it looks."""
     for arm in arms:
-        for what in mismatches(arm, arms[0]):
+        for what in find_mismatches(arm, arms[0]):
             yield Notice(message=f"not alike: {what} ({arm.name})", level="warning")
         if arm.seeds != arms[0].seeds:
             said = f"{arm.name} has seeds {_listed(arm.seeds)}, {arms[0].name} has {_listed(arms[0].seeds)}"
             yield Notice(message=f"{said}: only common seeds are paired", level="warning")
-        elsewhere = paid_elsewhere(arm)
+        elsewhere = count_external_tokens(arm)
         if elsewhere:
             said = f"{arm.name}: its guides had cost {elsewhere:,} tokens outside of its runs; no figure counts them"
             yield Notice(message=said, level="warning")
-        bare = [one.place for one in arm.runs if not one.outcomes]
+        bare = [one.run_branch for one in arm.runs if not one.outcomes]
         if bare:
             said = f"{arm.name}: evaluations of {len(bare)} of {len(arm.runs)} seeds kept no outcomes prompt by prompt"
-            mend = f"npo eval {as_typed(bare[0].run.root)} --all --branch {bare[0].branch}"
+            mend = f"npo eval {quote_path(bare[0].run.root)} --all --branch {bare[0].branch}"
             yield Notice(message=f"{said}; {mend} adds them where there are checkpoints", level="warning")
     shortest = min((one for arm in arms for one in arm.runs), key=lambda one: one.points[-1].step)
     if any(one.points[-1].step > common.horizon for arm in arms for one in arm.runs):
-        said = f"{shortest.place.name} was last evaluated at step {common.horizon}"
+        said = f"{shortest.run_branch.name} was last evaluated at step {common.horizon}"
         yield Notice(message=f"{said}: final accuracies of all arms are taken there", level="warning")
 
 
-def summary(arm: Arm, baseline: Arm, *, common: Common, resampler: Resampler) -> ArmSummary:
+def summarize_method(arm: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler) -> MethodSummary:
     """Accuracy with intervals, costs, entropy and injected share of one arm."""
-    names, figures = named_figures(arm, common)
-    found = dict(zip(names, arm_estimates(figures, resampler), strict=True))
+    names, figures = compute_method_statistics(arm, common)
+    found = dict(zip(names, estimate_method(figures, resampler), strict=True))
     steps = [row for one in arm.runs for step, row in one.steps.items() if step <= common.horizon]
     shares = [row["inject/grad_share"] for row in steps if row.get("inject/slots") and "inject/grad_share" in row]
-    return ArmSummary(
-        arm=arm.name,
+    return MethodSummary(
+        method=arm.name,
         seeds=arm.seeds,
-        runs=tuple(one.place.name for one in arm.runs),
+        runs=tuple(one.run_branch.name for one in arm.runs),
         num_prompts=min(len(one.prompts) for one in arm.runs) or None,
-        over=drawn(len(arm.runs), with_prompts=all(one.prompts for one in arm.runs)),
+        resampling_unit=describe_resampling(len(arm.runs), with_prompts=all(one.prompts for one in arm.runs)),
         horizon=common.horizon,
-        final=found.pop("final"),
+        final_accuracy=found.pop("final"),
         areas=found,
         entropies=mean_entropies(arm, common.horizon),
-        slots_per_step=statistics.fmean(row.get("inject/slots", 0.0) for row in steps) if steps else 0.0,
-        grad_share=statistics.fmean(shares) if shares else None,
-        spent=standing_at(arm, common),
-        run_tokens=statistics.fmean(account(one.place.run, one.place.branch).tokens for one in arm.runs),
-        differs=method_differences(arm, baseline),
-        mismatched=mismatches(arm, baseline),
+        injections_per_step=statistics.fmean(row.get("inject/slots", 0.0) for row in steps) if steps else 0.0,
+        guide_gradient_share=statistics.fmean(shares) if shares else None,
+        mean_costs=mean_costs_at_horizon(arm, common),
+        run_tokens=statistics.fmean(compute_run_costs(one.run_branch.run, one.run_branch.branch).tokens for one in arm.runs),
+        changed_settings=method_differences(arm, baseline),
+        mismatched_settings=find_mismatches(arm, baseline),
     )
 
 
-def drawn(num_seeds: int, *, with_prompts: bool) -> Over:
+def describe_resampling(num_seeds: int, *, with_prompts: bool) -> ResamplingUnit:
     """What a resample draws anew."""
     if num_seeds > 1:
         return "seeds and prompts" if with_prompts else "seeds"
     return "prompts" if with_prompts else "nothing"
 
 
-def mean_entropies(arm: Arm, horizon: int) -> tuple[float | None, ...]:
+def mean_entropies(arm: MethodRuns, horizon: int) -> tuple[float | None, ...]:
     """Mean over the seeds of each quarter's mean; a quarter without any step in any seed has none."""
     by_seed = [
-        quarters({step: row["entropy"] for step, row in one.steps.items() if "entropy" in row}, horizon)
+        quarter_means({step: row["entropy"] for step, row in one.steps.items() if "entropy" in row}, horizon)
         for one in arm.runs
     ]
     known = [[value for value in column if value is not None] for column in zip(*by_seed, strict=True)]
     return tuple(statistics.fmean(some) if some else None for some in known)
 
 
-def difference(arm: Arm, baseline: Arm, *, common: Common, resampler: Resampler) -> ArmDifference:
+def estimate_difference(arm: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler) -> MethodDifference:
     """Over the seeds that both have, pair by pair; over all seeds of both, drawn apart, where they share none."""
     seeds = set(arm.seeds) & set(baseline.seeds)
-    sides = [[one for one in side.runs if one.place.seed in seeds or not seeds] for side in (arm, baseline)]
-    (names, mine), (_, theirs) = (named_figures(Arm(name="", runs=tuple(side)), common) for side in sides)
-    estimate = paired_estimates if seeds else apart_estimates
+    sides = [[one for one in side.runs if one.run_branch.seed in seeds or not seeds] for side in (arm, baseline)]
+    (names, mine), (_, theirs) = (compute_method_statistics(MethodRuns(name="", runs=tuple(side)), common) for side in sides)
+    estimate = estimate_paired_difference if seeds else estimate_unpaired_difference
     found = dict(zip(names, estimate(mine, theirs, resampler), strict=True))
     pairs = list(zip(mine, theirs, strict=True)) if seeds else []
     place = names.index("final")
-    return ArmDifference(
-        arm=arm.name,
+    return MethodDifference(
+        method=arm.name,
         baseline=baseline.name,
         num_pairs=len(pairs),
-        num_prompts=min((num_shared(*pair) for pair in pairs), default=0) or None,
-        over=drawn(
+        num_prompts=min((count_common_prompts(*pair) for pair in pairs), default=0) or None,
+        resampling_unit=describe_resampling(
             len(seeds) or min(len(mine), len(theirs)), with_prompts=all(one.prompts for one in (*mine, *theirs))
         ),
-        final=found.pop("final"),
+        final_accuracy=found.pop("final"),
         areas=found,
         num_not_lower=sum(
             bool(one.values_PF[:, place].mean() >= other.values_PF[:, place].mean() - 1e-12) for one, other in pairs
@@ -157,55 +157,55 @@ def difference(arm: Arm, baseline: Arm, *, common: Common, resampler: Resampler)
     )
 
 
-def ways_to(threshold: float, arm: Arm, common: Common) -> dict[Axis, list[Way]]:
+def collect_threshold_costs(threshold: float, arm: MethodRuns, common: ComparisonRange) -> dict[Axis, list[SeedTimeToThreshold]]:
     """What every seed had spent on arrival, and at its end, by axis."""
-    ways: dict[Axis, list[Way]] = {axis: [] for axis in common.ends}
+    ways: dict[Axis, list[SeedTimeToThreshold]] = {axis: [] for axis in common.end_costs}
     for one in arm.runs:
-        arrived = arrival_of(one, threshold)
+        arrived = find_threshold_point(one, threshold)
         for axis, some in ways.items():
-            cost = None if arrived is None else cost_of(arrived, axis)
-            some.append(Way(seed=one.place.seed, cost=cost, end=cost_of(one.points[-1], axis)))
+            cost = None if arrived is None else get_cost(arrived, axis)
+            some.append(SeedTimeToThreshold(seed=one.run_branch.seed, cost=cost, total_cost=get_cost(one.points[-1], axis)))
     return ways
 
 
-def arrival_of(one: SeedRun, threshold: float) -> SeedPoint | None:
+def find_threshold_point(one: SeedRun, threshold: float) -> SeedPoint | None:
     """The evaluation at which the threshold counts as reached; None where it never was."""
-    step = crossing(one.curve, threshold).step
+    step = cost_to_threshold(one.curve, threshold).step
     return next((point for point in one.points if point.step == step), None)
 
 
-def arrival(name: str, threshold: float, *, ways: dict[Axis, list[Way]], common: Common) -> Arrival:
+def summarize_time_to_threshold(name: str, threshold: float, *, seed_costs: dict[Axis, list[SeedTimeToThreshold]], common: ComparisonRange) -> MethodTimeToThreshold:
     """Means over the seeds of one arm."""
-    some = next(iter(ways.values()))
-    return Arrival(
-        arm=name,
+    some = next(iter(seed_costs.values()))
+    return MethodTimeToThreshold(
+        method=name,
         threshold=threshold,
         num_runs=len(some),
         num_reached=sum(way.cost is not None for way in some),
-        costs={axis: statistics.fmean(way.bound for way in found) for axis, found in ways.items()},
-        restricted={axis: restricted_mean(found, common.ends[axis]) for axis, found in ways.items()},
-        horizons=dict(common.ends),
+        costs={axis: statistics.fmean(way.lower_bound for way in found) for axis, found in seed_costs.items()},
+        restricted_means={axis: restricted_mean(found, common.end_costs[axis]) for axis, found in seed_costs.items()},
+        horizons=dict(common.end_costs),
     )
 
 
-def speed_up(
+def estimate_speedup(
     pair: tuple[str, str],
     threshold: float,
     *,
-    ways: dict[str, dict[Axis, list[Way]]],
-    common: Common,
+    seed_costs: dict[str, dict[Axis, list[SeedTimeToThreshold]]],
+    common: ComparisonRange,
 ) -> SpeedUp:
     """Both ratios of an arm and the baseline on every axis; a ratio that nothing can be said of is left out."""
     arm, baseline = pair
-    mine, theirs = ways[arm], ways[baseline]
-    arrived = {axis: arrived_ratio(mine[axis], theirs[axis]) for axis in mine}
-    restricted = {axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.ends[axis]) for axis in mine}
+    mine, theirs = seed_costs[arm], seed_costs[baseline]
+    arrived = {axis: uncensored_ratio(mine[axis], theirs[axis]) for axis in mine}
+    restricted = {axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.end_costs[axis]) for axis in mine}
     return SpeedUp(
-        arm=arm,
+        method=arm,
         baseline=baseline,
         threshold=threshold,
-        arrived={axis: found for axis, found in arrived.items() if found is not None},
-        restricted={axis: found for axis, found in restricted.items() if found is not None},
+        ratio_if_reached={axis: found for axis, found in arrived.items() if found is not None},
+        restricted_mean_ratio={axis: found for axis, found in restricted.items() if found is not None},
     )
 
 

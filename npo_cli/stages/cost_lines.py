@@ -6,39 +6,39 @@ steps off the line are abandoned.
 
 from collections.abc import Iterator
 
-from npo_cli.costs import CostLine
-from npo_cli.run_dir.auto import judgements, probe_tokens, probes, transitions
-from npo_cli.run_dir.guides import list_guides
-from npo_cli.run_dir.lineage import birth_segment, branches, descent
+from npo_cli.costs import ActivityCost
+from npo_cli.run_dir.auto import list_acceptance_tests, count_probe_tokens, list_probes, read_transitions
+from npo_cli.run_dir.guides import list_guide_caches
+from npo_cli.run_dir.lineage import find_first_segment, list_branches, ancestry
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.scores import evals, scorings
-from npo_cli.run_dir.seconds import seconds_in
-from npo_cli.stages.accounting import JUDGED, tokens_of
-from npo_cli.stages.ledger import NOTHING, Cost, step_costs
+from npo_cli.run_dir.scores import read_evals, list_sample_stores
+from npo_cli.run_dir.seconds import sum_sampling_seconds
+from npo_cli.stages.accounting import ACCEPTANCE_EVENTS, cache_tokens
+from npo_cli.stages.ledger import ZERO_COST, Cost, step_costs
 
-Place = tuple[str, int]
+BranchStep = tuple[str, int]
 
 
-def cost_lines(run: RunDir, branch: str) -> Iterator[CostLine]:
+def cost_lines(run: RunDir, branch: str) -> Iterator[ActivityCost]:
     """Everything the run executed, seen from one branch; the sum; and evaluation, which is nobody's cost."""
-    parts = [*_training(run, branch), *_asking(run)]
+    parts = [*_training(run, branch), *_sampling(run)]
     yield from parts
-    yield CostLine(
-        what="all of it",
+    yield ActivityCost(
+        activity="all of it",
         steps=sum(one.steps or 0 for one in parts),
         tokens=sum(one.tokens for one in parts),
         seconds=sum(one.seconds or 0.0 for one in parts),
     )
-    tested = sum(report.num_tokens for report in evals(run))
-    yield CostLine(what="held-out evaluation, not counted", steps=None, tokens=tested, seconds=None)
+    tested = sum(report.num_tokens for report in read_evals(run))
+    yield ActivityCost(activity="held-out evaluation, not counted", steps=None, tokens=tested, seconds=None)
 
 
-def _training(run: RunDir, branch: str) -> Iterator[CostLine]:
-    line, scouts = descent(run, branch), scouted(run, branch)
-    kept = scout = abandoned = NOTHING
-    for owner in branches(run):
+def _training(run: RunDir, branch: str) -> Iterator[ActivityCost]:
+    line, scouts = ancestry(run, branch), scout_steps(run, branch)
+    kept = scout = abandoned = ZERO_COST
+    for owner in list_branches(run):
         for step, cost in step_costs(run, owner).items():
-            if any(stretch.branch == owner and stretch.owns(step) for stretch in line):
+            if any(stretch.branch == owner and stretch.contains(step) for stretch in line):
                 kept += cost
             elif (owner, step) in scouts:
                 scout += cost
@@ -49,50 +49,50 @@ def _training(run: RunDir, branch: str) -> Iterator[CostLine]:
     yield _trained("training, abandoned", abandoned)
 
 
-def _trained(what: str, cost: Cost) -> CostLine:
-    return CostLine(what=what, steps=cost.steps, tokens=cost.tokens, seconds=cost.seconds)
+def _trained(what: str, cost: Cost) -> ActivityCost:
+    return ActivityCost(activity=what, steps=cost.steps, tokens=cost.tokens, seconds=cost.seconds)
 
 
-def scouted(run: RunDir, branch: str) -> set[Place]:
+def scout_steps(run: RunDir, branch: str) -> set[BranchStep]:
     """Steps between the learner and the guide of every replay on the line."""
-    caches = {info.name: info for info in list_guides(run)}
-    guides = [birth_segment(run, stretch.branch).guide for stretch in descent(run, branch)]
+    caches = {info.name: info for info in list_guide_caches(run)}
+    guides = [find_first_segment(run, stretch.branch).guide_cache for stretch in ancestry(run, branch)]
     return {
         (stretch.branch, step)
         for info in (caches[name] for name in guides if name in caches)
         if info.guide_step is not None and info.source != "run"
-        for stretch in descent(run, info.branch)
-        for step in range(info.at_step + 1, info.guide_step + 1)
-        if stretch.owns(step)
+        for stretch in ancestry(run, info.branch)
+        for step in range(info.learner_step + 1, info.guide_step + 1)
+        if stretch.contains(step)
     }
 
 
-def _asking(run: RunDir) -> Iterator[CostLine]:
-    asked = scorings(run)
-    yield CostLine(
-        what="scoring of candidates",
+def _sampling(run: RunDir) -> Iterator[ActivityCost]:
+    asked = list_sample_stores(run)
+    yield ActivityCost(
+        activity="scoring of candidates",
         steps=None,
-        tokens=sum(len(row["response_ids"]) for scoring in asked for row in scoring.samples.records()),
-        seconds=sum(seconds_in(scoring.folder) for scoring in asked),
+        tokens=sum(len(row["response_ids"]) for scoring in asked for row in scoring.samples.iter_rows()),
+        seconds=sum(sum_sampling_seconds(scoring.folder) for scoring in asked),
     )
-    found = probes(run)
-    yield CostLine(
-        what="probes of mistakes",
+    found = list_probes(run)
+    yield ActivityCost(
+        activity="probes of mistakes",
         steps=None,
-        tokens=sum(map(probe_tokens, found)),
-        seconds=sum(seconds_in(probe.folder) for probe in found),
+        tokens=sum(map(count_probe_tokens, found)),
+        seconds=sum(sum_sampling_seconds(probe.folder) for probe in found),
     )
-    caches = list_guides(run)
-    yield CostLine(
-        what="guides' samples",
+    caches = list_guide_caches(run)
+    yield ActivityCost(
+        activity="guides' samples",
         steps=None,
-        tokens=sum(tokens_of(run, info) for info in caches),
-        seconds=sum(seconds_in(run.guide_folder(info.name)) for info in caches),
+        tokens=sum(cache_tokens(run, info) for info in caches),
+        seconds=sum(sum_sampling_seconds(run.guide_folder(info.name)) for info in caches),
     )
-    decided = [move for move in transitions(run) if move.event in JUDGED]
-    yield CostLine(
-        what="held-out tests that decided",
+    decided = [move for move in read_transitions(run) if move.event in ACCEPTANCE_EVENTS]
+    yield ActivityCost(
+        activity="held-out tests that decided",
         steps=None,
         tokens=sum(int(move.evidence.get("num_tokens", 0)) for move in decided),
-        seconds=sum(map(seconds_in, judgements(run))),
+        seconds=sum(map(sum_sampling_seconds, list_acceptance_tests(run))),
     )

@@ -14,20 +14,20 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from npo_cli.engines.checkup import PACKAGES, engine_findings
-from npo_cli.launched import place_here
-from npo_cli.recipe_files import recipe_names
-from npo_cli.report.lines import Check
-from npo_cli.report.tables import size
+from npo_cli.engines.checkup import VLLM_PACKAGES, check_engines
+from npo_cli.launched import read_launch_info
+from npo_cli.recipe_files import list_recipe_names
+from npo_cli.report.lines import DoctorCheck
+from npo_cli.report.tables import format_bytes
 
 NEEDED_MEMORY = 1_000_000_000
 NEEDED_DISK = 1_000_000_000
-NOT_FOR_USERS = {"test", "dev"}
+DEVELOPER_EXTRAS = {"test", "dev"}
 """Extras of people who change npo."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
+class PackageRequirements:
     """What the package asks for."""
 
     python: str
@@ -35,9 +35,9 @@ class Wanted:
     """Those of an extra carry a marker that names it."""
 
 
-def examine() -> list[Check]:
+def run_checks() -> list[DoctorCheck]:
     """Every check, the needed parts first."""
-    wanted = wanted_parts()
+    wanted = read_requirements()
     return [
         python_check(wanted.python),
         *(package_check(requirement) for requirement in wanted.requirements if _extra(requirement) is None),
@@ -46,26 +46,26 @@ def examine() -> list[Check]:
         memory_check(),
         disk_check(Path.cwd()),
         base_check(),
-        Check(name="recipes", ok=bool(recipe_names()), detail=", ".join(recipe_names()), hint=""),
+        DoctorCheck(name="recipes", is_ok=bool(list_recipe_names()), detail=", ".join(list_recipe_names()), hint=""),
         *(
             package_check(requirement)
             for requirement in wanted.requirements
-            if _extra(requirement) not in {None, *NOT_FOR_USERS, *PACKAGES}
+            if _extra(requirement) not in {None, *DEVELOPER_EXTRAS, *VLLM_PACKAGES}
         ),
         *engine_checks(wanted),
     ]
 
 
-def engine_checks(wanted: Wanted) -> list[Check]:
+def engine_checks(wanted: PackageRequirements) -> list[DoctorCheck]:
     """Which engine.kind works here; that vLLM is not there is no fault."""
-    ranges = {each.name: each.specifier for each in wanted.requirements if each.name in PACKAGES}
+    ranges = {each.name: each.specifier for each in wanted.requirements if each.name in VLLM_PACKAGES}
     return [
-        Check(name=f"engine {each.kind}", ok=each.works, detail=each.detail, hint=each.hint, needed=False)
-        for each in engine_findings(ranges)
+        DoctorCheck(name=f"engine {each.kind}", is_ok=each.is_available, detail=each.detail, hint=each.hint, is_required=False)
+        for each in check_engines(ranges)
     ]
 
 
-def wanted_parts() -> Wanted:
+def read_requirements() -> PackageRequirements:
     """From the metadata of the installed package, in a source checkout from pyproject.toml."""
     pyproject = Path(__file__).parents[2] / "pyproject.toml"
     if pyproject.is_file():
@@ -80,7 +80,7 @@ def wanted_parts() -> Wanted:
         name = importlib.metadata.packages_distributions()["npo_cli"][0]
         texts = importlib.metadata.requires(name) or []
         python = importlib.metadata.metadata(name)["Requires-Python"]
-    return Wanted(python=python, requirements=tuple(map(Requirement, texts)))
+    return PackageRequirements(python=python, requirements=tuple(map(Requirement, texts)))
 
 
 def _extra(requirement: Requirement) -> str | None:
@@ -89,7 +89,7 @@ def _extra(requirement: Requirement) -> str | None:
     return text.rpartition("extra == ")[2].strip("\"' ") if "extra == " in text else None
 
 
-def python_check(wanted: str) -> Check:
+def python_check(wanted: str) -> DoctorCheck:
     """The interpreter against the supported range."""
     found = platform.python_version()
     return _version_check(
@@ -97,7 +97,7 @@ def python_check(wanted: str) -> Check:
     )
 
 
-def package_check(requirement: Requirement) -> Check:
+def package_check(requirement: Requirement) -> DoctorCheck:
     """An installed package against its range; an absent extra is no fault."""
     extra = _extra(requirement)
     bare = f"{requirement.name}{requirement.specifier}"
@@ -105,65 +105,65 @@ def package_check(requirement: Requirement) -> Check:
         found = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         detail = "not installed" if extra is None else f"not installed (extra {extra})"
-        return Check(name=requirement.name, ok=False, detail=detail, hint=f"pip install '{bare}'", needed=extra is None)
+        return DoctorCheck(name=requirement.name, is_ok=False, detail=detail, hint=f"pip install '{bare}'", is_required=extra is None)
     return _version_check(requirement.name, found=found, requirement=requirement, hint=f"pip install '{bare}'")
 
 
-def _version_check(name: str, *, found: str, requirement: Requirement, hint: str) -> Check:
+def _version_check(name: str, *, found: str, requirement: Requirement, hint: str) -> DoctorCheck:
     if requirement.specifier.contains(found, prereleases=True):
-        return Check(name=name, ok=True, detail=found)
-    return Check(name=name, ok=False, detail=f"{found}, but {requirement.specifier} is wanted", hint=hint)
+        return DoctorCheck(name=name, is_ok=True, detail=found)
+    return DoctorCheck(name=name, is_ok=False, detail=f"{found}, but {requirement.specifier} is wanted", hint=hint)
 
 
-def torch_checks() -> Iterator[Check]:
+def torch_checks() -> Iterator[DoctorCheck]:
     """Whether torch and transformers import (a mismatched torchvision breaks them), threads, and the GPUs."""
     try:
         import torch
         from transformers import AutoModelForCausalLM  # noqa: F401 - its import is the check
     except Exception as error:  # any failure inside a foreign import is the finding
         hint = "pip uninstall torchvision torchaudio torchcodec   # builds that do not match torch break the import"
-        yield Check(name="import", ok=False, detail=f"{type(error).__name__}: {error}", hint=hint)
+        yield DoctorCheck(name="import", is_ok=False, detail=f"{type(error).__name__}: {error}", hint=hint)
         return
     cores = os.cpu_count() or 1
-    yield Check(
-        name="import", ok=True, detail=f"torch and transformers import; {torch.get_num_threads()} of {cores} threads"
+    yield DoctorCheck(
+        name="import", is_ok=True, detail=f"torch and transformers import; {torch.get_num_threads()} of {cores} threads"
     )
     if not torch.cuda.is_available():
-        yield Check(name="gpu", ok=False, needed=False, detail="none that torch can use: training runs on the CPU")
+        yield DoctorCheck(name="gpu", is_ok=False, is_required=False, detail="none that torch can use: training runs on the CPU")
         return
     for place in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(place)
-        yield Check(name=f"gpu {place}", ok=True, needed=False, detail=f"{card.name}, {size(card.total_memory)}")
+        yield DoctorCheck(name=f"gpu {place}", is_ok=True, is_required=False, detail=f"{card.name}, {format_bytes(card.total_memory)}")
 
 
-def process_check() -> Check:
+def process_check() -> DoctorCheck:
     """How many processes a launcher started; that there is one only is no fault."""
-    place = place_here()
-    started = "1 (torchrun starts several)" if place is None else f"{place.size}, {place.local_size} on this machine"
-    return Check(name="processes", ok=True, needed=False, detail=started)
+    place = read_launch_info()
+    started = "1 (torchrun starts several)" if place is None else f"{place.world_size}, {place.local_world_size} on this machine"
+    return DoctorCheck(name="processes", is_ok=True, is_required=False, detail=started)
 
 
-def memory_check() -> Check:
+def memory_check() -> DoctorCheck:
     """Memory this process may use: the machine's, or the container's where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     usable = total if text == "max" else min(total, int(text))
-    hint = "" if usable >= NEEDED_MEMORY else f"the embedded task needs about {size(NEEDED_MEMORY)}"
-    return Check(name="memory", ok=not hint, detail=size(usable), hint=hint)
+    hint = "" if usable >= NEEDED_MEMORY else f"the embedded task needs about {format_bytes(NEEDED_MEMORY)}"
+    return DoctorCheck(name="memory", is_ok=not hint, detail=format_bytes(usable), hint=hint)
 
 
-def disk_check(folder: Path) -> Check:
+def disk_check(folder: Path) -> DoctorCheck:
     """Free space where a run would be written."""
     free = shutil.disk_usage(folder).free
     hint = "" if free >= NEEDED_DISK else "free some space, or put runs on another disk with --run"
-    return Check(name="disk", ok=not hint, detail=f"{size(free)} free here", hint=hint)
+    return DoctorCheck(name="disk", is_ok=not hint, detail=f"{format_bytes(free)} free here", hint=hint)
 
 
-def base_check() -> Check:
+def base_check() -> DoctorCheck:
     """The model that ships inside the package."""
     folder = Path(__file__).parents[1] / "assets" / "micro-base"
     missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
     if missing:
-        return Check(name="micro-base", ok=False, detail=f"lacks {', '.join(missing)}", hint="reinstall the package")
-    return Check(name="micro-base", ok=True, detail=size((folder / "model.safetensors").stat().st_size))
+        return DoctorCheck(name="micro-base", is_ok=False, detail=f"lacks {', '.join(missing)}", hint="reinstall the package")
+    return DoctorCheck(name="micro-base", is_ok=True, detail=format_bytes((folder / "model.safetensors").stat().st_size))

@@ -3,39 +3,39 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from npo_cli.engines.endpoint import Endpoint, Patience, TextRequest, checked_address
+from npo_cli.engines.endpoint import OpenAIClient, RequestLimits, TextRequest, validate_url
 from npo_cli.errors import NpoError
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.authors import Answers, Pairs, drawn_in_rounds, mean_logps
-from npo_cli.stages.guide_plan import OpenSource, Plan, quiet_world
-from npo_cli.stages.retelling import Retelling, Said
-from npo_cli.stages.world import World
+from npo_cli.stages.authors import PromptResponses, Pairs, sample_in_rounds, compute_mean_logprobs
+from npo_cli.stages.guide_plan import SourceHandle, ResolvedSource, open_session_without_engine
+from npo_cli.stages.retelling import Retokenizer, TextResponse
+from npo_cli.stages.world import Session
 from npo_cli.tasks.prompts import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EndpointAuthor:
+class EndpointSource:
     """Whose answers are kept. How far they repeat themselves is the server's affair: it is given seeds."""
 
-    world: World
+    session: Session
     """With the learner's weights."""
-    endpoint: Endpoint
-    retelling: Retelling
+    endpoint: OpenAIClient
+    retokenizer: Retokenizer
     label: tuple[str, ...]
     """In the sampling seeds."""
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
+    def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """Rounds of samples."""
-        return drawn_in_rounds(self.world.recipe.guide, prompts, self._drawn)
+        return sample_in_rounds(self.session.recipe.guide, prompts, self._drawn)
 
-    def _drawn(self, prompts: Sequence[Prompt], slots: range) -> list[Answers]:
+    def _drawn(self, prompts: Sequence[Prompt], slots: range) -> list[PromptResponses]:
         asked = [(prompt, slot) for prompt in prompts for slot in slots]
-        heard = self.endpoint.ask([self._request(prompt, slot) for prompt, slot in asked])
-        rollouts = self.retelling.rollouts(
+        heard = self.endpoint.generate([self._request(prompt, slot) for prompt, slot in asked])
+        rollouts = self.retokenizer.retokenize(
             [
-                Said(prompt=prompt, slot=slot, text=answer.text, finished=answer.finished)
+                TextResponse(prompt=prompt, slot=slot, text=answer.text, finished=answer.finished)
                 for (prompt, slot), answer in zip(asked, heard, strict=True)
             ]
         )
@@ -45,7 +45,7 @@ class EndpointAuthor:
         ]
         width = len(slots)
         return [
-            Answers(
+            PromptResponses(
                 prompt=prompt,
                 rollouts=tuple(rollouts[place * width : (place + 1) * width]),
                 num_tokens=sum(tokens[place * width : (place + 1) * width]),
@@ -59,7 +59,7 @@ class EndpointAuthor:
                 f"prompt {prompt.prompt_id} has images, and no pictures are sent to an address",
                 "ask a model's folder instead: --source model --from FOLDER_OR_HUB_ID",
             )
-        recipe = self.world.recipe
+        recipe = self.session.recipe
         heat = recipe.guide.cache.temperature
         return TextRequest(
             prompt=prompt,
@@ -68,38 +68,38 @@ class EndpointAuthor:
             max_new_tokens=recipe.sampling.max_new_tokens,
         )
 
-    def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
+    def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """Nobody knows them."""
         return [None] * len(pairs)
 
-    def nearness(self, pairs: Pairs) -> list[float]:
+    def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner, whose weights are at hand."""
-        return mean_logps(self.world, pairs)
+        return compute_mean_logprobs(self.session, pairs)
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Answers that the learner has no room for."""
-        return self.retelling.remarks()
+        return self.retokenizer.warnings()
 
 
-def open_endpoint(plan: Plan, task: Task, policy: Policy) -> OpenSource:
+def open_endpoint(plan: ResolvedSource, task: Task, policy: Policy) -> SourceHandle:
     """The address, once it has shown that it has the model."""
     settings = plan.learner.recipe.guide
-    patience = Patience(
+    patience = RequestLimits(
         concurrency=settings.endpoint.concurrency,
         timeout=settings.endpoint.timeout,
         retries=settings.endpoint.max_retries,
     )
-    endpoint = Endpoint(url=checked_address(plan.origin), model=plan.ask.model or "", patience=patience)
-    endpoint.refuse_unknown_model()
-    world = quiet_world(plan, task, policy)
-    return OpenSource(
-        plan=plan,
-        world=world,
-        author=EndpointAuthor(
-            world=world,
+    endpoint = OpenAIClient(url=validate_url(plan.origin), model=plan.spec.model or "", limits=patience)
+    endpoint.check_model()
+    world = open_session_without_engine(plan, task, policy)
+    return SourceHandle(
+        resolved=plan,
+        session=world,
+        source=EndpointSource(
+            session=world,
             endpoint=endpoint,
-            retelling=Retelling(world=world, learner=policy),
-            label=(plan.purpose, plan.ask.source),
+            retokenizer=Retokenizer(session=world, learner=policy),
+            label=(plan.purpose, plan.spec.kind),
         ),
         digest="",
         tokenizer_digest=policy.tokenizer_digest,

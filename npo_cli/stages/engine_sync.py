@@ -9,80 +9,80 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from npo_cli.config import Recipe
-from npo_cli.engines.requests import Engine, ScoreRequest
-from npo_cli.engines.sync import TOLERANCES, Agreement, Row, refuse_disagreement
+from npo_cli.engines.requests import Engine, LogprobRequest
+from npo_cli.engines.sync import TOLERANCES, SyncCheck, TokenLogps, check_agreement
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt
-from npo_cli.stages.row_scores import row_scores
+from npo_cli.stages.row_scores import run_logprob_pass
 
-NUM_ROWS = 8
-LONGEST = 64
+NUM_CHECK_ROWS = 8
+MAX_CHECK_TOKENS = 64
 """Tokens of a probe row: of a longer prompt the end, and nothing is ever asked with it."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Sync:
+class WeightSync:
     """Policy and engine, and the fixed probe that both score after each sync."""
 
     recipe: Recipe
     policy: Policy
     engine: Engine
-    rows: tuple[TokenRow, ...]
-    last: Sequence[Row] | None = None
+    check_rows: tuple[TokenRow, ...]
+    last_trainer_logps: Sequence[TokenLogps] | None = None
     """What the trainer said of the probe at the newest sync that could be told from this one; older than the last where
     steps are too small to be told one by one."""
-    proved: str | None = None
+    verified_version: str | None = None
     """The version that was sent and found to be what it should be."""
-    token: str = field(default_factory=lambda: secrets.token_hex(4))
+    run_nonce: str = field(default_factory=lambda: secrets.token_hex(4))
     """In every version: another run's weights have other names."""
 
-    def in_step(self, step: int) -> str:
+    def sync_weights(self, step: int) -> str:
         """Send the weights at hand, those of `step`, unless the engine holds them; then compare log-probabilities.
 
         Returns the version that they are called by.
         """
-        version = f"step {step}, write {self.policy.num_changes}, run {self.token}"
-        if self.engine.version == self.proved == version:
+        version = f"step {step}, write {self.policy.num_weight_changes}, run {self.run_nonce}"
+        if self.engine.version == self.verified_version == version:
             return version
-        self.engine.take_weights(self.policy.whole_model, version=version)
-        if self.engine.holds_copy:
-            self.prove(version)
-        self.proved = version
+        self.engine.update_weights(self.policy.full_model, version=version)
+        if self.engine.has_own_weights:
+            self.verify_sync(version)
+        self.verified_version = version
         return version
 
-    def prove(self, version: str) -> None:
+    def verify_sync(self, version: str) -> None:
         """Stop where the engine does not score the probe as the trainer does, or as it did before."""
-        scored = row_scores(self.policy, self.recipe, self.rows, temperature=1.0, whole_vocabulary=True)
+        scored = run_logprob_pass(self.policy, self.recipe, self.check_rows, temperature=1.0, uses_full_vocabulary=True)
         trainer = [tuple(scores.logps_T.tolist()) for scores in scored]
         asked = [
-            ScoreRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids, images=row.images)
-            for row in self.rows
+            LogprobRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids, images=row.images)
+            for row in self.check_rows
         ]
-        found = Agreement(engine=self.engine.score(asked), trainer=trainer, before=self.last)
+        found = SyncCheck(engine_logps=self.engine.compute_logps(asked), trainer_logps=trainer, previous_logps=self.last_trainer_logps)
         tolerance = self.recipe.engine.sync_tolerance or TOLERANCES[self.recipe.model.precision]
-        refuse_disagreement(found, tolerance=tolerance, version=version)
-        if self.last is None or found.decides:
-            self.last = trainer
+        check_agreement(found, tolerance=tolerance, version=version)
+        if self.last_trainer_logps is None or found.is_decisive:
+            self.last_trainer_logps = trainer
 
 
-def probe_rows(policy: Policy, prompts: Sequence[Prompt]) -> tuple[TokenRow, ...]:
+def build_check_rows(policy: Policy, prompts: Sequence[Prompt]) -> tuple[TokenRow, ...]:
     """The ends of the task's first prompts, each token after the first predicted from those before it.
 
     Where they are too short to tell anything: the first tokens of the vocabulary in a row. Where they show pictures:
     whole ones, so that a vision tower that stayed behind is told too.
     """
-    seeing = [seen_row(policy, prompt) for prompt in prompts[:NUM_ROWS] if prompt.images]
+    seeing = [build_image_check_row(policy, prompt) for prompt in prompts[:NUM_CHECK_ROWS] if prompt.images]
     if seeing:
         return tuple(seeing)
-    encoded = dict.fromkeys(policy.encode(prompt)[-LONGEST:] for prompt in prompts[: 4 * NUM_ROWS])
+    encoded = dict.fromkeys(policy.encode(prompt)[-MAX_CHECK_TOKENS:] for prompt in prompts[: 4 * NUM_CHECK_ROWS])
     rows = [TokenRow(prompt_ids=ids[:1], response_ids=ids[1:]) for ids in encoded if len(ids) > 1]
     plain = tuple(range(min(8, len(policy.tokenizer))))
-    return tuple(rows[:NUM_ROWS]) or (TokenRow(prompt_ids=plain[:1], response_ids=plain[1:]),)
+    return tuple(rows[:NUM_CHECK_ROWS]) or (TokenRow(prompt_ids=plain[:1], response_ids=plain[1:]),)
 
 
-def seen_row(policy: Policy, prompt: Prompt) -> TokenRow:
+def build_image_check_row(policy: Policy, prompt: Prompt) -> TokenRow:
     """What follows the last picture of a prompt, predicted from that and all before it."""
     ids = policy.encode(prompt)
-    first = len(ids) - ids[::-1].index(policy.vision.image_id)
-    return TokenRow(prompt_ids=ids[:first], response_ids=ids[first:][:LONGEST], images=prompt.images)
+    first = len(ids) - ids[::-1].index(policy.vision.image_token_id)
+    return TokenRow(prompt_ids=ids[:first], response_ids=ids[first:][:MAX_CHECK_TOKENS], images=prompt.images)

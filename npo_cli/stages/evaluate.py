@@ -7,22 +7,22 @@ from pathlib import Path
 
 import numpy
 
-from npo_cli.errors import NpoError, as_typed
+from npo_cli.errors import NpoError, quote_path
 from npo_cli.guide.quality import cluster_interval, pass_at_k
-from npo_cli.loading import in_force
+from npo_cli.loading import override_saved_recipe
 from npo_cli.records import EvalReport, Group, Notice, Progress
-from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history
-from npo_cli.run_dir.lineage import newest_branch
-from npo_cli.run_dir.lock import writing
-from npo_cli.run_dir.outcomes import Outcomes, all_outcomes, append_outcomes, prompt_key
+from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
+from npo_cli.run_dir.lineage import find_newest_branch
+from npo_cli.run_dir.lock import lock_run
+from npo_cli.run_dir.outcomes import PromptResults, read_prompt_results, append_prompt_results, hash_prompt
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.run_dir.scores import append_eval, evals
+from npo_cli.run_dir.scores import append_eval, read_evals
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.batches import rollouts_of
-from npo_cli.stages.world import World, answer, load_checkpoint, num_tokens, open_policy, open_task, open_world
+from npo_cli.stages.batches import flatten_rollouts
+from npo_cli.stages.world import Session, sample_groups, load_checkpoint, count_generated_tokens, open_policy, open_task, open_session
 
 
-def evaluate_policy(world: World, *, branch: str, step: int) -> EvalReport:
+def evaluate_policy(world: Session, *, branch: str, step: int) -> EvalReport:
     """Sample the held-out prompts with the weights at hand; an evaluation already on record is not repeated.
 
     Seeds do not depend on the step, so checkpoints are compared on common random numbers. One whose outcomes were
@@ -30,46 +30,46 @@ def evaluate_policy(world: World, *, branch: str, step: int) -> EvalReport:
     """
     count = world.recipe.eval.samples_per_prompt
     asked = (branch, step, count)
-    kept = any((one.branch, one.step, one.num_samples) == asked for one in all_outcomes(world.run))
-    for report in evals(world.run):
+    kept = any((one.branch, one.step, one.num_samples) == asked for one in read_prompt_results(world.run))
+    for report in read_evals(world.run):
         if kept and (report.branch, report.step, report.num_samples) == asked:
             return report
     slots = range(count)
-    groups = answer(world, world.task.heldout, label=("eval",), slots=slots, sampler_step=step)
-    report = summary(groups, branch=branch, step=step, seed=world.recipe.train.seed)
+    groups = sample_groups(world, world.task.heldout, seed_label=("eval",), slots=slots, sampler_step=step)
+    report = summarize_eval(groups, branch=branch, step=step, seed=world.recipe.train.seed)
     # The sum comes last: a killed process leaves no report whose outcomes are missing.
-    append_outcomes(world.run, outcomes(groups, branch=branch, step=step))
+    append_prompt_results(world.run, collect_prompt_results(groups, branch=branch, step=step))
     append_eval(world.run, report)
     return report
 
 
-def outcomes(groups: Sequence[Group], *, branch: str, step: int) -> Outcomes:
+def collect_prompt_results(groups: Sequence[Group], *, branch: str, step: int) -> PromptResults:
     """How often each prompt was solved."""
-    return Outcomes(
+    return PromptResults(
         branch=branch,
         step=step,
         num_samples=len(groups[0].rollouts),
-        prompts=tuple(prompt_key(group.prompt) for group in groups),
-        num_correct=tuple(map(num_correct, groups)),
+        prompt_keys=tuple(hash_prompt(group.prompt) for group in groups),
+        num_correct=tuple(map(count_correct, groups)),
     )
 
 
-def num_correct(group: Group) -> int:
+def count_correct(group: Group) -> int:
     """Rollouts of one prompt that were verified correct."""
     return sum(rollout.verdict == "correct" for rollout in group.rollouts)
 
 
-def summary(groups: Sequence[Group], *, branch: str, step: int, seed: int) -> EvalReport:
+def summarize_eval(groups: Sequence[Group], *, branch: str, step: int, seed: int) -> EvalReport:
     """Accuracy and pass@k over prompts, 95 % intervals by resampling prompts."""
     count = len(groups[0].rollouts)
-    correct = [num_correct(group) for group in groups]
+    correct = [count_correct(group) for group in groups]
     shares = [number / count for number in correct]
     solved = [pass_at_k(count, number, count) for number in correct]
     rng = numpy.random.default_rng(derive_seed(seed, "eval-interval"))
     low, high = cluster_interval(shares, rng, 2000)
     pass_low, pass_high = cluster_interval(solved, rng, 2000)
-    rollouts = rollouts_of(groups)
-    tokens = num_tokens(groups)
+    rollouts = flatten_rollouts(groups)
+    tokens = count_generated_tokens(groups)
     return EvalReport(
         branch=branch,
         step=step,
@@ -82,7 +82,7 @@ def summary(groups: Sequence[Group], *, branch: str, step: int, seed: int) -> Ev
         pass_at_k_low=pass_low,
         pass_at_k_high=pass_high,
         mean_length=tokens / len(rollouts),
-        cut_off=statistics.fmean(not rollout.finished for rollout in rollouts),
+        truncated_fraction=statistics.fmean(not rollout.finished for rollout in rollouts),
         num_tokens=tokens,
     )
 
@@ -92,19 +92,19 @@ def evaluate_run(
 ) -> Iterator[Progress | Notice | EvalReport]:
     """Evaluate the newest checkpoint, the one at `step`, or every one on the branch's line of descent."""
     run = open_run(root)
-    branch = branch or newest_branch(run)
-    recipe = in_force(run.recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
+    branch = branch or find_newest_branch(run)
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
     chosen = (
-        _chosen(history(run, branch), run, every_step=every_step)
+        _chosen(list_ancestry_checkpoints(run, branch), run, every_step=every_step)
         if step is None
         else [find_checkpoint(run, branch, step)]
     )
-    with writing(run):
+    with lock_run(run):
         task = open_task(recipe, allow_code=allow_code)
         try:
-            with closing(open_world(run, recipe, task=task, policy=open_policy(recipe, task, chosen[0]))) as world:
+            with closing(open_session(run, recipe, task=task, policy=open_policy(recipe, task, chosen[0]))) as world:
                 for done, checkpoint in enumerate(chosen):
-                    yield Progress(what="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
+                    yield Progress(description="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
                     load_checkpoint(world.policy, checkpoint)
                     yield evaluate_policy(world, branch=checkpoint.branch, step=checkpoint.step)
         finally:
@@ -113,6 +113,6 @@ def evaluate_run(
 
 def _chosen(found: Sequence[Checkpoint], run: RunDir, *, every_step: bool) -> list[Checkpoint]:
     if not found:
-        raise NpoError(f"{run.root} has no complete checkpoint yet", f"train first: npo resume {as_typed(run.root)}")
+        raise NpoError(f"{run.root} has no complete checkpoint yet", f"train first: npo resume {quote_path(run.root)}")
     ordered = sorted(found, key=lambda checkpoint: checkpoint.step)
     return ordered if every_step else ordered[-1:]

@@ -6,21 +6,21 @@ The memory is part of the training state; what is remembered and drawn is decide
 from collections.abc import Mapping, Sequence
 
 from npo_cli.errors import NpoError
-from npo_cli.guide.experience import Buckets, Outcome, began, collected, drawn_prompts
-from npo_cli.guide.mix import SeatRule
-from npo_cli.guide_records import Experience, GuideTrajectory, Success
+from npo_cli.guide.experience import Buckets, GroupResult, start_collecting, add_successes, sample_replay_prompts
+from npo_cli.guide.mix import InjectionPolicy
+from npo_cli.guide_records import ReplayBuffer, GuideRollout, Success
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.records import Group, Prompt
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.batches import Draw, Part, StepBatch, seat_rule
-from npo_cli.stages.row_scores import RowScores, row_scores
-from npo_cli.stages.world import World
+from npo_cli.stages.batches import BatchPlan, PromptBatch, StepBatch, make_injection_policy
+from npo_cli.stages.row_scores import ResponseLogprobs, run_logprob_pass
+from npo_cli.stages.world import Session
 
 REPLAY = "replay"
 """In the sampling seeds of replayed prompts, in the place of the epoch."""
 
 
-def refuse_second_source(world: World, *, other: str) -> None:
+def check_single_guide_source(world: Session, *, other: str) -> None:
     """Stored successes and a guide cache cannot both own the slots of a batch."""
     if world.recipe.guide.experience.replay_fraction:
         raise NpoError(
@@ -29,64 +29,64 @@ def refuse_second_source(world: World, *, other: str) -> None:
         )
 
 
-def composed(world: World, memory: Experience, *, seed_name: str, step: int, position: int) -> Draw:
+def build_replay_batch(world: Session, memory: ReplayBuffer, *, seed_name: str, step: int, position: int) -> BatchPlan:
     """floor(share B) replayed prompts, or as many as are stored, and the rest from the data order."""
     recipe = world.recipe
     wanted = recipe.train.prompts_per_step
     num_replayed = min(len(memory.successes), int(recipe.guide.experience.replay_fraction * wanted))
-    fresh, behind = unretired(world, memory, position, count=wanted - num_replayed)
-    names = drawn_prompts(
+    fresh, behind = next_prompts(world, memory, position, count=wanted - num_replayed)
+    names = sample_replay_prompts(
         memory,
         num_replayed,
-        buckets=buckets_of(world),
+        buckets=make_buckets(world),
         seed=derive_seed(recipe.train.seed, "experience", seed_name, step),
-        without={prompt.prompt_id for _, prompt in fresh},
+        exclude={prompt.prompt_id for _, prompt in fresh},
     )
     if len(names) < num_replayed:
-        fresh, behind = unretired(world, memory, position, count=wanted - len(names), without=names)
-    rule = seat_rule(world, seed_name=seed_name, step=step)
+        fresh, behind = next_prompts(world, memory, position, count=wanted - len(names), exclude=names)
+    rule = make_injection_policy(world, seed_name=seed_name, step=step)
     parts = [
-        Part(prompts=tuple(prompt for at, prompt in fresh if at == epoch), label=(epoch,), guides=None, rule=rule)
+        PromptBatch(prompts=tuple(prompt for at, prompt in fresh if at == epoch), seed_label=(epoch,), guides=None, injection=rule)
         for epoch in dict.fromkeys(epoch for epoch, _ in fresh)
     ]
     if names:
         parts.append(_replayed(world, memory, names, rule=rule))
-    return Draw(parts=tuple(parts), position=behind)
+    return BatchPlan(prompt_batches=tuple(parts), position=behind)
 
 
-def buckets_of(world: World) -> Buckets:
+def make_buckets(world: Session) -> Buckets:
     """The recipe's preference among stored prompts."""
     settings = world.recipe.guide.experience
     size = world.recipe.train.group_size
     return Buckets(group_size=size, units=settings.bucket_units, sigma=settings.bucket_sigma)
 
 
-def unretired(
-    world: World, memory: Experience, position: int, *, count: int, without: Sequence[str] = ()
+def next_prompts(
+    world: Session, memory: ReplayBuffer, position: int, *, count: int, exclude: Sequence[str] = ()
 ) -> tuple[list[tuple[int, Prompt]], int]:
     """The next `count` prompts with their epochs, those passed over that retired in an earlier one; and the cursor.
 
     Where fewer than a batch are left unretired, nobody is passed over: a batch is never short.
     """
     pool = world.task.train
-    skip = len(pool) - len(memory.retired) >= world.recipe.train.prompts_per_step
+    skip = len(pool) - len(memory.retired_epochs) >= world.recipe.train.prompts_per_step
     found: list[tuple[int, Prompt]] = []
     while len(found) < count:
         prompt, epoch = pool[world.order.indices(position, 1)[0]], world.order.epoch(position)
         position += 1
-        gone = skip and memory.retired.get(prompt.prompt_id, epoch) < epoch
-        if not gone and prompt.prompt_id not in without:
+        gone = skip and memory.retired_epochs.get(prompt.prompt_id, epoch) < epoch
+        if not gone and prompt.prompt_id not in exclude:
             found.append((epoch, prompt))
     return found, position
 
 
-def _replayed(world: World, memory: Experience, names: Sequence[str], *, rule: SeatRule) -> Part:
+def _replayed(world: Session, memory: ReplayBuffer, names: Sequence[str], *, rule: InjectionPolicy) -> PromptBatch:
     """Every one of these groups gives a slot to the best of its stored answers."""
     known = {prompt.prompt_id: prompt for prompt in world.task.train}
-    best = selected(world, {name: memory.successes[name] for name in names}, known, seed=rule.seed)
+    best = select_successes(world, {name: memory.successes[name] for name in names}, known, seed=rule.seed)
     guides = {
         name: (
-            GuideTrajectory(
+            GuideRollout(
                 prompt_id=name,
                 response_ids=success.response_ids,
                 behavior_logps=success.behavior_logps,
@@ -100,12 +100,12 @@ def _replayed(world: World, memory: Experience, names: Sequence[str], *, rule: S
         )
         for name, success in best.items()
     }
-    open_rule = SeatRule(gate=1.0, slots=1, compose=rule.compose, group_size=rule.group_size, seed=rule.seed)
-    return Part(prompts=tuple(known[name] for name in names), label=(REPLAY,), guides=guides, rule=open_rule)
+    open_rule = InjectionPolicy(gate=1.0, slots=1, compose=rule.compose, group_size=rule.group_size, seed=rule.seed)
+    return PromptBatch(prompts=tuple(known[name] for name in names), seed_label=(REPLAY,), guides=guides, injection=open_rule)
 
 
-def selected(
-    world: World, stored: Mapping[str, Sequence[Success]], prompts: Mapping[str, Prompt], *, seed: int
+def select_successes(
+    world: Session, stored: Mapping[str, Sequence[Success]], prompts: Mapping[str, Prompt], *, seed: int
 ) -> dict[str, Success]:
     """Of each prompt's answers that with the least entropy or NLL under the present policy, means over its tokens."""
     how = world.recipe.guide.experience.select
@@ -114,12 +114,12 @@ def selected(
     several = [(name, success) for name, each in stored.items() if len(each) > 1 for success in each]
     rows = [_row(world, prompts[name], success.response_ids) for name, success in several]
     costs: dict[str, list[float]] = {}
-    for (name, _), scores in zip(several, row_scores(world.policy, world.recipe, rows), strict=True):
+    for (name, _), scores in zip(several, run_logprob_pass(world.policy, world.recipe, rows), strict=True):
         costs.setdefault(name, []).append(_cost(scores, how))
     return {name: each[_first_least(costs[name]) if name in costs else 0] for name, each in stored.items()}
 
 
-def _cost(scores: RowScores, how: str) -> float:
+def _cost(scores: ResponseLogprobs, how: str) -> float:
     return float(scores.entropies_T.mean()) if how == "entropy" else -float(scores.logps_T.mean())
 
 
@@ -127,36 +127,36 @@ def _first_least(costs: Sequence[float]) -> int:
     return min(range(len(costs)), key=costs.__getitem__)
 
 
-def _row(world: World, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
+def _row(world: Session, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
     return world.policy.row(prompt, response_ids)
 
 
-def learned(world: World, batch: StepBatch, memory: Experience, *, before: int, position: int) -> Experience:
+def update_buffer(world: Session, batch: StepBatch, memory: ReplayBuffer, *, sampler_step: int, position: int) -> ReplayBuffer:
     """The memory after this batch. Asked before the update: log-probabilities are those of the weights that wrote."""
     settings = world.recipe.guide.experience
-    rewards = [rollout.reward for group in batch.own for rollout in group.rollouts]
-    outcomes = [] if not memory.started else _outcomes(world, batch, before=before, position=position)
-    memory = collected(memory, outcomes, retire=settings.retire_solved)
-    return began(memory, sum(rewards) / len(rewards), start=settings.start_accuracy)
+    rewards = [rollout.reward for group in batch.on_policy for rollout in group.rollouts]
+    outcomes = [] if not memory.is_collecting else _outcomes(world, batch, before=sampler_step, position=position)
+    memory = add_successes(memory, outcomes, retire=settings.retire_solved)
+    return start_collecting(memory, sum(rewards) / len(rewards), start=settings.start_accuracy)
 
 
-def _outcomes(world: World, batch: StepBatch, *, before: int, position: int) -> list[Outcome]:
+def _outcomes(world: Session, batch: StepBatch, *, before: int, position: int) -> list[GroupResult]:
     solved = [(group, _correct(group)) for group in batch.mixed]
     partly = [(group, right) for group, right in solved if 0 < len(right) < len(group.rollouts)]
     own = [(group, rollout) for group, right in partly for rollout in right if not rollout.foreign]
     rows = [_row(world, group.prompt, rollout.response_ids) for group, rollout in own]
     fresh: dict[str, list[Success]] = {}
-    for (group, rollout), scores in zip(own, row_scores(world.policy, world.recipe, rows), strict=True):
+    for (group, rollout), scores in zip(own, run_logprob_pass(world.policy, world.recipe, rows), strict=True):
         logps = tuple(scores.logps_T.tolist())
         success = Success(response_ids=rollout.response_ids, behavior_logps=logps, text=rollout.text, step=before)
         fresh.setdefault(group.prompt.prompt_id, []).append(success)
     return [
-        Outcome(
+        GroupResult(
             prompt_id=group.prompt.prompt_id,
             num_correct=len(right),
             group_size=len(group.rollouts),
             epoch=world.order.epoch(position),
-            fresh=tuple(fresh.get(group.prompt.prompt_id, ())),
+            new_successes=tuple(fresh.get(group.prompt.prompt_id, ())),
         )
         for group, right in solved
     ]

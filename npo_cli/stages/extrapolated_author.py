@@ -5,29 +5,29 @@ from dataclasses import dataclass
 
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt
-from npo_cli.stages.ahead import Ahead, Motion, older_policy, open_ahead
-from npo_cli.stages.authors import Answers, Pairs, drawn_in_rounds, mean_logps
-from npo_cli.stages.guide_plan import OpenSource, Plan, quiet_world
-from npo_cli.stages.world import World, open_world
+from npo_cli.stages.ahead import ExtrapolatedSampler, ResolvedExtrapolation, load_older_policy, open_extrapolated_sampler
+from npo_cli.stages.authors import PromptResponses, Pairs, sample_in_rounds, compute_mean_logprobs
+from npo_cli.stages.guide_plan import SourceHandle, ResolvedSource, open_session_without_engine
+from npo_cli.stages.world import Session, open_session
 from npo_cli.tasks.prompts import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExtrapolatedAuthor:
+class ExtrapolatedSource:
     """Answers of the pushed policy, in rounds; the learner's weights are at hand between them."""
 
-    world: World
-    ahead: Ahead
+    session: Session
+    sampler: ExtrapolatedSampler
     label: tuple[str | int, ...]
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
+    def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """Rounds of samples; a prompt that has a correct answer asks no more, unless all k are wanted."""
-        settings = self.world.recipe.guide
+        settings = self.session.recipe.guide
 
-        def draw(now: Sequence[Prompt], slots: range) -> list[Answers]:
-            groups = self.ahead.answer(now, label=self.label, slots=slots, temperature=settings.cache.temperature)
+        def draw(now: Sequence[Prompt], slots: range) -> list[PromptResponses]:
+            groups = self.sampler.sample_groups(now, label=self.label, slots=slots, temperature=settings.cache.temperature)
             return [
-                Answers(
+                PromptResponses(
                     prompt=group.prompt,
                     rollouts=group.rollouts,
                     num_tokens=sum(len(rollout.response_ids) for rollout in group.rollouts),
@@ -35,46 +35,46 @@ class ExtrapolatedAuthor:
                 for group in groups
             ]
 
-        return drawn_in_rounds(settings, prompts, draw)
+        return sample_in_rounds(settings, prompts, draw)
 
-    def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
+    def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """From the trainer's pass under the pushed policy."""
-        return [*self.ahead.logps(pairs, temperature=self.world.recipe.guide.cache.temperature)]
+        return [*self.sampler.logprobs(pairs, temperature=self.session.recipe.guide.cache.temperature)]
 
-    def nearness(self, pairs: Pairs) -> list[float]:
+    def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner."""
-        return mean_logps(self.world, pairs)
+        return compute_mean_logprobs(self.session, pairs)
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Nothing: its tokens are the learner's."""
         return []
 
 
-def open_extrapolated(plan: Plan, task: Task, policy: Policy) -> OpenSource:
+def open_extrapolated(plan: ResolvedSource, task: Task, policy: Policy) -> SourceHandle:
     """In logits beside no engine, in weights with the run's own."""
-    motion = plan.motion
+    motion = plan.extrapolation
     assert motion is not None
-    in_logits = motion.push.space == "logits"
+    in_logits = motion.spec.space == "logits"
     recipe = plan.learner.recipe
     world = (
-        quiet_world(plan, task, policy)
+        open_session_without_engine(plan, task, policy)
         if in_logits
-        else open_world(plan.run, recipe, task=task, policy=policy, pushes_weights=True)
+        else open_session(plan.run, recipe, task=task, policy=policy, extrapolates_weights=True)
     )
-    return OpenSource(
-        plan=plan,
-        world=world,
-        author=ExtrapolatedAuthor(
-            world=world,
-            ahead=open_ahead(world, motion, old=older_policy(world, motion)),
-            label=(plan.purpose, "extrapolated", motion.push.name, motion.step),
+    return SourceHandle(
+        resolved=plan,
+        session=world,
+        source=ExtrapolatedSource(
+            session=world,
+            sampler=open_extrapolated_sampler(world, motion, older=load_older_policy(world, motion)),
+            label=(plan.purpose, "extrapolated", motion.spec.name, motion.step),
         ),
-        digest=motion.older.digest,
+        digest=motion.older_checkpoint.digest,
         tokenizer_digest=policy.tokenizer_digest,
-        origin=origin_of(motion),
+        origin=describe_extrapolation(motion),
     )
 
 
-def origin_of(motion: Motion) -> str:
+def describe_extrapolation(motion: ResolvedExtrapolation) -> str:
     """`logits:20:2 of steps 80 and 60`; how it is asked for stands before the ` of `."""
-    return f"{motion.push.name} of steps {motion.step} and {motion.older.step}"
+    return f"{motion.spec.name} of steps {motion.step} and {motion.older_checkpoint.step}"

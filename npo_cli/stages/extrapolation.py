@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from npo_cli.config import Recipe
-from npo_cli.guide.extrapolated import answers_in, asked_counts, hard_groups, seat_answers
-from npo_cli.guide_records import Push, PushChoice
+from npo_cli.guide.extrapolated import extrapolated_rollouts, extrapolation_metrics, select_failed_groups, inject_responses
+from npo_cli.guide_records import ExtrapolationSpec, ExtrapolationState
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import Group, Prompt, Rollout
 from npo_cli.run_dir.checkpoints import Checkpoint
-from npo_cli.run_dir.lineage import birth_segment
-from npo_cli.stages.ahead import Ahead, Motion, motion_at, older_policy, open_ahead
-from npo_cli.stages.batches import Part, StepBatch, own_part
-from npo_cli.stages.world import World, answer, num_tokens
+from npo_cli.run_dir.lineage import find_first_segment
+from npo_cli.stages.ahead import ExtrapolatedSampler, ResolvedExtrapolation, find_extrapolation, load_older_policy, open_extrapolated_sampler
+from npo_cli.stages.batches import PromptBatch, StepBatch, from_log_group
+from npo_cli.stages.world import Session, sample_groups, count_generated_tokens
 
-AHEAD = "ahead"
+EXTRAPOLATED_SEED_LABEL = "ahead"
 """In the seeds of extrapolated answers, before everything that is in those of own ones."""
 
 
@@ -28,115 +28,115 @@ AHEAD = "ahead"
 class Extrapolator:
     """Finds the older copy of each step, and keeps it at hand for as long as it is the right one."""
 
-    world: World
+    session: Session
     branch: str
-    older: dict[tuple[int, int], Checkpoint] = field(default_factory=dict)
+    older_checkpoints: dict[tuple[int, int], Checkpoint] = field(default_factory=dict)
     """The newest one found, by k and by how many saves lie behind it."""
-    held: Checkpoint | None = None
+    loaded_checkpoint: Checkpoint | None = None
     """Found whole, and in `old` where there is one."""
-    old: Policy | None = None
+    older_policy: Policy | None = None
     """A second model; only where logits are pushed."""
     until: int | None = None
     """Last step of an intervention of AutoNPO; None where it helps as long as the run lasts."""
 
-    def rests(self, state: TrainerState) -> bool:
+    def is_inactive(self, state: TrainerState) -> bool:
         """Whether its time is over at the step after `state`."""
         return self.until is not None and state.step >= self.until
 
-    def helper(self, state: TrainerState) -> "Helper | None":
+    def open_guide(self, state: TrainerState) -> "ExtrapolatedGuide | None":
         """Who helps at the step after `state`; None where there is no older copy, or the choice is to ask nobody."""
-        if self.world.recipe.extrapolation.refresh and state.choice and not state.choice.asking:
+        if self.session.recipe.extrapolation.refresh and state.extrapolation_choice and not state.extrapolation_choice.is_active:
             return None
-        ahead = self.ahead(push_in_force(self.world.recipe, state.choice), step=state.step)
-        return None if ahead is None else Helper(world=self.world, ahead=ahead)
+        ahead = self.open_sampler(select_extrapolation(self.session.recipe, state.extrapolation_choice), step=state.step)
+        return None if ahead is None else ExtrapolatedGuide(session=self.session, sampler=ahead)
 
-    def ahead(self, push: Push, *, step: int) -> Ahead | None:
+    def open_sampler(self, push: ExtrapolationSpec, *, step: int) -> ExtrapolatedSampler | None:
         """The policy of `step`, whose weights are at hand, pushed; None while there is no older copy."""
         motion = self._motion(push, step=step)
         if motion is None:
             return None
-        if motion.older != self.held:
-            self.old = older_policy(self.world, motion, into=self.old)
-            self.held = motion.older
-        return open_ahead(self.world, motion, old=self.old)
+        if motion.older_checkpoint != self.loaded_checkpoint:
+            self.older_policy = load_older_policy(self.session, motion, into=self.older_policy)
+            self.loaded_checkpoint = motion.older_checkpoint
+        return open_extrapolated_sampler(self.session, motion, older=self.older_policy)
 
-    def _motion(self, push: Push, *, step: int) -> Motion | None:
-        every = self.world.recipe.train.save_every
+    def _motion(self, push: ExtrapolationSpec, *, step: int) -> ResolvedExtrapolation | None:
+        every = self.session.recipe.train.save_every
         key = (push.k, (step - push.k) // every)
-        if key not in self.older:
-            found = motion_at(self.world.run, self.branch, push, step=step, every=every)
+        if key not in self.older_checkpoints:
+            found = find_extrapolation(self.session.run, self.branch, push, step=step, every=every)
             if found is None:
                 return None
-            self.older = {kept: older for kept, older in self.older.items() if kept[0] != push.k}
-            self.older[key] = found.older
-        return Motion(push=push, step=step, older=self.older[key])
+            self.older_checkpoints = {kept: older for kept, older in self.older_checkpoints.items() if kept[0] != push.k}
+            self.older_checkpoints[key] = found.older_checkpoint
+        return ResolvedExtrapolation(spec=push, step=step, older_checkpoint=self.older_checkpoints[key])
 
 
-def extrapolator_of(world: World, branch: str) -> Extrapolator | None:
+def make_extrapolator(world: Session, branch: str) -> Extrapolator | None:
     """Who pushes the policy on this branch: the recipe wants it, or AutoNPO tries it for some steps; else None."""
     if world.recipe.guide.source == "extrapolated":
-        return Extrapolator(world=world, branch=branch)
-    until = birth_segment(world.run, branch).ahead_until
-    return None if until is None else Extrapolator(world=world, branch=branch, until=until)
+        return Extrapolator(session=world, branch=branch)
+    until = find_first_segment(world.run, branch).extrapolation_until
+    return None if until is None else Extrapolator(session=world, branch=branch, until=until)
 
 
-def push_in_force(recipe: Recipe, choice: PushChoice | None) -> Push:
+def select_extrapolation(recipe: Recipe, choice: ExtrapolationState | None) -> ExtrapolationSpec:
     """The one chosen last, or the recipe's k and a."""
     settings = recipe.extrapolation
     if choice is not None and settings.refresh:
         # A replay may push something else than the run that chose.
-        return replace(choice.push, space=settings.space)
-    return Push(space=settings.space, k=settings.k, a=settings.a)
+        return replace(choice.spec, space=settings.space)
+    return ExtrapolationSpec(space=settings.space, k=settings.k, a=settings.a)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Helper:
+class ExtrapolatedGuide:
     """The pushed policy at one step of the loop, and how its answers are seated."""
 
-    world: World
-    ahead: Ahead
+    session: Session
+    sampler: ExtrapolatedSampler
 
-    def filled(
-        self, part: Part, before: Sequence[Group], *, seed_name: str, step: int
+    def build_groups(
+        self, part: PromptBatch, before: Sequence[Group], *, seed_name: str, step: int
     ) -> tuple[Sequence[Group], Sequence[Group]]:
         """Own answers, and the same groups with what the pushed policy said; read back where they are on record."""
         if before:
-            own, answers = [own_part(group) for group in before], [answers_in(group) for group in before]
+            own, answers = [from_log_group(group) for group in before], [extrapolated_rollouts(group) for group in before]
         else:
-            own, answers = self._asked(part, label=(seed_name, step, *part.label), step=step)
-        settings = self.world.recipe.extrapolation
+            own, answers = self._asked(part, label=(seed_name, step, *part.seed_label), step=step)
+        settings = self.session.recipe.extrapolation
         num_judged = self._num_judged(part)
         return own, [
-            seat_answers(group, said, part.rule, num_judged=num_judged, seat=settings.mode)
+            inject_responses(group, said, part.injection, num_gate_rollouts=num_judged, mode=settings.mode)
             for group, said in zip(own, answers, strict=True)
         ]
 
     def metrics(self, batch: StepBatch) -> dict[str, float]:
         """What it was asked for at this step, and every token and forward pass that sampling took."""
-        asked, motion = asked_counts(batch.mixed), self.ahead.motion
-        own, theirs = num_tokens(batch.own), asked["extrapolate/tokens"]
+        asked, motion = extrapolation_metrics(batch.mixed), self.sampler.extrapolation
+        own, theirs = count_generated_tokens(batch.on_policy), asked["extrapolate/tokens"]
         return asked | {
-            "extrapolate/k": float(motion.push.k),
-            "extrapolate/a": motion.push.a,
+            "extrapolate/k": float(motion.spec.k),
+            "extrapolate/a": motion.spec.a,
             "extrapolate/lag": float(motion.lag),
             "extrapolate/strength": motion.strength,
             "tokens": own + theirs,
-            "forwards": own + self.ahead.forwards_per_token * theirs,
+            "forwards": own + self.sampler.forwards_per_token * theirs,
         }
 
-    def _num_judged(self, part: Part) -> int:
+    def _num_judged(self, part: PromptBatch) -> int:
         """Own answers before the gate is looked at."""
-        settings = self.world.recipe.extrapolation
-        return part.rule.group_size - (settings.slots if settings.mode == "sample" else 0)
+        settings = self.session.recipe.extrapolation
+        return part.injection.group_size - (settings.slots if settings.mode == "sample" else 0)
 
     def _asked(
-        self, part: Part, *, label: tuple[str | int, ...], step: int
+        self, part: PromptBatch, *, label: tuple[str | int, ...], step: int
     ) -> tuple[list[Group], list[tuple[Rollout, ...]]]:
         """The policy first; then the pushed one for hard groups, and with `sample` the policy again for the others."""
-        settings, rule = self.world.recipe.extrapolation, part.rule
+        settings, rule = self.session.recipe.extrapolation, part.injection
         first = self._num_judged(part)
         own = self._own(part.prompts, label=label, slots=range(first), step=step)
-        hard = [group.prompt for group in hard_groups(list(own.values()), rule)]
+        hard = [group.prompt for group in select_failed_groups(list(own.values()), rule)]
         names = {prompt.prompt_id for prompt in hard}
         left = range(first, rule.group_size)
         easy = [prompt for prompt in part.prompts if prompt.prompt_id not in names]
@@ -144,14 +144,14 @@ class Helper:
             more = self._own(easy, label=label, slots=left, step=step)
             own |= {name: _longer(own[name], group) for name, group in more.items()}
         slots = left or range(settings.samples_per_group)
-        said = self.ahead.answer(hard, label=(AHEAD, *label), slots=slots) if hard else []
+        said = self.sampler.sample_groups(hard, label=(EXTRAPOLATED_SEED_LABEL, *label), slots=slots) if hard else []
         answers = {group.prompt.prompt_id: group.rollouts for group in said}
         return list(own.values()), [answers.get(name, ()) for name in own]
 
     def _own(
         self, prompts: Sequence[Prompt], *, label: tuple[str | int, ...], slots: range, step: int
     ) -> dict[str, Group]:
-        groups = answer(self.world, prompts, label=label, slots=slots, sampler_step=step - 1)
+        groups = sample_groups(self.session, prompts, seed_label=label, slots=slots, sampler_step=step - 1)
         return {group.prompt.prompt_id: group for group in groups}
 
 

@@ -7,19 +7,19 @@ signals to rank 0, which ends the step, saves, and says when it is over.
 import signal
 from collections.abc import Callable
 
-from npo_cli.launched import Place
-from npo_cli.policy.team import Team, leading
-from npo_cli.stages.shares import Hand
+from npo_cli.launched import LaunchInfo
+from npo_cli.policy.team import WorkerGroup, lead_workers
+from npo_cli.stages.shares import WorkerState
 
 
-def lead(place: Place, command: Callable[[], int | None]) -> int | None:
+def run_leader(place: LaunchInfo, command: Callable[[], int | None]) -> int | None:
     """The command as one process runs it, the others called in where it has heavy work."""
-    with leading(place, Hand()):
+    with lead_workers(place, WorkerState()):
         return command()
 
 
-def follow(place: Place) -> None:
+def run_worker(place: LaunchInfo) -> None:
     """Until rank 0 has no more work, or is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    Team(place, Hand()).follow()
+    WorkerGroup(place, WorkerState()).serve()

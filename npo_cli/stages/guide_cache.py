@@ -6,26 +6,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from npo_cli.config import Recipe
-from npo_cli.guide_records import GuideInfo, GuideTrajectory
+from npo_cli.guide_records import GuideCacheInfo, GuideRollout
 from npo_cli.records import Progress, Prompt, Rollout
-from npo_cli.run_dir.guides import Asked, GuideStore
-from npo_cli.run_dir.seconds import add_seconds
+from npo_cli.run_dir.guides import QueriedPrompt, GuideCacheWriter
+from npo_cli.run_dir.seconds import append_sampling_time
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.authors import Answers, Author
-from npo_cli.stages.world import World
+from npo_cli.stages.authors import PromptResponses, GuideSource
+from npo_cli.stages.world import Session
 
 CHUNK_PROMPTS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cache:
+class CacheBuild:
     """A guide cache being filled."""
 
-    info: GuideInfo
-    store: GuideStore
+    info: GuideCacheInfo
+    store: GuideCacheWriter
 
 
-def sampling_law(recipe: Recipe) -> str:
+def describe_sampling(recipe: Recipe) -> str:
     """How the answers were drawn and kept: samples, rounds, choice, and what differs from one correct answer each."""
     settings = recipe.guide
     heat = "" if settings.cache.temperature is None else f", temperature {settings.cache.temperature}"
@@ -38,33 +38,33 @@ def sampling_law(recipe: Recipe) -> str:
     return f"{rounds}, {settings.cache.select}{heat}{more}{least}{every}"
 
 
-def fill(world: World, cache: Cache, prompts: Sequence[Prompt], *, author: Author) -> Iterator[Progress]:
+def fill_cache(world: Session, cache: CacheBuild, prompts: Sequence[Prompt], *, source: GuideSource) -> Iterator[Progress]:
     """Ask, verify and keep, a chunk of prompts at a time; each chunk is written before the next is drawn."""
-    done = cache.store.asked().keys()
-    num_found = len(cache.store.trajectories())
+    done = cache.store.read_queried_prompts().keys()
+    num_found = len(cache.store.read_rollouts())
     for start in range(0, len(prompts), CHUNK_PROMPTS):
         # A chunk cut short is asked again whole: in the same company every figure comes out the same.
         chunk = prompts[start : start + CHUNK_PROMPTS]
         if all(prompt.prompt_id in done for prompt in chunk):
             continue
-        yield Progress(what="sample guide", done=start, total=len(prompts), note=f"{num_found} answered")
+        yield Progress(description="sample guide", done=start, total=len(prompts), note=f"{num_found} answered")
         started = time.perf_counter()
-        answers = author.ask(chunk)
-        found = kept(world, answers, author=author, cache=cache)
+        answers = source.sample(chunk)
+        found = select_responses(world, answers, source=source, cache=cache)
         ledger = [_ledger_line(entry) for entry in answers]
         # The time comes first: a chunk lost from here on is asked again, and has then cost twice.
         num_tokens = sum(line.num_tokens for line in ledger)
-        add_seconds(cache.store.folder, time.perf_counter() - started, num_tokens=num_tokens)
+        append_sampling_time(cache.store.folder, time.perf_counter() - started, num_tokens=num_tokens)
         for trajectory in found:
-            cache.store.add_trajectory(trajectory)
+            cache.store.add_rollout(trajectory)
         num_found += len({trajectory.prompt_id for trajectory in found})
         for line in ledger:
-            cache.store.add_asked(line)
-    yield Progress(what="sample guide", done=len(prompts), total=len(prompts), note=f"{num_found} answered")
+            cache.store.add_queried_prompt(line)
+    yield Progress(description="sample guide", done=len(prompts), total=len(prompts), note=f"{num_found} answered")
 
 
-def _ledger_line(entry: Answers) -> Asked:
-    return Asked(
+def _ledger_line(entry: PromptResponses) -> QueriedPrompt:
+    return QueriedPrompt(
         prompt_id=entry.prompt.prompt_id,
         num_sampled=entry.num_sampled,
         num_correct=entry.num_correct,
@@ -72,20 +72,20 @@ def _ledger_line(entry: Answers) -> Asked:
     )
 
 
-def kept(world: World, asked: Sequence[Answers], *, author: Author, cache: Cache) -> list[GuideTrajectory]:
+def select_responses(world: Session, asked: Sequence[PromptResponses], *, source: GuideSource, cache: CacheBuild) -> list[GuideRollout]:
     """The best answers of each prompt by guide.cache.select, up to max_responses_per_prompt, with their "
     "log-probabilities."""
     info = cache.info
     label = info.source if info.guide_step is None else info.guide_step
-    ordered = in_order(world, asked, author=author, label=label)
+    ordered = rank_responses(world, asked, source=source, label=label)
     chosen = [
         (entry, number, rollout)
         for entry, rollouts in zip(asked, ordered, strict=True)
         for number, rollout in enumerate(rollouts[: world.recipe.guide.cache.max_responses_per_prompt])
     ]
-    logps = author.logps([(entry.prompt, rollout) for entry, _, rollout in chosen])
+    logps = source.logprobs([(entry.prompt, rollout) for entry, _, rollout in chosen])
     return [
-        GuideTrajectory(
+        GuideRollout(
             prompt_id=entry.prompt.prompt_id,
             response_ids=rollout.response_ids,
             behavior_logps=logps_T,
@@ -94,7 +94,7 @@ def kept(world: World, asked: Sequence[Answers], *, author: Author, cache: Cache
             guide_step=rollout.sampler_step,
             num_sampled=entry.num_sampled,
             num_correct=entry.num_correct,
-            source=rollout.source if rollout.foreign else "guide",
+            source=rollout.source if rollout.is_off_policy else "guide",
             number=number,
             finished=rollout.finished,
             images=entry.prompt.images,
@@ -103,16 +103,16 @@ def kept(world: World, asked: Sequence[Answers], *, author: Author, cache: Cache
     ]
 
 
-def in_order(world: World, asked: Sequence[Answers], *, author: Author, label: int | str) -> list[list[Rollout]]:
+def rank_responses(world: Session, asked: Sequence[PromptResponses], *, source: GuideSource, label: int | str) -> list[list[Rollout]]:
     """Of each prompt the answers that may be kept, the best first; none where too few were correct.
 
     `label` enters the seeds: the guide's step, or the kind of source.
     """
     settings = world.recipe.guide
-    eligible = [entry.correct if entry.num_correct >= settings.cache.min_correct else [] for entry in asked]
+    eligible = [entry.correct_rollouts if entry.num_correct >= settings.cache.min_correct else [] for entry in asked]
     if settings.cache.keep == "all":
         eligible = [
-            right or entry.correct or list(entry.rollouts) for right, entry in zip(eligible, asked, strict=True)
+            right or entry.correct_rollouts or list(entry.rollouts) for right, entry in zip(eligible, asked, strict=True)
         ]
     if settings.cache.select == "random":
         seed = world.recipe.train.seed
@@ -123,7 +123,7 @@ def in_order(world: World, asked: Sequence[Answers], *, author: Author, label: i
     if settings.cache.select == "shortest":
         return [sorted(right, key=lambda rollout: len(rollout.response_ids)) for right in eligible]
     pairs = [(entry.prompt, rollout) for right, entry in zip(eligible, asked, strict=True) for rollout in right]
-    far = iter([-near for near in author.nearness(pairs)])
+    far = iter([-near for near in source.learner_logprob(pairs)])
     return [[rollout for _, rollout in sorted(_ranked(right, far), key=lambda pair: pair[0])] for right in eligible]
 
 

@@ -4,23 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from npo_cli.engines.endpoint import checked_address
-from npo_cli.errors import NpoError, as_typed
-from npo_cli.guide_records import GuideInfo
+from npo_cli.engines.endpoint import validate_url
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guide_records import GuideCacheInfo
 from npo_cli.policy.model import Policy
-from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history
-from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
+from npo_cli.run_dir.lineage import find_newest_branch
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.stages.ahead import Motion, motion_at
-from npo_cli.stages.authors import Author
-from npo_cli.stages.guide_cache import sampling_law
-from npo_cli.stages.pushes import EXAMPLE, push_of
-from npo_cli.stages.segment import LearnerAt, find_future
-from npo_cli.stages.world import World, open_world
+from npo_cli.stages.ahead import ResolvedExtrapolation, find_extrapolation
+from npo_cli.stages.authors import GuideSource
+from npo_cli.stages.guide_cache import describe_sampling
+from npo_cli.stages.pushes import EXAMPLE, parse_extrapolation
+from npo_cli.stages.segment import Learner, find_later_checkpoint
+from npo_cli.stages.world import Session, open_session
 from npo_cli.tasks.prompts import Task
-from npo_cli.tasks.traces import refuse_no_file
+from npo_cli.tasks.traces import validate_trace_path
 
-TAKES: Mapping[str, tuple[str, ...]] = {
+SOURCE_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("--guide",),
     "self": (),
     "base": (),
@@ -32,7 +32,7 @@ TAKES: Mapping[str, tuple[str, ...]] = {
     "run": ("--from", "--guide"),
 }
 """Options that say who is asked, by source; of these only --guide may be left out."""
-EXAMPLES = {
+SOURCE_EXAMPLES = {
     "extrapolated": f"--from {EXAMPLE}",
     "model": "--from FOLDER_OR_HUB_ID",
     "endpoint": "--from http://127.0.0.1:8000/v1 --model NAME",
@@ -42,10 +42,10 @@ EXAMPLES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class SourceSpec:
     """What the command line says of the source."""
 
-    source: str = "checkpoint"
+    kind: str = "checkpoint"
     guide_step: int | None = None
     origin: str | None = None
     """Folder, hub id, address, file, run, or SPACE:K:A, as the source has it."""
@@ -53,14 +53,14 @@ class Ask:
     """Name of the model at an address."""
 
     @property
-    def given(self) -> dict[str, object]:
+    def given_options(self) -> dict[str, object]:
         """The options that were given."""
         every = {"--guide": self.guide_step, "--from": self.origin, "--model": self.model}
         return {name: value for name, value in every.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OtherRun:
+class OtherRunCheckpoint:
     """A checkpoint of another run."""
 
     run: RunDir
@@ -74,18 +74,18 @@ class OtherRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class ResolvedSource:
     """Who is to be asked, for whom, and for how long a replay."""
 
     run: RunDir
-    learner: LearnerAt
-    ask: Ask
+    learner: Learner
+    spec: SourceSpec
     num_steps: int
     guide: Checkpoint | None = None
     """Where the author is a checkpoint of this run."""
-    other: OtherRun | None = None
+    other_run: OtherRunCheckpoint | None = None
     """Where it is one of another run."""
-    motion: Motion | None = None
+    extrapolation: ResolvedExtrapolation | None = None
     """Where it is the learner pushed along its own motion."""
     purpose: str = "guide"
     """In the seeds: what is sampled to choose a source is not what is sampled to learn from it."""
@@ -93,115 +93,115 @@ class Plan:
     @property
     def default_name(self) -> str:
         """`main-20-by-100`, `main-0-by-base`."""
-        who = self.ask.source if self.ask.source != "checkpoint" or self.guide is None else str(self.guide.step)
+        who = self.spec.kind if self.spec.kind != "checkpoint" or self.guide is None else str(self.guide.step)
         return f"{self.learner.branch}-{self.learner.step}-by-{who}"
 
     @property
     def origin(self) -> str:
         """Where it comes from, as it is kept with the cache."""
-        return self.other.origin if self.other else self.ask.origin or ""
+        return self.other_run.origin if self.other_run else self.spec.origin or ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OpenSource:
+class SourceHandle:
     """An author at work, in a world that can grade what it says."""
 
-    plan: Plan
-    world: World
-    author: Author
+    resolved: ResolvedSource
+    session: Session
+    source: GuideSource
     digest: str
     tokenizer_digest: str
     """The learner's: kept token ids are its own."""
     origin: str = ""
-    side_tokens: int = 0
-    remarks: tuple[str, ...] = ()
+    guide_training_tokens: int = 0
+    warnings: tuple[str, ...] = ()
     """What a person should know before it is asked."""
 
     def close(self) -> None:
         """End what was started for it."""
-        self.world.close()
+        self.session.close()
 
-    def info(self, name: str, *, num_prompts: int) -> GuideInfo:
+    def info(self, name: str, *, num_prompts: int) -> GuideCacheInfo:
         """What the cache is, before anything is in it."""
-        learner, guide = self.plan.learner, self.plan.guide
-        return GuideInfo(
+        learner, guide = self.resolved.learner, self.resolved.guide
+        return GuideCacheInfo(
             name=name,
-            run_id=self.plan.run.run_id,
+            run_id=self.resolved.run.run_id,
             branch=learner.branch,
-            at_step=learner.step,
+            learner_step=learner.step,
             guide_step=None if guide is None else guide.step,
             guide_digest=self.digest,
-            num_steps=self.plan.num_steps,
+            num_steps=self.resolved.num_steps,
             tokenizer_digest=self.tokenizer_digest,
-            sampling=sampling_law(learner.recipe),
+            sampling=describe_sampling(learner.recipe),
             num_prompts=num_prompts,
-            num_found=0,
+            num_prompts_with_rollouts=0,
             num_samples=0,
             num_tokens=0,
-            source=self.plan.ask.source,
+            source=self.resolved.spec.kind,
             origin=self.origin,
-            side_tokens=self.side_tokens,
-            older_step=None if self.plan.motion is None else self.plan.motion.older.step,
+            guide_training_tokens=self.guide_training_tokens,
+            older_step=None if self.resolved.extrapolation is None else self.resolved.extrapolation.older_checkpoint.step,
         )
 
 
-def plan_of(run: RunDir, learner: LearnerAt, ask: Ask, *, steps: int | None) -> Plan:
+def resolve_source(run: RunDir, learner: Learner, ask: SourceSpec, *, steps: int | None) -> ResolvedSource:
     """The source named, checked as far as it can be without opening a model."""
-    refuse_misplaced_options(ask)
-    guide = chosen_guide(run, learner, ask)
-    other = chosen_run(run, ask) if ask.source == "run" else None
-    motion = chosen_motion(run, learner, ask) if ask.source == "extrapolated" else None
-    if ask.source == "file":
-        refuse_no_file(Path(ask.origin or "").expanduser())
-    if ask.source == "endpoint":
-        checked_address(ask.origin or "")
-    if ask.source == "past" and learner.step == 0:
+    validate_source_options(ask)
+    guide = resolve_guide_checkpoint(run, learner, ask)
+    other = resolve_other_run(run, ask) if ask.kind == "run" else None
+    motion = resolve_extrapolation(run, learner, ask) if ask.kind == "extrapolated" else None
+    if ask.kind == "file":
+        validate_trace_path(Path(ask.origin or "").expanduser())
+    if ask.kind == "endpoint":
+        validate_url(ask.origin or "")
+    if ask.kind == "past" and learner.step == 0:
         raise NpoError("the learner at step 0 has no past to draw from", "choose a later learner with --at")
     ahead = guide.step - learner.step if guide is not None else 0
     rest = learner.recipe.train.num_steps - learner.step
     num_steps = steps or learner.recipe.guide.replay.num_steps or (ahead if ahead > 0 else rest)
     if num_steps < 1:
         raise NpoError(f"step {learner.step} is the run's last: how long is the replay?", "add --steps N")
-    return Plan(run=run, learner=learner, ask=ask, num_steps=num_steps, guide=guide, other=other, motion=motion)
+    return ResolvedSource(run=run, learner=learner, spec=ask, num_steps=num_steps, guide=guide, other_run=other, extrapolation=motion)
 
 
-def refuse_misplaced_options(ask: Ask) -> None:
+def validate_source_options(ask: SourceSpec) -> None:
     """Every source takes what says who it is, and nothing else."""
-    if ask.source not in TAKES:
-        raise NpoError(f"there is no source {ask.source!r}", f"--source takes {', '.join(TAKES)}")
-    takes = TAKES[ask.source]
-    for option in ask.given:
+    if ask.kind not in SOURCE_OPTIONS:
+        raise NpoError(f"there is no source {ask.kind!r}", f"--source takes {', '.join(SOURCE_OPTIONS)}")
+    takes = SOURCE_OPTIONS[ask.kind]
+    for option in ask.given_options:
         if option not in takes:
             raise NpoError(
-                f"{option} means nothing to --source {ask.source}",
-                f"leave it out, or name one of: --source {', '.join(name for name in TAKES if option in TAKES[name])}",
+                f"{option} means nothing to --source {ask.kind}",
+                f"leave it out, or name one of: --source {', '.join(name for name in SOURCE_OPTIONS if option in SOURCE_OPTIONS[name])}",
             )
     for option in takes:
-        if option != "--guide" and option not in ask.given:
-            raise NpoError(f"--source {ask.source} needs {option}", f"--source {ask.source} {EXAMPLES[ask.source]}")
+        if option != "--guide" and option not in ask.given_options:
+            raise NpoError(f"--source {ask.kind} needs {option}", f"--source {ask.kind} {SOURCE_EXAMPLES[ask.kind]}")
 
 
-def chosen_guide(run: RunDir, learner: LearnerAt, ask: Ask) -> Checkpoint | None:
+def resolve_guide_checkpoint(run: RunDir, learner: Learner, ask: SourceSpec) -> Checkpoint | None:
     """The named step, or the recipe's guide.replay.guide_step; the learner; step 0; nobody of this run."""
-    if ask.source == "self":
+    if ask.kind == "self":
         return learner.checkpoint
-    if ask.source == "base":
+    if ask.kind == "base":
         return find_checkpoint(run, learner.branch, 0)
-    if ask.source != "checkpoint":
+    if ask.kind != "checkpoint":
         return None
     step = learner.recipe.guide.replay.guide_step if ask.guide_step is None else ask.guide_step
     if step is None:
         raise NpoError(
             "which step is the guide? the recipe has no guide.replay.guide_step",
-            f"add --guide STEP; the best is named by: npo score-checkpoints {as_typed(run.root)} --at {learner.step}",
+            f"add --guide STEP; the best is named by: npo score-checkpoints {quote_path(run.root)} --at {learner.step}",
         )
-    return find_future(run, learner, step)
+    return find_later_checkpoint(run, learner, step)
 
 
-def chosen_motion(run: RunDir, learner: LearnerAt, ask: Ask) -> Motion:
+def resolve_extrapolation(run: RunDir, learner: Learner, ask: SourceSpec) -> ResolvedExtrapolation:
     """SPACE:K:A, with the older copy that lies so far behind the learner."""
-    push, recipe = push_of(ask.origin or ""), learner.recipe
-    found = motion_at(run, learner.branch, push, step=learner.step, every=recipe.train.save_every)
+    push, recipe = parse_extrapolation(ask.origin or ""), learner.recipe
+    found = find_extrapolation(run, learner.branch, push, step=learner.step, every=recipe.train.save_every)
     if found is None:
         raise NpoError(
             f"step {learner.step} has no older copy {push.k} steps back",
@@ -210,7 +210,7 @@ def chosen_motion(run: RunDir, learner: LearnerAt, ask: Ask) -> Motion:
     return found
 
 
-def chosen_run(run: RunDir, ask: Ask) -> OtherRun:
+def resolve_other_run(run: RunDir, ask: SourceSpec) -> OtherRunCheckpoint:
     """`RUN` or `RUN:BRANCH`; the newest branch and its newest checkpoint where none is named."""
     text = ask.origin or ""
     root, _, branch = (text, "", "") if Path(text).exists() else text.rpartition(":")
@@ -218,19 +218,19 @@ def chosen_run(run: RunDir, ask: Ask) -> OtherRun:
     if other.run_id == run.run_id:
         raise NpoError(
             f"{text} is this run itself",
-            f"its own checkpoints are asked with: npo sample-guide {as_typed(run.root)} --guide STEP",
+            f"its own checkpoints are asked with: npo sample-guide {quote_path(run.root)} --guide STEP",
         )
-    branch = branch or newest_branch(other)
+    branch = branch or find_newest_branch(other)
     if ask.guide_step is not None:
-        return OtherRun(run=other, checkpoint=find_checkpoint(other, branch, ask.guide_step), branch=branch)
-    every = history(other, branch)
+        return OtherRunCheckpoint(run=other, checkpoint=find_checkpoint(other, branch, ask.guide_step), branch=branch)
+    every = list_ancestry_checkpoints(other, branch)
     if not every:
-        raise NpoError(f"{root or text} has no complete checkpoint on {branch}", f"npo index {as_typed(other.root)}")
-    return OtherRun(run=other, checkpoint=every[-1], branch=branch)
+        raise NpoError(f"{root or text} has no complete checkpoint on {branch}", f"npo index {quote_path(other.root)}")
+    return OtherRunCheckpoint(run=other, checkpoint=every[-1], branch=branch)
 
 
-def quiet_world(plan: Plan, task: Task, policy: Policy) -> World:
+def open_session_without_engine(plan: ResolvedSource, task: Task, policy: Policy) -> Session:
     """A world in which the learner is not asked anything: no engine is started for it."""
     recipe = plan.learner.recipe
     quiet = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": "transformers"})})
-    return open_world(plan.run, quiet, task=task, policy=policy)
+    return open_session(plan.run, quiet, task=task, policy=policy)

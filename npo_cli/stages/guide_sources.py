@@ -18,46 +18,46 @@ log-probabilities. All are verified here, except those of the past, which were v
 from collections.abc import Callable, Mapping
 
 from npo_cli.policy.model import Policy
-from npo_cli.stages.checkpoint_author import CheckpointAuthor
+from npo_cli.stages.checkpoint_author import CheckpointSource
 from npo_cli.stages.endpoint_author import open_endpoint
 from npo_cli.stages.extrapolated_author import open_extrapolated
-from npo_cli.stages.guide_plan import OpenSource, Plan
-from npo_cli.stages.outside_author import open_outside
-from npo_cli.stages.past_author import open_past
-from npo_cli.stages.traces_author import open_file
-from npo_cli.stages.world import load_checkpoint, open_world
+from npo_cli.stages.guide_plan import SourceHandle, ResolvedSource
+from npo_cli.stages.outside_author import open_external_model
+from npo_cli.stages.past_author import open_own_history
+from npo_cli.stages.traces_author import open_trace_file
+from npo_cli.stages.world import load_checkpoint, open_session
 from npo_cli.tasks.prompts import Task
 
 
-def open_source(plan: Plan, *, task: Task, policy: Policy) -> OpenSource:
+def open_source(plan: ResolvedSource, *, task: Task, policy: Policy) -> SourceHandle:
     """The author, ready to be asked; `policy` is the learner's."""
-    return SOURCES[plan.ask.source](plan, task, policy)
+    return SOURCES[plan.spec.kind](plan, task, policy)
 
 
-def open_checkpoint(plan: Plan, task: Task, policy: Policy) -> OpenSource:
+def open_checkpoint(plan: ResolvedSource, task: Task, policy: Policy) -> SourceHandle:
     """The guide's weights in the learner's place."""
     assert plan.guide is not None
     load_checkpoint(policy, plan.guide)
-    world = open_world(plan.run, plan.learner.recipe, task=task, policy=policy)
-    author = CheckpointAuthor(world=world, learner=plan.learner.checkpoint, guide=plan.guide)
-    return OpenSource(
-        plan=plan,
-        world=world,
-        author=author,
+    world = open_session(plan.run, plan.learner.recipe, task=task, policy=policy)
+    author = CheckpointSource(session=world, learner=plan.learner.checkpoint, guide=plan.guide)
+    return SourceHandle(
+        resolved=plan,
+        session=world,
+        source=author,
         digest=plan.guide.digest,
         tokenizer_digest=policy.tokenizer_digest,
     )
 
 
-SOURCES: Mapping[str, Callable[[Plan, Task, Policy], OpenSource]] = {
+SOURCES: Mapping[str, Callable[[ResolvedSource, Task, Policy], SourceHandle]] = {
     "checkpoint": open_checkpoint,
     "self": open_checkpoint,
     "base": open_checkpoint,
     "extrapolated": open_extrapolated,
-    "model": open_outside,
-    "run": open_outside,
+    "model": open_external_model,
+    "run": open_external_model,
     "endpoint": open_endpoint,
-    "file": open_file,
-    "past": open_past,
+    "file": open_trace_file,
+    "past": open_own_history,
 }
 """`--source` to what opens it."""

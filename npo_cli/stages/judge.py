@@ -11,19 +11,19 @@ import numpy
 
 from npo_cli.guide.quality import cluster_interval
 from npo_cli.records import Group
-from npo_cli.run_dir.auto import judgement_folder
+from npo_cli.run_dir.auto import acceptance_test_folder
 from npo_cli.run_dir.checkpoints import Checkpoint
-from npo_cli.run_dir.seconds import add_seconds
+from npo_cli.run_dir.seconds import append_sampling_time
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.world import World, answer, load_checkpoint, num_tokens
+from npo_cli.stages.world import Session, sample_groups, load_checkpoint, count_generated_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedTest:
     """Held-out accuracy of two policies at one step, and the difference with its 95 % interval."""
 
-    replayed: float
-    abandoned: float
+    replayed_accuracy: float
+    abandoned_accuracy: float
     difference: float
     """replayed - abandoned."""
     difference_low: float
@@ -32,29 +32,29 @@ class PairedTest:
     num_tokens: int
 
     @property
-    def worse(self) -> bool:
+    def is_worse(self) -> bool:
         """The whole interval of the difference lies below 0."""
         return self.difference_high < 0
 
-    def row(self) -> dict[str, float]:
+    def to_row(self) -> dict[str, float]:
         """As evidence of a transition."""
         return asdict(self)
 
 
-def paired_test(world: World, replayed: Checkpoint, abandoned: Checkpoint) -> PairedTest:
+def run_paired_test(world: Session, replayed: Checkpoint, abandoned: Checkpoint) -> PairedTest:
     """eval.samples_per_prompt responses of each policy; interval: a bootstrap of the paired differences over "
     "prompts."""
     began = time.perf_counter()
     ours, theirs = _answers(world, replayed), _answers(world, abandoned)
-    tokens = num_tokens(ours) + num_tokens(theirs)
-    folder = judgement_folder(world.run, replayed.branch, replayed.step)
-    add_seconds(folder, time.perf_counter() - began, num_tokens=tokens)
+    tokens = count_generated_tokens(ours) + count_generated_tokens(theirs)
+    folder = acceptance_test_folder(world.run, replayed.branch, replayed.step)
+    append_sampling_time(folder, time.perf_counter() - began, num_tokens=tokens)
     differences = [_share(mine) - _share(other) for mine, other in zip(ours, theirs, strict=True)]
     rng = numpy.random.default_rng(derive_seed(world.recipe.train.seed, "judge", replayed.branch, replayed.step))
     low, high = paired_interval(differences, rng)
     return PairedTest(
-        replayed=sum(map(_share, ours)) / len(ours),
-        abandoned=sum(map(_share, theirs)) / len(theirs),
+        replayed_accuracy=sum(map(_share, ours)) / len(ours),
+        abandoned_accuracy=sum(map(_share, theirs)) / len(theirs),
         difference=sum(differences) / len(differences),
         difference_low=low,
         difference_high=high,
@@ -69,10 +69,10 @@ def paired_interval(differences: list[float], rng: numpy.random.Generator) -> tu
     return 2 * low - 1, 2 * high - 1
 
 
-def _answers(world: World, checkpoint: Checkpoint) -> list[Group]:
+def _answers(world: Session, checkpoint: Checkpoint) -> list[Group]:
     load_checkpoint(world.policy, checkpoint)
     slots = range(world.recipe.eval.samples_per_prompt)
-    return answer(world, world.task.heldout, label=("judge",), slots=slots, sampler_step=checkpoint.step)
+    return sample_groups(world, world.task.heldout, seed_label=("judge",), slots=slots, sampler_step=checkpoint.step)
 
 
 def _share(group: Group) -> float:

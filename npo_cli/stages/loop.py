@@ -10,65 +10,65 @@ from dataclasses import dataclass, replace
 
 from torch.optim import Optimizer
 
-from npo_cli.auto_records import Mistake
-from npo_cli.errors import StoppedEarly, as_typed
-from npo_cli.guide.experience import sizes
-from npo_cli.guide.mistakes import mistakes_of, remembered
-from npo_cli.guide_records import Experience
+from npo_cli.auto_records import FailedPrompt
+from npo_cli.errors import StoppedEarly, quote_path
+from npo_cli.guide.experience import buffer_metrics
+from npo_cli.guide.mistakes import collect_failed_prompts, update_failed_prompt_pool
+from npo_cli.guide_records import ReplayBuffer
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
 from npo_cli.records import EvalReport, Notice, StepReport
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.run_dir.steps import StepJournals, append_event
-from npo_cli.stages.batches import Guidance, StepBatch, draw_batch
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.run_dir.steps import StepLog, append_event
+from npo_cli.stages.batches import ActiveGuide, StepBatch, build_batch
 from npo_cli.stages.evaluate import evaluate_policy
-from npo_cli.stages.experience import composed, learned
-from npo_cli.stages.extrapolation import Extrapolator, Helper
-from npo_cli.stages.measures import peak_memory_mb, step_metrics, tracked
+from npo_cli.stages.experience import build_replay_batch, update_buffer
+from npo_cli.stages.extrapolation import Extrapolator, ExtrapolatedGuide
+from npo_cli.stages.measures import peak_memory_mb, compute_step_metrics, update_running_metrics
 from npo_cli.stages.push_refresh import Refresh, refreshed, with_choice
 from npo_cli.stages.saving import save_checkpoint
 from npo_cli.stages.shared_update import open_updater
 from npo_cli.stages.signals import StopFlag
-from npo_cli.stages.update import Updater, train_rows
-from npo_cli.stages.world import World, num_tokens
+from npo_cli.stages.update import Updater, build_training_samples
+from npo_cli.stages.world import Session, count_generated_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trainer:
     """A world that learns."""
 
-    world: World
+    session: Session
     optimizer: Optimizer
-    steps: StepJournals
-    rollouts: RolloutJournal
+    steps: StepLog
+    rollouts: RolloutLog
     branch: str
     seed_name: str
     """Branch whose name enters every sampling seed: its own, or with autonpo.rollback.seed=same its parent's."""
-    guidance: Guidance | None
+    active_guide: ActiveGuide | None
     reference: Policy | None
     """Frozen base model; only where the loss has a KL term."""
     extrapolator: Extrapolator | None = None
     """Only where the policy's own motion guides."""
 
 
-Watcher = Callable[[StepReport], bool]
+PauseCheck = Callable[[StepReport], bool]
 """Looks at each step; True asks to pause once the step is saved."""
 
 
-def nobody(report: StepReport) -> bool:
+def never_pause(report: StepReport) -> bool:
     """Plain training: nothing makes it pause."""
     return False
 
 
 def grpo_steps(
-    trainer: Trainer, state: TrainerState, stop: StopFlag, *, watcher: Watcher = nobody, until: int | None = None
+    trainer: Trainer, state: TrainerState, stop: StopFlag, *, should_pause: PauseCheck = never_pause, until: int | None = None
 ) -> Iterator[StepReport | EvalReport | Notice]:
     """Train from `state` to `train.num_steps` or `until`, a pause that `watcher` asks for, or a signal to stop."""
-    world, branch, settings = trainer.world, trainer.branch, trainer.world.recipe.train
+    world, branch, settings = trainer.session, trainer.branch, trainer.session.recipe.train
     updater = open_updater(world.policy, trainer.optimizer, world.recipe, reference=trainer.reference)
     last = settings.num_steps if until is None else until
     while state.step < last:
-        state, report, odd = one_step(trainer, updater, state)
+        state, report, odd = run_step(trainer, updater, state)
         yield report
         if odd:
             yield Notice(message=odd, level="warning")
@@ -77,7 +77,7 @@ def grpo_steps(
         if every and state.step % every == 0:
             yield evaluate_policy(world, branch=branch, step=state.step)
         # Leave what the next command needs. A signal from here on is for the next step.
-        stopping, pausing = bool(stop), watcher(report)
+        stopping, pausing = bool(stop), should_pause(report)
         if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
             trainer.rollouts.sync()
             trainer.steps.sync()
@@ -86,34 +86,34 @@ def grpo_steps(
             append_event(world.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
             raise StoppedEarly(
                 f"stopped by {stop.reason} after step {state.step}, which is saved",
-                f"npo resume {as_typed(world.run.root)}",
+                f"npo resume {quote_path(world.run.root)}",
             )
         if pausing:
             return
 
 
-def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
+def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
     """Draw, learn, write down. The last part of the answer is a remark where a replayed step came out differently."""
-    world, step = trainer.world, state.step + 1
+    world, step = trainer.session, state.step + 1
     if world.policy.shared is not None:
-        world.policy.shared.team.where = f"step {step}"
+        world.policy.shared.worker_group.context = f"step {step}"
     started = time.perf_counter()
-    state, refresh, helper = helped(trainer, state)
-    batch, memory = drawn_batch(trainer, state, helper)
+    state, refresh, helper = select_guide(trainer, state)
+    batch, memory = build_step_batch(trainer, state, helper)
     drawn = time.perf_counter()
-    world.engine.rest()
+    world.engine.release_memory()
     lr = lr_at(step, world.recipe.train)
-    update = updater.take_step(train_rows(world.policy, batch.chosen, world.recipe.guide.inject), lr=lr)
+    update = updater.take_step(build_training_samples(world.policy, batch.selected, world.recipe.guide.inject), lr=lr)
     ended = time.perf_counter()
 
-    metrics = step_metrics(world, batch, update, lr=lr)
+    metrics = compute_step_metrics(world, batch, update, lr=lr)
     if memory is not None:
-        metrics |= sizes(memory)
+        metrics |= buffer_metrics(memory)
     if helper is not None:
         metrics |= helper.metrics(batch)
     if refresh is not None:
         metrics = with_choice(metrics, refresh)
-    trackers = tracked(state.trackers, metrics)
+    trackers = update_running_metrics(state.running_metrics, metrics)
     metrics |= {name: value for name, value in trackers.items() if name != "ema_weight"}
     timings = {
         "seconds": ended - started,
@@ -121,45 +121,45 @@ def one_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
         "seconds/update": ended - drawn,
         "peak_memory_mb": peak_memory_mb(),
     }
-    if not batch.remembered:
-        timings["tokens_per_second"] = num_tokens(batch.own) / (drawn - started)
+    if not batch.is_recorded:
+        timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / (drawn - started)
     report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
     odd = ""
     if trainer.steps.write(report) == "differs":
         odd = f"step {step} of {trainer.branch} was recorded before with other figures; the first record stays"
         append_event(world.run, "differs", {"branch": trainer.branch, "step": step})
-    mistakes = remembered(state.mistakes, new_mistakes(world, batch, state), size=world.recipe.autonpo.pool.max_size)
+    mistakes = update_failed_prompt_pool(state.failed_prompts, find_new_mistakes(world, batch, state), size=world.recipe.autonpo.pool.max_size)
     after = replace(state, step=step, position=batch.position, trackers=trackers, mistakes=mistakes, experience=memory)
     return after, report, odd
 
 
-def helped(trainer: Trainer, state: TrainerState) -> tuple[TrainerState, Refresh | None, Helper | None]:
+def select_guide(trainer: Trainer, state: TrainerState) -> tuple[TrainerState, Refresh | None, ExtrapolatedGuide | None]:
     """How the policy is pushed at this step, chosen anew where that is due, and who then helps.
 
     Nobody does while a cache is at work: the slots are its own.
     """
-    busy = trainer.guidance is not None and state.step < trainer.guidance.until_step
-    if trainer.extrapolator is None or busy or trainer.extrapolator.rests(state):
+    busy = trainer.active_guide is not None and state.step < trainer.active_guide.until_step
+    if trainer.extrapolator is None or busy or trainer.extrapolator.is_inactive(state):
         return state, None, None
     refresh = refreshed(trainer.extrapolator, state, seed_name=trainer.seed_name)
     if refresh is not None:
         state = replace(state, choice=refresh.choice)
-    return state, refresh, trainer.extrapolator.helper(state)
+    return state, refresh, trainer.extrapolator.open_guide(state)
 
 
-def drawn_batch(trainer: Trainer, state: TrainerState, helper: Helper | None) -> tuple[StepBatch, Experience | None]:
+def build_step_batch(trainer: Trainer, state: TrainerState, helper: ExtrapolatedGuide | None) -> tuple[StepBatch, ReplayBuffer | None]:
     """The step's batch, and the memory of past successes behind it: from the data order alone where there is none."""
-    world, memory, draw = trainer.world, state.experience, None
+    world, memory, draw = trainer.session, state.replay_buffer, None
     place = {"seed_name": trainer.seed_name, "step": state.step + 1, "position": state.position}
-    if memory is not None and memory.started:
-        draw = composed(world, memory, **place)
-    batch = draw_batch(world, trainer.rollouts, **place, guidance=trainer.guidance, draw=draw, live=helper)
+    if memory is not None and memory.is_collecting:
+        draw = build_replay_batch(world, memory, **place)
+    batch = build_batch(world, trainer.rollouts, **place, active_guide=trainer.active_guide, batch_plan=draw, online_guide=helper)
     if memory is not None:
-        memory = learned(world, batch, memory, before=state.step, position=state.position)
+        memory = update_buffer(world, batch, memory, sampler_step=state.step, position=state.position)
     return batch, memory
 
 
-def new_mistakes(world: World, batch: StepBatch, before: TrainerState) -> tuple[Mistake, ...]:
+def find_new_mistakes(world: Session, batch: StepBatch, before: TrainerState) -> tuple[FailedPrompt, ...]:
     """Every group that a guide could be injected into; the probe filters by autonpo.pool.max_accuracy."""
-    epochs = [world.order.epoch(before.position + place) for place in range(len(batch.own))]
-    return mistakes_of(batch.own, step=before.step + 1, epochs=epochs, limit=world.recipe.guide.inject.max_accuracy)
+    epochs = [world.order.epoch(before.position + place) for place in range(len(batch.on_policy))]
+    return collect_failed_prompts(batch.on_policy, step=before.step + 1, epochs=epochs, limit=world.recipe.guide.inject.max_accuracy)

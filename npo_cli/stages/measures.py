@@ -4,23 +4,23 @@ import resource
 import statistics
 from collections.abc import Mapping, Sequence
 
-from npo_cli.guide.mix import mix_counts
+from npo_cli.guide.mix import count_injections
 from npo_cli.records import Group
-from npo_cli.stages.batches import StepBatch, rollouts_of
+from npo_cli.stages.batches import StepBatch, flatten_rollouts
 from npo_cli.stages.update import UpdateReport
-from npo_cli.stages.world import World, num_tokens
+from npo_cli.stages.world import Session, count_generated_tokens
 
 EMA_DECAY = 0.9
 
 
-def step_metrics(world: World, batch: StepBatch, update: UpdateReport, *, lr: float) -> dict[str, float]:
+def compute_step_metrics(world: Session, batch: StepBatch, update: UpdateReport, *, lr: float) -> dict[str, float]:
     """The metrics line of one step, names as users of TRL know them; `inject/...` only where a guide is at work."""
-    accuracies = [statistics.fmean(rollout.reward for rollout in group.rollouts) for group in batch.own]
-    rollouts = rollouts_of(batch.own)
-    tokens = num_tokens(batch.own)
+    accuracies = [statistics.fmean(rollout.reward for rollout in group.rollouts) for group in batch.on_policy]
+    rollouts = flatten_rollouts(batch.on_policy)
+    tokens = count_generated_tokens(batch.on_policy)
     metrics = {
         "reward": statistics.fmean(accuracies),
-        "reward_std": statistics.fmean(map(_deviation, batch.own)),
+        "reward_std": statistics.fmean(map(_deviation, batch.on_policy)),
         "frac_all_wrong": statistics.fmean(accuracy == 0 for accuracy in accuracies),
         "frac_all_right": statistics.fmean(accuracy == 1 for accuracy in accuracies),
         "frac_reward_zero_std": _share_without_spread(batch.mixed),
@@ -37,12 +37,12 @@ def step_metrics(world: World, batch: StepBatch, update: UpdateReport, *, lr: fl
         "data_position": batch.position,
         **update.stats.metrics(),
     }
-    if any(group.mix != "off" for group in batch.mixed):
-        metrics |= mix_counts(batch.mixed)
+    if any(group.injection_status != "off" for group in batch.mixed):
+        metrics |= count_injections(batch.mixed)
     if update.grad_share is not None:
         metrics["inject/grad_share"] = update.grad_share
     if world.recipe.sampling.dynamic:
-        metrics |= {"dynamic/draws": batch.num_draws, "dynamic/kept": len(batch.chosen)}
+        metrics |= {"dynamic/draws": batch.num_gen_batches, "dynamic/kept": len(batch.selected)}
     if update.num_skipped:
         metrics["skipped_updates"] = update.num_skipped
     return metrics
@@ -59,7 +59,7 @@ def _share_without_spread(groups: Sequence[Group]) -> float:
     return statistics.fmean(len({rollout.reward for rollout in group.rollouts}) == 1 for group in groups)
 
 
-def tracked(trackers: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+def update_running_metrics(trackers: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
     """Running figures: tokens since the start of the branch's history, and bias-corrected averages.
 
     ema_t = (decay * raw_{t-1} + (1 - decay) * x_t) / (1 - decay^t), kept as the corrected value and its weight.

@@ -10,131 +10,131 @@ from dataclasses import dataclass, replace
 from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.policy.reading import require_reader
+from npo_cli.policy.reading import check_prompt_support
 from npo_cli.records import Prompt, Rollout
-from npo_cli.run_dir.checkpoints import require_whole
-from npo_cli.stages.authors import Answers, Pairs, drawn_in_rounds, forward_logps, mean_logps
-from npo_cli.stages.guide_plan import OpenSource, Plan
+from npo_cli.run_dir.checkpoints import verify_checkpoint
+from npo_cli.stages.authors import PromptResponses, Pairs, sample_in_rounds, compute_logprobs, compute_mean_logprobs
+from npo_cli.stages.guide_plan import SourceHandle, ResolvedSource
 from npo_cli.stages.ledger import cost_at
-from npo_cli.stages.retelling import Retelling, Said
-from npo_cli.stages.world import World, answer, num_tokens, open_world
+from npo_cli.stages.retelling import Retokenizer, TextResponse
+from npo_cli.stages.world import Session, sample_groups, count_generated_tokens, open_session
 from npo_cli.tasks.prompts import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OutsideAuthor:
+class ExternalModelSource:
     """Whose answers are kept, and for whom."""
 
-    world: World
+    session: Session
     """The outside model's: its policy, its engine."""
     learner: Policy
-    retelling: Retelling
+    retokenizer: Retokenizer
     label: tuple[str, ...]
     """In the sampling seeds."""
 
     @property
-    def same_tokens(self) -> bool:
+    def uses_learner_tokenizer(self) -> bool:
         """Whether its token ids mean the same to the learner."""
-        return self.world.policy.tokenizer_digest == self.learner.tokenizer_digest
+        return self.session.policy.tokenizer_digest == self.learner.tokenizer_digest
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
+    def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """Rounds of samples."""
-        return drawn_in_rounds(self.world.recipe.guide, prompts, self._drawn)
+        return sample_in_rounds(self.session.recipe.guide, prompts, self._drawn)
 
-    def _drawn(self, prompts: Sequence[Prompt], slots: range) -> list[Answers]:
-        heat = self.world.recipe.guide.cache.temperature
-        groups = answer(self.world, prompts, label=self.label, slots=slots, sampler_step=0, temperature=heat)
+    def _drawn(self, prompts: Sequence[Prompt], slots: range) -> list[PromptResponses]:
+        heat = self.session.recipe.guide.cache.temperature
+        groups = sample_groups(self.session, prompts, seed_label=self.label, slots=slots, sampler_step=0, temperature=heat)
         told = iter(self._told([(group.prompt, rollout) for group in groups for rollout in group.rollouts]))
         return [
-            Answers(
+            PromptResponses(
                 prompt=group.prompt,
                 rollouts=tuple(next(told) for _ in group.rollouts),
-                num_tokens=num_tokens([group]),
+                num_tokens=count_generated_tokens([group]),
             )
             for group in groups
         ]
 
     def _told(self, pairs: Pairs) -> list[Rollout]:
-        if self.same_tokens:
+        if self.uses_learner_tokenizer:
             return [replace(rollout, sampler_step=None, source="teacher") for _, rollout in pairs]
-        return self.retelling.rollouts(
+        return self.retokenizer.retokenize(
             [
-                Said(prompt=prompt, slot=rollout.slot, text=rollout.text, finished=rollout.finished)
+                TextResponse(prompt=prompt, slot=rollout.slot, text=rollout.text, finished=rollout.finished)
                 for prompt, rollout in pairs
             ]
         )
 
-    def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
+    def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """From a forward pass of the outside model; None for what it said in other tokens."""
-        if not self.same_tokens:
+        if not self.uses_learner_tokenizer:
             return [None] * len(pairs)
-        return [*forward_logps(self.world, pairs, temperature=self.world.recipe.guide.cache.temperature)]
+        return [*compute_logprobs(self.session, pairs, temperature=self.session.recipe.guide.cache.temperature)]
 
-    def nearness(self, pairs: Pairs) -> list[float]:
+    def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner, who is in memory too."""
-        return mean_logps(self.world, pairs, policy=self.learner)
+        return compute_mean_logprobs(self.session, pairs, policy=self.learner)
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Answers that the learner has no room for."""
-        return self.retelling.remarks()
+        return self.retokenizer.warnings()
 
 
-def open_outside(plan: Plan, task: Task, policy: Policy) -> OpenSource:
+def open_external_model(plan: ResolvedSource, task: Task, policy: Policy) -> SourceHandle:
     """The outside model behind the configured engine; `policy` is the learner's."""
-    outside = load_outside(plan)
-    recipe = fitted(plan, outside, task)
-    world = open_world(plan.run, recipe, task=task, policy=outside)
-    author = OutsideAuthor(
-        world=world,
+    outside = load_external_model(plan)
+    recipe = fit_recipe_to_model(plan, outside, task)
+    world = open_session(plan.run, recipe, task=task, policy=outside)
+    author = ExternalModelSource(
+        session=world,
         learner=policy,
-        retelling=Retelling(world=world, learner=policy),
-        label=(plan.purpose, plan.ask.source),
+        retokenizer=Retokenizer(session=world, learner=policy),
+        label=(plan.purpose, plan.spec.kind),
     )
-    other = plan.other
-    return OpenSource(
-        plan=plan,
-        world=world,
-        author=author,
+    other = plan.other_run
+    return SourceHandle(
+        resolved=plan,
+        session=world,
+        source=author,
         digest=other.checkpoint.digest if other else outside.digest,
         tokenizer_digest=policy.tokenizer_digest,
         origin=plan.origin,
-        side_tokens=cost_at(other.run, other.branch, other.checkpoint.step).tokens if other else 0,
-        remarks=() if author.same_tokens else (OTHER_TOKENS,),
+        guide_training_tokens=cost_at(other.run, other.branch, other.checkpoint.step).tokens if other else 0,
+        warnings=() if author.uses_learner_tokenizer else (OTHER_TOKENIZER_WARNING,),
     )
 
 
-OTHER_TOKENS = (
+OTHER_TOKENIZER_WARNING = (
     "it has another tokenizer than the learner: its text is told in the learner's tokens, without log-probabilities, "
     "so a replay needs guide.inject.ratio=unit, proximal or none"
 )
 
 
-def load_outside(plan: Plan) -> Policy:
+def load_external_model(plan: ResolvedSource) -> Policy:
     """Its weights, in the device and precision of the learner's recipe."""
     settings = plan.learner.recipe.model
     try:
-        if plan.other is None:
+        if plan.other_run is None:
             return load_policy(settings.model_copy(update={"path": plan.origin}))
-        require_whole(plan.other.checkpoint)
-        return load_policy(settings, plan.other.checkpoint.path)
+        verify_checkpoint(plan.other_run.checkpoint)
+        return load_policy(settings, plan.other_run.checkpoint.path)
     except NpoError as error:
         hint = "name another folder, hub id or run with --from"
-        raise NpoError(f"--from {plan.ask.origin} cannot be asked: {error.message}", hint) from error
+        raise NpoError(f"--from {plan.spec.origin} cannot be asked: {error.message}", hint) from error
 
 
-def fitted(plan: Plan, outside: Policy, task: Task) -> Recipe:
+def fit_recipe_to_model(plan: ResolvedSource, outside: Policy, task: Task) -> Recipe:
     """The learner's recipe with room for the prompts as the outside model reads them; one that has none is refused."""
     recipe = plan.learner.recipe
-    require_reader(outside, task.train, plan.origin)
+    check_prompt_support(outside, task.train, plan.origin)
     lengths = {prompt.prompt_id: len(outside.encode(prompt)) for prompt in task.train}
     longest = max(lengths, key=lengths.__getitem__)
     wanted = lengths[longest] + recipe.sampling.max_new_tokens
     if min(lengths.values()) == 0:
         blank = min(lengths, key=lengths.__getitem__)
-        raise NpoError(f"--from {plan.ask.origin} reads no token of prompt {blank}", "name another model with --from")
+        raise NpoError(f"--from {plan.spec.origin} reads no token of prompt {blank}", "name another model with --from")
     if outside.max_tokens is not None and wanted > outside.max_tokens:
         raise NpoError(
-            f"--from {plan.ask.origin}: prompt {longest} and its answer may have {wanted} of its tokens; "
+            f"--from {plan.spec.origin}: prompt {longest} and its answer may have {wanted} of its tokens; "
             f"it was made for {outside.max_tokens}",
             "name another model with --from",
         )

@@ -3,76 +3,76 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from npo_cli.errors import NpoError, as_typed
+from npo_cli.errors import NpoError, quote_path
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt, Rollout
-from npo_cli.run_dir.lineage import descent
+from npo_cli.run_dir.lineage import ancestry
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.authors import Answers, Pairs, each_once, mean_logps, right_ones
-from npo_cli.stages.guide_plan import OpenSource, Plan, quiet_world
-from npo_cli.stages.segment import segment_prompts
-from npo_cli.stages.world import World
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.authors import PromptResponses, Pairs, dedupe_rollouts, compute_mean_logprobs, filter_correct
+from npo_cli.stages.guide_plan import SourceHandle, ResolvedSource, open_session_without_engine
+from npo_cli.stages.segment import list_replay_prompts
+from npo_cli.stages.world import Session
 from npo_cli.tasks.prompts import Task
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PastAuthor:
+class OwnHistorySource:
     """The learner as it once was, many of it at a time."""
 
-    world: World
+    session: Session
     """With the learner's weights."""
-    past: Mapping[str, Sequence[Rollout]]
+    rollouts: Mapping[str, Sequence[Rollout]]
     """By prompt id, the newest first."""
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
+    def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """What is on record; of equal answers the newest, which is nearest to the learner."""
-        return [each_once(prompt, self.past.get(prompt.prompt_id, ())) for prompt in prompts]
+        return [dedupe_rollouts(prompt, self.rollouts.get(prompt.prompt_id, ())) for prompt in prompts]
 
-    def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
+    def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """As they were recorded."""
         return [rollout.behavior_logps for _, rollout in pairs]
 
-    def nearness(self, pairs: Pairs) -> list[float]:
+    def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner, whose weights are at hand."""
-        return mean_logps(self.world, pairs)
+        return compute_mean_logprobs(self.session, pairs)
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Nothing."""
         return []
 
 
-def open_past(plan: Plan, task: Task, policy: Policy) -> OpenSource:
+def open_own_history(plan: ResolvedSource, task: Task, policy: Policy) -> SourceHandle:
     """The journals of the learner's line, read once."""
-    world = quiet_world(plan, task, policy)
+    world = open_session_without_engine(plan, task, policy)
     learner = plan.learner
-    asked = {prompt.prompt_id for prompt in segment_prompts(world, learner, plan.num_steps)}
-    past = own_answers(plan.run, learner.branch, at=learner.step, prompt_ids=asked)
-    if not any(right_ones(rollouts) for rollouts in past.values()):
+    asked = {prompt.prompt_id for prompt in list_replay_prompts(world, learner, plan.num_steps)}
+    past = read_own_rollouts(plan.run, learner.branch, at=learner.step, prompt_ids=asked)
+    if not any(filter_correct(rollouts) for rollouts in past.values()):
         last = learner.step + plan.num_steps
         raise NpoError(
             f"none of the {len(asked)} prompts of steps {learner.step + 1}-{last} was solved in steps "
             f"1-{learner.step}: there is no past to replay",
-            f"choose a later --at, or a longer --steps: npo index {as_typed(plan.run.root)} lists the steps",
+            f"choose a later --at, or a longer --steps: npo index {quote_path(plan.run.root)} lists the steps",
         )
-    return OpenSource(
-        plan=plan,
-        world=world,
-        author=PastAuthor(world=world, past=past),
+    return SourceHandle(
+        resolved=plan,
+        session=world,
+        source=OwnHistorySource(session=world, rollouts=past),
         digest="",
         tokenizer_digest=policy.tokenizer_digest,
     )
 
 
-def own_answers(run: RunDir, branch: str, *, at: int, prompt_ids: set[str]) -> dict[str, list[Rollout]]:
+def read_own_rollouts(run: RunDir, branch: str, *, at: int, prompt_ids: set[str]) -> dict[str, list[Rollout]]:
     """The line's own rollouts in steps (0, at] by prompt id, newest first, told as past ones."""
     found: dict[str, list[Rollout]] = {}
-    for stretch in reversed(descent(run, branch)):
-        journal = RolloutJournal(run.rollouts_path(stretch.branch))
-        steps = [step for step in journal.steps() if stretch.owns(step) and step <= at]
+    for stretch in reversed(ancestry(run, branch)):
+        journal = RolloutLog(run.rollouts_path(stretch.branch))
+        steps = [step for step in journal.steps() if stretch.contains(step) and step <= at]
         for step in sorted(steps, reverse=True):
             for group in journal.read_step(step) or ():
                 if group.prompt.prompt_id in prompt_ids:
-                    own = [replace(rollout, source="past") for rollout in group.rollouts if not rollout.foreign]
+                    own = [replace(rollout, source="past") for rollout in group.rollouts if not rollout.is_off_policy]
                     found.setdefault(group.prompt.prompt_id, []).extend(own)
     return found

@@ -15,17 +15,17 @@ from npo_cli.config import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.loading import load_recipe
 from npo_cli.run_dir.checkpoints import list_checkpoints
-from npo_cli.run_dir.guides import info_path, read_info
-from npo_cli.run_dir.lineage import branches
-from npo_cli.run_dir.paths import BIRTH_FILE, RunDir, open_run
+from npo_cli.run_dir.guides import cache_info_path, read_cache_info
+from npo_cli.run_dir.lineage import list_branches
+from npo_cli.run_dir.paths import RUN_INFO_FILE, RunDir, open_run
 
 Command = tuple[str, ...]
 MAIN = "main"
-NOTHING_MOVES: Mapping[str, str] = MappingProxyType({})
+NO_SUBSTITUTIONS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
+class BenchRun:
     """One run of a comparison."""
 
     recipe: str
@@ -47,14 +47,14 @@ class Cell:
         """Every setting of the run's birth."""
         return (*self.settings, f"train.seed={self.seed}")
 
-    def resolved(self) -> Recipe:
+    def resolve_recipe(self) -> Recipe:
         """The recipe that the run will have."""
         return load_recipe(self.recipe, self.overrides, method=self.method)
 
 
-def commands(cell: Cell) -> list[Command]:
+def build_commands(cell: BenchRun) -> list[Command]:
     """The method's plan for this cell, stretch by stretch where it repeats itself."""
-    recipe = cell.resolved()
+    recipe = cell.resolve_recipe()
     first, *rest = recipe.method.commands
     steps, stretch = recipe.train.num_steps, recipe.method.repeat_every
     found = [(*_filled(first, cell, recipe), *cell.overrides)]
@@ -67,7 +67,7 @@ def commands(cell: Cell) -> list[Command]:
     return found
 
 
-def _filled(line: str, cell: Cell, recipe: Recipe, *, moving: Mapping[str, str] = NOTHING_MOVES) -> Command:
+def _filled(line: str, cell: BenchRun, recipe: Recipe, *, moving: Mapping[str, str] = NO_SUBSTITUTIONS) -> Command:
     """One line of the plan with its braces filled; the words of `{teacher}` stay words."""
     at, guide = recipe.guide.replay.at_step, recipe.guide.replay.guide_step
     known = {
@@ -101,7 +101,7 @@ def _worded(word: str, known: Mapping[str, object], *, method: str) -> str:
     return word
 
 
-def _teacher(cell: Cell) -> str:
+def _teacher(cell: BenchRun) -> str:
     if not cell.teacher:
         raise NpoError(
             f"method {cell.method} needs a teacher: options of npo sample-guide that name it",
@@ -110,19 +110,19 @@ def _teacher(cell: Cell) -> str:
     return cell.teacher.replace("{seed}", str(cell.seed))
 
 
-def left_of(command: Command, cell: Cell) -> Command | None:
+def find_remaining_command(command: Command, cell: BenchRun) -> Command | None:
     """The command as it has to be run now; None where it is done."""
     options = _options(command)
-    steps = int(options.get("--until", cell.resolved().train.num_steps))
+    steps = int(options.get("--until", cell.resolve_recipe().train.num_steps))
     if command[0] == "sample-guide":
-        path = info_path(open_run(cell.run).guide_folder(options["--name"]))
-        return None if path.exists() and read_info(path.parent).complete else command
+        path = cache_info_path(open_run(cell.run).guide_folder(options["--name"]))
+        return None if path.exists() and read_cache_info(path.parent).complete else command
     if command[0] == "train" and not _begun(cell.run, until=steps):
         return command
     if "--autonpo" in command:
         return ("resume", str(cell.run), "--autonpo")
     run, branch = open_run(cell.run), options.get("--branch", MAIN)
-    if command[0] == "resume" and branch not in branches(run):
+    if command[0] == "resume" and branch not in list_branches(run):
         return command
     if _newest(run, branch) >= steps:
         return None
@@ -140,7 +140,7 @@ def _pairs(command: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _begun(root: Path, *, until: int) -> bool:
     """Whether there is something to go on from; what a kill left before that is removed."""
-    if (root / BIRTH_FILE).exists() and (until > 0 or _newest(open_run(root), MAIN) >= 0):
+    if (root / RUN_INFO_FILE).exists() and (until > 0 or _newest(open_run(root), MAIN) >= 0):
         return True
     shutil.rmtree(root, ignore_errors=True)
     return False

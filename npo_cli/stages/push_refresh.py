@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from itertools import product
 
 from npo_cli.extrapolate_settings import ExtrapolationSettings
-from npo_cli.guide.evidence import Arm, PromptOutcome
+from npo_cli.guide.evidence import CandidateResults, PromptPassCount
 from npo_cli.guide.push_choice import PushTrial, best_of, choice_of, lower_net, row_of
-from npo_cli.guide.signal import rank_arms
-from npo_cli.guide_records import Push, PushChoice
+from npo_cli.guide.signal import rank_candidates
+from npo_cli.guide_records import ExtrapolationSpec, ExtrapolationState
 from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import Group, Prompt
 from npo_cli.run_dir.steps import append_event
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.authors import forward_logps
-from npo_cli.stages.extrapolation import Extrapolator, push_in_force
-from npo_cli.stages.ratios import JudgedSample, learner_ratios
+from npo_cli.stages.authors import compute_logprobs
+from npo_cli.stages.extrapolation import Extrapolator, select_extrapolation
+from npo_cli.stages.ratios import CandidateSample, compute_learner_ratios
 from npo_cli.stages.score_checkpoints import signal_knobs
-from npo_cli.stages.world import World, answer
+from npo_cli.stages.world import Session, sample_groups
 
 ITSELF = 0
 """Number of the learner's own arm; the pushes count from 1."""
@@ -33,7 +33,7 @@ ITSELF = 0
 class Refresh:
     """What a choice came to, and what it took."""
 
-    choice: PushChoice
+    choice: ExtrapolationState
     best: PushTrial | None
     tokens: int
     forwards: int
@@ -42,9 +42,9 @@ class Refresh:
     def metrics(self) -> dict[str, float]:
         """For the line of the step that follows."""
         told = {
-            "extrapolate/asking": float(self.choice.asking),
-            "extrapolate/k": float(self.choice.push.k),
-            "extrapolate/a": self.choice.push.a,
+            "extrapolate/asking": float(self.choice.is_active),
+            "extrapolate/k": float(self.choice.spec.k),
+            "extrapolate/a": self.choice.spec.a,
             "extrapolate/choice_tokens": float(self.tokens),
         }
         if self.best is not None:
@@ -66,71 +66,71 @@ def with_choice(metrics: Mapping[str, float], refresh: Refresh) -> dict[str, flo
 
 def refreshed(extrapolator: Extrapolator, state: TrainerState, *, seed_name: str) -> Refresh | None:
     """A new choice where one is due after `state` and something was failed; None where the old one stands."""
-    world, settings = extrapolator.world, extrapolator.world.recipe.extrapolation
+    world, settings = extrapolator.session, extrapolator.session.recipe.extrapolation
     due = settings.refresh and state.step % settings.refresh == 0 and state.step >= min(settings.k_grid)
     prompts = newest_mistakes(world, state) if due else []
     if not prompts:
         return None
     label = ("refresh", seed_name, state.step)
-    own = answer(world, prompts, label=label, slots=range(settings.samples_per_group), sampler_step=state.step)
-    itself, tokens = arm_of(world, own, forward_logps(world, _pairs(own)), number=ITSELF), _tokens(own)
+    own = sample_groups(world, prompts, seed_label=label, slots=range(settings.samples_per_group), sampler_step=state.step)
+    itself, tokens = arm_of(world, own, compute_logprobs(world, _pairs(own)), number=ITSELF), _tokens(own)
     forwards, arms = tokens, {}
     for push in pushes_in_reach(settings, step=state.step):
-        ahead = extrapolator.ahead(push, step=state.step)
+        ahead = extrapolator.open_sampler(push, step=state.step)
         assert ahead is not None, "a copy lies so far back"
-        groups = ahead.answer(prompts, label=(*label, push.name), slots=range(settings.samples_per_group))
-        arms[push] = arm_of(world, groups, ahead.logps(_pairs(groups)), number=len(arms) + 1)
+        groups = ahead.sample_groups(prompts, label=(*label, push.name), slots=range(settings.samples_per_group))
+        arms[push] = arm_of(world, groups, ahead.logprobs(_pairs(groups)), number=len(arms) + 1)
         tokens += _tokens(groups)
         forwards += ahead.forwards_per_token * _tokens(groups)
     trials = trials_of(world, itself, arms, step=state.step)
     best = best_of(trials, max_kl=settings.max_kl)
-    choice = choice_of(best, standing=push_in_force(world.recipe, state.choice))
+    choice = choice_of(best, standing=select_extrapolation(world.recipe, state.extrapolation_choice))
     details = {"branch": extrapolator.branch, "step": state.step, "num_prompts": len(prompts), "tokens": tokens}
-    decided = {"push": choice.push.name, "asking": choice.asking, "trials": [row_of(trial) for trial in trials]}
+    decided = {"push": choice.spec.name, "asking": choice.is_active, "trials": [row_of(trial) for trial in trials]}
     append_event(world.run, "extrapolated", details | decided)
     return Refresh(choice=choice, best=best, tokens=tokens, forwards=forwards)
 
 
-def pushes_in_reach(settings: ExtrapolationSettings, *, step: int) -> list[Push]:
+def pushes_in_reach(settings: ExtrapolationSettings, *, step: int) -> list[ExtrapolationSpec]:
     """The grid, as far as there was time to move."""
-    return [Push(space=settings.space, k=k, a=a) for k, a in product(settings.k_grid, settings.a_grid) if k <= step]
+    return [ExtrapolationSpec(space=settings.space, k=k, a=a) for k, a in product(settings.k_grid, settings.a_grid) if k <= step]
 
 
-def newest_mistakes(world: World, state: TrainerState) -> list[Prompt]:
+def newest_mistakes(world: Session, state: TrainerState) -> list[Prompt]:
     """Distinct prompts of the pool of mistakes that the gate would let in, the newest first."""
     known = {prompt.prompt_id: prompt for prompt in world.task.train}
     gate = world.recipe.guide.inject.max_accuracy
-    failed = dict.fromkeys(each.prompt_id for each in reversed(state.mistakes) if each.accuracy <= gate)
+    failed = dict.fromkeys(each.prompt_id for each in reversed(state.failed_prompts) if each.accuracy <= gate)
     return [known[name] for name in failed if name in known][: world.recipe.extrapolation.prompts]
 
 
-def arm_of(world: World, groups: Sequence[Group], logps: Sequence[tuple[float, ...]], *, number: int) -> Arm:
+def arm_of(world: Session, groups: Sequence[Group], logps: Sequence[tuple[float, ...]], *, number: int) -> CandidateResults:
     """Outcomes prompt by prompt, and the ratios of the learner to who wrote; the learner's weights are at hand."""
     pairs = _pairs(groups)
     samples = [
-        (prompt, JudgedSample.of_rollout(number, rollout, logps_T))
+        (prompt, CandidateSample.from_rollout(number, rollout, logps_T))
         for (prompt, rollout), logps_T in zip(pairs, logps, strict=True)
     ]
     outcomes = [
-        PromptOutcome(
+        PromptPassCount(
             prompt_id=group.prompt.prompt_id,
             num_samples=len(group.rollouts),
             num_correct=sum(one.verdict == "correct" and one.finished for one in group.rollouts),
         )
         for group in groups
     ]
-    ratios = learner_ratios(world, samples, cap=world.recipe.scoring.weight_cap)
-    return Arm(step=number, distance=number, outcomes=outcomes, ratios=ratios)
+    ratios = compute_learner_ratios(world, samples, cap=world.recipe.scoring.weight_cap)
+    return CandidateResults(step=number, distance=number, pass_counts=outcomes, ratios=ratios)
 
 
-def trials_of(world: World, itself: Arm, arms: Mapping[Push, Arm], *, step: int) -> list[PushTrial]:
+def trials_of(world: Session, itself: CandidateResults, arms: Mapping[ExtrapolationSpec, CandidateResults], *, step: int) -> list[PushTrial]:
     """S and KL of each push as every scoring measures them, and its Q_net."""
     recipe, settings = world.recipe, world.recipe.extrapolation
     seed = derive_seed(recipe.train.seed, "refresh", step)
     knobs = signal_knobs(recipe, recipe.scoring, k=settings.samples_per_group, seed=seed)
     trials = []
-    for (push, arm), found in zip(arms.items(), rank_arms(itself, list(arms.values()), knobs), strict=True):
-        net, low = lower_net(arm.outcomes, itself.outcomes, k=knobs.quality_k, confidence=settings.confidence)
+    for (push, arm), found in zip(arms.items(), rank_candidates(itself, list(arms.values()), knobs), strict=True):
+        net, low = lower_net(arm.pass_counts, itself.pass_counts, k=knobs.quality_k, confidence=settings.confidence)
         trials.append(
             PushTrial(
                 push=push,

@@ -4,13 +4,13 @@ from itertools import product
 from typing import get_args, get_type_hints
 
 from npo_cli.errors import NpoError
-from npo_cli.guide_records import Push
+from npo_cli.guide_records import ExtrapolationSpec
 
 EXAMPLE = "logits:20:1"
-SPACES = get_args(get_type_hints(Push)["space"])
+SPACES = get_args(get_type_hints(ExtrapolationSpec)["space"])
 
 
-def pushes_of(text: str) -> list[Push]:
+def parse_extrapolation_grid(text: str) -> list[ExtrapolationSpec]:
     """`logits:20,40:1,2` is four: every k with every a, in the order given."""
     parts = text.split(":")
     if len(parts) != 3 or parts[0] not in SPACES:
@@ -23,12 +23,12 @@ def pushes_of(text: str) -> list[Push]:
     for k, a in grid:
         if k < 1 or not 0 < a < float("inf"):
             raise NpoError(f"{text!r}: k must be at least 1 and a above 0", f"such as {EXAMPLE}")
-    return list(dict.fromkeys(Push(space=space, k=k, a=a) for k, a in grid))
+    return list(dict.fromkeys(ExtrapolationSpec(space=space, k=k, a=a) for k, a in grid))
 
 
-def push_of(text: str) -> Push:
+def parse_extrapolation(text: str) -> ExtrapolationSpec:
     """Exactly one."""
-    found = pushes_of(text)
+    found = parse_extrapolation_grid(text)
     if len(found) > 1:
         raise NpoError(f"{text!r} is a grid of {len(found)}: a guide is one of them", f"such as {found[0].name}")
     return found[0]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_cli.errors import NpoError, as_typed
-from npo_cli.guide.trigger import Signal
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guide.trigger import TriggerInput
 
 Row = Mapping[str, Any]
 
-KNOWN: Mapping[str, tuple[str, ...]] = {
+KNOWN_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "step": ("step", "global_step", "training/global_step", "_step", "trainer/global_step"),
     "reward": (
         *("reward", "critic/score/mean", "critic/rewards/mean", "rewards/mean", "train/reward"),
@@ -24,14 +24,14 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "entropy": ("entropy", "actor/entropy", "actor/entropy_loss", "train/entropy", "entropy/mean"),
 }
 """Column names in the order in which they are tried: npo and TRL, verl (its score before any KL penalty), prime-rl."""
-TELLING = ("step", "reward", "score", "acc", "entropy")
-NUM_NAMED = 16
-LARGEST = 1e100
+RELEVANT_NAMES = ("step", "reward", "score", "acc", "entropy")
+MAX_LISTED_COLUMNS = 16
+MAX_VALUE = 1e100
 """Beyond it squares are no numbers any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Columns:
+class LogColumns:
     """Names given on the command line; None looks for a known one."""
 
     step: str | None = None
@@ -39,7 +39,7 @@ class Columns:
     entropy: str | None = None
 
 
-def signals_of(rows: Sequence[Row], names: Mapping[str, str], *, source: Path) -> list[Signal]:
+def extract_signals(rows: Sequence[Row], names: Mapping[str, str], *, source: Path) -> list[TriggerInput]:
     """One signal a step, by step, from the columns so named. Of a step recorded twice the later line wins.
 
     It wins column by column: some trainers write the reward and the entropy of a step apart.
@@ -53,43 +53,43 @@ def signals_of(rows: Sequence[Row], names: Mapping[str, str], *, source: Path) -
     if not found:
         raise NpoError(
             f"{source} has no line with a whole {names['step']!r} and a {names['reward']!r} or {names['entropy']!r}",
-            f"npo autonpo {as_typed(source)} --explain --step COLUMN",
+            f"npo autonpo {quote_path(source)} --explain --step COLUMN",
         )
     return [
-        Signal(step=step, reward=seen.get("reward"), entropy=seen.get("entropy"))
+        TriggerInput(step=step, reward=seen.get("reward"), entropy=seen.get("entropy"))
         for step, seen in sorted(found.items())
     ]
 
 
-def chosen_columns(rows: Sequence[Row], columns: Columns, *, source: Path) -> dict[str, str]:
+def resolve_columns(rows: Sequence[Row], columns: LogColumns, *, source: Path) -> dict[str, str]:
     """The column of each of the three; refused where one holds no number anywhere, with those that do."""
     numeric = _numeric(rows)
-    for signal in KNOWN:
+    for signal in KNOWN_COLUMNS:
         given = getattr(columns, signal)
         if given is not None and given not in numeric:
             raise NpoError(f"{source} has no number in a column {given!r}; {_listed(numeric)}", f"--{signal} COLUMN")
-    found = known_columns(rows, columns)
-    missing = [signal for signal in KNOWN if signal not in found]
+    found = find_columns(rows, columns)
+    missing = [signal for signal in KNOWN_COLUMNS if signal not in found]
     if missing:
         flags = " ".join(f"--{signal} COLUMN" for signal in missing)
         raise NpoError(
             f"{source} has no {' and no '.join(missing)} by any name known here; {_listed(numeric)}",
-            f"npo autonpo {as_typed(source)} --explain {flags}",
+            f"npo autonpo {quote_path(source)} --explain {flags}",
         )
     return found
 
 
-def known_columns(rows: Sequence[Row], columns: Columns) -> dict[str, str]:
+def find_columns(rows: Sequence[Row], columns: LogColumns) -> dict[str, str]:
     """The column of each of the three that is there: the one that was named, else the first known one."""
     numeric = _numeric(rows)
     names = {
         signal: getattr(columns, signal) or next((name for name in known if name in numeric), None)
-        for signal, known in KNOWN.items()
+        for signal, known in KNOWN_COLUMNS.items()
     }
     return {signal: name for signal, name in names.items() if name is not None}
 
 
-def measured_by_step(rows: Sequence[Row], names: Mapping[str, str]) -> dict[int, dict[str, float]]:
+def collect_metrics_by_step(rows: Sequence[Row], names: Mapping[str, str]) -> dict[int, dict[str, float]]:
     """Every number of each step under its own name, reward and entropy under ours; the later line wins by column."""
     found: dict[int, dict[str, float]] = {}
     for row in rows:
@@ -108,14 +108,14 @@ def _numeric(rows: Sequence[Row]) -> list[str]:
 
 def _listed(numeric: Iterable[str]) -> str:
     """The columns with numbers, those first that could be meant."""
-    ordered = sorted(numeric, key=lambda name: not any(part in name.lower() for part in TELLING))
-    rest = f" and {len(ordered) - NUM_NAMED} more" if len(ordered) > NUM_NAMED else ""
-    return f"its numbers are: {', '.join(ordered[:NUM_NAMED]) or 'none'}{rest}"
+    ordered = sorted(numeric, key=lambda name: not any(part in name.lower() for part in RELEVANT_NAMES))
+    rest = f" and {len(ordered) - MAX_LISTED_COLUMNS} more" if len(ordered) > MAX_LISTED_COLUMNS else ""
+    return f"its numbers are: {', '.join(ordered[:MAX_LISTED_COLUMNS]) or 'none'}{rest}"
 
 
 def _number(value: object) -> float | None:
     """A finite number; everything else is a missing value."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_VALUE:
         return None
     return float(value)
 

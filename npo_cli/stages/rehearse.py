@@ -4,64 +4,64 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from npo_cli.auto_records import Stretch, Transition
-from npo_cli.costs import Account
-from npo_cli.errors import NpoError, as_typed
+from npo_cli.auto_records import NonTriggerSpan, Transition
+from npo_cli.costs import RunCosts
+from npo_cli.errors import NpoError, quote_path
 from npo_cli.records import Notice
-from npo_cli.report.auto_figure import autonpo_figure
-from npo_cli.run_dir.auto import transitions
-from npo_cli.run_dir.checkpoints import history
-from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.report.auto_figure import plot_autonpo
+from npo_cli.run_dir.auto import read_transitions
+from npo_cli.run_dir.checkpoints import list_ancestry_checkpoints
+from npo_cli.run_dir.lineage import find_newest_branch
 from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.accounting import account
-from npo_cli.stages.recorded import Columns
-from npo_cli.stages.rehearsal import Record, Rehearsal, of_file, of_run, rehearsed, stretches
+from npo_cli.stages.accounting import compute_run_costs
+from npo_cli.stages.recorded import LogColumns
+from npo_cli.stages.rehearsal import RecordedRun, DryRun, load_file_record, load_run_record, simulate_autonpo, merge_reasons
 
 
-def rehearse(
+def explain_autonpo(
     source: Path,
     *,
-    columns: Columns,
+    columns: LogColumns,
     overrides: Sequence[str],
     branch: str | None,
-    picture: Path | None,
+    figure_path: Path | None,
     draw: bool,
-) -> Iterator[Transition | Stretch | Notice]:
+) -> Iterator[Transition | NonTriggerSpan | Notice]:
     """Every move, then why the other steps made none, then a picture (unless not to `draw`) and a conclusion."""
     record = (
-        of_run(source, columns=columns, overrides=overrides, branch=branch)
+        load_run_record(source, columns=columns, overrides=overrides, branch=branch)
         if source.is_dir()
-        else of_file(source, columns=columns, overrides=overrides)
+        else load_file_record(source, columns=columns, overrides=overrides)
     )
-    yield from (Notice(message=remark) for remark in record.remarks)
-    found = rehearsed(record)
-    yield from found.moves
-    yield from stretches(found.reasons)
+    yield from (Notice(message=remark) for remark in record.assumptions)
+    found = simulate_autonpo(record)
+    yield from found.transitions
+    yield from merge_reasons(found.reasons)
     if draw:
-        yield drawn(record, found, picture=picture)
-    yield from conclusions(record, found)
+        yield plot_dry_run(record, found, figure_path=figure_path)
+    yield from summarize_dry_run(record, found)
 
 
 # What it comes to
 
 
-def drawn(record: Record, found: Rehearsal, *, picture: Path | None) -> Notice:
+def plot_dry_run(record: RecordedRun, found: DryRun, *, figure_path: Path | None) -> Notice:
     """The picture, beside what was rehearsed unless told otherwise; what a run really did has a band of its own."""
     inside, beside = record.source / "autonpo.png", record.source.with_name(f"{record.source.name}.autonpo.png")
-    path = picture or (inside if record.run else beside)
-    if picture is None and not os.access(path.parent, os.W_OK):
+    path = figure_path or (inside if record.run else beside)
+    if figure_path is None and not os.access(path.parent, os.W_OK):
         return Notice(message=f"no picture: {path.parent} may not be written in; --out FILE names another place")
-    real = transitions(record.run) if record.run else []
-    courses = [("rehearsed", found.moves), *([("happened", real)] if real else [])]
+    real = read_transitions(record.run) if record.run else []
+    courses = [("rehearsed", found.transitions), *([("happened", real)] if real else [])]
     title = f"AutoNPO rehearsed on {record.source.resolve().name}"
-    autonpo_figure(found.readings, courses, path, title=title)
+    plot_autonpo(found.readings, courses, path, title=title)
     return Notice(message=f"the picture is in {path}")
 
 
-def conclusions(record: Record, found: Rehearsal) -> Iterator[Notice]:
+def summarize_dry_run(record: RecordedRun, found: DryRun) -> Iterator[Notice]:
     """How often it would have fired and where, and for a run the commands that do the same by hand."""
-    fired = [move.step for move in found.moves if move.event == "trigger"]
-    capped = [move.step for move in found.moves if move.event == "capped"]
+    fired = [move.step for move in found.transitions if move.event == "trigger"]
+    capped = [move.step for move in found.transitions if move.event == "capped"]
     within = f"in {len(found.readings)} recorded steps"
     if fired:
         times = "once" if len(fired) == 1 else f"{len(fired)} times"
@@ -74,27 +74,27 @@ def conclusions(record: Record, found: Rehearsal) -> Iterator[Notice]:
         cap = f"autonpo.max_interventions = {record.recipe.autonpo.max_interventions}"
         yield Notice(message=f"{cap} would have kept it from firing again from step {capped[0]} on")
     for step in fired:
-        yield from by_hand(record, step)
+        yield from suggest_commands(record, step)
 
 
 def _listed(steps: Sequence[int]) -> str:
     return " and ".join(filter(None, (", ".join(map(str, steps[:-1])), str(steps[-1]))))
 
 
-def by_hand(record: Record, step: int) -> Iterator[Notice]:
+def suggest_commands(record: RecordedRun, step: int) -> Iterator[Notice]:
     """From the plateau's start, W before the trigger, guided from autonpo.replay.suggested_steps later, if both "
     "exist."""
     if record.run is None:
         return
-    saved = [checkpoint.step for checkpoint in history(record.run, record.branch)]
+    saved = [checkpoint.step for checkpoint in list_ancestry_checkpoints(record.run, record.branch)]
     at = max((each for each in saved if each <= step - record.recipe.autonpo.trigger.window), default=None)
-    if at is None or at + record.recipe.autonpo.replay.suggested_steps > record.signals[-1].step:
+    if at is None or at + record.recipe.autonpo.replay.suggested_steps > record.trigger_inputs[-1].step:
         return
     guide = max(each for each in saved if each <= at + record.recipe.autonpo.replay.suggested_steps)
     if guide == at:
         return
-    root = as_typed(record.source)
-    branch = "" if record.branch == newest_branch(record.run) else f" --branch {record.branch}"
+    root = quote_path(record.source)
+    branch = "" if record.branch == find_newest_branch(record.run) else f" --branch {record.branch}"
     name = f"{record.branch}-{at}-by-{guide}"
     ask = f"npo sample-guide {root} --at {at} --guide {guide}{branch}"
     replay = f"npo resume {root} --at {at} --guide {name}"
@@ -104,11 +104,11 @@ def by_hand(record: Record, step: int) -> Iterator[Notice]:
 # What really happened
 
 
-def happened(root: Path, *, branch: str | None) -> Iterator[Transition | Account]:
+def report_history(root: Path, *, branch: str | None) -> Iterator[Transition | RunCosts]:
     """Every move of the run, and all that it cost seen from one branch."""
     run = open_run(root)
-    moves = transitions(run)
+    moves = read_transitions(run)
     if not moves:
-        raise NpoError(f"AutoNPO never watched {root}", f"npo resume {as_typed(root)} --autonpo")
+        raise NpoError(f"AutoNPO never watched {root}", f"npo resume {quote_path(root)} --autonpo")
     yield from moves
-    yield account(run, branch or newest_branch(run))
+    yield compute_run_costs(run, branch or find_newest_branch(run))

@@ -13,33 +13,33 @@ from pathlib import Path
 from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
-from npo_cli.errors import NpoError, as_typed
-from npo_cli.guide_records import GuideInfo, GuideTrajectory
-from npo_cli.loading import in_force, recipe_dict
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guide_records import GuideCacheInfo, GuideRollout
+from npo_cli.loading import override_saved_recipe, recipe_to_dict
 from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import EvalReport, Notice, Segment, StepReport
-from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, history, newest_anchor, refuse_damaged_after
-from npo_cli.run_dir.files import damaged
-from npo_cli.run_dir.guides import asking, load_guide, trajectories_path
-from npo_cli.run_dir.lineage import append_segment, birth_segment, new_branch_name, newest_branch, segments
-from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints, find_resume_checkpoint, check_newer_checkpoints
+from npo_cli.run_dir.files import damaged_file_error
+from npo_cli.run_dir.guides import format_guide_source_options, load_guide, guide_rollouts_path
+from npo_cli.run_dir.lineage import append_segment, find_first_segment, find_free_branch_name, find_newest_branch, read_segments
+from npo_cli.run_dir.lock import lock_run
 from npo_cli.run_dir.paths import RunDir, open_run
 from npo_cli.run_dir.steps import append_event
-from npo_cli.stages.ahead import motion_at
-from npo_cli.stages.batches import Guidance
-from npo_cli.stages.experience import refuse_second_source
-from npo_cli.stages.extrapolation import push_in_force
+from npo_cli.stages.ahead import find_extrapolation
+from npo_cli.stages.batches import ActiveGuide
+from npo_cli.stages.experience import check_single_guide_source
+from npo_cli.stages.extrapolation import select_extrapolation
 from npo_cli.stages.loop import grpo_steps
-from npo_cli.stages.rollback import taken_back
-from npo_cli.stages.saving import fresh_state, restore_state
+from npo_cli.stages.rollback import apply_rollback_settings
+from npo_cli.stages.saving import init_state_from_weights, restore_state
 from npo_cli.stages.signals import stop_between_steps
-from npo_cli.stages.together import new_optimizer
-from npo_cli.stages.train import batch_arithmetic, begin, engine_notices, open_trainer, with_whole_paths
-from npo_cli.stages.world import World, open_policy, open_task, open_world
+from npo_cli.stages.together import create_optimizer
+from npo_cli.stages.train import describe_batch_sizes, init_state, engine_warnings, open_trainer, make_paths_absolute
+from npo_cli.stages.world import Session, open_policy, open_task, open_session
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class ResumePoint:
     """Where training goes on."""
 
     recipe: Recipe
@@ -49,7 +49,7 @@ class Start:
     segment: Segment
     is_new: bool
     """The branch does not exist yet."""
-    is_fresh: bool = False
+    has_fresh_optimizer: bool = False
     """Weights alone are taken from the checkpoint; the optimiser begins anew."""
 
 
@@ -68,71 +68,71 @@ def resume_run(
 ) -> Iterator[StepReport | EvalReport | Notice]:
     """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps, up to `until`."""
     run = open_run(root)
-    with writing(run), stop_between_steps() as stop:
+    with lock_run(run), stop_between_steps() as stop:
         replay = {"--guide": guide, "--branch": new_branch, "--steps": steps}
-        again = typed_command(root, **{"--from": source_branch, "--at": at}, **replay)
+        again = format_command(root, **{"--from": source_branch, "--at": at}, **replay)
         if at is None:
-            refuse_replay_options(again, **replay)
-            start = continuation(run, source_branch, overrides)
+            check_replay_options(again, **replay)
+            start = find_resume_point(run, source_branch, overrides)
         else:
-            start = fork(run, source_branch, at, overrides=overrides, guide=guide, wish=new_branch, steps=steps)
+            start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
             start = replace(start, is_fresh=fresh)
-        need_room_to_train(run, start, again=again, until=until)
+        check_steps_left(run, start, command=again, until=until)
         task = open_task(start.recipe, allow_code=allow_code)
         try:
             policy = open_policy(start.recipe, task, start.checkpoint)
-            with closing(open_world(run, start.recipe, task=task, policy=policy)) as world:
-                guidance = open_guidance(world, start.segment)
-                optimizer = new_optimizer(world.policy, start.recipe.train)
-                state = yield from first_state(world, optimizer, start)
+            with closing(open_session(run, start.recipe, task=task, policy=policy)) as world:
+                guidance = load_active_guide(world, start.segment)
+                optimizer = create_optimizer(world.policy, start.recipe.train)
+                state = yield from load_first_state(world, optimizer, start)
                 record_start(run, start, overrides)
-                yield Notice(message=greeting(start, state, guidance), level="warning" if fresh else "info")
-                yield Notice(message=batch_arithmetic(start.recipe, num_prompts=len(task.train)))
-                yield from engine_notices(world)
-                trainer = open_trainer(world, optimizer, branch=start.branch, guidance=guidance)
+                yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
+                yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(task.train)))
+                yield from engine_warnings(world)
+                trainer = open_trainer(world, optimizer, branch=start.branch, active_guide=guidance)
                 yield from grpo_steps(trainer, state, stop, until=until)
         finally:
             task.close()
 
 
-def typed_command(root: Path, **options: str | int | None) -> str:
+def format_command(root: Path, **options: str | int | None) -> str:
     """The command as it was typed, to begin a hint with."""
     given = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
-    return " ".join(["npo resume", as_typed(root), *given])
+    return " ".join(["npo resume", quote_path(root), *given])
 
 
-def refuse_replay_options(again: str, **options: str | int | None) -> None:
+def check_replay_options(again: str, **options: str | int | None) -> None:
     """`--guide`, `--branch` and `--steps` describe a replay, which needs a step to start from."""
     for name, value in options.items():
         if value is not None:
             raise NpoError(f"{name} describes a replay, which needs --at STEP", f"{again} --at STEP")
 
 
-def need_room_to_train(run: RunDir, start: Start, *, again: str, until: int | None = None) -> None:
+def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: int | None = None) -> None:
     """A run that has done all its steps says how to give it more."""
     train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
     if until is not None and done >= until:
         raise NpoError(
-            f"step {done} is done already: --until {until} leaves nothing to do", f"{again} --until {done + 1}"
+            f"step {done} is done already: --until {until} leaves nothing to do", f"{command} --until {done + 1}"
         )
     if done < train.num_steps:
         return
     more = f"train.num_steps={2 * done}"
     if train.schedule != "constant":
-        again = f"npo train {as_typed(run.recipe_path(start.segment.parent or start.branch))} --run NEW"
-    raise NpoError(f"the run has done {done} of {train.num_steps} steps: nothing is left to do", f"{again} {more}")
+        command = f"npo train {quote_path(run.recipe_path(start.segment.parent or start.branch))} --run NEW"
+    raise NpoError(f"the run has done {done} of {train.num_steps} steps: nothing is left to do", f"{command} {more}")
 
 
-def continuation(run: RunDir, branch: str | None, overrides: Sequence[str]) -> Start:
+def find_resume_point(run: RunDir, branch: str | None, overrides: Sequence[str]) -> ResumePoint:
     """The newest anchor of a branch; `overrides` may change only what falsifies nothing."""
-    branch = branch or newest_branch(run)
-    recipe = in_force(run.recipe(branch), overrides, path=run.recipe_path(branch), fork=False)
-    known = history(run, branch)
+    branch = branch or find_newest_branch(run)
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=False)
+    known = list_ancestry_checkpoints(run, branch)
     if not known:
-        refuse_damaged_after(run, branch, -1)
-    checkpoint = newest_anchor(run, branch) if known else None
-    segment = [entry for entry in segments(run) if entry.branch == branch][-1]
-    return Start(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=False)
+        check_newer_checkpoints(run, branch, -1)
+    checkpoint = find_resume_checkpoint(run, branch) if known else None
+    segment = [entry for entry in read_segments(run) if entry.branch == branch][-1]
+    return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=False)
 
 
 def fork(
@@ -142,48 +142,48 @@ def fork(
     *,
     overrides: Sequence[str],
     guide: str | None,
-    wish: str | None,
+    new_branch: str | None,
     steps: int | None,
-) -> Start:
+) -> ResumePoint:
     """A new branch at `at`; the guide works for the segment it was sampled for unless `steps` says otherwise."""
     info = None if guide is None else load_guide(run, guide)[0]
     if info is None and steps is not None:
         raise NpoError("--steps says how long a guide is mixed in, and no --guide is given", "add --guide NAME")
-    parent = parent or (info.branch if info else newest_branch(run))
+    parent = parent or (info.branch if info else find_newest_branch(run))
     checkpoint = find_checkpoint(run, parent, at)
-    recipe = in_force(run.recipe(parent), overrides, path=run.recipe_path(parent), fork=True)
+    recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), fork=True)
     if info:
         check_guide(run, info, parent=parent, at=at)
     if recipe.guide.source == "extrapolated":
         # Whether the older copy is still there is told before a branch is made.
-        motion_at(run, parent, push_in_force(recipe, None), step=at, every=recipe.train.save_every)
+        find_extrapolation(run, parent, select_extrapolation(recipe, None), step=at, every=recipe.train.save_every)
     until = at + (steps or info.num_steps) if info else None
-    branch = new_branch_name(run, guide or f"{parent}-from-{at}" if wish is None else wish, exact=wish is not None)
-    segment = Segment(branch=branch, parent=parent, fork_step=at, guide=guide, guide_until=until)
-    return Start(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
+    branch = find_free_branch_name(run, guide or f"{parent}-from-{at}" if new_branch is None else new_branch, exact=new_branch is not None)
+    segment = Segment(branch=branch, parent=parent, fork_step=at, guide_cache=guide, guide_until=until)
+    return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
 
 
-def check_guide(run: RunDir, info: GuideInfo, *, parent: str, at: int) -> None:
+def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:
     """A guide serves the learner, and so the prompts, that it was sampled for."""
-    again = f"npo sample-guide {as_typed(run.root)} --branch {parent} {asking(info)} --at {at} --name NEW"
-    if (info.branch, info.at_step) != (parent, at):
+    again = f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_guide_source_options(info)} --at {at} --name NEW"
+    if (info.branch, info.learner_step) != (parent, at):
         raise NpoError(
-            f"guide {info.name} was sampled for step {info.at_step} of {info.branch}, not step {at} of {parent}", again
+            f"guide {info.name} was sampled for step {info.learner_step} of {info.branch}, not step {at} of {parent}", again
         )
 
 
-def open_guidance(world: World, segment: Segment) -> Guidance | None:
+def load_active_guide(world: Session, segment: Segment) -> ActiveGuide | None:
     """The segment's guide cache, checked against the tokenizer and the prompts at hand."""
-    if segment.guide is None or segment.guide_until is None:
+    if segment.guide_cache is None or segment.guide_until is None:
         return None
-    refuse_second_source(world, other=f"guide {segment.guide}")
-    info, trajectories = load_guide(world.run, segment.guide)
+    check_single_guide_source(world, other=f"guide {segment.guide_cache}")
+    info, trajectories = load_guide(world.run, segment.guide_cache)
     if info.tokenizer_digest != world.policy.tokenizer_digest:
         raise NpoError(
             f"guide {info.name} was written with another tokenizer; its token ids mean nothing here",
-            f"npo sample-guide {as_typed(world.run.root)} {asking(info)} --at {info.at_step} --name NEW",
+            f"npo sample-guide {quote_path(world.run.root)} {format_guide_source_options(info)} --at {info.learner_step} --name NEW",
         )
-    refuse_unknown_logps(world, info)
+    check_guide_logprobs(world, info)
     known = {prompt.prompt_id for prompt in world.task.train}
     strangers = sorted(trajectories.keys() - known)
     if strangers:
@@ -192,25 +192,25 @@ def open_guidance(world: World, segment: Segment) -> Guidance | None:
         )
     every = [kept for several in trajectories.values() for kept in several]
     for kept in every:
-        refuse_other_pixels(world, info, kept)
+        check_guide_images(world, info, kept)
     top = max((max(kept.response_ids) for kept in every), default=0)
     if top >= world.policy.model.get_input_embeddings().num_embeddings:
-        raise damaged(trajectories_path(world.run.guide_folder(info.name)), f"no token has the number {top}")
-    return Guidance(trajectories=trajectories, until_step=segment.guide_until)
+        raise damaged_file_error(guide_rollouts_path(world.run.guide_folder(info.name)), f"no token has the number {top}")
+    return ActiveGuide(trajectories=trajectories, until_step=segment.guide_until)
 
 
-def refuse_other_pixels(world: World, info: GuideInfo, kept: GuideTrajectory) -> None:
+def check_guide_images(world: Session, info: GuideCacheInfo, kept: GuideRollout) -> None:
     """An answer to other pictures is no answer to this prompt, whatever its text."""
     shown = [image.sha256 for image in world.task.prompt(kept.prompt_id).images]
     if shown != [image.sha256 for image in kept.images]:
         raise NpoError(
             f"guide {info.name} was shown other pictures for prompt {kept.prompt_id} than this task has",
-            f"bring the old ones back, or: npo sample-guide {as_typed(world.run.root)} {asking(info)} "
-            f"--at {info.at_step} --name NEW",
+            f"bring the old ones back, or: npo sample-guide {quote_path(world.run.root)} {format_guide_source_options(info)} "
+            f"--at {info.learner_step} --name NEW",
         )
 
 
-def refuse_unknown_logps(world: World, info: GuideInfo) -> None:
+def check_guide_logprobs(world: Session, info: GuideCacheInfo) -> None:
     """A ratio to the guide's probabilities needs them."""
     ratio = world.recipe.guide.inject.ratio
     if not info.has_logps and ratio in ("exact", "decoupled"):
@@ -221,9 +221,9 @@ def refuse_unknown_logps(world: World, info: GuideInfo) -> None:
         )
 
 
-def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
+def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> None:
     """The recipe in force first, then the lineage: a branch that is listed can be opened."""
-    run.save_recipe(start.branch, recipe_dict(with_whole_paths(start.recipe)))
+    run.save_recipe(start.branch, recipe_to_dict(make_paths_absolute(start.recipe)))
     append_segment(run, start.segment, overrides=overrides)
     details = {"branch": start.branch, "from": start.segment.parent, "at": start.segment.fork_step}
     append_event(run, "rolled_back", details) if start.is_new else append_event(
@@ -231,17 +231,17 @@ def record_start(run: RunDir, start: Start, overrides: Sequence[str]) -> None:
     )
 
 
-def first_state(world: World, optimizer: Optimizer, start: Start) -> Generator[EvalReport, None, TrainerState]:
+def load_first_state(world: Session, optimizer: Optimizer, start: ResumePoint) -> Generator[EvalReport, None, TrainerState]:
     """The checkpoint's, or that of a run which never got as far as step 0."""
     if start.checkpoint is not None:
-        restored = fresh_state if start.is_fresh else restore_state
+        restored = init_state_from_weights if start.has_fresh_optimizer else restore_state
         state = restored(world, optimizer, start.checkpoint)
-        born = start.segment if start.is_new else birth_segment(world.run, start.branch)
-        return taken_back(world, optimizer, state, born=born)
-    return (yield from begin(world, optimizer))
+        born = start.segment if start.is_new else find_first_segment(world.run, start.branch)
+        return apply_rollback_settings(world, optimizer, state, branch_segment=born)
+    return (yield from init_state(world, optimizer))
 
 
-def greeting(start: Start, state: TrainerState, guidance: Guidance | None) -> str:
+def resume_message(start: ResumePoint, state: TrainerState, guidance: ActiveGuide | None) -> str:
     """What was restored, in one line."""
     if start.checkpoint is None:
         return f"{start.branch} starts from the base model: nothing was saved yet"
@@ -250,7 +250,7 @@ def greeting(start: Start, state: TrainerState, guidance: Guidance | None) -> st
     )
     if not start.is_new:
         return f"{start.branch} goes on from {where}"
-    if start.is_fresh:
+    if start.has_fresh_optimizer:
         where = f"{start.checkpoint.branch} step {state.step}: weights and data cursor {state.position} alone"
     helped = f", {len(guidance.trajectories)} guide trajectories until step {guidance.until_step}" if guidance else ""
     return f"new branch {start.branch} from {where}{helped}"

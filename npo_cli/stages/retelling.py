@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt, Rollout
-from npo_cli.stages.world import World, cut_off_is_wrong
+from npo_cli.stages.world import Session, mark_truncated_wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Said:
+class TextResponse:
     """One answer as text."""
 
     prompt: Prompt
@@ -24,25 +24,25 @@ class Said:
 
 
 @dataclass(kw_only=True, slots=True)
-class Retelling:
+class Retokenizer:
     """From others' texts to verified rollouts."""
 
-    world: World
+    session: Session
     """Whose task verifies."""
     learner: Policy
     num_too_long: int = 0
     """Finished answers that were cut because the learner has no room for them."""
 
-    def rollouts(self, said: Sequence[Said]) -> list[Rollout]:
+    def retokenize(self, said: Sequence[TextResponse]) -> list[Rollout]:
         """One a text, in order."""
-        return graded(self.world, [each.prompt for each in said], [self._told(each) for each in said])
+        return grade_rollouts(self.session, [each.prompt for each in said], [self._told(each) for each in said])
 
-    def _told(self, said: Said) -> Rollout:
+    def _told(self, said: TextResponse) -> Rollout:
         body = self.learner.encode_response(said.text)
         # Who falls silent at once has ended, whatever it says of itself.
         finished = said.finished or not body
         ids = (*body, self.learner.end_id) if finished else body
-        room = self.room(said.prompt)
+        room = self.max_response_tokens(said.prompt)
         if len(ids) > room:
             self.num_too_long += finished
             ids, finished = ids[:room], False
@@ -57,26 +57,26 @@ class Retelling:
             source="teacher",
         )
 
-    def room(self, prompt: Prompt) -> int:
+    def max_response_tokens(self, prompt: Prompt) -> int:
         """Tokens that the learner may answer with, the end token included."""
-        wanted, longest = self.world.recipe.sampling.max_new_tokens, self.learner.max_tokens
+        wanted, longest = self.session.recipe.sampling.max_new_tokens, self.learner.max_tokens
         return wanted if longest is None else min(wanted, longest - len(self.learner.encode(prompt)))
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What was lost, where anything was."""
         if not self.num_too_long:
             return []
-        limit = self.world.recipe.sampling.max_new_tokens
+        limit = self.session.recipe.sampling.max_new_tokens
         return [
             f"{self.num_too_long} answers heard now have more tokens than the learner may answer with "
             f"(sampling.max_new_tokens={limit}): they count as cut off"
         ]
 
 
-def graded(world: World, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Rollout]:
+def grade_rollouts(world: Session, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The same with verdict and reward; one that was cut off is never correct."""
     verdicts = world.task.grade(prompts, [rollout.text for rollout in rollouts])
     return [
         replace(rollout, verdict=verdict.verdict, reward=verdict.reward)
-        for rollout, verdict in zip(rollouts, cut_off_is_wrong(rollouts, verdicts), strict=True)
+        for rollout, verdict in zip(rollouts, mark_truncated_wrong(rollouts, verdicts), strict=True)
     ]

@@ -7,48 +7,48 @@ from dataclasses import replace
 
 from torch.optim import Optimizer
 
-from npo_cli.loading import from_dict
+from npo_cli.loading import recipe_from_dict
 from npo_cli.policy.optimizer import TrainerState
 from npo_cli.records import Segment
-from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, newest_anchor
+from npo_cli.run_dir.checkpoints import Checkpoint, find_checkpoint, find_resume_checkpoint
 from npo_cli.run_dir.guides import load_guide
-from npo_cli.run_dir.lineage import birth_segment
+from npo_cli.run_dir.lineage import find_first_segment
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.stages.saving import ANCHOR, need_state
-from npo_cli.stages.segment import position_at
+from npo_cli.stages.saving import TRAINING_STATE_FOLDER, require_training_state
+from npo_cli.stages.segment import find_data_position
 from npo_cli.stages.together import replace_moments
-from npo_cli.stages.world import World
+from npo_cli.stages.world import Session
 
 
-def seed_name(run: RunDir, branch: str) -> str:
+def find_seed_name(run: RunDir, branch: str) -> str:
     """The branch whose name enters the sampling seeds: with autonpo.rollback.seed=same that of the branch it left."""
-    born = birth_segment(run, branch)
-    recipe = from_dict(run.recipe(branch), source=str(run.recipe_path(branch)))
+    born = find_first_segment(run, branch)
+    recipe = recipe_from_dict(run.read_recipe(branch), source=str(run.recipe_path(branch)))
     if born.parent is None or recipe.autonpo.rollback.seed == "fresh":
         return branch
-    return seed_name(run, born.parent)
+    return find_seed_name(run, born.parent)
 
 
-def taken_back(world: World, optimizer: Optimizer, state: TrainerState, *, born: Segment) -> TrainerState:
+def apply_rollback_settings(world: Session, optimizer: Optimizer, state: TrainerState, *, branch_segment: Segment) -> TrainerState:
     """The state a new branch starts with, given that of the step it left its parent at."""
     settings = world.recipe.autonpo.rollback
-    if born.parent is None or state.step != born.fork_step:
+    if branch_segment.parent is None or state.step != branch_segment.fork_step:
         return state
     if settings.optimizer == "reset":
         replace_moments(world.policy, optimizer, None)
     elif settings.optimizer == "keep_current":
-        present = _present(world.run, born)
-        need_state(world.run, present)
-        replace_moments(world.policy, optimizer, present.path / ANCHOR)
+        present = _present(world.run, branch_segment)
+        require_training_state(world.run, present)
+        replace_moments(world.policy, optimizer, present.path / TRAINING_STATE_FOLDER)
     if settings.data == "onward":
-        return replace(state, position=position_at(world.run, born.parent, _present(world.run, born).step))
+        return replace(state, position=find_data_position(world.run, branch_segment.parent, _present(world.run, branch_segment).step))
     return state
 
 
 def _present(run: RunDir, born: Segment) -> Checkpoint:
     """The policy that the rollback left behind: the guide, or without one the parent's newest."""
     assert born.parent is not None
-    guide_step = None if born.guide is None else load_guide(run, born.guide)[0].guide_step
+    guide_step = None if born.guide_cache is None else load_guide(run, born.guide_cache)[0].guide_step
     if guide_step is None:
-        return newest_anchor(run, born.parent)
+        return find_resume_checkpoint(run, born.parent)
     return find_checkpoint(run, born.parent, guide_step)

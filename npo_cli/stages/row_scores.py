@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from npo_cli.config import Recipe
-from npo_cli.policy.extrapolated import PushedPolicy
+from npo_cli.policy.extrapolated import ExtrapolatedPolicy
 from npo_cli.policy.logprobs import TokenRow, micro_batches
 from npo_cli.policy.model import Policy
-from npo_cli.stages.shares import Hand, by_tokens, in_order
+from npo_cli.stages.shares import WorkerState, partition_by_tokens, restore_order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowScores:
+class ResponseLogprobs:
     """What one forward pass says of one response, without padding."""
 
     logps_T: Tensor
@@ -23,71 +23,71 @@ class RowScores:
     entropies_T: Tensor
     """Entropy of that distribution (nats)."""
 
-    def to_send(self) -> "RowScores":
+    def to_cpu(self) -> "ResponseLogprobs":
         """The same on the CPU and by itself: a slice would take its whole batch along, on a device of its own."""
         columns = (self.logps_T, self.collisions_T, self.entropies_T)
         logps_T, collisions_T, entropies_T = (column.cpu().clone() for column in columns)
-        return RowScores(logps_T=logps_T, collisions_T=collisions_T, entropies_T=entropies_T)
+        return ResponseLogprobs(logps_T=logps_T, collisions_T=collisions_T, entropies_T=entropies_T)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pass:
+class PassSettings:
     """How a forward pass is made."""
 
     temperature: float
-    whole_vocabulary: bool
+    uses_full_vocabulary: bool
     """Tokens that the policy never writes have their part of the law too, as an engine scores what it is given."""
     micro_batch_tokens: int
     logit_chunk_tokens: int
 
 
-def row_scores(
-    policy: Policy | PushedPolicy,
+def run_logprob_pass(
+    policy: Policy | ExtrapolatedPolicy,
     recipe: Recipe,
     rows: Sequence[TokenRow],
     *,
     temperature: float | None = None,
-    whole_vocabulary: bool = False,
-) -> list[RowScores]:
+    uses_full_vocabulary: bool = False,
+) -> list[ResponseLogprobs]:
     """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
-    how = Pass(
+    how = PassSettings(
         temperature=recipe.sampling.temperature if temperature is None else temperature,
-        whole_vocabulary=whole_vocabulary,
+        uses_full_vocabulary=uses_full_vocabulary,
         micro_batch_tokens=recipe.train.micro_batch_tokens,
         logit_chunk_tokens=recipe.train.logit_chunk_tokens,
     )
     if policy.shared is None:
-        return rows_scored(policy, how, rows)
-    shares = by_tokens([row.num_tokens for row in rows], policy.shared.team.size)
+        return run_local_logprob_pass(policy, how, rows)
+    shares = partition_by_tokens([row.num_tokens for row in rows], policy.shared.worker_group.world_size)
     pieces = [
-        ScoreRows(name=policy.shared.name, bare=policy.bare, how=how, rows=[rows[place] for place in share])
+        LogprobPassTask(name=policy.shared.name, is_base_only=policy.is_base_only, pass_settings=how, rows=[rows[place] for place in share])
         for share in shares
     ]
-    return in_order(shares, policy.shared.team.work(pieces))
+    return restore_order(shares, policy.shared.worker_group.scatter(pieces))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreRows:
+class LogprobPassTask:
     """One process's share of the rows."""
 
     name: str
-    bare: bool
-    how: Pass
+    is_base_only: bool
+    pass_settings: PassSettings
     rows: Sequence[TokenRow]
     phase = "score"
 
-    def take_part(self, hand: Hand) -> list[RowScores]:
+    def run(self, hand: WorkerState) -> list[ResponseLogprobs]:
         """With all weights whole: the processes need not make equally many passes."""
-        policy = replace(hand.policies[self.name], bare=self.bare)
+        policy = replace(hand.policies[self.name], bare=self.is_base_only)
         assert policy.shared is not None
-        with policy.shared.gathered(policy.model):
-            return [scores.to_send() for scores in rows_scored(policy, self.how, self.rows)]
+        with policy.shared.unshard_weights(policy.model):
+            return [scores.to_cpu() for scores in run_local_logprob_pass(policy, self.pass_settings, self.rows)]
 
 
 @torch.no_grad()
-def rows_scored(policy: Policy | PushedPolicy, how: Pass, rows: Sequence[TokenRow]) -> list[RowScores]:
+def run_local_logprob_pass(policy: Policy | ExtrapolatedPolicy, how: PassSettings, rows: Sequence[TokenRow]) -> list[ResponseLogprobs]:
     """The same in this process alone."""
-    if how.whole_vocabulary and isinstance(policy, Policy) and policy.vision is not None:
+    if how.uses_full_vocabulary and isinstance(policy, Policy) and policy.vision is not None:
         policy = replace(policy, vision=replace(policy.vision, silent_ids=()))
     found = []
     for run in micro_batches(rows, max_tokens=how.micro_batch_tokens):
@@ -97,7 +97,7 @@ def rows_scored(policy: Policy | PushedPolicy, how: Pass, rows: Sequence[TokenRo
         for row, logps_T, collisions_T, entropies_T in zip(part, *columns, strict=True):
             length = len(row.response_ids)
             found.append(
-                RowScores(
+                ResponseLogprobs(
                     logps_T=logps_T[:length], collisions_T=collisions_T[:length], entropies_T=entropies_T[:length]
                 )
             )

@@ -11,50 +11,50 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide_records import GuideCacheInfo
 from npo_cli.records import Notice, Progress
-from npo_cli.run_dir.guides import finish_guide, new_guide
-from npo_cli.run_dir.lock import writing
-from npo_cli.run_dir.paths import open_run, valid_name
-from npo_cli.stages.guide_cache import Cache, fill
-from npo_cli.stages.guide_plan import Ask, plan_of
+from npo_cli.run_dir.guides import finish_guide_cache, open_guide_cache
+from npo_cli.run_dir.lock import lock_run
+from npo_cli.run_dir.paths import open_run, validate_name
+from npo_cli.stages.guide_cache import CacheBuild, fill_cache
+from npo_cli.stages.guide_plan import SourceSpec, resolve_source
 from npo_cli.stages.guide_sources import open_source
-from npo_cli.stages.segment import find_learner, segment_prompts
+from npo_cli.stages.segment import find_learner, list_replay_prompts
 from npo_cli.stages.world import open_policy, open_task
 
 
-def sample_run(
+def build_guide_cache(
     root: Path,
     *,
-    ask: Ask,
+    spec: SourceSpec,
     at: int | None,
     name: str | None,
     branch: str | None,
     steps: int | None,
     overrides: Sequence[str],
     allow_code: bool,
-) -> Iterator[Progress | Notice | GuideInfo]:
+) -> Iterator[Progress | Notice | GuideCacheInfo]:
     """Fill the guide cache `name`; a cache that was left unfinished is gone on with."""
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
-    plan = plan_of(run, learner, ask, steps=steps)
-    name = valid_name(plan.default_name if name is None else name)
-    with writing(run):
+    plan = resolve_source(run, learner, spec, steps=steps)
+    name = validate_name(plan.default_name if name is None else name)
+    with lock_run(run):
         task = open_task(learner.recipe, allow_code=allow_code)
         try:
             policy = open_policy(learner.recipe, task, learner.checkpoint)
             with closing(open_source(plan, task=task, policy=policy)) as source:
-                prompts = segment_prompts(source.world, learner, plan.num_steps)
-                yield from told(source.remarks)
+                prompts = list_replay_prompts(source.session, learner, plan.num_steps)
+                yield from build_warnings(source.warnings)
                 info = source.info(name, num_prompts=len(prompts))
-                cache = Cache(info=info, store=new_guide(run, info))
-                yield from fill(source.world, cache, prompts, author=source.author)
-                yield from told(source.author.remarks())
-                yield finish_guide(run, info)
+                cache = CacheBuild(info=info, store=open_guide_cache(run, info))
+                yield from fill_cache(source.session, cache, prompts, source=source.source)
+                yield from build_warnings(source.source.warnings())
+                yield finish_guide_cache(run, info)
         finally:
             task.close()
 
 
-def told(remarks: Iterable[str]) -> Iterator[Notice]:
+def build_warnings(remarks: Iterable[str]) -> Iterator[Notice]:
     """What a person should know of a source."""
     return (Notice(message=remark, level="warning") for remark in remarks)

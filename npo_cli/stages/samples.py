@@ -4,67 +4,67 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from npo_cli.report.cells import Table, count
-from npo_cli.report.page import Sample
+from npo_cli.report.cells import Table, format_count
+from npo_cli.report.page import PromptSample
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.stages.story import story, visits
+from npo_cli.stages.story import build_prompt_history, iter_visits
 
 T = TypeVar("T")
 NUM_SAMPLES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mark:
+class VisitSummary:
     """A visit without its answers: one run may hold more of those than fit into memory."""
 
     prompt_id: str
     step: int
     num_correct: int
-    seated: bool
+    has_guide: bool
 
 
-def marks_of(run: RunDir, branch: str) -> dict[str, list[Mark]]:
+def summarize_visits(run: RunDir, branch: str) -> dict[str, list[VisitSummary]]:
     """Every visit on the line of descent, by prompt, in the order of first visits."""
-    found: dict[str, list[Mark]] = {}
-    for one in visits(run, branch):
+    found: dict[str, list[VisitSummary]] = {}
+    for one in iter_visits(run, branch):
         prompt_id = one.group.prompt.prompt_id
-        mark = Mark(prompt_id=prompt_id, step=one.step, num_correct=one.num_correct, seated=bool(one.guests))
+        mark = VisitSummary(prompt_id=prompt_id, step=one.step, num_correct=one.num_correct, has_guide=bool(one.off_policy_rollouts))
         found.setdefault(prompt_id, []).append(mark)
     return found
 
 
-def samples(run: RunDir, branch: str, marks: dict[str, list[Mark]]) -> Iterator[Sample]:
+def select_samples(run: RunDir, branch: str, marks: dict[str, list[VisitSummary]]) -> Iterator[PromptSample]:
     """Stories of the chosen prompts, each with the visit at which a guide was first seated, or the last one."""
-    for prompt_id in chosen(marks):
+    for prompt_id in select_prompts(marks):
         steps = {mark.step for mark in marks[prompt_id]}
-        seen = tuple(visits(run, branch, prompt_id=prompt_id, steps=steps))
-        shown = next((one for one in seen if one.guests), seen[-1])
-        yield Sample(story=story(branch, seen), visits=seen, shown=shown)
+        seen = tuple(iter_visits(run, branch, prompt_id=prompt_id, steps=steps))
+        shown = next((one for one in seen if one.off_policy_rollouts), seen[-1])
+        yield PromptSample(history=build_prompt_history(branch, seen), visits=seen, shown_visit=shown)
 
 
-def chosen(marks: dict[str, list[Mark]]) -> list[str]:
+def select_prompts(marks: dict[str, list[VisitSummary]]) -> list[str]:
     """Of the prompts for which a guide was seated, in the order of those steps, evenly spaced ones.
 
     Where none ever was: of the prompts of the newest step.
     """
-    firsts = {prompt_id: next((one.step for one in some if one.seated), None) for prompt_id, some in marks.items()}
+    firsts = {prompt_id: next((one.step for one in some if one.has_guide), None) for prompt_id, some in marks.items()}
     seated = sorted((step, prompt_id) for prompt_id, step in firsts.items() if step is not None)
     if seated:
-        return [prompt_id for _, prompt_id in spread(seated)]
+        return [prompt_id for _, prompt_id in pick_evenly_spaced(seated)]
     newest = max((some[-1].step for some in marks.values()), default=0)
-    return spread([prompt_id for prompt_id, some in marks.items() if some[-1].step == newest])
+    return pick_evenly_spaced([prompt_id for prompt_id, some in marks.items() if some[-1].step == newest])
 
 
-def spread(some: Sequence[T]) -> list[T]:
+def pick_evenly_spaced(some: Sequence[T]) -> list[T]:
     """The first, the last and evenly spaced ones between them: `NUM_SAMPLES`, or all."""
     if len(some) <= NUM_SAMPLES:
         return list(some)
     return [some[round(place * (len(some) - 1) / (NUM_SAMPLES - 1))] for place in range(NUM_SAMPLES)]
 
 
-def fates(branch: str, marks: dict[str, list[Mark]]) -> Table:
+def prompt_outcomes_table(branch: str, marks: dict[str, list[VisitSummary]]) -> Table:
     """How many prompts were ever solved by the policy itself, and what followed where a guide was seated."""
-    after = [_after_seat(some) for some in marks.values() if any(one.seated for one in some)]
+    after = [_after_seat(some) for some in marks.values() if any(one.has_guide for one in some)]
     again = [later for _, later in after if later]
     rows = (
         ("visited", len(marks)),
@@ -77,11 +77,11 @@ def fates(branch: str, marks: dict[str, list[Mark]]) -> Table:
         ("  visited again afterwards", len(again)),
         ("  and solved by the policy itself then", sum(any(one.num_correct for one in later) for later in again)),
     )
-    told = tuple((what, count(number)) for what, number in rows)
+    told = tuple((what, format_count(number)) for what, number in rows)
     return Table(title=f"Prompts on the line of {branch}", header=("prompts", "number"), rows=told)
 
 
-def _after_seat(some: Sequence[Mark]) -> tuple[Sequence[Mark], Sequence[Mark]]:
+def _after_seat(some: Sequence[VisitSummary]) -> tuple[Sequence[VisitSummary], Sequence[VisitSummary]]:
     """Visits up to the first with a guide, and those after it."""
-    place = next(place for place, one in enumerate(some) if one.seated) + 1
+    place = next(place for place, one in enumerate(some) if one.has_guide) + 1
     return some[:place], some[place:]

@@ -12,24 +12,24 @@ from pathlib import Path
 
 from npo_cli.config import Recipe, ScoringSettings
 from npo_cli.errors import NpoError
-from npo_cli.guide.halving import Round, halving_rounds, survivors
-from npo_cli.guide.signal import Arm, PromptOutcome, SignalKnobs, rank_arms, variance_range_warning
+from npo_cli.guide.halving import HalvingRound, halving_rounds, select_survivors
+from npo_cli.guide.signal import CandidateResults, PromptPassCount, SignalKnobs, rank_candidates, variance_range_warning
 from npo_cli.records import CheckpointScore, Notice, Progress, Prompt
 from npo_cli.run_dir.checkpoints import Checkpoint
-from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.lock import lock_run
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.scores import PROBE, drop_scoring, open_scoring, save_scores
-from npo_cli.run_dir.seconds import add_seconds
+from npo_cli.run_dir.scores import SCREENING_INDEX, delete_sample_store, open_sample_store, save_scores
+from npo_cli.run_dir.seconds import append_sampling_time
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.contest import Contest, collect, collect_all
-from npo_cli.stages.ratios import JudgedSample, learner_ratios
-from npo_cli.stages.segment import LearnerAt, find_future, find_learner, futures, segment_prompts
+from npo_cli.stages.contest import ScoringState, collect_samples, collect_all_samples
+from npo_cli.stages.ratios import CandidateSample, compute_learner_ratios
+from npo_cli.stages.segment import Learner, find_later_checkpoint, find_learner, list_later_checkpoints, list_replay_prompts
 from npo_cli.stages.world import (
-    World,
+    Session,
     load_checkpoint,
     open_policy,
     open_task,
-    open_world,
+    open_session,
 )
 
 
@@ -46,28 +46,28 @@ def score_run(
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
     chosen = (
-        [find_future(run, learner, step) for step in sorted(set(candidates))]
+        [find_later_checkpoint(run, learner, step) for step in sorted(set(candidates))]
         if candidates is not None
-        else futures(run, learner)
+        else list_later_checkpoints(run, learner)
     )
     if learner.recipe.scoring.budget is not None:
         halving_rounds(len(chosen), learner.recipe.scoring.budget)  # a budget too small is told before it is spent
-    with writing(run):
+    with lock_run(run):
         task = open_task(learner.recipe, allow_code=allow_code)
         try:
             policy = open_policy(learner.recipe, task, learner.checkpoint)
             # A candidate that cannot be used is told before anything is sampled.
             for candidate in chosen:
                 load_checkpoint(policy, candidate)
-            with closing(open_world(run, learner.recipe, task=task, policy=policy)) as world:
-                contest = open_contest(world, learner, chosen)
-                hard = yield from hard_prompts(
+            with closing(open_session(run, learner.recipe, task=task, policy=policy)) as world:
+                contest = open_scoring_state(world, learner, chosen)
+                hard = yield from find_failed_prompts(
                     contest, count=learner.recipe.scoring.num_prompts, horizon=chosen[-1].step
                 )
-                yield from collect(contest, learner.checkpoint, hard)
-                scores = yield from contested(contest, chosen, hard)
-                save_scores(contest.scoring, scores)
-                for remark in (variance_range_warning(scores), sampling_gap(learner.recipe)):
+                yield from collect_samples(contest, learner.checkpoint, hard)
+                scores = yield from run_halving(contest, chosen, hard)
+                save_scores(contest.store, scores)
+                for remark in (variance_range_warning(scores), sample_count_warning(learner.recipe)):
                     if remark:
                         yield Notice(message=remark, level="warning")
                 yield from scores
@@ -75,7 +75,7 @@ def score_run(
             task.close()
 
 
-def sampling_gap(recipe: Recipe) -> str | None:
+def sample_count_warning(recipe: Recipe) -> str | None:
     """A remark where Q was measured with another number of tries than the guide will have."""
     score, guide = recipe.scoring, recipe.guide
     if score.quality != "pass@k" or score.samples_per_prompt == guide.cache.samples_per_prompt:
@@ -87,9 +87,9 @@ def sampling_gap(recipe: Recipe) -> str | None:
     )
 
 
-def open_contest(
-    world: World, learner: LearnerAt, candidates: Sequence[Checkpoint], *, others: Sequence[str] = ()
-) -> Contest:
+def open_scoring_state(
+    world: Session, learner: Learner, candidates: Sequence[Checkpoint], *, sources: Sequence[str] = ()
+) -> ScoringState:
     """The same question asked again finds its samples; a prompt cut short by a kill is asked again.
 
     `others`: who else is asked, where the question is not about checkpoints alone.
@@ -102,34 +102,34 @@ def open_contest(
         "temperature": recipe.sampling.temperature,
         "max_new_tokens": recipe.sampling.max_new_tokens,
     }
-    if others:
-        settings["sources"] = list(others)
+    if sources:
+        settings["sources"] = list(sources)
     steps = [checkpoint.step for checkpoint in candidates]
-    scoring = open_scoring(world.run, learner.branch, learner.step, candidates=steps, settings=settings)
-    found: dict[tuple[int, str], dict[int, JudgedSample]] = {}
-    for row in scoring.samples.records():
-        sample = JudgedSample.of_row(row)
-        found.setdefault((sample.arm, sample.prompt_id), {})[sample.slot] = sample
+    scoring = open_sample_store(world.run, learner.branch, learner.step, candidates=steps, settings=settings)
+    found: dict[tuple[int, str], dict[int, CandidateSample]] = {}
+    for row in scoring.samples.iter_rows():
+        sample = CandidateSample.from_row(row)
+        found.setdefault((sample.candidate, sample.prompt_id), {})[sample.slot] = sample
     whole = {
         key: list(by_slot.values())
         for key, by_slot in found.items()
         if len(by_slot) == recipe.scoring.samples_per_prompt
     }
-    return Contest(world=world, learner=learner, scoring=scoring, samples=whole)
+    return ScoringState(session=world, learner=learner, store=scoring, samples=whole)
 
 
-def hard_prompts(contest: Contest, *, count: int, horizon: int) -> Generator[Progress | Notice, None, list[Prompt]]:
+def find_failed_prompts(contest: ScoringState, *, count: int, horizon: int) -> Generator[Progress | Notice, None, list[Prompt]]:
     """The prompts of the segment ahead that the gate would let a guide help with, by a first look of k samples."""
-    world, learner = contest.world, contest.learner
-    prompts = segment_prompts(world, learner, horizon - learner.step)[:count]
-    yield from collect(contest, learner.checkpoint, prompts, arm=PROBE)
+    world, learner = contest.session, contest.learner
+    prompts = list_replay_prompts(world, learner, horizon - learner.step)[:count]
+    yield from collect_samples(contest, learner.checkpoint, prompts, candidate=SCREENING_INDEX)
     gate, hard = learner.recipe.guide.inject.max_accuracy, []
     for prompt in prompts:
-        verdicts = [sample.correct for sample in contest.samples[PROBE, prompt.prompt_id]]
+        verdicts = [sample.is_correct for sample in contest.samples[SCREENING_INDEX, prompt.prompt_id]]
         if sum(verdicts) / len(verdicts) <= gate:
             hard.append(prompt)
     if not hard:
-        drop_scoring(contest.scoring)
+        delete_sample_store(contest.store)
         raise NpoError(
             f"the learner at step {learner.step} solves all {len(prompts)} prompts above the gate {gate}: "
             "no guide can help",
@@ -139,69 +139,69 @@ def hard_prompts(contest: Contest, *, count: int, horizon: int) -> Generator[Pro
     return hard
 
 
-def contested(
-    contest: Contest, candidates: Sequence[Checkpoint], hard: Sequence[Prompt]
+def run_halving(
+    contest: ScoringState, candidates: Sequence[Checkpoint], hard: Sequence[Prompt]
 ) -> Generator[Progress, None, tuple[CheckpointScore, ...]]:
     """Ask everybody everything, or with a budget halve the field round by round; scores all in the end."""
     scores: tuple[CheckpointScore, ...] = ()
     alive, num_asked = list(candidates), 0
     asked = {contest.learner.step: hard}
-    for entry in plan(contest, len(candidates), len(hard)):
-        num_asked = min(len(hard), num_asked + entry.prompts_per_arm)
-        if entry.num_arms < len(alive):
+    for entry in plan_rounds(contest, len(candidates), len(hard)):
+        num_asked = min(len(hard), num_asked + entry.prompts_per_candidate)
+        if entry.num_candidates < len(alive):
             steps = [checkpoint.step for checkpoint in alive]
-            kept = survivors([score for score in scores if score.step in steps], entry.num_arms)
+            kept = select_survivors([score for score in scores if score.step in steps], entry.num_candidates)
             alive = [checkpoint for checkpoint in alive if checkpoint.step in kept]
-        yield from collect_all(contest, alive, hard[:num_asked])
+        yield from collect_all_samples(contest, alive, hard[:num_asked])
         asked |= {checkpoint.step: hard[:num_asked] for checkpoint in alive}
-        scores = yield from ranked(contest, asked)
+        scores = yield from rank_round(contest, asked)
     return scores
 
 
-def plan(contest: Contest, num_candidates: int, num_prompts: int) -> list[Round]:
+def plan_rounds(contest: ScoringState, num_candidates: int, num_prompts: int) -> list[HalvingRound]:
     """Sequential halving within `scoring.budget`, or one round in which every candidate is asked everything."""
     budget = contest.settings.budget
     if budget is None:
-        return [Round(num_arms=num_candidates, prompts_per_arm=num_prompts)]
+        return [HalvingRound(num_candidates=num_candidates, prompts_per_candidate=num_prompts)]
     return halving_rounds(num_candidates, budget)
 
 
-def ranked(
-    contest: Contest, asked: Mapping[int, Sequence[Prompt]]
+def rank_round(
+    contest: ScoringState, asked: Mapping[int, Sequence[Prompt]]
 ) -> Generator[Progress, None, tuple[CheckpointScore, ...]]:
     """Charge the samples to the learner, whose weights are swapped in once, and rank.
 
     `asked`: the prompts of each arm so far, the learner's first. What a killed process had sampled beyond them, in
     a later round, must not change who survives this one.
     """
-    contest.world.policy.load(contest.learner.checkpoint.path)
+    contest.session.policy.load(contest.learner.checkpoint.path)
     for done, (step, prompts) in enumerate(asked.items()):
-        yield Progress(what="compare with the learner", done=done, total=len(asked), note=f"step {step}")
+        yield Progress(description="compare with the learner", done=done, total=len(asked), note=f"step {step}")
         new = [prompt for prompt in prompts if (step, prompt.prompt_id) not in contest.ratios]
         pairs = [(prompt, sample) for prompt in new for sample in contest.samples[step, prompt.prompt_id]]
         if not pairs:
             continue
         started = time.perf_counter()
-        for ratio in learner_ratios(contest.world, pairs, cap=contest.settings.weight_cap):
+        for ratio in compute_learner_ratios(contest.session, pairs, cap=contest.settings.weight_cap):
             contest.ratios.setdefault((step, ratio.prompt_id), []).append(ratio)
-        add_seconds(contest.scoring.folder, time.perf_counter() - started, num_tokens=0)
-    yield Progress(what="compare with the learner", done=len(asked), total=len(asked))
-    self_arm, *arms = [_arm(contest, step, prompts) for step, prompts in asked.items()]
-    return rank_arms(self_arm, arms, contest_knobs(contest))
+        append_sampling_time(contest.store.folder, time.perf_counter() - started, num_tokens=0)
+    yield Progress(description="compare with the learner", done=len(asked), total=len(asked))
+    self_arm, *arms = [_checkpoint_candidate(contest, step, prompts) for step, prompts in asked.items()]
+    return rank_candidates(self_arm, arms, scoring_knobs(contest))
 
 
-def _arm(contest: Contest, step: int, prompts: Sequence[Prompt]) -> Arm:
+def _checkpoint_candidate(contest: ScoringState, step: int, prompts: Sequence[Prompt]) -> CandidateResults:
     keys = [(step, prompt.prompt_id) for prompt in prompts]
     outcomes = []
     for key in keys:
         samples = contest.samples[key]
-        num_correct = sum(sample.correct for sample in samples)
-        outcomes.append(PromptOutcome(prompt_id=key[1], num_samples=len(samples), num_correct=num_correct))
+        num_correct = sum(sample.is_correct for sample in samples)
+        outcomes.append(PromptPassCount(prompt_id=key[1], num_samples=len(samples), num_correct=num_correct))
     ratios = tuple(ratio for key in keys for ratio in contest.ratios[key])
-    return Arm(step=step, distance=step - contest.learner.step, outcomes=tuple(outcomes), ratios=ratios)
+    return CandidateResults(step=step, distance=step - contest.learner.step, pass_counts=tuple(outcomes), ratios=ratios)
 
 
-def contest_knobs(contest: Contest) -> SignalKnobs:
+def scoring_knobs(contest: ScoringState) -> SignalKnobs:
     """Of a scoring."""
     recipe = contest.learner.recipe
     seed = derive_seed(recipe.train.seed, "bootstrap", contest.learner.step)

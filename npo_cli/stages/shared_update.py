@@ -7,10 +7,10 @@ from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
 from npo_cli.policy.model import Policy
-from npo_cli.stages.shares import Hand, by_tokens
+from npo_cli.stages.shares import WorkerState, partition_by_tokens
 from npo_cli.stages.together import REFERENCE
 from npo_cli.stages.update import Updater
-from npo_cli.stages.update_records import Asked, Share, ShareReport
+from npo_cli.stages.update_records import SampleWithOldLogps, RankShard, ShardReport
 
 
 def open_updater(policy: Policy, optimizer: Optimizer, recipe: Recipe, *, reference: Policy | None) -> Updater:
@@ -18,31 +18,31 @@ def open_updater(policy: Policy, optimizer: Optimizer, recipe: Recipe, *, refere
     if policy.shared is None:
         return Updater(policy, optimizer, recipe, reference=reference)
     whose = None if reference is None or reference.shared is None else reference.shared.name
-    policy.shared.team.work_alike(NewUpdater(name=policy.shared.name, recipe=recipe, reference=whose))
-    return policy.shared.team.member.updater
+    policy.shared.worker_group.broadcast(CreateUpdater(name=policy.shared.name, recipe=recipe, reference=whose))
+    return policy.shared.worker_group.worker.updater
 
 
-class SharedUpdater(Updater):
+class DistributedUpdater(Updater):
     """Deals out shares; otherwise what a single process does."""
 
-    def all_shares(self, whole: Share) -> list[ShareReport]:
+    def run_all_shards(self, whole: RankShard) -> list[ShardReport]:
         """The update is made; one report a process."""
         assert self.policy.shared is not None
-        team = self.policy.shared.team
-        dealt = zip(self._dealt(whole.foreign, team.size), self._dealt(whole.own, team.size), strict=True)
-        shares = [replace(whole, foreign=foreign, own=own, num_shares=team.size) for foreign, own in dealt]
+        team = self.policy.shared.worker_group
+        dealt = zip(self._dealt(whole.off_policy, team.world_size), self._dealt(whole.on_policy, team.world_size), strict=True)
+        shares = [replace(whole, foreign=foreign, own=own, num_shares=team.world_size) for foreign, own in dealt]
         passes = (
-            max(self.num_passes(share.foreign) for share in shares),
-            max(self.num_passes(share.own) for share in shares),
+            max(self.num_passes(share.off_policy) for share in shares),
+            max(self.num_passes(share.on_policy) for share in shares),
         )
-        return team.work([TakeShare(share=replace(share, num_passes=passes)) for share in shares])
+        return team.scatter([UpdateShard(shard=replace(share, num_passes=passes)) for share in shares])
 
-    def _dealt(self, pairs: Sequence[Asked], size: int) -> list[list[Asked]]:
-        return [[pairs[place] for place in share] for share in by_tokens([p[0].tokens.num_tokens for p in pairs], size)]
+    def _dealt(self, pairs: Sequence[SampleWithOldLogps], size: int) -> list[list[SampleWithOldLogps]]:
+        return [[pairs[place] for place in share] for share in partition_by_tokens([p[0].tokens.num_tokens for p in pairs], size)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NewUpdater:
+class CreateUpdater:
     """Policy, optimiser and loss, ready for shares."""
 
     name: str
@@ -51,23 +51,23 @@ class NewUpdater:
     """Name of the frozen base; with adapters it is the policy's own, without them."""
     phase = "prepare updates"
 
-    def take_part(self, hand: Hand) -> None:
+    def run(self, hand: WorkerState) -> None:
         """In place of the one before."""
         policy, reference = hand.policies[self.name], None
         if self.reference is not None:
             frozen = hand.policies[self.reference]
-            reference = frozen if self.reference == REFERENCE else frozen.base
+            reference = frozen if self.reference == REFERENCE else frozen.base_policy
         assert hand.optimizer is not None
-        hand.updater = SharedUpdater(policy, hand.optimizer, self.recipe, reference=reference)
+        hand.updater = DistributedUpdater(policy, hand.optimizer, self.recipe, reference=reference)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TakeShare:
+class UpdateShard:
     """One process's rows, and the common update."""
 
-    share: Share
+    shard: RankShard
     phase = "update"
 
-    def take_part(self, hand: Hand) -> ShareReport:
+    def run(self, hand: WorkerState) -> ShardReport:
         """Forward, backward, update of this process's shards."""
-        return hand.updater.take_share(self.share)
+        return hand.updater.take_share(self.shard)

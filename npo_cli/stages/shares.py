@@ -6,13 +6,13 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from npo_cli.policy.model import Policy
-from npo_cli.policy.team import Member
+from npo_cli.policy.team import Worker
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Thing")
 
 
 @dataclass(kw_only=True)
-class Hand(Member):
+class WorkerState(Worker):
     """One process, with what stages make of its shards."""
 
     policies: dict[str, Policy] = field(default_factory=dict)
@@ -20,7 +20,7 @@ class Hand(Member):
     """Of stages/update.py, which knows this file."""
 
 
-def by_tokens(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
+def partition_by_tokens(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
     """Places of the items in each share: the longest first, each to the share with the fewest tokens so far.
 
     Within a share the order is kept. Fewer items than shares leave some empty.
@@ -34,13 +34,13 @@ def by_tokens(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def in_turn(items: Sequence[Thing], num_shares: int) -> list[Sequence[Thing]]:
+def partition_contiguous(items: Sequence[Item], num_shares: int) -> list[Sequence[Item]]:
     """Neighbours stay together: the first share, the second, ..., equal to within one item."""
     edges = [len(items) * share // num_shares for share in range(num_shares + 1)]
     return [items[start:end] for start, end in pairwise(edges)]
 
 
-def in_order(shares: Sequence[Sequence[int]], answers: Sequence[Sequence[Thing]]) -> list[Thing]:
+def restore_order(shares: Sequence[Sequence[int]], answers: Sequence[Sequence[Item]]) -> list[Item]:
     """Answers of all shares, put back to where their questions stood."""
     pairs = [pair for share, some in zip(shares, answers, strict=True) for pair in zip(share, some, strict=True)]
     return [answer for _, answer in sorted(pairs, key=lambda pair: pair[0])]

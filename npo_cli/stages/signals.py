@@ -15,7 +15,7 @@ class StopFlag:
     def __bool__(self) -> bool:
         return self.reason is not None
 
-    def raise_flag(self, number: int, _frame: FrameType | None) -> None:
+    def handle_signal(self, number: int, _frame: FrameType | None) -> None:
         """Remember the first signal; on the second, stop at once."""
         if self.reason is not None:
             raise KeyboardInterrupt
@@ -27,7 +27,7 @@ def stop_between_steps() -> Iterator[StopFlag]:
     """Handlers for SIGINT and SIGTERM while the block runs; the old ones come back after it."""
     flag = StopFlag()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, flag.raise_flag) for number in numbers]
+    before = [signal.signal(number, flag.handle_signal) for number in numbers]
     try:
         yield flag
     finally:

@@ -10,27 +10,27 @@ from pathlib import Path
 from npo_cli.errors import NpoError
 from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt, Rollout
-from npo_cli.run_dir.files import sha256_of
-from npo_cli.stages.authors import Answers, Pairs, each_once, mean_logps
-from npo_cli.stages.guide_plan import OpenSource, Plan, quiet_world
-from npo_cli.stages.retelling import Retelling, Said, graded
-from npo_cli.stages.segment import segment_prompts
-from npo_cli.stages.world import World
+from npo_cli.run_dir.files import hash_file
+from npo_cli.stages.authors import PromptResponses, Pairs, dedupe_rollouts, compute_mean_logprobs
+from npo_cli.stages.guide_plan import SourceHandle, ResolvedSource, open_session_without_engine
+from npo_cli.stages.retelling import Retokenizer, TextResponse, grade_rollouts
+from npo_cli.stages.segment import list_replay_prompts
+from npo_cli.stages.world import Session
 from npo_cli.tasks.prompts import Task
-from npo_cli.tasks.traces import Trace, TraceFile, named_places, read_traces
+from npo_cli.tasks.traces import Trace, TraceFile, format_locations, read_traces
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TracesAuthor:
+class TraceFileSource:
     """Whoever wrote the file."""
 
-    world: World
+    session: Session
     """With the learner's weights."""
     traces: Mapping[str, Sequence[Trace]]
     """By prompt id."""
-    retelling: Retelling
+    retokenizer: Retokenizer
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[Answers]:
+    def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """Every row of each prompt, verified; the same answer once, with its log-probabilities where a row has them."""
         asked = [(prompt, trace) for prompt in prompts for trace in self.traces.get(prompt.prompt_id, ())]
         as_text = [pair for pair in asked if pair[1].response_ids is None]
@@ -39,30 +39,30 @@ class TracesAuthor:
         by_prompt: dict[str, list[Rollout]] = {}
         for rollout in sorted(heard, key=_rank):
             by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
-        return [each_once(prompt, by_prompt.get(prompt.prompt_id, ())) for prompt in prompts]
+        return [dedupe_rollouts(prompt, by_prompt.get(prompt.prompt_id, ())) for prompt in prompts]
 
     def _retold(self, asked: Sequence[tuple[Prompt, Trace]]) -> list[Rollout]:
-        said = [Said(prompt=prompt, slot=0, text=trace.text or "", finished=True) for prompt, trace in asked]
+        said = [TextResponse(prompt=prompt, slot=0, text=trace.text or "", finished=True) for prompt, trace in asked]
         return [
             replace(rollout, behavior_logps=trace.logps if _one_each(trace, rollout) else None)
-            for rollout, (_, trace) in zip(self.retelling.rollouts(said), asked, strict=True)
+            for rollout, (_, trace) in zip(self.retokenizer.retokenize(said), asked, strict=True)
         ]
 
     def _verified(self, asked: Sequence[tuple[Prompt, Trace]]) -> list[Rollout]:
-        rollouts = [_as_given(self.retelling, prompt, trace) for prompt, trace in asked]
-        return graded(self.world, [prompt for prompt, _ in asked], rollouts)
+        rollouts = [_as_given(self.retokenizer, prompt, trace) for prompt, trace in asked]
+        return grade_rollouts(self.session, [prompt for prompt, _ in asked], rollouts)
 
-    def logps(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
+    def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """Those that the file brought: nobody can check them."""
         return [rollout.behavior_logps for _, rollout in pairs]
 
-    def nearness(self, pairs: Pairs) -> list[float]:
+    def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner, whose weights are at hand."""
-        return mean_logps(self.world, pairs)
+        return compute_mean_logprobs(self.session, pairs)
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Answers that the learner has no room for."""
-        return self.retelling.remarks()
+        return self.retokenizer.warnings()
 
 
 def _rank(rollout: Rollout) -> tuple[object, ...]:
@@ -74,10 +74,10 @@ def _one_each(trace: Trace, rollout: Rollout) -> bool:
     return trace.logps is not None and len(trace.logps) == len(rollout.response_ids)
 
 
-def _as_given(retelling: Retelling, prompt: Prompt, trace: Trace) -> Rollout:
+def _as_given(retelling: Retokenizer, prompt: Prompt, trace: Trace) -> Rollout:
     """Token ids as they are, cut at the learner's limit; without an end token nobody ended them."""
     ids, logps = trace.response_ids or (), trace.logps
-    room, finished = retelling.room(prompt), ids[-1] in retelling.learner.eos_ids
+    room, finished = retelling.max_response_tokens(prompt), ids[-1] in retelling.learner.eos_ids
     if len(ids) > room:
         retelling.num_too_long += finished
         ids, logps, finished = ids[:room], logps and logps[:room], False
@@ -93,13 +93,13 @@ def _as_given(retelling: Retelling, prompt: Prompt, trace: Trace) -> Rollout:
     )
 
 
-def open_file(plan: Plan, task: Task, policy: Policy) -> OpenSource:
+def open_trace_file(plan: ResolvedSource, task: Task, policy: Policy) -> SourceHandle:
     """The file, read and sorted out; refused where it answers nothing that is asked."""
     path = Path(plan.origin).expanduser()
     found = read_traces(path, task.train, plan.learner.recipe.task)
     traces = _in_learners_tokens(found, policy)
-    world = quiet_world(plan, task, policy)
-    asked = {prompt.prompt_id for prompt in segment_prompts(world, plan.learner, plan.num_steps)}
+    world = open_session_without_engine(plan, task, policy)
+    asked = {prompt.prompt_id for prompt in list_replay_prompts(world, plan.learner, plan.num_steps)}
     remarks = _left_out(found, elsewhere=traces.keys() - asked)
     if not traces.keys() & asked:
         first = plan.learner.step + 1
@@ -108,14 +108,14 @@ def open_file(plan: Plan, task: Task, policy: Policy) -> OpenSource:
             + (f": {remarks[0]}" if remarks else ""),
             "give each row the prompt_id of a prompt (npo show RUN rollouts lists them), or its exact prompt",
         )
-    return OpenSource(
-        plan=plan,
-        world=world,
-        author=TracesAuthor(world=world, traces=traces, retelling=Retelling(world=world, learner=policy)),
-        digest=sha256_of(path),
+    return SourceHandle(
+        resolved=plan,
+        session=world,
+        source=TraceFileSource(session=world, traces=traces, retokenizer=Retokenizer(session=world, learner=policy)),
+        digest=hash_file(path),
         tokenizer_digest=policy.tokenizer_digest,
         origin=plan.origin,
-        remarks=tuple(remarks),
+        warnings=tuple(remarks),
     )
 
 
@@ -139,18 +139,18 @@ def _in_learners_tokens(found: TraceFile, policy: Policy) -> dict[str, list[Trac
             if why is None:
                 kept.setdefault(prompt_id, []).append(trace)
             else:
-                bad[trace.place] = why
-    found.bad.extend(f"{place}: {why}" for place, why in bad.items())
+                bad[trace.location] = why
+    found.invalid_rows.extend(f"{place}: {why}" for place, why in bad.items())
     return kept
 
 
 def _left_out(found: TraceFile, *, elsewhere: set[str]) -> list[str]:
     """Which rows are not used, and why."""
     remarks = []
-    if found.bad:
-        remarks.append(f"{len(found.bad)} rows cannot be used: {named_places(found.bad)}")
-    if found.unmatched:
-        remarks.append(f"{len(found.unmatched)} rows answer no prompt of this task: {named_places(found.unmatched)}")
+    if found.invalid_rows:
+        remarks.append(f"{len(found.invalid_rows)} rows cannot be used: {format_locations(found.invalid_rows)}")
+    if found.unmatched_rows:
+        remarks.append(f"{len(found.unmatched_rows)} rows answer no prompt of this task: {format_locations(found.unmatched_rows)}")
     unasked = sum(len(found.by_prompt[prompt_id]) for prompt_id in elsewhere)
     if unasked:
         remarks.append(f"{unasked} rows answer prompts that the replay does not visit")

@@ -12,35 +12,35 @@ from typing import Any
 
 from npo_cli.auto_records import Transition
 from npo_cli.config import Recipe
-from npo_cli.loading import recipe_dict
+from npo_cli.loading import recipe_to_dict
 from npo_cli.records import EvalReport, Notice, StepReport
-from npo_cli.report.trackers import TRACKERS, Shown, Tracker, refuse_absent
-from npo_cli.run_dir.lineage import birth_segment, branches
-from npo_cli.run_dir.paths import BIRTH_FILE, RunDir
-from npo_cli.run_dir.scores import evals
-from npo_cli.run_dir.steps import measured_steps
+from npo_cli.report.trackers import TRACKERS, TrackerRun, Tracker, validate_trackers_installed
+from npo_cli.run_dir.lineage import find_first_segment, list_branches
+from npo_cli.run_dir.paths import RUN_INFO_FILE, RunDir
+from npo_cli.run_dir.scores import read_evals
+from npo_cli.run_dir.steps import read_metrics
 
-EVALUATED = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_length", "cut_off")
+EVAL_FIELDS = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_length", "cut_off")
 
 
-def tracked(root: Path, recipe: Recipe, records: Generator[Any, None, None]) -> Generator[Any, None, None]:
+def track_records(root: Path, recipe: Recipe, records: Generator[Any, None, None]) -> Generator[Any, None, None]:
     """The same records; `tracking.report_to` chooses who else sees them."""
     with closing(records):
         if not recipe.tracking.report_to:
             yield from records
             return
-        refuse_absent(recipe.tracking.report_to)
-        audience = Audience(root, recipe)
+        validate_trackers_installed(recipe.tracking.report_to)
+        audience = BranchTrackers(root, recipe)
         try:
             for record in records:
                 # Shown first: whoever stops at this record has seen it.
-                yield from audience.see(record)
+                yield from audience.log_record(record)
                 yield record
         finally:
-            audience.leave()
+            audience.close()
 
 
-class Audience:
+class BranchTrackers:
     """The trackers of one command, each on the branch that was trained last."""
 
     def __init__(self, root: Path, recipe: Recipe) -> None:
@@ -50,7 +50,7 @@ class Audience:
         self.open: dict[str, Tracker] = {}
         self.shown = _on_record(self.run)
 
-    def see(self, record: object) -> Iterator[Notice]:
+    def log_record(self, record: object) -> Iterator[Notice]:
         """Show a record's numbers, if it has any that were not shown before."""
         told = _numbers(record)
         if told is None:
@@ -58,27 +58,27 @@ class Audience:
         kind, branch, step, values = told
         if (kind, branch, step) in self.shown:
             return
-        yield from self.go_to(branch)
+        yield from self.switch_branch(branch)
         for name, tracker in list(self.open.items()):
             try:
                 tracker.log(values, step=step)
             except Exception as error:  # whatever a foreign program dies of
-                yield self.drop(name, error)
+                yield self.drop_tracker(name, error)
 
-    def go_to(self, branch: str) -> Iterator[Notice]:
+    def switch_branch(self, branch: str) -> Iterator[Notice]:
         """Another branch is another run of each tracker."""
         if branch == self.branch:
             return
-        self.leave()
+        self.close()
         self.branch = branch
         shown = _shown(self.run, self.recipe, branch)
         for name in list(self.names):
             try:
                 self.open[name] = TRACKERS[name](shown)
             except Exception as error:  # no network, no account, no room
-                yield self.drop(name, error)
+                yield self.drop_tracker(name, error)
 
-    def drop(self, name: str, error: Exception) -> Notice:
+    def drop_tracker(self, name: str, error: Exception) -> Notice:
         """Once is enough."""
         self.names.remove(name)
         self.open.pop(name, None)
@@ -89,7 +89,7 @@ class Audience:
             level="warning",
         )
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Close every tracker; one that cannot be closed has nothing to say that counts."""
         for tracker in self.open.values():
             try:
@@ -101,10 +101,10 @@ class Audience:
 
 def _on_record(run: RunDir) -> set[tuple[str, str, int]]:
     """Steps and evaluations that an earlier command made: executed again after a kill, they were shown already."""
-    if not (run.root / BIRTH_FILE).exists():
+    if not (run.root / RUN_INFO_FILE).exists():
         return set()
-    steps = {("step", branch, row["step"]) for branch in branches(run) for row in measured_steps(run, branch)}
-    return steps | {("eval", report.branch, report.step) for report in evals(run)}
+    steps = {("step", branch, row["step"]) for branch in list_branches(run) for row in read_metrics(run, branch)}
+    return steps | {("eval", report.branch, report.step) for report in read_evals(run)}
 
 
 def _numbers(record: object) -> tuple[str, str, int, Mapping[str, float]] | None:
@@ -113,7 +113,7 @@ def _numbers(record: object) -> tuple[str, str, int, Mapping[str, float]] | None
         case StepReport():
             return "step", record.branch, record.step, _finite({**record.metrics, **_timed(record.timings)})
         case EvalReport():
-            values = {f"eval/{name}": getattr(record, name) for name in EVALUATED}
+            values = {f"eval/{name}": getattr(record, name) for name in EVAL_FIELDS}
             return "eval", record.branch, record.step, _finite(values)
         case Transition():
             return record.event, record.state.branch, record.step, {f"autonpo/{record.event}": 1.0}
@@ -129,14 +129,14 @@ def _finite(values: Mapping[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
-def _shown(run: RunDir, recipe: Recipe, branch: str) -> Shown:
-    born = birth_segment(run, branch)
-    fork = {"parent": born.parent, "fork_step": born.fork_step, "guide": born.guide, "guide_until": born.guide_until}
-    return Shown(
+def _shown(run: RunDir, recipe: Recipe, branch: str) -> TrackerRun:
+    born = find_first_segment(run, branch)
+    fork = {"parent": born.parent, "fork_step": born.fork_step, "guide": born.guide_cache, "guide_until": born.guide_until}
+    return TrackerRun(
         project=recipe.tracking.project,
         group=run.root.resolve().name,
         branch=branch,
         key=f"{run.run_id[:8]}-{branch}",
-        config={**recipe_dict(recipe), "branch": branch, **fork},
+        config={**recipe_to_dict(recipe), "branch": branch, **fork},
         folder=run.root,
     )

@@ -9,28 +9,28 @@ from torch.optim import Optimizer
 
 from npo_cli.config import Recipe
 from npo_cli.inject_settings import InjectSettings
-from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, MismatchKnobs, Rows
+from npo_cli.objective.batch import Divisors, LossKnobs, LossStats, MismatchKnobs, LossInputs
 from npo_cli.objective.losses import make_policy_loss
 from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import set_lr
-from npo_cli.policy.sharding import as_number
+from npo_cli.policy.sharding import to_scalar
 from npo_cli.stages.batches import GroupWithAdvantages
-from npo_cli.stages.row_scores import row_scores
-from npo_cli.stages.update_records import Asked, Share, ShareReport, TrainRow, UpdateReport
+from npo_cli.stages.row_scores import run_logprob_pass
+from npo_cli.stages.update_records import SampleWithOldLogps, RankShard, ShardReport, TrainingSample, UpdateReport
 
 
-def train_rows(policy: Policy, chosen: Sequence[GroupWithAdvantages], inject: InjectSettings) -> list[TrainRow]:
+def build_training_samples(policy: Policy, chosen: Sequence[GroupWithAdvantages], inject: InjectSettings) -> list[TrainingSample]:
     """One row a rollout, group after group; `inject` says who is clipped in a batch with foreign rows."""
-    mixed = any(rollout.foreign for entry in chosen for rollout in entry.group.rollouts)
+    mixed = any(rollout.is_off_policy for entry in chosen for rollout in entry.group.rollouts)
     clips = {True: inject.clip_off_policy, False: inject.clip_on_policy or not mixed}
     return [
-        TrainRow(
+        TrainingSample(
             tokens=policy.row(entry.group.prompt, rollout.response_ids),
             behavior_logps=rollout.behavior_logps,
             advantage=advantage,
-            foreign=rollout.foreign,
-            free=not clips[rollout.foreign],
+            is_off_policy=rollout.is_off_policy,
+            is_unclipped=not clips[rollout.is_off_policy],
         )
         for entry in chosen
         for rollout, advantage in zip(entry.group.rollouts, entry.advantages, strict=True)
@@ -76,12 +76,12 @@ class Updater:
         self.loss = make_policy_loss(loss_knobs(recipe))
         self.needs_every_row = recipe.loss.kl_coef > 0 or recipe.loss.entropy_coef > 0
 
-    def take_step(self, rows: Sequence[TrainRow], *, lr: float) -> UpdateReport:
+    def take_step(self, rows: Sequence[TrainingSample], *, lr: float) -> UpdateReport:
         """Split the rows into `train.num_updates` parts and update once with each."""
         count = self.recipe.train.num_updates
         old_logps: list[Tensor | None] = [None] * len(rows)
         if count > 1:
-            before = row_scores(self.policy, self.recipe, [row.tokens for row in rows])
+            before = run_logprob_pass(self.policy, self.recipe, [row.tokens for row in rows])
             old_logps = [scores.logps_T for scores in before]
         size = -(-len(rows) // count) if rows else 1
         reports = [
@@ -98,64 +98,64 @@ class Updater:
             num_rows=sum(report.num_rows for report in reports),
         )
 
-    def _score(self, policy: Policy, rows: Sequence[TrainRow]) -> TokenScores:
+    def _score(self, policy: Policy, rows: Sequence[TrainingSample]) -> TokenScores:
         return policy.score(
             [row.tokens for row in rows],
             temperature=self.recipe.sampling.temperature,
             chunk_tokens=self.recipe.train.logit_chunk_tokens,
         )
 
-    def _update(self, rows: Sequence[TrainRow], old_logps: Sequence[Tensor | None], *, lr: float) -> UpdateReport:
+    def _update(self, rows: Sequence[TrainingSample], old_logps: Sequence[Tensor | None], *, lr: float) -> UpdateReport:
         useful = [pair for pair in zip(rows, old_logps, strict=True) if pair[0].advantage or self.needs_every_row]
-        idle = sum(row.num_tokens for row in rows if not (row.advantage or self.needs_every_row or row.foreign))
-        foreign = [pair for pair in useful if pair[0].foreign]
-        own = [pair for pair in useful if not pair[0].foreign]
-        whole = Share(
-            foreign=foreign,
-            own=own,
+        idle = sum(row.num_tokens for row in rows if not (row.advantage or self.needs_every_row or row.is_off_policy))
+        foreign = [pair for pair in useful if pair[0].is_off_policy]
+        own = [pair for pair in useful if not pair[0].is_off_policy]
+        whole = RankShard(
+            off_policy=foreign,
+            on_policy=own,
             divisors=Divisors(
                 num_sequences=max(1, len(rows)),
                 num_tokens=max(1, sum(row.num_tokens for row in rows)),
                 max_tokens=self.recipe.sampling.max_new_tokens,
             ),
             lr=lr,
-            any_foreign=bool(foreign),
+            has_off_policy=bool(foreign),
             num_passes=(self.num_passes(foreign), self.num_passes(own)),
         )
-        reports = self.all_shares(whole)
+        reports = self.run_all_shards(whole)
         return UpdateReport(
             loss=sum(report.loss for report in reports),
             grad_norm=reports[0].grad_norm,
             grad_share=reports[0].grad_share,
-            stats=sum((report.stats for report in reports), start=LossStats(own_tokens=idle)),
+            stats=sum((report.stats for report in reports), start=LossStats(on_policy_tokens=idle)),
             num_skipped=0 if self._bearable(reports[0].grad_norm) else 1,
             num_rows=len(useful),
         )
 
-    def all_shares(self, whole: Share) -> list[ShareReport]:
+    def run_all_shards(self, whole: RankShard) -> list[ShardReport]:
         """The update is made; one report a process."""
-        return [self.take_share(whole)]
+        return [self.run_shard(whole)]
 
-    def num_passes(self, pairs: Sequence[Asked]) -> int:
+    def num_passes(self, pairs: Sequence[SampleWithOldLogps]) -> int:
         """Micro-batches of these rows."""
         return len(micro_batches([row.tokens for row, _ in pairs], max_tokens=self.recipe.train.micro_batch_tokens))
 
-    def take_share(self, share: Share) -> ShareReport:
+    def run_shard(self, share: RankShard) -> ShardReport:
         """Foreign rows first, so that their part of the gradient can be told from the rest."""
         set_lr(self.optimizer, share.lr)
         self.optimizer.zero_grad(set_to_none=True)
-        foreign_loss, foreign_stats = self._accumulate(share.foreign, share, num_passes=share.num_passes[0])
-        foreign_gradients = self._gradients() if share.any_foreign else None
-        own_loss, own_stats = self._accumulate(share.own, share, num_passes=share.num_passes[1])
+        foreign_loss, foreign_stats = self._accumulate(share.off_policy, share, num_passes=share.num_passes[0])
+        foreign_gradients = self._gradients() if share.has_off_policy else None
+        own_loss, own_stats = self._accumulate(share.on_policy, share, num_passes=share.num_passes[1])
         grad_share = None if foreign_gradients is None else self._share(foreign_gradients)
-        return ShareReport(
+        return ShardReport(
             loss=foreign_loss + own_loss,
             stats=foreign_stats + own_stats,
             grad_norm=self._apply(),
             grad_share=grad_share,
         )
 
-    def _accumulate(self, pairs: Sequence[Asked], share: Share, *, num_passes: int) -> tuple[float, LossStats]:
+    def _accumulate(self, pairs: Sequence[SampleWithOldLogps], share: RankShard, *, num_passes: int) -> tuple[float, LossStats]:
         """Forward and backward over micro-batches; gradients add up in the parameters."""
         total, stats = 0.0, LossStats()
         limit = self.recipe.train.micro_batch_tokens
@@ -170,7 +170,7 @@ class Updater:
                 entropies_NT=scores.entropies_NT,
             )
             # FSDP2 takes the mean over processes, and the divisors are those of the whole update already.
-            (loss * share.num_shares if share.num_shares > 1 else loss).backward()
+            (loss * share.num_shards if share.num_shards > 1 else loss).backward()
             total, stats = total + loss.item(), stats + measured
         for _ in range(num_passes - self.num_passes(pairs)):
             self._pass_over_nothing()
@@ -178,13 +178,13 @@ class Updater:
 
     def _pass_over_nothing(self) -> None:
         """Gather and reduce with the others, and add nothing."""
-        nothing = TrainRow(
-            tokens=TokenRow(prompt_ids=(0,), response_ids=(0,)), behavior_logps=None, advantage=0.0, foreign=False
+        nothing = TrainingSample(
+            tokens=TokenRow(prompt_ids=(0,), response_ids=(0,)), behavior_logps=None, advantage=0.0, is_off_policy=False
         )
         self._reference_logps([nothing])
         (self._score(self.policy, [nothing]).logps_NT.sum() * 0.0).backward()
 
-    def _loss_rows(self, rows: Sequence[TrainRow], old_logps: Sequence[Tensor | None], *, like: Tensor) -> Rows:
+    def _loss_rows(self, rows: Sequence[TrainingSample], old_logps: Sequence[Tensor | None], *, like: Tensor) -> LossInputs:
         """The objective's view of these rows, padded as `like` `(N, T)`."""
         behavior_NT, mask_NT = torch.zeros_like(like), torch.zeros_like(like, dtype=torch.bool)
         old_NT = None if old_logps[0] is None else torch.zeros_like(like)
@@ -194,17 +194,17 @@ class Updater:
             mask_NT[index, :length] = True
             if old_NT is not None and old_T is not None:
                 old_NT[index, :length] = old_T
-        return Rows(
+        return LossInputs(
             behavior_logps_NT=behavior_NT.detach(),
             mask_NT=mask_NT,
             advantages_N=torch.tensor([row.advantage for row in rows], device=like.device),
-            foreign_N=torch.tensor([row.foreign for row in rows], device=like.device),
+            off_policy_N=torch.tensor([row.is_off_policy for row in rows], device=like.device),
             old_logps_NT=old_NT,
-            free_N=torch.tensor([row.free for row in rows], device=like.device),
+            unclipped_N=torch.tensor([row.is_unclipped for row in rows], device=like.device),
         )
 
     @torch.no_grad()
-    def _reference_logps(self, rows: Sequence[TrainRow]) -> Tensor | None:
+    def _reference_logps(self, rows: Sequence[TrainingSample]) -> Tensor | None:
         return None if self.reference is None else self._score(self.reference, rows).logps_NT
 
     def _gradients(self) -> list[Tensor]:
@@ -216,7 +216,7 @@ class Updater:
     def _share(self, foreign: Sequence[Tensor]) -> float:
         """|g_f| / (|g_f| + |g - g_f|), before clipping."""
         rest = [parameter.grad - part for parameter, part in zip(self._with_gradient(), foreign, strict=True)]
-        foreign_norm, rest_norm = (as_number(torch.nn.utils.get_total_norm(parts)) for parts in (foreign, rest))
+        foreign_norm, rest_norm = (to_scalar(torch.nn.utils.get_total_norm(parts)) for parts in (foreign, rest))
         return foreign_norm / (foreign_norm + rest_norm) if foreign_norm + rest_norm > 0 else 0.0
 
     def _apply(self) -> float:
@@ -228,10 +228,10 @@ class Updater:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = as_number(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.grad_clip))
+        norm = to_scalar(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.grad_clip))
         if self._bearable(norm):
             self.optimizer.step()
-            self.policy.mark_written()
+            self.policy.mark_weights_changed()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -10,16 +10,16 @@ from npo_cli.policy.logprobs import TokenRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainRow:
+class TrainingSample:
     """One rollout on its way into the loss."""
 
     tokens: TokenRow
     behavior_logps: tuple[float, ...] | None
     """None of a foreign row whose writer nobody can ask."""
     advantage: float
-    foreign: bool
+    is_off_policy: bool
     """Written by another policy than the one being trained."""
-    free: bool = False
+    is_unclipped: bool = False
     """Not clipped."""
 
     @property
@@ -28,29 +28,29 @@ class TrainRow:
         return len(self.tokens.response_ids)
 
 
-Asked = tuple[TrainRow, Tensor | None]
+SampleWithOldLogps = tuple[TrainingSample, Tensor | None]
 """A row, and its log-probabilities at the start of the step where they are no longer the current ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
+class RankShard:
     """What one process does of an update: all of it, where it is the only one."""
 
-    foreign: Sequence[Asked]
-    own: Sequence[Asked]
+    off_policy: Sequence[SampleWithOldLogps]
+    on_policy: Sequence[SampleWithOldLogps]
     divisors: Divisors
     """Of the whole update."""
     lr: float
-    any_foreign: bool
+    has_off_policy: bool
     """In the whole update."""
     num_passes: tuple[int, int]
     """Forward and backward passes over foreign and own rows: as many as any process needs, the last ones over
     nothing. Weights in shards are gathered in step."""
-    num_shares: int = 1
+    num_shards: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShareReport:
+class ShardReport:
     """What came of one share; the gradient's figures are those of the whole update."""
 
     loss: float

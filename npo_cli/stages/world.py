@@ -4,33 +4,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npo_cli.config import Recipe
-from npo_cli.engines.adapters import AdapterPort
-from npo_cli.engines.opening import open_engine, refuse_blind_engine
+from npo_cli.engines.adapters import AdapterHandle
+from npo_cli.engines.opening import open_engine, check_vision_packages
 from npo_cli.engines.requests import Engine, Sample, SampleRequest
-from npo_cli.engines.sync import shapes_of
+from npo_cli.engines.sync import tensor_shapes
 from npo_cli.errors import NpoError
-from npo_cli.policy.adapters import Adapters, sizes_without_rank
+from npo_cli.policy.adapters import AdapterInfo, shapes_without_rank
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.policy.reading import require_reader
-from npo_cli.records import Graded, Group, Prompt, Rollout
-from npo_cli.run_dir.checkpoints import Checkpoint, require_whole
+from npo_cli.policy.reading import check_prompt_support
+from npo_cli.records import VerifierResult, Group, Prompt, Rollout
+from npo_cli.run_dir.checkpoints import Checkpoint, verify_checkpoint
 from npo_cli.run_dir.paths import RunDir
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.engine_sync import Sync, probe_rows
-from npo_cli.stages.together import SharedEngine, by_disk, refuse_crowd, shared_among_all
+from npo_cli.stages.engine_sync import WeightSync, build_check_rows
+from npo_cli.stages.together import DistributedEngine, with_disk_transport, prepare_distributed, shard_across_workers
 from npo_cli.tasks.prompts import DataOrder, Task
-from npo_cli.tasks.sources import load_task, where
+from npo_cli.tasks.sources import load_task, format_location
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class World:
+class Session:
     """One open run. The policy's weights are whatever checkpoint was loaded last."""
 
     recipe: Recipe
     run: RunDir
     policy: Policy
     engine: Engine
-    sync: Sync
+    sync: WeightSync
     """Holds the engine to the policy's weights."""
     task: Task
     order: DataOrder
@@ -62,33 +62,33 @@ def open_task(recipe: Recipe, *, allow_code: bool) -> Task:
 
 def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Policy:
     """The base model, or a checkpoint's, after a check that it can read every prompt of the task."""
-    refuse_crowd(recipe)
+    prepare_distributed(recipe)
     folder = checkpoint.path if checkpoint else None
     policy = load_policy(recipe.model, folder)
     if checkpoint:
         load_checkpoint(policy, checkpoint)
-    refuse_unreadable_task(policy, task, recipe)
-    return shared_among_all(policy, recipe, folder=folder)
+    check_task_prompts(policy, task, recipe)
+    return shard_across_workers(policy, recipe, folder=folder)
 
 
-def refuse_unreadable_task(policy: Policy, task: Task, recipe: Recipe) -> None:
+def check_task_prompts(policy: Policy, task: Task, recipe: Recipe) -> None:
     """Every prompt, held-out ones included, can be read and leaves room for an answer."""
-    refuse_blind_engine(recipe.engine, policy.vision)
+    check_vision_packages(recipe.engine, policy.vision)
     prompts = [*task.train, *task.heldout]
-    require_reader(policy, prompts, recipe.model.path)
+    check_prompt_support(policy, prompts, recipe.model.path)
     for prompt in prompts:
-        refuse_unreadable(policy, prompt, recipe)
+        check_prompt(policy, prompt, recipe)
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
     """Swap in a checkpoint's weights: every tensor fits, and every byte is what was saved."""
     policy.load(checkpoint.path)
-    require_whole(checkpoint)
+    verify_checkpoint(checkpoint)
 
 
-def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
+def check_prompt(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
     """A prompt of no tokens, of more than allowed, or that leaves the model no room to answer."""
-    length, limit = num_prompt_tokens(policy, prompt, recipe), recipe.task.max_prompt_tokens
+    length, limit = count_prompt_tokens(policy, prompt, recipe), recipe.task.max_prompt_tokens
     wanted = length + recipe.sampling.max_new_tokens
     if length == 0:
         problem = "has no tokens: the model's tokenizer knows none of its characters"
@@ -101,66 +101,66 @@ def refuse_unreadable(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
         mend = "lower sampling.max_new_tokens, leave the prompt out, or choose another model.path"
     else:
         return
-    raise NpoError(f"{where(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", mend)
+    raise NpoError(f"{format_location(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", mend)
 
 
-def num_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
+def count_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
     """Tokens of a prompt, those of its pictures included."""
     try:
         return len(policy.encode(prompt))
     except NpoError as error:
-        raise NpoError(f"{where(prompt, recipe.task)}{error.message}", error.hint) from error
+        raise NpoError(f"{format_location(prompt, recipe.task)}{error.message}", error.hint) from error
 
 
-def open_world(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy, pushes_weights: bool = False) -> World:
+def open_session(run: RunDir, recipe: Recipe, *, task: Task, policy: Policy, extrapolates_weights: bool = False) -> Session:
     """Join the parts, and start the engine; whoever opens a world closes it.
 
     `pushes_weights`: the policy will be pushed along its motion in weights, though the recipe does not say so.
     """
-    joins = pushes_weights or recipe.pushes_weights
+    joins = extrapolates_weights or recipe.pushes_weights
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
     if policy.shared is not None and recipe.engine.kind == "transformers":
-        engine: Engine = SharedEngine(policy, recipe)
+        engine: Engine = DistributedEngine(policy, recipe)
     else:
         engine = open_engine(
-            by_disk(recipe.engine, policy),
-            policy.whole_model,
+            with_disk_transport(recipe.engine, policy),
+            policy.full_model,
             policy.tokenizer,
             eos_ids=policy.eos_ids,
             pad_id=policy.pad_id,
             max_model_len=min(longest, policy.max_tokens or longest),
             dtype=policy.compute_dtype,
-            adapters=None if policy.adapters is None else adapter_port(policy, policy.adapters, joins=joins),
-            sight=policy.vision,
+            adapters=None if policy.adapters is None else make_adapter_port(policy, policy.adapters, doubles_rank=joins),
+            vision=policy.vision,
         )
-    return World(
+    return Session(
         recipe=recipe,
         run=run,
         policy=policy,
         engine=engine,
-        sync=Sync(recipe=recipe, policy=policy, engine=engine, rows=probe_rows(policy, task.train)),
+        sync=WeightSync(recipe=recipe, policy=policy, engine=engine, check_rows=build_check_rows(policy, task.train)),
         task=task,
         order=DataOrder(num_prompts=len(task.train), seed=recipe.train.seed),
     )
 
 
-def adapter_port(policy: Policy, adapters: Adapters, *, joins: bool = False) -> AdapterPort:
+def make_adapter_port(policy: Policy, adapters: AdapterInfo, *, doubles_rank: bool = False) -> AdapterHandle:
     """A policy's adapters as an engine is told of them; `joins`: with those of an older copy their rank is twice."""
-    return AdapterPort(
-        rank=2 * adapters.rank if joins else adapters.rank,
-        targets=tuple(adapters.config["target_modules"]),
-        base=lambda: policy.frozen,
-        tensors=lambda: policy.trained,
-        sizes=lambda: sizes_without_rank(policy.trained) if joins else shapes_of(policy.trained),
-        write=policy.save,
+    return AdapterHandle(
+        max_rank=2 * adapters.rank if doubles_rank else adapters.rank,
+        target_modules=tuple(adapters.config["target_modules"]),
+        read_base=lambda: policy.base_weights,
+        read_adapters=lambda: policy.adapter_weights,
+        read_shapes=lambda: shapes_without_rank(policy.adapter_weights) if doubles_rank else tensor_shapes(policy.adapter_weights),
+        save=policy.save,
     )
 
 
-def answer(
-    world: World,
+def sample_groups(
+    world: Session,
     prompts: Sequence[Prompt],
     *,
-    label: tuple[str | int, ...],
+    seed_label: tuple[str | int, ...],
     slots: Sequence[int],
     sampler_step: int,
     temperature: float | None = None,
@@ -169,25 +169,25 @@ def answer(
 
     The seed of a response is that of (run seed, *label, prompt id, slot).
     """
-    version = world.sync.in_step(sampler_step)
-    asked = Asked(label=label, sampler_step=sampler_step, version=version)
-    (groups,) = answer_side_by_side(world, prompts, [asked], slots=slots, temperature=temperature)
+    version = world.sync.sync_weights(sampler_step)
+    asked = SamplingSpec(seed_label=seed_label, sampler_step=sampler_step, version=version)
+    (groups,) = sample_groups_per_version(world, prompts, [asked], slots=slots, temperature=temperature)
     return groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class SamplingSpec:
     """Weights that are asked, which the engine holds."""
 
-    label: tuple[str | int, ...]
+    seed_label: tuple[str | int, ...]
     sampler_step: int
     version: str
 
 
-def answer_side_by_side(
-    world: World,
+def sample_groups_per_version(
+    world: Session,
     prompts: Sequence[Prompt],
-    asked: Sequence[Asked],
+    asked: Sequence[SamplingSpec],
     *,
     slots: Sequence[int],
     temperature: float | None = None,
@@ -200,7 +200,7 @@ def answer_side_by_side(
     graded = world.task.grade(
         [prompt for _ in asked for prompt in prompts for _ in slots], [one.text for one in samples]
     )
-    verdicts = iter(zip(samples, cut_off_is_wrong(samples, graded), strict=True))
+    verdicts = iter(zip(samples, mark_truncated_wrong(samples, graded), strict=True))
     return [
         [
             Group(prompt=prompt, rollouts=tuple(_rollout(*next(verdicts), each.sampler_step) for _ in slots))
@@ -210,7 +210,7 @@ def answer_side_by_side(
     ]
 
 
-def _rollout(sample: Sample, verdict: Graded, sampler_step: int) -> Rollout:
+def _rollout(sample: Sample, verdict: VerifierResult, sampler_step: int) -> Rollout:
     return Rollout(
         prompt_id=sample.prompt_id,
         slot=sample.slot,
@@ -225,13 +225,13 @@ def _rollout(sample: Sample, verdict: Graded, sampler_step: int) -> Rollout:
     )
 
 
-def _requests(world: World, prompts: Sequence[Prompt], asked: Asked, *, slots: Sequence[int]) -> list[SampleRequest]:
+def _requests(world: Session, prompts: Sequence[Prompt], asked: SamplingSpec, *, slots: Sequence[int]) -> list[SampleRequest]:
     return [
         SampleRequest(
             prompt_id=prompt.prompt_id,
             prompt_ids=world.policy.encode(prompt),
             slot=slot,
-            seed=derive_seed(world.recipe.train.seed, *asked.label, prompt.prompt_id, slot),
+            seed=derive_seed(world.recipe.train.seed, *asked.seed_label, prompt.prompt_id, slot),
             version=asked.version,
             images=prompt.images,
         )
@@ -240,16 +240,16 @@ def _requests(world: World, prompts: Sequence[Prompt], asked: Asked, *, slots: S
     ]
 
 
-def cut_off_is_wrong(samples: Sequence, graded: Sequence[Graded]) -> list[Graded]:
+def mark_truncated_wrong(samples: Sequence, graded: Sequence[VerifierResult]) -> list[VerifierResult]:
     """A response that hit the length limit keeps its verdict unless that was correct by luck of the cut."""
     return [
         verdict
         if sample.finished or verdict.verdict != "correct"
-        else Graded(verdict="wrong", extracted=verdict.extracted)
+        else VerifierResult(verdict="wrong", extracted=verdict.extracted)
         for sample, verdict in zip(samples, graded, strict=True)
     ]
 
 
-def num_tokens(groups: Sequence[Group]) -> int:
+def count_generated_tokens(groups: Sequence[Group]) -> int:
     """Tokens generated for these groups; what a guide brought along was paid for elsewhere."""
     return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts if rollout.source == "own")

@@ -12,37 +12,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from npo_cli.errors import NpoError, as_typed
-from npo_cli.guide_records import GuideTrajectory
-from npo_cli.images import image_bytes
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guide_records import GuideRollout
+from npo_cli.images import load_image_bytes
 from npo_cli.records import Prompt
 
-Form = Literal["trl", "verl"]
+TableFormat = Literal["trl", "verl"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answered:
+class ExportedResponse:
     """A prompt and one answer to it."""
 
     prompt: Prompt
-    trajectory: GuideTrajectory
+    trajectory: GuideRollout
     data_source: str
     """Name of the data, by which verl chooses its reward function."""
 
 
-def refuse_table(path: Path) -> None:
+def validate_table_path(path: Path) -> None:
     """A file that exists is never replaced, and its ending says what it is."""
     if path.suffix != ".parquet":
-        raise NpoError(f"--out {path}: a table ends in .parquet", f"--out {as_typed(path)}.parquet")
+        raise NpoError(f"--out {path}: a table ends in .parquet", f"--out {quote_path(path)}.parquet")
     if path.exists():
         raise NpoError(f"--out {path} exists", "name another file, or remove that one")
     if not path.absolute().parent.is_dir():
-        raise NpoError(f"--out {path}: there is no folder {path.parent}", f"mkdir -p {as_typed(path.parent)}")
+        raise NpoError(f"--out {path}: there is no folder {path.parent}", f"mkdir -p {quote_path(path.parent)}")
 
 
-def write_table(path: Path, answers: Sequence[Answered], *, form: Form) -> bool:
+def write_table(path: Path, answers: Sequence[ExportedResponse], *, table_format: TableFormat) -> bool:
     """Write the table whole. True where prompts that are plain text had to become chats."""
-    refuse_table(path)
+    validate_table_path(path)
     try:
         import pyarrow
         import pyarrow.parquet
@@ -50,7 +50,7 @@ def write_table(path: Path, answers: Sequence[Answered], *, form: Form) -> bool:
         raise NpoError(
             f"writing {path} needs the package pyarrow, which is not installed", "pip install pyarrow"
         ) from error
-    chats = form == "verl" or any(each.prompt.messages for each in answers)
+    chats = table_format == "verl" or any(each.prompt.messages for each in answers)
     shown = any(each.prompt.images for each in answers)
     rows = [_row(each, number, chats=chats) for number, each in enumerate(answers)]
     turns = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
@@ -82,7 +82,7 @@ def write_table(path: Path, answers: Sequence[Answered], *, form: Form) -> bool:
     return chats and any(each.prompt.text is not None for each in answers)
 
 
-def _row(each: Answered, number: int, *, chats: bool) -> dict[str, Any]:
+def _row(each: ExportedResponse, number: int, *, chats: bool) -> dict[str, Any]:
     prompt, kept = each.prompt, each.trajectory
     said = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
     asked = said or [{"role": "user", "content": prompt.text}]
@@ -105,5 +105,5 @@ def _row(each: Answered, number: int, *, chats: bool) -> dict[str, Any]:
         "finished": kept.finished,
         "num_sampled": kept.num_sampled,
         "num_correct": kept.num_correct,
-        "images": [{"bytes": image_bytes(image), "path": Path(image.place).name} for image in prompt.images],
+        "images": [{"bytes": load_image_bytes(image), "path": Path(image.location).name} for image in prompt.images],
     }

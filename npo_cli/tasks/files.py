@@ -11,17 +11,17 @@ from typing import Any
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.records import Message, Prompt
-from npo_cli.tasks.pictures import Album, in_one_text, same_pixels, with_images
-from npo_cli.tasks.rows import Row, read_rows
-from npo_cli.tasks.shape import shaped
+from npo_cli.tasks.pictures import ImageColumn, join_parts, drop_image_locations, add_images
+from npo_cli.tasks.rows import TableRow, read_rows
+from npo_cli.tasks.shape import format_prompt
 
 IMAGE_COLUMNS = ("images", "image")
 
-Placed = tuple[Prompt, str]
+LocatedPrompt = tuple[Prompt, str]
 """A prompt and the place in a file that it comes from."""
 
 
-def file_problems(settings: TaskSettings, *, seed: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
+def load_file_prompts(settings: TaskSettings, *, seed: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
     """(pool, held-out). With a held-out file: the first rows of each. Without: a split drawn from the seed.
 
     The held-out rows do not depend on task.pool_size, so a larger pool is judged on the same problems.
@@ -37,7 +37,7 @@ def file_problems(settings: TaskSettings, *, seed: int) -> tuple[tuple[Prompt, .
     return tuple(prompt for prompt, _ in train), tuple(prompt for prompt, _ in heldout)
 
 
-def place_of(prompt: Prompt, settings: TaskSettings) -> str:
+def find_prompt_location(prompt: Prompt, settings: TaskSettings) -> str:
     """`data.jsonl line 3`: read again, as only an error asks."""
     placed = _placed_prompts(settings.path or "", settings, "rows")
     if settings.heldout_path is not None:
@@ -45,7 +45,7 @@ def place_of(prompt: Prompt, settings: TaskSettings) -> str:
     return next(place for each, place in placed if each.prompt_id == prompt.prompt_id)
 
 
-def _split(rows: Sequence[Placed], settings: TaskSettings, seed: int) -> tuple[list[Placed], list[Placed]]:
+def _split(rows: Sequence[LocatedPrompt], settings: TaskSettings, seed: int) -> tuple[list[LocatedPrompt], list[LocatedPrompt]]:
     """Shuffle once; held-out rows from the back, training rows from the front; each in the file's order."""
     num_heldout = settings.heldout_size
     if len(rows) <= num_heldout:
@@ -62,27 +62,27 @@ def _split(rows: Sequence[Placed], settings: TaskSettings, seed: int) -> tuple[l
     )
 
 
-def _placed_prompts(path: str, settings: TaskSettings, prefix: str) -> list[Placed]:
+def _placed_prompts(path: str, settings: TaskSettings, prefix: str) -> list[LocatedPrompt]:
     file = Path(path).expanduser()
     columns = [settings.prompt_column, settings.answer_column]
     columns += [settings.id_column] if settings.id_column is not None else []
     if settings.image_column is None:
         rows = read_rows(file, columns=[*columns, *IMAGE_COLUMNS])
-        return [(_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.place) for row in rows]
+        return [(_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.location) for row in rows]
     rows = read_rows(file, columns=columns)
-    album = Album(file=file, column=settings.image_column, max_pixels=settings.max_image_pixels)
+    album = ImageColumn(file=file, column=settings.image_column, max_pixels=settings.max_image_pixels)
     bare = [_prompt(row, settings, f"{prefix}/{row.position:06d}") for row in rows]
     return [
-        (with_images(prompt, images, row.place), row.place)
-        for prompt, row, images in zip(bare, rows, album.of_rows(rows), strict=True)
+        (add_images(prompt, images, row.location), row.location)
+        for prompt, row, images in zip(bare, rows, album.read_images(rows), strict=True)
     ]
 
 
-def _prompt(row: Row, settings: TaskSettings, numbered_id: str) -> Prompt:
+def _prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prompt:
     there = [column for column in IMAGE_COLUMNS if row.values.get(column)]
     if settings.image_column is None and there:
         raise NpoError(
-            f"{row.place} has images, and task.image_column names none",
+            f"{row.location} has images, and task.image_column names none",
             f"set task.image_column={there[0]}; pictures are never dropped in silence",
         )
     answer = _scalar(row, settings.answer_column, "task.answer_column")
@@ -90,16 +90,16 @@ def _prompt(row: Row, settings: TaskSettings, numbered_id: str) -> Prompt:
     question = _cell(row, settings.prompt_column, "task.prompt_column")
     bare = Prompt(prompt_id=prompt_id, answer=answer, row=row.position)
     if isinstance(question, list):
-        turns = _messages(question, row.place, parts=settings.image_column is not None)
-        return _sound(shaped(turns, settings=settings, prompt=bare), row.place)
+        turns = _messages(question, row.location, parts=settings.image_column is not None)
+        return _sound(format_prompt(turns, settings=settings, prompt=bare), row.location)
     if not isinstance(question, str):
         kind = "null" if question is None else type(question).__name__
-        raise NpoError(f"{row.place}: the prompt is a {kind}", "write a string, or a list of {role, content} messages")
+        raise NpoError(f"{row.location}: the prompt is a {kind}", "write a string, or a list of {role, content} messages")
     if not question.strip():
-        raise NpoError(f"{row.place}: the prompt is empty", "fill it in or remove the row")
+        raise NpoError(f"{row.location}: the prompt is empty", "fill it in or remove the row")
     if settings.system and not settings.chat:
-        raise NpoError(f"task.system needs chat prompts, but {row.place} is plain text", "set task.chat=true")
-    return _sound(shaped(question, settings=settings, prompt=bare), row.place)
+        raise NpoError(f"task.system needs chat prompts, but {row.location} is plain text", "set task.chat=true")
+    return _sound(format_prompt(question, settings=settings, prompt=bare), row.location)
 
 
 def _sound(prompt: Prompt, place: str) -> Prompt:
@@ -130,7 +130,7 @@ def _message(turn: object, place: str, *, parts: bool) -> Message:
         raise NpoError(f"{place} is not an object with role and content", hint)
     role, content = turn.get("role"), turn.get("content")
     if isinstance(content, list) and parts:
-        content = in_one_text(content, place)
+        content = join_parts(content, place)
     elif isinstance(content, list) and any(
         isinstance(part, dict) and "image" in str(part.get("type")) for part in content
     ):
@@ -143,29 +143,29 @@ def _message(turn: object, place: str, *, parts: bool) -> Message:
     return Message(role=role, content=content)
 
 
-def _cell(row: Row, column: str, key: str) -> Any:
+def _cell(row: TableRow, column: str, key: str) -> Any:
     if column not in row.values:
         raise NpoError(
-            f"{row.place} has no column {column!r} ({key})",
+            f"{row.location} has no column {column!r} ({key})",
             f"set {key} to one of: {', '.join(map(str, row.values)) or '(it has none)'}",
         )
     return row.values[column]
 
 
-def _scalar(row: Row, column: str, key: str) -> str:
+def _scalar(row: TableRow, column: str, key: str) -> str:
     """A string or a number, as text."""
     value = _cell(row, column, key)
     if isinstance(value, float) and math.isnan(value):
         value = None  # how pandas writes a missing number
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         kind = "null" if value is None else type(value).__name__
-        raise NpoError(f"{row.place}: {column!r} is a {kind}, not a string or a number", f"mend it, or {key}")
+        raise NpoError(f"{row.location}: {column!r} is a {kind}, not a string or a number", f"mend it, or {key}")
     if not str(value).strip():
-        raise NpoError(f"{row.place}: {column!r} is empty", "fill it in or remove the row")
+        raise NpoError(f"{row.location}: {column!r} is empty", "fill it in or remove the row")
     return str(value)
 
 
-def _refuse_repeated_ids(placed: Sequence[Placed]) -> None:
+def _refuse_repeated_ids(placed: Sequence[LocatedPrompt]) -> None:
     first: dict[str, str] = {}
     for prompt, place in placed:
         if prompt.prompt_id in first:
@@ -176,7 +176,7 @@ def _refuse_repeated_ids(placed: Sequence[Placed]) -> None:
         first[prompt.prompt_id] = place
 
 
-def _refuse_shared_prompts(train: Sequence[Placed], heldout: Sequence[Placed]) -> None:
+def _refuse_shared_prompts(train: Sequence[LocatedPrompt], heldout: Sequence[LocatedPrompt]) -> None:
     """A held-out problem that is trained on measures memory."""
     trained = {_asked(prompt): place for prompt, place in train}
     for prompt, place in heldout:
@@ -189,4 +189,4 @@ def _refuse_shared_prompts(train: Sequence[Placed], heldout: Sequence[Placed]) -
 
 def _asked(prompt: Prompt) -> Prompt:
     """The prompt without what tells two rows apart."""
-    return replace(prompt, prompt_id="", answer="", row=0, images=same_pixels(prompt.images))
+    return replace(prompt, prompt_id="", answer="", row=0, images=drop_image_locations(prompt.images))

@@ -9,11 +9,11 @@ from typing import Any
 
 from npo_cli.config import DatasetSettings, TaskSettings
 from npo_cli.errors import NpoError
-from npo_cli.records import Graded, Prompt
-from npo_cli.tasks.gym_draw import Draw, Entry, draw_entries, open_dataset
+from npo_cli.records import VerifierResult, Prompt
+from npo_cli.tasks.gym_draw import DatasetSpec, Entry, generate_entries, open_dataset
 from npo_cli.tasks.numerals import last_numeral, read_number
-from npo_cli.tasks.pool import CheckPool, Outcome
-from npo_cli.tasks.shape import shaped
+from npo_cli.tasks.pool import VerifierPool, CheckResult
+from npo_cli.tasks.shape import format_prompt
 
 FULL_SCORE = 1.0 - 1e-9
 """A partial score is wrong; the rest is room for a float."""
@@ -25,27 +25,27 @@ class GymProblems:
 
     train: tuple[Prompt, ...]
     heldout: tuple[Prompt, ...]
-    draws: tuple[Draw, ...]
+    dataset_specs: tuple[DatasetSpec, ...]
     entries: Mapping[str, Entry]
     """By prompt id."""
 
 
-def gym_problems(settings: TaskSettings, *, seed: int) -> GymProblems:
+def load_gym_problems(settings: TaskSettings, *, seed: int) -> GymProblems:
     """Pool and held-out split of a mixture: each data set gives its weight's share of both."""
     if find_spec("reasoning_gym") is None:
         raise NpoError("task.source reasoning_gym needs the package reasoning-gym", "pip install reasoning-gym")
     weights = [dataset.weight for dataset in settings.datasets]
-    pool_counts = shares(weights, settings.pool_size)
-    heldout_counts = shares(weights, settings.heldout_size)
+    pool_counts = allocate_counts(weights, settings.pool_size)
+    heldout_counts = allocate_counts(weights, settings.heldout_size)
     labels = _labels(settings.datasets)
     draws = tuple(
-        Draw(label=label, name=dataset.name, config=dict(dataset.config), seed=_seed(dataset, label, seed), count=a + b)
+        DatasetSpec(label=label, name=dataset.name, config=dict(dataset.config), seed=_seed(dataset, label, seed), count=a + b)
         for dataset, label, a, b in zip(settings.datasets, labels, pool_counts, heldout_counts, strict=True)
     )
     entries: dict[str, Entry] = {}
     train: list[Prompt] = []
     heldout: list[Prompt] = []
-    for drawn, num_pool in zip(draw_entries(draws), pool_counts, strict=True):
+    for drawn, num_pool in zip(generate_entries(draws), pool_counts, strict=True):
         prompts = [_prompt(entry, settings) for entry in drawn]
         entries |= {prompt.prompt_id: entry for prompt, entry in zip(prompts, drawn, strict=True)}
         train += prompts[:num_pool]
@@ -53,10 +53,10 @@ def gym_problems(settings: TaskSettings, *, seed: int) -> GymProblems:
     # Mixed, so that the first so many of either are a fair sample.
     for split, prompts in (("train", train), ("heldout", heldout)):
         random.Random(f"gym:{split}:{seed}").shuffle(prompts)
-    return GymProblems(train=tuple(train), heldout=tuple(heldout), draws=draws, entries=entries)
+    return GymProblems(train=tuple(train), heldout=tuple(heldout), dataset_specs=draws, entries=entries)
 
 
-def shares(weights: Sequence[float], total: int) -> list[int]:
+def allocate_counts(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers that add up to `total` in proportion to the weights: rounded down, largest remainders up."""
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
@@ -67,7 +67,7 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class GymGrader:
+class GymVerifier:
     """Each data set scores its own problems; only the full score is correct.
 
     Where the answer is a number, the last number of the response is scored, here in this process. Other responses
@@ -76,14 +76,14 @@ class GymGrader:
     """
 
     entries: Mapping[str, Entry]
-    draws: tuple[Draw, ...]
-    pool: CheckPool
+    dataset_specs: tuple[DatasetSpec, ...]
+    pool: VerifierPool
     _scorer: Callable[[tuple[Entry, str]], float] | None = field(init=False, repr=False, default=None)
     """The scorer of this process, made when first needed: it costs the import of reasoning-gym."""
 
-    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Graded]:
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
         asked = [(self.entries[p.prompt_id], said) for p, said in zip(prompts, responses, strict=True)]
-        graded: dict[int, Graded] = {}
+        graded: dict[int, VerifierResult] = {}
         texts: list[int] = []
         for place, (entry, response) in enumerate(asked):
             if _wants_number(entry):
@@ -91,7 +91,7 @@ class GymGrader:
             elif response.strip():
                 texts.append(place)
             else:
-                graded[place] = Graded(verdict="unparseable")
+                graded[place] = VerifierResult(verdict="unparseable")
         outcomes = self.pool.run([(asked[place][0], asked[place][1].strip()) for place in texts])
         graded |= {
             place: _graded(outcome, asked[place][1].strip()) for place, outcome in zip(texts, outcomes, strict=True)
@@ -104,28 +104,28 @@ class GymGrader:
     def close(self) -> None:
         self.pool.close()
 
-    def _grade_number(self, entry: Entry, response: str) -> Graded:
+    def _grade_number(self, entry: Entry, response: str) -> VerifierResult:
         numeral = last_numeral(response)
         if numeral is None or read_number(numeral) is None:
-            return Graded(verdict="unparseable")
+            return VerifierResult(verdict="unparseable")
         if self._scorer is None:
-            self._scorer = build_scorer(self.draws)
+            self._scorer = build_scorer(self.dataset_specs)
         # The reference is written without commas and plus signs, and most data sets compare texts.
         said = numeral if numeral == entry.content["answer"] else numeral.replace(",", "").removeprefix("+")
         try:
             score = self._scorer((entry, said))
         except Exception:  # a data set that cannot take this number (3.5 where it calls int)
-            return Graded(verdict="unparseable", extracted=numeral)
-        return Graded(verdict="correct" if score >= FULL_SCORE else "wrong", extracted=numeral)
+            return VerifierResult(verdict="unparseable", extracted=numeral)
+        return VerifierResult(verdict="correct" if score >= FULL_SCORE else "wrong", extracted=numeral)
 
 
-def gym_grader(problems: GymProblems, *, num_workers: int, timeout: float) -> GymGrader:
+def make_gym_verifier(problems: GymProblems, *, num_workers: int, timeout: float) -> GymVerifier:
     """The grader, with nothing imported or started yet."""
-    pool = CheckPool(build=partial(build_scorer, problems.draws), num_workers=num_workers, timeout=timeout)
-    return GymGrader(entries=problems.entries, draws=problems.draws, pool=pool)
+    pool = VerifierPool(build=partial(build_scorer, problems.dataset_specs), num_workers=num_workers, timeout=timeout)
+    return GymVerifier(entries=problems.entries, dataset_specs=problems.dataset_specs, pool=pool)
 
 
-def build_scorer(draws: Sequence[Draw]) -> Callable[[tuple[Entry, str]], float]:
+def build_scorer(draws: Sequence[DatasetSpec]) -> Callable[[tuple[Entry, str]], float]:
     """(entry, response) -> the score that the entry's own data set gives, from 0 to 1."""
     datasets = {draw.label: open_dataset(draw) for draw in draws}
 
@@ -136,12 +136,12 @@ def build_scorer(draws: Sequence[Draw]) -> Callable[[tuple[Entry, str]], float]:
     return score
 
 
-def _graded(outcome: Outcome, said: str) -> Graded:
+def _graded(outcome: CheckResult, said: str) -> VerifierResult:
     if outcome.timed_out:
-        return Graded(verdict="timeout")
+        return VerifierResult(verdict="timeout")
     if outcome.error:
-        return Graded(verdict="unparseable", extracted=said)
-    return Graded(verdict="correct" if outcome.value >= FULL_SCORE else "wrong", extracted=said)
+        return VerifierResult(verdict="unparseable", extracted=said)
+    return VerifierResult(verdict="correct" if outcome.value >= FULL_SCORE else "wrong", extracted=said)
 
 
 def _wants_number(entry: Entry) -> bool:
@@ -151,7 +151,7 @@ def _wants_number(entry: Entry) -> bool:
 
 def _prompt(entry: Entry, settings: TaskSettings) -> Prompt:
     answer: Any = entry.content["answer"]
-    return shaped(
+    return format_prompt(
         entry.content["question"],
         settings=settings,
         prompt=Prompt(

@@ -18,13 +18,13 @@ from typing import Any
 
 from npo_cli.errors import NpoError, RunFailed
 
-PATIENCE_SHARE = 5
-PATIENCE_LEAST = 200
+PATIENCE_PER_ENTRY = 5
+MIN_PATIENCE = 200
 """A data set is exhausted after this many draws, plus PATIENCE_SHARE times those found, without a new question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Draw:
+class DatasetSpec:
     """How many different problems to take from one data set."""
 
     label: str
@@ -46,7 +46,7 @@ class Entry:
     """question, answer and whatever score_answer wants to see again."""
 
 
-def draw_entries(draws: Sequence[Draw]) -> list[list[Entry]]:
+def generate_entries(draws: Sequence[DatasetSpec]) -> list[list[Entry]]:
     """For each draw its entries in the order of their index; no question comes twice, in whatever data set."""
     ours, theirs = Pipe()
     code = f"from npo_cli.tasks.gym_draw import serve_draws; serve_draws({theirs.fileno()})"
@@ -74,7 +74,7 @@ def draw_entries(draws: Sequence[Draw]) -> list[list[Entry]]:
     return drawn
 
 
-def serve_draws(channel_number: int) -> None:
+def serve_entries(channel_number: int) -> None:
     """In the child: draws come down the pipe, their entries go back, or (message, hint) for the user to mend."""
     os.dup2(2, 1)  # stdout belongs to the command's data, whatever a data set prints
     with Connection(channel_number) as channel:
@@ -86,7 +86,7 @@ def serve_draws(channel_number: int) -> None:
         channel.send(reply)
 
 
-def open_dataset(draw: Draw) -> Any:
+def open_dataset(draw: DatasetSpec) -> Any:
     """The data set of a draw. Its size only bounds indices here, and grows with what is asked."""
     from reasoning_gym.factory import DATASETS, create_dataset
 
@@ -105,14 +105,14 @@ def open_dataset(draw: Draw) -> Any:
         ) from error
 
 
-def _distinct(draw: Draw, seen: set[str]) -> list[Entry]:
+def _distinct(draw: DatasetSpec, seen: set[str]) -> list[Entry]:
     """The first `count` entries whose question was not seen yet."""
     dataset = open_dataset(draw)
     entries: list[Entry] = []
     index, last_new = 0, 0
     limit = min(len(dataset), _max_draws(draw.count))
     while len(entries) < draw.count:
-        if index >= limit or index - last_new > PATIENCE_SHARE * len(entries) + PATIENCE_LEAST:
+        if index >= limit or index - last_new > PATIENCE_PER_ENTRY * len(entries) + MIN_PATIENCE:
             raise _exhausted(draw, found=len(entries), num_draws=index)
         content = _entry_content(dataset, draw, index)
         if content["question"] not in seen:
@@ -123,7 +123,7 @@ def _distinct(draw: Draw, seen: set[str]) -> list[Entry]:
     return entries
 
 
-def _entry_content(dataset: Any, draw: Draw, index: int) -> dict[str, Any]:
+def _entry_content(dataset: Any, draw: DatasetSpec, index: int) -> dict[str, Any]:
     random.seed(f"{draw.seed}:{draw.label}:{index}")
     try:
         return dataset[index]
@@ -140,7 +140,7 @@ def _max_draws(count: int) -> int:
     return 100 * count + 1000
 
 
-def _exhausted(draw: Draw, *, found: int, num_draws: int) -> NpoError:
+def _exhausted(draw: DatasetSpec, *, found: int, num_draws: int) -> NpoError:
     return NpoError(
         f"{draw.label} gave only {found} different questions in {num_draws} draws, {draw.count} are needed",
         "lower task.pool_size, task.heldout_size or its weight, or widen its config",

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from npo_cli.errors import NpoError
-from npo_cli.records import Graded, Prompt
-from npo_cli.tasks.pool import CheckPool, Outcome
+from npo_cli.records import VerifierResult, Prompt
+from npo_cli.tasks.pool import VerifierPool, CheckResult
 from npo_cli.tasks.verify import UnusableAnswer
 
 DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
@@ -19,22 +19,22 @@ DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MathGrader:
+class MathVerifier:
     """Correct where math-verify finds the response's last answer equal to the reference."""
 
-    pool: CheckPool
+    pool: VerifierPool
 
-    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Graded]:
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
         pairs = [(prompt.answer, response) for prompt, response in zip(prompts, responses, strict=True)]
         return [_graded(outcome) for outcome in self.pool.run(pairs)]
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
         """A reference that is not read, or not in time, would make its prompt hopeless."""
-        for prompt, is_read in zip(prompts, self.readable([prompt.answer for prompt in prompts]), strict=True):
+        for prompt, is_read in zip(prompts, self.are_readable([prompt.answer for prompt in prompts]), strict=True):
             if not is_read:
                 raise UnusableAnswer(prompt, "mathematics")
 
-    def readable(self, answers: Sequence[str]) -> list[bool]:
+    def are_readable(self, answers: Sequence[str]) -> list[bool]:
         """Which reference answers are read, in time."""
         outcomes = self.pool.run([(answer, "") for answer in answers])
         return [not (each.timed_out or each.error or each.value[0] == "no_reference") for each in outcomes]
@@ -43,14 +43,14 @@ class MathGrader:
         self.pool.close()
 
 
-def math_grader(*, num_workers: int, timeout: float) -> MathGrader:
+def make_math_verifier(*, num_workers: int, timeout: float) -> MathVerifier:
     """The grader, with nothing started yet."""
     if find_spec("math_verify") is None:
         raise NpoError(
             "the math_verify verifier needs the package math-verify, which is not installed",
             "pip install math-verify, or set task.verifier=last_number for plain numbers",
         )
-    return MathGrader(pool=CheckPool(build=build_comparison, num_workers=num_workers, timeout=timeout))
+    return MathVerifier(pool=VerifierPool(build=build_comparison, num_workers=num_workers, timeout=timeout))
 
 
 def build_comparison() -> Callable[[tuple[str, str]], tuple[str, str | None]]:
@@ -81,10 +81,10 @@ def build_comparison() -> Callable[[tuple[str, str]], tuple[str, str | None]]:
     return compare
 
 
-def _graded(outcome: Outcome) -> Graded:
+def _graded(outcome: CheckResult) -> VerifierResult:
     if outcome.timed_out:
-        return Graded(verdict="timeout")
+        return VerifierResult(verdict="timeout")
     if outcome.error or outcome.value[0] == "no_reference":
-        return Graded(verdict="unparseable")
+        return VerifierResult(verdict="unparseable")
     verdict, extracted = outcome.value
-    return Graded(verdict=verdict, extracted=extracted)
+    return VerifierResult(verdict=verdict, extracted=extracted)

@@ -19,7 +19,7 @@ FILL = "."
 PROMPT_CHARS = 12
 MAX_RESPONSE = 18
 MISCONCEIVED_SHARE = 0.15
-WORLD_SEED = 20733
+TASK_SEED = 20733
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class Noise:
 
 def misconceptions() -> dict[tuple[int, int, int], int]:
     """The wrong digit of each misconceived (digit, digit, carry) entry; the same in every run."""
-    rng = random.Random(WORLD_SEED)
+    rng = random.Random(TASK_SEED)
     entries = [(a, b, c) for a in range(10) for b in range(10) for c in range(2)]
     chosen = rng.sample(entries, round(MISCONCEIVED_SHARE * len(entries)))
     return {(a, b, c): (a + b + c + rng.randint(1, 9)) % 10 for a, b, c in chosen}
@@ -56,7 +56,7 @@ def num_misconceived(a: int, b: int, length: int, *, wrong: dict[tuple[int, int,
     return met
 
 
-def question(a: int, b: int, length: int) -> str:
+def format_addition(a: int, b: int, length: int) -> str:
     """The prompt text of a + b, always PROMPT_CHARS long."""
     text = f"{str(a).zfill(length)[::-1]}+{str(b).zfill(length)[::-1]}="
     return text.rjust(PROMPT_CHARS, FILL)
@@ -119,6 +119,6 @@ def micro_prompts(kind: str, count: int, seed: int) -> list[Prompt]:
     for a, b, size in additions(kind, rng):
         if len(prompts) == count:
             break
-        text = question(a, b, size)
+        text = format_addition(a, b, size)
         prompts.setdefault(text, Prompt(prompt_id=f"{kind}/{a}+{b}", text=text, answer=str(a + b)))
     return list(prompts.values())

@@ -22,14 +22,14 @@ from typing import Any
 from npo_cli.errors import RunFailed
 from npo_cli.tasks.worker import serve_checks
 
-START_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 60.0
 """Time a new process has to import what it needs."""
 
 Check = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class CheckResult:
     """What became of one item: a value, an error text where the check raised, or neither: late, or its process died."""
 
     value: Any = None
@@ -58,7 +58,7 @@ class _Worker:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class CheckPool:
+class VerifierPool:
     """Runs `build()`'s check on items in several processes, each item within `timeout` seconds."""
 
     build: Callable[[], Check]
@@ -75,7 +75,7 @@ class CheckPool:
             while not all(worker.ready for worker in self._workers):
                 self._collect()
 
-    def run(self, items: Sequence[Any]) -> list[Outcome]:
+    def run(self, items: Sequence[Any]) -> list[CheckResult]:
         """The outcome of each item, in their order; safe from any thread, one batch at a time."""
         with self._lock:
             try:
@@ -92,8 +92,8 @@ class CheckPool:
                 self._drop(worker)
             atexit.unregister(self.close)
 
-    def _run(self, items: Sequence[Any]) -> list[Outcome]:
-        outcomes: dict[int, Outcome] = {}
+    def _run(self, items: Sequence[Any]) -> list[CheckResult]:
+        outcomes: dict[int, CheckResult] = {}
         waiting = deque(range(len(items)))
         while len(outcomes) < len(items):
             self._fill(len(items) - len(outcomes))
@@ -115,7 +115,7 @@ class CheckPool:
                 atexit.register(self.close)
             process.start()
             theirs.close()
-            self._workers.append(_Worker(process=process, channel=ours, deadline=time.monotonic() + START_SECONDS))
+            self._workers.append(_Worker(process=process, channel=ours, deadline=time.monotonic() + START_TIMEOUT_SECONDS))
 
     def _hand_out(self, worker: _Worker, waiting: deque[int], items: Sequence[Any]) -> None:
         try:
@@ -126,7 +126,7 @@ class CheckPool:
         worker.item = waiting.popleft()
         worker.deadline = time.monotonic() + self.timeout
 
-    def _collect(self) -> dict[int, Outcome]:
+    def _collect(self) -> dict[int, CheckResult]:
         """Wait for a report or a deadline, and make both into outcomes."""
         pending = [worker for worker in self._workers if worker.item is not None or not worker.ready]
         first_deadline = min((worker.deadline for worker in pending), default=0.0)
@@ -138,14 +138,14 @@ class CheckPool:
             if worker.channel in reported:
                 outcome = self._receive(worker)
             elif now >= worker.deadline:
-                outcome = self._lose(worker, f"did not start within {START_SECONDS:.0f} s")
+                outcome = self._lose(worker, f"did not start within {START_TIMEOUT_SECONDS:.0f} s")
             else:
                 continue
             if outcome is not None and place is not None:
                 outcomes[place] = outcome
         return outcomes
 
-    def _receive(self, worker: _Worker) -> Outcome | None:
+    def _receive(self, worker: _Worker) -> CheckResult | None:
         try:
             kind, payload = worker.channel.recv()
         except (EOFError, OSError):
@@ -154,15 +154,15 @@ class CheckPool:
             raise RunFailed(f"the verifier could not be started: {payload}", "mend it, then run the command again")
         worker.ready, worker.item = True, None
         if kind == "error":
-            return Outcome(error=payload)
-        return Outcome(value=payload) if kind == "value" else None
+            return CheckResult(error=payload)
+        return CheckResult(value=payload) if kind == "value" else None
 
-    def _lose(self, worker: _Worker, why: str) -> Outcome:
+    def _lose(self, worker: _Worker, why: str) -> CheckResult:
         """A process that died or is late costs the item it was at, and nothing else."""
         self._drop(worker)
         if worker.item is None:
             raise RunFailed(f"a verifier process {why}", "run the command again; a full memory is a common cause")
-        return Outcome(timed_out=True)
+        return CheckResult(timed_out=True)
 
     def _drop(self, worker: _Worker) -> None:
         self._workers.remove(worker)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from npo_cli.errors import NpoError
-from npo_cli.records import Graded, Prompt
-from npo_cli.tasks.verify import Grader
+from npo_cli.records import VerifierResult, Prompt
+from npo_cli.tasks.verify import Verifier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class Task:
 
     train: tuple[Prompt, ...]
     heldout: tuple[Prompt, ...]
-    grader: Grader
+    verifier: Verifier
     _by_id: Mapping[str, Prompt] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -37,13 +37,13 @@ class Task:
             )
         return self._by_id[prompt_id]
 
-    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Graded]:
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
         """The verdict on each response, which answers the prompt at the same place."""
-        return self.grader.grade(prompts, responses)
+        return self.verifier.grade(prompts, responses)
 
     def close(self) -> None:
         """End the verifier's processes, if it has any. Grading again starts new ones."""
-        self.grader.close()
+        self.verifier.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

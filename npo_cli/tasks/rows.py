@@ -9,22 +9,22 @@ from typing import Any
 
 from npo_cli.errors import NpoError
 
-ROWS_AT_A_TIME = 32
+BATCH_ROWS = 32
 """Of a column with pictures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class TableRow:
     """One record of a file."""
 
     position: int
     """From 0, blank lines not counted."""
-    place: str
+    location: str
     """`data.jsonl line 3` or `data.parquet row 3`, counted from 1."""
     values: dict[str, Any]
 
 
-def read_rows(path: Path, *, columns: Sequence[str]) -> list[Row]:
+def read_rows(path: Path, *, columns: Sequence[str]) -> list[TableRow]:
     """All rows of a file. `columns` are those worth reading, where the format lets one choose."""
     readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     if not path.is_file():
@@ -41,14 +41,14 @@ def read_rows(path: Path, *, columns: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
     position = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path} line {number}"
-            yield Row(position=position, place=place, values=_json_object(line, place))
+            yield TableRow(position=position, location=place, values=_json_object(line, place))
             position += 1
 
 
@@ -83,7 +83,7 @@ def _json_kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def parquet_column(path: Path, column: str) -> Iterator[Any]:
+def read_parquet_column(path: Path, column: str) -> Iterator[Any]:
     """One column of a file whose other columns were read, a few rows in memory at a time."""
     import pyarrow
     import pyarrow.parquet
@@ -93,13 +93,13 @@ def parquet_column(path: Path, column: str) -> Iterator[Any]:
             if column not in file.schema_arrow.names:
                 yield from [None] * file.metadata.num_rows
                 return
-            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=[column]):
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
                 yield from batch.column(0).to_pylist()
     except pyarrow.ArrowException as error:
         raise NpoError(f"{path} is not a readable parquet file: {error}", "write it again") from error
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -118,4 +118,4 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     # An absent column is kept absent, and the names that are there are told with it.
     for position, row in enumerate(values):
         rest = {name: None for name in there if name not in columns}
-        yield Row(position=position, place=f"{path} row {position + 1}", values=rest | row)
+        yield TableRow(position=position, location=f"{path} row {position + 1}", values=rest | row)

@@ -8,7 +8,7 @@ from npo_cli.errors import NpoError
 from npo_cli.records import Message, Prompt
 
 
-def shaped(question: str | Sequence[Message], *, settings: TaskSettings, prompt: Prompt) -> Prompt:
+def format_prompt(question: str | Sequence[Message], *, settings: TaskSettings, prompt: Prompt) -> Prompt:
     """`prompt` with its text or messages filled in as task.suffix, task.chat and task.system say.
 
     Messages stay messages, whatever task.chat says; a system message of their own comes before task.system.
@@ -25,7 +25,7 @@ def shaped(question: str | Sequence[Message], *, settings: TaskSettings, prompt:
     )
 
 
-def refuse_idle_settings(settings: TaskSettings) -> None:
+def validate_task_settings(settings: TaskSettings) -> None:
     """A setting that would change nothing is a misunderstanding: say so."""
     if settings.image_column is not None and settings.source != "file":
         raise NpoError(

@@ -9,13 +9,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from npo_cli.images import held_image, require_pillow
-from npo_cli.records import IMAGE_MARK, ImageRef, Message, Prompt
+from npo_cli.images import make_in_memory_image_ref, require_pillow
+from npo_cli.records import IMAGE_PLACEHOLDER, ImageRef, Message, Prompt
 
 CELL_PIXELS = 8
 NUM_CELLS = 4
 """In a row, and in a column."""
-MOST_SHAPES = 9
+MAX_SHAPES = 9
 COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
 FORMS = ("discs", "squares")
 QUESTIONS = (*COLOURS, *FORMS)
@@ -36,18 +36,18 @@ class Shape:
     form: str
 
 
-def drawn_shapes(rng: random.Random) -> tuple[Shape, ...]:
+def sample_shapes(rng: random.Random) -> tuple[Shape, ...]:
     """One to nine shapes in cells of their own."""
-    cells = rng.sample(range(NUM_CELLS**2), rng.randint(1, MOST_SHAPES))
+    cells = rng.sample(range(NUM_CELLS**2), rng.randint(1, MAX_SHAPES))
     return tuple(Shape(cell=cell, colour=rng.choice([*COLOURS]), form=rng.choice(FORMS)) for cell in sorted(cells))
 
 
-def num_of(shapes: tuple[Shape, ...], asked: str) -> int:
+def count_shapes(shapes: tuple[Shape, ...], asked: str) -> int:
     """How many have that colour or form."""
     return sum(asked in (shape.colour, shape.form) for shape in shapes)
 
 
-def picture(shapes: tuple[Shape, ...], name: str) -> ImageRef:
+def draw_image(shapes: tuple[Shape, ...], name: str) -> ImageRef:
     """The shapes on white."""
     from PIL import Image, ImageDraw
 
@@ -58,20 +58,20 @@ def picture(shapes: tuple[Shape, ...], name: str) -> ImageRef:
         top, left = (CELL_PIXELS * place for place in divmod(shape.cell, NUM_CELLS))
         box = (left + 1, top + 1, left + CELL_PIXELS - 2, top + CELL_PIXELS - 2)
         (pen.ellipse if shape.form == "discs" else pen.rectangle)(box, fill=COLOURS[shape.colour])
-    return held_image(canvas, name)
+    return make_in_memory_image_ref(canvas, name)
 
 
-def riddles(rng: random.Random) -> Iterator[tuple[tuple[Shape, ...], str]]:
+def generate_questions(rng: random.Random) -> Iterator[tuple[tuple[Shape, ...], str]]:
     """Endless pictures, each with what is asked of it."""
     while True:
-        yield drawn_shapes(rng), rng.choice(QUESTIONS)
+        yield sample_shapes(rng), rng.choice(QUESTIONS)
 
 
 def shapes_prompts(count: int, seed: int) -> list[Prompt]:
     """`count` different prompts, in the order drawn."""
     require_pillow()
     prompts: dict[object, Prompt] = {}
-    for shapes, asked in riddles(random.Random(f"shapes:{seed}")):
+    for shapes, asked in generate_questions(random.Random(f"shapes:{seed}")):
         if len(prompts) == count:
             break
         name = f"shapes/{seed}/{len(prompts):06d}"
@@ -83,15 +83,15 @@ def shapes_prompt(shapes: tuple[Shape, ...], asked: str, name: str) -> Prompt:
     """The picture, then the question."""
     return Prompt(
         prompt_id=f"{name}/{asked}",
-        answer=str(num_of(shapes, asked)),
-        messages=(Message(role="user", content=f"{IMAGE_MARK}how many {asked}?"),),
-        images=(picture(shapes, name),),
+        answer=str(count_shapes(shapes, asked)),
+        messages=(Message(role="user", content=f"{IMAGE_PLACEHOLDER}how many {asked}?"),),
+        images=(draw_image(shapes, name),),
     )
 
 
 def noisy_count(shapes: tuple[Shape, ...], asked: str, rng: random.Random) -> int:
     """What the supervised base is taught to say."""
-    right = num_of(shapes, asked)
+    right = count_shapes(shapes, asked)
     if asked == MISCONCEIVED and rng.random() < MISCONCEPTION:
         return (right - 1) % 10
     return rng.randrange(10) if rng.random() < NOISE else right

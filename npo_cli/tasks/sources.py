@@ -5,25 +5,25 @@ from difflib import get_close_matches
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.records import Prompt
-from npo_cli.tasks.files import file_problems, place_of
-from npo_cli.tasks.gym import GymProblems, gym_grader, gym_problems
-from npo_cli.tasks.math_pool import math_grader
+from npo_cli.tasks.files import load_file_prompts, find_prompt_location
+from npo_cli.tasks.gym import GymProblems, make_gym_verifier, load_gym_problems
+from npo_cli.tasks.math_pool import make_math_verifier
 from npo_cli.tasks.micro import micro_prompts
 from npo_cli.tasks.prompts import Task
-from npo_cli.tasks.shape import refuse_idle_settings
+from npo_cli.tasks.shape import validate_task_settings
 from npo_cli.tasks.shapes import shapes_prompts
-from npo_cli.tasks.user_code import is_user_code, user_grader
-from npo_cli.tasks.verify import JUDGES, Grader, UnusableAnswer
+from npo_cli.tasks.user_code import is_custom_verifier, make_custom_verifier
+from npo_cli.tasks.verify import BUILTIN_VERIFIERS, Verifier, UnusableAnswer
 
-AUTO = {"micro": "micro", "reasoning_gym": "reasoning_gym", "file": "math_verify", "shapes": "exact"}
+DEFAULT_VERIFIERS = {"micro": "micro", "reasoning_gym": "reasoning_gym", "file": "math_verify", "shapes": "exact"}
 """What task.verifier `auto` means for each source. It never depends on what is installed: a missing package is an
 error, as the same recipe must not be graded in two ways."""
-NAMES = ("auto", "exact", "number", "last_number", "reasoning_gym", "math_verify")
+VERIFIER_NAMES = ("auto", "exact", "number", "last_number", "reasoning_gym", "math_verify")
 
 
 def load_task(settings: TaskSettings, *, seed: int, allow_code: bool = False) -> Task:
     """The task of a run. `seed` is the run's, used unless task.seed is set; the same settings give the same task."""
-    refuse_idle_settings(settings)
+    validate_task_settings(settings)
     pool_seed = seed if settings.seed is None else settings.seed
     problems: GymProblems | None = None
     if settings.source == "micro":
@@ -34,45 +34,45 @@ def load_task(settings: TaskSettings, *, seed: int, allow_code: bool = False) ->
         prompts = shapes_prompts(settings.pool_size + settings.heldout_size, pool_seed)
         train, heldout = tuple(prompts[: settings.pool_size]), tuple(prompts[settings.pool_size :])
     elif settings.source == "file":
-        train, heldout = file_problems(settings, seed=pool_seed)
+        train, heldout = load_file_prompts(settings, seed=pool_seed)
     else:
-        problems = gym_problems(settings, seed=pool_seed)
+        problems = load_gym_problems(settings, seed=pool_seed)
         train, heldout = problems.train, problems.heldout
-    grader = choose_grader(settings, problems=problems, allow_code=allow_code)
+    grader = choose_verifier(settings, problems=problems, allow_code=allow_code)
     try:
         grader.check_answers((*train, *heldout))
     except BaseException as error:
         grader.close()
         if isinstance(error, UnusableAnswer):
-            raise NpoError(f"{where(error.prompt, settings)}{error.message}", error.hint) from error
+            raise NpoError(f"{format_location(error.prompt, settings)}{error.message}", error.hint) from error
         raise
-    return Task(train=train, heldout=heldout, grader=grader)
+    return Task(train=train, heldout=heldout, verifier=grader)
 
 
-def where(prompt: Prompt, settings: TaskSettings) -> str:
+def format_location(prompt: Prompt, settings: TaskSettings) -> str:
     """`data.jsonl line 3: ` to begin an error with; empty where prompts come from no file."""
-    return f"{place_of(prompt, settings)}: " if settings.source == "file" else ""
+    return f"{find_prompt_location(prompt, settings)}: " if settings.source == "file" else ""
 
 
-def choose_grader(settings: TaskSettings, *, problems: GymProblems | None, allow_code: bool) -> Grader:
+def choose_verifier(settings: TaskSettings, *, problems: GymProblems | None, allow_code: bool) -> Verifier:
     """The grader that task.verifier names. None has started a process yet."""
-    verifier = AUTO[settings.source] if settings.verifier == "auto" else settings.verifier
+    verifier = DEFAULT_VERIFIERS[settings.source] if settings.verifier == "auto" else settings.verifier
     workers = {"num_workers": settings.verify_workers, "timeout": settings.verify_timeout}
-    if is_user_code(verifier):
-        return user_grader(verifier, allow_code=allow_code, **workers)
+    if is_custom_verifier(verifier):
+        return make_custom_verifier(verifier, allow_code=allow_code, **workers)
     if verifier == "reasoning_gym" and problems is not None:
-        return gym_grader(problems, **workers)
+        return make_gym_verifier(problems, **workers)
     if verifier == "math_verify":
-        return math_grader(**workers)
-    if verifier in JUDGES and (verifier in NAMES or settings.source == "micro"):
-        return JUDGES[verifier]
+        return make_math_verifier(**workers)
+    if verifier in BUILTIN_VERIFIERS and (verifier in VERIFIER_NAMES or settings.source == "micro"):
+        return BUILTIN_VERIFIERS[verifier]
     if verifier == "reasoning_gym":
         raise NpoError(
             f"task.verifier reasoning_gym judges its own data sets only, and task.source is {settings.source}",
             "set task.verifier=auto",
         )
-    near = get_close_matches(verifier, NAMES, n=1)
+    near = get_close_matches(verifier, VERIFIER_NAMES, n=1)
     raise NpoError(
         f"task.verifier {verifier!r} is not a verifier",
-        f"did you mean {near[0]}?" if near else f"choose one of {', '.join(NAMES)}, or file.py:function",
+        f"did you mean {near[0]}?" if near else f"choose one of {', '.join(VERIFIER_NAMES)}, or file.py:function",
     )

@@ -16,17 +16,17 @@ from typing import Any
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.records import Message, Prompt
-from npo_cli.tasks.rows import Row, read_rows
-from npo_cli.tasks.shape import shaped
+from npo_cli.tasks.rows import TableRow, read_rows
+from npo_cli.tasks.shape import format_prompt
 
-COLUMNS = ("prompt_id", "prompt", "response", "response_ids", "logps")
+TRACE_COLUMNS = ("prompt_id", "prompt", "response", "response_ids", "logps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
     """One answer that somebody brought."""
 
-    place: str
+    location: str
     """`traces.jsonl line 3`."""
     text: str | None
     response_ids: tuple[int, ...] | None
@@ -41,9 +41,9 @@ class TraceFile:
 
     by_prompt: dict[str, list[Trace]] = field(default_factory=dict)
     """In the order of the file."""
-    unmatched: list[str] = field(default_factory=list)
+    unmatched_rows: list[str] = field(default_factory=list)
     """Places of rows whose prompt the task does not have."""
-    bad: list[str] = field(default_factory=list)
+    invalid_rows: list[str] = field(default_factory=list)
     """Rows that cannot be used, each with the reason."""
 
 
@@ -51,7 +51,7 @@ class _Unusable(Exception):
     """Why a row cannot be used."""
 
 
-def refuse_no_file(path: Path) -> None:
+def validate_trace_path(path: Path) -> None:
     """A file that is not there, or of another kind, is told before anything is opened."""
     if not path.is_file():
         raise NpoError(f"there is no file of traces {path}", "--from traces.jsonl")
@@ -63,20 +63,20 @@ def read_traces(path: Path, prompts: Sequence[Prompt], settings: TaskSettings) -
     """Every row of the file, matched or named."""
     found = TraceFile()
     matched = _matcher(prompts, settings)
-    for row in read_rows(path, columns=COLUMNS):
+    for row in read_rows(path, columns=TRACE_COLUMNS):
         try:
             prompt_ids, trace = matched(row), _trace(row)
         except _Unusable as reason:
-            found.bad.append(f"{row.place}: {reason}")
+            found.invalid_rows.append(f"{row.location}: {reason}")
             continue
         if not prompt_ids:
-            found.unmatched.append(row.place)
+            found.unmatched_rows.append(row.location)
         for prompt_id in prompt_ids:
             found.by_prompt.setdefault(prompt_id, []).append(trace)
     return found
 
 
-def _matcher(prompts: Sequence[Prompt], settings: TaskSettings) -> Callable[[Row], list[str]]:
+def _matcher(prompts: Sequence[Prompt], settings: TaskSettings) -> Callable[[TableRow], list[str]]:
     """Ids of the prompts that a row answers: several where the task asks the same more than once."""
     known = {prompt.prompt_id for prompt in prompts}
     by_question: dict[object, list[str]] = {}
@@ -85,7 +85,7 @@ def _matcher(prompts: Sequence[Prompt], settings: TaskSettings) -> Callable[[Row
         by_question.setdefault(_question(prompt), []).append(prompt.prompt_id)
     blank = Prompt(prompt_id="", answer="")
 
-    def matched(row: Row) -> list[str]:
+    def matched(row: TableRow) -> list[str]:
         name, asked = row.values.get("prompt_id"), row.values.get("prompt")
         if isinstance(name, str | int) and not isinstance(name, bool):
             return [str(name)] if str(name) in known else []
@@ -94,7 +94,7 @@ def _matcher(prompts: Sequence[Prompt], settings: TaskSettings) -> Callable[[Row
         question = _as_question(asked)
         as_it_is = replace(blank, text=question) if isinstance(question, str) else replace(blank, messages=question)
         # As the task has it, or as its data file has it, before suffix, system message and chat.
-        for form in (as_it_is, shaped(question, settings=settings, prompt=blank)):
+        for form in (as_it_is, format_prompt(question, settings=settings, prompt=blank)):
             if _question(form) in by_question:
                 return by_question[_question(form)]
         return []
@@ -118,7 +118,7 @@ def _as_question(asked: object) -> str | tuple[Message, ...]:
     return tuple(Message(role=role, content=content) for role, content in pairs)
 
 
-def _trace(row: Row) -> Trace:
+def _trace(row: TableRow) -> Trace:
     values = row.values
     ids, text = values.get("response_ids"), values.get("response")
     if ids is None and not isinstance(text, str):
@@ -132,7 +132,7 @@ def _trace(row: Row) -> Trace:
         logps = tuple(map(float, _numbers(logps, "logps", sound=_is_logp)))
     if ids is not None and logps is not None and len(ids) != len(logps):
         raise _Unusable(f"it has {len(ids)} response_ids and {len(logps)} logps")
-    return Trace(place=row.place, text=text if ids is None else None, response_ids=ids, logps=logps)
+    return Trace(location=row.location, text=text if ids is None else None, response_ids=ids, logps=logps)
 
 
 def _numbers(value: object, name: str, *, sound: Callable[[object], bool]) -> tuple[Any, ...]:
@@ -167,7 +167,7 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def named_places(places: Iterable[str], *, count: int = 3) -> str:
+def format_locations(places: Iterable[str], *, count: int = 3) -> str:
     """The first few, and how many more."""
     every = list(places)
     rest = f" and {len(every) - count} more" if len(every) > count else ""

@@ -14,20 +14,20 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.records import Graded, Prompt
-from npo_cli.tasks.pool import CheckPool
-from npo_cli.tasks.worker import where
+from npo_cli.records import VerifierResult, Prompt
+from npo_cli.tasks.pool import VerifierPool
+from npo_cli.tasks.worker import describe_error
 
-CALLED = "write def function(prompt, response, answer)"
+SIGNATURE_HINT = "write def function(prompt, response, answer)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UserGrader:
+class CustomVerifier:
     """Asks the user's function. Its exceptions end the run: a reward of 0 in their place would train on a bug."""
 
-    pool: CheckPool
+    pool: VerifierPool
 
-    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Graded]:
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
         asked = [
             {"prompt": prompt_text(prompt), "response": response, "answer": prompt.answer}
             for prompt, response in zip(prompts, responses, strict=True)
@@ -41,7 +41,7 @@ class UserGrader:
                     "mend the function, then go on with npo resume and --allow-code",
                 )
             verdict = "timeout" if outcome.timed_out else "correct" if outcome.value >= 1 else "wrong"
-            graded.append(Graded(verdict=verdict))
+            graded.append(VerifierResult(verdict=verdict))
         return graded
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
@@ -52,12 +52,12 @@ class UserGrader:
         self.pool.close()
 
 
-def is_user_code(verifier: str) -> bool:
+def is_custom_verifier(verifier: str) -> bool:
     """Whether a setting names a function in a file."""
     return verifier.rpartition(":")[0].endswith(".py")
 
 
-def user_grader(verifier: str, *, allow_code: bool, num_workers: int, timeout: float) -> UserGrader:
+def make_custom_verifier(verifier: str, *, allow_code: bool, num_workers: int, timeout: float) -> CustomVerifier:
     """The grader for `file.py:function`. The file is read, not run, until its answers are checked."""
     file, _, function = verifier.rpartition(":")
     if not allow_code:
@@ -69,8 +69,8 @@ def user_grader(verifier: str, *, allow_code: bool, num_workers: int, timeout: f
     if not path.is_file():
         raise NpoError(f"task.verifier names a file that does not exist: {path}", "mend the path before the colon")
     _require_function(path, function)
-    build = partial(build_user_check, str(path), function)
-    return UserGrader(pool=CheckPool(build=build, num_workers=num_workers, timeout=timeout))
+    build = partial(build_custom_check, str(path), function)
+    return CustomVerifier(pool=VerifierPool(build=build, num_workers=num_workers, timeout=timeout))
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -78,7 +78,7 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt.text if prompt.text is not None else "\n\n".join(message.content for message in prompt.messages)
 
 
-def build_user_check(file: str, function: str) -> Callable[[dict[str, str]], float | str]:
+def build_custom_check(file: str, function: str) -> Callable[[dict[str, str]], float | str]:
     """In the worker: run the file and return a check that gives the function's number, or the text of its error."""
     import sys
 
@@ -94,7 +94,7 @@ def build_user_check(file: str, function: str) -> Callable[[dict[str, str]], flo
         try:
             value = verifier(**asked)
         except (Exception, SystemExit) as error:
-            return where(error, inside=file)
+            return describe_error(error, inside=file)
         if isinstance(value, str) or not hasattr(value, "__float__") or math.isnan(float(value)):
             return f"{file}: {function} must return a bool or a number, it returned {value!r}"
         return float(value)
@@ -104,13 +104,13 @@ def build_user_check(file: str, function: str) -> Callable[[dict[str, str]], flo
 
 def _require_signature(verifier: object, name: str) -> None:
     if not callable(verifier):
-        raise NpoError(f"{name} is not a function", CALLED)
+        raise NpoError(f"{name} is not a function", SIGNATURE_HINT)
     try:
         inspect.signature(verifier).bind(prompt="", response="", answer="")
     except ValueError:
         return  # written in C, it keeps its parameters to itself
     except TypeError as error:
-        raise NpoError(f"{name} must take prompt, response and answer: {error}", CALLED) from error
+        raise NpoError(f"{name} must take prompt, response and answer: {error}", SIGNATURE_HINT) from error
 
 
 def _require_function(path: Path, function: str) -> None:
@@ -118,7 +118,7 @@ def _require_function(path: Path, function: str) -> None:
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (SyntaxError, ValueError) as error:
-        place = where(error, inside=str(path))
+        place = describe_error(error, inside=str(path))
         raise NpoError(f"task.verifier names a file that is not Python: {place}", "mend that line") from error
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

@@ -19,7 +19,7 @@ def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]],
     try:
         check = build()
     except Exception as error:
-        channel.send(("broken", where(error)))
+        channel.send(("broken", describe_error(error)))
         return
     channel.send(("ready", None))
     while True:
@@ -32,7 +32,7 @@ def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]],
         try:
             reply = ("value", check(item))
         except Exception as error:
-            reply = ("error", where(error))
+            reply = ("error", describe_error(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             channel.send(reply)
@@ -40,7 +40,7 @@ def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]],
             return
 
 
-def where(error: BaseException, *, inside: str | None = None) -> str:
+def describe_error(error: BaseException, *, inside: str | None = None) -> str:
     """`file:line: Kind: message` of the innermost place an error went through, in the file `inside` if it did."""
     text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if isinstance(error, NpoError):

@@ -21,7 +21,7 @@ SMALL = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Said:
+class CommandResult:
     """What one command left."""
 
     code: int
@@ -38,17 +38,17 @@ class Said:
         return self.err.splitlines()[-1].removeprefix("  try: ")
 
 
-def npo(*args: object) -> Said:
+def npo(*args: object) -> CommandResult:
     """Run a command in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
         main([str(arg) for arg in args])
-    return Said(code=left.value.code, out=out.getvalue(), err=err.getvalue())
+    return CommandResult(code=left.value.code, out=out.getvalue(), err=err.getvalue())
 
 
-def refused(*args: object, beside: Path, code: int = 2) -> Said:
+def assert_refused(*args: object, beside: Path, code: int = 2) -> CommandResult:
     """A command that must be refused: two lines, its exit code, no data, and nothing written in `beside`."""
-    before = contents(beside)
+    before = folder_digests(beside)
     said = npo(*args)
     assert (said.code, said.out) == (code, "")
     first, second = said.err.splitlines()
@@ -57,11 +57,11 @@ def refused(*args: object, beside: Path, code: int = 2) -> Said:
     assert len(second) > len("  try: ")
     assert "Traceback" not in said.err
     assert not re.search(r"\b(npo \S+ RUN\b|please report)", said.err)
-    assert contents(beside) == before
+    assert folder_digests(beside) == before
     return said
 
 
-def contents(folder: Path) -> dict[str, str]:
+def folder_digests(folder: Path) -> dict[str, str]:
     """Every file by name with a digest, folders included; the lock is no content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
@@ -70,20 +70,20 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def copied(run: Path, folder: Path, name: str = "run") -> Path:
+def copy_run(run: Path, folder: Path, name: str = "run") -> Path:
     """A copy to damage."""
     shutil.copytree(run, folder / name)
     return folder / name
 
 
-def edited(path: Path, change: Callable[[str], str]) -> None:
+def edit_file(path: Path, change: Callable[[str], str]) -> None:
     before = path.read_text(encoding="utf-8")
     after = change(before)
     assert after != before, f"the edit of {path} changed nothing"
     path.write_text(after, encoding="utf-8")
 
 
-def with_field(path: Path, **fields: object) -> None:
+def set_fields(path: Path, **fields: object) -> None:
     """A JSON document with other values."""
     document = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(document | fields), encoding="utf-8")

@@ -5,24 +5,24 @@ import pytest
 from typer.testing import CliRunner
 
 from npo_cli.cli import app as cli
-from npo_cli.cli.early import steps_in
+from npo_cli.cli.early import parse_steps
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly
-from npo_cli.loading import load_recipe, recipe_dict
-from npo_cli.recipe_files import recipe_names
+from npo_cli.loading import load_recipe, recipe_to_dict
+from npo_cli.recipe_files import list_recipe_names
 
 runner = CliRunner()
 
 
-@pytest.mark.parametrize("command", cli.DOORS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_says_what_it_does(command):
     result = runner.invoke(cli.app, [command, "--help"])
     assert result.exit_code == 0
-    assert cli.DOORS[command].__doc__.splitlines()[0] in result.output
+    assert cli.COMMANDS[command].__doc__.splitlines()[0] in result.output
 
 
 def test_the_first_page_lists_every_command_whole():
     output = runner.invoke(cli.app, ["--help"]).output
-    for command, door in cli.DOORS.items():
+    for command, door in cli.COMMANDS.items():
         first = door.__doc__.splitlines()[0]
         assert f"{command.ljust(17)}  {first}" in output
 
@@ -30,7 +30,7 @@ def test_the_first_page_lists_every_command_whole():
 def test_recipes_lists_every_shipped_recipe():
     result = runner.invoke(cli.app, ["recipes", "--json"])
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["name"] for line in lines] == list(recipe_names())
+    assert [line["name"] for line in lines] == list(list_recipe_names())
     assert all(line["description"] and line["path"].endswith(".yaml") for line in lines)
 
 
@@ -42,14 +42,14 @@ def test_recipes_prints_one_whole_as_yaml_that_can_be_trained(tmp_path):
 
 def test_recipes_prints_one_whole_as_json():
     result = runner.invoke(cli.app, ["recipes", "micro", "--json"])
-    assert json.loads(result.stdout) == recipe_dict(load_recipe("micro"))
+    assert json.loads(result.stdout) == recipe_to_dict(load_recipe("micro"))
 
 
 def test_candidates_are_steps_apart_by_commas():
-    assert steps_in("20, 40,60") == (20, 40, 60)
+    assert parse_steps("20, 40,60") == (20, 40, 60)
     for wrong in ("", "20,", "a", "-20", "2.5", "²"):
         with pytest.raises(NpoError, match="--candidates takes steps"):
-            steps_in(wrong)
+            parse_steps(wrong)
 
 
 # main(): errors become two lines and an exit code
@@ -111,7 +111,7 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
 
 def test_an_output_of_few_letters_gets_escapes_instead_of_a_crash(monkeypatch):
     app = cli.typer.Typer(rich_markup_mode=None)
-    app.command()(lambda: cli.say("é 文"))
+    app.command()(lambda: cli.print_data("é 文"))
     monkeypatch.setattr(cli, "app", app)
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", narrow)

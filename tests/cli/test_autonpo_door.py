@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.auto_records import AutoState, Transition
+from npo_cli.auto_records import AutoNPOState, Transition
 from npo_cli.run_dir.auto import append_transitions
-from tests.cli.slips import npo, refused
-from tests.stages.recordings import SHARP, as_file, as_run, still
+from tests.cli.slips import npo, assert_refused
+from tests.stages.recordings import SENSITIVE_TRIGGER, write_metrics_file, make_run, constant_reward_rows
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +22,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_explain_prints_moves_and_reasons_and_talks_on_the_other_stream(folder):
-    as_file(folder, still(40))
-    said = npo("autonpo", "metrics.jsonl", "--explain", *SHARP, "autonpo.max_interventions=1")
+    write_metrics_file(folder, constant_reward_rows(40))
+    said = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1")
     assert said.code == 0
     assert said.out == (
         "What AutoNPO would have done\n"
@@ -60,8 +60,8 @@ def test_explain_prints_moves_and_reasons_and_talks_on_the_other_stream(folder):
 
 
 def test_json_is_one_object_a_move_with_step_event_and_phase_and_no_picture(folder):
-    as_file(folder, still(40))
-    said = npo("autonpo", "metrics.jsonl", "--explain", *SHARP, "autonpo.max_interventions=1", "--json")
+    write_metrics_file(folder, constant_reward_rows(40))
+    said = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1", "--json")
     lines = [json.loads(line) for line in said.out.splitlines()]
     assert [(line["step"], line["event"], line["phase_before"], line["phase"]) for line in lines[:5]] == [
         (0, "started", "TRAIN", "TRAIN"),
@@ -79,18 +79,18 @@ def test_json_is_one_object_a_move_with_step_event_and_phase_and_no_picture(fold
 
 
 def test_columns_and_settings_are_taken_from_the_command_line(folder):
-    as_file(folder, [{"i": row["step"], "acc": row["reward"], "H": row["entropy"]} for row in still(40)])
+    write_metrics_file(folder, [{"i": row["step"], "acc": row["reward"], "H": row["entropy"]} for row in constant_reward_rows(40)])
     named = ("--step", "i", "--reward", "acc", "--entropy", "H")
-    said = npo("autonpo", "metrics.jsonl", "--explain", *named, *SHARP, "autonpo.trigger.patience=1", "--json")
+    said = npo("autonpo", "metrics.jsonl", "--explain", *named, *SENSITIVE_TRIGGER, "autonpo.trigger.patience=1", "--json")
     triggers = [json.loads(line)["step"] for line in said.out.splitlines() if '"trigger"' in line]
     assert triggers == [11, 16]
 
 
 def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
-    run = as_run(folder, still(40))
+    run = make_run(folder, constant_reward_rows(40))
     assert "W 20, patience 5, c_r 1" in npo("autonpo", "run", "--explain").out
     assert (run.root / "autonpo.png").exists()
-    state = AutoState(branch="main", step=5)
+    state = AutoNPOState(branch="main", step=5)
     append_transitions(run, [Transition(step=5, event="armed", phase_before="TRAIN", state=state)])
     said = npo("autonpo", "run")
     assert said.code == 0
@@ -135,19 +135,19 @@ def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
     ],
 )
 def test_what_cannot_be_told_is_refused_in_two_lines_and_nothing_is_written(folder, args, message, hint):
-    as_run(folder, still(40))
-    as_file(folder, still(3), "m.jsonl")
+    make_run(folder, constant_reward_rows(40))
+    write_metrics_file(folder, constant_reward_rows(3), "m.jsonl")
     (folder / "bin").write_bytes(b"\xff\xfe")
     (folder / "empty").write_text("")
     (folder / "plain").mkdir()
     (folder / "run" / "m.svg").mkdir()
-    said = refused("autonpo", *args, beside=folder)
+    said = assert_refused("autonpo", *args, beside=folder)
     assert said.message.startswith(message)
     assert hint in said.hint
 
 
 def test_neither_a_slip_nor_json_costs_a_heavy_import(folder):
-    as_file(folder, still(40))
+    write_metrics_file(folder, constant_reward_rows(40))
     code = (
         "import atexit, sys\n"
         "heavy = ('torch', 'transformers', 'matplotlib', 'scipy')\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.slips import SMALL, Said, npo, refused
+from tests.cli.slips import SMALL, CommandResult, npo, assert_refused
 
 GOOD = tuple(json.dumps({"prompt": f"{number}+1=", "answer": str(number + 1)}) for number in range(30))
 
@@ -22,7 +22,7 @@ def training(folder: Path, *overrides: str, lines: Sequence[str] | None = None, 
     if lines is not None:
         (folder / "d.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
     task = ("task.source=file", "task.path=d.jsonl", "task.verifier=last_number")
-    said = refused("train", "micro", *SMALL, *task, *overrides, "--run", "new", beside=folder, code=code)
+    said = assert_refused("train", "micro", *SMALL, *task, *overrides, "--run", "new", beside=folder, code=code)
     return f"{said.message} | {said.hint}".replace(f"{folder}/", "")
 
 
@@ -146,7 +146,7 @@ NUMBER = 3
 """
 
 
-def verified_by(folder: Path, verifier: str, *options: str) -> Said:
+def verified_by(folder: Path, verifier: str, *options: str) -> CommandResult:
     """One step judged by a function of the user's."""
     (folder / "v.py").write_text(VERIFIERS)
     task = (f"task.verifier={verifier}", "task.verify_timeout=0.2", "train.num_steps=1", "train.prompts_per_step=2")

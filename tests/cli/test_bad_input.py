@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.slips import refused
+from tests.cli.slips import assert_refused
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "scipy")
 
@@ -20,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def training(folder: Path, *overrides: str, recipe: str = "micro") -> str:
     """The words of a training that must not begin."""
-    said = refused("train", recipe, *overrides, "--run", "new", beside=folder)
+    said = assert_refused("train", recipe, *overrides, "--run", "new", beside=folder)
     return f"{said.message} | {said.hint}"
 
 
@@ -43,7 +43,7 @@ def training(folder: Path, *overrides: str, recipe: str = "micro") -> str:
     ],
 )  # fmt: skip
 def test_a_slip_on_the_command_line_names_it_and_the_help(folder, args, message, hint):
-    said = refused(*args, beside=folder)
+    said = assert_refused(*args, beside=folder)
     assert said.message.startswith(message)
     assert said.hint == hint
 

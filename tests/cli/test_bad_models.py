@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5Model
 
-from npo_cli.policy.model import EMBEDDED
-from tests.cli.slips import SMALL, edited, refused
+from npo_cli.policy.model import MICRO_BASE_FOLDER
+from tests.cli.slips import SMALL, edit_file, assert_refused
 
 UP = "model.layers.0.mlp.up_proj.weight"
 SIZES = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -25,13 +25,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def training(folder: Path, *overrides: str) -> str:
-    said = refused("train", "micro", *SMALL, *overrides, "--run", "new", beside=folder)
+    said = assert_refused("train", "micro", *SMALL, *overrides, "--run", "new", beside=folder)
     return f"{said.message} | {said.hint}"
 
 
 def base(folder: Path, *without: str) -> Path:
     """A copy of the shipped model, some files left out."""
-    shutil.copytree(EMBEDDED, folder / "base", ignore=shutil.ignore_patterns(*without))
+    shutil.copytree(MICRO_BASE_FOLDER, folder / "base", ignore=shutil.ignore_patterns(*without))
     return folder / "base"
 
 
@@ -134,7 +134,7 @@ def test_a_prompt_of_which_the_tokenizer_knows_nothing_is_refused(folder):
 def test_code_that_a_model_brings_along_is_never_run(folder):
     home = base(folder)
     (home / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    edited(
+    edit_file(
         home / "config.json", lambda text: text.replace('"qwen3"', '"evil", "auto_map": {"AutoConfig": "evil.Evil"}')
     )
     assert "contains custom code" in training(folder, "model.path=./base")

@@ -9,13 +9,13 @@ import pytest
 
 from npo_cli.run_dir.checkpoints import demote_checkpoint, find_checkpoint
 from npo_cli.run_dir.paths import RunDir
-from tests.cli.slips import SMALL, copied, npo, refused, with_field
+from tests.cli.slips import SMALL, copy_run, npo, assert_refused, set_fields
 
 
 def words(circle: Path, *args: str) -> str:
     """What a command on the run answers; the run's path is written RUN, as it is typed where it stands in a hint."""
     command, *rest = args
-    said = refused(command, circle, *rest, beside=circle.parent)
+    said = assert_refused(command, circle, *rest, beside=circle.parent)
     return f"{said.message.replace(str(circle), 'RUN')} | {said.hint.replace(shlex.quote(str(circle)), 'RUN')}"
 
 
@@ -23,7 +23,7 @@ def words(circle: Path, *args: str) -> str:
 
 
 def test_a_run_is_not_trained_again(circle):
-    said = refused("train", "micro", "--run", circle, beside=circle.parent)
+    said = assert_refused("train", "micro", "--run", circle, beside=circle.parent)
     assert said.message == f"{circle} already holds a run"
     assert said.hint == f"go on with it: npo resume {shlex.quote(str(circle))}, or name a new folder: --run DIR"
 
@@ -37,7 +37,7 @@ def test_a_run_is_not_trained_again(circle):
     ],
 )
 def test_a_place_that_cannot_become_a_run_is_refused(circle, path, message):
-    assert refused("train", "micro", "--run", circle / path, beside=circle.parent).message.endswith(message)
+    assert assert_refused("train", "micro", "--run", circle / path, beside=circle.parent).message.endswith(message)
 
 
 @pytest.mark.parametrize("command", ["index", "show", "eval", "resume", "sample-guide", "score-checkpoints"])
@@ -47,16 +47,16 @@ def test_what_is_no_run_is_told_by_every_command(circle, tmp_path, command):
         (circle / "guides", f"{circle / 'guides'} is not a run directory: it has no npo_run.json"),
         (circle / "recipe.yaml", f"{circle / 'recipe.yaml'} is not a run directory: it has no npo_run.json"),
     ):
-        said = refused(command, path, beside=circle.parent)
+        said = assert_refused(command, path, beside=circle.parent)
         assert said.message == message
         assert "npo train RECIPE --run" in said.hint
 
 
 def test_a_run_from_the_future_is_opened_by_no_command(circle, tmp_path):
-    run = copied(circle, tmp_path)
-    with_field(run / "npo_run.json", format=99, npo_version="9.9")
+    run = copy_run(circle, tmp_path)
+    set_fields(run / "npo_run.json", format=99, npo_version="9.9")
     for args in (["index"], ["show"], ["eval"], ["resume"], ["sample-guide", "--at", "0"], ["score-checkpoints"]):
-        said = refused(args[0], run, *args[1:], beside=tmp_path)
+        said = assert_refused(args[0], run, *args[1:], beside=tmp_path)
         assert said.message == f"{run} was written by npo 9.9 in run format 99; this npo reads formats up to 1"
 
 
@@ -174,13 +174,13 @@ def test_a_scoring_in_which_no_guide_can_help_leaves_nothing(circle):
 def test_a_setting_that_would_falsify_what_was_computed_is_refused_by_every_command(circle, command, override, change):
     typed = shlex.quote(override.replace("1e-3", "0.001"))
     recipe = circle / "branches" / "again" / "recipe.yaml"
-    said = refused(command, circle, override, beside=circle.parent)
+    said = assert_refused(command, circle, override, beside=circle.parent)
     assert said.message == f"{change}: the steps already made depend on it"
     assert said.hint == f"npo train {shlex.quote(str(recipe))} {typed} --run NEW"
 
 
 def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tmp_path):
-    hint = refused("resume", circle, "train.lr=1e-3", beside=circle.parent).hint
+    hint = assert_refused("resume", circle, "train.lr=1e-3", beside=circle.parent).hint
     args = shlex.split(hint.replace("NEW", shlex.quote(str(tmp_path / "new run"))))
     assert npo(*args[1:]).code == 0
     assert "lr: 0.001" in (tmp_path / "new run" / "recipe.yaml").read_text()
@@ -214,9 +214,9 @@ def test_a_resume_with_nothing_to_do_or_half_a_replay_says_how_to_go_on(circle, 
 def test_a_decay_that_was_spread_over_its_steps_is_not_stretched(tmp_path):
     run = tmp_path / "run"
     assert npo("train", "micro", *SMALL, "train.schedule=linear", "--run", run).code == 0
-    said = refused("resume", run, "train.num_steps=8", beside=tmp_path)
+    said = assert_refused("resume", run, "train.num_steps=8", beside=tmp_path)
     assert "the linear schedule of the steps already made was spread over 4 steps" in said.message
-    said = refused("resume", run, beside=tmp_path)
+    said = assert_refused("resume", run, beside=tmp_path)
     assert said.hint == f"npo train {run}/branches/main/recipe.yaml --run NEW train.num_steps=8"
 
 
@@ -270,9 +270,9 @@ def test_a_guide_or_branch_that_does_not_fit_is_answered_with_the_command_that_d
     ],
 )
 def test_a_guide_that_is_not_this_runs_or_not_whole_is_refused(circle, tmp_path, fields, message):
-    run = copied(circle, tmp_path)
-    with_field(run / "guides" / "near" / "guide.json", **fields)
-    said = refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
+    run = copy_run(circle, tmp_path)
+    set_fields(run / "guides" / "near" / "guide.json", **fields)
+    said = assert_refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
     assert message in said.message
 
 
@@ -280,22 +280,22 @@ def test_a_guide_folder_copied_from_another_run_is_refused(circle, tmp_path):
     run = tmp_path / "other"
     assert npo("train", "micro", *SMALL, "train.seed=1", "--run", run).code == 0
     shutil.copytree(circle / "guides", run / "guides")
-    said = refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
+    said = assert_refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
     assert said.message.startswith("guide 'near' was made in another run")
     assert said.hint == f"make one here: npo sample-guide {run} --guide 4 --at 0"
 
 
 def test_training_does_not_go_on_from_weights_alone(circle, tmp_path):
-    run = copied(circle, tmp_path)
+    run = copy_run(circle, tmp_path)
     demote_checkpoint(find_checkpoint(RunDir(run), "main", 2))
-    said = refused("resume", run, "--from", "main", "--at", "2", beside=tmp_path)
+    said = assert_refused("resume", run, "--from", "main", "--at", "2", beside=tmp_path)
     assert said.message == "step 2 of main is a guide (weights only); training cannot go on from it"
     anew = f"npo resume {run} --at 2 --fresh-optimizer"
     assert said.hint == f"choose an anchor (npo index {run}), or begin the optimizer anew: {anew}"
 
 
 def test_a_segment_longer_than_the_data_asks_every_prompt_once(circle, tmp_path):
-    run = copied(circle, tmp_path)
+    run = copy_run(circle, tmp_path)
     steps = (
         "--branch",
         "main",

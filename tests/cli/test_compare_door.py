@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from npo_cli.errors import as_typed
-from tests.cli.slips import SMALL, npo, refused
+from npo_cli.errors import quote_path
+from tests.cli.slips import SMALL, npo, assert_refused
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +60,19 @@ def test_signs_in_a_name_are_made_visible(runs):
     ],
 )
 def test_slips_are_refused_at_once(runs, options, message):
-    assert refused("compare", f"a={runs}/s0", f"b={runs}/s1", *options, beside=runs).message == message
+    assert assert_refused("compare", f"a={runs}/s0", f"b={runs}/s1", *options, beside=runs).message == message
 
 
 def test_a_folder_is_no_file_and_a_seed_counts_once(runs):
-    assert "is a folder" in refused("compare", f"{runs}/s0", f"b={runs}/s1", "--csv", runs, beside=runs).message
-    twice = refused("compare", f"a={runs}/s0", f"a={runs}/s0", beside=runs)
+    assert "is a folder" in assert_refused("compare", f"{runs}/s0", f"b={runs}/s1", "--csv", runs, beside=runs).message
+    twice = assert_refused("compare", f"a={runs}/s0", f"a={runs}/s0", beside=runs)
     assert twice.message == f"arm 'a' has seed 0 twice: {runs}/s0:main and {runs}/s0:main"
 
 
 def test_a_run_that_was_never_evaluated_is_told_how(runs, tmp_path):
     dark = tmp_path / "in the dark"
     assert npo("train", "micro", *SMALL, "--run", dark).code == 0
-    hint = refused("compare", f"a={dark}", f"b={runs}/s1", beside=tmp_path).hint
-    assert hint == f"npo eval {as_typed(dark)} --all --branch main"
+    hint = assert_refused("compare", f"a={dark}", f"b={runs}/s1", beside=tmp_path).hint
+    assert hint == f"npo eval {quote_path(dark)} --all --branch main"
     assert npo("eval", dark, "--all", "--branch", "main").code == 0
     assert npo("compare", f"a={dark}", f"b={runs}/s1").code == 0

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from npo_cli.cli.console import as_line, draw
-from npo_cli.cli.terminal import talk, visible
-from npo_cli.costs import Crossing
+from npo_cli.cli.console import to_json_line, print_records
+from npo_cli.cli.terminal import print_status, escape_for_terminal
+from npo_cli.costs import CostToThreshold
 from npo_cli.records import Notice, Progress, StepReport
-from npo_cli.report.lines import RolloutLine
+from npo_cli.report.lines import RolloutView
 from tests.report.samples import FAR_SCORE, SCORE, rollout
 
 
@@ -26,18 +26,18 @@ from tests.report.samples import FAR_SCORE, SCORE, rollout
     ],
 )
 def test_control_and_direction_characters_are_spelled_out(text, shown):
-    assert visible(text) == shown
+    assert escape_for_terminal(text) == shown
 
 
 def test_a_steps_metrics_and_timings_stand_beside_its_place():
     report = StepReport(branch="main", step=3, metrics={"reward": 0.5}, timings={"seconds": 1.5})
-    assert json.loads(as_line(report)) == {
+    assert json.loads(to_json_line(report)) == {
         "record": "step_report", "branch": "main", "step": 3, "reward": 0.5, "seconds": 1.5
     }  # fmt: skip
 
 
 def test_a_score_prints_every_field_under_its_own_name():
-    line = json.loads(as_line(SCORE))
+    line = json.loads(to_json_line(SCORE))
     wanted = "step distance quality quality_low quality_high variance variance_kind signal signal_low signal_high"
     assert {*wanted.split(), "p_best", "num_prompts", "num_samples", "chosen"} <= set(line)
     assert (line["step"], line["signal"], line["chosen"], line["variances"]["seq2"]) == (100, 0.125, True, 30.0)
@@ -45,26 +45,26 @@ def test_a_score_prints_every_field_under_its_own_name():
 
 def test_what_json_cannot_say_becomes_null():
     report = StepReport(branch="main", step=1, metrics={"a": math.nan, "b": math.inf}, timings={})
-    assert json.loads(as_line(report)) == {"record": "step_report", "branch": "main", "step": 1, "a": None, "b": None}
+    assert json.loads(to_json_line(report)) == {"record": "step_report", "branch": "main", "step": 1, "a": None, "b": None}
 
 
 def stream() -> Iterator[object]:
     yield Notice(message="hello")
-    yield Progress(what="work", done=1, total=2)
+    yield Progress(description="work", done=1, total=2)
     yield SCORE
     yield Notice(message="careful", level="warning")
     yield FAR_SCORE
 
 
 def test_json_is_one_object_a_line_on_stdout_and_talk_is_on_stderr(capsys):
-    draw(stream(), as_json=True)
+    print_records(stream(), as_json=True)
     out, err = capsys.readouterr()
     assert [json.loads(line)["step"] for line in out.splitlines()] == [100, 140]
     assert err == "hello\nwork 1/2\nwarning: careful\n"
 
 
 def test_without_json_stdout_holds_the_tables_and_nothing_else(capsys):
-    draw(stream(), as_json=False)
+    print_records(stream(), as_json=False)
     out, err = capsys.readouterr()
     assert out.startswith("Candidate guides\nstep  distance")
     assert "hello" not in out
@@ -77,7 +77,7 @@ def test_json_lines_come_as_the_records_do(capsys):
         assert len(capsys.readouterr().out.splitlines()) == 1
         yield FAR_SCORE
 
-    draw(watched(), as_json=True)
+    print_records(watched(), as_json=True)
 
 
 def test_a_reader_that_leaves_lets_the_stage_clean_up(monkeypatch):
@@ -96,12 +96,12 @@ def test_a_reader_that_leaves_lets_the_stage_clean_up(monkeypatch):
 
     monkeypatch.setattr("sys.stdout", Gone())
     with pytest.raises(BrokenPipeError):
-        draw(stage(), as_json=True)
+        print_records(stage(), as_json=True)
     assert closed == [True]
 
 
 def test_steps_read_from_a_file_move_no_bar(capsys):
-    draw([StepReport(branch="main", step=1, metrics={"reward": 1.0}, timings={})], as_json=False)
+    print_records([StepReport(branch="main", step=1, metrics={"reward": 1.0}, timings={})], as_json=False)
     out, err = capsys.readouterr()
     assert "main" in out
     assert err == ""
@@ -109,14 +109,14 @@ def test_steps_read_from_a_file_move_no_bar(capsys):
 
 def test_model_output_reaches_the_screen_without_its_escapes_or_markup(capsys):
     nasty = rollout(0, reward=0.0, text="\x1b]0;title\x07[bold]x[/bold]\nnext")
-    draw([RolloutLine(branch="main", step=1, question="q", answer="a", rollout=nasty)], as_json=False)
+    print_records([RolloutView(branch="main", step=1, prompt_text="q", reference_answer="a", rollout=nasty)], as_json=False)
     out = capsys.readouterr().out
     assert "\\x1b]0;title\\x07[bold]x[/bold]\\nnext" in out
     assert "\x1b" not in out
 
 
 def test_a_threshold_never_reached_is_null_in_json():
-    line = as_line(Crossing(arm="GRPO", threshold=0.9, step=None, total_steps=None, total_tokens=None))
+    line = to_json_line(CostToThreshold(name="GRPO", threshold=0.9, step=None, total_steps=None, total_tokens=None))
     assert line == (
         '{"record": "crossing", "arm": "GRPO", "threshold": 0.9, "step": null, "total_steps": null, '
         '"total_tokens": null, "total_seconds": null, "total_forwards": null}'
@@ -142,5 +142,5 @@ def test_colour_only_on_a_terminal_that_wants_it(monkeypatch, environment, shown
         monkeypatch.setenv(name, value)
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    talk("error", style="31")
+    print_status("error", style="31")
     assert terminal.getvalue() == shown

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npo_cli.run_dir.manifests import sign_checkpoint
-from tests.cli.slips import copied, edited, npo, refused, with_field
+from npo_cli.run_dir.manifests import write_manifests
+from tests.cli.slips import copy_run, edit_file, npo, assert_refused, set_fields
 
 UP = "model.layers.0.mlp.up_proj.weight"
 ROLES = {
@@ -33,7 +33,7 @@ TENSORS: dict[str, Change] = {
 
 @pytest.fixture
 def run(circle: Path, tmp_path: Path) -> Path:
-    return copied(circle, tmp_path, "harmed run")
+    return copy_run(circle, tmp_path, "harmed run")
 
 
 def checkpoint(run: Path, step: int = 4) -> Path:
@@ -54,7 +54,7 @@ def roles(run: Path) -> dict[str, list[str]]:
 
 
 def words(run: Path, args: list[str]) -> str:
-    said = refused(args[0], run, *args[1:], beside=run.parent)
+    said = assert_refused(args[0], run, *args[1:], beside=run.parent)
     return f"{said.message} | {said.hint}"
 
 
@@ -65,7 +65,7 @@ def words(run: Path, args: list[str]) -> str:
 def test_a_checkpoint_that_is_whole_but_holds_a_wrong_tensor_is_refused_in_every_role(run, kind):
     every = roles(run)
     with_tensors(checkpoint(run) / "model.safetensors", TENSORS[kind])
-    sign_checkpoint(checkpoint(run), branch="main", step=4)
+    write_manifests(checkpoint(run), branch="main", step=4)
     name = UP + ".more" if kind == "extra" else UP
     for role, args in every.items():
         if role != "resume point":  # that is step 6 by now
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_is_cut_short_is_refused_in_every_role(run, role):
 
 def test_a_damaged_checkpoint_that_was_set_aside_is_in_nobodys_way(run):
     checkpoint(run).joinpath("config.json").unlink()
-    said = refused("resume", run, "--from", "main", "train.num_steps=6", beside=run.parent)
+    said = assert_refused("resume", run, "--from", "main", "train.num_steps=6", beside=run.parent)
     _, source, target = shlex.split(said.hint[said.hint.index("mv ") :])
     Path(source).rename(target)
     assert npo("resume", run, "--from", "main", "train.num_steps=6").code == 0
@@ -132,7 +132,7 @@ def test_a_harmed_training_state_is_refused(run, kind, signed):
     moments = {f"{UP}.exp_avg": UP}
     with_tensors(file, lambda tensors: TENSORS[kind](Renamed(tensors, moments)))
     if signed:
-        sign_checkpoint(checkpoint(run), branch="main", step=4)
+        write_manifests(checkpoint(run), branch="main", step=4)
     said = words(run, ROLES["rollback"])
     assert said.startswith(f"{file.parent}: optimizer state of {UP}" if signed else f"{file} ")
 
@@ -154,10 +154,10 @@ class Renamed(dict):
 
 
 def test_a_branch_without_any_checkpoint_is_not_evaluated(circle, tmp_path):
-    run = copied(circle, tmp_path)
+    run = copy_run(circle, tmp_path)
     for folder in (run / "branches").glob("*/checkpoints"):
         folder.rename(folder.with_name("gone"))
-    said = refused("eval", run, beside=tmp_path)
+    said = assert_refused("eval", run, beside=tmp_path)
     assert (said.message, said.hint) == (f"{run} has no complete checkpoint yet", f"train first: npo resume {run}")
 
 
@@ -176,13 +176,13 @@ SHOW = {"metrics": ["show"], "rollouts": ["show", "rollouts"], "timings": ["show
 @pytest.mark.parametrize("journal", SHOW)
 def test_a_bad_line_in_a_journal_is_named(run, journal):
     path = run / "branches" / "again" / f"{journal}.jsonl"
-    edited(path, spoiled)
+    edit_file(path, spoiled)
     assert words(run, SHOW[journal]).startswith(f"{path}, line 2")
 
 
 def test_a_bad_line_in_the_lineage_stops_every_command(run):
     path = run / "segments.jsonl"
-    edited(path, lambda text: "oops\n" + text)
+    edit_file(path, lambda text: "oops\n" + text)
     for args in (["index"], ["show"], ["show", "lineage"], *ROLES.values()):
         assert words(run, args).startswith(f"{path}, line 1: not a JSON object | restore the file from a copy"), args
 
@@ -197,7 +197,7 @@ def test_a_bad_line_in_the_lineage_stops_every_command(run):
     ],
 )
 def test_a_lineage_that_says_nonsense_is_named_by_line(run, before, after, message):
-    edited(run / "segments.jsonl", lambda text: text.replace(before, after))
+    edit_file(run / "segments.jsonl", lambda text: text.replace(before, after))
     for args in (["index"], ["show", "lineage"], ["eval"]):
         assert f"segments.jsonl, line {'2' if 'again' in before else '1'} is damaged: {message}" in words(run, args)
 
@@ -240,7 +240,7 @@ def test_an_evaluation_without_its_fields_is_named_by_line(run):
     ],
 )  # fmt: skip
 def test_a_guides_answers_are_checked_before_a_branch_begins(run, before, after, message):
-    edited(run / "guides" / "near" / "trajectories.jsonl", lambda text: text.replace(before, after))
+    edit_file(run / "guides" / "near" / "trajectories.jsonl", lambda text: text.replace(before, after))
     assert message in words(run, ["resume", "--at", "0", "--guide", "near"])
 
 
@@ -263,12 +263,12 @@ def test_a_token_that_the_model_does_not_have_is_refused(run):
 )
 def test_a_saved_recipe_that_was_edited_wrongly_is_named(run, before, after, message):
     path = run / "branches" / "again" / "recipe.yaml"
-    edited(path, lambda text: text.replace(before, after))
+    edit_file(path, lambda text: text.replace(before, after))
     for command in ("resume", "eval"):
         assert words(run, [command]).startswith(f"{message}")
         assert f"({path})" in words(run, [command])
 
 
 def test_a_passport_of_another_kind_is_told_as_such(run):
-    with_field(run / "npo_run.json", format="1")
+    set_fields(run / "npo_run.json", format="1")
     assert words(run, ["index"]).startswith(f"{run / 'npo_run.json'} is damaged: format is '1'")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npo_cli.cli.drawing import pieces, plain_table, print_table
+from npo_cli.cli.drawing import split_columns, format_table, print_table
 from npo_cli.report.cells import Table
 
 TABLE = Table(
@@ -16,7 +16,7 @@ TABLE = Table(
 
 
 def test_plain_tables_align_numbers_right_and_wide_letters_by_their_width():
-    assert plain_table(TABLE) == (
+    assert format_table(TABLE) == (
         "Runs\n"
         "name  step              accuracy\n"
         "main     5  0.500 [0.400, 0.600]\n"
@@ -27,24 +27,24 @@ def test_plain_tables_align_numbers_right_and_wide_letters_by_their_width():
 
 def test_plain_tables_never_cut_or_fold_a_long_cell():
     table = Table(title="t", header=("text",), rows=(("x" * 500,),))
-    assert "x" * 500 in plain_table(table).splitlines()
+    assert "x" * 500 in format_table(table).splitlines()
 
 
 def test_an_empty_table_keeps_its_heading():
-    assert plain_table(Table(title="t", header=("a", "b"), rows=())) == "t\na  b\n"
+    assert format_table(Table(title="t", header=("a", "b"), rows=())) == "t\na  b\n"
 
 
 def test_columns_that_do_not_fit_go_below_with_the_keys_repeated():
     # 4 + 2 + 4 = 10 for the keys; with 6 more and a gap 18 fit, the third would make 26
-    assert list(pieces([4, 4, 6, 6, 6], limit=20)) == [[0, 1, 2], [0, 1, 3], [0, 1, 4]]
-    assert list(pieces([4, 4, 6, 6, 6], limit=26)) == [[0, 1, 2, 3], [0, 1, 4]]
-    assert list(pieces([4, 4], limit=3)) == [[0, 1]]
-    assert list(pieces([4], limit=80)) == [[0]]
+    assert list(split_columns([4, 4, 6, 6, 6], limit=20)) == [[0, 1, 2], [0, 1, 3], [0, 1, 4]]
+    assert list(split_columns([4, 4, 6, 6, 6], limit=26)) == [[0, 1, 2, 3], [0, 1, 4]]
+    assert list(split_columns([4, 4], limit=3)) == [[0, 1]]
+    assert list(split_columns([4], limit=80)) == [[0]]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(10, 120))
 def test_every_column_is_shown_once_and_fits_unless_it_is_alone(widths, limit):
-    found = list(pieces(widths, limit=limit))
+    found = list(split_columns(widths, limit=limit))
     assert [place for piece in found for place in piece[2:]] == list(range(2, len(widths)))
     for piece in found:
         assert len(piece) <= 3 or sum(widths[place] + 2 for place in piece) - 2 <= limit

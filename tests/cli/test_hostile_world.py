@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.slips import SMALL, contents, copied, npo, refused
-from tests.stages.warm import Warm, warmed
+from tests.cli.slips import SMALL, folder_digests, copy_run, npo, assert_refused
+from tests.stages.warm import ForkServer, start_fork_server
 
 COMMAND = [sys.executable, "-c", "from npo_cli.cli.app import main; main()"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -39,8 +39,8 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    with warmed() as process:
+def warm() -> Iterator[ForkServer]:
+    with start_fork_server() as process:
         yield process
 
 
@@ -114,7 +114,7 @@ def test_errors_go_to_stderr_and_json_stays_empty(circle):
         ["train", "micro", "train.lrr=1", "--run", "x", "--json"],
         ["index", circle / "nowhere", "--json"],
     ):
-        refused(*args, beside=circle.parent)
+        assert_refused(*args, beside=circle.parent)
 
 
 # Terminals and alphabets
@@ -155,7 +155,7 @@ def test_an_error_on_a_terminal_is_coloured_unless_that_is_unwanted(circle):
 
 
 def test_a_locale_without_letters_reads_and_writes_paths_that_have_them(circle, tmp_path):
-    run = copied(circle, tmp_path, "ein Läufchen")
+    run = copy_run(circle, tmp_path, "ein Läufchen")
     done = shell(f"cd {shlex.quote(str(tmp_path))}; npo show 'ein Läufchen' --step 99", LC_ALL="C", LANG="C")
     assert done.returncode == 2
     assert done.stderr.splitlines()[1].endswith("npo show 'ein Läufchen' metrics")
@@ -186,7 +186,7 @@ def test_prompts_and_answers_cannot_write_on_the_screen(tmp_path):
             json.loads(line)
     shown = npo("show", tmp_path / "run", "rollouts").out
     assert "\\x1b]0;owned\\x07\\x1b[2J[red]1[/red]" in shown
-    said = refused("show", tmp_path / "run", "rollouts", "--prompt", "\x1b[31m", beside=tmp_path)
+    said = assert_refused("show", tmp_path / "run", "rollouts", "--prompt", "\x1b[31m", beside=tmp_path)
     assert "\x1b" not in said.err
 
 
@@ -215,7 +215,7 @@ def opened_up(folder: Path) -> None:
 
 def test_what_may_not_be_read_or_written_is_named(circle, tmp_path):
     opened_up(tmp_path)
-    secret = copied(circle, tmp_path, "secret")
+    secret = copy_run(circle, tmp_path, "secret")
     secret.chmod(0)
     tmp_path.chmod(0o555)
     try:
@@ -234,19 +234,19 @@ def test_what_may_not_be_read_or_written_is_named(circle, tmp_path):
 
 def test_a_run_that_may_only_be_read_is_listed_and_shown_and_not_written(circle, tmp_path):
     opened_up(tmp_path)
-    run = copied(circle, tmp_path)
+    run = copy_run(circle, tmp_path)
     (run / "index.json").unlink(missing_ok=True)
     (run / ".lock").unlink()
     for path in (run, *run.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    before = contents(run)
+    before = folder_digests(run)
     try:
         with without_rights():
             assert npo("index", run).out.startswith("Checkpoints\n")
             assert npo("show", run).code == 0
             said = npo("eval", run)
             assert (said.code, said.message) == (2, f"cannot write in {run}: Permission denied")
-        assert contents(run) == before
+        assert folder_digests(run) == before
     finally:
         for path in (run, *run.rglob("*")):
             path.chmod(0o755)

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.cli.slips import npo, refused
+from tests.cli.slips import npo, assert_refused
 
 SMALL = ("--gpu-mem", "1.85", "--disk", "100")
 
@@ -43,13 +43,13 @@ def test_a_disk_that_is_too_small_names_retention():
 
 def test_a_server_that_leaves_no_gpu_and_an_engine_that_cannot_be_shared(tmp_path):
     server = ("engine.kind=vllm_server", "engine.vllm.tensor_parallel_size=2")
-    assert "none is left" in refused("plan", "micro", *server, "--gpus", "2", beside=tmp_path).err
-    said = refused("plan", "micro", "engine.kind=vllm", "--gpus", "2", beside=tmp_path)
+    assert "none is left" in assert_refused("plan", "micro", *server, "--gpus", "2", beside=tmp_path).err
+    said = assert_refused("plan", "micro", "engine.kind=vllm", "--gpus", "2", beside=tmp_path)
     assert "engine.kind=vllm samples in this process, and there are 2" in said.err
 
 
 def test_a_setting_that_several_processes_refuse_is_no_plan_for_them(tmp_path):
-    said = refused("plan", "micro", "train.optimizer=adafactor", "--gpus", "2", beside=tmp_path)
+    said = assert_refused("plan", "micro", "train.optimizer=adafactor", "--gpus", "2", beside=tmp_path)
     assert "here they are in shards" in said.err
     short = npo("plan", "micro", "--gpus", "2", "--gpu-mem", "1.6", "--disk", "100")
     assert (short.code, "adafactor" in short.out) == (2, False)
@@ -57,5 +57,5 @@ def test_a_setting_that_several_processes_refuse_is_no_plan_for_them(tmp_path):
 
 
 def test_autonpo_is_refused_where_it_could_never_go_back(tmp_path):
-    said = refused("plan", "micro", "train.keep_full_checkpoints=1", "--autonpo", beside=tmp_path)
+    said = assert_refused("plan", "micro", "train.keep_full_checkpoints=1", "--autonpo", beside=tmp_path)
     assert "train.keep_full_checkpoints is 1" in said.err

@@ -1,6 +1,6 @@
 import pytest
 
-from npo_cli.cli.progress import PlainLines, as_talk, time_left
+from npo_cli.cli.progress import PlainProgress, to_progress, format_time_left
 from npo_cli.records import Notice, Progress, StepReport
 
 
@@ -15,11 +15,11 @@ class Clock:
 
 def test_plain_lines_come_first_last_and_every_five_seconds(capsys):
     clock = Clock()
-    lines = PlainLines(clock)
+    lines = PlainProgress(clock)
     for done in range(1, 13):
         # one step a second from second 1 on: lines at 1, 6, 11 and at the end
         clock.now = float(done)
-        lines.show(Progress(what="work", done=done, total=12, note=f"n{done}"))
+        lines.show(Progress(description="work", done=done, total=12, note=f"n{done}"))
     assert capsys.readouterr().err.splitlines() == [
         "work 1/12  n1",
         "work 6/12  n6  0:06 left",
@@ -29,9 +29,9 @@ def test_plain_lines_come_first_last_and_every_five_seconds(capsys):
 
 
 def test_each_piece_of_work_has_its_own_pace(capsys):
-    lines = PlainLines(Clock())
-    lines.show(Progress(what="one", done=1, total=9))
-    lines.show(Progress(what="two", done=1, total=9))
+    lines = PlainProgress(Clock())
+    lines.show(Progress(description="one", done=1, total=9))
+    lines.show(Progress(description="two", done=1, total=9))
     lines.show(Notice(message="odd\x1b[0m", level="warning"))
     assert capsys.readouterr().err == "one 1/9\ntwo 1/9\nwarning: odd\\x1b[0m\n"
 
@@ -41,13 +41,13 @@ def test_each_piece_of_work_has_its_own_pace(capsys):
     [(10, 100, 10.0, "1:30 left"), (1, 3601, 1.0, "1:00:00 left"), (5, 5, 9.0, ""), (7, 0, 9.0, ""), (0, 5, 9.0, "")],
 )
 def test_the_time_left_follows_the_pace_so_far(done, total, seconds, text):
-    assert time_left(Progress(what="w", done=done, total=total), seconds=seconds, num_done=done) == text
+    assert format_time_left(Progress(description="w", done=done, total=total), seconds=seconds, num_done=done) == text
 
 
 def test_a_training_step_shows_reward_entropy_and_speed():
     report = StepReport(
         branch="main", step=7, metrics={"reward": 0.25, "entropy": 0.125}, timings={"tokens_per_second": 39_000.4}
     )
-    assert as_talk(report, num_steps=300) == Progress(
-        what="training main", done=7, total=300, note="reward 0.250  entropy 0.125  tok/s 39000"
+    assert to_progress(report, num_steps=300) == Progress(
+        description="training main", done=7, total=300, note="reward 0.250  entropy 0.125  tok/s 39000"
     )

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.run_dir.guides import asked_path, trajectories_path
-from tests.cli.slips import SMALL, copied, npo, refused
-from tests.engines.openai_server import serving
-from tests.stages.running import world_at
-from tests.stages.teachers import right_rows, right_text, traces_file
-from tests.stages.warm import Warm, num_lines, wait_until, warmed
+from npo_cli.run_dir.guides import queried_prompts_path, guide_rollouts_path
+from tests.cli.slips import SMALL, copy_run, npo, assert_refused
+from tests.engines.openai_server import run_server
+from tests.stages.running import open_session_at
+from tests.stages.teachers import correct_rows, correct_response, write_traces
+from tests.stages.warm import ForkServer, num_lines, wait_until, start_fork_server
 
 HOSTILE = "\x1b[31mtr\u202eaces"
 
@@ -25,17 +25,17 @@ def taught(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def warm():
-    with warmed() as process:
+    with start_fork_server() as process:
         yield process
 
 
 def test_a_hostile_file_name_and_hostile_traces_are_shown_as_text(taught, tmp_path):
-    run = copied(taught, tmp_path)
-    prompts = world_at(run, 0).task.train
-    rows = right_rows(prompts)
+    run = copy_run(taught, tmp_path)
+    prompts = open_session_at(run, 0).task.train
+    rows = correct_rows(prompts)
     rows[0]["response"] = f"\x1b[2J</s>{rows[0]['response']}"
     rows += [{"prompt_id": f"x{HOSTILE}", "response": "1"}, {"prompt_id": prompts[0].prompt_id, "response": 1}]
-    path = traces_file(tmp_path / f"{HOSTILE}.jsonl", rows)
+    path = write_traces(tmp_path / f"{HOSTILE}.jsonl", rows)
     said = npo("sample-guide", run, "--source", "file", "--from", path, "--at", "0", "--name", "given")
     assert said.code == 0
     shown = npo("show", run, "guides")
@@ -52,8 +52,8 @@ def test_a_hostile_file_name_and_hostile_traces_are_shown_as_text(taught, tmp_pa
 
 
 def test_every_source_is_told_with_where_it_came_from(taught, tmp_path):
-    run = copied(taught, tmp_path)
-    path = traces_file(tmp_path / "traces.jsonl", right_rows(world_at(run, 0).task.train))
+    run = copy_run(taught, tmp_path)
+    path = write_traces(tmp_path / "traces.jsonl", correct_rows(open_session_at(run, 0).task.train))
     asked = ("sample-guide", run, "--at", "0", "--steps", "2")
     assert npo(*asked, "--source", "file", "--from", path).code == 0
     assert npo(*asked, "--source", "model", "--from", "micro-base", "--json").code == 0
@@ -65,7 +65,7 @@ def test_every_source_is_told_with_where_it_came_from(taught, tmp_path):
 
 
 def test_sources_are_compared_as_tables_and_as_json(taught, tmp_path):
-    run = copied(taught, tmp_path)
+    run = copy_run(taught, tmp_path)
     quick = (
         "scoring.samples_per_prompt=2",
         "scoring.bootstrap_resamples=20",
@@ -89,14 +89,14 @@ def slow_teacher(prompts):
 
     def say(body: dict) -> dict:
         time.sleep(0.02)
-        return {"text": right_text(by_text[body["prompt"]]), "finish_reason": "stop"}
+        return {"text": correct_response(by_text[body["prompt"]]), "finish_reason": "stop"}
 
     return say
 
 
-def test_kill_9_while_an_address_is_asked_and_the_same_command_ends_in_the_same_bytes(taught, tmp_path, warm: Warm):
-    straight, broken = (copied(taught, tmp_path / name) for name in ("straight", "broken"))
-    with serving(slow_teacher(world_at(taught, 0).task.train)) as served:
+def test_kill_9_while_an_address_is_asked_and_the_same_command_ends_in_the_same_bytes(taught, tmp_path, warm: ForkServer):
+    straight, broken = (copy_run(taught, tmp_path / name) for name in ("straight", "broken"))
+    with run_server(slow_teacher(open_session_at(taught, 0).task.train)) as served:
         options = ("--source", "endpoint", "--from", served.url, "--model", "teacher", "--at", "0", "--name", "given")
         assert npo("sample-guide", straight, *options).code == 0
         child = warm.npo("sample-guide", str(broken), *options, err=tmp_path / "err")
@@ -105,10 +105,10 @@ def test_kill_9_while_an_address_is_asked_and_the_same_command_ends_in_the_same_
         second = npo("sample-guide", broken, *options)
         assert (second.code, f"in use by process {child.pid}" in second.message) == (2, True)
         child.kill()
-        assert child.ended() == -9
-        assert num_lines(asked_path(broken / "guides" / "given")) < 16
+        assert child.wait() == -9
+        assert num_lines(queried_prompts_path(broken / "guides" / "given")) < 16
         assert npo("sample-guide", broken, *options).code == 0
-    for path in (asked_path, trajectories_path):
+    for path in (queried_prompts_path, guide_rollouts_path):
         one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
         assert one == other
 
@@ -126,7 +126,7 @@ def test_kill_9_while_an_address_is_asked_and_the_same_command_ends_in_the_same_
     ],
 )
 def test_a_slip_in_a_source_is_told_and_nothing_is_written(taught, tmp_path, options, message):
-    run = copied(taught, tmp_path)
-    said = refused("sample-guide", run, "--at", "0", *options, beside=tmp_path)
+    run = copy_run(taught, tmp_path)
+    said = assert_refused("sample-guide", run, "--at", "0", *options, beside=tmp_path)
     assert said.message.startswith(message)
     assert said.hint

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Say = Callable[[dict[str, Any]], dict[str, Any]]
+Responder = Callable[[dict[str, Any]], dict[str, Any]]
 """From a request's body to a choice of the answer, perhaps with `usage`."""
 
 
 @dataclass(kw_only=True)
-class Served:
+class ServerState:
     """What the server is asked, and how it behaves."""
 
-    say: Say
+    say: Responder
     model: str = "teacher"
     failures: list[tuple[int, dict[str, str], bytes]] = field(default_factory=list)
     """Status, headers and body of the next answers; the server is itself again when they are used up."""
@@ -26,13 +26,13 @@ class Served:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
-    under_way: int = 0
-    most_under_way: int = 0
+    num_in_flight: int = 0
+    max_in_flight: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    served: Served
+    served: ServerState
 
     def do_GET(self) -> None:
         self._answer({"object": "list", "data": [{"id": self.served.model, "object": "model"}]})
@@ -42,11 +42,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with served.lock:
             served.bodies.append(body)
-            served.under_way += 1
-            served.most_under_way = max(served.most_under_way, served.under_way)
+            served.num_in_flight += 1
+            served.max_in_flight = max(served.max_in_flight, served.num_in_flight)
         said = served.say(body)
         with served.lock:
-            served.under_way -= 1
+            served.num_in_flight -= 1
         usage = said.pop("usage", None)
         self._answer({"choices": [said]} | ({"usage": usage} if usage else {}))
 
@@ -72,9 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(say: Say, **options: Any) -> Iterator[Served]:
+def run_server(say: Responder, **options: Any) -> Iterator[ServerState]:
     """The server, for the block."""
-    served = Served(say=say, **options)
+    served = ServerState(say=say, **options)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"served": served}))
     served.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

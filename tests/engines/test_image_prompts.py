@@ -12,7 +12,7 @@ from npo_cli.policy.model import Policy
 from npo_cli.records import Prompt
 from npo_cli.seeds import derive_seed
 from npo_cli.tasks.shapes import shapes_prompts
-from tests.pictures import mixed_prompts, seeing
+from tests.pictures import mixed_prompts, load_vision_policy
 
 
 def engine_of(policy: Policy, *, max_rows: int = 512) -> TransformersEngine:
@@ -23,7 +23,7 @@ def engine_of(policy: Policy, *, max_rows: int = 512) -> TransformersEngine:
         pad_id=policy.pad_id,
         max_rows=max_rows,
         dtype=policy.compute_dtype,
-        sight=policy.vision,
+        vision=policy.vision,
     )
 
 
@@ -43,7 +43,7 @@ def asked(policy: Policy, prompts: list[Prompt], *, num_slots: int) -> list[Samp
 
 def test_sampled_log_probabilities_are_the_scored_ones(untaught_vl: Path):
     """A model of random weights writes anything, so 4 x 8 responses of up to 6 tokens try a good part of its words."""
-    policy, prompts = seeing(untaught_vl), mixed_prompts()
+    policy, prompts = load_vision_policy(untaught_vl), mixed_prompts()
     samples = engine_of(policy).generate(asked(policy, prompts, num_slots=8), temperature=1.0, max_new_tokens=6)
     rows = [policy.row(prompts[place // 8], sample.response_ids) for place, sample in enumerate(samples)]
     scored_NT = policy.score(rows, temperature=1.0, chunk_tokens=64).logps_NT
@@ -53,7 +53,7 @@ def test_sampled_log_probabilities_are_the_scored_ones(untaught_vl: Path):
 
 
 def test_a_response_depends_on_its_seed_and_its_pictures_and_not_on_its_neighbours(untaught_vl: Path):
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     requests = asked(policy, mixed_prompts(), num_slots=3)
     engine = engine_of(policy)
     together = engine.generate(requests, temperature=1.0, max_new_tokens=5)
@@ -65,7 +65,7 @@ def test_a_response_depends_on_its_seed_and_its_pictures_and_not_on_its_neighbou
 
 def test_prompts_of_the_same_tokens_and_other_pictures_are_told_apart(untaught_vl: Path):
     """The same ids and the same seed, side by side: only what the image tokens show differs."""
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     one, *_, other = shapes_prompts(6, 0)
     first = asked(policy, [one], num_slots=1)[0]
     second = replace(first, prompt_id="other", images=other.images)
@@ -77,9 +77,9 @@ def test_prompts_of_the_same_tokens_and_other_pictures_are_told_apart(untaught_v
 
 def test_image_tokens_are_never_written(untaught_vl: Path):
     """At temperature 50 all 29 words are about as likely: of 64 x 8 tokens some 18 would be one of the two."""
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     requests = asked(policy, mixed_prompts(), num_slots=16)
     samples = engine_of(policy).generate(requests, temperature=50.0, max_new_tokens=8)
     written = {token for sample in samples for token in sample.response_ids}
-    assert not written & set(policy.vision.silent_ids)
+    assert not written & set(policy.vision.suppressed_ids)
     assert len(written) == len(policy.tokenizer) - 2

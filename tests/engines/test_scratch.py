@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.engines.scratch import HELD, scratch_folder
+from npo_cli.engines.scratch import LOCK_NAME, scratch_folder
 
 ROOT = Path(__file__).parents[2]
 HOLDS = """
@@ -66,7 +66,7 @@ def test_what_a_killed_process_left_is_gone_with_the_next_and_what_a_living_one_
 def test_a_folder_that_is_not_ours_stays(temporary: Path):
     (temporary / "npo-scratch-notes").mkdir()
     (temporary / "elsewhere").mkdir()
-    (temporary / "elsewhere" / HELD).touch()
+    (temporary / "elsewhere" / LOCK_NAME).touch()
     with scratch_folder():
         pass
     assert {path.name for path in temporary.iterdir()} == {"npo-scratch-notes", "elsewhere"}

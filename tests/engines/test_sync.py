@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from npo_cli.config import ModelSettings
-from npo_cli.engines.sync import Agreement, named_tensors, refuse_disagreement, refuse_other_names, shapes_of, whole
+from npo_cli.engines.sync import SyncCheck, named_tensors, check_agreement, check_sent_tensors, tensor_shapes, copy_to_cpu
 from npo_cli.errors import RunFailed
 from npo_cli.policy.model import load_policy
 
@@ -24,7 +24,7 @@ def test_a_tied_head_is_sent_under_its_own_name():
 
 def test_a_second_name_is_copied_and_nothing_else_is(tmp_path):
     tensors = named_tensors(load_policy(ModelSettings(threads=1)).model)
-    ready = whole(tensors)
+    ready = copy_to_cpu(tensors)
     copied = {name for name, tensor in ready.items() if tensor.data_ptr() != tensors[name].data_ptr()}
     assert copied == {"lm_head.weight"}
     save_file(ready, tmp_path / "model.safetensors")
@@ -44,13 +44,13 @@ def test_a_second_name_is_copied_and_nothing_else_is(tmp_path):
 )
 def test_other_tensors_than_the_engine_started_with_are_not_sent(offered, told):
     with pytest.raises(RunFailed, match=told):
-        refuse_other_names(shapes_of(TENSORS), offered)
-    refuse_other_names(shapes_of(TENSORS), TENSORS)
+        check_sent_tensors(tensor_shapes(TENSORS), offered)
+    check_sent_tensors(tensor_shapes(TENSORS), TENSORS)
 
 
 def agreement(engine, trainer, before=None):
-    return Agreement(
-        engine=[tuple(engine)], trainer=[tuple(trainer)], before=None if before is None else [tuple(before)]
+    return SyncCheck(
+        engine_logps=[tuple(engine)], trainer_logps=[tuple(trainer)], previous_logps=None if before is None else [tuple(before)]
     )
 
 
@@ -61,13 +61,13 @@ def test_the_gap_is_a_mean_over_tokens():
     with pytest.raises(
         RunFailed, match=r"differ by 0\.3 nats .* average, 0\.6 at most; engine\.sync_tolerance is 0\.29"
     ):
-        refuse_disagreement(found, tolerance=0.29, version="step 4")
-    refuse_disagreement(found, tolerance=0.31, version="step 4")
+        check_agreement(found, tolerance=0.29, version="step 4")
+    check_agreement(found, tolerance=0.31, version="step 4")
 
 
 def test_scores_that_are_no_numbers_agree_with_nothing():
     with pytest.raises(RunFailed, match="inf nats"):
-        refuse_disagreement(agreement([math.nan, -1.0], [-1.0, -1.0]), tolerance=1.0, version="step 4")
+        check_agreement(agreement([math.nan, -1.0], [-1.0, -1.0]), tolerance=1.0, version="step 4")
 
 
 def noisy(values, *, seed, noise):
@@ -113,4 +113,4 @@ def test_weights_that_hardly_moved_cannot_be_told_from_the_old_ones_and_nobody_i
 
 def test_a_stale_engine_is_told_by_that_name():
     with pytest.raises(RunFailed, match=r"still holds weights from before the sync to step 4.* 100% of the way back"):
-        refuse_disagreement(agreement([-1.0, -2.0], [-1.5, -2.5], [-1.0, -2.0]), tolerance=9.0, version="step 4")
+        check_agreement(agreement([-1.0, -2.0], [-1.5, -2.5], [-1.0, -2.0]), tolerance=9.0, version="step 4")

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from npo_cli.config import ModelSettings
-from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
-from npo_cli.engines.twin_engine import TwinEngine, pushed_logits
-from npo_cli.policy.extrapolated import PushedPolicy
+from npo_cli.engines.requests import Sample, SampleRequest, LogprobRequest
+from npo_cli.engines.twin_engine import ExtrapolatedEngine, extrapolate_logits
+from npo_cli.policy.extrapolated import ExtrapolatedPolicy
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 from tests.engines.test_image_prompts import asked as asked_with_pictures
 from tests.engines.test_image_prompts import engine_of
 from tests.engines.test_transformers_engine import TEXTS, asked, drawn
-from tests.pictures import mixed_prompts, seeing
+from tests.pictures import mixed_prompts, load_vision_policy
 
 ROWS = [TokenRow(prompt_ids=(1, 2, 3), response_ids=(4, 5)), TokenRow(prompt_ids=(2,), response_ids=(6, 7, 8))]
 
@@ -40,8 +40,8 @@ def nudged(policy: Policy) -> Policy:
     return policy
 
 
-def twin_of(policy: Policy, older: Policy, *, strength: float, max_rows: int = 512) -> TwinEngine:
-    return TwinEngine(
+def twin_of(policy: Policy, older: Policy, *, strength: float, max_rows: int = 512) -> ExtrapolatedEngine:
+    return ExtrapolatedEngine(
         policy.model,
         policy.tokenizer,
         older=older.model,
@@ -50,18 +50,18 @@ def twin_of(policy: Policy, older: Policy, *, strength: float, max_rows: int = 5
         pad_id=policy.pad_id,
         max_rows=max_rows,
         dtype=policy.compute_dtype,
-        sight=policy.vision,
+        vision=policy.vision,
     )
 
 
-def said(twin: TwinEngine, requests: list[SampleRequest], *, temperature: float = 1.0) -> list[Sample]:
+def said(twin: ExtrapolatedEngine, requests: list[SampleRequest], *, temperature: float = 1.0) -> list[Sample]:
     return twin.generate(requests, temperature=temperature, max_new_tokens=18)
 
 
 def test_the_logits_of_the_product_by_hand():
     # a = 2: 1 + 2 (1 - 0) = 3, 0 + 2 (0 - 1) = -2; what either rules out stays out
     new, old = torch.tensor([[1.0, 0.0, -torch.inf, 5.0]]), torch.tensor([[0.0, 1.0, 3.0, -torch.inf]])
-    assert pushed_logits(new, old, 2.0).tolist() == [[3.0, -2.0, -torch.inf, -torch.inf]]
+    assert extrapolate_logits(new, old, 2.0).tolist() == [[3.0, -2.0, -torch.inf, -torch.inf]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -118,9 +118,9 @@ def test_both_caches_give_what_whole_passes_give(policy, older):
     rows = [
         TokenRow(prompt_ids=r.prompt_ids, response_ids=s.response_ids) for r, s in zip(requests, samples, strict=True)
     ]
-    scores = PushedPolicy(new=policy, old=older, strength=2.0).score(rows, temperature=1.0, chunk_tokens=7)
-    asked_again = [ScoreRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids) for row in rows]
-    for place, (sample, told) in enumerate(zip(samples, twin.score(asked_again), strict=True)):
+    scores = ExtrapolatedPolicy(newer=policy, older=older, strength=2.0).score(rows, temperature=1.0, chunk_tokens=7)
+    asked_again = [LogprobRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids) for row in rows]
+    for place, (sample, told) in enumerate(zip(samples, twin.compute_logps(asked_again), strict=True)):
         length = len(sample.response_ids)
         assert sample.logps == pytest.approx(scores.logps_NT[place, :length].tolist(), abs=1e-3)
         assert sample.mean_entropy == pytest.approx(scores.entropies_NT[place, :length].mean().item(), abs=1e-3)
@@ -128,7 +128,7 @@ def test_both_caches_give_what_whole_passes_give(policy, older):
 
 
 def test_a_score_does_not_depend_on_the_chunk(policy, older):
-    pair = PushedPolicy(new=policy, old=older, strength=2.0)
+    pair = ExtrapolatedPolicy(newer=policy, older=older, strength=2.0)
     whole, parts = (pair.score(ROWS, temperature=1.0, chunk_tokens=size) for size in (64, 2))
     assert torch.allclose(whole.logps_NT, parts.logps_NT, atol=1e-5)
 
@@ -144,7 +144,7 @@ def test_sampling_moves_neither_model(policy, older):
 
 @pytest.mark.parametrize("strength", [0.0, 2.0])
 def test_without_strength_or_motion_pictures_are_answered_as_by_the_plain_engine(untaught_vl: Path, strength):
-    policy, other = seeing(untaught_vl), seeing(untaught_vl)
+    policy, other = load_vision_policy(untaught_vl), load_vision_policy(untaught_vl)
     # without strength the older copy may be any
     other = other if strength else nudged(other)
     requests = asked_with_pictures(policy, mixed_prompts(), num_slots=6)
@@ -158,12 +158,12 @@ def test_without_strength_or_motion_pictures_are_answered_as_by_the_plain_engine
 @pytest.mark.parametrize("places", [(0, 1, 2, 3), (0,), (1,), (2,)], ids=["all", "one", "blind", "two"])
 def test_two_models_that_see_sample_from_what_the_trainer_scores(untaught_vl: Path, places):
     """Side by side rows are padded; alone they are not."""
-    policy, older = seeing(untaught_vl), nudged(seeing(untaught_vl))
+    policy, older = load_vision_policy(untaught_vl), nudged(load_vision_policy(untaught_vl))
     prompts = [mixed_prompts()[place] for place in places]
     requests = asked_with_pictures(policy, prompts, num_slots=6)
     samples = twin_of(policy, older, strength=2.0).generate(requests, temperature=1.0, max_new_tokens=6)
     rows = [policy.row(prompts[place // 6], sample.response_ids) for place, sample in enumerate(samples)]
-    pair = PushedPolicy(new=policy, old=older, strength=2.0)
+    pair = ExtrapolatedPolicy(newer=policy, older=older, strength=2.0)
     pushed_NT, plain_NT = (each.score(rows, temperature=1.0, chunk_tokens=64).logps_NT for each in (pair, policy))
     assert (pushed_NT - plain_NT).abs().max() > 0.1
     for sample, logps_T in zip(samples, pushed_NT.tolist(), strict=True):
@@ -171,11 +171,11 @@ def test_two_models_that_see_sample_from_what_the_trainer_scores(untaught_vl: Pa
 
 
 def test_a_prompt_of_one_token_forgets_the_pictures_of_the_batch_before(untaught_vl: Path):
-    policy, older = seeing(untaught_vl), nudged(seeing(untaught_vl))
+    policy, older = load_vision_policy(untaught_vl), nudged(load_vision_policy(untaught_vl))
     twin = twin_of(policy, older, strength=2.0)
     twin.generate(asked_with_pictures(policy, mixed_prompts(), num_slots=2), temperature=1.0, max_new_tokens=3)
     (request,) = asked_with_pictures(policy, mixed_prompts()[1:2], num_slots=1)
     short = replace(request, prompt_ids=request.prompt_ids[-1:])
     found = twin.generate([short], temperature=1.0, max_new_tokens=6)
-    alone = twin_of(seeing(untaught_vl), nudged(seeing(untaught_vl)), strength=2.0)
+    alone = twin_of(load_vision_policy(untaught_vl), nudged(load_vision_policy(untaught_vl)), strength=2.0)
     assert found == alone.generate([short], temperature=1.0, max_new_tokens=6)

@@ -8,16 +8,16 @@ import torch
 
 from npo_cli.config import ModelSettings
 from npo_cli.engine_settings import EngineSettings, VllmSettings
-from npo_cli.engines.adapters import slot_rank
+from npo_cli.engines.adapters import round_up_lora_rank
 from npo_cli.engines.opening import open_engine
-from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
+from npo_cli.engines.requests import Sample, SampleRequest, LogprobRequest
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.lora_settings import LoraSettings
-from npo_cli.policy.extrapolated import pushed
+from npo_cli.policy.extrapolated import extrapolate_weights
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.stages.world import adapter_port
-from tests.engines.vllm_models import asked, limits_of
+from npo_cli.stages.world import make_adapter_port
+from tests.engines.vllm_models import make_requests, make_limits
 
 PROMPTS = ("321+654=", "12+9=", "....1+2=")
 
@@ -30,7 +30,7 @@ def lora_policy(rank: int = 4) -> Policy:
 def turned(policy: Policy, *, seed: int) -> None:
     """Other adapters: B is no longer 0."""
     generator = torch.Generator().manual_seed(seed)
-    for tensor in policy.trained.values():
+    for tensor in policy.adapter_weights.values():
         tensor.add_(torch.randn(tensor.shape, generator=generator) / 10)
 
 
@@ -42,7 +42,7 @@ def served(request) -> Iterator[tuple]:
     from npo_cli.engines.vllm_server import VllmServer
 
     policy = lora_policy(rank=8)
-    made = {"limits": limits_of(policy), "adapters": adapter_port(policy, policy.adapters, joins=True)}
+    made = {"limits": make_limits(policy), "adapters": make_adapter_port(policy, policy.adapters, doubles_rank=True)}
     if request.param == "vllm":
         engine = VllmEngine(policy.model, policy.tokenizer, **made)
     else:
@@ -59,7 +59,7 @@ def filled(policy: Policy, engine) -> dict[str, torch.Tensor]:
     for number in range(3):
         if number:
             turned(policy, seed=number)
-        version = f"step {number}, write {policy.num_changes}, run ab"
+        version = f"step {number}, write {policy.num_weight_changes}, run ab"
         engine.take_weights(policy.model, version=version)
         scores[version] = trainer_scores(policy)
         (found,) = engine.score([response()])
@@ -67,8 +67,8 @@ def filled(policy: Policy, engine) -> dict[str, torch.Tensor]:
     return scores
 
 
-def response() -> ScoreRequest:
-    return ScoreRequest(prompt_ids=(3, 2, 1, 13, 6, 5, 4, 14), response_ids=(9, 12, 7, 12, 5, 12, 15, 4))
+def response() -> LogprobRequest:
+    return LogprobRequest(prompt_ids=(3, 2, 1, 13, 6, 5, 4, 14), response_ids=(9, 12, 7, 12, 5, 12, 15, 4))
 
 
 def trainer_scores(policy: Policy) -> torch.Tensor:
@@ -82,7 +82,7 @@ def sampled(engine, requests: Sequence[SampleRequest]) -> list[Sample]:
 
 
 def named(policy: Policy, version: str) -> list[SampleRequest]:
-    return [replace(request, version=version) for request in asked(policy, *PROMPTS, num_slots=4)]
+    return [replace(request, version=version) for request in make_requests(policy, *PROMPTS, num_slots=4)]
 
 
 @pytest.mark.vllm
@@ -128,7 +128,7 @@ def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_pa
     turned(policy, seed=5)
     own = trainer_scores(policy)
     engine.take_weights(policy.model, version="own")
-    with pushed(policy, tmp_path, strength=0.5):
+    with extrapolate_weights(policy, tmp_path, strength=0.5):
         engine.take_weights(policy.model, version="pushed")
         theirs = trainer_scores(policy)
         (found,) = engine.score([response()])
@@ -155,9 +155,9 @@ def test_adapters_that_are_not_finite_or_named_otherwise_are_not_sent(served):
 
 
 def test_a_slot_holds_the_next_larger_rank_that_vllm_knows():
-    assert [slot_rank(rank) for rank in (1, 8, 9, 64, 300)] == [8, 8, 16, 64, 512]
+    assert [round_up_lora_rank(rank) for rank in (1, 8, 9, 64, 300)] == [8, 8, 16, 64, 512]
     with pytest.raises(NpoError, match="up to rank 512, and 513 is asked for"):
-        slot_rank(513)
+        round_up_lora_rank(513)
 
 
 def test_adapters_never_take_another_road_than_the_one_that_was_named():
@@ -165,4 +165,4 @@ def test_adapters_never_take_another_road_than_the_one_that_was_named():
     named = EngineSettings(kind="vllm_server", vllm=VllmSettings(weight_transfer="nccl"))
     options = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id, "max_model_len": 64, "dtype": torch.float32}
     with pytest.raises(NpoError, match=r"weight_transfer=nccl sends whole models; adapters \(model\.lora\.rank\) go"):
-        open_engine(named, policy.model, policy.tokenizer, **options, adapters=adapter_port(policy, policy.adapters))
+        open_engine(named, policy.model, policy.tokenizer, **options, adapters=make_adapter_port(policy, policy.adapters))

@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from npo_cli.engines import vllm_engine, vllm_server
-from npo_cli.engines.requests import Sample, SampleRequest, ScoreRequest
+from npo_cli.engines.requests import Sample, SampleRequest, LogprobRequest
 from npo_cli.engines.vllm_engine import VllmEngine
 from npo_cli.engines.vllm_server import VllmServer
 from npo_cli.errors import RunFailed
 from npo_cli.loading import load_recipe
 from npo_cli.policy.model import Policy
 from npo_cli.seeds import derive_seed
-from npo_cli.stages.engine_sync import Sync, probe_rows
-from npo_cli.stages.world import adapter_port
-from tests.pictures import mixed_prompts, seeing
+from npo_cli.stages.engine_sync import WeightSync, build_check_rows
+from npo_cli.stages.world import make_adapter_port
+from tests.pictures import mixed_prompts, load_vision_policy
 
-from .vllm_models import limits_of
+from tests.engines.vllm_models import make_limits
 
 pytestmark = [
     pytest.mark.vllm,
@@ -35,12 +35,12 @@ KINDS = {"argvalues": [VllmEngine, SERVED], "ids": ["in process", "server"]}
 
 
 @pytest.fixture(scope="module", params=KINDS["argvalues"], ids=KINDS["ids"])
-def pair(request: pytest.FixtureRequest, untaught_vl: Path) -> Iterator[tuple[Policy, Vllm, Sync]]:
-    policy = seeing(untaught_vl)
-    limits = limits_of(policy, max_model_len=128)
+def pair(request: pytest.FixtureRequest, untaught_vl: Path) -> Iterator[tuple[Policy, Vllm, WeightSync]]:
+    policy = load_vision_policy(untaught_vl)
+    limits = make_limits(policy, max_model_len=128)
     engine = request.param(policy.model, policy.tokenizer, limits=limits, sight=policy.vision)
-    rows = probe_rows(policy, mixed_prompts())
-    yield policy, engine, Sync(recipe=load_recipe("micro", []), policy=policy, engine=engine, rows=rows)
+    rows = build_check_rows(policy, mixed_prompts())
+    yield policy, engine, WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows)
     engine.close()
 
 
@@ -67,32 +67,32 @@ def assert_sampled_as_scored(policy: Policy, samples: list[Sample]) -> None:
         assert torch.allclose(torch.tensor(sample.logps), logps_T[: len(sample.logps)], atol=1e-4)
 
 
-def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, Vllm, Sync]):
+def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, Vllm, WeightSync]):
     policy, engine, sync = pair
-    sync.in_step(0)
+    sync.sync_weights(0)
     requests = requests_of(policy)
     samples = engine.generate(requests, temperature=1.0, max_new_tokens=6)
     assert_sampled_as_scored(policy, samples)
     # an untaught model would write one of the two silent tokens of 30 about once in 15 tokens
     written = [token for sample in samples for token in sample.response_ids]
-    assert len(written) > 100 and not set(written) & set(policy.vision.silent_ids)
+    assert len(written) > 100 and not set(written) & set(policy.vision.suppressed_ids)
     assert engine.generate(requests[::-1], temperature=1.0, max_new_tokens=6)[::-1] == samples
 
 
-def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Policy, Vllm, Sync]):
+def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Policy, Vllm, WeightSync]):
     policy, engine, sync = pair
-    sync.in_step(0)
+    sync.sync_weights(0)
     one, _, _, four = mixed_prompts()
-    asked = ScoreRequest(prompt_ids=policy.encode(one), response_ids=(policy.end_id,), images=one.images)
+    asked = LogprobRequest(prompt_ids=policy.encode(one), response_ids=(policy.end_id,), images=one.images)
     num_tokens = len(asked.prompt_ids) + 1
     # 32 x 32 pixels are 2 x 2 tokens, 48 x 64 are 3 x 4: eight more
     with pytest.raises(RunFailed, match=f"it read {num_tokens + 8} tokens where the trainer reads {num_tokens}: "):
-        engine.score([replace(asked, images=four.images)])
+        engine.compute_logps([replace(asked, images=four.images)])
 
 
-def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, Vllm, Sync], monkeypatch: pytest.MonkeyPatch):
+def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, Vllm, WeightSync], monkeypatch: pytest.MonkeyPatch):
     policy, engine, sync = pair
-    sync.in_step(0)
+    sync.sync_weights(0)
     sent = policy.model.state_dict()
     old = {name: tensor.clone() for name, tensor in sent.items() if ".visual." in name}
     with torch.no_grad():
@@ -103,15 +103,15 @@ def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, Vllm, Sync], mon
         for module in (vllm_engine, vllm_server):
             patched.setattr(module, "named_tensors", lambda model: whole(model) | old)
         with pytest.raises(RunFailed, match="the engine still holds weights from before"):
-            sync.in_step(1)
-    sync.in_step(1)
+            sync.sync_weights(1)
+    sync.sync_weights(1)
     assert_sampled_as_scored(policy, engine.generate(requests_of(policy), temperature=1.0, max_new_tokens=6))
 
 
 @pytest.mark.parametrize("pair", [SERVED], indirect=True, ids=["server"])
-def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, Sync]):
+def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, WeightSync]):
     policy, engine, sync = pair
-    sync.in_step(0)
+    sync.sync_weights(0)
     asked = []
 
     class Door(BaseHTTPRequestHandler):
@@ -121,7 +121,7 @@ def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, Sync]):
     with HTTPServer(("127.0.0.1", 0), Door) as door:
         threading.Thread(target=door.serve_forever, daemon=True).start()
         part = {"type": "image_url", "url": f"http://127.0.0.1:{door.server_port}/picture.png"}
-        body = {"token_ids": [policy.vision.image_id], "content_parts": [part], "sampling_params": {"max_tokens": 1}}
+        body = {"token_ids": [policy.vision.image_token_id], "content_parts": [part], "sampling_params": {"max_tokens": 1}}
         answer = engine._session.post(f"{engine._url}/inference/v1/generate", json=body, timeout=60)
         door.shutdown()
     assert not answer.ok and "allowed domains" in answer.text
@@ -132,17 +132,17 @@ def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, Sync]):
 def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(
     kind: Callable[..., Vllm], untaught_vl: Path
 ):
-    policy = seeing(untaught_vl, lora=4)
+    policy = load_vision_policy(untaught_vl, lora=4)
     with torch.no_grad():
         for name, tensor in policy.model.named_parameters():
             if "lora_B" in name:
                 tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
-    limits = limits_of(policy, max_model_len=128)
-    port = adapter_port(policy, policy.adapters)
+    limits = make_limits(policy, max_model_len=128)
+    port = make_adapter_port(policy, policy.adapters)
     engine = kind(policy.model, policy.tokenizer, limits=limits, adapters=port, sight=policy.vision)
-    rows = probe_rows(policy, mixed_prompts())
+    rows = build_check_rows(policy, mixed_prompts())
     try:
-        Sync(recipe=load_recipe("micro", []), policy=policy, engine=engine, rows=rows).in_step(0)
+        WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows).sync_weights(0)
         assert_sampled_as_scored(policy, engine.generate(requests_of(policy), temperature=1.0, max_new_tokens=6))
     finally:
         engine.close()

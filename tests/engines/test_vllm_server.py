@@ -16,9 +16,9 @@ from npo_cli.engines.vllm_engine import VllmEngine
 from npo_cli.engines.vllm_server import VllmServer
 from npo_cli.errors import RunFailed
 
-from .test_keeper import lives, wait_for
-from .test_vllm_engine import PROMPTS, largest_gap, sync_of, trainers
-from .vllm_models import asked, limits_of, moved, tied_policy
+from tests.engines.test_keeper import lives, wait_for
+from tests.engines.test_vllm_engine import PROMPTS, largest_gap, sync_of, trainers
+from tests.engines.vllm_models import make_requests, make_limits, perturb_weights, tied_policy
 
 pytestmark = pytest.mark.vllm
 OWNER = """
@@ -37,7 +37,7 @@ time.sleep(600)
 @pytest.fixture(scope="module")
 def served():
     policy = tied_policy()
-    server = VllmServer(policy.model, policy.tokenizer, limits=limits_of(policy), transport="disk")
+    server = VllmServer(policy.model, policy.tokenizer, limits=make_limits(policy), transport="disk")
     yield policy, server
     server.close()
 
@@ -56,10 +56,10 @@ def descendants(pid: int) -> list[int]:
 
 def test_a_server_answers_like_the_engine_in_process_seed_by_seed(served):
     policy, server = served
-    sync_of(policy, server).in_step(0)
-    engine = VllmEngine(policy.model, policy.tokenizer, limits=limits_of(policy))
-    sync_of(policy, engine).in_step(0)
-    requests = asked(policy, *PROMPTS)
+    sync_of(policy, server).sync_weights(0)
+    engine = VllmEngine(policy.model, policy.tokenizer, limits=make_limits(policy))
+    sync_of(policy, engine).sync_weights(0)
+    requests = make_requests(policy, *PROMPTS)
     theirs = server.generate(requests, temperature=1.0, max_new_tokens=18)
     ours = engine.generate(requests, temperature=1.0, max_new_tokens=18)
     engine.close()
@@ -71,16 +71,16 @@ def test_new_weights_reach_the_server_and_old_ones_are_told(served, monkeypatch)
     policy, server = served
     state = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     sync = sync_of(policy, server)
-    sync.in_step(0)
-    moved(policy, by=0.05)
-    sync.in_step(1)
-    samples = server.generate(asked(policy, *PROMPTS), temperature=1.0, max_new_tokens=18)
+    sync.sync_weights(0)
+    perturb_weights(policy, by=0.05)
+    sync.sync_weights(1)
+    samples = server.generate(make_requests(policy, *PROMPTS), temperature=1.0, max_new_tokens=18)
     assert largest_gap([each.logps for each in samples], trainers(policy, samples)) < 1e-4
     assert not list(server._folder.glob("weights-*"))
     monkeypatch.setattr(server, "_send", lambda tensors, version: None)
-    moved(policy, by=0.05)
+    perturb_weights(policy, by=0.05)
     with pytest.raises(RunFailed, match="still holds weights from before"):
-        sync.in_step(2)
+        sync.sync_weights(2)
     with torch.no_grad():
         policy.model.load_state_dict(state)
 
@@ -98,10 +98,10 @@ def test_nobody_else_on_the_machine_may_ask(served):
 
 def test_a_server_killed_in_mid_batch_is_an_error_that_says_so_and_leaves_nobody():
     policy = tied_policy()
-    server = VllmServer(policy.model, policy.tokenizer, limits=limits_of(policy), transport="disk")
+    server = VllmServer(policy.model, policy.tokenizer, limits=make_limits(policy), transport="disk")
     family = descendants(server._process.pid)
-    sync_of(policy, server).in_step(0)
-    requests = asked(policy, *PROMPTS, num_slots=400)
+    sync_of(policy, server).sync_weights(0)
+    requests = make_requests(policy, *PROMPTS, num_slots=400)
     killer = threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in family[1:] if lives(pid)])
     killer.start()
     with pytest.raises(RunFailed, match="the vLLM server failed while it was to sample") as failed:
@@ -114,7 +114,7 @@ def test_a_server_killed_in_mid_batch_is_an_error_that_says_so_and_leaves_nobody
 def test_a_server_that_does_not_start_is_told_with_its_last_words():
     policy = tied_policy()
     with pytest.raises(RunFailed, match=r"the vLLM server could not start: .*max_model_len"):
-        VllmServer(policy.model, policy.tokenizer, limits=limits_of(policy, max_model_len=100_000), transport="disk")
+        VllmServer(policy.model, policy.tokenizer, limits=make_limits(policy, max_model_len=100_000), transport="disk")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from npo_cli.config import ModelSettings
 from npo_cli.engines.requests import SampleRequest
-from npo_cli.engines.vllm_words import Limits
-from npo_cli.policy.model import EMBEDDED, Policy, load_policy
+from npo_cli.engines.vllm_words import VllmLimits
+from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 from npo_cli.seeds import derive_seed
 
 
@@ -18,7 +18,7 @@ def tied_policy() -> Policy:
 
 def untied_policy(folder: Path) -> Policy:
     """The micro base with a head of its own, a little different from its embedding."""
-    config = AutoConfig.from_pretrained(EMBEDDED)
+    config = AutoConfig.from_pretrained(MICRO_BASE_FOLDER)
     config.tie_word_embeddings = False
     base = tied_policy()
     model = AutoModelForCausalLM.from_config(config)
@@ -32,7 +32,7 @@ def untied_policy(folder: Path) -> Policy:
     return load_policy(ModelSettings(path=str(folder), threads=1))
 
 
-def limits_of(policy: Policy, **changes) -> Limits:
+def make_limits(policy: Policy, **changes) -> VllmLimits:
     figures = {
         **{
             "eos_ids": policy.eos_ids,
@@ -53,10 +53,10 @@ def limits_of(policy: Policy, **changes) -> Limits:
         },
         **{"start_timeout": 240.0, "deadline": 120.0},
     }
-    return Limits(**figures | changes)
+    return VllmLimits(**figures | changes)
 
 
-def asked(policy: Policy, *texts: str, num_slots: int = 8) -> list[SampleRequest]:
+def make_requests(policy: Policy, *texts: str, num_slots: int = 8) -> list[SampleRequest]:
     return [
         SampleRequest(
             prompt_id=text,
@@ -70,7 +70,7 @@ def asked(policy: Policy, *texts: str, num_slots: int = 8) -> list[SampleRequest
 
 
 @torch.no_grad()
-def moved(policy: Policy, *, by: float, seed: int = 0) -> None:
+def perturb_weights(policy: Policy, *, by: float, seed: int = 0) -> None:
     """Another policy: every weight by a random step of that relative size."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.model.parameters():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from npo_cli.guide.evidence import Arm, PromptOutcome, SignalKnobs
+from npo_cli.guide.evidence import CandidateResults, PromptPassCount, SignalKnobs
 from npo_cli.guide.variance import SampleRatio, VarianceKnobs
 
 CAP = 10.0
@@ -24,7 +24,7 @@ SIGNAL = SignalKnobs(
 )
 
 
-def ratio(
+def make_ratio(
     log_rho_T: Sequence[float], *, prompt_id: str = "p", correct: bool = False, grads_T: Sequence[float] | None = None
 ) -> SampleRatio:
     """A sample from its log token ratios; every token has gradient norm 1 unless told."""
@@ -37,20 +37,20 @@ def ratio(
         sum_rho2=float((np.minimum(rho_T, CAP) ** 2).sum()),
         sum_rho2_grad=float((rho_T**2 * grads).sum()),
         sum_rho_grad=float((rho_T * grads).sum()),
-        correct=correct,
+        is_correct=correct,
     )
 
 
-def drifted(log_w: float, num_tokens: int, *, prompt_id: str = "p", correct: bool = False) -> SampleRatio:
+def make_drifted_ratio(log_w: float, num_tokens: int, *, prompt_id: str = "p", correct: bool = False) -> SampleRatio:
     """A sample whose drift is spread evenly over its tokens."""
-    return ratio([log_w / num_tokens] * num_tokens, prompt_id=prompt_id, correct=correct)
+    return make_ratio([log_w / num_tokens] * num_tokens, prompt_id=prompt_id, correct=correct)
 
 
-def arm(step: int, correct_P: Sequence[int], *, num_samples: int = 4, log_w: float = 0.0, num_tokens: int = 10) -> Arm:
+def make_candidate(step: int, correct_P: Sequence[int], *, num_samples: int = 4, log_w: float = 0.0, num_tokens: int = 10) -> CandidateResults:
     """A candidate whose samples all drifted alike; prompts are p00, p01, ..."""
     outcomes, ratios = [], []
     for p, num_correct in enumerate(correct_P):
         prompt_id = f"p{p:02}"
-        outcomes.append(PromptOutcome(prompt_id=prompt_id, num_samples=num_samples, num_correct=num_correct))
-        ratios += [drifted(log_w, num_tokens, prompt_id=prompt_id, correct=j < num_correct) for j in range(num_samples)]
-    return Arm(step=step, distance=step, outcomes=tuple(outcomes), ratios=tuple(ratios))
+        outcomes.append(PromptPassCount(prompt_id=prompt_id, num_samples=num_samples, num_correct=num_correct))
+        ratios += [make_drifted_ratio(log_w, num_tokens, prompt_id=prompt_id, correct=j < num_correct) for j in range(num_samples)]
+    return CandidateResults(step=step, distance=step, pass_counts=tuple(outcomes), ratios=tuple(ratios))

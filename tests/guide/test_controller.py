@@ -4,30 +4,30 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from npo_cli.auto_records import AutoState, TriggerReading
-from npo_cli.guide.controller import advance, why_not
-from npo_cli.guide.facts import Judged, Pushed, RolledBack, StepSeen
+from npo_cli.auto_records import AutoNPOState, TriggerReading
+from npo_cli.guide.controller import advance, explain_no_trigger
+from npo_cli.guide.facts import ReplayJudged, ExtrapolationStarted, RollbackDone, StepObserved
 
-from .curves import ACCEPTED, CONTROL, GUIDED, MISSED, REJECTED, START, UNGUIDED
+from tests.guide.curves import ACCEPTED, CONTROL, GUIDED, MISSED, REJECTED, START, UNGUIDED
 
-ARMED = AutoState(branch="main", step=100)
+ARMED = AutoNPOState(branch="main", step=100)
 WARNED = replace(ARMED, streak=5, warned=True)
 PROBING = replace(ARMED, phase="PROBE")
 PUSHING = replace(ARMED, phase="PUSH")
-AHEAD = AutoState(branch="ahead", step=100, phase="AHEAD", until=120)
-PUSHED = Pushed(branch="ahead", until=120)
+AHEAD = AutoNPOState(branch="ahead", step=100, phase="AHEAD", until_step=120)
+PUSHED = ExtrapolationStarted(branch="ahead", until_step=120)
 TRYING = replace(CONTROL, push_steps=20)
 GUIDING = replace(ARMED, phase="GUIDE_GEN", distance=20)
 LEAVING = replace(ARMED, phase="ROLLBACK", distance=20)
-JUDGING = AutoState(branch="auto-1", step=100, phase="JUDGE", distance=20, interventions=1)
-REPLAYING = AutoState(branch="auto-1", step=80, phase="REPLAY", distance=20, until=100, interventions=1)
-ROLLED_BACK = RolledBack(branch="auto-1", to_step=80, until=100)
+JUDGING = AutoNPOState(branch="auto-1", step=100, phase="JUDGE", distance=20, num_interventions=1)
+REPLAYING = AutoNPOState(branch="auto-1", step=80, phase="REPLAY", distance=20, until_step=100, num_interventions=1)
+ROLLED_BACK = RollbackDone(branch="auto-1", to_step=80, until_step=100)
 
 
 def seen(step, verdict="rising", *, has_checkpoint=False):
     signal = None if verdict == "no_signal" else 0.3
     reading = TriggerReading(step=step, verdict=verdict, reward=signal, entropy=signal)
-    return StepSeen(reading=reading, has_checkpoint=has_checkpoint)
+    return StepObserved(reading=reading, has_checkpoint=has_checkpoint)
 
 
 def tell(state, *facts, knobs=CONTROL):
@@ -117,7 +117,7 @@ def test_a_sparse_log_ends_the_warm_up_at_its_first_step_beyond_it():
 def test_a_warning_at_a_checkpoint_triggers_at_once():
     state, moves = tell(replace(ARMED, streak=4), seen(101, "stagnant", has_checkpoint=True))
     assert moves == [(101, "warning", "TRAIN", "TRAIN"), (101, "trigger", "TRAIN", "PROBE")]
-    assert state == AutoState(branch="main", step=101, phase="PROBE")
+    assert state == AutoNPOState(branch="main", step=101, phase="PROBE")
 
 
 def test_a_checkpoint_whose_signal_is_missing_still_serves_as_a_guide():
@@ -126,8 +126,8 @@ def test_a_checkpoint_whose_signal_is_missing_still_serves_as_a_guide():
 
 
 def test_a_trigger_says_what_was_seen():
-    reading = TriggerReading(step=101, verdict="stagnant", reward=0.4, entropy=0.2, gain=-0.01, margin=0.02, drop=0.08)
-    _, (move,) = advance(WARNED, StepSeen(reading=reading, has_checkpoint=True), knobs=CONTROL)
+    reading = TriggerReading(step=101, verdict="stagnant", reward=0.4, entropy=0.2, reward_gain=-0.01, reward_margin=0.02, entropy_drop=0.08)
+    _, (move,) = advance(WARNED, StepObserved(reading=reading, has_checkpoint=True), knobs=CONTROL)
     assert move.evidence == {**{k: v for k, v in asdict(reading).items() if k != "step"}, "streak": 6}
 
 
@@ -141,7 +141,7 @@ def test_an_intervention_from_probe_to_rest():
     assert state == REPLAYING
     state, moves = tell(state, *(seen(step, "stagnant", has_checkpoint=True) for step in range(81, 101)))
     assert moves == [(100, "replayed", "REPLAY", "COOLDOWN")]
-    assert state == AutoState(branch="auto-1", step=100, phase="COOLDOWN", until=140, interventions=1)
+    assert state == AutoNPOState(branch="auto-1", step=100, phase="COOLDOWN", until_step=140, num_interventions=1)
 
 
 def test_the_evidence_is_plain_data():
@@ -168,23 +168,23 @@ def test_the_evidence_is_plain_data():
 def test_an_intervention_that_comes_to_nothing_rests(state, fact, event):
     after, moves = tell(state, fact)
     assert moves == [(100, event, state.phase, "COOLDOWN")]
-    assert after == AutoState(branch="main", step=100, phase="COOLDOWN", until=140)
+    assert after == AutoNPOState(branch="main", step=100, phase="COOLDOWN", until_step=140)
 
 
 def test_a_test_that_cannot_be_done_leaves_the_replay_in_place():
     after, moves = tell(JUDGING, MISSED)
     assert moves == [(100, "missed", "JUDGE", "COOLDOWN")]
-    assert after == AutoState(branch="auto-1", step=100, phase="COOLDOWN", until=140, interventions=1)
+    assert after == AutoNPOState(branch="auto-1", step=100, phase="COOLDOWN", until_step=140, num_interventions=1)
 
 
 @pytest.mark.parametrize(("worse", "event", "branch"), [(False, "kept", "auto-1"), (True, "reverted", "main")])
 def test_a_replay_may_be_judged(worse, event, branch):
     knobs = replace(CONTROL, accept_test=True)
-    facts = [seen(99), seen(100), Judged(worse=worse, evidence={"difference": -0.1}, parent="main")]
+    facts = [seen(99), seen(100), ReplayJudged(is_worse=worse, evidence={"difference": -0.1}, parent="main")]
     after, moves = tell(replace(REPLAYING, step=98), *facts, knobs=knobs)
     assert moves == [(100, "replayed", "REPLAY", "JUDGE"), (100, event, "JUDGE", "COOLDOWN")]
     # an attempt that was taken back was an attempt
-    assert after == AutoState(branch=branch, step=100, phase="COOLDOWN", until=140, interventions=1)
+    assert after == AutoNPOState(branch=branch, step=100, phase="COOLDOWN", until_step=140, num_interventions=1)
 
 
 # Rest
@@ -230,16 +230,16 @@ def test_an_early_bootstrap_comes_once_and_is_no_intervention():
     knobs = replace(CONTROL, early=True)
     state, moves = tell(START, *(seen(step) for step in range(1, 21)), knobs=knobs)
     assert moves == [(20, "early", "TRAIN", "GUIDE_GEN")]
-    assert state == AutoState(branch="main", step=20, phase="GUIDE_GEN", distance=20, begun_early=True, early=True)
-    facts = [GUIDED, RolledBack(branch="early", to_step=0, until=20), *(seen(step) for step in range(1, 62))]
+    assert state == AutoNPOState(branch="main", step=20, phase="GUIDE_GEN", distance=20, has_tried_early=True, is_early=True)
+    facts = [GUIDED, RollbackDone(branch="early", to_step=0, until_step=20), *(seen(step) for step in range(1, 62))]
     state, moves = tell(state, *facts, knobs=knobs)
     assert moves[2:] == [(20, "replayed", "REPLAY", "COOLDOWN"), (61, "armed", "COOLDOWN", "TRAIN")]
-    assert state == AutoState(branch="early", step=61, begun_early=True)
+    assert state == AutoNPOState(branch="early", step=61, has_tried_early=True)
 
 
 def test_a_rest_after_the_early_bootstrap_lasts_through_the_warm_up():
     knobs = replace(CONTROL, early=True, cooldown=0)
-    state = AutoState(branch="early", step=19, phase="REPLAY", until=20, begun_early=True, early=True)
+    state = AutoNPOState(branch="early", step=19, phase="REPLAY", until_step=20, has_tried_early=True, is_early=True)
     _, moves = tell(state, *(seen(step, "stagnant") for step in range(20, 46)), knobs=knobs)
     assert [move[:2] for move in moves] == [(20, "replayed"), (41, "armed"), (45, "warning")]
 
@@ -265,7 +265,7 @@ def test_early_begins_on_the_first_branch_alone():
         (LEAVING, seen(101)),
         (REPLAYING, MISSED),
         (PROBING, seen(101)),
-        (REPLAYING, Judged(worse=True, evidence={}, parent="main")),
+        (REPLAYING, ReplayJudged(is_worse=True, evidence={}, parent="main")),
         (ARMED, seen(100)),
     ],
 )
@@ -296,4 +296,4 @@ def test_a_fact_that_does_not_fit_is_our_mistake(state, fact):
 )
 def test_a_step_that_does_not_trigger_says_why(state, fact, word):
     after, _ = tell(state, fact)
-    assert why_not(after, fact.reading, knobs=CONTROL) == word
+    assert explain_no_trigger(after, fact.reading, knobs=CONTROL) == word

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npo_cli.auto_records import AutoState, Confirmation, TriggerReading
+from npo_cli.auto_records import AutoNPOState, ProbeResult, TriggerReading
 from npo_cli.guide.controller import ControllerKnobs, advance
-from npo_cli.guide.facts import Confirmed, Judged, Missed, Pushed, RolledBack, StepSeen
-from npo_cli.guide.trigger import Signal
+from npo_cli.guide.facts import ProbeFinished, ReplayJudged, PrerequisiteMissing, ExtrapolationStarted, RollbackDone, StepObserved
+from npo_cli.guide.trigger import TriggerInput
 
-from .curves import CONTROL, GUIDED, REJECTED, START, UNGUIDED, Story
+from tests.guide.curves import CONTROL, GUIDED, REJECTED, START, UNGUIDED, SimulatedRun
 
 DIAGRAM = {
     ("TRAIN", "PROBE"),
@@ -40,7 +40,7 @@ def plateau(branch, step):
     rng = Random(f"{branch} {step}")
     entropy = 0.3 * (1.2 if branch != "main" else 1.0) * 0.99**step * (1 + rng.gauss(0, 0.01))
     reward = None if rng.random() < 1 / 16 else 0.4 + rng.gauss(0, 0.05)
-    return Signal(step=step, reward=reward, entropy=entropy)
+    return TriggerInput(step=step, reward=reward, entropy=entropy)
 
 
 SHORT_REST = replace(CONTROL, cooldown=15, max_interventions=2)
@@ -49,9 +49,9 @@ SHORT_REST = replace(CONTROL, cooldown=15, max_interventions=2)
 @pytest.mark.parametrize(
     "story",
     [
-        Story(measured=plateau, control=SHORT_REST),
-        Story(measured=plateau, control=replace(SHORT_REST, early=True)),
-        Story(measured=plateau, control=replace(SHORT_REST, accept_test=True), worse=True),
+        SimulatedRun(signal_at=plateau, control=SHORT_REST),
+        SimulatedRun(signal_at=plateau, control=replace(SHORT_REST, early=True)),
+        SimulatedRun(signal_at=plateau, control=replace(SHORT_REST, accept_test=True), is_worse=True),
     ],
     ids=["plain", "early", "reverted"],
 )
@@ -67,19 +67,19 @@ def test_a_restart_anywhere_goes_on_as_if_nothing_had_happened(story):
 
 
 def test_a_restart_from_the_last_written_move_comes_to_the_same_state():
-    story = Story(measured=plateau, control=SHORT_REST)
-    whole = list(story.go_on(START, last=200))
+    story = SimulatedRun(signal_at=plateau, control=SHORT_REST)
+    whole = list(story.run(START, last=200))
     written = START
     for done, told in enumerate(whole, start=1):
-        written = told.moves[-1].state if told.moves else written
+        written = told.transitions[-1].state if told.transitions else written
         if told.state.step > written.step:
-            *_, again = story.go_on(written, last=told.state.step)
+            *_, again = story.run(written, last=told.state.step)
             assert again == told, done
 
 
 def test_rests_keep_interventions_apart():
-    whole = list(Story(measured=plateau, control=CONTROL).go_on(START, last=400))
-    moves = [move for told in whole for move in told.moves]
+    whole = list(SimulatedRun(signal_at=plateau, control=CONTROL).run(START, last=400))
+    moves = [move for told in whole for move in told.transitions]
     ends = [move.step for move in moves if move.event == "replayed"]
     triggers = [move.step for move in moves if move.event == "trigger"]
     assert len(triggers) == 3 and len(ends) == 3
@@ -104,28 +104,28 @@ def any_fact(data, state, knobs):
     """Some fact that fits the phase."""
     match state.phase:
         case "PUSH":
-            pushed = Pushed(branch="ahead", until=state.step + knobs.push_steps)
-            return data.draw(st.sampled_from([pushed, Missed(what="gone")]))
+            pushed = ExtrapolationStarted(branch="ahead", until_step=state.step + knobs.push_steps)
+            return data.draw(st.sampled_from([pushed, PrerequisiteMissing(what="gone")]))
         case "PROBE":
             distance = data.draw(st.integers(1, state.step))
-            found = Confirmation(accepted=True, reason="", distance=distance, strata=(), scores=())
-            return data.draw(st.sampled_from([Confirmed(confirmation=found), REJECTED, Missed(what="gone")]))
+            found = ProbeResult(is_accepted=True, reason="", distance=distance, strata=(), scores=())
+            return data.draw(st.sampled_from([ProbeFinished(confirmation=found), REJECTED, PrerequisiteMissing(what="gone")]))
         case "GUIDE_GEN":
-            return data.draw(st.sampled_from([GUIDED, UNGUIDED, Missed(what="gone")]))
+            return data.draw(st.sampled_from([GUIDED, UNGUIDED, PrerequisiteMissing(what="gone")]))
         case "ROLLBACK":
-            return RolledBack(branch="next", to_step=state.step - state.distance, until=state.step)
+            return RollbackDone(branch="next", to_step=state.step - state.distance, until_step=state.step)
         case "JUDGE":
-            return Judged(worse=data.draw(st.booleans()), evidence={}, parent="main")
+            return ReplayJudged(is_worse=data.draw(st.booleans()), evidence={}, parent="main")
     verdict = data.draw(st.sampled_from(["stagnant"] * 6 + ["rising", "no_signal", "short_history", "entropy_level"]))
     step = state.step + data.draw(st.integers(1, 3))
     reading = TriggerReading(step=step, verdict=verdict, reward=None, entropy=None)
-    return StepSeen(reading=reading, has_checkpoint=data.draw(st.booleans()))
+    return StepObserved(reading=reading, has_checkpoint=data.draw(st.booleans()))
 
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), knobs=KNOBS)
 def test_the_cap_holds_and_phases_move_along_the_diagram(data, knobs):
-    state = AutoState(branch="main", step=0)
+    state = AutoNPOState(branch="main", step=0)
     for _ in range(40):
         before = state
         state, moves = advance(state, any_fact(data, state, knobs), knobs=knobs)
@@ -134,9 +134,9 @@ def test_the_cap_holds_and_phases_move_along_the_diagram(data, knobs):
         assert [move.phase_before for move in moves] == phases[:-1]
         assert (moves[-1].state if moves else state) == state
         assert moves or state.phase == before.phase
-        assert knobs.max_interventions == -1 or state.interventions <= knobs.max_interventions
+        assert knobs.max_interventions == -1 or state.num_interventions <= knobs.max_interventions
         # What belongs to a phase is there in it, and in no other.
-        assert (state.until is not None) == (state.phase in ("AHEAD", "REPLAY", "COOLDOWN"))
+        assert (state.until_step is not None) == (state.phase in ("AHEAD", "REPLAY", "COOLDOWN"))
         assert (state.distance is not None) == (state.phase in ("GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE"))
-        assert (state.streak == 0 and not state.warned) or state.phase == "TRAIN"
-        assert not state.warned or state.streak >= knobs.patience
+        assert (state.stagnation_streak == 0 and not state.has_warned) or state.phase == "TRAIN"
+        assert not state.has_warned or state.stagnation_streak >= knobs.patience

@@ -1,29 +1,29 @@
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.guide.halving import Round, halving_rounds, successive_rejects, survivors
-from npo_cli.guide.signal import rank_arms
+from npo_cli.guide.halving import HalvingRound, halving_rounds, successive_rejects, select_survivors
+from npo_cli.guide.signal import rank_candidates
 
-from .samples import SIGNAL, arm
+from tests.guide.samples import SIGNAL, make_candidate
 
 
 def test_eight_arms_double_their_prompts_each_round():
     # 3 rounds of 160 pairs: 160/8, 160/4, 160/2
     rounds = halving_rounds(8, 480)
-    assert [r.num_arms for r in rounds] == [8, 4, 2]
-    assert [r.prompts_per_arm for r in rounds] == [20, 40, 80]
-    assert sum(r.num_arms * r.prompts_per_arm for r in rounds) == 480
+    assert [r.num_candidates for r in rounds] == [8, 4, 2]
+    assert [r.prompts_per_candidate for r in rounds] == [20, 40, 80]
+    assert sum(r.num_candidates * r.prompts_per_candidate for r in rounds) == 480
 
 
 def test_an_odd_field_keeps_the_larger_half_and_never_overspends():
     # ceil(log2 5) = 3 rounds: 5, 3, 2 arms; floor(100/15), floor(100/9), floor(100/6)
     rounds = halving_rounds(5, 100)
-    assert [(r.num_arms, r.prompts_per_arm) for r in rounds] == [(5, 6), (3, 11), (2, 16)]
-    assert sum(r.num_arms * r.prompts_per_arm for r in rounds) <= 100
+    assert [(r.num_candidates, r.prompts_per_candidate) for r in rounds] == [(5, 6), (3, 11), (2, 16)]
+    assert sum(r.num_candidates * r.prompts_per_candidate for r in rounds) <= 100
 
 
 def test_a_lone_arm_gets_the_whole_budget():
-    assert halving_rounds(1, 50) == [Round(num_arms=1, prompts_per_arm=50)]
+    assert halving_rounds(1, 50) == [HalvingRound(num_candidates=1, prompts_per_candidate=50)]
 
 
 def test_a_budget_too_small_for_one_prompt_each_is_refused():
@@ -31,7 +31,7 @@ def test_a_budget_too_small_for_one_prompt_each_is_refused():
         halving_rounds(8, 23)
     assert "scoring.budget is 23" in caught.value.message
     assert "24 or more" in caught.value.hint
-    assert halving_rounds(8, 24)[0].prompts_per_arm == 1
+    assert halving_rounds(8, 24)[0].prompts_per_candidate == 1
 
 
 def test_successive_rejects_with_four_arms():
@@ -52,13 +52,13 @@ def test_successive_rejects_needs_more_prompts_than_arms():
 
 
 def test_the_survivors_are_those_of_largest_signal_nearest_first():
-    arms = [arm(20, [0, 1] * 10), arm(40, [4] * 20), arm(60, [2] * 20, log_w=-1.0), arm(80, [4] * 20, log_w=-2.5)]
-    scores = rank_arms(arm(0, [0] * 20), arms, SIGNAL)
+    arms = [make_candidate(20, [0, 1] * 10), make_candidate(40, [4] * 20), make_candidate(60, [2] * 20, log_w=-1.0), make_candidate(80, [4] * 20, log_w=-2.5)]
+    scores = rank_candidates(make_candidate(0, [0] * 20), arms, SIGNAL)
     # Q~/V: 20 -> .5, 40 -> .98, 60 -> .98/1.80, 80 -> .98/13.4
-    assert survivors(scores, 2) == (40, 60)
-    assert survivors(scores, 9) == (20, 40, 60, 80)
+    assert select_survivors(scores, 2) == (40, 60)
+    assert select_survivors(scores, 9) == (20, 40, 60, 80)
 
 
 def test_of_equals_the_nearer_survives():
-    scores = rank_arms(arm(0, [0] * 8), [arm(60, [2] * 8), arm(20, [2] * 8)], SIGNAL)
-    assert survivors(scores, 1) == (20,)
+    scores = rank_candidates(make_candidate(0, [0] * 8), [make_candidate(60, [2] * 8), make_candidate(20, [2] * 8)], SIGNAL)
+    assert select_survivors(scores, 1) == (20,)

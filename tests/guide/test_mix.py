@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import pytest
 
-from npo_cli.guide.mix import SeatRule, mix_counts, num_own, own_rollouts, seat_guides
-from npo_cli.guide_records import GuideTrajectory
+from npo_cli.guide.mix import InjectionPolicy, count_injections, count_on_policy, select_on_policy, inject_guides
+from npo_cli.guide_records import GuideRollout
 from npo_cli.records import Group, Prompt, Rollout
 
-GUIDE = GuideTrajectory(
+GUIDE = GuideRollout(
     prompt_id="a",
     response_ids=(5, 6, 2),
     behavior_logps=(-0.1, -0.2, -0.3),
@@ -38,13 +38,13 @@ def group_of(*correct: bool, prompt_id: str = "a") -> Group:
     return Group(prompt=Prompt(prompt_id=prompt_id, answer="42", text="6*7="), rollouts=rollouts)
 
 
-def seated(groups: list[Group], guides: tuple[GuideTrajectory, ...] = (GUIDE,), **changes: object) -> list[Group]:
+def seated(groups: list[Group], guides: tuple[GuideRollout, ...] = (GUIDE,), **changes: object) -> list[Group]:
     """Each group by the default rule for its own size."""
     plain = {"gate": 0.6, "slots": 1, "compose": "replace", "seed": 0}
     found = []
     for group in groups:
-        rule = SeatRule(**({"group_size": len(group.rollouts)} | plain | changes))
-        found += seat_guides([group], {"a": guides}, rule)
+        rule = InjectionPolicy(**({"group_size": len(group.rollouts)} | plain | changes))
+        found += inject_guides([group], {"a": guides}, rule)
     return found
 
 
@@ -66,7 +66,7 @@ def test_a_failed_group_gives_its_last_slot_to_the_guide():
         reward=1.0,
     )
     assert mixed.rollouts[7].guide_step == 80
-    assert (mixed.mix, mixed.own_accuracy) == ("injected", 0.0)
+    assert (mixed.injection_status, mixed.on_policy_accuracy) == ("injected", 0.0)
 
 
 def test_one_guide_in_an_all_wrong_group_carries_its_advantages():
@@ -81,19 +81,19 @@ def test_one_guide_in_an_all_wrong_group_carries_its_advantages():
 def test_the_gate_lets_exactly_its_own_share_through():
     at_gate = group_of(True, True, True, False, False)  # 3/5 = 0.6
     above = group_of(*[True] * 5, *[False] * 3)  # 5/8
-    assert [group.mix for group in seated([at_gate, above])] == ["injected", "gate_closed"]
+    assert [group.injection_status for group in seated([at_gate, above])] == ["injected", "gate_closed"]
 
 
 def test_with_eight_slots_the_gate_admits_none_to_four_correct():
     groups = [group_of(*[True] * c, *[False] * (8 - c)) for c in range(9)]
-    outcomes = [group.mix for group in seated(groups)]
+    outcomes = [group.injection_status for group in seated(groups)]
     assert outcomes == ["injected"] * 5 + ["gate_closed"] * 4
 
 
 def test_accuracy_is_counted_before_the_guide_sits_down():
     # the slot given away was itself correct
     (mixed,) = seated([group_of(False, False, False, True)])
-    assert mixed.own_accuracy == 0.25
+    assert mixed.on_policy_accuracy == 0.25
     assert [rollout.reward for rollout in mixed.rollouts] == [0.0, 0.0, 0.0, 1.0]
 
 
@@ -108,18 +108,18 @@ def test_verdicts_not_rewards_decide_the_gate():
     # an overlong penalty may shift rewards; correctness stays correctness
     (group,) = [group_of(True, True)]
     shaped = replace(group, rollouts=tuple(replace(rollout, reward=-0.5) for rollout in group.rollouts))
-    assert seated([shaped])[0].mix == "gate_closed"
+    assert seated([shaped])[0].injection_status == "gate_closed"
 
 
 def test_own_rollouts_leave_the_guide_out():
     (mixed,) = seated([group_of(*[False] * 4)])
-    assert [rollout.slot for rollout in own_rollouts(mixed)] == [0, 1, 2]
-    assert len(own_rollouts(group_of(True, False))) == 2
+    assert [rollout.slot for rollout in select_on_policy(mixed)] == [0, 1, 2]
+    assert len(select_on_policy(group_of(True, False))) == 2
 
 
 def test_counts_split_the_batch_by_outcome():
     groups = [group_of(False), group_of(False, prompt_id="b"), group_of(False, prompt_id="c"), group_of(True)]
-    assert mix_counts(seated(groups)) == {
+    assert count_injections(seated(groups)) == {
         "inject/slots": 1.0,
         "inject/eligible": 3.0,
         "inject/no_guide": 2.0,
@@ -128,7 +128,7 @@ def test_counts_split_the_batch_by_outcome():
 
 
 def test_where_no_guide_is_at_work_every_count_is_nought():
-    assert set(mix_counts([group_of(True)]).values()) == {0.0}
+    assert set(count_injections([group_of(True)]).values()) == {0.0}
 
 
 def test_an_unverified_group_is_our_own_mistake():
@@ -141,7 +141,7 @@ def test_an_unverified_group_is_our_own_mistake():
 # Other compositions
 
 
-def trajectory(number: int, **changes: object) -> GuideTrajectory:
+def trajectory(number: int, **changes: object) -> GuideRollout:
     return replace(GUIDE, number=number, text=str(number), **changes)
 
 
@@ -163,21 +163,21 @@ def test_among_more_trajectories_than_slots_the_seed_chooses_and_finds_all_of_th
     for seed in range(40):
         (mixed,), (again,) = (seated([group_of(*[False] * 4)], three, slots=2, seed=seed) for _ in range(2))
         assert mixed == again
-        pair = {rollout.text for rollout in mixed.rollouts if rollout.foreign}
+        pair = {rollout.text for rollout in mixed.rollouts if rollout.is_off_policy}
         assert len(pair) == 2
         seen.add(frozenset(pair))
     assert len(seen) == 3
 
 
 def test_without_a_gate_a_slot_that_is_given_away_is_not_sampled_first():
-    rule = SeatRule(gate=1.0, slots=2, compose="replace", group_size=8, seed=0)
-    assert (num_own(rule, ()), num_own(rule, (GUIDE,)), num_own(rule, (GUIDE, GUIDE, GUIDE))) == (8, 7, 6)
-    assert num_own(replace(rule, gate=0.99), (GUIDE,)) == 8
-    assert num_own(replace(rule, compose="append"), (GUIDE,)) == 8
+    rule = InjectionPolicy(gate=1.0, slots=2, compose="replace", group_size=8, seed=0)
+    assert (count_on_policy(rule, ()), count_on_policy(rule, (GUIDE,)), count_on_policy(rule, (GUIDE, GUIDE, GUIDE))) == (8, 7, 6)
+    assert count_on_policy(replace(rule, gate=0.99), (GUIDE,)) == 8
+    assert count_on_policy(replace(rule, compose="append"), (GUIDE,)) == 8
     # seven were sampled, all of them right: the eighth slot is the guide's all the same
     (mixed,) = seated([group_of(*[True] * 7)], gate=1.0, group_size=8)
     assert [rollout.slot for rollout in mixed.rollouts] == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert mixed.rollouts[7].foreign
+    assert mixed.rollouts[7].is_off_policy
 
 
 def test_a_wrong_teacher_is_seated_with_its_own_verdict_and_no_log_probabilities():

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npo_cli.guide.pairing import Candidate, Ranking, argmax, one_se, p_best, paired_log_signals, parts_of
-from npo_cli.guide.quality import prompt_counts
-from npo_cli.guide.variance import moments_of
+from npo_cli.guide.pairing import Candidate, SignalFormula, argmax, one_se, p_best, paired_log_signals, resample_signal
+from npo_cli.guide.quality import bootstrap_counts
+from npo_cli.guide.variance import compute_moments
 
-from .samples import CAP, KNOBS, drifted
+from tests.guide.samples import CAP, KNOBS, make_drifted_ratio
 
-RANKING = Ranking(variance="seq2_lognormal", knobs=KNOBS, alpha=1.0)
+RANKING = SignalFormula(variance="seq2_lognormal", knobs=KNOBS, alpha=1.0)
 
 
 def candidate(values_P, *, log_w=0.0, covered_P=None, measured=True) -> Candidate:
@@ -23,24 +23,24 @@ def candidate(values_P, *, log_w=0.0, covered_P=None, measured=True) -> Candidat
     return Candidate(
         covered_P=covered,
         values_P=np.array(values_P, dtype=float) * covered,
-        moments=moments_of([drifted(log_w, 4, prompt_id=prompt_id) for prompt_id in asked], ids, cap=CAP),
+        moments=compute_moments([make_drifted_ratio(log_w, 4, prompt_id=prompt_id) for prompt_id in asked], ids, cap=CAP),
     )
 
 
 def nothing_seen_twice(num_prompts):
-    return moments_of([], [f"p{p:03}" for p in range(num_prompts)], cap=CAP)
+    return compute_moments([], [f"p{p:03}" for p in range(num_prompts)], cap=CAP)
 
 
 def log_signals(candidates, counts_BP, ranking=RANKING):
     return paired_log_signals(
-        candidates, counts_BP, self_moments=nothing_seen_twice(counts_BP.shape[1]), ranking=ranking
+        candidates, counts_BP, learner_moments=nothing_seen_twice(counts_BP.shape[1]), formula=ranking
     )
 
 
 def test_signal_is_smoothed_quality_over_variance():
     # Q~ = (2 + 1/2)/(4 + 1) = 1/2; KL per sequence 1/2, so V = e
-    parts = parts_of(
-        candidate([1, 1, 0, 0], log_w=-0.5), np.ones((1, 4)), self_moments=nothing_seen_twice(4), ranking=RANKING
+    parts = resample_signal(
+        candidate([1, 1, 0, 0], log_w=-0.5), np.ones((1, 4)), learner_moments=nothing_seen_twice(4), formula=RANKING
     )
     assert parts.quality_B[0] == 0.5
     assert parts.log_variance_B[0] == pytest.approx(1.0)
@@ -59,8 +59,8 @@ def test_sharing_the_resampled_prompts_tells_close_candidates_apart():
     worse_P = np.array([1.0] * 92 + [0.0] * 108)
     better_P = np.array([1.0] * 100 + [0.0] * 100)
     pair = [candidate(worse_P), candidate(better_P)]
-    paired_BA = log_signals(pair, prompt_counts(200, rng, 2000))
-    unpaired_BA = np.stack([log_signals(pair, prompt_counts(200, rng, 2000))[:, a] for a in range(2)], axis=1)
+    paired_BA = log_signals(pair, bootstrap_counts(200, rng, 2000))
+    unpaired_BA = np.stack([log_signals(pair, bootstrap_counts(200, rng, 2000))[:, a] for a in range(2)], axis=1)
     gap, loose_gap = (log_BA[1:, 1] - log_BA[1:, 0] for log_BA in (paired_BA, unpaired_BA))
     # Var(Q_i - Q_j): paired .04 * .96/200, unpaired about 2 * .25/200
     assert loose_gap.std() > 3 * gap.std()
@@ -124,7 +124,7 @@ def test_a_better_candidate_with_fewer_prompts_can_still_win():
 def test_resamples_that_miss_a_candidate_repeat_its_estimate():
     one = candidate([1, 0, 0], covered_P=[1, 0, 0])
     counts_BP = np.array([[1.0, 1, 1], [0, 2, 1]])
-    parts = parts_of(one, counts_BP * one.covered_P, self_moments=nothing_seen_twice(3), ranking=RANKING)
+    parts = resample_signal(one, counts_BP * one.covered_P, learner_moments=nothing_seen_twice(3), formula=RANKING)
     assert parts.quality_B.tolist() == [1.0, 1.0]
     assert np.isfinite(parts.log_signal_B).all()
 

@@ -4,19 +4,19 @@ import math
 
 import pytest
 
-from npo_cli.guide.evidence import PromptOutcome
+from npo_cli.guide.evidence import PromptPassCount
 from npo_cli.guide.push_choice import PushTrial, best_of, choice_of, lower_net, row_of
-from npo_cli.guide_records import Push
+from npo_cli.guide_records import ExtrapolationSpec
 
-STANDING = Push(space="logits", k=20, a=2.0)
+STANDING = ExtrapolationSpec(space="logits", k=20, a=2.0)
 
 
-def outcomes(*num_correct: int) -> list[PromptOutcome]:
-    return [PromptOutcome(prompt_id=str(p), num_samples=2, num_correct=c) for p, c in enumerate(num_correct)]
+def outcomes(*num_correct: int) -> list[PromptPassCount]:
+    return [PromptPassCount(prompt_id=str(p), num_samples=2, num_correct=c) for p, c in enumerate(num_correct)]
 
 
 def trial(a: float, *, signal: float, low: float = 0.1, kl: float = 1.0) -> PushTrial:
-    push = Push(space="logits", k=20, a=a)
+    push = ExtrapolationSpec(space="logits", k=20, a=a)
     return PushTrial(push=push, quality_net=0.2, quality_net_low=low, signal=signal, kl_per_sequence=kl)
 
 
@@ -34,7 +34,7 @@ def test_where_neither_solves_anything_there_is_no_help():
 def test_the_largest_s_is_taken_and_asked():
     best = best_of([trial(1.0, signal=0.1), trial(2.0, signal=0.3), trial(4.0, signal=0.2)], max_kl=4.0)
     choice = choice_of(best, standing=STANDING)
-    assert (choice.push.a, choice.asking) == (2.0, True)
+    assert (choice.spec.a, choice.is_active) == (2.0, True)
 
 
 def test_a_push_that_breaks_the_law_is_passed_over_however_good():
@@ -45,12 +45,12 @@ def test_a_push_that_breaks_the_law_is_passed_over_however_good():
 @pytest.mark.parametrize("low", [0.0, -0.1])
 def test_it_backs_off_where_the_gain_could_be_nothing(low):
     choice = choice_of(best_of([trial(1.0, signal=0.1, low=low)], max_kl=4.0), standing=STANDING)
-    assert (choice.push.a, choice.asking) == (1.0, False)
+    assert (choice.spec.a, choice.is_active) == (1.0, False)
 
 
 def test_where_all_are_broken_the_old_one_stands_and_nobody_is_asked():
     choice = choice_of(best_of([trial(1.0, signal=0.1, kl=9.0)], max_kl=4.0), standing=STANDING)
-    assert (choice.push, choice.asking) == (STANDING, False)
+    assert (choice.spec, choice.is_active) == (STANDING, False)
 
 
 def test_a_trial_is_told_by_the_name_of_its_push():

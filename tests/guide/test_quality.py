@@ -12,8 +12,8 @@ from npo_cli.guide.quality import (
     jeffreys,
     pass_at_k,
     percentile_interval,
-    prompt_counts,
-    smoothed,
+    bootstrap_counts,
+    smooth_quality,
     wilson,
 )
 
@@ -76,12 +76,12 @@ def test_intervals_contain_the_share(trials, data):
 
 def test_smoothed_quality_is_never_nought():
     # (0 + 1/2)/(9 + 1) and (9 + 1/2)/(9 + 1)
-    assert smoothed(0.0, 9) == 0.05
-    assert smoothed(1.0, 9) == 0.95
+    assert smooth_quality(0.0, 9) == 0.05
+    assert smooth_quality(1.0, 9) == 0.95
 
 
 def test_the_first_row_of_counts_is_the_data_and_the_others_draw_as_many_prompts():
-    counts_BP = prompt_counts(5, np.random.default_rng(0), 50)
+    counts_BP = bootstrap_counts(5, np.random.default_rng(0), 50)
     assert counts_BP.shape == (51, 5)
     assert counts_BP[0].tolist() == [1.0] * 5
     assert counts_BP.sum(axis=1).tolist() == [5.0] * 51

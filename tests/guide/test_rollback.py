@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npo_cli.guide.rollback import Hindsight, RollbackKnobs, confirm
+from npo_cli.guide.rollback import DriftSamples, RollbackKnobs, choose_rollback
 
-from .samples import CAP
-from .test_hindsight import on
-from .test_mistakes import strata_sized
-from .test_slices import outcomes
+from tests.guide.samples import CAP
+from tests.guide.test_hindsight import on
+from tests.guide.test_mistakes import strata_sized
+from tests.guide.test_slices import outcomes
 
 KNOBS = RollbackKnobs(
     variance="seq2_lognormal",
@@ -31,9 +31,9 @@ HALF_SOLVED = [outcome for j in range(3) for outcome in outcomes(j, *[0, 4] * 10
 IDS = [outcome.prompt_id for outcome in HALF_SOLVED]
 
 
-def back(distance, forward=None, backward=None) -> Hindsight:
+def back(distance, forward=None, backward=None) -> DriftSamples:
     """A checkpoint whose samples all have one log weight; the forward ones are of all probed prompts."""
-    return Hindsight(
+    return DriftSamples(
         distance=distance,
         forward=[] if forward is None else on(IDS, forward),
         backward=[] if backward is None else on([f"2-{i:03}" for i in range(12)], backward),
@@ -41,7 +41,7 @@ def back(distance, forward=None, backward=None) -> Hindsight:
 
 
 def judged(hindsights, *, strata=STRATA, probed=HALF_SOLVED, num_tokens=0, **changed):
-    return confirm(strata, probed, hindsights, knobs=replace(KNOBS, **changed), num_tokens=num_tokens)
+    return choose_rollback(strata, probed, hindsights, knobs=replace(KNOBS, **changed), num_tokens=num_tokens)
 
 
 # The choice
@@ -60,7 +60,7 @@ def test_signal_is_smoothed_quality_over_the_variance_of_the_slice():
 
 def test_quality_is_smoothed_by_the_prompts_asked_not_by_the_mistakes():
     # 3 of 3 solved: Q~ = (3 + .5)/4, though the slice has 40 mistakes
-    found = judged([Hindsight(distance=10, forward=[], backward=[])], probed=outcomes(0, 4, 4, 4))
+    found = judged([DriftSamples(distance=10, forward=[], backward=[])], probed=outcomes(0, 4, 4, 4))
     assert found.scores[0].signal == pytest.approx(3.5 / 4)
 
 
@@ -178,7 +178,7 @@ def test_a_second_moment_that_few_samples_decide_gives_way():
     # one sample in 240 has w = e^4, the others e^-2: its share of the sum of weights is 55/(55 + 32)
     (mild,) = judged([back(30, -0.2)], variance="seq2").scores
     forward = on(IDS, -2.0)
-    heavy = Hindsight(distance=10, forward=[*on(IDS[:1], 4.0, num=1), *forward[1:]], backward=[])
+    heavy = DriftSamples(distance=10, forward=[*on(IDS[:1], 4.0, num=1), *forward[1:]], backward=[])
     found = judged([heavy, back(30, -0.2)], variance="seq2")
     assert mild.variance_kind == "seq2"
     assert {score.variance_kind for score in found.scores} == {"seq2_lognormal"}

@@ -1,43 +1,43 @@
 import numpy as np
 import pytest
 
-from npo_cli.guide.evidence import PromptOutcome
-from npo_cli.guide.mistakes import Stratum, to_ask
-from npo_cli.guide.slices import asked_of, slice_interval, slice_quality, stratum_quality
+from npo_cli.guide.evidence import PromptPassCount
+from npo_cli.guide.mistakes import Stratum, allocate_probe_prompts
+from npo_cli.guide.slices import resample_strata, stratified_quality_interval, stratified_quality, estimate_stratum_quality
 
-from .test_mistakes import strata_sized
+from tests.guide.test_mistakes import strata_sized
 
 
-def outcomes(j: int, *correct: int, num_samples: int = 4) -> list[PromptOutcome]:
+def outcomes(j: int, *correct: int, num_samples: int = 4) -> list[PromptPassCount]:
     """The first prompts of stratum j, with these many correct samples."""
     return [
-        PromptOutcome(prompt_id=f"{j}-{i:03}", num_samples=num_samples, num_correct=num_correct)
+        PromptPassCount(prompt_id=f"{j}-{i:03}", num_samples=num_samples, num_correct=num_correct)
         for i, num_correct in enumerate(correct)
     ]
 
 
 def asked(strata, probed, *, resamples=0, seed=0):
-    return asked_of(strata, probed, rng=np.random.default_rng(seed), resamples=resamples)
+    return resample_strata(strata, probed, rng=np.random.default_rng(seed), resamples=resamples)
 
 
 def test_a_slice_weighs_its_strata_by_their_mistakes_not_by_who_was_asked():
     # q = 1/2 of 30 mistakes, 1/8 of 10, although as many were asked of the one as of the other
     everything = asked(strata_sized(30, 10), outcomes(0, 2, 2) + outcomes(1, 1, 0))
-    assert slice_quality(everything.within(10)).tolist() == [0.5]
-    assert slice_quality(everything.within(20)) == pytest.approx([(30 * 0.5 + 10 * 0.125) / 40])
+    assert stratified_quality(everything.within(10)).tolist() == [0.5]
+    assert stratified_quality(everything.within(20)) == pytest.approx([(30 * 0.5 + 10 * 0.125) / 40])
 
 
 def test_strata_of_which_nothing_was_asked_have_no_part():
     # the middle one was not asked: (30 * 1/2 + 10 * 1)/40
     everything = asked(strata_sized(30, 500, 10), outcomes(0, 2) + outcomes(2, 4))
-    assert slice_quality(everything.within(30)) == pytest.approx([0.625])
-    assert slice_quality(everything.within(20)) == pytest.approx([0.5])
+    assert stratified_quality(everything.within(30)) == pytest.approx([0.625])
+    assert stratified_quality(everything.within(20)) == pytest.approx([0.5])
 
 
 def test_prompts_count_alike_however_often_they_were_sampled():
     # 1/2 and 1/4, not 2/10
-    probed = [*outcomes(0, 1, num_samples=2), PromptOutcome(prompt_id="0-001", num_samples=8, num_correct=2)]
-    assert slice_quality(asked(strata_sized(2), probed)) == pytest.approx([0.375])
+    probed = [*outcomes(0, 1, num_samples=2), PromptPassCount(prompt_id="0-001", num_samples=8, num_correct=2)]
+    assert stratified_quality(asked(strata_sized(2), probed)) == pytest.approx([0.375])
 
 
 def test_every_resample_keeps_the_weight_of_each_stratum():
@@ -50,52 +50,52 @@ def test_every_resample_keeps_the_weight_of_each_stratum():
 def test_resampling_within_strata_gives_the_stratified_standard_error():
     # strata of equal weight; values 0 and 1 half each in either: Var = 2 * (1/2)^2 * .25/40
     everything = asked(strata_sized(100, 100), outcomes(0, *[0, 4] * 20) + outcomes(1, *[0, 4] * 20), resamples=4000)
-    assert slice_quality(everything)[1:].std() == pytest.approx(np.sqrt(2 * 0.25 * 0.25 / 40), rel=0.05)
+    assert stratified_quality(everything)[1:].std() == pytest.approx(np.sqrt(2 * 0.25 * 0.25 / 40), rel=0.05)
 
 
 def test_differences_between_strata_are_no_uncertainty():
     # each stratum is nearly unanimous: a bootstrap over all prompts would have sd sqrt(.25/80) = .056
     everything = asked(strata_sized(100, 100), outcomes(0, 1, *[0] * 39) + outcomes(1, 3, *[4] * 39), resamples=1000)
-    assert slice_quality(everything)[1:].std() < 0.01
+    assert stratified_quality(everything)[1:].std() < 0.01
 
 
 def test_the_interval_follows_the_spread_between_prompts():
     # values 1/4 and 3/4: .5 -+ 1.96 * .25/sqrt(40) = .42 to .58; Wilson's of 20 in 40 would be .35 to .65
     everything = asked(strata_sized(100), outcomes(0, *[1, 3] * 20), resamples=4000)
-    assert slice_interval(everything, slice_quality(everything)) == pytest.approx((0.4225, 0.5775), abs=0.01)
+    assert stratified_quality_interval(everything, stratified_quality(everything)) == pytest.approx((0.4225, 0.5775), abs=0.01)
 
 
 def test_unanimous_strata_do_not_feign_certainty():
     # 0 of 10 and 10 of 10: resampling within them changes nothing; Wilson's interval of 10 in 20 is 0.30 to 0.70
     everything = asked(strata_sized(10, 10), outcomes(0, *[0] * 10) + outcomes(1, *[4] * 10), resamples=100)
-    low, high = slice_interval(everything, slice_quality(everything))
+    low, high = stratified_quality_interval(everything, stratified_quality(everything))
     assert (low, high) == (pytest.approx(0.2993, abs=1e-4), pytest.approx(0.7007, abs=1e-4))
     # all wrong: 0 to z^2/(10 + z^2) = 3.8415/13.8415
     near = everything.within(10)
-    assert slice_interval(near, slice_quality(near)) == (0.0, pytest.approx(0.27753, abs=1e-4))
+    assert stratified_quality_interval(near, stratified_quality(near)) == (0.0, pytest.approx(0.27753, abs=1e-4))
 
 
 def test_a_prompt_outside_the_strata_is_our_own_mistake():
     with pytest.raises(AssertionError, match="mistakes of the strata"):
-        asked(strata_sized(2), [PromptOutcome(prompt_id="other", num_samples=1, num_correct=0)])
+        asked(strata_sized(2), [PromptPassCount(prompt_id="other", num_samples=1, num_correct=0)])
 
 
 def test_a_stratum_counts_clustered_samples_for_what_they_are_worth():
     (stratum,) = strata_sized(50)
     # unanimous prompts: ICC 1, so 8 prompts are 8 trials, not 32
-    alike = stratum_quality(stratum, outcomes(0, 4, 4, 0, 0, 0, 0, 0, 0))
+    alike = estimate_stratum_quality(stratum, outcomes(0, 4, 4, 0, 0, 0, 0, 0, 0))
     # as many correct, spread evenly over the prompts: ICC 0, 32 trials
-    mixed = stratum_quality(stratum, outcomes(0, *[1] * 8))
+    mixed = estimate_stratum_quality(stratum, outcomes(0, *[1] * 8))
     assert alike.quality == mixed.quality == 0.25
     # Beta(2.5, 6.5) against Beta(8.5, 24.5)
     assert (alike.quality_low, alike.quality_high) == (pytest.approx(0.0559, abs=1e-3), pytest.approx(0.5921, abs=1e-3))
     assert (mixed.quality_low, mixed.quality_high) == (pytest.approx(0.1267, abs=1e-3), pytest.approx(0.4174, abs=1e-3))
-    assert (alike.num_mistakes, alike.num_probed, alike.num_samples, alike.num_correct) == (50, 8, 32, 8)
+    assert (alike.num_failed_prompts, alike.num_probed, alike.num_samples, alike.num_correct) == (50, 8, 32, 8)
 
 
 def test_a_stratum_never_asked_could_be_anything():
     (stratum,) = strata_sized(50)
-    line = stratum_quality(stratum, [])
+    line = estimate_stratum_quality(stratum, [])
     assert (line.num_probed, line.quality, line.quality_low, line.quality_high) == (0, 0.0, 0.0, 1.0)
 
 
@@ -104,10 +104,10 @@ def test_a_stratum_never_asked_could_be_anything():
 SOLVED_BY_STRATUM = (0.02, 0.5, 0.95)
 
 
-def answers(prompt_ids, rng) -> list[PromptOutcome]:
+def answers(prompt_ids, rng) -> list[PromptPassCount]:
     """One sample a prompt; the leading digit of the id is its stratum."""
     return [
-        PromptOutcome(
+        PromptPassCount(
             prompt_id=prompt_id, num_samples=1, num_correct=int(rng.random() < SOLVED_BY_STRATUM[int(prompt_id[0])])
         )
         for prompt_id in prompt_ids
@@ -116,9 +116,9 @@ def answers(prompt_ids, rng) -> list[PromptOutcome]:
 
 def stratified_estimate(strata: tuple[Stratum, ...], seed: int) -> float:
     rng = np.random.default_rng(seed)
-    chosen = to_ask(strata, num_prompts=120, seed=seed)
+    chosen = allocate_probe_prompts(strata, num_prompts=120, seed=seed)
     probed = answers([prompt_id for ids in chosen for prompt_id in ids], rng)
-    return float(slice_quality(asked(strata, probed))[0])
+    return float(stratified_quality(asked(strata, probed))[0])
 
 
 def uniform_estimate(strata: tuple[Stratum, ...], seed: int) -> float:
@@ -149,11 +149,11 @@ def test_strata_that_were_unlucky_at_first_do_not_pull_quality_down():
     found = []
     for seed in range(500):
         rng = np.random.default_rng(seed)
-        chosen = to_ask(strata, num_prompts=64, seed=seed)
+        chosen = allocate_probe_prompts(strata, num_prompts=64, seed=seed)
         probed = [
-            PromptOutcome(prompt_id=prompt_id, num_samples=4, num_correct=int(rng.binomial(4, 0.1)))
+            PromptPassCount(prompt_id=prompt_id, num_samples=4, num_correct=int(rng.binomial(4, 0.1)))
             for ids in chosen
             for prompt_id in ids
         ]
-        found.append(float(slice_quality(asked(strata, probed))[0]))
+        found.append(float(stratified_quality(asked(strata, probed))[0]))
     assert abs(np.mean(found) - 0.1) < 0.003

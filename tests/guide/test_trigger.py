@@ -4,17 +4,17 @@ from random import Random
 
 import pytest
 
-from npo_cli.guide.trigger import Signal, TriggerKnobs, Watch, error_of_difference, spreads_around_line
+from npo_cli.guide.trigger import TriggerInput, TriggerKnobs, Trigger, error_of_difference, residual_stds
 
-from .curves import KNOBS
+from tests.guide.curves import KNOBS
 
 SMALL = TriggerKnobs(ema=0.5, window=2, c_r=1.0, d_H=0.05, c_H=2.0)
 
 
 def readings(rewards, entropies, *, knobs=SMALL, steps=None):
-    watch = Watch(knobs)
+    watch = Trigger(knobs)
     steps = steps or range(1, len(rewards) + 1)
-    return [watch.see(Signal(step=s, reward=r, entropy=h)) for s, r, h in zip(steps, rewards, entropies, strict=True)]
+    return [watch.observe(TriggerInput(step=s, reward=r, entropy=h)) for s, r, h in zip(steps, rewards, entropies, strict=True)]
 
 
 # One reading
@@ -84,9 +84,9 @@ def test_the_error_of_a_difference_is_what_simulated_averages_show():
 
 def test_a_trend_is_not_noise():
     rewards = [0.2 + 0.004 * step for step in range(40)]
-    assert list(spreads_around_line(range(40), rewards)) == pytest.approx([0.0], abs=1e-8)
+    assert list(residual_stds(range(40), rewards)) == pytest.approx([0.0], abs=1e-8)
     # +-.01 in turn around the trend: .01 sqrt(40/38), less the little that a line explains of it
-    spread = next(spreads_around_line(range(40), [r + 0.01 * (-1) ** k for k, r in enumerate(rewards)]))
+    spread = next(residual_stds(range(40), [r + 0.01 * (-1) ** k for k, r in enumerate(rewards)]))
     assert spread == pytest.approx(0.01 * math.sqrt(40 / 38), rel=2e-3)
 
 
@@ -108,15 +108,15 @@ def test_the_error_counts_records_not_steps():
     rewards = [rng.random() for _ in range(50)]
     steps = range(10, 510, 10)
     seen = readings(rewards, [1.0] * 50, knobs=KNOBS, steps=steps)[-1]
-    spread = next(spreads_around_line(steps[10:], rewards[10:]))
+    spread = next(residual_stds(steps[10:], rewards[10:]))
     assert seen.margin == pytest.approx(spread * math.sqrt(0.2 / 1.9 * (1 - 0.81)))
 
 
 def test_steps_must_increase():
-    watch = Watch(SMALL)
-    watch.see(Signal(step=3, reward=0.1, entropy=0.1))
+    watch = Trigger(SMALL)
+    watch.observe(TriggerInput(step=3, reward=0.1, entropy=0.1))
     with pytest.raises(AssertionError):
-        watch.see(Signal(step=3, reward=0.1, entropy=0.1))
+        watch.observe(TriggerInput(step=3, reward=0.1, entropy=0.1))
 
 
 # Missing values
@@ -124,26 +124,26 @@ def test_steps_must_increase():
 
 @pytest.mark.parametrize("hole", [None, math.nan, math.inf, -math.inf])
 def test_a_missing_value_leaves_both_averages_as_they_are(hole):
-    watch = Watch(SMALL)
-    before = watch.see(Signal(step=1, reward=0.2, entropy=0.8))
+    watch = Trigger(SMALL)
+    before = watch.observe(TriggerInput(step=1, reward=0.2, entropy=0.8))
     for step, signal in ((2, {"reward": hole, "entropy": 0.1}), (3, {"reward": 0.9, "entropy": hole})):
-        seen = watch.see(Signal(step=step, **signal))
+        seen = watch.observe(TriggerInput(step=step, **signal))
         assert (seen.verdict, seen.reward_ema, seen.entropy_ema) == ("no_signal", before.reward_ema, before.entropy_ema)
         assert None in (seen.reward, seen.entropy)
     # m = (.6 + .2/2)/1.5: the step before was step 1
-    assert watch.see(Signal(step=4, reward=0.6, entropy=0.4)).reward_ema == pytest.approx(0.7 / 1.5)
+    assert watch.observe(TriggerInput(step=4, reward=0.6, entropy=0.4)).reward_ema == pytest.approx(0.7 / 1.5)
 
 
 def test_a_step_made_again_is_seen_where_its_record_was_lost_and_nowhere_else():
     """A power cut took the record of the last step, or of none."""
     rng = Random(2)
-    signals = [Signal(step=step, reward=rng.random(), entropy=0.9**step) for step in range(1, 31)]
-    straight = Watch(KNOBS)
-    told = [straight.see(signal) for signal in signals]
+    signals = [TriggerInput(step=step, reward=rng.random(), entropy=0.9**step) for step in range(1, 31)]
+    straight = Trigger(KNOBS)
+    told = [straight.observe(signal) for signal in signals]
     for num_kept in (19, 20):
-        again = Watch(KNOBS)
+        again = Trigger(KNOBS)
         for signal in signals[:num_kept]:
-            again.see(signal)
+            again.observe(signal)
         for signal in signals[17:20]:
-            again.catch_up(signal)
-        assert [again.see(signal) for signal in signals[20:]] == told[20:]
+            again.observe_if_new(signal)
+        assert [again.observe(signal) for signal in signals[20:]] == told[20:]

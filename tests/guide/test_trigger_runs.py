@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from npo_cli.guide.trigger import Signal
+from npo_cli.guide.trigger import TriggerInput
 
-from .curves import CONTROL, KNOBS, curve, first, moves_of, watched
+from tests.guide.curves import CONTROL, KNOBS, curve, first_step_of, event_steps, run_until_trigger
 
 SOME_NOISE = (0.05, 0.02)
 """Of the batch accuracy (256 rollouts in groups of 8), and relative of the entropy."""
@@ -22,7 +22,7 @@ def count_of_alarms(noise_h, *, c_H, num_runs):
     knobs, alarms = replace(KNOBS, c_H=c_H), 0
     for seed in range(num_runs):
         signals = curve(lambda s: 0.4, lambda s: 0.3, last=300, noise=(0.05, noise_h), seed=seed)
-        alarms += first("trigger", watched(signals, trigger=knobs)) is not None
+        alarms += first_step_of("trigger", run_until_trigger(signals, trigger=knobs)) is not None
     return alarms
 
 
@@ -52,14 +52,14 @@ def test_two_units_of_noise_are_too_few_for_a_look_at_every_step():
 def test_a_plateau_of_level_entropy_never_triggers(seed):
     # reward climbs to .6 by step 100 and stays; entropy stands still throughout
     signals = curve(lambda s: min(s, 100) * 0.006, lambda s: 0.3, last=400, noise=SOME_NOISE, seed=seed)
-    assert moves_of(watched(signals)) == [(41, "armed")]
+    assert event_steps(run_until_trigger(signals)) == [(41, "armed")]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_rise_with_falling_entropy_never_triggers(seed):
     # .004 a step is .08 in W = 20; the noise of the gain is .304 * .02 = .006
     signals = curve(lambda s: 0.1 + 0.004 * s, lambda s: 0.99**s, last=200, noise=(0.02, 0.02), seed=seed)
-    assert moves_of(watched(signals)) == [(41, "armed")]
+    assert event_steps(run_until_trigger(signals)) == [(41, "armed")]
 
 
 # A plateau with falling entropy
@@ -84,7 +84,7 @@ def test_a_fall_triggers_when_its_average_is_5_percent_down_for_5_steps(rate, de
     # 30 (12) steps until the average is 5 % down, and four more that say the same
     assert steps_until_5_percent(rate) + 4 == delay
     signals = curve(lambda s: 0.4, lambda s: 0.3 * (1 - rate) ** max(0, s - 100), last=200, noise=(0, 0), seed=0)
-    assert moves_of(watched(signals)) == [(41, "armed"), (100 + delay, "warning"), (100 + delay, "trigger")]
+    assert event_steps(run_until_trigger(signals)) == [(41, "armed"), (100 + delay, "warning"), (100 + delay, "trigger")]
 
 
 @pytest.mark.parametrize(("rate", "slowest"), [(0.003, 80), (0.01, 50)])
@@ -95,7 +95,7 @@ def test_noise_delays_a_trigger_and_never_prevents_it(rate, slowest):
         signals = curve(
             lambda s: 0.4, lambda s: 0.3 * (1 - rate) ** max(0, s - 100), last=200, noise=SOME_NOISE, seed=seed
         )
-        step = first("trigger", watched(signals))
+        step = first_step_of("trigger", run_until_trigger(signals))
         assert step is not None, seed
         delays.append(step - 100)
     expected = steps_until_5_percent(rate) + 4
@@ -105,7 +105,7 @@ def test_noise_delays_a_trigger_and_never_prevents_it(rate, slowest):
 
 def test_the_trigger_waits_for_a_checkpoint():
     signals = curve(lambda s: 0.4, lambda s: 0.3 * 0.99 ** max(0, s - 100), last=200, noise=(0, 0), seed=0)
-    found = moves_of(watched(signals, save_every=10))
+    found = event_steps(run_until_trigger(signals, save_every=10))
     assert found == [(41, "armed"), (116, "warning"), (120, "trigger")]
 
 
@@ -115,16 +115,16 @@ def test_a_reward_that_rises_before_the_next_checkpoint_calls_the_warning_off():
         lambda s: 0.4 + 0.01 * max(0, s - 117), lambda s: 0.3 * 0.99 ** max(0, s - 100), last=160, noise=(0, 0), seed=0
     )
     # m gains at once, and there was no noise to hide it
-    found = moves_of(watched(signals, save_every=50))
+    found = event_steps(run_until_trigger(signals, save_every=50))
     assert found == [(41, "armed"), (116, "warning"), (118, "recovered")]
 
 
 def test_no_streak_grows_in_the_warm_up():
     # entropy falls from the first step: at 21 it is 5 % down, but step 41 is the first that counts
     signals = curve(lambda s: 0.4, lambda s: 0.3 * 0.99**s, last=60, noise=(0, 0), seed=0)
-    assert moves_of(watched(signals)) == [(41, "armed"), (45, "warning"), (45, "trigger")]
+    assert event_steps(run_until_trigger(signals)) == [(41, "armed"), (45, "warning"), (45, "trigger")]
     unhurried = replace(CONTROL, warmup=0)
-    assert moves_of(watched(signals, control=unhurried)) == [(1, "armed"), (25, "warning"), (25, "trigger")]
+    assert event_steps(run_until_trigger(signals, control=unhurried)) == [(1, "armed"), (25, "warning"), (25, "trigger")]
 
 
 # Holes in the record
@@ -132,16 +132,16 @@ def test_no_streak_grows_in_the_warm_up():
 
 def test_holes_delay_a_trigger_by_at_most_their_number():
     whole = curve(lambda s: 0.4, lambda s: 0.3 * 0.99 ** max(0, s - 60), last=200, noise=SOME_NOISE, seed=3)
-    expected = first("trigger", watched(whole))
+    expected = first_step_of("trigger", run_until_trigger(whole))
     for seed in range(20):
         lost = set(Random(seed).sample(range(41, expected + 1), 6))
         # one signal or the other
         hole = {step: {("reward", "entropy")[step % 2]: math.nan} for step in lost}
         holed = [replace(one, **hole.get(one.step, {})) for one in whole]
-        found = first("trigger", watched(holed))
+        found = first_step_of("trigger", run_until_trigger(holed))
         assert found is not None and abs(found - expected) <= 6, (seed, expected, found)
 
 
 def test_a_run_without_a_signal_never_triggers():
-    signals = [Signal(step=step, reward=math.nan, entropy=0.3 * 0.98**step) for step in range(1, 301)]
-    assert moves_of(watched(signals)) == [(41, "armed")]
+    signals = [TriggerInput(step=step, reward=math.nan, entropy=0.3 * 0.98**step) for step in range(1, 301)]
+    assert event_steps(run_until_trigger(signals)) == [(41, "armed")]

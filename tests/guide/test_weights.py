@@ -3,38 +3,38 @@ import math
 import numpy as np
 import pytest
 
-from npo_cli.guide.weights import injected, pareto_k, weight_health
+from npo_cli.guide.weights import select_correct, pareto_k, diagnose_weights
 
-from .samples import drifted
+from tests.guide.samples import make_drifted_ratio
 
 
 def test_equal_weights_are_healthy():
-    health = weight_health([drifted(-0.5, 5)] * 50)
+    health = diagnose_weights([make_drifted_ratio(-0.5, 5)] * 50)
     assert health.ess_fraction == pytest.approx(1.0)
-    assert health.max_share == pytest.approx(1 / 50)
+    assert health.max_weight_share == pytest.approx(1 / 50)
     assert health.pareto_k is None
-    assert not health.dominated
+    assert not health.is_dominated
 
 
 def test_one_heavy_weight_in_four():
     # w = 1, 1, 1, 5: ESS/N = (64/28)/4 = 4/7, and the heavy one holds 5/8
-    health = weight_health([drifted(math.log(w), 3) for w in (1, 1, 1, 5)])
+    health = diagnose_weights([make_drifted_ratio(math.log(w), 3) for w in (1, 1, 1, 5)])
     assert health.ess_fraction == pytest.approx(4 / 7)
-    assert health.max_share == pytest.approx(5 / 8)
-    assert health.dominated
+    assert health.max_weight_share == pytest.approx(5 / 8)
+    assert health.is_dominated
 
 
 def test_a_small_effective_sample_dominates():
     # 2 of 100 samples weigh 1000, the rest 1: ESS/N = (2098^2/2000098)/100 = 0.022, yet neither holds more than half
-    health = weight_health([drifted(math.log(1000 if i < 2 else 1), 3) for i in range(100)])
+    health = diagnose_weights([make_drifted_ratio(math.log(1000 if i < 2 else 1), 3) for i in range(100)])
     assert health.ess_fraction == pytest.approx(0.022, abs=5e-4)
-    assert health.max_share < 0.5
-    assert health.dominated
+    assert health.max_weight_share < 0.5
+    assert health.is_dominated
 
 
 def test_no_samples_are_no_evidence():
-    health = weight_health([])
-    assert (health.num_samples, health.ess_fraction, health.dominated) == (0, 0.0, True)
+    health = diagnose_weights([])
+    assert (health.num_samples, health.ess_fraction, health.is_dominated) == (0, 0.0, True)
 
 
 @pytest.mark.parametrize("shape", [0.3, 0.5, 0.9, 1.5])
@@ -51,9 +51,9 @@ def test_bounded_weights_have_no_heavy_tail():
 
 def test_a_heavy_tail_alone_condemns():
     u = (np.arange(3000) + 0.5) / 3000
-    health = weight_health([drifted(float(-0.8 * math.log(x)), 3) for x in u])
+    health = diagnose_weights([make_drifted_ratio(float(-0.8 * math.log(x)), 3) for x in u])
     assert health.pareto_k > 0.7
-    assert health.dominated
+    assert health.is_dominated
 
 
 def test_too_few_weights_have_no_tail_to_fit():
@@ -63,5 +63,5 @@ def test_too_few_weights_have_no_tail_to_fit():
 
 
 def test_only_correct_samples_may_be_injected():
-    right, wrong = drifted(0.1, 3, correct=True), drifted(0.2, 3)
-    assert injected([right, wrong]) == (right,)
+    right, wrong = make_drifted_ratio(0.1, 3, correct=True), make_drifted_ratio(0.2, 3)
+    assert select_correct([right, wrong]) == (right,)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, tensor, zeros
 
 from npo_cli.objective.advantages import group_advantages
-from npo_cli.objective.batch import Divisors, LossKnobs, MismatchKnobs, Rows
+from npo_cli.objective.batch import Divisors, LossKnobs, MismatchKnobs, LossInputs
 
 MISMATCH = {"cap": 2.0, "low": 0.5, "high": 5.0, "geo_low": 0.999, "geo_high": 1.001, "k3_max": 0.01}
 
@@ -33,7 +33,7 @@ PLAIN = {
 }
 
 
-def knobs(**changes: object) -> LossKnobs:
+def loss_knobs(**changes: object) -> LossKnobs:
     return LossKnobs(**(PLAIN | changes))
 
 
@@ -47,25 +47,25 @@ def make_rows(
     mask: list[list[int]],
     behavior: Tensor | None = None,
     old: Tensor | None = None,
-    foreign: list[int] | None = None,
-) -> Rows:
+    is_off_policy: list[int] | None = None,
+) -> LossInputs:
     mask_NT = tensor(mask).bool()
-    return Rows(
+    return LossInputs(
         behavior_logps_NT=zeros(mask_NT.shape) if behavior is None else behavior,
         mask_NT=mask_NT,
         advantages_N=tensor(advantages),
-        foreign_N=tensor(foreign if foreign is not None else [0] * len(advantages)).bool(),
+        off_policy_N=tensor(is_off_policy if is_off_policy is not None else [0] * len(advantages)).bool(),
         old_logps_NT=old,
     )
 
 
-def from_an_agreeing_engine(rows: Rows, logps_NT: Tensor) -> Rows:
+def with_matching_engine(rows: LossInputs, logps_NT: Tensor) -> LossInputs:
     """The same rows; the engine that sampled the learner's own saw the trainer's log-probabilities."""
     old_NT = logps_NT.detach() if rows.old_logps_NT is None else rows.old_logps_NT
-    behavior_NT = torch.where(rows.foreign_N[:, None], rows.behavior_logps_NT, old_NT)
+    behavior_NT = torch.where(rows.off_policy_N[:, None], rows.behavior_logps_NT, old_NT)
     return replace(rows, behavior_logps_NT=behavior_NT)
 
 
-def divisors_of(rows: Rows) -> Divisors:
+def divisors_of(rows: LossInputs) -> Divisors:
     num_rows, num_columns = rows.mask_NT.shape
     return Divisors(num_sequences=num_rows, num_tokens=int(rows.mask_NT.sum()), max_tokens=num_columns)

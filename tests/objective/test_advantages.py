@@ -4,7 +4,7 @@ from torch import tensor
 
 from npo_cli.objective.advantages import overlong_penalty
 
-from .builders import plain_advantages
+from tests.objective.builders import plain_advantages
 
 
 def test_one_solver_in_eight_is_lifted_far_above_the_rest():

@@ -3,24 +3,24 @@ import pytest
 from npo_cli.errors import NpoError
 from npo_cli.objective.batch import LossStats
 
-from .builders import knobs
+from tests.objective.builders import loss_knobs
 
 
 def test_stats_of_micro_batches_add_up():
     first = LossStats(
-        own_tokens=10.0,
+        on_policy_tokens=10.0,
         clipped_high=1.0,
-        foreign_tokens=2.0,
-        known_tokens=2.0,
+        off_policy_tokens=2.0,
+        off_policy_tokens_with_logps=2.0,
         ratio_sum=3.0,
         ratio_min=1.0,
         ratio_max=2.0,
     )
     second = LossStats(
-        own_tokens=30.0,
+        on_policy_tokens=30.0,
         clipped_high=3.0,
-        foreign_tokens=2.0,
-        known_tokens=2.0,
+        off_policy_tokens=2.0,
+        off_policy_tokens_with_logps=2.0,
         ratio_sum=1.0,
         ratio_min=0.2,
         ratio_max=0.8,
@@ -39,7 +39,7 @@ def test_stats_of_micro_batches_add_up():
 
 def test_nothing_measured_is_nothing_said():
     assert LossStats().metrics() == {}
-    assert LossStats(own_tokens=4.0, kl_sum=1.0, kl_tokens=4.0).metrics() == {
+    assert LossStats(on_policy_tokens=4.0, kl_sum=1.0, kl_tokens=4.0).metrics() == {
         "clip_ratio/low": 0.0,
         "clip_ratio/high": 0.0,
         "kl": 0.25,
@@ -48,6 +48,6 @@ def test_nothing_measured_is_nothing_said():
 
 def test_a_delta_inside_the_clip_range_is_refused_by_name():
     with pytest.raises(NpoError) as caught:
-        knobs(delta=1.1, clip_high=0.2)
+        loss_knobs(delta=1.1, clip_high=0.2)
     assert caught.value.message == "loss.delta must be above 1 + loss.clip_high = 1.2, got 1.1"
     assert caught.value.hint == "set loss.delta above 1.2, or to null to switch it off"

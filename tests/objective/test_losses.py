@@ -7,25 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from npo_cli.objective.batch import Divisors, LossStats, Rows
+from npo_cli.objective.batch import Divisors, LossStats, LossInputs
 from npo_cli.objective.losses import make_policy_loss, policy_loss
-from npo_cli.objective.mismatch import RULES
+from npo_cli.objective.mismatch import MISMATCH_RULES
 
-from .builders import divisors_of, from_an_agreeing_engine, knobs, make_rows, mismatch, plain_advantages
+from tests.objective.builders import divisors_of, with_matching_engine, loss_knobs, make_rows, mismatch, plain_advantages
 
 KINDS = ["grpo", "gspo", "gspo_token", "cispo"]
 MODES = ["exact", "proximal", "decoupled", "none"]
 HOWS = ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"]
 
 
-def loss_and_gradient(logps_NT: Tensor, rows: Rows, **changes: object) -> tuple[float, Tensor, LossStats]:
+def loss_and_gradient(logps_NT: Tensor, rows: LossInputs, **changes: object) -> tuple[float, Tensor, LossStats]:
     """The loss, its gradient on the log-probabilities and the stats of a batch that is not split.
 
     Engine and trainer agree on own rows: what happens where they do not is told in test_mismatch.
     """
-    rows = from_an_agreeing_engine(rows, logps_NT)
+    rows = with_matching_engine(rows, logps_NT)
     leaf_NT = logps_NT.clone().requires_grad_()
-    loss, stats = policy_loss(leaf_NT, rows, knobs=knobs(**changes), divisors=divisors_of(rows))
+    loss, stats = policy_loss(leaf_NT, rows, knobs=loss_knobs(**changes), divisors=divisors_of(rows))
     (gradient_NT,) = torch.autograd.grad(loss, leaf_NT)
     return loss.item(), gradient_NT, stats
 
@@ -72,7 +72,7 @@ def test_dr_grpo_divides_by_a_constant_whatever_the_length():
 def test_gradient_weight_of_a_good_foreign_token_before_any_update(mode, ratio, weight):
     logps_NT = tensor([[-2.0]])
     behavior = logps_NT - math.log(ratio)
-    rows = make_rows([1.0], mask=[[1]], behavior=behavior, foreign=[1])
+    rows = make_rows([1.0], mask=[[1]], behavior=behavior, is_off_policy=[1])
     _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, ratio=mode)
     assert gradient_NT.item() == pytest.approx(-weight, abs=1e-6)
     assert stats.metrics()["inject/kept_share"] == float(weight > 0)
@@ -83,7 +83,7 @@ def test_gradient_weight_of_a_good_foreign_token_before_any_update(mode, ratio, 
 def test_an_uncharged_foreign_row_is_a_score_function_under_every_objective(kind):
     # far from both anchors, and below a dual clip and a cap that would cut any other row
     logps_NT = tensor([[-2.0, -1.0]])
-    rows = make_rows([-1.5], mask=[[1, 1]], behavior=logps_NT - 3.0, old=logps_NT - 5.0, foreign=[1])
+    rows = make_rows([-1.5], mask=[[1, 1]], behavior=logps_NT - 3.0, old=logps_NT - 5.0, is_off_policy=[1])
     _, gradient_NT, _ = loss_and_gradient(logps_NT, rows, kind=kind, ratio="none", dual_clip=1.1, cispo_cap=0.5)
     # -A / T on each of the two tokens
     assert gradient_NT.tolist() == [[0.75, 0.75]]
@@ -128,7 +128,7 @@ def test_kl_and_entropy_terms_are_weighted_and_aggregated_like_the_policy_loss()
     loss, stats = policy_loss(
         logps_NT,
         rows,
-        knobs=knobs(kl_coef=0.5, entropy_coef=0.1),
+        knobs=loss_knobs(kl_coef=0.5, entropy_coef=0.1),
         divisors=divisors_of(rows),
         ref_logps_NT=ref_NT,
         entropies_NT=entropies_NT,
@@ -145,16 +145,16 @@ def test_kl_and_entropy_terms_are_weighted_and_aggregated_like_the_policy_loss()
 def test_a_missing_reference_is_our_mistake():
     rows = make_rows([1.0], mask=[[1]])
     with pytest.raises(AssertionError, match="reference"):
-        policy_loss(torch.zeros(1, 1), rows, knobs=knobs(kl_coef=0.1), divisors=divisors_of(rows))
+        policy_loss(torch.zeros(1, 1), rows, knobs=loss_knobs(kl_coef=0.1), divisors=divisors_of(rows))
     with pytest.raises(AssertionError, match="entropies"):
-        policy_loss(torch.zeros(1, 1), rows, knobs=knobs(entropy_coef=0.1), divisors=divisors_of(rows))
+        policy_loss(torch.zeros(1, 1), rows, knobs=loss_knobs(entropy_coef=0.1), divisors=divisors_of(rows))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_empty_rows_and_padding_of_any_value_leave_loss_and_gradient_finite(kind, mode):
     logps_NT = tensor([[-1.0, math.nan], [-math.inf, math.nan], [-2.0, -math.inf]])
-    rows = make_rows([1.0, 1.0, -1.0], mask=[[1, 0], [0, 0], [1, 0]], behavior=logps_NT, foreign=[1, 1, 0])
+    rows = make_rows([1.0, 1.0, -1.0], mask=[[1, 0], [0, 0], [1, 0]], behavior=logps_NT, is_off_policy=[1, 1, 0])
     loss, gradient_NT, stats = loss_and_gradient(logps_NT, rows, kind=kind, ratio=mode)
     # three rows, of one, no and one token: -(-A / 3) each; under cispo the loss is A * (1 * -1 - 1 * -2) / -3
     assert gradient_NT.tolist() == [pytest.approx([-1 / 3, 0]), [0.0, 0.0], pytest.approx([1 / 3, 0])]
@@ -167,7 +167,7 @@ def test_clips_are_counted_on_own_rows_and_kept_tokens_on_foreign_ones():
     logps_NT = tensor([good, bad, bad, good, bad]).log()
     anchor_NT = torch.zeros(5, 4)
     advantages, foreign = [1.0, -1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1, 1]
-    rows = make_rows(advantages, mask=[[1] * 4] * 5, behavior=anchor_NT, old=anchor_NT, foreign=foreign)
+    rows = make_rows(advantages, mask=[[1] * 4] * 5, behavior=anchor_NT, old=anchor_NT, is_off_policy=foreign)
     _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, dual_clip=3.0)
     found = stats.metrics()
     # 12 own tokens: 1.5 is too high in the good row, 0.5 too low and 9 over the dual clip in the bad one;
@@ -190,14 +190,14 @@ def test_the_share_of_the_push_is_that_of_the_gradient_autograd_finds(kind, mode
     near_NT = logps_NT + 0.15 * torch.randn(6, 5, generator=generator)
     mask = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     rows = make_rows(
-        [1.0, -1.0, 0.5, 2.0, -0.3, 0.1], mask=mask, behavior=near_NT, old=near_NT - 0.1, foreign=[1, 0, 0, 1, 0, 1]
+        [1.0, -1.0, 0.5, 2.0, -0.3, 0.1], mask=mask, behavior=near_NT, old=near_NT - 0.1, is_off_policy=[1, 0, 0, 1, 0, 1]
     )
     _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, kind=kind, ratio=mode, aggregation=how)
     size_NT = gradient_NT.abs()
-    expected = size_NT[rows.foreign_N].sum() / size_NT.sum()
+    expected = size_NT[rows.off_policy_N].sum() / size_NT.sum()
     assert stats.metrics()["inject/push_share"] == pytest.approx(expected.item(), rel=1e-5)
     if mode != "decoupled" or kind != "gspo":  # one ratio for the sequence spreads the token weights evenly
-        assert stats.foreign_kept == float((gradient_NT[rows.foreign_N] != 0).sum())
+        assert stats.off_policy_tokens_with_gradient == float((gradient_NT[rows.off_policy_N] != 0).sum())
 
 
 @settings(max_examples=60, deadline=None)
@@ -206,26 +206,26 @@ def test_micro_batches_add_up_to_the_batch_however_it_is_split(data):
     num_rows, num_columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     kind, mode, how = (data.draw(st.sampled_from(choices)) for choices in (KINDS, MODES, HOWS))
     # wide enough for some of these sequences, whose log w lie between -1 and 1 nats a token
-    engine = mismatch(data.draw(st.sampled_from(list(RULES))), geo_low=0.8, geo_high=1.25, k3_max=0.1)
+    engine = mismatch(data.draw(st.sampled_from(list(MISMATCH_RULES))), geo_low=0.8, geo_high=1.25, k3_max=0.1)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     logps_NT, behavior_NT, old_NT, ref_NT, entropies_NT = (
         -torch.rand(num_rows, num_columns, generator=generator, dtype=torch.float64) for _ in range(5)
     )
-    rows = Rows(
+    rows = LossInputs(
         behavior_logps_NT=behavior_NT,
         mask_NT=torch.rand(num_rows, num_columns, generator=generator) < 0.7,
         advantages_N=torch.randn(num_rows, generator=generator, dtype=torch.float64),
-        foreign_N=torch.rand(num_rows, generator=generator) < 0.4,
+        off_policy_N=torch.rand(num_rows, generator=generator) < 0.4,
         old_logps_NT=old_NT if data.draw(st.booleans()) else None,
     )
     divisors = Divisors(num_sequences=num_rows, num_tokens=int(rows.mask_NT.sum()), max_tokens=7)
     loss_of = make_policy_loss(
-        knobs(kind=kind, ratio=mode, aggregation=how, dual_clip=1.5, kl_coef=0.1, entropy_coef=0.01, mismatch=engine)
+        loss_knobs(kind=kind, ratio=mode, aggregation=how, dual_clip=1.5, kl_coef=0.1, entropy_coef=0.01, mismatch=engine)
     )
 
     def part(chosen_N: Tensor) -> tuple[Tensor, LossStats]:
         columns = {each.name: getattr(rows, each.name) for each in fields(rows)}
-        some = Rows(**{name: None if column is None else column[chosen_N] for name, column in columns.items()})
+        some = LossInputs(**{name: None if column is None else column[chosen_N] for name, column in columns.items()})
         more = {"ref_logps_NT": ref_NT[chosen_N], "entropies_NT": entropies_NT[chosen_N]}
         return loss_of(logps_NT[chosen_N], some, divisors=divisors, **more)
 

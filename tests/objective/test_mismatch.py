@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from npo_cli.objective.batch import LossStats, Rows
+from npo_cli.objective.batch import LossStats, LossInputs
 from npo_cli.objective.losses import policy_loss
-from npo_cli.objective.mismatch import RULES, Correction, make_correction
+from npo_cli.objective.mismatch import MISMATCH_RULES, MismatchCorrection, make_correction
 
-from .builders import divisors_of, knobs, make_rows, mismatch
+from tests.objective.builders import divisors_of, loss_knobs, make_rows, mismatch
 
-ALL = list(RULES)
+ALL = list(MISMATCH_RULES)
 KINDS = ["grpo", "gspo", "gspo_token", "cispo"]
 HOWS = ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"]
 
@@ -29,18 +29,18 @@ def rows_with(weights: list[list[float]], *, mask: list[list[int]] | None = None
     logps_NT = torch.full((len(weights), len(weights[0])), -1.0, dtype=torch.float64)
     behavior_NT = logps_NT - tensor(weights, dtype=torch.float64).log()
     whole = [[1] * len(row) for row in weights]
-    return make_rows([1.0] * len(weights), mask=mask or whole, behavior=behavior_NT, foreign=foreign), logps_NT
+    return make_rows([1.0] * len(weights), mask=mask or whole, behavior=behavior_NT, is_off_policy=foreign), logps_NT
 
 
-def corrected(weights: list[list[float]], mode: str, *, mask: list[list[int]] | None = None, **bounds) -> Correction:
+def corrected(weights: list[list[float]], mode: str, *, mask: list[list[int]] | None = None, **bounds) -> MismatchCorrection:
     rows, logps_NT = rows_with(weights, mask=mask)
     return make_correction(mismatch(mode, **bounds))(logps_NT, rows)
 
 
-def learned(logps_NT: Tensor, rows: Rows, mode: str, **changes: object) -> tuple[Tensor, Tensor, LossStats]:
+def learned(logps_NT: Tensor, rows: LossInputs, mode: str, **changes: object) -> tuple[Tensor, Tensor, LossStats]:
     leaf_NT = logps_NT.clone().requires_grad_()
     chosen = {"mismatch": mismatch(mode)} | changes
-    loss, stats = policy_loss(leaf_NT, rows, knobs=knobs(**chosen), divisors=divisors_of(rows))
+    loss, stats = policy_loss(leaf_NT, rows, knobs=loss_knobs(**chosen), divisors=divisors_of(rows))
     (gradient_NT,) = torch.autograd.grad(loss, leaf_NT)
     return loss.detach(), gradient_NT, stats
 
@@ -110,8 +110,8 @@ def test_a_bound_belongs_to_what_it_keeps(mode, bound, outward):
     weight = 0.7 if bound in ("low", "geo_low") else 1.5
     log_weight = corrected([[weight]], "off").log_weight_NT
     exact = (log_weight.expm1() - log_weight if mode == "k3" else log_weight.exp()).item()
-    assert not corrected([[weight]], mode, **{bound: exact}).cut_NT.item()
-    assert corrected([[weight]], mode, **{bound: math.nextafter(exact, outward)}).cut_NT.item()
+    assert not corrected([[weight]], mode, **{bound: exact}).clipped_NT.item()
+    assert corrected([[weight]], mode, **{bound: math.nextafter(exact, outward)}).clipped_NT.item()
 
 
 def test_a_product_is_clamped_at_twenty_nats():
@@ -130,16 +130,16 @@ def test_a_product_dies_with_the_length_and_a_token_weight_does_not():
     assert corrected(short, "sequence_tis").weight_NT[0, 0].item() == pytest.approx(math.exp(-0.1))
     assert corrected(long, "sequence_tis").weight_NT[0, 0].item() == pytest.approx(4.54e-5, rel=1e-3)
     assert corrected(long, "token_tis").weight_NT[0, 0].item() == pytest.approx(0.99005)
-    assert corrected(long, "sequence_mis").cut_NT.all()
+    assert corrected(long, "sequence_mis").clipped_NT.all()
 
 
 def test_noise_of_either_sign_cancels_in_a_product_and_not_in_k3():
     even = [[math.exp(0.2), math.exp(-0.2)] * 3]
     assert corrected(even, "sequence_tis").weight_NT[0].tolist() == pytest.approx([1.0] * 6)
-    assert not corrected(even, "geometric").cut_NT.any()
+    assert not corrected(even, "geometric").clipped_NT.any()
     # mean of w - 1 - log w = cosh(0.2) - 1 = 0.0200668
-    assert corrected(even, "k3").cut_NT.all()
-    assert not corrected(even, "k3", k3_max=0.0201).cut_NT.any()
+    assert corrected(even, "k3").clipped_NT.all()
+    assert not corrected(even, "k3", k3_max=0.0201).clipped_NT.any()
 
 
 @pytest.mark.parametrize("mode", ALL)
@@ -149,7 +149,7 @@ def test_padding_is_not_read_and_dilutes_no_mean(mode):
     alone = corrected([[math.exp(0.2)]], mode, geo_high=1.1)
     assert padded.weight_NT[0, 0].equal(alone.weight_NT[0, 0])
     assert padded.weight_NT[0, 1:].tolist() == [1.0, 1.0]
-    assert padded.cut_NT.tolist() == [[mode in ("geometric", "k3"), False, False]]
+    assert padded.clipped_NT.tolist() == [[mode in ("geometric", "k3"), False, False]]
 
 
 # What it does to the loss
@@ -184,14 +184,14 @@ def test_the_weight_is_a_constant_factor_on_the_clipped_loss():
     assert loss.item() == pytest.approx(-1.5 * (1.2 + 1.1) / 2)
     # no gradient through w, which would add to that of rho
     assert gradient_NT[0].tolist() == pytest.approx([0.0, -1.5 * 1.1 / 2])
-    assert stats.push == pytest.approx(1.5 * 1.1 / 2)
+    assert stats.gradient_magnitude == pytest.approx(1.5 * 1.1 / 2)
 
 
 def test_penalties_are_not_weighted():
     logps_NT = tensor([[-1.0, -1.0]], requires_grad=True)
     rows = make_rows([1.0], mask=[[1, 1]], behavior=logps_NT.detach() + 3)
     more = {"ref_logps_NT": logps_NT.detach() + 0.1, "entropies_NT": torch.full((1, 2), 2.0)}
-    chosen = knobs(kl_coef=1.0, entropy_coef=0.5, mismatch=mismatch("token_mis"))
+    chosen = loss_knobs(kl_coef=1.0, entropy_coef=0.5, mismatch=mismatch("token_mis"))
     loss, _ = policy_loss(logps_NT, rows, knobs=chosen, divisors=divisors_of(rows), **more)
     # w = e^-3 < 0.5 leaves no policy loss: k3 of 0.1 nats less half an entropy of 2
     assert loss.item() == pytest.approx(0.0051709 - 1.0, abs=1e-6)
@@ -237,21 +237,21 @@ def test_dropping_a_sequence_is_leaving_its_loss_out_under_the_same_divisors(dat
     kind, how = (data.draw(st.sampled_from(choices)) for choices in (KINDS, HOWS))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     logps_NT, behavior_NT = (-torch.rand(num_rows, num_columns, generator=generator).double() for _ in range(2))
-    rows = Rows(
+    rows = LossInputs(
         behavior_logps_NT=behavior_NT,
         mask_NT=torch.ones(num_rows, num_columns, dtype=torch.bool),
         advantages_N=torch.randn(num_rows, generator=generator).double(),
-        foreign_N=torch.rand(num_rows, generator=generator) < 0.3,
+        off_policy_N=torch.rand(num_rows, generator=generator) < 0.3,
     )
-    chosen = knobs(kind=kind, aggregation=how, mismatch=mismatch(mode, geo_low=0.8, geo_high=1.25, k3_max=0.1))
+    chosen = loss_knobs(kind=kind, aggregation=how, mismatch=mismatch(mode, geo_low=0.8, geo_high=1.25, k3_max=0.1))
     whole, stats = policy_loss(logps_NT, rows, knobs=chosen, divisors=divisors_of(rows))
 
     log_weights_NT = (logps_NT - behavior_NT).tolist()
-    foreign_N = rows.foreign_N.tolist()
+    foreign_N = rows.off_policy_N.tolist()
     pairs = zip(foreign_N, log_weights_NT, strict=True)
     kept_N = tensor([is_foreign or kept_by_hand(logs, mode) for is_foreign, logs in pairs])
     left = {each.name: getattr(rows, each.name) for each in fields(rows)}
-    left = Rows(**{name: None if column is None else column[kept_N] for name, column in left.items()})
+    left = LossInputs(**{name: None if column is None else column[kept_N] for name, column in left.items()})
     rest, _ = policy_loss(logps_NT[kept_N], left, knobs=chosen, divisors=divisors_of(rows)) if kept_N.any() else (0, 0)
     assert whole.item() == pytest.approx(float(rest), abs=1e-12)
-    assert stats.mismatch.kept_sequences == int((kept_N & ~rows.foreign_N).sum())
+    assert stats.mismatch.unmasked_sequences == int((kept_N & ~rows.off_policy_N).sum())

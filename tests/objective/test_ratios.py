@@ -3,9 +3,9 @@ import math
 import pytest
 from torch import tensor
 
-from npo_cli.objective.ratios import log_ratio, make_charge
+from npo_cli.objective.ratios import log_ratio, make_ratio_anchor
 
-from .builders import make_rows
+from tests.objective.builders import make_rows
 
 CURRENT = [[-1.0, -2.0], [-1.0, -2.0]]
 OLD = tensor([[-1.5, -2.5], [-1.5, -2.5]])
@@ -14,8 +14,8 @@ BEHAVIOR = tensor([[-9.0, -9.0], [-3.0, -2.0]])
 
 
 def charged(mode, *, old=OLD, behavior=BEHAVIOR, cap=2.0):
-    rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=behavior, old=old, foreign=[0, 1])
-    return make_charge(mode, decoupled_cap=cap)(tensor(CURRENT), rows)
+    rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=behavior, old=old, is_off_policy=[0, 1])
+    return make_ratio_anchor(mode, decoupled_cap=cap)(tensor(CURRENT), rows)
 
 
 @pytest.mark.parametrize("mode", ["exact", "proximal", "decoupled", "none"])
@@ -61,17 +61,17 @@ def test_without_old_log_probs_the_current_ones_stand_in():
 
 def test_no_charge_carries_a_gradient():
     current = tensor(CURRENT, requires_grad=True)
-    rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=BEHAVIOR, foreign=[0, 1])
+    rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=BEHAVIOR, is_off_policy=[0, 1])
     for mode in ("exact", "proximal", "decoupled", "none"):
-        found = make_charge(mode, decoupled_cap=2.0)(current, rows)
+        found = make_ratio_anchor(mode, decoupled_cap=2.0)(current, rows)
         assert not found.anchor_logps_NT.requires_grad
         assert not found.weight_NT.requires_grad
 
 
 def test_padding_never_reaches_a_charge():
     behavior = tensor([[0.0, 0.0], [-3.0, math.nan]])
-    rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 0]], behavior=behavior, foreign=[0, 1])
-    assert make_charge("exact", decoupled_cap=2.0)(tensor(CURRENT), rows).anchor_logps_NT[1].tolist() == [-3.0, 0.0]
+    rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 0]], behavior=behavior, is_off_policy=[0, 1])
+    assert make_ratio_anchor("exact", decoupled_cap=2.0)(tensor(CURRENT), rows).anchor_logps_NT[1].tolist() == [-3.0, 0.0]
 
 
 def test_log_ratios_stop_at_twenty_nats():

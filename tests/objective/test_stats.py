@@ -3,10 +3,10 @@ import math
 import pytest
 from torch import tensor
 
-from npo_cli.objective.mismatch import make_correction, measure
+from npo_cli.objective.mismatch import make_correction, measure_mismatch
 from npo_cli.objective.stats import MismatchStats
 
-from .builders import make_rows, mismatch
+from tests.objective.builders import make_rows, mismatch
 
 
 def measured(log_weights: list[float]) -> MismatchStats:
@@ -14,7 +14,7 @@ def measured(log_weights: list[float]) -> MismatchStats:
     behavior_NT = -tensor([log_weights]).double()
     rows = make_rows([1.0], mask=[[1] * len(log_weights)], behavior=behavior_NT)
     found = make_correction(mismatch("token_tis"))(behavior_NT * 0, rows)
-    return MismatchStats.from_numbers(measure(found).tolist())
+    return MismatchStats.from_numbers(measure_mismatch(found).tolist())
 
 
 def test_a_tenth_of_a_nat():

@@ -6,8 +6,8 @@ from torch import tensor
 
 from npo_cli.objective.ratios import log_ratio
 from npo_cli.objective.surrogates import (
-    Tokens,
-    bounds_for,
+    SurrogateInputs,
+    make_clip_bounds,
     cispo_terms,
     grpo_terms,
     gspo_terms,
@@ -15,19 +15,19 @@ from npo_cli.objective.surrogates import (
     kl_k3,
 )
 
-from .builders import knobs
+from tests.objective.builders import loss_knobs
 
 
 def surrogate(terms_of, ratios, *, advantage, free=False, **changes):
     """Loss, gradient on log pi and gain of one row, given its ratios to an anchor of log-probability -1 a token."""
     logps_NT = (tensor([ratios]).log() - 1.0).requires_grad_()
-    tokens = Tokens(
+    tokens = SurrogateInputs(
         logps_NT=logps_NT,
         log_ratio_NT=log_ratio(logps_NT, tensor(-1.0)),
         mask_NT=torch.ones_like(logps_NT, dtype=torch.bool),
         advantages_N1=tensor([[advantage]]),
     )
-    terms = terms_of(tokens, bounds_for(tensor([[free]]), tensor([[False]]), knobs(**changes)))
+    terms = terms_of(tokens, make_clip_bounds(tensor([[free]]), tensor([[False]]), loss_knobs(**changes)))
     (gradient_NT,) = torch.autograd.grad(terms.loss_NT.sum(), logps_NT)
     return terms.loss_NT[0].tolist(), gradient_NT[0].tolist(), terms.gain_NT[0].tolist()
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from npo_cli.objective.batch import Rows
+from npo_cli.objective.batch import LossInputs
 from npo_cli.objective.losses import policy_loss
 
-from .builders import divisors_of, from_an_agreeing_engine, knobs, make_rows, mismatch
+from tests.objective.builders import divisors_of, with_matching_engine, loss_knobs, make_rows, mismatch
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="the oracle is TRL 1.16, a development extra")
 accelerate = pytest.importorskip("accelerate", reason="TRL needs it")
@@ -81,7 +81,7 @@ CASES = {
 }
 
 
-def trl_weights(rows: Rows, logps_NT: Tensor, *, case: str) -> Tensor:
+def trl_weights(rows: LossInputs, logps_NT: Tensor, *, case: str) -> Tensor:
     """`importance_sampling_ratio` as TRL's generation step makes it for token_truncate and sequence_mask."""
     old_NT = logps_NT.detach() if rows.old_logps_NT is None else rows.old_logps_NT
     difference_NT = (old_NT - rows.behavior_logps_NT) * rows.mask_NT
@@ -103,14 +103,14 @@ def test_loss_gradient_and_metrics_are_those_of_trl(case, old_is_current):
     logps_NT = values_NT.requires_grad_()
     entropies_NT = torch.rand(4, NUM_COLUMNS, generator=generator, dtype=torch.float64).requires_grad_()
 
-    rows = from_an_agreeing_engine(make_rows(ADVANTAGES, mask=MASK, old=old_NT), logps_NT)
+    rows = with_matching_engine(make_rows(ADVANTAGES, mask=MASK, old=old_NT), logps_NT)
     if "mismatch" in ours:
         # summed over up to 5 tokens, such noise leaves 0.5 and 5 on some rows
         noise_NT = 0.5 * torch.randn(values_NT.shape, generator=generator).double()
         rows = replace(rows, behavior_logps_NT=rows.behavior_logps_NT + noise_NT)
     terms = {"ref_logps_NT": ref_NT} if "kl_coef" in ours else {}
     loss, stats = policy_loss(
-        logps_NT, rows, knobs=knobs(**ours), divisors=divisors_of(rows), entropies_NT=entropies_NT, **terms
+        logps_NT, rows, knobs=loss_knobs(**ours), divisors=divisors_of(rows), entropies_NT=entropies_NT, **terms
     )
     trainer = trl_trainer(logps_NT, entropies_NT, **theirs)
     inputs = {

@@ -6,7 +6,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from npo_cli.config import ModelSettings
-from npo_cli.policy.model import EMBEDDED, Policy, load_policy
+from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 
 SMALL = {
     "vocab_size": 17,
@@ -33,13 +33,13 @@ def gemma(*, cap: float | None, seed: int = 0) -> PreTrainedModel:
     return Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=cap, sliding_window=8)).eval()
 
 
-def saved(model: PreTrainedModel, folder: Path, **options: object) -> Path:
+def save_model(model: PreTrainedModel, folder: Path, **options: object) -> Path:
     """The model's folder, with the micro tokenizer."""
     model.save_pretrained(folder, **options)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((EMBEDDED / name).read_bytes())
+        (folder / name).write_bytes((MICRO_BASE_FOLDER / name).read_bytes())
     return folder
 
 
-def opened(folder: Path) -> Policy:
+def load_saved_policy(folder: Path) -> Policy:
     return load_policy(ModelSettings(path=str(folder), threads=1))

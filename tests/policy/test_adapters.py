@@ -14,9 +14,9 @@ from npo_cli.errors import NpoError
 from npo_cli.lora_settings import LoraSettings
 from npo_cli.policy import adapters as adapters_module
 from npo_cli.policy.adapters import adapter_tensors, base_tensors
-from npo_cli.policy.model import EMBEDDED, Policy, load_policy
-from npo_cli.policy.optimizer import build_optimizer, random_streams
-from tests.policy.models import qwen, saved
+from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
+from npo_cli.policy.optimizer import build_optimizer, read_random_state
+from tests.policy.models import qwen, save_model
 from tests.policy.test_model import ROWS, gradient_of
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
@@ -54,9 +54,9 @@ def test_start_values_are_their_seeds_alone_and_leave_the_streams_as_they_were()
     torch.manual_seed(1)
     first = adapter_tensors(with_lora(seed=3).model)
     torch.manual_seed(2)
-    before = random_streams()[0]["rng.torch"].clone()
+    before = read_random_state()[0]["rng.torch"].clone()
     second = adapter_tensors(with_lora(seed=3).model)
-    assert torch.equal(random_streams()[0]["rng.torch"], before)
+    assert torch.equal(read_random_state()[0]["rng.torch"], before)
     other = adapter_tensors(with_lora(seed=4).model)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])
@@ -94,9 +94,9 @@ def test_the_bases_weights_keep_their_names_and_values():
 def test_a_saved_folder_is_pefts_own(tmp_path, lora):
     policy = moved(with_lora(**lora))
     policy.save(tmp_path)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EMBEDDED), tmp_path).eval()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MICRO_BASE_FOLDER), tmp_path).eval()
     assert torch.equal(logits(theirs), logits(policy.model))
-    assert not torch.equal(logits(policy.model), logits(AutoModelForCausalLM.from_pretrained(EMBEDDED)))
+    assert not torch.equal(logits(policy.model), logits(AutoModelForCausalLM.from_pretrained(MICRO_BASE_FOLDER)))
     theirs.save_pretrained(tmp_path / "again", save_embedding_layers=False)
     assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == adapter_tensors(policy.model).keys()
 
@@ -105,9 +105,9 @@ def test_a_saved_folder_comes_back_and_counts_what_it_writes(tmp_path):
     policy = moved(with_lora())
     policy.save(tmp_path)
     fresh = with_lora()
-    before = fresh.num_changes
+    before = fresh.num_weight_changes
     fresh.load(tmp_path)
-    assert fresh.num_changes > before
+    assert fresh.num_weight_changes > before
     assert torch.equal(logits(fresh.model), logits(policy.model))
     assert fresh.digest == policy.digest != with_lora().digest
     kept = load_policy(ModelSettings(threads=1, lora=LoraSettings(rank=4)), tmp_path)
@@ -120,7 +120,7 @@ def test_a_saved_folder_comes_back_and_counts_what_it_writes(tmp_path):
 def test_the_base_of_a_policy_scores_as_if_no_adapter_were_there():
     policy, plain = moved(with_lora()), load_policy(ModelSettings(threads=1))
     bare, ours, theirs = (
-        each.score(ROWS, temperature=0.7, chunk_tokens=3).logps_NT for each in (policy.base, policy, plain)
+        each.score(ROWS, temperature=0.7, chunk_tokens=3).logps_NT for each in (policy.base_policy, policy, plain)
     )
     assert torch.equal(bare, theirs)
     assert not bare.requires_grad
@@ -157,8 +157,8 @@ def test_without_peft_it_is_told_what_to_install(monkeypatch):
 
 
 def test_adapters_of_another_base_are_refused(tmp_path):
-    saved(qwen(seed=0), tmp_path / "one")
-    saved(qwen(seed=1), tmp_path / "two")
+    save_model(qwen(seed=0), tmp_path / "one")
+    save_model(qwen(seed=1), tmp_path / "two")
     with_lora(str(tmp_path / "one")).save(tmp_path)
     with pytest.raises(NpoError, match=r"belong to another base than .*two: they were trained beside .*one"):
         with_lora(str(tmp_path / "two")).load(tmp_path)

@@ -7,7 +7,7 @@ import torch
 
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError
-from npo_cli.policy.extrapolated import pushed
+from npo_cli.policy.extrapolated import extrapolate_weights
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 
@@ -20,7 +20,7 @@ def moved(policy: Policy, *, seed: int, by: float = 0.02) -> None:
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
-    policy.mark_written()
+    policy.mark_weights_changed()
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def test_every_weight_goes_a_times_its_own_motion_further_and_comes_back(folder)
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     moved(policy, seed=0)
     now = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
-    digest, changes = policy.digest, policy.num_changes
-    with pushed(policy, folder, strength=0.5):
+    digest, changes = policy.digest, policy.num_weight_changes
+    with extrapolate_weights(policy, folder, strength=0.5):
         for name, tensor in policy.model.state_dict().items():
             # theta + 0.5 (theta - theta_old)
             assert torch.allclose(tensor, now[name] + 0.5 * (now[name] - before[name]), atol=1e-6)
-        inside = policy.num_changes
+        inside = policy.num_weight_changes
     assert policy.digest == digest
-    assert changes < inside < policy.num_changes, "an engine with weights of its own must see each change"
+    assert changes < inside < policy.num_weight_changes, "an engine with weights of its own must see each change"
 
 
 def test_a_failure_inside_puts_the_weights_back_too(folder):
@@ -55,7 +55,7 @@ def test_a_failure_inside_puts_the_weights_back_too(folder):
     policy.save(folder)
     moved(policy, seed=0)
     digest = policy.digest
-    with pytest.raises(KeyboardInterrupt), pushed(policy, folder, strength=2.0):
+    with pytest.raises(KeyboardInterrupt), extrapolate_weights(policy, folder, strength=2.0):
         assert policy.digest != digest
         raise KeyboardInterrupt
     assert policy.digest == digest
@@ -64,7 +64,7 @@ def test_a_failure_inside_puts_the_weights_back_too(folder):
 def test_a_folder_that_does_not_fit_moves_nothing(folder, tmp_path):
     policy = load_policy(ModelSettings(threads=1))
     digest = policy.digest
-    with pytest.raises(NpoError), pushed(policy, tmp_path / "nothing", strength=1.0):
+    with pytest.raises(NpoError), extrapolate_weights(policy, tmp_path / "nothing", strength=1.0):
         pass
     assert policy.digest == digest
 
@@ -88,8 +88,8 @@ def test_of_adapters_the_product_is_pushed_and_the_base_is_never_written(lora, f
     before = products(policy)
     moved(policy, seed=1)
     now, digest = products(policy), policy.digest
-    base = {name: tensor.clone() for name, tensor in policy.frozen.items()}
-    with pushed(policy, folder, strength=3.0):
+    base = {name: tensor.clone() for name, tensor in policy.base_weights.items()}
+    with extrapolate_weights(policy, folder, strength=3.0):
         found = products(policy)
         assert found.keys() == now.keys() == before.keys()
         for name in found:
@@ -97,7 +97,7 @@ def test_of_adapters_the_product_is_pushed_and_the_base_is_never_written(lora, f
             assert torch.allclose(found[name], 4 * now[name] - 3 * before[name], atol=1e-5)
         ranks = {tensor.shape[0] for name, tensor in policy.model.state_dict().items() if ".lora_A." in name}
         assert ranks == {4}
-        assert all(torch.equal(tensor, base[name]) for name, tensor in policy.frozen.items())
+        assert all(torch.equal(tensor, base[name]) for name, tensor in policy.base_weights.items())
         inside = logps(policy)
     assert policy.digest == digest
     assert not torch.allclose(inside, logps(policy), atol=1e-3)
@@ -111,7 +111,7 @@ def test_joined_adapters_are_one_adapter_for_whoever_reads_peft_folders(lora, fo
     policy.save(folder)
     moved(policy, seed=1)
     (tmp_path / "joined").mkdir()
-    with pushed(policy, folder, strength=1.5):
+    with extrapolate_weights(policy, folder, strength=1.5):
         policy.save(tmp_path / "joined")
         inside = logps(policy)
     other = load_policy(ModelSettings(threads=1))
@@ -130,7 +130,7 @@ def test_adapters_that_are_pushed_are_not_pushed_factor_by_factor(lora, folder):
     a_old, b_old = own[name].clone(), own[name.replace("lora_A", "lora_B")].clone()
     moved(policy, seed=1)
     a, b = own[name].clone(), own[name.replace("lora_A", "lora_B")].clone()
-    with pushed(policy, folder, strength=1.0):
+    with extrapolate_weights(policy, folder, strength=1.0):
         found = products(policy)[name.split("lora_A.default")[0]]
     factors = (2 * b - b_old) @ (2 * a - a_old)
     # a = 1: 1 + 1 = 2 times dB dA

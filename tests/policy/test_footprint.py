@@ -1,25 +1,25 @@
 """The arithmetic of memory, on a model small enough to do it by hand."""
 
 from npo_cli.config import Recipe
-from npo_cli.loading import from_dict
-from npo_cli.plan_records import Footing, ModelShape, Need
+from npo_cli.loading import recipe_from_dict
+from npo_cli.plan_records import Hardware, ModelShape, Allocation
 from npo_cli.policy.footprint import engine_needs, gpu_needs, host_needs
 
 SHAPE = ModelShape(
     num_params=1000,
-    num_adapters=0,
+    num_lora_params=0,
     adafactor_floats=80,
-    largest_block=300,
-    outside_blocks=100,
-    hidden=10,
-    vocab=50,
-    cache_floats=40,
-    saved_bytes=200.0,
-    checkpointed_bytes=20.0,
-    layer_bytes=60.0,
-    vision_bytes=0.0,
+    largest_block_params=300,
+    root_params=100,
+    hidden_size=10,
+    vocab_size=50,
+    kv_cache_floats=40,
+    activation_bytes=200.0,
+    checkpointed_activation_bytes=20.0,
+    layer_activation_bytes=60.0,
+    vision_activation_bytes=0.0,
 )
-GPU = Footing(num_gpus=1, gpu_bytes=10**6)
+GPU = Hardware(num_gpus=1, gpu_bytes=10**6)
 
 
 def recipe(**sections: dict) -> Recipe:
@@ -29,13 +29,13 @@ def recipe(**sections: dict) -> Recipe:
         "train": {"micro_batch_tokens": 500, "logit_chunk_tokens": 70, "prompts_per_step": 4, "group_size": 8},
     }
     merged = {name: base.get(name, {}) | sections.get(name, {}) for name in {*base, *sections}}
-    return from_dict(merged)
+    return recipe_from_dict(merged)
 
 
 def by_name(needs: object) -> dict[str, int]:
     """Without the guess and the tenth that is put beside it."""
-    counted = [need for need in needs if isinstance(need, Need) and need.how not in ("a guess", "a tenth of the rest")]
-    return {need.what: need.num_bytes for need in counted}
+    counted = [need for need in needs if isinstance(need, Allocation) and need.formula not in ("a guess", "a tenth of the rest")]
+    return {need.label: need.num_bytes for need in counted}
 
 
 def test_one_gpu_in_float32():
@@ -59,7 +59,7 @@ def test_four_gpus_in_mixed_precision_with_checkpointing_and_a_kl_term():
         loss={"kl_coef": 0.1},
         engine={"max_num_seqs": 5},
     )
-    assert by_name(gpu_needs(found, SHAPE, Footing(num_gpus=4, gpu_bytes=10**6))) == {
+    assert by_name(gpu_needs(found, SHAPE, Hardware(num_gpus=4, gpu_bytes=10**6))) == {
         "weights": 1000,
         "gradients": 1000,
         "AdamW's moments": 2000,
@@ -100,16 +100,16 @@ def test_adafactor_keeps_less_and_vllm_takes_its_share():
         )
         for sleep in (True, False)
     )
-    needs = {need.what: need for need in gpu_needs(asleep, SHAPE, GPU)}
+    needs = {need.label: need for need in gpu_needs(asleep, SHAPE, GPU)}
     assert needs["Adafactor's rows and columns"].num_bytes == 320
     assert (needs["vLLM"].num_bytes, needs["vLLM"].phase) == (500_000, "sampling")
-    assert {need.phase for need in gpu_needs(awake, SHAPE, GPU) if need.what == "vLLM"} == {"always"}
+    assert {need.phase for need in gpu_needs(awake, SHAPE, GPU) if need.label == "vLLM"} == {"always"}
     assert [need.num_bytes for need in host_needs(asleep, SHAPE, GPU) if need.phase == "update"] == [4000]
 
 
 def test_a_server_has_gpus_of_its_own():
     found = recipe(engine={"kind": "vllm_server", "vllm": {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9}})
-    footing = Footing(num_gpus=6, gpu_bytes=10**6)
+    footing = Hardware(num_gpus=6, gpu_bytes=10**6)
     assert by_name(engine_needs(found, SHAPE, footing)) == {
         "weights": 2000,
         "KV cache of one response": 100 * 40 * 4 // 2,
@@ -124,7 +124,7 @@ def test_a_server_has_gpus_of_its_own():
 def test_a_tenth_of_each_phase_is_put_beside_it_but_for_guesses_and_what_vllm_takes():
     found = recipe(engine={"kind": "vllm", "vllm": {"gpu_memory_utilization": 0.5, "enable_sleep_mode": True}})
     needs = [*gpu_needs(found, SHAPE, GPU)]
-    beside = {need.phase: need.num_bytes for need in needs if need.what == "what is not counted"}
+    beside = {need.phase: need.num_bytes for need in needs if need.label == "what is not counted"}
     # weights and moments; gradients, activations, logits and a guide's part
     assert beside == {"always": (4000 + 8000) / 10, "update": (4000 + 500 * 200 + 70 * 50 * 20 + 4000) / 10}
 

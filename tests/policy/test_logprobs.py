@@ -16,7 +16,7 @@ def test_rows_are_packed_on_the_right_and_each_token_is_predicted_from_the_one_b
     assert packed.row_M.tolist() == [0, 0, 1, 1, 1]
     assert packed.position_M.tolist() == [2, 3, 0, 1, 2]
     assert packed.target_M.tolist() == [4, 5, 7, 8, 9]
-    assert packed.spread(packed.target_M).tolist() == [[4, 5, 0], [7, 8, 9]]
+    assert packed.to_padded(packed.target_M).tolist() == [[4, 5, 0], [7, 8, 9]]
 
 
 def of_lengths(*lengths: int) -> list[TokenRow]:

@@ -6,11 +6,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError
-from npo_cli.policy.logprobs import TokenRow, head_is_plain
+from npo_cli.policy.logprobs import TokenRow, has_plain_head
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.policy.reading import require_chat_template
+from npo_cli.policy.reading import check_chat_template
 from npo_cli.records import Message, Prompt
-from tests.policy.models import gemma, opened, qwen, saved
+from tests.policy.models import gemma, load_saved_policy, qwen, save_model
 
 ROWS = (
     TokenRow(prompt_ids=(1, 2, 3), response_ids=(4, 5, 6, 15)),
@@ -41,7 +41,7 @@ def expected(policy: Policy, row: TokenRow, temperature: float) -> list[float]:
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_response_is_scored_by_the_models_own_logits_capped_or_not(tmp_path, model, plain, temperature):
-    policy = opened(saved(model, tmp_path / "model"))
+    policy = load_saved_policy(save_model(model, tmp_path / "model"))
     assert policy.plain_head is plain
     with torch.no_grad():
         scores = policy.score(ROWS, temperature=temperature, chunk_tokens=2)
@@ -52,12 +52,12 @@ def test_a_response_is_scored_by_the_models_own_logits_capped_or_not(tmp_path, m
 def test_the_look_at_the_head_leaves_no_trace():
     model = qwen()
     before = model(torch.tensor([[1, 2, 3]])).logits
-    assert head_is_plain(model)
+    assert has_plain_head(model)
     assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)
 
 
 def test_a_scored_row_says_entropy_and_collision_of_its_law(tmp_path):
-    policy = opened(saved(qwen(), tmp_path / "model"))
+    policy = load_saved_policy(save_model(qwen(), tmp_path / "model"))
     with torch.no_grad():
         scores = policy.score(ROWS[1:2], temperature=1.0, chunk_tokens=8)
         law_W = torch.softmax(policy.model(torch.tensor([[7]])).logits[0, 0], -1)
@@ -78,14 +78,14 @@ def test_a_saved_policy_opens_as_it_is_with_the_same_weights_and_words(tmp_path)
 def test_end_tokens_are_the_generation_configs_then_the_tokenizers(tmp_path):
     model = qwen()
     model.generation_config.eos_token_id = [15, 3]
-    assert opened(saved(model, tmp_path / "two")).eos_ids == (15, 3)
+    assert load_saved_policy(save_model(model, tmp_path / "two")).eos_ids == (15, 3)
     model.generation_config.eos_token_id = None
     model.config.eos_token_id = None
-    assert opened(saved(model, tmp_path / "none")).eos_ids == (15,)
+    assert load_saved_policy(save_model(model, tmp_path / "none")).eos_ids == (15,)
 
 
 def test_two_policies_with_other_weights_have_other_digests(tmp_path):
-    first, same, other = (opened(saved(qwen(seed=seed), tmp_path / str(n))) for n, seed in enumerate((0, 0, 1)))
+    first, same, other = (load_saved_policy(save_model(qwen(seed=seed), tmp_path / str(n))) for n, seed in enumerate((0, 0, 1)))
     assert first.digest == same.digest != other.digest
 
 
@@ -93,20 +93,20 @@ def test_chat_prompts_without_a_template_are_refused():
     policy = load_policy(ModelSettings(threads=1))
     chat = Prompt(prompt_id="c", answer="3", messages=(Message(role="user", content="1+2="),))
     with pytest.raises(NpoError, match="the tokenizer has no chat template"):
-        require_chat_template(policy, [chat], "micro-base")
+        check_chat_template(policy, [chat], "micro-base")
     policy.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}="
-    require_chat_template(policy, [chat], "micro-base")
+    check_chat_template(policy, [chat], "micro-base")
     assert policy.encode(chat) == tuple(policy.tokenizer("1+2==").input_ids)
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(NpoError, match="no tokenizer could be loaded"):
-        opened(tmp_path / "empty")
-    folder = saved(qwen(), tmp_path / "headless")
+        load_saved_policy(tmp_path / "empty")
+    folder = save_model(qwen(), tmp_path / "headless")
     (folder / "config.json").unlink()
     with pytest.raises(NpoError, match="headless"):
-        opened(folder)
+        load_saved_policy(folder)
 
 
 def gradient_of(policy: Policy) -> tuple[list[torch.Tensor], int]:
@@ -128,7 +128,7 @@ def test_gradient_checkpointing_runs_each_layer_twice_for_the_same_gradient():
 
 
 def test_dropout_is_out_of_the_model_even_while_activations_are_recomputed(tmp_path):
-    folder = saved(qwen(), tmp_path)
+    folder = save_model(qwen(), tmp_path)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"attention_dropout": 0.0', '"attention_dropout": 0.5'))
     assert '"attention_dropout": 0.5' in config.read_text()

@@ -16,13 +16,13 @@ from npo_cli.policy.optimizer import (
     load_state,
     lr_at,
     save_state,
-    seed_streams,
+    seed_random_state,
     set_lr,
 )
 from tests.policy.models import qwen
 
 UP = "model.layers.0.mlp.up_proj.weight"
-STATE = TrainerState(step=2, position=8, trackers={"tokens_total": 123, "reward_ema": 0.1 + 0.2})
+STATE = TrainerState(step=2, position=8, running_metrics={"tokens_total": 123, "reward_ema": 0.1 + 0.2})
 
 
 def trained(num_updates: int = 2, *, kind: str = "adamw"):
@@ -51,7 +51,7 @@ def test_state_comes_back_exactly_and_the_next_update_is_the_same(tmp_path, kind
 
 def test_every_random_stream_goes_on_where_it_was(tmp_path):
     model, optimizer = trained()
-    seed_streams(7)
+    seed_random_state(7)
     random.gauss(0, 1)
     numpy.random.standard_normal()
     save_state(tmp_path, model, optimizer, state=STATE)
@@ -66,9 +66,9 @@ def test_every_random_stream_goes_on_where_it_was(tmp_path):
 
 
 def test_streams_start_from_the_seed():
-    seed_streams(-3)
+    seed_random_state(-3)
     first = (torch.rand(1).item(), random.random(), numpy.random.random())
-    seed_streams(-3)
+    seed_random_state(-3)
     assert (torch.rand(1).item(), random.random(), numpy.random.random()) == first
 
 
@@ -143,13 +143,13 @@ def test_one_rate_for_all_parameters():
 def test_every_update_and_every_load_counts_as_a_write(tmp_path, options):
     policy = load_policy(ModelSettings(threads=1))
     policy.save(tmp_path)
-    seen = [policy.num_changes]
+    seen = [policy.num_weight_changes]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3, **options)
     for parameter in policy.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    policy.mark_written()
-    seen.append(policy.num_changes)
+    policy.mark_weights_changed()
+    seen.append(policy.num_weight_changes)
     policy.load(tmp_path)
-    seen.append(policy.num_changes)
+    seen.append(policy.num_weight_changes)
     assert seen == sorted(set(seen))

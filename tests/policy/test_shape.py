@@ -6,8 +6,8 @@ import torch
 from npo_cli.config import LoraSettings, ModelSettings
 from npo_cli.errors import NpoError
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.policy.shape import PROBE_TOKENS as TOKENS
-from npo_cli.policy.shape import factored, model_shape
+from npo_cli.policy.shape import TRACE_TOKENS as TOKENS
+from npo_cli.policy.shape import adafactor_numel, model_shape
 
 
 def saved_by_a_real_pass(policy: Policy) -> int:
@@ -33,36 +33,36 @@ def test_parameters_and_saved_activations_are_those_of_the_real_model():
     policy = load_policy(ModelSettings(threads=1))
     shape = model_shape(ModelSettings(threads=1))
     assert shape.num_params == sum(parameter.numel() for parameter in policy.model.parameters())
-    assert shape.saved_bytes * TOKENS == pytest.approx(saved_by_a_real_pass(policy), rel=0.02)
-    assert (shape.vocab, shape.hidden, shape.vision_bytes) == (17, 96, 0.0)
+    assert shape.activation_bytes * TOKENS == pytest.approx(saved_by_a_real_pass(policy), rel=0.02)
+    assert (shape.vocab_size, shape.hidden_size, shape.vision_activation_bytes) == (17, 96, 0.0)
     # 3 layers x keys and values x 2 heads x 48
     text = policy.model.config
-    assert shape.cache_floats == 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    assert shape.kv_cache_floats == 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
 
 
 def test_checkpointing_leaves_the_inputs_of_the_layers():
     shape = model_shape(ModelSettings(threads=1))
     # the input of each layer and the last norm's, in float32, and a little beside them
     layers = load_policy(ModelSettings(threads=1)).model.config.num_hidden_layers
-    assert shape.checkpointed_bytes == pytest.approx((layers + 1) * 96 * 4, rel=0.4)
-    assert shape.layer_bytes * layers == pytest.approx(shape.saved_bytes)
+    assert shape.checkpointed_activation_bytes == pytest.approx((layers + 1) * 96 * 4, rel=0.4)
+    assert shape.layer_activation_bytes * layers == pytest.approx(shape.activation_bytes)
 
 
 def test_mixed_precision_saves_less():
     full, mixed = (model_shape(ModelSettings(compute_dtype=kind)) for kind in (None, "bfloat16"))
-    assert 0.5 * full.saved_bytes < mixed.saved_bytes < full.saved_bytes
+    assert 0.5 * full.activation_bytes < mixed.activation_bytes < full.activation_bytes
     assert full.num_params == mixed.num_params
 
 
 def test_adapters_are_counted_as_peft_makes_them():
     settings = ModelSettings(threads=1, lora=LoraSettings(rank=4))
     policy = load_policy(settings)
-    assert model_shape(settings).num_adapters == sum(tensor.numel() for tensor in policy.trained.values())
+    assert model_shape(settings).num_lora_params == sum(tensor.numel() for tensor in policy.adapter_weights.values())
 
 
 def test_adafactor_keeps_a_row_and_a_column():
     # 3 x (5 + 7) of three matrices; a vector as it is
-    assert (factored((5, 7)), factored((3, 5, 7)), factored((9,))) == (12, 36, 9)
+    assert (adafactor_numel((5, 7)), adafactor_numel((3, 5, 7)), adafactor_numel((9,))) == (12, 36, 9)
 
 
 def test_a_config_alone_is_enough_and_another_file_is_refused(tmp_path):

@@ -12,10 +12,10 @@ from npo_cli.errors import NpoError
 from npo_cli.images import open_image
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy
-from npo_cli.policy.vision import CACHE_BYTES, PixelCache, Pixels
-from npo_cli.records import IMAGE_MARK, Prompt
+from npo_cli.policy.vision import CACHE_BYTES, PixelCache, ImagePatches
+from npo_cli.records import IMAGE_PLACEHOLDER, Prompt
 from npo_cli.tasks.shapes import shapes_prompts
-from tests.pictures import mixed_prompts, resized, seeing
+from tests.pictures import mixed_prompts, resize_image, load_vision_policy
 
 
 class StillProcessor(Qwen3VLProcessor):
@@ -35,19 +35,19 @@ def answers_to(policy: Policy, prompts: list[Prompt]) -> list[TokenRow]:
 
 
 def test_a_picture_is_as_many_tokens_as_its_pixels_fill(untaught_vl: Path):
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     image = shapes_prompts(1, 0)[0].images[0]
     for width, height, patches in ((32, 32, (4, 4)), (64, 32, (4, 8)), (48, 64, (8, 6))):
         # patches of 8 x 8 pixels, and 2 x 2 patches are one token
-        shown = resized(image, width, height)
+        shown = resize_image(image, width, height)
         made = policy.vision.processor(images=[open_image(shown)], return_tensors="pt")
         assert made["image_grid_thw"].tolist() == [[1, *patches]]
-        prompt = Prompt(prompt_id="one", answer="1", text=f"how{IMAGE_MARK}?", images=(shown,))
+        prompt = Prompt(prompt_id="one", answer="1", text=f"how{IMAGE_PLACEHOLDER}?", images=(shown,))
         assert policy.encode(prompt).count(policy.vision.config.image_token_id) == patches[0] * patches[1] // 4
 
 
 def test_a_batch_scores_each_row_as_if_it_were_alone(untaught_vl: Path):
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     rows = answers_to(policy, mixed_prompts())
     together_NT = policy.score(rows, temperature=1.0, chunk_tokens=4).logps_NT
     for row, logps_T in zip(rows, together_NT, strict=True):
@@ -56,7 +56,7 @@ def test_a_batch_scores_each_row_as_if_it_were_alone(untaught_vl: Path):
 
 
 def test_tokens_pixels_and_types_are_those_of_transformers_processor(untaught_vl: Path):
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     whole = StillProcessor(policy.vision.processor, policy.tokenizer, policy.tokenizer.chat_template)
     prompt = mixed_prompts()[2]
     text = (
@@ -65,18 +65,18 @@ def test_tokens_pixels_and_types_are_those_of_transformers_processor(untaught_vl
     )
     theirs = whole(text=[text], images=[open_image(image) for image in prompt.images], return_tensors="pt")
     assert list(policy.encode(prompt)) == theirs["input_ids"][0].tolist()
-    ours = policy.vision.inputs(theirs["input_ids"], [prompt.images])
+    ours = policy.vision.build_inputs(theirs["input_ids"], [prompt.images])
     for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids"):
         assert torch.equal(ours[name], theirs[name]), name
 
 
 def test_scores_are_those_of_one_plain_forward_pass_without_the_image_tokens_as_words(untaught_vl: Path):
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     row = answers_to(policy, mixed_prompts())[2]
     ids_1L = torch.tensor([row.prompt_ids + row.response_ids])
     with torch.no_grad():
-        logits_LW = policy.model(ids_1L, **policy.vision.inputs(ids_1L, [row.images])).logits[0]
-    logits_LW[:, list(policy.vision.silent_ids)] = -torch.inf
+        logits_LW = policy.model(ids_1L, **policy.vision.build_inputs(ids_1L, [row.images])).logits[0]
+    logits_LW[:, list(policy.vision.suppressed_ids)] = -torch.inf
     first = len(row.prompt_ids)
     wanted_T = logits_LW.log_softmax(-1)[first - 1 : -1].gather(1, ids_1L[0, first:, None])[:, 0]
     scored = policy.score([row], temperature=1.0, chunk_tokens=2)
@@ -85,17 +85,17 @@ def test_scores_are_those_of_one_plain_forward_pass_without_the_image_tokens_as_
 
 
 def test_pixels_matter_and_their_order_too(untaught_vl: Path):
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     prompt = mixed_prompts()[2]
     first, second = prompt.images
-    swapped = replace(prompt, images=(resized(second, 64, 32), resized(first, 32, 32)))
+    swapped = replace(prompt, images=(resize_image(second, 64, 32), resize_image(first, 32, 32)))
     assert policy.encode(swapped) == policy.encode(prompt)
     scores = [policy.score(answers_to(policy, [each]), temperature=1.0, chunk_tokens=64) for each in (prompt, swapped)]
     assert (scores[0].logps_NT - scores[1].logps_NT).abs().max() > 1e-4
 
 
 def test_a_text_that_spells_an_image_token_is_refused(untaught_vl: Path):
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     prompt = mixed_prompts()[1]
     spelled = replace(prompt, messages=(replace(prompt.messages[0], content="<|image_pad|>?"),))
     with pytest.raises(NpoError, match=r"prompt blind has 0 images, but .* 1 places"):
@@ -104,17 +104,17 @@ def test_a_text_that_spells_an_image_token_is_refused(untaught_vl: Path):
 
 def test_a_picture_too_narrow_for_the_model_is_refused(untaught_vl: Path):
     image = shapes_prompts(1, 0)[0].images[0]
-    prompt = Prompt(prompt_id="thin", answer="1", text=IMAGE_MARK, images=(resized(image, 804, 4),))
+    prompt = Prompt(prompt_id="thin", answer="1", text=IMAGE_PLACEHOLDER, images=(resize_image(image, 804, 4),))
     # 804 : 4 = 201 : 1, and 200 : 1 is the most
     with pytest.raises(NpoError, match=r"prompt thin, .*804 x 4 pixels cannot be read"):
-        seeing(untaught_vl).encode(prompt)
+        load_vision_policy(untaught_vl).encode(prompt)
 
 
 def test_a_checkpoint_is_a_whole_model_folder(untaught_vl: Path, tmp_path: Path):
-    policy = seeing(untaught_vl)
+    policy = load_vision_policy(untaught_vl)
     rows = answers_to(policy, mixed_prompts())
     policy.save(tmp_path)
-    again = seeing(tmp_path)
+    again = load_vision_policy(tmp_path)
     assert again.digest == policy.digest
     wanted = policy.score(rows, temperature=1.0, chunk_tokens=64).logps_NT
     assert torch.equal(
@@ -127,16 +127,16 @@ def test_a_checkpoint_is_a_whole_model_folder(untaught_vl: Path, tmp_path: Path)
 
 
 def test_adapters_stand_beside_the_language_model_unless_the_tower_is_named(untaught_vl: Path):
-    names = seeing(untaught_vl, lora=2).trained
+    names = load_vision_policy(untaught_vl, lora=2).adapter_weights
     assert names and all(".language_model." in name for name in names)
 
 
 def test_the_cache_lets_the_oldest_go_when_it_is_full():
-    half = Pixels(patches=torch.zeros(CACHE_BYTES // 8), grid_13=torch.ones(1, 3))
+    half = ImagePatches(patches=torch.zeros(CACHE_BYTES // 8), grid_13=torch.ones(1, 3))
     cache = PixelCache()
     cache.put("a", half)
     cache.put("b", half)
     # four bytes a number: two halves fill it; looking at the first makes the second the oldest
-    cache.put("a", cache.take("a"))
+    cache.put("a", cache.pop("a"))
     cache.put("c", half)
-    assert [name for name in "abc" if cache.take(name) is not None] == ["a", "c"]
+    assert [name for name in "abc" if cache.pop(name) is not None] == ["a", "c"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from npo_cli.errors import NpoError
 from npo_cli.policy.weights import load_weights, read_tensors, tied_names, weights_digest
-from tests.policy.models import qwen, saved
+from tests.policy.models import qwen, save_model
 
 NORM = "model.layers.0.mlp.down_proj.weight"
 
@@ -42,7 +42,7 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_checkpoint_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(tmp_path, kind):
     change, name = DAMAGES[kind]
-    folder = changed(saved(qwen(seed=1), tmp_path / "bad"), change)
+    folder = changed(save_model(qwen(seed=1), tmp_path / "bad"), change)
     live = qwen(seed=0)
     before = weights_digest(live)
     with pytest.raises(NpoError) as caught:
@@ -57,13 +57,13 @@ def test_many_missing_tensors_are_counted(tmp_path):
         for name in sorted(name for name in tensors if "layers" in name)[:5]:
             tensors.pop(name)
 
-    folder = changed(saved(qwen(), tmp_path / "bad"), pop_five)
+    folder = changed(save_model(qwen(), tmp_path / "bad"), pop_five)
     with pytest.raises(NpoError, match=r"tensor missing: \S+, \S+, \S+ and 2 more"):
         load_weights(qwen(), folder)
 
 
 def test_a_file_cut_short_and_a_folder_without_weights_are_named(tmp_path):
-    folder = saved(qwen(), tmp_path / "cut")
+    folder = save_model(qwen(), tmp_path / "cut")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(NpoError, match=r"model\.safetensors cannot be read"):
@@ -76,7 +76,7 @@ def test_a_file_cut_short_and_a_folder_without_weights_are_named(tmp_path):
 def test_a_tied_model_needs_the_shared_tensor_once_under_either_name(tmp_path):
     source, live = qwen(seed=1), qwen(seed=0)
     assert tied_names(live) == [{"model.embed_tokens.weight", "lm_head.weight"}]
-    folder = saved(source, tmp_path / "tied")
+    folder = save_model(source, tmp_path / "tied")
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     load_weights(live, folder)
     assert weights_digest(live) == weights_digest(source)
@@ -93,7 +93,7 @@ def test_a_tied_model_needs_the_shared_tensor_once_under_either_name(tmp_path):
 def test_an_untied_model_needs_both_tensors(tmp_path):
     live = qwen(tied=False)
     assert tied_names(live) == []
-    folder = saved(live, tmp_path / "untied")
+    folder = save_model(live, tmp_path / "untied")
     changed(folder, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(NpoError, match=r"tensor missing: lm_head\.weight$"):
         load_weights(live, folder)
@@ -101,7 +101,7 @@ def test_an_untied_model_needs_both_tensors(tmp_path):
 
 def test_shards_are_read_as_one(tmp_path):
     source, live = qwen(tied=False, seed=1), qwen(tied=False)
-    folder = saved(source, tmp_path / "shards", max_shard_size="6KB")
+    folder = save_model(source, tmp_path / "shards", max_shard_size="6KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     load_weights(live, folder)
     assert weights_digest(live) == weights_digest(source)
@@ -115,6 +115,6 @@ def test_shards_are_read_as_one(tmp_path):
 def test_weights_are_copied_in_place(tmp_path):
     live = qwen()
     parameter = live.model.embed_tokens.weight
-    load_weights(live, saved(qwen(seed=1), tmp_path / "new"))
+    load_weights(live, save_model(qwen(seed=1), tmp_path / "new"))
     assert live.model.embed_tokens.weight is parameter
     assert parameter.requires_grad

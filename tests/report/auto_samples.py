@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from npo_cli.auto_records import AutoState, Phase, Transition, TriggerReading
+from npo_cli.auto_records import AutoNPOState, Phase, Transition, TriggerReading
 
 SIGNALS = {"gain": 0.004, "margin": 0.011, "drop": 0.091, "needed_drop": 0.05}
 SCORE = {
@@ -24,28 +24,28 @@ CONFIRMATION = {
 }
 
 
-def move(
+def make_transition(
     step: int, event: str, phase: Phase = "TRAIN", *, before: Phase = "TRAIN", to: int | None = None, **evidence: Any
 ) -> Transition:
     """A move into `phase`; a rest lasts 40 steps, a replay from `to` until the step itself."""
     until = {"COOLDOWN": step + 40, "REPLAY": step}.get(phase)
-    state = AutoState(branch="main", step=step if to is None else to, phase=phase, until=until)
+    state = AutoNPOState(branch="main", step=step if to is None else to, phase=phase, until_step=until)
     return Transition(step=step, event=event, phase_before=before, state=state, evidence=evidence)
 
 
-def intervention(step: int, *, to: int) -> list[Transition]:
+def intervention_transitions(step: int, *, to: int) -> list[Transition]:
     """From the warning to the rest."""
     return [
-        move(step - 2, "warning", **SIGNALS),
-        move(step, "trigger", "PROBE", **SIGNALS),
-        move(step, "accepted", "GUIDE_GEN", before="PROBE", **CONFIRMATION),
-        move(step, "guided", "ROLLBACK", before="GUIDE_GEN", num_asked=30, num_found=20, num_reused=5),
-        move(step, "rolled_back", "REPLAY", before="ROLLBACK", to=to, to_step=to),
-        move(step, "replayed", "COOLDOWN", before="REPLAY", distance=step - to),
+        make_transition(step - 2, "warning", **SIGNALS),
+        make_transition(step, "trigger", "PROBE", **SIGNALS),
+        make_transition(step, "accepted", "GUIDE_GEN", before="PROBE", **CONFIRMATION),
+        make_transition(step, "guided", "ROLLBACK", before="GUIDE_GEN", num_asked=30, num_found=20, num_reused=5),
+        make_transition(step, "rolled_back", "REPLAY", before="ROLLBACK", to=to, to_step=to),
+        make_transition(step, "replayed", "COOLDOWN", before="REPLAY", distance=step - to),
     ]
 
 
-def readings(num_steps: int) -> list[TriggerReading]:
+def make_readings(num_steps: int) -> list[TriggerReading]:
     """A reward that rises, an entropy that falls, and averages that are exact; step 3 recorded neither."""
     found = []
     for step in range(1, num_steps + 1):

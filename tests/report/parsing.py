@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 VOID = {"meta", "img", "br", "link", "input"}
 
 
-class Found(HTMLParser):
+class ParsedPage(HTMLParser):
     """Everything in a page, and whether every element is closed where it should be."""
 
     def __init__(self, html: str) -> None:
@@ -14,11 +14,11 @@ class Found(HTMLParser):
         self.elements: Counter[str] = Counter()
         self.attributes: list[tuple[str, str, str]] = []
         self.texts: list[str] = []
-        self.odd: list[str] = []
+        self.problems: list[str] = []
         self._open: list[str] = []
         self.feed(html)
         self.close()
-        self.odd += [f"{tag} is never closed" for tag in self._open]
+        self.problems += [f"{tag} is never closed" for tag in self._open]
 
     @property
     def text(self) -> str:
@@ -33,7 +33,7 @@ class Found(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if not self._open or self._open.pop() != tag:
-            self.odd.append(f"{tag} is closed and was not open")
+            self.problems.append(f"{tag} is closed and was not open")
 
     def handle_data(self, data: str) -> None:
         if self._open[-1:] != ["style"]:

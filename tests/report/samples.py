@@ -30,9 +30,9 @@ SCORE = CheckpointScore(
     kl_per_sequence=0.3,
     mean_length=15.0,
     ess_fraction=0.4,
-    unreliable=False,
-    chosen=True,
-    chosen_by={"group2/pass@1": 140, "kl_exp/pass@k": 140},
+    is_unreliable=False,
+    is_selected=True,
+    selection_by_profile={"group2/pass@1": 140, "kl_exp/pass@k": 140},
 )
 FAR_SCORE = replace(SCORE, step=140, distance=60, variance=40.0, variance_high=90.0, chosen=False, unreliable=True)
 
@@ -54,4 +54,4 @@ def rollout(slot: int, *, reward: float, text: str = "42", source: str = "own") 
 
 def group(*rollouts: Rollout, mix: str = "off", own_accuracy: float | None = None) -> Group:
     prompt = Prompt(prompt_id="p1", answer="42", text="6*7=")
-    return Group(prompt=prompt, rollouts=rollouts, mix=mix, own_accuracy=own_accuracy)
+    return Group(prompt=prompt, rollouts=rollouts, injection_status=mix, on_policy_accuracy=own_accuracy)

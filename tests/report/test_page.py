@@ -7,10 +7,10 @@ import pytest
 from jinja2 import UndefinedError
 
 from npo_cli.report.cells import Table
-from npo_cli.report.inert import LONGEST
-from npo_cli.report.page import TEMPLATE, Chapter, Part, Sample, page_html, pictures_of
-from npo_cli.report.signals import guide_pictures
-from tests.report.parsing import Found
+from npo_cli.report.inert import MAX_TEXT_CHARS
+from npo_cli.report.page import TEMPLATE, Section, Subsection, PromptSample, render_page, list_plots
+from npo_cli.report.signals import make_score_plots
+from tests.report.parsing import ParsedPage
 from tests.report.samples import FAR_SCORE, SCORE
 from tests.report.visits import GUIDED, STORY, VISITS
 
@@ -20,40 +20,40 @@ HOSTILE = (
 )
 
 
-def chapter_of(text: str) -> Chapter:
+def chapter_of(text: str) -> Section:
     """One in which everything that can come from a model or a file says `text`."""
     rollouts = tuple(replace(one, text=text) for one in GUIDED.group.rollouts)
     shown = replace(GUIDED, branch=text, group=replace(GUIDED.group, rollouts=rollouts))
     story = replace(STORY, prompt_id=text, branch=text, question=text, answer=text)
     table = Table(title=text, header=(text, "n"), rows=((text, "1"),), notes=(text,))
-    (picture, *_) = guide_pictures([SCORE, FAR_SCORE], prefix="")
-    part = Part(
+    (picture, *_) = make_score_plots([SCORE, FAR_SCORE], prefix="")
+    part = Subsection(
         title=text,
         text=text,
-        pictures=(replace(picture, says=text),),
+        plots=(replace(picture, says=text),),
         tables=(table,),
-        samples=(Sample(story=story, visits=(VISITS[0], shown), shown=shown),),
-        folded=(table,),
+        samples=(PromptSample(history=story, visits=(VISITS[0], shown), shown_visit=shown),),
+        collapsed_tables=(table,),
         listing=text,
     )
-    return Chapter(title=text, facts=((text, text),), parts=(part,))
+    return Section(title=text, summary=((text, text),), subsections=(part,))
 
 
 def page_of(text: str) -> str:
-    return page_html(text, [chapter_of(text), chapter_of(text)])
+    return render_page(text, [chapter_of(text), chapter_of(text)])
 
 
 def test_hostile_text_adds_no_element_and_no_attribute():
-    calm, hostile = Found(page_of("calm".ljust(len(HOSTILE), "."))), Found(page_of(HOSTILE))
+    calm, hostile = ParsedPage(page_of("calm".ljust(len(HOSTILE), "."))), ParsedPage(page_of(HOSTILE))
     assert hostile.elements == calm.elements
     assert [(tag, name) for tag, name, _ in hostile.attributes] == [(tag, name) for tag, name, _ in calm.attributes]
-    assert calm.odd == hostile.odd == []
+    assert calm.problems == hostile.problems == []
     assert not calm.elements.keys() & {"script", "iframe", "link", "object", "form", "base", "svg"}
     assert not [name for _, name, _ in calm.attributes if name.startswith("on")]
 
 
 def test_hostile_text_is_there_to_be_read():
-    text = Found(page_of(HOSTILE)).text
+    text = ParsedPage(page_of(HOSTILE)).text
     assert "</pre></style></script><script>alert(1)</script><img src=http://127.0.0.1/x onerror=alert(2)>" in text
     # The template's own language means nothing in data, and what was escaped before is not read twice.
     assert "{{ 7*7 }} {% raw %} <!-- &lt;b&gt; " in text
@@ -67,7 +67,7 @@ def test_no_character_of_the_page_is_hidden():
 
 
 def test_nothing_is_fetched_and_nothing_runs():
-    found = Found(page_of("calm"))
+    found = ParsedPage(page_of("calm"))
     policy = next(value for tag, name, value in found.attributes if tag == "meta" and value.startswith("default-src"))
     assert policy == (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -81,7 +81,7 @@ def test_nothing_is_fetched_and_nothing_runs():
 
 def test_a_line_of_a_megabyte_is_cut_with_a_note():
     page = page_of("z" * 1_000_000)
-    assert f"[... {1_000_000 - LONGEST:,} letters left out ...]" in page
+    assert f"[... {1_000_000 - MAX_TEXT_CHARS:,} letters left out ...]" in page
     # 36 places in each of two chapters, of some 4,030 letters
     assert len(page) < 400_000
 
@@ -91,13 +91,13 @@ def test_the_same_records_give_the_same_page():
 
 
 def test_every_picture_of_the_page_is_named_in_its_words():
-    found = Found(page_of("calm"))
+    found = ParsedPage(page_of("calm"))
     assert [value for tag, name, value in found.attributes if (tag, name) == ("img", "alt")] == ["calm", "calm"]
-    assert [picture.name for picture in pictures_of([chapter_of("calm")])] == ["quality"]
+    assert [picture.name for picture in list_plots([chapter_of("calm")])] == ["quality"]
 
 
 def test_a_sample_sets_the_policy_beside_the_guide():
-    text = Found(page_html("t", [chapter_of("calm")])).text
+    text = ParsedPage(render_page("t", [chapter_of("calm")])).text
     (own,) = re.findall(r"Step 30 of calm, the policy itself: \d of \d correct", text)
     assert own.endswith("1 of 3 correct")
     # The policy of step 30 had made 29 steps: 40 - 29 = 11.
@@ -108,12 +108,12 @@ def test_a_sample_sets_the_policy_beside_the_guide():
 
 def test_numbers_stand_to_the_right():
     table = Table(title="t", header=("name", "a", "b"), rows=(("x", "1.5 [1, 2]", "-"), ("y", "-0.2", "3 MB")))
-    part = Part(title="p", tables=(table,))
-    found = Found(page_html("t", [Chapter(title="c", facts=(), parts=(part,))]))
+    part = Subsection(title="p", tables=(table,))
+    found = ParsedPage(render_page("t", [Section(title="c", summary=(), subsections=(part,))]))
     # a heading and two cells of each of the two columns
     assert [value for tag, name, value in found.attributes if value == "n"] == ["n"] * 6
 
 
 def test_a_name_that_the_template_lacks_is_an_error():
     with pytest.raises(UndefinedError):
-        page_html("t", [Part(title="no chapter")])
+        render_page("t", [Subsection(title="no chapter")])

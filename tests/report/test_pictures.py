@@ -11,22 +11,22 @@ from matplotlib.figure import Figure
 
 from npo_cli.costs import CurvePoint
 from npo_cli.records import StepReport
-from npo_cli.report.curves import Arm, accuracy_pictures, moving_mean, training_pictures
-from npo_cli.report.limbs import Limb
-from npo_cli.report.pictures import Picture, save_picture, svg_of
-from npo_cli.report.signals import guide_pictures, rollback_pictures
-from npo_cli.report.tree import tree_picture
+from npo_cli.report.curves import Curve, make_accuracy_plots, moving_mean, make_training_plots
+from npo_cli.report.limbs import BranchSpan
+from npo_cli.report.pictures import Plot, save_plot, render_svg
+from npo_cli.report.signals import make_score_plots, make_probe_plots
+from npo_cli.report.tree import make_lineage_plot
 from tests.report import auto_samples
-from tests.report.auto_samples import intervention, move
+from tests.report.auto_samples import intervention_transitions, make_transition
 from tests.report.samples import FAR_SCORE, SCORE
 
-MAIN = Limb(
+MAIN = BranchSpan(
     branch="main",
     parent=None,
     fork_step=0,
     last_step=80,
-    kept_until=20,
-    guide=None,
+    lineage_until=20,
+    guide_cache=None,
     guide_step=None,
     guide_until=None,
 )
@@ -35,7 +35,7 @@ LATE = replace(
 )
 
 
-def drawn(picture: Picture) -> Axes:
+def drawn(picture: Plot) -> Axes:
     panel = Figure().subplots()
     picture.draw(panel)
     return panel
@@ -46,10 +46,10 @@ def labels(svg: bytes) -> list[str]:
     return re.findall(r"<!-- (.*) -->", svg.decode())
 
 
-def arm(name: str, steps: list[int], *, extra: int = 0, until: int | None = None) -> Arm:
+def arm(name: str, steps: list[int], *, extra: int = 0, until: int | None = None) -> Curve:
     points = tuple(
         CurvePoint(
-            arm=name,
+            name=name,
             step=step,
             total_steps=step + extra,
             total_tokens=100 * (step + extra),
@@ -58,16 +58,16 @@ def arm(name: str, steps: list[int], *, extra: int = 0, until: int | None = None
         )
         for step in steps
     )
-    return Arm(place=0, points=points, guide_until=until, is_fork=extra > 0)
+    return Curve(index=0, points=points, guide_until=until, is_fork=extra > 0)
 
 
 def test_a_picture_is_a_document_without_a_date_and_the_same_every_time(tmp_path):
-    (picture, *_) = guide_pictures([SCORE, FAR_SCORE], prefix="x-")
-    svg = svg_of(picture)
+    (picture, *_) = make_score_plots([SCORE, FAR_SCORE], prefix="x-")
+    svg = render_svg(picture)
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
     assert b"<dc:date>" not in svg
     for folder in ("one", "two"):
-        save_picture(picture, tmp_path / folder)
+        save_plot(picture, tmp_path / folder)
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["x-quality.png", "x-quality.svg"]
     for name in ("x-quality.png", "x-quality.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -78,26 +78,26 @@ def test_a_picture_is_a_document_without_a_date_and_the_same_every_time(tmp_path
 
 def test_a_label_with_dollars_is_no_formula():
     names = [arm("a$\\frac{$", [0, 10]), arm("<b>&", [0, 10])]
-    (picture, *_) = accuracy_pictures(names, prefix="")
-    assert {"a$\\frac{$", "&lt;b&gt;&amp;"} <= set(labels(svg_of(picture)))
+    (picture, *_) = make_accuracy_plots(names, prefix="")
+    assert {"a$\\frac{$", "&lt;b&gt;&amp;"} <= set(labels(render_svg(picture)))
 
 
 def test_the_clock_is_an_axis_where_every_arm_has_one():
     timed = arm("a", [0, 10])
     still = replace(timed, points=tuple(replace(point, total_seconds=0.0) for point in timed.points))
-    assert [one.name for one in accuracy_pictures([timed], prefix="")] == [
+    assert [one.name for one in make_accuracy_plots([timed], prefix="")] == [
         "accuracy-by-step",
         "accuracy-by-total-steps",
         "accuracy-by-tokens",
         "accuracy-by-clock",
     ]
-    assert len(list(accuracy_pictures([timed, still], prefix=""))) == 3
+    assert len(list(make_accuracy_plots([timed, still], prefix=""))) == 3
     # An arm that only stands at its start has spent nothing, and takes no axis away.
-    assert len(list(accuracy_pictures([timed, arm("b", [0])], prefix=""))) == 4
+    assert len(list(make_accuracy_plots([timed, arm("b", [0])], prefix=""))) == 4
 
 
 def test_the_band_of_a_guide_ends_where_its_mixing_ended():
-    by_step, by_steps, *_ = accuracy_pictures([arm("late", [20, 40, 60], extra=30, until=50)], prefix="")
+    by_step, by_steps, *_ = make_accuracy_plots([arm("late", [20, 40, 60], extra=30, until=50)], prefix="")
     band = drawn(by_step).lines[0].get_xydata().tolist()
     # between the evaluations at 40 and 60: halfway, 0.5
     assert band == [[20, 0.2], [40, 0.4], [50, pytest.approx(0.5)]]
@@ -105,8 +105,8 @@ def test_the_band_of_a_guide_ends_where_its_mixing_ended():
 
 
 def test_a_fork_is_marked_and_a_first_branch_is_not():
-    def diamonds(one: Arm) -> list[list[float]]:
-        (picture, *_) = accuracy_pictures([one], prefix="")
+    def diamonds(one: Curve) -> list[list[float]]:
+        (picture, *_) = make_accuracy_plots([one], prefix="")
         return [line.get_xydata().tolist()[0] for line in drawn(picture).lines if line.get_marker() == "D"]
 
     assert diamonds(arm("late", [20, 40], extra=30)) == [[20, 0.2]]
@@ -123,12 +123,12 @@ def test_a_moving_mean_uses_what_there_is_at_the_ends():
 def test_only_what_was_measured_is_drawn():
     metrics = {"reward": 0.5, "entropy": 0.25, "inject/slots": 0.0}
     reports = [StepReport(branch="main", step=step, metrics=metrics, timings={}) for step in (1, 2)]
-    assert [one.name for one in training_pictures(reports, [MAIN], prefix="r-")] == [
+    assert [one.name for one in make_training_plots(reports, [MAIN], prefix="r-")] == [
         "r-training-reward",
         "r-policy-entropy",
     ]
     seated = [*reports, StepReport(branch="late", step=21, metrics=metrics | {"inject/slots": 2.0}, timings={})]
-    (*_, slots) = training_pictures(seated, [MAIN, LATE], prefix="")
+    (*_, slots) = make_training_plots(seated, [MAIN, LATE], prefix="")
     panel = drawn(slots)
     # of each branch the single steps and their mean; late's are at step 21
     assert [line.get_xdata().tolist() for line in panel.lines if len(line.get_xdata()) == 1] == [[21], [21]]
@@ -137,7 +137,7 @@ def test_only_what_was_measured_is_drawn():
 
 
 def test_the_tree_shows_what_was_kept_and_what_was_left():
-    panel = drawn(tree_picture([MAIN, LATE], [*intervention(60, to=20), move(70, "rejected")], prefix=""))
+    panel = drawn(make_lineage_plot([MAIN, LATE], [*intervention_transitions(60, to=20), make_transition(70, "rejected")], prefix=""))
     lines = [(line.get_linestyle(), line.get_xdata().tolist()) for line in panel.lines]
     assert lines[:2] == [("-", [0, 20]), (":", [20, 80])]
     # late was kept whole; its guide was at work until step 50
@@ -151,7 +151,7 @@ def test_the_tree_shows_what_was_kept_and_what_was_left():
 
 
 def test_q_v_and_s_have_their_intervals_and_the_chosen_ones_ring():
-    quality, _, signal = guide_pictures([FAR_SCORE, SCORE], prefix="")
+    quality, _, signal = make_score_plots([FAR_SCORE, SCORE], prefix="")
     panel = drawn(quality)
     # Q 0.25 in [0.2, 0.3] at distance 20
     ((low, high), *_) = [segment[:, 1].tolist() for segment in panel.collections[0].get_segments()]
@@ -162,7 +162,7 @@ def test_q_v_and_s_have_their_intervals_and_the_chosen_ones_ring():
 
 def test_a_probes_distances_are_drawn_without_what_was_no_number():
     lost = {name: value for name, value in auto_samples.SCORE.items() if name != "variance"}
-    quality, variance, _ = rollback_pictures([lost, auto_samples.NEAR_SCORE], prefix="p-")
+    quality, variance, _ = make_probe_plots([lost, auto_samples.NEAR_SCORE], prefix="p-")
     assert [text.get_text() for text in drawn(quality).texts] == ["D* = 10"]
     points = drawn(variance).lines[0].get_xydata().tolist()
     assert points == [[10, 2.0]]

@@ -6,7 +6,7 @@ from npo_cli.report.sheet import write_points
 
 def test_a_point_is_a_line_and_what_is_not_known_is_empty(tmp_path):
     point = SeedPoint(
-        arm='a, "b"',
+        method='a, "b"',
         seed=1,
         run="r",
         branch="main",

@@ -1,37 +1,37 @@
 from dataclasses import replace
 
-from npo_cli.cli.drawing import plain_table
+from npo_cli.cli.drawing import format_table
 from npo_cli.report.stories import (
-    answers,
-    how_far,
-    in_a_sentence,
-    log_ratio,
-    stories_tables,
+    dedupe_responses,
+    describe_guide_distance,
+    describe_history,
+    describe_log_ratio,
+    prompt_history_tables,
     visits_tables,
-    what_happened,
+    describe_visit,
 )
 from tests.report.visits import GUIDED, SOLVED, STORY, VISITS
 
 
 def test_a_story_is_one_sentence():
-    assert in_a_sentence(STORY) == (
+    assert describe_history(STORY) == (
         "3 visits; first solved by itself at step 30, mostly at step 50; a guide was seated at step 30"
     )
     other = replace(STORY, num_visits=1, solved_at=None, mostly_solved_at=None, seated_at=())
-    assert in_a_sentence(other) == "1 visit; never solved by itself; no guide was seated"
+    assert describe_history(other) == "1 visit; never solved by itself; no guide was seated"
     twice = replace(STORY, mostly_solved_at=30, seated_at=(30, 50))
-    assert in_a_sentence(twice) == "3 visits; first solved by itself at step 30; a guide was seated at steps 30, 50"
+    assert describe_history(twice) == "3 visits; first solved by itself at step 30; a guide was seated at steps 30, 50"
 
 
 def test_equal_answers_are_told_once_the_guides_first_then_the_correct():
-    told = [(one.who, one.first.text, one.slots) for one in answers(GUIDED)]
+    told = [(one.source_label, one.first.text, one.slots) for one in dedupe_responses(GUIDED)]
     assert told == [("guide, step 40", "42", (2,)), ("own", "42", (1,)), ("own", "7", (0, 2))]
 
 
 def test_a_story_on_the_terminal_is_read_from_top_to_bottom():
-    tables = [*stories_tables([STORY]), *visits_tables(VISITS[1:])]
+    tables = [*prompt_history_tables([STORY]), *visits_tables(VISITS[1:])]
     # log-prob: (-0.25 - 0.125) / 2 = -0.1875 for the guide, (-0.5 - 0.25) / 2 = -0.375 for the others
-    assert "\n".join(map(plain_table, tables)) == (
+    assert "\n".join(map(format_table, tables)) == (
         "Prompt p1 on the line of late: 3 visits; first solved by itself at step 30, mostly at step 50; "
         "a guide was seated at step 30\n"
         "question  reference answer\n"
@@ -52,10 +52,10 @@ def test_a_story_on_the_terminal_is_read_from_top_to_bottom():
 
 def test_the_log_ratio_is_on_record_where_the_policy_gave_the_guides_answer():
     # (-0.5 - 0.25) - (-0.25 - 0.125) = -0.375, over two tokens
-    assert "policy / guide -0.375 nats, -0.1875 a token" in log_ratio(GUIDED)
+    assert "policy / guide -0.375 nats, -0.1875 a token" in describe_log_ratio(GUIDED)
     others = tuple(one for one in GUIDED.group.rollouts if one.source == "guide" or one.reward == 0)
     others = tuple(replace(one, response_ids=(8, 9)) if one.source == "own" else one for one in others)
-    assert "not on record" in log_ratio(replace(GUIDED, group=replace(GUIDED.group, rollouts=others)))
+    assert "not on record" in describe_log_ratio(replace(GUIDED, group=replace(GUIDED.group, rollouts=others)))
 
 
 def test_a_long_answer_is_cut_on_the_terminal():
@@ -69,14 +69,14 @@ def test_a_long_answer_is_cut_on_the_terminal():
 def test_a_teacher_has_no_step_and_no_log_probability():
     teacher = replace(GUIDED.group.rollouts[-1], source="teacher", sampler_step=None, behavior_logps=None)
     taught = replace(GUIDED, group=replace(GUIDED.group, rollouts=(*GUIDED.group.rollouts[:-1], teacher)))
-    first = answers(taught)[0]
-    assert (first.who, first.logp_per_token, how_far(taught)) == ("teacher", None, "teacher")
-    assert what_happened(taught) == "1 of 3 own answers correct; in a slot: teacher"
-    assert log_ratio(taught) == "Its log-probability under who wrote it is not known."
+    first = dedupe_responses(taught)[0]
+    assert (first.source_label, first.logp_per_token, describe_guide_distance(taught)) == ("teacher", None, "teacher")
+    assert describe_visit(taught) == "1 of 3 own answers correct; in a slot: teacher"
+    assert describe_log_ratio(taught) == "Its log-probability under who wrote it is not known."
 
 
 def test_the_past_is_behind():
     past = replace(GUIDED.group.rollouts[-1], source="past", sampler_step=9)
     replayed = replace(GUIDED, group=replace(GUIDED.group, rollouts=(*GUIDED.group.rollouts[:-1], past)))
     # The policy of step 30 had made 29 steps.
-    assert how_far(replayed) == "past, step 9: 20 steps behind the policy that answered"
+    assert describe_guide_distance(replayed) == "past, step 9: 20 steps behind the policy that answered"

@@ -1,6 +1,6 @@
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide_records import GuideCacheInfo
 from npo_cli.records import CheckpointEntry, EvalReport, Segment, StepReport
-from npo_cli.report.lines import Check, GroupLine, RolloutLine
+from npo_cli.report.lines import DoctorCheck, GroupView, RolloutView
 from npo_cli.report.tables import (
     checks_tables,
     evals_tables,
@@ -72,7 +72,7 @@ def test_training_is_summed_up_by_the_ends_of_each_branch():
 def test_evaluations_carry_their_intervals():
     report = EvalReport(
         branch="main", step=20, num_prompts=256, num_samples=2, accuracy=0.5, accuracy_low=0.45, accuracy_high=0.55,
-        pass_at_k=0.6, pass_at_k_low=0.5, pass_at_k_high=0.7, mean_length=14.5, cut_off=0.031, num_tokens=7424,
+        pass_at_k=0.6, pass_at_k_low=0.5, pass_at_k_high=0.7, mean_length=14.5, truncated_fraction=0.031, num_tokens=7424,
     )  # fmt: skip
     (table,) = evals_tables([report])
     assert table.rows == (
@@ -81,10 +81,10 @@ def test_evaluations_carry_their_intervals():
 
 
 def test_a_guide_says_which_steps_it_serves_and_how_many_prompts_it_solved():
-    guide = GuideInfo(
-        name="near", run_id="r", branch="main", at_step=80, guide_step=160, guide_digest="d", num_steps=80,
+    guide = GuideCacheInfo(
+        name="near", run_id="r", branch="main", learner_step=80, guide_step=160, guide_digest="d", num_steps=80,
         tokenizer_digest="t", sampling="8 by 2, random",
-        num_prompts=1000, num_found=900, num_samples=3000, num_tokens=45_000, complete=False,
+        num_prompts=1000, num_prompts_with_rollouts=900, num_samples=3000, num_tokens=45_000, complete=False,
     )  # fmt: skip
     (table,) = guides_tables([guide])
     assert table.rows == (
@@ -93,15 +93,15 @@ def test_a_guide_says_which_steps_it_serves_and_how_many_prompts_it_solved():
 
 
 def test_lineage_shows_where_each_branch_left_its_parent():
-    first = Segment(branch="main", parent=None, fork_step=0, guide=None, guide_until=None)
-    second = Segment(branch="near", parent="main", fork_step=80, guide="g", guide_until=160)
+    first = Segment(branch="main", parent=None, fork_step=0, guide_cache=None, guide_until=None)
+    second = Segment(branch="near", parent="main", fork_step=80, guide_cache="g", guide_until=160)
     (table,) = lineage_tables([first, second])
     assert table.rows == (("main", "-", "0", "-", "-"), ("near", "main", "80", "g", "160"))
 
 
 def test_a_seated_guide_is_told_from_the_policys_own_rollouts():
     lines = [
-        RolloutLine(branch="near", step=81, question="6*7=", answer="42", rollout=one)
+        RolloutView(branch="near", step=81, prompt_text="6*7=", reference_answer="42", rollout=one)
         for one in (rollout(0, reward=0.0, text="41"), rollout(1, reward=1.0, source="guide"))
     ]
     (table,) = rollouts_tables(lines)
@@ -113,15 +113,15 @@ def test_a_seated_guide_is_told_from_the_policys_own_rollouts():
 
 def test_a_groups_reward_is_the_mean_over_its_rollouts():
     mixed = group(rollout(0, reward=0.0), rollout(1, reward=1.0, source="guide"), mix="injected", own_accuracy=0.0)
-    (table,) = groups_tables([GroupLine(branch="near", step=81, group=mixed)])
+    (table,) = groups_tables([GroupView(branch="near", step=81, group=mixed)])
     assert table.rows == (("near", "81", "p1", "2", "0.000", "0.500", "injected"),)
 
 
 def test_an_absent_optional_part_is_no_fault():
     checks = [
-        Check(name="torch", ok=True, detail="2.13"),
-        Check(name="vllm", ok=False, detail="not installed", needed=False),
-        Check(name="disk", ok=False, detail="0 B", hint="free some"),
+        DoctorCheck(name="torch", is_ok=True, detail="2.13"),
+        DoctorCheck(name="vllm", is_ok=False, detail="not installed", is_required=False),
+        DoctorCheck(name="disk", is_ok=False, detail="0 B", hint="free some"),
     ]
     (table,) = checks_tables(checks)
     assert [row[0] for row in table.rows] == ["ok", "-", "BAD"]

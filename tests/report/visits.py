@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from npo_cli.report.lines import PromptStory, Visit
+from npo_cli.report.lines import PromptHistory, PromptVisit
 from tests.report.samples import group, rollout
 
-FAILED = Visit(branch="main", step=8, num_asked=2, num_correct=0, group=group(*(rollout(s, reward=0) for s in (0, 1))))
-GUIDED = Visit(
+FAILED = PromptVisit(branch="main", step=8, num_on_policy=2, num_correct=0, group=group(*(rollout(s, reward=0) for s in (0, 1))))
+GUIDED = PromptVisit(
     branch="late",
     step=30,
-    num_asked=3,
+    num_on_policy=3,
     num_correct=1,
     group=group(
         rollout(0, reward=0, text="7"),
@@ -20,15 +20,15 @@ GUIDED = Visit(
         own_accuracy=1 / 3,
     ),
 )
-SOLVED = Visit(branch="late", step=50, num_asked=1, num_correct=1, group=group(rollout(0, reward=1), mix="gate_closed"))
+SOLVED = PromptVisit(branch="late", step=50, num_on_policy=1, num_correct=1, group=group(rollout(0, reward=1), mix="gate_closed"))
 VISITS = (FAILED, GUIDED, SOLVED)
-STORY = PromptStory(
+STORY = PromptHistory(
     prompt_id="p1",
     branch="late",
-    question="6*7=",
-    answer="42",
+    prompt_text="6*7=",
+    reference_answer="42",
     num_visits=3,
-    solved_at=30,
-    mostly_solved_at=50,
-    seated_at=(30,),
+    first_solved_step=30,
+    first_mostly_solved_step=50,
+    injection_steps=(30,),
 )

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from npo_cli.guide_records import GuideInfo, GuideTrajectory
+from npo_cli.guide_records import GuideCacheInfo, GuideRollout
 from npo_cli.records import CheckpointScore, EvalReport, Group, Prompt, Rollout, Segment
-from npo_cli.run_dir.checkpoints import new_checkpoint
+from npo_cli.run_dir.checkpoints import create_checkpoint
 from npo_cli.run_dir.lineage import append_segment
-from npo_cli.run_dir.outcomes import Outcomes
+from npo_cli.run_dir.outcomes import PromptResults
 from npo_cli.run_dir.paths import RunDir, create_run
 
 RECIPE = {"name": "tiny", "train": {"seed": 0, "num_steps": 4}}
@@ -25,13 +25,13 @@ def new_run(folder: Path) -> RunDir:
 
 
 def main_segment() -> Segment:
-    return Segment(branch="main", parent=None, fork_step=0, guide=None, guide_until=None)
+    return Segment(branch="main", parent=None, fork_step=0, guide_cache=None, guide_until=None)
 
 
 def fork(run: RunDir, branch: str, *, parent: str, at: int) -> None:
     """A branch without a guide."""
     run.save_recipe(branch, RECIPE)
-    append_segment(run, Segment(branch=branch, parent=parent, fork_step=at, guide=None, guide_until=None))
+    append_segment(run, Segment(branch=branch, parent=parent, fork_step=at, guide_cache=None, guide_until=None))
 
 
 def safetensors_bytes(tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> bytes:
@@ -48,9 +48,9 @@ def f32(*numbers: float) -> bytes:
     return np.asarray(numbers, dtype="<f4").tobytes()
 
 
-def save(run: RunDir, step: int, *, branch: str = "main", anchor: bool = True, weight: float | None = None) -> Path:
+def write_checkpoint(run: RunDir, step: int, *, branch: str = "main", anchor: bool = True, weight: float | None = None) -> Path:
     """A checkpoint of one number."""
-    with new_checkpoint(run, branch, step) as folder:
+    with create_checkpoint(run, branch, step) as folder:
         number = float(step) if weight is None else weight
         (folder / "model.safetensors").write_bytes(safetensors_bytes({"w": ("F32", [1], f32(number))}))
         (folder / "config.json").write_text("{}\n")
@@ -79,12 +79,12 @@ def group(prompt_id: str) -> Group:
     return Group(
         prompt=prompt,
         rollouts=(rollout(0, prompt_id=prompt_id), rollout(1, prompt_id=prompt_id)),
-        mix="gate_closed",
-        own_accuracy=1.0,
+        injection_status="gate_closed",
+        on_policy_accuracy=1.0,
     )
 
 
-def guide_info(run: RunDir, **changes: object) -> GuideInfo:
+def guide_info(run: RunDir, **changes: object) -> GuideCacheInfo:
     fields: dict[str, object] = {
         "name": "g",
         "run_id": run.run_id,
@@ -100,12 +100,12 @@ def guide_info(run: RunDir, **changes: object) -> GuideInfo:
         "num_samples": 0,
         "num_tokens": 0,
     }
-    return GuideInfo(**(fields | changes))  # type: ignore[arg-type]
+    return GuideCacheInfo(**(fields | changes))  # type: ignore[arg-type]
 
 
-def trajectory(prompt_id: str) -> GuideTrajectory:
+def trajectory(prompt_id: str) -> GuideRollout:
     logps = np.asarray([-0.1, -1.2345678], dtype=np.float32).tolist()
-    return GuideTrajectory(
+    return GuideRollout(
         prompt_id=prompt_id,
         response_ids=(7, 1),
         behavior_logps=tuple(logps),
@@ -141,12 +141,12 @@ def evaluation(step: int, *, branch: str = "main", accuracy: float = 0.5, num_sa
         pass_at_k_low=0.25,
         pass_at_k_high=0.75,
         mean_length=2.0,
-        cut_off=0.0,
+        truncated_fraction=0.0,
         num_tokens=16,
     )
 
 
-def outcomes(step: int, *, num_correct: tuple[int, ...] = (2, 1, 0, 1)) -> Outcomes:
+def make_eval_results(step: int, *, num_correct: tuple[int, ...] = (2, 1, 0, 1)) -> PromptResults:
     """Those behind `evaluation(step)`."""
     prompts = ("0a", "0b", "0c", "0d")
-    return Outcomes(branch="main", step=step, num_samples=2, prompts=prompts, num_correct=num_correct)
+    return PromptResults(branch="main", step=step, num_samples=2, prompt_keys=prompts, num_correct=num_correct)

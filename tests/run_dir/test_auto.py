@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from npo_cli.auto_records import AutoState, Transition
+from npo_cli.auto_records import AutoNPOState, Transition
 from npo_cli.errors import NpoError
-from npo_cli.run_dir.auto import append_transitions, autonpo_path, open_probe, probe_tokens, probes, transitions
-from npo_cli.run_dir.retention import apply_retention, protected_places, within_reach
-from npo_cli.run_dir.rollouts import RolloutJournal
-from tests.run_dir.making import fork, group, new_run, save
+from npo_cli.run_dir.auto import append_transitions, autonpo_path, open_probe, count_probe_tokens, list_probes, read_transitions
+from npo_cli.run_dir.retention import apply_retention, find_protected_checkpoints, find_rollback_checkpoints
+from npo_cli.run_dir.rollouts import RolloutLog
+from tests.run_dir.making import fork, group, new_run, write_checkpoint
 
-STATE = AutoState(branch="main", step=8, streak=2, warned=True, interventions=1)
+STATE = AutoNPOState(branch="main", step=8, stagnation_streak=2, has_warned=True, num_interventions=1)
 WARNING = Transition(
     step=8, event="warning", phase_before="TRAIN", state=STATE, evidence={"gain": 0.25, "verdict": "stagnant"}
 )
@@ -19,7 +19,7 @@ TRIGGER = Transition(
     step=8,
     event="trigger",
     phase_before="TRAIN",
-    state=AutoState(branch="main", step=8, phase="PROBE", interventions=1),
+    state=AutoNPOState(branch="main", step=8, phase="PROBE", num_interventions=1),
     evidence={"scores": [{"distance": 2, "chosen": True}], "margin": None},
 )
 
@@ -30,12 +30,12 @@ def run(tmp_path):
 
 
 def test_what_was_written_is_read_back(run):
-    assert transitions(run) == []
+    assert read_transitions(run) == []
     append_transitions(run, [])
     assert not autonpo_path(run).exists()
     append_transitions(run, [WARNING, TRIGGER])
     append_transitions(run, [WARNING])
-    assert transitions(run) == [WARNING, TRIGGER, WARNING]
+    assert read_transitions(run) == [WARNING, TRIGGER, WARNING]
 
 
 def test_a_line_says_who_when_and_what_first(run):
@@ -51,7 +51,7 @@ def test_a_number_that_is_none_is_left_out_and_the_rest_of_the_line_stays(run):
     evidence = {"gain": math.nan, "scores": [{"variance": math.inf, "distance": 2}], "margin": 0.5}
     append_transitions(run, [Transition(step=8, event="armed", phase_before="TRAIN", state=STATE, evidence=evidence)])
     append_transitions(run, [WARNING])
-    first, second = transitions(run)
+    first, second = read_transitions(run)
     assert first.evidence == {"scores": [{"distance": 2}], "margin": 0.5}
     assert second == WARNING
 
@@ -62,7 +62,7 @@ def test_a_torn_tail_is_not_read_and_is_cut_off_before_the_next_line(run):
     whole = path.read_bytes()
     for cut in (1, 40, len(whole.splitlines(keepends=True)[1]) - 1):
         path.write_bytes(whole[:-cut])
-        assert transitions(run) == [WARNING]
+        assert read_transitions(run) == [WARNING]
     append_transitions(run, [TRIGGER])
     assert path.read_bytes() == whole
 
@@ -80,7 +80,7 @@ def test_a_damaged_line_is_named(run, old, new, detail):
     path = autonpo_path(run)
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(NpoError, match=detail):
-        transitions(run)
+        read_transitions(run)
 
 
 def test_a_state_with_fields_of_tomorrow_is_read(run):
@@ -90,14 +90,14 @@ def test_a_state_with_fields_of_tomorrow_is_read(run):
     path.write_text(
         path.read_text().replace('"begun_early":false,', "").replace('"state":{', '"state":{"mood":"calm",')
     )
-    assert transitions(run) == [WARNING]
+    assert read_transitions(run) == [WARNING]
 
 
 # Probes
 
 
 def test_a_probe_is_found_again_by_its_policy_and_settings(run):
-    assert probes(run) == []
+    assert list_probes(run) == []
     first = open_probe(run, "main", 8, settings={"k": 4, "deltas": [2, 4]})
     assert first.folder.name.startswith("main_step_000008_")
     assert open_probe(run, "main", 8, settings={"deltas": [2, 4], "k": 4}) == first
@@ -107,25 +107,25 @@ def test_a_probe_is_found_again_by_its_policy_and_settings(run):
         open_probe(run, "auto-1", 8, settings={"k": 4, "deltas": [2, 4]}),
     ]
     assert len({each.folder for each in (first, *others)}) == 4
-    assert {(each.branch, each.step) for each in probes(run)} == {("main", 8), ("main", 10), ("auto-1", 8)}
+    assert {(each.branch, each.step) for each in list_probes(run)} == {("main", 8), ("main", 10), ("auto-1", 8)}
 
 
 def test_a_folder_without_its_question_is_no_probe(run):
     kept = open_probe(run, "main", 8, settings={})
     (kept.folder.parent / "main_step_000009_00000000").mkdir()
-    assert probes(run) == [kept]
+    assert list_probes(run) == [kept]
 
 
 def test_tokens_of_a_probe_are_those_of_its_whole_chunks(run):
     probe = open_probe(run, "main", 8, settings={})
-    assert probe_tokens(probe) == 0
+    assert count_probe_tokens(probe) == 0
     # 3 groups of 2 responses of 2 tokens
-    RolloutJournal(probe.folder / "rollouts.jsonl").write_step(0, [group("p0"), group("p1")])
-    RolloutJournal(probe.folder / "rollouts.jsonl").write_step(1, [group("p2")])
-    assert probe_tokens(probe) == 12
+    RolloutLog(probe.folder / "rollouts.jsonl").write_step(0, [group("p0"), group("p1")])
+    RolloutLog(probe.folder / "rollouts.jsonl").write_step(1, [group("p2")])
+    assert count_probe_tokens(probe) == 12
     with (probe.folder / "rollouts.jsonl").open("ab") as file:
         file.write(b'{"step":2,"num_groups":2,')
-    assert probe_tokens(probe) == 12
+    assert count_probe_tokens(probe) == 12
 
 
 # Retention
@@ -139,33 +139,33 @@ def watched(run, branch: str, *, every: int, deltas: list[int]) -> None:
         recipe | {"train": {**recipe["train"], "save_every": every}, "autonpo": {"rollback": {"distances": deltas}}},
     )
     append_transitions(
-        run, [Transition(step=0, event="started", phase_before="TRAIN", state=AutoState(branch=branch, step=0))]
+        run, [Transition(step=0, event="started", phase_before="TRAIN", state=AutoNPOState(branch=branch, step=0))]
     )
 
 
 def test_nothing_is_in_reach_where_nobody_watches(run):
-    save(run, 0)
-    save(run, 2)
-    assert within_reach(run) == set()
+    write_checkpoint(run, 0)
+    write_checkpoint(run, 2)
+    assert find_rollback_checkpoints(run) == set()
 
 
 def test_what_the_next_rollback_may_need_stays_and_the_rest_goes(run):
     """deltas 4 and 5 at steps of 2: 5 is no multiple, so 4 is the longest; from 12 it leads to 8."""
     watched(run, "main", every=2, deltas=[4, 5])
     for step in range(0, 14, 2):
-        save(run, step)
-    assert within_reach(run) == {("main", 8), ("main", 10), ("main", 12)}
-    plan = apply_retention(run, "main", keep_anchors=1, keep_guides=1)
+        write_checkpoint(run, step)
+    assert find_rollback_checkpoints(run) == {("main", 8), ("main", 10), ("main", 12)}
+    plan = apply_retention(run, "main", keep_full_checkpoints=1, keep_weights_only=1)
     # One weights-only checkpoint is kept, the newest.
     assert (plan.demote, plan.delete) == ((6,), (2, 4))
 
 
 def test_steps_of_the_parent_are_in_reach_from_a_young_branch(run):
     for step in range(0, 8, 2):
-        save(run, step)
+        write_checkpoint(run, step)
     fork(run, "auto-1", parent="main", at=4)
     watched(run, "auto-1", every=2, deltas=[4])
-    save(run, 6, branch="auto-1")
+    write_checkpoint(run, 6, branch="auto-1")
     # main's own step 6 is not on the line.
-    assert protected_places(run) >= {("main", 2), ("main", 4), ("auto-1", 6)}
-    assert ("main", 6) not in protected_places(run)
+    assert find_protected_checkpoints(run) >= {("main", 2), ("main", 4), ("auto-1", 6)}
+    assert ("main", 6) not in find_protected_checkpoints(run)

@@ -14,13 +14,13 @@ from npo_cli.errors import NpoError, RunFailed
 from npo_cli.run_dir.checkpoints import (
     demote_checkpoint,
     find_checkpoint,
-    history,
+    list_ancestry_checkpoints,
     is_complete,
     list_checkpoints,
-    new_checkpoint,
-    newest_anchor,
+    create_checkpoint,
+    find_resume_checkpoint,
 )
-from tests.run_dir.making import f32, fork, new_run, safetensors_bytes, save
+from tests.run_dir.making import f32, fork, new_run, safetensors_bytes, write_checkpoint
 
 DIE_INSIDE = """
 import os, signal, sys
@@ -57,7 +57,7 @@ def names(folder) -> list[str]:
 
 
 def test_a_saved_checkpoint_is_signed_and_complete(tmp_path):
-    folder = save(new_run(tmp_path), 20)
+    folder = write_checkpoint(new_run(tmp_path), 20)
     manifest = json.loads((folder / "npo.json").read_text())
     assert (manifest["branch"], manifest["step"]) == ("main", 20)
     assert sorted(manifest["files"]) == ["config.json", "model.safetensors"]
@@ -71,7 +71,7 @@ def test_a_saved_checkpoint_is_signed_and_complete(tmp_path):
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
 def test_the_digest_is_what_the_shell_says(tmp_path):
     run = new_run(tmp_path)
-    with new_checkpoint(run, "main", 20) as folder:
+    with create_checkpoint(run, "main", 20) as folder:
         for name in ("model-00002-of-00002", "model-00001-of-00002"):
             (folder / f"{name}.safetensors").write_bytes(name.encode())
         (folder / "config.json").write_text("{}")
@@ -82,7 +82,7 @@ def test_the_digest_is_what_the_shell_says(tmp_path):
 
 def test_the_hidden_name_becomes_the_final_one_only_at_the_end(tmp_path):
     run = new_run(tmp_path)
-    with new_checkpoint(run, "main", 20) as folder:
+    with create_checkpoint(run, "main", 20) as folder:
         assert folder.name == ".step_000020.partial"
         (folder / "model.safetensors").write_bytes(b"x")
         assert list_checkpoints(run, "main") == []
@@ -92,7 +92,7 @@ def test_the_hidden_name_becomes_the_final_one_only_at_the_end(tmp_path):
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
 def test_a_save_that_fails_leaves_nothing(tmp_path, kind: type[BaseException]):
     run = new_run(tmp_path)
-    with pytest.raises(kind), new_checkpoint(run, "main", 20) as folder:
+    with pytest.raises(kind), create_checkpoint(run, "main", 20) as folder:
         (folder / "model.safetensors").write_bytes(b"x")
         raise kind
     assert names(run.checkpoints_folder("main")) == []
@@ -100,12 +100,12 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, kind: type[BaseException]):
 
 def test_a_killed_save_leaves_no_final_name_and_the_next_save_clears_it(tmp_path):
     run = new_run(tmp_path)
-    save(run, 0)
+    write_checkpoint(run, 0)
     child = subprocess.run([sys.executable, "-c", DIE_INSIDE, str(run.root)], check=False)
     assert child.returncode == -signal.SIGKILL
     assert names(run.checkpoints_folder("main")) == [".step_000020.partial", "step_000000"]
     assert steps(list_checkpoints(run, "main")) == [0]
-    save(run, 40)
+    write_checkpoint(run, 40)
     assert names(run.checkpoints_folder("main")) == ["step_000000", "step_000040"]
 
 
@@ -125,12 +125,12 @@ def test_killed_at_any_moment_every_final_name_is_whole(tmp_path, num_saves: int
 
 def test_a_full_disk_is_explained_and_the_last_checkpoint_is_intact(tmp_path):
     run = new_run(tmp_path)
-    save(run, 20)
+    write_checkpoint(run, 20)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
         refused = pytest.raises(RunFailed, match=r"no room left to write .*step_000040")
-        with refused as caught, new_checkpoint(run, "main", 40) as folder:
+        with refused as caught, create_checkpoint(run, "main", 40) as folder:
             (folder / "model.safetensors").write_bytes(bytes(6000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -146,7 +146,7 @@ def test_the_full_disk_of_safetensors_itself_is_understood(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
-        with pytest.raises(RunFailed, match="no room left"), new_checkpoint(run, "main", 40) as folder:
+        with pytest.raises(RunFailed, match="no room left"), create_checkpoint(run, "main", 40) as folder:
             save_file({"w": np.zeros(2000, dtype=np.float32)}, folder / "model.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -154,7 +154,7 @@ def test_the_full_disk_of_safetensors_itself_is_understood(tmp_path):
 
 
 def test_completeness_sees_a_short_file_and_deeply_a_changed_one(tmp_path):
-    folder = save(new_run(tmp_path), 20)
+    folder = write_checkpoint(new_run(tmp_path), 20)
     weights = folder / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + b"!")
@@ -171,20 +171,20 @@ def test_completeness_sees_a_short_file_and_deeply_a_changed_one(tmp_path):
 
 def test_a_damaged_training_state_leaves_a_guide(tmp_path):
     run = new_run(tmp_path)
-    (save(run, 20) / "anchor" / "state.json").unlink()
+    (write_checkpoint(run, 20) / "anchor" / "state.json").unlink()
     assert [found.tier for found in list_checkpoints(run, "main")] == ["guide"]
 
 
 def test_saving_the_same_weights_again_keeps_the_old_folder_and_mends_its_training_state(tmp_path):
     run = new_run(tmp_path)
-    folder = save(run, 20)
+    folder = write_checkpoint(run, 20)
     before = os.stat(folder / "model.safetensors").st_ino
     demote_checkpoint(find_checkpoint(run, "main", 20))
     assert find_checkpoint(run, "main", 20).tier == "guide"
-    save(run, 20)
+    write_checkpoint(run, 20)
     assert find_checkpoint(run, "main", 20).tier == "anchor"
     (folder / "anchor" / "state.json").write_text("damaged")
-    save(run, 20)
+    write_checkpoint(run, 20)
     assert (folder / "anchor" / "state.json").read_text() == '{"step": 20}\n'
     assert os.stat(folder / "model.safetensors").st_ino == before
     assert names(folder) == ["anchor", "config.json", "model.safetensors", "npo.json"]
@@ -192,9 +192,9 @@ def test_saving_the_same_weights_again_keeps_the_old_folder_and_mends_its_traini
 
 def test_other_weights_never_overwrite_a_checkpoint(tmp_path):
     run = new_run(tmp_path)
-    folder = save(run, 20)
+    folder = write_checkpoint(run, 20)
     with pytest.raises(NpoError, match="holds other weights") as caught:
-        save(run, 20, weight=21.0)
+        write_checkpoint(run, 20, weight=21.0)
     assert "--at STEP" in caught.value.hint
     assert is_complete(folder, deep=True) and names(folder.parent) == ["step_000020"]
     assert (folder / "model.safetensors").read_bytes() == safetensors_bytes({"w": ("F32", [1], f32(20.0))})
@@ -202,22 +202,22 @@ def test_other_weights_never_overwrite_a_checkpoint(tmp_path):
 
 def test_a_damaged_checkpoint_makes_room_for_a_new_one(tmp_path):
     run = new_run(tmp_path)
-    (save(run, 20) / "model.safetensors").write_bytes(b"half")
-    folder = save(run, 20)
+    (write_checkpoint(run, 20) / "model.safetensors").write_bytes(b"half")
+    folder = write_checkpoint(run, 20)
     assert is_complete(folder, deep=True) and names(folder.parent) == ["step_000020"]
 
 
 def test_history_follows_the_line_of_descent(tmp_path):
     run = new_run(tmp_path)
     for step in (0, 20, 40, 60):
-        save(run, step)
+        write_checkpoint(run, step)
     fork(run, "late", parent="main", at=40)
     for step in (60, 80):
-        save(run, step, branch="late", weight=step + 0.5)
+        write_checkpoint(run, step, branch="late", weight=step + 0.5)
     fork(run, "early", parent="late", at=20)  # 20 is main's: late gave nothing to this line
-    line = [(found.branch, found.step) for found in history(run, "late")]
+    line = [(found.branch, found.step) for found in list_ancestry_checkpoints(run, "late")]
     assert line == [("main", 0), ("main", 20), ("main", 40), ("late", 60), ("late", 80)]
-    assert steps(history(run, "early")) == [0, 20]
+    assert steps(list_ancestry_checkpoints(run, "early")) == [0, 20]
     assert find_checkpoint(run, "late", 60).branch == "late"
     assert find_checkpoint(run, "main", 60).branch == "main"
 
@@ -226,8 +226,8 @@ def test_a_step_without_a_checkpoint_is_answered_with_those_that_exist(tmp_path)
     run = new_run(tmp_path)
     with pytest.raises(NpoError, match="it has steps: none"):
         find_checkpoint(run, "main", 0)
-    save(run, 0)
-    save(run, 20)
+    write_checkpoint(run, 0)
+    write_checkpoint(run, 20)
     with pytest.raises(NpoError, match="no complete checkpoint of step 30 on branch main; it has steps: 0, 20"):
         find_checkpoint(run, "main", 30)
 
@@ -235,13 +235,13 @@ def test_a_step_without_a_checkpoint_is_answered_with_those_that_exist(tmp_path)
 def test_a_branch_goes_on_from_its_own_anchor_or_from_its_fork_never_from_before(tmp_path):
     run = new_run(tmp_path)
     for step in (0, 20, 40, 60):
-        save(run, step)
+        write_checkpoint(run, step)
     fork(run, "late", parent="main", at=40)
-    assert (newest_anchor(run, "main").step, newest_anchor(run, "late").step) == (60, 40)
-    save(run, 60, branch="late")
-    save(run, 80, branch="late", anchor=False)
-    assert newest_anchor(run, "late").path == run.checkpoint_folder("late", 60)
+    assert (find_resume_checkpoint(run, "main").step, find_resume_checkpoint(run, "late").step) == (60, 40)
+    write_checkpoint(run, 60, branch="late")
+    write_checkpoint(run, 80, branch="late", anchor=False)
+    assert find_resume_checkpoint(run, "late").path == run.checkpoint_folder("late", 60)
     fork(run, "lost", parent="main", at=40)
     demote_checkpoint(find_checkpoint(run, "main", 40))
     with pytest.raises(NpoError, match=r"branch lost of .* has no complete checkpoint with a training state"):
-        newest_anchor(run, "lost")
+        find_resume_checkpoint(run, "lost")

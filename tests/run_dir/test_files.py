@@ -4,18 +4,18 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.run_dir.files import encode, read_json, require_space, write_json_atomic, write_text_atomic
+from npo_cli.run_dir.files import encode_record, read_json, check_disk_space, write_json_atomic, write_text_atomic
 
 
 def test_numbers_that_json_lacks_leave_and_are_named():
     row = {"step": 1, "kl": math.nan, "loss": 0.5, "by": {"tok2": math.inf, "ess": 1.0}, "list": [1.0, -math.inf]}
-    assert encode(row) == (
+    assert encode_record(row) == (
         '{"step":1,"loss":0.5,"by":{"ess":1.0},"list":[1.0,null],"dropped":["kl","by.tok2","list[1]"]}'
     )
 
 
 def test_every_text_is_ascii_even_half_a_surrogate():
-    assert encode({"text": "è\ud800\u2028"}) == '{"text":"\\u00e8\\ud800\\u2028"}'
+    assert encode_record({"text": "è\ud800\u2028"}) == '{"text":"\\u00e8\\ud800\\u2028"}'
 
 
 def test_a_document_is_replaced_whole_and_leaves_no_neighbour(tmp_path):
@@ -44,8 +44,8 @@ def test_a_document_that_cannot_be_read_is_named(tmp_path, text: str | None, wor
 
 
 def test_a_save_that_cannot_fit_is_refused_before_it_begins(tmp_path):
-    require_space(tmp_path / "not" / "yet", 1)
+    check_disk_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(RunFailed, match=r"needs 1000000000000\.0 MB and the disk has") as caught:
-        require_space(Path(tmp_path), 10**18)
+        check_disk_space(Path(tmp_path), 10**18)
     assert "npo resume" in caught.value.hint
     assert caught.value.exit_code == 1

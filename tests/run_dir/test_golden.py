@@ -4,17 +4,17 @@ import re
 from pathlib import Path
 
 from npo_cli.records import Segment, StepReport
-from npo_cli.run_dir.guides import Asked, finish_guide, new_guide
+from npo_cli.run_dir.guides import QueriedPrompt, finish_guide_cache, open_guide_cache
 from npo_cli.run_dir.index import build_index
 from npo_cli.run_dir.lineage import append_segment
-from npo_cli.run_dir.lock import writing
-from npo_cli.run_dir.outcomes import append_outcomes
+from npo_cli.run_dir.lock import lock_run
+from npo_cli.run_dir.outcomes import append_prompt_results
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
-from npo_cli.run_dir.seconds import add_seconds
-from npo_cli.run_dir.steps import StepJournals, append_event
-from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run, outcomes, save, score, trajectory
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.run_dir.scores import append_eval, open_sample_store, save_scores
+from npo_cli.run_dir.seconds import append_sampling_time
+from npo_cli.run_dir.steps import StepLog, append_event
+from tests.run_dir.making import RECIPE, evaluation, group, guide_info, new_run, make_eval_results, write_checkpoint, score, trajectory
 
 FILES = """\
 .lock
@@ -193,24 +193,24 @@ INDEX = """\
 def filled_run(folder: Path) -> RunDir:
     """A run with one of everything."""
     run = new_run(folder)
-    with writing(run):
+    with lock_run(run):
         metrics = {"reward": 0.5, "kl": float("nan")}
-        StepJournals(run, "main").write(StepReport(branch="main", step=1, metrics=metrics, timings={"seconds": 1.0}))
-        RolloutJournal(run.rollouts_path("main")).write_step(1, [group("p0")])
-        save(run, 40)
-        append_outcomes(run, outcomes(40))
+        StepLog(run, "main").write(StepReport(branch="main", step=1, metrics=metrics, timings={"seconds": 1.0}))
+        RolloutLog(run.rollouts_path("main")).write_step(1, [group("p0")])
+        write_checkpoint(run, 40)
+        append_prompt_results(run, make_eval_results(40))
         append_eval(run, evaluation(40))
-        scoring = open_scoring(run, "main", 20, candidates=[40], settings={"k": 8})
-        add_seconds(scoring.folder, 0.5, num_tokens=0)
+        scoring = open_sample_store(run, "main", 20, candidates=[40], settings={"k": 8})
+        append_sampling_time(scoring.folder, 0.5, num_tokens=0)
         scoring.samples.append({"step": 40})
         save_scores(scoring, [score(40)])
-        store = new_guide(run, guide_info(run))
-        add_seconds(run.guide_folder("g"), 1.5, num_tokens=12)
-        store.add_trajectory(trajectory("p0"))
-        store.add_asked(Asked(prompt_id="p0", num_sampled=4, num_correct=1, num_tokens=12))
-        finish_guide(run, guide_info(run))
+        store = open_guide_cache(run, guide_info(run))
+        append_sampling_time(run.guide_folder("g"), 1.5, num_tokens=12)
+        store.add_rollout(trajectory("p0"))
+        store.add_queried_prompt(QueriedPrompt(prompt_id="p0", num_sampled=4, num_correct=1, num_tokens=12))
+        finish_guide_cache(run, guide_info(run))
         run.save_recipe("late", RECIPE)
-        replay = Segment(branch="late", parent="main", fork_step=20, guide="g", guide_until=40)
+        replay = Segment(branch="late", parent="main", fork_step=20, guide_cache="g", guide_until=40)
         append_segment(run, replay, overrides=["train.lr=1"])
         append_event(run, "rolled_back", {"branch": "late", "at": 20})
         build_index(run)

@@ -5,23 +5,23 @@ import threading
 from npo_cli.records import StepReport
 from npo_cli.run_dir.checkpoints import demote_checkpoint, find_checkpoint
 from npo_cli.run_dir.index import build_index
-from npo_cli.run_dir.scores import append_eval, open_scoring, save_scores
-from npo_cli.run_dir.steps import StepJournals
-from tests.run_dir.making import evaluation, fork, new_run, save, score
+from npo_cli.run_dir.scores import append_eval, open_sample_store, save_scores
+from npo_cli.run_dir.steps import StepLog
+from tests.run_dir.making import evaluation, fork, new_run, write_checkpoint, score
 
 
 def test_the_table_joins_what_is_known_of_each_checkpoint(tmp_path):
     run = new_run(tmp_path)
     for step in (0, 20, 40):
-        save(run, step)
+        write_checkpoint(run, step)
     demote_checkpoint(find_checkpoint(run, "main", 20))
     metrics = {"reward": 0.25, "entropy": 1.5, "loss": 0.1}
-    StepJournals(run, "main").write(StepReport(branch="main", step=20, metrics=metrics, timings={"seconds": 1.0}))
+    StepLog(run, "main").write(StepReport(branch="main", step=20, metrics=metrics, timings={"seconds": 1.0}))
     append_eval(run, evaluation(20, accuracy=0.9, num_samples=1))
     append_eval(run, evaluation(20, accuracy=0.5, num_samples=8))
     append_eval(run, evaluation(20, accuracy=0.7, num_samples=2))
     for at, signal in ((0, 3.0), (20, 2.0)):
-        save_scores(open_scoring(run, "main", at, candidates=[40], settings={}), [score(40, signal=signal)])
+        save_scores(open_sample_store(run, "main", at, candidates=[40], settings={}), [score(40, signal=signal)])
 
     table = build_index(run)
     assert [(entry.step, entry.tier, entry.parent) for entry in table] == [
@@ -30,8 +30,8 @@ def test_the_table_joins_what_is_known_of_each_checkpoint(tmp_path):
         (40, "anchor", "main:20"),
     ]
     assert (table[1].reward, table[1].entropy, table[1].accuracy) == (0.25, 1.5, 0.5)  # 4 x 8 samples beat 4 x 1
-    assert (table[2].signal, table[2].scored_for) == (2.0, 20)  # the newer score
-    assert (table[0].reward, table[0].signal, table[0].scored_for) == (None, None, None)
+    assert (table[2].signal, table[2].learner_step) == (2.0, 20)  # the newer score
+    assert (table[0].reward, table[0].signal, table[0].learner_step) == (None, None, None)
     assert table[2].path == "branches/main/checkpoints/step_000040"
     assert table[2].digest == find_checkpoint(run, "main", 40).digest
     assert table[2].size_bytes == sum(p.stat().st_size for p in (run.root / table[2].path).rglob("*") if p.is_file())
@@ -40,13 +40,13 @@ def test_the_table_joins_what_is_known_of_each_checkpoint(tmp_path):
 
 def test_a_branch_grows_from_its_fork_and_its_scores_reach_the_ancestor(tmp_path):
     run = new_run(tmp_path)
-    save(run, 0)
-    save(run, 20)
+    write_checkpoint(run, 0)
+    write_checkpoint(run, 20)
     fork(run, "late", parent="main", at=20)
-    save(run, 40, branch="late")
+    write_checkpoint(run, 40, branch="late")
     fork(run, "early", parent="late", at=20)
-    save(run, 40, branch="early")
-    save_scores(open_scoring(run, "late", 0, candidates=[20, 40], settings={}), [score(20), score(40, signal=2.0)])
+    write_checkpoint(run, 40, branch="early")
+    save_scores(open_sample_store(run, "late", 0, candidates=[20, 40], settings={}), [score(20), score(40, signal=2.0)])
     table = {(entry.branch, entry.step): entry for entry in build_index(run)}
     assert table["late", 40].parent == table["early", 40].parent == "main:20"
     assert (table["main", 20].signal, table["late", 40].signal, table["early", 40].signal) == (0.5, 2.0, None)
@@ -54,9 +54,9 @@ def test_a_branch_grows_from_its_fork_and_its_scores_reach_the_ancestor(tmp_path
 
 def test_what_is_not_whole_is_listed_as_incomplete(tmp_path):
     run = new_run(tmp_path)
-    save(run, 0)
-    (save(run, 20) / "model.safetensors").write_bytes(b"half")
-    save(run, 40)
+    write_checkpoint(run, 0)
+    (write_checkpoint(run, 20) / "model.safetensors").write_bytes(b"half")
+    write_checkpoint(run, 40)
     (run.checkpoints_folder("main") / ".step_000060.partial").mkdir()
     (run.checkpoints_folder("main") / ".step_000010.dead").mkdir()
     table = build_index(run)
@@ -71,7 +71,7 @@ def test_what_is_not_whole_is_listed_as_incomplete(tmp_path):
 
 def test_a_table_is_made_while_a_writer_saves(tmp_path):
     run = new_run(tmp_path)
-    save(run, 0)
+    write_checkpoint(run, 0)
     home, stop = run.checkpoints_folder("main"), threading.Event()
 
     def write() -> None:
@@ -95,7 +95,7 @@ def test_a_table_is_made_while_a_writer_saves(tmp_path):
 
 def test_verifying_finds_a_change_that_sizes_hide(tmp_path):
     run = new_run(tmp_path)
-    weights = save(run, 0) / "model.safetensors"
+    weights = write_checkpoint(run, 0) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     assert [entry.complete for entry in build_index(run)] == [True]
     assert [entry.complete for entry in build_index(run, verify=True)] == [False]
@@ -103,5 +103,5 @@ def test_verifying_finds_a_change_that_sizes_hide(tmp_path):
 
 def test_the_index_is_the_same_when_made_again(tmp_path):
     run = new_run(tmp_path)
-    save(run, 0)
+    write_checkpoint(run, 0)
     assert build_index(run) == build_index(run)

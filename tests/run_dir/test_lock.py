@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.lock import lock_run
 from npo_cli.run_dir.paths import RunDir
 from tests.run_dir.making import new_run
 
@@ -34,14 +34,14 @@ def test_a_live_writer_keeps_others_out_and_a_killed_one_does_not(tmp_path):
     run = new_run(tmp_path)
     child = holder_of(run)
     try:
-        with pytest.raises(NpoError, match=f"in use by process {child.pid} on .* since 20") as caught, writing(run):
+        with pytest.raises(NpoError, match=f"in use by process {child.pid} on .* since 20") as caught, lock_run(run):
             pass
         assert caught.value.hint.endswith(f"kill {child.pid}")
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
     assert run.holder_path.exists()  # the dead one's note, which nobody believes
-    with writing(run):
+    with lock_run(run):
         assert str(os.getpid()) in run.holder_path.read_text()
 
 
@@ -50,7 +50,7 @@ def test_a_lock_without_a_note_still_holds(tmp_path):
     child = holder_of(run)
     try:
         run.holder_path.unlink()
-        with pytest.raises(NpoError, match="in use by another npo process"), writing(run):
+        with pytest.raises(NpoError, match="in use by another npo process"), lock_run(run):
             pass
     finally:
         child.kill()
@@ -59,14 +59,14 @@ def test_a_lock_without_a_note_still_holds(tmp_path):
 
 def test_the_lock_goes_when_the_block_ends_or_fails(tmp_path):
     run = new_run(tmp_path)
-    with pytest.raises(ZeroDivisionError), writing(run):
+    with pytest.raises(ZeroDivisionError), lock_run(run):
         _ = 1 / 0
-    with writing(run):
+    with lock_run(run):
         pass
     assert not run.holder_path.exists()
 
 
 def test_the_same_process_cannot_write_twice(tmp_path):
     run = new_run(tmp_path)
-    with writing(run), pytest.raises(NpoError, match=f"in use by process {os.getpid()}"), writing(run):
+    with lock_run(run), pytest.raises(NpoError, match=f"in use by process {os.getpid()}"), lock_run(run):
         pass

@@ -6,47 +6,47 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.records import ImageRef, Message, Prompt
-from npo_cli.run_dir.outcomes import all_outcomes, append_outcomes, outcomes_of, prompt_key
-from tests.run_dir.making import evaluation, new_run, outcomes
+from npo_cli.run_dir.outcomes import read_prompt_results, append_prompt_results, match_prompt_results, hash_prompt
+from tests.run_dir.making import evaluation, new_run, make_eval_results
 
 
 def test_a_prompt_is_known_by_what_is_asked_and_expected_alone():
     plain = Prompt(prompt_id="a", text="3+4=", answer="7")
     # printf '{"text":"3+4=","messages":[],"images":[],"answer":"7"}' | sha256sum
-    assert prompt_key(plain) == "4372ba56bd4bc545"
-    assert prompt_key(replace(plain, prompt_id="b", row=5, dataset="d")) == prompt_key(plain)
-    picture = ImageRef(place="x.png", sha256="ab", width=4, height=3)
+    assert hash_prompt(plain) == "4372ba56bd4bc545"
+    assert hash_prompt(replace(plain, prompt_id="b", row=5, dataset="d")) == hash_prompt(plain)
+    picture = ImageRef(location="x.png", sha256="ab", width=4, height=3)
     moved = replace(plain, images=(replace(picture, place="y.png"),))
-    assert prompt_key(moved) == prompt_key(replace(plain, images=(picture,)))
+    assert hash_prompt(moved) == hash_prompt(replace(plain, images=(picture,)))
     others = [
         replace(plain, text="4+3="),
         replace(plain, answer="8"),
         replace(plain, images=(picture,)),
         replace(plain, text=None, messages=(Message(role="user", content="3+4="),)),
     ]
-    assert len({prompt_key(one) for one in (plain, *others)}) == 5
+    assert len({hash_prompt(one) for one in (plain, *others)}) == 5
 
 
 def test_outcomes_come_back_and_the_first_of_an_evaluation_stays(tmp_path):
     run = new_run(tmp_path)
-    append_outcomes(run, outcomes(20))
-    append_outcomes(run, outcomes(20, num_correct=(0, 0, 0, 0)))
-    append_outcomes(run, outcomes(40))
-    assert all_outcomes(run) == [outcomes(20), outcomes(40)]
+    append_prompt_results(run, make_eval_results(20))
+    append_prompt_results(run, make_eval_results(20, num_correct=(0, 0, 0, 0)))
+    append_prompt_results(run, make_eval_results(40))
+    assert read_prompt_results(run) == [make_eval_results(20), make_eval_results(40)]
 
 
 def test_outcomes_belong_to_the_report_that_sums_them_up(tmp_path):
     run = new_run(tmp_path)
     # 2 + 1 + 0 + 1 of 4 prompts twice: 0.5
-    append_outcomes(run, outcomes(20))
-    assert outcomes_of({("main", 20): evaluation(20, accuracy=0.5)}, run) == {("main", 20): outcomes(20)}
+    append_prompt_results(run, make_eval_results(20))
+    assert match_prompt_results({("main", 20): evaluation(20, accuracy=0.5)}, run) == {("main", 20): make_eval_results(20)}
     for other in (
         evaluation(20, accuracy=0.375),
         evaluation(20, num_samples=4),
         replace(evaluation(20), num_prompts=2),
         evaluation(40),
     ):
-        assert outcomes_of({(other.branch, other.step): other}, run) == {}
+        assert match_prompt_results({(other.branch, other.step): other}, run) == {}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_outcomes_belong_to_the_report_that_sums_them_up(tmp_path):
 )
 def test_counts_that_cannot_be_are_damage_and_the_line_is_named(tmp_path, harm):
     run = new_run(tmp_path)
-    append_outcomes(run, outcomes(20))
-    append_outcomes(run, replace(outcomes(40), **harm))
+    append_prompt_results(run, make_eval_results(20))
+    append_prompt_results(run, replace(make_eval_results(40), **harm))
     with pytest.raises(NpoError, match=r"outcomes\.jsonl, line 2 is damaged"):
-        all_outcomes(run)
+        read_prompt_results(run)

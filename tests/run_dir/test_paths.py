@@ -7,34 +7,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
-from npo_cli.run_dir.paths import FORMAT, create_run, open_run, step_name, step_of, valid_name
+from npo_cli.run_dir.paths import FORMAT_VERSION, create_run, open_run, format_step, parse_step, validate_name
 from tests.run_dir.making import RECIPE, new_run
 
 
 def test_steps_are_padded_so_that_names_sort_like_steps():
-    assert step_name(120) == "step_000120"
-    assert sorted(map(step_name, (1000, 20, 300))) == ["step_000020", "step_000300", "step_001000"]
+    assert format_step(120) == "step_000120"
+    assert sorted(map(format_step, (1000, 20, 300))) == ["step_000020", "step_000300", "step_001000"]
 
 
 @given(st.integers(min_value=0, max_value=10**9))
 def test_a_step_is_read_back_from_its_name(step: int):
-    assert step_of(step_name(step)) == step
+    assert parse_step(format_step(step)) == step
 
 
 @pytest.mark.parametrize("name", [".step_000120.partial", "step_120", "step_0000120", "step_abcdef", "anchor"])
 def test_other_names_are_no_step(name: str):
-    assert step_of(name) is None
+    assert parse_step(name) is None
 
 
 @pytest.mark.parametrize("name", ["main", "late-2", "A.b_c", "x" * 64])
 def test_plain_names_are_allowed(name: str):
-    assert valid_name(name) == name
+    assert validate_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a b", "x" * 65, "è", "a\n"])
 def test_names_that_would_leave_the_folder_are_refused(name: str):
     with pytest.raises(NpoError, match="cannot name a guide or a branch"):
-        valid_name(name)
+        validate_name(name)
 
 
 def test_a_new_run_can_be_opened_and_knows_its_recipe(tmp_path):
@@ -42,15 +42,15 @@ def test_a_new_run_can_be_opened_and_knows_its_recipe(tmp_path):
     run = open_run(tmp_path / "deep" / "run")
     assert run.run_id == made.run_id
     assert len(run.run_id) == 32
-    assert run.recipe() == run.recipe("main") == RECIPE
-    assert run.birth.format == FORMAT == 1
+    assert run.read_recipe() == run.read_recipe("main") == RECIPE
+    assert run.info.format == FORMAT_VERSION == 1
 
 
 def test_a_branch_has_a_recipe_of_its_own(tmp_path):
     run = new_run(tmp_path)
     run.save_recipe("main", {"train": {"num_steps": 8}})
-    assert run.recipe("main") == {"train": {"num_steps": 8}}
-    assert run.recipe() == RECIPE
+    assert run.read_recipe("main") == {"train": {"num_steps": 8}}
+    assert run.read_recipe() == RECIPE
 
 
 def test_an_empty_folder_may_become_a_run(tmp_path):
@@ -122,13 +122,13 @@ def test_a_recipe_that_is_lost_or_damaged_is_named(tmp_path):
     run = new_run(tmp_path)
     run.recipe_path("main").write_text("a: [1\n")
     with pytest.raises(NpoError, match=r"recipe\.yaml is damaged"):
-        run.recipe("main")
+        run.read_recipe("main")
     run.recipe_path("main").write_text("just words\n")
     with pytest.raises(NpoError, match="it holds no mapping"):
-        run.recipe("main")
+        run.read_recipe("main")
     run.recipe_path("main").unlink()
     with pytest.raises(NpoError, match=r"recipe\.yaml is missing"):
-        run.recipe("main")
+        run.read_recipe("main")
 
 
 def test_other_users_may_read_what_is_replaced_whole(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
 from npo_cli.records import Group, ImageRef, Message, Prompt
-from npo_cli.run_dir.rollouts import RolloutJournal, exact_float32, shortest_float32
+from npo_cli.run_dir.rollouts import RolloutLog, decode_float32, encode_float32
 from tests.run_dir.making import group, rollout
 
 FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -16,18 +16,18 @@ FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 @given(st.lists(FLOAT32))
 def test_every_float32_survives_its_shortest_decimal(logps_T: list[float]):
-    assert exact_float32(shortest_float32(logps_T)) == tuple(logps_T)
+    assert decode_float32(encode_float32(logps_T)) == tuple(logps_T)
 
 
 def test_the_decimal_is_the_shortest_that_names_the_float32():
     exact = float(np.float32(-1.2345678))
     assert repr(exact) == "-1.2345677614212036"
-    assert shortest_float32([exact]) == [-1.2345678]
-    assert exact_float32([-1.2345678]) == (exact,)
+    assert encode_float32([exact]) == [-1.2345678]
+    assert decode_float32([-1.2345678]) == (exact,)
 
 
 def test_a_missing_log_probability_reads_as_nan():
-    assert math.isnan(exact_float32([None])[0])
+    assert math.isnan(decode_float32([None])[0])
 
 
 def test_groups_come_back_equal_with_everything_in_them(tmp_path):
@@ -37,34 +37,34 @@ def test_groups_come_back_equal_with_everything_in_them(tmp_path):
         messages=(Message(role="system", content="be brief"), Message(role="user", content="\ud83d\n")),
         dataset="gcd",
         row=3,
-        images=(ImageRef(place="a.png", sha256="ab", width=4, height=3),),
+        images=(ImageRef(location="a.png", sha256="ab", width=4, height=3),),
     )
     seated = replace(rollout(1, prompt_id="chat:1"), source="guide", sampler_step=40, mean_entropy=0.1, verdict=None)
-    written = (group("p0"), Group(prompt=chat, rollouts=(rollout(0, prompt_id="chat:1"), seated), mix="injected"))
-    journal = RolloutJournal(tmp_path / "r.jsonl")
+    written = (group("p0"), Group(prompt=chat, rollouts=(rollout(0, prompt_id="chat:1"), seated), injection_status="injected"))
+    journal = RolloutLog(tmp_path / "r.jsonl")
     assert journal.write_step(3, written) == "written"
-    assert RolloutJournal(tmp_path / "r.jsonl").read_step(3) == written
+    assert RolloutLog(tmp_path / "r.jsonl").read_step(3) == written
     assert written[1].rollouts[1].guide_step == 40
 
 
 def test_a_step_that_is_not_there_is_none(tmp_path):
-    journal = RolloutJournal(tmp_path / "r.jsonl")
+    journal = RolloutLog(tmp_path / "r.jsonl")
     assert journal.read_step(1) is None
     assert journal.steps() == ()
     assert list(journal.iter_groups()) == []
 
 
 def test_a_step_written_again_is_compared(tmp_path):
-    journal = RolloutJournal(tmp_path / "r.jsonl")
+    journal = RolloutLog(tmp_path / "r.jsonl")
     journal.write_step(1, [group("a"), group("b")])
     before = journal.path.read_bytes()
     assert journal.write_step(1, [group("a"), group("b")]) == "same"
-    assert RolloutJournal(journal.path).write_step(1, [group("b"), group("a")]) == "differs"
+    assert RolloutLog(journal.path).write_step(1, [group("b"), group("a")]) == "differs"
     assert journal.path.read_bytes() == before
 
 
 def test_readers_find_groups_by_step_and_prompt(tmp_path):
-    journal = RolloutJournal(tmp_path / "r.jsonl")
+    journal = RolloutLog(tmp_path / "r.jsonl")
     journal.write_step(1, [group("a"), group("b")])
     journal.write_step(2, [group("b")])
     assert [(step, found.prompt.prompt_id) for step, found in journal.iter_groups()] == [(1, "a"), (1, "b"), (2, "b")]
@@ -75,30 +75,30 @@ def test_readers_find_groups_by_step_and_prompt(tmp_path):
 @pytest.mark.parametrize("num_lost", [1, 30, 700])
 def test_a_step_cut_short_is_ignored_by_readers_and_cut_off_by_the_writer(tmp_path, num_lost: int):
     path = tmp_path / "r.jsonl"
-    RolloutJournal(path).write_step(1, [group("a")])
+    RolloutLog(path).write_step(1, [group("a")])
     whole = path.read_bytes()
-    RolloutJournal(path).write_step(2, [group("a"), group("b")])
+    RolloutLog(path).write_step(2, [group("a"), group("b")])
     both = path.read_bytes()
     assert len(both) - len(whole) > 700
     path.write_bytes(both[:-num_lost])
-    assert RolloutJournal(path).steps() == (1,)
-    assert RolloutJournal(path).read_step(2) is None
-    assert RolloutJournal(path).write_step(2, [group("a"), group("b")]) == "written"
+    assert RolloutLog(path).steps() == (1,)
+    assert RolloutLog(path).read_step(2) is None
+    assert RolloutLog(path).write_step(2, [group("a"), group("b")]) == "written"
     assert path.read_bytes() == both
 
 
 def test_a_whole_line_of_an_unfinished_step_is_cut_off_too(tmp_path):
     path = tmp_path / "r.jsonl"
-    RolloutJournal(path).write_step(1, [group("a"), group("b")])
+    RolloutLog(path).write_step(1, [group("a"), group("b")])
     first_line = path.read_bytes().splitlines(keepends=True)[0]
     path.write_bytes(first_line)
-    assert RolloutJournal(path).repair() == len(first_line)
+    assert RolloutLog(path).repair() == len(first_line)
     assert path.read_bytes() == b""
 
 
 def test_a_reader_sees_what_a_writer_adds_later(tmp_path):
     path = tmp_path / "r.jsonl"
-    reader, writer = RolloutJournal(path), RolloutJournal(path)
+    reader, writer = RolloutLog(path), RolloutLog(path)
     writer.write_step(1, [group("a")])
     assert reader.steps() == (1,)
     writer.write_step(2, [group("a")])
@@ -107,21 +107,21 @@ def test_a_reader_sees_what_a_writer_adds_later(tmp_path):
 
 def test_fields_in_another_order_are_read_as_well(tmp_path):
     path = tmp_path / "r.jsonl"
-    RolloutJournal(path).write_step(1, [group("a")])
+    RolloutLog(path).write_step(1, [group("a")])
     path.write_bytes(path.read_bytes().replace(b'{"step":1,"num_groups":1,', b'{"note":"new","num_groups":1,"step":1,'))
-    assert RolloutJournal(path).read_step(1) == (group("a"),)
+    assert RolloutLog(path).read_step(1) == (group("a"),)
 
 
 def test_damage_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "r.jsonl"
-    RolloutJournal(path).write_step(1, [group("a"), group("b")])
+    RolloutLog(path).write_step(1, [group("a"), group("b")])
     line = path.read_bytes().splitlines(keepends=True)[0]
     path.write_bytes(line + line.replace(b'"step":1', b'"step":2'))
     with pytest.raises(NpoError, match="the groups of step 2 are not together"):
-        RolloutJournal(path).steps()
+        RolloutLog(path).steps()
     path.write_bytes(b"oops\n" + line)
     with pytest.raises(NpoError, match="a line is not a group"):
-        RolloutJournal(path).steps()
+        RolloutLog(path).steps()
     path.write_bytes(b'{"step":1,"num_groups":1,"prompt":{}}\n')
     with pytest.raises(NpoError, match="a line is not a group"):
-        RolloutJournal(path).read_step(1)
+        RolloutLog(path).read_step(1)

@@ -6,9 +6,9 @@ import pytest
 
 from npo_cli.loading import load_recipe
 from npo_cli.policy.shape import model_shape
-from npo_cli.run_dir.room import disk_needs, kept
+from npo_cli.run_dir.room import estimate_disk_usage, count_kept_checkpoints
 from npo_cli.stages.plan import checkpoint_bytes
-from tests.stages.running import tiny, train
+from tests.stages.running import tiny_recipe, train
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from tests.stages.running import tiny, train
     ],
 )
 def test_quotas_leave_full_states_and_guides(quotas, expected):
-    assert kept(load_recipe("micro", ["train.save_every=10", *quotas]), 100) == expected
+    assert count_kept_checkpoints(load_recipe("micro", ["train.save_every=10", *quotas]), 100) == expected
 
 
 def test_a_replay_of_autonpo_is_a_branch_of_its_own():
@@ -35,7 +35,7 @@ def test_a_replay_of_autonpo_is_a_branch_of_its_own():
     ]
     recipe = load_recipe("micro", [*settings, "train.prompts_per_step=4", "train.group_size=4"])
     alone, watched = (
-        {need.what: need.num_bytes for need in disk_needs(recipe, weights=10, moments=20, served=0, autonpo=on)}
+        {need.label: need.num_bytes for need in estimate_disk_usage(recipe, weights=10, optimizer_state=20, full_model=0, autonpo=on)}
         for on in (False, True)
     )
     assert alone["checkpoints of the run's branch"] == 11 * 30 - 20
@@ -49,10 +49,10 @@ def test_a_replay_of_autonpo_is_a_branch_of_its_own():
 def test_the_estimate_is_what_a_real_run_takes(tmp_path):
     settings = ("train.num_steps=12", "train.prompts_per_step=8", "task.pool_size=64")
     train(tmp_path / "run", *settings)
-    recipe = tiny(*settings)
+    recipe = tiny_recipe(*settings)
     weights, moments = checkpoint_bytes(recipe, model_shape(recipe.model))
-    needs = disk_needs(recipe, weights=weights, moments=moments, served=0, autonpo=False)
-    planned = {need.what: need.num_bytes for need in needs}
+    needs = estimate_disk_usage(recipe, weights=weights, optimizer_state=moments, full_model=0, autonpo=False)
+    planned = {need.label: need.num_bytes for need in needs}
     checkpoints = sized(tmp_path / "run" / "branches" / "main" / "checkpoints")
     journals = sized(tmp_path / "run") - checkpoints
     # 7 full states, the first without moments; beside the tensors a few kB of JSON each
@@ -63,10 +63,10 @@ def test_the_estimate_is_what_a_real_run_takes(tmp_path):
 
 def test_a_server_is_given_the_whole_model_once_and_what_is_trained_at_each_sync():
     recipe = load_recipe("micro", ["engine.kind=vllm_server"])
-    needs = disk_needs(recipe, weights=10, moments=20, served=400, autonpo=False)
-    assert {need.what: need.num_bytes for need in needs}["weights for the server"] == 400 + 10
-    alone = disk_needs(load_recipe("micro", []), weights=10, moments=20, served=400, autonpo=False)
-    assert "weights for the server" not in {need.what for need in alone}
+    needs = estimate_disk_usage(recipe, weights=10, optimizer_state=20, full_model=400, autonpo=False)
+    assert {need.label: need.num_bytes for need in needs}["weights for the server"] == 400 + 10
+    alone = estimate_disk_usage(load_recipe("micro", []), weights=10, optimizer_state=20, full_model=400, autonpo=False)
+    assert "weights for the server" not in {need.label for need in alone}
 
 
 def sized(folder: Path) -> int:

@@ -1,7 +1,7 @@
 import json
 
 from npo_cli.records import StepReport
-from npo_cli.run_dir.steps import StepJournals, append_event
+from npo_cli.run_dir.steps import StepLog, append_event
 from tests.run_dir.making import new_run
 
 
@@ -11,7 +11,7 @@ def report(step: int, *, reward: float = 0.5, seconds: float = 1.0) -> StepRepor
 
 def test_measurements_hold_no_clock_so_that_two_runs_can_be_compared_with_cmp(tmp_path):
     run = new_run(tmp_path)
-    journals = StepJournals(run, "main")
+    journals = StepLog(run, "main")
     assert journals.write(report(1)) == "written"
     assert run.metrics_path("main").read_bytes() == b'{"step":1,"branch":"main","reward":0.5}\n'
     timing = json.loads(run.timings_path("main").read_text())
@@ -21,8 +21,8 @@ def test_measurements_hold_no_clock_so_that_two_runs_can_be_compared_with_cmp(tm
 
 def test_a_step_done_again_is_compared_and_its_time_recorded_again(tmp_path):
     run = new_run(tmp_path)
-    StepJournals(run, "main").write(report(1))
-    again = StepJournals(run, "main")
+    StepLog(run, "main").write(report(1))
+    again = StepLog(run, "main")
     assert again.write(report(1, seconds=2.0)) == "same"
     assert again.write(report(1, reward=0.75)) == "differs"
     again.sync()

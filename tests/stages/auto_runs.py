@@ -8,12 +8,12 @@ from npo_cli.auto_records import Transition
 from npo_cli.config import Recipe
 from npo_cli.loading import load_recipe
 from npo_cli.records import Group, StepReport
-from npo_cli.run_dir.auto import transitions
+from npo_cli.run_dir.auto import read_transitions
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.autonpo import resume_auto, train_auto
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.autonpo import resume_autonpo, train_autonpo
 from npo_cli.stages.train import train_run
-from tests.stages.running import TINY, files_of, steps_of
+from tests.stages.running import TINY, file_digests, steps_of
 
 EAGER = (
     *TINY,
@@ -43,7 +43,7 @@ NEVER = ("autonpo.trigger.min_entropy_drop_se=1000000",)
 
 REJECTING = ("autonpo.probe.min_quality=0.99",)
 
-DECIDED = {
+DETERMINISTIC_FILES = {
     *("metrics.jsonl", "rollouts.jsonl", "optimizer.safetensors", "state.json"),
     *("model.safetensors", "adapter_model.safetensors", "adapter_config.json"),
     *("autonpo.jsonl", "asked.jsonl", "trajectories.jsonl", "settings.json"),
@@ -51,51 +51,51 @@ DECIDED = {
 """Names of files that seed and recipe alone decide."""
 
 
-def eager(*overrides: str) -> Recipe:
+def eager_recipe(*overrides: str) -> Recipe:
     return load_recipe("micro", [*EAGER, *overrides])
 
 
-def train_plainly(root: Path, *overrides: str) -> list[StepReport]:
-    return steps_of(train_run(root, eager(*overrides), allow_code=False))
+def train_grpo(root: Path, *overrides: str) -> list[StepReport]:
+    return steps_of(train_run(root, eager_recipe(*overrides), allow_code=False))
 
 
-def auto_training(root: Path, *overrides: str) -> Iterator[Any]:
+def start_autonpo(root: Path, *overrides: str) -> Iterator[Any]:
     """The generator itself: closing it is like a kill."""
-    return train_auto(root, eager(*overrides), allow_code=False)
+    return train_autonpo(root, eager_recipe(*overrides), allow_code=False)
 
 
-def auto_resuming(root: Path, *overrides: str, **options: Any) -> Iterator[Any]:
+def start_autonpo_resume(root: Path, *overrides: str, **options: Any) -> Iterator[Any]:
     asked = {"at": None, "source_branch": None, "new_branch": None} | options
-    return resume_auto(root, overrides=overrides, allow_code=False, **asked)
+    return resume_autonpo(root, overrides=overrides, allow_code=False, **asked)
 
 
-def moves_of(root: Path) -> list[Transition]:
-    return transitions(open_run(root))
+def transitions_of(root: Path) -> list[Transition]:
+    return read_transitions(open_run(root))
 
 
 def events_of(root: Path) -> list[str]:
-    return [move.event for move in moves_of(root)]
+    return [move.event for move in transitions_of(root)]
 
 
-def the_move(root: Path, event: str, number: int = 0) -> Transition:
+def find_transition(root: Path, event: str, number: int = 0) -> Transition:
     """The first (or a later) move of that event."""
-    return [move for move in moves_of(root) if move.event == event][number]
+    return [move for move in transitions_of(root) if move.event == event][number]
 
 
-def decided(root: Path) -> dict[str, str]:
+def deterministic_digests(root: Path) -> dict[str, str]:
     """Digests of everything that must not depend on what happened on the way, for all branches, guides and probes."""
-    return {name: digest for name, digest in files_of(root).items() if Path(name).name in DECIDED}
+    return {name: digest for name, digest in file_digests(root).items() if Path(name).name in DETERMINISTIC_FILES}
 
 
-def off_main(root: Path) -> dict[str, str]:
+def digests_without_main(root: Path) -> dict[str, str]:
     """The same without the first branch, which plain training carries on where AutoNPO leaves it."""
-    return {name: digest for name, digest in decided(root).items() if not name.startswith("branches/main/")}
+    return {name: digest for name, digest in deterministic_digests(root).items() if not name.startswith("branches/main/")}
 
 
-def check_same_but_for_main(root: Path, straight: Path) -> None:
+def check_equal_except_main(root: Path, straight: Path) -> None:
     """All branches, probes, guides and moves; of main what AutoNPO saw of it."""
-    assert off_main(root) == off_main(straight)
-    ours, theirs = decided(root), decided(straight)
+    assert digests_without_main(root) == digests_without_main(straight)
+    ours, theirs = deterministic_digests(root), deterministic_digests(straight)
     for name in [name for name in theirs if name.startswith("branches/main/")]:
         if name.endswith(".jsonl"):
             assert (root / name).read_bytes().startswith((straight / name).read_bytes())
@@ -104,7 +104,7 @@ def check_same_but_for_main(root: Path, straight: Path) -> None:
 
 
 def groups_of(root: Path, branch: str, step: int) -> tuple[Group, ...]:
-    found = RolloutJournal(open_run(root).rollouts_path(branch)).read_step(step)
+    found = RolloutLog(open_run(root).rollouts_path(branch)).read_step(step)
     assert found is not None, f"step {step} of {branch} is on record"
     return found
 
@@ -113,18 +113,18 @@ def prompt_ids(root: Path, branch: str, step: int) -> list[str]:
     return [group.prompt.prompt_id for group in groups_of(root, branch, step)]
 
 
-def own_accuracy(group: Group) -> float:
+def on_policy_accuracy(group: Group) -> float:
     own = [rollout for rollout in group.rollouts if rollout.source == "own"]
     return sum(rollout.verdict == "correct" for rollout in own) / len(own)
 
 
-def failed_in(root: Path, branch: str, steps: range, *, at_most: float) -> list[str]:
+def failed_prompts(root: Path, branch: str, steps: range, *, at_most: float) -> list[str]:
     """Distinct prompts of which at most this share was right, in the order in which they were first met."""
     return list(
         dict.fromkeys(
             group.prompt.prompt_id
             for step in steps
             for group in groups_of(root, branch, step)
-            if own_accuracy(group) <= at_most
+            if on_policy_accuracy(group) <= at_most
         )
     )

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.auto_runs import auto_training, train_plainly
+from tests.stages.auto_runs import start_autonpo, train_grpo
 from tests.stages.running import sample, train
-from tests.stages.warm import Warm, warmed
+from tests.stages.warm import ForkServer, start_fork_server
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 steps under AutoNPO with two interventions (see auto_runs)."""
     root = tmp_path_factory.mktemp("watched") / "run"
-    list(auto_training(root))
+    list(start_autonpo(root))
     return root
 
 
@@ -31,11 +31,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same 12 steps of plain GRPO."""
     root = tmp_path_factory.mktemp("plain") / "run"
-    train_plainly(root)
+    train_grpo(root)
     return root
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Warm]:
-    with warmed() as process:
+def warm() -> Iterator[ForkServer]:
+    with start_fork_server() as process:
         yield process

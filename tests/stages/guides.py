@@ -5,25 +5,25 @@ from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter
 
-from npo_cli.guide_records import GuideTrajectory
+from npo_cli.guide_records import GuideRollout
 from npo_cli.records import Prompt, Rollout
-from npo_cli.stages.authors import forward_logps
-from npo_cli.stages.batches import Guidance
-from npo_cli.stages.world import World
+from npo_cli.stages.authors import compute_logprobs
+from npo_cli.stages.batches import ActiveGuide
+from npo_cli.stages.world import Session
 from npo_cli.tasks.micro import Noise, noisy_response
 
 EXACT = Noise(digit=0.0, carry=0.0, misconception=0.0)
 
 
-def right_answer(world: World, prompt: Prompt, *, shift: float = 0.0) -> GuideTrajectory:
+def correct_trajectory(world: Session, prompt: Prompt, *, shift: float = 0.0) -> GuideRollout:
     """The exact calculation, with log-probabilities under the weights at hand moved by `shift` nats a token."""
     a, b = map(int, prompt.prompt_id.split("/")[1].split("+"))
     text = noisy_response(a, b, len(str(a)), noise=EXACT, wrong={}, rng=random.Random(0))
     ids = (*world.policy.tokenizer(text).input_ids, *world.policy.eos_ids)
-    return charged(world, prompt, ids, text, shift=shift)
+    return make_trajectory(world, prompt, ids, text, shift=shift)
 
 
-def charged(world: World, prompt: Prompt, ids: tuple[int, ...], text: str, *, shift: float = 0.0) -> GuideTrajectory:
+def make_trajectory(world: Session, prompt: Prompt, ids: tuple[int, ...], text: str, *, shift: float = 0.0) -> GuideRollout:
     """Any correct response as a guide trajectory."""
     rollout = Rollout(
         prompt_id=prompt.prompt_id,
@@ -34,8 +34,8 @@ def charged(world: World, prompt: Prompt, ids: tuple[int, ...], text: str, *, sh
         finished=True,
         sampler_step=0,
     )
-    (logps_T,) = forward_logps(world, [(prompt, rollout)])
-    return GuideTrajectory(
+    (logps_T,) = compute_logprobs(world, [(prompt, rollout)])
+    return GuideRollout(
         prompt_id=prompt.prompt_id,
         response_ids=ids,
         behavior_logps=tuple(logp + shift for logp in logps_T),
@@ -47,11 +47,11 @@ def charged(world: World, prompt: Prompt, ids: tuple[int, ...], text: str, *, sh
     )
 
 
-def guidance_of(trajectories: Iterable[GuideTrajectory], *, until: int = 99) -> Guidance:
-    return Guidance(trajectories={found.prompt_id: (found,) for found in trajectories}, until_step=until)
+def make_active_guide(trajectories: Iterable[GuideRollout], *, until: int = 99) -> ActiveGuide:
+    return ActiveGuide(trajectories={found.prompt_id: (found,) for found in trajectories}, until_step=until)
 
 
-def with_settings(world: World, section: str, **changes: object) -> World:
+def override_settings(world: Session, section: str, **changes: object) -> Session:
     """The same world under changed settings of one section, such as `train` or `guide.inject`."""
     recipe, names = world.recipe, section.split(".")
     inner = attrgetter(section)(recipe).model_copy(update=changes)

@@ -14,7 +14,7 @@ PATIENCE_SECONDS = 240.0
 
 
 @contextmanager
-def started(*args: str, log: Path, module: str = "npo_cli") -> Iterator[subprocess.Popen]:
+def launch_job(*args: str, log: Path, module: str = "npo_cli") -> Iterator[subprocess.Popen]:
     """`torchrun -m MODULE ARGS` in two processes, all that they say into a file; it does not outlive the block."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     # torchrun takes `--run` for one of its own options unless told where those end.
@@ -29,7 +29,7 @@ def started(*args: str, log: Path, module: str = "npo_cli") -> Iterator[subproce
 
 def run(*args: str, log: Path, module: str = "npo_cli") -> None:
     """The same, to its good end."""
-    with started(*args, log=log, module=module) as job:
+    with launch_job(*args, log=log, module=module) as job:
         assert job.wait(PATIENCE_SECONDS) == 0, log.read_text()
 
 

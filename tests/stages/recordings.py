@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.journal import JsonlLog
 from npo_cli.run_dir.paths import RunDir
 from tests.run_dir.making import new_run
 
-SHARP = (
+SENSITIVE_TRIGGER = (
     *(
         "autonpo.trigger.ema_decay=0",
         "autonpo.trigger.window=5",
@@ -26,23 +26,23 @@ SHARP = (
 """No averaging. On `still` rows: armed at 11, the streak is 11, 12, 13; after a rest of 4 steps it begins again."""
 
 
-def still(num_steps: int) -> list[dict[str, float]]:
+def constant_reward_rows(num_steps: int) -> list[dict[str, float]]:
     """A reward that stands still from the first step on (gain 0 <= 0) while entropy falls 2 % a step: 9.6 % in 5."""
     return [{"step": step, "reward": 0.5, "entropy": 0.98**step} for step in range(1, num_steps + 1)]
 
 
-def as_file(folder: Path, rows: list[dict[str, float]], name: str = "metrics.jsonl") -> Path:
+def write_metrics_file(folder: Path, rows: list[dict[str, float]], name: str = "metrics.jsonl") -> Path:
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def as_run(folder: Path, rows: list[dict[str, float]]) -> RunDir:
+def make_run(folder: Path, rows: list[dict[str, float]]) -> RunDir:
     """A run that left these metrics and nothing else."""
     run = new_run(folder)
-    did(run, "main", rows)
+    append_metrics(run, "main", rows)
     return run
 
 
-def did(run: RunDir, branch: str, rows: list[dict[str, float]]) -> None:
-    Journal(run.metrics_path(branch)).extend([{"branch": branch, "tokens": 10, **row} for row in rows])
+def append_metrics(run: RunDir, branch: str, rows: list[dict[str, float]]) -> None:
+    JsonlLog(run.metrics_path(branch)).extend([{"branch": branch, "tokens": 10, **row} for row in rows])

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.config import Recipe
-from npo_cli.guide_records import GuideInfo
-from npo_cli.loading import from_dict, load_recipe
+from npo_cli.guide_records import GuideCacheInfo
+from npo_cli.loading import recipe_from_dict, load_recipe
 from npo_cli.records import CheckpointScore, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.guides import load_guide
-from npo_cli.run_dir.lineage import newest_branch
+from npo_cli.run_dir.lineage import find_newest_branch
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.stages.guide_plan import Ask
+from npo_cli.stages.guide_plan import SourceSpec
 from npo_cli.stages.resume import resume_run
-from npo_cli.stages.sample_guide import sample_run
+from npo_cli.stages.sample_guide import build_guide_cache
 from npo_cli.stages.score_checkpoints import score_run
 from npo_cli.stages.train import train_run
-from npo_cli.stages.world import World, open_policy, open_task, open_world
+from npo_cli.stages.world import Session, open_policy, open_task, open_session
 
 TINY = (
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
@@ -29,28 +29,28 @@ TINY = (
 LORA = ("model.lora.rank=4", "train.lr=1e-3")
 
 
-def tiny(*overrides: str) -> Recipe:
+def tiny_recipe(*overrides: str) -> Recipe:
     return load_recipe("micro", [*TINY, *overrides])
 
 
 def train(root: Path, *overrides: str, until: int | None = None) -> list[StepReport]:
-    return steps_of(train_run(root, tiny(*overrides), allow_code=False, until=until))
+    return steps_of(train_run(root, tiny_recipe(*overrides), allow_code=False, until=until))
 
 
 def resume(root: Path, *overrides: str, **options: Any) -> list[StepReport]:
-    return steps_of(resuming(root, *overrides, **options))
+    return steps_of(start_resume(root, *overrides, **options))
 
 
-def resuming(root: Path, *overrides: str, **options: Any) -> Any:
+def start_resume(root: Path, *overrides: str, **options: Any) -> Any:
     """The generator itself: closing it is a stop between two steps with nothing saved, like a kill."""
     asked = {"at": None, "guide": None, "source_branch": None, "new_branch": None, "steps": None} | options
     return resume_run(root, overrides=overrides, allow_code=False, **asked)
 
 
-def sample(root: Path, *overrides: str, **options: Any) -> GuideInfo:
+def sample(root: Path, *overrides: str, **options: Any) -> GuideCacheInfo:
     asked = {"guide_step": 4, "at": 2, "name": "near", "branch": None, "steps": None} | options
-    ask = Ask(**{name: asked.pop(name) for name in ("source", "guide_step", "origin", "model") if name in asked})
-    return list(sample_run(root, ask=ask, overrides=overrides, allow_code=False, **asked))[-1]
+    ask = SourceSpec(**{name: asked.pop(name) for name in ("source", "guide_step", "origin", "model") if name in asked})
+    return list(build_guide_cache(root, spec=ask, overrides=overrides, allow_code=False, **asked))[-1]
 
 
 def score(root: Path, *overrides: str, **options: Any) -> list[CheckpointScore]:
@@ -70,24 +70,24 @@ def stop_after(records: Any, step: int) -> None:
             records.close()
 
 
-def world_at(root: Path, step: int, *, branch: str | None = None) -> World:
+def open_session_at(root: Path, step: int, *, branch: str | None = None) -> Session:
     """A run opened with the weights of one of its checkpoints."""
     run = open_run(root)
-    branch = branch or newest_branch(run)
-    recipe = from_dict(run.recipe(branch))
+    branch = branch or find_newest_branch(run)
+    recipe = recipe_from_dict(run.read_recipe(branch))
     task = open_task(recipe, allow_code=False)
-    return open_world(run, recipe, task=task, policy=open_policy(recipe, task, find_checkpoint(run, branch, step)))
+    return open_session(run, recipe, task=task, policy=open_policy(recipe, task, find_checkpoint(run, branch, step)))
 
 
-def reproducible(root: Path, branch: str = "main") -> dict[str, str]:
+def reproducible_digests(root: Path, branch: str = "main") -> dict[str, str]:
     """Digests of everything that seed and recipe alone decide: weights, moments, streams, metrics, rollouts."""
     folder = RunDir(root).branch_folder(branch)
     weights = ("model.safetensors", "adapter_model.safetensors", "adapter_config.json")
     names = ("metrics.jsonl", "rollouts.jsonl", *weights, "optimizer.safetensors", "state.json")
-    return {name: digest for name, digest in files_of(folder).items() if Path(name).name in names}
+    return {name: digest for name, digest in file_digests(folder).items() if Path(name).name in names}
 
 
-def files_of(folder: Path) -> dict[str, str]:
+def file_digests(folder: Path) -> dict[str, str]:
     """sha256 of every file, by its path in the folder; hidden ones left out."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -96,7 +96,7 @@ def files_of(folder: Path) -> dict[str, str]:
     }
 
 
-def copied(root: Path, to: Path) -> Path:
+def copy_run(root: Path, to: Path) -> Path:
     return Path(shutil.copytree(root, to))
 
 

@@ -7,35 +7,35 @@ import json
 import sys
 from collections.abc import Sequence
 
-from npo_cli.engines.requests import ScoreRequest
-from npo_cli.launched import place_here
+from npo_cli.engines.requests import LogprobRequest
+from npo_cli.launched import read_launch_info
 from npo_cli.policy.model import load_policy
-from npo_cli.stages.engine_sync import probe_rows
-from npo_cli.stages.follow import follow, lead
-from npo_cli.stages.row_scores import row_scores
-from npo_cli.stages.together import SharedEngine, shared_among_all
+from npo_cli.stages.engine_sync import build_check_rows
+from npo_cli.stages.follow import run_worker, run_leader
+from npo_cli.stages.row_scores import run_logprob_pass
+from npo_cli.stages.together import DistributedEngine, shard_across_workers
 from tests.pictures import mixed_prompts
-from tests.stages.running import tiny
+from tests.stages.running import tiny_recipe
 
-ASKED = tuple(ScoreRequest(prompt_ids=(1, 2, 3), response_ids=tuple(range(4, 4 + length))) for length in (1, 5, 2))
+REQUESTS = tuple(LogprobRequest(prompt_ids=(1, 2, 3), response_ids=tuple(range(4, 4 + length))) for length in (1, 5, 2))
 
 
-def scored() -> int:
+def write_logps() -> int:
     """The log-probabilities as JSON on stdout."""
-    recipe = tiny(*(f"model.path={folder}" for folder in sys.argv[1:]))
-    policy = shared_among_all(load_policy(recipe.model), recipe, folder=None)
+    recipe = tiny_recipe(*(f"model.path={folder}" for folder in sys.argv[1:]))
+    policy = shard_across_workers(load_policy(recipe.model), recipe, folder=None)
     answers: Sequence[Sequence[float]]
     if policy.vision is None:
-        answers = SharedEngine(policy, recipe).score(ASKED)
+        answers = DistributedEngine(policy, recipe).compute_logps(REQUESTS)
     else:
-        rows = probe_rows(policy, mixed_prompts())
-        found = row_scores(policy, recipe, rows, temperature=1.0, whole_vocabulary=True)
+        rows = build_check_rows(policy, mixed_prompts())
+        found = run_logprob_pass(policy, recipe, rows, temperature=1.0, uses_full_vocabulary=True)
         answers = [each.logps_T.tolist() for each in found]
     sys.stdout.write(json.dumps(answers) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    place = place_here()
+    place = read_launch_info()
     assert place is not None, "torchrun says who this is"
-    sys.exit(lead(place, scored) if place.rank == 0 else follow(place))
+    sys.exit(run_leader(place, write_logps) if place.rank == 0 else run_worker(place))

@@ -14,23 +14,23 @@ from npo_cli.tasks.micro import noisy_response
 from tests.stages.guides import EXACT
 
 
-def right_text(prompt: Prompt) -> str:
+def correct_response(prompt: Prompt) -> str:
     """The exact calculation."""
     a, b = map(int, prompt.prompt_id.split("/")[1].split("+"))
     return noisy_response(a, b, len(str(a)), noise=EXACT, wrong={}, rng=random.Random(0))
 
 
-def traces_file(path: Path, rows: Iterable[object]) -> Path:
+def write_traces(path: Path, rows: Iterable[object]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def right_rows(prompts: Iterable[Prompt]) -> list[dict]:
-    return [{"prompt_id": prompt.prompt_id, "response": right_text(prompt)} for prompt in prompts]
+def correct_rows(prompts: Iterable[Prompt]) -> list[dict]:
+    return [{"prompt_id": prompt.prompt_id, "response": correct_response(prompt)} for prompt in prompts]
 
 
 @torch.no_grad()
-def in_other_tokens(folder: Path) -> Path:
+def save_with_other_vocabulary(folder: Path) -> Path:
     """The micro base with `0` and `7` in each other's place of the vocabulary: the same policy in other tokens."""
     policy = load_policy(ModelSettings(threads=1))
     rows = policy.model.get_input_embeddings().weight

@@ -9,27 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.auto_records import AutoState, Transition
-from npo_cli.costs import Account
+from npo_cli.auto_records import AutoNPOState, Transition
+from npo_cli.costs import RunCosts
 from npo_cli.run_dir.auto import append_transitions, open_probe
 from npo_cli.run_dir.files import write_json_atomic
-from npo_cli.run_dir.guides import info_path
+from npo_cli.run_dir.guides import cache_info_path
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.run_dir.scores import scorings
-from npo_cli.run_dir.seconds import add_seconds, seconds_in
-from npo_cli.stages.accounting import account
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.run_dir.scores import list_sample_stores
+from npo_cli.run_dir.seconds import append_sampling_time, sum_sampling_seconds
+from npo_cli.stages.accounting import compute_run_costs
 from npo_cli.stages.ledger import cost_at
 from npo_cli.stages.show import show_run
 from npo_cli.stages.train import train_run
 from tests.run_dir.making import group
-from tests.stages.running import copied, resume, sample, score, stop_after, tiny
+from tests.stages.running import copy_run, resume, sample, score, stop_after, tiny_recipe
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("trained") / "run"
-    stop_after(train_run(root, tiny("train.num_updates=2"), allow_code=False), 3)
+    stop_after(train_run(root, tiny_recipe("train.num_updates=2"), allow_code=False), 3)
     resume(root)
     return root
 
@@ -37,7 +37,7 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(trained, tmp_path_factory) -> Path:
     """Everything by hand that AutoNPO does by itself."""
-    root = copied(trained, tmp_path_factory.mktemp("whole") / "run")
+    root = copy_run(trained, tmp_path_factory.mktemp("whole") / "run")
     sample(root)
     resume(root, at=2, guide="near")
     score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
@@ -46,7 +46,7 @@ def whole(trained, tmp_path_factory) -> Path:
 
 def generated(run: RunDir, branch: str, steps: range) -> int:
     """Own tokens in the rollouts themselves; a guide's answer was paid for elsewhere."""
-    journal = RolloutJournal(run.rollouts_path(branch))
+    journal = RolloutLog(run.rollouts_path(branch))
     return sum(
         len(rollout.response_ids)
         for step in steps
@@ -64,29 +64,29 @@ def seconds_written(root: Path) -> list[float]:
 
 def test_a_run_that_was_only_trained_has_spent_its_steps(trained):
     run = open_run(trained)
-    found = account(run, "main")
+    found = compute_run_costs(run, "main")
     assert (found.branch, found.step, found.tokens) == ("main", 4, generated(run, "main", range(1, 5)))
     assert (found.probe_tokens, found.guide_tokens, found.abandoned_tokens) == (0, 0, 0)
-    assert (found.interventions, found.rejections) == (0, 0)
+    assert (found.num_interventions, found.num_rejections) == (0, 0)
 
 
 def test_a_step_done_again_is_one_step_with_the_seconds_of_both_times(trained):
     run = open_run(trained)
     seconds = seconds_written(trained)
     # steps 1, 2, 3, then 3 again and 4: five lines of 4 steps, of 2 updates each
-    assert (len(seconds), account(run, "main").updates) == (5, 8)
-    assert account(run, "main").seconds == pytest.approx(sum(seconds))
+    assert (len(seconds), compute_run_costs(run, "main").updates) == (5, 8)
+    assert compute_run_costs(run, "main").seconds == pytest.approx(sum(seconds))
     # without a fork the curve's ledger says the same
     spent = cost_at(run, "main", 4)
-    assert (spent.tokens, spent.seconds) == (account(run, "main").tokens, pytest.approx(sum(seconds)))
+    assert (spent.tokens, spent.seconds) == (compute_run_costs(run, "main").tokens, pytest.approx(sum(seconds)))
 
 
 def test_an_account_counts_everything_once_whichever_branch_looks(whole):
     run = open_run(whole)
-    replayed, scouted = account(run, "near"), account(run, "main")
+    replayed, scouted = compute_run_costs(run, "near"), compute_run_costs(run, "main")
     asked = sum(json.loads(line)["num_tokens"] for line in (whole / "guides/near/asked.jsonl").read_text().splitlines())
-    (scoring,) = scorings(run)
-    scored = sum(len(row["response_ids"]) for row in scoring.samples.records())
+    (scoring,) = list_sample_stores(run)
+    scored = sum(len(row["response_ids"]) for row in scoring.samples.iter_rows())
     # 4 steps of main and 2 of the replay, of 2 updates each
     assert replayed.updates == scouted.updates == 12
     assert replayed.guide_tokens == scouted.guide_tokens == asked + scored > 0
@@ -104,52 +104,52 @@ def test_an_account_counts_everything_once_whichever_branch_looks(whole):
 
 def test_guides_and_scorings_keep_a_clock_and_count_the_tokens_they_drew(whole):
     run = open_run(whole)
-    for folder in (run.guide_folder("near"), scorings(run)[0].folder):
-        assert seconds_in(folder) > 0
+    for folder in (run.guide_folder("near"), list_sample_stores(run)[0].folder):
+        assert sum_sampling_seconds(folder) > 0
     drawn = [json.loads(line)["num_tokens"] for line in (whole / "guides/near/timings.jsonl").read_text().splitlines()]
-    assert sum(drawn) == json.loads(info_path(run.guide_folder("near")).read_text())["num_tokens"]
+    assert sum(drawn) == json.loads(cache_info_path(run.guide_folder("near")).read_text())["num_tokens"]
     (path,) = (whole / "scores").glob("*/timings.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    scored = sum(len(row["response_ids"]) for row in scorings(run)[0].samples.records())
+    scored = sum(len(row["response_ids"]) for row in list_sample_stores(run)[0].samples.iter_rows())
     assert sum(line["num_tokens"] for line in lines) == scored
     # Looks of the learner, its control and the candidate; then both seen by the learner, which generates nothing.
     assert [line["num_tokens"] > 0 for line in lines] == [True, True, True, False, False]
 
 
 def test_an_unfinished_cache_has_spent_what_it_asked_so_far(whole, tmp_path):
-    run = open_run(copied(whole, tmp_path / "run"))
-    before = account(run, "main").guide_tokens
-    path = info_path(run.guide_folder("near"))
+    run = open_run(copy_run(whole, tmp_path / "run"))
+    before = compute_run_costs(run, "main").guide_tokens
+    path = cache_info_path(run.guide_folder("near"))
     write_json_atomic(path, json.loads(path.read_text()) | {"complete": False, "num_tokens": 0})
-    assert account(run, "main").guide_tokens == before
+    assert compute_run_costs(run, "main").guide_tokens == before
 
 
 def moved(run: RunDir, event: str, **evidence: object) -> None:
-    state = AutoState(branch="near", step=4)
+    state = AutoNPOState(branch="near", step=4)
     append_transitions(run, [Transition(step=4, event=event, phase_before="PROBE", state=state, evidence=evidence)])
 
 
 def test_probes_and_the_moves_of_autonpo_are_counted(whole, tmp_path):
-    run = open_run(copied(whole, tmp_path / "run"))
-    before = account(run, "near")
+    run = open_run(copy_run(whole, tmp_path / "run"))
+    before = compute_run_costs(run, "near")
     for step in (2, 4):
         probe = open_probe(run, "main", step, settings={"k": 2})
         # two answers of two tokens
         probe.rollouts.write_step(0, [group("p0")])
-        add_seconds(probe.folder, 0.25, num_tokens=4)
+        append_sampling_time(probe.folder, 0.25, num_tokens=4)
     for event in ("trigger", "rejected", "trigger", "accepted", "guided", "rolled_back"):
         moved(run, event)
     moved(run, "rolled_back", early=True)
-    after = account(run, "near")
+    after = compute_run_costs(run, "near")
     assert (after.probe_tokens, after.tokens - before.tokens) == (8, 8)
     assert after.seconds == pytest.approx(before.seconds + 0.5)
     # The early bootstrap is no intervention.
-    assert (after.interventions, after.rejections) == (1, 1)
+    assert (after.num_interventions, after.num_rejections) == (1, 1)
 
 
 def test_costs_end_with_the_account_of_the_branch_or_of_the_newest(whole):
     asked = {"step": None, "prompt_id": None, "limit": None}
     newest = show_run(whole, "costs", branch=None, **asked)
-    assert [line for line in newest if isinstance(line, Account)] == [newest[-1]]
-    assert newest[-1] == account(open_run(whole), "near")
-    assert show_run(whole, "costs", branch="main", **asked)[-1] == account(open_run(whole), "main")
+    assert [line for line in newest if isinstance(line, RunCosts)] == [newest[-1]]
+    assert newest[-1] == compute_run_costs(open_run(whole), "near")
+    assert show_run(whole, "costs", branch="main", **asked)[-1] == compute_run_costs(open_run(whole), "main")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.compare_records import ArmSummary
+from npo_cli.compare_records import MethodSummary
 from npo_cli.records import Notice
-from npo_cli.run_dir.guides import read_info
+from npo_cli.run_dir.guides import read_cache_info
 from npo_cli.run_dir.paths import open_run
 from npo_cli.stages.compare import compare_runs
-from tests.stages.running import LORA, resume, sample, train, world_at
-from tests.stages.teachers import right_rows, traces_file
+from tests.stages.running import LORA, resume, sample, train, open_session_at
+from tests.stages.teachers import correct_rows, write_traces
 
 SETTINGS = ("eval.every=2", "task.heldout_size=8")
 
@@ -23,18 +23,18 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def second(*arms: str) -> tuple[ArmSummary, list[str]]:
+def second(*arms: str) -> tuple[MethodSummary, list[str]]:
     """The second arm, and what was said."""
     records = list(compare_runs(arms, thresholds=(), baseline=None, csv=None, figure=None))
-    _, arm = (one for one in records if isinstance(one, ArmSummary))
+    _, arm = (one for one in records if isinstance(one, MethodSummary))
     return arm, [one.message for one in records if isinstance(one, Notice)]
 
 
 def test_adapters_are_a_method_and_not_another_base(plain, tmp_path):
     train(tmp_path / "lora", *SETTINGS, *LORA)
     arm, said = second(f"whole={plain}", f"lora={tmp_path / 'lora'}")
-    assert (arm.mismatched, said) == ((), [])
-    assert arm.differs == ("model.lora.rank None -> 4", "train.lr 0.0003 -> 0.001")
+    assert (arm.mismatched_settings, said) == ((), [])
+    assert arm.changed_settings == ("model.lora.rank None -> 4", "train.lr 0.0003 -> 0.001")
 
 
 def test_adapters_beside_other_weights_are_not_alike(plain, tmp_path):
@@ -42,7 +42,7 @@ def test_adapters_beside_other_weights_are_not_alike(plain, tmp_path):
     train(tmp_path / "near", *SETTINGS, *LORA)
     train(tmp_path / "far", *SETTINGS, *LORA, f"model.path={base}")
     arm, said = second(f"a={tmp_path / 'near'}", f"b={tmp_path / 'far'}")
-    path, weights = arm.mismatched
+    path, weights = arm.mismatched_settings
     assert path.startswith("model.path ")
     assert weights.startswith("base weights ")
     assert [message.partition(" (")[0] for message in said] == [f"not alike: {path}", f"not alike: {weights}"]
@@ -53,8 +53,8 @@ def test_a_guide_from_another_run_is_named_and_what_it_had_cost_there_is_told(pl
     sample(plain, source="run", origin=str(tmp_path / "other"), guide_step=None, name="taught")
     resume(plain, at=2, guide="taught")
     arm, said = second(f"a={plain}:main", f"b={plain}:taught")
-    assert arm.differs == ("guided by nobody -> run at 2",)
-    tokens = read_info(open_run(plain).guide_folder("taught")).side_tokens
+    assert arm.changed_settings == ("guided by nobody -> run at 2",)
+    tokens = read_cache_info(open_run(plain).guide_folder("taught")).guide_training_tokens
     assert said == [f"b: its guides had cost {tokens:,} tokens outside of its runs; no figure counts them"]
 
 
@@ -62,13 +62,13 @@ def test_a_file_of_traces_is_another_one_for_each_seed_and_yet_one_method(plain,
     for seed in (0, 1):
         root = tmp_path / f"seed-{seed}"
         train(root, *SETTINGS, f"train.seed={seed}")
-        with closing(world_at(root, 2)) as world:
-            traces = traces_file(tmp_path / f"traces-{seed}.jsonl", right_rows(world.prompts_between(8, 16)))
+        with closing(open_session_at(root, 2)) as world:
+            traces = write_traces(tmp_path / f"traces-{seed}.jsonl", correct_rows(world.prompts_between(8, 16)))
         sample(root, source="file", origin=str(traces), guide_step=None, name="taught")
         resume(root, at=2, guide="taught")
     taught = [f"luffy={tmp_path / f'seed-{seed}'}:taught" for seed in (0, 1)]
     arm, _ = second(f"grpo={plain}:main", *taught)
-    assert arm.differs == ("guided by nobody -> file at 2",)
+    assert arm.changed_settings == ("guided by nobody -> file at 2",)
 
 
 def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_path):
@@ -80,4 +80,4 @@ def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_
         "method.name=exgrpo",
     )
     arm, said = second(f"a={plain}:main", f"b={tmp_path / 'past'}")
-    assert (arm.differs, said) == (("guide.experience.replay_fraction 0.0 -> 0.5", "guided by nobody -> its past"), [])
+    assert (arm.changed_settings, said) == (("guide.experience.replay_fraction 0.0 -> 0.5", "guided by nobody -> its past"), [])

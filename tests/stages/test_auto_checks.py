@@ -3,9 +3,9 @@
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.stages.auto_checks import longest_slice, refuse_impossible, usable_deltas
-from tests.stages.auto_runs import EAGER, auto_resuming, eager
-from tests.stages.running import copied, files_of
+from npo_cli.stages.auto_checks import max_failed_prompts, validate_autonpo_settings, usable_deltas
+from tests.stages.auto_runs import EAGER, start_autonpo_resume, eager_recipe
+from tests.stages.running import copy_run, file_digests
 
 NUM_PROMPTS = 16
 """task.pool_size of the eager recipe: 4 a step, a checkpoint every 2 steps, deltas 2 and 4, 12 steps."""
@@ -163,7 +163,7 @@ LEGAL = {
 def test_what_could_never_work_is_refused_by_its_key(case):
     overrides, message, hint = REFUSED[case]
     with pytest.raises(NpoError) as caught:
-        refuse_impossible(eager(*overrides), NUM_PROMPTS)
+        validate_autonpo_settings(eager_recipe(*overrides), NUM_PROMPTS)
     assert message in caught.value.message
     assert hint in caught.value.hint
 
@@ -173,27 +173,27 @@ def test_the_mended_recipe_is_let_through(case):
     """The first words of the hint, typed as they are, where they are one setting."""
     overrides, _, _ = REFUSED[case]
     with pytest.raises(NpoError) as caught:
-        refuse_impossible(eager(*overrides), NUM_PROMPTS)
+        validate_autonpo_settings(eager_recipe(*overrides), NUM_PROMPTS)
     mended = caught.value.hint.split(", or ")[0].removesuffix(" or less")
     if "=" in mended and " " not in mended:
-        refuse_impossible(eager(*overrides, mended), NUM_PROMPTS)
+        validate_autonpo_settings(eager_recipe(*overrides, mended), NUM_PROMPTS)
     else:
         assert case == "every distance longer than the run"
 
 
 @pytest.mark.parametrize("case", LEGAL)
 def test_what_just_works_is_let_through(case):
-    refuse_impossible(eager(*LEGAL[case]), NUM_PROMPTS)
+    validate_autonpo_settings(eager_recipe(*LEGAL[case]), NUM_PROMPTS)
 
 
 def test_distances_count_where_they_end_at_a_checkpoint():
-    recipe = eager("autonpo.rollback.distances=[1,2,3,4,6,7]")
+    recipe = eager_recipe("autonpo.rollback.distances=[1,2,3,4,6,7]")
     assert usable_deltas(recipe) == (2, 4, 6)
     # 6 steps of 4 prompts are 24; there are 16, or 10, or room for 5
-    assert longest_slice(recipe, num_prompts=16) == 16
-    assert longest_slice(recipe, num_prompts=10) == 10
-    assert longest_slice(recipe, num_prompts=100) == 24
-    assert longest_slice(eager("autonpo.rollback.distances=[4]", "autonpo.pool.max_size=5"), num_prompts=16) == 5
+    assert max_failed_prompts(recipe, num_prompts=16) == 16
+    assert max_failed_prompts(recipe, num_prompts=10) == 10
+    assert max_failed_prompts(recipe, num_prompts=100) == 24
+    assert max_failed_prompts(eager_recipe("autonpo.rollback.distances=[4]", "autonpo.pool.max_size=5"), num_prompts=16) == 5
 
 
 def test_at_the_door_it_is_two_lines_and_no_directory(warm, tmp_path):
@@ -208,17 +208,17 @@ def test_at_the_door_it_is_two_lines_and_no_directory(warm, tmp_path):
 
 
 def test_a_run_that_is_there_is_not_touched(plain, tmp_path):
-    root = copied(plain, tmp_path / "run")
+    root = copy_run(plain, tmp_path / "run")
     with pytest.raises(NpoError, match=r"autonpo\.rollback\.min_failed_prompts is 17"):
-        list(auto_resuming(root, "autonpo.rollback.min_failed_prompts=17"))
+        list(start_autonpo_resume(root, "autonpo.rollback.min_failed_prompts=17"))
     with pytest.raises(NpoError, match=r"autonpo\.rollback\.min_failed_prompts is 17"):
-        list(auto_resuming(root, "autonpo.rollback.min_failed_prompts=17", at=4))
-    assert files_of(root) == files_of(plain)
+        list(start_autonpo_resume(root, "autonpo.rollback.min_failed_prompts=17", at=4))
+    assert file_digests(root) == file_digests(plain)
 
 
 def test_descending_distances_are_no_recipe(plain):
     with pytest.raises(NpoError, match=r"autonpo\.rollback\.distances must be ascending"):
-        eager("autonpo.rollback.distances=[4,2]")
+        eager_recipe("autonpo.rollback.distances=[4,2]")
 
 
 @pytest.mark.parametrize(
@@ -238,5 +238,5 @@ def test_options_of_a_replay_by_hand_do_not_go_with_it(warm, plain, tmp_path, gi
 
 def test_another_branch_is_watched_only_as_a_fork(watched):
     with pytest.raises(NpoError, match="at work on branch auto-2, not on main") as caught:
-        next(auto_resuming(watched, source_branch="main"))
+        next(start_autonpo_resume(watched, source_branch="main"))
     assert "--from main --at STEP" in caught.value.hint

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.stages.auto_runs import EAGER, auto_resuming, auto_training, decided, events_of
+from tests.stages.auto_runs import EAGER, start_autonpo_resume, start_autonpo, deterministic_digests, events_of
 from tests.stages.running import LORA
-from tests.stages.warm import Child, Warm
+from tests.stages.warm import NpoProcess, ForkServer
 
 PHASES = ("TRAIN", "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE", "COOLDOWN")
 SAVING = "saving a checkpoint"
@@ -30,7 +30,7 @@ JUDGED = "autonpo.replay.acceptance_test=true"
 class Matrix:
     """Kills so far, by what they interrupted."""
 
-    warm: Warm
+    warm: ForkServer
     folder: Path
     settings: tuple[str, ...]
     rng: random.Random
@@ -50,8 +50,8 @@ class Matrix:
         if reached(child, root, target):
             time.sleep(self.rng.uniform(0, longest))
             with_luck(child)
-        code = child.ended()
-        assert code in (0, -signal.SIGKILL), child.said()
+        code = child.wait()
+        assert code in (0, -signal.SIGKILL), child.read_stderr()
         if code:
             self.kills[interrupted(root)] += 1
         return code != 0
@@ -62,13 +62,13 @@ class Matrix:
         return "\n".join([*rows, f"{'in all':<20} {self.kills.total():>3}"])
 
 
-def with_luck(child: Child) -> None:
+def with_luck(child: NpoProcess) -> None:
     """It may have ended during the delay."""
     if is_there(child):
         child.kill()
 
 
-def is_there(child: Child) -> bool:
+def is_there(child: NpoProcess) -> bool:
     try:
         os.kill(child.pid, 0)
     except ProcessLookupError:
@@ -76,7 +76,7 @@ def is_there(child: Child) -> bool:
     return True
 
 
-def reached(child: Child, root: Path, target: str) -> bool:
+def reached(child: NpoProcess, root: Path, target: str) -> bool:
     """Look again and again until the target shows on the disk, or the process has ended."""
     deadline = time.monotonic() + 60
     while is_there(child):
@@ -106,18 +106,18 @@ def phase_of(root: Path) -> str | None:
 
 
 @pytest.mark.parametrize("kind", [(), LORA], ids=["every weight", "lora"])
-def test_a_run_killed_in_one_phase_after_the_other_ends_as_if_it_had_not_been(warm: Warm, tmp_path, kind):
+def test_a_run_killed_in_one_phase_after_the_other_ends_as_if_it_had_not_been(warm: ForkServer, tmp_path, kind):
     settings = (*kind, JUDGED, "autonpo.max_interventions=1", "train.num_steps=10")
-    list(auto_training(tmp_path / "straight", *settings))
+    list(start_autonpo(tmp_path / "straight", *settings))
     assert {"accepted", "rolled_back", "kept"} <= set(events_of(tmp_path / "straight"))
     matrix = Matrix(warm=warm, folder=tmp_path, settings=settings, rng=random.Random(5))
     root = tmp_path / "killed"
     for target in ("TRAIN", SAVING, "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE"):
         if not matrix.kill_at(root, target):
             break
-    list(auto_resuming(root))
+    list(start_autonpo_resume(root))
     assert matrix.kills.total() >= 4
-    assert decided(root) == decided(tmp_path / "straight")
+    assert deterministic_digests(root) == deterministic_digests(tmp_path / "straight")
 
 
 @pytest.mark.slow
@@ -125,9 +125,9 @@ def test_a_run_killed_in_one_phase_after_the_other_ends_as_if_it_had_not_been(wa
     "settings",
     [(JUDGED,), ("autonpo.early.enabled=true", "autonpo.early.scout_steps=4", "autonpo.early.replay_steps=4", JUDGED)],
 )
-def test_forty_kills_in_all_phases_change_nothing(warm: Warm, tmp_path, settings):
-    list(auto_training(tmp_path / "straight", *settings))
-    straight = decided(tmp_path / "straight")
+def test_forty_kills_in_all_phases_change_nothing(warm: ForkServer, tmp_path, settings):
+    list(start_autonpo(tmp_path / "straight", *settings))
+    straight = deterministic_digests(tmp_path / "straight")
     matrix = Matrix(warm=warm, folder=tmp_path, settings=settings, rng=random.Random(11))
     num_runs = 0
     while matrix.kills.total() < 40 or any(matrix.kills[name] < 2 for name in (*PHASES, SAVING)):
@@ -139,6 +139,6 @@ def test_forty_kills_in_all_phases_change_nothing(warm: Warm, tmp_path, settings
         for target in targets:
             if not matrix.kill_at(root, target):
                 break
-        list(auto_resuming(root))
-        assert decided(root) == straight, matrix.table()
+        list(start_autonpo_resume(root))
+        assert deterministic_digests(root) == straight, matrix.table()
     print(f"\n{num_runs} runs\n{matrix.table()}")

@@ -10,28 +10,28 @@ import pytest
 
 from npo_cli.errors import StoppedEarly
 from npo_cli.records import Notice, Progress, StepReport
-from npo_cli.run_dir.guides import load_guide, read_asked
-from npo_cli.run_dir.lineage import segments
+from npo_cli.run_dir.guides import load_guide, read_queried_prompts
+from npo_cli.run_dir.lineage import read_segments
 from npo_cli.run_dir.paths import open_run
 from npo_cli.stages.resume import resume_run
 from npo_cli.stages.train import train_run
 from tests.stages.auto_runs import (
     NEVER,
-    auto_resuming,
-    auto_training,
-    check_same_but_for_main,
-    decided,
-    eager,
+    start_autonpo_resume,
+    start_autonpo,
+    check_equal_except_main,
+    deterministic_digests,
+    eager_recipe,
     events_of,
-    failed_in,
+    failed_prompts,
     groups_of,
-    moves_of,
-    own_accuracy,
+    transitions_of,
+    on_policy_accuracy,
     prompt_ids,
-    the_move,
-    train_plainly,
+    find_transition,
+    train_grpo,
 )
-from tests.stages.running import copied, files_of, steps_of, stop_after
+from tests.stages.running import copy_run, file_digests, steps_of, stop_after
 
 PLAINLY = {
     **{"overrides": (), "at": None, "source_branch": None, "new_branch": None, "guide": None, "steps": None},
@@ -45,11 +45,11 @@ def test_the_interventions_are_those_that_the_journal_tells(watched):
         *("armed", "warning", "trigger", "accepted", "guided", "rolled_back", "replayed", "armed", "warning", "capped"),
     ]
     # 6 - 2 = 4, and on the replayed branch 8 - 4 = 4.
-    assert [(found.step, found.state.distance) for found in (the_move(watched, "accepted", n) for n in (0, 1))] == [
+    assert [(found.step, found.state.distance) for found in (find_transition(watched, "accepted", n) for n in (0, 1))] == [
         (6, 2),
         (8, 4),
     ]
-    assert [(born.branch, born.parent, born.fork_step, born.guide_until) for born in segments(open_run(watched))] == [
+    assert [(born.branch, born.parent, born.fork_step, born.guide_until) for born in read_segments(open_run(watched))] == [
         ("main", None, 0, None),
         ("auto-1", "main", 4, 6),
         ("auto-2", "auto-1", 4, 8),
@@ -61,17 +61,17 @@ def test_training_first_and_autonpo_later_is_training_with_it(watched, plain, tm
     """7 and 5 lie between two checkpoints, 7 after and 5 before the first trigger."""
     root = tmp_path / "run"
     if num_steps == 12:
-        copied(plain, root)
+        copy_run(plain, root)
     else:
-        stop_after(train_run(root, eager(), allow_code=False), num_steps)
-    list(auto_resuming(root))
-    check_same_but_for_main(root, watched)
+        stop_after(train_run(root, eager_recipe(), allow_code=False), num_steps)
+    list(start_autonpo_resume(root))
+    check_equal_except_main(root, watched)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_dropped_again_and_again_ends_the_same(watched, tmp_path, seed):
     root, rng = tmp_path / "run", random.Random(seed)
-    records = auto_training(root)
+    records = start_autonpo(root)
     for _ in range(60):
         # A restart says up to 4 things before its first step, and two steps lead to the next checkpoint.
         left = rng.randint(6, 16)
@@ -79,35 +79,35 @@ def test_a_run_dropped_again_and_again_ends_the_same(watched, tmp_path, seed):
         records.close()
         if len(seen) < left:
             break
-        records = auto_resuming(root)
+        records = start_autonpo_resume(root)
     assert len(seen) < left, "it came to an end"
-    assert decided(root) == decided(watched)
+    assert deterministic_digests(root) == deterministic_digests(watched)
 
 
 def test_a_run_that_ended_is_looked_at_and_left_alone(watched, tmp_path):
-    root = copied(watched, tmp_path / "run")
-    records = list(auto_resuming(root))
+    root = copy_run(watched, tmp_path / "run")
+    records = list(start_autonpo_resume(root))
     assert steps_of(records) == []
     assert "no step was left to make: all 12 steps are made (train.num_steps may be raised)" in said(records)
-    assert decided(root) == decided(watched)
+    assert deterministic_digests(root) == deterministic_digests(watched)
 
 
 def test_where_nothing_triggers_training_is_plain_grpo_and_afterwards_nothing_changes(plain, tmp_path):
     root = tmp_path / "run"
-    list(auto_training(root, *NEVER))
-    names = [name for name in decided(plain) if name.startswith("branches/")]
-    assert {name: decided(root)[name] for name in names} == {name: decided(plain)[name] for name in names}
-    before = decided(root)
-    assert said(auto_resuming(root))[-2] == "looking back over steps 6-12 of main, already on record"
-    assert decided(root) == before
+    list(start_autonpo(root, *NEVER))
+    names = [name for name in deterministic_digests(plain) if name.startswith("branches/")]
+    assert {name: deterministic_digests(root)[name] for name in names} == {name: deterministic_digests(plain)[name] for name in names}
+    before = deterministic_digests(root)
+    assert said(start_autonpo_resume(root))[-2] == "looking back over steps 6-12 of main, already on record"
+    assert deterministic_digests(root) == before
     assert events_of(root) == ["started", "armed"]
 
 
 def test_a_plain_run_that_never_stagnated_gains_a_journal_and_nothing_else(plain, tmp_path):
-    root = copied(plain, tmp_path / "run")
-    list(auto_resuming(root, *NEVER))
+    root = copy_run(plain, tmp_path / "run")
+    list(start_autonpo_resume(root, *NEVER))
     assert events_of(root) == ["started", "armed"]
-    changed = {name for name, digest in files_of(root).items() if files_of(plain).get(name) != digest}
+    changed = {name for name, digest in file_digests(root).items() if file_digests(plain).get(name) != digest}
     assert changed == {"autonpo.jsonl", "segments.jsonl", "events.jsonl", "branches/main/recipe.yaml"}
 
 
@@ -127,14 +127,14 @@ def test_guides_are_wanted_for_exactly_what_failed_in_the_slice(watched, branch,
     """A quarter right of four samples or less (autonpo.pool.max_accuracy = 0.25): one or none."""
     before = parent_of(branch)
     (parent,) = set(before.values())
-    failed = failed_in(watched, parent, range(back_to + 1, at + 1), at_most=0.25)
-    asked = read_asked(open_run(watched).guide_folder(branch))
+    failed = failed_prompts(watched, parent, range(back_to + 1, at + 1), at_most=0.25)
+    asked = read_queried_prompts(open_run(watched).guide_folder(branch))
     assert sorted(asked) == sorted(failed)
     assert len(failed) >= 5
     info, found = load_guide(open_run(watched), branch)
-    assert (info.branch, info.at_step, info.guide_step, info.num_steps) == (parent, back_to, at, at - back_to)
+    assert (info.branch, info.learner_step, info.guide_step, info.num_steps) == (parent, back_to, at, at - back_to)
     assert set(found) == {prompt_id for prompt_id, entry in asked.items() if entry.num_correct}
-    assert len(found) == the_move(watched, "guided", INTERVENTIONS.index((branch, at, back_to))).evidence["num_found"]
+    assert len(found) == find_transition(watched, "guided", INTERVENTIONS.index((branch, at, back_to))).evidence["num_found"]
 
 
 @pytest.mark.parametrize(("branch", "at", "back_to"), INTERVENTIONS)
@@ -154,10 +154,10 @@ def test_a_guide_sits_where_there_is_one_and_the_policy_fails_and_nowhere_after_
     for step in range(back_to + 1, last + 1):
         for group in groups_of(watched, branch, step):
             # guide.inject.max_accuracy = 0.6 of the four own rollouts: two right or fewer
-            due = step <= at and group.prompt.prompt_id in found and own_accuracy(group) <= 0.6
+            due = step <= at and group.prompt.prompt_id in found and on_policy_accuracy(group) <= 0.6
             guests = [rollout for rollout in group.rollouts if rollout.source == "guide"]
-            assert (group.mix == "injected") == bool(guests) == due
-            assert (group.mix == "off") == (step > at)
+            assert (group.injection_status == "injected") == bool(guests) == due
+            assert (group.injection_status == "off") == (step > at)
             for guest in guests:
                 (kept,) = found[group.prompt.prompt_id]
                 assert (guest.response_ids, guest.behavior_logps) == (kept.response_ids, kept.behavior_logps)
@@ -166,32 +166,32 @@ def test_a_guide_sits_where_there_is_one_and_the_policy_fails_and_nowhere_after_
 
 
 def test_the_rest_lasts_as_long_as_it_should_and_the_cap_holds_after_a_restart(watched, tmp_path):
-    first, second = (the_move(watched, "replayed", number) for number in (0, 1))
+    first, second = (find_transition(watched, "replayed", number) for number in (0, 1))
     # cooldown = 1: replayed at 6, resting at 7, armed at 8
-    assert (first.step, first.state.until) == (6, 7)
-    assert [move.step for move in moves_of(watched) if move.event == "armed"] == [5, 8, 10]
-    assert (second.step, second.state.interventions) == (8, 2)
-    root = copied(watched, tmp_path / "run")
-    steps = steps_of(auto_resuming(root, "train.num_steps=16"))
+    assert (first.step, first.state.until_step) == (6, 7)
+    assert [move.step for move in transitions_of(watched) if move.event == "armed"] == [5, 8, 10]
+    assert (second.step, second.state.num_interventions) == (8, 2)
+    root = copy_run(watched, tmp_path / "run")
+    steps = steps_of(start_autonpo_resume(root, "train.num_steps=16"))
     assert [report.step for report in steps] == [13, 14, 15, 16]
     assert set(events_of(root)[18:]) <= {"warning", "recovered", "capped"}
 
 
 def test_a_fork_by_hand_starts_anew_on_a_branch_of_its_own(watched, tmp_path):
-    root = copied(watched, tmp_path / "run")
-    list(auto_resuming(root, *NEVER, at=4, source_branch="main", new_branch="anew"))
-    begun = [move for move in moves_of(root) if move.event == "started"]
-    assert [(move.step, move.state.branch, move.state.interventions) for move in begun] == [
+    root = copy_run(watched, tmp_path / "run")
+    list(start_autonpo_resume(root, *NEVER, at=4, source_branch="main", new_branch="anew"))
+    begun = [move for move in transitions_of(root) if move.event == "started"]
+    assert [(move.step, move.state.branch, move.state.num_interventions) for move in begun] == [
         (0, "main", 0),
         (4, "anew", 0),
     ]
-    assert moves_of(root)[-1].event == "armed"
+    assert transitions_of(root)[-1].event == "armed"
     # Its settings are its own, and it is taken up again by itself.
-    assert open_run(root).recipe("anew")["autonpo"]["trigger"]["min_entropy_drop_se"] == 1_000_000
-    assert steps_of(auto_resuming(root)) == []
-    before = decided(root)
-    assert {name: before[name] for name in decided(watched) if name != "autonpo.jsonl"} == {
-        name: digest for name, digest in decided(watched).items() if name != "autonpo.jsonl"
+    assert open_run(root).read_recipe("anew")["autonpo"]["trigger"]["min_entropy_drop_se"] == 1_000_000
+    assert steps_of(start_autonpo_resume(root)) == []
+    before = deterministic_digests(root)
+    assert {name: before[name] for name in deterministic_digests(watched) if name != "autonpo.jsonl"} == {
+        name: digest for name, digest in deterministic_digests(watched).items() if name != "autonpo.jsonl"
     }
 
 
@@ -205,38 +205,38 @@ def test_a_signal_in_an_intervention_is_heeded_between_two_chunks(watched, tmp_p
     root = tmp_path / "run"
     seen = 0
     with pytest.raises(StoppedEarly, match=r"what was sampled is saved") as stopped:
-        for record in auto_training(root):
-            seen += isinstance(record, Progress) and record.what == what
+        for record in start_autonpo(root):
+            seen += isinstance(record, Progress) and record.description == what
             if seen == number:
                 signal.raise_signal(signal.SIGTERM)
                 seen += 1
     assert stopped.value.hint.endswith("--autonpo")
     assert "rolled_back" not in events_of(root)
-    list(auto_resuming(root))
-    assert decided(root) == decided(watched)
+    list(start_autonpo_resume(root))
+    assert deterministic_digests(root) == deterministic_digests(watched)
 
 
 def test_settings_changed_in_a_replay_hold_from_there_and_the_replay_ends_where_it_should(tmp_path):
     root = tmp_path / "run"
-    for record in (records := auto_training(root, "autonpo.max_interventions=1")):
+    for record in (records := start_autonpo(root, "autonpo.max_interventions=1")):
         if isinstance(record, StepReport) and record.branch == "auto-1":
             records.close()
-    assert moves_of(root)[-1].state.phase == "REPLAY"
+    assert transitions_of(root)[-1].state.phase == "REPLAY"
     # whoever goes on without AutoNPO passes the end of the replay
     list(resume_run(root, **PLAINLY))
-    list(auto_resuming(root, "autonpo.replay.acceptance_test=true", "train.num_steps=14"))
-    replayed = the_move(root, "replayed")
+    list(start_autonpo_resume(root, "autonpo.replay.acceptance_test=true", "train.num_steps=14"))
+    replayed = find_transition(root, "replayed")
     assert (replayed.step, replayed.state.phase) == (6, "JUDGE")
     assert {"kept", "reverted"} & set(events_of(root))
-    assert moves_of(root)[-1].state.phase in ("TRAIN", "COOLDOWN")
+    assert transitions_of(root)[-1].state.phase in ("TRAIN", "COOLDOWN")
 
 
 def test_a_run_whose_record_lacks_a_signal_is_told_so(plain, tmp_path):
-    root = copied(plain, tmp_path / "run")
+    root = copy_run(plain, tmp_path / "run")
     path = root / "branches" / "main" / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "entropy"}) + "\n" for row in rows))
-    told = said(auto_resuming(root))
+    told = said(start_autonpo_resume(root))
     assert "no step on record has a finite entropy: AutoNPO cannot trigger on them" in told
     assert not any("finite reward" in each for each in told)
 
@@ -250,14 +250,14 @@ def test_the_moves_of_two_runs_of_one_seed_hold_no_time_of_day(watched):
 def test_changed_settings_begin_anew_and_are_not_applied_backwards(tmp_path):
     """Trained with a trigger that never fires, resumed with one that always does: it fires after the last record."""
     root = tmp_path / "run"
-    train_plainly(root, "train.num_steps=8")
-    list(auto_resuming(root, *NEVER))
-    list(auto_resuming(root, "autonpo.trigger.min_entropy_drop_se=0", "train.num_steps=12"))
-    begun = [move for move in moves_of(root) if move.event == "started"]
+    train_grpo(root, "train.num_steps=8")
+    list(start_autonpo_resume(root, *NEVER))
+    list(start_autonpo_resume(root, "autonpo.trigger.min_entropy_drop_se=0", "train.num_steps=12"))
+    begun = [move for move in transitions_of(root) if move.event == "started"]
     assert [(move.step, move.evidence["settings"]["autonpo"]["trigger"]["min_entropy_drop_se"]) for move in begun] == [
         (0, 1e6),
         (8, 0),
     ]
-    triggers = [move.step for move in moves_of(root) if move.event == "trigger"]
+    triggers = [move.step for move in transitions_of(root) if move.event == "trigger"]
     assert triggers
     assert min(triggers) > 8

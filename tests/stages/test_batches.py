@@ -6,29 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.batches import Guidance, StepBatch, draw_batch
-from npo_cli.stages.update import train_rows
-from npo_cli.stages.world import World
-from tests.stages.guides import guidance_of, right_answer, with_settings
-from tests.stages.running import train, world_at
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.batches import ActiveGuide, StepBatch, build_batch
+from npo_cli.stages.update import build_training_samples
+from npo_cli.stages.world import Session
+from tests.stages.guides import make_active_guide, correct_trajectory, override_settings
+from tests.stages.running import train, open_session_at
 
 
 @pytest.fixture(scope="module")
-def hard(tmp_path_factory) -> World:
+def hard(tmp_path_factory) -> Session:
     """The base model before additions with two misconceived digits, 4 prompts of 8 rollouts: all wrong."""
     root = tmp_path_factory.mktemp("hard") / "run"
     train(root, "task.kind=addh2", "train.group_size=8", "train.num_steps=1")
-    return world_at(root, 0)
+    return open_session_at(root, 0)
 
 
-def drawn(world: World, folder: Path, *, step: int = 1, position: int = 0, guidance: Guidance | None = None):
-    journal = RolloutJournal(folder / "rollouts.jsonl")
-    return draw_batch(world, journal, seed_name="t", step=step, position=position, guidance=guidance)
+def drawn(world: Session, folder: Path, *, step: int = 1, position: int = 0, guidance: ActiveGuide | None = None):
+    journal = RolloutLog(folder / "rollouts.jsonl")
+    return build_batch(world, journal, seed_name="t", step=step, position=position, active_guide=guidance)
 
 
 def test_a_guide_in_an_all_wrong_group_takes_the_last_slot_and_all_the_credit(hard, tmp_path):
-    guidance = guidance_of(right_answer(hard, prompt, shift=-1.0) for prompt in hard.task.train)
+    guidance = make_active_guide(correct_trajectory(hard, prompt, shift=-1.0) for prompt in hard.task.train)
     batch = drawn(hard, tmp_path, guidance=guidance)
     assert [group.own_accuracy for group in batch.mixed] == [0.0] * 4
     for entry in batch.chosen:
@@ -42,9 +42,9 @@ def test_a_guide_in_an_all_wrong_group_takes_the_last_slot_and_all_the_credit(ha
 
 
 def test_the_loss_gets_the_mixed_groups_rows(hard, tmp_path):
-    guidance = guidance_of(right_answer(hard, prompt, shift=-1.0) for prompt in hard.task.train)
-    rows = train_rows(hard.policy, drawn(hard, tmp_path, guidance=guidance).chosen, hard.recipe.guide.inject)
-    assert [row.foreign for row in rows] == ([False] * 7 + [True]) * 4
+    guidance = make_active_guide(correct_trajectory(hard, prompt, shift=-1.0) for prompt in hard.task.train)
+    rows = build_training_samples(hard.policy, drawn(hard, tmp_path, guidance=guidance).chosen, hard.recipe.guide.inject)
+    assert [row.is_off_policy for row in rows] == ([False] * 7 + [True]) * 4
     assert [round(row.advantage, 3) for row in rows] == ([-0.354] * 7 + [2.475]) * 4
     prompt = hard.task.train[hard.order.indices(0, 1)[0]]
     assert rows[7].tokens.prompt_ids == hard.policy.encode(prompt)
@@ -52,37 +52,37 @@ def test_the_loss_gets_the_mixed_groups_rows(hard, tmp_path):
 
 
 def test_the_journal_keeps_the_replaced_rollout_and_the_guides(hard, tmp_path):
-    guidance = guidance_of(right_answer(hard, prompt) for prompt in hard.task.train)
+    guidance = make_active_guide(correct_trajectory(hard, prompt) for prompt in hard.task.train)
     batch = drawn(hard, tmp_path, guidance=guidance)
-    for own, kept in zip(batch.own, RolloutJournal(tmp_path / "rollouts.jsonl").read_step(1), strict=True):
+    for own, kept in zip(batch.own, RolloutLog(tmp_path / "rollouts.jsonl").read_step(1), strict=True):
         assert kept.rollouts[:8] == own.rollouts
         assert [rollout.source for rollout in kept.rollouts[8:]] == ["guide"]
-        assert (kept.mix, kept.own_accuracy) == ("injected", 0.0)
+        assert (kept.injection_status, kept.on_policy_accuracy) == ("injected", 0.0)
     # Read back, it is the same batch.
     assert drawn(hard, tmp_path, guidance=guidance) == replace(batch, remembered=True)
 
 
 def test_the_gate_an_absent_answer_and_the_end_of_the_segment_keep_a_guide_out(hard, scout, tmp_path):
-    world = world_at(scout, 2)
+    world = open_session_at(scout, 2)
     prompts = world.task.train
     alone = drawn(world, tmp_path / "alone")
     accuracies = [sum(rollout.reward for rollout in group.rollouts) / 4 for group in alone.own]
     assert 0 < sum(accuracies) < 4, "some right and some wrong, or this shows nothing"
-    shut = with_settings(world, "guide.inject", max_accuracy=0.0)
-    batch = drawn(shut, tmp_path / "shut", guidance=guidance_of(right_answer(world, prompt) for prompt in prompts))
+    shut = override_settings(world, "guide.inject", max_accuracy=0.0)
+    batch = drawn(shut, tmp_path / "shut", guidance=make_active_guide(correct_trajectory(world, prompt) for prompt in prompts))
     assert [group.mix for group in batch.mixed] == ["gate_closed" if share else "injected" for share in accuracies]
-    none = drawn(shut, tmp_path / "none", guidance=guidance_of([]))
+    none = drawn(shut, tmp_path / "none", guidance=make_active_guide([]))
     assert [group.mix for group in none.mixed] == ["gate_closed" if share else "no_guide" for share in accuracies]
-    late = drawn(hard, tmp_path / "late", step=3, guidance=guidance_of([], until=2))
+    late = drawn(hard, tmp_path / "late", step=3, guidance=make_active_guide([], until=2))
     assert {group.mix for group in late.mixed} == {"off"}
 
 
 def taught(batch: StepBatch) -> list[str]:
-    return [entry.group.prompt.prompt_id for entry in batch.chosen]
+    return [entry.group.prompt.prompt_id for entry in batch.selected]
 
 
 def test_dynamic_sampling_draws_until_enough_groups_teach(scout, tmp_path):
-    world = with_settings(world_at(scout, 0), "sampling", dynamic=True, max_gen_batches=4)
+    world = override_settings(open_session_at(scout, 0), "sampling", dynamic=True, max_gen_batches=4)
     batch = drawn(world, tmp_path)
     # Groups with right and wrong answers, in data order, no more than a batch; the cursor passes what was drawn.
     mixed = [group.prompt.prompt_id for group in batch.own if len({r.reward for r in group.rollouts}) == 2]
@@ -93,21 +93,21 @@ def test_dynamic_sampling_draws_until_enough_groups_teach(scout, tmp_path):
 
 
 def test_dynamic_sampling_stops_at_its_limit_with_what_it_has(hard, tmp_path):
-    world = with_settings(hard, "sampling", dynamic=True, max_gen_batches=2)
+    world = override_settings(hard, "sampling", dynamic=True, max_gen_batches=2)
     batch = drawn(world, tmp_path)
     assert (batch.num_draws, batch.chosen, len(batch.own)) == (2, (), 8)
 
 
 def test_dynamic_sampling_counts_a_group_that_a_guide_made_useful(hard, tmp_path):
-    world = with_settings(hard, "sampling", dynamic=True, max_gen_batches=2)
-    guidance = guidance_of(right_answer(hard, prompt) for prompt in hard.task.train)
+    world = override_settings(hard, "sampling", dynamic=True, max_gen_batches=2)
+    guidance = make_active_guide(correct_trajectory(hard, prompt) for prompt in hard.task.train)
     batch = drawn(world, tmp_path, guidance=guidance)
     assert (batch.num_draws, len(batch.chosen)) == (1, 4)
 
 
 def test_overlong_answers_cost_reward_before_advantages_are_taken(hard, tmp_path):
     plain = drawn(hard, tmp_path / "plain").chosen
-    world = with_settings(hard, "sampling", overlong_buffer=18, overlong_penalty=1.0)
+    world = override_settings(hard, "sampling", overlong_buffer=18, overlong_penalty=1.0)
     shaped = drawn(world, tmp_path / "shaped").chosen
     assert not any(entry.teaches for entry in plain)
     for entry in shaped:
@@ -122,7 +122,7 @@ def test_overlong_answers_cost_reward_before_advantages_are_taken(hard, tmp_path
 def test_a_batch_across_two_epochs_answers_the_same_prompt_afresh(hard, tmp_path):
     size = len(hard.task.train)
     # The last 2 prompts of one epoch and the first 2 of the next, then as many draws as it takes to meet one again.
-    world = with_settings(hard, "sampling", dynamic=True, max_gen_batches=5)
+    world = override_settings(hard, "sampling", dynamic=True, max_gen_batches=5)
     batch = drawn(world, tmp_path, position=size - 2)
     seen = Counter(group.prompt.prompt_id for group in batch.own)
     twice = [prompt_id for prompt_id, count in seen.items() if count == 2]

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from npo_cli.auto_records import Confirmation
+from npo_cli.auto_records import ProbeResult
 from npo_cli.engines.requests import SampleRequest
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.records import Group, Progress
-from npo_cli.run_dir.auto import probe_tokens
+from npo_cli.run_dir.auto import count_probe_tokens
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.stages import confirm
-from npo_cli.stages.confirm import Probe, confirmed, looked_back, open_confirmation
-from npo_cli.stages.world import World
-from tests.stages.auto_runs import groups_of, the_move
-from tests.stages.guides import with_settings
-from tests.stages.running import copied, world_at
+from npo_cli.stages.confirm import Probe, run_probe, score_past_checkpoints, start_probe
+from npo_cli.stages.world import Session
+from tests.stages.auto_runs import groups_of, find_transition
+from tests.stages.guides import override_settings
+from tests.stages.running import copy_run, open_session_at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +38,9 @@ class Counting:
 def probe_at_6(root: Path, **changes: object) -> tuple[Probe, list[tuple[str, int]]]:
     """What the plain run's step 6 is asked, and a list of who will have been."""
     asked: list[tuple[str, int]] = []
-    world = with_settings(world_at(root, 6, branch="main"), "autonpo.probe", **changes)
+    world = override_settings(open_session_at(root, 6, branch="main"), "autonpo.probe", **changes)
     world = replace(world, engine=Counting(engine=world.engine, asked=asked))
-    return open_confirmation(world, "main", find_checkpoint(world.run, "main", 6)), asked
+    return start_probe(world, "main", find_checkpoint(world.run, "main", 6)), asked
 
 
 def finished(doing: Any) -> Any:
@@ -57,11 +57,11 @@ def answers(probe: Probe) -> list[Group]:
 
 
 @pytest.fixture(scope="module")
-def everybody(plain, tmp_path_factory) -> tuple[Probe, Confirmation]:
+def everybody(plain, tmp_path_factory) -> tuple[Probe, ProbeResult]:
     """All mistakes of steps 3 to 6 asked again, so that nothing is weighted."""
-    root = copied(plain, tmp_path_factory.mktemp("everybody") / "run")
+    root = copy_run(plain, tmp_path_factory.mktemp("everybody") / "run")
     probe, _ = probe_at_6(root, num_prompts=16)
-    return probe, finished(confirmed(probe))
+    return probe, finished(run_probe(probe))
 
 
 def test_quality_is_counted_from_the_answers_in_the_folder(everybody):
@@ -83,12 +83,12 @@ def test_quality_is_counted_from_the_answers_in_the_folder(everybody):
     assert found.num_prompts == len(slices[4]) == len(right)
     assert found.num_samples == 4 * len(right)
     tokens = sum(len(each.response_ids) for group in answers(probe) for each in group.rollouts)
-    assert found.num_tokens == probe_tokens(probe.folder) == tokens
+    assert found.num_tokens == count_probe_tokens(probe.folder) == tokens
 
 
 def test_a_sample_of_the_probe_is_weighted_by_its_stratum(watched):
     """8 of the mistakes were asked: Q(D) = sum N_j q_j/sum N_j, as the journal has it."""
-    evidence = the_move(watched, "accepted").evidence
+    evidence = find_transition(watched, "accepted").evidence
     assert evidence["num_prompts"] == 8
     strata = evidence["strata"]
     assert sum(stratum["num_mistakes"] for stratum in strata) > 8
@@ -102,7 +102,7 @@ def test_a_sample_of_the_probe_is_weighted_by_its_stratum(watched):
 
 def test_v_is_measured_from_both_sides_at_every_distance(watched):
     for number in (0, 1):
-        scores = the_move(watched, "accepted", number).evidence["scores"]
+        scores = find_transition(watched, "accepted", number).evidence["scores"]
         assert [score["distance"] for score in scores] == [2, 4]
         for score in scores:
             # exp of a KL
@@ -111,7 +111,7 @@ def test_v_is_measured_from_both_sides_at_every_distance(watched):
             assert score["num_backward"] >= 4
 
 
-def logps(world: World, prompt: Any, response_ids: tuple[int, ...]) -> float:
+def logps(world: Session, prompt: Any, response_ids: tuple[int, ...]) -> float:
     """Log-probability of a response under the weights at hand, all tokens."""
     row = TokenRow(prompt_ids=world.policy.encode(prompt), response_ids=response_ids)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_the_drift_is_that_of_two_checkpoints_loaded_by_hand(everybody):
     pairs = [(group.prompt, each.response_ids) for group in answers(probe) for each in group.rollouts]
     sums: dict[int, list[float]] = {}
     for step in (2, 6):
-        world = world_at(root, step, branch="main")
+        world = open_session_at(root, step, branch="main")
         sums[step] = [logps(world, prompt, ids) for prompt, ids in pairs]
     differences = [b - a for b, a in zip(sums[6], sums[2], strict=True)]
     far = found.scores[-1]
@@ -141,47 +141,47 @@ def test_the_drift_is_that_of_two_checkpoints_loaded_by_hand(everybody):
         for each in group.rollouts
     ]
     assert far.num_backward == len(theirs) >= 4
-    present = world_at(root, 6, branch="main")
+    present = open_session_at(root, 6, branch="main")
     by_hand = [logps(present, prompt, each.response_ids) - sum(each.behavior_logps) for prompt, each in theirs]
     probe.world.policy.load(probe.present.path)
-    behind = finished(looked_back(probe, answers(probe)))[-1].backward
+    behind = finished(score_past_checkpoints(probe, answers(probe)))[-1].backward
     assert [sample.log_w for sample in behind] == pytest.approx(by_hand, abs=1e-3)
 
 
 def test_a_killed_probe_asks_nobody_twice_and_finds_the_same(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(confirm, "CHUNK_PROMPTS", 3)
-    roots = [copied(plain, tmp_path / name) for name in ("straight", "killed")]
+    roots = [copy_run(plain, tmp_path / name) for name in ("straight", "killed")]
     straight, everyone = probe_at_6(roots[0])
-    found = finished(confirmed(straight))
+    found = finished(run_probe(straight))
     # 8 prompts in chunks of 3, 3 and 2; 4 samples each
     assert straight.folder.rollouts.steps() == (0, 1, 2)
     assert len(everyone) == len(set(everyone)) == 32
 
     killed, before = probe_at_6(roots[1])
-    for record in (doing := confirmed(killed)):
-        if record == Progress(what="ask again what failed", done=3, total=8):
+    for record in (doing := run_probe(killed)):
+        if record == Progress(description="ask again what failed", done=3, total=8):
             doing.close()
     assert len(before) == 12
     with (killed.folder.folder / "rollouts.jsonl").open("ab") as file:
         file.write(b'{"step":1,"num_groups":1,"prompt":{"pro')  # torn while the second chunk was written
     again, after = probe_at_6(roots[1])
-    assert finished(confirmed(again)) == found
+    assert finished(run_probe(again)) == found
     assert before + after == everyone
     paths = [probe.folder.folder / "rollouts.jsonl" for probe in (straight, again)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_a_finished_probe_is_read_and_nobody_is_asked(watched, tmp_path):
-    probe, asked = probe_at_6(copied(watched, tmp_path / "run"))
-    found = finished(confirmed(probe))
+    probe, asked = probe_at_6(copy_run(watched, tmp_path / "run"))
+    found = finished(run_probe(probe))
     assert asked == []
-    evidence = the_move(watched, "accepted").evidence
+    evidence = find_transition(watched, "accepted").evidence
     assert found.distance == evidence["distance"]
     assert [score.signal for score in found.scores] == [score["signal"] for score in evidence["scores"]]
 
 
 def test_other_settings_are_another_probe(watched, tmp_path):
-    root = copied(watched, tmp_path / "run")
+    root = copy_run(watched, tmp_path / "run")
     folders = [
         probe_at_6(root, **changes)[0].folder.folder
         for changes in ({}, {"samples_per_prompt": 5}, {"num_prompts": 9}, {})
@@ -192,8 +192,8 @@ def test_other_settings_are_another_probe(watched, tmp_path):
 
 def test_learner_ratios_of_nobody_are_none(plain, tmp_path):
     """A run in which nothing failed has nobody to ask."""
-    probe, asked = probe_at_6(copied(plain, tmp_path / "run"))
+    probe, asked = probe_at_6(copy_run(plain, tmp_path / "run"))
     empty = replace(probe, mistakes=(), strata=tuple(replace(each, prompt_ids=()) for each in probe.strata))
-    found = finished(confirmed(empty))
+    found = finished(run_probe(empty))
     assert (found.accepted, found.num_samples, asked) == (False, 0, [])
     assert found.reason.startswith("only 0 mistakes in the last 4 steps")

@@ -5,11 +5,11 @@ import threading
 import pytest
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.run_dir.guides import asked_path, read_asked, trajectories_path
+from npo_cli.run_dir.guides import queried_prompts_path, read_queried_prompts, guide_rollouts_path
 from npo_cli.stages import guide_cache
-from tests.engines.openai_server import serving
-from tests.stages.running import copied, sample, trajectories, world_at
-from tests.stages.teachers import right_text
+from tests.engines.openai_server import run_server
+from tests.stages.running import copy_run, sample, trajectories, open_session_at
+from tests.stages.teachers import correct_response
 from tests.stages.warm import wait_until
 
 NAMED = {"guide_step": None, "name": "given"}
@@ -18,13 +18,13 @@ NAMED = {"guide_step": None, "name": "given"}
 @pytest.fixture(scope="module")
 def lesson(scout):
     """The prompts of steps 3 and 4, and the learner's tokenizer."""
-    world = world_at(scout, 2)
+    world = open_session_at(scout, 2)
     return world.policy, world.prompts_between(8, 16)
 
 
 @pytest.fixture
 def root(scout, tmp_path):
-    return copied(scout, tmp_path / "run")
+    return copy_run(scout, tmp_path / "run")
 
 
 def right_to(prompts):
@@ -32,7 +32,7 @@ def right_to(prompts):
     by_text = {prompt.text: prompt for prompt in prompts}
 
     def say(body: dict) -> dict:
-        text = right_text(by_text[body["prompt"]])
+        text = correct_response(by_text[body["prompt"]])
         return {"text": text, "finish_reason": "stop", "usage": {"completion_tokens": 7}}
 
     return say
@@ -40,12 +40,12 @@ def right_to(prompts):
 
 def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its_own(root, lesson):
     _, prompts = lesson
-    with serving(right_to(prompts)) as served:
+    with run_server(right_to(prompts)) as served:
         asked = {"source": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
         info = sample(root, **asked)
         seeds = [body["seed"] for body in served.bodies]
     found = trajectories(root, "given")
-    assert {prompt.prompt_id: right_text(prompt) for prompt in prompts} == {
+    assert {prompt.prompt_id: correct_response(prompt) for prompt in prompts} == {
         prompt_id: kept.text for prompt_id, kept in found.items()
     }
     # 8 prompts, solved in the first round of 2, 7 tokens by the server's count
@@ -58,8 +58,8 @@ def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its
 def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path, monkeypatch):
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     _, prompts = lesson
-    straight, broken = (copied(scout, tmp_path / name) for name in ("straight", "broken"))
-    with serving(right_to(prompts)) as served:
+    straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
+    with run_server(right_to(prompts)) as served:
         asked = {"source": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
         sample(straight, **asked)
         whole = len(served.bodies)
@@ -77,19 +77,19 @@ def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path
             sample(broken, **asked)
         # What was under way when the first failed still comes in.
         wait_until(lambda: not any(thread.name.startswith("endpoint") for thread in threading.enumerate()))
-        served.say, first = say, len(read_asked(broken / "guides" / "given"))
+        served.say, first = say, len(read_queried_prompts(broken / "guides" / "given"))
         served.failures.clear()
         served.bodies.clear()
         sample(broken, **asked)
         assert (whole, first, len(served.bodies)) == (16, 3, 10)
-    for path in (asked_path, trajectories_path):
+    for path in (queried_prompts_path, guide_rollouts_path):
         one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
         assert one == other
 
 
 def test_an_address_without_the_model_is_refused_and_nothing_is_written(root, lesson):
     before = sorted(root.rglob("*"))
-    with serving(right_to(lesson[1])) as served:
+    with run_server(right_to(lesson[1])) as served:
         asked = {"source": "endpoint", "origin": served.url, "model": "oracle", **NAMED}
         with pytest.raises(NpoError, match="has no model 'oracle'; it has: teacher"):
             sample(root, **asked)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.guide_records import Experience, Success
-from npo_cli.policy.optimizer import peek_state
+from npo_cli.guide_records import ReplayBuffer, Success
+from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.experience import composed, selected, unretired
-from tests.stages.running import copied, files_of, resume, resuming, sample, train, world_at
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.experience import build_replay_batch, select_successes, next_prompts
+from tests.stages.running import copy_run, file_digests, resume, start_resume, sample, train, open_session_at
 
 EXGRPO = (
     *(
@@ -34,12 +34,12 @@ def replaying(tmp_path_factory) -> Path:
     return root
 
 
-def memory_at(root: Path, step: int) -> Experience:
-    return peek_state(find_checkpoint(open_run(root), "main", step).anchor_path).experience
+def memory_at(root: Path, step: int) -> ReplayBuffer:
+    return read_trainer_state(find_checkpoint(open_run(root), "main", step).training_state_path).replay_buffer
 
 
 def groups_of(root: Path, step: int) -> list:
-    return list(RolloutJournal(open_run(root).rollouts_path("main")).read_step(step))
+    return list(RolloutLog(open_run(root).rollouts_path("main")).read_step(step))
 
 
 def test_half_of_a_batch_replays_what_the_run_solved_before(replaying):
@@ -93,67 +93,67 @@ def test_a_killed_run_ends_in_the_same_bytes(replaying, tmp_path, after):
     """Left between two steps with nothing saved since step 2 or 4: the journal is ahead of the anchor."""
     root = tmp_path / "run"
     train(root, *EXGRPO, "train.num_steps=1")
-    steps = resuming(root, "train.num_steps=8")
+    steps = start_resume(root, "train.num_steps=8")
     for record in steps:
         if getattr(record, "step", 0) == after:
             break
     steps.close()
     resume(root)
-    ours, theirs = files_of(root), files_of(replaying)
+    ours, theirs = file_digests(root), file_digests(replaying)
     for name in ("branches/main/rollouts.jsonl", "branches/main/metrics.jsonl"):
         assert ours[name] == theirs[name]
     assert memory_at(root, 8) == memory_at(replaying, 8)
 
 
 def test_a_rollback_takes_the_memory_back_too(replaying, tmp_path):
-    root = copied(replaying, tmp_path / "run")
+    root = copy_run(replaying, tmp_path / "run")
     resume(root, at=4, new_branch="again")
-    first = RolloutJournal(open_run(root).rollouts_path("again")).read_step(5)
+    first = RolloutLog(open_run(root).rollouts_path("again")).read_step(5)
     known = memory_at(root, 4).successes
-    assert {group.prompt.prompt_id for group in first if group.mix == "injected"} <= known.keys()
+    assert {group.prompt.prompt_id for group in first if group.injection_status == "injected"} <= known.keys()
 
 
 def test_the_least_uncertain_answer_is_replayed(replaying):
-    world, memory = world_at(replaying, 8), memory_at(replaying, 8)
+    world, memory = open_session_at(replaying, 8), memory_at(replaying, 8)
     prompt = world.task.prompt(next(iter(memory.successes)))
     (good, *_) = memory.successes[prompt.prompt_id]
     odd = replace(good, response_ids=tuple(reversed(good.response_ids)), text="odd")
     stored, known = {prompt.prompt_id: (odd, good)}, {prompt.prompt_id: prompt}
-    assert selected(world, stored, known, seed=0) == {prompt.prompt_id: good}
+    assert select_successes(world, stored, known, seed=0) == {prompt.prompt_id: good}
     one = {prompt.prompt_id: (odd,)}
-    assert selected(world, one, known, seed=0) == {prompt.prompt_id: odd}
+    assert select_successes(world, one, known, seed=0) == {prompt.prompt_id: odd}
 
 
 def test_a_retired_prompt_is_passed_over_from_the_next_epoch_on(replaying):
-    world = world_at(replaying, 8)
+    world = open_session_at(replaying, 8)
     size = len(world.task.train)
     first = world.task.train[world.order.indices(size, 1)[0]]
-    retired = Experience(started=True, retired={first.prompt_id: 0})
-    (found, position) = unretired(world, retired, size, count=2)
+    retired = ReplayBuffer(is_collecting=True, retired_epochs={first.prompt_id: 0})
+    (found, position) = next_prompts(world, retired, size, count=2)
     assert first not in [prompt for _, prompt in found]
     assert position == size + 3
-    same_epoch = Experience(started=True, retired={first.prompt_id: 1})
-    assert unretired(world, same_epoch, size, count=2)[1] == size + 2
-    everyone = Experience(started=True, retired={prompt.prompt_id: 0 for prompt in world.task.train})
-    assert unretired(world, everyone, size, count=2)[1] == size + 2, "a batch is never short"
+    same_epoch = ReplayBuffer(is_collecting=True, retired_epochs={first.prompt_id: 1})
+    assert next_prompts(world, same_epoch, size, count=2)[1] == size + 2
+    everyone = ReplayBuffer(is_collecting=True, retired_epochs={prompt.prompt_id: 0 for prompt in world.task.train})
+    assert next_prompts(world, everyone, size, count=2)[1] == size + 2, "a batch is never short"
 
 
 def test_a_prompt_is_in_a_batch_once(replaying):
-    world = world_at(replaying, 8)
+    world = open_session_at(replaying, 8)
     answer = Success(response_ids=(1, 2), behavior_logps=(-1.0, -1.0), text="1", step=0)
     ahead = [world.task.train[index] for index in world.order.indices(0, 4)]
-    memory = Experience(
-        started=True,
+    memory = ReplayBuffer(
+        is_collecting=True,
         successes={prompt.prompt_id: (answer,) for prompt in ahead},
         num_correct={prompt.prompt_id: 2 for prompt in ahead},
     )
-    draw = composed(world, memory, seed_name="main", step=1, position=0)
-    names = [prompt.prompt_id for part in draw.parts for prompt in part.prompts]
+    draw = build_replay_batch(world, memory, seed_name="main", step=1, position=0)
+    names = [prompt.prompt_id for part in draw.prompt_batches for prompt in part.prompts]
     assert len(names) == len(set(names)) == 4
 
 
 def test_a_guide_cache_beside_the_memory_is_refused(replaying, tmp_path):
-    root = copied(replaying, tmp_path / "run")
+    root = copy_run(replaying, tmp_path / "run")
     sample(root, guide_step=4, at=2)
     with pytest.raises(NpoError, match=r"guide.experience.replay_fraction replays .* guide near fills the same slots"):
         resume(root, at=2, guide="near")

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.data_utils import is_conversational
 
 from npo_cli.errors import NpoError
-from npo_cli.policy.model import EMBEDDED
+from npo_cli.policy.model import MICRO_BASE_FOLDER
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.paths import open_run
 from npo_cli.stages.export import export_checkpoint, export_guide
-from tests.stages.running import LORA, copied, resume, sample, train
+from tests.stages.running import LORA, copy_run, resume, sample, train
 from tests.stages.test_import_run import imported
 from tests.stages.trainers import trl_output
 
@@ -22,7 +22,7 @@ from tests.stages.trainers import trl_output
 @pytest.fixture(scope="module")
 def guided(scout, tmp_path_factory):
     """A copy of the tiny run, whose guide answers are given to the easy prompts as well."""
-    root = copied(scout, tmp_path_factory.mktemp("export") / "run")
+    root = copy_run(scout, tmp_path_factory.mktemp("export") / "run")
     sample(root, "guide.inject.max_accuracy=1.0", "guide.cache.keep=all", name="all")
     return root
 
@@ -92,7 +92,7 @@ def test_adapters_open_in_peft(tmp_path):
     train(tmp_path / "run", *LORA, "train.num_steps=2")
     list(export_checkpoint(tmp_path / "run", step=2, branch=None, out=tmp_path / "out"))
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
-    base = AutoModelForCausalLM.from_pretrained(EMBEDDED)
+    base = AutoModelForCausalLM.from_pretrained(MICRO_BASE_FOLDER)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     merged = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in merged.state_dict().items())
@@ -112,7 +112,7 @@ def test_nothing_is_replaced_and_damage_is_not_handed_on(guided, tmp_path):
         rows_of(guided, tmp_path / "g.parquet")
     with pytest.raises(NpoError, match="a table ends in"):
         rows_of(guided, tmp_path / "g.csv")
-    root = copied(guided, tmp_path / "run")
+    root = copy_run(guided, tmp_path / "run")
     weights = root / "branches" / "main" / "checkpoints" / "step_000004" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.guide_records import Push, SourceScore
+from npo_cli.guide_records import ExtrapolationSpec, SourceScore
 from npo_cli.run_dir.checkpoints import find_checkpoint, list_checkpoints
-from npo_cli.run_dir.guides import asking, load_guide
+from npo_cli.run_dir.guides import format_guide_source_options, load_guide
 from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.ahead import motion_at, older_policy, open_ahead
+from npo_cli.stages.ahead import find_extrapolation, load_older_policy, open_extrapolated_sampler
 from npo_cli.stages.ledger import cost_at
-from npo_cli.stages.pushes import push_of, pushes_of
-from tests.stages.running import LORA, copied, resume, sample, train, world_at
+from npo_cli.stages.pushes import parse_extrapolation, parse_extrapolation_grid
+from tests.stages.running import LORA, copy_run, resume, sample, train, open_session_at
 from tests.stages.test_score_sources import scored
 
 LINE = (
@@ -41,12 +41,12 @@ def extrapolated(root: Path, push: str, **options):
 
 @pytest.mark.parametrize("push", ["logits:2:1", "weights:2:0.5"])
 def test_it_makes_an_ordinary_cache_that_tells_where_it_is_from_and_a_replay_uses_it(line, tmp_path, push):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     info = extrapolated(root, push)
     assert (info.source, info.origin, info.guide_step) == ("extrapolated", f"{push} of steps 4 and 2", None)
     assert (info.at_step, info.older_step, info.num_steps) == (4, 2, 2)
     assert info.guide_digest == find_checkpoint(open_run(root), "main", 2).digest
-    assert asking(info) == f"--source extrapolated --from {push}"
+    assert format_guide_source_options(info) == f"--source extrapolated --from {push}"
     kept = [each for several in load_guide(open_run(root), "ahead")[1].values() for each in several]
     assert {(one.source, one.verdict, one.guide_step) for one in kept} == {("extrapolated", "correct", 4)}
     reports = resume(root, at=4, guide="ahead")
@@ -55,31 +55,31 @@ def test_it_makes_an_ordinary_cache_that_tells_where_it_is_from_and_a_replay_use
 
 @pytest.mark.parametrize("push", ["logits:2:1", "weights:2:1"])
 def test_what_was_sampled_has_the_log_probabilities_of_the_trainers_pass(line, push):
-    world = world_at(line, 6)
+    world = open_session_at(line, 6)
     digest = world.policy.digest
-    motion = motion_at(world.run, "main", push_of(push), step=6, every=2)
-    ahead = open_ahead(world, motion, old=older_policy(world, motion))
-    groups = ahead.answer(world.task.train[:4], label=("try",), slots=range(4))
+    motion = find_extrapolation(world.run, "main", parse_extrapolation(push), step=6, every=2)
+    ahead = open_extrapolated_sampler(world, motion, older=load_older_policy(world, motion))
+    groups = ahead.sample_groups(world.task.train[:4], label=("try",), slots=range(4))
     pairs = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-    for (_, rollout), logps_T in zip(pairs, ahead.logps(pairs), strict=True):
+    for (_, rollout), logps_T in zip(pairs, ahead.logprobs(pairs), strict=True):
         assert rollout.behavior_logps == pytest.approx(logps_T, abs=1e-3)
     assert world.policy.digest == digest
 
 
 def test_the_older_copy_is_the_newest_planned_checkpoint_at_least_k_back_and_a_shrinks_with_it(line):
     run = open_run(line)
-    push = Push(space="logits", k=3, a=2.0)
-    assert motion_at(run, "main", push, step=2, every=2) is None
+    push = ExtrapolationSpec(space="logits", k=3, a=2.0)
+    assert find_extrapolation(run, "main", push, step=2, every=2) is None
     # 3 steps before 6 is 3, where no checkpoint is: 2 is taken, 4 steps back, and 2 * 3 / 4 = 1.5
-    found = motion_at(run, "main", push, step=6, every=2)
-    assert (found.older.step, found.lag, found.strength) == (2, 4, 1.5)
+    found = find_extrapolation(run, "main", push, step=6, every=2)
+    assert (found.older_checkpoint.step, found.lag, found.strength) == (2, 4, 1.5)
     # of the checkpoints 0, 2, 4, 6 only 0 is a multiple of 4 and 3 steps back: too far for k = 3
     with pytest.raises(NpoError, match=r"no checkpoint of main in steps 1 to 3"):
-        motion_at(run, "main", push, step=6, every=6)
+        find_extrapolation(run, "main", push, step=6, every=6)
 
 
 def test_a_grid_is_compared_with_futures_past_base_and_self_on_the_same_prompts(line, tmp_path):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     found = scored(root, "past", "base", "extrapolated=logits:2:1,4", "extrapolated=weights:2:1", at=4)
     names = {"base", "step 0", "past", "self", "step 6"} & found.keys()
     ahead = {name: one for name, one in found.items() if one.kind == "extrapolated"}
@@ -94,7 +94,7 @@ def test_a_grid_is_compared_with_futures_past_base_and_self_on_the_same_prompts(
 
 
 def test_a_replay_pays_for_what_the_older_copy_read_of_a_comparison_and_of_the_cache(line, tmp_path):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     scored(root, "past", "extrapolated=weights:2:1", "extrapolated=logits:2:1", at=4)
     cache = extrapolated(root, "logits:2:1")
     resume(root, at=4, guide="ahead")
@@ -108,7 +108,7 @@ def test_a_replay_pays_for_what_the_older_copy_read_of_a_comparison_and_of_the_c
 
 
 def test_a_comparison_asked_again_samples_nothing_new(line, tmp_path):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     first = scored(root, "extrapolated=logits:2:1", at=4)
     journals = {path: path.read_bytes() for path in root.glob("scores/*/samples.jsonl")}
     again = scored(root, "extrapolated=logits:2:1", at=4)
@@ -117,7 +117,7 @@ def test_a_comparison_asked_again_samples_nothing_new(line, tmp_path):
 
 
 def test_retention_keeps_the_older_copy_of_a_cache(line, tmp_path):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     extrapolated(root, "logits:2:1")
     resume(root, "train.num_steps=10", "train.keep_full_checkpoints=1", "train.keep_weights_only=1")
     # 0 always, 2 and 4 for the cache, 8 by the quota of guides, 10 the newest
@@ -125,7 +125,7 @@ def test_retention_keeps_the_older_copy_of_a_cache(line, tmp_path):
 
 
 def test_a_grid_by_commas():
-    grid = pushes_of("logits:20,40:1,2.5")
+    grid = parse_extrapolation_grid("logits:20,40:1,2.5")
     assert [push.name for push in grid] == ["logits:20:1", "logits:20:2.5", "logits:40:1", "logits:40:2.5"]
 
 
@@ -144,7 +144,7 @@ def test_a_grid_by_commas():
 )
 def test_a_push_that_is_none_is_refused(text, why):
     with pytest.raises(NpoError, match=why):
-        push_of(text)
+        parse_extrapolation(text)
 
 
 def test_a_learner_that_has_not_moved_so_far_is_refused(line):

@@ -18,13 +18,13 @@ from npo_cli.config import ModelSettings
 from npo_cli.policy.model import load_policy
 from npo_cli.records import Group, Rollout
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.batches import StepBatch, draw_batch
-from npo_cli.stages.extrapolation import Extrapolator, Helper, push_in_force
-from npo_cli.stages.update import TrainRow, Updater, train_rows
-from npo_cli.stages.world import World
-from tests.stages.guides import with_settings
-from tests.stages.running import train, world_at
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.batches import StepBatch, build_batch
+from npo_cli.stages.extrapolation import Extrapolator, ExtrapolatedGuide, select_extrapolation
+from npo_cli.stages.update import TrainingSample, Updater, build_training_samples
+from npo_cli.stages.world import Session
+from tests.stages.guides import override_settings
+from tests.stages.running import train, open_session_at
 
 ASKED = (
     *(
@@ -67,7 +67,7 @@ class Line:
 class Mixed:
     """A batch that the policy of step 4, and it pushed away from step 2, answered together."""
 
-    world: World
+    world: Session
     batch: StepBatch
     lines: list[Line]
 
@@ -77,11 +77,11 @@ def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     space, seat = request.param.split("-")
     root = tmp_path_factory.mktemp("asked") / "run"
     train(root, *ASKED, f"extrapolation.space={space}", f"extrapolation.mode={seat}", "extrapolation.slots=2")
-    world = world_at(root, 4)
-    ahead = Extrapolator(world=world, branch="main").ahead(push_in_force(world.recipe, None), step=4)
-    journal = RolloutJournal(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
-    helper = Helper(world=world, ahead=ahead)
-    batch = draw_batch(world, journal, seed_name="t", step=5, position=0, guidance=None, live=helper)
+    world = open_session_at(root, 4)
+    ahead = Extrapolator(session=world, branch="main").open_sampler(select_extrapolation(world.recipe, None), step=4)
+    journal = RolloutLog(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
+    helper = ExtrapolatedGuide(session=world, sampler=ahead)
+    batch = build_batch(world, journal, seed_name="t", step=5, position=0, active_guide=None, online_guide=helper)
     older = load_policy(ModelSettings(path=str(find_checkpoint(world.run, "main", 2).path), threads=1)).model
     pushed = {"logits": product_of, "weights": moved_from}[space](world.policy.model, older)
     return Mixed(world=world, batch=batch, lines=list(lines_of(world, batch.mixed, pushed)))
@@ -106,7 +106,7 @@ def logps_of(logits: Pass, ids: tuple[int, ...], response_ids: tuple[int, ...]) 
 
 
 @torch.no_grad()
-def lines_of(world: World, groups: Sequence[Group], pushed: Pass) -> list[Line]:
+def lines_of(world: Session, groups: Sequence[Group], pushed: Pass) -> list[Line]:
     model, found = world.policy.model, []
     for group in groups:
         rewards = [float(rollout.verdict == "correct") for rollout in group.rollouts]
@@ -145,12 +145,12 @@ Factor = Callable[[Line, Tensor], Tensor]
 
 
 def both_gradients(
-    mixed: Mixed, rows: Sequence[TrainRow], factor: Factor, *, ratio: str, mismatch: str = "off"
+    mixed: Mixed, rows: Sequence[TrainingSample], factor: Factor, *, ratio: str, mismatch: str = "off"
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Of the second of two updates: as the trainer makes it, and by hand."""
     # The update moves the weights, so it has a world of its own.
-    world = with_settings(world_at(mixed.world.run.root, 4), "train", num_updates=2)
-    world = with_settings(with_settings(world, "guide.inject", ratio=ratio), "mismatch", mode=mismatch)
+    world = override_settings(open_session_at(mixed.world.run.root, 4), "train", num_updates=2)
+    world = override_settings(override_settings(world, "guide.inject", ratio=ratio), "mismatch", mode=mismatch)
     jolt: Any = Jolt(world.policy.model)
     Updater(world.policy, jolt, world.recipe).take_step(rows, lr=1.0)
     half = len(rows) // 2
@@ -195,8 +195,8 @@ def charged(ratio: str, own_weight: Callable[[Tensor], Tensor] = torch.ones_like
     return factor
 
 
-def rows_of(mixed: Mixed) -> list[TrainRow]:
-    return train_rows(mixed.world.policy, mixed.batch.chosen, mixed.world.recipe.guide.inject)
+def rows_of(mixed: Mixed) -> list[TrainingSample]:
+    return build_training_samples(mixed.world.policy, mixed.batch.selected, mixed.world.recipe.guide.inject)
 
 
 def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
@@ -228,7 +228,7 @@ def test_advantages_are_those_of_the_mixed_group(mixed):
 
 
 def own(group: Group) -> list[Rollout]:
-    return [rollout for rollout in group.rollouts if not rollout.foreign]
+    return [rollout for rollout in group.rollouts if not rollout.is_off_policy]
 
 
 @pytest.mark.parametrize("ratio", FOREIGN)
@@ -249,12 +249,12 @@ MISMATCHES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def seen_by_an_engine_that_is_off(rows: Sequence[TrainRow]) -> list[TrainRow]:
+def seen_by_an_engine_that_is_off(rows: Sequence[TrainingSample]) -> list[TrainingSample]:
     """Own rows less likely by SHIFTS than the trainer finds them; pushed ones as they are on record."""
     found = []
     for row in rows:
         seen = [logp - shift for logp, shift in zip(row.behavior_logps, shifts(row.num_tokens), strict=True)]
-        found.append(row if row.foreign else replace(row, behavior_logps=tuple(seen)))
+        found.append(row if row.is_off_policy else replace(row, behavior_logps=tuple(seen)))
     return found
 
 

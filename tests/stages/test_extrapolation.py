@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from npo_cli.errors import NpoError
-from npo_cli.guide.extrapolated import answers_in
-from npo_cli.guide_records import Push
+from npo_cli.guide.extrapolated import extrapolated_rollouts
+from npo_cli.guide_records import ExtrapolationSpec
 from npo_cli.records import Group
 from npo_cli.run_dir.checkpoints import list_checkpoints
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.ahead import motion_at, older_policy
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.ahead import find_extrapolation, load_older_policy
 from npo_cli.stages.ledger import cost_at
 from npo_cli.stages.train import train_run
-from tests.stages.running import LORA, copied, files_of, reproducible, resume, sample, stop_after, tiny, train, world_at
+from tests.stages.running import LORA, copy_run, file_digests, reproducible_digests, resume, sample, stop_after, tiny_recipe, train, open_session_at
 
 AHEAD = (
     *("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.ratio=proximal", "train.num_steps=6"),
@@ -45,7 +45,7 @@ def seated(tmp_path_factory) -> Path:
 
 
 def groups_at(root: Path, step: int, branch: str = "main") -> tuple[Group, ...]:
-    return RolloutJournal(open_run(root).rollouts_path(branch)).read_step(step)
+    return RolloutLog(open_run(root).rollouts_path(branch)).read_step(step)
 
 
 def metrics_of(root: Path, branch: str = "main") -> list[dict]:
@@ -53,7 +53,7 @@ def metrics_of(root: Path, branch: str = "main") -> list[dict]:
 
 
 def right(group: Group) -> int:
-    return sum(one.verdict == "correct" for one in group.rollouts if not one.foreign)
+    return sum(one.verdict == "correct" for one in group.rollouts if not one.is_off_policy)
 
 
 def test_nobody_is_asked_before_the_run_is_k_steps_old(injected, seated):
@@ -61,23 +61,23 @@ def test_nobody_is_asked_before_the_run_is_k_steps_old(injected, seated):
         for row in metrics_of(root):
             # the policy of step 3 has made 2 steps
             assert ("extrapolate/groups" in row) == (row["step"] >= 3)
-        assert all(group.mix == "off" and not answers_in(group) for group in groups_at(root, 2))
+        assert all(group.injection_status == "off" and not extrapolated_rollouts(group) for group in groups_at(root, 2))
 
 
 def test_only_hard_groups_are_asked_and_a_verified_answer_takes_the_last_slot(injected):
     groups = [group for step in range(3, 7) for group in groups_at(injected, step)]
     for group in groups:
-        answers = answers_in(group)
+        answers = extrapolated_rollouts(group)
         if right(group) > 1:
-            assert (group.mix, answers) == ("gate_closed", ())
+            assert (group.injection_status, answers) == ("gate_closed", ())
             continue
         assert len(answers) == 2
-        guests = [one for one in group.rollouts if one.foreign]
+        guests = [one for one in group.rollouts if one.is_off_policy]
         solved = [one for one in answers if one.verdict == "correct" and one.finished]
         assert [one.slot for one in guests] == [3] * bool(solved)
-        assert group.mix == ("injected" if solved else "no_guide")
+        assert group.injection_status == ("injected" if solved else "no_guide")
         assert all(one in solved for one in guests)
-    assert {group.mix for group in groups} == {"gate_closed", "injected", "no_guide"}
+    assert {group.injection_status for group in groups} == {"gate_closed", "injected", "no_guide"}
 
 
 def test_a_seat_is_kept_right_or_wrong_and_costs_no_token(seated):
@@ -87,15 +87,15 @@ def test_a_seat_is_kept_right_or_wrong_and_costs_no_token(seated):
         first = sum(one.verdict == "correct" for one in group.rollouts[:3])
         # of three own answers: 1/3 is above the gate of 1/4
         assert group.rollouts[3].source == ("extrapolated" if first == 0 else "own")
-        assert group.spare == ()
-    assert {group.rollouts[3].verdict for group in groups if group.mix == "injected"} >= {"wrong"}
+        assert group.unused_guide_rollouts == ()
+    assert {group.rollouts[3].verdict for group in groups if group.injection_status == "injected"} >= {"wrong"}
 
 
 def test_every_token_and_every_forward_pass_is_charged(injected):
     for row in metrics_of(injected)[2:]:
         groups = groups_at(injected, row["step"])
         own = sum(len(one.response_ids) for group in groups for one in group.rollouts if one.source == "own")
-        theirs = sum(len(one.response_ids) for group in groups for one in answers_in(group))
+        theirs = sum(len(one.response_ids) for group in groups for one in extrapolated_rollouts(group))
         assert (row["tokens"], row["extrapolate/tokens"]) == (own + theirs, theirs)
         # two models read each of their tokens
         assert row["forwards"] == own + 2 * theirs
@@ -113,9 +113,9 @@ def test_every_token_and_every_forward_pass_is_charged(injected):
 def test_a_run_killed_anywhere_comes_out_the_same_bit_for_bit(settings, fixture, step, tmp_path, request):
     """After 1 there is no older copy yet; 3 is recorded and not saved; after 4 the copy of step 2 is read again."""
     root = tmp_path / "run"
-    stop_after(train_run(root, tiny(*settings), allow_code=False), step)
+    stop_after(train_run(root, tiny_recipe(*settings), allow_code=False), step)
     resume(root)
-    assert reproducible(root) == reproducible(request.getfixturevalue(fixture))
+    assert reproducible_digests(root) == reproducible_digests(request.getfixturevalue(fixture))
 
 
 @pytest.fixture(scope="module", params=["logits", "weights"])
@@ -123,7 +123,7 @@ def adapted(request, tmp_path_factory) -> Path:
     """Adapters alone are trained and pushed."""
     root = tmp_path_factory.mktemp("adapted") / "run"
     train(root, *AHEAD, *LORA, f"extrapolation.space={request.param}")
-    assert any(answers_in(group) for group in groups_at(root, 6))
+    assert any(extrapolated_rollouts(group) for group in groups_at(root, 6))
     return root
 
 
@@ -131,18 +131,18 @@ def adapted(request, tmp_path_factory) -> Path:
 def test_a_run_of_adapters_killed_anywhere_comes_out_the_same_bit_for_bit(adapted, step, tmp_path):
     """3 is recorded and not saved; after 4 the older copy is the one of step 2, read into a model of its own again."""
     root = tmp_path / "run"
-    space = open_run(adapted).recipe("main")["extrapolation"]["space"]
-    stop_after(train_run(root, tiny(*AHEAD, *LORA, f"extrapolation.space={space}"), allow_code=False), step)
+    space = open_run(adapted).read_recipe("main")["extrapolation"]["space"]
+    stop_after(train_run(root, tiny_recipe(*AHEAD, *LORA, f"extrapolation.space={space}"), allow_code=False), step)
     resume(root)
-    ours, theirs = reproducible(root), reproducible(adapted)
+    ours, theirs = reproducible_digests(root), reproducible_digests(adapted)
     assert any(name.endswith("adapter_model.safetensors") for name in theirs)
     assert ours == theirs
 
 
 def test_the_older_copy_of_a_run_of_adapters_has_the_learners_base_and_adapters_of_its_own(adapted):
-    world = world_at(adapted, 6)
-    motion = motion_at(world.run, "main", Push(space="logits", k=2, a=1.0), step=6, every=2)
-    older = older_policy(world, motion)
+    world = open_session_at(adapted, 6)
+    motion = find_extrapolation(world.run, "main", ExtrapolationSpec(space="logits", k=2, a=1.0), step=6, every=2)
+    older = load_older_policy(world, motion)
     assert older is not None
     theirs, ours = (dict(policy.model.named_parameters()) for policy in (older, world.policy))
     adapters = {name for name in ours if ".lora_" in name}
@@ -151,12 +151,12 @@ def test_the_older_copy_of_a_run_of_adapters_has_the_learners_base_and_adapters_
         # a frozen tensor takes its room once
         assert (theirs[name].data_ptr() == ours[name].data_ptr()) == (name not in adapters)
     # the adapters are those of steps 4 and 6, and an update of the learner's leaves the other's alone
-    assert older.digest == world_at(adapted, 4).policy.digest != world.policy.digest
+    assert older.digest == open_session_at(adapted, 4).policy.digest != world.policy.digest
     before = older.digest
     with torch.no_grad():
         for name in adapters:
             ours[name].add_(1.0)
-    world.policy.mark_written()
+    world.policy.mark_weights_changed()
     assert older.digest == before
 
 
@@ -164,13 +164,13 @@ def test_a_process_killed_in_the_middle_of_its_steps_comes_out_the_same(injected
     root = tmp_path / "run"
     child = os.fork()
     if child == 0:
-        for record in train_run(root, tiny(*AHEAD), allow_code=False):
+        for record in train_run(root, tiny_recipe(*AHEAD), allow_code=False):
             if getattr(record, "step", 0) == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert [report.step for report in resume(root)] == [5, 6]
-    assert reproducible(root) == reproducible(injected)
+    assert reproducible_digests(root) == reproducible_digests(injected)
 
 
 def test_where_a_run_was_stopped_decides_nothing(injected, tmp_path):
@@ -178,7 +178,7 @@ def test_where_a_run_was_stopped_decides_nothing(injected, tmp_path):
     root = tmp_path / "run"
     train(root, *AHEAD, until=3)
     resume(root)
-    kept, whole = reproducible(root), reproducible(injected)
+    kept, whole = reproducible_digests(root), reproducible_digests(injected)
     assert {name: kept[name] for name in whole} == whole
 
 
@@ -191,14 +191,14 @@ def test_pushed_weights_leave_no_trace_in_the_weights(lora, tmp_path):
     train(plain, *settings)
     train(asked, *AHEAD, *settings, "extrapolation.space=weights")
     groups = [group for step in range(3, 7) for group in groups_at(asked, step)]
-    assert sum(len(answers_in(group)) for group in groups) == 2 * len(groups)
-    ours, theirs = reproducible(asked), reproducible(plain)
+    assert sum(len(extrapolated_rollouts(group)) for group in groups) == 2 * len(groups)
+    ours, theirs = reproducible_digests(asked), reproducible_digests(plain)
     weights = [name for name in theirs if name.endswith("model.safetensors")]
     assert [ours[name] for name in weights] == [theirs[name] for name in weights]
 
 
 def test_a_cache_at_work_has_the_slots_and_afterwards_the_motion_again(injected, tmp_path):
-    root = copied(injected, tmp_path / "run")
+    root = copy_run(injected, tmp_path / "run")
     sample(root, "guide.inject.max_accuracy=1.0", guide_step=4, at=2)
     resume(root, "guide.inject.max_accuracy=1.0", at=2, guide="near", new_branch="helped")
     sources = {
@@ -209,13 +209,13 @@ def test_a_cache_at_work_has_the_slots_and_afterwards_the_motion_again(injected,
 
 
 def test_a_replay_may_turn_it_on_and_is_refused_where_the_older_copy_is_gone(injected, tmp_path):
-    root = copied(injected, tmp_path / "run")
+    root = copy_run(injected, tmp_path / "run")
     shutil.rmtree(open_run(root).checkpoint_folder("main", 2))
-    before = files_of(root)
+    before = file_digests(root)
     # of the copies for k = 2 at step 4 only step 0 is left, and that is 2 k back
     with pytest.raises(NpoError, match=r"no checkpoint of main in steps 1 to 2"):
         resume(root, at=4, new_branch="again")
-    assert files_of(root) == before
+    assert file_digests(root) == before
     assert [report.step for report in resume(root, "extrapolation.k=3", at=4, new_branch="again")] == [5, 6]
     assert metrics_of(root, "again")[0]["extrapolate/lag"] == 4
 
@@ -240,9 +240,9 @@ def test_retention_never_takes_the_older_copy(tmp_path):
 )
 def test_settings_that_cannot_work_are_refused(setting, why):
     with pytest.raises(NpoError, match=why):
-        tiny(*AHEAD, setting)
+        tiny_recipe(*AHEAD, setting)
 
 
 def test_as_many_seats_as_slots_are_refused():
     with pytest.raises(NpoError, match=r"extrapolation\.slots must be below train\.group_size"):
-        tiny(*SEATS, "extrapolation.slots=4")
+        tiny_recipe(*SEATS, "extrapolation.slots=4")

@@ -9,21 +9,21 @@ import pytest
 
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
-from npo_cli.guide.extrapolated import answers_in
-from npo_cli.loading import from_dict, load_recipe
-from npo_cli.records import IMAGE_MARK, StepReport
+from npo_cli.guide.extrapolated import extrapolated_rollouts
+from npo_cli.loading import recipe_from_dict, load_recipe
+from npo_cli.records import IMAGE_PLACEHOLDER, StepReport
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.guides import load_guide, trajectories_path
+from npo_cli.run_dir.guides import load_guide, guide_rollouts_path
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.run_dir.rollouts import RolloutLog
 from npo_cli.stages.export import export_guide
-from npo_cli.stages.extrapolation import Extrapolator, push_in_force
-from npo_cli.stages.story import question
+from npo_cli.stages.extrapolation import Extrapolator, select_extrapolation
+from npo_cli.stages.story import render_prompt_text
 from npo_cli.stages.train import train_run
 from npo_cli.stages.world import open_task
-from npo_cli.tasks.files import file_problems
-from tests.pictures import seeing
-from tests.stages.running import reproducible, resume, sample, score, stop_after, world_at
+from npo_cli.tasks.files import load_file_prompts
+from tests.pictures import load_vision_policy
+from tests.stages.running import reproducible_digests, resume, sample, score, stop_after, open_session_at
 
 SMALL = (
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=8"),
@@ -73,9 +73,9 @@ def test_every_rollout_is_charged_to_the_pixels_that_it_was_sampled_with(
         circle = tmp_path / "run"
         list(training(circle, taught_vl, f"engine.kind={engine}"))
     run = open_run(circle)
-    policy = seeing(find_checkpoint(run, "main", 0).path)
-    task = open_task(from_dict(run.recipe("main")), allow_code=False)
-    for _, group in RolloutJournal(run.rollouts_path("main")).iter_groups(1):
+    policy = load_vision_policy(find_checkpoint(run, "main", 0).path)
+    task = open_task(recipe_from_dict(run.read_recipe("main")), allow_code=False)
+    for _, group in RolloutLog(run.rollouts_path("main")).iter_groups(1):
         prompt = task.prompt(group.prompt.prompt_id)
         assert group.prompt.images == prompt.images and group.prompt.images[0].data is None
         rows = [policy.row(prompt, one.response_ids) for one in group.rollouts]
@@ -93,15 +93,15 @@ def test_guides_are_scored_and_mixed_in(copied: Path):
     resume(copied, at=2, guide="near")
     seated = [
         one
-        for _, group in RolloutJournal(open_run(copied).rollouts_path("near")).iter_groups()
+        for _, group in RolloutLog(open_run(copied).rollouts_path("near")).iter_groups()
         for one in group.rollouts
-        if one.foreign
+        if one.is_off_policy
     ]
     assert seated and all(one.guide_step == 4 and one.verdict == "correct" for one in seated)
 
 
 def test_a_guide_that_was_shown_other_pictures_is_refused(copied: Path):
-    file = trajectories_path(open_run(copied).guide_folder("near"))
+    file = guide_rollouts_path(open_run(copied).guide_folder("near"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(len(row["images"]) == 1 and "data" not in row["images"][0] for row in rows)
     rows[-1]["images"][0]["sha256"] = "0" * 64
@@ -123,18 +123,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(circle: Path, taught_vl
 
 
 def test_a_prompt_is_shown_with_its_pictures_by_reference(circle: Path):
-    _, group = next(RolloutJournal(open_run(circle).rollouts_path("main")).iter_groups(1))
+    _, group = next(RolloutLog(open_run(circle).rollouts_path("main")).iter_groups(1))
     image = group.prompt.images[0]
-    name = image.place.rpartition("/")[2]
+    name = image.location.rpartition("/")[2]
     shown = f"[image 1: {name}, 32x32, sha256 {image.sha256[:12]}]"
-    assert question(group.prompt) == f"user: {group.prompt.messages[0].content.replace(IMAGE_MARK, shown)}"
+    assert render_prompt_text(group.prompt) == f"user: {group.prompt.messages[0].content.replace(IMAGE_PLACEHOLDER, shown)}"
 
 
 def test_an_exported_cache_brings_its_pictures_along(circle: Path, tmp_path: Path):
     """Read back as a data file, every prompt shows the same bytes in another place."""
     list(export_guide(circle, "near", out=tmp_path / "near.parquet", form="trl", allow_code=False))
     column = {"path": str(tmp_path / "near.parquet"), "image_column": "images", "id_column": "prompt_id"}
-    again, heldout = file_problems(TaskSettings(source="file", heldout_size=1, **column), seed=0)
+    again, heldout = load_file_prompts(TaskSettings(source="file", heldout_size=1, **column), seed=0)
     _, trajectories = load_guide(open_run(circle), "near")
     shown = {prompt.prompt_id: [image.sha256 for image in prompt.images] for prompt in (*again, *heldout)}
     assert shown == {name: [image.sha256 for image in kept.images] for name, (kept,) in trajectories.items()}
@@ -144,7 +144,7 @@ def test_adapters_beside_a_model_that_sees_go_round_as_well(taught_vl: Path, tmp
     root = tmp_path / "run"
     list(training(root, taught_vl, "model.lora.rank=2", "train.num_steps=2"))
     resume(root, "train.num_steps=3")
-    assert open_run(root).recipe("main")["model"]["lora"]["rank"] == 2
+    assert open_run(root).read_recipe("main")["model"]["lora"]["rank"] == 2
 
 
 def test_the_pushed_policy_sees_the_pictures_and_a_killed_run_asks_it_again(taught_vl: Path, tmp_path: Path):
@@ -152,16 +152,16 @@ def test_the_pushed_policy_sees_the_pictures_and_a_killed_run_asks_it_again(taug
     pushed = ("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.max_accuracy=0.9", "train.save_every=1")
     whole, mended = tmp_path / "whole", tmp_path / "mended"
     list(training(whole, taught_vl, *pushed))
-    world = world_at(whole, 3)
-    ahead = Extrapolator(world=world, branch="main").ahead(push_in_force(world.recipe, None), step=3)
-    groups = RolloutJournal(world.run.rollouts_path("main")).read_step(4)
-    pairs = [(world.task.prompt(group.prompt.prompt_id), one) for group in groups for one in answers_in(group)]
+    world = open_session_at(whole, 3)
+    ahead = Extrapolator(session=world, branch="main").open_sampler(select_extrapolation(world.recipe, None), step=3)
+    groups = RolloutLog(world.run.rollouts_path("main")).read_step(4)
+    pairs = [(world.task.prompt(group.prompt.prompt_id), one) for group in groups for one in extrapolated_rollouts(group)]
     assert pairs
-    for (_, one), logps_T in zip(pairs, ahead.logps(pairs), strict=True):
+    for (_, one), logps_T in zip(pairs, ahead.logprobs(pairs), strict=True):
         assert list(one.behavior_logps) == pytest.approx(logps_T, abs=1e-4)
     stop_after(training(mended, taught_vl, *pushed), 3)
     resume(mended)
-    assert reproducible(mended) == reproducible(whole)
+    assert reproducible_digests(mended) == reproducible_digests(whole)
 
 
 def test_pictures_need_a_model_that_sees(tmp_path: Path):

@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 from npo_cli.errors import NpoError
-from npo_cli.policy.model import EMBEDDED
+from npo_cli.policy.model import MICRO_BASE_FOLDER
 from npo_cli.records import CheckpointEntry, EvalReport, Notice
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.lock import writing
+from npo_cli.run_dir.lock import lock_run
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.run_dir.steps import measured_steps
+from npo_cli.run_dir.steps import read_metrics
 from npo_cli.stages.evaluate import evaluate_run
-from npo_cli.stages.import_run import Import, import_run, usual_distance
-from npo_cli.stages.recorded import Columns
-from npo_cli.stages.rehearse import rehearse
-from npo_cli.stages.report import report_runs
+from npo_cli.stages.import_run import ImportSpec, import_run, infer_save_interval
+from npo_cli.stages.recorded import LogColumns
+from npo_cli.stages.rehearse import explain_autonpo
+from npo_cli.stages.report import write_report
 from npo_cli.stages.show import show_run
-from tests.stages.running import TINY, files_of, resume, sample, score, world_at
+from tests.stages.running import TINY, file_digests, resume, sample, score, open_session_at
 from tests.stages.trainers import hf_folder, trl_output
 
 FEW = (
@@ -35,7 +35,7 @@ FEW = (
 
 
 def importing(root: Path, home: Path, *overrides: str, metrics: Path | None = None, base: bool = False) -> Iterator:
-    asked = Import(home=home, recipe="micro", overrides=(*TINY, *overrides), metrics=metrics, base=base)
+    asked = ImportSpec(source_folder=home, recipe="micro", overrides=(*TINY, *overrides), metrics=metrics, saves_base=base)
     return import_run(root, asked, allow_code=False)
 
 
@@ -49,12 +49,12 @@ def imported(root: Path, home: Path, *overrides: str, **options: object) -> tupl
 def trl_run(tmp_path_factory) -> tuple[Path, Path]:
     """(run, TRL's folder), imported once for every test that only reads or adds."""
     home = trl_output(tmp_path_factory.mktemp("trl") / "out")
-    before = files_of(home)
+    before = file_digests(home)
     entries, _ = imported(home.parent / "run", home)
     assert [(entry.step, entry.tier, entry.complete, entry.reward) for entry in entries] == [
         *((2, "guide", True, 0.125), (4, "guide", True, 0.0)),
     ]
-    assert files_of(home) == before
+    assert file_digests(home) == before
     return home.parent / "run", home
 
 
@@ -65,11 +65,11 @@ def test_the_weights_are_links_and_outlive_the_other_trainers_clean_up(trl_run, 
     assert os.path.samefile(here / "model.safetensors", home / "checkpoint-4" / "model.safetensors")
     assert not {"optimizer.pt", "trainer_state.json"} & {path.name for path in here.iterdir()}
     shutil.rmtree(home)
-    assert world_at(tmp_path / "run", 4).policy.digest != world_at(tmp_path / "run", 2).policy.digest
+    assert open_session_at(tmp_path / "run", 4).policy.digest != open_session_at(tmp_path / "run", 2).policy.digest
 
 
 def test_its_metrics_keep_their_names_and_every_step_has_a_place_in_the_data(trl_run):
-    rows = list(measured_steps(open_run(trl_run[0]), "main"))
+    rows = list(read_metrics(open_run(trl_run[0]), "main"))
     # 4 prompts a step
     assert [(row["step"], row["data_position"]) for row in rows] == [(1, 4), (2, 8), (3, 12), (4, 16)]
     history = json.loads((trl_run[1] / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
@@ -98,7 +98,7 @@ def test_pages_and_tables_of_it_are_drawn(trl_run, tmp_path):
     *_, account = show_run(root, "costs", branch=None, step=None, prompt_id=None, limit=None)
     # what the other trainer spent is not on record
     assert (account.step, account.training_tokens) == (4, 0)
-    list(report_runs([root], tmp_path / "r.html", pictures=None))
+    list(write_report([root], tmp_path / "r.html", plots_folder=None))
     assert "Lineage" in (tmp_path / "r.html").read_text()
 
 
@@ -121,13 +121,13 @@ def test_the_trigger_is_rehearsed_where_both_signals_are_on_record(tmp_path):
     (home / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rising))
     imported(tmp_path / "run", home, "train.num_steps=80", metrics=home / "log.jsonl")
     asked = {
-        "columns": Columns(),
+        "columns": LogColumns(),
         "overrides": ("autonpo.trigger.warmup_steps=10",),
         "branch": None,
         "picture": None,
         "draw": False,
     }
-    from_run = list(rehearse(tmp_path / "run", **asked))
+    from_run = list(explain_autonpo(tmp_path / "run", **asked))
     assert any(isinstance(one, Notice) and "fired" in one.message for one in from_run)
 
 
@@ -136,15 +136,15 @@ def test_a_signal_that_is_not_on_record_is_named(tmp_path):
     _, told = imported(tmp_path / "run", home)
     assert any(said.startswith("no entropy by any name known here") for said in told)
     with pytest.raises(NpoError, match="has no entropy by any name known here; its numbers are: step, reward"):
-        asked = {"columns": Columns(), "overrides": (), "branch": None, "picture": None, "draw": False}
-        list(rehearse(tmp_path / "run", **asked))
+        asked = {"columns": LogColumns(), "overrides": (), "branch": None, "picture": None, "draw": False}
+        list(explain_autonpo(tmp_path / "run", **asked))
 
 
 def test_the_recipes_model_can_stand_at_step_0(tmp_path):
     entries, _ = imported(tmp_path / "run", trl_output(tmp_path / "out"), base=True)
     assert [entry.step for entry in entries] == [0, 2, 4]
     zero = find_checkpoint(open_run(tmp_path / "run"), "main", 0).path
-    mine, base = load_file(zero / "model.safetensors"), load_file(EMBEDDED / "model.safetensors")
+    mine, base = load_file(zero / "model.safetensors"), load_file(MICRO_BASE_FOLDER / "model.safetensors")
     assert all(torch.equal(mine[name], tensor) for name, tensor in base.items())
 
 
@@ -212,7 +212,7 @@ def test_folders_that_hold_no_checkpoints_say_what_was_looked_for(tmp_path):
     [((20, 40, 60, 67), 20), ((5, 25, 45, 65), 20), ((7,), 7), ((), 1)],
 )
 def test_the_distance_of_checkpoints_is_the_usual_one(steps, distance):
-    assert usual_distance(steps) == distance
+    assert infer_save_interval(steps) == distance
 
 
 def test_a_step_that_nobody_could_count_to_is_refused(tmp_path):
@@ -232,7 +232,7 @@ def test_pickled_weights_are_never_opened(tmp_path):
 def test_what_a_killed_import_left_is_cleared_and_one_at_work_is_not(tmp_path):
     hidden = tmp_path / ".run.unfinished"
     (hidden / "branches").mkdir(parents=True)
-    with writing(RunDir(hidden)), pytest.raises(NpoError, match="in use by process"):
+    with lock_run(RunDir(hidden)), pytest.raises(NpoError, match="in use by process"):
         list(importing(tmp_path / "run", trl_output(tmp_path / "out")))
     assert [entry.step for entry in imported(tmp_path / "run", tmp_path / "out")[0]] == [2, 4]
     assert not hidden.exists()

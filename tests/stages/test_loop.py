@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.batches import draw_batch
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.batches import build_batch
 from npo_cli.stages.train import train_run
 from tests.stages.running import (
     LORA,
     TINY,
-    copied,
-    files_of,
-    reproducible,
+    copy_run,
+    file_digests,
+    reproducible_digests,
     resume,
-    resuming,
+    start_resume,
     stop_after,
-    tiny,
+    tiny_recipe,
     train,
-    world_at,
+    open_session_at,
 )
-from tests.stages.warm import Warm, num_lines, wait_until
+from tests.stages.warm import ForkServer, num_lines, wait_until
 
 KINDS = {
     "plain": (),
@@ -46,61 +46,61 @@ LONGER = ("train.num_steps=10", "train.save_every=4")
 def test_a_run_dropped_between_checkpoints_goes_on_bit_for_bit(tmp_path, kind):
     train(tmp_path / "straight", *KINDS[kind])
     # Step 3 is recorded, step 2 is the newest checkpoint.
-    stop_after(train_run(tmp_path / "dropped", tiny(*KINDS[kind]), allow_code=False), 3)
+    stop_after(train_run(tmp_path / "dropped", tiny_recipe(*KINDS[kind]), allow_code=False), 3)
     reports = resume(tmp_path / "dropped")
     assert [report.step for report in reports] == [3, 4]
-    assert reproducible(tmp_path / "dropped") == reproducible(tmp_path / "straight")
-    assert len(reproducible(tmp_path / "straight")) >= 2 + 2 * 3
+    assert reproducible_digests(tmp_path / "dropped") == reproducible_digests(tmp_path / "straight")
+    assert len(reproducible_digests(tmp_path / "straight")) >= 2 + 2 * 3
 
 
 def test_a_replay_with_a_guide_dropped_between_checkpoints_goes_on_bit_for_bit(scout, tmp_path):
-    roots = [copied(scout, tmp_path / name) for name in ("straight", "dropped")]
+    roots = [copy_run(scout, tmp_path / name) for name in ("straight", "dropped")]
     options = {"at": 2, "guide": "near"}
     resume(roots[0], "train.num_steps=6", **options)
-    stop_after(resuming(roots[1], "train.num_steps=6", **options), 5)
+    stop_after(start_resume(roots[1], "train.num_steps=6", **options), 5)
     resume(roots[1])
-    straight = reproducible(roots[0], "near")
-    assert reproducible(roots[1], "near") == straight
+    straight = reproducible_digests(roots[0], "near")
+    assert reproducible_digests(roots[1], "near") == straight
     assert {"checkpoints/step_000004/model.safetensors", "checkpoints/step_000006/anchor/state.json"} <= set(straight)
 
 
 def test_a_recorded_step_is_read_back_and_nobody_is_asked(tmp_path):
-    stop_after(train_run(tmp_path / "run", tiny(), allow_code=False), 3)
-    world = world_at(tmp_path / "run", 2)
+    stop_after(train_run(tmp_path / "run", tiny_recipe(), allow_code=False), 3)
+    world = open_session_at(tmp_path / "run", 2)
     path = world.run.rollouts_path("main")
     before = path.read_bytes()
     # An engine of None cannot be asked anything.
-    batch = draw_batch(
-        replace(world, engine=None), RolloutJournal(path), seed_name="main", step=3, position=8, guidance=None
+    batch = build_batch(
+        replace(world, engine=None), RolloutLog(path), seed_name="main", step=3, position=8, active_guide=None
     )
-    assert batch.own == RolloutJournal(path).read_step(3)
+    assert batch.on_policy == RolloutLog(path).read_step(3)
     assert batch.position == 12
     assert path.read_bytes() == before
 
 
 def test_a_torn_line_of_every_journal_is_mended(tmp_path):
     train(tmp_path / "straight")
-    stop_after(train_run(tmp_path / "torn", tiny(), allow_code=False), 3)
+    stop_after(train_run(tmp_path / "torn", tiny_recipe(), allow_code=False), 3)
     branch = tmp_path / "torn" / "branches" / "main"
     for name in ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl"):
         # Half of the last line stays: of the four groups of step 3, three are whole.
         lines = (branch / name).read_bytes().splitlines(keepends=True)
         (branch / name).write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])
     resume(tmp_path / "torn")
-    assert reproducible(tmp_path / "torn") == reproducible(tmp_path / "straight")
+    assert reproducible_digests(tmp_path / "torn") == reproducible_digests(tmp_path / "straight")
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(tmp_path):
     kind = ("eval.every=2", "loss.kl_coef=0.05")
     train(tmp_path / "straight", *kind)
-    records = train_run(tmp_path / "killed", tiny(*kind), allow_code=False)
+    records = train_run(tmp_path / "killed", tiny_recipe(*kind), allow_code=False)
     next(records)  # the batch arithmetic: the run exists, and nothing is in it yet
     records.close()
     assert not list((tmp_path / "killed").rglob("step_*"))
     resume(tmp_path / "killed")
-    assert reproducible(tmp_path / "killed") == reproducible(tmp_path / "straight")
+    assert reproducible_digests(tmp_path / "killed") == reproducible_digests(tmp_path / "straight")
     # The base was evaluated all the same.
-    assert files_of(tmp_path / "killed")["evals.jsonl"] == files_of(tmp_path / "straight")["evals.jsonl"]
+    assert file_digests(tmp_path / "killed")["evals.jsonl"] == file_digests(tmp_path / "straight")["evals.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -110,41 +110,41 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(tmp_path):
         pytest.param("metrics.jsonl", 7, id="between two checkpoints"),
     ],
 )
-def test_kill_9_at_a_line_of_a_journal(warm: Warm, tmp_path, journal, line):
+def test_kill_9_at_a_line_of_a_journal(warm: ForkServer, tmp_path, journal, line):
     train(tmp_path / "straight", *LONGER)
     root = tmp_path / "killed"
     child = warm.npo("train", "micro", *TINY, *LONGER, "--run", str(root), err=tmp_path / "err")
     wait_until(lambda: num_lines(root / "branches" / "main" / journal) >= line)
     child.kill()
-    assert child.ended() == -signal.SIGKILL
+    assert child.wait() == -signal.SIGKILL
     assert num_lines(root / "branches" / "main" / "metrics.jsonl") < 10, "it was too late"
     resume(root)
-    assert reproducible(root) == reproducible(tmp_path / "straight")
+    assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")
 
 
-def test_a_replay_survives_kill_9_twice(warm: Warm, scout, tmp_path):
-    roots = [copied(scout, tmp_path / name) for name in ("straight", "killed")]
+def test_a_replay_survives_kill_9_twice(warm: ForkServer, scout, tmp_path):
+    roots = [copy_run(scout, tmp_path / name) for name in ("straight", "killed")]
     resume(roots[0], *LONGER, at=2, guide="near")
     metrics = roots[1] / "branches" / "near" / "metrics.jsonl"
     for args, line in ((["--at", "2", "--guide", "near"], 1), ([], 4)):
         child = warm.npo("resume", str(roots[1]), *LONGER, *args, err=tmp_path / "err")
         wait_until(lambda line=line: num_lines(metrics) >= line)
         child.kill()
-        assert child.ended() == -signal.SIGKILL
+        assert child.wait() == -signal.SIGKILL
     resume(roots[1])
-    assert reproducible(roots[1], "near") == reproducible(roots[0], "near")
+    assert reproducible_digests(roots[1], "near") == reproducible_digests(roots[0], "near")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "two updates", "dynamic sampling", "kl to the base", "replay"])
-def test_kill_9_at_random_moments_again_and_again(warm: Warm, scout, tmp_path, kind):
+def test_kill_9_at_random_moments_again_and_again(warm: ForkServer, scout, tmp_path, kind):
     """Some 8 kills a run, wherever they fall: while the model loads, samples, learns or saves."""
     longer = ("train.num_steps=40", "train.save_every=3")
     roots = [tmp_path / "straight", tmp_path / "killed"]
     if kind == "replay":
         branch, settings = "near", longer
         for root in roots:
-            copied(scout, root)
+            copy_run(scout, root)
         first = ["resume", str(roots[1]), *settings, "--at", "2", "--guide", "near"]
         resume(roots[0], *settings, at=2, guide="near")
     else:
@@ -154,10 +154,10 @@ def test_kill_9_at_random_moments_again_and_again(warm: Warm, scout, tmp_path, k
     num_kills = kill_again_and_again(warm, first, root=roots[1], branch=branch)
     resume(roots[1])
     assert num_kills >= 5
-    assert reproducible(roots[1], branch) == reproducible(roots[0], branch)
+    assert reproducible_digests(roots[1], branch) == reproducible_digests(roots[0], branch)
 
 
-def kill_again_and_again(warm: Warm, first: list[str], *, root: Path, branch: str) -> int:
+def kill_again_and_again(warm: ForkServer, first: list[str], *, root: Path, branch: str) -> int:
     rng, args = random.Random(branch), first
     for num_kills in range(8):
         if num_lines(root / "branches" / branch / "metrics.jsonl") > 25:
@@ -166,7 +166,7 @@ def kill_again_and_again(warm: Warm, first: list[str], *, root: Path, branch: st
         wait_until(lambda: is_born(root, branch))
         time.sleep(rng.uniform(0.0, 0.6))
         child.kill()
-        assert child.ended() == -signal.SIGKILL, child.said()
+        assert child.wait() == -signal.SIGKILL, child.read_stderr()
         args = ["resume", str(root)]
     return 8
 

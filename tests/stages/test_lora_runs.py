@@ -11,24 +11,24 @@ from safetensors.torch import load_file
 
 from npo_cli.config import ModelSettings
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.loading import in_force
-from npo_cli.policy.model import EMBEDDED, Policy, load_policy
+from npo_cli.loading import override_saved_recipe
+from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.records import Notice
 from npo_cli.run_dir import files
 from npo_cli.run_dir.checkpoints import find_checkpoint, list_checkpoints
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.autonpo import train_auto
-from npo_cli.stages.batches import with_advantages
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.autonpo import train_autonpo
+from npo_cli.stages.batches import add_advantages
 from npo_cli.stages.evaluate import evaluate_run
 from npo_cli.stages.index import index_run
 from npo_cli.stages.saving import restore_state, save_checkpoint
-from npo_cli.stages.train import frozen_base, train_run
-from npo_cli.stages.update import Updater, train_rows
-from npo_cli.stages.world import World
-from tests.stages.auto_runs import decided, eager, events_of
-from tests.stages.running import LORA, copied, files_of, resume, sample, score, steps_of, tiny, train, world_at
+from npo_cli.stages.train import load_reference_policy, train_run
+from npo_cli.stages.update import Updater, build_training_samples
+from npo_cli.stages.world import Session
+from tests.stages.auto_runs import deterministic_digests, eager_recipe, events_of
+from tests.stages.running import LORA, copy_run, file_digests, resume, sample, score, steps_of, tiny_recipe, train, open_session_at
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +63,14 @@ def test_a_checkpoint_holds_adapters_and_nothing_of_the_base(circled):
 
 
 def test_the_guide_of_the_replay_is_the_adapter_of_step_4(circled):
-    groups = [RolloutJournal(open_run(circled).rollouts_path("near")).read_step(step) for step in (3, 4)]
+    groups = [RolloutLog(open_run(circled).rollouts_path("near")).read_step(step) for step in (3, 4)]
     rollouts = [rollout for group in (*groups[0], *groups[1]) for rollout in group.rollouts]
     assert {each.sampler_step for each in rollouts if each.source == "guide"} == {4}
     assert json.loads((circled / "guides" / "near" / "guide.json").read_text())["guide_step"] == 4
 
 
 def test_every_command_reads_such_a_run(circled, tmp_path):
-    root = copied(circled, tmp_path / "run")
+    root = copy_run(circled, tmp_path / "run")
     entries = index_run(root, verify=True)
     assert {(entry.branch, entry.step) for entry in entries} == {("main", 0), ("main", 2), ("main", 4), ("near", 4)}
     assert all(entry.complete and entry.digest for entry in entries)
@@ -86,7 +86,7 @@ def test_retention_keeps_adapters_as_guides(tmp_path):
 
 
 def test_a_save_asks_for_the_room_of_adapters_alone(circled, monkeypatch, tmp_path):
-    world = world_at(copied(circled, tmp_path / "run"), 4, branch="main")
+    world = open_session_at(copy_run(circled, tmp_path / "run"), 4, branch="main")
     optimizer = build_optimizer(world.policy.model, world.recipe.train)
     state = restore_state(world, optimizer, find_checkpoint(world.run, "main", 4))
     # adapters and two moments: 3 layers x 4 (4 x 192 + 3 x 288) floats of 4 bytes, three times
@@ -98,21 +98,21 @@ def test_a_save_asks_for_the_room_of_adapters_alone(circled, monkeypatch, tmp_pa
     save_checkpoint(world, optimizer, state, branch="main")
 
 
-def one_update(root: Path, reference_of: Callable[[World], Policy]) -> tuple[float, float, str]:
+def one_update(root: Path, reference_of: Callable[[Session], Policy]) -> tuple[float, float, str]:
     """Loss, gradient norm and weights after step 4's batch was learned once more, with a penalty for divergence."""
-    world = world_at(root, 4, branch="main")
-    recipe = in_force(world.run.recipe("main"), (), path=root, fork=True)
+    world = open_session_at(root, 4, branch="main")
+    recipe = override_saved_recipe(world.run.read_recipe("main"), (), path=root, fork=True)
     recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"kl_coef": 0.5})})
-    groups = RolloutJournal(world.run.rollouts_path("main")).read_step(4)
+    groups = RolloutLog(world.run.rollouts_path("main")).read_step(4)
     optimizer = build_optimizer(world.policy.model, recipe.train)
     updater = Updater(world.policy, optimizer, recipe, reference=reference_of(world))
-    report = updater.take_step(train_rows(world.policy, with_advantages(world, groups), recipe.guide.inject), lr=1e-3)
+    report = updater.take_step(build_training_samples(world.policy, add_advantages(world, groups), recipe.guide.inject), lr=1e-3)
     return report.loss, report.grad_norm, world.policy.digest
 
 
 def test_the_divergence_is_from_the_base_that_a_second_copy_would_be(circled, tmp_path):
-    root = copied(circled, tmp_path / "run")
-    switched_off = one_update(root, frozen_base)
+    root = copy_run(circled, tmp_path / "run")
+    switched_off = one_update(root, load_reference_policy)
     assert switched_off == one_update(root, lambda world: load_policy(ModelSettings(threads=1)))
     assert switched_off[0] > one_update(root, lambda world: world.policy)[0]
 
@@ -120,7 +120,7 @@ def test_the_divergence_is_from_the_base_that_a_second_copy_would_be(circled, tm
 def test_bfloat16_rounds_no_step_of_an_adapter_away(tmp_path):
     told = {}
     for kind in ((), LORA):
-        records = list(train_run(tmp_path / str(len(kind)), tiny("model.dtype=bfloat16", *kind), allow_code=False))
+        records = list(train_run(tmp_path / str(len(kind)), tiny_recipe("model.dtype=bfloat16", *kind), allow_code=False))
         told[kind] = any(isinstance(each, Notice) and "rounded" in each.message for each in records)
     assert told == {(): True, LORA: False}
 
@@ -129,7 +129,7 @@ def test_bfloat16_rounds_no_step_of_an_adapter_away(tmp_path):
 
 
 def own_base(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(EMBEDDED, tmp_path / "base"))
+    return Path(shutil.copytree(MICRO_BASE_FOLDER, tmp_path / "base"))
 
 
 def test_a_run_is_resumed_from_any_folder_and_with_its_base_in_another_place(tmp_path, monkeypatch):
@@ -154,12 +154,12 @@ def test_a_base_with_other_weights_is_refused_before_anything_is_written(circled
     with torch.no_grad():
         other.model.get_input_embeddings().weight.mul_(1.01)
     other.save(base)
-    before = files_of(circled)
+    before = file_digests(circled)
     with pytest.raises(NpoError, match="belong to another base"):
         resume(circled, "train.num_steps=9", f"model.path={base}")
     with pytest.raises(NpoError, match="belong to another base"):
         score(circled, f"model.path={base}")
-    assert files_of(circled) == before
+    assert file_digests(circled) == before
 
 
 def test_rank_and_scale_belong_to_a_runs_birth_and_so_does_the_base_without_adapters(circled, scout):
@@ -180,6 +180,6 @@ def test_rank_and_scale_belong_to_a_runs_birth_and_so_does_the_base_without_adap
 )
 def test_autonpo_steps_in_on_adapters(tmp_path, early):
     root = tmp_path / "run"
-    steps_of(train_auto(root, eager(*LORA, *early), allow_code=False))
+    steps_of(train_autonpo(root, eager_recipe(*LORA, *early), allow_code=False))
     assert {"guided", "rolled_back", "replayed"} <= set(events_of(root))
-    assert any("adapter_model" in name for name in decided(root) if name.startswith("branches/auto-1/"))
+    assert any("adapter_model" in name for name in deterministic_digests(root) if name.startswith("branches/auto-1/"))

@@ -4,23 +4,23 @@ import json
 import math
 from pathlib import Path
 
-from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.journal import JsonlLog
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.measures import tracked
-from tests.stages.running import copied, resume, train
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.measures import update_running_metrics
+from tests.stages.running import copy_run, resume, train
 
 
 def metrics_of(root: Path, branch: str) -> list[dict]:
-    return list(Journal(open_run(root).metrics_path(branch)).records())
+    return list(JsonlLog(open_run(root).metrics_path(branch)).iter_rows())
 
 
 def test_a_guided_step_tells_slots_reasons_shares_and_ratios(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     reports = resume(root, at=2, guide="near")
-    journal = RolloutJournal(open_run(root).rollouts_path("near"))
+    journal = RolloutLog(open_run(root).rollouts_path("near"))
     for report in reports:
-        metrics, mixes = report.metrics, [group.mix for group in journal.read_step(report.step)]
+        metrics, mixes = report.metrics, [group.injection_status for group in journal.read_step(report.step)]
         assert metrics["inject/slots"] == mixes.count("injected") > 0
         assert metrics["inject/no_guide"] == mixes.count("no_guide")
         assert metrics["inject/gate_closed"] == mixes.count("gate_closed")
@@ -32,7 +32,7 @@ def test_a_guided_step_tells_slots_reasons_shares_and_ratios(scout, tmp_path):
 
 
 def test_the_figures_of_a_step_are_those_of_its_rollouts(scout):
-    (first, *_), journal = metrics_of(scout, "main"), RolloutJournal(open_run(scout).rollouts_path("main"))
+    (first, *_), journal = metrics_of(scout, "main"), RolloutLog(open_run(scout).rollouts_path("main"))
     rollouts = [rollout for group in journal.read_step(1) for rollout in group.rollouts]
     assert first["reward"] == sum(rollout.reward for rollout in rollouts) / 16
     assert first["tokens"] == sum(len(rollout.response_ids) for rollout in rollouts)
@@ -44,7 +44,7 @@ def test_the_figures_of_a_step_are_those_of_its_rollouts(scout):
 
 
 def test_tokens_total_goes_on_through_a_fork(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     resume(root, at=2, guide="near")
     before = metrics_of(root, "main")[1]["tokens_total"]
     first = metrics_of(root, "near")[0]
@@ -53,9 +53,9 @@ def test_tokens_total_goes_on_through_a_fork(scout, tmp_path):
 
 
 def test_averages_are_corrected_for_their_short_past():
-    once = tracked({}, {"tokens": 5, "reward": 0.5, "entropy": 2.0})
+    once = update_running_metrics({}, {"tokens": 5, "reward": 0.5, "entropy": 2.0})
     assert (once["tokens_total"], once["reward_ema"], once["entropy_ema"]) == (5, 0.5, 2.0)
-    twice = tracked(once, {"tokens": 7, "reward": 0.0, "entropy": 2.0})
+    twice = update_running_metrics(once, {"tokens": 7, "reward": 0.0, "entropy": 2.0})
     # weights 0.1 * 0.9 and 0.1: (0.09 * 0.5 + 0.1 * 0) / 0.19
     assert math.isclose(twice["reward_ema"], 0.045 / 0.19)
     assert (twice["tokens_total"], round(twice["entropy_ema"], 12)) == (12, 2.0)

@@ -14,9 +14,9 @@ from torch import Tensor, tensor
 from npo_cli.config import Recipe
 from npo_cli.loading import load_recipe
 from npo_cli.objective.advantages import group_advantages
-from npo_cli.objective.batch import Divisors, Rows
+from npo_cli.objective.batch import Divisors, LossInputs
 from npo_cli.objective.losses import policy_loss
-from npo_cli.recipe_files import method_names
+from npo_cli.recipe_files import list_method_names
 from npo_cli.stages.update import loss_knobs
 
 DIVISORS = Divisors(num_sequences=1, num_tokens=1, max_tokens=1)
@@ -30,12 +30,12 @@ def gradient(settings: Recipe, *, policy: float, author: float | None, advantage
     """-dL/dl of a foreign token of probability `policy` under the learner and `author` under who wrote it."""
     logps_NT = tensor([[math.log(policy)]], requires_grad=True)
     known = math.nan if author is None else math.log(author)
-    rows = Rows(
+    rows = LossInputs(
         behavior_logps_NT=tensor([[known]]),
         mask_NT=tensor([[True]]),
         advantages_N=tensor([advantage]),
-        foreign_N=tensor([True]),
-        free_N=tensor([not settings.guide.inject.clip_off_policy]),
+        off_policy_N=tensor([True]),
+        unclipped_N=tensor([not settings.guide.inject.clip_off_policy]),
     )
     loss, _ = policy_loss(logps_NT, rows, knobs=loss_knobs(settings), divisors=DIVISORS)
     (found,) = torch.autograd.grad(loss, logps_NT)
@@ -122,4 +122,4 @@ def test_the_own_baseline_leaves_foreign_rewards_out_of_mean_and_deviation():
 def test_every_method_of_the_table_is_there_in_both_tracks():
     table = {"grpo", "luffy", "exgrpo", "rlep", "npo-early", "npo-late", "npo", "autonpo"}
     for track in ("matched", "reference"):
-        assert {name.partition("/")[2] for name in method_names() if name.startswith(track)} == table
+        assert {name.partition("/")[2] for name in list_method_names() if name.startswith(track)} == table

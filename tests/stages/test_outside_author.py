@@ -8,16 +8,16 @@ import torch
 from npo_cli.errors import NpoError
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.guides import asked_path, load_guide, trajectories_path
+from npo_cli.run_dir.guides import queried_prompts_path, load_guide, guide_rollouts_path
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.run_dir.rollouts import RolloutLog
 from npo_cli.stages import guide_cache
-from npo_cli.stages.guide_plan import Ask
+from npo_cli.stages.guide_plan import SourceSpec
 from npo_cli.stages.ledger import cost_at
-from npo_cli.stages.retelling import Retelling, Said
-from npo_cli.stages.sample_guide import sample_run
-from tests.stages.running import copied, resume, sample, train, trajectories, world_at
-from tests.stages.teachers import in_other_tokens
+from npo_cli.stages.retelling import Retokenizer, TextResponse
+from npo_cli.stages.sample_guide import build_guide_cache
+from tests.stages.running import copy_run, resume, sample, train, trajectories, open_session_at
+from tests.stages.teachers import save_with_other_vocabulary
 
 OUTSIDE = {"guide_step": None, "name": "taught"}
 LUFFY = (
@@ -30,12 +30,12 @@ LUFFY = (
 
 @pytest.fixture
 def root(scout, tmp_path):
-    return copied(scout, tmp_path / "run")
+    return copy_run(scout, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
 def foreigner(tmp_path_factory):
-    return in_other_tokens(tmp_path_factory.mktemp("foreigner") / "model")
+    return save_with_other_vocabulary(tmp_path_factory.mktemp("foreigner") / "model")
 
 
 def teacher_folder(root):
@@ -44,7 +44,7 @@ def teacher_folder(root):
 
 def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(root):
     info = sample(root, source="model", origin=str(teacher_folder(root)), **OUTSIDE)
-    world, found = world_at(root, 4), trajectories(root, "taught")
+    world, found = open_session_at(root, 4), trajectories(root, "taught")
     assert found
     for prompt_id, kept in found.items():
         row = TokenRow(prompt_ids=world.policy.encode(world.task.prompt(prompt_id)), response_ids=kept.response_ids)
@@ -59,7 +59,7 @@ def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(ro
 
 def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabilities(root, foreigner):
     info = sample(root, source="model", origin=str(foreigner), **OUTSIDE)
-    world, found = world_at(root, 2), trajectories(root, "taught")
+    world, found = open_session_at(root, 2), trajectories(root, "taught")
     assert found
     assert not info.has_logps
     prompts = [world.task.prompt(prompt_id) for prompt_id in found]
@@ -86,29 +86,29 @@ def test_the_same_policy_in_other_tokens_says_as_much_that_is_right(root, foreig
 
 def test_an_answer_that_the_learner_has_no_room_for_counts_as_cut_off(root):
     """Two answers of 18 tokens at most, told to a learner that may say 6: cut, never correct, and counted."""
-    world = world_at(root, 2)
+    world = open_session_at(root, 2)
     small = world.recipe.sampling.model_copy(update={"max_new_tokens": 6})
     narrow = replace(world, recipe=world.recipe.model_copy(update={"sampling": small}))
-    retelling = Retelling(world=narrow, learner=world.policy)
+    retelling = Retokenizer(session=narrow, learner=world.policy)
     prompt = world.task.train[0]
-    long, short = retelling.rollouts(
+    long, short = retelling.retokenize(
         [
-            Said(prompt=prompt, slot=0, text="1_2_3#321", finished=True),
-            Said(prompt=prompt, slot=1, text="1_#1", finished=True),
+            TextResponse(prompt=prompt, slot=0, text="1_2_3#321", finished=True),
+            TextResponse(prompt=prompt, slot=1, text="1_#1", finished=True),
         ]
     )
     assert (len(long.response_ids), long.finished, long.text) == (6, False, "1_2_3#")
     # four characters and the end
     assert (len(short.response_ids), short.finished) == (5, True)
     assert retelling.num_too_long == 1
-    assert retelling.remarks() == [
+    assert retelling.warnings() == [
         "1 answers heard now have more tokens than the learner may answer with (sampling.max_new_tokens=6): "
         "they count as cut off"
     ]
 
 
 def test_an_end_token_that_is_only_spelled_is_text(root):
-    world = world_at(root, 2)
+    world = open_session_at(root, 2)
     (end,) = world.policy.eos_ids
     assert end not in world.policy.encode_response("1_</s>2")
 
@@ -122,10 +122,10 @@ def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_
     # what the seed run had generated in its four steps
     tokens = sum(
         len(rollout.response_ids)
-        for _, group in RolloutJournal(run.rollouts_path("main")).iter_groups()
+        for _, group in RolloutLog(run.rollouts_path("main")).iter_groups()
         for rollout in group.rollouts
     )
-    assert info.side_tokens == cost_at(run, "main", 4).tokens == tokens
+    assert info.guide_training_tokens == cost_at(run, "main", 4).tokens == tokens
     assert info.guide_digest == find_checkpoint(run, "main", 4).digest
     assert {(kept.source, kept.guide_step) for kept in trajectories(root, "taught").values()} == {("teacher", None)}
     assert info.has_logps
@@ -141,7 +141,7 @@ def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens)
     reports = resume(root, *LUFFY, at=0, guide="taught")
     assert [report.step for report in reports] == [1, 2, 3, 4]
     assert {report.metrics["inject/slots"] for report in reports} == {4.0}
-    groups = RolloutJournal(open_run(root).rollouts_path("taught")).read_step(1)
+    groups = RolloutLog(open_run(root).rollouts_path("taught")).read_step(1)
     assert [[rollout.source for rollout in group.rollouts] for group in groups] == [["own"] * 3 + ["teacher"]] * 4
 
 
@@ -157,12 +157,12 @@ def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_
 @pytest.mark.parametrize("kill_after", [1, 2])
 def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, monkeypatch, foreigner, kill_after):
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
-    straight, broken = (copied(scout, tmp_path / name) for name in ("straight", "broken"))
+    straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
     asked = {"source": "model", "origin": str(foreigner), **OUTSIDE}
     sample(straight, **asked)
-    records = sample_run(
+    records = build_guide_cache(
         broken,
-        ask=Ask(source="model", origin=str(foreigner)),
+        spec=SourceSpec(kind="model", origin=str(foreigner)),
         at=2,
         name="taught",
         branch=None,
@@ -174,7 +174,7 @@ def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, mo
         next(records)
     records.close()
     sample(broken, **asked)
-    for path in (asked_path, trajectories_path):
+    for path in (queried_prompts_path, guide_rollouts_path):
         one, other = (path(root / "guides" / "taught").read_bytes() for root in (straight, broken))
         assert one == other
 

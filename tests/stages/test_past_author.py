@@ -7,8 +7,8 @@ import pytest
 from npo_cli.errors import NpoError
 from npo_cli.run_dir.guides import load_guide
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from tests.stages.running import copied, resume, sample, train, trajectories
+from npo_cli.run_dir.rollouts import RolloutLog
+from tests.stages.running import copy_run, resume, sample, train, trajectories
 
 NAMED = {"guide_step": None, "name": "given"}
 
@@ -22,7 +22,7 @@ def veteran(tmp_path_factory):
 
 
 def recorded(root: Path, steps: range) -> dict[str, list]:
-    journal = RolloutJournal(open_run(root).rollouts_path("main"))
+    journal = RolloutLog(open_run(root).rollouts_path("main"))
     found: dict[str, list] = {}
     for step in steps:
         for group in journal.read_step(step):
@@ -31,7 +31,7 @@ def recorded(root: Path, steps: range) -> dict[str, list]:
 
 
 def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_day(veteran, tmp_path):
-    root = copied(veteran, tmp_path / "run")
+    root = copy_run(veteran, tmp_path / "run")
     info = sample(root, source="past", at=4, **NAMED)
     history, found = recorded(root, range(1, 5)), trajectories(root, "given")
     solved = {
@@ -49,13 +49,13 @@ def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_d
         newest = [rollout.behavior_logps for at, rollout in same if at == step]
         assert kept.behavior_logps in newest
         assert kept.num_sampled == len(history[prompt_id]) == 4
-    assert (info.num_tokens, info.given_tokens, info.has_logps, info.origin) == (0, 0, True, "")
+    assert (info.num_tokens, info.external_tokens, info.has_logps, info.origin) == (0, 0, True, "")
     # each of the 16 prompts was visited once in steps 1 to 4
     assert info.num_samples == 16 * 4
 
 
 def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
-    root = copied(veteran, tmp_path / "run")
+    root = copy_run(veteran, tmp_path / "run")
     sample(root, source="past", at=4, **NAMED)
     reports = resume(root, "guide.inject.ratio=exact", "guide.inject.max_accuracy=1", at=4, guide="given")
     assert sum(report.metrics["inject/slots"] for report in reports) == len(trajectories(root, "given"))
@@ -79,7 +79,7 @@ def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
 
 
 def test_there_is_no_past_at_step_0_nor_where_nothing_was_visited_before(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     with pytest.raises(NpoError, match="the learner at step 0 has no past"):
         sample(root, source="past", at=0, **NAMED)
     with pytest.raises(NpoError, match=r"none of the 8 prompts of steps 3-4 was solved in steps 1-2"):

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.stages.plans import Cell, commands, left_of
-from tests.stages.running import TINY, copied, resume, sample, train
+from npo_cli.stages.plans import BenchRun, build_commands, find_remaining_command
+from tests.stages.running import TINY, copy_run, resume, sample, train
 
 
-def cell(folder: Path, method: str, *settings: str, teacher: str = "") -> Cell:
+def cell(folder: Path, method: str, *settings: str, teacher: str = "") -> BenchRun:
     settled = (*TINY, *settings)
-    return Cell(recipe="micro", method=method, settings=settled, seed=7, folder=folder, teacher=teacher)
+    return BenchRun(recipe="micro", method=method, settings=settled, seed=7, folder=folder, teacher=teacher)
 
 
 def typed(found: list[tuple[str, ...]], folder: Path) -> list[str]:
@@ -29,7 +29,7 @@ def test_npo_early_and_late_is_five_commands(tmp_path):
         "autonpo.early.scout_steps=3",
         "autonpo.early.replay_steps=2",
     )
-    found = commands(here)
+    found = build_commands(here)
     assert typed(found, tmp_path) == [
         "train micro --method matched/npo --run RUN --until 3",
         "sample-guide RUN --at 0 --guide 3 --steps 2 --name early",
@@ -43,7 +43,7 @@ def test_npo_early_and_late_is_five_commands(tmp_path):
 
 
 def test_a_plan_in_stretches_is_repeated_to_the_last_step_of_the_run(tmp_path):
-    found = commands(cell(tmp_path, "controls/forward-probe", "train.num_steps=50"))
+    found = build_commands(cell(tmp_path, "controls/forward-probe", "train.num_steps=50"))
     assert typed(found, tmp_path)[0].endswith("--until 0")
     assert typed(found, tmp_path)[-2:] == [
         "sample-guide RUN --at 40 --source self --steps 10 --name probe-40",
@@ -53,43 +53,43 @@ def test_a_plan_in_stretches_is_repeated_to_the_last_step_of_the_run(tmp_path):
 
 
 def test_the_teacher_is_named_in_words_of_its_own_and_by_seed(tmp_path):
-    found = commands(cell(tmp_path, "luffy", teacher="--source file --from 'my traces-{seed}.jsonl'"))
+    found = build_commands(cell(tmp_path, "luffy", teacher="--source file --from 'my traces-{seed}.jsonl'"))
     assert found[1][-6:] == ("--source", "file", "--from", "my traces-7.jsonl", "--name", "teacher")
 
 
 def test_what_a_plan_needs_and_nobody_gave_is_told_before_anything_runs(tmp_path):
     with pytest.raises(NpoError, match="method luffy needs a teacher"):
-        commands(cell(tmp_path, "luffy"))
+        build_commands(cell(tmp_path, "luffy"))
     with pytest.raises(NpoError, match=r"method npo-late needs guide.replay.guide_step"):
-        commands(cell(tmp_path, "npo-late", "guide.replay.at_step=2"))
+        build_commands(cell(tmp_path, "npo-late", "guide.replay.at_step=2"))
 
 
 def test_a_command_that_is_done_is_left_out_and_one_cut_short_is_gone_on_with(scout, tmp_path):
     """The scout has 4 steps on main and the guide `near`."""
     here = cell(tmp_path, "matched/npo-late", "guide.replay.at_step=2", "guide.replay.guide_step=4")
-    born, asked, replayed = commands(here)
-    assert left_of(born, here) == born
-    root = copied(scout, here.run)
-    assert left_of(born, here) is None
+    born, asked, replayed = build_commands(here)
+    assert find_remaining_command(born, here) == born
+    root = copy_run(scout, here.run)
+    assert find_remaining_command(born, here) is None
     longer = (*born[:-1], "train.seed=7")
     assert longer == born
     further = tuple("6" if word == "4" else word for word in born)
-    assert left_of(further, here) == ("resume", str(root), "--from", "main", "--until", "6")
-    assert left_of(asked, here) == asked
+    assert find_remaining_command(further, here) == ("resume", str(root), "--from", "main", "--until", "6")
+    assert find_remaining_command(asked, here) == asked
     sample(root, name="late")
-    assert left_of(asked, here) is None
-    assert left_of(replayed, here) == replayed
+    assert find_remaining_command(asked, here) is None
+    assert find_remaining_command(replayed, here) == replayed
     resume(root, at=2, guide="late", new_branch="npo", until=3)
-    assert left_of(replayed, here) == ("resume", str(root), "--from", "npo", "--until", "4")
+    assert find_remaining_command(replayed, here) == ("resume", str(root), "--from", "npo", "--until", "4")
     resume(root, source_branch="npo")
-    assert left_of(replayed, here) is None
+    assert find_remaining_command(replayed, here) is None
 
 
 def test_a_run_killed_before_its_first_checkpoint_is_begun_again_where_it_was_only_to_be_born(tmp_path):
     here = cell(tmp_path, "controls/base-guide")
     train(here.run, until=0)
-    born = commands(here)[0]
-    assert left_of(born, here) is None
+    born = build_commands(here)[0]
+    assert find_remaining_command(born, here) is None
     shutil.rmtree(here.run / "branches" / "main" / "checkpoints")
-    assert left_of(born, here) == born
+    assert find_remaining_command(born, here) == born
     assert not here.run.exists()

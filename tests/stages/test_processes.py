@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from npo_cli.run_dir.paths import RunDir
-from tests.stages.launching import is_gone, pid_of, run, started, wait_until
-from tests.stages.running import TINY, copied, resume, train
+from tests.stages.launching import is_gone, pid_of, run, launch_job, wait_until
+from tests.stages.running import TINY, copy_run, resume, train
 from tests.stages.warm import num_lines
 
 LAST = 20
@@ -37,7 +37,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def onward(alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The single process's run, four steps further."""
-    root = copied(alone, tmp_path_factory.mktemp("onward") / "run")
+    root = copy_run(alone, tmp_path_factory.mktemp("onward") / "run")
     resume(root, f"train.num_steps={LAST + 4}")
     return root
 
@@ -82,15 +82,15 @@ def test_what_two_processes_save_is_what_one_saves_but_for_the_moments(alone, to
 
 
 def test_one_process_goes_on_from_what_two_saved(together, onward, tmp_path):
-    root = copied(together, tmp_path / "run")
+    root = copy_run(together, tmp_path / "run")
     resume(root, f"train.num_steps={LAST + 4}")
     assert_same_curve(metrics(root), metrics(onward))
 
 
 def test_two_go_on_from_what_one_saved_and_a_killed_rank_ends_the_job(alone, onward, tmp_path):
-    root, log = copied(alone, tmp_path / "run"), tmp_path / "log"
+    root, log = copy_run(alone, tmp_path / "run"), tmp_path / "log"
     more = ("train.num_steps=100000", "train.save_every=1000")
-    with started("resume", str(root), *more, log=log) as job:
+    with launch_job("resume", str(root), *more, log=log) as job:
         wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= LAST + 4, job, log)
         ranks = [pid_of(job, 0), pid_of(job, 1)]
         os.kill(ranks[1], signal.SIGKILL)

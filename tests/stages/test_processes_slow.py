@@ -12,18 +12,18 @@ import pytest
 from npo_cli.loading import load_recipe
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import load_policy
-from npo_cli.run_dir.auto import transitions
-from npo_cli.run_dir.checkpoints import newest_anchor
+from npo_cli.run_dir.auto import read_transitions
+from npo_cli.run_dir.checkpoints import find_resume_checkpoint
 from npo_cli.run_dir.paths import RunDir, open_run
-from npo_cli.stages.accounting import account
-from npo_cli.stages.engine_sync import probe_rows
-from npo_cli.stages.row_scores import row_scores
+from npo_cli.stages.accounting import compute_run_costs
+from npo_cli.stages.engine_sync import build_check_rows
+from npo_cli.stages.row_scores import run_logprob_pass
 from npo_cli.stages.train import train_run
 from tests.cli.slips import npo
-from tests.pictures import mixed_prompts, seeing
-from tests.stages.launching import is_gone, pid_of, run, started, wait_until
-from tests.stages.running import LORA, TINY, copied, resume, sample, tiny, train
-from tests.stages.scoring_together import ASKED
+from tests.pictures import mixed_prompts, load_vision_policy
+from tests.stages.launching import is_gone, pid_of, run, launch_job, wait_until
+from tests.stages.running import LORA, TINY, copy_run, resume, sample, tiny_recipe, train
+from tests.stages.scoring_together import REQUESTS
 from tests.stages.test_image_runs import SMALL
 from tests.stages.test_processes import assert_same_curve, metrics
 from tests.stages.warm import num_lines
@@ -53,18 +53,18 @@ def scored_together(*arguments: str, log: Path) -> list[list[float]]:
 
 def test_the_shared_engine_scores_as_one_process_does(tmp_path):
     answers = scored_together(log=tmp_path / "log")
-    rows = [TokenRow(prompt_ids=each.prompt_ids, response_ids=each.response_ids) for each in ASKED]
-    alone = row_scores(load_policy(tiny().model), tiny(), rows, temperature=1.0)
+    rows = [TokenRow(prompt_ids=each.prompt_ids, response_ids=each.response_ids) for each in REQUESTS]
+    alone = run_logprob_pass(load_policy(tiny_recipe().model), tiny_recipe(), rows, temperature=1.0)
     for found, expected in zip(answers, alone, strict=True):
         assert found == pytest.approx(expected.logps_T.tolist(), abs=1e-5)
 
 
 def test_a_probe_with_pictures_is_scored_over_the_whole_vocabulary_by_every_process(untaught_vl: Path, tmp_path: Path):
     answers = scored_together(str(untaught_vl), log=tmp_path / "log")
-    policy = seeing(untaught_vl)
-    rows = probe_rows(policy, mixed_prompts())
+    policy = load_vision_policy(untaught_vl)
+    rows = build_check_rows(policy, mixed_prompts())
     whole, restrained = (
-        row_scores(policy, tiny(), rows, temperature=1.0, whole_vocabulary=wanted) for wanted in (True, False)
+        run_logprob_pass(policy, tiny_recipe(), rows, temperature=1.0, uses_full_vocabulary=wanted) for wanted in (True, False)
     )
     for found, expected, never in zip(answers, whole, restrained, strict=True):
         assert found == pytest.approx(expected.logps_T.tolist(), abs=1e-5)
@@ -76,13 +76,13 @@ def test_autonpo_decides_as_in_one_process(tmp_path):
     settings = ["micro-sparse-auto", "--autonpo", "train.num_steps=40", "model.threads=1", "eval.every=0"]
     assert npo("train", *settings, "--run", tmp_path / "alone").code == 0
     run("train", *settings, "--run", str(tmp_path / "together"), log=tmp_path / "log")
-    alone, together = (transitions(open_run(tmp_path / name)) for name in ("alone", "together"))
+    alone, together = (read_transitions(open_run(tmp_path / name)) for name in ("alone", "together"))
     assert [(move.event, move.state.branch, move.step) for move in together] == [
         (move.event, move.state.branch, move.step) for move in alone
     ]
     # The scout's answers were taken as a guide, and the base was trained again with them.
     assert "replayed" in {move.event for move in together}
-    tokens = [account(open_run(tmp_path / name), "early").tokens for name in ("alone", "together")]
+    tokens = [compute_run_costs(open_run(tmp_path / name), "early").tokens for name in ("alone", "together")]
     assert tokens[0] == tokens[1] > 0
 
 
@@ -98,7 +98,7 @@ def test_mixed_precision_differs_by_its_rounding_alone(tmp_path):
 
 def test_a_circle_by_two_processes_is_that_of_one(tmp_path):
     train(tmp_path / "alone")
-    root = copied(tmp_path / "alone", tmp_path / "together")
+    root = copy_run(tmp_path / "alone", tmp_path / "together")
     asked = ("--guide", "4", "--at", "2", "--name", "near")
     run(
         "score-checkpoints",
@@ -123,7 +123,7 @@ def test_a_circle_by_two_processes_is_that_of_one(tmp_path):
 def test_a_rank_that_hangs_ends_the_job_when_the_deadline_is_over(tmp_path):
     root, log = tmp_path / "run", tmp_path / "log"
     limits = ("train.num_steps=100000", "train.save_every=5", "distributed.timeout=15")
-    with started("train", "micro", *TINY, *limits, "--run", str(root), log=log) as job:
+    with launch_job("train", "micro", *TINY, *limits, "--run", str(root), log=log) as job:
         wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= 6, job, log)
         ranks = [pid_of(job, 0), pid_of(job, 1)]
         os.kill(ranks[1], signal.SIGSTOP)
@@ -138,14 +138,14 @@ def test_a_rank_that_hangs_ends_the_job_when_the_deadline_is_over(tmp_path):
 
 def test_a_signal_to_the_job_ends_the_step_and_saves_it(tmp_path):
     root, log = tmp_path / "run", tmp_path / "log"
-    with started("train", "micro", *TINY, "train.num_steps=100000", "--run", str(root), log=log) as job:
+    with launch_job("train", "micro", *TINY, "train.num_steps=100000", "--run", str(root), log=log) as job:
         wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= 3, job, log)
         ranks = [pid_of(job, 0), pid_of(job, 1)]
         os.kill(ranks[0], signal.SIGTERM)
         job.wait(60)
     assert "stopped by SIGTERM after step" in log.read_text()
     assert all(map(is_gone, ranks))
-    assert newest_anchor(open_run(root), "main").step == num_lines(RunDir(root).metrics_path("main"))
+    assert find_resume_checkpoint(open_run(root), "main").step == num_lines(RunDir(root).metrics_path("main"))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_a_signal_to_the_job_ends_the_step_and_saves_it(tmp_path):
 )
 def test_bad_input_is_told_once_and_nothing_is_written(overrides, told, tmp_path):
     root, log = tmp_path / "run", tmp_path / "log"
-    with started("train", "micro", *TINY, *overrides, "--run", str(root), log=log) as job:
+    with launch_job("train", "micro", *TINY, *overrides, "--run", str(root), log=log) as job:
         assert job.wait(120) == 1
     assert [told in line for line in log.read_text().splitlines() if line.startswith("error:")] == [True]
     assert not root.exists()

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.policy.optimizer import peek_state
+from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.records import Group
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.journal import Journal
+from npo_cli.run_dir.journal import JsonlLog
 from npo_cli.run_dir.paths import open_run
 from npo_cli.stages.extrapolation import Extrapolator
 from npo_cli.stages.push_refresh import newest_mistakes, pushes_in_reach
 from npo_cli.stages.train import train_run
-from npo_cli.stages.world import answer
-from tests.stages.running import reproducible, resume, stop_after, tiny, train, world_at
+from npo_cli.stages.world import sample_groups
+from tests.stages.running import reproducible_digests, resume, stop_after, tiny_recipe, train, open_session_at
 from tests.stages.test_extrapolation import AHEAD, metrics_of
 
 CHOOSING = (
@@ -30,7 +30,7 @@ def choosing(tmp_path_factory) -> Path:
 
 
 def decisions(root: Path) -> list[dict]:
-    return [row for row in Journal(open_run(root).events_path).records() if row["kind"] == "extrapolated"]
+    return [row for row in JsonlLog(open_run(root).events_path).iter_rows() if row["kind"] == "extrapolated"]
 
 
 def test_it_is_made_every_so_many_steps_over_the_pushes_there_was_time_for(choosing):
@@ -66,14 +66,14 @@ def test_the_older_copy_is_charged_for_what_it_read_while_it_was_sampled(tmp_pat
     """Asked again at step 4 with the same seeds: the learner's tokens are read once, a push's by as many as it has."""
     root = tmp_path / "run"
     train(root, *CHOOSING, "extrapolation.refresh=4", "train.num_steps=5", f"extrapolation.space={space}")
-    world = world_at(root, 4)
-    prompts = newest_mistakes(world, peek_state(find_checkpoint(world.run, "main", 4).anchor_path))
+    world = open_session_at(root, 4)
+    prompts = newest_mistakes(world, read_trainer_state(find_checkpoint(world.run, "main", 4).training_state_path))
     label, slots = ("refresh", "main", 4), range(world.recipe.extrapolation.samples_per_group)
-    own = tokens_in(answer(world, prompts, label=label, slots=slots, sampler_step=4))
+    own = tokens_in(sample_groups(world, prompts, seed_label=label, slots=slots, sampler_step=4))
     theirs = 0
     for push in pushes_in_reach(world.recipe.extrapolation, step=4):
-        ahead = Extrapolator(world=world, branch="main").ahead(push, step=4)
-        theirs += tokens_in(ahead.answer(prompts, label=(*label, push.name), slots=slots))
+        ahead = Extrapolator(session=world, branch="main").open_sampler(push, step=4)
+        theirs += tokens_in(ahead.sample_groups(prompts, label=(*label, push.name), slots=slots))
     row = metrics_of(root)[4]
     assert row["extrapolate/choice_tokens"] == own + theirs
     # and what step 5 asked for itself
@@ -86,17 +86,17 @@ def tokens_in(groups: list[Group]) -> int:
 
 
 def test_the_choice_is_in_the_training_state(choosing):
-    state = peek_state(find_checkpoint(open_run(choosing), "main", 8).anchor_path)
+    state = read_trainer_state(find_checkpoint(open_run(choosing), "main", 8).training_state_path)
     last = decisions(choosing)[-1]
-    assert (state.choice.push.name, state.choice.asking) == (last["push"], last["asking"])
+    assert (state.extrapolation_choice.spec.name, state.extrapolation_choice.is_active) == (last["push"], last["asking"])
 
 
 @pytest.mark.parametrize("step", [4, 5])
 def test_a_run_killed_around_a_choice_decides_the_same(choosing, tmp_path, step):
     root = tmp_path / "run"
-    stop_after(train_run(root, tiny(*CHOOSING), allow_code=False), step)
+    stop_after(train_run(root, tiny_recipe(*CHOOSING), allow_code=False), step)
     resume(root)
-    assert reproducible(root) == reproducible(choosing)
+    assert reproducible_digests(root) == reproducible_digests(choosing)
 
 
 def test_a_push_above_the_limit_is_never_asked(tmp_path):

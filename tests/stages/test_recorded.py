@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.guide.trigger import Signal
-from npo_cli.stages.recorded import Columns, chosen_columns, read_rows, signals_of
+from npo_cli.guide.trigger import TriggerInput
+from npo_cli.stages.recorded import LogColumns, resolve_columns, read_rows, extract_signals
 
 
 def written(path: Path, *rows: object) -> Path:
@@ -17,8 +17,8 @@ def written(path: Path, *rows: object) -> Path:
 
 def signals(path: Path, **given: str) -> list[tuple[int, float | None, float | None]]:
     rows = read_rows(path)
-    found = signals_of(rows, chosen_columns(rows, Columns(**given), source=path), source=path)
-    assert all(isinstance(each, Signal) for each in found)
+    found = extract_signals(rows, resolve_columns(rows, LogColumns(**given), source=path), source=path)
+    assert all(isinstance(each, TriggerInput) for each in found)
     return [(each.step, each.reward, each.entropy) for each in found]
 
 

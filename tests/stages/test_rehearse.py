@@ -5,21 +5,21 @@ from typing import Any
 
 import pytest
 
-from npo_cli.auto_records import AutoState, Stretch, Transition
-from npo_cli.costs import Account
+from npo_cli.auto_records import AutoNPOState, NonTriggerSpan, Transition
+from npo_cli.costs import RunCosts
 from npo_cli.errors import NpoError
 from npo_cli.records import Notice
 from npo_cli.run_dir.auto import append_transitions
 from npo_cli.run_dir.paths import RunDir
-from npo_cli.stages.recorded import Columns
-from npo_cli.stages.rehearse import happened, rehearse
-from tests.run_dir.making import fork, save
-from tests.stages.recordings import SHARP, as_file, as_run, did, still
+from npo_cli.stages.recorded import LogColumns
+from npo_cli.stages.rehearse import report_history, explain_autonpo
+from tests.run_dir.making import fork, write_checkpoint
+from tests.stages.recordings import SENSITIVE_TRIGGER, write_metrics_file, make_run, append_metrics, constant_reward_rows
 
 
 def told(source: Path, *overrides: str, draw: bool = False, **options: Any) -> list[Any]:
     asked = {"branch": None, "picture": None} | options
-    return list(rehearse(source, columns=Columns(), overrides=(*SHARP, *overrides), draw=draw, **asked))
+    return list(explain_autonpo(source, columns=LogColumns(), overrides=(*SENSITIVE_TRIGGER, *overrides), draw=draw, **asked))
 
 
 def words(records: list[Any]) -> list[str]:
@@ -28,14 +28,14 @@ def words(records: list[Any]) -> list[str]:
 
 def with_checkpoints(run: RunDir, *steps: int) -> RunDir:
     for step in steps:
-        save(run, step)
+        write_checkpoint(run, step)
     return run
 
 
 def test_moves_come_first_then_the_reasons_then_the_conclusion(tmp_path):
-    records = told(as_file(tmp_path, still(40)))
+    records = told(write_metrics_file(tmp_path, constant_reward_rows(40)))
     kinds = list(dict.fromkeys(type(record) for record in records))
-    assert kinds == [Notice, Transition, Stretch]
+    assert kinds == [Notice, Transition, NonTriggerSpan]
     assert words(records) == [
         "read as step: step, reward: reward, entropy: entropy",
         "every record counts as a checkpoint; train.save_every=N says otherwise",
@@ -46,15 +46,15 @@ def test_moves_come_first_then_the_reasons_then_the_conclusion(tmp_path):
 
 
 def test_a_record_on_which_it_would_never_fire_says_what_kept_it(tmp_path):
-    path = as_file(tmp_path, [row | {"entropy": 1.0} for row in still(40)])
+    path = write_metrics_file(tmp_path, [row | {"entropy": 1.0} for row in constant_reward_rows(40)])
     # 30 of the 40 steps come after the warm-up
     last = "it would never have fired in 40 recorded steps, most of them: entropy_level"
     assert words(told(path, "train.save_every=1"))[-1] == last
 
 
 def test_the_picture_lies_beside_the_records_unless_told_otherwise(tmp_path):
-    run = as_run(tmp_path, still(40))
-    path = as_file(tmp_path, still(40))
+    run = make_run(tmp_path, constant_reward_rows(40))
+    path = write_metrics_file(tmp_path, constant_reward_rows(40))
     told(run.root, draw=True)
     told(path, draw=True)
     records = told(path, draw=True, picture=tmp_path / "new" / "other.svg")
@@ -64,7 +64,7 @@ def test_the_picture_lies_beside_the_records_unless_told_otherwise(tmp_path):
 
 
 def test_where_nothing_may_be_written_there_is_no_picture_but_all_the_rest(tmp_path, monkeypatch):
-    run = as_run(tmp_path, still(40))
+    run = make_run(tmp_path, constant_reward_rows(40))
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != run.root)
     records = told(run.root, draw=True)
     assert f"no picture: {run.root} may not be written in; --out FILE names another place" in words(records)
@@ -73,7 +73,7 @@ def test_where_nothing_may_be_written_there_is_no_picture_but_all_the_rest(tmp_p
 
 
 def test_what_the_run_really_did_has_a_band_of_its_own(tmp_path):
-    run = as_run(tmp_path, still(40))
+    run = make_run(tmp_path, constant_reward_rows(40))
     told(run.root, draw=True, picture=tmp_path / "a.svg")
     append_transitions(run, [moved(20, "trigger", "PROBE")])
     told(run.root, draw=True, picture=tmp_path / "b.svg")
@@ -92,7 +92,7 @@ def by_hand(run: RunDir, *overrides: str, **options: Any) -> list[str]:
 
 
 def test_a_trigger_in_a_run_comes_with_the_commands_that_do_the_same_by_hand(tmp_path):
-    run = with_checkpoints(as_run(tmp_path, still(40)), 0, 4, 8, 12, 16, 20)
+    run = with_checkpoints(make_run(tmp_path, constant_reward_rows(40)), 0, 4, 8, 12, 16, 20)
     # fires at 16, the first multiple of 4 after 13: the plateau began at 16 - 5 = 11, so at 8; then 8 + 10 = 18
     root = run.root
     assert by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=10") == [
@@ -102,7 +102,7 @@ def test_a_trigger_in_a_run_comes_with_the_commands_that_do_the_same_by_hand(tmp
 
 
 def test_by_hand_only_between_checkpoints_that_are_there_and_steps_that_were_made(tmp_path):
-    run = with_checkpoints(as_run(tmp_path, still(40)), 8, 16)
+    run = with_checkpoints(make_run(tmp_path, constant_reward_rows(40)), 8, 16)
     assert len(by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=32")) == 1
     # 8 + 33 = 41 is beyond the record
     assert by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=33") == []
@@ -110,16 +110,16 @@ def test_by_hand_only_between_checkpoints_that_are_there_and_steps_that_were_mad
     assert by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=7") == []
     # nothing at or before 16 - 9 = 7
     assert by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=10", "autonpo.trigger.window=9") == []
-    path = as_file(tmp_path, still(40))
+    path = write_metrics_file(tmp_path, constant_reward_rows(40))
     assert not any(
         line.startswith("by hand") for line in words(told(path, *QUARTERS, "autonpo.replay.suggested_steps=10"))
     )
 
 
 def test_by_hand_names_a_branch_that_is_not_the_newest(tmp_path):
-    run = with_checkpoints(as_run(tmp_path, still(40)), 8, 16)
+    run = with_checkpoints(make_run(tmp_path, constant_reward_rows(40)), 8, 16)
     fork(run, "again", parent="main", at=16)
-    did(run, "again", still(20)[16:])
+    append_metrics(run, "again", constant_reward_rows(20)[16:])
     (line,) = by_hand(run, *QUARTERS, "autonpo.replay.suggested_steps=10", branch="main")
     assert "--at 8 --guide 16 --branch main && " in line
 
@@ -128,33 +128,33 @@ def test_by_hand_names_a_branch_that_is_not_the_newest(tmp_path):
 
 
 def moved(step: int, event: str, phase: str, **evidence: Any) -> Transition:
-    state = AutoState(branch="main", step=step, phase=phase)
+    state = AutoNPOState(branch="main", step=step, phase=phase)
     return Transition(step=step, event=event, phase_before="TRAIN", state=state, evidence=evidence)
 
 
 def test_what_happened_is_every_move_and_the_account(tmp_path):
-    run = as_run(tmp_path, still(4))
+    run = make_run(tmp_path, constant_reward_rows(4))
     moves = [moved(0, "started", "TRAIN"), moved(3, "warning", "TRAIN", gain=0.1)]
     append_transitions(run, moves)
-    *found, cost = happened(run.root, branch=None)
+    *found, cost = report_history(run.root, branch=None)
     assert found == moves
-    assert isinstance(cost, Account)
+    assert isinstance(cost, RunCosts)
     # 4 steps of 10 tokens
     assert (cost.branch, cost.updates, cost.tokens) == ("main", 4, 40)
 
 
 def test_the_account_is_that_of_the_branch_asked_for(tmp_path):
-    run = as_run(tmp_path, still(4))
+    run = make_run(tmp_path, constant_reward_rows(4))
     append_transitions(run, [moved(0, "started", "TRAIN")])
     fork(run, "again", parent="main", at=2)
-    did(run, "again", still(3)[2:])
-    found = {branch: list(happened(run.root, branch=branch))[-1] for branch in (None, "main")}
+    append_metrics(run, "again", constant_reward_rows(3)[2:])
+    found = {branch: list(report_history(run.root, branch=branch))[-1] for branch in (None, "main")}
     assert (found[None].branch, found[None].training_tokens, found[None].abandoned_tokens) == ("again", 30, 20)
     assert (found["main"].branch, found["main"].training_tokens, found["main"].abandoned_tokens) == ("main", 40, 10)
 
 
 def test_a_run_that_autonpo_never_watched_says_so(tmp_path):
-    run = as_run(tmp_path, still(4))
+    run = make_run(tmp_path, constant_reward_rows(4))
     with pytest.raises(NpoError, match="AutoNPO never watched") as caught:
-        list(happened(run.root, branch=None))
+        list(report_history(run.root, branch=None))
     assert caught.value.hint == f"npo resume {run.root} --autonpo"

@@ -9,38 +9,38 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.records import Group
-from npo_cli.run_dir.bench_arms import save_arms
+from npo_cli.run_dir.bench_arms import save_bench_index
 from npo_cli.run_dir.paths import create_run, open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.chapters import arms_of, limbs_of
-from npo_cli.stages.report import report_runs
-from npo_cli.stages.samples import NUM_SAMPLES, Mark, chosen, fates, spread
-from tests.report.parsing import Found
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.chapters import build_curves, collect_branch_spans
+from npo_cli.stages.report import write_report
+from npo_cli.stages.samples import NUM_SAMPLES, VisitSummary, select_prompts, prompt_outcomes_table, pick_evenly_spaced
+from tests.report.parsing import ParsedPage
 from tests.report.test_page import HOSTILE
-from tests.stages.running import copied, files_of, resume, score
+from tests.stages.running import copy_run, file_digests, resume, score
 
 
 @pytest.fixture(scope="module")
 def guided(scout, tmp_path_factory) -> Path:
     """4 steps on main, evaluated; a scoring; steps 3 and 4 again as `near` with a guide in every group it can."""
-    root = copied(scout, tmp_path_factory.mktemp("guided") / "a run é")
+    root = copy_run(scout, tmp_path_factory.mktemp("guided") / "a run é")
     resume(root, "guide.inject.max_accuracy=1.0", "eval.every=1", at=2, guide="near")
     score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
     return root
 
 
-def reported(*roots: Path, out: Path, pictures: Path | None = None) -> Found:
-    list(report_runs(roots, out, pictures=pictures))
-    return Found(out.read_text(encoding="utf-8"))
+def reported(*roots: Path, out: Path, pictures: Path | None = None) -> ParsedPage:
+    list(write_report(roots, out, plots_folder=pictures))
+    return ParsedPage(out.read_text(encoding="utf-8"))
 
 
-def captions(found: Found) -> list[str]:
+def captions(found: ParsedPage) -> list[str]:
     return [line for line in found.texts if line.strip()]
 
 
 def test_a_page_tells_everything_of_a_run(guided, tmp_path):
     found = reported(guided, out=tmp_path / "new" / "r.html")
-    assert found.odd == []
+    assert found.problems == []
     told = captions(found)
     for title in (
         *("npo report: a run é", "Held-out accuracy", "Training", "Lineage", "Candidate guides for step 2 of near"),
@@ -74,24 +74,24 @@ def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):
 def test_the_folder_of_a_bench_stands_for_its_runs(guided, watched, tmp_path):
     home = tmp_path / "bench"
     for name, run in (("grpo", guided), ("auto", watched)):
-        copied(run, home / name)
-    save_arms(home, [(name, home / name) for name in ("grpo", "auto")])
+        copy_run(run, home / name)
+    save_bench_index(home, [(name, home / name) for name in ("grpo", "auto")])
     found = reported(home, out=tmp_path / "r.html")
     assert [value for _, name, value in found.attributes if name == "href"] == [f"#chapter-{n}" for n in (1, 2, 3)]
 
 
 def test_the_same_run_gives_the_same_page_and_is_only_read(guided, tmp_path):
-    before = files_of(guided)
+    before = file_digests(guided)
     for name in ("a.html", "b.html", "a.html"):
         reported(guided, out=tmp_path / name)
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
-    assert files_of(guided) == before
+    assert file_digests(guided) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
 
 
 def test_a_curve_begins_where_its_branch_was_ready_to_start_again(guided):
     run = open_run(guided)
-    (near,) = [arm for arm in arms_of(run) if arm.points[0].arm == "near"]
+    (near,) = [arm for arm in build_curves(run) if arm.points[0].name == "near"]
     # Step 2 was not evaluated, so its first point is step 3: no diamond without a measurement.
     assert [point.step for point in near.points] == [3, 4]
     assert (near.is_fork, near.guide_until) == (False, 4)
@@ -100,26 +100,26 @@ def test_a_curve_begins_where_its_branch_was_ready_to_start_again(guided):
 
 
 def test_limbs_tell_what_is_kept(guided):
-    main, near = limbs_of(open_run(guided), "near")
-    assert (main.fork_step, main.last_step, main.kept_until) == (0, 4, 2)
-    assert (near.fork_step, near.last_step, near.kept_until) == (2, 4, 4)
-    assert (near.parent, near.guide, near.guide_step, near.guide_until) == ("main", "near", 4, 4)
-    main, near = limbs_of(open_run(guided), "main")
-    assert (main.kept_until, near.kept_until) == (4, None)
+    main, near = collect_branch_spans(open_run(guided), "near")
+    assert (main.fork_step, main.last_step, main.lineage_until) == (0, 4, 2)
+    assert (near.fork_step, near.last_step, near.lineage_until) == (2, 4, 4)
+    assert (near.parent, near.guide_cache, near.guide_step, near.guide_until) == ("main", "near", 4, 4)
+    main, near = collect_branch_spans(open_run(guided), "main")
+    assert (main.lineage_until, near.lineage_until) == (4, None)
 
 
 def test_hostile_rollouts_of_a_real_run_are_text(guided, tmp_path):
-    root = copied(guided, tmp_path / "run")
+    root = copy_run(guided, tmp_path / "run")
     journal = open_run(root).rollouts_path("near")
-    steps = {step: RolloutJournal(journal).read_step(step) for step in (3, 4)}
+    steps = {step: RolloutLog(journal).read_step(step) for step in (3, 4)}
     journal.unlink()
     for step, groups in steps.items():
-        RolloutJournal(journal).write_step(step, [hostile(group) for group in groups])
+        RolloutLog(journal).write_step(step, [hostile(group) for group in groups])
     calm = reported(guided, out=tmp_path / "calm.html")
     found = reported(root, out=tmp_path / "hostile.html")
     # Answers are no longer told apart, so there are fewer boxes; but no element of a new kind.
     assert found.elements.keys() == calm.elements.keys()
-    assert found.odd == []
+    assert found.problems == []
     assert "<script>alert(1)</script>" in found.text
     assert "\\x1b[2J\\x1b]0;owned\\x07\\u202e" in found.text
     assert not set((tmp_path / "hostile.html").read_text()) & set("\x1b\x07\u202e\x00")
@@ -130,7 +130,7 @@ def hostile(group: Group) -> Group:
 
 
 def test_a_run_that_just_began_has_a_page(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
         (root / "branches" / "main" / name).unlink()
     told = captions(reported(root, out=tmp_path / "r.html"))
@@ -150,7 +150,7 @@ def test_what_is_no_page_of_ours_is_not_replaced(guided, tmp_path, out, message)
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "mine.html").write_text("<p>my own page</p>")
     with pytest.raises(NpoError, match=re.escape(message)):
-        list(report_runs([guided], tmp_path / out, pictures=None))
+        list(write_report([guided], tmp_path / out, plots_folder=None))
     assert (tmp_path / "mine.html").read_text() == "<p>my own page</p>"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "mine.html"]
 
@@ -163,30 +163,30 @@ def test_runs_that_cannot_be_told_are_refused_before_anything_is_written(guided,
         ([empty], "nothing was trained in"),
     ):
         with pytest.raises(NpoError, match=message):
-            list(report_runs(roots, tmp_path / "r.html", pictures=None))
-    damaged = copied(guided, tmp_path / "damaged")
+            list(write_report(roots, tmp_path / "r.html", plots_folder=None))
+    damaged = copy_run(guided, tmp_path / "damaged")
     with (damaged / "evals.jsonl").open("a") as file:
         file.write(json.dumps({"branch": "main"}) + "\n")
     with pytest.raises(NpoError, match=r"evals\.jsonl, line \d+ is damaged"):
-        list(report_runs([damaged], tmp_path / "r.html", pictures=None))
+        list(write_report([damaged], tmp_path / "r.html", plots_folder=None))
     assert not (tmp_path / "r.html").exists()
 
 
 # Which prompts are shown
 
 
-def mark(step: int, *, right: int = 0, seated: bool = False) -> Mark:
-    return Mark(prompt_id="", step=step, num_correct=right, seated=seated)
+def mark(step: int, *, right: int = 0, seated: bool = False) -> VisitSummary:
+    return VisitSummary(prompt_id="", step=step, num_correct=right, has_guide=seated)
 
 
 def test_samples_are_spread_over_the_steps_at_which_guides_were_seated():
     marks = {f"p{step}": [mark(step, seated=step > 3)] for step in range(1, 14)}
     # Ten were guided, from step 4 to 13: places 0, 3, 6 and 9 of them.
-    assert chosen(marks) == ["p4", "p7", "p10", "p13"]
+    assert select_prompts(marks) == ["p4", "p7", "p10", "p13"]
     # Without any guide: those of the newest step.
     plain = {"old": [mark(1)], "new": [mark(1), mark(9)], "newer": [mark(9)]}
-    assert chosen(plain) == ["new", "newer"]
-    assert (chosen({}), spread([1, 2, 3])) == ([], [1, 2, 3])
+    assert select_prompts(plain) == ["new", "newer"]
+    assert (select_prompts({}), pick_evenly_spaced([1, 2, 3])) == ([], [1, 2, 3])
 
 
 def test_fates_tell_what_followed_a_guide():
@@ -196,5 +196,5 @@ def test_fates_tell_what_followed_a_guide():
         "never": [mark(1), mark(5, seated=True), mark(9)],
         "alone": [mark(1, right=1)],
     }
-    table = fates("late", marks)
+    table = prompt_outcomes_table("late", marks)
     assert [number for _, number in table.rows] == ["4", "3", "3", "2", "2", "1"]

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.report import report_runs
-from tests.report.parsing import Found
-from tests.stages.running import copied, resume, score
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.report import write_report
+from tests.report.parsing import ParsedPage
+from tests.stages.running import copy_run, resume, score
 from tests.stages.test_report import hostile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -36,7 +36,7 @@ pytestmark = [
 class Opened:
     """What Chromium made of a page."""
 
-    dom: Found
+    dom: ParsedPage
     console: list[str]
     addresses: list[str]
     """On the net, that it asked for."""
@@ -49,7 +49,7 @@ def opened(page: Path, *options: str) -> Opened:
     command = [CHROMIUM, *QUIETLY, *options, f"--user-data-dir={profile}", f"--log-net-log={log}", "--dump-dom"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return Opened(dom=Found(done.stdout), console=console, addresses=asked_by_pages(log.read_text()))
+    return Opened(dom=ParsedPage(done.stdout), console=console, addresses=asked_by_pages(log.read_text()))
 
 
 def asked_by_pages(log: str) -> list[str]:
@@ -82,20 +82,20 @@ def framed(page: Path, *, width: int, height: int) -> Path:
 def page(scout, watched, tmp_path_factory) -> Path:
     """Two runs; every answer of the one's replay would like to be more than text."""
     folder = tmp_path_factory.mktemp("page")
-    root = copied(scout, folder / "hostile")
+    root = copy_run(scout, folder / "hostile")
     resume(root, "guide.inject.max_accuracy=1.0", "eval.every=1", at=2, guide="near")
     score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
     journal = open_run(root).rollouts_path("near")
-    steps = {step: RolloutJournal(journal).read_step(step) for step in (3, 4)}
+    steps = {step: RolloutLog(journal).read_step(step) for step in (3, 4)}
     journal.unlink()
     for step, groups in steps.items():
-        RolloutJournal(journal).write_step(step, [hostile(group) for group in groups])
-    list(report_runs([root, watched], folder / "report.html", pictures=None))
+        RolloutLog(journal).write_step(step, [hostile(group) for group in groups])
+    list(write_report([root, watched], folder / "report.html", plots_folder=None))
     return folder / "report.html"
 
 
 def test_the_browser_finds_the_elements_that_were_written_and_no_more(page):
-    seen, written = opened(page), Found(page.read_text())
+    seen, written = opened(page), ParsedPage(page.read_text())
     assert seen.dom.elements == written.elements
     assert "<script>alert(1)</script>" in seen.dom.text
     assert "\\x1b[2J\\x1b]0;owned\\x07\\u202e" in seen.dom.text
@@ -124,7 +124,7 @@ def test_every_picture_can_be_drawn(page):
         )
     )
     titles = [value for tag, name, value in opened(frame).dom.attributes if (tag, name) == ("body", "title")]
-    assert titles == [str(Found(page.read_text()).elements["img"])]
+    assert titles == [str(ParsedPage(page.read_text()).elements["img"])]
 
 
 @pytest.mark.parametrize("width", [1280, 420])

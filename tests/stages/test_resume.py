@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from npo_cli.errors import NpoError
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.lineage import segments
+from npo_cli.run_dir.lineage import read_segments
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.run_dir.rollouts import RolloutLog
 from npo_cli.stages.resume import fork
 from npo_cli.stages.saving import restore_state
 from npo_cli.stages.train import train_run
-from tests.stages.running import copied, files_of, resume, resuming, sample, stop_after, tiny, train, world_at
+from tests.stages.running import copy_run, file_digests, resume, start_resume, sample, stop_after, tiny_recipe, train, open_session_at
 
 GROWING = {"segments.jsonl", "events.jsonl", "evals.jsonl"}
 
@@ -24,17 +24,17 @@ GROWING = {"segments.jsonl", "events.jsonl", "evals.jsonl"}
 @pytest.fixture(scope="module")
 def replayed(scout, tmp_path_factory) -> Path:
     """The scout, and a branch `near` that left it at step 2 and replayed steps 3 and 4 with the guide."""
-    root = copied(scout, tmp_path_factory.mktemp("replayed") / "run")
+    root = copy_run(scout, tmp_path_factory.mktemp("replayed") / "run")
     resume(root, at=2, guide="near")
     return root
 
 
 def groups_of(root: Path, branch: str, step: int) -> list:
-    return list(RolloutJournal(open_run(root).rollouts_path(branch)).read_step(step))
+    return list(RolloutLog(open_run(root).rollouts_path(branch)).read_step(step))
 
 
 def test_nothing_that_existed_is_changed(scout, replayed):
-    before, after = files_of(scout), files_of(replayed)
+    before, after = file_digests(scout), file_digests(replayed)
     assert {name for name in before if after.get(name) != before[name]} <= GROWING
     for name in GROWING & before.keys():
         assert (replayed / name).read_bytes().startswith((scout / name).read_bytes())
@@ -50,7 +50,7 @@ def test_the_replay_sees_the_same_prompts_with_other_samples(replayed):
 
 
 def test_a_rollback_brings_back_weights_moments_cursor_and_streams(replayed):
-    world = world_at(replayed, 2)
+    world = open_session_at(replayed, 2)
     optimizer = build_optimizer(world.policy.model, world.recipe.train)
     checkpoint = find_checkpoint(world.run, "near", 2)
     assert checkpoint.branch == "main"
@@ -58,28 +58,28 @@ def test_a_rollback_brings_back_weights_moments_cursor_and_streams(replayed):
     # 2 steps of 4 prompts
     assert (state.step, state.position) == (2, 8)
     weights = load_file(checkpoint.path / "model.safetensors")
-    moments = load_file(checkpoint.anchor_path / "optimizer.safetensors")
+    moments = load_file(checkpoint.training_state_path / "optimizer.safetensors")
     for name, parameter in world.policy.model.named_parameters():
         assert torch.equal(parameter, weights[name])
         for key in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(optimizer.state[parameter][key], moments[f"{name}.{key}"])
     assert torch.equal(torch.get_rng_state(), moments["rng.torch"])
-    assert state.trackers == json.loads((checkpoint.anchor_path / "state.json").read_text())["trackers"]
+    assert state.running_metrics == json.loads((checkpoint.training_state_path / "state.json").read_text())["trackers"]
 
 
 def test_a_replay_without_a_guide_is_grpo_on_a_branch_of_its_own(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     resume(root, at=2)
-    newest = segments(open_run(root))[-1]
-    assert (newest.branch, newest.parent, newest.fork_step, newest.guide) == ("main-from-2", "main", 2, None)
+    newest = read_segments(open_run(root))[-1]
+    assert (newest.branch, newest.parent, newest.fork_step, newest.guide_cache) == ("main-from-2", "main", 2, None)
     assert {group.mix for group in groups_of(root, "main-from-2", 4)} == {"off"}
 
 
 def test_resuming_a_dropped_replay_goes_on_with_the_same_branch_and_guide(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
-    stop_after(resuming(root, "train.num_steps=6", at=2, guide="near"), 3)
+    root = copy_run(scout, tmp_path / "run")
+    stop_after(start_resume(root, "train.num_steps=6", at=2, guide="near"), 3)
     resume(root)
-    assert [(entry.branch, entry.guide, entry.guide_until) for entry in segments(open_run(root))] == [
+    assert [(entry.branch, entry.guide_cache, entry.guide_until) for entry in read_segments(open_run(root))] == [
         ("main", None, None),
         ("near", "near", 4),
         ("near", "near", 4),
@@ -91,21 +91,21 @@ def test_resuming_a_dropped_replay_goes_on_with_the_same_branch_and_guide(scout,
 
 
 def test_steps_decides_how_long_the_guide_is_mixed_in(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     resume(root, at=2, guide="near", steps=1)
     assert {group.mix for group in groups_of(root, "near", 4)} == {"off"}
     assert "off" not in {group.mix for group in groups_of(root, "near", 3)}
 
 
 def test_a_second_replay_gets_a_name_of_its_own(replayed, tmp_path):
-    root = copied(replayed, tmp_path / "run")
+    root = copy_run(replayed, tmp_path / "run")
     resume(root, "guide.inject.ratio=exact", at=2, guide="near", source_branch="main")
-    assert segments(open_run(root))[-1].branch == "near-2"
-    assert open_run(root).recipe("near-2")["guide"]["inject"]["ratio"] == "exact"
+    assert read_segments(open_run(root))[-1].branch == "near-2"
+    assert open_run(root).read_recipe("near-2")["guide"]["inject"]["ratio"] == "exact"
 
 
 def test_more_steps_continue_where_the_run_ended(scout, tmp_path):
-    root = copied(scout, tmp_path / "more")
+    root = copy_run(scout, tmp_path / "more")
     resume(root, "train.num_steps=6")
     train(tmp_path / "straight", "train.num_steps=6")
     names = ("metrics.jsonl", "rollouts.jsonl", "checkpoints/step_000006/model.safetensors")
@@ -114,30 +114,30 @@ def test_more_steps_continue_where_the_run_ended(scout, tmp_path):
 
 
 def test_a_finished_run_says_how_to_give_it_more_and_writes_nothing(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     with pytest.raises(NpoError) as caught:
         resume(root)
     assert caught.value.message == "the run has done 4 of 4 steps: nothing is left to do"
     assert caught.value.hint == f"npo resume {root} train.num_steps=8"
-    assert files_of(root) == files_of(scout)
+    assert file_digests(root) == file_digests(scout)
 
 
 def test_a_guide_serves_only_the_step_it_was_sampled_for(scout):
     with pytest.raises(NpoError, match="guide near was sampled for step 2 of main, not step 0 of main"):
-        fork(open_run(scout), None, 0, overrides=(), guide="near", wish=None, steps=None)
+        fork(open_run(scout), None, 0, overrides=(), guide="near", new_branch=None, steps=None)
 
 
 def test_weights_alone_do_not_continue_a_training(tmp_path):
     root = tmp_path / "run"
     train(root, "train.keep_full_checkpoints=1")
-    before = files_of(root)
+    before = file_digests(root)
     with pytest.raises(NpoError, match=r"step 2 of main is a guide \(weights only\)"):
         resume(root, at=2)
-    assert files_of(root) == before
+    assert file_digests(root) == before
 
 
 def test_a_replay_of_a_replay_takes_its_futures_from_its_own_line(replayed, tmp_path):
-    root = copied(replayed, tmp_path / "run")
+    root = copy_run(replayed, tmp_path / "run")
     info = sample(root, name="nearer", branch="near")
     assert info.branch == "near"
     resume(root, at=2, guide="nearer")
@@ -148,4 +148,4 @@ def test_a_replay_of_a_replay_takes_its_futures_from_its_own_line(replayed, tmp_
 
 def test_a_used_directory_is_not_trained_in_again(scout):
     with pytest.raises(NpoError, match="already holds a run"):
-        next(train_run(scout, tiny(), allow_code=False))
+        next(train_run(scout, tiny_recipe(), allow_code=False))

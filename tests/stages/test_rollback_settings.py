@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.resume import first_state, fork
-from npo_cli.stages.world import open_policy, open_task, open_world
+from npo_cli.stages.resume import load_first_state, fork
+from npo_cli.stages.world import open_policy, open_task, open_session
 from tests.stages.auto_runs import groups_of, prompt_ids
-from tests.stages.running import copied, reproducible, resume, resuming, sample, stop_after, world_at
+from tests.stages.running import copy_run, reproducible_digests, resume, start_resume, sample, stop_after, open_session_at
 
 
 @pytest.fixture(scope="module")
 def guided(plain, tmp_path_factory) -> Path:
     """The 12 plain steps, and a guide cache of step 8 for a learner at step 4."""
-    root = copied(plain, tmp_path_factory.mktemp("guided") / "run")
+    root = copy_run(plain, tmp_path_factory.mktemp("guided") / "run")
     sample(root, at=4, guide_step=8, name="near")
     return root
 
@@ -27,11 +27,11 @@ def guided(plain, tmp_path_factory) -> Path:
 def begun(root: Path, *overrides: str, guide: str | None = None) -> tuple[dict[str, Any], TrainerState]:
     """Moments by name, and the state, with which a branch that leaves main at step 4 begins."""
     run = open_run(root)
-    start = fork(run, "main", 4, overrides=overrides, guide=guide, wish="new", steps=None)
+    start = fork(run, "main", 4, overrides=overrides, guide=guide, new_branch="new", steps=None)
     task = open_task(start.recipe, allow_code=False)
-    world = open_world(run, start.recipe, task=task, policy=open_policy(start.recipe, task, start.checkpoint))
+    world = open_session(run, start.recipe, task=task, policy=open_policy(start.recipe, task, start.checkpoint))
     optimizer = build_optimizer(world.policy.model, start.recipe.train)
-    doing = first_state(world, optimizer, start)
+    doing = load_first_state(world, optimizer, start)
     with pytest.raises(StopIteration) as done:
         next(doing)
     moments = {
@@ -43,7 +43,7 @@ def begun(root: Path, *overrides: str, guide: str | None = None) -> tuple[dict[s
 
 
 def saved(root: Path, step: int) -> dict[str, Any]:
-    tensors = load_file(find_checkpoint(open_run(root), "main", step).anchor_path / "optimizer.safetensors")
+    tensors = load_file(find_checkpoint(open_run(root), "main", step).training_state_path / "optimizer.safetensors")
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}
 
 
@@ -86,32 +86,32 @@ def test_onward_the_replay_gets_the_prompts_that_come_next(guided, guide, step):
 
 def test_the_weights_of_a_rollback_are_always_those_of_the_old_step(guided, tmp_path):
     """After one step without moments they differ from the step with them, and from nothing else."""
-    roots = [copied(guided, tmp_path / name) for name in ("restored", "reset")]
+    roots = [copy_run(guided, tmp_path / name) for name in ("restored", "reset")]
     for root, settings in zip(roots, ((), ("autonpo.rollback.optimizer=reset",)), strict=True):
         resume(root, *settings, at=4, guide="near", new_branch="new")
-        assert open_run(root).recipe("new")["autonpo"]["rollback"]["optimizer"] == (
+        assert open_run(root).read_recipe("new")["autonpo"]["rollback"]["optimizer"] == (
             settings[0].split("=")[1] if settings else "restored"
         )
     first, second = (groups_of(root, "new", 5) for root in roots)
     # The rollouts of step 5 are made before anything is learned.
     assert first == second
-    ours, theirs = (reproducible(root, "new")["checkpoints/step_000006/model.safetensors"] for root in roots)
+    ours, theirs = (reproducible_digests(root, "new")["checkpoints/step_000006/model.safetensors"] for root in roots)
     assert ours != theirs
 
 
 def test_onward_is_onward_in_a_real_replay(guided, tmp_path):
-    root = copied(guided, tmp_path / "run")
+    root = copy_run(guided, tmp_path / "run")
     resume(root, "autonpo.rollback.data=onward", at=4, guide="near", new_branch="new")
-    world = world_at(root, 4, branch="main")
+    world = open_session_at(root, 4, branch="main")
     coming = [prompt.prompt_id for prompt in world.prompts_between(32, 36)]
     assert prompt_ids(root, "new", 5) == coming
     assert prompt_ids(root, "new", 5) == prompt_ids(root, "main", 9)
 
 
 def test_with_the_same_seeds_and_no_guide_the_replay_is_the_original(guided, tmp_path):
-    root = copied(guided, tmp_path / "run")
+    root = copy_run(guided, tmp_path / "run")
     resume(root, "autonpo.rollback.seed=same", at=4, new_branch="new")
-    ours, theirs = reproducible(root, "new"), reproducible(root, "main")
+    ours, theirs = reproducible_digests(root, "new"), reproducible_digests(root, "main")
     states = [name for name in ours if name.startswith("checkpoints/")]
     assert {name.split("/")[1] for name in states} == {f"step_{step:06d}" for step in (6, 8, 10, 12)}
     assert {name: ours[name] for name in states} == {name: theirs[name] for name in states}
@@ -120,7 +120,7 @@ def test_with_the_same_seeds_and_no_guide_the_replay_is_the_original(guided, tmp
 
 
 def test_the_same_seeds_are_handed_down_and_fresh_ones_are_not(guided, tmp_path):
-    root = copied(guided, tmp_path / "run")
+    root = copy_run(guided, tmp_path / "run")
     resume(root, "autonpo.rollback.seed=same", at=4, new_branch="new")
     resume(root, at=6, source_branch="new", new_branch="newer")
     # The recipe is handed down, so its child has the seeds of main as well ...
@@ -141,10 +141,10 @@ ABLATIONS = [
 
 @pytest.mark.parametrize("setting", ABLATIONS)
 def test_a_replay_dropped_before_its_first_checkpoint_begins_the_same_again(guided, tmp_path, setting):
-    roots = [copied(guided, tmp_path / name) for name in ("straight", "dropped")]
+    roots = [copy_run(guided, tmp_path / name) for name in ("straight", "dropped")]
     options: dict[str, Any] = {"at": 4, "guide": "near", "new_branch": "new"}
     resume(roots[0], setting, **options)
-    stop_after(resuming(roots[1], setting, **options), 5)
+    stop_after(start_resume(roots[1], setting, **options), 5)
     assert not list((roots[1] / "branches/new").rglob("step_*"))
     resume(roots[1])
-    assert reproducible(roots[1], "new") == reproducible(roots[0], "new")
+    assert reproducible_digests(roots[1], "new") == reproducible_digests(roots[0], "new")

@@ -8,35 +8,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from npo_cli.guide_records import GuideInfo
+from npo_cli.guide_records import GuideCacheInfo
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.records import Rollout
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.guides import asked_path, read_asked, trajectories_path
+from npo_cli.run_dir.guides import queried_prompts_path, read_queried_prompts, guide_rollouts_path
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
+from npo_cli.run_dir.rollouts import RolloutLog
 from npo_cli.stages import guide_cache
-from npo_cli.stages.authors import Answers, forward_logps
-from npo_cli.stages.checkpoint_author import CheckpointAuthor, ask_in_rounds
-from npo_cli.stages.guide_cache import in_order
-from npo_cli.stages.guide_plan import Ask
-from npo_cli.stages.sample_guide import sample_run
-from npo_cli.stages.world import World
-from tests.stages.guides import right_answer, with_settings
-from tests.stages.running import copied, files_of, sample, train, trajectories, world_at
+from npo_cli.stages.authors import PromptResponses, compute_logprobs
+from npo_cli.stages.checkpoint_author import CheckpointSource, sample_policy_in_rounds
+from npo_cli.stages.guide_cache import rank_responses
+from npo_cli.stages.guide_plan import SourceSpec
+from npo_cli.stages.sample_guide import build_guide_cache
+from npo_cli.stages.world import Session
+from tests.stages.guides import correct_trajectory, override_settings
+from tests.stages.running import copy_run, file_digests, sample, train, trajectories, open_session_at
 
 
 def visited(root: Path, steps: range) -> list[str]:
-    journal = RolloutJournal(open_run(root).rollouts_path("main"))
+    journal = RolloutLog(open_run(root).rollouts_path("main"))
     return [group.prompt.prompt_id for step in steps for group in journal.read_step(step)]
 
 
 def test_exactly_the_prompts_of_the_segment_are_asked(scout):
-    assert list(read_asked(open_run(scout).guide_folder("near"))) == visited(scout, range(3, 5))
+    assert list(read_queried_prompts(open_run(scout).guide_folder("near"))) == visited(scout, range(3, 5))
 
 
 def test_only_finished_answers_that_the_verifier_calls_right_are_kept(scout):
-    world, found = world_at(scout, 4), trajectories(scout)
+    world, found = open_session_at(scout, 4), trajectories(scout)
     assert found
     prompts = [world.task.prompt(prompt_id) for prompt_id in found]
     graded = world.task.grade(prompts, [kept.text for kept in found.values()])
@@ -48,7 +48,7 @@ def test_only_finished_answers_that_the_verifier_calls_right_are_kept(scout):
 
 
 def test_log_probabilities_are_those_of_the_guides_forward_pass(scout):
-    world = world_at(scout, 4)
+    world = open_session_at(scout, 4)
     for prompt_id, kept in trajectories(scout).items():
         row = TokenRow(prompt_ids=world.policy.encode(world.task.prompt(prompt_id)), response_ids=kept.response_ids)
         with torch.no_grad():
@@ -58,7 +58,7 @@ def test_log_probabilities_are_those_of_the_guides_forward_pass(scout):
 
 
 def test_a_solved_prompt_is_asked_no_more(scout):
-    asked = read_asked(open_run(scout).guide_folder("near"))
+    asked = read_queried_prompts(open_run(scout).guide_folder("near"))
     for entry in asked.values():
         # rounds of 2, at most 8
         assert entry.num_sampled in (2, 4, 6, 8)
@@ -68,24 +68,24 @@ def test_a_solved_prompt_is_asked_no_more(scout):
 
 
 def test_early_stopping_keeps_the_first_samples_of_the_full_draw(scout):
-    world = world_at(scout, 4)
+    world = open_session_at(scout, 4)
     prompts = world.prompts_between(8, 16)
-    in_rounds = ask_in_rounds(world, prompts, step=4)
-    at_once = ask_in_rounds(with_settings(world, "guide.cache", samples_per_round=8), prompts, step=4)
+    in_rounds = sample_policy_in_rounds(world, prompts, step=4)
+    at_once = sample_policy_in_rounds(override_settings(world, "guide.cache", samples_per_round=8), prompts, step=4)
     for part, whole in zip(in_rounds, at_once, strict=True):
         drawn = [rollout.response_ids for rollout in part.rollouts]
         assert drawn == [rollout.response_ids for rollout in whole.rollouts[: len(drawn)]]
         assert not any(rollout.verdict == "correct" for rollout in part.rollouts[:-2])
 
 
-def counts(info: GuideInfo) -> tuple[int, int, int, int, bool]:
-    return info.num_prompts, info.num_found, info.num_samples, info.num_tokens, info.complete
+def counts(info: GuideCacheInfo) -> tuple[int, int, int, int, bool]:
+    return info.num_prompts, info.num_prompts_with_rollouts, info.num_samples, info.num_tokens, info.complete
 
 
 def test_the_counts_are_those_of_the_ledger(scout, tmp_path):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     info = sample(root, name="again")
-    asked = read_asked(open_run(root).guide_folder("again")).values()
+    asked = read_queried_prompts(open_run(root).guide_folder("again")).values()
     tokens, samples = sum(entry.num_tokens for entry in asked), sum(entry.num_sampled for entry in asked)
     assert counts(info) == (8, len(trajectories(root, "again")), samples, tokens, True)
 
@@ -94,35 +94,35 @@ def test_the_counts_are_those_of_the_ledger(scout, tmp_path):
 def test_an_interrupted_cache_is_gone_on_with_and_ends_the_same(scout, tmp_path, monkeypatch, cut):
     """The kill is one of its leftovers: some lines of both journals, the last one torn."""
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
-    straight, broken = (copied(scout, tmp_path / name) for name in ("straight", "broken"))
+    straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
     for root in (straight, broken):
         shutil.rmtree(root / "guides")
     sample(straight)
-    records = sample_run(
-        broken, ask=Ask(guide_step=4), at=2, name="near", branch=None, steps=None, overrides=(), allow_code=False
+    records = build_guide_cache(
+        broken, spec=SourceSpec(guide_step=4), at=2, name="near", branch=None, steps=None, overrides=(), allow_code=False
     )
     for _ in range(3):  # two chunks of three are done when the third is announced
         next(records)
     records.close()
     folder = broken / "guides" / "near"
-    for path in (asked_path(folder), trajectories_path(folder)):
+    for path in (queried_prompts_path(folder), guide_rollouts_path(folder)):
         data = path.read_bytes()
         path.write_bytes(data[: round(cut * len(data))])
     sample(broken)
-    for path in (asked_path(folder), trajectories_path(folder)):
+    for path in (queried_prompts_path(folder), guide_rollouts_path(folder)):
         assert path.read_bytes() == (straight / "guides" / "near" / path.name).read_bytes()
-    assert files_of(broken)["branches/main/rollouts.jsonl"] == files_of(straight)["branches/main/rollouts.jsonl"]
+    assert file_digests(broken)["branches/main/rollouts.jsonl"] == file_digests(straight)["branches/main/rollouts.jsonl"]
 
 
 # Which of several right answers is kept
 
 
 @pytest.fixture(scope="module")
-def choice(scout) -> tuple[World, list[Answers], CheckpointAuthor]:
+def choice(scout) -> tuple[Session, list[PromptResponses], CheckpointSource]:
     """One prompt with three answers called right, of 9, 8 and 10 tokens, and a wrong one; weights of the guide."""
-    world = world_at(scout, 4)
+    world = open_session_at(scout, 4)
     prompt = next(prompt for prompt in world.task.train if len(prompt.prompt_id.split("/")[1]) == 7)
-    ids = right_answer(world, prompt).response_ids
+    ids = correct_trajectory(world, prompt).response_ids
 
     def rollout(slot: int, ids: tuple[int, ...], verdict: str, *, finished: bool = True) -> Rollout:
         return Rollout(
@@ -146,16 +146,16 @@ def choice(scout) -> tuple[World, list[Answers], CheckpointAuthor]:
         rollout(4, tuple(body[:2]), "correct", finished=False),
     )
     run = open_run(scout)
-    author = CheckpointAuthor(
-        world=world, learner=find_checkpoint(run, "main", 2), guide=find_checkpoint(run, "main", 4)
+    author = CheckpointSource(
+        session=world, learner=find_checkpoint(run, "main", 2), guide=find_checkpoint(run, "main", 4)
     )
-    return world, [Answers(prompt=prompt, rollouts=rollouts)], author
+    return world, [PromptResponses(prompt=prompt, rollouts=rollouts)], author
 
 
 def best(choice, **changes: object) -> list[Rollout]:
     """The answers in the order in which they would be kept."""
     world, answers, author = choice
-    (ordered,) = in_order(with_settings(world, "guide.cache", **changes), answers, author=author, label=4)
+    (ordered,) = rank_responses(override_settings(world, "guide.cache", **changes), answers, source=author, label=4)
     return ordered
 
 
@@ -166,10 +166,10 @@ def test_shortest_keeps_the_answer_of_fewest_tokens(choice):
 def test_nearest_keeps_what_the_learner_finds_likeliest_a_token(choice):
     world, (answers,), author = choice
     chosen, *_ = best(choice, select="nearest")
-    assert world.policy.digest == world_at(world.run.root, 4).policy.digest, "the guide's weights are back"
-    learner = world_at(world.run.root, 2)
+    assert world.policy.digest == open_session_at(world.run.root, 4).policy.digest, "the guide's weights are back"
+    learner = open_session_at(world.run.root, 2)
     pairs = [(answers.prompt, rollout) for rollout in answers.correct]
-    means = [sum(logps_T) / len(logps_T) for logps_T in forward_logps(learner, pairs)]
+    means = [sum(logps_T) / len(logps_T) for logps_T in compute_logprobs(learner, pairs)]
     assert chosen == answers.correct[means.index(max(means))]
     assert author.learner.step == 2
 
@@ -177,7 +177,7 @@ def test_nearest_keeps_what_the_learner_finds_likeliest_a_token(choice):
 def test_random_is_the_seeds_choice_among_the_right_ones(choice):
     world, answers, author = choice
     assert best(choice) == best(choice)
-    seen = {best((with_settings(world, "train", seed=seed), answers, author))[0].slot for seed in range(20)}
+    seen = {best((override_settings(world, "train", seed=seed), answers, author))[0].slot for seed in range(20)}
     assert seen == {1, 2, 3}
 
 
@@ -192,23 +192,23 @@ def test_a_prompt_with_too_few_right_answers_keeps_none_and_a_wrong_one_only_if_
 
 
 def test_choosing_the_best_needs_all_k_samples(scout):
-    world = with_settings(world_at(scout, 4), "guide.cache", select="shortest", samples_per_prompt=4)
-    assert {len(entry.rollouts) for entry in ask_in_rounds(world, world.prompts_between(8, 12), step=4)} == {4}
+    world = override_settings(open_session_at(scout, 4), "guide.cache", select="shortest", samples_per_prompt=4)
+    assert {len(entry.rollouts) for entry in sample_policy_in_rounds(world, world.prompts_between(8, 12), step=4)} == {4}
 
 
 def test_dynamic_sampling_asks_for_every_prompt_the_scout_drew(tmp_path):
     root = tmp_path / "run"
     train(root, "sampling.dynamic=true", "sampling.max_gen_batches=2", "train.prompts_per_step=2")
     sample(root)
-    assert list(read_asked(open_run(root).guide_folder("near"))) == list(dict.fromkeys(visited(root, range(3, 5))))
+    assert list(read_queried_prompts(open_run(root).guide_folder("near"))) == list(dict.fromkeys(visited(root, range(3, 5))))
 
 
 def test_seeds_of_a_guide_do_not_depend_on_the_order_of_prompts(scout):
-    world = world_at(scout, 4)
+    world = open_session_at(scout, 4)
     prompts = world.prompts_between(8, 16)
     shuffled = random.Random(0).sample(prompts, len(prompts))
-    first = {entry.prompt.prompt_id: entry for entry in ask_in_rounds(world, prompts, step=4)}
-    for entry in ask_in_rounds(world, shuffled, step=4):
+    first = {entry.prompt.prompt_id: entry for entry in sample_policy_in_rounds(world, prompts, step=4)}
+    for entry in sample_policy_in_rounds(world, shuffled, step=4):
         drawn = [replace(rollout, behavior_logps=(), mean_entropy=None) for rollout in entry.rollouts]
         assert drawn == [
             replace(rollout, behavior_logps=(), mean_entropy=None) for rollout in first[entry.prompt.prompt_id].rollouts

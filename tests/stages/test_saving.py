@@ -10,8 +10,8 @@ import pytest
 from npo_cli.errors import RunFailed
 from npo_cli.run_dir.checkpoints import is_complete
 from npo_cli.stages.train import train_run
-from tests.stages.running import TINY, copied, files_of, reproducible, resume, resuming, tiny, train
-from tests.stages.warm import Warm
+from tests.stages.running import TINY, copy_run, file_digests, reproducible_digests, resume, start_resume, tiny_recipe, train
+from tests.stages.warm import ForkServer
 
 
 @pytest.fixture
@@ -43,48 +43,48 @@ def fill(disk: Path, *, leaving: int) -> Path:
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(small_disk, tmp_path, leaving):
     train(tmp_path / "straight")
     root = small_disk / "run"
-    records = train_run(root, tiny(), allow_code=False)
+    records = train_run(root, tiny_recipe(), allow_code=False)
     while not (root / "branches/main/checkpoints/step_000002").exists():
         next(records)
-    saved = files_of(root / "branches/main/checkpoints")
+    saved = file_digests(root / "branches/main/checkpoints")
     filler = fill(small_disk, leaving=leaving)
     with pytest.raises(RunFailed) as caught:
         list(records)
     assert caught.value.exit_code == 1
     assert "disk" in caught.value.hint
     assert "npo resume" in caught.value.hint
-    assert files_of(root / "branches/main/checkpoints") == saved
+    assert file_digests(root / "branches/main/checkpoints") == saved
     assert not list(root.rglob(".step_*"))
     # Still full: the same words again.
     with pytest.raises(RunFailed):
-        list(resuming(root))
+        list(start_resume(root))
     filler.unlink()
     resume(root)
-    assert reproducible(root) == reproducible(tmp_path / "straight")
+    assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")
 
 
-def test_a_file_that_may_not_grow_ends_a_real_run_with_two_lines(warm: Warm, tmp_path):
+def test_a_file_that_may_not_grow_ends_a_real_run_with_two_lines(warm: ForkServer, tmp_path):
     """1.3 MB: the weights fit, the moments of the first update do not."""
     train(tmp_path / "straight")
     root = tmp_path / "limited"
     child = warm.npo("train", "micro", *TINY, "--run", str(root), err=tmp_path / "err", limit=1_300_000)
-    assert child.ended() == 1
-    error, hint = child.said().splitlines()[-2:]
+    assert child.wait() == 1
+    error, hint = child.read_stderr().splitlines()[-2:]
     assert error.startswith("error: no room left to write ")
     assert "step_000002" in error
     assert hint.startswith("  try: free some disk space")
-    assert "Traceback" not in child.said()
+    assert "Traceback" not in child.read_stderr()
     assert [path.name for path in (root / "branches/main/checkpoints").iterdir()] == ["step_000000"]
     assert is_complete(root / "branches/main/checkpoints/step_000000", deep=True)
     resume(root)
-    assert reproducible(root) == reproducible(tmp_path / "straight")
+    assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")
 
 
 def test_a_lost_training_state_is_made_again_by_the_step_before(tmp_path):
     """Step 4 lost its anchor: the run goes on from step 2, comes out the same, and puts it back."""
     train(tmp_path / "straight", "train.num_steps=6")
     train(tmp_path / "hurt")
-    root = copied(tmp_path / "hurt", tmp_path / "run")
+    root = copy_run(tmp_path / "hurt", tmp_path / "run")
     (root / "branches/main/checkpoints/step_000004/anchor/optimizer.safetensors").unlink()
     assert [report.step for report in resume(root, "train.num_steps=6")] == [3, 4, 5, 6]
-    assert reproducible(root) == reproducible(tmp_path / "straight")
+    assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")

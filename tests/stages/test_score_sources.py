@@ -13,13 +13,13 @@ from npo_cli.guide_records import SourceScore
 from npo_cli.records import Notice
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.run_dir.scores import latest_scores, scorings
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.run_dir.scores import find_latest_scores, list_sample_stores
 from npo_cli.stages.score_sources import NO_LOGPS, score_sources
-from npo_cli.stages.source_arms import asked_for
-from tests.engines.openai_server import serving
-from tests.stages.running import copied, train, world_at
-from tests.stages.teachers import in_other_tokens, right_rows, right_text, traces_file
+from npo_cli.stages.source_arms import parse_source_specs
+from tests.engines.openai_server import run_server
+from tests.stages.running import copy_run, train, open_session_at
+from tests.stages.teachers import save_with_other_vocabulary, correct_rows, correct_response, write_traces
 from tests.stages.test_score_checkpoints import assert_same_answer
 
 QUICK = ("scoring.samples_per_prompt=4", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0")
@@ -36,13 +36,13 @@ def line(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def foreigner(tmp_path_factory) -> Path:
-    return in_other_tokens(tmp_path_factory.mktemp("foreigner") / "model")
+    return save_with_other_vocabulary(tmp_path_factory.mktemp("foreigner") / "model")
 
 
 def records_of(root: Path, *sources: str, **options: Any) -> list:
     asked = {"at": 4, "candidates": None, "far": None, "branch": None, "figure": None} | options
     overrides = (*QUICK, *asked.pop("overrides", ()))
-    ask = [ask for text in sources for ask in asked_for(text)]
+    ask = [ask for text in sources for ask in parse_source_specs(text)]
     return list(score_sources(root, sources=ask, overrides=overrides, allow_code=False, **asked))
 
 
@@ -52,7 +52,7 @@ def scored(root: Path, *sources: str, **options: Any) -> dict[str, SourceScore]:
 
 
 def test_self_and_every_future_are_compared_on_the_same_prompts(line, tmp_path):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     found = scored(root)
     assert {name: (one.kind, one.distance) for name, one in found.items()} == {
         "self": ("self", 0),
@@ -61,11 +61,11 @@ def test_self_and_every_future_are_compared_on_the_same_prompts(line, tmp_path):
     }
     assert {(one.num_prompts, one.num_samples) for one in found.values()} == {(16, 64)}
     assert sum(one.p_best for one in found.values()) == pytest.approx(1)
-    assert sum(one.chosen for one in found.values()) == 1
+    assert sum(one.is_selected for one in found.values()) == 1
 
 
 def test_the_learner_as_its_own_guide_is_at_no_distance(line, tmp_path):
-    itself = scored(copied(line, tmp_path / "run"))["self"]
+    itself = scored(copy_run(line, tmp_path / "run"))["self"]
     assert itself.variance == pytest.approx(1)
     assert itself.quality_net == pytest.approx(0)
     assert itself.kl_per_token == pytest.approx(0, abs=1e-9)
@@ -73,7 +73,7 @@ def test_the_learner_as_its_own_guide_is_at_no_distance(line, tmp_path):
 
 def test_a_policy_of_the_learners_tokens_is_charged_like_a_checkpoint(line, tmp_path):
     """Step 8 as a checkpoint and as an outside model: the same weights, so the same law, and other samples."""
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     folder = find_checkpoint(open_run(root), "main", 8).path
     found = scored(root, f"model={folder}", candidates=[8], overrides=("scoring.samples_per_prompt=32",))
     inside, outside = found["step 8"], found[f"model {folder}"]
@@ -83,25 +83,25 @@ def test_a_policy_of_the_learners_tokens_is_charged_like_a_checkpoint(line, tmp_
     assert outside.variance == pytest.approx(inside.variance, rel=0.5)
     assert outside.variance > 1
     assert outside.distance is None
-    rows = list(scorings(open_run(root))[0].samples.records())
+    rows = list(list_sample_stores(open_run(root))[0].samples.iter_rows())
     by_arm = {arm: [row["response_ids"] for row in rows if row["arm"] == arm] for arm in (8, -2)}
     assert by_arm[8] != by_arm[-2]
 
 
 def test_whose_log_probabilities_nobody_knows_has_a_quality_and_nothing_else(line, foreigner, tmp_path):
-    found = scored(copied(line, tmp_path / "run"), f"model={foreigner}", candidates=[8])
+    found = scored(copy_run(line, tmp_path / "run"), f"model={foreigner}", candidates=[8])
     one = found[f"model {foreigner}"]
     assert 0 <= one.quality_low <= one.quality <= one.quality_high <= 1
-    assert (one.variance, one.signal, one.p_best, one.p_best_by, one.best_by) == (None, None, None, {}, ())
+    assert (one.variance, one.signal, one.p_best, one.p_best_by_variance_kind, one.best_for_variance_kinds) == (None, None, None, {}, ())
     assert one.note == NO_LOGPS
     assert sum(each.p_best for each in found.values() if each.p_best is not None) == pytest.approx(1)
 
 
 def test_the_past_is_what_was_recorded_and_costs_nothing(line, tmp_path):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     past = scored(root, "past", candidates=[8])["past"]
     solved, tries = Counter(), Counter()
-    journal = RolloutJournal(open_run(root).rollouts_path("main"))
+    journal = RolloutLog(open_run(root).rollouts_path("main"))
     for step in range(1, 5):
         for group in journal.read_step(step):
             tries[group.prompt.prompt_id] += len(group.rollouts)
@@ -110,23 +110,23 @@ def test_the_past_is_what_was_recorded_and_costs_nothing(line, tmp_path):
             )
     assert past.quality == pytest.approx(sum(count > 0 for count in solved.values()) / 16)
     assert past.pass_at_1 == pytest.approx(solved.total() / tries.total())
-    assert (past.num_samples, past.num_tries) == (tries.total(), 4)
+    assert (past.num_samples, past.samples_per_prompt) == (tries.total(), 4)
     assert past.signal is not None
     assert "not fresh" in past.note
-    rows = list(scorings(open_run(root))[0].samples.records())
+    rows = list(list_sample_stores(open_run(root))[0].samples.iter_rows())
     assert {row["arm"] for row in rows} == {-1, 4, 8}
 
 
 def test_a_file_and_an_address_have_a_quality(line, tmp_path):
-    root = copied(line, tmp_path / "run")
-    prompts = world_at(root, 4).task.train
+    root = copy_run(line, tmp_path / "run")
+    prompts = open_session_at(root, 4).task.train
     by_text = {prompt.text: prompt for prompt in prompts}
-    half = traces_file(tmp_path / "traces.jsonl", right_rows(prompts[:8]))
+    half = write_traces(tmp_path / "traces.jsonl", correct_rows(prompts[:8]))
 
     def say(body: dict) -> dict:
-        return {"text": right_text(by_text[body["prompt"]]), "finish_reason": "stop"}
+        return {"text": correct_response(by_text[body["prompt"]]), "finish_reason": "stop"}
 
-    with serving(say) as served:
+    with run_server(say) as served:
         found = scored(root, f"file={half}", f"endpoint=teacher@{served.url}", candidates=[8])
     brought, served_one = found[f"file {half}"], found[f"endpoint {served.url}"]
     # 8 of the 16 prompts have a row, and all rows are right
@@ -136,7 +136,7 @@ def test_a_file_and_an_address_have_a_quality(line, tmp_path):
 
 
 def test_far_is_told_from_near_and_the_base_from_both(line, tmp_path):
-    found = scored(copied(line, tmp_path / "run"), "base", far=8)
+    found = scored(copy_run(line, tmp_path / "run"), "base", far=8)
     assert {name: (one.kind, one.distance) for name, one in found.items()} == {
         "step 0": ("base", -4),
         "self": ("self", 0),
@@ -146,24 +146,24 @@ def test_far_is_told_from_near_and_the_base_from_both(line, tmp_path):
 
 
 def test_the_maximum_under_each_v_is_told_with_its_probability(line, tmp_path):
-    records = records_of(copied(line, tmp_path / "run"), "past")
+    records = records_of(copy_run(line, tmp_path / "run"), "past")
     (told,) = [record.message for record in records if isinstance(record, Notice) and "largest S" in record.message]
     scores = [record for record in records if isinstance(record, SourceScore)]
     kinds = ["ess", "group2", "kl_exp", "seq2", "seq2_lognormal", "tok2", "tok2_grad"]
     for kind in kinds:
-        assert sum(one.p_best_by[kind] for one in scores) == pytest.approx(1)
-        (best,) = [one for one in scores if kind in one.best_by]
-        assert f"{kind} {best.name} ({best.p_best_by[kind]:.0%})" in told
-    assert [one.name for one in scores if one.chosen] == [one.name for one in scores if "group2" in one.best_by]
+        assert sum(one.p_best_by_variance_kind[kind] for one in scores) == pytest.approx(1)
+        (best,) = [one for one in scores if kind in one.best_for_variance_kinds]
+        assert f"{kind} {best.name} ({best.p_best_by_variance_kind[kind]:.0%})" in told
+    assert [one.name for one in scores if one.is_selected] == [one.name for one in scores if "group2" in one.best_for_variance_kinds]
 
 
 @pytest.mark.parametrize("share", [0.3, 0.95])
 def test_a_killed_comparison_goes_on_to_the_same_answer(line, foreigner, tmp_path, share):
     """The leftover of a kill: the first part of the samples, the last line torn."""
     sources = ("past", f"model={foreigner}")
-    straight, broken = (copied(line, tmp_path / name) for name in ("straight", "broken"))
+    straight, broken = (copy_run(line, tmp_path / name) for name in ("straight", "broken"))
     records_of(straight, *sources)
-    (scoring,) = scorings(open_run(straight))
+    (scoring,) = list_sample_stores(open_run(straight))
     shutil.copytree(scoring.folder, broken / "scores" / scoring.folder.name)
     folder = broken / "scores" / scoring.folder.name
     (folder / "scores.json").unlink()
@@ -183,18 +183,18 @@ def flat(row: dict) -> dict:
 
 
 def test_a_comparison_asked_again_samples_nothing_new(line, foreigner, tmp_path):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     first = scored(root, f"model={foreigner}")
-    (scoring,) = scorings(open_run(root))
+    (scoring,) = list_sample_stores(open_run(root))
     before = (scoring.folder / "samples.jsonl").read_bytes()
     assert scored(root, f"model={foreigner}") == first
     assert (scoring.folder / "samples.jsonl").read_bytes() == before
 
 
 def test_the_checkpoints_of_a_comparison_enter_the_index_like_any_scored_ones(line, tmp_path):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     found = scored(root, "past")
-    kept = {score.step: score for score in latest_scores(open_run(root)).scores}
+    kept = {score.step: score for score in find_latest_scores(open_run(root)).scores}
     assert {step: score.signal for step, score in kept.items()} == {
         6: found["step 6"].signal,
         8: found["step 8"].signal,
@@ -204,7 +204,7 @@ def test_the_checkpoints_of_a_comparison_enter_the_index_like_any_scored_ones(li
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_picture_is_drawn(line, foreigner, tmp_path, suffix):
     path = tmp_path / "pictures" / f"sources.{suffix}"
-    records = records_of(copied(line, tmp_path / "run"), "past", f"model={foreigner}", figure=path)
+    records = records_of(copy_run(line, tmp_path / "run"), "past", f"model={foreigner}", figure=path)
     assert path.stat().st_size > 10_000
     assert f"the picture is in {path}" in [record.message for record in records if isinstance(record, Notice)]
 
@@ -227,7 +227,7 @@ def test_a_picture_is_drawn(line, foreigner, tmp_path, suffix):
 def test_a_comparison_that_cannot_be_made_is_refused_before_anything_is_sampled(
     line, tmp_path, sources, options, message
 ):
-    root = copied(line, tmp_path / "run")
+    root = copy_run(line, tmp_path / "run")
     before = sorted(root.rglob("*"))
     with pytest.raises(NpoError, match=message.replace(".", r"\.")):
         records_of(root, *sources, **options)

@@ -11,27 +11,27 @@ from typing import Any
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.loading import from_dict
+from npo_cli.loading import recipe_from_dict
 from npo_cli.records import Notice, StepReport
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.steps import measured_steps
-from npo_cli.stages.autonpo import train_auto
-from npo_cli.stages.tracking import tracked
+from npo_cli.run_dir.steps import read_metrics
+from npo_cli.stages.autonpo import train_autonpo
+from npo_cli.stages.tracking import track_records
 from npo_cli.stages.train import train_run
-from tests.stages.auto_runs import eager, moves_of
-from tests.stages.running import copied, resuming, stop_after, tiny
+from tests.stages.auto_runs import eager_recipe, transitions_of
+from tests.stages.running import copy_run, start_resume, stop_after, tiny_recipe
 
 TB = "tracking.report_to=[tensorboard]"
 
 
 def training(root: Path, *overrides: str) -> Any:
-    recipe = tiny(*overrides)
-    return tracked(root, recipe, train_run(root, recipe, allow_code=False))
+    recipe = tiny_recipe(*overrides)
+    return track_records(root, recipe, train_run(root, recipe, allow_code=False))
 
 
 def going_on(root: Path, *overrides: str, **options: Any) -> Any:
-    recipe = from_dict(open_run(root).recipe("main"))
-    return tracked(root, recipe, resuming(root, *overrides, **options))
+    recipe = recipe_from_dict(open_run(root).read_recipe("main"))
+    return track_records(root, recipe, start_resume(root, *overrides, **options))
 
 
 def warnings_in(records: Any) -> list[str]:
@@ -51,7 +51,7 @@ def curve(root: Path, branch: str, tag: str) -> list[tuple[int, float]]:
 
 
 def recorded(root: Path, branch: str, name: str) -> list[tuple[int, float]]:
-    rows = measured_steps(open_run(root), branch)
+    rows = read_metrics(open_run(root), branch)
     return [(row["step"], pytest.approx(row[name])) for row in rows]
 
 
@@ -78,10 +78,10 @@ def test_a_branch_is_a_run_of_its_own_from_its_fork_on(shown):
 
 @pytest.mark.slow
 def test_interventions_of_autonpo_are_events_on_the_branch_that_they_lead_to(tmp_path):
-    recipe = eager(TB)
-    list(tracked(tmp_path / "run", recipe, train_auto(tmp_path / "run", recipe, allow_code=False)))
+    recipe = eager_recipe(TB)
+    list(track_records(tmp_path / "run", recipe, train_autonpo(tmp_path / "run", recipe, allow_code=False)))
     for name in ("trigger", "rolled_back", "capped"):
-        moves = [move for move in moves_of(tmp_path / "run") if move.event == name]
+        moves = [move for move in transitions_of(tmp_path / "run") if move.event == name]
         assert moves
         for branch in {move.state.branch for move in moves}:
             steps = [(move.step, 1.0) for move in moves if move.state.branch == branch]
@@ -115,9 +115,9 @@ def test_a_disk_that_fills_up_under_a_tracker_is_told_once_and_ends_nothing(tmp_
 
 def test_a_tracker_that_cannot_begin_is_told_once_and_ends_nothing(scout, tmp_path):
     pytest.importorskip("tensorboard")
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     (root / "tensorboard").write_text("in the way")
-    records = list(tracked(root, tiny(TB), resuming(root, at=2)))
+    records = list(track_records(root, tiny_recipe(TB), start_resume(root, at=2)))
     assert [said.partition(" failed")[0] for said in warnings_in(records)] == ["tensorboard"]
     assert [one.step for one in records if isinstance(one, StepReport)] == [3, 4]
 

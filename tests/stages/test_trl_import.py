@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.policy.model import EMBEDDED
+from npo_cli.policy.model import MICRO_BASE_FOLDER
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.steps import measured_steps
-from tests.stages.running import resume, sample, world_at
+from npo_cli.run_dir.steps import read_metrics
+from tests.stages.running import resume, sample, open_session_at
 from tests.stages.test_import_run import imported
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -30,11 +30,11 @@ def train_with_trl(out: Path, **lora: object) -> Path:
         **{"use_cpu": True, "bf16": False, "disable_tqdm": True},
     )
     trainer = GRPOTrainer(
-        model=str(EMBEDDED),
+        model=str(MICRO_BASE_FOLDER),
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
         args=settings,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(EMBEDDED),
+        processing_class=AutoTokenizer.from_pretrained(MICRO_BASE_FOLDER),
         peft_config=LoraConfig(**lora) if lora else None,
     )
     trainer.train()
@@ -44,7 +44,7 @@ def train_with_trl(out: Path, **lora: object) -> Path:
 def test_what_trl_wrote_is_a_run(tmp_path):
     entries, _ = imported(tmp_path / "run", train_with_trl(tmp_path / "out"))
     assert [entry.step for entry in entries] == [1, 2]
-    rows = list(measured_steps(open_run(tmp_path / "run"), "main"))
+    rows = list(read_metrics(open_run(tmp_path / "run"), "main"))
     assert [entry.reward for entry in entries] == [row["reward"] for row in rows]
     assert all(row["entropy"] > 0 for row in rows)
 
@@ -52,8 +52,8 @@ def test_what_trl_wrote_is_a_run(tmp_path):
 def test_adapters_that_trl_trained_are_a_run_of_adapters(tmp_path):
     entries, _ = imported(tmp_path / "run", train_with_trl(tmp_path / "out", **LORA), base=True)
     assert [entry.step for entry in entries] == [0, 1, 2]
-    assert open_run(tmp_path / "run").recipe()["model"]["lora"]["rank"] == 4
-    policies = [world_at(tmp_path / "run", step).policy for step in (0, 2)]
+    assert open_run(tmp_path / "run").read_recipe()["model"]["lora"]["rank"] == 4
+    policies = [open_session_at(tmp_path / "run", step).policy for step in (0, 2)]
     assert policies[0].digest != policies[1].digest
     assert (find_checkpoint(open_run(tmp_path / "run"), "main", 2).path / "npo_base.json").is_file()
     assert sample(tmp_path / "run", "guide.inject.max_accuracy=1.0", at=1, guide_step=2).complete

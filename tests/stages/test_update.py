@@ -10,13 +10,13 @@ from torch import Tensor
 
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.batches import draw_batch
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.batches import build_batch
 from npo_cli.stages.saving import restore_state
-from npo_cli.stages.update import TrainRow, Updater, UpdateReport, train_rows
-from npo_cli.stages.world import World
-from tests.stages.guides import charged, guidance_of, right_answer, with_settings
-from tests.stages.running import world_at
+from npo_cli.stages.update import TrainingSample, Updater, UpdateReport, build_training_samples
+from npo_cli.stages.world import Session
+from tests.stages.guides import make_trajectory, make_active_guide, correct_trajectory, override_settings
+from tests.stages.running import open_session_at
 
 LOSSES = {
     "grpo": {},
@@ -41,23 +41,23 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def world(scout) -> World:
-    opened = with_settings(world_at(scout, 2), "train", grad_clip=1e9)
-    return with_settings(opened, "guide.inject", max_accuracy=1.0, ratio="exact")
+def world(scout) -> Session:
+    opened = override_settings(open_session_at(scout, 2), "train", grad_clip=1e9)
+    return override_settings(opened, "guide.inject", max_accuracy=1.0, ratio="exact")
 
 
 @pytest.fixture(scope="module")
-def rows(world, tmp_path_factory) -> list[TrainRow]:
+def rows(world, tmp_path_factory) -> list[TrainingSample]:
     """16 rows; each group holds a guide's answer, which the guide found likelier than the learner does."""
-    guidance = guidance_of(right_answer(world, prompt, shift=0.05) for prompt in world.task.train)
-    journal = RolloutJournal(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
-    batch = draw_batch(world, journal, seed_name="t", step=3, position=8, guidance=guidance)
-    found = train_rows(world.policy, batch.chosen, world.recipe.guide.inject)
-    assert sum(row.foreign for row in found) == 4
+    guidance = make_active_guide(correct_trajectory(world, prompt, shift=0.05) for prompt in world.task.train)
+    journal = RolloutLog(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
+    batch = build_batch(world, journal, seed_name="t", step=3, position=8, active_guide=guidance)
+    found = build_training_samples(world.policy, batch.selected, world.recipe.guide.inject)
+    assert sum(row.is_off_policy for row in found) == 4
     return found
 
 
-def learned(world: World, rows: Sequence[TrainRow], *, every_row: bool = False) -> tuple[list[Tensor], UpdateReport]:
+def learned(world: Session, rows: Sequence[TrainingSample], *, every_row: bool = False) -> tuple[list[Tensor], UpdateReport]:
     """Gradient (of the last update) and report."""
     recorder: Any = Recorder(world.policy.model)
     updater = Updater(world.policy, recorder, world.recipe)
@@ -76,12 +76,12 @@ def norm(gradient: Sequence[Tensor]) -> float:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_gradient_does_not_depend_on_how_the_batch_is_split(world, rows, loss):
-    world = with_settings(world, "loss", **LOSSES[loss])
+    world = override_settings(world, "loss", **LOSSES[loss])
     whole, report = learned(world, rows)
     assert norm(whole) > 0.01
     for micro_batch_tokens, logit_chunk_tokens in ((1, 1), (90, 7), (200, 4096)):
         changes = {"micro_batch_tokens": micro_batch_tokens, "logit_chunk_tokens": logit_chunk_tokens}
-        split, again = learned(with_settings(world, "train", **changes), rows)
+        split, again = learned(override_settings(world, "train", **changes), rows)
         assert distance(split, whole) < 1e-6
         assert again.loss == pytest.approx(report.loss, abs=1e-6)
         assert again.grad_share == pytest.approx(report.grad_share, abs=1e-5)
@@ -104,7 +104,7 @@ def test_the_divisor_is_the_full_batch(world, rows):
 
 
 def test_a_batch_that_teaches_nothing_still_ages_the_moments(world, rows, scout):
-    fresh = world_at(scout, 2)
+    fresh = open_session_at(scout, 2)
     optimizer = build_optimizer(fresh.policy.model, fresh.recipe.train)
     updater = Updater(fresh.policy, optimizer, fresh.recipe)
     report = updater.take_step([replace(row, advantage=0.0) for row in rows], lr=1e-3)
@@ -115,7 +115,7 @@ def test_a_batch_that_teaches_nothing_still_ages_the_moments(world, rows, scout)
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_as_they_were(rows, scout, bad):
-    world = world_at(scout, 2)
+    world = open_session_at(scout, 2)
     optimizer = build_optimizer(world.policy.model, world.recipe.train)
     updater = Updater(world.policy, optimizer, world.recipe)
     updater.take_step(rows, lr=1e-3)
@@ -128,7 +128,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_as_they_were(r
 
 
 def test_two_updates_take_half_of_the_rows_each_and_charge_both_to_the_weights_before(scout, rows):
-    world = with_settings(world_at(scout, 2), "train", num_updates=2)
+    world = override_settings(open_session_at(scout, 2), "train", num_updates=2)
     optimizer = build_optimizer(world.policy.model, world.recipe.train)
     report = Updater(world.policy, optimizer, world.recipe).take_step(rows, lr=1e-2)
     assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
@@ -148,13 +148,13 @@ def test_grad_share_compares_the_foreign_part_of_the_gradient_with_the_rest(worl
 
 
 @pytest.fixture(scope="module")
-def far(world, rows) -> list[TrainRow]:
+def far(world, rows) -> list[TrainingSample]:
     behind = [tuple(logp - 1.0 for logp in row.behavior_logps) for row in rows]
     return [replace(row, behavior_logps=logps) if row.foreign else row for row, logps in zip(rows, behind, strict=True)]
 
 
-def in_mode(world: World, rows: Sequence[TrainRow], mode: str) -> tuple[list[Tensor], dict[str, float], float | None]:
-    gradient, report = learned(with_settings(world, "guide.inject", ratio=mode), rows)
+def in_mode(world: Session, rows: Sequence[TrainingSample], mode: str) -> tuple[list[Tensor], dict[str, float], float | None]:
+    gradient, report = learned(override_settings(world, "guide.inject", ratio=mode), rows)
     return gradient, report.stats.metrics(), report.grad_share
 
 
@@ -194,35 +194,35 @@ def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
     """The guide repeats the very rollouts that it replaces: the same weights come out of the whole step."""
     ends = {}
     for kind in ("plain", "mixed"):
-        world = with_settings(
-            with_settings(world_at(scout, 2), "guide.inject", ratio=mode, max_accuracy=1.0), "train", lr=1e-3
+        world = override_settings(
+            override_settings(open_session_at(scout, 2), "guide.inject", ratio=mode, max_accuracy=1.0), "train", lr=1e-3
         )
-        journal = RolloutJournal(tmp_path / kind / "rollouts.jsonl")
-        plain = RolloutJournal(tmp_path / "own.jsonl")
-        own = draw_batch(world, plain, seed_name="t", step=3, position=4, guidance=None)
-        last = [(group.prompt, group.rollouts[-1]) for group in own.own if group.rollouts[-1].reward]
+        journal = RolloutLog(tmp_path / kind / "rollouts.jsonl")
+        plain = RolloutLog(tmp_path / "own.jsonl")
+        own = build_batch(world, plain, seed_name="t", step=3, position=4, active_guide=None)
+        last = [(group.prompt, group.rollouts[-1]) for group in own.on_policy if group.rollouts[-1].reward]
         assert last, "no group ends with a right answer, so this shows nothing"
-        guides = [charged(world, prompt, rollout.response_ids, rollout.text) for prompt, rollout in last]
-        guidance = guidance_of(guides) if kind == "mixed" else None
-        batch = draw_batch(world, journal, seed_name="t", step=3, position=4, guidance=guidance)
-        rows = train_rows(world.policy, batch.chosen, world.recipe.guide.inject)
-        assert sum(row.foreign for row in rows) == (len(last) if guidance else 0)
+        guides = [make_trajectory(world, prompt, rollout.response_ids, rollout.text) for prompt, rollout in last]
+        guidance = make_active_guide(guides) if kind == "mixed" else None
+        batch = build_batch(world, journal, seed_name="t", step=3, position=4, active_guide=guidance)
+        rows = build_training_samples(world.policy, batch.selected, world.recipe.guide.inject)
+        assert sum(row.is_off_policy for row in rows) == (len(last) if guidance else 0)
         optimizer = build_optimizer(world.policy.model, world.recipe.train)
         restore_state(world, optimizer, find_checkpoint(world.run, "main", 2))
         Updater(world.policy, optimizer, world.recipe).take_step(rows, lr=world.recipe.train.lr)
         ends[kind] = [parameter.detach().clone() for parameter in world.policy.model.parameters()]
     # Without a gate the slot given away is not sampled, and the others' last bits depend on their company.
     assert distance(ends["plain"], ends["mixed"]) < 5e-7
-    start = list(world_at(scout, 2).policy.model.parameters())
+    start = list(open_session_at(scout, 2).policy.model.parameters())
     assert distance(ends["plain"], start) > 1e-5
 
 
 # Engine mismatch, on rows that the engine found likelier than the trainer does
 
 
-def seen_by(rows: Sequence[TrainRow], *, own: float, guide_in_all: float) -> list[TrainRow]:
+def seen_by(rows: Sequence[TrainingSample], *, own: float, guide_in_all: float) -> list[TrainingSample]:
     """The writers of the rows shifted: own rows by `own` nats a token, a guide's by `guide_in_all` over its answer."""
-    shifts = [guide_in_all / len(row.behavior_logps) if row.foreign else own for row in rows]
+    shifts = [guide_in_all / len(row.behavior_logps) if row.is_off_policy else own for row in rows]
     moved = [tuple(logp + shift for logp in row.behavior_logps) for row, shift in zip(rows, shifts, strict=True)]
     return [replace(row, behavior_logps=logps) for row, logps in zip(rows, moved, strict=True)]
 
@@ -237,11 +237,11 @@ OWN_FACTORS = {
 @pytest.mark.parametrize("ratio", ["exact", "proximal"])
 @pytest.mark.parametrize("mode", OWN_FACTORS)
 def test_a_far_guide_keeps_its_gradient_while_own_rows_are_corrected(world, rows, mode, ratio):
-    world = with_settings(with_settings(world, "guide.inject", ratio=ratio), "mismatch", mode="off")
+    world = override_settings(override_settings(world, "guide.inject", ratio=ratio), "mismatch", mode="off")
     far = seen_by(rows, own=3.0, guide_in_all=20.0)
-    whole, report = learned(with_settings(world, "mismatch", mode=mode), far)
-    guide_part, _ = learned(world, [row if row.foreign else replace(row, advantage=0.0) for row in far])
-    own_part, _ = learned(world, [replace(row, advantage=0.0) if row.foreign else row for row in far])
+    whole, report = learned(override_settings(world, "mismatch", mode=mode), far)
+    guide_part, _ = learned(world, [row if row.is_off_policy else replace(row, advantage=0.0) for row in far])
+    own_part, _ = learned(world, [replace(row, advantage=0.0) if row.is_off_policy else row for row in far])
     assert min(norm(guide_part), norm(own_part)) > 0.01
     expected = [a + OWN_FACTORS[mode] * b for a, b in zip(guide_part, own_part, strict=True)]
     assert distance(whole, expected) < 1e-6
@@ -253,9 +253,9 @@ def test_a_far_guide_keeps_its_gradient_while_own_rows_are_corrected(world, rows
 
 
 def test_an_engine_that_is_the_trainer_is_corrected_by_nothing(world, rows):
-    plain, report = learned(with_settings(world, "mismatch", mode="off"), rows)
+    plain, report = learned(override_settings(world, "mismatch", mode="off"), rows)
     for mode in OWN_FACTORS:
-        assert distance(learned(with_settings(world, "mismatch", mode=mode), rows)[0], plain) < 1e-6
+        assert distance(learned(override_settings(world, "mismatch", mode=mode), rows)[0], plain) < 1e-6
     # log-probabilities of two float32 forward passes, a few units of rounding apart
     metrics = report.stats.metrics()
     assert metrics["mismatch/abs_log_w_p99"] < 1e-5
@@ -268,20 +268,20 @@ def test_mismatch_is_measured_on_trained_rows_however_they_are_split(world, rows
         [replace(row, advantage=0.0) if place % 3 else row for place, row in enumerate(rows)], own=0.3, guide_in_all=5
     )
     _, report = learned(world, noisy)
-    trained = [row for row in noisy if row.advantage and not row.foreign]
-    assert 0 < len(trained) < sum(not row.foreign for row in noisy)
+    trained = [row for row in noisy if row.advantage and not row.is_off_policy]
+    assert 0 < len(trained) < sum(not row.is_off_policy for row in noisy)
     assert report.stats.mismatch.sequences == len(trained)
     assert report.stats.mismatch.tokens == sum(len(row.behavior_logps) for row in trained)
     metrics = report.stats.metrics()
     # log w = -0.3 on every token, in the bin from 10^-0.55 = 0.28 to 10^-0.5 = 0.32
     assert metrics["mismatch/k1"] == pytest.approx(0.3, abs=1e-5)
     assert metrics["mismatch/abs_log_w_p99"] == pytest.approx(10**-0.5)
-    _, again = learned(with_settings(world, "train", micro_batch_tokens=90), noisy)
+    _, again = learned(override_settings(world, "train", micro_batch_tokens=90), noisy)
     assert again.stats.metrics() == pytest.approx(metrics, abs=1e-5)
 
 
 def test_several_updates_measure_the_engine_against_the_weights_that_sampled(scout, rows):
-    world = with_settings(world_at(scout, 2), "train", num_updates=2)
+    world = override_settings(open_session_at(scout, 2), "train", num_updates=2)
     optimizer = build_optimizer(world.policy.model, world.recipe.train)
     report = Updater(world.policy, optimizer, world.recipe).take_step(rows, lr=1e-2)
     # The second half was learned after an update that moved ratios out of the clip; its engine saw none of it.

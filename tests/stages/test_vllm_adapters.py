@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from tests.stages.running import LORA, copied, resume, sample, score, train
+from npo_cli.run_dir.rollouts import RolloutLog
+from tests.stages.running import LORA, copy_run, resume, sample, score, train
 
 pytestmark = pytest.mark.vllm
 ASKED = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "guide.inject.max_accuracy=1.0")
@@ -36,7 +36,7 @@ def test_engine_and_trainer_agree_while_adapters_move(trained):
     moved = [row for row in rows if row["rows_trained"]]
     assert len(moved) >= 3
     assert all(row["mismatch/abs_log_w_p99"] < 1e-4 for row in moved)
-    groups = RolloutJournal(open_run(trained).rollouts_path("main")).read_step(6)
+    groups = RolloutLog(open_run(trained).rollouts_path("main")).read_step(6)
     assert {rollout.sampler_step for group in groups for rollout in group.rollouts} == {5}
 
 
@@ -44,7 +44,7 @@ def test_candidates_asked_together_say_and_score_what_they_do_one_after_the_othe
     found = {}
     # five candidates: all at once, in runs of two, one by one
     for places in (8, 2, 1):
-        root = copied(trained, tmp_path / str(places))
+        root = copy_run(trained, tmp_path / str(places))
         scores = score(root, *ASKED, f"engine.vllm.max_loras={places}", at=1)
         found[places] = (scores, samples(root))
     assert [one.step for one in found[8][0]] == [2, 3, 4, 5, 6]
@@ -54,12 +54,12 @@ def test_candidates_asked_together_say_and_score_what_they_do_one_after_the_othe
             assert found[places][1][key]["response_ids"] == row["response_ids"]
             assert found[places][1][key]["logps"] == pytest.approx(row["logps"], abs=1e-5)
         for one, other in zip(found[places][0], found[8][0], strict=True):
-            assert (one.quality, one.chosen) == (other.quality, other.chosen)
+            assert (one.quality, one.is_selected) == (other.quality, other.is_selected)
             assert one.signal == pytest.approx(other.signal, rel=1e-4)
 
 
 def test_a_scoring_cut_short_asks_together_what_is_left(trained, tmp_path):
-    straight, broken = (copied(trained, tmp_path / name) for name in ("straight", "broken"))
+    straight, broken = (copy_run(trained, tmp_path / name) for name in ("straight", "broken"))
     score(straight, *ASKED, at=1)
     shutil.copytree(straight / "scores", broken / "scores")
     (journal,) = broken.glob("scores/*/samples.jsonl")
@@ -72,6 +72,6 @@ def test_a_scoring_cut_short_asks_together_what_is_left(trained, tmp_path):
 
 
 def test_a_guide_of_adapters_teaches_the_replay(trained, tmp_path):
-    root = copied(trained, tmp_path / "run")
+    root = copy_run(trained, tmp_path / "run")
     assert sample(root, guide_step=6, at=1).complete
     assert [report.step for report in resume(root, at=1, guide="near")] == [2, 3, 4, 5, 6]

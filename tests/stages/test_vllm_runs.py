@@ -12,16 +12,16 @@ import pytest
 
 from npo_cli.engines import vllm_engine
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.guide.extrapolated import answers_in
-from npo_cli.loading import from_dict
-from npo_cli.policy.extrapolated import pushed
+from npo_cli.guide.extrapolated import extrapolated_rollouts
+from npo_cli.loading import recipe_from_dict
+from npo_cli.policy.extrapolated import extrapolate_weights
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.records import Group, Rollout
 from npo_cli.run_dir.paths import open_run
-from npo_cli.run_dir.rollouts import RolloutJournal
-from npo_cli.stages.extrapolation import Extrapolator, push_in_force
-from npo_cli.stages.world import answer, open_policy, open_task, open_world
-from tests.stages.running import LORA, TINY, reproducible, resume, sample, score, tiny, train, world_at
+from npo_cli.run_dir.rollouts import RolloutLog
+from npo_cli.stages.extrapolation import Extrapolator, select_extrapolation
+from npo_cli.stages.world import sample_groups, open_policy, open_task, open_session
+from tests.stages.running import LORA, TINY, reproducible_digests, resume, sample, score, tiny_recipe, train, open_session_at
 
 pytestmark = pytest.mark.vllm
 VLLM = ("engine.kind=vllm",)
@@ -45,7 +45,7 @@ def test_the_circle_goes_round_and_every_rollout_tells_whose_it_is(trained):
     steps = resume(trained, at=2, guide="near")
     assert [report.step for report in steps] == [3, 4]
     for branch, step in (("main", 1), ("main", 4), ("near", 3)):
-        groups = RolloutJournal(open_run(trained).rollouts_path(branch)).read_step(step)
+        groups = RolloutLog(open_run(trained).rollouts_path(branch)).read_step(step)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         assert {each.sampler_step for each in rollouts if each.source == "own"} == {step - 1}
         assert {each.sampler_step for each in rollouts if each.source == "guide"} <= {4}
@@ -88,7 +88,7 @@ def test_kill_9_in_mid_batch_and_a_resume_end_in_the_same_bytes(trained, tmp_pat
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     resume(root)
-    assert reproducible(root, "main") == reproducible(straight, "main")
+    assert reproducible_digests(root, "main") == reproducible_digests(straight, "main")
 
 
 def test_a_sync_that_goes_wrong_stops_the_run_which_can_be_resumed(tmp_path, monkeypatch):
@@ -108,12 +108,12 @@ def test_a_sync_that_goes_wrong_stops_the_run_which_can_be_resumed(tmp_path, mon
 
 
 def test_a_world_that_cannot_open_leaves_no_engine(tmp_path):
-    recipe = tiny("engine.kind=vllm", "engine.vllm.weight_transfer=nccl")
+    recipe = tiny_recipe("engine.kind=vllm", "engine.vllm.weight_transfer=nccl")
     with pytest.raises(NpoError, match=r"engine\.vllm\.weight_transfer=nccl is for GPUs"):
         train(tmp_path / "run", "engine.kind=vllm_server", "engine.vllm.weight_transfer=nccl")
     task = open_task(recipe, allow_code=False)
     policy = open_policy(recipe, task, None)
-    world = open_world(None, recipe, task=task, policy=policy)
+    world = open_session(None, recipe, task=task, policy=policy)
     world.close()
     with pytest.raises(RunFailed, match="was closed"):
         world.engine.generate([], temperature=1.0, max_new_tokens=1)
@@ -156,29 +156,29 @@ def asked(request, tmp_path_factory) -> Path:
 def test_pushed_weights_answer_and_then_the_policys_own_are_back(asked):
     """Each step asks the policy, then the pushed one, then learns; each swap was proved, or the run had ended."""
     run = open_run(asked)
-    settings = from_dict(run.recipe("main")).model
+    settings = recipe_from_dict(run.read_recipe("main")).model
     for step in (3, 4, 5, 6):
-        groups = RolloutJournal(run.rollouts_path("main")).read_step(step)
-        own = [(group, one) for group in groups for one in group.rollouts if not one.foreign]
-        theirs = [(group, one) for group in groups for one in answers_in(group)]
+        groups = RolloutLog(run.rollouts_path("main")).read_step(step)
+        own = [(group, one) for group in groups for one in group.rollouts if not one.is_off_policy]
+        theirs = [(group, one) for group in groups for one in extrapolated_rollouts(group)]
         assert theirs
         # the policy of step - 1, and its older copy of 2 steps before
         policy = load_policy(settings, run.checkpoint_folder("main", step - 1))
         assert furthest(own, scored(policy, own)) < 1e-4
         assert furthest(theirs, scored(policy, theirs)) > 0.05
-        with pushed(policy, run.checkpoint_folder("main", step - 3), strength=2.0):
+        with extrapolate_weights(policy, run.checkpoint_folder("main", step - 3), strength=2.0):
             assert furthest(theirs, scored(policy, theirs)) < 1e-4
             assert furthest(own, scored(policy, own)) > 0.05
 
 
 def test_the_engine_is_sent_the_policys_own_weights_again_though_nothing_was_learned(asked):
     """The same seeds before and after the pushed policy was asked, as a choice of k and a does it."""
-    world = world_at(asked, 4)
-    ahead = Extrapolator(world=world, branch="main").ahead(push_in_force(world.recipe, None), step=4)
+    world = open_session_at(asked, 4)
+    ahead = Extrapolator(session=world, branch="main").open_sampler(select_extrapolation(world.recipe, None), step=4)
     prompts, slots = world.task.train[:4], range(2)
-    before = answer(world, prompts, label=("t",), slots=slots, sampler_step=4)
-    between = ahead.answer(prompts, label=("t",), slots=slots)
-    after = answer(world, prompts, label=("t",), slots=slots, sampler_step=4)
+    before = sample_groups(world, prompts, seed_label=("t",), slots=slots, sampler_step=4)
+    between = ahead.sample_groups(prompts, label=("t",), slots=slots)
+    after = sample_groups(world, prompts, seed_label=("t",), slots=slots, sampler_step=4)
     world.close()
     world.task.close()
     assert after == before

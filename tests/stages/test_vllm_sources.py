@@ -11,11 +11,11 @@ from urllib.request import urlopen
 
 import pytest
 
-from npo_cli.policy.model import EMBEDDED
+from npo_cli.policy.model import MICRO_BASE_FOLDER
 from npo_cli.run_dir.checkpoints import find_checkpoint
 from npo_cli.run_dir.paths import open_run
-from tests.stages.running import copied, sample, trajectories, world_at
-from tests.stages.teachers import in_other_tokens
+from tests.stages.running import copy_run, sample, trajectories, open_session_at
+from tests.stages.teachers import save_with_other_vocabulary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 TAUGHT = {"guide_step": None, "name": "taught"}
@@ -27,7 +27,7 @@ def server(tmp_path_factory) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    options = {"--model": str(EMBEDDED), "--served-model-name": "teacher", "--host": "127.0.0.1", "--port": str(port)}
+    options = {"--model": str(MICRO_BASE_FOLDER), "--served-model-name": "teacher", "--host": "127.0.0.1", "--port": str(port)}
     options |= {"--dtype": "float32", "--max-model-len": "64", "--max-num-seqs": "16", "--api-key": "sesame"}
     words = [part for option in options.items() for part in option]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
@@ -56,7 +56,7 @@ def healthy(port: int) -> bool:
 def test_vllms_own_server_answers_like_the_policy_that_it_serves(scout, tmp_path, server, monkeypatch):
     """The base behind an address and as a checkpoint: pass@1 of 8 prompts x 64 samples agrees but for chance."""
     monkeypatch.setenv("NPO_ENDPOINT_KEY", "sesame")
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest", "guide.endpoint.concurrency=16")
     theirs = sample(root, *many, source="endpoint", origin=server, model="teacher", **TAUGHT)
     ours = sample(root, *many, source="base", guide_step=None, name="ours")
@@ -65,7 +65,7 @@ def test_vllms_own_server_answers_like_the_policy_that_it_serves(scout, tmp_path
     assert found
     shares = [sum(kept.num_correct for kept in each.values()) / 512 for each in (found, base)]
     assert shares[0] == pytest.approx(shares[1], abs=4 * 0.022 * 2**0.5)
-    world = world_at(root, 2)
+    world = open_session_at(root, 2)
     for kept in found.values():
         assert kept.response_ids == (*world.policy.tokenizer(kept.text).input_ids, *world.policy.eos_ids)
     # an answer of n characters is n + 1 tokens to both: the server's count is the learner's
@@ -74,9 +74,9 @@ def test_vllms_own_server_answers_like_the_policy_that_it_serves(scout, tmp_path
 
 @pytest.mark.parametrize("tokens", ["same", "other"])
 def test_an_outside_model_is_asked_through_the_engine_of_the_recipe(scout, tmp_path, tokens):
-    root = copied(scout, tmp_path / "run")
+    root = copy_run(scout, tmp_path / "run")
     same = find_checkpoint(open_run(root), "main", 4).path
-    folder = same if tokens == "same" else in_other_tokens(tmp_path / "foreign")
+    folder = same if tokens == "same" else save_with_other_vocabulary(tmp_path / "foreign")
     info = sample(
         root, "engine.kind=vllm", "guide.cache.samples_per_prompt=16", source="model", origin=str(folder), **TAUGHT
     )

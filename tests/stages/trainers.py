@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from npo_cli.policy.model import EMBEDDED
+from npo_cli.policy.model import MICRO_BASE_FOLDER
 
 STATE = Path(__file__).parents[1] / "data" / "trl_trainer_state.json"
 """What TRL 1.16 wrote after 4 steps of GRPO on the embedded base; its numbers are its own."""
@@ -16,7 +16,7 @@ STATE = Path(__file__).parents[1] / "data" / "trl_trainer_state.json"
 
 def hf_folder(folder: Path, *, scale: float = 1.0) -> Path:
     """The embedded base as transformers saves a model, its weights scaled so that steps differ."""
-    shutil.copytree(EMBEDDED, folder)
+    shutil.copytree(MICRO_BASE_FOLDER, folder)
     weights = folder / "model.safetensors"
     save_file({name: tensor * scale for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     return folder

@@ -19,49 +19,49 @@ PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Child:
+class NpoProcess:
     """One running npo."""
 
     pid: int
-    warm: "Warm"
+    server: "ForkServer"
     err: Path
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
 
-    def ended(self) -> int:
+    def wait(self) -> int:
         """Its exit code; minus the signal that killed it."""
-        return self.warm.answer()["code"]
+        return self.server.read_reply()["code"]
 
-    def said(self) -> str:
+    def read_stderr(self) -> str:
         return self.err.read_text()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Warm:
+class ForkServer:
     """The process that forks."""
 
     process: subprocess.Popen[str]
 
-    def npo(self, *args: str, err: Path, limit: int | None = None) -> Child:
+    def npo(self, *args: str, err: Path, limit: int | None = None) -> NpoProcess:
         """Start `npo ARGS`, stderr into a file; `limit` is the largest file it may write, in bytes."""
         self.process.stdin.write(json.dumps({"args": args, "err": str(err), "limit": limit}) + "\n")
         self.process.stdin.flush()
-        return Child(pid=self.answer()["pid"], warm=self, err=err)
+        return NpoProcess(pid=self.read_reply()["pid"], server=self, err=err)
 
-    def answer(self) -> dict[str, int]:
+    def read_reply(self) -> dict[str, int]:
         return json.loads(self.process.stdout.readline())
 
 
 @contextlib.contextmanager
-def warmed() -> Iterator[Warm]:
+def start_fork_server() -> Iterator[ForkServer]:
     """A warm process for the block."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, __file__], env=environment, **pipes) as process:
         try:
             assert json.loads(process.stdout.readline()) == {"ready": 1}
-            yield Warm(process=process)
+            yield ForkServer(process=process)
         finally:
             process.stdin.close()
 

@@ -10,7 +10,7 @@ import pytest
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.records import Message, Prompt
-from npo_cli.tasks.files import file_problems
+from npo_cli.tasks.files import load_file_prompts
 
 Split = tuple[tuple[Prompt, ...], tuple[Prompt, ...]]
 
@@ -26,7 +26,7 @@ def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def load(path: Path, *, seed: int = 0, **settings: Any) -> Split:
     sizes = {"pool_size": 100, "heldout_size": 2} | settings
-    return file_problems(TaskSettings(source="file", path=str(path), **sizes), seed=seed)
+    return load_file_prompts(TaskSettings(source="file", path=str(path), **sizes), seed=seed)
 
 
 def refusal(path: Path, **settings: Any) -> NpoError:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.records import Message, Prompt
-from npo_cli.tasks.gym import shares
+from npo_cli.tasks.gym import allocate_counts
 from npo_cli.tasks.prompts import Task
 from npo_cli.tasks.sources import load_task
 
@@ -130,7 +130,7 @@ def test_a_drawing_process_that_dies_is_a_failure_of_the_run(monkeypatch: pytest
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(0, 500))
 def test_shares_add_up_and_are_off_by_less_than_one(weights: list[float], total: int):
-    counts = shares(weights, total)
+    counts = allocate_counts(weights, total)
     assert sum(counts) == total
     for weight, count in zip(weights, counts, strict=True):
         assert abs(count - total * weight / sum(weights)) < 1 + 1e-6

@@ -15,9 +15,9 @@ from npo_cli.tasks.micro import (
     misconceptions,
     noisy_response,
     num_misconceived,
-    question,
+    format_addition,
 )
-from npo_cli.tasks.verify import judge_micro
+from npo_cli.tasks.verify import grade_micro
 
 NO_NOISE = Noise(digit=0.0, carry=0.0, misconception=0.0)
 
@@ -39,7 +39,7 @@ def test_the_world_has_the_same_thirty_misconceptions_for_ever():
 @given(additions())
 def test_a_question_has_a_fixed_length_and_reads_backwards(addition: tuple[int, int, int]):
     a, b, length = addition
-    text = question(a, b, length)
+    text = format_addition(a, b, length)
     assert len(text) == PROMPT_CHARS
     left, right = text.strip(".=").split("+")
     assert (int(left[::-1]), int(right[::-1])) == (a, b)
@@ -49,7 +49,7 @@ def test_a_question_has_a_fixed_length_and_reads_backwards(addition: tuple[int, 
 def test_a_scratchpad_without_noise_is_verified_correct(addition: tuple[int, int, int]):
     a, b, length = addition
     response = noisy_response(a, b, length, noise=NO_NOISE, wrong=misconceptions(), rng=random.Random(0))
-    assert judge_micro(str(a + b), response).verdict == "correct"
+    assert grade_micro(str(a + b), response).verdict == "correct"
     assert len(response) <= MAX_RESPONSE - 1  # one place is left for the end token
     assert set(response) <= set(ALPHABET)
 

@@ -13,7 +13,7 @@ from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.images import open_image
 from npo_cli.records import Message, Prompt
-from npo_cli.tasks.files import file_problems
+from npo_cli.tasks.files import load_file_prompts
 
 SHADES = (10, 20, 30)
 
@@ -26,7 +26,7 @@ def shade(folder: Path, grey: int) -> bytes:
 
 def problems(file: Path, **options: Any) -> tuple[Prompt, ...]:
     settings = TaskSettings(source="file", path=str(file), image_column="images", heldout_size=1, **options)
-    train, heldout = file_problems(settings, seed=0)
+    train, heldout = load_file_prompts(settings, seed=0)
     return tuple(sorted([*train, *heldout], key=lambda prompt: prompt.row))
 
 
@@ -55,7 +55,7 @@ def test_paths_lie_beside_the_data_file_and_marks_say_where_pictures_stand(tmp_p
     monkeypatch.chdir("/")
     found = problems(file)
     assert [greys(prompt) for prompt in found] == [[10], [20, 30], [30], [], []]
-    assert found[0].text == "<image>what?" and found[0].images[0].place == str(tmp_path / "10.png")
+    assert found[0].text == "<image>what?" and found[0].images[0].location == str(tmp_path / "10.png")
     assert found[2].messages == (Message(role="user", content="a<image>b"),)
 
 
@@ -74,7 +74,7 @@ def test_parquet_holds_bytes_which_stay_in_the_file_until_they_are_wanted(tmp_pa
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=1)
     found = problems(file)
     assert [greys(prompt) for prompt in found] == [[10, 20], [30], [20]]
-    assert found[2].images[0].place == f"{file}#images/2/0" and found[2].images[0].data is None
+    assert found[2].images[0].location == f"{file}#images/2/0" and found[2].images[0].data is None
     bare = [{"prompt": f"<image>{grey}", "answer": "1", "images": data[grey]} for grey in SHADES]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(bare), tmp_path / "bare.parquet")
     assert [greys(prompt) for prompt in problems(tmp_path / "bare.parquet")] == [[10], [20], [30]]

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import RunFailed
-from npo_cli.tasks.pool import CheckPool
+from npo_cli.tasks.pool import VerifierPool
 from tests.tasks.checks import build_death, build_double, build_failure, build_trouble
 
 
 @pytest.fixture
-def trouble() -> Iterator[CheckPool]:
-    pool = CheckPool(build=build_trouble, num_workers=2, timeout=0.5)
+def trouble() -> Iterator[VerifierPool]:
+    pool = VerifierPool(build=build_trouble, num_workers=2, timeout=0.5)
     yield pool
     pool.close()
 
@@ -40,17 +40,17 @@ def wait_until_gone(pids: list[int], *, seconds: float) -> bool:
 
 
 def test_values_come_back_in_the_order_of_the_items():
-    pool = CheckPool(build=build_double, num_workers=2, timeout=5)
+    pool = VerifierPool(build=build_double, num_workers=2, timeout=5)
     assert [outcome.value for outcome in pool.run(range(50))] == [2 * item for item in range(50)]
     pool.close()
 
 
-def test_nothing_is_started_for_no_items(trouble: CheckPool):
+def test_nothing_is_started_for_no_items(trouble: VerifierPool):
     assert trouble.run([]) == []
     assert trouble._workers == []
 
 
-def test_a_loop_costs_its_own_item_only_and_about_the_timeout(trouble: CheckPool):
+def test_a_loop_costs_its_own_item_only_and_about_the_timeout(trouble: VerifierPool):
     assert [outcome.value for outcome in trouble.run(["a", "b"])] == ["A", "B"]
     started = time.monotonic()
     outcomes = trouble.run(["a", "loop", "b", "c"])
@@ -60,7 +60,7 @@ def test_a_loop_costs_its_own_item_only_and_about_the_timeout(trouble: CheckPool
 
 
 @pytest.mark.parametrize("harm", ["loop in C", "exit", "segfault"])
-def test_a_process_that_dies_or_cannot_be_interrupted_is_replaced(trouble: CheckPool, harm: str):
+def test_a_process_that_dies_or_cannot_be_interrupted_is_replaced(trouble: VerifierPool, harm: str):
     # one worker would be enough to show it: more items than workers, so the replacement has to answer
     outcomes = trouble.run([harm, harm, "a", "b"])
     assert [(outcome.value, outcome.timed_out) for outcome in outcomes] == [
@@ -71,7 +71,7 @@ def test_a_process_that_dies_or_cannot_be_interrupted_is_replaced(trouble: Check
     ]
 
 
-def test_an_exception_is_told_with_its_place_and_the_process_lives_on(trouble: CheckPool):
+def test_an_exception_is_told_with_its_place_and_the_process_lives_on(trouble: VerifierPool):
     raised, pid = trouble.run(["raise", "a"])
     assert raised.error is not None
     assert raised.error.endswith("ValueError: no such item")
@@ -79,7 +79,7 @@ def test_an_exception_is_told_with_its_place_and_the_process_lives_on(trouble: C
     assert pid.value == "A"
 
 
-def test_a_pool_works_from_a_thread_that_is_not_the_main_one(trouble: CheckPool):
+def test_a_pool_works_from_a_thread_that_is_not_the_main_one(trouble: VerifierPool):
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.extend(trouble.run(["loop", "a"])))
     thread.start()
@@ -87,7 +87,7 @@ def test_a_pool_works_from_a_thread_that_is_not_the_main_one(trouble: CheckPool)
     assert [(outcome.value, outcome.timed_out) for outcome in found] == [(None, True), ("A", False)]
 
 
-def test_close_leaves_no_process_and_the_pool_can_be_used_again(trouble: CheckPool):
+def test_close_leaves_no_process_and_the_pool_can_be_used_again(trouble: VerifierPool):
     pids = {outcome.value for outcome in trouble.run(["pid"] * 8)}
     assert len(pids) == 2
     trouble.close()
@@ -95,14 +95,14 @@ def test_close_leaves_no_process_and_the_pool_can_be_used_again(trouble: CheckPo
     assert trouble.run(["a"])[0].value == "A"
 
 
-def test_an_idle_process_that_was_killed_from_outside_loses_nothing(trouble: CheckPool):
+def test_an_idle_process_that_was_killed_from_outside_loses_nothing(trouble: VerifierPool):
     for pid in {outcome.value for outcome in trouble.run(["pid"] * 8)}:
         os.kill(pid, signal.SIGKILL)
         wait_until_gone([pid], seconds=2)
     assert [outcome.value for outcome in trouble.run(["a", "b", "c"])] == ["A", "B", "C"]
 
 
-def test_stop_signals_to_a_worker_are_not_its_business(trouble: CheckPool):
+def test_stop_signals_to_a_worker_are_not_its_business(trouble: VerifierPool):
     pids = {outcome.value for outcome in trouble.run(["pid"] * 8)}
     for pid in pids:
         os.kill(pid, signal.SIGINT)
@@ -110,7 +110,7 @@ def test_stop_signals_to_a_worker_are_not_its_business(trouble: CheckPool):
     assert {outcome.value for outcome in trouble.run(["pid"] * 8)} == pids
 
 
-def test_a_child_of_a_late_check_ends_with_it(trouble: CheckPool):
+def test_a_child_of_a_late_check_ends_with_it(trouble: VerifierPool):
     assert trouble.run(["sleeping child"])[0].timed_out
     assert wait_until_gone(sleepers(), seconds=2)
 
@@ -126,21 +126,21 @@ def sleepers() -> list[int]:
 
 
 def test_what_a_check_prints_stays_out_of_stdout(capfd: pytest.CaptureFixture[str]):
-    pool = CheckPool(build=build_trouble, num_workers=1, timeout=5)
+    pool = VerifierPool(build=build_trouble, num_workers=1, timeout=5)
     assert pool.run(["print"])[0].value == "PRINT"
     pool.close()
     assert capfd.readouterr().out == ""
 
 
 def test_a_check_that_cannot_be_built_is_told_once_and_at_once():
-    pool = CheckPool(build=build_failure, num_workers=2, timeout=5)
+    pool = VerifierPool(build=build_failure, num_workers=2, timeout=5)
     with pytest.raises(RunFailed, match=r"checks\.py:\d+: ImportError: nothing to import"):
         pool.run(["a"])
     assert pool._workers == []
 
 
 def test_a_process_that_dies_while_it_starts_is_told():
-    pool = CheckPool(build=build_death, num_workers=1, timeout=5)
+    pool = VerifierPool(build=build_death, num_workers=1, timeout=5)
     with pytest.raises(RunFailed, match="died while it started"):
         pool.run(["a"])
 

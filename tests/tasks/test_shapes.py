@@ -4,7 +4,7 @@ import random
 
 from npo_cli.config import TaskSettings
 from npo_cli.images import open_image
-from npo_cli.tasks.shapes import COLOURS, Shape, drawn_shapes, noisy_count, num_of, picture, shapes_prompts
+from npo_cli.tasks.shapes import COLOURS, Shape, sample_shapes, noisy_count, count_shapes, draw_image, shapes_prompts
 from npo_cli.tasks.sources import load_task
 
 
@@ -21,9 +21,9 @@ def test_colours_can_be_counted_in_the_pixels():
         Shape(cell=5, colour="red", form="squares"),
         Shape(cell=15, colour="blue", form="squares"),
     )
-    seen = dict((colour, number) for number, colour in open_image(picture(shapes, "x")).getcolors())
+    seen = dict((colour, number) for number, colour in open_image(draw_image(shapes, "x")).getcolors())
     assert (seen[COLOURS["red"]], seen[COLOURS["blue"]]) == (2 * 36, 36)
-    assert [num_of(shapes, asked) for asked in ("red", "blue", "discs", "squares")] == [2, 1, 0, 3]
+    assert [count_shapes(shapes, asked) for asked in ("red", "blue", "discs", "squares")] == [2, 1, 0, 3]
 
 
 def test_a_task_of_shapes_is_split_and_verified():
@@ -37,9 +37,9 @@ def test_a_task_of_shapes_is_split_and_verified():
 
 def test_the_base_is_taught_squares_wrong_and_the_rest_a_little_better():
     rng = random.Random(0)
-    drawn = [drawn_shapes(rng) for _ in range(4000)]
+    drawn = [sample_shapes(rng) for _ in range(4000)]
     right = {
-        asked: sum(noisy_count(shapes, asked, rng) == num_of(shapes, asked) for shapes in drawn) / 4000
+        asked: sum(noisy_count(shapes, asked, rng) == count_shapes(shapes, asked) for shapes in drawn) / 4000
         for asked in ("red", "squares")
     }
     # red: 0.6 + 0.4 x 0.1 = 0.64. squares: of the 0.15 that are spared 0.64, so 0.096

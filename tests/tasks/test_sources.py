@@ -7,7 +7,7 @@ import pytest
 
 from npo_cli.config import TaskSettings
 from npo_cli.errors import NpoError
-from npo_cli.tasks.math_pool import MathGrader
+from npo_cli.tasks.math_pool import MathVerifier
 from npo_cli.tasks.micro import micro_prompts
 from npo_cli.tasks.sources import load_task
 
@@ -40,7 +40,7 @@ def test_a_larger_heldout_split_leaves_the_pool_alone_and_task_seed_wins():
 def test_files_are_graded_as_mathematics_unless_told_otherwise(tmp_path: Path):
     pytest.importorskip("math_verify")
     task = load_task(small(source="file", path=data_file(tmp_path, ["1/2"] * 8)), seed=0)
-    assert isinstance(task.grader, MathGrader)
+    assert isinstance(task.verifier, MathVerifier)
     assert task.grade(task.train[:1], ["\\boxed{0.5}"])[0].verdict == "correct"
     task.close()
     task = load_task(small(source="file", path=data_file(tmp_path, ["1/2"] * 8), verifier="exact"), seed=0)

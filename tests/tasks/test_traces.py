@@ -95,5 +95,5 @@ def test_a_row_of_another_shape_is_left_out_and_named(tmp_path, row):
     (tmp_path / "traces.jsonl").write_text(text + "\n")
     found = read_traces(tmp_path / "traces.jsonl", (CHAT, PLAIN), SETTINGS)
     assert found.by_prompt == {}
-    (bad,) = found.bad
+    (bad,) = found.invalid_rows
     assert bad.startswith(f"{tmp_path / 'traces.jsonl'} line 1: ")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.records import Graded, Message, Prompt
-from npo_cli.tasks.user_code import is_user_code, user_grader
+from npo_cli.records import VerifierResult, Message, Prompt
+from npo_cli.tasks.user_code import is_custom_verifier, make_custom_verifier
 
 VERIFIER = """
 import sys
@@ -37,8 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def verdicts(responses: Sequence[str], verifier: str = "mine.py:check") -> list[Graded]:
-    grader = user_grader(verifier, allow_code=True, num_workers=1, timeout=0.5)
+def verdicts(responses: Sequence[str], verifier: str = "mine.py:check") -> list[VerifierResult]:
+    grader = make_custom_verifier(verifier, allow_code=True, num_workers=1, timeout=0.5)
     prompts = [Prompt(prompt_id=f"p{place}", text="2+2=", answer="4") for place in range(len(responses))]
     try:
         return grader.grade(prompts, responses)
@@ -47,10 +47,10 @@ def verdicts(responses: Sequence[str], verifier: str = "mine.py:check") -> list[
 
 
 def test_a_setting_names_code_by_its_file_and_function():
-    assert is_user_code("mine.py:check")
-    assert is_user_code("/a b/c:d/mine.py:check")
-    assert not is_user_code("exact")
-    assert not is_user_code("mine.py")
+    assert is_custom_verifier("mine.py:check")
+    assert is_custom_verifier("/a b/c:d/mine.py:check")
+    assert not is_custom_verifier("exact")
+    assert not is_custom_verifier("mine.py")
 
 
 def test_true_and_one_are_correct_and_less_is_wrong(folder: Path, capfd: pytest.CaptureFixture[str]):
@@ -87,7 +87,7 @@ def test_chat_prompts_are_passed_as_text(folder: Path):
     (folder / "mine.py").write_text(
         "def check(prompt, response, answer):\n    return prompt == 'Be brief.\\n\\n2+2='\n"
     )
-    grader = user_grader("mine.py:check", allow_code=True, num_workers=1, timeout=0.5)
+    grader = make_custom_verifier("mine.py:check", allow_code=True, num_workers=1, timeout=0.5)
     messages = (Message(role="system", content="Be brief."), Message(role="user", content="2+2="))
     assert grader.grade([Prompt(prompt_id="a", messages=messages, answer="4")], ["4"])[0].verdict == "correct"
     grader.close()
@@ -95,7 +95,7 @@ def test_chat_prompts_are_passed_as_text(folder: Path):
 
 def refusal(verifier: str, *, allow_code: bool = True) -> NpoError:
     with pytest.raises(NpoError) as caught:
-        user_grader(verifier, allow_code=allow_code, num_workers=1, timeout=0.5)
+        make_custom_verifier(verifier, allow_code=allow_code, num_workers=1, timeout=0.5)
     return caught.value
 
 
