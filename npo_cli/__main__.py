@@ -1,6 +1,6 @@
 """`python -m npo_cli`: the same as `npo`, for launchers that start modules."""
 
-from npo_cli.cli.app import main
+from npo_cli.cli.main import main
 
 if __name__ == "__main__":
     main()

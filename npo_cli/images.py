@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npo_cli.errors import NpoError
-from npo_cli.records import ImageRef
+from npo_cli.types.rollouts import ImageRef
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,7 +49,8 @@ def decode_image(data: bytes, *, label: str, max_pixels: int | None = None) -> "
         raise NpoError(f"{label} is enormous: {error}", "make it smaller, or remove the row") from error
     except Image.UnidentifiedImageError as error:
         raise NpoError(
-            f"{label} is no picture that can be read", f"write it as one of {', '.join(IMAGE_FORMATS)}, or remove the row"
+            f"{label} is no picture that can be read",
+            f"write it as one of {', '.join(IMAGE_FORMATS)}, or remove the row",
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged bytes
         raise NpoError(f"{label} is damaged: {error}", "write it again, or remove the row") from error

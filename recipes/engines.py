@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from npo_cli.loading import recipe_from_dict, apply_overrides
-from npo_cli.run_dir.checkpoints import Checkpoint, list_ancestry_checkpoints
-from npo_cli.run_dir.lineage import find_newest_branch
-from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.world import Session, sample_groups, load_checkpoint, open_policy, open_task, open_session
+from npo_cli.config.loading import apply_overrides, recipe_from_dict
+from npo_cli.session.session import Session, load_checkpoint, open_policy, open_session, open_task, sample_groups
+from npo_cli.storage.checkpoints import Checkpoint, list_ancestry_checkpoints
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.lineage import find_newest_branch
 
 
 def open_run_session(root: Path, kind: str, overrides: Sequence[str]) -> Session:
@@ -28,14 +28,16 @@ def open_run_session(root: Path, kind: str, overrides: Sequence[str]) -> Session
     branch = find_newest_branch(run)
     recipe = apply_overrides(recipe_from_dict(run.read_recipe(branch)), [*overrides, f"engine.kind={kind}"])
     task = open_task(recipe, allow_code=False)
-    return open_session(run, recipe, task=task, policy=open_policy(recipe, task, list_ancestry_checkpoints(run, branch)[0]))
+    return open_session(
+        run, recipe, task=task, policy=open_policy(recipe, task, list_ancestry_checkpoints(run, branch)[0])
+    )
 
 
-def time_sampling(world: Session, *, num_prompts: int, k: int, number: int) -> tuple[int, float]:
+def time_sampling(session: Session, *, num_prompts: int, k: int, number: int) -> tuple[int, float]:
     """Tokens and seconds of one batch, verification included."""
     began = time.perf_counter()
-    prompts = world.task.train[:num_prompts]
-    groups = sample_groups(world, prompts, seed_label=("bench", number), slots=range(k), sampler_step=0)
+    prompts = session.task.train[:num_prompts]
+    groups = sample_groups(session, prompts, seed_label=("bench", number), slots=range(k), sampler_step=0)
     return sum(len(each.response_ids) for group in groups for each in group.rollouts), time.perf_counter() - began
 
 
@@ -50,25 +52,25 @@ def measure_rates(root: Path, kinds: Sequence[str], given: argparse.Namespace) -
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     syncs: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(given.repeats):
-        for kind, world in worlds.items():
-            touch_weights(world)
+        for kind, session in worlds.items():
+            touch_weights(session)
             began = time.perf_counter()
-            world.sync.in_step(number)
+            session.sync.in_step(number)
             syncs[kind].append(time.perf_counter() - began)
-            tokens, seconds = time_sampling(world, num_prompts=given.prompts, k=given.k, number=number)
+            tokens, seconds = time_sampling(session, num_prompts=given.prompts, k=given.k, number=number)
             found[kind].append(tokens / seconds)
     print("| engine | start, s | sync and proof, s | tokens a second | min | max |\n|---|---|---|---|---|---|")
     for kind in kinds:
         middle, sync = statistics.median(found[kind]), statistics.median(syncs[kind])
         low, high = min(found[kind]), max(found[kind])
         print(f"| {kind} | {starts[kind]:.1f} | {sync:.2f} | {middle:,.0f} | {low:,.0f} | {high:,.0f} |")
-    for world in worlds.values():
-        world.close()
+    for session in worlds.values():
+        session.close()
 
 
-def touch_weights(world: Session) -> None:
+def touch_weights(session: Session) -> None:
     """Write to a tensor, so that the next sync has to send all of them."""
-    next(world.policy.model.parameters()).detach().mul_(1.0)
+    next(session.policy.model.parameters()).detach().mul_(1.0)
 
 
 def compare_walks(root: Path, given: argparse.Namespace) -> None:
@@ -76,14 +78,14 @@ def compare_walks(root: Path, given: argparse.Namespace) -> None:
     run = open_run(root)
     places = list_ancestry_checkpoints(run, find_newest_branch(run))[-given.walk :]
     began = time.perf_counter()
-    with closing(open_run_session(root, "vllm", given.set)) as world:
-        one = [sample_checkpoint(world, place, given) for place in places]
+    with closing(open_run_session(root, "vllm", given.set)) as session:
+        one = [sample_checkpoint(session, place, given) for place in places]
     with_one = time.perf_counter() - began
     began = time.perf_counter()
     many = []
     for place in places:
-        with closing(open_run_session(root, "vllm", given.set)) as world:
-            many.append(sample_checkpoint(world, place, given))
+        with closing(open_run_session(root, "vllm", given.set)) as session:
+            many.append(sample_checkpoint(session, place, given))
     with_many = time.perf_counter() - began
     assert one == many, "the same seeds and weights answer alike"
     print(f"| {len(places)} checkpoints, {one[0][1]:,} tokens of the first | seconds |\n|---|---|")
@@ -92,11 +94,11 @@ def compare_walks(root: Path, given: argparse.Namespace) -> None:
     )
 
 
-def sample_checkpoint(world: Session, place: Checkpoint, given: argparse.Namespace) -> tuple[int, int]:
+def sample_checkpoint(session: Session, place: Checkpoint, given: argparse.Namespace) -> tuple[int, int]:
     """Step, and tokens sampled from it."""
-    load_checkpoint(world.policy, place)
-    prompts = world.task.train[: given.prompts]
-    groups = sample_groups(world, prompts, seed_label=("walk",), slots=range(given.k), sampler_step=place.step)
+    load_checkpoint(session.policy, place)
+    prompts = session.task.train[: given.prompts]
+    groups = sample_groups(session, prompts, seed_label=("walk",), slots=range(given.k), sampler_step=place.step)
     return place.step, sum(len(each.response_ids) for group in groups for each in group.rollouts)
 
 

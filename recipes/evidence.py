@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-NPO = [sys.executable, "-c", "from npo_cli.cli.app import main; main()"]
+NPO = [sys.executable, "-c", "from npo_cli.cli.main import main; main()"]
 GRPO, AUTO = "main", "auto"
 THRESHOLDS = (0.6, 0.9)
 COSTS = ("step", "total_steps", "total_tokens", "total_seconds")
@@ -148,7 +148,9 @@ def costs_to_threshold(places: Sequence[MethodRun], threshold: float, *, axis: s
     """Cost of reaching the threshold, one value a seed; None where it was not reached."""
     found = []
     for place in places:
-        rows = [row for row in read_cost_records(place) if row["record"] == "crossing" and row["threshold"] == threshold]
+        rows = [
+            row for row in read_cost_records(place) if row["record"] == "crossing" and row["threshold"] == threshold
+        ]
         found.append(rows[0][axis])
     return found
 
@@ -195,7 +197,9 @@ def ratio_rows(arm: Method, plain: Sequence[MethodRun], helped: Sequence[MethodR
     better = sum(final_accuracy(b) >= final_accuracy(a) for a, b in zip(plain, helped, strict=True))
     lines = []
     for threshold in THRESHOLDS:
-        slow, fast = ([costs_to_threshold(places, threshold, axis=axis) for axis in COSTS] for places in (plain, helped))
+        slow, fast = (
+            [costs_to_threshold(places, threshold, axis=axis) for axis in COSTS] for places in (plain, helped)
+        )
         ratios = [speed_up(*pair) for pair in zip(slow, fast, strict=True)]
         note = f"not lower on {better} of {len(plain)}"
         lines.append(f"| {arm.name}, ratio | {note} | {threshold} | {' | '.join(ratios)} |")
@@ -286,7 +290,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    plan = Experiment(recipe=given.recipe, lr=given.lr, steps=given.steps, methods=tuple(given.arm), extra=tuple(given.set))
+    plan = Experiment(
+        recipe=given.recipe, lr=given.lr, steps=given.steps, methods=tuple(given.arm), extra=tuple(given.set)
+    )
     given.out.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in given.seeds.split(",")]
     with ThreadPoolExecutor(given.jobs) as pool:

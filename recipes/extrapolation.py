@@ -16,51 +16,59 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from npo_cli.engines.requests import Engine
-from npo_cli.engines.transformers_engine import TransformersEngine
-from npo_cli.loading import recipe_from_dict
+from npo_cli.config.loading import recipe_from_dict
+from npo_cli.extrapolation.sampler import (
+    ExtrapolatedSampler,
+    find_extrapolation,
+    load_older_policy,
+    open_extrapolated_sampler,
+)
+from npo_cli.extrapolation.spec import parse_extrapolation
+from npo_cli.inference.base import Engine
+from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy.extrapolated import ExtrapolatedPolicy
-from npo_cli.run_dir.checkpoints import find_checkpoint
-from npo_cli.run_dir.lineage import find_newest_branch
-from npo_cli.run_dir.paths import open_run
-from npo_cli.stages.ahead import ExtrapolatedSampler, find_extrapolation, load_older_policy, open_extrapolated_sampler
-from npo_cli.stages.pushes import parse_extrapolation
-from npo_cli.stages.world import Session, sample_groups, open_policy, open_task, open_session
+from npo_cli.session.session import Session, open_policy, open_session, open_task, sample_groups
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.lineage import find_newest_branch
 
 
-def time_step(world: Session, given: argparse.Namespace, *, number: int) -> float:
+def time_step(session: Session, given: argparse.Namespace, *, number: int) -> float:
     """Of one batch."""
     clock = time.process_time if given.cpu else time.perf_counter
-    prompts = world.task.train[: given.prompts]
+    prompts = session.task.train[: given.prompts]
     began = clock()
-    groups = sample_groups(world, prompts, seed_label=("bench", number), slots=range(given.k), sampler_step=0)
+    groups = sample_groups(session, prompts, seed_label=("bench", number), slots=range(given.k), sampler_step=0)
     longest = max(len(each.response_ids) for group in groups for each in group.rollouts)
     return (clock() - began) / longest
 
 
-def open_sessions(world: Session, ahead: ExtrapolatedSampler) -> dict[str, Session]:
+def open_sessions(session: Session, ahead: ExtrapolatedSampler) -> dict[str, Session]:
     """The same run with each of three engines."""
     assert isinstance(ahead.policy, ExtrapolatedPolicy), "both models are there only where logits are pushed"
     alone: Engine = TransformersEngine(
         ahead.policy.older.model,
-        world.policy.tokenizer,
-        eos_ids=world.policy.eos_ids,
-        pad_id=world.policy.pad_id,
-        max_rows=world.recipe.engine.max_num_seqs,
-        dtype=world.policy.compute_dtype,
-        vision=world.policy.vision,
+        session.policy.tokenizer,
+        eos_ids=session.policy.eos_ids,
+        pad_id=session.policy.pad_id,
+        max_rows=session.recipe.engine.max_num_seqs,
+        dtype=session.policy.compute_dtype,
+        vision=session.policy.vision,
     )
     old = replace(
-        world, engine=alone, policy=ahead.policy.older, sync=replace(world.sync, engine=alone, policy=ahead.policy.older)
+        session,
+        engine=alone,
+        policy=ahead.policy.older,
+        sync=replace(session.sync, engine=alone, policy=ahead.policy.older),
     )
-    return {"newer alone": world, "older alone": old, "both": ahead.session}
+    return {"newer alone": session, "older alone": old, "both": ahead.session}
 
 
-def measure_engines(world: Session, ahead: ExtrapolatedSampler, given: argparse.Namespace) -> dict[str, list[float]]:
+def measure_engines(session: Session, ahead: ExtrapolatedSampler, given: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds a token step of every turn, the first of which does not count."""
     found: dict[str, list[float]] = {}
     for number in range(-1, given.repeats):
-        for name, one in open_sessions(world, ahead).items():
+        for name, one in open_sessions(session, ahead).items():
             spent = time_step(one, given, number=number)
             if number >= 0:
                 found.setdefault(name, []).append(spent)
@@ -94,12 +102,14 @@ def main() -> None:
     recipe = recipe_from_dict(run.read_recipe(branch))
     task = open_task(recipe, allow_code=False)
     policy = open_policy(recipe, task, find_checkpoint(run, branch, given.at))
-    motion = find_extrapolation(run, branch, parse_extrapolation(given.push), step=given.at, every=recipe.train.save_every)
+    motion = find_extrapolation(
+        run, branch, parse_extrapolation(given.push), step=given.at, every=recipe.train.save_every
+    )
     if motion is None:
         parser.error("there is no older copy so far back")
-    with closing(task), closing(open_session(run, recipe, task=task, policy=policy)) as world:
-        ahead = open_extrapolated_sampler(world, motion, older=load_older_policy(world, motion))
-        print("\n".join(table(measure_engines(world, ahead, given))))
+    with closing(task), closing(open_session(run, recipe, task=task, policy=policy)) as session:
+        ahead = open_extrapolated_sampler(session, motion, older=load_older_policy(session, motion))
+        print("\n".join(table(measure_engines(session, ahead, given))))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from npo_cli.tasks.math_pool import MathVerifier, make_math_verifier
+from npo_cli.tasks.math_verify import MathVerifier, make_math_verifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +112,9 @@ def fit_image(picture: bytes, max_pixels: int) -> tuple[bytes, int]:
     return picture, max(LEAST_TOKENS, ceil(width / side) * ceil(height / side))
 
 
-def drop_unreadable_answers(taken: Sequence[SelectedRow], wanted: SelectionRules, left_out: Counter[str]) -> list[SelectedRow]:
+def drop_unreadable_answers(
+    taken: Sequence[SelectedRow], wanted: SelectionRules, left_out: Counter[str]
+) -> list[SelectedRow]:
     """Those whose reference answer math_verify can compare."""
     readable = wanted.grader.are_readable([str(each.row["answer"]) for each in taken])
     left_out["an answer that math_verify cannot read"] += readable.count(False)
@@ -133,7 +135,9 @@ def prepare(shards: Path, out: Path, wanted: SelectionRules) -> Counter[str]:
             found = [select_row(row, wanted) for row in rows]
             counts.update(each for each in found if isinstance(each, str))
             parts: dict[str, list[dict[str, object]]] = {name: [] for name in writers}
-            for each in drop_unreadable_answers([each for each in found if isinstance(each, SelectedRow)], wanted, counts):
+            for each in drop_unreadable_answers(
+                [each for each in found if isinstance(each, SelectedRow)], wanted, counts
+            ):
                 if each.digest in seen:
                     counts["a repeated row"] += 1
                     continue

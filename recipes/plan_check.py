@@ -21,18 +21,19 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from npo_cli.config import Recipe
-from npo_cli.engines.opening import open_engine
-from npo_cli.engines.requests import SampleRequest
-from npo_cli.loading import load_recipe
-from npo_cli.plan_records import Hardware
-from npo_cli.policy.footprint import gpu_needs
+from npo_cli.config.loading import load_recipe
+from npo_cli.config.recipe import Recipe
+from npo_cli.inference.base import SampleRequest
+from npo_cli.inference.registry import open_engine
+from npo_cli.memory.footprint import gpu_needs
+from npo_cli.memory.model_shape import model_shape
+from npo_cli.memory.planner import sum_bytes
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 from npo_cli.policy.optimizer import build_optimizer
-from npo_cli.policy.shape import model_shape
-from npo_cli.stages.plan import sum_bytes
-from npo_cli.stages.update import TrainingSample, Updater
+from npo_cli.training.update import Updater
+from npo_cli.training.update_types import TrainingSample
+from npo_cli.types.memory import Hardware
 
 PROMPT, RESPONSE, ROWS = 64, 192, 8
 MB = 10**6
@@ -152,7 +153,9 @@ def estimate_peaks(recipe: Recipe) -> Peaks:
     shape = model_shape(recipe.model)
     needs = [need for need in gpu_needs(recipe, shape, Hardware(num_gpus=1, gpu_bytes=0)) if "CUDA" not in need.label]
     always = sum_bytes(needs, "always")
-    return Peaks(held=always, update=always + sum_bytes(needs, "update"), sampling=always + sum_bytes(needs, "sampling"))
+    return Peaks(
+        held=always, update=always + sum_bytes(needs, "update"), sampling=always + sum_bytes(needs, "sampling")
+    )
 
 
 def run_case(name: str, out: Path) -> dict[str, dict[str, int]]:

@@ -10,10 +10,10 @@ import json
 import random
 from pathlib import Path
 
-from npo_cli.loading import load_recipe
-from npo_cli.records import Prompt
-from npo_cli.stages.world import open_task
+from npo_cli.config.loading import load_recipe
+from npo_cli.session.session import open_task
 from npo_cli.tasks.micro import Noise, noisy_response
+from npo_cli.types.rollouts import Prompt
 
 EXACT = Noise(digit=0.0, carry=0.0, misconception=0.0)
 

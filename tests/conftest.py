@@ -1,16 +1,20 @@
-"""A tiny Qwen3-VL for every room, made once, as recipes/tiny_vl.py makes it."""
+"""Fixtures that several packages share. Imports wait inside them, so that tests of pure packages need no torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from recipes import tiny_vl
-from tests.pictures import load_vision_policy
+if TYPE_CHECKING:
+    from tests.helpers.warm_process import ForkServer
 
 
 @pytest.fixture(scope="session")
 def untaught_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights."""
+    """A tiny Qwen3-VL with random weights, as recipes/tiny_vl.py makes it."""
+    from recipes import tiny_vl
+
     folder = tmp_path_factory.mktemp("vl") / "untaught"
     tiny_vl.save_untrained(folder, seed=0)
     return folder
@@ -18,7 +22,10 @@ def untaught_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def taught_vl(untaught_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same after a few lessons: it answers with one digit, often a wrong one."""
+    """The same after 30 supervised steps: it answers with one digit, often a wrong one."""
+    from recipes import tiny_vl
+    from tests.helpers.images import load_vision_policy
+
     folder = tmp_path_factory.mktemp("vl") / "taught"
     policy = load_vision_policy(untaught_vl)
     for _ in tiny_vl.train_supervised(policy, num_steps=30, seed=0):
@@ -26,3 +33,43 @@ def taught_vl(untaught_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder.mkdir()
     policy.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 steps of plain GRPO with checkpoints 0, 2 and 4, and a guide cache of step 4 for the prompts of steps 3 and 4."""
+    from tests.helpers.runs import sample, train
+
+    root = tmp_path_factory.mktemp("scout") / "run"
+    train(root)
+    sample(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps under AutoNPO with two interventions (see tests/helpers/autonpo_runs.py)."""
+    from tests.helpers.autonpo_runs import start_autonpo
+
+    root = tmp_path_factory.mktemp("watched") / "run"
+    list(start_autonpo(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 12 steps of plain GRPO."""
+    from tests.helpers.autonpo_runs import train_grpo
+
+    root = tmp_path_factory.mktemp("plain") / "run"
+    train_grpo(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator["ForkServer"]:
+    """A process that has imported everything and forks an `npo` for each command line."""
+    from tests.helpers.warm_process import start_fork_server
+
+    with start_fork_server() as process:
+        yield process

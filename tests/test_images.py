@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from npo_cli.errors import NpoError
-from npo_cli.images import decode_image, make_in_memory_image_ref, make_image_ref, open_image
+from npo_cli.images import decode_image, make_image_ref, make_in_memory_image_ref, open_image
 
 LIMIT = 1000
 

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.auto_records import NonTriggerSpan
-from npo_cli.cli.console import print_records
-from npo_cli.cli.early import load_run_recipe
+from npo_cli.cli.checks import load_run_recipe
 from npo_cli.cli.options import BranchOpt, JsonOpt, OverridesArg
+from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
+from npo_cli.types.autonpo import NonTriggerSpan
 
 FIGURE_FORMATS = (".png", ".svg", ".pdf")
 
@@ -56,18 +56,20 @@ def autonpo(
     if source.is_dir():
         load_run_recipe(source, None, branch=branch)
     if not explain:
-        from npo_cli.stages.rehearse import report_history
+        from npo_cli.autonpo.dry_run import report_history
 
         print_records(report_history(source, branch=branch), as_json=as_json)
         return
     _check_picture(out)
 
-    from npo_cli.stages.recorded import LogColumns
-    from npo_cli.stages.rehearse import explain_autonpo
+    from npo_cli.autonpo.dry_run import explain_autonpo
+    from npo_cli.autonpo.trainer_logs import LogColumns
 
     columns = LogColumns(step=step, reward=reward, entropy=entropy)
     shown = out is not None or not as_json
-    records = explain_autonpo(source, columns=columns, overrides=overrides or (), branch=branch, figure_path=out, draw=shown)
+    records = explain_autonpo(
+        source, columns=columns, overrides=overrides or (), branch=branch, figure_path=out, draw=shown
+    )
     # One JSON object a move: why nothing happened elsewhere is for tables.
     print_records((one for one in records if not (as_json and isinstance(one, NonTriggerSpan))), as_json=as_json)
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt, OverridesArg, RecipeArg
+from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
 
 MethodsOpt = Annotated[
@@ -44,7 +44,7 @@ def bench(
     With --grid each method first chooses its own best value on other seeds. The same command goes on where it
     stopped; npo compare DIR and npo report DIR set the runs side by side.
     """
-    from npo_cli.stages.bench import BenchSpec, run_bench
+    from npo_cli.experiments.bench import BenchSpec, run_bench
 
     question = BenchSpec(
         recipe=recipe,

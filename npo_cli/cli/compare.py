@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
 
 FIGURE_FORMATS = (".png", ".svg")
@@ -55,6 +55,8 @@ def compare(
         if path is not None and path.is_dir():
             raise NpoError(f"{option}: {path} is a folder", "name a file in it")
 
-    from npo_cli.stages.compare import compare_runs
+    from npo_cli.experiments.compare import compare_runs
 
-    print_records(compare_runs(arms, thresholds=thresholds or (), baseline=baseline, csv=csv, figure=figure), as_json=as_json)
+    print_records(
+        compare_runs(arms, thresholds=thresholds or (), baseline=baseline, csv=csv, figure=figure), as_json=as_json
+    )

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.output import print_records
 
 
 def demo(
@@ -20,11 +20,11 @@ def demo(
 
     GRPO against NPO on the embedded task, ending with a table and a picture.
     """
-    from npo_cli.loading import load_recipe
-    from npo_cli.run_dir.paths import check_unused
+    from npo_cli.config.loading import load_recipe
+    from npo_cli.storage.layout import check_unused
 
     check_unused(out, flag="--out")
 
-    from npo_cli.stages.demo import RECIPE, run_demo
+    from npo_cli.experiments.demo import RECIPE, run_demo
 
     print_records(run_demo(out, seed=seed), as_json=as_json, num_steps=load_recipe(RECIPE).train.num_steps)

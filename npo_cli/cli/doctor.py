@@ -2,8 +2,8 @@
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.output import print_records
 
 
 def doctor(as_json: JsonOpt = False) -> None:
@@ -11,7 +11,7 @@ def doctor(as_json: JsonOpt = False) -> None:
 
     The exit code is 1 if something needed is missing.
     """
-    from npo_cli.stages.doctor import run_checks
+    from npo_cli.cli.environment_checks import run_checks
 
     checks = run_checks()
     print_records(checks, as_json=as_json)

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
-from npo_cli.cli.early import load_run_recipe
+from npo_cli.cli.checks import load_run_recipe
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
 
 
@@ -30,7 +30,7 @@ def evaluate(
         raise NpoError("--step and --all contradict each other", "give one of them, or none for the newest checkpoint")
     load_run_recipe(run, overrides, branch=branch)
 
-    from npo_cli.stages.evaluate import evaluate_run
+    from npo_cli.training.evaluate import evaluate_run
 
     records = evaluate_run(
         run, step=step, every_step=every_step, branch=branch, overrides=overrides or (), allow_code=allow_code

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, RunArg
+from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
 
 ExportFormat = Literal["trl", "verl"]
@@ -23,7 +23,8 @@ def export(
         int | None, typer.Option("--step", min=0, metavar="N", help="This checkpoint, as a folder.")
     ] = None,
     columns: Annotated[
-        ExportFormat, typer.Option("--columns", metavar="KIND", help="guide: trl (prompts as they are) or verl (as chats).")
+        ExportFormat,
+        typer.Option("--columns", metavar="KIND", help="guide: trl (prompts as they are) or verl (as chats)."),
     ] = "trl",
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
@@ -38,7 +39,7 @@ def export(
             "npo export takes either --guide NAME or --step N", f"npo export {quote_path(run)} --step N --out DIR"
         )
 
-    from npo_cli.stages.export import export_checkpoint, export_guide
+    from npo_cli.interop.export import export_checkpoint, export_guide
 
     if guide is not None:
         records = export_guide(run, guide, out=out, form=columns, allow_code=allow_code)

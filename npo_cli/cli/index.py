@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
 
 ImportOpt = Annotated[
@@ -41,9 +41,11 @@ def index(
     given = {"KEY=VALUE": overrides, "--recipe": recipe, "--metrics": metrics, "--base": base}
     for name, value in given.items():
         if value and source is None:
-            raise NpoError(f"{name} belongs to --import", f"npo index {quote_path(run)} --import FOLDER --recipe RECIPE")
+            raise NpoError(
+                f"{name} belongs to --import", f"npo index {quote_path(run)} --import FOLDER --recipe RECIPE"
+            )
     if source is None:
-        from npo_cli.stages.index import index_run
+        from npo_cli.storage.index import index_run
 
         print_records(index_run(run, verify=verify), as_json=as_json)
         return
@@ -51,7 +53,9 @@ def index(
         again = f"npo index {quote_path(run)} --import {quote_path(source)}"
         raise NpoError("checkpoints do not say what task they were trained on: --recipe does", f"{again} --recipe R")
 
-    from npo_cli.stages.import_run import ImportSpec, import_run
+    from npo_cli.interop.import_run import ImportSpec, import_run
 
-    asked = ImportSpec(source_folder=source, recipe=recipe, overrides=tuple(overrides or ()), metrics=metrics, saves_base=base)
+    asked = ImportSpec(
+        source_folder=source, recipe=recipe, overrides=tuple(overrides or ()), metrics=metrics, saves_base=base
+    )
     print_records(import_run(run, asked, allow_code=allow_code), as_json=as_json)

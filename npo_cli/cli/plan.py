@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt, OverridesArg
-from npo_cli.plan_records import Hardware
+from npo_cli.cli.output import print_records
+from npo_cli.types.memory import Hardware
 
 GB = 10**9
 
@@ -45,7 +45,7 @@ def plan(
         gpus_per_machine=per_machine,
     )
 
-    from npo_cli.stages.plan import plan_resources, validate_fits
+    from npo_cli.memory.planner import plan_resources, validate_fits
 
     found = list(plan_resources(recipe, overrides or (), method=method, hardware=footing, autonpo=autonpo))
     print_records(found, as_json=as_json)

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from npo_cli.cli.terminal import print_status, escape_for_terminal
-from npo_cli.records import Notice, Progress, StepReport
+from npo_cli.cli.terminal import escape_for_terminal, print_status
+from npo_cli.types.rollouts import Notice, Progress, StepReport
 
 ProgressCallback = Callable[[Progress | Notice | StepReport], None]
 
@@ -55,7 +55,18 @@ class PlainProgress:
         if due or record.done == record.total:
             self._told[record.description] = now
             left = format_time_left(record, seconds=now - began, num_done=record.done - first)
-            print_status("  ".join(filter(None, [f"{escape_for_terminal(record.description)} {_share(record)}", escape_for_terminal(record.note), left])))
+            print_status(
+                "  ".join(
+                    filter(
+                        None,
+                        [
+                            f"{escape_for_terminal(record.description)} {_share(record)}",
+                            escape_for_terminal(record.note),
+                            left,
+                        ],
+                    )
+                )
+            )
 
 
 def format_time_left(record: Progress, *, seconds: float, num_done: int) -> str:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import print_data
 
 if TYPE_CHECKING:
-    from npo_cli.report.lines import RecipeView
+    from npo_cli.types.views import RecipeView
 
 
 def recipes(
@@ -26,7 +26,7 @@ def recipes(
     as_json: JsonOpt = False,
 ) -> None:
     """List the shipped recipes, or print one whole."""
-    from npo_cli.loading import load_recipe, recipe_to_dict, recipe_to_yaml
+    from npo_cli.config.loading import load_recipe, recipe_to_dict, recipe_to_yaml
 
     if name is not None:
         recipe = load_recipe(name, method=method)
@@ -36,9 +36,9 @@ def recipes(
 
 
 def _recipes() -> "Iterator[RecipeView]":
-    from npo_cli.loading import load_recipe
-    from npo_cli.recipe_files import list_recipe_names, find_recipe
-    from npo_cli.report.lines import RecipeView
+    from npo_cli.config.loading import load_recipe
+    from npo_cli.config.locate import find_recipe, list_recipe_names
+    from npo_cli.types.views import RecipeView
 
     for name in list_recipe_names():
         yield RecipeView(name=name, description=load_recipe(name).description, path=str(find_recipe(name)))
@@ -46,8 +46,8 @@ def _recipes() -> "Iterator[RecipeView]":
 
 def _methods() -> "Iterator[RecipeView]":
     """Their first comment says what they are."""
-    from npo_cli.recipe_files import list_method_names, find_method
-    from npo_cli.report.lines import RecipeView
+    from npo_cli.config.locate import find_method, list_method_names
+    from npo_cli.types.views import RecipeView
 
     for name in list_method_names():
         path = find_method(name)

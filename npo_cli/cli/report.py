@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
+from npo_cli.cli.output import print_records
 
 
 def report(
@@ -25,6 +25,6 @@ def report(
 
     Curves, lineage, Q, V and S, decisions with their evidence, costs, and answers beside the guide's.
     """
-    from npo_cli.stages.report import write_report
+    from npo_cli.report.build import write_report
 
     print_records(write_report(runs, out, plots_folder=pictures), as_json=False)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
-from npo_cli.cli.early import load_run_recipe, resolve_last_step
+from npo_cli.cli.checks import load_run_recipe, resolve_last_step
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
+from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
 
 AtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Roll back to this step.")]
@@ -57,15 +57,15 @@ def resume(
     where = {"overrides": overrides or (), "at": at, "source_branch": source, "new_branch": branch}
     if fresh:
         validate_fresh_optimizer(run, at=at, autonpo=autonpo)
-    from npo_cli.stages.tracking import track_records
+    from npo_cli.training.tracking import track_records
 
     if autonpo:
         validate_no_guide_options(run, guide=guide, steps=steps)
-        from npo_cli.stages.autonpo import resume_autonpo
+        from npo_cli.autonpo.run import resume_autonpo
 
         records = resume_autonpo(run, **where, allow_code=allow_code)
     else:
-        from npo_cli.stages.resume import resume_run
+        from npo_cli.training.resume import resume_run
 
         records = resume_run(run, **where, guide=guide, steps=steps, until=until, allow_code=allow_code, fresh=fresh)
     print_records(track_records(run, settled, records), as_json=as_json, num_steps=last)

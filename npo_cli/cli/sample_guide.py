@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.console import print_records
-from npo_cli.cli.early import load_run_recipe
+from npo_cli.cli.checks import load_run_recipe
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.output import print_records
 
 GuideOpt = Annotated[
     int | None,
@@ -60,8 +60,8 @@ def sample_guide(
     """
     load_run_recipe(run, overrides, branch=branch)
 
-    from npo_cli.stages.guide_plan import SourceSpec
-    from npo_cli.stages.sample_guide import build_guide_cache
+    from npo_cli.guides.registry import SourceSpec
+    from npo_cli.guides.sample_guide import build_guide_cache
 
     records = build_guide_cache(
         run,

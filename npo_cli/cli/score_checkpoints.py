@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
-from npo_cli.cli.early import load_run_recipe, parse_steps
+from npo_cli.cli.checks import load_run_recipe, parse_steps
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.output import print_records
 
 
 def score_checkpoints(
@@ -31,7 +31,7 @@ def score_checkpoints(
     chosen = None if candidates is None else parse_steps(candidates)
     load_run_recipe(run, overrides, branch=branch)
 
-    from npo_cli.stages.score_checkpoints import score_run
+    from npo_cli.guides.score import score_run
 
     records = score_run(run, at=at, candidates=chosen, branch=branch, overrides=overrides or (), allow_code=allow_code)
     print_records(records, as_json=as_json)

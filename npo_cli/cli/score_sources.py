@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
-from npo_cli.cli.early import load_run_recipe, parse_steps
+from npo_cli.cli.checks import load_run_recipe, parse_steps
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.output import print_records
 
 AtOpt = Annotated[
     int | None, typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: guide.replay.at_step]")
@@ -43,8 +43,8 @@ def score_sources(
     chosen = None if candidates is None else parse_steps(candidates)
     load_run_recipe(run, overrides, branch=branch)
 
-    from npo_cli.stages.score_sources import score_sources as scored
-    from npo_cli.stages.source_arms import parse_source_specs
+    from npo_cli.guides.score import parse_source_specs
+    from npo_cli.guides.score import score_sources as scored
 
     records = scored(
         run,

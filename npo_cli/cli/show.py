@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.console import print_records
 from npo_cli.cli.options import JsonOpt, RunArg
-from npo_cli.cli.terminal import print_status, escape_for_terminal
+from npo_cli.cli.output import print_records
+from npo_cli.cli.terminal import escape_for_terminal, print_status
 
 ShowTopic = Literal["metrics", "rollouts", "guides", "lineage", "groups", "costs"]
 
@@ -30,7 +30,7 @@ def show(
     rollouts and groups are those of the newest step, unless --step or --prompt says otherwise. `rollouts --prompt ID`
     follows one prompt through training, across the branches that this one descends from.
     """
-    from npo_cli.stages.show import show_run
+    from npo_cli.report.show import show_run
 
     lines = show_run(run, what, branch=branch, step=step, prompt_id=prompt, limit=limit)
     if not lines:

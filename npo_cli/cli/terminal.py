@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TextIO
 
-from npo_cli.report.inert import escape_control_chars
+from npo_cli.report.text_sanitizer import escape_control_chars
 
 
 def escape_for_terminal(text: str) -> str:

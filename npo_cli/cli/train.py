@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.console import print_records
-from npo_cli.cli.early import resolve_last_step
+from npo_cli.cli.checks import resolve_last_step
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RecipeArg, UntilOpt
+from npo_cli.cli.output import print_records
 
 
 def train(
@@ -30,20 +30,20 @@ def train(
 
     Checkpoints, metrics and rollouts are written to the run directory as it goes.
     """
-    from npo_cli.loading import load_recipe
-    from npo_cli.run_dir.paths import check_unused
+    from npo_cli.config.loading import load_recipe
+    from npo_cli.storage.layout import check_unused
 
     resolved = load_recipe(recipe, overrides or (), method=method)
     check_unused(run)
     last = resolve_last_step(until, resolved, after=-1, autonpo=autonpo)
-    from npo_cli.stages.tracking import track_records
+    from npo_cli.training.tracking import track_records
 
     if autonpo:
-        from npo_cli.stages.autonpo import train_autonpo
+        from npo_cli.autonpo.run import train_autonpo
 
         records = train_autonpo(run, resolved, allow_code=allow_code)
     else:
-        from npo_cli.stages.train import train_run
+        from npo_cli.training.train import train_run
 
         records = train_run(run, resolved, until=until, allow_code=allow_code)
     print_records(track_records(run, resolved, records), as_json=as_json, num_steps=last)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npo_cli.policy.adapters import ADAPTER_NAME, PEFT_PREFIX, read_fitting_adapters, is_lora_A
+from npo_cli.policy.device import mixed_precision
 from npo_cli.policy.logprobs import (
     Head,
     TokenRow,
@@ -26,10 +26,10 @@ from npo_cli.policy.logprobs import (
     response_hidden,
     suppress_tokens,
 )
+from npo_cli.policy.lora import ADAPTER_NAME, PEFT_PREFIX, is_lora_A, read_fitting_adapters
 from npo_cli.policy.model import Policy
-from npo_cli.policy.precision import mixed_precision
-from npo_cli.policy.weights import read_fitting_weights, tied_names
-from npo_cli.records import Prompt
+from npo_cli.policy.weights_io import read_fitting_weights, tied_names
+from npo_cli.types.rollouts import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,8 @@ class ExtrapolatedPolicy:
         pieces = []
         with mixed_precision(self.newer.model, self.newer.compute_dtype):
             (new_MH, new_head), (old_MH, old_head) = (
-                response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (self.newer, self.older)
+                response_hidden(policy.model, packed, plain_head=policy.plain_head)
+                for policy in (self.newer, self.older)
             )
             joined_MX = torch.cat([new_MH, old_MH], dim=1)
             head = _pushed_head(new_head, old_head, strength=self.strength, width=new_MH.shape[1])
@@ -135,4 +136,7 @@ def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
 
 def _live_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names that peft gives to live adapters, from those of its files."""
-    return {name.removeprefix(PEFT_PREFIX).replace(".weight", f".{ADAPTER_NAME}.weight"): one for name, one in tensors.items()}
+    return {
+        name.removeprefix(PEFT_PREFIX).replace(".weight", f".{ADAPTER_NAME}.weight"): one
+        for name, one in tensors.items()
+    }

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from npo_cli.records import ImageRef
+from npo_cli.types.rollouts import ImageRef
 
 HEAD_TEST_SCALE = 1000.0
 
@@ -110,7 +110,9 @@ def response_hidden(model: PreTrainedModel, packed: PackedRows, *, plain_head: b
     if not plain_head:
         logits_NLW = model(input_ids=packed.input_ids_NL, **packed.vision_inputs, use_cache=False).logits
         return logits_NLW[packed.row_M, packed.position_M], torch.nn.Identity()
-    hidden_NLH = model.base_model(input_ids=packed.input_ids_NL, **packed.vision_inputs, use_cache=False).last_hidden_state
+    hidden_NLH = model.base_model(
+        input_ids=packed.input_ids_NL, **packed.vision_inputs, use_cache=False
+    ).last_hidden_state
     return hidden_NLH[packed.row_M, packed.position_M], model.get_output_embeddings()
 
 

@@ -14,18 +14,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from npo_cli.config import ModelSettings
+from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
-from npo_cli.policy.adapters import (
-    AdapterInfo,
-    adapter_tensors,
-    attach_adapters,
-    base_tensors,
-    load_adapters,
-    save_adapters,
-    disable_adapters,
-)
-from npo_cli.policy.devices import choose_device
+from npo_cli.policy.device import choose_device, mixed_precision, patch_with_liger
+from npo_cli.policy.fsdp import ShardingContext, UnshardedView
 from npo_cli.policy.gguf import GGUF_PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
@@ -33,14 +25,21 @@ from npo_cli.policy.logprobs import (
     has_plain_head,
     pack_rows,
     recompute_activations,
-    token_scores,
     remove_dropout,
+    token_scores,
 )
-from npo_cli.policy.precision import mixed_precision, patch_with_liger
-from npo_cli.policy.sharding import ShardingContext, UnshardedView
-from npo_cli.policy.vision import Vision, load_vision, find_model_class
-from npo_cli.policy.weights import load_weights, check_loaded_weights, tensors_digest
-from npo_cli.records import Prompt
+from npo_cli.policy.lora import (
+    AdapterInfo,
+    adapter_tensors,
+    attach_adapters,
+    base_tensors,
+    disable_adapters,
+    load_adapters,
+    save_adapters,
+)
+from npo_cli.policy.vision import Vision, find_model_class, load_vision
+from npo_cli.policy.weights_io import check_loaded_weights, load_weights, tensors_digest
+from npo_cli.types.rollouts import Prompt
 
 MICRO_BASE_FOLDER = Path(__file__).parent.parent / "assets" / "micro-base"
 BUNDLED_MODELS = ("micro-base", *GGUF_PACKAGES)

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from npo_cli.auto_records import FailedPrompt
-from npo_cli.config import TrainSettings
+from npo_cli.config.recipe import TrainSettings
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
-from npo_cli.guide_records import ReplayBuffer, ExtrapolationSpec, ExtrapolationState, Success
-from npo_cli.policy.moment_files import STATE_FILE, read_small_tensors, read_full_state
-from npo_cli.policy.sharding import is_shard, local_tensor
+from npo_cli.policy.checkpoint_state import STATE_FILE, read_full_state, read_small_tensors
+from npo_cli.policy.fsdp import is_shard, local_tensor
+from npo_cli.types.autonpo import FailedPrompt
+from npo_cli.types.guides import ExtrapolationSpec, ExtrapolationState, ReplayBuffer, Success
 
 SCALARS_FILE = "state.json"
 
@@ -146,7 +146,9 @@ def _read_state(folder: Path, *, moments: bool) -> tuple[dict[str, Tensor], dict
         scalars = json.loads((folder / SCALARS_FILE).read_text(encoding="ascii"))
         return read_full_state(folder) if moments else read_small_tensors(folder, start="rng."), scalars
     except (OSError, ValueError, SafetensorError) as error:
-        raise NpoError(f"{folder}: the training state cannot be read: {error}", damaged_checkpoint_hint(folder.parent)) from error
+        raise NpoError(
+            f"{folder}: the training state cannot be read: {error}", damaged_checkpoint_hint(folder.parent)
+        ) from error
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> TrainerState:
@@ -169,7 +171,9 @@ def load_moments(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> 
     restore_moments(folder, _read_state(folder, moments=True)[0], model=model, optimizer=optimizer)
 
 
-def restore_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: Optimizer) -> None:
+def restore_moments(
+    folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: Optimizer
+) -> None:
     """Moments by parameter name into the optimiser, in place of what it has; refused where they do not fit."""
     has_moments = any(not key.startswith("rng.") for key in tensors)
     optimizer.state.clear()
@@ -178,9 +182,12 @@ def restore_moments(folder: Path, tensors: Mapping[str, Tensor], *, model: PreTr
         found = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
         if has_moments and parameter.requires_grad and found.keys() != shapes.keys():
             raise NpoError(f"{folder}: optimizer state of {name} is missing", damaged_checkpoint_hint(folder.parent))
-        if not all(value.shape == shapes[key] and torch.isfinite(local_tensor(value)).all() for key, value in found.items()):
+        if not all(
+            value.shape == shapes[key] and torch.isfinite(local_tensor(value)).all() for key, value in found.items()
+        ):
             raise NpoError(
-                f"{folder}: optimizer state of {name} has another shape or is not finite", damaged_checkpoint_hint(folder.parent)
+                f"{folder}: optimizer state of {name} has another shape or is not finite",
+                damaged_checkpoint_hint(folder.parent),
             )
         if found:
             moved = {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}
@@ -204,7 +211,8 @@ def _state_of(scalars: Mapping[str, Any]) -> TrainerState:
         running_metrics=scalars["trackers"],
         failed_prompts=mistakes,
         replay_buffer=None if kept is None else _experience_of(kept),
-        extrapolation_choice=choice and ExtrapolationState(spec=ExtrapolationSpec(**choice["push"]), is_active=choice["asking"]),
+        extrapolation_choice=choice
+        and ExtrapolationState(spec=ExtrapolationSpec(**choice["push"]), is_active=choice["asking"]),
     )
 
 

@@ -32,14 +32,19 @@ from transformers.utils import cached_file
 from npo_cli.errors import NpoError
 from npo_cli.images import open_image, require_pillow
 from npo_cli.policy.logprobs import PackedRows, TokenRow
-from npo_cli.records import IMAGE_PLACEHOLDER, ImageRef, Prompt
+from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, ImageRef, Prompt
 
 if TYPE_CHECKING:
-    from npo_cli.images import Image
+    from PIL import Image
 
 SUPPORTED_MODEL_TYPES = ("qwen3_vl",)
 """config.model_type of the models whose inputs are made here."""
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
 """What a model's folder holds for its processor."""
 CACHE_BYTES = 256 << 20
 

@@ -3,18 +3,25 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from npo_cli.costs import CostToThreshold
-from npo_cli.guide_records import GuideCacheInfo, SourceScore
-from npo_cli.records import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
-from npo_cli.report.auto_tables import AUTONPO_TABLES
-from npo_cli.report.bench_tables import tuning_tables
-from npo_cli.report.cells import Table, format_count, format_interval, format_number, format_bytes, drop_empty_columns
-from npo_cli.report.compare_tables import COMPARE_TABLES
-from npo_cli.report.cost_tables import cost_to_threshold_tables
-from npo_cli.report.lines import DoctorCheck, GroupView, PromptHistory, RecipeView, RolloutView, TunedSetting, PromptVisit
-from npo_cli.report.plan_tables import PLAN_TABLES
-from npo_cli.report.source_tables import sources_tables
-from npo_cli.report.stories import prompt_history_tables, visits_tables
+from npo_cli.report.prompt_tables import prompt_history_tables, visits_tables
+from npo_cli.report.table import Table, drop_empty_columns, format_bytes, format_count, format_interval, format_number
+from npo_cli.report.tables_autonpo import AUTONPO_TABLES
+from npo_cli.report.tables_compare import COMPARE_TABLES, tuning_tables
+from npo_cli.report.tables_costs import cost_to_threshold_tables
+from npo_cli.report.tables_memory import PLAN_TABLES
+from npo_cli.report.tables_sources import sources_tables
+from npo_cli.types.costs import CostToThreshold
+from npo_cli.types.guides import GuideCacheInfo, SourceScore
+from npo_cli.types.rollouts import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
+from npo_cli.types.views import (
+    DoctorCheck,
+    GroupView,
+    PromptHistory,
+    PromptVisit,
+    RecipeView,
+    RolloutView,
+    TunedSetting,
+)
 
 
 def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
@@ -28,7 +35,12 @@ def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
             *(one.branch, str(one.step), one.parent or "-", one.tier, format_bytes(one.size_bytes)),
             *("yes" if one.complete else "NO", (one.digest or "-")[:12]),
             *(format_number(one.reward), format_number(one.entropy), format_number(one.accuracy)),
-            *(format_number(one.quality), format_number(one.variance), format_number(one.signal), format_count(one.learner_step)),
+            *(
+                format_number(one.quality),
+                format_number(one.variance),
+                format_number(one.signal),
+                format_count(one.learner_step),
+            ),
         )
         for one in entries
     )
@@ -49,7 +61,12 @@ def _signal_table(scores: Sequence[CheckpointScore]) -> Table:
             format_interval(one.quality, one.quality_low, one.quality_high),
             format_interval(one.variance, one.variance_low, one.variance_high),
             format_interval(one.signal, one.signal_low, one.signal_high),
-            *(format_number(one.p_best, digits=2), format_number(one.pass_at_1), format_number(one.pass_at_k), format_number(one.quality_net)),
+            *(
+                format_number(one.p_best, digits=2),
+                format_number(one.pass_at_1),
+                format_number(one.pass_at_k),
+                format_number(one.quality_net),
+            ),
             *(format_number(one.ess_fraction), _mark(one)),
         )
         for one in scores
@@ -58,7 +75,9 @@ def _signal_table(scores: Sequence[CheckpointScore]) -> Table:
 
 
 def _mark(score: CheckpointScore) -> str:
-    return " ".join(word for word, said in (("<- chosen", score.is_selected), ("unreliable V", score.is_unreliable)) if said)
+    return " ".join(
+        word for word, said in (("<- chosen", score.is_selected), ("unreliable V", score.is_unreliable)) if said
+    )
 
 
 def _score_notes(scores: Sequence[CheckpointScore]) -> tuple[str, ...]:
@@ -88,7 +107,11 @@ def _variance_table(scores: Sequence[CheckpointScore]) -> Table:
         (
             *(str(one.step), str(one.distance), format_number(one.variance)),
             *(format_number(one.variances.get(kind)) for kind in kinds),
-            *(format_number(one.kl_per_token), format_number(one.kl_per_sequence), format_number(one.mean_length, digits=1)),
+            *(
+                format_number(one.kl_per_token),
+                format_number(one.kl_per_sequence),
+                format_number(one.mean_length, digits=1),
+            ),
         )
         for one in scores
     )
@@ -122,9 +145,16 @@ def guides_tables(guides: Sequence[GuideCacheInfo]) -> tuple[Table, ...]:
         (
             *(one.name, one.branch, f"{one.learner_step + 1}-{one.learner_step + one.num_steps}"),
             *(one.source, format_count(one.guide_step), one.origin),
-            *(f"{format_count(one.num_prompts_with_rollouts)} of {format_count(one.num_prompts)}", format_count(one.num_rollouts or one.num_prompts_with_rollouts)),
+            *(
+                f"{format_count(one.num_prompts_with_rollouts)} of {format_count(one.num_prompts)}",
+                format_count(one.num_rollouts or one.num_prompts_with_rollouts),
+            ),
             *(format_count(one.num_samples), format_count(one.num_tokens), format_count(one.external_tokens or None)),
-            *(format_count(one.guide_training_tokens or None), "yes" if one.has_logps else "none", "yes" if one.complete else "NO"),
+            *(
+                format_count(one.guide_training_tokens or None),
+                "yes" if one.has_logps else "none",
+                "yes" if one.complete else "NO",
+            ),
         )
         for one in guides
     )
@@ -211,7 +241,11 @@ def groups_tables(lines: Sequence[GroupView]) -> tuple[Table, ...]:
     rows = tuple(
         (
             *(one.branch, str(one.step), one.group.prompt.prompt_id, str(len(one.group.rollouts))),
-            *(format_number(one.group.on_policy_accuracy), format_number(_mean_reward(one)), one.group.injection_status),
+            *(
+                format_number(one.group.on_policy_accuracy),
+                format_number(_mean_reward(one)),
+                one.group.injection_status,
+            ),
         )
         for one in lines
     )

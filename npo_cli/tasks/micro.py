@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from npo_cli.records import Prompt
+from npo_cli.types.rollouts import Prompt
 
 ALPHABET = "0123456789_^+=#"
 FILL = "."

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from npo_cli.images import make_in_memory_image_ref, require_pillow
-from npo_cli.records import IMAGE_PLACEHOLDER, ImageRef, Message, Prompt
+from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, ImageRef, Message, Prompt
 
 CELL_PIXELS = 8
 NUM_CELLS = 4

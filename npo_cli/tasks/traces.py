@@ -13,11 +13,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from npo_cli.config import TaskSettings
+from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
-from npo_cli.records import Message, Prompt
-from npo_cli.tasks.rows import TableRow, read_rows
-from npo_cli.tasks.shape import format_prompt
+from npo_cli.tasks.prompt_format import format_prompt
+from npo_cli.tasks.table_io import TableRow, read_rows
+from npo_cli.types.rollouts import Message, Prompt
 
 TRACE_COLUMNS = ("prompt_id", "prompt", "response", "response_ids", "logps")
 

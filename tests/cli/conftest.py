@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.slips import SMALL, npo
+from tests.helpers.cli_errors import SMALL, npo
 
 FEW = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50")
 

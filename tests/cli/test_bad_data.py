@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.slips import SMALL, CommandResult, npo, assert_refused
+from tests.helpers.cli_errors import SMALL, CommandResult, assert_refused, npo
 
 GOOD = tuple(json.dumps({"prompt": f"{number}+1=", "answer": str(number + 1)}) for number in range(30))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.slips import assert_refused
+from tests.helpers.cli_errors import assert_refused
 
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "scipy")
 
@@ -171,7 +171,7 @@ def test_a_slip_costs_no_heavy_import(folder, args):
         "def left():\n"
         "    print([name for name in heavy if name in sys.modules])\n"
         "atexit.register(left)\n"
-        "from npo_cli.cli.app import main\n"
+        "from npo_cli.cli.main import main\n"
         "main()\n"
     )
     path = os.pathsep.join(sys.path)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5Model
 
 from npo_cli.policy.model import MICRO_BASE_FOLDER
-from tests.cli.slips import SMALL, edit_file, assert_refused
+from tests.helpers.cli_errors import SMALL, assert_refused, edit_file
 
 UP = "model.layers.0.mlp.up_proj.weight"
 SIZES = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}

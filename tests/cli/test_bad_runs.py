@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.run_dir.checkpoints import demote_checkpoint, find_checkpoint
-from npo_cli.run_dir.paths import RunDir
-from tests.cli.slips import SMALL, copy_run, npo, assert_refused, set_fields
+from npo_cli.storage.checkpoints import demote_checkpoint, find_checkpoint
+from npo_cli.storage.layout import RunDir
+from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, npo, set_fields
 
 
 def words(circle: Path, *args: str) -> str:

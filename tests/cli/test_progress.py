@@ -1,7 +1,7 @@
 import pytest
 
-from npo_cli.cli.progress import PlainProgress, to_progress, format_time_left
-from npo_cli.records import Notice, Progress, StepReport
+from npo_cli.cli.progress import PlainProgress, format_time_left, to_progress
+from npo_cli.types.rollouts import Notice, Progress, StepReport
 
 
 class Clock:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "matplotlib", "scipy", "rich", "yaml")
-RUN = "from npo_cli.cli.app import main; main()"
+RUN = "from npo_cli.cli.main import main; main()"
 WATCHED = f"""
 import atexit, json, sys
 heavy = {HEAVY!r}
@@ -70,8 +70,8 @@ def test_errors_off_a_terminal_are_without_colour():
 
 
 DRAWN = """
-from npo_cli.cli.console import draw
-from npo_cli.records import Notice, Progress, Segment
+from npo_cli.cli.output import draw
+from npo_cli.types.rollouts import Notice, Progress, Segment
 
 def stage():
     yield Notice(message="[bold]hello\\x1b]0;title\\x07")

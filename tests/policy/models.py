@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from npo_cli.config import ModelSettings
+from npo_cli.config.recipe import ModelSettings
 from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 
 SMALL = {

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from npo_cli.config import ModelSettings
+from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import NpoError
 from npo_cli.policy.logprobs import TokenRow, has_plain_head
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.policy.reading import check_chat_template
-from npo_cli.records import Message, Prompt
+from npo_cli.policy.prompt_checks import check_chat_template
+from npo_cli.types.rollouts import Message, Prompt
 from tests.policy.models import gemma, load_saved_policy, qwen, save_model
 
 ROWS = (
@@ -85,7 +85,9 @@ def test_end_tokens_are_the_generation_configs_then_the_tokenizers(tmp_path):
 
 
 def test_two_policies_with_other_weights_have_other_digests(tmp_path):
-    first, same, other = (load_saved_policy(save_model(qwen(seed=seed), tmp_path / str(n))) for n, seed in enumerate((0, 0, 1)))
+    first, same, other = (
+        load_saved_policy(save_model(qwen(seed=seed), tmp_path / str(n))) for n, seed in enumerate((0, 0, 1))
+    )
     assert first.digest == same.digest != other.digest
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from npo_cli.config import ModelSettings, TrainSettings
+from npo_cli.config.recipe import ModelSettings, TrainSettings
 from npo_cli.errors import NpoError
 from npo_cli.policy.model import load_policy
 from npo_cli.policy.optimizer import (

@@ -12,10 +12,10 @@ from npo_cli.errors import NpoError
 from npo_cli.images import open_image
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy
-from npo_cli.policy.vision import CACHE_BYTES, PixelCache, ImagePatches
-from npo_cli.records import IMAGE_PLACEHOLDER, Prompt
+from npo_cli.policy.vision import CACHE_BYTES, ImagePatches, PixelCache
 from npo_cli.tasks.shapes import shapes_prompts
-from tests.pictures import mixed_prompts, resize_image, load_vision_policy
+from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, Prompt
+from tests.helpers.images import load_vision_policy, mixed_prompts, resize_image
 
 
 class StillProcessor(Qwen3VLProcessor):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from npo_cli.records import CheckpointScore, Group, Prompt, Rollout
+from npo_cli.types.rollouts import CheckpointScore, Group, Prompt, Rollout
 
 SCORE = CheckpointScore(
     step=100,

@@ -1,6 +1,3 @@
-from npo_cli.guide_records import GuideCacheInfo
-from npo_cli.records import CheckpointEntry, EvalReport, Segment, StepReport
-from npo_cli.report.lines import DoctorCheck, GroupView, RolloutView
 from npo_cli.report.tables import (
     checks_tables,
     evals_tables,
@@ -12,6 +9,9 @@ from npo_cli.report.tables import (
     rollouts_tables,
     scores_tables,
 )
+from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
+from npo_cli.types.views import DoctorCheck, GroupView, RolloutView
 from tests.report.samples import FAR_SCORE, SCORE, group, rollout
 
 

@@ -11,13 +11,13 @@ from npo_cli.tasks.micro import (
     Noise,
     digits,
     final_answer,
+    format_addition,
     micro_prompts,
     misconceptions,
     noisy_response,
     num_misconceived,
-    format_addition,
 )
-from npo_cli.tasks.verify import grade_micro
+from npo_cli.tasks.verifiers import grade_micro
 
 NO_NOISE = Noise(digit=0.0, carry=0.0, misconception=0.0)
 

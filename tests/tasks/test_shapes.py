@@ -2,10 +2,10 @@
 
 import random
 
-from npo_cli.config import TaskSettings
+from npo_cli.config.recipe import TaskSettings
 from npo_cli.images import open_image
-from npo_cli.tasks.shapes import COLOURS, Shape, sample_shapes, noisy_count, count_shapes, draw_image, shapes_prompts
-from npo_cli.tasks.sources import load_task
+from npo_cli.tasks.registry import load_task
+from npo_cli.tasks.shapes import COLOURS, Shape, count_shapes, draw_image, noisy_count, sample_shapes, shapes_prompts
 
 
 def test_the_same_seed_draws_the_same_pictures_and_another_draws_others():

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.config import TaskSettings
-from npo_cli.records import Message, Prompt
+from npo_cli.config.recipe import TaskSettings
 from npo_cli.tasks.traces import read_traces
+from npo_cli.types.rollouts import Message, Prompt
 
 SETTINGS = TaskSettings(source="file", path="x.jsonl", chat=True, system="Be brief.", suffix="Show your work.")
 CHAT = Prompt(

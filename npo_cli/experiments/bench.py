@@ -1,0 +1,251 @@
+"""`npo bench`: a comparison of methods, made run by run: seeds for every method, each with its own best setting.
+
+First every method is trained with every setting of a small grid on tuning seeds; its best setting then gets the
+table's seeds. A run is made with the commands of the method's plan, in processes of their own, as many side by side as
+fit. What is done is not done again; what was cut short is gone on with.
+"""
+
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from npo_cli.config.locate import find_method
+from npo_cli.distributed.launch import strip_launch_variables
+from npo_cli.errors import NpoError, RunFailed, StoppedEarly, quote_path
+from npo_cli.experiments.bootstrap import area_weights
+from npo_cli.experiments.method_plan import BenchRun, Command, build_commands, find_remaining_command
+from npo_cli.session.stop_signal import StopFlag, stop_between_steps
+from npo_cli.storage.bench_dir import save_bench_index
+from npo_cli.storage.costs import learning_curve
+from npo_cli.storage.files import read_json, write_json_atomic
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.lineage import find_newest_branch
+from npo_cli.types.rollouts import Notice, Progress
+from npo_cli.types.views import TunedSetting
+
+NPO_COMMAND = (sys.executable, "-c", "from npo_cli.cli.main import main; main()")
+DONE_FILE, LOG_FILE, TUNING_FILE = "done.json", "log.txt", "tuning.json"
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchSpec:
+    """What is compared."""
+
+    recipe: str
+    methods: tuple[str, ...]
+    settings: tuple[str, ...]
+    """KEY=VALUE for every run."""
+    seeds: tuple[int, ...]
+    grid: tuple[str, ...]
+    """One KEY=VALUE each; empty without tuning."""
+    tuning_seeds: tuple[int, ...]
+    teacher: str
+    out: Path
+    jobs: int
+
+
+def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]:
+    """Tune, then train the table's seeds; ends with the commands that set them side by side."""
+    validate_spec(question)
+    with stop_between_steps() as stop:
+        chosen = yield from tune_methods(question, stop)
+        cells = [
+            make_bench_run(question, method, chosen[method], seed=seed, subfolder="runs")
+            for seed in question.seeds
+            for method in question.methods
+        ]
+        yield from execute_runs(cells, question.jobs, stop)
+    save_bench_index(question.out, [(format_method_name(cell.method), cell.run) for cell in cells])
+    out = quote_path(question.out)
+    yield Notice(message=f"as a page: npo report {out} --out {quote_path(question.out / 'report.html')}")
+    if len(cells) > 1:
+        yield Notice(message=f"side by side: npo compare {out} --figure {quote_path(question.out / 'compare.png')}")
+
+
+def validate_spec(question: BenchSpec) -> None:
+    """Every run's recipe and plan are looked at before the first one is made."""
+    if set(question.seeds) & set(question.tuning_seeds) and question.grid:
+        both = min(set(question.seeds) & set(question.tuning_seeds))
+        raise NpoError(f"seed {both} would both choose a setting and be in the table", "--tuning-seeds 100,101")
+    for method in question.methods:
+        for setting in question.grid or ("",):
+            cell = make_bench_run(question, method, setting, seed=question.seeds[0], subfolder="runs")
+            recipe = cell.resolve_recipe()
+            build_commands(cell)
+            if not recipe.eval.every:
+                raise NpoError("without held-out evaluations there is nothing to compare", "add eval.every=10")
+            if question.grid and recipe.task.source == "file":
+                raise NpoError(
+                    "the held-out file would be looked at while tuning, and then reported on",
+                    "tune on another file first, then leave --grid out: npo bench RECIPE train.lr=...",
+                )
+
+
+def make_bench_run(question: BenchSpec, method: str, setting: str, *, seed: int, subfolder: str) -> BenchRun:
+    """`OUT/runs/matched-luffy/train.lr=3e-4/seed-0`."""
+    folder = (
+        question.out
+        / subfolder
+        / format_method_name(method)
+        / (setting or "as-it-is").replace("/", "_")
+        / f"seed-{seed}"
+    )
+    settings = (*question.settings, *((setting,) if setting else ()))
+    return BenchRun(
+        recipe=question.recipe, method=method, settings=settings, seed=seed, folder=folder, teacher=question.teacher
+    )
+
+
+def format_method_name(method: str) -> str:
+    """A method's name as a folder and in tables: `matched-luffy`; of a file its stem."""
+    path = find_method(method)
+    return path.stem if method.endswith((".yaml", ".yml", ".json")) else f"{path.parent.name}-{path.stem}"
+
+
+def tune_methods(
+    question: BenchSpec, stop: StopFlag
+) -> Generator[Progress | Notice | TunedSetting, None, dict[str, str]]:
+    """Each method's best setting of the grid by the area under its held-out curve, means over the tuning seeds."""
+    if not question.grid:
+        return dict.fromkeys(question.methods, "")
+    cells = [
+        make_bench_run(question, method, setting, seed=seed, subfolder="tuning")
+        for seed in question.tuning_seeds
+        for method in question.methods
+        for setting in question.grid
+    ]
+    yield from execute_runs(cells, question.jobs, stop)
+    chosen: dict[str, str] = {}
+    for method in question.methods:
+        areas = {
+            setting: statistics.fmean(
+                compute_curve_area(make_bench_run(question, method, setting, seed=seed, subfolder="tuning"))
+                for seed in question.tuning_seeds
+            )
+            for setting in question.grid
+        }
+        chosen[method] = max(areas, key=areas.__getitem__)
+        yield TunedSetting(method=format_method_name(method), setting=chosen[method], areas=areas)
+    write_json_atomic(
+        question.out / TUNING_FILE, {format_method_name(method): setting for method, setting in chosen.items()}
+    )
+    return chosen
+
+
+def compute_curve_area(cell: BenchRun) -> float:
+    """Held-out accuracy of the run's last branch averaged over its steps, as `npo compare` does."""
+    run = open_run(cell.run)
+    points = learning_curve(run, find_newest_branch(run), name="")
+    steps = [point.step for point in points]
+    weights_E = area_weights(steps, low=steps[0], high=steps[-1])
+    return float(weights_E @ [point.accuracy for point in points])
+
+
+# Working off
+
+
+@dataclass(slots=True)
+class Job:
+    """A cell at work."""
+
+    bench_run: BenchRun
+    pending_commands: list[Command]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+
+
+def execute_runs(cells: Sequence[BenchRun], jobs: int, stop: StopFlag) -> Iterator[Progress | Notice]:
+    """Run every cell that is not done, `jobs` at a time, until all are done or a signal asks to stop."""
+    todo = [Job(bench_run=cell, pending_commands=build_commands(cell)) for cell in cells if not is_done(cell)]
+    total, running, failed = len(cells), [], []
+    while todo or running:
+        if stop:
+            _stop_all(running)
+            raise StoppedEarly(f"stopped by {stop.reason}; what is done is kept", "the same command again goes on")
+        while todo and len(running) < jobs:
+            running.append(todo.pop(0))
+        for job in list(running):
+            state = _advanced(job)
+            if state == "running":
+                continue
+            running.remove(job)
+            failed += [job.cell] if state == "failed" else []
+            done = total - len(todo) - len(running)
+            yield Progress(description="bench", done=done, total=total, note=str(job.cell.folder))
+        time.sleep(POLL_SECONDS if running else 0)
+    yield Progress(description="bench", done=total, total=total)
+    if failed:
+        first = failed[0].folder / LOG_FILE
+        raise RunFailed(f"{len(failed)} of {total} runs failed; the first: {_last_line(first)}", f"less {first}")
+
+
+def is_done(cell: BenchRun) -> bool:
+    """Whether the cell was worked off, with these very commands."""
+    path = cell.folder / DONE_FILE
+    if not path.exists():
+        return False
+    before = [tuple(command) for command in read_json(path)["commands"]]
+    if before != build_commands(cell):
+        raise NpoError(f"{cell.folder} was made with other commands: {path}", "choose another --out")
+    return True
+
+
+def _advanced(job: Job) -> str:
+    """Look at the cell's process; start the next command when it has ended."""
+    if job.process is not None:
+        code = job.process.poll()
+        if code is None:
+            return "running"
+        job.process = None
+        if code != 0:
+            return "failed"
+        job.pending_commands.pop(0)
+    while job.pending_commands:
+        command = find_remaining_command(job.pending_commands[0], job.bench_run)
+        if command is not None:
+            job.process = _started(job.bench_run, command)
+            return "running"
+        job.pending_commands.pop(0)
+    write_json_atomic(
+        job.bench_run.folder / DONE_FILE, {"commands": [list(command) for command in build_commands(job.bench_run)]}
+    )
+    return "done"
+
+
+def _started(cell: BenchRun, command: Command) -> subprocess.Popen[bytes]:
+    """One npo command in a session of its own, so that a Ctrl-C reaches it only through us; its talk goes to a log."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    threads = str(cell.resolve_recipe().model.threads or 1)
+    with (cell.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+        log.write(f"$ npo {shlex.join(command)}\n")
+        log.flush()
+        return subprocess.Popen(
+            [*NPO_COMMAND, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**strip_launch_variables(os.environ), "OMP_NUM_THREADS": threads},
+            start_new_session=True,
+        )
+
+
+def _stop_all(running: Sequence[Job]) -> None:
+    """Every process finishes its step, saves and ends."""
+    alive = [job.process for job in running if job.process is not None]
+    for process in alive:
+        process.send_signal(signal.SIGTERM)
+    for process in alive:
+        process.wait()
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")

@@ -1,0 +1,269 @@
+"""`npo compare`: what each arm reached, what it cost on five axes, how far they lie apart, and how sure that is.
+
+Reads run directories and writes into none. Cost is the ledger's (`ledger.py`): everything that an arm needed, what
+was rolled back and asked included. The statistics are `guide/arms.py` and `guide/arrivals.py`.
+
+Points of curves as comma-separated values, one evaluation a line: for other programs to draw and to count.
+"""
+
+import csv
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+
+from npo_cli.errors import quote_path
+from npo_cli.experiments.arm_curves import (
+    ComparisonRange,
+    compute_method_statistics,
+    estimate_bands,
+    find_comparison_range,
+    get_cost,
+    mean_costs_at_horizon,
+)
+from npo_cli.experiments.bootstrap import (
+    Resampler,
+    count_common_prompts,
+    estimate_method,
+    estimate_paired_difference,
+    estimate_unpaired_difference,
+    quarter_means,
+)
+from npo_cli.experiments.comparability import count_external_tokens, find_mismatches, method_differences
+from npo_cli.experiments.load_arms import MethodRuns, SeedRun, load_methods
+from npo_cli.experiments.time_to_threshold import (
+    SeedTimeToThreshold,
+    restricted_mean,
+    restricted_ratio,
+    uncensored_ratio,
+)
+from npo_cli.report.curve_plots import plot_method_curves
+from npo_cli.storage.costs import compute_run_costs, cost_to_threshold
+from npo_cli.types.comparison import (
+    Axis,
+    MethodDifference,
+    MethodSummary,
+    MethodTimeToThreshold,
+    ResamplingUnit,
+    SeedPoint,
+    SpeedUp,
+)
+from npo_cli.types.rollouts import Notice
+
+
+def write_points(points: Sequence[SeedPoint], path: Path) -> None:
+    """Every field under its name; one that is not known is left empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(SeedPoint))
+        writer.writerows(astuple(point) for point in points)
+
+
+THRESHOLDS = (0.6, 0.9)
+
+CompareRecord = MethodSummary | MethodDifference | MethodTimeToThreshold | SpeedUp | SeedPoint | Notice
+
+
+def compare_runs(
+    texts: Sequence[str], *, thresholds: Sequence[float], baseline: str | None, csv: Path | None, figure: Path | None
+) -> Iterator[CompareRecord]:
+    """Read, align, estimate; then the table of points and the picture, where they are wanted."""
+    arms = load_methods(texts, baseline=baseline)
+    common = find_comparison_range(arms)
+    yield from collect_warnings(arms, common)
+
+    # Each arm by itself.
+    resampler = Resampler()
+    summaries = [summarize_method(arm, arms[0], common=common, resampler=resampler) for arm in arms]
+    yield from summaries
+
+    # Each arm next to the baseline.
+    yield from (estimate_difference(arm, arms[0], common=common, resampler=resampler) for arm in arms[1:])
+    for threshold in dict.fromkeys(thresholds or THRESHOLDS):
+        ways = {arm.name: collect_threshold_costs(threshold, arm, common) for arm in arms}
+        yield from (
+            summarize_time_to_threshold(name, threshold, seed_costs=found, common=common)
+            for name, found in ways.items()
+        )
+        for arm in arms[1:]:
+            pair = (arm.name, arms[0].name)
+            yield estimate_speedup(pair, threshold, seed_costs=ways, common=common)
+
+    # What others may draw and count for themselves.
+    points = [point for arm in arms for one in arm.runs for point in one.points]
+    yield from points
+    if csv is not None:
+        write_points(points, csv)
+        yield Notice(message=f"points: {csv}")
+    if figure is not None:
+        plot_method_curves(estimate_bands(arms, common, resampler), figure, title=format_plot_title(summaries))
+        yield Notice(message=f"picture: {figure}")
+
+
+def format_plot_title(arms: Sequence[MethodSummary]) -> str:
+    """What the picture shows, and what its bands are taken over."""
+    over = sorted({arm.resampling_unit for arm in arms})
+    seeds = sorted({len(arm.seeds) for arm in arms})
+    words = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'} an arm"
+    return f"{words}; band: 95 % over {' or over '.join(over)}"
+
+
+def collect_warnings(arms: Sequence[MethodRuns], common: ComparisonRange) -> Iterator[Notice]:
+    """What makes the comparison less than fair, or smaller than it looks."""
+    for arm in arms:
+        for what in find_mismatches(arm, arms[0]):
+            yield Notice(message=f"not alike: {what} ({arm.name})", level="warning")
+        if arm.seeds != arms[0].seeds:
+            said = f"{arm.name} has seeds {_listed(arm.seeds)}, {arms[0].name} has {_listed(arms[0].seeds)}"
+            yield Notice(message=f"{said}: only common seeds are paired", level="warning")
+        elsewhere = count_external_tokens(arm)
+        if elsewhere:
+            said = f"{arm.name}: its guides had cost {elsewhere:,} tokens outside of its runs; no figure counts them"
+            yield Notice(message=said, level="warning")
+        bare = [one.run_branch for one in arm.runs if not one.outcomes]
+        if bare:
+            said = f"{arm.name}: evaluations of {len(bare)} of {len(arm.runs)} seeds kept no outcomes prompt by prompt"
+            mend = f"npo eval {quote_path(bare[0].run.root)} --all --branch {bare[0].branch}"
+            yield Notice(message=f"{said}; {mend} adds them where there are checkpoints", level="warning")
+    shortest = min((one for arm in arms for one in arm.runs), key=lambda one: one.points[-1].step)
+    if any(one.points[-1].step > common.horizon for arm in arms for one in arm.runs):
+        said = f"{shortest.run_branch.name} was last evaluated at step {common.horizon}"
+        yield Notice(message=f"{said}: final accuracies of all arms are taken there", level="warning")
+
+
+def summarize_method(
+    arm: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler
+) -> MethodSummary:
+    """Accuracy with intervals, costs, entropy and injected share of one arm."""
+    names, figures = compute_method_statistics(arm, common)
+    found = dict(zip(names, estimate_method(figures, resampler), strict=True))
+    steps = [row for one in arm.runs for step, row in one.steps.items() if step <= common.horizon]
+    shares = [row["inject/grad_share"] for row in steps if row.get("inject/slots") and "inject/grad_share" in row]
+    return MethodSummary(
+        method=arm.name,
+        seeds=arm.seeds,
+        runs=tuple(one.run_branch.name for one in arm.runs),
+        num_prompts=min(len(one.prompts) for one in arm.runs) or None,
+        resampling_unit=describe_resampling(len(arm.runs), with_prompts=all(one.prompts for one in arm.runs)),
+        horizon=common.horizon,
+        final_accuracy=found.pop("final"),
+        areas=found,
+        entropies=mean_entropies(arm, common.horizon),
+        injections_per_step=statistics.fmean(row.get("inject/slots", 0.0) for row in steps) if steps else 0.0,
+        guide_gradient_share=statistics.fmean(shares) if shares else None,
+        mean_costs=mean_costs_at_horizon(arm, common),
+        run_tokens=statistics.fmean(
+            compute_run_costs(one.run_branch.run, one.run_branch.branch).tokens for one in arm.runs
+        ),
+        changed_settings=method_differences(arm, baseline),
+        mismatched_settings=find_mismatches(arm, baseline),
+    )
+
+
+def describe_resampling(num_seeds: int, *, with_prompts: bool) -> ResamplingUnit:
+    """What a resample draws anew."""
+    if num_seeds > 1:
+        return "seeds and prompts" if with_prompts else "seeds"
+    return "prompts" if with_prompts else "nothing"
+
+
+def mean_entropies(arm: MethodRuns, horizon: int) -> tuple[float | None, ...]:
+    """Mean over the seeds of each quarter's mean; a quarter without any step in any seed has none."""
+    by_seed = [
+        quarter_means({step: row["entropy"] for step, row in one.steps.items() if "entropy" in row}, horizon)
+        for one in arm.runs
+    ]
+    known = [[value for value in column if value is not None] for column in zip(*by_seed, strict=True)]
+    return tuple(statistics.fmean(some) if some else None for some in known)
+
+
+def estimate_difference(
+    arm: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler
+) -> MethodDifference:
+    """Over the seeds that both have, pair by pair; over all seeds of both, drawn apart, where they share none."""
+    seeds = set(arm.seeds) & set(baseline.seeds)
+    sides = [[one for one in side.runs if one.run_branch.seed in seeds or not seeds] for side in (arm, baseline)]
+    (names, mine), (_, theirs) = (
+        compute_method_statistics(MethodRuns(name="", runs=tuple(side)), common) for side in sides
+    )
+    estimate = estimate_paired_difference if seeds else estimate_unpaired_difference
+    found = dict(zip(names, estimate(mine, theirs, resampler), strict=True))
+    pairs = list(zip(mine, theirs, strict=True)) if seeds else []
+    place = names.index("final")
+    return MethodDifference(
+        method=arm.name,
+        baseline=baseline.name,
+        num_pairs=len(pairs),
+        num_prompts=min((count_common_prompts(*pair) for pair in pairs), default=0) or None,
+        resampling_unit=describe_resampling(
+            len(seeds) or min(len(mine), len(theirs)), with_prompts=all(one.prompts for one in (*mine, *theirs))
+        ),
+        final_accuracy=found.pop("final"),
+        areas=found,
+        num_not_lower=sum(
+            bool(one.values_PF[:, place].mean() >= other.values_PF[:, place].mean() - 1e-12) for one, other in pairs
+        ),
+    )
+
+
+def collect_threshold_costs(
+    threshold: float, arm: MethodRuns, common: ComparisonRange
+) -> dict[Axis, list[SeedTimeToThreshold]]:
+    """What every seed had spent on arrival, and at its end, by axis."""
+    ways: dict[Axis, list[SeedTimeToThreshold]] = {axis: [] for axis in common.end_costs}
+    for one in arm.runs:
+        arrived = find_threshold_point(one, threshold)
+        for axis, some in ways.items():
+            cost = None if arrived is None else get_cost(arrived, axis)
+            some.append(
+                SeedTimeToThreshold(seed=one.run_branch.seed, cost=cost, total_cost=get_cost(one.points[-1], axis))
+            )
+    return ways
+
+
+def find_threshold_point(one: SeedRun, threshold: float) -> SeedPoint | None:
+    """The evaluation at which the threshold counts as reached; None where it never was."""
+    step = cost_to_threshold(one.curve, threshold).step
+    return next((point for point in one.points if point.step == step), None)
+
+
+def summarize_time_to_threshold(
+    name: str, threshold: float, *, seed_costs: dict[Axis, list[SeedTimeToThreshold]], common: ComparisonRange
+) -> MethodTimeToThreshold:
+    """Means over the seeds of one arm."""
+    some = next(iter(seed_costs.values()))
+    return MethodTimeToThreshold(
+        method=name,
+        threshold=threshold,
+        num_runs=len(some),
+        num_reached=sum(way.cost is not None for way in some),
+        costs={axis: statistics.fmean(way.lower_bound for way in found) for axis, found in seed_costs.items()},
+        restricted_means={axis: restricted_mean(found, common.end_costs[axis]) for axis, found in seed_costs.items()},
+        horizons=dict(common.end_costs),
+    )
+
+
+def estimate_speedup(
+    pair: tuple[str, str],
+    threshold: float,
+    *,
+    seed_costs: dict[str, dict[Axis, list[SeedTimeToThreshold]]],
+    common: ComparisonRange,
+) -> SpeedUp:
+    """Both ratios of an arm and the baseline on every axis; a ratio that nothing can be said of is left out."""
+    arm, baseline = pair
+    mine, theirs = seed_costs[arm], seed_costs[baseline]
+    arrived = {axis: uncensored_ratio(mine[axis], theirs[axis]) for axis in mine}
+    restricted = {axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.end_costs[axis]) for axis in mine}
+    return SpeedUp(
+        method=arm,
+        baseline=baseline,
+        threshold=threshold,
+        ratio_if_reached={axis: found for axis, found in arrived.items() if found is not None},
+        restricted_mean_ratio={axis: found for axis, found in restricted.items() if found is not None},
+    )
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))

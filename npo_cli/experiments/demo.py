@@ -1,0 +1,106 @@
+"""`npo demo`: the whole circle on the embedded default, ending with what it gained and what it cost."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from npo_cli.config.loading import load_recipe
+from npo_cli.errors import quote_path
+from npo_cli.guides.registry import SourceSpec
+from npo_cli.guides.sample_guide import build_guide_cache
+from npo_cli.guides.score import score_run
+from npo_cli.report.plotting import plot_accuracy_curves
+from npo_cli.report.show import THRESHOLDS
+from npo_cli.storage.costs import cost_to_threshold, learning_curve
+from npo_cli.storage.index import index_run
+from npo_cli.storage.layout import check_unused, open_run
+from npo_cli.training.resume import resume_run
+from npo_cli.training.train import MAIN, train_run
+from npo_cli.types.costs import CostToThreshold, CurvePoint
+from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.rollouts import CheckpointEntry, CheckpointScore, EvalReport, Notice, Progress, StepReport
+
+RECIPE = "npo-early"
+GUIDE = "near-future"
+CANDIDATES = (20, 40, 60)
+SCORE_OVERRIDES = ("scoring.num_prompts=96", "scoring.samples_per_prompt=4")
+
+DemoRecord = (
+    Progress
+    | Notice
+    | StepReport
+    | EvalReport
+    | CheckpointEntry
+    | CheckpointScore
+    | GuideCacheInfo
+    | CurvePoint
+    | CostToThreshold
+)
+
+
+def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
+    """Train, index, score, sample the best guide, roll back and replay, compare."""
+    check_unused(out, flag="--out")
+    recipe = load_recipe(RECIPE, [f"train.seed={seed}"])
+    at = recipe.guide.replay.at_step
+    yield Notice(message=f"1/5 npo train {RECIPE} train.seed={seed} --run {quote_path(out)}")
+    yield from drop_evals(train_run(out, recipe, allow_code=False))
+
+    yield Notice(message=f"2/5 npo index {quote_path(out)}")
+    yield from index_run(out, verify=False)
+
+    steps = ",".join(map(str, CANDIDATES))
+    yield Notice(
+        message=f"3/5 npo score-checkpoints {quote_path(out)} --at {at} --candidates {steps} {' '.join(SCORE_OVERRIDES)}"
+    )
+    best = None
+    for record in score_run(
+        out, at=at, candidates=CANDIDATES, branch=None, overrides=SCORE_OVERRIDES, allow_code=False
+    ):
+        if isinstance(record, CheckpointScore) and record.is_selected:
+            best = record.step
+        yield record
+
+    yield Notice(message=f"4/5 npo sample-guide {quote_path(out)} --guide {best} --at {at} --name {GUIDE}")
+    yield from build_guide_cache(
+        out,
+        spec=SourceSpec(guide_step=best),
+        at=at,
+        name=GUIDE,
+        branch=None,
+        steps=None,
+        overrides=(),
+        allow_code=False,
+    )
+
+    yield Notice(message=f"5/5 npo resume {quote_path(out)} --at {at} --guide {GUIDE}")
+    replay = resume_run(
+        out,
+        overrides=(),
+        at=at,
+        guide=GUIDE,
+        source_branch=None,
+        new_branch=None,
+        steps=None,
+        allow_code=False,
+    )
+    yield from drop_evals(replay)
+    yield from summarize_demo(out)
+
+
+def drop_evals(records: Iterable[StepReport | EvalReport | Notice]) -> Iterator[StepReport | Notice]:
+    """The curves show the evaluations; a table of them would bury the verdict."""
+    return (record for record in records if not isinstance(record, EvalReport))
+
+
+def summarize_demo(out: Path) -> Iterator[CurvePoint | CostToThreshold | Notice]:
+    """Both curves, where they cross the thresholds, and the picture."""
+    run = open_run(out)
+    arms = [learning_curve(run, MAIN, name="GRPO"), learning_curve(run, GUIDE, name="NPO")]
+    for points in arms:
+        yield from points
+    for threshold in THRESHOLDS:
+        for points in arms:
+            yield cost_to_threshold(points, threshold)
+    picture = out / "comparison.png"
+    plot_accuracy_curves([point for points in arms for point in points], picture, "GRPO and NPO, one seed")
+    yield Notice(message=f"picture: {picture}")

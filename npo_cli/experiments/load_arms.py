@@ -1,0 +1,201 @@
+"""The arms of a comparison, read from run directories: `[NAME=]RUN[:BRANCH]`, the same name again another seed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npo_cli.config.loading import recipe_from_dict
+from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.storage.bench_dir import is_bench, load_bench_index
+from npo_cli.storage.costs import learning_curve
+from npo_cli.storage.evals import PromptResults, match_prompt_results
+from npo_cli.storage.index import select_best_evals
+from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.lineage import Span, ancestry, find_newest_branch, list_branches
+from npo_cli.storage.metrics import read_metrics
+from npo_cli.types.comparison import SeedPoint
+from npo_cli.types.costs import CurvePoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunBranch:
+    """One line of descent, under the name of its arm."""
+
+    method: str
+    run: RunDir
+    branch: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """`RUN:BRANCH`, as it is typed."""
+        return f"{self.run.root}:{self.branch}"
+
+    @property
+    def seed(self) -> int:
+        """train.seed."""
+        return self.recipe.train.seed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeedRun:
+    """One seed of an arm, with everything that was measured of it."""
+
+    run_branch: RunBranch
+    points: tuple[SeedPoint, ...]
+    """Its evaluations; a replay's fork stands twice, the second time with all of the guide's costs."""
+    curve: tuple[CurvePoint, ...]
+    """The same as the ledger says them."""
+    outcomes: dict[int, PromptResults]
+    """By step; empty unless every evaluation has its own, all on the same prompts."""
+    steps: dict[int, dict[str, Any]]
+    """The metrics of every step of its line of descent."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Keys of its held-out prompts; none where outcomes were not kept."""
+        return next((one.prompt_keys for one in self.outcomes.values()), ())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodRuns:
+    """One method, a run a seed, by seed."""
+
+    name: str
+    runs: tuple[SeedRun, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds it was trained with."""
+        return tuple(one.run_branch.seed for one in self.runs)
+
+
+def load_methods(texts: Sequence[str], *, baseline: str | None) -> list[MethodRuns]:
+    """Every arm, the baseline first, else in the order given."""
+    places = [place for text in texts for place in resolve_run_branches(text)]
+    by_arm: dict[str, list[RunBranch]] = {}
+    for place in places:
+        by_arm.setdefault(place.method, []).append(place)
+    for name, some in by_arm.items():
+        validate_unique_seeds(name, some)
+    first = next(iter(by_arm)) if baseline is None else baseline
+    if first not in by_arm:
+        raise NpoError(f"--baseline: there is no arm {first!r}", f"the arms are: {', '.join(by_arm)}")
+    if len(places) < 2:
+        raise NpoError(
+            f"one run alone is compared with nothing: {places[0].name}",
+            f"name another run or branch, or look at this one: npo show {quote_path(places[0].run.root)} costs",
+        )
+    ordered = [first, *(name for name in by_arm if name != first)]
+    return [
+        MethodRuns(
+            name=name, runs=tuple(load_seed_run(place) for place in sorted(by_arm[name], key=lambda one: one.seed))
+        )
+        for name in ordered
+    ]
+
+
+def validate_unique_seeds(name: str, places: Sequence[RunBranch]) -> None:
+    """A seed counted twice would make an arm look surer than it is."""
+    seen: dict[int, RunBranch] = {}
+    for place in places:
+        if place.seed in seen:
+            raise NpoError(
+                f"arm {name!r} has seed {place.seed} twice: {seen[place.seed].name} and {place.name}",
+                "leave one out, or give it a name of its own: NAME=RUN:BRANCH",
+            )
+        seen[place.seed] = place
+
+
+def resolve_run_branches(text: str) -> Iterator[RunBranch]:
+    """What one argument names: branches of a run, or the newest one of every run of a bench."""
+    name, path, branch = parse_method_argument(text)
+    if not is_bench(path):
+        yield from iter_run_branches(path, name=name, branch=branch)
+        return
+    if name or branch:
+        raise NpoError(f"{path} holds the runs of a bench, which have names", f"npo compare {quote_path(path)}")
+    for arm, root in load_bench_index(path):
+        yield from iter_run_branches(root, name=arm, branch=None)
+
+
+def iter_run_branches(path: Path, *, name: str | None, branch: str | None) -> Iterator[RunBranch]:
+    """One run's: the branch, or the newest one where only the arm has a name, else all."""
+    run = open_run(path)
+    known = list_branches(run)
+    if branch is not None and branch not in known:
+        named = ", ".join(known) or "none yet"
+        raise NpoError(f"{path} has no branch {branch!r}: {named}", f"npo show {quote_path(path)} lineage")
+    # A run without a single step has no branch; newest_branch has the words for it.
+    chosen = known if branch is None and name is None and known else [branch or find_newest_branch(run)]
+    for one in chosen:
+        recipe = recipe_from_dict(run.read_recipe(one), source=str(run.recipe_path(one)))
+        yield RunBranch(method=name or f"{recipe.name}:{one}", run=run, branch=one, recipe=recipe)
+
+
+def parse_method_argument(text: str) -> tuple[str | None, Path, str | None]:
+    """Name, run and branch. A path that exists is meant as it is, whatever signs are in it."""
+    given, name = text, None
+    if "=" in text and not Path(text).exists():
+        name, _, text = text.partition("=")
+        if not name.strip() or "/" in name:
+            raise NpoError(f"{name!r} cannot name an arm", "write NAME=RUN or NAME=RUN:BRANCH")
+    branch: str | None = None
+    if ":" in text and not Path(text).exists():
+        text, _, branch = text.rpartition(":")
+    if not text or branch == "":
+        raise NpoError(f"an arm is [NAME=]RUN[:BRANCH], got {given!r}", "name a run directory: npo=runs/a:late")
+    return name, Path(text), branch
+
+
+def load_seed_run(place: RunBranch) -> SeedRun:
+    """Curve, outcomes and metrics of one line of descent; without a held-out evaluation there is nothing to compare."""
+    run, branch = place.run, place.branch
+    line = ancestry(run, branch)
+    found = learning_curve(run, branch, name=place.method)
+    if not found:
+        raise NpoError(
+            f"{place.name} has no held-out evaluation", f"npo eval {quote_path(run.root)} --all --branch {branch}"
+        )
+    per_step, timed = place.recipe.train.num_updates, found[-1].total_seconds > 0
+    points = tuple(
+        SeedPoint(
+            method=place.method,
+            seed=place.seed,
+            run=str(run.root),
+            branch=branch,
+            step=point.step,
+            updates=point.total_steps * per_step,
+            tokens=point.total_tokens,
+            forwards=point.total_forwards,
+            seconds=point.total_seconds if timed else None,
+            accuracy=point.accuracy,
+            entropy=point.entropy,
+        )
+        for point in found
+    )
+    return SeedRun(
+        run_branch=place,
+        points=points,
+        curve=tuple(found),
+        outcomes=load_complete_outcomes(run, line, {point.step for point in points}),
+        steps={
+            row["step"]: row
+            for stretch in line
+            for row in read_metrics(run, stretch.branch)
+            if stretch.contains(row["step"])
+        },
+    )
+
+
+def load_complete_outcomes(run: RunDir, line: Sequence[Span], steps: set[int]) -> dict[int, PromptResults]:
+    """The outcomes of every evaluation on the line, by step; none at all where one has none or other prompts."""
+    found = {
+        step: one
+        for (owner, step), one in match_prompt_results(select_best_evals(run), run).items()
+        if any(stretch.branch == owner and stretch.contains(step) for stretch in line)
+    }
+    same = len({one.prompt_keys for one in found.values()}) == 1
+    return found if same and set(found) == steps else {}

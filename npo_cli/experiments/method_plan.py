@@ -1,0 +1,151 @@
+"""A method's plan as commands: what `npo bench` runs for one method, one setting and one seed, and what is left of it.
+
+The commands are those a person would type. Each is looked at before it runs: what is done is skipped, what a kill cut
+short is gone on with.
+"""
+
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from npo_cli.config.loading import load_recipe
+from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError
+from npo_cli.storage.checkpoints import list_checkpoints
+from npo_cli.storage.guide_cache import cache_info_path, read_cache_info
+from npo_cli.storage.layout import RUN_INFO_FILE, RunDir, open_run
+from npo_cli.storage.lineage import list_branches
+
+Command = tuple[str, ...]
+MAIN = "main"
+NO_SUBSTITUTIONS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchRun:
+    """One run of a comparison."""
+
+    recipe: str
+    method: str
+    settings: tuple[str, ...]
+    """KEY=VALUE on top of recipe and method."""
+    seed: int
+    folder: Path
+    teacher: str
+    """Options of npo sample-guide that name an outside teacher; `{seed}` stands for the seed."""
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.folder / "run"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Every setting of the run's birth."""
+        return (*self.settings, f"train.seed={self.seed}")
+
+    def resolve_recipe(self) -> Recipe:
+        """The recipe that the run will have."""
+        return load_recipe(self.recipe, self.overrides, method=self.method)
+
+
+def build_commands(cell: BenchRun) -> list[Command]:
+    """The method's plan for this cell, stretch by stretch where it repeats itself."""
+    recipe = cell.resolve_recipe()
+    first, *rest = recipe.method.commands
+    steps, stretch = recipe.train.num_steps, recipe.method.repeat_every
+    found = [(*_filled(first, cell, recipe), *cell.overrides)]
+    if stretch is None:
+        return found + [_filled(line, cell, recipe) for line in rest]
+    for at in range(0, steps, stretch):
+        end = min(at + stretch, steps)
+        moving = {"at": str(at), "next": str(end), "stretch": str(end - at)}
+        found += [_filled(line, cell, recipe, moving=moving) for line in rest]
+    return found
+
+
+def _filled(line: str, cell: BenchRun, recipe: Recipe, *, moving: Mapping[str, str] = NO_SUBSTITUTIONS) -> Command:
+    """One line of the plan with its braces filled; the words of `{teacher}` stay words."""
+    at, guide = recipe.guide.replay.at_step, recipe.guide.replay.guide_step
+    known = {
+        "recipe": cell.recipe,
+        "method": cell.method,
+        "run": str(cell.run),
+        "at": at,
+        "guide": guide,
+        "segment": None if at is None or guide is None else guide - at,
+        "scout": recipe.autonpo.early.scout_steps,
+        "window": recipe.autonpo.early.replay_steps,
+        "steps": recipe.train.num_steps,
+        **moving,
+    }
+    words: list[str] = []
+    for word in shlex.split(line):
+        name = word[1:-1] if word.startswith("{") and word.endswith("}") else ""
+        if name == "teacher":
+            words += shlex.split(_teacher(cell))
+        else:
+            words.append(_worded(word, known, method=cell.method))
+    return tuple(words)
+
+
+def _worded(word: str, known: Mapping[str, object], *, method: str) -> str:
+    for name, value in known.items():
+        if f"{{{name}}}" in word and value is None:
+            key = f"guide.replay.{'at_step' if name == 'at' else 'guide_step'}"
+            raise NpoError(f"method {method} needs {key}", f"add {key}=STEP")
+        word = word.replace(f"{{{name}}}", str(value))
+    return word
+
+
+def _teacher(cell: BenchRun) -> str:
+    if not cell.teacher:
+        raise NpoError(
+            f"method {cell.method} needs a teacher: options of npo sample-guide that name it",
+            "--teacher '--source file --from traces-{seed}.jsonl'   # or --source model --from FOLDER, ...",
+        )
+    return cell.teacher.replace("{seed}", str(cell.seed))
+
+
+def find_remaining_command(command: Command, cell: BenchRun) -> Command | None:
+    """The command as it has to be run now; None where it is done."""
+    options = _options(command)
+    steps = int(options.get("--until", cell.resolve_recipe().train.num_steps))
+    if command[0] == "sample-guide":
+        path = cache_info_path(open_run(cell.run).guide_folder(options["--name"]))
+        return None if path.exists() and read_cache_info(path.parent).complete else command
+    if command[0] == "train" and not _begun(cell.run, until=steps):
+        return command
+    if "--autonpo" in command:
+        return ("resume", str(cell.run), "--autonpo")
+    run, branch = open_run(cell.run), options.get("--branch", MAIN)
+    if command[0] == "resume" and branch not in list_branches(run):
+        return command
+    if _newest(run, branch) >= steps:
+        return None
+    return ("resume", str(cell.run), "--from", branch, "--until", str(steps))
+
+
+def _options(command: Sequence[str]) -> dict[str, str]:
+    """Options with their values; a flag has the word after it."""
+    return {word: after for word, after in _pairs(command) if word.startswith("--")}
+
+
+def _pairs(command: Sequence[str]) -> Iterator[tuple[str, str]]:
+    return zip(command, (*command[1:], ""), strict=True)
+
+
+def _begun(root: Path, *, until: int) -> bool:
+    """Whether there is something to go on from; what a kill left before that is removed."""
+    if (root / RUN_INFO_FILE).exists() and (until > 0 or _newest(open_run(root), MAIN) >= 0):
+        return True
+    shutil.rmtree(root, ignore_errors=True)
+    return False
+
+
+def _newest(run: RunDir, branch: str) -> int:
+    """Step of the branch's newest checkpoint; -1 without one."""
+    return max((found.step for found in list_checkpoints(run, branch)), default=-1)

@@ -1,0 +1,77 @@
+"""`npo report`: runs as one page that needs nothing besides itself. It reads; the only files it writes are its own."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.report.html import GENERATOR, list_plots, render_page
+from npo_cli.report.plotting import save_plot
+from npo_cli.report.run_page import build_overview, build_run_section
+from npo_cli.report.table import format_bytes
+from npo_cli.storage.bench_dir import is_bench, load_bench_index
+from npo_cli.storage.files import write_text_atomic
+from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.lineage import find_newest_branch
+from npo_cli.types.rollouts import Notice, Progress
+
+HTML_SUFFIXES = (".html", ".htm")
+HEAD_BYTES = 2000
+"""Where a page of ours says that it is one."""
+
+
+def write_report(roots: Sequence[Path], out: Path, *, plots_folder: Path | None) -> Iterator[Progress | Notice]:
+    """A chapter a run, before them an overview if there are several; the pictures as files where asked for."""
+    validate_output(out)
+    if plots_folder is not None and plots_folder.exists() and not plots_folder.is_dir():
+        raise NpoError(
+            f"--pictures {plots_folder} is a file", f"name a folder: --pictures {quote_path(plots_folder)}.d"
+        )
+    runs = open_labelled_runs(roots)
+    began = time.monotonic()
+    chapters = [build_overview(runs)] if len(runs) > 1 else []
+    for place, (label, run) in enumerate(runs, start=1):
+        yield Progress(description="read runs", done=place - 1, total=len(runs), note=label)
+        chapters.append(build_run_section(run, title=label, prefix=f"run-{place}-" if len(runs) > 1 else ""))
+    title = f"npo report: {runs[0][0]}" if len(runs) == 1 else f"npo report: {len(runs)} runs"
+    html = render_page(title, chapters)
+    write_text_atomic(out, html)
+    seconds = time.monotonic() - began
+    yield Notice(message=f"report: {out}, {format_bytes(len(html.encode()))}, {seconds:.1f} s")
+    if plots_folder is not None:
+        every = list_plots(chapters)
+        for picture in every:
+            save_plot(picture, plots_folder)
+        yield Notice(message=f"pictures: {len(every)} as PNG and SVG in {plots_folder}")
+
+
+def open_labelled_runs(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:
+    """The runs with the names that tell them apart: those of their folders, or the whole paths."""
+    roots = [one for root in roots for one in (list_bench_runs(root) if is_bench(root) else [root])]
+    places = [root.resolve() for root in roots]
+    again = next((root for place, root in enumerate(roots) if places[place] in places[:place]), None)
+    if again is not None:
+        raise NpoError(f"{again} was given twice", "name each run once")
+    runs = [open_run(root) for root in roots]
+    for run in runs:
+        find_newest_branch(run)
+    names = [place.name for place in places]
+    labels = names if len(set(names)) == len(names) else [str(root) for root in roots]
+    return list(zip(labels, runs, strict=True))
+
+
+def list_bench_runs(folder: Path) -> list[Path]:
+    """Every run of a bench."""
+    return [run for _, run in load_bench_index(folder)]
+
+
+def validate_output(out: Path) -> None:
+    """Only a page of ours is ever replaced."""
+    if out.suffix.lower() not in HTML_SUFFIXES:
+        raise NpoError(f"--out {out}: a page ends in .html", f"--out {quote_path(out)}.html")
+    if out.is_dir():
+        raise NpoError(f"--out {out} is a folder", f"--out {quote_path(out / 'report.html')}")
+    if out.exists():
+        with out.open("rb") as file:
+            if GENERATOR.encode() not in file.read(HEAD_BYTES):
+                raise NpoError(f"--out {out} exists and is no report of npo", "name another file, or remove that one")

@@ -1,0 +1,193 @@
+"""Curves of a run: held-out accuracy over each kind of cost, and what training measured step by step.
+
+A diamond marks where a branch left its parent; the broad band behind a line lasts as long as a guide was mixed in.
+
+Mean curves of arms on each axis, each with the band of its interval. Colours and dashes as in `figures.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npo_cli.report.plotting import (
+    COLOURS,
+    COST_AXES,
+    MUTED,
+    SECONDS_AXIS,
+    CostGetter,
+    LineStyle,
+    Plot,
+    add_method_legend,
+    draw_line,
+    format_compact,
+    get_line_style,
+    label_cost_axis,
+    open_figure,
+)
+from npo_cli.types.comparison import AXES, CurveBandPoint
+from npo_cli.types.costs import CurvePoint
+from npo_cli.types.rollouts import StepReport
+from npo_cli.types.views import BranchSpan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTHING_WINDOW = 9
+"""Steps in the moving average of what is measured once a step."""
+AXIS_NAMES = ("step", "total-steps", "tokens", "clock")
+PLOTTED_METRICS = (
+    ("reward", "mean reward of a batch", "training reward"),
+    ("entropy", "mean entropy of a token (nats)", "policy entropy"),
+    ("inject/slots", "groups with a guide in a slot", "guides seated"),
+    ("inject/grad_share", "guide's share of the gradient", "guide's share of the gradient"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """One curve of held-out accuracy, from the point at which it became an arm of its own."""
+
+    index: int
+    """Decides its colour, dash and marker."""
+    points: tuple[CurvePoint, ...]
+    guide_until: int | None
+    is_fork: bool
+    """Whether its first point is that of a rollback."""
+
+
+def make_accuracy_plots(arms: Sequence[Curve], *, prefix: str) -> Iterator[Plot]:
+    """Held-out accuracy against logical step, all steps, all tokens and, where it is known of all, the clock."""
+    # At a standstill at step 0 nothing was spent, known or not.
+    clocks = [point.total_seconds > 0 for arm in arms for point in arm.points if point.total_steps]
+    timed = bool(clocks) and all(clocks)
+    axes = (*COST_AXES, SECONDS_AXIS) if timed else COST_AXES
+    for name, (label, cost) in zip(AXIS_NAMES, axes, strict=False):
+        yield Plot(
+            name=f"{prefix}accuracy-by-{name}",
+            alt_text=f"held-out accuracy against {label}: {_ends(arms)}",
+            draw=partial(_draw_accuracy, arms=arms, cost=cost, label=label),
+        )
+
+
+def _ends(arms: Sequence[Curve]) -> str:
+    return ", ".join(f"{arm.points[0].name} ends at {arm.points[-1].accuracy:.3f}" for arm in arms)
+
+
+def _draw_accuracy(panel: "Axes", *, arms: Sequence[Curve], cost: CostGetter, label: str) -> None:
+    for arm in arms:
+        style, points = get_line_style(arm.index), arm.points
+        if arm.guide_until is not None:
+            _draw_guided(panel, points, cost=cost, until=arm.guide_until, colour=style.colour)
+        panel.plot(
+            [cost(point) for point in points],
+            [point.accuracy for point in points],
+            **{"color": style.colour, "ls": style.dash, "lw": 2, "clip_on": False, "label": points[0].name},
+            **{"marker": style.marker, "ms": 3.5},
+        )
+        if arm.is_fork:
+            _draw_fork(panel, (cost(points[0]), points[0].accuracy), style)
+    panel.set_title("held-out accuracy")
+    panel.set_xlabel(label)
+    panel.set_xlim(left=0)
+    panel.set_ylim(0, 1.02)
+    _finish(panel)
+
+
+def _draw_guided(panel: "Axes", points: Sequence[CurvePoint], *, cost: CostGetter, until: int, colour: str) -> None:
+    """A band behind the line up to step `until`, between evaluations by straight interpolation."""
+    import numpy as np
+
+    steps = [point.step for point in points]
+    inside = [*(step for step in steps if step <= until), min(until, steps[-1])]
+    costs = np.interp(inside, steps, [cost(point) for point in points])
+    accuracies = np.interp(inside, steps, [point.accuracy for point in points])
+    panel.plot(costs, accuracies, color=colour, lw=9, alpha=0.22, solid_capstyle="butt", zorder=1)
+
+
+def _draw_fork(panel: "Axes", at: tuple[float, float], style: LineStyle) -> None:
+    panel.plot(*at, marker="D", ms=8, color="white", mec=style.colour, mew=2, zorder=5, clip_on=False)
+
+
+def make_training_plots(reports: Sequence[StepReport], limbs: Sequence[BranchSpan], *, prefix: str) -> Iterator[Plot]:
+    """One picture for each measure that any step has; a constant zero is not drawn."""
+    for name, label, title in PLOTTED_METRICS:
+        if any(report.metrics.get(name) for report in reports):
+            yield Plot(
+                name=f"{prefix}{title.replace(' ', '-').replace(chr(39), '')}",
+                alt_text=f"{title} by step, a line a branch",
+                draw=partial(_draw_measure, reports=reports, limbs=limbs, name=name, label=label, title=title),
+            )
+
+
+def _draw_measure(
+    panel: "Axes", *, reports: Sequence[StepReport], limbs: Sequence[BranchSpan], name: str, label: str, title: str
+) -> None:
+    for place, limb in enumerate(limbs):
+        style = get_line_style(place)
+        seen = [(one.step, one.metrics[name]) for one in reports if one.branch == limb.branch and name in one.metrics]
+        if not seen:
+            continue
+        steps, values = zip(*seen, strict=True)
+        if limb.guide_until is not None:
+            panel.axvspan(limb.fork_step, min(limb.guide_until, limb.last_step), color=style.colour, alpha=0.1, lw=0)
+        if limb.parent is not None:
+            panel.axvline(limb.fork_step, color=style.colour, lw=1, ls=(0, (2, 2)))
+        panel.plot(steps, values, color=style.colour, lw=0.8, alpha=0.35)
+        panel.plot(steps, moving_mean(values), color=style.colour, ls=style.dash, lw=2, label=limb.branch)
+    panel.set_title(title)
+    panel.set_xlabel("optimiser step")
+    panel.set_ylabel(label)
+    panel.set_xlim(left=0)
+    panel.set_ylim(bottom=0)
+    _finish(panel)
+
+
+def moving_mean(values: Sequence[float]) -> list[float]:
+    """The mean over `SMOOTH` values around each; near the ends over those that there are."""
+    half = SMOOTHING_WINDOW // 2
+    windows = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _finish(panel: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    panel.xaxis.set_major_formatter(lambda value, _: format_compact(value))
+    if len(panel.get_legend_handles_labels()[0]) > 1:
+        panel.legend(frameon=False, labelcolor=MUTED, handlelength=2.6, fontsize=9)
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+AXIS_LABELS = {
+    "step": "logical step (place in the data)",
+    "updates": "all optimiser updates",
+    "tokens": "all tokens generated",
+    "forwards": "forward passes of sampling",
+    "seconds": "wall clock (s)",
+}
+
+
+def plot_method_curves(points: Sequence[CurveBandPoint], path: Path, title: str) -> None:
+    """One panel an axis; an axis that is not known of every arm has none."""
+    axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
+    arms = list(dict.fromkeys(point.method for point in points))
+    with open_figure(path, title=title, height=4.6) as figure:
+        panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+        for panel, axis in zip(panels, axes, strict=True):
+            for place, arm in enumerate(arms):
+                _draw_arm(panel, [one for one in points if (one.method, one.axis) == (arm, axis)], place=place)
+            label_cost_axis(panel, AXIS_LABELS[axis])
+        add_method_legend(figure, panels[0])
+
+
+def _draw_arm(panel: "Axes", points: Sequence[CurveBandPoint], *, place: int) -> None:
+    draw_line(panel, [(one.cost, one.accuracy.value) for one in points], name=points[0].method, index=place)
+    lows = [one.accuracy.value if one.accuracy.low is None else one.accuracy.low for one in points]
+    highs = [one.accuracy.value if one.accuracy.high is None else one.accuracy.high for one in points]
+    colour = COLOURS[place % len(COLOURS)]
+    panel.fill_between([one.cost for one in points], lows, highs, color=colour, alpha=0.15, linewidth=0)

@@ -1,0 +1,144 @@
+"""Which prompts a report shows, and what became of all of them. The same run always shows the same ones.
+
+One prompt through training: every visit along a branch's line of descent, and how it first came to be solved.
+"""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from npo_cli.report.html import PromptSample
+from npo_cli.report.table import Table, format_count
+from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import ancestry
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, Group, ImageRef, Prompt
+from npo_cli.types.views import PromptHistory, PromptVisit
+
+
+def iter_visits(
+    run: RunDir, branch: str, *, prompt_id: str | None = None, steps: Container[int] | None = None
+) -> Iterator[PromptVisit]:
+    """Every group on the branch's line of descent, or those of one prompt, or of some steps, oldest first."""
+    for stretch in ancestry(run, branch):
+        journal = RolloutLog(run.rollouts_path(stretch.branch))
+        for step in journal.steps():
+            if stretch.contains(step) and (steps is None or step in steps):
+                yield from (_visit(stretch.branch, at, group) for at, group in journal.iter_groups(step, prompt_id))
+
+
+def _visit(branch: str, step: int, group: Group) -> PromptVisit:
+    """Counts its own answers: the journal keeps those whose slot another took as well."""
+    own = [rollout for rollout in group.rollouts if not rollout.is_off_policy]
+    num_correct = sum(rollout.verdict == "correct" for rollout in own)
+    return PromptVisit(branch=branch, step=step, num_on_policy=len(own), num_correct=num_correct, group=group)
+
+
+def build_prompt_history(branch: str, seen: Sequence[PromptVisit]) -> PromptHistory:
+    """What all visits of one prompt amount to."""
+    prompt = seen[0].group.prompt
+    return PromptHistory(
+        prompt_id=prompt.prompt_id,
+        branch=branch,
+        prompt_text=render_prompt_text(prompt),
+        reference_answer=prompt.answer,
+        num_visits=len(seen),
+        first_solved_step=next((one.step for one in seen if one.num_correct), None),
+        first_mostly_solved_step=next((one.step for one in seen if 2 * one.num_correct > one.num_on_policy), None),
+        injection_steps=tuple(one.step for one in seen if one.off_policy_rollouts),
+    )
+
+
+def render_prompt_text(prompt: Prompt) -> str:
+    """A prompt as text; chat turns as `role: content`, pictures by reference."""
+    turns = (f"{message.role}: {message.content}" for message in prompt.messages)
+    text = "\n".join(turns) if prompt.text is None else prompt.text
+    for number, image in enumerate(prompt.images, start=1):
+        text = text.replace(IMAGE_PLACEHOLDER, format_image_reference(image, number), 1)
+    return text
+
+
+def format_image_reference(image: ImageRef, number: int) -> str:
+    """`[image 1: cat.png, 64x64, sha256 ab12cd34ef56]`."""
+    name = image.location.rpartition("/")[2] if "#" not in image.location else image.location
+    return f"[image {number}: {name}, {image.width}x{image.height}, sha256 {image.sha256[:12]}]"
+
+
+T = TypeVar("T")
+NUM_SAMPLES = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisitSummary:
+    """A visit without its answers: one run may hold more of those than fit into memory."""
+
+    prompt_id: str
+    step: int
+    num_correct: int
+    has_guide: bool
+
+
+def summarize_visits(run: RunDir, branch: str) -> dict[str, list[VisitSummary]]:
+    """Every visit on the line of descent, by prompt, in the order of first visits."""
+    found: dict[str, list[VisitSummary]] = {}
+    for one in iter_visits(run, branch):
+        prompt_id = one.group.prompt.prompt_id
+        mark = VisitSummary(
+            prompt_id=prompt_id, step=one.step, num_correct=one.num_correct, has_guide=bool(one.off_policy_rollouts)
+        )
+        found.setdefault(prompt_id, []).append(mark)
+    return found
+
+
+def select_samples(run: RunDir, branch: str, marks: dict[str, list[VisitSummary]]) -> Iterator[PromptSample]:
+    """Stories of the chosen prompts, each with the visit at which a guide was first seated, or the last one."""
+    for prompt_id in select_prompts(marks):
+        steps = {mark.step for mark in marks[prompt_id]}
+        seen = tuple(iter_visits(run, branch, prompt_id=prompt_id, steps=steps))
+        shown = next((one for one in seen if one.off_policy_rollouts), seen[-1])
+        yield PromptSample(history=build_prompt_history(branch, seen), visits=seen, shown_visit=shown)
+
+
+def select_prompts(marks: dict[str, list[VisitSummary]]) -> list[str]:
+    """Of the prompts for which a guide was seated, in the order of those steps, evenly spaced ones.
+
+    Where none ever was: of the prompts of the newest step.
+    """
+    firsts = {prompt_id: next((one.step for one in some if one.has_guide), None) for prompt_id, some in marks.items()}
+    seated = sorted((step, prompt_id) for prompt_id, step in firsts.items() if step is not None)
+    if seated:
+        return [prompt_id for _, prompt_id in pick_evenly_spaced(seated)]
+    newest = max((some[-1].step for some in marks.values()), default=0)
+    return pick_evenly_spaced([prompt_id for prompt_id, some in marks.items() if some[-1].step == newest])
+
+
+def pick_evenly_spaced(some: Sequence[T]) -> list[T]:
+    """The first, the last and evenly spaced ones between them: `NUM_SAMPLES`, or all."""
+    if len(some) <= NUM_SAMPLES:
+        return list(some)
+    return [some[round(place * (len(some) - 1) / (NUM_SAMPLES - 1))] for place in range(NUM_SAMPLES)]
+
+
+def prompt_outcomes_table(branch: str, marks: dict[str, list[VisitSummary]]) -> Table:
+    """How many prompts were ever solved by the policy itself, and what followed where a guide was seated."""
+    after = [_after_seat(some) for some in marks.values() if any(one.has_guide for one in some)]
+    again = [later for _, later in after if later]
+    rows = (
+        ("visited", len(marks)),
+        ("solved by the policy itself at some visit", sum(any(one.num_correct for one in m) for m in marks.values())),
+        ("a guide was seated", len(after)),
+        (
+            "  not solved by the policy itself until then",
+            sum(not any(one.num_correct for one in before) for before, _ in after),
+        ),
+        ("  visited again afterwards", len(again)),
+        ("  and solved by the policy itself then", sum(any(one.num_correct for one in later) for later in again)),
+    )
+    told = tuple((what, format_count(number)) for what, number in rows)
+    return Table(title=f"Prompts on the line of {branch}", header=("prompts", "number"), rows=told)
+
+
+def _after_seat(some: Sequence[VisitSummary]) -> tuple[Sequence[VisitSummary], Sequence[VisitSummary]]:
+    """Visits up to the first with a guide, and those after it."""
+    place = next(place for place, one in enumerate(some) if one.has_guide) + 1
+    return some[:place], some[place:]

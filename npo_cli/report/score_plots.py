@@ -1,0 +1,176 @@
+"""Sources of trajectories side by side as a picture: Q, V and S of past, self, futures and teachers.
+
+Q, V and S = Q/V as pictures: of candidate guides ahead of a learner, and of the rollback distances of a probe.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npo_cli.errors import NpoError
+from npo_cli.report.plotting import (
+    COLOURS,
+    MUTED,
+    IntervalEstimate,
+    Plot,
+    collect_estimates,
+    draw_intervals,
+    open_figure,
+)
+from npo_cli.report.tables_sources import sort_sources
+from npo_cli.types.guides import SourceScore
+from npo_cli.types.rollouts import CheckpointScore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCORE_PANELS = (("quality", "Q", COLOURS[2]), ("variance", "V", COLOURS[1]), ("signal", "S = Q / V", COLOURS[0]))
+SCORE_PLOT_WIDTH = 4.6
+EstimatesGetter = Callable[[str], Sequence[IntervalEstimate]]
+"""The estimates of one field, by its name."""
+
+
+def make_score_plots(scores: Sequence[CheckpointScore], *, prefix: str) -> Iterator[Plot]:
+    """Three pictures of one scoring."""
+    ordered = sorted(scores, key=lambda one: one.distance)
+    kinds = {"quality": ordered[0].quality_kind, "variance": ordered[0].variance_kind}
+    best = "".join(f"best in {one.p_best:.0%}" for one in ordered if one.is_selected)
+
+    yield from _pictures(
+        partial(collect_estimates, ordered),
+        kinds | {"signal": best},
+        prefix=prefix,
+        axis="optimiser steps ahead of the learner",
+    )
+
+
+def make_probe_plots(scores: Sequence[Mapping[str, Any]], *, prefix: str) -> Iterator[Plot]:
+    """The same of one probe, whose evidence is plain data: an absent figure is one that was no number."""
+    ordered = sorted(scores, key=lambda one: one["distance"])
+    best = "".join(f"best in {one['p_best']:.0%}" for one in ordered if one.get("chosen") and "p_best" in one)
+    kinds = {"quality": "pass rate", "variance": str(ordered[0].get("variance_kind", "")), "signal": best}
+
+    def estimates(name: str) -> list[IntervalEstimate]:
+        return [
+            IntervalEstimate(
+                distance=one["distance"],
+                value=one.get(name, math.nan),
+                low=one.get(f"{name}_low", math.nan),
+                high=one.get(f"{name}_high", math.nan),
+                selected_label=f"D* = {one['distance']}" if one.get("chosen") else None,
+            )
+            for one in ordered
+        ]
+
+    yield from _pictures(estimates, kinds, prefix=prefix, axis="rollback distance D")
+
+
+def _pictures(estimates: EstimatesGetter, kinds: Mapping[str, str], *, prefix: str, axis: str) -> Iterator[Plot]:
+    for name, letter, colour in SCORE_PANELS:
+        title = ", ".join(filter(None, (letter, kinds[name])))
+        told = "; ".join(f"{one.value:.3g} at {one.distance}" for one in estimates(name))
+        draw = partial(
+            _draw, estimates=estimates(name), title=title, axis=axis, colour=colour, is_variance=name == "variance"
+        )
+        yield Plot(name=f"{prefix}{name}", alt_text=f"{title} by {axis}: {told}", draw=draw, width=SCORE_PLOT_WIDTH)
+
+
+def _draw(
+    panel: "Axes", *, estimates: Sequence[IntervalEstimate], title: str, axis: str, colour: str, is_variance: bool
+) -> None:
+    draw_intervals(panel, estimates, colour=colour, allow_log=is_variance, muted_colour=MUTED)
+    panel.set_title(title, color=colour)
+    panel.set_xlabel(axis)
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FIGURE_FORMATS = (".png", ".svg", ".pdf")
+MAX_NAME_CHARS = 28
+ValueWithInterval = tuple[float, float, float]
+"""Value, low, high."""
+
+
+def validate_figure_format(path: Path) -> None:
+    """A picture that could not be written is told before anything is computed."""
+    if path.suffix.lower() not in FIGURE_FORMATS:
+        raise NpoError(
+            f"--figure {path}: a picture ends in {', '.join(FIGURE_FORMATS)}", f"--figure {path.stem or 'F'}.png"
+        )
+
+
+def plot_sources(scores: Sequence[SourceScore], path: Path, title: str = "") -> None:
+    """A row a source by kind and distance, a panel for Q, V and S; a ring marks the largest S."""
+    ordered = list(reversed(sort_sources(scores)))
+    best = "".join(f", {_short(one.name)} best in {one.p_best:.0%}" for one in ordered if one.is_selected)
+    panels = (
+        ("Q, prompts solved", COLOURS[2], [(one.quality, one.quality_low, one.quality_high) for one in ordered]),
+        (
+            f"V, {ordered[0].variance_kind}",
+            COLOURS[1],
+            [_all(one.variance, one.variance_low, one.variance_high) for one in ordered],
+        ),
+        (f"S = Q / V{best}", COLOURS[0], [_all(one.signal, one.signal_low, one.signal_high) for one in ordered]),
+    )
+    with open_figure(path, title=title, height=1.9 + 0.42 * len(ordered)) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True)
+        for panel, (label, colour, estimates) in zip(axes, panels, strict=True):
+            _draw_sources(panel, estimates, colour=colour, chosen=[one.is_selected for one in ordered])
+            panel.set_title(label, loc="left", color=colour)
+        axes[0].set_yticks(range(len(ordered)), [_label(one) for one in ordered])
+        axes[0].set_ylim(-0.6, len(ordered) - 0.4)
+
+
+def _all(value: float | None, low: float | None, high: float | None) -> ValueWithInterval | None:
+    return None if value is None or low is None or high is None else (value, low, high)
+
+
+def _draw_sources(
+    panel: "Axes", estimates: Sequence[ValueWithInterval | None], *, colour: str, chosen: Sequence[bool]
+) -> None:
+    known = [each for each in estimates if each is not None]
+    for place, (estimate, is_chosen) in enumerate(zip(estimates, chosen, strict=True)):
+        if estimate is None:
+            panel.annotate(
+                "not known", (0.02, place), xycoords=("axes fraction", "data"), color=MUTED, va="center", fontsize=9
+            )
+            continue
+        value, low, high = estimate
+        # A resampled interval may leave its own estimate outside; a bar cannot reach backwards.
+        bars = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        panel.errorbar(
+            [value],
+            [place],
+            xerr=bars,
+            color=colour,
+            ecolor=f"{colour}88",
+            fmt="o",
+            ms=6,
+            capsize=3,
+            lw=2,
+            clip_on=False,
+        )
+        if is_chosen:
+            panel.plot([value], [place], marker="o", ms=14, color=colour, fillstyle="none", mew=2)
+    panel.grid(visible=True, axis="x")
+    lows, values = [low for _, low, _ in known], [value for value, _, _ in known]
+    # V may span orders of magnitude: then ratios are what the eye should compare.
+    if known and min(*values, *lows) > 0 and max(values) > 20 * min(values):
+        panel.set_xscale("log")
+    elif known:
+        panel.set_xlim(left=min(0.0, *lows))
+
+
+def _label(score: SourceScore) -> str:
+    ahead = f" (+{score.distance})" if score.kind in ("near", "far") else ""
+    far = "far: " if score.kind == "far" else ""
+    return f"{far}{_short(score.name)}{ahead}"
+
+
+def _short(name: str) -> str:
+    """Of a path the end tells most; letters of a font that has no dollar mathematics."""
+    cut = name if len(name) <= MAX_NAME_CHARS else f"{name.split(' ')[0]} ...{name[-(MAX_NAME_CHARS - 10) :]}"
+    return cut.replace("$", r"\$")

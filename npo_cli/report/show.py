@@ -1,0 +1,149 @@
+"""`npo show`: look inside a run. Reads what the other stages wrote and computes nothing."""
+
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.report.prompt_history import build_prompt_history, iter_visits, render_prompt_text
+from npo_cli.storage.costs import compute_run_costs, cost_to_threshold, learning_curve
+from npo_cli.storage.guide_cache import list_guide_caches
+from npo_cli.storage.jsonl import JsonlLog
+from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.lineage import find_newest_branch, list_branches, read_segments
+from npo_cli.storage.metrics import read_metrics
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.types.costs import CostToThreshold, CurvePoint, RunCosts
+from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.rollouts import Segment, StepReport
+from npo_cli.types.views import GroupView, PromptHistory, PromptVisit, RolloutView
+
+ShowRecord = (
+    StepReport
+    | RolloutView
+    | GroupView
+    | PromptHistory
+    | PromptVisit
+    | GuideCacheInfo
+    | Segment
+    | CurvePoint
+    | CostToThreshold
+    | RunCosts
+)
+
+THRESHOLDS = (0.2, 0.6, 0.9)
+"""Held-out accuracies whose cost is shown."""
+
+
+def show_run(
+    root: Path, what: str, *, branch: str | None, step: int | None, prompt_id: str | None, limit: int | None
+) -> list[ShowRecord]:
+    """The lines asked for, oldest first; with a limit the last of them. A filter that means nothing is refused.
+
+    A prompt's story keeps its first line, whatever the limit.
+    """
+    run = open_run(root)
+    if branch is not None and branch not in list_branches(run):
+        named = ", ".join(list_branches(run)) or "none yet"
+        raise NpoError(f"{root} has no branch {branch!r}: {named}", f"npo show {quote_path(root)} lineage")
+    if what in ("guides", "lineage", "costs") and step is not None:
+        raise NpoError(f"--step does not apply to {what}", f"npo show {quote_path(root)} {what}")
+    if what not in ("rollouts", "groups") and prompt_id is not None:
+        raise NpoError(
+            f"--prompt does not apply to {what}",
+            f"npo show {quote_path(root)} rollouts --prompt {shlex.quote(prompt_id)}",
+        )
+    match what:
+        case "metrics":
+            lines: Iterable[ShowRecord] = show_metrics(run, branch=branch, step=step)
+        case "rollouts" if prompt_id is not None and step is None:
+            lines = show_prompt_history(run, branch=branch, prompt_id=prompt_id)
+        case "rollouts":
+            lines = show_rollouts(run, branch=branch, step=step, prompt_id=prompt_id)
+        case "groups":
+            lines = show_groups(run, branch=branch, step=step, prompt_id=prompt_id)
+        case "costs":
+            lines = show_costs(run, branch=branch)
+        case "guides":
+            lines = show_guides(run, branch=branch)
+        case _:
+            lines = show_lineage(run, branch=branch)
+    found = list(lines)
+    if not found and (step is not None or prompt_id is not None):
+        asked = [f"step {step}"] * (step is not None) + [f"prompt {prompt_id!r}"] * (prompt_id is not None)
+        raise NpoError(f"{root} has no {what} of {' and '.join(asked)}", f"npo show {quote_path(root)} {what}")
+    head = found[:1] if found and isinstance(found[0], PromptHistory) else []
+    return found if limit is None else [*head, *found[len(head) :][-limit:]]
+
+
+def show_metrics(run: RunDir, *, branch: str | None, step: int | None) -> Iterator[StepReport]:
+    """Every step of one branch or of all. Of a step made twice, the newest timings."""
+    for name in list_branches(run) if branch is None else (branch,):
+        timings = {row.get("step"): _numbers(row) for row in JsonlLog(run.timings_path(name)).iter_rows()}
+        for row in read_metrics(run, name):
+            if step in (None, row["step"]):
+                spent = timings.get(row["step"], {})
+                yield StepReport(branch=name, step=row["step"], metrics=_numbers(row), timings=spent)
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+
+
+def show_groups(run: RunDir, *, branch: str | None, step: int | None, prompt_id: str | None) -> Iterator[GroupView]:
+    """Groups of one step, the newest unless one is named. A prompt alone is followed through all steps."""
+    name = branch or find_newest_branch(run)
+    journal = RolloutLog(run.rollouts_path(name))
+    if step is None and prompt_id is None:
+        step = max(journal.steps(), default=None)
+    for at, group in journal.iter_groups(step=step, prompt_id=prompt_id):
+        yield GroupView(branch=name, step=at, group=group)
+
+
+def show_rollouts(run: RunDir, *, branch: str | None, step: int | None, prompt_id: str | None) -> Iterator[RolloutView]:
+    """Every rollout of those groups, the seated guide included."""
+    for line in show_groups(run, branch=branch, step=step, prompt_id=prompt_id):
+        prompt = line.group.prompt
+        for rollout in line.group.rollouts:
+            yield RolloutView(
+                branch=line.branch,
+                step=line.step,
+                prompt_text=render_prompt_text(prompt),
+                reference_answer=prompt.answer,
+                rollout=rollout,
+            )
+
+
+def show_prompt_history(run: RunDir, *, branch: str | None, prompt_id: str) -> Iterator[PromptHistory | PromptVisit]:
+    """One prompt through training, across the branches on the line of descent; nothing if it was never visited."""
+    name = branch or find_newest_branch(run)
+    seen = list(iter_visits(run, name, prompt_id=prompt_id))
+    if seen:
+        yield build_prompt_history(name, seen)
+        yield from seen
+
+
+def show_guides(run: RunDir, *, branch: str | None) -> list[GuideCacheInfo]:
+    """Guide caches, for one branch or all."""
+    return [info for info in list_guide_caches(run) if branch in (None, info.branch)]
+
+
+def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | CostToThreshold | RunCosts]:
+    """Held-out accuracy of each branch with all it had cost, where it first reached the thresholds, and the account.
+
+    The account is that of the branch, or of the newest one.
+    """
+    names = [name for name in list_branches(run) if branch in (None, name)]
+    curves = [learning_curve(run, name, name=name) for name in names]
+    for points in curves:
+        yield from points
+    for threshold in THRESHOLDS:
+        yield from (cost_to_threshold(points, threshold) for points in curves if points)
+    if names:
+        yield compute_run_costs(run, branch or find_newest_branch(run))
+
+
+def show_lineage(run: RunDir, *, branch: str | None) -> list[Segment]:
+    """Stretches of training in the order in which they began."""
+    return [segment for segment in read_segments(run) if branch in (None, segment.branch)]

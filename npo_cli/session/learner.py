@@ -1,0 +1,96 @@
+"""The stretch of training after a step: which branch, which prompts, how long. Shared by scoring and guiding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from npo_cli.config.loading import override_saved_recipe
+from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.session.session import Session
+from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
+from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import ancestry, find_newest_branch
+from npo_cli.storage.metrics import read_metrics
+from npo_cli.types.rollouts import Prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learner:
+    """A learner, and the line of descent on which its futures lie."""
+
+    recipe: Recipe
+    branch: str
+    checkpoint: Checkpoint
+
+    @property
+    def step(self) -> int:
+        """Steps the learner has done."""
+        return self.checkpoint.step
+
+
+def find_learner(run: RunDir, *, at: int | None, branch: str | None, overrides: Sequence[str]) -> Learner:
+    """The checkpoint at `at`, or at the recipe's guide.replay.at_step."""
+    branch = branch or find_newest_branch(run)
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
+    step = recipe.guide.replay.at_step if at is None else at
+    if step is None:
+        raise NpoError(
+            "which step is the learner? the recipe has no guide.replay.at_step",
+            f"add --at STEP, one of those in: npo index {quote_path(run.root)}",
+        )
+    return Learner(recipe=recipe, branch=branch, checkpoint=find_checkpoint(run, branch, step))
+
+
+def find_later_checkpoint(run: RunDir, learner: Learner, step: int) -> Checkpoint:
+    """A checkpoint of the same line, later than the learner."""
+    if step <= learner.step:
+        raise NpoError(
+            f"step {step} is not later than the learner's step {learner.step}: it is no near future",
+            f"choose a step above {learner.step}: npo index {quote_path(run.root)}",
+        )
+    return find_checkpoint(run, learner.branch, step)
+
+
+def list_later_checkpoints(run: RunDir, learner: Learner) -> list[Checkpoint]:
+    """Every later checkpoint on the learner's line, by step."""
+    later = [
+        checkpoint for checkpoint in list_ancestry_checkpoints(run, learner.branch) if checkpoint.step > learner.step
+    ]
+    if not later:
+        raise NpoError(
+            f"{learner.branch} has no checkpoint later than step {learner.step}",
+            f"train on first: npo resume {quote_path(run.root)} --from {learner.branch} "
+            f"train.num_steps={2 * learner.step or 1}",
+        )
+    return sorted(later, key=lambda checkpoint: checkpoint.step)
+
+
+def find_data_position(run: RunDir, branch: str, step: int) -> int:
+    """The data cursor after `step`, from the metrics of the branch that made that step."""
+    if step == 0:
+        return 0
+    for name, first, last in ancestry(run, branch):
+        if first < step and (last is None or step <= last):
+            for line in read_metrics(run, name):
+                if line["step"] == step and isinstance(line.get("data_position"), int):
+                    return line["data_position"]
+    raise NpoError(
+        f"the metrics of {branch} do not say where in the data step {step} ended",
+        f"choose another step, one of those in: npo show {quote_path(run.root)} metrics",
+    )
+
+
+def list_replay_prompts(session: Session, learner: Learner, num_steps: int) -> list[Prompt]:
+    """Distinct prompts visited in the `num_steps` steps after the learner, in their order.
+
+    With dynamic sampling a step may draw more than one batch: what is on record is used, and the data order
+    goes on from there, one batch a step.
+    """
+    first = find_data_position(session.run, learner.branch, learner.step)
+    last = first + num_steps * learner.recipe.train.prompts_per_step
+    if learner.recipe.sampling.dynamic:
+        newest = list_later_checkpoints(session.run, learner)[-1].step
+        known = min(learner.step + num_steps, newest)
+        left = learner.step + num_steps - known
+        last = find_data_position(session.run, learner.branch, known) + left * learner.recipe.train.prompts_per_step
+    return session.prompts_between(first, last)

@@ -1,0 +1,212 @@
+"""Checkpoints: built under a hidden name, signed, synced, renamed. A final name means a whole checkpoint.
+
+Two tiers. A *guide* is a folder that `from_pretrained` opens. An *anchor* is a guide with an `anchor/` folder
+inside, which holds what training needs to go on. Demoting an anchor renames that folder away and deletes it.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from npo_cli.errors import NpoError, damaged_checkpoint_hint, quote_path
+from npo_cli.storage.files import explain_full_disk, make_folder, sync_path
+from npo_cli.storage.layout import RunDir, format_step, parse_step
+from npo_cli.storage.lineage import ancestry, find_owning_branch
+from npo_cli.storage.manifests import (
+    TRAINING_STATE_FOLDER,
+    find_damage,
+    has_intact_training_state,
+    has_intact_weights,
+    read_manifest,
+    write_manifests,
+)
+
+PARTIAL_SUFFIX = ".partial"
+DELETED_SUFFIX = ".dead"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint on the disk."""
+
+    branch: str
+    step: int
+    path: Path
+    tier: Literal["anchor", "guide"]
+
+    @property
+    def digest(self) -> str:
+        """Identity of its weights, from its manifest."""
+        return str(read_manifest(self.path)["digest"])
+
+    @property
+    def training_state_path(self) -> Path:
+        """Folder of the training state; exists where the tier is `anchor`."""
+        return self.path / TRAINING_STATE_FOLDER
+
+
+@contextmanager
+def create_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
+    """Yield a hidden folder to save into; when the block ends well it becomes `step_000120`, else it is removed.
+
+    A complete checkpoint of that name is never overwritten: the same weights saved again are dropped (a lost
+    training state is put back), other weights are an error. An incomplete one makes room.
+    """
+    home = run.checkpoints_folder(branch)
+    hidden = home / f".{format_step(step)}{PARTIAL_SUFFIX}"
+    with explain_full_disk(home / format_step(step)):
+        make_folder(home)
+        remove_leftovers(home)
+        hidden.mkdir()
+        try:
+            yield hidden
+            write_manifests(hidden, branch=branch, step=step)
+            _sync_journals(run, branch)
+            _publish(hidden, home / format_step(step))
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync_journals(run: RunDir, branch: str) -> None:
+    """A checkpoint is never on the disk without the lines of the steps that led to it."""
+    for path in (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch)):
+        if path.exists():
+            sync_path(path)
+
+
+def _publish(hidden: Path, final: Path) -> None:
+    """Give a signed folder its final name."""
+    if final.exists() and has_intact_weights(final, deep=True):
+        _merge(hidden, final)
+        return
+    if final.exists():
+        _bury(final)
+    hidden.rename(final)
+    sync_path(final.parent)
+
+
+def _merge(hidden: Path, final: Path) -> None:
+    """The checkpoint is already there: keep it, give it the new training state where its own is gone or damaged."""
+    if read_manifest(hidden)["digest"] != read_manifest(final)["digest"]:
+        raise NpoError(
+            f"{final} exists and holds other weights than the ones to be saved",
+            "a checkpoint is never overwritten: replay as a new branch with "
+            f"npo resume {quote_path(final.parents[3])} --at STEP",
+        )
+    if (hidden / TRAINING_STATE_FOLDER).is_dir() and not has_intact_training_state(final, deep=True):
+        if (final / TRAINING_STATE_FOLDER).exists():
+            _bury(final / TRAINING_STATE_FOLDER)
+        (hidden / TRAINING_STATE_FOLDER).rename(final / TRAINING_STATE_FOLDER)
+        sync_path(final)
+
+
+def remove_leftovers(home: Path) -> None:
+    """Remove what dead writers left among a branch's checkpoints. Only for the one writer."""
+    if not home.is_dir():
+        return
+    dead = [
+        *home.glob(f".step_*{PARTIAL_SUFFIX}"),
+        *home.glob(f".*{DELETED_SUFFIX}"),
+        *home.glob(f"step_*/.{TRAINING_STATE_FOLDER}{DELETED_SUFFIX}"),
+    ]
+    for folder in dead:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def demote_checkpoint(checkpoint: Checkpoint) -> None:
+    """Take an anchor's training state away: from one moment to the next it is a weights-only guide."""
+    if checkpoint.training_state_path.exists():
+        _bury(checkpoint.training_state_path)
+
+
+def delete_checkpoint(checkpoint: Checkpoint) -> None:
+    """Remove a checkpoint: its name goes first, at once."""
+    _bury(checkpoint.path)
+
+
+def _bury(folder: Path) -> None:
+    """Rename a folder to a hidden dead name, sync, and only then delete it file by file."""
+    dead = folder.parent / f".{folder.name}{DELETED_SUFFIX}"
+    shutil.rmtree(dead, ignore_errors=True)
+    folder.rename(dead)
+    sync_path(dead.parent)
+    shutil.rmtree(dead, ignore_errors=True)
+
+
+def is_complete(folder: Path, deep: bool = False) -> bool:
+    """The folder has a final name and every file of its weights with its size (`deep`: and its sha256)."""
+    return parse_step(folder.name) is not None and has_intact_weights(folder, deep=deep)
+
+
+def list_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
+    """Complete checkpoints that the branch itself made, by step. A damaged training state makes it a guide."""
+    home = run.checkpoints_folder(branch)
+    found = []
+    for folder in home.iterdir() if home.is_dir() else ():
+        step = parse_step(folder.name)
+        if step is not None and is_complete(folder):
+            tier: Literal["anchor", "guide"] = "anchor" if has_intact_training_state(folder) else "guide"
+            found.append(Checkpoint(branch=branch, step=step, path=folder, tier=tier))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def list_ancestry_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
+    """Checkpoints along the line of descent by step: each ancestor's up to the step where the line left it."""
+    line = ancestry(run, branch)
+    return [
+        found for stretch in line for found in list_checkpoints(run, stretch.branch) if stretch.contains(found.step)
+    ]
+
+
+def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
+    """The checkpoint of a step on the branch's line of descent."""
+    every = list_ancestry_checkpoints(run, branch)
+    for checkpoint in every:
+        if checkpoint.step == step:
+            return checkpoint
+    _refuse_damaged(run.checkpoint_folder(find_owning_branch(run, branch, step), step))
+    steps = ", ".join(str(checkpoint.step) for checkpoint in every) or "none"
+    raise NpoError(
+        f"{run.root} has no complete checkpoint of step {step} on branch {branch}; it has steps: {steps}",
+        f"choose one of these, or see npo index {quote_path(run.root)}",
+    )
+
+
+def verify_checkpoint(checkpoint: Checkpoint, *, training_state: bool = False) -> None:
+    """Compare every byte of a checkpoint's weights (or training state) with its digests: a damaged one is refused."""
+    found = find_damage(checkpoint.path, training_state=training_state)
+    if found:
+        raise NpoError(found, damaged_checkpoint_hint(checkpoint.path))
+
+
+def _refuse_damaged(folder: Path) -> None:
+    found = find_damage(folder, deep=False) if folder.exists() else None
+    if found:
+        raise NpoError(found, damaged_checkpoint_hint(folder))
+
+
+def check_newer_checkpoints(run: RunDir, branch: str, step: int) -> None:
+    """A damaged checkpoint newer than the one to go on from is for the user to judge: never passed over in silence."""
+    home = run.checkpoints_folder(branch)
+    for folder in sorted(home.iterdir()) if home.is_dir() else ():
+        found = parse_step(folder.name)
+        if found is not None and found > step:
+            _refuse_damaged(folder)
+
+
+def find_resume_checkpoint(run: RunDir, branch: str) -> Checkpoint:
+    """The checkpoint from which the branch goes on: its own newest anchor, or the one it left its parent at."""
+    fork_step = ancestry(run, branch)[-1].from_step
+    anchors = [
+        found for found in list_ancestry_checkpoints(run, branch) if found.tier == "anchor" and found.step >= fork_step
+    ]
+    check_newer_checkpoints(run, branch, anchors[-1].step if anchors else fork_step)
+    if not anchors:
+        raise NpoError(
+            f"branch {branch} of {run.root} has no complete checkpoint with a training state to go on from",
+            f"start again in a new folder with npo train, or look: npo index {quote_path(run.root)}",
+        )
+    return anchors[-1]

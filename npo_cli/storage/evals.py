@@ -1,0 +1,75 @@
+"""outcomes.jsonl: how often each held-out prompt was solved, one line an evaluation.
+
+What evals.jsonl sums up is here prompt by prompt, so that two policies can be compared on the prompts that both were
+asked. A prompt is known by its content, not by its id or its place: two runs that drew other prompts share none.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from npo_cli.storage.files import damaged_file_error, encode_record
+from npo_cli.storage.jsonl import JsonlLog
+from npo_cli.storage.layout import RunDir
+from npo_cli.types.rollouts import EvalReport, Prompt
+
+KEY_LENGTH = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptResults:
+    """One evaluation of one checkpoint, prompt by prompt."""
+
+    branch: str
+    step: int
+    num_samples: int
+    """Samples a prompt."""
+    prompt_keys: tuple[str, ...]
+    """Keys of the held-out prompts (`prompt_key`)."""
+    num_correct: tuple[int, ...]
+    """Correct samples of each, in the same order."""
+
+    def matches(self, report: EvalReport) -> bool:
+        """Whether that report sums up these counts."""
+        place = (self.branch, self.step, self.num_samples, len(self.prompt_keys))
+        total = self.num_samples * len(self.prompt_keys)
+        return place == (report.branch, report.step, report.num_samples, report.num_prompts) and (
+            abs(sum(self.num_correct) - report.accuracy * total) < 0.5
+        )
+
+
+def hash_prompt(prompt: Prompt) -> str:
+    """The first 16 hexadecimal digits of the sha256 of what is asked and what is expected."""
+    turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+    digests = [image.sha256 for image in prompt.images]
+    content = {"text": prompt.text, "messages": turns, "images": digests, "answer": prompt.answer}
+    return hashlib.sha256(encode_record(content).encode("ascii")).hexdigest()[:KEY_LENGTH]
+
+
+def append_prompt_results(run: RunDir, outcomes: PromptResults) -> None:
+    """Write one evaluation down, once."""
+    JsonlLog(run.prompt_results_path).append_once(outcomes, ("branch", "step", "num_samples"))
+
+
+def read_prompt_results(run: RunDir) -> list[PromptResults]:
+    """Every evaluation whose outcomes were kept, oldest first."""
+    found = []
+    for number, said in enumerate(JsonlLog(run.prompt_results_path).read_records(PromptResults), start=1):
+        one = replace(said, prompts=tuple(said.prompt_keys), num_correct=tuple(said.num_correct))
+        counted = all(isinstance(count, int) and 0 <= count <= one.num_samples for count in one.num_correct)
+        if not (counted and len(one.num_correct) == len(set(one.prompt_keys)) > 0):
+            raise damaged_file_error(f"{run.prompt_results_path}, line {number}", "its counts do not fit its prompts")
+        found.append(one)
+    return found
+
+
+def match_prompt_results(
+    reports: Mapping[tuple[str, int], EvalReport], run: RunDir
+) -> dict[tuple[str, int], PromptResults]:
+    """The outcomes behind those reports, by branch and step; an npo that kept none left none."""
+    found = {}
+    for one in read_prompt_results(run):
+        report = reports.get((one.branch, one.step))
+        if report is not None and one.matches(report):
+            found[one.branch, one.step] = one
+    return found

@@ -1,0 +1,144 @@
+"""The table of a run's checkpoints. Everything in it can be made again from the other files.
+
+`npo index`: one table of the run's checkpoints.
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npo_cli.storage.checkpoints import PARTIAL_SUFFIX
+from npo_cli.storage.files import to_row, write_json_atomic
+from npo_cli.storage.jsonl import JsonlLog
+from npo_cli.storage.layout import RunDir, open_run, parse_step
+from npo_cli.storage.lineage import find_first_segment, find_owning_branch, list_branches
+from npo_cli.storage.manifests import has_intact_training_state, has_intact_weights, read_manifest
+from npo_cli.storage.sample_store import read_all_scores, read_evals
+from npo_cli.types.rollouts import CheckpointEntry, CheckpointScore, EvalReport
+
+BranchStep = tuple[str, int]
+"""Branch and step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointMeasurements:
+    """What the journals and scorings say of checkpoints, by place."""
+
+    scores: dict[BranchStep, tuple[int, CheckpointScore]]
+    """Step of the learner, and the newest score for it."""
+    evals: dict[BranchStep, EvalReport]
+    """The evaluation with the most samples."""
+
+
+def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
+    """Every checkpoint, incomplete ones included, by branch and step; saved as index.json.
+
+    `verify` compares the sha256 of every file, not only its size.
+    """
+    known = CheckpointMeasurements(scores=collect_newest_scores(run), evals=select_best_evals(run))
+    entries = []
+    for branch in list_branches(run):
+        measured = {row.get("step"): row for row in JsonlLog(run.metrics_path(branch)).iter_rows()}
+        parent = _birthplace(run, branch)
+        for step, folder in list_checkpoint_folders(run.checkpoints_folder(branch)):
+            fields = _on_disk(run, folder, verify=verify) | _measurements((branch, step), measured.get(step, {}), known)
+            if not folder.is_dir():
+                # Its writer has renamed or removed it meanwhile.
+                continue
+            entries.append(CheckpointEntry(branch=branch, step=step, parent=parent, **fields))
+            if fields["complete"]:
+                parent = f"{branch}:{step}"
+    # Only a copy for other readers: a run that may not be written in is listed all the same.
+    if os.access(run.root, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        write_json_atomic(run.index_path, {"checkpoints": [to_row(entry) for entry in entries]})
+    return entries
+
+
+def list_checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
+    """Folders of a branch that are a checkpoint or were to become one, by step."""
+    found = []
+    for folder in home.iterdir() if home.is_dir() else ():
+        hidden = folder.name.startswith(".") and folder.name.endswith(PARTIAL_SUFFIX)
+        step = parse_step(folder.name[1 : -len(PARTIAL_SUFFIX)] if hidden else folder.name)
+        if step is not None:
+            found.append((step, folder))
+    return sorted(found)
+
+
+def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
+    """Fields of an entry that the folder itself answers."""
+    complete = not folder.name.startswith(".") and has_intact_weights(folder, deep=verify)
+    return {
+        "tier": "anchor" if has_intact_training_state(folder, deep=verify) else "guide",
+        "size_bytes": _size(folder),
+        "complete": complete,
+        "digest": _digest(folder) if complete else None,
+        "path": folder.relative_to(run.root).as_posix(),
+    }
+
+
+def _size(folder: Path) -> int:
+    """Bytes of its files; those that a writer takes away meanwhile are not counted."""
+    total = 0
+    with suppress(FileNotFoundError):
+        for path in folder.rglob("*"):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _digest(folder: Path) -> str | None:
+    return read_manifest(folder).get("digest")
+
+
+def _measurements(place: BranchStep, measured: dict[str, Any], known: CheckpointMeasurements) -> dict[str, Any]:
+    """Fields of an entry that were measured: by the step itself, by evaluations and by scorings."""
+    report = known.evals.get(place)
+    at, score = known.scores.get(place, (None, None))
+    return {
+        "reward": measured.get("reward"),
+        "entropy": measured.get("entropy"),
+        "accuracy": report.accuracy if report else None,
+        "quality": score.quality if score else None,
+        "variance": score.variance if score else None,
+        "signal": score.signal if score else None,
+        "scored_for": at,
+    }
+
+
+def _birthplace(run: RunDir, branch: str) -> str | None:
+    """The checkpoint that a branch left; None for the first branch."""
+    born = find_first_segment(run, branch)
+    if born.parent is None:
+        return None
+    return f"{find_owning_branch(run, born.parent, born.fork_step)}:{born.fork_step}"
+
+
+def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CheckpointScore]]:
+    """The newest score of every candidate ever scored, with the learner's step."""
+    newest: dict[BranchStep, tuple[int, CheckpointScore]] = {}
+    for answer in read_all_scores(run):
+        for score in answer.scores:
+            newest[find_owning_branch(run, answer.branch, score.step), score.step] = (answer.learner_step, score)
+    return newest
+
+
+def select_best_evals(run: RunDir) -> dict[BranchStep, EvalReport]:
+    """The evaluation with the most samples of every checkpoint evaluated; of equals the newest."""
+    best: dict[BranchStep, EvalReport] = {}
+    for report in read_evals(run):
+        place = (report.branch, report.step)
+        if place not in best or count_eval_samples(report) >= count_eval_samples(best[place]):
+            best[place] = report
+    return best
+
+
+def count_eval_samples(report: EvalReport) -> int:
+    """Responses behind an evaluation."""
+    return report.num_prompts * report.num_samples
+
+
+def index_run(root: Path, *, verify: bool) -> list[CheckpointEntry]:
+    """Rebuild the index from what lies on the disk; `verify` reads every byte and compares digests."""
+    return build_index(open_run(root), verify=verify)

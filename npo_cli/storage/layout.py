@@ -1,0 +1,299 @@
+"""Where everything lies in a run directory, how one is born and how one is opened. FORMAT.md is the contract.
+
+A run directory is known by `npo_run.json`, which is written last at birth. This file knows names, not contents:
+the rooms' other files say what each journal holds.
+"""
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from npo_cli.config.loading import dump_yaml
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.storage.files import (
+    damaged_file_error,
+    explain_full_disk,
+    now_utc,
+    read_json,
+    write_json_atomic,
+    write_text_atomic,
+)
+
+FORMAT_VERSION = 1
+FIRST_BRANCH = "main"
+RUN_INFO_FILE = "npo_run.json"
+RECIPE_FILE = "recipe.yaml"
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+STEP_FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
+
+
+def format_step(step: int) -> str:
+    """`step_000120`: padded to six digits, so that names sort like steps (up to 999,999)."""
+    assert step >= 0, f"no step {step}"
+    return f"step_{step:06d}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step a folder is named after; None for any other name, hidden ones included."""
+    found = STEP_FOLDER_PATTERN.fullmatch(name)
+    return int(found.group(1)) if found and format_step(int(found.group(1))) == name else None
+
+
+def validate_name(name: str) -> str:
+    """The name itself, if a guide or branch may carry it: 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise NpoError(
+            f"{name!r} cannot name a guide or a branch",
+            "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.'",
+        )
+    return name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunInfo:
+    """What `npo_run.json` says."""
+
+    format: int
+    run_id: str
+    """uuid4, 32 hexadecimal digits."""
+    created: str
+    """ISO 8601, UTC."""
+    npo_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """A run directory: every path in it has its name here."""
+
+    root: Path
+
+    @property
+    def info(self) -> RunInfo:
+        """The run's passport, read anew."""
+        return read_run_info(self.root)
+
+    @property
+    def run_id(self) -> str:
+        """uuid4 of the run, 32 hexadecimal digits: ties a guide cache to its run."""
+        return self.info.run_id
+
+    @property
+    def lock_path(self) -> Path:
+        """Locked by the one writer; its content means nothing."""
+        return self.root / ".lock"
+
+    @property
+    def holder_path(self) -> Path:
+        """Who holds the lock, for the error message of the next one."""
+        return self.root / ".lock_holder.json"
+
+    @property
+    def segments_path(self) -> Path:
+        """The lineage."""
+        return self.root / "segments.jsonl"
+
+    @property
+    def events_path(self) -> Path:
+        """What happened and when."""
+        return self.root / "events.jsonl"
+
+    @property
+    def evals_path(self) -> Path:
+        """Held-out evaluations."""
+        return self.root / "evals.jsonl"
+
+    @property
+    def prompt_results_path(self) -> Path:
+        """The same, prompt by prompt."""
+        return self.root / "outcomes.jsonl"
+
+    @property
+    def index_path(self) -> Path:
+        """The table of checkpoints; can be made again."""
+        return self.root / "index.json"
+
+    @property
+    def branches_folder(self) -> Path:
+        """One folder a branch."""
+        return self.root / "branches"
+
+    @property
+    def guides_folder(self) -> Path:
+        """One folder a guide cache."""
+        return self.root / "guides"
+
+    @property
+    def scores_folder(self) -> Path:
+        """One folder a scoring."""
+        return self.root / "scores"
+
+    def branch_folder(self, branch: str) -> Path:
+        """Everything one branch wrote."""
+        return self.branches_folder / validate_name(branch)
+
+    def recipe_path(self, branch: str | None = None) -> Path:
+        """The recipe in force on a branch; without one, the recipe of the run's birth."""
+        return (self.root if branch is None else self.branch_folder(branch)) / RECIPE_FILE
+
+    def metrics_path(self, branch: str) -> Path:
+        """Measurements a step: a function of the seed."""
+        return self.branch_folder(branch) / "metrics.jsonl"
+
+    def timings_path(self, branch: str) -> Path:
+        """Wall clock a step."""
+        return self.branch_folder(branch) / "timings.jsonl"
+
+    def rollouts_path(self, branch: str) -> Path:
+        """Every group of every step."""
+        return self.branch_folder(branch) / "rollouts.jsonl"
+
+    def checkpoints_folder(self, branch: str) -> Path:
+        """One folder a checkpoint."""
+        return self.branch_folder(branch) / "checkpoints"
+
+    def checkpoint_folder(self, branch: str, step: int) -> Path:
+        """The final name of one checkpoint, whether it exists or not."""
+        return self.checkpoints_folder(branch) / format_step(step)
+
+    def guide_folder(self, name: str) -> Path:
+        """One guide cache."""
+        return self.guides_folder / validate_name(name)
+
+    def score_folder(self, branch: str, learner_step: int, *, key: str) -> Path:
+        """One scoring of the guides of one learner; `key` tells scorings with other settings apart."""
+        return self.scores_folder / f"{validate_name(branch)}_{format_step(learner_step)}_{key}"
+
+    def read_recipe(self, branch: str | None = None) -> dict[str, Any]:
+        """The resolved recipe of a branch (of the run's birth without one), as plain data."""
+        return read_recipe(self.recipe_path(branch))
+
+    def save_recipe(self, branch: str, recipe: Mapping[str, Any]) -> None:
+        """Replace the recipe in force on a branch."""
+        write_text_atomic(self.recipe_path(branch), dump_recipe(recipe))
+
+
+def dump_recipe(recipe: Mapping[str, Any]) -> str:
+    """A recipe as YAML, sections and keys in the order given."""
+    return dump_yaml(recipe, width=120)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe saved in `path`."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise damaged_file_error(path, " ".join(str(error).split())) from error
+    if not isinstance(found, dict):
+        raise damaged_file_error(path, "it holds no mapping")
+    return found
+
+
+def read_run_info(root: Path) -> RunInfo:
+    """`npo_run.json`, checked: absent, damaged and from-the-future each have their own words."""
+    path = root / RUN_INFO_FILE
+    if not path.is_file():
+        raise NpoError(
+            f"{root} is not a run directory: it has no {RUN_INFO_FILE}",
+            "name a run directory, or start a run in a new folder: npo train RECIPE --run DIR",
+        )
+    found = read_json(path)
+    version = found.get("format")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise damaged_file_error(path, f"format is {version!r}")
+    if version > FORMAT_VERSION:
+        raise NpoError(
+            f"{root} was written by npo {found.get('npo_version', '?')} in run format {version}; "
+            f"this npo reads formats up to {FORMAT_VERSION}",
+            "open it with a newer npo: pip install --upgrade npo-cli",
+        )
+    known = {name: found.get(name) for name in ("run_id", "created", "npo_version")}
+    for name, value in known.items():
+        if not isinstance(value, str):
+            raise damaged_file_error(path, f"{name} is {value!r}")
+    return RunInfo(format=version, **known)  # type: ignore[arg-type]
+
+
+def open_run(root: Path) -> RunDir:
+    """An existing run directory of a format this program reads."""
+    root = Path(root)
+    if not root.exists():
+        raise NpoError(f"there is no run directory {root}", f"start one: npo train RECIPE --run {quote_path(root)}")
+    read_run_info(root)
+    return RunDir(root)
+
+
+def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> RunDir:
+    """A new run directory in a new or empty folder; on failure nothing is left behind."""
+    root = Path(root)
+    check_unused(root)
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    try:
+        with explain_full_disk(root):
+            _give_birth(root, recipe, npo_version=npo_version)
+    except BaseException as error:
+        _undo(root, made, taken=isinstance(error, FileExistsError))
+        if isinstance(error, FileExistsError):
+            raise used_directory_error(root) from error
+        if isinstance(error, OSError):
+            raise NpoError(f"cannot make {root}: {error.strerror}", "name another folder with --run") from error
+        raise
+    return RunDir(root)
+
+
+def _give_birth(root: Path, recipe: Mapping[str, Any], *, npo_version: str) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    # Two births in one empty folder: the exclusive mode lets one of them pass.
+    with (root / RECIPE_FILE).open("x", encoding="utf-8") as file:
+        file.write(dump_recipe(recipe))
+    run = RunDir(root)
+    run.save_recipe(FIRST_BRANCH, recipe)
+    birth = RunInfo(format=FORMAT_VERSION, run_id=uuid.uuid4().hex, created=now_utc(), npo_version=npo_version)
+    write_json_atomic(root / RUN_INFO_FILE, birth)
+
+
+def _undo(root: Path, made: list[Path], *, taken: bool) -> None:
+    """Remove what a failed birth made: nothing where another birth took the folder."""
+    if taken:
+        return
+    if root.is_dir():
+        for name in (RUN_INFO_FILE, RECIPE_FILE):
+            (root / name).unlink(missing_ok=True)
+        shutil.rmtree(root / "branches", ignore_errors=True)
+    for folder in made:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def check_unused(root: Path, *, flag: str = "--run") -> None:
+    """A folder with anything in it never becomes a new run, nor does one that cannot be made."""
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise used_directory_error(root, flag=flag)
+    around = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    effective = os.access in os.supports_effective_ids
+    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK, effective_ids=effective):
+        problem = "may not be written in" if around.is_dir() else "is a file"
+        raise NpoError(f"cannot make {root}: {around} {problem}", f"name another folder with {flag}")
+
+
+def used_directory_error(root: Path, *, flag: str = "--run") -> NpoError:
+    """The words for a folder that cannot become a run."""
+    if (root / RUN_INFO_FILE).exists():
+        return NpoError(
+            f"{root} already holds a run",
+            f"go on with it: npo resume {quote_path(root)}, or name a new folder: {flag} DIR",
+        )
+    if not root.is_dir():
+        return NpoError(f"{root} is a file, not a folder", f"name a new folder with {flag}")
+    return NpoError(
+        f"{root} is not empty and holds no run",
+        f"name a new or empty folder with {flag} (npo resume goes on with an existing run)",
+    )

@@ -1,0 +1,123 @@
+"""Branches: where each one left its parent, and the line of descent from a branch back to the first.
+
+segments.jsonl only grows. A branch is born with its first segment; later segments of the same branch record that
+it was resumed, perhaps with other settings. This file knows nothing of checkpoints, which may be deleted.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.storage.files import damaged_file_error, now_utc, to_row
+from npo_cli.storage.jsonl import JsonlLog
+from npo_cli.storage.layout import NAME_PATTERN, RunDir, validate_name
+from npo_cli.types.rollouts import Segment
+
+
+class Span(NamedTuple):
+    """The steps (from_step, to_step] that a line of descent takes from one branch."""
+
+    branch: str
+    from_step: int
+    """Step the branch starts from; the first branch also owns its step 0."""
+    to_step: int | None
+    """Step at which the next branch left; None on the last one, which is open."""
+
+    def contains(self, step: int) -> bool:
+        """Whether the line takes this step from this branch."""
+        after_start = step > self.from_step or (step == 0 and self.from_step == 0)
+        return after_start and (self.to_step is None or step <= self.to_step)
+
+
+def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = ()) -> None:
+    """Record that training starts or goes on: from now on the branch exists. Synced before it returns."""
+    validate_name(segment.branch)
+    journal = JsonlLog(run.segments_path)
+    journal.append({"time": now_utc(), **to_row(segment), "overrides": list(overrides)})
+    journal.sync()
+
+
+def read_segments(run: RunDir) -> list[Segment]:
+    """Every segment, oldest first."""
+    found = JsonlLog(run.segments_path).read_records(Segment)
+    for number, segment in enumerate(found, start=1):
+        if not all(NAME_PATTERN.fullmatch(name) for name in (segment.branch, segment.parent or segment.branch)):
+            raise damaged_file_error(
+                f"{run.segments_path}, line {number}", f"no branch can be named {segment.branch!r}"
+            )
+    return found
+
+
+def list_branches(run: RunDir) -> list[str]:
+    """Names of the branches, oldest first."""
+    return list(dict.fromkeys(segment.branch for segment in read_segments(run)))
+
+
+def find_newest_branch(run: RunDir) -> str:
+    """The branch that was trained on last."""
+    every = read_segments(run)
+    if not every:
+        raise NpoError(
+            f"nothing was trained in {run.root} yet",
+            f"start again in a new folder, or look: npo show {quote_path(run.root)} lineage",
+        )
+    return every[-1].branch
+
+
+def find_first_segment(run: RunDir, branch: str) -> Segment:
+    """The segment a branch was born with."""
+    every = read_segments(run)
+    for segment in every:
+        if segment.branch == branch:
+            return segment
+    names = ", ".join(dict.fromkeys(segment.branch for segment in every)) or "none yet"
+    raise NpoError(
+        f"{run.root} has no branch {branch!r}; it has: {names}", f"see npo show {quote_path(run.root)} lineage"
+    )
+
+
+def ancestry(run: RunDir, branch: str) -> list[Span]:
+    """The line of descent, oldest branch first: (main, 0, 80), (guided, 80, None) for a branch that left main at 80.
+
+    A parent that itself left its own parent later than the line left it gave no step and is not in the line.
+    """
+    line: list[Span] = []
+    seen: set[str] = set()
+    name: str | None = branch
+    end: int | None = None
+    while name is not None:
+        born = find_first_segment(run, name)
+        if name in seen:
+            raise NpoError(f"{run.segments_path}: branch {name!r} descends from itself", "restore the file from a copy")
+        seen.add(name)
+        if end is None or end > born.fork_step or born.parent is None:
+            line.append(Span(name, born.fork_step, end))
+        end = born.fork_step if end is None else min(end, born.fork_step)
+        name = born.parent
+    return list(reversed(line))
+
+
+def find_owning_branch(run: RunDir, branch: str, step: int) -> str:
+    """The branch on the line of descent that made this step."""
+    for stretch in ancestry(run, branch):
+        if stretch.contains(step):
+            return stretch.branch
+    return branch
+
+
+def find_free_branch_name(run: RunDir, wish: str, *, exact: bool = False) -> str:
+    """The name wished for, or the first free one of `wish-2`, `wish-3`...; with `exact` a taken name is an error."""
+    validate_name(wish)
+    taken = set(list_branches(run))
+    if run.branches_folder.is_dir():
+        taken |= {folder.name for folder in run.branches_folder.iterdir()}
+    if wish not in taken:
+        return wish
+    if exact:
+        raise NpoError(
+            f"{run.root} already has a branch {wish!r}", "choose another name with --branch, or leave it out"
+        )
+    number = 2
+    while f"{wish}-{number}" in taken:
+        number += 1
+    return validate_name(f"{wish}-{number}")

@@ -1,0 +1,96 @@
+"""One writer at a time in a run directory.
+
+The lock is the operating system's, on an open file, so it goes when its process goes, however that ends. Beside
+it lies a note of who holds it, which only words the error of the next one and is never believed by itself.
+
+Folders that appear whole or not at all: built under a hidden name beside the wanted one, then renamed.
+"""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from npo_cli.errors import NpoError
+from npo_cli.storage.files import decode_record, now_utc, read_json, write_json_atomic
+from npo_cli.storage.layout import RunDir, check_unused
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LockHolder:
+    """Who writes in a run directory."""
+
+    pid: int
+    host: str
+    command: str
+    since: str
+    """ISO 8601, UTC."""
+
+
+@contextmanager
+def lock_run(run: RunDir) -> Iterator[None]:
+    """Hold the run's lock for the block; refused at once, with the holder's name, where another writer holds it."""
+    lock = FileLock(run.lock_path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise run_locked_error(run) from error
+    except PermissionError as error:
+        raise NpoError(f"cannot write in {run.root}: {error.strerror}", "check the folder's permissions") from error
+    try:
+        command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        write_json_atomic(
+            run.holder_path, LockHolder(pid=os.getpid(), host=platform.node(), command=command, since=now_utc())
+        )
+        try:
+            yield
+        finally:
+            run.holder_path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def run_locked_error(run: RunDir) -> NpoError:
+    """The words for a run directory in which another process writes."""
+    try:
+        holder = decode_record(LockHolder, read_json(run.holder_path), run.holder_path)
+    except NpoError:
+        # Taken this moment and not yet signed, or the note was lost: the lock itself is what counts.
+        return NpoError(f"{run.root} is in use by another npo process", "wait until it ends, then try again")
+    return NpoError(
+        f"{run.root} is in use by process {holder.pid} on {holder.host} (`{holder.command}`, since {holder.since})",
+        f"wait until it ends, or stop it with: kill {holder.pid}",
+    )
+
+
+UNFINISHED_SUFFIX = ".unfinished"
+
+
+@contextmanager
+def atomic_directory(root: Path, *, flag: str = "--run") -> Iterator[Path]:
+    """A hidden sibling that becomes `root` when the block ends well, else it is removed.
+
+    What a killed writer left is removed; one that is still at work there is refused by its lock.
+    """
+    check_unused(root, flag=flag)
+    hidden = root.absolute().parent / f".{root.name}{UNFINISHED_SUFFIX}"
+    if hidden.exists():
+        with lock_run(RunDir(hidden)):
+            shutil.rmtree(hidden)
+    made = [folder for folder in hidden.parents if not folder.exists()]
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        check_unused(root, flag=flag)
+        hidden.rename(root.absolute())
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()

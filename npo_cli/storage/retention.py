@@ -1,0 +1,139 @@
+"""Which checkpoints may shrink or go. A plan is made from plain facts, then carried out.
+
+Two quotas, each a number of newest ones kept: `keep_anchors` full states (older ones become weights-only guides)
+and `keep_guides` weights-only checkpoints (older ones are deleted). What a rollback, a guide or a scoring may
+still need is protected: it neither shrinks nor goes, whatever the quotas say.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from npo_cli.storage.autonpo_log import read_transitions
+from npo_cli.storage.checkpoints import (
+    Checkpoint,
+    delete_checkpoint,
+    demote_checkpoint,
+    list_ancestry_checkpoints,
+    list_checkpoints,
+    remove_leftovers,
+)
+from npo_cli.storage.guide_cache import list_guide_caches
+from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import find_owning_branch, list_branches, read_segments
+from npo_cli.storage.sample_store import SampleStore, find_latest_scores, list_sample_stores
+
+BranchStep = tuple[str, int]
+"""Branch and step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetentionPlan:
+    """Steps of one branch."""
+
+    demote: tuple[int, ...]
+    """Anchors that become weights-only guides."""
+    delete: tuple[int, ...]
+    """Checkpoints that go."""
+
+
+def plan_retention(
+    checkpoints: Sequence[Checkpoint],
+    *,
+    protected: Collection[int],
+    keep_full_checkpoints: int | None,
+    keep_weights_only: int | None,
+) -> RetentionPlan:
+    """What to demote and delete among the checkpoints of one branch; a quota of None keeps all.
+
+    Step 0 and the newest anchor are always protected. A protected checkpoint counts in its quota.
+    """
+    anchors = sorted(found.step for found in checkpoints if found.tier == "anchor")
+    safe = {0, *protected, *anchors[-1:]}
+    kept_anchors = safe | set(_newest(anchors, keep_full_checkpoints))
+    demote = [step for step in anchors if step not in kept_anchors]
+    guides = sorted({found.step for found in checkpoints if found.tier == "guide"} | set(demote))
+    kept_guides = safe | set(_newest(guides, keep_weights_only))
+    delete = [step for step in guides if step not in kept_guides]
+    return RetentionPlan(demote=tuple(step for step in demote if step not in delete), delete=tuple(delete))
+
+
+def _newest(steps: Sequence[int], quota: int | None) -> Sequence[int]:
+    return steps if quota is None else steps[max(0, len(steps) - quota) :]
+
+
+def apply_retention(
+    run: RunDir, branch: str, *, keep_full_checkpoints: int | None, keep_weights_only: int | None
+) -> RetentionPlan:
+    """Carry out the plan for a branch, and clear what dead writers left. Only for the one writer."""
+    there = list_checkpoints(run, branch)
+    protected = {step for owner, step in find_protected_checkpoints(run) if owner == branch}
+    plan = plan_retention(
+        there, protected=protected, keep_full_checkpoints=keep_full_checkpoints, keep_weights_only=keep_weights_only
+    )
+    for checkpoint in there:
+        if checkpoint.step in plan.delete:
+            delete_checkpoint(checkpoint)
+        elif checkpoint.step in plan.demote:
+            demote_checkpoint(checkpoint)
+    remove_leftovers(run.checkpoints_folder(branch))
+    return plan
+
+
+def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
+    """Checkpoints that something unfinished, or something that may be repeated, rests on.
+
+    Fork points; learner, guide and older copy of every guide cache; the older copies that an extrapolated guide of a
+    branch goes back to; learner and candidates of every unfinished scoring; learner
+    and choice of the newest finished one; both ends of an intervention that a branch's recipe plans; and all that
+    AutoNPO may go back to.
+    """
+    wanted: set[BranchStep] = set()
+    for segment in read_segments(run):
+        if segment.parent is not None:
+            wanted.add((segment.parent, segment.fork_step))
+    own_guides = [info for info in list_guide_caches(run) if info.run_id == run.run_id]
+    for info in own_guides:
+        steps = (info.learner_step, info.guide_step, info.older_step)
+        wanted |= {(info.branch, step) for step in steps if step is not None}
+    for scoring in list_sample_stores(run):
+        if not scoring.is_finished:
+            wanted |= _places_of(scoring)
+    newest = find_latest_scores(run)
+    if newest is not None:
+        chosen = [score.step for score in newest.scores if score.is_selected]
+        wanted |= {(newest.branch, step) for step in (newest.learner_step, *chosen)}
+    for branch in list_branches(run):
+        planned = run.read_recipe(branch).get("guide", {}).get("replay") or {}
+        wanted |= {(branch, planned[end]) for end in ("at_step", "guide_step") if planned.get(end) is not None}
+        wanted |= find_extrapolation_checkpoints(run, branch)
+    wanted |= find_rollback_checkpoints(run)
+    return {(find_owning_branch(run, branch, step), step) for branch, step in wanted}
+
+
+def find_extrapolation_checkpoints(run: RunDir, branch: str) -> set[BranchStep]:
+    """What an extrapolated guide needs from the newest checkpoint on: as far back as its k, and one save more."""
+    recipe = run.read_recipe(branch)
+    wanted = recipe.get("guide", {}).get("source") == "extrapolated" or recipe.get("autonpo", {}).get("extrapolate")
+    if not wanted:
+        return set()
+    settings, every = recipe["extrapolation"], recipe["train"]["save_every"]
+    farthest = max((settings["k"], *settings["k_grid"]) if settings["refresh"] else (settings["k"],))
+    steps = [found.step for found in list_ancestry_checkpoints(run, branch)]
+    return {(branch, step) for step in steps if step > max(steps) - farthest - every}
+
+
+def find_rollback_checkpoints(run: RunDir) -> set[BranchStep]:
+    """What the next AutoNPO rollback may need: all checkpoints within the largest rollback distance of the newest."""
+    moves = read_transitions(run)
+    if not moves:
+        return set()
+    branch = moves[-1].state.branch
+    recipe = run.read_recipe(branch)
+    every, distances = recipe["train"]["save_every"], recipe["autonpo"]["rollback"]["distances"]
+    farthest = max((distance for distance in distances if distance % every == 0), default=0)
+    steps = [found.step for found in list_ancestry_checkpoints(run, branch)]
+    return {(branch, step) for step in steps if step >= max(steps) - farthest}
+
+
+def _places_of(scoring: SampleStore) -> set[BranchStep]:
+    return {(scoring.branch, step) for step in (scoring.learner_step, *scoring.candidates)}

@@ -1,0 +1,132 @@
+"""A verifier of the user's own: `file.py:function`, called as function(prompt=, response=, answer=).
+
+It is a program from outside, so it runs only where it was allowed, in a process that can be killed, and what it
+prints goes to stderr. True, or a number of at least 1, is correct; anything less is wrong.
+"""
+
+import ast
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
+from npo_cli.types.rollouts import Prompt, VerifierResult
+
+SIGNATURE_HINT = "write def function(prompt, response, answer)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CustomVerifier:
+    """Asks the user's function. Its exceptions end the run: a reward of 0 in their place would train on a bug."""
+
+    pool: VerifierPool
+
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
+        asked = [
+            {"prompt": prompt_text(prompt), "response": response, "answer": prompt.answer}
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        graded = []
+        for prompt, outcome in zip(prompts, self.pool.run(asked), strict=True):
+            trouble = outcome.error or (outcome.value if isinstance(outcome.value, str) else None)
+            if trouble:
+                raise RunFailed(
+                    f"the verifier failed on prompt {prompt.prompt_id}: {trouble}",
+                    "mend the function, then go on with npo resume and --allow-code",
+                )
+            verdict = "timeout" if outcome.timed_out else "correct" if outcome.value >= 1 else "wrong"
+            graded.append(VerifierResult(verdict=verdict))
+        return graded
+
+    def check_answers(self, prompts: Sequence[Prompt]) -> None:
+        """Only the function knows what it can compare; that it can be called is known now."""
+        self.pool.start()
+
+    def close(self) -> None:
+        self.pool.close()
+
+
+def is_custom_verifier(verifier: str) -> bool:
+    """Whether a setting names a function in a file."""
+    return verifier.rpartition(":")[0].endswith(".py")
+
+
+def make_custom_verifier(verifier: str, *, allow_code: bool, num_workers: int, timeout: float) -> CustomVerifier:
+    """The grader for `file.py:function`. The file is read, not run, until its answers are checked."""
+    file, _, function = verifier.rpartition(":")
+    if not allow_code:
+        raise NpoError(
+            f"task.verifier {verifier} is code of your own, which is not run unless you say so",
+            "read it, then add --allow-code to the command",
+        )
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise NpoError(f"task.verifier names a file that does not exist: {path}", "mend the path before the colon")
+    _require_function(path, function)
+    build = partial(build_custom_check, str(path), function)
+    return CustomVerifier(pool=VerifierPool(build=build, num_workers=num_workers, timeout=timeout))
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as plain text; of a chat, what its messages say, with a blank line between them."""
+    return prompt.text if prompt.text is not None else "\n\n".join(message.content for message in prompt.messages)
+
+
+def build_custom_check(file: str, function: str) -> Callable[[dict[str, str]], float | str]:
+    """In the worker: run the file and return a check that gives the function's number, or the text of its error."""
+    import sys
+
+    sys.path.insert(0, str(Path(file).parent))  # so that it can import its neighbours
+    spec = spec_from_file_location("npo_user_verifier", file)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    verifier = getattr(module, function)
+    _require_signature(verifier, f"{file}: {function}")
+
+    def check(asked: dict[str, str]) -> float | str:
+        try:
+            value = verifier(**asked)
+        except (Exception, SystemExit) as error:
+            return describe_error(error, inside=file)
+        if isinstance(value, str) or not hasattr(value, "__float__") or math.isnan(float(value)):
+            return f"{file}: {function} must return a bool or a number, it returned {value!r}"
+        return float(value)
+
+    return check
+
+
+def _require_signature(verifier: object, name: str) -> None:
+    if not callable(verifier):
+        raise NpoError(f"{name} is not a function", SIGNATURE_HINT)
+    try:
+        inspect.signature(verifier).bind(prompt="", response="", answer="")
+    except ValueError:
+        return  # written in C, it keeps its parameters to itself
+    except TypeError as error:
+        raise NpoError(f"{name} must take prompt, response and answer: {error}", SIGNATURE_HINT) from error
+
+
+def _require_function(path: Path, function: str) -> None:
+    """Find the name in the syntax tree, so that a slip shows before anything is sampled, and nothing is run."""
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        place = describe_error(error, inside=str(path))
+        raise NpoError(f"task.verifier names a file that is not Python: {place}", "mend that line") from error
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        for alias in getattr(node, "names", [])
+        if isinstance(alias, ast.alias)
+    }
+    if function not in names and "*" not in names:
+        there = ", ".join(sorted(names)) or "(it defines nothing)"
+        raise NpoError(f"{path} has no function {function!r}", f"write {path.name}:NAME with one of: {there}")

@@ -1,0 +1,126 @@
+"""`npo eval`: held-out accuracy of checkpoints, avg@k and pass@k, with intervals."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy
+
+from npo_cli.config.loading import override_saved_recipe
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.rollout.batch import flatten_rollouts
+from npo_cli.scoring.quality import cluster_interval, pass_at_k
+from npo_cli.seeds import derive_seed
+from npo_cli.session.session import (
+    Session,
+    count_generated_tokens,
+    load_checkpoint,
+    open_policy,
+    open_session,
+    open_task,
+    sample_groups,
+)
+from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
+from npo_cli.storage.evals import PromptResults, append_prompt_results, hash_prompt, read_prompt_results
+from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.lineage import find_newest_branch
+from npo_cli.storage.lock import lock_run
+from npo_cli.storage.sample_store import append_eval, read_evals
+from npo_cli.types.rollouts import EvalReport, Group, Notice, Progress
+
+
+def evaluate_policy(session: Session, *, branch: str, step: int) -> EvalReport:
+    """Sample the held-out prompts with the weights at hand; an evaluation already on record is not repeated.
+
+    Seeds do not depend on the step, so checkpoints are compared on common random numbers. One whose outcomes were
+    not kept (by an npo that kept none) is made again for their sake.
+    """
+    count = session.recipe.eval.samples_per_prompt
+    asked = (branch, step, count)
+    kept = any((one.branch, one.step, one.num_samples) == asked for one in read_prompt_results(session.run))
+    for report in read_evals(session.run):
+        if kept and (report.branch, report.step, report.num_samples) == asked:
+            return report
+    slots = range(count)
+    groups = sample_groups(session, session.task.heldout, seed_label=("eval",), slots=slots, sampler_step=step)
+    report = summarize_eval(groups, branch=branch, step=step, seed=session.recipe.train.seed)
+    # The sum comes last: a killed process leaves no report whose outcomes are missing.
+    append_prompt_results(session.run, collect_prompt_results(groups, branch=branch, step=step))
+    append_eval(session.run, report)
+    return report
+
+
+def collect_prompt_results(groups: Sequence[Group], *, branch: str, step: int) -> PromptResults:
+    """How often each prompt was solved."""
+    return PromptResults(
+        branch=branch,
+        step=step,
+        num_samples=len(groups[0].rollouts),
+        prompt_keys=tuple(hash_prompt(group.prompt) for group in groups),
+        num_correct=tuple(map(count_correct, groups)),
+    )
+
+
+def count_correct(group: Group) -> int:
+    """Rollouts of one prompt that were verified correct."""
+    return sum(rollout.verdict == "correct" for rollout in group.rollouts)
+
+
+def summarize_eval(groups: Sequence[Group], *, branch: str, step: int, seed: int) -> EvalReport:
+    """Accuracy and pass@k over prompts, 95 % intervals by resampling prompts."""
+    count = len(groups[0].rollouts)
+    correct = [count_correct(group) for group in groups]
+    shares = [number / count for number in correct]
+    solved = [pass_at_k(count, number, count) for number in correct]
+    rng = numpy.random.default_rng(derive_seed(seed, "eval-interval"))
+    low, high = cluster_interval(shares, rng, 2000)
+    pass_low, pass_high = cluster_interval(solved, rng, 2000)
+    rollouts = flatten_rollouts(groups)
+    tokens = count_generated_tokens(groups)
+    return EvalReport(
+        branch=branch,
+        step=step,
+        num_prompts=len(groups),
+        num_samples=count,
+        accuracy=statistics.fmean(shares),
+        accuracy_low=low,
+        accuracy_high=high,
+        pass_at_k=statistics.fmean(solved),
+        pass_at_k_low=pass_low,
+        pass_at_k_high=pass_high,
+        mean_length=tokens / len(rollouts),
+        truncated_fraction=statistics.fmean(not rollout.finished for rollout in rollouts),
+        num_tokens=tokens,
+    )
+
+
+def evaluate_run(
+    root: Path, *, step: int | None, every_step: bool, branch: str | None, overrides: Sequence[str], allow_code: bool
+) -> Iterator[Progress | Notice | EvalReport]:
+    """Evaluate the newest checkpoint, the one at `step`, or every one on the branch's line of descent."""
+    run = open_run(root)
+    branch = branch or find_newest_branch(run)
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
+    chosen = (
+        _chosen(list_ancestry_checkpoints(run, branch), run, every_step=every_step)
+        if step is None
+        else [find_checkpoint(run, branch, step)]
+    )
+    with lock_run(run):
+        task = open_task(recipe, allow_code=allow_code)
+        try:
+            with closing(open_session(run, recipe, task=task, policy=open_policy(recipe, task, chosen[0]))) as session:
+                for done, checkpoint in enumerate(chosen):
+                    yield Progress(description="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
+                    load_checkpoint(session.policy, checkpoint)
+                    yield evaluate_policy(session, branch=checkpoint.branch, step=checkpoint.step)
+        finally:
+            task.close()
+
+
+def _chosen(found: Sequence[Checkpoint], run: RunDir, *, every_step: bool) -> list[Checkpoint]:
+    if not found:
+        raise NpoError(f"{run.root} has no complete checkpoint yet", f"train first: npo resume {quote_path(run.root)}")
+    ordered = sorted(found, key=lambda checkpoint: checkpoint.step)
+    return ordered if every_step else ordered[-1:]

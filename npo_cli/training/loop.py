@@ -1,0 +1,181 @@
+"""The training loop. Plain GRPO where no guide is at work, NPO where one is: nothing else differs.
+
+Each step: draw prompts, answer, verify, let a guide take a slot of each hard group, update, write down what
+happened, leave a checkpoint when one is due. The loop never looks at a clock except to report it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from torch.optim import Optimizer
+
+from npo_cli.errors import StoppedEarly, quote_path
+from npo_cli.extrapolation.in_loop import ExtrapolatedGuide, Extrapolator
+from npo_cli.extrapolation.retune import Refresh, refreshed, with_choice
+from npo_cli.policy.model import Policy
+from npo_cli.policy.optimizer import TrainerState, lr_at
+from npo_cli.rollout.batch import ActiveGuide, StepBatch, build_batch
+from npo_cli.rollout.mistake_pool import collect_failed_prompts, update_failed_prompt_pool
+from npo_cli.rollout.replay_buffer import buffer_metrics, build_replay_batch, update_buffer
+from npo_cli.session.session import Session, count_generated_tokens
+from npo_cli.session.stop_signal import StopFlag
+from npo_cli.storage.metrics import StepLog, append_event
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.training.checkpointing import save_checkpoint
+from npo_cli.training.distributed_update import open_updater
+from npo_cli.training.evaluate import evaluate_policy
+from npo_cli.training.metrics import compute_step_metrics, peak_memory_mb, update_running_metrics
+from npo_cli.training.update import Updater, build_training_samples
+from npo_cli.types.autonpo import FailedPrompt
+from npo_cli.types.guides import ReplayBuffer
+from npo_cli.types.rollouts import EvalReport, Notice, StepReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainer:
+    """A world that learns."""
+
+    session: Session
+    optimizer: Optimizer
+    steps: StepLog
+    rollouts: RolloutLog
+    branch: str
+    seed_name: str
+    """Branch whose name enters every sampling seed: its own, or with autonpo.rollback.seed=same its parent's."""
+    active_guide: ActiveGuide | None
+    reference: Policy | None
+    """Frozen base model; only where the loss has a KL term."""
+    extrapolator: Extrapolator | None = None
+    """Only where the policy's own motion guides."""
+
+
+PauseCheck = Callable[[StepReport], bool]
+"""Looks at each step; True asks to pause once the step is saved."""
+
+
+def never_pause(report: StepReport) -> bool:
+    """Plain training: nothing makes it pause."""
+    return False
+
+
+def grpo_steps(
+    trainer: Trainer,
+    state: TrainerState,
+    stop: StopFlag,
+    *,
+    should_pause: PauseCheck = never_pause,
+    until: int | None = None,
+) -> Iterator[StepReport | EvalReport | Notice]:
+    """Train from `state` to `train.num_steps` or `until`, a pause that `watcher` asks for, or a signal to stop."""
+    session, branch, settings = trainer.session, trainer.branch, trainer.session.recipe.train
+    updater = open_updater(session.policy, trainer.optimizer, session.recipe, reference=trainer.reference)
+    last = settings.num_steps if until is None else until
+    while state.step < last:
+        state, report, odd = run_step(trainer, updater, state)
+        yield report
+        if odd:
+            yield Notice(message=odd, level="warning")
+        # Look before saving: a killed process finds the evaluation done or the step undone, never a hole.
+        every = session.recipe.eval.every
+        if every and state.step % every == 0:
+            yield evaluate_policy(session, branch=branch, step=state.step)
+        # Leave what the next command needs. A signal from here on is for the next step.
+        stopping, pausing = bool(stop), should_pause(report)
+        if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
+            trainer.rollouts.sync()
+            trainer.steps.sync()
+            save_checkpoint(session, trainer.optimizer, state, branch=branch)
+        if stopping:
+            append_event(session.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
+            raise StoppedEarly(
+                f"stopped by {stop.reason} after step {state.step}, which is saved",
+                f"npo resume {quote_path(session.run.root)}",
+            )
+        if pausing:
+            return
+
+
+def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
+    """Draw, learn, write down. The last part of the answer is a remark where a replayed step came out differently."""
+    session, step = trainer.session, state.step + 1
+    if session.policy.shared is not None:
+        session.policy.shared.worker_group.context = f"step {step}"
+    started = time.perf_counter()
+    state, refresh, helper = select_guide(trainer, state)
+    batch, memory = build_step_batch(trainer, state, helper)
+    drawn = time.perf_counter()
+    session.engine.release_memory()
+    lr = lr_at(step, session.recipe.train)
+    update = updater.take_step(
+        build_training_samples(session.policy, batch.selected, session.recipe.guide.inject), lr=lr
+    )
+    ended = time.perf_counter()
+
+    metrics = compute_step_metrics(session, batch, update, lr=lr)
+    if memory is not None:
+        metrics |= buffer_metrics(memory)
+    if helper is not None:
+        metrics |= helper.metrics(batch)
+    if refresh is not None:
+        metrics = with_choice(metrics, refresh)
+    trackers = update_running_metrics(state.running_metrics, metrics)
+    metrics |= {name: value for name, value in trackers.items() if name != "ema_weight"}
+    timings = {
+        "seconds": ended - started,
+        "seconds/rollouts": drawn - started,
+        "seconds/update": ended - drawn,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    if not batch.is_recorded:
+        timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / (drawn - started)
+    report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
+    odd = ""
+    if trainer.steps.write(report) == "differs":
+        odd = f"step {step} of {trainer.branch} was recorded before with other figures; the first record stays"
+        append_event(session.run, "differs", {"branch": trainer.branch, "step": step})
+    mistakes = update_failed_prompt_pool(
+        state.failed_prompts, find_new_mistakes(session, batch, state), size=session.recipe.autonpo.pool.max_size
+    )
+    after = replace(state, step=step, position=batch.position, trackers=trackers, mistakes=mistakes, experience=memory)
+    return after, report, odd
+
+
+def select_guide(
+    trainer: Trainer, state: TrainerState
+) -> tuple[TrainerState, Refresh | None, ExtrapolatedGuide | None]:
+    """How the policy is pushed at this step, chosen anew where that is due, and who then helps.
+
+    Nobody does while a cache is at work: the slots are its own.
+    """
+    busy = trainer.active_guide is not None and state.step < trainer.active_guide.until_step
+    if trainer.extrapolator is None or busy or trainer.extrapolator.is_inactive(state):
+        return state, None, None
+    refresh = refreshed(trainer.extrapolator, state, seed_name=trainer.seed_name)
+    if refresh is not None:
+        state = replace(state, choice=refresh.choice)
+    return state, refresh, trainer.extrapolator.open_guide(state)
+
+
+def build_step_batch(
+    trainer: Trainer, state: TrainerState, helper: ExtrapolatedGuide | None
+) -> tuple[StepBatch, ReplayBuffer | None]:
+    """The step's batch, and the memory of past successes behind it: from the data order alone where there is none."""
+    session, memory, draw = trainer.session, state.replay_buffer, None
+    place = {"seed_name": trainer.seed_name, "step": state.step + 1, "position": state.position}
+    if memory is not None and memory.is_collecting:
+        draw = build_replay_batch(session, memory, **place)
+    batch = build_batch(
+        session, trainer.rollouts, **place, active_guide=trainer.active_guide, batch_plan=draw, online_guide=helper
+    )
+    if memory is not None:
+        memory = update_buffer(session, batch, memory, sampler_step=state.step, position=state.position)
+    return batch, memory
+
+
+def find_new_mistakes(session: Session, batch: StepBatch, before: TrainerState) -> tuple[FailedPrompt, ...]:
+    """Every group that a guide could be injected into; the probe filters by autonpo.pool.max_accuracy."""
+    epochs = [session.order.epoch(before.position + place) for place in range(len(batch.on_policy))]
+    return collect_failed_prompts(
+        batch.on_policy, step=before.step + 1, epochs=epochs, limit=session.recipe.guide.inject.max_accuracy
+    )

@@ -1,0 +1,275 @@
+"""`npo resume`: go on from the newest state, or roll back to a step and replay from there with a guide.
+
+A rollback is a new branch: weights, optimiser, schedule and data order of the old step, fresh sampling seeds
+(the branch's name is part of every seed). Nothing that existed is touched.
+"""
+
+import shlex
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from npo_cli.config.loading import override_saved_recipe, recipe_to_dict
+from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.extrapolation.in_loop import select_extrapolation
+from npo_cli.extrapolation.sampler import find_extrapolation
+from npo_cli.policy.optimizer import TrainerState
+from npo_cli.rollout.batch import ActiveGuide
+from npo_cli.rollout.replay_buffer import check_single_guide_source
+from npo_cli.session.session import Session, open_policy, open_session, open_task
+from npo_cli.session.stop_signal import stop_between_steps
+from npo_cli.session.worker_tasks import create_optimizer
+from npo_cli.storage.checkpoints import (
+    Checkpoint,
+    check_newer_checkpoints,
+    find_checkpoint,
+    find_resume_checkpoint,
+    list_ancestry_checkpoints,
+)
+from npo_cli.storage.files import damaged_file_error
+from npo_cli.storage.guide_cache import format_guide_source_options, guide_rollouts_path, load_guide
+from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.lineage import (
+    append_segment,
+    find_first_segment,
+    find_free_branch_name,
+    find_newest_branch,
+    read_segments,
+)
+from npo_cli.storage.lock import lock_run
+from npo_cli.storage.metrics import append_event
+from npo_cli.training.checkpointing import init_state_from_weights, restore_state
+from npo_cli.training.loop import grpo_steps
+from npo_cli.training.rollback import apply_rollback_settings
+from npo_cli.training.train import describe_batch_sizes, engine_warnings, init_state, make_paths_absolute, open_trainer
+from npo_cli.types.guides import GuideCacheInfo, GuideRollout
+from npo_cli.types.rollouts import EvalReport, Notice, Segment, StepReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumePoint:
+    """Where training goes on."""
+
+    recipe: Recipe
+    branch: str
+    checkpoint: Checkpoint | None
+    """None where a run was killed before its first checkpoint: it starts from the base model."""
+    segment: Segment
+    is_new: bool
+    """The branch does not exist yet."""
+    has_fresh_optimizer: bool = False
+    """Weights alone are taken from the checkpoint; the optimiser begins anew."""
+
+
+def resume_run(
+    root: Path,
+    *,
+    overrides: Sequence[str],
+    at: int | None,
+    guide: str | None,
+    source_branch: str | None,
+    new_branch: str | None,
+    steps: int | None,
+    allow_code: bool,
+    until: int | None = None,
+    fresh: bool = False,
+) -> Iterator[StepReport | EvalReport | Notice]:
+    """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps, up to `until`."""
+    run = open_run(root)
+    with lock_run(run), stop_between_steps() as stop:
+        replay = {"--guide": guide, "--branch": new_branch, "--steps": steps}
+        again = format_command(root, **{"--from": source_branch, "--at": at}, **replay)
+        if at is None:
+            check_replay_options(again, **replay)
+            start = find_resume_point(run, source_branch, overrides)
+        else:
+            start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
+            start = replace(start, is_fresh=fresh)
+        check_steps_left(run, start, command=again, until=until)
+        task = open_task(start.recipe, allow_code=allow_code)
+        try:
+            policy = open_policy(start.recipe, task, start.checkpoint)
+            with closing(open_session(run, start.recipe, task=task, policy=policy)) as session:
+                guidance = load_active_guide(session, start.segment)
+                optimizer = create_optimizer(session.policy, start.recipe.train)
+                state = yield from load_first_state(session, optimizer, start)
+                record_start(run, start, overrides)
+                yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
+                yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(task.train)))
+                yield from engine_warnings(session)
+                trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
+                yield from grpo_steps(trainer, state, stop, until=until)
+        finally:
+            task.close()
+
+
+def format_command(root: Path, **options: str | int | None) -> str:
+    """The command as it was typed, to begin a hint with."""
+    given = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return " ".join(["npo resume", quote_path(root), *given])
+
+
+def check_replay_options(again: str, **options: str | int | None) -> None:
+    """`--guide`, `--branch` and `--steps` describe a replay, which needs a step to start from."""
+    for name, value in options.items():
+        if value is not None:
+            raise NpoError(f"{name} describes a replay, which needs --at STEP", f"{again} --at STEP")
+
+
+def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: int | None = None) -> None:
+    """A run that has done all its steps says how to give it more."""
+    train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
+    if until is not None and done >= until:
+        raise NpoError(
+            f"step {done} is done already: --until {until} leaves nothing to do", f"{command} --until {done + 1}"
+        )
+    if done < train.num_steps:
+        return
+    more = f"train.num_steps={2 * done}"
+    if train.schedule != "constant":
+        command = f"npo train {quote_path(run.recipe_path(start.segment.parent or start.branch))} --run NEW"
+    raise NpoError(f"the run has done {done} of {train.num_steps} steps: nothing is left to do", f"{command} {more}")
+
+
+def find_resume_point(run: RunDir, branch: str | None, overrides: Sequence[str]) -> ResumePoint:
+    """The newest anchor of a branch; `overrides` may change only what falsifies nothing."""
+    branch = branch or find_newest_branch(run)
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=False)
+    known = list_ancestry_checkpoints(run, branch)
+    if not known:
+        check_newer_checkpoints(run, branch, -1)
+    checkpoint = find_resume_checkpoint(run, branch) if known else None
+    segment = [entry for entry in read_segments(run) if entry.branch == branch][-1]
+    return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=False)
+
+
+def fork(
+    run: RunDir,
+    parent: str | None,
+    at: int,
+    *,
+    overrides: Sequence[str],
+    guide: str | None,
+    new_branch: str | None,
+    steps: int | None,
+) -> ResumePoint:
+    """A new branch at `at`; the guide works for the segment it was sampled for unless `steps` says otherwise."""
+    info = None if guide is None else load_guide(run, guide)[0]
+    if info is None and steps is not None:
+        raise NpoError("--steps says how long a guide is mixed in, and no --guide is given", "add --guide NAME")
+    parent = parent or (info.branch if info else find_newest_branch(run))
+    checkpoint = find_checkpoint(run, parent, at)
+    recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), fork=True)
+    if info:
+        check_guide(run, info, parent=parent, at=at)
+    if recipe.guide.source == "extrapolated":
+        # Whether the older copy is still there is told before a branch is made.
+        find_extrapolation(run, parent, select_extrapolation(recipe, None), step=at, every=recipe.train.save_every)
+    until = at + (steps or info.num_steps) if info else None
+    branch = find_free_branch_name(
+        run, guide or f"{parent}-from-{at}" if new_branch is None else new_branch, exact=new_branch is not None
+    )
+    segment = Segment(branch=branch, parent=parent, fork_step=at, guide_cache=guide, guide_until=until)
+    return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
+
+
+def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:
+    """A guide serves the learner, and so the prompts, that it was sampled for."""
+    again = f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_guide_source_options(info)} --at {at} --name NEW"
+    if (info.branch, info.learner_step) != (parent, at):
+        raise NpoError(
+            f"guide {info.name} was sampled for step {info.learner_step} of {info.branch}, not step {at} of {parent}",
+            again,
+        )
+
+
+def load_active_guide(session: Session, segment: Segment) -> ActiveGuide | None:
+    """The segment's guide cache, checked against the tokenizer and the prompts at hand."""
+    if segment.guide_cache is None or segment.guide_until is None:
+        return None
+    check_single_guide_source(session, other=f"guide {segment.guide_cache}")
+    info, trajectories = load_guide(session.run, segment.guide_cache)
+    if info.tokenizer_digest != session.policy.tokenizer_digest:
+        raise NpoError(
+            f"guide {info.name} was written with another tokenizer; its token ids mean nothing here",
+            f"npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} --at {info.learner_step} --name NEW",
+        )
+    check_guide_logprobs(session, info)
+    known = {prompt.prompt_id for prompt in session.task.train}
+    strangers = sorted(trajectories.keys() - known)
+    if strangers:
+        raise NpoError(
+            f"guide {info.name} answers prompts that this task does not have: {strangers[0]}", "use this run's own data"
+        )
+    every = [kept for several in trajectories.values() for kept in several]
+    for kept in every:
+        check_guide_images(session, info, kept)
+    top = max((max(kept.response_ids) for kept in every), default=0)
+    if top >= session.policy.model.get_input_embeddings().num_embeddings:
+        raise damaged_file_error(
+            guide_rollouts_path(session.run.guide_folder(info.name)), f"no token has the number {top}"
+        )
+    return ActiveGuide(trajectories=trajectories, until_step=segment.guide_until)
+
+
+def check_guide_images(session: Session, info: GuideCacheInfo, kept: GuideRollout) -> None:
+    """An answer to other pictures is no answer to this prompt, whatever its text."""
+    shown = [image.sha256 for image in session.task.prompt(kept.prompt_id).images]
+    if shown != [image.sha256 for image in kept.images]:
+        raise NpoError(
+            f"guide {info.name} was shown other pictures for prompt {kept.prompt_id} than this task has",
+            f"bring the old ones back, or: npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} "
+            f"--at {info.learner_step} --name NEW",
+        )
+
+
+def check_guide_logprobs(session: Session, info: GuideCacheInfo) -> None:
+    """A ratio to the guide's probabilities needs them."""
+    ratio = session.recipe.guide.inject.ratio
+    if not info.has_logps and ratio in ("exact", "decoupled"):
+        raise NpoError(
+            f"guide.inject.ratio={ratio} divides by the probabilities of who wrote guide {info.name}, which nobody "
+            "knows",
+            "guide.inject.ratio=unit   # or proximal, or none",
+        )
+
+
+def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> None:
+    """The recipe in force first, then the lineage: a branch that is listed can be opened."""
+    run.save_recipe(start.branch, recipe_to_dict(make_paths_absolute(start.recipe)))
+    append_segment(run, start.segment, overrides=overrides)
+    details = {"branch": start.branch, "from": start.segment.parent, "at": start.segment.fork_step}
+    append_event(run, "rolled_back", details) if start.is_new else append_event(
+        run, "resumed", {"branch": start.branch}
+    )
+
+
+def load_first_state(
+    session: Session, optimizer: Optimizer, start: ResumePoint
+) -> Generator[EvalReport, None, TrainerState]:
+    """The checkpoint's, or that of a run which never got as far as step 0."""
+    if start.checkpoint is not None:
+        restored = init_state_from_weights if start.has_fresh_optimizer else restore_state
+        state = restored(session, optimizer, start.checkpoint)
+        born = start.segment if start.is_new else find_first_segment(session.run, start.branch)
+        return apply_rollback_settings(session, optimizer, state, branch_segment=born)
+    return (yield from init_state(session, optimizer))
+
+
+def resume_message(start: ResumePoint, state: TrainerState, guidance: ActiveGuide | None) -> str:
+    """What was restored, in one line."""
+    if start.checkpoint is None:
+        return f"{start.branch} starts from the base model: nothing was saved yet"
+    where = (
+        f"{start.checkpoint.branch} step {state.step}: weights, optimizer, data cursor {state.position}, random streams"
+    )
+    if not start.is_new:
+        return f"{start.branch} goes on from {where}"
+    if start.has_fresh_optimizer:
+        where = f"{start.checkpoint.branch} step {state.step}: weights and data cursor {state.position} alone"
+    helped = f", {len(guidance.trajectories)} guide trajectories until step {guidance.until_step}" if guidance else ""
+    return f"new branch {start.branch} from {where}{helped}"

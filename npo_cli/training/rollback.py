@@ -1,0 +1,59 @@
+"""What a rollback takes back besides the weights: optimiser state, data and seeds (the `autonpo.rollback` settings).
+
+By default everything is that of the old step and only the sampling seeds are new. The other choices are ablations.
+"""
+
+from dataclasses import replace
+
+from torch.optim import Optimizer
+
+from npo_cli.config.loading import recipe_from_dict
+from npo_cli.policy.optimizer import TrainerState
+from npo_cli.session.learner import find_data_position
+from npo_cli.session.session import Session
+from npo_cli.session.worker_tasks import replace_moments
+from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, find_resume_checkpoint
+from npo_cli.storage.guide_cache import load_guide
+from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import find_first_segment
+from npo_cli.training.checkpointing import TRAINING_STATE_FOLDER, require_training_state
+from npo_cli.types.rollouts import Segment
+
+
+def find_seed_name(run: RunDir, branch: str) -> str:
+    """The branch whose name enters the sampling seeds: with autonpo.rollback.seed=same that of the branch it left."""
+    born = find_first_segment(run, branch)
+    recipe = recipe_from_dict(run.read_recipe(branch), source=str(run.recipe_path(branch)))
+    if born.parent is None or recipe.autonpo.rollback.seed == "fresh":
+        return branch
+    return find_seed_name(run, born.parent)
+
+
+def apply_rollback_settings(
+    session: Session, optimizer: Optimizer, state: TrainerState, *, branch_segment: Segment
+) -> TrainerState:
+    """The state a new branch starts with, given that of the step it left its parent at."""
+    settings = session.recipe.autonpo.rollback
+    if branch_segment.parent is None or state.step != branch_segment.fork_step:
+        return state
+    if settings.optimizer == "reset":
+        replace_moments(session.policy, optimizer, None)
+    elif settings.optimizer == "keep_current":
+        present = _present(session.run, branch_segment)
+        require_training_state(session.run, present)
+        replace_moments(session.policy, optimizer, present.path / TRAINING_STATE_FOLDER)
+    if settings.data == "onward":
+        return replace(
+            state,
+            position=find_data_position(session.run, branch_segment.parent, _present(session.run, branch_segment).step),
+        )
+    return state
+
+
+def _present(run: RunDir, born: Segment) -> Checkpoint:
+    """The policy that the rollback left behind: the guide, or without one the parent's newest."""
+    assert born.parent is not None
+    guide_step = None if born.guide_cache is None else load_guide(run, born.guide_cache)[0].guide_step
+    if guide_step is None:
+        return find_resume_checkpoint(run, born.parent)
+    return find_checkpoint(run, born.parent, guide_step)

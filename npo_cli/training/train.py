@@ -1,0 +1,166 @@
+"""`npo train`: a GRPO baseline into a new run directory."""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from npo_cli import __version__
+from npo_cli.config.loading import recipe_to_dict
+from npo_cli.config.recipe import Recipe
+from npo_cli.extrapolation.in_loop import make_extrapolator
+from npo_cli.policy.model import BUNDLED_MODELS, Policy, load_policy
+from npo_cli.policy.optimizer import TrainerState, seed_random_state
+from npo_cli.rollout.batch import ActiveGuide
+from npo_cli.session.session import Session, open_policy, open_session, open_task
+from npo_cli.session.stop_signal import StopFlag, stop_between_steps
+from npo_cli.session.worker_tasks import REFERENCE, create_optimizer, shard_across_workers
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.layout import check_unused, create_run
+from npo_cli.storage.lineage import append_segment
+from npo_cli.storage.lock import lock_run
+from npo_cli.storage.metrics import StepLog, append_event
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.tasks.custom_verifier import is_custom_verifier
+from npo_cli.training.checkpointing import save_checkpoint
+from npo_cli.training.evaluate import evaluate_policy
+from npo_cli.training.loop import Trainer, grpo_steps
+from npo_cli.training.rollback import find_seed_name
+from npo_cli.types.guides import ReplayBuffer
+from npo_cli.types.rollouts import EvalReport, Notice, Segment, StepReport
+
+MAIN = "main"
+BFLOAT16_WARNING = (
+    "model.dtype=bfloat16 keeps no float32 copy of the weights: updates below about 0.4 % of a weight are rounded "
+    "away, so a small train.lr hardly learns; model.dtype=float32 model.compute_dtype=bfloat16 keeps one"
+)
+
+
+def train_run(
+    root: Path, recipe: Recipe, *, allow_code: bool, until: int | None = None
+) -> Iterator[StepReport | EvalReport | Notice]:
+    """Check everything that can be wrong, then make the directory, save step 0 and train, perhaps not to the end."""
+    with create_session(root, recipe, allow_code=allow_code) as (session, stop):
+        yield from startup_warnings(session)
+        optimizer = create_optimizer(session.policy, session.recipe.train)
+        state = yield from init_state(session, optimizer)
+        trainer = open_trainer(session, optimizer, branch=MAIN, active_guide=None)
+        yield from grpo_steps(trainer, state, stop, until=until)
+
+
+RecipeCheck = Callable[[Recipe, int], None]
+"""Refuses a recipe, given the number of training prompts."""
+
+
+def no_extra_check(recipe: Recipe, num_prompts: int) -> None:
+    """Plain training has no demands of its own."""
+
+
+@contextmanager
+def create_session(
+    root: Path, recipe: Recipe, *, allow_code: bool, check: RecipeCheck = no_extra_check
+) -> Iterator[tuple[Session, StopFlag]]:
+    """A run directory that did not exist before, open for training; nothing is made before everything was checked."""
+    check_unused(root)
+    recipe = make_paths_absolute(recipe)
+    task = open_task(recipe, allow_code=allow_code)
+    try:
+        check(recipe, len(task.train))
+        policy = open_policy(recipe, task, None)
+        run = create_run(root, recipe=recipe_to_dict(recipe), npo_version=__version__)
+        with lock_run(run), stop_between_steps() as stop:
+            # From this line on a killed run can be resumed.
+            append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
+            append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
+            with closing(open_session(run, recipe, task=task, policy=policy)) as session:
+                yield session, stop
+    finally:
+        task.close()
+
+
+def startup_warnings(session: Session) -> Iterator[Notice]:
+    """What a person should know before the first step."""
+    yield Notice(message=describe_batch_sizes(session.recipe, num_prompts=len(session.task.train)))
+    if session.recipe.model.dtype == "bfloat16" and session.policy.adapters is None:
+        yield Notice(message=BFLOAT16_WARNING, level="warning")
+    yield from engine_warnings(session)
+
+
+def engine_warnings(session: Session) -> Iterator[Notice]:
+    """Where the same seed may give another response, a run says so whenever it begins or goes on."""
+    if session.engine.reproducibility_warning:
+        yield Notice(message=session.engine.reproducibility_warning, level="warning")
+
+
+def make_paths_absolute(recipe: Recipe) -> Recipe:
+    """The same recipe with whole paths of data, verifier and the base of adapters: a run is resumed from any folder."""
+    task, model = recipe.task, recipe.model
+    whole = {
+        "path": task.path and absolute_path(task.path),
+        "heldout_path": task.heldout_path and absolute_path(task.heldout_path),
+    }
+    if is_custom_verifier(task.verifier):
+        file, _, function = task.verifier.rpartition(":")
+        whole["verifier"] = f"{absolute_path(file)}:{function}"
+    # Without adapters a checkpoint is a model of its own, and nobody comes back to the base.
+    if model.lora.rank is not None and Path(model.path).expanduser().is_dir() and model.path not in BUNDLED_MODELS:
+        model = model.model_copy(update={"path": absolute_path(model.path)})
+    return recipe.model_copy(update={"task": task.model_copy(update=whole), "model": model})
+
+
+def absolute_path(path: str) -> str:
+    """From the root, whatever folder it was written in."""
+    return str(Path(path).expanduser().absolute())
+
+
+def init_state(session: Session, optimizer: Optimizer) -> Generator[EvalReport, None, TrainerState]:
+    """Step 0 of a run: streams seeded, the base evaluated where evaluations are wanted, and saved."""
+    seed_random_state(session.recipe.train.seed)
+    memory = ReplayBuffer() if session.recipe.guide.experience.replay_fraction else None
+    state = TrainerState(step=0, position=0, running_metrics={}, replay_buffer=memory)
+    if session.recipe.eval.every:
+        yield evaluate_policy(session, branch=MAIN, step=0)
+    save_checkpoint(session, optimizer, state, branch=MAIN)
+    return state
+
+
+def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_guide: ActiveGuide | None) -> Trainer:
+    """Journals mended after a kill, and the frozen base where the loss measures a distance to it."""
+    run = session.run
+    steps, rollouts = StepLog(run, branch), RolloutLog(run.rollouts_path(branch))
+    rollouts.repair()
+    reference = load_reference_policy(session) if session.recipe.loss.kl_coef > 0 else None
+    return Trainer(
+        session=session,
+        optimizer=optimizer,
+        steps=steps,
+        rollouts=rollouts,
+        branch=branch,
+        seed_name=find_seed_name(run, branch),
+        active_guide=active_guide,
+        reference=reference,
+        extrapolator=make_extrapolator(session, branch),
+    )
+
+
+def load_reference_policy(session: Session) -> Policy:
+    """What the run began with: with adapters the same model without them, else a second copy from step 0."""
+    if session.policy.adapters is not None:
+        return session.policy.base_policy
+    folder = find_checkpoint(session.run, MAIN, 0).path
+    copy = load_policy(session.recipe.model, folder)
+    copy.model.requires_grad_(False)
+    return shard_across_workers(copy, session.recipe, folder=folder, name=REFERENCE)
+
+
+def describe_batch_sizes(recipe: Recipe, *, num_prompts: int) -> str:
+    """What follows from prompts a step and group size."""
+    train = recipe.train
+    rollouts = train.prompts_per_step * train.group_size
+    epochs = train.num_steps * train.prompts_per_step / num_prompts
+    return (
+        f"{train.prompts_per_step} prompts x {train.group_size} rollouts = {rollouts} rollouts a step, "
+        f"{train.num_updates} update(s) of {rollouts // train.num_updates} rollouts; "
+        f"{train.num_steps} steps = {train.num_steps * rollouts:,} rollouts, {epochs:.2f} epochs"
+    )

@@ -1,0 +1,174 @@
+"""Records of foreign trajectories: what is kept of another policy's answers, and of the run's own past successes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from npo_cli.types.rollouts import ImageRef, RolloutSource, Verdict
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuideRollout:
+    """One response of another policy, kept for its prompt: verified, correct unless the cache keeps all."""
+
+    prompt_id: str
+    response_ids: tuple[int, ...]
+    behavior_logps: tuple[float, ...] | None
+    """Under who wrote it, from a forward pass in the trainer's precision and kernels where its weights are at hand
+    (of the run's own past: as it was recorded); None where nobody knows them."""
+    text: str
+    verdict: Verdict
+    guide_step: int | None
+    """Step of the weights that wrote it; None where these are not of this run."""
+    num_sampled: int
+    """Samples drawn for this prompt."""
+    num_correct: int
+    """How many of them were verified correct: an estimate of p_g(x), the constant that token ratios ignore."""
+    source: RolloutSource = "guide"
+    number: int = 0
+    """Place among the trajectories of its prompt."""
+    finished: bool = True
+    """Ends with an end token; only a wrong one may not."""
+    images: tuple[ImageRef, ...] = ()
+    """What its writer was shown."""
+
+
+GuideSourceKind = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]
+"""Where a cache's trajectories come from: a later checkpoint of the line, the learner itself, step 0, the learner
+pushed along its own motion, an outside model's folder, a server, a file of traces, the run's own past successes, a
+checkpoint of another run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtrapolationSpec:
+    """How a policy is pushed along its own motion: pi_t (pi_t / pi_{t-k})^a, or the same of its weights."""
+
+    space: Literal["logits", "weights"]
+    k: int
+    """Steps back of the older copy."""
+    a: float
+    """How far, in motions of k steps."""
+
+    @property
+    def name(self) -> str:
+        """`logits:20:2`, as it is asked for."""
+        return f"{self.space}:{self.k}:{self.a:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtrapolationState:
+    """Which push is in force while training; part of the training state where it is chosen anew now and then."""
+
+    spec: ExtrapolationSpec
+    is_active: bool
+    """Whether anybody is asked: it backed off where the push showed nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuideCacheInfo:
+    """Where a guide cache came from and whom it may serve."""
+
+    name: str
+    run_id: str
+    branch: str
+    """Branch of the learner; a checkpoint that is the guide is found on the same line of descent."""
+    learner_step: int
+    """Step of the learner; the cache covers prompts visited in steps (at_step, at_step + num_steps]."""
+    guide_step: int | None
+    """Step of the guide's weights; None where these are not of this run."""
+    guide_digest: str
+    """Digest of the guide's weights, or of the file that the traces were read from; empty for a server and the past."""
+    num_steps: int
+    tokenizer_digest: str
+    sampling: str
+    """samples_per_prompt, samples_per_round and select of guide.cache, such as `8 by 2, random`."""
+    num_prompts: int
+    """Distinct prompts asked."""
+    num_prompts_with_rollouts: int
+    """Prompts with a trajectory."""
+    num_samples: int
+    num_tokens: int
+    """Tokens generated to make the cache."""
+    complete: bool = False
+    source: GuideSourceKind = "checkpoint"
+    origin: str = ""
+    """What was asked, for people: a folder, a hub id, an address, a file, another run; empty for the run's own."""
+    has_logps: bool = True
+    """Whether log-probabilities of who wrote the trajectories are kept; without them only the ratios `proximal`, `unit`
+    and `none` can be used."""
+    num_rollouts: int = 0
+    external_tokens: int = 0
+    """Tokens of trajectories that were not generated here (a file of traces), paid for by somebody else."""
+    guide_training_tokens: int = 0
+    """Tokens that training the guide had cost in another run."""
+    older_step: int | None = None
+    """Of an extrapolated guide the step of its older copy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceScore:
+    """Q, V and S = Q/V of one source of trajectories for one learner. V and S are None where V cannot be known."""
+
+    name: str
+    """`past`, `self`, `step 60`, `model FOLDER`."""
+    kind: Literal["past", "base", "self", "extrapolated", "near", "far", "run", "model", "endpoint", "file"]
+    distance: int | None
+    """Optimiser steps ahead of the learner; None where it is no policy of the learner's line."""
+    num_prompts: int
+    num_samples: int
+    samples_per_prompt: float
+    """Samples a prompt, on average."""
+    quality_kind: str
+    quality: float
+    quality_low: float
+    quality_high: float
+    quality_net: float
+    """quality minus that of the learner's own second try on the same prompts."""
+    pass_at_1: float
+    variance_kind: str
+    variance: float | None = None
+    variance_low: float | None = None
+    variance_high: float | None = None
+    signal: float | None = None
+    signal_low: float | None = None
+    signal_high: float | None = None
+    p_best: float | None = None
+    """Share of resamples in which it has the largest S, among those that have one."""
+    is_selected: bool = False
+    """The largest S."""
+    is_unreliable: bool = False
+    """V rests on too few samples."""
+    kl_per_token: float | None = None
+    kl_per_sequence: float | None = None
+    p_best_by_variance_kind: Mapping[str, float] = field(default_factory=dict)
+    """p_best under every kind of V."""
+    best_for_variance_kinds: tuple[str, ...] = ()
+    """Kinds of V under which it has the largest S."""
+    note: str = ""
+    """What to know before its figures are believed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Success:
+    """A correct response of the run's own past."""
+
+    response_ids: tuple[int, ...]
+    behavior_logps: tuple[float, ...]
+    """Under the weights that wrote it, from the trainer's forward pass of that step."""
+    text: str
+    step: int
+    """Step of the weights that wrote it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayBuffer:
+    """ExGRPO's memory, part of the training state (algorithms, section 6)."""
+
+    is_collecting: bool = False
+    """A batch had passed the success rate from which on successes are collected."""
+    successes: Mapping[str, tuple[Success, ...]] = field(default_factory=dict)
+    """By prompt id, oldest first."""
+    num_correct: Mapping[str, int] = field(default_factory=dict)
+    """Newest number of correct rollouts in the group of each prompt that has successes."""
+    retired_epochs: Mapping[str, int] = field(default_factory=dict)
+    """Prompt id to the epoch in which every slot of its group was correct."""

@@ -1,0 +1,117 @@
+"""Records that exist only to be shown: one line of `npo show`, `npo recipes`, `npo doctor` or `npo bench`.
+
+Branches as pictures need them: where each one left its parent, who guided it, how far it came.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from npo_cli.types.rollouts import Group, Rollout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupView:
+    """A group, and where it was trained on."""
+
+    branch: str
+    step: int
+    group: Group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutView:
+    """A rollout, and where it was trained on."""
+
+    branch: str
+    step: int
+    prompt_text: str
+    """The prompt as text; chat turns as `role: content`."""
+    reference_answer: str
+    rollout: Rollout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptHistory:
+    """One prompt through training, along the line of descent of a branch."""
+
+    prompt_id: str
+    branch: str
+    prompt_text: str
+    """The prompt as text; chat turns as `role: content`."""
+    reference_answer: str
+    num_visits: int
+    first_solved_step: int | None
+    """First step at which one of the policy's own rollouts was correct; None if there is none."""
+    first_mostly_solved_step: int | None
+    """First step at which more than half of them were."""
+    injection_steps: tuple[int, ...]
+    """Steps at which a guide took a slot."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptVisit:
+    """One step of that story."""
+
+    branch: str
+    step: int
+    num_on_policy: int
+    """Own rollouts."""
+    num_correct: int
+    """How many of those were verified correct."""
+    group: Group
+    """As recorded: the own rollouts, and behind them those of others, with the number of the slot that each took."""
+
+    @property
+    def off_policy_rollouts(self) -> tuple[Rollout, ...]:
+        """Rollouts of others: a guide, a teacher, the past."""
+        return tuple(one for one in self.group.rollouts if one.is_off_policy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeView:
+    """A shipped recipe."""
+
+    name: str
+    description: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoctorCheck:
+    """One thing `npo doctor` looked at."""
+
+    name: str
+    is_ok: bool
+    detail: str
+    hint: str = ""
+    """What to do about it."""
+    is_required: bool = True
+    """False for an optional part: its absence is no fault."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunedSetting:
+    """The setting that a method gets, and what the tuning seeds said of each."""
+
+    method: str
+    setting: str
+    areas: Mapping[str, float]
+    """Setting to the mean over tuning seeds of held-out accuracy, averaged over the steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchSpan:
+    """One branch of the lineage tree."""
+
+    branch: str
+    parent: str | None
+    fork_step: int
+    last_step: int
+    """Newest step on record; `fork_step` where there is none."""
+    lineage_until: int | None
+    """Last of its own steps on the line of descent that the report follows; None where none is."""
+    guide_cache: str | None
+    guide_step: int | None
+    """Step of the checkpoint that guided; None without a guide, or where its cache is gone."""
+    guide_until: int | None
+    """Last step at which the guide was mixed in."""

@@ -1,0 +1,167 @@
+"""`npo autonpo`, from the command line to its two streams."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from npo_cli.storage.autonpo_log import append_transitions
+from npo_cli.types.autonpo import AutoNPOState, Transition
+from tests.helpers.cli_errors import assert_refused, npo
+from tests.helpers.recorded_metrics import SENSITIVE_TRIGGER, constant_reward_rows, make_run, write_metrics_file
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NPO_DEBUG", "0")
+    return tmp_path
+
+
+def test_explain_prints_moves_and_reasons_and_talks_on_the_other_stream(folder):
+    write_metrics_file(folder, constant_reward_rows(40))
+    said = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1")
+    assert said.code == 0
+    assert said.out == (
+        "What AutoNPO would have done\n"
+        "step  event        based on\n"
+        "   0  started      W 5, patience 3, c_r 1, d_H 0.05, c_H 0, warm-up 10, rest 4, max 1\n"
+        "  11  armed        the warm-up is over\n"
+        "  13  warning      reward gained +0.0000 (noise 0.0000), entropy fell 9.6%\n"
+        "  13  trigger      reward gained +0.0000 (noise 0.0000), entropy fell 9.6%\n"
+        "  13  accepted     assumed: D = 10, the largest that leads to a checkpoint\n"
+        "  13  guided       assumed\n"
+        "  13  rolled_back  assumed: to 3 or 8\n"
+        "  13  replayed     rest until 17\n"
+        "  18  armed        the rest is over\n"
+        "  20  warning      reward gained +0.0000 (noise 0.0000), entropy fell 9.6%\n"
+        "  20  capped       reward gained +0.0000 (noise 0.0000), entropy fell 9.6%\n"
+        "assumed: a record cannot be probed, so every trigger counts as accepted.\n"
+        "\n"
+        "Steps without a trigger\n"
+        "why not     steps  meaning                 where\n"
+        "capped         21  autonpo.max_interventions is reached     20-40\n"
+        "warming_up     10  before autonpo.trigger.warmup_steps      1-10\n"
+        "streak          4  both hold, too briefly  11-12, 18-19\n"
+        "resting         4  in a cooldown           14-17\n"
+        "Ranges run on over breaks of fewer than 5 steps; the counts are exact.\n"
+        "\n"
+    )
+    assert said.err == (
+        "read as step: step, reward: reward, entropy: entropy\n"
+        "every record counts as a checkpoint; train.save_every=N says otherwise\n"
+        "the picture is in metrics.jsonl.autonpo.png\n"
+        "it would have fired once in 40 recorded steps: at 13\n"
+        "autonpo.max_interventions = 1 would have kept it from firing again from step 20 on\n"
+    )
+
+
+def test_json_is_one_object_a_move_with_step_event_and_phase_and_no_picture(folder):
+    write_metrics_file(folder, constant_reward_rows(40))
+    said = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1", "--json")
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    assert [(line["step"], line["event"], line["phase_before"], line["phase"]) for line in lines[:5]] == [
+        (0, "started", "TRAIN", "TRAIN"),
+        (11, "armed", "TRAIN", "TRAIN"),
+        (13, "warning", "TRAIN", "TRAIN"),
+        (13, "trigger", "TRAIN", "PROBE"),
+        (13, "accepted", "PROBE", "GUIDE_GEN"),
+    ]
+    assert all({"record", "branch", "evidence", "state"} <= set(line) for line in lines)
+    assert lines[4]["evidence"] == {"assumed": True, "distance": 10}
+    assert len(lines) == 11
+    assert os.listdir(folder) == ["metrics.jsonl"]
+    npo("autonpo", "metrics.jsonl", "--explain", "--json", "--out", "here.svg")
+    assert sorted(os.listdir(folder)) == ["here.svg", "metrics.jsonl"]
+
+
+def test_columns_and_settings_are_taken_from_the_command_line(folder):
+    write_metrics_file(
+        folder, [{"i": row["step"], "acc": row["reward"], "H": row["entropy"]} for row in constant_reward_rows(40)]
+    )
+    named = ("--step", "i", "--reward", "acc", "--entropy", "H")
+    said = npo(
+        "autonpo", "metrics.jsonl", "--explain", *named, *SENSITIVE_TRIGGER, "autonpo.trigger.patience=1", "--json"
+    )
+    triggers = [json.loads(line)["step"] for line in said.out.splitlines() if '"trigger"' in line]
+    assert triggers == [11, 16]
+
+
+def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
+    run = make_run(folder, constant_reward_rows(40))
+    assert "W 20, patience 5, c_r 1" in npo("autonpo", "run", "--explain").out
+    assert (run.root / "autonpo.png").exists()
+    state = AutoNPOState(branch="main", step=5)
+    append_transitions(run, [Transition(step=5, event="armed", phase_before="TRAIN", state=state)])
+    said = npo("autonpo", "run")
+    assert said.code == 0
+    assert said.out.startswith(
+        "What AutoNPO did\nstep  event  branch  based on\n   5  armed  main    the warm-up is over\n\nAccount\n"
+    )
+    move, cost = (json.loads(line) for line in npo("autonpo", "run", "--json").out.splitlines())
+    assert (move["step"], move["event"], move["branch"], move["phase"]) == (5, "armed", "main", "TRAIN")
+    assert (cost["record"], cost["updates"], cost["training_tokens"]) == ("account", 40, 400)
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "hint"),
+    [
+        (["nope"], "there is no run directory or file nope", "name a run directory, or a file of JSON lines"),
+        (["run"], "AutoNPO never watched run", "npo resume run --autonpo"),
+        (["m.jsonl"], "m.jsonl is a file: what really happened", "npo autonpo m.jsonl --explain"),
+        (["run", "--reward", "acc"], "--reward belongs to --explain", "npo autonpo run --explain"),
+        (["run", "autonpo.trigger.window=3"], "KEY=VALUE belongs to --explain", "npo autonpo run --explain"),
+        (
+            ["m.jsonl", "--explain", "--branch", "b"],
+            "--branch names a branch of a run",
+            "npo autonpo m.jsonl --explain",
+        ),
+        (["run", "--explain", "--branch", "b"], "run has no branch 'b': main", "npo show run lineage"),
+        (["m.jsonl", "--explain", "--out", "x.txt"], "--out x.txt: a picture ends in .png", "--out x.txt.png"),
+        (["m.jsonl", "--explain", "--out", "run/m.svg"], "--out run/m.svg is a folder", "--out run/m.svg/autonpo.png"),
+        (["m.jsonl", "--explain", "--reward", "x"], "m.jsonl has no number in a column 'x'", "--reward COLUMN"),
+        (
+            ["m.jsonl", "--explain", "auto.wndow=3"],
+            "auto.wndow is not a setting",
+            "write autonpo.trigger.window instead",
+        ),
+        (
+            ["m.jsonl", "--explain", "autonpo.rollback.distances=[20,10]"],
+            "autonpo.rollback.distances must be ascending",
+            "npo recipes",
+        ),
+        (["bin", "--explain"], "bin is not UTF-8 text (byte 0)", "name a run directory, or a file of JSON lines"),
+        (["empty", "--explain"], "empty is empty", "it needs one JSON object a line"),
+        (["plain", "--explain"], "plain is not a run directory: it has no npo_run.json", "name a run directory"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_in_two_lines_and_nothing_is_written(folder, args, message, hint):
+    make_run(folder, constant_reward_rows(40))
+    write_metrics_file(folder, constant_reward_rows(3), "m.jsonl")
+    (folder / "bin").write_bytes(b"\xff\xfe")
+    (folder / "empty").write_text("")
+    (folder / "plain").mkdir()
+    (folder / "run" / "m.svg").mkdir()
+    said = assert_refused("autonpo", *args, beside=folder)
+    assert said.message.startswith(message)
+    assert hint in said.hint
+
+
+def test_neither_a_slip_nor_json_costs_a_heavy_import(folder):
+    write_metrics_file(folder, constant_reward_rows(40))
+    code = (
+        "import atexit, sys\n"
+        "heavy = ('torch', 'transformers', 'matplotlib', 'scipy')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
+        "from npo_cli.cli.main import main\n"
+        "main()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for args in (["nope", "--explain"], ["metrics.jsonl", "--explain", "--json"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "autonpo", *args], capture_output=True, text=True, env=environment
+        )
+        assert done.stdout.splitlines()[-1] == "[]"

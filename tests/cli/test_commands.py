@@ -1,0 +1,148 @@
+"""Doors that open a run, on one tiny run made by `npo train` itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from npo_cli.cli.main import app
+
+SMALL = [
+    *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
+    *("task.pool_size=16", "task.heldout_size=8", "eval.every=0", "model.threads=1"),
+]
+runner = CliRunner()
+
+
+def called(*args: str) -> Result:
+    return runner.invoke(app, list(args), catch_exceptions=False)
+
+
+def lines_of(result: Result) -> list[dict]:
+    assert result.exit_code == 0
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("doors") / "run"
+    lines = lines_of(called("train", "micro", *SMALL, "--run", str(root), "--json"))
+    steps = [line["step"] for line in lines if line["record"] == "step_report"]
+    assert steps == [1, 2, 3, 4]
+    return root
+
+
+def test_index_lists_the_checkpoints_as_json_and_as_a_table(run):
+    lines = lines_of(called("index", str(run), "--json"))
+    assert [(line["branch"], line["step"], line["complete"]) for line in lines] == [
+        ("main", 0, True),
+        ("main", 2, True),
+        ("main", 4, True),
+    ]
+    table = called("index", str(run), "--verify").stdout.splitlines()
+    assert table[0] == "Checkpoints"
+    assert table[1].split()[:4] == ["branch", "step", "parent", "tier"]
+    assert table[4].split()[:3] == ["main", "4", "main:2"]
+
+
+def test_show_metrics_holds_every_step_with_its_timings(run):
+    lines = lines_of(called("show", str(run), "metrics", "--json"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all({"reward", "entropy", "seconds"} <= set(line) for line in lines)
+    only = lines_of(called("show", str(run), "metrics", "--step", "3", "--json"))
+    assert only == [lines[2]]
+
+
+def test_show_groups_are_those_of_the_newest_step(run):
+    lines = lines_of(called("show", str(run), "groups", "--json"))
+    # 4 prompts a step, 4 rollouts each
+    assert [line["step"] for line in lines] == [4] * 4
+    assert [len(line["group"]["rollouts"]) for line in lines] == [4] * 4
+
+
+def test_show_rollouts_follows_one_prompt_and_takes_the_last(run):
+    newest = lines_of(called("show", str(run), "rollouts", "--json"))
+    assert len(newest) == 16
+    prompt = newest[0]["rollout"]["prompt_id"]
+    story, visit = lines_of(called("show", str(run), "rollouts", "--prompt", prompt, "--limit", "1", "--json"))
+    assert (story["record"], story["prompt_id"], story["answer"]) == ("prompt_story", prompt, newest[0]["answer"])
+    assert (visit["record"], visit["step"]) == ("visit", 4)
+    # every token and log-probability of the visit, as without --prompt
+    assert visit["group"]["rollouts"] == [line["rollout"] for line in newest if line["rollout"]["prompt_id"] == prompt]
+    told = called("show", str(run), "rollouts", "--prompt", prompt).stdout
+    assert told.startswith(f"Prompt {prompt} on the line of main: ")
+    assert f"Step 4, main: {visit['num_correct']} of 4 own answers correct\n" in told
+
+
+def test_report_leaves_a_page_and_pictures_and_says_where(run, tmp_path):
+    out, folder = tmp_path / "r.html", tmp_path / "pictures"
+    result = called("report", str(run), "--out", str(out), "--pictures", str(folder))
+    assert (result.exit_code, result.stdout) == (0, "")
+    *_, page, pictures = result.stderr.splitlines()
+    assert page.startswith(f"report: {out}, ")
+    # reward, entropy and the lineage; nothing was evaluated
+    assert pictures == f"pictures: 3 as PNG and SVG in {folder}"
+    assert len(list(folder.iterdir())) == 6
+
+
+def test_show_lineage_begins_with_the_first_branch(run):
+    (line,) = lines_of(called("show", str(run), "lineage", "--json"))
+    assert (line["branch"], line["parent"], line["fork_step"], line["guide"]) == ("main", None, 0, None)
+
+
+def test_a_run_without_guides_prints_no_data_and_says_so(run):
+    result = called("show", str(run), "guides", "--json")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"{run} has no guides yet\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["show", "guides", "--step", "1"], "--step does not apply to guides"),
+        (["show", "metrics", "--prompt", "p"], "--prompt does not apply to metrics"),
+        (["show", "metrics", "--branch", "nope"], "has no branch 'nope': main"),
+        (["show", "rollouts", "--step", "99"], "has no rollouts of step 99"),
+        (["resume", "loss.kind=gspo"], "loss.kind cannot change from grpo to gspo"),
+        (
+            ["resume", "guide.inject.max_accuracy=0.1"],
+            "guide.inject.max_accuracy cannot change from 0.6 to 0.1 in the middle of a branch",
+        ),
+        (["score-checkpoints", "score.kk=1"], "score.kk is not a setting"),
+        (["eval", "--branch", "nope"], "has no branch 'nope': main"),
+        (["resume", "--from", "nope"], "has no branch 'nope': main"),
+    ],
+)
+def test_what_a_run_cannot_answer_is_refused(run, args, message):
+    command, *rest = args
+    result = runner.invoke(app, [command, str(run), *rest])
+    assert message in result.exception.message
+    assert result.exception.hint
+    assert result.exception.exit_code == 2
+
+
+def test_eval_prints_one_report_a_checkpoint(run):
+    lines = lines_of(called("eval", str(run), "--all", "eval.samples_per_prompt=1", "--json"))
+    assert [(line["record"], line["step"], line["num_prompts"]) for line in lines] == [
+        ("eval_report", 0, 8),
+        ("eval_report", 2, 8),
+        ("eval_report", 4, 8),
+    ]
+
+
+def test_the_circle_closes_through_the_doors(run, tmp_path):
+    root = tmp_path / "copy"
+    lines_of(called("train", "micro", *SMALL, "--run", str(root), "--json"))
+    few = ["scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50"]
+    scores = lines_of(called("score-checkpoints", str(root), "--at", "0", *few, "--json"))
+    assert [(line["step"], line["distance"]) for line in scores] == [(2, 2), (4, 4)]
+    assert sum(line["chosen"] for line in scores) == 1
+    (guide,) = lines_of(called("sample-guide", str(root), "--guide", "4", "--at", "0", "--name", "near", "--json"))
+    assert (guide["record"], guide["name"], guide["guide_step"], guide["complete"]) == ("guide_info", "near", 4, True)
+    replay = lines_of(called("resume", str(root), "--at", "0", "--guide", "near", "--branch", "again", "--json"))
+    assert {line["branch"] for line in replay} == {"again"}
+    lineage = lines_of(called("show", str(root), "lineage", "--json"))
+    assert [(line["branch"], line["parent"], line["guide"]) for line in lineage] == [
+        ("main", None, None),
+        ("again", "main", "near"),
+    ]

@@ -1,0 +1,274 @@
+"""A run directory that was harmed: every command names the file (the line, the tensor) and changes nothing."""
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from npo_cli.storage.manifests import write_manifests
+from tests.helpers.cli_errors import assert_refused, copy_run, edit_file, npo, set_fields
+
+UP = "model.layers.0.mlp.up_proj.weight"
+ROLES = {
+    "evaluated": ["eval", "--branch", "main", "--step", "4"],
+    "learner": ["score-checkpoints", "--branch", "main", "--at", "4"],
+    "candidate": ["score-checkpoints", "--branch", "main", "--at", "0", "--candidates", "2,4"],
+    "guide": ["sample-guide", "--branch", "main", "--at", "2", "--guide", "4"],
+    "rollback": ["resume", "--from", "main", "--at", "4", "train.num_steps=8"],
+    "resume point": ["resume", "--from", "main", "train.num_steps=8"],
+}
+Change = Callable[[dict[str, Tensor]], object]
+TENSORS: dict[str, Change] = {
+    "missing": lambda tensors: tensors.pop(UP),
+    "extra": lambda tensors: tensors.update({UP + ".more": torch.zeros(2)}),
+    "of another shape": lambda tensors: tensors.update({UP: torch.zeros(3, 5)}),
+    "not finite": lambda tensors: tensors[UP][0, 0].fill_(torch.nan),
+}
+
+
+@pytest.fixture
+def run(circle: Path, tmp_path: Path) -> Path:
+    return copy_run(circle, tmp_path, "harmed run")
+
+
+def checkpoint(run: Path, step: int = 4) -> Path:
+    return run / "branches" / "main" / "checkpoints" / f"step_{step:06d}"
+
+
+def with_tensors(path: Path, change: Change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def roles(run: Path) -> dict[str, list[str]]:
+    """Every command that uses step 4 of main; a learner needs a future, so it must have one."""
+    future = npo("resume", run, "--from", "main", "train.num_steps=6")
+    assert future.code == 0
+    return ROLES
+
+
+def words(run: Path, args: list[str]) -> str:
+    said = assert_refused(args[0], run, *args[1:], beside=run.parent)
+    return f"{said.message} | {said.hint}"
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_a_checkpoint_that_is_whole_but_holds_a_wrong_tensor_is_refused_in_every_role(run, kind):
+    every = roles(run)
+    with_tensors(checkpoint(run) / "model.safetensors", TENSORS[kind])
+    write_manifests(checkpoint(run), branch="main", step=4)
+    name = UP + ".more" if kind == "extra" else UP
+    for role, args in every.items():
+        if role != "resume point":  # that is step 6 by now
+            assert words(run, args).startswith(f"{checkpoint(run)}: tensor {kind}: {name} | choose another step"), role
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_the_newest_checkpoint_with_a_wrong_tensor_is_never_gone_on_from(run, kind):
+    with_tensors(checkpoint(run) / "model.safetensors", TENSORS[kind])
+    said = words(run, ROLES["resume point"])
+    file = checkpoint(run) / "model.safetensors"
+    # of another size: known before a tensor is read
+    assert said.startswith(f"{checkpoint(run)}: tensor not finite: {UP}" if kind == "not finite" else f"{file} has ")
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if role != "learner"])
+def test_a_checkpoint_that_is_cut_short_is_refused_in_every_role(run, role):
+    file = checkpoint(run) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    moved = f"mv {shlex.quote(str(checkpoint(run)))} {shlex.quote(f'{checkpoint(run)}.damaged')}"
+    said = words(run, ROLES[role])
+    assert said.startswith(f"{file} has 1,000 bytes, but 1,119,504 were saved | choose another step")
+    assert said.endswith(moved)
+
+
+def test_a_damaged_checkpoint_that_was_set_aside_is_in_nobodys_way(run):
+    checkpoint(run).joinpath("config.json").unlink()
+    said = assert_refused("resume", run, "--from", "main", "train.num_steps=6", beside=run.parent)
+    _, source, target = shlex.split(said.hint[said.hint.index("mv ") :])
+    Path(source).rename(target)
+    assert npo("resume", run, "--from", "main", "train.num_steps=6").code == 0
+    assert checkpoint(run).is_dir()  # made again on the way
+    assert checkpoint(run, 6).is_dir()
+
+
+def test_one_flipped_bit_is_found(run):
+    file = checkpoint(run) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    for role in ("evaluated", "candidate", "guide", "rollback", "resume point"):
+        assert words(run, ROLES[role]).startswith(f"{file} is not what was saved: its sha256 is another"), role
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("npo.json", "npo.json is damaged: "),
+        ("config.json", "config.json has 3 bytes, but "),
+        ("tokenizer.json", "tokenizer.json has 3 bytes, but "),
+    ],
+)
+def test_any_file_of_a_checkpoint_is_missed(run, file, message):
+    (checkpoint(run) / file).write_text("{x\n")
+    assert message in words(run, ROLES["evaluated"])
+    entries = [json.loads(line) for line in npo("index", run, "--json").out.splitlines()]
+    assert [entry["complete"] for entry in entries if entry["branch"] == "main"] == [True, True, False]
+
+
+@pytest.mark.parametrize("kind", ["missing", "of another shape", "not finite"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_harmed_training_state_is_refused(run, kind, signed):
+    file = checkpoint(run) / "anchor" / "optimizer.safetensors"
+    moments = {f"{UP}.exp_avg": UP}
+    with_tensors(file, lambda tensors: TENSORS[kind](Renamed(tensors, moments)))
+    if signed:
+        write_manifests(checkpoint(run), branch="main", step=4)
+    said = words(run, ROLES["rollback"])
+    assert said.startswith(f"{file.parent}: optimizer state of {UP}" if signed else f"{file} ")
+
+
+class Renamed(dict):
+    """Tensors whose momentum of UP goes by the name UP: what is done to that is done to it."""
+
+    def __init__(self, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
+        self.tensors, self.names = tensors, {short: name for name, short in names.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.names[name]]
+
+    def pop(self, name: str) -> Tensor:
+        return self.tensors.pop(self.names[name])
+
+    def update(self, changed: dict[str, Tensor]) -> None:
+        self.tensors.update({self.names[name]: tensor for name, tensor in changed.items()})
+
+
+def test_a_branch_without_any_checkpoint_is_not_evaluated(circle, tmp_path):
+    run = copy_run(circle, tmp_path)
+    for folder in (run / "branches").glob("*/checkpoints"):
+        folder.rename(folder.with_name("gone"))
+    said = assert_refused("eval", run, beside=tmp_path)
+    assert (said.message, said.hint) == (f"{run} has no complete checkpoint yet", f"train first: npo resume {run}")
+
+
+# Journals and documents
+
+
+def spoiled(text: str) -> str:
+    """The second line of a journal, no JSON any more."""
+    first, _, rest = text.split("\n", 2)
+    return f"{first}\noops\n{rest}"
+
+
+SHOW = {"metrics": ["show"], "rollouts": ["show", "rollouts"], "timings": ["show"]}
+
+
+@pytest.mark.parametrize("journal", SHOW)
+def test_a_bad_line_in_a_journal_is_named(run, journal):
+    path = run / "branches" / "again" / f"{journal}.jsonl"
+    edit_file(path, spoiled)
+    assert words(run, SHOW[journal]).startswith(f"{path}, line 2")
+
+
+def test_a_bad_line_in_the_lineage_stops_every_command(run):
+    path = run / "segments.jsonl"
+    edit_file(path, lambda text: "oops\n" + text)
+    for args in (["index"], ["show"], ["show", "lineage"], *ROLES.values()):
+        assert words(run, args).startswith(f"{path}, line 1: not a JSON object | restore the file from a copy"), args
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"fork_step":0,', "", "it has no field 'fork_step'"),
+        ('"fork_step":0,', '"fork_step":"x",', "fork_step is 'x'"),
+        ('"branch":"again"', '"branch":7', "branch is 7"),
+        ('"branch":"again"', '"branch":"../../x"', "no branch can be named '../../x'"),
+    ],
+)
+def test_a_lineage_that_says_nonsense_is_named_by_line(run, before, after, message):
+    edit_file(run / "segments.jsonl", lambda text: text.replace(before, after))
+    for args in (["index"], ["show", "lineage"], ["eval"]):
+        assert f"segments.jsonl, line {'2' if 'again' in before else '1'} is damaged: {message}" in words(run, args)
+
+
+@pytest.mark.parametrize(
+    ("file", "args"),
+    [
+        ("npo_run.json", ["index"]),
+        ("guides/near/guide.json", ["show", "guides"]),
+        ("guides/near/guide.json", ["resume", "--at", "0", "--guide", "near"]),
+        ("scores/*/scores.json", ["index"]),
+        ("scores/*/settings.json", ["index"]),
+        ("branches/again/recipe.yaml", ["eval"]),
+    ],
+)
+@pytest.mark.parametrize("text", ["{", "[]", "{}\n{}\n"])
+def test_a_document_that_is_no_document_is_named(run, file, args, text):
+    (path,) = run.glob(file)
+    path.write_text(text)
+    said = words(run, args)
+    assert said.startswith(f"{path} is damaged: ")
+    assert said.endswith("restore it from a copy of the run directory")
+
+
+def test_an_evaluation_without_its_fields_is_named_by_line(run):
+    (run / "evals.jsonl").write_text("{}\n{}\n")
+    said = words(run, ["index"])
+    assert said.startswith(f"{run / 'evals.jsonl'}, line 1 is damaged: it has no field 'branch'")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"response_ids":[', '"response_ids":[1,', "line 1 is damaged: it is no verified answer to prompt mix3/"),
+        ('"response_ids":[', '"ids":[', "line 1 is damaged: it has no field 'response_ids'"),
+        ('"verdict":"correct"', '"verdict":"wrong"', "line 1 is damaged: it is no verified answer to prompt mix3/"),
+        ('"verdict":"correct"', '"verdict":"fine"', "line 1 is damaged: it is no verified answer to prompt mix3/"),
+        ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near answers prompts that this task does not have: oth"),
+        ('"response_ids":[', '"response_ids":["1",', "line 1 is damaged: it is no verified answer to prompt mix3/"),
+    ],
+)  # fmt: skip
+def test_a_guides_answers_are_checked_before_a_branch_begins(run, before, after, message):
+    edit_file(run / "guides" / "near" / "trajectories.jsonl", lambda text: text.replace(before, after))
+    assert message in words(run, ["resume", "--at", "0", "--guide", "near"])
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(run):
+    path = run / "guides" / "near" / "trajectories.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["response_ids"][0] = 99999
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = words(run, ["resume", "--at", "0", "--guide", "near"])
+    assert said.startswith(f"{path} is damaged: no token has the number 99999")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("lr: 0.0003", "lrr: 0.0003", "train.lrr is not a setting"),
+        ("group_size: 4", "group_size: x", 'train.group_size must be a whole number at least 2, got "x"'),
+        ("group_size: 4", "group_size: 2020-01-01", "train.group_size must be a whole number at least 2"),
+    ],
+)
+def test_a_saved_recipe_that_was_edited_wrongly_is_named(run, before, after, message):
+    path = run / "branches" / "again" / "recipe.yaml"
+    edit_file(path, lambda text: text.replace(before, after))
+    for command in ("resume", "eval"):
+        assert words(run, [command]).startswith(f"{message}")
+        assert f"({path})" in words(run, [command])
+
+
+def test_a_passport_of_another_kind_is_told_as_such(run):
+    set_fields(run / "npo_run.json", format="1")
+    assert words(run, ["index"]).startswith(f"{run / 'npo_run.json'} is damaged: format is '1'")

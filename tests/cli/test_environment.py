@@ -1,0 +1,252 @@
+"""What surrounds `npo`: other processes, closed pipes, narrow terminals, foreign alphabets, folders without rights."""
+
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, folder_digests, npo
+from tests.helpers.warm_process import ForkServer, start_fork_server
+
+COMMAND = [sys.executable, "-c", "from npo_cli.cli.main import main; main()"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+NOBODY = 65534
+LONG = [item.replace("num_steps=4", "num_steps=100000") for item in SMALL]
+
+
+def process(*args: object, **options: object) -> subprocess.Popen:
+    return subprocess.Popen([*COMMAND, *map(str, args)], **({"env": ENVIRONMENT} | options))
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which `npo` is this one."""
+    start = f'npo() {{ {shlex.join(COMMAND)} "$@"; }}; {line}'
+    return subprocess.run(
+        ["bash", "-c", start], capture_output=True, text=True, timeout=120, check=False, env=ENVIRONMENT | environment
+    )
+
+
+# Other processes
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[ForkServer]:
+    with start_fork_server() as process:
+        yield process
+
+
+def wait_for(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.is_file() and text in path.read_text()):
+        assert time.monotonic() < deadline, f"{path} never said {text}"
+        time.sleep(0.02)
+
+
+def test_a_run_in_which_a_process_writes_is_read_but_not_written(tmp_path, warm):
+    run = tmp_path / "busy run"
+    child = warm.npo("train", "micro", *LONG, "--run", str(run), err=tmp_path / "err")
+    try:
+        wait_for(run / "branches" / "main" / "metrics.jsonl", '"step":3,')
+        for args in (
+            ["resume"],
+            ["resume", "--at", "0"],
+            ["eval"],
+            ["score-checkpoints", "--at", "0"],
+            ["sample-guide", "--at", "0", "--guide", "2"],
+        ):
+            said = npo(args[0], run, *args[1:])
+            assert (said.code, said.out, said.err.count("\n")) == (2, "", 2)
+            assert said.message.startswith(f"{run} is in use by process {child.pid} on ")
+            assert said.hint == f"wait until it ends, or stop it with: kill {child.pid}"
+        assert npo("index", run).code == npo("show", run).code == 0
+    finally:
+        child.kill()
+        child.ended()
+    # a dead process holds nothing
+    assert npo("eval", run, "--step", "0").code == 0
+
+
+def test_of_two_trainings_that_begin_at_once_one_is_refused_and_the_other_whole(tmp_path, warm):
+    run = tmp_path / "run"
+    child = warm.npo("train", "micro", *SMALL, "--run", str(run), err=tmp_path / "err")
+    said = npo("train", "micro", *SMALL, "--run", run)
+    codes = [child.ended(), said.code]
+    assert sorted(codes) == [0, 2]
+    err = (child.said(), said.err)[codes.index(2)]
+    assert err.count("\n") == 2
+    assert err.startswith(f"error: {run} ")
+    steps = [json.loads(line)["step"] for line in npo("index", run, "--json").out.splitlines()]
+    assert steps == [0, 2, 4]
+
+
+# Streams
+
+
+def test_a_pipe_that_closes_early_is_no_error(circle):
+    run = shlex.quote(str(circle))
+    for line in (f"npo index {run} --json", f"npo show {run} rollouts", "npo recipes micro"):
+        done = shell(f"{line} | head -1; exit ${{PIPESTATUS[0]}}")
+        assert (done.stderr, done.stdout.count("\n")) == ("", 1)
+        assert done.returncode in (0, 1)
+
+
+def test_closed_streams_mix_nothing_up(circle):
+    run = shlex.quote(str(circle))
+    assert shell(f"npo index {run} >&-").stderr == ""
+    done = shell(f"npo show {run} --step 99 --json 2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_errors_go_to_stderr_and_json_stays_empty(circle):
+    for args in (
+        ["eval", circle, "--step", "3", "--json"],
+        ["show", circle, "rollouts", "--step", "99", "--json"],
+        ["resume", circle, "--json"],
+        ["train", "micro", "train.lrr=1", "--run", "x", "--json"],
+        ["index", circle / "nowhere", "--json"],
+    ):
+        assert_refused(*args, beside=circle.parent)
+
+
+# Terminals and alphabets
+
+
+def on_terminal(*args: object, **environment: str) -> str:
+    """What a terminal shows of a command."""
+    master, slave = pty.openpty()
+    plain = {name: value for name, value in ENVIRONMENT.items() if name != "NO_COLOR"}
+    with process(*args, stdout=slave, stderr=slave, env=plain | {"TERM": "xterm"} | environment) as child:
+        os.close(slave)
+        shown = b""
+        while chunk := chunk_of(master):
+            shown += chunk
+    os.close(master)
+    assert child.returncode in (0, 2)
+    return shown.decode()
+
+
+def chunk_of(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # a terminal whose last writer has gone
+        return b""
+
+
+def test_a_narrow_terminal_splits_the_table_and_loses_nothing(circle):
+    shown = on_terminal("index", circle, COLUMNS="40", NO_COLOR="1")
+    assert "\x1b[3" not in shown
+    assert max(map(len, re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines())) <= 40
+    for entry in (json.loads(line) for line in npo("index", circle, "--json").out.splitlines()):
+        assert entry["digest"][:12] in shown
+
+
+def test_an_error_on_a_terminal_is_coloured_unless_that_is_unwanted(circle):
+    assert "\x1b[31merror: there is no run directory nowhere" in on_terminal("show", "nowhere")
+    assert "\x1b[31m" not in on_terminal("show", "nowhere", NO_COLOR="1")
+
+
+def test_a_locale_without_letters_reads_and_writes_paths_that_have_them(circle, tmp_path):
+    run = copy_run(circle, tmp_path, "ein Läufchen")
+    done = shell(f"cd {shlex.quote(str(tmp_path))}; npo show 'ein Läufchen' --step 99", LC_ALL="C", LANG="C")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1].endswith("npo show 'ein Läufchen' metrics")
+    done = shell(f"npo index {shlex.quote(str(run))}", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_user_without_a_home_is_served(circle):
+    assert shell(f"unset HOME; npo index {shlex.quote(str(circle))}").returncode == 0
+
+
+NASTY = "\x1b]0;owned\x07\x1b[2J[red]1[/red]\u202e+2=\r\n\u2066"
+
+
+def test_prompts_and_answers_cannot_write_on_the_screen(tmp_path):
+    rows = [
+        {"prompt": f"{NASTY}{number}", "answer": f"{number}\x1b[31m", "id": f"p{number}\u202e"} for number in range(30)
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ("task.source=file", f"task.path={tmp_path / 'd.jsonl'}", "task.verifier=exact", "task.id_column=id")
+    assert npo("train", "micro", *SMALL, *task, "--run", tmp_path / "run").code == 0
+    for what in ("rollouts", "groups"):
+        shown = npo("show", tmp_path / "run", what).out
+        assert not set(shown) & {"\x1b", "\x07", "\r", "\u202e", "\u2066"}
+        assert "\\u202e" in shown
+        for line in npo("show", tmp_path / "run", what, "--json").out.splitlines():
+            assert line.isascii()
+            json.loads(line)
+    shown = npo("show", tmp_path / "run", "rollouts").out
+    assert "\\x1b]0;owned\\x07\\x1b[2J[red]1[/red]" in shown
+    said = assert_refused("show", tmp_path / "run", "rollouts", "--prompt", "\x1b[31m", beside=tmp_path)
+    assert "\x1b" not in said.err
+
+
+# Rights
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """As a user to whom nothing belongs; nothing to do for one who is not root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def opened_up(folder: Path) -> None:
+    """Let another user as far as this folder."""
+    for above in (folder, *folder.parents):
+        if above.stat().st_uid == os.geteuid() and above != Path("/"):
+            above.chmod(above.stat().st_mode | 0o055)
+
+
+def test_what_may_not_be_read_or_written_is_named(circle, tmp_path):
+    opened_up(tmp_path)
+    secret = copy_run(circle, tmp_path, "secret")
+    secret.chmod(0)
+    tmp_path.chmod(0o555)
+    try:
+        with without_rights():
+            for args in (["index"], ["show"], ["resume"], ["eval"]):
+                said = npo(args[0], secret)
+                assert (said.code, said.out, said.err.count("\n")) == (2, "", 2)
+                assert said.message.startswith(f"Permission denied: {secret}")
+            said = npo("train", "micro", "--run", tmp_path / "new")
+            assert said.message == f"cannot make {tmp_path / 'new'}: {tmp_path} may not be written in"
+            assert npo("train", "micro", "--run", secret / "new").code == 2
+    finally:
+        tmp_path.chmod(0o755)
+        secret.chmod(0o755)
+
+
+def test_a_run_that_may_only_be_read_is_listed_and_shown_and_not_written(circle, tmp_path):
+    opened_up(tmp_path)
+    run = copy_run(circle, tmp_path)
+    (run / "index.json").unlink(missing_ok=True)
+    (run / ".lock").unlink()
+    for path in (run, *run.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = folder_digests(run)
+    try:
+        with without_rights():
+            assert npo("index", run).out.startswith("Checkpoints\n")
+            assert npo("show", run).code == 0
+            said = npo("eval", run)
+            assert (said.code, said.message) == (2, f"cannot write in {run}: Permission denied")
+        assert folder_digests(run) == before
+    finally:
+        for path in (run, *run.rglob("*")):
+            path.chmod(0o755)

@@ -1,0 +1,168 @@
+import io
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from npo_cli.cli import main as cli
+from npo_cli.cli.checks import parse_steps
+from npo_cli.config.loading import load_recipe, recipe_to_dict
+from npo_cli.config.locate import list_recipe_names
+from npo_cli.errors import NpoError, RunFailed, StoppedEarly
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_says_what_it_does(command):
+    result = runner.invoke(cli.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert cli.COMMANDS[command].__doc__.splitlines()[0] in result.output
+
+
+def test_the_first_page_lists_every_command_whole():
+    output = runner.invoke(cli.app, ["--help"]).output
+    for command, door in cli.COMMANDS.items():
+        first = door.__doc__.splitlines()[0]
+        assert f"{command.ljust(17)}  {first}" in output
+
+
+def test_recipes_lists_every_shipped_recipe():
+    result = runner.invoke(cli.app, ["recipes", "--json"])
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["name"] for line in lines] == list(list_recipe_names())
+    assert all(line["description"] and line["path"].endswith(".yaml") for line in lines)
+
+
+def test_recipes_prints_one_whole_as_yaml_that_can_be_trained(tmp_path):
+    result = runner.invoke(cli.app, ["recipes", "micro"])
+    (tmp_path / "copy.yaml").write_text(result.stdout, encoding="utf-8")
+    assert load_recipe(str(tmp_path / "copy.yaml")) == load_recipe("micro")
+
+
+def test_recipes_prints_one_whole_as_json():
+    result = runner.invoke(cli.app, ["recipes", "micro", "--json"])
+    assert json.loads(result.stdout) == recipe_to_dict(load_recipe("micro"))
+
+
+def test_candidates_are_steps_apart_by_commas():
+    assert parse_steps("20, 40,60") == (20, 40, 60)
+    for wrong in ("", "20,", "a", "-20", "2.5", "²"):
+        with pytest.raises(NpoError, match="--candidates takes steps"):
+            parse_steps(wrong)
+
+
+# main(): errors become two lines and an exit code
+
+
+def left_with(args: list[str]) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    return caught.value.code
+
+
+def raising(monkeypatch, error: BaseException) -> None:
+    """Give the app a door that fails in a chosen way; the rest of it is as shipped."""
+    app = cli.typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "label"),
+    [
+        (NpoError("wrong", "mend"), 2, "error: "),
+        (RunFailed("wrong", "mend"), 1, "error: "),
+        (StoppedEarly("wrong", "mend"), 130, ""),
+    ],
+)
+def test_an_error_is_two_lines_and_its_own_exit_code(monkeypatch, capsys, error, code, label):
+    raising(monkeypatch, error)
+    assert left_with([]) == code
+    assert capsys.readouterr() == ("", f"{label}wrong\n  try: mend\n")
+
+
+def test_a_message_of_many_lines_and_escapes_is_still_one_line(monkeypatch, capsys):
+    raising(monkeypatch, NpoError("a\nb\x1b[2J", ""))
+    left_with([])
+    assert capsys.readouterr().err == "error: a b\\x1b[2J\n"
+
+
+def test_an_accident_of_ours_is_one_line_and_a_way_to_see_more(monkeypatch, capsys):
+    raising(monkeypatch, KeyError("oops"))
+    assert left_with([]) == 1
+    assert capsys.readouterr().err == (
+        "error: KeyError: 'oops'\n  try: NPO_DEBUG=1 shows where it happened; please report it\n"
+    )
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys):
+    monkeypatch.setenv("NPO_DEBUG", "1")
+    raising(monkeypatch, NpoError("wrong", "mend"))
+    assert left_with([]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.endswith("error: wrong\n  try: mend\n")
+
+
+def test_an_output_of_few_letters_gets_escapes_instead_of_a_crash(monkeypatch):
+    app = cli.typer.Typer(rich_markup_mode=None)
+    app.command()(lambda: cli.print_data("é 文"))
+    monkeypatch.setattr(cli, "app", app)
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    assert left_with([]) == 0
+    assert narrow.buffer.getvalue() == b"\\xe9 \\u6587\n"
+
+
+def test_ctrl_c_leaves_with_130(monkeypatch):
+    raising(monkeypatch, KeyboardInterrupt())
+    assert left_with([]) == 130
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["train", "micro"], "Missing option '--run'"),
+        (["train"], "Missing argument 'RECIPE'"),
+        (["bogus"], "No such command 'bogus'"),
+        (["resume", "x", "--at", "-1"], "Invalid value for '--at'"),
+        (["show", "x", "everything"], "'everything' is not one of"),
+        (["index", "x", "--colour"], "No such option"),
+    ],
+)
+def test_usage_errors_leave_with_2_and_say_what_is_missing(capsys, args, words):
+    assert left_with(args) == 2
+    out, err = capsys.readouterr()
+    assert words in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "micro", "train.lrr=1", "--run", "new"], "train.lrr is not a setting"),
+        (["train", "micro", "lr", "--run", "new"], "'lr' is not a setting: write KEY=VALUE"),
+        (["train", "nope", "--run", "new"], "there is no shipped recipe named 'nope'"),
+        (["resume", "new"], "there is no run directory new"),
+        (["index", "new"], "there is no run directory new"),
+        (["score-checkpoints", "new", "--candidates", "x"], "--candidates takes steps"),
+        (["sample-guide", "new"], "there is no run directory new"),
+        (["eval", "new", "--all", "--step", "3"], "--step and --all contradict each other"),
+        (["show", "new"], "there is no run directory new"),
+        (["recipes", "nope"], "there is no shipped recipe named 'nope'"),
+    ],
+)
+def test_bad_input_is_two_lines_exit_2_and_leaves_nothing_behind(capsys, monkeypatch, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert left_with(args) == 2
+    out, err = capsys.readouterr()
+    first, second = err.splitlines()
+    assert first.startswith(f"error: {message}")
+    assert second.startswith("  try: ")
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []

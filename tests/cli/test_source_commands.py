@@ -1,0 +1,134 @@
+"""Outside sources from the command line: inert text, a kill in the middle, two at once, slips."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from npo_cli.storage.guide_cache import guide_rollouts_path, queried_prompts_path
+from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, npo
+from tests.helpers.runs import open_session_at
+from tests.helpers.teachers import correct_response, correct_rows, write_traces
+from tests.helpers.warm_process import ForkServer, num_lines, start_fork_server, wait_until
+from tests.inference.openai_server import run_server
+
+HOSTILE = "\x1b[31mtr\u202eaces"
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("taught") / "run"
+    assert npo("train", "micro", *SMALL, "--run", root).code == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def warm():
+    with start_fork_server() as process:
+        yield process
+
+
+def test_a_hostile_file_name_and_hostile_traces_are_shown_as_text(taught, tmp_path):
+    run = copy_run(taught, tmp_path)
+    prompts = open_session_at(run, 0).task.train
+    rows = correct_rows(prompts)
+    rows[0]["response"] = f"\x1b[2J</s>{rows[0]['response']}"
+    rows += [{"prompt_id": f"x{HOSTILE}", "response": "1"}, {"prompt_id": prompts[0].prompt_id, "response": 1}]
+    path = write_traces(tmp_path / f"{HOSTILE}.jsonl", rows)
+    said = npo("sample-guide", run, "--source", "file", "--from", path, "--at", "0", "--name", "given")
+    assert said.code == 0
+    shown = npo("show", run, "guides")
+    for text in (said.out, said.err, shown.out):
+        assert "\x1b" not in text and "\u202e" not in text
+    assert "\\x1b[31mtr\\u202eaces.jsonl" in shown.out
+    assert "rows cannot be used" in said.err
+    replayed = npo(
+        "resume", run, "--at", "0", "--guide", "given", "guide.inject.ratio=unit", "guide.inject.max_accuracy=1"
+    )
+    assert replayed.code == 0
+    rollouts = npo("show", run, "rollouts", "--branch", "given", "--step", "1").out
+    assert "teacher" in rollouts and "\x1b" not in rollouts
+
+
+def test_every_source_is_told_with_where_it_came_from(taught, tmp_path):
+    run = copy_run(taught, tmp_path)
+    path = write_traces(tmp_path / "traces.jsonl", correct_rows(open_session_at(run, 0).task.train))
+    asked = ("sample-guide", run, "--at", "0", "--steps", "2")
+    assert npo(*asked, "--source", "file", "--from", path).code == 0
+    assert npo(*asked, "--source", "model", "--from", "micro-base", "--json").code == 0
+    guides = [json.loads(line) for line in npo("show", run, "guides", "--json").out.splitlines()]
+    assert [(each["name"], each["source"], each["origin"]) for each in guides] == [
+        ("main-0-by-file", "file", str(path)),
+        ("main-0-by-model", "model", "micro-base"),
+    ]
+
+
+def test_sources_are_compared_as_tables_and_as_json(taught, tmp_path):
+    run = copy_run(taught, tmp_path)
+    quick = (
+        "scoring.samples_per_prompt=2",
+        "scoring.bootstrap_resamples=20",
+        "guide.inject.max_accuracy=1",
+        "--at",
+        "0",
+    )
+    said = npo("score-sources", run, *quick, "--figure", tmp_path / "s.svg")
+    assert said.code == 0
+    assert said.out.splitlines()[0] == "Sources of trajectories"
+    lines = [json.loads(line) for line in npo("score-sources", run, *quick, "--json").out.splitlines()]
+    assert [(line["record"], line["name"]) for line in lines] == [
+        ("source_score", "self"),
+        ("source_score", "step 2"),
+        ("source_score", "step 4"),
+    ]
+
+
+def slow_teacher(prompts):
+    by_text = {prompt.text: prompt for prompt in prompts}
+
+    def say(body: dict) -> dict:
+        time.sleep(0.02)
+        return {"text": correct_response(by_text[body["prompt"]]), "finish_reason": "stop"}
+
+    return say
+
+
+def test_kill_9_while_an_address_is_asked_and_the_same_command_ends_in_the_same_bytes(
+    taught, tmp_path, warm: ForkServer
+):
+    straight, broken = (copy_run(taught, tmp_path / name) for name in ("straight", "broken"))
+    with run_server(slow_teacher(open_session_at(taught, 0).task.train)) as served:
+        options = ("--source", "endpoint", "--from", served.url, "--model", "teacher", "--at", "0", "--name", "given")
+        assert npo("sample-guide", straight, *options).code == 0
+        child = warm.npo("sample-guide", str(broken), *options, err=tmp_path / "err")
+        before = len(served.bodies)
+        wait_until(lambda: len(served.bodies) > before + 4)
+        second = npo("sample-guide", broken, *options)
+        assert (second.code, f"in use by process {child.pid}" in second.message) == (2, True)
+        child.kill()
+        assert child.wait() == -9
+        assert num_lines(queried_prompts_path(broken / "guides" / "given")) < 16
+        assert npo("sample-guide", broken, *options).code == 0
+    for path in (queried_prompts_path, guide_rollouts_path):
+        one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--source", "endpoint", "--from", "localhost:8000", "--model", "m"], "--from localhost:8000 is no address"),
+        (["--source", "endpoint", "--from", "http://127.0.0.1:8000/v1"], "--source endpoint needs --model"),
+        (["--source", "file", "--from", "nowhere.jsonl"], "there is no file of traces nowhere.jsonl"),
+        (["--source", "self", "--guide", "2"], "--guide means nothing to --source self"),
+        (["--source", "past"], "the learner at step 0 has no past to draw from"),
+        (["--source", "run", "--from", "nowhere"], "there is no run directory nowhere"),
+        (["--source", "model", "--from", "./nowhere"], "--from ./nowhere cannot be asked: "),
+    ],
+)
+def test_a_slip_in_a_source_is_told_and_nothing_is_written(taught, tmp_path, options, message):
+    run = copy_run(taught, tmp_path)
+    said = assert_refused("sample-guide", run, "--at", "0", *options, beside=tmp_path)
+    assert said.message.startswith(message)
+    assert said.hint

@@ -1,0 +1,44 @@
+import pytest
+
+from npo_cli.config.loading import check_frozen_settings, load_recipe, recipe_to_yaml
+from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError
+
+
+def test_token_weights_up_to_two_are_the_default_and_shown():
+    text = recipe_to_yaml(Recipe())
+    assert "\nmismatch:\n  mode: token_tis\n  cap: 2.0\n  low: 0.5\n  high: 5.0\n" in text
+    assert "  geo_low: 0.999\n  geo_high: 1.001\n  k3_max: 0.01\n" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "mode=tis",
+            "mismatch.mode must be one of token_tis, sequence_tis, token_mis, sequence_mis, geometric, k3, off, "
+            'got "tis"',
+        ),
+        ("cap=0.9", "mismatch.cap must be a number at least 1 and at most 100000000, got 0.9"),
+        # e^-20 = 2e-9 is the smallest weight there is: a bound below would never act
+        ("low=0", "mismatch.low must be a number at least 1e-08 and at most 1, got 0"),
+        ("low=1.5", "mismatch.low must be a number at least 1e-08 and at most 1, got 1.5"),
+        ("high=1e9", "mismatch.high must be a number at least 1 and at most 100000000, got 1000000000.0"),
+        ("geo_high=0.99", "mismatch.geo_high must be a number at least 1 and at most 100000000, got 0.99"),
+        ("k3_max=0", "mismatch.k3_max must be a number above 0 and at most 100000000, got 0"),
+        ("{low: 1, high: 1}", "mismatch.low must be below mismatch.high, got 1 for both"),
+        ("{geo_low: 1, geo_high: 1}", "mismatch.geo_low must be below mismatch.geo_high, got 1 for both"),
+    ],
+)
+def test_a_bound_that_cannot_be_is_refused_by_name(setting, said):
+    with pytest.raises(NpoError) as caught:
+        load_recipe("micro", [f"mismatch={setting}" if setting[0] == "{" else f"mismatch.{setting}"])
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_the_correction_is_part_of_a_runs_loss_and_never_changes(fork):
+    old, new = load_recipe("micro"), load_recipe("micro", ["mismatch.mode=off"])
+    with pytest.raises(NpoError) as caught:
+        check_frozen_settings(old, new, fork=fork)
+    assert "mismatch.mode cannot change from token_tis to off" in caught.value.message

@@ -1,0 +1,331 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from npo_cli.config.loading import (
+    apply_overrides,
+    check_frozen_settings,
+    diff_recipes,
+    load_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    recipe_to_yaml,
+)
+from npo_cli.config.locate import find_recipe, list_recipe_names
+from npo_cli.config.messages import OLD_KEYS, find_nearest_key, list_known_keys
+from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError
+
+
+def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> NpoError:
+    with pytest.raises(NpoError) as caught:
+        load_recipe(written(folder, text), overrides)
+    return caught.value
+
+
+# Reading
+
+
+def test_an_override_in_short_scientific_notation_is_a_number():
+    # YAML 1.1 would read 3e-4 (no dot) as text
+    assert load_recipe("micro", ["train.lr=3e-4"]).train.lr == 0.0003
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3e-4", 0.0003), ("1E+2", 100.0), ("1.e-3", 0.001), (".5", 0.5), ("+2.5", 2.5), ("1", 1.0), ("1e-05", 1e-5)],
+)
+def test_every_way_to_write_a_number_is_read(tmp_path, text, value):
+    assert load_recipe(written(tmp_path, f"train: {{lr: {text}}}")).train.lr == value
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "010", "1_000", "1:30", "2020-01-01", "0x10"])
+def test_what_yaml_1_1_would_convert_behind_your_back_stays_text(tmp_path, text):
+    assert load_recipe(written(tmp_path, f"task: {{suffix: {text}}}")).task.suffix == text
+
+
+def test_the_later_override_wins_and_both_beat_the_file(tmp_path):
+    path = written(tmp_path, "train: {seed: 1, lr: 2e-4}")
+    recipe = load_recipe(path, ["train.seed=2", "train.seed=3"])
+    assert (recipe.train.seed, recipe.train.lr) == (3, 0.0002)
+
+
+def test_an_override_may_hold_a_list_or_a_whole_section():
+    recipe = load_recipe("micro", ["train.betas=[0.8, 0.9]", "loss={kind: gspo, clip_high: 0.28}"])
+    assert recipe.train.betas == (0.8, 0.9)
+    assert (recipe.loss.kind, recipe.loss.clip_high, recipe.loss.clip_low) == ("gspo", 0.28, 0.2)
+
+
+def test_extending_merges_sections_and_replaces_lists(tmp_path):
+    written(tmp_path, "train: {seed: 5, lr: 1e-3}\ntask: {suffix: old}", "grand.yaml")
+    written(tmp_path, "extends: grand.yaml\ntrain: {seed: 6, betas: [0.1, 0.2]}", "parent.yaml")
+    recipe = load_recipe(written(tmp_path, "extends: ./parent.yaml\ntrain: {betas: [0.3, 0.4]}"))
+    assert (recipe.train.seed, recipe.train.lr, recipe.train.betas, recipe.task.suffix) == (6, 0.001, (0.3, 0.4), "old")
+
+
+def test_a_file_may_extend_a_shipped_recipe(tmp_path):
+    recipe = load_recipe(written(tmp_path, "extends: micro-sparse\ntrain: {seed: 9}"))
+    assert diff_recipes(load_recipe("micro-sparse"), recipe) == [("train.seed", 0, 9)]
+
+
+def test_every_shipped_recipe_loads_and_says_what_it_is_for():
+    assert "micro" in list_recipe_names()
+    for name in list_recipe_names():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.description
+
+
+def test_a_recipe_survives_its_own_yaml_and_its_own_data(tmp_path):
+    recipe = load_recipe("micro", ["train.lr=3e-5", "task.suffix='a: #b'", "train.keep_full_checkpoints=2"])
+    assert load_recipe(written(tmp_path, recipe_to_yaml(recipe))) == recipe
+    assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
+
+
+@settings(deadline=None, max_examples=60)
+@given(lr=st.floats(1e-12, 1e12), seed=st.integers(-(10**9), 10**9), suffix=st.text(max_size=20))
+@example(lr=1.0, seed=0, suffix="\x85")
+@example(lr=1.0, seed=0, suffix="0E0")
+def test_any_value_survives_the_yaml_it_is_saved_as(tmp_path_factory, lr, seed, suffix):
+    values = {"train": {"lr": lr, "seed": seed}, "task": {"suffix": suffix}}
+    recipe = recipe_from_dict(values)
+    path = tmp_path_factory.mktemp("yaml") / "one.yaml"
+    path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    assert load_recipe(str(path)) == recipe
+
+
+# Refusals
+
+
+def test_a_misplaced_key_is_sent_to_its_section(tmp_path):
+    error = refusal(tmp_path, "name: x\nlr: 3")
+    assert error.message == "lr is not a setting (mine.yaml:2)"
+    assert error.hint == "write train.lr instead of lr"
+    assert error.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.lrr", "train.lr"),
+        ("model.lr", "train.lr"),
+        ("trian.lr", "train.lr"),
+        ("gropu_size", "train.group_size"),
+        ("loss.knid", "loss.kind"),
+        ("sampling.max_tokens", "sampling.max_new_tokens"),
+        ("trian", "train"),
+        ("zzzqqq", None),
+    ],
+)
+def test_the_nearest_known_key(key, meant):
+    assert find_nearest_key(key) == meant
+
+
+def test_known_keys_hold_sections_settings_and_the_settings_of_list_items():
+    assert {"train", "train.lr", "task.datasets", "task.datasets.weight", "name"} <= set(list_known_keys())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("inject.gate=0.5", "guide.inject.max_accuracy"),
+        ("auto.c_r=2", "autonpo.trigger.max_reward_gain_se"),
+        ("guide.k=4", "guide.cache.samples_per_prompt"),
+        ("engine.tensor_parallel=2", "engine.vllm.tensor_parallel_size"),
+        ("train.keep_anchors=3", "train.keep_full_checkpoints"),
+    ],
+)
+def test_old_key_is_unknown_and_answered_with_the_new_one(old, new):
+    key = old.partition("=")[0]
+    with pytest.raises(NpoError) as caught:
+        load_recipe("micro", [old])
+    assert caught.value.message == f"unknown key {key}: it is now {new} (command line)"
+    assert caught.value.hint == f"write {new} instead of {key}"
+
+
+def test_old_section_in_a_file_is_answered_key_by_key(tmp_path):
+    with pytest.raises(NpoError) as caught:
+        load_recipe(written(tmp_path, "inject: {gate: 0.5, shape: soft}"))
+    assert caught.value.message == (
+        "unknown key inject.gate: it is now guide.inject.max_accuracy; "
+        "unknown key inject.shape: it is now guide.inject.ratio_shaping (mine.yaml:1)"
+    )
+
+
+def test_every_old_key_is_unknown_and_its_new_key_exists():
+    known = set(list_known_keys())
+    assert {old for old in OLD_KEYS if old in known} == set()
+    assert {new for new in OLD_KEYS.values() if new not in known} == set()
+
+
+def test_with_nothing_near_the_sections_settings_are_listed():
+    with pytest.raises(NpoError) as caught:
+        load_recipe("micro", ["eval.zzzqqq=1"])
+    assert caught.value.hint == "eval has the settings every, samples_per_prompt"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=-1", "train.lr must be a number above 0, got -1"),
+        ("train.lr=fast", 'train.lr must be a number above 0, got "fast"'),
+        ("train.lr=.inf", "train.lr must be a number above 0, got Infinity"),
+        ("train.seed=true", "train.seed must be a whole number, got true"),
+        ("train.num_steps=3.0", "train.num_steps must be a whole number at least 1, got 3.0"),
+        ("train.num_steps='3'", 'train.num_steps must be a whole number at least 1, got "3"'),
+        (
+            "train.keep_full_checkpoints=0",
+            "train.keep_full_checkpoints must be a whole number at least 1 or null, got 0",
+        ),
+        ("train.betas=[0.9, 2]", "train.betas.1 must be a number at least 0 and below 1, got 2"),
+        ("train.betas=[0.9]", "train.betas.1 is missing"),
+        ("train.betas=3", "train.betas must be a list of 2 numbers, got 3"),
+        ("loss.kind=ppo", 'loss.kind must be one of grpo, gspo, gspo_token, cispo, got "ppo"'),
+        ("loss.divide_by_std=1", "loss.divide_by_std must be true or false, got 1"),
+        ("task.suffix=", "task.suffix must be text, got null"),
+        ("train=5", "train must be a group of settings (KEY: VALUE), got 5"),
+        ("train.lr.x=3", 'train.lr must be a number above 0, got {"x": 3}'),
+        ("task.source=file", "task.path must name a .jsonl or .parquet file when task.source is file"),
+        ("train.prompts_per_step=2000", "task.pool_size must be at least train.prompts_per_step"),
+        ("task.datasets=[{weight: 1}]", "task.datasets.0.name is missing"),
+    ],
+)
+def test_a_bad_value_says_what_is_allowed_and_what_was_got(tmp_path, override, message):
+    # prompts_per_step and pool_size are settings of two sections, so no one place is to blame
+    place = str(tmp_path / "mine.yaml") if "prompts_per_step" in override else "command line"
+    assert refusal(tmp_path, "name: x", override).message == f"{message} ({place})"
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    message = refusal(tmp_path, "train:\n  lr: -1\n  oops: 1\nloss:\n  kind: ppo\n").message
+    assert message == (
+        "train.lr must be a number above 0, got -1 (mine.yaml:2); train.oops is not a setting (mine.yaml:3); "
+        'loss.kind must be one of grpo, gspo, gspo_token, cispo, got "ppo" (mine.yaml:5)'
+    )
+
+
+def test_many_problems_are_counted_after_the_sixth(tmp_path):
+    text = "\n".join(f"zzzz{number}: 1" for number in range(9))
+    assert refusal(tmp_path, text).message.endswith("zzzz5 is not a setting (mine.yaml:6); and 3 more")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ("train:\n  lr: 1\n  lr: 2", 3, "the key lr is given twice"),
+        ("train:\n  lr: [1\nfoo: 2", 3, "expected ',' or ']', but got ':'"),
+        ("a: b: c", 1, "mapping values are not allowed here"),
+        ("name: x\n\ttrain: 1", 2, "found character '\\t' that cannot start any token"),
+        ("name: &a x\ndescription: *a", 2, "aliases are not part of a recipe"),
+        ("? [1]\n: 2", 1, "a key must be plain text"),
+        ("name: !!python/name:os.system x", 1, "could not determine a constructor"),
+        ("name: x\n---\nname: y", 2, "but found another document"),
+    ],
+)
+def test_malformed_yaml_is_refused_with_file_and_line(tmp_path, text, line, problem):
+    message = refusal(tmp_path, text).message
+    assert message.startswith(f"{tmp_path / 'mine.yaml'}:{line}: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- 1", "just text", "a: !!int x", 'name: "\\ud800"', "a: \x00"])
+def test_other_files_that_hold_no_settings_are_refused(tmp_path, text):
+    assert refusal(tmp_path, text).hint
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"name: \xff")
+    with pytest.raises(NpoError, match="not UTF-8"):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=3", ".lr=3", "train..lr=3", "", "train.=1"])
+def test_an_override_without_key_or_equals_is_refused(override):
+    with pytest.raises(NpoError, match="is not a setting: write KEY=VALUE"):
+        load_recipe("micro", [override])
+
+
+def test_a_malformed_override_names_its_key():
+    with pytest.raises(NpoError, match=r"^the value of train\.lr:1: "):
+        load_recipe("micro", ["train.lr=[1"])
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path):
+    written(tmp_path, "extends: mine.yaml", "other.yaml")
+    error = refusal(tmp_path, "extends: other.yaml")
+    assert error.message == "recipes extend each other in a circle: mine.yaml -> other.yaml -> mine.yaml"
+
+
+def test_an_unknown_name_gets_the_nearest_shipped_one():
+    with pytest.raises(NpoError) as caught:
+        find_recipe("micr")
+    assert caught.value.hint.startswith("npo recipes micro ")
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(NpoError, match="there is no recipe file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+
+
+# Comparing
+
+
+def test_differences_name_dotted_keys_old_and_new():
+    old = recipe_from_dict({})
+    new = apply_overrides(old, ["train.seed=4", "eval.every=10"])
+    assert diff_recipes(old, new) == [("train.seed", 0, 4), ("eval.every", 0, 10)]
+
+
+@pytest.mark.parametrize(
+    "change", ["train.num_steps=900", "train.save_every=5", "eval.every=1", "scoring.samples_per_prompt=2", "name=x"]
+)
+def test_what_nothing_computed_depends_on_may_change(change):
+    old = recipe_from_dict({})
+    check_frozen_settings(old, apply_overrides(old, [change]), fork=False)
+
+
+def test_a_change_that_falsifies_what_was_computed_is_refused_by_key():
+    old = recipe_from_dict({})
+    with pytest.raises(NpoError) as caught:
+        check_frozen_settings(old, apply_overrides(old, ["train.lr=0.5"]), fork=True)
+    assert caught.value.message == "train.lr cannot change from 0.0001 to 0.5: the steps already made depend on it"
+    assert "npo train RECIPE train.lr=0.5 --run NEW" in caught.value.hint
+
+
+def test_the_guides_rules_may_change_only_where_a_replay_branches_off():
+    old = recipe_from_dict({})
+    new = apply_overrides(old, ["guide.inject.max_accuracy=0.5"])
+    check_frozen_settings(old, new, fork=True)
+    with pytest.raises(
+        NpoError, match=r"guide\.inject\.max_accuracy cannot change from 0\.6 to 0\.5 in the middle of a branch"
+    ):
+        check_frozen_settings(old, new, fork=False)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_last_step_is_fixed_where_a_decay_was_spread_over_it(schedule):
+    old = recipe_from_dict({"train": {"schedule": schedule}})
+    with pytest.raises(NpoError, match=f"the {schedule} schedule of the steps already made was spread over 300 steps"):
+        check_frozen_settings(old, apply_overrides(old, ["train.num_steps=400"]), fork=True)
+
+
+def test_every_setting_says_what_it_is():
+    def walk(settings: type, prefix: str = "") -> list[str]:
+        missing = []
+        for name, field in settings.model_fields.items():
+            inner = field.annotation if isinstance(field.annotation, type) else None
+            if inner is not None and hasattr(inner, "model_fields"):
+                missing += walk(inner, f"{prefix}{name}.")
+            elif not field.description:
+                missing.append(prefix + name)
+        return missing
+
+    assert walk(Recipe) == []

@@ -1,0 +1,271 @@
+"""Arms read from real tiny runs: two seeds, each trained plainly to step 4 and replayed from step 2 with a guide."""
+
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.experiments.compare import compare_runs
+from npo_cli.experiments.load_arms import parse_method_argument
+from npo_cli.storage.bench_dir import BENCH_INDEX_FILE, save_bench_index
+from npo_cli.storage.costs import cost_at
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.metrics import read_metrics
+from npo_cli.storage.sample_store import read_evals
+from npo_cli.types.comparison import AXES, MethodDifference, MethodSummary, MethodTimeToThreshold, SeedPoint, SpeedUp
+from npo_cli.types.rollouts import Notice
+from tests.helpers.runs import copy_run, file_digests, resume, sample, train
+
+SETTINGS = ("eval.every=1", "task.heldout_size=8")
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("seeds")
+    for seed in (0, 1):
+        train(home / f"s{seed}", *SETTINGS, f"train.seed={seed}")
+        sample(home / f"s{seed}")
+        resume(home / f"s{seed}", at=2, guide="near")
+    return home
+
+
+def compared(*arms: str, **options) -> dict[type, list]:
+    asked = {"thresholds": (), "baseline": None, "csv": None, "figure": None} | options
+    found: dict[type, list] = {}
+    for record in compare_runs(arms, **asked):
+        found.setdefault(type(record), []).append(record)
+    return found
+
+
+def both(seeds: Path) -> list[str]:
+    return [
+        f"{name}={seeds}/s{seed}:{branch}" for name, branch in (("grpo", "main"), ("npo", "near")) for seed in (0, 1)
+    ]
+
+
+def said(found: dict[type, list]) -> list[str]:
+    return [notice.message for notice in found.get(Notice, [])]
+
+
+def accuracies(root: Path, branch: str) -> dict[int, float]:
+    """Of the branch itself at its own steps, of main before."""
+    reports = {(one.branch, one.step): one.accuracy for one in read_evals(open_run(root))}
+    return {step: reports.get((branch, step), reports["main", step]) for step in range(5)}
+
+
+def test_each_seed_is_read_along_its_line_with_the_costs_of_the_ledger(seeds):
+    found = compared(*both(seeds))
+    points = [one for one in found[SeedPoint] if (one.arm, one.seed) == ("npo", 1)]
+    # the fork stands twice: as it was, and with the scout's two steps and the guide's answers paid
+    assert [(one.step, one.updates) for one in points] == [(0, 0), (1, 1), (2, 2), (2, 4), (3, 5), (4, 6)]
+    end = cost_at(open_run(seeds / "s1"), "near", 4)
+    assert (points[-1].tokens, points[-1].seconds) == (end.tokens, end.seconds)
+    assert {one.step: one.accuracy for one in points} == accuracies(seeds / "s1", "near")
+    assert said(found) == []
+
+
+def test_final_accuracy_and_areas_are_those_of_the_evaluations(seeds):
+    npo = compared(*both(seeds))[MethodSummary][1]
+    curves = [accuracies(seeds / name, "near") for name in ("s0", "s1")]
+    assert npo.final.value == pytest.approx(statistics.fmean(curve[step] for curve in curves for step in (2, 3, 4)))
+    # evenly spaced steps 0 to 4: the ends count half
+    areas = [(curve[0] / 2 + curve[1] + curve[2] + curve[3] + curve[4] / 2) / 4 for curve in curves]
+    assert npo.areas["step"].value == pytest.approx(statistics.fmean(areas))
+    # no older copy was asked, so forward passes are tokens
+    assert set(npo.areas) == set(AXES) - {"forwards"}
+    assert (npo.seeds, npo.num_prompts, npo.over, npo.horizon) == ((0, 1), 8, "seeds and prompts", 4)
+
+
+def test_areas_by_tokens_stop_where_the_first_arm_ends(seeds):
+    found = compared(*both(seeds))
+    ends = [max(one.tokens for one in found[SeedPoint] if (one.arm, one.seed) == ("grpo", seed)) for seed in (0, 1)]
+    areas = []
+    for seed in (0, 1):
+        points = [one for one in found[SeedPoint] if (one.arm, one.seed) == ("npo", seed)]
+        grid = np.linspace(0, min(ends), 20001)
+        areas.append(np.interp(grid, [one.tokens for one in points], [one.accuracy for one in points]).mean())
+    assert found[MethodSummary][1].areas["tokens"].value == pytest.approx(statistics.fmean(areas), abs=1e-4)
+
+
+def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
+    grpo, npo = compared(*both(seeds))[MethodSummary]
+    runs = [open_run(seeds / name) for name in ("s0", "s1")]
+    # steps 1 and 2 had no guide
+    slots = [row["inject/slots"] for run in runs for row in read_metrics(run, "near")]
+    assert npo.slots_per_step == pytest.approx(sum(slots) / 8)
+    assert (grpo.slots_per_step, grpo.grad_share) == (0.0, None)
+    own = [row["entropy"] for run in runs for row in read_metrics(run, "near") if row["step"] == 3]
+    assert npo.entropies[2] == pytest.approx(statistics.fmean(own))
+    assert npo.entropies[:2] == grpo.entropies[:2]
+
+
+def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(seeds):
+    grpo, npo = compared(*both(seeds))[MethodSummary]
+    assert (grpo.differs, grpo.mismatched) == ((), ())
+    assert (npo.differs, npo.mismatched) == (("guided by nobody -> 4 at 2",), ())
+
+
+def test_settings_without_effect_are_no_difference(seeds, tmp_path):
+    root = tmp_path / "tuned"
+    train(root, *SETTINGS, "autonpo.trigger.patience=9", "guide.inject.max_accuracy=0.25", "train.save_every=1")
+    found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
+    assert [one.differs for one in found[MethodSummary]] == [(), (), ("guided by nobody -> 4 at 2",)]
+    assert said(found) == []
+
+
+def test_differences_are_paired_by_seed_and_prompt(seeds):
+    (found,) = compared(*both(seeds))[MethodDifference]
+    finals = [
+        [statistics.fmean(accuracies(seeds / name, branch)[step] for step in (2, 3, 4)) for name in ("s0", "s1")]
+        for branch in ("near", "main")
+    ]
+    assert (found.arm, found.baseline, found.num_pairs, found.num_prompts) == ("npo", "grpo", 2, 8)
+    assert found.final.value == pytest.approx(statistics.fmean(finals[0]) - statistics.fmean(finals[1]))
+    assert found.num_not_lower == sum(mine >= theirs for mine, theirs in zip(*finals, strict=True))
+
+
+def test_an_arm_against_itself_differs_by_nothing(seeds):
+    found = compared(f"a={seeds}/s0:main", f"b={seeds}/s0:main", thresholds=(0.01,))
+    (apart,) = found[MethodDifference]
+    assert (apart.final.value, {one.value for one in apart.areas.values()}) == (0.0, {0.0})
+    assert apart.over == "prompts"
+
+
+def test_arms_of_one_other_seed_each_are_not_paired_and_claim_no_seeds(seeds):
+    (apart,) = compared(f"a={seeds}/s0:main", f"b={seeds}/s1:main")[MethodDifference]
+    assert (apart.num_pairs, apart.num_prompts, apart.over, apart.num_not_lower) == (0, None, "prompts", 0)
+    finals = [statistics.fmean(accuracies(seeds / name, "main")[step] for step in (2, 3, 4)) for name in ("s1", "s0")]
+    assert apart.final.value == pytest.approx(finals[0] - finals[1])
+
+
+def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
+    found = compared(*both(seeds), thresholds=(1.0,))
+    grpo, npo = found[MethodTimeToThreshold]
+    assert (grpo.num_reached, grpo.num_runs, grpo.censored) == (0, 2, True)
+    # everything spent by the end: 4 updates, and 4 + 2 with the scout's two steps twice
+    assert (grpo.costs["updates"], npo.costs["updates"]) == (4, 6)
+    assert (npo.horizons["updates"], npo.restricted["updates"]) == (4, 4)
+    (ratio,) = found[SpeedUp]
+    assert (ratio.arrived, ratio.restricted) == ({}, {})
+
+
+def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seeds(seeds):
+    found = compared(str(seeds / "s0"), str(seeds / "s1"))
+    assert [(one.arm, one.seeds) for one in found[MethodSummary]] == [("micro:main", (0, 1)), ("micro:near", (0, 1))]
+    named = compared(f"x={seeds}/s0", f"x={seeds}/s1", f"y={seeds}/s0:main", baseline="y")
+    # a named arm takes the newest branch
+    assert [(one.arm, one.runs) for one in named[MethodSummary]] == [
+        ("y", (f"{seeds}/s0:main",)),
+        ("x", (f"{seeds}/s0:near", f"{seeds}/s1:near")),
+    ]
+    assert said(named) == ["x has seeds 0, 1, y has 0: only common seeds are paired"]
+
+
+def test_the_folder_of_a_bench_stands_for_all_its_runs_also_after_a_move(seeds, tmp_path):
+    home = copy_run(seeds, tmp_path / "a")
+    save_bench_index(home, [(arm, home / run) for arm, run in (("npo", "s0"), ("npo", "s1"), ("again", "s1"))])
+    moved = home.rename(tmp_path / "b")
+    found, plain = compared(str(moved), *both(seeds)[:2], baseline="grpo"), compared(*both(seeds))
+    assert [(one.arm, one.seeds) for one in found[MethodSummary]] == [
+        ("grpo", (0, 1)),
+        ("npo", (0, 1)),
+        ("again", (1,)),
+    ]
+    read, meant = ([one for one in some[SeedPoint] if one.arm == "npo"] for some in (found, plain))
+    assert [(one.seed, one.branch, one.step, one.tokens, one.accuracy) for one in read] == [
+        (one.seed, one.branch, one.step, one.tokens, one.accuracy) for one in meant
+    ]
+    with pytest.raises(NpoError, match="holds the runs of a bench, which have names"):
+        compared(f"x={moved}", *both(seeds)[:2])
+    (moved / BENCH_INDEX_FILE).write_text("{}")
+    with pytest.raises(NpoError, match=r"arms\.json is not what npo bench writes"):
+        compared(str(moved))
+
+
+def test_an_arm_is_split_into_name_run_and_branch(tmp_path, monkeypatch):
+    assert parse_method_argument("npo=runs/a:late") == ("npo", Path("runs/a"), "late")
+    assert parse_method_argument("runs/a") == (None, Path("runs/a"), None)
+    monkeypatch.chdir(tmp_path)
+    for odd in ("lr=3:x", "b:c"):
+        (tmp_path / odd).mkdir()
+        assert parse_method_argument(odd) == (None, Path(odd), None)
+    assert parse_method_argument("n=b:c") == ("n", Path("b:c"), None)
+    assert parse_method_argument("n=b:c:late") == ("n", Path("b:c"), "late")
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        (["a=S/s0:main", "a=S/s0:near"], "arm 'a' has seed 0 twice"),
+        (["S/s0:main"], "one run alone is compared with nothing"),
+        (["S/s0:late", "S/s1"], "has no branch 'late': main, near"),
+        (["=S/s0", "S/s1"], "'' cannot name an arm"),
+        (["a=S/s0:", "S/s1"], r"an arm is \[NAME=\]RUN\[:BRANCH\], got"),
+        (["S/nothing", "S/s1"], "there is no run directory"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(seeds, arms, message):
+    with pytest.raises(NpoError, match=message):
+        compared(*(arm.replace("S/", f"{seeds}/") for arm in arms))
+
+
+def test_an_unknown_baseline_and_a_run_without_evaluations_are_refused(seeds, tmp_path):
+    with pytest.raises(NpoError, match="there is no arm 'c'"):
+        compared(*both(seeds), baseline="c")
+    dark = copy_run(seeds / "s0", tmp_path / "dark")
+    (dark / "evals.jsonl").unlink()
+    with pytest.raises(NpoError, match="has no held-out evaluation") as refused:
+        compared(f"a={dark}:main", f"b={seeds}/s1")
+    assert refused.value.hint == f"npo eval {dark} --all --branch main"
+
+
+def test_without_outcomes_seeds_alone_are_drawn_and_it_is_said(seeds, tmp_path):
+    old = [copy_run(seeds / f"s{seed}", tmp_path / f"old{seed}") for seed in (0, 1)]
+    (old[0] / "outcomes.jsonl").unlink()
+    found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
+    assert {one.over for one in found[MethodSummary]} == {"seeds"}
+    assert found[MethodDifference][0].num_prompts is None
+    assert said(found)[0].startswith("a: evaluations of 1 of 2 seeds kept no outcomes prompt by prompt; npo eval")
+
+
+def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_path):
+    root = tmp_path / "other"
+    train(root, *SETTINGS, "train.lr=0.5", "train.group_size=2", "task.seed=9", "train.num_steps=3")
+    found = compared(f"a={seeds}/s0:main", f"b={root}")
+    other = found[MethodSummary][1]
+    assert other.differs == ("train.lr 0.0003 -> 0.5",)
+    assert other.mismatched == ("train.group_size 4 -> 2",)
+    assert (found[MethodDifference][0].num_pairs, found[MethodDifference][0].num_prompts) == (1, None)
+    assert said(found) == [
+        "not alike: train.group_size 4 -> 2 (b)",
+        f"{root}:main was last evaluated at step 3: final accuracies of all arms are taken there",
+    ]
+    assert other.horizon == 3
+    one_arm = compared(f"a={seeds}/s1:main", f"a={root}")
+    assert "train.lr 0.5 -> 0.0003 within the arm" in one_arm[MethodSummary][0].mismatched
+
+
+def test_comparing_writes_into_no_run(seeds, tmp_path):
+    before = file_digests(seeds)
+    found = compared(*both(seeds), csv=tmp_path / "new" / "p.csv", figure=tmp_path / "c.svg")
+    assert file_digests(seeds) == before
+    # a header and a line a point
+    assert len((tmp_path / "new" / "p.csv").read_text().splitlines()) == 1 + len(found[SeedPoint])
+    assert {"all tokens generated", "2 seeds an arm; band: 95 % over seeds and prompts"} <= set(
+        re.findall(r"<!-- (.*) -->", (tmp_path / "c.svg").read_text())
+    )
+
+
+def test_forward_passes_are_an_axis_where_an_older_copy_was_asked(tmp_path):
+    for name, more in (
+        ("plain", ()),
+        ("pushed", ("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.max_accuracy=1")),
+    ):
+        train(tmp_path / name, "train.num_steps=4", "eval.every=2", *more)
+    plain, pushed = compared(f"plain={tmp_path / 'plain'}", f"pushed={tmp_path / 'pushed'}")[MethodSummary]
+    assert plain.spent["forwards"] == plain.spent["tokens"]
+    assert pushed.spent["forwards"] > pushed.spent["tokens"]
+    assert "forwards" in plain.areas

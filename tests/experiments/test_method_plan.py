@@ -1,0 +1,95 @@
+"""Plans as commands, and what is left of a command after a kill; on runs made by the stages themselves."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.experiments.method_plan import BenchRun, build_commands, find_remaining_command
+from tests.helpers.runs import TINY, copy_run, resume, sample, train
+
+
+def cell(folder: Path, method: str, *settings: str, teacher: str = "") -> BenchRun:
+    settled = (*TINY, *settings)
+    return BenchRun(recipe="micro", method=method, settings=settled, seed=7, folder=folder, teacher=teacher)
+
+
+def typed(found: list[tuple[str, ...]], folder: Path) -> list[str]:
+    """As a person would type them; the settings of the run's birth left out."""
+    return [" ".join(word for word in words if "=" not in word).replace(str(folder / "run"), "RUN") for words in found]
+
+
+def test_npo_early_and_late_is_five_commands(tmp_path):
+    here = cell(
+        tmp_path,
+        "matched/npo",
+        "guide.replay.at_step=2",
+        "guide.replay.guide_step=4",
+        "autonpo.early.scout_steps=3",
+        "autonpo.early.replay_steps=2",
+    )
+    found = build_commands(here)
+    assert typed(found, tmp_path) == [
+        "train micro --method matched/npo --run RUN --until 3",
+        "sample-guide RUN --at 0 --guide 3 --steps 2 --name early",
+        "resume RUN --at 0 --guide early --branch early --until 4",
+        "sample-guide RUN --branch early --at 2 --guide 4 --name late",
+        "resume RUN --at 2 --from early --guide late --branch npo",
+    ]
+    assert found[0][-1] == "train.seed=7"
+    assert set(TINY) < set(found[0])
+    assert not any("=" in word for words in found[1:] for word in words)
+
+
+def test_a_plan_in_stretches_is_repeated_to_the_last_step_of_the_run(tmp_path):
+    found = build_commands(cell(tmp_path, "controls/forward-probe", "train.num_steps=50"))
+    assert typed(found, tmp_path)[0].endswith("--until 0")
+    assert typed(found, tmp_path)[-2:] == [
+        "sample-guide RUN --at 40 --source self --steps 10 --name probe-40",
+        "resume RUN --at 40 --guide probe-40 --branch probe-40 --until 50",
+    ]
+    assert len(found) == 1 + 2 * 3
+
+
+def test_the_teacher_is_named_in_words_of_its_own_and_by_seed(tmp_path):
+    found = build_commands(cell(tmp_path, "luffy", teacher="--source file --from 'my traces-{seed}.jsonl'"))
+    assert found[1][-6:] == ("--source", "file", "--from", "my traces-7.jsonl", "--name", "teacher")
+
+
+def test_what_a_plan_needs_and_nobody_gave_is_told_before_anything_runs(tmp_path):
+    with pytest.raises(NpoError, match="method luffy needs a teacher"):
+        build_commands(cell(tmp_path, "luffy"))
+    with pytest.raises(NpoError, match=r"method npo-late needs guide.replay.guide_step"):
+        build_commands(cell(tmp_path, "npo-late", "guide.replay.at_step=2"))
+
+
+def test_a_command_that_is_done_is_left_out_and_one_cut_short_is_gone_on_with(scout, tmp_path):
+    """The scout has 4 steps on main and the guide `near`."""
+    here = cell(tmp_path, "matched/npo-late", "guide.replay.at_step=2", "guide.replay.guide_step=4")
+    born, asked, replayed = build_commands(here)
+    assert find_remaining_command(born, here) == born
+    root = copy_run(scout, here.run)
+    assert find_remaining_command(born, here) is None
+    longer = (*born[:-1], "train.seed=7")
+    assert longer == born
+    further = tuple("6" if word == "4" else word for word in born)
+    assert find_remaining_command(further, here) == ("resume", str(root), "--from", "main", "--until", "6")
+    assert find_remaining_command(asked, here) == asked
+    sample(root, name="late")
+    assert find_remaining_command(asked, here) is None
+    assert find_remaining_command(replayed, here) == replayed
+    resume(root, at=2, guide="late", new_branch="npo", until=3)
+    assert find_remaining_command(replayed, here) == ("resume", str(root), "--from", "npo", "--until", "4")
+    resume(root, source_branch="npo")
+    assert find_remaining_command(replayed, here) is None
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_begun_again_where_it_was_only_to_be_born(tmp_path):
+    here = cell(tmp_path, "controls/base-guide")
+    train(here.run, until=0)
+    born = build_commands(here)[0]
+    assert find_remaining_command(born, here) is None
+    shutil.rmtree(here.run / "branches" / "main" / "checkpoints")
+    assert find_remaining_command(born, here) == born
+    assert not here.run.exists()

@@ -1,0 +1,94 @@
+"""Costs of reaching a threshold, with seeds that never did."""
+
+import numpy as np
+import pytest
+from scipy.stats import CensoredData, ecdf
+
+from npo_cli.experiments.time_to_threshold import (
+    SeedTimeToThreshold,
+    mean_with_interval,
+    restricted_mean,
+    restricted_ratio,
+    uncensored_ratio,
+)
+
+
+def ways(*costs: float | None, end: float = 40.0) -> list[SeedTimeToThreshold]:
+    return [SeedTimeToThreshold(seed=seed, cost=cost, total_cost=end) for seed, cost in enumerate(costs)]
+
+
+def test_a_seed_that_never_arrived_counts_up_to_the_horizon():
+    # (10 + 40 + 30) / 3
+    assert restricted_mean(ways(10, None, 30), 40) == pytest.approx(80 / 3)
+    # one that arrived beyond the horizon counts no more than the horizon
+    assert restricted_mean(ways(10, None, 30), 20) == pytest.approx(50 / 3)
+    assert [one.lower_bound for one in ways(10, None, 30)] == [10, 40, 30]
+
+
+def test_a_horizon_that_some_seed_did_not_live_to_see_is_a_mistake():
+    with pytest.raises(AssertionError, match="ended before"):
+        restricted_mean(ways(10, None), 41)
+
+
+def test_the_restricted_mean_is_the_area_under_the_curve_of_kaplan_and_meier():
+    survival = ecdf(CensoredData(uncensored=[10.0, 30.0], right=[40.0, 40.0])).sf
+    grid = np.linspace(0, 40, 40001)
+    area = np.trapezoid(survival.evaluate(grid), grid)
+    assert restricted_mean(ways(10, None, 30, None), 40) == pytest.approx(area, abs=0.01)
+
+
+def test_students_interval_of_two_values():
+    # mean 3, standard deviation sqrt 2, over sqrt 2: 1; t(1) = 12.706
+    found = mean_with_interval([2.0, 4.0], of=3)
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - 12.706, 3 + 12.706), abs=1e-3)
+    assert (found.num_used, found.num_total) == (2, 3)
+    assert (mean_with_interval([2.0], of=1).low, mean_with_interval([2.0], of=1).high) == (None, None)
+
+
+def test_ratios_rest_on_pairs_in_which_both_arrived_and_say_so():
+    # 20/10 and 30/10; the third pair has no arm, the fourth no baseline, the fifth no cost
+    found = uncensored_ratio(ways(10, 10, None, 5, 0), ways(20, 30, 10, None, 10))
+    assert found is not None
+    assert (found.value, found.num_used, found.num_total) == (2.5, 2, 5)
+    assert uncensored_ratio(ways(None), ways(10)) is None
+
+
+def test_the_restricted_ratio_leaves_no_seed_out():
+    # baseline (20 + 40) / 2 = 30, arm (10 + 20) / 2 = 15; both pairs say 2
+    found = restricted_ratio(ways(10, 20), ways(20, None), horizon=40)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_pairs_that_disagree_give_the_restricted_ratio_students_interval():
+    # 30/10 = 3; u = (20 - 30)/10, 0 and (40 - 30)/10: standard deviation 1, over sqrt 3; t(2) = 4.303
+    found = restricted_ratio(ways(10, 10, 10), ways(20, 30, None), horizon=40)
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - 2.484, 3 + 2.484), abs=1e-3)
+
+
+def test_no_ratio_of_costs_is_said_to_be_below_zero():
+    # two pairs: 30/10 = 3, standard deviation sqrt 2, over sqrt 2; t(1) = 12.706
+    for found in (
+        restricted_ratio(ways(10, 10), ways(20, None), horizon=40),
+        uncensored_ratio(ways(10, 10), ways(20, 40)),
+    ):
+        assert found is not None
+        assert (found.value, found.low, found.high) == pytest.approx((3.0, 0.0, 3 + 12.706), abs=1e-3)
+
+
+def test_the_restricted_ratio_is_of_common_seeds_where_there_are_any():
+    # seed 0 alone is common: 20/10; the baseline's seeds 1 and 2 have no partner
+    found = restricted_ratio(ways(10), ways(20, 40, 40), horizon=40)
+    assert found is not None
+    assert (found.value, found.low, found.num_used, found.num_total) == (2.0, None, 1, 3)
+    # none in common: (20 + 40) / 2 over 10, and nothing to pair
+    strangers = [SeedTimeToThreshold(seed=9, cost=10, total_cost=40)]
+    apart = restricted_ratio(strangers, ways(20, None), horizon=40)
+    assert apart is not None
+    assert (apart.value, apart.low, apart.num_used, apart.num_total) == (3.0, None, 0, 2)
+
+
+def test_what_nobody_reached_or_what_cost_nothing_has_no_ratio():
+    assert restricted_ratio(ways(None), ways(None), horizon=40) is None
+    assert restricted_ratio(ways(0), ways(10), horizon=40) is None

@@ -1,0 +1,287 @@
+"""What an answer of the pushed policy does to the gradient: each token's factor by hand, from plain passes.
+
+The reference shares no function with the objective: l = log softmax of a model's logits, row by row; the pushed law
+from two such passes; advantages from the rewards of the mixed group; then a factor for every token on A grad l. It is
+the second of two updates that is looked at, so that old and current weights differ.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npo_cli.config.recipe import ModelSettings
+from npo_cli.extrapolation.in_loop import ExtrapolatedGuide, Extrapolator, select_extrapolation
+from npo_cli.policy.model import load_policy
+from npo_cli.rollout.batch import StepBatch, build_batch
+from npo_cli.session.session import Session
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.training.update import Updater, build_training_samples
+from npo_cli.training.update_types import TrainingSample
+from npo_cli.types.rollouts import Group, Rollout
+from tests.helpers.guide_trajectories import override_settings
+from tests.helpers.runs import open_session_at, train
+
+ASKED = (
+    *(
+        "guide.source=extrapolated",
+        "extrapolation.k=2",
+        "extrapolation.a=2.0",
+        "task.kind=any",
+        "guide.inject.max_accuracy=0.8",
+    ),
+    *("train.num_steps=4", "train.prompts_per_step=12", "train.group_size=6", "train.grad_clip=1e9"),
+)
+CLIP, CAP = 0.2, 2.0
+"""loss.clip_low = loss.clip_high; and both guide.inject.decoupled_cap and mismatch.cap."""
+SHIFTS = (0.5, 1.0)
+"""What the engine finds own rows less likely by than the trainer does, in nats a token, in turn."""
+
+Pass = Callable[[Tensor], Tensor]
+"""Ids in, logits of every position out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One rollout with its log-probabilities by plain passes, before the updates."""
+
+    group: Group
+    rollout: Rollout
+    ids: tuple[int, ...]
+    """Of prompt and response."""
+    old: Tensor
+    pushed: Tensor
+    """Under the pushed law, whoever wrote it."""
+    advantage: float
+
+    @property
+    def foreign(self) -> bool:
+        return self.rollout.source == "extrapolated"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mixed:
+    """A batch that the policy of step 4, and it pushed away from step 2, answered together."""
+
+    session: Session
+    batch: StepBatch
+    lines: list[Line]
+
+
+@pytest.fixture(scope="module", params=["logits-inject", "logits-sample", "weights-sample"])
+def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    space, seat = request.param.split("-")
+    root = tmp_path_factory.mktemp("asked") / "run"
+    train(root, *ASKED, f"extrapolation.space={space}", f"extrapolation.mode={seat}", "extrapolation.slots=2")
+    session = open_session_at(root, 4)
+    ahead = Extrapolator(session=session, branch="main").open_sampler(
+        select_extrapolation(session.recipe, None), step=4
+    )
+    journal = RolloutLog(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
+    helper = ExtrapolatedGuide(session=session, sampler=ahead)
+    batch = build_batch(session, journal, seed_name="t", step=5, position=0, active_guide=None, online_guide=helper)
+    older = load_policy(ModelSettings(path=str(find_checkpoint(session.run, "main", 2).path), threads=1)).model
+    pushed = {"logits": product_of, "weights": moved_from}[space](session.policy.model, older)
+    return Mixed(session=session, batch=batch, lines=list(lines_of(session, batch.mixed, pushed)))
+
+
+def product_of(new: torch.nn.Module, old: torch.nn.Module) -> Pass:
+    """a = 2: pi_t^3 / pi_old^2, which the softmax behind it normalises."""
+    return lambda ids_1L: 3 * new(ids_1L).logits.log_softmax(-1) - 2 * old(ids_1L).logits.log_softmax(-1)
+
+
+def moved_from(new: torch.nn.Module, old: torch.nn.Module) -> Pass:
+    """a = 2: 3 theta_t - 2 theta_old."""
+    before = old.state_dict()
+    moved = {name: 3 * tensor - 2 * before[name] for name, tensor in new.state_dict().items()}
+    return lambda ids_1L: torch.func.functional_call(new, moved, (ids_1L,), tie_weights=False).logits
+
+
+def logps_of(logits: Pass, ids: tuple[int, ...], response_ids: tuple[int, ...]) -> Tensor:
+    """log softmax, token by token of the response."""
+    logps_LW = logits(torch.tensor([ids]))[0].log_softmax(-1)[-len(response_ids) - 1 : -1]
+    return logps_LW.gather(1, torch.tensor(response_ids)[:, None])[:, 0]
+
+
+@torch.no_grad()
+def lines_of(session: Session, groups: Sequence[Group], pushed: Pass) -> list[Line]:
+    model, found = session.policy.model, []
+    for group in groups:
+        rewards = [float(rollout.verdict == "correct") for rollout in group.rollouts]
+        mean, spread = statistics.mean(rewards), statistics.stdev(rewards)
+        for rollout, reward in zip(group.rollouts, rewards, strict=True):
+            ids = session.policy.encode(group.prompt) + rollout.response_ids
+            plain, ahead = (
+                logps_of(each, ids, rollout.response_ids) for each in (lambda ids_1L: model(ids_1L).logits, pushed)
+            )
+            advantage = (reward - mean) / (spread + 1e-6)
+            told = {"group": group, "rollout": rollout, "ids": ids, "advantage": advantage}
+            found.append(Line(**told, old=plain, pushed=ahead))
+    return found
+
+
+class Jolt:
+    """An optimiser that remembers each gradient, and after the first one moves every weight a little, at random."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.param_groups, self.gradients = model, [{"lr": 0.0}], []
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        self.model.zero_grad(set_to_none=set_to_none)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.gradients.append([parameter.grad.clone() for parameter in self.model.parameters()])
+        if len(self.gradients) == 1:
+            generator = torch.Generator().manual_seed(0)
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.003)
+
+
+Factor = Callable[[Line, Tensor], Tensor]
+"""Of each token of a line on A grad l, given l under the weights at hand."""
+
+
+def both_gradients(
+    mixed: Mixed, rows: Sequence[TrainingSample], factor: Factor, *, ratio: str, mismatch: str = "off"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the second of two updates: as the trainer makes it, and by hand."""
+    # The update moves the weights, so it has a world of its own.
+    session = override_settings(open_session_at(mixed.session.run.root, 4), "train", num_updates=2)
+    session = override_settings(override_settings(session, "guide.inject", ratio=ratio), "mismatch", mode=mismatch)
+    jolt: Any = Jolt(session.policy.model)
+    Updater(session.policy, jolt, session.recipe).take_step(rows, lr=1.0)
+    half = len(rows) // 2
+    loss = torch.zeros(())
+    for line in mixed.lines[half:]:
+        now = logps_of(lambda ids_1L: session.policy.model(ids_1L).logits, line.ids, line.rollout.response_ids)
+        # 1/N sum over rows of 1/T sum over tokens
+        loss = loss - (factor(line, now.detach()) * line.advantage * now).mean() / half
+    by_hand = torch.autograd.grad(loss, list(session.policy.model.parameters()))
+    return jolt.gradients[1], list(by_hand)
+
+
+def clipped(ratio_T: Tensor, advantage: float) -> Tensor:
+    """A ratio as a factor: 0 where a right answer is above 1 + CLIP, or a wrong one below 1 - CLIP."""
+    cut_T = ratio_T > 1 + CLIP if advantage > 0 else ratio_T < 1 - CLIP
+    return ratio_T.masked_fill(cut_T, 0.0)
+
+
+FOREIGN: dict[str, Factor] = {
+    # pi_theta / pi_pushed
+    "exact": lambda line, now: clipped((now - line.pushed).exp(), line.advantage),
+    # pi_theta / pi_old
+    "proximal": lambda line, now: clipped((now - line.old).exp(), line.advantage),
+    # min(pi_old / pi_pushed, C) pi_theta / pi_old
+    "decoupled": lambda line, now: (
+        (line.old - line.pushed).exp().clamp(max=CAP) * clipped((now - line.old).exp(), line.advantage)
+    ),
+    # pi_theta / 1
+    "unit": lambda line, now: clipped(now.exp(), line.advantage),
+    "none": lambda line, now: torch.ones_like(now),
+}
+
+
+def charged(ratio: str, own_weight: Callable[[Tensor], Tensor] = torch.ones_like) -> Factor:
+    """Own lines by pi_theta / pi_old, times what the mismatch makes of them; pushed ones by the mode."""
+
+    def factor(line: Line, now: Tensor) -> Tensor:
+        if line.foreign:
+            return FOREIGN[ratio](line, now)
+        return own_weight(now) * clipped((now - line.old).exp(), line.advantage)
+
+    return factor
+
+
+def rows_of(mixed: Mixed) -> list[TrainingSample]:
+    return build_training_samples(mixed.session.policy, mixed.batch.selected, mixed.session.recipe.guide.inject)
+
+
+def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Relative to the second."""
+    apart = torch.nn.utils.get_total_norm([a - b for a, b in zip(first, second, strict=True)])
+    return (apart / torch.nn.utils.get_total_norm(second)).item()
+
+
+def taught(mixed: Mixed) -> list[Line]:
+    """The pushed policy's answers in the second half that are better or worse than their groups."""
+    return [line for line in mixed.lines[len(mixed.lines) // 2 :] if line.foreign and line.advantage]
+
+
+def test_its_answers_are_recorded_under_the_normalised_law(mixed):
+    """Without its normaliser, pi_t^3 / pi_old^2 would be another number."""
+    theirs = [line for line in mixed.lines if line.foreign]
+    for line in theirs:
+        assert list(line.rollout.behavior_logps) == pytest.approx(line.pushed.tolist(), abs=1e-3)
+    assert max((line.pushed - line.old).abs().max() for line in theirs) > 0.1
+
+
+def test_advantages_are_those_of_the_mixed_group(mixed):
+    assert [row.advantage for row in rows_of(mixed)] == pytest.approx(
+        [line.advantage for line in mixed.lines], abs=1e-5
+    )
+    helped = [group for group in mixed.batch.mixed if group.mix == "injected"]
+    means = [[statistics.mean(one.reward for one in some) for some in (group.rollouts, own(group))] for group in helped]
+    assert any(mixed_mean != own_mean for mixed_mean, own_mean in means)
+
+
+def own(group: Group) -> list[Rollout]:
+    return [rollout for rollout in group.rollouts if not rollout.is_off_policy]
+
+
+@pytest.mark.parametrize("ratio", FOREIGN)
+def test_every_token_has_the_gradient_that_its_mode_says(mixed, ratio):
+    signs = {line.advantage > 0 for line in taught(mixed)}
+    # what is injected is right, a seat may be either
+    assert signs == ({True} if mixed.session.recipe.extrapolation.mode == "inject" else {True, False})
+    trained, by_hand = both_gradients(mixed, rows_of(mixed), charged(ratio), ratio=ratio)
+    assert distance(trained, by_hand) < 1e-5
+
+
+MISMATCHES: dict[str, Callable[[Tensor], Tensor]] = {
+    # w = e^0.5 = 1.65 and e^1 = 2.72 by turns, of which the cap leaves 2
+    "token_tis": lambda log_w: log_w.exp().clamp(max=CAP),
+    # 2.72 is in [0.5, 5], the product of four or more tokens (e^3 = 20) is not
+    "token_mis": torch.exp,
+    "sequence_mis": torch.zeros_like,
+}
+
+
+def seen_by_an_engine_that_is_off(rows: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """Own rows less likely by SHIFTS than the trainer finds them; pushed ones as they are on record."""
+    found = []
+    for row in rows:
+        seen = [logp - shift for logp, shift in zip(row.behavior_logps, shifts(row.num_tokens), strict=True)]
+        found.append(row if row.is_off_policy else replace(row, behavior_logps=tuple(seen)))
+    return found
+
+
+def shifts(length: int) -> list[float]:
+    return [SHIFTS[place % 2] for place in range(length)]
+
+
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_the_engines_mismatch_weighs_own_rows_and_leaves_its_answers_alone(mixed, mismatch):
+    """It is pi_old / pi_pushed away from the policy, which is no mismatch of the engine."""
+
+    def own_weight(now: Tensor) -> Tensor:
+        return MISMATCHES[mismatch](torch.tensor(shifts(len(now))))
+
+    rows = seen_by_an_engine_that_is_off(rows_of(mixed))
+    trained, by_hand = both_gradients(mixed, rows, charged("exact", own_weight), ratio="exact", mismatch=mismatch)
+    assert distance(trained, by_hand) < 1e-5
+
+
+def test_answers_without_a_slot_teach_nothing(mixed):
+    if mixed.session.recipe.extrapolation.mode == "sample":
+        assert not any(group.spare for group in mixed.batch.mixed)
+        return
+    right = [one for group in mixed.batch.mixed for one in group.spare if one.verdict == "correct"]
+    assert right
+    # one row a slot: 12 groups of 6, and not one answer more
+    assert len(rows_of(mixed)) == 72

@@ -1,0 +1,208 @@
+"""Guide caches of outside models and of other runs: whose tokens are kept, and what is known of their probabilities."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from npo_cli.errors import NpoError
+from npo_cli.guides import build_cache as guide_cache
+from npo_cli.guides.registry import SourceSpec
+from npo_cli.guides.sample_guide import build_guide_cache
+from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
+from npo_cli.policy.logprobs import TokenRow
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.costs import cost_at
+from npo_cli.storage.guide_cache import guide_rollouts_path, load_guide, queried_prompts_path
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.rollout_log import RolloutLog
+from tests.helpers.runs import copy_run, open_session_at, resume, sample, train, trajectories
+from tests.helpers.teachers import save_with_other_vocabulary
+
+OUTSIDE = {"guide_step": None, "name": "taught"}
+LUFFY = (
+    "guide.inject.ratio=unit",
+    "guide.inject.ratio_shaping=soft",
+    "guide.inject.clip_off_policy=false",
+    "guide.inject.max_accuracy=1",
+)
+
+
+@pytest.fixture
+def root(scout, tmp_path):
+    return copy_run(scout, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def foreigner(tmp_path_factory):
+    return save_with_other_vocabulary(tmp_path_factory.mktemp("foreigner") / "model")
+
+
+def teacher_folder(root):
+    return find_checkpoint(open_run(root), "main", 4).path
+
+
+def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(root):
+    info = sample(root, source="model", origin=str(teacher_folder(root)), **OUTSIDE)
+    session, found = open_session_at(root, 4), trajectories(root, "taught")
+    assert found
+    for prompt_id, kept in found.items():
+        row = TokenRow(prompt_ids=session.policy.encode(session.task.prompt(prompt_id)), response_ids=kept.response_ids)
+        with torch.no_grad():
+            scores = session.policy.score([row], temperature=1.0, chunk_tokens=4096)
+        assert kept.behavior_logps == pytest.approx(scores.logps_NT[0].tolist(), abs=1e-5)
+        assert (kept.source, kept.guide_step, kept.verdict) == ("teacher", None, "correct")
+    assert (info.source, info.guide_step, info.has_logps) == ("model", None, True)
+    assert info.origin == str(teacher_folder(root))
+    assert info.guide_digest == session.policy.digest
+
+
+def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabilities(root, foreigner):
+    info = sample(root, source="model", origin=str(foreigner), **OUTSIDE)
+    session, found = open_session_at(root, 2), trajectories(root, "taught")
+    assert found
+    assert not info.has_logps
+    prompts = [session.task.prompt(prompt_id) for prompt_id in found]
+    graded = session.task.grade(prompts, [kept.text for kept in found.values()])
+    assert {verdict.verdict for verdict in graded} == {"correct"}
+    for kept in found.values():
+        assert kept.behavior_logps is None
+        assert kept.response_ids == (*session.policy.tokenizer(kept.text).input_ids, *session.policy.eos_ids)
+
+
+def test_the_same_policy_in_other_tokens_says_as_much_that_is_right(root, foreigner):
+    """Base and foreigner are one policy in two spellings; drawn 64 times on 8 prompts they agree but for chance."""
+    many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest")
+    ours = sample(root, *many, source="base", guide_step=None, name="ours")
+    theirs = sample(root, *many, source="model", origin=str(foreigner), guide_step=None, name="theirs")
+    shares = []
+    for name in ("ours", "theirs"):
+        found = load_guide(open_run(root), name)[1]
+        shares.append(sum(several[0].num_correct for several in found.values()) / (64 * 8))
+    assert ours.num_samples == theirs.num_samples == 64 * 8
+    # a share of p over 512 answers has a standard error below 0.022: the difference is within four of them
+    assert shares[0] == pytest.approx(shares[1], abs=4 * 0.022 * 2**0.5)
+
+
+def test_an_answer_that_the_learner_has_no_room_for_counts_as_cut_off(root):
+    """Two answers of 18 tokens at most, told to a learner that may say 6: cut, never correct, and counted."""
+    session = open_session_at(root, 2)
+    small = session.recipe.sampling.model_copy(update={"max_new_tokens": 6})
+    narrow = replace(session, recipe=session.recipe.model_copy(update={"sampling": small}))
+    retelling = Retokenizer(session=narrow, learner=session.policy)
+    prompt = session.task.train[0]
+    long, short = retelling.retokenize(
+        [
+            TextResponse(prompt=prompt, slot=0, text="1_2_3#321", finished=True),
+            TextResponse(prompt=prompt, slot=1, text="1_#1", finished=True),
+        ]
+    )
+    assert (len(long.response_ids), long.finished, long.text) == (6, False, "1_2_3#")
+    # four characters and the end
+    assert (len(short.response_ids), short.finished) == (5, True)
+    assert retelling.num_too_long == 1
+    assert retelling.warnings() == [
+        "1 answers heard now have more tokens than the learner may answer with (sampling.max_new_tokens=6): "
+        "they count as cut off"
+    ]
+
+
+def test_an_end_token_that_is_only_spelled_is_text(root):
+    session = open_session_at(root, 2)
+    (end,) = session.policy.eos_ids
+    assert end not in session.policy.encode_response("1_</s>2")
+
+
+def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_path):
+    other = tmp_path / "seed"
+    train(other, "train.seed=7")
+    info = sample(root, source="run", origin=str(other), **OUTSIDE)
+    run = open_run(other)
+    assert info.origin == f"{other}:main step 4 of run {run.run_id}"
+    # what the seed run had generated in its four steps
+    tokens = sum(
+        len(rollout.response_ids)
+        for _, group in RolloutLog(run.rollouts_path("main")).iter_groups()
+        for rollout in group.rollouts
+    )
+    assert info.guide_training_tokens == cost_at(run, "main", 4).tokens == tokens
+    assert info.guide_digest == find_checkpoint(run, "main", 4).digest
+    assert {(kept.source, kept.guide_step) for kept in trajectories(root, "taught").values()} == {("teacher", None)}
+    assert info.has_logps
+    earlier = sample(root, source="run", origin=f"{other}:main", guide_step=2, name="earlier")
+    assert earlier.guide_digest == find_checkpoint(run, "main", 2).digest
+
+
+@pytest.mark.parametrize("tokens", ["same", "other"])
+def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens):
+    origin = teacher_folder(root) if tokens == "same" else foreigner
+    # every prompt has a trajectory, right or wrong: the gate of 1 lets all of them in
+    sample(root, "guide.cache.keep=all", source="model", origin=str(origin), at=0, **OUTSIDE)
+    reports = resume(root, *LUFFY, at=0, guide="taught")
+    assert [report.step for report in reports] == [1, 2, 3, 4]
+    assert {report.metrics["inject/slots"] for report in reports} == {4.0}
+    groups = RolloutLog(open_run(root).rollouts_path("taught")).read_step(1)
+    assert [[rollout.source for rollout in group.rollouts] for group in groups] == [["own"] * 3 + ["teacher"]] * 4
+
+
+def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_can_be_used(root, foreigner):
+    sample(root, source="model", origin=str(foreigner), **OUTSIDE)
+    with pytest.raises(
+        NpoError, match=r"guide\.inject\.ratio=exact divides by .* guide taught, which nobody knows"
+    ) as caught:
+        resume(root, "guide.inject.ratio=exact", at=2, guide="taught")
+    assert caught.value.hint.startswith("guide.inject.ratio=unit")
+
+
+@pytest.mark.parametrize("kill_after", [1, 2])
+def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, monkeypatch, foreigner, kill_after):
+    monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
+    straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
+    asked = {"source": "model", "origin": str(foreigner), **OUTSIDE}
+    sample(straight, **asked)
+    records = build_guide_cache(
+        broken,
+        spec=SourceSpec(kind="model", origin=str(foreigner)),
+        at=2,
+        name="taught",
+        branch=None,
+        steps=None,
+        overrides=(),
+        allow_code=False,
+    )
+    for _ in range(1 + kill_after):
+        next(records)
+    records.close()
+    sample(broken, **asked)
+    for path in (queried_prompts_path, guide_rollouts_path):
+        one, other = (path(root / "guides" / "taught").read_bytes() for root in (straight, broken))
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "model"}, "--source model needs --from"),
+        ({"source": "model", "origin": "x", "guide_step": 3}, "--guide means nothing to --source model"),
+        ({"source": "checkpoint", "origin": "x"}, "--from means nothing to --source checkpoint"),
+        ({"source": "oracle"}, "there is no source 'oracle'"),
+        ({"source": "model", "origin": "./nowhere"}, "--from ./nowhere cannot be asked: model.path=./nowhere is not"),
+        ({"source": "run", "origin": "nowhere"}, "there is no run directory nowhere"),
+    ],
+)
+def test_a_source_that_cannot_be_asked_is_refused_before_anything_is_written(root, options, message):
+    before = sorted(root.rglob("*"))
+    with pytest.raises(NpoError, match=message.replace(".", r"\.")):
+        sample(root, **({"guide_step": None, "name": "new"} | options))
+    assert sorted(root.rglob("*")) == before
+
+
+def test_the_run_itself_is_no_other_run(root):
+    with pytest.raises(NpoError, match="is this run itself"):
+        sample(root, source="run", origin=str(root), **OUTSIDE)
+
+
+def test_training_goes_on_with_a_teachers_cache_in_the_run(root, foreigner):
+    """Retention asks which steps a cache needs; a teacher has none."""
+    sample(root, source="model", origin=str(foreigner), **OUTSIDE)
+    assert resume(root, "train.num_steps=6")[-1].step == 6

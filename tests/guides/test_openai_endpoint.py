@@ -1,0 +1,96 @@
+"""Guide caches from a model at an address."""
+
+import threading
+
+import pytest
+
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.guides import build_cache as guide_cache
+from npo_cli.storage.guide_cache import guide_rollouts_path, queried_prompts_path, read_queried_prompts
+from tests.helpers.runs import copy_run, open_session_at, sample, trajectories
+from tests.helpers.teachers import correct_response
+from tests.helpers.warm_process import wait_until
+from tests.inference.openai_server import run_server
+
+NAMED = {"guide_step": None, "name": "given"}
+
+
+@pytest.fixture(scope="module")
+def lesson(scout):
+    """The prompts of steps 3 and 4, and the learner's tokenizer."""
+    session = open_session_at(scout, 2)
+    return session.policy, session.prompts_between(8, 16)
+
+
+@pytest.fixture
+def root(scout, tmp_path):
+    return copy_run(scout, tmp_path / "run")
+
+
+def right_to(prompts):
+    """A server's teacher: the right scratchpad of whatever it is asked."""
+    by_text = {prompt.text: prompt for prompt in prompts}
+
+    def say(body: dict) -> dict:
+        text = correct_response(by_text[body["prompt"]])
+        return {"text": text, "finish_reason": "stop", "usage": {"completion_tokens": 7}}
+
+    return say
+
+
+def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its_own(root, lesson):
+    _, prompts = lesson
+    with run_server(right_to(prompts)) as served:
+        asked = {"source": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
+        info = sample(root, **asked)
+        seeds = [body["seed"] for body in served.bodies]
+    found = trajectories(root, "given")
+    assert {prompt.prompt_id: correct_response(prompt) for prompt in prompts} == {
+        prompt_id: kept.text for prompt_id, kept in found.items()
+    }
+    # 8 prompts, solved in the first round of 2, 7 tokens by the server's count
+    assert (info.num_samples, info.num_tokens) == (16, 16 * 7)
+    assert len(set(seeds)) == 16
+    assert (info.origin, info.guide_digest, info.has_logps) == (f"{served.url} model teacher", "", False)
+    assert {kept.source for kept in found.values()} == {"teacher"}
+
+
+def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path, monkeypatch):
+    monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
+    _, prompts = lesson
+    straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
+    with run_server(right_to(prompts)) as served:
+        asked = {"source": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
+        sample(straight, **asked)
+        whole = len(served.bodies)
+        # The first chunk of three is heard; then the server is gone for good.
+        say = served.say
+        served.bodies.clear()
+
+        def say_a_little(body: dict) -> dict:
+            if len(served.bodies) > 6:
+                served.failures.append((400, {}, b"out of order"))
+            return say(body)
+
+        served.say = say_a_little
+        with pytest.raises(RunFailed, match="answered 400: out of order"):
+            sample(broken, **asked)
+        # What was under way when the first failed still comes in.
+        wait_until(lambda: not any(thread.name.startswith("endpoint") for thread in threading.enumerate()))
+        served.say, first = say, len(read_queried_prompts(broken / "guides" / "given"))
+        served.failures.clear()
+        served.bodies.clear()
+        sample(broken, **asked)
+        assert (whole, first, len(served.bodies)) == (16, 3, 10)
+    for path in (queried_prompts_path, guide_rollouts_path):
+        one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
+        assert one == other
+
+
+def test_an_address_without_the_model_is_refused_and_nothing_is_written(root, lesson):
+    before = sorted(root.rglob("*"))
+    with run_server(right_to(lesson[1])) as served:
+        asked = {"source": "endpoint", "origin": served.url, "model": "oracle", **NAMED}
+        with pytest.raises(NpoError, match="has no model 'oracle'; it has: teacher"):
+            sample(root, **asked)
+    assert sorted(root.rglob("*")) == before

@@ -1,0 +1,86 @@
+"""Guide caches from the run's own past: what it got right, as it was recorded."""
+
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.storage.guide_cache import load_guide
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.rollout_log import RolloutLog
+from tests.helpers.runs import copy_run, resume, sample, train, trajectories
+
+NAMED = {"guide_step": None, "name": "given"}
+
+
+@pytest.fixture(scope="module")
+def veteran(tmp_path_factory):
+    """8 steps that see a pool of 16 twice: steps 5 to 8 meet what steps 1 to 4 answered."""
+    root = tmp_path_factory.mktemp("veteran") / "run"
+    train(root, "train.num_steps=8")
+    return root
+
+
+def recorded(root: Path, steps: range) -> dict[str, list]:
+    journal = RolloutLog(open_run(root).rollouts_path("main"))
+    found: dict[str, list] = {}
+    for step in steps:
+        for group in journal.read_step(step):
+            found.setdefault(group.prompt.prompt_id, []).extend((step, rollout) for rollout in group.rollouts)
+    return found
+
+
+def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_day(veteran, tmp_path):
+    root = copy_run(veteran, tmp_path / "run")
+    info = sample(root, source="past", at=4, **NAMED)
+    history, found = recorded(root, range(1, 5)), trajectories(root, "given")
+    solved = {
+        prompt_id
+        for prompt_id, each in history.items()
+        if any(rollout.verdict == "correct" and rollout.finished for _, rollout in each)
+    }
+    assert found.keys() == solved
+    assert solved
+    for prompt_id, kept in found.items():
+        same = [(step, rollout) for step, rollout in history[prompt_id] if rollout.response_ids == kept.response_ids]
+        step, rollout = max(same, key=lambda pair: pair[0])
+        assert (kept.source, kept.guide_step) == ("past", rollout.sampler_step)
+        assert rollout.sampler_step == step - 1
+        newest = [rollout.behavior_logps for at, rollout in same if at == step]
+        assert kept.behavior_logps in newest
+        assert kept.num_sampled == len(history[prompt_id]) == 4
+    assert (info.num_tokens, info.external_tokens, info.has_logps, info.origin) == (0, 0, True, "")
+    # each of the 16 prompts was visited once in steps 1 to 4
+    assert info.num_samples == 16 * 4
+
+
+def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
+    root = copy_run(veteran, tmp_path / "run")
+    sample(root, source="past", at=4, **NAMED)
+    reports = resume(root, "guide.inject.ratio=exact", "guide.inject.max_accuracy=1", at=4, guide="given")
+    assert sum(report.metrics["inject/slots"] for report in reports) == len(trajectories(root, "given"))
+    assert len(reports) == 4
+
+
+def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
+    root = tmp_path / "run"
+    train(root, "train.num_steps=12", "task.pool_size=4", "train.save_every=4")
+    sample(
+        root, "guide.cache.max_responses_per_prompt=8", "guide.cache.samples_per_prompt=8", source="past", at=8, **NAMED
+    )
+    history = recorded(root, range(1, 9))
+    for prompt_id, several in load_guide(open_run(root), "given")[1].items():
+        texts = [kept.text for kept in several]
+        assert len(texts) == len(set(texts))
+        right = [rollout for _, rollout in history[prompt_id] if rollout.verdict == "correct"]
+        assert {kept.num_correct for kept in several} == {len(right)}
+        for kept in several:
+            assert kept.guide_step == max(each.sampler_step for each in right if each.text == kept.text)
+
+
+def test_there_is_no_past_at_step_0_nor_where_nothing_was_visited_before(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    with pytest.raises(NpoError, match="the learner at step 0 has no past"):
+        sample(root, source="past", at=0, **NAMED)
+    with pytest.raises(NpoError, match=r"none of the 8 prompts of steps 3-4 was solved in steps 1-2"):
+        sample(root, source="past", at=2, **NAMED)

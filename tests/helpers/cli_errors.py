@@ -1,0 +1,89 @@
+"""Slips on purpose: `npo` in this process, and what every refusal owes its user."""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from npo_cli.cli.main import main
+
+SMALL = (
+    *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
+    *("task.pool_size=16", "task.heldout_size=4", "eval.every=0", "model.threads=1"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandResult:
+    """What one command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """The error, without its label."""
+        return self.err.splitlines()[-2].removeprefix("error: ")
+
+    @property
+    def hint(self) -> str:
+        return self.err.splitlines()[-1].removeprefix("  try: ")
+
+
+def npo(*args: object) -> CommandResult:
+    """Run a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
+        main([str(arg) for arg in args])
+    return CommandResult(code=left.value.code, out=out.getvalue(), err=err.getvalue())
+
+
+def assert_refused(*args: object, beside: Path, code: int = 2) -> CommandResult:
+    """A command that must be refused: two lines, its exit code, no data, and nothing written in `beside`."""
+    before = folder_digests(beside)
+    said = npo(*args)
+    assert (said.code, said.out) == (code, "")
+    first, second = said.err.splitlines()
+    assert first.startswith("error: ")
+    assert second.startswith("  try: ")
+    assert len(second) > len("  try: ")
+    assert "Traceback" not in said.err
+    assert not re.search(r"\b(npo \S+ RUN\b|please report)", said.err)
+    assert folder_digests(beside) == before
+    return said
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Every file by name with a digest, folders included; the lock is no content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+        if path.name != ".lock"
+    }
+
+
+def copy_run(run: Path, folder: Path, name: str = "run") -> Path:
+    """A copy to damage."""
+    shutil.copytree(run, folder / name)
+    return folder / name
+
+
+def edit_file(path: Path, change: Callable[[str], str]) -> None:
+    before = path.read_text(encoding="utf-8")
+    after = change(before)
+    assert after != before, f"the edit of {path} changed nothing"
+    path.write_text(after, encoding="utf-8")
+
+
+def set_fields(path: Path, **fields: object) -> None:
+    """A JSON document with other values."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(document | fields), encoding="utf-8")

@@ -1,0 +1,107 @@
+"""Real runs of a tiny recipe, and what of them must come out the same whatever happened on the way."""
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from npo_cli.config.loading import load_recipe, recipe_from_dict
+from npo_cli.config.recipe import Recipe
+from npo_cli.guides.registry import SourceSpec
+from npo_cli.guides.sample_guide import build_guide_cache
+from npo_cli.guides.score import score_run
+from npo_cli.session.session import Session, open_policy, open_session, open_task
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.guide_cache import load_guide
+from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.lineage import find_newest_branch
+from npo_cli.training.resume import resume_run
+from npo_cli.training.train import train_run
+from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.rollouts import CheckpointScore, StepReport
+
+TINY = (
+    *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
+    *("task.pool_size=16", "task.heldout_size=4", "eval.every=0", "model.threads=1"),
+)
+"""A step of this takes about 50 ms. Its pool is seen once in 4 steps."""
+LORA = ("model.lora.rank=4", "train.lr=1e-3")
+
+
+def tiny_recipe(*overrides: str) -> Recipe:
+    return load_recipe("micro", [*TINY, *overrides])
+
+
+def train(root: Path, *overrides: str, until: int | None = None) -> list[StepReport]:
+    return steps_of(train_run(root, tiny_recipe(*overrides), allow_code=False, until=until))
+
+
+def resume(root: Path, *overrides: str, **options: Any) -> list[StepReport]:
+    return steps_of(start_resume(root, *overrides, **options))
+
+
+def start_resume(root: Path, *overrides: str, **options: Any) -> Any:
+    """The generator itself: closing it is a stop between two steps with nothing saved, like a kill."""
+    asked = {"at": None, "guide": None, "source_branch": None, "new_branch": None, "steps": None} | options
+    return resume_run(root, overrides=overrides, allow_code=False, **asked)
+
+
+def sample(root: Path, *overrides: str, **options: Any) -> GuideCacheInfo:
+    asked = {"guide_step": 4, "at": 2, "name": "near", "branch": None, "steps": None} | options
+    ask = SourceSpec(**{name: asked.pop(name) for name in ("source", "guide_step", "origin", "model") if name in asked})
+    return list(build_guide_cache(root, spec=ask, overrides=overrides, allow_code=False, **asked))[-1]
+
+
+def score(root: Path, *overrides: str, **options: Any) -> list[CheckpointScore]:
+    asked = {"at": 0, "candidates": None, "branch": None} | options
+    records = score_run(root, overrides=overrides, allow_code=False, **asked)
+    return [record for record in records if isinstance(record, CheckpointScore)]
+
+
+def steps_of(records: Iterable[Any]) -> list[StepReport]:
+    return [record for record in records if isinstance(record, StepReport)]
+
+
+def stop_after(records: Any, step: int) -> None:
+    """Let a run record `step`, then drop it where it stands."""
+    for record in records:
+        if isinstance(record, StepReport) and record.step == step:
+            records.close()
+
+
+def open_session_at(root: Path, step: int, *, branch: str | None = None) -> Session:
+    """A run opened with the weights of one of its checkpoints."""
+    run = open_run(root)
+    branch = branch or find_newest_branch(run)
+    recipe = recipe_from_dict(run.read_recipe(branch))
+    task = open_task(recipe, allow_code=False)
+    return open_session(run, recipe, task=task, policy=open_policy(recipe, task, find_checkpoint(run, branch, step)))
+
+
+def reproducible_digests(root: Path, branch: str = "main") -> dict[str, str]:
+    """Digests of everything that seed and recipe alone decide: weights, moments, streams, metrics, rollouts."""
+    folder = RunDir(root).branch_folder(branch)
+    weights = ("model.safetensors", "adapter_model.safetensors", "adapter_config.json")
+    names = ("metrics.jsonl", "rollouts.jsonl", *weights, "optimizer.safetensors", "state.json")
+    return {name: digest for name, digest in file_digests(folder).items() if Path(name).name in names}
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file, by its path in the folder; hidden ones left out."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def copy_run(root: Path, to: Path) -> Path:
+    return Path(shutil.copytree(root, to))
+
+
+def trajectories(root: Path, name: str = "near") -> dict[str, Any]:
+    """Of a cache with one trajectory a prompt."""
+    every = load_guide(open_run(root), name)[1]
+    assert {len(several) for several in every.values()} <= {1}
+    return {prompt_id: one for prompt_id, (one,) in every.items()}

@@ -1,0 +1,105 @@
+"""Real `npo` processes that start at once: one process imports everything, and forks an `npo` for each line it reads.
+
+It computes nothing itself, so a child is what a fresh process would be: its own pid, its own signals, its own death.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NpoProcess:
+    """One running npo."""
+
+    pid: int
+    server: "ForkServer"
+    err: Path
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit code; minus the signal that killed it."""
+        return self.server.read_reply()["code"]
+
+    def read_stderr(self) -> str:
+        return self.err.read_text()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForkServer:
+    """The process that forks."""
+
+    process: subprocess.Popen[str]
+
+    def npo(self, *args: str, err: Path, limit: int | None = None) -> NpoProcess:
+        """Start `npo ARGS`, stderr into a file; `limit` is the largest file it may write, in bytes."""
+        self.process.stdin.write(json.dumps({"args": args, "err": str(err), "limit": limit}) + "\n")
+        self.process.stdin.flush()
+        return NpoProcess(pid=self.read_reply()["pid"], server=self, err=err)
+
+    def read_reply(self) -> dict[str, int]:
+        return json.loads(self.process.stdout.readline())
+
+
+@contextlib.contextmanager
+def start_fork_server() -> Iterator[ForkServer]:
+    """A warm process for the block."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, __file__], env=environment, **pipes) as process:
+        try:
+            assert json.loads(process.stdout.readline()) == {"ready": 1}
+            yield ForkServer(process=process)
+        finally:
+            process.stdin.close()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Look every millisecond."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.001)
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def serve() -> None:
+    """Fork an npo for each line; say its pid, and later its exit code."""
+    # Models of transformers are imported when first loaded; this loads one without computing anything.
+    from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+
+    import npo_cli.experiments.demo  # noqa: F401 - all stages, and with them torch and transformers
+    from npo_cli.cli.main import main
+
+    print(json.dumps({"ready": 1}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            for stream, path in ((0, os.devnull), (1, os.devnull), (2, asked["err"])):
+                os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+            if asked["limit"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (asked["limit"], asked["limit"]))
+            main(asked["args"])
+        print(json.dumps({"pid": pid}), flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

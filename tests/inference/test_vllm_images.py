@@ -1,0 +1,152 @@
+"""vLLM for real, on a CPU, with a tiny Qwen3-VL: the trainer's tokens and pixels, and a stale tower is told."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from npo_cli.config.loading import load_recipe
+from npo_cli.errors import RunFailed
+from npo_cli.inference import vllm_local as vllm_engine
+from npo_cli.inference import vllm_server
+from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest
+from npo_cli.inference.vllm_local import VllmEngine
+from npo_cli.inference.vllm_server import VllmServer
+from npo_cli.policy.model import Policy
+from npo_cli.seeds import derive_seed
+from npo_cli.session.session import make_adapter_port
+from npo_cli.session.weight_sync import WeightSync, build_check_rows
+from tests.helpers.images import load_vision_policy, mixed_prompts
+from tests.inference.vllm_models import make_limits
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision"),
+]
+Vllm = VllmEngine | VllmServer
+SERVED = partial(VllmServer, transport="disk")
+KINDS = {"argvalues": [VllmEngine, SERVED], "ids": ["in process", "server"]}
+
+
+@pytest.fixture(scope="module", params=KINDS["argvalues"], ids=KINDS["ids"])
+def pair(request: pytest.FixtureRequest, untaught_vl: Path) -> Iterator[tuple[Policy, Vllm, WeightSync]]:
+    policy = load_vision_policy(untaught_vl)
+    limits = make_limits(policy, max_model_len=128)
+    engine = request.param(policy.model, policy.tokenizer, limits=limits, sight=policy.vision)
+    rows = build_check_rows(policy, mixed_prompts())
+    yield policy, engine, WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows)
+    engine.close()
+
+
+def requests_of(policy: Policy) -> list[SampleRequest]:
+    return [
+        SampleRequest(
+            prompt_id=prompt.prompt_id,
+            prompt_ids=policy.encode(prompt),
+            images=prompt.images,
+            slot=slot,
+            seed=derive_seed(0, prompt.prompt_id, slot),
+        )
+        for prompt in mixed_prompts()
+        for slot in range(8)
+    ]
+
+
+def assert_sampled_as_scored(policy: Policy, samples: list[Sample]) -> None:
+    prompts = {prompt.prompt_id: prompt for prompt in mixed_prompts()}
+    rows = [policy.row(prompts[each.prompt_id], each.response_ids) for each in samples]
+    with torch.no_grad():
+        scores_NT = policy.score(rows, temperature=1.0, chunk_tokens=4096).logps_NT
+    for sample, logps_T in zip(samples, scores_NT, strict=True):
+        assert torch.allclose(torch.tensor(sample.logps), logps_T[: len(sample.logps)], atol=1e-4)
+
+
+def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, Vllm, WeightSync]):
+    policy, engine, sync = pair
+    sync.sync_weights(0)
+    requests = requests_of(policy)
+    samples = engine.generate(requests, temperature=1.0, max_new_tokens=6)
+    assert_sampled_as_scored(policy, samples)
+    # an untaught model would write one of the two silent tokens of 30 about once in 15 tokens
+    written = [token for sample in samples for token in sample.response_ids]
+    assert len(written) > 100 and not set(written) & set(policy.vision.suppressed_ids)
+    assert engine.generate(requests[::-1], temperature=1.0, max_new_tokens=6)[::-1] == samples
+
+
+def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Policy, Vllm, WeightSync]):
+    policy, engine, sync = pair
+    sync.sync_weights(0)
+    one, _, _, four = mixed_prompts()
+    asked = LogprobRequest(prompt_ids=policy.encode(one), response_ids=(policy.end_id,), images=one.images)
+    num_tokens = len(asked.prompt_ids) + 1
+    # 32 x 32 pixels are 2 x 2 tokens, 48 x 64 are 3 x 4: eight more
+    with pytest.raises(RunFailed, match=f"it read {num_tokens + 8} tokens where the trainer reads {num_tokens}: "):
+        engine.compute_logps([replace(asked, images=four.images)])
+
+
+def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, Vllm, WeightSync], monkeypatch: pytest.MonkeyPatch):
+    policy, engine, sync = pair
+    sync.sync_weights(0)
+    sent = policy.model.state_dict()
+    old = {name: tensor.clone() for name, tensor in sent.items() if ".visual." in name}
+    with torch.no_grad():
+        for name in old:
+            sent[name] += 0.05 * torch.randn(sent[name].shape, generator=torch.Generator().manual_seed(1))
+    whole = vllm_engine.named_tensors
+    with monkeypatch.context() as patched:
+        for module in (vllm_engine, vllm_server):
+            patched.setattr(module, "named_tensors", lambda model: whole(model) | old)
+        with pytest.raises(RunFailed, match="the engine still holds weights from before"):
+            sync.sync_weights(1)
+    sync.sync_weights(1)
+    assert_sampled_as_scored(policy, engine.generate(requests_of(policy), temperature=1.0, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("pair", [SERVED], indirect=True, ids=["server"])
+def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, WeightSync]):
+    policy, engine, sync = pair
+    sync.sync_weights(0)
+    asked = []
+
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+
+    with HTTPServer(("127.0.0.1", 0), Door) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        part = {"type": "image_url", "url": f"http://127.0.0.1:{door.server_port}/picture.png"}
+        body = {
+            "token_ids": [policy.vision.image_token_id],
+            "content_parts": [part],
+            "sampling_params": {"max_tokens": 1},
+        }
+        answer = engine._session.post(f"{engine._url}/inference/v1/generate", json=body, timeout=60)
+        door.shutdown()
+    assert not answer.ok and "allowed domains" in answer.text
+    assert asked == []
+
+
+@pytest.mark.parametrize("kind", **KINDS)
+def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(
+    kind: Callable[..., Vllm], untaught_vl: Path
+):
+    policy = load_vision_policy(untaught_vl, lora=4)
+    with torch.no_grad():
+        for name, tensor in policy.model.named_parameters():
+            if "lora_B" in name:
+                tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    limits = make_limits(policy, max_model_len=128)
+    port = make_adapter_port(policy, policy.adapters)
+    engine = kind(policy.model, policy.tokenizer, limits=limits, adapters=port, sight=policy.vision)
+    rows = build_check_rows(policy, mixed_prompts())
+    try:
+        WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows).sync_weights(0)
+        assert_sampled_as_scored(policy, engine.generate(requests_of(policy), temperature=1.0, max_new_tokens=6))
+    finally:
+        engine.close()

@@ -1,0 +1,169 @@
+"""Adapters of one base in vLLM, in process and in a server: each answers for itself, none is merged, none is stale."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from npo_cli.config.engine import EngineSettings, VllmSettings
+from npo_cli.config.recipe import ModelSettings
+from npo_cli.config.sections import LoraSettings
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest, round_up_lora_rank
+from npo_cli.inference.registry import open_engine
+from npo_cli.policy.extrapolated import extrapolate_weights
+from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.session.session import make_adapter_port
+from tests.inference.vllm_models import make_limits, make_requests
+
+PROMPTS = ("321+654=", "12+9=", "....1+2=")
+
+
+def lora_policy(rank: int = 4) -> Policy:
+    return load_policy(ModelSettings(threads=1, lora=LoraSettings(rank=rank)))
+
+
+@torch.no_grad()
+def turned(policy: Policy, *, seed: int) -> None:
+    """Other adapters: B is no longer 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in policy.adapter_weights.values():
+        tensor.add_(torch.randn(tensor.shape, generator=generator) / 10)
+
+
+@pytest.fixture(scope="module", params=["vllm", "vllm_server"])
+def served(request) -> Iterator[tuple]:
+    """A policy, an engine with four places, and three adapters in it, with the trainer's scores of each."""
+    pytest.importorskip("vllm")
+    from npo_cli.inference.vllm_local import VllmEngine
+    from npo_cli.inference.vllm_server import VllmServer
+
+    policy = lora_policy(rank=8)
+    made = {"limits": make_limits(policy), "adapters": make_adapter_port(policy, policy.adapters, doubles_rank=True)}
+    if request.param == "vllm":
+        engine = VllmEngine(policy.model, policy.tokenizer, **made)
+    else:
+        engine = VllmServer(policy.model, policy.tokenizer, transport="disk", **made)
+    try:
+        yield policy, engine, filled(policy, engine)
+    finally:
+        engine.close()
+
+
+def filled(policy: Policy, engine) -> dict[str, torch.Tensor]:
+    """Three versions side by side; the trainer's log-probabilities of one response under each."""
+    scores = {}
+    for number in range(3):
+        if number:
+            turned(policy, seed=number)
+        version = f"step {number}, write {policy.num_weight_changes}, run ab"
+        engine.take_weights(policy.model, version=version)
+        scores[version] = trainer_scores(policy)
+        (found,) = engine.score([response()])
+        assert found == pytest.approx(scores[version].tolist(), abs=1e-4), "the newest answers where nobody is named"
+    return scores
+
+
+def response() -> LogprobRequest:
+    return LogprobRequest(prompt_ids=(3, 2, 1, 13, 6, 5, 4, 14), response_ids=(9, 12, 7, 12, 5, 12, 15, 4))
+
+
+def trainer_scores(policy: Policy) -> torch.Tensor:
+    row = TokenRow(prompt_ids=response().prompt_ids, response_ids=response().response_ids)
+    with torch.no_grad():
+        return policy.score([row], temperature=1.0, chunk_tokens=4096).logps_NT[0]
+
+
+def sampled(engine, requests: Sequence[SampleRequest]) -> list[Sample]:
+    return engine.generate(requests, temperature=1.0, max_new_tokens=18)
+
+
+def named(policy: Policy, version: str) -> list[SampleRequest]:
+    return [replace(request, version=version) for request in make_requests(policy, *PROMPTS, num_slots=4)]
+
+
+@pytest.mark.vllm
+def test_adapters_asked_in_one_batch_answer_as_each_does_alone_and_as_the_trainer_scores_them(served, tmp_path):
+    policy, engine, scores = served
+    versions = list(scores)
+    together = sampled(engine, [request for version in versions for request in named(policy, version)])
+    apart = [sample for version in versions for sample in sampled(engine, named(policy, version))]
+    assert together == apart
+    # The same prompts and seeds: only the adapters differ, so a shared prefix would show.
+    texts = [tuple(sample.text for sample in together[12 * place : 12 * place + 12]) for place in range(3)]
+    assert len(set(texts)) == 3
+    newest = together[24:]
+    rows = [
+        TokenRow(prompt_ids=r.prompt_ids, response_ids=s.response_ids)
+        for r, s in zip(named(policy, ""), newest, strict=True)
+    ]
+    with torch.no_grad():
+        ours = policy.score(rows, temperature=1.0, chunk_tokens=4096).logps_NT
+    for sample, logps in zip(newest, ours, strict=True):
+        assert sample.logps == pytest.approx(logps[: len(sample.logps)].tolist(), abs=1e-4)
+
+
+@pytest.mark.vllm
+def test_the_oldest_adapters_make_room_and_are_not_answered_for(served):
+    policy, engine, scores = served
+    first, *others = scores
+    assert engine.num_versions == 4
+    for number in (7, 8):
+        turned(policy, seed=number)
+        engine.take_weights(policy.model, version=f"later {number}")
+    with pytest.raises(RunFailed, match=r"the engine was asked for weights step 0, .*, which it does not hold"):
+        sampled(engine, named(policy, first))
+    assert sampled(engine, named(policy, others[-1]))
+    (found,) = engine.score([response()])
+    assert found == pytest.approx(trainer_scores(policy).tolist(), abs=1e-4)
+
+
+@pytest.mark.vllm
+def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_path):
+    policy, engine, _ = served
+    policy.save(tmp_path)
+    turned(policy, seed=5)
+    own = trainer_scores(policy)
+    engine.take_weights(policy.model, version="own")
+    with extrapolate_weights(policy, tmp_path, strength=0.5):
+        engine.take_weights(policy.model, version="pushed")
+        theirs = trainer_scores(policy)
+        (found,) = engine.score([response()])
+        assert found == pytest.approx(theirs.tolist(), abs=1e-4)
+    assert (own - theirs).abs().max() > 0.01
+    both = sampled(engine, named(policy, "own") + named(policy, "pushed"))
+    assert both[:12] == sampled(engine, named(policy, "own"))
+    assert [one.text for one in both[:12]] != [one.text for one in both[12:]]
+
+
+@pytest.mark.vllm
+def test_adapters_that_are_not_finite_or_named_otherwise_are_not_sent(served):
+    policy, engine, _ = served
+    before = engine.version
+    (name, tensor), *_ = policy.trained.items()
+    kept = tensor.detach().clone()
+    with torch.no_grad():
+        tensor[0, 0] = float("nan")
+    with pytest.raises(RunFailed, match=f"tensor not finite: {name}"):
+        engine.take_weights(policy.model, version="nan")
+    with torch.no_grad():
+        tensor.copy_(kept)
+    assert engine.version == before
+
+
+def test_a_slot_holds_the_next_larger_rank_that_vllm_knows():
+    assert [round_up_lora_rank(rank) for rank in (1, 8, 9, 64, 300)] == [8, 8, 16, 64, 512]
+    with pytest.raises(NpoError, match="up to rank 512, and 513 is asked for"):
+        round_up_lora_rank(513)
+
+
+def test_adapters_never_take_another_road_than_the_one_that_was_named():
+    policy = lora_policy()
+    named = EngineSettings(kind="vllm_server", vllm=VllmSettings(weight_transfer="nccl"))
+    options = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id, "max_model_len": 64, "dtype": torch.float32}
+    with pytest.raises(NpoError, match=r"weight_transfer=nccl sends whole models; adapters \(model\.lora\.rank\) go"):
+        open_engine(
+            named, policy.model, policy.tokenizer, **options, adapters=make_adapter_port(policy, policy.adapters)
+        )

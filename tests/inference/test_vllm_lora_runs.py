@@ -1,0 +1,77 @@
+"""Whole runs that train adapters with vLLM: the circle, and candidates asked together, not one after the other."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.rollout_log import RolloutLog
+from tests.helpers.runs import LORA, copy_run, resume, sample, score, train
+
+pytestmark = pytest.mark.vllm
+ASKED = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "guide.inject.max_accuracy=1.0")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Six steps with a checkpoint each, sampled by vLLM."""
+    pytest.importorskip("vllm")
+    root = tmp_path_factory.mktemp("adapters") / "run"
+    train(root, *LORA, "engine.kind=vllm", "train.num_steps=6", "train.save_every=1", "task.kind=any")
+    return root
+
+
+def samples(root: Path) -> dict[tuple, dict]:
+    (journal,) = root.glob("scores/*/samples.jsonl")
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    found = {(row["arm"], row["prompt_id"], row["slot"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_engine_and_trainer_agree_while_adapters_move(trained):
+    rows = [json.loads(line) for line in (trained / "branches/main/metrics.jsonl").read_text().splitlines()]
+    moved = [row for row in rows if row["rows_trained"]]
+    assert len(moved) >= 3
+    assert all(row["mismatch/abs_log_w_p99"] < 1e-4 for row in moved)
+    groups = RolloutLog(open_run(trained).rollouts_path("main")).read_step(6)
+    assert {rollout.sampler_step for group in groups for rollout in group.rollouts} == {5}
+
+
+def test_candidates_asked_together_say_and_score_what_they_do_one_after_the_other(trained, tmp_path):
+    found = {}
+    # five candidates: all at once, in runs of two, one by one
+    for places in (8, 2, 1):
+        root = copy_run(trained, tmp_path / str(places))
+        scores = score(root, *ASKED, f"engine.vllm.max_loras={places}", at=1)
+        found[places] = (scores, samples(root))
+    assert [one.step for one in found[8][0]] == [2, 3, 4, 5, 6]
+    for places in (2, 1):
+        assert found[places][1].keys() == found[8][1].keys()
+        for key, row in found[8][1].items():
+            assert found[places][1][key]["response_ids"] == row["response_ids"]
+            assert found[places][1][key]["logps"] == pytest.approx(row["logps"], abs=1e-5)
+        for one, other in zip(found[places][0], found[8][0], strict=True):
+            assert (one.quality, one.is_selected) == (other.quality, other.is_selected)
+            assert one.signal == pytest.approx(other.signal, rel=1e-4)
+
+
+def test_a_scoring_cut_short_asks_together_what_is_left(trained, tmp_path):
+    straight, broken = (copy_run(trained, tmp_path / name) for name in ("straight", "broken"))
+    score(straight, *ASKED, at=1)
+    shutil.copytree(straight / "scores", broken / "scores")
+    (journal,) = broken.glob("scores/*/samples.jsonl")
+    (broken / journal.parent / "scores.json").unlink()
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[: 2 * len(lines) // 3]))
+    again = score(broken, *ASKED, at=1)
+    assert samples(broken).keys() == samples(straight).keys()
+    assert [one.quality for one in again] == [one.quality for one in score(straight, *ASKED, at=1)]
+
+
+def test_a_guide_of_adapters_teaches_the_replay(trained, tmp_path):
+    root = copy_run(trained, tmp_path / "run")
+    assert sample(root, guide_step=6, at=1).complete
+    assert [report.step for report in resume(root, at=1, guide="near")] == [2, 3, 4, 5, 6]

@@ -1,0 +1,240 @@
+"""Runs made from what other trainers left: every command works on them, and nothing of theirs is touched."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from npo_cli.autonpo.dry_run import explain_autonpo
+from npo_cli.autonpo.trainer_logs import LogColumns
+from npo_cli.errors import NpoError
+from npo_cli.interop.import_run import ImportSpec, import_run, infer_save_interval
+from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.report.build import write_report
+from npo_cli.report.show import show_run
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.lock import lock_run
+from npo_cli.storage.metrics import read_metrics
+from npo_cli.training.evaluate import evaluate_run
+from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Notice
+from tests.helpers.other_trainers import hf_folder, trl_output
+from tests.helpers.runs import TINY, file_digests, open_session_at, resume, sample, score
+
+FEW = (
+    "scoring.num_prompts=8",
+    "scoring.samples_per_prompt=2",
+    "scoring.bootstrap_resamples=50",
+    "guide.inject.max_accuracy=1.0",
+)
+
+
+def importing(root: Path, home: Path, *overrides: str, metrics: Path | None = None, base: bool = False) -> Iterator:
+    asked = ImportSpec(
+        source_folder=home, recipe="micro", overrides=(*TINY, *overrides), metrics=metrics, saves_base=base
+    )
+    return import_run(root, asked, allow_code=False)
+
+
+def imported(root: Path, home: Path, *overrides: str, **options: object) -> tuple[list[CheckpointEntry], list[str]]:
+    records = list(importing(root, home, *overrides, **options))
+    told = [record.message for record in records if isinstance(record, Notice)]
+    return [record for record in records if isinstance(record, CheckpointEntry)], told
+
+
+@pytest.fixture(scope="module")
+def trl_run(tmp_path_factory) -> tuple[Path, Path]:
+    """(run, TRL's folder), imported once for every test that only reads or adds."""
+    home = trl_output(tmp_path_factory.mktemp("trl") / "out")
+    before = file_digests(home)
+    entries, _ = imported(home.parent / "run", home)
+    assert [(entry.step, entry.tier, entry.complete, entry.reward) for entry in entries] == [
+        *((2, "guide", True, 0.125), (4, "guide", True, 0.0)),
+    ]
+    assert file_digests(home) == before
+    return home.parent / "run", home
+
+
+def test_the_weights_are_links_and_outlive_the_other_trainers_clean_up(trl_run, tmp_path):
+    home = trl_output(tmp_path / "out")
+    imported(tmp_path / "run", home)
+    here = find_checkpoint(open_run(tmp_path / "run"), "main", 4).path
+    assert os.path.samefile(here / "model.safetensors", home / "checkpoint-4" / "model.safetensors")
+    assert not {"optimizer.pt", "trainer_state.json"} & {path.name for path in here.iterdir()}
+    shutil.rmtree(home)
+    assert open_session_at(tmp_path / "run", 4).policy.digest != open_session_at(tmp_path / "run", 2).policy.digest
+
+
+def test_its_metrics_keep_their_names_and_every_step_has_a_place_in_the_data(trl_run):
+    rows = list(read_metrics(open_run(trl_run[0]), "main"))
+    # 4 prompts a step
+    assert [(row["step"], row["data_position"]) for row in rows] == [(1, 4), (2, 8), (3, 12), (4, 16)]
+    history = json.loads((trl_run[1] / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    for row, said in zip(rows, history, strict=True):
+        assert {name: row[name] for name in said} == said
+
+
+def test_candidates_are_scored_a_guide_sampled_and_steps_evaluated(trl_run):
+    root, _ = trl_run
+    (found,) = score(root, *FEW, at=2)
+    assert (found.step, found.distance) == (4, 2)
+    assert sample(root, "guide.inject.max_accuracy=1.0").complete
+    reports = [
+        one
+        for one in evaluate_run(root, step=None, every_step=True, branch=None, overrides=(), allow_code=False)
+        if isinstance(one, EvalReport)
+    ]
+    assert [one.step for one in reports] == [2, 4]
+
+
+def test_pages_and_tables_of_it_are_drawn(trl_run, tmp_path):
+    root, _ = trl_run
+    assert [line.step for line in show_run(root, "metrics", branch=None, step=None, prompt_id=None, limit=None)] == [
+        *(1, 2, 3, 4),
+    ]
+    *_, account = show_run(root, "costs", branch=None, step=None, prompt_id=None, limit=None)
+    # what the other trainer spent is not on record
+    assert (account.step, account.training_tokens) == (4, 0)
+    list(write_report([root], tmp_path / "r.html", plots_folder=None))
+    assert "Lineage" in (tmp_path / "r.html").read_text()
+
+
+def test_training_goes_on_from_it_only_with_an_optimizer_begun_anew(trl_run):
+    root, _ = trl_run
+    with pytest.raises(NpoError, match="no complete checkpoint with a training state"):
+        resume(root)
+    with pytest.raises(NpoError, match="weights only") as refused:
+        resume(root, at=2)
+    assert refused.value.hint.endswith("--at 2 --fresh-optimizer")
+    sample(root, "guide.inject.max_accuracy=1.0", name="again")
+    assert [one.step for one in resume(root, at=2, guide="again", fresh=True)] == [3, 4]
+    # the branch has states of its own from here on
+    assert [one.step for one in resume(root, "train.num_steps=5")] == [5]
+
+
+def test_the_trigger_is_rehearsed_where_both_signals_are_on_record(tmp_path):
+    rising = [{"step": step, "reward": min(step, 30) / 30, "entropy": 1 / step} for step in range(1, 81)]
+    home = trl_output(tmp_path / "out", history=rising)
+    (home / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rising))
+    imported(tmp_path / "run", home, "train.num_steps=80", metrics=home / "log.jsonl")
+    asked = {
+        "columns": LogColumns(),
+        "overrides": ("autonpo.trigger.warmup_steps=10",),
+        "branch": None,
+        "picture": None,
+        "draw": False,
+    }
+    from_run = list(explain_autonpo(tmp_path / "run", **asked))
+    assert any(isinstance(one, Notice) and "fired" in one.message for one in from_run)
+
+
+def test_a_signal_that_is_not_on_record_is_named(tmp_path):
+    home = trl_output(tmp_path / "out", history=[{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}])
+    _, told = imported(tmp_path / "run", home)
+    assert any(said.startswith("no entropy by any name known here") for said in told)
+    with pytest.raises(NpoError, match="has no entropy by any name known here; its numbers are: step, reward"):
+        asked = {"columns": LogColumns(), "overrides": (), "branch": None, "picture": None, "draw": False}
+        list(explain_autonpo(tmp_path / "run", **asked))
+
+
+def test_the_recipes_model_can_stand_at_step_0(tmp_path):
+    entries, _ = imported(tmp_path / "run", trl_output(tmp_path / "out"), base=True)
+    assert [entry.step for entry in entries] == [0, 2, 4]
+    zero = find_checkpoint(open_run(tmp_path / "run"), "main", 0).path
+    mine, base = load_file(zero / "model.safetensors"), load_file(MICRO_BASE_FOLDER / "model.safetensors")
+    assert all(torch.equal(mine[name], tensor) for name, tensor in base.items())
+
+
+# verl and prime-rl
+
+
+def test_merged_checkpoints_of_verl_are_read_and_shards_are_left_out_with_verls_own_command(tmp_path):
+    home = tmp_path / "verl"
+    (home / "global_step_5" / "actor").mkdir(parents=True)
+    (home / "global_step_5" / "actor" / "model_world_size_2_rank_0.pt").write_bytes(b"shard")
+    with pytest.raises(NpoError, match="in verl's shards, not merged") as refused:
+        list(importing(tmp_path / "run", home))
+    actor = home / "global_step_5" / "actor"
+    assert refused.value.hint == (
+        f"python -m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir {actor / 'huggingface'}"
+    )
+    assert not (tmp_path / "run").exists()
+    hf_folder(home / "global_step_10" / "actor" / "huggingface")
+    entries, told = imported(tmp_path / "run", home)
+    assert [entry.step for entry in entries] == [10]
+    assert any(said.startswith(f"left out {home / 'global_step_5'}") for said in told)
+
+
+def test_prime_rl_marks_what_is_whole_and_keeps_its_metrics_above(tmp_path):
+    home = tmp_path / "outputs"
+    for step in (5, 10, 15):
+        hf_folder(home / "weights" / f"step_{step}")
+    for step in (5, 10):
+        (home / "weights" / f"step_{step}" / "STABLE").touch()
+    rows = [{"step": step, "reward/all/mean": step / 20, "entropy/mean": 1.0} for step in range(1, 11)]
+    (home / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entries, told = imported(tmp_path / "run", home)
+    assert [(entry.step, entry.reward) for entry in entries] == [(5, 0.25), (10, 0.5)]
+    assert any("step_15: it was not finished: it has no STABLE" in said for said in told)
+
+
+# Bad input
+
+
+def test_a_damaged_checkpoint_is_refused_and_no_run_is_left(tmp_path):
+    home = trl_output(tmp_path / "out")
+    weights = home / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(NpoError, match=r"checkpoint-2.*cannot be read"):
+        list(importing(tmp_path / "new" / "deep" / "run", home))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_that_hold_no_checkpoints_say_what_was_looked_for(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NpoError, match="no checkpoint-N, global_step_N/actor/huggingface"):
+        list(importing(tmp_path / "run", tmp_path / "empty"))
+    home = trl_output(tmp_path / "out")
+    with pytest.raises(NpoError, match="holds no checkpoints") as refused:
+        list(importing(tmp_path / "run", home / "checkpoint-2"))
+    assert refused.value.hint == f"--import {home}"
+    imported(tmp_path / "run", home)
+    with pytest.raises(NpoError, match="is npo's own"):
+        list(importing(tmp_path / "again", tmp_path / "run" / "branches" / "main" / "checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "distance"),
+    # the last one out of turn; the first one out of turn; a single one; none
+    [((20, 40, 60, 67), 20), ((5, 25, 45, 65), 20), ((7,), 7), ((), 1)],
+)
+def test_the_distance_of_checkpoints_is_the_usual_one(steps, distance):
+    assert infer_save_interval(steps) == distance
+
+
+def test_a_step_that_nobody_could_count_to_is_refused(tmp_path):
+    home = trl_output(tmp_path / "out")
+    (tmp_path / "log.jsonl").write_text('{"step": 1e15, "reward": 1.0, "entropy": 1.0}\n')
+    with pytest.raises(NpoError, match="npo counts to 999,999"):
+        list(importing(tmp_path / "run", home, metrics=tmp_path / "log.jsonl"))
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    folder = hf_folder(tmp_path / "out" / "checkpoint-1")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(NpoError, match="a pickle may run code"):
+        list(importing(tmp_path / "run", tmp_path / "out"))
+
+
+def test_what_a_killed_import_left_is_cleared_and_one_at_work_is_not(tmp_path):
+    hidden = tmp_path / ".run.unfinished"
+    (hidden / "branches").mkdir(parents=True)
+    with lock_run(RunDir(hidden)), pytest.raises(NpoError, match="in use by process"):
+        list(importing(tmp_path / "run", trl_output(tmp_path / "out")))
+    assert [entry.step for entry in imported(tmp_path / "run", tmp_path / "out")[0]] == [2, 4]
+    assert not hidden.exists()

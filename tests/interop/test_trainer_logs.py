@@ -1,0 +1,166 @@
+"""Other people's metrics: which columns are meant, what counts as a record, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from npo_cli.autonpo.trainer_logs import LogColumns, extract_signals, read_rows, resolve_columns
+from npo_cli.autonpo.trigger import TriggerInput
+from npo_cli.errors import NpoError
+
+
+def written(path: Path, *rows: object) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def signals(path: Path, **given: str) -> list[tuple[int, float | None, float | None]]:
+    rows = read_rows(path)
+    found = extract_signals(rows, resolve_columns(rows, LogColumns(**given), source=path), source=path)
+    assert all(isinstance(each, TriggerInput) for each in found)
+    return [(each.step, each.reward, each.entropy) for each in found]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"step": 3, "reward": 0.5, "entropy": 1.5},
+        # TRL, with the reward of each function beside it
+        {"step": 3, "reward": 0.5, "entropy": 1.5, "rewards/accuracy/mean": 9, "epoch": 0.1},
+        # verl's file logger; its rewards have the KL penalty taken off its scores
+        {"step": 3, "data": {"critic/rewards/mean": 0.4, "critic/score/mean": 0.5, "actor/entropy": 1.5}},
+        {"training/global_step": 3, "critic/rewards/mean": 0.5, "actor/entropy_loss": 1.5},
+        # a history exported from wandb
+        {"_step": 3, "train/reward": 0.5, "train/entropy": 1.5},
+        {"step": 3, "reward/all/mean": 0.5, "entropy/mean": 1.5},
+        {"global_step": 3, "rewards/mean": 0.5, "entropy": 1.5},
+    ],
+)
+def test_the_names_of_known_trainers_are_found(path, row):
+    assert signals(written(path, row)) == [(3, 0.5, 1.5)]
+
+
+def test_any_other_column_is_named_on_the_command_line(path):
+    written(path, {"iter": 3, "acc": 0.5, "H": 1.5, "reward": 9, "entropy": 9, "step": 9})
+    assert signals(path, step="iter", reward="acc", entropy="H") == [(3, 0.5, 1.5)]
+
+
+def test_a_known_name_that_never_holds_a_number_gives_way_to_the_next(path):
+    written(path, {"step": 1, "reward": None, "critic/score/mean": 0.5, "entropy": 1})
+    assert signals(path) == [(1, 0.5, 1.0)]
+
+
+def test_what_is_no_finite_number_is_missing(path):
+    written(
+        path,
+        {"step": 1, "reward": 0.5, "entropy": None},
+        '{"step": 2, "reward": NaN, "entropy": 1}',
+        '{"step": 3, "reward": Infinity, "entropy": 1}',
+        {"step": 4, "reward": "0.5", "entropy": True},
+        '{"step": 5, "reward": 1e300, "entropy": 1}',
+        {"step": 6, "reward": 1},
+    )
+    assert signals(path) == [
+        *((1, 0.5, None), (2, None, 1.0), (3, None, 1.0), (4, None, None), (5, None, 1.0), (6, 1.0, None))
+    ]
+
+
+def test_lines_without_a_step_or_a_signal_are_passed_over(path):
+    written(
+        path,
+        {"step": 1, "reward": 0.5, "entropy": 1},
+        {"step": 1, "eval_reward": 0.9, "eval_entropy": 7},
+        {"reward": 0.7, "entropy": 1},
+        {"step": 1.5, "reward": 0.7, "entropy": 1},
+        {"step": -1, "reward": 0.7, "entropy": 1},
+        {"train_runtime": 12.5},
+        "",
+        {"step": 2.0, "reward": 0.6, "entropy": 1},
+    )
+    assert signals(path) == [(1, 0.5, 1.0), (2, 0.6, 1.0)]
+
+
+def test_steps_are_sorted_and_of_a_repeated_one_the_later_line_wins(path):
+    written(
+        path,
+        {"step": 2, "reward": 0.2, "entropy": 1},
+        {"step": 1, "reward": 0.1, "entropy": 1},
+        {"step": 2, "reward": 0.3, "entropy": None},
+    )
+    assert signals(path) == [(1, 0.1, 1.0), (2, 0.3, None)]
+
+
+def test_reward_and_entropy_of_a_step_may_stand_on_lines_of_their_own(path):
+    written(path, {"step": 1, "reward/all/mean": 0.1}, {"step": 1, "entropy/mean": 2.0, "loss/mean": 0.0})
+    assert signals(path) == [(1, 0.1, 2.0)]
+
+
+def test_a_torn_last_line_is_passed_over(path):
+    path.write_text('{"step": 1, "reward": 0.5, "entropy": 1}\n{"step": 2, "rew')
+    assert signals(path) == [(1, 0.5, 1.0)]
+
+
+def test_the_state_of_hugging_faces_trainer_is_read(path):
+    history = [{"step": 5, "reward": 0.5, "entropy": 1}, {"step": 5, "eval_loss": 1}, {"step": 10, "train_loss": 1}]
+    path.write_text(json.dumps({"global_step": 10, "log_history": history}, indent=2))
+    assert signals(path) == [(5, 0.5, 1.0)]
+    path.write_text(json.dumps({"global_step": 10, "log_history": history}))
+    assert signals(path) == [(5, 0.5, 1.0)]
+
+
+def test_a_mark_of_the_byte_order_is_no_obstacle(path):
+    path.write_bytes(b'\xef\xbb\xbf{"step": 1, "reward": 0.5, "entropy": 1}\r\n')
+    assert signals(path) == [(1, 0.5, 1.0)]
+
+
+def test_a_missing_signal_is_named_with_the_numbers_that_there_are(path):
+    written(path, {"step": 1, "loss": 0.1, "accuracy": 0.5, "note": "x", "on": True, "lr": 1e-4})
+    with pytest.raises(NpoError) as caught:
+        signals(path)
+    # what could be meant comes first
+    assert caught.value.message == (
+        f"{path} has no reward and no entropy by any name known here; its numbers are: step, accuracy, loss, lr"
+    )
+    assert caught.value.hint == f"npo autonpo {path} --explain --reward COLUMN --entropy COLUMN"
+
+
+def test_of_very_many_columns_some_are_named(path):
+    written(path, {"step": 1, "entropy": 1.0, **{f"loss/{number}": 0.0 for number in range(40)}})
+    with pytest.raises(NpoError, match=r"has no reward by any .*: step, entropy, loss/0, .*, loss/13 and 26 more$"):
+        signals(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b'{"log_history": []}\n', "is empty"),
+        (b"\x89PNG\r\n\x1a\n", "is not UTF-8 text (byte 0)"),
+        (b"step reward\n1 0.5\n", "line 1: not a JSON object"),
+        (b"[1, 2]\n", "line 1: not a JSON object"),
+        (b'{"step": 1}\noops\n{"step": 2}\n', "line 2: not a JSON object"),
+        (b'{"step": 1', "line 1: not a JSON object"),
+        (b"[" * 100_000 + b"\n", "line 1: not a JSON object"),
+        (b'{"note": "x"}\n', "has no step and no reward and no entropy"),
+        (b'{"step": 0.5, "reward": 1, "entropy": 1}\n', "has no line with a whole 'step' and a 'reward' or 'entropy'"),
+    ],
+)
+def test_what_is_no_record_is_refused_with_words(path, content, words):
+    path.write_bytes(content)
+    with pytest.raises(NpoError) as caught:
+        signals(path)
+    assert words in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_column_that_is_not_there_is_refused(path):
+    written(path, {"step": 1, "reward": 0.5, "entropy": 1})
+    with pytest.raises(NpoError, match="has no number in a column 'acc'; its numbers are: step, reward, entropy"):
+        signals(path, reward="acc")

@@ -1,0 +1,76 @@
+import math
+
+import pytest
+from torch import tensor
+
+from npo_cli.losses.inference_mismatch import make_correction, measure_mismatch
+from npo_cli.losses.stats import MismatchStats
+from tests.losses.builders import make_rows, mismatch
+
+
+def measured(log_weights: list[float]) -> MismatchStats:
+    """Of one own row with these log w, in float64."""
+    behavior_NT = -tensor([log_weights]).double()
+    rows = make_rows([1.0], mask=[[1] * len(log_weights)], behavior=behavior_NT)
+    found = make_correction(mismatch("token_tis"))(behavior_NT * 0, rows)
+    return MismatchStats.from_numbers(measure_mismatch(found).tolist())
+
+
+def test_a_tenth_of_a_nat():
+    found = measured([0.1]).metrics()
+    # log w = 0.1: k1 = -0.1, k3 = e^0.1 - 1 - 0.1; w^2 = e^0.2
+    assert found["mismatch/k1"] == pytest.approx(-0.1)
+    assert found["mismatch/k3"] == pytest.approx(0.0051709, abs=1e-7)
+    assert found["mismatch/chi2"] == pytest.approx(math.exp(0.2) - 1)
+    assert found["mismatch/ess"] == pytest.approx(1.0)
+
+
+def test_one_heavy_token_in_four_halves_the_effective_share():
+    found = measured([0.0, 0.0, 0.0, math.log(5)]).metrics()
+    # mean w = 2, mean w^2 = 28 / 4 = 7
+    assert found["mismatch/weight_mean"] == pytest.approx(2.0)
+    assert found["mismatch/weight_max"] == pytest.approx(5.0)
+    assert found["mismatch/ess"] == pytest.approx(4 / 7)
+    assert found["mismatch/chi2"] == pytest.approx(6.0)
+    # 5 is over the cap of 2
+    assert found["mismatch/clipped_share"] == 0.25
+
+
+def test_noise_of_either_sign_costs_effective_tokens_and_biases_nothing():
+    found = measured([0.1, -0.1] * 50).metrics()
+    # k1 = 0; k3 = cosh(0.1) - 1; mean w = cosh(0.1); mean w^2 = cosh(0.2)
+    assert found["mismatch/k1"] == pytest.approx(0.0, abs=1e-12)
+    assert found["mismatch/k3"] == pytest.approx(0.0050042, abs=1e-7)
+    assert found["mismatch/weight_mean"] == pytest.approx(1.0050042, abs=1e-7)
+    assert found["mismatch/ess"] == pytest.approx(1.0050042**2 / 1.0200668, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [1.1e-7, 3e-6, 0.004, 0.5, 7.0, 19.99])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_percentile_is_at_most_one_bin_too_high_and_never_too_low(value, sign):
+    # rank 99 of 100 is the smaller of the two far tokens; the larger one does not count
+    found = measured([1e-8 * sign] * 98 + [value * sign, 20.0]).metrics()["mismatch/abs_log_w_p99"]
+    assert value <= found <= min(20.0, value * 10 ** (1 / 20) * (1 + 1e-9))
+
+
+def test_a_percentile_needs_one_token_in_a_hundred_to_move():
+    # below 1e-7 float32 cannot tell a log-probability from another: no distance
+    assert measured([0.0] * 99 + [3.0]).metrics()["mismatch/abs_log_w_p99"] == 0.0
+    assert measured([0.0] * 98 + [3.0] * 2).metrics()["mismatch/abs_log_w_p99"] >= 3.0
+    assert measured([9.0]).metrics()["mismatch/abs_log_w_p99"] >= 9.0
+    assert measured([25.0]).metrics()["mismatch/abs_log_w_p99"] == 20.0
+
+
+def test_an_engine_that_gives_no_number_is_seen():
+    found = measured([0.0, math.nan]).metrics()
+    assert math.isnan(found["mismatch/weight_mean"])
+    assert math.isnan(found["mismatch/abs_log_w_p99"])
+
+
+def test_stats_of_parts_give_the_figures_of_the_whole():
+    logs = [0.0, 0.3, -1.2, 2.5, -0.001, 4.0]
+    whole = measured(logs).metrics()
+    parts = (measured(logs[:1]) + measured(logs[1:4]) + measured(logs[4:])).metrics()
+    assert parts == pytest.approx(whole)
+    assert (MismatchStats() + measured(logs)).metrics() == whole
+    assert MismatchStats().metrics() == {}

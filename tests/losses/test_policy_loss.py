@@ -1,0 +1,241 @@
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, tensor
+
+from npo_cli.losses.inference_mismatch import MISMATCH_RULES
+from npo_cli.losses.policy_loss import make_policy_loss, policy_loss
+from npo_cli.losses.types import Divisors, LossInputs, LossStats
+from tests.losses.builders import divisors_of, loss_knobs, make_rows, mismatch, plain_advantages, with_matching_engine
+
+KINDS = ["grpo", "gspo", "gspo_token", "cispo"]
+MODES = ["exact", "proximal", "decoupled", "none"]
+HOWS = ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"]
+
+
+def loss_and_gradient(logps_NT: Tensor, rows: LossInputs, **changes: object) -> tuple[float, Tensor, LossStats]:
+    """The loss, its gradient on the log-probabilities and the stats of a batch that is not split.
+
+    Engine and trainer agree on own rows: what happens where they do not is told in test_mismatch.
+    """
+    rows = with_matching_engine(rows, logps_NT)
+    leaf_NT = logps_NT.clone().requires_grad_()
+    loss, stats = policy_loss(leaf_NT, rows, knobs=loss_knobs(**changes), divisors=divisors_of(rows))
+    (gradient_NT,) = torch.autograd.grad(loss, leaf_NT)
+    return loss.item(), gradient_NT, stats
+
+
+def test_plain_grpo_before_any_update_pushes_each_token_by_its_advantage():
+    logps_NT = tensor([[-1.0, -2.0], [-0.5, 9.9]])
+    rows = make_rows([2.0, -1.0], mask=[[1, 1], [1, 0]])
+    loss, gradient_NT, stats = loss_and_gradient(logps_NT, rows)
+    # rho = 1: L = (-2 + 1) / 2; each token of row 0 gets -2 / (2 rows * 2 tokens), that of row 1 +1 / (2 * 1)
+    assert loss == pytest.approx(-0.5)
+    assert gradient_NT.tolist() == [[-0.5, -0.5], [0.5, 0.0]]
+    found = stats.metrics()
+    assert (found["clip_ratio/low"], found["clip_ratio/high"]) == (0.0, 0.0)
+    assert not any(name.startswith("inject/") for name in found)
+
+
+def test_dr_grpo_divides_by_a_constant_whatever_the_length():
+    rows = make_rows([0.75, -0.25], mask=[[1, 1, 1, 1], [1, 0, 0, 0]])
+    loss, gradient_NT, _ = loss_and_gradient(torch.zeros(2, 4), rows, aggregation="seq_mean_token_sum_norm")
+    # L_max = 4, N = 2: -(4 * 0.75 - 1 * 0.25) / 8; a token of either row weighs A / 8
+    assert loss == pytest.approx(-2.75 / 8)
+    assert gradient_NT[0].tolist() == pytest.approx([-0.09375] * 4)
+    assert gradient_NT[1].tolist() == pytest.approx([0.03125, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("mode", "ratio", "weight"),
+    [
+        # proximal and none: 1 whatever the distance
+        ("proximal", 3.0, 1.0),
+        ("none", 3.0, 1.0),
+        ("none", 0.1, 1.0),
+        # exact: rho where rho <= 1.2, else 0
+        ("exact", 0.5, 0.5),
+        ("exact", 1.0, 1.0),
+        ("exact", 1.19, 1.19),
+        ("exact", 1.21, 0.0),
+        # decoupled: min(pi_old / pi_behavior, 2), since pi_theta / pi_old = 1
+        ("decoupled", 0.5, 0.5),
+        ("decoupled", 1.5, 1.5),
+        ("decoupled", 3.0, 2.0),
+    ],
+)
+def test_gradient_weight_of_a_good_foreign_token_before_any_update(mode, ratio, weight):
+    logps_NT = tensor([[-2.0]])
+    behavior = logps_NT - math.log(ratio)
+    rows = make_rows([1.0], mask=[[1]], behavior=behavior, is_off_policy=[1])
+    _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, ratio=mode)
+    assert gradient_NT.item() == pytest.approx(-weight, abs=1e-6)
+    assert stats.metrics()["inject/kept_share"] == float(weight > 0)
+    assert stats.metrics()["inject/ratio_mean"] == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_uncharged_foreign_row_is_a_score_function_under_every_objective(kind):
+    # far from both anchors, and below a dual clip and a cap that would cut any other row
+    logps_NT = tensor([[-2.0, -1.0]])
+    rows = make_rows([-1.5], mask=[[1, 1]], behavior=logps_NT - 3.0, old=logps_NT - 5.0, is_off_policy=[1])
+    _, gradient_NT, _ = loss_and_gradient(logps_NT, rows, kind=kind, ratio="none", dual_clip=1.1, cispo_cap=0.5)
+    # -A / T on each of the two tokens
+    assert gradient_NT.tolist() == [[0.75, 0.75]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_agrees_where_the_writer_is_the_learner(kind, mode):
+    logps_NT = tensor([[-1.0, -2.0], [-0.5, -3.0]])
+    own = make_rows([1.0, -1.0], mask=[[1, 1], [1, 1]], old=logps_NT)
+    foreign = replace(own, behavior_logps_NT=logps_NT, foreign_N=tensor([False, True]))
+    assert loss_and_gradient(logps_NT, foreign, kind=kind, ratio=mode)[1].equal(
+        loss_and_gradient(logps_NT, own, kind=kind)[1]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", HOWS)
+def test_a_solved_foreign_slot_at_the_proximal_ratio_is_plain_grpo_on_that_group(kind, how):
+    generator = torch.Generator().manual_seed(0)
+    logps_NT = -torch.rand(8, 5, generator=generator)
+    # seven failures and one success, which another policy wrote
+    advantages = plain_advantages(tensor([[0.0] * 7 + [1.0]]))[0].tolist()
+    own = make_rows(advantages, mask=[[1, 1, 1, 1, 1]] * 7 + [[1, 1, 1, 0, 0]])
+    mixed = replace(
+        own,
+        foreign_N=tensor([False] * 7 + [True]),
+        behavior_logps_NT=logps_NT - torch.rand(8, 5, generator=generator),
+    )
+    plain, mixed_in = (
+        loss_and_gradient(logps_NT, rows, kind=kind, aggregation=how, ratio="proximal") for rows in (own, mixed)
+    )
+    assert mixed_in[0] == plain[0]
+    assert mixed_in[1].equal(plain[1])
+
+
+def test_kl_and_entropy_terms_are_weighted_and_aggregated_like_the_policy_loss():
+    logps_NT = tensor([[-1.0, -1.0], [-1.0, math.nan]], requires_grad=True)
+    ref_NT = tensor([[-0.9, -1.0], [-1.1, math.nan]])
+    entropies_NT = tensor([[1.0, 3.0], [0.5, math.nan]], requires_grad=True)
+    rows = make_rows([0.0, 0.0], mask=[[1, 1], [1, 0]])
+    loss, stats = policy_loss(
+        logps_NT,
+        rows,
+        knobs=loss_knobs(kl_coef=0.5, entropy_coef=0.1),
+        divisors=divisors_of(rows),
+        ref_logps_NT=ref_NT,
+        entropies_NT=entropies_NT,
+    )
+    # k3(0.1) = 0.0051709, k3(0) = 0, k3(-0.1) = 0.0048374; entropy means 2 and 0.5
+    kl = (0.0051709 / 2 + 0.0048374) / 2
+    assert loss.item() == pytest.approx(0.5 * kl - 0.1 * (2.0 + 0.5) / 2, abs=1e-6)
+    assert stats.metrics()["kl"] == pytest.approx((0.0051709 + 0.0048374) / 3, abs=1e-6)
+    loss.backward()
+    assert entropies_NT.grad.tolist() == [pytest.approx([-0.025, -0.025]), pytest.approx([-0.05, 0.0])]
+    assert logps_NT.grad[1].tolist() == pytest.approx([0.5 * (1 - math.exp(-0.1)) / 2, 0.0], abs=1e-6)
+
+
+def test_a_missing_reference_is_our_mistake():
+    rows = make_rows([1.0], mask=[[1]])
+    with pytest.raises(AssertionError, match="reference"):
+        policy_loss(torch.zeros(1, 1), rows, knobs=loss_knobs(kl_coef=0.1), divisors=divisors_of(rows))
+    with pytest.raises(AssertionError, match="entropies"):
+        policy_loss(torch.zeros(1, 1), rows, knobs=loss_knobs(entropy_coef=0.1), divisors=divisors_of(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_rows_and_padding_of_any_value_leave_loss_and_gradient_finite(kind, mode):
+    logps_NT = tensor([[-1.0, math.nan], [-math.inf, math.nan], [-2.0, -math.inf]])
+    rows = make_rows([1.0, 1.0, -1.0], mask=[[1, 0], [0, 0], [1, 0]], behavior=logps_NT, is_off_policy=[1, 1, 0])
+    loss, gradient_NT, stats = loss_and_gradient(logps_NT, rows, kind=kind, ratio=mode)
+    # three rows, of one, no and one token: -(-A / 3) each; under cispo the loss is A * (1 * -1 - 1 * -2) / -3
+    assert gradient_NT.tolist() == [pytest.approx([-1 / 3, 0]), [0.0, 0.0], pytest.approx([1 / 3, 0])]
+    assert loss == pytest.approx(-1 / 3 if kind == "cispo" else 0.0)
+    assert stats.metrics()["inject/kept_share"] == 1.0
+
+
+def test_clips_are_counted_on_own_rows_and_kept_tokens_on_foreign_ones():
+    good, bad = [0.5, 1.0, 1.1, 1.5], [0.5, 1.0, 1.5, 9.0]
+    logps_NT = tensor([good, bad, bad, good, bad]).log()
+    anchor_NT = torch.zeros(5, 4)
+    advantages, foreign = [1.0, -1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1, 1]
+    rows = make_rows(advantages, mask=[[1] * 4] * 5, behavior=anchor_NT, old=anchor_NT, is_off_policy=foreign)
+    _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, dual_clip=3.0)
+    found = stats.metrics()
+    # 12 own tokens: 1.5 is too high in the good row, 0.5 too low and 9 over the dual clip in the bad one;
+    # where A = 0 there is nothing to clip
+    assert found["clip_ratio/low"] == 1 / 12
+    assert found["clip_ratio/high"] == 2 / 12
+    # 8 foreign tokens: 1.5 is cut, and the row with A = 0 teaches nothing
+    assert found["inject/kept_share"] == 3 / 8
+    assert found["inject/ratio_mean"] == pytest.approx((0.5 + 1 + 1.1 + 1.5 + 0.5 + 1 + 1.5 + 9) / 8)
+    assert (found["inject/ratio_min"], found["inject/ratio_max"]) == pytest.approx((0.5, 9.0))
+    assert int((gradient_NT[3:] != 0).sum()) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", HOWS)
+def test_the_share_of_the_push_is_that_of_the_gradient_autograd_finds(kind, mode, how):
+    generator = torch.Generator().manual_seed(1)
+    logps_NT = -torch.rand(6, 5, generator=generator)
+    near_NT = logps_NT + 0.15 * torch.randn(6, 5, generator=generator)
+    mask = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    rows = make_rows(
+        [1.0, -1.0, 0.5, 2.0, -0.3, 0.1],
+        mask=mask,
+        behavior=near_NT,
+        old=near_NT - 0.1,
+        is_off_policy=[1, 0, 0, 1, 0, 1],
+    )
+    _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, kind=kind, ratio=mode, aggregation=how)
+    size_NT = gradient_NT.abs()
+    expected = size_NT[rows.off_policy_N].sum() / size_NT.sum()
+    assert stats.metrics()["inject/push_share"] == pytest.approx(expected.item(), rel=1e-5)
+    if mode != "decoupled" or kind != "gspo":  # one ratio for the sequence spreads the token weights evenly
+        assert stats.off_policy_tokens_with_gradient == float((gradient_NT[rows.off_policy_N] != 0).sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_micro_batches_add_up_to_the_batch_however_it_is_split(data):
+    num_rows, num_columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+    kind, mode, how = (data.draw(st.sampled_from(choices)) for choices in (KINDS, MODES, HOWS))
+    # wide enough for some of these sequences, whose log w lie between -1 and 1 nats a token
+    engine = mismatch(data.draw(st.sampled_from(list(MISMATCH_RULES))), geo_low=0.8, geo_high=1.25, k3_max=0.1)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    logps_NT, behavior_NT, old_NT, ref_NT, entropies_NT = (
+        -torch.rand(num_rows, num_columns, generator=generator, dtype=torch.float64) for _ in range(5)
+    )
+    rows = LossInputs(
+        behavior_logps_NT=behavior_NT,
+        mask_NT=torch.rand(num_rows, num_columns, generator=generator) < 0.7,
+        advantages_N=torch.randn(num_rows, generator=generator, dtype=torch.float64),
+        off_policy_N=torch.rand(num_rows, generator=generator) < 0.4,
+        old_logps_NT=old_NT if data.draw(st.booleans()) else None,
+    )
+    divisors = Divisors(num_sequences=num_rows, num_tokens=int(rows.mask_NT.sum()), max_tokens=7)
+    loss_of = make_policy_loss(
+        loss_knobs(
+            kind=kind, ratio=mode, aggregation=how, dual_clip=1.5, kl_coef=0.1, entropy_coef=0.01, mismatch=engine
+        )
+    )
+
+    def part(chosen_N: Tensor) -> tuple[Tensor, LossStats]:
+        columns = {each.name: getattr(rows, each.name) for each in fields(rows)}
+        some = LossInputs(**{name: None if column is None else column[chosen_N] for name, column in columns.items()})
+        more = {"ref_logps_NT": ref_NT[chosen_N], "entropies_NT": entropies_NT[chosen_N]}
+        return loss_of(logps_NT[chosen_N], some, divisors=divisors, **more)
+
+    whole_loss, whole_stats = part(torch.arange(num_rows))
+    parts = [part(chosen_N) for chosen_N in torch.randperm(num_rows, generator=generator).split(2)]
+    assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole_loss.item(), abs=1e-12)
+    summed = sum((stats for _, stats in parts), start=LossStats()).metrics()
+    assert summed == pytest.approx(whole_stats.metrics(), abs=1e-9)

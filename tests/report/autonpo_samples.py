@@ -1,0 +1,57 @@
+"""Moves of AutoNPO by hand."""
+
+from typing import Any
+
+from npo_cli.types.autonpo import AutoNPOState, Phase, Transition, TriggerReading
+
+SIGNALS = {"gain": 0.004, "margin": 0.011, "drop": 0.091, "needed_drop": 0.05}
+SCORE = {
+    **{"distance": 20, "num_mistakes": 170, "num_probed": 19, "num_backward": 72, "chosen": False, "p_best": 0.25},
+    **{"quality": 0.25, "quality_low": 0.2, "quality_high": 0.3, "variance": 2.0, "variance_low": 1.5},
+    **{"variance_high": 2.5, "signal": 0.125, "signal_low": 0.1, "signal_high": 0.15, "variance_kind": "group2"},
+    **{"variances": {"kl_exp": 1.1}, "variance_forward": 2.0, "variance_backward": 1.9, "variances_agree": True},
+    **{"heavy_tail": True, "kl_per_token": 0.0468, "kl_per_sequence": 0.82},
+}
+NEAR_SCORE = SCORE | {"distance": 10, "num_mistakes": 90, "chosen": True, "p_best": 0.75, "heavy_tail": None}
+STRATUM = {
+    **{"nearest": 0, "farthest": 10, "num_mistakes": 90, "num_probed": 10, "num_samples": 40, "num_correct": 10},
+    **{"quality": 0.25, "quality_low": 0.1, "quality_high": 0.4},
+}
+CONFIRMATION = {
+    **{"accepted": True, "reason": "", "distance": 10, "strata": [STRATUM], "scores": [SCORE, NEAR_SCORE]},
+    **{"chosen_by": {"seq_kl": 10, "argmax": 10, "one_se": 20}, "num_prompts": 48, "num_samples": 192},
+    "num_tokens": 3225,
+}
+
+
+def make_transition(
+    step: int, event: str, phase: Phase = "TRAIN", *, before: Phase = "TRAIN", to: int | None = None, **evidence: Any
+) -> Transition:
+    """A move into `phase`; a rest lasts 40 steps, a replay from `to` until the step itself."""
+    until = {"COOLDOWN": step + 40, "REPLAY": step}.get(phase)
+    state = AutoNPOState(branch="main", step=step if to is None else to, phase=phase, until_step=until)
+    return Transition(step=step, event=event, phase_before=before, state=state, evidence=evidence)
+
+
+def intervention_transitions(step: int, *, to: int) -> list[Transition]:
+    """From the warning to the rest."""
+    return [
+        make_transition(step - 2, "warning", **SIGNALS),
+        make_transition(step, "trigger", "PROBE", **SIGNALS),
+        make_transition(step, "accepted", "GUIDE_GEN", before="PROBE", **CONFIRMATION),
+        make_transition(step, "guided", "ROLLBACK", before="GUIDE_GEN", num_asked=30, num_found=20, num_reused=5),
+        make_transition(step, "rolled_back", "REPLAY", before="ROLLBACK", to=to, to_step=to),
+        make_transition(step, "replayed", "COOLDOWN", before="REPLAY", distance=step - to),
+    ]
+
+
+def make_readings(num_steps: int) -> list[TriggerReading]:
+    """A reward that rises, an entropy that falls, and averages that are exact; step 3 recorded neither."""
+    found = []
+    for step in range(1, num_steps + 1):
+        seen = {"reward": step / num_steps, "entropy": 1 - step / num_steps} if step != 3 else {}
+        averages = {f"{name}_ema": value for name, value in seen.items()}
+        found.append(
+            TriggerReading(step=step, verdict="rising", **{"reward": None, "entropy": None} | seen, **averages)
+        )
+    return found

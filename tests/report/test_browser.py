@@ -1,0 +1,142 @@
+"""The page in headless Chromium: what it shows, that nothing is fetched or run, and that it fits a screen and a phone.
+
+Screenshots stay in the folder that NPO_CI_OUT names. Console and network are watched through Chromium's own logs; one
+test opens a page that misbehaves, to show that the watch would see it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from npo_cli.report.build import write_report
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.rollout_log import RolloutLog
+from tests.helpers.runs import copy_run, resume, score
+from tests.report.html_parsing import ParsedPage
+from tests.report.test_run_page import hostile
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+QUIETLY = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-quic", "--enable-logging=stderr"),
+    *("--virtual-time-budget=5000", "--allow-file-access-from-files"),
+)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """What Chromium made of a page."""
+
+    dom: ParsedPage
+    console: list[str]
+    addresses: list[str]
+    """On the net, that it asked for."""
+
+
+def opened(page: Path, *options: str) -> Opened:
+    """Open a file; its document after everything has loaded."""
+    profile = page.parent / "profile"
+    log = page.parent / "net.json"
+    command = [CHROMIUM, *QUIETLY, *options, f"--user-data-dir={profile}", f"--log-net-log={log}", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return Opened(dom=ParsedPage(done.stdout), console=console, addresses=asked_by_pages(log.read_text()))
+
+
+def asked_by_pages(log: str) -> list[str]:
+    """Addresses on the net that a page asked for. What Chromium asks for itself is `not an origin`."""
+    begun = re.findall(r'"initiator":"([^"]*)".*?"url":"((?:https?|wss?):[^"]*)"', log)
+    return [address for initiator, address in begun if initiator != "not an origin"]
+
+
+def photographed(page: Path, name: str, *, width: int, height: int) -> Path:
+    folder = Path(os.environ.get("NPO_CI_OUT") or page.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    shot = folder / f"{name}.png"
+    size = (f"--window-size={width},{height}", f"--screenshot={shot}", f"--user-data-dir={page.parent / 'profile'}")
+    subprocess.run([CHROMIUM, *QUIETLY, *size, page.as_uri()], capture_output=True, timeout=120, check=True)
+    return shot
+
+
+def framed(page: Path, *, width: int, height: int) -> Path:
+    """A page that shows ours at a width narrower than any window, and says how wide its content is."""
+    frame = page.with_name(f"frame-{width}.html")
+    frame.write_text(
+        f'<!DOCTYPE html><body style="margin:0"><iframe src="{page.name}" width="{width}" height="{height}" '
+        'style="border:0" onload="document.body.title = this.contentDocument.documentElement.scrollWidth">'
+        "</iframe></body>"
+    )
+    return frame
+
+
+@pytest.fixture(scope="module")
+def page(scout, watched, tmp_path_factory) -> Path:
+    """Two runs; every answer of the one's replay would like to be more than text."""
+    folder = tmp_path_factory.mktemp("page")
+    root = copy_run(scout, folder / "hostile")
+    resume(root, "guide.inject.max_accuracy=1.0", "eval.every=1", at=2, guide="near")
+    score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
+    journal = open_run(root).rollouts_path("near")
+    steps = {step: RolloutLog(journal).read_step(step) for step in (3, 4)}
+    journal.unlink()
+    for step, groups in steps.items():
+        RolloutLog(journal).write_step(step, [hostile(group) for group in groups])
+    list(write_report([root, watched], folder / "report.html", plots_folder=None))
+    return folder / "report.html"
+
+
+def test_the_browser_finds_the_elements_that_were_written_and_no_more(page):
+    seen, written = opened(page), ParsedPage(page.read_text())
+    assert seen.dom.elements == written.elements
+    assert "<script>alert(1)</script>" in seen.dom.text
+    assert "\\x1b[2J\\x1b]0;owned\\x07\\u202e" in seen.dom.text
+
+
+def test_nothing_is_said_on_the_console_and_nothing_is_asked_of_the_net(page):
+    seen = opened(page)
+    assert (seen.console, seen.addresses) == ([], [])
+
+
+def test_the_watch_sees_a_page_that_misbehaves(tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text('<!DOCTYPE html><img src="http://127.0.0.1:9/x.png"><script>console.error("here")</script>')
+    seen = opened(bad)
+    assert any("here" in line for line in seen.console)
+    assert set(seen.addresses) == {"http://127.0.0.1:9/x.png"}
+
+
+def test_every_picture_can_be_drawn(page):
+    """A broken picture has no size: the pictures of the page in a frame, asked for theirs."""
+    frame = framed(page, width=1280, height=900)
+    frame.write_text(
+        frame.read_text().replace(
+            "this.contentDocument.documentElement.scrollWidth",
+            "[...this.contentDocument.images].filter(one => one.naturalWidth).length",
+        )
+    )
+    titles = [value for tag, name, value in opened(frame).dom.attributes if (tag, name) == ("body", "title")]
+    assert titles == [str(ParsedPage(page.read_text()).elements["img"])]
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_page_is_no_wider_than_its_window(page, width):
+    frame = framed(page, width=width, height=900)
+    titles = [value for tag, name, value in opened(frame).dom.attributes if (tag, name) == ("body", "title")]
+    assert titles == [str(width)]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 6000), (420, 9000)])
+def test_a_screenshot_is_left_for_people(page, width, height):
+    frame = framed(page, width=width, height=height)
+    shot = photographed(frame, f"report-{width}", width=max(width, 500), height=height)
+    # A blank picture of this size takes some 20 kB.
+    assert shot.stat().st_size > 200_000

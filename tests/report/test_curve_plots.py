@@ -1,0 +1,42 @@
+"""Curves of arms with their bands."""
+
+import re
+from pathlib import Path
+
+from npo_cli.report.curve_plots import AXIS_LABELS, plot_method_curves
+from npo_cli.types.comparison import AXES, CurveBandPoint, Estimate
+
+
+def band(arm: str, *, axes=AXES) -> list[CurveBandPoint]:
+    return [
+        CurveBandPoint(
+            method=arm, axis=axis, cost=cost, accuracy=Estimate(value=cost / 100, low=cost / 200, high=cost / 50)
+        )
+        for axis in axes
+        for cost in (0.0, 20.0, 40.0)
+    ]
+
+
+def labels(path: Path) -> list[str]:
+    return re.findall(r"<!-- (.*) -->", path.read_text())
+
+
+def test_every_axis_has_a_panel_and_every_arm_a_name(tmp_path):
+    plot_method_curves([*band("grpo"), *band("npo")], tmp_path / "c.svg", "two arms")
+    found = labels(tmp_path / "c.svg")
+    assert {*AXIS_LABELS.values(), "grpo", "npo", "two arms", "held-out accuracy"} <= set(found)
+    # one band an arm and an axis
+    assert len(re.findall(r'id="FillBetweenPolyCollection_\d+"', (tmp_path / "c.svg").read_text())) == 10
+
+
+def test_an_axis_that_is_not_known_has_no_panel(tmp_path):
+    plot_method_curves(band("grpo", axes=("step", "tokens")), tmp_path / "c.svg", "")
+    assert {"wall clock (s)", "all optimiser updates"} & set(labels(tmp_path / "c.svg")) == set()
+
+
+def test_a_curve_without_an_interval_is_drawn_and_so_are_many_arms(tmp_path):
+    bare = [
+        CurveBandPoint(method=f"a{place}", axis="step", cost=1.0, accuracy=Estimate(value=0.5)) for place in range(9)
+    ]
+    plot_method_curves(bare, tmp_path / "c.svg", "")
+    assert {f"a{place}" for place in range(9)} <= set(labels(tmp_path / "c.svg"))

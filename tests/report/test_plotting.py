@@ -1,0 +1,94 @@
+import math
+import re
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.report.plotting import format_compact, plot_accuracy_curves, plot_scores
+from npo_cli.types.costs import CurvePoint
+from tests.report.samples import FAR_SCORE, SCORE
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def points(arm: str, *, extra: int) -> list[CurvePoint]:
+    return [
+        CurvePoint(
+            name=arm, step=step, total_steps=step + extra, total_tokens=1000 * (step + extra), accuracy=step / 100
+        )
+        for step in (0, 50, 90)
+    ]
+
+
+def test_the_comparison_is_one_wide_picture(tmp_path):
+    path = tmp_path / "new" / "cmp.png"
+    plot_accuracy_curves([*points("GRPO", extra=0), *points("NPO", extra=40)], path, "two arms")
+    # 13 x 4.6 inches at 150 dots an inch
+    assert png_size(path) == (1950, 690)
+
+
+def labels(path: Path) -> list[str]:
+    """Texts of an SVG, which matplotlib notes beside their outlines."""
+    return re.findall(r"<!-- (.*) -->", path.read_text())
+
+
+def test_the_clock_has_a_panel_where_it_is_known_of_every_arm(tmp_path):
+    slow, fast = points("GRPO", extra=0), points("NPO", extra=40)
+    timed = [[replace(point, total_seconds=2.5 * point.total_steps) for point in arm] for arm in (slow, fast)]
+    plot_accuracy_curves([*timed[0], *timed[1]], tmp_path / "both.svg", "")
+    plot_accuracy_curves([*slow, *timed[1]], tmp_path / "one.svg", "")
+    assert labels(tmp_path / "both.svg").count("wall clock (s)") == 1
+    assert labels(tmp_path / "one.svg").count("wall clock (s)") == 0
+    # 2.5 x (90 + 40) = 325 seconds: the axis goes beyond 300
+    assert "300" in labels(tmp_path / "both.svg")
+
+
+def test_the_same_points_give_the_same_picture(tmp_path):
+    for name in ("a.png", "b.png"):
+        plot_accuracy_curves(points("GRPO", extra=0), tmp_path / name, "one arm")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_more_arms_than_colours_are_still_drawn(tmp_path):
+    every = [point for number in range(9) for point in points(f"arm {number}", extra=number)]
+    plot_accuracy_curves(every, tmp_path / "many.svg", "nine arms")
+    assert (tmp_path / "many.svg").read_text().count("<!-- arm 8 -->") == 1
+
+
+def test_scores_are_drawn_even_where_some_could_not_be_estimated(tmp_path):
+    hopeless = replace(SCORE, step=180, distance=100, variance=math.nan, signal=math.nan, chosen=False)
+    plot_scores([SCORE, FAR_SCORE, hopeless], tmp_path / "scores.png", "guides of step 80")
+    assert png_size(tmp_path / "scores.png") == (1950, 660)
+
+
+def test_one_lonely_score_is_drawn(tmp_path):
+    plot_scores([SCORE], tmp_path / "scores.png")
+    assert png_size(tmp_path / "scores.png") == (1950, 660)
+
+
+def test_drawing_leaves_matplotlibs_settings_alone(tmp_path):
+    import matplotlib
+
+    before = matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]
+    plot_accuracy_curves(points("GRPO", extra=0), tmp_path / "a.png", "")
+    assert (matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]) == before
+
+
+def test_without_matplotlib_the_hint_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(NpoError) as caught:
+        plot_accuracy_curves(points("GRPO", extra=0), tmp_path / "a.png", "")
+    assert caught.value.hint == "pip install matplotlib"
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (300, "300"), (20_000, "20k"), (1.5e6, "1.5M"), (2e9, "2G")])
+def test_axis_counts_are_short(value, text):
+    assert format_compact(value) == text

@@ -1,0 +1,206 @@
+"""`npo report` on real runs: what is in the page, what is refused, and that a run is only read."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.report.build import write_report
+from npo_cli.report.prompt_history import (
+    NUM_SAMPLES,
+    VisitSummary,
+    pick_evenly_spaced,
+    prompt_outcomes_table,
+    select_prompts,
+)
+from npo_cli.report.run_page import build_curves, collect_branch_spans
+from npo_cli.storage.bench_dir import save_bench_index
+from npo_cli.storage.layout import create_run, open_run
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.types.rollouts import Group
+from tests.helpers.runs import copy_run, file_digests, resume, score
+from tests.report.html_parsing import ParsedPage
+from tests.report.test_html import HOSTILE
+
+
+@pytest.fixture(scope="module")
+def guided(scout, tmp_path_factory) -> Path:
+    """4 steps on main, evaluated; a scoring; steps 3 and 4 again as `near` with a guide in every group it can."""
+    root = copy_run(scout, tmp_path_factory.mktemp("guided") / "a run é")
+    resume(root, "guide.inject.max_accuracy=1.0", "eval.every=1", at=2, guide="near")
+    score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
+    return root
+
+
+def reported(*roots: Path, out: Path, pictures: Path | None = None) -> ParsedPage:
+    list(write_report(roots, out, plots_folder=pictures))
+    return ParsedPage(out.read_text(encoding="utf-8"))
+
+
+def captions(found: ParsedPage) -> list[str]:
+    return [line for line in found.texts if line.strip()]
+
+
+def test_a_page_tells_everything_of_a_run(guided, tmp_path):
+    found = reported(guided, out=tmp_path / "new" / "r.html")
+    assert found.problems == []
+    told = captions(found)
+    for title in (
+        *("npo report: a run é", "Held-out accuracy", "Training", "Lineage", "Candidate guides for step 2 of near"),
+        *("What it cost", "Everything executed", "Prompts and answers", "Recipe in full"),
+    ):
+        assert title in told, title
+    assert "num_steps: 4" in found.text
+    # 4 curves, reward and entropy and two of the guide's, the tree, Q and V and S
+    assert found.elements["img"] == 4 + 4 + 1 + 3
+    assert 0 < found.elements["article"] <= NUM_SAMPLES
+    assert "AutoNPO" not in told
+
+
+def test_a_page_tells_what_autonpo_decided(watched, tmp_path):
+    told = captions(reported(watched, out=tmp_path / "r.html"))
+    assert "What AutoNPO did" in told
+    assert {"Probe at step 6: accepted", "Probe at step 8: accepted"} <= set(told)
+
+
+def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):
+    found = reported(guided, watched, out=tmp_path / "r.html", pictures=tmp_path / "p")
+    told = captions(found)
+    assert told.index("Overview") < told.index("Side by side") < told.index("What it cost")
+    assert [value for _, name, value in found.attributes if name == "href"] == [f"#chapter-{n}" for n in (1, 2, 3)]
+    saved = {path.name for path in (tmp_path / "p").iterdir()}
+    assert {"overview-accuracy-by-step.svg", "run-1-lineage.png", "run-2-lineage.svg"} <= saved
+    # every picture of the page, once of each kind and under a name of its own
+    assert len(saved) == 2 * found.elements["img"]
+
+
+def test_the_folder_of_a_bench_stands_for_its_runs(guided, watched, tmp_path):
+    home = tmp_path / "bench"
+    for name, run in (("grpo", guided), ("auto", watched)):
+        copy_run(run, home / name)
+    save_bench_index(home, [(name, home / name) for name in ("grpo", "auto")])
+    found = reported(home, out=tmp_path / "r.html")
+    assert [value for _, name, value in found.attributes if name == "href"] == [f"#chapter-{n}" for n in (1, 2, 3)]
+
+
+def test_the_same_run_gives_the_same_page_and_is_only_read(guided, tmp_path):
+    before = file_digests(guided)
+    for name in ("a.html", "b.html", "a.html"):
+        reported(guided, out=tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    assert file_digests(guided) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
+
+
+def test_a_curve_begins_where_its_branch_was_ready_to_start_again(guided):
+    run = open_run(guided)
+    (near,) = [arm for arm in build_curves(run) if arm.points[0].name == "near"]
+    # Step 2 was not evaluated, so its first point is step 3: no diamond without a measurement.
+    assert [point.step for point in near.points] == [3, 4]
+    assert (near.is_fork, near.guide_until) == (False, 4)
+    # 4 steps of main, guide and scoring paid, and one of its own
+    assert near.points[0].total_steps == 5
+
+
+def test_limbs_tell_what_is_kept(guided):
+    main, near = collect_branch_spans(open_run(guided), "near")
+    assert (main.fork_step, main.last_step, main.lineage_until) == (0, 4, 2)
+    assert (near.fork_step, near.last_step, near.lineage_until) == (2, 4, 4)
+    assert (near.parent, near.guide_cache, near.guide_step, near.guide_until) == ("main", "near", 4, 4)
+    main, near = collect_branch_spans(open_run(guided), "main")
+    assert (main.lineage_until, near.lineage_until) == (4, None)
+
+
+def test_hostile_rollouts_of_a_real_run_are_text(guided, tmp_path):
+    root = copy_run(guided, tmp_path / "run")
+    journal = open_run(root).rollouts_path("near")
+    steps = {step: RolloutLog(journal).read_step(step) for step in (3, 4)}
+    journal.unlink()
+    for step, groups in steps.items():
+        RolloutLog(journal).write_step(step, [hostile(group) for group in groups])
+    calm = reported(guided, out=tmp_path / "calm.html")
+    found = reported(root, out=tmp_path / "hostile.html")
+    # Answers are no longer told apart, so there are fewer boxes; but no element of a new kind.
+    assert found.elements.keys() == calm.elements.keys()
+    assert found.problems == []
+    assert "<script>alert(1)</script>" in found.text
+    assert "\\x1b[2J\\x1b]0;owned\\x07\\u202e" in found.text
+    assert not set((tmp_path / "hostile.html").read_text()) & set("\x1b\x07\u202e\x00")
+
+
+def hostile(group: Group) -> Group:
+    return replace(group, rollouts=tuple(replace(rollout, text=HOSTILE) for rollout in group.rollouts))
+
+
+def test_a_run_that_just_began_has_a_page(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
+        (root / "branches" / "main" / name).unlink()
+    told = captions(reported(root, out=tmp_path / "r.html"))
+    assert "No checkpoint was evaluated yet: npo eval RUN --all does it." in told
+    assert "Training" not in told
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("r.txt", "a page ends in .html"),
+        ("folder.html", "folder.html is a folder"),
+        ("mine.html", "exists and is no report of npo"),
+    ],
+)
+def test_what_is_no_page_of_ours_is_not_replaced(guided, tmp_path, out, message):
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "mine.html").write_text("<p>my own page</p>")
+    with pytest.raises(NpoError, match=re.escape(message)):
+        list(write_report([guided], tmp_path / out, plots_folder=None))
+    assert (tmp_path / "mine.html").read_text() == "<p>my own page</p>"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "mine.html"]
+
+
+def test_runs_that_cannot_be_told_are_refused_before_anything_is_written(guided, tmp_path):
+    empty = create_run(tmp_path / "empty", recipe={"name": "x"}, npo_version="0").root
+    for roots, message in (
+        ([guided, guided / "." / ""], "was given twice"),
+        ([guided, tmp_path / "nowhere"], "there is no run directory"),
+        ([empty], "nothing was trained in"),
+    ):
+        with pytest.raises(NpoError, match=message):
+            list(write_report(roots, tmp_path / "r.html", plots_folder=None))
+    damaged = copy_run(guided, tmp_path / "damaged")
+    with (damaged / "evals.jsonl").open("a") as file:
+        file.write(json.dumps({"branch": "main"}) + "\n")
+    with pytest.raises(NpoError, match=r"evals\.jsonl, line \d+ is damaged"):
+        list(write_report([damaged], tmp_path / "r.html", plots_folder=None))
+    assert not (tmp_path / "r.html").exists()
+
+
+# Which prompts are shown
+
+
+def mark(step: int, *, right: int = 0, seated: bool = False) -> VisitSummary:
+    return VisitSummary(prompt_id="", step=step, num_correct=right, has_guide=seated)
+
+
+def test_samples_are_spread_over_the_steps_at_which_guides_were_seated():
+    marks = {f"p{step}": [mark(step, seated=step > 3)] for step in range(1, 14)}
+    # Ten were guided, from step 4 to 13: places 0, 3, 6 and 9 of them.
+    assert select_prompts(marks) == ["p4", "p7", "p10", "p13"]
+    # Without any guide: those of the newest step.
+    plain = {"old": [mark(1)], "new": [mark(1), mark(9)], "newer": [mark(9)]}
+    assert select_prompts(plain) == ["new", "newer"]
+    assert (select_prompts({}), pick_evenly_spaced([1, 2, 3])) == ([], [1, 2, 3])
+
+
+def test_fates_tell_what_followed_a_guide():
+    marks = {
+        "taught": [mark(1), mark(5, seated=True), mark(9, right=2)],
+        "knew": [mark(1, right=1), mark(5, seated=True)],
+        "never": [mark(1), mark(5, seated=True), mark(9)],
+        "alone": [mark(1, right=1)],
+    }
+    table = prompt_outcomes_table("late", marks)
+    assert [number for _, number in table.rows] == ["4", "3", "3", "2", "2", "1"]

@@ -1,0 +1,154 @@
+"""Hand-made pieces of a run directory."""
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from npo_cli.storage.checkpoints import create_checkpoint
+from npo_cli.storage.evals import PromptResults
+from npo_cli.storage.layout import RunDir, create_run
+from npo_cli.storage.lineage import append_segment
+from npo_cli.types.guides import GuideCacheInfo, GuideRollout
+from npo_cli.types.rollouts import CheckpointScore, EvalReport, Group, Prompt, Rollout, Segment
+
+RECIPE = {"name": "tiny", "train": {"seed": 0, "num_steps": 4}}
+
+
+def new_run(folder: Path) -> RunDir:
+    """A run with its first branch and no checkpoint."""
+    run = create_run(folder / "run", recipe=RECIPE, npo_version="0.1.0")
+    append_segment(run, main_segment())
+    return run
+
+
+def main_segment() -> Segment:
+    return Segment(branch="main", parent=None, fork_step=0, guide_cache=None, guide_until=None)
+
+
+def fork(run: RunDir, branch: str, *, parent: str, at: int) -> None:
+    """A branch without a guide."""
+    run.save_recipe(branch, RECIPE)
+    append_segment(run, Segment(branch=branch, parent=parent, fork_step=at, guide_cache=None, guide_until=None))
+
+
+def safetensors_bytes(tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> bytes:
+    """A safetensors file, spelled by hand: name -> (dtype, shape, data)."""
+    header, data = {}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    head = json.dumps(header).encode()
+    return struct.pack("<Q", len(head)) + head + data
+
+
+def f32(*numbers: float) -> bytes:
+    return np.asarray(numbers, dtype="<f4").tobytes()
+
+
+def write_checkpoint(
+    run: RunDir, step: int, *, branch: str = "main", anchor: bool = True, weight: float | None = None
+) -> Path:
+    """A checkpoint of one number."""
+    with create_checkpoint(run, branch, step) as folder:
+        number = float(step) if weight is None else weight
+        (folder / "model.safetensors").write_bytes(safetensors_bytes({"w": ("F32", [1], f32(number))}))
+        (folder / "config.json").write_text("{}\n")
+        if anchor:
+            (folder / "anchor").mkdir()
+            (folder / "anchor" / "state.json").write_text(f'{{"step": {step}}}\n')
+    return run.checkpoint_folder(branch, step)
+
+
+def rollout(slot: int, *, prompt_id: str = "p0", logps: Sequence[float] = (-0.5, -0.25)) -> Rollout:
+    return Rollout(
+        prompt_id=prompt_id,
+        slot=slot,
+        response_ids=(7, 1),
+        behavior_logps=tuple(np.asarray(logps, dtype=np.float32).tolist()),
+        text="7",
+        finished=True,
+        sampler_step=0,
+        verdict="correct",
+        reward=1.0,
+    )
+
+
+def group(prompt_id: str) -> Group:
+    prompt = Prompt(prompt_id=prompt_id, answer="7", text="3+4=")
+    return Group(
+        prompt=prompt,
+        rollouts=(rollout(0, prompt_id=prompt_id), rollout(1, prompt_id=prompt_id)),
+        injection_status="gate_closed",
+        on_policy_accuracy=1.0,
+    )
+
+
+def guide_info(run: RunDir, **changes: object) -> GuideCacheInfo:
+    fields: dict[str, object] = {
+        "name": "g",
+        "run_id": run.run_id,
+        "branch": "main",
+        "at_step": 20,
+        "guide_step": 40,
+        "guide_digest": "d",
+        "num_steps": 20,
+        "tokenizer_digest": "t",
+        "sampling": "8 by 2, random",
+        "num_prompts": 0,
+        "num_found": 0,
+        "num_samples": 0,
+        "num_tokens": 0,
+    }
+    return GuideCacheInfo(**(fields | changes))  # type: ignore[arg-type]
+
+
+def trajectory(prompt_id: str) -> GuideRollout:
+    logps = np.asarray([-0.1, -1.2345678], dtype=np.float32).tolist()
+    return GuideRollout(
+        prompt_id=prompt_id,
+        response_ids=(7, 1),
+        behavior_logps=tuple(logps),
+        text="7",
+        verdict="correct",
+        guide_step=40,
+        num_sampled=4,
+        num_correct=1,
+    )
+
+
+def score(step: int, **changes: object) -> CheckpointScore:
+    numbers = (
+        "quality quality_low quality_high pass_at_1 pass_at_k quality_self quality_net variance variance_low "
+        "variance_high signal signal_low signal_high p_best kl_per_token kl_per_sequence mean_length ess_fraction"
+    )
+    fields: dict[str, object] = dict.fromkeys(numbers.split(), 0.5)
+    fields |= {"step": step, "distance": step, "quality_kind": "pass@k", "variance_kind": "group2"}
+    fields |= {"variances": {"tok2": 1.5}, "num_prompts": 8, "num_samples": 64, "unreliable": False, "chosen": False}
+    return CheckpointScore(**(fields | changes))  # type: ignore[arg-type]
+
+
+def evaluation(step: int, *, branch: str = "main", accuracy: float = 0.5, num_samples: int = 2) -> EvalReport:
+    return EvalReport(
+        branch=branch,
+        step=step,
+        num_prompts=4,
+        num_samples=num_samples,
+        accuracy=accuracy,
+        accuracy_low=0.25,
+        accuracy_high=0.75,
+        pass_at_k=0.5,
+        pass_at_k_low=0.25,
+        pass_at_k_high=0.75,
+        mean_length=2.0,
+        truncated_fraction=0.0,
+        num_tokens=16,
+    )
+
+
+def make_eval_results(step: int, *, num_correct: tuple[int, ...] = (2, 1, 0, 1)) -> PromptResults:
+    """Those behind `evaluation(step)`."""
+    prompts = ("0a", "0b", "0c", "0d")
+    return PromptResults(branch="main", step=step, num_samples=2, prompt_keys=prompts, num_correct=num_correct)

@@ -1,0 +1,99 @@
+from dataclasses import replace
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.storage.guide_cache import (
+    QueriedPrompt,
+    finish_guide_cache,
+    list_guide_caches,
+    load_guide,
+    open_guide_cache,
+)
+from tests.storage.builders import guide_info, new_run, trajectory
+
+
+def asked(prompt_id: str, num_correct: int) -> QueriedPrompt:
+    return QueriedPrompt(prompt_id=prompt_id, num_sampled=4, num_correct=num_correct, num_tokens=12)
+
+
+def test_a_finished_cache_comes_back_whole_with_its_counts(tmp_path):
+    run = new_run(tmp_path)
+    store = open_guide_cache(run, guide_info(run))
+    store.add_rollout(trajectory("a"))
+    store.add_queried_prompt(asked("a", 1))
+    store.add_queried_prompt(asked("b", 0))
+    finish_guide_cache(run, guide_info(run))
+    info, trajectories = load_guide(run, "g")
+    assert trajectories == {"a": (trajectory("a"),)}
+    # two prompts, 4 samples and 12 tokens each, one solved
+    counts = {"num_prompts": 2, "num_found": 1, "num_trajectories": 1, "num_samples": 8, "num_tokens": 24}
+    assert info == guide_info(run, **counts, complete=True)
+    assert list_guide_caches(run) == [info]
+
+
+def test_interrupted_sampling_goes_on_where_it_stopped(tmp_path):
+    run = new_run(tmp_path)
+    store = open_guide_cache(run, guide_info(run))
+    store.add_rollout(trajectory("a"))
+    store.add_queried_prompt(asked("a", 1))
+    store.add_rollout(trajectory("b"))  # killed before b was declared asked
+    again = open_guide_cache(run, guide_info(run, num_prompts=99))
+    assert again.read_queried_prompts() == {"a": asked("a", 1)}
+    assert again.add_rollout(trajectory("b")) == "same"
+    assert again.add_queried_prompt(asked("b", 1)) == "written"
+    assert set(again.read_rollouts()) == {"a", "b"}
+
+
+def test_an_unfinished_cache_is_listed_but_never_loaded(tmp_path):
+    run = new_run(tmp_path)
+    open_guide_cache(run, guide_info(run))
+    assert [info.complete for info in list_guide_caches(run)] == [False]
+    with pytest.raises(NpoError, match=r"guide 'g' of .* is unfinished") as caught:
+        load_guide(run, "g")
+    assert caught.value.hint.endswith("--guide 40 --at 20 --name g")
+
+
+def test_a_name_taken_by_a_finished_cache_is_refused(tmp_path):
+    run = new_run(tmp_path)
+    open_guide_cache(run, guide_info(run))
+    finish_guide_cache(run, guide_info(run))
+    with pytest.raises(NpoError, match=r"already has a finished guide 'g' \(step 40 for step 20\)") as caught:
+        open_guide_cache(run, guide_info(run))
+    assert "--name" in caught.value.hint
+
+
+def test_a_name_taken_by_another_unfinished_cache_is_refused(tmp_path):
+    run = new_run(tmp_path)
+    open_guide_cache(run, guide_info(run))
+    with pytest.raises(NpoError, match="an unfinished guide 'g' with another guide_step, num_steps"):
+        open_guide_cache(run, guide_info(run, guide_step=60, num_steps=40))
+
+
+def test_a_guide_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    run = new_run(tmp_path)
+    assert list_guide_caches(run) == []
+    with pytest.raises(NpoError, match="has no guide 'x'; it has: none"):
+        load_guide(run, "x")
+    open_guide_cache(run, guide_info(run))
+    with pytest.raises(NpoError, match="it has: g"):
+        load_guide(run, "x")
+    with pytest.raises(NpoError, match="cannot name"):
+        load_guide(run, "../main")
+
+
+def test_a_guide_of_another_run_is_refused(tmp_path):
+    run = new_run(tmp_path)
+    foreign = replace(guide_info(run), run_id="f" * 32)
+    open_guide_cache(run, foreign)
+    finish_guide_cache(run, foreign)
+    with pytest.raises(NpoError, match="was made in another run"):
+        load_guide(run, "g")
+
+
+def test_a_guide_file_with_a_field_lost_is_damage(tmp_path):
+    run = new_run(tmp_path)
+    open_guide_cache(run, guide_info(run))
+    (run.guide_folder("g") / "guide.json").write_text('{"name": "g"}')
+    with pytest.raises(NpoError, match=r"guide\.json is damaged: it has no field 'run_id'"):
+        list_guide_caches(run)

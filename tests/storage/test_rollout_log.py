@@ -1,0 +1,130 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npo_cli.errors import NpoError
+from npo_cli.storage.rollout_log import RolloutLog, decode_float32, encode_float32
+from npo_cli.types.rollouts import Group, ImageRef, Message, Prompt
+from tests.storage.builders import group, rollout
+
+FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(FLOAT32))
+def test_every_float32_survives_its_shortest_decimal(logps_T: list[float]):
+    assert decode_float32(encode_float32(logps_T)) == tuple(logps_T)
+
+
+def test_the_decimal_is_the_shortest_that_names_the_float32():
+    exact = float(np.float32(-1.2345678))
+    assert repr(exact) == "-1.2345677614212036"
+    assert encode_float32([exact]) == [-1.2345678]
+    assert decode_float32([-1.2345678]) == (exact,)
+
+
+def test_a_missing_log_probability_reads_as_nan():
+    assert math.isnan(decode_float32([None])[0])
+
+
+def test_groups_come_back_equal_with_everything_in_them(tmp_path):
+    chat = Prompt(
+        prompt_id="chat:1",
+        answer="é",
+        messages=(Message(role="system", content="be brief"), Message(role="user", content="\ud83d\n")),
+        dataset="gcd",
+        row=3,
+        images=(ImageRef(location="a.png", sha256="ab", width=4, height=3),),
+    )
+    seated = replace(rollout(1, prompt_id="chat:1"), source="guide", sampler_step=40, mean_entropy=0.1, verdict=None)
+    written = (
+        group("p0"),
+        Group(prompt=chat, rollouts=(rollout(0, prompt_id="chat:1"), seated), injection_status="injected"),
+    )
+    journal = RolloutLog(tmp_path / "r.jsonl")
+    assert journal.write_step(3, written) == "written"
+    assert RolloutLog(tmp_path / "r.jsonl").read_step(3) == written
+    assert written[1].rollouts[1].guide_step == 40
+
+
+def test_a_step_that_is_not_there_is_none(tmp_path):
+    journal = RolloutLog(tmp_path / "r.jsonl")
+    assert journal.read_step(1) is None
+    assert journal.steps() == ()
+    assert list(journal.iter_groups()) == []
+
+
+def test_a_step_written_again_is_compared(tmp_path):
+    journal = RolloutLog(tmp_path / "r.jsonl")
+    journal.write_step(1, [group("a"), group("b")])
+    before = journal.path.read_bytes()
+    assert journal.write_step(1, [group("a"), group("b")]) == "same"
+    assert RolloutLog(journal.path).write_step(1, [group("b"), group("a")]) == "differs"
+    assert journal.path.read_bytes() == before
+
+
+def test_readers_find_groups_by_step_and_prompt(tmp_path):
+    journal = RolloutLog(tmp_path / "r.jsonl")
+    journal.write_step(1, [group("a"), group("b")])
+    journal.write_step(2, [group("b")])
+    assert [(step, found.prompt.prompt_id) for step, found in journal.iter_groups()] == [(1, "a"), (1, "b"), (2, "b")]
+    assert [step for step, _ in journal.iter_groups(prompt_id="b")] == [1, 2]
+    assert [found.prompt.prompt_id for _, found in journal.iter_groups(step=1)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("num_lost", [1, 30, 700])
+def test_a_step_cut_short_is_ignored_by_readers_and_cut_off_by_the_writer(tmp_path, num_lost: int):
+    path = tmp_path / "r.jsonl"
+    RolloutLog(path).write_step(1, [group("a")])
+    whole = path.read_bytes()
+    RolloutLog(path).write_step(2, [group("a"), group("b")])
+    both = path.read_bytes()
+    assert len(both) - len(whole) > 700
+    path.write_bytes(both[:-num_lost])
+    assert RolloutLog(path).steps() == (1,)
+    assert RolloutLog(path).read_step(2) is None
+    assert RolloutLog(path).write_step(2, [group("a"), group("b")]) == "written"
+    assert path.read_bytes() == both
+
+
+def test_a_whole_line_of_an_unfinished_step_is_cut_off_too(tmp_path):
+    path = tmp_path / "r.jsonl"
+    RolloutLog(path).write_step(1, [group("a"), group("b")])
+    first_line = path.read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(first_line)
+    assert RolloutLog(path).repair() == len(first_line)
+    assert path.read_bytes() == b""
+
+
+def test_a_reader_sees_what_a_writer_adds_later(tmp_path):
+    path = tmp_path / "r.jsonl"
+    reader, writer = RolloutLog(path), RolloutLog(path)
+    writer.write_step(1, [group("a")])
+    assert reader.steps() == (1,)
+    writer.write_step(2, [group("a")])
+    assert reader.steps() == (1, 2)
+
+
+def test_fields_in_another_order_are_read_as_well(tmp_path):
+    path = tmp_path / "r.jsonl"
+    RolloutLog(path).write_step(1, [group("a")])
+    path.write_bytes(path.read_bytes().replace(b'{"step":1,"num_groups":1,', b'{"note":"new","num_groups":1,"step":1,'))
+    assert RolloutLog(path).read_step(1) == (group("a"),)
+
+
+def test_damage_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "r.jsonl"
+    RolloutLog(path).write_step(1, [group("a"), group("b")])
+    line = path.read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(line + line.replace(b'"step":1', b'"step":2'))
+    with pytest.raises(NpoError, match="the groups of step 2 are not together"):
+        RolloutLog(path).steps()
+    path.write_bytes(b"oops\n" + line)
+    with pytest.raises(NpoError, match="a line is not a group"):
+        RolloutLog(path).steps()
+    path.write_bytes(b'{"step":1,"num_groups":1,"prompt":{}}\n')
+    with pytest.raises(NpoError, match="a line is not a group"):
+        RolloutLog(path).read_step(1)

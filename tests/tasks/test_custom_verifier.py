@@ -1,0 +1,116 @@
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.tasks.custom_verifier import is_custom_verifier, make_custom_verifier
+from npo_cli.types.rollouts import Message, Prompt, VerifierResult
+
+VERIFIER = """
+import sys
+
+from neighbour import FULL
+
+
+def check(prompt, response, answer):
+    print("noise")
+    if response == "loop":
+        while True:
+            pass
+    if response == "fail":
+        raise KeyError(prompt)
+    if response == "exit":
+        sys.exit("enough")
+    if response == "none":
+        return None
+    return {"full": FULL, "half": 0.5, "true": response.startswith("t")}.get(response, response == answer)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(VERIFIER)
+    (tmp_path / "neighbour.py").write_text("FULL = 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def verdicts(responses: Sequence[str], verifier: str = "mine.py:check") -> list[VerifierResult]:
+    grader = make_custom_verifier(verifier, allow_code=True, num_workers=1, timeout=0.5)
+    prompts = [Prompt(prompt_id=f"p{place}", text="2+2=", answer="4") for place in range(len(responses))]
+    try:
+        return grader.grade(prompts, responses)
+    finally:
+        grader.close()
+
+
+def test_a_setting_names_code_by_its_file_and_function():
+    assert is_custom_verifier("mine.py:check")
+    assert is_custom_verifier("/a b/c:d/mine.py:check")
+    assert not is_custom_verifier("exact")
+    assert not is_custom_verifier("mine.py")
+
+
+def test_true_and_one_are_correct_and_less_is_wrong(folder: Path, capfd: pytest.CaptureFixture[str]):
+    found = verdicts(["4", "5", "full", "half", "true"])
+    assert [one.verdict for one in found] == ["correct", "wrong", "correct", "wrong", "correct"]
+    assert capfd.readouterr().out == ""  # its prints are talk, not data
+
+
+def test_an_endless_verifier_is_a_timeout_of_that_response(folder: Path):
+    assert [one.verdict for one in verdicts(["4", "loop", "4"])] == ["correct", "timeout", "correct"]
+
+
+@pytest.mark.parametrize(
+    ("response", "line", "said"),
+    [("fail", 13, "KeyError: '2+2='"), ("exit", 15, "SystemExit: enough")],
+)
+def test_an_exception_ends_the_run_and_names_file_and_line(folder: Path, response: str, line: int, said: str):
+    with pytest.raises(RunFailed, match=re.escape(f"on prompt p1: {folder / 'mine.py'}:{line}: {said}")):
+        verdicts(["4", response])
+
+
+def test_a_value_that_is_no_verdict_ends_the_run(folder: Path):
+    with pytest.raises(RunFailed, match="check must return a bool or a number, it returned None"):
+        verdicts(["none"])
+
+
+def test_a_file_that_fails_when_it_is_run_is_told_with_its_line(folder: Path):
+    (folder / "neighbour.py").write_text("FULL = 1 / 0\n")
+    with pytest.raises(RunFailed, match=r"neighbour\.py:1: ZeroDivisionError"):
+        verdicts(["4"])
+
+
+def test_chat_prompts_are_passed_as_text(folder: Path):
+    (folder / "mine.py").write_text(
+        "def check(prompt, response, answer):\n    return prompt == 'Be brief.\\n\\n2+2='\n"
+    )
+    grader = make_custom_verifier("mine.py:check", allow_code=True, num_workers=1, timeout=0.5)
+    messages = (Message(role="system", content="Be brief."), Message(role="user", content="2+2="))
+    assert grader.grade([Prompt(prompt_id="a", messages=messages, answer="4")], ["4"])[0].verdict == "correct"
+    grader.close()
+
+
+def refusal(verifier: str, *, allow_code: bool = True) -> NpoError:
+    with pytest.raises(NpoError) as caught:
+        make_custom_verifier(verifier, allow_code=allow_code, num_workers=1, timeout=0.5)
+    return caught.value
+
+
+def test_code_is_not_run_without_the_flag(folder: Path):
+    assert "--allow-code" in refusal("mine.py:check", allow_code=False).hint
+
+
+def test_a_missing_file_or_function_is_named_before_anything_runs(folder: Path):
+    (folder / "mine.py").write_text(VERIFIER + "\nraise SystemExit\n")
+    assert str(folder / "other.py") in refusal("other.py:check").message
+    missing = refusal("mine.py:chekc")
+    assert missing.message.endswith("has no function 'chekc'")
+    assert "check" in missing.hint
+
+
+def test_a_file_that_is_not_python_is_told_with_its_line(folder: Path):
+    (folder / "mine.py").write_text("def check(:\n    pass\n")
+    assert f"{folder / 'mine.py'}:1: SyntaxError" in refusal("mine.py:check").message

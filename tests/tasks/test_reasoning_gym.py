@@ -1,0 +1,136 @@
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npo_cli.config.recipe import TaskSettings
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.tasks.reasoning_gym import allocate_counts
+from npo_cli.tasks.registry import load_task
+from npo_cli.tasks.task import Task
+from npo_cli.types.rollouts import Message, Prompt
+
+pytest.importorskip("reasoning_gym")
+
+EASY_GCD = {"name": "gcd", "config": {"min_value": 2, "max_value": 20}}
+SMALL_SUM = {
+    "name": "chain_sum",
+    "weight": 3,
+    "config": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
+}
+
+
+def gym_task(datasets: Sequence[dict[str, object]], *, seed: int = 0, **settings: object) -> Task:
+    sizes = {"pool_size": 40, "heldout_size": 20} | settings
+    return load_task(TaskSettings(source="reasoning_gym", datasets=datasets, verify_timeout=0.5, **sizes), seed=seed)
+
+
+def question(prompt: Prompt) -> str:
+    assert prompt.text is not None
+    return prompt.text
+
+
+def test_a_mixture_has_its_shares_in_both_splits_and_no_question_twice():
+    task = gym_task([EASY_GCD, SMALL_SUM])
+    # weights 1 and 3: a quarter of 40 and of 20
+    assert Counter(prompt.dataset for prompt in task.train) == {"gcd": 10, "chain_sum": 30}
+    assert Counter(prompt.dataset for prompt in task.heldout) == {"gcd": 5, "chain_sum": 15}
+    questions = [question(prompt) for prompt in (*task.train, *task.heldout)]
+    assert len(set(questions)) == 60
+    one = next(prompt for prompt in task.train if prompt.dataset == "gcd")
+    assert one.prompt_id == f"gcd/{one.row:06d}"
+    assert question(one).startswith("Find the Greatest Common Divisor")
+
+
+def test_the_pool_is_a_function_of_the_seed_and_seeds_do_not_overlap():
+    first, again, other = (gym_task([SMALL_SUM], seed=seed) for seed in (0, 0, 1))
+    assert (first.train, first.heldout) == (again.train, again.heldout)
+    # problem i is made from seed + i, so without scattering 59 of the 60 would be shared
+    shared = {question(prompt) for prompt in first.train} & {question(prompt) for prompt in other.train}
+    assert len(shared) < 5
+
+
+@pytest.mark.parametrize("name", ["word_ladder", "list_functions"])
+def test_data_sets_that_follow_the_hash_seed_or_global_random_are_made_the_same_every_time(name: str):
+    sizes = {"pool_size": 6, "heldout_size": 2}
+    assert gym_task([{"name": name}], **sizes).train == gym_task([{"name": name}], **sizes).train
+
+
+def test_numbers_are_taken_from_the_end_of_the_response():
+    task = gym_task([EASY_GCD, SMALL_SUM])
+    prompts = task.train[:6]
+    said = [f"First 1, then 2, so it is {prompt.answer}." for prompt in prompts]
+    assert [one.verdict for one in task.grade(prompts, said)] == ["correct"] * 6
+    assert [one.extracted for one in task.grade(prompts, said)] == [prompt.answer for prompt in prompts]
+    wrong = task.grade(prompts[:3], [f"{int(prompts[0].answer) + 1}", "no idea", ""])
+    assert [one.verdict for one in wrong] == ["wrong", "unparseable", "unparseable"]
+
+
+def test_a_data_set_judges_texts_by_its_own_rules_and_a_tower_of_powers_is_cut_off():
+    task = gym_task([{"name": "countdown"}], pool_size=4, heldout_size=1)
+    prompt = task.train[0]
+    backwards = f"0*0 + {prompt.answer}"
+    found = task.grade([prompt] * 5, [f" {prompt.answer}\n", f"({prompt.answer})", "9**9**9**9**9", backwards, "1 + 1"])
+    assert [one.verdict for one in found] == ["correct", "correct", "timeout", "wrong", "wrong"]
+    task.close()
+
+
+def test_a_problem_without_one_answer_is_scored_all_the_same():
+    task = gym_task([{"name": "graph_color"}], pool_size=2, heldout_size=1)
+    assert task.train[0].answer == ""
+    assert task.grade(task.train[:1], ["{}"])[0].verdict == "wrong"
+    task.close()
+
+
+def test_suffix_chat_and_system_shape_the_prompt():
+    task = gym_task([SMALL_SUM], pool_size=2, heldout_size=1, chat=True, system="Be brief.", suffix="Only the number.")
+    system, user = task.train[0].messages
+    assert system == Message(role="system", content="Be brief.")
+    assert user.role == "user"
+    assert user.content.endswith("=\nOnly the number.")
+    assert task.train[0].text is None
+
+
+def test_the_same_data_set_twice_keeps_ids_apart():
+    hard = {"name": "gcd", "config": {"min_value": 500, "max_value": 900}}
+    task = gym_task([EASY_GCD, hard], pool_size=8, heldout_size=2)
+    assert Counter(prompt.dataset for prompt in task.train) == {"gcd": 4, "gcd.2": 4}
+    prompt = next(prompt for prompt in task.train if prompt.dataset == "gcd.2")
+    assert task.grade([prompt], [prompt.answer])[0].verdict == "correct"
+
+
+def test_a_mixture_with_too_few_different_questions_says_how_many_there_are():
+    # two different numbers of 2 and 3 in order: 2, 2 / 2, 3 / 3, 2 / 3, 3
+    tiny = {"name": "gcd", "config": {"min_value": 2, "max_value": 3}}
+    with pytest.raises(NpoError, match=r"gcd gave only 4 different questions in \d+ draws, 60 are needed"):
+        gym_task([tiny])
+
+
+def test_an_unknown_data_set_gets_the_nearest_name():
+    with pytest.raises(NpoError, match="'chain_sums'") as caught:
+        gym_task([{"name": "chain_sums"}])
+    assert caught.value.hint == "did you mean chain_sum?"
+
+
+@pytest.mark.parametrize("config", [{"max_valu": 3}, {"min_value": -4}, {"max_value": "many"}])
+def test_a_config_that_the_data_set_refuses_is_named(config: dict[str, object]):
+    with pytest.raises(NpoError, match="gcd") as caught:
+        gym_task([{"name": "gcd", "config": config}])
+    assert next(iter(config)) in caught.value.message
+
+
+def test_a_drawing_process_that_dies_is_a_failure_of_the_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RunFailed, match="drawing problems from reasoning-gym ended with exit code 1"):
+        gym_task([EASY_GCD])
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(0, 500))
+def test_shares_add_up_and_are_off_by_less_than_one(weights: list[float], total: int):
+    counts = allocate_counts(weights, total)
+    assert sum(counts) == total
+    for weight, count in zip(weights, counts, strict=True):
+        assert abs(count - total * weight / sum(weights)) < 1 + 1e-6

@@ -1,0 +1,134 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from npo_cli.config.recipe import TaskSettings
+from npo_cli.errors import NpoError
+from npo_cli.tasks.math_verify import MathVerifier
+from npo_cli.tasks.micro import micro_prompts
+from npo_cli.tasks.registry import load_task
+
+
+def small(**settings: object) -> TaskSettings:
+    return TaskSettings(**({"pool_size": 8, "heldout_size": 4} | settings))
+
+
+def data_file(folder: Path, answers: list[str]) -> str:
+    path = folder / "data.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"{n}?", "answer": answer}) + "\n" for n, answer in enumerate(answers))
+    )
+    return str(path)
+
+
+def test_the_micro_task_holds_out_what_it_does_not_train_on():
+    task = load_task(small(kind="addh1"), seed=3)
+    assert (*task.train, *task.heldout) == tuple(micro_prompts("addh1", 12, 3))
+    assert not {prompt.text for prompt in task.train} & {prompt.text for prompt in task.heldout}
+    right = f"#{task.train[0].answer}"
+    assert [one.verdict for one in task.grade(task.train[:2], [right, "#"])] == ["correct", "wrong"]
+
+
+def test_a_larger_heldout_split_leaves_the_pool_alone_and_task_seed_wins():
+    assert load_task(small(heldout_size=9), seed=3).train == load_task(small(), seed=3).train
+    assert load_task(small(seed=5), seed=3).train == load_task(small(), seed=5).train
+
+
+def test_files_are_graded_as_mathematics_unless_told_otherwise(tmp_path: Path):
+    pytest.importorskip("math_verify")
+    task = load_task(small(source="file", path=data_file(tmp_path, ["1/2"] * 8)), seed=0)
+    assert isinstance(task.verifier, MathVerifier)
+    assert task.grade(task.train[:1], ["\\boxed{0.5}"])[0].verdict == "correct"
+    task.close()
+    task = load_task(small(source="file", path=data_file(tmp_path, ["1/2"] * 8), verifier="exact"), seed=0)
+    assert task.grade(task.train[:1], ["0.5"])[0].verdict == "wrong"
+
+
+def test_a_users_verifier_needs_the_flag_and_then_grades(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("def longer(prompt, response, answer):\n    return len(response) > len(answer)\n")
+    settings = small(verifier=f"{tmp_path / 'mine.py'}:longer", verify_workers=1)
+    with pytest.raises(NpoError) as caught:
+        load_task(settings, seed=0)
+    assert "--allow-code" in caught.value.hint
+    task = load_task(settings, seed=0, allow_code=True)
+    assert [one.verdict for one in task.grade(task.train[:2], ["123456789", ""])] == ["correct", "wrong"]
+    task.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"verifier": "exakt"}, "'exakt' is not a verifier", "did you mean exact?"),
+        ({"verifier": "zzz"}, "'zzz' is not a verifier", "file.py:function"),
+        ({"verifier": "reasoning_gym"}, "task.source is micro", "task.verifier=auto"),
+        ({"suffix": "Go."}, "task.suffix has no meaning for the micro task", "task.suffix"),
+        ({"chat": True}, "task.chat has no meaning for the micro task", "task.chat"),
+        (
+            {"source": "reasoning_gym", "datasets": [{"name": "gcd"}], "system": "S"},
+            "needs chat prompts",
+            "task.chat=true",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], message: str, hint: str):
+    with pytest.raises(NpoError) as caught:
+        load_task(small(**settings), seed=0)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
+def test_a_reference_that_the_verifier_cannot_read_is_found_before_training(tmp_path: Path):
+    path = data_file(tmp_path, ["1", "2", "three", "4", "5", "6"])
+    with pytest.raises(NpoError, match="rows/000002 is not a number"):
+        load_task(small(source="file", path=path, verifier="last_number", heldout_size=1), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "settings", "hint"),
+    [
+        ("reasoning_gym", {"source": "reasoning_gym", "datasets": [{"name": "gcd"}]}, "pip install reasoning-gym"),
+        ("math_verify", {"verifier": "math_verify"}, "pip install math-verify"),
+        ("pyarrow", {"source": "file", "path": "a.parquet"}, "pip install pyarrow"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_command(
+    tmp_path: Path, blocked: str, settings: dict[str, object], hint: str
+):
+    # a real interpreter in which the import fails, as it does where the package is absent
+    (tmp_path / "a.parquet").write_text("")
+    script = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {blocked!r}:
+            raise ModuleNotFoundError(name)
+
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == {blocked!r} else real(name, *rest)
+sys.meta_path.insert(0, Absent())
+from npo_cli.config.recipe import TaskSettings
+from npo_cli.errors import NpoError
+from npo_cli.tasks.registry import load_task
+try:
+    load_task(TaskSettings(**{settings!r}), seed=0)
+except NpoError as error:
+    print(error.hint)
+"""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", script]
+    environment = {"PYTHONPATH": str(root), "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    assert hint in done.stdout
+
+
+def test_loading_the_rooms_modules_imports_nothing_heavy():
+    script = "import sys, npo_cli.tasks.registry; print([m for m in HEAVY if m in sys.modules])"
+    heavy = ("torch", "transformers", "pyarrow", "reasoning_gym", "math_verify", "sympy", "numpy")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", script.replace("HEAVY", repr(heavy))]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout == "[]\n"

@@ -1,0 +1,110 @@
+"""Held-out accuracy: measured once, with the same random numbers for every checkpoint."""
+
+import pytest
+
+from npo_cli.session.session import open_task
+from npo_cli.storage.evals import hash_prompt, read_prompt_results
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.sample_store import read_evals
+from npo_cli.training.evaluate import evaluate_policy, evaluate_run, summarize_eval
+from npo_cli.types.rollouts import EvalReport, Prompt, Rollout
+from npo_cli.types.rollouts import Group as Answered
+from tests.helpers.runs import copy_run, open_session_at, tiny_recipe, train
+
+
+def evaluated(root, **options) -> list[EvalReport]:
+    asked = {"step": None, "every_step": False, "branch": None, "overrides": ()} | options
+    records = evaluate_run(root, allow_code=False, **asked)
+    return [record for record in records if isinstance(record, EvalReport)]
+
+
+def answered(name: str, *verdicts: str) -> Answered:
+    rollouts = tuple(
+        Rollout(
+            prompt_id=name,
+            slot=slot,
+            response_ids=(1,) * (slot + 1),
+            behavior_logps=(),
+            text="",
+            finished=slot == 0,
+            sampler_step=0,
+            verdict=verdict,
+        )
+        for slot, verdict in enumerate(verdicts)
+    )
+    return Answered(prompt=Prompt(prompt_id=name, answer="", text=""), rollouts=rollouts)
+
+
+def test_accuracy_is_the_mean_share_and_pass_at_k_the_share_ever_solved():
+    groups = [answered("a", "correct", "wrong"), answered("b", "correct", "correct"), answered("c", "wrong", "timeout")]
+    report = summarize_eval(groups, branch="main", step=3, seed=0)
+    assert report.accuracy == pytest.approx((0.5 + 1 + 0) / 3)
+    assert report.pass_at_k == pytest.approx(2 / 3)
+    assert report.accuracy_low <= report.accuracy <= report.accuracy_high
+    # 1 and 2 tokens a prompt; the second answer of each was cut off
+    assert (report.num_tokens, report.mean_length, report.truncated_fraction) == (9, 1.5, 0.5)
+    assert (report.num_prompts, report.num_samples) == (3, 2)
+
+
+def test_training_evaluates_on_its_beat_and_resuming_repeats_nothing(tmp_path):
+    root = tmp_path / "run"
+    train(root, "eval.every=2")
+    assert [report.step for report in read_evals(open_run(root))] == [0, 2, 4]
+    before = (root / "evals.jsonl").read_bytes()
+    assert [report.step for report in evaluated(root, every_step=True)] == [0, 2, 4]
+    assert (root / "evals.jsonl").read_bytes() == before
+
+
+def test_outcomes_are_kept_prompt_by_prompt_and_sum_up_to_the_report(tmp_path):
+    root = tmp_path / "run"
+    train(root, "eval.every=2", "task.heldout_size=8")
+    run = open_run(root)
+    kept = read_prompt_results(run)
+    assert [one.step for one in kept] == [0, 2, 4]
+    # 8 prompts twice; all evaluations ask the same
+    assert [sum(one.num_correct) / 16 for one in kept] == [report.accuracy for report in read_evals(run)]
+    assert {one.prompt_keys for one in kept} == {
+        tuple(map(hash_prompt, open_task(tiny_recipe("task.heldout_size=8"), allow_code=False).heldout))
+    }
+
+
+def test_a_run_whose_outcomes_were_not_kept_gets_them_and_no_other_line(tmp_path):
+    root = tmp_path / "run"
+    train(root, "eval.every=2")
+    before, reports = (root / "outcomes.jsonl").read_bytes(), (root / "evals.jsonl").read_bytes()
+    (root / "outcomes.jsonl").unlink()
+    evaluated(root, every_step=True)
+    assert (root / "outcomes.jsonl").read_bytes() == before
+    assert (root / "evals.jsonl").read_bytes() == reports
+
+
+def test_an_evaluation_killed_between_its_two_lines_is_made_again_alike(tmp_path):
+    root = tmp_path / "run"
+    train(root, "eval.every=2")
+    before = [(root / name).read_bytes() for name in ("outcomes.jsonl", "evals.jsonl")]
+    (root / "evals.jsonl").write_bytes(b"".join(before[1].splitlines(keepends=True)[:-1]))
+    evaluated(root, step=4)
+    assert [(root / name).read_bytes() for name in ("outcomes.jsonl", "evals.jsonl")] == before
+
+
+def test_a_checkpoint_evaluated_later_gets_the_figure_it_got_in_training(scout, tmp_path):
+    train(tmp_path / "run", "eval.every=2")
+    during = {report.step: report for report in read_evals(open_run(tmp_path / "run"))}
+    later = copy_run(scout, tmp_path / "later")
+    for report in evaluated(later, every_step=True):
+        assert report == during[report.step]
+
+
+def test_more_samples_are_another_evaluation(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    (two,) = evaluated(root, step=2)
+    (five,) = evaluated(root, step=2, overrides=("eval.samples_per_prompt=5",))
+    assert (two.num_samples, five.num_samples) == (2, 5)
+    assert read_evals(open_run(root)) == [two, five]
+
+
+def test_random_numbers_are_common_to_all_steps(scout):
+    """The same weights under another step's name get the same answers."""
+    session = open_session_at(scout, 2)
+    first, second = (evaluate_policy(session, branch="b", step=step) for step in (7, 8))
+    assert (first.accuracy, first.num_tokens) == (second.accuracy, second.num_tokens)

@@ -1,0 +1,70 @@
+"""The metrics line of real steps."""
+
+import json
+import math
+from pathlib import Path
+
+from npo_cli.storage.jsonl import JsonlLog
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.training.metrics import update_running_metrics
+from tests.helpers.runs import copy_run, resume, train
+
+
+def metrics_of(root: Path, branch: str) -> list[dict]:
+    return list(JsonlLog(open_run(root).metrics_path(branch)).iter_rows())
+
+
+def test_a_guided_step_tells_slots_reasons_shares_and_ratios(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    reports = resume(root, at=2, guide="near")
+    journal = RolloutLog(open_run(root).rollouts_path("near"))
+    for report in reports:
+        metrics, mixes = report.metrics, [group.injection_status for group in journal.read_step(report.step)]
+        assert metrics["inject/slots"] == mixes.count("injected") > 0
+        assert metrics["inject/no_guide"] == mixes.count("no_guide")
+        assert metrics["inject/gate_closed"] == mixes.count("gate_closed")
+        assert metrics["inject/eligible"] == metrics["inject/slots"] + metrics["inject/no_guide"]
+        assert 0 < metrics["inject/grad_share"] < 1
+        # micro's ratio mode `none` clips nothing
+        assert metrics["inject/kept_share"] == 1
+        assert 0 < metrics["inject/ratio_min"] <= metrics["inject/ratio_mean"] <= metrics["inject/ratio_max"]
+
+
+def test_the_figures_of_a_step_are_those_of_its_rollouts(scout):
+    (first, *_), journal = metrics_of(scout, "main"), RolloutLog(open_run(scout).rollouts_path("main"))
+    rollouts = [rollout for group in journal.read_step(1) for rollout in group.rollouts]
+    assert first["reward"] == sum(rollout.reward for rollout in rollouts) / 16
+    assert first["tokens"] == sum(len(rollout.response_ids) for rollout in rollouts)
+    assert first["completions/mean_length"] == first["tokens"] / 16
+    assert first["data_position"] == 4
+    weighted = sum(rollout.mean_entropy * len(rollout.response_ids) for rollout in rollouts)
+    assert math.isclose(first["entropy"], weighted / first["tokens"])
+    assert not any(name.startswith("inject/") for name in first)
+
+
+def test_tokens_total_goes_on_through_a_fork(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    resume(root, at=2, guide="near")
+    before = metrics_of(root, "main")[1]["tokens_total"]
+    first = metrics_of(root, "near")[0]
+    # The guide's own tokens were paid for when its cache was made.
+    assert first["tokens_total"] == before + first["tokens"]
+
+
+def test_averages_are_corrected_for_their_short_past():
+    once = update_running_metrics({}, {"tokens": 5, "reward": 0.5, "entropy": 2.0})
+    assert (once["tokens_total"], once["reward_ema"], once["entropy_ema"]) == (5, 0.5, 2.0)
+    twice = update_running_metrics(once, {"tokens": 7, "reward": 0.0, "entropy": 2.0})
+    # weights 0.1 * 0.9 and 0.1: (0.09 * 0.5 + 0.1 * 0) / 0.19
+    assert math.isclose(twice["reward_ema"], 0.045 / 0.19)
+    assert (twice["tokens_total"], round(twice["entropy_ema"], 12)) == (12, 2.0)
+
+
+def test_metrics_know_no_clock(tmp_path):
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for root in roots:
+        train(root, "train.num_steps=2")
+    first, second = ((root / "branches/main/metrics.jsonl").read_bytes() for root in roots)
+    assert first == second
+    assert "time" in json.loads((roots[0] / "branches/main/timings.jsonl").read_text().splitlines()[0])

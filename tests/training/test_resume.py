@@ -1,0 +1,161 @@
+"""Rolling back: the state of that step, the same prompts with other samples, and nothing that existed is touched."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from npo_cli.errors import NpoError
+from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.lineage import read_segments
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.training.checkpointing import restore_state
+from npo_cli.training.resume import fork
+from npo_cli.training.train import train_run
+from tests.helpers.runs import (
+    copy_run,
+    file_digests,
+    open_session_at,
+    resume,
+    sample,
+    start_resume,
+    stop_after,
+    tiny_recipe,
+    train,
+)
+
+GROWING = {"segments.jsonl", "events.jsonl", "evals.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def replayed(scout, tmp_path_factory) -> Path:
+    """The scout, and a branch `near` that left it at step 2 and replayed steps 3 and 4 with the guide."""
+    root = copy_run(scout, tmp_path_factory.mktemp("replayed") / "run")
+    resume(root, at=2, guide="near")
+    return root
+
+
+def groups_of(root: Path, branch: str, step: int) -> list:
+    return list(RolloutLog(open_run(root).rollouts_path(branch)).read_step(step))
+
+
+def test_nothing_that_existed_is_changed(scout, replayed):
+    before, after = file_digests(scout), file_digests(replayed)
+    assert {name for name in before if after.get(name) != before[name]} <= GROWING
+    for name in GROWING & before.keys():
+        assert (replayed / name).read_bytes().startswith((scout / name).read_bytes())
+    assert all(name.startswith("branches/near/") for name in after.keys() - before.keys())
+
+
+def test_the_replay_sees_the_same_prompts_with_other_samples(replayed):
+    for step in (3, 4):
+        first, again = groups_of(replayed, "main", step), groups_of(replayed, "near", step)
+        assert [group.prompt for group in again] == [group.prompt for group in first]
+        own = [[rollout.response_ids for rollout in group.rollouts if rollout.source == "own"] for group in again]
+        assert own != [[rollout.response_ids for rollout in group.rollouts] for group in first]
+
+
+def test_a_rollback_brings_back_weights_moments_cursor_and_streams(replayed):
+    session = open_session_at(replayed, 2)
+    optimizer = build_optimizer(session.policy.model, session.recipe.train)
+    checkpoint = find_checkpoint(session.run, "near", 2)
+    assert checkpoint.branch == "main"
+    state = restore_state(session, optimizer, checkpoint)
+    # 2 steps of 4 prompts
+    assert (state.step, state.position) == (2, 8)
+    weights = load_file(checkpoint.path / "model.safetensors")
+    moments = load_file(checkpoint.training_state_path / "optimizer.safetensors")
+    for name, parameter in session.policy.model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[parameter][key], moments[f"{name}.{key}"])
+    assert torch.equal(torch.get_rng_state(), moments["rng.torch"])
+    assert state.running_metrics == json.loads((checkpoint.training_state_path / "state.json").read_text())["trackers"]
+
+
+def test_a_replay_without_a_guide_is_grpo_on_a_branch_of_its_own(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    resume(root, at=2)
+    newest = read_segments(open_run(root))[-1]
+    assert (newest.branch, newest.parent, newest.fork_step, newest.guide_cache) == ("main-from-2", "main", 2, None)
+    assert {group.mix for group in groups_of(root, "main-from-2", 4)} == {"off"}
+
+
+def test_resuming_a_dropped_replay_goes_on_with_the_same_branch_and_guide(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    stop_after(start_resume(root, "train.num_steps=6", at=2, guide="near"), 3)
+    resume(root)
+    assert [(entry.branch, entry.guide_cache, entry.guide_until) for entry in read_segments(open_run(root))] == [
+        ("main", None, None),
+        ("near", "near", 4),
+        ("near", "near", 4),
+    ]
+    # The guide was sampled for steps 3 and 4; after them it is off.
+    mixes = {step: {group.mix for group in groups_of(root, "near", step)} for step in (3, 4, 5, 6)}
+    assert mixes[5] == mixes[6] == {"off"}
+    assert "off" not in mixes[3] | mixes[4]
+
+
+def test_steps_decides_how_long_the_guide_is_mixed_in(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    resume(root, at=2, guide="near", steps=1)
+    assert {group.mix for group in groups_of(root, "near", 4)} == {"off"}
+    assert "off" not in {group.mix for group in groups_of(root, "near", 3)}
+
+
+def test_a_second_replay_gets_a_name_of_its_own(replayed, tmp_path):
+    root = copy_run(replayed, tmp_path / "run")
+    resume(root, "guide.inject.ratio=exact", at=2, guide="near", source_branch="main")
+    assert read_segments(open_run(root))[-1].branch == "near-2"
+    assert open_run(root).read_recipe("near-2")["guide"]["inject"]["ratio"] == "exact"
+
+
+def test_more_steps_continue_where_the_run_ended(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "more")
+    resume(root, "train.num_steps=6")
+    train(tmp_path / "straight", "train.num_steps=6")
+    names = ("metrics.jsonl", "rollouts.jsonl", "checkpoints/step_000006/model.safetensors")
+    for name in names:
+        assert (root / "branches/main" / name).read_bytes() == (tmp_path / "straight/branches/main" / name).read_bytes()
+
+
+def test_a_finished_run_says_how_to_give_it_more_and_writes_nothing(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    with pytest.raises(NpoError) as caught:
+        resume(root)
+    assert caught.value.message == "the run has done 4 of 4 steps: nothing is left to do"
+    assert caught.value.hint == f"npo resume {root} train.num_steps=8"
+    assert file_digests(root) == file_digests(scout)
+
+
+def test_a_guide_serves_only_the_step_it_was_sampled_for(scout):
+    with pytest.raises(NpoError, match="guide near was sampled for step 2 of main, not step 0 of main"):
+        fork(open_run(scout), None, 0, overrides=(), guide="near", new_branch=None, steps=None)
+
+
+def test_weights_alone_do_not_continue_a_training(tmp_path):
+    root = tmp_path / "run"
+    train(root, "train.keep_full_checkpoints=1")
+    before = file_digests(root)
+    with pytest.raises(NpoError, match=r"step 2 of main is a guide \(weights only\)"):
+        resume(root, at=2)
+    assert file_digests(root) == before
+
+
+def test_a_replay_of_a_replay_takes_its_futures_from_its_own_line(replayed, tmp_path):
+    root = copy_run(replayed, tmp_path / "run")
+    info = sample(root, name="nearer", branch="near")
+    assert info.branch == "near"
+    resume(root, at=2, guide="nearer")
+    assert [group.prompt for group in groups_of(root, "nearer", 3)] == [
+        group.prompt for group in groups_of(root, "main", 3)
+    ]
+
+
+def test_a_used_directory_is_not_trained_in_again(scout):
+    with pytest.raises(NpoError, match="already holds a run"):
+        next(train_run(scout, tiny_recipe(), allow_code=False))

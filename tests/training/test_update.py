@@ -1,0 +1,294 @@
+"""One batch becomes one update: the gradient, whatever it is split into, and what injected rows do to it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.rollout.batch import build_batch
+from npo_cli.session.session import Session
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.training.checkpointing import restore_state
+from npo_cli.training.update import Updater, build_training_samples
+from npo_cli.training.update_types import TrainingSample, UpdateReport
+from tests.helpers.guide_trajectories import correct_trajectory, make_active_guide, make_trajectory, override_settings
+from tests.helpers.runs import open_session_at
+
+LOSSES = {
+    "grpo": {},
+    "token mean, clip higher": {"aggregation": "token_mean", "clip_high": 0.28},
+    "dr grpo": {"aggregation": "seq_mean_token_sum_norm"},
+    "gspo": {"kind": "gspo"},
+    "cispo, dual clip": {"kind": "cispo", "dual_clip": 3.0},
+}
+
+
+class Recorder:
+    """An optimiser that learns nothing and remembers what it was told to learn."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.param_groups, self.gradients = model, [{"lr": 0.0}], []
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        self.model.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        self.gradients.append([parameter.grad.clone() for parameter in self.model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def session(scout) -> Session:
+    opened = override_settings(open_session_at(scout, 2), "train", grad_clip=1e9)
+    return override_settings(opened, "guide.inject", max_accuracy=1.0, ratio="exact")
+
+
+@pytest.fixture(scope="module")
+def rows(session, tmp_path_factory) -> list[TrainingSample]:
+    """16 rows; each group holds a guide's answer, which the guide found likelier than the learner does."""
+    guidance = make_active_guide(correct_trajectory(session, prompt, shift=0.05) for prompt in session.task.train)
+    journal = RolloutLog(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
+    batch = build_batch(session, journal, seed_name="t", step=3, position=8, active_guide=guidance)
+    found = build_training_samples(session.policy, batch.selected, session.recipe.guide.inject)
+    assert sum(row.is_off_policy for row in found) == 4
+    return found
+
+
+def learned(
+    session: Session, rows: Sequence[TrainingSample], *, every_row: bool = False
+) -> tuple[list[Tensor], UpdateReport]:
+    """Gradient (of the last update) and report."""
+    recorder: Any = Recorder(session.policy.model)
+    updater = Updater(session.policy, recorder, session.recipe)
+    updater.needs_every_row |= every_row
+    report = updater.take_step(rows, lr=1.0)
+    return recorder.gradients[-1], report
+
+
+def distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+
+
+def norm(gradient: Sequence[Tensor]) -> float:
+    return torch.nn.utils.get_total_norm(gradient).item()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_does_not_depend_on_how_the_batch_is_split(session, rows, loss):
+    session = override_settings(session, "loss", **LOSSES[loss])
+    whole, report = learned(session, rows)
+    assert norm(whole) > 0.01
+    for micro_batch_tokens, logit_chunk_tokens in ((1, 1), (90, 7), (200, 4096)):
+        changes = {"micro_batch_tokens": micro_batch_tokens, "logit_chunk_tokens": logit_chunk_tokens}
+        split, again = learned(override_settings(session, "train", **changes), rows)
+        assert distance(split, whole) < 1e-6
+        assert again.loss == pytest.approx(report.loss, abs=1e-6)
+        assert again.grad_share == pytest.approx(report.grad_share, abs=1e-5)
+
+
+def test_rows_without_advantage_cost_nothing_and_change_nothing(session, rows):
+    silent = [replace(row, advantage=0.0 if place % 3 else 1.0) for place, row in enumerate(rows)]
+    skipped, report = learned(session, silent)
+    included, everything = learned(session, silent, every_row=True)
+    assert distance(skipped, included) < 1e-6
+    assert (report.num_rows, everything.num_rows) == (6, 16)
+
+
+def test_the_divisor_is_the_full_batch(session, rows):
+    silent = [replace(row, advantage=0.0) for row in rows[1:]]
+    alone, _ = learned(session, rows[:1])
+    among, _ = learned(session, [rows[0], *silent])
+    # one of 16 rows: its mean over tokens weighs 1/16
+    assert distance([16 * part for part in among], alone) < 1e-6
+
+
+def test_a_batch_that_teaches_nothing_still_ages_the_moments(session, rows, scout):
+    fresh = open_session_at(scout, 2)
+    optimizer = build_optimizer(fresh.policy.model, fresh.recipe.train)
+    updater = Updater(fresh.policy, optimizer, fresh.recipe)
+    report = updater.take_step([replace(row, advantage=0.0) for row in rows], lr=1e-3)
+    assert (report.grad_norm, report.num_rows, report.num_skipped) == (0.0, 0, 0)
+    assert {state["step"].item() for state in optimizer.state.values()} == {1.0}
+    assert updater.take_step([], lr=1e-3).num_rows == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_as_they_were(rows, scout, bad):
+    session = open_session_at(scout, 2)
+    optimizer = build_optimizer(session.policy.model, session.recipe.train)
+    updater = Updater(session.policy, optimizer, session.recipe)
+    updater.take_step(rows, lr=1e-3)
+    weights = [parameter.clone() for parameter in session.policy.model.parameters()]
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    report = updater.take_step([*rows[1:], replace(rows[0], advantage=bad)], lr=1e-3)
+    assert report.num_skipped == 1
+    assert distance(list(session.policy.model.parameters()), weights) == 0
+    assert distance([state["exp_avg"] for state in optimizer.state.values()], moments) == 0
+
+
+def test_two_updates_take_half_of_the_rows_each_and_charge_both_to_the_weights_before(scout, rows):
+    session = override_settings(open_session_at(scout, 2), "train", num_updates=2)
+    optimizer = build_optimizer(session.policy.model, session.recipe.train)
+    report = Updater(session.policy, optimizer, session.recipe).take_step(rows, lr=1e-2)
+    assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
+    # After a first update this large, some ratios of the second half leave the clip range.
+    assert report.stats.clipped_low + report.stats.clipped_high > 0
+
+
+def test_grad_share_compares_the_foreign_part_of_the_gradient_with_the_rest(session, rows):
+    _, report = learned(session, rows)
+    foreign, _ = learned(session, [row if row.foreign else replace(row, advantage=0.0) for row in rows])
+    own, _ = learned(session, [replace(row, advantage=0.0) if row.foreign else row for row in rows])
+    assert report.grad_share == pytest.approx(norm(foreign) / (norm(foreign) + norm(own)), abs=1e-5)
+    assert 0 < report.grad_share < 1
+
+
+# Ratio modes, on rows whose guide found its tokens e times less likely than the learner does
+
+
+@pytest.fixture(scope="module")
+def far(session, rows) -> list[TrainingSample]:
+    behind = [tuple(logp - 1.0 for logp in row.behavior_logps) for row in rows]
+    return [replace(row, behavior_logps=logps) if row.foreign else row for row, logps in zip(rows, behind, strict=True)]
+
+
+def in_mode(
+    session: Session, rows: Sequence[TrainingSample], mode: str
+) -> tuple[list[Tensor], dict[str, float], float | None]:
+    gradient, report = learned(override_settings(session, "guide.inject", ratio=mode), rows)
+    return gradient, report.stats.metrics(), report.grad_share
+
+
+def test_a_far_guide_is_clipped_away_by_exact_and_kept_by_the_others(session, rows, far):
+    near, far_off = (in_mode(session, some, "exact") for some in (rows, far))
+    assert near[1]["inject/kept_share"] > 0.9
+    # rho = e^(1 - 0.05) = 2.6, above the clip at 1.2 on every token
+    assert far_off[1]["inject/ratio_min"] == pytest.approx(2.586, abs=0.01)
+    assert (far_off[1]["inject/kept_share"], far_off[2]) == (0.0, 0.0)
+    for mode in ("proximal", "decoupled", "none"):
+        _, metrics, share = in_mode(session, far, mode)
+        assert metrics["inject/kept_share"] == 1
+        assert share > 0
+
+
+def test_proximal_and_none_agree_in_a_single_update_and_ignore_who_wrote_the_row(session, rows, far):
+    proximal, _, _ = in_mode(session, rows, "proximal")
+    for mode in ("proximal", "none"):
+        assert distance(in_mode(session, far, mode)[0], proximal) < 1e-7
+
+
+def test_decoupled_weighs_the_guides_row_and_exact_follows_its_ratio(session, rows):
+    plain, _, share = in_mode(session, rows, "proximal")
+    own = [replace(row, advantage=0.0) if row.foreign else row for row in rows]
+    own_part, _, _ = in_mode(session, own, "proximal")
+    foreign_part = [a - b for a, b in zip(plain, own_part, strict=True)]
+    assert share > 0
+    for mode in ("decoupled", "exact"):
+        gradient, _, _ = in_mode(session, rows, mode)
+        # old/guide = e^-0.05 on every token, in both modes
+        expected = [a + 0.951229 * b for a, b in zip(own_part, foreign_part, strict=True)]
+        assert distance(gradient, expected) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["proximal", "none", "exact", "decoupled"])
+def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
+    """The guide repeats the very rollouts that it replaces: the same weights come out of the whole step."""
+    ends = {}
+    for kind in ("plain", "mixed"):
+        session = override_settings(
+            override_settings(open_session_at(scout, 2), "guide.inject", ratio=mode, max_accuracy=1.0), "train", lr=1e-3
+        )
+        journal = RolloutLog(tmp_path / kind / "rollouts.jsonl")
+        plain = RolloutLog(tmp_path / "own.jsonl")
+        own = build_batch(session, plain, seed_name="t", step=3, position=4, active_guide=None)
+        last = [(group.prompt, group.rollouts[-1]) for group in own.on_policy if group.rollouts[-1].reward]
+        assert last, "no group ends with a right answer, so this shows nothing"
+        guides = [make_trajectory(session, prompt, rollout.response_ids, rollout.text) for prompt, rollout in last]
+        guidance = make_active_guide(guides) if kind == "mixed" else None
+        batch = build_batch(session, journal, seed_name="t", step=3, position=4, active_guide=guidance)
+        rows = build_training_samples(session.policy, batch.selected, session.recipe.guide.inject)
+        assert sum(row.is_off_policy for row in rows) == (len(last) if guidance else 0)
+        optimizer = build_optimizer(session.policy.model, session.recipe.train)
+        restore_state(session, optimizer, find_checkpoint(session.run, "main", 2))
+        Updater(session.policy, optimizer, session.recipe).take_step(rows, lr=session.recipe.train.lr)
+        ends[kind] = [parameter.detach().clone() for parameter in session.policy.model.parameters()]
+    # Without a gate the slot given away is not sampled, and the others' last bits depend on their company.
+    assert distance(ends["plain"], ends["mixed"]) < 5e-7
+    start = list(open_session_at(scout, 2).policy.model.parameters())
+    assert distance(ends["plain"], start) > 1e-5
+
+
+# Engine mismatch, on rows that the engine found likelier than the trainer does
+
+
+def seen_by(rows: Sequence[TrainingSample], *, own: float, guide_in_all: float) -> list[TrainingSample]:
+    """The writers of the rows shifted: own rows by `own` nats a token, a guide's by `guide_in_all` over its answer."""
+    shifts = [guide_in_all / len(row.behavior_logps) if row.is_off_policy else own for row in rows]
+    moved = [tuple(logp + shift for logp in row.behavior_logps) for row, shift in zip(rows, shifts, strict=True)]
+    return [replace(row, behavior_logps=logps) for row, logps in zip(rows, moved, strict=True)]
+
+
+OWN_FACTORS = {
+    # w = e^-3 a token; e^-20 an answer (of 7 tokens or more), 0 to the eye; masks and filters leave nothing
+    **{"token_tis": 0.049787, "sequence_tis": 0.0, "off": 1.0},
+    **{"token_mis": 0.0, "sequence_mis": 0.0, "geometric": 0.0, "k3": 0.0},
+}
+
+
+@pytest.mark.parametrize("ratio", ["exact", "proximal"])
+@pytest.mark.parametrize("mode", OWN_FACTORS)
+def test_a_far_guide_keeps_its_gradient_while_own_rows_are_corrected(session, rows, mode, ratio):
+    session = override_settings(override_settings(session, "guide.inject", ratio=ratio), "mismatch", mode="off")
+    far = seen_by(rows, own=3.0, guide_in_all=20.0)
+    whole, report = learned(override_settings(session, "mismatch", mode=mode), far)
+    guide_part, _ = learned(session, [row if row.is_off_policy else replace(row, advantage=0.0) for row in far])
+    own_part, _ = learned(session, [replace(row, advantage=0.0) if row.is_off_policy else row for row in far])
+    assert min(norm(guide_part), norm(own_part)) > 0.01
+    expected = [a + OWN_FACTORS[mode] * b for a, b in zip(guide_part, own_part, strict=True)]
+    assert distance(whole, expected) < 1e-6
+    metrics = report.stats.metrics()
+    assert metrics["inject/kept_share"] == 1
+    assert metrics["mismatch/kept_share"] == float(mode in ("token_tis", "sequence_tis", "off"))
+    if OWN_FACTORS[mode] == 0.0:
+        assert report.grad_share == pytest.approx(1.0, abs=1e-4)
+
+
+def test_an_engine_that_is_the_trainer_is_corrected_by_nothing(session, rows):
+    plain, report = learned(override_settings(session, "mismatch", mode="off"), rows)
+    for mode in OWN_FACTORS:
+        assert distance(learned(override_settings(session, "mismatch", mode=mode), rows)[0], plain) < 1e-6
+    # log-probabilities of two float32 forward passes, a few units of rounding apart
+    metrics = report.stats.metrics()
+    assert metrics["mismatch/abs_log_w_p99"] < 1e-5
+    assert (metrics["mismatch/weight_max"], metrics["mismatch/ess"]) == pytest.approx((1.0, 1.0), abs=1e-5)
+    assert (metrics["mismatch/clipped_share"], metrics["mismatch/kept_share"]) == (0.0, 1.0)
+
+
+def test_mismatch_is_measured_on_trained_rows_however_they_are_split(session, rows):
+    noisy = seen_by(
+        [replace(row, advantage=0.0) if place % 3 else row for place, row in enumerate(rows)], own=0.3, guide_in_all=5
+    )
+    _, report = learned(session, noisy)
+    trained = [row for row in noisy if row.advantage and not row.is_off_policy]
+    assert 0 < len(trained) < sum(not row.is_off_policy for row in noisy)
+    assert report.stats.mismatch.sequences == len(trained)
+    assert report.stats.mismatch.tokens == sum(len(row.behavior_logps) for row in trained)
+    metrics = report.stats.metrics()
+    # log w = -0.3 on every token, in the bin from 10^-0.55 = 0.28 to 10^-0.5 = 0.32
+    assert metrics["mismatch/k1"] == pytest.approx(0.3, abs=1e-5)
+    assert metrics["mismatch/abs_log_w_p99"] == pytest.approx(10**-0.5)
+    _, again = learned(override_settings(session, "train", micro_batch_tokens=90), noisy)
+    assert again.stats.metrics() == pytest.approx(metrics, abs=1e-5)
+
+
+def test_several_updates_measure_the_engine_against_the_weights_that_sampled(scout, rows):
+    session = override_settings(open_session_at(scout, 2), "train", num_updates=2)
+    optimizer = build_optimizer(session.policy.model, session.recipe.train)
+    report = Updater(session.policy, optimizer, session.recipe).take_step(rows, lr=1e-2)
+    # The second half was learned after an update that moved ratios out of the clip; its engine saw none of it.
+    assert report.stats.clipped_low + report.stats.clipped_high > 0
+    assert report.stats.metrics()["mismatch/weight_max"] == pytest.approx(1.0, abs=1e-5)
