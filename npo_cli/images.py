@@ -108,7 +108,7 @@ def open_image(ref: ImageRef) -> "Image.Image":
     digest = hashlib.sha256(data).hexdigest()
     if digest != ref.sha256:
         raise NpoError(
-            f"{ref.location} is not the picture that it was: its sha256 begins with {digest[:12]}, not {ref.sha256[:12]}",
+            f"{ref.location} is not the picture that it was: its sha256 begins with {digest[:12]}, not {ref.sha256[:12]}",  # noqa: E501
             "bring the old one back, or start a new run with the new one",
         )
     return decode_image(data, label=ref.location)

@@ -55,7 +55,7 @@ def measure_rates(root: Path, kinds: Sequence[str], given: argparse.Namespace) -
         for kind, session in worlds.items():
             touch_weights(session)
             began = time.perf_counter()
-            session.sync.in_step(number)
+            session.sync.sync_weights(number)
             syncs[kind].append(time.perf_counter() - began)
             tokens, seconds = time_sampling(session, num_prompts=given.prompts, k=given.k, number=number)
             found[kind].append(tokens / seconds)

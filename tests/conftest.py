@@ -37,7 +37,8 @@ def taught_vl(untaught_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 steps of plain GRPO with checkpoints 0, 2 and 4, and a guide cache of step 4 for the prompts of steps 3 and 4."""
+    """4 steps of plain GRPO with checkpoints 0, 2 and 4, and a guide cache of step 4 for the prompts of steps 3 and
+    4."""
     from tests.helpers.runs import sample, train
 
     root = tmp_path_factory.mktemp("scout") / "run"

@@ -53,7 +53,7 @@ def advance(
             course.confirmed(fact.confirmation)
         case ExtrapolationStarted():
             course.expect("PUSH")
-            course.move("pushed", asdict(fact), branch=fact.branch, until=fact.until_step, phase="AHEAD")
+            course.move("pushed", asdict(fact), branch=fact.branch, until_step=fact.until_step, phase="AHEAD")
         case PrerequisiteMissing():
             course.missed(fact)
         case GuideBuilt():
@@ -115,12 +115,16 @@ class _Course:
 
     def leave_train(self, event: Event, evidence: Mapping[str, Any], **changes: Any) -> None:
         """An intervention begins: whatever streak there was is over."""
-        self.move(event, evidence, **{"streak": 0, "warned": False, "until": None, "distance": None, **changes})
+        self.move(
+            event,
+            evidence,
+            **{"stagnation_streak": 0, "has_warned": False, "until_step": None, "distance": None, **changes},
+        )
 
     def rest(self, event: Event, evidence: Mapping[str, Any], **changes: Any) -> None:
         """Any end of an intervention, and the cooldown after it."""
         until = self.state.step + self.knobs.cooldown
-        self.move(event, evidence, phase="COOLDOWN", until=until, distance=None, early=False, **changes)
+        self.move(event, evidence, phase="COOLDOWN", until_step=until, distance=None, is_early=False, **changes)
 
     def step_seen(self, fact: StepObserved) -> None:
         self.expect("TRAIN", "AHEAD", "REPLAY", "COOLDOWN")
@@ -138,7 +142,7 @@ class _Course:
             # A rest that begins in the warm-up (early bootstrap) lasts at least as long as that.
             if step <= max(self.state.until_step, self.knobs.warmup):
                 return
-            self.move("armed", {}, phase="TRAIN", until=None)
+            self.move("armed", {}, phase="TRAIN", until_step=None)
         elif last <= self.knobs.warmup < step:
             self.move("armed", {})
         self.train_step(fact)
@@ -149,7 +153,7 @@ class _Course:
             return
         evidence = {"distance": self.state.distance}
         if self.knobs.accept_test:
-            self.move("replayed", evidence, phase="JUDGE", until=None)
+            self.move("replayed", evidence, phase="JUDGE", until_step=None)
         else:
             self.rest("replayed", evidence)
 
@@ -161,7 +165,7 @@ class _Course:
         if reading.verdict == "rising":
             self.rest("moved", _figures(reading, 0))
         else:
-            self.move("unmoved", _figures(reading, 0), phase="PROBE", until=None)
+            self.move("unmoved", _figures(reading, 0), phase="PROBE", until_step=None)
 
     def missed(self, fact: PrerequisiteMissing) -> None:
         """Nothing can be pushed: then the mistakes are asked. Of everything else it is the end."""
@@ -176,7 +180,7 @@ class _Course:
         if self.early_is_due():
             scout = self.knobs.early_scout
             self.leave_train(
-                "early", {"distance": scout}, phase="GUIDE_GEN", distance=scout, early=True, begun_early=True
+                "early", {"distance": scout}, phase="GUIDE_GEN", distance=scout, is_early=True, has_tried_early=True
             )
             return
         if self.state.step <= self.knobs.warmup:
@@ -194,21 +198,23 @@ class _Course:
         """The streak grows, ends, or (data missing) stays; at `patience` it becomes a warning."""
         if reading.verdict == "stagnant":
             streak = self.state.stagnation_streak + 1
-            self.state = replace(self.state, streak=streak)
+            self.state = replace(self.state, stagnation_streak=streak)
             # A streak that met the cap is warned of again only if the cap has been raised since.
             is_due = streak == self.knobs.patience or (streak > self.knobs.patience and not self.is_capped())
             if is_due and not self.state.has_warned:
-                self.move("warning", _figures(reading, streak), warned=True)
+                self.move("warning", _figures(reading, streak), has_warned=True)
         elif reading.verdict in ("rising", "entropy_level"):
             if self.state.has_warned:
-                self.move("recovered", _figures(reading, self.state.stagnation_streak), streak=0, warned=False)
-            self.state = replace(self.state, streak=0)
+                self.move(
+                    "recovered", _figures(reading, self.state.stagnation_streak), stagnation_streak=0, has_warned=False
+                )
+            self.state = replace(self.state, stagnation_streak=0)
 
     def answer_warning(self, reading: TriggerReading) -> None:
         """A probe, or the word that there will be none; the warning is answered either way."""
         evidence = _figures(reading, self.state.stagnation_streak)
         if self.is_capped():
-            self.move("capped", {**evidence, "interventions": self.state.num_interventions}, warned=False)
+            self.move("capped", {**evidence, "interventions": self.state.num_interventions}, has_warned=False)
         else:
             self.leave_train("trigger", evidence, phase="PUSH" if self.knobs.push_steps else "PROBE")
 
@@ -240,9 +246,9 @@ class _Course:
             {**asdict(fact), "parent": self.state.branch, "early": early},
             branch=fact.branch,
             step=fact.to_step,
-            until=fact.until_step,
+            until_step=fact.until_step,
             phase="REPLAY",
-            interventions=self.state.num_interventions + (not early),
+            num_interventions=self.state.num_interventions + (not early),
         )
 
 

@@ -166,10 +166,10 @@ def _drift(each: RollbackCandidate, kind: VarianceKind, knobs: VarianceKnobs) ->
         "variance_forward": None if each.forward_drift is None else each.forward_drift.variances(knobs)[kind],
         "variance_backward": None if each.backward_drift is None else each.backward_drift.variances(knobs).get(kind),
         "variances_agree": is_drift_consistent(each.forward_drift, each.backward_drift, kind=kind, knobs=knobs),
-        "heavy_tail": is_heavy_tailed(each.drift_samples.forward, each.drift_samples.backward),
+        "has_heavy_tail": is_heavy_tailed(each.drift_samples.forward, each.drift_samples.backward),
         "kl_per_token": kl_per_token,
         "kl_per_sequence": kl_per_sequence,
-        "num_backward": len(each.drift_samples.backward),
+        "num_backward_samples": len(each.drift_samples.backward),
     }
 
 
@@ -201,7 +201,7 @@ def choose_rollback(
         replace(
             score_rollback_candidate(each, kind, knobs),
             p_best=chances.get(each.distance, 0.0),
-            chosen=each.distance == chosen,
+            is_selected=each.distance == chosen,
         )
         for each in candidates
     )

@@ -123,7 +123,7 @@ def log_settings(session: Session, state: AutoNPOState) -> Generator[Transition,
     if same_branch and state.phase in ("TRAIN", "COOLDOWN") and list_ancestry_checkpoints(run, state.branch):
         # What the old settings left unanswered is not asked again with new ones; a replay's end is no question.
         step = max(state.step, find_resume_checkpoint(run, state.branch).step)
-        state = replace(state, step=step, streak=0, warned=False)
+        state = replace(state, step=step, stagnation_streak=0, has_warned=False)
     move = Transition(
         step=state.step, event="started", phase_before=state.phase, state=state, evidence={"settings": settings}
     )

@@ -9,7 +9,7 @@ METHODS_FOLDER = "methods"
 TRACKS = ("matched", "reference", "controls", "extrapolated")
 """Folders of shipped methods, in the order in which a bare name is looked for."""
 _SUFFIXES = (".yaml", ".yml", ".json")
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def find_recipe_folder() -> Path:

@@ -99,7 +99,7 @@ class WorkerGroup:
                     continue
                 box: list[Any] = [None]
                 dist.scatter_object_list(box, None, src=0)
-                dist.gather_object(box[0].take_part(self.worker), None, dst=0)
+                dist.gather_object(box[0].run(self.worker), None, dst=0)
         self._store.set(f"npo/left/{self.rank}", "")
 
     def shut_down(self, *, failed: bool) -> None:

@@ -177,9 +177,9 @@ def execute_runs(cells: Sequence[BenchRun], jobs: int, stop: StopFlag) -> Iterat
             if state == "running":
                 continue
             running.remove(job)
-            failed += [job.cell] if state == "failed" else []
+            failed += [job.bench_run] if state == "failed" else []
             done = total - len(todo) - len(running)
-            yield Progress(description="bench", done=done, total=total, note=str(job.cell.folder))
+            yield Progress(description="bench", done=done, total=total, note=str(job.bench_run.folder))
         time.sleep(POLL_SECONDS if running else 0)
     yield Progress(description="bench", done=total, total=total)
     if failed:

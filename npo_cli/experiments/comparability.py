@@ -29,10 +29,13 @@ NOT_USED = "by nobody"
 def method_differences(arm: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:
     """`KEY OLD -> NEW` of every setting in which the arm's method is not the baseline's, and what stepped in."""
     changes = [change for change in diff_settings(arm, baseline) if not _must_match(change)]
-    for what in (describe_guides, describe_autonpo):
-        mine, theirs = {what(one.run_branch) for one in arm.runs}, {what(one.run_branch) for one in baseline.runs}
+    for label, describe in (("guides", describe_guides), ("AutoNPO", describe_autonpo)):
+        mine, theirs = (
+            {describe(one.run_branch) for one in arm.runs},
+            {describe(one.run_branch) for one in baseline.runs},
+        )
         if mine != theirs:
-            changes.append(f"{what.__name__} {_one_of(theirs)} -> {_one_of(mine)}")
+            changes.append(f"{label} {_one_of(theirs)} -> {_one_of(mine)}")
     return tuple(changes)
 
 

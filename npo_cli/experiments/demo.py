@@ -50,7 +50,7 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
 
     steps = ",".join(map(str, CANDIDATES))
     yield Notice(
-        message=f"3/5 npo score-checkpoints {quote_path(out)} --at {at} --candidates {steps} {' '.join(SCORE_OVERRIDES)}"
+        message=f"3/5 npo score-checkpoints {quote_path(out)} --at {at} --candidates {steps} {' '.join(SCORE_OVERRIDES)}"  # noqa: E501
     )
     best = None
     for record in score_run(

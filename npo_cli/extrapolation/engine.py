@@ -90,7 +90,7 @@ class ExtrapolatedEngine(TransformersEngine):
         dtype: torch.dtype,
         vision: VisionProcessor | None = None,
     ) -> None:
-        how = {"eos_ids": eos_ids, "pad_id": pad_id, "max_rows": max_rows, "dtype": dtype, "sight": vision}
+        how = {"eos_ids": eos_ids, "pad_id": pad_id, "max_rows": max_rows, "dtype": dtype, "vision": vision}
         super().__init__(model, tokenizer, **how)
         self.older = TransformersEngine(older, tokenizer, **how)
         self.strength = strength

@@ -50,16 +50,24 @@ def inject_responses(
     """
     accuracy = measure_on_policy_accuracy(replace(own, rollouts=own.rollouts[:num_gate_rollouts]))
     if accuracy > rule.gate:
-        return replace(own, mix="gate_closed", own_accuracy=accuracy)
+        return replace(own, injection_status="gate_closed", on_policy_accuracy=accuracy)
     if mode == "sample":
-        return replace(own, rollouts=(*own.rollouts, *answers), mix="injected", own_accuracy=accuracy)
+        return replace(
+            own, rollouts=(*own.rollouts, *answers), injection_status="injected", on_policy_accuracy=accuracy
+        )
     right = [one for one in answers if one.verdict == "correct" and one.finished][: rule.slots]
     spare = tuple(one for one in answers if one not in right)
     if not right:
-        return replace(own, mix="no_guide", own_accuracy=accuracy, spare=spare)
+        return replace(own, injection_status="no_guide", on_policy_accuracy=accuracy, unused_guide_rollouts=spare)
     first = rule.group_size - (len(right) if rule.compose == "replace" else 0)
     guests = tuple(replace(one, slot=first + place) for place, one in enumerate(right))
-    return replace(own, rollouts=(*own.rollouts[:first], *guests), mix="injected", own_accuracy=accuracy, spare=spare)
+    return replace(
+        own,
+        rollouts=(*own.rollouts[:first], *guests),
+        injection_status="injected",
+        on_policy_accuracy=accuracy,
+        unused_guide_rollouts=spare,
+    )
 
 
 def extrapolated_rollouts(group: Group) -> tuple[Rollout, ...]:

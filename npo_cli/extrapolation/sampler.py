@@ -149,7 +149,7 @@ def open_extrapolated_sampler(
         vision=policy.vision,
     )
     return ExtrapolatedSampler(
-        session=replace(session, engine=twin, sync=replace(session.sync, engine=twin, proved=None)),
+        session=replace(session, engine=twin, sync=replace(session.sync, engine=twin, verified_version=None)),
         policy=ExtrapolatedPolicy(newer=policy, older=older, strength=strength),
         extrapolation=motion,
         activate=nullcontext,

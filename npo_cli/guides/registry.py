@@ -178,7 +178,7 @@ def validate_source_options(ask: SourceSpec) -> None:
         if option not in takes:
             raise NpoError(
                 f"{option} means nothing to --source {ask.kind}",
-                f"leave it out, or name one of: --source {', '.join(name for name in SOURCE_OPTIONS if option in SOURCE_OPTIONS[name])}",
+                f"leave it out, or name one of: --source {', '.join(name for name in SOURCE_OPTIONS if option in SOURCE_OPTIONS[name])}",  # noqa: E501
             )
     for option in takes:
         if option != "--guide" and option not in ask.given_options:

@@ -599,12 +599,12 @@ def build_source_score(
         signal_low=score.signal_low,
         signal_high=score.signal_high,
         p_best=score.p_best,
-        chosen=score.is_selected,
-        unreliable=score.is_unreliable,
+        is_selected=score.is_selected,
+        is_unreliable=score.is_unreliable,
         kl_per_token=score.kl_per_token,
         kl_per_sequence=score.kl_per_sequence,
-        p_best_by={which: lead.p_best_A[place] for which, lead in leads.items()},
-        best_by=tuple(which for which, lead in leads.items() if lead.index == place),
+        p_best_by_variance_kind={which: lead.p_best_A[place] for which, lead in leads.items()},
+        best_for_variance_kinds=tuple(which for which, lead in leads.items() if lead.index == place),
     )
 
 

@@ -91,5 +91,5 @@ def check_prompt_tokens(prompts: Sequence[EngineInput], outputs: Sequence[Any]) 
         if prompt.images and tuple(output.prompt_token_ids) != prompt.token_ids:
             places = ", ".join(ref.location for ref in prompt.images)
             raise RuntimeError(
-                f"it read {len(output.prompt_token_ids)} tokens where the trainer reads {len(prompt.token_ids)}: {places}"
+                f"it read {len(output.prompt_token_ids)} tokens where the trainer reads {len(prompt.token_ids)}: {places}"  # noqa: E501
             )

@@ -175,7 +175,7 @@ def summarize_import(root: Path, found: Sequence[ForeignCheckpoint], records: Tr
     if records.missing_signals:
         where = records.source or "beside the checkpoints"
         yield Notice(
-            message=f"no {' and no '.join(records.missing_signals)} by any name known here in {where}: AutoNPO's trigger needs "
+            message=f"no {' and no '.join(records.missing_signals)} by any name known here in {where}: AutoNPO's trigger needs "  # noqa: E501
             "both; --metrics FILE names another record",
             level="warning",
         )

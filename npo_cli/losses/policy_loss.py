@@ -158,17 +158,17 @@ def _measure(view: _View, rows: LossInputs, total: Callable[[Tensor], Tensor]) -
     behavior_NT = torch.where(known_NT, rows.behavior_logps_NT, 0.0)
     ratio_NT = log_ratio(view.tokens.logps_NT, behavior_NT).exp()
     found = {
-        "own_tokens": own_NT.sum(),
+        "on_policy_tokens": own_NT.sum(),
         "clipped_low": (own_NT & view.terms.clipped_low_NT).sum(),
         "clipped_high": (own_NT & view.terms.clipped_high_NT).sum(),
-        "foreign_tokens": foreign_NT.sum(),
-        "foreign_kept": (foreign_NT & (view.push_NT > 0)).sum(),
-        "known_tokens": known_NT.sum(),
+        "off_policy_tokens": foreign_NT.sum(),
+        "off_policy_tokens_with_gradient": (foreign_NT & (view.push_NT > 0)).sum(),
+        "off_policy_tokens_with_logps": known_NT.sum(),
         "ratio_sum": torch.where(known_NT, ratio_NT, 0.0).sum(),
         "ratio_min": torch.where(known_NT, ratio_NT, math.inf).amin(),
         "ratio_max": torch.where(known_NT, ratio_NT, -math.inf).amax(),
-        "push": total(view.push_NT),
-        "foreign_push": total(torch.where(foreign_NT, view.push_NT, 0.0)),
+        "gradient_magnitude": total(view.push_NT),
+        "off_policy_gradient_magnitude": total(torch.where(foreign_NT, view.push_NT, 0.0)),
     }
     if view.kl_NT is not None:
         found |= {"kl_sum": torch.where(own_NT, view.kl_NT, 0.0).sum(), "kl_tokens": own_NT.sum()}

@@ -114,7 +114,7 @@ def grpo_terms(tokens: SurrogateInputs, bounds: ClipBounds) -> SurrogateTerms:
     terms = clipped_terms(shape_ratio(ratio_NT, bounds.gamma_N1), tokens.advantages_N1, bounds)
     # d log f / d log r = gamma / (r + gamma), and 1 without a shape.
     slope_NT = torch.where(bounds.gamma_N1.isinf(), 1.0, bounds.gamma_N1 / (ratio_NT.detach() + bounds.gamma_N1))
-    terms = replace(terms, gain_NT=terms.dloss_dlogp_factor_NT * slope_NT)
+    terms = replace(terms, dloss_dlogp_factor_NT=terms.dloss_dlogp_factor_NT * slope_NT)
     return _without_gain(terms, tokens.log_ratio_NT.abs() >= LOG_RATIO_LIMIT)
 
 
@@ -164,4 +164,4 @@ SURROGATES: dict[LossKind, Callable[[SurrogateInputs, ClipBounds], SurrogateTerm
 
 
 def _without_gain(terms: SurrogateTerms, cut_NT: Tensor) -> SurrogateTerms:
-    return replace(terms, gain_NT=terms.dloss_dlogp_factor_NT.masked_fill(cut_NT, 0.0))
+    return replace(terms, dloss_dlogp_factor_NT=terms.dloss_dlogp_factor_NT.masked_fill(cut_NT, 0.0))

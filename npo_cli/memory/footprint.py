@@ -105,7 +105,7 @@ def _update(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[All
 
     if model.gradient_checkpointing:
         a_token = shape.checkpointed_activation_bytes + shape.layer_activation_bytes
-        how = f"{tokens:,} tokens x ({_kb(shape.checkpointed_activation_bytes)} + a layer's {_kb(shape.layer_activation_bytes)})"
+        how = f"{tokens:,} tokens x ({_kb(shape.checkpointed_activation_bytes)} + a layer's {_kb(shape.layer_activation_bytes)})"  # noqa: E501
     else:
         a_token, how = shape.activation_bytes, f"{tokens:,} tokens x {_kb(shape.activation_bytes)}"
     yield need("activations", tokens * a_token, how)

@@ -69,7 +69,7 @@ class ShardingContext:
             yield
         finally:
             for part in parts:
-                part.reshard()
+                part.reshard_after_forward()
                 part.set_reshard_after_forward(self.reshard_after_forward and part is not model, recurse=False)
 
     def token_scores(

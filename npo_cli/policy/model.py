@@ -123,7 +123,7 @@ class Policy:
     def base_policy(self) -> "Policy":
         """The frozen base of a policy with adapters: the same model, scored without them."""
         assert self.adapters is not None, "there is no base beside the weights that are trained"
-        return replace(self, bare=True)
+        return replace(self, is_base_only=True)
 
     @property
     def num_weight_changes(self) -> int:

@@ -153,7 +153,7 @@ class Vision:
     def attach_images(self, packed: PackedRows, rows: Sequence[TokenRow]) -> PackedRows:
         """The same rows with what they show."""
         sights = self.build_inputs(packed.input_ids_NL, [row.images for row in rows])
-        return replace(packed, sights=sights, silent_ids=self.suppressed_ids)
+        return replace(packed, vision_inputs=sights, suppressed_ids=self.suppressed_ids)
 
     def load_patches(self, ref: ImageRef) -> ImagePatches:
         """The picture's patches: opened, checked against its digest, and kept for a while."""

@@ -95,7 +95,7 @@ def _environment() -> "Environment":
         **{
             "ratio": describe_log_ratio,
             "far": describe_guide_distance,
-            "share": lambda visit: round(100 * visit.num_correct / max(1, visit.num_asked)),
+            "share": lambda visit: round(100 * visit.num_correct / max(1, visit.num_on_policy)),
         },
     }
     return environment

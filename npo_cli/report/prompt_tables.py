@@ -98,7 +98,7 @@ def describe_guide_distance(visit: PromptVisit) -> str:
         return f"{describe_source(guest)}: the policy that answered, pushed along its own motion"
     # The policy of step t has made t - 1 steps.
     ahead = guest.sampler_step - (visit.step - 1)
-    return f"{describe_source(guest)}: {abs(ahead)} steps {'ahead of' if ahead >= 0 else 'behind'} the policy that answered"
+    return f"{describe_source(guest)}: {abs(ahead)} steps {'ahead of' if ahead >= 0 else 'behind'} the policy that answered"  # noqa: E501
 
 
 def describe_visit(visit: PromptVisit) -> str:

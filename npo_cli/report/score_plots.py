@@ -49,7 +49,7 @@ def make_score_plots(scores: Sequence[CheckpointScore], *, prefix: str) -> Itera
 def make_probe_plots(scores: Sequence[Mapping[str, Any]], *, prefix: str) -> Iterator[Plot]:
     """The same of one probe, whose evidence is plain data: an absent figure is one that was no number."""
     ordered = sorted(scores, key=lambda one: one["distance"])
-    best = "".join(f"best in {one['p_best']:.0%}" for one in ordered if one.get("chosen") and "p_best" in one)
+    best = "".join(f"best in {one['p_best']:.0%}" for one in ordered if one.get("is_selected") and "p_best" in one)
     kinds = {"quality": "pass rate", "variance": str(ordered[0].get("variance_kind", "")), "signal": best}
 
     def estimates(name: str) -> list[IntervalEstimate]:
@@ -59,7 +59,7 @@ def make_probe_plots(scores: Sequence[Mapping[str, Any]], *, prefix: str) -> Ite
                 value=one.get(name, math.nan),
                 low=one.get(f"{name}_low", math.nan),
                 high=one.get(f"{name}_high", math.nan),
-                selected_label=f"D* = {one['distance']}" if one.get("chosen") else None,
+                selected_label=f"D* = {one['distance']}" if one.get("is_selected") else None,
             )
             for one in ordered
         ]

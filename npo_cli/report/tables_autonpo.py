@@ -15,7 +15,7 @@ from npo_cli.report.table import Table, drop_empty_columns, format_count, format
 from npo_cli.types.autonpo import NonTriggerSpan, ProbeResult, Transition
 from npo_cli.types.costs import RunCosts
 
-COUNTED = ("streak", "num_found", "num_asked")
+COUNTED = ("streak", "num_prompts_with_rollouts", "num_prompts")
 
 
 def describe_transition(move: Transition) -> str:
@@ -34,9 +34,9 @@ def describe_reason(move: Transition) -> str:
             return _confirmation(evidence)
         case "guided" | "unguided":
             return (
-                f"{evidence.get('num_found', '?')} of {evidence.get('num_asked', '?')} mistakes answered, "
+                f"{evidence.get('num_found', '?')} of {evidence.get('num_prompts', '?')} mistakes answered, "
                 f"{evidence.get('num_reused', '?')} by the probe"
-                if "num_asked" in evidence
+                if "num_prompts" in evidence
                 else _assumed(evidence)
             )
         case "rolled_back":
@@ -61,7 +61,7 @@ def _assumed(evidence: Mapping[str, Any]) -> str:
 
 
 def _signals(evidence: Mapping[str, Any]) -> str:
-    gain, margin, drop = (evidence.get(name) for name in ("gain", "margin", "drop"))
+    gain, margin, drop = (evidence.get(name) for name in ("reward_gain", "reward_margin", "entropy_drop"))
     if gain is None or margin is None or drop is None:
         return ""
     fell = f"entropy fell {drop:.1%}" if drop >= 0 else f"entropy rose {-drop:.1%}"
@@ -73,7 +73,7 @@ def _confirmation(evidence: Mapping[str, Any]) -> str:
         return "assumed"
     if evidence.get("reason"):
         return str(evidence["reason"])
-    chosen = next((score for score in evidence.get("scores", ()) if score.get("chosen")), None)
+    chosen = next((score for score in evidence.get("scores", ()) if score.get("is_selected")), None)
     if chosen is None:
         return ""
     return (
@@ -174,13 +174,13 @@ def _scores(found: Evidence, scores: Sequence[Evidence], *, where: str) -> Table
     header = ("D", "mistakes", "Q", "V", "S = Q/V", "p(best)", "")
     rows = tuple(
         (
-            *(str(one["distance"]), format_count(one.get("num_mistakes"))),
+            *(str(one["distance"]), format_count(one.get("num_failed_prompts"))),
             *(_bounded(one, name) for name in ("quality", "variance", "signal")),
-            *(format_number(one.get("p_best"), digits=2), "<- D*" if one.get("chosen") else ""),
+            *(format_number(one.get("p_best"), digits=2), "<- D*" if one.get("is_selected") else ""),
         )
         for one in scores
     )
-    verdict = "accepted" if found.get("accepted") else f"rejected: {found.get('reason') or 'no reason recorded'}"
+    verdict = "accepted" if found.get("is_accepted") else f"rejected: {found.get('reason') or 'no reason recorded'}"
     asked = f"{format_count(found.get('num_prompts'))} prompts, {format_count(found.get('num_samples'))} samples"
     notes = [f"{verdict}.", f"{asked}, {format_count(found.get('num_tokens'))} tokens; intervals are 95 %."]
     others = found.get("chosen_by") or {}
@@ -214,8 +214,11 @@ def _strata(strata: Sequence[Evidence]) -> Table:
     header = ("age", "mistakes", "asked", "samples", "correct", "pass@1")
     rows = tuple(
         (
-            f"{one['nearest']}-{one['farthest'] - 1}",
-            *(format_count(one.get(name)) for name in ("num_mistakes", "num_probed", "num_samples", "num_correct")),
+            f"{one['min_age']}-{one['max_age'] - 1}",
+            *(
+                format_count(one.get(name))
+                for name in ("num_failed_prompts", "num_probed", "num_samples", "num_correct")
+            ),
             _bounded(one, "quality"),
         )
         for one in strata

@@ -85,13 +85,15 @@ def count_injections(groups: Sequence[Group]) -> dict[str, float]:
 def _seated(group: Group, guides: Sequence[GuideRollout], rule: InjectionPolicy) -> Group:
     accuracy = measure_on_policy_accuracy(group)
     if accuracy > rule.gate:
-        return replace(group, mix="gate_closed", own_accuracy=accuracy)
+        return replace(group, injection_status="gate_closed", on_policy_accuracy=accuracy)
     if not guides:
-        return replace(group, mix="no_guide", own_accuracy=accuracy)
+        return replace(group, injection_status="no_guide", on_policy_accuracy=accuracy)
     count = count_slots(rule, guides)
     first = rule.group_size - (count if rule.compose == "replace" else 0)
     guests = [_as_rollout(guide, first + place) for place, guide in enumerate(_chosen(guides, rule, count))]
-    return replace(group, rollouts=(*group.rollouts[:first], *guests), mix="injected", own_accuracy=accuracy)
+    return replace(
+        group, rollouts=(*group.rollouts[:first], *guests), injection_status="injected", on_policy_accuracy=accuracy
+    )
 
 
 def _chosen(guides: Sequence[GuideRollout], rule: InjectionPolicy, count: int) -> Sequence[GuideRollout]:

@@ -48,7 +48,7 @@ class Buckets:
 
 def start_collecting(memory: ReplayBuffer, success_rate: float, *, start: float) -> ReplayBuffer:
     """Collection begins after the first batch with a success rate above `start`, and never ends."""
-    return replace(memory, started=memory.is_collecting or success_rate > start)
+    return replace(memory, is_collecting=memory.is_collecting or success_rate > start)
 
 
 def add_successes(memory: ReplayBuffer, outcomes: Sequence[GroupResult], *, retire: bool) -> ReplayBuffer:
@@ -67,7 +67,7 @@ def add_successes(memory: ReplayBuffer, outcomes: Sequence[GroupResult], *, reti
                 known.setdefault(success.text, success)
             successes[outcome.prompt_id] = tuple(known.values())
             num_correct[outcome.prompt_id] = outcome.num_correct
-    return replace(memory, successes=successes, num_correct=num_correct, retired=retired)
+    return replace(memory, successes=successes, num_correct=num_correct, retired_epochs=retired)
 
 
 def bucket_probabilities(counts: Collection[int], buckets: Buckets) -> dict[int, float]:

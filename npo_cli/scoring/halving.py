@@ -35,7 +35,7 @@ def halving_rounds(num_candidates: int, budget: int) -> list[HalvingRound]:
         raise NpoError(
             f"scoring.budget is {budget}, but {num_candidates} candidates in {num_rounds} rounds need "
             f"at least {num_candidates * num_rounds} (candidate, prompt) pairs",
-            f"set scoring.budget to {num_candidates * num_rounds} or more (useful: {20 * num_candidates * num_rounds}), "
+            f"set scoring.budget to {num_candidates * num_rounds} or more (useful: {20 * num_candidates * num_rounds}), "  # noqa: E501
             "or to null to ask every candidate everything.",
         )
     rounds = []
@@ -61,7 +61,7 @@ def successive_rejects(num_candidates: int, budget: int) -> list[int]:
     """
     if budget <= num_candidates:
         raise NpoError(
-            f"scoring.budget is {budget}, but {num_candidates} candidates need more than {num_candidates} (candidate, prompt) "
+            f"scoring.budget is {budget}, but {num_candidates} candidates need more than {num_candidates} (candidate, prompt) "  # noqa: E501
             "pairs",
             f"set scoring.budget above {num_candidates}, or to null to ask every candidate everything.",
         )

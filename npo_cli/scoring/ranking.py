@@ -120,7 +120,7 @@ def _drift(each: CandidateEvidence, data_1P: Floats, setting: RankingContext) ->
         "mean_length": each.num_tokens / health.num_samples if health.num_samples else 0.0,
         "ess_fraction": health.ess_fraction,
         "variance_kind": setting.formula.variance,
-        "unreliable": health.num_samples < MIN_SAMPLES or (knobs.variance in HEAVY_TAILED and health.is_dominated),
+        "is_unreliable": health.num_samples < MIN_SAMPLES or (knobs.variance in HEAVY_TAILED and health.is_dominated),
     }
 
 
@@ -177,8 +177,8 @@ def rank_candidates(
         replace(
             score_candidate(each, counts_BP, setting),
             p_best=float(p_best_A[a]),
-            chosen=a == chosen,
-            chosen_by=chosen_by,
+            is_selected=a == chosen,
+            selection_by_profile=chosen_by,
         )
         for a, each in enumerate(evidence)
     )

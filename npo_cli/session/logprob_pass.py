@@ -83,7 +83,7 @@ class LogprobPassTask:
 
     def run(self, hand: WorkerState) -> list[ResponseLogprobs]:
         """With all weights whole: the processes need not make equally many passes."""
-        policy = replace(hand.policies[self.name], bare=self.is_base_only)
+        policy = replace(hand.policies[self.name], is_base_only=self.is_base_only)
         assert policy.shared is not None
         with policy.shared.unshard_weights(policy.model):
             return [scores.to_cpu() for scores in run_local_logprob_pass(policy, self.pass_settings, self.rows)]
@@ -95,7 +95,7 @@ def run_local_logprob_pass(
 ) -> list[ResponseLogprobs]:
     """The same in this process alone."""
     if how.uses_full_vocabulary and isinstance(policy, Policy) and policy.vision is not None:
-        policy = replace(policy, vision=replace(policy.vision, silent_ids=()))
+        policy = replace(policy, vision=replace(policy.vision, suppressed_ids=()))
     found = []
     for run in micro_batches(rows, max_tokens=how.micro_batch_tokens):
         part = [rows[index] for index in run]

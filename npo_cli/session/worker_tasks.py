@@ -94,7 +94,7 @@ def shard_across_workers(policy: Policy, recipe: Recipe, *, folder: Path | None,
     team.join(deadline=recipe.distributed.timeout, device=policy.device.type)
     # The others may have been started in another folder.
     opened = OpenModel(name=name, model=recipe.model, folder=folder and folder.absolute(), loaded_policy=policy)
-    prints = team.scatter([opened, *[replace(opened, opened=None)] * (team.world_size - 1)])
+    prints = team.scatter([opened, *[replace(opened, loaded_policy=None)] * (team.world_size - 1)])
     for rank, found in enumerate(prints):
         if found != prints[0]:
             what = "weights" if found[1] == prints[0][1] else "a tokenizer"

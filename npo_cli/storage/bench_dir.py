@@ -14,8 +14,8 @@ BENCH_INDEX_FILE = "arms.json"
 
 def save_bench_index(folder: Path, runs: Sequence[tuple[str, Path]]) -> None:
     """Arm and run of every cell, in the order of the table."""
-    rows = [{"arm": arm, "run": run.relative_to(folder).as_posix()} for arm, run in runs]
-    write_json_atomic(folder / BENCH_INDEX_FILE, {"arms": rows})
+    rows = [{"method": arm, "run": run.relative_to(folder).as_posix()} for arm, run in runs]
+    write_json_atomic(folder / BENCH_INDEX_FILE, {"methods": rows})
 
 
 def is_bench(folder: Path) -> bool:
@@ -26,7 +26,7 @@ def is_bench(folder: Path) -> bool:
 def load_bench_index(folder: Path) -> list[tuple[str, Path]]:
     """Arm and run directory, as they were saved."""
     try:
-        return [(str(row["arm"]), folder / row["run"]) for row in read_json(folder / BENCH_INDEX_FILE)["arms"]]
+        return [(str(row["method"]), folder / row["run"]) for row in read_json(folder / BENCH_INDEX_FILE)["methods"]]
     except (KeyError, TypeError) as error:
         path = folder / BENCH_INDEX_FILE
         raise NpoError(f"{path} is not what npo bench writes", "the same npo bench again writes it anew") from error

@@ -157,7 +157,7 @@ def scoring_cost(scoring: SampleStore) -> Cost:
     """What sampling for a scoring took; an older copy read along with arms whose logits were pushed."""
     named = enumerate(scoring.settings.get("sources", ()))
     read_twice = {SCREENING_INDEX - place for place, name in named if name.startswith("extrapolated logits:")}
-    told = [(row["arm"], len(row["response_ids"])) for row in scoring.samples.iter_rows()]
+    told = [(row["candidate"], len(row["response_ids"])) for row in scoring.samples.iter_rows()]
     return Cost(
         steps=0,
         tokens=sum(count for _, count in told),

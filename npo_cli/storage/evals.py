@@ -55,7 +55,7 @@ def read_prompt_results(run: RunDir) -> list[PromptResults]:
     """Every evaluation whose outcomes were kept, oldest first."""
     found = []
     for number, said in enumerate(JsonlLog(run.prompt_results_path).read_records(PromptResults), start=1):
-        one = replace(said, prompts=tuple(said.prompt_keys), num_correct=tuple(said.num_correct))
+        one = replace(said, prompt_keys=tuple(said.prompt_keys), num_correct=tuple(said.num_correct))
         counted = all(isinstance(count, int) and 0 <= count <= one.num_samples for count in one.num_correct)
         if not (counted and len(one.num_correct) == len(set(one.prompt_keys)) > 0):
             raise damaged_file_error(f"{run.prompt_results_path}, line {number}", "its counts do not fit its prompts")

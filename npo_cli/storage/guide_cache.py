@@ -104,7 +104,7 @@ def open_guide_cache(run: RunDir, info: GuideCacheInfo) -> GuideCacheWriter:
     there = read_cache_info(folder)
     if there.complete:
         raise NpoError(
-            f"{run.root} already has a finished guide {info.name!r} ({describe_guide_source(there)} for step {there.learner_step})",
+            f"{run.root} already has a finished guide {info.name!r} ({describe_guide_source(there)} for step {there.learner_step})",  # noqa: E501
             "choose another name with --name, or use it: "
             f"npo resume {quote_path(run.root)} --at {there.learner_step} --guide {info.name}",
         )
@@ -156,10 +156,10 @@ def finish_guide_cache(run: RunDir, info: GuideCacheInfo) -> GuideCacheInfo:
     done = replace(
         info,
         num_prompts=len(every),
-        num_found=len(found),
-        num_trajectories=len(kept),
+        num_prompts_with_rollouts=len(found),
+        num_rollouts=len(kept),
         has_logps=all(each.behavior_logps is not None for each in kept),
-        given_tokens=sum(len(each.response_ids) for each in kept) if info.source == "file" else 0,
+        external_tokens=sum(len(each.response_ids) for each in kept) if info.source == "file" else 0,
         num_samples=sum(asked.num_sampled for asked in every),
         num_tokens=sum(asked.num_tokens for asked in every),
         complete=True,
@@ -211,12 +211,12 @@ def load_guide(run: RunDir, name: str) -> tuple[GuideCacheInfo, RolloutsByPrompt
     if info.run_id != run.run_id:
         raise NpoError(
             f"guide {name!r} was made in another run ({info.run_id}), not in {run.root} ({run.run_id})",
-            f"make one here: npo sample-guide {quote_path(run.root)} {format_guide_source_options(info)} --at {info.learner_step}",
+            f"make one here: npo sample-guide {quote_path(run.root)} {format_guide_source_options(info)} --at {info.learner_step}",  # noqa: E501
         )
     if not info.complete:
         raise NpoError(
             f"guide {name!r} of {run.root} is unfinished",
-            f"finish it: npo sample-guide {quote_path(run.root)} --branch {info.branch} {format_guide_source_options(info)} "
+            f"finish it: npo sample-guide {quote_path(run.root)} --branch {info.branch} {format_guide_source_options(info)} "  # noqa: E501
             f"--at {info.learner_step} --name {name}",
         )
     trajectories = read_guide_rollouts(folder)

@@ -103,7 +103,7 @@ def _measurements(place: BranchStep, measured: dict[str, Any], known: Checkpoint
         "quality": score.quality if score else None,
         "variance": score.variance if score else None,
         "signal": score.signal if score else None,
-        "scored_for": at,
+        "learner_step": at,
     }
 
 

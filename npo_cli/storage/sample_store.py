@@ -85,7 +85,12 @@ def open_sample_store(
     run: RunDir, branch: str, learner_step: int, *, candidates: Sequence[int], settings: Mapping[str, Any]
 ) -> SampleStore:
     """The folder of this scoring, made or found again by its learner, candidates and settings."""
-    question = {"branch": branch, "at": learner_step, "candidates": sorted(candidates), "settings": dict(settings)}
+    question = {
+        "branch": branch,
+        "learner_step": learner_step,
+        "candidates": sorted(candidates),
+        "settings": dict(settings),
+    }
     canonical = json.dumps(json.loads(encode_record(question)), sort_keys=True, separators=(",", ":"))
     key = hashlib.sha256(canonical.encode("ascii")).hexdigest()[:KEY_LENGTH]
     folder = run.score_folder(branch, learner_step, key=key)
@@ -123,7 +128,7 @@ def save_scores(store: SampleStore, scores: Sequence[CheckpointScore], *, source
     """Write the answer, one object a candidate; the scoring is finished. `sources`: all that was compared, if more."""
     store.samples.sync()
     rows = [json.loads(encode_record(score)) for score in scores]
-    head = {"branch": store.branch, "at": store.learner_step, "saved": now_utc(microseconds=True)}
+    head = {"branch": store.branch, "learner_step": store.learner_step, "saved_at": now_utc(microseconds=True)}
     more = {"sources": [json.loads(encode_record(source)) for source in sources]} if sources else {}
     write_json_atomic(store.scores_path, {**head, "scores": rows, **more})
 

@@ -32,7 +32,9 @@ class DistributedUpdater(Updater):
         dealt = zip(
             self._dealt(whole.off_policy, team.world_size), self._dealt(whole.on_policy, team.world_size), strict=True
         )
-        shares = [replace(whole, foreign=foreign, own=own, num_shares=team.world_size) for foreign, own in dealt]
+        shares = [
+            replace(whole, off_policy=foreign, on_policy=own, num_shards=team.world_size) for foreign, own in dealt
+        ]
         passes = (
             max(self.num_passes(share.off_policy) for share in shares),
             max(self.num_passes(share.on_policy) for share in shares),
@@ -75,4 +77,4 @@ class UpdateShard:
 
     def run(self, hand: WorkerState) -> ShardReport:
         """Forward, backward, update of this process's shards."""
-        return hand.updater.take_share(self.shard)
+        return hand.updater.run_shard(self.shard)

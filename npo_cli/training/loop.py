@@ -137,7 +137,14 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     mistakes = update_failed_prompt_pool(
         state.failed_prompts, find_new_mistakes(session, batch, state), size=session.recipe.autonpo.pool.max_size
     )
-    after = replace(state, step=step, position=batch.position, trackers=trackers, mistakes=mistakes, experience=memory)
+    after = replace(
+        state,
+        step=step,
+        position=batch.position,
+        running_metrics=trackers,
+        failed_prompts=mistakes,
+        replay_buffer=memory,
+    )
     return after, report, odd
 
 

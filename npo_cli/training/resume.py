@@ -88,7 +88,7 @@ def resume_run(
             start = find_resume_point(run, source_branch, overrides)
         else:
             start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
-            start = replace(start, is_fresh=fresh)
+            start = replace(start, has_fresh_optimizer=fresh)
         check_steps_left(run, start, command=again, until=until)
         task = open_task(start.recipe, allow_code=allow_code)
         try:
@@ -179,7 +179,7 @@ def fork(
 
 def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:
     """A guide serves the learner, and so the prompts, that it was sampled for."""
-    again = f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_guide_source_options(info)} --at {at} --name NEW"
+    again = f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_guide_source_options(info)} --at {at} --name NEW"  # noqa: E501
     if (info.branch, info.learner_step) != (parent, at):
         raise NpoError(
             f"guide {info.name} was sampled for step {info.learner_step} of {info.branch}, not step {at} of {parent}",
@@ -196,7 +196,7 @@ def load_active_guide(session: Session, segment: Segment) -> ActiveGuide | None:
     if info.tokenizer_digest != session.policy.tokenizer_digest:
         raise NpoError(
             f"guide {info.name} was written with another tokenizer; its token ids mean nothing here",
-            f"npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} --at {info.learner_step} --name NEW",
+            f"npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} --at {info.learner_step} --name NEW",  # noqa: E501
         )
     check_guide_logprobs(session, info)
     known = {prompt.prompt_id for prompt in session.task.train}
@@ -222,7 +222,7 @@ def check_guide_images(session: Session, info: GuideCacheInfo, kept: GuideRollou
     if shown != [image.sha256 for image in kept.images]:
         raise NpoError(
             f"guide {info.name} was shown other pictures for prompt {kept.prompt_id} than this task has",
-            f"bring the old ones back, or: npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} "
+            f"bring the old ones back, or: npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} "  # noqa: E501
             f"--at {info.learner_step} --name NEW",
         )
 

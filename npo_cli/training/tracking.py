@@ -258,7 +258,7 @@ def _shown(run: RunDir, recipe: Recipe, branch: str) -> TrackerRun:
     fork = {
         "parent": born.parent,
         "fork_step": born.fork_step,
-        "guide": born.guide_cache,
+        "guide_cache": born.guide_cache,
         "guide_until": born.guide_until,
     }
     return TrackerRun(

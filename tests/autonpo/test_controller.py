@@ -10,7 +10,7 @@ from npo_cli.types.autonpo import AutoNPOState, TriggerReading
 from tests.autonpo.simulated_signals import ACCEPTED, CONTROL, GUIDED, MISSED, REJECTED, START, UNGUIDED
 
 ARMED = AutoNPOState(branch="main", step=100)
-WARNED = replace(ARMED, streak=5, warned=True)
+WARNED = replace(ARMED, stagnation_streak=5, has_warned=True)
 PROBING = replace(ARMED, phase="PROBE")
 PUSHING = replace(ARMED, phase="PUSH")
 AHEAD = AutoNPOState(branch="ahead", step=100, phase="AHEAD", until_step=120)
@@ -65,7 +65,7 @@ def test_what_rises_again_is_rest():
     state, moves = tell(replace(AHEAD, step=119), seen(120, "rising"), knobs=TRYING)
     assert moves == [(120, "moved", "AHEAD", "COOLDOWN")]
     # 120 + a cooldown of 40
-    assert (state.until, state.interventions) == (160, 0)
+    assert (state.until, state.num_interventions) == (160, 0)
 
 
 def test_what_cannot_be_pushed_is_asked():
@@ -78,18 +78,18 @@ def test_what_cannot_be_pushed_is_asked():
 def test_patience_steps_of_stagnation_make_one_warning():
     state, moves = tell(ARMED, *(seen(step, "stagnant") for step in range(101, 109)))
     assert moves == [(105, "warning", "TRAIN", "TRAIN")]
-    assert (state.streak, state.warned, state.step) == (8, True, 108)
+    assert (state.streak, state.has_warned, state.step) == (8, True, 108)
 
 
 @pytest.mark.parametrize("verdict", ["rising", "entropy_level"])
 def test_a_step_without_both_signs_ends_the_streak(verdict):
-    state, moves = tell(replace(ARMED, streak=4), seen(101, verdict), seen(102, "stagnant"))
+    state, moves = tell(replace(ARMED, stagnation_streak=4), seen(101, verdict), seen(102, "stagnant"))
     assert (state.streak, moves) == (1, [])
 
 
 @pytest.mark.parametrize("verdict", ["no_signal", "short_history"])
 def test_a_step_without_data_neither_lengthens_nor_ends_the_streak(verdict):
-    state, moves = tell(replace(ARMED, streak=4), seen(101, verdict), seen(102, "stagnant"))
+    state, moves = tell(replace(ARMED, stagnation_streak=4), seen(101, verdict), seen(102, "stagnant"))
     assert (state.streak, moves) == (5, [(102, "warning", "TRAIN", "TRAIN")])
 
 
@@ -114,7 +114,7 @@ def test_a_sparse_log_ends_the_warm_up_at_its_first_step_beyond_it():
 
 
 def test_a_warning_at_a_checkpoint_triggers_at_once():
-    state, moves = tell(replace(ARMED, streak=4), seen(101, "stagnant", has_checkpoint=True))
+    state, moves = tell(replace(ARMED, stagnation_streak=4), seen(101, "stagnant", has_checkpoint=True))
     assert moves == [(101, "warning", "TRAIN", "TRAIN"), (101, "trigger", "TRAIN", "PROBE")]
     assert state == AutoNPOState(branch="main", step=101, phase="PROBE")
 
@@ -150,7 +150,7 @@ def test_the_evidence_is_plain_data():
     assert accepted.evidence == asdict(ACCEPTED.confirmation)
     _, (guided,) = advance(GUIDING, GUIDED, knobs=CONTROL)
     assert guided.evidence == {
-        "guide": "auto-1", "num_asked": 90, "num_found": 30, "num_reused": 20, "num_tokens": 5000
+        "guide": "auto-1", "num_prompts": 90, "num_found": 30, "num_reused": 20, "num_tokens": 5000
     }  # fmt: skip
     _, (back,) = advance(LEAVING, ROLLED_BACK, knobs=CONTROL)
     assert back.evidence == {"branch": "auto-1", "to_step": 80, "until": 100, "parent": "main", "early": False}
@@ -205,7 +205,7 @@ def test_a_rest_is_that_many_steps_long_and_the_next_one_counts(cooldown, first)
 def test_the_cap_is_told_once_a_warning():
     facts = [seen(step, "stagnant", has_checkpoint=step % 5 == 0) for step in range(101, 131)]
     state, moves = tell(
-        replace(ARMED, interventions=3), *facts, seen(131), *(seen(s, "stagnant") for s in range(132, 137))
+        replace(ARMED, num_interventions=3), *facts, seen(131), *(seen(s, "stagnant") for s in range(132, 137))
     )
     assert [move[:2] for move in moves] == [(105, "warning"), (105, "capped"), (136, "warning")]
     assert state.phase == "TRAIN"
@@ -214,12 +214,12 @@ def test_the_cap_is_told_once_a_warning():
 def test_a_cap_of_nothing_never_triggers_and_no_cap_always_does():
     warned_at_checkpoint = seen(101, "stagnant", has_checkpoint=True)
     assert tell(WARNED, warned_at_checkpoint, knobs=replace(CONTROL, max_interventions=0))[0].phase == "TRAIN"
-    many = replace(WARNED, interventions=99)
+    many = replace(WARNED, num_interventions=99)
     assert tell(many, warned_at_checkpoint, knobs=replace(CONTROL, max_interventions=-1))[0].phase == "PROBE"
 
 
 def test_a_cap_that_is_raised_lets_the_same_plateau_trigger():
-    capped, _ = tell(replace(WARNED, interventions=3), seen(101, "stagnant", has_checkpoint=True))
+    capped, _ = tell(replace(WARNED, num_interventions=3), seen(101, "stagnant", has_checkpoint=True))
     _, moves = tell(capped, seen(102, "stagnant", has_checkpoint=True), knobs=replace(CONTROL, max_interventions=4))
     assert [move[:2] for move in moves] == [(102, "warning"), (102, "trigger")]
 
@@ -249,8 +249,8 @@ def test_a_rest_after_the_early_bootstrap_lasts_through_the_warm_up():
 
 def test_early_begins_on_the_first_branch_alone():
     knobs = replace(CONTROL, early=True, early_scout=120)
-    assert tell(replace(ARMED, interventions=1), seen(120), knobs=knobs)[1] == []
-    assert tell(replace(ARMED, begun_early=True), seen(120), knobs=knobs)[1] == []
+    assert tell(replace(ARMED, num_interventions=1), seen(120), knobs=knobs)[1] == []
+    assert tell(replace(ARMED, has_tried_early=True), seen(120), knobs=knobs)[1] == []
     assert tell(ARMED, seen(120), knobs=knobs)[1] == [(120, "early", "TRAIN", "GUIDE_GEN")]
 
 
@@ -285,8 +285,8 @@ def test_a_fact_that_does_not_fit_is_our_mistake(state, fact):
     [
         (START, seen(1, "stagnant"), "warming_up"),
         (REPLAYING, seen(81, "stagnant"), "replaying"),
-        (replace(ARMED, phase="COOLDOWN", until=140), seen(140, "stagnant"), "resting"),
-        (replace(ARMED, phase="COOLDOWN", until=140), seen(141, "stagnant"), "streak"),
+        (replace(ARMED, phase="COOLDOWN", until_step=140), seen(140, "stagnant"), "resting"),
+        (replace(ARMED, phase="COOLDOWN", until_step=140), seen(141, "stagnant"), "streak"),
         (ARMED, seen(101, "no_signal"), "no_signal"),
         (ARMED, seen(101, "short_history"), "short_history"),
         (ARMED, seen(101, "rising"), "rising"),
@@ -294,7 +294,7 @@ def test_a_fact_that_does_not_fit_is_our_mistake(state, fact):
         (WARNED, seen(101, "stagnant"), "waiting"),
         (WARNED, seen(101, "no_signal"), "waiting"),
         (WARNED, seen(101, "rising"), "rising"),
-        (replace(WARNED, interventions=3), seen(101, "stagnant", has_checkpoint=True), "capped"),
+        (replace(WARNED, num_interventions=3), seen(101, "stagnant", has_checkpoint=True), "capped"),
     ],
 )
 def test_a_step_that_does_not_trigger_says_why(state, fact, word):

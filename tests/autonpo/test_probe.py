@@ -140,7 +140,7 @@ def test_the_drift_is_that_of_two_checkpoints_loaded_by_hand(everybody):
         if group.prompt.prompt_id in failed
         for each in group.rollouts
     ]
-    assert far.num_backward == len(theirs) >= 4
+    assert far.num_backward_samples == len(theirs) >= 4
     present = open_session_at(root, 6, branch="main")
     by_hand = [logps(present, prompt, each.response_ids) - sum(each.behavior_logps) for prompt, each in theirs]
     probe.session.policy.load(probe.present.path)

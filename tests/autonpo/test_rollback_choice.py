@@ -155,7 +155,7 @@ def test_the_direction_says_which_variance_enters():
         assert score.kl_per_sequence == pytest.approx(expected / 2)
         assert score.kl_per_token == pytest.approx(expected / 10)
         assert score.variances["seq2_lognormal"] == score.variance
-        assert (score.num_backward, score.variances_agree) == (48, False)
+        assert (score.num_backward_samples, score.variances_agree) == (48, False)
 
 
 def test_where_one_direction_is_missing_the_other_one_enters():
@@ -164,7 +164,7 @@ def test_where_one_direction_is_missing_the_other_one_enters():
     assert (score.variance_forward, score.variances_agree, score.heavy_tail) == (None, None, None)
     (score,) = judged([back(30, -0.1)], direction="learner").scores
     assert score.variance == pytest.approx(np.exp(0.2))
-    assert (score.variance_backward, score.num_backward) == (None, 0)
+    assert (score.variance_backward, score.num_backward_samples) == (None, 0)
 
 
 def test_a_distance_never_measured_does_not_win_against_a_measured_one():

@@ -142,7 +142,7 @@ def chunk_of(terminal: int) -> bytes:
 
 
 def test_a_narrow_terminal_splits_the_table_and_loses_nothing(circle):
-    shown = on_terminal("index", circle, COLUMNS="40", NO_COLOR="1")
+    shown = on_terminal("index", circle, TRACE_COLUMNS="40", NO_COLOR="1")
     assert "\x1b[3" not in shown
     assert max(map(len, re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines())) <= 40
     for entry in (json.loads(line) for line in npo("index", circle, "--json").out.splitlines()):

@@ -95,8 +95,8 @@ def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
     runs = [open_run(seeds / name) for name in ("s0", "s1")]
     # steps 1 and 2 had no guide
     slots = [row["inject/slots"] for run in runs for row in read_metrics(run, "near")]
-    assert npo.slots_per_step == pytest.approx(sum(slots) / 8)
-    assert (grpo.slots_per_step, grpo.grad_share) == (0.0, None)
+    assert npo.injections_per_step == pytest.approx(sum(slots) / 8)
+    assert (grpo.injections_per_step, grpo.grad_share) == (0.0, None)
     own = [row["entropy"] for run in runs for row in read_metrics(run, "near") if row["step"] == 3]
     assert npo.entropies[2] == pytest.approx(statistics.fmean(own))
     assert npo.entropies[:2] == grpo.entropies[:2]
@@ -104,15 +104,15 @@ def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
 
 def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(seeds):
     grpo, npo = compared(*both(seeds))[MethodSummary]
-    assert (grpo.differs, grpo.mismatched) == ((), ())
-    assert (npo.differs, npo.mismatched) == (("guided by nobody -> 4 at 2",), ())
+    assert (grpo.changed_settings, grpo.mismatched_settings) == ((), ())
+    assert (npo.changed_settings, npo.mismatched_settings) == (("guided by nobody -> 4 at 2",), ())
 
 
 def test_settings_without_effect_are_no_difference(seeds, tmp_path):
     root = tmp_path / "tuned"
     train(root, *SETTINGS, "autonpo.trigger.patience=9", "guide.inject.max_accuracy=0.25", "train.save_every=1")
     found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
-    assert [one.differs for one in found[MethodSummary]] == [(), (), ("guided by nobody -> 4 at 2",)]
+    assert [one.changed_settings for one in found[MethodSummary]] == [(), (), ("guided by nobody -> 4 at 2",)]
     assert said(found) == []
 
 
@@ -144,7 +144,7 @@ def test_arms_of_one_other_seed_each_are_not_paired_and_claim_no_seeds(seeds):
 def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
     found = compared(*both(seeds), thresholds=(1.0,))
     grpo, npo = found[MethodTimeToThreshold]
-    assert (grpo.num_reached, grpo.num_runs, grpo.censored) == (0, 2, True)
+    assert (grpo.num_reached, grpo.num_runs, grpo.is_censored) == (0, 2, True)
     # everything spent by the end: 4 updates, and 4 + 2 with the scout's two steps twice
     assert (grpo.costs["updates"], npo.costs["updates"]) == (4, 6)
     assert (npo.horizons["updates"], npo.restricted["updates"]) == (4, 4)
@@ -236,8 +236,8 @@ def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_p
     train(root, *SETTINGS, "train.lr=0.5", "train.group_size=2", "task.seed=9", "train.num_steps=3")
     found = compared(f"a={seeds}/s0:main", f"b={root}")
     other = found[MethodSummary][1]
-    assert other.differs == ("train.lr 0.0003 -> 0.5",)
-    assert other.mismatched == ("train.group_size 4 -> 2",)
+    assert other.changed_settings == ("train.lr 0.0003 -> 0.5",)
+    assert other.mismatched_settings == ("train.group_size 4 -> 2",)
     assert (found[MethodDifference][0].num_pairs, found[MethodDifference][0].num_prompts) == (1, None)
     assert said(found) == [
         "not alike: train.group_size 4 -> 2 (b)",
@@ -245,7 +245,7 @@ def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_p
     ]
     assert other.horizon == 3
     one_arm = compared(f"a={seeds}/s1:main", f"a={root}")
-    assert "train.lr 0.5 -> 0.0003 within the arm" in one_arm[MethodSummary][0].mismatched
+    assert "train.lr 0.5 -> 0.0003 within the arm" in one_arm[MethodSummary][0].mismatched_settings
 
 
 def test_comparing_writes_into_no_run(seeds, tmp_path):

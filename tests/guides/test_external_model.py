@@ -43,7 +43,7 @@ def teacher_folder(root):
 
 
 def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(root):
-    info = sample(root, source="model", origin=str(teacher_folder(root)), **OUTSIDE)
+    info = sample(root, kind="model", origin=str(teacher_folder(root)), **OUTSIDE)
     session, found = open_session_at(root, 4), trajectories(root, "taught")
     assert found
     for prompt_id, kept in found.items():
@@ -58,7 +58,7 @@ def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(ro
 
 
 def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabilities(root, foreigner):
-    info = sample(root, source="model", origin=str(foreigner), **OUTSIDE)
+    info = sample(root, kind="model", origin=str(foreigner), **OUTSIDE)
     session, found = open_session_at(root, 2), trajectories(root, "taught")
     assert found
     assert not info.has_logps
@@ -73,8 +73,8 @@ def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabiliti
 def test_the_same_policy_in_other_tokens_says_as_much_that_is_right(root, foreigner):
     """Base and foreigner are one policy in two spellings; drawn 64 times on 8 prompts they agree but for chance."""
     many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest")
-    ours = sample(root, *many, source="base", guide_step=None, name="ours")
-    theirs = sample(root, *many, source="model", origin=str(foreigner), guide_step=None, name="theirs")
+    ours = sample(root, *many, kind="base", guide_step=None, name="ours")
+    theirs = sample(root, *many, kind="model", origin=str(foreigner), guide_step=None, name="theirs")
     shares = []
     for name in ("ours", "theirs"):
         found = load_guide(open_run(root), name)[1]
@@ -116,7 +116,7 @@ def test_an_end_token_that_is_only_spelled_is_text(root):
 def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_path):
     other = tmp_path / "seed"
     train(other, "train.seed=7")
-    info = sample(root, source="run", origin=str(other), **OUTSIDE)
+    info = sample(root, kind="run", origin=str(other), **OUTSIDE)
     run = open_run(other)
     assert info.origin == f"{other}:main step 4 of run {run.run_id}"
     # what the seed run had generated in its four steps
@@ -129,7 +129,7 @@ def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_
     assert info.guide_digest == find_checkpoint(run, "main", 4).digest
     assert {(kept.source, kept.guide_step) for kept in trajectories(root, "taught").values()} == {("teacher", None)}
     assert info.has_logps
-    earlier = sample(root, source="run", origin=f"{other}:main", guide_step=2, name="earlier")
+    earlier = sample(root, kind="run", origin=f"{other}:main", guide_step=2, name="earlier")
     assert earlier.guide_digest == find_checkpoint(run, "main", 2).digest
 
 
@@ -137,7 +137,7 @@ def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_
 def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens):
     origin = teacher_folder(root) if tokens == "same" else foreigner
     # every prompt has a trajectory, right or wrong: the gate of 1 lets all of them in
-    sample(root, "guide.cache.keep=all", source="model", origin=str(origin), at=0, **OUTSIDE)
+    sample(root, "guide.cache.keep=all", kind="model", origin=str(origin), at=0, **OUTSIDE)
     reports = resume(root, *LUFFY, at=0, guide="taught")
     assert [report.step for report in reports] == [1, 2, 3, 4]
     assert {report.metrics["inject/slots"] for report in reports} == {4.0}
@@ -146,7 +146,7 @@ def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens)
 
 
 def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_can_be_used(root, foreigner):
-    sample(root, source="model", origin=str(foreigner), **OUTSIDE)
+    sample(root, kind="model", origin=str(foreigner), **OUTSIDE)
     with pytest.raises(
         NpoError, match=r"guide\.inject\.ratio=exact divides by .* guide taught, which nobody knows"
     ) as caught:
@@ -158,7 +158,7 @@ def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_
 def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, monkeypatch, foreigner, kill_after):
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
-    asked = {"source": "model", "origin": str(foreigner), **OUTSIDE}
+    asked = {"kind": "model", "origin": str(foreigner), **OUTSIDE}
     sample(straight, **asked)
     records = build_guide_cache(
         broken,
@@ -183,11 +183,11 @@ def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, mo
     ("options", "message"),
     [
         ({"source": "model"}, "--source model needs --from"),
-        ({"source": "model", "origin": "x", "guide_step": 3}, "--guide means nothing to --source model"),
-        ({"source": "checkpoint", "origin": "x"}, "--from means nothing to --source checkpoint"),
+        ({"kind": "model", "origin": "x", "guide_step": 3}, "--guide means nothing to --source model"),
+        ({"kind": "checkpoint", "origin": "x"}, "--from means nothing to --source checkpoint"),
         ({"source": "oracle"}, "there is no source 'oracle'"),
-        ({"source": "model", "origin": "./nowhere"}, "--from ./nowhere cannot be asked: model.path=./nowhere is not"),
-        ({"source": "run", "origin": "nowhere"}, "there is no run directory nowhere"),
+        ({"kind": "model", "origin": "./nowhere"}, "--from ./nowhere cannot be asked: model.path=./nowhere is not"),
+        ({"kind": "run", "origin": "nowhere"}, "there is no run directory nowhere"),
     ],
 )
 def test_a_source_that_cannot_be_asked_is_refused_before_anything_is_written(root, options, message):
@@ -199,10 +199,10 @@ def test_a_source_that_cannot_be_asked_is_refused_before_anything_is_written(roo
 
 def test_the_run_itself_is_no_other_run(root):
     with pytest.raises(NpoError, match="is this run itself"):
-        sample(root, source="run", origin=str(root), **OUTSIDE)
+        sample(root, kind="run", origin=str(root), **OUTSIDE)
 
 
 def test_training_goes_on_with_a_teachers_cache_in_the_run(root, foreigner):
     """Retention asks which steps a cache needs; a teacher has none."""
-    sample(root, source="model", origin=str(foreigner), **OUTSIDE)
+    sample(root, kind="model", origin=str(foreigner), **OUTSIDE)
     assert resume(root, "train.num_steps=6")[-1].step == 6

@@ -41,7 +41,7 @@ def right_to(prompts):
 def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its_own(root, lesson):
     _, prompts = lesson
     with run_server(right_to(prompts)) as served:
-        asked = {"source": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
+        asked = {"kind": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
         info = sample(root, **asked)
         seeds = [body["seed"] for body in served.bodies]
     found = trajectories(root, "given")
@@ -60,7 +60,7 @@ def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path
     _, prompts = lesson
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
     with run_server(right_to(prompts)) as served:
-        asked = {"source": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
+        asked = {"kind": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
         sample(straight, **asked)
         whole = len(served.bodies)
         # The first chunk of three is heard; then the server is gone for good.
@@ -90,7 +90,7 @@ def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path
 def test_an_address_without_the_model_is_refused_and_nothing_is_written(root, lesson):
     before = sorted(root.rglob("*"))
     with run_server(right_to(lesson[1])) as served:
-        asked = {"source": "endpoint", "origin": served.url, "model": "oracle", **NAMED}
+        asked = {"kind": "endpoint", "origin": served.url, "model": "oracle", **NAMED}
         with pytest.raises(NpoError, match="has no model 'oracle'; it has: teacher"):
             sample(root, **asked)
     assert sorted(root.rglob("*")) == before

@@ -32,7 +32,7 @@ def recorded(root: Path, steps: range) -> dict[str, list]:
 
 def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_day(veteran, tmp_path):
     root = copy_run(veteran, tmp_path / "run")
-    info = sample(root, source="past", at=4, **NAMED)
+    info = sample(root, kind="past", at=4, **NAMED)
     history, found = recorded(root, range(1, 5)), trajectories(root, "given")
     solved = {
         prompt_id
@@ -56,7 +56,7 @@ def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_d
 
 def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
     root = copy_run(veteran, tmp_path / "run")
-    sample(root, source="past", at=4, **NAMED)
+    sample(root, kind="past", at=4, **NAMED)
     reports = resume(root, "guide.inject.ratio=exact", "guide.inject.max_accuracy=1", at=4, guide="given")
     assert sum(report.metrics["inject/slots"] for report in reports) == len(trajectories(root, "given"))
     assert len(reports) == 4
@@ -66,7 +66,7 @@ def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
     root = tmp_path / "run"
     train(root, "train.num_steps=12", "task.pool_size=4", "train.save_every=4")
     sample(
-        root, "guide.cache.max_responses_per_prompt=8", "guide.cache.samples_per_prompt=8", source="past", at=8, **NAMED
+        root, "guide.cache.max_responses_per_prompt=8", "guide.cache.samples_per_prompt=8", kind="past", at=8, **NAMED
     )
     history = recorded(root, range(1, 9))
     for prompt_id, several in load_guide(open_run(root), "given")[1].items():
@@ -81,6 +81,6 @@ def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
 def test_there_is_no_past_at_step_0_nor_where_nothing_was_visited_before(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     with pytest.raises(NpoError, match="the learner at step 0 has no past"):
-        sample(root, source="past", at=0, **NAMED)
+        sample(root, kind="past", at=0, **NAMED)
     with pytest.raises(NpoError, match=r"none of the 8 prompts of steps 3-4 was solved in steps 1-2"):
-        sample(root, source="past", at=2, **NAMED)
+        sample(root, kind="past", at=2, **NAMED)

@@ -64,7 +64,7 @@ def test_a_files_answers_are_verified_told_in_the_learners_tokens_and_cost_nothi
         assert kept.response_ids == (*policy.tokenizer(kept.text).input_ids, *policy.eos_ids)
         assert (kept.source, kept.guide_step, kept.behavior_logps) == ("teacher", None, None)
     assert (info.num_prompts, info.num_found, info.num_samples, info.num_tokens) == (8, 7, 8, 0)
-    assert info.given_tokens == sum(len(kept.response_ids) for kept in found.values())
+    assert info.external_tokens == sum(len(kept.response_ids) for kept in found.values())
     assert (info.source, info.origin, info.guide_digest) == ("file", str(path), hash_file(path))
     assert (info.has_logps, info.guide_step) == (False, None)
 
@@ -80,7 +80,7 @@ def test_a_prompt_is_matched_by_its_text_too_and_several_rows_answer_one(root, l
     assert Counter(each.text for each in kept) == {right: 1, other: 1}
     assert {(each.num_sampled, each.num_correct) for each in kept} == {(3, 3)}
     assert [each.number for each in kept] == [0, 1]
-    assert info.num_trajectories == 2
+    assert info.num_rollouts == 2
 
 
 def test_the_order_of_rows_decides_nothing(scout, lesson, tmp_path):
@@ -173,7 +173,7 @@ def test_parquet_is_read_like_lines(scout, lesson, tmp_path):
 def test_a_luffy_like_training_runs_from_a_file(root, tmp_path):
     session = open_session_at(root, 0)
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(session.task.train))
-    sample(root, source="file", origin=str(path), at=0, **NAMED)
+    sample(root, kind="file", origin=str(path), at=0, **NAMED)
     reports = resume(root, *LUFFY, at=0, guide="given")
     # 4 prompts a step, each with a slot for the teacher, and its right answer beside three of the policy's
     assert [report.metrics["inject/slots"] for report in reports] == [4.0] * 4

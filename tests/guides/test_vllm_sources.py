@@ -63,8 +63,8 @@ def test_vllms_own_server_answers_like_the_policy_that_it_serves(scout, tmp_path
     monkeypatch.setenv("NPO_ENDPOINT_KEY", "sesame")
     root = copy_run(scout, tmp_path / "run")
     many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest", "guide.endpoint.concurrency=16")
-    theirs = sample(root, *many, source="endpoint", origin=server, model="teacher", **TAUGHT)
-    ours = sample(root, *many, source="base", guide_step=None, name="ours")
+    theirs = sample(root, *many, kind="endpoint", origin=server, model="teacher", **TAUGHT)
+    ours = sample(root, *many, kind="base", guide_step=None, name="ours")
     assert theirs.num_samples == ours.num_samples == 512
     found, base = trajectories(root, "taught"), trajectories(root, "ours")
     assert found
@@ -83,7 +83,7 @@ def test_an_outside_model_is_asked_through_the_engine_of_the_recipe(scout, tmp_p
     same = find_checkpoint(open_run(root), "main", 4).path
     folder = same if tokens == "same" else save_with_other_vocabulary(tmp_path / "foreign")
     info = sample(
-        root, "engine.kind=vllm", "guide.cache.samples_per_prompt=16", source="model", origin=str(folder), **TAUGHT
+        root, "engine.kind=vllm", "guide.cache.samples_per_prompt=16", kind="model", origin=str(folder), **TAUGHT
     )
     found = trajectories(root, "taught")
     assert found

@@ -49,7 +49,7 @@ def start_resume(root: Path, *overrides: str, **options: Any) -> Any:
 
 def sample(root: Path, *overrides: str, **options: Any) -> GuideCacheInfo:
     asked = {"guide_step": 4, "at": 2, "name": "near", "branch": None, "steps": None} | options
-    ask = SourceSpec(**{name: asked.pop(name) for name in ("source", "guide_step", "origin", "model") if name in asked})
+    ask = SourceSpec(**{name: asked.pop(name) for name in ("kind", "guide_step", "origin", "model") if name in asked})
     return list(build_guide_cache(root, spec=ask, overrides=overrides, allow_code=False, **asked))[-1]
 
 

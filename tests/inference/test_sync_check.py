@@ -92,8 +92,8 @@ def test_an_engine_nearer_to_the_old_weights_is_stale_however_small_the_gap():
     old = [-1.0 - 0.01 * i for i in range(400)]
     new = [value + (0.05 if i % 2 else -0.05) for i, value in enumerate(old)]
     for seed in range(50):
-        assert agreement(noisy(old, seed=seed, noise=0.05), new, old).stale
-        assert not agreement(noisy(new, seed=seed, noise=0.05), new, old).stale
+        assert agreement(noisy(old, seed=seed, noise=0.05), new, old).is_stale
+        assert not agreement(noisy(new, seed=seed, noise=0.05), new, old).is_stale
 
 
 def test_a_mixture_is_told_by_its_share_of_the_old_weights():
@@ -102,22 +102,22 @@ def test_a_mixture_is_told_by_its_share_of_the_old_weights():
     new = [value + (0.01 if i % 2 else -0.01) for i, value in enumerate(old)]
     mixed = [0.45 * a + 0.55 * b for a, b in zip(old, new, strict=True)]
     found = agreement(noisy(mixed, seed=1, noise=0.0001), new, old)
-    assert found.share_of_old == pytest.approx(0.45, abs=0.002)
+    assert found.stale_fraction == pytest.approx(0.45, abs=0.002)
     # s/sqrt(d) = .0001/(.01 * 20)
     assert found.error == pytest.approx(0.0005, rel=0.1)
-    assert found.stale
+    assert found.is_stale
     # a tenth is left to the tolerance
     slightly = [0.05 * a + 0.95 * b for a, b in zip(old, new, strict=True)]
-    assert not agreement(noisy(slightly, seed=1, noise=0.0001), new, old).stale
+    assert not agreement(noisy(slightly, seed=1, noise=0.0001), new, old).is_stale
 
 
 def test_weights_that_hardly_moved_cannot_be_told_from_the_old_ones_and_nobody_is_accused():
     old = [-1.0] * 40
     new = [-1.0001] * 40
-    assert not any(agreement(noisy(new, seed=seed, noise=0.05), new, old).stale for seed in range(200))
+    assert not any(agreement(noisy(new, seed=seed, noise=0.05), new, old).is_stale for seed in range(200))
     # nor where nothing moved at all, nor at the first sync
-    assert not agreement(old, old, old).stale
-    assert not agreement(old, new).stale
+    assert not agreement(old, old, old).is_stale
+    assert not agreement(old, new).is_stale
 
 
 def test_a_stale_engine_is_told_by_that_name():

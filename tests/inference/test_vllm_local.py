@@ -107,15 +107,15 @@ def test_new_weights_are_used_at_once_and_old_prefixes_forgotten(synced):
     requests = make_requests(policy, *PROMPTS)
     before = engine.generate(requests, temperature=1.0, max_new_tokens=18)
     perturb_weights(policy, by=0.05)
-    sync.in_step(1)
+    sync.sync_weights(1)
     after = engine.generate(requests, temperature=1.0, max_new_tokens=18)
     assert [each.response_ids for each in after] != [each.response_ids for each in before]
     assert largest_gap([each.logps for each in after], trainers(policy, after)) < 1e-4
     # what did not change is not sent
     version = engine.version
-    sync.in_step(1)
+    sync.sync_weights(1)
     assert engine.version is version
-    sync.in_step(2)
+    sync.sync_weights(2)
     assert engine.version != version
 
 
@@ -134,7 +134,7 @@ def test_a_tensor_that_is_not_sent_is_missed_before(synced, monkeypatch):
     perturb_weights(policy, by=0.05)
     monkeypatch.setattr(vllm_engine, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
     with pytest.raises(RunFailed, match=r"tensor missing: model\.layers\.1\.mlp\.down_proj\.weight"):
-        sync.in_step(1)
+        sync.sync_weights(1)
 
 
 def test_a_tensor_that_is_not_sent_is_missed_by_the_probe_too(synced, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_tensor_that_is_not_sent_is_missed_by_the_probe_too(synced, monkeypatc
     monkeypatch.setattr(vllm_engine, "refuse_other_names", lambda expected, offered: None)
     monkeypatch.setattr(vllm_engine, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
     with pytest.raises(RunFailed, match="the engine holds something else, perhaps a mixture"):
-        sync.in_step(1)
+        sync.sync_weights(1)
 
 
 def test_a_head_that_is_not_sent_is_missed_by_the_probe(synced, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_head_that_is_not_sent_is_missed_by_the_probe(synced, monkeypatch):
     monkeypatch.setattr(vllm_engine, "refuse_other_names", lambda expected, offered: None)
     monkeypatch.setattr(vllm_engine, "named_tensors", lambda model: without(named_tensors(model), "lm_head"))
     with pytest.raises(RunFailed, match="engine and trainer differ"):
-        sync.in_step(1)
+        sync.sync_weights(1)
 
 
 @pytest.mark.parametrize("by", [0.2, 0.002])
@@ -164,10 +164,10 @@ def test_an_engine_that_kept_its_old_weights_is_told_by_a_step_however_small(syn
     monkeypatch.setattr(engine._llm.llm_engine, "collective_rpc", lambda *args, **kwargs: None)
     perturb_weights(policy, by=by)
     with pytest.raises(RunFailed, match="still holds weights from before"):
-        sync.in_step(1)
+        sync.sync_weights(1)
     # nor is it believed when it is asked for the same weights again
     with pytest.raises(RunFailed, match="still holds weights from before"):
-        sync.in_step(1)
+        sync.sync_weights(1)
 
 
 def test_weights_that_are_no_numbers_are_not_sent(synced):
@@ -175,7 +175,7 @@ def test_weights_that_are_no_numbers_are_not_sent(synced):
     with torch.no_grad():
         next(policy.model.parameters()).view(-1)[0] = math.nan
     with pytest.raises(RunFailed, match="tensor not finite"):
-        sync.in_step(1)
+        sync.sync_weights(1)
 
 
 def test_a_cache_that_outlives_its_weights_is_not_accepted(synced, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_cache_that_outlives_its_weights_is_not_accepted(synced, monkeypatch):
     perturb_weights(policy, by=0.05)
     monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
     with pytest.raises(RunFailed, match="take weights: RuntimeError: the prefix cache"):
-        sync.in_step(1)
+        sync.sync_weights(1)
 
 
 def test_an_answer_of_other_weights_than_were_given_is_no_answer(synced):

@@ -59,7 +59,7 @@ def filled(policy: Policy, engine) -> dict[str, torch.Tensor]:
         if number:
             turned(policy, seed=number)
         version = f"step {number}, write {policy.num_weight_changes}, run ab"
-        engine.take_weights(policy.model, version=version)
+        engine.update_weights(policy.model, version=version)
         scores[version] = trainer_scores(policy)
         (found,) = engine.score([response()])
         assert found == pytest.approx(scores[version].tolist(), abs=1e-4), "the newest answers where nobody is named"
@@ -112,7 +112,7 @@ def test_the_oldest_adapters_make_room_and_are_not_answered_for(served):
     assert engine.num_versions == 4
     for number in (7, 8):
         turned(policy, seed=number)
-        engine.take_weights(policy.model, version=f"later {number}")
+        engine.update_weights(policy.model, version=f"later {number}")
     with pytest.raises(RunFailed, match=r"the engine was asked for weights step 0, .*, which it does not hold"):
         sampled(engine, named(policy, first))
     assert sampled(engine, named(policy, others[-1]))
@@ -126,9 +126,9 @@ def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_pa
     policy.save(tmp_path)
     turned(policy, seed=5)
     own = trainer_scores(policy)
-    engine.take_weights(policy.model, version="own")
+    engine.update_weights(policy.model, version="own")
     with extrapolate_weights(policy, tmp_path, strength=0.5):
-        engine.take_weights(policy.model, version="pushed")
+        engine.update_weights(policy.model, version="pushed")
         theirs = trainer_scores(policy)
         (found,) = engine.score([response()])
         assert found == pytest.approx(theirs.tolist(), abs=1e-4)
@@ -147,7 +147,7 @@ def test_adapters_that_are_not_finite_or_named_otherwise_are_not_sent(served):
     with torch.no_grad():
         tensor[0, 0] = float("nan")
     with pytest.raises(RunFailed, match=f"tensor not finite: {name}"):
-        engine.take_weights(policy.model, version="nan")
+        engine.update_weights(policy.model, version="nan")
     with torch.no_grad():
         tensor.copy_(kept)
     assert engine.version == before

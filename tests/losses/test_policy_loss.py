@@ -93,7 +93,7 @@ def test_an_uncharged_foreign_row_is_a_score_function_under_every_objective(kind
 def test_every_mode_agrees_where_the_writer_is_the_learner(kind, mode):
     logps_NT = tensor([[-1.0, -2.0], [-0.5, -3.0]])
     own = make_rows([1.0, -1.0], mask=[[1, 1], [1, 1]], old=logps_NT)
-    foreign = replace(own, behavior_logps_NT=logps_NT, foreign_N=tensor([False, True]))
+    foreign = replace(own, behavior_logps_NT=logps_NT, off_policy_N=tensor([False, True]))
     assert loss_and_gradient(logps_NT, foreign, kind=kind, ratio=mode)[1].equal(
         loss_and_gradient(logps_NT, own, kind=kind)[1]
     )
@@ -109,7 +109,7 @@ def test_a_solved_foreign_slot_at_the_proximal_ratio_is_plain_grpo_on_that_group
     own = make_rows(advantages, mask=[[1, 1, 1, 1, 1]] * 7 + [[1, 1, 1, 0, 0]])
     mixed = replace(
         own,
-        foreign_N=tensor([False] * 7 + [True]),
+        off_policy_N=tensor([False] * 7 + [True]),
         behavior_logps_NT=logps_NT - torch.rand(8, 5, generator=generator),
     )
     plain, mixed_in = (

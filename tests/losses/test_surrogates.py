@@ -28,7 +28,7 @@ def surrogate(terms_of, ratios, *, advantage, free=False, **changes):
     )
     terms = terms_of(tokens, make_clip_bounds(tensor([[free]]), tensor([[False]]), loss_knobs(**changes)))
     (gradient_NT,) = torch.autograd.grad(terms.loss_NT.sum(), logps_NT)
-    return terms.loss_NT[0].tolist(), gradient_NT[0].tolist(), terms.gain_NT[0].tolist()
+    return terms.loss_NT[0].tolist(), gradient_NT[0].tolist(), terms.dloss_dlogp_factor_NT[0].tolist()
 
 
 def test_ppo_keeps_the_worse_of_plain_and_clipped_for_a_good_token():

@@ -10,7 +10,7 @@ from npo_cli.config.locate import list_recipe_names
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def keys_in(values: dict[str, Any], *outer: str) -> Iterator[tuple[str, ...]]:

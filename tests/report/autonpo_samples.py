@@ -4,22 +4,35 @@ from typing import Any
 
 from npo_cli.types.autonpo import AutoNPOState, Phase, Transition, TriggerReading
 
-SIGNALS = {"gain": 0.004, "margin": 0.011, "drop": 0.091, "needed_drop": 0.05}
+SIGNALS = {"reward_gain": 0.004, "reward_margin": 0.011, "entropy_drop": 0.091, "required_entropy_drop": 0.05}
 SCORE = {
-    **{"distance": 20, "num_mistakes": 170, "num_probed": 19, "num_backward": 72, "chosen": False, "p_best": 0.25},
+    **{
+        "distance": 20,
+        "num_failed_prompts": 170,
+        "num_probed": 19,
+        "num_backward_samples": 72,
+        "is_selected": False,
+        "p_best": 0.25,
+    },
     **{"quality": 0.25, "quality_low": 0.2, "quality_high": 0.3, "variance": 2.0, "variance_low": 1.5},
     **{"variance_high": 2.5, "signal": 0.125, "signal_low": 0.1, "signal_high": 0.15, "variance_kind": "group2"},
     **{"variances": {"kl_exp": 1.1}, "variance_forward": 2.0, "variance_backward": 1.9, "variances_agree": True},
-    **{"heavy_tail": True, "kl_per_token": 0.0468, "kl_per_sequence": 0.82},
+    **{"has_heavy_tail": True, "kl_per_token": 0.0468, "kl_per_sequence": 0.82},
 }
-NEAR_SCORE = SCORE | {"distance": 10, "num_mistakes": 90, "chosen": True, "p_best": 0.75, "heavy_tail": None}
+NEAR_SCORE = SCORE | {
+    "distance": 10,
+    "num_failed_prompts": 90,
+    "is_selected": True,
+    "p_best": 0.75,
+    "has_heavy_tail": None,
+}
 STRATUM = {
-    **{"nearest": 0, "farthest": 10, "num_mistakes": 90, "num_probed": 10, "num_samples": 40, "num_correct": 10},
+    **{"min_age": 0, "max_age": 10, "num_failed_prompts": 90, "num_probed": 10, "num_samples": 40, "num_correct": 10},
     **{"quality": 0.25, "quality_low": 0.1, "quality_high": 0.4},
 }
 CONFIRMATION = {
-    **{"accepted": True, "reason": "", "distance": 10, "strata": [STRATUM], "scores": [SCORE, NEAR_SCORE]},
-    **{"chosen_by": {"seq_kl": 10, "argmax": 10, "one_se": 20}, "num_prompts": 48, "num_samples": 192},
+    **{"is_accepted": True, "reason": "", "distance": 10, "strata": [STRATUM], "scores": [SCORE, NEAR_SCORE]},
+    **{"selection_by_profile": {"seq_kl": 10, "argmax": 10, "one_se": 20}, "num_prompts": 48, "num_samples": 192},
     "num_tokens": 3225,
 }
 

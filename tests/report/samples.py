@@ -34,7 +34,9 @@ SCORE = CheckpointScore(
     is_selected=True,
     selection_by_profile={"group2/pass@1": 140, "kl_exp/pass@k": 140},
 )
-FAR_SCORE = replace(SCORE, step=140, distance=60, variance=40.0, variance_high=90.0, chosen=False, unreliable=True)
+FAR_SCORE = replace(
+    SCORE, step=140, distance=60, variance=40.0, variance_high=90.0, is_selected=False, is_unreliable=True
+)
 
 
 def rollout(slot: int, *, reward: float, text: str = "42", source: str = "own") -> Rollout:

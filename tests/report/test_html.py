@@ -24,13 +24,13 @@ def chapter_of(text: str) -> Section:
     """One in which everything that can come from a model or a file says `text`."""
     rollouts = tuple(replace(one, text=text) for one in GUIDED.group.rollouts)
     shown = replace(GUIDED, branch=text, group=replace(GUIDED.group, rollouts=rollouts))
-    story = replace(STORY, prompt_id=text, branch=text, question=text, answer=text)
+    story = replace(STORY, prompt_id=text, branch=text, prompt_text=text, reference_answer=text)
     table = Table(title=text, header=(text, "n"), rows=((text, "1"),), notes=(text,))
     (picture, *_) = make_score_plots([SCORE, FAR_SCORE], prefix="")
     part = Subsection(
         title=text,
         text=text,
-        plots=(replace(picture, says=text),),
+        plots=(replace(picture, alt_text=text),),
         tables=(table,),
         samples=(PromptSample(history=story, visits=(VISITS[0], shown), shown_visit=shown),),
         collapsed_tables=(table,),

@@ -31,7 +31,7 @@ MAIN = BranchSpan(
     guide_until=None,
 )
 LATE = replace(
-    MAIN, branch="late", parent="main", fork_step=20, kept_until=80, guide="g", guide_step=60, guide_until=50
+    MAIN, branch="late", parent="main", fork_step=20, lineage_until=80, guide_cache="g", guide_step=60, guide_until=50
 )
 
 

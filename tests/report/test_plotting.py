@@ -64,7 +64,7 @@ def test_more_arms_than_colours_are_still_drawn(tmp_path):
 
 
 def test_scores_are_drawn_even_where_some_could_not_be_estimated(tmp_path):
-    hopeless = replace(SCORE, step=180, distance=100, variance=math.nan, signal=math.nan, chosen=False)
+    hopeless = replace(SCORE, step=180, distance=100, variance=math.nan, signal=math.nan, is_selected=False)
     plot_scores([SCORE, FAR_SCORE, hopeless], tmp_path / "scores.png", "guides of step 80")
     assert png_size(tmp_path / "scores.png") == (1950, 660)
 

@@ -47,7 +47,7 @@ def test_a_prompt_is_followed_across_the_rollback(replayed):
 def test_another_branch_has_a_story_of_its_own(replayed):
     head, *seen = shown(replayed, prompts_of(replayed)[0], branch="main")
     assert [(one.branch, one.step) for one in seen] == [("main", step) for step in (1, 2, 3, 4)]
-    assert head.seated_at == ()
+    assert head.injection_steps == ()
 
 
 def test_the_story_counts_what_the_verifier_said(replayed):
@@ -62,7 +62,7 @@ def test_the_story_counts_what_the_verifier_said(replayed):
         prompt_id: [visit.step for visit in iter_visits(run, "near", prompt_id=prompt_id) if visit.off_policy_rollouts]
         for prompt_id in prompts_of(replayed)
     }
-    assert {prompt_id: list(shown(replayed, prompt_id)[0].seated_at) for prompt_id in seated} == seated
+    assert {prompt_id: list(shown(replayed, prompt_id)[0].injection_steps) for prompt_id in seated} == seated
     assert any(seated.values()), "no guide was ever seated: the test shows nothing"
 
 

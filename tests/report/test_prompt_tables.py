@@ -17,9 +17,9 @@ def test_a_story_is_one_sentence():
     assert describe_history(STORY) == (
         "3 visits; first solved by itself at step 30, mostly at step 50; a guide was seated at step 30"
     )
-    other = replace(STORY, num_visits=1, solved_at=None, mostly_solved_at=None, seated_at=())
+    other = replace(STORY, num_visits=1, first_solved_step=None, first_mostly_solved_step=None, injection_steps=())
     assert describe_history(other) == "1 visit; never solved by itself; no guide was seated"
-    twice = replace(STORY, mostly_solved_at=30, seated_at=(30, 50))
+    twice = replace(STORY, first_mostly_solved_step=30, injection_steps=(30, 50))
     assert describe_history(twice) == "3 visits; first solved by itself at step 30; a guide was seated at steps 30, 50"
 
 

@@ -72,7 +72,7 @@ def test_training_is_summed_up_by_the_ends_of_each_branch():
 def test_evaluations_carry_their_intervals():
     report = EvalReport(
         branch="main", step=20, num_prompts=256, num_samples=2, accuracy=0.5, accuracy_low=0.45, accuracy_high=0.55,
-        pass_at_k=0.6, pass_at_k_low=0.5, pass_at_k_high=0.7, mean_length=14.5, truncated_fraction=0.031, num_tokens=7424,
+        pass_at_k=0.6, pass_at_k_low=0.5, pass_at_k_high=0.7, mean_length=14.5, truncated_fraction=0.031, num_tokens=7424,  # noqa: E501
     )  # fmt: skip
     (table,) = evals_tables([report])
     assert table.rows == (

@@ -85,7 +85,7 @@ def test_a_rejected_probe_gives_its_whole_reason_below_its_table():
     reason = (
         "the policy solves 0 % [0 %, 27.8 %] of the mistakes in the last 10 steps; autonpo.probe.min_quality is 10 %"
     )
-    rejected = CONFIRMATION | {"accepted": False, "reason": reason}
+    rejected = CONFIRMATION | {"is_accepted": False, "reason": reason}
     table, scores, *_ = transitions_tables([make_transition(40, "rejected", "COOLDOWN", before="PROBE", **rejected)])
     assert table.rows[0][-1] == "rest until 80; the policy solves 0 % [0 %, 27.8 %] of the ..."
     assert scores.notes[0] == f"rejected: {reason}."

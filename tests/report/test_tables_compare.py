@@ -25,14 +25,14 @@ GRPO = MethodSummary(
 )
 ONE = replace(
     GRPO,
-    arm="npo",
+    method="npo",
     seeds=(0,),
-    over="nothing",
-    final=Estimate(value=0.75),
-    slots_per_step=1.5,
-    grad_share=0.2,
-    differs=("train.lr 1 -> 2",),
-    mismatched=("task.kind any -> mix3",),
+    resampling_unit="nothing",
+    final_accuracy=Estimate(value=0.75),
+    injections_per_step=1.5,
+    guide_gradient_share=0.2,
+    changed_settings=("train.lr 1 -> 2",),
+    mismatched_settings=("task.kind any -> mix3",),
 )
 
 
@@ -78,8 +78,8 @@ DIFFERENCE = MethodDifference(
 
 
 def test_a_difference_says_how_it_is_paired():
-    loose = replace(DIFFERENCE, arm="far", num_pairs=0, num_prompts=None, num_not_lower=0)
-    half = replace(DIFFERENCE, arm="old", num_prompts=None)
+    loose = replace(DIFFERENCE, method="far", num_pairs=0, num_prompts=None, num_not_lower=0)
+    half = replace(DIFFERENCE, method="old", num_prompts=None)
     assert drawn(differences_tables([DIFFERENCE, loose, half])) == [
         "Arm minus grpo",
         "arm  pairs           final accuracy  not lower",
@@ -122,7 +122,7 @@ def test_ratios_say_on_how_many_pairs_they_rest():
             "tokens": Estimate(value=0.5, num_total=2),
         },
     )
-    lines = drawn(speedup_tables([speed, replace(speed, threshold=0.9, arrived={}, restricted={})]))
+    lines = drawn(speedup_tables([speed, replace(speed, threshold=0.9, ratio_if_reached={}, restricted_mean_ratio={})]))
     assert lines[1:4] == [
         "arm  accuracy  by step",
         "npo      0.60  1.50x [1.25, 1.75] (2 of 3)",
@@ -130,7 +130,7 @@ def test_ratios_say_on_how_many_pairs_they_rest():
     ]
     assert "npo      0.60  1.25x [1.00, 1.50]  0.50x (1 of 2)" in lines
     # nothing can be said on any axis: no table
-    assert speedup_tables([replace(speed, arrived={}, restricted={})]) == ()
+    assert speedup_tables([replace(speed, ratio_if_reached={}, restricted_mean_ratio={})]) == ()
 
 
 def test_notes_explain_only_what_is_in_the_table():

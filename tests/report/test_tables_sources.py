@@ -8,15 +8,15 @@ from npo_cli.report.tables_sources import sources_tables
 from npo_cli.types.guides import SourceScore
 
 NEAR = SourceScore(
-    name="step 60", kind="near", distance=20, num_prompts=10, num_samples=80, samples_per_prompt=8.0, quality_kind="pass@k",
+    name="step 60", kind="near", distance=20, num_prompts=10, num_samples=80, samples_per_prompt=8.0, quality_kind="pass@k",  # noqa: E501
     quality=0.5, quality_low=0.4, quality_high=0.6, quality_net=0.25, pass_at_1=0.2, variance_kind="group2",
     variance=2.0, variance_low=1.5, variance_high=2.5, signal=0.25, signal_low=0.2, signal_high=0.3, p_best=0.75,
     is_selected=True, kl_per_token=0.02, kl_per_sequence=0.3, p_best_by_variance_kind={"group2": 0.75, "kl_exp": 0.25},
     best_for_variance_kinds=("group2",),
 )  # fmt: skip
 ITSELF = replace(
-    NEAR, name="self", kind="self", distance=0, quality_net=0.0, p_best=0.25, chosen=False,
-    p_best_by={"group2": 0.25, "kl_exp": 0.75}, best_by=("kl_exp",),
+    NEAR, name="self", kind="self", distance=0, quality_net=0.0, p_best=0.25, is_selected=False,
+    p_best_by_variance_kind={"group2": 0.25, "kl_exp": 0.75}, best_for_variance_kinds=("kl_exp",),
 )  # fmt: skip
 TEACHER = SourceScore(
     name="model teach", kind="model", distance=None, num_prompts=10, num_samples=80, samples_per_prompt=8.0,

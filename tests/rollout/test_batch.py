@@ -61,7 +61,7 @@ def test_the_journal_keeps_the_replaced_rollout_and_the_guides(hard, tmp_path):
         assert [rollout.source for rollout in kept.rollouts[8:]] == ["guide"]
         assert (kept.injection_status, kept.on_policy_accuracy) == ("injected", 0.0)
     # Read back, it is the same batch.
-    assert drawn(hard, tmp_path, guidance=guidance) == replace(batch, remembered=True)
+    assert drawn(hard, tmp_path, guidance=guidance) == replace(batch, is_recorded=True)
 
 
 def test_the_gate_an_absent_answer_and_the_end_of_the_segment_keep_a_guide_out(hard, scout, tmp_path):
@@ -113,14 +113,14 @@ def test_overlong_answers_cost_reward_before_advantages_are_taken(hard, tmp_path
     plain = drawn(hard, tmp_path / "plain").chosen
     session = override_settings(hard, "sampling", overlong_buffer=18, overlong_penalty=1.0)
     shaped = drawn(session, tmp_path / "shaped").chosen
-    assert not any(entry.teaches for entry in plain)
+    assert not any(entry.has_signal for entry in plain)
     for entry in shaped:
         lengths = [len(rollout.response_ids) for rollout in entry.group.rollouts]
         # all wrong, so the shortest is the best: an answer of T tokens loses T / 18
         if len(set(lengths)) > 1:
             best, worst = entry.advantages.index(max(entry.advantages)), entry.advantages.index(min(entry.advantages))
             assert (lengths[best], lengths[worst]) == (min(lengths), max(lengths))
-    assert any(entry.teaches for entry in shaped)
+    assert any(entry.has_signal for entry in shaped)
 
 
 def test_a_batch_across_two_epochs_answers_the_same_prompt_afresh(hard, tmp_path):

@@ -100,8 +100,8 @@ def test_accuracy_is_counted_before_the_guide_sits_down():
 def test_groups_that_get_no_guide_keep_their_rollouts():
     easy, alone = group_of(True, True), group_of(False, False, prompt_id="b")
     closed, missing = seated([easy, alone])
-    assert closed == replace(easy, mix="gate_closed", own_accuracy=1.0)
-    assert missing == replace(alone, mix="no_guide", own_accuracy=0.0)
+    assert closed == replace(easy, injection_status="gate_closed", on_policy_accuracy=1.0)
+    assert missing == replace(alone, injection_status="no_guide", on_policy_accuracy=0.0)
 
 
 def test_verdicts_not_rewards_decide_the_gate():

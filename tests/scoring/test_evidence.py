@@ -31,7 +31,7 @@ def test_no_candidate_is_a_users_error():
 def test_a_learner_that_fails_nothing_needs_no_guide():
     nothing = CandidateResults(step=20, distance=20, pass_counts=(), ratios=())
     with pytest.raises(NpoError) as caught:
-        list_queried_prompts(replace(SELF, outcomes=()), [nothing])
+        list_queried_prompts(replace(SELF, pass_counts=()), [nothing])
     assert "fails none of the probed prompts" in caught.value.message
     assert "scoring.num_prompts" in caught.value.hint
 
@@ -39,7 +39,7 @@ def test_a_learner_that_fails_nothing_needs_no_guide():
 def test_a_prompt_counted_twice_is_our_own_mistake():
     twice = make_candidate(20, [1])
     with pytest.raises(AssertionError):
-        list_queried_prompts(SELF, [replace(twice, outcomes=twice.pass_counts * 2)])
+        list_queried_prompts(SELF, [replace(twice, pass_counts=twice.pass_counts * 2)])
 
 
 def test_correct_samples_stand_behind_variance_once_everyone_has_thirty_two():

@@ -117,7 +117,7 @@ def test_variances_that_differ_or_stand_alone_need_no_warning():
 def test_no_failing_prompt_is_a_users_error():
     nothing = CandidateResults(step=20, distance=20, pass_counts=(), ratios=())
     with pytest.raises(NpoError):
-        rank_candidates(replace(LEARNER, outcomes=()), [nothing], SIGNAL)
+        rank_candidates(replace(LEARNER, pass_counts=()), [nothing], SIGNAL)
 
 
 @settings(max_examples=40, deadline=None)

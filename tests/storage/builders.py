@@ -91,14 +91,14 @@ def guide_info(run: RunDir, **changes: object) -> GuideCacheInfo:
         "name": "g",
         "run_id": run.run_id,
         "branch": "main",
-        "at_step": 20,
+        "learner_step": 20,
         "guide_step": 40,
         "guide_digest": "d",
         "num_steps": 20,
         "tokenizer_digest": "t",
         "sampling": "8 by 2, random",
         "num_prompts": 0,
-        "num_found": 0,
+        "num_prompts_with_rollouts": 0,
         "num_samples": 0,
         "num_tokens": 0,
     }
@@ -126,7 +126,13 @@ def score(step: int, **changes: object) -> CheckpointScore:
     )
     fields: dict[str, object] = dict.fromkeys(numbers.split(), 0.5)
     fields |= {"step": step, "distance": step, "quality_kind": "pass@k", "variance_kind": "group2"}
-    fields |= {"variances": {"tok2": 1.5}, "num_prompts": 8, "num_samples": 64, "unreliable": False, "chosen": False}
+    fields |= {
+        "variances": {"tok2": 1.5},
+        "num_prompts": 8,
+        "num_samples": 64,
+        "is_unreliable": False,
+        "is_selected": False,
+    }
     return CheckpointScore(**(fields | changes))  # type: ignore[arg-type]
 
 

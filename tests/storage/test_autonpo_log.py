@@ -20,14 +20,14 @@ from tests.storage.builders import fork, group, new_run, write_checkpoint
 
 STATE = AutoNPOState(branch="main", step=8, stagnation_streak=2, has_warned=True, num_interventions=1)
 WARNING = Transition(
-    step=8, event="warning", phase_before="TRAIN", state=STATE, evidence={"gain": 0.25, "verdict": "stagnant"}
+    step=8, event="warning", phase_before="TRAIN", state=STATE, evidence={"reward_gain": 0.25, "verdict": "stagnant"}
 )
 TRIGGER = Transition(
     step=8,
     event="trigger",
     phase_before="TRAIN",
     state=AutoNPOState(branch="main", step=8, phase="PROBE", num_interventions=1),
-    evidence={"scores": [{"distance": 2, "chosen": True}], "margin": None},
+    evidence={"scores": [{"distance": 2, "is_selected": True}], "margin": None},
 )
 
 

@@ -138,7 +138,7 @@ def test_probes_and_the_moves_of_autonpo_are_counted(whole, tmp_path):
         append_sampling_time(probe.folder, 0.25, num_tokens=4)
     for event in ("trigger", "rejected", "trigger", "accepted", "guided", "rolled_back"):
         moved(run, event)
-    moved(run, "rolled_back", early=True)
+    moved(run, "rolled_back", is_early=True)
     after = compute_run_costs(run, "near")
     assert (after.probe_tokens, after.tokens - before.tokens) == (8, 8)
     assert after.seconds == pytest.approx(before.seconds + 0.5)

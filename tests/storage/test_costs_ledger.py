@@ -45,16 +45,16 @@ def run(tmp_path) -> RunDir:
     made = new_run(tmp_path)
     did(made, "main", range(1, 7), tokens=100, seconds=4.0)
     scoring = open_sample_store(made, "main", 2, candidates=[5], settings={"k": 1})
-    scoring.samples.extend([{"arm": 5, "response_ids": [1] * 20}, {"arm": 5, "response_ids": [1] * 10}])
+    scoring.samples.extend([{"candidate": 5, "response_ids": [1] * 20}, {"candidate": 5, "response_ids": [1] * 10}])
     append_sampling_time(scoring.folder, 2.0, num_tokens=30)
     append_sampling_time(scoring.folder, 1.0, num_tokens=0)
     save_scores(scoring, [])
     # Another learner's scoring is not this arm's to pay.
     other = open_sample_store(made, "main", 1, candidates=[5], settings={"k": 1})
-    other.samples.append({"arm": 5, "response_ids": [1] * 999})
+    other.samples.append({"candidate": 5, "response_ids": [1] * 999})
     append_sampling_time(other.folder, 999.0, num_tokens=999)
     save_scores(other, [])
-    info = guide_info(made, name="near", at_step=2, guide_step=5, num_steps=3)
+    info = guide_info(made, name="near", learner_step=2, guide_step=5, num_steps=3)
     store = open_guide_cache(made, info)
     for prompt_id in ("a", "b"):
         store.add_queried_prompt({"prompt_id": prompt_id, "num_sampled": 1, "num_correct": 0, "num_tokens": 35})
@@ -100,7 +100,7 @@ def test_a_step_executed_again_after_a_kill_took_both_its_times(run):
 
 def test_a_scoring_after_the_replay_cannot_have_cost_it_anything(run):
     later = open_sample_store(run, "main", 2, candidates=[6], settings={"k": 1})
-    later.samples.append({"arm": 5, "response_ids": [1] * 999})
+    later.samples.append({"candidate": 5, "response_ids": [1] * 999})
     append_sampling_time(later.folder, 999.0, num_tokens=999)
     saved(later, when="2999-01-01T00:00:00.000000+00:00")
     assert cost_at(run, "near", 3) == cost(6, 610, 30)

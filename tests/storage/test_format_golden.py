@@ -221,7 +221,7 @@ def filled_run(folder: Path) -> RunDir:
         run.save_recipe("late", RECIPE)
         replay = Segment(branch="late", parent="main", fork_step=20, guide_cache="g", guide_until=40)
         append_segment(run, replay, overrides=["train.lr=1"])
-        append_event(run, "rolled_back", {"branch": "late", "at": 20})
+        append_event(run, "rolled_back", {"branch": "late", "learner_step": 20})
         build_index(run)
     return run
 

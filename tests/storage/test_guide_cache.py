@@ -27,7 +27,7 @@ def test_a_finished_cache_comes_back_whole_with_its_counts(tmp_path):
     info, trajectories = load_guide(run, "g")
     assert trajectories == {"a": (trajectory("a"),)}
     # two prompts, 4 samples and 12 tokens each, one solved
-    counts = {"num_prompts": 2, "num_found": 1, "num_trajectories": 1, "num_samples": 8, "num_tokens": 24}
+    counts = {"num_prompts": 2, "num_prompts_with_rollouts": 1, "num_rollouts": 1, "num_samples": 8, "num_tokens": 24}
     assert info == guide_info(run, **counts, complete=True)
     assert list_guide_caches(run) == [info]
 

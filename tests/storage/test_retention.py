@@ -99,13 +99,13 @@ def test_without_quotas_nothing_changes(tmp_path):
 def test_everything_an_intervention_may_need_is_protected(tmp_path):
     run = new_run(tmp_path)
     fork(run, "late", parent="main", at=10)
-    open_guide_cache(run, guide_info(run, name="open", branch="late", at_step=5, guide_step=40))  # 5 is main's
-    open_guide_cache(run, guide_info(run, name="done", at_step=20, guide_step=30))
-    finish_guide_cache(run, guide_info(run, name="done", at_step=20, guide_step=30))
-    open_guide_cache(run, guide_info(run, name="foreign", run_id="f" * 32, branch="elsewhere", at_step=7))
+    open_guide_cache(run, guide_info(run, name="open", branch="late", learner_step=5, guide_step=40))  # 5 is main's
+    open_guide_cache(run, guide_info(run, name="done", learner_step=20, guide_step=30))
+    finish_guide_cache(run, guide_info(run, name="done", learner_step=20, guide_step=30))
+    open_guide_cache(run, guide_info(run, name="foreign", run_id="f" * 32, branch="elsewhere", learner_step=7))
     open_sample_store(run, "main", 50, candidates=[60, 70], settings={})
     finished = open_sample_store(run, "main", 80, candidates=[85, 90], settings={})
-    save_scores(finished, [score(85), score(90, chosen=True)])
+    save_scores(finished, [score(85), score(90, is_selected=True)])
     run.save_recipe("main", RECIPE | {"guide": {"replay": {"at_step": 100, "guide_step": 120, "num_steps": None}}})
     of_main = {step for branch, step in find_protected_checkpoints(run) if branch == "main"}
     assert of_main == {10, 5, 20, 30, 50, 60, 70, 80, 90, 100, 120}

@@ -104,7 +104,7 @@ DISTANCE_KEYS = GUIDE_QUALITY_KEYS | {
     "V backward": "variance_backward",
 }
 MOVE_KEYS = {"step": "step", "event": "event", "before": "phase_before", "after": "phase"}
-STATE_KEYS = {"step": "step", "interventions": "interventions", "distance": "distance", "until": "until"}
+STATE_KEYS = {"step": "step", "num_interventions": "interventions", "distance": "distance", "until_step": "until"}
 EVIDENCE_KEYS = {
     "verdict": "verdict",
     "gain": "gain",

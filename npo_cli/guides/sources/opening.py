@@ -4,7 +4,8 @@
 |---|---|---|
 | checkpoint | a later step of the learner's line | its forward pass |
 | self, base | the learner itself, step 0: controls (is it the future, or only more samples?) | its forward pass |
-| extrapolated | the learner pushed along its own motion (`docs/explanation/extrapolated-guides.md`) | a forward pass under the same law |
+| extrapolated | the learner pushed along its own motion (`docs/explanation/extrapolated-guides.md`) | a forward
+pass under the same law |
 | model | an outside model, from a folder or the hub | its forward pass, if it has the learner's tokenizer |
 | run | a checkpoint of another run (RLEP's converged seed run) | as of a model |
 | endpoint | a model behind an OpenAI-compatible address | none |
