@@ -188,7 +188,7 @@ class VllmServer(BaseVllmEngine):
             "--load-format": "safetensors" if self._starts_real else "dummy",
             "--seed": "0",
         }
-        options["--middleware"] = "npo_cli.inference.vllm_http.Guard"
+        options["--middleware"] = "npo_cli.inference.vllm_http.ApiKeyMiddleware"
         flags = ["--disable-log-stats", "--enable-prefix-caching", "--enable-scale-out"]
         flags += ["--skip-tokenizer-init"] if self.vision is None else IMAGE_SERVER_FLAGS
         if limits.max_batched_tokens is not None:

@@ -101,4 +101,4 @@ def add_images(prompt: Prompt, images: tuple[ImageRef, ...], place: str) -> Prom
 
 def drop_image_locations(images: Sequence[ImageRef]) -> tuple[ImageRef, ...]:
     """The same pictures without the places where they are: equal for equal bytes."""
-    return tuple(replace(ref, place="") for ref in images)
+    return tuple(replace(ref, location="") for ref in images)

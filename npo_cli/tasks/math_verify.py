@@ -1,7 +1,7 @@
 """Mathematical equality by Hugging Face's math-verify, behind a deadline that is kept.
 
 Its own timeout is an alarm signal: useless outside the main thread and inside C code. So it is switched off, and
-each comparison runs in a `CheckPool`. The comparison is not symmetric: the reference answer goes first.
+each comparison runs in a `VerifierPool`. The comparison is not symmetric: the reference answer goes first.
 """
 
 from collections.abc import Callable, Sequence

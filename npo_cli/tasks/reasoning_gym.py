@@ -74,7 +74,7 @@ class GymVerifier:
 
     Where the answer is a number, the last number of the response is scored, here in this process. Other responses
     go to the data set as they are, blanks at the ends apart; some data sets evaluate them as expressions
-    (countdown, puzzle24), which may take for ever, so that is done in a `CheckPool`.
+    (countdown, puzzle24), which may take for ever, so that is done in a `VerifierPool`.
     """
 
     entries: Mapping[str, Entry]

@@ -49,7 +49,7 @@ class Entry:
 def generate_entries(draws: Sequence[DatasetSpec]) -> list[list[Entry]]:
     """For each draw its entries in the order of their index; no question comes twice, in whatever data set."""
     ours, theirs = Pipe()
-    code = f"from npo_cli.tasks.reasoning_gym_worker import serve_draws; serve_draws({theirs.fileno()})"
+    code = f"from npo_cli.tasks.reasoning_gym_worker import serve_entries; serve_entries({theirs.fileno()})"
     path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path}
     child = subprocess.Popen(

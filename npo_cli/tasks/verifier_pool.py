@@ -4,7 +4,7 @@ A signal-based timeout works in the main thread only and never inside a C call; 
 reward 0 in threads, or hung for good. Here a check gets a process, and a late or dead process is replaced. Only
 the item it was at is lost. Nothing is started before the first item.
 
-The far end of a `CheckPool`: one process that checks what comes down its pipe until the pipe closes.
+The far end of a `VerifierPool`: one process that checks what comes down its pipe until the pipe closes.
 """
 
 import atexit

@@ -104,7 +104,7 @@ def test_a_mixture_is_told_by_its_share_of_the_old_weights():
     found = agreement(noisy(mixed, seed=1, noise=0.0001), new, old)
     assert found.stale_fraction == pytest.approx(0.45, abs=0.002)
     # s/sqrt(d) = .0001/(.01 * 20)
-    assert found.error == pytest.approx(0.0005, rel=0.1)
+    assert found.stale_fraction_error == pytest.approx(0.0005, rel=0.1)
     assert found.is_stale
     # a tenth is left to the tolerance
     slightly = [0.05 * a + 0.95 * b for a, b in zip(old, new, strict=True)]

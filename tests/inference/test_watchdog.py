@@ -5,8 +5,8 @@ import sys
 
 HANGS = """
 import time
-from npo_cli.inference.process import within
-with within({seconds}, phase="sample", mend="npo resume RUN"):
+from npo_cli.inference.process import exit_on_timeout
+with exit_on_timeout({seconds}, phase="sample", hint="npo resume RUN"):
     time.sleep({sleep})
 print("done")
 """

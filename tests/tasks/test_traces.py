@@ -46,7 +46,7 @@ def test_a_prompt_is_known_by_its_id_its_question_or_its_messages(tmp_path, aske
 @pytest.mark.parametrize("prompt", ["1+1", "1+1? ", "2+2=\n"])
 def test_a_prompt_that_is_not_exactly_the_same_is_another(tmp_path, prompt):
     found = read(tmp_path, {"prompt": prompt, "response": "two"})
-    assert (found.by_prompt, found.unmatched) == ({}, [f"{tmp_path / 'traces.jsonl'} line 1"])
+    assert (found.by_prompt, found.unmatched_rows) == ({}, [f"{tmp_path / 'traces.jsonl'} line 1"])
 
 
 def test_a_whole_number_is_the_id_that_it_spells(tmp_path):
@@ -55,7 +55,7 @@ def test_a_whole_number_is_the_id_that_it_spells(tmp_path):
         tmp_path, {"prompt_id": 17, "response": "four"}, {"prompt_id": True, "response": "4"}, prompts=(numbered,)
     )
     assert list(found.by_prompt) == ["17"]
-    assert len(found.bad) == 1
+    assert len(found.invalid_rows) == 1
 
 
 def test_an_id_decides_before_a_text(tmp_path):

@@ -147,9 +147,9 @@ def test_a_process_that_dies_while_it_starts_is_told():
 
 ORPHANS = """
 import threading, time
-from npo_cli.tasks.verifier_pool import CheckPool
+from npo_cli.tasks.verifier_pool import VerifierPool
 from tests.tasks.checks import build_trouble
-pool = CheckPool(build=build_trouble, num_workers=2, timeout=1.0)
+pool = VerifierPool(build=build_trouble, num_workers=2, timeout=1.0)
 print(*sorted({outcome.value for outcome in pool.run(["pid"] * 8)}), flush=True)
 threading.Thread(target=pool.run, args=(["loop"],), daemon=True).start()
 time.sleep(60)
