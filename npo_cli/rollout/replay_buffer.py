@@ -255,7 +255,7 @@ def update_buffer(
 def _outcomes(session: Session, batch: StepBatch, *, before: int, position: int) -> list[GroupResult]:
     solved = [(group, _correct(group)) for group in batch.mixed]
     partly = [(group, right) for group, right in solved if 0 < len(right) < len(group.rollouts)]
-    own = [(group, rollout) for group, right in partly for rollout in right if not rollout.foreign]
+    own = [(group, rollout) for group, right in partly for rollout in right if not rollout.is_off_policy]
     rows = [_row(session, group.prompt, rollout.response_ids) for group, rollout in own]
     fresh: dict[str, list[Success]] = {}
     for (group, rollout), scores in zip(own, run_logprob_pass(session.policy, session.recipe, rows), strict=True):

@@ -22,14 +22,14 @@ def test_an_own_row_is_charged_to_the_old_policy_in_every_mode(mode):
     found = charged(mode)
     assert found.anchor_logps_NT[0].tolist() == [-1.5, -2.5]
     assert found.weight_NT[0].tolist() == [1.0, 1.0]
-    assert found.free_N1[0].tolist() == [False]
+    assert found.unclipped_N1[0].tolist() == [False]
 
 
 def test_exact_charges_a_foreign_row_to_the_policy_that_wrote_it():
     found = charged("exact")
     assert found.anchor_logps_NT[1].tolist() == [-3.0, -2.0]
     assert found.weight_NT[1].tolist() == [1.0, 1.0]
-    assert found.free_N1[1].tolist() == [False]
+    assert found.unclipped_N1[1].tolist() == [False]
 
 
 def test_proximal_charges_a_foreign_row_to_the_old_policy():
@@ -49,7 +49,7 @@ def test_none_anchors_a_foreign_row_on_itself_and_frees_it_from_clips():
     found = charged("none")
     assert found.anchor_logps_NT[1].tolist() == [-1.0, -2.0]
     assert found.weight_NT[1].tolist() == [1.0, 1.0]
-    assert found.free_N1.tolist() == [[False], [True]]
+    assert found.unclipped_N1.tolist() == [[False], [True]]
 
 
 def test_without_old_log_probs_the_current_ones_stand_in():

@@ -47,7 +47,7 @@ def test_half_of_a_batch_replays_what_the_run_solved_before(replaying):
     for step in range(1, 9):
         groups = groups_of(replaying, step)
         assert len(groups) == 4
-        replayed = [group for group in groups if group.mix == "injected"]
+        replayed = [group for group in groups if group.injection_status == "injected"]
         assert len(replayed) <= 2
         for group in replayed:
             *own, past = group.rollouts
@@ -68,7 +68,7 @@ def test_a_stored_answer_keeps_the_log_probabilities_of_the_weights_that_wrote_i
         for step in range(1, 9)
         for group in groups_of(replaying, step)
         for rollout in group.rollouts
-        if not rollout.foreign
+        if not rollout.is_off_policy
     }
     for prompt_id, stored in memory.successes.items():
         for success in stored:
@@ -82,7 +82,7 @@ def test_prompts_that_are_replayed_are_not_taken_from_the_data_order(replaying):
     lines = [json.loads(line) for line in run.metrics_path("main").read_text().splitlines()]
     before = 0
     for line in lines:
-        fresh = sum(group.mix != "injected" for group in groups_of(replaying, line["step"]))
+        fresh = sum(group.injection_status != "injected" for group in groups_of(replaying, line["step"]))
         assert line["data_position"] - before == fresh
         before = line["data_position"]
     assert lines[-1]["experience/answers"] >= lines[-1]["experience/prompts"] > 0

@@ -82,7 +82,7 @@ def test_a_replay_without_a_guide_is_grpo_on_a_branch_of_its_own(scout, tmp_path
     resume(root, at=2)
     newest = read_segments(open_run(root))[-1]
     assert (newest.branch, newest.parent, newest.fork_step, newest.guide_cache) == ("main-from-2", "main", 2, None)
-    assert {group.mix for group in groups_of(root, "main-from-2", 4)} == {"off"}
+    assert {group.injection_status for group in groups_of(root, "main-from-2", 4)} == {"off"}
 
 
 def test_resuming_a_dropped_replay_goes_on_with_the_same_branch_and_guide(scout, tmp_path):
@@ -95,7 +95,7 @@ def test_resuming_a_dropped_replay_goes_on_with_the_same_branch_and_guide(scout,
         ("near", "near", 4),
     ]
     # The guide was sampled for steps 3 and 4; after them it is off.
-    mixes = {step: {group.mix for group in groups_of(root, "near", step)} for step in (3, 4, 5, 6)}
+    mixes = {step: {group.injection_status for group in groups_of(root, "near", step)} for step in (3, 4, 5, 6)}
     assert mixes[5] == mixes[6] == {"off"}
     assert "off" not in mixes[3] | mixes[4]
 
@@ -103,8 +103,8 @@ def test_resuming_a_dropped_replay_goes_on_with_the_same_branch_and_guide(scout,
 def test_steps_decides_how_long_the_guide_is_mixed_in(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     resume(root, at=2, guide="near", steps=1)
-    assert {group.mix for group in groups_of(root, "near", 4)} == {"off"}
-    assert "off" not in {group.mix for group in groups_of(root, "near", 3)}
+    assert {group.injection_status for group in groups_of(root, "near", 4)} == {"off"}
+    assert "off" not in {group.injection_status for group in groups_of(root, "near", 3)}
 
 
 def test_a_second_replay_gets_a_name_of_its_own(replayed, tmp_path):

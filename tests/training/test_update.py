@@ -141,8 +141,8 @@ def test_two_updates_take_half_of_the_rows_each_and_charge_both_to_the_weights_b
 
 def test_grad_share_compares_the_foreign_part_of_the_gradient_with_the_rest(session, rows):
     _, report = learned(session, rows)
-    foreign, _ = learned(session, [row if row.foreign else replace(row, advantage=0.0) for row in rows])
-    own, _ = learned(session, [replace(row, advantage=0.0) if row.foreign else row for row in rows])
+    foreign, _ = learned(session, [row if row.is_off_policy else replace(row, advantage=0.0) for row in rows])
+    own, _ = learned(session, [replace(row, advantage=0.0) if row.is_off_policy else row for row in rows])
     assert report.grad_share == pytest.approx(norm(foreign) / (norm(foreign) + norm(own)), abs=1e-5)
     assert 0 < report.grad_share < 1
 
@@ -153,7 +153,10 @@ def test_grad_share_compares_the_foreign_part_of_the_gradient_with_the_rest(sess
 @pytest.fixture(scope="module")
 def far(session, rows) -> list[TrainingSample]:
     behind = [tuple(logp - 1.0 for logp in row.behavior_logps) for row in rows]
-    return [replace(row, behavior_logps=logps) if row.foreign else row for row, logps in zip(rows, behind, strict=True)]
+    return [
+        replace(row, behavior_logps=logps) if row.is_off_policy else row
+        for row, logps in zip(rows, behind, strict=True)
+    ]
 
 
 def in_mode(
@@ -183,7 +186,7 @@ def test_proximal_and_none_agree_in_a_single_update_and_ignore_who_wrote_the_row
 
 def test_decoupled_weighs_the_guides_row_and_exact_follows_its_ratio(session, rows):
     plain, _, share = in_mode(session, rows, "proximal")
-    own = [replace(row, advantage=0.0) if row.foreign else row for row in rows]
+    own = [replace(row, advantage=0.0) if row.is_off_policy else row for row in rows]
     own_part, _, _ = in_mode(session, own, "proximal")
     foreign_part = [a - b for a, b in zip(plain, own_part, strict=True)]
     assert share > 0
