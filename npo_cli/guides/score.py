@@ -583,7 +583,7 @@ def build_source_score(
         quality_low=score.quality_low,
         quality_high=score.quality_high,
         quality_net=score.quality_net,
-        pass_at_1=sum(sample.correct for sample in samples) / len(samples) if samples else 0.0,
+        pass_at_1=sum(sample.is_correct for sample in samples) / len(samples) if samples else 0.0,
         variance_kind=score.variance_kind,
         note="; ".join(filter(None, (_origin_note(kind), _gap_note(score.step in with_variance, len(samples))))),
     )

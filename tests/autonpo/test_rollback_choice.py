@@ -52,10 +52,10 @@ def test_signal_is_smoothed_quality_over_the_variance_of_the_slice():
     found = judged([back(10, -0.1), back(30, -0.4)])
     assert [score.variance for score in found.scores] == pytest.approx([np.exp(0.2), np.exp(0.8)])
     assert [score.signal for score in found.scores] == pytest.approx([0.5 * np.exp(-0.2), 0.5 * np.exp(-0.8)])
-    assert [score.num_mistakes for score in found.scores] == [40, 120]
+    assert [score.num_failed_prompts for score in found.scores] == [40, 120]
     assert [score.num_probed for score in found.scores] == [20, 60]
-    assert (found.distance, found.accepted, found.reason) == (10, True, "")
-    assert [score.chosen for score in found.scores] == [True, False]
+    assert (found.distance, found.is_accepted, found.reason) == (10, True, "")
+    assert [score.is_selected for score in found.scores] == [True, False]
 
 
 def test_quality_is_smoothed_by_the_prompts_asked_not_by_the_mistakes():
@@ -83,8 +83,8 @@ def test_strata_between_checkpoints_belong_to_the_larger_slices():
     # no checkpoint 20 steps back: its 40 mistakes are still undone by 30
     found = judged([back(30, -0.1), back(10, -0.1)])
     assert [score.distance for score in found.scores] == [10, 30]
-    assert [line.farthest for line in found.strata] == [10, 20, 30]
-    assert found.scores[1].num_mistakes == 120
+    assert [line.max_age for line in found.strata] == [10, 20, 30]
+    assert found.scores[1].num_failed_prompts == 120
 
 
 def test_of_equals_the_nearest_is_taken():
@@ -98,7 +98,7 @@ def test_one_se_prefers_the_nearer_of_two_that_cannot_be_told_apart():
     probed = outcomes(0, *[0, 4] * 10) + outcomes(1, *[0, 4] * 10) + outcomes(2, *[0, 4] * 9, 4, 4)
     found = judged([back(10, -0.2), back(30, -0.2)], probed=probed)
     assert found.distance == 30
-    assert (found.chosen_by["argmax"], found.chosen_by["one_se"]) == (30, 10)
+    assert (found.selection_by_profile["argmax"], found.selection_by_profile["one_se"]) == (30, 10)
     assert judged([back(10, -0.2), back(30, -0.2)], probed=probed, rule="one_se").distance == 10
 
 
@@ -107,7 +107,7 @@ def test_every_profile_says_what_it_would_have_chosen():
     # faithful exp(.16) = 1.17; calibrated (kappa 10) exp(1.6) = 5; seq_kl exp(1.6); group2 (7 + e^2)/(7 + e^.4) = 1.69
     probed = outcomes(0, *[0, 4] * 10) + outcomes(1, *[4] * 20) + outcomes(2, *[4] * 20)
     found = judged([back(10, -0.2), back(30, -1.0)], probed=probed, kappa=10.0)
-    assert found.chosen_by == {
+    assert found.selection_by_profile == {
         "faithful": 30,
         "group2": 10,
         "calibrated": 10,
@@ -117,7 +117,7 @@ def test_every_profile_says_what_it_would_have_chosen():
     }
     # uncalibrated, the published form hardly sees the distance
     found = judged([back(10, -0.2), back(30, -1.0)], probed=probed)
-    assert (found.chosen_by["calibrated"], found.chosen_by["seq_kl"]) == (30, 10)
+    assert (found.selection_by_profile["calibrated"], found.selection_by_profile["seq_kl"]) == (30, 10)
 
 
 @settings(max_examples=25, deadline=None)
@@ -130,7 +130,7 @@ def test_the_chances_of_being_best_sum_to_one(correct, logs, seed):
     probed = outcomes(0, *correct[:2]) + outcomes(1, *correct[2:4]) + outcomes(2, *correct[4:])
     found = judged([back(d, log_w) for d, log_w in zip((10, 20, 30), logs, strict=True)], probed=probed, seed=seed)
     assert sum(score.p_best for score in found.scores) == pytest.approx(1.0)
-    assert sum(score.chosen for score in found.scores) == 1
+    assert sum(score.is_selected for score in found.scores) == 1
     for score in found.scores:
         assert score.quality_low <= score.quality <= score.quality_high
         assert score.signal_low <= score.signal <= score.signal_high
@@ -161,7 +161,7 @@ def test_the_direction_says_which_variance_enters():
 def test_where_one_direction_is_missing_the_other_one_enters():
     (score,) = judged([back(30, None, -0.3)]).scores
     assert (score.variance, score.variance_backward) == pytest.approx((np.exp(0.6), np.exp(0.6)))
-    assert (score.variance_forward, score.variances_agree, score.heavy_tail) == (None, None, None)
+    assert (score.variance_forward, score.variances_agree, score.has_heavy_tail) == (None, None, None)
     (score,) = judged([back(30, -0.1)], direction="learner").scores
     assert score.variance == pytest.approx(np.exp(0.2))
     assert (score.variance_backward, score.num_backward_samples) == (None, 0)
@@ -187,7 +187,7 @@ def test_a_second_moment_that_few_samples_decide_gives_way():
 def test_tails_are_compared_on_every_line():
     (calm,) = judged([back(30, 0.0, 0.0)]).scores
     (alarmed,) = judged([back(30, 0.0, -3.0)]).scores
-    assert (calm.heavy_tail, alarmed.heavy_tail) == (False, True)
+    assert (calm.has_heavy_tail, alarmed.has_heavy_tail) == (False, True)
 
 
 def test_policies_far_apart_do_not_overflow():
@@ -200,17 +200,17 @@ def test_policies_far_apart_do_not_overflow():
 
 def test_without_a_checkpoint_there_is_no_way_back():
     found = judged([])
-    assert (found.accepted, found.reason, found.distance) == (False, "no checkpoint to go back to", None)
-    assert (found.scores, found.chosen_by) == ((), {})
+    assert (found.is_accepted, found.reason, found.distance) == (False, "no checkpoint to go back to", None)
+    assert (found.scores, found.selection_by_profile) == ((), {})
     assert [line.num_probed for line in found.strata] == [20, 20, 20]
 
 
 def test_a_short_list_of_mistakes_is_not_worth_a_rollback():
     found = judged([back(10), back(30)], strata=strata_sized(5, 3, 4), probed=outcomes(0, 4), pool_min=64)
     assert found.reason == "only 12 mistakes in the last 30 steps; autonpo.rollback.min_failed_prompts is 64"
-    assert (found.accepted, found.distance, found.chosen_by) == (False, None, {})
+    assert (found.is_accepted, found.distance, found.selection_by_profile) == (False, None, {})
     # the figures are reported all the same
-    assert [(score.quality, score.p_best, score.chosen) for score in found.scores] == [(1.0, 0.0, False)] * 2
+    assert [(score.quality, score.p_best, score.is_selected) for score in found.scores] == [(1.0, 0.0, False)] * 2
 
 
 def test_only_distances_with_enough_mistakes_may_be_chosen():
@@ -218,27 +218,27 @@ def test_only_distances_with_enough_mistakes_may_be_chosen():
     assert found.distance == 20
     assert found.scores[0].signal > found.scores[1].signal
     assert [score.p_best for score in found.scores] == [0.0, 1.0, 0.0]
-    assert set(found.chosen_by.values()) <= {20, 30}
+    assert set(found.selection_by_profile.values()) <= {20, 30}
     # exactly as many are enough
-    assert judged([back(30, -0.1)], pool_min=120).accepted
-    assert not judged([back(30, -0.1)], pool_min=121).accepted
+    assert judged([back(30, -0.1)], pool_min=120).is_accepted
+    assert not judged([back(30, -0.1)], pool_min=121).is_accepted
 
 
 def test_mistakes_never_asked_again_prove_nothing():
     found = judged([back(10, -0.1), back(20, -0.1)], probed=outcomes(2, 4))
     assert found.reason == "none of the 80 mistakes in the last 20 steps was asked again"
-    assert (found.accepted, found.scores) == (False, ())
+    assert (found.is_accepted, found.scores) == (False, ())
 
 
 def test_a_policy_that_still_fails_is_sent_on():
     # all of 20 wrong: Wilson's upper bound is 3.8415/23.8415 = .161
     found = judged([back(10, 0.0)], probed=outcomes(0, *[0] * 20))
-    assert not found.accepted
+    assert not found.is_accepted
     assert (
         found.reason
         == "the policy solves 0 % [0 %, 16.1 %] of the mistakes in the last 10 steps; autonpo.probe.min_quality is 10 %"
     )
-    assert (found.distance, found.scores[0].chosen) == (10, True)
+    assert (found.distance, found.scores[0].is_selected) == (10, True)
 
 
 def test_the_lower_bound_decides_not_the_estimate():
@@ -246,7 +246,7 @@ def test_the_lower_bound_decides_not_the_estimate():
     few = judged([back(10)], probed=outcomes(0, *[4] * 4, *[0] * 16))
     many = judged([back(10)], strata=strata_sized(400), probed=outcomes(0, *[4] * 40, *[0] * 160))
     assert (few.scores[0].quality, many.scores[0].quality) == (0.2, 0.2)
-    assert (few.accepted, many.accepted) == (False, True)
+    assert (few.is_accepted, many.is_accepted) == (False, True)
     assert many.scores[0].quality_low == pytest.approx(0.145, abs=0.015)
     assert few.reason.startswith("the policy solves 20 % [")
 
@@ -254,7 +254,7 @@ def test_the_lower_bound_decides_not_the_estimate():
 def test_one_lucky_prompt_is_not_a_proof():
     # Wilson's lower bound of 1 in 1 is 1/(1 + 3.8415) = .207
     found = judged([back(10)], probed=outcomes(0, 4), q_min=0.25)
-    assert not found.accepted
+    assert not found.is_accepted
     assert found.scores[0].quality_low == pytest.approx(0.2065, abs=1e-4)
 
 

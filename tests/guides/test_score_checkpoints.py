@@ -37,7 +37,7 @@ def samples_of(root: Path) -> list[dict]:
 
 def asked(root: Path) -> dict[int, list[str]]:
     """Prompts put to each arm, in order; every one of them the same number of times."""
-    counts = Counter((row["arm"], row["prompt_id"]) for row in samples_of(root))
+    counts = Counter((row["candidate"], row["prompt_id"]) for row in samples_of(root))
     assert set(counts.values()) == {4}
     found = defaultdict(list)
     for arm, prompt_id in counts:
@@ -67,7 +67,9 @@ def test_probe_control_and_candidates_are_asked_the_prompts_ahead(line, tmp_path
 def test_hard_prompts_are_those_the_first_look_finds_below_the_gate(line, tmp_path):
     root = copy_run(line, tmp_path / "run")
     score(root, *QUICK, "guide.inject.max_accuracy=0.0", candidates=[4])
-    right = Counter(row["prompt_id"] for row in samples_of(root) if row["arm"] == SCREENING_INDEX and row["correct"])
+    right = Counter(
+        row["prompt_id"] for row in samples_of(root) if row["candidate"] == SCREENING_INDEX and row["is_correct"]
+    )
     found = asked(root)
     hard = [prompt_id for prompt_id in found[SCREENING_INDEX] if not right[prompt_id]]
     assert 0 < len(hard) < 16

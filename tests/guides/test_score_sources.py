@@ -83,7 +83,7 @@ def test_a_policy_of_the_learners_tokens_is_charged_like_a_checkpoint(line, tmp_
     assert outside.variance > 1
     assert outside.distance is None
     rows = list(list_sample_stores(open_run(root))[0].samples.iter_rows())
-    by_arm = {arm: [row["response_ids"] for row in rows if row["arm"] == arm] for arm in (8, -2)}
+    by_arm = {arm: [row["response_ids"] for row in rows if row["candidate"] == arm] for arm in (8, -2)}
     assert by_arm[8] != by_arm[-2]
 
 
@@ -119,7 +119,7 @@ def test_the_past_is_what_was_recorded_and_costs_nothing(line, tmp_path):
     assert past.signal is not None
     assert "not fresh" in past.note
     rows = list(list_sample_stores(open_run(root))[0].samples.iter_rows())
-    assert {row["arm"] for row in rows} == {-1, 4, 8}
+    assert {row["candidate"] for row in rows} == {-1, 4, 8}
 
 
 def test_a_file_and_an_address_have_a_quality(line, tmp_path):
@@ -186,7 +186,9 @@ def test_a_killed_comparison_goes_on_to_the_same_answer(line, foreigner, tmp_pat
 
 def flat(row: dict) -> dict:
     """Without the inner table, whose shares are of only 50 resamples."""
-    return {name: value for name, value in row.items() if name not in ("p_best_by", "best_by")}
+    return {
+        name: value for name, value in row.items() if name not in ("p_best_by_variance_kind", "best_for_variance_kinds")
+    }
 
 
 def test_a_comparison_asked_again_samples_nothing_new(line, foreigner, tmp_path):

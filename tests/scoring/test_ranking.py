@@ -14,7 +14,7 @@ LEARNER = make_candidate(0, [0] * 30)
 
 
 def chosen_step(scores):
-    (step,) = [score.step for score in scores if score.chosen]
+    (step,) = [score.step for score in scores if score.is_selected]
     return step
 
 
