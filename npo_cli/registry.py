@@ -1,0 +1,118 @@
+"""What can be added to the package from outside, by name: engines, verifiers, tasks and trackers.
+
+One `Registry` per kind. The package's own classes are listed in it as `module:Class`, the form of an entry point; those
+of other packages are declared as entry points of its group, in their pyproject.toml:
+
+    [project.entry-points."npo.engines"]
+    sglang = "my_package.engine:SglangEngine"
+
+Listing and checking names imports none of the classes; `get` imports the one that is asked for.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from npo_cli.errors import NpoError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registry:
+    """Classes of one kind by name. Each class has its name as the attribute `name`."""
+
+    kind: str
+    """In errors: `engine`."""
+    setting: str
+    """The setting that chooses among them: `engine.kind`."""
+    group: str
+    """Entry-point group: `npo.engines`."""
+    built_in: Mapping[str, str]
+    """The package's own, as `module:Class`."""
+    _registered: dict[str, type] = field(default_factory=dict)
+    """Classes registered while the program runs."""
+
+    def names(self) -> tuple[str, ...]:
+        """All names: the package's own, in the order of the table, then the others."""
+        installed = sorted(point.name for point in entry_points(group=self.group))
+        return tuple(dict.fromkeys([*self.built_in, *self._registered, *installed]))
+
+    def get(self, name: str) -> Any:
+        """The class of that name. An unknown name is an error that shows the nearest one."""
+        if name in self._registered:
+            return self._registered[name]
+        if name in self.built_in:
+            return EntryPoint(name=name, value=self.built_in[name], group=self.group).load()
+        for point in entry_points(group=self.group, name=name):
+            return point.load()
+        raise NpoError(f"{self.setting}={name} is not a known {self.kind}", self.suggest(name))
+
+    def check(self, name: str) -> str:
+        """The name itself, for a settings field; ValueError if it is unknown."""
+        if name not in self.built_in and name not in self.names():
+            raise ValueError(f"{self.setting}={name} is not a known {self.kind}: {self.suggest(name)}")
+        return name
+
+    def suggest(self, name: str) -> str:
+        """The nearest name, or all of them."""
+        names = self.names()
+        near = get_close_matches(name, names, n=1)
+        return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+
+    @contextmanager
+    def registered(self, added: type) -> Iterator[None]:
+        """Register a class for the block, under its attribute `name`."""
+        name: str = added.name  # type: ignore[attr-defined]
+        self._registered[name] = added
+        try:
+            yield
+        finally:
+            del self._registered[name]
+
+
+ENGINES = Registry(
+    kind="engine",
+    setting="engine.kind",
+    group="npo.engines",
+    built_in={
+        "transformers": "npo_cli.inference.transformers_engine:TransformersEngine",
+        "vllm": "npo_cli.inference.vllm_local:VllmEngine",
+        "vllm_server": "npo_cli.inference.vllm_server:VllmServer",
+    },
+)
+TASKS = Registry(
+    kind="task",
+    setting="task.source",
+    group="npo.tasks",
+    built_in={
+        "micro": "npo_cli.tasks.micro:MicroTask",
+        "reasoning_gym": "npo_cli.tasks.reasoning_gym:ReasoningGymTask",
+        "file": "npo_cli.tasks.file_dataset:FileTask",
+        "shapes": "npo_cli.tasks.shapes:ShapesTask",
+    },
+)
+VERIFIERS = Registry(
+    kind="verifier",
+    setting="task.verifier",
+    group="npo.verifiers",
+    built_in={
+        "exact": "npo_cli.tasks.verifiers:ExactVerifier",
+        "number": "npo_cli.tasks.verifiers:NumberVerifier",
+        "last_number": "npo_cli.tasks.verifiers:LastNumberVerifier",
+        "micro": "npo_cli.tasks.verifiers:MicroVerifier",
+        "math_verify": "npo_cli.tasks.math_verify:MathVerifier",
+        "reasoning_gym": "npo_cli.tasks.reasoning_gym:GymVerifier",
+    },
+)
+TRACKERS = Registry(
+    kind="tracker",
+    setting="tracking.report_to",
+    group="npo.trackers",
+    built_in={
+        "tensorboard": "npo_cli.training.tracking:TensorboardTracker",
+        "wandb": "npo_cli.training.tracking:WandbTracker",
+        "trackio": "npo_cli.training.tracking:TrackioTracker",
+    },
+)
