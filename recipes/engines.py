@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 from npo_cli.config.loading import apply_overrides, recipe_from_dict
-from npo_cli.session.session import Session, load_checkpoint, open_policy, open_session, open_task, sample_groups
+from npo_cli.session.session import Session, build_session, load_checkpoint, open_policy, open_task, sample_groups
 from npo_cli.storage.checkpoints import Checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import find_newest_branch
@@ -27,8 +27,8 @@ def open_run_session(root: Path, kind: str, overrides: Sequence[str]) -> Session
     run = open_run(root)
     branch = find_newest_branch(run)
     recipe = apply_overrides(recipe_from_dict(run.read_recipe(branch)), [*overrides, f"engine.kind={kind}"])
-    task = open_task(recipe, allow_code=False)
-    return open_session(
+    task = open_task(recipe)
+    return build_session(
         run, recipe, task=task, policy=open_policy(recipe, task, list_ancestry_checkpoints(run, branch)[0])
     )
 

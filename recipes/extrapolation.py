@@ -27,7 +27,7 @@ from npo_cli.extrapolation.spec import parse_extrapolation
 from npo_cli.inference.base import Engine
 from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy.extrapolated import ExtrapolatedPolicy
-from npo_cli.session.session import Session, open_policy, open_session, open_task, sample_groups
+from npo_cli.session.session import Session, build_session, open_policy, open_task, sample_groups
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import find_newest_branch
@@ -100,14 +100,14 @@ def main() -> None:
     run = open_run(given.run)
     branch = find_newest_branch(run)
     recipe = recipe_from_dict(run.read_recipe(branch))
-    task = open_task(recipe, allow_code=False)
+    task = open_task(recipe)
     policy = open_policy(recipe, task, find_checkpoint(run, branch, given.at))
     motion = find_extrapolation(
         run, branch, parse_extrapolation(given.push), step=given.at, every=recipe.train.save_every
     )
     if motion is None:
         parser.error("there is no older copy so far back")
-    with closing(task), closing(open_session(run, recipe, task=task, policy=policy)) as session:
+    with closing(task), closing(build_session(run, recipe, task=task, policy=policy)) as session:
         ahead = open_extrapolated_sampler(session, motion, older=load_older_policy(session, motion))
         print("\n".join(table(measure_engines(session, ahead, given))))
 

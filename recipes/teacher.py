@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*")
     asked = parser.parse_args()
-    task = open_task(load_recipe(asked.recipe, asked.overrides), allow_code=False)
+    task = open_task(load_recipe(asked.recipe, asked.overrides))
     try:
         lines = [{"prompt_id": prompt.prompt_id, "response": trace(prompt)} for prompt in task.train]
     finally:

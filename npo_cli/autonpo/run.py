@@ -5,7 +5,6 @@ with it afterwards leads to the same weights as training with it, as long as the
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from npo_cli.autonpo.driver import TRAINING_PHASES, AutoNPODriver, DriverRecord
 from npo_cli.autonpo.preflight import dump_autonpo_settings, usable_deltas, validate_autonpo_settings
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.session.session import Session, open_policy, open_session, open_task
+from npo_cli.session.session import Session, open_session
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.autonpo_log import append_transitions, read_transitions
 from npo_cli.storage.checkpoints import find_resume_checkpoint, list_ancestry_checkpoints
@@ -34,28 +33,23 @@ def resume_autonpo(
     at: int | None,
     source_branch: str | None,
     new_branch: str | None,
-    allow_code: bool,
 ) -> Iterator[DriverRecord]:
     """Watch a run from its newest transition on, from its first step, or from `at` as a new branch."""
     run = open_run(root)
     with lock_run(run), stop_between_steps() as stop:
         start, state = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
-        task = open_task(start.recipe, allow_code=allow_code)
-        try:
-            validate_autonpo_settings(start.recipe, len(task.train))
-            policy = open_policy(start.recipe, task, start.checkpoint)
-            with closing(open_session(run, start.recipe, task=task, policy=policy)) as session:
-                record_start(run, start, overrides)
-                yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(task.train)))
-                yield from engine_warnings(session)
-                yield from run_autonpo(session, state, stop=stop, replays_log=not start.is_new)
-        finally:
-            task.close()
+        with open_session(run, start.recipe, checkpoint=start.checkpoint) as session:
+            num_prompts = len(session.task.train)
+            validate_autonpo_settings(start.recipe, num_prompts)
+            record_start(run, start, overrides)
+            yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=num_prompts))
+            yield from engine_warnings(session)
+            yield from run_autonpo(session, state, stop=stop, replays_log=not start.is_new)
 
 
-def train_autonpo(root: Path, recipe: Recipe, *, allow_code: bool) -> Iterator[DriverRecord]:
+def train_autonpo(root: Path, recipe: Recipe) -> Iterator[DriverRecord]:
     """A new run under AutoNPO; settings that could never work are refused before anything is made."""
-    with create_session(root, recipe, allow_code=allow_code, check=validate_autonpo_settings) as (session, stop):
+    with create_session(root, recipe, check=validate_autonpo_settings) as (session, stop):
         yield from startup_warnings(session)
         yield from run_autonpo(session, AutoNPOState(branch=MAIN, step=0), stop=stop, replays_log=False)
 

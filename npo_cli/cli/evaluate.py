@@ -32,7 +32,5 @@ def evaluate(
 
     from npo_cli.training.evaluate import evaluate_run
 
-    records = evaluate_run(
-        run, step=step, every_step=every_step, branch=branch, overrides=overrides or (), allow_code=allow_code
-    )
+    records = evaluate_run(run, step=step, every_step=every_step, branch=branch, overrides=overrides or ())
     print_records(records, as_json=as_json)

@@ -42,7 +42,7 @@ def export(
     from npo_cli.interop.export import export_checkpoint, export_guide
 
     if guide is not None:
-        records = export_guide(run, guide, out=out, form=columns, allow_code=allow_code)
+        records = export_guide(run, guide, out=out, form=columns)
     else:
         records = export_checkpoint(run, step=step or 0, branch=branch, out=out)
     print_records(records, as_json=False)

@@ -58,4 +58,4 @@ def index(
     asked = ImportSpec(
         source_folder=source, recipe=recipe, overrides=tuple(overrides or ()), metrics=metrics, saves_base=base
     )
-    print_records(import_run(run, asked, allow_code=allow_code), as_json=as_json)
+    print_records(import_run(run, asked), as_json=as_json)

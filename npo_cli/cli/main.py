@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextvars import copy_context
 from functools import partial
 from typing import Annotated
 
@@ -116,7 +117,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _run(args: Sequence[str]) -> int | None:
     """The command; where a launcher started several processes, rank 0 runs it and the others follow."""
     place = read_launch_info()
-    command = partial(typer.main.get_command(app).main, args, prog_name="npo", standalone_mode=False)
+    main = partial(typer.main.get_command(app).main, args, prog_name="npo", standalone_mode=False)
+    command = partial(copy_context().run, main)  # --allow-code holds for this command only
     if place is None:
         return command()
     from npo_cli.session.worker_main import run_leader, run_worker

@@ -63,11 +63,11 @@ def resume(
         validate_no_guide_options(run, guide=guide, steps=steps)
         from npo_cli.autonpo.run import resume_autonpo
 
-        records = resume_autonpo(run, **where, allow_code=allow_code)
+        records = resume_autonpo(run, **where)
     else:
         from npo_cli.training.resume import resume_run
 
-        records = resume_run(run, **where, guide=guide, steps=steps, until=until, allow_code=allow_code, fresh=fresh)
+        records = resume_run(run, **where, guide=guide, steps=steps, until=until, fresh=fresh)
     print_records(track_records(run, settled, records), as_json=as_json, num_steps=last)
 
 

@@ -71,6 +71,5 @@ def sample_guide(
         branch=branch,
         steps=steps,
         overrides=overrides or (),
-        allow_code=allow_code,
     )
     print_records(records, as_json=as_json)

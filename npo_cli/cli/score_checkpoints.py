@@ -33,5 +33,5 @@ def score_checkpoints(
 
     from npo_cli.guides.score import score_run
 
-    records = score_run(run, at=at, candidates=chosen, branch=branch, overrides=overrides or (), allow_code=allow_code)
+    records = score_run(run, at=at, candidates=chosen, branch=branch, overrides=overrides or ())
     print_records(records, as_json=as_json)

@@ -55,6 +55,5 @@ def score_sources(
         branch=branch,
         figure=figure,
         overrides=overrides or (),
-        allow_code=allow_code,
     )
     print_records(records, as_json=as_json)

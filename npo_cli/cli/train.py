@@ -41,9 +41,9 @@ def train(
     if autonpo:
         from npo_cli.autonpo.run import train_autonpo
 
-        records = train_autonpo(run, resolved, allow_code=allow_code)
+        records = train_autonpo(run, resolved)
     else:
         from npo_cli.training.train import train_run
 
-        records = train_run(run, resolved, until=until, allow_code=allow_code)
+        records = train_run(run, resolved, until=until)
     print_records(track_records(run, resolved, records), as_json=as_json, num_steps=last)

@@ -12,7 +12,7 @@ from npo_cli.guides.source import GuideSource
 from npo_cli.inference.openai_client import validate_url
 from npo_cli.policy.model import Policy
 from npo_cli.session.learner import Learner, find_later_checkpoint
-from npo_cli.session.session import Session, open_session
+from npo_cli.session.session import Session, build_session
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_newest_branch
@@ -237,4 +237,4 @@ def open_session_without_engine(plan: ResolvedSource, task: Task, policy: Policy
     """A world in which the learner is not asked anything: no engine is started for it."""
     recipe = plan.learner.recipe
     quiet = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": "transformers"})})
-    return open_session(plan.run, quiet, task=task, policy=policy)
+    return build_session(plan.run, quiet, task=task, policy=policy)

@@ -15,7 +15,7 @@ from npo_cli.guides.build_cache import CacheBuild, fill_cache
 from npo_cli.guides.registry import SourceSpec, resolve_source
 from npo_cli.guides.sources.opening import open_source
 from npo_cli.session.learner import find_learner, list_replay_prompts
-from npo_cli.session.session import open_policy, open_task
+from npo_cli.session.session import open_task_and_policy
 from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache
 from npo_cli.storage.layout import open_run, validate_name
 from npo_cli.storage.lock import lock_run
@@ -32,27 +32,24 @@ def build_guide_cache(
     branch: str | None,
     steps: int | None,
     overrides: Sequence[str],
-    allow_code: bool,
 ) -> Iterator[Progress | Notice | GuideCacheInfo]:
     """Fill the guide cache `name`; a cache that was left unfinished is gone on with."""
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
     plan = resolve_source(run, learner, spec, steps=steps)
     name = validate_name(plan.default_name if name is None else name)
-    with lock_run(run):
-        task = open_task(learner.recipe, allow_code=allow_code)
-        try:
-            policy = open_policy(learner.recipe, task, learner.checkpoint)
-            with closing(open_source(plan, task=task, policy=policy)) as source:
-                prompts = list_replay_prompts(source.session, learner, plan.num_steps)
-                yield from build_warnings(source.warnings)
-                info = source.info(name, num_prompts=len(prompts))
-                cache = CacheBuild(info=info, store=open_guide_cache(run, info))
-                yield from fill_cache(source.session, cache, prompts, source=source.source)
-                yield from build_warnings(source.source.warnings())
-                yield finish_guide_cache(run, info)
-        finally:
-            task.close()
+    with (
+        lock_run(run),
+        open_task_and_policy(learner.recipe, learner.checkpoint) as (task, policy),
+        closing(open_source(plan, task=task, policy=policy)) as source,
+    ):
+        prompts = list_replay_prompts(source.session, learner, plan.num_steps)
+        yield from build_warnings(source.warnings)
+        info = source.info(name, num_prompts=len(prompts))
+        cache = CacheBuild(info=info, store=open_guide_cache(run, info))
+        yield from fill_cache(source.session, cache, prompts, source=source.source)
+        yield from build_warnings(source.source.warnings())
+        yield finish_guide_cache(run, info)
 
 
 def build_warnings(remarks: Iterable[str]) -> Iterator[Notice]:

@@ -48,10 +48,10 @@ from npo_cli.session.learner import (
 from npo_cli.session.policy_ratios import CandidateSample, compute_learner_ratios
 from npo_cli.session.session import (
     Session,
+    build_session,
     load_checkpoint,
-    open_policy,
     open_session,
-    open_task,
+    open_task_and_policy,
 )
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint
 from npo_cli.storage.files import hash_file
@@ -71,7 +71,6 @@ def score_run(
     candidates: Sequence[int] | None,
     branch: str | None,
     overrides: Sequence[str],
-    allow_code: bool,
 ) -> Iterator[Progress | Notice | CheckpointScore]:
     """Probe, ask, rank; yields one score a candidate, nearest first."""
     run = open_run(root)
@@ -83,27 +82,21 @@ def score_run(
     )
     if learner.recipe.scoring.budget is not None:
         halving_rounds(len(chosen), learner.recipe.scoring.budget)  # a budget too small is told before it is spent
-    with lock_run(run):
-        task = open_task(learner.recipe, allow_code=allow_code)
-        try:
-            policy = open_policy(learner.recipe, task, learner.checkpoint)
-            # A candidate that cannot be used is told before anything is sampled.
-            for candidate in chosen:
-                load_checkpoint(policy, candidate)
-            with closing(open_session(run, learner.recipe, task=task, policy=policy)) as session:
-                contest = open_scoring_state(session, learner, chosen)
-                hard = yield from find_failed_prompts(
-                    contest, count=learner.recipe.scoring.num_prompts, horizon=chosen[-1].step
-                )
-                yield from collect_samples(contest, learner.checkpoint, hard)
-                scores = yield from run_halving(contest, chosen, hard)
-                save_scores(contest.store, scores)
-                for remark in (variance_range_warning(scores), sample_count_warning(learner.recipe)):
-                    if remark:
-                        yield Notice(message=remark, level="warning")
-                yield from scores
-        finally:
-            task.close()
+    with lock_run(run), open_session(run, learner.recipe, checkpoint=learner.checkpoint) as session:
+        # An unusable candidate is refused before anything is sampled.
+        for candidate in chosen:
+            load_checkpoint(session.policy, candidate)
+        contest = open_scoring_state(session, learner, chosen)
+        hard = yield from find_failed_prompts(
+            contest, count=learner.recipe.scoring.num_prompts, horizon=chosen[-1].step
+        )
+        yield from collect_samples(contest, learner.checkpoint, hard)
+        scores = yield from run_halving(contest, chosen, hard)
+        save_scores(contest.store, scores)
+        for remark in (variance_range_warning(scores), sample_count_warning(learner.recipe)):
+            if remark:
+                yield Notice(message=remark, level="warning")
+        yield from scores
 
 
 def sample_count_warning(recipe: Recipe) -> str | None:
@@ -433,7 +426,6 @@ def score_sources(
     branch: str | None,
     figure: Path | None,
     overrides: Sequence[str],
-    allow_code: bool,
 ) -> Iterator[Progress | Notice | SourceScore]:
     """Probe the learner, ask everybody, charge what can be charged; yields one score a source."""
     if figure is not None:
@@ -441,12 +433,8 @@ def score_sources(
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
     field = select_candidates(run, learner, candidates=candidates, far=far, sources=sources)
-    with lock_run(run):
-        task = open_task(learner.recipe, allow_code=allow_code)
-        try:
-            scores = yield from compare_candidates(run, field, task)
-        finally:
-            task.close()
+    with lock_run(run), open_task_and_policy(learner.recipe, learner.checkpoint) as (task, policy):
+        scores = yield from compare_candidates(run, field, task=task, policy=policy)
     yield from scores
     yield from report_best_sources(scores)
     if figure is not None:
@@ -480,17 +468,16 @@ def select_candidates(
 
 
 def compare_candidates(
-    run: RunDir, field: CandidateSet, task: Task
+    run: RunDir, field: CandidateSet, *, task: Task, policy: Policy
 ) -> Generator[Progress | Notice, None, tuple[SourceScore, ...]]:
     """Everybody's samples on the same hard prompts, and what they come to."""
     learner = field.learner
-    policy = open_policy(learner.recipe, task, learner.checkpoint)
     # Whoever cannot be used is told before anything is sampled.
     yield from check_sources(field.sources, task, policy)
     for checkpoint in field.checkpoints:
         load_checkpoint(policy, checkpoint)
     ahead = [checkpoint for checkpoint in field.checkpoints if checkpoint.step != learner.step]
-    with closing(open_session(run, learner.recipe, task=task, policy=policy)) as session:
+    with closing(build_session(run, learner.recipe, task=task, policy=policy)) as session:
         # The key holds who is asked, so another question never finds these samples.
         named = [f"{arm.name} {arm.digest}".rstrip() for arm in field.sources]
         contest = open_scoring_state(session, learner, ahead, sources=["self", *named])

@@ -107,13 +107,13 @@ BASE_PATH_FILE = "npo_base.json"
 """Beside adapters: where this machine has the base."""
 
 
-def export_guide(root: Path, name: str, *, out: Path, form: TableFormat, allow_code: bool) -> Iterator[Notice]:
+def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iterator[Notice]:
     """Every kept answer with its prompt, in the order of the prompts in the task."""
     validate_table_path(out)
     run = open_run(root)
     info, trajectories = load_guide(run, name)
     recipe = recipe_from_dict(run.read_recipe(info.branch), source=str(run.recipe_path(info.branch)))
-    task = open_task(recipe, allow_code=allow_code)
+    task = open_task(recipe)
     task.close()
     answers = [
         ExportedResponse(prompt=prompt, trajectory=kept, data_source=recipe.name)

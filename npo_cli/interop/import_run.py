@@ -62,7 +62,7 @@ class TrainerLog:
     """Signals of AutoNPO's trigger that are not among it."""
 
 
-def import_run(root: Path, asked: ImportSpec, *, allow_code: bool) -> Iterator[Notice | Progress | CheckpointEntry]:
+def import_run(root: Path, asked: ImportSpec) -> Iterator[Notice | Progress | CheckpointEntry]:
     """Check everything, build the run aside, give it its name, list it."""
     check_unused(root)
     found, unusable = find_foreign_checkpoints(asked.source_folder)
@@ -70,7 +70,7 @@ def import_run(root: Path, asked: ImportSpec, *, allow_code: bool) -> Iterator[N
         raise NpoError(f"{unusable[-1].path}: {unusable[-1].reason}", unusable[-1].fix)
     recipe = make_paths_absolute(build_import_recipe(found, asked))
     records = load_trainer_log(found, asked)
-    task = open_task(recipe, allow_code=allow_code)
+    task = open_task(recipe)
     task.close()
     policy = load_policy(recipe.model, None if found[-1].is_adapter else found[-1].path)
     check_task_prompts(policy, task, recipe)

@@ -1,6 +1,7 @@
-"""Everything a stage works with, opened together: recipe, run directory, policy, engine and task."""
+"""One open run: recipe, run directory, task, policy and engine, and sampling of verified groups."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from npo_cli.config.recipe import Recipe
@@ -28,19 +29,19 @@ from npo_cli.types.rollouts import Group, Prompt, Rollout, VerifierResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """One open run. The policy's weights are whatever checkpoint was loaded last."""
+    """One open run. The policy holds the weights that were loaded or trained last."""
 
     recipe: Recipe
     run: RunDir
     policy: Policy
     engine: Engine
     sync: WeightSync
-    """Holds the engine to the policy's weights."""
+    """Sends the policy's weights to the engine and verifies them there."""
     task: Task
     order: DataOrder
 
     def close(self) -> None:
-        """End the engine; the task belongs to whoever opened that."""
+        """Close the engine. `open_session` also closes the task."""
         self.engine.close()
 
     def prompts_between(self, first: int, last: int) -> list[Prompt]:
@@ -51,10 +52,27 @@ class Session:
         return [self.task.train[index] for index in indices]
 
 
-def open_task(recipe: Recipe, *, allow_code: bool) -> Task:
+@contextmanager
+def open_session(run: RunDir, recipe: Recipe, *, checkpoint: Checkpoint | None) -> Iterator[Session]:
+    """A run's task, policy and engine, closed after the block; the base model where `checkpoint` is None."""
+    with (
+        open_task_and_policy(recipe, checkpoint) as (task, policy),
+        closing(build_session(run, recipe, task=task, policy=policy)) as session,
+    ):
+        yield session
+
+
+@contextmanager
+def open_task_and_policy(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[tuple[Task, Policy]]:
+    """The same without an engine."""
+    with closing(open_task(recipe)) as task:
+        yield task, open_policy(recipe, task, checkpoint)
+
+
+def open_task(recipe: Recipe) -> Task:
     """The recipe's task; the pool's seed is the run's unless the recipe fixes it."""
     seed = recipe.train.seed if recipe.task.seed is None else recipe.task.seed
-    task = load_task(recipe.task, seed=seed, allow_code=allow_code)
+    task = load_task(recipe.task, seed=seed)
     if recipe.train.prompts_per_step > len(task.train):
         raise NpoError(
             f"the task has {len(task.train)} training prompts, but train.prompts_per_step is "
@@ -116,12 +134,12 @@ def count_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
         raise NpoError(f"{format_location(prompt, recipe.task)}{error.message}", error.hint) from error
 
 
-def open_session(
+def build_session(
     run: RunDir, recipe: Recipe, *, task: Task, policy: Policy, extrapolates_weights: bool = False
 ) -> Session:
-    """Join the parts, and start the engine; whoever opens a world closes it.
+    """Start the engine for an open task and policy; the caller closes the session, and the task.
 
-    `pushes_weights`: the policy will be pushed along its motion in weights, though the recipe does not say so.
+    `extrapolates_weights`: the policy will be extrapolated in weights although the recipe does not say so.
     """
     joins = extrapolates_weights or recipe.pushes_weights
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens

@@ -7,7 +7,9 @@ prints goes to stderr. True, or a number of at least 1, is correct; anything les
 import ast
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -18,6 +20,22 @@ from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
 SIGNATURE_HINT = "write def function(prompt, response, answer)"
+_IS_CODE_ALLOWED: ContextVar[bool] = ContextVar("is_code_allowed", default=False)
+
+
+def permit_code() -> None:
+    """Allow custom verifiers to run until the current context ends (option --allow-code)."""
+    _IS_CODE_ALLOWED.set(True)
+
+
+@contextmanager
+def code_permitted() -> Iterator[None]:
+    """Allow custom verifiers to run within the block."""
+    before = _IS_CODE_ALLOWED.set(True)
+    try:
+        yield
+    finally:
+        _IS_CODE_ALLOWED.reset(before)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +74,10 @@ def is_custom_verifier(verifier: str) -> bool:
     return verifier.rpartition(":")[0].endswith(".py")
 
 
-def make_custom_verifier(verifier: str, *, allow_code: bool, num_workers: int, timeout: float) -> CustomVerifier:
+def make_custom_verifier(verifier: str, *, num_workers: int, timeout: float) -> CustomVerifier:
     """The grader for `file.py:function`. The file is read, not run, until its answers are checked."""
     file, _, function = verifier.rpartition(":")
-    if not allow_code:
+    if not _IS_CODE_ALLOWED.get():
         raise NpoError(
             f"task.verifier {verifier} is code of your own, which is not run unless you say so",
             "read it, then add --allow-code to the command",

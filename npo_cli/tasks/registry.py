@@ -21,7 +21,7 @@ error, as the same recipe must not be graded in two ways."""
 VERIFIER_NAMES = ("auto", "exact", "number", "last_number", "reasoning_gym", "math_verify")
 
 
-def load_task(settings: TaskSettings, *, seed: int, allow_code: bool = False) -> Task:
+def load_task(settings: TaskSettings, *, seed: int) -> Task:
     """The task of a run. `seed` is the run's, used unless task.seed is set; the same settings give the same task."""
     validate_task_settings(settings)
     pool_seed = seed if settings.seed is None else settings.seed
@@ -38,7 +38,7 @@ def load_task(settings: TaskSettings, *, seed: int, allow_code: bool = False) ->
     else:
         problems = load_gym_problems(settings, seed=pool_seed)
         train, heldout = problems.train, problems.heldout
-    grader = choose_verifier(settings, problems=problems, allow_code=allow_code)
+    grader = choose_verifier(settings, problems=problems)
     try:
         grader.check_answers((*train, *heldout))
     except BaseException as error:
@@ -54,12 +54,12 @@ def format_location(prompt: Prompt, settings: TaskSettings) -> str:
     return f"{find_prompt_location(prompt, settings)}: " if settings.source == "file" else ""
 
 
-def choose_verifier(settings: TaskSettings, *, problems: GymProblems | None, allow_code: bool) -> Verifier:
+def choose_verifier(settings: TaskSettings, *, problems: GymProblems | None) -> Verifier:
     """The grader that task.verifier names. None has started a process yet."""
     verifier = DEFAULT_VERIFIERS[settings.source] if settings.verifier == "auto" else settings.verifier
     workers = {"num_workers": settings.verify_workers, "timeout": settings.verify_timeout}
     if is_custom_verifier(verifier):
-        return make_custom_verifier(verifier, allow_code=allow_code, **workers)
+        return make_custom_verifier(verifier, **workers)
     if verifier == "reasoning_gym" and problems is not None:
         return make_gym_verifier(problems, **workers)
     if verifier == "math_verify":

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import numpy
@@ -12,15 +11,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.rollout.batch import flatten_rollouts
 from npo_cli.scoring.quality import cluster_interval, pass_at_k
 from npo_cli.seeds import derive_seed
-from npo_cli.session.session import (
-    Session,
-    count_generated_tokens,
-    load_checkpoint,
-    open_policy,
-    open_session,
-    open_task,
-    sample_groups,
-)
+from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, open_session, sample_groups
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.evals import PromptResults, append_prompt_results, hash_prompt, read_prompt_results
 from npo_cli.storage.layout import RunDir, open_run
@@ -96,7 +87,7 @@ def summarize_eval(groups: Sequence[Group], *, branch: str, step: int, seed: int
 
 
 def evaluate_run(
-    root: Path, *, step: int | None, every_step: bool, branch: str | None, overrides: Sequence[str], allow_code: bool
+    root: Path, *, step: int | None, every_step: bool, branch: str | None, overrides: Sequence[str]
 ) -> Iterator[Progress | Notice | EvalReport]:
     """Evaluate the newest checkpoint, the one at `step`, or every one on the branch's line of descent."""
     run = open_run(root)
@@ -107,16 +98,11 @@ def evaluate_run(
         if step is None
         else [find_checkpoint(run, branch, step)]
     )
-    with lock_run(run):
-        task = open_task(recipe, allow_code=allow_code)
-        try:
-            with closing(open_session(run, recipe, task=task, policy=open_policy(recipe, task, chosen[0]))) as session:
-                for done, checkpoint in enumerate(chosen):
-                    yield Progress(description="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
-                    load_checkpoint(session.policy, checkpoint)
-                    yield evaluate_policy(session, branch=checkpoint.branch, step=checkpoint.step)
-        finally:
-            task.close()
+    with lock_run(run), open_session(run, recipe, checkpoint=chosen[0]) as session:
+        for done, checkpoint in enumerate(chosen):
+            yield Progress(description="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
+            load_checkpoint(session.policy, checkpoint)
+            yield evaluate_policy(session, branch=checkpoint.branch, step=checkpoint.step)
 
 
 def _chosen(found: Sequence[Checkpoint], run: RunDir, *, every_step: bool) -> list[Checkpoint]:

@@ -6,7 +6,6 @@ A rollback is a new branch: weights, optimiser, schedule and data order of the o
 
 import shlex
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from npo_cli.extrapolation.sampler import find_extrapolation
 from npo_cli.policy.optimizer import TrainerState
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.rollout.replay_buffer import check_single_guide_source
-from npo_cli.session.session import Session, open_policy, open_session, open_task
+from npo_cli.session.session import Session, open_session
 from npo_cli.session.stop_signal import stop_between_steps
 from npo_cli.session.worker_tasks import create_optimizer
 from npo_cli.storage.checkpoints import (
@@ -74,7 +73,6 @@ def resume_run(
     source_branch: str | None,
     new_branch: str | None,
     steps: int | None,
-    allow_code: bool,
     until: int | None = None,
     fresh: bool = False,
 ) -> Iterator[StepReport | EvalReport | Notice]:
@@ -90,21 +88,16 @@ def resume_run(
             start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
             start = replace(start, has_fresh_optimizer=fresh)
         check_steps_left(run, start, command=again, until=until)
-        task = open_task(start.recipe, allow_code=allow_code)
-        try:
-            policy = open_policy(start.recipe, task, start.checkpoint)
-            with closing(open_session(run, start.recipe, task=task, policy=policy)) as session:
-                guidance = load_active_guide(session, start.segment)
-                optimizer = create_optimizer(session.policy, start.recipe.train)
-                state = yield from load_first_state(session, optimizer, start)
-                record_start(run, start, overrides)
-                yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
-                yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(task.train)))
-                yield from engine_warnings(session)
-                trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
-                yield from grpo_steps(trainer, state, stop, until=until)
-        finally:
-            task.close()
+        with open_session(run, start.recipe, checkpoint=start.checkpoint) as session:
+            guidance = load_active_guide(session, start.segment)
+            optimizer = create_optimizer(session.policy, start.recipe.train)
+            state = yield from load_first_state(session, optimizer, start)
+            record_start(run, start, overrides)
+            yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
+            yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(session.task.train)))
+            yield from engine_warnings(session)
+            trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
+            yield from grpo_steps(trainer, state, stop, until=until)
 
 
 def format_command(root: Path, **options: str | int | None) -> str:

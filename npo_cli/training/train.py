@@ -13,7 +13,7 @@ from npo_cli.extrapolation.in_loop import make_extrapolator
 from npo_cli.policy.model import BUNDLED_MODELS, Policy, load_policy
 from npo_cli.policy.optimizer import TrainerState, seed_random_state
 from npo_cli.rollout.batch import ActiveGuide
-from npo_cli.session.session import Session, open_policy, open_session, open_task
+from npo_cli.session.session import Session, build_session, open_policy, open_task
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.session.worker_tasks import REFERENCE, create_optimizer, shard_across_workers
 from npo_cli.storage.checkpoints import find_checkpoint
@@ -37,11 +37,9 @@ BFLOAT16_WARNING = (
 )
 
 
-def train_run(
-    root: Path, recipe: Recipe, *, allow_code: bool, until: int | None = None
-) -> Iterator[StepReport | EvalReport | Notice]:
+def train_run(root: Path, recipe: Recipe, *, until: int | None = None) -> Iterator[StepReport | EvalReport | Notice]:
     """Check everything that can be wrong, then make the directory, save step 0 and train, perhaps not to the end."""
-    with create_session(root, recipe, allow_code=allow_code) as (session, stop):
+    with create_session(root, recipe) as (session, stop):
         yield from startup_warnings(session)
         optimizer = create_optimizer(session.policy, session.recipe.train)
         state = yield from init_state(session, optimizer)
@@ -59,13 +57,12 @@ def no_extra_check(recipe: Recipe, num_prompts: int) -> None:
 
 @contextmanager
 def create_session(
-    root: Path, recipe: Recipe, *, allow_code: bool, check: RecipeCheck = no_extra_check
+    root: Path, recipe: Recipe, *, check: RecipeCheck = no_extra_check
 ) -> Iterator[tuple[Session, StopFlag]]:
     """A run directory that did not exist before, open for training; nothing is made before everything was checked."""
     check_unused(root)
     recipe = make_paths_absolute(recipe)
-    task = open_task(recipe, allow_code=allow_code)
-    try:
+    with closing(open_task(recipe)) as task:
         check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
         run = create_run(root, recipe=recipe_to_dict(recipe), npo_version=__version__)
@@ -73,10 +70,8 @@ def create_session(
             # From this line on a killed run can be resumed.
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
             append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
-            with closing(open_session(run, recipe, task=task, policy=policy)) as session:
+            with closing(build_session(run, recipe, task=task, policy=policy)) as session:
                 yield session, stop
-    finally:
-        task.close()
 
 
 def startup_warnings(session: Session) -> Iterator[Notice]:

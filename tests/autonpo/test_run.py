@@ -35,7 +35,6 @@ from tests.helpers.runs import copy_run, file_digests, steps_of, stop_after
 
 PLAINLY = {
     **{"overrides": (), "at": None, "source_branch": None, "new_branch": None, "guide": None, "steps": None},
-    "allow_code": False,
 }
 
 
@@ -67,7 +66,7 @@ def test_training_first_and_autonpo_later_is_training_with_it(watched, plain, tm
     if num_steps == 12:
         copy_run(plain, root)
     else:
-        stop_after(train_run(root, eager_recipe(), allow_code=False), num_steps)
+        stop_after(train_run(root, eager_recipe()), num_steps)
     list(start_autonpo_resume(root))
     check_equal_except_main(root, watched)
 

@@ -179,7 +179,7 @@ def test_a_server_is_sent_what_the_processes_hold(tmp_path: Path):
 def test_a_server_beside_two_processes_is_shown_pictures_as_the_engine_in_one(taught_vl: Path, tmp_path: Path):
     settings = (f"model.path={taught_vl}", *SMALL, "train.num_steps=2")
     alone = load_recipe("shapes", [*settings, "engine.kind=vllm"])
-    list(train_run(tmp_path / "alone", alone, allow_code=False))
+    list(train_run(tmp_path / "alone", alone))
     together = tmp_path / "together"
     run("train", "shapes", *settings, "engine.kind=vllm_server", "--run", str(together), log=tmp_path / "log")
     assert_same_curve(metrics(together), metrics(tmp_path / "alone"))

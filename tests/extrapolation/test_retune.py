@@ -97,7 +97,7 @@ def test_the_choice_is_in_the_training_state(choosing):
 @pytest.mark.parametrize("step", [4, 5])
 def test_a_run_killed_around_a_choice_decides_the_same(choosing, tmp_path, step):
     root = tmp_path / "run"
-    stop_after(train_run(root, tiny_recipe(*CHOOSING), allow_code=False), step)
+    stop_after(train_run(root, tiny_recipe(*CHOOSING)), step)
     resume(root)
     assert reproducible_digests(root) == reproducible_digests(choosing)
 

@@ -124,7 +124,7 @@ def test_every_token_and_every_forward_pass_is_charged(injected):
 def test_a_run_killed_anywhere_comes_out_the_same_bit_for_bit(settings, fixture, step, tmp_path, request):
     """After 1 there is no older copy yet; 3 is recorded and not saved; after 4 the copy of step 2 is read again."""
     root = tmp_path / "run"
-    stop_after(train_run(root, tiny_recipe(*settings), allow_code=False), step)
+    stop_after(train_run(root, tiny_recipe(*settings)), step)
     resume(root)
     assert reproducible_digests(root) == reproducible_digests(request.getfixturevalue(fixture))
 
@@ -143,7 +143,7 @@ def test_a_run_of_adapters_killed_anywhere_comes_out_the_same_bit_for_bit(adapte
     """3 is recorded and not saved; after 4 the older copy is the one of step 2, read into a model of its own again."""
     root = tmp_path / "run"
     space = open_run(adapted).read_recipe("main")["extrapolation"]["space"]
-    stop_after(train_run(root, tiny_recipe(*AHEAD, *LORA, f"extrapolation.space={space}"), allow_code=False), step)
+    stop_after(train_run(root, tiny_recipe(*AHEAD, *LORA, f"extrapolation.space={space}")), step)
     resume(root)
     ours, theirs = reproducible_digests(root), reproducible_digests(adapted)
     assert any(name.endswith("adapter_model.safetensors") for name in theirs)
@@ -175,7 +175,7 @@ def test_a_process_killed_in_the_middle_of_its_steps_comes_out_the_same(injected
     root = tmp_path / "run"
     child = os.fork()
     if child == 0:
-        for record in train_run(root, tiny_recipe(*AHEAD), allow_code=False):
+        for record in train_run(root, tiny_recipe(*AHEAD)):
             if getattr(record, "step", 0) == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
         os._exit(0)

@@ -168,7 +168,6 @@ def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, mo
         branch=None,
         steps=None,
         overrides=(),
-        allow_code=False,
     )
     for _ in range(1 + kill_after):
         next(records)

@@ -106,7 +106,6 @@ def test_an_interrupted_cache_is_gone_on_with_and_ends_the_same(scout, tmp_path,
         branch=None,
         steps=None,
         overrides=(),
-        allow_code=False,
     )
     for _ in range(3):  # two chunks of three are done when the third is announced
         next(records)

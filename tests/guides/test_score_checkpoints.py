@@ -10,7 +10,7 @@ import pytest
 from npo_cli.errors import NpoError
 from npo_cli.guides.score import open_scoring_state, rank_round, score_run
 from npo_cli.session.learner import find_learner
-from npo_cli.session.session import open_policy, open_session, open_task
+from npo_cli.session.session import build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.sample_store import SCREENING_INDEX, find_latest_scores, list_sample_stores
@@ -82,8 +82,10 @@ def test_the_learner_measured_against_itself_is_at_the_floor(line, tmp_path):
     score(root, *LENIENT, candidates=[4])
     run = open_run(root)
     learner = find_learner(run, at=0, branch=None, overrides=LENIENT)
-    task = open_task(learner.recipe, allow_code=False)
-    session = open_session(run, learner.recipe, task=task, policy=open_policy(learner.recipe, task, learner.checkpoint))
+    task = open_task(learner.recipe)
+    session = build_session(
+        run, learner.recipe, task=task, policy=open_policy(learner.recipe, task, learner.checkpoint)
+    )
     contest = open_scoring_state(session, learner, [find_checkpoint(run, "main", 4)])
     for key in list(contest.samples):
         # The learner's second answers, under the name of a candidate.
@@ -197,6 +199,6 @@ def test_a_candidate_must_lie_ahead(line):
 
 def test_the_number_of_hard_prompts_is_told(line, tmp_path):
     root = copy_run(line, tmp_path / "run")
-    records = score_run(root, at=0, candidates=[4], branch=None, overrides=LENIENT, allow_code=False)
+    records = score_run(root, at=0, candidates=[4], branch=None, overrides=LENIENT)
     notices = [record.message for record in records if isinstance(record, Notice)]
     assert notices[0] == "16 of 16 prompts are hard for step 0 (accuracy <= 1.0)"

@@ -42,7 +42,7 @@ def records_of(root: Path, *sources: str, **options: Any) -> list:
     asked = {"at": 4, "candidates": None, "far": None, "branch": None, "figure": None} | options
     overrides = (*QUICK, *asked.pop("overrides", ()))
     ask = [ask for text in sources for ask in parse_source_specs(text)]
-    return list(score_sources(root, sources=ask, overrides=overrides, allow_code=False, **asked))
+    return list(score_sources(root, sources=ask, overrides=overrides, **asked))
 
 
 def scored(root: Path, *sources: str, **options: Any) -> dict[str, SourceScore]:

@@ -42,7 +42,7 @@ def root(scout, tmp_path):
 def from_file(root: Path, path: Path, *overrides: str, name: str = "given"):
     """The records of a whole sampling: notices, then the cache."""
     ask = SourceSpec(kind="file", origin=str(path))
-    asked = {"at": 2, "name": name, "branch": None, "steps": None, "allow_code": False}
+    asked = {"at": 2, "name": name, "branch": None, "steps": None}
     return list(build_guide_cache(root, spec=ask, overrides=overrides, **asked))
 
 
@@ -212,7 +212,7 @@ def test_a_file_that_is_none_is_refused(root, tmp_path, name, message):
 def test_a_file_that_changed_makes_another_cache(root, lesson, tmp_path):
     _, prompts = lesson
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(prompts))
-    asked = {"at": 2, "name": "given", "branch": None, "steps": None, "overrides": (), "allow_code": False}
+    asked = {"at": 2, "name": "given", "branch": None, "steps": None, "overrides": ()}
     records = build_guide_cache(root, spec=SourceSpec(kind="file", origin=str(path)), **asked)
     next(records)
     records.close()

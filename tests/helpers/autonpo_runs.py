@@ -56,17 +56,17 @@ def eager_recipe(*overrides: str) -> Recipe:
 
 
 def train_grpo(root: Path, *overrides: str) -> list[StepReport]:
-    return steps_of(train_run(root, eager_recipe(*overrides), allow_code=False))
+    return steps_of(train_run(root, eager_recipe(*overrides)))
 
 
 def start_autonpo(root: Path, *overrides: str) -> Iterator[Any]:
     """The generator itself: closing it is like a kill."""
-    return train_autonpo(root, eager_recipe(*overrides), allow_code=False)
+    return train_autonpo(root, eager_recipe(*overrides))
 
 
 def start_autonpo_resume(root: Path, *overrides: str, **options: Any) -> Iterator[Any]:
     asked = {"at": None, "source_branch": None, "new_branch": None} | options
-    return resume_autonpo(root, overrides=overrides, allow_code=False, **asked)
+    return resume_autonpo(root, overrides=overrides, **asked)
 
 
 def transitions_of(root: Path) -> list[Transition]:

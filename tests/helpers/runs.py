@@ -11,7 +11,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.guides.registry import SourceSpec
 from npo_cli.guides.sample_guide import build_guide_cache
 from npo_cli.guides.score import score_run
-from npo_cli.session.session import Session, open_policy, open_session, open_task
+from npo_cli.session.session import Session, build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import RunDir, open_run
@@ -34,7 +34,7 @@ def tiny_recipe(*overrides: str) -> Recipe:
 
 
 def train(root: Path, *overrides: str, until: int | None = None) -> list[StepReport]:
-    return steps_of(train_run(root, tiny_recipe(*overrides), allow_code=False, until=until))
+    return steps_of(train_run(root, tiny_recipe(*overrides), until=until))
 
 
 def resume(root: Path, *overrides: str, **options: Any) -> list[StepReport]:
@@ -44,18 +44,18 @@ def resume(root: Path, *overrides: str, **options: Any) -> list[StepReport]:
 def start_resume(root: Path, *overrides: str, **options: Any) -> Any:
     """The generator itself: closing it is a stop between two steps with nothing saved, like a kill."""
     asked = {"at": None, "guide": None, "source_branch": None, "new_branch": None, "steps": None} | options
-    return resume_run(root, overrides=overrides, allow_code=False, **asked)
+    return resume_run(root, overrides=overrides, **asked)
 
 
 def sample(root: Path, *overrides: str, **options: Any) -> GuideCacheInfo:
     asked = {"guide_step": 4, "at": 2, "name": "near", "branch": None, "steps": None} | options
     ask = SourceSpec(**{name: asked.pop(name) for name in ("kind", "guide_step", "origin", "model") if name in asked})
-    return list(build_guide_cache(root, spec=ask, overrides=overrides, allow_code=False, **asked))[-1]
+    return list(build_guide_cache(root, spec=ask, overrides=overrides, **asked))[-1]
 
 
 def score(root: Path, *overrides: str, **options: Any) -> list[CheckpointScore]:
     asked = {"at": 0, "candidates": None, "branch": None} | options
-    records = score_run(root, overrides=overrides, allow_code=False, **asked)
+    records = score_run(root, overrides=overrides, **asked)
     return [record for record in records if isinstance(record, CheckpointScore)]
 
 
@@ -75,8 +75,8 @@ def open_session_at(root: Path, step: int, *, branch: str | None = None) -> Sess
     run = open_run(root)
     branch = branch or find_newest_branch(run)
     recipe = recipe_from_dict(run.read_recipe(branch))
-    task = open_task(recipe, allow_code=False)
-    return open_session(run, recipe, task=task, policy=open_policy(recipe, task, find_checkpoint(run, branch, step)))
+    task = open_task(recipe)
+    return build_session(run, recipe, task=task, policy=open_policy(recipe, task, find_checkpoint(run, branch, step)))
 
 
 def reproducible_digests(root: Path, branch: str = "main") -> dict[str, str]:

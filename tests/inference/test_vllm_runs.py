@@ -16,7 +16,7 @@ from npo_cli.extrapolation.in_loop import Extrapolator, extrapolated_rollouts, s
 from npo_cli.inference import vllm_local as vllm_engine
 from npo_cli.policy.extrapolated import extrapolate_weights
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.session.session import open_policy, open_session, open_task, sample_groups
+from npo_cli.session.session import build_session, open_policy, open_task, sample_groups
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.rollouts import Group, Rollout
@@ -120,9 +120,9 @@ def test_a_world_that_cannot_open_leaves_no_engine(tmp_path):
     recipe = tiny_recipe("engine.kind=vllm", "engine.vllm.weight_transfer=nccl")
     with pytest.raises(NpoError, match=r"engine\.vllm\.weight_transfer=nccl is for GPUs"):
         train(tmp_path / "run", "engine.kind=vllm_server", "engine.vllm.weight_transfer=nccl")
-    task = open_task(recipe, allow_code=False)
+    task = open_task(recipe)
     policy = open_policy(recipe, task, None)
-    session = open_session(None, recipe, task=task, policy=policy)
+    session = build_session(None, recipe, task=task, policy=policy)
     session.close()
     with pytest.raises(RunFailed, match="was closed"):
         session.engine.generate([], temperature=1.0, max_new_tokens=1)

@@ -28,7 +28,7 @@ def guided(scout, tmp_path_factory):
 
 
 def rows_of(root, out, **options):
-    list(export_guide(root, "all", out=out, **{"form": "trl", "allow_code": False} | options))
+    list(export_guide(root, "all", out=out, **{"form": "trl"} | options))
     return pyarrow.parquet.read_table(out).to_pylist()
 
 
@@ -52,7 +52,7 @@ def test_a_table_holds_every_answer_with_its_tokens_and_exact_log_probabilities(
 
 
 def test_for_verl_prompts_are_chats_and_that_is_told(guided, tmp_path):
-    told = list(export_guide(guided, "all", out=tmp_path / "v.parquet", form="verl", allow_code=False))
+    told = list(export_guide(guided, "all", out=tmp_path / "v.parquet", form="verl"))
     assert told[-1].level == "warning"
     rows = pyarrow.parquet.read_table(tmp_path / "v.parquet").to_pylist()
     assert is_conversational(rows[0])

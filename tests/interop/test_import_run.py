@@ -38,7 +38,7 @@ def importing(root: Path, home: Path, *overrides: str, metrics: Path | None = No
     asked = ImportSpec(
         source_folder=home, recipe="micro", overrides=(*TINY, *overrides), metrics=metrics, saves_base=base
     )
-    return import_run(root, asked, allow_code=False)
+    return import_run(root, asked)
 
 
 def imported(root: Path, home: Path, *overrides: str, **options: object) -> tuple[list[CheckpointEntry], list[str]]:
@@ -86,7 +86,7 @@ def test_candidates_are_scored_a_guide_sampled_and_steps_evaluated(trl_run):
     assert sample(root, "guide.inject.max_accuracy=1.0").complete
     reports = [
         one
-        for one in evaluate_run(root, step=None, every_step=True, branch=None, overrides=(), allow_code=False)
+        for one in evaluate_run(root, step=None, every_step=True, branch=None, overrides=())
         if isinstance(one, EvalReport)
     ]
     assert [one.step for one in reports] == [2, 4]

@@ -225,5 +225,5 @@ def test_the_recipe_trains_with_a_tiny_model_and_made_up_data_in_their_places(un
         *("train.num_steps=2", "train.prompts_per_step=2", "sampling.max_new_tokens=4", "eval.every=0"),
     ]
     recipe = load_recipe("qwen3-vl-8b-mmfinereason", settings, method="matched/grpo")
-    reports = [one for one in train_run(tmp_path / "run", recipe, allow_code=False) if isinstance(one, StepReport)]
+    reports = [one for one in train_run(tmp_path / "run", recipe) if isinstance(one, StepReport)]
     assert [one.step for one in reports] == [1, 2]

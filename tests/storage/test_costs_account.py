@@ -28,7 +28,7 @@ from tests.storage.builders import group
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("trained") / "run"
-    stop_after(train_run(root, tiny_recipe("train.num_updates=2"), allow_code=False), 3)
+    stop_after(train_run(root, tiny_recipe("train.num_updates=2")), 3)
     resume(root)
     return root
 

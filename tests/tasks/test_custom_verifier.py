@@ -1,11 +1,12 @@
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import Context
 from pathlib import Path
 
 import pytest
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.tasks.custom_verifier import is_custom_verifier, make_custom_verifier
+from npo_cli.tasks.custom_verifier import code_permitted, is_custom_verifier, make_custom_verifier
 from npo_cli.types.rollouts import Message, Prompt, VerifierResult
 
 VERIFIER = """
@@ -30,15 +31,16 @@ def check(prompt, response, answer):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "mine.py").write_text(VERIFIER)
     (tmp_path / "neighbour.py").write_text("FULL = 1.0\n")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with code_permitted():
+        yield tmp_path
 
 
 def verdicts(responses: Sequence[str], verifier: str = "mine.py:check") -> list[VerifierResult]:
-    grader = make_custom_verifier(verifier, allow_code=True, num_workers=1, timeout=0.5)
+    grader = make_custom_verifier(verifier, num_workers=1, timeout=0.5)
     prompts = [Prompt(prompt_id=f"p{place}", text="2+2=", answer="4") for place in range(len(responses))]
     try:
         return grader.grade(prompts, responses)
@@ -87,20 +89,20 @@ def test_chat_prompts_are_passed_as_text(folder: Path):
     (folder / "mine.py").write_text(
         "def check(prompt, response, answer):\n    return prompt == 'Be brief.\\n\\n2+2='\n"
     )
-    grader = make_custom_verifier("mine.py:check", allow_code=True, num_workers=1, timeout=0.5)
+    grader = make_custom_verifier("mine.py:check", num_workers=1, timeout=0.5)
     messages = (Message(role="system", content="Be brief."), Message(role="user", content="2+2="))
     assert grader.grade([Prompt(prompt_id="a", messages=messages, answer="4")], ["4"])[0].verdict == "correct"
     grader.close()
 
 
-def refusal(verifier: str, *, allow_code: bool = True) -> NpoError:
+def refusal(verifier: str) -> NpoError:
     with pytest.raises(NpoError) as caught:
-        make_custom_verifier(verifier, allow_code=allow_code, num_workers=1, timeout=0.5)
+        make_custom_verifier(verifier, num_workers=1, timeout=0.5)
     return caught.value
 
 
-def test_code_is_not_run_without_the_flag(folder: Path):
-    assert "--allow-code" in refusal("mine.py:check", allow_code=False).hint
+def test_custom_verifier_is_refused_without_permission(folder: Path):
+    assert "--allow-code" in Context().run(refusal, "mine.py:check").hint
 
 
 def test_a_missing_file_or_function_is_named_before_anything_runs(folder: Path):

@@ -7,6 +7,7 @@ import pytest
 
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
+from npo_cli.tasks.custom_verifier import code_permitted
 from npo_cli.tasks.math_verify import MathVerifier
 from npo_cli.tasks.micro import micro_prompts
 from npo_cli.tasks.registry import load_task
@@ -53,7 +54,8 @@ def test_a_users_verifier_needs_the_flag_and_then_grades(tmp_path: Path):
     with pytest.raises(NpoError) as caught:
         load_task(settings, seed=0)
     assert "--allow-code" in caught.value.hint
-    task = load_task(settings, seed=0, allow_code=True)
+    with code_permitted():
+        task = load_task(settings, seed=0)
     assert [one.verdict for one in task.grade(task.train[:2], ["123456789", ""])] == ["correct", "wrong"]
     task.close()
 

@@ -52,7 +52,7 @@ def fill(disk: Path, *, leaving: int) -> Path:
 def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(small_disk, tmp_path, leaving):
     train(tmp_path / "straight")
     root = small_disk / "run"
-    records = train_run(root, tiny_recipe(), allow_code=False)
+    records = train_run(root, tiny_recipe())
     while not (root / "branches/main/checkpoints/step_000002").exists():
         next(records)
     saved = file_digests(root / "branches/main/checkpoints")

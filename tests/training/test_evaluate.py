@@ -14,7 +14,7 @@ from tests.helpers.runs import copy_run, open_session_at, tiny_recipe, train
 
 def evaluated(root, **options) -> list[EvalReport]:
     asked = {"step": None, "every_step": False, "branch": None, "overrides": ()} | options
-    records = evaluate_run(root, allow_code=False, **asked)
+    records = evaluate_run(root, **asked)
     return [record for record in records if isinstance(record, EvalReport)]
 
 
@@ -64,7 +64,7 @@ def test_outcomes_are_kept_prompt_by_prompt_and_sum_up_to_the_report(tmp_path):
     # 8 prompts twice; all evaluations ask the same
     assert [sum(one.num_correct) / 16 for one in kept] == [report.accuracy for report in read_evals(run)]
     assert {one.prompt_keys for one in kept} == {
-        tuple(map(hash_prompt, open_task(tiny_recipe("task.heldout_size=8"), allow_code=False).heldout))
+        tuple(map(hash_prompt, open_task(tiny_recipe("task.heldout_size=8")).heldout))
     }
 
 

@@ -40,7 +40,7 @@ BLIND_WITHOUT = pytest.mark.skipif(find_spec("torchvision") is None, reason="vLL
 
 def training(root: Path, model: Path, *overrides: str):
     recipe = load_recipe("shapes", [f"model.path={model}", *SMALL, *overrides])
-    return train_run(root, recipe, allow_code=False)
+    return train_run(root, recipe)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_every_rollout_is_charged_to_the_pixels_that_it_was_sampled_with(
         list(training(circle, taught_vl, f"engine.kind={engine}"))
     run = open_run(circle)
     policy = load_vision_policy(find_checkpoint(run, "main", 0).path)
-    task = open_task(recipe_from_dict(run.read_recipe("main")), allow_code=False)
+    task = open_task(recipe_from_dict(run.read_recipe("main")))
     for _, group in RolloutLog(run.rollouts_path("main")).iter_groups(1):
         prompt = task.prompt(group.prompt.prompt_id)
         assert group.prompt.images == prompt.images and group.prompt.images[0].data is None
@@ -134,7 +134,7 @@ def test_a_prompt_is_shown_with_its_pictures_by_reference(circle: Path):
 
 def test_an_exported_cache_brings_its_pictures_along(circle: Path, tmp_path: Path):
     """Read back as a data file, every prompt shows the same bytes in another place."""
-    list(export_guide(circle, "near", out=tmp_path / "near.parquet", form="trl", allow_code=False))
+    list(export_guide(circle, "near", out=tmp_path / "near.parquet", form="trl"))
     column = {"path": str(tmp_path / "near.parquet"), "image_column": "images", "id_column": "prompt_id"}
     again, heldout = load_file_prompts(TaskSettings(source="file", heldout_size=1, **column), seed=0)
     _, trajectories = load_guide(open_run(circle), "near")

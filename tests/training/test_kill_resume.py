@@ -46,7 +46,7 @@ LONGER = ("train.num_steps=10", "train.save_every=4")
 def test_a_run_dropped_between_checkpoints_goes_on_bit_for_bit(tmp_path, kind):
     train(tmp_path / "straight", *KINDS[kind])
     # Step 3 is recorded, step 2 is the newest checkpoint.
-    stop_after(train_run(tmp_path / "dropped", tiny_recipe(*KINDS[kind]), allow_code=False), 3)
+    stop_after(train_run(tmp_path / "dropped", tiny_recipe(*KINDS[kind])), 3)
     reports = resume(tmp_path / "dropped")
     assert [report.step for report in reports] == [3, 4]
     assert reproducible_digests(tmp_path / "dropped") == reproducible_digests(tmp_path / "straight")
@@ -65,7 +65,7 @@ def test_a_replay_with_a_guide_dropped_between_checkpoints_goes_on_bit_for_bit(s
 
 
 def test_a_recorded_step_is_read_back_and_nobody_is_asked(tmp_path):
-    stop_after(train_run(tmp_path / "run", tiny_recipe(), allow_code=False), 3)
+    stop_after(train_run(tmp_path / "run", tiny_recipe()), 3)
     session = open_session_at(tmp_path / "run", 2)
     path = session.run.rollouts_path("main")
     before = path.read_bytes()
@@ -80,7 +80,7 @@ def test_a_recorded_step_is_read_back_and_nobody_is_asked(tmp_path):
 
 def test_a_torn_line_of_every_journal_is_mended(tmp_path):
     train(tmp_path / "straight")
-    stop_after(train_run(tmp_path / "torn", tiny_recipe(), allow_code=False), 3)
+    stop_after(train_run(tmp_path / "torn", tiny_recipe()), 3)
     branch = tmp_path / "torn" / "branches" / "main"
     for name in ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl"):
         # Half of the last line stays: of the four groups of step 3, three are whole.
@@ -93,7 +93,7 @@ def test_a_torn_line_of_every_journal_is_mended(tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(tmp_path):
     kind = ("eval.every=2", "loss.kl_coef=0.05")
     train(tmp_path / "straight", *kind)
-    records = train_run(tmp_path / "killed", tiny_recipe(*kind), allow_code=False)
+    records = train_run(tmp_path / "killed", tiny_recipe(*kind))
     next(records)  # the batch arithmetic: the run exists, and nothing is in it yet
     records.close()
     assert not list((tmp_path / "killed").rglob("step_*"))

@@ -85,7 +85,7 @@ def test_every_command_reads_such_a_run(circled, tmp_path):
     entries = index_run(root, verify=True)
     assert {(entry.branch, entry.step) for entry in entries} == {("main", 0), ("main", 2), ("main", 4), ("near", 4)}
     assert all(entry.complete and entry.digest for entry in entries)
-    told = list(evaluate_run(root, step=2, every_step=False, branch="main", overrides=(), allow_code=False))
+    told = list(evaluate_run(root, step=2, every_step=False, branch="main", overrides=()))
     assert told[-1].step == 2
 
 
@@ -133,9 +133,7 @@ def test_the_divergence_is_from_the_base_that_a_second_copy_would_be(circled, tm
 def test_bfloat16_rounds_no_step_of_an_adapter_away(tmp_path):
     told = {}
     for kind in ((), LORA):
-        records = list(
-            train_run(tmp_path / str(len(kind)), tiny_recipe("model.dtype=bfloat16", *kind), allow_code=False)
-        )
+        records = list(train_run(tmp_path / str(len(kind)), tiny_recipe("model.dtype=bfloat16", *kind)))
         told[kind] = any(isinstance(each, Notice) and "rounded" in each.message for each in records)
     assert told == {(): True, LORA: False}
 
@@ -195,6 +193,6 @@ def test_rank_and_scale_belong_to_a_runs_birth_and_so_does_the_base_without_adap
 )
 def test_autonpo_steps_in_on_adapters(tmp_path, early):
     root = tmp_path / "run"
-    steps_of(train_autonpo(root, eager_recipe(*LORA, *early), allow_code=False))
+    steps_of(train_autonpo(root, eager_recipe(*LORA, *early)))
     assert {"guided", "rolled_back", "replayed"} <= set(events_of(root))
     assert any("adapter_model" in name for name in deterministic_digests(root) if name.startswith("branches/auto-1/"))

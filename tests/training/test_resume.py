@@ -158,4 +158,4 @@ def test_a_replay_of_a_replay_takes_its_futures_from_its_own_line(replayed, tmp_
 
 def test_a_used_directory_is_not_trained_in_again(scout):
     with pytest.raises(NpoError, match="already holds a run"):
-        next(train_run(scout, tiny_recipe(), allow_code=False))
+        next(train_run(scout, tiny_recipe()))

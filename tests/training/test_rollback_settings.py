@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
-from npo_cli.session.session import open_policy, open_session, open_task
+from npo_cli.session.session import build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.training.resume import fork, load_first_state
@@ -28,8 +28,8 @@ def begun(root: Path, *overrides: str, guide: str | None = None) -> tuple[dict[s
     """Moments by name, and the state, with which a branch that leaves main at step 4 begins."""
     run = open_run(root)
     start = fork(run, "main", 4, overrides=overrides, guide=guide, new_branch="new", steps=None)
-    task = open_task(start.recipe, allow_code=False)
-    session = open_session(run, start.recipe, task=task, policy=open_policy(start.recipe, task, start.checkpoint))
+    task = open_task(start.recipe)
+    session = build_session(run, start.recipe, task=task, policy=open_policy(start.recipe, task, start.checkpoint))
     optimizer = build_optimizer(session.policy.model, start.recipe.train)
     doing = load_first_state(session, optimizer, start)
     with pytest.raises(StopIteration) as done:

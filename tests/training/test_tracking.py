@@ -26,7 +26,7 @@ TB = "tracking.report_to=[tensorboard]"
 
 def training(root: Path, *overrides: str) -> Any:
     recipe = tiny_recipe(*overrides)
-    return track_records(root, recipe, train_run(root, recipe, allow_code=False))
+    return track_records(root, recipe, train_run(root, recipe))
 
 
 def going_on(root: Path, *overrides: str, **options: Any) -> Any:
@@ -79,7 +79,7 @@ def test_a_branch_is_a_run_of_its_own_from_its_fork_on(shown):
 @pytest.mark.slow
 def test_interventions_of_autonpo_are_events_on_the_branch_that_they_lead_to(tmp_path):
     recipe = eager_recipe(TB)
-    list(track_records(tmp_path / "run", recipe, train_autonpo(tmp_path / "run", recipe, allow_code=False)))
+    list(track_records(tmp_path / "run", recipe, train_autonpo(tmp_path / "run", recipe)))
     for name in ("trigger", "rolled_back", "capped"):
         moves = [move for move in transitions_of(tmp_path / "run") if move.event == name]
         assert moves

@@ -14,7 +14,7 @@ from npo_cli.guides.source import Pairs, PromptResponses, compute_logprobs, comp
 from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.prompt_checks import check_prompt_support
-from npo_cli.session.session import Session, count_generated_tokens, open_session, sample_groups
+from npo_cli.session.session import Session, build_session, count_generated_tokens, sample_groups
 from npo_cli.storage.checkpoints import verify_checkpoint
 from npo_cli.storage.costs import cost_at
 from npo_cli.tasks.task import Task
@@ -85,7 +85,7 @@ def open_external_model(plan: ResolvedSource, task: Task, policy: Policy) -> Sou
     """The outside model behind the configured engine; `policy` is the learner's."""
     outside = load_external_model(plan)
     recipe = fit_recipe_to_model(plan, outside, task)
-    session = open_session(plan.run, recipe, task=task, policy=outside)
+    session = build_session(plan.run, recipe, task=task, policy=outside)
     author = ExternalModelSource(
         session=session,
         learner=policy,

@@ -12,7 +12,7 @@ from npo_cli.extrapolation.sampler import (
 from npo_cli.guides.registry import ResolvedSource, SourceHandle, open_session_without_engine
 from npo_cli.guides.source import Pairs, PromptResponses, compute_mean_logprobs, sample_in_rounds
 from npo_cli.policy.model import Policy
-from npo_cli.session.session import Session, open_session
+from npo_cli.session.session import Session, build_session
 from npo_cli.tasks.task import Task
 from npo_cli.types.rollouts import Prompt
 
@@ -66,7 +66,7 @@ def open_extrapolated(plan: ResolvedSource, task: Task, policy: Policy) -> Sourc
     session = (
         open_session_without_engine(plan, task, policy)
         if in_logits
-        else open_session(plan.run, recipe, task=task, policy=policy, extrapolates_weights=True)
+        else build_session(plan.run, recipe, task=task, policy=policy, extrapolates_weights=True)
     )
     return SourceHandle(
         resolved=plan,

@@ -26,7 +26,7 @@ from npo_cli.guides.sources.openai_endpoint import open_endpoint
 from npo_cli.guides.sources.own_history import open_own_history
 from npo_cli.guides.sources.trace_file import open_trace_file
 from npo_cli.policy.model import Policy
-from npo_cli.session.session import load_checkpoint, open_session
+from npo_cli.session.session import build_session, load_checkpoint
 from npo_cli.tasks.task import Task
 
 
@@ -39,7 +39,7 @@ def open_checkpoint(plan: ResolvedSource, task: Task, policy: Policy) -> SourceH
     """The guide's weights in the learner's place."""
     assert plan.guide is not None
     load_checkpoint(policy, plan.guide)
-    session = open_session(plan.run, plan.learner.recipe, task=task, policy=policy)
+    session = build_session(plan.run, plan.learner.recipe, task=task, policy=policy)
     author = CheckpointSource(session=session, learner=plan.learner.checkpoint, guide=plan.guide)
     return SourceHandle(
         resolved=plan,
