@@ -12,9 +12,10 @@ import numpy
 from npo_cli.scoring.quality import cluster_interval
 from npo_cli.seeds import derive_seed
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
-from npo_cli.storage.autonpo_log import acceptance_test_folder
 from npo_cli.storage.checkpoints import Checkpoint
-from npo_cli.storage.metrics import append_sampling_time
+from npo_cli.storage.costs import append_cost
+from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import find_first_segment
 from npo_cli.types.rollouts import Group
 
 
@@ -47,12 +48,11 @@ def run_paired_test(session: Session, replayed: Checkpoint, abandoned: Checkpoin
     began = time.perf_counter()
     ours, theirs = _answers(session, replayed), _answers(session, abandoned)
     tokens = count_generated_tokens(ours) + count_generated_tokens(theirs)
-    folder = acceptance_test_folder(session.run, replayed.branch, replayed.step)
-    append_sampling_time(folder, time.perf_counter() - began, num_tokens=tokens)
+    seconds = time.perf_counter() - began
     differences = [_share(mine) - _share(other) for mine, other in zip(ours, theirs, strict=True)]
     rng = numpy.random.default_rng(derive_seed(session.recipe.train.seed, "judge", replayed.branch, replayed.step))
     low, high = paired_interval(differences, rng)
-    return PairedTest(
+    test = PairedTest(
         replayed_accuracy=sum(map(_share, ours)) / len(ours),
         abandoned_accuracy=sum(map(_share, theirs)) / len(theirs),
         difference=sum(differences) / len(differences),
@@ -60,6 +60,26 @@ def run_paired_test(session: Session, replayed: Checkpoint, abandoned: Checkpoin
         difference_high=high,
         num_prompts=len(differences),
         num_tokens=tokens,
+    )
+    charge_acceptance_test(session.run, replayed, abandoned, test=test, seconds=seconds)
+    return test
+
+
+def charge_acceptance_test(
+    run: RunDir, replayed: Checkpoint, abandoned: Checkpoint, *, test: PairedTest, seconds: float
+) -> None:
+    """The branch that goes on pays for the test; where the replay is reverted, also for the replay and its guide."""
+    guide = find_first_segment(run, replayed.branch).guide_cache
+    reverted = [run.branch_folder(replayed.branch), *([] if guide is None else [run.guide_folder(guide)])]
+    append_cost(
+        run,
+        "acceptance_test",
+        branch=abandoned.branch if test.is_worse else replayed.branch,
+        step=replayed.step,
+        artifact=run.branch_folder(replayed.branch) / "acceptance_test",
+        tokens=test.num_tokens,
+        seconds=seconds,
+        charged=reverted if test.is_worse else (),
     )
 
 

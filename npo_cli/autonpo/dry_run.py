@@ -32,7 +32,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.report.autonpo_plot import plot_autonpo
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import list_ancestry_checkpoints
-from npo_cli.storage.costs import compute_run_costs
+from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import ancestry, find_newest_branch
 from npo_cli.storage.metrics import read_metrics

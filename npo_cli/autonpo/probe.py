@@ -18,11 +18,11 @@ from npo_cli.rollout.mistake_pool import Stratum, allocate_probe_prompts, strati
 from npo_cli.scoring.variance import SampleRatio
 from npo_cli.seeds import derive_seed
 from npo_cli.session.policy_ratios import CandidateSample, compute_learner_ratios
-from npo_cli.session.session import Session, load_checkpoint, sample_groups
+from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
 from npo_cli.storage.autonpo_log import ProbeStore, count_probe_tokens, open_probe
 from npo_cli.storage.checkpoints import Checkpoint, list_ancestry_checkpoints
+from npo_cli.storage.costs import append_cost
 from npo_cli.storage.lineage import find_owning_branch
-from npo_cli.storage.metrics import append_sampling_time
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import TRAINING_STATE_FOLDER
 from npo_cli.types.autonpo import FailedPrompt, ProbeResult
@@ -106,12 +106,25 @@ def sample_probe_groups(probe: Probe, chosen: Sequence[Sequence[str]]) -> Genera
                 sampler_step=probe.checkpoint.step,
                 temperature=recipe.guide.cache.temperature,
             )
+            charge_probe(probe, piece=str(place), tokens=count_generated_tokens(known), began=began)
             journal.write_step(place, known)
-            tokens = sum(len(rollout.response_ids) for group in known for rollout in group.rollouts)
-            append_sampling_time(probe.folder.folder, time.perf_counter() - began, num_tokens=tokens)
         groups += known
     yield Progress(description="ask again what failed", done=len(prompts), total=len(prompts))
     return groups
+
+
+def charge_probe(probe: Probe, *, piece: str, tokens: int, began: float) -> None:
+    """Charge what was done since `began` to the policy that is probed."""
+    append_cost(
+        probe.session.run,
+        "probe",
+        branch=probe.branch,
+        step=probe.checkpoint.step,
+        artifact=probe.folder.folder,
+        piece=piece,
+        tokens=tokens,
+        seconds=time.perf_counter() - began,
+    )
 
 
 def count_passes(groups: Sequence[Group]) -> list[ProbePassCount]:
@@ -148,7 +161,7 @@ def score_past_checkpoints(probe: Probe, groups: Sequence[Group]) -> Generator[P
         forward = compute_learner_ratios(session, seen, cap=session.recipe.scoring.weight_cap)
         hindsights.append(DriftSamples(distance=step - place.step, forward=forward, backward=backward[place.step]))
     yield Progress(description="look back", done=len(places), total=len(places))
-    append_sampling_time(probe.folder.folder, time.perf_counter() - began, num_tokens=0)
+    charge_probe(probe, piece="logprobs", tokens=0, began=began)
     return hindsights[::-1]
 
 
@@ -156,7 +169,7 @@ def find_rollback_candidates(probe: Probe) -> list[Checkpoint]:
     """Full states at the usable distances, on the line of descent, oldest first."""
     steps = {probe.checkpoint.step - delta for delta in usable_deltas(probe.session.recipe)}
     line = list_ancestry_checkpoints(probe.session.run, probe.branch)
-    return [found for found in line if found.step in steps and found.tier == "anchor"]
+    return [found for found in line if found.step in steps and found.tier == "full"]
 
 
 def find_failed_prompt_ids(probe: Probe, distance: int) -> frozenset[str]:

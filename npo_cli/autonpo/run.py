@@ -16,7 +16,7 @@ from npo_cli.session.session import Session, open_session
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.autonpo_log import append_transitions, read_transitions
 from npo_cli.storage.checkpoints import find_resume_checkpoint, list_ancestry_checkpoints
-from npo_cli.storage.costs import compute_run_costs
+from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_first_segment, find_newest_branch
 from npo_cli.storage.lock import lock_run

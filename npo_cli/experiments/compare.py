@@ -38,7 +38,7 @@ from npo_cli.experiments.time_to_threshold import (
     uncensored_ratio,
 )
 from npo_cli.report.curve_plots import plot_method_curves
-from npo_cli.storage.costs import compute_run_costs, cost_to_threshold
+from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold
 from npo_cli.types.comparison import (
     Axis,
     MethodDifference,

@@ -10,7 +10,7 @@ from npo_cli.guides.sample_guide import build_guide_cache
 from npo_cli.guides.score import score_run
 from npo_cli.report.plotting import plot_accuracy_curves
 from npo_cli.report.show import THRESHOLDS
-from npo_cli.storage.costs import cost_to_threshold, learning_curve
+from npo_cli.storage.cost_sums import cost_to_threshold, learning_curve
 from npo_cli.storage.index import index_run
 from npo_cli.storage.layout import check_unused, open_run
 from npo_cli.training.resume import resume_run

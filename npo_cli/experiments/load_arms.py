@@ -9,7 +9,7 @@ from npo_cli.config.loading import recipe_from_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.bench_dir import is_bench, load_bench_index
-from npo_cli.storage.costs import learning_curve
+from npo_cli.storage.cost_sums import learning_curve
 from npo_cli.storage.evals import PromptResults, match_prompt_results
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run

@@ -9,8 +9,8 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.guides.source import GuideSource, PromptResponses
 from npo_cli.seeds import derive_seed
 from npo_cli.session.session import Session
+from npo_cli.storage.costs import append_cost
 from npo_cli.storage.guide_cache import GuideCacheWriter, QueriedPrompt
-from npo_cli.storage.metrics import append_sampling_time
 from npo_cli.types.guides import GuideCacheInfo, GuideRollout
 from npo_cli.types.rollouts import Progress, Prompt, Rollout
 
@@ -54,9 +54,18 @@ def fill_cache(
         answers = source.sample(chunk)
         found = select_responses(session, answers, source=source, cache=cache)
         ledger = [_ledger_line(entry) for entry in answers]
-        # The time comes first: a chunk lost from here on is asked again, and has then cost twice.
         num_tokens = sum(line.num_tokens for line in ledger)
-        append_sampling_time(cache.store.folder, time.perf_counter() - started, num_tokens=num_tokens)
+        append_cost(
+            session.run,
+            "guide_cache",
+            branch=cache.info.branch,
+            step=cache.info.learner_step,
+            artifact=cache.store.folder,
+            piece=chunk[0].prompt_id,
+            tokens=num_tokens,
+            forwards=num_tokens * source.forwards_per_token,
+            seconds=time.perf_counter() - started,
+        )
         for trajectory in found:
             cache.store.add_rollout(trajectory)
         num_found += len({trajectory.prompt_id for trajectory in found})

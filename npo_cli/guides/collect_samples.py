@@ -11,7 +11,7 @@ from npo_cli.session.learner import Learner
 from npo_cli.session.policy_ratios import CandidateSample
 from npo_cli.session.session import SamplingSpec, Session, sample_groups, sample_groups_per_version
 from npo_cli.storage.checkpoints import Checkpoint
-from npo_cli.storage.metrics import append_sampling_time
+from npo_cli.storage.costs import append_cost
 from npo_cli.storage.sample_store import SCREENING_INDEX, SampleStore
 from npo_cli.types.rollouts import Group, Progress, Prompt
 
@@ -68,11 +68,35 @@ def record_samples(contest: ScoringState, arm: int, groups: Sequence[Group], *, 
         CandidateSample.from_rollout(arm, rollout, logps)
         for (_, rollout), logps in zip(flat, compute_logprobs(contest.session, flat), strict=True)
     ]
-    num_tokens = sum(len(sample.response_ids) for sample in samples)
-    append_sampling_time(contest.store.folder, time.perf_counter() - started, num_tokens=num_tokens)
+    if not samples:
+        return
+    charge_scoring(
+        contest,
+        piece=f"{arm}:{samples[0].prompt_id}",
+        tokens=sum(len(sample.response_ids) for sample in samples),
+        started=started,
+    )
     contest.store.samples.extend([sample.to_row() for sample in samples])
     for sample in samples:
         contest.samples.setdefault((arm, sample.prompt_id), []).append(sample)
+
+
+def charge_scoring(
+    contest: ScoringState, *, piece: str, started: float, tokens: int = 0, forwards_per_token: int = 1
+) -> None:
+    """Charge what was done since `started` to the scoring. Before the samples are written: a chunk that is lost in
+    between is sampled again and has the same piece."""
+    append_cost(
+        contest.session.run,
+        "score",
+        branch=contest.learner.branch,
+        step=contest.learner.step,
+        artifact=contest.store.folder,
+        piece=piece,
+        tokens=tokens,
+        forwards=tokens * forwards_per_token,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def collect_all_samples(

@@ -26,7 +26,13 @@ from npo_cli.config.guides import ScoringSettings
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.extrapolation.spec import parse_extrapolation_grid
-from npo_cli.guides.collect_samples import CHUNK_PROMPTS, ScoringState, collect_all_samples, collect_samples
+from npo_cli.guides.collect_samples import (
+    CHUNK_PROMPTS,
+    ScoringState,
+    charge_scoring,
+    collect_all_samples,
+    collect_samples,
+)
 from npo_cli.guides.registry import ResolvedSource, SourceSpec, resolve_source
 from npo_cli.guides.sample_guide import build_warnings
 from npo_cli.guides.source import GuideSource
@@ -57,7 +63,6 @@ from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint
 from npo_cli.storage.files import hash_file
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lock import lock_run
-from npo_cli.storage.metrics import append_sampling_time
 from npo_cli.storage.sample_store import SCREENING_INDEX, delete_sample_store, open_sample_store, save_scores
 from npo_cli.tasks.task import Task
 from npo_cli.types.guides import SourceScore
@@ -210,7 +215,7 @@ def rank_round(
         started = time.perf_counter()
         for ratio in compute_learner_ratios(contest.session, pairs, cap=contest.settings.weight_cap):
             contest.ratios.setdefault((step, ratio.prompt_id), []).append(ratio)
-        append_sampling_time(contest.store.folder, time.perf_counter() - started, num_tokens=0)
+        charge_scoring(contest, piece=f"{step}:logprobs", started=started)
     yield Progress(description="compare with the learner", done=len(asked), total=len(asked))
     self_arm, *arms = [_checkpoint_candidate(contest, step, prompts) for step, prompts in asked.items()]
     return rank_candidates(self_arm, arms, scoring_knobs(contest))
@@ -357,7 +362,13 @@ def collect_source_samples(
             started = time.perf_counter()
             samples, num_tokens = _sample_candidate(arm.number, source.source, part)
             if arm.is_fresh:
-                append_sampling_time(contest.store.folder, time.perf_counter() - started, num_tokens=num_tokens)
+                charge_scoring(
+                    contest,
+                    piece=f"{arm.number}:{part[0].prompt_id}",
+                    tokens=num_tokens,
+                    forwards_per_token=source.source.forwards_per_token,
+                    started=started,
+                )
                 contest.store.samples.extend([sample.to_row() for sample in samples])
             for sample in samples:
                 contest.samples.setdefault((arm.number, sample.prompt_id), []).append(sample)
@@ -542,7 +553,7 @@ def build_candidate(
     if pairs and all(sample.logps is not None for _, sample in pairs):
         started = time.perf_counter()
         ratios = tuple(compute_learner_ratios(contest.session, pairs, cap=contest.settings.weight_cap))
-        append_sampling_time(contest.store.folder, time.perf_counter() - started, num_tokens=0)
+        charge_scoring(contest, piece=f"{number}:logprobs", started=started)
     # Of equal S the one nearest to the learner is taken.
     distance = OFF_LINE_DISTANCE if number < 0 else abs(number - contest.learner.step)
     return CandidateResults(step=number, distance=distance, pass_counts=tuple(outcomes), ratios=ratios)

@@ -54,6 +54,9 @@ SampleFunction = Callable[[Sequence[Prompt], range], Sequence[PromptResponses]]
 class GuideSource(Protocol):
     """Somebody whose answers are kept."""
 
+    forwards_per_token: int
+    """Forward passes that each sampled token takes."""
+
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """Verified answers to each prompt, in order; the same prompts in the same company get the same answers."""
 

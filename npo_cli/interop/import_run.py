@@ -20,6 +20,7 @@ from npo_cli.interop.peft_import import import_adapters, read_lora_settings
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.session.session import check_task_prompts, open_task
 from npo_cli.storage.checkpoints import create_checkpoint
+from npo_cli.storage.costs import CostLine, costs_path, encode_cost
 from npo_cli.storage.foreign import ForeignCheckpoint, find_foreign_checkpoints, find_trainer_metrics, link_model_files
 from npo_cli.storage.index import build_index
 from npo_cli.storage.jsonl import JsonlLog
@@ -137,6 +138,9 @@ def write_metrics(run: RunDir, records: TrainerLog, recipe: Recipe, *, steps: Se
     ]
     if lines:
         JsonlLog(run.metrics_path(MAIN)).extend(lines)
+        updates = recipe.train.num_updates
+        costs = [CostLine(kind="train", branch=MAIN, step=line["step"], updates=updates) for line in lines]
+        JsonlLog(costs_path(run)).extend([encode_cost(cost) for cost in costs])
 
 
 def import_checkpoints(

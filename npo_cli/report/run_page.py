@@ -18,7 +18,7 @@ from npo_cli.report.tables import evals_tables, guides_tables, lineage_tables, s
 from npo_cli.report.tables_autonpo import probe_tables, transitions_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables, costs_tables
 from npo_cli.storage.autonpo_log import read_transitions
-from npo_cli.storage.costs import compute_run_costs, cost_lines, cost_to_threshold, learning_curve
+from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold, costs_by_activity, learning_curve
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, dump_recipe
@@ -260,7 +260,7 @@ def _cost(run: RunDir, branch: str) -> Subsection:
     return Subsection(
         title="What it cost",
         text="Nothing that was executed is left out, whatever became of it.",
-        tables=costs_tables(list(cost_lines(run, branch))),
+        tables=costs_tables(list(costs_by_activity(run, branch))),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.report.prompt_history import build_prompt_history, iter_visits, render_prompt_text
-from npo_cli.storage.costs import compute_run_costs, cost_to_threshold, learning_curve
+from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold, learning_curve
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, open_run

@@ -64,17 +64,6 @@ def probes_folder(run: RunDir) -> Path:
     return run.root / "probes"
 
 
-def acceptance_test_folder(run: RunDir, branch: str, step: int) -> Path:
-    """Where the clock of one held-out test lies; what it found is in autonpo.jsonl."""
-    return run.root / "judgements" / f"{branch}_{format_step(step)}"
-
-
-def list_acceptance_tests(run: RunDir) -> list[Path]:
-    """The folder of every such test."""
-    root = run.root / "judgements"
-    return sorted(root.iterdir()) if root.is_dir() else []
-
-
 def append_transitions(run: RunDir, transitions: Sequence[Transition]) -> None:
     """Write down the moves that one fact made, in one go, synced: nothing before them is decided again."""
     if transitions:

@@ -1,6 +1,6 @@
 """Checkpoints: built under a hidden name, signed, synced, renamed. A final name means a whole checkpoint.
 
-Two tiers. A *guide* is a folder that `from_pretrained` opens. An *anchor* is a guide with an `anchor/` folder
+Two tiers. A *guide* is a folder that `from_pretrained` opens. An *anchor* is a guide with an `training_state/` folder
 inside, which holds what training needs to go on. Demoting an anchor renames that folder away and deletes it.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from npo_cli.errors import NpoError, damaged_checkpoint_hint, quote_path
+from npo_cli.storage.costs import costs_path
 from npo_cli.storage.files import explain_full_disk, make_folder, sync_path
 from npo_cli.storage.layout import RunDir, format_step, parse_step
 from npo_cli.storage.lineage import ancestry, find_owning_branch
@@ -35,7 +36,7 @@ class Checkpoint:
     branch: str
     step: int
     path: Path
-    tier: Literal["anchor", "guide"]
+    tier: Literal["full", "weights"]
 
     @property
     def digest(self) -> str:
@@ -72,7 +73,7 @@ def create_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
 
 def _sync_journals(run: RunDir, branch: str) -> None:
     """A checkpoint is never on the disk without the lines of the steps that led to it."""
-    for path in (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch)):
+    for path in (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch), costs_path(run)):
         if path.exists():
             sync_path(path)
 
@@ -148,7 +149,7 @@ def list_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
     for folder in home.iterdir() if home.is_dir() else ():
         step = parse_step(folder.name)
         if step is not None and is_complete(folder):
-            tier: Literal["anchor", "guide"] = "anchor" if has_intact_training_state(folder) else "guide"
+            tier: Literal["full", "weights"] = "full" if has_intact_training_state(folder) else "weights"
             found.append(Checkpoint(branch=branch, step=step, path=folder, tier=tier))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -201,7 +202,7 @@ def find_resume_checkpoint(run: RunDir, branch: str) -> Checkpoint:
     """The checkpoint from which the branch goes on: its own newest anchor, or the one it left its parent at."""
     fork_step = ancestry(run, branch)[-1].from_step
     anchors = [
-        found for found in list_ancestry_checkpoints(run, branch) if found.tier == "anchor" and found.step >= fork_step
+        found for found in list_ancestry_checkpoints(run, branch) if found.tier == "full" and found.step >= fork_step
     ]
     check_newer_checkpoints(run, branch, anchors[-1].step if anchors else fork_step)
     if not anchors:

@@ -1,4 +1,4 @@
-"""outcomes.jsonl: how often each held-out prompt was solved, one line an evaluation.
+"""prompt_results.jsonl: how often each held-out prompt was solved, one line an evaluation.
 
 What evals.jsonl sums up is here prompt by prompt, so that two policies can be compared on the prompts that both were
 asked. A prompt is known by its content, not by its id or its place: two runs that drew other prompts share none.

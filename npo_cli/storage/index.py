@@ -3,14 +3,12 @@
 `npo index`: one table of the run's checkpoints.
 """
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from npo_cli.storage.checkpoints import PARTIAL_SUFFIX
-from npo_cli.storage.files import to_row, write_json_atomic
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, open_run, parse_step
 from npo_cli.storage.lineage import find_first_segment, find_owning_branch, list_branches
@@ -33,7 +31,7 @@ class CheckpointMeasurements:
 
 
 def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
-    """Every checkpoint, incomplete ones included, by branch and step; saved as index.json.
+    """Every checkpoint, incomplete ones included, by branch and step.
 
     `verify` compares the sha256 of every file, not only its size.
     """
@@ -50,9 +48,6 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
             entries.append(CheckpointEntry(branch=branch, step=step, parent=parent, **fields))
             if fields["complete"]:
                 parent = f"{branch}:{step}"
-    # Only a copy for other readers: a run that may not be written in is listed all the same.
-    if os.access(run.root, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-        write_json_atomic(run.index_path, {"checkpoints": [to_row(entry) for entry in entries]})
     return entries
 
 
@@ -71,7 +66,7 @@ def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
     """Fields of an entry that the folder itself answers."""
     complete = not folder.name.startswith(".") and has_intact_weights(folder, deep=verify)
     return {
-        "tier": "anchor" if has_intact_training_state(folder, deep=verify) else "guide",
+        "tier": "full" if has_intact_training_state(folder, deep=verify) else "weights",
         "size_bytes": _size(folder),
         "complete": complete,
         "digest": _digest(folder) if complete else None,

@@ -26,7 +26,7 @@ from npo_cli.storage.files import (
     write_text_atomic,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FIRST_BRANCH = "main"
 RUN_INFO_FILE = "npo_run.json"
 RECIPE_FILE = "recipe.yaml"
@@ -112,12 +112,7 @@ class RunDir:
     @property
     def prompt_results_path(self) -> Path:
         """The same, prompt by prompt."""
-        return self.root / "outcomes.jsonl"
-
-    @property
-    def index_path(self) -> Path:
-        """The table of checkpoints; can be made again."""
-        return self.root / "index.json"
+        return self.root / "prompt_results.jsonl"
 
     @property
     def branches_folder(self) -> Path:
@@ -209,6 +204,11 @@ def read_run_info(root: Path) -> RunInfo:
     version = found.get("format")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise damaged_file_error(path, f"format is {version!r}")
+    if version < FORMAT_VERSION:
+        raise NpoError(
+            f"{root} has run directory format {version}; this version of npo reads format {FORMAT_VERSION} only",
+            "train again: format 1 was never released",
+        )
     if version > FORMAT_VERSION:
         raise NpoError(
             f"{root} was written by npo {found.get('npo_version', '?')} in run format {version}; "

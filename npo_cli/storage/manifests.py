@@ -1,7 +1,7 @@
 """What a whole checkpoint is: a folder whose manifest lists every file with its size and sha256.
 
 A checkpoint has two parts with a manifest each: the weights (`npo.json`, every file of the folder itself) and,
-in an anchor, the training state (`anchor/npo_anchor.json`, every file under `anchor/`).
+in an anchor, the training state (`training_state/npo_training_state.json`, every file under `training_state/`).
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from npo_cli.errors import NpoError
 from npo_cli.storage.files import hash_file, now_utc, read_json, sync_path, write_json_atomic
 
 MANIFEST = "npo.json"
-TRAINING_STATE_FOLDER = "anchor"
-TRAINING_STATE_MANIFEST = "npo_anchor.json"
+TRAINING_STATE_FOLDER = "training_state"
+TRAINING_STATE_MANIFEST = "npo_training_state.json"
 WEIGHTS_SUFFIX = ".safetensors"
 
 
@@ -40,7 +40,7 @@ def _sign(folder: Path, manifest: str, head: Mapping[str, Any]) -> dict[str, Any
 
 
 def list_manifest_files(folder: Path, manifest: str) -> list[Path]:
-    """The files that a manifest speaks for, sorted: all but the manifest itself, hidden ones and `anchor/`."""
+    """The files that a manifest speaks for, sorted: all but the manifest itself, hidden ones and `training_state/`."""
     found = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts

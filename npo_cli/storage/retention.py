@@ -47,11 +47,11 @@ def plan_retention(
 
     Step 0 and the newest anchor are always protected. A protected checkpoint counts in its quota.
     """
-    anchors = sorted(found.step for found in checkpoints if found.tier == "anchor")
+    anchors = sorted(found.step for found in checkpoints if found.tier == "full")
     safe = {0, *protected, *anchors[-1:]}
     kept_anchors = safe | set(_newest(anchors, keep_full_checkpoints))
     demote = [step for step in anchors if step not in kept_anchors]
-    guides = sorted({found.step for found in checkpoints if found.tier == "guide"} | set(demote))
+    guides = sorted({found.step for found in checkpoints if found.tier == "weights"} | set(demote))
     kept_guides = safe | set(_newest(guides, keep_weights_only))
     delete = [step for step in guides if step not in kept_guides]
     return RetentionPlan(demote=tuple(step for step in demote if step not in delete), delete=tuple(delete))

@@ -13,11 +13,11 @@ from npo_cli.storage.layout import RunDir
 from npo_cli.storage.retention import apply_retention
 from npo_cli.types.guides import ReplayBuffer
 
-TRAINING_STATE_FOLDER = "anchor"
+TRAINING_STATE_FOLDER = "training_state"
 
 
 def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState, *, branch: str) -> None:
-    """Weights as a Hugging Face folder, everything else in its anchor/; then let retention tidy up."""
+    """Weights as a Hugging Face folder, everything else in its training_state/; then let retention tidy up."""
     # The optimiser keeps two moments of each weight.
     check_disk_space(session.run.root, 3 * session.policy.num_bytes)
     with create_checkpoint(session.run, branch, state.step) as folder:

@@ -1,6 +1,7 @@
 """`npo eval`: held-out accuracy of checkpoints, avg@k and pass@k, with intervals."""
 
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from npo_cli.scoring.quality import cluster_interval, pass_at_k
 from npo_cli.seeds import derive_seed
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, open_session, sample_groups
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
+from npo_cli.storage.costs import append_cost
 from npo_cli.storage.evals import PromptResults, append_prompt_results, hash_prompt, read_prompt_results
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_newest_branch
@@ -33,9 +35,18 @@ def evaluate_policy(session: Session, *, branch: str, step: int) -> EvalReport:
     for report in read_evals(session.run):
         if kept and (report.branch, report.step, report.num_samples) == asked:
             return report
-    slots = range(count)
+    slots, began = range(count), time.perf_counter()
     groups = sample_groups(session, session.task.heldout, seed_label=("eval",), slots=slots, sampler_step=step)
     report = summarize_eval(groups, branch=branch, step=step, seed=session.recipe.train.seed)
+    append_cost(
+        session.run,
+        "evaluate",
+        branch=branch,
+        step=step,
+        piece=str(count),
+        tokens=report.num_tokens,
+        seconds=time.perf_counter() - began,
+    )
     # The sum comes last: a killed process leaves no report whose outcomes are missing.
     append_prompt_results(session.run, collect_prompt_results(groups, branch=branch, step=step))
     append_eval(session.run, report)

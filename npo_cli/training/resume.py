@@ -29,6 +29,7 @@ from npo_cli.storage.checkpoints import (
     find_resume_checkpoint,
     list_ancestry_checkpoints,
 )
+from npo_cli.storage.costs import append_fork_cost
 from npo_cli.storage.files import damaged_file_error
 from npo_cli.storage.guide_cache import format_guide_source_options, guide_rollouts_path, load_guide
 from npo_cli.storage.layout import RunDir, open_run
@@ -234,6 +235,8 @@ def check_guide_logprobs(session: Session, info: GuideCacheInfo) -> None:
 def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> None:
     """The recipe in force first, then the lineage: a branch that is listed can be opened."""
     run.save_recipe(start.branch, recipe_to_dict(make_paths_absolute(start.recipe)))
+    if start.is_new:
+        append_fork_cost(run, start.segment)
     append_segment(run, start.segment, overrides=overrides)
     details = {"branch": start.branch, "from": start.segment.parent, "at": start.segment.fork_step}
     append_event(run, "rolled_back", details) if start.is_new else append_event(

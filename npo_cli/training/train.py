@@ -123,7 +123,10 @@ def init_state(session: Session, optimizer: Optimizer) -> Generator[EvalReport, 
 def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_guide: ActiveGuide | None) -> Trainer:
     """Journals mended after a kill, and the frozen base where the loss measures a distance to it."""
     run = session.run
-    steps, rollouts = StepLog(run, branch), RolloutLog(run.rollouts_path(branch))
+    steps, rollouts = (
+        StepLog(run, branch, updates_per_step=session.recipe.train.num_updates),
+        RolloutLog(run.rollouts_path(branch)),
+    )
     rollouts.repair()
     reference = load_reference_policy(session) if session.recipe.loss.kl_coef > 0 else None
     return Trainer(

@@ -145,7 +145,7 @@ class CheckpointEntry:
     step: int
     parent: str | None
     """`branch:step` of the checkpoint it grew from."""
-    tier: Literal["anchor", "guide"]
+    tier: Literal["full", "weights"]
     size_bytes: int
     complete: bool
     digest: str | None

@@ -243,7 +243,7 @@ def test_an_old_state_lost_between_probe_and_guides_is_missed(watched, tmp_path)
 def test_states_saved_before_mistakes_were_remembered_still_load(plain, tmp_path):
     """Nothing is known of what failed: the probe has nobody to ask, and training goes on from there."""
     root = copy_run(plain, tmp_path / "run")
-    for path in root.rglob("anchor/state.json"):
+    for path in root.rglob("training_state/state.json"):
         scalars = json.loads(path.read_text())
         del scalars["mistakes"]
         path.write_text(json.dumps(scalars))

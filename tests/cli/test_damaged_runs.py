@@ -128,7 +128,7 @@ def test_any_file_of_a_checkpoint_is_missed(run, file, message):
 @pytest.mark.parametrize("kind", ["missing", "of another shape", "not finite"])
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_harmed_training_state_is_refused(run, kind, signed):
-    file = checkpoint(run) / "anchor" / "optimizer.safetensors"
+    file = checkpoint(run) / "training_state" / "optimizer.safetensors"
     moments = {f"{UP}.exp_avg": UP}
     with_tensors(file, lambda tensors: TENSORS[kind](Renamed(tensors, moments)))
     if signed:

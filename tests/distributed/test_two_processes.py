@@ -73,8 +73,8 @@ def test_what_two_processes_save_is_what_one_saves_but_for_the_moments(alone, to
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         # Before the first update there is no rounding: equal to the byte.
         assert (checkpoint(together, 0) / name).read_bytes() == (checkpoint(alone, 0) / name).read_bytes()
-    anchor = checkpoint(together, LAST) / "anchor"
-    signed = json.loads((anchor / "npo_anchor.json").read_text())["files"]
+    anchor = checkpoint(together, LAST) / "training_state"
+    signed = json.loads((anchor / "npo_training_state.json").read_text())["files"]
     shards = sorted(path.name for path in anchor.glob("shard-*.safetensors"))
     # One file a process, and the manifest speaks for each.
     assert len(shards) == 2

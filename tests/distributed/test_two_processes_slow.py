@@ -16,7 +16,7 @@ from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.weight_sync import build_check_rows
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import find_resume_checkpoint
-from npo_cli.storage.costs import compute_run_costs
+from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.training.train import train_run
 from tests.distributed.test_two_processes import assert_same_curve, metrics

@@ -11,7 +11,7 @@ from npo_cli.errors import NpoError
 from npo_cli.experiments.compare import compare_runs
 from npo_cli.experiments.load_arms import parse_method_argument
 from npo_cli.storage.bench_dir import BENCH_INDEX_FILE, save_bench_index
-from npo_cli.storage.costs import cost_at
+from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_evals
@@ -224,7 +224,7 @@ def test_an_unknown_baseline_and_a_run_without_evaluations_are_refused(seeds, tm
 
 def test_without_outcomes_seeds_alone_are_drawn_and_it_is_said(seeds, tmp_path):
     old = [copy_run(seeds / f"s{seed}", tmp_path / f"old{seed}") for seed in (0, 1)]
-    (old[0] / "outcomes.jsonl").unlink()
+    (old[0] / "prompt_results.jsonl").unlink()
     found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
     assert {one.over for one in found[MethodSummary]} == {"seeds"}
     assert found[MethodDifference][0].num_prompts is None

@@ -13,7 +13,7 @@ from npo_cli.errors import NpoError
 from npo_cli.extrapolation.in_loop import extrapolated_rollouts
 from npo_cli.extrapolation.sampler import find_extrapolation, load_older_policy
 from npo_cli.storage.checkpoints import list_checkpoints
-from npo_cli.storage.costs import cost_at
+from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.train import train_run

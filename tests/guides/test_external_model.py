@@ -12,7 +12,7 @@ from npo_cli.guides.sample_guide import build_guide_cache
 from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.storage.checkpoints import find_checkpoint
-from npo_cli.storage.costs import cost_at
+from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.guide_cache import guide_rollouts_path, load_guide, queried_prompts_path
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog

@@ -10,7 +10,7 @@ from npo_cli.errors import NpoError
 from npo_cli.extrapolation.sampler import find_extrapolation, load_older_policy, open_extrapolated_sampler
 from npo_cli.extrapolation.spec import parse_extrapolation, parse_extrapolation_grid
 from npo_cli.storage.checkpoints import find_checkpoint, list_checkpoints
-from npo_cli.storage.costs import cost_at
+from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.guide_cache import format_guide_source_options, load_guide
 from npo_cli.storage.layout import open_run
 from npo_cli.types.guides import ExtrapolationSpec, SourceScore

@@ -80,7 +80,7 @@ def test_a_checkpoint_opens_in_transformers_and_its_card_tells_what_was_measured
     there = AutoModelForCausalLM.from_pretrained(source).state_dict()
     assert all(torch.equal(tensor, there[name]) for name, tensor in model.state_dict().items())
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert not {"npo.json", "anchor"} & names and "README.md" in names
+    assert not {"npo.json", "training_state"} & names and "README.md" in names
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- `main`, steps 0 to 2: " in card and "until step 4 guided by step 4\n" in card
     assert "## Held-out accuracy\n\nNot measured.\n" in card

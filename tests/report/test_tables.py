@@ -17,7 +17,7 @@ from tests.report.samples import FAR_SCORE, SCORE, group, rollout
 
 def test_the_index_marks_an_incomplete_checkpoint_and_drops_columns_nobody_filled():
     whole = CheckpointEntry(
-        branch="main", step=20, parent="main:0", tier="anchor", size_bytes=3_400_000, complete=True, digest="ab" * 32,
+        branch="main", step=20, parent="main:0", tier="full", size_bytes=3_400_000, complete=True, digest="ab" * 32,
         path="x", reward=0.5,
     )  # fmt: skip
     torn = CheckpointEntry(
@@ -26,7 +26,7 @@ def test_the_index_marks_an_incomplete_checkpoint_and_drops_columns_nobody_fille
     (table,) = index_tables([whole, torn])
     assert table.header == ("branch", "step", "parent", "tier", "size", "whole", "digest", "reward")
     assert table.rows == (
-        ("main", "20", "main:0", "anchor", "3.4 MB", "yes", "abababababab", "0.500"),
+        ("main", "20", "main:0", "full", "3.4 MB", "yes", "abababababab", "0.500"),
         ("main", "40", "-", "guide", "10 B", "NO", "-", "-"),
     )
 

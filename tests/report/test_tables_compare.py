@@ -154,6 +154,6 @@ def test_notes_explain_only_what_is_in_the_table():
         ratio_if_reached={},
         restricted_mean_ratio={"step": Estimate(value=2.0)},
     )
-    partly = replace(speed, restricted={"step": Estimate(value=2.0, num_used=1, num_total=2)})
+    partly = replace(speed, restricted_mean_ratio={"step": Estimate(value=2.0, num_used=1, num_total=2)})
     noted = [any(note.startswith("(n of N)") for note in speedup_tables([one])[0].notes) for one in (partly, speed)]
     assert noted == [True, False]

@@ -57,8 +57,8 @@ def write_checkpoint(
         (folder / "model.safetensors").write_bytes(safetensors_bytes({"w": ("F32", [1], f32(number))}))
         (folder / "config.json").write_text("{}\n")
         if anchor:
-            (folder / "anchor").mkdir()
-            (folder / "anchor" / "state.json").write_text(f'{{"step": {step}}}\n')
+            (folder / "training_state").mkdir()
+            (folder / "training_state" / "state.json").write_text(f'{{"step": {step}}}\n')
     return run.checkpoint_folder(branch, step)
 
 

@@ -78,7 +78,7 @@ def test_a_torn_tail_is_not_read_and_is_cut_off_before_the_next_line(run):
     ("old", "new", "detail"),
     [
         ('"state":{', '"status":{', "line 1.*it has no state"),
-        ('"interventions":1', '"interventions":"one"', "line 1"),
+        ('"num_interventions":1', '"num_interventions":"one"', "line 1"),
         ('"event":"warning"', '"event":7', "line 1"),
     ],
 )
@@ -95,7 +95,7 @@ def test_a_state_with_fields_of_tomorrow_is_read(run):
     append_transitions(run, [WARNING])
     path = autonpo_path(run)
     path.write_text(
-        path.read_text().replace('"begun_early":false,', "").replace('"state":{', '"state":{"mood":"calm",')
+        path.read_text().replace('"has_tried_early":false,', "").replace('"state":{', '"state":{"mood":"calm",')
     )
     assert read_transitions(run) == [WARNING]
 
@@ -140,7 +140,7 @@ def test_tokens_of_a_probe_are_those_of_its_whole_chunks(run):
 
 def watched(run, branch: str, *, every: int, deltas: list[int]) -> None:
     """AutoNPO is at work on this branch."""
-    recipe = run.recipe(branch)
+    recipe = run.read_recipe(branch)
     run.save_recipe(
         branch,
         recipe | {"train": {**recipe["train"], "save_every": every}, "autonpo": {"rollback": {"distances": deltas}}},

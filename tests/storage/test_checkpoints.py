@@ -25,24 +25,24 @@ from tests.storage.builders import f32, fork, new_run, safetensors_bytes, write_
 DIE_INSIDE = """
 import os, signal, sys
 from pathlib import Path
-from npo_cli.storage.checkpoints import new_checkpoint
+from npo_cli.storage.checkpoints import create_checkpoint
 from npo_cli.storage.layout import open_run
-with new_checkpoint(open_run(Path(sys.argv[1])), "main", 20) as folder:
+with create_checkpoint(open_run(Path(sys.argv[1])), "main", 20) as folder:
     (folder / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 KEEP_SAVING = """
 import sys
 from pathlib import Path
-from npo_cli.storage.checkpoints import new_checkpoint
+from npo_cli.storage.checkpoints import create_checkpoint
 from npo_cli.storage.layout import open_run
 run = open_run(Path(sys.argv[1]))
 for step in range(1, 100000):
-    with new_checkpoint(run, "main", step) as folder:
+    with create_checkpoint(run, "main", step) as folder:
         for number in range(3):
             (folder / f"model-{number}.safetensors").write_bytes(bytes(50_000))
-        (folder / "anchor").mkdir()
-        (folder / "anchor" / "state.json").write_text("{}")
+        (folder / "training_state").mkdir()
+        (folder / "training_state" / "state.json").write_text("{}")
     sys.stdout.write(".")
     sys.stdout.flush()
 """
@@ -62,7 +62,7 @@ def test_a_saved_checkpoint_is_signed_and_complete(tmp_path):
     assert (manifest["branch"], manifest["step"]) == ("main", 20)
     assert sorted(manifest["files"]) == ["config.json", "model.safetensors"]
     assert manifest["files"]["config.json"] == {"size": 3, "sha256": hashlib.sha256(b"{}\n").hexdigest()}
-    state = json.loads((folder / "anchor" / "npo_anchor.json").read_text())
+    state = json.loads((folder / "training_state" / "npo_training_state.json").read_text())
     assert sorted(state["files"]) == ["state.json"]
     assert is_complete(folder) and is_complete(folder, deep=True)
     assert names(folder.parent) == ["step_000020"]
@@ -120,7 +120,7 @@ def test_killed_at_any_moment_every_final_name_is_whole(tmp_path, num_saves: int
     finals = [path for path in run.checkpoints_folder("main").iterdir() if not path.name.startswith(".")]
     assert len(finals) >= num_saves
     assert all(is_complete(folder, deep=True) for folder in finals)
-    assert {found.tier for found in list_checkpoints(run, "main")} == {"anchor"}
+    assert {found.tier for found in list_checkpoints(run, "main")} == {"full"}
 
 
 def test_a_full_disk_is_explained_and_the_last_checkpoint_is_intact(tmp_path):
@@ -171,8 +171,8 @@ def test_completeness_sees_a_short_file_and_deeply_a_changed_one(tmp_path):
 
 def test_a_damaged_training_state_leaves_a_guide(tmp_path):
     run = new_run(tmp_path)
-    (write_checkpoint(run, 20) / "anchor" / "state.json").unlink()
-    assert [found.tier for found in list_checkpoints(run, "main")] == ["guide"]
+    (write_checkpoint(run, 20) / "training_state" / "state.json").unlink()
+    assert [found.tier for found in list_checkpoints(run, "main")] == ["weights"]
 
 
 def test_saving_the_same_weights_again_keeps_the_old_folder_and_mends_its_training_state(tmp_path):
@@ -180,14 +180,14 @@ def test_saving_the_same_weights_again_keeps_the_old_folder_and_mends_its_traini
     folder = write_checkpoint(run, 20)
     before = os.stat(folder / "model.safetensors").st_ino
     demote_checkpoint(find_checkpoint(run, "main", 20))
-    assert find_checkpoint(run, "main", 20).tier == "guide"
+    assert find_checkpoint(run, "main", 20).tier == "weights"
     write_checkpoint(run, 20)
-    assert find_checkpoint(run, "main", 20).tier == "anchor"
-    (folder / "anchor" / "state.json").write_text("damaged")
+    assert find_checkpoint(run, "main", 20).tier == "full"
+    (folder / "training_state" / "state.json").write_text("damaged")
     write_checkpoint(run, 20)
-    assert (folder / "anchor" / "state.json").read_text() == '{"step": 20}\n'
+    assert (folder / "training_state" / "state.json").read_text() == '{"step": 20}\n'
     assert os.stat(folder / "model.safetensors").st_ino == before
-    assert names(folder) == ["anchor", "config.json", "model.safetensors", "npo.json"]
+    assert names(folder) == ["training_state", "config.json", "model.safetensors", "npo.json"]
 
 
 def test_other_weights_never_overwrite_a_checkpoint(tmp_path):

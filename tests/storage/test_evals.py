@@ -16,7 +16,7 @@ def test_a_prompt_is_known_by_what_is_asked_and_expected_alone():
     assert hash_prompt(plain) == "4372ba56bd4bc545"
     assert hash_prompt(replace(plain, prompt_id="b", row=5, dataset="d")) == hash_prompt(plain)
     picture = ImageRef(location="x.png", sha256="ab", width=4, height=3)
-    moved = replace(plain, images=(replace(picture, place="y.png"),))
+    moved = replace(plain, images=(replace(picture, location="y.png"),))
     assert hash_prompt(moved) == hash_prompt(replace(plain, images=(picture,)))
     others = [
         replace(plain, text="4+3="),
@@ -53,12 +53,17 @@ def test_outcomes_belong_to_the_report_that_sums_them_up(tmp_path):
 
 @pytest.mark.parametrize(
     "harm",
-    [{"num_correct": (3, 0, 0, 1)}, {"num_correct": (1, 1)}, {"prompts": ("a", "a", "b", "c")}, {"num_correct": "ab"}],
+    [
+        {"num_correct": (3, 0, 0, 1)},
+        {"num_correct": (1, 1)},
+        {"prompt_keys": ("a", "a", "b", "c")},
+        {"num_correct": "ab"},
+    ],
     ids=["more than asked", "too few", "a prompt twice", "no list"],
 )
 def test_counts_that_cannot_be_are_damage_and_the_line_is_named(tmp_path, harm):
     run = new_run(tmp_path)
     append_prompt_results(run, make_eval_results(20))
     append_prompt_results(run, replace(make_eval_results(40), **harm))
-    with pytest.raises(NpoError, match=r"outcomes\.jsonl, line 2 is damaged"):
+    with pytest.raises(NpoError, match=r"prompt_results\.jsonl, line 2 is damaged"):
         read_prompt_results(run)

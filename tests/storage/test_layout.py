@@ -21,7 +21,7 @@ def test_a_step_is_read_back_from_its_name(step: int):
     assert parse_step(format_step(step)) == step
 
 
-@pytest.mark.parametrize("name", [".step_000120.partial", "step_120", "step_0000120", "step_abcdef", "anchor"])
+@pytest.mark.parametrize("name", [".step_000120.partial", "step_120", "step_0000120", "step_abcdef", "training_state"])
 def test_other_names_are_no_step(name: str):
     assert parse_step(name) is None
 
@@ -43,7 +43,7 @@ def test_a_new_run_can_be_opened_and_knows_its_recipe(tmp_path):
     assert run.run_id == made.run_id
     assert len(run.run_id) == 32
     assert run.read_recipe() == run.read_recipe("main") == RECIPE
-    assert run.info.format == FORMAT_VERSION == 1
+    assert run.info.format == FORMAT_VERSION == 2
 
 
 def test_a_branch_has_a_recipe_of_its_own(tmp_path):
@@ -102,15 +102,15 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 def test_a_format_from_the_future_is_refused_politely(tmp_path):
     run = new_run(tmp_path)
-    (run.root / "npo_run.json").write_text(json.dumps({"format": 2, "npo_version": "9.0"}))
+    (run.root / "npo_run.json").write_text(json.dumps({"format": 3, "npo_version": "9.0"}))
     with pytest.raises(
-        NpoError, match=r"written by npo 9\.0 in run format 2; this npo reads formats up to 1"
+        NpoError, match=r"written by npo 9\.0 in run format 3; this npo reads formats up to 2"
     ) as caught:
         open_run(run.root)
     assert "upgrade" in caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "1"}', '{"format": true}', '{"format": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "1"}', '{"format": true}', '{"format": 2}', "\xff"])
 def test_a_damaged_passport_is_named(tmp_path, text: str):
     run = new_run(tmp_path)
     (run.root / "npo_run.json").write_text(text, encoding="latin-1")
@@ -135,3 +135,11 @@ def test_other_users_may_read_what_is_replaced_whole(tmp_path):
     run = new_run(tmp_path)
     mode = stat.S_IMODE(os.stat(run.root / "npo_run.json").st_mode)
     assert mode & 0o444 == 0o444
+
+
+def test_a_version_1_run_directory_is_refused_in_one_line(tmp_path):
+    run = new_run(tmp_path)
+    path = run.root / "npo_run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(NpoError, match=r"run directory format 1; this version of npo reads format 2 only"):
+        open_run(run.root)

@@ -13,9 +13,9 @@ from tests.storage.builders import new_run
 HOLD = """
 import sys, time
 from pathlib import Path
-from npo_cli.storage.lock import writing
+from npo_cli.storage.lock import lock_run
 from npo_cli.storage.layout import open_run
-with writing(open_run(Path(sys.argv[1]))):
+with lock_run(open_run(Path(sys.argv[1]))):
     sys.stdout.write("held")
     sys.stdout.flush()
     time.sleep(60)

@@ -6,14 +6,14 @@ from tests.storage.builders import new_run
 
 
 def report(step: int, *, reward: float = 0.5, seconds: float = 1.0) -> StepReport:
-    return StepReport(branch="main", step=step, metrics={"reward": reward}, timings={"seconds": seconds})
+    return StepReport(branch="main", step=step, metrics={"tokens": 16, "reward": reward}, timings={"seconds": seconds})
 
 
 def test_measurements_hold_no_clock_so_that_two_runs_can_be_compared_with_cmp(tmp_path):
     run = new_run(tmp_path)
-    journals = StepLog(run, "main")
+    journals = StepLog(run, "main", updates_per_step=1)
     assert journals.write(report(1)) == "written"
-    assert run.metrics_path("main").read_bytes() == b'{"step":1,"branch":"main","reward":0.5}\n'
+    assert run.metrics_path("main").read_bytes() == b'{"step":1,"branch":"main","tokens":16,"reward":0.5}\n'
     timing = json.loads(run.timings_path("main").read_text())
     assert timing.pop("time").endswith("+00:00")
     assert timing == {"step": 1, "branch": "main", "seconds": 1.0}
@@ -21,8 +21,8 @@ def test_measurements_hold_no_clock_so_that_two_runs_can_be_compared_with_cmp(tm
 
 def test_a_step_done_again_is_compared_and_its_time_recorded_again(tmp_path):
     run = new_run(tmp_path)
-    StepLog(run, "main").write(report(1))
-    again = StepLog(run, "main")
+    StepLog(run, "main", updates_per_step=1).write(report(1))
+    again = StepLog(run, "main", updates_per_step=1)
     assert again.write(report(1, seconds=2.0)) == "same"
     assert again.write(report(1, reward=0.75)) == "differs"
     again.sync()

@@ -10,7 +10,7 @@ from npo_cli.storage.retention import apply_retention, find_protected_checkpoint
 from npo_cli.storage.sample_store import open_sample_store, save_scores
 from tests.storage.builders import RECIPE, fork, guide_info, new_run, score, write_checkpoint
 
-TIERS = st.dictionaries(st.integers(0, 30), st.sampled_from(["anchor", "guide"]), max_size=12)
+TIERS = st.dictionaries(st.integers(0, 30), st.sampled_from(["full", "weights"]), max_size=12)
 QUOTA = st.one_of(st.none(), st.integers(1, 5))
 
 
@@ -24,12 +24,12 @@ def test_no_plan_ever_touches_what_is_protected_or_newest(tiers, protected, keep
         checkpoints(tiers), protected=protected, keep_full_checkpoints=keep_anchors, keep_weights_only=keep_guides
     )
     touched = set(plan.demote) | set(plan.delete)
-    anchors = [step for step, tier in tiers.items() if tier == "anchor"]
+    anchors = [step for step, tier in tiers.items() if tier == "full"]
     assert not touched & (protected | {0})
     assert not anchors or max(anchors) not in touched
     assert touched <= set(tiers)
     assert not set(plan.demote) & set(plan.delete)
-    assert all(tiers[step] == "anchor" for step in plan.demote)
+    assert all(tiers[step] == "full" for step in plan.demote)
 
 
 @given(TIERS, st.sets(st.integers(0, 30)), QUOTA, QUOTA)
@@ -37,7 +37,7 @@ def test_the_quotas_are_kept_and_never_undercut(tiers, protected, keep_anchors, 
     plan = plan_retention(
         checkpoints(tiers), protected=protected, keep_full_checkpoints=keep_anchors, keep_weights_only=keep_guides
     )
-    anchors = {step for step, tier in tiers.items() if tier == "anchor"}
+    anchors = {step for step, tier in tiers.items() if tier == "full"}
     left_anchors = anchors - set(plan.demote) - set(plan.delete)
     left_guides = set(tiers) - left_anchors - set(plan.delete)
     if keep_anchors is None:
@@ -65,7 +65,7 @@ def test_a_plan_carried_out_leaves_nothing_to_plan(tiers, keep_anchors, keep_gui
 
 
 def test_older_anchors_become_guides_and_older_guides_go():
-    tiers = dict.fromkeys((0, 20, 40, 60, 80, 100), "anchor")
+    tiers = dict.fromkeys((0, 20, 40, 60, 80, 100), "full")
     plan = plan_retention(checkpoints(tiers), protected={40}, keep_full_checkpoints=2, keep_weights_only=1)
     # 80 and 100 are the newest two; 0 and 40 are safe; 20 and 60 shrink, and of these only 60 fits the quota
     assert (plan.demote, plan.delete) == ((60,), (20,))
@@ -79,10 +79,10 @@ def test_a_plan_carried_out_on_disk(tmp_path):
     run = new_run(tmp_path)
     for step in (0, 20, 40, 60, 80):
         write_checkpoint(run, step)
-    dead = run.checkpoint_folder("main", 80) / ".anchor.dead"
+    dead = run.checkpoint_folder("main", 80) / ".training_state.dead"
     dead.mkdir()
     apply_retention(run, "main", keep_full_checkpoints=1, keep_weights_only=2)
-    assert left(run) == {0: "anchor", 40: "guide", 60: "guide", 80: "anchor"}
+    assert left(run) == {0: "full", 40: "weights", 60: "weights", 80: "full"}
     home = run.checkpoints_folder("main")
     assert sorted(path.name for path in home.iterdir()) == ["step_000000", "step_000040", "step_000060", "step_000080"]
     assert not dead.exists()
@@ -93,7 +93,7 @@ def test_without_quotas_nothing_changes(tmp_path):
     for step in (0, 20, 40):
         write_checkpoint(run, step)
     apply_retention(run, "main", keep_full_checkpoints=None, keep_weights_only=None)
-    assert left(run) == dict.fromkeys((0, 20, 40), "anchor")
+    assert left(run) == dict.fromkeys((0, 20, 40), "full")
 
 
 def test_everything_an_intervention_may_need_is_protected(tmp_path):
@@ -119,4 +119,4 @@ def test_a_guide_cache_keeps_its_learner_an_anchor_whatever_the_quota(tmp_path):
     open_guide_cache(run, guide_info(run))  # guide 40 for learner 20
     apply_retention(run, "main", keep_full_checkpoints=1, keep_weights_only=1)
     # of the guides (60 alone) the newest one is kept
-    assert left(run) == {0: "anchor", 20: "anchor", 40: "anchor", 60: "guide", 80: "anchor"}
+    assert left(run) == {0: "full", 20: "full", 40: "full", 60: "weights", 80: "full"}

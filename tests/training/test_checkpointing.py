@@ -94,6 +94,6 @@ def test_a_lost_training_state_is_made_again_by_the_step_before(tmp_path):
     train(tmp_path / "straight", "train.num_steps=6")
     train(tmp_path / "hurt")
     root = copy_run(tmp_path / "hurt", tmp_path / "run")
-    (root / "branches/main/checkpoints/step_000004/anchor/optimizer.safetensors").unlink()
+    (root / "branches/main/checkpoints/step_000004/training_state/optimizer.safetensors").unlink()
     assert [report.step for report in resume(root, "train.num_steps=6")] == [3, 4, 5, 6]
     assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")

@@ -71,20 +71,20 @@ def test_outcomes_are_kept_prompt_by_prompt_and_sum_up_to_the_report(tmp_path):
 def test_a_run_whose_outcomes_were_not_kept_gets_them_and_no_other_line(tmp_path):
     root = tmp_path / "run"
     train(root, "eval.every=2")
-    before, reports = (root / "outcomes.jsonl").read_bytes(), (root / "evals.jsonl").read_bytes()
-    (root / "outcomes.jsonl").unlink()
+    before, reports = (root / "prompt_results.jsonl").read_bytes(), (root / "evals.jsonl").read_bytes()
+    (root / "prompt_results.jsonl").unlink()
     evaluated(root, every_step=True)
-    assert (root / "outcomes.jsonl").read_bytes() == before
+    assert (root / "prompt_results.jsonl").read_bytes() == before
     assert (root / "evals.jsonl").read_bytes() == reports
 
 
 def test_an_evaluation_killed_between_its_two_lines_is_made_again_alike(tmp_path):
     root = tmp_path / "run"
     train(root, "eval.every=2")
-    before = [(root / name).read_bytes() for name in ("outcomes.jsonl", "evals.jsonl")]
+    before = [(root / name).read_bytes() for name in ("prompt_results.jsonl", "evals.jsonl")]
     (root / "evals.jsonl").write_bytes(b"".join(before[1].splitlines(keepends=True)[:-1]))
     evaluated(root, step=4)
-    assert [(root / name).read_bytes() for name in ("outcomes.jsonl", "evals.jsonl")] == before
+    assert [(root / name).read_bytes() for name in ("prompt_results.jsonl", "evals.jsonl")] == before
 
 
 def test_a_checkpoint_evaluated_later_gets_the_figure_it_got_in_training(scout, tmp_path):

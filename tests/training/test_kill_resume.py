@@ -61,7 +61,9 @@ def test_a_replay_with_a_guide_dropped_between_checkpoints_goes_on_bit_for_bit(s
     resume(roots[1])
     straight = reproducible_digests(roots[0], "near")
     assert reproducible_digests(roots[1], "near") == straight
-    assert {"checkpoints/step_000004/model.safetensors", "checkpoints/step_000006/anchor/state.json"} <= set(straight)
+    assert {"checkpoints/step_000004/model.safetensors", "checkpoints/step_000006/training_state/state.json"} <= set(
+        straight
+    )
 
 
 def test_a_recorded_step_is_read_back_and_nobody_is_asked(tmp_path):

@@ -64,11 +64,11 @@ def adapter(root: Path, step: int, branch: str = "main") -> Path:
 
 def test_a_checkpoint_holds_adapters_and_nothing_of_the_base(circled):
     names = {path.name for path in adapter(circled, 4).parent.iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json", "npo_base.json", "npo.json", "anchor"}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "npo_base.json", "npo.json", "training_state"}
     first, last = (load_file(adapter(circled, step)) for step in (0, 4))
     assert all(not tensor.any() for name, tensor in first.items() if "lora_B" in name)
     assert all(not torch.equal(first[name], tensor) for name, tensor in last.items())
-    moments = load_file(adapter(circled, 4).parent / "anchor" / "optimizer.safetensors")
+    moments = load_file(adapter(circled, 4).parent / "training_state" / "optimizer.safetensors")
     # three entries a tensor: exp_avg, exp_avg_sq, step
     assert sum(".lora_" in name for name in moments) == 3 * len(last) == len(moments) - 1
 
@@ -93,7 +93,7 @@ def test_retention_keeps_adapters_as_guides(tmp_path):
     root = tmp_path / "run"
     train(root, *LORA, "train.save_every=1", "train.keep_full_checkpoints=1", "train.keep_weights_only=1")
     kept = [(found.step, found.tier) for found in list_checkpoints(open_run(root), "main")]
-    assert kept == [(0, "anchor"), (3, "guide"), (4, "anchor")]
+    assert kept == [(0, "full"), (3, "weights"), (4, "full")]
 
 
 def test_a_save_asks_for_the_room_of_adapters_alone(circled, monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from npo_cli.guides.source import (
     Pairs,
@@ -20,6 +21,7 @@ from npo_cli.types.rollouts import Prompt
 class CheckpointSource:
     """Whose answers are kept, and for whom. The guide's weights are at hand whenever it is asked."""
 
+    forwards_per_token: ClassVar[int] = 1
     session: Session
     learner: Checkpoint
     guide: Checkpoint

@@ -6,6 +6,7 @@ are kept with its log-probabilities; else its text is told in the learner's toke
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
@@ -16,7 +17,7 @@ from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.prompt_checks import check_prompt_support
 from npo_cli.session.session import Session, build_session, count_generated_tokens, sample_groups
 from npo_cli.storage.checkpoints import verify_checkpoint
-from npo_cli.storage.costs import cost_at
+from npo_cli.storage.cost_sums import cost_at
 from npo_cli.tasks.task import Task
 from npo_cli.types.rollouts import Prompt, Rollout
 
@@ -25,6 +26,7 @@ from npo_cli.types.rollouts import Prompt, Rollout
 class ExternalModelSource:
     """Whose answers are kept, and for whom."""
 
+    forwards_per_token: ClassVar[int] = 1
     session: Session
     """The outside model's: its policy, its engine."""
     learner: Policy

@@ -25,6 +25,11 @@ class ExtrapolatedSource:
     sampler: ExtrapolatedSampler
     label: tuple[str | int, ...]
 
+    @property
+    def forwards_per_token(self) -> int:
+        """2 in logits: the older model reads each token as well."""
+        return self.sampler.forwards_per_token
+
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """Rounds of samples; a prompt that has a correct answer asks no more, unless all k are wanted."""
         settings = self.session.recipe.guide

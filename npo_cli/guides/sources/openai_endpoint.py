@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from npo_cli.errors import NpoError
 from npo_cli.guides.registry import ResolvedSource, SourceHandle, open_session_without_engine
@@ -19,6 +20,7 @@ from npo_cli.types.rollouts import Prompt
 class EndpointSource:
     """Whose answers are kept. How far they repeat themselves is the server's affair: it is given seeds."""
 
+    forwards_per_token: ClassVar[int] = 1
     session: Session
     """With the learner's weights."""
     endpoint: OpenAIClient

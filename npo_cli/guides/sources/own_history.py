@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.registry import ResolvedSource, SourceHandle, open_session_without_engine
@@ -20,6 +21,7 @@ from npo_cli.types.rollouts import Prompt, Rollout
 class OwnHistorySource:
     """The learner as it once was, many of it at a time."""
 
+    forwards_per_token: ClassVar[int] = 1
     session: Session
     """With the learner's weights."""
     rollouts: Mapping[str, Sequence[Rollout]]

@@ -6,6 +6,7 @@ Nothing is generated. The order of the rows means nothing: answers to a prompt a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from npo_cli.errors import NpoError
 from npo_cli.guides.registry import ResolvedSource, SourceHandle, open_session_without_engine
@@ -24,6 +25,7 @@ from npo_cli.types.rollouts import Prompt, Rollout
 class TraceFileSource:
     """Whoever wrote the file."""
 
+    forwards_per_token: ClassVar[int] = 1
     session: Session
     """With the learner's weights."""
     traces: Mapping[str, Sequence[Trace]]

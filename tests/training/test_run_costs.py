@@ -1,6 +1,6 @@
-"""The account of a real run: whatever was executed is in it once, and nothing else is.
+"""Costs of a real run: whatever was executed is counted once, and nothing else is.
 
-The run: 4 steps of 2 updates, killed after step 3 and gone on with from step 2; a guide cache; a replay of steps 3 and
+The run: 4 steps of 2 updates, killed after step 3 and resumed from step 2; a guide cache; a replay of steps 3 and
 4; a scoring. Its figures are counted again here from the rollouts themselves.
 """
 
@@ -10,19 +10,17 @@ from pathlib import Path
 import pytest
 
 from npo_cli.report.show import show_run
-from npo_cli.storage.autonpo_log import append_transitions, open_probe
-from npo_cli.storage.costs import compute_run_costs, cost_at
-from npo_cli.storage.files import write_json_atomic
+from npo_cli.storage.autonpo_log import append_transitions
+from npo_cli.storage.cost_sums import compute_run_costs, cost_at, costs_by_activity, read_cost_table
+from npo_cli.storage.costs import append_cost, read_cost_lines
 from npo_cli.storage.guide_cache import cache_info_path
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.metrics import append_sampling_time, sum_sampling_seconds
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import list_sample_stores
 from npo_cli.training.train import train_run
 from npo_cli.types.autonpo import AutoNPOState, Transition
-from npo_cli.types.costs import RunCosts
+from npo_cli.types.costs import ActivityCost, RunCosts
 from tests.helpers.runs import copy_run, resume, sample, score, stop_after, tiny_recipe
-from tests.storage.builders import group
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +53,12 @@ def generated(run: RunDir, branch: str, steps: range) -> int:
     )
 
 
-def seconds_written(root: Path) -> list[float]:
-    """Every second that any timings.jsonl of the run tells of."""
-    lines = [line for path in root.rglob("timings.jsonl") for line in path.read_text().splitlines()]
-    return [json.loads(line)["seconds"] for line in lines]
+def seconds_charged(root: Path) -> list[float]:
+    """Seconds of every line but those of evaluation."""
+    return [line.seconds for line in read_cost_lines(open_run(root)) if line.kind not in ("evaluate", "fork")]
 
 
-def test_a_run_that_was_only_trained_has_spent_its_steps(trained):
+def test_run_costs_of_plain_training_are_its_steps(trained):
     run = open_run(trained)
     found = compute_run_costs(run, "main")
     assert (found.branch, found.step, found.tokens) == ("main", 4, generated(run, "main", range(1, 5)))
@@ -69,18 +66,18 @@ def test_a_run_that_was_only_trained_has_spent_its_steps(trained):
     assert (found.num_interventions, found.num_rejections) == (0, 0)
 
 
-def test_a_step_done_again_is_one_step_with_the_seconds_of_both_times(trained):
+def test_run_costs_of_a_step_done_again_have_the_seconds_of_both(trained):
     run = open_run(trained)
-    seconds = seconds_written(trained)
+    seconds = seconds_charged(trained)
     # steps 1, 2, 3, then 3 again and 4: five lines of 4 steps, of 2 updates each
     assert (len(seconds), compute_run_costs(run, "main").updates) == (5, 8)
     assert compute_run_costs(run, "main").seconds == pytest.approx(sum(seconds))
-    # without a fork the curve's ledger says the same
+    # without a fork the cost of the branch is the same
     spent = cost_at(run, "main", 4)
     assert (spent.tokens, spent.seconds) == (compute_run_costs(run, "main").tokens, pytest.approx(sum(seconds)))
 
 
-def test_an_account_counts_everything_once_whichever_branch_looks(whole):
+def test_run_costs_count_everything_once_whichever_branch_is_asked(whole):
     run = open_run(whole)
     replayed, scouted = compute_run_costs(run, "near"), compute_run_costs(run, "main")
     asked = sum(json.loads(line)["num_tokens"] for line in (whole / "guides/near/asked.jsonl").read_text().splitlines())
@@ -89,7 +86,7 @@ def test_an_account_counts_everything_once_whichever_branch_looks(whole):
     # 4 steps of main and 2 of the replay, of 2 updates each
     assert replayed.updates == scouted.updates == 12
     assert replayed.guide_tokens == scouted.guide_tokens == asked + scored > 0
-    assert replayed.seconds == scouted.seconds == pytest.approx(sum(seconds_written(whole)))
+    assert replayed.seconds == scouted.seconds == pytest.approx(sum(seconds_charged(whole)))
     assert replayed.tokens == scouted.tokens
     # What main did after step 2 is abandoned for the replay, and the replay for main.
     first, second, third = (
@@ -101,44 +98,30 @@ def test_an_account_counts_everything_once_whichever_branch_looks(whole):
     assert (replayed.branch, replayed.step) == ("near", 4)
 
 
-def test_guides_and_scorings_keep_a_clock_and_count_the_tokens_they_drew(whole):
+def test_run_costs_of_cache_and_scoring_are_the_tokens_they_sampled(whole):
     run = open_run(whole)
-    for folder in (run.guide_folder("near"), list_sample_stores(run)[0].folder):
-        assert sum_sampling_seconds(folder) > 0
-    drawn = [json.loads(line)["num_tokens"] for line in (whole / "guides/near/timings.jsonl").read_text().splitlines()]
-    assert sum(drawn) == json.loads(cache_info_path(run.guide_folder("near")).read_text())["num_tokens"]
-    (path,) = (whole / "scores").glob("*/timings.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    scored = sum(len(row["response_ids"]) for row in list_sample_stores(run)[0].samples.iter_rows())
-    assert sum(line["num_tokens"] for line in lines) == scored
-    # Looks of the learner, its control and the candidate; then both seen by the learner, which generates nothing.
-    assert [line["num_tokens"] > 0 for line in lines] == [True, True, True, False, False]
+    table = read_cost_table(run)
+    (scoring,) = list_sample_stores(run)
+    cache = json.loads(cache_info_path(run.guide_folder("near")).read_text())
+    assert table.artifacts["guides/near"].tokens == cache["num_tokens"]
+    scored = sum(len(row["response_ids"]) for row in scoring.samples.iter_rows())
+    assert table.artifacts[f"scores/{scoring.folder.name}"].tokens == scored
+    assert table.kinds["score"].seconds > 0 < table.kinds["guide_cache"].seconds
 
 
-def test_an_unfinished_cache_has_spent_what_it_asked_so_far(whole, tmp_path):
-    run = open_run(copy_run(whole, tmp_path / "run"))
-    before = compute_run_costs(run, "main").guide_tokens
-    path = cache_info_path(run.guide_folder("near"))
-    write_json_atomic(path, json.loads(path.read_text()) | {"complete": False, "num_tokens": 0})
-    assert compute_run_costs(run, "main").guide_tokens == before
-
-
-def moved(run: RunDir, event: str, **evidence: object) -> None:
+def record_move(run: RunDir, event: str, **evidence: object) -> None:
     state = AutoNPOState(branch="near", step=4)
     append_transitions(run, [Transition(step=4, event=event, phase_before="PROBE", state=state, evidence=evidence)])
 
 
-def test_probes_and_the_moves_of_autonpo_are_counted(whole, tmp_path):
+def test_run_costs_count_probes_and_decisions_of_autonpo(whole, tmp_path):
     run = open_run(copy_run(whole, tmp_path / "run"))
     before = compute_run_costs(run, "near")
     for step in (2, 4):
-        probe = open_probe(run, "main", step, settings={"k": 2})
-        # two answers of two tokens
-        probe.rollouts.write_step(0, [group("p0")])
-        append_sampling_time(probe.folder, 0.25, num_tokens=4)
+        append_cost(run, "probe", branch="main", step=step, piece="0", tokens=4, seconds=0.25)
     for event in ("trigger", "rejected", "trigger", "accepted", "guided", "rolled_back"):
-        moved(run, event)
-    moved(run, "rolled_back", is_early=True)
+        record_move(run, event)
+    record_move(run, "rolled_back", early=True)
     after = compute_run_costs(run, "near")
     assert (after.probe_tokens, after.tokens - before.tokens) == (8, 8)
     assert after.seconds == pytest.approx(before.seconds + 0.5)
@@ -146,9 +129,39 @@ def test_probes_and_the_moves_of_autonpo_are_counted(whole, tmp_path):
     assert (after.num_interventions, after.num_rejections) == (1, 1)
 
 
-def test_costs_end_with_the_account_of_the_branch_or_of_the_newest(whole):
+def test_show_costs_ends_with_the_costs_of_the_branch_or_of_the_newest(whole):
     asked = {"step": None, "prompt_id": None, "limit": None}
     newest = show_run(whole, "costs", branch=None, **asked)
     assert [line for line in newest if isinstance(line, RunCosts)] == [newest[-1]]
     assert newest[-1] == compute_run_costs(open_run(whole), "near")
     assert show_run(whole, "costs", branch="main", **asked)[-1] == compute_run_costs(open_run(whole), "main")
+
+
+def activities(root: Path, branch: str) -> dict[str, ActivityCost]:
+    return {line.activity: line for line in costs_by_activity(open_run(root), branch)}
+
+
+def test_costs_by_activity_add_up_to_the_run_costs(whole, watched):
+    for root, branch in ((whole, "near"), (whole, "main"), (watched, "auto-2")):
+        total, costs = activities(root, branch)["total"], compute_run_costs(open_run(root), branch)
+        assert (total.tokens, total.seconds) == (costs.tokens, pytest.approx(costs.seconds))
+
+
+def test_costs_by_activity_tell_training_of_the_guide_from_abandoned_training(whole):
+    seen = activities(whole, "near")
+    assert seen["training, line of near"].steps == 4
+    assert seen["training of the guide, rolled back"].steps == 2
+    assert seen["training, abandoned"].steps == 0
+    # From main its own steps are kept, and the replay is abandoned.
+    other = activities(whole, "main")
+    assert other["training, line of main"].steps == 4
+    assert other["training of the guide, rolled back"].steps == 0
+    assert other["training, abandoned"].steps == 2
+
+
+def test_costs_by_activity_have_autonpo_probes(watched):
+    seen = activities(watched, "auto-2")
+    assert seen["probes"].tokens == compute_run_costs(open_run(watched), "auto-2").probe_tokens > 0
+    # Triggers at step 6 (D* = 2) and 8 (D* = 4): what was undone guided what replaced it.
+    assert seen["training, line of auto-2"].steps == 12
+    assert seen["training of the guide, rolled back"].steps > 0
