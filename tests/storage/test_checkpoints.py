@@ -187,7 +187,7 @@ def test_saving_the_same_weights_again_keeps_the_old_folder_and_mends_its_traini
     write_checkpoint(run, 20)
     assert (folder / "training_state" / "state.json").read_text() == '{"step": 20}\n'
     assert os.stat(folder / "model.safetensors").st_ino == before
-    assert names(folder) == ["training_state", "config.json", "model.safetensors", "npo.json"]
+    assert names(folder) == ["config.json", "model.safetensors", "npo.json", "training_state"]
 
 
 def test_other_weights_never_overwrite_a_checkpoint(tmp_path):
