@@ -54,14 +54,14 @@ GUIDED_STEP_KEYS = {
 """Metrics of steps in which a guide or the replay memory took part; left out of the others."""
 
 GUIDE_INFO_KEYS = {
-    "learner step": "at_step",
+    "learner step": "learner_step",
     "guide step": "guide_step",
     "steps": "num_steps",
     "prompts": "num_prompts",
-    "prompts solved": "num_found",
+    "prompts solved": "num_prompts_with_rollouts",
     "samples": "num_samples",
     "tokens": "num_tokens",
-    "trajectories": "num_trajectories",
+    "trajectories": "num_rollouts",
     "complete": "complete",
 }
 GUIDE_QUALITY_KEYS = {
@@ -76,7 +76,7 @@ GUIDE_QUALITY_KEYS = {
     "S low": "signal_low",
     "S high": "signal_high",
     "probability of being best": "p_best",
-    "chosen": "chosen",
+    "chosen": "is_selected",
 }
 """Q, V and S wherever they are reported."""
 SCORE_KEYS = GUIDE_QUALITY_KEYS | {
@@ -88,35 +88,34 @@ SCORE_KEYS = GUIDE_QUALITY_KEYS | {
     "KL per token": "kl_per_token",
     "KL per sequence": "kl_per_sequence",
     "effective sample size": "ess_fraction",
-    "unreliable": "unreliable",
+    "unreliable": "is_unreliable",
 }
 SOURCE_KEYS = GUIDE_QUALITY_KEYS | {
     "kind": "kind",
     "pass@1": "pass_at_1",
     "prompts": "num_prompts",
     "samples": "num_samples",
-    "tries": "num_tries",
+    "tries": "samples_per_prompt",
 }
 DISTANCE_KEYS = GUIDE_QUALITY_KEYS | {
-    "mistakes": "num_mistakes",
+    "mistakes": "num_failed_prompts",
     "probed": "num_probed",
     "V forward": "variance_forward",
     "V backward": "variance_backward",
 }
 MOVE_KEYS = {"step": "step", "event": "event", "before": "phase_before", "after": "phase"}
-STATE_KEYS = {"step": "step", "num_interventions": "interventions", "distance": "distance", "until_step": "until"}
+STATE_KEYS = {"step": "step", "interventions": "num_interventions", "distance": "distance", "until": "until_step"}
 EVIDENCE_KEYS = {
     "verdict": "verdict",
-    "gain": "gain",
-    "margin": "margin",
-    "entropy drop": "drop",
-    "needed drop": "needed_drop",
-    "accepted": "accepted",
+    "gain": "reward_gain",
+    "margin": "reward_margin",
+    "entropy drop": "entropy_drop",
+    "needed drop": "required_entropy_drop",
+    "accepted": "is_accepted",
     "distance": "distance",
     "prompts": "num_prompts",
     "samples": "num_samples",
     "tokens": "num_tokens",
-    "asked": "num_asked",
     "solved": "num_found",
     "reused": "num_reused",
     "rolled back to": "to_step",
@@ -138,10 +137,10 @@ ACCOUNT_KEYS = {
     "training tokens": "training_tokens",
     "probe tokens": "probe_tokens",
     "guide tokens": "guide_tokens",
-    "judge tokens": "judge_tokens",
+    "judge tokens": "acceptance_test_tokens",
     "abandoned tokens": "abandoned_tokens",
-    "interventions": "interventions",
-    "rejections": "rejections",
+    "interventions": "num_interventions",
+    "rejections": "num_rejections",
 }
 CURVE_KEYS = {
     "step": "step",
@@ -150,13 +149,13 @@ CURVE_KEYS = {
     "tokens in total": "total_tokens",
     "forward passes in total": "total_forwards",
 }
-SUMMARY_KEYS = {"accuracy at the end": "final.value", "low": "final.low", "high": "final.high"}
+SUMMARY_KEYS = {"accuracy at the end": "final_accuracy.value", "low": "final_accuracy.low", "high": "final_accuracy.high"}
 LINE_KIND = "record"
 LINES = {
-    "account": ("account", ACCOUNT_KEYS),
+    "run_costs": ("account", ACCOUNT_KEYS),
     "curve_point": ("point of a curve", CURVE_KEYS),
-    "arm_summary": ("summary", SUMMARY_KEYS),
-    "arm_difference": ("difference", SUMMARY_KEYS),
+    "method_summary": ("summary", SUMMARY_KEYS),
+    "method_difference": ("difference", SUMMARY_KEYS),
 }
 """Lines of `--json` that are read: today's kind -> neutral kind and keys; a dot leads into an object."""
 WORDS: dict[str, str] = {}

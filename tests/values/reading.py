@@ -87,7 +87,7 @@ def read_scores(run: Path) -> dict[str, Any]:
     (path,) = run.glob(keys.SCORES_FILES)
     (samples,) = run.glob(keys.SCORE_SAMPLES_FILES)
     found = json.loads(path.read_text())
-    rows = [[line["arm"], line["prompt_id"], line["slot"], line["response_ids"]] for line in _lines(samples)]
+    rows = [[line["candidate"], line["prompt_id"], line["slot"], line["response_ids"]] for line in _lines(samples)]
     return {
         "checkpoints": [_picked(entry, keys.SCORE_KEYS) | _kinds_of_variance(entry) for entry in found["scores"]],
         "sources": [_picked(entry, keys.SOURCE_KEYS) for entry in found.get("sources") or ()],
