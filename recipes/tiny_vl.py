@@ -1,7 +1,7 @@
 """A tiny Qwen3-VL for the shapes task: made on the spot, taught badly on purpose, saved as a Hugging Face folder.
 
     python recipes/tiny_vl.py tiny-vl
-    npo train shapes model.path=tiny-vl --run runs/shapes
+    npo train shapes runs/shapes model.path=tiny-vl
 
 The architecture is transformers' Qwen3-VL, 0.5 M parameters: a vision tower of 2 layers, DeepStack, a language model
 of 3. It learns to count shapes from answers of which two in five are random, and which are nearly always

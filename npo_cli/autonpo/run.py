@@ -63,7 +63,7 @@ def find_start(
         return start, AutoNPOState(branch=start.branch, step=at)
     if new_branch is not None:
         raise NpoError(
-            "--branch names a new branch, which needs --at STEP",
+            "--new-branch needs --at STEP",
             f"npo resume {quote_path(run.root)} --autonpo --at STEP",
         )
     before = read_transitions(run)
@@ -71,9 +71,9 @@ def find_start(
         state = before[-1].state
         if source_branch not in (None, state.branch):
             raise NpoError(
-                f"AutoNPO of {run.root} is at work on branch {state.branch}, not on {source_branch}",
-                f"leave --from out, or begin anew on a branch of its own: npo resume {quote_path(run.root)} --autonpo "
-                f"--from {source_branch} --at STEP",
+                f"AutoNPO is active on branch {state.branch} of {run.root}, not on {source_branch}",
+                f"omit --branch, or fork a branch for it: npo resume {quote_path(run.root)} --autonpo "
+                f"--branch {source_branch} --at STEP",
             )
         return find_resume_point(run, state.branch, overrides), state
     branch = source_branch or find_newest_branch(run)

@@ -5,32 +5,38 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import load_run_recipe
+from npo_cli.cli.checks import check_figure_path, load_run_recipe
 from npo_cli.cli.options import BranchOpt, JsonOpt, OverridesArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.types.autonpo import NonTriggerSpan
 
-FIGURE_FORMATS = (".png", ".svg", ".pdf")
-
 SourceArg = Annotated[
-    Path, typer.Argument(metavar="RUN_OR_METRICS", help="A run directory, or a file of JSON lines.", show_default=False)
+    Path,
+    typer.Argument(metavar="RUN_OR_METRICS", help="Run directory, or a metrics file (JSON lines).", show_default=False),
 ]
 ExplainOpt = Annotated[
-    bool, typer.Option("--explain", help="What it would have done on these records, and why it kept still.")
+    bool,
+    typer.Option(
+        "--explain", help="Dry run on the recorded metrics: when it would have triggered, and why not elsewhere."
+    ),
 ]
 StepOpt = Annotated[
-    str | None, typer.Option("--step", metavar="COLUMN", help="Column of the step. [default: a known name]")
+    str | None, typer.Option("--step", metavar="COLUMN", help="explain: column with the step. [default: a known name]")
 ]
 RewardOpt = Annotated[
-    str | None, typer.Option("--reward", metavar="COLUMN", help="Column of the reward. [default: a known name]")
+    str | None,
+    typer.Option("--reward", metavar="COLUMN", help="explain: column with the reward. [default: a known name]"),
 ]
 EntropyOpt = Annotated[
-    str | None, typer.Option("--entropy", metavar="COLUMN", help="Column of the entropy. [default: a known name]")
+    str | None,
+    typer.Option("--entropy", metavar="COLUMN", help="explain: column with the entropy. [default: a known name]"),
 ]
-OutOpt = Annotated[
+FigureOpt = Annotated[
     Path | None,
-    typer.Option("--out", metavar="FILE", help="Picture: .png, .svg or .pdf. [default: beside the records]"),
+    typer.Option(
+        "--figure", metavar="FILE", help="explain: figure (.png, .svg or .pdf). [default: beside the metrics]"
+    ),
 ]
 
 
@@ -42,16 +48,16 @@ def autonpo(
     step: StepOpt = None,
     reward: RewardOpt = None,
     entropy: EntropyOpt = None,
-    out: OutOpt = None,
+    figure: FigureOpt = None,
     branch: BranchOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Tell what AutoNPO did, or would have done.
+    """Show what AutoNPO did in a run, or would have done.
 
-    With --explain its state machine is let run over recorded metrics, a run's or any other trainer's, with any
-    settings: where it would have fired, and why not elsewhere. Nothing is sampled: every trigger counts as accepted.
+    With --explain, its state machine runs on recorded metrics of a run or of another trainer, with any settings.
+    Nothing is sampled: every trigger counts as accepted.
     """
-    given = {"KEY=VALUE": overrides, "--step": step, "--reward": reward, "--entropy": entropy, "--out": out}
+    given = {"KEY=VALUE": overrides, "--step": step, "--reward": reward, "--entropy": entropy, "--figure": figure}
     _check(source, explain=explain, branch=branch, given=[name for name, value in given.items() if value])
     if source.is_dir():
         load_run_recipe(source, None, branch=branch)
@@ -60,40 +66,32 @@ def autonpo(
 
         print_records(report_history(source, branch=branch), as_json=as_json)
         return
-    _check_picture(out)
+    check_figure_path(figure)
 
     from npo_cli.autonpo.dry_run import explain_autonpo
     from npo_cli.autonpo.trainer_logs import LogColumns
 
     columns = LogColumns(step=step, reward=reward, entropy=entropy)
-    shown = out is not None or not as_json
+    shown = figure is not None or not as_json
     records = explain_autonpo(
-        source, columns=columns, overrides=overrides or (), branch=branch, figure_path=out, draw=shown
+        source, columns=columns, overrides=overrides or (), branch=branch, figure_path=figure, draw=shown
     )
-    # One JSON object a move: why nothing happened elsewhere is for tables.
+    # With --json only transitions are printed, not the spans without a trigger.
     print_records((one for one in records if not (as_json and isinstance(one, NonTriggerSpan))), as_json=as_json)
 
 
 def _check(source: Path, *, explain: bool, branch: str | None, given: list[str]) -> None:
-    """What only one of the two kinds of source, or only --explain, can answer is refused at once."""
+    """Refuse options that need --explain or a run directory."""
     if not source.exists():
-        raise NpoError(f"there is no run directory or file {source}", "name a run directory, or a file of JSON lines")
+        raise NpoError(
+            f"there is no run directory or file {source}", "npo autonpo RUN, or npo autonpo FILE.jsonl --explain"
+        )
     again = f"npo autonpo {quote_path(source)} --explain"
     if not explain and given:
-        raise NpoError(f"{given[0]} belongs to --explain", again)
+        raise NpoError(f"{given[0]} needs --explain", again)
     if source.is_dir():
         return
     if not explain:
-        raise NpoError(f"{source} is a file: what really happened is told of a run directory", again)
+        raise NpoError(f"{source} is a file: without --explain a run directory is needed", again)
     if branch is not None:
-        raise NpoError(f"--branch names a branch of a run, and {source} is a file", again)
-
-
-def _check_picture(out: Path | None) -> None:
-    """A file, whose ending says which kind of picture."""
-    if out is None:
-        return
-    if out.is_dir():
-        raise NpoError(f"--out {out} is a folder", f"--out {quote_path(out / 'autonpo.png')}")
-    if out.suffix not in FIGURE_FORMATS:
-        raise NpoError(f"--out {out}: a picture ends in {', '.join(FIGURE_FORMATS)}", f"--out {quote_path(out)}.png")
+        raise NpoError(f"--branch needs a run directory, and {source} is a file", again)

@@ -11,19 +11,23 @@ from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
 
 MethodsOpt = Annotated[
-    str, typer.Option("--methods", metavar="NAMES", help="Methods apart by commas (npo recipes --methods).")
+    str, typer.Option("--methods", metavar="NAMES", help="Comma-separated methods (npo recipes --methods).")
 ]
-SeedsOpt = Annotated[str, typer.Option("--seeds", metavar="N|A,B", help="How many seeds from 0 on, or which.")]
+SeedsOpt = Annotated[
+    str, typer.Option("--seeds", metavar="N|A,B", help="Number of seeds from 0, or a comma-separated list.")
+]
 GridOpt = Annotated[
     list[str] | None,
-    typer.Option("--grid", metavar="KEY=A,B,C", help="Setting that each method may choose for itself."),
+    typer.Option("--grid", metavar="KEY=A,B,C", help="Setting to tune separately for each method."),
 ]
-TuningOpt = Annotated[str, typer.Option("--tuning-seeds", metavar="A,B", help="Seeds that choose it.")]
+TuningOpt = Annotated[str, typer.Option("--tuning-seeds", metavar="A,B", help="Seeds used to tune --grid.")]
 TeacherOpt = Annotated[
     str,
-    typer.Option("--teacher", metavar="OPTIONS", help="Of npo sample-guide, for a method with an outside teacher."),
+    typer.Option("--teacher", metavar="OPTIONS", help="npo sample-guide options that define the external teacher."),
 ]
-JobsOpt = Annotated[int | None, typer.Option("--jobs", min=1, metavar="N", help="Runs side by side. [default: cores]")]
+JobsOpt = Annotated[
+    int | None, typer.Option("--jobs", min=1, metavar="N", help="Number of parallel runs. [default: number of cores]")
+]
 
 
 def bench(
@@ -31,7 +35,7 @@ def bench(
     overrides: OverridesArg = None,
     *,
     methods: MethodsOpt,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the runs.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder for all runs.", show_default=False)],
     seeds: SeedsOpt = "5",
     grid: GridOpt = None,
     tuning_seeds: TuningOpt = "100,101",
@@ -39,14 +43,14 @@ def bench(
     jobs: JobsOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Train several methods on several seeds, resumably.
+    """Train several methods with several seeds.
 
-    With --grid each method first chooses its own best value on other seeds. The same command goes on where it
-    stopped; npo compare DIR and npo report DIR set the runs side by side.
+    With --grid, each method first selects its best value on the tuning seeds. The same command resumes an interrupted
+    bench; npo compare DIR and npo report DIR evaluate it.
     """
     from npo_cli.experiments.bench import BenchSpec, run_bench
 
-    question = BenchSpec(
+    spec = BenchSpec(
         recipe=recipe,
         methods=tuple(part.strip() for part in methods.split(",")),
         settings=tuple(overrides or ()),
@@ -57,29 +61,29 @@ def bench(
         out=out,
         jobs=jobs or len(os.sched_getaffinity(0)),
     )
-    print_records(run_bench(question), as_json=as_json)
+    print_records(run_bench(spec), as_json=as_json)
 
 
 def parse_seeds(text: str, *, as_list: bool = False) -> tuple[int, ...]:
-    """`5` is the seeds 0 to 4 (with `several` the seed 5), `7,9` these two."""
+    """`5` is the seeds 0 to 4 (with `as_list` the seed 5), `7,9` these two."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and part.isascii() and len(part) < 10 for part in parts):
-        raise NpoError(f"seeds are whole numbers apart by commas, got {text!r}", "--seeds 5   # or --seeds 0,1,2")
+        raise NpoError(f"seeds are comma-separated whole numbers, got {text!r}", "--seeds 5   # or --seeds 0,1,2")
     numbers = tuple(map(int, parts))
-    found = numbers if as_list or len(numbers) > 1 else tuple(range(numbers[0]))
-    if not found or len(set(found)) < len(found):
-        raise NpoError(f"{text!r} names no seed, or one twice", "--seeds 5   # or --seeds 0,1,2")
-    return found
+    seeds = numbers if as_list or len(numbers) > 1 else tuple(range(numbers[0]))
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise NpoError(f"{text!r} names no seed, or a seed twice", "--seeds 5   # or --seeds 0,1,2")
+    return seeds
 
 
 def parse_grid(texts: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """`train.lr=1e-4,3e-4` as one KEY=VALUE a value; only one key may have several."""
-    found = []
+    """`train.lr=1e-4,3e-4` as one KEY=VALUE per value; only one key is allowed."""
+    settings = []
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not key or not values:
             raise NpoError(f"--grid takes KEY=A,B,C, got {text!r}", "--grid train.lr=1e-4,3e-4,6e-4")
-        found += [f"{key}={value.strip()}" for value in values.split(",")]
-    if len({one.partition("=")[0] for one in found}) > 1:
-        raise NpoError("--grid varies one setting", "--grid train.lr=1e-4,3e-4,6e-4")
-    return tuple(found)
+        settings += [f"{key}={value.strip()}" for value in values.split(",")]
+    if len({one.partition("=")[0] for one in settings}) > 1:
+        raise NpoError("--grid tunes one setting only", "--grid train.lr=1e-4,3e-4,6e-4")
+    return tuple(settings)

@@ -1,4 +1,4 @@
-"""What a door checks before anything heavy is imported: a slip in the arguments is answered at once."""
+"""Checks that commands make before any heavy import, so that a mistake in the arguments is reported at once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +10,17 @@ if TYPE_CHECKING:
     from npo_cli.config.recipe import Recipe
 
 MAX_DIGITS = 18
-"""Of a step on the command line; Python itself refuses to read numbers of some thousand digits."""
+"""Of a step on the command line; Python refuses to read numbers of some thousand digits."""
+FIGURE_FORMATS = (".png", ".svg", ".pdf")
 
 
 def load_run_recipe(
-    root: Path, overrides: Sequence[str] | None, *, branch: str | None = None, fork: bool = True
+    root: Path, overrides: Sequence[str] | None, *, branch: str | None = None, fork: bool = True, hint: str = ""
 ) -> "Recipe":
-    """The recipe in force on a branch (the newest without a name), overrides on top; the run must exist.
+    """The recipe of a branch (None: the newest) with overrides applied; the run and the branch must exist.
 
-    A setting that would falsify what the run computed is refused; `fork` where a branch is left, or only looked at.
+    Changes of settings that earlier steps depend on are refused; `fork` allows those that a new branch may change.
+    `hint` replaces the default hint of the error about an unknown branch.
     """
     from npo_cli.config.loading import override_saved_recipe
     from npo_cli.storage.layout import open_run
@@ -26,20 +28,20 @@ def load_run_recipe(
 
     run = open_run(root)
     if branch is not None and branch not in list_branches(run):
-        named = ", ".join(list_branches(run)) or "none yet"
-        raise NpoError(f"{root} has no branch {branch!r}: {named}", f"npo show {quote_path(root)} lineage")
+        names = ", ".join(list_branches(run)) or "none yet"
+        raise NpoError(f"{root} has no branch {branch!r}: {names}", hint or f"npo show {quote_path(root)} lineage")
     branch = branch or find_newest_branch(run)
     return override_saved_recipe(run.read_recipe(branch), overrides or (), path=run.recipe_path(branch), fork=fork)
 
 
 def resolve_last_step(until: int | None, recipe: "Recipe", *, after: int, autonpo: bool) -> int:
-    """The last step that will be made now; an `--until` that means nothing is refused."""
+    """The last step of this training: `--until`, or the recipe's number of steps."""
     last = recipe.train.num_steps
     if until is None:
         return last
     if autonpo:
         raise NpoError(
-            "--until does not go with --autonpo, which goes back and forth",
+            "--until is not available with --autonpo, which rolls back and trains steps again",
             "set autonpo.max_interventions or train.num_steps",
         )
     if not after < until <= last:
@@ -51,5 +53,15 @@ def parse_steps(text: str) -> tuple[int, ...]:
     """`20,40,60` as steps."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and part.isascii() and len(part) < MAX_DIGITS for part in parts):
-        raise NpoError(f"--candidates takes steps apart by commas, got {text!r}", "--candidates 20,40,60")
+        raise NpoError(f"--candidates takes comma-separated steps, got {text!r}", "--candidates 20,40,60")
     return tuple(map(int, parts))
+
+
+def check_figure_path(path: Path | None, *, option: str = "--figure", formats: Sequence[str] = FIGURE_FORMATS) -> None:
+    """Refuse a path that is a folder, or whose suffix names no picture format."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise NpoError(f"{option} {path} is a folder", f"{option} {quote_path(path / 'figure.png')}")
+    if path.suffix.lower() not in formats:
+        raise NpoError(f"{option} {path} must end in {', '.join(formats)}", f"{option} {quote_path(path)}.png")

@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
+from npo_cli.cli.checks import check_figure_path
 from npo_cli.cli.options import JsonOpt
 from npo_cli.cli.output import print_records
-from npo_cli.errors import NpoError
-
-FIGURE_FORMATS = (".png", ".svg")
+from npo_cli.errors import NpoError, quote_path
 
 
 def compare(
@@ -17,46 +16,52 @@ def compare(
         list[str],
         typer.Argument(
             metavar="ARM",
-            help="[NAME=]RUN[:BRANCH]. The same NAME again is another seed; a RUN alone stands for all its branches, "
-            "the folder of an npo bench for all its runs.",
+            help="[NAME=]RUN[:BRANCH]. Arms with the same NAME are seeds of one arm; RUN alone means all its branches, "
+            "the output folder of npo bench all its runs.",
             show_default=False,
         ),
     ],
+    *,
     thresholds: Annotated[
-        list[float] | None,
+        str | None,
         typer.Option(
-            "--threshold", metavar="A", help="Held-out accuracy to reach; may be repeated. [default: 0.6, 0.9]"
+            "--threshold", metavar="A,B", help="Held-out accuracies whose costs are compared. [default: 0.6,0.9]"
         ),
     ] = None,
-    *,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", metavar="NAME", help="Arm that the others are compared with. [default: the first]"),
+        typer.Option("--baseline", metavar="NAME", help="Arm that the others are compared with. [default: first]"),
     ] = None,
-    csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write every evaluation with its costs.")
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Save every evaluation with its costs (.csv).")
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option("--figure", metavar="FILE", help="Draw the curves: a .png or .svg file.")
+        Path | None, typer.Option("--figure", metavar="FILE", help="Save the learning curves (.png or .svg).")
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Compare methods: what each reached, and at what cost.
+    """Compare methods by held-out accuracy and by cost.
 
-    Over seeds and held-out prompts, with 95 % intervals. Steps, updates, tokens and seconds count everything an arm
-    needed: guides, scoring, probes, what was rolled back.
+    95 % intervals over seeds and held-out prompts. Steps, updates, tokens and seconds count everything that an arm
+    needed: guide caches, scoring, probes and steps that were rolled back.
     """
-    for threshold in thresholds or ():
-        if not 0 < threshold <= 1:
-            raise NpoError(f"--threshold must be above 0 and at most 1, got {threshold}", "--threshold 0.9")
-    if figure is not None and figure.suffix.lower() not in FIGURE_FORMATS:
-        raise NpoError(f"--figure draws .png and .svg, not {figure.name!r}", "--figure comparison.png")
-    for option, path in (("--csv", csv), ("--figure", figure)):
-        if path is not None and path.is_dir():
-            raise NpoError(f"{option}: {path} is a folder", "name a file in it")
+    check_figure_path(figure, formats=(".png", ".svg"))
+    if out is not None and out.is_dir():
+        raise NpoError(f"--out {out} is a folder", f"--out {quote_path(out / 'evaluations.csv')}")
+    levels = parse_thresholds(thresholds) if thresholds is not None else ()
 
     from npo_cli.experiments.compare import compare_runs
 
-    print_records(
-        compare_runs(arms, thresholds=thresholds or (), baseline=baseline, csv=csv, figure=figure), as_json=as_json
-    )
+    print_records(compare_runs(arms, thresholds=levels, baseline=baseline, csv=out, figure=figure), as_json=as_json)
+
+
+def parse_thresholds(text: str) -> tuple[float, ...]:
+    """`0.6,0.9` as accuracies above 0 and at most 1."""
+    try:
+        levels = tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise NpoError(f"--threshold takes comma-separated accuracies, got {text!r}", "--threshold 0.6,0.9") from error
+    for level in levels:
+        if not 0 < level <= 1:
+            raise NpoError(f"--threshold must be above 0 and at most 1, got {level:g}", "--threshold 0.9")
+    return levels

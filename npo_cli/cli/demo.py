@@ -10,15 +10,15 @@ from npo_cli.cli.output import print_records
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the runs and the picture.")] = Path(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the runs and the figure.")] = Path(
         "npo-demo"
     ),
-    seed: Annotated[int, typer.Option("--seed", help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of all runs.")] = 0,
     as_json: JsonOpt = False,
 ) -> None:
-    """Go round the whole circle once.
+    """Run the whole workflow on a small task.
 
-    GRPO against NPO on the embedded task, ending with a table and a picture.
+    Trains GRPO and NPO on the built-in arithmetic task, and ends with a table and a figure that compare them.
     """
     from npo_cli.config.loading import load_recipe
     from npo_cli.storage.layout import check_unused

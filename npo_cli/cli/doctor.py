@@ -7,9 +7,9 @@ from npo_cli.cli.output import print_records
 
 
 def doctor(as_json: JsonOpt = False) -> None:
-    """Say what this machine can run.
+    """Check what this machine can run.
 
-    The exit code is 1 if something needed is missing.
+    The exit code is 1 if a requirement is missing.
     """
     from npo_cli.cli.environment_checks import run_checks
 

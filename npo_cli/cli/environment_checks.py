@@ -168,7 +168,7 @@ def memory_check() -> DoctorCheck:
 def disk_check(folder: Path) -> DoctorCheck:
     """Free space where a run would be written."""
     free = shutil.disk_usage(folder).free
-    hint = "" if free >= NEEDED_DISK else "free some space, or put runs on another disk with --run"
+    hint = "" if free >= NEEDED_DISK else "free some space, or put runs on another disk"
     return DoctorCheck(name="disk", is_ok=not hint, detail=f"{format_bytes(free)} free here", hint=hint)
 
 

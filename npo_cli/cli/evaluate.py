@@ -15,19 +15,19 @@ def evaluate(
     overrides: OverridesArg = None,
     *,
     step: Annotated[
-        int | None, typer.Option("--step", min=0, metavar="N", help="This checkpoint. [default: the newest]")
+        int | None, typer.Option("--step", min=0, metavar="N", help="Step of the checkpoint. [default: newest]")
     ] = None,
     every_step: Annotated[bool, typer.Option("--all", help="Every checkpoint of the branch.")] = False,
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure held-out accuracy of checkpoints.
+    """Evaluate checkpoints on the held-out prompts.
 
     avg@k and pass@k, with 95 % intervals over prompts.
     """
     if every_step and step is not None:
-        raise NpoError("--step and --all contradict each other", "give one of them, or none for the newest checkpoint")
+        raise NpoError("--step and --all cannot be combined", "give one of them, or neither for the newest checkpoint")
     load_run_recipe(run, overrides, branch=branch)
 
     from npo_cli.training.evaluate import evaluate_run

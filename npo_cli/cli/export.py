@@ -18,25 +18,29 @@ def export(
     out: Annotated[
         Path, typer.Option("--out", metavar="PATH", help="New .parquet file, or new folder.", show_default=False)
     ],
-    guide: Annotated[str | None, typer.Option("--guide", metavar="NAME", help="This guide cache, as a table.")] = None,
+    guide: Annotated[
+        str | None, typer.Option("--guide", metavar="NAME", help="Export this guide cache, as a table.")
+    ] = None,
     step: Annotated[
-        int | None, typer.Option("--step", min=0, metavar="N", help="This checkpoint, as a folder.")
+        int | None, typer.Option("--step", min=0, metavar="N", help="Export this checkpoint, as a folder.")
     ] = None,
     columns: Annotated[
         ExportFormat,
-        typer.Option("--columns", metavar="KIND", help="guide: trl (prompts as they are) or verl (as chats)."),
+        typer.Option(
+            "--columns", metavar="KIND", help="guide: trl (prompts unchanged) or verl (prompts as chat messages)."
+        ),
     ] = "trl",
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
 ) -> None:
-    """Hand a guide cache or a checkpoint to other programs.
+    """Export a guide cache or a checkpoint for other programs.
 
-    A guide cache becomes a parquet table with the columns of TRL and of verl, token ids and log-probabilities beside
-    them. A checkpoint becomes a folder that from_pretrained (or peft) opens, with a model card.
+    A guide cache is written as a parquet table with the columns of TRL and verl, token ids and log-probabilities. A
+    checkpoint is written as a folder that from_pretrained (or peft) loads, with a model card.
     """
     if (guide is None) == (step is None):
         raise NpoError(
-            "npo export takes either --guide NAME or --step N", f"npo export {quote_path(run)} --step N --out DIR"
+            "npo export needs either --guide NAME or --step N", f"npo export {quote_path(run)} --step N --out DIR"
         )
 
     from npo_cli.interop.export import export_checkpoint, export_guide

@@ -1,6 +1,6 @@
-"""The `npo` command: doors by name, and the one place where errors become words and exit codes.
+"""The `npo` command: the table of commands, and the one place where errors become messages and exit codes.
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by a signal. Heavy imports wait inside the doors.
+Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped by a signal. Heavy imports wait inside the commands.
 """
 
 import contextlib
@@ -8,21 +8,25 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.bench import bench
 from npo_cli.cli.compare import compare
 from npo_cli.cli.demo import demo
+from npo_cli.cli.docs import docs
 from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
 from npo_cli.cli.export import export
 from npo_cli.cli.index import index
+from npo_cli.cli.options import OLD_COMMANDS, suggest_new_option
 from npo_cli.cli.plan import plan
 from npo_cli.cli.recipes import recipes
 from npo_cli.cli.report import report
@@ -36,35 +40,81 @@ from npo_cli.cli.train import train
 from npo_cli.distributed.launch import read_launch_info
 from npo_cli.errors import NpoError, StoppedEarly
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A command, the group that it is listed in, and an example for its help page."""
+
+    function: Callable[..., None]
+    group: str
+    example: str
+
+
+WORKFLOW, AUTONPO, INSPECT, COMPARE, TOOLS = "Workflow", "AutoNPO", "Inspect a run", "Compare", "Tools"
+GROUPS = (WORKFLOW, AUTONPO, INSPECT, COMPARE, TOOLS)
 COMMANDS = {
-    "train": train,
-    "index": index,
-    "score-checkpoints": score_checkpoints,
-    "score-sources": score_sources,
-    "sample-guide": sample_guide,
-    "resume": resume,
-    "autonpo": autonpo,
-    "bench": bench,
-    "eval": evaluate,
-    "show": show,
-    "compare": compare,
-    "export": export,
-    "report": report,
-    "recipes": recipes,
-    "plan": plan,
-    "doctor": doctor,
-    "demo": demo,
+    "train": Command(function=train, group=WORKFLOW, example="npo train micro runs/first train.num_steps=200"),
+    "index": Command(function=index, group=WORKFLOW, example="npo index runs/first"),
+    "score-checkpoints": Command(
+        function=score_checkpoints,
+        group=WORKFLOW,
+        example="npo score-checkpoints runs/first --at 40 --candidates 60,80",
+    ),
+    "score-sources": Command(
+        function=score_sources, group=WORKFLOW, example="npo score-sources runs/first --at 40 --source past"
+    ),
+    "sample-guide": Command(
+        function=sample_guide, group=WORKFLOW, example="npo sample-guide runs/first --at 40 --guide 80 --name late"
+    ),
+    "resume": Command(
+        function=resume, group=WORKFLOW, example="npo resume runs/first --at 40 --guide late --new-branch late"
+    ),
+    "autonpo": Command(function=autonpo, group=AUTONPO, example="npo autonpo runs/first --explain"),
+    "show": Command(function=show, group=INSPECT, example="npo show runs/first rollouts --step 40"),
+    "eval": Command(function=evaluate, group=INSPECT, example="npo eval runs/first --all"),
+    "report": Command(function=report, group=INSPECT, example="npo report runs/first --out report.html"),
+    "bench": Command(
+        function=bench, group=COMPARE, example="npo bench micro --methods grpo,npo --seeds 3 --out runs/bench"
+    ),
+    "compare": Command(function=compare, group=COMPARE, example="npo compare runs/bench --threshold 0.8"),
+    "recipes": Command(function=recipes, group=TOOLS, example="npo recipes micro"),
+    "plan": Command(function=plan, group=TOOLS, example="npo plan smollm2-135m --gpus 2 --gpu-mem 24"),
+    "export": Command(function=export, group=TOOLS, example="npo export runs/first --step 40 --out step-40"),
+    "doctor": Command(function=doctor, group=TOOLS, example="npo doctor"),
+    "demo": Command(function=demo, group=TOOLS, example="npo demo --out npo-demo"),
+    "docs": Command(function=docs, group=TOOLS, example="npo docs glossary"),
 }
 CommandLineError = typer.BadParameter.__mro__[2]
-"""What every slip on a command line is to typer, which exports no name for it."""
+"""Base class of typer's errors about the command line, which typer does not export."""
 BAD_PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
-app = typer.Typer(name="npo", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-for _name, _door in COMMANDS.items():
-    app.command(_name)(_door)
+COMMAND_WIDTH = 17
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+class GroupedCommands(TyperGroup):
+    """Lists the commands of `npo --help` by group."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """One section per group, with aligned columns."""
+        for group in GROUPS:
+            with formatter.section(group):
+                formatter.write_dl(
+                    [
+                        (name.ljust(COMMAND_WIDTH), self.commands[name].get_short_help_str(formatter.width))
+                        for name, command in COMMANDS.items()
+                        if command.group == group
+                    ]
+                )
+
+
+app = typer.Typer(
+    name="npo", cls=GroupedCommands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name, epilog=f"Example: {_command.example}")(_command.function)
+
+
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         from npo_cli import __version__
 
         print_data(f"npo {__version__}")
@@ -74,22 +124,22 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def npo(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Near-Future Policy Optimization: a training run's own future teaches its past.
+    """Near-Future Policy Optimization: GRPO that injects verified rollouts from later checkpoints of the same run.
 
-    The circle: train, index, score-checkpoints, sample-guide, resume. `npo demo` goes round it once.
+    Workflow: train -> score-checkpoints -> sample-guide -> resume. Try `npo demo`; read `npo docs`.
     """
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; always leaves through SystemExit."""
     for name in ("stdout", "stderr"):
-        # A closed stream swallows: printing to none at all would go to the other one.
+        # A closed stream discards its output: printing to None would go to the other stream.
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
-        # A terminal of few letters shows the others as escapes instead of failing.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
+        # Characters that the terminal's encoding lacks are printed as escapes instead of failing.
         with contextlib.suppress(AttributeError):
             getattr(sys, name).reconfigure(errors="backslashreplace")
     args = sys.argv[1:] if args is None else list(args)
@@ -100,30 +150,42 @@ def main(args: Sequence[str] | None = None) -> None:
         _explain(f"{label}{error.message}", error.hint)
         sys.exit(error.exit_code)
     except CommandLineError as error:
-        if not args:  # the bare command asks what there is
-            error.show()
+        if args:
+            _explain(*_describe_usage_error(error, args))
         else:
-            door = f" {args[0]}" if args[0] in COMMANDS else ""
-            _explain(f"error: {error.format_message()}", f"npo{door} --help")
+            error.show()  # `npo` alone prints the help page
         sys.exit(error.exit_code)
-    except OSError as error:  # the world's, where no room had better words
-        _explain(f"error: {error.strerror or error}: {error.filename}", "mend its rights, or name another path")
+    except OSError as error:
+        _explain(f"error: {error.strerror or error}: {error.filename}", "check permissions, or choose another path")
         sys.exit(2 if error.errno in BAD_PATH_ERRNOS else 1)
-    except Exception as error:  # the house's own fault: one line, and how to see more
+    except Exception as error:  # a bug of npo: one line, and how to see the traceback
         _explain(f"error: {type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
         sys.exit(1)
 
 
+def _describe_usage_error(error: Any, args: Sequence[str]) -> tuple[str, str]:
+    """Message and hint for a mistake on the command line; a renamed command or option is answered with the new one."""
+    command, option = args[0], getattr(error, "option_name", None)
+    if command in OLD_COMMANDS:
+        return f"error: there is no command {command}: use {OLD_COMMANDS[command]}", OLD_COMMANDS[command]
+    if command not in COMMANDS:
+        return f"error: {error.format_message()}", "npo --help"
+    new = suggest_new_option(command, option, args) if option else None
+    if new:
+        return f"error: npo {command} has no option {option}: use {new}", f"npo {command} --help"
+    return f"error: {error.format_message()}", f"npo {command} --help"
+
+
 def _run(args: Sequence[str]) -> int | None:
-    """The command; where a launcher started several processes, rank 0 runs it and the others follow."""
-    place = read_launch_info()
-    main = partial(typer.main.get_command(app).main, args, prog_name="npo", standalone_mode=False)
-    command = partial(copy_context().run, main)  # --allow-code holds for this command only
-    if place is None:
+    """Run the command; of several processes that a launcher started, rank 0 runs it and the others serve it."""
+    launch = read_launch_info()
+    run = partial(typer.main.get_command(app).main, args, prog_name="npo", standalone_mode=False)
+    command = partial(copy_context().run, run)  # --allow-code holds for this command only
+    if launch is None:
         return command()
     from npo_cli.session.worker_main import run_leader, run_worker
 
-    return run_leader(place, command) if place.rank == 0 else run_worker(place)
+    return run_leader(launch, command) if launch.rank == 0 else run_worker(launch)
 
 
 def _explain(message: str, hint: str) -> None:

@@ -1,5 +1,6 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and the names that replaced older ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,21 +15,63 @@ def _permit_code(is_allowed: bool) -> bool:
     return is_allowed
 
 
-RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
+RecipeArg = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe file, or name of a shipped recipe (npo recipes).")
+]
 OverridesArg = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's, such as train.lr=3e-4."),
+    typer.Argument(metavar="KEY=VALUE", help="Override settings of the recipe, such as train.lr=3e-4."),
 ]
-BranchOpt = Annotated[str | None, typer.Option("--branch", metavar="NAME", help="Branch of the run. [default: newest]")]
-AllowCodeOpt = Annotated[
-    bool,
-    typer.Option("--allow-code", callback=_permit_code, help="Allow task.verifier to run a function of your own."),
+MethodOpt = Annotated[
+    str | None,
+    typer.Option("--method", metavar="NAME", help="Apply this method to the recipe (npo recipes --methods)."),
 ]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout and nothing else.")]
+AtOpt = Annotated[
+    int | None, typer.Option("--at", min=0, metavar="STEP", help="Learner step. [default: guide.replay.at_step]")
+]
+BranchOpt = Annotated[
+    str | None, typer.Option("--branch", metavar="NAME", help="Existing branch of the run. [default: newest]")
+]
+OnlyBranchOpt = Annotated[str | None, typer.Option("--branch", metavar="NAME", help="Only this branch. [default: all]")]
 UntilOpt = Annotated[
     int | None,
-    typer.Option("--until", min=0, metavar="STEP", help="Stop after this step, saved; npo resume goes on."),
+    typer.Option("--until", min=0, metavar="STEP", help="Stop after this step and save a checkpoint."),
 ]
-RecipeArg = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one (npo recipes).")
+AllowCodeOpt = Annotated[
+    bool,
+    typer.Option("--allow-code", callback=_permit_code, help="Allow the recipe to import and run a custom verifier."),
 ]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout and nothing else.")]
+
+OLD_COMMANDS = {
+    "base": "python recipes/make_micro_base.py --out DIR",
+    "score-sources": "npo score-checkpoints RUN --source SPEC",
+}
+"""Removed command -> what replaces it."""
+OLD_OPTIONS = {
+    ("resume", "--from"): "--branch {value}",
+    ("sample-guide", "--guide"): "--source {value}",
+    ("sample-guide", "--from"): "--source SPEC, such as model:{value}",
+    ("sample-guide", "--model"): "--source endpoint:URL#{value}",
+    ("score-checkpoints", "--far"): "--source checkpoint:{value}",
+    ("score-checkpoints", "--guide"): "--source {value}",
+    ("autonpo", "--out"): "--figure {value}",
+    ("compare", "--csv"): "--out {value}",
+    ("report", "--pictures"): "--figures {value}",
+    ("index", "--base"): "--with-base",
+}
+"""(command, removed option) -> the option that replaces it; `{value}` is what was given."""
+
+
+def suggest_new_option(command: str, option: str, args: Sequence[str]) -> str | None:
+    """`--source 100` for `sample-guide --guide 100`; None for an option that never existed."""
+    new = OLD_OPTIONS.get((command, option))
+    if new is None:
+        return None
+    for place, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name == option:
+            following = args[place + 1] if place + 1 < len(args) else "VALUE"
+            return new.format(value=value if equals else following)
+    return new.format(value="VALUE")

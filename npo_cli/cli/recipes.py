@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.options import JsonOpt, MethodOpt
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import print_data
 
@@ -16,26 +16,24 @@ if TYPE_CHECKING:
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Print this one whole.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="Recipe to print, with every setting.", show_default=False)
     ] = None,
     *,
-    method: Annotated[
-        str | None, typer.Option("--method", metavar="NAME", help="With this method on top of it.")
-    ] = None,
-    methods: Annotated[bool, typer.Option("--methods", help="List the methods instead.")] = False,
+    method: MethodOpt = None,
+    methods: Annotated[bool, typer.Option("--methods", help="List the shipped methods instead.")] = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """List the shipped recipes, or print one whole."""
+    """List the shipped recipes and methods, or print a recipe."""
     from npo_cli.config.loading import load_recipe, recipe_to_dict, recipe_to_yaml
 
     if name is not None:
         recipe = load_recipe(name, method=method)
         print_data(json.dumps(recipe_to_dict(recipe)) if as_json else recipe_to_yaml(recipe).rstrip())
         return
-    print_records(list(_methods() if methods else _recipes()), as_json=as_json)
+    print_records(list(_list_methods() if methods else _list_recipes()), as_json=as_json)
 
 
-def _recipes() -> "Iterator[RecipeView]":
+def _list_recipes() -> "Iterator[RecipeView]":
     from npo_cli.config.loading import load_recipe
     from npo_cli.config.locate import find_recipe, list_recipe_names
     from npo_cli.types.views import RecipeView
@@ -44,8 +42,8 @@ def _recipes() -> "Iterator[RecipeView]":
         yield RecipeView(name=name, description=load_recipe(name).description, path=str(find_recipe(name)))
 
 
-def _methods() -> "Iterator[RecipeView]":
-    """Their first comment says what they are."""
+def _list_methods() -> "Iterator[RecipeView]":
+    """The first comment of a method's file is its description."""
     from npo_cli.config.locate import find_method, list_method_names
     from npo_cli.types.views import RecipeView
 

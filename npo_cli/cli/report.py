@@ -11,20 +11,18 @@ from npo_cli.cli.output import print_records
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Run directories, or folders of npo bench.", show_default=False),
+        typer.Argument(metavar="RUN...", help="Run directories, or output folders of npo bench.", show_default=False),
     ],
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page, ending in .html.")] = Path(
-        "npo-report.html"
-    ),
-    pictures: Annotated[
-        Path | None, typer.Option("--pictures", metavar="DIR", help="Also every picture as PNG and SVG.")
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write.")] = Path("npo-report.html"),
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="DIR", help="Also save every figure as PNG and SVG.")
     ] = None,
 ) -> None:
-    """Runs as one HTML page that needs no network.
+    """Write an HTML report of one or several runs.
 
-    Curves, lineage, Q, V and S, decisions with their evidence, costs, and answers beside the guide's.
+    One self-contained page: curves, lineage, Q, V and S, AutoNPO's decisions, costs, and responses of policy and guide.
     """
     from npo_cli.report.build import write_report
 
-    print_records(write_report(runs, out, plots_folder=pictures), as_json=False)
+    print_records(write_report(runs, out, plots_folder=figures), as_json=False)

@@ -6,26 +6,22 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.checks import load_run_recipe, resolve_last_step
-from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
 
-AtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Roll back to this step.")]
+ForkAtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Fork a new branch at this step.")]
 GuideOpt = Annotated[
-    str | None, typer.Option("--guide", metavar="NAME", help="Guide cache to mix into the replay (npo sample-guide).")
+    str | None,
+    typer.Option("--guide", metavar="NAME", help="Inject responses of this guide cache (npo sample-guide)."),
 ]
-FromOpt = Annotated[
-    str | None, typer.Option("--from", metavar="BRANCH", help="Branch to go on with or to leave. [default: newest]")
-]
-NewBranchOpt = Annotated[str | None, typer.Option("--branch", metavar="NEWNAME", help="Name of the new branch.")]
+NewBranchOpt = Annotated[str | None, typer.Option("--new-branch", metavar="NAME", help="Name of the new branch.")]
 StepsOpt = Annotated[
-    int | None, typer.Option("--steps", min=1, metavar="N", help="Steps for which the guide is mixed in.")
+    int | None, typer.Option("--steps", min=1, metavar="N", help="Number of steps with the guide after --at.")
 ]
-AutoOpt = Annotated[
-    bool, typer.Option("--autonpo", help="Let AutoNPO decide when and how far to roll back, and do it.")
-]
+AutonpoOpt = Annotated[bool, typer.Option("--autonpo", help="Let AutoNPO decide when and how far to roll back.")]
 FreshOpt = Annotated[
-    bool, typer.Option("--fresh-optimizer", help="Roll back to weights alone: of an import, or without its state.")
+    bool, typer.Option("--fresh-optimizer", help="Fork from weights only; start with a new optimizer state.")
 ]
 
 
@@ -33,34 +29,33 @@ def resume(
     run: RunArg,
     overrides: OverridesArg = None,
     *,
-    at: AtOpt = None,
+    at: ForkAtOpt = None,
     guide: GuideOpt = None,
-    source: FromOpt = None,
-    branch: NewBranchOpt = None,
+    branch: BranchOpt = None,
+    new_branch: NewBranchOpt = None,
     steps: StepsOpt = None,
     until: UntilOpt = None,
-    autonpo: AutoOpt = False,
+    autonpo: AutonpoOpt = False,
     fresh: FreshOpt = False,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Go on, or roll back and replay with a guide.
+    """Resume training, or fork from an earlier step.
 
-    Without --at, training goes on from the newest state. With --at and --guide it rolls back to that step and
-    replays from there as a new branch; nothing that existed is overwritten.
-    With --autonpo the run is watched from its first step on, looking back over what is on record; with --at as
-    well it is watched from that step, as a new branch (npo autonpo RUN --explain rehearses).
-    Settings that would falsify what was already computed are refused; train.num_steps may be raised.
+    Without --at, training continues from the newest training state of the branch. With --at and --guide, a new branch
+    is forked at that step and trained with the guide; existing files are never overwritten.
+    With --autonpo, AutoNPO reads the recorded steps, then controls the training; with --at it starts at that step, on a
+    new branch (npo autonpo RUN --explain is a dry run).
+    Settings that earlier steps depend on cannot change; train.num_steps may be raised.
     """
-    settled = load_run_recipe(run, overrides, branch=source, fork=at is not None)
-    last = resolve_last_step(until, settled, after=at or 0, autonpo=autonpo)
-    where = {"overrides": overrides or (), "at": at, "source_branch": source, "new_branch": branch}
-    if fresh:
-        validate_fresh_optimizer(run, at=at, autonpo=autonpo)
+    hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
+    recipe = load_run_recipe(run, overrides, branch=branch, fork=at is not None, hint=hint)
+    last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
+    _check_combination(run, at=at, autonpo=autonpo, fresh=fresh, has_guide=guide is not None or steps is not None)
     from npo_cli.training.tracking import track_records
 
+    where = {"overrides": overrides or (), "at": at, "source_branch": branch, "new_branch": new_branch}
     if autonpo:
-        validate_no_guide_options(run, guide=guide, steps=steps)
         from npo_cli.autonpo.run import resume_autonpo
 
         records = resume_autonpo(run, **where)
@@ -68,22 +63,17 @@ def resume(
         from npo_cli.training.resume import resume_run
 
         records = resume_run(run, **where, guide=guide, steps=steps, until=until, fresh=fresh)
-    print_records(track_records(run, settled, records), as_json=as_json, num_steps=last)
+    print_records(track_records(run, recipe, records), as_json=as_json, num_steps=last)
 
 
-def validate_fresh_optimizer(run: Path, *, at: int | None, autonpo: bool) -> None:
-    """An optimizer begins anew where a branch is left by hand."""
-    if at is None or autonpo:
+def _check_combination(run: Path, *, at: int | None, autonpo: bool, fresh: bool, has_guide: bool) -> None:
+    if fresh and (at is None or autonpo):
         raise NpoError(
-            "--fresh-optimizer begins a branch by hand: it needs --at STEP, and does not go with --autonpo",
+            "--fresh-optimizer needs --at STEP, and is not available with --autonpo",
             f"npo resume {quote_path(run)} --at STEP --fresh-optimizer",
         )
-
-
-def validate_no_guide_options(run: Path, *, guide: str | None, steps: int | None) -> None:
-    """AutoNPO makes its guides itself."""
-    if guide is not None or steps is not None:
+    if autonpo and has_guide:
         raise NpoError(
-            "--autonpo makes its own guides: --guide and --steps do not go with it",
+            "--guide and --steps are not available with --autonpo, which builds its own guide caches",
             f"npo resume {quote_path(run)} --autonpo",
         )

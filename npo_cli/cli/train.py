@@ -1,49 +1,99 @@
 """`npo train`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from npo_cli.cli.checks import resolve_last_step
-from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OverridesArg, RecipeArg, UntilOpt
+from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, RecipeArg, UntilOpt
 from npo_cli.cli.output import print_records
+from npo_cli.cli.terminal import escape_for_terminal, print_status
+from npo_cli.errors import NpoError, quote_path
+
+RUNS_FOLDER = Path("runs")
+"""Where run directories without a given name are created."""
+
+RunAndOverridesArg = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN] [KEY=VALUE]",
+        help="New run directory [default: runs/RECIPE-N], then settings such as train.lr=3e-4.",
+        show_default=False,
+    ),
+]
+RunOpt = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="RUN", help="The same as the argument RUN (not under torchrun).", show_default=False),
+]
+AutonpoOpt = Annotated[bool, typer.Option("--autonpo", help="Train with AutoNPO, as npo resume --autonpo does.")]
 
 
 def train(
     recipe: RecipeArg,
-    overrides: OverridesArg = None,
+    arguments: RunAndOverridesArg = None,
     *,
-    run: Annotated[Path, typer.Option("--run", metavar="DIR", help="New run directory.", show_default=False)],
-    method: Annotated[
-        str | None,
-        typer.Option("--method", metavar="NAME", help="Method on top of the recipe (npo recipes --methods)."),
-    ] = None,
+    run: RunOpt = None,
+    method: MethodOpt = None,
     until: UntilOpt = None,
-    autonpo: Annotated[
-        bool, typer.Option("--autonpo", help="Let AutoNPO watch, roll back and replay (as npo resume --autonpo).")
-    ] = False,
+    autonpo: AutonpoOpt = False,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a GRPO baseline from a recipe.
 
-    Checkpoints, metrics and rollouts are written to the run directory as it goes.
+    Checkpoints, metrics and rollouts are written to the run directory during training.
     """
     from npo_cli.config.loading import load_recipe
     from npo_cli.storage.layout import check_unused
 
-    resolved = load_recipe(recipe, overrides or (), method=method)
-    check_unused(run)
+    given, overrides = split_arguments(arguments or (), run=run)
+    resolved = load_recipe(recipe, overrides, method=method)
+    root = given or choose_run_directory(recipe)
+    check_unused(root)
     last = resolve_last_step(until, resolved, after=-1, autonpo=autonpo)
     from npo_cli.training.tracking import track_records
 
+    if given is None:
+        print_status(escape_for_terminal(f"run directory: {root}"))
     if autonpo:
         from npo_cli.autonpo.run import train_autonpo
 
-        records = train_autonpo(run, resolved)
+        records = train_autonpo(root, resolved)
     else:
         from npo_cli.training.train import train_run
 
-        records = train_run(run, resolved, until=until)
-    print_records(track_records(run, resolved, records), as_json=as_json, num_steps=last)
+        records = train_run(root, resolved, until=until)
+    print_records(track_records(root, resolved, records), as_json=as_json, num_steps=last)
+
+
+def split_arguments(arguments: Sequence[str], *, run: Path | None) -> tuple[Path | None, Sequence[str]]:
+    """RUN, or None, and the settings: a first argument without `=` is RUN."""
+    if not arguments or "=" in arguments[0]:
+        return run, arguments
+    if run is not None:
+        raise NpoError(
+            f"the run directory is given twice: {arguments[0]} and --run {run}",
+            f"--run {quote_path(run)}   # or the argument alone",
+        )
+    if not arguments[0]:
+        raise NpoError("the run directory is an empty name", "npo train micro runs/first")
+    return Path(arguments[0]), arguments[1:]
+
+
+def choose_run_directory(recipe: str) -> Path:
+    """`runs/NAME-N` with the recipe's name and the lowest N that does not exist yet.
+
+    Several processes must agree on one name, so they need RUN.
+    """
+    from npo_cli.distributed.launch import read_launch_info
+
+    if read_launch_info() is not None:
+        raise NpoError(
+            "several processes need the name of the run directory", f"npo train {recipe} runs/NAME   # after the recipe"
+        )
+    name, number = Path(recipe).stem, 1
+    while (RUNS_FOLDER / f"{name}-{number}").exists():
+        number += 1
+    return RUNS_FOLDER / f"{name}-{number}"

@@ -202,7 +202,7 @@ class MethodSettings(Settings):
         json_schema_extra=FREE,
     )
     commands: tuple[str, ...] = Field(
-        ("train {recipe} --method {method} --run {run}",),
+        ("train {recipe} {run} --method {method}",),
         description="npo commands in order; npo bench fills in the placeholders in braces.",
         json_schema_extra=FREE,
     )

@@ -244,17 +244,17 @@ def check_frozen_settings(old: Recipe, new: Recipe, *, fork: bool, path: Path | 
         change = f"{key} cannot change from {before} to {after}"
         if key == "model.path" and old.model.lora.rank is not None:
             continue  # adapters know their base by its weights, wherever they lie
-        afresh = f"npo train {quote_path(path) if path else 'RECIPE'} {_as_override(key, after)} --run NEW"
+        new_run = f"npo train {quote_path(path) if path else 'RECIPE'} NEW_RUN {_as_override(key, after)}"
         if key == "train.num_steps" and old.train.schedule != "constant":
             reason = f"the {old.train.schedule} schedule of the steps already made was spread over {before} steps"
-            raise NpoError(f"{change}: {reason}", afresh)
+            raise NpoError(f"{change}: {reason}", new_run)
         if when[key] == "fork" and not fork:
             raise NpoError(
                 f"{change} in the middle of a branch, only where another one leaves it",
                 "leave the branch with it: add --at STEP to the command",
             )
         if when[key] == "never":
-            raise NpoError(f"{change}: the steps already made depend on it", afresh)
+            raise NpoError(f"{change}: the steps already made depend on it", new_run)
 
 
 def _as_override(key: str, value: Any) -> str:

@@ -42,7 +42,7 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
     check_unused(out, flag="--out")
     recipe = load_recipe(RECIPE, [f"train.seed={seed}"])
     at = recipe.guide.replay.at_step
-    yield Notice(message=f"1/5 npo train {RECIPE} train.seed={seed} --run {quote_path(out)}")
+    yield Notice(message=f"1/5 npo train {RECIPE} {quote_path(out)} train.seed={seed}")
     yield from drop_evals(train_run(out, recipe))
 
     yield Notice(message=f"2/5 npo index {quote_path(out)}")
@@ -53,7 +53,9 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
         message=f"3/5 npo score-checkpoints {quote_path(out)} --at {at} --candidates {steps} {' '.join(SCORE_OVERRIDES)}"  # noqa: E501
     )
     best = None
-    for record in score_run(out, at=at, candidates=CANDIDATES, branch=None, overrides=SCORE_OVERRIDES):
+    for record in score_run(
+        out, at=at, candidates=CANDIDATES, branch=None, overrides=SCORE_OVERRIDES, allow_code=False
+    ):
         if isinstance(record, CheckpointScore) and record.is_selected:
             best = record.step
         yield record
@@ -67,6 +69,7 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
         branch=None,
         steps=None,
         overrides=(),
+        allow_code=False,
     )
 
     yield Notice(message=f"5/5 npo resume {quote_path(out)} --at {at} --guide {GUIDE}")
@@ -78,6 +81,7 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
         source_branch=None,
         new_branch=None,
         steps=None,
+        allow_code=False,
     )
     yield from drop_evals(replay)
     yield from summarize_demo(out)

@@ -121,12 +121,12 @@ def find_remaining_command(command: Command, cell: BenchRun) -> Command | None:
         return command
     if "--autonpo" in command:
         return ("resume", str(cell.run), "--autonpo")
-    run, branch = open_run(cell.run), options.get("--branch", MAIN)
+    run, branch = open_run(cell.run), options.get("--new-branch", MAIN)
     if command[0] == "resume" and branch not in list_branches(run):
         return command
     if _newest(run, branch) >= steps:
         return None
-    return ("resume", str(cell.run), "--from", branch, "--until", str(steps))
+    return ("resume", str(cell.run), "--branch", branch, "--until", str(steps))
 
 
 def _options(command: Sequence[str]) -> dict[str, str]:

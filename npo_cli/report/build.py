@@ -24,9 +24,7 @@ def write_report(roots: Sequence[Path], out: Path, *, plots_folder: Path | None)
     """A chapter a run, before them an overview if there are several; the pictures as files where asked for."""
     validate_output(out)
     if plots_folder is not None and plots_folder.exists() and not plots_folder.is_dir():
-        raise NpoError(
-            f"--pictures {plots_folder} is a file", f"name a folder: --pictures {quote_path(plots_folder)}.d"
-        )
+        raise NpoError(f"--figures {plots_folder} is a file", f"name a folder: --figures {quote_path(plots_folder)}.d")
     runs = open_labelled_runs(roots)
     began = time.monotonic()
     chapters = [build_overview(runs)] if len(runs) > 1 else []
@@ -42,7 +40,7 @@ def write_report(roots: Sequence[Path], out: Path, *, plots_folder: Path | None)
         every = list_plots(chapters)
         for picture in every:
             save_plot(picture, plots_folder)
-        yield Notice(message=f"pictures: {len(every)} as PNG and SVG in {plots_folder}")
+        yield Notice(message=f"figures: {len(every)} as PNG and SVG in {plots_folder}")
 
 
 def open_labelled_runs(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:

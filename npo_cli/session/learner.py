@@ -59,7 +59,7 @@ def list_later_checkpoints(run: RunDir, learner: Learner) -> list[Checkpoint]:
     if not later:
         raise NpoError(
             f"{learner.branch} has no checkpoint later than step {learner.step}",
-            f"train on first: npo resume {quote_path(run.root)} --from {learner.branch} "
+            f"train further: npo resume {quote_path(run.root)} --branch {learner.branch} "
             f"train.num_steps={2 * learner.step or 1}",
         )
     return sorted(later, key=lambda checkpoint: checkpoint.step)

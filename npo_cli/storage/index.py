@@ -134,6 +134,9 @@ def count_eval_samples(report: EvalReport) -> int:
     return report.num_prompts * report.num_samples
 
 
-def index_run(root: Path, *, verify: bool) -> list[CheckpointEntry]:
-    """Rebuild the index from what lies on the disk; `verify` reads every byte and compares digests."""
-    return build_index(open_run(root), verify=verify)
+def index_run(root: Path, *, branch: str | None = None, verify: bool = False) -> list[CheckpointEntry]:
+    """Checkpoints of a branch, or of all; `verify` reads every file and compares the digests."""
+    run = open_run(root)
+    if branch is not None:
+        find_first_segment(run, branch)
+    return [entry for entry in build_index(run, verify=verify) if branch in (None, entry.branch)]

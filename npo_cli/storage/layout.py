@@ -198,7 +198,7 @@ def read_run_info(root: Path) -> RunInfo:
     if not path.is_file():
         raise NpoError(
             f"{root} is not a run directory: it has no {RUN_INFO_FILE}",
-            "name a run directory, or start a run in a new folder: npo train RECIPE --run DIR",
+            "name a run directory, or start a new run: npo train RECIPE RUN",
         )
     found = read_json(path)
     version = found.get("format")
@@ -226,7 +226,7 @@ def open_run(root: Path) -> RunDir:
     """An existing run directory of a format this program reads."""
     root = Path(root)
     if not root.exists():
-        raise NpoError(f"there is no run directory {root}", f"start one: npo train RECIPE --run {quote_path(root)}")
+        raise NpoError(f"there is no run directory {root}", f"npo train RECIPE {quote_path(root)}")
     read_run_info(root)
     return RunDir(root)
 
@@ -244,7 +244,7 @@ def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> Ru
         if isinstance(error, FileExistsError):
             raise used_directory_error(root) from error
         if isinstance(error, OSError):
-            raise NpoError(f"cannot make {root}: {error.strerror}", "name another folder with --run") from error
+            raise NpoError(f"cannot make {root}: {error.strerror}", "choose another run directory") from error
         raise
     return RunDir(root)
 
@@ -273,7 +273,7 @@ def _undo(root: Path, made: list[Path], *, taken: bool) -> None:
             folder.rmdir()
 
 
-def check_unused(root: Path, *, flag: str = "--run") -> None:
+def check_unused(root: Path, *, flag: str = "RUN") -> None:
     """A folder with anything in it never becomes a new run, nor does one that cannot be made."""
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise used_directory_error(root, flag=flag)
@@ -281,19 +281,19 @@ def check_unused(root: Path, *, flag: str = "--run") -> None:
     effective = os.access in os.supports_effective_ids
     if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK, effective_ids=effective):
         problem = "may not be written in" if around.is_dir() else "is a file"
-        raise NpoError(f"cannot make {root}: {around} {problem}", f"name another folder with {flag}")
+        raise NpoError(f"cannot make {root}: {around} {problem}", f"choose another folder for {flag}")
 
 
-def used_directory_error(root: Path, *, flag: str = "--run") -> NpoError:
+def used_directory_error(root: Path, *, flag: str = "RUN") -> NpoError:
     """The words for a folder that cannot become a run."""
     if (root / RUN_INFO_FILE).exists():
         return NpoError(
             f"{root} already holds a run",
-            f"go on with it: npo resume {quote_path(root)}, or name a new folder: {flag} DIR",
+            f"resume it: npo resume {quote_path(root)}, or choose a new folder for {flag}",
         )
     if not root.is_dir():
-        return NpoError(f"{root} is a file, not a folder", f"name a new folder with {flag}")
+        return NpoError(f"{root} is a file, not a folder", f"choose a new folder for {flag}")
     return NpoError(
         f"{root} is not empty and holds no run",
-        f"name a new or empty folder with {flag} (npo resume goes on with an existing run)",
+        f"choose a new or empty folder for {flag} (npo resume continues an existing run)",
     )

@@ -114,9 +114,7 @@ def find_free_branch_name(run: RunDir, wish: str, *, exact: bool = False) -> str
     if wish not in taken:
         return wish
     if exact:
-        raise NpoError(
-            f"{run.root} already has a branch {wish!r}", "choose another name with --branch, or leave it out"
-        )
+        raise NpoError(f"{run.root} already has a branch {wish!r}", "choose another name with --new-branch, or omit it")
     number = 2
     while f"{wish}-{number}" in taken:
         number += 1

@@ -73,7 +73,7 @@ UNFINISHED_SUFFIX = ".unfinished"
 
 
 @contextmanager
-def atomic_directory(root: Path, *, flag: str = "--run") -> Iterator[Path]:
+def atomic_directory(root: Path, *, flag: str = "RUN") -> Iterator[Path]:
     """A hidden sibling that becomes `root` when the block ends well, else it is removed.
 
     What a killed writer left is removed; one that is still at work there is refused by its lock.

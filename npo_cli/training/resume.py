@@ -80,8 +80,8 @@ def resume_run(
     """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps, up to `until`."""
     run = open_run(root)
     with lock_run(run), stop_between_steps() as stop:
-        replay = {"--guide": guide, "--branch": new_branch, "--steps": steps}
-        again = format_command(root, **{"--from": source_branch, "--at": at}, **replay)
+        replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps}
+        again = format_command(root, **{"--branch": source_branch, "--at": at}, **replay)
         if at is None:
             check_replay_options(again, **replay)
             start = find_resume_point(run, source_branch, overrides)
@@ -108,10 +108,10 @@ def format_command(root: Path, **options: str | int | None) -> str:
 
 
 def check_replay_options(again: str, **options: str | int | None) -> None:
-    """`--guide`, `--branch` and `--steps` describe a replay, which needs a step to start from."""
+    """`--guide`, `--new-branch` and `--steps` describe a fork, which needs `--at`."""
     for name, value in options.items():
         if value is not None:
-            raise NpoError(f"{name} describes a replay, which needs --at STEP", f"{again} --at STEP")
+            raise NpoError(f"{name} needs --at STEP", f"{again} --at STEP")
 
 
 def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: int | None = None) -> None:
@@ -119,14 +119,14 @@ def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: in
     train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
     if until is not None and done >= until:
         raise NpoError(
-            f"step {done} is done already: --until {until} leaves nothing to do", f"{command} --until {done + 1}"
+            f"the run is at step {done} already: --until {until} is not later", f"{command} --until {done + 1}"
         )
     if done < train.num_steps:
         return
     more = f"train.num_steps={2 * done}"
     if train.schedule != "constant":
-        command = f"npo train {quote_path(run.recipe_path(start.segment.parent or start.branch))} --run NEW"
-    raise NpoError(f"the run has done {done} of {train.num_steps} steps: nothing is left to do", f"{command} {more}")
+        command = f"npo train {quote_path(run.recipe_path(start.segment.parent or start.branch))} NEW_RUN"
+    raise NpoError(f"the run has completed step {done} of {train.num_steps}", f"{command} {more}")
 
 
 def find_resume_point(run: RunDir, branch: str | None, overrides: Sequence[str]) -> ResumePoint:
@@ -154,7 +154,7 @@ def fork(
     """A new branch at `at`; the guide works for the segment it was sampled for unless `steps` says otherwise."""
     info = None if guide is None else load_guide(run, guide)[0]
     if info is None and steps is not None:
-        raise NpoError("--steps says how long a guide is mixed in, and no --guide is given", "add --guide NAME")
+        raise NpoError("--steps needs --guide NAME", "add --guide NAME")
     parent = parent or (info.branch if info else find_newest_branch(run))
     checkpoint = find_checkpoint(run, parent, at)
     recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), fork=True)

@@ -227,9 +227,9 @@ def test_descending_distances_are_no_recipe(plain):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--guide", "near"], "--autonpo makes its own guides"),
-        (["--steps", "2"], "--autonpo makes its own guides"),
-        (["--branch", "new"], "--branch names a new branch, which needs --at STEP"),
+        (["--guide", "near"], "not available with --autonpo"),
+        (["--steps", "2"], "not available with --autonpo"),
+        (["--new-branch", "new"], "--new-branch needs --at STEP"),
     ],
 )
 def test_options_of_a_replay_by_hand_do_not_go_with_it(warm, plain, tmp_path, given, message):

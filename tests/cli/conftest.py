@@ -14,11 +14,11 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints 0, 2 and 4 on main, scored and guided for step 0, and a replay named again."""
     root = tmp_path_factory.mktemp("circle") / "a run é"
     for args in (
-        ("train", "micro", *SMALL, "--run", root),
+        ("train", "micro", root, *SMALL),
         ("eval", root, "--step", "4"),
         ("score-checkpoints", root, "--at", "0", *FEW),
         ("sample-guide", root, "--guide", "4", "--at", "0", "--name", "near"),
-        ("resume", root, "--at", "0", "--guide", "near", "--branch", "again"),
+        ("resume", root, "--at", "0", "--guide", "near", "--new-branch", "again"),
     ):
         assert npo(*args).code == 0, args
     return root

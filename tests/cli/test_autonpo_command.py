@@ -74,7 +74,7 @@ def test_json_is_one_object_a_move_with_step_event_and_phase_and_no_picture(fold
     assert lines[4]["evidence"] == {"assumed": True, "distance": 10}
     assert len(lines) == 11
     assert os.listdir(folder) == ["metrics.jsonl"]
-    npo("autonpo", "metrics.jsonl", "--explain", "--json", "--out", "here.svg")
+    npo("autonpo", "metrics.jsonl", "--explain", "--json", "--figure", "here.svg")
     assert sorted(os.listdir(folder)) == ["here.svg", "metrics.jsonl"]
 
 
@@ -109,19 +109,23 @@ def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
 @pytest.mark.parametrize(
     ("args", "message", "hint"),
     [
-        (["nope"], "there is no run directory or file nope", "name a run directory, or a file of JSON lines"),
+        (["nope"], "there is no run directory or file nope", "npo autonpo RUN, or npo autonpo FILE.jsonl --explain"),
         (["run"], "AutoNPO never watched run", "npo resume run --autonpo"),
-        (["m.jsonl"], "m.jsonl is a file: what really happened", "npo autonpo m.jsonl --explain"),
-        (["run", "--reward", "acc"], "--reward belongs to --explain", "npo autonpo run --explain"),
-        (["run", "autonpo.trigger.window=3"], "KEY=VALUE belongs to --explain", "npo autonpo run --explain"),
+        (["m.jsonl"], "m.jsonl is a file: without --explain", "npo autonpo m.jsonl --explain"),
+        (["run", "--reward", "acc"], "--reward needs --explain", "npo autonpo run --explain"),
+        (["run", "autonpo.trigger.window=3"], "KEY=VALUE needs --explain", "npo autonpo run --explain"),
         (
             ["m.jsonl", "--explain", "--branch", "b"],
-            "--branch names a branch of a run",
+            "--branch needs a run directory",
             "npo autonpo m.jsonl --explain",
         ),
         (["run", "--explain", "--branch", "b"], "run has no branch 'b': main", "npo show run lineage"),
-        (["m.jsonl", "--explain", "--out", "x.txt"], "--out x.txt: a picture ends in .png", "--out x.txt.png"),
-        (["m.jsonl", "--explain", "--out", "run/m.svg"], "--out run/m.svg is a folder", "--out run/m.svg/autonpo.png"),
+        (["m.jsonl", "--explain", "--figure", "x.txt"], "--figure x.txt must end in .png", "--figure x.txt.png"),
+        (
+            ["m.jsonl", "--explain", "--figure", "run/m.svg"],
+            "--figure run/m.svg is a folder",
+            "--figure run/m.svg/figure",
+        ),
         (["m.jsonl", "--explain", "--reward", "x"], "m.jsonl has no number in a column 'x'", "--reward COLUMN"),
         (
             ["m.jsonl", "--explain", "auto.wndow=3"],
@@ -133,7 +137,7 @@ def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
             "autonpo.rollback.distances must be ascending",
             "npo recipes",
         ),
-        (["bin", "--explain"], "bin is not UTF-8 text (byte 0)", "name a run directory, or a file of JSON lines"),
+        (["bin", "--explain"], "bin is not UTF-8 text (byte 0)", "npo autonpo RUN, or npo autonpo FILE.jsonl --explain"),
         (["empty", "--explain"], "empty is empty", "it needs one JSON object a line"),
         (["plain", "--explain"], "plain is not a run directory: it has no npo_run.json", "name a run directory"),
     ],

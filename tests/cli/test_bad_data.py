@@ -22,7 +22,7 @@ def training(folder: Path, *overrides: str, lines: Sequence[str] | None = None, 
     if lines is not None:
         (folder / "d.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
     task = ("task.source=file", "task.path=d.jsonl", "task.verifier=last_number")
-    said = assert_refused("train", "micro", *SMALL, *task, *overrides, "--run", "new", beside=folder, code=code)
+    said = assert_refused("train", "micro", "new", *SMALL, *task, *overrides, beside=folder, code=code)
     return f"{said.message} | {said.hint}".replace(f"{folder}/", "")
 
 
@@ -112,7 +112,7 @@ def test_a_run_goes_on_from_any_folder(folder, monkeypatch):
     (folder / "d.jsonl").write_text("\n".join(GOOD))
     (folder / "v.py").write_text("def check(prompt, response, answer):\n    return answer in response\n")
     task = ("task.source=file", "task.path=d.jsonl", "task.verifier=v.py:check")
-    assert npo("train", "micro", *SMALL, *task, "train.num_steps=1", "--allow-code", "--run", "new").code == 0
+    assert npo("train", "micro", "new", *SMALL, *task, "train.num_steps=1", "--allow-code").code == 0
     monkeypatch.chdir("/")
     assert npo("resume", folder / "new", "train.num_steps=2", "--allow-code").code == 0
 
@@ -150,7 +150,7 @@ def verified_by(folder: Path, verifier: str, *options: str) -> CommandResult:
     """One step judged by a function of the user's."""
     (folder / "v.py").write_text(VERIFIERS)
     task = (f"task.verifier={verifier}", "task.verify_timeout=0.2", "train.num_steps=1", "train.prompts_per_step=2")
-    return npo("train", "micro", *SMALL, *task, "train.group_size=2", *options, "--run", folder / "new")
+    return npo("train", "micro", folder / "new", *SMALL, *task, "train.group_size=2", *options)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_verifier_that_cannot_work_is_told_before_anything_is_written(folder, 
     (folder / "torn.py").write_text("def f(\n")
     (folder / "zero.py").write_bytes(b"def f(): pass\0")
     (folder / "fails.py").write_text("import no_such_thing as f\n")
-    args = ("train", "micro", *SMALL, f"task.verifier={verifier}", "--allow-code", "--run", "new")
+    args = ("train", "micro", "new", *SMALL, f"task.verifier={verifier}", "--allow-code")
     before = {path.name for path in folder.iterdir()}
     said = npo(*args)
     assert (said.code, said.out, said.err.count("\n")) == (code, "", 2)

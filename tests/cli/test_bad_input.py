@@ -20,7 +20,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def training(folder: Path, *overrides: str, recipe: str = "micro") -> str:
     """The words of a training that must not begin."""
-    said = assert_refused("train", recipe, *overrides, "--run", "new", beside=folder)
+    said = assert_refused("train", recipe, "new", *overrides, beside=folder)
     return f"{said.message} | {said.hint}"
 
 
@@ -32,10 +32,11 @@ def training(folder: Path, *overrides: str, recipe: str = "micro") -> str:
     [
         (["trian"], "No such command 'trian'. Did you mean 'train'?", "npo --help"),
         (["train"], "Missing argument 'RECIPE'.", "npo train --help"),
-        (["train", "micro"], "Missing option '--run'.", "npo train --help"),
+        (["train", "micro", "a", "--run", "b"], "the run directory is given twice: a and --run b", "--run b   #"),
+        (["train", "micro", ""], "the run directory is an empty name", "npo train micro runs/first"),
         (["train", "micro", "--run"], "Option '--run' requires an argument.", "npo train --help"),
         (["doctor", "b"], "Got unexpected extra argument(s) (b)", "npo doctor --help"),
-        (["index", "a", "b"], "KEY=VALUE belongs to --import", "npo index a --import FOLDER --recipe RECIPE"),
+        (["index", "a", "b"], "KEY=VALUE needs --import", "npo index a --import FOLDER --recipe RECIPE"),
         (["show", "a", "--limit", "0"], "Invalid value for '--limit': Input should be greater", "npo show --help"),
         (["resume", "a", "--at", "two"], "Invalid value for '--at': Input should be a valid", "npo resume --help"),
         (["train", "micro", "--run", "x", "--json=3"], "Option '--json' does not take a value.", "npo train --help"),
@@ -45,7 +46,25 @@ def training(folder: Path, *overrides: str, recipe: str = "micro") -> str:
 def test_a_slip_on_the_command_line_names_it_and_the_help(folder, args, message, hint):
     said = assert_refused(*args, beside=folder)
     assert said.message.startswith(message)
-    assert said.hint == hint
+    assert said.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "hint"),
+    [
+        (["score-sources", "R"], "there is no command score-sources", "npo score-checkpoints RUN --source SPEC"),
+        (["base"], "there is no command base", "python recipes/make_micro_base.py"),
+        (["resume", "R", "--from", "b"], "npo resume has no option --from: use --branch b", "npo resume --help"),
+        (["autonpo", "R", "--out=f.png"], "npo autonpo has no option --out: use --figure f.png", "npo autonpo --help"),
+        (["compare", "R", "--csv", "a.csv"], "npo compare has no option --csv: use --out a.csv", "npo compare --help"),
+        (["report", "R", "--pictures", "d"], "npo report has no option --pictures: use --figures d", "npo report --h"),
+        (["index", "R", "--base"], "npo index has no option --base: use --with-base", "npo index --help"),
+    ],
+)
+def test_old_command_or_option_is_answered_with_the_new_one(folder, args, message, hint):
+    error = assert_refused(*args, beside=folder)
+    assert error.message.startswith(message)
+    assert error.hint.startswith(hint)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +169,8 @@ def test_a_binary_recipe_is_told_by_its_first_bad_byte(folder):
 @pytest.mark.parametrize(
     "args",
     [
-        ["train", "micro", "train.lrr=1", "--run", "new"],
-        ["train", "micro", "--run", "used"],
+        ["train", "micro", "new", "train.lrr=1"],
+        ["train", "micro", "used"],
         ["index", "nowhere"],
         ["resume", "nowhere"],
         ["eval", "used"],
@@ -159,7 +178,6 @@ def test_a_binary_recipe_is_told_by_its_first_bad_byte(folder):
         ["score-checkpoints", "nowhere", "--candidates", "a,b"],
         ["show", "nowhere"],
         ["demo", "--out", "used"],
-        ["base", "--out", "used"],
     ],
 )
 def test_a_slip_costs_no_heavy_import(folder, args):

@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def training(folder: Path, *overrides: str) -> str:
-    said = assert_refused("train", "micro", *SMALL, *overrides, "--run", "new", beside=folder)
+    said = assert_refused("train", "micro", "new", *SMALL, *overrides, beside=folder)
     return f"{said.message} | {said.hint}"
 
 

@@ -23,9 +23,9 @@ def words(circle: Path, *args: str) -> str:
 
 
 def test_a_run_is_not_trained_again(circle):
-    said = assert_refused("train", "micro", "--run", circle, beside=circle.parent)
+    said = assert_refused("train", "micro", circle, beside=circle.parent)
     assert said.message == f"{circle} already holds a run"
-    assert said.hint == f"go on with it: npo resume {shlex.quote(str(circle))}, or name a new folder: --run DIR"
+    assert said.hint == f"resume it: npo resume {shlex.quote(str(circle))}, or choose a new folder for RUN"
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_run_is_not_trained_again(circle):
     ],
 )
 def test_a_place_that_cannot_become_a_run_is_refused(circle, path, message):
-    assert assert_refused("train", "micro", "--run", circle / path, beside=circle.parent).message.endswith(message)
+    assert assert_refused("train", "micro", circle / path, beside=circle.parent).message.endswith(message)
 
 
 @pytest.mark.parametrize("command", ["index", "show", "eval", "resume", "sample-guide", "score-checkpoints"])
@@ -49,7 +49,7 @@ def test_what_is_no_run_is_told_by_every_command(circle, tmp_path, command):
     ):
         said = assert_refused(command, path, beside=circle.parent)
         assert said.message == message
-        assert "npo train RECIPE --run" in said.hint
+        assert "npo train RECIPE" in said.hint
 
 
 def test_a_run_from_the_future_is_opened_by_no_command(circle, tmp_path):
@@ -87,7 +87,7 @@ def test_a_step_without_a_checkpoint_is_answered_with_those_there_are(circle, ar
         (["eval", "--branch", "nope"], "RUN has no branch 'nope': main, again | npo show RUN lineage"),
         (["eval", "--branch", ""], "RUN has no branch '': main, again | npo show RUN lineage"),
         (["show", "--branch", "../main"], "RUN has no branch '../main': main, again | npo show RUN lineage"),
-        (["resume", "--from", "nope"], "RUN has no branch 'nope': main, again | npo show RUN lineage"),
+        (["resume", "--branch", "nope"], "RUN has no branch 'nope': main, again | npo show RUN lineage"),
         (["show", "metrics", "--step", "99"], "RUN has no metrics of step 99 | npo show RUN metrics"),
         (
             ["show", "groups", "--prompt", "p q", "--step", "1"],
@@ -176,7 +176,7 @@ def test_a_setting_that_would_falsify_what_was_computed_is_refused_by_every_comm
     recipe = circle / "branches" / "again" / "recipe.yaml"
     said = assert_refused(command, circle, override, beside=circle.parent)
     assert said.message == f"{change}: the steps already made depend on it"
-    assert said.hint == f"npo train {shlex.quote(str(recipe))} {typed} --run NEW"
+    assert said.hint == f"npo train {shlex.quote(str(recipe))} NEW_RUN {typed}"
 
 
 def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tmp_path):
@@ -199,7 +199,7 @@ def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
     [
         ([], "the run has done 4 of 4 steps: nothing is left to do | npo resume RUN train.num_steps=8"),
         (["train.num_steps=2"], "the run has done 4 of 2 steps: nothing is left to do | npo resume RUN train.num_st"),
-        (["--from", "main"], "the run has done 4 of 4 steps: nothing is left to do | npo resume RUN --from main train"),
+        (["--branch", "main"], "the run has completed step 4 of 4 | npo resume RUN --branch main train"),
         (["--at", "4", "--branch", "b"], "the run has done 4 of 4 steps: nothing is left to do | npo resume RUN --at "),
         (["--guide", "near"], "--guide describes a replay, which needs --at STEP | npo resume RUN --guide near --at"),
         (["--branch", "x"], "--branch describes a replay, which needs --at STEP | npo resume RUN --branch x --at STEP"),
@@ -213,11 +213,11 @@ def test_a_resume_with_nothing_to_do_or_half_a_replay_says_how_to_go_on(circle, 
 
 def test_a_decay_that_was_spread_over_its_steps_is_not_stretched(tmp_path):
     run = tmp_path / "run"
-    assert npo("train", "micro", *SMALL, "train.schedule=linear", "--run", run).code == 0
+    assert npo("train", "micro", run, *SMALL, "train.schedule=linear").code == 0
     said = assert_refused("resume", run, "train.num_steps=8", beside=tmp_path)
     assert "the linear schedule of the steps already made was spread over 4 steps" in said.message
     said = assert_refused("resume", run, beside=tmp_path)
-    assert said.hint == f"npo train {run}/branches/main/recipe.yaml --run NEW train.num_steps=8"
+    assert said.hint == f"npo train {run}/branches/main/recipe.yaml NEW_RUN train.num_steps=8"
 
 
 # Names and guides
@@ -229,7 +229,7 @@ def test_a_decay_that_was_spread_over_its_steps_is_not_stretched(tmp_path):
     [
         ["sample-guide", "--at", "0", "--guide", "4", "--name"],
         ["resume", "--at", "0", "--guide"],
-        ["resume", "--at", "0", "--guide", "near", "--branch"],
+        ["resume", "--at", "0", "--guide", "near", "--new-branch"],
     ],
 )
 def test_a_bad_name_is_refused_wherever_it_is_given(circle, args, name):
@@ -253,7 +253,10 @@ def test_a_bad_name_is_refused_wherever_it_is_given(circle, args, name):
             "guide near was sampled for step 0 of main, not step 2 of main "
             "| npo sample-guide RUN --branch main --guide 4 --at 2 --name NEW",
         ),
-        (["resume", "--at", "0", "--guide", "near", "--branch", "main"], "RUN already has a branch 'main' | choose an"),
+        (
+            ["resume", "--at", "0", "--guide", "near", "--new-branch", "main"],
+            "RUN already has a branch 'main' | choose an",
+        ),
     ],
 )
 def test_a_guide_or_branch_that_does_not_fit_is_answered_with_the_command_that_does(circle, args, expected):
@@ -278,7 +281,7 @@ def test_a_guide_that_is_not_this_runs_or_not_whole_is_refused(circle, tmp_path,
 
 def test_a_guide_folder_copied_from_another_run_is_refused(circle, tmp_path):
     run = tmp_path / "other"
-    assert npo("train", "micro", *SMALL, "train.seed=1", "--run", run).code == 0
+    assert npo("train", "micro", run, *SMALL, "train.seed=1").code == 0
     shutil.copytree(circle / "guides", run / "guides")
     said = assert_refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
     assert said.message.startswith("guide 'near' was made in another run")
@@ -288,7 +291,7 @@ def test_a_guide_folder_copied_from_another_run_is_refused(circle, tmp_path):
 def test_training_does_not_go_on_from_weights_alone(circle, tmp_path):
     run = copy_run(circle, tmp_path)
     demote_checkpoint(find_checkpoint(RunDir(run), "main", 2))
-    said = assert_refused("resume", run, "--from", "main", "--at", "2", beside=tmp_path)
+    said = assert_refused("resume", run, "--branch", "main", "--at", "2", beside=tmp_path)
     assert said.message == "step 2 of main is a guide (weights only); training cannot go on from it"
     anew = f"npo resume {run} --at 2 --fresh-optimizer"
     assert said.hint == f"choose an anchor (npo index {run}), or begin the optimizer anew: {anew}"

@@ -27,7 +27,7 @@ def lines_of(result: Result) -> list[dict]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("doors") / "run"
-    lines = lines_of(called("train", "micro", *SMALL, "--run", str(root), "--json"))
+    lines = lines_of(called("train", "micro", str(root), *SMALL, "--json"))
     steps = [line["step"] for line in lines if line["record"] == "step_report"]
     assert steps == [1, 2, 3, 4]
     return root
@@ -77,7 +77,7 @@ def test_show_rollouts_follows_one_prompt_and_takes_the_last(run):
 
 def test_report_leaves_a_page_and_pictures_and_says_where(run, tmp_path):
     out, folder = tmp_path / "r.html", tmp_path / "pictures"
-    result = called("report", str(run), "--out", str(out), "--pictures", str(folder))
+    result = called("report", str(run), "--out", str(out), "--figures", str(folder))
     assert (result.exit_code, result.stdout) == (0, "")
     *_, page, pictures = result.stderr.splitlines()
     assert page.startswith(f"report: {out}, ")
@@ -110,7 +110,7 @@ def test_a_run_without_guides_prints_no_data_and_says_so(run):
         ),
         (["score-checkpoints", "score.kk=1"], "score.kk is not a setting"),
         (["eval", "--branch", "nope"], "has no branch 'nope': main"),
-        (["resume", "--from", "nope"], "has no branch 'nope': main"),
+        (["resume", "--branch", "nope"], "has no branch 'nope': main"),
     ],
 )
 def test_what_a_run_cannot_answer_is_refused(run, args, message):
@@ -132,14 +132,14 @@ def test_eval_prints_one_report_a_checkpoint(run):
 
 def test_the_circle_closes_through_the_doors(run, tmp_path):
     root = tmp_path / "copy"
-    lines_of(called("train", "micro", *SMALL, "--run", str(root), "--json"))
+    lines_of(called("train", "micro", str(root), *SMALL, "--json"))
     few = ["scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50"]
     scores = lines_of(called("score-checkpoints", str(root), "--at", "0", *few, "--json"))
     assert [(line["step"], line["distance"]) for line in scores] == [(2, 2), (4, 4)]
     assert sum(line["chosen"] for line in scores) == 1
     (guide,) = lines_of(called("sample-guide", str(root), "--guide", "4", "--at", "0", "--name", "near", "--json"))
     assert (guide["record"], guide["name"], guide["guide_step"], guide["complete"]) == ("guide_info", "near", 4, True)
-    replay = lines_of(called("resume", str(root), "--at", "0", "--guide", "near", "--branch", "again", "--json"))
+    replay = lines_of(called("resume", str(root), "--at", "0", "--guide", "near", "--new-branch", "again", "--json"))
     assert {line["branch"] for line in replay} == {"again"}
     lineage = lines_of(called("show", str(root), "lineage", "--json"))
     assert [(line["branch"], line["parent"], line["guide"]) for line in lineage] == [

@@ -13,14 +13,12 @@ def runs(tmp_path_factory):
     home = tmp_path_factory.mktemp("compared")
     settings = [one for one in SMALL if not one.startswith("eval.every")]
     for seed in (0, 1):
-        assert (
-            npo("train", "micro", *settings, "eval.every=2", f"train.seed={seed}", "--run", home / f"s{seed}").code == 0
-        )
+        assert npo("train", "micro", home / f"s{seed}", *settings, "eval.every=2", f"train.seed={seed}").code == 0
     return home
 
 
 def test_json_lines_name_their_kind(runs, tmp_path):
-    said = npo("compare", f"a={runs}/s0", f"b={runs}/s0", "--threshold", "0.01", "--json", "--csv", tmp_path / "p.csv")
+    said = npo("compare", f"a={runs}/s0", f"b={runs}/s0", "--threshold", "0.01", "--json", "--out", tmp_path / "p.csv")
     lines = [json.loads(line) for line in said.out.splitlines()]
     kinds = [line["record"] for line in lines]
     assert kinds == [
@@ -64,14 +62,14 @@ def test_slips_are_refused_at_once(runs, options, message):
 
 
 def test_a_folder_is_no_file_and_a_seed_counts_once(runs):
-    assert "is a folder" in assert_refused("compare", f"{runs}/s0", f"b={runs}/s1", "--csv", runs, beside=runs).message
+    assert "is a folder" in assert_refused("compare", f"{runs}/s0", f"b={runs}/s1", "--out", runs, beside=runs).message
     twice = assert_refused("compare", f"a={runs}/s0", f"a={runs}/s0", beside=runs)
     assert twice.message == f"arm 'a' has seed 0 twice: {runs}/s0:main and {runs}/s0:main"
 
 
 def test_a_run_that_was_never_evaluated_is_told_how(runs, tmp_path):
     dark = tmp_path / "in the dark"
-    assert npo("train", "micro", *SMALL, "--run", dark).code == 0
+    assert npo("train", "micro", dark, *SMALL).code == 0
     hint = assert_refused("compare", f"a={dark}", f"b={runs}/s1", beside=tmp_path).hint
     assert hint == f"npo eval {quote_path(dark)} --all --branch main"
     assert npo("eval", dark, "--all", "--branch", "main").code == 0

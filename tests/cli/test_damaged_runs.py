@@ -19,8 +19,8 @@ ROLES = {
     "learner": ["score-checkpoints", "--branch", "main", "--at", "4"],
     "candidate": ["score-checkpoints", "--branch", "main", "--at", "0", "--candidates", "2,4"],
     "guide": ["sample-guide", "--branch", "main", "--at", "2", "--guide", "4"],
-    "rollback": ["resume", "--from", "main", "--at", "4", "train.num_steps=8"],
-    "resume point": ["resume", "--from", "main", "train.num_steps=8"],
+    "rollback": ["resume", "--branch", "main", "--at", "4", "train.num_steps=8"],
+    "resume point": ["resume", "--branch", "main", "train.num_steps=8"],
 }
 Change = Callable[[dict[str, Tensor]], object]
 TENSORS: dict[str, Change] = {
@@ -48,7 +48,7 @@ def with_tensors(path: Path, change: Change) -> None:
 
 def roles(run: Path) -> dict[str, list[str]]:
     """Every command that uses step 4 of main; a learner needs a future, so it must have one."""
-    future = npo("resume", run, "--from", "main", "train.num_steps=6")
+    future = npo("resume", run, "--branch", "main", "train.num_steps=6")
     assert future.code == 0
     return ROLES
 
@@ -93,10 +93,10 @@ def test_a_checkpoint_that_is_cut_short_is_refused_in_every_role(run, role):
 
 def test_a_damaged_checkpoint_that_was_set_aside_is_in_nobodys_way(run):
     checkpoint(run).joinpath("config.json").unlink()
-    said = assert_refused("resume", run, "--from", "main", "train.num_steps=6", beside=run.parent)
+    said = assert_refused("resume", run, "--branch", "main", "train.num_steps=6", beside=run.parent)
     _, source, target = shlex.split(said.hint[said.hint.index("mv ") :])
     Path(source).rename(target)
-    assert npo("resume", run, "--from", "main", "train.num_steps=6").code == 0
+    assert npo("resume", run, "--branch", "main", "train.num_steps=6").code == 0
     assert checkpoint(run).is_dir()  # made again on the way
     assert checkpoint(run, 6).is_dir()
 

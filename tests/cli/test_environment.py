@@ -53,7 +53,7 @@ def wait_for(path: Path, text: str) -> None:
 
 def test_a_run_in_which_a_process_writes_is_read_but_not_written(tmp_path, warm):
     run = tmp_path / "busy run"
-    child = warm.npo("train", "micro", *LONG, "--run", str(run), err=tmp_path / "err")
+    child = warm.npo("train", "micro", str(run), *LONG, err=tmp_path / "err")
     try:
         wait_for(run / "branches" / "main" / "metrics.jsonl", '"step":3,')
         for args in (
@@ -77,8 +77,8 @@ def test_a_run_in_which_a_process_writes_is_read_but_not_written(tmp_path, warm)
 
 def test_of_two_trainings_that_begin_at_once_one_is_refused_and_the_other_whole(tmp_path, warm):
     run = tmp_path / "run"
-    child = warm.npo("train", "micro", *SMALL, "--run", str(run), err=tmp_path / "err")
-    said = npo("train", "micro", *SMALL, "--run", run)
+    child = warm.npo("train", "micro", str(run), *SMALL, err=tmp_path / "err")
+    said = npo("train", "micro", run, *SMALL)
     codes = [child.ended(), said.code]
     assert sorted(codes) == [0, 2]
     err = (child.said(), said.err)[codes.index(2)]
@@ -111,7 +111,7 @@ def test_errors_go_to_stderr_and_json_stays_empty(circle):
         ["eval", circle, "--step", "3", "--json"],
         ["show", circle, "rollouts", "--step", "99", "--json"],
         ["resume", circle, "--json"],
-        ["train", "micro", "train.lrr=1", "--run", "x", "--json"],
+        ["train", "micro", "x", "train.lrr=1", "--json"],
         ["index", circle / "nowhere", "--json"],
     ):
         assert_refused(*args, beside=circle.parent)
@@ -176,7 +176,7 @@ def test_prompts_and_answers_cannot_write_on_the_screen(tmp_path):
     ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = ("task.source=file", f"task.path={tmp_path / 'd.jsonl'}", "task.verifier=exact", "task.id_column=id")
-    assert npo("train", "micro", *SMALL, *task, "--run", tmp_path / "run").code == 0
+    assert npo("train", "micro", tmp_path / "run", *SMALL, *task).code == 0
     for what in ("rollouts", "groups"):
         shown = npo("show", tmp_path / "run", what).out
         assert not set(shown) & {"\x1b", "\x07", "\r", "\u202e", "\u2066"}
@@ -224,9 +224,9 @@ def test_what_may_not_be_read_or_written_is_named(circle, tmp_path):
                 said = npo(args[0], secret)
                 assert (said.code, said.out, said.err.count("\n")) == (2, "", 2)
                 assert said.message.startswith(f"Permission denied: {secret}")
-            said = npo("train", "micro", "--run", tmp_path / "new")
+            said = npo("train", "micro", tmp_path / "new")
             assert said.message == f"cannot make {tmp_path / 'new'}: {tmp_path} may not be written in"
-            assert npo("train", "micro", "--run", secret / "new").code == 2
+            assert npo("train", "micro", secret / "new").code == 2
     finally:
         tmp_path.chmod(0o755)
         secret.chmod(0o755)

@@ -1,11 +1,14 @@
 import io
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from npo_cli.cli import main as cli
 from npo_cli.cli.checks import parse_steps
+from npo_cli.cli.train import choose_run_directory, split_arguments
 from npo_cli.config.loading import load_recipe, recipe_to_dict
 from npo_cli.config.locate import list_recipe_names
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly
@@ -14,17 +17,39 @@ runner = CliRunner()
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_says_what_it_does(command):
+def test_help_of_a_command_shows_its_purpose_and_an_example(command):
     result = runner.invoke(cli.app, [command, "--help"])
     assert result.exit_code == 0
-    assert cli.COMMANDS[command].__doc__.splitlines()[0] in result.output
+    assert cli.COMMANDS[command].function.__doc__.splitlines()[0] in result.output
+    assert f"Example: {cli.COMMANDS[command].example}" in " ".join(result.output.split())
+    assert all(len(line) <= 80 for line in result.output.splitlines())
 
 
-def test_the_first_page_lists_every_command_whole():
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_example_parses(command):
+    program, name, *args = shlex.split(cli.COMMANDS[command].example)
+    assert (program, name) == ("npo", command)
+    cli.typer.main.get_command(cli.app).commands[command].make_context(command, args)
+
+
+def test_help_lists_every_command_in_its_group():
     output = runner.invoke(cli.app, ["--help"]).output
-    for command, door in cli.COMMANDS.items():
-        first = door.__doc__.splitlines()[0]
-        assert f"{command.ljust(17)}  {first}" in output
+    sections = dict(part.split(":\n", 1) for part in output.split("\n\n") if ":\n" in part)
+    assert list(sections)[-len(cli.GROUPS) :] == list(cli.GROUPS)
+    for name, command in cli.COMMANDS.items():
+        first = command.function.__doc__.splitlines()[0]
+        assert f"{name.ljust(cli.COMMAND_WIDTH)}  {first}" in sections[command.group]
+    assert all(len(line) <= 80 for line in output.splitlines())
+
+
+def test_options_are_no_abbreviations_of_torchrun_options():
+    launch = pytest.importorskip("torch.distributed.run").get_args_parser()
+    theirs = [text for action in launch._actions for text in action.option_strings if text.startswith("--")]
+    commands = cli.typer.main.get_command(cli.app).commands
+    ours = {(name, text) for name, each in commands.items() for option in each.params for text in option.opts}
+    clashes = {(name, text) for name, text in ours for other in theirs if text[:2] == "--" and other.startswith(text)}
+    # `--run` is the alias for one process; under torchrun the run directory is positional
+    assert clashes == {("train", "--run")}
 
 
 def test_recipes_lists_every_shipped_recipe():
@@ -45,11 +70,54 @@ def test_recipes_prints_one_whole_as_json():
     assert json.loads(result.stdout) == recipe_to_dict(load_recipe("micro"))
 
 
-def test_candidates_are_steps_apart_by_commas():
+def test_candidates_are_comma_separated_steps():
     assert parse_steps("20, 40,60") == (20, 40, 60)
     for wrong in ("", "20,", "a", "-20", "2.5", "²"):
-        with pytest.raises(NpoError, match="--candidates takes steps"):
+        with pytest.raises(NpoError, match="--candidates takes comma-separated steps"):
             parse_steps(wrong)
+
+
+# npo train RECIPE [RUN] [KEY=VALUE ...]
+
+
+def test_run_directory_is_the_argument_without_equals_sign():
+    assert split_arguments(["runs/a", "x=1"], run=None) == (Path("runs/a"), ["x=1"])
+    assert split_arguments(["x=1"], run=None) == (None, ["x=1"])
+    assert split_arguments(["x=1"], run=Path("a")) == (Path("a"), ["x=1"])
+    assert split_arguments([], run=None) == (None, [])
+    with pytest.raises(NpoError, match="given twice: a and --run b"):
+        split_arguments(["a"], run=Path("b"))
+
+
+def test_default_run_directory_is_the_first_free_number(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert choose_run_directory("micro") == Path("runs/micro-1")
+    (tmp_path / "runs" / "micro-1").mkdir(parents=True)
+    (tmp_path / "runs" / "micro-2").write_text("")
+    assert choose_run_directory("micro") == Path("runs/micro-3")
+    assert choose_run_directory("../recipes/mine.yaml") == Path("runs/mine-1")
+
+
+def test_default_run_directory_is_refused_for_several_processes(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NpoError, match="several processes need the name of the run directory"):
+        choose_run_directory("micro")
+
+
+# npo docs
+
+
+def test_docs_lists_pages_and_prints_one(capsys):
+    assert left_with(["docs"]) == 0
+    assert "reference/run-directory" in capsys.readouterr().out
+    assert left_with(["docs", "run-directory"]) == 0
+    assert capsys.readouterr().out.startswith("# ")
+
+
+def test_docs_answers_an_unknown_page_with_the_nearest(capsys):
+    assert left_with(["docs", "run-directry"]) == 2
+    assert capsys.readouterr().err.endswith("try: npo docs reference/run-directory\n")
 
 
 # main(): errors become two lines and an exit code
@@ -127,7 +195,6 @@ def test_ctrl_c_leaves_with_130(monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["train", "micro"], "Missing option '--run'"),
         (["train"], "Missing argument 'RECIPE'"),
         (["bogus"], "No such command 'bogus'"),
         (["resume", "x", "--at", "-1"], "Invalid value for '--at'"),
@@ -145,14 +212,14 @@ def test_usage_errors_leave_with_2_and_say_what_is_missing(capsys, args, words):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train", "micro", "train.lrr=1", "--run", "new"], "train.lrr is not a setting"),
-        (["train", "micro", "lr", "--run", "new"], "'lr' is not a setting: write KEY=VALUE"),
-        (["train", "nope", "--run", "new"], "there is no shipped recipe named 'nope'"),
+        (["train", "micro", "new", "train.lrr=1"], "train.lrr is not a setting"),
+        (["train", "micro", "new", "lr"], "'lr' is not a setting: write KEY=VALUE"),
+        (["train", "nope", "new"], "there is no shipped recipe named 'nope'"),
         (["resume", "new"], "there is no run directory new"),
         (["index", "new"], "there is no run directory new"),
-        (["score-checkpoints", "new", "--candidates", "x"], "--candidates takes steps"),
+        (["score-checkpoints", "new", "--candidates", "x"], "--candidates takes comma-separated steps"),
         (["sample-guide", "new"], "there is no run directory new"),
-        (["eval", "new", "--all", "--step", "3"], "--step and --all contradict each other"),
+        (["eval", "new", "--all", "--step", "3"], "--step and --all cannot be combined"),
         (["show", "new"], "there is no run directory new"),
         (["recipes", "nope"], "there is no shipped recipe named 'nope'"),
     ],

@@ -19,7 +19,7 @@ HOSTILE = "\x1b[31mtr\u202eaces"
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("taught") / "run"
-    assert npo("train", "micro", *SMALL, "--run", root).code == 0
+    assert npo("train", "micro", root, *SMALL).code == 0
     return root
 
 

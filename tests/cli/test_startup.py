@@ -41,7 +41,7 @@ def test_help_and_usage_errors_import_nothing_heavy(args, code):
     assert set(json.loads(result.stderr.splitlines()[-1])) <= {"pydantic"}
 
 
-@pytest.mark.parametrize("args", [["train", "micro", "train.lrr=1", "--run", "new"], ["resume", "new"]])
+@pytest.mark.parametrize("args", [["train", "micro", "new", "train.lrr=1"], ["resume", "new"]])
 def test_wrong_settings_are_told_without_torch(args):
     result = launched(*args, code=WATCHED)
     assert result.returncode == 2
@@ -63,7 +63,7 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 def test_errors_off_a_terminal_are_without_colour():
-    result = launched("train", "nope", "--run", "new")
+    result = launched("train", "nope", "new")
     assert (result.returncode, result.stdout) == (2, "")
     assert "\x1b" not in result.stderr
     assert result.stderr.count("\n") == 2

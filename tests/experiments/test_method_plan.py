@@ -31,11 +31,11 @@ def test_npo_early_and_late_is_five_commands(tmp_path):
     )
     found = build_commands(here)
     assert typed(found, tmp_path) == [
-        "train micro --method matched/npo --run RUN --until 3",
+        "train micro RUN --method matched/npo --until 3",
         "sample-guide RUN --at 0 --guide 3 --steps 2 --name early",
-        "resume RUN --at 0 --guide early --branch early --until 4",
+        "resume RUN --at 0 --guide early --new-branch early --until 4",
         "sample-guide RUN --branch early --at 2 --guide 4 --name late",
-        "resume RUN --at 2 --from early --guide late --branch npo",
+        "resume RUN --at 2 --branch early --guide late --new-branch npo",
     ]
     assert found[0][-1] == "train.seed=7"
     assert set(TINY) < set(found[0])
@@ -47,7 +47,7 @@ def test_a_plan_in_stretches_is_repeated_to_the_last_step_of_the_run(tmp_path):
     assert typed(found, tmp_path)[0].endswith("--until 0")
     assert typed(found, tmp_path)[-2:] == [
         "sample-guide RUN --at 40 --source self --steps 10 --name probe-40",
-        "resume RUN --at 40 --guide probe-40 --branch probe-40 --until 50",
+        "resume RUN --at 40 --guide probe-40 --new-branch probe-40 --until 50",
     ]
     assert len(found) == 1 + 2 * 3
 
@@ -74,13 +74,13 @@ def test_a_command_that_is_done_is_left_out_and_one_cut_short_is_gone_on_with(sc
     longer = (*born[:-1], "train.seed=7")
     assert longer == born
     further = tuple("6" if word == "4" else word for word in born)
-    assert find_remaining_command(further, here) == ("resume", str(root), "--from", "main", "--until", "6")
+    assert find_remaining_command(further, here) == ("resume", str(root), "--branch", "main", "--until", "6")
     assert find_remaining_command(asked, here) == asked
     sample(root, name="late")
     assert find_remaining_command(asked, here) is None
     assert find_remaining_command(replayed, here) == replayed
     resume(root, at=2, guide="late", new_branch="npo", until=3)
-    assert find_remaining_command(replayed, here) == ("resume", str(root), "--from", "npo", "--until", "4")
+    assert find_remaining_command(replayed, here) == ("resume", str(root), "--branch", "npo", "--until", "4")
     resume(root, source_branch="npo")
     assert find_remaining_command(replayed, here) is None
 

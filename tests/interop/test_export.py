@@ -63,7 +63,7 @@ def test_for_verl_prompts_are_chats_and_that_is_told(guided, tmp_path):
 
 def test_a_table_comes_back_as_a_file_of_traces_token_for_token(guided, tmp_path):
     rows = rows_of(guided, tmp_path / "g.parquet")
-    options = {"source": "file", "origin": str(tmp_path / "g.parquet"), "guide_step": None, "steps": 2, "name": "back"}
+    options = {"kind": "file", "origin": str(tmp_path / "g.parquet"), "guide_step": None, "steps": 2, "name": "back"}
     sample(guided, "guide.inject.max_accuracy=1.0", "guide.cache.keep=all", **options)
     _, kept = load_guide(open_run(guided), "back")
     assert {name: some[0].response_ids for name, some in kept.items()} == {

@@ -126,7 +126,7 @@ def test_the_trigger_is_rehearsed_where_both_signals_are_on_record(tmp_path):
         "columns": LogColumns(),
         "overrides": ("autonpo.trigger.warmup_steps=10",),
         "branch": None,
-        "picture": None,
+        "figure_path": None,
         "draw": False,
     }
     from_run = list(explain_autonpo(tmp_path / "run", **asked))
@@ -138,7 +138,7 @@ def test_a_signal_that_is_not_on_record_is_named(tmp_path):
     _, told = imported(tmp_path / "run", home)
     assert any(said.startswith("no entropy by any name known here") for said in told)
     with pytest.raises(NpoError, match="has no entropy by any name known here; its numbers are: step, reward"):
-        asked = {"columns": LogColumns(), "overrides": (), "branch": None, "picture": None, "draw": False}
+        asked = {"columns": LogColumns(), "overrides": (), "branch": None, "figure_path": None, "draw": False}
         list(explain_autonpo(tmp_path / "run", **asked))
 
 

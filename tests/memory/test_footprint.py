@@ -86,7 +86,7 @@ def test_a_row_longer_than_a_micro_batch_is_one_of_its_own():
 
 
 def test_adapters_are_trained_in_float32_beside_a_bfloat16_base():
-    shape = ModelShape(**{name: getattr(SHAPE, name) for name in SHAPE.__slots__} | {"num_adapters": 30})
+    shape = ModelShape(**{name: getattr(SHAPE, name) for name in SHAPE.__slots__} | {"num_lora_params": 30})
     found = recipe(model={"dtype": "bfloat16", "lora": {"rank": 2}}, loss={"kl_coef": 0.1})
     needs = by_name(gpu_needs(found, shape, GPU))
     expected = {"weights": 2000, "adapters": 120, "gradients": 120, "AdamW's moments": 240}

@@ -63,14 +63,14 @@ def test_an_existing_run_is_refused_with_the_command_that_goes_on(tmp_path):
     with pytest.raises(NpoError, match="already holds a run") as caught:
         create_run(run.root, recipe=RECIPE, npo_version="0.1.0")
     assert f"npo resume {run.root}" in caught.value.hint
-    assert "--run" in caught.value.hint
+    assert "RUN" in caught.value.hint
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(NpoError, match="is not empty and holds no run") as caught:
         create_run(tmp_path, recipe=RECIPE, npo_version="0.1.0")
-    assert "--run" in caught.value.hint
+    assert "RUN" in caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -12,11 +12,11 @@ PACKAGE = "npo_cli"
 """Started as `python -m PACKAGE ARGV`."""
 
 COMMANDS = {
-    "train": ["train", "{recipe}", "--run", "{run}"],
-    "train with AutoNPO": ["train", "{recipe}", "--run", "{run}", "--autonpo"],
+    "train": ["train", "{recipe}", "{run}"],
+    "train with AutoNPO": ["train", "{recipe}", "{run}", "--autonpo"],
     "resume": ["resume", "{run}"],
     "sample a guide": ["sample-guide", "{run}", "--guide", "{guide_step}", "--at", "{at}", "--name", "{name}"],
-    "fork": ["resume", "{run}", "--at", "{at}", "--guide", "{name}", "--branch", "{branch}"],
+    "fork": ["resume", "{run}", "--at", "{at}", "--guide", "{name}", "--new-branch", "{branch}"],
     "score checkpoints": ["score-checkpoints", "{run}", "--at", "{at}"],
     "score sources": ["score-sources", "{run}", "--at", "{at}", "--source", "past"],
     "show costs": ["show", "{run}", "costs", "--json"],
