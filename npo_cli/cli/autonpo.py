@@ -83,9 +83,7 @@ def autonpo(
 def _check(source: Path, *, explain: bool, branch: str | None, given: list[str]) -> None:
     """Refuse options that need --explain or a run directory."""
     if not source.exists():
-        raise NpoError(
-            f"there is no run directory or file {source}", "npo autonpo RUN, or npo autonpo FILE.jsonl --explain"
-        )
+        raise NpoError(f"there is no run directory or file {source}", "name a run directory, or a file of JSON lines")
     again = f"npo autonpo {quote_path(source)} --explain"
     if not explain and given:
         raise NpoError(f"{given[0]} needs --explain", again)

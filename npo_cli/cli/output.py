@@ -1,11 +1,8 @@
-"""Tables on stdout: on a terminal split by columns to fit its width, elsewhere aligned plain text, never cut.
+"""Prints records: data on stdout, as tables or as JSON lines; progress and notices on stderr.
 
-Cells are data: their control characters are spelled out and markup in them means nothing.
-
-Draws streams of records: data on stdout, talk on stderr.
-
-On a terminal long work shows bars; elsewhere a plain line now and then. `--json` turns every data record into
-one JSON object a line, as it comes.
+On a terminal, tables are split by columns to fit its width and progress is shown as bars; elsewhere tables are aligned
+plain text, never cut, and progress is a line every few seconds. Cells are data: control characters are escaped, and
+markup is not interpreted.
 """
 
 import contextlib
@@ -17,46 +14,23 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
-
 from npo_cli.cli.progress import open_progress
 from npo_cli.cli.terminal import escape_for_terminal, is_terminal, print_data
 from npo_cli.report.table import Table
 from npo_cli.types.autonpo import Transition
 from npo_cli.types.rollouts import Notice, Progress, StepReport
 
-
-def to_json_line(record: Any) -> str:
-    """A record as one JSON object that names its kind; a step's metrics and timings stand beside branch and step.
-
-    A move's branch and phase are said beside its step, and its whole state after them.
-    """
-    values = dataclasses.asdict(record)
-    if isinstance(record, StepReport):
-        values = {"branch": record.branch, "step": record.step, **record.metrics, **record.timings}
-    if isinstance(record, Transition):
-        values = {"step": record.step, "branch": record.state.branch, "phase": record.state.phase, **values}
-    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(record).__name__).lower()
-    return json.dumps(_plain({"record": kind, **values}), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+COLUMN_GAP = 2
+NUM_KEY_COLUMNS = 2
+"""Columns that identify a row: repeated when a table is split."""
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?([kMG]?B|[%x]))?( \[.*\])?|nan|-?inf")
 
 
 def print_records(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None) -> None:
-    """Show talk as it comes; data as JSON lines as they come, or as tables at the end.
+    """Print notices and progress as they come; data as JSON lines as they come, or as tables at the end.
 
-    Only a generator is work in progress: the steps in a list were made long ago and move no bar.
-    `num_steps` is the last step of the training behind the records, where one is known: it gives the time left.
+    Progress is shown for generators only: the steps in a list are not work in progress. `num_steps` is the last step of
+    the training, if known: it gives the time left.
     """
     from npo_cli.report.tables import TABLES
 
@@ -64,9 +38,10 @@ def print_records(records: Iterable[Any], *, as_json: bool, num_steps: int | Non
     with contextlib.ExitStack() as stack:
         show = None
         if isinstance(records, Generator):
-            # A closed pipe or a signal leaves the stage through its own clean-up.
+            # On a closed pipe or a signal, closing the generator runs its clean-up.
             stack.enter_context(contextlib.closing(records))
-            show = stack.enter_context(open_progress(bars=_room_for_bars(as_json=as_json), num_steps=num_steps))
+            has_bars = is_terminal(sys.stderr) and not (as_json and is_terminal(sys.stdout))
+            show = stack.enter_context(open_progress(bars=has_bars, num_steps=num_steps))
         for record in records:
             if show and isinstance(record, Progress | Notice | StepReport):
                 show(record)
@@ -74,32 +49,47 @@ def print_records(records: Iterable[Any], *, as_json: bool, num_steps: int | Non
                 print_data(to_json_line(record))
             elif type(record) in data:
                 data[type(record)].append(record)
-    for kind, some in data.items():
-        for table in TABLES[kind](some) if some else ():
+    for kind, group in data.items():
+        for table in TABLES[kind](group) if group else ():
             print_table(table)
 
 
-def _room_for_bars(*, as_json: bool) -> bool:
-    """Bars need a terminal that no stream of JSON lines runs through."""
-    return is_terminal(sys.stderr) and not (as_json and is_terminal(sys.stdout))
+def to_json_line(record: Any) -> str:
+    """A record as one JSON object with the name of its type in `record`.
+
+    A step's metrics and timings are keys beside branch and step; a transition has the branch and phase of its state.
+    """
+    values = dataclasses.asdict(record)
+    if isinstance(record, StepReport):
+        values = {"branch": record.branch, "step": record.step, **record.metrics, **record.timings}
+    if isinstance(record, Transition):
+        values = {"step": record.step, "branch": record.state.branch, "phase": record.state.phase, **values}
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(record).__name__).lower()
+    return json.dumps(_to_json({"record": kind, **values}), allow_nan=False)
 
 
-COLUMN_GAP = 2
-NUM_KEY_COLUMNS = 2
-"""Columns that say which row it is: repeated where a table is split."""
-_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?([kMG]?B|[%x]))?( \[.*\])?|nan|-?inf")
+def _to_json(value: Any) -> Any:
+    """NaN and infinities, which JSON lacks, become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _to_json(inner) for key, inner in value.items()}
+    return [_to_json(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def print_table(table: Table) -> None:
-    """In colour and fitted to the width on a terminal, else as `plain_table`."""
+    """On a terminal in color and fitted to its width, else as `format_table`."""
     if not is_terminal(sys.stdout):
         print_data(format_table(table))
         return
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(highlight=False)
     console.print(Text(escape_for_terminal(table.title), style="bold underline"))
-    columns = _columns(table)
-    for places in split_columns([width for *_, width in columns], limit=console.width):
-        console.print(_drawn([columns[place] for place in places]))
+    columns = _measure_columns(table)
+    for indices in split_columns([width for *_, width in columns], limit=console.width):
+        console.print(_to_rich([columns[index] for index in indices]))
         console.print()
     for note in table.notes:
         console.print(Text(escape_for_terminal(note), style="dim"))
@@ -107,52 +97,59 @@ def print_table(table: Table) -> None:
 
 
 def format_table(table: Table) -> str:
-    """Title, aligned columns, notes; numbers to the right."""
-    columns = [_padded(cells, right=right, width=width) for cells, right, width in _columns(table)]
+    """Title, aligned columns, notes; numbers right-aligned."""
+    columns = [_pad(cells, right=right, width=width) for cells, right, width in _measure_columns(table)]
     rows = ((" " * COLUMN_GAP).join(row).rstrip() for row in zip(*columns, strict=True))
     return "\n".join([escape_for_terminal(table.title), *rows, *map(escape_for_terminal, table.notes), ""])
 
 
 def split_columns(widths: Sequence[int], *, limit: int) -> Iterator[list[int]]:
-    """Columns by place, in groups that fit side by side; every group begins with the key columns.
+    """Column indices in groups that fit into `limit`; every group begins with the key columns.
 
-    A column that is too wide even alone with the keys makes its own group.
+    A column that does not fit beside the key columns has a group of its own.
     """
     keys = list(range(min(NUM_KEY_COLUMNS, len(widths))))
-    piece = list(keys)
-    for place in range(len(keys), len(widths)):
-        if len(piece) > len(keys) and sum(widths[one] + COLUMN_GAP for one in [*piece, place]) - COLUMN_GAP > limit:
-            yield piece
-            piece = list(keys)
-        piece.append(place)
-    yield piece
+    group = list(keys)
+    for index in range(len(keys), len(widths)):
+        if len(group) > len(keys) and sum(widths[i] + COLUMN_GAP for i in [*group, index]) - COLUMN_GAP > limit:
+            yield group
+            group = list(keys)
+        group.append(index)
+    yield group
 
 
-def _columns(table: Table) -> list[tuple[list[str], bool, int]]:
-    """Of each column: its visible cells with the heading first, whether it holds numbers, its width."""
-    found = []
+def _measure_columns(table: Table) -> list[tuple[list[str], bool, int]]:
+    """Per column: its cells with the header first, whether it is right-aligned, its width."""
+    from rich.cells import cell_len
+
+    columns = []
     for column in zip(table.header, *table.rows, strict=True):
         cells = [escape_for_terminal(cell) for cell in column]
-        found.append((cells, _numeric(cells[1:]), max(map(cell_len, cells))))
-    return found
+        columns.append((cells, _is_numeric(cells[1:]), max(map(cell_len, cells))))
+    return columns
 
 
-def _padded(cells: Sequence[str], *, right: bool, width: int) -> list[str]:
+def _pad(cells: Sequence[str], *, right: bool, width: int) -> list[str]:
+    from rich.cells import cell_len
+
     pads = [" " * (width - cell_len(cell)) for cell in cells]
     return [pad + cell if right else cell + pad for cell, pad in zip(cells, pads, strict=True)]
 
 
-def _drawn(columns: Sequence[tuple[list[str], bool, int]]) -> RichTable:
-    drawn = RichTable(box=None, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0), header_style="bold")
+def _to_rich(columns: Sequence[tuple[list[str], bool, int]]) -> Any:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    rich_table = RichTable(box=None, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0), header_style="bold")
     for cells, right, width in columns:
         fixed = width if width <= 24 else None
-        drawn.add_column(Text(cells[0]), justify="right" if right else "left", overflow="fold", min_width=fixed)
+        rich_table.add_column(Text(cells[0]), justify="right" if right else "left", overflow="fold", min_width=fixed)
     for row in zip(*(cells[1:] for cells, *_ in columns), strict=True):
-        drawn.add_row(*map(Text, row))
-    return drawn
+        rich_table.add_row(*map(Text, row))
+    return rich_table
 
 
-def _numeric(cells: Sequence[str]) -> bool:
-    """A column whose every filled cell is a number, perhaps with a unit or an interval."""
+def _is_numeric(cells: Sequence[str]) -> bool:
+    """Whether every filled cell is a number, possibly with a unit or an interval."""
     filled = [cell for cell in cells if cell not in ("", "-", "not reached")]
     return bool(filled) and all(_NUMBER.fullmatch(cell) for cell in filled)

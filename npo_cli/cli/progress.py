@@ -15,17 +15,17 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @contextlib.contextmanager
 def open_progress(*, bars: bool, num_steps: int | None = None) -> Iterator[ProgressCallback]:
-    """Yields what shows one record of talk. Steps are counted towards `num_steps` where it is known."""
+    """Yield a function that shows one record. Steps are counted towards `num_steps` if it is known."""
     if bars:
-        with _bars() as drawn:
-            yield lambda record: _draw(drawn, to_progress(record, num_steps=num_steps))
+        with _open_bars() as progress:
+            yield lambda record: _show_in_bars(progress, to_progress(record, num_steps=num_steps))
     else:
         lines = PlainProgress()
         yield lambda record: lines.show(to_progress(record, num_steps=num_steps))
 
 
 def to_progress(record: Progress | Notice | StepReport, *, num_steps: int | None) -> Progress | Notice:
-    """A training step as progress with reward, entropy and tokens a second as its note; the rest as it is."""
+    """A training step as progress with reward, entropy and tokens per second as its note; other records unchanged."""
     if not isinstance(record, StepReport):
         return record
     shown = (
@@ -38,29 +38,29 @@ def to_progress(record: Progress | Notice | StepReport, *, num_steps: int | None
 
 
 class PlainProgress:
-    """One line for the first and last news of each piece of work, and every few seconds between."""
+    """One line for the first and last record of each description, and one every few seconds between."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._started: dict[str, tuple[float, int]] = {}
-        self._told: dict[str, float] = {}
+        self._last_shown: dict[str, float] = {}
 
     def show(self, record: Progress | Notice) -> None:
         if isinstance(record, Notice):
-            print_status(_notice(record))
+            print_status(_format_notice(record))
             return
         now = self._clock()
-        began, first = self._started.setdefault(record.description, (now, record.done))
-        due = now - self._told.get(record.description, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES
+        started, first = self._started.setdefault(record.description, (now, record.done))
+        due = now - self._last_shown.get(record.description, -_SECONDS_BETWEEN_LINES) >= _SECONDS_BETWEEN_LINES
         if due or record.done == record.total:
-            self._told[record.description] = now
-            left = format_time_left(record, seconds=now - began, num_done=record.done - first)
+            self._last_shown[record.description] = now
+            left = format_time_left(record, seconds=now - started, num_done=record.done - first)
             print_status(
                 "  ".join(
                     filter(
                         None,
                         [
-                            f"{escape_for_terminal(record.description)} {_share(record)}",
+                            f"{escape_for_terminal(record.description)} {_format_count(record)}",
                             escape_for_terminal(record.note),
                             left,
                         ],
@@ -70,7 +70,7 @@ class PlainProgress:
 
 
 def format_time_left(record: Progress, *, seconds: float, num_done: int) -> str:
-    """`1:12 left` at the pace so far; empty while there is no pace or no known end."""
+    """`1:12 left` at the rate so far; empty if rate or total is unknown."""
     if num_done <= 0 or record.total <= record.done:
         return ""
     left = round(seconds / num_done * (record.total - record.done))
@@ -78,16 +78,16 @@ def format_time_left(record: Progress, *, seconds: float, num_done: int) -> str:
     return f"{hours}:{minutes:02d}:{left % 60:02d} left" if hours else f"{minutes}:{left % 60:02d} left"
 
 
-def _share(record: Progress) -> str:
+def _format_count(record: Progress) -> str:
     return f"{record.done}/{record.total}" if record.total else f"{record.done}"
 
 
-def _notice(record: Notice) -> str:
+def _format_notice(record: Notice) -> str:
     return f"{'warning: ' if record.level == 'warning' else ''}{escape_for_terminal(record.message)}"
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[Any]:
+def _open_bars() -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -98,19 +98,19 @@ def _bars() -> Iterator[Any]:
         TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(compact=True),
     )
-    # rich would send stdout through the console of the bars, which is stderr.
+    # Without redirect_stdout=False rich would print stdout to the console of the bars, which is stderr.
     with Progress(*columns, console=Console(stderr=True, highlight=False), redirect_stdout=False) as bars:
         yield bars
 
 
-def _draw(bars: Any, record: Progress | Notice) -> None:
+def _show_in_bars(bars: Any, record: Progress | Notice) -> None:
     from rich.text import Text
 
     if isinstance(record, Notice):
-        bars.console.print(Text(_notice(record), style="yellow" if record.level == "warning" else ""))
+        bars.console.print(Text(_format_notice(record), style="yellow" if record.level == "warning" else ""))
         return
-    what = escape_for_terminal(record.description)
-    task = next((task.id for task in bars.tasks if task.description == what), None)
+    description = escape_for_terminal(record.description)
+    task = next((task.id for task in bars.tasks if task.description == description), None)
     if task is None:
-        task = bars.add_task(what, total=record.total or None, note="", completed=record.done)
+        task = bars.add_task(description, total=record.total or None, note="", completed=record.done)
     bars.update(task, completed=record.done, total=record.total or None, note=escape_for_terminal(record.note))

@@ -191,7 +191,7 @@ def suggest_fix(problems: Sequence[ErrorDetails]) -> str:
         return "npo recipes micro   # shows every setting with a value that is allowed"
     loc = unknown[0]["loc"]
     first = _unknown_keys(unknown[0])[0]
-    key = first if first in OLD_KEYS else ".".join(part for part in loc if isinstance(part, str))
+    key = first if first != _dotted(loc) else ".".join(part for part in loc if isinstance(part, str))
     near = OLD_KEYS.get(key) or find_nearest_key(key)
     if near:
         return f"write {near} instead of {key}"

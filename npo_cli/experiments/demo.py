@@ -53,9 +53,7 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
         message=f"3/5 npo score-checkpoints {quote_path(out)} --at {at} --candidates {steps} {' '.join(SCORE_OVERRIDES)}"  # noqa: E501
     )
     best = None
-    for record in score_run(
-        out, at=at, candidates=CANDIDATES, branch=None, overrides=SCORE_OVERRIDES, allow_code=False
-    ):
+    for record in score_run(out, at=at, candidates=CANDIDATES, branch=None, overrides=SCORE_OVERRIDES):
         if isinstance(record, CheckpointScore) and record.is_selected:
             best = record.step
         yield record
@@ -69,7 +67,6 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
         branch=None,
         steps=None,
         overrides=(),
-        allow_code=False,
     )
 
     yield Notice(message=f"5/5 npo resume {quote_path(out)} --at {at} --guide {GUIDE}")
@@ -81,7 +78,6 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
         source_branch=None,
         new_branch=None,
         steps=None,
-        allow_code=False,
     )
     yield from drop_evals(replay)
     yield from summarize_demo(out)

@@ -52,7 +52,6 @@ def test_a_slip_on_the_command_line_names_it_and_the_help(folder, args, message,
 @pytest.mark.parametrize(
     ("args", "message", "hint"),
     [
-        (["score-sources", "R"], "there is no command score-sources", "npo score-checkpoints RUN --source SPEC"),
         (["base"], "there is no command base", "python recipes/make_micro_base.py"),
         (["resume", "R", "--from", "b"], "npo resume has no option --from: use --branch b", "npo resume --help"),
         (["autonpo", "R", "--out=f.png"], "npo autonpo has no option --out: use --figure f.png", "npo autonpo --help"),

@@ -98,7 +98,7 @@ def test_a_step_without_a_checkpoint_is_answered_with_those_there_are(circle, ar
             "--prompt does not apply to metrics | npo show RUN rollouts --prompt 'p q'",
         ),
         (["show", "costs", "--step", "1"], "--step does not apply to costs | npo show RUN costs"),
-        (["eval", "--all", "--step", "2"], "--step and --all contradict each other | give one of them, or none for"),
+        (["eval", "--all", "--step", "2"], "--step and --all cannot be combined | give one of them, or neither for"),
     ],
 )
 def test_what_is_not_in_the_run_is_named(circle, args, expected):
@@ -108,7 +108,7 @@ def test_what_is_not_in_the_run_is_named(circle, args, expected):
 @pytest.mark.parametrize("text", ["a,b", "", " ", "2,,4", "-2", "2 4", "2;4", "2.0", "9" * 5000])
 def test_candidates_that_are_no_steps_are_refused(circle, text):
     said = words(circle, "score-checkpoints", "--at", "0", "--candidates", text)
-    assert said.startswith("--candidates takes steps apart by commas, got ")
+    assert said.startswith("--candidates takes comma-separated steps, got ")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_candidates_that_are_no_steps_are_refused(circle, text):
         (["sample-guide", "--at", "4", "--guide", "2"], "step 2 is not later than the learner's step 4"),
         (
             ["score-checkpoints", "--at", "4", "--branch", "main"],
-            "main has no checkpoint later than step 4 | train on first: npo resume RUN --from main train.num_steps=8",
+            "main has no checkpoint later than step 4 | train further: npo resume RUN --branch main train.num_steps=8",
         ),
     ],
 )
@@ -181,7 +181,7 @@ def test_a_setting_that_would_falsify_what_was_computed_is_refused_by_every_comm
 
 def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tmp_path):
     hint = assert_refused("resume", circle, "train.lr=1e-3", beside=circle.parent).hint
-    args = shlex.split(hint.replace("NEW", shlex.quote(str(tmp_path / "new run"))))
+    args = shlex.split(hint.replace("NEW_RUN", shlex.quote(str(tmp_path / "new run"))))
     assert npo(*args[1:]).code == 0
     assert "lr: 0.001" in (tmp_path / "new run" / "recipe.yaml").read_text()
 
@@ -197,14 +197,15 @@ def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], "the run has done 4 of 4 steps: nothing is left to do | npo resume RUN train.num_steps=8"),
-        (["train.num_steps=2"], "the run has done 4 of 2 steps: nothing is left to do | npo resume RUN train.num_st"),
+        ([], "the run has completed step 4 of 4 | npo resume RUN train.num_steps=8"),
+        (["train.num_steps=2"], "the run has completed step 4 of 2 | npo resume RUN train.num_st"),
         (["--branch", "main"], "the run has completed step 4 of 4 | npo resume RUN --branch main train"),
-        (["--at", "4", "--branch", "b"], "the run has done 4 of 4 steps: nothing is left to do | npo resume RUN --at "),
-        (["--guide", "near"], "--guide describes a replay, which needs --at STEP | npo resume RUN --guide near --at"),
-        (["--branch", "x"], "--branch describes a replay, which needs --at STEP | npo resume RUN --branch x --at STEP"),
-        (["--steps", "2"], "--steps describes a replay, which needs --at STEP"),
-        (["--at", "0", "--steps", "2"], "--steps says how long a guide is mixed in, and no --guide is given"),
+        (["--at", "4", "--new-branch", "b"], "the run has completed step 4 of 4 | npo resume RUN --at "),
+        (["--at", "4", "--branch", "b"], "RUN has no branch 'b': main, again | --new-branch b "),
+        (["--guide", "near"], "--guide needs --at STEP | npo resume RUN --guide near --at"),
+        (["--new-branch", "x"], "--new-branch needs --at STEP | npo resume RUN --new-branch x --at STEP"),
+        (["--steps", "2"], "--steps needs --at STEP"),
+        (["--at", "0", "--steps", "2"], "--steps needs --guide NAME"),
     ],
 )  # fmt: skip
 def test_a_resume_with_nothing_to_do_or_half_a_replay_says_how_to_go_on(circle, args, expected):
@@ -269,7 +270,7 @@ def test_a_guide_or_branch_that_does_not_fit_is_answered_with_the_command_that_d
         ({"run_id": "0" * 32}, "guide 'near' was made in another run"),
         ({"tokenizer_digest": "0" * 64}, "guide near was written with another tokenizer"),
         ({"complete": False}, "is unfinished"),
-        ({"num_found": 99}, "prompts with answers, and guide.json counts 99"),
+        ({"num_prompts_with_rollouts": 99}, "prompts with answers, and guide.json counts 99"),
     ],
 )
 def test_a_guide_that_is_not_this_runs_or_not_whole_is_refused(circle, tmp_path, fields, message):

@@ -66,8 +66,8 @@ def test_show_rollouts_follows_one_prompt_and_takes_the_last(run):
     assert len(newest) == 16
     prompt = newest[0]["rollout"]["prompt_id"]
     story, visit = lines_of(called("show", str(run), "rollouts", "--prompt", prompt, "--limit", "1", "--json"))
-    assert (story["record"], story["prompt_id"], story["answer"]) == ("prompt_story", prompt, newest[0]["answer"])
-    assert (visit["record"], visit["step"]) == ("visit", 4)
+    assert (story["record"], story["prompt_id"]) == ("prompt_history", prompt)
+    assert (visit["record"], visit["step"]) == ("prompt_visit", 4)
     # every token and log-probability of the visit, as without --prompt
     assert visit["group"]["rollouts"] == [line["rollout"] for line in newest if line["rollout"]["prompt_id"] == prompt]
     told = called("show", str(run), "rollouts", "--prompt", prompt).stdout
@@ -82,13 +82,13 @@ def test_report_leaves_a_page_and_pictures_and_says_where(run, tmp_path):
     *_, page, pictures = result.stderr.splitlines()
     assert page.startswith(f"report: {out}, ")
     # reward, entropy and the lineage; nothing was evaluated
-    assert pictures == f"pictures: 3 as PNG and SVG in {folder}"
+    assert pictures == f"figures: 3 as PNG and SVG in {folder}"
     assert len(list(folder.iterdir())) == 6
 
 
 def test_show_lineage_begins_with_the_first_branch(run):
     (line,) = lines_of(called("show", str(run), "lineage", "--json"))
-    assert (line["branch"], line["parent"], line["fork_step"], line["guide"]) == ("main", None, 0, None)
+    assert (line["branch"], line["parent"], line["fork_step"], line["guide_cache"]) == ("main", None, 0, None)
 
 
 def test_a_run_without_guides_prints_no_data_and_says_so(run):
@@ -136,13 +136,18 @@ def test_the_circle_closes_through_the_doors(run, tmp_path):
     few = ["scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50"]
     scores = lines_of(called("score-checkpoints", str(root), "--at", "0", *few, "--json"))
     assert [(line["step"], line["distance"]) for line in scores] == [(2, 2), (4, 4)]
-    assert sum(line["chosen"] for line in scores) == 1
+    assert sum(line["is_selected"] for line in scores) == 1
     (guide,) = lines_of(called("sample-guide", str(root), "--guide", "4", "--at", "0", "--name", "near", "--json"))
-    assert (guide["record"], guide["name"], guide["guide_step"], guide["complete"]) == ("guide_info", "near", 4, True)
+    assert (guide["record"], guide["name"], guide["guide_step"], guide["complete"]) == (
+        "guide_cache_info",
+        "near",
+        4,
+        True,
+    )
     replay = lines_of(called("resume", str(root), "--at", "0", "--guide", "near", "--new-branch", "again", "--json"))
     assert {line["branch"] for line in replay} == {"again"}
     lineage = lines_of(called("show", str(root), "lineage", "--json"))
-    assert [(line["branch"], line["parent"], line["guide"]) for line in lineage] == [
+    assert [(line["branch"], line["parent"], line["guide_cache"]) for line in lineage] == [
         ("main", None, None),
         ("again", "main", "near"),
     ]

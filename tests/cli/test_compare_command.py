@@ -22,11 +22,18 @@ def test_json_lines_name_their_kind(runs, tmp_path):
     lines = [json.loads(line) for line in said.out.splitlines()]
     kinds = [line["record"] for line in lines]
     assert kinds == [
-        *("arm_summary", "arm_summary", "arm_difference", "arrival", "arrival", "speed_up"),
+        *(
+            "method_summary",
+            "method_summary",
+            "method_difference",
+            "method_time_to_threshold",
+            "method_time_to_threshold",
+            "speed_up",
+        ),
         # steps 0, 2 and 4 of either
         *["seed_point"] * 6,
     ]
-    assert (lines[0]["arm"], lines[0]["over"], lines[0]["seeds"]) == ("a", "prompts", [0])
+    assert (lines[0]["name"], lines[0]["resampled"], lines[0]["seeds"]) == ("a", "prompts", [0])
     assert said.err == f"points: {tmp_path / 'p.csv'}\n"
 
 
@@ -51,9 +58,9 @@ def test_signs_in_a_name_are_made_visible(runs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--threshold", "0"), "--threshold must be above 0 and at most 1, got 0.0"),
+        (("--threshold", "0"), "--threshold must be above 0 and at most 1, got 0"),
         (("--threshold", "nan"), "--threshold must be above 0 and at most 1, got nan"),
-        (("--figure", "c.jpg"), "--figure draws .png and .svg, not 'c.jpg'"),
+        (("--figure", "c.jpg"), "--figure c.jpg must end in .png, .svg"),
         (("--baseline", "c"), "--baseline: there is no arm 'c'"),
     ],
 )

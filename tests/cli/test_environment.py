@@ -70,7 +70,7 @@ def test_a_run_in_which_a_process_writes_is_read_but_not_written(tmp_path, warm)
         assert npo("index", run).code == npo("show", run).code == 0
     finally:
         child.kill()
-        child.ended()
+        child.wait()
     # a dead process holds nothing
     assert npo("eval", run, "--step", "0").code == 0
 
@@ -79,9 +79,9 @@ def test_of_two_trainings_that_begin_at_once_one_is_refused_and_the_other_whole(
     run = tmp_path / "run"
     child = warm.npo("train", "micro", str(run), *SMALL, err=tmp_path / "err")
     said = npo("train", "micro", run, *SMALL)
-    codes = [child.ended(), said.code]
+    codes = [child.wait(), said.code]
     assert sorted(codes) == [0, 2]
-    err = (child.said(), said.err)[codes.index(2)]
+    err = (child.read_stderr(), said.err)[codes.index(2)]
     assert err.count("\n") == 2
     assert err.startswith(f"error: {run} ")
     steps = [json.loads(line)["step"] for line in npo("index", run, "--json").out.splitlines()]
@@ -142,7 +142,7 @@ def chunk_of(terminal: int) -> bytes:
 
 
 def test_a_narrow_terminal_splits_the_table_and_loses_nothing(circle):
-    shown = on_terminal("index", circle, TRACE_COLUMNS="40", NO_COLOR="1")
+    shown = on_terminal("index", circle, COLUMNS="40", NO_COLOR="1")
     assert "\x1b[3" not in shown
     assert max(map(len, re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines())) <= 40
     for entry in (json.loads(line) for line in npo("index", circle, "--json").out.splitlines()):

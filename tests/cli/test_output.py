@@ -39,8 +39,8 @@ def test_a_steps_metrics_and_timings_stand_beside_its_place():
 def test_a_score_prints_every_field_under_its_own_name():
     line = json.loads(to_json_line(SCORE))
     wanted = "step distance quality quality_low quality_high variance variance_kind signal signal_low signal_high"
-    assert {*wanted.split(), "p_best", "num_prompts", "num_samples", "chosen"} <= set(line)
-    assert (line["step"], line["signal"], line["chosen"], line["variances"]["seq2"]) == (100, 0.125, True, 30.0)
+    assert {*wanted.split(), "p_best", "num_prompts", "num_samples", "is_selected"} <= set(line)
+    assert (line["step"], line["signal"], line["is_selected"], line["variances"]["seq2"]) == (100, 0.125, True, 30.0)
 
 
 def test_what_json_cannot_say_becomes_null():
@@ -126,7 +126,7 @@ def test_model_output_reaches_the_screen_without_its_escapes_or_markup(capsys):
 def test_a_threshold_never_reached_is_null_in_json():
     line = to_json_line(CostToThreshold(name="GRPO", threshold=0.9, step=None, total_steps=None, total_tokens=None))
     assert line == (
-        '{"record": "crossing", "arm": "GRPO", "threshold": 0.9, "step": null, "total_steps": null, '
+        '{"record": "cost_to_threshold", "name": "GRPO", "threshold": 0.9, "step": null, "total_steps": null, '
         '"total_tokens": null, "total_seconds": null, "total_forwards": null}'
     )
 

@@ -11,7 +11,7 @@ def test_what_fits_is_said_with_every_need():
     said = npo("plan", "micro", "--disk", "1", "--json")
     assert said.code == 0
     lines = [json.loads(line) for line in said.out.splitlines()]
-    assert {line["record"] for line in lines} == {"need", "verdict"}
+    assert {line["record"] for line in lines} == {"allocation", "peak_usage"}
     verdicts = {line["where"]: line for line in lines if line["record"] == "verdict"}
     for where, verdict in verdicts.items():
         phases = ("always", verdict["peak"])

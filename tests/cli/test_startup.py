@@ -70,16 +70,16 @@ def test_errors_off_a_terminal_are_without_colour():
 
 
 DRAWN = """
-from npo_cli.cli.output import draw
+from npo_cli.cli.output import print_records
 from npo_cli.types.rollouts import Notice, Progress, Segment
 
 def stage():
     yield Notice(message="[bold]hello\\x1b]0;title\\x07")
-    yield Progress(what="work", done=1, total=2, note="[red]note")
-    yield Segment(branch="main", parent=None, fork_step=0, guide=None, guide_until=None)
-    yield Progress(what="work", done=2, total=2, note="[red]note")
+    yield Progress(description="work", done=1, total=2, note="[red]note")
+    yield Segment(branch="main", parent=None, fork_step=0, guide_cache=None, guide_until=None)
+    yield Progress(description="work", done=2, total=2, note="[red]note")
 
-draw(stage(), as_json=True)
+print_records(stage(), as_json=True)
 """
 
 

@@ -297,7 +297,7 @@ def test_a_change_that_falsifies_what_was_computed_is_refused_by_key():
     with pytest.raises(NpoError) as caught:
         check_frozen_settings(old, apply_overrides(old, ["train.lr=0.5"]), fork=True)
     assert caught.value.message == "train.lr cannot change from 0.0001 to 0.5: the steps already made depend on it"
-    assert "npo train RECIPE train.lr=0.5 --run NEW" in caught.value.hint
+    assert "npo train RECIPE NEW_RUN train.lr=0.5" in caught.value.hint
 
 
 def test_the_guides_rules_may_change_only_where_a_replay_branches_off():
