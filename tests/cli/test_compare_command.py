@@ -33,7 +33,7 @@ def test_json_lines_name_their_kind(runs, tmp_path):
         # steps 0, 2 and 4 of either
         *["seed_point"] * 6,
     ]
-    assert (lines[0]["name"], lines[0]["resampled"], lines[0]["seeds"]) == ("a", "prompts", [0])
+    assert (lines[0]["method"], lines[0]["resampling_unit"], lines[0]["seeds"]) == ("a", "prompts", [0])
     assert said.err == f"points: {tmp_path / 'p.csv'}\n"
 
 
