@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 FREE = {"on_resume": "free"}
 FORK = {"on_resume": "fork"}
@@ -34,17 +35,20 @@ def walk_fields(settings: Settings, *, prefix: str = "") -> Iterator[tuple[str, 
 
     A field's own mark overrides the mark of its section.
     """
-    section = type(settings)
-    for name, field in section.model_fields.items():
+    marks = {name: marks for name, _, marks in list_settings(type(settings))}
+    for name in type(settings).model_fields:
         value = getattr(settings, name)
         if isinstance(value, Settings):
             yield from walk_fields(value, prefix=f"{prefix}{name}.")
         else:
-            yield (
-                prefix + name,
-                value,
-                _marks(section.model_config.get("json_schema_extra")) | _marks(field.json_schema_extra),
-            )
+            yield prefix + name, value, marks[name]
+
+
+def list_settings(section: type[Settings]) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
+    """Name, field and marks of a section's own settings, sections in it left out."""
+    for name, field in section.model_fields.items():
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Settings)):
+            yield name, field, _marks(section.model_config.get("json_schema_extra")) | _marks(field.json_schema_extra)
 
 
 def _marks(extra: Any) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def _problem(problem: ErrorDetails) -> str:
             return str(problem["ctx"]["error"])
         case _:
             got = json.dumps(problem["input"], ensure_ascii=False)
-            return f"{key} must be {_allowed(problem['loc'])}, got {got if len(got) <= 60 else got[:57] + '...'}"
+            return f"{key} must be {describe_allowed(problem['loc'])}, got {got if len(got) <= 60 else got[:57] + '...'}"
 
 
 def _unknown_keys(problem: ErrorDetails) -> list[str]:
@@ -257,7 +257,8 @@ _KINDS = {
 }
 
 
-def _allowed(loc: Sequence[str | int]) -> str:
+def describe_allowed(loc: Sequence[str | int]) -> str:
+    """What a setting may be: `a number above 0`, `one of trl, verl`."""
     schema = _schema(loc)
     return " or ".join(map(_described, schema.get("anyOf", [schema])))
 
