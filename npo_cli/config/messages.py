@@ -164,7 +164,8 @@ def _problem(problem: ErrorDetails) -> str:
             return str(problem["ctx"]["error"])
         case _:
             got = json.dumps(problem["input"], ensure_ascii=False)
-            return f"{key} must be {describe_allowed(problem['loc'])}, got {got if len(got) <= 60 else got[:57] + '...'}"
+            got = got if len(got) <= 60 else got[:57] + "..."
+            return f"{key} must be {describe_allowed(problem['loc'])}, got {got}"
 
 
 def _unknown_keys(problem: ErrorDetails) -> list[str]:

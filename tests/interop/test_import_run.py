@@ -54,7 +54,7 @@ def trl_run(tmp_path_factory) -> tuple[Path, Path]:
     before = file_digests(home)
     entries, _ = imported(home.parent / "run", home)
     assert [(entry.step, entry.tier, entry.complete, entry.reward) for entry in entries] == [
-        *((2, "weights", True, 0.125), (4, "guide", True, 0.0)),
+        *((2, "weights", True, 0.125), (4, "weights", True, 0.0)),
     ]
     assert file_digests(home) == before
     return home.parent / "run", home
