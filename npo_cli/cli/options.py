@@ -45,7 +45,7 @@ AllowCodeOpt = Annotated[
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout and nothing else.")]
 
 OLD_COMMANDS = {
-    "base": "python recipes/make_micro_base.py --out DIR",
+    "base": "python recipes/make_micro_base.py OUT",
     "score-sources": "npo score-checkpoints RUN --source SPEC",
 }
 """Removed command -> what replaces it."""
