@@ -23,8 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from npo_cli.config.loading import load_recipe
 from npo_cli.config.recipe import Recipe
-from npo_cli.inference.base import SampleRequest
-from npo_cli.inference.registry import open_engine
+from npo_cli.inference.base import ModelHandle, SampleRequest, open_engine
 from npo_cli.memory.footprint import gpu_needs
 from npo_cli.memory.model_shape import model_shape
 from npo_cli.memory.planner import sum_bytes
@@ -114,12 +113,14 @@ def sample(policy: Policy, recipe: Recipe) -> None:
     """One batch by the engine that samples with the trainer's own weights."""
     engine = open_engine(
         recipe.engine,
-        policy.model,
-        policy.tokenizer,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        max_model_len=PROMPT + RESPONSE,
-        dtype=policy.compute_dtype,
+        ModelHandle(
+            model=policy.model,
+            tokenizer=policy.tokenizer,
+            eos_ids=policy.eos_ids,
+            pad_id=policy.pad_id,
+            max_model_len=PROMPT + RESPONSE,
+            dtype=policy.compute_dtype,
+        ),
     )
     prompts = torch.randint(20, 8000, (ROWS, PROMPT)).tolist()
     asked = [

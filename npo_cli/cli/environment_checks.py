@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 
 from npo_cli.config.locate import list_recipe_names
 from npo_cli.distributed.launch import read_launch_info
-from npo_cli.inference.registry import VLLM_PACKAGES, check_engines
+from npo_cli.inference.base import check_engines
+from npo_cli.inference.vllm_common import VLLM_PACKAGES
 from npo_cli.report.table import format_bytes
 from npo_cli.types.views import DoctorCheck
 

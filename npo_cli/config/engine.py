@@ -5,9 +5,10 @@ The engines are explained in `docs/how-to/engines.md`, the correction in `docs/e
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from npo_cli.config.base import FORK, FREE, IGNORED, Count, Settings
+from npo_cli.registry import ENGINES
 
 Below = Annotated[float, Field(ge=1e-8, le=1)]
 """Lower bound of a weight. A smaller bound could not act: log-ratios are clamped at 20 nats, and e^-20 is 2e-9."""
@@ -63,10 +64,10 @@ class EngineSettings(Settings):
 
     model_config = ConfigDict(json_schema_extra=IGNORED)
 
-    kind: Literal["transformers", "vllm", "vllm_server"] = Field(
+    kind: Annotated[str, AfterValidator(ENGINES.check)] = Field(
         "transformers",
-        description="Inference engine: `transformers` (the trainer's own model), `vllm` (in this process), or "
-        "`vllm_server` (in its own process).",
+        description="Inference engine: `transformers` (the trainer's own model), `vllm` (in this process), "
+        "`vllm_server` (in its own process), or one from a plug-in.",
         json_schema_extra=FORK,
     )
     max_num_seqs: Count = Field(512, description="Maximum number of responses sampled in parallel.")

@@ -1,19 +1,22 @@
-"""What an engine is asked and what it answers, whichever engine it is.
+"""The interface of inference engines: requests, samples, and the model as an engine sees it.
 
-What an engine is told of a policy that trains adapters: a frozen base, given once, and small tensors that change.
-
-vLLM serves many adapters of one base side by side (multi-LoRA), none of them merged. This room does not know peft.
+An engine is one class with a `name`, capability flags, `validate`, `status` and `open`, listed in
+`npo_cli.registry.ENGINES`. The rest of the package asks for the flags, never for the name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import torch
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from npo_cli.config.engine import EngineSettings
 from npo_cli.errors import NpoError
+from npo_cli.registry import ENGINES
 from npo_cli.types.rollouts import ImageRef
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRequest:
-    """One response wanted."""
+    """One response to sample."""
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
@@ -30,24 +33,24 @@ class SampleRequest:
     seed: int
     """63 bits; the same request with the same weights gets the same response."""
     version: str | None = None
-    """Which of the weights that are held answers; None is those that were given last."""
+    """Weights to sample from, among the versions that the engine holds; None: the newest."""
     images: tuple[ImageRef, ...] = ()
-    """What the image tokens of the prompt show."""
+    """The images behind the prompt's image tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogprobRequest:
-    """One trajectory whose log-probabilities are wanted."""
+    """One response to compute log-probabilities for."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     images: tuple[ImageRef, ...] = ()
-    """What the image tokens of the prompt show."""
+    """The images behind the prompt's image tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineInput:
-    """Tokens that an engine reads, and what the image tokens among them show."""
+    """Token ids of a prompt, and the images behind its image tokens."""
 
     token_ids: tuple[int, ...]
     images: tuple[ImageRef, ...]
@@ -55,105 +58,174 @@ class EngineInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One response sampled."""
+    """One sampled response."""
 
     prompt_id: str
     slot: int
     response_ids: tuple[int, ...]
     logps: tuple[float, ...]
-    """At the sampling temperature, under the engine's weights (nats)."""
+    """Log-probability per token at the sampling temperature, under the engine's weights (nats)."""
     mean_entropy: float
-    """Mean over the tokens of the law's entropy; of vLLM the mean of -log p, whose average over all tokens of a batch
-    tends to the same figure."""
+    """Mean entropy per token (nats); from vLLM the mean of -log p, which has the same expectation."""
     text: str
     """Without the end token."""
     finished: bool
+    """Ended by an end token, not by the length limit."""
 
 
 class VisionProcessor(Protocol):
-    """How a model with a vision tower is shown pictures."""
+    """How images become model inputs, for a vision-language model."""
 
     @property
     def suppressed_ids(self) -> tuple[int, ...]:
-        """Tokens that the policy never writes."""
+        """Tokens with probability 0 under the policy."""
 
     @property
     def image_token_id(self) -> int:
-        """The token that stands for a part of a picture."""
+        """The placeholder token; an image takes several of them."""
 
     def resize_image(self, ref: ImageRef) -> "Image.Image":
-        """The picture in the size in which the model sees it."""
+        """The image at the size that the model's vision tower reads."""
 
     def save(self, folder: Path) -> None:
-        """Write the files of the model's own processor."""
+        """Write the files of the model's processor."""
 
     def build_inputs(self, ids_NL: Tensor, images: Sequence[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
-        """What the model reads beside these ids, whose rows show these pictures."""
-
-
-class Engine(Protocol):
-    """Anything that samples."""
-
-    @property
-    def version(self) -> str | None:
-        """Which weights it holds, in the words of `take_weights`; None where it holds none that were ever given."""
-
-    @property
-    def has_own_weights(self) -> bool:
-        """Whether it has weights of its own, which have to be sent and checked."""
-
-    @property
-    def num_versions(self) -> int:
-        """How many weights it can hold side by side, each under the version it was given as."""
-
-    @property
-    def reproducibility_warning(self) -> str:
-        """What a person should know before relying on a seed; empty where the same seed means the same response."""
-
-    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Hold the weights that the model has now, under this name."""
-
-    def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
-        """One sample a request, in order."""
-
-    def compute_logps(self, requests: Sequence[LogprobRequest]) -> list[tuple[float, ...]]:
-        """Log-probabilities (nats, temperature 1) of each response's tokens under the weights at hand."""
-
-    def release_memory(self) -> None:
-        """Nothing is asked for a while: give back what can be given back."""
-
-    def close(self) -> None:
-        """End, and leave nothing running. A second call does nothing."""
-
-
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
-"""Sizes of vLLM's adapter slots: a smaller rank is padded."""
+        """Model inputs besides the token ids, for rows with these images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterHandle:
-    """How the live adapters of a policy, and the base beside them, are reached."""
+    """Access to a policy's LoRA adapters and to the frozen base they belong to."""
 
     max_rank: int
-    """The largest they may have, here or joined with older ones."""
+    """Largest rank to expect; twice the trained one where adapters are extrapolated."""
     target_modules: tuple[str, ...]
-    """Last names of the layers that have one."""
+    """Last parts of the names of the adapted layers, such as `q_proj`."""
     read_base: Callable[[], Mapping[str, Tensor]]
     """The frozen weights under their Hugging Face names."""
     read_adapters: Callable[[], Mapping[str, Tensor]]
-    """The adapters as they are now."""
+    """The current adapter tensors."""
     read_shapes: Callable[[], Mapping[str, tuple[int, ...]]]
-    """Their shapes, but for the rank where they may be joined."""
+    """Their shapes, without the rank where the rank may change."""
     save: Callable[[Path], None]
-    """Write them into a folder in peft's format."""
+    """Write the adapters in peft's format."""
 
 
-def round_up_lora_rank(rank: int) -> int:
-    """The smallest slot that holds adapters of this rank."""
-    for size in LORA_RANKS:
-        if rank <= size:
-            return size
-    raise NpoError(
-        f"vLLM serves adapters up to rank {LORA_RANKS[-1]}, and {rank} is asked for",
-        "lower model.lora.rank (extrapolation.space=weights takes twice as much), or set engine.kind=transformers",
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelHandle:
+    """The policy's model as an engine sees it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    """Tokens that end a response."""
+    pad_id: int
+    max_model_len: int
+    """Maximum length of prompt and response together, in tokens."""
+    dtype: torch.dtype
+    """Precision of the trainer's forward pass; the engine must compute in the same."""
+    adapters: AdapterHandle | None = None
+    """None where all weights are trained."""
+    vision: VisionProcessor | None = None
+    """None for a text-only model."""
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the weights are in CPU memory."""
+        return self.model.device.type == "cpu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStatus:
+    """Whether an engine works on this machine."""
+
+    kind: str
+    is_available: bool
+    detail: str
+    hint: str = ""
+
+
+class Engine:
+    """Samples responses from the policy. Subclasses set the flags that apply and implement the three methods below."""
+
+    name: ClassVar[str]
+    """The value of `engine.kind`."""
+    runs_in_trainer: ClassVar[bool] = True
+    """Uses the trainer's process and devices; otherwise a process with devices of its own."""
+    needs_weight_sync: ClassVar[bool] = True
+    """Holds a copy of the weights, which is updated and verified; otherwise it samples from the trainer's model."""
+    supports_images: ClassVar[bool] = False
+    serves_adapters: ClassVar[bool] = False
+    """Takes LoRA adapters (`ModelHandle.adapters`) beside a base that never changes."""
+
+    version: str | None = None
+    """The `version` of the newest `update_weights`; None if the engine holds no weights."""
+    num_versions: int = 1
+    """Number of versions that it can hold at the same time."""
+    reproducibility_warning: str = ""
+    """What limits reproducibility; empty if a seed always gives the same response."""
+
+    @classmethod
+    def validate(cls, settings: EngineSettings, *, uses_adapters: bool, uses_images: bool) -> None:
+        """Raise `NpoError` if this engine cannot be used with these settings on this machine."""
+        if uses_images and not cls.supports_images:
+            raise NpoError(
+                f"engine.kind={cls.name} does not support images", f"set engine.kind={_choose('supports_images')}"
+            )
+        if uses_adapters and not cls.serves_adapters:
+            raise NpoError(
+                f"engine.kind={cls.name} does not support LoRA adapters (model.lora.rank)",
+                f"set engine.kind={_choose('serves_adapters')}",
+            )
+
+    @classmethod
+    def status(cls, required: Mapping[str, SpecifierSet]) -> EngineStatus:
+        """For `npo doctor`, given the version range that is required of each package."""
+        return EngineStatus(kind=cls.name, is_available=True, detail="installed")
+
+    @classmethod
+    def open(cls, settings: EngineSettings, handle: ModelHandle) -> "Engine":
+        """Start an engine for this model."""
+        raise NotImplementedError
+
+    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
+        """Take over the model's current weights under this version."""
+        raise NotImplementedError
+
+    def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
+        """One sample per request, in order, from softmax(logits / temperature) without truncation."""
+        raise NotImplementedError
+
+    def compute_logps(self, requests: Sequence[LogprobRequest]) -> list[tuple[float, ...]]:
+        """Log-probability per response token (nats, temperature 1) under the newest weights."""
+        raise NotImplementedError
+
+    def release_memory(self) -> None:
+        """Free memory during the policy update, as far as the engine can."""
+
+    def close(self) -> None:
+        """Stop, with everything that was started. A second call does nothing."""
+
+
+def _choose(flag: str) -> str:
+    """Names of engines with this flag, for a hint."""
+    return " or ".join(name for name in ENGINES.built_in if getattr(ENGINES.get(name), flag))
+
+
+def open_engine(settings: EngineSettings, handle: ModelHandle) -> Engine:
+    """The engine that `engine.kind` names, started."""
+    engine: type[Engine] = ENGINES.get(settings.kind)
+    engine.validate(settings, uses_adapters=handle.adapters is not None, uses_images=handle.vision is not None)
+    return engine.open(settings, handle)
+
+
+def check_engines(required: Mapping[str, SpecifierSet]) -> list[EngineStatus]:
+    """Status of every registered engine, given the version range that is required of each package."""
+    found = []
+    for name in ENGINES.names():
+        try:
+            found.append(ENGINES.get(name).status(required))
+        except ImportError as error:
+            found.append(EngineStatus(kind=name, is_available=False, detail=f"cannot be imported: {error}"))
+    return found

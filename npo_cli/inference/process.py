@@ -1,19 +1,8 @@
-"""Keeps a command alive as long as its parent, and not a moment longer: `keeper FOLDER COMMAND ...`
+"""Processes and their files: a supervisor that ends with its parent, timeouts, scratch folders, output suppression.
 
-The parent holds the other end of this process's stdin. Whatever becomes of the parent, `kill -9` too, the pipe closes,
-and the command with all its children is ended: they are one process group of their own. In the end FOLDER, which the
-command worked in, is removed. Knows nothing of engines.
-
-A limit on calls that nothing inside this process can interrupt: past it the process says why, and ends.
-
-A stage leaves whole lines and whole checkpoints at every moment, so ending here is as safe as `kill -9`.
-
-Folders that an engine works in: gone when the block ends, and after a `kill -9` when an engine next wants one.
-
-Whose process lives is told by a lock in the folder, which the operating system takes back from the dead. A process
-number in the name would not do: another process may have it by now, or have it in another container.
-
-What a foreign library says while it starts is kept off the terminal: its errors are exceptions, and told as such.
+Run as a program (`python -m npo_cli.inference.process FOLDER COMMAND ...`) it is the supervisor of an engine's server:
+the parent holds the other end of its stdin, so the pipe closes however the parent ends, `kill -9` included. Then the
+command and its children, which are one process group, are terminated, and FOLDER is removed.
 """
 
 import os
@@ -32,18 +21,18 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 TERMINATE_GRACE_SECONDS = 5.0
-"""Seconds between asking a group to end and ending it."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 def main(folder: str, command: list[str]) -> int:
-    """Run the command; end it when stdin ends. The exit code is the command's."""
+    """Run the command, and terminate it when stdin closes. Returns the command's exit code."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=_end_with_parent, args=(child.pid,), daemon=True).start()
-    # A signal to this process is for the group.
+    # Pass signals on to the group.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _end_group(child.pid))
     code = child.wait()
-    _signal_group(child.pid, signal.SIGKILL)  # what the command left behind
+    _signal_group(child.pid, signal.SIGKILL)  # children that outlived the command
     shutil.rmtree(folder, ignore_errors=True)
     return code if code >= 0 else 128 - code
 
@@ -63,7 +52,7 @@ def _end_group(group: int) -> None:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Whether anybody was there to be told."""
+    """Whether the process group still exists."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
@@ -80,11 +69,14 @@ TIMEOUT_EXIT_CODE = 1
 
 @contextmanager
 def exit_on_timeout(seconds: float, *, phase: str, hint: str) -> Iterator[None]:
-    """Run the block; if it is still running after `seconds`, name the phase on stderr and leave the process."""
-    # Whatever becomes of stderr in the meantime.
+    """Run the block; if it still runs after `seconds`, name the phase on stderr and exit the process.
+
+    For calls into C++ that nothing can interrupt. Files are complete at every moment, so this is as safe as `kill -9`.
+    """
+    # `suppress_output` may redirect stderr in the meantime.
     terminal = os.dup(2)
-    words = f"error: the engine hung while it was to {phase}: nothing after {seconds:g} s\n  try: {hint}\n"
-    timer = threading.Timer(seconds, exit_process, (terminal, words))
+    message = f"error: the engine hung (phase: {phase}): no response within {seconds:g} s\n  try: {hint}\n"
+    timer = threading.Timer(seconds, exit_process, (terminal, message))
     timer.daemon = True
     timer.start()
     try:
@@ -94,9 +86,9 @@ def exit_on_timeout(seconds: float, *, phase: str, hint: str) -> Iterator[None]:
         os.close(terminal)
 
 
-def exit_process(terminal: int, words: str) -> None:
-    """The end of a process whose engine hangs."""
-    os.write(terminal, words.encode())
+def exit_process(terminal: int, message: str) -> None:
+    """Write the message and exit, without cleanup."""
+    os.write(terminal, message.encode())
     os._exit(TIMEOUT_EXIT_CODE)
 
 
@@ -106,7 +98,11 @@ LOCK_NAME = "held.lock"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder with nothing but its lock; those that nobody holds any more are removed on the way."""
+    """A folder for the block. Folders of processes that were killed are removed on the way.
+
+    A file lock marks a folder as used: the operating system releases it when the process ends. A process id in the name
+    would not do, since ids are reused and differ between containers.
+    """
     remove_stale_folders()
     folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
     try:
@@ -117,18 +113,18 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def remove_stale_folders() -> None:
-    """Remove what killed processes left; other people's folders are left to them."""
-    for held in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*/{LOCK_NAME}"):
-        with suppress(Timeout, PermissionError), FileLock(held, timeout=0):
-            shutil.rmtree(held.parent, ignore_errors=True)
+    """Remove unlocked scratch folders, except those of other users."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*/{LOCK_NAME}"):
+        with suppress(Timeout, PermissionError), FileLock(lock, timeout=0):
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 @contextmanager
 def suppress_output() -> Iterator[None]:
-    """Standard output and error of this process, C++ included, go into a file that nobody reads."""
+    """Discard stdout and stderr of this process during the block, C++ included; errors are still raised."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(number) for number in (1, 2)]
+    saved = [os.dup(number) for number in (1, 2)]
     with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in (1, 2):
@@ -138,6 +134,6 @@ def suppress_output() -> Iterator[None]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            for number, before in zip((1, 2), kept, strict=True):
+            for number, before in zip((1, 2), saved, strict=True):
                 os.dup2(before, number)
                 os.close(before)

@@ -1,17 +1,19 @@
-"""Sampling with transformers' `generate`: each prompt is prefilled once, each response has a seed of its own.
+"""Sampling with transformers' `generate`: one prefill per prompt, one seed per response.
 
-`generate` draws from one global stream. Here a logits processor picks the token instead, by inverting the
-cumulative distribution at a uniform number that belongs to (seed, position), and leaves only that token
-possible. So a response depends on its seed and, but for float rounding, not on its neighbours; its log-probabilities
-come for free.
-Beams, penalties, top-k and top-p are left out: the behaviour law must be the policy's own.
+`generate` draws from one global random stream. Here a logits processor picks the token instead, by inverting the
+cumulative distribution at a uniform number that belongs to (seed, position), and masks all other tokens. So a response
+depends on its seed and, up to float rounding, not on the rest of the batch; its log-probabilities come for free.
+No beams, penalties, top-k or top-p: the behavior policy must be the policy itself.
+
+Axes: N rows, P distinct prompts, L prompt tokens, T response tokens, W vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy
 import torch
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -22,12 +24,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest, VisionProcessor
+from npo_cli.config.engine import EngineSettings
+from npo_cli.inference.base import (
+    Engine,
+    EngineStatus,
+    LogprobRequest,
+    ModelHandle,
+    Sample,
+    SampleRequest,
+    VisionProcessor,
+)
 from npo_cli.types.rollouts import ImageRef
 
 
 class SeededSampler(LogitsProcessor):
-    """Chooses one token a row and step, and remembers its log-probability and the entropy there."""
+    """Chooses one token per row and step, and records its log-probability and the entropy there."""
 
     def __init__(self, seeds: Sequence[int], *, num_tokens: int, temperature: float, device: torch.device) -> None:
         draws = [numpy.random.Generator(numpy.random.Philox(key=seed)).random(num_tokens) for seed in seeds]
@@ -37,7 +48,7 @@ class SeededSampler(LogitsProcessor):
         self.entropies: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Everything but the drawn token becomes impossible."""
+        """Mask every token but the chosen one."""
         logps_NW = torch.log_softmax(scores.float() / self.temperature, dim=-1)
         probs_NW = logps_NW.exp()
         cumulative_NW = probs_NW.double().cumsum(dim=-1)
@@ -51,20 +62,21 @@ class SeededSampler(LogitsProcessor):
 
 @contextmanager
 def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """The model's own generation settings out of sight: `generate` would fill in its beams, bans and penalties."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    """Hide the model's own generation config: `generate` would take beams, bans and penalties from it."""
+    config, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = config
 
 
-class TransformersEngine:
-    """Samples from the live model: there are no other weights to keep in step with it."""
+class TransformersEngine(Engine):
+    """Samples from the trainer's own model, so there are no weights to synchronize."""
 
-    has_own_weights = False
-    num_versions = 1
-    reproducibility_warning = ""
+    name = "transformers"
+    needs_weight_sync = False
+    supports_images = True
+    serves_adapters = True
 
     def __init__(
         self,
@@ -80,15 +92,32 @@ class TransformersEngine:
         self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
         self.eos_ids, self.pad_id, self.max_rows = tuple(eos_ids), pad_id, max_rows
         self.vision = vision
-        self.version: str | None = None
+
+    @classmethod
+    def status(cls, required: Mapping[str, SpecifierSet]) -> EngineStatus:
+        """Always available."""
+        return EngineStatus(kind=cls.name, is_available=True, detail="the trainer's own model samples")
+
+    @classmethod
+    def open(cls, settings: EngineSettings, handle: ModelHandle) -> "TransformersEngine":
+        """Nothing is started."""
+        return cls(
+            handle.model,
+            handle.tokenizer,
+            eos_ids=handle.eos_ids,
+            pad_id=handle.pad_id,
+            max_rows=settings.max_num_seqs,
+            dtype=handle.dtype,
+            vision=handle.vision,
+        )
 
     def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Nothing is moved: what the trainer changes is what samples."""
-        assert model is self.model, "it samples from the model that it was made with"
+        """Only the version changes: the engine samples from the trainer's weights."""
+        assert model is self.model, "the engine samples from the model that it was opened with"
         self.version = version
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
-        """One sample a request, in order; requests of one prompt share its prefill."""
+        """One sample per request, in order; requests with the same prompt share its prefill."""
         samples: list[Sample] = []
         for batch in self._batches(requests):
             samples += self._generate_batch(batch, temperature=temperature, max_new_tokens=max_new_tokens)
@@ -96,25 +125,19 @@ class TransformersEngine:
 
     @torch.no_grad()
     def compute_logps(self, requests: Sequence[LogprobRequest]) -> list[tuple[float, ...]]:
-        """One plain forward pass a trajectory."""
-        scored = []
+        """One plain forward pass per response."""
+        logps = []
         for request in requests:
             ids_1L = torch.tensor([request.prompt_ids + request.response_ids], device=self.model.device)
             with self._precision():
                 logits_LW = self._logits(ids_1L)[0]
             logps_LW = torch.log_softmax(logits_LW, dim=-1)
             first, response = len(request.prompt_ids), ids_1L[0, len(request.prompt_ids) :]
-            scored.append(tuple(logps_LW[first - 1 : -1].gather(1, response[:, None])[:, 0].tolist()))
-        return scored
-
-    def release_memory(self) -> None:
-        """It keeps nothing between two batches."""
-
-    def close(self) -> None:
-        """There is nothing to end."""
+            logps.append(tuple(logps_LW[first - 1 : -1].gather(1, response[:, None])[:, 0].tolist()))
+        return logps
 
     def _precision(self) -> torch.autocast:
-        """The trainer's: bfloat16 products over float32 weights where that is how it computes."""
+        """The trainer's precision: bfloat16 autocast over float32 weights where the trainer uses that."""
         return torch.autocast(self.model.device.type, dtype=self.dtype, enabled=self.dtype != self.model.dtype)
 
     def _batches(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
@@ -131,7 +154,7 @@ class TransformersEngine:
                 attention_mask=mask_NL,
                 past_key_values=cache,
                 logits_processor=LogitsProcessorList([sampler]),
-                # Several processes would otherwise all go on until the last of them has its last token.
+                # Otherwise every process would keep generating until the slowest one is done.
                 synced_gpus=False,
                 generation_config=GenerationConfig(
                     do_sample=False,
@@ -144,16 +167,16 @@ class TransformersEngine:
         return self._samples(batch, output_NX[:, ids_NL.shape[1] :], sampler)
 
     def _logits(self, ids_1L: Tensor) -> Tensor:
-        """Of every position, in float32."""
+        """Logits at every position, in float32."""
         return self.model(ids_1L).logits.float()
 
     def _sampler(self, batch: list[SampleRequest], *, num_tokens: int, temperature: float) -> SeededSampler:
-        """Who chooses the tokens of this batch."""
+        """The logits processor that chooses the tokens of this batch."""
         seeds = [request.seed for request in batch]
         return SeededSampler(seeds, num_tokens=num_tokens, temperature=temperature, device=self.model.device)
 
     def _prefill(self, batch: list[SampleRequest]) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Left-padded ids and mask of all rows, and a cache of all but their last prompt token."""
+        """Left-padded ids and mask of all rows, and the KV cache of all prompt tokens but the last."""
         distinct = list(dict.fromkeys((request.prompt_ids, request.images) for request in batch))
         width = max(len(ids) for ids, _ in distinct)
         gaps = [width - len(ids) for ids, _ in distinct]
@@ -163,34 +186,34 @@ class TransformersEngine:
         cache = DynamicCache(config=self.model.config)
         place = {prompt: index for index, prompt in enumerate(distinct)}
         rows = torch.tensor([place[request.prompt_ids, request.images] for request in batch], device=self.model.device)
-        sights = self._sights(ids_PL, [images for _, images in distinct])
+        vision_inputs = self._vision_inputs(ids_PL, [images for _, images in distinct])
         if width > 1:
             positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
             with self._precision():
                 self.model.base_model(
                     input_ids=ids_PL[:, :-1],
-                    # A model that sees counts its positions by itself, from the mask.
-                    attention_mask=mask_PL[:, :-1] if any(gaps) or sights else None,
-                    position_ids=None if sights else positions_PL[:, :-1],
+                    # A vision-language model computes its positions from the mask.
+                    attention_mask=mask_PL[:, :-1] if any(gaps) or vision_inputs else None,
+                    position_ids=None if vision_inputs else positions_PL[:, :-1],
                     past_key_values=cache,
                     use_cache=True,
-                    **sights,
+                    **vision_inputs,
                 )
             cache.batch_select_indices(rows)
-        self._count_on(rows, seen=bool(sights))
+        self._expand_rope_deltas(rows, has_images=bool(vision_inputs))
         return ids_PL[rows], mask_PL[rows], cache
 
-    def _sights(self, ids_PL: Tensor, images: list[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
-        """What is shown with these prompts, their last token left out."""
+    def _vision_inputs(self, ids_PL: Tensor, images: list[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
+        """Vision inputs for these prompts without their last token."""
         if self.vision is None:
             return {}
         return self.vision.build_inputs(ids_PL[:, :-1], images)
 
-    def _count_on(self, rows: Tensor, *, seen: bool) -> None:
-        """How far positions lag behind tokens, which such a model remembers from its last prefill: now one a row."""
+    def _expand_rope_deltas(self, rows: Tensor, *, has_images: bool) -> None:
+        """Expand the position offsets of a vision-language model's prefill from one per prompt to one per row."""
         if self.vision is not None:
             base = self.model.base_model
-            base.rope_deltas = base.rope_deltas[rows] if seen else torch.zeros_like(rows)[:, None]
+            base.rope_deltas = base.rope_deltas[rows] if has_images else torch.zeros_like(rows)[:, None]
 
     def _samples(self, batch: list[SampleRequest], response_NT: Tensor, sampler: SeededSampler) -> list[Sample]:
         logps_NT = torch.stack(sampler.logps, dim=1).cpu().numpy()
@@ -199,15 +222,15 @@ class TransformersEngine:
         for row, ids in enumerate(response_NT.tolist()):
             length = next((place + 1 for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
             finished = ids[length - 1] in self.eos_ids
-            kept = ids[:length]
+            response_ids = ids[:length]
             samples.append(
                 Sample(
                     prompt_id=batch[row].prompt_id,
                     slot=batch[row].slot,
-                    response_ids=tuple(kept),
+                    response_ids=tuple(response_ids),
                     logps=tuple(logps_NT[row, :length].tolist()),
                     mean_entropy=float(entropies_NT[row, :length].mean(dtype="float64")),
-                    text=self.tokenizer.decode(kept[:-1] if finished else kept),
+                    text=self.tokenizer.decode(response_ids[:-1] if finished else response_ids),
                     finished=finished,
                 )
             )

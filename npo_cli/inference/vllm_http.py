@@ -1,8 +1,7 @@
-"""Small parts of talking to a vLLM server on this machine: a port, a session with a key, options, its answers.
+"""HTTP parts of the vLLM server engine: port, session, options, responses, and a middleware that checks the API key.
 
-The key of vLLM's server, asked for at every door: vLLM itself guards some, and not those that change weights.
-
-Loaded by the server process (`--middleware`), which has the key in its environment.
+vLLM itself checks the key on some endpoints only, not on those that change weights. The server process loads the
+middleware (`--middleware`) and has the key in its environment.
 """
 
 import hmac
@@ -13,61 +12,66 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
+from npo_cli.config.engine import EngineSettings, VllmSettings
 from npo_cli.errors import NpoError
 from npo_cli.inference.base import AdapterHandle
-from npo_cli.inference.vllm_common import VllmLimits
-from npo_cli.inference.vllm_local import VLLM_HINT, lora_options
+from npo_cli.inference.vllm_common import VLLM_HINT
+from npo_cli.inference.vllm_local import lora_options
 
 
-def lora_flags(adapters: AdapterHandle, limits: VllmLimits) -> list[str]:
-    """Slots for adapters beside the base, as options of the server."""
-    options = lora_options(adapters, limits)
+def lora_flags(adapters: AdapterHandle, vllm: VllmSettings) -> list[str]:
+    """The server's options for serving LoRA adapters."""
+    options = lora_options(adapters, vllm)
     sizes = ["--max-lora-rank", str(options["max_lora_rank"]), "--max-loras", str(options["max_loras"])]
     return ["--enable-lora", *sizes, "--lora-target-modules", *options["lora_target_modules"]]
 
 
-def max_connections(limits: VllmLimits) -> int:
-    """Connections open at one time: as many requests as all copies together may batch."""
-    return limits.max_num_seqs * limits.data_parallel_size
+def max_connections(settings: EngineSettings) -> int:
+    """Simultaneous connections: the batch size of all data-parallel copies together."""
+    return settings.max_num_seqs * settings.vllm.data_parallel_size
 
 
-def open_http_session(limits: VllmLimits) -> Any:
-    """One set of connections, with a key that only this process knows."""
+def open_http_session(num_connections: int) -> Any:
+    """A connection pool, with a random API key."""
     try:
         import requests
         from requests.adapters import HTTPAdapter
     except ImportError as error:
         raise NpoError("engine.kind=vllm_server needs vllm, which is not installed", VLLM_HINT) from error
     session = requests.Session()
-    session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=max_connections(limits)))
-    session.trust_env = False  # a proxy for the world is none for this machine
+    session.mount("http://", HTTPAdapter(pool_connections=1, pool_maxsize=num_connections))
+    session.trust_env = False  # no proxy: the server is on this machine
     session.headers["Authorization"] = f"Bearer {secrets.token_hex(16)}"
     return session
 
 
 def find_free_port() -> int:
-    """One that nobody on this machine listens to now."""
+    """A port on which no process listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def parse_output(answer: dict[str, Any]) -> Any:
-    """A server's answer in the shape that vLLM has in process."""
-    first = answer["choices"][0]
+def parse_output(body: dict[str, Any]) -> Any:
+    """The server's response in the form of vLLM's in-process output."""
+    first = body["choices"][0]
     contents = (first.get("logprobs") or {}).get("content") or ()
-    places = [{place["token_id"]: SimpleNamespace(logprob=place["logprob"])} for place in contents]
+    logprobs = [{entry["token_id"]: SimpleNamespace(logprob=entry["logprob"])} for entry in contents]
     spans = [SimpleNamespace(version=span["version"]) for span in first.get("weight_versions") or ()]
-    said = SimpleNamespace(
-        token_ids=first["token_ids"], finish_reason=first["finish_reason"], logprobs=places, weight_versions=spans
+    completion = SimpleNamespace(
+        token_ids=first["token_ids"], finish_reason=first["finish_reason"], logprobs=logprobs, weight_versions=spans
     )
-    prompt = [
-        None if place is None else {int(token): SimpleNamespace(**entry) for token, entry in place.items()}
-        for place in answer.get("prompt_logprobs") or ()
+    prompt_logprobs = [
+        None if entries is None else {int(token): SimpleNamespace(**entry) for token, entry in entries.items()}
+        for entries in body.get("prompt_logprobs") or ()
     ]
-    asked = SimpleNamespace(lora_name=answer["model"]) if answer.get("model") else None
-    read = answer.get("prompt_token_ids")
-    return SimpleNamespace(outputs=[said], prompt_logprobs=prompt, prompt_token_ids=read, lora_request=asked)
+    lora = SimpleNamespace(lora_name=body["model"]) if body.get("model") else None
+    return SimpleNamespace(
+        outputs=[completion],
+        prompt_logprobs=prompt_logprobs,
+        prompt_token_ids=body.get("prompt_token_ids"),
+        lora_request=lora,
+    )
 
 
 Message = MutableMapping[str, Any]
@@ -75,7 +79,7 @@ App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], A
 
 
 class ApiKeyMiddleware:
-    """ASGI middleware: without the key, 401."""
+    """ASGI middleware that answers 401 to requests without the API key."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -87,7 +91,7 @@ class ApiKeyMiddleware:
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        """Pass on what carries the key, and what is no request (the server's own start and end)."""
+        """Pass on requests with the key, and events that are not HTTP (startup, shutdown)."""
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         if scope["type"] == "http" and not hmac.compare_digest(given, self.expected):
             await send({"type": "http.response.start", "status": 401, "headers": []})

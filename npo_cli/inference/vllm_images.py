@@ -1,7 +1,7 @@
-"""Pictures for vLLM: one token a picture in the prompt, the pixels that the trainer sees, and what it needs to start.
+"""Images for vLLM: one placeholder token per image in the prompt, the pixels, and the options for starting.
 
-vLLM makes the rest of the image tokens itself, with a processor of its own. Pictures are given to it in the size in
-which the trainer's tower sees them, so that its other way of resizing has nothing to do; the tokens are compared.
+vLLM expands the placeholders with a processor of its own. Images are passed in the size that the trainer's vision tower
+reads, so that vLLM's resizing changes nothing; the resulting tokens are compared with the trainer's.
 """
 
 from base64 import b64encode
@@ -19,48 +19,49 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BANNED_LOGIT_BIAS = -100.0
-"""Added to a logit: the most that vLLM allows."""
+"""The lowest logit bias that vLLM allows."""
 IMAGE_ENGINE_OPTIONS: Mapping[str, Any] = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"video": 0}}
-"""Of a vLLM that is shown pictures: its processor wants the tokenizer, and no room is kept for videos."""
+"""Options for images: the processor needs the tokenizer, and no memory is reserved for videos."""
 IMAGE_SERVER_FLAGS = ("--limit-mm-per-prompt", '{"video": 0}', "--allowed-media-domains", "nowhere.invalid")
-"""The same of its server, which fetches no picture from anywhere: an empty list of domains would mean all of them."""
+"""The same for the server, which must not download images: an empty list of domains would allow all of them."""
 
 
-def save_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, sight: VisionProcessor) -> None:
-    """What vLLM's processor reads beside the model's config."""
+def save_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, vision: VisionProcessor) -> None:
+    """Write the files that vLLM's processor reads besides the model's config."""
     tokenizer.save_pretrained(folder)
-    sight.save(folder)
+    vision.save(folder)
 
 
-def suppression_fields(sight: VisionProcessor | None) -> dict[str, Any]:
-    """Fields of a SamplingParams under which the policy's silent tokens are never drawn."""
-    return {} if sight is None else {"logit_bias": dict.fromkeys(sight.suppressed_ids, BANNED_LOGIT_BIAS)}
+def suppression_fields(vision: VisionProcessor | None) -> dict[str, Any]:
+    """SamplingParams fields under which suppressed tokens are never sampled."""
+    return {} if vision is None else {"logit_bias": dict.fromkeys(vision.suppressed_ids, BANNED_LOGIT_BIAS)}
 
 
-def vllm_prompts(prompts: Sequence[EngineInput], sight: VisionProcessor | None) -> list[dict[str, Any]]:
-    """Prompts in vLLM's words. A picture that several of them show is opened once."""
-    if sight is None:
+def vllm_prompts(prompts: Sequence[EngineInput], vision: VisionProcessor | None) -> list[dict[str, Any]]:
+    """Prompts in vLLM's form. An image in several prompts is opened once."""
+    if vision is None:
         return [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
-    stills = {ref: sight.resize_image(ref) for prompt in prompts for ref in prompt.images}
+    images = {ref: vision.resize_image(ref) for prompt in prompts for ref in prompt.images}
     return [
         {
-            "prompt_token_ids": _one_token_each(prompt, sight.image_token_id)
+            "prompt_token_ids": _collapse_image_tokens(prompt, vision.image_token_id)
             if prompt.images
             else list(prompt.token_ids),
-            **({"multi_modal_data": {"image": [stills[ref] for ref in prompt.images]}} if prompt.images else {}),
+            **({"multi_modal_data": {"image": [images[ref] for ref in prompt.images]}} if prompt.images else {}),
         }
         for prompt in prompts
     ]
 
 
-def server_prompts(prompts: Sequence[EngineInput], sight: VisionProcessor | None) -> list[dict[str, Any]]:
-    """The same in the words of vLLM's server: pictures travel inside, and the tokens made of them come back."""
+def server_prompts(prompts: Sequence[EngineInput], vision: VisionProcessor | None) -> list[dict[str, Any]]:
+    """Prompts in the form of vLLM's server: images are inlined, and the expanded prompt tokens come back."""
     urls = {
-        ref: _data_url(sight.resize_image(ref)) for ref in dict.fromkeys(ref for each in prompts for ref in each.images)
+        ref: _data_url(vision.resize_image(ref))
+        for ref in dict.fromkeys(ref for each in prompts for ref in each.images)
     }
     return [
         {
-            "token_ids": _one_token_each(prompt, sight.image_token_id),
+            "token_ids": _collapse_image_tokens(prompt, vision.image_token_id),
             "content_parts": [{"type": "image_url", "url": urls[ref]} for ref in prompt.images],
             "return_token_ids": True,
         }
@@ -70,26 +71,25 @@ def server_prompts(prompts: Sequence[EngineInput], sight: VisionProcessor | None
     ]
 
 
-def _data_url(still: "Image.Image") -> str:
-    """The picture itself, without loss, as a url; packed quickly, for it goes no further than this machine."""
-    packed = BytesIO()
-    still.save(packed, format="PNG", compress_level=1)
-    return f"data:image/png;base64,{b64encode(packed.getvalue()).decode()}"
+def _data_url(image: "Image.Image") -> str:
+    """The image as a PNG data URL; low compression, since it stays on this machine."""
+    png = BytesIO()
+    image.save(png, format="PNG", compress_level=1)
+    return f"data:image/png;base64,{b64encode(png.getvalue()).decode()}"
 
 
-def _one_token_each(prompt: EngineInput, image_id: int) -> list[int]:
-    """Each run of image tokens as one of them."""
+def _collapse_image_tokens(prompt: EngineInput, image_id: int) -> list[int]:
+    """Token ids with each run of image tokens collapsed into one."""
     runs = [(token, len(list(run))) for token, run in groupby(prompt.token_ids)]
-    short = [token for token, length in runs for _ in range(1 if token == image_id else length)]
-    assert short.count(image_id) == len(prompt.images), "a picture is one run of image tokens"
-    return short
+    collapsed = [token for token, length in runs for _ in range(1 if token == image_id else length)]
+    assert collapsed.count(image_id) == len(prompt.images), "an image is one run of image tokens"
+    return collapsed
 
 
 def check_prompt_tokens(prompts: Sequence[EngineInput], outputs: Sequence[Any]) -> None:
-    """The prompt that vLLM made of the pictures is the one that the trainer scores."""
+    """Check that vLLM expanded the prompt to the same tokens as the trainer."""
     for prompt, output in zip(prompts, outputs, strict=True):
         if prompt.images and tuple(output.prompt_token_ids) != prompt.token_ids:
-            places = ", ".join(ref.location for ref in prompt.images)
-            raise RuntimeError(
-                f"it read {len(output.prompt_token_ids)} tokens where the trainer reads {len(prompt.token_ids)}: {places}"  # noqa: E501
-            )
+            images = ", ".join(ref.location for ref in prompt.images)
+            counts = f"{len(output.prompt_token_ids)} prompt tokens, the trainer {len(prompt.token_ids)}"
+            raise RuntimeError(f"with {images} vLLM reads {counts}")

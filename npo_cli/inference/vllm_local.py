@@ -1,9 +1,9 @@
-"""vLLM in this process: continuous batching and a prefix cache, with weights of its own that are replaced in place.
+"""vLLM in the trainer's process: continuous batching and a prefix cache, with its own copy of the weights.
 
-It starts with made-up weights, or where it sees pictures with the first ones, and answers nothing until real ones were
-given. Transport is vLLM's `reload_weights`, fed with the trainer's tensors under their Hugging Face names. The head is
-always sent: the engine is told that it is not tied, because a tied one would silently keep its old values.
-Left out: beams, penalties, top-k and top-p. The behaviour law must be the policy's own.
+It starts with dummy weights (with images: the first real ones) and samples nothing before the first weight sync. A sync
+is vLLM's `reload_weights`, given the trainer's tensors under their Hugging Face names. The LM head is always sent: the
+engine's config says that it is not tied to the embedding, because vLLM 0.32 does not update a tied head.
+No beams, penalties, top-k or top-p: the behavior policy must be the policy itself.
 """
 
 import copy
@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from npo_cli.config.engine import EngineSettings, VllmSettings
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.inference.base import AdapterHandle, EngineInput, VisionProcessor, round_up_lora_rank
+from npo_cli.inference.base import AdapterHandle, EngineInput, ModelHandle
 from npo_cli.inference.process import exit_on_timeout, scratch_folder, suppress_output
 from npo_cli.inference.sync_check import (
     RESUME_HINT,
@@ -29,104 +30,96 @@ from npo_cli.inference.sync_check import (
     named_tensors,
     tensor_shapes,
 )
-from npo_cli.inference.vllm_common import BaseVllmEngine, VllmLimits
+from npo_cli.inference.vllm_common import VLLM_HINT, BaseVllmEngine
 from npo_cli.inference.vllm_images import IMAGE_ENGINE_OPTIONS, check_prompt_tokens, save_processor, vllm_prompts
 
-VLLM_HINT = "npo doctor tells what is missing; engine.kind=transformers needs no vLLM"
 HANG_HINT = f"raise engine.vllm.timeout if it was only slow; {RESUME_HINT}"
-
-
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""Adapter ranks that vLLM reserves memory for; a smaller rank is padded."""
 SLEEP_TAGS = frozenset({"weights", "kv_cache"})
-"""What sleep level 2 gives back, in vLLM's words."""
+"""Memory that vLLM's sleep releases."""
 
 
 class VllmEngine(BaseVllmEngine):
     """One `vllm.LLM`."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        limits: VllmLimits,
-        adapters: AdapterHandle | None = None,
-        vision: VisionProcessor | None = None,
-    ) -> None:
-        self.tokenizer, self.limits, self.adapters, self.vision = tokenizer, limits, adapters, vision
-        self.version: str | None = None
+    name = "vllm"
+
+    def __init__(self, settings: EngineSettings, handle: ModelHandle) -> None:
+        super().__init__(settings, handle)
+        model, adapters, vision = handle.model, handle.adapters, handle.vision
         self._shapes = tensor_shapes(named_tensors(model)) if adapters is None else adapters.read_shapes()
         self._asleep: frozenset[str] = frozenset()
-        self._held: dict[str, Any] = {}
         self._num_adapters = 0
         with scratch_folder() as folder:
             save_untied_config(model, folder)
             if vision is not None:
-                save_processor(folder, tokenizer, vision)
+                save_processor(folder, handle.tokenizer, vision)
             if adapters is not None or vision is not None:
                 base = named_tensors(model) if adapters is None else add_head(model, adapters.read_base())
                 save_file(copy_to_cpu(base), folder / "model.safetensors")
             with (
-                exit_on_timeout(limits.start_timeout, phase="start", hint=VLLM_HINT),
-                _own_random_streams(),
+                exit_on_timeout(self.vllm.start_timeout, phase="start", hint=VLLM_HINT),
+                _preserve_random_states(),
                 suppress_output(),
             ):
-                self._llm = _start(folder, model, limits=limits, adapters=adapters, sees=vision is not None)
+                self._llm = self._start(folder)
 
     def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Replace every tensor, forget every cached prefix, stamp the version; or put adapters beside the others."""
-        if self.adapters is not None:
-            self._take_adapters(self.adapters, version)
+        """Replace every tensor, drop the prefix cache, set the version; with LoRA, add the adapters instead."""
+        if self.handle.adapters is not None:
+            self._add_adapters(self.handle.adapters, version)
             return
         tensors = named_tensors(model)
         check_sent_tensors(self._shapes, tensors)
-        with self._working("take weights"):
+        with self._guarded("weight sync"):
             self._wake("weights")
             self.version = None
             self._llm.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
             self._wake("kv_cache")
             self._llm.llm_engine.reset_encoder_cache()
             if not self._llm.reset_prefix_cache():
-                raise RuntimeError("the prefix cache of the old weights could not be dropped")
+                raise RuntimeError("the prefix cache could not be reset")
             self._llm.update_weight_version(version)
         self.version = version
 
-    def _take_adapters(self, port: AdapterHandle, version: str) -> None:
-        """A slot of their own under a number that nobody had before; the oldest make room.
+    def _add_adapters(self, adapters: AdapterHandle, version: str) -> None:
+        """Load the adapters under a new id, and unload the oldest if there are too many.
 
-        vLLM's prefix cache tells adapters apart, so nothing has to be forgotten.
+        vLLM keeps a prefix cache per adapter, so it need not be reset.
         """
         from vllm.lora.request import LoRARequest
 
-        check_sent_tensors(self._shapes, port.read_adapters(), shapes=port.read_shapes())
-        with self._working("take adapters"):
+        check_sent_tensors(self._shapes, adapters.read_adapters(), shapes=adapters.read_shapes())
+        with self._guarded("weight sync"):
             self._wake("weights")
             self._wake("kv_cache")
             self.version = None
-            while len(self._held) >= self.limits.max_loras:
-                oldest = self._held.pop(next(iter(self._held)))
+            while len(self._loaded_adapters) >= self.vllm.max_loras:
+                oldest = self._loaded_adapters.pop(next(iter(self._loaded_adapters)))
                 self._llm.llm_engine.remove_lora(oldest.lora_int_id)
             self._num_adapters += 1
-            # Read once, here.
+            # vLLM reads the files while `add_lora` runs, and never again.
             with scratch_folder() as folder:
-                port.save(folder)
+                adapters.save(folder)
                 request = LoRARequest(version, self._num_adapters, str(folder))
                 if not self._llm.llm_engine.add_lora(request):
-                    raise RuntimeError("the adapters were not taken")
-            self._held[version] = request
+                    raise RuntimeError("the adapters could not be loaded")
+            self._loaded_adapters[version] = request
         self.version = version
 
     def release_memory(self) -> None:
-        """Drop weights and cache from the GPU; they are sent again anyway. Nothing on a CPU, where vLLM cannot.
+        """Release weights and KV cache on the GPU (the weights are sent again anyway); vLLM cannot do it on a CPU.
 
-        The base beside adapters is never sent again: it waits in the CPU's memory.
+        With adapters the base is not sent again: it moves to CPU memory.
         """
-        if self.limits.can_sleep and not self._asleep:
-            with self._working("go to sleep"):
-                self._llm.sleep(level=2 if self.adapters is None else 1)
+        if self.can_sleep and not self._asleep:
+            with self._guarded("sleep"):
+                self._llm.sleep(level=2 if self.handle.adapters is None else 1)
             self._asleep, self.version = SLEEP_TAGS, None
 
     def close(self) -> None:
-        """Shut the engine core down; its weights and cache hang in circles that only a collection frees."""
+        """Shut the engine core down; its weights are in reference cycles, which only the garbage collector frees."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
@@ -134,13 +127,13 @@ class VllmEngine(BaseVllmEngine):
             gc.collect()
 
     def _wake(self, part: str) -> None:
-        """One part of the memory that `rest` gave back; the update's own leftovers make room for it."""
+        """Restore one part of the memory that `release_memory` released, after freeing what the update left cached."""
         if part in self._asleep:
             torch.cuda.empty_cache()
             self._llm.wake_up(tags=[part])
             self._asleep = self._asleep - {part}
 
-    def _answers(
+    def _run(
         self,
         prompts: Sequence[EngineInput],
         fields: Sequence[dict[str, Any]],
@@ -150,66 +143,97 @@ class VllmEngine(BaseVllmEngine):
     ) -> list:
         from vllm import SamplingParams
 
-        asked = vllm_prompts(prompts, self.vision)
+        inputs = vllm_prompts(prompts, self.handle.vision)
         params = [SamplingParams(**each) for each in fields]
-        beside = None if self.adapters is None else [self._held[str(version)] for version in versions]
-        with self._working(phase):
-            outputs = self._llm.generate(asked, params, lora_request=beside, use_tqdm=False)
+        loras = None if self.handle.adapters is None else [self._loaded_adapters[str(version)] for version in versions]
+        with self._guarded(phase):
+            outputs = self._llm.generate(inputs, params, lora_request=loras, use_tqdm=False)
             check_prompt_tokens(prompts, outputs)
             return outputs
 
     @contextmanager
-    def _working(self, phase: str) -> Iterator[None]:
-        """A dead engine is told by phase and cause; a hung one ends the process."""
+    def _guarded(self, phase: str) -> Iterator[None]:
+        """Turn an exception of vLLM into an error that names the phase; end the process if vLLM hangs."""
         if self._llm is None:
-            raise RunFailed(f"the engine was closed before it was to {phase}", RESUME_HINT)
+            raise RunFailed(f"vLLM was closed before: {phase}", RESUME_HINT)
         try:
-            with exit_on_timeout(self.limits.deadline, phase=phase, hint=HANG_HINT), _own_random_streams():
+            with exit_on_timeout(self.vllm.timeout, phase=phase, hint=HANG_HINT), _preserve_random_states():
                 yield
         except NpoError:
             raise
-        except Exception as error:  # whatever a foreign engine dies of is the finding
-            raise RunFailed(f"vLLM failed while it was to {phase}: {summarize_error(error)}", RESUME_HINT) from error
+        except Exception as error:  # vLLM raises many kinds
+            raise RunFailed(f"vLLM failed (phase: {phase}): {summarize_error(error)}", RESUME_HINT) from error
+
+    def _start(self, folder: Path) -> Any:
+        handle, sees_images = self.handle, self.handle.vision is not None
+        prepare_environment(self.vllm)
+        try:
+            from vllm import LLM
+        except Exception as error:  # a mismatched torchvision breaks the import with a RuntimeError
+            raise NpoError(f"vllm cannot be imported: {summarize_error(error)}", VLLM_HINT) from error
+        check_platform(handle.model)
+        try:
+            return LLM(
+                model=str(folder),
+                # Dummy weights would also overwrite the image normalization, which is not among the weights sent.
+                load_format="dummy" if handle.adapters is None and not sees_images else "safetensors",
+                **({} if handle.adapters is None else lora_options(handle.adapters, self.vllm)),
+                **(IMAGE_ENGINE_OPTIONS if sees_images else {"skip_tokenizer_init": True}),
+                dtype=self.dtype,
+                logprobs_mode="processed_logprobs",
+                enforce_eager=self.enforce_eager,
+                max_model_len=handle.max_model_len,
+                max_num_seqs=self.settings.max_num_seqs,
+                gpu_memory_utilization=self.vllm.gpu_memory_utilization,
+                enable_sleep_mode=self.can_sleep,
+                enable_prefix_caching=True,
+                enable_chunked_prefill=self.chunked_prefill,
+                max_num_batched_tokens=self.max_batched_tokens,
+                disable_log_stats=True,
+                seed=0,
+            )
+        except Exception as error:  # vLLM raises many kinds
+            raise RunFailed(f"vLLM could not start: {summarize_error(error)}", VLLM_HINT) from error
 
 
 def summarize_error(error: Exception) -> str:
-    """The kind of error and the first line of what it says."""
+    """Type and first line of an exception."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
 
 
 def save_untied_config(model: PreTrainedModel, folder: Path) -> None:
-    """The model's config as an engine should read it: head and embedding apart."""
+    """Write the model's config with `tie_word_embeddings` off."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    # A model in shards is of a class that FSDP2 made.
+    # FSDP2 gives the model's class another name.
     config.architectures = [model.__class__.__name__.removeprefix("FSDP")]
     config.save_pretrained(folder)
 
 
-def prepare_environment(limits: VllmLimits) -> None:
-    """What vLLM reads from the environment before it is imported; a value that is there stays."""
-    wanted = {
+def prepare_environment(vllm: VllmSettings) -> None:
+    """Set what vLLM reads from the environment when it is imported; variables that are set keep their value."""
+    variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(limits.cpu_kv_cache_gb),
+        "VLLM_CPU_KVCACHE_SPACE": str(vllm.cpu_kv_cache_gb),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "CRITICAL",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    for name, value in wanted.items():
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
-def _own_random_streams() -> Iterator[None]:
-    """vLLM seeds torch, numpy and random, and draws from them; the trainer's streams go on as if it had not."""
+def _preserve_random_states() -> Iterator[None]:
+    """Restore the random states after the block: vLLM seeds torch, numpy and random, and draws from them."""
     import random
 
     import numpy
 
     states = random.getstate(), numpy.random.get_state(), torch.random.get_rng_state()
-    cards = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    # vLLM's worker for CPUs puts a function that does nothing in the place of this one.
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    # vLLM's CPU worker replaces `torch.set_num_threads` by a function that does nothing.
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     try:
         yield
@@ -217,24 +241,24 @@ def _own_random_streams() -> Iterator[None]:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
         torch.random.set_rng_state(states[2])
-        if cards:
-            torch.cuda.set_rng_state_all(cards)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
 
 
-def lora_options(adapters: AdapterHandle, limits: VllmLimits) -> dict[str, Any]:
-    """Slots for adapters beside the base, in vLLM's words."""
+def lora_options(adapters: AdapterHandle, vllm: VllmSettings) -> dict[str, Any]:
+    """vLLM's options for serving LoRA adapters."""
     return {
         "enable_lora": True,
         "max_lora_rank": round_up_lora_rank(adapters.max_rank),
-        "max_loras": limits.max_loras,
+        "max_loras": vllm.max_loras,
         "lora_target_modules": list(adapters.target_modules),
     }
 
 
 def check_platform(model: PreTrainedModel) -> None:
-    """A vLLM built for CPUs serves a model on a CPU, one for GPUs a model on a GPU."""
+    """The installed vLLM must be built for the device that the model is on."""
     from vllm.platforms import current_platform
 
     if current_platform.device_type != model.device.type:
@@ -244,34 +268,12 @@ def check_platform(model: PreTrainedModel) -> None:
         )
 
 
-def _start(
-    folder: Path, model: PreTrainedModel, *, limits: VllmLimits, adapters: AdapterHandle | None, sees: bool
-) -> Any:
-    prepare_environment(limits)
-    try:
-        from vllm import LLM
-    except Exception as error:  # a mismatched torchvision breaks the import with a RuntimeError
-        raise NpoError(f"vllm cannot be imported: {summarize_error(error)}", VLLM_HINT) from error
-    check_platform(model)
-    try:
-        return LLM(
-            model=str(folder),
-            # Made-up weights would also make up how a picture is normalised, which is never sent.
-            load_format="dummy" if adapters is None and not sees else "safetensors",
-            **({} if adapters is None else lora_options(adapters, limits)),
-            **(IMAGE_ENGINE_OPTIONS if sees else {"skip_tokenizer_init": True}),
-            dtype=limits.dtype,
-            logprobs_mode="processed_logprobs",
-            enforce_eager=limits.enforce_eager,
-            max_model_len=limits.max_model_len,
-            max_num_seqs=limits.max_num_seqs,
-            gpu_memory_utilization=limits.gpu_memory_utilization,
-            enable_sleep_mode=limits.can_sleep,
-            enable_prefix_caching=True,
-            enable_chunked_prefill=limits.chunked_prefill,
-            max_num_batched_tokens=limits.max_batched_tokens,
-            disable_log_stats=True,
-            seed=0,
-        )
-    except Exception as error:  # whatever a foreign engine dies of is the finding
-        raise RunFailed(f"vLLM could not start: {summarize_error(error)}", VLLM_HINT) from error
+def round_up_lora_rank(rank: int) -> int:
+    """The smallest rank in `LORA_RANKS` that holds adapters of this rank."""
+    for size in LORA_RANKS:
+        if rank <= size:
+            return size
+    raise NpoError(
+        f"vLLM supports LoRA adapters up to rank {LORA_RANKS[-1]}, got {rank}",
+        "lower model.lora.rank (extrapolation.space=weights doubles it), or set engine.kind=transformers",
+    )

@@ -1,7 +1,7 @@
-"""The trainer's side of vLLM's weight-transfer API (0.32): init once, then start, update, finish with every sync.
+"""The trainer's side of vLLM's weight-transfer API (0.32): init once, then start, update, finish for every sync.
 
-Not run anywhere yet: NCCL and CUDA IPC need GPUs. vLLM does the transport; here it is told what to send, and by which
-GPU of the trainer. C++ cannot be interrupted, so each part has a deadline that ends the process.
+Never run so far: NCCL and CUDA IPC need GPUs. vLLM does the transport. Its C++ code cannot be interrupted, so each part
+has a deadline that ends the process.
 """
 
 import socket
@@ -11,48 +11,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npo_cli.config.engine import VllmSettings
 from npo_cli.inference.process import exit_on_timeout
 from npo_cli.inference.sync_check import RESUME_HINT
-from npo_cli.inference.vllm_common import VllmLimits
 
 PostRequest = Callable[..., Any]
-"""Path and JSON body to the server, key included."""
+"""POST to the server: path and JSON body."""
 
 
 class WeightTransferClient:
-    """vLLM's `VLLMWeightSyncClient` over the connection that is there."""
+    """vLLM's `VLLMWeightSyncClient` over the engine's HTTP session."""
 
     def __init__(self, post: PostRequest) -> None:
         self.post = post
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Tell the workers where to meet."""
+        """Send the rendezvous address to the workers."""
         self.post("init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Tensors are coming."""
+        """Announce a transfer."""
         self.post("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        """What is being sent; handles that JSON cannot hold are packed by vLLM."""
+        """Send the metadata; vLLM encodes handles that JSON cannot hold."""
         from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
 
         self.post("update_weights", {"update_info": _json_safe_update_payload(update_info)})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """All of them were sent; the version is stamped once the caches are dropped."""
+        """End a transfer. The engine sets the version later, after the prefix cache is reset."""
         self.post("finish_weight_update")
 
 
 def open_weight_transfer(
-    transport: str, *, post: PostRequest, tensors: Mapping[str, Tensor], limits: VllmLimits
+    transport: str, *, post: PostRequest, tensors: Mapping[str, Tensor], vllm: VllmSettings
 ) -> Callable[[dict[str, Tensor], str], None]:
-    """A function that sends tensors of these names and shapes; when it is there, the rendezvous is done."""
+    """Rendezvous with the workers; returns a function that sends tensors of these names and shapes."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     class Source(WeightSource):
-        """The tensors at hand, in one order for both channels."""
+        """The current tensors; metadata and data come in the same order."""
 
         def __init__(self) -> None:
             self.tensors = dict(tensors)
@@ -65,21 +65,21 @@ def open_weight_transfer(
 
     source, device = Source(), next(iter(tensors.values())).device
     with (
-        exit_on_timeout(limits.start_timeout, phase="meet for the first weights", hint=RESUME_HINT),
+        exit_on_timeout(vllm.start_timeout, phase="weight transfer setup", hint=RESUME_HINT),
         torch.cuda.device(device),
     ):
-        info = _init_info(transport, limits)
+        info = _init_info(transport, vllm)
         sender = WeightTransferTrainerFactory.trainer_init(info, client=WeightTransferClient(post), source=source)
 
-    def send(now: dict[str, Tensor], _version: str) -> None:
-        source.tensors = now
-        with exit_on_timeout(limits.deadline, phase="take weights", hint=RESUME_HINT), torch.cuda.device(device):
+    def send(tensors: dict[str, Tensor], _version: str) -> None:
+        source.tensors = tensors
+        with exit_on_timeout(vllm.timeout, phase="weight sync", hint=RESUME_HINT), torch.cuda.device(device):
             sender.send_weights()
 
     return send
 
 
-def _init_info(transport: str, limits: VllmLimits) -> Any:
+def _init_info(transport: str, vllm: VllmSettings) -> Any:
     if transport == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
@@ -89,5 +89,5 @@ def _init_info(transport: str, limits: VllmLimits) -> Any:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    workers = limits.tensor_parallel_size * limits.data_parallel_size
+    workers = vllm.tensor_parallel_size * vllm.data_parallel_size
     return NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=1 + workers)

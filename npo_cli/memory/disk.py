@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from npo_cli.config.recipe import Recipe
+from npo_cli.registry import ENGINES
 from npo_cli.types.memory import Allocation
 
 TOKEN_BYTES, ROLLOUT_BYTES, STEP_BYTES = 24, 150, 1100
@@ -43,7 +44,7 @@ def estimate_disk_usage(
     yield _need(
         "guide caches", answers * each, f"{answers:,} answers, {recipe.guide.cache.samples_per_prompt} a prompt"
     )
-    if recipe.engine.kind == "vllm_server":
+    if not ENGINES.get(recipe.engine.kind).runs_in_trainer:
         # A sync by nccl or ipc writes none.
         yield _need("weights for the server", full_model + weights, "in TMPDIR: those it starts from, and a sync's")
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from math import ceil
 
 from npo_cli.config.recipe import Recipe
+from npo_cli.inference.base import Engine
+from npo_cli.registry import ENGINES
 from npo_cli.types.memory import Allocation, Hardware, MemoryPhase, ModelShape
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
@@ -37,7 +39,8 @@ def trainer_gpus(recipe: Recipe, footing: Hardware) -> int:
 def engine_gpus(recipe: Recipe) -> int:
     """GPUs of a vLLM server of its own; 0 where the trainer's GPUs sample."""
     engine = recipe.engine
-    return engine.vllm.tensor_parallel_size * engine.vllm.data_parallel_size if engine.kind == "vllm_server" else 0
+    in_trainer = ENGINES.get(engine.kind).runs_in_trainer
+    return 0 if in_trainer else engine.vllm.tensor_parallel_size * engine.vllm.data_parallel_size
 
 
 def max_row_tokens(recipe: Recipe) -> int:
@@ -131,7 +134,8 @@ def _sampling(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[
     """By the trainer's own model, or by vLLM on the same GPU; a server has GPUs of its own."""
     num_gpus = trainer_gpus(recipe, footing)
     compute = dtype_bytes(recipe.model.precision)
-    if recipe.engine.kind == "vllm":
+    engine: type[Engine] = ENGINES.get(recipe.engine.kind)
+    if engine.runs_in_trainer and engine.needs_weight_sync:
         share = int(recipe.engine.vllm.gpu_memory_utilization * footing.gpu_bytes)
         phase = "sampling" if recipe.engine.vllm.enable_sleep_mode else "always"
         how = f"engine.vllm.gpu_memory_utilization={recipe.engine.vllm.gpu_memory_utilization:g} of the GPU"
@@ -142,7 +146,7 @@ def _sampling(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[
         whole = shape.num_params * compute
         how = f"{_count(shape.num_params)} x {compute} B"
         yield Allocation(location="gpu", phase="sampling", label="whole weights", num_bytes=whole, formula=how)
-    if recipe.engine.kind == "vllm_server":
+    if not engine.runs_in_trainer:
         return
     rows = min(recipe.engine.max_num_seqs, ceil(recipe.train.prompts_per_step * recipe.train.group_size / num_gpus))
     cache = rows * max_row_tokens(recipe) * shape.kv_cache_floats * compute
@@ -212,7 +216,8 @@ def host_needs(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator
     yield need("always", "processes", processes * PROCESS_BYTES, how=guess)
     written = shape.num_lora_params * FLOAT_BYTES if shape.num_lora_params else held * weight
     yield need("saving", "weights on their way to the disk", written, how="gathered by the first process")
-    if recipe.engine.kind == "vllm" and recipe.engine.vllm.enable_sleep_mode:
+    engine: type[Engine] = ENGINES.get(recipe.engine.kind)
+    if engine.runs_in_trainer and engine.needs_weight_sync and recipe.engine.vllm.enable_sleep_mode:
         each = held * dtype_bytes(recipe.model.precision) * processes
         yield need("update", "vLLM's weights while it sleeps", each, how=f"{processes} engines")
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.inference.base import AdapterHandle, Engine, Sample, SampleRequest
-from npo_cli.inference.registry import check_vision_packages, open_engine
+from npo_cli.inference.base import AdapterHandle, Engine, ModelHandle, Sample, SampleRequest, open_engine
 from npo_cli.inference.sync_check import tensor_shapes
 from npo_cli.policy.lora import AdapterInfo, shapes_without_rank
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.prompt_checks import check_prompt_support
+from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
 from npo_cli.session.weight_sync import WeightSync, build_check_rows
 from npo_cli.session.worker_tasks import (
@@ -95,7 +95,8 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
 
 def check_task_prompts(policy: Policy, task: Task, recipe: Recipe) -> None:
     """Every prompt, held-out ones included, can be read and leaves room for an answer."""
-    check_vision_packages(recipe.engine, policy.vision)
+    engine: type[Engine] = ENGINES.get(recipe.engine.kind)
+    engine.validate(recipe.engine, uses_adapters=policy.adapters is not None, uses_images=policy.vision is not None)
     prompts = [*task.train, *task.heldout]
     check_prompt_support(policy, prompts, recipe.model.path)
     for prompt in prompts:
@@ -143,21 +144,23 @@ def build_session(
     """
     joins = extrapolates_weights or recipe.pushes_weights
     longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
-    if policy.shared is not None and recipe.engine.kind == "transformers":
+    if policy.shared is not None and not ENGINES.get(recipe.engine.kind).needs_weight_sync:
         engine: Engine = DistributedEngine(policy, recipe)
     else:
         engine = open_engine(
             with_disk_transport(recipe.engine, policy),
-            policy.full_model,
-            policy.tokenizer,
-            eos_ids=policy.eos_ids,
-            pad_id=policy.pad_id,
-            max_model_len=min(longest, policy.max_tokens or longest),
-            dtype=policy.compute_dtype,
-            adapters=None
-            if policy.adapters is None
-            else make_adapter_port(policy, policy.adapters, doubles_rank=joins),
-            vision=policy.vision,
+            ModelHandle(
+                model=policy.full_model,
+                tokenizer=policy.tokenizer,
+                eos_ids=policy.eos_ids,
+                pad_id=policy.pad_id,
+                max_model_len=min(longest, policy.max_tokens or longest),
+                dtype=policy.compute_dtype,
+                adapters=None
+                if policy.adapters is None
+                else make_adapter_port(policy, policy.adapters, doubles_rank=joins),
+                vision=policy.vision,
+            ),
         )
     return Session(
         recipe=recipe,

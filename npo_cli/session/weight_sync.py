@@ -46,7 +46,7 @@ class WeightSync:
         if self.engine.version == self.verified_version == version:
             return version
         self.engine.update_weights(self.policy.full_model, version=version)
-        if self.engine.has_own_weights:
+        if self.engine.needs_weight_sync:
             self.verify_sync(version)
         self.verified_version = version
         return version

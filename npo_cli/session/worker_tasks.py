@@ -18,7 +18,7 @@ from npo_cli.config.sections import DistributedSettings
 from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_worker_group
 from npo_cli.errors import NpoError
-from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest
+from npo_cli.inference.base import Engine, LogprobRequest, Sample, SampleRequest
 from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy.device import set_process_device
 from npo_cli.policy.fsdp import ShardingContext, shard_model
@@ -33,6 +33,7 @@ from npo_cli.policy.optimizer import (
     save_state,
 )
 from npo_cli.policy.sharded_state import LoadMoments, ResetMoments, SaveMoments
+from npo_cli.registry import ENGINES
 from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.partition import WorkerState, partition_contiguous
 
@@ -56,9 +57,10 @@ def check_distributed_recipe(recipe: Recipe, size: int) -> None:
             f"an extrapolated guide holds two models whole in one process, and there are {size}",
             "start one process; or another guide.source, and autonpo.extrapolate=0",
         )
-    if recipe.engine.kind == "vllm":
+    engine: type[Engine] = ENGINES.get(recipe.engine.kind)
+    if engine.runs_in_trainer and engine.needs_weight_sync:
         raise NpoError(
-            f"engine.kind=vllm samples in this process, and there are {size}",
+            f"engine.kind={engine.name} samples in this process, and there are {size}",
             "engine.kind=vllm_server   # or transformers",
         )
     if train.optimizer == "adafactor":
@@ -147,12 +149,10 @@ class ShardModel:
             policy.score([TokenRow(prompt_ids=(0,), response_ids=(0,))], temperature=1.0, chunk_tokens=1)
 
 
-class DistributedEngine:
+class DistributedEngine(Engine):
     """transformers' sampling by all processes, a share of the requests each."""
 
-    has_own_weights = False
-    num_versions = 1
-    reproducibility_warning = ""
+    needs_weight_sync = False
 
     def __init__(self, policy: Policy, recipe: Recipe) -> None:
         assert policy.shared is not None
@@ -186,12 +186,6 @@ class DistributedEngine:
         ]
         scored = run_logprob_pass(self.policy, self.recipe, rows, temperature=1.0)
         return [tuple(scores.logps_T.tolist()) for scores in scored]
-
-    def release_memory(self) -> None:
-        """It keeps nothing between two batches."""
-
-    def close(self) -> None:
-        """There is nothing to end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

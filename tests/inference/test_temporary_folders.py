@@ -23,10 +23,10 @@ with scratch_folder() as folder:
     time.sleep(600)
 """
 LOADS = """
-from tests.inference.vllm_models import limits_of, tied_policy
+from tests.inference.vllm_models import make_engine, tied_policy
 from npo_cli.inference.vllm_local import VllmEngine
 policy = tied_policy()
-VllmEngine(policy.model, policy.tokenizer, limits=limits_of(policy))
+make_engine('vllm', policy)
 """
 
 

@@ -1,9 +1,8 @@
 """vLLM for real, on a CPU, with a tiny Qwen3-VL: the trainer's tokens and pixels, and a stale tower is told."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 
 from npo_cli.config.loading import load_recipe
 from npo_cli.errors import RunFailed
-from npo_cli.inference import vllm_local as vllm_engine
-from npo_cli.inference import vllm_server
+from npo_cli.inference import vllm_local, vllm_server
 from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest
 from npo_cli.inference.vllm_local import VllmEngine
 from npo_cli.inference.vllm_server import VllmServer
@@ -23,22 +21,20 @@ from npo_cli.seeds import derive_seed
 from npo_cli.session.session import make_adapter_port
 from npo_cli.session.weight_sync import WeightSync, build_check_rows
 from tests.helpers.images import load_vision_policy, mixed_prompts
-from tests.inference.vllm_models import make_limits
+from tests.inference.vllm_models import make_engine
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision"),
 ]
 Vllm = VllmEngine | VllmServer
-SERVED = partial(VllmServer, transport="disk")
-KINDS = {"argvalues": [VllmEngine, SERVED], "ids": ["in process", "server"]}
+KINDS = ("vllm", "vllm_server")
 
 
-@pytest.fixture(scope="module", params=KINDS["argvalues"], ids=KINDS["ids"])
+@pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, untaught_vl: Path) -> Iterator[tuple[Policy, Vllm, WeightSync]]:
     policy = load_vision_policy(untaught_vl)
-    limits = make_limits(policy, max_model_len=128)
-    engine = request.param(policy.model, policy.tokenizer, limits=limits, sight=policy.vision)
+    engine = make_engine(request.param, policy, max_model_len=128)
     rows = build_check_rows(policy, mixed_prompts())
     yield policy, engine, WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows)
     engine.close()
@@ -86,7 +82,7 @@ def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Po
     asked = LogprobRequest(prompt_ids=policy.encode(one), response_ids=(policy.end_id,), images=one.images)
     num_tokens = len(asked.prompt_ids) + 1
     # 32 x 32 pixels are 2 x 2 tokens, 48 x 64 are 3 x 4: eight more
-    with pytest.raises(RunFailed, match=f"it read {num_tokens + 8} tokens where the trainer reads {num_tokens}: "):
+    with pytest.raises(RunFailed, match=f"vLLM reads {num_tokens + 8} prompt tokens, the trainer {num_tokens}"):
         engine.compute_logps([replace(asked, images=four.images)])
 
 
@@ -98,17 +94,17 @@ def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, Vllm, WeightSync
     with torch.no_grad():
         for name in old:
             sent[name] += 0.05 * torch.randn(sent[name].shape, generator=torch.Generator().manual_seed(1))
-    whole = vllm_engine.named_tensors
+    whole = vllm_local.named_tensors
     with monkeypatch.context() as patched:
-        for module in (vllm_engine, vllm_server):
+        for module in (vllm_local, vllm_server):
             patched.setattr(module, "named_tensors", lambda model: whole(model) | old)
-        with pytest.raises(RunFailed, match="the engine still holds weights from before"):
+        with pytest.raises(RunFailed, match="match the previous weights"):
             sync.sync_weights(1)
     sync.sync_weights(1)
     assert_sampled_as_scored(policy, engine.generate(requests_of(policy), temperature=1.0, max_new_tokens=6))
 
 
-@pytest.mark.parametrize("pair", [SERVED], indirect=True, ids=["server"])
+@pytest.mark.parametrize("pair", ["vllm_server"], indirect=True)
 def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, WeightSync]):
     policy, engine, sync = pair
     sync.sync_weights(0)
@@ -132,18 +128,15 @@ def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, WeightSyn
     assert asked == []
 
 
-@pytest.mark.parametrize("kind", **KINDS)
-def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(
-    kind: Callable[..., Vllm], untaught_vl: Path
-):
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(kind: str, untaught_vl: Path):
     policy = load_vision_policy(untaught_vl, lora=4)
     with torch.no_grad():
         for name, tensor in policy.model.named_parameters():
             if "lora_B" in name:
                 tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
-    limits = make_limits(policy, max_model_len=128)
-    port = make_adapter_port(policy, policy.adapters)
-    engine = kind(policy.model, policy.tokenizer, limits=limits, adapters=port, sight=policy.vision)
+    adapters = make_adapter_port(policy, policy.adapters)
+    engine = make_engine(kind, policy, max_model_len=128, adapters=adapters)
     rows = build_check_rows(policy, mixed_prompts())
     try:
         WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows).sync_weights(0)

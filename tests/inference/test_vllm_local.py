@@ -9,14 +9,14 @@ import torch
 from npo_cli.config.loading import load_recipe
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import RunFailed
-from npo_cli.inference import vllm_local as vllm_engine
+from npo_cli.inference import vllm_local
 from npo_cli.inference.base import LogprobRequest
 from npo_cli.inference.sync_check import named_tensors
 from npo_cli.inference.vllm_local import VllmEngine
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.session.weight_sync import WeightSync
-from tests.inference.vllm_models import make_limits, make_requests, perturb_weights, tied_policy, untied_policy
+from tests.inference.vllm_models import make_engine, make_requests, perturb_weights, tied_policy, untied_policy
 
 pytestmark = pytest.mark.vllm
 PROMPTS = ("321+654=", "12+9=", "....1+2=")
@@ -25,7 +25,7 @@ PROMPTS = ("321+654=", "12+9=", "....1+2=")
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def pair(request, tmp_path_factory):
     policy = tied_policy() if request.param == "tied" else untied_policy(tmp_path_factory.mktemp("untied"))
-    engine = VllmEngine(policy.model, policy.tokenizer, limits=make_limits(policy))
+    engine = make_engine("vllm", policy)
     yield policy, engine
     engine.close()
 
@@ -81,7 +81,7 @@ def test_a_given_trajectory_is_scored_as_the_trainer_scores_it(synced):
         LogprobRequest(prompt_ids=tuple(policy.tokenizer(each.prompt_id).input_ids), response_ids=each.response_ids)
         for each in samples
     ]
-    assert largest_gap(engine.score(requests), trainers(policy, samples)) < 1e-4
+    assert largest_gap(engine.compute_logps(requests), trainers(policy, samples)) < 1e-4
 
 
 def test_a_response_is_its_seeds_alone_whoever_is_in_the_batch(synced):
@@ -122,7 +122,7 @@ def test_new_weights_are_used_at_once_and_old_prefixes_forgotten(synced):
 def test_an_engine_without_weights_answers_nothing(pair):
     policy, engine = pair
     engine.version = None
-    with pytest.raises(RunFailed, match="not with None"):
+    with pytest.raises(RunFailed, match="instead of None"):
         engine.generate(make_requests(policy, "1+2="), temperature=1.0, max_new_tokens=2)
 
 
@@ -132,8 +132,8 @@ def test_an_engine_without_weights_answers_nothing(pair):
 def test_a_tensor_that_is_not_sent_is_missed_before(synced, monkeypatch):
     policy, _, sync = synced
     perturb_weights(policy, by=0.05)
-    monkeypatch.setattr(vllm_engine, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
-    with pytest.raises(RunFailed, match=r"tensor missing: model\.layers\.1\.mlp\.down_proj\.weight"):
+    monkeypatch.setattr(vllm_local, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
+    with pytest.raises(RunFailed, match=r"tensors missing: model\.layers\.1\.mlp\.down_proj\.weight"):
         sync.sync_weights(1)
 
 
@@ -141,9 +141,9 @@ def test_a_tensor_that_is_not_sent_is_missed_by_the_probe_too(synced, monkeypatc
     """vLLM takes it without a word, and keeps a mixture of two policies."""
     policy, _, sync = synced
     perturb_weights(policy, by=0.2)
-    monkeypatch.setattr(vllm_engine, "refuse_other_names", lambda expected, offered: None)
-    monkeypatch.setattr(vllm_engine, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
-    with pytest.raises(RunFailed, match="the engine holds something else, perhaps a mixture"):
+    monkeypatch.setattr(vllm_local, "check_sent_tensors", lambda expected, offered: None)
+    monkeypatch.setattr(vllm_local, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
+    with pytest.raises(RunFailed, match="the engine may hold other weights"):
         sync.sync_weights(1)
 
 
@@ -151,9 +151,9 @@ def test_a_head_that_is_not_sent_is_missed_by_the_probe(synced, monkeypatch):
     """The tied head of vLLM 0.32: the embedding is new, the head is old."""
     policy, _, sync = synced
     perturb_weights(policy, by=0.2)
-    monkeypatch.setattr(vllm_engine, "refuse_other_names", lambda expected, offered: None)
-    monkeypatch.setattr(vllm_engine, "named_tensors", lambda model: without(named_tensors(model), "lm_head"))
-    with pytest.raises(RunFailed, match="engine and trainer differ"):
+    monkeypatch.setattr(vllm_local, "check_sent_tensors", lambda expected, offered: None)
+    monkeypatch.setattr(vllm_local, "named_tensors", lambda model: without(named_tensors(model), "lm_head"))
+    with pytest.raises(RunFailed, match=r"weight sync to step 1.* failed"):
         sync.sync_weights(1)
 
 
@@ -163,10 +163,10 @@ def test_an_engine_that_kept_its_old_weights_is_told_by_a_step_however_small(syn
     policy, engine, sync = synced
     monkeypatch.setattr(engine._llm.llm_engine, "collective_rpc", lambda *args, **kwargs: None)
     perturb_weights(policy, by=by)
-    with pytest.raises(RunFailed, match="still holds weights from before"):
+    with pytest.raises(RunFailed, match="match the previous weights"):
         sync.sync_weights(1)
     # nor is it believed when it is asked for the same weights again
-    with pytest.raises(RunFailed, match="still holds weights from before"):
+    with pytest.raises(RunFailed, match="match the previous weights"):
         sync.sync_weights(1)
 
 
@@ -174,7 +174,7 @@ def test_weights_that_are_no_numbers_are_not_sent(synced):
     policy, _, sync = synced
     with torch.no_grad():
         next(policy.model.parameters()).view(-1)[0] = math.nan
-    with pytest.raises(RunFailed, match="tensor not finite"):
+    with pytest.raises(RunFailed, match="tensors not finite"):
         sync.sync_weights(1)
 
 
@@ -182,14 +182,14 @@ def test_a_cache_that_outlives_its_weights_is_not_accepted(synced, monkeypatch):
     policy, engine, sync = synced
     perturb_weights(policy, by=0.05)
     monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
-    with pytest.raises(RunFailed, match="take weights: RuntimeError: the prefix cache"):
+    with pytest.raises(RunFailed, match=r"phase: weight sync.: RuntimeError: the prefix cache"):
         sync.sync_weights(1)
 
 
 def test_an_answer_of_other_weights_than_were_given_is_no_answer(synced):
     policy, engine, _ = synced
-    engine._llm.update_weight_version("somebody else's")
-    with pytest.raises(RunFailed, match="answered with weights somebody else's, not with step 0, write"):
+    engine._llm.update_weight_version("another's")
+    with pytest.raises(RunFailed, match="sampled from weights another's instead of step 0, write"):
         engine.generate(make_requests(policy, "1+2="), temperature=1.0, max_new_tokens=2)
 
 
@@ -203,7 +203,7 @@ def test_an_engine_that_dies_in_a_batch_names_phase_and_cause(synced, monkeypatc
         raise MemoryError("no more")
 
     monkeypatch.setattr(engine._llm, "generate", dies)
-    with pytest.raises(RunFailed, match="vLLM failed while it was to sample: MemoryError: no more") as failed:
+    with pytest.raises(RunFailed, match=r"vLLM failed \(phase: sample\): MemoryError: no more") as failed:
         engine.generate(make_requests(policy, "1+2="), temperature=1.0, max_new_tokens=2)
     assert "npo resume" in failed.value.hint
 
@@ -211,17 +211,17 @@ def test_an_engine_that_dies_in_a_batch_names_phase_and_cause(synced, monkeypatc
 def test_a_model_that_vllm_cannot_hold_is_told_at_the_start():
     policy = load_policy(ModelSettings(threads=1))
     with pytest.raises(RunFailed, match="vLLM could not start"):
-        VllmEngine(policy.model, policy.tokenizer, limits=make_limits(policy, max_model_len=100_000))
+        make_engine("vllm", policy, max_model_len=100_000)
 
 
 def test_a_closed_engine_says_so_and_closes_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     policy = tied_policy()
-    engine = VllmEngine(policy.model, policy.tokenizer, limits=make_limits(policy))
+    engine = make_engine("vllm", policy)
     for _ in range(2):
         engine.close()
     assert not list(tmp_path.glob("npo-*"))
-    with pytest.raises(RunFailed, match="closed before it was to sample"):
+    with pytest.raises(RunFailed, match="closed before: sample"):
         engine.generate(make_requests(policy, "1+2="), temperature=1.0, max_new_tokens=2)
 
 

@@ -6,17 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from npo_cli.config.engine import EngineSettings, VllmSettings
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.config.sections import LoraSettings
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest, round_up_lora_rank
-from npo_cli.inference.registry import open_engine
+from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest, open_engine
+from npo_cli.inference.vllm_local import round_up_lora_rank
 from npo_cli.policy.extrapolated import extrapolate_weights
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.session.session import make_adapter_port
-from tests.inference.vllm_models import make_limits, make_requests
+from tests.inference.vllm_models import make_engine, make_handle, make_requests, make_settings
 
 PROMPTS = ("321+654=", "12+9=", "....1+2=")
 
@@ -37,15 +36,8 @@ def turned(policy: Policy, *, seed: int) -> None:
 def served(request) -> Iterator[tuple]:
     """A policy, an engine with four places, and three adapters in it, with the trainer's scores of each."""
     pytest.importorskip("vllm")
-    from npo_cli.inference.vllm_local import VllmEngine
-    from npo_cli.inference.vllm_server import VllmServer
-
     policy = lora_policy(rank=8)
-    made = {"limits": make_limits(policy), "adapters": make_adapter_port(policy, policy.adapters, doubles_rank=True)}
-    if request.param == "vllm":
-        engine = VllmEngine(policy.model, policy.tokenizer, **made)
-    else:
-        engine = VllmServer(policy.model, policy.tokenizer, transport="disk", **made)
+    engine = make_engine(request.param, policy, adapters=make_adapter_port(policy, policy.adapters, doubles_rank=True))
     try:
         yield policy, engine, filled(policy, engine)
     finally:
@@ -61,7 +53,7 @@ def filled(policy: Policy, engine) -> dict[str, torch.Tensor]:
         version = f"step {number}, write {policy.num_weight_changes}, run ab"
         engine.update_weights(policy.model, version=version)
         scores[version] = trainer_scores(policy)
-        (found,) = engine.score([response()])
+        (found,) = engine.compute_logps([response()])
         assert found == pytest.approx(scores[version].tolist(), abs=1e-4), "the newest answers where nobody is named"
     return scores
 
@@ -113,10 +105,10 @@ def test_the_oldest_adapters_make_room_and_are_not_answered_for(served):
     for number in (7, 8):
         turned(policy, seed=number)
         engine.update_weights(policy.model, version=f"later {number}")
-    with pytest.raises(RunFailed, match=r"the engine was asked for weights step 0, .*, which it does not hold"):
+    with pytest.raises(RunFailed, match="the engine does not hold the weights step 0, "):
         sampled(engine, named(policy, first))
     assert sampled(engine, named(policy, others[-1]))
-    (found,) = engine.score([response()])
+    (found,) = engine.compute_logps([response()])
     assert found == pytest.approx(trainer_scores(policy).tolist(), abs=1e-4)
 
 
@@ -130,7 +122,7 @@ def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_pa
     with extrapolate_weights(policy, tmp_path, strength=0.5):
         engine.update_weights(policy.model, version="pushed")
         theirs = trainer_scores(policy)
-        (found,) = engine.score([response()])
+        (found,) = engine.compute_logps([response()])
         assert found == pytest.approx(theirs.tolist(), abs=1e-4)
     assert (own - theirs).abs().max() > 0.01
     both = sampled(engine, named(policy, "own") + named(policy, "pushed"))
@@ -142,28 +134,26 @@ def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_pa
 def test_adapters_that_are_not_finite_or_named_otherwise_are_not_sent(served):
     policy, engine, _ = served
     before = engine.version
-    (name, tensor), *_ = policy.trained.items()
+    (name, tensor), *_ = policy.adapter_weights.items()
     kept = tensor.detach().clone()
     with torch.no_grad():
         tensor[0, 0] = float("nan")
-    with pytest.raises(RunFailed, match=f"tensor not finite: {name}"):
+    with pytest.raises(RunFailed, match=f"tensors not finite: {name}"):
         engine.update_weights(policy.model, version="nan")
     with torch.no_grad():
         tensor.copy_(kept)
     assert engine.version == before
 
 
-def test_a_slot_holds_the_next_larger_rank_that_vllm_knows():
+def test_vllm_lora_rank_is_rounded_up_to_one_that_vllm_supports():
     assert [round_up_lora_rank(rank) for rank in (1, 8, 9, 64, 300)] == [8, 8, 16, 64, 512]
-    with pytest.raises(NpoError, match="up to rank 512, and 513 is asked for"):
+    with pytest.raises(NpoError, match="up to rank 512, got 513"):
         round_up_lora_rank(513)
 
 
-def test_adapters_never_take_another_road_than_the_one_that_was_named():
+def test_vllm_server_refuses_lora_adapters_over_nccl():
     policy = lora_policy()
-    named = EngineSettings(kind="vllm_server", vllm=VllmSettings(weight_transfer="nccl"))
-    options = {"eos_ids": policy.eos_ids, "pad_id": policy.pad_id, "max_model_len": 64, "dtype": torch.float32}
-    with pytest.raises(NpoError, match=r"weight_transfer=nccl sends whole models; adapters \(model\.lora\.rank\) go"):
-        open_engine(
-            named, policy.model, policy.tokenizer, **options, adapters=make_adapter_port(policy, policy.adapters)
-        )
+    settings = make_settings("vllm_server", weight_transfer="nccl")
+    handle = make_handle(policy, adapters=make_adapter_port(policy, policy.adapters))
+    with pytest.raises(NpoError, match=r"weight_transfer=nccl does not support LoRA adapters \(model\.lora\.rank\)"):
+        open_engine(settings, handle)

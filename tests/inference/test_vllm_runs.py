@@ -110,7 +110,7 @@ def test_a_sync_that_goes_wrong_stops_the_run_which_can_be_resumed(tmp_path, mon
         return {name: tensor for name, tensor in sent(model).items() if len(calls) < 4 or "layers.2" not in name}
 
     monkeypatch.setattr(vllm_engine, "named_tensors", loses_a_layer_later)
-    with pytest.raises(RunFailed, match=r"weights were not sent to the engine: tensor missing: model\.layers\.2"):
+    with pytest.raises(RunFailed, match=r"do not match the engine's model: tensors missing: model\.layers\.2"):
         train(root, *VLLM)
     monkeypatch.setattr(vllm_engine, "named_tensors", sent)
     assert resume(root)[-1].step == 4

@@ -13,21 +13,18 @@ import pytest
 import torch
 
 from npo_cli.errors import RunFailed
-from npo_cli.inference.vllm_local import VllmEngine
-from npo_cli.inference.vllm_server import VllmServer
 from tests.inference.test_process_supervisor import lives, wait_for
 from tests.inference.test_vllm_local import PROMPTS, largest_gap, sync_of, trainers
-from tests.inference.vllm_models import make_limits, make_requests, perturb_weights, tied_policy
+from tests.inference.vllm_models import make_engine, make_requests, perturb_weights, tied_policy
 
 pytestmark = pytest.mark.vllm
 OWNER = """
 import signal, sys, time
 # A shell's background job ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from tests.inference.vllm_models import limits_of, tied_policy
-from npo_cli.inference.vllm_server import VllmServer
+from tests.inference.vllm_models import make_engine, tied_policy
 policy = tied_policy()
-server = VllmServer(policy.model, policy.tokenizer, limits=limits_of(policy), transport="disk")
+server = make_engine('vllm_server', policy)
 print(server._process.pid, server._folder, flush=True)
 time.sleep(600)
 """
@@ -36,7 +33,7 @@ time.sleep(600)
 @pytest.fixture(scope="module")
 def served():
     policy = tied_policy()
-    server = VllmServer(policy.model, policy.tokenizer, limits=make_limits(policy), transport="disk")
+    server = make_engine("vllm_server", policy)
     yield policy, server
     server.close()
 
@@ -56,7 +53,7 @@ def descendants(pid: int) -> list[int]:
 def test_a_server_answers_like_the_engine_in_process_seed_by_seed(served):
     policy, server = served
     sync_of(policy, server).sync_weights(0)
-    engine = VllmEngine(policy.model, policy.tokenizer, limits=make_limits(policy))
+    engine = make_engine("vllm", policy)
     sync_of(policy, engine).sync_weights(0)
     requests = make_requests(policy, *PROMPTS)
     theirs = server.generate(requests, temperature=1.0, max_new_tokens=18)
@@ -78,7 +75,7 @@ def test_new_weights_reach_the_server_and_old_ones_are_told(served, monkeypatch)
     assert not list(server._folder.glob("weights-*"))
     monkeypatch.setattr(server, "_send", lambda tensors, version: None)
     perturb_weights(policy, by=0.05)
-    with pytest.raises(RunFailed, match="still holds weights from before"):
+    with pytest.raises(RunFailed, match="match the previous weights"):
         sync.sync_weights(2)
     with torch.no_grad():
         policy.model.load_state_dict(state)
@@ -97,13 +94,13 @@ def test_nobody_else_on_the_machine_may_ask(served):
 
 def test_a_server_killed_in_mid_batch_is_an_error_that_says_so_and_leaves_nobody():
     policy = tied_policy()
-    server = VllmServer(policy.model, policy.tokenizer, limits=make_limits(policy), transport="disk")
+    server = make_engine("vllm_server", policy)
     family = descendants(server._process.pid)
     sync_of(policy, server).sync_weights(0)
     requests = make_requests(policy, *PROMPTS, num_slots=400)
     killer = threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGKILL) for pid in family[1:] if lives(pid)])
     killer.start()
-    with pytest.raises(RunFailed, match="the vLLM server failed while it was to sample") as failed:
+    with pytest.raises(RunFailed, match=r"the vLLM server failed \(phase: sample\)") as failed:
         server.generate(requests, temperature=1.0, max_new_tokens=18)
     assert "npo resume" in failed.value.hint
     server.close()
@@ -113,7 +110,7 @@ def test_a_server_killed_in_mid_batch_is_an_error_that_says_so_and_leaves_nobody
 def test_a_server_that_does_not_start_is_told_with_its_last_words():
     policy = tied_policy()
     with pytest.raises(RunFailed, match=r"the vLLM server could not start: .*max_model_len"):
-        VllmServer(policy.model, policy.tokenizer, limits=make_limits(policy, max_model_len=100_000), transport="disk")
+        make_engine("vllm_server", policy, max_model_len=100_000)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

@@ -1,14 +1,16 @@
 """Tiny policies for a real vLLM: the tied micro base, and one of its shape whose head stands apart."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from npo_cli.config.engine import EngineSettings, VllmSettings
 from npo_cli.config.recipe import ModelSettings
-from npo_cli.inference.base import SampleRequest
-from npo_cli.inference.vllm_common import VllmLimits
+from npo_cli.inference.base import AdapterHandle, ModelHandle, SampleRequest
 from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
+from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
 
 
@@ -32,28 +34,29 @@ def untied_policy(folder: Path) -> Policy:
     return load_policy(ModelSettings(path=str(folder), threads=1))
 
 
-def make_limits(policy: Policy, **changes) -> VllmLimits:
-    figures = {
-        **{
-            "eos_ids": policy.eos_ids,
-            "max_model_len": 64,
-            "dtype": "float32",
-            "max_num_seqs": 64,
-            "tensor_parallel_size": 1,
-            "data_parallel_size": 1,
-        },
-        **{
-            "gpu_memory_utilization": 0.4,
-            "cpu_kv_cache_gb": 1,
-            "devices": "",
-            "on_cpu": True,
-            "enforce_eager": True,
-            "can_sleep": False,
-            "max_loras": 4,
-        },
-        **{"start_timeout": 240.0, "deadline": 120.0},
-    }
-    return VllmLimits(**figures | changes)
+def make_settings(kind: str = "vllm", **changes: Any) -> EngineSettings:
+    """Settings for tests on a CPU."""
+    vllm = VllmSettings(max_loras=4, start_timeout=240.0, timeout=120.0, **changes)
+    return EngineSettings(kind=kind, max_num_seqs=64, vllm=vllm)
+
+
+def make_handle(policy: Policy, *, max_model_len: int = 64, adapters: AdapterHandle | None = None) -> ModelHandle:
+    """The policy as an engine sees it."""
+    return ModelHandle(
+        model=policy.model,
+        tokenizer=policy.tokenizer,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        max_model_len=max_model_len,
+        dtype=policy.compute_dtype,
+        adapters=adapters,
+        vision=policy.vision,
+    )
+
+
+def make_engine(kind: str, policy: Policy, **options: Any) -> Any:
+    """An engine of that kind for the policy, started."""
+    return ENGINES.get(kind).open(make_settings(kind), make_handle(policy, **options))
 
 
 def make_requests(policy: Policy, *texts: str, num_slots: int = 8) -> list[SampleRequest]:
