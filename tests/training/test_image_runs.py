@@ -35,7 +35,7 @@ SMALL = (
     ),
 )
 
-BLIND_WITHOUT = pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads pictures with torchvision")
+BLIND_WITHOUT = pytest.mark.skipif(find_spec("torchvision") is None, reason="vLLM reads images with torchvision")
 
 
 def training(root: Path, model: Path, *overrides: str):
@@ -179,6 +179,6 @@ def test_pictures_need_a_model_that_sees(tmp_path: Path):
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="it is about the lack of torchvision")
 @pytest.mark.parametrize("kind", ["vllm", "vllm_server"])
 def test_vllm_without_torchvision_is_refused_before_there_is_a_run(kind: str, untaught_vl: Path, tmp_path: Path):
-    with pytest.raises(NpoError, match=f"engine.kind={kind} reads pictures with torchvision"):
+    with pytest.raises(NpoError, match=f"engine.kind={kind} reads images with torchvision"):
         list(training(tmp_path / "run", untaught_vl, f"engine.kind={kind}"))
     assert not (tmp_path / "run").exists()
