@@ -1,9 +1,7 @@
 """AutoNPO's settings: when it triggers, how it probes, how far it rolls back, how it replays (algorithms, section 9).
 
-The paper states none of these values; the defaults are the project's own, explained in
-`docs/explanation/autonpo.md`. AutoNPO also
-reads settings that every run has: train.save_every, train.keep_full_checkpoints, scoring.*, guide.cache.* and
-guide.inject.*.
+The paper states none of these values; the defaults are this project's, explained in `docs/explanation/autonpo.md`.
+AutoNPO also reads train.save_every, train.keep_full_checkpoints, scoring.*, guide.cache.* and guide.inject.*.
 """
 
 from typing import Literal

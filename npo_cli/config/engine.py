@@ -1,6 +1,6 @@
 """Inference engine settings, and the correction of the inference/trainer mismatch.
 
-The engines are explained in `docs/how-to/engines.md`, the correction in `docs/explanation/inference-mismatch.md`.
+The engines are explained in `docs/how-to/vllm.md`, the correction in `docs/explanation/inference-mismatch.md`.
 """
 
 from typing import Annotated, Literal

@@ -1,9 +1,6 @@
-"""Guide settings: how guide responses are sampled, cached and injected into groups, and ExGRPO's replay buffer.
+"""Guide settings: how guide responses are sampled, cached, injected and replayed, and how candidates are scored.
 
-A method of the paper's table is a choice of these together with `loss.*`: see `recipes/methods/` and
-`docs/explanation/methods.md`.
-
-Scoring settings: how guide candidates are sampled and which Q and V make S.
+A method is a choice of these together with `loss.*`: see `recipes/methods/` and `docs/explanation/methods.md`.
 """
 
 from typing import Literal

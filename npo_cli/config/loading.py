@@ -1,8 +1,7 @@
-"""Recipes from YAML: read, extend, override, check, compare.
+"""Recipes from YAML: read, extend, override, validate, compare.
 
-The YAML is the JSON-like part of YAML 1.2: `3e-4` is a number, `yes` and `010` are text, aliases and repeated
-keys are refused. Values are checked strictly (no text taken for a number, no true for 1). It knows no setting
-by name except those whose right to change depends on another (`refuse_frozen`).
+Plain YAML 1.2: `3e-4` is a number, `yes` and `010` are text, aliases and repeated keys are refused. Values are checked
+strictly: text is never converted to a number, nor 1 to true.
 """
 
 import json
@@ -27,7 +26,7 @@ EXTENDS_KEY = "extends"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettingsLayer:
-    """Settings from one place, and where each dotted key of them was written."""
+    """Settings from one file or override, and where each dotted key was written."""
 
     values: dict[str, Any]
     locations: dict[str, str]
@@ -35,35 +34,29 @@ class SettingsLayer:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2's core schema and without aliases and repeated keys."""
+    """SafeLoader with the scalars of YAML 1.2, without aliases and repeated keys."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - yaml's own spelling
-    yaml_constructors = {  # noqa: RUF012
-        tag: construct
-        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in {"null", "bool", "int", "float", "str", "seq", "map"}
-    }
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - defined by yaml
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(
-                problem="aliases are not part of a recipe", problem_mark=self.peek_event().start_mark
-            )
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not part of a recipe", problem_mark=mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
-            if key.value in seen:
+            if key.value in keys:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
+            keys.add(key.value)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes text which YAML 1.2 takes for a number, such as 0E0."""
+    """SafeDumper that also quotes text which YAML 1.2 reads as a number, such as 0E0."""
 
 
 _FLOAT = r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN"
@@ -78,21 +71,21 @@ for _reader in (_Loader, _Dumper):
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Recipe:
-    """Defaults, then the chain of `extends`, then the file, the method, the overrides: later wins."""
-    layers = _chain(find_recipe(name_or_path))
+    """Merge defaults, the chain of `extends`, the file, the method and the overrides; later ones win."""
+    layers = _read_chain(find_recipe(name_or_path))
     if method is not None:
-        layers += _chain(find_method(method))
-    return _resolved([*layers, *map(_parse_override, overrides)], source=name_or_path)
+        layers += _read_chain(find_method(method))
+    return _validate([*layers, *map(_parse_override, overrides)], source=name_or_path)
 
 
 def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with KEY=VALUE settings on top."""
     base = SettingsLayer(values=recipe_to_dict(recipe), locations={})
-    return _resolved([base, *map(_parse_override, overrides)], source="the run's recipe")
+    return _validate([base, *map(_parse_override, overrides)], source="the run's recipe")
 
 
 def override_saved_recipe(saved: Mapping[str, Any], overrides: Sequence[str], *, path: Path, fork: bool) -> Recipe:
-    """The recipe that a run saved in `path`, with settings on top that falsify nothing it computed."""
+    """The recipe that a run saved in `path` with overrides, refused if completed steps depend on them."""
     old = recipe_from_dict(saved, source=str(path))
     recipe = apply_overrides(old, overrides)
     check_frozen_settings(old, recipe, fork=fork, path=path)
@@ -100,38 +93,38 @@ def override_saved_recipe(saved: Mapping[str, Any], overrides: Sequence[str], *,
 
 
 def recipe_from_dict(values: Mapping[str, Any], *, source: str = "the saved recipe") -> Recipe:
-    """A recipe from plain data, checked like one from a file."""
-    return _resolved([SettingsLayer(values=dict(values), locations={})], source=source)
+    """A recipe from plain data, validated like one from a file."""
+    return _validate([SettingsLayer(values=dict(values), locations={})], source=source)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Every setting as plain JSON-able data."""
+    """Every setting as JSON-compatible data."""
     return recipe.model_dump(mode="json")
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """Every setting as YAML that `load_recipe` reads back to the same recipe."""
+    """Every setting as YAML; `load_recipe` reads the same recipe from it."""
     return dump_yaml(recipe_to_dict(recipe), width=100)
 
 
 def dump_yaml(values: Mapping[str, Any], *, width: int) -> str:
-    """Plain data as YAML that this file and any YAML 1.1 reader understand alike, keys in the order given."""
-    # Letters beyond ASCII are escaped: yaml would fold a raw U+0085 into a space, and a terminal might obey others.
+    """Plain data as YAML that readers of YAML 1.1 and 1.2 understand alike, keys in the given order."""
+    # Non-ASCII characters are escaped: yaml folds a raw U+0085 into a space, and some control the terminal.
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=width)
 
 
-def _chain(path: Path) -> list[SettingsLayer]:
-    """The file's ancestors, oldest first, then the file itself. A circle is refused."""
+def _read_chain(path: Path) -> list[SettingsLayer]:
+    """The files that this one extends, outermost first, then the file itself."""
     layers: list[SettingsLayer] = []
     visited: list[Path] = []
     while True:
         if path.resolve() in visited:
-            circle = " -> ".join(step.name for step in [*visited, path])
+            names = " -> ".join(step.name for step in [*visited, path])
             raise NpoError(
-                f"recipes extend each other in a circle: {circle}", f"remove `{EXTENDS_KEY}` from {visited[0]}"
+                f"recipes extend each other in a cycle: {names}", f"remove `{EXTENDS_KEY}` from {visited[0]}"
             )
         visited.append(path.resolve())
-        layer = _read(path)
+        layer = _read_file(path)
         layers.insert(0, layer)
         parent = layer.values.pop(EXTENDS_KEY, None)
         if parent is None:
@@ -143,32 +136,32 @@ def _chain(path: Path) -> list[SettingsLayer]:
         path = find_recipe(parent, beside=path.parent)
 
 
-def _read(path: Path) -> SettingsLayer:
+def _read_file(path: Path) -> SettingsLayer:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise NpoError(f"{path} cannot be read: {error.strerror}", "name a readable recipe file") from error
+        raise NpoError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
     except UnicodeDecodeError as error:
         raise NpoError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
-    node, values = _parsed(text, source=str(path))
+    node, values = _parse_yaml(text, source=str(path))
     if node is None:
-        raise NpoError(f"{path} is empty", "npo recipes micro   # shows what a recipe holds")
+        raise NpoError(f"{path} is empty", "npo recipes micro   # prints an example")
     if not isinstance(node, yaml.MappingNode):
-        raise NpoError(f"{path} does not hold settings (KEY: VALUE)", "npo recipes micro   # shows what a recipe holds")
-    places = {key: f"{path.name}:{line}" for key, line in _lines(node, prefix="")}
-    return SettingsLayer(values=values, locations=places)
+        raise NpoError(f"{path} holds no settings (KEY: VALUE)", "npo recipes micro   # prints an example")
+    locations = {key: f"{path.name}:{line}" for key, line in _list_lines(node, prefix="")}
+    return SettingsLayer(values=values, locations=locations)
 
 
-def _parsed(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
+def _parse_yaml(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         return node, None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{source}:{mark.line + 1}" if mark else source
+        location = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise NpoError(f"{place}: {problem}", "settings are written KEY: VALUE, nested by two spaces") from error
+        raise NpoError(f"{location}: {problem}", "settings are written KEY: VALUE, nested by two spaces") from error
     except (ValueError, KeyError) as error:
         raise NpoError(f"{source}: a value does not fit its !!tag: {error}", "leave out the !!tag") from error
     except RecursionError as error:
@@ -177,51 +170,50 @@ def _parsed(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
         ) from error
 
 
-def _lines(node: yaml.MappingNode, *, prefix: str) -> Iterator[tuple[str, int]]:
+def _list_lines(node: yaml.MappingNode, *, prefix: str) -> Iterator[tuple[str, int]]:
     for key, value in node.value:
         dotted = f"{prefix}{key.value}"
         yield dotted, key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, prefix=f"{dotted}.")
+            yield from _list_lines(value, prefix=f"{dotted}.")
 
 
 def _parse_override(text: str) -> SettingsLayer:
-    """KEY=VALUE with a dotted key and a YAML value. A value without `=` or key is the user's slip."""
+    """KEY=VALUE with a dotted key and a YAML value."""
     dotted, equals, value = text.partition("=")
     parts = dotted.split(".")
     if not equals or not all(parts):
         raise NpoError(f"{text!r} is not a setting: write KEY=VALUE", "train.lr=3e-4   # for example")
-    node, values = _parsed(value, source=f"the value of {dotted}")
-    inner = _lines(node, prefix=f"{dotted}.") if isinstance(node, yaml.MappingNode) else ()
+    node, values = _parse_yaml(value, source=f"the value of {dotted}")
+    inner = _list_lines(node, prefix=f"{dotted}.") if isinstance(node, yaml.MappingNode) else ()
     for part in reversed(parts):
         values = {part: values}
     return SettingsLayer(values=values, locations=dict.fromkeys([dotted, *(key for key, _ in inner)], "command line"))
 
 
-def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(lower: dict[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     """Mappings merge key by key, everything else is replaced."""
-    merged = dict(below)
-    for key, value in above.items():
+    merged = dict(lower)
+    for key, value in upper.items():
         old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 
-# Checking
-
-
-def _resolved(layers: Sequence[SettingsLayer], *, source: str) -> Recipe:
+def _validate(layers: Sequence[SettingsLayer], *, source: str) -> Recipe:
     values: dict[str, Any] = {}
-    places: dict[str, str] = {}
+    locations: dict[str, str] = {}
     for layer in layers:
-        values = _merged(values, layer.values)
-        places |= layer.locations
+        values = _merge(values, layer.values)
+        locations |= layer.locations
     try:
-        # JSON mode: lists are tuples, yet nothing else is converted. A date of a hand-edited recipe becomes text.
+        # JSON mode accepts lists for tuples and converts nothing else.
         return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        raise NpoError(describe_problems(problems, locations=places, source=source), suggest_fix(problems)) from error
+        raise NpoError(
+            describe_problems(problems, locations=locations, source=source), suggest_fix(problems)
+        ) from error
 
 
 # Comparing
@@ -234,30 +226,30 @@ def diff_recipes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
 
 
 def check_frozen_settings(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = None) -> None:
-    """Refuse a change of anything that what was already computed depends on; `path` is where the old recipe lies.
+    """Refuse changes of settings that completed steps depend on; `path` is the file of the old recipe.
 
-    Free settings may change, fork settings only where a replay branches off, the rest never. num_steps is free
-    only under a constant schedule: a decay is spread over it, so other steps would have had other learning rates.
+    `free` settings may always change, `fork` settings only when a new branch is forked, all others never. num_steps may
+    change only with a constant schedule: a decaying learning rate depends on it at every step.
     """
     when = {key: marks.get("on_resume", "never") for key, _, marks in walk_fields(old)}
     for key, before, after in diff_recipes(old, new):
         change = f"{key} cannot change from {before} to {after}"
         if key == "model.path" and old.model.lora.rank is not None:
-            continue  # adapters know their base by its weights, wherever they lie
+            continue  # adapters identify their base by its weights
         new_run = f"npo train {quote_path(path) if path else 'RECIPE'} NEW_RUN {_as_override(key, after)}"
         if key == "train.num_steps" and old.train.schedule != "constant":
-            reason = f"the {old.train.schedule} schedule of the steps already made was spread over {before} steps"
+            reason = f"the {old.train.schedule} schedule of the completed steps was computed for {before} steps"
             raise NpoError(f"{change}: {reason}", new_run)
         if when[key] == "fork" and not fork:
             raise NpoError(
-                f"{change} in the middle of a branch, only where another one leaves it",
-                "leave the branch with it: add --at STEP to the command",
+                f"{change} within a branch, only when forking",
+                "fork a new branch: add --at STEP to the command",
             )
         if when[key] == "never":
-            raise NpoError(f"{change}: the steps already made depend on it", new_run)
+            raise NpoError(f"{change}: completed steps depend on it", new_run)
 
 
 def _as_override(key: str, value: Any) -> str:
-    """A setting as it is typed on the command line."""
+    """A setting as written on the command line."""
     text = value if isinstance(value, str) else json.dumps(value, default=lambda part: part.model_dump(mode="json"))
     return shlex.quote(f"{key}={text}")

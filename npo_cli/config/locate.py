@@ -1,4 +1,4 @@
-"""Where recipes and methods lie, by name or by path."""
+"""Finds recipes and methods by name or path."""
 
 import difflib
 from pathlib import Path
@@ -7,7 +7,7 @@ from npo_cli.errors import NpoError
 
 METHODS_FOLDER = "methods"
 TRACKS = ("matched", "reference", "controls", "extrapolated")
-"""Folders of shipped methods, in the order in which a bare name is looked for."""
+"""Folders of shipped methods, in the order in which a name without a folder is searched."""
 _SUFFIXES = (".yaml", ".yml", ".json")
 _PACKAGE = Path(__file__).parents[1]
 
@@ -30,26 +30,26 @@ def list_method_names() -> tuple[str, ...]:
 
 
 def find_method(name: str) -> Path:
-    """A file as it is; `reference/luffy` among the shipped methods; a bare name in the first track that has it."""
+    """The file of a method: a path, `reference/luffy`, or a name that is searched in all tracks."""
     if name.endswith(_SUFFIXES):
         return find_recipe(f"./{name}" if "/" not in name else name)
-    for tried in (name, *(f"{track}/{name}" for track in TRACKS)):
-        if tried in list_method_names():
-            return find_recipe_folder() / METHODS_FOLDER / f"{tried}.yaml"
+    for candidate in (name, *(f"{track}/{name}" for track in TRACKS)):
+        if candidate in list_method_names():
+            return find_recipe_folder() / METHODS_FOLDER / f"{candidate}.yaml"
     near = difflib.get_close_matches(name, list_method_names(), n=1, cutoff=0.4)
     raise NpoError(f"there is no method {name!r}", f"--method {near[0]}" if near else "npo recipes --methods")
 
 
 def find_recipe(name: str, *, beside: Path | None = None) -> Path:
-    """A path as it is (relative to `beside` where given), a bare name among the shipped recipes."""
+    """The file of a recipe: a path (relative to `beside` if given), or the name of a shipped recipe."""
     if name.endswith(_SUFFIXES) or "/" in name or "\\" in name:
         path = (beside or Path()) / Path(name).expanduser()
         if not path.is_file():
-            raise NpoError(f"there is no recipe file {path}", "npo recipes   # lists the shipped recipes by name")
+            raise NpoError(f"there is no recipe file {path}", "npo recipes   # lists the shipped recipes")
         return path
     path = find_recipe_folder() / f"{name}.yaml"
     if path.is_file():
         return path
     near = difflib.get_close_matches(name, list_recipe_names(), n=1, cutoff=0.4)
-    meant = f"npo recipes {near[0]}   # is that the one?" if near else "npo recipes   # lists the shipped recipes"
-    raise NpoError(f"there is no shipped recipe named {name!r} (a file needs its ending: {name}.yaml)", meant)
+    hint = f"npo recipes {near[0]}   # similar name" if near else "npo recipes   # lists the shipped recipes"
+    raise NpoError(f"there is no shipped recipe named {name!r} (a file needs its suffix: {name}.yaml)", hint)

@@ -1,6 +1,6 @@
-"""What is wrong with a setting, in the user's words: the key, what is allowed, what was got, the nearest known key.
+"""Error messages about settings: the key, what is allowed, what was given, the nearest known key.
 
-Everything is read off the JSON schema of the config, so a new setting needs no word here.
+All of it is derived from the JSON schema of the recipe, so new settings need nothing here.
 """
 
 import difflib
@@ -137,21 +137,21 @@ OLD_KEYS: Mapping[str, str] = {
 
 
 def describe_problems(problems: Sequence[ErrorDetails], *, locations: Mapping[str, str], source: str) -> str:
-    """All problems on one line, each with the place where its setting was written (else `source`)."""
-    lines = [f"{_problem(problem)} ({_place(problem, places=locations, source=source)})" for problem in problems]
+    """All problems in one line, each with the location of its setting (`source` if unknown)."""
+    lines = [f"{_describe(problem)} ({_locate(problem, locations, source=source)})" for problem in problems]
     return "; ".join(lines[:6] + ([f"and {len(lines) - 6} more"] if len(lines) > 6 else []))
 
 
-def _place(problem: ErrorDetails, *, places: Mapping[str, str], source: str) -> str:
-    """Where the setting, or the nearest thing around it or in it, was written."""
+def _locate(problem: ErrorDetails, locations: Mapping[str, str], *, source: str) -> str:
+    """Location of the setting, else of the nearest section around it or key in it."""
     parts = [str(part) for part in problem["loc"]]
     around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    within = [key for key in places if around and key.startswith(around[0] + ".")]
-    return next((places[key] for key in around + within if key in places), source)
+    within = [key for key in locations if around and key.startswith(around[0] + ".")]
+    return next((locations[key] for key in around + within if key in locations), source)
 
 
-def _problem(problem: ErrorDetails) -> str:
-    """One problem in the user's words: the key, what is allowed, what was got."""
+def _describe(problem: ErrorDetails) -> str:
+    """One problem: the key, what is allowed, what was given."""
     key = _dotted(problem["loc"])
     match problem["type"]:
         case "extra_forbidden":
@@ -169,7 +169,7 @@ def _problem(problem: ErrorDetails) -> str:
 
 
 def _unknown_keys(problem: ErrorDetails) -> list[str]:
-    """The unknown key of a problem; of a section that was renamed, the keys written in it."""
+    """The unknown key of a problem; for a renamed section, the keys given in it."""
     key = _dotted(problem["loc"])
     if key in OLD_KEYS and isinstance(problem["input"], dict) and problem["input"]:
         return [f"{key}.{name}" for name in problem["input"]]
@@ -186,10 +186,10 @@ def _dotted(loc: Sequence[str | int]) -> str:
 
 
 def suggest_fix(problems: Sequence[ErrorDetails]) -> str:
-    """The new name or the nearest known key of the first unknown one, else where to see what is allowed."""
+    """A hint: the new name or the nearest key of the first unknown key, else where to see what is allowed."""
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     if not unknown:
-        return "npo recipes micro   # shows every setting with a value that is allowed"
+        return "npo docs settings   # lists every setting"
     loc = unknown[0]["loc"]
     first = _unknown_keys(unknown[0])[0]
     key = first if first != _dotted(loc) else ".".join(part for part in loc if isinstance(part, str))
@@ -202,14 +202,14 @@ def suggest_fix(problems: Sequence[ErrorDetails]) -> str:
 
 
 def find_nearest_key(key: str) -> str | None:
-    """The known key most like this one, the last name counting most: `lr` means `train.lr`. None if none is like it."""
+    """The most similar known key, or None; the last name counts most, so that `lr` means `train.lr`."""
     section, _, name = key.rpartition(".")
 
-    def likeness(known: str) -> float:
+    def similarity(known: str) -> float:
         known_section, _, known_name = known.rpartition(".")
         return _ratio(name, known_name) + 0.2 * _ratio(section, known_section)
 
-    best = max(list_known_keys(), key=likeness)
+    best = max(list_known_keys(), key=similarity)
     return best if _ratio(name, best.rpartition(".")[2]) >= 0.65 else None
 
 
@@ -218,7 +218,7 @@ def _ratio(one: str, other: str) -> float:
 
 
 def list_known_keys() -> tuple[str, ...]:
-    """Every dotted key of a recipe, sections included; settings of a list's items without a number."""
+    """Every dotted key of a recipe, sections included; settings of list items without the index."""
 
     def walk(schema: Mapping[str, Any], prefix: str) -> Iterator[str]:
         for name, field in schema.get("properties", {}).items():
@@ -238,7 +238,7 @@ def _follow(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _schema(loc: Sequence[str | int]) -> Mapping[str, Any]:
-    """JSON schema of one setting: names lead into mappings, numbers into lists."""
+    """JSON schema of one setting: names index sections, numbers index lists."""
     schema: Mapping[str, Any] = _root()
     for part in loc:
         if isinstance(part, str):

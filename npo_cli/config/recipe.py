@@ -1,9 +1,7 @@
-"""Every setting and its only default. Recipes hold what differs; `npo_cli.config.loading` reads them.
+"""Every setting with its only default. Recipe files hold what differs; `npo_cli.config.loading` reads them.
 
-Sections in their own modules: AutoNPO in `npo_cli.config.autonpo`, inference engines in `npo_cli.config.engine`,
-guides in `npo_cli.config.guides`, extrapolated guides in `npo_cli.config.extrapolation`, LoRA in
-`npo_cli.config.sections`, scoring in `npo_cli.config.guides`, several processes in `npo_cli.config.sections`, trackers
-in `npo_cli.config.sections`.
+Sections of their own modules: `autonpo`, `engine` (with the mismatch correction), `guides` (with scoring and methods)
+and `extrapolation`.
 """
 
 from typing import Any, Literal
@@ -15,7 +13,18 @@ from npo_cli.config.base import FREE, IGNORED, MUST_MATCH, Count, Decay, Setting
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
-from npo_cli.config.sections import DistributedSettings, LoraSettings, TrackingSettings
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters on a frozen base model, named as in peft. No dropout: sampling and scoring use one policy."""
+
+    rank: Count | None = Field(None, description="Rank r of the adapters (null: full fine-tuning).")
+    alpha: float = Field(32.0, gt=0, description="Scale: a weight W becomes W + alpha/rank B A.")
+    targets: tuple[str, ...] = Field(
+        (),
+        description="Names of the adapted layers, such as q_proj (empty: every linear layer except the LM head).",
+    )
+    seed: int = Field(0, ge=0, description="Seed for initializing A; B starts at 0, so step 0 is the base model.")
 
 
 class ModelSettings(Settings):
@@ -239,6 +248,37 @@ class EvalSettings(Settings):
 
     every: int = Field(0, ge=0, description="Steps between held-out evaluations (0: never).", json_schema_extra=FREE)
     samples_per_prompt: Count = Field(2, description="Responses per held-out prompt.", json_schema_extra=FREE)
+
+
+class DistributedSettings(Settings):
+    """FSDP2-sharded training, when a launcher such as torchrun starts several processes; unused otherwise."""
+
+    model_config = ConfigDict(json_schema_extra=IGNORED)
+
+    reshard_after_forward: bool = Field(
+        True,
+        description="Free a layer's gathered weights after its forward pass (less memory, one more all-gather).",
+        json_schema_extra=FREE,
+    )
+    timeout: float = Field(
+        1800.0,
+        gt=0,
+        description="Timeout in seconds for a process waiting for the others; the job fails after it.",
+        json_schema_extra=FREE,
+    )
+
+
+class TrackingSettings(Settings):
+    """Experiment trackers. The files of the run directory are always written; npo reads only those."""
+
+    model_config = ConfigDict(json_schema_extra=IGNORED)
+
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (),
+        description="Trackers to log to: `tensorboard`, `wandb`, `trackio` (empty: none).",
+        json_schema_extra=FREE,
+    )
+    project: str = Field("npo", min_length=1, description="wandb, trackio: project name.", json_schema_extra=FREE)
 
 
 class Recipe(Settings):

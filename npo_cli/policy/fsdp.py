@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npo_cli.config.sections import DistributedSettings
+from npo_cli.config.recipe import DistributedSettings
 from npo_cli.distributed.process_group import Worker, WorkerGroup
 from npo_cli.policy.logprobs import PackedRows, TokenScores, token_scores
 from npo_cli.policy.lora import AdapterInfo, adapter_tensors, base_tensors, read_fitting_adapters

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npo_cli.config.sections import LoraSettings
+from npo_cli.config.recipe import LoraSettings
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
 from npo_cli.policy.weights_io import check_tensors, copy_tensors, read_tensors, weights_digest
 

@@ -13,8 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from npo_cli.config.engine import EngineSettings
-from npo_cli.config.recipe import ModelSettings, Recipe, TrainSettings
-from npo_cli.config.sections import DistributedSettings
+from npo_cli.config.recipe import DistributedSettings, ModelSettings, Recipe, TrainSettings
 from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_worker_group
 from npo_cli.errors import NpoError

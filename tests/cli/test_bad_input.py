@@ -128,11 +128,11 @@ def test_a_setting_that_is_unknown_or_out_of_range_is_named_with_what_is_allowed
         ("train:\n  lr: 1\n seed: 2\n", "r.yaml:3: "),
         ("train:\n\tlr: 1\n", "r.yaml:2: found character '\\t' that cannot start any token"),
         ("train:\n  lr: 3e-4\n  lrr: 3\n", "train.lrr is not a setting (r.yaml:3)"),
-        ("- a\n- b\n", "r.yaml does not hold settings (KEY: VALUE)"),
+        ("- a\n- b\n", "r.yaml holds no settings (KEY: VALUE)"),
         ("", "r.yaml is empty"),
         ("# only talk\n", "r.yaml is empty"),
         ("extends: nowhere\n", "there is no shipped recipe named 'nowhere'"),
-        ("extends: r.yaml\n", "recipes extend each other in a circle"),
+        ("extends: r.yaml\n", "recipes extend each other in a cycle"),
         ("name: a\n---\nname: b\n", "r.yaml:2: but found another document"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_recipe_file_that_cannot_be_read_is_told_with_its_line(folder, text, w
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("micr", "no shipped recipe named 'micr' (a file needs its ending: micr.yaml) | npo recipes micro "),
+        ("micr", "no shipped recipe named 'micr' (a file needs its suffix: micr.yaml) | npo recipes micro "),
         ("micro-spare", "| npo recipes micro-sparse "),
         ("micro.yaml", "there is no recipe file micro.yaml | npo recipes "),
         ("../nope.yaml", "there is no recipe file ../nope.yaml"),

@@ -175,7 +175,7 @@ def test_a_setting_that_would_falsify_what_was_computed_is_refused_by_every_comm
     typed = shlex.quote(override.replace("1e-3", "0.001"))
     recipe = circle / "branches" / "again" / "recipe.yaml"
     said = assert_refused(command, circle, override, beside=circle.parent)
-    assert said.message == f"{change}: the steps already made depend on it"
+    assert said.message == f"{change}: completed steps depend on it"
     assert said.hint == f"npo train {shlex.quote(str(recipe))} NEW_RUN {typed}"
 
 
@@ -188,7 +188,7 @@ def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tm
 
 def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
     assert words(circle, "resume", "guide.inject.max_accuracy=0.1") == (
-        "guide.inject.max_accuracy cannot change from 0.6 to 0.1 in the middle of a branch, only where another one "
+        "guide.inject.max_accuracy cannot change from 0.6 to 0.1 within a branch, only where another one "
         "leaves it "
         "| leave the branch with it: add --at STEP to the command"
     )
@@ -216,7 +216,7 @@ def test_a_decay_that_was_spread_over_its_steps_is_not_stretched(tmp_path):
     run = tmp_path / "run"
     assert npo("train", "micro", run, *SMALL, "train.schedule=linear").code == 0
     said = assert_refused("resume", run, "train.num_steps=8", beside=tmp_path)
-    assert "the linear schedule of the steps already made was spread over 4 steps" in said.message
+    assert "the linear schedule of the completed steps was computed for 4 steps" in said.message
     said = assert_refused("resume", run, beside=tmp_path)
     assert said.hint == f"npo train {run}/branches/main/recipe.yaml NEW_RUN train.num_steps=8"
 

@@ -106,7 +106,7 @@ def test_a_run_without_guides_prints_no_data_and_says_so(run):
         (["resume", "loss.kind=gspo"], "loss.kind cannot change from grpo to gspo"),
         (
             ["resume", "guide.inject.max_accuracy=0.1"],
-            "guide.inject.max_accuracy cannot change from 0.6 to 0.1 in the middle of a branch",
+            "guide.inject.max_accuracy cannot change from 0.6 to 0.1 within a branch",
         ),
         (["score-checkpoints", "score.kk=1"], "score.kk is not a setting"),
         (["eval", "--branch", "nope"], "has no branch 'nope': main"),

@@ -261,7 +261,7 @@ def test_a_malformed_override_names_its_key():
 def test_recipes_that_extend_each_other_are_refused(tmp_path):
     written(tmp_path, "extends: mine.yaml", "other.yaml")
     error = refusal(tmp_path, "extends: other.yaml")
-    assert error.message == "recipes extend each other in a circle: mine.yaml -> other.yaml -> mine.yaml"
+    assert error.message == "recipes extend each other in a cycle: mine.yaml -> other.yaml -> mine.yaml"
 
 
 def test_an_unknown_name_gets_the_nearest_shipped_one():
@@ -296,7 +296,7 @@ def test_a_change_that_falsifies_what_was_computed_is_refused_by_key():
     old = recipe_from_dict({})
     with pytest.raises(NpoError) as caught:
         check_frozen_settings(old, apply_overrides(old, ["train.lr=0.5"]), fork=True)
-    assert caught.value.message == "train.lr cannot change from 0.0001 to 0.5: the steps already made depend on it"
+    assert caught.value.message == "train.lr cannot change from 0.0001 to 0.5: completed steps depend on it"
     assert "npo train RECIPE NEW_RUN train.lr=0.5" in caught.value.hint
 
 
@@ -304,16 +304,14 @@ def test_the_guides_rules_may_change_only_where_a_replay_branches_off():
     old = recipe_from_dict({})
     new = apply_overrides(old, ["guide.inject.max_accuracy=0.5"])
     check_frozen_settings(old, new, fork=True)
-    with pytest.raises(
-        NpoError, match=r"guide\.inject\.max_accuracy cannot change from 0\.6 to 0\.5 in the middle of a branch"
-    ):
+    with pytest.raises(NpoError, match=r"guide\.inject\.max_accuracy cannot change from 0\.6 to 0\.5 within a branch"):
         check_frozen_settings(old, new, fork=False)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_last_step_is_fixed_where_a_decay_was_spread_over_it(schedule):
     old = recipe_from_dict({"train": {"schedule": schedule}})
-    with pytest.raises(NpoError, match=f"the {schedule} schedule of the steps already made was spread over 300 steps"):
+    with pytest.raises(NpoError, match=f"the {schedule} schedule of the completed steps was computed for 300 steps"):
         check_frozen_settings(old, apply_overrides(old, ["train.num_steps=400"]), fork=True)
 
 

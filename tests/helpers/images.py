@@ -3,8 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from npo_cli.config.recipe import ModelSettings
-from npo_cli.config.sections import LoraSettings
+from npo_cli.config.recipe import LoraSettings, ModelSettings
 from npo_cli.images import make_in_memory_image_ref, open_image
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.tasks.shapes import shapes_prompts

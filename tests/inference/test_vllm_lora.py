@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from npo_cli.config.recipe import ModelSettings
-from npo_cli.config.sections import LoraSettings
+from npo_cli.config.recipe import LoraSettings, ModelSettings
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest, open_engine
 from npo_cli.inference.vllm_local import round_up_lora_rank

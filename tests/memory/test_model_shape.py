@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from npo_cli.config.recipe import ModelSettings
-from npo_cli.config.sections import LoraSettings
+from npo_cli.config.recipe import LoraSettings, ModelSettings
 from npo_cli.errors import NpoError
 from npo_cli.memory.model_shape import TRACE_TOKENS as TOKENS
 from npo_cli.memory.model_shape import adafactor_numel, model_shape

@@ -9,8 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from npo_cli.config.recipe import ModelSettings, TrainSettings
-from npo_cli.config.sections import LoraSettings
+from npo_cli.config.recipe import LoraSettings, ModelSettings, TrainSettings
 from npo_cli.errors import NpoError
 from npo_cli.policy import lora as adapters_module
 from npo_cli.policy.lora import adapter_tensors, base_tensors

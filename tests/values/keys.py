@@ -149,7 +149,11 @@ CURVE_KEYS = {
     "tokens in total": "total_tokens",
     "forward passes in total": "total_forwards",
 }
-SUMMARY_KEYS = {"accuracy at the end": "final_accuracy.value", "low": "final_accuracy.low", "high": "final_accuracy.high"}
+SUMMARY_KEYS = {
+    "accuracy at the end": "final_accuracy.value",
+    "low": "final_accuracy.low",
+    "high": "final_accuracy.high",
+}
 LINE_KIND = "record"
 LINES = {
     "run_costs": ("account", ACCOUNT_KEYS),
