@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 from npo_cli.config.loading import load_recipe
 from npo_cli.config.recipe import Recipe
 from npo_cli.inference.base import ModelHandle, SampleRequest, open_engine
-from npo_cli.memory.footprint import gpu_needs
+from npo_cli.memory.footprint import estimate_footprint
 from npo_cli.memory.model_shape import model_shape
 from npo_cli.memory.planner import sum_bytes
 from npo_cli.policy.logprobs import TokenRow
@@ -152,7 +152,8 @@ def measure_peaks(recipe: Recipe) -> Peaks:
 def estimate_peaks(recipe: Recipe) -> Peaks:
     """The same by `npo plan`, without CUDA."""
     shape = model_shape(recipe.model)
-    needs = [need for need in gpu_needs(recipe, shape, Hardware(num_gpus=1, gpu_bytes=0)) if "CUDA" not in need.label]
+    footprint = estimate_footprint(recipe, shape, Hardware(num_gpus=1, gpu_bytes=0))
+    needs = [each for each in footprint if each.location == "gpu" and "CUDA" not in each.label]
     always = sum_bytes(needs, "always")
     return Peaks(
         held=always, update=always + sum_bytes(needs, "update"), sampling=always + sum_bytes(needs, "sampling")

@@ -1,225 +1,260 @@
-"""Where the memory of training goes, as plain arithmetic on a model's shape and a recipe.
+"""Memory and disk space of a run, in closed form from the model's shape and the recipe.
 
-What is held all the time, and on top of it the larger of two: an update, or sampling. Under FSDP2 each of N GPUs holds
-1/N of weights, gradients and moments, and gathers one block at a time; to sample it gathers the whole model.
+Each GPU holds some allocations always and, on top of them, those of the larger phase: update or sampling. With FSDP2
+each of N GPUs holds 1/N of weights, gradients and optimizer state, and gathers one block at a time; for sampling it
+gathers the whole model.
 """
 
-from collections.abc import Iterator
 from math import ceil
 
 from npo_cli.config.recipe import Recipe
-from npo_cli.inference.base import Engine
-from npo_cli.registry import ENGINES
-from npo_cli.types.memory import Allocation, Hardware, MemoryPhase, ModelShape
+from npo_cli.inference.base import ENGINES, Engine
+from npo_cli.types.memory import Allocation, Hardware, Location, MemoryPhase, ModelShape
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
 CHUNK_COPIES = 4
-"""float32 rows of the vocabulary alive in the backward pass of a chunk: two saved, two on the way."""
+"""float32 rows over the vocabulary alive in the backward pass of a logit chunk: two saved, two intermediate."""
 SAMPLER_COPIES = 6
-"""The same of one sampled token: logits, log-probabilities, probabilities, and their sums in float64."""
+"""The same per sampled token: logits, log-probabilities, probabilities, and their cumulative sums in float64."""
 VLLM = "vLLM"
 CONTEXT_BYTES = 1_500_000_000
-"""CUDA, its libraries and NCCL in each process: a guess, as no GPU was at hand."""
+"""CUDA, its libraries and NCCL per process: assumed, not measured."""
 UNCOUNTED_FRACTION = 0.1
-"""Of what is counted, put beside it: on a CPU the measured peaks of an update lay 6 to 16 % above the sum."""
+"""Added to what is counted: on a CPU the measured peaks of an update were 6 to 16 % above the sum."""
 PROCESS_BYTES = 4_000_000_000
-"""Python, torch and its libraries in the memory of the machine: a guess."""
+"""Host memory of Python, torch and its libraries per process: assumed, not measured."""
+TOKEN_BYTES, ROLLOUT_BYTES, STEP_BYTES = 24, 150, 1100
+"""Log size per token (id, log-probability, text), per rollout and per step; fitted to a run of the micro task."""
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Of one number."""
+    """Bytes per number."""
     return HALF_BYTES if dtype == "bfloat16" else FLOAT_BYTES
 
 
-def trainer_gpus(recipe: Recipe, footing: Hardware) -> int:
-    """GPUs left for training beside those of a server."""
-    return footing.num_gpus - engine_gpus(recipe)
+def count_engine_gpus(recipe: Recipe) -> int:
+    """GPUs of an engine in its own process; 0 if it uses the trainer's GPUs."""
+    vllm = recipe.engine.vllm
+    in_trainer = ENGINES.get(recipe.engine.kind).runs_in_trainer
+    return 0 if in_trainer else vllm.tensor_parallel_size * vllm.data_parallel_size
 
 
-def engine_gpus(recipe: Recipe) -> int:
-    """GPUs of a vLLM server of its own; 0 where the trainer's GPUs sample."""
-    engine = recipe.engine
-    in_trainer = ENGINES.get(engine.kind).runs_in_trainer
-    return 0 if in_trainer else engine.vllm.tensor_parallel_size * engine.vllm.data_parallel_size
+def count_trainer_gpus(recipe: Recipe, hardware: Hardware) -> int:
+    """GPUs that train."""
+    return hardware.num_gpus - count_engine_gpus(recipe)
 
 
-def max_row_tokens(recipe: Recipe) -> int:
-    """Prompt and response together, in tokens."""
-    return recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
+def estimate_footprint(
+    recipe: Recipe, shape: ModelShape, hardware: Hardware, *, autonpo: bool = False
+) -> list[Allocation]:
+    """Every allocation of a run: per training GPU, per engine GPU, per machine, and on disk."""
+    footprint = _Footprint(recipe, shape, hardware)
+    footprint.add_gpu_state()
+    footprint.add_update()
+    footprint.add_sampling()
+    footprint.add_extrapolation()
+    footprint.add_uncounted()
+    footprint.add_engine_gpu()
+    footprint.add_host()
+    footprint.add_disk(autonpo=autonpo)
+    return footprint.allocations
 
 
-def gpu_needs(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[Allocation]:
-    """Of each GPU that trains."""
-    counted = [
-        *_held(recipe, shape, num_gpus=trainer_gpus(recipe, footing)),
-        *_update(recipe, shape, num_gpus=trainer_gpus(recipe, footing)),
-        *_sampling(recipe, shape, footing),
-        *_pushing(recipe, shape),
-    ]
-    yield from counted
-    yield Allocation(location="gpu", phase="always", label="CUDA and NCCL", num_bytes=CONTEXT_BYTES, formula="a guess")
-    for phase in ("always", "update", "sampling"):
-        rest = sum(need.num_bytes for need in counted if need.phase == phase and need.label != VLLM)
-        if rest:
-            size = ceil(UNCOUNTED_FRACTION * rest)
-            yield Allocation(
-                location="gpu", phase=phase, label="what is not counted", num_bytes=size, formula="a tenth of the rest"
-            )
+class _Footprint:
+    """Collects allocations; sizes that several of them need are computed once."""
 
+    def __init__(self, recipe: Recipe, shape: ModelShape, hardware: Hardware) -> None:
+        self.allocations: list[Allocation] = []
+        self.recipe, self.shape, self.hardware = recipe, shape, hardware
+        self.engine: type[Engine] = ENGINES.get(recipe.engine.kind)
+        self.num_gpus = count_trainer_gpus(recipe, hardware)
+        self.row_tokens = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
+        self.weight_bytes, self.compute_bytes = dtype_bytes(recipe.model.dtype), dtype_bytes(recipe.model.precision)
+        # Adapters are float32 whatever the base is.
+        self.trained = shape.num_lora_params or shape.num_params
+        self.trained_bytes = FLOAT_BYTES if shape.num_lora_params else self.weight_bytes
+        self.optimizer_floats = 2 * self.trained if recipe.train.optimizer == "adamw" else shape.adafactor_floats
 
-def _held(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Allocation]:
-    model, train = recipe.model, recipe.train
-    weight = dtype_bytes(model.dtype)
-    trained = shape.num_lora_params or shape.num_params
-    # Adapters are float32 whatever the base is.
-    wide = FLOAT_BYTES if shape.num_lora_params else weight
-    share = f" / {num_gpus} GPUs" if num_gpus > 1 else ""
+    @property
+    def shares_gpu_with_vllm(self) -> bool:
+        return self.engine.runs_in_trainer and self.engine.needs_weight_sync
 
-    def need(what: str, count: float, each: int, *, how: str, phase: MemoryPhase = "always") -> Allocation:
-        return Allocation(
-            location="gpu", phase=phase, label=what, num_bytes=ceil(count * each / num_gpus), formula=how + share
+    def add(self, location: Location, phase: MemoryPhase, label: str, num_bytes: float, formula: str) -> None:
+        size = ceil(num_bytes)
+        self.allocations.append(
+            Allocation(location=location, phase=phase, label=label, num_bytes=size, formula=formula)
         )
 
-    yield need("weights", shape.num_params, weight, how=f"{_count(shape.num_params)} x {weight} B")
-    if shape.num_lora_params:
-        yield need(
-            "adapters", shape.num_lora_params, FLOAT_BYTES, how=f"{_count(shape.num_lora_params)} x {FLOAT_BYTES} B"
+    def add_sharded(self, phase: MemoryPhase, label: str, count: int, each: int, *, factor: str = "") -> None:
+        """`count` numbers of `each` bytes, split over the training GPUs."""
+        split = f" / {self.num_gpus} GPUs" if self.num_gpus > 1 else ""
+        formula = f"{factor}{_count(count // 2 if factor else count)} x {each} B{split}"
+        self.add("gpu", phase, label, count * each / self.num_gpus, formula)
+
+    def add_gpu_state(self) -> None:
+        """Weights, gradients and optimizer state."""
+        shape = self.shape
+        self.add_sharded("always", "weights", shape.num_params, self.weight_bytes)
+        if shape.num_lora_params:
+            self.add_sharded("always", "adapters", shape.num_lora_params, FLOAT_BYTES)
+        # Gradients are freed after the update, before sampling.
+        self.add_sharded("update", "gradients", self.trained, self.trained_bytes)
+        if self.recipe.train.optimizer == "adamw":
+            self.add_sharded("always", "AdamW moments", self.optimizer_floats, self.trained_bytes, factor="2 x ")
+        else:
+            self.add_sharded("always", "Adafactor rows and columns", self.optimizer_floats, self.trained_bytes)
+        if self.recipe.loss.kl_coef > 0 and not shape.num_lora_params:
+            self.add_sharded("always", "frozen base of the KL term", shape.num_params, self.weight_bytes)
+
+    def add_update(self) -> None:
+        """Activations, logits and gathered weights of a forward and backward pass."""
+        shape, train, compute = self.shape, self.recipe.train, self.compute_bytes
+        tokens = max(train.micro_batch_tokens, self.row_tokens)
+        per_token, terms = shape.activation_bytes, _kb(shape.activation_bytes)
+        if self.recipe.model.gradient_checkpointing:
+            inputs, layer = shape.checkpointed_activation_bytes, shape.layer_activation_bytes
+            per_token, terms = inputs + layer, f"({_kb(inputs)} + {_kb(layer)} of one layer)"
+        self.add("gpu", "update", "activations", tokens * per_token, f"{tokens:,} tokens x {terms}")
+        if shape.vision_activation_bytes:
+            images, each = tokens * self.recipe.task.max_prompt_tokens / self.row_tokens, shape.vision_activation_bytes
+            formula = f"at most {images:,.0f} image tokens x {_kb(each)}"
+            self.add("gpu", "update", "vision tower", images * each, formula)
+        chunk, per_logit = min(train.logit_chunk_tokens, tokens), CHUNK_COPIES * FLOAT_BYTES + compute
+        formula = f"{chunk:,} tokens x {shape.vocab_size:,} x {per_logit} B"
+        self.add("gpu", "update", "logits of a chunk", chunk * shape.vocab_size * per_logit, formula)
+        if self.num_gpus > 1:
+            gathered = (shape.root_params + 2 * shape.largest_block_params) * (compute + self.weight_bytes)
+            self.add("gpu", "update", "gathered blocks", gathered, "embedding, head and two blocks, with gradients")
+        elif compute < self.weight_bytes:
+            formula = f"{_count(shape.num_params)} x {compute} B"
+            self.add("gpu", "update", "weights in bfloat16", shape.num_params * compute, formula)
+        copied = self.trained * self.trained_bytes / self.num_gpus
+        self.add("gpu", "update", "guide's part of the gradient", copied, "a copy while groups are mixed")
+
+    def add_sampling(self) -> None:
+        """The trainer's own model, or vLLM on the same GPU; an engine in its own process has its own GPUs."""
+        shape, compute = self.shape, self.compute_bytes
+        if self.shares_gpu_with_vllm:
+            fraction = self.recipe.engine.vllm.gpu_memory_utilization
+            phase = "sampling" if self.recipe.engine.vllm.enable_sleep_mode else "always"
+            formula = f"engine.vllm.gpu_memory_utilization={fraction:g} of the GPU"
+            self.add("gpu", phase, VLLM, int(fraction * self.hardware.gpu_bytes), formula)
+            return
+        # Log-probability passes, such as the check of a weight sync, gather the model with every engine.
+        if self.num_gpus > 1 or compute < self.weight_bytes:
+            formula = f"{_count(shape.num_params)} x {compute} B"
+            self.add("gpu", "sampling", "whole weights", shape.num_params * compute, formula)
+        if not self.engine.runs_in_trainer:
+            return
+        rows = self.count_sampled_rows(self.num_gpus)
+        self.add_kv_cache("KV cache", rows)
+        logits = rows * shape.vocab_size * (SAMPLER_COPIES * FLOAT_BYTES + compute)
+        self.add("gpu", "sampling", "logits", logits, f"{rows} rows x {shape.vocab_size:,}")
+
+    def count_sampled_rows(self, num_gpus: int) -> int:
+        rollouts = self.recipe.train.prompts_per_step * self.recipe.train.group_size
+        return min(self.recipe.engine.max_num_seqs, ceil(rollouts / num_gpus))
+
+    def add_kv_cache(self, label: str, rows: int) -> None:
+        per_token = self.shape.kv_cache_floats * self.compute_bytes
+        formula = f"{rows} rows x {self.row_tokens:,} tokens x {_kb(per_token)}"
+        self.add("gpu", "sampling", label, rows * self.row_tokens * per_token, formula)
+
+    def add_extrapolation(self) -> None:
+        """An older checkpoint beside the policy (logits), or extrapolated weights in its place (weights)."""
+        if not self.recipe.uses_motion:
+            return
+        size, formula = self.trained * self.trained_bytes, f"{_count(self.trained)} x {self.trained_bytes} B"
+        if self.recipe.extrapolation.space == "weights":
+            self.add("gpu", "sampling", "extrapolated weights", size, formula)
+            return
+        self.add("gpu", "always", "older checkpoint", size, formula)
+        self.add_kv_cache("KV cache of the older checkpoint", self.count_sampled_rows(1))
+
+    def add_uncounted(self) -> None:
+        """A tenth of each phase for what is not modelled, and the CUDA context."""
+        for phase in ("always", "update", "sampling"):
+            counted = sum(each.num_bytes for each in self.allocations if each.phase == phase and each.label != VLLM)
+            if counted:
+                self.add("gpu", phase, "uncounted", UNCOUNTED_FRACTION * counted, "a tenth of the counted")
+        self.add("gpu", "always", "CUDA and NCCL", CONTEXT_BYTES, "assumed")
+
+    def add_engine_gpu(self) -> None:
+        """An engine's own GPU: its part of the weights, and a cache for at least one response."""
+        if not count_engine_gpus(self.recipe):
+            return
+        parallel, compute, vllm = (
+            self.recipe.engine.vllm.tensor_parallel_size,
+            self.compute_bytes,
+            self.recipe.engine.vllm,
         )
-    # Given back when the update is made, so they are not there to sample.
-    yield need("gradients", trained, wide, how=f"{_count(trained)} x {wide} B", phase="update")
-    if train.optimizer == "adamw":
-        yield need("AdamW's moments", 2 * trained, wide, how=f"2 x {_count(trained)} x {wide} B")
-    else:
-        floats = shape.adafactor_floats
-        yield need("Adafactor's rows and columns", floats, wide, how=f"{_count(floats)} x {wide} B")
-    if recipe.loss.kl_coef > 0 and not shape.num_lora_params:
-        how = f"{_count(shape.num_params)} x {weight} B"
-        yield need("frozen base of the KL term", shape.num_params, weight, how=how)
+        formula = f"{_count(self.shape.num_params)} x {compute} B / {parallel}"
+        self.add("engine gpu", "always", "weights", self.shape.num_params * compute / parallel, formula)
+        cache = self.row_tokens * self.shape.kv_cache_floats * compute / parallel
+        formula = f"{self.row_tokens:,} tokens; the remaining memory serves more responses"
+        self.add("engine gpu", "always", "KV cache of one response", cache, formula)
+        outside = (1 - vllm.gpu_memory_utilization) * self.hardware.gpu_bytes
+        self.add("engine gpu", "always", "outside vLLM", outside, "1 - engine.vllm.gpu_memory_utilization")
+
+    def add_host(self) -> None:
+        """Host memory of one machine."""
+        processes = min(self.hardware.gpus_per_machine, max(1, self.num_gpus))
+        formula = f"{processes} x {PROCESS_BYTES // 10**9} GB, assumed"
+        self.add("host", "always", "processes", processes * PROCESS_BYTES, formula)
+        self.add("host", "saving", "gathered weights", self.trained * self.trained_bytes, "in the process that writes")
+        if self.shares_gpu_with_vllm and self.recipe.engine.vllm.enable_sleep_mode:
+            size = self.shape.num_params * self.compute_bytes * processes
+            self.add("host", "update", "vLLM's weights in sleep mode", size, f"{processes} engines")
+
+    def add_disk(self, *, autonpo: bool) -> None:
+        """Checkpoints under the retention settings, logs and guide caches of the whole run.
+
+        Each of AutoNPO's replays is a branch with its own checkpoints. Checkpoints that scoring or a rollback protects
+        beyond the retention settings are not counted.
+        """
+        recipe, max_distance = self.recipe, max(self.recipe.autonpo.rollback.distances)
+        branches = [("the run's branch", recipe.train.num_steps)]
+        replays = max(1, recipe.autonpo.max_interventions) if autonpo else 0
+        if replays:
+            branches.append((f"up to {replays} replays", replays * min(max_distance, recipe.train.num_steps)))
+        weights, state = self.trained * self.trained_bytes, self.optimizer_floats * self.trained_bytes
+        for name, steps in branches:
+            full, weights_only = count_kept_checkpoints(recipe, steps)
+            # Step 0 has no optimizer state yet.
+            size = full * (weights + state) - state + weights_only * weights
+            self.add("disk", "always", f"checkpoints of {name}", size, f"{full} full, {weights_only} weights only")
+        steps = sum(each for _, each in branches)
+        rollouts = steps * recipe.train.prompts_per_step * recipe.train.group_size
+        per_rollout = ROLLOUT_BYTES + TOKEN_BYTES * recipe.sampling.max_new_tokens
+        formula = f"{rollouts:,} rollouts of at most {recipe.sampling.max_new_tokens:,} tokens"
+        self.add("disk", "always", "logs", rollouts * per_rollout + steps * STEP_BYTES, formula)
+        samples = recipe.guide.cache.samples_per_prompt
+        responses = count_guided_steps(recipe) * recipe.train.prompts_per_step * samples * (1 + replays)
+        formula = f"{responses:,} responses, {samples} per prompt"
+        self.add("disk", "always", "guide caches", responses * per_rollout, formula)
+        if not self.engine.runs_in_trainer:
+            # Only a weight sync through the disk writes the weights again.
+            size = self.shape.num_params * self.weight_bytes + weights
+            self.add("disk", "always", "weights for the server", size, "in TMPDIR: at the start, and of one sync")
 
 
-def _update(recipe: Recipe, shape: ModelShape, *, num_gpus: int) -> Iterator[Allocation]:
-    model, train = recipe.model, recipe.train
-    compute, weight = dtype_bytes(model.precision), dtype_bytes(model.dtype)
-    tokens = max(train.micro_batch_tokens, max_row_tokens(recipe))
-    chunk = min(train.logit_chunk_tokens, tokens)
-
-    def need(what: str, num_bytes: float, how: str) -> Allocation:
-        return Allocation(location="gpu", phase="update", label=what, num_bytes=ceil(num_bytes), formula=how)
-
-    if model.gradient_checkpointing:
-        a_token = shape.checkpointed_activation_bytes + shape.layer_activation_bytes
-        how = f"{tokens:,} tokens x ({_kb(shape.checkpointed_activation_bytes)} + a layer's {_kb(shape.layer_activation_bytes)})"  # noqa: E501
-    else:
-        a_token, how = shape.activation_bytes, f"{tokens:,} tokens x {_kb(shape.activation_bytes)}"
-    yield need("activations", tokens * a_token, how)
-    if shape.vision_activation_bytes and recipe.task.max_prompt_tokens:
-        images = tokens * recipe.task.max_prompt_tokens / max_row_tokens(recipe)
-        one = shape.vision_activation_bytes
-        yield need("vision tower", images * one, f"at most {images:,.0f} image tokens x {_kb(one)}")
-    rows = chunk * shape.vocab_size * (CHUNK_COPIES * FLOAT_BYTES + compute)
-    yield need(
-        "logits of a chunk", rows, f"{chunk:,} tokens x {shape.vocab_size:,} x {CHUNK_COPIES * FLOAT_BYTES + compute} B"
-    )
-    if num_gpus > 1:
-        gathered = shape.root_params + 2 * shape.largest_block_params
-        yield need("gathered blocks", gathered * (compute + weight), "embedding, head and two blocks, and gradients")
-    elif compute < weight:
-        yield need("weights in bfloat16", shape.num_params * compute, f"{_count(shape.num_params)} x {compute} B")
-    trained = shape.num_lora_params or shape.num_params
-    wide = FLOAT_BYTES if shape.num_lora_params else weight
-    yield need("a guide's part of the gradient", trained * wide / num_gpus, "a copy while a group is mixed")
+def count_guided_steps(recipe: Recipe) -> int:
+    """Steps with a guide: those of guide.replay, else AutoNPO's longest rollback."""
+    replay = recipe.guide.replay
+    if replay.num_steps is not None:
+        return replay.num_steps
+    if replay.at_step is not None and replay.guide_step is not None:
+        return replay.guide_step - replay.at_step
+    return min(max(recipe.autonpo.rollback.distances), recipe.train.num_steps)
 
 
-def _sampling(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[Allocation]:
-    """By the trainer's own model, or by vLLM on the same GPU; a server has GPUs of its own."""
-    num_gpus = trainer_gpus(recipe, footing)
-    compute = dtype_bytes(recipe.model.precision)
-    engine: type[Engine] = ENGINES.get(recipe.engine.kind)
-    if engine.runs_in_trainer and engine.needs_weight_sync:
-        share = int(recipe.engine.vllm.gpu_memory_utilization * footing.gpu_bytes)
-        phase = "sampling" if recipe.engine.vllm.enable_sleep_mode else "always"
-        how = f"engine.vllm.gpu_memory_utilization={recipe.engine.vllm.gpu_memory_utilization:g} of the GPU"
-        yield Allocation(location="gpu", phase=phase, label=VLLM, num_bytes=share, formula=how)
-        return
-    # Scoring, the sync's probe included, gathers them whoever samples.
-    if num_gpus > 1 or compute < dtype_bytes(recipe.model.dtype):
-        whole = shape.num_params * compute
-        how = f"{_count(shape.num_params)} x {compute} B"
-        yield Allocation(location="gpu", phase="sampling", label="whole weights", num_bytes=whole, formula=how)
-    if not engine.runs_in_trainer:
-        return
-    rows = min(recipe.engine.max_num_seqs, ceil(recipe.train.prompts_per_step * recipe.train.group_size / num_gpus))
-    cache = rows * max_row_tokens(recipe) * shape.kv_cache_floats * compute
-    how = f"{rows} rows x {max_row_tokens(recipe):,} tokens x {_kb(shape.kv_cache_floats * compute)}"
-    yield Allocation(location="gpu", phase="sampling", label="KV cache", num_bytes=cache, formula=how)
-    logits = rows * shape.vocab_size * (SAMPLER_COPIES * FLOAT_BYTES + compute)
-    yield Allocation(
-        location="gpu",
-        phase="sampling",
-        label="logits",
-        num_bytes=logits,
-        formula=f"{rows} rows x {shape.vocab_size:,}",
-    )
-
-
-def _pushing(recipe: Recipe, shape: ModelShape) -> Iterator[Allocation]:
-    """The policy pushed along its own motion: an older model beside it, or weights that are moved and put back."""
-    if not recipe.uses_motion:
-        return
-    weight, compute = dtype_bytes(recipe.model.dtype), dtype_bytes(recipe.model.precision)
-    # Adapters are float32, and both models share one base.
-    trained, wide = (shape.num_lora_params, FLOAT_BYTES) if shape.num_lora_params else (shape.num_params, weight)
-    how = f"{_count(trained)} x {wide} B"
-    if recipe.extrapolation.space == "weights":
-        yield Allocation(location="gpu", phase="sampling", label="moved weights", num_bytes=trained * wide, formula=how)
-        return
-    yield Allocation(location="gpu", phase="always", label="an older copy", num_bytes=trained * wide, formula=how)
-    rows = min(recipe.engine.max_num_seqs, recipe.train.prompts_per_step * recipe.train.group_size)
-    size = rows * max_row_tokens(recipe) * shape.kv_cache_floats * compute
-    yield Allocation(
-        location="gpu", phase="sampling", label="its KV cache", num_bytes=size, formula=f"at most {rows} rows"
-    )
-
-
-def engine_needs(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[Allocation]:
-    """Of each GPU of a vLLM server: its part of the weights, and a cache in which at least one response has room."""
-    if not engine_gpus(recipe):
-        return
-    parallel, compute = recipe.engine.vllm.tensor_parallel_size, dtype_bytes(recipe.model.precision)
-
-    def need(what: str, num_bytes: float, how: str) -> Allocation:
-        return Allocation(location="engine gpu", phase="always", label=what, num_bytes=ceil(num_bytes), formula=how)
-
-    yield need(
-        "weights", shape.num_params * compute / parallel, f"{_count(shape.num_params)} x {compute} B / {parallel}"
-    )
-    least = max_row_tokens(recipe) * shape.kv_cache_floats * compute / parallel
-    yield need(
-        "KV cache of one response", least, f"{max_row_tokens(recipe):,} tokens; what is left serves more of them"
-    )
-    yield need(
-        "what vLLM leaves alone",
-        (1 - recipe.engine.vllm.gpu_memory_utilization) * footing.gpu_bytes,
-        "1 - engine.vllm.gpu_memory_utilization",
-    )
-
-
-def host_needs(recipe: Recipe, shape: ModelShape, footing: Hardware) -> Iterator[Allocation]:
-    """Of the memory of one machine."""
-    processes = min(footing.gpus_per_machine, max(1, trainer_gpus(recipe, footing)))
-    held, weight = shape.num_params, dtype_bytes(recipe.model.dtype)
-
-    def need(phase: MemoryPhase, what: str, num_bytes: float, *, how: str) -> Allocation:
-        return Allocation(location="host", phase=phase, label=what, num_bytes=ceil(num_bytes), formula=how)
-
-    guess = f"{processes} x a guess of {PROCESS_BYTES // 10**9} GB"
-    yield need("always", "processes", processes * PROCESS_BYTES, how=guess)
-    written = shape.num_lora_params * FLOAT_BYTES if shape.num_lora_params else held * weight
-    yield need("saving", "weights on their way to the disk", written, how="gathered by the first process")
-    engine: type[Engine] = ENGINES.get(recipe.engine.kind)
-    if engine.runs_in_trainer and engine.needs_weight_sync and recipe.engine.vllm.enable_sleep_mode:
-        each = held * dtype_bytes(recipe.model.precision) * processes
-        yield need("update", "vLLM's weights while it sleeps", each, how=f"{processes} engines")
+def count_kept_checkpoints(recipe: Recipe, steps: int) -> tuple[int, int]:
+    """Full and weights-only checkpoints that one branch keeps; step 0 and the newest are always full."""
+    train = recipe.train
+    saved = -(-steps // train.save_every) + 1
+    full = saved if train.keep_full_checkpoints is None else min(saved, train.keep_full_checkpoints + 1)
+    weights_only = saved - full
+    return full, weights_only if train.keep_weights_only is None else min(weights_only, train.keep_weights_only)
 
 
 def _count(num: int) -> str:

@@ -1,7 +1,7 @@
-"""A model's shape from its config alone: no weight is loaded, none is made.
+"""A model's shape from its config alone; no weights are loaded or allocated.
 
-The model's own code runs on tensors without content (torch's FakeTensorMode), and a hook counts what autograd would
-save for the backward pass. So the count holds for any architecture, and for gradient checkpointing as it is.
+The model's own code runs on tensors without data (torch's FakeTensorMode), and a hook counts what autograd saves for
+the backward pass: this holds for any architecture, and for gradient checkpointing as it is implemented.
 """
 
 import functools
@@ -24,7 +24,7 @@ from npo_cli.policy.vision import choose_model_class
 from npo_cli.types.memory import ModelShape
 
 TRACE_TOKENS = 251
-"""A prime, so that no size of the model is taken for the length of the probe."""
+"""Length of the traced row: a prime, so that no dimension of the model equals it."""
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def model_shape(settings: ModelSettings) -> ModelShape:
 
 
 def model_config(settings: ModelSettings) -> PreTrainedConfig:
-    """Of a folder, a config.json by its own path, a shipped model, or a hub id."""
+    """The config of a folder, a config.json, a shipped model, or a hub id."""
     if is_packaged(settings.path):
         return packaged_config(settings.path)
     path = settings.path
@@ -69,24 +69,24 @@ def model_config(settings: ModelSettings) -> PreTrainedConfig:
 
 
 def empty_model(config: PreTrainedConfig, settings: ModelSettings) -> PreTrainedModel:
-    """The architecture with tensors that hold nothing; only under FakeTensorMode."""
+    """The architecture without data; only under FakeTensorMode."""
     kind: Any = choose_model_class(config)
     return kind.from_config(config, dtype=getattr(torch, settings.dtype), attn_implementation=settings.attention)
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers that transformers itself says must not be split."""
+    """The layers that transformers declares as not to be split."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def num_params(module: torch.nn.Module) -> int:
-    """Parameters; one that is tied counts once."""
+    """Number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def trainable_shapes(model: PreTrainedModel, settings: ModelSettings) -> list[tuple[int, ...]]:
-    """Of every tensor that the optimiser moves: all of them, or a pair of rank r beside each adapted layer."""
+    """Shapes of the trained tensors: all parameters, or LoRA's pair of rank r per adapted layer."""
     rank = settings.lora.rank
     if rank is None:
         return [tuple(parameter.shape) for parameter in model.parameters()]
@@ -101,7 +101,7 @@ def trainable_shapes(model: PreTrainedModel, settings: ModelSettings) -> list[tu
 
 
 def adafactor_numel(shape: tuple[int, ...]) -> int:
-    """What Adafactor keeps of a tensor: a row and a column of each matrix, else one figure a weight."""
+    """Numbers in Adafactor's state: a row and a column per matrix, else one per weight."""
     if len(shape) < 2:
         return _size(shape)
     rest = _size(shape[:-2])
@@ -109,7 +109,7 @@ def adafactor_numel(shape: tuple[int, ...]) -> int:
 
 
 def saved_bytes(model: PreTrainedModel, compute: torch.dtype, *, checkpointing: bool) -> int:
-    """Bytes that one row of `PROBE_TOKENS` tokens leaves for the backward pass, weights left out."""
+    """Bytes that a row of `TRACE_TOKENS` tokens saves for the backward pass, weights excluded."""
     if checkpointing and not model.supports_gradient_checkpointing:
         return saved_bytes(model, compute, checkpointing=False)
     model.train(checkpointing)
@@ -119,7 +119,7 @@ def saved_bytes(model: PreTrainedModel, compute: torch.dtype, *, checkpointing: 
     matrices = {tuple(sorted(parameter.shape)) for parameter in model.parameters() if parameter.dim() == 2}
 
     def counts(tensor: Tensor) -> bool:
-        # A weight, or its copy in the precision of the pass; and a mask that only a traced pass makes.
+        # Excludes weights, their copies in the pass's precision, and a mask that only a traced pass creates.
         return tuple(sorted(tensor.shape)) not in matrices and tensor.shape[-2:] != (TRACE_TOKENS, TRACE_TOKENS)
 
     with mixed_precision(model, compute):
@@ -127,7 +127,7 @@ def saved_bytes(model: PreTrainedModel, compute: torch.dtype, *, checkpointing: 
 
 
 def count_saved_bytes(forward: Callable[[], object], counts: Callable[[Tensor], bool]) -> int:
-    """Bytes of the storages that autograd saves in a pass, each once."""
+    """Bytes of the storages that autograd saves in a pass, each counted once."""
     saved: dict[int, tuple[Any, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -142,9 +142,9 @@ def count_saved_bytes(forward: Callable[[], object], counts: Callable[[Tensor], 
 
 
 def vision_bytes(config: PreTrainedConfig, compute: torch.dtype, *, checkpointing: bool) -> float:
-    """Of one image token, by hand: a tower's attention splits by image, which content-free tensors cannot follow.
+    """Bytes per image token, in closed form: attention in a tower depends on image sizes, which cannot be traced.
 
-    A block saves about 10 h + 2 i floats a patch (two norms and their outputs, q, k, v, the attention's output, the
+    A block saves about 10 h + 2 i numbers per patch (two norms and their outputs, q, k, v, the attention's output, the
     MLP's two inputs), and merge^2 patches become one token. With checkpointing each block keeps its input, and one
     block at a time the rest.
     """

@@ -1,6 +1,6 @@
-"""`npo plan`: will it fit, and if not, which setting would make it fit? Nothing is loaded and nothing is written.
+"""`npo plan`: does a run fit, and if not, which setting makes it fit? Nothing is loaded and nothing is written.
 
-The figures are sums of products that are shown. What is a guess says so; no GPU was at hand to measure one.
+The figures are sums of the products that are shown; assumed ones say so. None was measured on a GPU.
 """
 
 import operator
@@ -11,19 +11,10 @@ from npo_cli.autonpo.preflight import validate_autonpo_settings
 from npo_cli.config.loading import load_recipe
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.memory.disk import estimate_disk_usage
-from npo_cli.memory.footprint import (
-    FLOAT_BYTES,
-    dtype_bytes,
-    engine_gpus,
-    engine_needs,
-    gpu_needs,
-    host_needs,
-    trainer_gpus,
-)
+from npo_cli.memory.footprint import count_engine_gpus, count_trainer_gpus, estimate_footprint
 from npo_cli.memory.model_shape import model_shape
 from npo_cli.session.worker_tasks import check_distributed_recipe
-from npo_cli.types.memory import Allocation, Hardware, Location, MemoryPhase, ModelShape, PeakUsage, SettingChange
+from npo_cli.types.memory import Allocation, Hardware, Location, MemoryPhase, PeakUsage, SettingChange
 
 GB = 10**9
 LOCATIONS: tuple[Location, ...] = ("gpu", "engine gpu", "host", "disk")
@@ -35,135 +26,105 @@ SETTING_CHANGES: dict[Location, tuple[str, ...]] = {
         *("model.dtype=bfloat16", "model.lora.rank=16", "engine.max_num_seqs=/4", "engine.vllm.enable_sleep_mode=true"),
     ),
     "engine gpu": (
-        "engine.vllm.tensor_parallel_size=*2",
-        "engine.vllm.tensor_parallel_size=*4",
+        *("engine.vllm.tensor_parallel_size=*2", "engine.vllm.tensor_parallel_size=*4"),
         "model.compute_dtype=bfloat16",
     ),
     "host": ("engine.vllm.enable_sleep_mode=false", "model.lora.rank=16"),
     "disk": (
-        *(
-            "train.keep_full_checkpoints=2",
-            "train.keep_full_checkpoints=2 train.keep_weights_only=10",
-            "train.save_every=*2",
-        ),
-        *("model.lora.rank=16", "train.optimizer=adafactor"),
+        *("train.keep_full_checkpoints=2", "train.keep_full_checkpoints=2 train.keep_weights_only=10"),
+        *("train.save_every=*2", "model.lora.rank=16", "train.optimizer=adafactor"),
     ),
 }
-"""What is tried, place by place; `/2` and `*2` are of the recipe's own figure."""
+"""Changes that are tried per location; `/2` and `*2` scale the recipe's own value."""
 
 
 def plan_resources(
     name: str, overrides: Sequence[str], *, method: str | None, hardware: Hardware, autonpo: bool
 ) -> Iterator[Allocation | PeakUsage | SettingChange]:
-    """Every need, a verdict a place, and for a place that is too small what each knob would make of it."""
-    recipe = load_recipe(name, overrides, method=method)
-    validate_gpu_counts(recipe, hardware)
-    if autonpo:
-        validate_autonpo_settings(recipe, recipe.task.pool_size)
-    needs = list(estimate_needs(recipe, hardware, autonpo=autonpo))
-    yield from needs
-    verdicts = list(compare_to_limits(needs, hardware))
-    yield from verdicts
-    for verdict in verdicts:
-        if not verdict.fits:
-            yield from try_changes(name, overrides, verdict, method=method, hardware=hardware, autonpo=autonpo)
+    """Every allocation, the peak per location, and for a location that is too small what each setting would change."""
+
+    def load(*changes: str) -> Recipe:
+        recipe = load_recipe(name, [*overrides, *changes], method=method)
+        validate_gpu_counts(recipe, hardware)
+        if autonpo:
+            validate_autonpo_settings(recipe, recipe.task.pool_size)
+        return recipe
+
+    def find_peaks(recipe: Recipe) -> tuple[list[Allocation], list[PeakUsage]]:
+        allocations = estimate_footprint(recipe, model_shape(recipe.model), hardware, autonpo=autonpo)
+        return allocations, list(compare_to_limits(allocations, hardware))
+
+    recipe = load()
+    allocations, peaks = find_peaks(recipe)
+    yield from allocations
+    yield from peaks
+    for peak in (each for each in peaks if not each.fits):
+        for change in SETTING_CHANGES[peak.location]:
+            setting = " ".join(resolve_change(part, recipe) for part in change.split())
+            try:
+                changed = load(*setting.split())
+            except NpoError:
+                continue  # not available with the other settings
+            after = next(each for each in find_peaks(changed)[1] if each.location == peak.location)
+            if after.num_bytes < peak.num_bytes:
+                fits = replace(peak, num_bytes=after.num_bytes).fits
+                yield SettingChange(setting=setting, location=peak.location, num_bytes=after.num_bytes, fits=fits)
 
 
-def validate_fits(found: Sequence[Allocation | PeakUsage | SettingChange], footing: Hardware) -> None:
-    """The first place that is too small, and the first setting that is enough."""
-    short = next((one for one in found if isinstance(one, PeakUsage) and not one.fits), None)
-    if short is None or short.limit_bytes is None:
+def validate_fits(records: Sequence[Allocation | PeakUsage | SettingChange], hardware: Hardware) -> None:
+    """Raise for the first location that is too small, with the first setting that makes the run fit."""
+    peak = next((each for each in records if isinstance(each, PeakUsage) and not each.fits), None)
+    if peak is None or peak.limit_bytes is None:
         return
-    enough = [
-        one.setting for one in found if isinstance(one, SettingChange) and one.fits and one.location == short.location
-    ]
-    more = f", or more of them: --gpus {2 * footing.num_gpus}" if short.location == "gpu" else ", or bring more room"
+    changes = [each for each in records if isinstance(each, SettingChange) and each.location == peak.location]
+    enough = next((each.setting for each in changes if each.fits), None)
+    more = f"use more of them: --gpus {2 * hardware.num_gpus}" if peak.location == "gpu" else "provide more space"
     raise NpoError(
-        f"{short.location}: {short.num_bytes / GB:.2f} GB are needed, there are {short.limit_bytes / GB:.2f} GB",
-        f"add {enough[0]}" if enough else f"no single setting is enough: combine those of the table{more}",
+        f"{peak.location}: {peak.num_bytes / GB:.2f} GB are needed, there are {peak.limit_bytes / GB:.2f} GB",
+        f"add {enough}" if enough else f"no single setting is enough: combine several, or {more}",
     )
 
 
-def validate_gpu_counts(recipe: Recipe, footing: Hardware) -> None:
-    """GPUs for a server and none left to train on, or what several processes cannot do."""
-    left = trainer_gpus(recipe, footing)
-    if left < 1:
+def validate_gpu_counts(recipe: Recipe, hardware: Hardware) -> None:
+    """Refuse a server that leaves no GPU for training, and settings that several processes do not support."""
+    trainers, servers = count_trainer_gpus(recipe, hardware), count_engine_gpus(recipe)
+    if trainers < 1:
         raise NpoError(
-            f"engine.vllm.tensor_parallel_size x engine.vllm.data_parallel_size is {engine_gpus(recipe)}, and there "
-            f"are {footing.num_gpus} "
+            f"engine.vllm.tensor_parallel_size x engine.vllm.data_parallel_size is {servers} of {hardware.num_gpus} "
             "GPUs: none is left for training",
-            f"--gpus {engine_gpus(recipe) + 1}, or engine.kind=vllm",
+            f"--gpus {servers + 1}, or engine.kind=vllm",
         )
-    if left > 1:
-        check_distributed_recipe(recipe, left)
+    if trainers > 1:
+        check_distributed_recipe(recipe, trainers)
 
 
-def estimate_needs(recipe: Recipe, footing: Hardware, *, autonpo: bool) -> Iterator[Allocation]:
-    """Of every place."""
-    shape = model_shape(recipe.model)
-    yield from gpu_needs(recipe, shape, footing)
-    yield from engine_needs(recipe, shape, footing)
-    yield from host_needs(recipe, shape, footing)
-    weights, moments = checkpoint_bytes(recipe, shape)
-    served = shape.num_params * dtype_bytes(recipe.model.dtype)
-    yield from estimate_disk_usage(recipe, weights=weights, optimizer_state=moments, full_model=served, autonpo=autonpo)
-
-
-def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> tuple[int, int]:
-    """What one checkpoint writes: weights or adapters, and the optimiser's state."""
-    wide = FLOAT_BYTES if shape.num_lora_params else dtype_bytes(recipe.model.dtype)
-    trained = shape.num_lora_params or shape.num_params
-    kept = 2 * trained if recipe.train.optimizer == "adamw" else shape.adafactor_floats
-    return trained * wide, kept * wide
-
-
-def compare_to_limits(needs: Sequence[Allocation], footing: Hardware) -> Iterator[PeakUsage]:
-    """Of each place what is always held, and the phase that comes on top."""
+def compare_to_limits(allocations: Sequence[Allocation], hardware: Hardware) -> Iterator[PeakUsage]:
+    """Per location, the sum of what is always held and of the largest phase."""
     limits = {
-        "gpu": footing.gpu_bytes,
-        "engine gpu": footing.gpu_bytes,
-        "host": footing.host_bytes,
-        "disk": footing.disk_bytes,
+        "gpu": hardware.gpu_bytes,
+        "engine gpu": hardware.gpu_bytes,
+        "host": hardware.host_bytes,
+        "disk": hardware.disk_bytes,
     }
-    for where in LOCATIONS:
-        here = [need for need in needs if need.location == where]
+    for location in LOCATIONS:
+        here = [each for each in allocations if each.location == location]
         if here:
-            peak = max(PHASES, key=lambda phase: sum_bytes(here, phase))
-            peak = peak if sum_bytes(here, peak) else "always"
-            num_bytes = sum_bytes(here, "always") + (sum_bytes(here, peak) if peak != "always" else 0)
-            yield PeakUsage(location=where, peak_phase=peak, num_bytes=num_bytes, limit_bytes=limits[where])
+            phase = max(PHASES, key=lambda phase: sum_bytes(here, phase))
+            phase_bytes, limit = sum_bytes(here, phase), limits[location]
+            total = sum_bytes(here, "always") + phase_bytes
+            peak_phase = phase if phase_bytes else "always"
+            yield PeakUsage(location=location, peak_phase=peak_phase, num_bytes=total, limit_bytes=limit)
 
 
-def sum_bytes(needs: Iterable[Allocation], phase: MemoryPhase) -> int:
+def sum_bytes(allocations: Iterable[Allocation], phase: MemoryPhase) -> int:
     """Bytes of one phase."""
-    return sum(need.num_bytes for need in needs if need.phase == phase)
+    return sum(each.num_bytes for each in allocations if each.phase == phase)
 
 
-def try_changes(
-    name: str, overrides: Sequence[str], short: PeakUsage, *, method: str | None, hardware: Hardware, autonpo: bool
-) -> Iterator[SettingChange]:
-    """Each knob alone, by the same estimate; those that change nothing, or that the recipe refuses, are left out."""
-    before = load_recipe(name, overrides, method=method)
-    for knob in SETTING_CHANGES[short.location]:
-        setting = " ".join(resolve_change(one, before) for one in knob.split())
-        try:
-            recipe = load_recipe(name, [*overrides, *setting.split()], method=method)
-            validate_gpu_counts(recipe, hardware)
-            if autonpo:
-                validate_autonpo_settings(recipe, recipe.task.pool_size)
-        except NpoError:
-            continue
-        needs = estimate_needs(recipe, hardware, autonpo=autonpo)
-        found = next(one for one in compare_to_limits(list(needs), hardware) if one.location == short.location)
-        if found.num_bytes < short.num_bytes:
-            fits = replace(short, num_bytes=found.num_bytes).fits
-            yield SettingChange(setting=setting, location=short.location, num_bytes=found.num_bytes, fits=fits)
-
-
-def resolve_change(knob: str, recipe: Recipe) -> str:
+def resolve_change(change: str, recipe: Recipe) -> str:
     """`train.save_every=*2` becomes `train.save_every=40`."""
-    key, _, value = knob.partition("=")
+    key, _, value = change.partition("=")
     if value[0] not in "/*":
-        return knob
-    own, factor = operator.attrgetter(key)(recipe), int(value[1:])
-    return f"{key}={max(1, own // factor) if value[0] == '/' else own * factor}"
+        return change
+    current, factor = operator.attrgetter(key)(recipe), int(value[1:])
+    return f"{key}={max(1, current // factor) if value[0] == '/' else current * factor}"

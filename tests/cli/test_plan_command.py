@@ -12,13 +12,12 @@ def test_what_fits_is_said_with_every_need():
     assert said.code == 0
     lines = [json.loads(line) for line in said.out.splitlines()]
     assert {line["record"] for line in lines} == {"allocation", "peak_usage"}
-    verdicts = {line["where"]: line for line in lines if line["record"] == "verdict"}
-    for where, verdict in verdicts.items():
-        phases = ("always", verdict["peak"])
-        here = [
-            line for line in lines if line["record"] == "need" and line["where"] == where and line["phase"] in phases
-        ]
-        assert sum(line["num_bytes"] for line in here) == verdict["num_bytes"]
+    peaks = {line["location"]: line for line in lines if line["record"] == "peak_usage"}
+    assert set(peaks) == {"gpu", "host", "disk"}
+    for location, peak in peaks.items():
+        phases = ("always", peak["peak_phase"])
+        here = [line for line in lines if line["record"] == "allocation" and line["location"] == location]
+        assert sum(line["num_bytes"] for line in here if line["phase"] in phases) == peak["num_bytes"]
 
 
 def test_what_does_not_fit_is_refused_with_the_setting_that_mends_it():

@@ -1,9 +1,15 @@
-"""The arithmetic of memory, on a model small enough to do it by hand."""
+"""The arithmetic of memory and disk space, on a model small enough to do it by hand; and beside a real run."""
 
-from npo_cli.config.loading import recipe_from_dict
+from pathlib import Path
+
+import pytest
+
+from npo_cli.config.loading import load_recipe, recipe_from_dict
 from npo_cli.config.recipe import Recipe
-from npo_cli.memory.footprint import engine_needs, gpu_needs, host_needs
+from npo_cli.memory.footprint import count_kept_checkpoints, estimate_footprint
+from npo_cli.memory.model_shape import model_shape
 from npo_cli.types.memory import Allocation, Hardware, ModelShape
+from tests.helpers.runs import tiny_recipe, train
 
 SHAPE = ModelShape(
     num_params=1000,
@@ -32,47 +38,52 @@ def recipe(**sections: dict) -> Recipe:
     return recipe_from_dict(merged)
 
 
-def by_name(needs: object) -> dict[str, int]:
-    """Without the guess and the tenth that is put beside it."""
-    counted = [
-        need
-        for need in needs
-        if isinstance(need, Allocation) and need.formula not in ("a guess", "a tenth of the rest")
-    ]
-    return {need.label: need.num_bytes for need in counted}
+def estimate(
+    recipe: Recipe, location: str, *, shape: ModelShape = SHAPE, hardware: Hardware = GPU, autonpo: bool = False
+) -> dict[str, int]:
+    """Bytes by label, without the assumed sizes and the tenth that is added."""
+    return {
+        each.label: each.num_bytes
+        for each in estimate_footprint(recipe, shape, hardware, autonpo=autonpo)
+        if each.location == location and each.label not in ("CUDA and NCCL", "uncounted", "processes")
+    }
 
 
-def test_one_gpu_in_float32():
-    assert by_name(gpu_needs(recipe(), SHAPE, GPU)) == {
+def list_allocations(recipe: Recipe, location: str) -> list[Allocation]:
+    return [each for each in estimate_footprint(recipe, SHAPE, GPU) if each.location == location]
+
+
+def test_gpu_memory_in_float32():
+    assert estimate(recipe(), "gpu") == {
         "weights": 1000 * 4,
         "gradients": 1000 * 4,
-        "AdamW's moments": 2 * 1000 * 4,
+        "AdamW moments": 2 * 1000 * 4,
         "activations": 500 * 200,
         # 4 float32 rows and the head's own
         "logits of a chunk": 70 * 50 * (4 * 4 + 4),
-        "a guide's part of the gradient": 1000 * 4,
+        "guide's part of the gradient": 1000 * 4,
         # 32 rollouts of 60 + 40 tokens
         "KV cache": 32 * 100 * 40 * 4,
         "logits": 32 * 50 * (6 * 4 + 4),
     }
 
 
-def test_four_gpus_in_mixed_precision_with_checkpointing_and_a_kl_term():
+def test_gpu_memory_of_four_gpus_in_mixed_precision_with_checkpointing_and_a_kl_term():
     found = recipe(
         model={"compute_dtype": "bfloat16", "gradient_checkpointing": True},
         loss={"kl_coef": 0.1},
         engine={"max_num_seqs": 5},
     )
-    assert by_name(gpu_needs(found, SHAPE, Hardware(num_gpus=4, gpu_bytes=10**6))) == {
+    assert estimate(found, "gpu", hardware=Hardware(num_gpus=4, gpu_bytes=10**6)) == {
         "weights": 1000,
         "gradients": 1000,
-        "AdamW's moments": 2000,
+        "AdamW moments": 2000,
         "frozen base of the KL term": 1000,
         "activations": 500 * 80,
         "logits of a chunk": 70 * 50 * 18,
         # embedding and head, and two blocks: in bfloat16, and their gradients in float32
         "gathered blocks": (100 + 600) * 6,
-        "a guide's part of the gradient": 1000,
+        "guide's part of the gradient": 1000,
         # 8 rollouts a GPU, of which 5 side by side
         "KV cache": 5 * 100 * 40 * 2,
         "logits": 5 * 50 * 26,
@@ -80,23 +91,22 @@ def test_four_gpus_in_mixed_precision_with_checkpointing_and_a_kl_term():
     }
 
 
-def test_a_row_longer_than_a_micro_batch_is_one_of_its_own():
-    needs = by_name(gpu_needs(recipe(train={"micro_batch_tokens": 10}), SHAPE, GPU))
+def test_activations_cover_a_row_longer_than_a_micro_batch():
+    needs = estimate(recipe(train={"micro_batch_tokens": 10}), "gpu")
     assert needs["activations"] == 100 * 200
 
 
-def test_adapters_are_trained_in_float32_beside_a_bfloat16_base():
+def test_lora_adapters_are_float32_with_a_bfloat16_base():
     shape = ModelShape(**{name: getattr(SHAPE, name) for name in SHAPE.__slots__} | {"num_lora_params": 30})
     found = recipe(model={"dtype": "bfloat16", "lora": {"rank": 2}}, loss={"kl_coef": 0.1})
-    needs = by_name(gpu_needs(found, shape, GPU))
-    expected = {"weights": 2000, "adapters": 120, "gradients": 120, "AdamW's moments": 240}
+    needs = estimate(found, "gpu", shape=shape)
+    expected = {"weights": 2000, "adapters": 120, "gradients": 120, "AdamW moments": 240}
     assert {name: needs[name] for name in expected} == expected
     assert "frozen base of the KL term" not in needs
-    saving = [need.num_bytes for need in host_needs(found, shape, GPU) if need.phase == "saving"]
-    assert saving == [120]
+    assert estimate(found, "host", shape=shape)["gathered weights"] == 120
 
 
-def test_adafactor_keeps_less_and_vllm_takes_its_share():
+def test_adafactor_state_and_vllm_in_sleep_mode():
     asleep, awake = (
         recipe(
             train={"optimizer": "adafactor"},
@@ -104,43 +114,102 @@ def test_adafactor_keeps_less_and_vllm_takes_its_share():
         )
         for sleep in (True, False)
     )
-    needs = {need.label: need for need in gpu_needs(asleep, SHAPE, GPU)}
-    assert needs["Adafactor's rows and columns"].num_bytes == 320
+    needs = {each.label: each for each in list_allocations(asleep, "gpu")}
+    assert needs["Adafactor rows and columns"].num_bytes == 320
     assert (needs["vLLM"].num_bytes, needs["vLLM"].phase) == (500_000, "sampling")
-    assert {need.phase for need in gpu_needs(awake, SHAPE, GPU) if need.label == "vLLM"} == {"always"}
-    assert [need.num_bytes for need in host_needs(asleep, SHAPE, GPU) if need.phase == "update"] == [4000]
+    assert {each.phase for each in list_allocations(awake, "gpu") if each.label == "vLLM"} == {"always"}
+    assert estimate(asleep, "host")["vLLM's weights in sleep mode"] == 4000
 
 
-def test_a_server_has_gpus_of_its_own():
+def test_vllm_server_has_its_own_gpus():
     found = recipe(engine={"kind": "vllm_server", "vllm": {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9}})
-    footing = Hardware(num_gpus=6, gpu_bytes=10**6)
-    assert by_name(engine_needs(found, SHAPE, footing)) == {
+    hardware = Hardware(num_gpus=6, gpu_bytes=10**6)
+    assert estimate(found, "engine gpu", hardware=hardware) == {
         "weights": 2000,
         "KV cache of one response": 100 * 40 * 4 // 2,
-        "what vLLM leaves alone": 100_000,
+        "outside vLLM": 100_000,
     }
-    needs = by_name(gpu_needs(found, SHAPE, footing))
+    needs = estimate(found, "gpu", hardware=hardware)
     # Four GPUs train: a quarter each, whole to score.
     assert (needs["weights"], needs["whole weights"], "KV cache" in needs) == (1000, 4000, False)
-    assert not list(engine_needs(recipe(), SHAPE, footing))
+    assert estimate(recipe(), "engine gpu") == {}
 
 
-def test_a_tenth_of_each_phase_is_put_beside_it_but_for_guesses_and_what_vllm_takes():
+def test_uncounted_memory_is_a_tenth_of_each_phase_without_vllm():
     found = recipe(engine={"kind": "vllm", "vllm": {"gpu_memory_utilization": 0.5, "enable_sleep_mode": True}})
-    needs = [*gpu_needs(found, SHAPE, GPU)]
-    beside = {need.phase: need.num_bytes for need in needs if need.label == "what is not counted"}
+    needs = list_allocations(found, "gpu")
+    beside = {need.phase: need.num_bytes for need in needs if need.label == "uncounted"}
     # weights and moments; gradients, activations, logits and a guide's part
     assert beside == {"always": (4000 + 8000) / 10, "update": (4000 + 500 * 200 + 70 * 50 * 20 + 4000) / 10}
 
 
-def test_a_policy_pushed_along_its_motion_holds_an_older_copy_or_moves_its_weights():
-    logits = by_name(gpu_needs(recipe(guide={"source": "extrapolated"}), SHAPE, GPU))
-    plain = by_name(gpu_needs(recipe(), SHAPE, GPU))
+def test_extrapolated_guide_holds_an_older_checkpoint_or_extrapolated_weights():
+    logits = estimate(recipe(guide={"source": "extrapolated"}), "gpu")
+    plain = estimate(recipe(), "gpu")
     # as many rows as the policy's own, of 60 + 40 tokens
     assert {name: size for name, size in logits.items() if name not in plain} == {
-        "an older copy": 1000 * 4,
-        "its KV cache": 32 * 100 * 40 * 4,
+        "older checkpoint": 1000 * 4,
+        "KV cache of the older checkpoint": 32 * 100 * 40 * 4,
     }
-    weights = recipe(autonpo={"extrapolate": 20}, extrapolation={"space": "weights"})
-    found = by_name(gpu_needs(weights, SHAPE, GPU))
-    assert {name: size for name, size in found.items() if name not in plain} == {"moved weights": 1000 * 4}
+    found = estimate(recipe(guide={"source": "extrapolated"}, extrapolation={"space": "weights"}), "gpu")
+    assert {name: size for name, size in found.items() if name not in plain} == {"extrapolated weights": 1000 * 4}
+
+
+# Disk space
+
+
+@pytest.mark.parametrize(
+    ("quotas", "expected"),
+    [
+        # steps 0, 10, ..., 100 are 11
+        ((), (11, 0)),
+        (("train.keep_full_checkpoints=2",), (3, 8)),
+        (("train.keep_full_checkpoints=2", "train.keep_weights_only=5"), (3, 5)),
+        (("train.keep_full_checkpoints=50",), (11, 0)),
+    ],
+)
+def test_kept_checkpoints_follow_the_retention_settings(quotas, expected):
+    assert count_kept_checkpoints(load_recipe("micro", ["train.save_every=10", *quotas]), 100) == expected
+
+
+def test_disk_space_of_autonpo_counts_a_branch_per_replay():
+    settings = [
+        "train.num_steps=100",
+        "train.save_every=10",
+        "autonpo.rollback.distances=[20,40]",
+        "autonpo.max_interventions=2",
+        "guide.cache.samples_per_prompt=8",
+    ]
+    recipe = load_recipe("micro", [*settings, "train.prompts_per_step=4", "train.group_size=4"])
+    alone, watched = (estimate(recipe, "disk", autonpo=on) for on in (False, True))
+    # weights 4000, optimizer state 8000; step 0 has no optimizer state
+    assert alone["checkpoints of the run's branch"] == 11 * 12_000 - 8000
+    # 2 x 40 steps: 8 checkpoints and step 0
+    assert watched["checkpoints of up to 2 replays"] == 9 * 12_000 - 8000
+    # 180 steps instead of 100; three caches instead of one
+    assert watched["logs"] == pytest.approx(1.8 * alone["logs"])
+    assert watched["guide caches"] == 3 * alone["guide caches"]
+
+
+def test_disk_space_is_what_a_real_run_takes(tmp_path):
+    settings = ("train.num_steps=12", "train.prompts_per_step=8", "task.pool_size=64")
+    train(tmp_path / "run", *settings)
+    recipe = tiny_recipe(*settings)
+    planned = estimate(recipe, "disk", shape=model_shape(recipe.model))
+    checkpoints = folder_size(tmp_path / "run" / "branches" / "main" / "checkpoints")
+    logs = folder_size(tmp_path / "run") - checkpoints
+    # 7 full checkpoints, the first without optimizer state; beside the tensors a few kB of JSON each
+    assert planned["checkpoints of the run's branch"] == pytest.approx(checkpoints, rel=0.03)
+    # responses may end before the limit
+    assert logs == pytest.approx(planned["logs"], rel=0.25)
+
+
+def test_disk_space_of_a_server_holds_the_model_and_one_weight_sync():
+    hardware = Hardware(num_gpus=2, gpu_bytes=10**6)
+    server = estimate(load_recipe("micro", ["engine.kind=vllm_server"]), "disk", hardware=hardware)
+    assert server["weights for the server"] == 4000 + 4000
+    assert "weights for the server" not in estimate(load_recipe("micro"), "disk")
+
+
+def folder_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
