@@ -6,7 +6,7 @@ A recipe's settings as the knobs of the trigger and of the controller: the same 
 from typing import Any
 
 from npo_cli.autonpo.controller import ControllerKnobs
-from npo_cli.autonpo.drift import BIDIRECTIONAL_KINDS
+from npo_cli.autonpo.rollback_choice import BIDIRECTIONAL_KINDS
 from npo_cli.autonpo.trigger import TriggerKnobs
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError

@@ -8,14 +8,14 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from npo_cli.autonpo.drift import DriftSamples
 from npo_cli.autonpo.preflight import usable_deltas
-from npo_cli.autonpo.rollback_choice import ProbePassCount, RollbackKnobs, choose_rollback
+from npo_cli.autonpo.rollback_choice import DriftSamples, choose_rollback
 from npo_cli.guides.source import compute_logprobs
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.rollout.batch import from_log_group
 from npo_cli.rollout.mistake_pool import Stratum, allocate_probe_prompts, stratify_failed_prompts
-from npo_cli.scoring.variance import SampleRatio
+from npo_cli.scoring.quality import PromptPassCount
+from npo_cli.scoring.variance import SampleRatio, SignalFormula
 from npo_cli.seeds import derive_seed
 from npo_cli.session.policy_ratios import CandidateSample, compute_learner_ratios
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
@@ -72,7 +72,8 @@ def start_probe(session: Session, branch: str, present: Checkpoint) -> Probe:
 
 def run_probe(probe: Probe) -> Generator[Progress, None, ProbeResult]:
     """Ask, look at every stored distance from both sides, decide."""
-    session, count = probe.session, probe.session.recipe.autonpo.probe.num_prompts
+    session, recipe = probe.session, probe.session.recipe
+    count = recipe.autonpo.probe.num_prompts
     load_checkpoint(session.policy, probe.checkpoint)
     groups = yield from sample_probe_groups(
         probe, allocate_probe_prompts(probe.strata, num_prompts=count, seed=probe.seed)
@@ -83,7 +84,9 @@ def run_probe(probe: Probe) -> Generator[Progress, None, ProbeResult]:
         probe.strata,
         count_passes(groups),
         hindsights,
-        knobs=rollback_knobs(probe),
+        formula=SignalFormula(settings=recipe.scoring, group_size=recipe.train.group_size),
+        settings=recipe.autonpo,
+        seed=derive_seed(probe.seed, "bootstrap"),
         num_tokens=count_probe_tokens(probe.folder),
     )
 
@@ -127,10 +130,10 @@ def charge_probe(probe: Probe, *, piece: str, tokens: int, began: float) -> None
     )
 
 
-def count_passes(groups: Sequence[Group]) -> list[ProbePassCount]:
+def count_passes(groups: Sequence[Group]) -> list[PromptPassCount]:
     """How the samples of each prompt came out."""
     return [
-        ProbePassCount(
+        PromptPassCount(
             prompt_id=group.prompt.prompt_id,
             num_samples=len(group.rollouts),
             num_correct=sum(rollout.verdict == "correct" and rollout.finished for rollout in group.rollouts),
@@ -195,22 +198,3 @@ def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
         for rollout in group.rollouts
     ]
     return compute_learner_ratios(session, rows, cap=session.recipe.scoring.weight_cap)
-
-
-def rollback_knobs(probe: Probe) -> RollbackKnobs:
-    """The recipe's score, probe and auto sections, as the guide room knows them."""
-    recipe = probe.session.recipe
-    return RollbackKnobs(
-        variance=recipe.scoring.variance,
-        kappa=recipe.scoring.kl_scale,
-        cap=recipe.scoring.weight_cap,
-        average=recipe.scoring.kl_average,
-        group_size=recipe.train.group_size,
-        alpha=recipe.scoring.variance_exponent,
-        rule=recipe.scoring.selection_rule,
-        direction=recipe.autonpo.probe.variance_samples,
-        resamples=recipe.scoring.bootstrap_resamples,
-        seed=derive_seed(probe.seed, "bootstrap"),
-        q_min=recipe.autonpo.probe.min_quality,
-        pool_min=recipe.autonpo.rollback.min_failed_prompts,
-    )

@@ -1,294 +1,381 @@
-"""One rollback distance: its evidence from a probe, and its line in the confirmation (Q, V, S with intervals).
+"""How far to roll back: Q, V and S of every rollback distance from one probe of failed prompts; choose and accept.
 
-Who is chosen is not known here. Axes: B rows of resampled prompts (row 0 = the data as they are).
-
-How far to go back: score every rollback distance from one probe of the mistakes, choose one, accept or not.
-
-Knows counts and ratios, no model and no file. What it decides is told in AUTONPO.md. Axes: A candidates (distances
-that some checkpoint allows), B rows of resampled prompts (row 0 = the data as they are).
+The estimator is that of guide candidates (scoring/candidates.py). Here the candidates are nested slices, all prompts
+that failed within the last D steps; a slice consists of strata of age, and a prompt of a stratum of N_j failed prompts,
+M_j of them probed, has the weight N_j/M_j. V is estimated from both sides, which the mathematics allows for kinds
+made of a KL only (BIDIRECTIONAL_KINDS):
+  forward: samples of the current policy b, scored by the old checkpoint a, log w = log a - log b;
+  backward: recorded rollouts of the old policy, scored by the current one, log w = log b - log a, so that the same
+  code gives exp(KL(a||b)). Its squares would be those of b/a, another quantity, and are not used.
+Axes: A candidates (distances that have a checkpoint), P probed prompts (by stratum), N samples, B bootstrap resamples
+(row 0 = the data as they are).
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from npo_cli.autonpo.drift import (
-    DriftDirection,
-    DriftEstimate,
-    DriftSamples,
-    estimate_backward_drift,
-    estimate_forward_drift,
-    is_drift_consistent,
-    is_heavy_tailed,
-    select_drift,
-)
-from npo_cli.autonpo.strata import (
-    ProbedPrompts,
-    estimate_stratum_quality,
-    resample_strata,
-    stratified_quality,
-    stratified_quality_interval,
-)
+from npo_cli.config.autonpo import AutonpoSettings
 from npo_cli.rollout.mistake_pool import Stratum
-from npo_cli.scoring.evidence import PromptPassCount
-from npo_cli.scoring.paired_bootstrap import SELECTION_RULES, p_best
-from npo_cli.scoring.quality import Floats, percentile_interval, smooth_quality
-from npo_cli.scoring.variance import HEAVY_TAILED, LARGEST_LOG, Average, VarianceKind, VarianceKnobs
-from npo_cli.scoring.weight_diagnostics import diagnose_weights
-from npo_cli.types.autonpo import ProbeResult, RollbackScore
+from npo_cli.scoring.candidates import (
+    Candidate,
+    Drift,
+    Selection,
+    build_drift,
+    estimate_signal,
+    log_signals,
+    select_candidate,
+    trusted_formula,
+)
+from npo_cli.scoring.quality import (
+    Floats,
+    PromptPassCount,
+    bootstrap_counts,
+    effective_trials,
+    intraclass_correlation,
+    jeffreys,
+)
+from npo_cli.scoring.variance import SampleRatio, SignalFormula, VarianceKind, log_sum_exp
+from npo_cli.scoring.weight_diagnostics import MIN_SAMPLES, select_variance_samples
+from npo_cli.types.autonpo import ProbeResult, RollbackScore, StratumQuality
+
+BIDIRECTIONAL_KINDS: tuple[VarianceKind, ...] = ("kl_exp", "seq2_lognormal", "group2")
+"""Kinds of V made of a KL, which samples of either policy estimate. A mean square of w = a/b under b is not that of
+b/a under a, so the other kinds have no backward estimate."""
+STANDARD_ERRORS = 2.0
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RollbackKnobs:
-    """The `scoring` and `autonpo` settings that decide a confirmation, with the group size and a seed."""
+class DriftSamples:
+    """The samples that tell how far one stored checkpoint is from the current policy."""
 
-    variance: VarianceKind
-    kappa: float
-    cap: float
-    average: Average
-    group_size: int
-    alpha: float
-    rule: Literal["argmax", "one_se"]
-    direction: DriftDirection
-    resamples: int
-    seed: int
-    q_min: float
-    """Accept where the lower 95 % bound of Q reaches this."""
-    pool_min: int
-    """Fewest mistakes of a slice."""
-
-    @property
-    def variance_knobs(self) -> VarianceKnobs:
-        return VarianceKnobs(kappa=self.kappa, cap=self.cap, average=self.average, group_size=self.group_size)
+    distance: int
+    """Steps back."""
+    forward: Sequence[SampleRatio]
+    """The current policy's samples of the slice's probed prompts; log_w = log a - log b."""
+    backward: Sequence[SampleRatio]
+    """The old policy's recorded samples of failed prompts, probed or not; log_w = log b - log a."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RollbackCandidate:
-    """One distance with its evidence."""
+    """One distance: the candidate of the shared estimator, and the drift estimated from either side."""
 
-    drift_samples: DriftSamples
+    samples: DriftSamples
+    candidate: Candidate
+    """Its drift is the one that enters S."""
+    forward: Drift | None
+    backward: Drift | None
     num_failed_prompts: int
-    probed_prompts: ProbedPrompts
-    """The probed prompts of the slice."""
-    forward_drift: DriftEstimate | None
-    backward_drift: DriftEstimate | None
-    drift: DriftEstimate | None
-    """The one of the two that enters S."""
-    num_probed: int
-    """Prompts of the whole probe."""
+    """Failed prompts of the slice, probed or not."""
 
     @property
     def distance(self) -> int:
-        return self.drift_samples.distance
-
-
-def build_rollback_candidates(
-    strata: Sequence[Stratum],
-    probed: Sequence[PromptPassCount],
-    hindsights: Sequence[DriftSamples],
-    *,
-    knobs: RollbackKnobs,
-) -> list[RollbackCandidate]:
-    """Every distance of which something was asked, nearest first, ready to be resampled."""
-    assert {each.distance for each in hindsights} <= {stratum.max_age for stratum in strata}, "slices end at strata"
-    assert len({each.distance for each in hindsights}) == len(hindsights), "one hindsight a distance"
-    rng = np.random.default_rng(knobs.seed)
-    asked = resample_strata(strata, probed, rng=rng, resamples=knobs.resamples)
-    pairs = [(each, asked.within(each.distance)) for each in sorted(hindsights, key=lambda each: each.distance)]
-    kept = [each for each, part in pairs if part.prompt_ids]
-    parts = [part for _, part in pairs if part.prompt_ids]
-    forward = estimate_forward_drift(kept, parts, cap=knobs.cap)
-    backward = estimate_backward_drift(kept, rng=rng, resamples=knobs.resamples, cap=knobs.cap)
-    return [
-        RollbackCandidate(
-            drift_samples=each,
-            num_failed_prompts=count_failed_prompts(strata, each.distance),
-            probed_prompts=part,
-            forward_drift=ahead,
-            backward_drift=behind,
-            drift=select_drift(ahead, behind, knobs.direction),
-            num_probed=len(probed),
-        )
-        for each, part, ahead, behind in zip(kept, parts, forward, backward, strict=True)
-    ]
-
-
-def count_failed_prompts(strata: Sequence[Stratum], distance: int) -> int:
-    """Distinct mistakes that a rollback of this distance undoes."""
-    return sum(len(stratum.prompt_ids) for stratum in strata if stratum.max_age <= distance)
-
-
-def log_signal(each: RollbackCandidate, *, kind: VarianceKind, knobs: VarianceKnobs, alpha: float) -> Floats:
-    """log S = log Q~ - alpha log V, Q~ = (M Q + 1/2)/(M + 1); V = 1 where none was measured.
-
-    M is the number of prompts of the whole probe: with that of the slice the half would favour slices hardly asked.
-    """
-    log_quality_B = np.log(smooth_quality(stratified_quality(each.probed_prompts), each.num_probed))
-    return log_quality_B if each.drift is None else log_quality_B - alpha * each.drift.log_variance(kind, knobs)
-
-
-def score_rollback_candidate(each: RollbackCandidate, kind: VarianceKind, knobs: RollbackKnobs) -> RollbackScore:
-    """Q, V and S with 95 % intervals. S uses Q~, so it is not exactly quality/variance."""
-    quality_B = stratified_quality(each.probed_prompts)
-    quality_low, quality_high = stratified_quality_interval(each.probed_prompts, quality_B)
-    log_signal_B = log_signal(each, kind=kind, knobs=knobs.variance_knobs, alpha=knobs.alpha)
-    signal_B = np.exp(np.clip(log_signal_B, -LARGEST_LOG, LARGEST_LOG))
-    signal_low, signal_high = percentile_interval(signal_B)
-    return RollbackScore(
-        distance=each.distance,
-        num_failed_prompts=each.num_failed_prompts,
-        num_probed=len(each.probed_prompts.prompt_ids),
-        quality=float(quality_B[0]),
-        quality_low=quality_low,
-        quality_high=quality_high,
-        signal=float(signal_B[0]),
-        signal_low=signal_low,
-        signal_high=signal_high,
-        p_best=0.0,
-        is_selected=False,
-        **_drift(each, kind, knobs.variance_knobs),
-    )
-
-
-def _drift(each: RollbackCandidate, kind: VarianceKind, knobs: VarianceKnobs) -> dict[str, object]:
-    """V of the view in use with its interval, V both ways, and whether they can be believed."""
-    variance_B = np.ones(1) if each.drift is None else np.exp(each.drift.log_variance(kind, knobs))
-    variance_low, variance_high = percentile_interval(variance_B)
-    kl_per_token, kl_per_sequence = (0.0, 0.0) if each.drift is None else each.drift.kl(knobs)
-    return {
-        "variance": float(variance_B[0]),
-        "variance_low": variance_low,
-        "variance_high": variance_high,
-        "variance_kind": kind,
-        "variances": {} if each.drift is None else each.drift.variances(knobs),
-        "variance_forward": None if each.forward_drift is None else each.forward_drift.variances(knobs)[kind],
-        "variance_backward": None if each.backward_drift is None else each.backward_drift.variances(knobs).get(kind),
-        "variances_agree": is_drift_consistent(each.forward_drift, each.backward_drift, kind=kind, knobs=knobs),
-        "has_heavy_tail": is_heavy_tailed(each.drift_samples.forward, each.drift_samples.backward),
-        "kl_per_token": kl_per_token,
-        "kl_per_sequence": kl_per_sequence,
-        "num_backward_samples": len(each.drift_samples.backward),
-    }
-
-
-ProbePassCount = PromptPassCount
-"""What the present policy's fresh samples of one mistake came to."""
+        return self.samples.distance
 
 
 def choose_rollback(
     strata: Sequence[Stratum],
     probed: Sequence[PromptPassCount],
-    hindsights: Sequence[DriftSamples],
+    samples: Sequence[DriftSamples],
     *,
-    knobs: RollbackKnobs,
+    formula: SignalFormula,
+    settings: AutonpoSettings,
+    seed: int,
     num_tokens: int,
 ) -> ProbeResult:
-    """Choose D* = argmax Q/V (or the nearest within one SE) and accept it where Q's lower bound reaches q_min.
+    """Choose D* = argmax S (or the nearest within one SE); accept it if the lower bound of its Q >= probe.min_quality.
 
-    Prompts are resampled within strata, jointly for all distances. A distance of which nothing was asked has no score.
+    Prompts are resampled within strata, jointly for all distances. A distance without a probed prompt has no score.
     """
-    # Sum the evidence per slice.
-    candidates = build_rollback_candidates(strata, probed, hindsights, knobs=knobs)
-    kind = _trusted_kind(candidates, knobs)
-    eligible = [each for each in candidates if each.num_failed_prompts >= knobs.pool_min]
-    # Choose among the distances with enough mistakes, and ask the other profiles too.
-    chosen_by, chances = _choices(eligible, kind, knobs) if eligible else ({}, {})
-    chosen = chosen_by.get(knobs.rule)
-    # Is what was chosen good enough?
-    scores = tuple(
-        replace(
-            score_rollback_candidate(each, kind, knobs),
-            p_best=chances.get(each.distance, 0.0),
-            is_selected=each.distance == chosen,
-        )
-        for each in candidates
-    )
-    reason = _objection(strata, hindsights, scores, knobs=knobs)
+    candidates = build_rollback_candidates(strata, probed, samples, formula=formula, settings=settings, seed=seed)
+    used = trusted_formula([each.candidate for each in candidates], formula)
+    # Only distances with enough failed prompts can be chosen.
+    eligible = [each for each in candidates if each.num_failed_prompts >= settings.rollback.min_failed_prompts]
+    selection = None
+    if eligible:
+        selection = select_candidate([each.candidate for each in eligible], used, compare=log_signals)
+    scores = _score_all(candidates, eligible, selection, used)
+    reason = _rejection_reason(strata, samples, scores, settings=settings)
+    by_profile = {} if selection is None else selection.by_profile
     return ProbeResult(
         is_accepted=not reason,
         reason=reason,
-        distance=chosen,
+        distance=None if selection is None else eligible[selection.index].distance,
         strata=tuple(estimate_stratum_quality(stratum, probed) for stratum in strata),
         scores=scores,
-        selection_by_profile=chosen_by,
+        selection_by_profile={name: eligible[place].distance for name, place in by_profile.items()},
         num_prompts=len(probed),
-        num_samples=sum(outcome.num_samples for outcome in probed),
+        num_samples=sum(count.num_samples for count in probed),
         num_tokens=num_tokens,
     )
 
 
-def _choices(
-    eligible: Sequence[RollbackCandidate], kind: VarianceKind, knobs: RollbackKnobs
-) -> tuple[dict[str, int], dict[int, float]]:
-    """Distance chosen by every profile and rule, and the chance of each distance to be the best."""
-    distances = [each.distance for each in eligible]
-    log_signal_BA = _log_signals(eligible, kind=kind, knobs=knobs.variance_knobs, alpha=knobs.alpha)
-    by_rule = {name: distances[rule(log_signal_BA, distances)] for name, rule in SELECTION_RULES.items()}
-    chances = dict(zip(distances, p_best(log_signal_BA).tolist(), strict=True))
-    return _other_choices(eligible, knobs) | by_rule, chances
+# Quality of a slice, from its strata
 
 
-def _trusted_kind(candidates: Sequence[RollbackCandidate], knobs: RollbackKnobs) -> VarianceKind:
-    """The V asked for, unless it averages weights that a few samples dominate for some candidate."""
-    views = [each.drift for each in candidates if each.drift is not None]
-    if knobs.variance in HEAVY_TAILED and any(diagnose_weights(view.samples).is_dominated for view in views):
-        return "seq2_lognormal"
-    return knobs.variance
+def resample_strata(
+    strata: Sequence[Stratum], probed: Sequence[PromptPassCount], *, rng: np.random.Generator, resamples: int
+) -> Candidate:
+    """All probed prompts, resampled within each stratum.
+
+    A weight is the count in the resample times N_j/M_j, so that every row of a stratum sums to N_j. A stratum without
+    a probed prompt has no part. The candidate is the slice of all strata; `slice_within` cuts the others from it.
+    """
+    counts_J = [(stratum, _probed_within(stratum, probed)) for stratum in strata]
+    counts_J = [(stratum, counts) for stratum, counts in counts_J if counts]
+    counts_P = [count for _, counts in counts_J for count in counts]
+    assert len(counts_P) == len(probed), "probed prompts are failed prompts of the strata"
+    assert len({count.prompt_id for count in probed}) == len(probed), "one count per prompt"
+    blocks = [
+        bootstrap_counts(len(counts), rng, resamples) * (len(stratum.prompt_ids) / len(counts))
+        for stratum, counts in counts_J
+    ]
+    return Candidate(
+        prompt_ids=tuple(count.prompt_id for count in counts_P),
+        distance=max((stratum.max_age for stratum in strata), default=0),
+        weights_BP=np.hstack([np.zeros((1 + resamples, 0)), *blocks]),
+        values_P=np.array([count.num_correct / count.num_samples for count in counts_P]),
+        drift=None,
+        strata_P=np.array([stratum.max_age for stratum, counts in counts_J for _ in counts], dtype=np.intp),
+        # The prompts of the whole probe: with those of the slice, smoothing would favour slices with few of them.
+        num_trials=len(probed),
+    )
 
 
-def _log_signals(
-    eligible: Sequence[RollbackCandidate], *, kind: VarianceKind, knobs: VarianceKnobs, alpha: float
-) -> Floats:
-    """log_signal_BA. A candidate without a measured V gets -inf, unless nobody has one."""
-    own_BA = np.stack([log_signal(each, kind=kind, knobs=knobs, alpha=alpha) for each in eligible], axis=1)
-    measured_A = np.array([each.drift is not None for each in eligible])
-    return np.where(measured_A, own_BA, -np.inf) if measured_A.any() else own_BA
+def slice_within(everything: Candidate, distance: int) -> Candidate:
+    """The slice of one distance: its quality is sum_j N_j q_j / sum_j N_j over the strata up to it."""
+    inside_P: NDArray[np.bool_] = everything.strata_P <= distance
+    return replace(
+        everything,
+        distance=distance,
+        prompt_ids=tuple(itertools.compress(everything.prompt_ids, inside_P)),
+        weights_BP=everything.weights_BP[:, inside_P],
+        values_P=everything.values_P[inside_P],
+        strata_P=everything.strata_P[inside_P],
+    )
 
 
-def _other_choices(eligible: Sequence[RollbackCandidate], knobs: RollbackKnobs) -> dict[str, int]:
-    """Distance of the argmax of S under each profile: same samples, same alpha, another V."""
-    own = knobs.variance_knobs
-    profiles: dict[str, tuple[VarianceKind, VarianceKnobs]] = {
-        "faithful": ("kl_exp", replace(own, kappa=1.0)),
-        "group2": ("group2", own),
-        "calibrated": ("kl_exp", own),
-        "seq_kl": ("seq2_lognormal", own),
-    }
-    distances = [each.distance for each in eligible]
-    choices = {}
-    for name, (kind, variance_knobs) in profiles.items():
-        log_signal_BA = _log_signals(eligible, kind=kind, knobs=variance_knobs, alpha=knobs.alpha)
-        choices[name] = distances[SELECTION_RULES["argmax"](log_signal_BA, distances)]
-    return choices
+def count_failed_prompts(strata: Sequence[Stratum], distance: int) -> int:
+    """Distinct failed prompts that a rollback of this distance revisits."""
+    return sum(len(stratum.prompt_ids) for stratum in strata if stratum.max_age <= distance)
 
 
-def _objection(
+def estimate_stratum_quality(stratum: Stratum, probed: Sequence[PromptPassCount]) -> StratumQuality:
+    """q_j with Jeffreys' interval of as many trials as the clustered samples are worth; 0 in [0, 1] if unprobed."""
+    counts = _probed_within(stratum, probed)
+    correct_P = np.array([count.num_correct for count in counts], dtype=np.float64)
+    samples_P = np.array([count.num_samples for count in counts], dtype=np.float64)
+    quality, trials = 0.0, 0.0
+    if counts:
+        quality = float((correct_P / samples_P).mean())
+        icc = intraclass_correlation(correct_P, samples_P)
+        trials = effective_trials(len(counts), float(samples_P.mean()), icc)
+    low, high = jeffreys(quality * trials, trials)
+    return StratumQuality(
+        min_age=stratum.min_age,
+        max_age=stratum.max_age,
+        num_failed_prompts=len(stratum.prompt_ids),
+        num_probed=len(counts),
+        num_samples=int(samples_P.sum()),
+        num_correct=int(correct_P.sum()),
+        quality=quality,
+        quality_low=min(low, quality),
+        quality_high=max(high, quality),
+    )
+
+
+def _probed_within(stratum: Stratum, probed: Sequence[PromptPassCount]) -> list[PromptPassCount]:
+    prompt_ids = frozenset(stratum.prompt_ids)
+    return [count for count in probed if count.prompt_id in prompt_ids]
+
+
+# Drift, from both sides
+
+
+def build_rollback_candidates(
     strata: Sequence[Stratum],
-    hindsights: Sequence[DriftSamples],
+    probed: Sequence[PromptPassCount],
+    samples: Sequence[DriftSamples],
+    *,
+    formula: SignalFormula,
+    settings: AutonpoSettings,
+    seed: int,
+) -> list[RollbackCandidate]:
+    """Every distance with a probed prompt, nearest first, ready to be resampled."""
+    assert {each.distance for each in samples} <= {stratum.max_age for stratum in strata}, "slices end at strata"
+    assert len({each.distance for each in samples}) == len(samples), "one set of samples per distance"
+    rng = np.random.default_rng(seed)
+    everything = resample_strata(strata, probed, rng=rng, resamples=formula.settings.bootstrap_resamples)
+    pairs = [(each, slice_within(everything, each.distance)) for each in sorted(samples, key=lambda own: own.distance)]
+    pairs = [(each, part) for each, part in pairs if len(part.values_P)]
+    own_samples, parts = [each for each, _ in pairs], [part for _, part in pairs]
+    forward = estimate_forward_drift(own_samples, parts, formula=formula)
+    backward = estimate_backward_drift(own_samples, rng=rng, formula=formula)
+    return [
+        RollbackCandidate(
+            samples=each,
+            candidate=replace(part, drift=select_drift(ahead, behind, settings.probe.variance_samples)),
+            forward=ahead,
+            backward=behind,
+            num_failed_prompts=count_failed_prompts(strata, each.distance),
+        )
+        for each, part, ahead, behind in zip(own_samples, parts, forward, backward, strict=True)
+    ]
+
+
+def estimate_forward_drift(
+    samples: Sequence[DriftSamples], parts: Sequence[Candidate], *, formula: SignalFormula
+) -> list[Drift | None]:
+    """From the current policy's samples on each slice, weighted as its strata are; None without samples."""
+    inside = []
+    for each, part in zip(samples, parts, strict=True):
+        prompt_ids = frozenset(part.prompt_ids)
+        inside.append([sample for sample in each.forward if sample.prompt_id in prompt_ids])
+    return [
+        build_drift(own, behind_V, part.prompt_ids, weights_BP=part.weights_BP, formula=formula)
+        for own, behind_V, part in zip(inside, select_variance_samples(inside), parts, strict=True)
+    ]
+
+
+def estimate_backward_drift(
+    samples: Sequence[DriftSamples], *, rng: np.random.Generator, formula: SignalFormula
+) -> list[Drift | None]:
+    """From the old policies' recorded samples, their prompts resampled for all distances at once; None without any."""
+    ids = [sorted({sample.prompt_id for sample in each.backward}) for each in samples]
+    recorded = sorted({prompt_id for own in ids for prompt_id in own})
+    if not recorded:
+        return [None for _ in samples]
+    counts_BR = bootstrap_counts(len(recorded), rng, formula.settings.bootstrap_resamples)
+    column = {prompt_id: r for r, prompt_id in enumerate(recorded)}
+    return [
+        build_drift(
+            each.backward,
+            each.backward,
+            own,
+            weights_BP=counts_BR[:, [column[prompt_id] for prompt_id in own]],
+            formula=formula,
+        )
+        for each, own in zip(samples, ids, strict=True)
+    ]
+
+
+def select_drift(forward: Drift | None, backward: Drift | None, samples: str) -> Drift | None:
+    """The drift that enters S: from the samples of the `guide` or of the `learner`, or the other if that is missing."""
+    first, second = (forward, backward) if samples == "guide" else (backward, forward)
+    return first if first is not None else second
+
+
+def is_drift_consistent(forward: Drift | None, backward: Drift | None, formula: SignalFormula) -> bool | None:
+    """Whether the 95 % intervals of V from all samples overlap; None if one side has fewer than 32 samples.
+
+    The interval of a handful of prompts is narrow by chance, and would contradict any other.
+    """
+    if forward is None or backward is None or formula.settings.variance not in BIDIRECTIONAL_KINDS:
+        return None
+    if min(forward.moments_all.samples.sum(), backward.moments_all.samples.sum()) < MIN_SAMPLES:
+        return None
+    (low, high), (other_low, other_high) = forward.interval(formula), backward.interval(formula)
+    return low <= other_high * (1 + ROUNDING) and other_low <= high * (1 + ROUNDING)
+
+
+def is_heavy_tailed(forward: Sequence[SampleRatio], backward: Sequence[SampleRatio]) -> bool | None:
+    """Whether E_b[w^2] and E_a[w], equal by definition, differ by more than two joint standard errors over prompts.
+
+    Then one side has not sampled the weights that dominate the moment. None below 32 samples or two prompts on a side.
+    """
+    if min(len(forward), len(backward)) < MIN_SAMPLES:
+        return None
+    logs = _log_means(forward, scale=2.0), _log_means(backward, scale=-1.0)
+    if min(map(len, logs)) < 2:
+        return None
+    # In units of the largest of all, so that nothing overflows.
+    largest = max(float(log_P.max()) for log_P in logs)
+    guide_P, learner_P = (np.exp(log_P - largest) for log_P in logs)
+    error = math.hypot(*(float(mean_P.std(ddof=1)) / math.sqrt(len(mean_P)) for mean_P in (guide_P, learner_P)))
+    return abs(float(guide_P.mean() - learner_P.mean())) > STANDARD_ERRORS * error + ROUNDING
+
+
+def _log_means(samples: Sequence[SampleRatio], *, scale: float) -> Floats:
+    """log of the mean of w^scale, one row per prompt."""
+    logs: dict[str, list[float]] = {}
+    for sample in samples:
+        logs.setdefault(sample.prompt_id, []).append(scale * sample.log_w)
+    return np.array([float(log_sum_exp(np.array(own), axis=0)) - math.log(len(own)) for own in logs.values()])
+
+
+# Scores and the verdict
+
+
+def _score_all(
+    candidates: Sequence[RollbackCandidate],
+    eligible: Sequence[RollbackCandidate],
+    selection: Selection | None,
+    formula: SignalFormula,
+) -> tuple[RollbackScore, ...]:
+    p_best = (
+        {} if selection is None else dict(zip([each.distance for each in eligible], selection.p_best_A, strict=True))
+    )
+    selected = None if selection is None else eligible[selection.index].distance
+    return tuple(
+        _score(each, formula, p_best=p_best.get(each.distance, 0.0), is_selected=each.distance == selected)
+        for each in candidates
+    )
+
+
+def _score(each: RollbackCandidate, formula: SignalFormula, *, p_best: float, is_selected: bool) -> RollbackScore:
+    """Q, V and S of one distance, V from both sides, and whether they can be trusted."""
+    drift, kind = each.candidate.drift, formula.settings.variance
+    kl_per_token, kl_per_sequence = (0.0, 0.0) if drift is None else drift.kl(formula)
+    return RollbackScore(
+        distance=each.distance,
+        num_failed_prompts=each.num_failed_prompts,
+        num_probed=len(each.candidate.values_P),
+        p_best=p_best,
+        is_selected=is_selected,
+        variance_kind=kind,
+        variances={} if drift is None else drift.variances(formula),
+        variance_forward=None if each.forward is None else each.forward.variances(formula)[kind],
+        variance_backward=None if each.backward is None else each.backward.variances(formula)[kind],
+        variances_agree=is_drift_consistent(each.forward, each.backward, formula),
+        has_heavy_tail=is_heavy_tailed(each.samples.forward, each.samples.backward),
+        kl_per_token=kl_per_token,
+        kl_per_sequence=kl_per_sequence,
+        num_backward_samples=len(each.samples.backward),
+        **estimate_signal(each.candidate, formula),
+    )
+
+
+def _rejection_reason(
+    strata: Sequence[Stratum],
+    samples: Sequence[DriftSamples],
     scores: Sequence[RollbackScore],
     *,
-    knobs: RollbackKnobs,
+    settings: AutonpoSettings,
 ) -> str:
-    """Why not to go back, in words; empty where nothing speaks against it."""
-    if not hindsights:
+    """Why the rollback is rejected; empty if it is accepted."""
+    if not samples:
         return "no checkpoint to go back to"
-    farthest = max(each.distance for each in hindsights)
-    num_mistakes = count_failed_prompts(strata, farthest)
-    if num_mistakes < knobs.pool_min:
+    farthest = max(each.distance for each in samples)
+    num_failed = count_failed_prompts(strata, farthest)
+    if num_failed < settings.rollback.min_failed_prompts:
         return (
-            f"only {num_mistakes} mistakes in the last {farthest} steps; "
-            f"autonpo.rollback.min_failed_prompts is {knobs.pool_min}"
+            f"only {num_failed} failed prompts in the last {farthest} steps; "
+            f"autonpo.rollback.min_failed_prompts is {settings.rollback.min_failed_prompts}"
         )
     chosen = next((score for score in scores if score.is_selected), None)
     if chosen is None:
-        return f"none of the {num_mistakes} mistakes in the last {farthest} steps was asked again"
-    if chosen.quality_low < knobs.q_min:
+        return f"none of the {num_failed} failed prompts of the last {farthest} steps was probed"
+    if chosen.quality_low < settings.probe.min_quality:
         quality, low, high = map(_percent, (chosen.quality, chosen.quality_low, chosen.quality_high))
         return (
-            f"the policy solves {quality} [{low}, {high}] of the mistakes in the last {chosen.distance} steps; "
-            f"autonpo.probe.min_quality is {_percent(knobs.q_min)}"
+            f"the policy solves {quality} [{low}, {high}] of the prompts failed in the last {chosen.distance} steps; "
+            f"autonpo.probe.min_quality is {_percent(settings.probe.min_quality)}"
         )
     return ""
 

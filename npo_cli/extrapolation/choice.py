@@ -9,8 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from npo_cli.scoring.evidence import PromptPassCount
-from npo_cli.scoring.quality import pass_at_k
+from npo_cli.scoring.quality import PromptPassCount, pass_at_k
 from npo_cli.types.guides import ExtrapolationSpec, ExtrapolationState
 
 

@@ -13,11 +13,11 @@ from itertools import product
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.extrapolation.choice import PushTrial, best_of, choice_of, lower_net, row_of
 from npo_cli.extrapolation.in_loop import Extrapolator, select_extrapolation
-from npo_cli.guides.score import signal_knobs
 from npo_cli.guides.source import compute_logprobs
 from npo_cli.policy.optimizer import TrainerState
-from npo_cli.scoring.evidence import CandidateResults, PromptPassCount
-from npo_cli.scoring.ranking import rank_candidates
+from npo_cli.scoring.quality import PromptPassCount
+from npo_cli.scoring.ranking import CandidateResults, quality_k, rank_candidates
+from npo_cli.scoring.variance import SignalFormula
 from npo_cli.seeds import derive_seed
 from npo_cli.session.policy_ratios import CandidateSample, compute_learner_ratios
 from npo_cli.session.session import Session, sample_groups
@@ -137,10 +137,13 @@ def trials_of(
     """S and KL of each push as every scoring measures them, and its Q_net."""
     recipe, settings = session.recipe, session.recipe.extrapolation
     seed = derive_seed(recipe.train.seed, "refresh", step)
-    knobs = signal_knobs(recipe, recipe.scoring, k=settings.samples_per_group, seed=seed)
+    scoring = recipe.scoring.model_copy(update={"samples_per_prompt": settings.samples_per_group})
+    formula = SignalFormula(settings=scoring, group_size=recipe.train.group_size)
     trials = []
-    for (push, arm), found in zip(arms.items(), rank_candidates(itself, list(arms.values()), knobs), strict=True):
-        net, low = lower_net(arm.pass_counts, itself.pass_counts, k=knobs.quality_k, confidence=settings.confidence)
+    for (push, arm), found in zip(
+        arms.items(), rank_candidates(itself, list(arms.values()), formula, seed=seed), strict=True
+    ):
+        net, low = lower_net(arm.pass_counts, itself.pass_counts, k=quality_k(formula), confidence=settings.confidence)
         trials.append(
             PushTrial(
                 push=push,

@@ -22,7 +22,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from npo_cli.config.guides import ScoringSettings
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.extrapolation.spec import parse_extrapolation_grid
@@ -40,9 +39,15 @@ from npo_cli.guides.sources.external_model import fit_recipe_to_model, load_exte
 from npo_cli.guides.sources.opening import open_source
 from npo_cli.policy.model import Policy
 from npo_cli.report.score_plots import plot_sources, validate_figure_format
-from npo_cli.scoring.evidence import CandidateResults, PromptPassCount, SignalKnobs
 from npo_cli.scoring.halving import HalvingRound, halving_rounds, select_survivors
-from npo_cli.scoring.ranking import BestCandidate, find_best_per_variance, rank_candidates, variance_range_warning
+from npo_cli.scoring.quality import PromptPassCount
+from npo_cli.scoring.ranking import (
+    CandidateResults,
+    find_best_per_variance,
+    rank_candidates,
+    variance_range_warning,
+)
+from npo_cli.scoring.variance import SignalFormula
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import (
     Learner,
@@ -218,7 +223,9 @@ def rank_round(
         charge_scoring(contest, piece=f"{step}:logprobs", started=started)
     yield Progress(description="compare with the learner", done=len(asked), total=len(asked))
     self_arm, *arms = [_checkpoint_candidate(contest, step, prompts) for step, prompts in asked.items()]
-    return rank_candidates(self_arm, arms, scoring_knobs(contest))
+    recipe = contest.learner.recipe
+    seed = derive_seed(recipe.train.seed, "bootstrap", contest.learner.step)
+    return rank_candidates(self_arm, arms, signal_formula(recipe), seed=seed)
 
 
 def _checkpoint_candidate(contest: ScoringState, step: int, prompts: Sequence[Prompt]) -> CandidateResults:
@@ -232,28 +239,9 @@ def _checkpoint_candidate(contest: ScoringState, step: int, prompts: Sequence[Pr
     return CandidateResults(step=step, distance=step - contest.learner.step, pass_counts=tuple(outcomes), ratios=ratios)
 
 
-def scoring_knobs(contest: ScoringState) -> SignalKnobs:
-    """Of a scoring."""
-    recipe = contest.learner.recipe
-    seed = derive_seed(recipe.train.seed, "bootstrap", contest.learner.step)
-    return signal_knobs(recipe, contest.settings, k=contest.settings.samples_per_prompt, seed=seed)
-
-
-def signal_knobs(recipe: Recipe, settings: ScoringSettings, *, k: int, seed: int) -> SignalKnobs:
-    """The recipe's score section, as the guide room knows it, for `k` samples a prompt."""
-    return SignalKnobs(
-        quality=settings.quality,
-        k=k,
-        variance=settings.variance,
-        kappa=settings.kl_scale,
-        cap=settings.weight_cap,
-        average=settings.kl_average,
-        alpha=settings.variance_exponent,
-        rule=settings.selection_rule,
-        group_size=recipe.train.group_size,
-        resamples=settings.bootstrap_resamples,
-        seed=seed,
-    )
+def signal_formula(recipe: Recipe) -> SignalFormula:
+    """How this recipe computes S."""
+    return SignalFormula(settings=recipe.scoring, group_size=recipe.train.group_size)
 
 
 SCORED_SOURCE_KINDS = ("past", "base", "extrapolated", "run", "model", "endpoint", "file")
@@ -516,12 +504,15 @@ def score_all(
         )
         arms[number] = build_candidate(contest, field, number, hard=hard)
     yield Progress(description="compare with the learner", done=len(numbers), total=len(numbers))
-    knobs, self_arm = scoring_knobs(contest), arms[field.learner.step]
+    self_arm, recipe = arms[field.learner.step], field.learner.recipe
+    formula, seed = signal_formula(recipe), derive_seed(recipe.train.seed, "bootstrap", field.learner.step)
     charged = [arm for arm in arms.values() if arm.ratios]
-    found = find_best_per_variance(self_arm, charged, knobs)
-    ranked = {score.step: score for score in rank_candidates(self_arm, charged, knobs)}
+    found = find_best_per_variance(self_arm, charged, formula, seed=seed)
+    ranked = {score.step: score for score in rank_candidates(self_arm, charged, formula, seed=seed)}
     # Of an arm alone only the figures that need no V are looked at.
-    alone = {arm.step: rank_candidates(self_arm, [arm], knobs)[0] for arm in arms.values() if not arm.ratios}
+    alone = {
+        arm.step: rank_candidates(self_arm, [arm], formula, seed=seed)[0] for arm in arms.values() if not arm.ratios
+    }
     scores = tuple(
         build_source_score(
             contest, field, (ranked | alone)[number], leads=found, with_variance=[arm.step for arm in charged]
@@ -564,7 +555,7 @@ def build_source_score(
     field: CandidateSet,
     score: CheckpointScore,
     *,
-    leads: Mapping[str, BestCandidate],
+    leads: Mapping[str, tuple[int, tuple[float, ...]]],
     with_variance: Sequence[int],
 ) -> SourceScore:
     """One arm's line, with what must be known of it."""
@@ -601,8 +592,8 @@ def build_source_score(
         is_unreliable=score.is_unreliable,
         kl_per_token=score.kl_per_token,
         kl_per_sequence=score.kl_per_sequence,
-        p_best_by_variance_kind={which: lead.p_best_A[place] for which, lead in leads.items()},
-        best_for_variance_kinds=tuple(which for which, lead in leads.items() if lead.index == place),
+        p_best_by_variance_kind={which: p_best[place] for which, (_, p_best) in leads.items()},
+        best_for_variance_kinds=tuple(which for which, (best, _) in leads.items() if best == place),
     )
 
 

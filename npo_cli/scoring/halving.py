@@ -51,22 +51,3 @@ def select_survivors(scores: Sequence[CheckpointScore], keep: int) -> tuple[int,
     """Steps of the `keep` candidates of largest S, nearest first; of equals the nearer stays. All, if keep is more."""
     ranked = sorted(scores, key=lambda score: (-score.signal, score.distance))
     return tuple(score.step for score in sorted(ranked[:keep], key=lambda score: score.distance))
-
-
-def successive_rejects(num_candidates: int, budget: int) -> list[int]:
-    """Successive rejects: prompts that every live arm has seen after phase 1..K-1, the worst arm leaving each time.
-
-    n_k = ceil((T - K)/(logbar(K) (K + 1 - k))), logbar(K) = 1/2 + sum_{i=2..K} 1/i. Totals, not additions
-    (K = 4, T = 100: 16, 21, 31). Empty for one arm. Source: Audibert, Bubeck and Munos, 2010.
-    """
-    if budget <= num_candidates:
-        raise NpoError(
-            f"scoring.budget is {budget}, but {num_candidates} candidates need more than {num_candidates} (candidate, prompt) "  # noqa: E501
-            "pairs",
-            f"set scoring.budget above {num_candidates}, or to null to ask every candidate everything.",
-        )
-    log_bar = 0.5 + sum(1.0 / i for i in range(2, num_candidates + 1))
-    return [
-        math.ceil((budget - num_candidates) / (log_bar * (num_candidates + 1 - phase)))
-        for phase in range(1, num_candidates)
-    ]

@@ -1,11 +1,12 @@
-"""How often a guide finds an answer where the learner fails (Q), and how sure that figure is.
+"""Q: the pass rate of a guide on prompts that the learner fails, with its intervals.
 
-Knows counts of correct samples, not who drew them. Axes: P prompts, B rows of bootstrap weights (row 0 = the
-data as they are). A prompt is a cluster: its samples are resampled together, never one by one.
+Works on counts of correct samples. A prompt is a cluster: its samples are resampled together, never one by one.
+Axes: P prompts, B bootstrap resamples (row 0 = the data as they are).
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,19 @@ Z_95 = 1.959964
 PERCENTILES_95 = (2.5, 97.5)
 
 
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Chance that k of the m samples, drawn without return, hold a correct one: 1 - C(m-c, k)/C(m, k).
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptPassCount:
+    """How many of one policy's samples of one prompt are correct."""
 
-    Unbiased for pass@k; 1 when m - c < k. With k > m there is nothing left to draw, and k = m is meant.
-    Source: Chen et al. 2021.
+    prompt_id: str
+    num_samples: int
+    num_correct: int
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Probability that k of the m samples, without replacement, contain a correct one: 1 - C(m-c, k)/C(m, k).
+
+    Unbiased for pass@k; 1 when m - c < k; k is capped at m. Source: Chen et al. 2021.
     """
     assert num_samples >= 1 and 0 <= num_correct <= num_samples and k >= 1
     k = min(k, num_samples)
@@ -37,40 +46,40 @@ def smooth_quality(quality: float | Floats, num_prompts: float | Floats) -> floa
 
 
 def wilson(successes: float, trials: float, z: float = Z_95) -> Interval:
-    """Score interval of a share: (p + z^2/2M -+ z sqrt(p(1-p)/M + z^2/4M^2)) / (1 + z^2/M). (0, 1) without trials."""
+    """Wilson's score interval of a rate, also for fractional counts; (0, 1) without trials.
+
+    (p + z^2/2M -+ z sqrt(p(1-p)/M + z^2/4M^2)) / (1 + z^2/M). scipy's form takes whole counts only.
+    """
     if trials <= 0:
         return 0.0, 1.0
-    share = successes / trials
-    shrink = 1.0 + z * z / trials
-    middle = (share + z * z / (2 * trials)) / shrink
-    half = z * math.sqrt(share * (1.0 - share) / trials + z * z / (4 * trials * trials)) / shrink
+    rate = successes / trials
+    scale = 1.0 + z * z / trials
+    middle = (rate + z * z / (2 * trials)) / scale
+    half = z * math.sqrt(rate * (1.0 - rate) / trials + z * z / (4 * trials * trials)) / scale
     low = 0.0 if successes <= 0 else max(0.0, middle - half)
     high = 1.0 if successes >= trials else min(1.0, middle + half)
     return low, high
 
 
 def jeffreys(successes: float, trials: float, level: float = 0.95) -> Interval:
-    """Equal-tailed interval of Beta(c + 1/2, M - c + 1/2), its bound set to 0 at c = 0, to 1 at c = M.
+    """Equal-tailed interval of Beta(c + 1/2, M - c + 1/2); its lower bound is 0 at c = 0, its upper 1 at c = M.
 
     Source: Brown, Cai and DasGupta 2001.
     """
-    from scipy.special import betaincinv
+    from scipy.stats import beta
 
-    tail = (1.0 - level) / 2.0
-    shape = successes + 0.5, trials - successes + 0.5
-    low = 0.0 if successes <= 0 else float(betaincinv(*shape, tail))
-    high = 1.0 if successes >= trials else float(betaincinv(*shape, 1.0 - tail))
-    return low, high
+    low, high = beta.interval(level, successes + 0.5, trials - successes + 0.5)
+    return 0.0 if successes <= 0 else float(low), 1.0 if successes >= trials else float(high)
 
 
 def bootstrap_counts(num_prompts: int, rng: np.random.Generator, resamples: int) -> Floats:
-    """counts_BP: how often each prompt is drawn. Row 0 is all ones, the estimate itself; the others sum to P."""
-    drawn_BP = rng.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=resamples)
-    return np.vstack([np.ones((1, num_prompts)), drawn_BP])
+    """counts_BP: how often each resample contains each prompt. Row 0 is all ones (the data); the others sum to P."""
+    counts_BP = rng.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=resamples)
+    return np.vstack([np.ones((1, num_prompts)), counts_BP])
 
 
 def percentile_interval(values_B: Floats) -> Interval:
-    """The 2.5 and 97.5 percentiles of rows 1.., stretched to row 0 where a skewed statistic misses its own estimate."""
+    """The 2.5 and 97.5 percentiles of rows 1.., extended to contain row 0, the estimate itself."""
     estimate = float(values_B[0])
     if len(values_B) == 1:
         return estimate, estimate
@@ -79,9 +88,9 @@ def percentile_interval(values_B: Floats) -> Interval:
 
 
 def pass_rate_interval(values_P: Floats, means_B: Floats) -> Interval:
-    """Interval of a mean of per-prompt shares; Wilson's with M = P where all prompts agree.
+    """Interval of a mean of per-prompt pass rates; Wilson's with M = P where all prompts agree.
 
-    Without spread between prompts (all 0, all 1, a single one) a bootstrap has width nought, which is false certainty.
+    Without spread between prompts (all 0, all 1, a single one) a bootstrap interval would have zero width.
     """
     if np.ptp(values_P) > 0:
         return percentile_interval(means_B)
@@ -99,16 +108,16 @@ def cluster_interval(values_P: Floats | Sequence[float], rng: np.random.Generato
 def intraclass_correlation(correct_P: Floats, samples_P: Floats) -> float:
     """How alike samples of one prompt are: (MSB - MSW)/(MSB + (m0 - 1) MSW), one-way ANOVA, cut to [0, 1].
 
-    m0 = (N - sum m^2/N)/(P - 1) allows unequal m. 1 (the cautious end) where it cannot be told: fewer than two
-    prompts, one sample each, or no spread at all.
+    m0 = (N - sum m^2/N)/(P - 1) allows unequal m. 1 (the conservative value) where it cannot be estimated: fewer
+    than two prompts, one sample each, or no spread at all.
     """
     num_prompts, total = len(correct_P), float(samples_P.sum())
     if num_prompts < 2 or total <= num_prompts:
         return 1.0
-    shares_P = correct_P / samples_P
+    rates_P = correct_P / samples_P
     mean = correct_P.sum() / total
-    between = float((samples_P * (shares_P - mean) ** 2).sum()) / (num_prompts - 1)
-    within = float((samples_P * shares_P * (1.0 - shares_P)).sum()) / (total - num_prompts)
+    between = float((samples_P * (rates_P - mean) ** 2).sum()) / (num_prompts - 1)
+    within = float((samples_P * rates_P * (1.0 - rates_P)).sum()) / (total - num_prompts)
     typical = (total - float((samples_P**2).sum()) / total) / (num_prompts - 1)
     spread = between + (typical - 1.0) * within
     return 1.0 if spread <= 0 else min(1.0, max(0.0, (between - within) / spread))

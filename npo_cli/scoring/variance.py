@@ -1,30 +1,30 @@
-"""What it costs to learn from another policy's samples (V): seven estimates from the same samples.
+"""V: the variance that a guide's samples bring into the learner's gradient; seven estimators over the same sums.
 
-Learner a, guide b, samples y ~ b, w = a(y)/b(y), rho = the same ratio of one token. All sums are float64, all
-weights stay logarithms until the last step. Dropped from the textbook: the Rao-Blackwellised KL, which needs the
-whole vocabulary of both policies. Axes: N samples, P prompts, B rows of prompt counts (see quality.py).
+Learner a, guide b, samples y ~ b, sequence weight w = a(y)/b(y), token ratio rho. All sums are float64; weights stay
+logarithms until the last step. Not offered: the Rao-Blackwellised KL, which needs the full vocabulary distribution of
+both policies. Axes: N samples, P prompts, B bootstrap resamples (row 0 = the data as they are).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from npo_cli.config.guides import ScoringSettings
 from npo_cli.scoring.quality import Floats
 
 VarianceKind = Literal["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"]
-Average = Literal["sequence", "token"]
 
 LARGEST_LOG = 700.0
-"""exp() stays finite below this; a larger log V is cut to it."""
+"""exp() stays finite below this; log V is clipped to it."""
 LINEAR = ("samples", "tokens", "kl", "kl_per_token", "rho2", "rho2_per_token", "rho2_grad", "rho_grad")
 LOGS = ("log_w", "log_w2", "log_w2_capped")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRatio:
-    """One guide sample, seen by the learner and by the guide."""
+    """Importance ratios of one sample, learner to guide."""
 
     prompt_id: str
     num_tokens: int
@@ -40,22 +40,21 @@ class SampleRatio:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VarianceKnobs:
-    """What the kinds of V can be told."""
+class SignalFormula:
+    """What turns samples into S = Q/V^alpha: the scoring settings and the group size."""
 
-    kappa: float
-    """Scale of the exponent of kl_exp."""
-    cap: float
-    """Truncation C of a sequence weight; inf truncates nothing."""
-    average: Average
-    """`sequence` weighs responses alike (1/T_i losses), `token` weighs tokens alike."""
+    settings: ScoringSettings
     group_size: int
-    """Slots of a group, n; one of them is the guide's."""
+    """Rollouts per group, n; V of the group assumes that one of them is the guide's."""
+
+    def with_variance(self, kind: VarianceKind, **changes: float) -> "SignalFormula":
+        """The same formula with another estimator of V, and perhaps other settings of it."""
+        return replace(self, settings=self.settings.model_copy(update={"variance": kind, **changes}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moments:
-    """Sums over samples, one row a prompt or one a resample; V is a function of nothing else."""
+    """Sums over samples, one row per prompt or per resample; V is a function of these alone."""
 
     samples: Floats
     tokens: Floats
@@ -77,7 +76,7 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KLFloor:
-    """KL measured where there is none (the learner against itself): the noise of the instrument, in nats."""
+    """KL of the learner to itself, in nats: the numerical noise of the measurement, subtracted from every KL."""
 
     per_token: float | Floats
     per_sequence: float | Floats
@@ -102,22 +101,22 @@ def k3(log_w: float | Floats) -> float | Floats:
 
 
 def log_sum_exp(logs: Floats, axis: int) -> Floats:
-    """log of the sum of exponentials, shifted by the largest; -inf for an empty sum."""
-    largest = logs.max(axis=axis, keepdims=True, initial=-np.inf)
-    shift = np.where(np.isfinite(largest), largest, 0.0)
+    """log of the sum of exponentials along an axis; -inf for an empty sum."""
+    from scipy.special import logsumexp
+
     with np.errstate(divide="ignore"):
-        return np.log(np.exp(logs - shift).sum(axis=axis)) + np.squeeze(shift, axis=axis)
+        return np.asarray(logsumexp(logs, axis=axis))
 
 
 def compute_moments(samples: Sequence[SampleRatio], prompt_ids: Sequence[str], *, cap: float) -> Moments:
     """Sums per prompt, in the order of `prompt_ids`; samples of other prompts are left out."""
-    place = {prompt_id: p for p, prompt_id in enumerate(prompt_ids)}
-    kept = [sample for sample in samples if sample.prompt_id in place]
-    prompt_N = np.array([place[sample.prompt_id] for sample in kept], dtype=np.intp)
-    tokens_N = np.array([sample.num_tokens for sample in kept], dtype=np.float64)
+    row_of = {prompt_id: p for p, prompt_id in enumerate(prompt_ids)}
+    samples = [sample for sample in samples if sample.prompt_id in row_of]
+    prompt_N = np.array([row_of[sample.prompt_id] for sample in samples], dtype=np.intp)
+    tokens_N = np.array([sample.num_tokens for sample in samples], dtype=np.float64)
     assert (tokens_N >= 1).all(), "a response has at least one token"
-    log_w_N = np.array([sample.log_w for sample in kept], dtype=np.float64)
-    rho2_N = np.array([sample.sum_rho2 for sample in kept], dtype=np.float64)
+    log_w_N = np.array([sample.log_w for sample in samples], dtype=np.float64)
+    rho2_N = np.array([sample.sum_rho2 for sample in samples], dtype=np.float64)
     linear = {
         "samples": np.ones_like(tokens_N),
         "tokens": tokens_N,
@@ -125,8 +124,8 @@ def compute_moments(samples: Sequence[SampleRatio], prompt_ids: Sequence[str], *
         "kl_per_token": k1(log_w_N) / tokens_N,
         "rho2": rho2_N,
         "rho2_per_token": rho2_N / tokens_N,
-        "rho2_grad": np.array([sample.sum_rho2_grad for sample in kept], dtype=np.float64),
-        "rho_grad": np.array([sample.sum_rho_grad for sample in kept], dtype=np.float64),
+        "rho2_grad": np.array([sample.sum_rho2_grad for sample in samples], dtype=np.float64),
+        "rho_grad": np.array([sample.sum_rho_grad for sample in samples], dtype=np.float64),
     }
     logs = {"log_w": log_w_N, "log_w2": 2 * log_w_N, "log_w2_capped": 2 * np.minimum(log_w_N, np.log(cap))}
     num_prompts = len(prompt_ids)
@@ -138,7 +137,7 @@ def compute_moments(samples: Sequence[SampleRatio], prompt_ids: Sequence[str], *
 
 
 def pool_moments(moments: Moments, counts_BP: Floats) -> Moments:
-    """The sums of each resample: prompt p counted counts_BP[b, p] times, logarithms added as logarithms."""
+    """The sums of each resample, in which prompt p has the weight counts_BP[b, p]; logarithms by logsumexp."""
     with np.errstate(divide="ignore"):
         log_counts_BP = np.log(counts_BP)
     linear = {name: counts_BP @ getattr(moments, name) for name in LINEAR}
@@ -146,65 +145,65 @@ def pool_moments(moments: Moments, counts_BP: Floats) -> Moments:
     return Moments(**linear, **logs)
 
 
-def kl_means(moments: Moments, average: Average) -> tuple[Floats, Floats]:
-    """KL(b||a) per token (by either average) and per sequence, in nats; nan without samples."""
+def kl_means(moments: Moments, average: str) -> tuple[Floats, Floats]:
+    """KL(b||a) per token (average over `sequence`s or over all `token`s) and per sequence, nats; nan if no samples."""
     with np.errstate(invalid="ignore", divide="ignore"):
         by_sequence = moments.kl_per_token / moments.samples
         by_token = moments.kl / moments.tokens
         return (by_sequence if average == "sequence" else by_token), moments.kl / moments.samples
 
 
-def estimate_kl_floor(moments: Moments, average: Average) -> KLFloor:
-    """KL_0 from samples of the learner seen twice by the learner; 0 where there are none."""
+def estimate_kl_floor(moments: Moments, average: str) -> KLFloor:
+    """KL_0 of the learner to itself, from its own samples; 0 where there are none."""
     per_token, per_sequence = kl_means(moments, average)
     return KLFloor(per_token=np.nan_to_num(per_token), per_sequence=np.nan_to_num(per_sequence))
 
 
-def net_kl(moments: Moments, floor: KLFloor, average: Average) -> tuple[Floats, Floats]:
+def net_kl(moments: Moments, floor: KLFloor, average: str) -> tuple[Floats, Floats]:
     """KL_net = max(0, KL - KL_0), per token and per sequence."""
     per_token, per_sequence = kl_means(moments, average)
     return np.maximum(0.0, per_token - floor.per_token), np.maximum(0.0, per_sequence - floor.per_sequence)
 
 
-def _kl_exp(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
-    """V = exp(kappa KL per token): the paper's form, its scale unknown."""
-    return knobs.kappa * net_kl(moments, floor, knobs.average)[0]
+def _kl_exp(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
+    """V = exp(kappa KL per token): the paper's form; it does not give the scale kappa."""
+    return formula.settings.kl_scale * net_kl(moments, floor, formula.settings.kl_average)[0]
 
 
-def _tok2(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
-    """V = mean over tokens of min(rho, C)^2: what token-level importance sampling really multiplies by."""
-    if knobs.average == "sequence":
+def _tok2(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
+    """V = mean over tokens of min(rho, C)^2, the factor of token-level importance sampling."""
+    if formula.settings.kl_average == "sequence":
         return np.log(moments.rho2_per_token / moments.samples)
     return np.log(moments.rho2 / moments.tokens)
 
 
-def _tok2_grad(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
-    """V = sum rho^2 G / sum rho G: tok2 weighted by each token's gradient. 1 where no token has any gradient."""
+def _tok2_grad(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
+    """V = sum rho^2 G / sum rho G: tok2 weighted by each token's gradient. 1 if no token has a gradient."""
     return np.where(moments.rho_grad > 0, np.log(moments.rho2_grad / moments.rho_grad), 0.0 * moments.samples)
 
 
-def _seq2(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
+def _seq2(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
     """V = mean of min(w, C)^2, the Renyi-2 moment, truncated (Ionides 2008): below 1 once all weights are small."""
     return moments.log_w2_capped - np.log(moments.samples)
 
 
-def _seq2_lognormal(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
+def _seq2_lognormal(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
     """V = exp(2 KL per sequence): that moment if log w were normal; low variance, not truncated."""
-    return 2.0 * net_kl(moments, floor, knobs.average)[1]
+    return 2.0 * net_kl(moments, floor, formula.settings.kl_average)[1]
 
 
-def _ess(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
+def _ess(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
     """V = N sum w^2/(sum w)^2 = 1 + CV^2 = 1/ESS fraction; at most N, however far the policies are (Kong 1992)."""
     return np.log(moments.samples) + moments.log_w2 - 2.0 * moments.log_w
 
 
-def _group2(moments: Moments, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
-    """V = (n - 1 + min(exp(2 KL per sequence), C^2))/n: one guide's slot among n of the learner's own."""
-    log_slot = np.minimum(_seq2_lognormal(moments, floor, knobs), 2.0 * np.log(knobs.cap))
-    return np.log((knobs.group_size - 1 + np.exp(log_slot)) / knobs.group_size)
+def _group2(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
+    """V = (n - 1 + min(exp(2 KL per sequence), C^2))/n: one guide slot in a group of n."""
+    log_slot = np.minimum(_seq2_lognormal(moments, floor, formula), 2.0 * np.log(formula.settings.weight_cap))
+    return np.log((formula.group_size - 1 + np.exp(log_slot)) / formula.group_size)
 
 
-VARIANCE_ESTIMATORS: Mapping[VarianceKind, Callable[[Moments, KLFloor, VarianceKnobs], Floats]] = {
+VARIANCE_ESTIMATORS: Mapping[VarianceKind, Callable[[Moments, KLFloor, SignalFormula], Floats]] = {
     "kl_exp": _kl_exp,
     "tok2": _tok2,
     "tok2_grad": _tok2_grad,
@@ -214,20 +213,19 @@ VARIANCE_ESTIMATORS: Mapping[VarianceKind, Callable[[Moments, KLFloor, VarianceK
     "group2": _group2,
 }
 HEAVY_TAILED: frozenset[VarianceKind] = frozenset({"seq2", "ess"})
-"""Kinds that average sequence weights themselves, so that one sample can decide them."""
+"""Kinds that average sequence weights, which a single sample can dominate."""
 
 
-def log_variances(moments: Moments, *, kind: VarianceKind, floor: KLFloor, knobs: VarianceKnobs) -> Floats:
-    """log V of every row, cut to +-700. nan in a row without samples."""
+def log_variances(moments: Moments, formula: SignalFormula, *, floor: KLFloor = NO_KL_FLOOR) -> Floats:
+    """log V of every row by the formula's estimator, clipped to +-700; nan in a row without samples."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        log_V = VARIANCE_ESTIMATORS[kind](moments, floor, knobs)
+        log_V = VARIANCE_ESTIMATORS[formula.settings.variance](moments, floor, formula)
     return np.where(moments.samples > 0, np.clip(log_V, -LARGEST_LOG, LARGEST_LOG), np.nan)
 
 
-def estimate_variance(
-    samples: Sequence[SampleRatio], kind: VarianceKind, *, knobs: VarianceKnobs, floor: KLFloor = NO_KL_FLOOR
-) -> float:
+def estimate_variance(samples: Sequence[SampleRatio], formula: SignalFormula, *, floor: KLFloor = NO_KL_FLOOR) -> float:
     """V of one set of samples; 1 when the guide is the learner, nan without samples."""
     prompt_ids = sorted({sample.prompt_id for sample in samples})
-    moments = pool_moments(compute_moments(samples, prompt_ids, cap=knobs.cap), np.ones((1, len(prompt_ids))))
-    return float(np.exp(log_variances(moments, kind=kind, floor=floor, knobs=knobs)[0]))
+    moments = compute_moments(samples, prompt_ids, cap=formula.settings.weight_cap)
+    log_V_B = log_variances(pool_moments(moments, np.ones((1, len(prompt_ids)))), formula, floor=floor)
+    return float(np.exp(log_V_B[0]))

@@ -1,6 +1,6 @@
-"""Can these importance weights be trusted? Diagnoses of a set of log weights, and the samples behind V.
+"""Diagnostics of importance weights (effective sample size, largest weight, Pareto k), and the samples V rests on.
 
-Knows log w only. Axis: N samples.
+Axis: N samples.
 """
 
 import math
@@ -21,7 +21,7 @@ SHORTEST_TAIL = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightDiagnostics:
-    """Whether an average over these weights rests on more than a few of them."""
+    """Whether a few weights dominate an average over all of them."""
 
     num_samples: int
     ess_fraction: float
@@ -29,13 +29,13 @@ class WeightDiagnostics:
     max_weight_share: float
     """Largest weight over the sum of weights."""
     pareto_k: float | None
-    """Shape of the weights' upper tail; None where the tail is too short or flat to be fitted."""
+    """Shape of the weights' upper tail; None if the tail is too short or flat for a fit."""
 
     @property
     def is_dominated(self) -> bool:
-        """A few weights decide the moment: ESS fraction < 0.1, or one weight > 1/2, or k > 0.7.
+        """ESS fraction < 0.1, or one weight above half of the sum, or k > 0.7.
 
-        The share matters below 40 samples, where ESS < 1/10 would ask for less than the 4 it leaves.
+        The second condition matters below 40 samples, where four equal weights already give an ESS fraction of 0.1.
         """
         heavy = self.pareto_k is not None and self.pareto_k > LARGEST_PARETO_K
         return self.ess_fraction < LOWEST_ESS_FRACTION or self.max_weight_share > LARGEST_WEIGHT_SHARE or heavy
@@ -57,15 +57,24 @@ def diagnose_weights(samples: Sequence[SampleRatio]) -> WeightDiagnostics:
 
 
 def select_correct(samples: Sequence[SampleRatio]) -> tuple[SampleRatio, ...]:
-    """The verified-correct samples: the only ones that may ever take a slot."""
+    """The verified-correct samples: the only ones that are injected."""
     return tuple(sample for sample in samples if sample.is_correct)
 
 
-def pareto_k(log_w_N: Floats) -> float | None:
-    """Shape k of a generalised Pareto law fitted to the largest min(N/5, 3 sqrt N) weights above their threshold.
+def select_variance_samples(samples: Sequence[Sequence[SampleRatio]]) -> list[tuple[SampleRatio, ...]]:
+    """Per candidate the samples that V rests on: the correct ones if every sampled candidate has 32 of them, else all.
 
-    k > 1/2: infinite variance; k > 0.7: averages cannot be trusted. None when fewer than 5 weights exceed the
-    threshold. Source: Vehtari et al., 1507.02646 (PSIS).
+    All candidates are measured in the same way, so that their V can be compared.
+    """
+    use_correct = all(len(select_correct(own)) >= MIN_SAMPLES for own in samples if own)
+    return [select_correct(own) if use_correct else tuple(own) for own in samples]
+
+
+def pareto_k(log_w_N: Floats) -> float | None:
+    """Shape k of a generalised Pareto distribution fitted to the largest min(N/5, 3 sqrt N) weights.
+
+    k > 1/2: infinite variance; k > 0.7: averages are unreliable. None when fewer than 5 of them
+    exceed their threshold. Source: Vehtari et al., 1507.02646 (PSIS).
     """
     num = len(log_w_N)
     num_tail = int(min(num / 5, 3 * math.sqrt(num)))
@@ -73,11 +82,11 @@ def pareto_k(log_w_N: Floats) -> float | None:
         return None
     sorted_N = np.sort(np.exp(log_w_N - log_w_N.max()))
     excess = sorted_N[-num_tail:] - sorted_N[-num_tail - 1]
-    # Rounding leaves equal weights unequal in the last bits: such an excess is no tail.
+    # Rounding makes equal weights differ in the last bits: such an excess is not a tail.
     excess = excess[excess > 1e-12]
     if len(excess) < SHORTEST_TAIL:
         return None
-    # Ten pseudo-observations at 1/2 steady the fit of a short tail.
+    # A prior of ten pseudo-observations at 1/2 stabilises the fit of a short tail.
     return (len(excess) * _pareto_shape(excess) + 10 * 0.5) / (len(excess) + 10)
 
 

@@ -1,34 +1,418 @@
-from dataclasses import replace
+"""Rollback choice: quality of slices from strata, drift from both sides, the chosen distance and its acceptance."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npo_cli.autonpo.drift import DriftSamples
-from npo_cli.autonpo.rollback_choice import RollbackKnobs, choose_rollback
-from tests.autonpo.test_drift import on
-from tests.autonpo.test_strata import outcomes
-from tests.rollout.test_mistake_pool import strata_sized
-from tests.scoring.samples import CAP
-
-KNOBS = RollbackKnobs(
-    variance="seq2_lognormal",
-    kappa=1.0,
-    cap=CAP,
-    average="sequence",
-    group_size=8,
-    alpha=1.0,
-    rule="argmax",
-    direction="guide",
-    resamples=400,
-    seed=0,
-    q_min=0.1,
-    pool_min=8,
+from npo_cli.autonpo.rollback_choice import (
+    BIDIRECTIONAL_KINDS,
+    DriftSamples,
+    choose_rollback,
+    estimate_backward_drift,
+    estimate_forward_drift,
+    estimate_stratum_quality,
+    is_drift_consistent,
+    is_heavy_tailed,
+    resample_strata,
+    select_drift,
+    slice_within,
 )
+from npo_cli.config.autonpo import AutonpoSettings, ProbeSettings, RollbackSettings
+from npo_cli.rollout.mistake_pool import Stratum, allocate_probe_prompts
+from npo_cli.scoring.quality import PromptPassCount
+from tests.rollout.test_mistake_pool import strata_sized
+from tests.scoring.samples import formula, make_drifted_ratio, make_ratio
+
+LOGNORMAL = formula("seq2_lognormal")
+
+# Quality of strata and slices
+
+
+def pass_counts(j: int, *correct: int, num_samples: int = 4) -> list[PromptPassCount]:
+    """The first prompts of stratum j, with these many correct samples."""
+    return [
+        PromptPassCount(prompt_id=f"{j}-{i:03}", num_samples=num_samples, num_correct=num_correct)
+        for i, num_correct in enumerate(correct)
+    ]
+
+
+def resample(strata, probed, *, resamples=0, seed=0):
+    return resample_strata(strata, probed, rng=np.random.default_rng(seed), resamples=resamples)
+
+
+def test_slice_quality_weighs_strata_by_failed_prompts_not_by_probed_ones():
+    # q = 1/2 of 30 mistakes, 1/8 of 10, although as many were asked of the one as of the other
+    everything = resample(strata_sized(30, 10), pass_counts(0, 2, 2) + pass_counts(1, 1, 0))
+    assert slice_within(everything, 10).quality().tolist() == [0.5]
+    assert slice_within(everything, 20).quality() == pytest.approx([(30 * 0.5 + 10 * 0.125) / 40])
+
+
+def test_slice_quality_leaves_out_unprobed_strata():
+    # the middle one was not asked: (30 * 1/2 + 10 * 1)/40
+    everything = resample(strata_sized(30, 500, 10), pass_counts(0, 2) + pass_counts(2, 4))
+    assert slice_within(everything, 30).quality() == pytest.approx([0.625])
+    assert slice_within(everything, 20).quality() == pytest.approx([0.5])
+
+
+def test_slice_quality_counts_prompts_alike_however_often_sampled():
+    # 1/2 and 1/4, not 2/10
+    probed = [*pass_counts(0, 1, num_samples=2), PromptPassCount(prompt_id="0-001", num_samples=8, num_correct=2)]
+    assert resample(strata_sized(2), probed).quality() == pytest.approx([0.375])
+
+
+def test_slice_resamples_keep_the_weight_of_each_stratum():
+    everything = resample(strata_sized(30, 10), pass_counts(0, 1, 2, 3) + pass_counts(1, 0, 4), resamples=50)
+    for distance, weight in ((10, 30.0), (20, 40.0)):
+        assert slice_within(everything, distance).weights_BP.sum(axis=1) == pytest.approx([weight] * 51)
+    assert everything.weights_BP[0] == pytest.approx([10, 10, 10, 5, 5])
+
+
+def test_slice_quality_has_the_stratified_standard_error():
+    # strata of equal weight; values 0 and 1 half each in either: Var = 2 * (1/2)^2 * .25/40
+    everything = resample(
+        strata_sized(100, 100), pass_counts(0, *[0, 4] * 20) + pass_counts(1, *[0, 4] * 20), resamples=4000
+    )
+    assert everything.quality()[1:].std() == pytest.approx(np.sqrt(2 * 0.25 * 0.25 / 40), rel=0.05)
+
+
+def test_slice_quality_uncertainty_ignores_differences_between_strata():
+    # each stratum is nearly unanimous: a bootstrap over all prompts would have sd sqrt(.25/80) = .056
+    everything = resample(
+        strata_sized(100, 100), pass_counts(0, 1, *[0] * 39) + pass_counts(1, 3, *[4] * 39), resamples=1000
+    )
+    assert everything.quality()[1:].std() < 0.01
+
+
+def test_slice_quality_interval_follows_the_spread_between_prompts():
+    # values 1/4 and 3/4: .5 -+ 1.96 * .25/sqrt(40) = .42 to .58; Wilson's of 20 in 40 would be .35 to .65
+    everything = resample(strata_sized(100), pass_counts(0, *[1, 3] * 20), resamples=4000)
+    assert everything.quality_interval() == pytest.approx((0.4225, 0.5775), abs=0.01)
+
+
+def test_slice_quality_interval_of_unanimous_strata_is_wilsons():
+    # 0 of 10 and 10 of 10: resampling within them changes nothing; Wilson's interval of 10 in 20 is 0.30 to 0.70
+    everything = resample(strata_sized(10, 10), pass_counts(0, *[0] * 10) + pass_counts(1, *[4] * 10), resamples=100)
+    low, high = everything.quality_interval()
+    assert (low, high) == (pytest.approx(0.2993, abs=1e-4), pytest.approx(0.7007, abs=1e-4))
+    # all wrong: 0 to z^2/(10 + z^2) = 3.8415/13.8415
+    near = slice_within(everything, 10)
+    assert near.quality_interval() == (0.0, pytest.approx(0.27753, abs=1e-4))
+
+
+def test_slice_asserts_that_probed_prompts_are_in_a_stratum():
+    with pytest.raises(AssertionError, match="failed prompts of the strata"):
+        resample(strata_sized(2), [PromptPassCount(prompt_id="other", num_samples=1, num_correct=0)])
+
+
+def test_stratum_quality_interval_uses_effective_trials():
+    (stratum,) = strata_sized(50)
+    # unanimous prompts: ICC 1, so 8 prompts are 8 trials, not 32
+    alike = estimate_stratum_quality(stratum, pass_counts(0, 4, 4, 0, 0, 0, 0, 0, 0))
+    # as many correct, spread evenly over the prompts: ICC 0, 32 trials
+    mixed = estimate_stratum_quality(stratum, pass_counts(0, *[1] * 8))
+    assert alike.quality == mixed.quality == 0.25
+    # Beta(2.5, 6.5) against Beta(8.5, 24.5)
+    assert (alike.quality_low, alike.quality_high) == (pytest.approx(0.0559, abs=1e-3), pytest.approx(0.5921, abs=1e-3))
+    assert (mixed.quality_low, mixed.quality_high) == (pytest.approx(0.1267, abs=1e-3), pytest.approx(0.4174, abs=1e-3))
+    assert (alike.num_failed_prompts, alike.num_probed, alike.num_samples, alike.num_correct) == (50, 8, 32, 8)
+
+
+def test_stratum_quality_of_an_unprobed_stratum_is_unknown():
+    (stratum,) = strata_sized(50)
+    line = estimate_stratum_quality(stratum, [])
+    assert (line.num_probed, line.quality, line.quality_low, line.quality_high) == (0, 0.0, 0.0, 1.0)
+
+
+# Is stratifying worth it?
+
+SOLVED_BY_STRATUM = (0.02, 0.5, 0.95)
+
+
+def sample_once(prompt_ids, rng) -> list[PromptPassCount]:
+    """One sample a prompt; the leading digit of the id is its stratum."""
+    return [
+        PromptPassCount(
+            prompt_id=prompt_id, num_samples=1, num_correct=int(rng.random() < SOLVED_BY_STRATUM[int(prompt_id[0])])
+        )
+        for prompt_id in prompt_ids
+    ]
+
+
+def stratified_estimate(strata: tuple[Stratum, ...], seed: int) -> float:
+    rng = np.random.default_rng(seed)
+    chosen = allocate_probe_prompts(strata, num_prompts=120, seed=seed)
+    probed = sample_once([prompt_id for ids in chosen for prompt_id in ids], rng)
+    return float(resample(strata, probed).quality()[0])
+
+
+def uniform_estimate(strata: tuple[Stratum, ...], seed: int) -> float:
+    rng = np.random.default_rng(seed)
+    pool = [prompt_id for stratum in strata for prompt_id in stratum.prompt_ids]
+    probed = sample_once(rng.choice(pool, 120, replace=False), rng)
+    return float(np.mean([count.num_correct for count in probed]))
+
+
+@pytest.mark.slow
+def test_stratified_probe_errs_less_than_a_uniform_one():
+    # q = .49; uniform: Var = .49 * .51/120, sd .046. By size: (.0196 + .25 + .0475)/3 / 120, sd .030
+    strata = strata_sized(1000, 1000, 1000)
+    truth = np.mean(SOLVED_BY_STRATUM)
+    stratified = np.array([stratified_estimate(strata, seed) for seed in range(300)]) - truth
+    uniform = np.array([uniform_estimate(strata, seed) for seed in range(300)]) - truth
+    assert abs(stratified.mean()) < 0.01
+    assert np.sqrt((stratified**2).mean()) < 0.8 * np.sqrt((uniform**2).mean())
+    assert np.sqrt((stratified**2).mean()) == pytest.approx(0.030, abs=0.004)
+
+
+@pytest.mark.slow
+def test_stratified_probe_is_unbiased():
+    """8 strata of 100, 64 prompts of 4 samples, q = .1: what chance the first samples had decides nothing.
+
+    Asking less where the first look found nothing gave a bias of -.011 over 500 probes; the standard error here is
+    sqrt(.1 * .9/256)/sqrt(500) = .0008.
+    """
+    strata = strata_sized(*[100] * 8)
+    found = []
+    for seed in range(500):
+        rng = np.random.default_rng(seed)
+        chosen = allocate_probe_prompts(strata, num_prompts=64, seed=seed)
+        probed = [
+            PromptPassCount(prompt_id=prompt_id, num_samples=4, num_correct=int(rng.binomial(4, 0.1)))
+            for ids in chosen
+            for prompt_id in ids
+        ]
+        found.append(float(resample(strata, probed).quality()[0]))
+    assert abs(np.mean(found) - 0.1) < 0.003
+
+
+# Drift
+
+GUIDE_LAW = np.array([0.4, 0.3, 0.2, 0.1])
+OLD_LAW = np.array([0.3, 0.3, 0.2, 0.2])
+
+
+def forward_of(samples, part):
+    return estimate_forward_drift([samples], [part], formula=LOGNORMAL)[0]
+
+
+def backward_of(*samples, resamples=0):
+    return estimate_backward_drift(
+        samples, rng=np.random.default_rng(0), formula=formula(bootstrap_resamples=resamples)
+    )
+
+
+def on(prompt_ids, log_w, *, num=4, num_tokens=5, correct=False):
+    return [
+        make_drifted_ratio(log_w, num_tokens, prompt_id=prompt_id, correct=correct)
+        for prompt_id in prompt_ids
+        for _ in range(num)
+    ]
+
+
+def chain(law, other, *, seed, num_prompts=60):
+    """Four samples a prompt of 5 symbols from `law`, seen by `other`: log w = log other - log law."""
+    rng = np.random.default_rng(seed)
+    log_rho = np.log(other) - np.log(law)
+    return [
+        make_ratio(log_rho[rng.choice(4, size=5, p=law)], prompt_id=f"0-{i:03}")
+        for i in range(num_prompts)
+        for _ in range(4)
+    ]
+
+
+def forward_chain(seed=0):
+    return chain(GUIDE_LAW, OLD_LAW, seed=seed)
+
+
+def backward_chain(seed=1):
+    return chain(OLD_LAW, GUIDE_LAW, seed=seed)
+
+
+# V, both ways
+
+
+@pytest.mark.parametrize("kind", ["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"])
+def test_drift_of_a_policy_to_itself_has_variance_one(kind):
+    part = resample(strata_sized(30), pass_counts(0, 1, 0, 2), resamples=20)
+    recorded = on(["0-007", "0-008"], 0.0, num=16)
+    same = DriftSamples(distance=10, forward=on(part.prompt_ids, 0.0, num=11), backward=recorded)
+    drifts = forward_of(same, part), *backward_of(same, resamples=20)
+    for drift in drifts:
+        assert np.exp(drift.log_variance(formula(kind))) == pytest.approx([1.0] * 21)
+        assert drift.kl(LOGNORMAL) == (0.0, 0.0)
+    # only what a KL tells is the same from both sides
+    assert is_drift_consistent(*drifts, formula(kind)) is (True if kind in BIDIRECTIONAL_KINDS else None)
+
+
+def test_drift_weighs_strata_like_quality():
+    # KL .2 on 30 mistakes, 1 on 10: (30 * .2 + 10 * 1)/40 = .4 a sequence, V = exp(.8)
+    part = resample(strata_sized(30, 10), pass_counts(0, 1, 1, 1) + pass_counts(1, 1))
+    samples = on(["0-000", "0-001", "0-002"], -0.2) + on(["1-000"], -1.0)
+    drift = forward_of(DriftSamples(distance=20, forward=samples, backward=[]), part)
+    assert drift.kl(LOGNORMAL) == (pytest.approx(0.08), pytest.approx(0.4))
+    assert drift.log_variance(formula("seq2_lognormal")) == pytest.approx([0.8])
+    assert drift.variances(LOGNORMAL)["seq2_lognormal"] == pytest.approx(np.exp(0.8))
+
+
+def test_drift_ignores_samples_outside_the_slice():
+    everything = resample(strata_sized(30, 10), pass_counts(0, 1) + pass_counts(1, 1))
+    samples = on(["0-000"], -0.2) + on(["1-000"], -9.0)
+    drift = forward_of(DriftSamples(distance=10, forward=samples, backward=[]), slice_within(everything, 10))
+    assert drift.kl(LOGNORMAL)[1] == pytest.approx(0.2)
+
+
+def test_drift_measures_the_kl_of_its_own_direction():
+    # KL(b||a) = 5 (.4 log(4/3) - .1 log 2) = .2288; KL(a||b) = 5 (-.3 log(4/3) + .2 log 2) = .2616
+    part = resample(strata_sized(60), pass_counts(0, *[1] * 60))
+    both = DriftSamples(distance=10, forward=forward_chain(), backward=backward_chain())
+    assert forward_of(both, part).kl(LOGNORMAL)[1] == pytest.approx(0.2288, abs=0.1)
+    assert backward_of(both)[0].kl(LOGNORMAL)[1] == pytest.approx(0.2616, abs=0.1)
+
+
+def test_drift_is_consistent_if_small_and_not_if_large():
+    part = resample(strata_sized(60), pass_counts(0, *[1] * 60), resamples=300)
+    alike = DriftSamples(distance=10, forward=forward_chain(), backward=backward_chain())
+    unlike = DriftSamples(distance=10, forward=forward_chain(), backward=on(part.prompt_ids, -3.0))
+    for samples, agree in ((alike, True), (unlike, False)):
+        (backward,) = backward_of(samples, resamples=300)
+        assert is_drift_consistent(forward_of(samples, part), backward, formula("seq2_lognormal")) is agree
+    assert is_drift_consistent(forward_of(alike, part), None, formula("group2")) is None
+
+
+def test_drift_variance_rests_on_correct_samples_if_every_distance_has_32():
+    near_far = resample(strata_sized(40, 40), pass_counts(0, *[4] * 8) + pass_counts(1, *[4] * 8))
+    right = on(near_far.prompt_ids, -0.1, correct=True)
+    wrong = on(near_far.prompt_ids, -1.0)
+    samples = [DriftSamples(distance=distance, forward=right + wrong, backward=[]) for distance in (10, 20)]
+    # 8 prompts * 4 correct samples = 32 in the nearer slice: enough
+    drifts = estimate_forward_drift(samples, [slice_within(near_far, 10), near_far], formula=LOGNORMAL)
+    assert [drift.log_variance(formula("seq2_lognormal"))[0] for drift in drifts] == pytest.approx([0.2, 0.2])
+    # but a KL is of all samples: (.1 + 1)/2
+    assert [drift.kl(LOGNORMAL)[1] for drift in drifts] == pytest.approx([0.55, 0.55])
+    # one correct sample fewer in the nearer slice, and all samples count in both
+    fewer = [DriftSamples(distance=distance, forward=right[1:] + wrong, backward=[]) for distance in (10, 20)]
+    drifts = estimate_forward_drift(fewer, [slice_within(near_far, 10), near_far], formula=LOGNORMAL)
+    # (31 * .1 + 32 * 1)/63 and (63 * .1 + 64 * 1)/127, doubled
+    assert [drift.log_variance(formula("seq2_lognormal"))[0] for drift in drifts] == pytest.approx(
+        [2 * 35.1 / 63, 2 * 70.3 / 127]
+    )
+
+
+def test_drift_consistency_uses_all_samples():
+    # correct samples alone say V = exp(.2), all of them exp(1.1), as the other side does
+    part = resample(strata_sized(40), pass_counts(0, *[4] * 8), resamples=100)
+    right, wrong = on(part.prompt_ids, -0.1, correct=True), on(part.prompt_ids, -1.0)
+    samples = DriftSamples(distance=10, forward=right + wrong, backward=on(part.prompt_ids, -0.55))
+    (backward,) = backward_of(samples, resamples=100)
+    forward = forward_of(samples, part)
+    assert forward.log_variance(formula("seq2_lognormal"))[0] == pytest.approx(0.2)
+    assert is_drift_consistent(forward, backward, formula("seq2_lognormal")) is True
+
+
+def test_drift_is_none_without_samples():
+    part = resample(strata_sized(40), pass_counts(0, *[4] * 8))
+    right = on(part.prompt_ids, -0.1, correct=True)
+    seen = DriftSamples(distance=10, forward=right + on(part.prompt_ids, -1.0), backward=[])
+    blind = DriftSamples(distance=20, forward=[], backward=[])
+    first, second = estimate_forward_drift([seen, blind], [part, part], formula=LOGNORMAL)
+    assert second is None
+    assert first.log_variance(formula("seq2_lognormal"))[0] == pytest.approx(0.2)
+    assert backward_of(seen, blind) == [None, None]
+
+
+def test_drift_consistency_needs_32_samples():
+    # 8 prompts * 4 samples on one side; one prompt of the other says e^6 = V, and its interval has no width
+    part = resample(strata_sized(40), pass_counts(0, *[4] * 8), resamples=50)
+    for num, agree in ((31, None), (32, False)):
+        samples = DriftSamples(distance=10, forward=on(part.prompt_ids, -0.1), backward=on(["0-001"], -3.0, num=num))
+        (backward,) = backward_of(samples, resamples=50)
+        assert is_drift_consistent(forward_of(samples, part), backward, formula("seq2_lognormal")) is agree
+
+
+def test_drift_falls_back_to_the_other_side():
+    part = resample(strata_sized(4), pass_counts(0, 1))
+    both = DriftSamples(distance=10, forward=on(part.prompt_ids, -0.1), backward=on(["0-003"], -0.2))
+    forward, (backward,) = forward_of(both, part), backward_of(both)
+    assert select_drift(forward, backward, "guide") is forward
+    assert select_drift(forward, backward, "learner") is backward
+    assert select_drift(None, backward, "guide") is backward
+    assert select_drift(forward, None, "learner") is forward
+    assert select_drift(None, None, "guide") is None
+
+
+def test_drift_resamples_recorded_prompts_jointly():
+    # the same records twice over: whatever is drawn, both see the same
+    mixed = [make_drifted_ratio(-0.1 * i, 4, prompt_id=f"0-{i:03}") for i in range(8)]
+    one, two = backward_of(
+        *(DriftSamples(distance=distance, forward=[], backward=mixed) for distance in (10, 20)), resamples=100
+    )
+    assert one.log_variance(formula("kl_exp")).tolist() == two.log_variance(formula("kl_exp")).tolist()
+    assert one.log_variance(formula("kl_exp")).std() > 0
+
+
+def test_drift_of_a_resample_without_samples_repeats_the_estimate():
+    # one of 30 recorded prompts is this distance's own: about a third of the draws miss it
+    crowd = DriftSamples(distance=20, forward=[], backward=on([f"0-{i:03}" for i in range(30)], -1.0))
+    single = DriftSamples(distance=10, forward=[], backward=on(["0-000"], -0.5))
+    drift, _ = backward_of(single, crowd, resamples=200)
+    assert (drift.weights_BP.sum(axis=1) == 0).any()
+    assert drift.log_variance(formula("seq2_lognormal")) == pytest.approx([1.0] * 201)
+
+
+# The heavy-tail alarm
+
+
+def test_heavy_tail_moments_of_a_chain_agree():
+    # E_b[w^2] = (sum a^2/b)^5 = (.225 + .3 + .2 + .4)^5 = 1.802 = E_a[w]
+    guide_side = np.mean([np.exp(2 * sample.log_w) for sample in forward_chain()])
+    learner_side = np.mean([np.exp(-sample.log_w) for sample in backward_chain()])
+    assert guide_side == pytest.approx(1.802, abs=0.5)
+    assert learner_side == pytest.approx(1.802, abs=0.3)
+    assert is_heavy_tailed(forward_chain(), backward_chain()) is False
+
+
+@pytest.mark.slow
+def test_heavy_tail_is_rarely_reported_without_one():
+    # two joint standard errors: one in twenty if the means were normal, somewhat more as w^2 is skewed
+    alarms = [is_heavy_tailed(forward_chain(seed), backward_chain(1000 + seed)) for seed in range(100)]
+    assert sum(alarms) <= 15
+
+
+def test_a_tail_that_the_guide_never_visits_raises_the_alarm():
+    # the old policy spends a tenth of its samples where a/b = e^5, so E_a[w] = .1 * 148 + .9 * .9 = 15.6, while all
+    # of the guide's own samples have w^2 = .9^2
+    guide_side = on([f"0-{i:03}" for i in range(60)], np.log(0.9))
+    learner_side = [
+        make_drifted_ratio(-5.0 if (4 * i + j) % 10 == 0 else -np.log(0.9), 5, prompt_id=f"0-{i:03}")
+        for i in range(60)
+        for j in range(4)
+    ]
+    assert is_heavy_tailed(guide_side, learner_side) is True
+
+
+def test_huge_weights_do_not_overflow():
+    ids = [f"0-{i:03}" for i in range(10)]
+    # w^2 = 1 against w = e^5000; then w^2 = (e^5000)^2 = e^10000 = w
+    assert is_heavy_tailed(on(ids, 0.0), on(ids, -5000.0, num_tokens=50)) is True
+    assert is_heavy_tailed(on(ids, 5000.0, num_tokens=50), on(ids, -10000.0, num_tokens=50)) is False
+
+
+def test_a_few_samples_say_nothing_about_tails():
+    ids = [f"0-{i:03}" for i in range(8)]
+    assert is_heavy_tailed(on(ids, 0.0), on(ids, 0.0)) is False
+    # how often a prompt was sampled changes nothing
+    assert is_heavy_tailed(on(ids, 0.0), on(ids, 0.0, num=8)) is False
+    # 31 samples on one side; one prompt has no standard error
+    assert is_heavy_tailed(on(ids, 0.0)[1:], on(ids, 0.0)) is None
+    assert is_heavy_tailed(on(ids, 0.0), on(["0-000"], 0.0, num=40)) is None
+
+
+# The choice
+
 STRATA = strata_sized(40, 40, 40)
-HALF_SOLVED = [outcome for j in range(3) for outcome in outcomes(j, *[0, 4] * 10)]
-IDS = [outcome.prompt_id for outcome in HALF_SOLVED]
+HALF_SOLVED = [count for j in range(3) for count in pass_counts(j, *[0, 4] * 10)]
+IDS = [count.prompt_id for count in HALF_SOLVED]
 
 
 def back(distance, forward=None, backward=None) -> DriftSamples:
@@ -40,16 +424,23 @@ def back(distance, forward=None, backward=None) -> DriftSamples:
     )
 
 
-def judged(hindsights, *, strata=STRATA, probed=HALF_SOLVED, num_tokens=0, **changed):
-    return choose_rollback(strata, probed, hindsights, knobs=replace(KNOBS, **changed), num_tokens=num_tokens)
+def choose(
+    samples, *, strata=STRATA, probed=HALF_SOLVED, variance="seq2_lognormal", num_tokens=0, seed=0,
+    min_quality=0.1, min_failed_prompts=8, variance_samples="guide", **scoring,
+):  # fmt: skip
+    settings = AutonpoSettings().model_copy(
+        update={
+            "probe": ProbeSettings(min_quality=min_quality, variance_samples=variance_samples),
+            "rollback": RollbackSettings(min_failed_prompts=min_failed_prompts),
+        }
+    )
+    used = formula(variance, **scoring)
+    return choose_rollback(strata, probed, samples, formula=used, settings=settings, seed=seed, num_tokens=num_tokens)
 
 
-# The choice
-
-
-def test_signal_is_smoothed_quality_over_the_variance_of_the_slice():
+def test_rollback_signal_is_smoothed_quality_over_variance():
     # Q = 1/2 of 20 and of 60 prompts, so Q~ = 1/2; V = exp(2 * .1) and exp(2 * .4)
-    found = judged([back(10, -0.1), back(30, -0.4)])
+    found = choose([back(10, -0.1), back(30, -0.4)])
     assert [score.variance for score in found.scores] == pytest.approx([np.exp(0.2), np.exp(0.8)])
     assert [score.signal for score in found.scores] == pytest.approx([0.5 * np.exp(-0.2), 0.5 * np.exp(-0.8)])
     assert [score.num_failed_prompts for score in found.scores] == [40, 120]
@@ -58,55 +449,55 @@ def test_signal_is_smoothed_quality_over_the_variance_of_the_slice():
     assert [score.is_selected for score in found.scores] == [True, False]
 
 
-def test_quality_is_smoothed_by_the_prompts_asked_not_by_the_mistakes():
+def test_rollback_quality_is_smoothed_by_the_probed_prompts():
     # 3 of 3 solved: Q~ = (3 + .5)/4, though the slice has 40 mistakes
-    found = judged([DriftSamples(distance=10, forward=[], backward=[])], probed=outcomes(0, 4, 4, 4))
+    found = choose([DriftSamples(distance=10, forward=[], backward=[])], probed=pass_counts(0, 4, 4, 4))
     assert found.scores[0].signal == pytest.approx(3.5 / 4)
 
 
-def test_a_slice_that_solves_more_can_be_worth_the_way():
+def test_rollback_farther_with_more_solved_prompts_is_chosen():
     # .05 of the near slice, 35/60 of the far one, against V = 1.2 and 2.2: .08/1.2 < .58/2.2
-    probed = outcomes(0, *[0] * 19, 4) + outcomes(1, *[4] * 20) + outcomes(2, *[4] * 14, *[0] * 6)
-    found = judged([back(10, -0.1), back(30, -0.4)], probed=probed)
+    probed = pass_counts(0, *[0] * 19, 4) + pass_counts(1, *[4] * 20) + pass_counts(2, *[4] * 14, *[0] * 6)
+    found = choose([back(10, -0.1), back(30, -0.4)], probed=probed)
     assert found.scores[1].quality == pytest.approx(35 / 60)
     assert (found.distance, found.scores[1].p_best) == (30, 1.0)
 
 
-def test_alpha_weighs_the_variance():
-    probed = outcomes(0, *[0] * 10, *[4] * 10) + outcomes(1, *[4] * 20) + outcomes(2, *[4] * 20)
+def test_rollback_signal_exponent_alpha_weighs_the_variance():
+    probed = pass_counts(0, *[0] * 10, *[4] * 10) + pass_counts(1, *[4] * 20) + pass_counts(2, *[4] * 20)
     # Q 1/2 and 5/6: log(5/3) = .51 against alpha * 2 * (.5 - .1) = .8 alpha
-    assert judged([back(10, -0.1), back(30, -0.5)], probed=probed, alpha=1.0).distance == 10
-    assert judged([back(10, -0.1), back(30, -0.5)], probed=probed, alpha=0.5).distance == 30
+    assert choose([back(10, -0.1), back(30, -0.5)], probed=probed, variance_exponent=1.0).distance == 10
+    assert choose([back(10, -0.1), back(30, -0.5)], probed=probed, variance_exponent=0.5).distance == 30
 
 
-def test_strata_between_checkpoints_belong_to_the_larger_slices():
+def test_rollback_slices_contain_strata_between_checkpoints():
     # no checkpoint 20 steps back: its 40 mistakes are still undone by 30
-    found = judged([back(30, -0.1), back(10, -0.1)])
+    found = choose([back(30, -0.1), back(10, -0.1)])
     assert [score.distance for score in found.scores] == [10, 30]
     assert [line.max_age for line in found.strata] == [10, 20, 30]
     assert found.scores[1].num_failed_prompts == 120
 
 
-def test_of_equals_the_nearest_is_taken():
+def test_rollback_to_the_nearest_of_equals():
     for rule in ("argmax", "one_se"):
         # the slices differ in M alone, and with Q = 1/2 in nothing that S can see
-        assert judged([back(30, -0.2), back(20, -0.2)], rule=rule).distance == 20
+        assert choose([back(30, -0.2), back(20, -0.2)], selection_rule=rule).distance == 20
 
 
-def test_one_se_prefers_the_nearer_of_two_that_cannot_be_told_apart():
+def test_rollback_by_one_standard_error_prefers_the_nearer():
     # 10 of 20 against 31 of 60, same V: the far one leads by log(31.5/61) - log(1/2) = .03, SE about .1
-    probed = outcomes(0, *[0, 4] * 10) + outcomes(1, *[0, 4] * 10) + outcomes(2, *[0, 4] * 9, 4, 4)
-    found = judged([back(10, -0.2), back(30, -0.2)], probed=probed)
+    probed = pass_counts(0, *[0, 4] * 10) + pass_counts(1, *[0, 4] * 10) + pass_counts(2, *[0, 4] * 9, 4, 4)
+    found = choose([back(10, -0.2), back(30, -0.2)], probed=probed)
     assert found.distance == 30
     assert (found.selection_by_profile["argmax"], found.selection_by_profile["one_se"]) == (30, 10)
-    assert judged([back(10, -0.2), back(30, -0.2)], probed=probed, rule="one_se").distance == 10
+    assert choose([back(10, -0.2), back(30, -0.2)], probed=probed, selection_rule="one_se").distance == 10
 
 
-def test_every_profile_says_what_it_would_have_chosen():
+def test_rollback_reports_what_each_profile_would_choose():
     # Q 1/2 and 5/6 of 20 and 60 prompts: Q~ rises by a factor 1.66. V rises, on 5 tokens with KL .2 and 1 a sequence,
     # faithful exp(.16) = 1.17; calibrated (kappa 10) exp(1.6) = 5; seq_kl exp(1.6); group2 (7 + e^2)/(7 + e^.4) = 1.69
-    probed = outcomes(0, *[0, 4] * 10) + outcomes(1, *[4] * 20) + outcomes(2, *[4] * 20)
-    found = judged([back(10, -0.2), back(30, -1.0)], probed=probed, kappa=10.0)
+    probed = pass_counts(0, *[0, 4] * 10) + pass_counts(1, *[4] * 20) + pass_counts(2, *[4] * 20)
+    found = choose([back(10, -0.2), back(30, -1.0)], probed=probed, kl_scale=10.0)
     assert found.selection_by_profile == {
         "faithful": 30,
         "group2": 10,
@@ -116,7 +507,7 @@ def test_every_profile_says_what_it_would_have_chosen():
         "one_se": 10,
     }
     # uncalibrated, the published form hardly sees the distance
-    found = judged([back(10, -0.2), back(30, -1.0)], probed=probed)
+    found = choose([back(10, -0.2), back(30, -1.0)], probed=probed)
     assert (found.selection_by_profile["calibrated"], found.selection_by_profile["seq_kl"]) == (30, 10)
 
 
@@ -126,9 +517,9 @@ def test_every_profile_says_what_it_would_have_chosen():
     logs=st.lists(st.floats(-2, 0), min_size=3, max_size=3),
     seed=st.integers(0, 3),
 )
-def test_the_chances_of_being_best_sum_to_one(correct, logs, seed):
-    probed = outcomes(0, *correct[:2]) + outcomes(1, *correct[2:4]) + outcomes(2, *correct[4:])
-    found = judged([back(d, log_w) for d, log_w in zip((10, 20, 30), logs, strict=True)], probed=probed, seed=seed)
+def test_rollback_p_best_sums_to_one(correct, logs, seed):
+    probed = pass_counts(0, *correct[:2]) + pass_counts(1, *correct[2:4]) + pass_counts(2, *correct[4:])
+    found = choose([back(d, log_w) for d, log_w in zip((10, 20, 30), logs, strict=True)], probed=probed, seed=seed)
     assert sum(score.p_best for score in found.scores) == pytest.approx(1.0)
     assert sum(score.is_selected for score in found.scores) == 1
     for score in found.scores:
@@ -137,19 +528,19 @@ def test_the_chances_of_being_best_sum_to_one(correct, logs, seed):
         assert score.variance_low <= score.variance <= score.variance_high
 
 
-def test_the_same_seed_gives_the_same_confirmation():
-    probed = outcomes(0, 0, 1, 2, 3, 4, 1) + outcomes(1, 1, 1, 4, 0) + outcomes(2, 0, 0, 2)
-    hindsights = [back(10, -0.1, -0.2), back(20, -0.3, -0.2), back(30, -0.3, -0.4)]
-    assert judged(hindsights, probed=probed) == judged(hindsights[::-1], probed=probed)
-    assert judged(hindsights, probed=probed) != judged(hindsights, probed=probed, seed=1)
+def test_rollback_choice_depends_on_the_seed_alone():
+    probed = pass_counts(0, 0, 1, 2, 3, 4, 1) + pass_counts(1, 1, 1, 4, 0) + pass_counts(2, 0, 0, 2)
+    samples = [back(10, -0.1, -0.2), back(20, -0.3, -0.2), back(30, -0.3, -0.4)]
+    assert choose(samples, probed=probed) == choose(samples[::-1], probed=probed)
+    assert choose(samples, probed=probed) != choose(samples, probed=probed, seed=1)
 
 
 # The direction of V
 
 
-def test_the_direction_says_which_variance_enters():
-    for direction, expected in (("guide", 0.2), ("learner", 0.6)):
-        (score,) = judged([back(30, -0.1, -0.3)], direction=direction).scores
+def test_rollback_variance_is_from_the_configured_samples():
+    for side, expected in (("guide", 0.2), ("learner", 0.6)):
+        (score,) = choose([back(30, -0.1, -0.3)], variance_samples=side).scores
         assert score.variance == pytest.approx(np.exp(expected))
         assert (score.variance_forward, score.variance_backward) == pytest.approx((np.exp(0.2), np.exp(0.6)))
         assert score.kl_per_sequence == pytest.approx(expected / 2)
@@ -158,106 +549,104 @@ def test_the_direction_says_which_variance_enters():
         assert (score.num_backward_samples, score.variances_agree) == (48, False)
 
 
-def test_where_one_direction_is_missing_the_other_one_enters():
-    (score,) = judged([back(30, None, -0.3)]).scores
+def test_rollback_variance_falls_back_to_the_other_samples():
+    (score,) = choose([back(30, None, -0.3)]).scores
     assert (score.variance, score.variance_backward) == pytest.approx((np.exp(0.6), np.exp(0.6)))
     assert (score.variance_forward, score.variances_agree, score.has_heavy_tail) == (None, None, None)
-    (score,) = judged([back(30, -0.1)], direction="learner").scores
+    (score,) = choose([back(30, -0.1)], variance_samples="learner").scores
     assert score.variance == pytest.approx(np.exp(0.2))
     assert (score.variance_backward, score.num_backward_samples) == (None, 0)
 
 
-def test_a_distance_never_measured_does_not_win_against_a_measured_one():
-    found = judged([back(10), back(30, -3.0)])
+def test_rollback_distance_without_ratios_never_beats_a_measured_one():
+    found = choose([back(10), back(30, -3.0)])
     assert found.distance == 30
     assert (found.scores[0].variance, found.scores[0].variances, found.scores[0].p_best) == (1.0, {}, 0.0)
-    assert judged([back(10), back(30)]).distance == 10
+    assert choose([back(10), back(30)]).distance == 10
 
 
-def test_a_second_moment_that_few_samples_decide_gives_way():
+def test_rollback_variance_dominated_by_few_samples_is_replaced():
     # one sample in 240 has w = e^4, the others e^-2: its share of the sum of weights is 55/(55 + 32)
-    (mild,) = judged([back(30, -0.2)], variance="seq2").scores
+    (mild,) = choose([back(30, -0.2)], variance="seq2").scores
     forward = on(IDS, -2.0)
     heavy = DriftSamples(distance=10, forward=[*on(IDS[:1], 4.0, num=1), *forward[1:]], backward=[])
-    found = judged([heavy, back(30, -0.2)], variance="seq2")
+    found = choose([heavy, back(30, -0.2)], variance="seq2")
     assert mild.variance_kind == "seq2"
     assert {score.variance_kind for score in found.scores} == {"seq2_lognormal"}
 
 
-def test_tails_are_compared_on_every_line():
-    (calm,) = judged([back(30, 0.0, 0.0)]).scores
-    (alarmed,) = judged([back(30, 0.0, -3.0)]).scores
+def test_rollback_scores_report_heavy_tails():
+    (calm,) = choose([back(30, 0.0, 0.0)]).scores
+    (alarmed,) = choose([back(30, 0.0, -3.0)]).scores
     assert (calm.has_heavy_tail, alarmed.has_heavy_tail) == (False, True)
 
 
-def test_policies_far_apart_do_not_overflow():
-    found = judged([back(10, -600.0, -600.0), back(30, -700.0, -700.0)])
+def test_rollback_scores_of_distant_policies_are_finite():
+    found = choose([back(10, -600.0, -600.0), back(30, -700.0, -700.0)])
     assert all(np.isfinite([score.variance, score.signal, score.signal_high]).all() for score in found.scores)
 
 
 # The verdict
 
 
-def test_without_a_checkpoint_there_is_no_way_back():
-    found = judged([])
+def test_rollback_without_a_checkpoint_is_rejected():
+    found = choose([])
     assert (found.is_accepted, found.reason, found.distance) == (False, "no checkpoint to go back to", None)
     assert (found.scores, found.selection_by_profile) == ((), {})
     assert [line.num_probed for line in found.strata] == [20, 20, 20]
 
 
-def test_a_short_list_of_mistakes_is_not_worth_a_rollback():
-    found = judged([back(10), back(30)], strata=strata_sized(5, 3, 4), probed=outcomes(0, 4), pool_min=64)
-    assert found.reason == "only 12 mistakes in the last 30 steps; autonpo.rollback.min_failed_prompts is 64"
+def test_rollback_with_few_failed_prompts_is_rejected():
+    found = choose([back(10), back(30)], strata=strata_sized(5, 3, 4), probed=pass_counts(0, 4), min_failed_prompts=64)
+    assert found.reason == "only 12 failed prompts in the last 30 steps; autonpo.rollback.min_failed_prompts is 64"
     assert (found.is_accepted, found.distance, found.selection_by_profile) == (False, None, {})
     # the figures are reported all the same
     assert [(score.quality, score.p_best, score.is_selected) for score in found.scores] == [(1.0, 0.0, False)] * 2
 
 
-def test_only_distances_with_enough_mistakes_may_be_chosen():
-    found = judged([back(10, 0.0), back(20, -1.0), back(30, -2.0)], pool_min=80)
+def test_rollback_distances_need_enough_failed_prompts():
+    found = choose([back(10, 0.0), back(20, -1.0), back(30, -2.0)], min_failed_prompts=80)
     assert found.distance == 20
     assert found.scores[0].signal > found.scores[1].signal
     assert [score.p_best for score in found.scores] == [0.0, 1.0, 0.0]
     assert set(found.selection_by_profile.values()) <= {20, 30}
     # exactly as many are enough
-    assert judged([back(30, -0.1)], pool_min=120).is_accepted
-    assert not judged([back(30, -0.1)], pool_min=121).is_accepted
+    assert choose([back(30, -0.1)], min_failed_prompts=120).is_accepted
+    assert not choose([back(30, -0.1)], min_failed_prompts=121).is_accepted
 
 
-def test_mistakes_never_asked_again_prove_nothing():
-    found = judged([back(10, -0.1), back(20, -0.1)], probed=outcomes(2, 4))
-    assert found.reason == "none of the 80 mistakes in the last 20 steps was asked again"
+def test_rollback_without_probed_prompts_is_rejected():
+    found = choose([back(10, -0.1), back(20, -0.1)], probed=pass_counts(2, 4))
+    assert found.reason == "none of the 80 failed prompts of the last 20 steps was probed"
     assert (found.is_accepted, found.scores) == (False, ())
 
 
-def test_a_policy_that_still_fails_is_sent_on():
+def test_rollback_is_rejected_if_the_policy_still_fails():
     # all of 20 wrong: Wilson's upper bound is 3.8415/23.8415 = .161
-    found = judged([back(10, 0.0)], probed=outcomes(0, *[0] * 20))
+    found = choose([back(10, 0.0)], probed=pass_counts(0, *[0] * 20))
     assert not found.is_accepted
-    assert (
-        found.reason
-        == "the policy solves 0 % [0 %, 16.1 %] of the mistakes in the last 10 steps; autonpo.probe.min_quality is 10 %"
-    )
+    assert "solves 0 % [0 %, 16.1 %] of the prompts failed in the last 10 steps" in found.reason
+    assert "autonpo.probe.min_quality is 10 %" in found.reason
     assert (found.distance, found.scores[0].is_selected) == (10, True)
 
 
-def test_the_lower_bound_decides_not_the_estimate():
+def test_rollback_acceptance_uses_the_lower_bound_of_quality():
     # 4 of 20 prompts solved: .2 -+ 1.96 * sqrt(.2 * .8/20) = .02 to .38; 40 of 200 narrow it to .145 to .255
-    few = judged([back(10)], probed=outcomes(0, *[4] * 4, *[0] * 16))
-    many = judged([back(10)], strata=strata_sized(400), probed=outcomes(0, *[4] * 40, *[0] * 160))
+    few = choose([back(10)], probed=pass_counts(0, *[4] * 4, *[0] * 16))
+    many = choose([back(10)], strata=strata_sized(400), probed=pass_counts(0, *[4] * 40, *[0] * 160))
     assert (few.scores[0].quality, many.scores[0].quality) == (0.2, 0.2)
     assert (few.is_accepted, many.is_accepted) == (False, True)
     assert many.scores[0].quality_low == pytest.approx(0.145, abs=0.015)
     assert few.reason.startswith("the policy solves 20 % [")
 
 
-def test_one_lucky_prompt_is_not_a_proof():
+def test_rollback_is_not_accepted_for_one_solved_prompt():
     # Wilson's lower bound of 1 in 1 is 1/(1 + 3.8415) = .207
-    found = judged([back(10)], probed=outcomes(0, 4), q_min=0.25)
+    found = choose([back(10)], probed=pass_counts(0, 4), min_quality=0.25)
     assert not found.is_accepted
     assert found.scores[0].quality_low == pytest.approx(0.2065, abs=1e-4)
 
 
-def test_a_confirmation_says_what_it_cost():
-    found = judged([back(10, -0.1)], num_tokens=1234)
+def test_rollback_choice_reports_prompts_samples_and_tokens():
+    found = choose([back(10, -0.1)], num_tokens=1234)
     assert (found.num_prompts, found.num_samples, found.num_tokens) == (60, 240, 1234)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from npo_cli.extrapolation.choice import PushTrial, best_of, choice_of, lower_net, row_of
-from npo_cli.scoring.evidence import PromptPassCount
+from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.types.guides import ExtrapolationSpec
 
 STANDING = ExtrapolationSpec(space="logits", k=20, a=2.0)

@@ -1,33 +1,40 @@
-"""Hand-made evidence, shared by the tests of this room."""
+"""Hand-made importance ratios and sampling results for tests of scoring and of rollback choice."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from npo_cli.scoring.evidence import CandidateResults, PromptPassCount, SignalKnobs
-from npo_cli.scoring.variance import SampleRatio, VarianceKnobs
+from npo_cli.config.guides import ScoringSettings
+from npo_cli.scoring.quality import PromptPassCount
+from npo_cli.scoring.ranking import CandidateResults, rank_candidates
+from npo_cli.scoring.variance import SampleRatio, SignalFormula
 
 CAP = 10.0
-KNOBS = VarianceKnobs(kappa=1.0, cap=CAP, average="sequence", group_size=8)
-SIGNAL = SignalKnobs(
-    quality="pass@k",
-    k=4,
-    variance="group2",
-    kappa=1.0,
-    cap=CAP,
-    average="sequence",
-    alpha=1.0,
-    rule="argmax",
+FORMULA = SignalFormula(
+    settings=ScoringSettings(
+        samples_per_prompt=4,
+        quality="pass@k",
+        variance="group2",
+        kl_scale=1.0,
+        weight_cap=CAP,
+        kl_average="sequence",
+        variance_exponent=1.0,
+        selection_rule="argmax",
+        bootstrap_resamples=400,
+    ),
     group_size=8,
-    resamples=400,
-    seed=0,
 )
+
+
+def formula(variance: str = "group2", **changes: object) -> SignalFormula:
+    """FORMULA with another kind of V and other settings."""
+    return FORMULA.with_variance(variance, **changes)
 
 
 def make_ratio(
     log_rho_T: Sequence[float], *, prompt_id: str = "p", correct: bool = False, grads_T: Sequence[float] | None = None
 ) -> SampleRatio:
-    """A sample from its log token ratios; every token has gradient norm 1 unless told."""
+    """A sample from its log token ratios; every token has gradient norm 1 unless given."""
     rho_T = np.exp(np.asarray(log_rho_T, dtype=np.float64))
     grads = np.ones_like(rho_T) if grads_T is None else np.asarray(grads_T)
     return SampleRatio(
@@ -59,3 +66,9 @@ def make_candidate(
             for j in range(num_samples)
         ]
     return CandidateResults(step=step, distance=step, pass_counts=tuple(outcomes), ratios=tuple(ratios))
+
+
+def rank(learner: CandidateResults, results: Sequence[CandidateResults], *, seed: int = 0, **changes: object):
+    """Scores of candidates by FORMULA with other settings."""
+    kind = changes.pop("variance", FORMULA.settings.variance)
+    return rank_candidates(learner, results, formula(kind, **changes), seed=seed)

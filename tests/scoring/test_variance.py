@@ -1,6 +1,5 @@
 import itertools
 import math
-from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -23,9 +22,7 @@ from npo_cli.scoring.variance import (
     net_kl,
     pool_moments,
 )
-from tests.scoring.samples import KNOBS, make_drifted_ratio, make_ratio
-
-UNTRUNCATED = replace(KNOBS, cap=math.inf)
+from tests.scoring.samples import CAP, formula, make_drifted_ratio, make_ratio
 
 # A chain of three bits: (chance of 1 first, chance of 1 after 0, chance of 1 after 1), in quarters.
 LEARNER, GUIDE = (2, 1, 3), (1, 2, 3)
@@ -53,7 +50,7 @@ def chance(policy, bits):
 
 def test_the_guides_second_moment_is_the_learners_first():
     exact = sum(chance(LEARNER, bits) ** 2 / chance(GUIDE, bits) for bits in CHAIN)
-    from_guide = estimate_variance(enumerated(GUIDE), "seq2", knobs=UNTRUNCATED)
+    from_guide = estimate_variance(enumerated(GUIDE), formula("seq2", weight_cap=math.inf))
     from_learner = np.mean([math.exp(sample.log_w) for sample in enumerated(LEARNER)])
     assert from_guide == pytest.approx(exact)
     assert from_learner == pytest.approx(exact)
@@ -65,7 +62,7 @@ def test_the_two_moments_also_agree_when_sampled():
     guide, learner = enumerated(GUIDE), enumerated(LEARNER)
     from_guide = [guide[i] for i in rng.integers(64, size=20000)]
     from_learner = np.exp([learner[i].log_w for i in rng.integers(64, size=20000)])
-    gap = estimate_variance(from_guide, "seq2", knobs=UNTRUNCATED) - from_learner.mean()
+    gap = estimate_variance(from_guide, formula("seq2", weight_cap=math.inf)) - from_learner.mean()
     squares = np.exp([2 * sample.log_w for sample in from_guide])
     error = math.hypot(squares.std() / math.sqrt(20000), from_learner.std() / math.sqrt(20000))
     assert abs(gap) < 3 * error
@@ -75,16 +72,16 @@ def test_on_the_enumerated_chain_weights_average_to_one_and_ess_equals_seq2():
     samples = enumerated(GUIDE)
     assert np.mean([math.exp(sample.log_w) for sample in samples]) == pytest.approx(1.0)
     # with E[w] = 1, N sum w^2/(sum w)^2 is the plain second moment
-    assert estimate_variance(samples, "ess", knobs=KNOBS) == pytest.approx(
-        estimate_variance(samples, "seq2", knobs=UNTRUNCATED)
+    assert estimate_variance(samples, formula("ess")) == pytest.approx(
+        estimate_variance(samples, formula("seq2", weight_cap=math.inf))
     )
 
 
 def test_exact_kl_of_the_chain():
     exact = sum(chance(GUIDE, bits) * math.log(chance(GUIDE, bits) / chance(LEARNER, bits)) for bits in CHAIN)
     samples = enumerated(GUIDE)
-    assert estimate_variance(samples, "seq2_lognormal", knobs=KNOBS) == pytest.approx(math.exp(2 * exact))
-    assert estimate_variance(samples, "kl_exp", knobs=KNOBS) == pytest.approx(math.exp(exact / 3))
+    assert estimate_variance(samples, formula("seq2_lognormal")) == pytest.approx(math.exp(2 * exact))
+    assert estimate_variance(samples, formula("kl_exp")) == pytest.approx(math.exp(exact / 3))
 
 
 @pytest.mark.parametrize("kind", VARIANCE_ESTIMATORS)
@@ -92,7 +89,7 @@ def test_exact_kl_of_the_chain():
 def test_a_guide_that_is_the_learner_costs_nothing(kind, average):
     same = [make_drifted_ratio(0.0, length, prompt_id=str(length)) for length in (1, 3, 17)]
     assert all(sample.sum_rho2 == sample.num_tokens for sample in same)  # rho = 1 at each token
-    assert estimate_variance(same, kind, knobs=replace(KNOBS, average=average)) == pytest.approx(1.0, abs=1e-12)
+    assert estimate_variance(same, formula(kind, kl_average=average)) == pytest.approx(1.0, abs=1e-12)
 
 
 def normal_drift(kl: float, num_tokens: int = 10):
@@ -104,7 +101,7 @@ def normal_drift(kl: float, num_tokens: int = 10):
 
 @pytest.mark.parametrize("kind", ["kl_exp", "seq2_lognormal", "ess", "group2"])
 def test_variance_grows_with_the_drift(kind):
-    values = [estimate_variance(normal_drift(kl), kind, knobs=KNOBS) for kl in (0.0, 0.05, 0.2, 0.8, 2.0)]
+    values = [estimate_variance(normal_drift(kl), formula(kind)) for kl in (0.0, 0.05, 0.2, 0.8, 2.0)]
     assert values[0] == pytest.approx(1.0, abs=1e-9)
     assert all(far > near for near, far in itertools.pairwise(values))
 
@@ -113,14 +110,14 @@ def test_variance_grows_with_the_drift(kind):
 def test_token_variance_grows_with_independent_token_drift(kind):
     z = [NormalDist().inv_cdf((i + 0.5) / 200) for i in range(200)]
     values = [
-        estimate_variance([make_ratio([s * x - s * s / 2 for x in z])], kind, knobs=KNOBS) for s in (0.0, 0.1, 0.3, 0.6)
+        estimate_variance([make_ratio([s * x - s * s / 2 for x in z])], formula(kind)) for s in (0.0, 0.1, 0.3, 0.6)
     ]
     # rho is lognormal with mean 1: E[rho^2] = exp(s^2)
     assert values == pytest.approx([math.exp(s * s) for s in (0.0, 0.1, 0.3, 0.6)], rel=0.02)
 
 
 def test_truncated_sequence_moment_falls_again_far_away():
-    near, middle, far = (estimate_variance(normal_drift(kl), "seq2", knobs=KNOBS) for kl in (0.05, 1.0, 12.0))
+    near, middle, far = (estimate_variance(normal_drift(kl), formula("seq2")) for kl in (0.05, 1.0, 12.0))
     assert near < middle
     assert far < 1 < middle
 
@@ -131,15 +128,15 @@ def test_truncated_sequence_moment_falls_again_far_away():
 def test_group_variance_at_one_millinat_per_token(num_tokens, expected):
     # KL per sequence 0.5, 1, 4: the slot's moment is e, e^2, and e^8 cut to C^2 = 100
     samples = [make_drifted_ratio(-1e-3 * num_tokens, num_tokens)] * 4
-    assert estimate_variance(samples, "group2", knobs=KNOBS) == pytest.approx(expected)
+    assert estimate_variance(samples, formula("group2")) == pytest.approx(expected)
     assert expected == pytest.approx({500: 1.215, 1000: 1.799, 4000: 13.375}[num_tokens], abs=5e-4)
 
 
 def test_ess_of_one_heavy_weight_in_four():
     # w = 1, 1, 1, 5: ESS = 64/28 = 2.285714, so V = 4/ESS = 1.75 = 1 + CV^2
     samples = [make_drifted_ratio(math.log(w), 5) for w in (1, 1, 1, 5)]
-    assert estimate_variance(samples, "ess", knobs=KNOBS) == pytest.approx(1.75)
-    assert 4 / estimate_variance(samples, "ess", knobs=KNOBS) == pytest.approx(2.285714, abs=1e-6)
+    assert estimate_variance(samples, formula("ess")) == pytest.approx(1.75)
+    assert 4 / estimate_variance(samples, formula("ess")) == pytest.approx(2.285714, abs=1e-6)
 
 
 def test_three_estimates_of_kl_from_one_sample():
@@ -156,42 +153,40 @@ def test_k1_and_k3_average_to_the_same_kl():
 
 def test_kappa_scales_the_exponent_of_the_token_kl():
     samples = [make_drifted_ratio(-2.0, 10)]  # 0.2 nats per token
-    assert estimate_variance(samples, "kl_exp", knobs=replace(KNOBS, kappa=5.0)) == pytest.approx(math.e)
+    assert estimate_variance(samples, formula("kl_exp", kl_scale=5.0)) == pytest.approx(math.e)
 
 
 def test_averages_weigh_responses_or_tokens_alike():
     samples = [make_drifted_ratio(-1.0, 1), make_drifted_ratio(0.0, 9)]
     # by sequence (1/1 + 0/9)/2 = 1/2; by token 1/10
-    by_sequence = estimate_variance(samples, "kl_exp", knobs=replace(KNOBS, average="sequence"))
-    by_token = estimate_variance(samples, "kl_exp", knobs=replace(KNOBS, average="token"))
+    by_sequence = estimate_variance(samples, formula("kl_exp", kl_average="sequence"))
+    by_token = estimate_variance(samples, formula("kl_exp", kl_average="token"))
     assert (by_sequence, by_token) == (pytest.approx(math.exp(0.5)), pytest.approx(math.exp(0.1)))
 
 
 def test_token_moments_by_hand():
     # rho = 2, 1 and 1/2: squares 4, 1 and 1/4
     samples = [make_ratio([math.log(2), 0.0]), make_ratio([math.log(0.5)])]
-    assert estimate_variance(samples, "tok2", knobs=replace(KNOBS, average="sequence")) == pytest.approx(
-        (5 / 2 + 1 / 4) / 2
-    )
-    assert estimate_variance(samples, "tok2", knobs=replace(KNOBS, average="token")) == pytest.approx(5.25 / 3)
-    assert estimate_variance(samples, "tok2_grad", knobs=KNOBS) == pytest.approx(5.25 / 3.5)
+    assert estimate_variance(samples, formula("tok2", kl_average="sequence")) == pytest.approx((5 / 2 + 1 / 4) / 2)
+    assert estimate_variance(samples, formula("tok2", kl_average="token")) == pytest.approx(5.25 / 3)
+    assert estimate_variance(samples, formula("tok2_grad")) == pytest.approx(5.25 / 3.5)
 
 
 def test_tokens_without_gradient_do_not_count():
     # only the first token moves the policy: rho^2 G/rho G = 4/2
     samples = [make_ratio([math.log(2), math.log(9)], grads_T=[1.0, 0.0])]
-    assert estimate_variance(samples, "tok2_grad", knobs=KNOBS) == pytest.approx(2.0)
-    assert estimate_variance([make_ratio([0.3], grads_T=[0.0])], "tok2_grad", knobs=KNOBS) == 1.0
+    assert estimate_variance(samples, formula("tok2_grad")) == pytest.approx(2.0)
+    assert estimate_variance([make_ratio([0.3], grads_T=[0.0])], formula("tok2_grad")) == 1.0
 
 
 def test_the_floor_is_taken_off_every_kl_but_never_below_zero():
     floor = KLFloor(per_token=0.05, per_sequence=0.5)
     samples = [make_drifted_ratio(-1.0, 10)]  # 0.1 per token, 1 per sequence
-    assert estimate_variance(samples, "kl_exp", knobs=KNOBS, floor=floor) == pytest.approx(math.exp(0.05))
-    assert estimate_variance(samples, "seq2_lognormal", knobs=KNOBS, floor=floor) == pytest.approx(math.exp(1.0))
-    assert estimate_variance(samples, "group2", knobs=KNOBS, floor=floor) == pytest.approx((7 + math.e) / 8)
+    assert estimate_variance(samples, formula("kl_exp"), floor=floor) == pytest.approx(math.exp(0.05))
+    assert estimate_variance(samples, formula("seq2_lognormal"), floor=floor) == pytest.approx(math.exp(1.0))
+    assert estimate_variance(samples, formula("group2"), floor=floor) == pytest.approx((7 + math.e) / 8)
     deep = KLFloor(per_token=1.0, per_sequence=10.0)
-    assert estimate_variance(samples, "group2", knobs=KNOBS, floor=deep) == 1.0
+    assert estimate_variance(samples, formula("group2"), floor=deep) == 1.0
 
 
 def test_the_learner_against_itself_measures_its_own_floor():
@@ -207,14 +202,14 @@ def test_the_learner_against_itself_measures_its_own_floor():
 def test_enormous_drifts_stay_finite():
     samples = [make_drifted_ratio(-4000.0, 4000), make_drifted_ratio(-9000.0, 4000)]
     for kind in VARIANCE_ESTIMATORS:
-        assert math.isfinite(estimate_variance(samples, kind, knobs=KNOBS))
-    assert estimate_variance(samples, "seq2_lognormal", knobs=KNOBS) == pytest.approx(math.exp(LARGEST_LOG))
+        assert math.isfinite(estimate_variance(samples, formula(kind)))
+    assert estimate_variance(samples, formula("seq2_lognormal")) == pytest.approx(math.exp(LARGEST_LOG))
     # one weight holds everything: V = N
-    assert estimate_variance(samples, "ess", knobs=KNOBS) == pytest.approx(2.0)
+    assert estimate_variance(samples, formula("ess")) == pytest.approx(2.0)
 
 
 def test_without_samples_there_is_no_variance():
-    assert math.isnan(estimate_variance([], "group2", knobs=KNOBS))
+    assert math.isnan(estimate_variance([], formula("group2")))
 
 
 @given(
@@ -223,10 +218,10 @@ def test_without_samples_there_is_no_variance():
 def test_counting_a_prompt_twice_is_repeating_its_samples(counts, log_ws):
     samples = [make_drifted_ratio(log_w, 2 + i, prompt_id=str(i % 3)) for i, log_w in enumerate(log_ws)]
     repeated = [sample for sample in samples for _ in range(counts[int(sample.prompt_id)])]
-    moments = pool_moments(compute_moments(samples, ["0", "1", "2"], cap=KNOBS.cap), np.array([counts], dtype=float))
+    moments = pool_moments(compute_moments(samples, ["0", "1", "2"], cap=CAP), np.array([counts], dtype=float))
     for kind in VARIANCE_ESTIMATORS:
-        log_V = log_variances(moments, kind=kind, floor=KLFloor(per_token=0.0, per_sequence=0.0), knobs=KNOBS)
-        assert math.exp(log_V[0]) == pytest.approx(estimate_variance(repeated, kind, knobs=KNOBS))
+        log_V = log_variances(moments, formula(kind))
+        assert math.exp(log_V[0]) == pytest.approx(estimate_variance(repeated, formula(kind)))
 
 
 def test_log_sums_survive_underflow_and_emptiness():
