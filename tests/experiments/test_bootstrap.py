@@ -140,5 +140,5 @@ def test_the_order_in_which_seeds_are_named_changes_nothing():
 def test_large_sets_are_drawn_again_alike(monkeypatch):
     seeds = [seed_of(number, HALF, names=f"s{number}-") for number in range(3)]
     kept = estimate_method(seeds, Resampler())
-    monkeypatch.setattr("npo_cli.experiments.bootstrap.MOST_HELD", 0)
+    monkeypatch.setattr("npo_cli.experiments.bootstrap.MAX_CACHED_COUNTS", 0)
     assert estimate_method(seeds, Resampler()) == kept

@@ -21,6 +21,6 @@ def test_a_point_is_a_line_and_what_is_not_known_is_empty(tmp_path):
     path = tmp_path / "new" / "points.csv"
     write_points([point], path)
     assert path.read_text() == (
-        "arm,seed,run,branch,step,updates,tokens,forwards,seconds,accuracy,entropy\n"
+        "method,seed,run,branch,step,updates,tokens,forwards,seconds,accuracy,entropy\n"
         '"a, ""b""",1,r,main,5,10,99,120,,0.5,\n'
     )
