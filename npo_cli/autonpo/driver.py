@@ -23,10 +23,10 @@ from npo_cli.autonpo.events import ControllerEvent, StepObserved
 from npo_cli.autonpo.preflight import controller_knobs, trigger_knobs
 from npo_cli.autonpo.trigger import Trigger, TriggerInput, is_finite
 from npo_cli.errors import StoppedEarly, quote_path
+from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.report.tables_autonpo import describe_transition
 from npo_cli.session.session import Session, load_checkpoint
 from npo_cli.session.stop_signal import StopFlag
-from npo_cli.session.worker_tasks import create_optimizer
 from npo_cli.storage.autonpo_log import append_transitions
 from npo_cli.storage.checkpoints import Checkpoint, find_resume_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.layout import RunDir
@@ -173,7 +173,7 @@ class AutoNPODriver:
         if newest is not None:
             load_checkpoint(self.session.policy, newest)
         guidance = load_active_guide(self.session, start.segment)
-        optimizer = create_optimizer(self.session.policy, self.recipe.train)
+        optimizer = build_optimizer(self.session.policy.model, self.recipe.train)
         state = yield from load_first_state(self.session, optimizer, start)
         trainer = open_trainer(self.session, optimizer, branch=self.state.branch, active_guide=guidance)
         waiting: list[StepObserved] = []

@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped by a signal. Heavy im
 import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from npo_cli.cli.show import show
 from npo_cli.cli.terminal import escape_for_terminal, print_data, print_status
 from npo_cli.cli.train import train
 from npo_cli.distributed.launch import read_launch_info
+from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.errors import NpoError, StoppedEarly
 
 
@@ -84,6 +86,8 @@ COMMANDS = {
     "demo": Command(function=demo, group=TOOLS, example="npo demo --out npo-demo"),
     "docs": Command(function=docs, group=TOOLS, example="npo docs glossary"),
 }
+DISTRIBUTED_COMMANDS = ("train", "score-checkpoints", "score-sources", "sample-guide", "resume", "eval")
+"""Commands that several processes run together; rank 0 runs any other one alone."""
 CommandLineError = typer.BadParameter.__mro__[2]
 """Base class of typer's errors about the command line, which typer does not export."""
 BAD_PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -161,6 +165,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:  # a bug of npo: one line, and how to see the traceback
         _explain(f"error: {type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
         sys.exit(1)
+    finally:
+        current_group().finish()
 
 
 def _describe_usage_error(error: Any, args: Sequence[str]) -> tuple[str, str]:
@@ -177,18 +183,31 @@ def _describe_usage_error(error: Any, args: Sequence[str]) -> tuple[str, str]:
 
 
 def _run(args: Sequence[str]) -> int | None:
-    """Run the command; of several processes that a launcher started, rank 0 runs it and the others serve it."""
+    """Run the command. Of several processes that a launcher started, each runs it, and rank 0 alone prints."""
     launch = read_launch_info()
     run = partial(typer.main.get_command(app).main, args, prog_name="npo", standalone_mode=False)
     command = partial(copy_context().run, run)  # --allow-code holds for this command only
     if launch is None:
         return command()
-    from npo_cli.session.worker_main import run_leader, run_worker
-
-    return run_leader(launch, command) if launch.rank == 0 else run_worker(launch)
+    if not args or args[0] not in DISTRIBUTED_COMMANDS:
+        return command() if launch.rank == 0 else 0
+    if launch.rank == 0:
+        with join_job(launch):
+            return command()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 ends the step and saves
+    with (
+        open(os.devnull, "w", encoding="utf-8") as null,
+        contextlib.redirect_stdout(null),
+        contextlib.redirect_stderr(null),
+        join_job(launch),
+    ):
+        return command()
 
 
 def _explain(message: str, hint: str) -> None:
+    if not current_group().reports_errors:
+        return
     if os.environ.get("NPO_DEBUG") == "1":
         print_status(traceback.format_exc())
     print_status(_one_line(message), style="31")

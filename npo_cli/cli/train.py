@@ -10,6 +10,7 @@ from npo_cli.cli.checks import resolve_last_step
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, RecipeArg, UntilOpt
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import escape_for_terminal, print_status
+from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, quote_path
 
 RUNS_FOLDER = Path("runs")
@@ -50,7 +51,7 @@ def train(
 
     given, overrides = split_arguments(arguments or (), run=run)
     resolved = load_recipe(recipe, overrides, method=method)
-    root = given or choose_run_directory(recipe)
+    root = given or current_group().run_on_main(lambda: choose_run_directory(recipe), phase="name the run")
     check_unused(root)
     last = resolve_last_step(until, resolved, after=-1, autonpo=autonpo)
     from npo_cli.training.tracking import track_records
@@ -83,16 +84,7 @@ def split_arguments(arguments: Sequence[str], *, run: Path | None) -> tuple[Path
 
 
 def choose_run_directory(recipe: str) -> Path:
-    """`runs/NAME-N` with the recipe's name and the lowest N that does not exist yet.
-
-    Several processes must agree on one name, so they need RUN.
-    """
-    from npo_cli.distributed.launch import read_launch_info
-
-    if read_launch_info() is not None:
-        raise NpoError(
-            "several processes need the name of the run directory", f"npo train {recipe} runs/NAME   # after the recipe"
-        )
+    """`runs/NAME-N` with the recipe's name and the lowest N that does not exist yet."""
     name, number = Path(recipe).stem, 1
     while (RUNS_FOLDER / f"{name}-{number}").exists():
         number += 1

@@ -1,221 +1,328 @@
-"""Several processes at one command: rank 0 leads, the others do their share of each common piece of work.
+"""The ranks of one job: every rank runs the same command, rank 0 writes files and prints.
 
-Rank 0 names the next piece in the launcher's store, where the others wait for it without limit: it may be verifying or
-writing. From then on the process group's deadline holds. Whoever loses contact says so in the store, and so does
-whoever fails: the one that says nothing is the one that died or hangs. PARALLEL.md tells why it is done this way.
+Started by a launcher such as torchrun, the ranks share torch.distributed's collectives. A single process has the same
+interface, and every operation is local. Torch is imported only where several ranks meet.
+
+Every collective belongs to a named phase and runs under a deadline. A rank that fails, or that loses contact with
+another one, says so in the launcher's store; a rank that says nothing has died or hangs.
 """
 
 import json
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
-
-import torch.distributed as dist
-from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 from npo_cli.distributed.launch import LaunchInfo
-from npo_cli.errors import NpoError, RunFailed
+from npo_cli.errors import NpoError, RunFailed, StoppedEarly
 
-JOIN, STOP = "join", "stop"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Parameters = ParamSpec("Parameters")
+
+FIRST_DEADLINE = 1800.0
+"""Seconds; holds until the recipe's distributed.timeout is known."""
 REPORT_SECONDS = 3.0
-"""Seconds in which a process that only waited for another says so."""
-DAY = timedelta(days=1)
-RESUME_HINT = "npo resume RUN goes on from the last checkpoint"
+"""Time for a rank to say that it lost contact, and for rank 0 to report a failure."""
+RESUME_HINT = "npo resume RUN continues from the last checkpoint"
 
 
-@dataclass(kw_only=True)
-class Worker:
-    """What one process holds: its shards of each model, and of the optimiser's state."""
+class ProcessGroup:
+    """One process: rank 0 of 1."""
 
-    models: dict[str, PreTrainedModel] = field(default_factory=dict)
-    """By the name under which the pieces of work speak of them."""
-    optimizer: Optimizer | None = None
-    worker_group: "WorkerGroup" = field(init=False)
-
-
-class WorkerTask(Protocol):
-    """Common work, as one process is told of it."""
+    rank = 0
+    world_size = 1
+    context = ""
+    """Added to the phase in errors, such as `step 7`."""
+    torch_group: Any = None
+    """The torch process group of all ranks; None is torch's default group."""
+    reports_errors = True
+    """Whether this rank prints the error that ends it."""
 
     @property
-    def phase(self) -> str:
-        """What it is, for people."""
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
 
-    def run(self, member: Any) -> Any:
-        """Do this process's share; the answer goes to rank 0."""
-
-
-class WorkerGroup:
-    """All processes of the job, seen from one of them."""
-
-    def __init__(self, place: LaunchInfo, member: Worker) -> None:
-        self.rank, self.world_size, self.worker = place.rank, place.world_size, member
-        member.worker_group = self
-        self.deadline = 0.0
-        """Seconds; 0 before anybody has joined."""
-        self.context = ""
-        """Added to a phase: `step 7`."""
-        self._store = next(dist.rendezvous("env://"))[0]
-        self._num_orders = 0
-
-    def join(self, *, deadline: float, device: str) -> None:
-        """Rank 0 calls the others together; a second call does nothing."""
-        if not self.deadline:
-            self._order({"phase": JOIN, "deadline": deadline, "device": device})
-            with self._told_apart(JOIN):
-                self._meet(deadline, device)
-
-    def scatter(self, pieces: Sequence[WorkerTask]) -> list[Any]:
-        """One piece a process, by rank; the answers, by rank."""
-        mine, *others = pieces
-        phase = f"`{mine.phase}` of {self.context}" if self.context else f"`{mine.phase}`"
-        self._order({"phase": phase})
-        with self._told_apart(phase):
-            dist.scatter_object_list([None], [None, *others], src=0)
-            answer = mine.run(self.worker)
-            answers = [None] * self.world_size
-            # The own answer may be a whole model: it stays here.
-            dist.gather_object(None, answers, dst=0)
-            # Everybody has read it, or there would be no answers.
-            self._store.delete_key(f"npo/order/{self._num_orders - 1}")
-        return [answer, *answers[1:]]
-
-    def broadcast(self, piece: WorkerTask) -> list[Any]:
-        """The same piece to every process."""
-        return self.scatter([piece] * self.world_size)
-
-    def serve(self) -> None:
-        """The whole life of any other rank: piece after piece, until rank 0 says that it is over."""
-        while (order := self._next_order())["phase"] != STOP:
-            with self._told_apart(order["phase"]):
-                if order["phase"] == JOIN:
-                    self._meet(order["deadline"], order["device"])
-                    continue
-                box: list[Any] = [None]
-                dist.scatter_object_list(box, None, src=0)
-                dist.gather_object(box[0].run(self.worker), None, dst=0)
-        self._store.set(f"npo/left/{self.rank}", "")
-
-    def shut_down(self, *, failed: bool) -> None:
-        """Rank 0 has no more work: whoever waits for some may leave."""
-        with suppress(dist.DistError):
-            if failed:
-                self._say_end("")
-            self._order({"phase": STOP})
-            if not failed:
-                # The store may end with this process: let them read it.
-                left = [f"npo/left/{rank}" for rank in range(1, self.world_size)]
-                self._store.wait(left, timedelta(seconds=REPORT_SECONDS))
-        if self.deadline and not failed:
-            dist.destroy_process_group()
-
-    # Orders, in the store of the launcher
-
-    def _order(self, order: dict[str, Any]) -> None:
-        self._store.set(f"npo/order/{self._num_orders}", json.dumps(order))
-        self._num_orders += 1
-
-    def _next_order(self) -> dict[str, Any]:
-        key = f"npo/order/{self._num_orders}"
-        while True:
-            try:
-                self._store.wait([key], DAY)
-                break
-            except dist.DistStoreError:
-                continue
-            except dist.DistNetworkError as error:
-                raise RunFailed("rank 0, or the launcher, is gone", RESUME_HINT) from error
-        self._num_orders += 1
-        return json.loads(self._store.get(key))
-
-    def _meet(self, deadline: float, device: str) -> None:
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        store = dist.PrefixStore("npo/group", self._store)
-        patience = timedelta(seconds=deadline)
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=patience)
-        dist.barrier()
-        self.deadline = deadline
-
-    # Who is missing
+    def configure(self, *, deadline: float, device: str) -> None:
+        """Apply the recipe's deadline (seconds), and the backend of the device `cpu` or `cuda`."""
 
     @contextmanager
-    def _told_apart(self, phase: str) -> Iterator[None]:
-        """Failures of this process are said to the others; of another one that is lost, rank and phase are named."""
-        began = time.monotonic()
+    def phase(self, name: str) -> Iterator[None]:
+        """Work in which the ranks wait for each other, named in errors."""
+        yield
+
+    def split(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This rank's contiguous part; the parts differ by at most one item."""
+        edges = [len(items) * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+        return items[edges[0] : edges[1]]
+
+    def gather(self, value: Item, *, phase: str) -> list[Item]:
+        """Every rank's value, by rank."""
+        return [value]
+
+    def broadcast(self, value: Item, *, phase: str) -> Item:
+        """Rank 0's value."""
+        return value
+
+    def run_on_main(self, function: Callable[[], Result], *, phase: str) -> Result:
+        """Rank 0 runs it once all ranks are here; all get its result, or raise its error."""
+        return function()
+
+    def map(self, function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], *, phase: str) -> list:
+        """`function` of this rank's part of the items; the results of all parts in order. An error is raised by all."""
+        return list(function(items))
+
+    def finish(self) -> None:
+        """The last call of a command, after an error was printed."""
+
+
+class LaunchedGroup(ProcessGroup):
+    """One of several ranks that a launcher started."""
+
+    def __init__(self, launch: LaunchInfo) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.world_size = launch.rank, launch.world_size
+        self.reports_errors = self.is_main
+        self.deadline, self._device = FIRST_DEADLINE, ""
+        self._phase, self._failed_phase = "start", ""
+        self._is_main_section = False
+        self._store = next(dist.rendezvous("env://"))[0]
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("npo/group", self._store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=FIRST_DEADLINE),
+        )
+
+    def configure(self, *, deadline: float, device: str) -> None:
+        """A group with this deadline, for all collectives from here on."""
+        if (deadline, device) == (self.deadline, self._device):
+            return
+        import torch.distributed as dist
+
+        with self.phase("connect"):
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            self.torch_group = dist.new_group(timeout=timedelta(seconds=deadline), backend=backend)
+        self.deadline, self._device = deadline, device
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A lost connection is turned into the error that names rank and phase."""
+        outer, self._phase = self._phase, name
+        label, began = self._label, time.monotonic()
         try:
             yield
         except Exception as error:
+            self._failed_phase = self._failed_phase or label
             if not is_connection_lost(error):
-                self._say_end(json.dumps(_as_fault(error, f"rank {self.rank} failed in {phase}")))
                 raise
-            self._say_end("")
-            raise self._loss(phase, time.monotonic() - began, error) from error
+            self._announce("")
+            raise self._describe_loss(label, time.monotonic() - began, error) from error
+        finally:
+            self._phase = outer
 
-    def _say_end(self, text: str) -> None:
-        self._store.set(f"npo/end/{self.rank}", text)
+    def gather(self, value: Item, *, phase: str) -> list[Item]:
+        """By all_gather_object."""
+        import torch.distributed as dist
 
-    def _loss(self, phase: str, seconds: float, error: Exception) -> BaseException:
-        """What is to be said of a lost contact; nothing by others while rank 0 is there to say it."""
+        assert not self._is_main_section, "rank 0 alone cannot gather"
+        values: list[Any] = [None] * self.world_size
+        with self.phase(phase):
+            dist.all_gather_object(values, value, group=self.torch_group)
+        values[self.rank] = value
+        return values
+
+    def broadcast(self, value: Item, *, phase: str) -> Item:
+        """By broadcast_object_list."""
+        if self._is_main_section:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        with self.phase(phase):
+            dist.broadcast_object_list(box, src=0, group=self.torch_group)
+        return value if self.is_main else box[0]
+
+    def run_on_main(self, function: Callable[[], Result], *, phase: str) -> Result:
+        """A barrier before it: what the others read before the call is not yet changed."""
+        if self._is_main_section:
+            return function()
+        import torch.distributed as dist
+
+        with self.phase(phase):
+            dist.barrier(group=self.torch_group)
+        outcome: tuple[Any, Exception | None] = (None, None)
+        if self.is_main:
+            self._is_main_section = True
+            try:
+                outcome = (function(), None)
+            except Exception as error:
+                outcome = (None, error)
+            finally:
+                self._is_main_section = False
+        result, error = outcome
+        sent = self.broadcast((result, None if error is None else self._portable(error)), phase=phase)
+        result, error = outcome if self.is_main else sent
+        if error is not None:
+            raise error
+        return result
+
+    def map(self, function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], *, phase: str) -> list:
+        """Each rank's failure reaches all ranks, so that none waits for one that is gone."""
+        if self._is_main_section:
+            return list(function(items))
+        part, failure = [], None
+        with self.phase(phase):
+            try:
+                part = list(function(self.split(items)))
+            except Exception as error:
+                if is_connection_lost(error):
+                    raise
+                failure = error
+            outcomes = self.gather((part, None if failure is None else self._portable(failure)), phase=phase)
+        if failure is not None:
+            raise failure
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for results, _ in outcomes for result in results]
+
+    # The end of a rank
+
+    @property
+    def _label(self) -> str:
+        return f"`{self._phase}` of {self.context}" if self.context else f"`{self._phase}`"
+
+    def fail(self, error: BaseException) -> None:
+        """Announce that this rank ends with an error, and let those that wait for it know at once."""
+        import torch.distributed as dist
+
+        self._announce(json.dumps(describe_fault(error, f"rank {self.rank} failed in {self._failed_phase or 'npo'}")))
+        if not self.is_main and self._device != "cuda":
+            with suppress(Exception):
+                dist.destroy_process_group()
+
+    def finish(self) -> None:
+        """After an error, rank 0 says that it printed it; the others wait for that, as their exit ends the job."""
+        global _CURRENT
+        _CURRENT = ProcessGroup()
+        with suppress(Exception):
+            if self.is_main:
+                self._store.set("npo/reported", "")
+            else:
+                self._store.wait(["npo/reported"], timedelta(seconds=REPORT_SECONDS))
+
+    def leave(self) -> None:
+        """All ranks are done: nobody closes a connection that another one still needs."""
+        import torch.distributed as dist
+
+        with suppress(dist.DistError):
+            self._store.set(f"npo/left/{self.rank}", "")
+            if self.is_main:
+                left = [f"npo/left/{rank}" for rank in range(self.world_size)]
+                self._store.wait(left, timedelta(seconds=self.deadline))
+                self._store.set("npo/reported", "")
+            else:
+                self._store.wait(["npo/reported"], timedelta(seconds=self.deadline))
+            dist.destroy_process_group()
+
+    def _announce(self, fault: str) -> None:
+        """The first announcement counts."""
+        with suppress(Exception):
+            if not self._store.check([f"npo/end/{self.rank}"]):
+                self._store.set(f"npo/end/{self.rank}", fault)
+
+    def _describe_loss(self, label: str, seconds: float, error: Exception) -> BaseException:
+        """The error for a lost connection. Other ranks than 0 stay silent while rank 0 is there to report it."""
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         until = time.monotonic() + REPORT_SECONDS
         while time.monotonic() < until and not all(self._store.check([f"npo/end/{rank}"]) for rank in others):
             time.sleep(0.05)
         ends = {rank: self._store.get(f"npo/end/{rank}") for rank in others if self._store.check([f"npo/end/{rank}"])}
-        if 0 in ends:
-            return SystemExit(1)
+        self.reports_errors = self.is_main or 0 not in ends
         for said in filter(None, ends.values()):
             fault = json.loads(said)
-            return (NpoError if fault["mistake"] else RunFailed)(fault["message"], fault["hint"])
+            return (NpoError if fault["is_mistake"] else RunFailed)(fault["message"], fault["hint"])
         silent = [rank for rank in others if rank not in ends]
         if not silent:
-            return RunFailed(f"the processes lost contact in {phase}: {_first_line(error)}", RESUME_HINT)
+            return RunFailed(f"the processes lost contact in {label}: {_first_line(error)}", RESUME_HINT)
         names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
-        hung = seconds >= self.deadline > 0
-        how = f"did not finish {phase} within {self.deadline:g} s" if hung else f"died in {phase}"
+        how = f"did not finish {label} within {self.deadline:g} s" if seconds >= self.deadline else f"died in {label}"
         return RunFailed(f"{names} {how}", RESUME_HINT)
+
+    def _portable(self, error: Exception) -> Exception:
+        """An error as another rank can raise it."""
+        if isinstance(error, OSError):
+            return error
+        if isinstance(error, NpoError):
+            kind = next(kind for kind in (StoppedEarly, RunFailed, NpoError) if isinstance(error, kind))
+            return kind(error.message, error.hint)
+        fault = describe_fault(error, f"rank {self.rank} failed in {self._label}")
+        return RunFailed(fault["message"], fault["hint"])
 
 
 def is_connection_lost(error: Exception) -> bool:
-    """Whether a collective failed because of another process; gloo's are RuntimeErrors that name its source."""
+    """Whether a collective failed because of another rank; gloo's errors are RuntimeErrors that name its source."""
+    import torch.distributed as dist
+
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
-def _as_fault(error: Exception, who: str) -> dict[str, Any]:
+def describe_fault(error: BaseException, where: str) -> dict[str, Any]:
+    """What another rank reports of this rank's error."""
     if os.environ.get("NPO_DEBUG") == "1":
-        return {"mistake": False, "message": f"{who}: {traceback.format_exc()}", "hint": ""}
+        text = "".join(traceback.format_exception(error))
+        return {"is_mistake": False, "message": f"{where}: {text}", "hint": ""}
     if isinstance(error, NpoError):
-        mistake = not isinstance(error, RunFailed)
-        return {"mistake": mistake, "message": f"{who}: {error.message}", "hint": error.hint}
-    text = f"{who}: {type(error).__name__}: {_first_line(error)}"
-    return {"mistake": False, "message": text, "hint": f"NPO_DEBUG=1 shows where it happened; {RESUME_HINT}"}
+        is_mistake = not isinstance(error, RunFailed)
+        return {"is_mistake": is_mistake, "message": f"{where}: {error.message}", "hint": error.hint}
+    text = f"{where}: {type(error).__name__}: {_first_line(error)}"
+    return {"is_mistake": False, "message": text, "hint": f"NPO_DEBUG=1 shows where it happened; {RESUME_HINT}"}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-_TEAM: ContextVar[WorkerGroup | None] = ContextVar("team", default=None)
+_CURRENT = ProcessGroup()
 
 
-def current_worker_group() -> WorkerGroup | None:
-    """The team that this process leads; None where it works alone."""
-    return _TEAM.get()
+def current_group() -> ProcessGroup:
+    """The ranks that run this command; one without a launcher."""
+    return _CURRENT
 
 
 @contextmanager
-def lead_workers(place: LaunchInfo, worker: Worker) -> Iterator[None]:
-    """Rank 0 for the length of a command; however it ends, the others are told."""
-    team, failed = WorkerGroup(place, worker), True
-    known = _TEAM.set(team)
+def join_job(launch: LaunchInfo) -> Iterator[LaunchedGroup]:
+    """Be one of the job's ranks for the length of the block."""
+    global _CURRENT
+    _CURRENT = group = LaunchedGroup(launch)
     try:
-        yield
-        failed = False
-    finally:
-        _TEAM.reset(known)
-        team.shut_down(failed=failed)
+        with group.phase("the command"):
+            yield group
+    except BaseException as error:
+        # The group stays current until `finish`: it says whether this rank prints the error.
+        group.fail(error)
+        raise
+    group.leave()
+    _CURRENT = ProcessGroup()
+
+
+def on_main_rank(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """For functions that write: all ranks call them, rank 0 alone carries them out, all get the result."""
+
+    @wraps(function)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if _CURRENT.world_size == 1:
+            return function(*args, **kwargs)
+        phase = function.__name__.strip("_").replace("_", " ")
+        return _CURRENT.run_on_main(partial(function, *args, **kwargs), phase=phase)
+
+    return wrapped

@@ -107,7 +107,7 @@ class ExtrapolatedSampler:
 
 def load_older_policy(session: Session, motion: ResolvedExtrapolation, *, into: Policy | None = None) -> Policy | None:
     """The older copy, whole to the last byte: in a second model where logits are pushed, perhaps one at hand."""
-    if session.policy.shared is not None:
+    if session.policy.sharding is not None:
         raise NpoError("an extrapolated policy is asked by one process", "start this command without a launcher")
     if motion.spec.space == "weights":
         verify_checkpoint(motion.older_checkpoint)

@@ -19,6 +19,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
+from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.types.rollouts import Prompt
 
@@ -89,6 +90,7 @@ class OpenAIClient:
     model: str
     limits: RequestLimits
 
+    @on_main_rank
     def check_model(self) -> None:
         """Ask for the list of models, so that a wrong address or name is told before anything is written.
 
@@ -107,6 +109,7 @@ class OpenAIClient:
             known = ", ".join(map(str, names[:8]))
             raise NpoError(f"{self.url} has no model {self.model!r}; it has: {known}", f"--model {names[0]}")
 
+    @on_main_rank
     def generate(self, requests: Sequence[TextRequest]) -> list[TextCompletion]:
         """One answer a request, in order; a few are under way at a time. The first failure stops them all."""
         stop = Event()

@@ -13,7 +13,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.memory.footprint import count_engine_gpus, count_trainer_gpus, estimate_footprint
 from npo_cli.memory.model_shape import model_shape
-from npo_cli.session.worker_tasks import check_distributed_recipe
+from npo_cli.session.distributed import check_distributed_recipe
 from npo_cli.types.memory import Allocation, Hardware, Location, MemoryPhase, PeakUsage, SettingChange
 
 GB = 10**9

@@ -1,8 +1,8 @@
-"""The files of a training state's tensors: one from a single process, and one more a process where several wrote.
+"""The tensor files of a training state: optimizer.safetensors, and beside it one shard file per rank of several.
 
-torch's distributed checkpoint does it, in the safetensors format: beside optimizer.safetensors lies a file a process,
-and its header says where in the whole each piece belongs. A whole tensor is the case of one piece, so the same reader
-takes what a single process wrote. Imports of torch's distributed checkpoint wait inside.
+Shards are written by torch.distributed.checkpoint in the safetensors format; a file's header says where in the whole
+tensor each piece belongs. A whole tensor is one piece, so the same reader reads what a single process wrote.
+torch.distributed.checkpoint is imported only where it is used.
 """
 
 import warnings
@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from npo_cli.distributed.process_group import current_group
 from npo_cli.policy.fsdp import is_shard
 
 STATE_FILE = "optimizer.safetensors"
@@ -21,7 +22,7 @@ SHARD_GLOB = "shard-*.safetensors"
 
 
 def has_shards(folder: Path) -> bool:
-    """Whether several processes wrote this training state."""
+    """Whether several ranks wrote this training state."""
     return any(folder.glob(SHARD_GLOB))
 
 
@@ -52,26 +53,33 @@ def _filled(folder: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     from torch.distributed import checkpoint
 
     alone = not any(map(is_shard, wanted.values()))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), current_group().phase("load the optimizer"):
         # That there is one process only is no news.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        checkpoint.load(wanted, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+        reader = checkpoint.HuggingFaceStorageReader(str(folder))
+        group = None if alone else current_group().torch_group
+        checkpoint.load(wanted, storage_reader=reader, no_dist=alone, process_group=group)
     return wanted
 
 
 def read_shards(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """The moments of a model in shards: of each whole one on the disk, this process's part."""
+    """The moments of a sharded model: this rank's part of each."""
     sizes, wanted = _sizes(folder), {}
     for name, parameter in model.named_parameters():
         for key, (size, dtype) in sizes.items():
             if key.rpartition(".")[0] == name and size == parameter.shape:
                 wanted[key] = torch.zeros_like(parameter, dtype=dtype)
-    # How many steps each parameter has made is a number, which nobody cuts.
+    # The number of steps of each parameter is not sharded.
     return _filled(folder, wanted) | read_small_tensors(folder, end=".step")
 
 
 def save_shards(folder: Path, shards: dict[str, Tensor]) -> None:
-    """This process's file, beside those of the others."""
+    """Write this rank's file beside those of the others."""
     from torch.distributed import checkpoint
 
-    checkpoint.save(shards, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    with current_group().phase("save the optimizer"):
+        checkpoint.save(
+            shards,
+            storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=current_group().torch_group,
+        )

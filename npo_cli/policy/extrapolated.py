@@ -42,7 +42,7 @@ class ExtrapolatedPolicy:
     """The exponent a."""
 
     @property
-    def shared(self) -> None:
+    def sharding(self) -> None:
         """One process holds both models whole."""
 
     def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:

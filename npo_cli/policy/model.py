@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from npo_cli.config.recipe import ModelSettings
+from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
 from npo_cli.policy.device import choose_device, mixed_precision, patch_with_liger
-from npo_cli.policy.fsdp import ShardingContext, UnshardedView
+from npo_cli.policy.fsdp import ShardingContext
 from npo_cli.policy.gguf import GGUF_PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
@@ -62,8 +64,8 @@ class Policy:
     """What it sees with; None where it reads text alone."""
     is_base_only: bool = False
     """Score without the adapters."""
-    shared: ShardingContext | None = None
-    """How its weights are held by several processes; None where this one has them all."""
+    sharding: ShardingContext | None = None
+    """How its weights lie in shards over several ranks; None where this rank holds all of them."""
 
     @property
     def device(self) -> torch.device:
@@ -90,8 +92,14 @@ class Policy:
 
     @property
     def digest(self) -> str:
-        """sha256 of the weights as they are now."""
-        return tensors_digest(self.tensors)
+        """sha256 of the weights as they are now. All ranks call it together."""
+        tensors = self.tensors
+        return current_group().run_on_main(lambda: tensors_digest(tensors), phase="compute the digest")
+
+    @property
+    def digest_here(self) -> str:
+        """sha256 of this rank's weights while they are whole."""
+        return tensors_digest(self.model.state_dict())
 
     @property
     def num_bytes(self) -> int:
@@ -101,23 +109,20 @@ class Policy:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every whole tensor of the model under its name there."""
-        return self.model.state_dict() if self.shared is None else self.shared.gather_weights("all")
-
-    @property
-    def full_model(self) -> PreTrainedModel | UnshardedView:
-        """The model as an engine is shown it."""
-        return self.model if self.shared is None else UnshardedView(self.model, self.shared)
+        """Every whole tensor of the model under its name there; of a sharded model on rank 0 alone."""
+        return self.model.state_dict() if self.sharding is None else self.sharding.gather_weights(self.model, "all")
 
     @property
     def base_weights(self) -> dict[str, Tensor]:
-        """The base's weights under their own names, adapters left out."""
-        return base_tensors(self.model) if self.shared is None else self.shared.gather_weights("base")
+        """The base's weights under their own names, adapters left out; of a sharded model on rank 0 alone."""
+        return base_tensors(self.model) if self.sharding is None else self.sharding.gather_weights(self.model, "base")
 
     @property
     def adapter_weights(self) -> dict[str, Tensor]:
-        """The adapters as they are now, under the names of peft's files."""
-        return adapter_tensors(self.model) if self.shared is None else self.shared.gather_weights("adapters")
+        """The adapters as they are now, under the names of peft's files; of a sharded model on rank 0 alone."""
+        if self.sharding is None:
+            return adapter_tensors(self.model)
+        return self.sharding.gather_weights(self.model, "adapters")
 
     @property
     def base_policy(self) -> "Policy":
@@ -167,8 +172,8 @@ class Policy:
 
     def load(self, folder: Path) -> None:
         """Swap in the weights or the adapters of a checkpoint folder, checked tensor by tensor."""
-        if self.shared is not None:
-            self.shared.load(self.model, self.adapters, folder)
+        if self.sharding is not None:
+            self.sharding.load(self.model, self.adapters, folder)
         elif self.adapters is None:
             load_weights(self.model, folder)
         else:
@@ -178,9 +183,17 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Write a folder that `from_pretrained` opens as it is: transformers', or with adapters peft's."""
         if self.adapters is not None:
-            save_adapters(self.adapter_weights, self.adapters, folder)
+            tensors: dict[str, Tensor] | None = self.adapter_weights
+        else:
+            tensors = None if self.sharding is None else self.tensors
+        current_group().run_on_main(partial(self._write, folder, tensors), phase="save the weights")
+
+    def _write(self, folder: Path, tensors: dict[str, Tensor] | None) -> None:
+        if self.adapters is not None:
+            assert tensors is not None, "adapters are saved from their own tensors"
+            save_adapters(tensors, self.adapters, folder)
             return
-        self.model.save_pretrained(folder, state_dict=None if self.shared is None else self.tensors)
+        self.model.save_pretrained(folder, state_dict=tensors)
         self.tokenizer.save_pretrained(folder)
         if self.vision is not None:
             self.vision.save(folder)
@@ -189,7 +202,7 @@ class Policy:
         """Score responses; differentiable where gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
         packed = packed if self.vision is None else self.vision.attach_images(packed, rows)
-        scores = token_scores if self.shared is None else self.shared.token_scores
+        scores = token_scores if self.sharding is None else self.sharding.token_scores
         bare = disable_adapters(self.model) if self.is_base_only else nullcontext()
         with recompute_activations(self.model), bare, mixed_precision(self.model, self.compute_dtype):
             return scores(

@@ -17,8 +17,9 @@ from torch.optim import Adafactor, AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from npo_cli.config.recipe import TrainSettings
+from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
-from npo_cli.policy.checkpoint_state import STATE_FILE, read_full_state, read_small_tensors
+from npo_cli.policy.checkpoint_state import STATE_FILE, read_full_state, read_shards, read_small_tensors, save_shards
 from npo_cli.policy.fsdp import is_shard, local_tensor
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.guides import ExtrapolationSpec, ExtrapolationState, ReplayBuffer, Success
@@ -117,16 +118,19 @@ def restore_random_state(tensors: Mapping[str, Tensor], scalars: Mapping[str, li
 
 
 def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, state: TrainerState) -> None:
-    """Write optimizer.safetensors (moments by parameter name) and state.json into an existing folder.
+    """Write the training state into an existing folder; all ranks call it together.
 
-    Moments in shards are left to `moment_shards.SaveMoments`, which every process takes part in.
+    optimizer.safetensors holds moments by parameter name and random streams, state.json the rest, and sharded moments
+    lie in one file per rank.
     """
     tensors, streams = read_random_state()
+    shards = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if not is_shard(value):
+            if is_shard(value):
+                shards[f"{name}.{key}"] = value
+            else:
                 tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
-    save_file(tensors, folder / STATE_FILE)
     scalars = {
         "step": state.step,
         "position": state.position,
@@ -138,6 +142,14 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, st
         scalars["experience"] = asdict(state.replay_buffer)
     if state.extrapolation_choice is not None:
         scalars["choice"] = asdict(state.extrapolation_choice)
+    _write_state(folder, tensors, scalars)
+    if shards:
+        save_shards(folder, shards)
+
+
+@on_main_rank
+def _write_state(folder: Path, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+    save_file(tensors, folder / STATE_FILE)
     (folder / SCALARS_FILE).write_text(json.dumps(scalars))
 
 
@@ -152,23 +164,20 @@ def _read_state(folder: Path, *, moments: bool) -> tuple[dict[str, Tensor], dict
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> TrainerState:
-    """The reverse of `save_state`, in place; random streams included."""
-    tensors, scalars = _read_state(folder, moments=True)
-    restore_moments(folder, tensors, model=model, optimizer=optimizer)
-    restore_random_state(tensors, scalars["rng"])
-    return _state_of(scalars)
-
-
-def load_state_without_moments(folder: Path) -> TrainerState:
-    """The same without the moments, where they are in shards."""
+    """The reverse of `save_state`, in place, whatever number of ranks wrote it; random streams included."""
+    load_moments(folder, model, optimizer)
     tensors, scalars = _read_state(folder, moments=False)
     restore_random_state(tensors, scalars["rng"])
     return _state_of(scalars)
 
 
 def load_moments(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> None:
-    """The optimiser's moments alone."""
-    restore_moments(folder, _read_state(folder, moments=True)[0], model=model, optimizer=optimizer)
+    """The optimizer's moments alone."""
+    if not folder.is_dir():
+        raise NpoError(f"there is no {folder} here", "put the run directory on a disk that all processes share")
+    is_sharded = any(map(is_shard, model.parameters()))
+    tensors = read_shards(model, folder) if is_sharded else _read_state(folder, moments=True)[0]
+    restore_moments(folder, tensors, model=model, optimizer=optimizer)
 
 
 def restore_moments(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError
 from npo_cli.types.costs import CurvePoint
 from npo_cli.types.rollouts import CheckpointScore
@@ -216,8 +217,9 @@ def open_figure(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
         yield figure
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.print_figure(path)
+        if current_group().is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            canvas.print_figure(path)
 
 
 if TYPE_CHECKING:

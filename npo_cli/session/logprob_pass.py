@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from npo_cli.config.recipe import Recipe
+from npo_cli.distributed.partition import partition_by_tokens, restore_order
+from npo_cli.distributed.process_group import current_group
 from npo_cli.policy.extrapolated import ExtrapolatedPolicy
 from npo_cli.policy.logprobs import TokenRow, micro_batches
 from npo_cli.policy.model import Policy
-from npo_cli.session.partition import WorkerState, partition_by_tokens, restore_order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseLogprobs:
-    """What one forward pass says of one response, without padding."""
+    """One response under one forward pass, without padding."""
 
     logps_T: Tensor
     collisions_T: Tensor
@@ -24,21 +25,10 @@ class ResponseLogprobs:
     """Entropy of that distribution (nats)."""
 
     def to_cpu(self) -> "ResponseLogprobs":
-        """The same on the CPU and by itself: a slice would take its whole batch along, on a device of its own."""
+        """Copies on the CPU: a slice would be sent with its whole batch."""
         columns = (self.logps_T, self.collisions_T, self.entropies_T)
         logps_T, collisions_T, entropies_T = (column.cpu().clone() for column in columns)
         return ResponseLogprobs(logps_T=logps_T, collisions_T=collisions_T, entropies_T=entropies_T)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PassSettings:
-    """How a forward pass is made."""
-
-    temperature: float
-    uses_full_vocabulary: bool
-    """Tokens that the policy never writes have their part of the law too, as an engine scores what it is given."""
-    micro_batch_tokens: int
-    logit_chunk_tokens: int
 
 
 def run_logprob_pass(
@@ -49,57 +39,33 @@ def run_logprob_pass(
     temperature: float | None = None,
     uses_full_vocabulary: bool = False,
 ) -> list[ResponseLogprobs]:
-    """Score responses under the weights at hand, within the recipe's memory limits; no gradients."""
-    how = PassSettings(
-        temperature=recipe.sampling.temperature if temperature is None else temperature,
-        uses_full_vocabulary=uses_full_vocabulary,
-        micro_batch_tokens=recipe.train.micro_batch_tokens,
-        logit_chunk_tokens=recipe.train.logit_chunk_tokens,
-    )
-    if policy.shared is None:
-        return run_local_logprob_pass(policy, how, rows)
-    shares = partition_by_tokens([row.num_tokens for row in rows], policy.shared.worker_group.world_size)
-    pieces = [
-        LogprobPassTask(
-            name=policy.shared.name,
-            is_base_only=policy.is_base_only,
-            pass_settings=how,
-            rows=[rows[place] for place in share],
-        )
-        for share in shares
-    ]
-    return restore_order(shares, policy.shared.worker_group.scatter(pieces))
+    """Score responses under the current weights, within the recipe's memory limits; no gradients.
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogprobPassTask:
-    """One process's share of the rows."""
-
-    name: str
-    is_base_only: bool
-    pass_settings: PassSettings
-    rows: Sequence[TokenRow]
-    phase = "score"
-
-    def run(self, hand: WorkerState) -> list[ResponseLogprobs]:
-        """With all weights whole: the processes need not make equally many passes."""
-        policy = replace(hand.policies[self.name], is_base_only=self.is_base_only)
-        assert policy.shared is not None
-        with policy.shared.unshard_weights(policy.model):
-            return [scores.to_cpu() for scores in run_local_logprob_pass(policy, self.pass_settings, self.rows)]
+    `uses_full_vocabulary`: tokens that the policy never writes keep their probability, as an engine scores them.
+    Several ranks score a part of the rows each, and all get all results.
+    """
+    if uses_full_vocabulary and isinstance(policy, Policy) and policy.vision is not None:
+        policy = replace(policy, vision=replace(policy.vision, suppressed_ids=()))
+    temperature = recipe.sampling.temperature if temperature is None else temperature
+    if policy.sharding is None:
+        return _score_rows(policy, recipe, rows, temperature=temperature)
+    group = current_group()
+    parts = partition_by_tokens([row.num_tokens for row in rows], group.world_size)
+    # With all weights whole, ranks may need different numbers of passes.
+    with group.phase("score"), policy.sharding.unshard_weights(policy.model):
+        mine = _score_rows(policy, recipe, [rows[index] for index in parts[group.rank]], temperature=temperature)
+        results = group.gather([scores.to_cpu() for scores in mine], phase="score")
+    return restore_order(parts, results)
 
 
 @torch.no_grad()
-def run_local_logprob_pass(
-    policy: Policy | ExtrapolatedPolicy, how: PassSettings, rows: Sequence[TokenRow]
+def _score_rows(
+    policy: Policy | ExtrapolatedPolicy, recipe: Recipe, rows: Sequence[TokenRow], *, temperature: float
 ) -> list[ResponseLogprobs]:
-    """The same in this process alone."""
-    if how.uses_full_vocabulary and isinstance(policy, Policy) and policy.vision is not None:
-        policy = replace(policy, vision=replace(policy.vision, suppressed_ids=()))
     found = []
-    for run in micro_batches(rows, max_tokens=how.micro_batch_tokens):
+    for run in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
         part = [rows[index] for index in run]
-        scores = policy.score(part, temperature=how.temperature, chunk_tokens=how.logit_chunk_tokens)
+        scores = policy.score(part, temperature=temperature, chunk_tokens=recipe.train.logit_chunk_tokens)
         columns = (scores.logps_NT, scores.collisions_NT, scores.entropies_NT)
         for row, logps_T, collisions_T, entropies_T in zip(part, *columns, strict=True):
             length = len(row.response_ids)

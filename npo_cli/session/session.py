@@ -1,25 +1,24 @@
 """One open run: recipe, run directory, task, policy and engine, and sampling of verified groups."""
 
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from npo_cli.config.recipe import Recipe
+from npo_cli.distributed.process_group import ProcessGroup, current_group
 from npo_cli.errors import NpoError
 from npo_cli.inference.base import AdapterHandle, Engine, ModelHandle, Sample, SampleRequest, open_engine
 from npo_cli.inference.sync_check import tensor_shapes
-from npo_cli.policy.lora import AdapterInfo, shapes_without_rank
+from npo_cli.policy.lora import AdapterInfo, save_adapters, shapes_without_rank
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.prompt_checks import check_prompt_support
 from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
+from npo_cli.session.distributed import GatheredWeights, MainRankEngine, SplitEngine, prepare_distributed, shard_policy
 from npo_cli.session.weight_sync import WeightSync, build_check_rows
-from npo_cli.session.worker_tasks import (
-    DistributedEngine,
-    prepare_distributed,
-    shard_across_workers,
-    with_disk_transport,
-)
 from npo_cli.storage.checkpoints import Checkpoint, verify_checkpoint
 from npo_cli.storage.layout import RunDir
 from npo_cli.tasks.registry import format_location, load_task
@@ -39,6 +38,11 @@ class Session:
     """Sends the policy's weights to the engine and verifies them there."""
     task: Task
     order: DataOrder
+
+    @property
+    def distributed(self) -> ProcessGroup:
+        """The ranks that hold this session together."""
+        return current_group()
 
     def close(self) -> None:
         """Close the engine. `open_session` also closes the task."""
@@ -90,7 +94,7 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
     if checkpoint:
         load_checkpoint(policy, checkpoint)
     check_task_prompts(policy, task, recipe)
-    return shard_across_workers(policy, recipe, folder=folder)
+    return shard_policy(policy, recipe, folder=folder)
 
 
 def check_task_prompts(policy: Policy, task: Task, recipe: Recipe) -> None:
@@ -142,48 +146,74 @@ def build_session(
 
     `extrapolates_weights`: the policy will be extrapolated in weights although the recipe does not say so.
     """
-    joins = extrapolates_weights or recipe.pushes_weights
-    longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
-    if policy.shared is not None and not ENGINES.get(recipe.engine.kind).needs_weight_sync:
-        engine: Engine = DistributedEngine(policy, recipe)
-    else:
-        engine = open_engine(
-            with_disk_transport(recipe.engine, policy),
-            ModelHandle(
-                model=policy.full_model,
-                tokenizer=policy.tokenizer,
-                eos_ids=policy.eos_ids,
-                pad_id=policy.pad_id,
-                max_model_len=min(longest, policy.max_tokens or longest),
-                dtype=policy.compute_dtype,
-                adapters=None
-                if policy.adapters is None
-                else make_adapter_port(policy, policy.adapters, doubles_rank=joins),
-                vision=policy.vision,
-            ),
-        )
+    engine = open_session_engine(recipe, policy, doubles_rank=extrapolates_weights or recipe.pushes_weights)
     return Session(
         recipe=recipe,
         run=run,
         policy=policy,
         engine=engine,
-        sync=WeightSync(recipe=recipe, policy=policy, engine=engine, check_rows=build_check_rows(policy, task.train)),
+        sync=WeightSync(
+            recipe=recipe,
+            policy=policy,
+            engine=engine,
+            check_rows=build_check_rows(policy, task.train),
+            run_nonce=current_group().broadcast(secrets.token_hex(4), phase="open the session"),
+        ),
         task=task,
         order=DataOrder(num_prompts=len(task.train), seed=recipe.train.seed),
     )
 
 
-def make_adapter_port(policy: Policy, adapters: AdapterInfo, *, doubles_rank: bool = False) -> AdapterHandle:
-    """A policy's adapters as an engine is told of them; `joins`: with those of an older copy their rank is twice."""
+def open_session_engine(recipe: Recipe, policy: Policy, *, doubles_rank: bool) -> Engine:
+    """The recipe's engine for this policy; of several ranks each samples its part, or rank 0 asks a server."""
+    settings, is_alone = recipe.engine, current_group().world_size == 1
+    shares_weights = not ENGINES.get(settings.kind).needs_weight_sync
+    longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
+    weights = None if is_alone or shares_weights else GatheredWeights(policy)
+    if weights is not None:
+        # Gathered weights lie in rank 0's CPU memory: a server reads them from the disk.
+        vllm = settings.vllm.model_copy(update={"weight_transfer": "disk"})
+        settings = settings.model_copy(update={"vllm": vllm})
+    adapters = policy.adapters
+    handle = ModelHandle(
+        model=policy.model if weights is None else weights,
+        tokenizer=policy.tokenizer,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        max_model_len=min(longest, policy.max_tokens or longest),
+        dtype=policy.compute_dtype,
+        adapters=None
+        if adapters is None
+        else make_adapter_port(policy, adapters, doubles_rank=doubles_rank, weights=weights),
+        vision=policy.vision,
+    )
+    if weights is not None:
+        return MainRankEngine(settings, handle, weights)
+    engine = open_engine(settings, handle)
+    return engine if is_alone else SplitEngine(engine, policy, recipe)
+
+
+def make_adapter_port(
+    policy: Policy, adapters: AdapterInfo, *, doubles_rank: bool = False, weights: GatheredWeights | None = None
+) -> AdapterHandle:
+    """Access to a policy's adapters for an engine, or to gathered ones.
+
+    `doubles_rank`: joined with those of an older copy their rank is twice.
+    """
+
+    def read_adapters() -> Mapping[str, Tensor]:
+        return policy.adapter_weights if weights is None else weights.trained
+
+    def read_shapes() -> Mapping[str, tuple[int, ...]]:
+        return shapes_without_rank(read_adapters()) if doubles_rank else tensor_shapes(read_adapters())
+
     return AdapterHandle(
         max_rank=2 * adapters.rank if doubles_rank else adapters.rank,
         target_modules=tuple(adapters.config["target_modules"]),
-        read_base=lambda: policy.base_weights,
-        read_adapters=lambda: policy.adapter_weights,
-        read_shapes=lambda: (
-            shapes_without_rank(policy.adapter_weights) if doubles_rank else tensor_shapes(policy.adapter_weights)
-        ),
-        save=policy.save,
+        read_base=lambda: policy.base_weights if weights is None else weights.base,
+        read_adapters=read_adapters,
+        read_shapes=read_shapes,
+        save=lambda folder: save_adapters(read_adapters(), adapters, folder),
     )
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from npo_cli.distributed.process_group import current_group
+
 
 class StopFlag:
     """Set by a signal, read between steps."""
@@ -13,6 +15,8 @@ class StopFlag:
         self.reason: str | None = None
 
     def __bool__(self) -> bool:
+        """All ranks ask together; the signal of rank 0 counts."""
+        self.reason = current_group().broadcast(self.reason, phase="check for a signal")
         return self.reason is not None
 
     def handle_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -24,8 +28,11 @@ class StopFlag:
 
 @contextmanager
 def stop_between_steps() -> Iterator[StopFlag]:
-    """Handlers for SIGINT and SIGTERM while the block runs; the old ones come back after it."""
+    """Handle SIGINT and SIGTERM within the block; of several ranks in rank 0 alone."""
     flag = StopFlag()
+    if not current_group().is_main:
+        yield flag
+        return
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, flag.handle_signal) for number in numbers]
     try:

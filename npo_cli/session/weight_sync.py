@@ -4,9 +4,8 @@ Sync is lazy: whoever wants answers calls `in_step` first, and weights travel on
 last time. An engine that samples from the trainer's own model has nothing to be sent.
 """
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from npo_cli.config.recipe import Recipe
 from npo_cli.inference.base import Engine, LogprobRequest
@@ -29,13 +28,13 @@ class WeightSync:
     policy: Policy
     engine: Engine
     check_rows: tuple[TokenRow, ...]
+    run_nonce: str
+    """In every version: another run's weights have other names."""
     last_trainer_logps: Sequence[TokenLogps] | None = None
     """What the trainer said of the probe at the newest sync that could be told from this one; older than the last where
     steps are too small to be told one by one."""
     verified_version: str | None = None
     """The version that was sent and found to be what it should be."""
-    run_nonce: str = field(default_factory=lambda: secrets.token_hex(4))
-    """In every version: another run's weights have other names."""
 
     def sync_weights(self, step: int) -> str:
         """Send the weights at hand, those of `step`, unless the engine holds them; then compare log-probabilities.
@@ -45,7 +44,7 @@ class WeightSync:
         version = f"step {step}, write {self.policy.num_weight_changes}, run {self.run_nonce}"
         if self.engine.version == self.verified_version == version:
             return version
-        self.engine.update_weights(self.policy.full_model, version=version)
+        self.engine.update_weights(self.policy.model, version=version)
         if self.engine.needs_weight_sync:
             self.verify_sync(version)
         self.verified_version = version

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError, damaged_checkpoint_hint, quote_path
 from npo_cli.storage.costs import costs_path
 from npo_cli.storage.files import explain_full_disk, make_folder, sync_path
@@ -59,16 +60,27 @@ def create_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
     home = run.checkpoints_folder(branch)
     hidden = home / f".{format_step(step)}{PARTIAL_SUFFIX}"
     with explain_full_disk(home / format_step(step)):
-        make_folder(home)
-        remove_leftovers(home)
-        hidden.mkdir()
+        _start_checkpoint(home, hidden)
         try:
             yield hidden
-            write_manifests(hidden, branch=branch, step=step)
-            _sync_journals(run, branch)
-            _publish(hidden, home / format_step(step))
+            _finish_checkpoint(run, branch, step, hidden=hidden)
         finally:
-            shutil.rmtree(hidden, ignore_errors=True)
+            if current_group().is_main:
+                shutil.rmtree(hidden, ignore_errors=True)
+
+
+@on_main_rank
+def _start_checkpoint(home: Path, hidden: Path) -> None:
+    make_folder(home)
+    remove_leftovers(home)
+    hidden.mkdir()
+
+
+@on_main_rank
+def _finish_checkpoint(run: RunDir, branch: str, step: int, *, hidden: Path) -> None:
+    write_manifests(hidden, branch=branch, step=step)
+    _sync_journals(run, branch)
+    _publish(hidden, hidden.parent / format_step(step))
 
 
 def _sync_journals(run: RunDir, branch: str) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, RunFailed
 
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
@@ -142,6 +143,7 @@ def write_json_atomic(path: Path, document: object) -> None:
     write_text_atomic(path, json.dumps(finite, ensure_ascii=True, indent=1, allow_nan=False) + "\n")
 
 
+@on_main_rank
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a hidden neighbour, sync it, rename it over `path`, sync the folder."""
     with explain_full_disk(path):
@@ -160,6 +162,7 @@ def write_text_atomic(path: Path, text: str) -> None:
         sync_path(path.parent)
 
 
+@on_main_rank
 def make_folder(folder: Path) -> None:
     """Make a folder and what is missing above it, each name synced into its parent."""
     if folder.is_dir():
@@ -209,6 +212,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
+@on_main_rank
 def check_disk_space(path: Path, num_bytes: int) -> None:
     """Refuse to begin a write of `num_bytes` bytes that the file system under `path` cannot hold."""
     folder = path.absolute()

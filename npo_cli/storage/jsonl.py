@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError
 from npo_cli.storage.files import decode_record, encode_record, explain_full_disk, make_folder, sync_path
 
@@ -47,12 +48,14 @@ class JsonlLog:
         newest = deque(self.iter_rows(), maxlen=1)
         return newest[0] if newest else None
 
+    @on_main_rank
     def append(self, record: object) -> None:
         """Add one line. Called without `sync`, it survives a killed process but perhaps not a power cut."""
         line = encode_record(record)
         self._write([line])
         self._held.clear()
 
+    @on_main_rank
     def append_once(self, record: object, key: KeyFields = "step") -> AppendResult:
         """Add a line unless one with the same key is there: then compare the two, and write nothing.
 
@@ -67,11 +70,13 @@ class JsonlLog:
         held[place] = line
         return "written"
 
+    @on_main_rank
     def extend(self, records: list[object]) -> None:
         """Add several lines in one write."""
         self._write([encode_record(record) for record in records])
         self._held.clear()
 
+    @on_main_rank
     def repair(self) -> int:
         """Cut off a torn tail; returns the number of bytes removed."""
         self._repaired = True
@@ -96,6 +101,7 @@ class JsonlLog:
             append_bytes(self.path, "".join(line + "\n" for line in lines).encode("ascii"))
 
 
+@on_main_rank
 def truncate_file(path: Path, size: int) -> int:
     """Cut off what comes after the first `whole` bytes; returns the number of bytes removed."""
     torn = path.stat().st_size - size
@@ -112,6 +118,7 @@ def sync_log(path: Path) -> None:
             sync_path(path)
 
 
+@on_main_rank
 def append_bytes(path: Path, data: bytes) -> None:
     """Add bytes at the end of a file: all of them, or, when the disk is full, none."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

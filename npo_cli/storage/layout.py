@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from npo_cli.config.loading import dump_yaml
+from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import (
     damaged_file_error,
@@ -231,6 +232,7 @@ def open_run(root: Path) -> RunDir:
     return RunDir(root)
 
 
+@on_main_rank
 def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> RunDir:
     """A new run directory in a new or empty folder; on failure nothing is left behind."""
     root = Path(root)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError
 from npo_cli.storage.files import decode_record, now_utc, read_json, write_json_atomic
 from npo_cli.storage.layout import RunDir, check_unused
@@ -35,14 +36,12 @@ class LockHolder:
 
 @contextmanager
 def lock_run(run: RunDir) -> Iterator[None]:
-    """Hold the run's lock for the block; refused at once, with the holder's name, where another writer holds it."""
+    """Hold the run's lock for the block; refused at once, with the holder's name, where another writer holds it.
+
+    Of several ranks, rank 0 holds it.
+    """
     lock = FileLock(run.lock_path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise run_locked_error(run) from error
-    except PermissionError as error:
-        raise NpoError(f"cannot write in {run.root}: {error.strerror}", "check the folder's permissions") from error
+    _acquire(lock, run)
     try:
         command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
         write_json_atomic(
@@ -51,9 +50,20 @@ def lock_run(run: RunDir) -> Iterator[None]:
         try:
             yield
         finally:
-            run.holder_path.unlink(missing_ok=True)
+            if current_group().is_main:
+                run.holder_path.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+@on_main_rank
+def _acquire(lock: FileLock, run: RunDir) -> None:
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise run_locked_error(run) from error
+    except PermissionError as error:
+        raise NpoError(f"cannot write in {run.root}: {error.strerror}", "check the folder's permissions") from error
 
 
 def run_locked_error(run: RunDir) -> NpoError:

@@ -8,6 +8,7 @@ still need is protected: it neither shrinks nor goes, whatever the quotas say.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import (
     Checkpoint,
@@ -61,6 +62,7 @@ def _newest(steps: Sequence[int], quota: int | None) -> Sequence[int]:
     return steps if quota is None else steps[max(0, len(steps) - quota) :]
 
 
+@on_main_rank
 def apply_retention(
     run: RunDir, branch: str, *, keep_full_checkpoints: int | None, keep_weights_only: int | None
 ) -> RetentionPlan:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError
 from npo_cli.storage.files import (
     damaged_file_error,
@@ -47,6 +48,7 @@ class RolloutLog:
     _scanned: int = field(default=0, init=False)
     """Byte up to which the file was looked through."""
 
+    @on_main_rank
     def write_step(self, step: int, groups: Sequence[Group]) -> AppendResult:
         """Add all groups of a step in one write, or compare them with those already there."""
         if not self._repaired:
@@ -83,6 +85,7 @@ class RolloutLog:
                 if prompt_id is None or group.prompt.prompt_id == prompt_id:
                     yield found, group
 
+    @on_main_rank
     def repair(self) -> int:
         """Cut off a torn line and a step that is not whole; returns the number of bytes removed."""
         self._repaired = True

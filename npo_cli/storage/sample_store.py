@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.storage.files import decode_record, encode_record, now_utc, read_json, to_row, write_json_atomic
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
@@ -119,6 +120,7 @@ def list_sample_stores(run: RunDir) -> list[SampleStore]:
     return [_scoring_in(folder) for folder in folders if (folder / "settings.json").exists()]
 
 
+@on_main_rank
 def delete_sample_store(scoring: SampleStore) -> None:
     """Forget a scoring that has no answer: kept, it would for ever protect its candidates from retention."""
     shutil.rmtree(scoring.folder)

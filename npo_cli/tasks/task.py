@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError
 from npo_cli.tasks.verifiers import Verifier
 from npo_cli.types.rollouts import Prompt, VerifierResult
@@ -38,8 +39,12 @@ class Task:
         return self._by_id[prompt_id]
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
-        """The verdict on each response, which answers the prompt at the same place."""
-        return self.verifier.grade(prompts, responses)
+        """The verdict on each response, which answers the prompt at the same place. Several ranks share the work."""
+
+        def grade_part(pairs: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
+            return self.verifier.grade([prompt for prompt, _ in pairs], [response for _, response in pairs])
+
+        return current_group().map(grade_part, list(zip(prompts, responses, strict=True)), phase="verify")
 
     def close(self) -> None:
         """End the verifier's processes, if it has any. Grading again starts new ones."""

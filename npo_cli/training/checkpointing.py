@@ -3,12 +3,11 @@
 from torch.optim import Optimizer
 
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.policy.optimizer import TrainerState, seed_random_state
+from npo_cli.policy.optimizer import TrainerState, load_state, save_state, seed_random_state
 from npo_cli.session.learner import find_data_position
 from npo_cli.session.session import Session
-from npo_cli.session.worker_tasks import load_training_state, replace_moments, save_training_state
 from npo_cli.storage.checkpoints import Checkpoint, create_checkpoint, verify_checkpoint
-from npo_cli.storage.files import check_disk_space
+from npo_cli.storage.files import check_disk_space, make_folder
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.retention import apply_retention
 from npo_cli.types.guides import ReplayBuffer
@@ -22,8 +21,8 @@ def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState,
     check_disk_space(session.run.root, 3 * session.policy.num_bytes)
     with create_checkpoint(session.run, branch, state.step) as folder:
         session.policy.save(folder)
-        (folder / TRAINING_STATE_FOLDER).mkdir()
-        save_training_state(folder / TRAINING_STATE_FOLDER, session.policy, optimizer, state=state)
+        make_folder(folder / TRAINING_STATE_FOLDER)
+        save_state(folder / TRAINING_STATE_FOLDER, session.policy.model, optimizer, state=state)
     settings = session.recipe.train
     apply_retention(
         session.run,
@@ -36,12 +35,12 @@ def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState,
 def restore_state(session: Session, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
     """Optimiser, random streams and cursor of an anchor; the weights are loaded already."""
     require_training_state(session.run, checkpoint)
-    return load_training_state(checkpoint.path / TRAINING_STATE_FOLDER, session.policy, optimizer)
+    return load_state(checkpoint.path / TRAINING_STATE_FOLDER, session.policy.model, optimizer)
 
 
 def init_state_from_weights(session: Session, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
     """What a step needs where only weights were saved: moments of nothing, streams from the seed, the data cursor."""
-    replace_moments(session.policy, optimizer, None)
+    optimizer.state.clear()
     seed_random_state(session.recipe.train.seed)
     position = find_data_position(session.run, checkpoint.branch, checkpoint.step)
     memory = ReplayBuffer() if session.recipe.guide.experience.replay_fraction else None

@@ -23,7 +23,6 @@ from npo_cli.session.stop_signal import StopFlag
 from npo_cli.storage.metrics import StepLog, append_event
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import save_checkpoint
-from npo_cli.training.distributed_update import open_updater
 from npo_cli.training.evaluate import evaluate_policy
 from npo_cli.training.metrics import compute_step_metrics, peak_memory_mb, update_running_metrics
 from npo_cli.training.update import Updater, build_training_samples
@@ -69,7 +68,7 @@ def grpo_steps(
 ) -> Iterator[StepReport | EvalReport | Notice]:
     """Train from `state` to `train.num_steps` or `until`, a pause that `watcher` asks for, or a signal to stop."""
     session, branch, settings = trainer.session, trainer.branch, trainer.session.recipe.train
-    updater = open_updater(session.policy, trainer.optimizer, session.recipe, reference=trainer.reference)
+    updater = Updater(session.policy, trainer.optimizer, session.recipe, reference=trainer.reference)
     last = settings.num_steps if until is None else until
     while state.step < last:
         state, report, odd = run_step(trainer, updater, state)
@@ -99,8 +98,7 @@ def grpo_steps(
 def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
     """Draw, learn, write down. The last part of the answer is a remark where a replayed step came out differently."""
     session, step = trainer.session, state.step + 1
-    if session.policy.shared is not None:
-        session.policy.shared.worker_group.context = f"step {step}"
+    session.distributed.context = f"step {step}"
     started = time.perf_counter()
     state, refresh, helper = select_guide(trainer, state)
     batch, memory = build_step_batch(trainer, state, helper)

@@ -16,12 +16,11 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.extrapolation.in_loop import select_extrapolation
 from npo_cli.extrapolation.sampler import find_extrapolation
-from npo_cli.policy.optimizer import TrainerState
+from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.rollout.replay_buffer import check_single_guide_source
 from npo_cli.session.session import Session, open_session
 from npo_cli.session.stop_signal import stop_between_steps
-from npo_cli.session.worker_tasks import create_optimizer
 from npo_cli.storage.checkpoints import (
     Checkpoint,
     check_newer_checkpoints,
@@ -91,7 +90,7 @@ def resume_run(
         check_steps_left(run, start, command=again, until=until)
         with open_session(run, start.recipe, checkpoint=start.checkpoint) as session:
             guidance = load_active_guide(session, start.segment)
-            optimizer = create_optimizer(session.policy, start.recipe.train)
+            optimizer = build_optimizer(session.policy.model, start.recipe.train)
             state = yield from load_first_state(session, optimizer, start)
             record_start(run, start, overrides)
             yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")

@@ -8,10 +8,9 @@ from dataclasses import replace
 from torch.optim import Optimizer
 
 from npo_cli.config.loading import recipe_from_dict
-from npo_cli.policy.optimizer import TrainerState
+from npo_cli.policy.optimizer import TrainerState, load_moments
 from npo_cli.session.learner import find_data_position
 from npo_cli.session.session import Session
-from npo_cli.session.worker_tasks import replace_moments
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, find_resume_checkpoint
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import RunDir
@@ -37,11 +36,11 @@ def apply_rollback_settings(
     if branch_segment.parent is None or state.step != branch_segment.fork_step:
         return state
     if settings.optimizer == "reset":
-        replace_moments(session.policy, optimizer, None)
+        optimizer.state.clear()
     elif settings.optimizer == "keep_current":
         present = _present(session.run, branch_segment)
         require_training_state(session.run, present)
-        replace_moments(session.policy, optimizer, present.path / TRAINING_STATE_FOLDER)
+        load_moments(present.path / TRAINING_STATE_FOLDER, session.policy.model, optimizer)
     if settings.data == "onward":
         return replace(
             state,

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import Recipe
+from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError
 from npo_cli.storage.layout import RUN_INFO_FILE, RunDir
 from npo_cli.storage.lineage import find_first_segment, list_branches
@@ -150,7 +151,7 @@ EVAL_FIELDS = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_l
 def track_records(root: Path, recipe: Recipe, records: Generator[Any, None, None]) -> Generator[Any, None, None]:
     """The same records; `tracking.report_to` chooses who else sees them."""
     with closing(records):
-        if not recipe.tracking.report_to:
+        if not recipe.tracking.report_to or not current_group().is_main:
             yield from records
             return
         validate_trackers_installed(recipe.tracking.report_to)

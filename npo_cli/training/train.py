@@ -11,11 +11,11 @@ from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.extrapolation.in_loop import make_extrapolator
 from npo_cli.policy.model import BUNDLED_MODELS, Policy, load_policy
-from npo_cli.policy.optimizer import TrainerState, seed_random_state
+from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
 from npo_cli.rollout.batch import ActiveGuide
+from npo_cli.session.distributed import shard_policy
 from npo_cli.session.session import Session, build_session, open_policy, open_task
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
-from npo_cli.session.worker_tasks import REFERENCE, create_optimizer, shard_across_workers
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import check_unused, create_run
 from npo_cli.storage.lineage import append_segment
@@ -41,7 +41,7 @@ def train_run(root: Path, recipe: Recipe, *, until: int | None = None) -> Iterat
     """Check everything that can be wrong, then make the directory, save step 0 and train, perhaps not to the end."""
     with create_session(root, recipe) as (session, stop):
         yield from startup_warnings(session)
-        optimizer = create_optimizer(session.policy, session.recipe.train)
+        optimizer = build_optimizer(session.policy.model, session.recipe.train)
         state = yield from init_state(session, optimizer)
         trainer = open_trainer(session, optimizer, branch=MAIN, active_guide=None)
         yield from grpo_steps(trainer, state, stop, until=until)
@@ -149,7 +149,7 @@ def load_reference_policy(session: Session) -> Policy:
     folder = find_checkpoint(session.run, MAIN, 0).path
     copy = load_policy(session.recipe.model, folder)
     copy.model.requires_grad_(False)
-    return shard_across_workers(copy, session.recipe, folder=folder, name=REFERENCE)
+    return shard_policy(copy, session.recipe, folder=folder)
 
 
 def describe_batch_sizes(recipe: Recipe, *, num_prompts: int) -> str:

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import Recipe
+from npo_cli.distributed.partition import partition_by_tokens
+from npo_cli.distributed.process_group import current_group
 from npo_cli.losses.policy_loss import make_policy_loss
 from npo_cli.losses.types import Divisors, LossInputs, LossKnobs, LossStats, MismatchKnobs
 from npo_cli.policy.fsdp import to_scalar
@@ -112,9 +114,10 @@ class Updater:
         idle = sum(row.num_tokens for row in rows if not (row.advantage or self.needs_every_row or row.is_off_policy))
         foreign = [pair for pair in useful if pair[0].is_off_policy]
         own = [pair for pair in useful if not pair[0].is_off_policy]
-        whole = RankShard(
-            off_policy=foreign,
-            on_policy=own,
+        group, parts = current_group(), [self._deal(foreign), self._deal(own)]
+        shard = RankShard(
+            off_policy=parts[0][group.rank],
+            on_policy=parts[1][group.rank],
             divisors=Divisors(
                 num_sequences=max(1, len(rows)),
                 num_tokens=max(1, sum(row.num_tokens for row in rows)),
@@ -122,9 +125,11 @@ class Updater:
             ),
             lr=lr,
             has_off_policy=bool(foreign),
-            num_passes=(self.num_passes(foreign), self.num_passes(own)),
+            num_passes=(max(map(self.num_passes, parts[0])), max(map(self.num_passes, parts[1]))),
+            num_shards=group.world_size,
         )
-        reports = self.run_all_shards(whole)
+        with group.phase("update"):
+            reports = group.gather(self.run_shard(shard), phase="update")
         return UpdateReport(
             loss=sum(report.loss for report in reports),
             grad_norm=reports[0].grad_norm,
@@ -134,9 +139,10 @@ class Updater:
             num_rows=len(useful),
         )
 
-    def run_all_shards(self, whole: RankShard) -> list[ShardReport]:
-        """The update is made; one report a process."""
-        return [self.run_shard(whole)]
+    def _deal(self, pairs: Sequence[SampleWithOldLogps]) -> list[list[SampleWithOldLogps]]:
+        """The rows of each rank, with about as many tokens."""
+        sizes = [row.tokens.num_tokens for row, _ in pairs]
+        return [[pairs[index] for index in part] for part in partition_by_tokens(sizes, current_group().world_size)]
 
     def num_passes(self, pairs: Sequence[SampleWithOldLogps]) -> int:
         """Micro-batches of these rows."""

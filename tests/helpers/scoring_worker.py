@@ -8,34 +8,35 @@ import sys
 from collections.abc import Sequence
 
 from npo_cli.distributed.launch import read_launch_info
+from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.inference.base import LogprobRequest
 from npo_cli.policy.model import load_policy
+from npo_cli.session.distributed import SplitEngine, shard_policy
 from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.weight_sync import build_check_rows
-from npo_cli.session.worker_main import run_leader, run_worker
-from npo_cli.session.worker_tasks import DistributedEngine, shard_across_workers
 from tests.helpers.images import mixed_prompts
 from tests.helpers.runs import tiny_recipe
 
 REQUESTS = tuple(LogprobRequest(prompt_ids=(1, 2, 3), response_ids=tuple(range(4, 4 + length))) for length in (1, 5, 2))
 
 
-def write_logps() -> int:
+def write_logps() -> None:
     """The log-probabilities as JSON on stdout."""
     recipe = tiny_recipe(*(f"model.path={folder}" for folder in sys.argv[1:]))
-    policy = shard_across_workers(load_policy(recipe.model), recipe, folder=None)
+    policy = shard_policy(load_policy(recipe.model), recipe, folder=None)
     answers: Sequence[Sequence[float]]
     if policy.vision is None:
-        answers = DistributedEngine(policy, recipe).compute_logps(REQUESTS)
+        answers = SplitEngine(None, policy, recipe).compute_logps(REQUESTS)
     else:
         rows = build_check_rows(policy, mixed_prompts())
         found = run_logprob_pass(policy, recipe, rows, temperature=1.0, uses_full_vocabulary=True)
         answers = [each.logps_T.tolist() for each in found]
-    sys.stdout.write(json.dumps(answers) + "\n")
-    return 0
+    if current_group().is_main:
+        sys.stdout.write(json.dumps(answers) + "\n")
 
 
 if __name__ == "__main__":
-    place = read_launch_info()
-    assert place is not None, "torchrun says who this is"
-    sys.exit(run_leader(place, write_logps) if place.rank == 0 else run_worker(place))
+    launch = read_launch_info()
+    assert launch is not None, "torchrun sets the environment"
+    with join_job(launch):
+        write_logps()

@@ -17,8 +17,7 @@ PATIENCE_SECONDS = 240.0
 def launch_job(*args: str, log: Path, module: str = "npo_cli") -> Iterator[subprocess.Popen]:
     """`torchrun -m MODULE ARGS` in two processes, all that they say into a file; it does not outlive the block."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # torchrun takes `--run` for one of its own options unless told where those end.
-    command = [*launcher, "--shutdown-timeout=2", "-m", "--", module, *args]
+    command = [*launcher, "--shutdown-timeout=2", "-m", module, *args]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as told, subprocess.Popen(command, stdout=told, stderr=told, env=environment) as job:
         try:

@@ -1,0 +1,58 @@
+"""One rank of a job that torchrun started in a test: tries the collectives, rank 0 prints the outcome as JSON."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from npo_cli.distributed.launch import read_launch_info
+from npo_cli.distributed.process_group import current_group, join_job, on_main_rank
+from npo_cli.errors import NpoError
+from npo_cli.storage.files import write_text_atomic
+from npo_cli.storage.jsonl import JsonlLog
+
+
+@on_main_rank
+def refuse() -> None:
+    raise NpoError("the disk is full", "free some space")
+
+
+def fail_on_rank_1(items: Sequence[int]) -> list[int]:
+    if current_group().rank == 1:
+        raise ValueError("unlucky")
+    return list(items)
+
+
+def message_of(call) -> str:
+    try:
+        call()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def try_collectives(folder: Path) -> dict[str, object]:
+    group = current_group()
+    log = JsonlLog(folder / "log.jsonl")
+    for step in (1, 2, 2):
+        log.append_once({"step": step, "rank": 0})
+    write_text_atomic(folder / "text", f"rank {group.rank}")
+    outcome = {
+        "split": list(group.split(range(5))),
+        "map": group.map(lambda part: [2 * item for item in part], [1, 2, 3], phase="double"),
+        "map error": message_of(lambda: group.map(fail_on_rank_1, [1, 2], phase="fail")),
+        "main error": message_of(refuse),
+        "broadcast": group.broadcast(group.rank, phase="agree"),
+        "steps": [row["step"] for row in log.iter_rows()],
+        "text": (folder / "text").read_text(),
+    }
+    return {name: group.gather(value, phase="report") for name, value in outcome.items()}
+
+
+if __name__ == "__main__":
+    launch = read_launch_info()
+    assert launch is not None, "torchrun sets the environment"
+    with join_job(launch) as joined:
+        outcomes = try_collectives(Path(sys.argv[1]))
+        if joined.is_main:
+            sys.stdout.write(json.dumps(outcomes) + "\n")
