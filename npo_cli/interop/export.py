@@ -1,6 +1,6 @@
-"""The README.md of an exported checkpoint: what it is and what was measured, nothing that is not on record.
+"""`npo export`: a guide cache as a table for other trainers, a checkpoint as a folder with a model card.
 
-`npo export`: a guide cache as a table that other trainers read, a checkpoint as a folder with a model card.
+The model card (README.md) states what the checkpoint is and what was measured, only from recorded data.
 """
 
 import os
@@ -28,12 +28,12 @@ PAPER = "2604.20733"
 
 
 def render_model_card(run: RunDir, checkpoint: Checkpoint, *, branch: str) -> str:
-    """Metadata for the hub, then words for people. Paths of the machine are cut down to their last name."""
+    """Metadata for the hub, then text. Absolute paths are reduced to their last component."""
     recipe = recipe_from_dict(run.read_recipe(branch), source=str(run.recipe_path(branch)))
     adapters = recipe.model.lora.rank is not None
-    base = _named(recipe.model.path)
+    base = _strip_folders(recipe.model.path)
     head = {"library_name": "peft" if adapters else "transformers", "pipeline_tag": "text-generation"}
-    # Only the hub's own names mean something there.
+    # Only names on the hub are valid here.
     head |= {"base_model": base} if base.count("/") == 1 else {}
     head |= {"tags": ["npo", "grpo", "reinforcement-learning", f"arxiv:{PAPER}", *(["lora"] if adapters else [])]}
     return "\n".join(
@@ -44,33 +44,34 @@ def render_model_card(run: RunDir, checkpoint: Checkpoint, *, branch: str) -> st
             *(f"Digest of the weights (sha256): `{checkpoint.digest}`.", "", "## Method", ""),
             *(*_method(run, checkpoint), "", "## Held-out accuracy", ""),
             *(_accuracy(select_best_evals(run).get((checkpoint.branch, checkpoint.step))), ""),
-            *_settings(recipe, ours=not _foreign(run, checkpoint.branch)),
+            *_settings(recipe, is_own=not _is_imported(run, checkpoint.branch)),
         ]
     )
 
 
-def _foreign(run: RunDir, branch: str) -> bool:
-    """Whether another trainer made the branch."""
+def _is_imported(run: RunDir, branch: str) -> bool:
+    """Whether another trainer produced the branch."""
     return find_first_segment(run, branch).parent is None and find_source_trainer(run) is not None
 
 
 def _method(run: RunDir, checkpoint: Checkpoint) -> Iterator[str]:
-    """Each stretch of the line of descent up to the checkpoint, and who guided it."""
-    for stretch in ancestry(run, checkpoint.branch):
-        last = checkpoint.step if stretch.to_step is None else min(stretch.to_step, checkpoint.step)
-        born = find_first_segment(run, stretch.branch)
+    """Each span of the checkpoint's ancestry: how it was trained, and with which guide."""
+    for span in ancestry(run, checkpoint.branch):
+        last = checkpoint.step if span.to_step is None else min(span.to_step, checkpoint.step)
+        segment = find_first_segment(run, span.branch)
         npo = f"[npo](https://arxiv.org/abs/{PAPER}) {run.info.npo_version}"
         by = f"reinforcement learning with verifiable rewards, by {npo}"
-        if _foreign(run, stretch.branch):
-            by = f"by another program ({find_source_trainer(run)}), imported; how is not on record"
-        if born.guide_cache is not None:
-            by += f"; until step {born.guide_until} guided by {_guide(run, born.guide_cache)}"
-        yield f"- `{stretch.branch}`, steps {stretch.from_step} to {last}: {by}"
+        if _is_imported(run, span.branch):
+            by = f"by another trainer ({find_source_trainer(run)}), imported; its settings are not recorded"
+        if segment.guide_cache is not None:
+            guide = _describe_guide(run, segment.guide_cache)
+            by += f"; with responses of a guide ({guide}) injected until step {segment.guide_until}"
+        yield f"- `{span.branch}`, steps {span.from_step} to {last}: {by}"
 
 
-def _guide(run: RunDir, name: str) -> str:
+def _describe_guide(run: RunDir, name: str) -> str:
     info, _ = load_guide(run, name)
-    return f"step {info.guide_step}" if info.source == "checkpoint" else f"a guide of another kind ({info.source})"
+    return f"step {info.guide_step}" if info.source == "checkpoint" else f"another source ({info.source})"
 
 
 def _accuracy(report: EvalReport | None) -> str:
@@ -83,75 +84,77 @@ def _accuracy(report: EvalReport | None) -> str:
     )
 
 
-def _settings(recipe: Recipe, *, ours: bool) -> Iterator[str]:
-    """Dotted keys to values, as they are typed; none of a branch that was not trained under them."""
-    if not ours:
+def _settings(recipe: Recipe, *, is_own: bool) -> Iterator[str]:
+    """Settings that differ from the defaults; nothing for an imported branch, which they did not train."""
+    if not is_own:
         return
     plain = recipe.model_dump(mode="json")
-    found: dict[str, object] = {}
+    changed: dict[str, object] = {}
     for key, _, _ in diff_recipes(Recipe(), recipe):
         value: object = plain
         for part in key.split("."):
             value = value[part]  # type: ignore[index]
-        found[key] = _named(value) if isinstance(value, str) else value
-    yield from ("## Settings", "", "Everything that differs from npo's defaults:", "", "```yaml")
-    yield from (dump_yaml(found, width=100).rstrip(), "```", "")
+        changed[key] = _strip_folders(value) if isinstance(value, str) else value
+    yield from ("## Settings", "", "Settings that differ from npo's defaults:", "", "```yaml")
+    yield from (dump_yaml(changed, width=100).rstrip(), "```", "")
 
 
-def _named(text: str) -> str:
-    """A path from the root of this machine as its last name; everything else as it is."""
+def _strip_folders(text: str) -> str:
+    """The last component of an absolute path; other text unchanged."""
     return os.path.basename(text.rstrip("/")) if text.startswith(("/", "~")) else text
 
 
 BASE_PATH_FILE = "npo_base.json"
-"""Beside adapters: where this machine has the base."""
+"""Local path of the base of LoRA adapters: not exported."""
 
 
 def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iterator[Notice]:
-    """Every kept answer with its prompt, in the order of the prompts in the task."""
+    """Write every response of the cache with its prompt, in the task's order of prompts."""
     validate_table_path(out)
     run = open_run(root)
     info, trajectories = load_guide(run, name)
     recipe = recipe_from_dict(run.read_recipe(info.branch), source=str(run.recipe_path(info.branch)))
     task = open_task(recipe)
     task.close()
-    answers = [
+    responses = [
         ExportedResponse(prompt=prompt, trajectory=kept, data_source=recipe.name)
         for prompt in task.train
         for kept in trajectories.get(prompt.prompt_id, ())
     ]
-    if len(answers) < info.num_rollouts:
+    if len(responses) < info.num_rollouts:
         raise NpoError(
-            f"guide {name} answers prompts that this task does not have any more", "restore the data file of the recipe"
+            f"guide {name} has responses to prompts that the task no longer has", "restore the data file of the recipe"
         )
-    for each in answers:
+    for each in responses:
         if [image.sha256 for image in each.prompt.images] != [image.sha256 for image in each.trajectory.images]:
             raise NpoError(
-                f"guide {name} was shown other pictures for prompt {each.prompt.prompt_id} than this task has",
-                "bring the old ones back",
+                f"guide {name} was sampled with other images for prompt {each.prompt.prompt_id} than the task has now",
+                "restore the images of the data file",
             )
     with explain_full_disk(out):
-        turned = write_table(out, answers, table_format=form)
-    yield Notice(message=f"{len(answers)} answers to {len(trajectories)} prompts are in {out}")
-    if turned:
+        converted = write_table(out, responses, table_format=form)
+    yield Notice(message=f"wrote {len(responses)} responses to {len(trajectories)} prompts to {out}")
+    if converted:
         yield Notice(
-            message="plain prompts became chats of one user message: a trainer puts them through its chat template, "
-            "and the token ids and log-probabilities are those of the plain prompt",
+            message="plain prompts were converted to chats of one user message; token ids and log-probabilities belong "
+            "to the plain prompt, and a trainer that applies its chat template gets other tokens",
             level="warning",
         )
 
 
 def export_checkpoint(root: Path, *, step: int, branch: str | None, out: Path) -> Iterator[Notice]:
-    """The files that `from_pretrained` (or peft) opens, compared with their digests, and a README.md."""
+    """Copy the files that `from_pretrained` (or peft) loads, after verifying their digests; add a README.md."""
     run = open_run(root)
     branch = branch or find_newest_branch(run)
     checkpoint = find_checkpoint(run, branch, step)
     verify_checkpoint(checkpoint)
     card = render_model_card(run, checkpoint, branch=branch)
-    with explain_full_disk(out), atomic_directory(out, flag="--out") as hidden:
+    with explain_full_disk(out), atomic_directory(out, flag="--out") as folder:
         for name in read_manifest(checkpoint.path)["files"]:
             if name != BASE_PATH_FILE:
-                (hidden / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(checkpoint.path / name, hidden / name)
-        (hidden / "README.md").write_text(card, encoding="utf-8")
-    yield Notice(message=f"step {step} of {checkpoint.branch} is in {out}; its card is {quote_path(out / 'README.md')}")
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint.path / name, folder / name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    yield Notice(
+        message=f"wrote step {step} of {checkpoint.branch} to {out}; model card: {quote_path(out / 'README.md')}"
+    )

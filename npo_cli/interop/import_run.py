@@ -1,8 +1,8 @@
-"""`npo index RUN --import FOLDER`: a run directory around the checkpoints that another trainer left.
+"""`npo index RUN --import FOLDER`: a run directory from the checkpoints of another trainer.
 
-The folder says which weights there are; task, batch and sampling are the recipe's to say. The run appears whole or
-not at all, and nothing changes in the folder. No training state comes over: the optimiser's is pickled, so training
-goes on only with fresh moments (`npo resume --fresh-optimizer`).
+Weights come from the folder; task, batch size and sampling from the recipe. The run is created atomically, and the
+folder is not changed. Optimizer state is not imported, because it is pickled: training continues with a new one
+(`npo resume --fresh-optimizer`).
 """
 
 from collections import Counter
@@ -32,105 +32,107 @@ from npo_cli.training.train import MAIN, make_paths_absolute
 from npo_cli.types.rollouts import CheckpointEntry, Notice, Progress, Segment
 
 DATA_ORDER_NOTE = (
-    "which prompts that trainer had visited is not on record: npo's own data order under this recipe stands in for it, "
-    "so what is scored and sampled 'after step N' are prompts of that order"
+    "the other trainer's order of prompts is not recorded: 'prompts after step N' are those of npo's data order with "
+    "this recipe"
 )
 MAX_STEP = 999_999
-COST_NOTE = "what its steps had cost is not on record: tables of costs count no tokens and no seconds for them"
+COST_NOTE = "the costs of imported steps are not recorded: they count as 0 tokens and 0 seconds"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportSpec:
-    """What was asked."""
+    """Options of an import."""
 
     source_folder: Path
     """The other trainer's output folder."""
     recipe: str
     overrides: tuple[str, ...]
     metrics: Path | None
-    """A file of its records; None looks for one beside the checkpoints."""
+    """File with its metrics; None searches beside the checkpoints."""
     saves_base: bool
-    """Save the recipe's model as step 0."""
+    """Whether the recipe's model is saved as step 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerLog:
-    """What the other trainer had measured."""
+    """Metrics recorded by the other trainer."""
 
     source: Path | None
     by_step: Mapping[int, Mapping[str, float]]
     missing_signals: tuple[str, ...]
-    """Signals of AutoNPO's trigger that are not among it."""
+    """Inputs of AutoNPO's trigger that it lacks."""
 
 
-def import_run(root: Path, asked: ImportSpec) -> Iterator[Notice | Progress | CheckpointEntry]:
-    """Check everything, build the run aside, give it its name, list it."""
+def import_run(root: Path, spec: ImportSpec) -> Iterator[Notice | Progress | CheckpointEntry]:
+    """Validate everything, build the run in a temporary folder, rename it, list its checkpoints."""
     check_unused(root)
-    found, unusable = find_foreign_checkpoints(asked.source_folder)
-    if not found:
+    checkpoints, unusable = find_foreign_checkpoints(spec.source_folder)
+    if not checkpoints:
         raise NpoError(f"{unusable[-1].path}: {unusable[-1].reason}", unusable[-1].fix)
-    recipe = make_paths_absolute(build_import_recipe(found, asked))
-    records = load_trainer_log(found, asked)
+    recipe = make_paths_absolute(build_import_recipe(checkpoints, spec))
+    log = load_trainer_log(checkpoints, spec)
     task = open_task(recipe)
     task.close()
-    policy = load_policy(recipe.model, None if found[-1].is_adapter else found[-1].path)
+    policy = load_policy(recipe.model, None if checkpoints[-1].is_adapter else checkpoints[-1].path)
     check_task_prompts(policy, task, recipe)
-    yield from (Notice(message=f"left out {bad.path}: {bad.reason}; {bad.fix}", level="warning") for bad in unusable)
-    with atomic_directory(root) as hidden:
-        run = create_run(hidden, recipe=recipe_to_dict(recipe), npo_version=__version__)
+    yield from (Notice(message=f"skipped {bad.path}: {bad.reason}; {bad.fix}", level="warning") for bad in unusable)
+    with atomic_directory(root) as folder:
+        run = create_run(folder, recipe=recipe_to_dict(recipe), npo_version=__version__)
         with lock_run(run):
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
-            details = {"trainer": found[-1].trainer, "folder": str(asked.source_folder.absolute())}
-            append_event(run, "imported", details | {"steps": [each.step for each in found]})
-            write_metrics(run, records, recipe, steps=[each.step for each in found])
-            yield from import_checkpoints(run, found, policy, base_recipe=recipe if asked.saves_base else None)
-    yield from summarize_import(root, found, records)
+            details = {"trainer": checkpoints[-1].trainer, "folder": str(spec.source_folder.absolute())}
+            append_event(run, "imported", details | {"steps": [each.step for each in checkpoints]})
+            write_metrics(run, log, recipe, steps=[each.step for each in checkpoints])
+            yield from import_checkpoints(run, checkpoints, policy, base_recipe=recipe if spec.saves_base else None)
+    yield from summarize_import(root, checkpoints, log)
     yield from build_index(open_run(root))
 
 
-def build_import_recipe(found: Sequence[ForeignCheckpoint], asked: ImportSpec) -> Recipe:
-    """The recipe, what the folder itself says on top, and the command line above both."""
-    if len({each.is_adapter for each in found}) > 1:
-        other = next(each.path for each in found if each.is_adapter != found[-1].is_adapter)
+def build_import_recipe(checkpoints: Sequence[ForeignCheckpoint], spec: ImportSpec) -> Recipe:
+    """The recipe, overridden by what the folder states, overridden by the command line."""
+    if len({each.is_adapter for each in checkpoints}) > 1:
+        other = next(each.path for each in checkpoints if each.is_adapter != checkpoints[-1].is_adapter)
         raise NpoError(
-            f"{other} and {found[-1].path}: one holds adapters, the other a whole model", "import them apart"
+            f"{other} and {checkpoints[-1].path}: one holds adapters, the other a full model", "import them separately"
         )
-    steps = [each.step for each in found if each.step]
-    told = [f"train.num_steps={max(steps, default=1)}", f"train.save_every={infer_save_interval(steps)}"]
-    told += read_lora_settings(found[-1].path) if found[-1].is_adapter else ["model.lora.rank=null"]
-    return load_recipe(asked.recipe, [*told, *asked.overrides])
+    steps = [each.step for each in checkpoints if each.step]
+    settings = [f"train.num_steps={max(steps, default=1)}", f"train.save_every={infer_save_interval(steps)}"]
+    settings += read_lora_settings(checkpoints[-1].path) if checkpoints[-1].is_adapter else ["model.lora.rank=null"]
+    return load_recipe(spec.recipe, [*settings, *spec.overrides])
 
 
 def infer_save_interval(steps: Sequence[int]) -> int:
-    """Steps from one checkpoint to the next, as it mostly was: a last one may come out of turn."""
+    """The most frequent distance between checkpoints; the last one may be irregular."""
     gaps = Counter(after - before for before, after in pairwise([0, *steps]))
     return gaps.most_common(1)[0][0] if gaps else 1
 
 
-def load_trainer_log(found: Sequence[ForeignCheckpoint], asked: ImportSpec) -> TrainerLog:
-    """The trainer's own records, where there are any with steps."""
-    source = asked.metrics or find_trainer_metrics(list(found), asked.source_folder)
+def load_trainer_log(checkpoints: Sequence[ForeignCheckpoint], spec: ImportSpec) -> TrainerLog:
+    """The trainer's metrics by step; empty if there is no file."""
+    source = spec.metrics or find_trainer_metrics(list(checkpoints), spec.source_folder)
     if source is None:
         return TrainerLog(source=None, by_step={}, missing_signals=("reward", "entropy"))
     rows = read_rows(source)
     names = find_columns(rows, LogColumns())
     if "step" not in names:
-        raise NpoError(f"{source} has no step by any name known here", "--metrics FILE: one JSON object a step")
+        raise NpoError(
+            f"{source} has no column with a known name for the step", "--metrics FILE   # one JSON object per step"
+        )
     by_step = collect_metrics_by_step(rows, names)
     if max(by_step, default=0) > MAX_STEP:
-        raise NpoError(f"{source} has a step {max(by_step)}, and npo counts to {MAX_STEP:,}", "--metrics FILE")
+        raise NpoError(f"{source} has step {max(by_step)}; the maximum is {MAX_STEP:,}", "--metrics FILE")
     missing = tuple(signal for signal in ("reward", "entropy") if signal not in names)
     return TrainerLog(source=source, by_step=by_step, missing_signals=missing)
 
 
-def write_metrics(run: RunDir, records: TrainerLog, recipe: Recipe, *, steps: Sequence[int]) -> None:
-    """A line for every step, with the data cursor of npo's own order; no tokens, as nobody says how many there were."""
-    last = max(*steps, *records.by_step, 0)
+def write_metrics(run: RunDir, log: TrainerLog, recipe: Recipe, *, steps: Sequence[int]) -> None:
+    """One line per step, with the position in npo's data order; the number of tokens is unknown and 0."""
+    last = max(*steps, *log.by_step, 0)
     lines = [
         {
             "step": step,
             "branch": MAIN,
-            **records.by_step.get(step, {}),
+            **log.by_step.get(step, {}),
             "tokens": 0,
             "data_position": step * recipe.train.prompts_per_step,
         }
@@ -144,16 +146,16 @@ def write_metrics(run: RunDir, records: TrainerLog, recipe: Recipe, *, steps: Se
 
 
 def import_checkpoints(
-    run: RunDir, found: Sequence[ForeignCheckpoint], policy: Policy, *, base_recipe: Recipe | None
+    run: RunDir, checkpoints: Sequence[ForeignCheckpoint], policy: Policy, *, base_recipe: Recipe | None
 ) -> Iterator[Progress]:
-    """Each one is loaded, so that every tensor is accounted for, and signed under its step's name."""
+    """Load each checkpoint, so that every tensor is checked, and save it with a manifest."""
     if base_recipe is not None:
         with create_checkpoint(run, MAIN, 0) as folder:
             first = policy if policy.adapters is not None else load_policy(base_recipe.model)
             first.save(folder)
             policy.load(folder)
-    for number, each in enumerate(found):
-        yield Progress(description="import", done=number, total=len(found), note=f"step {each.step}")
+    for number, each in enumerate(checkpoints):
+        yield Progress(description="import", done=number, total=len(checkpoints), note=f"step {each.step}")
         if each.is_adapter:
             import_adapters(policy, each.path)
         else:
@@ -165,23 +167,23 @@ def import_checkpoints(
                 policy.save(folder)
             else:
                 link_model_files(each.path, folder)
-    yield Progress(description="import", done=len(found), total=len(found))
+    yield Progress(description="import", done=len(checkpoints), total=len(checkpoints))
 
 
-def summarize_import(root: Path, found: Sequence[ForeignCheckpoint], records: TrainerLog) -> Iterator[Notice]:
-    """What came over, what did not, and what can be done with it."""
-    steps = ", ".join(str(each.step) for each in found)
-    yield Notice(message=f"{root}: {found[-1].trainer}, steps {steps}; weights only, no training state")
+def summarize_import(root: Path, checkpoints: Sequence[ForeignCheckpoint], log: TrainerLog) -> Iterator[Notice]:
+    """Report what was imported, what is missing, and what to do next."""
+    steps = ", ".join(str(each.step) for each in checkpoints)
+    yield Notice(message=f"{root}: {checkpoints[-1].trainer}, steps {steps}; weights only, no training state")
     yield Notice(message=DATA_ORDER_NOTE, level="warning")
     yield Notice(message=COST_NOTE, level="warning")
-    if records.source is not None:
-        yield Notice(message=f"{len(records.by_step)} recorded steps from {records.source}")
-    if records.missing_signals:
-        where = records.source or "beside the checkpoints"
+    if log.source is not None:
+        yield Notice(message=f"{len(log.by_step)} steps of metrics from {log.source}")
+    if log.missing_signals:
+        where = log.source or "files beside the checkpoints"
         yield Notice(
-            message=f"no {' and no '.join(records.missing_signals)} by any name known here in {where}: AutoNPO's trigger needs "  # noqa: E501
-            "both; --metrics FILE names another record",
+            message=f"no column with a known name for {' or '.join(log.missing_signals)} in {where}: AutoNPO's trigger "
+            "needs reward and entropy; --metrics FILE names another file",
             level="warning",
         )
     else:
-        yield Notice(message=f"npo autonpo {quote_path(root)} --explain tells when AutoNPO would have stepped in")
+        yield Notice(message=f"npo autonpo {quote_path(root)} --explain shows when AutoNPO would have triggered")

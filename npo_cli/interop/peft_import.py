@@ -1,7 +1,7 @@
-"""Adapters that another program trained through peft: what kind they are, and into a policy of ours.
+"""Import of adapters that another program trained with peft.
 
-npo has plain LoRA only. What would make them another function (DoRA, rank-stabilised scale, biases, ranks by layer) is
-refused; what only matters while training (dropout, start values) is not looked at.
+npo supports plain LoRA only. Options that change the function (DoRA, rank-stabilized scale, biases, ranks per layer)
+are refused; options that only affect training (dropout, initialization) are ignored.
 """
 
 import json
@@ -15,24 +15,24 @@ from npo_cli.policy.model import Policy
 from npo_cli.policy.weights_io import check_tensors, copy_tensors, read_tensors
 
 TRAINING_ONLY_KEYS = frozenset({"lora_dropout", "init_lora_weights", "task_type", "auto_mapping", "r", "lora_alpha"})
-"""Entries that do not change the function, and those that the settings took over."""
+"""Entries that do not change the function, and those that became settings."""
 SUPPORTED_INITS = (True, False, "gaussian")
-"""Start values that leave the base as it was."""
+"""Initializations that do not change the base."""
 MERGE_HINT = "merge them into their base (peft: merge_and_unload, save_pretrained) and import that folder"
 
 
 def read_lora_settings(folder: Path) -> list[str]:
-    """`KEY=VALUE` settings under which a policy has the adapters of this folder."""
-    said = read_adapter_config(folder)
-    rank, alpha, targets = (said.get(name) for name in ("r", "lora_alpha", "target_modules"))
-    if said.get("peft_type") != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise NpoError(f"{folder}: these adapters are {said.get('peft_type')}, and npo reads LoRA only", MERGE_HINT)
+    """`KEY=VALUE` settings of a policy with the adapters of this folder."""
+    config = read_adapter_config(folder)
+    rank, alpha, targets = (config.get(name) for name in ("r", "lora_alpha", "target_modules"))
+    if config.get("peft_type") != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise NpoError(f"{folder}: adapters of type {config.get('peft_type')} are not supported, only LoRA", MERGE_HINT)
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        raise NpoError(f"{folder}: target_modules is {targets!r}, not a list of layers' names", MERGE_HINT)
-    if said.get("init_lora_weights", True) not in SUPPORTED_INITS:
-        raise NpoError(f"{folder}: init_lora_weights={said['init_lora_weights']} changed the base itself", MERGE_HINT)
+        raise NpoError(f"{folder}: target_modules is {targets!r}, not a list of layer names", MERGE_HINT)
+    if config.get("init_lora_weights", True) not in SUPPORTED_INITS:
+        raise NpoError(f"{folder}: init_lora_weights={config['init_lora_weights']} changes the base model", MERGE_HINT)
     settings = [f"model.lora.rank={rank}", f"model.lora.alpha={alpha}", f"model.lora.targets={json.dumps(targets)}"]
-    base = said.get("base_model_name_or_path")
+    base = config.get("base_model_name_or_path")
     return [*settings, f"model.path={json.dumps(base)}"] if isinstance(base, str) and base else settings
 
 
@@ -40,17 +40,17 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """peft's adapter_config.json."""
     path = folder / CONFIG_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise NpoError(f"{path} cannot be read: {error}", "let its trainer write it again") from error
-    if not isinstance(found, dict):
-        raise NpoError(f"{path} is no JSON object", "let its trainer write it again")
-    return found
+        raise NpoError(f"{path} cannot be read: {error}", "export the adapters again") from error
+    if not isinstance(config, dict):
+        raise NpoError(f"{path} is not a JSON object", "export the adapters again")
+    return config
 
 
 def import_adapters(policy: Policy, folder: Path) -> None:
-    """Copy a folder's adapters into the policy's; refused where they are another function or do not fit."""
-    assert policy.adapters is not None, "a policy without adapters takes none"
+    """Copy the folder's adapters into the policy; refuse those of another kind or shape."""
+    assert policy.adapters is not None, "the policy has no adapters"
     check_adapter_config(policy.adapters.config, folder)
     tensors, own = read_tensors(folder, TENSORS_FILE), adapter_tensors(policy.model)
     check_tensors(own, tensors, folder)
@@ -59,12 +59,12 @@ def import_adapters(policy: Policy, folder: Path) -> None:
 
 
 def check_adapter_config(ours: Mapping[str, Any], folder: Path) -> None:
-    """Whatever both programs write into a config must be the same, training aside."""
-    said = read_adapter_config(folder)
-    same = {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in said.items()}
+    """Entries that both configs have must be equal, except those that only affect training."""
+    config = read_adapter_config(folder)
+    same = {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in config.items()}
     compared = sorted((ours.keys() & same.keys()) - IGNORED_CONFIG_KEYS - TRAINING_ONLY_KEYS)
     differing = [f"{name} {same[name]}" for name in compared if same[name] != ours[name]]
-    if (said.get("r"), said.get("lora_alpha")) != (ours["r"], ours["lora_alpha"]):
-        differing.append(f"rank {said.get('r')} and alpha {said.get('lora_alpha')}")
+    if (config.get("r"), config.get("lora_alpha")) != (ours["r"], ours["lora_alpha"]):
+        differing.append(f"rank {config.get('r')} and alpha {config.get('lora_alpha')}")
     if differing:
-        raise NpoError(f"{folder}: npo has no such adapters: {', '.join(differing[:3])}", MERGE_HINT)
+        raise NpoError(f"{folder}: adapters with {', '.join(differing[:3])} are not supported", MERGE_HINT)

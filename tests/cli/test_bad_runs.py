@@ -57,7 +57,7 @@ def test_a_run_from_the_future_is_opened_by_no_command(circle, tmp_path):
     set_fields(run / "npo_run.json", format=99, npo_version="9.9")
     for args in (["index"], ["show"], ["eval"], ["resume"], ["sample-guide", "--at", "0"], ["score-checkpoints"]):
         said = assert_refused(args[0], run, *args[1:], beside=tmp_path)
-        assert said.message == f"{run} was written by npo 9.9 in run format 99; this npo reads formats up to 1"
+        assert said.message == f"{run} was written by npo 9.9 in run format 99; this npo reads formats up to 2"
 
 
 # Steps and branches
@@ -188,9 +188,8 @@ def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tm
 
 def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
     assert words(circle, "resume", "guide.inject.max_accuracy=0.1") == (
-        "guide.inject.max_accuracy cannot change from 0.6 to 0.1 within a branch, only where another one "
-        "leaves it "
-        "| leave the branch with it: add --at STEP to the command"
+        "guide.inject.max_accuracy cannot change from 0.6 to 0.1 within a branch, only when forking "
+        "| fork a new branch: add --at STEP to the command"
     )
 
 

@@ -32,7 +32,7 @@ def rows_of(root, out, **options):
     return pyarrow.parquet.read_table(out).to_pylist()
 
 
-def test_a_table_holds_every_answer_with_its_tokens_and_exact_log_probabilities(guided, tmp_path):
+def test_exported_guide_has_every_response_with_tokens_and_logprobs(guided, tmp_path):
     rows = rows_of(guided, tmp_path / "g.parquet")
     _, kept = load_guide(open_run(guided), "all")
     assert len(rows) == len(kept) == 8
@@ -51,7 +51,7 @@ def test_a_table_holds_every_answer_with_its_tokens_and_exact_log_probabilities(
         assert not is_conversational(row)
 
 
-def test_for_verl_prompts_are_chats_and_that_is_told(guided, tmp_path):
+def test_exported_guide_for_verl_has_chat_prompts_and_a_warning(guided, tmp_path):
     told = list(export_guide(guided, "all", out=tmp_path / "v.parquet", form="verl"))
     assert told[-1].level == "warning"
     rows = pyarrow.parquet.read_table(tmp_path / "v.parquet").to_pylist()
@@ -61,7 +61,7 @@ def test_for_verl_prompts_are_chats_and_that_is_told(guided, tmp_path):
     assert {row["data_source"] for row in rows} == {"micro"}
 
 
-def test_a_table_comes_back_as_a_file_of_traces_token_for_token(guided, tmp_path):
+def test_exported_guide_is_read_back_as_a_trace_file(guided, tmp_path):
     rows = rows_of(guided, tmp_path / "g.parquet")
     options = {"kind": "file", "origin": str(tmp_path / "g.parquet"), "guide_step": None, "steps": 2, "name": "back"}
     sample(guided, "guide.inject.max_accuracy=1.0", "guide.cache.keep=all", **options)
@@ -71,7 +71,7 @@ def test_a_table_comes_back_as_a_file_of_traces_token_for_token(guided, tmp_path
     }
 
 
-def test_a_checkpoint_opens_in_transformers_and_its_card_tells_what_was_measured(guided, tmp_path):
+def test_exported_checkpoint_opens_in_transformers_with_a_model_card(guided, tmp_path):
     resume(guided, at=2, guide="near", new_branch="late")
     list(export_checkpoint(guided, step=4, branch="late", out=tmp_path / "out"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -82,13 +82,13 @@ def test_a_checkpoint_opens_in_transformers_and_its_card_tells_what_was_measured
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not {"npo.json", "training_state"} & names and "README.md" in names
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "- `main`, steps 0 to 2: " in card and "until step 4 guided by step 4\n" in card
+    assert "- `main`, steps 0 to 2: " in card and "with responses of a guide (step 4) injected until step 4\n" in card
     assert "## Held-out accuracy\n\nNot measured.\n" in card
     assert "train.prompts_per_step: 4" in card
     assert str(tmp_path) not in card
 
 
-def test_adapters_open_in_peft(tmp_path):
+def test_exported_adapters_open_in_peft(tmp_path):
     train(tmp_path / "run", *LORA, "train.num_steps=2")
     list(export_checkpoint(tmp_path / "run", step=2, branch=None, out=tmp_path / "out"))
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
@@ -98,15 +98,15 @@ def test_adapters_open_in_peft(tmp_path):
     assert any(not torch.equal(tensor, before[name]) for name, tensor in merged.state_dict().items())
 
 
-def test_the_card_of_an_import_claims_no_settings_that_are_not_its_own(tmp_path):
+def test_model_card_of_an_import_lists_no_settings(tmp_path):
     imported(tmp_path / "run", trl_output(tmp_path / "home"))
     list(export_checkpoint(tmp_path / "run", step=4, branch=None, out=tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "by another program (transformers or TRL), imported; how is not on record" in card
+    assert "by another trainer (transformers or TRL), imported; its settings are not recorded" in card
     assert "## Settings" not in card
 
 
-def test_nothing_is_replaced_and_damage_is_not_handed_on(guided, tmp_path):
+def test_export_replaces_no_file_and_refuses_damaged_checkpoints(guided, tmp_path):
     (tmp_path / "g.parquet").touch()
     with pytest.raises(NpoError, match="exists"):
         rows_of(guided, tmp_path / "g.parquet")

@@ -60,7 +60,7 @@ def trl_run(tmp_path_factory) -> tuple[Path, Path]:
     return home.parent / "run", home
 
 
-def test_the_weights_are_links_and_outlive_the_other_trainers_clean_up(trl_run, tmp_path):
+def test_imported_weights_are_links_that_survive_a_deleted_source(trl_run, tmp_path):
     home = trl_output(tmp_path / "out")
     imported(tmp_path / "run", home)
     here = find_checkpoint(open_run(tmp_path / "run"), "main", 4).path
@@ -70,7 +70,7 @@ def test_the_weights_are_links_and_outlive_the_other_trainers_clean_up(trl_run, 
     assert open_session_at(tmp_path / "run", 4).policy.digest != open_session_at(tmp_path / "run", 2).policy.digest
 
 
-def test_its_metrics_keep_their_names_and_every_step_has_a_place_in_the_data(trl_run):
+def test_imported_metrics_keep_their_names_and_have_data_positions(trl_run):
     rows = list(read_metrics(open_run(trl_run[0]), "main"))
     # 4 prompts a step
     assert [(row["step"], row["data_position"]) for row in rows] == [(1, 4), (2, 8), (3, 12), (4, 16)]
@@ -79,7 +79,7 @@ def test_its_metrics_keep_their_names_and_every_step_has_a_place_in_the_data(trl
         assert {name: row[name] for name in said} == said
 
 
-def test_candidates_are_scored_a_guide_sampled_and_steps_evaluated(trl_run):
+def test_imported_run_is_scored_sampled_and_evaluated(trl_run):
     root, _ = trl_run
     (found,) = score(root, *FEW, at=2)
     assert (found.step, found.distance) == (4, 2)
@@ -92,7 +92,7 @@ def test_candidates_are_scored_a_guide_sampled_and_steps_evaluated(trl_run):
     assert [one.step for one in reports] == [2, 4]
 
 
-def test_pages_and_tables_of_it_are_drawn(trl_run, tmp_path):
+def test_imported_run_has_tables_and_a_report(trl_run, tmp_path):
     root, _ = trl_run
     assert [line.step for line in show_run(root, "metrics", branch=None, step=None, prompt_id=None, limit=None)] == [
         *(1, 2, 3, 4),
@@ -104,7 +104,7 @@ def test_pages_and_tables_of_it_are_drawn(trl_run, tmp_path):
     assert "Lineage" in (tmp_path / "r.html").read_text()
 
 
-def test_training_goes_on_from_it_only_with_an_optimizer_begun_anew(trl_run):
+def test_imported_run_is_resumed_only_with_a_fresh_optimizer(trl_run):
     root, _ = trl_run
     with pytest.raises(NpoError, match="no complete checkpoint with a training state"):
         resume(root)
@@ -117,7 +117,7 @@ def test_training_goes_on_from_it_only_with_an_optimizer_begun_anew(trl_run):
     assert [one.step for one in resume(root, "train.num_steps=5")] == [5]
 
 
-def test_the_trigger_is_rehearsed_where_both_signals_are_on_record(tmp_path):
+def test_imported_metrics_allow_a_dry_run_of_autonpo(tmp_path):
     rising = [{"step": step, "reward": min(step, 30) / 30, "entropy": 1 / step} for step in range(1, 81)]
     home = trl_output(tmp_path / "out", history=rising)
     (home / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rising))
@@ -133,16 +133,16 @@ def test_the_trigger_is_rehearsed_where_both_signals_are_on_record(tmp_path):
     assert any(isinstance(one, Notice) and "fired" in one.message for one in from_run)
 
 
-def test_a_signal_that_is_not_on_record_is_named(tmp_path):
+def test_import_without_entropy_warns_and_refuses_the_dry_run(tmp_path):
     home = trl_output(tmp_path / "out", history=[{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}])
     _, told = imported(tmp_path / "run", home)
-    assert any(said.startswith("no entropy by any name known here") for said in told)
+    assert any(said.startswith("no column with a known name for entropy") for said in told)
     with pytest.raises(NpoError, match="has no entropy by any name known here; its numbers are: step, reward"):
         asked = {"columns": LogColumns(), "overrides": (), "branch": None, "figure_path": None, "draw": False}
         list(explain_autonpo(tmp_path / "run", **asked))
 
 
-def test_the_recipes_model_can_stand_at_step_0(tmp_path):
+def test_import_saves_the_recipes_model_as_step_0(tmp_path):
     entries, _ = imported(tmp_path / "run", trl_output(tmp_path / "out"), base=True)
     assert [entry.step for entry in entries] == [0, 2, 4]
     zero = find_checkpoint(open_run(tmp_path / "run"), "main", 0).path
@@ -153,7 +153,7 @@ def test_the_recipes_model_can_stand_at_step_0(tmp_path):
 # verl and prime-rl
 
 
-def test_merged_checkpoints_of_verl_are_read_and_shards_are_left_out_with_verls_own_command(tmp_path):
+def test_import_of_verl_reads_merged_checkpoints_and_skips_shards(tmp_path):
     home = tmp_path / "verl"
     (home / "global_step_5" / "actor").mkdir(parents=True)
     (home / "global_step_5" / "actor" / "model_world_size_2_rank_0.pt").write_bytes(b"shard")
@@ -167,10 +167,10 @@ def test_merged_checkpoints_of_verl_are_read_and_shards_are_left_out_with_verls_
     hf_folder(home / "global_step_10" / "actor" / "huggingface")
     entries, told = imported(tmp_path / "run", home)
     assert [entry.step for entry in entries] == [10]
-    assert any(said.startswith(f"left out {home / 'global_step_5'}") for said in told)
+    assert any(said.startswith(f"skipped {home / 'global_step_5'}") for said in told)
 
 
-def test_prime_rl_marks_what_is_whole_and_keeps_its_metrics_above(tmp_path):
+def test_import_of_prime_rl_reads_stable_checkpoints_and_metrics(tmp_path):
     home = tmp_path / "outputs"
     for step in (5, 10, 15):
         hf_folder(home / "weights" / f"step_{step}")
@@ -186,7 +186,7 @@ def test_prime_rl_marks_what_is_whole_and_keeps_its_metrics_above(tmp_path):
 # Bad input
 
 
-def test_a_damaged_checkpoint_is_refused_and_no_run_is_left(tmp_path):
+def test_import_refuses_a_damaged_checkpoint_and_leaves_no_run(tmp_path):
     home = trl_output(tmp_path / "out")
     weights = home / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_refused_and_no_run_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_folders_that_hold_no_checkpoints_say_what_was_looked_for(tmp_path):
+def test_import_of_a_folder_without_checkpoints_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(NpoError, match="no checkpoint-N, global_step_N/actor/huggingface"):
         list(importing(tmp_path / "run", tmp_path / "empty"))
@@ -213,25 +213,25 @@ def test_folders_that_hold_no_checkpoints_say_what_was_looked_for(tmp_path):
     # the last one out of turn; the first one out of turn; a single one; none
     [((20, 40, 60, 67), 20), ((5, 25, 45, 65), 20), ((7,), 7), ((), 1)],
 )
-def test_the_distance_of_checkpoints_is_the_usual_one(steps, distance):
+def test_save_interval_is_the_most_frequent_distance(steps, distance):
     assert infer_save_interval(steps) == distance
 
 
-def test_a_step_that_nobody_could_count_to_is_refused(tmp_path):
+def test_import_refuses_metrics_with_a_step_above_the_maximum(tmp_path):
     home = trl_output(tmp_path / "out")
     (tmp_path / "log.jsonl").write_text('{"step": 1e15, "reward": 1.0, "entropy": 1.0}\n')
-    with pytest.raises(NpoError, match="npo counts to 999,999"):
+    with pytest.raises(NpoError, match="the maximum is 999,999"):
         list(importing(tmp_path / "run", home, metrics=tmp_path / "log.jsonl"))
 
 
-def test_pickled_weights_are_never_opened(tmp_path):
+def test_import_never_opens_pickled_weights(tmp_path):
     folder = hf_folder(tmp_path / "out" / "checkpoint-1")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(NpoError, match="a pickle may run code"):
         list(importing(tmp_path / "run", tmp_path / "out"))
 
 
-def test_what_a_killed_import_left_is_cleared_and_one_at_work_is_not(tmp_path):
+def test_import_removes_the_rest_of_a_killed_import_but_not_of_a_running_one(tmp_path):
     hidden = tmp_path / ".run.unfinished"
     (hidden / "branches").mkdir(parents=True)
     with lock_run(RunDir(hidden)), pytest.raises(NpoError, match="in use by process"):

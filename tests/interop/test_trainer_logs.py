@@ -42,21 +42,21 @@ def path(tmp_path: Path) -> Path:
         {"global_step": 3, "rewards/mean": 0.5, "entropy": 1.5},
     ],
 )
-def test_the_names_of_known_trainers_are_found(path, row):
+def test_columns_of_known_trainers_are_found(path, row):
     assert signals(written(path, row)) == [(3, 0.5, 1.5)]
 
 
-def test_any_other_column_is_named_on_the_command_line(path):
+def test_columns_can_be_named_explicitly(path):
     written(path, {"iter": 3, "acc": 0.5, "H": 1.5, "reward": 9, "entropy": 9, "step": 9})
     assert signals(path, step="iter", reward="acc", entropy="H") == [(3, 0.5, 1.5)]
 
 
-def test_a_known_name_that_never_holds_a_number_gives_way_to_the_next(path):
+def test_column_without_numbers_is_skipped_for_the_next_known_name(path):
     written(path, {"step": 1, "reward": None, "critic/score/mean": 0.5, "entropy": 1})
     assert signals(path) == [(1, 0.5, 1.0)]
 
 
-def test_what_is_no_finite_number_is_missing(path):
+def test_non_finite_values_are_missing(path):
     written(
         path,
         {"step": 1, "reward": 0.5, "entropy": None},
@@ -71,7 +71,7 @@ def test_what_is_no_finite_number_is_missing(path):
     ]
 
 
-def test_lines_without_a_step_or_a_signal_are_passed_over(path):
+def test_rows_without_step_or_signal_are_skipped(path):
     written(
         path,
         {"step": 1, "reward": 0.5, "entropy": 1},
@@ -86,7 +86,7 @@ def test_lines_without_a_step_or_a_signal_are_passed_over(path):
     assert signals(path) == [(1, 0.5, 1.0), (2, 0.6, 1.0)]
 
 
-def test_steps_are_sorted_and_of_a_repeated_one_the_later_line_wins(path):
+def test_steps_are_sorted_and_a_repeated_step_takes_the_later_row(path):
     written(
         path,
         {"step": 2, "reward": 0.2, "entropy": 1},
@@ -96,17 +96,17 @@ def test_steps_are_sorted_and_of_a_repeated_one_the_later_line_wins(path):
     assert signals(path) == [(1, 0.1, 1.0), (2, 0.3, None)]
 
 
-def test_reward_and_entropy_of_a_step_may_stand_on_lines_of_their_own(path):
+def test_reward_and_entropy_may_be_in_separate_rows(path):
     written(path, {"step": 1, "reward/all/mean": 0.1}, {"step": 1, "entropy/mean": 2.0, "loss/mean": 0.0})
     assert signals(path) == [(1, 0.1, 2.0)]
 
 
-def test_a_torn_last_line_is_passed_over(path):
+def test_incomplete_last_line_is_skipped(path):
     path.write_text('{"step": 1, "reward": 0.5, "entropy": 1}\n{"step": 2, "rew')
     assert signals(path) == [(1, 0.5, 1.0)]
 
 
-def test_the_state_of_hugging_faces_trainer_is_read(path):
+def test_trainer_state_json_is_read(path):
     history = [{"step": 5, "reward": 0.5, "entropy": 1}, {"step": 5, "eval_loss": 1}, {"step": 10, "train_loss": 1}]
     path.write_text(json.dumps({"global_step": 10, "log_history": history}, indent=2))
     assert signals(path) == [(5, 0.5, 1.0)]
@@ -114,12 +114,12 @@ def test_the_state_of_hugging_faces_trainer_is_read(path):
     assert signals(path) == [(5, 0.5, 1.0)]
 
 
-def test_a_mark_of_the_byte_order_is_no_obstacle(path):
+def test_byte_order_mark_is_skipped(path):
     path.write_bytes(b'\xef\xbb\xbf{"step": 1, "reward": 0.5, "entropy": 1}\r\n')
     assert signals(path) == [(1, 0.5, 1.0)]
 
 
-def test_a_missing_signal_is_named_with_the_numbers_that_there_are(path):
+def test_missing_signal_is_reported_with_the_numeric_columns(path):
     written(path, {"step": 1, "loss": 0.1, "accuracy": 0.5, "note": "x", "on": True, "lr": 1e-4})
     with pytest.raises(NpoError) as caught:
         signals(path)
@@ -130,7 +130,7 @@ def test_a_missing_signal_is_named_with_the_numbers_that_there_are(path):
     assert caught.value.hint == f"npo autonpo {path} --explain --reward COLUMN --entropy COLUMN"
 
 
-def test_of_very_many_columns_some_are_named(path):
+def test_error_lists_only_some_of_many_columns(path):
     written(path, {"step": 1, "entropy": 1.0, **{f"loss/{number}": 0.0 for number in range(40)}})
     with pytest.raises(NpoError, match=r"has no reward by any .*: step, entropy, loss/0, .*, loss/13 and 26 more$"):
         signals(path)
@@ -152,7 +152,7 @@ def test_of_very_many_columns_some_are_named(path):
         (b'{"step": 0.5, "reward": 1, "entropy": 1}\n', "has no line with a whole 'step' and a 'reward' or 'entropy'"),
     ],
 )
-def test_what_is_no_record_is_refused_with_words(path, content, words):
+def test_malformed_metrics_file_is_refused(path, content, words):
     path.write_bytes(content)
     with pytest.raises(NpoError) as caught:
         signals(path)
@@ -160,7 +160,7 @@ def test_what_is_no_record_is_refused_with_words(path, content, words):
     assert caught.value.hint
 
 
-def test_a_column_that_is_not_there_is_refused(path):
+def test_missing_column_is_refused(path):
     written(path, {"step": 1, "reward": 0.5, "entropy": 1})
     with pytest.raises(NpoError, match="has no number in a column 'acc'; its numbers are: step, reward, entropy"):
         signals(path, reward="acc")

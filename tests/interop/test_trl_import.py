@@ -41,7 +41,7 @@ def train_with_trl(out: Path, **lora: object) -> Path:
     return out
 
 
-def test_what_trl_wrote_is_a_run(tmp_path):
+def test_import_of_a_real_trl_run(tmp_path):
     entries, _ = imported(tmp_path / "run", train_with_trl(tmp_path / "out"))
     assert [entry.step for entry in entries] == [1, 2]
     rows = list(read_metrics(open_run(tmp_path / "run"), "main"))
@@ -49,7 +49,7 @@ def test_what_trl_wrote_is_a_run(tmp_path):
     assert all(row["entropy"] > 0 for row in rows)
 
 
-def test_adapters_that_trl_trained_are_a_run_of_adapters(tmp_path):
+def test_import_of_real_trl_adapters(tmp_path):
     entries, _ = imported(tmp_path / "run", train_with_trl(tmp_path / "out", **LORA), base=True)
     assert [entry.step for entry in entries] == [0, 1, 2]
     assert open_run(tmp_path / "run").read_recipe()["model"]["lora"]["rank"] == 4
@@ -60,8 +60,8 @@ def test_adapters_that_trl_trained_are_a_run_of_adapters(tmp_path):
     assert [one.step for one in resume(tmp_path / "run", "train.num_steps=3", at=1, guide="near", fresh=True)] == [2, 3]
 
 
-def test_adapters_of_another_kind_are_refused(tmp_path):
+def test_import_refuses_unsupported_adapters(tmp_path):
     home = train_with_trl(tmp_path / "out", **LORA, use_rslora=True)
-    with pytest.raises(NpoError, match="npo has no such adapters: use_rslora True"):
+    with pytest.raises(NpoError, match="adapters with use_rslora True are not supported"):
         imported(tmp_path / "run", home)
     assert not (tmp_path / "run").exists()
