@@ -116,8 +116,8 @@ def list_probes(run: RunDir) -> list[ProbeStore]:
     for folder in sorted(probes_folder(run).iterdir()):
         path = folder / "settings.json"
         if path.exists():
-            said = decode_record(ProbeSpec, read_json(path), path)
-            found.append(ProbeStore(folder=folder, branch=said.branch, step=said.step))
+            spec = decode_record(ProbeSpec, read_json(path), path)
+            found.append(ProbeStore(folder=folder, branch=spec.branch, step=spec.step))
     return found
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints: built under a hidden name, signed, synced, renamed. A final name means a whole checkpoint.
+"""Checkpoints: built under a hidden name, hashed, synced, renamed. A final name means a complete checkpoint.
 
-Two tiers. A *guide* is a folder that `from_pretrained` opens. An *anchor* is a guide with an `training_state/` folder
-inside, which holds what training needs to go on. Demoting an anchor renames that folder away and deletes it.
+Two tiers. *weights*: a folder that `from_pretrained` opens. *full*: the same with a `training_state/` folder inside,
+which holds what training needs to resume. Demotion renames that folder away and deletes it.
 """
 
 import shutil
@@ -32,7 +32,7 @@ DELETED_SUFFIX = ".dead"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A whole checkpoint on the disk."""
+    """A complete checkpoint on disk."""
 
     branch: str
     step: int
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @property
     def training_state_path(self) -> Path:
-        """Folder of the training state; exists where the tier is `anchor`."""
+        """Folder of the training state; exists where the tier is `full`."""
         return self.path / TRAINING_STATE_FOLDER
 
 
@@ -79,11 +79,11 @@ def _start_checkpoint(home: Path, hidden: Path) -> None:
 @on_main_rank
 def _finish_checkpoint(run: RunDir, branch: str, step: int, *, hidden: Path) -> None:
     write_manifests(hidden, branch=branch, step=step)
-    _sync_journals(run, branch)
+    _sync_logs(run, branch)
     _publish(hidden, hidden.parent / format_step(step))
 
 
-def _sync_journals(run: RunDir, branch: str) -> None:
+def _sync_logs(run: RunDir, branch: str) -> None:
     """A checkpoint is never on the disk without the lines of the steps that led to it."""
     for path in (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch), costs_path(run)):
         if path.exists():
@@ -91,12 +91,12 @@ def _sync_journals(run: RunDir, branch: str) -> None:
 
 
 def _publish(hidden: Path, final: Path) -> None:
-    """Give a signed folder its final name."""
+    """Give a finished folder its final name."""
     if final.exists() and has_intact_weights(final, deep=True):
         _merge(hidden, final)
         return
     if final.exists():
-        _bury(final)
+        _delete_atomically(final)
     hidden.rename(final)
     sync_path(final.parent)
 
@@ -111,13 +111,13 @@ def _merge(hidden: Path, final: Path) -> None:
         )
     if (hidden / TRAINING_STATE_FOLDER).is_dir() and not has_intact_training_state(final, deep=True):
         if (final / TRAINING_STATE_FOLDER).exists():
-            _bury(final / TRAINING_STATE_FOLDER)
+            _delete_atomically(final / TRAINING_STATE_FOLDER)
         (hidden / TRAINING_STATE_FOLDER).rename(final / TRAINING_STATE_FOLDER)
         sync_path(final)
 
 
 def remove_leftovers(home: Path) -> None:
-    """Remove what dead writers left among a branch's checkpoints. Only for the one writer."""
+    """Remove what killed writers left among a branch's checkpoints. Needs the run's lock."""
     if not home.is_dir():
         return
     dead = [
@@ -130,18 +130,18 @@ def remove_leftovers(home: Path) -> None:
 
 
 def demote_checkpoint(checkpoint: Checkpoint) -> None:
-    """Take an anchor's training state away: from one moment to the next it is a weights-only guide."""
+    """Delete the training state of a full checkpoint, atomically."""
     if checkpoint.training_state_path.exists():
-        _bury(checkpoint.training_state_path)
+        _delete_atomically(checkpoint.training_state_path)
 
 
 def delete_checkpoint(checkpoint: Checkpoint) -> None:
-    """Remove a checkpoint: its name goes first, at once."""
-    _bury(checkpoint.path)
+    """Delete a checkpoint, atomically."""
+    _delete_atomically(checkpoint.path)
 
 
-def _bury(folder: Path) -> None:
-    """Rename a folder to a hidden dead name, sync, and only then delete it file by file."""
+def _delete_atomically(folder: Path) -> None:
+    """Rename a folder to a hidden name, sync, and only then delete its files."""
     dead = folder.parent / f".{folder.name}{DELETED_SUFFIX}"
     shutil.rmtree(dead, ignore_errors=True)
     folder.rename(dead)
@@ -155,7 +155,7 @@ def is_complete(folder: Path, deep: bool = False) -> bool:
 
 
 def list_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
-    """Complete checkpoints that the branch itself made, by step. A damaged training state makes it a guide."""
+    """Complete checkpoints of the branch itself, by step. One with a damaged training state has tier `weights`."""
     home = run.checkpoints_folder(branch)
     found = []
     for folder in home.iterdir() if home.is_dir() else ():
@@ -169,9 +169,7 @@ def list_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
 def list_ancestry_checkpoints(run: RunDir, branch: str) -> list[Checkpoint]:
     """Checkpoints along the line of descent by step: each ancestor's up to the step where the line left it."""
     line = ancestry(run, branch)
-    return [
-        found for stretch in line for found in list_checkpoints(run, stretch.branch) if stretch.contains(found.step)
-    ]
+    return [found for span in line for found in list_checkpoints(run, span.branch) if span.contains(found.step)]
 
 
 def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
@@ -180,7 +178,7 @@ def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
     for checkpoint in every:
         if checkpoint.step == step:
             return checkpoint
-    _refuse_damaged(run.checkpoint_folder(find_owning_branch(run, branch, step), step))
+    _check_not_damaged(run.checkpoint_folder(find_owning_branch(run, branch, step), step))
     steps = ", ".join(str(checkpoint.step) for checkpoint in every) or "none"
     raise NpoError(
         f"{run.root} has no complete checkpoint of step {step} on branch {branch}; it has steps: {steps}",
@@ -195,31 +193,31 @@ def verify_checkpoint(checkpoint: Checkpoint, *, training_state: bool = False) -
         raise NpoError(found, damaged_checkpoint_hint(checkpoint.path))
 
 
-def _refuse_damaged(folder: Path) -> None:
+def _check_not_damaged(folder: Path) -> None:
     found = find_damage(folder, deep=False) if folder.exists() else None
     if found:
         raise NpoError(found, damaged_checkpoint_hint(folder))
 
 
 def check_newer_checkpoints(run: RunDir, branch: str, step: int) -> None:
-    """A damaged checkpoint newer than the one to go on from is for the user to judge: never passed over in silence."""
+    """Refuse to resume from `step` where a newer checkpoint is damaged: the user decides about that one."""
     home = run.checkpoints_folder(branch)
     for folder in sorted(home.iterdir()) if home.is_dir() else ():
         found = parse_step(folder.name)
         if found is not None and found > step:
-            _refuse_damaged(folder)
+            _check_not_damaged(folder)
 
 
 def find_resume_checkpoint(run: RunDir, branch: str) -> Checkpoint:
-    """The checkpoint from which the branch goes on: its own newest anchor, or the one it left its parent at."""
+    """The checkpoint that the branch resumes from: its own newest full one, or the one it was forked from."""
     fork_step = ancestry(run, branch)[-1].from_step
-    anchors = [
+    full = [
         found for found in list_ancestry_checkpoints(run, branch) if found.tier == "full" and found.step >= fork_step
     ]
-    check_newer_checkpoints(run, branch, anchors[-1].step if anchors else fork_step)
-    if not anchors:
+    check_newer_checkpoints(run, branch, full[-1].step if full else fork_step)
+    if not full:
         raise NpoError(
-            f"branch {branch} of {run.root} has no complete checkpoint with a training state to go on from",
+            f"branch {branch} of {run.root} has no complete checkpoint with a training state to resume from",
             f"start again in a new folder with npo train, or look: npo index {quote_path(run.root)}",
         )
-    return anchors[-1]
+    return full[-1]

@@ -74,7 +74,7 @@ def append_cost(
     """Charge one piece of sampling or scoring. Call it before the artifact is written: a piece that is lost in
     between is executed again, and its tokens still count once.
 
-    `forwards` is the number of tokens where nothing else is said.
+    `forwards` is the number of tokens by default.
     """
     line = CostLine(
         kind=kind,

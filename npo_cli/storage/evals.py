@@ -1,7 +1,7 @@
-"""prompt_results.jsonl: how often each held-out prompt was solved, one line an evaluation.
+"""prompt_results.jsonl: how often each held-out prompt was solved, one line per evaluation.
 
-What evals.jsonl sums up is here prompt by prompt, so that two policies can be compared on the prompts that both were
-asked. A prompt is known by its content, not by its id or its place: two runs that drew other prompts share none.
+evals.jsonl has the sums; here they are per prompt, so that two policies can be compared on common prompts. A prompt is
+identified by a hash of its content, not by its id or position: two runs with other prompts share none.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ class PromptResults:
     branch: str
     step: int
     num_samples: int
-    """Samples a prompt."""
+    """Samples per prompt."""
     prompt_keys: tuple[str, ...]
-    """Keys of the held-out prompts (`prompt_key`)."""
+    """Keys of the held-out prompts (`hash_prompt`)."""
     num_correct: tuple[int, ...]
     """Correct samples of each, in the same order."""
 
     def matches(self, report: EvalReport) -> bool:
-        """Whether that report sums up these counts."""
+        """Whether the report is the sum of these counts."""
         place = (self.branch, self.step, self.num_samples, len(self.prompt_keys))
         total = self.num_samples * len(self.prompt_keys)
         return place == (report.branch, report.step, report.num_samples, report.num_prompts) and (
@@ -39,7 +39,7 @@ class PromptResults:
 
 
 def hash_prompt(prompt: Prompt) -> str:
-    """The first 16 hexadecimal digits of the sha256 of what is asked and what is expected."""
+    """The first 16 hexadecimal digits of the sha256 of question and reference answer."""
     turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
     digests = [image.sha256 for image in prompt.images]
     content = {"text": prompt.text, "messages": turns, "images": digests, "answer": prompt.answer}
@@ -47,15 +47,15 @@ def hash_prompt(prompt: Prompt) -> str:
 
 
 def append_prompt_results(run: RunDir, outcomes: PromptResults) -> None:
-    """Write one evaluation down, once."""
+    """Append one evaluation, once."""
     JsonlLog(run.prompt_results_path).append_once(outcomes, ("branch", "step", "num_samples"))
 
 
 def read_prompt_results(run: RunDir) -> list[PromptResults]:
-    """Every evaluation whose outcomes were kept, oldest first."""
+    """Every evaluation with results per prompt, oldest first."""
     found = []
-    for number, said in enumerate(JsonlLog(run.prompt_results_path).read_records(PromptResults), start=1):
-        one = replace(said, prompt_keys=tuple(said.prompt_keys), num_correct=tuple(said.num_correct))
+    for number, row in enumerate(JsonlLog(run.prompt_results_path).read_records(PromptResults), start=1):
+        one = replace(row, prompt_keys=tuple(row.prompt_keys), num_correct=tuple(row.num_correct))
         counted = all(isinstance(count, int) and 0 <= count <= one.num_samples for count in one.num_correct)
         if not (counted and len(one.num_correct) == len(set(one.prompt_keys)) > 0):
             raise damaged_file_error(f"{run.prompt_results_path}, line {number}", "its counts do not fit its prompts")
@@ -66,7 +66,7 @@ def read_prompt_results(run: RunDir) -> list[PromptResults]:
 def match_prompt_results(
     reports: Mapping[tuple[str, int], EvalReport], run: RunDir
 ) -> dict[tuple[str, int], PromptResults]:
-    """The outcomes behind those reports, by branch and step; an npo that kept none left none."""
+    """The results per prompt of these reports, by branch and step."""
     found = {}
     for one in read_prompt_results(run):
         report = reports.get((one.branch, one.step))

@@ -1,6 +1,6 @@
-"""Bytes on disk: JSON in its one spelling, whole-file replacement, syncing, and the full disk.
+"""Bytes on disk: canonical JSON, atomic replacement of files, syncing, and full disks.
 
-Knows no layout: which file lies where is `paths.py`. JSON here is ASCII, without blanks, keys in the order
+Which file is where is the subject of `layout.py`. JSON here is ASCII, without blanks, keys in the order
 given, and never holds NaN or infinity (JSON has no such numbers): such a value is dropped and named.
 """
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def now_utc(*, microseconds: bool = False) -> str:
-    """The time, ISO 8601 in UTC to the second (`fine`: microsecond): `2026-11-23T07:30:00+00:00`."""
+    """The time, ISO 8601 in UTC to the second (`microseconds`: to the microsecond): `2026-11-23T07:30:00+00:00`."""
     return datetime.now(UTC).isoformat(timespec="microseconds" if microseconds else "seconds")
 
 
@@ -51,7 +51,7 @@ def _plain(value: object) -> object:
 
 
 def encode_record(record: object) -> str:
-    """One line of JSON without its newline. Non-finite numbers leave, their dotted names enter `dropped`.
+    """One line of JSON without its newline. Non-finite numbers are left out and their dotted names listed in `dropped`.
 
     In a list the place is kept and holds null. A record without such numbers has no `dropped`.
     """
@@ -75,7 +75,7 @@ def _finite(value: Any, name: str, dropped: list[str]) -> Any:
                 kept[key] = _finite(item, inner, dropped)
         return kept
     if isinstance(value, list):
-        return [_finite(item, f"{name}[{place}]", dropped) for place, item in enumerate(value)]
+        return [_finite(item, f"{name}[{index}]", dropped) for index, item in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         dropped.append(name)
         return None
@@ -99,12 +99,12 @@ def decode_record(kind: type[T], row: Mapping[str, Any], source: Path | str) -> 
 
 
 def damaged_file_error(source: Path | str, detail: str) -> NpoError:
-    """The words for a file of the run directory that does not say what it should."""
+    """The error for a damaged file of the run directory."""
     return NpoError(f"{source} is damaged: {detail}", "restore it from a copy of the run directory")
 
 
 def _fits(value: object, wanted: Any) -> bool:
-    """Whether a JSON value can stand for a type. What is inside lists and mappings is not looked at."""
+    """Whether a JSON value can stand for a type. The items of lists and mappings are not checked."""
     accepted = _json_types(wanted)
     if isinstance(value, bool):
         return bool in accepted
@@ -125,7 +125,7 @@ def _json_types(wanted: Any) -> tuple[type, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a whole-file JSON document; anything else is a user's error that names the file."""
+    """The object in a whole-file JSON document; anything else is an error that names the file."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -191,16 +191,16 @@ def hash_file(path: Path) -> str:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of room. safetensors reports it as its own error, with the number in the text."""
+    """Whether a write failed because the disk is full. safetensors raises its own error with the number in the text."""
     if isinstance(error, OSError):
         return error.errno in DISK_FULL_ERRNOS
-    said = str(error)
-    return any(f"os error {number}" in said or f"code: {number}," in said for number in DISK_FULL_ERRNOS)
+    text = str(error)
+    return any(f"os error {number}" in text or f"code: {number}," in text for number in DISK_FULL_ERRNOS)
 
 
 @contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk into the one error a user is meant to read; other errors pass unchanged."""
+    """Turn a full disk into one clear error; other errors pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -208,13 +208,13 @@ def explain_full_disk(path: Path) -> Iterator[None]:
             raise
         raise RunFailed(
             f"no room left to write {path}; everything saved before is intact",
-            "free some disk space, then go on with `npo resume` on this run directory",
+            "free some disk space, then run `npo resume` on this run directory",
         ) from error
 
 
 @on_main_rank
 def check_disk_space(path: Path, num_bytes: int) -> None:
-    """Refuse to begin a write of `num_bytes` bytes that the file system under `path` cannot hold."""
+    """Refuse a write of `num_bytes` bytes that the file system under `path` cannot hold."""
     folder = path.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -222,6 +222,6 @@ def check_disk_space(path: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise RunFailed(
             f"{path} needs {num_bytes / 1e6:.1f} MB and the disk has {free / 1e6:.1f} MB left",
-            "free some disk space or lower train.keep_full_checkpoints and train.keep_weights_only, then go on with "
-            "`npo resume`",
+            "free some disk space or lower train.keep_full_checkpoints and train.keep_weights_only, then run `npo "
+            "resume`",
         )

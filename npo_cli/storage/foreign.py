@@ -1,7 +1,7 @@
-"""What other trainers leave on the disk: which folder is the checkpoint of which step, and how its files come over.
+"""Checkpoints of other trainers: which folder is which step, and how their files are imported.
 
-Nothing is ever changed there. Known by the names of folders: transformers and TRL, verl, prime-rl (see IMPORT.md). Only
-safetensors are read: a pickle may run code.
+Nothing in their folders is changed. Supported, by folder names: transformers and TRL, verl, prime-rl
+(docs/how-to/import-from-trl-verl.md). Only safetensors are read: a pickle may run code.
 """
 
 import os
@@ -18,7 +18,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 METRICS_FILE = "metrics.jsonl"
 MODEL_FILE_SUFFIXES = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken"})
-"""Endings of what belongs to a model besides its weights: config, tokenizer, chat template."""
+"""Suffixes of the files of a model besides its weights: config, tokenizer, chat template."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class ForeignCheckpoint:
     path: Path
     """The folder with weights and config."""
     is_adapter: bool
-    """It holds adapters, and the base lies elsewhere."""
+    """It holds adapters; the base model is elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,10 +48,10 @@ class CheckpointLayout:
 
     trainer: str
     parent_folders: tuple[str, ...]
-    """Folders in which they lie, relative to the one that was named."""
+    """Folders in which they lie, relative to the given one."""
     folder_pattern: re.Pattern[str]
     model_folders: tuple[str, ...]
-    """Where the model lies in such a folder; the first that holds one is taken."""
+    """Where the model is in such a folder; the first that holds one is used."""
 
 
 CHECKPOINT_LAYOUTS = (
@@ -80,42 +80,42 @@ def find_foreign_checkpoints(home: Path) -> tuple[list[ForeignCheckpoint], list[
     """Checkpoints of one trainer by step, and those that cannot be read, each with the reason."""
     if not home.is_dir():
         raise NpoError(f"there is no folder {home}", "--import FOLDER: the output folder of another trainer")
-    _refuse_own(home)
+    _check_not_a_run(home)
     for layout in CHECKPOINT_LAYOUTS:
         for above in layout.parent_folders:
-            found = list(_named(home / above, layout))
+            found = list(_match_folders(home / above, layout))
             if found:
-                return _sorted_out(found, layout)
-    looked = "checkpoint-N, global_step_N/actor/huggingface, weights/step_N or step_N"
+                return _classify(found, layout)
+    expected = "checkpoint-N, global_step_N/actor/huggingface, weights/step_N or step_N"
     single = any(layout.folder_pattern.fullmatch(home.absolute().name) for layout in CHECKPOINT_LAYOUTS)
-    mend = f"--import {quote_path(home.absolute().parent)}" if single else "--import FOLDER: the one that holds them"
-    raise NpoError(f"{home} holds no checkpoints of another trainer: no {looked}", mend)
+    fix = f"--import {quote_path(home.absolute().parent)}" if single else "--import FOLDER: the one that holds them"
+    raise NpoError(f"{home} holds no checkpoints of another trainer: no {expected}", fix)
 
 
-def _refuse_own(home: Path) -> None:
-    """npo's own checkpoints need no import."""
+def _check_not_a_run(home: Path) -> None:
+    """Checkpoints of npo need no import."""
     for folder in (home, *home.absolute().parents):
         if (folder / RUN_INFO_FILE).is_file():
-            raise NpoError(f"{home} is npo's own: it lies in the run {folder}", f"npo index {quote_path(folder)}")
+            raise NpoError(f"{home} belongs to the npo run {folder}", f"npo index {quote_path(folder)}")
 
 
-def _named(home: Path, layout: CheckpointLayout) -> Iterator[tuple[int, Path]]:
+def _match_folders(home: Path, layout: CheckpointLayout) -> Iterator[tuple[int, Path]]:
     for folder in home.iterdir() if home.is_dir() else ():
-        said = layout.folder_pattern.fullmatch(folder.name)
-        if said and folder.is_dir():
-            yield int(said.group(1)), folder
+        match = layout.folder_pattern.fullmatch(folder.name)
+        if match and folder.is_dir():
+            yield int(match.group(1)), folder
 
 
-def _sorted_out(
+def _classify(
     named: list[tuple[int, Path]], layout: CheckpointLayout
 ) -> tuple[list[ForeignCheckpoint], list[UnusableCheckpoint]]:
     found, unusable = [], []
-    # prime-rl marks what is whole, if only in its newer releases.
+    # Newer releases of prime-rl mark complete checkpoints.
     marked = layout.trainer == "prime-rl" and any((folder / "STABLE").exists() for _, folder in named)
     for step, folder in sorted(named):
         model = next((folder / place for place in layout.model_folders if _holds_model(folder / place)), None)
         if model is None or (marked and not (folder / "STABLE").exists()):
-            unusable.append(_why_not(folder, unmarked=model is not None))
+            unusable.append(_explain_unusable(folder, unmarked=model is not None))
         else:
             adapters = (model / ADAPTER_CONFIG).is_file()
             found.append(ForeignCheckpoint(trainer=layout.trainer, step=step, path=model, is_adapter=adapters))
@@ -128,7 +128,7 @@ def _holds_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
 
 
-def _why_not(folder: Path, *, unmarked: bool) -> UnusableCheckpoint:
+def _explain_unusable(folder: Path, *, unmarked: bool) -> UnusableCheckpoint:
     """The reason, and the other trainer's own command where it has one."""
     actor = folder / "actor"
     backend = "megatron" if (actor / "dist_ckpt").is_dir() else "fsdp"
@@ -136,15 +136,15 @@ def _why_not(folder: Path, *, unmarked: bool) -> UnusableCheckpoint:
         merge = f"python -m verl.model_merger merge --backend {backend} --local_dir {quote_path(actor)}"
         target = f"--target_dir {quote_path(actor / 'huggingface')}"
         return UnusableCheckpoint(
-            path=folder, reason="its weights are in verl's shards, not merged", fix=f"{merge} {target}"
+            path=folder, reason="its weights are in verl's shards and not merged", fix=f"{merge} {target}"
         )
     if unmarked:
         return UnusableCheckpoint(
             path=folder, reason="it was not finished: it has no STABLE", fix="let prime-rl finish it"
         )
     if any(folder.rglob("*.bin")):
-        mend = "save it again as safetensors (save_pretrained in transformers)"
-        return UnusableCheckpoint(path=folder, reason="its weights are pickled, and a pickle may run code", fix=mend)
+        fix = "save it again as safetensors (save_pretrained in transformers)"
+        return UnusableCheckpoint(path=folder, reason="its weights are pickled, and a pickle may run code", fix=fix)
     return UnusableCheckpoint(
         path=folder, reason="it holds no config with model*.safetensors", fix="let its trainer finish it"
     )
@@ -153,7 +153,7 @@ def _why_not(folder: Path, *, unmarked: bool) -> UnusableCheckpoint:
 def link_model_files(source: Path, target: Path) -> None:
     """Config and tokenizer as copies, weights as hard links (as copies where the file system is another).
 
-    A link takes no room and outlives the other trainer's clean-up.
+    A link takes no space and survives when the other trainer deletes its file.
     """
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name.startswith("model") and path.suffix == ".safetensors":
@@ -165,12 +165,12 @@ def link_model_files(source: Path, target: Path) -> None:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, one without links, or a file of somebody else
+    except OSError:  # another file system, one without links, or a file of another user
         shutil.copyfile(source, target)
 
 
 def find_trainer_metrics(found: list[ForeignCheckpoint], home: Path) -> Path | None:
-    """The records that the trainer left: the newest trainer_state.json, or prime-rl's metrics.jsonl."""
+    """The log of that trainer: the newest trainer_state.json, or prime-rl's metrics.jsonl."""
     candidates = [
         found[-1].path / TRAINER_STATE_FILE,
         home / TRAINER_STATE_FILE,

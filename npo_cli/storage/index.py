@@ -1,7 +1,4 @@
-"""The table of a run's checkpoints. Everything in it can be made again from the other files.
-
-`npo index`: one table of the run's checkpoints.
-"""
+"""`npo index`: the table of a run's checkpoints, computed from the other files and not stored."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ BranchStep = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointMeasurements:
-    """What the journals and scorings say of checkpoints, by place."""
+    """Metrics of checkpoints from logs and scorings, by branch and step."""
 
     scores: dict[BranchStep, tuple[int, CheckpointScore]]
     """Step of the learner, and the newest score for it."""
@@ -39,11 +36,11 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
     entries = []
     for branch in list_branches(run):
         measured = {row.get("step"): row for row in JsonlLog(run.metrics_path(branch)).iter_rows()}
-        parent = _birthplace(run, branch)
+        parent = _fork_point(run, branch)
         for step, folder in list_checkpoint_folders(run.checkpoints_folder(branch)):
             fields = _on_disk(run, folder, verify=verify) | _measurements((branch, step), measured.get(step, {}), known)
             if not folder.is_dir():
-                # Its writer has renamed or removed it meanwhile.
+                # Renamed or removed by its writer in the meantime.
                 continue
             entries.append(CheckpointEntry(branch=branch, step=step, parent=parent, **fields))
             if fields["complete"]:
@@ -52,7 +49,7 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
 
 
 def list_checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
-    """Folders of a branch that are a checkpoint or were to become one, by step."""
+    """Folders of a branch that are a complete or unfinished checkpoint, by step."""
     found = []
     for folder in home.iterdir() if home.is_dir() else ():
         hidden = folder.name.startswith(".") and folder.name.endswith(PARTIAL_SUFFIX)
@@ -63,7 +60,7 @@ def list_checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
 
 
 def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
-    """Fields of an entry that the folder itself answers."""
+    """Fields of an entry that come from the folder itself."""
     complete = not folder.name.startswith(".") and has_intact_weights(folder, deep=verify)
     return {
         "tier": "full" if has_intact_training_state(folder, deep=verify) else "weights",
@@ -75,7 +72,7 @@ def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of its files; those that a writer takes away meanwhile are not counted."""
+    """Bytes of its files; those that a writer removes meanwhile are not counted."""
     total = 0
     with suppress(FileNotFoundError):
         for path in folder.rglob("*"):
@@ -88,7 +85,7 @@ def _digest(folder: Path) -> str | None:
 
 
 def _measurements(place: BranchStep, measured: dict[str, Any], known: CheckpointMeasurements) -> dict[str, Any]:
-    """Fields of an entry that were measured: by the step itself, by evaluations and by scorings."""
+    """Fields of an entry from the metrics of the step, evaluations and scorings."""
     report = known.evals.get(place)
     at, score = known.scores.get(place, (None, None))
     return {
@@ -102,8 +99,8 @@ def _measurements(place: BranchStep, measured: dict[str, Any], known: Checkpoint
     }
 
 
-def _birthplace(run: RunDir, branch: str) -> str | None:
-    """The checkpoint that a branch left; None for the first branch."""
+def _fork_point(run: RunDir, branch: str) -> str | None:
+    """The checkpoint that a branch was forked from; None for the first branch."""
     born = find_first_segment(run, branch)
     if born.parent is None:
         return None
@@ -111,7 +108,7 @@ def _birthplace(run: RunDir, branch: str) -> str | None:
 
 
 def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CheckpointScore]]:
-    """The newest score of every candidate ever scored, with the learner's step."""
+    """The newest score of every scored candidate, with the learner's step."""
     newest: dict[BranchStep, tuple[int, CheckpointScore]] = {}
     for answer in read_all_scores(run):
         for score in answer.scores:
@@ -120,7 +117,7 @@ def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, Checkpoint
 
 
 def select_best_evals(run: RunDir) -> dict[BranchStep, EvalReport]:
-    """The evaluation with the most samples of every checkpoint evaluated; of equals the newest."""
+    """The evaluation with the most samples of every checkpoint evaluated; of several the newest."""
     best: dict[BranchStep, EvalReport] = {}
     for report in read_evals(run):
         place = (report.branch, report.step)

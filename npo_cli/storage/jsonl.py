@@ -1,7 +1,7 @@
-"""Files of JSON lines that only grow. A line is whole when its newline is on the disk.
+"""Append-only files of JSON lines. A line is complete when its newline is on disk.
 
-Readers ignore a torn tail (a last line without newline or without valid JSON, left by a dead writer); a writer
-cuts it off before its first line. Nothing else in a journal is ever changed. One writer at a time: see `lock.py`.
+Readers ignore a torn tail (a last line without newline or without valid JSON, left by a killed writer); a writer
+removes it before its first line. Nothing else in a log is ever changed. One writer at a time: see `lock.py`.
 """
 
 import json
@@ -24,7 +24,7 @@ KeyFields = str | tuple[str, ...]
 
 @dataclass(slots=True)
 class JsonlLog:
-    """One file of JSON lines. A missing file reads as empty; the first write makes it and mends its tail."""
+    """One file of JSON lines. A missing file reads as empty; the first write creates it and removes a torn tail."""
 
     path: Path
     _repaired: bool = field(default=False, init=False)

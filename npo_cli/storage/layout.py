@@ -1,7 +1,6 @@
-"""Where everything lies in a run directory, how one is born and how one is opened. FORMAT.md is the contract.
+"""Paths in a run directory, and how one is created and opened. docs/reference/run-directory.md is the contract.
 
-A run directory is known by `npo_run.json`, which is written last at birth. This file knows names, not contents:
-the rooms' other files say what each journal holds.
+`npo_run.json` makes a folder a run directory; it is written last at creation. This module knows names, not contents.
 """
 
 import os
@@ -240,7 +239,7 @@ def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> Ru
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         with explain_full_disk(root):
-            _give_birth(root, recipe, npo_version=npo_version)
+            _write_new_run(root, recipe, npo_version=npo_version)
     except BaseException as error:
         _undo(root, made, taken=isinstance(error, FileExistsError))
         if isinstance(error, FileExistsError):
@@ -251,19 +250,19 @@ def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> Ru
     return RunDir(root)
 
 
-def _give_birth(root: Path, recipe: Mapping[str, Any], *, npo_version: str) -> None:
+def _write_new_run(root: Path, recipe: Mapping[str, Any], *, npo_version: str) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    # Two births in one empty folder: the exclusive mode lets one of them pass.
+    # Two processes may create a run in one empty folder: the exclusive mode lets only one continue.
     with (root / RECIPE_FILE).open("x", encoding="utf-8") as file:
         file.write(dump_recipe(recipe))
     run = RunDir(root)
     run.save_recipe(FIRST_BRANCH, recipe)
-    birth = RunInfo(format=FORMAT_VERSION, run_id=uuid.uuid4().hex, created=now_utc(), npo_version=npo_version)
-    write_json_atomic(root / RUN_INFO_FILE, birth)
+    info = RunInfo(format=FORMAT_VERSION, run_id=uuid.uuid4().hex, created=now_utc(), npo_version=npo_version)
+    write_json_atomic(root / RUN_INFO_FILE, info)
 
 
 def _undo(root: Path, made: list[Path], *, taken: bool) -> None:
-    """Remove what a failed birth made: nothing where another birth took the folder."""
+    """Remove what a failed creation left; nothing where another process took the folder."""
     if taken:
         return
     if root.is_dir():
@@ -287,7 +286,7 @@ def check_unused(root: Path, *, flag: str = "RUN") -> None:
 
 
 def used_directory_error(root: Path, *, flag: str = "RUN") -> NpoError:
-    """The words for a folder that cannot become a run."""
+    """The error for a folder that cannot become a run."""
     if (root / RUN_INFO_FILE).exists():
         return NpoError(
             f"{root} already holds a run",

@@ -1,7 +1,7 @@
-"""Branches: where each one left its parent, and the line of descent from a branch back to the first.
+"""Branches: where each one was forked, and the line of descent from a branch back to the first.
 
-segments.jsonl only grows. A branch is born with its first segment; later segments of the same branch record that
-it was resumed, perhaps with other settings. This file knows nothing of checkpoints, which may be deleted.
+segments.jsonl is append-only. The first segment creates a branch; later segments of the same branch record that it was
+resumed, perhaps with other settings. This module knows nothing of checkpoints, which may be deleted.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Span(NamedTuple):
     from_step: int
     """Step the branch starts from; the first branch also owns its step 0."""
     to_step: int | None
-    """Step at which the next branch left; None on the last one, which is open."""
+    """Step at which the next branch was forked; None for the last branch."""
 
     def contains(self, step: int) -> bool:
         """Whether the line takes this step from this branch."""
@@ -30,7 +30,7 @@ class Span(NamedTuple):
 
 
 def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = ()) -> None:
-    """Record that training starts or goes on: from now on the branch exists. Synced before it returns."""
+    """Record that training starts or resumes; from then on the branch exists. Synced before it returns."""
     validate_name(segment.branch)
     journal = JsonlLog(run.segments_path)
     journal.append({"time": now_utc(), **to_row(segment), "overrides": list(overrides)})
@@ -65,7 +65,7 @@ def find_newest_branch(run: RunDir) -> str:
 
 
 def find_first_segment(run: RunDir, branch: str) -> Segment:
-    """The segment a branch was born with."""
+    """The segment that created a branch."""
     every = read_segments(run)
     for segment in every:
         if segment.branch == branch:
@@ -77,9 +77,9 @@ def find_first_segment(run: RunDir, branch: str) -> Segment:
 
 
 def ancestry(run: RunDir, branch: str) -> list[Span]:
-    """The line of descent, oldest branch first: (main, 0, 80), (guided, 80, None) for a branch that left main at 80.
+    """The line of descent, oldest branch first: (main, 0, 80), (guided, 80, None) for a branch forked from main at 80.
 
-    A parent that itself left its own parent later than the line left it gave no step and is not in the line.
+    A parent that was forked later than the line leaves it contributes no step and is not in the line.
     """
     line: list[Span] = []
     seen: set[str] = set()
@@ -99,9 +99,9 @@ def ancestry(run: RunDir, branch: str) -> list[Span]:
 
 def find_owning_branch(run: RunDir, branch: str, step: int) -> str:
     """The branch on the line of descent that made this step."""
-    for stretch in ancestry(run, branch):
-        if stretch.contains(step):
-            return stretch.branch
+    for span in ancestry(run, branch):
+        if span.contains(step):
+            return span.branch
     return branch
 
 

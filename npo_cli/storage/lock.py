@@ -1,9 +1,9 @@
 """One writer at a time in a run directory.
 
-The lock is the operating system's, on an open file, so it goes when its process goes, however that ends. Beside
-it lies a note of who holds it, which only words the error of the next one and is never believed by itself.
+The lock is the operating system's, on an open file, so it is released when its process ends, however it ends. A
+note of the holder beside it is only used for the error message of the next process.
 
-Folders that appear whole or not at all: built under a hidden name beside the wanted one, then renamed.
+Atomic directories: built under a hidden name beside the final one, then renamed.
 """
 
 import os
@@ -25,7 +25,7 @@ from npo_cli.storage.layout import RunDir, check_unused
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LockHolder:
-    """Who writes in a run directory."""
+    """The process that holds the lock."""
 
     pid: int
     host: str
@@ -36,7 +36,7 @@ class LockHolder:
 
 @contextmanager
 def lock_run(run: RunDir) -> Iterator[None]:
-    """Hold the run's lock for the block; refused at once, with the holder's name, where another writer holds it.
+    """Hold the run's lock for the block; an error that names the holder, at once, where another process holds it.
 
     Of several ranks, rank 0 holds it.
     """
@@ -67,11 +67,11 @@ def _acquire(lock: FileLock, run: RunDir) -> None:
 
 
 def run_locked_error(run: RunDir) -> NpoError:
-    """The words for a run directory in which another process writes."""
+    """The error for a run directory that another process holds."""
     try:
         holder = decode_record(LockHolder, read_json(run.holder_path), run.holder_path)
     except NpoError:
-        # Taken this moment and not yet signed, or the note was lost: the lock itself is what counts.
+        # The lock was just taken, or the note was lost: only the lock counts.
         return NpoError(f"{run.root} is in use by another npo process", "wait until it ends, then try again")
     return NpoError(
         f"{run.root} is in use by process {holder.pid} on {holder.host} (`{holder.command}`, since {holder.since})",

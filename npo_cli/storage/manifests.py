@@ -1,7 +1,7 @@
-"""What a whole checkpoint is: a folder whose manifest lists every file with its size and sha256.
+"""What a complete checkpoint is: a folder whose manifest lists every file with its size and sha256.
 
 A checkpoint has two parts with a manifest each: the weights (`npo.json`, every file of the folder itself) and,
-in an anchor, the training state (`training_state/npo_training_state.json`, every file under `training_state/`).
+in a full checkpoint, the training state (`training_state/npo_training_state.json`, every file under `training_state/`).
 """
 
 import hashlib
@@ -19,15 +19,15 @@ WEIGHTS_SUFFIX = ".safetensors"
 
 
 def write_manifests(folder: Path, *, branch: str, step: int) -> None:
-    """Sync every file of a checkpoint and write its manifests, the anchor's first."""
-    anchor = folder / TRAINING_STATE_FOLDER
-    if anchor.is_dir():
-        _sign(anchor, TRAINING_STATE_MANIFEST, {"step": step, "branch": branch})
-    files = _sign(folder, MANIFEST, {"step": step, "branch": branch})
+    """Sync every file of a checkpoint and write its manifests, the training state's first."""
+    state = folder / TRAINING_STATE_FOLDER
+    if state.is_dir():
+        _write_manifest(state, TRAINING_STATE_MANIFEST, {"step": step, "branch": branch})
+    files = _write_manifest(folder, MANIFEST, {"step": step, "branch": branch})
     assert any(name.endswith(WEIGHTS_SUFFIX) for name in files), f"no weights were saved in {folder}"
 
 
-def _sign(folder: Path, manifest: str, head: Mapping[str, Any]) -> dict[str, Any]:
+def _write_manifest(folder: Path, manifest: str, head: Mapping[str, Any]) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in list_manifest_files(folder, manifest):
         sync_path(path)
@@ -40,7 +40,7 @@ def _sign(folder: Path, manifest: str, head: Mapping[str, Any]) -> dict[str, Any
 
 
 def list_manifest_files(folder: Path, manifest: str) -> list[Path]:
-    """The files that a manifest speaks for, sorted: all but the manifest itself, hidden ones and `training_state/`."""
+    """The files that a manifest lists, sorted: all but the manifest itself, hidden ones and `training_state/`."""
     found = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
@@ -76,22 +76,23 @@ def has_intact_training_state(folder: Path, *, deep: bool = False) -> bool:
 
 
 def find_damage(folder: Path, *, training_state: bool = False, deep: bool = True) -> str | None:
-    """What is wrong with the weights of a checkpoint (or with its training state), for people; None if it is whole."""
+    """What is wrong with the weights of a checkpoint (or with its training state), as text; None if it is complete."""
     part, manifest = (folder / TRAINING_STATE_FOLDER, TRAINING_STATE_MANIFEST) if training_state else (folder, MANIFEST)
     try:
         files = read_json(part / manifest)["files"]
-        return next(filter(None, (_file_trouble(part / name, said, deep=deep) for name, said in files.items())), None)
+        damages = (_find_file_damage(part / name, entry, deep=deep) for name, entry in files.items())
+        return next(filter(None, damages), None)
     except NpoError as error:
         return error.message
     except (KeyError, TypeError, AttributeError):
         return f"{part / manifest} is damaged: it does not list the files"
 
 
-def _file_trouble(path: Path, said: Mapping[str, Any], *, deep: bool) -> str | None:
+def _find_file_damage(path: Path, entry: Mapping[str, Any], *, deep: bool) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
-    if path.stat().st_size != said["size"]:
-        return f"{path} has {path.stat().st_size:,} bytes, but {said['size']:,} were saved"
-    if deep and hash_file(path) != said["sha256"]:
-        return f"{path} is not what was saved: its sha256 is another"
+    if path.stat().st_size != entry["size"]:
+        return f"{path} has {path.stat().st_size:,} bytes, but {entry['size']:,} were saved"
+    if deep and hash_file(path) != entry["sha256"]:
+        return f"{path} does not have the sha256 that was saved"
     return None

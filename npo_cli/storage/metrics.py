@@ -11,12 +11,12 @@ from npo_cli.types.rollouts import StepReport
 
 
 def encode_metrics(report: StepReport) -> dict[str, Any]:
-    """The line of metrics.jsonl: step and branch, then every measurement under its own name."""
+    """The line of metrics.jsonl: step and branch, then every metric under its own name."""
     return {"step": report.step, "branch": report.branch, **report.metrics}
 
 
 def encode_timings(report: StepReport) -> dict[str, Any]:
-    """The line of timings.jsonl. It has a time of day, so a step done again has a line of its own."""
+    """The line of timings.jsonl. It has a time, so a step executed again has its own line."""
     return {"step": report.step, "branch": report.branch, "time": now_utc(), **report.timings}
 
 
@@ -44,12 +44,12 @@ def read_metrics(run: RunDir, branch: str) -> Iterator[dict[str, Any]]:
 
 
 def append_event(run: RunDir, kind: str, details: Mapping[str, Any]) -> None:
-    """Note that something happened: `kind` is one word such as `resumed`, `differs`, `rolled_back`."""
+    """Append an event; `kind` is one word such as `resumed`, `differs`, `rolled_back`."""
     JsonlLog(run.events_path).append({"time": now_utc(), "kind": kind, **details})
 
 
 def find_source_trainer(run: RunDir) -> str | None:
-    """Who had trained the first branch of a run that was imported; None for a run of npo's own."""
+    """The trainer of an imported run's first branch; None for a run that npo trained."""
     events = JsonlLog(run.events_path).iter_rows()
     return next((str(event.get("trainer")) for event in events if event.get("kind") == "imported"), None)
 

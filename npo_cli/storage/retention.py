@@ -1,8 +1,8 @@
-"""Which checkpoints may shrink or go. A plan is made from plain facts, then carried out.
+"""Which checkpoints are demoted to weights only or deleted. A plan is made first, then carried out.
 
-Two quotas, each a number of newest ones kept: `keep_anchors` full states (older ones become weights-only guides)
-and `keep_guides` weights-only checkpoints (older ones are deleted). What a rollback, a guide or a scoring may
-still need is protected: it neither shrinks nor goes, whatever the quotas say.
+Two quotas of newest ones kept: `train.keep_full_checkpoints` (older ones become weights only) and
+`train.keep_weights_only` (older ones are deleted). What a rollback, a guide or a scoring may still need is protected,
+whatever the quotas say.
 """
 
 from collections.abc import Collection, Sequence
@@ -32,9 +32,9 @@ class RetentionPlan:
     """Steps of one branch."""
 
     demote: tuple[int, ...]
-    """Anchors that become weights-only guides."""
+    """Full checkpoints that become weights only."""
     delete: tuple[int, ...]
-    """Checkpoints that go."""
+    """Checkpoints that are deleted."""
 
 
 def plan_retention(
@@ -46,15 +46,15 @@ def plan_retention(
 ) -> RetentionPlan:
     """What to demote and delete among the checkpoints of one branch; a quota of None keeps all.
 
-    Step 0 and the newest anchor are always protected. A protected checkpoint counts in its quota.
+    Step 0 and the newest full checkpoint are always protected. A protected checkpoint counts towards its quota.
     """
-    anchors = sorted(found.step for found in checkpoints if found.tier == "full")
-    safe = {0, *protected, *anchors[-1:]}
-    kept_anchors = safe | set(_newest(anchors, keep_full_checkpoints))
-    demote = [step for step in anchors if step not in kept_anchors]
-    guides = sorted({found.step for found in checkpoints if found.tier == "weights"} | set(demote))
-    kept_guides = safe | set(_newest(guides, keep_weights_only))
-    delete = [step for step in guides if step not in kept_guides]
+    full = sorted(found.step for found in checkpoints if found.tier == "full")
+    safe = {0, *protected, *full[-1:]}
+    kept_full = safe | set(_newest(full, keep_full_checkpoints))
+    demote = [step for step in full if step not in kept_full]
+    weights = sorted({found.step for found in checkpoints if found.tier == "weights"} | set(demote))
+    kept_weights = safe | set(_newest(weights, keep_weights_only))
+    delete = [step for step in weights if step not in kept_weights]
     return RetentionPlan(demote=tuple(step for step in demote if step not in delete), delete=tuple(delete))
 
 
@@ -66,7 +66,7 @@ def _newest(steps: Sequence[int], quota: int | None) -> Sequence[int]:
 def apply_retention(
     run: RunDir, branch: str, *, keep_full_checkpoints: int | None, keep_weights_only: int | None
 ) -> RetentionPlan:
-    """Carry out the plan for a branch, and clear what dead writers left. Only for the one writer."""
+    """Carry out the plan for a branch, and remove what killed writers left. Needs the run's lock."""
     there = list_checkpoints(run, branch)
     protected = {step for owner, step in find_protected_checkpoints(run) if owner == branch}
     plan = plan_retention(
@@ -82,34 +82,34 @@ def apply_retention(
 
 
 def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
-    """Checkpoints that something unfinished, or something that may be repeated, rests on.
+    """Checkpoints that unfinished work, or work that may be repeated, needs.
 
     Fork points; learner, guide and older copy of every guide cache; the older copies that an extrapolated guide of a
     branch goes back to; learner and candidates of every unfinished scoring; learner
     and choice of the newest finished one; both ends of an intervention that a branch's recipe plans; and all that
     AutoNPO may go back to.
     """
-    wanted: set[BranchStep] = set()
+    needed: set[BranchStep] = set()
     for segment in read_segments(run):
         if segment.parent is not None:
-            wanted.add((segment.parent, segment.fork_step))
+            needed.add((segment.parent, segment.fork_step))
     own_guides = [info for info in list_guide_caches(run) if info.run_id == run.run_id]
     for info in own_guides:
         steps = (info.learner_step, info.guide_step, info.older_step)
-        wanted |= {(info.branch, step) for step in steps if step is not None}
+        needed |= {(info.branch, step) for step in steps if step is not None}
     for scoring in list_sample_stores(run):
         if not scoring.is_finished:
-            wanted |= _places_of(scoring)
+            needed |= _checkpoints_of(scoring)
     newest = find_latest_scores(run)
     if newest is not None:
         chosen = [score.step for score in newest.scores if score.is_selected]
-        wanted |= {(newest.branch, step) for step in (newest.learner_step, *chosen)}
+        needed |= {(newest.branch, step) for step in (newest.learner_step, *chosen)}
     for branch in list_branches(run):
         planned = run.read_recipe(branch).get("guide", {}).get("replay") or {}
-        wanted |= {(branch, planned[end]) for end in ("at_step", "guide_step") if planned.get(end) is not None}
-        wanted |= find_extrapolation_checkpoints(run, branch)
-    wanted |= find_rollback_checkpoints(run)
-    return {(find_owning_branch(run, branch, step), step) for branch, step in wanted}
+        needed |= {(branch, planned[end]) for end in ("at_step", "guide_step") if planned.get(end) is not None}
+        needed |= find_extrapolation_checkpoints(run, branch)
+    needed |= find_rollback_checkpoints(run)
+    return {(find_owning_branch(run, branch, step), step) for branch, step in needed}
 
 
 def find_extrapolation_checkpoints(run: RunDir, branch: str) -> set[BranchStep]:
@@ -137,5 +137,5 @@ def find_rollback_checkpoints(run: RunDir) -> set[BranchStep]:
     return {(branch, step) for step in steps if step >= max(steps) - farthest}
 
 
-def _places_of(scoring: SampleStore) -> set[BranchStep]:
+def _checkpoints_of(scoring: SampleStore) -> set[BranchStep]:
     return {(scoring.branch, step) for step in (scoring.learner_step, *scoring.candidates)}
