@@ -117,7 +117,7 @@ def test_export_replaces_no_file_and_refuses_damaged_checkpoints(guided, tmp_pat
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(NpoError, match="its sha256 is another"):
+    with pytest.raises(NpoError, match="does not have the sha256"):
         list(export_checkpoint(root, step=4, branch="main", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     shutil.rmtree(root)
