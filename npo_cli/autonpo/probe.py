@@ -12,7 +12,6 @@ from npo_cli.autonpo.preflight import usable_deltas
 from npo_cli.autonpo.rollback_choice import DriftSamples, choose_rollback
 from npo_cli.guides.source import compute_logprobs
 from npo_cli.policy.optimizer import read_trainer_state
-from npo_cli.rollout.batch import from_log_group
 from npo_cli.rollout.mistake_pool import Stratum, allocate_probe_prompts, stratify_failed_prompts
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.variance import SampleRatio, SignalFormula
@@ -193,8 +192,8 @@ def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
     failed = {prompt_id for stratum in probe.strata for prompt_id in stratum.prompt_ids}
     rows: list[tuple[Prompt, CandidateSample]] = [
         (group.prompt, CandidateSample.from_rollout(step, rollout, rollout.behavior_logps))
-        for group in map(from_log_group, groups)
+        for group in groups
         if group.prompt.prompt_id in failed
-        for rollout in group.rollouts
+        for rollout in group.on_policy.rollouts
     ]
     return compute_learner_ratios(session, rows, cap=session.recipe.scoring.weight_cap)

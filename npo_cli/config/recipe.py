@@ -214,6 +214,14 @@ class LossSettings(Settings):
     kl_coef: float = Field(0.0, ge=0, description="Coefficient of the KL penalty (k3) to the base model.")
     entropy_coef: float = Field(0.0, ge=0, description="Coefficient of the entropy bonus.")
 
+    @model_validator(mode="after")
+    def _delta_above_clip(self) -> "LossSettings":
+        if self.delta is not None and self.delta <= 1 + self.clip_high:
+            raise ValueError(
+                f"loss.delta must be above 1 + loss.clip_high = {1 + self.clip_high:g} (or null), got {self.delta:g}"
+            )
+        return self
+
 
 class SamplingSettings(Settings):
     """How rollouts are sampled during training."""

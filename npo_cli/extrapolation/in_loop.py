@@ -25,8 +25,8 @@ from npo_cli.extrapolation.sampler import (
 )
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState
-from npo_cli.rollout.batch import PromptBatch, StepBatch, from_log_group
-from npo_cli.rollout.mixing import InjectionPolicy, measure_on_policy_accuracy
+from npo_cli.rollout.batch import PromptBatch, StepBatch
+from npo_cli.rollout.mixing import MixStrategy
 from npo_cli.session.session import Session, count_generated_tokens, sample_groups
 from npo_cli.storage.checkpoints import Checkpoint
 from npo_cli.storage.lineage import find_first_segment
@@ -36,38 +36,30 @@ from npo_cli.types.rollouts import Group, Prompt, Rollout
 InjectionMode = Literal["inject", "sample"]
 
 
-def select_failed_groups(groups: Sequence[Group], rule: InjectionPolicy) -> list[Group]:
+def select_failed_groups(groups: Sequence[Group], strategy: MixStrategy) -> list[Group]:
     """Those whose own answers leave room for help, in order."""
-    return [group for group in groups if measure_on_policy_accuracy(group) <= rule.gate]
+    return [group for group in groups if strategy.is_eligible(group.accuracy)]
 
 
 def inject_responses(
-    own: Group, answers: Sequence[Rollout], rule: InjectionPolicy, *, num_gate_rollouts: int, mode: InjectionMode
+    own: Group, answers: Sequence[Rollout], strategy: MixStrategy, *, num_gate_rollouts: int, mode: InjectionMode
 ) -> Group:
     """The group with the answers it was given in their slots; whether it was hard, its first `num_judged` rollouts say.
 
-    Of verified-correct answers the first ones are seated, at most `rule.slots`.
+    Of verified-correct answers the first ones are seated, at most `guide.inject.slots`.
     """
-    accuracy = measure_on_policy_accuracy(replace(own, rollouts=own.rollouts[:num_gate_rollouts]))
-    if accuracy > rule.gate:
+    accuracy = replace(own, rollouts=own.rollouts[:num_gate_rollouts]).accuracy
+    if not strategy.is_eligible(accuracy):
         return replace(own, injection_status="gate_closed", on_policy_accuracy=accuracy)
     if mode == "sample":
         return replace(
             own, rollouts=(*own.rollouts, *answers), injection_status="injected", on_policy_accuracy=accuracy
         )
-    right = [one for one in answers if one.verdict == "correct" and one.finished][: rule.slots]
+    right = [one for one in answers if one.is_correct][: strategy.settings.slots]
     spare = tuple(one for one in answers if one not in right)
     if not right:
         return replace(own, injection_status="no_guide", on_policy_accuracy=accuracy, unused_guide_rollouts=spare)
-    first = rule.group_size - (len(right) if rule.compose == "replace" else 0)
-    guests = tuple(replace(one, slot=first + place) for place, one in enumerate(right))
-    return replace(
-        own,
-        rollouts=(*own.rollouts[:first], *guests),
-        injection_status="injected",
-        on_policy_accuracy=accuracy,
-        unused_guide_rollouts=spare,
-    )
+    return replace(strategy.inject(own, right, accuracy), unused_guide_rollouts=spare)
 
 
 def extrapolated_rollouts(group: Group) -> tuple[Rollout, ...]:
@@ -82,8 +74,8 @@ def extrapolation_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return {
         "extrapolate/groups": float(sum(bool(several) for several in answers)),
         "extrapolate/answers": float(len(every)),
-        "extrapolate/correct": float(sum(one.verdict == "correct" and one.finished for one in every)),
-        "extrapolate/tokens": float(sum(len(one.response_ids) for one in every)),
+        "extrapolate/correct": float(sum(one.is_correct for one in every)),
+        "extrapolate/tokens": float(sum(one.num_tokens for one in every)),
     }
 
 
@@ -177,7 +169,7 @@ class ExtrapolatedGuide:
         """Own answers, and the same groups with what the pushed policy said; read back where they are on record."""
         if before:
             own, answers = (
-                [from_log_group(group) for group in before],
+                [group.on_policy for group in before],
                 [extrapolated_rollouts(group) for group in before],
             )
         else:
@@ -185,7 +177,7 @@ class ExtrapolatedGuide:
         settings = self.session.recipe.extrapolation
         num_judged = self._num_judged(part)
         return own, [
-            inject_responses(group, said, part.injection, num_gate_rollouts=num_judged, mode=settings.mode)
+            inject_responses(group, said, part.strategy, num_gate_rollouts=num_judged, mode=settings.mode)
             for group, said in zip(own, answers, strict=True)
         ]
 
@@ -205,18 +197,18 @@ class ExtrapolatedGuide:
     def _num_judged(self, part: PromptBatch) -> int:
         """Own answers before the gate is looked at."""
         settings = self.session.recipe.extrapolation
-        return part.injection.group_size - (settings.slots if settings.mode == "sample" else 0)
+        return part.strategy.group_size - (settings.slots if settings.mode == "sample" else 0)
 
     def _asked(
         self, part: PromptBatch, *, label: tuple[str | int, ...], step: int
     ) -> tuple[list[Group], list[tuple[Rollout, ...]]]:
         """The policy first; then the pushed one for hard groups, and with `sample` the policy again for the others."""
-        settings, rule = self.session.recipe.extrapolation, part.injection
+        settings, strategy = self.session.recipe.extrapolation, part.strategy
         first = self._num_judged(part)
         own = self._own(part.prompts, label=label, slots=range(first), step=step)
-        hard = [group.prompt for group in select_failed_groups(list(own.values()), rule)]
+        hard = [group.prompt for group in select_failed_groups(list(own.values()), strategy)]
         names = {prompt.prompt_id for prompt in hard}
-        left = range(first, rule.group_size)
+        left = range(first, strategy.group_size)
         easy = [prompt for prompt in part.prompts if prompt.prompt_id not in names]
         if left and easy:
             more = self._own(easy, label=label, slots=left, step=step)

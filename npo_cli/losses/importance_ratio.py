@@ -1,8 +1,8 @@
-"""Whom each row is charged to: the policy in the denominator of its importance ratio.
+"""Importance ratios: rho = pi_theta / pi_anchor per token, and the registry of what off-policy tokens are anchored on.
 
-N rows (responses), T tokens. A row the learner wrote itself is always charged to the old policy. For a foreign
-row there are five rules, chosen once. Their outcome is data (an anchor, a weight, a freedom), so the loss treats
-all rows alike. Token ratios ignore both the law of the prefix and the constant of correct-only filtering.
+N rows (responses), T tokens. On-policy tokens are anchored on the old policy, with weight 1. Off-policy tokens are
+anchored by the entry of `IMPORTANCE_RATIOS` that `guide.inject.ratio` names. Ratios are per token: they ignore the
+probability of the prefix and the constant of keeping only correct guide responses.
 """
 
 from collections.abc import Callable
@@ -11,34 +11,67 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npo_cli.losses.types import LossInputs, RatioMode
+from npo_cli.config.guides import InjectSettings
+from npo_cli.errors import NpoError
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 nats, beyond which exp is noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RatioAnchor:
-    """How each token enters the loss. Nothing in it carries a gradient."""
-
-    anchor_logps_NT: Tensor
-    """Log-probability under the policy in the denominator."""
-    weight_NT: Tensor
-    """Factor on the token's policy loss, after clipping."""
-    unclipped_N1: Tensor
-    """True where no clip and no cap applies."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyLogps:
-    """The log-probabilities of the same tokens under three policies, detached and zero outside the mask."""
+    """Log-probabilities of the same tokens under three policies, detached and zero outside the mask."""
 
     current_NT: Tensor
     old_NT: Tensor
     behavior_NT: Tensor
+    """NaN where unavailable."""
 
 
-RatioRule = Callable[[PolicyLogps, float], RatioAnchor]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatioAnchor:
+    """How off-policy tokens enter the loss. Nothing in it carries a gradient."""
+
+    logps_NT: Tensor
+    """Log-probability under the policy in the denominator."""
+    weight_NT: Tensor | float = 1.0
+    """Factor on the token's policy loss, after clipping."""
+    is_unclipped: bool = False
+    """Whether clips and caps do not apply."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportanceRatio:
+    """One value of `guide.inject.ratio`."""
+
+    anchor: Callable[[PolicyLogps, InjectSettings], RatioAnchor]
+    needs_logprobs: bool
+    """Whether it reads the behavior policy's log-probabilities."""
+
+
+IMPORTANCE_RATIOS: dict[str, ImportanceRatio] = {}
+"""By the value of `guide.inject.ratio`. A new ratio is one registered function and one word in the setting's type."""
+
+
+def register_ratio(name: str, *, needs_logprobs: bool) -> Callable:
+    """Enter the decorated anchor function into `IMPORTANCE_RATIOS`."""
+
+    def register(anchor: Callable[[PolicyLogps, InjectSettings], RatioAnchor]) -> Callable:
+        IMPORTANCE_RATIOS[name] = ImportanceRatio(anchor=anchor, needs_logprobs=needs_logprobs)
+        return anchor
+
+    return register
+
+
+def check_ratio_available(name: str, *, has_logprobs: bool, guide: str) -> None:
+    """Raise NpoError if the ratio reads log-probabilities that the guide does not have."""
+    if has_logprobs or not IMPORTANCE_RATIOS[name].needs_logprobs:
+        return
+    others = [other for other, ratio in IMPORTANCE_RATIOS.items() if not ratio.needs_logprobs]
+    raise NpoError(
+        f"{guide} has no log-probabilities: guide.inject.ratio={name} is not available",
+        f"use guide.inject.ratio={', '.join(others[:-1])} or {others[-1]}",
+    )
 
 
 def log_ratio(logps_NT: Tensor, anchor_logps_NT: Tensor) -> Tensor:
@@ -46,86 +79,41 @@ def log_ratio(logps_NT: Tensor, anchor_logps_NT: Tensor) -> Tensor:
     return (logps_NT - anchor_logps_NT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
-def collect_policy_logps(logps_NT: Tensor, rows: LossInputs) -> PolicyLogps:
-    """The three columns of these rows. Without old log-probabilities the current ones stand in."""
-    current_NT = logps_NT.detach()
-    old_NT = current_NT if rows.old_logps_NT is None else rows.old_logps_NT.detach()
-    mask_NT = rows.mask_NT.bool()
-    return PolicyLogps(
-        current_NT=torch.where(mask_NT, current_NT, 0.0),
-        old_NT=torch.where(mask_NT, old_NT, 0.0),
-        behavior_NT=torch.where(mask_NT, rows.behavior_logps_NT.detach(), 0.0),
-    )
-
-
 def k3(log_weight_NT: Tensor) -> Tensor:
     """w - 1 - log w of w = p / q: never negative, 0 at w = 1; its mean over samples of q is KL(q || p), in nats.
 
     (Schulman 2020, joschu.net/blog/kl-approx.)
     """
-    # exp(x) - 1 would drown small x in rounding.
+    # exp(x) - 1 would lose small x to rounding.
     return log_weight_NT.expm1() - log_weight_NT
 
 
-def make_ratio_anchor(mode: RatioMode, *, decoupled_cap: float) -> Callable[[Tensor, LossInputs], RatioAnchor]:
-    """The charging function of one mode: own rows to the old policy with weight 1, foreign rows by the mode's rule."""
-    rule = RATIO_RULES[mode]
-
-    def charge(logps_NT: Tensor, rows: LossInputs) -> RatioAnchor:
-        columns = collect_policy_logps(logps_NT, rows)
-        theirs = rule(columns, decoupled_cap)
-        foreign_N1 = rows.off_policy_N.bool()[:, None]
-        free_N1 = foreign_N1 & theirs.unclipped_N1
-        return RatioAnchor(
-            anchor_logps_NT=torch.where(foreign_N1, theirs.anchor_logps_NT, columns.old_NT),
-            weight_NT=torch.where(foreign_N1, theirs.weight_NT, 1.0),
-            unclipped_N1=free_N1 if rows.unclipped_N is None else free_N1 | rows.unclipped_N.bool()[:, None],
-        )
-
-    return charge
+@register_ratio("exact", needs_logprobs=True)
+def anchor_exact(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
+    """Behavior policy: rho = pi_theta / pi_behavior, clipped like any other. The NPO paper's ratio."""
+    return RatioAnchor(logps_NT=logps.behavior_NT)
 
 
-def anchor_exact(columns: PolicyLogps, _cap: float) -> RatioAnchor:
-    """To the policy that wrote the row: rho = pi_theta / pi_behavior, clipped like any other. The NPO paper's rule."""
-    return _bound_charge(columns.behavior_NT)
+@register_ratio("proximal", needs_logprobs=False)
+def anchor_proximal(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
+    """Old policy, as if the policy had sampled the token: rho = pi_theta / pi_old (RLEP; NPO without correction)."""
+    return RatioAnchor(logps_NT=logps.old_NT)
 
 
-def anchor_proximal(columns: PolicyLogps, _cap: float) -> RatioAnchor:
-    """To the old policy, as if the learner had written it: rho = pi_theta / pi_old (RLEP; NPO without correction)."""
-    return _bound_charge(columns.old_NT)
+@register_ratio("decoupled", needs_logprobs=True)
+def anchor_decoupled(logps: PolicyLogps, settings: InjectSettings) -> RatioAnchor:
+    """Old policy, with weight min(pi_old / pi_behavior, C) (decoupled PPO, arXiv 2110.00641)."""
+    weight_NT = log_ratio(logps.old_NT, logps.behavior_NT).exp().clamp(max=settings.decoupled_cap)
+    return RatioAnchor(logps_NT=logps.old_NT, weight_NT=weight_NT)
 
 
-def anchor_decoupled(columns: PolicyLogps, cap: float) -> RatioAnchor:
-    """Clip against the old policy, correct apart: weight min(pi_old / pi_behavior, C) (decoupled PPO, 2110.00641)."""
-    weight_NT = log_ratio(columns.old_NT, columns.behavior_NT).exp().clamp(max=cap)
-    return _bound_charge(columns.old_NT, weight_NT)
+@register_ratio("unit", needs_logprobs=False)
+def anchor_unit(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
+    """Denominator 1: rho = pi_theta (LUFFY, arXiv 2504.14945, eq. 6)."""
+    return RatioAnchor(logps_NT=torch.zeros_like(logps.current_NT))
 
 
-def anchor_unit(columns: PolicyLogps, _cap: float) -> RatioAnchor:
-    """To nobody: rho = pi_theta / 1, where the writer's probabilities are unknown (LUFFY, arXiv 2504.14945, eq. 6)."""
-    return _bound_charge(torch.zeros_like(columns.current_NT))
-
-
-def anchor_none(columns: PolicyLogps, _cap: float) -> RatioAnchor:
-    """Score function -A log pi_theta, weight 1, never clipped: anchored on itself, rho is 1 with gradient grad l."""
-    free_N1 = torch.ones_like(columns.current_NT[:, :1], dtype=torch.bool)
-    return RatioAnchor(
-        anchor_logps_NT=columns.current_NT, weight_NT=torch.ones_like(columns.current_NT), unclipped_N1=free_N1
-    )
-
-
-RATIO_RULES: dict[RatioMode, RatioRule] = {
-    "exact": anchor_exact,
-    "proximal": anchor_proximal,
-    "decoupled": anchor_decoupled,
-    "unit": anchor_unit,
-    "none": anchor_none,
-}
-
-
-def _bound_charge(anchor_NT: Tensor, weight_NT: Tensor | None = None) -> RatioAnchor:
-    return RatioAnchor(
-        anchor_logps_NT=anchor_NT,
-        weight_NT=torch.ones_like(anchor_NT) if weight_NT is None else weight_NT,
-        unclipped_N1=torch.zeros_like(anchor_NT[:, :1], dtype=torch.bool),
-    )
+@register_ratio("none", needs_logprobs=False)
+def anchor_none(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
+    """Score function -A log pi_theta, never clipped: anchored on itself, rho is 1 with gradient grad l."""
+    return RatioAnchor(logps_NT=logps.current_NT, is_unclipped=True)

@@ -1,33 +1,34 @@
-"""The policy loss: charge each row, take the surrogate of each token, weigh it, add up.
+"""The policy loss: ratio and weight per token, surrogate, aggregation, loss terms.
 
-N rows (responses), T tokens. L = AGG[weight * surrogate] + kl_coef * AGG[k3] - entropy_coef * AGG[entropy], to be
-minimised. It does not know why a row is foreign. The weight is that of the charge on foreign rows, and on own rows
-that of the engine's mismatch; neither reaches the KL and entropy terms.
+N rows (responses), T tokens. L = AGG[weight * surrogate] + sum over terms of coefficient * AGG[term], to be minimized.
+The weight is that of the importance ratio on off-policy tokens and of the inference/trainer mismatch on on-policy
+ones; neither reaches the loss terms (KL, entropy).
 
-From token losses to one number. N rows (responses), T tokens.
-
-Every rule divides by sizes of the whole optimiser batch, never of the micro-batch at hand, so that the parts
-add up to the whole however it was split. A row with an empty mask adds 0.
+Every aggregation divides by sizes of the whole optimizer batch, never of the micro-batch, so the losses of
+micro-batches add up to the same sum however the batch is split. A row with an empty mask adds 0.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from npo_cli.losses.importance_ratio import log_ratio, make_ratio_anchor
-from npo_cli.losses.inference_mismatch import MismatchCorrection, make_correction, measure_mismatch
-from npo_cli.losses.stats import MismatchStats
-from npo_cli.losses.surrogates import SURROGATES, SurrogateInputs, SurrogateTerms, kl_k3, make_clip_bounds
-from npo_cli.losses.types import Aggregation, Divisors, LossInputs, LossKnobs, LossStats
+from npo_cli.config.engine import MismatchSettings
+from npo_cli.config.guides import InjectSettings
+from npo_cli.config.recipe import LossSettings
+from npo_cli.losses.importance_ratio import IMPORTANCE_RATIOS, PolicyLogps, k3, log_ratio
+from npo_cli.losses.inference_mismatch import MismatchCorrection, correct_mismatch, measure_mismatch
+from npo_cli.losses.stats import LossStats, MismatchStats
+from npo_cli.losses.surrogates import SURROGATES, SurrogateTerms
+from npo_cli.losses.types import Divisors, LossInputs, TokenColumns
 
 
-def aggregate(loss_NT: Tensor, mask_NT: Tensor, *, how: Aggregation, divisors: Divisors) -> Tensor:
-    """This micro-batch's share of the batch's loss, in the unit of `loss_NT`. Tokens outside the mask are not read."""
+def aggregate(loss_NT: Tensor, mask_NT: Tensor, *, how: str, divisors: Divisors) -> Tensor:
+    """This micro-batch's part of the batch's loss, in the unit of `loss_NT`. Tokens outside the mask are not read."""
     mask_NT = mask_NT.bool()
     return AGGREGATIONS[how](torch.where(mask_NT, loss_NT, 0.0), mask_NT, divisors)
 
@@ -48,20 +49,54 @@ def sequence_mean_token_sum(loss_NT: Tensor, mask_NT: Tensor, divisors: Divisors
     return loss_NT.sum() / (divisors.num_sequences * divisors.max_tokens)
 
 
-AGGREGATIONS: dict[Aggregation, Callable[[Tensor, Tensor, Divisors], Tensor]] = {
+AGGREGATIONS: dict[str, Callable[[Tensor, Tensor, Divisors], Tensor]] = {
     "seq_mean_token_mean": sequence_mean_token_mean,
     "token_mean": token_mean,
     "seq_mean_token_sum_norm": sequence_mean_token_sum,
 }
+"""By the value of `loss.aggregation`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossTerm:
+    """A term beside the surrogate, aggregated like it and not weighted by ratios."""
+
+    coefficient: Callable[[LossSettings], float]
+    """Factor in the loss; a term with 0 is not computed."""
+    per_token: Callable[[TokenColumns], Tensor]
+    requires: Literal["ref_logps_NT", "entropies_NT"] | None = None
+    """Column of `TokenColumns` that must be given."""
+
+
+def kl_to_reference(tokens: TokenColumns) -> Tensor:
+    """k3 of w = pi_ref / pi: unbiased, never negative estimate of KL(pi || ref) in nats. 0 where both agree."""
+    assert tokens.ref_logps_NT is not None
+    return k3(log_ratio(tokens.ref_logps_NT, tokens.logps_NT))
+
+
+LOSS_TERMS: dict[str, LossTerm] = {
+    "kl": LossTerm(coefficient=lambda settings: settings.kl_coef, per_token=kl_to_reference, requires="ref_logps_NT"),
+    "entropy": LossTerm(
+        coefficient=lambda settings: -settings.entropy_coef,
+        per_token=lambda tokens: tokens.entropies_NT,
+        requires="entropies_NT",
+    ),
+}
+"""A new term is one entry here and one coefficient in `LossSettings`."""
+
+
+def has_loss_terms(settings: LossSettings) -> bool:
+    """Whether any term beside the surrogate is in the loss; rows with A = 0 then have a gradient too."""
+    return any(term.coefficient(settings) for term in LOSS_TERMS.values())
 
 
 class PolicyLoss(Protocol):
-    """Loss of one micro-batch: its share of the batch's loss, and what was measured on the way."""
+    """Loss of one micro-batch (its part of the batch's loss) and what was measured."""
 
     def __call__(
         self,
         logps_NT: Tensor,
-        rows: LossInputs,
+        inputs: LossInputs,
         *,
         divisors: Divisors,
         ref_logps_NT: Tensor | None = None,
@@ -69,111 +104,101 @@ class PolicyLoss(Protocol):
     ) -> tuple[Tensor, LossStats]: ...
 
 
-def policy_loss(
-    logps_NT: Tensor,
-    rows: LossInputs,
-    *,
-    knobs: LossKnobs,
-    divisors: Divisors,
-    ref_logps_NT: Tensor | None = None,
-    entropies_NT: Tensor | None = None,
-) -> tuple[Tensor, LossStats]:
-    """`make_policy_loss(knobs)`, made and called once."""
-    return make_policy_loss(knobs)(
-        logps_NT, rows, divisors=divisors, ref_logps_NT=ref_logps_NT, entropies_NT=entropies_NT
-    )
+def make_policy_loss(loss: LossSettings, inject: InjectSettings, mismatch: MismatchSettings) -> PolicyLoss:
+    """The loss function of these settings.
 
-
-def make_policy_loss(knobs: LossKnobs) -> PolicyLoss:
-    """The loss function of these knobs: every choice is made here, once.
-
-    However a batch is split into micro-batches, their losses (and stats) add up to the same sum. A row with an
-    empty mask, or A = 0, adds no policy loss. The reference may be given without a KL term, to measure it.
+    A row with an empty mask, or A = 0, adds no policy loss. The reference may be given without a KL term, to measure
+    the KL.
     """
-    charge = make_ratio_anchor(knobs.ratio, decoupled_cap=knobs.decoupled_cap)
-    correct = make_correction(knobs.mismatch)
-    surrogate = SURROGATES[knobs.kind]
+    surrogate = SURROGATES[loss.kind]
+    terms = {name: term for name, term in LOSS_TERMS.items() if term.coefficient(loss)}
 
-    def loss_of(
+    def policy_loss(
         logps_NT: Tensor,
-        rows: LossInputs,
+        inputs: LossInputs,
         *,
         divisors: Divisors,
         ref_logps_NT: Tensor | None = None,
         entropies_NT: Tensor | None = None,
     ) -> tuple[Tensor, LossStats]:
-        assert ref_logps_NT is not None or not knobs.kl_coef, "a KL term needs the reference's log-probabilities"
-        assert entropies_NT is not None or not knobs.entropy_coef, "an entropy bonus needs entropies"
-        total = partial(aggregate, mask_NT=rows.mask_NT, how=knobs.aggregation, divisors=divisors)
-        charged, corrected = charge(logps_NT, rows), correct(logps_NT, rows)
-        weight_NT = charged.weight_NT * corrected.weight_NT
-        tokens = _tokens(logps_NT, rows, charged.anchor_logps_NT)
-        terms = surrogate(tokens, make_clip_bounds(charged.unclipped_N1, rows.off_policy_N.bool()[:, None], knobs))
-        loss = total(weight_NT * terms.loss_NT)
-        kl_NT = None if ref_logps_NT is None else _kl(tokens, ref_logps_NT)
-        if knobs.kl_coef:
-            loss = loss + knobs.kl_coef * total(kl_NT)
-        if knobs.entropy_coef:
-            loss = loss - knobs.entropy_coef * total(entropies_NT)
-        push_NT = weight_NT * terms.dloss_dlogp_factor_NT * tokens.advantages_N1.abs()
-        view = _View(tokens=tokens, terms=terms, push_NT=push_NT, kl_NT=kl_NT, corrected=corrected)
-        return loss, _measure(view, rows, total)
+        total = partial(aggregate, mask_NT=inputs.mask_NT, how=loss.aggregation, divisors=divisors)
+        tokens, correction = compute_columns(logps_NT, inputs, inject, mismatch, ref_logps_NT, entropies_NT)
+        policy = surrogate(tokens, loss)
+        value = total(tokens.weight_NT * policy.loss_NT)
+        for name, term in terms.items():
+            assert term.requires is None or getattr(tokens, term.requires) is not None, f"{name} needs {term.requires}"
+            value = value + term.coefficient(loss) * total(term.per_token(tokens))
+        return value, _measure(tokens, policy, correction, total)
 
-    return loss_of
+    return policy_loss
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _View:
-    """What there is to measure once the loss is known."""
-
-    tokens: SurrogateInputs
-    terms: SurrogateTerms
-    push_NT: Tensor
-    kl_NT: Tensor | None
-    corrected: MismatchCorrection
-
-
-def _tokens(logps_NT: Tensor, rows: LossInputs, anchor_logps_NT: Tensor) -> SurrogateInputs:
-    # Padding may hold anything, NaN too: it is cut out before the first exp, or its gradient would be 0 * NaN.
-    mask_NT = rows.mask_NT.bool()
+def compute_columns(
+    logps_NT: Tensor,
+    inputs: LossInputs,
+    inject: InjectSettings,
+    mismatch: MismatchSettings,
+    ref_logps_NT: Tensor | None = None,
+    entropies_NT: Tensor | None = None,
+) -> tuple[TokenColumns, MismatchCorrection]:
+    """Ratio, weight and clipping of every token. Without old log-probabilities the current ones stand in."""
+    # Padding may hold anything, NaN too: it is replaced before the first exp, or its gradient would be 0 * NaN.
+    mask_NT = inputs.mask_NT.bool()
+    off_policy_NT = mask_NT & inputs.off_policy_NT.bool()
     logps_NT = torch.where(mask_NT, logps_NT, 0.0)
-    return SurrogateInputs(
-        logps_NT=logps_NT,
-        log_ratio_NT=log_ratio(logps_NT, anchor_logps_NT),
-        mask_NT=mask_NT,
-        advantages_N1=rows.advantages_N[:, None],
+    current_NT = logps_NT.detach()
+    old_NT = current_NT if inputs.old_logps_NT is None else torch.where(mask_NT, inputs.old_logps_NT.detach(), 0.0)
+    behavior_NT = torch.where(mask_NT, inputs.behavior_logps_NT.detach(), 0.0)
+    anchor = IMPORTANCE_RATIOS[inject.ratio].anchor(
+        PolicyLogps(current_NT=current_NT, old_NT=old_NT, behavior_NT=behavior_NT), inject
     )
-
-
-def _kl(tokens: SurrogateInputs, ref_logps_NT: Tensor) -> Tensor:
-    return kl_k3(tokens.logps_NT, torch.where(tokens.mask_NT, ref_logps_NT.detach(), 0.0))
+    correction = correct_mismatch(old_NT, behavior_NT, mask_NT & ~off_policy_NT, mismatch)
+    unclipped_NT = off_policy_NT if anchor.is_unclipped else torch.zeros_like(mask_NT)
+    if inputs.unclipped_NT is not None:
+        unclipped_NT = unclipped_NT | inputs.unclipped_NT.bool()
+    tokens = TokenColumns(
+        logps_NT=logps_NT,
+        log_ratio_NT=log_ratio(logps_NT, torch.where(off_policy_NT, anchor.logps_NT, old_NT)),
+        weight_NT=torch.where(off_policy_NT, anchor.weight_NT, correction.weight_NT),
+        behavior_logps_NT=behavior_NT,
+        mask_NT=mask_NT,
+        off_policy_NT=off_policy_NT,
+        unclipped_NT=unclipped_NT,
+        advantages_N1=inputs.advantages_N[:, None],
+        shaping_gamma=inject.shaping_gamma if inject.ratio_shaping == "soft" else None,
+        ref_logps_NT=None if ref_logps_NT is None else torch.where(mask_NT, ref_logps_NT.detach(), 0.0),
+        entropies_NT=entropies_NT,
+    )
+    return tokens, correction
 
 
 @torch.no_grad()
-def _measure(view: _View, rows: LossInputs, total: Callable[[Tensor], Tensor]) -> LossStats:
-    mask_NT = view.tokens.mask_NT
-    foreign_NT = mask_NT & rows.off_policy_N.bool()[:, None]
-    own_NT = mask_NT & ~foreign_NT
-    known_NT = foreign_NT & ~rows.behavior_logps_NT.isnan()
-    behavior_NT = torch.where(known_NT, rows.behavior_logps_NT, 0.0)
-    ratio_NT = log_ratio(view.tokens.logps_NT, behavior_NT).exp()
-    found = {
-        "on_policy_tokens": own_NT.sum(),
-        "clipped_low": (own_NT & view.terms.clipped_low_NT).sum(),
-        "clipped_high": (own_NT & view.terms.clipped_high_NT).sum(),
-        "off_policy_tokens": foreign_NT.sum(),
-        "off_policy_tokens_with_gradient": (foreign_NT & (view.push_NT > 0)).sum(),
+def _measure(
+    tokens: TokenColumns, policy: SurrogateTerms, correction: MismatchCorrection, total: Callable[[Tensor], Tensor]
+) -> LossStats:
+    off_policy_NT, on_policy_NT = tokens.off_policy_NT, correction.on_policy_NT
+    size_NT = tokens.weight_NT * policy.gradient_factor_NT * tokens.advantages_N1.abs()
+    known_NT = off_policy_NT & ~tokens.behavior_logps_NT.isnan()
+    behavior_NT = torch.where(known_NT, tokens.behavior_logps_NT, 0.0)
+    ratio_NT = log_ratio(tokens.logps_NT, behavior_NT).exp()
+    sums = {
+        "on_policy_tokens": on_policy_NT.sum(),
+        "clipped_low": (on_policy_NT & policy.clipped_low_NT).sum(),
+        "clipped_high": (on_policy_NT & policy.clipped_high_NT).sum(),
+        "off_policy_tokens": off_policy_NT.sum(),
+        "off_policy_tokens_with_gradient": (off_policy_NT & (size_NT > 0)).sum(),
         "off_policy_tokens_with_logps": known_NT.sum(),
         "ratio_sum": torch.where(known_NT, ratio_NT, 0.0).sum(),
         "ratio_min": torch.where(known_NT, ratio_NT, math.inf).amin(),
         "ratio_max": torch.where(known_NT, ratio_NT, -math.inf).amax(),
-        "gradient_magnitude": total(view.push_NT),
-        "off_policy_gradient_magnitude": total(torch.where(foreign_NT, view.push_NT, 0.0)),
+        "gradient_magnitude": total(size_NT),
+        "off_policy_gradient_magnitude": total(torch.where(off_policy_NT, size_NT, 0.0)),
     }
-    if view.kl_NT is not None:
-        found |= {"kl_sum": torch.where(own_NT, view.kl_NT, 0.0).sum(), "kl_tokens": own_NT.sum()}
+    if tokens.ref_logps_NT is not None:
+        kl_NT = kl_to_reference(tokens)
+        sums |= {"kl_sum": torch.where(on_policy_NT, kl_NT, 0.0).sum(), "kl_tokens": on_policy_NT.sum()}
     # One transfer for all of them: each .item() would wait for the device.
-    ours = torch.stack([each.double() for each in found.values()])
-    numbers = torch.cat([ours, measure_mismatch(view.corrected)]).tolist()
-    mismatch = MismatchStats.from_numbers(numbers[len(found) :])
-    return LossStats(**dict(zip(found, numbers, strict=False)), mismatch=mismatch)
+    scalars = torch.stack([each.double() for each in sums.values()])
+    numbers = torch.cat([scalars, measure_mismatch(correction)]).tolist()
+    mismatch = MismatchStats.from_numbers(numbers[len(sums) :])
+    return LossStats(**dict(zip(sums, numbers, strict=False)), mismatch=mismatch)

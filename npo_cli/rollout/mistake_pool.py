@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from npo_cli.rollout.mixing import select_on_policy
 from npo_cli.seeds import derive_seed
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.rollouts import Group
@@ -35,7 +34,7 @@ def collect_failed_prompts(
     return tuple(
         FailedPrompt(prompt_id=group.prompt.prompt_id, step=step, accuracy=accuracy, epoch=epoch)
         for group, epoch in zip(groups, epochs, strict=True)
-        for accuracy in [_own_accuracy(group)]
+        for accuracy in [group.on_policy.accuracy]
         if accuracy <= limit
     )
 
@@ -78,12 +77,6 @@ def allocate_probe_prompts(strata: Sequence[Stratum], *, num_prompts: int, seed:
     sizes_J = [len(stratum.prompt_ids) for stratum in strata]
     counts_J = _allotted(num_prompts, sizes_J, room_J=sizes_J, least=MIN_PROMPTS_PER_STRATUM)
     return tuple(_drawn(stratum.prompt_ids, seed)[:count] for stratum, count in zip(strata, counts_J, strict=True))
-
-
-def _own_accuracy(group: Group) -> float:
-    own = select_on_policy(group)
-    assert own and all(rollout.verdict is not None for rollout in own), "groups are verified before they are judged"
-    return sum(rollout.verdict == "correct" for rollout in own) / len(own)
 
 
 def _drawn(prompt_ids: Sequence[str], seed: int) -> tuple[str, ...]:

@@ -1,113 +1,129 @@
-"""Seat foreign trajectories in the slots of a group that the learner mostly fails.
+"""Mixing guide rollouts into groups: a `MixStrategy` decides which slots, and which tokens of them, are off-policy.
 
-The slots of a group are drawn alike, so replacing the last ones is replacing random ones. A mixed group is an
-ordinary Group: what differs is the data of some rollouts. Rewards come from the verifier, never from here: a cached
-trajectory was verified when it was cached.
+The rollouts of a group are sampled alike, so replacing the last ones replaces random ones. A mixed group is an ordinary
+group: what differs is the provenance of some tokens. Rewards come from the verifier, never from here: a cached
+response was verified when it was cached.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from npo_cli.config.guides import InjectSettings
 from npo_cli.seeds import derive_seed
 from npo_cli.types.guides import GuideRollout
 from npo_cli.types.rollouts import Group, Rollout
 
 GuidesByPrompt = Mapping[str, Sequence[GuideRollout]]
-"""Cached trajectories by prompt id."""
+"""Cached guide rollouts by prompt id."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InjectionPolicy:
-    """Which groups are helped, and how many of their slots are given away."""
+class MixStrategy:
+    """Injects guide rollouts into the groups whose on-policy accuracy is at most `settings.max_accuracy`.
 
-    gate: float
-    """Largest share of a group's own rollouts that may be correct; 1 lets every group in."""
-    slots: int
-    compose: Literal["replace", "append"]
-    group_size: int
-    """Rollouts of a group, n, before anything is appended."""
-    seed: int
-    """Chooses where a prompt has more trajectories than slots."""
-
-    @property
-    def is_ungated(self) -> bool:
-        """Whether every group is let in, whatever its accuracy."""
-        return self.gate >= 1
-
-
-def count_slots(rule: InjectionPolicy, guides: Sequence[GuideRollout]) -> int:
-    """Slots that such a group gives away: no more than there are trajectories."""
-    return min(rule.slots, len(guides))
-
-
-def count_on_policy(rule: InjectionPolicy, guides: Sequence[GuideRollout]) -> int:
-    """Rollouts to be sampled: a slot that is given away whatever they say is not sampled first."""
-    return rule.group_size - (count_slots(rule, guides) if rule.is_ungated and rule.compose == "replace" else 0)
-
-
-def select_on_policy(group: Group) -> tuple[Rollout, ...]:
-    """The learner's own rollouts of a group; all of them where nobody else took a slot."""
-    return tuple(rollout for rollout in group.rollouts if not rollout.is_off_policy)
-
-
-def measure_on_policy_accuracy(group: Group) -> float:
-    """Share of the learner's own rollouts that are verified correct."""
-    own = select_on_policy(group)
-    assert own and all(rollout.verdict is not None for rollout in own), "groups are verified before they are mixed"
-    return sum(rollout.verdict == "correct" for rollout in own) / len(own)
-
-
-def inject_guides(groups: Sequence[Group], guides: GuidesByPrompt, rule: InjectionPolicy) -> tuple[Group, ...]:
-    """Where at most `gate` of a group's own rollouts are correct, cached responses take its last slots, or new ones.
-
-    A group above the gate, or without a cached trajectory, is kept as it is; its `mix` says which of the two it was.
+    A subclass says in `fill_slots` where they go, and may give rollouts `spans`: tokens of a guide, tokens of the
+    policy, tokens that are not trained.
     """
-    return tuple(_seated(group, guides.get(group.prompt.prompt_id, ()), rule) for group in groups)
+
+    settings: InjectSettings
+    group_size: int
+    """Rollouts per group, before anything is appended."""
+    seed: int
+    """Chooses where a prompt has more guide rollouts than slots."""
+
+    def num_to_sample(self, num_guides: int) -> int:
+        """Rollouts to sample from the policy for a group with so many guide rollouts."""
+        return self.group_size
+
+    def fill_slots(self, on_policy: Sequence[Rollout], guides: Sequence[Rollout]) -> Sequence[Rollout]:
+        """The rollouts of a mixed group, given at most `settings.slots` guide rollouts; slots are numbered after."""
+        raise NotImplementedError
+
+    def is_eligible(self, accuracy: float) -> bool:
+        """Whether a group of this on-policy accuracy receives guide rollouts."""
+        return accuracy <= self.settings.max_accuracy
+
+    def mix(self, group: Group, guides: Sequence[GuideRollout]) -> Group:
+        """The group with guide rollouts injected, or as it was, with `injection_status` saying why."""
+        accuracy = group.on_policy.accuracy
+        if not self.is_eligible(accuracy):
+            return replace(group, injection_status="gate_closed", on_policy_accuracy=accuracy)
+        if not guides:
+            return replace(group, injection_status="no_guide", on_policy_accuracy=accuracy)
+        return self.inject(group, [_to_rollout(guide) for guide in self._select(guides)], accuracy)
+
+    def inject(self, group: Group, guides: Sequence[Rollout], accuracy: float) -> Group:
+        """The group with these guide rollouts in their slots."""
+        rollouts = self.fill_slots(group.rollouts, guides)
+        return replace(
+            group,
+            rollouts=tuple(replace(rollout, slot=slot) for slot, rollout in enumerate(rollouts)),
+            injection_status="injected",
+            on_policy_accuracy=accuracy,
+        )
+
+    def _select(self, guides: Sequence[GuideRollout]) -> Sequence[GuideRollout]:
+        if len(guides) <= self.settings.slots:
+            return guides
+        return random.Random(derive_seed(self.seed, guides[0].prompt_id)).sample(guides, self.settings.slots)
+
+
+class ReplaceLastSlots(MixStrategy):
+    """Guide rollouts replace the last on-policy rollouts of the group."""
+
+    def num_to_sample(self, num_guides: int) -> int:
+        """A slot that is replaced whatever the group's accuracy is not sampled first."""
+        is_gated = self.settings.max_accuracy < 1
+        return self.group_size - (0 if is_gated else min(self.settings.slots, num_guides))
+
+    def fill_slots(self, on_policy: Sequence[Rollout], guides: Sequence[Rollout]) -> Sequence[Rollout]:
+        """First on-policy, then guide rollouts, `group_size` in all."""
+        return (*on_policy[: self.group_size - len(guides)], *guides)
+
+
+class AppendSlots(MixStrategy):
+    """Guide rollouts are added to the group's on-policy rollouts."""
+
+    def fill_slots(self, on_policy: Sequence[Rollout], guides: Sequence[Rollout]) -> Sequence[Rollout]:
+        """All on-policy rollouts, then the guide's."""
+        return (*on_policy, *guides)
+
+
+MIX_STRATEGIES: dict[str, type[MixStrategy]] = {"replace": ReplaceLastSlots, "append": AppendSlots}
+"""By the value of `guide.inject.mode`. A new strategy is one class, one entry here and one word in the setting."""
+
+
+def make_mix_strategy(settings: InjectSettings, *, group_size: int, seed: int) -> MixStrategy:
+    """The strategy that `guide.inject.mode` names."""
+    return MIX_STRATEGIES[settings.mode](settings=settings, group_size=group_size, seed=seed)
+
+
+def inject_guides(groups: Sequence[Group], guides: GuidesByPrompt, strategy: MixStrategy) -> tuple[Group, ...]:
+    """Every group mixed with the guide rollouts of its prompt."""
+    return tuple(strategy.mix(group, guides.get(group.prompt.prompt_id, ())) for group in groups)
 
 
 def count_injections(groups: Sequence[Group]) -> dict[str, float]:
-    """Groups of a batch by what the mix did; `eligible` is what the gate let through, seated or not.
+    """Metrics of a batch: groups by injection status, and off-policy rollouts.
 
-    `slots` counts the slots given away.
+    `eligible` are groups at or below the accuracy threshold, with or without a guide rollout.
     """
-    outcomes = [group.injection_status for group in groups]
-    seated, missing = outcomes.count("injected"), outcomes.count("no_guide")
+    statuses = [group.injection_status for group in groups]
+    num_injected, num_missing = statuses.count("injected"), statuses.count("no_guide")
     return {
         "inject/slots": float(sum(rollout.is_off_policy for group in groups for rollout in group.rollouts)),
-        "inject/eligible": float(seated + missing),
-        "inject/no_guide": float(missing),
-        "inject/gate_closed": float(outcomes.count("gate_closed")),
+        "inject/eligible": float(num_injected + num_missing),
+        "inject/no_guide": float(num_missing),
+        "inject/gate_closed": float(statuses.count("gate_closed")),
     }
 
 
-def _seated(group: Group, guides: Sequence[GuideRollout], rule: InjectionPolicy) -> Group:
-    accuracy = measure_on_policy_accuracy(group)
-    if accuracy > rule.gate:
-        return replace(group, injection_status="gate_closed", on_policy_accuracy=accuracy)
-    if not guides:
-        return replace(group, injection_status="no_guide", on_policy_accuracy=accuracy)
-    count = count_slots(rule, guides)
-    first = rule.group_size - (count if rule.compose == "replace" else 0)
-    guests = [_as_rollout(guide, first + place) for place, guide in enumerate(_chosen(guides, rule, count))]
-    return replace(
-        group, rollouts=(*group.rollouts[:first], *guests), injection_status="injected", on_policy_accuracy=accuracy
-    )
-
-
-def _chosen(guides: Sequence[GuideRollout], rule: InjectionPolicy, count: int) -> Sequence[GuideRollout]:
-    if count == len(guides):
-        return guides
-    return random.Random(derive_seed(rule.seed, guides[0].prompt_id)).sample(guides, count)
-
-
-def _as_rollout(guide: GuideRollout, slot: int) -> Rollout:
-    """The cached trajectory in a slot, charged to the policy that wrote it."""
+def _to_rollout(guide: GuideRollout) -> Rollout:
     assert guide.behavior_logps is None or len(guide.response_ids) == len(guide.behavior_logps)
     return Rollout(
         prompt_id=guide.prompt_id,
-        slot=slot,
+        slot=0,
         response_ids=guide.response_ids,
         behavior_logps=guide.behavior_logps,
         text=guide.text,

@@ -314,5 +314,5 @@ def mark_truncated_wrong(samples: Sequence, graded: Sequence[VerifierResult]) ->
 
 
 def count_generated_tokens(groups: Sequence[Group]) -> int:
-    """Tokens generated for these groups; what a guide brought along was paid for elsewhere."""
-    return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts if rollout.source == "own")
+    """Tokens that the policy generated for these groups; tokens of guides are charged elsewhere."""
+    return sum(rollout.num_on_policy_tokens for group in groups for rollout in group.rollouts)

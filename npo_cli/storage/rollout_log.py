@@ -1,8 +1,8 @@
-"""rollouts.jsonl: one line a group, the groups of a step together, every token and log-probability kept.
+"""rollouts.jsonl: one line per group, the groups of a step together, with every token and log-probability.
 
-Letters: P groups of a step, T tokens. Log-probabilities are float32, written as the shortest decimal that names
-that float32 and read back as the same float32. A step counts when all its `num_groups` lines are there: a step
-cut short by a dead writer is ignored by readers and cut off by the next writer.
+T tokens. Log-probabilities are float32, written as the shortest decimal that rounds to that float32. A step counts
+when all its `num_groups` lines are there: a step cut short by a killed writer is ignored by readers and removed by the
+next writer.
 """
 
 import re
@@ -22,14 +22,14 @@ from npo_cli.storage.files import (
     to_row,
 )
 from npo_cli.storage.jsonl import AppendResult, append_bytes, measure_complete_size, parse_line, sync_log, truncate_file
-from npo_cli.types.rollouts import Group, ImageRef, Message, Prompt, Rollout
+from npo_cli.types.rollouts import Group, ImageRef, Message, Prompt, Rollout, TokenSpan
 
 LINE_HEAD = re.compile(rb'\{"step":(\d+),"num_groups":(\d+),')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByteRange:
-    """Where one whole step lies in the file."""
+    """Position of one complete step in the file."""
 
     start: int
     """Byte of its first line."""
@@ -43,43 +43,43 @@ class RolloutLog:
 
     path: Path
     _repaired: bool = field(default=False, init=False)
-    _places: dict[int, ByteRange] = field(default_factory=dict, init=False)
-    """Whole steps found so far."""
+    _ranges: dict[int, ByteRange] = field(default_factory=dict, init=False)
+    """Complete steps found so far."""
     _scanned: int = field(default=0, init=False)
-    """Byte up to which the file was looked through."""
+    """Byte up to which the file was scanned."""
 
     @on_main_rank
     def write_step(self, step: int, groups: Sequence[Group]) -> AppendResult:
-        """Add all groups of a step in one write, or compare them with those already there."""
+        """Append all groups of a step in one write, or compare them with the recorded ones."""
         if not self._repaired:
             self.repair()
         lines = [encode_record(encode_group(group, step=step, num_groups=len(groups))) for group in groups]
         data = "".join(line + "\n" for line in lines).encode("ascii")
-        place = self._look().get(step)
-        if place is not None:
-            return "same" if self._bytes(place) == data else "differs"
+        recorded = self._scan().get(step)
+        if recorded is not None:
+            return "same" if self._bytes(recorded) == data else "differs"
         with explain_full_disk(self.path):
             make_folder(self.path.parent)
             append_bytes(self.path, data)
         return "written"
 
     def read_step(self, step: int) -> tuple[Group, ...] | None:
-        """The groups of a step as they were written; None if the step is not whole."""
-        place = self._look().get(step)
-        if place is None:
+        """The groups of a step; None if the step is not complete."""
+        recorded = self._scan().get(step)
+        if recorded is None:
             return None
-        groups, end = [], place.start
-        for line in self._bytes(place).splitlines(keepends=True):
+        groups, end = [], recorded.start
+        for line in self._bytes(recorded).splitlines(keepends=True):
             end += len(line)
             groups.append(decode_group(self._row(line, end=end), self.path))
         return tuple(groups)
 
     def steps(self) -> tuple[int, ...]:
         """Steps whose groups are all there, in the order written."""
-        return tuple(self._look())
+        return tuple(self._scan())
 
     def iter_groups(self, step: int | None = None, prompt_id: str | None = None) -> Iterator[tuple[int, Group]]:
-        """Pairs (step, group) of whole steps, oldest first, where asked of one step or one prompt only."""
+        """Pairs (step, group) of complete steps, oldest first; of one step or one prompt if given."""
         for found in self.steps() if step is None else (step,):
             for group in self.read_step(found) or ():
                 if prompt_id is None or group.prompt.prompt_id == prompt_id:
@@ -87,34 +87,34 @@ class RolloutLog:
 
     @on_main_rank
     def repair(self) -> int:
-        """Cut off a torn line and a step that is not whole; returns the number of bytes removed."""
+        """Remove a torn line and an incomplete step; returns the number of bytes removed."""
         self._repaired = True
         if not self.path.exists():
             return 0
-        return truncate_file(self.path, max((place.end for place in self._look().values()), default=0))
+        return truncate_file(self.path, max((recorded.end for recorded in self._scan().values()), default=0))
 
     def sync(self) -> None:
-        """Force every line down to the disk."""
+        """Flush every line to disk."""
         sync_log(self.path)
 
-    def _look(self) -> dict[int, ByteRange]:
-        """Find the steps written since the last look, from the head of each line alone."""
+    def _scan(self) -> dict[int, ByteRange]:
+        """Find the steps written since the last scan, from the head of each line alone."""
         if not self.path.exists() or self.path.stat().st_size == self._scanned:
-            return self._places
-        end_of_whole = measure_complete_size(self.path, start=self._scanned)
+            return self._ranges
+        end_of_complete = measure_complete_size(self.path, start=self._scanned)
         with self.path.open("rb") as file:
             file.seek(self._scanned)
             start, num_seen, open_step = self._scanned, 0, None
-            while file.tell() < end_of_whole:
+            while file.tell() < end_of_complete:
                 step, num_groups = self._head(file.readline(), end=file.tell())
-                if open_step not in (None, step) or step in self._places:
+                if open_step not in (None, step) or step in self._ranges:
                     raise self._damaged(f"the groups of step {step} are not together", end=file.tell())
                 open_step, num_seen = step, num_seen + 1
                 if num_seen == num_groups:
-                    self._places[step] = ByteRange(start=start, end=file.tell())
+                    self._ranges[step] = ByteRange(start=start, end=file.tell())
                     start, num_seen, open_step = file.tell(), 0, None
                     self._scanned = start
-        return self._places
+        return self._ranges
 
     def _head(self, line: bytes, *, end: int) -> tuple[int, int]:
         found = LINE_HEAD.match(line)
@@ -135,43 +135,43 @@ class RolloutLog:
             number = file.read(end).count(b"\n")
         return damaged_file_error(f"{self.path}, line {number}", detail)
 
-    def _bytes(self, place: ByteRange) -> bytes:
+    def _bytes(self, lines: ByteRange) -> bytes:
         with self.path.open("rb") as file:
-            file.seek(place.start)
-            return file.read(place.end - place.start)
+            file.seek(lines.start)
+            return file.read(lines.end - lines.start)
 
 
 def encode_float32(logps_T: Sequence[float]) -> list[float]:
-    """The shortest decimals that name these float32 numbers: -1.2345677614212036 becomes -1.2345678."""
+    """The shortest decimals that round to these float32 numbers: -1.2345677614212036 becomes -1.2345678."""
     import numpy as np
 
     return [float(str(number)) for number in np.asarray(logps_T, dtype=np.float32)]
 
 
 def decode_float32(logps_T: Sequence[float | None]) -> tuple[float, ...]:
-    """The float32 numbers that these decimals name; null reads as NaN."""
+    """The float32 numbers of these decimals; null reads as NaN."""
     import numpy as np
 
     return tuple(np.asarray(logps_T, dtype=np.float32).tolist())
 
 
 def encode_group(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
-    """One group as one line of the journal."""
+    """One group as one line of the log."""
     row = {
         "step": step,
         "num_groups": num_groups,
         "prompt": to_row(group.prompt) | {"images": encode_images(group.prompt.images)},
-        "mix": group.injection_status,
-        "own_accuracy": group.on_policy_accuracy,
+        "injection_status": group.injection_status,
+        "on_policy_accuracy": group.on_policy_accuracy,
         "rollouts": [_rollout_row(rollout) for rollout in group.rollouts],
     }
     if group.unused_guide_rollouts:
-        row["spare"] = [_rollout_row(rollout) for rollout in group.unused_guide_rollouts]
+        row["unused_guide_rollouts"] = [_rollout_row(rollout) for rollout in group.unused_guide_rollouts]
     return row
 
 
 def encode_images(images: Sequence[ImageRef]) -> list[dict[str, Any]]:
-    """Pictures as references: whatever bytes are held stay where they are."""
+    """Images as references, without their bytes."""
     return [{name: value for name, value in to_row(image).items() if name != "data"} for image in images]
 
 
@@ -182,7 +182,10 @@ def decode_images(rows: Sequence[dict[str, Any]], source: Path) -> tuple[ImageRe
 
 def _rollout_row(rollout: Rollout) -> dict[str, Any]:
     logps = rollout.behavior_logps
-    return to_row(rollout) | {"behavior_logps": None if logps is None else encode_float32(logps)}
+    row = to_row(rollout) | {"behavior_logps": None if logps is None else encode_float32(logps)}
+    if not rollout.spans:
+        del row["spans"]
+    return row
 
 
 def decode_group(row: dict[str, Any], source: Path) -> Group:
@@ -194,15 +197,18 @@ def decode_group(row: dict[str, Any], source: Path) -> Group:
         return Group(
             prompt=replace(decode_record(Prompt, prompt, source), messages=messages, images=images),
             rollouts=tuple(_rollout_of(rollout, source) for rollout in rollouts),
-            injection_status=row.get("mix", "off"),
-            on_policy_accuracy=row.get("own_accuracy"),
-            unused_guide_rollouts=tuple(_rollout_of(rollout, source) for rollout in row.get("spare", ())),
+            injection_status=row.get("injection_status", "off"),
+            on_policy_accuracy=row.get("on_policy_accuracy"),
+            unused_guide_rollouts=tuple(
+                _rollout_of(rollout, source) for rollout in row.get("unused_guide_rollouts", ())
+            ),
         )
-    except (KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise damaged_file_error(source, "a line is not a group") from error
 
 
 def _rollout_of(row: dict[str, Any], source: Path) -> Rollout:
-    found = decode_record(Rollout, row, source)
-    logps = None if found.behavior_logps is None else decode_float32(found.behavior_logps)
-    return replace(found, response_ids=tuple(found.response_ids), behavior_logps=logps)
+    spans = tuple(decode_record(TokenSpan, span, source) for span in row.get("spans", ()))
+    rollout = decode_record(Rollout, row | {"spans": ()}, source)
+    logps = None if rollout.behavior_logps is None else decode_float32(rollout.behavior_logps)
+    return replace(rollout, response_ids=tuple(rollout.response_ids), behavior_logps=logps, spans=spans)

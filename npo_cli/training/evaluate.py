@@ -9,7 +9,6 @@ import numpy
 
 from npo_cli.config.loading import override_saved_recipe
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.rollout.batch import flatten_rollouts
 from npo_cli.scoring.quality import cluster_interval, pass_at_k
 from npo_cli.seeds import derive_seed
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, open_session, sample_groups
@@ -78,7 +77,7 @@ def summarize_eval(groups: Sequence[Group], *, branch: str, step: int, seed: int
     rng = numpy.random.default_rng(derive_seed(seed, "eval-interval"))
     low, high = cluster_interval(shares, rng, 2000)
     pass_low, pass_high = cluster_interval(solved, rng, 2000)
-    rollouts = flatten_rollouts(groups)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
     tokens = count_generated_tokens(groups)
     return EvalReport(
         branch=branch,

@@ -16,6 +16,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.extrapolation.in_loop import select_extrapolation
 from npo_cli.extrapolation.sampler import find_extrapolation
+from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.rollout.replay_buffer import check_single_guide_source
@@ -223,12 +224,7 @@ def check_guide_images(session: Session, info: GuideCacheInfo, kept: GuideRollou
 def check_guide_logprobs(session: Session, info: GuideCacheInfo) -> None:
     """A ratio to the guide's probabilities needs them."""
     ratio = session.recipe.guide.inject.ratio
-    if not info.has_logps and ratio in ("exact", "decoupled"):
-        raise NpoError(
-            f"guide.inject.ratio={ratio} divides by the probabilities of who wrote guide {info.name}, which nobody "
-            "knows",
-            "guide.inject.ratio=unit   # or proximal, or none",
-        )
+    check_ratio_available(ratio, has_logprobs=info.has_logps, guide=f"guide {info.name!r}")
 
 
 def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
-"""The nouns of the house. Every room speaks in these; none of them knows a file, a model or a tensor.
+"""Records that all packages share: prompts, rollouts and their provenance, groups, checkpoints, step reports.
 
-A *prompt* is answered by *rollouts*; those of one prompt at one step form a *group*; a rollout that another
-checkpoint wrote is a *guide* trajectory. The paper's Q, V and S = Q/V are quality, variance and signal.
+The policy samples *rollouts* for a *prompt*; those of one prompt at one step form a *group*. The paper's Q, V and
+S = Q/V are quality, variance and signal.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,8 @@ from typing import Literal
 
 Verdict = Literal["correct", "wrong", "unparseable", "timeout"]
 RolloutSource = Literal["own", "guide", "extrapolated", "teacher", "past"]
-"""Who wrote a rollout: the policy itself, another checkpoint of its run, the policy pushed along its own motion, an
-outside model, the policy of long ago."""
+"""What sampled a token: the policy itself, another checkpoint of its run, the extrapolated policy, an external model,
+an earlier policy of the run (replayed)."""
 InjectionStatus = Literal["injected", "gate_closed", "no_guide", "off"]
 
 
@@ -24,22 +24,22 @@ class Message:
 
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Where a picture stands in the text of a prompt that has pictures."""
+"""Marks the place of an image in the text of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
-    """A picture by reference: where its bytes are, and which bytes they were."""
+    """An image by reference: where its bytes are, and their digest."""
 
     location: str
     """A file, `FILE.parquet#COLUMN/ROW/NUMBER` (counted from 0), or any name where `data` holds the bytes."""
     sha256: str
     """Of the encoded bytes, hexadecimal."""
     width: int
-    """Pixels, upright as it is shown."""
+    """Pixels, in upright orientation."""
     height: int
     data: bytes | None = field(default=None, repr=False, compare=False)
-    """The bytes themselves, where they are in no file; never written down."""
+    """The bytes themselves where they are in no file; never written to disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,19 +53,19 @@ class Prompt:
     text: str | None = None
     messages: tuple[Message, ...] = ()
     dataset: str = ""
-    """Which of the task's data sets it is row `row` of; chooses the verifier where sets are mixed."""
+    """The task's data set that it is row `row` of; chooses the verifier of a mixture."""
     row: int = 0
     images: tuple[ImageRef, ...] = ()
-    """In the order of their marks in the text or messages: as many as there are marks, or none."""
+    """In the order of their placeholders in the text or messages: one per placeholder, or none at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifierResult:
-    """What a verifier says of one response."""
+    """Result of verifying one response."""
 
     verdict: Verdict
     extracted: str | None = None
-    """The part of the response that was compared, where one was found."""
+    """The part of the response that was compared with the answer; None if there is none."""
 
     @property
     def reward(self) -> float:
@@ -74,8 +74,29 @@ class VerifierResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenSpan:
+    """Provenance of consecutive response tokens, start <= t < end."""
+
+    start: int
+    end: int
+    source: RolloutSource = "own"
+    """What sampled the tokens."""
+    sampler_step: int | None = None
+    """Step of the weights that sampled them; None if these are not of this run."""
+    has_logprobs: bool = True
+    """Whether the rollout's `behavior_logps` are known here; where not, their values are never read."""
+    is_trained: bool = True
+    """Whether the tokens enter the loss."""
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Whether another policy than the one being trained sampled the tokens."""
+        return self.source != "own"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One response to one prompt, with everything needed to charge it to the policy that wrote it."""
+    """One response to one prompt, with what the loss needs to know about the policies that sampled it."""
 
     prompt_id: str
     slot: int
@@ -83,26 +104,63 @@ class Rollout:
     response_ids: tuple[int, ...]
     """Token ids, the end token included when `finished`."""
     behavior_logps: tuple[float, ...] | None
-    """Log-probability of each token (nats) under the policy that sampled it; None where nobody knows them."""
+    """Log-probability of each token (nats) under the policy that sampled it; None if unavailable."""
     text: str
     finished: bool
-    """Ended with an end token. A cut-off response is never used as a guide."""
+    """Ends with an end token. A truncated response is never used as a guide."""
     sampler_step: int | None
-    """Step of the weights that sampled it; None where these are not of this run."""
+    """Step of the weights that sampled it; None if these are not of this run."""
     source: RolloutSource = "own"
+    """What sampled it; of a response with `spans`, its off-policy part."""
+    spans: tuple[TokenSpan, ...] = ()
+    """Provenance per token where it differs within the response: spans in order that cover it. Empty: one span."""
     mean_entropy: float | None = None
     """Mean over its tokens of the sampling distribution's entropy (nats)."""
     verdict: Verdict | None = None
     reward: float | None = None
 
+    def __post_init__(self) -> None:
+        """Spans, where given, cover the response without a gap."""
+        edges = [edge for span in self.spans for edge in (span.start, span.end)]
+        if edges and (edges[0], edges[1:-1:2], edges[-1]) != (0, edges[2::2], len(self.response_ids)):
+            raise ValueError(f"spans {edges} do not cover a response of {len(self.response_ids)} tokens")
+
+    @property
+    def provenance(self) -> tuple[TokenSpan, ...]:
+        """Spans that cover the response: one if a single policy sampled it and all of it is trained."""
+        return self.spans or (
+            TokenSpan(
+                start=0,
+                end=len(self.response_ids),
+                source=self.source,
+                sampler_step=self.sampler_step,
+                has_logprobs=self.behavior_logps is not None,
+            ),
+        )
+
     @property
     def is_off_policy(self) -> bool:
-        """Written by another policy than the one that is trained at this step."""
-        return self.source != "own"
+        """Whether another policy sampled any of its tokens."""
+        return any(span.is_off_policy for span in self.provenance)
+
+    @property
+    def is_correct(self) -> bool:
+        """Verified correct and complete."""
+        return self.verdict == "correct" and self.finished
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens."""
+        return len(self.response_ids)
+
+    @property
+    def num_on_policy_tokens(self) -> int:
+        """Response tokens that the policy itself sampled."""
+        return sum(span.end - span.start for span in self.provenance if not span.is_off_policy)
 
     @property
     def guide_step(self) -> int | None:
-        """Step of the guide that wrote it; None for the policy's own."""
+        """Step of the guide checkpoint that sampled it; None of any other source."""
         return self.sampler_step if self.source == "guide" else None
 
 
@@ -113,11 +171,32 @@ class Group:
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     injection_status: InjectionStatus = "off"
-    """Whether a guide took a slot, or why not; `off` where no guide is at work."""
+    """Whether guide responses were injected, or why not; `off` without a guide."""
     on_policy_accuracy: float | None = None
-    """Share of the policy's own rollouts verified correct, before a guide took a slot."""
+    """Accuracy of the on-policy rollouts before injection."""
     unused_guide_rollouts: tuple[Rollout, ...] = ()
-    """Answers that a guide gave at this step and that took no slot: generated, and not trained on."""
+    """Guide responses sampled at this step that were not injected."""
+
+    @property
+    def on_policy(self) -> "Group":
+        """The on-policy rollouts alone, before injection."""
+        return Group(prompt=self.prompt, rollouts=tuple(one for one in self.rollouts if not one.is_off_policy))
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens of all rollouts."""
+        return sum(rollout.num_tokens for rollout in self.rollouts)
+
+    @property
+    def num_correct(self) -> int:
+        """Rollouts verified correct."""
+        assert all(rollout.verdict is not None for rollout in self.rollouts), "the group is not verified yet"
+        return sum(rollout.is_correct for rollout in self.rollouts)
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the rollouts verified correct; the group must not be empty."""
+        return self.num_correct / len(self.rollouts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

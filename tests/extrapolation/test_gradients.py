@@ -21,8 +21,7 @@ from npo_cli.rollout.batch import StepBatch, build_batch
 from npo_cli.session.session import Session
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.training.update import Updater, build_training_samples
-from npo_cli.training.update_types import TrainingSample
+from npo_cli.training.update import TrainingSample, Updater, build_training_samples
 from npo_cli.types.rollouts import Group, Rollout
 from tests.helpers.guide_trajectories import override_settings
 from tests.helpers.runs import open_session_at, train

@@ -1,19 +1,18 @@
 """Who is asked, who takes a slot, and what is spare."""
 
-from dataclasses import replace
-
 import pytest
 
+from npo_cli.config.guides import InjectSettings
 from npo_cli.extrapolation.in_loop import (
     extrapolated_rollouts,
     extrapolation_metrics,
     inject_responses,
     select_failed_groups,
 )
-from npo_cli.rollout.mixing import InjectionPolicy
+from npo_cli.rollout.mixing import make_mix_strategy
 from npo_cli.types.rollouts import Group, Prompt, Rollout
 
-RULE = InjectionPolicy(gate=0.25, slots=1, compose="replace", group_size=4, seed=0)
+SETTINGS = InjectSettings(max_accuracy=0.25)
 
 
 def rollout(slot: int, *, right: bool, source: str = "own", finished: bool = True) -> Rollout:
@@ -42,13 +41,14 @@ def said(*right: bool, first: int = 0, finished: bool = True) -> tuple[Rollout, 
     )
 
 
-def seated(own: Group, answers: tuple[Rollout, ...], *, num_judged: int = 4, seat: str = "inject", **rule) -> Group:
-    return inject_responses(own, answers, replace(RULE, **rule), num_gate_rollouts=num_judged, mode=seat)
+def seated(own: Group, answers: tuple[Rollout, ...], *, num_judged: int = 4, seat: str = "inject", **changes) -> Group:
+    strategy = make_mix_strategy(SETTINGS.model_copy(update=changes), group_size=4, seed=0)
+    return inject_responses(own, answers, strategy, num_gate_rollouts=num_judged, mode=seat)
 
 
 def test_groups_at_the_gate_are_hard():
     easy, hard = group(True, True, False, False), group(True, False, False, False)
-    assert select_failed_groups([easy, hard], RULE) == [hard]
+    assert select_failed_groups([easy, hard], make_mix_strategy(SETTINGS, group_size=4, seed=0)) == [hard]
 
 
 def test_the_first_right_answer_takes_the_last_slot_and_the_rest_is_spare():
@@ -70,7 +70,7 @@ def test_no_more_are_seated_than_slots_are_given():
 
 
 def test_appended_it_leaves_every_own_answer_its_slot():
-    found = seated(group(False, False, False, False), said(True), compose="append")
+    found = seated(group(False, False, False, False), said(True), mode="append")
     assert [one.slot for one in found.rollouts] == [0, 1, 2, 3, 4]
 
 

@@ -148,7 +148,7 @@ def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens)
 def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_can_be_used(root, foreigner):
     sample(root, kind="model", origin=str(foreigner), **OUTSIDE)
     with pytest.raises(
-        NpoError, match=r"guide\.inject\.ratio=exact divides by .* guide taught, which nobody knows"
+        NpoError, match=r"guide 'taught' has no log-probabilities: guide\.inject\.ratio=exact is not available"
     ) as caught:
         resume(root, "guide.inject.ratio=exact", at=2, guide="taught")
     assert caught.value.hint.startswith("guide.inject.ratio=unit")

@@ -1,40 +1,28 @@
-"""Short spellings of this room's records. N rows, T tokens; the defaults are those of plain GRPO."""
+"""Loss settings, loss inputs and token columns in short. N rows, T tokens; the defaults are those of plain GRPO."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor, tensor, zeros
 
+from npo_cli.config.engine import MismatchSettings
+from npo_cli.config.guides import InjectSettings
+from npo_cli.config.recipe import LossSettings
 from npo_cli.losses.advantages import group_advantages
-from npo_cli.losses.types import Divisors, LossInputs, LossKnobs, MismatchKnobs
-
-MISMATCH = {"cap": 2.0, "low": 0.5, "high": 5.0, "geo_low": 0.999, "geo_high": 1.001, "k3_max": 0.01}
-
-
-def mismatch(mode: str, **changes: object) -> MismatchKnobs:
-    return MismatchKnobs(mode=mode, **(MISMATCH | changes))
+from npo_cli.losses.policy_loss import PolicyLoss, make_policy_loss
+from npo_cli.losses.types import Divisors, LossInputs
 
 
-PLAIN = {
-    "kind": "grpo",
-    "aggregation": "seq_mean_token_mean",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "dual_clip": None,
-    "delta": None,
-    "cispo_cap": 5.0,
-    "kl_coef": 0.0,
-    "entropy_coef": 0.0,
-    "ratio": "exact",
-    "decoupled_cap": 2.0,
-    "shape": "none",
-    "gamma": 0.1,
-    "mismatch": mismatch("token_tis"),
-}
+def mismatch_settings(mode: str, **changes: object) -> MismatchSettings:
+    """Not validated: tests put bounds where settings do not allow them."""
+    return MismatchSettings().model_copy(update={"mode": mode} | changes)
 
 
-def loss_knobs(**changes: object) -> LossKnobs:
-    return LossKnobs(**(PLAIN | changes))
+def make_loss(*, mismatch: MismatchSettings | None = None, **changes: object) -> PolicyLoss:
+    """The loss with these settings of `loss.*` and `guide.inject.*`."""
+    inject = {name: value for name, value in changes.items() if name in InjectSettings.model_fields}
+    loss = {name: value for name, value in changes.items() if name not in inject}
+    return make_policy_loss(LossSettings(**loss), InjectSettings(**inject), mismatch or mismatch_settings("token_tis"))
 
 
 def plain_advantages(rewards_PG: Tensor, *, divide_by_std: bool = True, eps: float = 1e-6) -> Tensor:
@@ -49,21 +37,22 @@ def make_rows(
     old: Tensor | None = None,
     is_off_policy: list[int] | None = None,
 ) -> LossInputs:
+    """Rows that are off-policy as a whole or not at all."""
     mask_NT = tensor(mask).bool()
+    off_policy_N = tensor(is_off_policy if is_off_policy is not None else [0] * len(advantages)).bool()
     return LossInputs(
         behavior_logps_NT=zeros(mask_NT.shape) if behavior is None else behavior,
         mask_NT=mask_NT,
         advantages_N=tensor(advantages),
-        off_policy_N=tensor(is_off_policy if is_off_policy is not None else [0] * len(advantages)).bool(),
+        off_policy_NT=off_policy_N[:, None].expand(mask_NT.shape),
         old_logps_NT=old,
     )
 
 
 def with_matching_engine(rows: LossInputs, logps_NT: Tensor) -> LossInputs:
-    """The same rows; the engine that sampled the learner's own saw the trainer's log-probabilities."""
+    """The same rows; the engine's log-probabilities of on-policy tokens are the trainer's."""
     old_NT = logps_NT.detach() if rows.old_logps_NT is None else rows.old_logps_NT
-    behavior_NT = torch.where(rows.off_policy_N[:, None], rows.behavior_logps_NT, old_NT)
-    return replace(rows, behavior_logps_NT=behavior_NT)
+    return replace(rows, behavior_logps_NT=torch.where(rows.off_policy_NT, rows.behavior_logps_NT, old_NT))
 
 
 def divisors_of(rows: LossInputs) -> Divisors:

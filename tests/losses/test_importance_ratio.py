@@ -1,80 +1,141 @@
 import math
+from typing import get_args
 
 import pytest
 from torch import tensor
 
-from npo_cli.losses.importance_ratio import log_ratio, make_ratio_anchor
-from tests.losses.builders import make_rows
+from npo_cli.config.guides import InjectSettings
+from npo_cli.errors import NpoError
+from npo_cli.losses.importance_ratio import (
+    IMPORTANCE_RATIOS,
+    RatioAnchor,
+    check_ratio_available,
+    log_ratio,
+    register_ratio,
+)
+from npo_cli.losses.policy_loss import compute_columns
+from npo_cli.losses.types import LossInputs
+from tests.losses.builders import make_rows, mismatch_settings
 
 CURRENT = [[-1.0, -2.0], [-1.0, -2.0]]
 OLD = tensor([[-1.5, -2.5], [-1.5, -2.5]])
 BEHAVIOR = tensor([[-9.0, -9.0], [-3.0, -2.0]])
-"""Row 0 is the learner's own, row 1 foreign."""
+"""Row 0 is on-policy, row 1 off-policy."""
 
 
-def charged(mode, *, old=OLD, behavior=BEHAVIOR, cap=2.0):
-    rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=behavior, old=old, is_off_policy=[0, 1])
-    return make_ratio_anchor(mode, decoupled_cap=cap)(tensor(CURRENT), rows)
+def columns(ratio, *, old=OLD, behavior=BEHAVIOR, cap=2.0, current=CURRENT, mask=((1, 1), (1, 1))):
+    rows = make_rows([1.0, 1.0], mask=list(mask), behavior=behavior, old=old, is_off_policy=[0, 1])
+    inject = InjectSettings(ratio=ratio, decoupled_cap=cap)
+    return compute_columns(tensor(current), rows, inject, mismatch_settings("off"))[0]
 
 
-@pytest.mark.parametrize("mode", ["exact", "proximal", "decoupled", "none"])
-def test_an_own_row_is_charged_to_the_old_policy_in_every_mode(mode):
-    found = charged(mode)
-    assert found.anchor_logps_NT[0].tolist() == [-1.5, -2.5]
-    assert found.weight_NT[0].tolist() == [1.0, 1.0]
-    assert found.unclipped_N1[0].tolist() == [False]
+def anchors(ratio, **changes):
+    """Log-probabilities that the ratios are anchored on."""
+    tokens = columns(ratio, **changes)
+    return (tokens.logps_NT - tokens.log_ratio_NT).tolist()
 
 
-def test_exact_charges_a_foreign_row_to_the_policy_that_wrote_it():
-    found = charged("exact")
-    assert found.anchor_logps_NT[1].tolist() == [-3.0, -2.0]
-    assert found.weight_NT[1].tolist() == [1.0, 1.0]
-    assert found.unclipped_N1[1].tolist() == [False]
+def test_importance_ratio_setting_lists_the_registry():
+    assert set(get_args(InjectSettings.model_fields["ratio"].annotation)) == set(IMPORTANCE_RATIOS)
 
 
-def test_proximal_charges_a_foreign_row_to_the_old_policy():
-    found = charged("proximal")
-    assert found.anchor_logps_NT[1].tolist() == [-1.5, -2.5]
-    assert found.weight_NT[1].tolist() == [1.0, 1.0]
+@pytest.mark.parametrize("ratio", IMPORTANCE_RATIOS)
+def test_importance_ratio_of_on_policy_tokens_is_to_the_old_policy(ratio):
+    tokens = columns(ratio)
+    assert anchors(ratio)[0] == [-1.5, -2.5]
+    assert tokens.weight_NT[0].tolist() == [1.0, 1.0]
+    assert tokens.unclipped_NT[0].tolist() == [False, False]
 
 
-def test_decoupled_weighs_by_old_over_behavior_up_to_the_cap():
-    found = charged("decoupled")
-    assert found.anchor_logps_NT[1].tolist() == [-1.5, -2.5]
+def test_importance_ratio_exact_is_to_the_behavior_policy():
+    assert anchors("exact")[1] == [-3.0, -2.0]
+    assert columns("exact").weight_NT[1].tolist() == [1.0, 1.0]
+    assert not columns("exact").unclipped_NT.any()
+
+
+def test_importance_ratio_proximal_is_to_the_old_policy():
+    assert anchors("proximal")[1] == [-1.5, -2.5]
+    assert columns("proximal").weight_NT[1].tolist() == [1.0, 1.0]
+
+
+def test_importance_ratio_decoupled_weighs_by_old_over_behavior_up_to_the_cap():
+    assert anchors("decoupled")[1] == [-1.5, -2.5]
     # exp(-1.5 + 3) = 4.48, capped at 2; exp(-2.5 + 2) = 0.606531
-    assert found.weight_NT[1].tolist() == pytest.approx([2.0, 0.606531], abs=1e-6)
+    assert columns("decoupled").weight_NT[1].tolist() == pytest.approx([2.0, 0.606531], abs=1e-6)
 
 
-def test_none_anchors_a_foreign_row_on_itself_and_frees_it_from_clips():
-    found = charged("none")
-    assert found.anchor_logps_NT[1].tolist() == [-1.0, -2.0]
-    assert found.weight_NT[1].tolist() == [1.0, 1.0]
-    assert found.unclipped_N1.tolist() == [[False], [True]]
+def test_importance_ratio_unit_is_the_probability_itself():
+    assert anchors("unit")[1] == [0.0, 0.0]
 
 
-def test_without_old_log_probs_the_current_ones_stand_in():
-    assert charged("exact", old=None).anchor_logps_NT.tolist() == [[-1.0, -2.0], [-3.0, -2.0]]
+def test_importance_ratio_none_is_one_and_never_clipped():
+    assert anchors("none")[1] == [-1.0, -2.0]
+    assert columns("none").weight_NT[1].tolist() == [1.0, 1.0]
+    assert columns("none").unclipped_NT.tolist() == [[False, False], [True, True]]
+
+
+def test_importance_ratio_without_old_logprobs_uses_the_current_ones():
+    assert anchors("exact", old=None) == [[-1.0, -2.0], [-3.0, -2.0]]
     # exp(-1 + 3) = 7.39, capped at 5; exp(-2 + 2) = 1
-    assert charged("decoupled", old=None, cap=5.0).weight_NT[1].tolist() == [5.0, 1.0]
+    assert columns("decoupled", old=None, cap=5.0).weight_NT[1].tolist() == [5.0, 1.0]
 
 
-def test_no_charge_carries_a_gradient():
-    current = tensor(CURRENT, requires_grad=True)
+@pytest.mark.parametrize("ratio", IMPORTANCE_RATIOS)
+def test_importance_ratio_weights_carry_no_gradient(ratio):
     rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=BEHAVIOR, is_off_policy=[0, 1])
-    for mode in ("exact", "proximal", "decoupled", "none"):
-        found = make_ratio_anchor(mode, decoupled_cap=2.0)(current, rows)
-        assert not found.anchor_logps_NT.requires_grad
-        assert not found.weight_NT.requires_grad
+    current = tensor(CURRENT, requires_grad=True)
+    tokens, _ = compute_columns(current, rows, InjectSettings(ratio=ratio), mismatch_settings("off"))
+    assert not tokens.weight_NT.requires_grad
+    # d log rho / d log pi = 1: the anchor is a constant
+    tokens.log_ratio_NT.sum().backward()
+    assert current.grad.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
-def test_padding_never_reaches_a_charge():
+def test_importance_ratio_does_not_read_padding():
     behavior = tensor([[0.0, 0.0], [-3.0, math.nan]])
-    rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 0]], behavior=behavior, is_off_policy=[0, 1])
-    assert make_ratio_anchor("exact", decoupled_cap=2.0)(tensor(CURRENT), rows).anchor_logps_NT[1].tolist() == [
-        -3.0,
-        0.0,
-    ]
+    assert anchors("exact", behavior=behavior, mask=((1, 1), (1, 0)))[1] == [-3.0, 0.0]
 
 
-def test_log_ratios_stop_at_twenty_nats():
+def test_importance_ratio_is_clamped_at_20():
     assert log_ratio(tensor([-1.0, -50.0, 0.0]), tensor([-1.5, -1.0, -50.0])).tolist() == [0.5, -20.0, 20.0]
+
+
+def test_importance_ratio_that_needs_logprobs_is_refused_without_them():
+    check_ratio_available("proximal", has_logprobs=False, guide="guide 'late'")
+    check_ratio_available("exact", has_logprobs=True, guide="guide 'late'")
+    for ratio in ("exact", "decoupled"):
+        with pytest.raises(NpoError) as caught:
+            check_ratio_available(ratio, has_logprobs=False, guide="guide 'late'")
+        assert str(caught.value.message) == (
+            f"guide 'late' has no log-probabilities: guide.inject.ratio={ratio} is not available"
+        )
+        assert caught.value.hint == "use guide.inject.ratio=proximal, unit or none"
+
+
+def test_importance_ratio_can_differ_within_a_response():
+    # two tokens of a guide without log-probabilities, then two that the policy sampled at -1.5 and -2.5
+    current = tensor([[-1.0, -2.0, -1.0, -2.0]], requires_grad=True)
+    inputs = LossInputs(
+        mask_NT=tensor([[True, True, True, True]]),
+        off_policy_NT=tensor([[True, True, False, False]]),
+        behavior_logps_NT=tensor([[math.nan, math.nan, -1.5, -2.5]]),
+        advantages_N=tensor([1.0]),
+        old_logps_NT=tensor([[-1.1, -2.1, -1.5, -2.5]]),
+    )
+    tokens, _ = compute_columns(current, inputs, InjectSettings(ratio="unit"), mismatch_settings("token_tis"))
+    assert (tokens.logps_NT - tokens.log_ratio_NT)[0].tolist() == pytest.approx([0.0, 0.0, -1.5, -2.5])
+    assert tokens.weight_NT[0].tolist() == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_importance_ratio_of_another_module_is_used_by_its_name():
+    @register_ratio("half", needs_logprobs=False)
+    def anchor_half(logps, _settings):
+        return RatioAnchor(logps_NT=logps.old_NT, weight_NT=0.5)
+
+    try:
+        inject = InjectSettings().model_copy(update={"ratio": "half"})
+        rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=BEHAVIOR, old=OLD, is_off_policy=[0, 1])
+        tokens, _ = compute_columns(tensor(CURRENT), rows, inject, mismatch_settings("off"))
+        assert tokens.weight_NT.tolist() == [[1.0, 1.0], [0.5, 0.5]]
+    finally:
+        del IMPORTANCE_RATIOS["half"]

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from npo_cli.losses.inference_mismatch import MISMATCH_RULES, MismatchCorrection, make_correction
-from npo_cli.losses.policy_loss import policy_loss
-from npo_cli.losses.types import LossInputs, LossStats
-from tests.losses.builders import divisors_of, loss_knobs, make_rows, mismatch
+from npo_cli.losses.inference_mismatch import MISMATCH_RULES, MismatchCorrection, correct_mismatch
+from npo_cli.losses.stats import LossStats
+from npo_cli.losses.types import LossInputs
+from tests.losses.builders import divisors_of, make_loss, make_rows, mismatch_settings
 
 ALL = list(MISMATCH_RULES)
 KINDS = ["grpo", "gspo", "gspo_token", "cispo"]
@@ -35,13 +35,16 @@ def corrected(
     weights: list[list[float]], mode: str, *, mask: list[list[int]] | None = None, **bounds
 ) -> MismatchCorrection:
     rows, logps_NT = rows_with(weights, mask=mask)
-    return make_correction(mismatch(mode, **bounds))(logps_NT, rows)
+    old_NT, behavior_NT = (
+        torch.where(rows.mask_NT, column_NT, 0.0) for column_NT in (logps_NT, rows.behavior_logps_NT)
+    )
+    return correct_mismatch(old_NT, behavior_NT, rows.mask_NT, mismatch_settings(mode, **bounds))
 
 
 def learned(logps_NT: Tensor, rows: LossInputs, mode: str, **changes: object) -> tuple[Tensor, Tensor, LossStats]:
     leaf_NT = logps_NT.clone().requires_grad_()
-    chosen = {"mismatch": mismatch(mode)} | changes
-    loss, stats = policy_loss(leaf_NT, rows, knobs=loss_knobs(**chosen), divisors=divisors_of(rows))
+    chosen = {"mismatch": mismatch_settings(mode)} | changes
+    loss, stats = make_loss(**chosen)(leaf_NT, rows, divisors=divisors_of(rows))
     (gradient_NT,) = torch.autograd.grad(loss, leaf_NT)
     return loss.detach(), gradient_NT, stats
 
@@ -181,7 +184,7 @@ def test_the_weight_is_a_constant_factor_on_the_clipped_loss():
     # rho = 1.5 is clipped at 1.2, rho = 1.1 is not; the engine is half as sure as the old policy: w = 2, cut at 1.5
     logps_NT = tensor([[1.5, 1.1]]).log()
     rows = make_rows([1.0], mask=[[1, 1]], behavior=tensor([[0.5, 0.5]]).log(), old=torch.zeros(1, 2))
-    loss, gradient_NT, stats = learned(logps_NT, rows, "token_tis", mismatch=mismatch("token_tis", cap=1.5))
+    loss, gradient_NT, stats = learned(logps_NT, rows, "token_tis", mismatch=mismatch_settings("token_tis", cap=1.5))
     assert loss.item() == pytest.approx(-1.5 * (1.2 + 1.1) / 2)
     # no gradient through w, which would add to that of rho
     assert gradient_NT[0].tolist() == pytest.approx([0.0, -1.5 * 1.1 / 2])
@@ -192,8 +195,8 @@ def test_penalties_are_not_weighted():
     logps_NT = tensor([[-1.0, -1.0]], requires_grad=True)
     rows = make_rows([1.0], mask=[[1, 1]], behavior=logps_NT.detach() + 3)
     more = {"ref_logps_NT": logps_NT.detach() + 0.1, "entropies_NT": torch.full((1, 2), 2.0)}
-    chosen = loss_knobs(kl_coef=1.0, entropy_coef=0.5, mismatch=mismatch("token_mis"))
-    loss, _ = policy_loss(logps_NT, rows, knobs=chosen, divisors=divisors_of(rows), **more)
+    chosen = make_loss(kl_coef=1.0, entropy_coef=0.5, mismatch=mismatch_settings("token_mis"))
+    loss, _ = chosen(logps_NT, rows, divisors=divisors_of(rows), **more)
     # w = e^-3 < 0.5 leaves no policy loss: k3 of 0.1 nats less half an entropy of 2
     assert loss.item() == pytest.approx(0.0051709 - 1.0, abs=1e-6)
 
@@ -242,17 +245,19 @@ def test_dropping_a_sequence_is_leaving_its_loss_out_under_the_same_divisors(dat
         behavior_logps_NT=behavior_NT,
         mask_NT=torch.ones(num_rows, num_columns, dtype=torch.bool),
         advantages_N=torch.randn(num_rows, generator=generator).double(),
-        off_policy_N=torch.rand(num_rows, generator=generator) < 0.3,
+        off_policy_NT=(torch.rand(num_rows, 1, generator=generator) < 0.3).expand(num_rows, num_columns),
     )
-    chosen = loss_knobs(kind=kind, aggregation=how, mismatch=mismatch(mode, geo_low=0.8, geo_high=1.25, k3_max=0.1))
-    whole, stats = policy_loss(logps_NT, rows, knobs=chosen, divisors=divisors_of(rows))
+    chosen = make_loss(
+        kind=kind, aggregation=how, mismatch=mismatch_settings(mode, geo_low=0.8, geo_high=1.25, k3_max=0.1)
+    )
+    whole, stats = chosen(logps_NT, rows, divisors=divisors_of(rows))
 
     log_weights_NT = (logps_NT - behavior_NT).tolist()
-    foreign_N = rows.off_policy_N.tolist()
-    pairs = zip(foreign_N, log_weights_NT, strict=True)
+    is_off_policy_N = rows.off_policy_NT[:, 0]
+    pairs = zip(is_off_policy_N.tolist(), log_weights_NT, strict=True)
     kept_N = tensor([is_foreign or kept_by_hand(logs, mode) for is_foreign, logs in pairs])
     left = {each.name: getattr(rows, each.name) for each in fields(rows)}
     left = LossInputs(**{name: None if column is None else column[kept_N] for name, column in left.items()})
-    rest, _ = policy_loss(logps_NT[kept_N], left, knobs=chosen, divisors=divisors_of(rows)) if kept_N.any() else (0, 0)
+    rest, _ = chosen(logps_NT[kept_N], left, divisors=divisors_of(rows)) if kept_N.any() else (0, 0)
     assert whole.item() == pytest.approx(float(rest), abs=1e-12)
-    assert stats.mismatch.unmasked_sequences == int((kept_N & ~rows.off_policy_N).sum())
+    assert stats.mismatch.unmasked_sequences == int((kept_N & ~is_off_policy_N).sum())

@@ -1,19 +1,20 @@
 import math
 
 import pytest
+import torch
 from torch import tensor
 
-from npo_cli.losses.inference_mismatch import make_correction, measure_mismatch
-from npo_cli.losses.stats import MismatchStats
-from tests.losses.builders import make_rows, mismatch
+from npo_cli.losses.inference_mismatch import correct_mismatch, measure_mismatch
+from npo_cli.losses.stats import LossStats, MismatchStats
+from tests.losses.builders import mismatch_settings
 
 
 def measured(log_weights: list[float]) -> MismatchStats:
     """Of one own row with these log w, in float64."""
     behavior_NT = -tensor([log_weights]).double()
-    rows = make_rows([1.0], mask=[[1] * len(log_weights)], behavior=behavior_NT)
-    found = make_correction(mismatch("token_tis"))(behavior_NT * 0, rows)
-    return MismatchStats.from_numbers(measure_mismatch(found).tolist())
+    everywhere_NT = torch.ones_like(behavior_NT, dtype=torch.bool)
+    correction = correct_mismatch(behavior_NT * 0, behavior_NT, everywhere_NT, mismatch_settings("token_tis"))
+    return MismatchStats.from_numbers(measure_mismatch(correction).tolist())
 
 
 def test_a_tenth_of_a_nat():
@@ -74,3 +75,43 @@ def test_stats_of_parts_give_the_figures_of_the_whole():
     assert parts == pytest.approx(whole)
     assert (MismatchStats() + measured(logs)).metrics() == whole
     assert MismatchStats().metrics() == {}
+
+
+def test_stats_of_micro_batches_add_up():
+    first = LossStats(
+        on_policy_tokens=10.0,
+        clipped_high=1.0,
+        off_policy_tokens=2.0,
+        off_policy_tokens_with_logps=2.0,
+        ratio_sum=3.0,
+        ratio_min=1.0,
+        ratio_max=2.0,
+    )
+    second = LossStats(
+        on_policy_tokens=30.0,
+        clipped_high=3.0,
+        off_policy_tokens=2.0,
+        off_policy_tokens_with_logps=2.0,
+        ratio_sum=1.0,
+        ratio_min=0.2,
+        ratio_max=0.8,
+    )
+    total = sum([first, second], start=LossStats())
+    # 4 of 40 own tokens clipped; foreign ratios 4 over 4 tokens, none of them with a gradient
+    assert total.metrics() == {
+        "clip_ratio/low": 0.0,
+        "clip_ratio/high": 0.1,
+        "inject/kept_share": 0.0,
+        "inject/ratio_mean": 1.0,
+        "inject/ratio_min": 0.2,
+        "inject/ratio_max": 2.0,
+    }
+
+
+def test_nothing_measured_is_nothing_said():
+    assert LossStats().metrics() == {}
+    assert LossStats(on_policy_tokens=4.0, kl_sum=1.0, kl_tokens=4.0).metrics() == {
+        "clip_ratio/low": 0.0,
+        "clip_ratio/high": 0.0,
+        "kl": 0.25,
+    }

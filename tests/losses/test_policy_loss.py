@@ -8,9 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 
 from npo_cli.losses.inference_mismatch import MISMATCH_RULES
-from npo_cli.losses.policy_loss import make_policy_loss, policy_loss
-from npo_cli.losses.types import Divisors, LossInputs, LossStats
-from tests.losses.builders import divisors_of, loss_knobs, make_rows, mismatch, plain_advantages, with_matching_engine
+from npo_cli.losses.policy_loss import aggregate
+from npo_cli.losses.stats import LossStats
+from npo_cli.losses.types import Divisors, LossInputs
+from tests.losses.builders import (
+    divisors_of,
+    make_loss,
+    make_rows,
+    mismatch_settings,
+    plain_advantages,
+    with_matching_engine,
+)
 
 KINDS = ["grpo", "gspo", "gspo_token", "cispo"]
 MODES = ["exact", "proximal", "decoupled", "none"]
@@ -24,7 +32,7 @@ def loss_and_gradient(logps_NT: Tensor, rows: LossInputs, **changes: object) -> 
     """
     rows = with_matching_engine(rows, logps_NT)
     leaf_NT = logps_NT.clone().requires_grad_()
-    loss, stats = policy_loss(leaf_NT, rows, knobs=loss_knobs(**changes), divisors=divisors_of(rows))
+    loss, stats = make_loss(**changes)(leaf_NT, rows, divisors=divisors_of(rows))
     (gradient_NT,) = torch.autograd.grad(loss, leaf_NT)
     return loss.item(), gradient_NT, stats
 
@@ -93,7 +101,7 @@ def test_an_uncharged_foreign_row_is_a_score_function_under_every_objective(kind
 def test_every_mode_agrees_where_the_writer_is_the_learner(kind, mode):
     logps_NT = tensor([[-1.0, -2.0], [-0.5, -3.0]])
     own = make_rows([1.0, -1.0], mask=[[1, 1], [1, 1]], old=logps_NT)
-    foreign = replace(own, behavior_logps_NT=logps_NT, off_policy_N=tensor([False, True]))
+    foreign = replace(own, behavior_logps_NT=logps_NT, off_policy_NT=tensor([[False] * 2, [True] * 2]))
     assert loss_and_gradient(logps_NT, foreign, kind=kind, ratio=mode)[1].equal(
         loss_and_gradient(logps_NT, own, kind=kind)[1]
     )
@@ -109,7 +117,7 @@ def test_a_solved_foreign_slot_at_the_proximal_ratio_is_plain_grpo_on_that_group
     own = make_rows(advantages, mask=[[1, 1, 1, 1, 1]] * 7 + [[1, 1, 1, 0, 0]])
     mixed = replace(
         own,
-        off_policy_N=tensor([False] * 7 + [True]),
+        off_policy_NT=tensor([[False] * 5] * 7 + [[True] * 5]),
         behavior_logps_NT=logps_NT - torch.rand(8, 5, generator=generator),
     )
     plain, mixed_in = (
@@ -124,10 +132,9 @@ def test_kl_and_entropy_terms_are_weighted_and_aggregated_like_the_policy_loss()
     ref_NT = tensor([[-0.9, -1.0], [-1.1, math.nan]])
     entropies_NT = tensor([[1.0, 3.0], [0.5, math.nan]], requires_grad=True)
     rows = make_rows([0.0, 0.0], mask=[[1, 1], [1, 0]])
-    loss, stats = policy_loss(
+    loss, stats = make_loss(kl_coef=0.5, entropy_coef=0.1)(
         logps_NT,
         rows,
-        knobs=loss_knobs(kl_coef=0.5, entropy_coef=0.1),
         divisors=divisors_of(rows),
         ref_logps_NT=ref_NT,
         entropies_NT=entropies_NT,
@@ -143,10 +150,10 @@ def test_kl_and_entropy_terms_are_weighted_and_aggregated_like_the_policy_loss()
 
 def test_a_missing_reference_is_our_mistake():
     rows = make_rows([1.0], mask=[[1]])
-    with pytest.raises(AssertionError, match="reference"):
-        policy_loss(torch.zeros(1, 1), rows, knobs=loss_knobs(kl_coef=0.1), divisors=divisors_of(rows))
-    with pytest.raises(AssertionError, match="entropies"):
-        policy_loss(torch.zeros(1, 1), rows, knobs=loss_knobs(entropy_coef=0.1), divisors=divisors_of(rows))
+    with pytest.raises(AssertionError, match="ref_logps_NT"):
+        make_loss(kl_coef=0.1)(torch.zeros(1, 1), rows, divisors=divisors_of(rows))
+    with pytest.raises(AssertionError, match="entropies_NT"):
+        make_loss(entropy_coef=0.1)(torch.zeros(1, 1), rows, divisors=divisors_of(rows))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,10 +204,10 @@ def test_the_share_of_the_push_is_that_of_the_gradient_autograd_finds(kind, mode
     )
     _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, kind=kind, ratio=mode, aggregation=how)
     size_NT = gradient_NT.abs()
-    expected = size_NT[rows.off_policy_N].sum() / size_NT.sum()
+    expected = size_NT[rows.off_policy_NT].sum() / size_NT.sum()
     assert stats.metrics()["inject/push_share"] == pytest.approx(expected.item(), rel=1e-5)
     if mode != "decoupled" or kind != "gspo":  # one ratio for the sequence spreads the token weights evenly
-        assert stats.off_policy_tokens_with_gradient == float((gradient_NT[rows.off_policy_N] != 0).sum())
+        assert stats.off_policy_tokens_with_gradient == float((gradient_NT[rows.off_policy_NT] != 0).sum())
 
 
 @settings(max_examples=60, deadline=None)
@@ -209,7 +216,7 @@ def test_micro_batches_add_up_to_the_batch_however_it_is_split(data):
     num_rows, num_columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     kind, mode, how = (data.draw(st.sampled_from(choices)) for choices in (KINDS, MODES, HOWS))
     # wide enough for some of these sequences, whose log w lie between -1 and 1 nats a token
-    engine = mismatch(data.draw(st.sampled_from(list(MISMATCH_RULES))), geo_low=0.8, geo_high=1.25, k3_max=0.1)
+    engine = mismatch_settings(data.draw(st.sampled_from(list(MISMATCH_RULES))), geo_low=0.8, geo_high=1.25, k3_max=0.1)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     logps_NT, behavior_NT, old_NT, ref_NT, entropies_NT = (
         -torch.rand(num_rows, num_columns, generator=generator, dtype=torch.float64) for _ in range(5)
@@ -218,14 +225,12 @@ def test_micro_batches_add_up_to_the_batch_however_it_is_split(data):
         behavior_logps_NT=behavior_NT,
         mask_NT=torch.rand(num_rows, num_columns, generator=generator) < 0.7,
         advantages_N=torch.randn(num_rows, generator=generator, dtype=torch.float64),
-        off_policy_N=torch.rand(num_rows, generator=generator) < 0.4,
+        off_policy_NT=torch.rand(num_rows, num_columns, generator=generator) < 0.4,
         old_logps_NT=old_NT if data.draw(st.booleans()) else None,
     )
     divisors = Divisors(num_sequences=num_rows, num_tokens=int(rows.mask_NT.sum()), max_tokens=7)
-    loss_of = make_policy_loss(
-        loss_knobs(
-            kind=kind, ratio=mode, aggregation=how, dual_clip=1.5, kl_coef=0.1, entropy_coef=0.01, mismatch=engine
-        )
+    loss_of = make_loss(
+        kind=kind, ratio=mode, aggregation=how, dual_clip=1.5, kl_coef=0.1, entropy_coef=0.01, mismatch=engine
     )
 
     def part(chosen_N: Tensor) -> tuple[Tensor, LossStats]:
@@ -239,3 +244,28 @@ def test_micro_batches_add_up_to_the_batch_however_it_is_split(data):
     assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole_loss.item(), abs=1e-12)
     summed = sum((stats for _, stats in parts), start=LossStats()).metrics()
     assert summed == pytest.approx(whole_stats.metrics(), abs=1e-9)
+
+
+LOSS_NT = tensor([[1.0, 2.0, 3.0], [4.0, 100.0, math.nan]])
+MASK_NT = tensor([[1, 1, 1], [1, 0, 0]])
+WHOLE_BATCH = Divisors(num_sequences=2, num_tokens=4, max_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("seq_mean_token_mean", (6 / 3 + 4 / 1) / 2),
+        ("token_mean", (6 + 4) / 4),
+        ("seq_mean_token_sum_norm", (6 + 4) / 10 / 2),
+    ],
+)
+def test_three_ways_to_add_up_tokens(how, expected):
+    assert aggregate(LOSS_NT, MASK_NT, how=how, divisors=WHOLE_BATCH).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("how", ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"])
+def test_a_row_without_tokens_adds_nothing(how):
+    empty = tensor([[0, 0, 0], [0, 0, 0]])
+    assert aggregate(LOSS_NT, empty, how=how, divisors=WHOLE_BATCH).item() == 0.0
+    nothing = Divisors(num_sequences=2, num_tokens=0, max_tokens=10)
+    assert aggregate(LOSS_NT, empty, how=how, divisors=nothing).item() == 0.0

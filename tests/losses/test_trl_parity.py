@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npo_cli.losses.policy_loss import policy_loss
 from npo_cli.losses.types import LossInputs
-from tests.losses.builders import divisors_of, loss_knobs, make_rows, mismatch, with_matching_engine
+from tests.losses.builders import divisors_of, make_loss, make_rows, mismatch_settings, with_matching_engine
 
 grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="the oracle is TRL 1.16, a development extra")
 accelerate = pytest.importorskip("accelerate", reason="TRL needs it")
@@ -73,8 +72,11 @@ CASES = {
     ),
     "kl": ({"kl_coef": 0.3}, {"beta": 0.3}),
     # the engine's weight is multiplied onto the clipped loss, and not onto the KL term
-    "token_tis": ({"kl_coef": 0.3, "mismatch": mismatch("token_tis", cap=1.1)}, {"beta": 0.3, "use_vllm": True}),
-    "sequence_mis": ({"mismatch": mismatch("sequence_mis")}, {"use_vllm": True}),
+    "token_tis": (
+        {"kl_coef": 0.3, "mismatch": mismatch_settings("token_tis", cap=1.1)},
+        {"beta": 0.3, "use_vllm": True},
+    ),
+    "sequence_mis": ({"mismatch": mismatch_settings("sequence_mis")}, {"use_vllm": True}),
     # TRL's entropy bonus is a token mean whatever the loss, so only that aggregation is comparable
     "entropy": ({"aggregation": "token_mean", "entropy_coef": 0.2}, {"loss_type": "bnpo", "entropy_coef": 0.2}),
 }
@@ -108,9 +110,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl(case, old_is_current):
         noise_NT = 0.5 * torch.randn(values_NT.shape, generator=generator).double()
         rows = replace(rows, behavior_logps_NT=rows.behavior_logps_NT + noise_NT)
     terms = {"ref_logps_NT": ref_NT} if "kl_coef" in ours else {}
-    loss, stats = policy_loss(
-        logps_NT, rows, knobs=loss_knobs(**ours), divisors=divisors_of(rows), entropies_NT=entropies_NT, **terms
-    )
+    loss, stats = make_loss(**ours)(logps_NT, rows, divisors=divisors_of(rows), entropies_NT=entropies_NT, **terms)
     trainer = trl_trainer(logps_NT, entropies_NT, **theirs)
     inputs = {
         "prompt_ids": torch.zeros(4, 1, dtype=torch.long),

@@ -1,4 +1,4 @@
-"""The batch of a step as training sees it: prompts in order, guides seated, advantages of the mixed groups."""
+"""The batch of a step: prompts in order, injected guides, advantages of the mixed groups."""
 
 from collections import Counter
 from dataclasses import replace
@@ -22,14 +22,16 @@ def hard(tmp_path_factory) -> Session:
     return open_session_at(root, 0)
 
 
-def drawn(session: Session, folder: Path, *, step: int = 1, position: int = 0, guidance: ActiveGuide | None = None):
+def sample_batch(
+    session: Session, folder: Path, *, step: int = 1, position: int = 0, guidance: ActiveGuide | None = None
+):
     journal = RolloutLog(folder / "rollouts.jsonl")
     return build_batch(session, journal, seed_name="t", step=step, position=position, active_guide=guidance)
 
 
-def test_a_guide_in_an_all_wrong_group_takes_the_last_slot_and_all_the_credit(hard, tmp_path):
+def test_batch_injects_a_guide_into_an_all_wrong_group(hard, tmp_path):
     guidance = make_active_guide(correct_trajectory(hard, prompt, shift=-1.0) for prompt in hard.task.train)
-    batch = drawn(hard, tmp_path, guidance=guidance)
+    batch = sample_batch(hard, tmp_path, guidance=guidance)
     assert [group.on_policy_accuracy for group in batch.mixed] == [0.0] * 4
     for entry in batch.selected:
         *own, guest = entry.group.rollouts
@@ -41,10 +43,10 @@ def test_a_guide_in_an_all_wrong_group_takes_the_last_slot_and_all_the_credit(ha
         assert entry.advantages == pytest.approx([-0.35355] * 7 + [2.47487], abs=1e-4)
 
 
-def test_the_loss_gets_the_mixed_groups_rows(hard, tmp_path):
+def test_training_samples_are_those_of_the_mixed_groups(hard, tmp_path):
     guidance = make_active_guide(correct_trajectory(hard, prompt, shift=-1.0) for prompt in hard.task.train)
     rows = build_training_samples(
-        hard.policy, drawn(hard, tmp_path, guidance=guidance).selected, hard.recipe.guide.inject
+        hard.policy, sample_batch(hard, tmp_path, guidance=guidance).selected, hard.recipe.guide.inject
     )
     assert [row.is_off_policy for row in rows] == ([False] * 7 + [True]) * 4
     assert [round(row.advantage, 3) for row in rows] == ([-0.354] * 7 + [2.475]) * 4
@@ -53,48 +55,48 @@ def test_the_loss_gets_the_mixed_groups_rows(hard, tmp_path):
     assert rows[7].behavior_logps == guidance.trajectories[prompt.prompt_id][0].behavior_logps
 
 
-def test_the_journal_keeps_the_replaced_rollout_and_the_guides(hard, tmp_path):
+def test_rollout_log_holds_replaced_and_injected_rollouts(hard, tmp_path):
     guidance = make_active_guide(correct_trajectory(hard, prompt) for prompt in hard.task.train)
-    batch = drawn(hard, tmp_path, guidance=guidance)
+    batch = sample_batch(hard, tmp_path, guidance=guidance)
     for own, kept in zip(batch.on_policy, RolloutLog(tmp_path / "rollouts.jsonl").read_step(1), strict=True):
         assert kept.rollouts[:8] == own.rollouts
         assert [rollout.source for rollout in kept.rollouts[8:]] == ["guide"]
         assert (kept.injection_status, kept.on_policy_accuracy) == ("injected", 0.0)
     # Read back, it is the same batch.
-    assert drawn(hard, tmp_path, guidance=guidance) == replace(batch, is_recorded=True)
+    assert sample_batch(hard, tmp_path, guidance=guidance) == replace(batch, is_recorded=True)
 
 
-def test_the_gate_an_absent_answer_and_the_end_of_the_segment_keep_a_guide_out(hard, scout, tmp_path):
+def test_batch_without_injection_above_threshold_without_response_or_after_the_segment(hard, scout, tmp_path):
     session = open_session_at(scout, 2)
     prompts = session.task.train
-    alone = drawn(session, tmp_path / "alone")
+    alone = sample_batch(session, tmp_path / "alone")
     accuracies = [sum(rollout.reward for rollout in group.rollouts) / 4 for group in alone.on_policy]
     assert 0 < sum(accuracies) < 4, "some right and some wrong, or this shows nothing"
     shut = override_settings(session, "guide.inject", max_accuracy=0.0)
-    batch = drawn(
+    batch = sample_batch(
         shut, tmp_path / "shut", guidance=make_active_guide(correct_trajectory(session, prompt) for prompt in prompts)
     )
     assert [group.injection_status for group in batch.mixed] == [
         "gate_closed" if share else "injected" for share in accuracies
     ]
-    none = drawn(shut, tmp_path / "none", guidance=make_active_guide([]))
+    none = sample_batch(shut, tmp_path / "none", guidance=make_active_guide([]))
     assert [group.injection_status for group in none.mixed] == [
         "gate_closed" if share else "no_guide" for share in accuracies
     ]
-    late = drawn(hard, tmp_path / "late", step=3, guidance=make_active_guide([], until=2))
+    late = sample_batch(hard, tmp_path / "late", step=3, guidance=make_active_guide([], until=2))
     assert {group.injection_status for group in late.mixed} == {"off"}
 
 
-def taught(batch: StepBatch) -> list[str]:
+def selected_prompts(batch: StepBatch) -> list[str]:
     return [entry.group.prompt.prompt_id for entry in batch.selected]
 
 
-def test_dynamic_sampling_draws_until_enough_groups_teach(scout, tmp_path):
+def test_dynamic_sampling_stops_when_enough_groups_have_signal(scout, tmp_path):
     session = override_settings(open_session_at(scout, 0), "sampling", dynamic=True, max_gen_batches=4)
-    batch = drawn(session, tmp_path)
+    batch = sample_batch(session, tmp_path)
     # Groups with right and wrong answers, in data order, no more than a batch; the cursor passes what was drawn.
     mixed = [group.prompt.prompt_id for group in batch.on_policy if len({r.reward for r in group.rollouts}) == 2]
-    assert taught(batch) == mixed[:4]
+    assert selected_prompts(batch) == mixed[:4]
     assert 1 < batch.num_gen_batches <= 4
     assert batch.position == 4 * batch.num_gen_batches == len(batch.on_policy)
     assert [g.prompt for g in batch.on_policy] == [
@@ -102,23 +104,23 @@ def test_dynamic_sampling_draws_until_enough_groups_teach(scout, tmp_path):
     ]
 
 
-def test_dynamic_sampling_stops_at_its_limit_with_what_it_has(hard, tmp_path):
+def test_dynamic_sampling_stops_at_its_limit(hard, tmp_path):
     session = override_settings(hard, "sampling", dynamic=True, max_gen_batches=2)
-    batch = drawn(session, tmp_path)
+    batch = sample_batch(session, tmp_path)
     assert (batch.num_gen_batches, batch.selected, len(batch.on_policy)) == (2, (), 8)
 
 
-def test_dynamic_sampling_counts_a_group_that_a_guide_made_useful(hard, tmp_path):
+def test_dynamic_sampling_counts_signal_after_injection(hard, tmp_path):
     session = override_settings(hard, "sampling", dynamic=True, max_gen_batches=2)
     guidance = make_active_guide(correct_trajectory(hard, prompt) for prompt in hard.task.train)
-    batch = drawn(session, tmp_path, guidance=guidance)
+    batch = sample_batch(session, tmp_path, guidance=guidance)
     assert (batch.num_gen_batches, len(batch.selected)) == (1, 4)
 
 
-def test_overlong_answers_cost_reward_before_advantages_are_taken(hard, tmp_path):
-    plain = drawn(hard, tmp_path / "plain").selected
+def test_overlong_penalty_enters_advantages(hard, tmp_path):
+    plain = sample_batch(hard, tmp_path / "plain").selected
     session = override_settings(hard, "sampling", overlong_buffer=18, overlong_penalty=1.0)
-    shaped = drawn(session, tmp_path / "shaped").selected
+    shaped = sample_batch(session, tmp_path / "shaped").selected
     assert not any(entry.has_signal for entry in plain)
     for entry in shaped:
         lengths = [len(rollout.response_ids) for rollout in entry.group.rollouts]
@@ -129,11 +131,11 @@ def test_overlong_answers_cost_reward_before_advantages_are_taken(hard, tmp_path
     assert any(entry.has_signal for entry in shaped)
 
 
-def test_a_batch_across_two_epochs_answers_the_same_prompt_afresh(hard, tmp_path):
+def test_batch_across_two_epochs_samples_a_prompt_anew(hard, tmp_path):
     size = len(hard.task.train)
     # The last 2 prompts of one epoch and the first 2 of the next, then as many draws as it takes to meet one again.
     session = override_settings(hard, "sampling", dynamic=True, max_gen_batches=5)
-    batch = drawn(session, tmp_path, position=size - 2)
+    batch = sample_batch(session, tmp_path, position=size - 2)
     seen = Counter(group.prompt.prompt_id for group in batch.on_policy)
     twice = [prompt_id for prompt_id, count in seen.items() if count == 2]
     assert (len(batch.on_policy), batch.position) == (20, size + 18)

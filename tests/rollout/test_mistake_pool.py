@@ -14,7 +14,7 @@ from npo_cli.rollout.mistake_pool import (
 )
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.rollouts import Group
-from tests.rollout.test_mixing import group_of, seated
+from tests.rollout.test_mixing import group_of, mix
 
 
 def failed(prompt_id: str, step: int, accuracy: float = 0.0) -> FailedPrompt:
@@ -50,7 +50,7 @@ def test_a_group_of_at_most_the_limit_is_a_mistake():
 
 def test_a_seated_guide_does_not_hide_a_failure():
     # 1 of 4 slots is correct, but it is the guide's: 0 of 3 of the policy's own
-    (mixed,) = seated([group_of(False, False, False, False)])
+    (mixed,) = mix([group_of(False, False, False, False)])
     (mistake,) = collect_failed_prompts([mixed], step=1, epochs=[0], limit=0.0)
     assert mistake.accuracy == 0.0
 

@@ -1,11 +1,13 @@
 import statistics
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
-from npo_cli.rollout.mixing import InjectionPolicy, count_injections, count_on_policy, inject_guides, select_on_policy
+from npo_cli.config.guides import InjectSettings
+from npo_cli.rollout.mixing import MIX_STRATEGIES, MixStrategy, count_injections, inject_guides, make_mix_strategy
 from npo_cli.types.guides import GuideRollout
-from npo_cli.types.rollouts import Group, Prompt, Rollout
+from npo_cli.types.rollouts import Group, Prompt, Rollout, TokenSpan
 
 GUIDE = GuideRollout(
     prompt_id="a",
@@ -38,19 +40,23 @@ def group_of(*correct: bool, prompt_id: str = "a") -> Group:
     return Group(prompt=Prompt(prompt_id=prompt_id, answer="42", text="6*7="), rollouts=rollouts)
 
 
-def seated(groups: list[Group], guides: tuple[GuideRollout, ...] = (GUIDE,), **changes: object) -> list[Group]:
-    """Each group by the default rule for its own size."""
-    plain = {"gate": 0.6, "slots": 1, "compose": "replace", "seed": 0}
-    found = []
+def mix(groups: list[Group], guides: tuple[GuideRollout, ...] = (GUIDE,), **changes: object) -> list[Group]:
+    """Each group mixed by the strategy of these settings, with its own size as group size unless given."""
+    mixed = []
     for group in groups:
-        rule = InjectionPolicy(**({"group_size": len(group.rollouts)} | plain | changes))
-        found += inject_guides([group], {"a": guides}, rule)
-    return found
+        size = changes.get("group_size", len(group.rollouts))
+        mixed += inject_guides([group], {"a": guides}, strategy(**{**changes, "group_size": size}))
+    return mixed
 
 
-def test_a_failed_group_gives_its_last_slot_to_the_guide():
+def strategy(*, group_size: int, seed: int = 0, **settings: object) -> MixStrategy:
+    settings = InjectSettings(max_accuracy=0.6).model_copy(update=settings)
+    return make_mix_strategy(settings, group_size=group_size, seed=seed)
+
+
+def test_mixing_replaces_the_last_slot_of_a_failed_group():
     group = group_of(*[False] * 8)
-    (mixed,) = seated([group])
+    (mixed,) = mix([group])
     assert mixed.rollouts[:7] == group.rollouts[:7]
     assert mixed.rollouts[7] == Rollout(
         prompt_id="a",
@@ -69,8 +75,8 @@ def test_a_failed_group_gives_its_last_slot_to_the_guide():
     assert (mixed.injection_status, mixed.on_policy_accuracy) == ("injected", 0.0)
 
 
-def test_one_guide_in_an_all_wrong_group_carries_its_advantages():
-    (mixed,) = seated([group_of(*[False] * 8)])
+def test_mixing_gives_an_all_wrong_group_advantages():
+    (mixed,) = mix([group_of(*[False] * 8)])
     rewards = [rollout.reward for rollout in mixed.rollouts]
     # mean 1/8; variance (7/8)^2 + 7 (1/8)^2 = 7/8 over 7 = 1/8; sd = 0.353553
     mean, spread = statistics.mean(rewards), statistics.stdev(rewards)
@@ -78,48 +84,48 @@ def test_one_guide_in_an_all_wrong_group_carries_its_advantages():
     assert advantages == pytest.approx([-0.353553] * 7 + [2.474874], abs=1e-6)
 
 
-def test_the_gate_lets_exactly_its_own_share_through():
+def test_mixing_threshold_is_inclusive():
     at_gate = group_of(True, True, True, False, False)  # 3/5 = 0.6
     above = group_of(*[True] * 5, *[False] * 3)  # 5/8
-    assert [group.injection_status for group in seated([at_gate, above])] == ["injected", "gate_closed"]
+    assert [group.injection_status for group in mix([at_gate, above])] == ["injected", "gate_closed"]
 
 
-def test_with_eight_slots_the_gate_admits_none_to_four_correct():
+def test_mixing_threshold_admits_zero_to_four_correct_of_eight():
     groups = [group_of(*[True] * c, *[False] * (8 - c)) for c in range(9)]
-    outcomes = [group.injection_status for group in seated(groups)]
+    outcomes = [group.injection_status for group in mix(groups)]
     assert outcomes == ["injected"] * 5 + ["gate_closed"] * 4
 
 
-def test_accuracy_is_counted_before_the_guide_sits_down():
+def test_mixing_records_accuracy_before_injection():
     # the slot given away was itself correct
-    (mixed,) = seated([group_of(False, False, False, True)])
+    (mixed,) = mix([group_of(False, False, False, True)])
     assert mixed.on_policy_accuracy == 0.25
     assert [rollout.reward for rollout in mixed.rollouts] == [0.0, 0.0, 0.0, 1.0]
 
 
-def test_groups_that_get_no_guide_keep_their_rollouts():
+def test_mixing_leaves_groups_without_a_guide_as_they_were():
     easy, alone = group_of(True, True), group_of(False, False, prompt_id="b")
-    closed, missing = seated([easy, alone])
+    closed, missing = mix([easy, alone])
     assert closed == replace(easy, injection_status="gate_closed", on_policy_accuracy=1.0)
     assert missing == replace(alone, injection_status="no_guide", on_policy_accuracy=0.0)
 
 
-def test_verdicts_not_rewards_decide_the_gate():
+def test_mixing_threshold_uses_verdicts_not_rewards():
     # an overlong penalty may shift rewards; correctness stays correctness
     (group,) = [group_of(True, True)]
     shaped = replace(group, rollouts=tuple(replace(rollout, reward=-0.5) for rollout in group.rollouts))
-    assert seated([shaped])[0].injection_status == "gate_closed"
+    assert mix([shaped])[0].injection_status == "gate_closed"
 
 
-def test_own_rollouts_leave_the_guide_out():
-    (mixed,) = seated([group_of(*[False] * 4)])
-    assert [rollout.slot for rollout in select_on_policy(mixed)] == [0, 1, 2]
-    assert len(select_on_policy(group_of(True, False))) == 2
+def test_group_on_policy_excludes_injected_rollouts():
+    (mixed,) = mix([group_of(*[False] * 4)])
+    assert [rollout.slot for rollout in mixed.on_policy.rollouts] == [0, 1, 2]
+    assert len(group_of(True, False).on_policy.rollouts) == 2
 
 
-def test_counts_split_the_batch_by_outcome():
+def test_injection_metrics_count_groups_by_status():
     groups = [group_of(False), group_of(False, prompt_id="b"), group_of(False, prompt_id="c"), group_of(True)]
-    assert count_injections(seated(groups)) == {
+    assert count_injections(mix(groups)) == {
         "inject/slots": 1.0,
         "inject/eligible": 3.0,
         "inject/no_guide": 2.0,
@@ -127,41 +133,38 @@ def test_counts_split_the_batch_by_outcome():
     }
 
 
-def test_where_no_guide_is_at_work_every_count_is_nought():
+def test_injection_metrics_without_a_guide_are_zero():
     assert set(count_injections([group_of(True)]).values()) == {0.0}
 
 
-def test_an_unverified_group_is_our_own_mistake():
+def test_mixing_refuses_an_unverified_group():
     group = group_of(False)
     raw = replace(group, rollouts=(replace(group.rollouts[0], verdict=None),))
     with pytest.raises(AssertionError):
-        seated([raw])
-
-
-# Other compositions
+        mix([raw])
 
 
 def trajectory(number: int, **changes: object) -> GuideRollout:
     return replace(GUIDE, number=number, text=str(number), **changes)
 
 
-def test_appended_guides_make_the_group_longer_and_take_nothing_away():
+def test_mixing_append_adds_slots():
     group = group_of(*[False] * 4)
-    (mixed,) = seated([group], (trajectory(0), trajectory(1)), compose="append", slots=2, gate=1.0)
+    (mixed,) = mix([group], (trajectory(0), trajectory(1)), mode="append", slots=2, max_accuracy=1.0)
     assert mixed.rollouts[:4] == group.rollouts
     assert [(rollout.slot, rollout.source) for rollout in mixed.rollouts[4:]] == [(4, "guide"), (5, "guide")]
 
 
-def test_a_group_gets_no_more_guides_than_there_are():
-    (mixed,) = seated([group_of(*[False] * 4)], (trajectory(0),), compose="append", slots=2)
+def test_mixing_injects_no_more_guides_than_cached():
+    (mixed,) = mix([group_of(*[False] * 4)], (trajectory(0),), mode="append", slots=2)
     assert len(mixed.rollouts) == 5
 
 
-def test_among_more_trajectories_than_slots_the_seed_chooses_and_finds_all_of_them():
+def test_mixing_seed_chooses_among_more_guides_than_slots():
     three = tuple(map(trajectory, range(3)))
     seen = set()
     for seed in range(40):
-        (mixed,), (again,) = (seated([group_of(*[False] * 4)], three, slots=2, seed=seed) for _ in range(2))
+        (mixed,), (again,) = (mix([group_of(*[False] * 4)], three, slots=2, seed=seed) for _ in range(2))
         assert mixed == again
         pair = {rollout.text for rollout in mixed.rollouts if rollout.is_off_policy}
         assert len(pair) == 2
@@ -169,24 +172,20 @@ def test_among_more_trajectories_than_slots_the_seed_chooses_and_finds_all_of_th
     assert len(seen) == 3
 
 
-def test_without_a_gate_a_slot_that_is_given_away_is_not_sampled_first():
-    rule = InjectionPolicy(gate=1.0, slots=2, compose="replace", group_size=8, seed=0)
-    assert (
-        count_on_policy(rule, ()),
-        count_on_policy(rule, (GUIDE,)),
-        count_on_policy(rule, (GUIDE, GUIDE, GUIDE)),
-    ) == (8, 7, 6)
-    assert count_on_policy(replace(rule, gate=0.99), (GUIDE,)) == 8
-    assert count_on_policy(replace(rule, compose="append"), (GUIDE,)) == 8
+def test_mixing_without_threshold_does_not_sample_replaced_slots():
+    ungated = strategy(max_accuracy=1.0, slots=2, group_size=8)
+    assert [ungated.num_to_sample(num_guides) for num_guides in (0, 1, 3)] == [8, 7, 6]
+    assert strategy(max_accuracy=0.99, slots=2, group_size=8).num_to_sample(1) == 8
+    assert strategy(max_accuracy=1.0, slots=2, group_size=8, mode="append").num_to_sample(1) == 8
     # seven were sampled, all of them right: the eighth slot is the guide's all the same
-    (mixed,) = seated([group_of(*[True] * 7)], gate=1.0, group_size=8)
+    (mixed,) = mix([group_of(*[True] * 7)], max_accuracy=1.0, group_size=8)
     assert [rollout.slot for rollout in mixed.rollouts] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert mixed.rollouts[7].is_off_policy
 
 
-def test_a_wrong_teacher_is_seated_with_its_own_verdict_and_no_log_probabilities():
+def test_mixing_keeps_verdict_and_missing_logprobs_of_a_wrong_teacher():
     wrong = trajectory(0, source="teacher", verdict="wrong", behavior_logps=None, guide_step=None, finished=False)
-    (mixed,) = seated([group_of(*[False] * 4)], (wrong,))
+    (mixed,) = mix([group_of(*[False] * 4)], (wrong,))
     last = mixed.rollouts[-1]
     assert (last.source, last.reward, last.behavior_logps, last.sampler_step, last.finished) == (
         "teacher",
@@ -196,3 +195,45 @@ def test_a_wrong_teacher_is_seated_with_its_own_verdict_and_no_log_probabilities
         False,
     )
     assert last.guide_step is None
+
+
+# New strategies
+
+
+class GuidePrefix(MixStrategy):
+    """The last slot holds the first token of a guide, then the tokens of the on-policy rollout that was there."""
+
+    def fill_slots(self, on_policy, guides):
+        (guide,), last = guides, on_policy[-1]
+        rest = last.response_ids[1:]
+        spans = (
+            TokenSpan(start=0, end=1, source="guide", sampler_step=guide.sampler_step),
+            TokenSpan(start=1, end=1 + len(rest), sampler_step=last.sampler_step),
+        )
+        ids = (*guide.response_ids[:1], *rest)
+        logps = (*guide.behavior_logps[:1], *last.behavior_logps[1:])
+        return (*on_policy[:-1], replace(last, response_ids=ids, behavior_logps=logps, spans=spans, source="guide"))
+
+
+def test_mixing_strategy_setting_lists_the_registry():
+    assert set(get_args(InjectSettings.model_fields["mode"].annotation)) == set(MIX_STRATEGIES)
+
+
+def test_mixing_strategy_decides_slots_and_tokens(monkeypatch):
+    monkeypatch.setitem(MIX_STRATEGIES, "prefix", GuidePrefix)
+    (mixed,) = mix([group_of(False, False)], mode="prefix")
+    last = mixed.rollouts[-1]
+    assert (last.slot, last.response_ids, last.behavior_logps) == (1, (5, 2), (-0.1, -1.0))
+    assert [(span.source, span.sampler_step, span.end - span.start) for span in last.provenance] == [
+        ("guide", 80, 1),
+        ("own", 20, 1),
+    ]
+    assert (last.is_off_policy, last.num_on_policy_tokens) == (True, 1)
+    assert [rollout.slot for rollout in mixed.on_policy.rollouts] == [0]
+
+
+def test_token_spans_must_cover_the_response():
+    rollout = group_of(True).rollouts[0]
+    for spans in ([(0, 1)], [(0, 1), (0, 2)], [(1, 2)], [(0, 3)]):
+        with pytest.raises(ValueError, match="do not cover a response of 2 tokens"):
+            replace(rollout, spans=tuple(TokenSpan(start=start, end=end) for start, end in spans))

@@ -3,8 +3,8 @@ from collections import Counter
 
 import pytest
 
+from npo_cli.config.guides import ExperienceSettings
 from npo_cli.rollout.replay_buffer import (
-    Buckets,
     GroupResult,
     add_successes,
     bucket_probabilities,
@@ -14,7 +14,7 @@ from npo_cli.rollout.replay_buffer import (
 )
 from npo_cli.types.guides import ReplayBuffer, Success
 
-COUNTS = Buckets(group_size=8, units="count", sigma=1.0)
+COUNTS = ExperienceSettings(bucket_units="count", bucket_sigma=1.0)
 
 
 def success(text: str, step: int = 3) -> Success:
@@ -31,7 +31,7 @@ def memory_of(**num_correct: int) -> ReplayBuffer:
     return ReplayBuffer(is_collecting=True, successes=successes, num_correct=num_correct)
 
 
-def test_nothing_is_collected_before_a_batch_is_good_enough_and_never_stops_afterwards():
+def test_replay_buffer_starts_collecting_at_an_accuracy_and_never_stops():
     empty = ReplayBuffer()
     assert add_successes(empty, [outcome("a", 4, "1")], retire=True) == empty
     assert not start_collecting(empty, 0.35, start=0.35).is_collecting
@@ -40,7 +40,7 @@ def test_nothing_is_collected_before_a_batch_is_good_enough_and_never_stops_afte
     assert start_collecting(begun, 0.0, start=0.35).is_collecting
 
 
-def test_partly_solved_groups_leave_each_text_once_and_their_newest_count():
+def test_replay_buffer_keeps_each_response_once_and_the_newest_count():
     first = add_successes(ReplayBuffer(is_collecting=True), [outcome("a", 3, "x", "y", "x")], retire=True)
     assert [kept.text for kept in first.successes["a"]] == ["x", "y"]
     again = add_successes(first, [outcome("a", 5, "y", "z")], retire=True)
@@ -48,7 +48,7 @@ def test_partly_solved_groups_leave_each_text_once_and_their_newest_count():
     assert again.num_correct == {"a": 5}
 
 
-def test_a_wholly_solved_prompt_retires_and_an_unsolved_one_changes_nothing():
+def test_replay_buffer_retires_solved_prompts():
     known = memory_of(a=4, b=2)
     after = add_successes(known, [outcome("a", 8, "x", epoch=1), outcome("b", 0)], retire=True)
     assert (set(after.successes), dict(after.num_correct), dict(after.retired_epochs)) == ({"b"}, {"b": 2}, {"a": 1})
@@ -56,32 +56,32 @@ def test_a_wholly_solved_prompt_retires_and_an_unsolved_one_changes_nothing():
     assert kept == known
 
 
-def test_buckets_are_normal_around_half_right_in_counts_and_almost_flat_in_rates():
+def test_replay_bucket_probabilities_are_gaussian_around_half_correct():
     # e^-(k-4)^2/2 at |k - 4| = 0..3: 1, .6065, .1353, .0111
-    shares = bucket_probabilities({4, 5, 6, 7}, COUNTS)
+    shares = bucket_probabilities({4, 5, 6, 7}, COUNTS, group_size=8)
     total = 1 + 0.60653 + 0.13534 + 0.01111
     assert [shares[k] * total for k in (4, 5, 6, 7)] == pytest.approx([1, 0.60653, 0.13534, 0.01111], abs=1e-4)
-    flat = bucket_probabilities({4, 7}, Buckets(group_size=8, units="rate", sigma=1.0))
+    flat = bucket_probabilities({4, 7}, ExperienceSettings(bucket_units="rate", bucket_sigma=1.0), group_size=8)
     # (7/8 - 1/2)^2 / 2 = .0703: e^-.0703 = .932
     assert flat[7] / flat[4] == pytest.approx(math.exp(-0.0703125))
 
 
-def test_a_bucket_has_one_mass_however_many_prompts_lie_in_it():
+def test_replay_bucket_probability_does_not_depend_on_its_size():
     memory = memory_of(**{f"a{i}": 4 for i in range(30)}, b=5)
-    drawn = Counter(sample_replay_prompts(memory, 1, buckets=COUNTS, seed=seed)[0][0] for seed in range(600))
+    drawn = Counter(sample_replay_prompts(memory, 1, COUNTS, group_size=8, seed=seed)[0][0] for seed in range(600))
     # b: .60653 / 1.60653 = .378 of the draws
     assert drawn["b"] / 600 == pytest.approx(0.378, abs=0.06)
 
 
-def test_prompts_are_drawn_once_each_and_emptied_buckets_hand_on():
+def test_replay_prompts_are_drawn_without_replacement():
     memory = memory_of(a=4, b=4, c=7)
     for seed in range(20):
-        assert sorted(sample_replay_prompts(memory, 3, buckets=COUNTS, seed=seed)) == ["a", "b", "c"]
-    assert sorted(sample_replay_prompts(memory, 9, buckets=COUNTS, seed=0)) == ["a", "b", "c"]
-    assert "a" not in sample_replay_prompts(memory, 2, buckets=COUNTS, seed=0, exclude={"a"})
-    assert sample_replay_prompts(ReplayBuffer(), 2, buckets=COUNTS, seed=0) == []
+        assert sorted(sample_replay_prompts(memory, 3, COUNTS, group_size=8, seed=seed)) == ["a", "b", "c"]
+    assert sorted(sample_replay_prompts(memory, 9, COUNTS, group_size=8, seed=0)) == ["a", "b", "c"]
+    assert "a" not in sample_replay_prompts(memory, 2, COUNTS, group_size=8, seed=0, exclude={"a"})
+    assert sample_replay_prompts(ReplayBuffer(), 2, COUNTS, group_size=8, seed=0) == []
 
 
-def test_sizes_count_prompts_answers_and_the_retired():
+def test_replay_buffer_metrics():
     memory = add_successes(memory_of(a=4, b=4), [outcome("b", 3, "2"), outcome("c", 8)], retire=True)
     assert buffer_metrics(memory) == {"experience/prompts": 2.0, "experience/answers": 3.0, "experience/retired": 1.0}

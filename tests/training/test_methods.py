@@ -15,9 +15,8 @@ from npo_cli.config.loading import load_recipe
 from npo_cli.config.locate import list_method_names
 from npo_cli.config.recipe import Recipe
 from npo_cli.losses.advantages import group_advantages
-from npo_cli.losses.policy_loss import policy_loss
+from npo_cli.losses.policy_loss import make_policy_loss
 from npo_cli.losses.types import Divisors, LossInputs
-from npo_cli.training.update import loss_knobs
 
 DIVISORS = Divisors(num_sequences=1, num_tokens=1, max_tokens=1)
 
@@ -34,10 +33,11 @@ def gradient(settings: Recipe, *, policy: float, author: float | None, advantage
         behavior_logps_NT=tensor([[known]]),
         mask_NT=tensor([[True]]),
         advantages_N=tensor([advantage]),
-        off_policy_N=tensor([True]),
-        unclipped_N=tensor([not settings.guide.inject.clip_off_policy]),
+        off_policy_NT=tensor([[True]]),
+        unclipped_NT=tensor([[not settings.guide.inject.clip_off_policy]]),
     )
-    loss, _ = policy_loss(logps_NT, rows, knobs=loss_knobs(settings), divisors=DIVISORS)
+    policy_loss = make_policy_loss(settings.loss, settings.guide.inject, settings.mismatch)
+    loss, _ = policy_loss(logps_NT, rows, divisors=DIVISORS)
     (found,) = torch.autograd.grad(loss, logps_NT)
     return -found.item()
 

@@ -14,8 +14,7 @@ from npo_cli.session.session import Session
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import restore_state
-from npo_cli.training.update import Updater, build_training_samples
-from npo_cli.training.update_types import TrainingSample, UpdateReport
+from npo_cli.training.update import TrainingSample, Updater, UpdateReport, build_training_samples
 from tests.helpers.guide_trajectories import correct_trajectory, make_active_guide, make_trajectory, override_settings
 from tests.helpers.runs import open_session_at
 
@@ -64,7 +63,7 @@ def learned(
     """Gradient (of the last update) and report."""
     recorder: Any = Recorder(session.policy.model)
     updater = Updater(session.policy, recorder, session.recipe)
-    updater.needs_every_row |= every_row
+    updater.trains_zero_advantages |= every_row
     report = updater.take_step(rows, lr=1.0)
     return recorder.gradients[-1], report
 

@@ -134,7 +134,7 @@ def _of_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
         "prompts": _digest([group["prompt"]["prompt_id"] for group in groups]),
         "token ids": _digest([rollout["response_ids"] for rollout in rollouts]),
         "sum of log-probabilities": sum(sum(rollout["behavior_logps"] or ()) for rollout in rollouts),
-        "mixes": _counted(group["mix"] for group in groups),
+        "mixes": _counted(group["injection_status"] for group in groups),
         "sources": _counted(rollout["source"] for rollout in rollouts),
         "verdicts": _counted(rollout["verdict"] for rollout in rollouts),
     }
