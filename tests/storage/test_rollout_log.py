@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
 from npo_cli.storage.rollout_log import RolloutLog, decode_float32, encode_float32
-from npo_cli.types.rollouts import Group, ImageRef, Message, Prompt
+from npo_cli.types.rollouts import Group, ImageRef, Message, Prompt, TokenSpan
 from tests.storage.builders import group, rollout
 
 FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -128,3 +129,31 @@ def test_damage_in_the_middle_is_an_error(tmp_path):
     path.write_bytes(b'{"step":1,"num_groups":1,"prompt":{}}\n')
     with pytest.raises(NpoError, match="a line is not a group"):
         RolloutLog(path).read_step(1)
+
+
+def test_rollout_spans_are_recorded_only_where_provenance_differs(tmp_path):
+    plain = rollout(0)
+    spans = (
+        TokenSpan(start=0, end=1, source="guide", sampler_step=9, has_logprobs=False),
+        TokenSpan(start=1, end=plain.num_tokens, sampler_step=0, is_trained=False),
+    )
+    mixed = replace(plain, slot=1, spans=spans, source="guide")
+    log = RolloutLog(tmp_path / "rollouts.jsonl")
+    recorded = replace(group("p0"), rollouts=(plain, mixed))
+    log.write_step(1, [recorded])
+    assert log.read_step(1) == (recorded,)
+    rows = json.loads(log.path.read_text())["rollouts"]
+    assert "spans" not in rows[0]
+    assert rows[1]["spans"] == [
+        {"start": 0, "end": 1, "source": "guide", "sampler_step": 9, "has_logprobs": False, "is_trained": True},
+        {"start": 1, "end": 2, "source": "own", "sampler_step": 0, "has_logprobs": True, "is_trained": False},
+    ]
+
+
+def test_rollout_spans_that_do_not_cover_the_response_are_damage(tmp_path):
+    log = RolloutLog(tmp_path / "rollouts.jsonl")
+    spans = (TokenSpan(start=0, end=2),)
+    log.write_step(1, [replace(group("p0"), rollouts=(replace(rollout(0), spans=spans),))])
+    log.path.write_text(log.path.read_text().replace('"end":2', '"end":1'))
+    with pytest.raises(NpoError, match="is damaged"):
+        RolloutLog(log.path).read_step(1)

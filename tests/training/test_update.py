@@ -1,20 +1,24 @@
 """One batch becomes one update: the gradient, whatever it is split into, and what injected rows do to it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, tensor
 
+from npo_cli.errors import NpoError
+from npo_cli.guides.source import compute_logprobs
 from npo_cli.policy.optimizer import build_optimizer
-from npo_cli.rollout.batch import build_batch
-from npo_cli.session.session import Session
+from npo_cli.rollout.batch import GroupWithAdvantages, build_batch
+from npo_cli.session.session import Session, sample_groups
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import restore_state
 from npo_cli.training.update import TrainingSample, Updater, UpdateReport, build_training_samples
+from npo_cli.types.rollouts import TokenSpan
 from tests.helpers.guide_trajectories import correct_trajectory, make_active_guide, make_trajectory, override_settings
 from tests.helpers.runs import open_session_at
 
@@ -294,3 +298,88 @@ def test_several_updates_measure_the_engine_against_the_weights_that_sampled(sco
     # The second half was learned after an update that moved ratios out of the clip; its engine saw none of it.
     assert report.stats.clipped_low + report.stats.clipped_high > 0
     assert report.stats.metrics()["mismatch/weight_max"] == pytest.approx(1.0, abs=1e-5)
+
+
+# Provenance per token: a guide's prefix and the policy's own continuation in one response
+
+
+def plain_logps(session: Session, sample: TrainingSample) -> Tensor:
+    """log softmax of the model's own logits at the response tokens, with gradient."""
+    prompt_ids, response_ids = sample.tokens.prompt_ids, sample.tokens.response_ids
+    logits_LW = session.policy.model(input_ids=tensor([[*prompt_ids, *response_ids]])).logits[0]
+    logps_TW = torch.log_softmax(logits_LW[len(prompt_ids) - 1 : -1].float(), dim=-1)
+    return logps_TW[range(len(response_ids)), list(response_ids)]
+
+
+def prefix_group(session: Session, *, has_logprobs: bool) -> GroupWithAdvantages:
+    """Two rollouts, the first with a prefix of two guide tokens and a last token that is not trained; A = 2 and 0."""
+    prompt = session.task.train[0]
+    (group,) = sample_groups(session, [prompt], seed_label=("prefix",), slots=range(2), sampler_step=2)
+    first, second = group.rollouts
+    length = first.num_tokens
+    assert length > 4
+    spans = (
+        TokenSpan(start=0, end=2, source="guide", sampler_step=99, has_logprobs=has_logprobs),
+        TokenSpan(start=2, end=length - 1, sampler_step=2),
+        TokenSpan(start=length - 1, end=length, sampler_step=2, is_trained=False),
+    )
+    (logps_T,) = compute_logprobs(session, [(prompt, first)])
+    # the guide finds its tokens 0.1 and 0.5 nats less likely than the policy, the engine the policy's 0.2 more likely
+    shifts = (-0.1, -0.5, *[0.2] * (length - 2))
+    logps = tuple(logp + shift for logp, shift in zip(logps_T, shifts, strict=True))
+    mixed = replace(first, spans=spans, source="guide", behavior_logps=logps)
+    return GroupWithAdvantages(group=replace(group, rollouts=(mixed, second)), advantages=(2.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "has_logprobs", "prefix_factors"),
+    [
+        # rho = e^0.1, and e^0.5 = 1.65 above the clip at 1.2
+        ("exact", True, lambda logps_T: (math.exp(0.1), 0.0)),
+        # old / guide, after a clip that rho = 1 passes
+        ("decoupled", True, lambda logps_T: (math.exp(0.1), math.exp(0.5))),
+        ("proximal", False, lambda logps_T: (1.0, 1.0)),
+        ("none", False, lambda logps_T: (1.0, 1.0)),
+        # rho = pi
+        ("unit", False, lambda logps_T: tuple(logps_T[:2].exp().tolist())),
+    ],
+)
+def test_provenance_of_a_guide_prefix_and_own_continuation_decides_each_token(
+    session, ratio, has_logprobs, prefix_factors
+):
+    session = override_settings(session, "guide.inject", ratio=ratio)
+    entry = prefix_group(session, has_logprobs=has_logprobs)
+    samples = build_training_samples(session.policy, [entry], session.recipe.guide.inject)
+    gradient, report = learned(session, samples)
+    logps_T = plain_logps(session, samples[0])
+    num_own = len(logps_T) - 3
+    # own tokens: rho = 1 times the mismatch weight trainer / engine = e^-0.2; the last token is not trained
+    factors_T = tensor([*prefix_factors(logps_T.detach()), *[math.exp(-0.2)] * num_own, 0.0])
+    # -A / (N T) with N = 2 rows and T trained tokens
+    loss = -2.0 * (factors_T * logps_T).sum() / (2 * (len(logps_T) - 1))
+    expected = torch.autograd.grad(loss, list(session.policy.model.parameters()))
+    assert norm(expected) > 0.01
+    assert distance(gradient, expected) < 1e-6
+    metrics = report.stats.metrics()
+    assert (report.stats.on_policy_tokens, report.stats.off_policy_tokens) == (num_own + samples[1].num_tokens, 2.0)
+    assert metrics["mismatch/weight_mean"] == pytest.approx(math.exp(-0.2), abs=1e-5)
+    assert ("inject/ratio_mean" in metrics) == has_logprobs
+    if has_logprobs:
+        assert metrics["inject/ratio_max"] == pytest.approx(math.exp(0.5), abs=1e-4)
+
+
+def test_provenance_without_logprobs_refuses_a_ratio_that_needs_them(session):
+    entry = prefix_group(session, has_logprobs=False)
+    with pytest.raises(NpoError, match=r"has no log-probabilities: guide\.inject\.ratio=exact is not available"):
+        build_training_samples(session.policy, [entry], session.recipe.guide.inject)
+
+
+def test_provenance_of_untrained_tokens_needs_no_logprobs(session):
+    entry = prefix_group(session, has_logprobs=False)
+    rollout, other = entry.group.rollouts
+    spans = (replace(rollout.spans[0], is_trained=False), *rollout.spans[1:])
+    group = replace(entry.group, rollouts=(replace(rollout, spans=spans), other))
+    samples = build_training_samples(session.policy, [replace(entry, group=group)], session.recipe.guide.inject)
+    gradient, report = learned(session, samples)
+    assert all(part.isfinite().all() for part in gradient)
+    assert report.stats.off_policy_tokens == 0
