@@ -14,7 +14,7 @@ from torch import Tensor
 
 from npo_cli.config.engine import MismatchSettings
 from npo_cli.losses.importance_ratio import LOG_RATIO_LIMIT, k3, log_ratio
-from npo_cli.losses.stats import HISTOGRAM_EDGES
+from npo_cli.losses.types import HISTOGRAM_EDGES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

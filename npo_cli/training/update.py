@@ -15,8 +15,7 @@ from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import Recipe
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss
-from npo_cli.losses.stats import LossStats
-from npo_cli.losses.types import Divisors, LossInputs
+from npo_cli.losses.types import Divisors, LossInputs, LossStats
 from npo_cli.policy.fsdp import to_scalar
 from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
 from npo_cli.policy.model import Policy

@@ -10,25 +10,24 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 
 from npo_cli.losses.inference_mismatch import MISMATCH_RULES, MismatchCorrection, correct_mismatch
-from npo_cli.losses.stats import LossStats
-from npo_cli.losses.types import LossInputs
+from npo_cli.losses.types import LossInputs, LossStats
 from tests.losses.builders import divisors_of, make_loss, make_rows, mismatch_settings
 
 ALL = list(MISMATCH_RULES)
 KINDS = ["grpo", "gspo", "gspo_token", "cispo"]
 HOWS = ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"]
 
-# three own rows, the last token of the second one padding
+# three on-policy rows, the last token of the second one padding
 WEIGHTS = [[0.4, 1.0, 3.0], [1.0005, 0.9996, 1.0], [6.0, 1.5, 1.0]]
 MASK = [[1, 1, 1], [1, 1, 0], [1, 1, 0]]
 
 
-def rows_with(weights: list[list[float]], *, mask: list[list[int]] | None = None, foreign: list[int] | None = None):
+def rows_with(weights: list[list[float]], *, mask: list[list[int]] | None = None, off_policy: list[int] | None = None):
     """Rows of A = 1 that the trainer finds as likely as the engine, times the weights; and the trainer's log-probs."""
     logps_NT = torch.full((len(weights), len(weights[0])), -1.0, dtype=torch.float64)
     behavior_NT = logps_NT - tensor(weights, dtype=torch.float64).log()
     whole = [[1] * len(row) for row in weights]
-    return make_rows([1.0] * len(weights), mask=mask or whole, behavior=behavior_NT, is_off_policy=foreign), logps_NT
+    return make_rows([1.0] * len(weights), mask=mask or whole, behavior=behavior_NT, is_off_policy=off_policy), logps_NT
 
 
 def corrected(
@@ -70,7 +69,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("mode", GOLDEN)
-def test_the_factor_of_each_token(mode):
+def test_mismatch_factor_per_token(mode):
     found = corrected(WEIGHTS, mode, mask=MASK)
     assert found.weight_NT.tolist() == [pytest.approx(row, abs=1e-9) for row in GOLDEN[mode]]
 
@@ -82,7 +81,7 @@ def test_the_factor_of_each_token(mode):
         *(("geometric", 5, 1), ("k3", 5, 1), ("off", 0, 3)),
     ],
 )
-def test_cut_tokens_and_kept_sequences_are_counted(mode, tokens, kept):
+def test_mismatch_metrics_count_clipped_tokens_and_kept_sequences(mode, tokens, kept):
     rows, logps_NT = rows_with(WEIGHTS, mask=MASK)
     found = learned(logps_NT, rows, mode)[2].metrics()
     # 7 tokens of 3 sequences
@@ -93,7 +92,7 @@ def test_cut_tokens_and_kept_sequences_are_counted(mode, tokens, kept):
     assert found["mismatch/weight_mean"] == pytest.approx((0.4 + 1 + 3 + 1.0005 + 0.9996 + 6 + 1.5) / 7)
 
 
-def test_a_filter_keeps_with_the_bounds_it_is_given():
+def test_mismatch_filters_use_their_bounds():
     assert corrected(WEIGHTS, "geometric", geo_high=1.07, mask=MASK).weight_NT[:, 0].tolist() == [1.0, 1.0, 0.0]
     assert corrected(WEIGHTS, "geometric", geo_low=0.5, geo_high=3.1, mask=MASK).weight_NT[:, 0].tolist() == [1.0] * 3
     assert corrected(WEIGHTS, "k3", k3_max=0.41, mask=MASK).weight_NT[:, 0].tolist() == [1.0, 1.0, 0.0]
@@ -109,7 +108,7 @@ def test_a_filter_keeps_with_the_bounds_it_is_given():
         *(("token_tis", "cap", 0.0), ("sequence_tis", "cap", 0.0)),
     ],
 )
-def test_a_bound_belongs_to_what_it_keeps(mode, bound, outward):
+def test_mismatch_bounds_are_inclusive(mode, bound, outward):
     # one token, so that token, product and geometric mean are the same w
     weight = 0.7 if bound in ("low", "geo_low") else 1.5
     log_weight = corrected([[weight]], "off").log_weight_NT
@@ -118,8 +117,8 @@ def test_a_bound_belongs_to_what_it_keeps(mode, bound, outward):
     assert corrected([[weight]], mode, **{bound: math.nextafter(exact, outward)}).clipped_NT.item()
 
 
-def test_a_product_is_clamped_at_twenty_nats():
-    # -7 and +7 nats a token, four tokens: e^-28 and e^28 without the clamp
+def test_mismatch_sequence_weight_is_clamped_at_20_nats():
+    # -7 and +7 nats per token, four tokens: e^-28 and e^28 without the clamp
     weights = [[math.exp(-7)] * 4, [math.exp(7)] * 4]
     found = corrected(weights, "sequence_tis", cap=1e9)
     assert found.weight_NT[:, 0].tolist() == pytest.approx([math.exp(-20), math.exp(20)], rel=1e-9)
@@ -128,8 +127,8 @@ def test_a_product_is_clamped_at_twenty_nats():
     assert corrected(weights, "sequence_mis").weight_NT.eq(0).all()
 
 
-def test_a_product_dies_with_the_length_and_a_token_weight_does_not():
-    # an engine 0.01 nats a token too sure of itself: e^-0.1 over 10 tokens, e^-10 over 1000
+def test_mismatch_sequence_weight_vanishes_with_length():
+    # an engine 0.01 nats per token too sure of itself: e^-0.1 over 10 tokens, e^-10 over 1000
     short, long = ([[math.exp(-0.01)] * length] for length in (10, 1000))
     assert corrected(short, "sequence_tis").weight_NT[0, 0].item() == pytest.approx(math.exp(-0.1))
     assert corrected(long, "sequence_tis").weight_NT[0, 0].item() == pytest.approx(4.54e-5, rel=1e-3)
@@ -137,7 +136,7 @@ def test_a_product_dies_with_the_length_and_a_token_weight_does_not():
     assert corrected(long, "sequence_mis").clipped_NT.all()
 
 
-def test_noise_of_either_sign_cancels_in_a_product_and_not_in_k3():
+def test_mismatch_noise_cancels_in_the_product_not_in_k3():
     even = [[math.exp(0.2), math.exp(-0.2)] * 3]
     assert corrected(even, "sequence_tis").weight_NT[0].tolist() == pytest.approx([1.0] * 6)
     assert not corrected(even, "geometric").clipped_NT.any()
@@ -147,7 +146,7 @@ def test_noise_of_either_sign_cancels_in_a_product_and_not_in_k3():
 
 
 @pytest.mark.parametrize("mode", ALL)
-def test_padding_is_not_read_and_dilutes_no_mean(mode):
+def test_mismatch_does_not_read_padding(mode):
     # log w = 0.2: a geometric mean of 1.22 and k3 = 0.0214; over three tokens they would be 1.07 and 0.007
     padded = corrected([[math.exp(0.2), math.nan, math.nan]], mode, mask=[[1, 0, 0]], geo_high=1.1)
     alone = corrected([[math.exp(0.2)]], mode, geo_high=1.1)
@@ -162,7 +161,7 @@ def test_padding_is_not_read_and_dilutes_no_mean(mode):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ALL)
 @pytest.mark.parametrize("several_updates", [False, True])
-def test_where_engine_and_trainer_agree_it_is_plain_grpo_to_the_bit(kind, mode, several_updates):
+def test_mismatch_correction_of_a_matching_engine_is_plain_grpo(kind, mode, several_updates):
     generator = torch.Generator().manual_seed(0)
     logps_NT = -torch.rand(3, 4, generator=generator)
     old_NT = logps_NT + 0.3 * torch.randn(3, 4, generator=generator) if several_updates else None
@@ -180,7 +179,7 @@ def test_where_engine_and_trainer_agree_it_is_plain_grpo_to_the_bit(kind, mode, 
     assert (found["mismatch/abs_log_w_p99"], found["mismatch/kept_share"]) == (0.0, 1.0)
 
 
-def test_the_weight_is_a_constant_factor_on_the_clipped_loss():
+def test_mismatch_weight_is_a_constant_factor_on_the_clipped_loss():
     # rho = 1.5 is clipped at 1.2, rho = 1.1 is not; the engine is half as sure as the old policy: w = 2, cut at 1.5
     logps_NT = tensor([[1.5, 1.1]]).log()
     rows = make_rows([1.0], mask=[[1, 1]], behavior=tensor([[0.5, 0.5]]).log(), old=torch.zeros(1, 2))
@@ -191,7 +190,7 @@ def test_the_weight_is_a_constant_factor_on_the_clipped_loss():
     assert stats.gradient_magnitude == pytest.approx(1.5 * 1.1 / 2)
 
 
-def test_penalties_are_not_weighted():
+def test_mismatch_does_not_weight_loss_terms():
     logps_NT = tensor([[-1.0, -1.0]], requires_grad=True)
     rows = make_rows([1.0], mask=[[1, 1]], behavior=logps_NT.detach() + 3)
     more = {"ref_logps_NT": logps_NT.detach() + 0.1, "entropies_NT": torch.full((1, 2), 2.0)}
@@ -203,9 +202,9 @@ def test_penalties_are_not_weighted():
 
 @pytest.mark.parametrize("ratio", ["exact", "proximal", "decoupled", "none"])
 @pytest.mark.parametrize("mode", ALL)
-def test_a_far_guide_keeps_its_whole_gradient_while_own_rows_are_masked(mode, ratio):
+def test_mismatch_does_not_affect_off_policy_rows(mode, ratio):
     # two answers of 20 tokens, each 20 nats likelier to the one that wrote it than to the trainer
-    rows, logps_NT = rows_with([[math.exp(-1)] * 20] * 2, foreign=[0, 1])
+    rows, logps_NT = rows_with([[math.exp(-1)] * 20] * 2, off_policy=[0, 1])
     _, gradient_NT, stats = learned(logps_NT, rows, mode, ratio=ratio)
     # of the guide's: -1 / (2 rows * 20 tokens), under exact and decoupled times pi / g = e^-1, with no cut
     full = -1 / 40 * (math.exp(-1) if ratio in ("exact", "decoupled") else 1.0)
@@ -220,8 +219,8 @@ def test_a_far_guide_keeps_its_whole_gradient_while_own_rows_are_masked(mode, ra
     assert found["mismatch/k1"] == pytest.approx(1.0)
 
 
-def test_a_foreign_row_alone_has_no_mismatch_to_report():
-    rows, logps_NT = rows_with([[math.exp(-1)] * 3], foreign=[1])
+def test_mismatch_metrics_are_absent_without_on_policy_tokens():
+    rows, logps_NT = rows_with([[math.exp(-1)] * 3], off_policy=[1])
     assert not any(name.startswith("mismatch/") for name in learned(logps_NT, rows, "token_tis")[2].metrics())
 
 
@@ -235,7 +234,7 @@ def kept_by_hand(logs: list[float], mode: str) -> bool:
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_dropping_a_sequence_is_leaving_its_loss_out_under_the_same_divisors(data):
+def test_mismatch_dropped_sequence_counts_in_the_divisors(data):
     num_rows, num_columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     mode = data.draw(st.sampled_from(["sequence_mis", "geometric", "k3"]))
     kind, how = (data.draw(st.sampled_from(choices)) for choices in (KINDS, HOWS))
@@ -255,7 +254,7 @@ def test_dropping_a_sequence_is_leaving_its_loss_out_under_the_same_divisors(dat
     log_weights_NT = (logps_NT - behavior_NT).tolist()
     is_off_policy_N = rows.off_policy_NT[:, 0]
     pairs = zip(is_off_policy_N.tolist(), log_weights_NT, strict=True)
-    kept_N = tensor([is_foreign or kept_by_hand(logs, mode) for is_foreign, logs in pairs])
+    kept_N = tensor([is_off_policy or kept_by_hand(logs, mode) for is_off_policy, logs in pairs])
     left = {each.name: getattr(rows, each.name) for each in fields(rows)}
     left = LossInputs(**{name: None if column is None else column[kept_N] for name, column in left.items()})
     rest, _ = chosen(logps_NT[kept_N], left, divisors=divisors_of(rows)) if kept_N.any() else (0, 0)

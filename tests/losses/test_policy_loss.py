@@ -9,8 +9,7 @@ from torch import Tensor, tensor
 
 from npo_cli.losses.inference_mismatch import MISMATCH_RULES
 from npo_cli.losses.policy_loss import aggregate
-from npo_cli.losses.stats import LossStats
-from npo_cli.losses.types import Divisors, LossInputs
+from npo_cli.losses.types import Divisors, LossInputs, LossStats
 from tests.losses.builders import (
     divisors_of,
     make_loss,
@@ -28,7 +27,7 @@ HOWS = ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"]
 def loss_and_gradient(logps_NT: Tensor, rows: LossInputs, **changes: object) -> tuple[float, Tensor, LossStats]:
     """The loss, its gradient on the log-probabilities and the stats of a batch that is not split.
 
-    Engine and trainer agree on own rows: what happens where they do not is told in test_mismatch.
+    Engine and trainer agree on on-policy rows; see test_inference_mismatch.py for other engines.
     """
     rows = with_matching_engine(rows, logps_NT)
     leaf_NT = logps_NT.clone().requires_grad_()
@@ -37,7 +36,7 @@ def loss_and_gradient(logps_NT: Tensor, rows: LossInputs, **changes: object) -> 
     return loss.item(), gradient_NT, stats
 
 
-def test_plain_grpo_before_any_update_pushes_each_token_by_its_advantage():
+def test_grpo_gradient_before_any_update():
     logps_NT = tensor([[-1.0, -2.0], [-0.5, 9.9]])
     rows = make_rows([2.0, -1.0], mask=[[1, 1], [1, 0]])
     loss, gradient_NT, stats = loss_and_gradient(logps_NT, rows)
@@ -49,7 +48,7 @@ def test_plain_grpo_before_any_update_pushes_each_token_by_its_advantage():
     assert not any(name.startswith("inject/") for name in found)
 
 
-def test_dr_grpo_divides_by_a_constant_whatever_the_length():
+def test_dr_grpo_divides_by_the_maximum_length():
     rows = make_rows([0.75, -0.25], mask=[[1, 1, 1, 1], [1, 0, 0, 0]])
     loss, gradient_NT, _ = loss_and_gradient(torch.zeros(2, 4), rows, aggregation="seq_mean_token_sum_norm")
     # L_max = 4, N = 2: -(4 * 0.75 - 1 * 0.25) / 8; a token of either row weighs A / 8
@@ -76,7 +75,7 @@ def test_dr_grpo_divides_by_a_constant_whatever_the_length():
         ("decoupled", 3.0, 2.0),
     ],
 )
-def test_gradient_weight_of_a_good_foreign_token_before_any_update(mode, ratio, weight):
+def test_off_policy_gradient_weight_by_ratio_setting(mode, ratio, weight):
     logps_NT = tensor([[-2.0]])
     behavior = logps_NT - math.log(ratio)
     rows = make_rows([1.0], mask=[[1]], behavior=behavior, is_off_policy=[1])
@@ -87,7 +86,7 @@ def test_gradient_weight_of_a_good_foreign_token_before_any_update(mode, ratio, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_uncharged_foreign_row_is_a_score_function_under_every_objective(kind):
+def test_off_policy_ratio_none_is_a_score_function(kind):
     # far from both anchors, and below a dual clip and a cap that would cut any other row
     logps_NT = tensor([[-2.0, -1.0]])
     rows = make_rows([-1.5], mask=[[1, 1]], behavior=logps_NT - 3.0, old=logps_NT - 5.0, is_off_policy=[1])
@@ -98,18 +97,18 @@ def test_an_uncharged_foreign_row_is_a_score_function_under_every_objective(kind
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_agrees_where_the_writer_is_the_learner(kind, mode):
+def test_off_policy_ratios_agree_when_the_guide_is_the_policy(kind, mode):
     logps_NT = tensor([[-1.0, -2.0], [-0.5, -3.0]])
     own = make_rows([1.0, -1.0], mask=[[1, 1], [1, 1]], old=logps_NT)
-    foreign = replace(own, behavior_logps_NT=logps_NT, off_policy_NT=tensor([[False] * 2, [True] * 2]))
-    assert loss_and_gradient(logps_NT, foreign, kind=kind, ratio=mode)[1].equal(
+    mixed = replace(own, behavior_logps_NT=logps_NT, off_policy_NT=tensor([[False] * 2, [True] * 2]))
+    assert loss_and_gradient(logps_NT, mixed, kind=kind, ratio=mode)[1].equal(
         loss_and_gradient(logps_NT, own, kind=kind)[1]
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", HOWS)
-def test_a_solved_foreign_slot_at_the_proximal_ratio_is_plain_grpo_on_that_group(kind, how):
+def test_off_policy_ratio_proximal_is_plain_grpo(kind, how):
     generator = torch.Generator().manual_seed(0)
     logps_NT = -torch.rand(8, 5, generator=generator)
     # seven failures and one success, which another policy wrote
@@ -127,7 +126,7 @@ def test_a_solved_foreign_slot_at_the_proximal_ratio_is_plain_grpo_on_that_group
     assert mixed_in[1].equal(plain[1])
 
 
-def test_kl_and_entropy_terms_are_weighted_and_aggregated_like_the_policy_loss():
+def test_loss_terms_kl_and_entropy():
     logps_NT = tensor([[-1.0, -1.0], [-1.0, math.nan]], requires_grad=True)
     ref_NT = tensor([[-0.9, -1.0], [-1.1, math.nan]])
     entropies_NT = tensor([[1.0, 3.0], [0.5, math.nan]], requires_grad=True)
@@ -148,7 +147,7 @@ def test_kl_and_entropy_terms_are_weighted_and_aggregated_like_the_policy_loss()
     assert logps_NT.grad[1].tolist() == pytest.approx([0.5 * (1 - math.exp(-0.1)) / 2, 0.0], abs=1e-6)
 
 
-def test_a_missing_reference_is_our_mistake():
+def test_loss_terms_assert_their_columns():
     rows = make_rows([1.0], mask=[[1]])
     with pytest.raises(AssertionError, match="ref_logps_NT"):
         make_loss(kl_coef=0.1)(torch.zeros(1, 1), rows, divisors=divisors_of(rows))
@@ -158,7 +157,7 @@ def test_a_missing_reference_is_our_mistake():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_empty_rows_and_padding_of_any_value_leave_loss_and_gradient_finite(kind, mode):
+def test_policy_loss_ignores_padding_and_empty_rows(kind, mode):
     logps_NT = tensor([[-1.0, math.nan], [-math.inf, math.nan], [-2.0, -math.inf]])
     rows = make_rows([1.0, 1.0, -1.0], mask=[[1, 0], [0, 0], [1, 0]], behavior=logps_NT, is_off_policy=[1, 1, 0])
     loss, gradient_NT, stats = loss_and_gradient(logps_NT, rows, kind=kind, ratio=mode)
@@ -168,19 +167,19 @@ def test_empty_rows_and_padding_of_any_value_leave_loss_and_gradient_finite(kind
     assert stats.metrics()["inject/kept_share"] == 1.0
 
 
-def test_clips_are_counted_on_own_rows_and_kept_tokens_on_foreign_ones():
+def test_clip_metrics_of_on_policy_and_off_policy_tokens():
     good, bad = [0.5, 1.0, 1.1, 1.5], [0.5, 1.0, 1.5, 9.0]
     logps_NT = tensor([good, bad, bad, good, bad]).log()
     anchor_NT = torch.zeros(5, 4)
-    advantages, foreign = [1.0, -1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1, 1]
-    rows = make_rows(advantages, mask=[[1] * 4] * 5, behavior=anchor_NT, old=anchor_NT, is_off_policy=foreign)
+    advantages, off_policy = [1.0, -1.0, 0.0, 1.0, 0.0], [0, 0, 0, 1, 1]
+    rows = make_rows(advantages, mask=[[1] * 4] * 5, behavior=anchor_NT, old=anchor_NT, is_off_policy=off_policy)
     _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, dual_clip=3.0)
     found = stats.metrics()
-    # 12 own tokens: 1.5 is too high in the good row, 0.5 too low and 9 over the dual clip in the bad one;
+    # 12 on-policy tokens: 1.5 is too high in the good row, 0.5 too low and 9 over the dual clip in the bad one;
     # where A = 0 there is nothing to clip
     assert found["clip_ratio/low"] == 1 / 12
     assert found["clip_ratio/high"] == 2 / 12
-    # 8 foreign tokens: 1.5 is cut, and the row with A = 0 teaches nothing
+    # 8 off-policy tokens: 1.5 is cut, and the row with A = 0 has no gradient
     assert found["inject/kept_share"] == 3 / 8
     assert found["inject/ratio_mean"] == pytest.approx((0.5 + 1 + 1.1 + 1.5 + 0.5 + 1 + 1.5 + 9) / 8)
     assert (found["inject/ratio_min"], found["inject/ratio_max"]) == pytest.approx((0.5, 9.0))
@@ -190,7 +189,7 @@ def test_clips_are_counted_on_own_rows_and_kept_tokens_on_foreign_ones():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", HOWS)
-def test_the_share_of_the_push_is_that_of_the_gradient_autograd_finds(kind, mode, how):
+def test_off_policy_gradient_fraction_is_that_of_autograd(kind, mode, how):
     generator = torch.Generator().manual_seed(1)
     logps_NT = -torch.rand(6, 5, generator=generator)
     near_NT = logps_NT + 0.15 * torch.randn(6, 5, generator=generator)
@@ -212,10 +211,10 @@ def test_the_share_of_the_push_is_that_of_the_gradient_autograd_finds(kind, mode
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_micro_batches_add_up_to_the_batch_however_it_is_split(data):
+def test_policy_loss_of_micro_batches_adds_up(data):
     num_rows, num_columns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     kind, mode, how = (data.draw(st.sampled_from(choices)) for choices in (KINDS, MODES, HOWS))
-    # wide enough for some of these sequences, whose log w lie between -1 and 1 nats a token
+    # wide enough for some of these sequences, whose log w lie between -1 and 1 nats per token
     engine = mismatch_settings(data.draw(st.sampled_from(list(MISMATCH_RULES))), geo_low=0.8, geo_high=1.25, k3_max=0.1)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     logps_NT, behavior_NT, old_NT, ref_NT, entropies_NT = (
@@ -259,12 +258,12 @@ WHOLE_BATCH = Divisors(num_sequences=2, num_tokens=4, max_tokens=10)
         ("seq_mean_token_sum_norm", (6 + 4) / 10 / 2),
     ],
 )
-def test_three_ways_to_add_up_tokens(how, expected):
+def test_aggregation(how, expected):
     assert aggregate(LOSS_NT, MASK_NT, how=how, divisors=WHOLE_BATCH).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("how", ["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"])
-def test_a_row_without_tokens_adds_nothing(how):
+def test_aggregation_of_an_empty_row_is_zero(how):
     empty = tensor([[0, 0, 0], [0, 0, 0]])
     assert aggregate(LOSS_NT, empty, how=how, divisors=WHOLE_BATCH).item() == 0.0
     nothing = Divisors(num_sequences=2, num_tokens=0, max_tokens=10)

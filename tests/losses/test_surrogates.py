@@ -6,8 +6,7 @@ from torch import tensor
 
 from npo_cli.config.recipe import LossSettings
 from npo_cli.losses.importance_ratio import log_ratio
-from npo_cli.losses.policy_loss import kl_to_reference
-from npo_cli.losses.surrogates import cispo, grpo, gspo, gspo_token
+from npo_cli.losses.policy_loss import cispo, grpo, gspo, gspo_token, kl_to_reference
 from npo_cli.losses.types import TokenColumns
 
 
@@ -38,7 +37,7 @@ def surrogate(function, ratios, *, advantage, unclipped=False, **changes):
     return terms.loss_NT[0].tolist(), gradient_NT[0].tolist(), terms.gradient_factor_NT[0].tolist()
 
 
-def test_ppo_keeps_the_worse_of_plain_and_clipped_for_a_good_token():
+def test_clipped_surrogate_of_positive_advantage():
     loss, gradient, factor = surrogate(grpo, [0.5, 1.0, 1.1, 1.5], advantage=2.0)
     # -min(rho A, clip(rho, 0.8, 1.2) A): 1.5 is cut to 1.2 and loses its gradient, 0.5 is not
     assert loss == pytest.approx([-1.0, -2.0, -2.2, -2.4])
@@ -46,7 +45,7 @@ def test_ppo_keeps_the_worse_of_plain_and_clipped_for_a_good_token():
     assert factor == pytest.approx([0.5, 1.0, 1.1, 0.0])
 
 
-def test_ppo_keeps_the_worse_of_plain_and_clipped_for_a_bad_token():
+def test_clipped_surrogate_of_negative_advantage():
     loss, gradient, factor = surrogate(grpo, [0.5, 1.0, 1.1, 1.5], advantage=-2.0)
     # the mirror image: 0.5 is lifted to 0.8 and loses its gradient, 1.5 is not cut
     assert loss == pytest.approx([1.6, 2.0, 2.2, 3.0])
@@ -54,13 +53,13 @@ def test_ppo_keeps_the_worse_of_plain_and_clipped_for_a_bad_token():
     assert factor == pytest.approx([0.0, 1.0, 1.1, 1.5])
 
 
-def test_clip_higher_lets_a_rising_token_go_further_than_a_falling_one():
+def test_clip_higher():
     assert surrogate(grpo, [1.25], advantage=1.0, clip_high=0.28)[1] == pytest.approx([-1.25])
     assert surrogate(grpo, [1.25], advantage=1.0, clip_high=0.2)[1] == [0.0]
     assert surrogate(grpo, [0.79], advantage=-1.0, clip_high=0.28)[1] == [0.0]
 
 
-def test_dual_clip_caps_only_bad_tokens():
+def test_dual_clip_caps_negative_advantages():
     loss, gradient, factor = surrogate(grpo, [2.0, 5.0], advantage=-1.0, dual_clip=3.0)
     # at most c |A| = 3
     assert loss == pytest.approx([2.0, 3.0])
@@ -69,14 +68,14 @@ def test_dual_clip_caps_only_bad_tokens():
     assert surrogate(grpo, [0.5, 5.0], advantage=1.0, dual_clip=3.0)[0] == pytest.approx([-0.5, -1.2])
 
 
-def test_delta_caps_the_ratio_of_bad_tokens():
+def test_delta_caps_the_ratio_of_negative_advantages():
     loss, gradient, factor = surrogate(grpo, [1.5, 5.0], advantage=-1.0, delta=2.0)
     assert loss == pytest.approx([1.5, 2.0])
     assert gradient == pytest.approx([1.5, 0.0])
     assert factor == pytest.approx([1.5, 0.0])
 
 
-def test_a_free_row_knows_no_clip_and_no_cap():
+def test_unclipped_tokens_have_no_clip_and_no_cap():
     for advantage in (1.0, -1.0):
         loss, gradient, _ = surrogate(grpo, [0.01, 50.0], advantage=advantage, unclipped=True, dual_clip=3.0, delta=2.0)
         assert loss == pytest.approx([-0.01 * advantage, -50.0 * advantage])
@@ -84,7 +83,7 @@ def test_a_free_row_knows_no_clip_and_no_cap():
     assert surrogate(cispo, [50.0], advantage=1.0, unclipped=True)[1] == pytest.approx([-50.0])
 
 
-def test_gspo_clips_the_geometric_mean_of_two_tokens():
+def test_gspo_clips_the_geometric_mean():
     # ratios 2 and 1/2: s = exp((ln 2 - ln 2) / 2) = 1, so nothing is clipped although both tokens would be.
     # each of the two token losses is -s A; d(-2 s A) / dl_t = -2 A s / 2
     loss, gradient, factor = surrogate(gspo, [2.0, 0.5], advantage=3.0)
@@ -100,7 +99,7 @@ def test_gspo_clips_the_geometric_mean_of_two_tokens():
     assert surrogate(gspo, [1.1, 1.05], advantage=3.0)[0] == pytest.approx([-3.224128] * 2, abs=1e-5)
 
 
-def test_gspo_token_has_the_value_and_the_gradient_of_gspo_where_the_advantage_is_shared():
+def test_gspo_token_equals_gspo_for_a_shared_advantage():
     for ratios in ([1.1, 1.05], [0.5, 0.4]):
         for advantage in (3.0, -3.0):
             plain = surrogate(gspo, ratios, advantage=advantage)
@@ -119,7 +118,7 @@ def test_cispo_caps_the_weight_and_keeps_every_gradient():
     assert surrogate(cispo, [8.0], advantage=-2.0, cispo_cap=5.0)[1] == pytest.approx([10.0])
 
 
-def test_a_ratio_beyond_twenty_nats_is_frozen_and_says_so():
+def test_clamped_ratio_has_no_gradient():
     for terms_of in (grpo, gspo):
         loss, gradient, factor = surrogate(terms_of, [math.exp(-25.0)], advantage=1.0)
         assert loss == pytest.approx([-math.exp(-20.0)], rel=1e-4)

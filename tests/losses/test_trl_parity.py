@@ -94,7 +94,7 @@ def trl_weights(rows: LossInputs, logps_NT: Tensor, *, case: str) -> Tensor:
 
 @pytest.mark.parametrize("old_is_current", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_gradient_and_metrics_are_those_of_trl(case, old_is_current):
+def test_trl_parity_of_loss_gradient_and_metrics(case, old_is_current):
     ours, theirs = CASES[case]
     generator = torch.Generator().manual_seed(3)
     # ratios spread around 1 by about e^0.4, so that both clips bite

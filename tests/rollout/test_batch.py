@@ -23,19 +23,19 @@ def hard(tmp_path_factory) -> Session:
 
 
 def sample_batch(
-    session: Session, folder: Path, *, step: int = 1, position: int = 0, guidance: ActiveGuide | None = None
+    session: Session, folder: Path, *, step: int = 1, position: int = 0, active_guide: ActiveGuide | None = None
 ):
-    journal = RolloutLog(folder / "rollouts.jsonl")
-    return build_batch(session, journal, seed_name="t", step=step, position=position, active_guide=guidance)
+    rollout_log = RolloutLog(folder / "rollouts.jsonl")
+    return build_batch(session, rollout_log, seed_name="t", step=step, position=position, active_guide=active_guide)
 
 
 def test_batch_injects_a_guide_into_an_all_wrong_group(hard, tmp_path):
-    guidance = make_active_guide(correct_trajectory(hard, prompt, shift=-1.0) for prompt in hard.task.train)
-    batch = sample_batch(hard, tmp_path, guidance=guidance)
+    active_guide = make_active_guide(correct_trajectory(hard, prompt, shift=-1.0) for prompt in hard.task.train)
+    batch = sample_batch(hard, tmp_path, active_guide=active_guide)
     assert [group.on_policy_accuracy for group in batch.mixed] == [0.0] * 4
     for entry in batch.selected:
         *own, guest = entry.group.rollouts
-        (trajectory,) = guidance.trajectories[entry.group.prompt.prompt_id]
+        (trajectory,) = active_guide.trajectories[entry.group.prompt.prompt_id]
         assert {rollout.source for rollout in own} == {"own"}
         assert (guest.source, guest.slot, guest.guide_step, guest.reward) == ("guide", 7, 99, 1.0)
         assert (guest.response_ids, guest.behavior_logps) == (trajectory.response_ids, trajectory.behavior_logps)
@@ -44,26 +44,26 @@ def test_batch_injects_a_guide_into_an_all_wrong_group(hard, tmp_path):
 
 
 def test_training_samples_are_those_of_the_mixed_groups(hard, tmp_path):
-    guidance = make_active_guide(correct_trajectory(hard, prompt, shift=-1.0) for prompt in hard.task.train)
+    active_guide = make_active_guide(correct_trajectory(hard, prompt, shift=-1.0) for prompt in hard.task.train)
     rows = build_training_samples(
-        hard.policy, sample_batch(hard, tmp_path, guidance=guidance).selected, hard.recipe.guide.inject
+        hard.policy, sample_batch(hard, tmp_path, active_guide=active_guide).selected, hard.recipe.guide.inject
     )
     assert [row.is_off_policy for row in rows] == ([False] * 7 + [True]) * 4
     assert [round(row.advantage, 3) for row in rows] == ([-0.354] * 7 + [2.475]) * 4
     prompt = hard.task.train[hard.order.indices(0, 1)[0]]
     assert rows[7].tokens.prompt_ids == hard.policy.encode(prompt)
-    assert rows[7].behavior_logps == guidance.trajectories[prompt.prompt_id][0].behavior_logps
+    assert rows[7].behavior_logps == active_guide.trajectories[prompt.prompt_id][0].behavior_logps
 
 
 def test_rollout_log_holds_replaced_and_injected_rollouts(hard, tmp_path):
-    guidance = make_active_guide(correct_trajectory(hard, prompt) for prompt in hard.task.train)
-    batch = sample_batch(hard, tmp_path, guidance=guidance)
+    active_guide = make_active_guide(correct_trajectory(hard, prompt) for prompt in hard.task.train)
+    batch = sample_batch(hard, tmp_path, active_guide=active_guide)
     for own, kept in zip(batch.on_policy, RolloutLog(tmp_path / "rollouts.jsonl").read_step(1), strict=True):
         assert kept.rollouts[:8] == own.rollouts
         assert [rollout.source for rollout in kept.rollouts[8:]] == ["guide"]
         assert (kept.injection_status, kept.on_policy_accuracy) == ("injected", 0.0)
     # Read back, it is the same batch.
-    assert sample_batch(hard, tmp_path, guidance=guidance) == replace(batch, is_recorded=True)
+    assert sample_batch(hard, tmp_path, active_guide=active_guide) == replace(batch, is_recorded=True)
 
 
 def test_batch_without_injection_above_threshold_without_response_or_after_the_segment(hard, scout, tmp_path):
@@ -74,16 +74,18 @@ def test_batch_without_injection_above_threshold_without_response_or_after_the_s
     assert 0 < sum(accuracies) < 4, "some right and some wrong, or this shows nothing"
     shut = override_settings(session, "guide.inject", max_accuracy=0.0)
     batch = sample_batch(
-        shut, tmp_path / "shut", guidance=make_active_guide(correct_trajectory(session, prompt) for prompt in prompts)
+        shut,
+        tmp_path / "shut",
+        active_guide=make_active_guide(correct_trajectory(session, prompt) for prompt in prompts),
     )
     assert [group.injection_status for group in batch.mixed] == [
         "gate_closed" if share else "injected" for share in accuracies
     ]
-    none = sample_batch(shut, tmp_path / "none", guidance=make_active_guide([]))
+    none = sample_batch(shut, tmp_path / "none", active_guide=make_active_guide([]))
     assert [group.injection_status for group in none.mixed] == [
         "gate_closed" if share else "no_guide" for share in accuracies
     ]
-    late = sample_batch(hard, tmp_path / "late", step=3, guidance=make_active_guide([], until=2))
+    late = sample_batch(hard, tmp_path / "late", step=3, active_guide=make_active_guide([], until=2))
     assert {group.injection_status for group in late.mixed} == {"off"}
 
 
@@ -112,8 +114,8 @@ def test_dynamic_sampling_stops_at_its_limit(hard, tmp_path):
 
 def test_dynamic_sampling_counts_signal_after_injection(hard, tmp_path):
     session = override_settings(hard, "sampling", dynamic=True, max_gen_batches=2)
-    guidance = make_active_guide(correct_trajectory(hard, prompt) for prompt in hard.task.train)
-    batch = sample_batch(session, tmp_path, guidance=guidance)
+    active_guide = make_active_guide(correct_trajectory(hard, prompt) for prompt in hard.task.train)
+    batch = sample_batch(session, tmp_path, active_guide=active_guide)
     assert (batch.num_gen_batches, len(batch.selected)) == (1, 4)
 
 

@@ -16,22 +16,22 @@ FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @given(st.lists(FLOAT32))
-def test_every_float32_survives_its_shortest_decimal(logps_T: list[float]):
+def test_float32_roundtrip(logps_T: list[float]):
     assert decode_float32(encode_float32(logps_T)) == tuple(logps_T)
 
 
-def test_the_decimal_is_the_shortest_that_names_the_float32():
+def test_float32_is_written_as_the_shortest_decimal():
     exact = float(np.float32(-1.2345678))
     assert repr(exact) == "-1.2345677614212036"
     assert encode_float32([exact]) == [-1.2345678]
     assert decode_float32([-1.2345678]) == (exact,)
 
 
-def test_a_missing_log_probability_reads_as_nan():
+def test_float32_null_reads_as_nan():
     assert math.isnan(decode_float32([None])[0])
 
 
-def test_groups_come_back_equal_with_everything_in_them(tmp_path):
+def test_rollout_log_roundtrip(tmp_path):
     chat = Prompt(
         prompt_id="chat:1",
         answer="é",
@@ -51,14 +51,14 @@ def test_groups_come_back_equal_with_everything_in_them(tmp_path):
     assert written[1].rollouts[1].guide_step == 40
 
 
-def test_a_step_that_is_not_there_is_none(tmp_path):
+def test_rollout_log_missing_step_is_none(tmp_path):
     journal = RolloutLog(tmp_path / "r.jsonl")
     assert journal.read_step(1) is None
     assert journal.steps() == ()
     assert list(journal.iter_groups()) == []
 
 
-def test_a_step_written_again_is_compared(tmp_path):
+def test_rollout_log_rewritten_step_is_compared(tmp_path):
     journal = RolloutLog(tmp_path / "r.jsonl")
     journal.write_step(1, [group("a"), group("b")])
     before = journal.path.read_bytes()
@@ -67,7 +67,7 @@ def test_a_step_written_again_is_compared(tmp_path):
     assert journal.path.read_bytes() == before
 
 
-def test_readers_find_groups_by_step_and_prompt(tmp_path):
+def test_rollout_log_groups_by_step_and_prompt(tmp_path):
     journal = RolloutLog(tmp_path / "r.jsonl")
     journal.write_step(1, [group("a"), group("b")])
     journal.write_step(2, [group("b")])
@@ -77,7 +77,7 @@ def test_readers_find_groups_by_step_and_prompt(tmp_path):
 
 
 @pytest.mark.parametrize("num_lost", [1, 30, 700])
-def test_a_step_cut_short_is_ignored_by_readers_and_cut_off_by_the_writer(tmp_path, num_lost: int):
+def test_rollout_log_incomplete_step_is_ignored_and_removed(tmp_path, num_lost: int):
     path = tmp_path / "r.jsonl"
     RolloutLog(path).write_step(1, [group("a")])
     whole = path.read_bytes()
@@ -91,7 +91,7 @@ def test_a_step_cut_short_is_ignored_by_readers_and_cut_off_by_the_writer(tmp_pa
     assert path.read_bytes() == both
 
 
-def test_a_whole_line_of_an_unfinished_step_is_cut_off_too(tmp_path):
+def test_rollout_log_complete_line_of_an_incomplete_step_is_removed(tmp_path):
     path = tmp_path / "r.jsonl"
     RolloutLog(path).write_step(1, [group("a"), group("b")])
     first_line = path.read_bytes().splitlines(keepends=True)[0]
@@ -100,7 +100,7 @@ def test_a_whole_line_of_an_unfinished_step_is_cut_off_too(tmp_path):
     assert path.read_bytes() == b""
 
 
-def test_a_reader_sees_what_a_writer_adds_later(tmp_path):
+def test_rollout_log_reader_sees_later_steps(tmp_path):
     path = tmp_path / "r.jsonl"
     reader, writer = RolloutLog(path), RolloutLog(path)
     writer.write_step(1, [group("a")])
@@ -109,14 +109,14 @@ def test_a_reader_sees_what_a_writer_adds_later(tmp_path):
     assert reader.steps() == (1, 2)
 
 
-def test_fields_in_another_order_are_read_as_well(tmp_path):
+def test_rollout_log_field_order_is_free(tmp_path):
     path = tmp_path / "r.jsonl"
     RolloutLog(path).write_step(1, [group("a")])
     path.write_bytes(path.read_bytes().replace(b'{"step":1,"num_groups":1,', b'{"note":"new","num_groups":1,"step":1,'))
     assert RolloutLog(path).read_step(1) == (group("a"),)
 
 
-def test_damage_in_the_middle_is_an_error(tmp_path):
+def test_rollout_log_damage_is_an_error(tmp_path):
     path = tmp_path / "r.jsonl"
     RolloutLog(path).write_step(1, [group("a"), group("b")])
     line = path.read_bytes().splitlines(keepends=True)[0]

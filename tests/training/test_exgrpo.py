@@ -42,7 +42,7 @@ def groups_of(root: Path, step: int) -> list:
     return list(RolloutLog(open_run(root).rollouts_path("main")).read_step(step))
 
 
-def test_half_of_a_batch_replays_what_the_run_solved_before(replaying):
+def test_exgrpo_replays_half_of_a_batch(replaying):
     seen = 0
     for step in range(1, 9):
         groups = groups_of(replaying, step)
@@ -60,7 +60,7 @@ def test_half_of_a_batch_replays_what_the_run_solved_before(replaying):
     assert seen >= 4, "the memory was hardly used, so this shows nothing"
 
 
-def test_a_stored_answer_keeps_the_log_probabilities_of_the_weights_that_wrote_it(replaying):
+def test_exgrpo_stores_behavior_logprobs(replaying):
     memory = memory_at(replaying, 8)
     assert memory.successes
     written = {
@@ -77,7 +77,7 @@ def test_a_stored_answer_keeps_the_log_probabilities_of_the_weights_that_wrote_i
             assert success.response_ids == rollout.response_ids
 
 
-def test_prompts_that_are_replayed_are_not_taken_from_the_data_order(replaying):
+def test_exgrpo_replayed_prompts_do_not_advance_the_data_order(replaying):
     run = open_run(replaying)
     lines = [json.loads(line) for line in run.metrics_path("main").read_text().splitlines()]
     before = 0
@@ -89,8 +89,8 @@ def test_prompts_that_are_replayed_are_not_taken_from_the_data_order(replaying):
 
 
 @pytest.mark.parametrize("after", [3, 5])
-def test_a_killed_run_ends_in_the_same_bytes(replaying, tmp_path, after):
-    """Left between two steps with nothing saved since step 2 or 4: the journal is ahead of the anchor."""
+def test_exgrpo_killed_run_resumes_to_the_same_bytes(replaying, tmp_path, after):
+    """Left between two steps with nothing saved since step 2 or 4: the rollout log is ahead of the checkpoint."""
     root = tmp_path / "run"
     train(root, *EXGRPO, "train.num_steps=1")
     steps = start_resume(root, "train.num_steps=8")
@@ -105,7 +105,7 @@ def test_a_killed_run_ends_in_the_same_bytes(replaying, tmp_path, after):
     assert memory_at(root, 8) == memory_at(replaying, 8)
 
 
-def test_a_rollback_takes_the_memory_back_too(replaying, tmp_path):
+def test_exgrpo_rollback_restores_the_buffer(replaying, tmp_path):
     root = copy_run(replaying, tmp_path / "run")
     resume(root, at=4, new_branch="again")
     first = RolloutLog(open_run(root).rollouts_path("again")).read_step(5)
@@ -113,7 +113,7 @@ def test_a_rollback_takes_the_memory_back_too(replaying, tmp_path):
     assert {group.prompt.prompt_id for group in first if group.injection_status == "injected"} <= known.keys()
 
 
-def test_the_least_uncertain_answer_is_replayed(replaying):
+def test_exgrpo_replays_the_response_of_least_entropy(replaying):
     session, memory = open_session_at(replaying, 8), memory_at(replaying, 8)
     prompt = session.task.prompt(next(iter(memory.successes)))
     (good, *_) = memory.successes[prompt.prompt_id]
@@ -124,7 +124,7 @@ def test_the_least_uncertain_answer_is_replayed(replaying):
     assert select_successes(session, one, known, seed=0) == {prompt.prompt_id: odd}
 
 
-def test_a_retired_prompt_is_passed_over_from_the_next_epoch_on(replaying):
+def test_exgrpo_skips_retired_prompts_from_the_next_epoch(replaying):
     session = open_session_at(replaying, 8)
     size = len(session.task.train)
     first = session.task.train[session.order.indices(size, 1)[0]]
@@ -138,7 +138,7 @@ def test_a_retired_prompt_is_passed_over_from_the_next_epoch_on(replaying):
     assert next_prompts(session, everyone, size, count=2)[1] == size + 2, "a batch is never short"
 
 
-def test_a_prompt_is_in_a_batch_once(replaying):
+def test_exgrpo_prompt_is_in_a_batch_once(replaying):
     session = open_session_at(replaying, 8)
     answer = Success(response_ids=(1, 2), behavior_logps=(-1.0, -1.0), text="1", step=0)
     ahead = [session.task.train[index] for index in session.order.indices(0, 4)]
@@ -152,7 +152,7 @@ def test_a_prompt_is_in_a_batch_once(replaying):
     assert len(names) == len(set(names)) == 4
 
 
-def test_a_guide_cache_beside_the_memory_is_refused(replaying, tmp_path):
+def test_exgrpo_with_a_guide_cache_is_refused(replaying, tmp_path):
     root = copy_run(replaying, tmp_path / "run")
     sample(root, guide_step=4, at=2)
     with pytest.raises(NpoError, match=r"guide.experience.replay_fraction replays .* guide near fills the same slots"):

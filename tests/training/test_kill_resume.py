@@ -43,7 +43,7 @@ LONGER = ("train.num_steps=10", "train.save_every=4")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_dropped_between_checkpoints_goes_on_bit_for_bit(tmp_path, kind):
+def test_resume_between_checkpoints_is_bitwise_identical(tmp_path, kind):
     train(tmp_path / "straight", *KINDS[kind])
     # Step 3 is recorded, step 2 is the newest checkpoint.
     stop_after(train_run(tmp_path / "dropped", tiny_recipe(*KINDS[kind])), 3)
@@ -53,7 +53,7 @@ def test_a_run_dropped_between_checkpoints_goes_on_bit_for_bit(tmp_path, kind):
     assert len(reproducible_digests(tmp_path / "straight")) >= 2 + 2 * 3
 
 
-def test_a_replay_with_a_guide_dropped_between_checkpoints_goes_on_bit_for_bit(scout, tmp_path):
+def test_resume_of_a_fork_between_checkpoints_is_bitwise_identical(scout, tmp_path):
     roots = [copy_run(scout, tmp_path / name) for name in ("straight", "dropped")]
     options = {"at": 2, "guide": "near"}
     resume(roots[0], "train.num_steps=6", **options)
@@ -66,7 +66,7 @@ def test_a_replay_with_a_guide_dropped_between_checkpoints_goes_on_bit_for_bit(s
     )
 
 
-def test_a_recorded_step_is_read_back_and_nobody_is_asked(tmp_path):
+def test_resume_reads_a_recorded_step_back(tmp_path):
     stop_after(train_run(tmp_path / "run", tiny_recipe()), 3)
     session = open_session_at(tmp_path / "run", 2)
     path = session.run.rollouts_path("main")
@@ -80,7 +80,7 @@ def test_a_recorded_step_is_read_back_and_nobody_is_asked(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_a_torn_line_of_every_journal_is_mended(tmp_path):
+def test_resume_repairs_a_torn_line_of_every_log(tmp_path):
     train(tmp_path / "straight")
     stop_after(train_run(tmp_path / "torn", tiny_recipe()), 3)
     branch = tmp_path / "torn" / "branches" / "main"
@@ -92,7 +92,7 @@ def test_a_torn_line_of_every_journal_is_mended(tmp_path):
     assert reproducible_digests(tmp_path / "torn") == reproducible_digests(tmp_path / "straight")
 
 
-def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(tmp_path):
+def test_resume_before_the_first_checkpoint(tmp_path):
     kind = ("eval.every=2", "loss.kl_coef=0.05")
     train(tmp_path / "straight", *kind)
     records = train_run(tmp_path / "killed", tiny_recipe(*kind))
@@ -106,17 +106,17 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_resumed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("journal", "line"),
+    ("log_name", "line"),
     [
         pytest.param("rollouts.jsonl", 12, id="rollouts of step 3 recorded, no checkpoint yet"),
         pytest.param("metrics.jsonl", 7, id="between two checkpoints"),
     ],
 )
-def test_kill_9_at_a_line_of_a_journal(warm: ForkServer, tmp_path, journal, line):
+def test_kill_at_a_line_of_a_log(warm: ForkServer, tmp_path, log_name, line):
     train(tmp_path / "straight", *LONGER)
     root = tmp_path / "killed"
     child = warm.npo("train", "micro", *TINY, *LONGER, "--run", str(root), err=tmp_path / "err")
-    wait_until(lambda: num_lines(root / "branches" / "main" / journal) >= line)
+    wait_until(lambda: num_lines(root / "branches" / "main" / log_name) >= line)
     child.kill()
     assert child.wait() == -signal.SIGKILL
     assert num_lines(root / "branches" / "main" / "metrics.jsonl") < 10, "it was too late"
@@ -124,7 +124,7 @@ def test_kill_9_at_a_line_of_a_journal(warm: ForkServer, tmp_path, journal, line
     assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")
 
 
-def test_a_replay_survives_kill_9_twice(warm: ForkServer, scout, tmp_path):
+def test_kill_twice_during_a_fork(warm: ForkServer, scout, tmp_path):
     roots = [copy_run(scout, tmp_path / name) for name in ("straight", "killed")]
     resume(roots[0], *LONGER, at=2, guide="near")
     metrics = roots[1] / "branches" / "near" / "metrics.jsonl"
@@ -139,7 +139,7 @@ def test_a_replay_survives_kill_9_twice(warm: ForkServer, scout, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "two updates", "dynamic sampling", "kl to the base", "replay"])
-def test_kill_9_at_random_moments_again_and_again(warm: ForkServer, scout, tmp_path, kind):
+def test_kill_at_random_moments(warm: ForkServer, scout, tmp_path, kind):
     """Some 8 kills a run, wherever they fall: while the model loads, samples, learns or saves."""
     longer = ("train.num_steps=40", "train.save_every=3")
     roots = [tmp_path / "straight", tmp_path / "killed"]

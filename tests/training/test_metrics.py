@@ -15,12 +15,12 @@ def metrics_of(root: Path, branch: str) -> list[dict]:
     return list(JsonlLog(open_run(root).metrics_path(branch)).iter_rows())
 
 
-def test_a_guided_step_tells_slots_reasons_shares_and_ratios(scout, tmp_path):
+def test_step_metrics_of_a_step_with_a_guide(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     reports = resume(root, at=2, guide="near")
-    journal = RolloutLog(open_run(root).rollouts_path("near"))
+    rollout_log = RolloutLog(open_run(root).rollouts_path("near"))
     for report in reports:
-        metrics, mixes = report.metrics, [group.injection_status for group in journal.read_step(report.step)]
+        metrics, mixes = report.metrics, [group.injection_status for group in rollout_log.read_step(report.step)]
         assert metrics["inject/slots"] == mixes.count("injected") > 0
         assert metrics["inject/no_guide"] == mixes.count("no_guide")
         assert metrics["inject/gate_closed"] == mixes.count("gate_closed")
@@ -31,9 +31,9 @@ def test_a_guided_step_tells_slots_reasons_shares_and_ratios(scout, tmp_path):
         assert 0 < metrics["inject/ratio_min"] <= metrics["inject/ratio_mean"] <= metrics["inject/ratio_max"]
 
 
-def test_the_figures_of_a_step_are_those_of_its_rollouts(scout):
-    (first, *_), journal = metrics_of(scout, "main"), RolloutLog(open_run(scout).rollouts_path("main"))
-    rollouts = [rollout for group in journal.read_step(1) for rollout in group.rollouts]
+def test_step_metrics_are_those_of_the_rollouts(scout):
+    (first, *_), rollout_log = metrics_of(scout, "main"), RolloutLog(open_run(scout).rollouts_path("main"))
+    rollouts = [rollout for group in rollout_log.read_step(1) for rollout in group.rollouts]
     assert first["reward"] == sum(rollout.reward for rollout in rollouts) / 16
     assert first["tokens"] == sum(len(rollout.response_ids) for rollout in rollouts)
     assert first["completions/mean_length"] == first["tokens"] / 16
@@ -43,16 +43,16 @@ def test_the_figures_of_a_step_are_those_of_its_rollouts(scout):
     assert not any(name.startswith("inject/") for name in first)
 
 
-def test_tokens_total_goes_on_through_a_fork(scout, tmp_path):
+def test_step_metric_tokens_total_continues_through_a_fork(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     resume(root, at=2, guide="near")
     before = metrics_of(root, "main")[1]["tokens_total"]
     first = metrics_of(root, "near")[0]
-    # The guide's own tokens were paid for when its cache was made.
+    # The guide's on-policy tokens were paid for when its cache was made.
     assert first["tokens_total"] == before + first["tokens"]
 
 
-def test_averages_are_corrected_for_their_short_past():
+def test_step_metric_averages_are_bias_corrected():
     once = update_running_metrics({}, {"tokens": 5, "reward": 0.5, "entropy": 2.0})
     assert (once["tokens_total"], once["reward_ema"], once["entropy_ema"]) == (5, 0.5, 2.0)
     twice = update_running_metrics(once, {"tokens": 7, "reward": 0.0, "entropy": 2.0})
@@ -61,7 +61,7 @@ def test_averages_are_corrected_for_their_short_past():
     assert (twice["tokens_total"], round(twice["entropy_ema"], 12)) == (12, 2.0)
 
 
-def test_metrics_know_no_clock(tmp_path):
+def test_step_metrics_do_not_depend_on_time(tmp_path):
     roots = [tmp_path / "a", tmp_path / "b"]
     for root in roots:
         train(root, "train.num_steps=2")

@@ -32,7 +32,7 @@ LOSSES = {
 
 
 class Recorder:
-    """An optimiser that learns nothing and remembers what it was told to learn."""
+    """An optimizer that records gradients and changes nothing."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.param_groups, self.gradients = model, [{"lr": 0.0}], []
@@ -53,9 +53,9 @@ def session(scout) -> Session:
 @pytest.fixture(scope="module")
 def rows(session, tmp_path_factory) -> list[TrainingSample]:
     """16 rows; each group holds a guide's answer, which the guide found likelier than the learner does."""
-    guidance = make_active_guide(correct_trajectory(session, prompt, shift=0.05) for prompt in session.task.train)
-    journal = RolloutLog(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
-    batch = build_batch(session, journal, seed_name="t", step=3, position=8, active_guide=guidance)
+    active_guide = make_active_guide(correct_trajectory(session, prompt, shift=0.05) for prompt in session.task.train)
+    rollout_log = RolloutLog(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
+    batch = build_batch(session, rollout_log, seed_name="t", step=3, position=8, active_guide=active_guide)
     found = build_training_samples(session.policy, batch.selected, session.recipe.guide.inject)
     assert sum(row.is_off_policy for row in found) == 4
     return found
@@ -81,7 +81,7 @@ def norm(gradient: Sequence[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_gradient_does_not_depend_on_how_the_batch_is_split(session, rows, loss):
+def test_update_gradient_does_not_depend_on_micro_batches(session, rows, loss):
     session = override_settings(session, "loss", **LOSSES[loss])
     whole, report = learned(session, rows)
     assert norm(whole) > 0.01
@@ -93,7 +93,7 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_split(session, rows, l
         assert again.grad_share == pytest.approx(report.grad_share, abs=1e-5)
 
 
-def test_rows_without_advantage_cost_nothing_and_change_nothing(session, rows):
+def test_update_skips_rows_without_advantage(session, rows):
     silent = [replace(row, advantage=0.0 if place % 3 else 1.0) for place, row in enumerate(rows)]
     skipped, report = learned(session, silent)
     included, everything = learned(session, silent, every_row=True)
@@ -101,7 +101,7 @@ def test_rows_without_advantage_cost_nothing_and_change_nothing(session, rows):
     assert (report.num_rows, everything.num_rows) == (6, 16)
 
 
-def test_the_divisor_is_the_full_batch(session, rows):
+def test_update_divides_by_the_full_batch(session, rows):
     silent = [replace(row, advantage=0.0) for row in rows[1:]]
     alone, _ = learned(session, rows[:1])
     among, _ = learned(session, [rows[0], *silent])
@@ -109,7 +109,7 @@ def test_the_divisor_is_the_full_batch(session, rows):
     assert distance([16 * part for part in among], alone) < 1e-6
 
 
-def test_a_batch_that_teaches_nothing_still_ages_the_moments(session, rows, scout):
+def test_update_without_advantages_still_decays_moments(session, rows, scout):
     fresh = open_session_at(scout, 2)
     optimizer = build_optimizer(fresh.policy.model, fresh.recipe.train)
     updater = Updater(fresh.policy, optimizer, fresh.recipe)
@@ -120,7 +120,7 @@ def test_a_batch_that_teaches_nothing_still_ages_the_moments(session, rows, scou
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_as_they_were(rows, scout, bad):
+def test_update_is_skipped_if_the_gradient_is_not_finite(rows, scout, bad):
     session = open_session_at(scout, 2)
     optimizer = build_optimizer(session.policy.model, session.recipe.train)
     updater = Updater(session.policy, optimizer, session.recipe)
@@ -133,7 +133,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_as_they_were(r
     assert distance([state["exp_avg"] for state in optimizer.state.values()], moments) == 0
 
 
-def test_two_updates_take_half_of_the_rows_each_and_charge_both_to_the_weights_before(scout, rows):
+def test_update_twice_per_step_uses_old_logprobs(scout, rows):
     session = override_settings(open_session_at(scout, 2), "train", num_updates=2)
     optimizer = build_optimizer(session.policy.model, session.recipe.train)
     report = Updater(session.policy, optimizer, session.recipe).take_step(rows, lr=1e-2)
@@ -142,11 +142,11 @@ def test_two_updates_take_half_of_the_rows_each_and_charge_both_to_the_weights_b
     assert report.stats.clipped_low + report.stats.clipped_high > 0
 
 
-def test_grad_share_compares_the_foreign_part_of_the_gradient_with_the_rest(session, rows):
+def test_update_gradient_share_of_off_policy_rows(session, rows):
     _, report = learned(session, rows)
-    foreign, _ = learned(session, [row if row.is_off_policy else replace(row, advantage=0.0) for row in rows])
+    off_policy, _ = learned(session, [row if row.is_off_policy else replace(row, advantage=0.0) for row in rows])
     own, _ = learned(session, [replace(row, advantage=0.0) if row.is_off_policy else row for row in rows])
-    assert report.grad_share == pytest.approx(norm(foreign) / (norm(foreign) + norm(own)), abs=1e-5)
+    assert report.grad_share == pytest.approx(norm(off_policy) / (norm(off_policy) + norm(own)), abs=1e-5)
     assert 0 < report.grad_share < 1
 
 
@@ -169,7 +169,7 @@ def in_mode(
     return gradient, report.stats.metrics(), report.grad_share
 
 
-def test_a_far_guide_is_clipped_away_by_exact_and_kept_by_the_others(session, rows, far):
+def test_importance_ratio_exact_clips_a_distant_guide(session, rows, far):
     near, far_off = (in_mode(session, some, "exact") for some in (rows, far))
     assert near[1]["inject/kept_share"] > 0.9
     # rho = e^(1 - 0.05) = 2.6, above the clip at 1.2 on every token
@@ -181,43 +181,43 @@ def test_a_far_guide_is_clipped_away_by_exact_and_kept_by_the_others(session, ro
         assert share > 0
 
 
-def test_proximal_and_none_agree_in_a_single_update_and_ignore_who_wrote_the_row(session, rows, far):
+def test_importance_ratios_proximal_and_none_ignore_the_guide(session, rows, far):
     proximal, _, _ = in_mode(session, rows, "proximal")
     for mode in ("proximal", "none"):
         assert distance(in_mode(session, far, mode)[0], proximal) < 1e-7
 
 
-def test_decoupled_weighs_the_guides_row_and_exact_follows_its_ratio(session, rows):
+def test_importance_ratios_decoupled_and_exact_weigh_by_the_guide(session, rows):
     plain, _, share = in_mode(session, rows, "proximal")
     own = [replace(row, advantage=0.0) if row.is_off_policy else row for row in rows]
     own_part, _, _ = in_mode(session, own, "proximal")
-    foreign_part = [a - b for a, b in zip(plain, own_part, strict=True)]
+    off_policy_part = [a - b for a, b in zip(plain, own_part, strict=True)]
     assert share > 0
     for mode in ("decoupled", "exact"):
         gradient, _, _ = in_mode(session, rows, mode)
         # old/guide = e^-0.05 on every token, in both modes
-        expected = [a + 0.951229 * b for a, b in zip(own_part, foreign_part, strict=True)]
+        expected = [a + 0.951229 * b for a, b in zip(own_part, off_policy_part, strict=True)]
         assert distance(gradient, expected) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["proximal", "none", "exact", "decoupled"])
-def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
+def test_importance_ratio_1_is_plain_grpo(scout, tmp_path, mode):
     """The guide repeats the very rollouts that it replaces: the same weights come out of the whole step."""
     ends = {}
     for kind in ("plain", "mixed"):
         session = override_settings(
             override_settings(open_session_at(scout, 2), "guide.inject", ratio=mode, max_accuracy=1.0), "train", lr=1e-3
         )
-        journal = RolloutLog(tmp_path / kind / "rollouts.jsonl")
+        rollout_log = RolloutLog(tmp_path / kind / "rollouts.jsonl")
         plain = RolloutLog(tmp_path / "own.jsonl")
         own = build_batch(session, plain, seed_name="t", step=3, position=4, active_guide=None)
         last = [(group.prompt, group.rollouts[-1]) for group in own.on_policy if group.rollouts[-1].reward]
         assert last, "no group ends with a right answer, so this shows nothing"
         guides = [make_trajectory(session, prompt, rollout.response_ids, rollout.text) for prompt, rollout in last]
-        guidance = make_active_guide(guides) if kind == "mixed" else None
-        batch = build_batch(session, journal, seed_name="t", step=3, position=4, active_guide=guidance)
+        active_guide = make_active_guide(guides) if kind == "mixed" else None
+        batch = build_batch(session, rollout_log, seed_name="t", step=3, position=4, active_guide=active_guide)
         rows = build_training_samples(session.policy, batch.selected, session.recipe.guide.inject)
-        assert sum(row.is_off_policy for row in rows) == (len(last) if guidance else 0)
+        assert sum(row.is_off_policy for row in rows) == (len(last) if active_guide else 0)
         optimizer = build_optimizer(session.policy.model, session.recipe.train)
         restore_state(session, optimizer, find_checkpoint(session.run, "main", 2))
         Updater(session.policy, optimizer, session.recipe).take_step(rows, lr=session.recipe.train.lr)
@@ -232,7 +232,7 @@ def test_an_injected_slot_of_ratio_1_is_plain_grpo(scout, tmp_path, mode):
 
 
 def seen_by(rows: Sequence[TrainingSample], *, own: float, guide_in_all: float) -> list[TrainingSample]:
-    """The writers of the rows shifted: own rows by `own` nats a token, a guide's by `guide_in_all` over its answer."""
+    """Behavior log-probabilities shifted: on-policy by `own` nats per token, of a guide by `guide_in_all` in all."""
     shifts = [guide_in_all / len(row.behavior_logps) if row.is_off_policy else own for row in rows]
     moved = [tuple(logp + shift for logp in row.behavior_logps) for row, shift in zip(rows, shifts, strict=True)]
     return [replace(row, behavior_logps=logps) for row, logps in zip(rows, moved, strict=True)]
@@ -247,7 +247,7 @@ OWN_FACTORS = {
 
 @pytest.mark.parametrize("ratio", ["exact", "proximal"])
 @pytest.mark.parametrize("mode", OWN_FACTORS)
-def test_a_far_guide_keeps_its_gradient_while_own_rows_are_corrected(session, rows, mode, ratio):
+def test_mismatch_correction_leaves_a_distant_guide_alone(session, rows, mode, ratio):
     session = override_settings(override_settings(session, "guide.inject", ratio=ratio), "mismatch", mode="off")
     far = seen_by(rows, own=3.0, guide_in_all=20.0)
     whole, report = learned(override_settings(session, "mismatch", mode=mode), far)
@@ -263,7 +263,7 @@ def test_a_far_guide_keeps_its_gradient_while_own_rows_are_corrected(session, ro
         assert report.grad_share == pytest.approx(1.0, abs=1e-4)
 
 
-def test_an_engine_that_is_the_trainer_is_corrected_by_nothing(session, rows):
+def test_mismatch_of_the_transformers_engine_is_zero(session, rows):
     plain, report = learned(override_settings(session, "mismatch", mode="off"), rows)
     for mode in OWN_FACTORS:
         assert distance(learned(override_settings(session, "mismatch", mode=mode), rows)[0], plain) < 1e-6
@@ -274,7 +274,7 @@ def test_an_engine_that_is_the_trainer_is_corrected_by_nothing(session, rows):
     assert (metrics["mismatch/clipped_share"], metrics["mismatch/kept_share"]) == (0.0, 1.0)
 
 
-def test_mismatch_is_measured_on_trained_rows_however_they_are_split(session, rows):
+def test_mismatch_metrics_cover_trained_rows(session, rows):
     noisy = seen_by(
         [replace(row, advantage=0.0) if place % 3 else row for place, row in enumerate(rows)], own=0.3, guide_in_all=5
     )
@@ -291,7 +291,7 @@ def test_mismatch_is_measured_on_trained_rows_however_they_are_split(session, ro
     assert again.stats.metrics() == pytest.approx(metrics, abs=1e-5)
 
 
-def test_several_updates_measure_the_engine_against_the_weights_that_sampled(scout, rows):
+def test_mismatch_uses_old_logprobs_in_several_updates(scout, rows):
     session = override_settings(open_session_at(scout, 2), "train", num_updates=2)
     optimizer = build_optimizer(session.policy.model, session.recipe.train)
     report = Updater(session.policy, optimizer, session.recipe).take_step(rows, lr=1e-2)
@@ -353,7 +353,7 @@ def test_provenance_of_a_guide_prefix_and_own_continuation_decides_each_token(
     gradient, report = learned(session, samples)
     logps_T = plain_logps(session, samples[0])
     num_own = len(logps_T) - 3
-    # own tokens: rho = 1 times the mismatch weight trainer / engine = e^-0.2; the last token is not trained
+    # on-policy tokens: rho = 1 times the mismatch weight trainer / engine = e^-0.2; the last token is not trained
     factors_T = tensor([*prefix_factors(logps_T.detach()), *[math.exp(-0.2)] * num_own, 0.0])
     # -A / (N T) with N = 2 rows and T trained tokens
     loss = -2.0 * (factors_T * logps_T).sum() / (2 * (len(logps_T) - 1))
