@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from npo_cli.training.update_types import TrainingSample
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from npo_cli.config.loading import load_recipe
@@ -31,7 +32,6 @@ from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.training.update import Updater
-from npo_cli.training.update_types import TrainingSample
 from npo_cli.types.memory import Hardware
 
 PROMPT, RESPONSE, ROWS = 64, 192, 8

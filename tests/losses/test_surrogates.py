@@ -133,3 +133,10 @@ def test_kl_term_is_k3_of_reference_over_policy():
     # gradient in l: 1 - w = -0.105171, towards the reference when descending
     kl_NT.sum().backward()
     assert logps_NT.grad[0].tolist() == pytest.approx([1 - math.exp(0.1), 0.0], abs=1e-6)
+
+
+def test_delta_inside_the_clip_range_is_refused():
+    with pytest.raises(
+        ValueError, match=r"loss\.delta must be above 1 \+ loss\.clip_high = 1\.2 \(or null\), got 1\.1"
+    ):
+        LossSettings(delta=1.1, clip_high=0.2)
