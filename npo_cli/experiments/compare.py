@@ -139,7 +139,11 @@ def summarize_method(
     names, figures = compute_method_statistics(arm, common)
     found = dict(zip(names, estimate_method(figures, resampler), strict=True))
     steps = [row for one in arm.runs for step, row in one.steps.items() if step <= common.horizon]
-    shares = [row["inject/grad_share"] for row in steps if row.get("inject/slots") and "inject/grad_share" in row]
+    shares = [
+        row["inject/grad_norm_fraction"]
+        for row in steps
+        if row.get("inject/slots") and "inject/grad_norm_fraction" in row
+    ]
     return MethodSummary(
         method=arm.name,
         seeds=arm.seeds,
@@ -151,7 +155,7 @@ def summarize_method(
         areas=found,
         entropies=mean_entropies(arm, common.horizon),
         injections_per_step=statistics.fmean(row.get("inject/slots", 0.0) for row in steps) if steps else 0.0,
-        guide_gradient_share=statistics.fmean(shares) if shares else None,
+        guide_gradient_norm_fraction=statistics.fmean(shares) if shares else None,
         mean_costs=mean_costs_at_horizon(arm, common),
         run_tokens=statistics.fmean(
             compute_run_costs(one.run_branch.run, one.run_branch.branch).tokens for one in arm.runs

@@ -140,13 +140,13 @@ class MismatchStats(Additive):
         return {
             "mismatch/weight_mean": mean,
             "mismatch/weight_max": self.weight_max,
-            "mismatch/clipped_share": self.clipped_tokens / self.tokens,
+            "mismatch/clipped_fraction": self.clipped_tokens / self.tokens,
             "mismatch/ess": mean**2 / mean_square,
             "mismatch/k1": self.k1_sum / self.tokens,
             "mismatch/k3": self.k3_sum / self.tokens,
             "mismatch/chi2": mean_square - 1,
             "mismatch/abs_log_w_p99": self._percentile(99),
-            "mismatch/kept_share": self.unmasked_sequences / self.sequences,
+            "mismatch/kept_fraction": self.unmasked_sequences / self.sequences,
         }
 
     def _percentile(self, percent: int) -> float:
@@ -197,11 +197,11 @@ class LossStats(Additive):
         if self.kl_tokens:
             metrics["kl"] = self.kl_sum / self.kl_tokens
         if self.off_policy_tokens:
-            metrics["inject/kept_share"] = self.off_policy_tokens_with_gradient / self.off_policy_tokens
+            metrics["inject/tokens_with_gradient"] = self.off_policy_tokens_with_gradient / self.off_policy_tokens
         if self.off_policy_tokens_with_logps:
             metrics["inject/ratio_mean"] = self.ratio_sum / self.off_policy_tokens_with_logps
             metrics["inject/ratio_min"] = self.ratio_min
             metrics["inject/ratio_max"] = self.ratio_max
         if self.off_policy_tokens and self.gradient_magnitude:
-            metrics["inject/push_share"] = self.off_policy_gradient_magnitude / self.gradient_magnitude
+            metrics["inject/gradient_l1_fraction"] = self.off_policy_gradient_magnitude / self.gradient_magnitude
         return metrics | self.mismatch.metrics()

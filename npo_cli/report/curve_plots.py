@@ -41,7 +41,7 @@ PLOTTED_METRICS = (
     ("reward", "mean reward of a batch", "training reward"),
     ("entropy", "mean entropy of a token (nats)", "policy entropy"),
     ("inject/slots", "groups with a guide in a slot", "guides seated"),
-    ("inject/grad_share", "guide's share of the gradient", "guide's share of the gradient"),
+    ("inject/grad_norm_fraction", "guide's share of the gradient", "guide's share of the gradient"),
 )
 
 

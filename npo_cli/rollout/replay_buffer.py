@@ -109,7 +109,7 @@ def buffer_metrics(buffer: ReplayBuffer) -> Mapping[str, float]:
     """Metrics of the buffer's content."""
     return {
         "experience/prompts": float(len(buffer.successes)),
-        "experience/answers": float(sum(map(len, buffer.successes.values()))),
+        "experience/responses": float(sum(map(len, buffer.successes.values()))),
         "experience/retired": float(len(buffer.retired_epochs)),
     }
 

@@ -39,10 +39,10 @@ def compute_step_metrics(session: Session, batch: StepBatch, update: UpdateRepor
     }
     if any(group.injection_status != "off" for group in batch.mixed):
         metrics |= count_injections(batch.mixed)
-    if update.grad_share is not None:
-        metrics["inject/grad_share"] = update.grad_share
+    if update.grad_norm_fraction is not None:
+        metrics["inject/grad_norm_fraction"] = update.grad_norm_fraction
     if session.recipe.sampling.dynamic:
-        metrics |= {"dynamic/draws": batch.num_gen_batches, "dynamic/kept": len(batch.selected)}
+        metrics |= {"dynamic/batches": batch.num_gen_batches, "dynamic/groups": len(batch.selected)}
     if update.num_skipped:
         metrics["skipped_updates"] = update.num_skipped
     return metrics

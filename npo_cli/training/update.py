@@ -59,7 +59,7 @@ class UpdateReport:
     loss: float
     grad_norm: float
     """Before clipping, mean over updates."""
-    grad_share: float | None
+    grad_norm_fraction: float | None
     """Gradient fraction of rows with off-policy tokens: |g_off| / (|g_off| + |g - g_off|), mean over updates that had
     such rows."""
     stats: LossStats
@@ -148,11 +148,11 @@ class Updater:
             ]
         size = -(-len(samples) // count) if samples else 1
         reports = [self.update(samples[start : start + size], lr=lr) for start in range(0, max(1, len(samples)), size)]
-        shares = [report.grad_share for report in reports if report.grad_share is not None]
+        fractions = [report.grad_norm_fraction for report in reports if report.grad_norm_fraction is not None]
         return UpdateReport(
             loss=sum(report.loss for report in reports) / len(reports),
             grad_norm=sum(report.grad_norm for report in reports) / len(reports),
-            grad_share=sum(shares) / len(shares) if shares else None,
+            grad_norm_fraction=sum(fractions) / len(fractions) if fractions else None,
             stats=sum((report.stats for report in reports[1:]), start=reports[0].stats),
             num_skipped=sum(report.num_skipped for report in reports),
             num_rows=sum(report.num_rows for report in reports),
@@ -176,12 +176,12 @@ class Updater:
         off_policy_loss, off_policy_stats = self.accumulate_gradients(off_policy, divisors)
         off_policy_gradients = self._gradients() if off_policy else None
         on_policy_loss, on_policy_stats = self.accumulate_gradients(on_policy, divisors)
-        grad_share = None if off_policy_gradients is None else self._gradient_share(off_policy_gradients)
+        fraction = None if off_policy_gradients is None else self._gradient_norm_fraction(off_policy_gradients)
         grad_norm = self._apply()
         return UpdateReport(
             loss=off_policy_loss + on_policy_loss,
             grad_norm=grad_norm,
-            grad_share=grad_share,
+            grad_norm_fraction=fraction,
             stats=LossStats(on_policy_tokens=idle) + off_policy_stats + on_policy_stats,
             num_skipped=0 if self._is_acceptable(grad_norm) else 1,
             num_rows=len(useful),
@@ -243,7 +243,7 @@ class Updater:
     def _with_gradient(self) -> list[Tensor]:
         return [parameter for parameter in self.policy.model.parameters() if parameter.grad is not None]
 
-    def _gradient_share(self, off_policy: Sequence[Tensor]) -> float:
+    def _gradient_norm_fraction(self, off_policy: Sequence[Tensor]) -> float:
         """|g_off| / (|g_off| + |g - g_off|), before clipping."""
         rest = [parameter.grad - part for parameter, part in zip(self._with_gradient(), off_policy, strict=True)]
         off_policy_norm, rest_norm = (to_scalar(torch.nn.utils.get_total_norm(parts)) for parts in (off_policy, rest))

@@ -177,7 +177,7 @@ def test_a_luffy_like_training_runs_from_a_file(root, tmp_path):
     reports = resume(root, *LUFFY, at=0, guide="given")
     # 4 prompts a step, each with a slot for the teacher, and its right answer beside three of the policy's
     assert [report.metrics["inject/slots"] for report in reports] == [4.0] * 4
-    assert all(report.metrics["inject/grad_share"] > 0 for report in reports)
+    assert all(report.metrics["inject/grad_norm_fraction"] > 0 for report in reports)
     groups = RolloutLog(open_run(root).rollouts_path("given")).read_step(1)
     assert [group.rollouts[-1].text for group in groups] == [correct_response(group.prompt) for group in groups]
 

@@ -65,7 +65,7 @@ def test_engine_and_trainer_agree_at_every_step(trained):
     trained_rows = [row for row in rows if row["rows_trained"]]
     assert trained_rows
     assert all(row["mismatch/abs_log_w_p99"] < 1e-4 for row in trained_rows)
-    assert all(row["mismatch/clipped_share"] == 0 for row in trained_rows)
+    assert all(row["mismatch/clipped_fraction"] == 0 for row in trained_rows)
 
 
 def test_a_server_trains_the_same_policy_to_rounding(trained, tmp_path):

@@ -85,8 +85,8 @@ def test_mismatch_metrics_count_clipped_tokens_and_kept_sequences(mode, tokens, 
     rows, logps_NT = rows_with(WEIGHTS, mask=MASK)
     found = learned(logps_NT, rows, mode)[2].metrics()
     # 7 tokens of 3 sequences
-    assert found["mismatch/clipped_share"] == tokens / 7
-    assert found["mismatch/kept_share"] == kept / 3
+    assert found["mismatch/clipped_fraction"] == tokens / 7
+    assert found["mismatch/kept_fraction"] == kept / 3
     # w itself is measured, whatever the mode makes of it
     assert found["mismatch/weight_max"] == pytest.approx(6.0)
     assert found["mismatch/weight_mean"] == pytest.approx((0.4 + 1 + 3 + 1.0005 + 0.9996 + 6 + 1.5) / 7)
@@ -176,7 +176,7 @@ def test_mismatch_correction_of_a_matching_engine_is_plain_grpo(kind, mode, seve
     agreement = {"weight_mean": 1, "weight_max": 1, "clipped_share": 0, "ess": 1, "k1": 0, "k3": 0, "chi2": 0}
     assert {name: found[f"mismatch/{name}"] for name in agreement} == agreement
     # the row without tokens is no sequence
-    assert (found["mismatch/abs_log_w_p99"], found["mismatch/kept_share"]) == (0.0, 1.0)
+    assert (found["mismatch/abs_log_w_p99"], found["mismatch/kept_fraction"]) == (0.0, 1.0)
 
 
 def test_mismatch_weight_is_a_constant_factor_on_the_clipped_loss():
@@ -214,8 +214,8 @@ def test_mismatch_does_not_affect_off_policy_rows(mode, ratio):
     own = {"token_tis": math.exp(-1), "sequence_tis": math.exp(-20), "off": 1.0}.get(mode, 0.0)
     assert gradient_NT[0].tolist() == pytest.approx([-own / 40] * 20, rel=1e-9)
     found = stats.metrics()
-    assert found["inject/kept_share"] == 1.0
-    assert found["mismatch/kept_share"] == float(own > 0)
+    assert found["inject/tokens_with_gradient"] == 1.0
+    assert found["mismatch/kept_fraction"] == float(own > 0)
     assert found["mismatch/k1"] == pytest.approx(1.0)
 
 

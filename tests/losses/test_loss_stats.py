@@ -34,7 +34,7 @@ def test_mismatch_ess_with_one_heavy_token():
     assert found["mismatch/ess"] == pytest.approx(4 / 7)
     assert found["mismatch/chi2"] == pytest.approx(6.0)
     # 5 is over the cap of 2
-    assert found["mismatch/clipped_share"] == 0.25
+    assert found["mismatch/clipped_fraction"] == 0.25
 
 
 def test_mismatch_ess_of_symmetric_noise():
@@ -101,7 +101,7 @@ def test_loss_stats_add_up():
     assert total.metrics() == {
         "clip_ratio/low": 0.0,
         "clip_ratio/high": 0.1,
-        "inject/kept_share": 0.0,
+        "inject/tokens_with_gradient": 0.0,
         "inject/ratio_mean": 1.0,
         "inject/ratio_min": 0.2,
         "inject/ratio_max": 2.0,

@@ -81,7 +81,7 @@ def test_off_policy_gradient_weight_by_ratio_setting(mode, ratio, weight):
     rows = make_rows([1.0], mask=[[1]], behavior=behavior, is_off_policy=[1])
     _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, ratio=mode)
     assert gradient_NT.item() == pytest.approx(-weight, abs=1e-6)
-    assert stats.metrics()["inject/kept_share"] == float(weight > 0)
+    assert stats.metrics()["inject/tokens_with_gradient"] == float(weight > 0)
     assert stats.metrics()["inject/ratio_mean"] == pytest.approx(ratio)
 
 
@@ -164,7 +164,7 @@ def test_policy_loss_ignores_padding_and_empty_rows(kind, mode):
     # three rows, of one, no and one token: -(-A / 3) each; under cispo the loss is A * (1 * -1 - 1 * -2) / -3
     assert gradient_NT.tolist() == [pytest.approx([-1 / 3, 0]), [0.0, 0.0], pytest.approx([1 / 3, 0])]
     assert loss == pytest.approx(-1 / 3 if kind == "cispo" else 0.0)
-    assert stats.metrics()["inject/kept_share"] == 1.0
+    assert stats.metrics()["inject/tokens_with_gradient"] == 1.0
 
 
 def test_clip_metrics_of_on_policy_and_off_policy_tokens():
@@ -180,7 +180,7 @@ def test_clip_metrics_of_on_policy_and_off_policy_tokens():
     assert found["clip_ratio/low"] == 1 / 12
     assert found["clip_ratio/high"] == 2 / 12
     # 8 off-policy tokens: 1.5 is cut, and the row with A = 0 has no gradient
-    assert found["inject/kept_share"] == 3 / 8
+    assert found["inject/tokens_with_gradient"] == 3 / 8
     assert found["inject/ratio_mean"] == pytest.approx((0.5 + 1 + 1.1 + 1.5 + 0.5 + 1 + 1.5 + 9) / 8)
     assert (found["inject/ratio_min"], found["inject/ratio_max"]) == pytest.approx((0.5, 9.0))
     assert int((gradient_NT[3:] != 0).sum()) == 3
@@ -204,7 +204,7 @@ def test_off_policy_gradient_fraction_is_that_of_autograd(kind, mode, how):
     _, gradient_NT, stats = loss_and_gradient(logps_NT, rows, kind=kind, ratio=mode, aggregation=how)
     size_NT = gradient_NT.abs()
     expected = size_NT[rows.off_policy_NT].sum() / size_NT.sum()
-    assert stats.metrics()["inject/push_share"] == pytest.approx(expected.item(), rel=1e-5)
+    assert stats.metrics()["inject/gradient_l1_fraction"] == pytest.approx(expected.item(), rel=1e-5)
     if mode != "decoupled" or kind != "gspo":  # one ratio for the sequence spreads the token weights evenly
         assert stats.off_policy_tokens_with_gradient == float((gradient_NT[rows.off_policy_NT] != 0).sum())
 

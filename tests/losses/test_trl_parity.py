@@ -136,7 +136,7 @@ def test_trl_parity_of_loss_gradient_and_metrics(case, old_is_current):
         assert stats.metrics()["clip_ratio/high"] == pytest.approx(metrics["clip_ratio/high_mean"][0])
         assert (stats.clipped_low + stats.clipped_high > 0) is not old_is_current
     if "mismatch" in ours:
-        assert 0 < stats.metrics()["mismatch/clipped_share"] < 1
+        assert 0 < stats.metrics()["mismatch/clipped_fraction"] < 1
     if "kl_coef" in ours:
         assert stats.metrics()["kl"] == pytest.approx(trainer._metrics["train"]["kl"][0])
 

@@ -84,4 +84,4 @@ def test_replay_prompts_are_drawn_without_replacement():
 
 def test_replay_buffer_metrics():
     memory = add_successes(memory_of(a=4, b=4), [outcome("b", 3, "2"), outcome("c", 8)], retire=True)
-    assert buffer_metrics(memory) == {"experience/prompts": 2.0, "experience/answers": 3.0, "experience/retired": 1.0}
+    assert buffer_metrics(memory) == {"experience/prompts": 2.0, "experience/responses": 3.0, "experience/retired": 1.0}

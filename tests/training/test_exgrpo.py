@@ -85,7 +85,7 @@ def test_exgrpo_replayed_prompts_do_not_advance_the_data_order(replaying):
         fresh = sum(group.injection_status != "injected" for group in groups_of(replaying, line["step"]))
         assert line["data_position"] - before == fresh
         before = line["data_position"]
-    assert lines[-1]["experience/answers"] >= lines[-1]["experience/prompts"] > 0
+    assert lines[-1]["experience/responses"] >= lines[-1]["experience/prompts"] > 0
 
 
 @pytest.mark.parametrize("after", [3, 5])

@@ -25,9 +25,9 @@ def test_step_metrics_of_a_step_with_a_guide(scout, tmp_path):
         assert metrics["inject/no_guide"] == mixes.count("no_guide")
         assert metrics["inject/gate_closed"] == mixes.count("gate_closed")
         assert metrics["inject/eligible"] == metrics["inject/slots"] + metrics["inject/no_guide"]
-        assert 0 < metrics["inject/grad_share"] < 1
+        assert 0 < metrics["inject/grad_norm_fraction"] < 1
         # micro's ratio mode `none` clips nothing
-        assert metrics["inject/kept_share"] == 1
+        assert metrics["inject/tokens_with_gradient"] == 1
         assert 0 < metrics["inject/ratio_min"] <= metrics["inject/ratio_mean"] <= metrics["inject/ratio_max"]
 
 

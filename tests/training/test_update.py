@@ -90,7 +90,7 @@ def test_update_gradient_does_not_depend_on_micro_batches(session, rows, loss):
         split, again = learned(override_settings(session, "train", **changes), rows)
         assert distance(split, whole) < 1e-6
         assert again.loss == pytest.approx(report.loss, abs=1e-6)
-        assert again.grad_share == pytest.approx(report.grad_share, abs=1e-5)
+        assert again.grad_norm_fraction == pytest.approx(report.grad_norm_fraction, abs=1e-5)
 
 
 def test_update_skips_rows_without_advantage(session, rows):
@@ -142,12 +142,12 @@ def test_update_twice_per_step_uses_old_logprobs(scout, rows):
     assert report.stats.clipped_low + report.stats.clipped_high > 0
 
 
-def test_update_gradient_share_of_off_policy_rows(session, rows):
+def test_update_grad_norm_fraction_of_off_policy_rows(session, rows):
     _, report = learned(session, rows)
     off_policy, _ = learned(session, [row if row.is_off_policy else replace(row, advantage=0.0) for row in rows])
     own, _ = learned(session, [replace(row, advantage=0.0) if row.is_off_policy else row for row in rows])
-    assert report.grad_share == pytest.approx(norm(off_policy) / (norm(off_policy) + norm(own)), abs=1e-5)
-    assert 0 < report.grad_share < 1
+    assert report.grad_norm_fraction == pytest.approx(norm(off_policy) / (norm(off_policy) + norm(own)), abs=1e-5)
+    assert 0 < report.grad_norm_fraction < 1
 
 
 # Ratio modes, on rows whose guide found its tokens e times less likely than the learner does
@@ -166,18 +166,18 @@ def in_mode(
     session: Session, rows: Sequence[TrainingSample], mode: str
 ) -> tuple[list[Tensor], dict[str, float], float | None]:
     gradient, report = learned(override_settings(session, "guide.inject", ratio=mode), rows)
-    return gradient, report.stats.metrics(), report.grad_share
+    return gradient, report.stats.metrics(), report.grad_norm_fraction
 
 
 def test_importance_ratio_exact_clips_a_distant_guide(session, rows, far):
     near, far_off = (in_mode(session, some, "exact") for some in (rows, far))
-    assert near[1]["inject/kept_share"] > 0.9
+    assert near[1]["inject/tokens_with_gradient"] > 0.9
     # rho = e^(1 - 0.05) = 2.6, above the clip at 1.2 on every token
     assert far_off[1]["inject/ratio_min"] == pytest.approx(2.586, abs=0.01)
-    assert (far_off[1]["inject/kept_share"], far_off[2]) == (0.0, 0.0)
+    assert (far_off[1]["inject/tokens_with_gradient"], far_off[2]) == (0.0, 0.0)
     for mode in ("proximal", "decoupled", "none"):
         _, metrics, share = in_mode(session, far, mode)
-        assert metrics["inject/kept_share"] == 1
+        assert metrics["inject/tokens_with_gradient"] == 1
         assert share > 0
 
 
@@ -257,10 +257,10 @@ def test_mismatch_correction_leaves_a_distant_guide_alone(session, rows, mode, r
     expected = [a + OWN_FACTORS[mode] * b for a, b in zip(guide_part, own_part, strict=True)]
     assert distance(whole, expected) < 1e-6
     metrics = report.stats.metrics()
-    assert metrics["inject/kept_share"] == 1
-    assert metrics["mismatch/kept_share"] == float(mode in ("token_tis", "sequence_tis", "off"))
+    assert metrics["inject/tokens_with_gradient"] == 1
+    assert metrics["mismatch/kept_fraction"] == float(mode in ("token_tis", "sequence_tis", "off"))
     if OWN_FACTORS[mode] == 0.0:
-        assert report.grad_share == pytest.approx(1.0, abs=1e-4)
+        assert report.grad_norm_fraction == pytest.approx(1.0, abs=1e-4)
 
 
 def test_mismatch_of_the_transformers_engine_is_zero(session, rows):
@@ -271,7 +271,7 @@ def test_mismatch_of_the_transformers_engine_is_zero(session, rows):
     metrics = report.stats.metrics()
     assert metrics["mismatch/abs_log_w_p99"] < 1e-5
     assert (metrics["mismatch/weight_max"], metrics["mismatch/ess"]) == pytest.approx((1.0, 1.0), abs=1e-5)
-    assert (metrics["mismatch/clipped_share"], metrics["mismatch/kept_share"]) == (0.0, 1.0)
+    assert (metrics["mismatch/clipped_fraction"], metrics["mismatch/kept_fraction"]) == (0.0, 1.0)
 
 
 def test_mismatch_metrics_cover_trained_rows(session, rows):

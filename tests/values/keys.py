@@ -45,10 +45,10 @@ GUIDED_STEP_KEYS = {
     "guided ratio mean": "inject/ratio_mean",
     "guided ratio min": "inject/ratio_min",
     "guided ratio max": "inject/ratio_max",
-    "guided share unclipped": "inject/kept_share",
-    "guided share pushed": "inject/push_share",
-    "guided share of the gradient": "inject/grad_share",
-    "stored answers": "experience/answers",
+    "guided share unclipped": "inject/tokens_with_gradient",
+    "guided share pushed": "inject/gradient_l1_fraction",
+    "guided share of the gradient": "inject/grad_norm_fraction",
+    "stored answers": "experience/responses",
     "stored prompts": "experience/prompts",
 }
 """Metrics of steps in which a guide or the replay memory took part; left out of the others."""
