@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from npo_cli.training.update_types import TrainingSample
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from npo_cli.config.loading import load_recipe
@@ -31,8 +30,9 @@ from npo_cli.memory.planner import sum_bytes
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 from npo_cli.policy.optimizer import build_optimizer
-from npo_cli.training.update import Updater
+from npo_cli.training.update import TrainingSample, Updater
 from npo_cli.types.memory import Hardware
+from npo_cli.types.rollouts import TokenSpan
 
 PROMPT, RESPONSE, ROWS = 64, 192, 8
 MB = 10**6
@@ -103,7 +103,7 @@ def make_rows() -> list[TrainingSample]:
             tokens=TokenRow(prompt_ids=tuple(row[:PROMPT]), response_ids=tuple(row[PROMPT:])),
             behavior_logps=(-9.0,) * RESPONSE,
             advantage=1.0 if number % 2 else -1.0,
-            is_off_policy=number == ROWS,
+            spans=(TokenSpan(start=0, end=RESPONSE, source="guide" if number == ROWS else "own"),),
         )
         for number, row in enumerate(ids)
     ]

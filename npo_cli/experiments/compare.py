@@ -155,7 +155,7 @@ def summarize_method(
         areas=found,
         entropies=mean_entropies(arm, common.horizon),
         injections_per_step=statistics.fmean(row.get("inject/slots", 0.0) for row in steps) if steps else 0.0,
-        guide_gradient_norm_fraction=statistics.fmean(shares) if shares else None,
+        guide_gradient_share=statistics.fmean(shares) if shares else None,
         mean_costs=mean_costs_at_horizon(arm, common),
         run_tokens=statistics.fmean(
             compute_run_costs(one.run_branch.run, one.run_branch.branch).tokens for one in arm.runs

@@ -64,7 +64,7 @@ def _training_table(arms: Sequence[MethodSummary]) -> Table:
             *(format_number(entropy) for entropy in one.entropies),
             *(
                 format_number(one.injections_per_step, digits=2) if one.injections_per_step else "-",
-                format_number(one.guide_gradient_norm_fraction),
+                format_number(one.guide_gradient_share),
             ),
         )
         for one in arms
@@ -75,7 +75,7 @@ def _training_table(arms: Sequence[MethodSummary]) -> Table:
         "entropy: of training, nats a token.",
         *(
             ("grad share: of the gradient norm, in steps with a guide slot.",)
-            * any(one.guide_gradient_norm_fraction for one in arms)
+            * any(one.guide_gradient_share for one in arms)
         ),
     )
     title = f"What it took to stand at step {arms[0].horizon}"

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import Recipe
+from npo_cli.distributed.partition import partition_by_tokens
+from npo_cli.distributed.process_group import current_group
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss
 from npo_cli.losses.types import Divisors, LossInputs, LossStats
@@ -125,11 +127,7 @@ def build_loss_inputs(samples: Sequence[TrainingSample], *, like: Tensor) -> Los
 
 
 class Updater:
-    """Policy, optimizer and loss.
-
-    Several processes: every rank calls `take_step` with the same samples. Only `accumulate_gradients` differs: a
-    subclass runs a part of the samples per rank (`run_passes`) and returns the sums over all ranks.
-    """
+    """Policy, optimizer and loss. Every rank calls `take_step` with the same samples and gets the same report."""
 
     def __init__(
         self, policy: Policy, optimizer: Optimizer, recipe: Recipe, *, reference: Policy | None = None
@@ -177,7 +175,8 @@ class Updater:
         off_policy_gradients = self._gradients() if off_policy else None
         on_policy_loss, on_policy_stats = self.accumulate_gradients(on_policy, divisors)
         fraction = None if off_policy_gradients is None else self._gradient_norm_fraction(off_policy_gradients)
-        grad_norm = self._apply()
+        with current_group().phase("update"):
+            grad_norm = self._apply()
         return UpdateReport(
             loss=off_policy_loss + on_policy_loss,
             grad_norm=grad_norm,
@@ -188,15 +187,27 @@ class Updater:
         )
 
     def accumulate_gradients(self, samples: Sequence[TrainingSample], divisors: Divisors) -> tuple[float, LossStats]:
-        """Forward and backward over the samples; the sum of their losses, and what was measured."""
-        return self.run_passes(samples, divisors)
+        """Forward and backward over the samples, a part per rank; loss and statistics are sums over all ranks."""
+        group = current_group()
+        sizes = [sample.tokens.num_tokens for sample in samples]
+        parts = [[samples[index] for index in part] for part in partition_by_tokens(sizes, group.world_size)]
+        with group.phase("update"):
+            sums = self.run_passes(
+                parts[group.rank],
+                divisors,
+                num_passes=max(len(self.split_passes(part)) for part in parts),
+                # FSDP2 takes the mean over ranks, and the divisors are those of the whole update already.
+                gradient_scale=group.world_size,
+            )
+            every = group.gather(sums, phase="update")
+        return sum(loss for loss, _ in every), sum((stats for _, stats in every), start=LossStats())
 
     def split_passes(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Indices of the samples of each forward and backward pass, within train.micro_batch_tokens."""
         return micro_batches([sample.tokens for sample in samples], max_tokens=self.recipe.train.micro_batch_tokens)
 
     def run_passes(
-        self, samples: Sequence[TrainingSample], divisors: Divisors, *, num_passes: int = 0, gradient_scale: float = 1.0
+        self, samples: Sequence[TrainingSample], divisors: Divisors, *, num_passes: int, gradient_scale: float
     ) -> tuple[float, LossStats]:
         """Forward and backward, pass by pass; gradients, times `gradient_scale`, add up in the parameters.
 
@@ -214,7 +225,7 @@ class Updater:
                 ref_logps_NT=self._reference_logps(rows),
                 entropies_NT=scores.entropies_NT,
             )
-            (loss if gradient_scale == 1.0 else loss * gradient_scale).backward()
+            (loss if gradient_scale == 1 else loss * gradient_scale).backward()
             total, stats = total + loss.item(), stats + measured
         for _ in range(num_passes - len(passes)):
             self._run_empty_pass()

@@ -78,7 +78,7 @@ class MethodSummary:
     """Mean training entropy (nats a token) in each quarter of the horizon."""
     injections_per_step: float
     """Guide slots injected a step, mean over all steps up to the horizon."""
-    guide_gradient_norm_fraction: float | None
+    guide_gradient_share: float | None
     """Share of the gradient norm that came from injected slots, mean over the steps that had one."""
     mean_costs: Mapping[str, float]
     """Mean cost by each axis of standing at the horizon."""

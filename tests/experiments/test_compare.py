@@ -58,7 +58,7 @@ def accuracies(root: Path, branch: str) -> dict[int, float]:
 
 def test_each_seed_is_read_along_its_line_with_the_costs_of_the_ledger(seeds):
     found = compared(*both(seeds))
-    points = [one for one in found[SeedPoint] if (one.arm, one.seed) == ("npo", 1)]
+    points = [one for one in found[SeedPoint] if (one.method, one.seed) == ("npo", 1)]
     # the fork stands twice: as it was, and with the scout's two steps and the guide's answers paid
     assert [(one.step, one.updates) for one in points] == [(0, 0), (1, 1), (2, 2), (2, 4), (3, 5), (4, 6)]
     end = cost_at(open_run(seeds / "s1"), "near", 4)
@@ -70,21 +70,23 @@ def test_each_seed_is_read_along_its_line_with_the_costs_of_the_ledger(seeds):
 def test_final_accuracy_and_areas_are_those_of_the_evaluations(seeds):
     npo = compared(*both(seeds))[MethodSummary][1]
     curves = [accuracies(seeds / name, "near") for name in ("s0", "s1")]
-    assert npo.final.value == pytest.approx(statistics.fmean(curve[step] for curve in curves for step in (2, 3, 4)))
+    assert npo.final_accuracy.value == pytest.approx(
+        statistics.fmean(curve[step] for curve in curves for step in (2, 3, 4))
+    )
     # evenly spaced steps 0 to 4: the ends count half
     areas = [(curve[0] / 2 + curve[1] + curve[2] + curve[3] + curve[4] / 2) / 4 for curve in curves]
     assert npo.areas["step"].value == pytest.approx(statistics.fmean(areas))
     # no older copy was asked, so forward passes are tokens
     assert set(npo.areas) == set(AXES) - {"forwards"}
-    assert (npo.seeds, npo.num_prompts, npo.over, npo.horizon) == ((0, 1), 8, "seeds and prompts", 4)
+    assert (npo.seeds, npo.num_prompts, npo.resampling_unit, npo.horizon) == ((0, 1), 8, "seeds and prompts", 4)
 
 
 def test_areas_by_tokens_stop_where_the_first_arm_ends(seeds):
     found = compared(*both(seeds))
-    ends = [max(one.tokens for one in found[SeedPoint] if (one.arm, one.seed) == ("grpo", seed)) for seed in (0, 1)]
+    ends = [max(one.tokens for one in found[SeedPoint] if (one.method, one.seed) == ("grpo", seed)) for seed in (0, 1)]
     areas = []
     for seed in (0, 1):
-        points = [one for one in found[SeedPoint] if (one.arm, one.seed) == ("npo", seed)]
+        points = [one for one in found[SeedPoint] if (one.method, one.seed) == ("npo", seed)]
         grid = np.linspace(0, min(ends), 20001)
         areas.append(np.interp(grid, [one.tokens for one in points], [one.accuracy for one in points]).mean())
     assert found[MethodSummary][1].areas["tokens"].value == pytest.approx(statistics.fmean(areas), abs=1e-4)
@@ -96,7 +98,7 @@ def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
     # steps 1 and 2 had no guide
     slots = [row["inject/slots"] for run in runs for row in read_metrics(run, "near")]
     assert npo.injections_per_step == pytest.approx(sum(slots) / 8)
-    assert (grpo.injections_per_step, grpo.grad_norm_fraction) == (0.0, None)
+    assert (grpo.injections_per_step, grpo.guide_gradient_share) == (0.0, None)
     own = [row["entropy"] for run in runs for row in read_metrics(run, "near") if row["step"] == 3]
     assert npo.entropies[2] == pytest.approx(statistics.fmean(own))
     assert npo.entropies[:2] == grpo.entropies[:2]
@@ -105,14 +107,14 @@ def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
 def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(seeds):
     grpo, npo = compared(*both(seeds))[MethodSummary]
     assert (grpo.changed_settings, grpo.mismatched_settings) == ((), ())
-    assert (npo.changed_settings, npo.mismatched_settings) == (("guided by nobody -> 4 at 2",), ())
+    assert (npo.changed_settings, npo.mismatched_settings) == (("guides by nobody -> 4 at 2",), ())
 
 
 def test_settings_without_effect_are_no_difference(seeds, tmp_path):
     root = tmp_path / "tuned"
     train(root, *SETTINGS, "autonpo.trigger.patience=9", "guide.inject.max_accuracy=0.25", "train.save_every=1")
     found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
-    assert [one.changed_settings for one in found[MethodSummary]] == [(), (), ("guided by nobody -> 4 at 2",)]
+    assert [one.changed_settings for one in found[MethodSummary]] == [(), (), ("guides by nobody -> 4 at 2",)]
     assert said(found) == []
 
 
@@ -122,23 +124,23 @@ def test_differences_are_paired_by_seed_and_prompt(seeds):
         [statistics.fmean(accuracies(seeds / name, branch)[step] for step in (2, 3, 4)) for name in ("s0", "s1")]
         for branch in ("near", "main")
     ]
-    assert (found.arm, found.baseline, found.num_pairs, found.num_prompts) == ("npo", "grpo", 2, 8)
-    assert found.final.value == pytest.approx(statistics.fmean(finals[0]) - statistics.fmean(finals[1]))
+    assert (found.method, found.baseline, found.num_pairs, found.num_prompts) == ("npo", "grpo", 2, 8)
+    assert found.final_accuracy.value == pytest.approx(statistics.fmean(finals[0]) - statistics.fmean(finals[1]))
     assert found.num_not_lower == sum(mine >= theirs for mine, theirs in zip(*finals, strict=True))
 
 
 def test_an_arm_against_itself_differs_by_nothing(seeds):
     found = compared(f"a={seeds}/s0:main", f"b={seeds}/s0:main", thresholds=(0.01,))
     (apart,) = found[MethodDifference]
-    assert (apart.final.value, {one.value for one in apart.areas.values()}) == (0.0, {0.0})
-    assert apart.over == "prompts"
+    assert (apart.final_accuracy.value, {one.value for one in apart.areas.values()}) == (0.0, {0.0})
+    assert apart.resampling_unit == "prompts"
 
 
 def test_arms_of_one_other_seed_each_are_not_paired_and_claim_no_seeds(seeds):
     (apart,) = compared(f"a={seeds}/s0:main", f"b={seeds}/s1:main")[MethodDifference]
-    assert (apart.num_pairs, apart.num_prompts, apart.over, apart.num_not_lower) == (0, None, "prompts", 0)
+    assert (apart.num_pairs, apart.num_prompts, apart.resampling_unit, apart.num_not_lower) == (0, None, "prompts", 0)
     finals = [statistics.fmean(accuracies(seeds / name, "main")[step] for step in (2, 3, 4)) for name in ("s1", "s0")]
-    assert apart.final.value == pytest.approx(finals[0] - finals[1])
+    assert apart.final_accuracy.value == pytest.approx(finals[0] - finals[1])
 
 
 def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
@@ -147,17 +149,17 @@ def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
     assert (grpo.num_reached, grpo.num_runs, grpo.is_censored) == (0, 2, True)
     # everything spent by the end: 4 updates, and 4 + 2 with the scout's two steps twice
     assert (grpo.costs["updates"], npo.costs["updates"]) == (4, 6)
-    assert (npo.horizons["updates"], npo.restricted["updates"]) == (4, 4)
+    assert (npo.horizons["updates"], npo.restricted_means["updates"]) == (4, 4)
     (ratio,) = found[SpeedUp]
-    assert (ratio.arrived, ratio.restricted) == ({}, {})
+    assert (ratio.ratio_if_reached, ratio.restricted_mean_ratio) == ({}, {})
 
 
 def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seeds(seeds):
     found = compared(str(seeds / "s0"), str(seeds / "s1"))
-    assert [(one.arm, one.seeds) for one in found[MethodSummary]] == [("micro:main", (0, 1)), ("micro:near", (0, 1))]
+    assert [(one.method, one.seeds) for one in found[MethodSummary]] == [("micro:main", (0, 1)), ("micro:near", (0, 1))]
     named = compared(f"x={seeds}/s0", f"x={seeds}/s1", f"y={seeds}/s0:main", baseline="y")
     # a named arm takes the newest branch
-    assert [(one.arm, one.runs) for one in named[MethodSummary]] == [
+    assert [(one.method, one.runs) for one in named[MethodSummary]] == [
         ("y", (f"{seeds}/s0:main",)),
         ("x", (f"{seeds}/s0:near", f"{seeds}/s1:near")),
     ]
@@ -169,12 +171,12 @@ def test_the_folder_of_a_bench_stands_for_all_its_runs_also_after_a_move(seeds, 
     save_bench_index(home, [(arm, home / run) for arm, run in (("npo", "s0"), ("npo", "s1"), ("again", "s1"))])
     moved = home.rename(tmp_path / "b")
     found, plain = compared(str(moved), *both(seeds)[:2], baseline="grpo"), compared(*both(seeds))
-    assert [(one.arm, one.seeds) for one in found[MethodSummary]] == [
+    assert [(one.method, one.seeds) for one in found[MethodSummary]] == [
         ("grpo", (0, 1)),
         ("npo", (0, 1)),
         ("again", (1,)),
     ]
-    read, meant = ([one for one in some[SeedPoint] if one.arm == "npo"] for some in (found, plain))
+    read, meant = ([one for one in some[SeedPoint] if one.method == "npo"] for some in (found, plain))
     assert [(one.seed, one.branch, one.step, one.tokens, one.accuracy) for one in read] == [
         (one.seed, one.branch, one.step, one.tokens, one.accuracy) for one in meant
     ]
@@ -226,7 +228,7 @@ def test_without_outcomes_seeds_alone_are_drawn_and_it_is_said(seeds, tmp_path):
     old = [copy_run(seeds / f"s{seed}", tmp_path / f"old{seed}") for seed in (0, 1)]
     (old[0] / "prompt_results.jsonl").unlink()
     found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
-    assert {one.over for one in found[MethodSummary]} == {"seeds"}
+    assert {one.resampling_unit for one in found[MethodSummary]} == {"seeds"}
     assert found[MethodDifference][0].num_prompts is None
     assert said(found)[0].startswith("a: evaluations of 1 of 2 seeds kept no outcomes prompt by prompt; npo eval")
 
@@ -266,6 +268,6 @@ def test_forward_passes_are_an_axis_where_an_older_copy_was_asked(tmp_path):
     ):
         train(tmp_path / name, "train.num_steps=4", "eval.every=2", *more)
     plain, pushed = compared(f"plain={tmp_path / 'plain'}", f"pushed={tmp_path / 'pushed'}")[MethodSummary]
-    assert plain.spent["forwards"] == plain.spent["tokens"]
-    assert pushed.spent["forwards"] > pushed.spent["tokens"]
+    assert plain.mean_costs["forwards"] == plain.mean_costs["tokens"]
+    assert pushed.mean_costs["forwards"] > pushed.mean_costs["tokens"]
     assert "forwards" in plain.areas

@@ -17,7 +17,7 @@ GRPO = MethodSummary(
     areas={"step": Estimate(value=0.25, low=0.125, high=0.5, num_used=2, num_total=2)},
     entropies=(0.5, 0.25, 0.125, None),
     injections_per_step=0.0,
-    guide_gradient_norm_fraction=None,
+    guide_gradient_share=None,
     mean_costs={"step": 40, "updates": 40, "tokens": 74602.5},
     run_tokens=99999.0,
     changed_settings=(),
@@ -30,7 +30,7 @@ ONE = replace(
     resampling_unit="nothing",
     final_accuracy=Estimate(value=0.75),
     injections_per_step=1.5,
-    guide_gradient_norm_fraction=0.2,
+    guide_gradient_share=0.2,
     changed_settings=("train.lr 1 -> 2",),
     mismatched_settings=("task.kind any -> mix3",),
 )
