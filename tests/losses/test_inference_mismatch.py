@@ -173,7 +173,7 @@ def test_mismatch_correction_of_a_matching_engine_is_plain_grpo(kind, mode, seve
     assert loss.equal(plain_loss)
     assert gradient_NT.equal(plain_gradient_NT)
     found = stats.metrics()
-    agreement = {"weight_mean": 1, "weight_max": 1, "clipped_share": 0, "ess": 1, "k1": 0, "k3": 0, "chi2": 0}
+    agreement = {"weight_mean": 1, "weight_max": 1, "clipped_fraction": 0, "ess": 1, "k1": 0, "k3": 0, "chi2": 0}
     assert {name: found[f"mismatch/{name}"] for name in agreement} == agreement
     # the row without tokens is no sequence
     assert (found["mismatch/abs_log_w_p99"], found["mismatch/kept_fraction"]) == (0.0, 1.0)
