@@ -179,11 +179,17 @@ def kl_to_reference(tokens: TokenColumns) -> Tensor:
     return k3(log_ratio(tokens.ref_logps_NT, tokens.logps_NT))
 
 
+def entropy(tokens: TokenColumns) -> Tensor:
+    """Entropy of the policy's distribution in nats."""
+    assert tokens.entropies_NT is not None
+    return tokens.entropies_NT
+
+
 LOSS_TERMS: dict[str, LossTerm] = {
     "kl": LossTerm(coefficient=lambda settings: settings.kl_coef, per_token=kl_to_reference, requires="ref_logps_NT"),
     "entropy": LossTerm(
         coefficient=lambda settings: -settings.entropy_coef,
-        per_token=lambda tokens: tokens.entropies_NT,
+        per_token=entropy,
         requires="entropies_NT",
     ),
 }
