@@ -1,6 +1,6 @@
-"""`npo doctor`: what this machine can run. It looks, changes nothing and needs no network.
+"""The checks of `npo doctor`: they change nothing and need no network.
 
-Which versions are right is read from the package's own requirements, so it is said in one place.
+Supported versions are read from the package's own requirements.
 """
 
 import importlib.metadata
@@ -24,24 +24,24 @@ from npo_cli.types.views import DoctorCheck
 NEEDED_MEMORY = 1_000_000_000
 NEEDED_DISK = 1_000_000_000
 DEVELOPER_EXTRAS = {"test", "dev"}
-"""Extras of people who change npo."""
+"""Extras for developing npo."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackageRequirements:
-    """What the package asks for."""
+    """Requirements of the package."""
 
     python: str
     requirements: tuple[Requirement, ...]
-    """Those of an extra carry a marker that names it."""
+    """Requirements of an extra have a marker with its name."""
 
 
 def run_checks() -> list[DoctorCheck]:
-    """Every check, the needed parts first."""
-    wanted = read_requirements()
+    """Every check, required ones first."""
+    package = read_requirements()
     return [
-        python_check(wanted.python),
-        *(package_check(requirement) for requirement in wanted.requirements if _extra(requirement) is None),
+        python_check(package.python),
+        *(package_check(requirement) for requirement in package.requirements if _extra(requirement) is None),
         *torch_checks(),
         process_check(),
         memory_check(),
@@ -50,16 +50,16 @@ def run_checks() -> list[DoctorCheck]:
         DoctorCheck(name="recipes", is_ok=bool(list_recipe_names()), detail=", ".join(list_recipe_names()), hint=""),
         *(
             package_check(requirement)
-            for requirement in wanted.requirements
+            for requirement in package.requirements
             if _extra(requirement) not in {None, *DEVELOPER_EXTRAS, *VLLM_PACKAGES}
         ),
-        *engine_checks(wanted),
+        *engine_checks(package),
     ]
 
 
-def engine_checks(wanted: PackageRequirements) -> list[DoctorCheck]:
-    """Which engine.kind works here; that vLLM is not there is no fault."""
-    ranges = {each.name: each.specifier for each in wanted.requirements if each.name in VLLM_PACKAGES}
+def engine_checks(package: PackageRequirements) -> list[DoctorCheck]:
+    """Which engine.kind is available."""
+    ranges = {each.name: each.specifier for each in package.requirements if each.name in VLLM_PACKAGES}
     return [
         DoctorCheck(
             name=f"engine {each.kind}", is_ok=each.is_available, detail=each.detail, hint=each.hint, is_required=False
@@ -69,7 +69,7 @@ def engine_checks(wanted: PackageRequirements) -> list[DoctorCheck]:
 
 
 def read_requirements() -> PackageRequirements:
-    """From the metadata of the installed package, in a source checkout from pyproject.toml."""
+    """Requirements from the metadata of the installed package; in a source checkout from pyproject.toml."""
     pyproject = Path(__file__).parents[2] / "pyproject.toml"
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
@@ -87,45 +87,45 @@ def read_requirements() -> PackageRequirements:
 
 
 def _extra(requirement: Requirement) -> str | None:
-    """The extra that a requirement belongs to; None for a core one."""
+    """The extra that a requirement belongs to; None for a core requirement."""
     text = str(requirement.marker or "")
     return text.rpartition("extra == ")[2].strip("\"' ") if "extra == " in text else None
 
 
-def python_check(wanted: str) -> DoctorCheck:
-    """The interpreter against the supported range."""
+def python_check(supported: str) -> DoctorCheck:
+    """Compare the interpreter with the supported range."""
     found = platform.python_version()
     return _version_check(
-        "python", found=found, requirement=Requirement(f"python{wanted}"), hint="use a Python in that range"
+        "python", found=found, requirement=Requirement(f"python{supported}"), hint="use a Python version in that range"
     )
 
 
 def package_check(requirement: Requirement) -> DoctorCheck:
-    """An installed package against its range; an absent extra is no fault."""
+    """Compare an installed package with its range; extras are optional."""
     extra = _extra(requirement)
-    bare = f"{requirement.name}{requirement.specifier}"
+    range_ = f"{requirement.name}{requirement.specifier}"
     try:
         found = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         detail = "not installed" if extra is None else f"not installed (extra {extra})"
         return DoctorCheck(
-            name=requirement.name, is_ok=False, detail=detail, hint=f"pip install '{bare}'", is_required=extra is None
+            name=requirement.name, is_ok=False, detail=detail, hint=f"pip install '{range_}'", is_required=extra is None
         )
-    return _version_check(requirement.name, found=found, requirement=requirement, hint=f"pip install '{bare}'")
+    return _version_check(requirement.name, found=found, requirement=requirement, hint=f"pip install '{range_}'")
 
 
 def _version_check(name: str, *, found: str, requirement: Requirement, hint: str) -> DoctorCheck:
     if requirement.specifier.contains(found, prereleases=True):
         return DoctorCheck(name=name, is_ok=True, detail=found)
-    return DoctorCheck(name=name, is_ok=False, detail=f"{found}, but {requirement.specifier} is wanted", hint=hint)
+    return DoctorCheck(name=name, is_ok=False, detail=f"{found}, but {requirement.specifier} is required", hint=hint)
 
 
 def torch_checks() -> Iterator[DoctorCheck]:
-    """Whether torch and transformers import (a mismatched torchvision breaks them), threads, and the GPUs."""
+    """Whether torch and transformers import (a mismatched torchvision breaks them), threads, and GPUs."""
     try:
         import torch
         from transformers import AutoModelForCausalLM  # noqa: F401 - its import is the check
-    except Exception as error:  # any failure inside a foreign import is the finding
+    except Exception as error:  # any failure of these imports is what is checked
         hint = "pip uninstall torchvision torchaudio torchcodec   # builds that do not match torch break the import"
         yield DoctorCheck(name="import", is_ok=False, detail=f"{type(error).__name__}: {error}", hint=hint)
         return
@@ -135,51 +135,51 @@ def torch_checks() -> Iterator[DoctorCheck]:
     )
     if not torch.cuda.is_available():
         yield DoctorCheck(
-            name="gpu", is_ok=False, is_required=False, detail="none that torch can use: training runs on the CPU"
+            name="gpu", is_ok=False, is_required=False, detail="none available to torch: training runs on the CPU"
         )
         return
-    for place in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(place)
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
         yield DoctorCheck(
-            name=f"gpu {place}", is_ok=True, is_required=False, detail=f"{card.name}, {format_bytes(card.total_memory)}"
+            name=f"gpu {index}", is_ok=True, is_required=False, detail=f"{card.name}, {format_bytes(card.total_memory)}"
         )
 
 
 def process_check() -> DoctorCheck:
-    """How many processes a launcher started; that there is one only is no fault."""
-    place = read_launch_info()
+    """Number of processes that a launcher started."""
+    launch = read_launch_info()
     started = (
         "1 (torchrun starts several)"
-        if place is None
-        else f"{place.world_size}, {place.local_world_size} on this machine"
+        if launch is None
+        else f"{launch.world_size}, {launch.local_world_size} on this machine"
     )
     return DoctorCheck(name="processes", is_ok=True, is_required=False, detail=started)
 
 
 def memory_check() -> DoctorCheck:
-    """Memory this process may use: the machine's, or the container's where that is less."""
+    """Memory available to this process: of the machine, or of the container if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     usable = total if text == "max" else min(total, int(text))
-    hint = "" if usable >= NEEDED_MEMORY else f"the embedded task needs about {format_bytes(NEEDED_MEMORY)}"
+    hint = "" if usable >= NEEDED_MEMORY else f"the micro task needs about {format_bytes(NEEDED_MEMORY)}"
     return DoctorCheck(name="memory", is_ok=not hint, detail=format_bytes(usable), hint=hint)
 
 
 def disk_check(folder: Path) -> DoctorCheck:
-    """Free space where a run would be written."""
+    """Free space in the current folder."""
     free = shutil.disk_usage(folder).free
-    hint = "" if free >= NEEDED_DISK else "free some space, or put runs on another disk"
+    hint = "" if free >= NEEDED_DISK else "free some space, or create runs on another disk"
     return DoctorCheck(name="disk", is_ok=not hint, detail=f"{format_bytes(free)} free here", hint=hint)
 
 
 def base_check() -> DoctorCheck:
-    """The model that ships inside the package."""
+    """The model that is part of the package."""
     folder = Path(__file__).parents[1] / "assets" / "micro-base"
     missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
     if missing:
         return DoctorCheck(
-            name="micro-base", is_ok=False, detail=f"lacks {', '.join(missing)}", hint="reinstall the package"
+            name="micro-base", is_ok=False, detail=f"missing: {', '.join(missing)}", hint="reinstall the package"
         )
     return DoctorCheck(
         name="micro-base", is_ok=True, detail=format_bytes((folder / "model.safetensors").stat().st_size)

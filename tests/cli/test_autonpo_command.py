@@ -21,24 +21,24 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_explain_prints_moves_and_reasons_and_talks_on_the_other_stream(folder):
+def test_autonpo_explain_prints_transitions_and_reasons_on_stdout(folder):
     write_metrics_file(folder, constant_reward_rows(40))
-    said = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1")
-    assert said.code == 0
-    moves = [line.split()[:2] for line in said.out.split("Steps without a trigger")[0].splitlines()[2:-2]]
+    result = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1")
+    assert result.code == 0
+    moves = [line.split()[:2] for line in result.out.split("Steps without a trigger")[0].splitlines()[2:-2]]
     assert moves == [
         *(["0", "started"], ["11", "armed"], ["13", "warning"], ["13", "trigger"], ["13", "accepted"]),
         *(["13", "guided"], ["13", "rolled_back"], ["13", "replayed"], ["18", "armed"], ["20", "warning"]),
         ["20", "capped"],
     ]
-    reasons = [line.split() for line in said.out.split("Steps without a trigger")[1].splitlines()[2:6]]
+    reasons = [line.split() for line in result.out.split("Steps without a trigger")[1].splitlines()[2:6]]
     assert [(words[0], words[1]) for words in reasons] == [
         ("capped", "21"),
         ("warming_up", "10"),
         ("streak", "4"),
         ("resting", "4"),
     ]
-    assert said.err == (
+    assert result.err == (
         "read as step: step, reward: reward, entropy: entropy\n"
         "every record counts as a checkpoint; train.save_every=N says otherwise\n"
         "the picture is in metrics.jsonl.autonpo.png\n"
@@ -47,10 +47,10 @@ def test_explain_prints_moves_and_reasons_and_talks_on_the_other_stream(folder):
     )
 
 
-def test_json_is_one_object_a_move_with_step_event_and_phase_and_no_picture(folder):
+def test_autonpo_explain_json_has_one_object_per_transition(folder):
     write_metrics_file(folder, constant_reward_rows(40))
-    said = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1", "--json")
-    lines = [json.loads(line) for line in said.out.splitlines()]
+    result = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1", "--json")
+    lines = [json.loads(line) for line in result.out.splitlines()]
     assert [(line["step"], line["event"], line["phase_before"], line["phase"]) for line in lines[:5]] == [
         (0, "started", "TRAIN", "TRAIN"),
         (11, "armed", "TRAIN", "TRAIN"),
@@ -66,27 +66,27 @@ def test_json_is_one_object_a_move_with_step_event_and_phase_and_no_picture(fold
     assert sorted(os.listdir(folder)) == ["here.svg", "metrics.jsonl"]
 
 
-def test_columns_and_settings_are_taken_from_the_command_line(folder):
+def test_autonpo_explain_takes_columns_and_settings(folder):
     write_metrics_file(
         folder, [{"i": row["step"], "acc": row["reward"], "H": row["entropy"]} for row in constant_reward_rows(40)]
     )
     named = ("--step", "i", "--reward", "acc", "--entropy", "H")
-    said = npo(
+    result = npo(
         "autonpo", "metrics.jsonl", "--explain", *named, *SENSITIVE_TRIGGER, "autonpo.trigger.patience=1", "--json"
     )
-    triggers = [json.loads(line)["step"] for line in said.out.splitlines() if json.loads(line)["event"] == "trigger"]
+    triggers = [json.loads(line)["step"] for line in result.out.splitlines() if json.loads(line)["event"] == "trigger"]
     assert triggers == [11, 16]
 
 
-def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
+def test_autonpo_explains_and_shows_a_run(folder):
     run = make_run(folder, constant_reward_rows(40))
     assert "W 20, patience 5, c_r 1" in npo("autonpo", "run", "--explain").out
     assert (run.root / "autonpo.png").exists()
     state = AutoNPOState(branch="main", step=5)
     append_transitions(run, [Transition(step=5, event="armed", phase_before="TRAIN", state=state)])
-    said = npo("autonpo", "run")
-    assert said.code == 0
-    assert said.out.startswith(
+    result = npo("autonpo", "run")
+    assert result.code == 0
+    assert result.out.startswith(
         "What AutoNPO did\nstep  event  branch  based on\n   5  armed  main    the warm-up is over\n\nAccount\n"
     )
     move, cost = (json.loads(line) for line in npo("autonpo", "run", "--json").out.splitlines())
@@ -134,19 +134,19 @@ def test_a_run_is_explained_with_its_own_recipe_and_told_what_it_did(folder):
         (["plain", "--explain"], "plain is not a run directory: it has no npo_run.json", "name a run directory"),
     ],
 )
-def test_what_cannot_be_told_is_refused_in_two_lines_and_nothing_is_written(folder, args, message, hint):
+def test_autonpo_refuses_bad_input(folder, args, message, hint):
     make_run(folder, constant_reward_rows(40))
     write_metrics_file(folder, constant_reward_rows(3), "m.jsonl")
     (folder / "bin").write_bytes(b"\xff\xfe")
     (folder / "empty").write_text("")
     (folder / "plain").mkdir()
     (folder / "run" / "m.svg").mkdir()
-    said = assert_refused("autonpo", *args, beside=folder)
-    assert said.message.startswith(message)
-    assert hint in said.hint
+    result = assert_refused("autonpo", *args, beside=folder)
+    assert result.message.startswith(message)
+    assert hint in result.hint
 
 
-def test_neither_a_slip_nor_json_costs_a_heavy_import(folder):
+def test_autonpo_imports_nothing_heavy_for_errors_and_json(folder):
     write_metrics_file(folder, constant_reward_rows(40))
     code = (
         "import atexit, sys\n"

@@ -22,8 +22,8 @@ def training(folder: Path, *overrides: str, lines: Sequence[str] | None = None, 
     if lines is not None:
         (folder / "d.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
     task = ("task.source=file", "task.path=d.jsonl", "task.verifier=last_number")
-    said = assert_refused("train", "micro", "new", *SMALL, *task, *overrides, beside=folder, code=code)
-    return f"{said.message} | {said.hint}".replace(f"{folder}/", "")
+    result = assert_refused("train", "micro", "new", *SMALL, *task, *overrides, beside=folder, code=code)
+    return f"{result.message} | {result.hint}".replace(f"{folder}/", "")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def training(folder: Path, *overrides: str, lines: Sequence[str] | None = None, 
         ("torn.parquet", "torn.parquet is not a readable parquet file"),
     ],
 )
-def test_a_file_that_is_no_data_set_is_named(folder, name, words):
+def test_dataset_file_that_cannot_be_read_is_refused(folder, name, words):
     (folder / "folder.jsonl").mkdir()
     for there, text in (("empty.jsonl", ""), ("blank.jsonl", "\n \n"), ("table.csv", "a,b"), ("torn.parquet", "PAR1x")):
         (folder / there).write_text(text)
@@ -62,53 +62,53 @@ def test_a_file_that_is_no_data_set_is_named(folder, name, words):
         ('{"prompt": "1", "answer": "1", "image": "x.png"}', "d.jsonl line 6 has images"),
     ],
 )  # fmt: skip
-def test_a_row_that_cannot_be_used_is_told_with_its_line(folder, line, words):
+def test_dataset_row_error_names_the_line(folder, line, words):
     assert words in training(folder, "task.max_prompt_tokens=30", lines=[*GOOD[:5], line, *GOOD[5:]])
 
 
-def test_a_column_that_no_row_has_is_answered_with_those_there_are(folder):
+def test_dataset_missing_column_error_lists_the_columns(folder):
     words = training(folder, "task.answer_column=solution", lines=GOOD)
     assert words.startswith("d.jsonl line 1 has no column 'solution' (task.answer_column) | ")
     assert words.endswith("set task.answer_column to one of: prompt, answer")
 
 
-def test_two_rows_with_one_id_are_both_named(folder):
+def test_dataset_duplicate_id_error_names_both_rows(folder):
     lines = [json.dumps({"prompt": f"{n}+1=", "answer": "1", "name": f"p{n % 20}"}) for n in range(30)]
     words = training(folder, "task.id_column=name", lines=lines)
     assert "d.jsonl line 26 has the prompt id 'p5' of d.jsonl line 6" in words
 
 
-def test_too_few_rows_are_counted(folder):
+def test_dataset_with_too_few_rows_is_refused(folder):
     assert "d.jsonl has 3 rows, too few to hold out 4" in training(folder, lines=GOOD[:3])
     assert "the task has 2 training prompts, but train.prompts_per_step is 4" in training(folder, lines=GOOD[:6])
 
 
-def test_a_heldout_row_that_is_trained_on_is_refused(folder):
+def test_dataset_heldout_prompt_in_training_set_is_refused(folder):
     words = training(folder, "task.heldout_path=d.jsonl", lines=GOOD)
     assert "d.jsonl line 1 (held out) is the same prompt as" in words
 
 
-def test_a_prompt_that_leaves_the_model_no_room_to_answer_is_refused(folder):
+def test_dataset_prompt_too_long_for_the_model_is_refused(folder):
     # micro-base was made for 64 tokens: 4 of the prompt and 61 of the answer are one too many
     words = training(folder, "sampling.max_new_tokens=61", lines=[*GOOD[:9], GOOD[10], *GOOD[11:]])
     assert "and its answer may have 65 tokens; micro-base was made for 64 | lower sampling.max_new_tokens" in words
 
 
-def test_chat_prompts_need_a_template(folder):
+def test_dataset_chat_prompts_need_a_template(folder):
     turns = [json.dumps({"prompt": [{"role": "user", "content": f"{n}+1="}], "answer": "1"}) for n in range(30)]
     assert "micro-base: the tokenizer has no chat template, and prompts are chat messages" in training(
         folder, lines=turns
     )
 
 
-def test_a_data_set_that_reasoning_gym_lacks_is_answered_with_the_nearest(folder):
+def test_unknown_reasoning_gym_dataset_is_answered_with_the_nearest(folder):
     source = ("task.source=reasoning_gym", "task.datasets=[{name: chain_summ}]", "task.verifier=auto")
     assert training(folder, *source) == (
         "task.datasets names 'chain_summ', which reasoning-gym does not have | did you mean chain_sum?"
     )
 
 
-def test_a_run_goes_on_from_any_folder(folder, monkeypatch):
+def test_resume_works_from_another_folder(folder, monkeypatch):
     (folder / "d.jsonl").write_text("\n".join(GOOD))
     (folder / "v.py").write_text("def check(prompt, response, answer):\n    return answer in response\n")
     task = ("task.source=file", "task.path=d.jsonl", "task.verifier=v.py:check")
@@ -130,7 +130,7 @@ def hangs(prompt, response, answer):
     time.sleep(60)
 
 def prints(prompt, response, answer):
-    print("said by the verifier")
+    print("result by the verifier")
     return True
 
 def nothing(prompt, response, answer):
@@ -166,22 +166,22 @@ def verified_by(folder: Path, verifier: str, *options: str) -> CommandResult:
         ("fails.py:f", 1, "fails.py:1: ModuleNotFoundError: No module named 'no_such_thing'"),
     ],
 )
-def test_a_verifier_that_cannot_work_is_told_before_anything_is_written(folder, verifier, code, words):
+def test_verifier_that_cannot_be_loaded_is_refused(folder, verifier, code, words):
     (folder / "v.py").write_text(VERIFIERS)
     (folder / "torn.py").write_text("def f(\n")
     (folder / "zero.py").write_bytes(b"def f(): pass\0")
     (folder / "fails.py").write_text("import no_such_thing as f\n")
     args = ("train", "micro", "new", *SMALL, f"task.verifier={verifier}", "--allow-code")
     before = {path.name for path in folder.iterdir()}
-    said = npo(*args)
-    assert (said.code, said.out, said.err.count("\n")) == (code, "", 2)
-    assert words in said.message
+    result = npo(*args)
+    assert (result.code, result.out, result.err.count("\n")) == (code, "", 2)
+    assert words in result.message
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == before
 
 
-def test_a_verifier_of_your_own_is_not_run_unless_you_say_so(folder):
-    said = verified_by(folder, "v.py:prints")
-    assert (said.code, said.hint) == (2, "read it, then add --allow-code to the command")
+def test_custom_verifier_needs_allow_code(folder):
+    result = verified_by(folder, "v.py:prints")
+    assert (result.code, result.hint) == (2, "read it, then add --allow-code to the command")
     assert not (folder / "new").exists()
 
 
@@ -193,24 +193,24 @@ def test_a_verifier_of_your_own_is_not_run_unless_you_say_so(folder):
         ("nothing", "v.py: nothing must return a bool or a number, it returned None"),
     ],
 )
-def test_a_verifier_that_fails_ends_the_run_with_its_line_and_the_run_can_go_on(folder, function, words):
-    said = verified_by(folder, f"{folder}/v.py:{function}", "--allow-code")
-    assert (said.code, said.out) == (1, "")
-    assert said.message.startswith("the verifier failed on prompt mix3/")
-    assert said.message.endswith(words)
-    assert "npo resume" in said.hint
+def test_failing_custom_verifier_ends_the_run_which_can_be_resumed(folder, function, words):
+    result = verified_by(folder, f"{folder}/v.py:{function}", "--allow-code")
+    assert (result.code, result.out) == (1, "")
+    assert result.message.startswith("the verifier failed on prompt mix3/")
+    assert result.message.endswith(words)
+    assert "npo resume" in result.hint
     mended = f"def {function}(prompt, response, answer): return 1\ndef old("
     (folder / "v.py").write_text(VERIFIERS.replace(f"def {function}(", mended))
     assert npo("resume", folder / "new", "--allow-code").code == 0
 
 
-def test_a_verifier_that_hangs_costs_its_timeout_and_no_more(folder):
-    said = verified_by(folder, "v.py:hangs", "--allow-code", "--json")
-    (line,) = map(json.loads, said.out.splitlines())
-    assert (said.code, line["verify/timeout"], line["reward"]) == (0, 1.0, 0.0)
+def test_hanging_custom_verifier_is_stopped_by_the_timeout(folder):
+    result = verified_by(folder, "v.py:hangs", "--allow-code", "--json")
+    (line,) = map(json.loads, result.out.splitlines())
+    assert (result.code, line["verify/timeout"], line["reward"]) == (0, 1.0, 0.0)
 
 
-def test_what_a_verifier_prints_is_no_data(folder):
-    said = verified_by(folder, "v.py:prints", "--allow-code", "--json")
-    (line,) = map(json.loads, said.out.splitlines())
-    assert (said.code, line["reward"]) == (0, 1.0)
+def test_output_of_a_custom_verifier_is_not_data(folder):
+    result = verified_by(folder, "v.py:prints", "--allow-code", "--json")
+    (line,) = map(json.loads, result.out.splitlines())
+    assert (result.code, line["reward"]) == (0, 1.0)

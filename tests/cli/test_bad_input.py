@@ -20,8 +20,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def training(folder: Path, *overrides: str, recipe: str = "micro") -> str:
     """The words of a training that must not begin."""
-    said = assert_refused("train", recipe, "new", *overrides, beside=folder)
-    return f"{said.message} | {said.hint}"
+    result = assert_refused("train", recipe, "new", *overrides, beside=folder)
+    return f"{result.message} | {result.hint}"
 
 
 # The command line
@@ -43,10 +43,10 @@ def training(folder: Path, *overrides: str, recipe: str = "micro") -> str:
         (["index", "a\0b"], "Invalid value for 'RUN'", "npo index --help"),
     ],
 )  # fmt: skip
-def test_a_slip_on_the_command_line_names_it_and_the_help(folder, args, message, hint):
-    said = assert_refused(*args, beside=folder)
-    assert said.message.startswith(message)
-    assert said.hint.startswith(hint)
+def test_usage_error_names_the_argument_and_the_help(folder, args, message, hint):
+    result = assert_refused(*args, beside=folder)
+    assert result.message.startswith(message)
+    assert result.hint.startswith(hint)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_old_command_or_option_is_answered_with_the_new_one(folder, args, messag
         ("train.\x1b[31mlr=3", "train.\\x1b[31mlr is not a setting"),
     ],
 )
-def test_an_override_that_cannot_be_read_is_told_as_it_was_typed(folder, override, words):
+def test_malformed_override_is_refused(folder, override, words):
     assert words in training(folder, override)
 
 
@@ -117,7 +117,7 @@ def test_an_override_that_cannot_be_read_is_told_as_it_was_typed(folder, overrid
         ("task.source=file", "task.path must name a .jsonl or .parquet file"),
     ],
 )
-def test_a_setting_that_is_unknown_or_out_of_range_is_named_with_what_is_allowed(folder, override, words):
+def test_unknown_or_invalid_setting_is_refused_with_what_is_allowed(folder, override, words):
     assert words in training(folder, override)
 
 
@@ -136,7 +136,7 @@ def test_a_setting_that_is_unknown_or_out_of_range_is_named_with_what_is_allowed
         ("name: a\n---\nname: b\n", "r.yaml:2: but found another document"),
     ],
 )
-def test_a_recipe_file_that_cannot_be_read_is_told_with_its_line(folder, text, words):
+def test_malformed_recipe_file_error_names_the_line(folder, text, words):
     (folder / "r.yaml").write_text(text, encoding="utf-8")
     assert words in training(folder, recipe="./r.yaml")
 
@@ -153,11 +153,11 @@ def test_a_recipe_file_that_cannot_be_read_is_told_with_its_line(folder, text, w
         ("x" * 300, "File name too long"),
     ],
 )
-def test_a_recipe_that_is_not_there_is_answered_with_the_nearest(folder, name, words):
+def test_unknown_recipe_is_answered_with_the_nearest(folder, name, words):
     assert words in training(folder, recipe=name)
 
 
-def test_a_binary_recipe_is_told_by_its_first_bad_byte(folder):
+def test_binary_recipe_file_is_refused(folder):
     (folder / "r.yaml").write_bytes(b"name: \xff")
     assert "r.yaml is not UTF-8 text (byte 6)" in training(folder, recipe="r.yaml")
 
@@ -179,7 +179,7 @@ def test_a_binary_recipe_is_told_by_its_first_bad_byte(folder):
         ["demo", "--out", "used"],
     ],
 )
-def test_a_slip_costs_no_heavy_import(folder, args):
+def test_errors_import_nothing_heavy(folder, args):
     (folder / "used").mkdir()
     (folder / "used" / "file").write_text("something")
     code = (

@@ -25,8 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def training(folder: Path, *overrides: str) -> str:
-    said = assert_refused("train", "micro", "new", *SMALL, *overrides, beside=folder)
-    return f"{said.message} | {said.hint}"
+    result = assert_refused("train", "micro", "new", *SMALL, *overrides, beside=folder)
+    return f"{result.message} | {result.hint}"
 
 
 def base(folder: Path, *without: str) -> Path:
@@ -37,14 +37,14 @@ def base(folder: Path, *without: str) -> Path:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
-def test_a_gpu_that_is_not_there_is_refused(folder, device):
+def test_missing_gpu_is_refused(folder, device):
     assert training(folder, f"model.device={device}") == (
         f"model.device={device}, but torch sees no such GPU | set model.device=cpu (npo doctor lists the GPUs)"
     )
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cuda:-1", "''"])
-def test_a_device_that_npo_does_not_use_is_refused(folder, device):
+def test_unsupported_device_is_refused(folder, device):
     assert "is no device that npo uses | set model.device to auto, cpu" in training(folder, f"model.device={device}")
 
 
@@ -60,7 +60,7 @@ def test_a_device_that_npo_does_not_use_is_refused(folder, device):
         ("a b c", "a b c: no tokenizer could be loaded"),
     ],
 )
-def test_a_model_that_is_not_there_is_told_without_asking_the_hub(folder, path, words):
+def test_missing_model_is_refused_without_network(folder, path, words):
     (folder / "file.txt").write_text("no model")
     assert words in training(folder, f"model.path={path}")
 
@@ -73,13 +73,13 @@ def test_a_model_that_is_not_there_is_told_without_asking_the_hub(folder, path, 
         ("model.safetensors", "base: no causal language model could be loaded: Error no file named model.safetensors"),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_told_which(folder, without, words):
+def test_incomplete_model_folder_error_names_the_file(folder, without, words):
     base(folder, without)
     assert words in training(folder, "model.path=./base")
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
-def test_a_folder_with_a_torn_file_is_refused(folder, file):
+def test_model_folder_with_truncated_file_is_refused(folder, file):
     path = base(folder) / file
     path.write_bytes(path.read_bytes()[:100])
     assert "base: no " in training(folder, "model.path=./base")
@@ -93,9 +93,7 @@ def test_a_folder_with_a_torn_file_is_refused(folder, file):
         (lambda tensors: tensors[UP].fill_(torch.nan), f"base: tensor not finite: {UP}"),
     ],
 )
-def test_a_base_of_which_a_part_would_be_made_up_is_refused(
-    folder: Path, change: Callable[[dict[str, Tensor]], object], words: str
-):
+def test_model_with_missing_weights_is_refused(folder: Path, change: Callable[[dict[str, Tensor]], object], words: str):
     path = base(folder) / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -103,7 +101,7 @@ def test_a_base_of_which_a_part_would_be_made_up_is_refused(
     assert words in training(folder, "model.path=./base")
 
 
-def test_a_model_that_is_no_causal_language_model_is_refused(folder):
+def test_model_that_is_not_causal_is_refused(folder):
     home = base(folder, "model.safetensors", "config.json")
     BertModel(BertConfig(hidden_size=8, intermediate_size=8, **SIZES)).save_pretrained(home)
     assert "base: tensor missing: cls.predictions.bias" in training(folder, "model.path=./base")
@@ -113,14 +111,14 @@ def test_a_model_that_is_no_causal_language_model_is_refused(folder):
     )
 
 
-def test_a_model_with_too_few_positions_is_refused(folder):
+def test_model_with_too_few_positions_is_refused(folder):
     home = base(folder, "model.safetensors", "config.json", "generation_config.json")
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=40, n_positions=16)).save_pretrained(home)
     # 12 tokens of prompt and 18 of answer
     assert "and its answer may have 30 tokens; ./base was made for 16" in training(folder, "model.path=./base")
 
 
-def test_a_prompt_of_which_the_tokenizer_knows_nothing_is_refused(folder):
+def test_prompt_without_known_tokens_is_refused(folder):
     home = base(folder)
     (home / "chat_template.jinja").write_text("{{ '' }}")
     lines = [json.dumps({"prompt": f"{number}+1=", "answer": "1"}) for number in range(30)]
@@ -131,7 +129,7 @@ def test_a_prompt_of_which_the_tokenizer_knows_nothing_is_refused(folder):
     assert "has no tokens: the model's tokenizer knows none of its characters" in words
 
 
-def test_code_that_a_model_brings_along_is_never_run(folder):
+def test_remote_code_of_a_model_is_never_run(folder):
     home = base(folder)
     (home / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
     edit_file(

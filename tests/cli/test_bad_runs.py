@@ -15,17 +15,17 @@ from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, npo, set_f
 def words(circle: Path, *args: str) -> str:
     """What a command on the run answers; the run's path is written RUN, as it is typed where it stands in a hint."""
     command, *rest = args
-    said = assert_refused(command, circle, *rest, beside=circle.parent)
-    return f"{said.message.replace(str(circle), 'RUN')} | {said.hint.replace(shlex.quote(str(circle)), 'RUN')}"
+    result = assert_refused(command, circle, *rest, beside=circle.parent)
+    return f"{result.message.replace(str(circle), 'RUN')} | {result.hint.replace(shlex.quote(str(circle)), 'RUN')}"
 
 
 # Run directories
 
 
-def test_a_run_is_not_trained_again(circle):
-    said = assert_refused("train", "micro", circle, beside=circle.parent)
-    assert said.message == f"{circle} already holds a run"
-    assert said.hint == f"resume it: npo resume {shlex.quote(str(circle))}, or choose a new folder for RUN"
+def test_train_refuses_an_existing_run(circle):
+    result = assert_refused("train", "micro", circle, beside=circle.parent)
+    assert result.message == f"{circle} already holds a run"
+    assert result.hint == f"resume it: npo resume {shlex.quote(str(circle))}, or choose a new folder for RUN"
 
 
 @pytest.mark.parametrize(
@@ -36,28 +36,28 @@ def test_a_run_is_not_trained_again(circle):
         ("recipe.yaml/x", "recipe.yaml is a file"),
     ],
 )
-def test_a_place_that_cannot_become_a_run_is_refused(circle, path, message):
+def test_train_refuses_a_path_that_cannot_become_a_run(circle, path, message):
     assert assert_refused("train", "micro", circle / path, beside=circle.parent).message.endswith(message)
 
 
 @pytest.mark.parametrize("command", ["index", "show", "eval", "resume", "sample-guide", "score-checkpoints"])
-def test_what_is_no_run_is_told_by_every_command(circle, tmp_path, command):
+def test_every_command_refuses_a_folder_without_a_run(circle, tmp_path, command):
     for path, message in (
         (tmp_path / "nowhere", f"there is no run directory {tmp_path / 'nowhere'}"),
         (circle / "guides", f"{circle / 'guides'} is not a run directory: it has no npo_run.json"),
         (circle / "recipe.yaml", f"{circle / 'recipe.yaml'} is not a run directory: it has no npo_run.json"),
     ):
-        said = assert_refused(command, path, beside=circle.parent)
-        assert said.message == message
-        assert "npo train RECIPE" in said.hint
+        result = assert_refused(command, path, beside=circle.parent)
+        assert result.message == message
+        assert "npo train RECIPE" in result.hint
 
 
-def test_a_run_from_the_future_is_opened_by_no_command(circle, tmp_path):
+def test_every_command_refuses_a_newer_run_format(circle, tmp_path):
     run = copy_run(circle, tmp_path)
     set_fields(run / "npo_run.json", format=99, npo_version="9.9")
     for args in (["index"], ["show"], ["eval"], ["resume"], ["sample-guide", "--at", "0"], ["score-checkpoints"]):
-        said = assert_refused(args[0], run, *args[1:], beside=tmp_path)
-        assert said.message == f"{run} was written by npo 9.9 in run format 99; this npo reads formats up to 2"
+        result = assert_refused(args[0], run, *args[1:], beside=tmp_path)
+        assert result.message == f"{run} was written by npo 9.9 in run format 99; this npo reads formats up to 2"
 
 
 # Steps and branches
@@ -74,7 +74,7 @@ def test_a_run_from_the_future_is_opened_by_no_command(circle, tmp_path):
         ["resume", "--at", "3"],
     ],
 )
-def test_a_step_without_a_checkpoint_is_answered_with_those_there_are(circle, args):
+def test_missing_checkpoint_error_lists_the_checkpoints(circle, args):
     assert words(circle, *args) == (
         "RUN has no complete checkpoint of step 3 on branch again; it has steps: 0, 2, 4 "
         "| choose one of these, or see npo index RUN"
@@ -101,14 +101,14 @@ def test_a_step_without_a_checkpoint_is_answered_with_those_there_are(circle, ar
         (["eval", "--all", "--step", "2"], "--step and --all cannot be combined | give one of them, or neither for"),
     ],
 )
-def test_what_is_not_in_the_run_is_named(circle, args, expected):
+def test_unknown_branch_step_or_guide_is_refused(circle, args, expected):
     assert words(circle, *args).startswith(expected)
 
 
 @pytest.mark.parametrize("text", ["a,b", "", " ", "2,,4", "-2", "2 4", "2;4", "2.0", "9" * 5000])
-def test_candidates_that_are_no_steps_are_refused(circle, text):
-    said = words(circle, "score-checkpoints", "--at", "0", "--candidates", text)
-    assert said.startswith("--candidates takes comma-separated steps, got ")
+def test_candidates_that_are_not_steps_are_refused(circle, text):
+    result = words(circle, "score-checkpoints", "--at", "0", "--candidates", text)
+    assert result.startswith("--candidates takes comma-separated steps, got ")
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ def test_candidates_that_are_no_steps_are_refused(circle, text):
         ),
     ],
 )
-def test_a_learner_without_a_future_is_refused(circle, args, expected):
+def test_learner_without_later_checkpoints_is_refused(circle, args, expected):
     assert words(circle, *args).startswith(expected)
 
 
-def test_a_scoring_in_which_no_guide_can_help_leaves_nothing(circle):
+def test_scoring_without_failed_prompts_is_refused(circle):
     before = sorted((circle / "scores").iterdir())
     # with the gate at 0 and one sample, only a prompt that is solved is above it: ask until one is
     args = (
@@ -149,11 +149,11 @@ def test_a_scoring_in_which_no_guide_can_help_leaves_nothing(circle):
         "scoring.samples_per_prompt=1",
         "guide.inject.max_accuracy=0",
     )
-    said = npo("score-checkpoints", circle, *args)
-    if said.code == 0:
+    result = npo("score-checkpoints", circle, *args)
+    if result.code == 0:
         pytest.skip("the learner failed the one prompt it was asked")
-    assert (said.code, said.out) == (2, "")
-    assert said.message.startswith("the learner at step 0 solves all 1 prompts above the gate 0.0")
+    assert (result.code, result.out) == (2, "")
+    assert result.message.startswith("the learner at step 0 solves all 1 prompts above the gate 0.0")
     assert sorted((circle / "scores").iterdir()) == before
 
 
@@ -171,22 +171,22 @@ def test_a_scoring_in_which_no_guide_can_help_leaves_nothing(circle):
         ("train.betas=[0.8, 0.9]", "train.betas cannot change from (0.9, 0.95) to (0.8, 0.9)"),
     ],
 )
-def test_a_setting_that_would_falsify_what_was_computed_is_refused_by_every_command(circle, command, override, change):
+def test_frozen_setting_is_refused_by_every_command(circle, command, override, change):
     typed = shlex.quote(override.replace("1e-3", "0.001"))
     recipe = circle / "branches" / "again" / "recipe.yaml"
-    said = assert_refused(command, circle, override, beside=circle.parent)
-    assert said.message == f"{change}: completed steps depend on it"
-    assert said.hint == f"npo train {shlex.quote(str(recipe))} NEW_RUN {typed}"
+    result = assert_refused(command, circle, override, beside=circle.parent)
+    assert result.message == f"{change}: completed steps depend on it"
+    assert result.hint == f"npo train {shlex.quote(str(recipe))} NEW_RUN {typed}"
 
 
-def test_the_hint_for_a_frozen_setting_trains_the_same_recipe_with_it(circle, tmp_path):
+def test_frozen_setting_hint_is_a_command_that_works(circle, tmp_path):
     hint = assert_refused("resume", circle, "train.lr=1e-3", beside=circle.parent).hint
     args = shlex.split(hint.replace("NEW_RUN", shlex.quote(str(tmp_path / "new run"))))
     assert npo(*args[1:]).code == 0
     assert "lr: 0.001" in (tmp_path / "new run" / "recipe.yaml").read_text()
 
 
-def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
+def test_guide_setting_changes_only_when_forking(circle):
     assert words(circle, "resume", "guide.inject.max_accuracy=0.1") == (
         "guide.inject.max_accuracy cannot change from 0.6 to 0.1 within a branch, only when forking "
         "| fork a new branch: add --at STEP to the command"
@@ -207,17 +207,17 @@ def test_what_a_guide_does_may_change_only_where_a_replay_begins(circle):
         (["--at", "0", "--steps", "2"], "--steps needs --guide NAME"),
     ],
 )  # fmt: skip
-def test_a_resume_with_nothing_to_do_or_half_a_replay_says_how_to_go_on(circle, args, expected):
+def test_resume_with_nothing_to_do_or_missing_options_is_refused(circle, args, expected):
     assert words(circle, "resume", *args).startswith(expected)
 
 
-def test_a_decay_that_was_spread_over_its_steps_is_not_stretched(tmp_path):
+def test_num_steps_is_frozen_with_a_decaying_learning_rate(tmp_path):
     run = tmp_path / "run"
     assert npo("train", "micro", run, *SMALL, "train.schedule=linear").code == 0
-    said = assert_refused("resume", run, "train.num_steps=8", beside=tmp_path)
-    assert "the linear schedule of the completed steps was computed for 4 steps" in said.message
-    said = assert_refused("resume", run, beside=tmp_path)
-    assert said.hint == f"npo train {run}/branches/main/recipe.yaml NEW_RUN train.num_steps=8"
+    result = assert_refused("resume", run, "train.num_steps=8", beside=tmp_path)
+    assert "the linear schedule of the completed steps was computed for 4 steps" in result.message
+    result = assert_refused("resume", run, beside=tmp_path)
+    assert result.hint == f"npo train {run}/branches/main/recipe.yaml NEW_RUN train.num_steps=8"
 
 
 # Names and guides
@@ -232,7 +232,7 @@ def test_a_decay_that_was_spread_over_its_steps_is_not_stretched(tmp_path):
         ["resume", "--at", "0", "--guide", "near", "--new-branch"],
     ],
 )
-def test_a_bad_name_is_refused_wherever_it_is_given(circle, args, name):
+def test_invalid_name_is_refused(circle, args, name):
     assert words(circle, *args, name).startswith(f"{name!r} cannot name a guide or a branch")
 
 
@@ -259,7 +259,7 @@ def test_a_bad_name_is_refused_wherever_it_is_given(circle, args, name):
         ),
     ],
 )
-def test_a_guide_or_branch_that_does_not_fit_is_answered_with_the_command_that_does(circle, args, expected):
+def test_guide_or_branch_that_does_not_fit_is_refused(circle, args, expected):
     assert words(circle, *args).startswith(expected)
 
 
@@ -272,32 +272,32 @@ def test_a_guide_or_branch_that_does_not_fit_is_answered_with_the_command_that_d
         ({"num_prompts_with_rollouts": 99}, "prompts with answers, and guide.json counts 99"),
     ],
 )
-def test_a_guide_that_is_not_this_runs_or_not_whole_is_refused(circle, tmp_path, fields, message):
+def test_guide_cache_of_another_run_or_incomplete_is_refused(circle, tmp_path, fields, message):
     run = copy_run(circle, tmp_path)
     set_fields(run / "guides" / "near" / "guide.json", **fields)
-    said = assert_refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
-    assert message in said.message
+    result = assert_refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
+    assert message in result.message
 
 
-def test_a_guide_folder_copied_from_another_run_is_refused(circle, tmp_path):
+def test_guide_cache_copied_from_another_run_is_refused(circle, tmp_path):
     run = tmp_path / "other"
     assert npo("train", "micro", run, *SMALL, "train.seed=1").code == 0
     shutil.copytree(circle / "guides", run / "guides")
-    said = assert_refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
-    assert said.message.startswith("guide 'near' was made in another run")
-    assert said.hint == f"make one here: npo sample-guide {run} --guide 4 --at 0"
+    result = assert_refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
+    assert result.message.startswith("guide 'near' was made in another run")
+    assert result.hint == f"make one here: npo sample-guide {run} --guide 4 --at 0"
 
 
-def test_training_does_not_go_on_from_weights_alone(circle, tmp_path):
+def test_resume_refuses_a_weights_only_checkpoint(circle, tmp_path):
     run = copy_run(circle, tmp_path)
     demote_checkpoint(find_checkpoint(RunDir(run), "main", 2))
-    said = assert_refused("resume", run, "--branch", "main", "--at", "2", beside=tmp_path)
-    assert said.message == "step 2 of main is a guide (weights only); training cannot go on from it"
+    result = assert_refused("resume", run, "--branch", "main", "--at", "2", beside=tmp_path)
+    assert result.message == "step 2 of main is a guide (weights only); training cannot go on from it"
     anew = f"npo resume {run} --at 2 --fresh-optimizer"
-    assert said.hint == f"choose an anchor (npo index {run}), or begin the optimizer anew: {anew}"
+    assert result.hint == f"choose an anchor (npo index {run}), or begin the optimizer anew: {anew}"
 
 
-def test_a_segment_longer_than_the_data_asks_every_prompt_once(circle, tmp_path):
+def test_guide_cache_of_more_than_an_epoch_samples_each_prompt_once(circle, tmp_path):
     run = copy_run(circle, tmp_path)
     steps = (
         "--branch",
@@ -312,5 +312,5 @@ def test_a_segment_longer_than_the_data_asks_every_prompt_once(circle, tmp_path)
         "long",
         "guide.cache.samples_per_prompt=1",
     )
-    said = npo("sample-guide", run, *steps, "--json")
-    assert json.loads(said.out)["num_prompts"] == 16
+    result = npo("sample-guide", run, *steps, "--json")
+    assert json.loads(result.out)["num_prompts"] == 16

@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_index_lists_the_checkpoints_as_json_and_as_a_table(run):
+def test_index_lists_checkpoints(run):
     lines = lines_of(called("index", str(run), "--json"))
     assert [(line["branch"], line["step"], line["complete"]) for line in lines] == [
         ("main", 0, True),
@@ -46,7 +46,7 @@ def test_index_lists_the_checkpoints_as_json_and_as_a_table(run):
     assert table[4].split()[:3] == ["main", "4", "main:2"]
 
 
-def test_show_metrics_holds_every_step_with_its_timings(run):
+def test_show_metrics_lists_every_step(run):
     lines = lines_of(called("show", str(run), "metrics", "--json"))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all({"reward", "entropy", "seconds"} <= set(line) for line in lines)
@@ -54,14 +54,14 @@ def test_show_metrics_holds_every_step_with_its_timings(run):
     assert only == [lines[2]]
 
 
-def test_show_groups_are_those_of_the_newest_step(run):
+def test_show_groups_of_the_newest_step(run):
     lines = lines_of(called("show", str(run), "groups", "--json"))
     # 4 prompts a step, 4 rollouts each
     assert [line["step"] for line in lines] == [4] * 4
     assert [len(line["group"]["rollouts"]) for line in lines] == [4] * 4
 
 
-def test_show_rollouts_follows_one_prompt_and_takes_the_last(run):
+def test_show_rollouts_of_one_prompt(run):
     newest = lines_of(called("show", str(run), "rollouts", "--json"))
     assert len(newest) == 16
     prompt = newest[0]["rollout"]["prompt_id"]
@@ -75,7 +75,7 @@ def test_show_rollouts_follows_one_prompt_and_takes_the_last(run):
     assert f"Step 4, main: {visit['num_correct']} of 4 own answers correct\n" in told
 
 
-def test_report_leaves_a_page_and_pictures_and_says_where(run, tmp_path):
+def test_report_writes_a_page_and_figures(run, tmp_path):
     out, folder = tmp_path / "r.html", tmp_path / "pictures"
     result = called("report", str(run), "--out", str(out), "--figures", str(folder))
     assert (result.exit_code, result.stdout) == (0, "")
@@ -86,12 +86,12 @@ def test_report_leaves_a_page_and_pictures_and_says_where(run, tmp_path):
     assert len(list(folder.iterdir())) == 6
 
 
-def test_show_lineage_begins_with_the_first_branch(run):
+def test_show_lineage(run):
     (line,) = lines_of(called("show", str(run), "lineage", "--json"))
     assert (line["branch"], line["parent"], line["fork_step"], line["guide_cache"]) == ("main", None, 0, None)
 
 
-def test_a_run_without_guides_prints_no_data_and_says_so(run):
+def test_show_guides_of_a_run_without_guides(run):
     result = called("show", str(run), "guides", "--json")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"{run} has no guides yet\n")
 
@@ -113,7 +113,7 @@ def test_a_run_without_guides_prints_no_data_and_says_so(run):
         (["resume", "--branch", "nope"], "has no branch 'nope': main"),
     ],
 )
-def test_what_a_run_cannot_answer_is_refused(run, args, message):
+def test_commands_refuse_what_a_run_lacks(run, args, message):
     command, *rest = args
     result = runner.invoke(app, [command, str(run), *rest])
     assert message in result.exception.message
@@ -121,7 +121,7 @@ def test_what_a_run_cannot_answer_is_refused(run, args, message):
     assert result.exception.exit_code == 2
 
 
-def test_eval_prints_one_report_a_checkpoint(run):
+def test_eval_prints_one_report_per_checkpoint(run):
     lines = lines_of(called("eval", str(run), "--all", "eval.samples_per_prompt=1", "--json"))
     assert [(line["record"], line["step"], line["num_prompts"]) for line in lines] == [
         ("eval_report", 0, 8),

@@ -17,9 +17,11 @@ def runs(tmp_path_factory):
     return home
 
 
-def test_json_lines_name_their_kind(runs, tmp_path):
-    said = npo("compare", f"a={runs}/s0", f"b={runs}/s0", "--threshold", "0.01", "--json", "--out", tmp_path / "p.csv")
-    lines = [json.loads(line) for line in said.out.splitlines()]
+def test_compare_json_names_the_record_types(runs, tmp_path):
+    result = npo(
+        "compare", f"a={runs}/s0", f"b={runs}/s0", "--threshold", "0.01", "--json", "--out", tmp_path / "p.csv"
+    )
+    lines = [json.loads(line) for line in result.out.splitlines()]
     kinds = [line["record"] for line in lines]
     assert kinds == [
         *(
@@ -34,13 +36,13 @@ def test_json_lines_name_their_kind(runs, tmp_path):
         *["seed_point"] * 6,
     ]
     assert (lines[0]["method"], lines[0]["resampling_unit"], lines[0]["seeds"]) == ("a", "prompts", [0])
-    assert said.err == f"points: {tmp_path / 'p.csv'}\n"
+    assert result.err == f"points: {tmp_path / 'p.csv'}\n"
 
 
-def test_the_table_is_said_and_the_picture_drawn(runs, tmp_path):
-    said = npo("compare", f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1", "--figure", tmp_path / "c.png")
-    assert said.code == 0
-    assert [line for line in said.out.splitlines() if line.startswith(("Held", "What", "Arm", "Cost"))][:4] == [
+def test_compare_prints_tables_and_saves_a_figure(runs, tmp_path):
+    result = npo("compare", f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1", "--figure", tmp_path / "c.png")
+    assert result.code == 0
+    assert [line for line in result.out.splitlines() if line.startswith(("Held", "What", "Arm", "Cost"))][:4] == [
         "Held-out accuracy",
         "What it took to stand at step 4",
         "Arm minus a",
@@ -49,10 +51,10 @@ def test_the_table_is_said_and_the_picture_drawn(runs, tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_signs_in_a_name_are_made_visible(runs):
-    said = npo("compare", f"\x1b[31mred={runs}/s0", f"b={runs}/s1")
-    assert "\x1b" not in said.out + said.err
-    assert "\\x1b[31mred" in said.out
+def test_compare_escapes_control_characters_in_names(runs):
+    result = npo("compare", f"\x1b[31mred={runs}/s0", f"b={runs}/s1")
+    assert "\x1b" not in result.out + result.err
+    assert "\\x1b[31mred" in result.out
 
 
 @pytest.mark.parametrize(
@@ -64,17 +66,17 @@ def test_signs_in_a_name_are_made_visible(runs):
         (("--baseline", "c"), "--baseline: there is no arm 'c'"),
     ],
 )
-def test_slips_are_refused_at_once(runs, options, message):
+def test_compare_refuses_bad_options(runs, options, message):
     assert assert_refused("compare", f"a={runs}/s0", f"b={runs}/s1", *options, beside=runs).message == message
 
 
-def test_a_folder_is_no_file_and_a_seed_counts_once(runs):
+def test_compare_refuses_a_folder_as_file_and_a_repeated_seed(runs):
     assert "is a folder" in assert_refused("compare", f"{runs}/s0", f"b={runs}/s1", "--out", runs, beside=runs).message
     twice = assert_refused("compare", f"a={runs}/s0", f"a={runs}/s0", beside=runs)
     assert twice.message == f"arm 'a' has seed 0 twice: {runs}/s0:main and {runs}/s0:main"
 
 
-def test_a_run_that_was_never_evaluated_is_told_how(runs, tmp_path):
+def test_compare_refuses_a_run_without_evaluations(runs, tmp_path):
     dark = tmp_path / "in the dark"
     assert npo("train", "micro", dark, *SMALL).code == 0
     hint = assert_refused("compare", f"a={dark}", f"b={runs}/s1", beside=tmp_path).hint

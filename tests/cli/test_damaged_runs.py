@@ -54,15 +54,15 @@ def roles(run: Path) -> dict[str, list[str]]:
 
 
 def words(run: Path, args: list[str]) -> str:
-    said = assert_refused(args[0], run, *args[1:], beside=run.parent)
-    return f"{said.message} | {said.hint}"
+    result = assert_refused(args[0], run, *args[1:], beside=run.parent)
+    return f"{result.message} | {result.hint}"
 
 
 # Checkpoints
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_a_checkpoint_that_is_whole_but_holds_a_wrong_tensor_is_refused_in_every_role(run, kind):
+def test_checkpoint_with_wrong_tensor_is_refused_in_every_role(run, kind):
     every = roles(run)
     with_tensors(checkpoint(run) / "model.safetensors", TENSORS[kind])
     write_manifests(checkpoint(run), branch="main", step=4)
@@ -73,35 +73,35 @@ def test_a_checkpoint_that_is_whole_but_holds_a_wrong_tensor_is_refused_in_every
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_the_newest_checkpoint_with_a_wrong_tensor_is_never_gone_on_from(run, kind):
+def test_resume_refuses_newest_checkpoint_with_wrong_tensor(run, kind):
     with_tensors(checkpoint(run) / "model.safetensors", TENSORS[kind])
-    said = words(run, ROLES["resume point"])
+    result = words(run, ROLES["resume point"])
     file = checkpoint(run) / "model.safetensors"
     # of another size: known before a tensor is read
-    assert said.startswith(f"{checkpoint(run)}: tensor not finite: {UP}" if kind == "not finite" else f"{file} has ")
+    assert result.startswith(f"{checkpoint(run)}: tensor not finite: {UP}" if kind == "not finite" else f"{file} has ")
 
 
 @pytest.mark.parametrize("role", [role for role in ROLES if role != "learner"])
-def test_a_checkpoint_that_is_cut_short_is_refused_in_every_role(run, role):
+def test_truncated_checkpoint_is_refused_in_every_role(run, role):
     file = checkpoint(run) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     moved = f"mv {shlex.quote(str(checkpoint(run)))} {shlex.quote(f'{checkpoint(run)}.damaged')}"
-    said = words(run, ROLES[role])
-    assert said.startswith(f"{file} has 1,000 bytes, but 1,119,504 were saved | choose another step")
-    assert said.endswith(moved)
+    result = words(run, ROLES[role])
+    assert result.startswith(f"{file} has 1,000 bytes, but 1,119,504 were saved | choose another step")
+    assert result.endswith(moved)
 
 
-def test_a_damaged_checkpoint_that_was_set_aside_is_in_nobodys_way(run):
+def test_checkpoint_that_was_moved_away_is_ignored(run):
     checkpoint(run).joinpath("config.json").unlink()
-    said = assert_refused("resume", run, "--branch", "main", "train.num_steps=6", beside=run.parent)
-    _, source, target = shlex.split(said.hint[said.hint.index("mv ") :])
+    result = assert_refused("resume", run, "--branch", "main", "train.num_steps=6", beside=run.parent)
+    _, source, target = shlex.split(result.hint[result.hint.index("mv ") :])
     Path(source).rename(target)
     assert npo("resume", run, "--branch", "main", "train.num_steps=6").code == 0
     assert checkpoint(run).is_dir()  # made again on the way
     assert checkpoint(run, 6).is_dir()
 
 
-def test_one_flipped_bit_is_found(run):
+def test_index_verify_finds_a_flipped_bit(run):
     file = checkpoint(run) / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
@@ -118,7 +118,7 @@ def test_one_flipped_bit_is_found(run):
         ("tokenizer.json", "tokenizer.json has 3 bytes, but "),
     ],
 )
-def test_any_file_of_a_checkpoint_is_missed(run, file, message):
+def test_checkpoint_with_a_missing_file_is_refused(run, file, message):
     (checkpoint(run) / file).write_text("{x\n")
     assert message in words(run, ROLES["evaluated"])
     entries = [json.loads(line) for line in npo("index", run, "--json").out.splitlines()]
@@ -127,14 +127,14 @@ def test_any_file_of_a_checkpoint_is_missed(run, file, message):
 
 @pytest.mark.parametrize("kind", ["missing", "of another shape", "not finite"])
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_harmed_training_state_is_refused(run, kind, signed):
+def test_damaged_training_state_is_refused(run, kind, signed):
     file = checkpoint(run) / "training_state" / "optimizer.safetensors"
     moments = {f"{UP}.exp_avg": UP}
     with_tensors(file, lambda tensors: TENSORS[kind](Renamed(tensors, moments)))
     if signed:
         write_manifests(checkpoint(run), branch="main", step=4)
-    said = words(run, ROLES["rollback"])
-    assert said.startswith(f"{file.parent}: optimizer state of {UP}" if signed else f"{file} ")
+    result = words(run, ROLES["rollback"])
+    assert result.startswith(f"{file.parent}: optimizer state of {UP}" if signed else f"{file} ")
 
 
 class Renamed(dict):
@@ -153,12 +153,12 @@ class Renamed(dict):
         self.tensors.update({self.names[name]: tensor for name, tensor in changed.items()})
 
 
-def test_a_branch_without_any_checkpoint_is_not_evaluated(circle, tmp_path):
+def test_eval_refuses_a_branch_without_checkpoints(circle, tmp_path):
     run = copy_run(circle, tmp_path)
     for folder in (run / "branches").glob("*/checkpoints"):
         folder.rename(folder.with_name("gone"))
-    said = assert_refused("eval", run, beside=tmp_path)
-    assert (said.message, said.hint) == (f"{run} has no complete checkpoint yet", f"train first: npo resume {run}")
+    result = assert_refused("eval", run, beside=tmp_path)
+    assert (result.message, result.hint) == (f"{run} has no complete checkpoint yet", f"train first: npo resume {run}")
 
 
 # Journals and documents
@@ -174,13 +174,13 @@ SHOW = {"metrics": ["show"], "rollouts": ["show", "rollouts"], "timings": ["show
 
 
 @pytest.mark.parametrize("journal", SHOW)
-def test_a_bad_line_in_a_journal_is_named(run, journal):
+def test_damaged_log_line_is_named(run, journal):
     path = run / "branches" / "again" / f"{journal}.jsonl"
     edit_file(path, spoiled)
     assert words(run, SHOW[journal]).startswith(f"{path}, line 2")
 
 
-def test_a_bad_line_in_the_lineage_stops_every_command(run):
+def test_damaged_lineage_line_stops_every_command(run):
     path = run / "segments.jsonl"
     edit_file(path, lambda text: "oops\n" + text)
     for args in (["index"], ["show"], ["show", "lineage"], *ROLES.values()):
@@ -196,7 +196,7 @@ def test_a_bad_line_in_the_lineage_stops_every_command(run):
         ('"branch":"again"', '"branch":"../../x"', "no branch can be named '../../x'"),
     ],
 )
-def test_a_lineage_that_says_nonsense_is_named_by_line(run, before, after, message):
+def test_inconsistent_lineage_is_refused_by_line(run, before, after, message):
     edit_file(run / "segments.jsonl", lambda text: text.replace(before, after))
     for args in (["index"], ["show", "lineage"], ["eval"]):
         assert f"segments.jsonl, line {'2' if 'again' in before else '1'} is damaged: {message}" in words(run, args)
@@ -214,18 +214,18 @@ def test_a_lineage_that_says_nonsense_is_named_by_line(run, before, after, messa
     ],
 )
 @pytest.mark.parametrize("text", ["{", "[]", "{}\n{}\n"])
-def test_a_document_that_is_no_document_is_named(run, file, args, text):
+def test_damaged_json_document_is_named(run, file, args, text):
     (path,) = run.glob(file)
     path.write_text(text)
-    said = words(run, args)
-    assert said.startswith(f"{path} is damaged: ")
-    assert said.endswith("restore it from a copy of the run directory")
+    result = words(run, args)
+    assert result.startswith(f"{path} is damaged: ")
+    assert result.endswith("restore it from a copy of the run directory")
 
 
-def test_an_evaluation_without_its_fields_is_named_by_line(run):
+def test_evaluation_with_missing_fields_is_named_by_line(run):
     (run / "evals.jsonl").write_text("{}\n{}\n")
-    said = words(run, ["index"])
-    assert said.startswith(f"{run / 'evals.jsonl'}, line 1 is damaged: it has no field 'branch'")
+    result = words(run, ["index"])
+    assert result.startswith(f"{run / 'evals.jsonl'}, line 1 is damaged: it has no field 'branch'")
 
 
 @pytest.mark.parametrize(
@@ -239,18 +239,18 @@ def test_an_evaluation_without_its_fields_is_named_by_line(run):
         ('"response_ids":[', '"response_ids":["1",', "line 1 is damaged: it is no verified answer to prompt mix3/"),
     ],
 )  # fmt: skip
-def test_a_guides_answers_are_checked_before_a_branch_begins(run, before, after, message):
+def test_damaged_guide_cache_is_refused_before_forking(run, before, after, message):
     edit_file(run / "guides" / "near" / "trajectories.jsonl", lambda text: text.replace(before, after))
     assert message in words(run, ["resume", "--at", "0", "--guide", "near"])
 
 
-def test_a_token_that_the_model_does_not_have_is_refused(run):
+def test_guide_cache_with_unknown_token_is_refused(run):
     path = run / "guides" / "near" / "trajectories.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0]["response_ids"][0] = 99999
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = words(run, ["resume", "--at", "0", "--guide", "near"])
-    assert said.startswith(f"{path} is damaged: no token has the number 99999")
+    result = words(run, ["resume", "--at", "0", "--guide", "near"])
+    assert result.startswith(f"{path} is damaged: no token has the number 99999")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(run):
         ("group_size: 4", "group_size: 2020-01-01", "train.group_size must be a whole number at least 2"),
     ],
 )
-def test_a_saved_recipe_that_was_edited_wrongly_is_named(run, before, after, message):
+def test_invalid_saved_recipe_is_named(run, before, after, message):
     path = run / "branches" / "again" / "recipe.yaml"
     edit_file(path, lambda text: text.replace(before, after))
     for command in ("resume", "eval"):
@@ -269,6 +269,6 @@ def test_a_saved_recipe_that_was_edited_wrongly_is_named(run, before, after, mes
         assert f"({path})" in words(run, [command])
 
 
-def test_a_passport_of_another_kind_is_told_as_such(run):
+def test_run_json_of_another_kind_is_refused(run):
     set_fields(run / "npo_run.json", format="1")
     assert words(run, ["index"]).startswith(f"{run / 'npo_run.json'} is damaged: format is '1'")

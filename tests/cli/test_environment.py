@@ -47,11 +47,11 @@ def warm() -> Iterator[ForkServer]:
 def wait_for(path: Path, text: str) -> None:
     deadline = time.monotonic() + 60
     while not (path.is_file() and text in path.read_text()):
-        assert time.monotonic() < deadline, f"{path} never said {text}"
+        assert time.monotonic() < deadline, f"{path} never result {text}"
         time.sleep(0.02)
 
 
-def test_a_run_in_which_a_process_writes_is_read_but_not_written(tmp_path, warm):
+def test_locked_run_is_read_but_not_written(tmp_path, warm):
     run = tmp_path / "busy run"
     child = warm.npo("train", "micro", str(run), *LONG, err=tmp_path / "err")
     try:
@@ -63,10 +63,10 @@ def test_a_run_in_which_a_process_writes_is_read_but_not_written(tmp_path, warm)
             ["score-checkpoints", "--at", "0"],
             ["sample-guide", "--at", "0", "--guide", "2"],
         ):
-            said = npo(args[0], run, *args[1:])
-            assert (said.code, said.out, said.err.count("\n")) == (2, "", 2)
-            assert said.message.startswith(f"{run} is in use by process {child.pid} on ")
-            assert said.hint == f"wait until it ends, or stop it with: kill {child.pid}"
+            result = npo(args[0], run, *args[1:])
+            assert (result.code, result.out, result.err.count("\n")) == (2, "", 2)
+            assert result.message.startswith(f"{run} is in use by process {child.pid} on ")
+            assert result.hint == f"wait until it ends, or stop it with: kill {child.pid}"
         assert npo("index", run).code == npo("show", run).code == 0
     finally:
         child.kill()
@@ -75,13 +75,13 @@ def test_a_run_in_which_a_process_writes_is_read_but_not_written(tmp_path, warm)
     assert npo("eval", run, "--step", "0").code == 0
 
 
-def test_of_two_trainings_that_begin_at_once_one_is_refused_and_the_other_whole(tmp_path, warm):
+def test_of_two_simultaneous_trainings_one_is_refused(tmp_path, warm):
     run = tmp_path / "run"
     child = warm.npo("train", "micro", str(run), *SMALL, err=tmp_path / "err")
-    said = npo("train", "micro", run, *SMALL)
-    codes = [child.wait(), said.code]
+    result = npo("train", "micro", run, *SMALL)
+    codes = [child.wait(), result.code]
     assert sorted(codes) == [0, 2]
-    err = (child.read_stderr(), said.err)[codes.index(2)]
+    err = (child.read_stderr(), result.err)[codes.index(2)]
     assert err.count("\n") == 2
     assert err.startswith(f"error: {run} ")
     steps = [json.loads(line)["step"] for line in npo("index", run, "--json").out.splitlines()]
@@ -91,7 +91,7 @@ def test_of_two_trainings_that_begin_at_once_one_is_refused_and_the_other_whole(
 # Streams
 
 
-def test_a_pipe_that_closes_early_is_no_error(circle):
+def test_closed_pipe_is_no_error(circle):
     run = shlex.quote(str(circle))
     for line in (f"npo index {run} --json", f"npo show {run} rollouts", "npo recipes micro"):
         done = shell(f"{line} | head -1; exit ${{PIPESTATUS[0]}}")
@@ -99,14 +99,14 @@ def test_a_pipe_that_closes_early_is_no_error(circle):
         assert done.returncode in (0, 1)
 
 
-def test_closed_streams_mix_nothing_up(circle):
+def test_closed_streams_are_not_mixed(circle):
     run = shlex.quote(str(circle))
     assert shell(f"npo index {run} >&-").stderr == ""
     done = shell(f"npo show {run} --step 99 --json 2>&-")
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_errors_go_to_stderr_and_json_stays_empty(circle):
+def test_errors_go_to_stderr(circle):
     for args in (
         ["eval", circle, "--step", "3", "--json"],
         ["show", circle, "rollouts", "--step", "99", "--json"],
@@ -141,7 +141,7 @@ def chunk_of(terminal: int) -> bytes:
         return b""
 
 
-def test_a_narrow_terminal_splits_the_table_and_loses_nothing(circle):
+def test_narrow_terminal_splits_tables(circle):
     shown = on_terminal("index", circle, COLUMNS="40", NO_COLOR="1")
     assert "\x1b[3" not in shown
     assert max(map(len, re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines())) <= 40
@@ -149,12 +149,12 @@ def test_a_narrow_terminal_splits_the_table_and_loses_nothing(circle):
         assert entry["digest"][:12] in shown
 
 
-def test_an_error_on_a_terminal_is_coloured_unless_that_is_unwanted(circle):
+def test_errors_on_a_terminal_are_colored_unless_no_color(circle):
     assert "\x1b[31merror: there is no run directory nowhere" in on_terminal("show", "nowhere")
     assert "\x1b[31m" not in on_terminal("show", "nowhere", NO_COLOR="1")
 
 
-def test_a_locale_without_letters_reads_and_writes_paths_that_have_them(circle, tmp_path):
+def test_ascii_locale_reads_and_writes_non_ascii_paths(circle, tmp_path):
     run = copy_run(circle, tmp_path, "ein Läufchen")
     done = shell(f"cd {shlex.quote(str(tmp_path))}; npo show 'ein Läufchen' --step 99", LC_ALL="C", LANG="C")
     assert done.returncode == 2
@@ -163,14 +163,14 @@ def test_a_locale_without_letters_reads_and_writes_paths_that_have_them(circle, 
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_user_without_a_home_is_served(circle):
+def test_commands_work_without_a_home_folder(circle):
     assert shell(f"unset HOME; npo index {shlex.quote(str(circle))}").returncode == 0
 
 
 NASTY = "\x1b]0;owned\x07\x1b[2J[red]1[/red]\u202e+2=\r\n\u2066"
 
 
-def test_prompts_and_answers_cannot_write_on_the_screen(tmp_path):
+def test_prompts_and_responses_cannot_control_the_terminal(tmp_path):
     rows = [
         {"prompt": f"{NASTY}{number}", "answer": f"{number}\x1b[31m", "id": f"p{number}\u202e"} for number in range(30)
     ]
@@ -186,8 +186,8 @@ def test_prompts_and_answers_cannot_write_on_the_screen(tmp_path):
             json.loads(line)
     shown = npo("show", tmp_path / "run", "rollouts").out
     assert "\\x1b]0;owned\\x07\\x1b[2J[red]1[/red]" in shown
-    said = assert_refused("show", tmp_path / "run", "rollouts", "--prompt", "\x1b[31m", beside=tmp_path)
-    assert "\x1b" not in said.err
+    result = assert_refused("show", tmp_path / "run", "rollouts", "--prompt", "\x1b[31m", beside=tmp_path)
+    assert "\x1b" not in result.err
 
 
 # Rights
@@ -213,7 +213,7 @@ def opened_up(folder: Path) -> None:
             above.chmod(above.stat().st_mode | 0o055)
 
 
-def test_what_may_not_be_read_or_written_is_named(circle, tmp_path):
+def test_missing_permissions_are_reported(circle, tmp_path):
     opened_up(tmp_path)
     secret = copy_run(circle, tmp_path, "secret")
     secret.chmod(0)
@@ -221,18 +221,18 @@ def test_what_may_not_be_read_or_written_is_named(circle, tmp_path):
     try:
         with without_rights():
             for args in (["index"], ["show"], ["resume"], ["eval"]):
-                said = npo(args[0], secret)
-                assert (said.code, said.out, said.err.count("\n")) == (2, "", 2)
-                assert said.message.startswith(f"Permission denied: {secret}")
-            said = npo("train", "micro", tmp_path / "new")
-            assert said.message == f"cannot make {tmp_path / 'new'}: {tmp_path} may not be written in"
+                result = npo(args[0], secret)
+                assert (result.code, result.out, result.err.count("\n")) == (2, "", 2)
+                assert result.message.startswith(f"Permission denied: {secret}")
+            result = npo("train", "micro", tmp_path / "new")
+            assert result.message == f"cannot make {tmp_path / 'new'}: {tmp_path} may not be written in"
             assert npo("train", "micro", secret / "new").code == 2
     finally:
         tmp_path.chmod(0o755)
         secret.chmod(0o755)
 
 
-def test_a_run_that_may_only_be_read_is_listed_and_shown_and_not_written(circle, tmp_path):
+def test_read_only_run_is_listed_and_shown(circle, tmp_path):
     opened_up(tmp_path)
     run = copy_run(circle, tmp_path)
     pass
@@ -244,8 +244,8 @@ def test_a_run_that_may_only_be_read_is_listed_and_shown_and_not_written(circle,
         with without_rights():
             assert npo("index", run).out.startswith("Checkpoints\n")
             assert npo("show", run).code == 0
-            said = npo("eval", run)
-            assert (said.code, said.message) == (2, f"cannot write in {run}: Permission denied")
+            result = npo("eval", run)
+            assert (result.code, result.message) == (2, f"cannot write in {run}: Permission denied")
         assert folder_digests(run) == before
     finally:
         for path in (run, *run.rglob("*")):

@@ -59,13 +59,13 @@ def test_recipes_lists_every_shipped_recipe():
     assert all(line["description"] and line["path"].endswith(".yaml") for line in lines)
 
 
-def test_recipes_prints_one_whole_as_yaml_that_can_be_trained(tmp_path):
+def test_recipes_prints_yaml_that_loads_to_the_same_recipe(tmp_path):
     result = runner.invoke(cli.app, ["recipes", "micro"])
     (tmp_path / "copy.yaml").write_text(result.stdout, encoding="utf-8")
     assert load_recipe(str(tmp_path / "copy.yaml")) == load_recipe("micro")
 
 
-def test_recipes_prints_one_whole_as_json():
+def test_recipes_prints_json():
     result = runner.invoke(cli.app, ["recipes", "micro", "--json"])
     assert json.loads(result.stdout) == recipe_to_dict(load_recipe("micro"))
 
@@ -148,19 +148,19 @@ def raising(monkeypatch, error: BaseException) -> None:
         (StoppedEarly("wrong", "mend"), 130, ""),
     ],
 )
-def test_an_error_is_two_lines_and_its_own_exit_code(monkeypatch, capsys, error, code, label):
+def test_error_is_two_lines_with_its_exit_code(monkeypatch, capsys, error, code, label):
     raising(monkeypatch, error)
     assert left_with([]) == code
     assert capsys.readouterr() == ("", f"{label}wrong\n  try: mend\n")
 
 
-def test_a_message_of_many_lines_and_escapes_is_still_one_line(monkeypatch, capsys):
+def test_error_message_is_one_line_without_control_characters(monkeypatch, capsys):
     raising(monkeypatch, NpoError("a\nb\x1b[2J", ""))
     left_with([])
     assert capsys.readouterr().err == "error: a b\\x1b[2J\n"
 
 
-def test_an_accident_of_ours_is_one_line_and_a_way_to_see_more(monkeypatch, capsys):
+def test_unexpected_exception_is_one_line_with_a_hint(monkeypatch, capsys):
     raising(monkeypatch, KeyError("oops"))
     assert left_with([]) == 1
     assert capsys.readouterr().err == (
@@ -168,7 +168,7 @@ def test_an_accident_of_ours_is_one_line_and_a_way_to_see_more(monkeypatch, caps
     )
 
 
-def test_debug_shows_the_traceback(monkeypatch, capsys):
+def test_npo_debug_shows_the_traceback(monkeypatch, capsys):
     monkeypatch.setenv("NPO_DEBUG", "1")
     raising(monkeypatch, NpoError("wrong", "mend"))
     assert left_with([]) == 2
@@ -177,7 +177,7 @@ def test_debug_shows_the_traceback(monkeypatch, capsys):
     assert err.endswith("error: wrong\n  try: mend\n")
 
 
-def test_an_output_of_few_letters_gets_escapes_instead_of_a_crash(monkeypatch):
+def test_narrow_encoding_gets_escapes(monkeypatch):
     app = cli.typer.Typer(rich_markup_mode=None)
     app.command()(lambda: cli.print_data("é 文"))
     monkeypatch.setattr(cli, "app", app)
@@ -187,7 +187,7 @@ def test_an_output_of_few_letters_gets_escapes_instead_of_a_crash(monkeypatch):
     assert narrow.buffer.getvalue() == b"\\xe9 \\u6587\n"
 
 
-def test_ctrl_c_leaves_with_130(monkeypatch):
+def test_ctrl_c_exits_with_130(monkeypatch):
     raising(monkeypatch, KeyboardInterrupt())
     assert left_with([]) == 130
 
@@ -202,7 +202,7 @@ def test_ctrl_c_leaves_with_130(monkeypatch):
         (["index", "x", "--colour"], "No such option"),
     ],
 )
-def test_usage_errors_leave_with_2_and_say_what_is_missing(capsys, args, words):
+def test_usage_errors_exit_with_2(capsys, args, words):
     assert left_with(args) == 2
     out, err = capsys.readouterr()
     assert words in err
@@ -224,7 +224,7 @@ def test_usage_errors_leave_with_2_and_say_what_is_missing(capsys, args, words):
         (["recipes", "nope"], "there is no shipped recipe named 'nope'"),
     ],
 )
-def test_bad_input_is_two_lines_exit_2_and_leaves_nothing_behind(capsys, monkeypatch, tmp_path, args, message):
+def test_bad_input_exits_with_2_and_writes_nothing(capsys, monkeypatch, tmp_path, args, message):
     monkeypatch.chdir(tmp_path)
     assert left_with(args) == 2
     out, err = capsys.readouterr()

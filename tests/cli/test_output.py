@@ -25,25 +25,25 @@ from tests.report.samples import FAR_SCORE, SCORE, rollout
         ("[red]markup[/red] :smile:", "[red]markup[/red] :smile:"),
     ],
 )
-def test_control_and_direction_characters_are_spelled_out(text, shown):
+def test_control_and_direction_characters_are_escaped(text, shown):
     assert escape_for_terminal(text) == shown
 
 
-def test_a_steps_metrics_and_timings_stand_beside_its_place():
+def test_json_of_a_step_has_metrics_and_timings_beside_branch_and_step():
     report = StepReport(branch="main", step=3, metrics={"reward": 0.5}, timings={"seconds": 1.5})
     assert json.loads(to_json_line(report)) == {
         "record": "step_report", "branch": "main", "step": 3, "reward": 0.5, "seconds": 1.5
     }  # fmt: skip
 
 
-def test_a_score_prints_every_field_under_its_own_name():
+def test_json_of_a_score_has_every_field():
     line = json.loads(to_json_line(SCORE))
     wanted = "step distance quality quality_low quality_high variance variance_kind signal signal_low signal_high"
     assert {*wanted.split(), "p_best", "num_prompts", "num_samples", "is_selected"} <= set(line)
     assert (line["step"], line["signal"], line["is_selected"], line["variances"]["seq2"]) == (100, 0.125, True, 30.0)
 
 
-def test_what_json_cannot_say_becomes_null():
+def test_json_has_null_for_nan_and_infinity():
     report = StepReport(branch="main", step=1, metrics={"a": math.nan, "b": math.inf}, timings={})
     assert json.loads(to_json_line(report)) == {
         "record": "step_report",
@@ -62,14 +62,14 @@ def stream() -> Iterator[object]:
     yield FAR_SCORE
 
 
-def test_json_is_one_object_a_line_on_stdout_and_talk_is_on_stderr(capsys):
+def test_json_is_on_stdout_and_status_on_stderr(capsys):
     print_records(stream(), as_json=True)
     out, err = capsys.readouterr()
     assert [json.loads(line)["step"] for line in out.splitlines()] == [100, 140]
     assert err == "hello\nwork 1/2\nwarning: careful\n"
 
 
-def test_without_json_stdout_holds_the_tables_and_nothing_else(capsys):
+def test_without_json_stdout_has_only_tables(capsys):
     print_records(stream(), as_json=False)
     out, err = capsys.readouterr()
     assert out.startswith("Candidate guides\nstep  distance")
@@ -77,7 +77,7 @@ def test_without_json_stdout_holds_the_tables_and_nothing_else(capsys):
     assert "Candidate" not in err
 
 
-def test_json_lines_come_as_the_records_do(capsys):
+def test_json_lines_are_printed_as_records_arrive(capsys):
     def watched() -> Iterator[object]:
         yield SCORE
         assert len(capsys.readouterr().out.splitlines()) == 1
@@ -86,7 +86,7 @@ def test_json_lines_come_as_the_records_do(capsys):
     print_records(watched(), as_json=True)
 
 
-def test_a_reader_that_leaves_lets_the_stage_clean_up(monkeypatch):
+def test_closed_pipe_closes_the_generator(monkeypatch):
     closed = []
 
     def stage() -> Iterator[object]:
@@ -106,14 +106,14 @@ def test_a_reader_that_leaves_lets_the_stage_clean_up(monkeypatch):
     assert closed == [True]
 
 
-def test_steps_read_from_a_file_move_no_bar(capsys):
+def test_recorded_steps_show_no_progress(capsys):
     print_records([StepReport(branch="main", step=1, metrics={"reward": 1.0}, timings={})], as_json=False)
     out, err = capsys.readouterr()
     assert "main" in out
     assert err == ""
 
 
-def test_model_output_reaches_the_screen_without_its_escapes_or_markup(capsys):
+def test_model_output_is_escaped_on_the_terminal(capsys):
     nasty = rollout(0, reward=0.0, text="\x1b]0;title\x07[bold]x[/bold]\nnext")
     print_records(
         [RolloutView(branch="main", step=1, prompt_text="q", reference_answer="a", rollout=nasty)], as_json=False
@@ -123,7 +123,7 @@ def test_model_output_reaches_the_screen_without_its_escapes_or_markup(capsys):
     assert "\x1b" not in out
 
 
-def test_a_threshold_never_reached_is_null_in_json():
+def test_json_has_null_for_a_threshold_never_reached():
     line = to_json_line(CostToThreshold(name="GRPO", threshold=0.9, step=None, total_steps=None, total_tokens=None))
     assert line == (
         '{"record": "cost_to_threshold", "name": "GRPO", "threshold": 0.9, "step": null, "total_steps": null, '
@@ -144,7 +144,7 @@ class Terminal(io.StringIO):
         ({"TERM": "dumb"}, "error\n"),
     ],
 )
-def test_colour_only_on_a_terminal_that_wants_it(monkeypatch, environment, shown):
+def test_color_only_on_a_color_terminal(monkeypatch, environment, shown):
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

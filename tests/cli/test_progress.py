@@ -13,7 +13,7 @@ class Clock:
         return self.now
 
 
-def test_plain_lines_come_first_last_and_every_five_seconds(capsys):
+def test_plain_progress_prints_first_last_and_every_five_seconds(capsys):
     clock = Clock()
     lines = PlainProgress(clock)
     for done in range(1, 13):
@@ -28,7 +28,7 @@ def test_plain_lines_come_first_last_and_every_five_seconds(capsys):
     ]
 
 
-def test_each_piece_of_work_has_its_own_pace(capsys):
+def test_plain_progress_has_a_rate_per_description(capsys):
     lines = PlainProgress(Clock())
     lines.show(Progress(description="one", done=1, total=9))
     lines.show(Progress(description="two", done=1, total=9))
@@ -40,11 +40,11 @@ def test_each_piece_of_work_has_its_own_pace(capsys):
     ("done", "total", "seconds", "text"),
     [(10, 100, 10.0, "1:30 left"), (1, 3601, 1.0, "1:00:00 left"), (5, 5, 9.0, ""), (7, 0, 9.0, ""), (0, 5, 9.0, "")],
 )
-def test_the_time_left_follows_the_pace_so_far(done, total, seconds, text):
+def test_time_left_follows_the_rate(done, total, seconds, text):
     assert format_time_left(Progress(description="w", done=done, total=total), seconds=seconds, num_done=done) == text
 
 
-def test_a_training_step_shows_reward_entropy_and_speed():
+def test_progress_of_a_step_shows_reward_entropy_and_speed():
     report = StepReport(
         branch="main", step=7, metrics={"reward": 0.25, "entropy": 0.125}, timings={"tokens_per_second": 39_000.4}
     )

@@ -29,20 +29,20 @@ def warm():
         yield process
 
 
-def test_a_hostile_file_name_and_hostile_traces_are_shown_as_text(taught, tmp_path):
+def test_trace_file_with_control_characters_is_shown_as_text(taught, tmp_path):
     run = copy_run(taught, tmp_path)
     prompts = open_session_at(run, 0).task.train
     rows = correct_rows(prompts)
     rows[0]["response"] = f"\x1b[2J</s>{rows[0]['response']}"
     rows += [{"prompt_id": f"x{HOSTILE}", "response": "1"}, {"prompt_id": prompts[0].prompt_id, "response": 1}]
     path = write_traces(tmp_path / f"{HOSTILE}.jsonl", rows)
-    said = npo("sample-guide", run, "--source", "file", "--from", path, "--at", "0", "--name", "given")
-    assert said.code == 0
+    result = npo("sample-guide", run, "--source", "file", "--from", path, "--at", "0", "--name", "given")
+    assert result.code == 0
     shown = npo("show", run, "guides")
-    for text in (said.out, said.err, shown.out):
+    for text in (result.out, result.err, shown.out):
         assert "\x1b" not in text and "\u202e" not in text
     assert "\\x1b[31mtr\\u202eaces.jsonl" in shown.out
-    assert "rows cannot be used" in said.err
+    assert "rows cannot be used" in result.err
     replayed = npo(
         "resume", run, "--at", "0", "--guide", "given", "guide.inject.ratio=unit", "guide.inject.max_accuracy=1"
     )
@@ -51,7 +51,7 @@ def test_a_hostile_file_name_and_hostile_traces_are_shown_as_text(taught, tmp_pa
     assert "teacher" in rollouts and "\x1b" not in rollouts
 
 
-def test_every_source_is_told_with_where_it_came_from(taught, tmp_path):
+def test_guide_sources_are_shown_with_their_origin(taught, tmp_path):
     run = copy_run(taught, tmp_path)
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(open_session_at(run, 0).task.train))
     asked = ("sample-guide", run, "--at", "0", "--steps", "2")
@@ -64,7 +64,7 @@ def test_every_source_is_told_with_where_it_came_from(taught, tmp_path):
     ]
 
 
-def test_sources_are_compared_as_tables_and_as_json(taught, tmp_path):
+def test_scores_of_sources_as_tables_and_json(taught, tmp_path):
     run = copy_run(taught, tmp_path)
     quick = (
         "scoring.samples_per_prompt=2",
@@ -73,9 +73,9 @@ def test_sources_are_compared_as_tables_and_as_json(taught, tmp_path):
         "--at",
         "0",
     )
-    said = npo("score-sources", run, *quick, "--figure", tmp_path / "s.svg")
-    assert said.code == 0
-    assert said.out.splitlines()[0] == "Sources of trajectories"
+    result = npo("score-sources", run, *quick, "--figure", tmp_path / "s.svg")
+    assert result.code == 0
+    assert result.out.splitlines()[0] == "Sources of trajectories"
     lines = [json.loads(line) for line in npo("score-sources", run, *quick, "--json").out.splitlines()]
     assert [(line["record"], line["name"]) for line in lines] == [
         ("source_score", "self"),
@@ -94,9 +94,7 @@ def slow_teacher(prompts):
     return say
 
 
-def test_kill_9_while_an_address_is_asked_and_the_same_command_ends_in_the_same_bytes(
-    taught, tmp_path, warm: ForkServer
-):
+def test_killed_endpoint_sampling_resumes_to_the_same_bytes(taught, tmp_path, warm: ForkServer):
     straight, broken = (copy_run(taught, tmp_path / name) for name in ("straight", "broken"))
     with run_server(slow_teacher(open_session_at(taught, 0).task.train)) as served:
         options = ("--source", "endpoint", "--from", served.url, "--model", "teacher", "--at", "0", "--name", "given")
@@ -127,8 +125,8 @@ def test_kill_9_while_an_address_is_asked_and_the_same_command_ends_in_the_same_
         (["--source", "model", "--from", "./nowhere"], "--from ./nowhere cannot be asked: "),
     ],
 )
-def test_a_slip_in_a_source_is_told_and_nothing_is_written(taught, tmp_path, options, message):
+def test_bad_source_is_refused(taught, tmp_path, options, message):
     run = copy_run(taught, tmp_path)
-    said = assert_refused("sample-guide", run, "--at", "0", *options, beside=tmp_path)
-    assert said.message.startswith(message)
-    assert said.hint
+    result = assert_refused("sample-guide", run, "--at", "0", *options, beside=tmp_path)
+    assert result.message.startswith(message)
+    assert result.hint

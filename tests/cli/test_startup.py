@@ -42,13 +42,13 @@ def test_help_and_usage_errors_import_nothing_heavy(args, code):
 
 
 @pytest.mark.parametrize("args", [["train", "micro", "new", "train.lrr=1"], ["resume", "new"]])
-def test_wrong_settings_are_told_without_torch(args):
+def test_bad_settings_are_reported_without_torch(args):
     result = launched(*args, code=WATCHED)
     assert result.returncode == 2
     assert not {"torch", "transformers", "numpy", "matplotlib"} & set(json.loads(result.stderr.splitlines()[-1]))
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_reader_that_closes_the_pipe_is_no_error():
     command = f'"{sys.executable}" -c "{RUN}" recipes micro --json | true; exit ${{PIPESTATUS[0]}}'
     result = subprocess.run(
         ["bash", "-c", command],
@@ -62,7 +62,7 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert result.returncode in (0, 1)
 
 
-def test_errors_off_a_terminal_are_without_colour():
+def test_errors_without_a_terminal_have_no_color():
     result = launched("train", "nope", "new")
     assert (result.returncode, result.stdout) == (2, "")
     assert "\x1b" not in result.stderr
@@ -102,7 +102,7 @@ def on_a_terminal(*, stdout_too: bool) -> tuple[str, str]:
     return piped, shown.decode()
 
 
-def test_bars_on_stderr_leave_the_json_on_stdout_alone():
+def test_progress_bars_on_stderr_do_not_touch_json_on_stdout():
     piped, shown = on_a_terminal(stdout_too=False)
     assert json.loads(piped)["branch"] == "main"
     assert "work" in shown
@@ -112,7 +112,7 @@ def test_bars_on_stderr_leave_the_json_on_stdout_alone():
     assert "main" not in shown
 
 
-def test_json_lines_on_a_terminal_are_not_mixed_with_bars():
+def test_json_on_a_terminal_is_not_mixed_with_bars():
     _, shown = on_a_terminal(stdout_too=True)
     lines = shown.splitlines()
     assert lines[0] == "[bold]hello\\x1b]0;title\\x07"

@@ -15,7 +15,7 @@ TABLE = Table(
 )
 
 
-def test_plain_tables_align_numbers_right_and_wide_letters_by_their_width():
+def test_plain_table_aligns_numbers_right_and_wide_characters():
     assert format_table(TABLE) == (
         "Runs\n"
         "name  step              accuracy\n"
@@ -25,16 +25,16 @@ def test_plain_tables_align_numbers_right_and_wide_letters_by_their_width():
     )
 
 
-def test_plain_tables_never_cut_or_fold_a_long_cell():
+def test_plain_table_never_cuts_a_cell():
     table = Table(title="t", header=("text",), rows=(("x" * 500,),))
     assert "x" * 500 in format_table(table).splitlines()
 
 
-def test_an_empty_table_keeps_its_heading():
+def test_empty_table_keeps_its_header():
     assert format_table(Table(title="t", header=("a", "b"), rows=())) == "t\na  b\n"
 
 
-def test_columns_that_do_not_fit_go_below_with_the_keys_repeated():
+def test_split_table_repeats_the_key_columns():
     # 4 + 2 + 4 = 10 for the keys; with 6 more and a gap 18 fit, the third would make 26
     assert list(split_columns([4, 4, 6, 6, 6], limit=20)) == [[0, 1, 2], [0, 1, 3], [0, 1, 4]]
     assert list(split_columns([4, 4, 6, 6, 6], limit=26)) == [[0, 1, 2, 3], [0, 1, 4]]
@@ -43,7 +43,7 @@ def test_columns_that_do_not_fit_go_below_with_the_keys_repeated():
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(10, 120))
-def test_every_column_is_shown_once_and_fits_unless_it_is_alone(widths, limit):
+def test_split_table_shows_every_column_once(widths, limit):
     found = list(split_columns(widths, limit=limit))
     assert [place for piece in found for place in piece[2:]] == list(range(2, len(widths)))
     for piece in found:
@@ -56,7 +56,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_on_a_terminal_no_line_is_wider_than_it_and_no_cell_is_lost(monkeypatch, width):
+def test_terminal_table_fits_its_width(monkeypatch, width):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("NO_COLOR", "1")

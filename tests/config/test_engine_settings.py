@@ -5,7 +5,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 
 
-def test_token_weights_up_to_two_are_the_default_and_shown():
+def test_mismatch_default_is_token_tis_with_cap_2():
     text = recipe_to_yaml(Recipe())
     assert "\nmismatch:\n  mode: token_tis\n  cap: 2.0\n  low: 0.5\n  high: 5.0\n" in text
     assert "  geo_low: 0.999\n  geo_high: 1.001\n  k3_max: 0.01\n" in text
@@ -30,14 +30,14 @@ def test_token_weights_up_to_two_are_the_default_and_shown():
         ("{geo_low: 1, geo_high: 1}", "mismatch.geo_low must be below mismatch.geo_high, got 1 for both"),
     ],
 )
-def test_a_bound_that_cannot_be_is_refused_by_name(setting, said):
+def test_mismatch_invalid_bound_is_refused(setting, said):
     with pytest.raises(NpoError) as caught:
         load_recipe("micro", [f"mismatch={setting}" if setting[0] == "{" else f"mismatch.{setting}"])
     assert said in caught.value.message
 
 
 @pytest.mark.parametrize("fork", [False, True])
-def test_the_correction_is_part_of_a_runs_loss_and_never_changes(fork):
+def test_mismatch_settings_never_change_within_a_run(fork):
     old, new = load_recipe("micro"), load_recipe("micro", ["mismatch.mode=off"])
     with pytest.raises(NpoError) as caught:
         check_frozen_settings(old, new, fork=fork)

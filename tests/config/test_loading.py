@@ -34,7 +34,7 @@ def refusal(folder: Path, text: str, *overrides: str) -> NpoError:
 # Reading
 
 
-def test_an_override_in_short_scientific_notation_is_a_number():
+def test_override_in_scientific_notation_is_a_number():
     # YAML 1.1 would read 3e-4 (no dot) as text
     assert load_recipe("micro", ["train.lr=3e-4"]).train.lr == 0.0003
 
@@ -43,40 +43,40 @@ def test_an_override_in_short_scientific_notation_is_a_number():
     ("text", "value"),
     [("3e-4", 0.0003), ("1E+2", 100.0), ("1.e-3", 0.001), (".5", 0.5), ("+2.5", 2.5), ("1", 1.0), ("1e-05", 1e-5)],
 )
-def test_every_way_to_write_a_number_is_read(tmp_path, text, value):
+def test_yaml_number_formats(tmp_path, text, value):
     assert load_recipe(written(tmp_path, f"train: {{lr: {text}}}")).train.lr == value
 
 
 @pytest.mark.parametrize("text", ["yes", "on", "010", "1_000", "1:30", "2020-01-01", "0x10"])
-def test_what_yaml_1_1_would_convert_behind_your_back_stays_text(tmp_path, text):
+def test_yaml_1_1_conversions_stay_text(tmp_path, text):
     assert load_recipe(written(tmp_path, f"task: {{suffix: {text}}}")).task.suffix == text
 
 
-def test_the_later_override_wins_and_both_beat_the_file(tmp_path):
+def test_later_override_wins_over_earlier_and_file(tmp_path):
     path = written(tmp_path, "train: {seed: 1, lr: 2e-4}")
     recipe = load_recipe(path, ["train.seed=2", "train.seed=3"])
     assert (recipe.train.seed, recipe.train.lr) == (3, 0.0002)
 
 
-def test_an_override_may_hold_a_list_or_a_whole_section():
+def test_override_may_be_a_list_or_a_section():
     recipe = load_recipe("micro", ["train.betas=[0.8, 0.9]", "loss={kind: gspo, clip_high: 0.28}"])
     assert recipe.train.betas == (0.8, 0.9)
     assert (recipe.loss.kind, recipe.loss.clip_high, recipe.loss.clip_low) == ("gspo", 0.28, 0.2)
 
 
-def test_extending_merges_sections_and_replaces_lists(tmp_path):
+def test_extends_merges_sections_and_replaces_lists(tmp_path):
     written(tmp_path, "train: {seed: 5, lr: 1e-3}\ntask: {suffix: old}", "grand.yaml")
     written(tmp_path, "extends: grand.yaml\ntrain: {seed: 6, betas: [0.1, 0.2]}", "parent.yaml")
     recipe = load_recipe(written(tmp_path, "extends: ./parent.yaml\ntrain: {betas: [0.3, 0.4]}"))
     assert (recipe.train.seed, recipe.train.lr, recipe.train.betas, recipe.task.suffix) == (6, 0.001, (0.3, 0.4), "old")
 
 
-def test_a_file_may_extend_a_shipped_recipe(tmp_path):
+def test_extends_a_shipped_recipe(tmp_path):
     recipe = load_recipe(written(tmp_path, "extends: micro-sparse\ntrain: {seed: 9}"))
     assert diff_recipes(load_recipe("micro-sparse"), recipe) == [("train.seed", 0, 9)]
 
 
-def test_every_shipped_recipe_loads_and_says_what_it_is_for():
+def test_shipped_recipes_load_and_have_descriptions():
     assert "micro" in list_recipe_names()
     for name in list_recipe_names():
         recipe = load_recipe(name)
@@ -84,7 +84,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for():
         assert recipe.description
 
 
-def test_a_recipe_survives_its_own_yaml_and_its_own_data(tmp_path):
+def test_recipe_round_trip_through_yaml_and_json(tmp_path):
     recipe = load_recipe("micro", ["train.lr=3e-5", "task.suffix='a: #b'", "train.keep_full_checkpoints=2"])
     assert load_recipe(written(tmp_path, recipe_to_yaml(recipe))) == recipe
     assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
@@ -94,7 +94,7 @@ def test_a_recipe_survives_its_own_yaml_and_its_own_data(tmp_path):
 @given(lr=st.floats(1e-12, 1e12), seed=st.integers(-(10**9), 10**9), suffix=st.text(max_size=20))
 @example(lr=1.0, seed=0, suffix="\x85")
 @example(lr=1.0, seed=0, suffix="0E0")
-def test_any_value_survives_the_yaml_it_is_saved_as(tmp_path_factory, lr, seed, suffix):
+def test_any_value_round_trips_through_yaml(tmp_path_factory, lr, seed, suffix):
     values = {"train": {"lr": lr, "seed": seed}, "task": {"suffix": suffix}}
     recipe = recipe_from_dict(values)
     path = tmp_path_factory.mktemp("yaml") / "one.yaml"
@@ -105,7 +105,7 @@ def test_any_value_survives_the_yaml_it_is_saved_as(tmp_path_factory, lr, seed, 
 # Refusals
 
 
-def test_a_misplaced_key_is_sent_to_its_section(tmp_path):
+def test_misplaced_key_is_answered_with_its_section(tmp_path):
     error = refusal(tmp_path, "name: x\nlr: 3")
     assert error.message == "lr is not a setting (mine.yaml:2)"
     assert error.hint == "write train.lr instead of lr"
@@ -125,7 +125,7 @@ def test_a_misplaced_key_is_sent_to_its_section(tmp_path):
         ("zzzqqq", None),
     ],
 )
-def test_the_nearest_known_key(key, meant):
+def test_nearest_known_key(key, meant):
     assert find_nearest_key(key) == meant
 
 
@@ -166,7 +166,7 @@ def test_every_old_key_is_unknown_and_its_new_key_exists():
     assert {new for new in OLD_KEYS.values() if new not in known} == set()
 
 
-def test_with_nothing_near_the_sections_settings_are_listed():
+def test_unknown_key_without_near_match_lists_the_settings():
     with pytest.raises(NpoError) as caught:
         load_recipe("micro", ["eval.zzzqqq=1"])
     assert caught.value.hint == "eval has the settings every, samples_per_prompt"
@@ -198,13 +198,13 @@ def test_with_nothing_near_the_sections_settings_are_listed():
         ("task.datasets=[{weight: 1}]", "task.datasets.0.name is missing"),
     ],
 )
-def test_a_bad_value_says_what_is_allowed_and_what_was_got(tmp_path, override, message):
+def test_bad_value_error_names_what_is_allowed_and_given(tmp_path, override, message):
     # prompts_per_step and pool_size are settings of two sections, so no one place is to blame
     place = str(tmp_path / "mine.yaml") if "prompts_per_step" in override else "command line"
     assert refusal(tmp_path, "name: x", override).message == f"{message} ({place})"
 
 
-def test_all_problems_are_told_at_once(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     message = refusal(tmp_path, "train:\n  lr: -1\n  oops: 1\nloss:\n  kind: ppo\n").message
     assert message == (
         "train.lr must be a number above 0, got -1 (mine.yaml:2); train.oops is not a setting (mine.yaml:3); "
@@ -237,40 +237,40 @@ def test_malformed_yaml_is_refused_with_file_and_line(tmp_path, text, line, prob
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- 1", "just text", "a: !!int x", 'name: "\\ud800"', "a: \x00"])
-def test_other_files_that_hold_no_settings_are_refused(tmp_path, text):
+def test_file_without_settings_is_refused(tmp_path, text):
     assert refusal(tmp_path, text).hint
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_recipe_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"name: \xff")
     with pytest.raises(NpoError, match="not UTF-8"):
         load_recipe(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize("override", ["train.lr", "=3", ".lr=3", "train..lr=3", "", "train.=1"])
-def test_an_override_without_key_or_equals_is_refused(override):
+def test_override_without_key_or_equals_is_refused(override):
     with pytest.raises(NpoError, match="is not a setting: write KEY=VALUE"):
         load_recipe("micro", [override])
 
 
-def test_a_malformed_override_names_its_key():
+def test_malformed_override_error_names_the_key():
     with pytest.raises(NpoError, match=r"^the value of train\.lr:1: "):
         load_recipe("micro", ["train.lr=[1"])
 
 
-def test_recipes_that_extend_each_other_are_refused(tmp_path):
+def test_extends_cycle_is_refused(tmp_path):
     written(tmp_path, "extends: mine.yaml", "other.yaml")
     error = refusal(tmp_path, "extends: other.yaml")
     assert error.message == "recipes extend each other in a cycle: mine.yaml -> other.yaml -> mine.yaml"
 
 
-def test_an_unknown_name_gets_the_nearest_shipped_one():
+def test_unknown_recipe_name_gets_the_nearest():
     with pytest.raises(NpoError) as caught:
         find_recipe("micr")
     assert caught.value.hint.startswith("npo recipes micro ")
 
 
-def test_a_path_that_is_not_there_is_refused(tmp_path):
+def test_missing_recipe_file_is_refused(tmp_path):
     with pytest.raises(NpoError, match="there is no recipe file"):
         load_recipe(str(tmp_path / "none.yaml"))
 
@@ -278,7 +278,7 @@ def test_a_path_that_is_not_there_is_refused(tmp_path):
 # Comparing
 
 
-def test_differences_name_dotted_keys_old_and_new():
+def test_diff_recipes_names_keys_old_and_new_values():
     old = recipe_from_dict({})
     new = apply_overrides(old, ["train.seed=4", "eval.every=10"])
     assert diff_recipes(old, new) == [("train.seed", 0, 4), ("eval.every", 0, 10)]
@@ -287,12 +287,12 @@ def test_differences_name_dotted_keys_old_and_new():
 @pytest.mark.parametrize(
     "change", ["train.num_steps=900", "train.save_every=5", "eval.every=1", "scoring.samples_per_prompt=2", "name=x"]
 )
-def test_what_nothing_computed_depends_on_may_change(change):
+def test_free_settings_may_change(change):
     old = recipe_from_dict({})
     check_frozen_settings(old, apply_overrides(old, [change]), fork=False)
 
 
-def test_a_change_that_falsifies_what_was_computed_is_refused_by_key():
+def test_frozen_settings_may_not_change():
     old = recipe_from_dict({})
     with pytest.raises(NpoError) as caught:
         check_frozen_settings(old, apply_overrides(old, ["train.lr=0.5"]), fork=True)
@@ -300,7 +300,7 @@ def test_a_change_that_falsifies_what_was_computed_is_refused_by_key():
     assert "npo train RECIPE NEW_RUN train.lr=0.5" in caught.value.hint
 
 
-def test_the_guides_rules_may_change_only_where_a_replay_branches_off():
+def test_fork_settings_may_change_only_when_forking():
     old = recipe_from_dict({})
     new = apply_overrides(old, ["guide.inject.max_accuracy=0.5"])
     check_frozen_settings(old, new, fork=True)
@@ -309,13 +309,13 @@ def test_the_guides_rules_may_change_only_where_a_replay_branches_off():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_last_step_is_fixed_where_a_decay_was_spread_over_it(schedule):
+def test_num_steps_is_frozen_with_a_decaying_schedule(schedule):
     old = recipe_from_dict({"train": {"schedule": schedule}})
     with pytest.raises(NpoError, match=f"the {schedule} schedule of the completed steps was computed for 300 steps"):
         check_frozen_settings(old, apply_overrides(old, ["train.num_steps=400"]), fork=True)
 
 
-def test_every_setting_says_what_it_is():
+def test_every_setting_has_a_description():
     def walk(settings: type, prefix: str = "") -> list[str]:
         missing = []
         for name, field in settings.model_fields.items():

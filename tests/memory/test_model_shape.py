@@ -29,7 +29,7 @@ def saved_by_a_real_pass(policy: Policy) -> int:
     return sum(found.values())
 
 
-def test_parameters_and_saved_activations_are_those_of_the_real_model():
+def test_model_shape_equals_the_real_model():
     policy = load_policy(ModelSettings(threads=1))
     shape = model_shape(ModelSettings(threads=1))
     assert shape.num_params == sum(parameter.numel() for parameter in policy.model.parameters())
@@ -40,7 +40,7 @@ def test_parameters_and_saved_activations_are_those_of_the_real_model():
     assert shape.kv_cache_floats == 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
 
 
-def test_checkpointing_leaves_the_inputs_of_the_layers():
+def test_model_shape_with_gradient_checkpointing_keeps_layer_inputs():
     shape = model_shape(ModelSettings(threads=1))
     # the input of each layer and the last norm's, in float32, and a little beside them
     layers = load_policy(ModelSettings(threads=1)).model.config.num_hidden_layers
@@ -48,24 +48,24 @@ def test_checkpointing_leaves_the_inputs_of_the_layers():
     assert shape.layer_activation_bytes * layers == pytest.approx(shape.activation_bytes)
 
 
-def test_mixed_precision_saves_less():
+def test_model_shape_in_mixed_precision_saves_less():
     full, mixed = (model_shape(ModelSettings(compute_dtype=kind)) for kind in (None, "bfloat16"))
     assert 0.5 * full.activation_bytes < mixed.activation_bytes < full.activation_bytes
     assert full.num_params == mixed.num_params
 
 
-def test_adapters_are_counted_as_peft_makes_them():
+def test_model_shape_counts_adapters_like_peft():
     settings = ModelSettings(threads=1, lora=LoraSettings(rank=4))
     policy = load_policy(settings)
     assert model_shape(settings).num_lora_params == sum(tensor.numel() for tensor in policy.adapter_weights.values())
 
 
-def test_adafactor_keeps_a_row_and_a_column():
+def test_adafactor_state_is_a_row_and_a_column():
     # 3 x (5 + 7) of three matrices; a vector as it is
     assert (adafactor_numel((5, 7)), adafactor_numel((3, 5, 7)), adafactor_numel((9,))) == (12, 36, 9)
 
 
-def test_a_config_alone_is_enough_and_another_file_is_refused(tmp_path):
+def test_model_shape_needs_only_a_config(tmp_path):
     policy = load_policy(ModelSettings(threads=1))
     policy.model.config.to_json_file(tmp_path / "config.json")
     path = str(tmp_path / "config.json")

@@ -10,7 +10,7 @@ from npo_cli.policy.model import MICRO_BASE_FOLDER, load_policy
 SCRIPT = Path(__file__).parents[2] / "recipes" / "make_micro_base.py"
 
 
-def test_two_steps_give_a_model_with_the_shipped_shapes_and_tokens(tmp_path):
+def test_make_micro_base_has_the_shipped_shapes_and_tokens(tmp_path):
     out = tmp_path / "base"
     done = subprocess.run([sys.executable, SCRIPT, out, "--steps", "2"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("step 2/2  loss ")
@@ -23,7 +23,7 @@ def test_two_steps_give_a_model_with_the_shipped_shapes_and_tokens(tmp_path):
     assert new.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
 
 
-def test_a_used_folder_is_not_overwritten(tmp_path):
+def test_make_micro_base_does_not_overwrite_a_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     done = subprocess.run([sys.executable, SCRIPT, tmp_path, "--steps", "1"], capture_output=True, text=True)
     assert done.returncode != 0

@@ -61,7 +61,7 @@ def prepared(folder: Path, monkeypatch, *options: str) -> dict[str, list[dict]]:
     return {name: pq.read_table(folder / "out" / f"{name}.parquet").to_pylist() for name in ("train", "heldout")}
 
 
-def test_only_rows_that_the_recipe_can_use_are_taken_and_the_others_are_counted(tmp_path, monkeypatch, capsys):
+def test_mmfinereason_takes_usable_rows_and_counts_the_others(tmp_path, monkeypatch, capsys):
     small = picture(64, 64)
     shards = {
         "b": [row("<image>1+1=", "2", small), row("<image>1+1=", "2", small)],
@@ -104,7 +104,7 @@ def test_only_rows_that_the_recipe_can_use_are_taken_and_the_others_are_counted(
     ]
 
 
-def test_what_is_held_out_depends_on_what_a_row_holds_and_not_on_where_it_stands(tmp_path, monkeypatch):
+def test_mmfinereason_heldout_split_depends_on_content_only(tmp_path, monkeypatch):
     rows = [row(f"<image>{number}+1=", str(number + 1), picture(64, 64)) for number in range(40)]
     found = []
     for name, order in (("one", rows), ("other", rows[::-1])):
@@ -118,7 +118,7 @@ def test_what_is_held_out_depends_on_what_a_row_holds_and_not_on_where_it_stands
     assert len(found[0]["heldout"] | found[0]["train"]) == 40
 
 
-def test_the_plan_of_eight_gpus_fits_and_counts_the_published_parameters():
+def test_mmfinereason_plan_fits_eight_gpus_and_counts_the_parameters():
     settings = [f"model.path={ROOT / 'recipes' / 'models' / 'qwen3-vl-8b.json'}"]
     name = "qwen3-vl-8b-mmfinereason"
     assert model_shape(load_recipe(name, settings).model).num_params == 8_767_123_696
@@ -139,7 +139,7 @@ def test_the_plan_of_eight_gpus_fits_and_counts_the_published_parameters():
 
 
 @pytest.mark.parametrize("method", ["grpo", "npo-early", "npo-late", "npo", "autonpo"])
-def test_the_recipe_takes_the_methods_of_the_paper(method):
+def test_mmfinereason_recipe_accepts_the_methods(method):
     recipe = load_recipe("qwen3-vl-8b-mmfinereason", method=f"matched/{method}")
     assert (recipe.method.name, recipe.guide.inject.max_accuracy, recipe.guide.inject.slots) == (method, 0.6, 1)
 
@@ -164,7 +164,7 @@ def drawn(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("method", [pytest.param("npo-early", marks=pytest.mark.slow), "npo-late", "autonpo"])
-def test_the_whole_plan_of_a_method_runs_with_a_tiny_model_and_drawn_pictures(taught_vl, drawn, tmp_path, method):
+def test_mmfinereason_methods_run_with_a_tiny_model(taught_vl, drawn, tmp_path, method):
     """The commands of the method, as `npo bench` would give them."""
     settings = (
         *(f"model.path={taught_vl}", f"task.path={drawn}/train.parquet", f"task.heldout_path={drawn}/heldout.parquet"),
@@ -215,7 +215,7 @@ def test_the_whole_plan_of_a_method_runs_with_a_tiny_model_and_drawn_pictures(ta
     assert find_checkpoint(run, branch, 6).step == 6
 
 
-def test_the_recipe_trains_with_a_tiny_model_and_made_up_data_in_their_places(untaught_vl, tmp_path, monkeypatch):
+def test_mmfinereason_recipe_trains_with_a_tiny_model(untaught_vl, tmp_path, monkeypatch):
     rows = [row(f"<image>{number}+1=", str(number + 1), picture(64, 64)) for number in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shard.parquet")
     prepared(tmp_path, monkeypatch, "--heldout-one-in", "4")

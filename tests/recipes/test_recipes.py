@@ -25,7 +25,7 @@ def without(values: dict[str, Any], key: str, *inner: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_holds_only_what_differs(path, tmp_path):
+def test_recipe_files_hold_only_what_differs(path, tmp_path):
     def resolved(values: dict[str, Any]) -> Recipe | None:
         copy = tmp_path / "copy.yaml"
         copy.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -40,7 +40,7 @@ def test_a_recipe_holds_only_what_differs(path, tmp_path):
     assert [".".join(key) for key in keys_in(values) if resolved(without(values, *key)) == whole] == []
 
 
-def test_every_recipe_loads_and_is_named_as_its_file():
+def test_recipe_names_equal_their_files():
     for name in list_recipe_names():
         recipe = load_recipe(name)
         assert (recipe.name, bool(recipe.description)) == (name, True)
