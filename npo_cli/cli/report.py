@@ -15,6 +15,10 @@ def report(
     ],
     *,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write.")] = Path("npo-report.html"),
+    branch: Annotated[
+        str | None,
+        typer.Option("--branch", metavar="NAME", help="Branch whose costs and responses are shown. [default: newest]"),
+    ] = None,
     figures: Annotated[
         Path | None, typer.Option("--figures", metavar="DIR", help="Also save every figure as PNG and SVG.")
     ] = None,
@@ -25,4 +29,4 @@ def report(
     """
     from npo_cli.report.build import write_report
 
-    print_records(write_report(runs, out, plots_folder=figures), as_json=False)
+    print_records(write_report(runs, out, plots_folder=figures, branch=branch), as_json=False)

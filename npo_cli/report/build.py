@@ -12,7 +12,7 @@ from npo_cli.report.table import format_bytes
 from npo_cli.storage.bench_dir import is_bench, load_bench_index
 from npo_cli.storage.files import write_text_atomic
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import find_newest_branch
+from npo_cli.storage.lineage import find_first_segment, find_newest_branch
 from npo_cli.types.rollouts import Notice, Progress
 
 HTML_SUFFIXES = (".html", ".htm")
@@ -20,17 +20,24 @@ HEAD_BYTES = 2000
 """Where a page of ours says that it is one."""
 
 
-def write_report(roots: Sequence[Path], out: Path, *, plots_folder: Path | None) -> Iterator[Progress | Notice]:
+def write_report(
+    roots: Sequence[Path], out: Path, *, plots_folder: Path | None, branch: str | None = None
+) -> Iterator[Progress | Notice]:
     """A chapter a run, before them an overview if there are several; the pictures as files where asked for."""
     validate_output(out)
     if plots_folder is not None and plots_folder.exists() and not plots_folder.is_dir():
         raise NpoError(f"--figures {plots_folder} is a file", f"name a folder: --figures {quote_path(plots_folder)}.d")
     runs = open_labelled_runs(roots)
+    if branch is not None:
+        for _, run in runs:
+            find_first_segment(run, branch)
     began = time.monotonic()
     chapters = [build_overview(runs)] if len(runs) > 1 else []
     for place, (label, run) in enumerate(runs, start=1):
         yield Progress(description="read runs", done=place - 1, total=len(runs), note=label)
-        chapters.append(build_run_section(run, title=label, prefix=f"run-{place}-" if len(runs) > 1 else ""))
+        chapters.append(
+            build_run_section(run, title=label, prefix=f"run-{place}-" if len(runs) > 1 else "", branch=branch)
+        )
     title = f"npo report: {runs[0][0]}" if len(runs) == 1 else f"npo report: {len(runs)} runs"
     html = render_page(title, chapters)
     write_text_atomic(out, html)

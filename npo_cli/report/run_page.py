@@ -116,9 +116,9 @@ MAX_PLOTTED_PROBES = 6
 """Probes that are drawn; all are tabulated."""
 
 
-def build_run_section(run: RunDir, *, title: str, prefix: str) -> Section:
+def build_run_section(run: RunDir, *, title: str, prefix: str, branch: str | None = None) -> Section:
     """Everything of one run; `prefix` begins the names of its pictures."""
-    branch = find_newest_branch(run)
+    branch = branch or find_newest_branch(run)
     limbs = collect_branch_spans(run, branch)
     parts = (
         *_reached(run, prefix=prefix),

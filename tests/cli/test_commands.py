@@ -110,6 +110,8 @@ def test_show_guides_of_a_run_without_guides(run):
         ),
         (["score-checkpoints", "score.kk=1"], "score.kk is not a setting"),
         (["eval", "--branch", "nope"], "has no branch 'nope': main"),
+        (["index", "--branch", "nope"], "has no branch 'nope'; it has: main"),
+        (["report", "--branch", "nope"], "has no branch 'nope'; it has: main"),
         (["resume", "--branch", "nope"], "has no branch 'nope': main"),
     ],
 )
