@@ -224,7 +224,7 @@ def test_advantages_are_those_of_the_mixed_group(mixed):
     assert [row.advantage for row in rows_of(mixed)] == pytest.approx(
         [line.advantage for line in mixed.lines], abs=1e-5
     )
-    helped = [group for group in mixed.batch.mixed if group.mix == "injected"]
+    helped = [group for group in mixed.batch.mixed if group.injection_status == "injected"]
     means = [[statistics.mean(one.reward for one in some) for some in (group.rollouts, own(group))] for group in helped]
     assert any(mixed_mean != own_mean for mixed_mean, own_mean in means)
 
