@@ -7,33 +7,20 @@ of a prompt's responses is replayed depends on the current policy's log-probabil
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from npo_cli.config.guides import ExperienceSettings
 from npo_cli.errors import NpoError
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.rollout.batch import BatchPlan, PromptBatch, StepBatch, open_mix_strategy
 from npo_cli.rollout.mixing import MixStrategy
 from npo_cli.seeds import derive_seed
-from npo_cli.session.logprob_pass import ResponseLogprobs, run_logprob_pass
+from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.session import Session
 from npo_cli.types.guides import GuideRollout, ReplayBuffer, Success
-from npo_cli.types.rollouts import Prompt
+from npo_cli.types.rollouts import Group, Prompt
 
 REPLAY = "replay"
 """In the sampling seeds of replayed prompts, in place of the epoch."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupResult:
-    """One group of the batch, all slots counted, the replayed one included."""
-
-    prompt_id: str
-    num_correct: int
-    group_size: int
-    epoch: int
-    new_successes: tuple[Success, ...]
-    """The policy's own correct responses of this step."""
 
 
 def start_collecting(buffer: ReplayBuffer, accuracy: float, *, start: float) -> ReplayBuffer:
@@ -41,22 +28,33 @@ def start_collecting(buffer: ReplayBuffer, accuracy: float, *, start: float) -> 
     return replace(buffer, is_collecting=buffer.is_collecting or accuracy > start)
 
 
-def add_successes(buffer: ReplayBuffer, results: Sequence[GroupResult], *, retire: bool) -> ReplayBuffer:
-    """Add the correct responses of partly solved groups, each text once; remove prompts that are wholly solved."""
+def add_successes(
+    buffer: ReplayBuffer,
+    groups: Sequence[Group],
+    new: Mapping[str, Sequence[Success]],
+    *,
+    epoch: int,
+    retire: bool,
+) -> ReplayBuffer:
+    """Add the new successes of partly solved groups, each text once; retire the prompts of wholly solved groups.
+
+    All slots of a group count, the replayed one included. `new`: on-policy correct responses by prompt id.
+    """
     if not buffer.is_collecting:
         return buffer
     successes, num_correct, retired = dict(buffer.successes), dict(buffer.num_correct), dict(buffer.retired_epochs)
-    for result in results:
-        if result.num_correct == result.group_size and retire:
-            successes.pop(result.prompt_id, None)
-            num_correct.pop(result.prompt_id, None)
-            retired.setdefault(result.prompt_id, result.epoch)
-        elif 0 < result.num_correct < result.group_size:
-            by_text = {success.text: success for success in successes.get(result.prompt_id, ())}
-            for success in result.new_successes:
+    for group in groups:
+        prompt_id = group.prompt.prompt_id
+        if group.num_correct == len(group.rollouts) and retire:
+            successes.pop(prompt_id, None)
+            num_correct.pop(prompt_id, None)
+            retired.setdefault(prompt_id, epoch)
+        elif 0 < group.num_correct < len(group.rollouts):
+            by_text = {success.text: success for success in successes.get(prompt_id, ())}
+            for success in new.get(prompt_id, ()):
                 by_text.setdefault(success.text, success)
-            successes[result.prompt_id] = tuple(by_text.values())
-            num_correct[result.prompt_id] = result.num_correct
+            successes[prompt_id] = tuple(by_text.values())
+            num_correct[prompt_id] = group.num_correct
     return replace(buffer, successes=successes, num_correct=num_correct, retired_epochs=retired)
 
 
@@ -209,29 +207,18 @@ def _replay_prompts(
 def select_successes(
     session: Session, stored: Mapping[str, Sequence[Success]], prompts: Mapping[str, Prompt], *, seed: int
 ) -> dict[str, Success]:
-    """Per prompt the stored response with the least entropy or NLL per token under the current policy, or a random
-    one."""
+    """One stored response per prompt: of least entropy or NLL per token under the current policy, or a random one."""
     how = session.recipe.guide.experience.select
     if how == "random":
         return {name: each[derive_seed(seed, "stored", name) % len(each)] for name, each in stored.items()}
     candidates = [(name, success) for name, each in stored.items() if len(each) > 1 for success in each]
-    rows = [_row(session, prompts[name], success.response_ids) for name, success in candidates]
+    rows = [session.policy.row(prompts[name], success.response_ids) for name, success in candidates]
     costs: dict[str, list[float]] = {}
     for (name, _), scores in zip(candidates, run_logprob_pass(session.policy, session.recipe, rows), strict=True):
-        costs.setdefault(name, []).append(_cost(scores, how))
-    return {name: each[_argmin(costs[name]) if name in costs else 0] for name, each in stored.items()}
-
-
-def _cost(scores: ResponseLogprobs, how: str) -> float:
-    return float(scores.entropies_T.mean()) if how == "entropy" else -float(scores.logps_T.mean())
-
-
-def _argmin(costs: Sequence[float]) -> int:
-    return min(range(len(costs)), key=costs.__getitem__)
-
-
-def _row(session: Session, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
-    return session.policy.row(prompt, response_ids)
+        cost_T = scores.entropies_T if how == "entropy" else -scores.logps_T
+        costs.setdefault(name, []).append(float(cost_T.mean()))
+    best = {name: each.index(min(each)) for name, each in costs.items()}
+    return {name: each[best.get(name, 0)] for name, each in stored.items()}
 
 
 def update_buffer(
@@ -239,34 +226,28 @@ def update_buffer(
 ) -> ReplayBuffer:
     """The buffer after this batch. Called before the update: log-probabilities are those of the sampling weights."""
     settings = session.recipe.guide.experience
-    rewards = [rollout.reward for group in batch.on_policy for rollout in group.rollouts]
     if buffer.is_collecting:
-        results = _group_results(session, batch, sampler_step=sampler_step, epoch=session.order.epoch(position))
-        buffer = add_successes(buffer, results, retire=settings.retire_solved)
-    return start_collecting(buffer, sum(rewards) / len(rewards), start=settings.start_accuracy)
+        new = _on_policy_successes(session, batch.mixed, sampler_step=sampler_step)
+        epoch = session.order.epoch(position)
+        buffer = add_successes(buffer, batch.mixed, new, epoch=epoch, retire=settings.retire_solved)
+    num_rollouts = sum(len(group.rollouts) for group in batch.on_policy)
+    accuracy = sum(group.num_correct for group in batch.on_policy) / num_rollouts
+    return start_collecting(buffer, accuracy, start=settings.start_accuracy)
 
 
-def _group_results(session: Session, batch: StepBatch, *, sampler_step: int, epoch: int) -> list[GroupResult]:
-    new = [
-        (group, rollout)
-        for group in batch.mixed
-        if 0 < group.num_correct < len(group.rollouts)
+def _on_policy_successes(session: Session, groups: Sequence[Group], *, sampler_step: int) -> dict[str, list[Success]]:
+    """Correct on-policy responses of the partly solved groups, by prompt id."""
+    pairs = [
+        (group.prompt, rollout)
+        for group in groups
+        if group.num_correct < len(group.rollouts)
         for rollout in group.rollouts
         if rollout.is_correct and not rollout.is_off_policy
     ]
-    rows = [_row(session, group.prompt, rollout.response_ids) for group, rollout in new]
+    rows = [session.policy.row(prompt, rollout.response_ids) for prompt, rollout in pairs]
     successes: dict[str, list[Success]] = {}
-    for (group, rollout), scores in zip(new, run_logprob_pass(session.policy, session.recipe, rows), strict=True):
+    for (prompt, rollout), scores in zip(pairs, run_logprob_pass(session.policy, session.recipe, rows), strict=True):
         logps = tuple(scores.logps_T.tolist())
         success = Success(response_ids=rollout.response_ids, behavior_logps=logps, text=rollout.text, step=sampler_step)
-        successes.setdefault(group.prompt.prompt_id, []).append(success)
-    return [
-        GroupResult(
-            prompt_id=group.prompt.prompt_id,
-            num_correct=group.num_correct,
-            group_size=len(group.rollouts),
-            epoch=epoch,
-            new_successes=tuple(successes.get(group.prompt.prompt_id, ())),
-        )
-        for group in batch.mixed
-    ]
+        successes.setdefault(prompt.prompt_id, []).append(success)
+    return successes

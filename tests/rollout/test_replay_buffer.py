@@ -5,7 +5,6 @@ import pytest
 
 from npo_cli.config.guides import ExperienceSettings
 from npo_cli.rollout.replay_buffer import (
-    GroupResult,
     add_successes,
     bucket_probabilities,
     buffer_metrics,
@@ -13,6 +12,8 @@ from npo_cli.rollout.replay_buffer import (
     start_collecting,
 )
 from npo_cli.types.guides import ReplayBuffer, Success
+from npo_cli.types.rollouts import Group
+from tests.rollout.test_mixing import group_of
 
 COUNTS = ExperienceSettings(bucket_units="count", bucket_sigma=1.0)
 
@@ -21,9 +22,15 @@ def success(text: str, step: int = 3) -> Success:
     return Success(response_ids=(5, 2), behavior_logps=(-0.1, -0.2), text=text, step=step)
 
 
-def outcome(prompt_id: str, num_correct: int, *texts: str, epoch: int = 0) -> GroupResult:
-    fresh = tuple(map(success, texts))
-    return GroupResult(prompt_id=prompt_id, num_correct=num_correct, group_size=8, epoch=epoch, new_successes=fresh)
+def group(prompt_id: str, num_correct: int) -> Group:
+    """Eight rollouts, so many of them correct."""
+    return group_of(*[True] * num_correct, *[False] * (8 - num_correct), prompt_id=prompt_id)
+
+
+def add(buffer: ReplayBuffer, groups: list[Group], *texts: str, epoch: int = 0, retire: bool = True) -> ReplayBuffer:
+    """With new successes of these texts for every prompt."""
+    new = {each.prompt.prompt_id: tuple(map(success, texts)) for each in groups}
+    return add_successes(buffer, groups, new, epoch=epoch, retire=retire)
 
 
 def memory_of(**num_correct: int) -> ReplayBuffer:
@@ -33,7 +40,7 @@ def memory_of(**num_correct: int) -> ReplayBuffer:
 
 def test_replay_buffer_starts_collecting_at_an_accuracy_and_never_stops():
     empty = ReplayBuffer()
-    assert add_successes(empty, [outcome("a", 4, "1")], retire=True) == empty
+    assert add(empty, [group("a", 4)], "1") == empty
     assert not start_collecting(empty, 0.35, start=0.35).is_collecting
     begun = start_collecting(empty, 0.36, start=0.35)
     assert begun.is_collecting
@@ -41,18 +48,18 @@ def test_replay_buffer_starts_collecting_at_an_accuracy_and_never_stops():
 
 
 def test_replay_buffer_keeps_each_response_once_and_the_newest_count():
-    first = add_successes(ReplayBuffer(is_collecting=True), [outcome("a", 3, "x", "y", "x")], retire=True)
+    first = add(ReplayBuffer(is_collecting=True), [group("a", 3)], "x", "y", "x")
     assert [kept.text for kept in first.successes["a"]] == ["x", "y"]
-    again = add_successes(first, [outcome("a", 5, "y", "z")], retire=True)
+    again = add(first, [group("a", 5)], "y", "z")
     assert [kept.text for kept in again.successes["a"]] == ["x", "y", "z"]
     assert again.num_correct == {"a": 5}
 
 
 def test_replay_buffer_retires_solved_prompts():
     known = memory_of(a=4, b=2)
-    after = add_successes(known, [outcome("a", 8, "x", epoch=1), outcome("b", 0)], retire=True)
+    after = add(known, [group("a", 8), group("b", 0)], "x", epoch=1)
     assert (set(after.successes), dict(after.num_correct), dict(after.retired_epochs)) == ({"b"}, {"b": 2}, {"a": 1})
-    kept = add_successes(known, [outcome("a", 8, "x")], retire=False)
+    kept = add(known, [group("a", 8)], "x", retire=False)
     assert kept == known
 
 
@@ -83,5 +90,5 @@ def test_replay_prompts_are_drawn_without_replacement():
 
 
 def test_replay_buffer_metrics():
-    memory = add_successes(memory_of(a=4, b=4), [outcome("b", 3, "2"), outcome("c", 8)], retire=True)
+    memory = add(memory_of(a=4, b=4), [group("b", 3), group("c", 8)], "2")
     assert buffer_metrics(memory) == {"experience/prompts": 2.0, "experience/responses": 3.0, "experience/retired": 1.0}
