@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 
 from npo_cli.losses.inference_mismatch import MISMATCH_RULES
-from npo_cli.losses.policy_loss import aggregate
+from npo_cli.losses.policy_loss import LOSS_TERMS, LossTerm, aggregate
 from npo_cli.losses.types import Divisors, LossInputs, LossStats
 from tests.losses.builders import (
     divisors_of,
@@ -268,3 +268,19 @@ def test_aggregation_of_an_empty_row_is_zero(how):
     assert aggregate(LOSS_NT, empty, how=how, divisors=WHOLE_BATCH).item() == 0.0
     nothing = Divisors(num_sequences=2, num_tokens=0, max_tokens=10)
     assert aggregate(LOSS_NT, empty, how=how, divisors=nothing).item() == 0.0
+
+
+def test_loss_term_of_another_module_enters_the_loss(monkeypatch):
+    # an SFT term on off-policy tokens: -log pi, coefficient 0.5
+    sft = LossTerm(
+        coefficient=lambda settings: 0.5,
+        per_token=lambda tokens: torch.where(tokens.off_policy_NT, -tokens.logps_NT, 0.0),
+    )
+    monkeypatch.setitem(LOSS_TERMS, "sft", sft)
+    logps_NT = tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
+    rows = make_rows([0.0, 0.0], mask=[[1, 1], [1, 1]], is_off_policy=[0, 1])
+    loss, _ = make_loss()(logps_NT, rows, divisors=divisors_of(rows))
+    # mean over 2 rows of the mean over 2 tokens
+    assert loss.item() == pytest.approx(0.5 * (3 + 4) / 2 / 2)
+    loss.backward()
+    assert logps_NT.grad.tolist() == [[0.0, 0.0], [-0.125, -0.125]]
