@@ -278,9 +278,9 @@ def test_the_engines_mismatch_weighs_own_rows_and_leaves_its_answers_alone(mixed
 
 def test_answers_without_a_slot_teach_nothing(mixed):
     if mixed.session.recipe.extrapolation.mode == "sample":
-        assert not any(group.spare for group in mixed.batch.mixed)
+        assert not any(group.unused_guide_rollouts for group in mixed.batch.mixed)
         return
-    right = [one for group in mixed.batch.mixed for one in group.spare if one.verdict == "correct"]
+    right = [one for group in mixed.batch.mixed for one in group.unused_guide_rollouts if one.verdict == "correct"]
     assert right
     # one row a slot: 12 groups of 6, and not one answer more
     assert len(rows_of(mixed)) == 72

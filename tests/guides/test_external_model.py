@@ -151,7 +151,7 @@ def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_
         NpoError, match=r"guide 'taught' has no log-probabilities: guide\.inject\.ratio=exact is not available"
     ) as caught:
         resume(root, "guide.inject.ratio=exact", at=2, guide="taught")
-    assert caught.value.hint.startswith("guide.inject.ratio=unit")
+    assert caught.value.hint.startswith("use guide.inject.ratio=proximal")
 
 
 @pytest.mark.parametrize("kill_after", [1, 2])
