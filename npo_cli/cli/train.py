@@ -51,8 +51,14 @@ def train(
 
     given, overrides = split_arguments(arguments or (), run=run)
     resolved = load_recipe(recipe, overrides, method=method)
-    root = given or current_group().run_on_main(lambda: choose_run_directory(recipe), phase="name the run")
-    check_unused(root)
+
+    def find_run_directory() -> Path:
+        root = given or choose_run_directory(recipe)
+        check_unused(root)
+        return root
+
+    # Of several processes one looks: it creates the directory before the others may have looked.
+    root = current_group().run_on_main(find_run_directory, phase="name the run")
     last = resolve_last_step(until, resolved, after=-1, autonpo=autonpo)
     from npo_cli.training.tracking import track_records
 

@@ -25,7 +25,7 @@ def test_doctor_package_version_out_of_range_fails_with_the_fix():
     check = doctor.package_check(Requirement("typer<0.1"))
     assert not check.is_ok
     assert check.is_required
-    assert check.detail.endswith(", but <0.1 is wanted")
+    assert check.detail.endswith(", but <0.1 is required")
     assert check.hint == "pip install 'typer<0.1'"
 
 

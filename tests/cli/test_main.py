@@ -98,13 +98,6 @@ def test_default_run_directory_is_the_first_free_number(monkeypatch, tmp_path):
     assert choose_run_directory("../recipes/mine.yaml") == Path("runs/mine-1")
 
 
-def test_default_run_directory_is_refused_for_several_processes(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(NpoError, match="several processes need the name of the run directory"):
-        choose_run_directory("micro")
-
-
 # npo docs
 
 

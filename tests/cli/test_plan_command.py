@@ -44,12 +44,12 @@ def test_plan_refuses_a_server_without_training_gpus_and_a_shared_vllm(tmp_path)
     server = ("engine.kind=vllm_server", "engine.vllm.tensor_parallel_size=2")
     assert "none is left" in assert_refused("plan", "micro", *server, "--gpus", "2", beside=tmp_path).err
     result = assert_refused("plan", "micro", "engine.kind=vllm", "--gpus", "2", beside=tmp_path)
-    assert "engine.kind=vllm samples in this process, and there are 2" in result.err
+    assert "engine.kind=vllm samples in one process, and there are 2" in result.err
 
 
 def test_plan_refuses_settings_that_several_processes_do_not_support(tmp_path):
     result = assert_refused("plan", "micro", "train.optimizer=adafactor", "--gpus", "2", beside=tmp_path)
-    assert "here they are in shards" in result.err
+    assert "not supported with sharded weights" in result.err
     short = npo("plan", "micro", "--gpus", "2", "--gpu-mem", "1.6", "--disk", "100")
     assert (short.code, "adafactor" in short.out) == (2, False)
     assert "adafactor" in npo("plan", "micro", "--gpu-mem", "1.6", "--disk", "100").out
