@@ -1,0 +1,92 @@
+"""The "add a ..." pages, tested by doing what they say with the code that they show."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from npo_cli import registry
+from npo_cli.cli.main import main
+from npo_cli.config.loading import load_recipe
+from npo_cli.registry import ENGINES
+
+PAGES = Path(__file__).parents[2] / "docs/how-to"
+TINY = (
+    "train.num_steps=2",
+    "train.save_every=1",
+    "train.prompts_per_step=2",
+    "train.group_size=2",
+    "task.pool_size=8",
+    "eval.every=0",
+)
+
+
+def code_of(page: str, language: str) -> str:
+    """The first code block of that language."""
+    found = re.search(rf"```{language}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    return found[1]
+
+
+def class_of(page: str, name: str) -> type:
+    """The class that the page's Python block defines."""
+    scope: dict[str, object] = {"__name__": page}
+    exec(compile(code_of(page, "python"), page, "exec"), scope)
+    found = scope[name]
+    assert isinstance(found, type)
+    return found
+
+
+def run(*args: str) -> None:
+    """A command that must succeed."""
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    assert ended.value.code == 0, args
+
+
+def test_add_a_guide_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its solutions of prompts that the run visits become a guide cache, without log-probabilities."""
+    GUIDE_SOURCES = getattr(registry, "GUIDE_SOURCES", None)
+    if GUIDE_SOURCES is None:
+        pytest.skip("guide sources have no registry yet")
+    from npo_cli.session.session import open_task
+
+    monkeypatch.chdir(tmp_path)
+    run("train", "micro", "r", *TINY)
+    recipe = load_recipe("micro", TINY)
+    task = open_task(recipe)
+    Path("solutions.json").write_text(json.dumps({each.prompt_id: each.answer for each in task.train}))
+    with GUIDE_SOURCES.registered(class_of("add-a-guide-source.md", "SolutionsSource")):
+        run("sample-guide", "r", "--at", "0", "--source", "solutions:solutions.json", "--steps", "2", "--name", "s")
+    info = json.loads(Path("r/guides/s/guide.json").read_text())
+    assert info["complete"] and not info["has_logps"]
+
+
+def test_add_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps with the page's engine: its weights are synced and checked, its log-probabilities are the trainer's."""
+    monkeypatch.chdir(tmp_path)
+    with ENGINES.registered(class_of("add-an-engine.md", "PlainEngine")):
+        run("train", "micro", "r", *TINY, "engine.kind=plain")
+    rows = [json.loads(line) for line in Path("r/branches/main/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row.get("mismatch/abs_log_w_p99", 0.0) < 1e-3 for row in rows)
+
+
+def test_add_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's file changes the recipe, and its commands are commands of npo with their options."""
+    from npo_cli.experiments.method_plan import BenchRun, build_commands
+    from tests.docs.test_docs import check_command
+
+    monkeypatch.chdir(tmp_path)
+    Path("my-npo.yaml").write_text(code_of("add-a-method.md", "yaml"))
+    run("train", "micro", "r", "--method", "./my-npo.yaml", *TINY)
+    recipe = load_recipe("micro-bench", method="./my-npo.yaml")
+    assert (recipe.guide.inject.max_accuracy, recipe.guide.inject.ratio) == (0.3, "proximal")
+    planned = BenchRun(
+        recipe="micro-bench", method="./my-npo.yaml", settings=(), seed=0, folder=tmp_path / "b", teacher=""
+    )
+    commands = build_commands(planned)
+    assert [command[0] for command in commands] == ["train", "sample-guide", "resume"]
+    for command in commands:
+        check_command(" ".join(("npo", *command)))
