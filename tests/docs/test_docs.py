@@ -157,6 +157,19 @@ def test_settings_named_in_the_text_exist(page: Path) -> None:
         check_setting(key)
 
 
+MODULE = re.compile(
+    r"(?<![\w/])((?:npo_cli/)?(?:"
+    + "|".join(each.name for each in (ROOT / "npo_cli").iterdir() if each.is_dir())
+    + r")/[\w/]+\.py)"
+)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], ids=name)
+def test_modules_named_in_the_text_exist(page: Path) -> None:
+    for module in MODULE.findall(page.read_text(encoding="utf-8")):
+        assert (ROOT / "npo_cli" / module.removeprefix("npo_cli/")).is_file(), f"{name(page)}: {module}"
+
+
 def test_recipes_named_in_the_tables_exist() -> None:
     for recipe in re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "recipes/README.md").read_text(encoding="utf-8"), re.M):
         load_recipe(recipe)
