@@ -110,16 +110,16 @@ def shard_model(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     tied, layers = tied_names(model), set(model._no_split_modules or ())
-    # Weights are gathered in the precision of the forward pass; gradients add up in that of the weights.
+    # Weights are gathered in the precision of the forward pass; gradients are reduced in that of the weights.
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     common = {
         "mesh": DeviceMesh.from_group(torch_group, model.device.type),
         "mp_policy": MixedPrecisionPolicy() if compute_dtype == model.dtype else mixed,
     }
-    # A vision tower stays with the rest: a pass without pictures would not gather layers of its own in step.
+    # A vision tower belongs to the rest: in a pass without images its own layers would not be gathered on all ranks.
     for module in [each for each in model.get_decoder().modules() if type(each).__name__ in layers]:
         fully_shard(module, **common, reshard_after_forward=settings.reshard_after_forward)
-    # What is left (embedding, last norm, head) stays gathered between forward and backward: both ends need it.
+    # The rest (embedding, last norm, head) stays gathered between forward and backward, which both use it.
     fully_shard(model, **common, reshard_after_forward=False)
     setattr(model, SCORE_METHOD, MethodType(_scores, model))
     register_fsdp_forward_method(model, SCORE_METHOD)
@@ -129,17 +129,17 @@ def shard_model(
 def _scores(
     model: PreTrainedModel, packed: PackedRows, *, temperature: float, chunk_tokens: int, plain_head: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As a plain tuple: FSDP2 looks for tensors in what a method returns, and does not look into records."""
+    """As a plain tuple: FSDP2 finds tensors in a returned tuple, not in a dataclass."""
     found = token_scores(model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=plain_head)
     if torch.is_grad_enabled() and not packed.vision_inputs:
-        # Every process has a gradient for the same weights, 0 for those of a tower that it did not use.
-        idle = [parameter for parameter in vision_tower_parameters(model) if parameter.requires_grad]
-        found = replace(found, logps_NT=found.logps_NT + sum(0.0 * parameter.sum() for parameter in idle))
+        # All ranks need a gradient for the same weights: 0 for those of an unused vision tower.
+        unused = [parameter for parameter in vision_tower_parameters(model) if parameter.requires_grad]
+        found = replace(found, logps_NT=found.logps_NT + sum(0.0 * parameter.sum() for parameter in unused))
     return found.logps_NT, found.entropies_NT, found.collisions_NT
 
 
 def vision_tower_parameters(model: PreTrainedModel) -> list[Tensor]:
-    """Parameters of what a model sees with: neither text layers nor head."""
+    """Parameters of the vision tower: those of neither text layers nor head."""
     text = {id(each) for part in (model.get_decoder(), model.get_output_embeddings()) for each in part.parameters()}
     return [parameter for parameter in model.parameters() if id(parameter) not in text]
 
@@ -151,15 +151,15 @@ def select_tensors(model: PreTrainedModel, part: WeightScope) -> dict[str, Tenso
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor only."""
+    """Whether this rank holds only a part of the tensor."""
     return hasattr(tensor, "placements")
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
+    """This rank's part of the tensor."""
     return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def to_scalar(tensor: Tensor) -> float:
-    """The value of a number of which every process may hold a part."""
+    """The value of a scalar that may be distributed over ranks."""
     return (tensor.full_tensor() if is_shard(tensor) else tensor).item()

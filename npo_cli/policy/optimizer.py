@@ -1,4 +1,4 @@
-"""The optimiser, its schedule as a function of the step alone, and its state as safetensors."""
+"""The optimizer, its learning-rate schedule as a function of the step, and the training state on disk."""
 
 import json
 import math
@@ -34,21 +34,21 @@ class TrainerState:
     step: int
     """Steps done."""
     position: int
-    """Data cursor: prompts drawn since the start of the run."""
+    """Data position: prompts drawn since the start of the run."""
     running_metrics: Mapping[str, float]
-    """Running figures: tokens generated, reward and entropy averages."""
+    """Tokens generated so far, running averages of reward and entropy."""
     failed_prompts: tuple[FailedPrompt, ...] = ()
-    """Newest failed prompts, oldest first: what AutoNPO asks again."""
+    """Newest failed prompts, oldest first, which AutoNPO probes."""
     replay_buffer: ReplayBuffer | None = None
-    """Past successes to be replayed; None where the recipe has no use for them."""
+    """Past correct rollouts for experience replay; None where the recipe has none."""
     extrapolation_choice: ExtrapolationState | None = None
     """How the policy is pushed along its own motion; None where that was never chosen anew."""
 
 
 def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> Optimizer:
-    """The recipe's, over every parameter that wants a gradient. A fused step needs no copies of the gradients.
+    """The recipe's optimizer of all trainable parameters; fused on GPUs, which needs no copies of the gradients.
 
-    Adafactor's rate is relative: a step moves a matrix by at most lr times its own root mean square (arXiv 1804.04235).
+    Adafactor's rate is relative: a step changes a matrix by at most lr times its root mean square (arXiv 1804.04235).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if settings.optimizer == "adafactor":
@@ -58,7 +58,7 @@ def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> Optimize
 
 
 def optimizer_state_shapes(optimizer: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ...]]:
-    """What the optimiser keeps of a parameter once it has moved it, by its own names; `step` is one number."""
+    """Names and shapes of the optimizer's state of a parameter; `step` is a scalar."""
     shape = tuple(parameter.shape)
     if isinstance(optimizer, AdamW):
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
@@ -68,7 +68,7 @@ def optimizer_state_shapes(optimizer: Optimizer, parameter: Tensor) -> dict[str,
 
 
 def lr_at(step: int, settings: TrainSettings) -> float:
-    """Learning rate of step 1, 2, ...: linear warm-up, then constant, linear or cosine decay to a share of lr."""
+    """Learning rate of step 1, 2, ...: linear warm-up, then constant, linear or cosine decay to min_lr_ratio * lr."""
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps
     left = settings.num_steps - settings.warmup_steps
@@ -82,13 +82,13 @@ def lr_at(step: int, settings: TrainSettings) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """One rate for every group of parameters."""
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def read_random_state() -> tuple[dict[str, Tensor], dict[str, object]]:
-    """State of every global random stream: torch's as tensors, Python's and numpy's as JSON."""
+    """State of the global random streams: torch's as tensors, Python's and numpy's as JSON."""
     tensors = {"rng.torch": torch.get_rng_state()}
     for index in range(torch.cuda.device_count()):
         tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
@@ -99,14 +99,14 @@ def read_random_state() -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 def seed_random_state(seed: int) -> None:
-    """Start every global random stream from the run's seed: what an anchor saves is then the seed's alone."""
+    """Seed all global random streams: a saved training state then depends on the run's seed only."""
     torch.manual_seed(seed % 2**63)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
 
 
 def restore_random_state(tensors: Mapping[str, Tensor], scalars: Mapping[str, list]) -> None:
-    """Put the global random streams back where they were."""
+    """Restore the global random streams."""
     torch.set_rng_state(tensors["rng.torch"])
     for index in range(torch.cuda.device_count()):
         if f"rng.cuda.{index}" in tensors:
@@ -134,14 +134,14 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, st
     scalars = {
         "step": state.step,
         "position": state.position,
-        "trackers": dict(state.running_metrics),
-        "mistakes": [[each.prompt_id, each.step, each.accuracy, each.epoch] for each in state.failed_prompts],
+        "running_metrics": dict(state.running_metrics),
+        "failed_prompts": [[each.prompt_id, each.step, each.accuracy, each.epoch] for each in state.failed_prompts],
         "rng": streams,
     }
     if state.replay_buffer is not None:
-        scalars["experience"] = asdict(state.replay_buffer)
+        scalars["replay_buffer"] = asdict(state.replay_buffer)
     if state.extrapolation_choice is not None:
-        scalars["choice"] = asdict(state.extrapolation_choice)
+        scalars["extrapolation"] = asdict(state.extrapolation_choice)
     _write_state(folder, tensors, scalars)
     if shards:
         save_shards(folder, shards)
@@ -183,52 +183,54 @@ def load_moments(folder: Path, model: PreTrainedModel, optimizer: Optimizer) -> 
 def restore_moments(
     folder: Path, tensors: Mapping[str, Tensor], *, model: PreTrainedModel, optimizer: Optimizer
 ) -> None:
-    """Moments by parameter name into the optimiser, in place of what it has; refused where they do not fit."""
+    """Replace the optimizer's moments by those of this name and shape; refused where they do not fit."""
     has_moments = any(not key.startswith("rng.") for key in tensors)
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
         shapes = optimizer_state_shapes(optimizer, parameter)
-        found = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
-        if has_moments and parameter.requires_grad and found.keys() != shapes.keys():
+        state = {key: tensors[f"{name}.{key}"] for key in shapes if f"{name}.{key}" in tensors}
+        if has_moments and parameter.requires_grad and state.keys() != shapes.keys():
             raise NpoError(f"{folder}: optimizer state of {name} is missing", damaged_checkpoint_hint(folder.parent))
         if not all(
-            value.shape == shapes[key] and torch.isfinite(local_tensor(value)).all() for key, value in found.items()
+            value.shape == shapes[key] and torch.isfinite(local_tensor(value)).all() for key, value in state.items()
         ):
             raise NpoError(
                 f"{folder}: optimizer state of {name} has another shape or is not finite",
                 damaged_checkpoint_hint(folder.parent),
             )
-        if found:
-            moved = {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}
-            optimizer.state[parameter] = moved
+        if state:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
-    """What a step needs besides weights and moments, read without touching any optimiser."""
+    """The training state without moments, read without an optimizer."""
     return _state_of(_read_state(folder, moments=False)[1])
 
 
 def _state_of(scalars: Mapping[str, Any]) -> TrainerState:
-    mistakes = tuple(
+    failed = tuple(
         FailedPrompt(prompt_id=prompt_id, step=step, accuracy=accuracy, epoch=epoch)
-        for prompt_id, step, accuracy, epoch in scalars.get("mistakes", ())
+        for prompt_id, step, accuracy, epoch in scalars.get("failed_prompts", ())
     )
-    kept, choice = scalars.get("experience"), scalars.get("choice")
+    buffer, extrapolation = scalars.get("replay_buffer"), scalars.get("extrapolation")
     return TrainerState(
         step=scalars["step"],
         position=scalars["position"],
-        running_metrics=scalars["trackers"],
-        failed_prompts=mistakes,
-        replay_buffer=None if kept is None else _experience_of(kept),
-        extrapolation_choice=choice
-        and ExtrapolationState(spec=ExtrapolationSpec(**choice["push"]), is_active=choice["asking"]),
+        running_metrics=scalars["running_metrics"],
+        failed_prompts=failed,
+        replay_buffer=None if buffer is None else _decode_replay_buffer(buffer),
+        extrapolation_choice=None
+        if extrapolation is None
+        else ExtrapolationState(spec=ExtrapolationSpec(**extrapolation["spec"]), is_active=extrapolation["is_active"]),
     )
 
 
-def _experience_of(kept: Mapping[str, Any]) -> ReplayBuffer:
+def _decode_replay_buffer(saved: Mapping[str, Any]) -> ReplayBuffer:
     def success(row: Mapping[str, Any]) -> Success:
         ids, logps = tuple(row["response_ids"]), tuple(row["behavior_logps"])
         return Success(response_ids=ids, behavior_logps=logps, text=row["text"], step=row["step"])
 
-    successes = {name: tuple(map(success, rows)) for name, rows in kept["successes"].items()}
-    return ReplayBuffer(**{**kept, "successes": successes})
+    successes = {name: tuple(map(success, rows)) for name, rows in saved["successes"].items()}
+    return ReplayBuffer(**{**saved, "successes": successes})

@@ -1,4 +1,4 @@
-"""The stretch of training after a step: which branch, which prompts, how long. Shared by scoring and guiding."""
+"""The learner and the steps after it: which checkpoint, which branch, which prompts. Used by scoring and guides."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from npo_cli.types.rollouts import Prompt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learner:
-    """A learner, and the line of descent on which its futures lie."""
+    """The checkpoint that a guide is for, on the branch that has its later checkpoints."""
 
     recipe: Recipe
     branch: str
@@ -24,35 +24,35 @@ class Learner:
 
     @property
     def step(self) -> int:
-        """Steps the learner has done."""
+        """The learner's step."""
         return self.checkpoint.step
 
 
 def find_learner(run: RunDir, *, at: int | None, branch: str | None, overrides: Sequence[str]) -> Learner:
-    """The checkpoint at `at`, or at the recipe's guide.replay.at_step."""
+    """The checkpoint at step `at`, or at the recipe's guide.replay.at_step."""
     branch = branch or find_newest_branch(run)
     recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
     step = recipe.guide.replay.at_step if at is None else at
     if step is None:
         raise NpoError(
-            "which step is the learner? the recipe has no guide.replay.at_step",
-            f"add --at STEP, one of those in: npo index {quote_path(run.root)}",
+            "the learner's step is missing: the recipe has no guide.replay.at_step",
+            f"add --at STEP; steps are listed by: npo index {quote_path(run.root)}",
         )
     return Learner(recipe=recipe, branch=branch, checkpoint=find_checkpoint(run, branch, step))
 
 
 def find_later_checkpoint(run: RunDir, learner: Learner, step: int) -> Checkpoint:
-    """A checkpoint of the same line, later than the learner."""
+    """A later checkpoint on the learner's line of descent."""
     if step <= learner.step:
         raise NpoError(
-            f"step {step} is not later than the learner's step {learner.step}: it is no near future",
+            f"step {step} is not later than the learner's step {learner.step}",
             f"choose a step above {learner.step}: npo index {quote_path(run.root)}",
         )
     return find_checkpoint(run, learner.branch, step)
 
 
 def list_later_checkpoints(run: RunDir, learner: Learner) -> list[Checkpoint]:
-    """Every later checkpoint on the learner's line, by step."""
+    """Every later checkpoint on the learner's line of descent, by step."""
     later = [
         checkpoint for checkpoint in list_ancestry_checkpoints(run, learner.branch) if checkpoint.step > learner.step
     ]
@@ -75,22 +75,24 @@ def find_data_position(run: RunDir, branch: str, step: int) -> int:
                 if line["step"] == step and isinstance(line.get("data_position"), int):
                     return line["data_position"]
     raise NpoError(
-        f"the metrics of {branch} do not say where in the data step {step} ended",
-        f"choose another step, one of those in: npo show {quote_path(run.root)} metrics",
+        f"the metrics of {branch} have no data position for step {step}",
+        f"choose another step; they are listed by: npo show {quote_path(run.root)} metrics",
     )
 
 
 def list_replay_prompts(session: Session, learner: Learner, num_steps: int) -> list[Prompt]:
-    """Distinct prompts visited in the `num_steps` steps after the learner, in their order.
+    """Distinct prompts visited in the `num_steps` steps after the learner, in order.
 
-    With dynamic sampling a step may draw more than one batch: what is on record is used, and the data order
-    goes on from there, one batch a step.
+    With dynamic sampling a step may draw more than one batch: recorded positions are used as far as they go, then one
+    batch per step.
     """
     first = find_data_position(session.run, learner.branch, learner.step)
     last = first + num_steps * learner.recipe.train.prompts_per_step
     if learner.recipe.sampling.dynamic:
         newest = list_later_checkpoints(session.run, learner)[-1].step
         known = min(learner.step + num_steps, newest)
-        left = learner.step + num_steps - known
-        last = find_data_position(session.run, learner.branch, known) + left * learner.recipe.train.prompts_per_step
+        num_unknown = learner.step + num_steps - known
+        last = (
+            find_data_position(session.run, learner.branch, known) + num_unknown * learner.recipe.train.prompts_per_step
+        )
     return session.prompts_between(first, last)

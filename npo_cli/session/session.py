@@ -49,7 +49,7 @@ class Session:
         self.engine.close()
 
     def prompts_between(self, first: int, last: int) -> list[Prompt]:
-        """Distinct prompts at data positions first .. last - 1, in the order in which training meets them."""
+        """Distinct prompts at data positions first to last - 1, in the order of training."""
         # Two epochs hold every prompt, however far `last` is.
         count = min(last - first, 2 * len(self.task.train))
         indices = dict.fromkeys(self.order.indices(first, count))
@@ -74,7 +74,7 @@ def open_task_and_policy(recipe: Recipe, checkpoint: Checkpoint | None) -> Itera
 
 
 def open_task(recipe: Recipe) -> Task:
-    """The recipe's task; the pool's seed is the run's unless the recipe fixes it."""
+    """The recipe's task; its seed is the run's unless task.seed is set."""
     seed = recipe.train.seed if recipe.task.seed is None else recipe.task.seed
     task = load_task(recipe.task, seed=seed)
     if recipe.train.prompts_per_step > len(task.train):
@@ -87,7 +87,7 @@ def open_task(recipe: Recipe) -> Task:
 
 
 def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Policy:
-    """The base model, or a checkpoint's, after a check that it can read every prompt of the task."""
+    """The base model, or that of a checkpoint, after a check of every prompt of the task."""
     prepare_distributed(recipe)
     folder = checkpoint.path if checkpoint else None
     policy = load_policy(recipe.model, folder)
@@ -98,7 +98,7 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
 
 
 def check_task_prompts(policy: Policy, task: Task, recipe: Recipe) -> None:
-    """Every prompt, held-out ones included, can be read and leaves room for an answer."""
+    """Refuse a task with a prompt that the policy cannot read, or that leaves no room for a response."""
     engine: type[Engine] = ENGINES.get(recipe.engine.kind)
     engine.validate(recipe.engine, uses_adapters=policy.adapters is not None, uses_images=policy.vision is not None)
     prompts = [*task.train, *task.heldout]
@@ -108,31 +108,31 @@ def check_task_prompts(policy: Policy, task: Task, recipe: Recipe) -> None:
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
-    """Swap in a checkpoint's weights: every tensor fits, and every byte is what was saved."""
+    """Load a checkpoint's weights; shapes and digests are checked."""
     policy.load(checkpoint.path)
     verify_checkpoint(checkpoint)
 
 
 def check_prompt(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
-    """A prompt of no tokens, of more than allowed, or that leaves the model no room to answer."""
+    """Refuse an empty prompt, one longer than task.max_prompt_tokens, and one that leaves no room for a response."""
     length, limit = count_prompt_tokens(policy, prompt, recipe), recipe.task.max_prompt_tokens
     wanted = length + recipe.sampling.max_new_tokens
     if length == 0:
-        problem = "has no tokens: the model's tokenizer knows none of its characters"
-        mend = "mend the prompt, or choose another model.path"
+        problem = "has no tokens: the model's tokenizer has none of its characters"
+        fix = "fix the prompt, or choose another model.path"
     elif length > limit:
         problem = f"has {length} tokens; task.max_prompt_tokens is {limit}"
-        mend = f"raise it (task.max_prompt_tokens={length}) or leave the prompt out"
+        fix = f"raise it (task.max_prompt_tokens={length}) or remove the prompt"
     elif policy.max_tokens is not None and wanted > policy.max_tokens:
-        problem = f"and its answer may have {wanted} tokens; {recipe.model.path} was made for {policy.max_tokens}"
-        mend = "lower sampling.max_new_tokens, leave the prompt out, or choose another model.path"
+        problem = f"and its response may have {wanted} tokens; {recipe.model.path} supports {policy.max_tokens}"
+        fix = "lower sampling.max_new_tokens, remove the prompt, or choose another model.path"
     else:
         return
-    raise NpoError(f"{format_location(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", mend)
+    raise NpoError(f"{format_location(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", fix)
 
 
 def count_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
-    """Tokens of a prompt, those of its pictures included."""
+    """Tokens of a prompt, those of its images included."""
     try:
         return len(policy.encode(prompt))
     except NpoError as error:
@@ -226,19 +226,19 @@ def sample_groups(
     sampler_step: int,
     temperature: float | None = None,
 ) -> list[Group]:
-    """Sample every prompt once a slot with the weights at hand, at sampling.temperature unless told, and verify.
+    """Sample every prompt once per slot with the current weights, and verify; at sampling.temperature by default.
 
-    The seed of a response is that of (run seed, *label, prompt id, slot).
+    A response's seed derives from (run seed, *seed_label, prompt id, slot).
     """
     version = session.sync.sync_weights(sampler_step)
-    asked = SamplingSpec(seed_label=seed_label, sampler_step=sampler_step, version=version)
-    (groups,) = sample_groups_per_version(session, prompts, [asked], slots=slots, temperature=temperature)
+    spec = SamplingSpec(seed_label=seed_label, sampler_step=sampler_step, version=version)
+    (groups,) = sample_groups_per_version(session, prompts, [spec], slots=slots, temperature=temperature)
     return groups
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingSpec:
-    """Weights that are asked, which the engine holds."""
+    """One version of the weights that the engine holds, and how to sample from it."""
 
     seed_label: tuple[str | int, ...]
     sampler_step: int
@@ -248,26 +248,26 @@ class SamplingSpec:
 def sample_groups_per_version(
     session: Session,
     prompts: Sequence[Prompt],
-    asked: Sequence[SamplingSpec],
+    specs: Sequence[SamplingSpec],
     *,
     slots: Sequence[int],
     temperature: float | None = None,
 ) -> list[list[Group]]:
-    """The same of several weights at once, in one batch of the engine; the groups of each in the order asked."""
+    """The same for several versions of the weights in one batch of the engine; one list of groups per version."""
     settings = session.recipe.sampling
-    heat = settings.temperature if temperature is None else temperature
-    requests = [request for each in asked for request in _requests(session, prompts, each, slots=slots)]
-    samples = session.engine.generate(requests, temperature=heat, max_new_tokens=settings.max_new_tokens)
+    temperature = settings.temperature if temperature is None else temperature
+    requests = [request for spec in specs for request in _requests(session, prompts, spec, slots=slots)]
+    samples = session.engine.generate(requests, temperature=temperature, max_new_tokens=settings.max_new_tokens)
     graded = session.task.grade(
-        [prompt for _ in asked for prompt in prompts for _ in slots], [one.text for one in samples]
+        [prompt for _ in specs for prompt in prompts for _ in slots], [one.text for one in samples]
     )
     verdicts = iter(zip(samples, mark_truncated_wrong(samples, graded), strict=True))
     return [
         [
-            Group(prompt=prompt, rollouts=tuple(_rollout(*next(verdicts), each.sampler_step) for _ in slots))
+            Group(prompt=prompt, rollouts=tuple(_rollout(*next(verdicts), spec.sampler_step) for _ in slots))
             for prompt in prompts
         ]
-        for each in asked
+        for spec in specs
     ]
 
 
@@ -287,15 +287,15 @@ def _rollout(sample: Sample, verdict: VerifierResult, sampler_step: int) -> Roll
 
 
 def _requests(
-    session: Session, prompts: Sequence[Prompt], asked: SamplingSpec, *, slots: Sequence[int]
+    session: Session, prompts: Sequence[Prompt], spec: SamplingSpec, *, slots: Sequence[int]
 ) -> list[SampleRequest]:
     return [
         SampleRequest(
             prompt_id=prompt.prompt_id,
             prompt_ids=session.policy.encode(prompt),
             slot=slot,
-            seed=derive_seed(session.recipe.train.seed, *asked.seed_label, prompt.prompt_id, slot),
-            version=asked.version,
+            seed=derive_seed(session.recipe.train.seed, *spec.seed_label, prompt.prompt_id, slot),
+            version=spec.version,
             images=prompt.images,
         )
         for prompt in prompts
@@ -304,7 +304,7 @@ def _requests(
 
 
 def mark_truncated_wrong(samples: Sequence, graded: Sequence[VerifierResult]) -> list[VerifierResult]:
-    """A response that hit the length limit keeps its verdict unless that was correct by luck of the cut."""
+    """A response that reached the length limit is wrong even if its truncated text is correct."""
     return [
         verdict
         if sample.finished or verdict.verdict != "correct"

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask for a stop at the end of the step; a second Ctrl-C does not wait."""
+"""SIGINT and SIGTERM stop a run at the end of the step; a second one stops it at once."""
 
 import signal
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from npo_cli.distributed.process_group import current_group
 
 
 class StopFlag:
-    """Set by a signal, read between steps."""
+    """Set by a signal and read between steps."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -20,7 +20,7 @@ class StopFlag:
         return self.reason is not None
 
     def handle_signal(self, number: int, _frame: FrameType | None) -> None:
-        """Remember the first signal; on the second, stop at once."""
+        """Record the first signal; raise at the second."""
         if self.reason is not None:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""Checkpoints as stages see them: what a save writes, what a restore brings back."""
+"""Save a checkpoint with its training state, and restore from one."""
 
 from torch.optim import Optimizer
 
@@ -17,7 +17,7 @@ TRAINING_STATE_FOLDER = "training_state"
 
 def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState, *, branch: str) -> None:
     """Weights as a Hugging Face folder, everything else in its training_state/; then let retention tidy up."""
-    # The optimiser keeps two moments of each weight.
+    # AdamW keeps two moments per weight.
     check_disk_space(session.run.root, 3 * session.policy.num_bytes)
     with create_checkpoint(session.run, branch, state.step) as folder:
         session.policy.save(folder)
@@ -33,26 +33,26 @@ def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState,
 
 
 def restore_state(session: Session, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
-    """Optimiser, random streams and cursor of an anchor; the weights are loaded already."""
+    """Restore optimizer, random streams and data position of a full checkpoint; the weights are loaded already."""
     require_training_state(session.run, checkpoint)
     return load_state(checkpoint.path / TRAINING_STATE_FOLDER, session.policy.model, optimizer)
 
 
 def init_state_from_weights(session: Session, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
-    """What a step needs where only weights were saved: moments of nothing, streams from the seed, the data cursor."""
+    """The state at a weights-only checkpoint: a new optimizer, random streams from the seed, the data position."""
     optimizer.state.clear()
     seed_random_state(session.recipe.train.seed)
     position = find_data_position(session.run, checkpoint.branch, checkpoint.step)
-    memory = ReplayBuffer() if session.recipe.guide.experience.replay_fraction else None
-    return TrainerState(step=checkpoint.step, position=position, running_metrics={}, replay_buffer=memory)
+    buffer = ReplayBuffer() if session.recipe.guide.experience.replay_fraction else None
+    return TrainerState(step=checkpoint.step, position=position, running_metrics={}, replay_buffer=buffer)
 
 
 def require_training_state(run: RunDir, checkpoint: Checkpoint) -> None:
-    """Only an anchor, whole to the last byte, can be gone on from."""
+    """Refuse a checkpoint without an intact training state."""
     if not checkpoint.training_state_path.exists():
         raise NpoError(
-            f"step {checkpoint.step} of {checkpoint.branch} is a guide (weights only); training cannot go on from it",
-            f"choose an anchor (npo index {quote_path(run.root)}), or begin the optimizer anew: "
+            f"step {checkpoint.step} of {checkpoint.branch} has weights only; training cannot continue from it",
+            f"choose a full checkpoint (npo index {quote_path(run.root)}), or start with a new optimizer: "
             f"npo resume {quote_path(run.root)} --at {checkpoint.step} --fresh-optimizer",
         )
     verify_checkpoint(checkpoint, training_state=True)

@@ -23,18 +23,17 @@ from npo_cli.types.rollouts import EvalReport, Group, Notice, Progress
 
 
 def evaluate_policy(session: Session, *, branch: str, step: int) -> EvalReport:
-    """Sample the held-out prompts with the weights at hand; an evaluation already on record is not repeated.
+    """Sample the held-out prompts with the current weights; an evaluation already on record is not repeated.
 
-    Seeds do not depend on the step, so checkpoints are compared on common random numbers. One whose outcomes were
-    not kept (by an npo that kept none) is made again for their sake.
+    Seeds do not depend on the step, so checkpoints are compared on common random numbers.
     """
     count = session.recipe.eval.samples_per_prompt
-    asked = (branch, step, count)
-    kept = any((one.branch, one.step, one.num_samples) == asked for one in read_prompt_results(session.run))
+    key = (branch, step, count)
+    is_recorded = any((one.branch, one.step, one.num_samples) == key for one in read_prompt_results(session.run))
     for report in read_evals(session.run):
-        if kept and (report.branch, report.step, report.num_samples) == asked:
+        if is_recorded and (report.branch, report.step, report.num_samples) == key:
             return report
-    slots, began = range(count), time.perf_counter()
+    slots, started = range(count), time.perf_counter()
     groups = sample_groups(session, session.task.heldout, seed_label=("eval",), slots=slots, sampler_step=step)
     report = summarize_eval(groups, branch=branch, step=step, seed=session.recipe.train.seed)
     append_cost(
@@ -44,16 +43,16 @@ def evaluate_policy(session: Session, *, branch: str, step: int) -> EvalReport:
         step=step,
         piece=str(count),
         tokens=report.num_tokens,
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - started,
     )
-    # The sum comes last: a killed process leaves no report whose outcomes are missing.
+    # The report comes last: a killed process leaves none without its results per prompt.
     append_prompt_results(session.run, collect_prompt_results(groups, branch=branch, step=step))
     append_eval(session.run, report)
     return report
 
 
 def collect_prompt_results(groups: Sequence[Group], *, branch: str, step: int) -> PromptResults:
-    """How often each prompt was solved."""
+    """Number of correct samples per prompt."""
     return PromptResults(
         branch=branch,
         step=step,
@@ -64,7 +63,7 @@ def collect_prompt_results(groups: Sequence[Group], *, branch: str, step: int) -
 
 
 def count_correct(group: Group) -> int:
-    """Rollouts of one prompt that were verified correct."""
+    """Rollouts of one prompt that are verified correct."""
     return sum(rollout.verdict == "correct" for rollout in group.rollouts)
 
 
@@ -103,19 +102,19 @@ def evaluate_run(
     run = open_run(root)
     branch = branch or find_newest_branch(run)
     recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
-    chosen = (
-        _chosen(list_ancestry_checkpoints(run, branch), run, every_step=every_step)
+    checkpoints = (
+        _select(list_ancestry_checkpoints(run, branch), run, every_step=every_step)
         if step is None
         else [find_checkpoint(run, branch, step)]
     )
-    with lock_run(run), open_session(run, recipe, checkpoint=chosen[0]) as session:
-        for done, checkpoint in enumerate(chosen):
-            yield Progress(description="evaluate", done=done, total=len(chosen), note=f"step {checkpoint.step}")
+    with lock_run(run), open_session(run, recipe, checkpoint=checkpoints[0]) as session:
+        for done, checkpoint in enumerate(checkpoints):
+            yield Progress(description="evaluate", done=done, total=len(checkpoints), note=f"step {checkpoint.step}")
             load_checkpoint(session.policy, checkpoint)
             yield evaluate_policy(session, branch=checkpoint.branch, step=checkpoint.step)
 
 
-def _chosen(found: Sequence[Checkpoint], run: RunDir, *, every_step: bool) -> list[Checkpoint]:
+def _select(found: Sequence[Checkpoint], run: RunDir, *, every_step: bool) -> list[Checkpoint]:
     if not found:
         raise NpoError(f"{run.root} has no complete checkpoint yet", f"train first: npo resume {quote_path(run.root)}")
     ordered = sorted(found, key=lambda checkpoint: checkpoint.step)

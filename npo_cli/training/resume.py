@@ -1,7 +1,7 @@
-"""`npo resume`: go on from the newest state, or roll back to a step and replay from there with a guide.
+"""`npo resume`: continue from the newest training state, or roll back to a step and replay from there with a guide.
 
-A rollback is a new branch: weights, optimiser, schedule and data order of the old step, fresh sampling seeds
-(the branch's name is part of every seed). Nothing that existed is touched.
+A rollback is a new branch with weights, optimizer, schedule and data order of the old step and new sampling seeds (the
+branch's name is part of every seed). Existing files are not changed.
 """
 
 import shlex
@@ -52,17 +52,17 @@ from npo_cli.types.rollouts import EvalReport, Notice, Segment, StepReport
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResumePoint:
-    """Where training goes on."""
+    """Where training continues."""
 
     recipe: Recipe
     branch: str
     checkpoint: Checkpoint | None
-    """None where a run was killed before its first checkpoint: it starts from the base model."""
+    """None if the run was killed before its first checkpoint: it starts from the base model."""
     segment: Segment
     is_new: bool
     """The branch does not exist yet."""
     has_fresh_optimizer: bool = False
-    """Weights alone are taken from the checkpoint; the optimiser begins anew."""
+    """Only weights are loaded from the checkpoint; the optimizer state is new."""
 
 
 def resume_run(
@@ -102,7 +102,7 @@ def resume_run(
 
 
 def format_command(root: Path, **options: str | int | None) -> str:
-    """The command as it was typed, to begin a hint with."""
+    """The command as typed, as the start of a hint."""
     given = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     return " ".join(["npo resume", quote_path(root), *given])
 
@@ -115,7 +115,7 @@ def check_replay_options(again: str, **options: str | int | None) -> None:
 
 
 def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: int | None = None) -> None:
-    """A run that has done all its steps says how to give it more."""
+    """Refuse to resume a run that has done all its steps."""
     train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
     if until is not None and done >= until:
         raise NpoError(
@@ -130,7 +130,7 @@ def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: in
 
 
 def find_resume_point(run: RunDir, branch: str | None, overrides: Sequence[str]) -> ResumePoint:
-    """The newest anchor of a branch; `overrides` may change only what falsifies nothing."""
+    """The newest full checkpoint of a branch; `overrides` may change only settings that may change on resume."""
     branch = branch or find_newest_branch(run)
     recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=False)
     known = list_ancestry_checkpoints(run, branch)
@@ -151,7 +151,7 @@ def fork(
     new_branch: str | None,
     steps: int | None,
 ) -> ResumePoint:
-    """A new branch at `at`; the guide works for the segment it was sampled for unless `steps` says otherwise."""
+    """A new branch at step `at`; the guide is used for the steps it was sampled for, or for `steps`."""
     info = None if guide is None else load_guide(run, guide)[0]
     if info is None and steps is not None:
         raise NpoError("--steps needs --guide NAME", "add --guide NAME")
@@ -161,7 +161,7 @@ def fork(
     if info:
         check_guide(run, info, parent=parent, at=at)
     if recipe.guide.source == "extrapolated":
-        # Whether the older copy is still there is told before a branch is made.
+        # A missing older checkpoint is reported before a branch is created.
         find_extrapolation(run, parent, select_extrapolation(recipe, None), step=at, every=recipe.train.save_every)
     until = at + (steps or info.num_steps) if info else None
     branch = find_free_branch_name(
@@ -172,7 +172,7 @@ def fork(
 
 
 def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:
-    """A guide serves the learner, and so the prompts, that it was sampled for."""
+    """Refuse a guide that was sampled for another learner, and so for other prompts."""
     again = f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_guide_source_options(info)} --at {at} --name NEW"  # noqa: E501
     if (info.branch, info.learner_step) != (parent, at):
         raise NpoError(
@@ -182,53 +182,53 @@ def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> N
 
 
 def load_active_guide(session: Session, segment: Segment) -> ActiveGuide | None:
-    """The segment's guide cache, checked against the tokenizer and the prompts at hand."""
+    """The segment's guide cache, checked against tokenizer, prompts and vocabulary."""
     if segment.guide_cache is None or segment.guide_until is None:
         return None
     check_single_guide_source(session, other=f"guide {segment.guide_cache}")
     info, trajectories = load_guide(session.run, segment.guide_cache)
     if info.tokenizer_digest != session.policy.tokenizer_digest:
         raise NpoError(
-            f"guide {info.name} was written with another tokenizer; its token ids mean nothing here",
+            f"guide {info.name} was sampled with another tokenizer; its token ids do not fit this model",
             f"npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} --at {info.learner_step} --name NEW",  # noqa: E501
         )
     check_guide_logprobs(session, info)
     known = {prompt.prompt_id for prompt in session.task.train}
-    strangers = sorted(trajectories.keys() - known)
-    if strangers:
+    unknown = sorted(trajectories.keys() - known)
+    if unknown:
         raise NpoError(
-            f"guide {info.name} answers prompts that this task does not have: {strangers[0]}", "use this run's own data"
+            f"guide {info.name} has prompts that this task does not have: {unknown[0]}", "use this run's own data"
         )
-    every = [kept for several in trajectories.values() for kept in several]
-    for kept in every:
-        check_guide_images(session, info, kept)
-    top = max((max(kept.response_ids) for kept in every), default=0)
-    if top >= session.policy.model.get_input_embeddings().num_embeddings:
+    rollouts = [rollout for several in trajectories.values() for rollout in several]
+    for rollout in rollouts:
+        check_guide_images(session, info, rollout)
+    largest_id = max((max(rollout.response_ids) for rollout in rollouts), default=0)
+    if largest_id >= session.policy.model.get_input_embeddings().num_embeddings:
         raise damaged_file_error(
-            guide_rollouts_path(session.run.guide_folder(info.name)), f"no token has the number {top}"
+            guide_rollouts_path(session.run.guide_folder(info.name)), f"the model has no token {largest_id}"
         )
     return ActiveGuide(trajectories=trajectories, until_step=segment.guide_until)
 
 
-def check_guide_images(session: Session, info: GuideCacheInfo, kept: GuideRollout) -> None:
-    """An answer to other pictures is no answer to this prompt, whatever its text."""
-    shown = [image.sha256 for image in session.task.prompt(kept.prompt_id).images]
-    if shown != [image.sha256 for image in kept.images]:
+def check_guide_images(session: Session, info: GuideCacheInfo, rollout: GuideRollout) -> None:
+    """Refuse a response to other images than those of the task's prompt."""
+    expected = [image.sha256 for image in session.task.prompt(rollout.prompt_id).images]
+    if expected != [image.sha256 for image in rollout.images]:
         raise NpoError(
-            f"guide {info.name} was shown other pictures for prompt {kept.prompt_id} than this task has",
-            f"bring the old ones back, or: npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} "  # noqa: E501
+            f"guide {info.name} was sampled with other images for prompt {rollout.prompt_id} than this task has",
+            f"restore the old images, or: npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} "  # noqa: E501
             f"--at {info.learner_step} --name NEW",
         )
 
 
 def check_guide_logprobs(session: Session, info: GuideCacheInfo) -> None:
-    """A ratio to the guide's probabilities needs them."""
+    """Refuse an importance ratio that needs log-probabilities of a guide without any."""
     ratio = session.recipe.guide.inject.ratio
     check_ratio_available(ratio, has_logprobs=info.has_logps, guide=f"guide {info.name!r}")
 
 
 def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> None:
-    """The recipe in force first, then the lineage: a branch that is listed can be opened."""
+    """Write the recipe, then the segment: a branch that is listed can be opened."""
     run.save_recipe(start.branch, recipe_to_dict(make_paths_absolute(start.recipe)))
     if start.is_new:
         append_fork_cost(run, start.segment)
@@ -242,25 +242,24 @@ def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> N
 def load_first_state(
     session: Session, optimizer: Optimizer, start: ResumePoint
 ) -> Generator[EvalReport, None, TrainerState]:
-    """The checkpoint's, or that of a run which never got as far as step 0."""
+    """The checkpoint's state, or that of a run that was killed before step 0 was saved."""
     if start.checkpoint is not None:
-        restored = init_state_from_weights if start.has_fresh_optimizer else restore_state
-        state = restored(session, optimizer, start.checkpoint)
-        born = start.segment if start.is_new else find_first_segment(session.run, start.branch)
-        return apply_rollback_settings(session, optimizer, state, branch_segment=born)
+        restore = init_state_from_weights if start.has_fresh_optimizer else restore_state
+        state = restore(session, optimizer, start.checkpoint)
+        segment = start.segment if start.is_new else find_first_segment(session.run, start.branch)
+        return apply_rollback_settings(session, optimizer, state, branch_segment=segment)
     return (yield from init_state(session, optimizer))
 
 
 def resume_message(start: ResumePoint, state: TrainerState, guidance: ActiveGuide | None) -> str:
-    """What was restored, in one line."""
+    """One line about what was restored."""
     if start.checkpoint is None:
-        return f"{start.branch} starts from the base model: nothing was saved yet"
-    where = (
-        f"{start.checkpoint.branch} step {state.step}: weights, optimizer, data cursor {state.position}, random streams"
-    )
+        return f"{start.branch} starts from the base model: no checkpoint was saved"
+    origin = f"{start.checkpoint.branch} step {state.step}"
+    where = f"{origin}: weights, optimizer, data position {state.position}, random streams"
     if not start.is_new:
-        return f"{start.branch} goes on from {where}"
+        return f"{start.branch} continues from {where}"
     if start.has_fresh_optimizer:
-        where = f"{start.checkpoint.branch} step {state.step}: weights and data cursor {state.position} alone"
-    helped = f", {len(guidance.trajectories)} guide trajectories until step {guidance.until_step}" if guidance else ""
-    return f"new branch {start.branch} from {where}{helped}"
+        where = f"{origin}: weights and data position {state.position} only"
+    suffix = f", {len(guidance.trajectories)} guide rollouts until step {guidance.until_step}" if guidance else ""
+    return f"new branch {start.branch} from {where}{suffix}"

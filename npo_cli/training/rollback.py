@@ -1,6 +1,6 @@
-"""What a rollback takes back besides the weights: optimiser state, data and seeds (the `autonpo.rollback` settings).
+"""What a rollback restores besides the weights: optimizer state, data position and seeds (`autonpo.rollback`).
 
-By default everything is that of the old step and only the sampling seeds are new. The other choices are ablations.
+By default all but the sampling seeds are those of the old step. The other choices are ablations.
 """
 
 from dataclasses import replace
@@ -20,39 +20,37 @@ from npo_cli.types.rollouts import Segment
 
 
 def find_seed_name(run: RunDir, branch: str) -> str:
-    """The branch whose name enters the sampling seeds: with autonpo.rollback.seed=same that of the branch it left."""
-    born = find_first_segment(run, branch)
+    """The branch whose name enters the sampling seeds: with autonpo.rollback.seed=same its parent's."""
+    first = find_first_segment(run, branch)
     recipe = recipe_from_dict(run.read_recipe(branch), source=str(run.recipe_path(branch)))
-    if born.parent is None or recipe.autonpo.rollback.seed == "fresh":
+    if first.parent is None or recipe.autonpo.rollback.seed == "fresh":
         return branch
-    return find_seed_name(run, born.parent)
+    return find_seed_name(run, first.parent)
 
 
 def apply_rollback_settings(
     session: Session, optimizer: Optimizer, state: TrainerState, *, branch_segment: Segment
 ) -> TrainerState:
-    """The state a new branch starts with, given that of the step it left its parent at."""
+    """The first state of a new branch, given the state at its fork step."""
     settings = session.recipe.autonpo.rollback
     if branch_segment.parent is None or state.step != branch_segment.fork_step:
         return state
     if settings.optimizer == "reset":
         optimizer.state.clear()
     elif settings.optimizer == "keep_current":
-        present = _present(session.run, branch_segment)
-        require_training_state(session.run, present)
-        load_moments(present.path / TRAINING_STATE_FOLDER, session.policy.model, optimizer)
+        current = _find_current_policy(session.run, branch_segment)
+        require_training_state(session.run, current)
+        load_moments(current.path / TRAINING_STATE_FOLDER, session.policy.model, optimizer)
     if settings.data == "onward":
-        return replace(
-            state,
-            position=find_data_position(session.run, branch_segment.parent, _present(session.run, branch_segment).step),
-        )
+        current = _find_current_policy(session.run, branch_segment)
+        return replace(state, position=find_data_position(session.run, branch_segment.parent, current.step))
     return state
 
 
-def _present(run: RunDir, born: Segment) -> Checkpoint:
-    """The policy that the rollback left behind: the guide, or without one the parent's newest."""
-    assert born.parent is not None
-    guide_step = None if born.guide_cache is None else load_guide(run, born.guide_cache)[0].guide_step
+def _find_current_policy(run: RunDir, segment: Segment) -> Checkpoint:
+    """The policy from before the rollback: the guide, or without one the parent's newest checkpoint."""
+    assert segment.parent is not None
+    guide_step = None if segment.guide_cache is None else load_guide(run, segment.guide_cache)[0].guide_step
     if guide_step is None:
-        return find_resume_checkpoint(run, born.parent)
-    return find_checkpoint(run, born.parent, guide_step)
+        return find_resume_checkpoint(run, segment.parent)
+    return find_checkpoint(run, segment.parent, guide_step)

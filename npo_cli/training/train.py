@@ -32,13 +32,13 @@ from npo_cli.types.rollouts import EvalReport, Notice, Segment, StepReport
 
 MAIN = "main"
 BFLOAT16_WARNING = (
-    "model.dtype=bfloat16 keeps no float32 copy of the weights: updates below about 0.4 % of a weight are rounded "
-    "away, so a small train.lr hardly learns; model.dtype=float32 model.compute_dtype=bfloat16 keeps one"
+    "model.dtype=bfloat16 has no float32 copy of the weights: updates below about 0.4 % of a weight are rounded away, "
+    "so a small train.lr hardly learns; model.dtype=float32 model.compute_dtype=bfloat16 has one"
 )
 
 
 def train_run(root: Path, recipe: Recipe, *, until: int | None = None) -> Iterator[StepReport | EvalReport | Notice]:
-    """Check everything that can be wrong, then make the directory, save step 0 and train, perhaps not to the end."""
+    """Check the recipe, create the run directory, save step 0 and train up to `until` or train.num_steps."""
     with create_session(root, recipe) as (session, stop):
         yield from startup_warnings(session)
         optimizer = build_optimizer(session.policy.model, session.recipe.train)
@@ -48,18 +48,18 @@ def train_run(root: Path, recipe: Recipe, *, until: int | None = None) -> Iterat
 
 
 RecipeCheck = Callable[[Recipe, int], None]
-"""Refuses a recipe, given the number of training prompts."""
+"""Raises for an unusable recipe, given the number of training prompts."""
 
 
 def no_extra_check(recipe: Recipe, num_prompts: int) -> None:
-    """Plain training has no demands of its own."""
+    """Plain training checks nothing more."""
 
 
 @contextmanager
 def create_session(
     root: Path, recipe: Recipe, *, check: RecipeCheck = no_extra_check
 ) -> Iterator[tuple[Session, StopFlag]]:
-    """A run directory that did not exist before, open for training; nothing is made before everything was checked."""
+    """A new run directory, open for training; nothing is written before all checks have passed."""
     check_unused(root)
     recipe = make_paths_absolute(recipe)
     with closing(open_task(recipe)) as task:
@@ -67,7 +67,7 @@ def create_session(
         policy = open_policy(recipe, task, None)
         run = create_run(root, recipe=recipe_to_dict(recipe), npo_version=__version__)
         with lock_run(run), stop_between_steps() as stop:
-            # From this line on a killed run can be resumed.
+            # From here on a killed run can be resumed.
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
             append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
             with closing(build_session(run, recipe, task=task, policy=policy)) as session:
@@ -75,7 +75,7 @@ def create_session(
 
 
 def startup_warnings(session: Session) -> Iterator[Notice]:
-    """What a person should know before the first step."""
+    """Batch sizes, and what is questionable about the settings, before the first step."""
     yield Notice(message=describe_batch_sizes(session.recipe, num_prompts=len(session.task.train)))
     if session.recipe.model.dtype == "bfloat16" and session.policy.adapters is None:
         yield Notice(message=BFLOAT16_WARNING, level="warning")
@@ -83,37 +83,37 @@ def startup_warnings(session: Session) -> Iterator[Notice]:
 
 
 def engine_warnings(session: Session) -> Iterator[Notice]:
-    """Where the same seed may give another response, a run says so whenever it begins or goes on."""
+    """Report, whenever a run starts or resumes, that the same seed may give another response."""
     if session.engine.reproducibility_warning:
         yield Notice(message=session.engine.reproducibility_warning, level="warning")
 
 
 def make_paths_absolute(recipe: Recipe) -> Recipe:
-    """The same recipe with whole paths of data, verifier and the base of adapters: a run is resumed from any folder."""
+    """The recipe with absolute paths of data, verifier and adapter base: a run can be resumed from any folder."""
     task, model = recipe.task, recipe.model
-    whole = {
+    paths = {
         "path": task.path and absolute_path(task.path),
         "heldout_path": task.heldout_path and absolute_path(task.heldout_path),
     }
     if is_custom_verifier(task.verifier):
         file, _, function = task.verifier.rpartition(":")
-        whole["verifier"] = f"{absolute_path(file)}:{function}"
-    # Without adapters a checkpoint is a model of its own, and nobody comes back to the base.
+        paths["verifier"] = f"{absolute_path(file)}:{function}"
+    # Without adapters a checkpoint is a whole model and the base is not read again.
     if model.lora.rank is not None and Path(model.path).expanduser().is_dir() and model.path not in BUNDLED_MODELS:
         model = model.model_copy(update={"path": absolute_path(model.path)})
-    return recipe.model_copy(update={"task": task.model_copy(update=whole), "model": model})
+    return recipe.model_copy(update={"task": task.model_copy(update=paths), "model": model})
 
 
 def absolute_path(path: str) -> str:
-    """From the root, whatever folder it was written in."""
+    """The path from the root of the file system."""
     return str(Path(path).expanduser().absolute())
 
 
 def init_state(session: Session, optimizer: Optimizer) -> Generator[EvalReport, None, TrainerState]:
-    """Step 0 of a run: streams seeded, the base evaluated where evaluations are wanted, and saved."""
+    """Step 0 of a run: seed the random streams, evaluate the base model if eval.every is set, and save it."""
     seed_random_state(session.recipe.train.seed)
-    memory = ReplayBuffer() if session.recipe.guide.experience.replay_fraction else None
-    state = TrainerState(step=0, position=0, running_metrics={}, replay_buffer=memory)
+    buffer = ReplayBuffer() if session.recipe.guide.experience.replay_fraction else None
+    state = TrainerState(step=0, position=0, running_metrics={}, replay_buffer=buffer)
     if session.recipe.eval.every:
         yield evaluate_policy(session, branch=MAIN, step=0)
     save_checkpoint(session, optimizer, state, branch=MAIN)
@@ -121,7 +121,7 @@ def init_state(session: Session, optimizer: Optimizer) -> Generator[EvalReport, 
 
 
 def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_guide: ActiveGuide | None) -> Trainer:
-    """Journals mended after a kill, and the frozen base where the loss measures a distance to it."""
+    """Repair the logs after a kill, and load the frozen reference model if the loss has a KL term."""
     run = session.run
     steps, rollouts = (
         StepLog(run, branch, updates_per_step=session.recipe.train.num_updates),
@@ -143,7 +143,7 @@ def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_
 
 
 def load_reference_policy(session: Session) -> Policy:
-    """What the run began with: with adapters the same model without them, else a second copy from step 0."""
+    """The base model: with adapters the same model without them, else a second copy from step 0."""
     if session.policy.adapters is not None:
         return session.policy.base_policy
     folder = find_checkpoint(session.run, MAIN, 0).path
@@ -153,12 +153,12 @@ def load_reference_policy(session: Session) -> Policy:
 
 
 def describe_batch_sizes(recipe: Recipe, *, num_prompts: int) -> str:
-    """What follows from prompts a step and group size."""
+    """Rollouts, updates and epochs that follow from the batch settings."""
     train = recipe.train
     rollouts = train.prompts_per_step * train.group_size
     epochs = train.num_steps * train.prompts_per_step / num_prompts
     return (
-        f"{train.prompts_per_step} prompts x {train.group_size} rollouts = {rollouts} rollouts a step, "
+        f"{train.prompts_per_step} prompts x {train.group_size} rollouts = {rollouts} rollouts per step, "
         f"{train.num_updates} update(s) of {rollouts // train.num_updates} rollouts; "
         f"{train.num_steps} steps = {train.num_steps * rollouts:,} rollouts, {epochs:.2f} epochs"
     )

@@ -245,7 +245,7 @@ def test_states_saved_before_mistakes_were_remembered_still_load(plain, tmp_path
     root = copy_run(plain, tmp_path / "run")
     for path in root.rglob("training_state/state.json"):
         scalars = json.loads(path.read_text())
-        del scalars["mistakes"]
+        del scalars["failed_prompts"]
         path.write_text(json.dumps(scalars))
         write_manifests(path.parents[1], branch="main", step=scalars["step"])
     (root / "branches/main/checkpoints/step_000012").rename(tmp_path / "gone")

@@ -292,9 +292,9 @@ def test_resume_refuses_a_weights_only_checkpoint(circle, tmp_path):
     run = copy_run(circle, tmp_path)
     demote_checkpoint(find_checkpoint(RunDir(run), "main", 2))
     result = assert_refused("resume", run, "--branch", "main", "--at", "2", beside=tmp_path)
-    assert result.message == "step 2 of main is a guide (weights only); training cannot go on from it"
+    assert result.message == "step 2 of main has weights only; training cannot continue from it"
     anew = f"npo resume {run} --at 2 --fresh-optimizer"
-    assert result.hint == f"choose an anchor (npo index {run}), or begin the optimizer anew: {anew}"
+    assert result.hint == f"choose a full checkpoint (npo index {run}), or start with a new optimizer: {anew}"
 
 
 def test_guide_cache_of_more_than_an_epoch_samples_each_prompt_once(circle, tmp_path):

@@ -235,7 +235,7 @@ def test_evaluation_with_missing_fields_is_named_by_line(run):
         ('"response_ids":[', '"ids":[', "line 1 is damaged: it has no field 'response_ids'"),
         ('"verdict":"correct"', '"verdict":"wrong"', "line 1 is damaged: it is no verified answer to prompt mix3/"),
         ('"verdict":"correct"', '"verdict":"fine"', "line 1 is damaged: it is no verified answer to prompt mix3/"),
-        ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near answers prompts that this task does not have: oth"),
+        ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near has prompts that this task does not have: oth"),
         ('"response_ids":[', '"response_ids":["1",', "line 1 is damaged: it is no verified answer to prompt mix3/"),
     ],
 )  # fmt: skip
@@ -250,7 +250,7 @@ def test_guide_cache_with_unknown_token_is_refused(run):
     rows[0]["response_ids"][0] = 99999
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = words(run, ["resume", "--at", "0", "--guide", "near"])
-    assert result.startswith(f"{path} is damaged: no token has the number 99999")
+    assert result.startswith(f"{path} is damaged: the model has no token 99999")
 
 
 @pytest.mark.parametrize(

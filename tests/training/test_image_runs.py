@@ -105,7 +105,7 @@ def test_a_guide_that_was_shown_other_pictures_is_refused(copied: Path):
     assert all(len(row["images"]) == 1 and "data" not in row["images"][0] for row in rows)
     rows[-1]["images"][0]["sha256"] = "0" * 64
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(NpoError, match=f"was shown other pictures for prompt {rows[-1]['prompt_id']}"):
+    with pytest.raises(NpoError, match=f"was sampled with other images for prompt {rows[-1]['prompt_id']}"):
         resume(copied, at=2, guide="near")
 
 

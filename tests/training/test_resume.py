@@ -74,7 +74,10 @@ def test_a_rollback_brings_back_weights_moments_cursor_and_streams(replayed):
         for key in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(optimizer.state[parameter][key], moments[f"{name}.{key}"])
     assert torch.equal(torch.get_rng_state(), moments["rng.torch"])
-    assert state.running_metrics == json.loads((checkpoint.training_state_path / "state.json").read_text())["trackers"]
+    assert (
+        state.running_metrics
+        == json.loads((checkpoint.training_state_path / "state.json").read_text())["running_metrics"]
+    )
 
 
 def test_a_replay_without_a_guide_is_grpo_on_a_branch_of_its_own(scout, tmp_path):
