@@ -145,7 +145,7 @@ def validate_trackers_installed(names: tuple[str, ...]) -> None:
             )
 
 
-EVAL_FIELDS = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_length", "cut_off")
+EVAL_FIELDS = ("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "mean_length", "truncated_fraction")
 
 
 def track_records(root: Path, recipe: Recipe, records: Generator[Any, None, None]) -> Generator[Any, None, None]:

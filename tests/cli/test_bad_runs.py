@@ -114,7 +114,7 @@ def test_candidates_that_are_not_steps_are_refused(circle, text):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["score-checkpoints"], "which step is the learner? the recipe has no guide.replay.at_step | add --at STEP"),
+        (["score-checkpoints"], "the learner's step is missing: the recipe has no guide.replay.at_step | add --at STEP"),
         (
             ["sample-guide", "--at", "0"],
             "which step is the guide? the recipe has no guide.replay.guide_step | add --guide",
@@ -267,7 +267,7 @@ def test_guide_or_branch_that_does_not_fit_is_refused(circle, args, expected):
     ("fields", "message"),
     [
         ({"run_id": "0" * 32}, "guide 'near' was made in another run"),
-        ({"tokenizer_digest": "0" * 64}, "guide near was written with another tokenizer"),
+        ({"tokenizer_digest": "0" * 64}, "guide near was sampled with another tokenizer"),
         ({"complete": False}, "is unfinished"),
         ({"num_prompts_with_rollouts": 99}, "prompts with answers, and guide.json counts 99"),
     ],
