@@ -114,7 +114,10 @@ def test_candidates_that_are_not_steps_are_refused(circle, text):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["score-checkpoints"], "the learner's step is missing: the recipe has no guide.replay.at_step | add --at STEP"),
+        (
+            ["score-checkpoints"],
+            "the learner's step is missing: the recipe has no guide.replay.at_step | add --at STEP",
+        ),
         (
             ["sample-guide", "--at", "0"],
             "which step is the guide? the recipe has no guide.replay.guide_step | add --guide",
