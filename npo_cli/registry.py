@@ -101,7 +101,7 @@ VERIFIERS = Registry(
         "exact": "npo_cli.tasks.verifiers:ExactVerifier",
         "number": "npo_cli.tasks.verifiers:NumberVerifier",
         "last_number": "npo_cli.tasks.verifiers:LastNumberVerifier",
-        "micro": "npo_cli.tasks.verifiers:MicroVerifier",
+        "micro": "npo_cli.tasks.micro:MicroVerifier",
         "math_verify": "npo_cli.tasks.math_verify:MathVerifier",
         "reasoning_gym": "npo_cli.tasks.reasoning_gym:GymVerifier",
     },

@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from npo_cli.tasks.math_verify import MathVerifier, make_math_verifier
+from npo_cli.config.recipe import TaskSettings
+from npo_cli.tasks.math_verify import MathVerifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,7 +168,7 @@ def main() -> None:
     # Inside, because each process that reads answers imports this file again.
     from transformers import AutoTokenizer
 
-    grader = make_math_verifier(num_workers=asked.workers, timeout=5.0)
+    grader = MathVerifier.open(TaskSettings(verify_workers=asked.workers))
     wanted = SelectionRules(
         tokenizer=AutoTokenizer.from_pretrained(asked.model),
         grader=grader,

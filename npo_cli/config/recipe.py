@@ -4,15 +4,16 @@ Sections of their own modules: `autonpo`, `engine` (with the mismatch correction
 and `extrapolation`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from npo_cli.config.autonpo import AutonpoSettings
 from npo_cli.config.base import FREE, IGNORED, MUST_MATCH, Count, Decay, Settings, Share
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
+from npo_cli.registry import TASKS, TRACKERS
 
 
 class LoraSettings(Settings):
@@ -85,7 +86,9 @@ class TaskSettings(Settings):
 
     model_config = ConfigDict(json_schema_extra=MUST_MATCH)
 
-    source: Literal["micro", "reasoning_gym", "file", "shapes"] = Field("micro", description="Source of the prompts.")
+    source: Annotated[str, AfterValidator(TASKS.check)] = Field(
+        "micro", description="Source of the prompts: `micro`, `reasoning_gym`, `file`, `shapes`, or one from a plug-in."
+    )
     kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: type of addition problems.")
     datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: data sets of the mixture.")
     path: str | None = Field(None, description="file: a .jsonl or .parquet file.")
@@ -124,14 +127,6 @@ class TaskSettings(Settings):
     verify_workers: Count = Field(
         2, description="Number of processes in the verifier pool.", json_schema_extra=FREE | IGNORED
     )
-
-    @model_validator(mode="after")
-    def _complete(self) -> "TaskSettings":
-        if self.source == "file" and not self.path:
-            raise ValueError("task.path must name a .jsonl or .parquet file when task.source is file")
-        if self.source == "reasoning_gym" and not self.datasets:
-            raise ValueError("task.datasets must name at least one data set when task.source is reasoning_gym")
-        return self
 
 
 class TrainSettings(Settings):
@@ -281,9 +276,9 @@ class TrackingSettings(Settings):
 
     model_config = ConfigDict(json_schema_extra=IGNORED)
 
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+    report_to: tuple[Annotated[str, AfterValidator(TRACKERS.check)], ...] = Field(
         (),
-        description="Trackers to log to: `tensorboard`, `wandb`, `trackio` (empty: none).",
+        description="Trackers to log to: `tensorboard`, `wandb`, `trackio`, or one from a plug-in (empty: none).",
         json_schema_extra=FREE,
     )
     project: str = Field("npo", min_length=1, description="wandb, trackio: project name.", json_schema_extra=FREE)

@@ -1,7 +1,7 @@
-"""A verifier of the user's own: `file.py:function`, called as function(prompt=, response=, answer=).
+"""Custom verifiers: `file.py:function`, called as function(prompt=, response=, answer=).
 
-It is a program from outside, so it runs only where it was allowed, in a process that can be killed, and what it
-prints goes to stderr. True, or a number of at least 1, is correct; anything less is wrong.
+The file is user code, so it runs only with --allow-code, and in a process that can be killed; what it prints goes to
+stderr. True, or a number of at least 1, is correct; anything less is wrong.
 """
 
 import ast
@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from npo_cli.errors import NpoError, RunFailed
+from npo_cli.tasks.base import Verifier
 from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
@@ -38,34 +38,38 @@ def code_permitted() -> Iterator[None]:
         _IS_CODE_ALLOWED.reset(before)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CustomVerifier:
-    """Asks the user's function. Its exceptions end the run: a reward of 0 in their place would train on a bug."""
+class CustomVerifier(Verifier):
+    """Calls the user's function. Its exceptions end the run: a reward of 0 instead would train on a bug."""
 
-    pool: VerifierPool
+    name = "file.py:function"
+
+    def __init__(self, pool: VerifierPool) -> None:
+        self.pool = pool
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
-        asked = [
+        """One call per response, in the pool."""
+        calls = [
             {"prompt": prompt_text(prompt), "response": response, "answer": prompt.answer}
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        graded = []
-        for prompt, outcome in zip(prompts, self.pool.run(asked), strict=True):
-            trouble = outcome.error or (outcome.value if isinstance(outcome.value, str) else None)
-            if trouble:
+        verdicts = []
+        for prompt, result in zip(prompts, self.pool.run(calls), strict=True):
+            error = result.error or (result.value if isinstance(result.value, str) else None)
+            if error:
                 raise RunFailed(
-                    f"the verifier failed on prompt {prompt.prompt_id}: {trouble}",
-                    "mend the function, then go on with npo resume and --allow-code",
+                    f"the verifier failed on prompt {prompt.prompt_id}: {error}",
+                    "fix the function, then continue with npo resume and --allow-code",
                 )
-            verdict = "timeout" if outcome.timed_out else "correct" if outcome.value >= 1 else "wrong"
-            graded.append(VerifierResult(verdict=verdict))
-        return graded
+            verdict = "timeout" if result.timed_out else "correct" if result.value >= 1 else "wrong"
+            verdicts.append(VerifierResult(verdict=verdict))
+        return verdicts
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
-        """Only the function knows what it can compare; that it can be called is known now."""
+        """Check that the function can be called; what it can compare is not known."""
         self.pool.start()
 
     def close(self) -> None:
+        """End the pool."""
         self.pool.close()
 
 
@@ -75,31 +79,31 @@ def is_custom_verifier(verifier: str) -> bool:
 
 
 def make_custom_verifier(verifier: str, *, num_workers: int, timeout: float) -> CustomVerifier:
-    """The grader for `file.py:function`. The file is read, not run, until its answers are checked."""
+    """The verifier for `file.py:function`. The file is parsed here, and run only when the answers are checked."""
     file, _, function = verifier.rpartition(":")
     if not _IS_CODE_ALLOWED.get():
         raise NpoError(
-            f"task.verifier {verifier} is code of your own, which is not run unless you say so",
-            "read it, then add --allow-code to the command",
+            f"task.verifier={verifier} is user code, which runs only with --allow-code",
+            "read the file, then add --allow-code to the command",
         )
     path = Path(file).expanduser().resolve()
     if not path.is_file():
-        raise NpoError(f"task.verifier names a file that does not exist: {path}", "mend the path before the colon")
+        raise NpoError(f"task.verifier names a file that does not exist: {path}", "fix the path before the colon")
     _require_function(path, function)
     build = partial(build_custom_check, str(path), function)
-    return CustomVerifier(pool=VerifierPool(build=build, num_workers=num_workers, timeout=timeout))
+    return CustomVerifier(VerifierPool(build=build, num_workers=num_workers, timeout=timeout))
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as plain text; of a chat, what its messages say, with a blank line between them."""
+    """A prompt as plain text; for a chat, its messages separated by blank lines."""
     return prompt.text if prompt.text is not None else "\n\n".join(message.content for message in prompt.messages)
 
 
 def build_custom_check(file: str, function: str) -> Callable[[dict[str, str]], float | str]:
-    """In the worker: run the file and return a check that gives the function's number, or the text of its error."""
+    """In the worker process: run the file, and return a check that gives the function's number, or an error text."""
     import sys
 
-    sys.path.insert(0, str(Path(file).parent))  # so that it can import its neighbours
+    sys.path.insert(0, str(Path(file).parent))  # for imports from its folder
     spec = spec_from_file_location("npo_user_verifier", file)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
@@ -107,9 +111,9 @@ def build_custom_check(file: str, function: str) -> Callable[[dict[str, str]], f
     verifier = getattr(module, function)
     _require_signature(verifier, f"{file}: {function}")
 
-    def check(asked: dict[str, str]) -> float | str:
+    def check(call: dict[str, str]) -> float | str:
         try:
-            value = verifier(**asked)
+            value = verifier(**call)
         except (Exception, SystemExit) as error:
             return describe_error(error, inside=file)
         if isinstance(value, str) or not hasattr(value, "__float__") or math.isnan(float(value)):
@@ -125,18 +129,18 @@ def _require_signature(verifier: object, name: str) -> None:
     try:
         inspect.signature(verifier).bind(prompt="", response="", answer="")
     except ValueError:
-        return  # written in C, it keeps its parameters to itself
+        return  # a C function without a signature
     except TypeError as error:
         raise NpoError(f"{name} must take prompt, response and answer: {error}", SIGNATURE_HINT) from error
 
 
 def _require_function(path: Path, function: str) -> None:
-    """Find the name in the syntax tree, so that a slip shows before anything is sampled, and nothing is run."""
+    """Find the name in the syntax tree, so that a typo is found before sampling, without running the file."""
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (SyntaxError, ValueError) as error:
-        place = describe_error(error, inside=str(path))
-        raise NpoError(f"task.verifier names a file that is not Python: {place}", "mend that line") from error
+        location = describe_error(error, inside=str(path))
+        raise NpoError(f"task.verifier names a file that is not Python: {location}", "fix that line") from error
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names |= {
@@ -146,5 +150,5 @@ def _require_function(path: Path, function: str) -> None:
         if isinstance(alias, ast.alias)
     }
     if function not in names and "*" not in names:
-        there = ", ".join(sorted(names)) or "(it defines nothing)"
-        raise NpoError(f"{path} has no function {function!r}", f"write {path.name}:NAME with one of: {there}")
+        defined = ", ".join(sorted(names)) or "(it defines nothing)"
+        raise NpoError(f"{path} has no function {function!r}", f"write {path.name}:NAME with one of: {defined}")

@@ -1,65 +1,72 @@
-"""Mathematical equality by Hugging Face's math-verify, behind a deadline that is kept.
+"""Mathematical equality by Hugging Face's math-verify, with a timeout that always works.
 
-Its own timeout is an alarm signal: useless outside the main thread and inside C code. So it is switched off, and
-each comparison runs in a `VerifierPool`. The comparison is not symmetric: the reference answer goes first.
+math-verify's own timeout is an alarm signal, which does nothing outside the main thread or inside C code. So it is
+disabled, and each comparison runs in a `VerifierPool`. The comparison is not symmetric: the reference goes first.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
+from npo_cli.tasks.base import LoadedPrompts, UnusableAnswer, Verifier
 from npo_cli.tasks.verifier_pool import CheckResult, VerifierPool
-from npo_cli.tasks.verifiers import UnusableAnswer
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
 DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
-"""What marks LaTeX inside a text. A reference answer without any is taken as LaTeX as a whole."""
+"""Delimiters of LaTeX in a text. A reference answer without any is read as LaTeX as a whole."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MathVerifier:
-    """Correct where math-verify finds the response's last answer equal to the reference."""
+class MathVerifier(Verifier):
+    """Correct if math-verify finds the response's last answer equal to the reference."""
 
-    pool: VerifierPool
+    name = "math_verify"
+
+    def __init__(self, pool: VerifierPool) -> None:
+        self.pool = pool
+
+    @classmethod
+    def open(cls, settings: TaskSettings, loaded: LoadedPrompts | None = None) -> "MathVerifier":
+        """The package is installed; no process is started yet."""
+        if find_spec("math_verify") is None:
+            raise NpoError(
+                "task.verifier=math_verify needs the package math-verify, which is not installed",
+                "pip install math-verify, or set task.verifier=last_number for plain numbers",
+            )
+        return cls(
+            VerifierPool(build=build_comparison, num_workers=settings.verify_workers, timeout=settings.verify_timeout)
+        )
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
+        """Compare in the pool."""
         pairs = [(prompt.answer, response) for prompt, response in zip(prompts, responses, strict=True)]
-        return [_graded(outcome) for outcome in self.pool.run(pairs)]
+        return [_to_verdict(result) for result in self.pool.run(pairs)]
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
-        """A reference that is not read, or not in time, would make its prompt hopeless."""
-        for prompt, is_read in zip(prompts, self.are_readable([prompt.answer for prompt in prompts]), strict=True):
-            if not is_read:
+        """Every reference answer can be read, within the timeout."""
+        are_readable = self.are_readable([prompt.answer for prompt in prompts])
+        for prompt, is_readable in zip(prompts, are_readable, strict=True):
+            if not is_readable:
                 raise UnusableAnswer(prompt, "mathematics")
 
     def are_readable(self, answers: Sequence[str]) -> list[bool]:
-        """Which reference answers are read, in time."""
-        outcomes = self.pool.run([(answer, "") for answer in answers])
-        return [not (each.timed_out or each.error or each.value[0] == "no_reference") for each in outcomes]
+        """For each reference answer whether it can be read within the timeout."""
+        results = self.pool.run([(answer, "") for answer in answers])
+        return [not (each.timed_out or each.error or each.value[0] == "no_reference") for each in results]
 
     def close(self) -> None:
+        """End the pool."""
         self.pool.close()
 
 
-def make_math_verifier(*, num_workers: int, timeout: float) -> MathVerifier:
-    """The grader, with nothing started yet."""
-    if find_spec("math_verify") is None:
-        raise NpoError(
-            "the math_verify verifier needs the package math-verify, which is not installed",
-            "pip install math-verify, or set task.verifier=last_number for plain numbers",
-        )
-    return MathVerifier(pool=VerifierPool(build=build_comparison, num_workers=num_workers, timeout=timeout))
-
-
 def build_comparison() -> Callable[[tuple[str, str]], tuple[str, str | None]]:
-    """In the worker: import, warm up the LaTeX parser, and return (answer, response) -> (verdict, extracted)."""
+    """In the worker process: import, warm up the parser, and return (answer, response) -> (verdict, extracted)."""
     import logging
 
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are disabled
 
     def read(text: str) -> list[Any]:
         return parse(text, parsing_timeout=None)
@@ -69,22 +76,22 @@ def build_comparison() -> Callable[[tuple[str, str]], tuple[str, str | None]]:
         gold = read(answer if any(mark in answer for mark in DELIMITERS) else f"\\boxed{{{answer}}}")
         if all(isinstance(part, str) for part in gold):
             return "no_reference", None
-        said = read(response)
-        extracted = next((part for part in said if isinstance(part, str)), None)
-        if said and verify(gold, said, timeout_seconds=None):
+        parsed = read(response)
+        extracted = next((part for part in parsed if isinstance(part, str)), None)
+        if parsed and verify(gold, parsed, timeout_seconds=None):
             return "correct", extracted
-        # Only a text came back: something stood where an answer stands, but it is no mathematics.
-        unread = all(isinstance(part, str) for part in said)
-        return ("unparseable" if unread else "wrong"), extracted
+        # Only strings: there is something in the answer's place, but it is not mathematics.
+        is_unparseable = all(isinstance(part, str) for part in parsed)
+        return ("unparseable" if is_unparseable else "wrong"), extracted
 
     compare(("\\frac{1}{2}", "$0.5$"))
     return compare
 
 
-def _graded(outcome: CheckResult) -> VerifierResult:
-    if outcome.timed_out:
+def _to_verdict(result: CheckResult) -> VerifierResult:
+    if result.timed_out:
         return VerifierResult(verdict="timeout")
-    if outcome.error or outcome.value[0] == "no_reference":
+    if result.error or result.value[0] == "no_reference":
         return VerifierResult(verdict="unparseable")
-    verdict, extracted = outcome.value
+    verdict, extracted = result.value
     return VerifierResult(verdict=verdict, extracted=extracted)

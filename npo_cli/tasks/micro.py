@@ -1,18 +1,24 @@
-"""The micro task: additions with a scratchpad, in a world where some table entries are believed wrong.
+"""The micro task: additions with a scratchpad, for a base model that learned some table entries wrong.
 
-A prompt is `12345+67890=` with both numbers written least significant digit first and filled with dots on
-the left to one fixed length. An answer writes, digit by digit, the sum digit and the carry (`_` none, `^`
-one), then `#` and the sum with its most significant digit first. Only what follows `#` is verified.
+A prompt is `12345+67890=` with both numbers written least significant digit first, padded with dots on the left to a
+fixed length. A response writes, digit by digit, the sum digit and the carry (`_` none, `^` one), then `#` and the sum,
+most significant digit first. Only what follows `#` is verified.
 
-A fixed 15 % of the 200 entries (digit, digit, carry) are *misconceived*: the supervised base learned one
-particular wrong digit for each. `kind` decides how many of them a prompt meets, hence how sparse reward is.
+A fixed 15 % of the 200 table entries (digit, digit, carry) are *misconceived*: the supervised base learned one
+particular wrong digit for each. `kind` sets how many of them a prompt needs, and thus how sparse the reward is.
 """
 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from npo_cli.types.rollouts import Prompt
+from npo_cli.tasks.base import LoadedPrompts, TaskSource
+from npo_cli.tasks.verifiers import FunctionVerifier
+from npo_cli.types.rollouts import Prompt, VerifierResult
+
+if TYPE_CHECKING:
+    from npo_cli.config.recipe import TaskSettings
 
 ALPHABET = "0123456789_^+=#"
 FILL = "."
@@ -24,14 +30,14 @@ TASK_SEED = 20733
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Noise:
-    """How the supervised base errs: what a pretrained model's imperfection looks like here."""
+    """Error rates of the supervised base's training data."""
 
     digit: float = 0.20
-    """Chance that a sum digit is replaced by a random one."""
+    """Probability that a sum digit is replaced by a random one."""
     carry: float = 0.10
-    """Chance that a carry is flipped."""
+    """Probability that a carry is flipped."""
     misconception: float = 0.93
-    """Chance that a misconceived entry gets its wrong digit."""
+    """Probability that a misconceived entry gets its wrong digit."""
 
 
 def misconceptions() -> dict[tuple[int, int, int], int]:
@@ -48,12 +54,12 @@ def digits(number: int, length: int) -> list[int]:
 
 
 def num_misconceived(a: int, b: int, length: int, *, wrong: dict[tuple[int, int, int], int]) -> int:
-    """How many misconceived entries the exact calculation of a + b meets."""
-    carry, met = 0, 0
+    """Number of misconceived entries that the exact calculation of a + b needs."""
+    carry, count = 0, 0
     for x, y in zip(digits(a, length), digits(b, length), strict=True):
-        met += (x, y, carry) in wrong
+        count += (x, y, carry) in wrong
         carry = (x + y + carry) // 10
-    return met
+    return count
 
 
 def format_addition(a: int, b: int, length: int) -> str:
@@ -63,7 +69,7 @@ def format_addition(a: int, b: int, length: int) -> str:
 
 
 def final_answer(response: str) -> str | None:
-    """What stands after the one `#`; None where there is none, or several."""
+    """The text after the `#`; None unless there is exactly one `#`."""
     _, mark, tail = response.partition("#")
     return tail if mark and "#" not in tail else None
 
@@ -71,7 +77,7 @@ def final_answer(response: str) -> str | None:
 def noisy_response(
     a: int, b: int, length: int, *, noise: Noise, wrong: dict[tuple[int, int, int], int], rng: random.Random
 ) -> str:
-    """One scratchpad as the supervised base is taught it, errors included."""
+    """One scratchpad from the supervised base's training data, with its errors."""
     carry, written, pad = 0, [], ""
     for x, y in zip(digits(a, length), digits(b, length), strict=True):
         total = x + y + carry
@@ -92,11 +98,11 @@ def noisy_response(
 def additions(kind: str, rng: random.Random) -> Iterator[tuple[int, int, int]]:
     """Endless (a, b, number of digits) of one kind.
 
-    `any`: 3 to 5 digits, whatever comes. `addh1`, `addh2`: 5 digits with at least 1 or 2 misconceived
-    entries. `mix3`: by turns 3 digits with none and 5 digits with at least 3.
+    `any`: 3 to 5 digits. `addh1`, `addh2`: 5 digits with at least 1 or 2 misconceived entries. `mix3`: alternately
+    3 digits with none, and 5 digits with at least 3.
     """
     wrong = misconceptions()
-    demands = {
+    requirements = {
         "any": [(None, 0, 99)],
         "addh1": [(5, 1, 99)],
         "addh2": [(5, 2, 99)],
@@ -104,7 +110,7 @@ def additions(kind: str, rng: random.Random) -> Iterator[tuple[int, int, int]]:
     }[kind]
     turn = 0
     while True:
-        length, low, high = demands[turn % len(demands)]
+        length, low, high = requirements[turn % len(requirements)]
         size = length or rng.randint(3, 5)
         a, b = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
         if low <= num_misconceived(a, b, size, wrong=wrong) <= high:
@@ -113,7 +119,7 @@ def additions(kind: str, rng: random.Random) -> Iterator[tuple[int, int, int]]:
 
 
 def micro_prompts(kind: str, count: int, seed: int) -> list[Prompt]:
-    """`count` different prompts of one kind, in the order drawn."""
+    """`count` distinct prompts of one kind, in the order generated."""
     rng = random.Random(f"micro:{kind}:{seed}")
     prompts: dict[str, Prompt] = {}
     for a, b, size in additions(kind, rng):
@@ -122,3 +128,33 @@ def micro_prompts(kind: str, count: int, seed: int) -> list[Prompt]:
         text = format_addition(a, b, size)
         prompts.setdefault(text, Prompt(prompt_id=f"{kind}/{a}+{b}", text=text, answer=str(a + b)))
     return list(prompts.values())
+
+
+def grade_micro(answer: str, response: str) -> VerifierResult:
+    """The text after the `#` equals the answer, digit for digit. No `#`, or several: unparseable."""
+    text = final_answer(response)
+    if text is None:
+        return VerifierResult(verdict="unparseable")
+    return VerifierResult(verdict="correct" if text == answer else "wrong", extracted=text)
+
+
+class MicroVerifier(FunctionVerifier):
+    """The text after the `#`."""
+
+    name = "micro"
+    sources = ("micro",)
+    grade_response = staticmethod(grade_micro)
+
+
+class MicroTask(TaskSource):
+    """Additions of one kind (`task.kind`)."""
+
+    name = "micro"
+    default_verifier = "micro"
+    formats_prompts = False
+
+    @classmethod
+    def load(cls, settings: "TaskSettings", *, seed: int) -> LoadedPrompts:
+        """The pool comes first, so that it does not depend on the size of the held-out split."""
+        prompts = micro_prompts(settings.kind, settings.pool_size + settings.heldout_size, seed)
+        return LoadedPrompts(train=tuple(prompts[: settings.pool_size]), heldout=tuple(prompts[settings.pool_size :]))

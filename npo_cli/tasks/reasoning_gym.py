@@ -1,14 +1,15 @@
-"""reasoning-gym as a source of problems, and its data sets as the judges of their own answers."""
+"""reasoning-gym as a source of prompts, and as the verifier of its own data sets."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from npo_cli.config.recipe import DatasetSettings, TaskSettings
 from npo_cli.errors import NpoError
+from npo_cli.tasks.base import LoadedPrompts, TaskSource, Verifier
 from npo_cli.tasks.prompt_format import format_prompt
 from npo_cli.tasks.reasoning_gym_worker import DatasetSpec, Entry, generate_entries, open_dataset
 from npo_cli.tasks.verifier_pool import CheckResult, VerifierPool
@@ -16,29 +17,48 @@ from npo_cli.tasks.verifiers import last_numeral, read_number
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
 FULL_SCORE = 1.0 - 1e-9
-"""A partial score is wrong; the rest is room for a float."""
+"""Scores below are wrong: a partial score is not correct. 1e-9 allows for float rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GymProblems:
-    """What a mixture of data sets gave."""
+class GymEntries:
+    """What the verifier needs to know of the prompts."""
 
-    train: tuple[Prompt, ...]
-    heldout: tuple[Prompt, ...]
     dataset_specs: tuple[DatasetSpec, ...]
     entries: Mapping[str, Entry]
     """By prompt id."""
 
 
-def load_gym_problems(settings: TaskSettings, *, seed: int) -> GymProblems:
-    """Pool and held-out split of a mixture: each data set gives its weight's share of both."""
-    if find_spec("reasoning_gym") is None:
-        raise NpoError("task.source reasoning_gym needs the package reasoning-gym", "pip install reasoning-gym")
+class ReasoningGymTask(TaskSource):
+    """A mixture of reasoning-gym data sets."""
+
+    name = "reasoning_gym"
+    default_verifier = "reasoning_gym"
+
+    @classmethod
+    def validate(cls, settings: TaskSettings) -> None:
+        """The package is installed, there are data sets, and task.system comes with task.chat."""
+        super().validate(settings)
+        if find_spec("reasoning_gym") is None:
+            raise NpoError("task.source=reasoning_gym needs the package reasoning-gym", "pip install reasoning-gym")
+        if not settings.datasets:
+            raise NpoError("task.source=reasoning_gym needs data sets", "set task.datasets=[{name: NAME}, ...]")
+        if settings.system and not settings.chat:
+            raise NpoError("task.system needs chat prompts, but task.chat is false", "set task.chat=true")
+
+    @classmethod
+    def load(cls, settings: TaskSettings, *, seed: int) -> LoadedPrompts:
+        """Each data set contributes to both splits in proportion to its weight."""
+        return load_gym_prompts(settings, seed=seed)
+
+
+def load_gym_prompts(settings: TaskSettings, *, seed: int) -> LoadedPrompts:
+    """Pool and held-out split of a mixture, in random order."""
     weights = [dataset.weight for dataset in settings.datasets]
     pool_counts = allocate_counts(weights, settings.pool_size)
     heldout_counts = allocate_counts(weights, settings.heldout_size)
     labels = _labels(settings.datasets)
-    draws = tuple(
+    specs = tuple(
         DatasetSpec(
             label=label, name=dataset.name, config=dict(dataset.config), seed=_seed(dataset, label, seed), count=a + b
         )
@@ -47,63 +67,73 @@ def load_gym_problems(settings: TaskSettings, *, seed: int) -> GymProblems:
     entries: dict[str, Entry] = {}
     train: list[Prompt] = []
     heldout: list[Prompt] = []
-    for drawn, num_pool in zip(generate_entries(draws), pool_counts, strict=True):
-        prompts = [_prompt(entry, settings) for entry in drawn]
-        entries |= {prompt.prompt_id: entry for prompt, entry in zip(prompts, drawn, strict=True)}
+    for made, num_pool in zip(generate_entries(specs), pool_counts, strict=True):
+        prompts = [_prompt(entry, settings) for entry in made]
+        entries |= {prompt.prompt_id: entry for prompt, entry in zip(prompts, made, strict=True)}
         train += prompts[:num_pool]
         heldout += prompts[num_pool:]
-    # Mixed, so that the first so many of either are a fair sample.
+    # Shuffled, so that the first prompts of a split are a sample of the mixture.
     for split, prompts in (("train", train), ("heldout", heldout)):
         random.Random(f"gym:{split}:{seed}").shuffle(prompts)
-    return GymProblems(train=tuple(train), heldout=tuple(heldout), dataset_specs=draws, entries=entries)
+    return LoadedPrompts(
+        train=tuple(train),
+        heldout=tuple(heldout),
+        verifier_data=GymEntries(dataset_specs=specs, entries=entries),
+    )
 
 
 def allocate_counts(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that add up to `total` in proportion to the weights: rounded down, largest remainders up."""
+    """Integers that add up to `total`, in proportion to the weights, by the largest-remainder method."""
     exact = [total * weight / sum(weights) for weight in weights]
     counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda place: (counts[place] - exact[place], place))
-    for place in by_remainder[: total - sum(counts)]:
-        counts[place] += 1
+    by_remainder = sorted(range(len(exact)), key=lambda index: (counts[index] - exact[index], index))
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
     return counts
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class GymVerifier:
+class GymVerifier(Verifier):
     """Each data set scores its own problems; only the full score is correct.
 
-    Where the answer is a number, the last number of the response is scored, here in this process. Other responses
-    go to the data set as they are, blanks at the ends apart; some data sets evaluate them as expressions
-    (countdown, puzzle24), which may take for ever, so that is done in a `VerifierPool`.
+    If the reference answer is a number, the last number of the response is scored in this process. Other responses are
+    passed to the data set without surrounding whitespace. Some data sets evaluate them as expressions (countdown,
+    puzzle24), which may take forever, so that happens in a `VerifierPool`.
     """
 
-    entries: Mapping[str, Entry]
-    dataset_specs: tuple[DatasetSpec, ...]
-    pool: VerifierPool
-    _scorer: Callable[[tuple[Entry, str]], float] | None = field(init=False, repr=False, default=None)
-    """The scorer of this process, made when first needed: it costs the import of reasoning-gym."""
+    name = "reasoning_gym"
+    sources = ("reasoning_gym",)
+
+    def __init__(self, data: GymEntries, pool: VerifierPool) -> None:
+        self.data, self.pool = data, pool
+        self._scorer: Callable[[tuple[Entry, str]], float] | None = None
+        """Made when first needed: it imports reasoning-gym."""
+
+    @classmethod
+    def open(cls, settings: TaskSettings, loaded: LoadedPrompts) -> "GymVerifier":
+        """Nothing is imported or started yet."""
+        data: GymEntries = loaded.verifier_data
+        build = partial(build_scorer, data.dataset_specs)
+        pool = VerifierPool(build=build, num_workers=settings.verify_workers, timeout=settings.verify_timeout)
+        return cls(data, pool)
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
-        asked = [(self.entries[p.prompt_id], said) for p, said in zip(prompts, responses, strict=True)]
-        graded: dict[int, VerifierResult] = {}
-        texts: list[int] = []
-        for place, (entry, response) in enumerate(asked):
-            if _wants_number(entry):
-                graded[place] = self._grade_number(entry, response)
-            elif response.strip():
-                texts.append(place)
-            else:
-                graded[place] = VerifierResult(verdict="unparseable")
-        outcomes = self.pool.run([(asked[place][0], asked[place][1].strip()) for place in texts])
-        graded |= {
-            place: _graded(outcome, asked[place][1].strip()) for place, outcome in zip(texts, outcomes, strict=True)
-        }
-        return [graded[place] for place in range(len(asked))]
-
-    def check_answers(self, prompts: Sequence[Prompt]) -> None:
-        """The data sets vouch for their answers."""
+        """Numbers here, texts in the pool."""
+        pairs = [
+            (self.data.entries[prompt.prompt_id], text.strip()) for prompt, text in zip(prompts, responses, strict=True)
+        ]
+        results: dict[int, VerifierResult] = {}
+        for index, (entry, text) in enumerate(pairs):
+            if _has_numeric_answer(entry):
+                results[index] = self._grade_number(entry, text)
+            elif not text:
+                results[index] = VerifierResult(verdict="unparseable")
+        rest = [index for index in range(len(pairs)) if index not in results]
+        for index, result in zip(rest, self.pool.run([pairs[index] for index in rest]), strict=True):
+            results[index] = _to_verdict(result, pairs[index][1])
+        return [results[index] for index in range(len(pairs))]
 
     def close(self) -> None:
+        """End the pool."""
         self.pool.close()
 
     def _grade_number(self, entry: Entry, response: str) -> VerifierResult:
@@ -111,42 +141,36 @@ class GymVerifier:
         if numeral is None or read_number(numeral) is None:
             return VerifierResult(verdict="unparseable")
         if self._scorer is None:
-            self._scorer = build_scorer(self.dataset_specs)
-        # The reference is written without commas and plus signs, and most data sets compare texts.
-        said = numeral if numeral == entry.content["answer"] else numeral.replace(",", "").removeprefix("+")
+            self._scorer = build_scorer(self.data.dataset_specs)
+        # References have no commas or plus signs, and most data sets compare texts.
+        text = numeral if numeral == entry.content["answer"] else numeral.replace(",", "").removeprefix("+")
         try:
-            score = self._scorer((entry, said))
+            score = self._scorer((entry, text))
         except Exception:  # a data set that cannot take this number (3.5 where it calls int)
             return VerifierResult(verdict="unparseable", extracted=numeral)
         return VerifierResult(verdict="correct" if score >= FULL_SCORE else "wrong", extracted=numeral)
 
 
-def make_gym_verifier(problems: GymProblems, *, num_workers: int, timeout: float) -> GymVerifier:
-    """The grader, with nothing imported or started yet."""
-    pool = VerifierPool(build=partial(build_scorer, problems.dataset_specs), num_workers=num_workers, timeout=timeout)
-    return GymVerifier(entries=problems.entries, dataset_specs=problems.dataset_specs, pool=pool)
+def build_scorer(specs: Sequence[DatasetSpec]) -> Callable[[tuple[Entry, str]], float]:
+    """A function (entry, response) -> score from 0 to 1, by the entry's own data set."""
+    datasets = {spec.label: open_dataset(spec) for spec in specs}
 
-
-def build_scorer(draws: Sequence[DatasetSpec]) -> Callable[[tuple[Entry, str]], float]:
-    """(entry, response) -> the score that the entry's own data set gives, from 0 to 1."""
-    datasets = {draw.label: open_dataset(draw) for draw in draws}
-
-    def score(asked: tuple[Entry, str]) -> float:
-        entry, response = asked
+    def score(pair: tuple[Entry, str]) -> float:
+        entry, response = pair
         return float(datasets[entry.label].score_answer(response, entry.content))
 
     return score
 
 
-def _graded(outcome: CheckResult, said: str) -> VerifierResult:
-    if outcome.timed_out:
+def _to_verdict(result: CheckResult, text: str) -> VerifierResult:
+    if result.timed_out:
         return VerifierResult(verdict="timeout")
-    if outcome.error:
-        return VerifierResult(verdict="unparseable", extracted=said)
-    return VerifierResult(verdict="correct" if outcome.value >= FULL_SCORE else "wrong", extracted=said)
+    if result.error:
+        return VerifierResult(verdict="unparseable", extracted=text)
+    return VerifierResult(verdict="correct" if result.value >= FULL_SCORE else "wrong", extracted=text)
 
 
-def _wants_number(entry: Entry) -> bool:
+def _has_numeric_answer(entry: Entry) -> bool:
     answer = entry.content["answer"]
     return answer is not None and read_number(str(answer)) is not None
 
@@ -158,7 +182,7 @@ def _prompt(entry: Entry, settings: TaskSettings) -> Prompt:
         settings=settings,
         prompt=Prompt(
             prompt_id=f"{entry.label}/{entry.index:06d}",
-            answer="" if answer is None else str(answer),  # puzzles with many solutions have no one answer
+            answer="" if answer is None else str(answer),  # puzzles with many solutions have no single answer
             dataset=entry.label,
             row=entry.index,
         ),
@@ -166,13 +190,13 @@ def _prompt(entry: Entry, settings: TaskSettings) -> Prompt:
 
 
 def _labels(datasets: Sequence[DatasetSettings]) -> list[str]:
-    """The names; a name met again (with another config) gets a number, as ids must differ."""
+    """The names, made unique: a repeated name (with another config) gets a number."""
     names = [dataset.name for dataset in datasets]
-    met = [names[: place + 1].count(name) for place, name in enumerate(names)]
-    return [name if count == 1 else f"{name}.{count}" for name, count in zip(names, met, strict=True)]
+    counts = [names[: index + 1].count(name) for index, name in enumerate(names)]
+    return [name if count == 1 else f"{name}.{count}" for name, count in zip(names, counts, strict=True)]
 
 
 def _seed(dataset: DatasetSettings, label: str, seed: int) -> int:
-    """Problem i of a data set depends on seed + i: neighbouring seeds would share most problems, so scatter them."""
+    """A hash of the seed: problem i of a data set depends on seed + i, so adjacent seeds would share most problems."""
     own = dataset.config.get("seed")
     return own if own is not None else random.Random(f"gym:{label}:{seed}").getrandbits(31)

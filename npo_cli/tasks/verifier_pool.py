@@ -1,10 +1,8 @@
-"""Checks that may hang or crash, in processes that can be killed: a deadline here is kept whatever the code does.
+"""A pool of processes for checks that may hang or crash, with a timeout that works for any code.
 
-A signal-based timeout works in the main thread only and never inside a C call; verifiers with one have given
-reward 0 in threads, or hung for good. Here a check gets a process, and a late or dead process is replaced. Only
-the item it was at is lost. Nothing is started before the first item.
-
-The far end of a `VerifierPool`: one process that checks what comes down its pipe until the pipe closes.
+A signal-based timeout works only in the main thread and never inside a C call. Here a check runs in its own process,
+and a late or dead process is replaced; only its current item is lost. No process starts before the first item.
+`serve_checks` is the worker process: it checks items from its pipe until the pipe closes.
 """
 
 import atexit
@@ -25,12 +23,12 @@ from typing import Any
 from npo_cli.errors import NpoError, RunFailed
 
 GRACE_SECONDS = 1.0
-"""How long after its deadline a process ends itself, for when the one that should kill it is gone."""
+"""Seconds after the timeout at which a worker ends itself, in case its parent is gone."""
 
 
 def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]], timeout: float) -> None:
-    """Build the check, say so, then answer every item with ("value", v) or ("error", text)."""
-    _stand_alone()
+    """Build the check, report it, then answer every item with ("value", v) or ("error", text)."""
+    _leave_process_group()
     try:
         check = build()
     except Exception as error:
@@ -41,8 +39,8 @@ def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]],
         try:
             item = channel.recv()
         except EOFError:
-            return  # whoever asked is gone
-        # The alarm is left to the kernel's default action, so it ends even a loop inside C code.
+            return  # the parent is gone
+        # The default action of SIGALRM ends the process, even in a loop inside C code.
         signal.setitimer(signal.ITIMER_REAL, timeout + GRACE_SECONDS)
         try:
             reply = ("value", check(item))
@@ -56,7 +54,7 @@ def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]],
 
 
 def describe_error(error: BaseException, *, inside: str | None = None) -> str:
-    """`file:line: Kind: message` of the innermost place an error went through, in the file `inside` if it did."""
+    """`file:line: Type: message` of an error, at its innermost frame, or its innermost frame in the file `inside`."""
     text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     if isinstance(error, NpoError):
         return error.message
@@ -67,11 +65,11 @@ def describe_error(error: BaseException, *, inside: str | None = None) -> str:
     return f"{ours[-1].filename}:{ours[-1].lineno}: {text}" if ours else text
 
 
-def _stand_alone() -> None:
-    """Leave the terminal's and the launcher's group: stopping is the business of the process that asked.
+def _leave_process_group() -> None:
+    """Leave the terminal's process group, so that only the parent stops this process.
 
-    The handlers do nothing rather than ignore, so that programs a check starts get the usual signals back.
-    What a check prints goes to stderr: stdout belongs to the command's data.
+    Signal handlers do nothing instead of SIG_IGN, which child programs of a check would inherit. What a check prints
+    goes to stderr: stdout is for the command's output.
     """
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -80,14 +78,14 @@ def _stand_alone() -> None:
 
 
 START_TIMEOUT_SECONDS = 60.0
-"""Time a new process has to import what it needs."""
+"""Timeout for the imports of a new process."""
 
 Check = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckResult:
-    """What became of one item: a value, an error text where the check raised, or neither: late, or its process died."""
+    """The result for one item: a value, or the text of an exception, or `timed_out` (late, or the process died)."""
 
     value: Any = None
     error: str | None = None
@@ -99,14 +97,14 @@ class _Worker:
     process: BaseProcess
     channel: Connection
     deadline: float
-    """Monotonic seconds by which it must have reported."""
+    """When its next report is due (monotonic seconds)."""
     ready: bool = False
     item: int | None = None
-    """Place of the item it is at."""
+    """Index of its current item."""
 
     def kill(self) -> None:
-        """End it now, with the processes it may have started: it leads a group of its own."""
-        with suppress(ProcessLookupError):  # not yet at the head of its group
+        """Kill its process group, with the processes that it started."""
+        with suppress(ProcessLookupError):  # before `setsid`
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.join()
@@ -119,55 +117,55 @@ class VerifierPool:
     """Runs `build()`'s check on items in several processes, each item within `timeout` seconds."""
 
     build: Callable[[], Check]
-    """Called once in each process (so it must be picklable): imports and warms up outside any item's time."""
+    """Called once per process (so it must be picklable); its imports do not count toward the timeout of an item."""
     num_workers: int
     timeout: float
     _workers: list[_Worker] = field(init=False, default_factory=list)
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def start(self) -> None:
-        """Bring one process up, so that a check that cannot be built is known before there is anything to check."""
+        """Start one process, so that a check that cannot be built fails before there is anything to check."""
         with self._lock:
             self._fill(1)
             while not all(worker.ready for worker in self._workers):
                 self._collect()
 
     def run(self, items: Sequence[Any]) -> list[CheckResult]:
-        """The outcome of each item, in their order; safe from any thread, one batch at a time."""
+        """The result for each item, in order. Thread-safe: one batch at a time."""
         with self._lock:
             try:
                 return self._run(items)
             finally:
-                # After an error or Ctrl-C, a late reply must not be taken for the next batch's.
+                # After an error or Ctrl-C, a late reply must not be read as a reply to the next batch.
                 for worker in [worker for worker in self._workers if worker.item is not None or not worker.ready]:
                     self._drop(worker)
 
     def close(self) -> None:
-        """Kill every process. The pool can be used again: it then starts new ones."""
+        """Kill all processes. The pool stays usable and then starts new ones."""
         with self._lock:
             for worker in list(self._workers):
                 self._drop(worker)
             atexit.unregister(self.close)
 
     def _run(self, items: Sequence[Any]) -> list[CheckResult]:
-        outcomes: dict[int, CheckResult] = {}
+        results: dict[int, CheckResult] = {}
         waiting = deque(range(len(items)))
-        while len(outcomes) < len(items):
-            self._fill(len(items) - len(outcomes))
+        while len(results) < len(items):
+            self._fill(len(items) - len(results))
             for worker in list(self._workers):
                 if waiting and worker.ready and worker.item is None:
                     self._hand_out(worker, waiting, items)
-            outcomes.update(self._collect())
-        return [outcomes[place] for place in range(len(items))]
+            results.update(self._collect())
+        return [results[index] for index in range(len(items))]
 
     def _fill(self, num_open: int) -> None:
-        """Bring the pool to strength, with no more processes than there is work for."""
+        """Start processes up to `num_workers`, but no more than there are open items."""
         while len(self._workers) < min(self.num_workers, num_open):
             context = get_context("spawn")
             ours, theirs = context.Pipe()
             process = context.Process(target=serve_checks, args=(theirs, self.build, self.timeout), daemon=True)
             if not self._workers:
-                # Our exit hook runs before multiprocessing's, which would wait for them.
+                # This exit hook must run before multiprocessing's, which would wait for the processes.
                 atexit.unregister(self.close)
                 atexit.register(self.close)
             process.start()
@@ -180,29 +178,29 @@ class VerifierPool:
         try:
             worker.channel.send(items[waiting[0]])
         except BrokenPipeError:
-            self._drop(worker)  # it died idle; the item is untouched and waits for the next one
+            self._drop(worker)  # it died while idle; the item waits for the next process
             return
         worker.item = waiting.popleft()
         worker.deadline = time.monotonic() + self.timeout
 
     def _collect(self) -> dict[int, CheckResult]:
-        """Wait for a report or a deadline, and make both into outcomes."""
+        """Wait for the next report or deadline, and turn both into results."""
         pending = [worker for worker in self._workers if worker.item is not None or not worker.ready]
         first_deadline = min((worker.deadline for worker in pending), default=0.0)
         patience = max(0.0, first_deadline - time.monotonic())
         reported = set(wait([worker.channel for worker in pending], timeout=patience))
-        now, outcomes = time.monotonic(), {}
+        now, results = time.monotonic(), {}
         for worker in pending:
-            place = worker.item
+            index = worker.item
             if worker.channel in reported:
-                outcome = self._receive(worker)
+                result = self._receive(worker)
             elif now >= worker.deadline:
-                outcome = self._lose(worker, f"did not start within {START_TIMEOUT_SECONDS:.0f} s")
+                result = self._lose(worker, f"did not start within {START_TIMEOUT_SECONDS:.0f} s")
             else:
                 continue
-            if outcome is not None and place is not None:
-                outcomes[place] = outcome
-        return outcomes
+            if result is not None and index is not None:
+                results[index] = result
+        return results
 
     def _receive(self, worker: _Worker) -> CheckResult | None:
         try:
@@ -210,17 +208,17 @@ class VerifierPool:
         except (EOFError, OSError):
             return self._lose(worker, "died while it started")
         if kind == "broken":
-            raise RunFailed(f"the verifier could not be started: {payload}", "mend it, then run the command again")
+            raise RunFailed(f"the verifier could not be started: {payload}", "fix it, then run the command again")
         worker.ready, worker.item = True, None
         if kind == "error":
             return CheckResult(error=payload)
         return CheckResult(value=payload) if kind == "value" else None
 
     def _lose(self, worker: _Worker, why: str) -> CheckResult:
-        """A process that died or is late costs the item it was at, and nothing else."""
+        """Drop a process that died or is late; its current item counts as timed out."""
         self._drop(worker)
         if worker.item is None:
-            raise RunFailed(f"a verifier process {why}", "run the command again; a full memory is a common cause")
+            raise RunFailed(f"a verifier process {why}", "run the command again; a common cause is that memory is full")
         return CheckResult(timed_out=True)
 
     def _drop(self, worker: _Worker) -> None:

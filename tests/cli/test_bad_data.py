@@ -29,7 +29,7 @@ def training(folder: Path, *overrides: str, lines: Sequence[str] | None = None, 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("missing.jsonl", "the data file missing.jsonl does not exist | mend task.path"),
+        ("missing.jsonl", "the data file missing.jsonl does not exist | fix task.path"),
         ("folder.jsonl", "the data file folder.jsonl is a folder, not a file"),
         ("empty.jsonl", "the data file empty.jsonl is empty"),
         ("blank.jsonl", "the data file blank.jsonl is empty"),
@@ -57,7 +57,7 @@ def test_dataset_file_that_cannot_be_read_is_refused(folder, name, words):
         ('{"prompt": " ", "answer": "1"}', "d.jsonl line 6: the prompt is empty"),
         ('{"prompt": "1", "answer": null}', "d.jsonl line 6: 'answer' is a null"),
         ('{"prompt": "1", "answer": "three"}', "d.jsonl line 6: the reference answer of prompt rows/000005 is"),
-        ('{"prompt": "1\\ud800", "answer": "1"}', "d.jsonl line 6 holds half a character ('\\ud800')"),
+        ('{"prompt": "1\\ud800", "answer": "1"}', "d.jsonl line 6 contains half of a surrogate pair ('\\ud800')"),
         ('{"prompt": "' + "1" * 40 + '", "answer": "1"}', "line 6: prompt rows/000005 has 40 tokens; task.max_"),
         ('{"prompt": "1", "answer": "1", "image": "x.png"}', "d.jsonl line 6 has images"),
     ],
@@ -75,7 +75,7 @@ def test_dataset_missing_column_error_lists_the_columns(folder):
 def test_dataset_duplicate_id_error_names_both_rows(folder):
     lines = [json.dumps({"prompt": f"{n}+1=", "answer": "1", "name": f"p{n % 20}"}) for n in range(30)]
     words = training(folder, "task.id_column=name", lines=lines)
-    assert "d.jsonl line 26 has the prompt id 'p5' of d.jsonl line 6" in words
+    assert "has the same prompt id 'p5' as d.jsonl line 6" in words
 
 
 def test_dataset_with_too_few_rows_is_refused(folder):
@@ -85,7 +85,7 @@ def test_dataset_with_too_few_rows_is_refused(folder):
 
 def test_dataset_heldout_prompt_in_training_set_is_refused(folder):
     words = training(folder, "task.heldout_path=d.jsonl", lines=GOOD)
-    assert "d.jsonl line 1 (held out) is the same prompt as" in words
+    assert "d.jsonl line 1 (held out) has the same prompt as" in words
 
 
 def test_dataset_prompt_too_long_for_the_model_is_refused(folder):
@@ -104,7 +104,7 @@ def test_dataset_chat_prompts_need_a_template(folder):
 def test_unknown_reasoning_gym_dataset_is_answered_with_the_nearest(folder):
     source = ("task.source=reasoning_gym", "task.datasets=[{name: chain_summ}]", "task.verifier=auto")
     assert training(folder, *source) == (
-        "task.datasets names 'chain_summ', which reasoning-gym does not have | did you mean chain_sum?"
+        "task.datasets: 'chain_summ' is not a reasoning-gym data set | did you mean chain_sum?"
     )
 
 
@@ -156,7 +156,7 @@ def verified_by(folder: Path, verifier: str, *options: str) -> CommandResult:
 @pytest.mark.parametrize(
     ("verifier", "code", "words"),
     [
-        ("exakt", 2, "task.verifier 'exakt' is not a verifier"),
+        ("exakt", 2, "task.verifier=exakt is not a known verifier"),
         ("w.py:f", 2, "task.verifier names a file that does not exist"),
         ("v.py:missing", 2, "v.py has no function 'missing'"),
         ("torn.py:f", 2, "torn.py:1: SyntaxError: '(' was never closed"),
@@ -181,7 +181,7 @@ def test_verifier_that_cannot_be_loaded_is_refused(folder, verifier, code, words
 
 def test_custom_verifier_needs_allow_code(folder):
     result = verified_by(folder, "v.py:prints")
-    assert (result.code, result.hint) == (2, "read it, then add --allow-code to the command")
+    assert (result.code, result.hint) == (2, "read the file, then add --allow-code to the command")
     assert not (folder / "new").exists()
 
 

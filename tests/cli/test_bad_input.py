@@ -114,7 +114,7 @@ def test_malformed_override_is_refused(folder, override, words):
         ("train.num_updates=3", "train.num_updates must divide train.prompts_per_step"),
         ("task.pool_size=2", "task.pool_size must be at least train.prompts_per_step"),
         ("sampling.overlong_buffer=99", "sampling.overlong_buffer must not exceed sampling.max_new_tokens"),
-        ("task.source=file", "task.path must name a .jsonl or .parquet file"),
+        ("task.source=file", "task.source=file needs a file"),
     ],
 )
 def test_unknown_or_invalid_setting_is_refused_with_what_is_allowed(folder, override, words):

@@ -116,7 +116,10 @@ def test_killed_endpoint_sampling_resumes_to_the_same_bytes(taught, tmp_path, wa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--source", "endpoint", "--from", "localhost:8000", "--model", "m"], "--from localhost:8000 is no address"),
+        (
+            ["--source", "endpoint", "--from", "localhost:8000", "--model", "m"],
+            "localhost:8000 is not a URL",
+        ),
         (["--source", "endpoint", "--from", "http://127.0.0.1:8000/v1"], "--source endpoint needs --model"),
         (["--source", "file", "--from", "nowhere.jsonl"], "there is no file of traces nowhere.jsonl"),
         (["--source", "self", "--guide", "2"], "--guide means nothing to --source self"),

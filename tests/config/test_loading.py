@@ -193,7 +193,7 @@ def test_unknown_key_without_near_match_lists_the_settings():
         ("task.suffix=", "task.suffix must be text, got null"),
         ("train=5", "train must be a group of settings (KEY: VALUE), got 5"),
         ("train.lr.x=3", 'train.lr must be a number above 0, got {"x": 3}'),
-        ("task.source=file", "task.path must name a .jsonl or .parquet file when task.source is file"),
+        ("task.source=fil", "task.source=fil is not a known task: did you mean file?"),
         ("train.prompts_per_step=2000", "task.pool_size must be at least train.prompts_per_step"),
         ("task.datasets=[{weight: 1}]", "task.datasets.0.name is missing"),
     ],

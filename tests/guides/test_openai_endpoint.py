@@ -73,7 +73,7 @@ def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path
             return say(body)
 
         served.say = say_a_little
-        with pytest.raises(RunFailed, match="answered 400: out of order"):
+        with pytest.raises(RunFailed, match="status 400: out of order"):
             sample(broken, **asked)
         # What was under way when the first failed still comes in.
         wait_until(lambda: not any(thread.name.startswith("endpoint") for thread in threading.enumerate()))

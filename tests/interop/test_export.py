@@ -110,7 +110,7 @@ def test_export_replaces_no_file_and_refuses_damaged_checkpoints(guided, tmp_pat
     (tmp_path / "g.parquet").touch()
     with pytest.raises(NpoError, match="exists"):
         rows_of(guided, tmp_path / "g.parquet")
-    with pytest.raises(NpoError, match="a table ends in"):
+    with pytest.raises(NpoError, match="must end in"):
         rows_of(guided, tmp_path / "g.csv")
     root = copy_run(guided, tmp_path / "run")
     weights = root / "branches" / "main" / "checkpoints" / "step_000004" / "model.safetensors"

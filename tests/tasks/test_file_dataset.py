@@ -186,7 +186,7 @@ def test_too_few_rows_are_counted(tmp_path: Path):
 def test_a_repeated_id_names_both_rows(tmp_path: Path):
     rows = [row | {"id": name} for row, name in zip(sums(4), "abca", strict=True)]
     message = refusal(jsonl(tmp_path / "a.jsonl", rows), id_column="id", heldout_size=1).message
-    assert "the prompt id 'a'" in message
+    assert "the same prompt id 'a'" in message
     assert "line 1" in message
     assert "line 4" in message
 
@@ -194,7 +194,7 @@ def test_a_repeated_id_names_both_rows(tmp_path: Path):
 def test_a_heldout_prompt_that_is_trained_on_names_both_rows(tmp_path: Path):
     train, heldout = jsonl(tmp_path / "a.jsonl", sums(4)), jsonl(tmp_path / "b.jsonl", sums(2, start=3))
     message = refusal(train, heldout_path=str(heldout)).message
-    assert f"{heldout} line 1 (held out) is the same prompt as {train} line 4" in message
+    assert f"{heldout} line 1 (held out) has the same prompt as {train} line 4" in message
 
 
 def test_a_system_message_without_chats_is_refused(tmp_path: Path):

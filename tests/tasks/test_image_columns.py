@@ -81,21 +81,21 @@ def test_parquet_holds_bytes_which_stay_in_the_file_until_they_are_wanted(tmp_pa
 
 
 BAD_ROWS = {
-    "line 2 has 1 image and 0 <image> marks": {"prompt": "what?", "images": ["10.png"]},
-    "line 2 has 1 image and 2 <image> marks": {"prompt": "<image><image>", "images": "10.png"},
-    "line 2 has 0 images and 1 <image> mark": {"prompt": "<image>", "images": []},
+    "line 2 has 1 images, but 0 placeholders <image>": {"prompt": "what?", "images": ["10.png"]},
+    "line 2 has 1 images, but 2 placeholders <image>": {"prompt": "<image><image>", "images": "10.png"},
+    "line 2 has 0 images, but 1 placeholders <image>": {"prompt": "<image>", "images": []},
     "line 2 has no column 'images' (task.image_column)": {"prompt": "what?"},
     "line 2, image 1 (gone.png) cannot be read: No such file": {"prompt": "<image>", "images": "gone.png"},
     "line 2, image 2 (.) cannot be read: Is a directory": {"prompt": "<image><image>", "images": ["10.png", "."]},
-    "line 2, image 1 (bad.png) is no picture": {"prompt": "<image>", "images": "bad.png"},
+    "line 2, image 1 (bad.png) is not an image": {"prompt": "<image>", "images": "bad.png"},
     "line 2, image 1 (cut.png) is damaged": {"prompt": "<image>", "images": "cut.png"},
-    "line 2, image 1 is an address": {"prompt": "<image>", "images": "https://example.org/x.png"},
+    "line 2, image 1 is a URL": {"prompt": "<image>", "images": "https://example.org/x.png"},
     "line 2, image 1 is neither a path nor bytes": {"prompt": "<image>", "images": [7]},
-    "message 1, part 1 spells <image> in a text": {
+    "message 1, part 1 has <image> in a text": {
         "prompt": [{"role": "user", "content": [{"type": "text", "text": "<image>"}]}],
         "images": "10.png",
     },
-    "message 1, part 1 brings its own picture (url)": {
+    "message 1, part 1 contains an image (url)": {
         "prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}],
         "images": "10.png",
     },
@@ -130,5 +130,5 @@ def test_a_picture_above_the_limit_is_refused_and_the_limit_can_be_raised(tmp_pa
 def test_the_same_picture_under_another_name_is_the_same_held_out_prompt(tmp_path: Path):
     (tmp_path / "copy.png").write_bytes(shade(tmp_path, 10))
     rows = [{"prompt": "<image>", "images": name} for name in ("10.png", "copy.png")]
-    with pytest.raises(NpoError, match="is the same prompt as"):
+    with pytest.raises(NpoError, match="has the same prompt as"):
         problems(jsonl(tmp_path, *rows))

@@ -12,12 +12,12 @@ from npo_cli.tasks.micro import (
     digits,
     final_answer,
     format_addition,
+    grade_micro,
     micro_prompts,
     misconceptions,
     noisy_response,
     num_misconceived,
 )
-from npo_cli.tasks.verifiers import grade_micro
 
 NO_NOISE = Noise(digit=0.0, carry=0.0, misconception=0.0)
 

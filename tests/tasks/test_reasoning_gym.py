@@ -105,7 +105,7 @@ def test_the_same_data_set_twice_keeps_ids_apart():
 def test_a_mixture_with_too_few_different_questions_says_how_many_there_are():
     # two different numbers of 2 and 3 in order: 2, 2 / 2, 3 / 3, 2 / 3, 3
     tiny = {"name": "gcd", "config": {"min_value": 2, "max_value": 3}}
-    with pytest.raises(NpoError, match=r"gcd gave only 4 different questions in \d+ draws, 60 are needed"):
+    with pytest.raises(NpoError, match=r"gcd has only 4 distinct questions in \d+ problems, but 60 are needed"):
         gym_task([tiny])
 
 
@@ -124,7 +124,7 @@ def test_a_config_that_the_data_set_refuses_is_named(config: dict[str, object]):
 
 def test_a_drawing_process_that_dies_is_a_failure_of_the_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RunFailed, match="drawing problems from reasoning-gym ended with exit code 1"):
+    with pytest.raises(RunFailed, match="generating problems with reasoning-gym failed with exit code 1"):
         gym_task([EASY_GCD])
 
 

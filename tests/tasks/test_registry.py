@@ -63,11 +63,18 @@ def test_a_users_verifier_needs_the_flag_and_then_grades(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        ({"verifier": "exakt"}, "'exakt' is not a verifier", "did you mean exact?"),
-        ({"verifier": "zzz"}, "'zzz' is not a verifier", "file.py:function"),
-        ({"verifier": "reasoning_gym"}, "task.source is micro", "task.verifier=auto"),
-        ({"suffix": "Go."}, "task.suffix has no meaning for the micro task", "task.suffix"),
-        ({"chat": True}, "task.chat has no meaning for the micro task", "task.chat"),
+        ({"verifier": "exakt"}, "task.verifier=exakt is not a known verifier", "did you mean exact?"),
+        ({"verifier": "zzz"}, "task.verifier=zzz is not a known verifier", "file.py:function"),
+        (
+            {"verifier": "reasoning_gym"},
+            "but task.source is micro",
+            "task.verifier=auto",
+        ),
+        ({"suffix": "Go."}, "task.suffix has no effect", "task.suffix"),
+        ({"source": "file"}, "task.source=file needs a file", "set task.path"),
+        ({"source": "reasoning_gym"}, "task.source=reasoning_gym needs data sets", "set task.datasets"),
+        ({"image_column": "images"}, "task.source is micro", "set task.source=file"),
+        ({"chat": True}, "task.chat has no effect", "task.chat"),
         (
             {"source": "reasoning_gym", "datasets": [{"name": "gcd"}], "system": "S"},
             "needs chat prompts",

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
 from npo_cli.tasks.task import DataOrder, Task
-from npo_cli.tasks.verifiers import BUILTIN_VERIFIERS
+from npo_cli.tasks.verifiers import NumberVerifier
 from npo_cli.types.rollouts import Prompt
 
 sizes = st.integers(1, 40)
@@ -38,7 +38,7 @@ def test_the_epoch_counts_whole_passes():
 def small_task() -> Task:
     train = tuple(Prompt(prompt_id=f"t{place}", text=f"{place}+1=", answer=str(place + 1)) for place in range(3))
     heldout = (Prompt(prompt_id="h0", text="8+1=", answer="9"),)
-    return Task(train=train, heldout=heldout, verifier=BUILTIN_VERIFIERS["number"])
+    return Task(train=train, heldout=heldout, verifier=NumberVerifier())
 
 
 def test_a_task_finds_its_prompts_by_id_and_grades_them():

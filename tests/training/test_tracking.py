@@ -1,21 +1,22 @@
-"""Trackers beside a real run: what they were shown is what is on record, once; when they fail, training does not."""
+"""Trackers in real runs: they log what is on disk, once; if one fails, training continues."""
 
 import errno
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from npo_cli.autonpo.run import train_autonpo
 from npo_cli.config.loading import recipe_from_dict
 from npo_cli.errors import NpoError
+from npo_cli.registry import TRACKERS
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.metrics import read_metrics
-from npo_cli.training.tracking import track_records
+from npo_cli.training.tracking import Tracker, TrackerRun, track_records
 from npo_cli.training.train import train_run
 from npo_cli.types.rollouts import Notice, StepReport
 from tests.helpers.autonpo_runs import eager_recipe, transitions_of
@@ -66,18 +67,18 @@ def shown(tmp_path_factory) -> Path:
     return root
 
 
-def test_each_step_is_shown_once_though_step_3_was_made_twice(shown):
+def test_tracker_logs_each_step_once_even_after_a_kill(shown):
     assert curve(shown, "main", "reward") == recorded(shown, "main", "reward")
     assert [step for step, _ in curve(shown, "main", "time/seconds")] == [1, 2, 3, 4]
 
 
-def test_a_branch_is_a_run_of_its_own_from_its_fork_on(shown):
+def test_tracker_logs_a_branch_as_its_own_run_from_the_fork(shown):
     assert curve(shown, "again", "entropy") == recorded(shown, "again", "entropy")
     assert [step for step, _ in curve(shown, "again", "entropy")] == [3, 4]
 
 
 @pytest.mark.slow
-def test_interventions_of_autonpo_are_events_on_the_branch_that_they_lead_to(tmp_path):
+def test_tracker_logs_autonpo_events_on_their_branch(tmp_path):
     recipe = eager_recipe(TB)
     list(track_records(tmp_path / "run", recipe, train_autonpo(tmp_path / "run", recipe)))
     for name in ("trigger", "rolled_back", "capped"):
@@ -88,14 +89,14 @@ def test_interventions_of_autonpo_are_events_on_the_branch_that_they_lead_to(tmp
             assert curve(tmp_path / "run", branch, f"autonpo/{name}") == steps
 
 
-def test_evaluations_stand_at_their_steps(shown):
+def test_tracker_logs_evaluations_at_their_steps(shown):
     journal = [json.loads(line) for line in (shown / "evals.jsonl").read_text().splitlines()]
     wanted = [(row["step"], pytest.approx(row["accuracy"])) for row in journal if row["branch"] == "main"]
     assert [step for step, _ in wanted] == [0, 2, 4]
     assert curve(shown, "main", "eval/accuracy") == wanted
 
 
-def test_a_disk_that_fills_up_under_a_tracker_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
+def test_tracker_that_fails_while_logging_gives_one_warning(tmp_path, monkeypatch):
     summary = pytest.importorskip("tensorboard.summary")
     write: Callable[..., None] = summary.Writer.add_scalar
 
@@ -106,14 +107,12 @@ def test_a_disk_that_fills_up_under_a_tracker_is_told_once_and_ends_nothing(tmp_
 
     monkeypatch.setattr(summary.Writer, "add_scalar", full)
     told = warnings_in(training(tmp_path / "run", TB))
-    assert [said.startswith("tensorboard failed and shows nothing more of this run (OSError") for said in told] == [
-        True
-    ]
+    assert [said.startswith("tensorboard failed and is no longer used in this run (OSError") for said in told] == [True]
     assert [step for step, _ in recorded(tmp_path / "run", "main", "reward")] == [1, 2, 3, 4]
     assert [step for step, _ in curve(tmp_path / "run", "main", "reward")] == [1, 2]
 
 
-def test_a_tracker_that_cannot_begin_is_told_once_and_ends_nothing(scout, tmp_path):
+def test_tracker_that_cannot_start_gives_one_warning(scout, tmp_path):
     pytest.importorskip("tensorboard")
     root = copy_run(scout, tmp_path / "run")
     (root / "tensorboard").write_text("in the way")
@@ -123,7 +122,7 @@ def test_a_tracker_that_cannot_begin_is_told_once_and_ends_nothing(scout, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(tmp_path, monkeypatch, name):
+def test_tracker_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch, name):
     found = importlib.util.find_spec
     monkeypatch.setattr("npo_cli.training.tracking.find_spec", lambda wanted: None if wanted == name else found(wanted))
     with pytest.raises(NpoError, match=f"tracking.report_to names {name}, which is not installed") as refused:
@@ -132,13 +131,13 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_without_trackers_nothing_is_added_to_a_run(tmp_path):
+def test_run_without_trackers_has_no_tracker_files(tmp_path):
     list(training(tmp_path / "run", "train.num_steps=1"))
     assert not {"tensorboard", "wandb"} & {path.name for path in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.slow
-def test_wandb_takes_the_same_figures_offline(tmp_path, monkeypatch):
+def test_wandb_tracker_logs_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert warnings_in(training(tmp_path / "run", "tracking.report_to=[wandb]")) == []
@@ -147,8 +146,44 @@ def test_wandb_takes_the_same_figures_offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_trackio_takes_the_same_figures(tmp_path, monkeypatch):
+def test_trackio_tracker_logs(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio")
     assert warnings_in(training(tmp_path / "run", "tracking.report_to=[trackio]")) == []
     assert list((tmp_path / "trackio").rglob("npo*.db"))
+
+
+class ListTracker(Tracker):
+    """A whole tracker in one class."""
+
+    name = "list"
+    logged: ClassVar[list[tuple[str, int, float]]] = []
+
+    def __init__(self, run: TrackerRun) -> None:
+        self.branch = run.branch
+
+    @classmethod
+    def validate(cls) -> None:
+        """Needs no package."""
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        self.logged += [(self.branch, step, values["reward"])]
+
+
+def test_tracker_from_a_plug_in_logs_every_step(tmp_path):
+    ListTracker.logged.clear()
+    with TRACKERS.registered(ListTracker):
+        list(training(tmp_path / "run", "tracking.report_to=[list]", "train.num_steps=2"))
+    expected = recorded(tmp_path / "run", "main", "reward")
+    assert ListTracker.logged == [("main", step, reward) for step, reward in expected]
+
+
+@pytest.mark.parametrize("name", TRACKERS.names())
+def test_tracker_class_has_its_registered_name(name):
+    assert issubclass(TRACKERS.get(name), Tracker)
+    assert TRACKERS.get(name).name == name
+
+
+def test_tracker_that_is_unknown_gets_the_nearest_name():
+    with pytest.raises(NpoError, match=r"tracking\.report_to=wandbb is not a known tracker: did you mean wandb\?"):
+        tiny_recipe("tracking.report_to=[wandbb]")
