@@ -12,7 +12,7 @@ LONGER = ("train.num_steps=12", "train.save_every=100")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_a_saved_step(warm: ForkServer, tmp_path, number):
+def test_stop_signal_ends_the_run_after_a_saved_step(warm: ForkServer, tmp_path, number):
     train(tmp_path / "straight", *LONGER)
     root = tmp_path / "stopped"
     child = warm.npo("train", "micro", *TINY, *LONGER, "--run", str(root), err=tmp_path / "err")
@@ -33,7 +33,7 @@ def test_a_signal_ends_the_run_after_a_saved_step(warm: ForkServer, tmp_path, nu
     assert stopped == reproducible_digests(tmp_path / "straight")
 
 
-def test_the_first_signal_waits_and_the_second_does_not():
+def test_stop_signal_waits_the_first_time_and_raises_the_second():
     before = signal.getsignal(signal.SIGTERM)
     with stop_between_steps() as stop:
         assert not stop

@@ -49,7 +49,7 @@ def fill(disk: Path, *, leaving: int) -> Path:
 
 
 @pytest.mark.parametrize("leaving", [0, 1_000_000], ids=["no room for the rollouts", "no room for a checkpoint"])
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(small_disk, tmp_path, leaving):
+def test_checkpoint_on_a_full_disk_ends_the_run_and_resume_continues(small_disk, tmp_path, leaving):
     train(tmp_path / "straight")
     root = small_disk / "run"
     records = train_run(root, tiny_recipe())
@@ -72,7 +72,7 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(small_disk, tmp_path, l
     assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")
 
 
-def test_a_file_that_may_not_grow_ends_a_real_run_with_two_lines(warm: ForkServer, tmp_path):
+def test_checkpoint_above_a_file_size_limit_ends_the_run_with_two_lines(warm: ForkServer, tmp_path):
     """1.3 MB: the weights fit, the moments of the first update do not."""
     train(tmp_path / "straight")
     root = tmp_path / "limited"
@@ -89,7 +89,7 @@ def test_a_file_that_may_not_grow_ends_a_real_run_with_two_lines(warm: ForkServe
     assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")
 
 
-def test_a_lost_training_state_is_made_again_by_the_step_before(tmp_path):
+def test_checkpoint_with_a_lost_training_state_is_restored_from_the_step_before(tmp_path):
     """Step 4 lost its anchor: the run goes on from step 2, comes out the same, and puts it back."""
     train(tmp_path / "straight", "train.num_steps=6")
     train(tmp_path / "hurt")

@@ -35,7 +35,7 @@ def answered(name: str, *verdicts: str) -> Answered:
     return Answered(prompt=Prompt(prompt_id=name, answer="", text=""), rollouts=rollouts)
 
 
-def test_accuracy_is_the_mean_share_and_pass_at_k_the_share_ever_solved():
+def test_eval_accuracy_is_the_mean_and_pass_at_k_the_solved_fraction():
     groups = [answered("a", "correct", "wrong"), answered("b", "correct", "correct"), answered("c", "wrong", "timeout")]
     report = summarize_eval(groups, branch="main", step=3, seed=0)
     assert report.accuracy == pytest.approx((0.5 + 1 + 0) / 3)
@@ -46,7 +46,7 @@ def test_accuracy_is_the_mean_share_and_pass_at_k_the_share_ever_solved():
     assert (report.num_prompts, report.num_samples) == (3, 2)
 
 
-def test_training_evaluates_on_its_beat_and_resuming_repeats_nothing(tmp_path):
+def test_eval_every_steps_in_training_and_not_again_on_resume(tmp_path):
     root = tmp_path / "run"
     train(root, "eval.every=2")
     assert [report.step for report in read_evals(open_run(root))] == [0, 2, 4]
@@ -55,7 +55,7 @@ def test_training_evaluates_on_its_beat_and_resuming_repeats_nothing(tmp_path):
     assert (root / "evals.jsonl").read_bytes() == before
 
 
-def test_outcomes_are_kept_prompt_by_prompt_and_sum_up_to_the_report(tmp_path):
+def test_eval_results_per_prompt_sum_to_the_report(tmp_path):
     root = tmp_path / "run"
     train(root, "eval.every=2", "task.heldout_size=8")
     run = open_run(root)
@@ -68,7 +68,7 @@ def test_outcomes_are_kept_prompt_by_prompt_and_sum_up_to_the_report(tmp_path):
     }
 
 
-def test_a_run_whose_outcomes_were_not_kept_gets_them_and_no_other_line(tmp_path):
+def test_eval_without_results_per_prompt_is_repeated_without_a_second_report(tmp_path):
     root = tmp_path / "run"
     train(root, "eval.every=2")
     before, reports = (root / "prompt_results.jsonl").read_bytes(), (root / "evals.jsonl").read_bytes()
@@ -78,7 +78,7 @@ def test_a_run_whose_outcomes_were_not_kept_gets_them_and_no_other_line(tmp_path
     assert (root / "evals.jsonl").read_bytes() == reports
 
 
-def test_an_evaluation_killed_between_its_two_lines_is_made_again_alike(tmp_path):
+def test_eval_killed_between_its_two_lines_is_repeated_equally(tmp_path):
     root = tmp_path / "run"
     train(root, "eval.every=2")
     before = [(root / name).read_bytes() for name in ("prompt_results.jsonl", "evals.jsonl")]
@@ -87,7 +87,7 @@ def test_an_evaluation_killed_between_its_two_lines_is_made_again_alike(tmp_path
     assert [(root / name).read_bytes() for name in ("prompt_results.jsonl", "evals.jsonl")] == before
 
 
-def test_a_checkpoint_evaluated_later_gets_the_figure_it_got_in_training(scout, tmp_path):
+def test_eval_of_a_checkpoint_equals_the_one_in_training(scout, tmp_path):
     train(tmp_path / "run", "eval.every=2")
     during = {report.step: report for report in read_evals(open_run(tmp_path / "run"))}
     later = copy_run(scout, tmp_path / "later")
@@ -95,7 +95,7 @@ def test_a_checkpoint_evaluated_later_gets_the_figure_it_got_in_training(scout, 
         assert report == during[report.step]
 
 
-def test_more_samples_are_another_evaluation(scout, tmp_path):
+def test_eval_with_more_samples_is_another_evaluation(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     (two,) = evaluated(root, step=2)
     (five,) = evaluated(root, step=2, overrides=("eval.samples_per_prompt=5",))
@@ -103,7 +103,7 @@ def test_more_samples_are_another_evaluation(scout, tmp_path):
     assert read_evals(open_run(root)) == [two, five]
 
 
-def test_random_numbers_are_common_to_all_steps(scout):
+def test_eval_uses_common_random_numbers_at_all_steps(scout):
     """The same weights under another step's name get the same answers."""
     session = open_session_at(scout, 2)
     first, second = (evaluate_policy(session, branch="b", step=step) for step in (7, 8))

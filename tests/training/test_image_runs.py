@@ -64,7 +64,7 @@ def copied(circle: Path, tmp_path: Path) -> Path:
         *(pytest.param(kind, marks=(pytest.mark.vllm, BLIND_WITHOUT)) for kind in ("vllm", "vllm_server")),
     ],
 )
-def test_every_rollout_is_charged_to_the_pixels_that_it_was_sampled_with(
+def test_image_rollouts_are_scored_with_the_images_they_were_sampled_with(
     engine: str, circle: Path, taught_vl: Path, tmp_path: Path
 ):
     """What step 0 scores now is what was written down when it was asked."""
@@ -83,7 +83,7 @@ def test_every_rollout_is_charged_to_the_pixels_that_it_was_sampled_with(
             assert list(one.behavior_logps) == pytest.approx(logps_T[: len(one.response_ids)], abs=1e-5)
 
 
-def test_guides_are_scored_and_mixed_in(copied: Path):
+def test_image_guides_are_scored_and_injected(copied: Path):
     # the learner's answers under the learner: no distance at all
     scores = score(copied, at=2)
     assert [each.step for each in scores] == [4] and scores[0].variance >= 0
@@ -99,7 +99,7 @@ def test_guides_are_scored_and_mixed_in(copied: Path):
     assert seated and all(one.guide_step == 4 and one.verdict == "correct" for one in seated)
 
 
-def test_a_guide_that_was_shown_other_pictures_is_refused(copied: Path):
+def test_image_guide_of_other_images_is_refused(copied: Path):
     file = guide_rollouts_path(open_run(copied).guide_folder("near"))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(len(row["images"]) == 1 and "data" not in row["images"][0] for row in rows)
@@ -109,7 +109,7 @@ def test_a_guide_that_was_shown_other_pictures_is_refused(copied: Path):
         resume(copied, at=2, guide="near")
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(circle: Path, taught_vl: Path, tmp_path: Path):
+def test_image_run_resumes_after_a_kill_to_the_same_bytes(circle: Path, taught_vl: Path, tmp_path: Path):
     """Stopped after step 3, whose answers are on record and whose weights are not: the pictures are the task's."""
     records = training(tmp_path / "run", taught_vl)
     for record in records:
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(circle: Path, taught_vl
         assert mended.read_bytes() == whole.read_bytes(), name
 
 
-def test_a_prompt_is_shown_with_its_pictures_by_reference(circle: Path):
+def test_image_prompt_is_shown_with_references(circle: Path):
     _, group = next(RolloutLog(open_run(circle).rollouts_path("main")).iter_groups(1))
     image = group.prompt.images[0]
     name = image.location.rpartition("/")[2]
@@ -132,7 +132,7 @@ def test_a_prompt_is_shown_with_its_pictures_by_reference(circle: Path):
     )
 
 
-def test_an_exported_cache_brings_its_pictures_along(circle: Path, tmp_path: Path):
+def test_image_guide_export_includes_images(circle: Path, tmp_path: Path):
     """Read back as a data file, every prompt shows the same bytes in another place."""
     list(export_guide(circle, "near", out=tmp_path / "near.parquet", form="trl"))
     column = {"path": str(tmp_path / "near.parquet"), "image_column": "images", "id_column": "prompt_id"}
@@ -142,14 +142,14 @@ def test_an_exported_cache_brings_its_pictures_along(circle: Path, tmp_path: Pat
     assert shown == {name: [image.sha256 for image in kept.images] for name, (kept,) in trajectories.items()}
 
 
-def test_adapters_beside_a_model_that_sees_go_round_as_well(taught_vl: Path, tmp_path: Path):
+def test_image_model_with_lora_workflow(taught_vl: Path, tmp_path: Path):
     root = tmp_path / "run"
     list(training(root, taught_vl, "model.lora.rank=2", "train.num_steps=2"))
     resume(root, "train.num_steps=3")
     assert open_run(root).read_recipe("main")["model"]["lora"]["rank"] == 2
 
 
-def test_the_pushed_policy_sees_the_pictures_and_a_killed_run_asks_it_again(taught_vl: Path, tmp_path: Path):
+def test_image_model_extrapolated_and_resumed_after_a_kill(taught_vl: Path, tmp_path: Path):
     """What step 4 asked is what the policy of step 3, pushed away from step 1, scores when it is read again."""
     pushed = ("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.max_accuracy=0.9", "train.save_every=1")
     whole, mended = tmp_path / "whole", tmp_path / "mended"
@@ -170,7 +170,7 @@ def test_the_pushed_policy_sees_the_pictures_and_a_killed_run_asks_it_again(taug
     assert reproducible_digests(mended) == reproducible_digests(whole)
 
 
-def test_pictures_need_a_model_that_sees(tmp_path: Path):
+def test_images_need_a_vision_model(tmp_path: Path):
     with pytest.raises(NpoError, match="micro-base reads text alone, and prompts have images"):
         list(training(tmp_path / "run", Path("micro-base")))
     assert not (tmp_path / "run").exists()
@@ -178,7 +178,7 @@ def test_pictures_need_a_model_that_sees(tmp_path: Path):
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="it is about the lack of torchvision")
 @pytest.mark.parametrize("kind", ["vllm", "vllm_server"])
-def test_vllm_without_torchvision_is_refused_before_there_is_a_run(kind: str, untaught_vl: Path, tmp_path: Path):
+def test_image_run_with_vllm_needs_torchvision(kind: str, untaught_vl: Path, tmp_path: Path):
     with pytest.raises(NpoError, match=f"engine.kind={kind} reads images with torchvision"):
         list(training(tmp_path / "run", untaught_vl, f"engine.kind={kind}"))
     assert not (tmp_path / "run").exists()

@@ -62,7 +62,7 @@ def adapter(root: Path, step: int, branch: str = "main") -> Path:
     return root / "branches" / branch / "checkpoints" / f"step_{step:06d}" / "adapter_model.safetensors"
 
 
-def test_a_checkpoint_holds_adapters_and_nothing_of_the_base(circled):
+def test_lora_checkpoint_holds_adapters_only(circled):
     names = {path.name for path in adapter(circled, 4).parent.iterdir()}
     assert names == {"adapter_model.safetensors", "adapter_config.json", "npo_base.json", "npo.json", "training_state"}
     first, last = (load_file(adapter(circled, step)) for step in (0, 4))
@@ -73,14 +73,14 @@ def test_a_checkpoint_holds_adapters_and_nothing_of_the_base(circled):
     assert sum(".lora_" in name for name in moments) == 3 * len(last) == len(moments) - 1
 
 
-def test_the_guide_of_the_replay_is_the_adapter_of_step_4(circled):
+def test_lora_guide_is_the_adapter_of_its_step(circled):
     groups = [RolloutLog(open_run(circled).rollouts_path("near")).read_step(step) for step in (3, 4)]
     rollouts = [rollout for group in (*groups[0], *groups[1]) for rollout in group.rollouts]
     assert {each.sampler_step for each in rollouts if each.source == "guide"} == {4}
     assert json.loads((circled / "guides" / "near" / "guide.json").read_text())["guide_step"] == 4
 
 
-def test_every_command_reads_such_a_run(circled, tmp_path):
+def test_lora_run_is_read_by_every_command(circled, tmp_path):
     root = copy_run(circled, tmp_path / "run")
     entries = index_run(root, verify=True)
     assert {(entry.branch, entry.step) for entry in entries} == {("main", 0), ("main", 2), ("main", 4), ("near", 4)}
@@ -89,14 +89,14 @@ def test_every_command_reads_such_a_run(circled, tmp_path):
     assert told[-1].step == 2
 
 
-def test_retention_keeps_adapters_as_guides(tmp_path):
+def test_lora_retention_keeps_weights_only_checkpoints(tmp_path):
     root = tmp_path / "run"
     train(root, *LORA, "train.save_every=1", "train.keep_full_checkpoints=1", "train.keep_weights_only=1")
     kept = [(found.step, found.tier) for found in list_checkpoints(open_run(root), "main")]
     assert kept == [(0, "full"), (3, "weights"), (4, "full")]
 
 
-def test_a_save_asks_for_the_room_of_adapters_alone(circled, monkeypatch, tmp_path):
+def test_lora_checkpoint_needs_disk_space_for_adapters_only(circled, monkeypatch, tmp_path):
     session = open_session_at(copy_run(circled, tmp_path / "run"), 4, branch="main")
     optimizer = build_optimizer(session.policy.model, session.recipe.train)
     state = restore_state(session, optimizer, find_checkpoint(session.run, "main", 4))
@@ -123,14 +123,14 @@ def one_update(root: Path, reference_of: Callable[[Session], Policy]) -> tuple[f
     return report.loss, report.grad_norm, session.policy.digest
 
 
-def test_the_divergence_is_from_the_base_that_a_second_copy_would_be(circled, tmp_path):
+def test_lora_kl_reference_is_the_base(circled, tmp_path):
     root = copy_run(circled, tmp_path / "run")
     switched_off = one_update(root, load_reference_policy)
     assert switched_off == one_update(root, lambda session: load_policy(ModelSettings(threads=1)))
     assert switched_off[0] > one_update(root, lambda session: session.policy)[0]
 
 
-def test_bfloat16_rounds_no_step_of_an_adapter_away(tmp_path):
+def test_lora_adapters_are_float32_on_a_bfloat16_base(tmp_path):
     told = {}
     for kind in ((), LORA):
         records = list(train_run(tmp_path / str(len(kind)), tiny_recipe("model.dtype=bfloat16", *kind)))
@@ -145,7 +145,7 @@ def own_base(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MICRO_BASE_FOLDER, tmp_path / "base"))
 
 
-def test_a_run_is_resumed_from_any_folder_and_with_its_base_in_another_place(tmp_path, monkeypatch):
+def test_lora_run_is_resumed_from_any_folder_and_with_a_moved_base(tmp_path, monkeypatch):
     own_base(tmp_path)
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "run"
@@ -161,7 +161,7 @@ def test_a_run_is_resumed_from_any_folder_and_with_its_base_in_another_place(tmp
     assert len(resume(root, "train.num_steps=7")) == 1
 
 
-def test_a_base_with_other_weights_is_refused_before_anything_is_written(circled, tmp_path):
+def test_lora_base_with_other_weights_is_refused(circled, tmp_path):
     base = own_base(tmp_path)
     other = load_policy(ModelSettings(threads=1))
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_base_with_other_weights_is_refused_before_anything_is_written(circled
     assert file_digests(circled) == before
 
 
-def test_rank_and_scale_belong_to_a_runs_birth_and_so_does_the_base_without_adapters(circled, scout):
+def test_lora_rank_and_alpha_cannot_change(circled, scout):
     for setting in ("model.lora.rank=8", "model.lora.rank=null", "model.lora.alpha=1.0", "model.lora.seed=1"):
         with pytest.raises(NpoError, match=f"{setting.partition('=')[0]} cannot change from"):
             resume(circled, setting)
@@ -191,7 +191,7 @@ def test_rank_and_scale_belong_to_a_runs_birth_and_so_does_the_base_without_adap
     [(), ("autonpo.early.enabled=true", "autonpo.early.scout_steps=4", "autonpo.early.replay_steps=4")],
     ids=["late", "early"],
 )
-def test_autonpo_steps_in_on_adapters(tmp_path, early):
+def test_lora_run_with_autonpo_intervention(tmp_path, early):
     root = tmp_path / "run"
     steps_of(train_autonpo(root, eager_recipe(*LORA, *early)))
     assert {"guided", "rolled_back", "replayed"} <= set(events_of(root))

@@ -43,7 +43,7 @@ def groups_of(root: Path, branch: str, step: int) -> list:
     return list(RolloutLog(open_run(root).rollouts_path(branch)).read_step(step))
 
 
-def test_nothing_that_existed_is_changed(scout, replayed):
+def test_replay_changes_no_existing_file(scout, replayed):
     before, after = file_digests(scout), file_digests(replayed)
     assert {name for name in before if after.get(name) != before[name]} <= GROWING
     for name in GROWING & before.keys():
@@ -51,7 +51,7 @@ def test_nothing_that_existed_is_changed(scout, replayed):
     assert all(name.startswith("branches/near/") for name in after.keys() - before.keys())
 
 
-def test_the_replay_sees_the_same_prompts_with_other_samples(replayed):
+def test_replay_has_the_same_prompts_and_new_samples(replayed):
     for step in (3, 4):
         first, again = groups_of(replayed, "main", step), groups_of(replayed, "near", step)
         assert [group.prompt for group in again] == [group.prompt for group in first]
@@ -59,7 +59,7 @@ def test_the_replay_sees_the_same_prompts_with_other_samples(replayed):
         assert own != [[rollout.response_ids for rollout in group.rollouts] for group in first]
 
 
-def test_a_rollback_brings_back_weights_moments_cursor_and_streams(replayed):
+def test_rollback_restores_weights_moments_position_and_random_streams(replayed):
     session = open_session_at(replayed, 2)
     optimizer = build_optimizer(session.policy.model, session.recipe.train)
     checkpoint = find_checkpoint(session.run, "near", 2)
@@ -80,7 +80,7 @@ def test_a_rollback_brings_back_weights_moments_cursor_and_streams(replayed):
     )
 
 
-def test_a_replay_without_a_guide_is_grpo_on_a_branch_of_its_own(scout, tmp_path):
+def test_replay_without_a_guide_is_grpo_on_a_new_branch(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     resume(root, at=2)
     newest = read_segments(open_run(root))[-1]
@@ -88,7 +88,7 @@ def test_a_replay_without_a_guide_is_grpo_on_a_branch_of_its_own(scout, tmp_path
     assert {group.injection_status for group in groups_of(root, "main-from-2", 4)} == {"off"}
 
 
-def test_resuming_a_dropped_replay_goes_on_with_the_same_branch_and_guide(scout, tmp_path):
+def test_resume_of_an_interrupted_replay_continues_branch_and_guide(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     stop_after(start_resume(root, "train.num_steps=6", at=2, guide="near"), 3)
     resume(root)
@@ -103,21 +103,21 @@ def test_resuming_a_dropped_replay_goes_on_with_the_same_branch_and_guide(scout,
     assert "off" not in mixes[3] | mixes[4]
 
 
-def test_steps_decides_how_long_the_guide_is_mixed_in(scout, tmp_path):
+def test_replay_injects_the_guide_for_the_given_steps(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     resume(root, at=2, guide="near", steps=1)
     assert {group.injection_status for group in groups_of(root, "near", 4)} == {"off"}
     assert "off" not in {group.injection_status for group in groups_of(root, "near", 3)}
 
 
-def test_a_second_replay_gets_a_name_of_its_own(replayed, tmp_path):
+def test_replay_branch_name_is_new(replayed, tmp_path):
     root = copy_run(replayed, tmp_path / "run")
     resume(root, "guide.inject.ratio=exact", at=2, guide="near", source_branch="main")
     assert read_segments(open_run(root))[-1].branch == "near-2"
     assert open_run(root).read_recipe("near-2")["guide"]["inject"]["ratio"] == "exact"
 
 
-def test_more_steps_continue_where_the_run_ended(scout, tmp_path):
+def test_resume_with_more_steps_continues_at_the_end(scout, tmp_path):
     root = copy_run(scout, tmp_path / "more")
     resume(root, "train.num_steps=6")
     train(tmp_path / "straight", "train.num_steps=6")
@@ -126,7 +126,7 @@ def test_more_steps_continue_where_the_run_ended(scout, tmp_path):
         assert (root / "branches/main" / name).read_bytes() == (tmp_path / "straight/branches/main" / name).read_bytes()
 
 
-def test_a_finished_run_says_how_to_give_it_more_and_writes_nothing(scout, tmp_path):
+def test_resume_of_a_finished_run_is_refused_with_a_hint(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     with pytest.raises(NpoError) as caught:
         resume(root)
@@ -135,12 +135,12 @@ def test_a_finished_run_says_how_to_give_it_more_and_writes_nothing(scout, tmp_p
     assert file_digests(root) == file_digests(scout)
 
 
-def test_a_guide_serves_only_the_step_it_was_sampled_for(scout):
+def test_replay_refuses_a_guide_of_another_step(scout):
     with pytest.raises(NpoError, match="guide near was sampled for step 2 of main, not step 0 of main"):
         fork(open_run(scout), None, 0, overrides=(), guide="near", new_branch=None, steps=None)
 
 
-def test_weights_alone_do_not_continue_a_training(tmp_path):
+def test_resume_refuses_a_checkpoint_of_weights_only(tmp_path):
     root = tmp_path / "run"
     train(root, "train.keep_full_checkpoints=1")
     before = file_digests(root)
@@ -149,7 +149,7 @@ def test_weights_alone_do_not_continue_a_training(tmp_path):
     assert file_digests(root) == before
 
 
-def test_a_replay_of_a_replay_takes_its_futures_from_its_own_line(replayed, tmp_path):
+def test_replay_of_a_replay_uses_checkpoints_of_its_own_branch(replayed, tmp_path):
     root = copy_run(replayed, tmp_path / "run")
     info = sample(root, name="nearer", branch="near")
     assert info.branch == "near"
@@ -159,6 +159,6 @@ def test_a_replay_of_a_replay_takes_its_futures_from_its_own_line(replayed, tmp_
     ]
 
 
-def test_a_used_directory_is_not_trained_in_again(scout):
+def test_train_refuses_a_used_directory(scout):
     with pytest.raises(NpoError, match="already holds a run"):
         next(train_run(scout, tiny_recipe()))

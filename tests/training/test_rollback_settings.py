@@ -52,21 +52,21 @@ def check_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_restored_moments_are_those_of_the_old_step(guided):
+def test_rollback_restores_the_moments_of_the_old_step(guided):
     moments, state = begun(guided)
     check_equal(moments, saved(guided, 4))
     # 4 steps of 4 prompts
     assert (state.step, state.position) == (4, 16)
 
 
-def test_reset_moments_are_none(guided):
+def test_rollback_with_reset_optimizer_has_no_moments(guided):
     moments, state = begun(guided, "autonpo.rollback.optimizer=reset")
     assert moments == {}
     assert (state.step, state.position) == (4, 16)
 
 
 @pytest.mark.parametrize(("guide", "step"), [("near", 8), (None, 12)])
-def test_kept_moments_are_those_of_the_guide_or_of_what_was_left(guided, guide, step):
+def test_rollback_keeps_the_moments_of_the_current_policy(guided, guide, step):
     moments, state = begun(guided, "autonpo.rollback.optimizer=keep_current", guide=guide)
     check_equal(moments, saved(guided, step))
     assert (
@@ -77,14 +77,14 @@ def test_kept_moments_are_those_of_the_guide_or_of_what_was_left(guided, guide, 
 
 
 @pytest.mark.parametrize(("guide", "step"), [("near", 8), (None, 12)])
-def test_onward_the_replay_gets_the_prompts_that_come_next(guided, guide, step):
+def test_rollback_with_data_onward_continues_the_data_order(guided, guide, step):
     moments, state = begun(guided, "autonpo.rollback.data=onward", guide=guide)
     check_equal(moments, saved(guided, 4))
     # 4 prompts a step
     assert (state.step, state.position) == (4, 4 * step)
 
 
-def test_the_weights_of_a_rollback_are_always_those_of_the_old_step(guided, tmp_path):
+def test_rollback_weights_are_always_those_of_the_old_step(guided, tmp_path):
     """After one step without moments they differ from the step with them, and from nothing else."""
     roots = [copy_run(guided, tmp_path / name) for name in ("restored", "reset")]
     for root, settings in zip(roots, ((), ("autonpo.rollback.optimizer=reset",)), strict=True):
@@ -99,7 +99,7 @@ def test_the_weights_of_a_rollback_are_always_those_of_the_old_step(guided, tmp_
     assert ours != theirs
 
 
-def test_onward_is_onward_in_a_real_replay(guided, tmp_path):
+def test_rollback_with_data_onward_in_a_replay(guided, tmp_path):
     root = copy_run(guided, tmp_path / "run")
     resume(root, "autonpo.rollback.data=onward", at=4, guide="near", new_branch="new")
     session = open_session_at(root, 4, branch="main")
@@ -108,7 +108,7 @@ def test_onward_is_onward_in_a_real_replay(guided, tmp_path):
     assert prompt_ids(root, "new", 5) == prompt_ids(root, "main", 9)
 
 
-def test_with_the_same_seeds_and_no_guide_the_replay_is_the_original(guided, tmp_path):
+def test_rollback_with_the_same_seed_repeats_the_original(guided, tmp_path):
     root = copy_run(guided, tmp_path / "run")
     resume(root, "autonpo.rollback.seed=same", at=4, new_branch="new")
     ours, theirs = reproducible_digests(root, "new"), reproducible_digests(root, "main")
@@ -119,7 +119,7 @@ def test_with_the_same_seeds_and_no_guide_the_replay_is_the_original(guided, tmp
         assert groups_of(root, "new", step) == groups_of(root, "main", step)
 
 
-def test_the_same_seeds_are_handed_down_and_fresh_ones_are_not(guided, tmp_path):
+def test_rollback_seed_name_is_inherited_with_seed_same_only(guided, tmp_path):
     root = copy_run(guided, tmp_path / "run")
     resume(root, "autonpo.rollback.seed=same", at=4, new_branch="new")
     resume(root, at=6, source_branch="new", new_branch="newer")
@@ -140,7 +140,7 @@ ABLATIONS = [
 
 
 @pytest.mark.parametrize("setting", ABLATIONS)
-def test_a_replay_dropped_before_its_first_checkpoint_begins_the_same_again(guided, tmp_path, setting):
+def test_rollback_interrupted_before_its_first_checkpoint_starts_the_same_again(guided, tmp_path, setting):
     roots = [copy_run(guided, tmp_path / name) for name in ("straight", "dropped")]
     options: dict[str, Any] = {"at": 4, "guide": "near", "new_branch": "new"}
     resume(roots[0], setting, **options)
