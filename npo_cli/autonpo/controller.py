@@ -1,259 +1,264 @@
-"""The state machine of AutoNPO: a state and a fact give the next state and the moves that led there.
+"""The state machine of AutoNPO: a state and an event give the next state and the transitions that lead there.
 
-Pure: it trains nothing, asks nobody and reads no file. Whoever drives it looks at `state.phase`, does what that says,
-and comes back with a fact. A fact that does not fit the phase is our own mistake. The moves of one fact belong
-together: they are written down together or not at all, because the state of each says that the fact has been seen.
+Pure: no model, no file, no clock. The driver looks at `state.phase`, does what that phase requires and comes back with
+an event. An event that does not fit the phase is a bug. The transitions of one event are written together or not at
+all, because the state in each says that the event has been applied. The diagram is in `docs/explanation/autonpo.md`.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from npo_cli.autonpo.events import (
-    ControllerEvent,
-    ExtrapolationStarted,
-    GuideBuilt,
-    PrerequisiteMissing,
-    ProbeFinished,
-    ReplayJudged,
-    RollbackDone,
-    StepObserved,
+from npo_cli.config.autonpo import AutonpoSettings
+from npo_cli.types.autonpo import (
+    AutoNPOState,
+    Phase,
+    ProbeResult,
+    Transition,
+    TransitionName,
+    TriggerReading,
 )
-from npo_cli.types.autonpo import AutoNPOState, Event, Phase, ProbeResult, Transition, TriggerReading
+
+TRAINING_PHASES: tuple[Phase, ...] = ("TRAIN", "REPLAY", "COOLDOWN")
+"""Phases in which training steps are executed; in every other one the driver performs an action."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ControllerKnobs:
-    """The settings that decide the moves (auto, early and autonpo.replay.acceptance_test)."""
+class StepObserved:
+    """A training step was executed, or found on record, and the trigger has read it."""
 
-    patience: int
-    """Steps of stagnation with falling entropy before a warning."""
-    warmup: int
-    """Last step that counts for no streak."""
-    cooldown: int
-    """Steps of rest: after one that begins at step t, step t + cooldown + 1 is the first that counts again."""
-    max_interventions: int
-    """-1 is no limit."""
-    early: bool
-    early_scout: int
-    accept_test: bool
-    push_steps: int
-    """Steps of extrapolated guidance that come before a probe; 0 is none."""
+    reading: TriggerReading
+    has_checkpoint: bool
+    """Whether the policy after this step is on disk: only then can it be the guide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeFinished:
+    """Failed prompts were sampled again."""
+
+    result: ProbeResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrerequisiteMissing:
+    """Something that the current phase needs is missing, for example a checkpoint."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuideBuilt:
+    """The guide cache of the intervention is complete."""
+
+    guide: str
+    """Name of the cache."""
+    num_prompts: int
+    """Failed prompts that a guide was sampled for."""
+    num_prompts_with_rollouts: int
+    """Prompts with a verified-correct response."""
+    num_reused: int
+    """Of those, prompts with a response taken from the probe."""
+    num_tokens: int
+    """Generated in addition to the probe's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RollbackDone:
+    """A branch was created that forks from the current one at `to_step`."""
+
+    branch: str
+    to_step: int
+    until_step: int
+    """Last step of its replay."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayTested:
+    """The replayed policy was compared with the one that it replaces."""
+
+    is_worse: bool
+    evidence: Mapping[str, Any]
+    parent: str
+    """The branch to return to if the replay is worse."""
+
+
+ControllerEvent = StepObserved | ProbeFinished | PrerequisiteMissing | GuideBuilt | RollbackDone | ReplayTested
 
 
 def advance(
-    state: AutoNPOState, fact: ControllerEvent, *, knobs: ControllerKnobs
+    state: AutoNPOState, event: ControllerEvent, settings: AutonpoSettings
 ) -> tuple[AutoNPOState, tuple[Transition, ...]]:
-    """The next state and the moves that led there, in order; most steps make none. The last one holds that state."""
-    course = _Course(state, knobs)
-    match fact:
+    """The next state and the transitions in order; most steps have none. The last transition holds that state."""
+    run = _Advance(state, settings)
+    match event:
         case StepObserved():
-            course.step_seen(fact)
-        case ProbeFinished():
-            course.confirmed(fact.confirmation)
-        case ExtrapolationStarted():
-            course.expect("PUSH")
-            course.move("pushed", asdict(fact), branch=fact.branch, until_step=fact.until_step, phase="AHEAD")
+            run.observe_step(event)
+        case ProbeFinished(result=result):
+            run.require_phase("PROBE")
+            if result.is_accepted:
+                assert result.distance is not None, "an accepted probe has a distance"
+                run.record("probe_accepted", asdict(result), phase="GUIDE_GEN", distance=result.distance)
+            else:
+                run.start_cooldown("probe_rejected", asdict(result))
         case PrerequisiteMissing():
-            course.missed(fact)
+            run.require_phase("PROBE", "GUIDE_GEN", "ROLLBACK", "ACCEPTANCE_TEST")
+            run.start_cooldown("prerequisite_missing", asdict(event))
         case GuideBuilt():
-            course.guided(fact)
+            run.require_phase("GUIDE_GEN")
+            if event.num_prompts_with_rollouts:
+                run.record("guide_built", asdict(event), phase="ROLLBACK")
+            else:
+                run.start_cooldown("guide_empty", asdict(event))
         case RollbackDone():
-            course.rolled_back(fact)
-        case ReplayJudged():
-            course.expect("JUDGE")
-            branch = fact.parent if fact.is_worse else state.branch
-            evidence = {**fact.evidence, "parent": fact.parent}
-            course.rest("reverted" if fact.is_worse else "kept", evidence, branch=branch)
-    if course.moves:
-        # The step that ends a rest may begin a streak; a restart from this move must know of it.
-        course.moves[-1] = replace(course.moves[-1], state=course.state)
-    return course.state, tuple(course.moves)
+            run.start_replay(event)
+        case ReplayTested():
+            run.require_phase("ACCEPTANCE_TEST")
+            evidence = {**event.evidence, "parent": event.parent}
+            if event.is_worse:
+                run.start_cooldown("replay_rejected", evidence, branch=event.parent)
+            else:
+                run.start_cooldown("replay_accepted", evidence)
+    if run.transitions:
+        # The step that ends a cooldown may begin a streak; a restart from this transition must know of it.
+        run.transitions[-1] = replace(run.transitions[-1], state=run.state)
+    return run.state, tuple(run.transitions)
 
 
-def explain_no_trigger(state: AutoNPOState, reading: TriggerReading, *, knobs: ControllerKnobs) -> str:
-    """One word for a step that did not trigger, given the state after it.
+def explain_no_trigger(state: AutoNPOState, reading: TriggerReading, settings: AutonpoSettings) -> str:
+    """One word for why a step did not trigger, given the state after it.
 
-    The step that ends a replay already counts as rest.
+    The step that ends a replay already counts as cooldown.
     """
     assert state.step == reading.step, "the state after this very step"
-    if state.phase in ("REPLAY", "JUDGE"):
-        return "replaying"
+    if state.phase in ("REPLAY", "ACCEPTANCE_TEST"):
+        return "replay"
     if state.phase == "COOLDOWN":
-        return "resting"
-    if state.phase == "AHEAD":
-        return "pushing"
+        return "cooldown"
     assert state.phase == "TRAIN", f"a step in {state.phase} did trigger"
-    if state.step <= knobs.warmup:
-        return "warming_up"
+    if state.step <= settings.trigger.warmup_steps:
+        return "warmup"
     if state.has_warned:
-        return "waiting"
-    if state.stagnation_streak >= knobs.patience:
-        return "capped"
-    return "streak" if reading.verdict == "stagnant" else reading.verdict
+        return "no_checkpoint"
+    if state.stagnation_streak >= settings.trigger.patience:
+        return "limit_reached"
+    return "short_streak" if reading.verdict == "stagnant" else reading.verdict
 
 
-class _Course:
-    """A state on its way through one fact."""
+class _Advance:
+    """A state while one event is applied to it."""
 
-    def __init__(self, state: AutoNPOState, knobs: ControllerKnobs) -> None:
+    def __init__(self, state: AutoNPOState, settings: AutonpoSettings) -> None:
         self.state = state
-        self.knobs = knobs
-        self.moves: list[Transition] = []
+        self.settings = settings
+        self.transitions: list[Transition] = []
 
-    def expect(self, *phases: Phase) -> None:
-        """Refuse a fact that nobody waits for."""
+    def require_phase(self, *phases: Phase) -> None:
+        """Refuse an event that does not fit the phase."""
         assert self.state.phase in phases, f"{' or '.join(phases)} expected, not {self.state.phase}"
 
-    def move(self, event: Event, evidence: Mapping[str, Any], **changes: Any) -> None:
-        """One transition; its step is where the run stood when the fact came, also where it then goes back."""
+    def record(self, name: TransitionName, evidence: Mapping[str, Any], **changes: Any) -> None:
+        """One transition; its step is that of the state before it, also where the new state is of an earlier step."""
         step, phase_before = self.state.step, self.state.phase
         self.state = replace(self.state, **changes)
-        self.moves.append(
-            Transition(step=step, event=event, phase_before=phase_before, state=self.state, evidence=evidence)
+        self.transitions.append(
+            Transition(step=step, event=name, phase_before=phase_before, state=self.state, evidence=evidence)
         )
 
-    def leave_train(self, event: Event, evidence: Mapping[str, Any], **changes: Any) -> None:
-        """An intervention begins: whatever streak there was is over."""
-        self.move(
-            event,
-            evidence,
-            **{"stagnation_streak": 0, "has_warned": False, "until_step": None, "distance": None, **changes},
-        )
+    def leave_train(self, name: TransitionName, evidence: Mapping[str, Any], **changes: Any) -> None:
+        """An intervention begins, and any streak ends."""
+        cleared = {"stagnation_streak": 0, "has_warned": False, "until_step": None, "distance": None}
+        self.record(name, evidence, **{**cleared, **changes})
 
-    def rest(self, event: Event, evidence: Mapping[str, Any], **changes: Any) -> None:
-        """Any end of an intervention, and the cooldown after it."""
-        until = self.state.step + self.knobs.cooldown
-        self.move(event, evidence, phase="COOLDOWN", until_step=until, distance=None, is_early=False, **changes)
+    def start_cooldown(self, name: TransitionName, evidence: Mapping[str, Any], **changes: Any) -> None:
+        """Any end of an intervention: after one at step t, step t + cooldown_steps + 1 is the first to count again."""
+        until = self.state.step + self.settings.trigger.cooldown_steps
+        self.record(name, evidence, phase="COOLDOWN", until_step=until, distance=None, is_early=False, **changes)
 
-    def step_seen(self, fact: StepObserved) -> None:
-        self.expect("TRAIN", "AHEAD", "REPLAY", "COOLDOWN")
-        last, step = self.state.step, fact.reading.step
+    def observe_step(self, event: StepObserved) -> None:
+        self.require_phase(*TRAINING_PHASES)
+        last, step, warmup = self.state.step, event.reading.step, self.settings.trigger.warmup_steps
         assert step > last, "steps increase"
         self.state = replace(self.state, step=step)
         if self.state.phase == "REPLAY":
-            self.replay_step(step)
-            return
-        if self.state.phase == "AHEAD":
-            self.ahead_step(fact.reading)
+            self.observe_replay_step(step)
             return
         if self.state.phase == "COOLDOWN":
             assert self.state.until_step is not None
-            # A rest that begins in the warm-up (early bootstrap) lasts at least as long as that.
-            if step <= max(self.state.until_step, self.knobs.warmup):
+            # A cooldown that begins in the warm-up (early bootstrap) lasts at least as long as the warm-up.
+            if step <= max(self.state.until_step, warmup):
                 return
-            self.move("armed", {}, phase="TRAIN", until_step=None)
-        elif last <= self.knobs.warmup < step:
-            self.move("armed", {})
-        self.train_step(fact)
+            self.record("armed", {}, phase="TRAIN", until_step=None)
+        elif last <= warmup < step:
+            self.record("armed", {})
+        self.observe_train_step(event)
 
-    def replay_step(self, step: int) -> None:
+    def observe_replay_step(self, step: int) -> None:
         assert self.state.until_step is not None
         if step < self.state.until_step:
             return
         evidence = {"distance": self.state.distance}
-        if self.knobs.accept_test:
-            self.move("replayed", evidence, phase="JUDGE", until_step=None)
+        if self.settings.replay.acceptance_test:
+            self.record("replay_done", evidence, phase="ACCEPTANCE_TEST", until_step=None)
         else:
-            self.rest("replayed", evidence)
+            self.start_cooldown("replay_done", evidence)
 
-    def ahead_step(self, reading: TriggerReading) -> None:
-        """At the end of the guidance: it helped if the reward rises again, else the mistakes are asked."""
-        assert self.state.until_step is not None
-        if reading.step < self.state.until_step:
-            return
-        if reading.verdict == "rising":
-            self.rest("moved", _figures(reading, 0))
-        else:
-            self.move("unmoved", _figures(reading, 0), phase="PROBE", until_step=None)
-
-    def missed(self, fact: PrerequisiteMissing) -> None:
-        """Nothing can be pushed: then the mistakes are asked. Of everything else it is the end."""
-        self.expect("PUSH", "PROBE", "GUIDE_GEN", "ROLLBACK", "JUDGE")
-        if self.state.phase == "PUSH":
-            self.move("unpushed", asdict(fact), phase="PROBE")
-        else:
-            self.rest("missed", asdict(fact))
-
-    def train_step(self, fact: StepObserved) -> None:
-        """An ordinary step: the early bootstrap, or the streak and what follows from it."""
-        if self.early_is_due():
-            scout = self.knobs.early_scout
-            self.leave_train(
-                "early", {"distance": scout}, phase="GUIDE_GEN", distance=scout, is_early=True, has_tried_early=True
-            )
-            return
-        if self.state.step <= self.knobs.warmup:
-            return
-        self.count(fact.reading)
-        if self.state.has_warned and fact.has_checkpoint:
-            self.answer_warning(fact.reading)
-
-    def early_is_due(self) -> bool:
-        """At the scout's last step on the first branch: an intervention would have left it."""
+    def observe_train_step(self, event: StepObserved) -> None:
+        """The early bootstrap, or the streak and what follows from it."""
+        early = self.settings.early
+        # The bootstrap comes at the scout's last step on the first branch, which an intervention would have left.
         untouched = not self.state.has_tried_early and self.state.num_interventions == 0
-        return self.knobs.early and untouched and self.state.step == self.knobs.early_scout
+        if early.enabled and untouched and self.state.step == early.scout_steps:
+            distance = early.scout_steps
+            changes = {"distance": distance, "is_early": True, "has_tried_early": True}
+            self.leave_train("early_bootstrap", {"distance": distance}, phase="GUIDE_GEN", **changes)
+            return
+        if self.state.step <= self.settings.trigger.warmup_steps:
+            return
+        self.update_streak(event.reading)
+        if self.state.has_warned and event.has_checkpoint:
+            evidence = _reading_evidence(event.reading, self.state.stagnation_streak)
+            if self.is_limit_reached():
+                evidence["num_interventions"] = self.state.num_interventions
+                self.record("limit_reached", evidence, has_warned=False)
+            else:
+                self.leave_train("trigger", evidence, phase="PROBE")
 
-    def count(self, reading: TriggerReading) -> None:
-        """The streak grows, ends, or (data missing) stays; at `patience` it becomes a warning."""
+    def update_streak(self, reading: TriggerReading) -> None:
+        """The streak grows, ends, or (values missing) stays; at `patience` it becomes a warning."""
+        patience = self.settings.trigger.patience
         if reading.verdict == "stagnant":
             streak = self.state.stagnation_streak + 1
             self.state = replace(self.state, stagnation_streak=streak)
-            # A streak that met the cap is warned of again only if the cap has been raised since.
-            is_due = streak == self.knobs.patience or (streak > self.knobs.patience and not self.is_capped())
+            # A streak that reached the limit of interventions warns again only if the limit has been raised since.
+            is_due = streak == patience or (streak > patience and not self.is_limit_reached())
             if is_due and not self.state.has_warned:
-                self.move("warning", _figures(reading, streak), has_warned=True)
+                self.record("warning", _reading_evidence(reading, streak), has_warned=True)
         elif reading.verdict in ("rising", "entropy_level"):
             if self.state.has_warned:
-                self.move(
-                    "recovered", _figures(reading, self.state.stagnation_streak), stagnation_streak=0, has_warned=False
-                )
+                evidence = _reading_evidence(reading, self.state.stagnation_streak)
+                self.record("recovered", evidence, stagnation_streak=0, has_warned=False)
             self.state = replace(self.state, stagnation_streak=0)
 
-    def answer_warning(self, reading: TriggerReading) -> None:
-        """A probe, or the word that there will be none; the warning is answered either way."""
-        evidence = _figures(reading, self.state.stagnation_streak)
-        if self.is_capped():
-            self.move("capped", {**evidence, "interventions": self.state.num_interventions}, has_warned=False)
-        else:
-            self.leave_train("trigger", evidence, phase="PUSH" if self.knobs.push_steps else "PROBE")
+    def is_limit_reached(self) -> bool:
+        return 0 <= self.settings.max_interventions <= self.state.num_interventions
 
-    def is_capped(self) -> bool:
-        return 0 <= self.knobs.max_interventions <= self.state.num_interventions
-
-    def confirmed(self, confirmation: ProbeResult) -> None:
-        self.expect("PROBE")
-        evidence = asdict(confirmation)
-        if confirmation.is_accepted:
-            assert confirmation.distance is not None, "a distance was chosen"
-            self.move("accepted", evidence, phase="GUIDE_GEN", distance=confirmation.distance)
-        else:
-            self.rest("rejected", evidence)
-
-    def guided(self, fact: GuideBuilt) -> None:
-        self.expect("GUIDE_GEN")
-        if fact.num_found:
-            self.move("guided", asdict(fact), phase="ROLLBACK")
-        else:
-            self.rest("unguided", asdict(fact))
-
-    def rolled_back(self, fact: RollbackDone) -> None:
-        self.expect("ROLLBACK")
-        assert fact.to_step < fact.until_step, "a replay has a step"
+    def start_replay(self, event: RollbackDone) -> None:
+        self.require_phase("ROLLBACK")
+        assert event.to_step < event.until_step, "a replay has at least one step"
         early = self.state.is_early
-        self.move(
+        self.record(
             "rolled_back",
-            {**asdict(fact), "parent": self.state.branch, "early": early},
-            branch=fact.branch,
-            step=fact.to_step,
-            until_step=fact.until_step,
+            {**asdict(event), "parent": self.state.branch, "is_early": early},
+            branch=event.branch,
+            step=event.to_step,
+            until_step=event.until_step,
             phase="REPLAY",
             num_interventions=self.state.num_interventions + (not early),
         )
 
 
-def _figures(reading: TriggerReading, streak: int) -> dict[str, Any]:
-    """What the trigger saw, as plain data; the step is the transition's own."""
-    seen = asdict(reading)
-    del seen["step"]
-    return {**seen, "streak": streak}
+def _reading_evidence(reading: TriggerReading, streak: int) -> dict[str, Any]:
+    """What the trigger read, as plain data; the step is the transition's own."""
+    evidence = asdict(reading)
+    del evidence["step"]
+    return {**evidence, "streak": streak}

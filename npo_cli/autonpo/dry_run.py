@@ -1,9 +1,8 @@
-"""The controller over recorded metrics. What only a model could tell is assumed, and says so.
+"""`npo autonpo`: what AutoNPO did in a run, or, with --explain, would have done on recorded metrics.
 
-A record cannot be probed, so every trigger counts as accepted; and it holds the steps of a replay only once, so a
-rehearsed replay takes none of them. Everything else is the controller itself.
-
-`npo autonpo`: what AutoNPO did in a run, or, with --explain, would have done on somebody's records.
+The simulation runs the trigger and the controller themselves. What needs a model is assumed and marked: a record
+cannot be probed, so every trigger counts as accepted; and it holds the steps of a replay only once, so a simulated
+replay uses none of them.
 """
 
 import dataclasses
@@ -13,17 +12,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from npo_cli.autonpo.controller import advance, explain_no_trigger
-from npo_cli.autonpo.events import (
+from npo_cli.autonpo.controller import (
     ControllerEvent,
     GuideBuilt,
     PrerequisiteMissing,
     ProbeFinished,
-    ReplayJudged,
+    ReplayTested,
     RollbackDone,
     StepObserved,
+    advance,
+    explain_no_trigger,
 )
-from npo_cli.autonpo.preflight import controller_knobs, dump_autonpo_settings, trigger_knobs
+from npo_cli.autonpo.preflight import dump_autonpo_settings
 from npo_cli.autonpo.trainer_logs import LogColumns, extract_signals, read_rows, resolve_columns
 from npo_cli.autonpo.trigger import Trigger, TriggerInput
 from npo_cli.config.loading import apply_overrides, recipe_from_dict
@@ -43,38 +43,38 @@ from npo_cli.types.rollouts import Notice
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordedRun:
-    """What is rehearsed, and under which settings."""
+    """The metrics to simulate on, and the settings."""
 
     source: Path
     run: RunDir | None
-    """None for a file of somebody's metrics."""
+    """None for a file of metrics."""
     branch: str
     recipe: Recipe
     save_every: int
     trigger_inputs: tuple[TriggerInput, ...]
     assumptions: tuple[str, ...] = ()
-    """What was taken for granted in reading it."""
+    """What was assumed in reading the metrics."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRun:
-    """What the trigger saw, what the controller did, and for every other step why nothing."""
+    """Readings of the trigger, transitions of the controller, and why each other step did not trigger."""
 
     readings: tuple[TriggerReading, ...]
     transitions: tuple[Transition, ...]
     reasons: tuple[tuple[int, str], ...]
 
 
-# What is rehearsed
+# Loading metrics
 
 
 def load_run_record(root: Path, *, columns: LogColumns, overrides: Sequence[str], branch: str | None) -> RecordedRun:
-    """A run's branch along its line of descent, under the recipe in force there."""
+    """A branch of a run with its ancestry, under the branch's recipe."""
     run = open_run(root)
     branch = branch or find_newest_branch(run)
-    line = ancestry(run, branch)
+    spans = ancestry(run, branch)
     recipe = apply_overrides(recipe_from_dict(run.read_recipe(branch), source=str(run.recipe_path(branch))), overrides)
-    rows = [row for part in line for row in read_metrics(run, part.branch) if part.contains(row["step"])]
+    rows = [row for span in spans for row in read_metrics(run, span.branch) if span.contains(row["step"])]
     if not rows:
         raise NpoError(f"{root} has no steps on branch {branch} yet", f"npo resume {quote_path(root)}")
     return RecordedRun(
@@ -88,19 +88,19 @@ def load_run_record(root: Path, *, columns: LogColumns, overrides: Sequence[str]
 
 
 def load_file_record(path: Path, *, columns: LogColumns, overrides: Sequence[str]) -> RecordedRun:
-    """Any trainer's file, under the defaults; each record has a checkpoint unless train.save_every is given."""
+    """A trainer's log file, under the default settings; every record has a checkpoint unless train.save_every is given."""
     recipe = apply_overrides(recipe_from_dict({}), overrides)
     given = any(setting.partition("=")[0] == "train.save_every" for setting in overrides)
     rows = read_rows(path)
     names = resolve_columns(rows, columns, source=path)
     signals = tuple(extract_signals(rows, names, source=path))
-    remarks = ["read as " + ", ".join(f"{signal}: {name}" for signal, name in names.items())]
+    assumptions = ["read as " + ", ".join(f"{signal}: {name}" for signal, name in names.items())]
     if not given:
-        remarks.append("every record counts as a checkpoint; train.save_every=N says otherwise")
-    apart = (signals[-1].step - signals[0].step) / max(1, len(signals) - 1)
-    if apart >= 2:
-        remarks.append(
-            f"records are {apart:.3g} steps apart: autonpo.trigger.patience counts records, everything else steps"
+        assumptions.append("every record is assumed to have a checkpoint (change it with train.save_every=N)")
+    gap = (signals[-1].step - signals[0].step) / max(1, len(signals) - 1)
+    if gap >= 2:
+        assumptions.append(
+            f"records are {gap:.3g} steps apart: autonpo.trigger.patience counts records, every other setting counts steps"
         )
     return RecordedRun(
         source=path,
@@ -109,57 +109,56 @@ def load_file_record(path: Path, *, columns: LogColumns, overrides: Sequence[str
         recipe=recipe,
         save_every=recipe.train.save_every if given else 1,
         trigger_inputs=signals,
-        assumptions=tuple(remarks),
+        assumptions=tuple(assumptions),
     )
 
 
-# The rehearsal
+# Simulation
 
 
 def simulate_autonpo(record: RecordedRun) -> DryRun:
-    """Let the trigger see every record and the controller answer; what only a model could tell is assumed."""
-    watch, knobs = Trigger(trigger_knobs(record.recipe)), controller_knobs(record.recipe)
+    """Run trigger and controller over the record; whatever needs a model is assumed."""
+    settings = record.recipe.autonpo
+    trigger = Trigger(settings.trigger)
     state = AutoNPOState(branch=record.branch, step=min(1, record.trigger_inputs[0].step) - 1)
-    begun = {"rehearsed": True, "settings": dump_autonpo_settings(record.recipe)}
-    started = Transition(step=max(0, state.step), event="started", phase_before="TRAIN", state=state, evidence=begun)
-    readings, moves, reasons = [], [started], []
+    evidence = {"simulated": True, "settings": dump_autonpo_settings(record.recipe)}
+    started = Transition(step=max(0, state.step), event="started", phase_before="TRAIN", state=state, evidence=evidence)
+    readings, transitions, reasons = [], [started], []
     for signal in record.trigger_inputs:
-        reading = watch.observe(signal)
+        reading = trigger.observe(signal)
         readings.append(reading)
-        seen = StepObserved(reading=reading, has_checkpoint=signal.step % record.save_every == 0)
-        state, some = advance(state, seen, knobs=knobs)
-        moves += some
-        # A trigger is followed to its end within the step.
+        event = StepObserved(reading=reading, has_checkpoint=signal.step % record.save_every == 0)
+        state, new = advance(state, event, settings)
+        transitions += new
         if state.phase in ("TRAIN", "COOLDOWN"):
-            reasons.append((signal.step, explain_no_trigger(state, reading, knobs=knobs)))
+            reasons.append((signal.step, explain_no_trigger(state, reading, settings)))
+        # An intervention is simulated to its end within the step.
         while state.phase not in ("TRAIN", "COOLDOWN"):
-            state, some = advance(state, assume_event(state, seen, record), knobs=knobs)
-            moves += [mark_assumed(move, record) for move in some]
-    return DryRun(readings=tuple(readings), transitions=tuple(moves), reasons=tuple(reasons))
+            state, new = advance(state, assume_event(state, event, record), settings)
+            transitions += [mark_assumed(transition, record) for transition in new]
+    return DryRun(readings=tuple(readings), transitions=tuple(transitions), reasons=tuple(reasons))
 
 
-def assume_event(state: AutoNPOState, seen: StepObserved, record: RecordedRun) -> ControllerEvent:
-    """What may have followed: accepted at the largest distance, guided, replayed, kept."""
-    step = seen.reading.step
+def assume_event(state: AutoNPOState, observed: StepObserved, record: RecordedRun) -> ControllerEvent:
+    """A successful intervention: accepted at the largest distance, guides built, rolled back, replayed, accepted."""
+    step = observed.reading.step
     distances = find_reachable_distances(record, step)
     match state.phase:
-        case "PUSH":
-            return PrerequisiteMissing(what="a rehearsal pushes nothing")
         case "PROBE" if not distances:
             return PrerequisiteMissing(
-                what=f"no distance of autonpo.rollback.distances leads from step {step} to a checkpoint"
+                reason=f"no distance of autonpo.rollback.distances leads from step {step} to a checkpoint"
             )
         case "PROBE":
             largest = ProbeResult(is_accepted=True, reason="", distance=distances[-1], strata=(), scores=())
-            return ProbeFinished(confirmation=largest)
+            return ProbeFinished(result=largest)
         case "GUIDE_GEN":
-            return GuideBuilt(guide="assumed", num_prompts=1, num_found=1, num_reused=0, num_tokens=0)
+            return GuideBuilt(guide="assumed", num_prompts=1, num_prompts_with_rollouts=1, num_reused=0, num_tokens=0)
         case "ROLLBACK":
             return RollbackDone(branch=state.branch, to_step=max(0, step - (state.distance or 0)), until_step=step)
-        case "JUDGE":
-            return ReplayJudged(is_worse=False, evidence={}, parent=state.branch)
+        case "ACCEPTANCE_TEST":
+            return ReplayTested(is_worse=False, evidence={}, parent=state.branch)
         case _:
-            return seen
+            return observed
 
 
 def find_reachable_distances(record: RecordedRun, step: int) -> list[int]:
@@ -167,25 +166,29 @@ def find_reachable_distances(record: RecordedRun, step: int) -> list[int]:
     return [each for each in record.recipe.autonpo.rollback.distances if each % record.save_every == 0 and each <= step]
 
 
-def mark_assumed(move: Transition, record: RecordedRun) -> Transition:
-    """The same move; where nobody could be asked, its evidence says that it was made up."""
-    early = move.state.is_early
-    steps = [move.state.step] if early else [move.step - each for each in find_reachable_distances(record, move.step)]
-    told = {
-        "accepted": {"distance": move.state.distance},
-        "guided": {},
+def mark_assumed(transition: Transition, record: RecordedRun) -> Transition:
+    """The same transition, with evidence that says that it was assumed."""
+    step = transition.step
+    steps = (
+        [transition.state.step]
+        if transition.state.is_early
+        else [step - distance for distance in find_reachable_distances(record, step)]
+    )
+    evidence = {
+        "probe_accepted": {"distance": transition.state.distance},
+        "guide_built": {},
         "rolled_back": {"to_steps": sorted(steps)},
-        "kept": {},
+        "replay_accepted": {},
     }
-    if move.event not in told:
-        return move
-    return dataclasses.replace(move, evidence={"assumed": True, **told[move.event]})
+    if transition.event not in evidence:
+        return transition
+    return dataclasses.replace(transition, evidence={"assumed": True, **evidence[transition.event]})
 
 
 def merge_reasons(reasons: Sequence[tuple[int, str]]) -> Iterator[NonTriggerSpan]:
-    """Consecutive steps of one reason together."""
-    for reason, some in groupby(reasons, key=lambda named: named[1]):
-        steps = [step for step, _ in some]
+    """Consecutive steps with the same reason, as one span."""
+    for reason, pairs in groupby(reasons, key=lambda pair: pair[1]):
+        steps = [step for step, _ in pairs]
         yield NonTriggerSpan(reason=reason, first_step=steps[0], last_step=steps[-1], num_steps=len(steps))
 
 
@@ -198,63 +201,65 @@ def explain_autonpo(
     figure_path: Path | None,
     draw: bool,
 ) -> Iterator[Transition | NonTriggerSpan | Notice]:
-    """Every move, then why the other steps made none, then a picture (unless not to `draw`) and a conclusion."""
+    """Transitions, then why the other steps did not trigger, then a plot (with `draw`) and a summary."""
     record = (
         load_run_record(source, columns=columns, overrides=overrides, branch=branch)
         if source.is_dir()
         else load_file_record(source, columns=columns, overrides=overrides)
     )
-    yield from (Notice(message=remark) for remark in record.assumptions)
-    found = simulate_autonpo(record)
-    yield from found.transitions
-    yield from merge_reasons(found.reasons)
+    yield from (Notice(message=assumption) for assumption in record.assumptions)
+    result = simulate_autonpo(record)
+    yield from result.transitions
+    yield from merge_reasons(result.reasons)
     if draw:
-        yield plot_dry_run(record, found, figure_path=figure_path)
-    yield from summarize_dry_run(record, found)
+        yield plot_dry_run(record, result, figure_path=figure_path)
+    yield from summarize_dry_run(record, result)
 
 
-# What it comes to
+# Plot and summary
 
 
-def plot_dry_run(record: RecordedRun, found: DryRun, *, figure_path: Path | None) -> Notice:
-    """The picture, beside what was rehearsed unless told otherwise; what a run really did has a band of its own."""
+def plot_dry_run(record: RecordedRun, result: DryRun, *, figure_path: Path | None) -> Notice:
+    """The plot, beside the source unless `figure_path` is given; what a run really did has its own band."""
     inside, beside = record.source / "autonpo.png", record.source.with_name(f"{record.source.name}.autonpo.png")
     path = figure_path or (inside if record.run else beside)
     if figure_path is None and not os.access(path.parent, os.W_OK):
-        return Notice(message=f"no picture: {path.parent} may not be written in; --out FILE names another place")
-    real = read_transitions(record.run) if record.run else []
-    courses = [("rehearsed", found.transitions), *([("happened", real)] if real else [])]
-    title = f"AutoNPO rehearsed on {record.source.resolve().name}"
-    plot_autonpo(found.readings, courses, path, title=title)
-    return Notice(message=f"the picture is in {path}")
+        return Notice(message=f"no plot: {path.parent} is not writable (choose a file with --figure FILE)")
+    recorded = read_transitions(record.run) if record.run else []
+    bands = [("simulated", result.transitions), *([("recorded", recorded)] if recorded else [])]
+    title = f"AutoNPO simulated on {record.source.resolve().name}"
+    plot_autonpo(result.readings, bands, path, title=title)
+    return Notice(message=f"plot saved to {path}")
 
 
-def summarize_dry_run(record: RecordedRun, found: DryRun) -> Iterator[Notice]:
-    """How often it would have fired and where, and for a run the commands that do the same by hand."""
-    fired = [move.step for move in found.transitions if move.event == "trigger"]
-    capped = [move.step for move in found.transitions if move.event == "capped"]
-    within = f"in {len(found.readings)} recorded steps"
-    if fired:
-        times = "once" if len(fired) == 1 else f"{len(fired)} times"
-        yield Notice(message=f"it would have fired {times} {within}: at {_listed(fired)}")
+def summarize_dry_run(record: RecordedRun, result: DryRun) -> Iterator[Notice]:
+    """Where it would have triggered, and for a run the commands that do the same by hand."""
+    triggers = [transition.step for transition in result.transitions if transition.event == "trigger"]
+    limited = [transition.step for transition in result.transitions if transition.event == "limit_reached"]
+    within = f"in {len(result.readings)} recorded steps"
+    if triggers:
+        times = "once" if len(triggers) == 1 else f"{len(triggers)} times"
+        yield Notice(message=f"AutoNPO would have triggered {times} {within}: at {_join_steps(triggers)}")
     else:
-        every = [reason for _, reason in found.reasons]
-        common = max(sorted(set(every)), key=every.count)
-        yield Notice(message=f"it would never have fired {within}, most of them: {common}")
-    if capped:
-        cap = f"autonpo.max_interventions = {record.recipe.autonpo.max_interventions}"
-        yield Notice(message=f"{cap} would have kept it from firing again from step {capped[0]} on")
-    for step in fired:
+        reasons = [reason for _, reason in result.reasons]
+        common = max(sorted(set(reasons)), key=reasons.count)
+        yield Notice(message=f"AutoNPO would never have triggered {within}; most frequent reason: {common}")
+    if limited:
+        limit = f"autonpo.max_interventions={record.recipe.autonpo.max_interventions}"
+        yield Notice(message=f"{limit} would have prevented further triggers from step {limited[0]} on")
+    for step in triggers:
         yield from suggest_commands(record, step)
 
 
-def _listed(steps: Sequence[int]) -> str:
+def _join_steps(steps: Sequence[int]) -> str:
     return " and ".join(filter(None, (", ".join(map(str, steps[:-1])), str(steps[-1]))))
 
 
 def suggest_commands(record: RecordedRun, step: int) -> Iterator[Notice]:
-    """From the plateau's start, W before the trigger, guided from autonpo.replay.suggested_steps later, if both "
-    "exist."""
+    """Replay from the plateau's start (W before the trigger), guided from autonpo.replay.suggested_steps later.
+
+    Nothing if one of the two checkpoints does not exist.
+    """
     if record.run is None:
         return
     saved = [checkpoint.step for checkpoint in list_ancestry_checkpoints(record.run, record.branch)]
@@ -267,19 +272,19 @@ def suggest_commands(record: RecordedRun, step: int) -> Iterator[Notice]:
     root = quote_path(record.source)
     branch = "" if record.branch == find_newest_branch(record.run) else f" --branch {record.branch}"
     name = f"{record.branch}-{at}-by-{guide}"
-    ask = f"npo sample-guide {root} --at {at} --guide {guide}{branch}"
+    sample = f"npo sample-guide {root} --at {at} --source {guide} --name {name}{branch}"
     replay = f"npo resume {root} --at {at} --guide {name}"
-    yield Notice(message=f"by hand, for step {step}: {ask} && {replay}")
+    yield Notice(message=f"by hand, for step {step}: {sample} && {replay}")
 
 
-# What really happened
+# What happened
 
 
 def report_history(root: Path, *, branch: str | None) -> Iterator[Transition | RunCosts]:
-    """Every move of the run, and all that it cost seen from one branch."""
+    """Every transition of the run, and its costs as seen from one branch."""
     run = open_run(root)
-    moves = read_transitions(run)
-    if not moves:
-        raise NpoError(f"AutoNPO never watched {root}", f"npo resume {quote_path(root)} --autonpo")
-    yield from moves
+    transitions = read_transitions(run)
+    if not transitions:
+        raise NpoError(f"{root} was never trained with AutoNPO", f"npo resume {quote_path(root)} --autonpo")
+    yield from transitions
     yield compute_run_costs(run, branch or find_newest_branch(run))

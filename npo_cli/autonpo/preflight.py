@@ -1,31 +1,26 @@
-"""Settings under which AutoNPO could never step in, or never get anywhere: refused before training starts.
-
-A recipe's settings as the knobs of the trigger and of the controller: the same on line and in a rehearsal.
-"""
+"""Checks of the settings before training starts: AutoNPO must be able to trigger, roll back and make progress."""
 
 from typing import Any
 
-from npo_cli.autonpo.controller import ControllerKnobs
 from npo_cli.autonpo.rollback_choice import BIDIRECTIONAL_KINDS
-from npo_cli.autonpo.trigger import TriggerKnobs
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 
 
-def usable_deltas(recipe: Recipe) -> tuple[int, ...]:
+def usable_distances(recipe: Recipe) -> tuple[int, ...]:
     """Rollback distances that end at a checkpoint: multiples of train.save_every."""
-    return tuple(delta for delta in recipe.autonpo.rollback.distances if delta % recipe.train.save_every == 0)
+    return tuple(distance for distance in recipe.autonpo.rollback.distances if distance % recipe.train.save_every == 0)
 
 
 def max_failed_prompts(recipe: Recipe, *, num_prompts: int) -> int:
-    """Most distinct prompts that a replay of the largest usable distance can visit."""
-    farthest = min(usable_deltas(recipe)[-1], recipe.train.num_steps)
-    return min(recipe.autonpo.pool.max_size, num_prompts, farthest * recipe.train.prompts_per_step)
+    """Maximum number of distinct prompts that a replay of the largest usable distance visits."""
+    longest = min(usable_distances(recipe)[-1], recipe.train.num_steps)
+    return min(recipe.autonpo.pool.max_size, num_prompts, longest * recipe.train.prompts_per_step)
 
 
 def validate_autonpo_settings(recipe: Recipe, num_prompts: int) -> None:
-    """The key that is wrong, and what would be right."""
-    validate_deltas(recipe)
+    """Refuse settings that could never work, naming the key and a value that would."""
+    validate_distances(recipe)
     validate_trigger(recipe)
     validate_pool_and_probe(recipe)
     validate_cooldown(recipe)
@@ -39,28 +34,27 @@ def validate_autonpo_settings(recipe: Recipe, num_prompts: int) -> None:
             raise NpoError(
                 f"{key} is {wanted}, but at most {most} prompts can have failed within the largest distance "
                 f"(autonpo.pool.max_size {recipe.autonpo.pool.max_size}, {num_prompts} training prompts, "
-                f"{recipe.train.prompts_per_step} a step)",
+                f"{recipe.train.prompts_per_step} per step)",
                 f"{key}={most} or less",
             )
 
 
-def validate_deltas(recipe: Recipe) -> None:
-    """A rollback needs a full state at its distance, and steps to go back over."""
-    auto, train, usable = recipe.autonpo, recipe.train, usable_deltas(recipe)
+def validate_distances(recipe: Recipe) -> None:
+    """A rollback needs a full checkpoint at its distance, and enough steps before it."""
+    auto, train, usable = recipe.autonpo, recipe.train, usable_distances(recipe)
     if not usable:
         raise NpoError(
             f"none of autonpo.rollback.distances ({', '.join(map(str, auto.rollback.distances))}) is a multiple of "
-            "train.save_every "
-            f"({train.save_every}): no checkpoint to go back to",
+            f"train.save_every ({train.save_every}): there is no checkpoint to roll back to",
             f"autonpo.rollback.distances=[{train.save_every},{2 * train.save_every}], or a smaller train.save_every",
         )
-    # The newest state is the guide's own; the one to go back to comes on top.
+    # The newest checkpoint is the guide itself; the rollback target comes in addition.
     needed = usable[-1] // train.save_every + 1
     if train.keep_full_checkpoints is not None and train.keep_full_checkpoints < needed:
         raise NpoError(
             f"train.keep_full_checkpoints is {train.keep_full_checkpoints}: a rollback by {usable[-1]} steps "
             "(autonpo.rollback.distances) needs "
-            f"{needed} full states {train.save_every} steps apart, the newest one counted",
+            f"{needed} full checkpoints {train.save_every} steps apart, including the newest",
             f"train.keep_full_checkpoints={needed}, or smaller autonpo.rollback.distances",
         )
     if usable[0] >= train.num_steps:
@@ -72,7 +66,7 @@ def validate_deltas(recipe: Recipe) -> None:
 
 
 def validate_trigger(recipe: Recipe) -> None:
-    """Warm-up, window and patience must leave a step at which a warning could come."""
+    """Warm-up, window and patience must leave a step at which a warning can occur."""
     auto, num_steps = recipe.autonpo, recipe.train.num_steps
     if auto.max_interventions == 0:
         return
@@ -90,128 +84,99 @@ def validate_trigger(recipe: Recipe) -> None:
             else auto.trigger.patience
         )
         raise NpoError(
-            f"{key} is {parts[key]}: the first warning could come at step {first} (the larger of "
-            "autonpo.trigger.warmup_steps "
-            f"{auto.trigger.warmup_steps} and autonpo.trigger.window {auto.trigger.window}, and then "
-            f"autonpo.trigger.patience {auto.trigger.patience}), "
+            f"{key} is {parts[key]}: the earliest warning is at step {first} (the larger of "
+            f"autonpo.trigger.warmup_steps {auto.trigger.warmup_steps} and autonpo.trigger.window {auto.trigger.window}, "
+            f"plus autonpo.trigger.patience {auto.trigger.patience}), "
             f"and the run has only {num_steps} steps (train.num_steps)",
             f"{key}={max(1, num_steps - rest)} or less",
         )
 
 
 def validate_pool_and_probe(recipe: Recipe) -> None:
-    """Guides that would never be let in, a probe that nothing can pass, a V that one side cannot tell."""
+    """Guides must be injectable, a probe must be passable, and V must be computable from the chosen samples."""
     autonpo, inject = recipe.autonpo, recipe.guide.inject
     if autonpo.pool.max_accuracy > inject.max_accuracy:
         raise NpoError(
             f"autonpo.pool.max_accuracy is {autonpo.pool.max_accuracy:g}, above guide.inject.max_accuracy "
             f"{inject.max_accuracy:g}: "
-            "a guide made for such a prompt would never be let in",
+            "a guide for such a prompt would never be injected",
             f"autonpo.pool.max_accuracy={inject.max_accuracy:g} or less",
         )
     if autonpo.probe.min_quality >= 1:
         raise NpoError(
-            "autonpo.probe.min_quality is 1: no lower bound of a pass rate reaches that",
+            "autonpo.probe.min_quality is 1: the lower bound of a pass rate never reaches 1",
             "autonpo.probe.min_quality=0.1",
         )
     if autonpo.rollback.data == "onward":
         raise NpoError(
-            "autonpo.rollback.data is onward: AutoNPO's guides answer the prompts that it goes back over, "
-            "and such a replay never meets them",
+            "autonpo.rollback.data is onward: AutoNPO's guides are for the prompts of the replayed segment, "
+            "and such a replay does not visit them",
             "autonpo.rollback.data=same",
         )
     if autonpo.probe.variance_samples == "learner" and recipe.scoring.variance not in BIDIRECTIONAL_KINDS:
         raise NpoError(
             f"autonpo.probe.variance_samples is learner, but scoring.variance={recipe.scoring.variance} can only be "
-            "told from the "
-            "guide's samples",
+            "estimated from the guide's samples",
             f"scoring.variance={BIDIRECTIONAL_KINDS[-1]}, or autonpo.probe.variance_samples=guide",
         )
 
 
 def validate_cooldown(recipe: Recipe) -> None:
-    """Without a cap, a rest shorter than a replay lets the run go over the same steps for ever."""
-    auto, farthest = recipe.autonpo, usable_deltas(recipe)[-1]
-    if auto.max_interventions == -1 and auto.trigger.cooldown_steps < farthest:
+    """Without a limit, a cooldown shorter than a replay would let the run repeat the same steps for ever."""
+    auto, longest = recipe.autonpo, usable_distances(recipe)[-1]
+    if auto.max_interventions == -1 and auto.trigger.cooldown_steps < longest:
         raise NpoError(
             f"autonpo.trigger.cooldown_steps is {auto.trigger.cooldown_steps}, shorter than the longest replay "
-            f"({farthest}, autonpo.rollback.distances), and "
-            "autonpo.max_interventions sets no limit: the run could go over the same steps for ever",
-            f"autonpo.trigger.cooldown_steps={farthest}, or a limit such as autonpo.max_interventions=3",
+            f"({longest}, autonpo.rollback.distances), and "
+            "autonpo.max_interventions sets no limit: the run could repeat the same steps for ever",
+            f"autonpo.trigger.cooldown_steps={longest}, or a limit such as autonpo.max_interventions=3",
         )
 
 
 def validate_early(recipe: Recipe) -> None:
-    """A scout needs a checkpoint at its end, and at the end of the replay where the two are compared."""
+    """The scout needs a checkpoint at its end, and at the end of the replay if the two are compared."""
     early, train = recipe.autonpo.early, recipe.train
     if not early.enabled:
         return
     if early.scout_steps >= train.num_steps:
         raise NpoError(
             f"autonpo.early.scout_steps is {early.scout_steps}, and the run has only {train.num_steps} steps "
-            "(train.num_steps): the bootstrap would never come",
+            "(train.num_steps): the bootstrap would never happen",
             f"autonpo.early.scout_steps={(train.num_steps - 1) // train.save_every * train.save_every} or less",
         )
     if early.replay_steps > early.scout_steps:
         raise NpoError(
-            f"autonpo.early.replay_steps is {early.replay_steps}, longer than the scout that answers it "
+            f"autonpo.early.replay_steps is {early.replay_steps}, longer than the scout that makes its guides "
             f"(autonpo.early.scout_steps {early.scout_steps})",
             f"autonpo.early.replay_steps={early.scout_steps} or less",
         )
     if early.scout_steps % train.save_every:
         raise NpoError(
-            f"autonpo.early.scout_steps is {early.scout_steps}, no multiple of train.save_every ({train.save_every}): "
+            f"autonpo.early.scout_steps is {early.scout_steps}, not a multiple of train.save_every ({train.save_every}): "
             "the scout's last step has no checkpoint",
             f"autonpo.early.scout_steps={train.save_every}",
         )
     if recipe.autonpo.replay.acceptance_test and early.replay_steps % train.save_every:
         raise NpoError(
-            f"autonpo.early.replay_steps is {early.replay_steps}, no multiple of train.save_every "
-            f"({train.save_every}): "
-            "the scout has no checkpoint that the replay could be compared with (autonpo.replay.acceptance_test)",
+            f"autonpo.early.replay_steps is {early.replay_steps}, not a multiple of train.save_every "
+            f"({train.save_every}): the scout has no checkpoint to compare the replay with (autonpo.replay.acceptance_test)",
             f"autonpo.early.replay_steps={early.scout_steps}",
         )
-    judged = recipe.autonpo.replay.acceptance_test
-    if judged and early.replay_steps < early.scout_steps and train.keep_weights_only is not None:
+    tested = recipe.autonpo.replay.acceptance_test
+    if tested and early.replay_steps < early.scout_steps and train.keep_weights_only is not None:
         raise NpoError(
             f"autonpo.early.replay_steps is {early.replay_steps} and autonpo.early.scout_steps {early.scout_steps}: "
-            "autonpo.replay.acceptance_test needs the "
-            "scout as it was in between, which train.keep_weights_only may have deleted by then",
+            "autonpo.replay.acceptance_test needs the scout's checkpoint at the end of the replay, which "
+            "train.keep_weights_only may have deleted by then",
             f"autonpo.early.replay_steps={early.scout_steps}",
         )
 
 
 DECIDING_SECTIONS = ("autonpo", "scoring", "guide", "extrapolation")
-"""Settings that decide what AutoNPO does."""
+"""Sections that determine what AutoNPO does."""
 
 
 def dump_autonpo_settings(recipe: Recipe) -> dict[str, Any]:
-    """The sections that decide, as plain data."""
+    """The sections that determine what AutoNPO does, as plain data."""
     plain = recipe.model_dump(mode="json")
     return {name: plain[name] for name in DECIDING_SECTIONS}
-
-
-def trigger_knobs(recipe: Recipe) -> TriggerKnobs:
-    """The auto settings that decide what counts as stagnation."""
-    auto = recipe.autonpo
-    return TriggerKnobs(
-        ema=auto.trigger.ema_decay,
-        window=auto.trigger.window,
-        c_r=auto.trigger.max_reward_gain_se,
-        d_H=auto.trigger.min_entropy_drop,
-        c_H=auto.trigger.min_entropy_drop_se,
-    )
-
-
-def controller_knobs(recipe: Recipe) -> ControllerKnobs:
-    """The settings that decide when the controller moves."""
-    return ControllerKnobs(
-        patience=recipe.autonpo.trigger.patience,
-        warmup=recipe.autonpo.trigger.warmup_steps,
-        cooldown=recipe.autonpo.trigger.cooldown_steps,
-        max_interventions=recipe.autonpo.max_interventions,
-        early=recipe.autonpo.early.enabled,
-        early_scout=recipe.autonpo.early.scout_steps,
-        accept_test=recipe.autonpo.replay.acceptance_test,
-        push_steps=recipe.autonpo.extrapolate,
-    )

@@ -1,14 +1,14 @@
-"""PROBE: the present policy answers again what it failed on the way; Q, V and S of every rollback distance.
+"""PROBE: sample failed prompts again from the current policy, and estimate Q, V and S of every rollback distance.
 
-Answers are written chunk by chunk, so a killed probe goes on where it stopped. Nothing here is random but the
-sampling, whose seeds are those of (run seed, branch, step, prompt, slot).
+Rollouts are written chunk by chunk, so a killed probe continues where it stopped. Only the sampling is random, with
+seeds from (run seed, branch, step, prompt, slot).
 """
 
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from npo_cli.autonpo.preflight import usable_deltas
+from npo_cli.autonpo.preflight import usable_distances
 from npo_cli.autonpo.rollback_choice import DriftSamples, choose_rollback
 from npo_cli.guides.source import compute_logprobs
 from npo_cli.policy.optimizer import read_trainer_state
@@ -24,7 +24,7 @@ from npo_cli.storage.costs import append_cost
 from npo_cli.storage.lineage import find_owning_branch
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import TRAINING_STATE_FOLDER
-from npo_cli.types.autonpo import FailedPrompt, ProbeResult
+from npo_cli.types.autonpo import ProbeResult
 from npo_cli.types.rollouts import Group, Progress, Prompt
 
 CHUNK_PROMPTS = 32
@@ -32,75 +32,74 @@ CHUNK_PROMPTS = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """One confirmation under way."""
+    """One probe."""
 
     session: Session
     branch: str
     checkpoint: Checkpoint
-    """The policy that is asked, and would be the guide."""
-    folder: ProbeStore
-    mistakes: tuple[FailedPrompt, ...]
+    """The current policy, which would be the guide."""
+    store: ProbeStore
     strata: tuple[Stratum, ...]
     seed: int
 
 
-def start_probe(session: Session, branch: str, present: Checkpoint) -> Probe:
-    """The mistakes saved with the policy's own checkpoint, by age."""
+def start_probe(session: Session, branch: str, current: Checkpoint) -> Probe:
+    """The probe of this checkpoint, with the failed prompts saved in it, by age."""
     recipe = session.recipe
     settings = {
-        "prompts": recipe.autonpo.probe.num_prompts,
-        "k": recipe.autonpo.probe.samples_per_prompt,
-        "tau": recipe.autonpo.pool.max_accuracy,
-        "deltas": list(usable_deltas(recipe)),
+        "num_prompts": recipe.autonpo.probe.num_prompts,
+        "samples_per_prompt": recipe.autonpo.probe.samples_per_prompt,
+        "max_accuracy": recipe.autonpo.pool.max_accuracy,
+        "distances": list(usable_distances(recipe)),
         "temperature": recipe.guide.cache.temperature or recipe.sampling.temperature,
         "max_new_tokens": recipe.sampling.max_new_tokens,
     }
-    mistakes = read_trainer_state(present.path / TRAINING_STATE_FOLDER).failed_prompts
     return Probe(
         session=session,
         branch=branch,
-        checkpoint=present,
-        folder=open_probe(session.run, branch, present.step, settings=settings),
-        mistakes=mistakes,
+        checkpoint=current,
+        store=open_probe(session.run, branch, current.step, settings=settings),
         strata=stratify_failed_prompts(
-            mistakes, step=present.step, distances=usable_deltas(recipe), tau=recipe.autonpo.pool.max_accuracy
+            read_trainer_state(current.path / TRAINING_STATE_FOLDER).failed_prompts,
+            step=current.step,
+            distances=usable_distances(recipe),
+            max_accuracy=recipe.autonpo.pool.max_accuracy,
         ),
-        seed=derive_seed(recipe.train.seed, "probe", branch, present.step),
+        seed=derive_seed(recipe.train.seed, "probe", branch, current.step),
     )
 
 
 def run_probe(probe: Probe) -> Generator[Progress, None, ProbeResult]:
-    """Ask, look at every stored distance from both sides, decide."""
+    """Sample, estimate the drift of every stored checkpoint in both directions, choose a distance."""
     session, recipe = probe.session, probe.session.recipe
     count = recipe.autonpo.probe.num_prompts
     load_checkpoint(session.policy, probe.checkpoint)
     groups = yield from sample_probe_groups(
         probe, allocate_probe_prompts(probe.strata, num_prompts=count, seed=probe.seed)
     )
-    # How far each checkpoint of the past is from the policy that answered.
-    hindsights = yield from score_past_checkpoints(probe, groups)
+    drift_samples = yield from score_past_checkpoints(probe, groups)
     return choose_rollback(
         probe.strata,
         count_passes(groups),
-        hindsights,
+        drift_samples,
         formula=SignalFormula(settings=recipe.scoring, group_size=recipe.train.group_size),
         settings=recipe.autonpo,
         seed=derive_seed(probe.seed, "bootstrap"),
-        num_tokens=count_probe_tokens(probe.folder),
+        num_tokens=count_probe_tokens(probe.store),
     )
 
 
 def sample_probe_groups(probe: Probe, chosen: Sequence[Sequence[str]]) -> Generator[Progress, None, list[Group]]:
-    """Answers to the prompts of all strata; a chunk on record is read back."""
-    session, recipe, journal = probe.session, probe.session.recipe, probe.folder.rollouts
+    """Rollouts for the chosen prompts of all strata; a recorded chunk is read back."""
+    session, recipe, log = probe.session, probe.session.recipe, probe.store.rollouts
     prompts = [session.task.prompt(prompt_id) for stratum in chosen for prompt_id in stratum]
     groups: list[Group] = []
-    for place, start in enumerate(range(0, len(prompts), CHUNK_PROMPTS)):
-        yield Progress(description="ask again what failed", done=start, total=len(prompts))
-        known = journal.read_step(place)
-        if known is None:
+    for chunk, start in enumerate(range(0, len(prompts), CHUNK_PROMPTS)):
+        yield Progress(description="probe failed prompts", done=start, total=len(prompts))
+        sampled = log.read_step(chunk)
+        if sampled is None:
             began = time.perf_counter()
-            known = sample_groups(
+            sampled = sample_groups(
                 session,
                 prompts[start : start + CHUNK_PROMPTS],
                 seed_label=("probe", probe.branch, probe.checkpoint.step),
@@ -108,21 +107,21 @@ def sample_probe_groups(probe: Probe, chosen: Sequence[Sequence[str]]) -> Genera
                 sampler_step=probe.checkpoint.step,
                 temperature=recipe.guide.cache.temperature,
             )
-            charge_probe(probe, piece=str(place), tokens=count_generated_tokens(known), began=began)
-            journal.write_step(place, known)
-        groups += known
-    yield Progress(description="ask again what failed", done=len(prompts), total=len(prompts))
+            charge_probe(probe, piece=str(chunk), tokens=count_generated_tokens(sampled), began=began)
+            log.write_step(chunk, sampled)
+        groups += sampled
+    yield Progress(description="probe failed prompts", done=len(prompts), total=len(prompts))
     return groups
 
 
 def charge_probe(probe: Probe, *, piece: str, tokens: int, began: float) -> None:
-    """Charge what was done since `began` to the policy that is probed."""
+    """Charge the work since `began` to the probed policy."""
     append_cost(
         probe.session.run,
         "probe",
         branch=probe.branch,
         step=probe.checkpoint.step,
-        artifact=probe.folder.folder,
+        artifact=probe.store.folder,
         piece=piece,
         tokens=tokens,
         seconds=time.perf_counter() - began,
@@ -130,7 +129,7 @@ def charge_probe(probe: Probe, *, piece: str, tokens: int, began: float) -> None
 
 
 def count_passes(groups: Sequence[Group]) -> list[PromptPassCount]:
-    """How the samples of each prompt came out."""
+    """Correct samples of each prompt."""
     return [
         PromptPassCount(
             prompt_id=group.prompt.prompt_id,
@@ -142,36 +141,37 @@ def count_passes(groups: Sequence[Group]) -> list[PromptPassCount]:
 
 
 def score_past_checkpoints(probe: Probe, groups: Sequence[Group]) -> Generator[Progress, None, list[DriftSamples]]:
-    """The two views of every distance that has a full state; the present policy's weights are at hand."""
-    session, heat = probe.session, probe.session.recipe.guide.cache.temperature
+    """Importance ratios in both directions for every usable distance; the current policy's weights are loaded."""
+    session, temperature = probe.session, probe.session.recipe.guide.cache.temperature
     pairs = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     began = time.perf_counter()
-    logps = compute_logprobs(session, pairs, temperature=heat)
+    logps = compute_logprobs(session, pairs, temperature=temperature)
     step = probe.checkpoint.step
     samples = [
         (prompt, CandidateSample.from_rollout(step, rollout, each))
         for (prompt, rollout), each in zip(pairs, logps, strict=True)
     ]
-    places = find_rollback_candidates(probe)
-    backward = {place.step: score_recorded_rollouts(probe, place.step) for place in places}
-    hindsights = []
-    for done, place in enumerate(places):
-        yield Progress(description="look back", done=done, total=len(places), note=f"step {place.step}")
-        load_checkpoint(session.policy, place)
-        inside = find_failed_prompt_ids(probe, step - place.step)
-        seen = [pair for pair in samples if pair[0].prompt_id in inside]
-        forward = compute_learner_ratios(session, seen, cap=session.recipe.scoring.weight_cap)
-        hindsights.append(DriftSamples(distance=step - place.step, forward=forward, backward=backward[place.step]))
-    yield Progress(description="look back", done=len(places), total=len(places))
+    past = find_rollback_candidates(probe)
+    backward = {checkpoint.step: score_recorded_rollouts(probe, checkpoint.step) for checkpoint in past}
+    drift_samples = []
+    for done, checkpoint in enumerate(past):
+        yield Progress(description="score past checkpoints", done=done, total=len(past), note=f"step {checkpoint.step}")
+        load_checkpoint(session.policy, checkpoint)
+        distance = step - checkpoint.step
+        failed = find_failed_prompt_ids(probe, distance)
+        inside = [pair for pair in samples if pair[0].prompt_id in failed]
+        forward = compute_learner_ratios(session, inside, cap=session.recipe.scoring.weight_cap)
+        drift_samples.append(DriftSamples(distance=distance, forward=forward, backward=backward[checkpoint.step]))
+    yield Progress(description="score past checkpoints", done=len(past), total=len(past))
     charge_probe(probe, piece="logprobs", tokens=0, began=began)
-    return hindsights[::-1]
+    return drift_samples[::-1]
 
 
 def find_rollback_candidates(probe: Probe) -> list[Checkpoint]:
-    """Full states at the usable distances, on the line of descent, oldest first."""
-    steps = {probe.checkpoint.step - delta for delta in usable_deltas(probe.session.recipe)}
-    line = list_ancestry_checkpoints(probe.session.run, probe.branch)
-    return [found for found in line if found.step in steps and found.tier == "full"]
+    """Full checkpoints at the usable distances in the branch's ancestry, oldest first."""
+    steps = {probe.checkpoint.step - distance for distance in usable_distances(probe.session.recipe)}
+    checkpoints = list_ancestry_checkpoints(probe.session.run, probe.branch)
+    return [checkpoint for checkpoint in checkpoints if checkpoint.step in steps and checkpoint.tier == "full"]
 
 
 def find_failed_prompt_ids(probe: Probe, distance: int) -> frozenset[str]:
@@ -182,9 +182,9 @@ def find_failed_prompt_ids(probe: Probe, distance: int) -> frozenset[str]:
 
 
 def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
-    """What the policy of `step` itself had answered to prompts of the pool, seen by the present one (section 10.7).
+    """The recorded rollouts of the policy of `step` for failed prompts, scored by the current policy (section 10.7).
 
-    Its rollouts are those of the next training step, on whichever branch the line of descent made it.
+    They are the rollouts of the next training step, on whichever branch of the ancestry executed it.
     """
     session = probe.session
     owner = find_owning_branch(session.run, probe.branch, step + 1)

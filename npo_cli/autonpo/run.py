@@ -1,29 +1,72 @@
-"""`npo resume RUN --autonpo` and `npo train RECIPE --autonpo`: a run that decides by itself when to roll back.
+"""`npo train RECIPE --autonpo` and `npo resume RUN --autonpo`: training that decides by itself when to roll back.
 
-What is already on record is looked back over as if AutoNPO had watched from the start, so training first and resuming
-with it afterwards leads to the same weights as training with it, as long as the checkpoints it needs are still there.
+The driver asks the controller for the phase, performs it, and applies the event that results. Everything an event
+rests on is on disk before the event is applied (metrics, probe rollouts, a complete guide cache, a branch), so a
+killed driver starts again from the newest transition and comes to the same decisions. Recorded steps, whether of this
+driver or of plain training, are read, not executed again: training first and resuming with AutoNPO later gives the same
+weights as training with it, as long as the checkpoints it needs are still there.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from npo_cli.autonpo.driver import TRAINING_PHASES, AutoNPODriver, DriverRecord
-from npo_cli.autonpo.preflight import dump_autonpo_settings, usable_deltas, validate_autonpo_settings
+from npo_cli.autonpo.actions import (
+    perform_acceptance_test,
+    perform_guide_build,
+    perform_probe,
+    perform_rollback,
+)
+from npo_cli.autonpo.controller import TRAINING_PHASES, ControllerEvent, StepObserved, advance
+from npo_cli.autonpo.preflight import dump_autonpo_settings, usable_distances, validate_autonpo_settings
+from npo_cli.autonpo.trigger import Trigger, TriggerInput, is_finite
 from npo_cli.config.recipe import Recipe
-from npo_cli.errors import NpoError, quote_path
-from npo_cli.session.session import Session, open_session
+from npo_cli.errors import NpoError, StoppedEarly, quote_path
+from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.report.tables_autonpo import describe_transition
+from npo_cli.session.session import Session, load_checkpoint, open_session
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.autonpo_log import append_transitions, read_transitions
-from npo_cli.storage.checkpoints import find_resume_checkpoint, list_ancestry_checkpoints
+from npo_cli.storage.checkpoints import Checkpoint, find_resume_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import find_first_segment, find_newest_branch
+from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch
 from npo_cli.storage.lock import lock_run
-from npo_cli.training.resume import ResumePoint, find_resume_point, fork, record_start
-from npo_cli.training.train import MAIN, create_session, describe_batch_sizes, engine_warnings, startup_warnings
+from npo_cli.storage.metrics import append_event, read_metrics
+from npo_cli.training.loop import grpo_steps
+from npo_cli.training.resume import (
+    ResumePoint,
+    find_resume_point,
+    fork,
+    load_active_guide,
+    load_first_state,
+    record_start,
+)
+from npo_cli.training.train import (
+    MAIN,
+    create_session,
+    describe_batch_sizes,
+    engine_warnings,
+    open_trainer,
+    startup_warnings,
+)
 from npo_cli.types.autonpo import AutoNPOState, Transition
-from npo_cli.types.rollouts import Notice, StepReport
+from npo_cli.types.rollouts import EvalReport, Notice, Progress, StepReport
+
+ACTIONS = {
+    "PROBE": perform_probe,
+    "GUIDE_GEN": perform_guide_build,
+    "ROLLBACK": perform_rollback,
+    "ACCEPTANCE_TEST": perform_acceptance_test,
+}
+"""What the driver does in each phase that executes no training steps."""
+
+DriverRecord = Transition | Notice | Progress | StepReport | EvalReport
+
+
+# Entry points
 
 
 def resume_autonpo(
@@ -34,7 +77,7 @@ def resume_autonpo(
     source_branch: str | None,
     new_branch: str | None,
 ) -> Iterator[DriverRecord]:
-    """Watch a run from its newest transition on, from its first step, or from `at` as a new branch."""
+    """Continue a run under AutoNPO from its newest transition, from its first step, or from `at` on a new branch."""
     run = open_run(root)
     with lock_run(run), stop_between_steps() as stop:
         start, state = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
@@ -44,20 +87,20 @@ def resume_autonpo(
             record_start(run, start, overrides)
             yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=num_prompts))
             yield from engine_warnings(session)
-            yield from run_autonpo(session, state, stop=stop, replays_log=not start.is_new)
+            yield from run_autonpo(session, state, stop=stop, reads_log=not start.is_new)
 
 
 def train_autonpo(root: Path, recipe: Recipe) -> Iterator[DriverRecord]:
-    """A new run under AutoNPO; settings that could never work are refused before anything is made."""
+    """A new run under AutoNPO; settings that could never work are refused before anything is written."""
     with create_session(root, recipe, check=validate_autonpo_settings) as (session, stop):
         yield from startup_warnings(session)
-        yield from run_autonpo(session, AutoNPOState(branch=MAIN, step=0), stop=stop, replays_log=False)
+        yield from run_autonpo(session, AutoNPOState(branch=MAIN, step=0), stop=stop, reads_log=False)
 
 
 def find_start(
     run: RunDir, *, overrides: Sequence[str], at: int | None, source_branch: str | None, new_branch: str | None
 ) -> tuple[ResumePoint, AutoNPOState]:
-    """The branch to watch, and the state to go on from."""
+    """The branch to continue, and the controller's state there."""
     if at is not None:
         start = fork(run, source_branch, at, overrides=overrides, guide=None, new_branch=new_branch, steps=None)
         return start, AutoNPOState(branch=start.branch, step=at)
@@ -81,46 +124,214 @@ def find_start(
     return start, AutoNPOState(branch=branch, step=find_first_segment(run, branch).fork_step)
 
 
-def run_autonpo(session: Session, state: AutoNPOState, *, stop: StopFlag, replays_log: bool) -> Iterator[DriverRecord]:
-    """Write down that AutoNPO begins, or with which settings it goes on; drive; account for everything."""
-    left_out = sorted(set(session.recipe.autonpo.rollback.distances) - set(usable_deltas(session.recipe)))
-    if left_out:
-        distances = ", ".join(map(str, left_out))
+def run_autonpo(session: Session, state: AutoNPOState, *, stop: StopFlag, reads_log: bool) -> Iterator[DriverRecord]:
+    """Log the settings, drive the run to its end, and sum up what everything cost."""
+    unused = sorted(set(session.recipe.autonpo.rollback.distances) - set(usable_distances(session.recipe)))
+    if unused:
+        distances = ", ".join(map(str, unused))
         yield Notice(
-            message=f"autonpo.rollback.distances {distances}: no multiples of train.save_every, so never chosen"
+            message=f"autonpo.rollback.distances {distances}: not multiples of train.save_every, so never selected"
         )
     state = yield from log_settings(session, state)
-    if replays_log and list_ancestry_checkpoints(session.run, state.branch):
+    if reads_log and list_ancestry_checkpoints(session.run, state.branch):
         newest = find_resume_checkpoint(session.run, state.branch).step
         if newest > state.step and state.phase in TRAINING_PHASES:
-            yield Notice(
-                message=f"looking back over steps {state.step + 1}-{newest} of {state.branch}, already on record"
-            )
-    pilot = AutoNPODriver(session, state, stop=stop)
-    yield from (Notice(message=lack, level="warning") for lack in pilot.missing_inputs())
-    idle = True
-    for record in pilot.run_loop():
-        idle = idle and not isinstance(record, StepReport)
+            yield Notice(message=f"reading the recorded steps {state.step + 1}-{newest} of {state.branch}")
+    driver = AutoNPODriver(session, state, stop=stop)
+    yield from (Notice(message=warning, level="warning") for warning in driver.missing_inputs())
+    has_trained = False
+    for record in driver.run_loop():
+        has_trained = has_trained or isinstance(record, StepReport)
         yield record
-    if idle:
-        yield Notice(message=f"no step was left to make: {pilot.end_reason()}")
-    yield compute_run_costs(session.run, pilot.state.branch)
+    if not has_trained:
+        yield Notice(message=f"no step was left to train: {driver.end_reason()}")
+    yield compute_run_costs(session.run, driver.state.branch)
 
 
 def log_settings(session: Session, state: AutoNPOState) -> Generator[Transition, None, AutoNPOState]:
-    """The first line of autonpo.jsonl, and one more wherever the settings change: from that step on they hold."""
+    """The first line of autonpo.jsonl, and one more whenever the settings change: they hold from that step on."""
     run, settings = session.run, dump_autonpo_settings(session.recipe)
-    starts = [move for move in read_transitions(run) if move.event == "started"]
-    same_branch = bool(starts) and read_transitions(run)[-1].state.branch == state.branch
+    recorded = read_transitions(run)
+    starts = [transition for transition in recorded if transition.event == "started"]
+    same_branch = bool(starts) and recorded[-1].state.branch == state.branch
     if same_branch and starts[-1].evidence["settings"] == settings:
         return state
     if same_branch and state.phase in ("TRAIN", "COOLDOWN") and list_ancestry_checkpoints(run, state.branch):
-        # What the old settings left unanswered is not asked again with new ones; a replay's end is no question.
+        # New settings are not applied to recorded steps; only the end of a replay is still looked for in them.
         step = max(state.step, find_resume_checkpoint(run, state.branch).step)
         state = replace(state, step=step, stagnation_streak=0, has_warned=False)
-    move = Transition(
+    started = Transition(
         step=state.step, event="started", phase_before=state.phase, state=state, evidence={"settings": settings}
     )
-    append_transitions(run, [move])
-    yield move
+    append_transitions(run, [started])
+    yield started
     return state
+
+
+# The driver
+
+
+def read_trigger_inputs(run: RunDir, branch: str, step: int) -> Iterator[TriggerInput]:
+    """Recorded reward and entropy along the branch's ancestry up to a step, oldest first."""
+    for span in ancestry(run, branch):
+        for row in read_metrics(run, span.branch):
+            if span.contains(row["step"]) and row["step"] <= step:
+                yield parse_trigger_input(row)
+
+
+def parse_trigger_input(row: Mapping[str, Any]) -> TriggerInput:
+    """Reward and entropy of a step's metrics; an absent number is missing."""
+    return TriggerInput(step=row["step"], reward=row.get("reward"), entropy=row.get("entropy"))
+
+
+class AutoNPODriver:
+    """One run under AutoNPO, from the newest transition on.
+
+    Steps are applied one record late. The loop asks `observe` after each step whether to pause, *before* it saves
+    that step's checkpoint, because a pause asks for one; but a transition must not be on disk before the checkpoint
+    that it refers to. So `observe` advances the state and puts the transitions into `unsaved`, and `save_transitions`
+    writes them when the loop yields its next record or ends: by then the checkpoint is saved. A process killed in
+    between finds the step on record after its restart and derives the same transitions from it.
+    """
+
+    def __init__(self, session: Session, state: AutoNPOState, *, stop: StopFlag) -> None:
+        self.session, self.run, self.recipe = session, session.run, session.recipe
+        self.stop = stop
+        self.state = state
+        self.trigger = self.build_trigger()
+        self.unsaved: list[Transition] = []
+
+    def build_trigger(self) -> Trigger:
+        """A trigger that has read the branch's ancestry up to the state's step."""
+        trigger = Trigger(self.recipe.autonpo.trigger)
+        for signal in read_trigger_inputs(self.run, self.state.branch, self.state.step):
+            trigger.observe(signal)
+        return trigger
+
+    def run_loop(self) -> Iterator[DriverRecord]:
+        """Train, probe, build guides, roll back and replay until the last step is done."""
+        while not self.is_finished:
+            action = ACTIONS.get(self.state.phase)
+            if action is None:
+                yield from self.train_phase()
+                continue
+            event = yield from self.run_action(action(self.session, self.state))
+            self.apply(event)
+            yield from self.save_transitions()
+            self.trigger = self.build_trigger()
+
+    def missing_inputs(self) -> list[str]:
+        """Warnings about signals that no recorded step has: without them nothing can ever trigger."""
+        recorded = list(read_trigger_inputs(self.run, self.state.branch, sys.maxsize))
+        return [
+            f"no recorded step has a finite {name}: AutoNPO cannot trigger on them"
+            for name in ("reward", "entropy")
+            if recorded and not any(is_finite(getattr(signal, name)) for signal in recorded)
+        ]
+
+    def end_reason(self) -> str:
+        """Why no step is left, and how to train more."""
+        if self.state.step >= self.recipe.train.num_steps:
+            return f"all {self.recipe.train.num_steps} steps are done (train.num_steps may be raised)"
+        return "autonpo.replay.after=stop, and the replay is done (autonpo.replay.after=continue trains on)"
+
+    @property
+    def is_finished(self) -> bool:
+        """All steps are done and no action is pending; or the replay is done and `autonpo.replay.after` is `stop`."""
+        if self.state.phase not in TRAINING_PHASES:
+            return False
+        if self.recipe.autonpo.replay.after == "stop" and self.state.phase == "COOLDOWN":
+            events = [transition.event for transition in read_transitions(self.run) if transition.event != "started"]
+            if events[-1] in ("replay_done", "replay_accepted"):
+                return True
+        return self.state.step >= self.recipe.train.num_steps
+
+    def run_action(
+        self, action: Generator[Progress, None, ControllerEvent]
+    ) -> Generator[Progress, None, ControllerEvent]:
+        """The action, stopped between two of its chunks if a signal asks for it; each chunk is on disk."""
+        while True:
+            if self.stop:
+                action.close()
+                append_event(self.run, "stopped", {"branch": self.state.branch, "step": self.state.step})
+                raise StoppedEarly(
+                    f"stopped by {self.stop.reason} in {self.state.phase}; what was sampled is saved",
+                    f"npo resume {quote_path(self.run.root)} --autonpo",
+                )
+            try:
+                progress = next(action)
+            except StopIteration as done:
+                return done.value
+            yield progress
+
+    def apply(self, event: ControllerEvent) -> None:
+        """One event to the controller; its transitions wait in `unsaved`."""
+        self.state, transitions = advance(self.state, event, self.recipe.autonpo)
+        self.unsaved += transitions
+
+    def apply_step(self, signal: TriggerInput) -> None:
+        """One step to the trigger and the controller; only a step with a checkpoint can be the guide."""
+        at_checkpoint = signal.step % self.recipe.train.save_every == 0
+        self.apply(StepObserved(reading=self.trigger.observe(signal), has_checkpoint=at_checkpoint))
+
+    def save_transitions(self) -> Iterator[DriverRecord]:
+        """Write the transitions before anything is done about them, then report them."""
+        transitions, self.unsaved = self.unsaved, []
+        append_transitions(self.run, transitions)
+        for transition in transitions:
+            yield transition
+            yield Notice(message=describe_transition(transition))
+
+    def train_phase(self) -> Iterator[DriverRecord]:
+        """Read what is recorded up to the newest full checkpoint, then train, until an action is due."""
+        branch = self.state.branch
+        newest = find_resume_checkpoint(self.run, branch) if list_ancestry_checkpoints(self.run, branch) else None
+        if newest is not None and newest.step > self.state.step:
+            yield from self.read_log(newest.step)
+            if self.state.phase not in TRAINING_PHASES or self.is_finished:
+                return
+        yield from self.train(newest)
+
+    def read_log(self, last: int) -> Iterator[DriverRecord]:
+        """Apply recorded steps of the branch, up to `last`."""
+        for signal in list(read_trigger_inputs(self.run, self.state.branch, last)):
+            if signal.step > self.state.step:
+                self.apply_step(signal)
+                yield from self.save_transitions()
+                if self.state.phase not in TRAINING_PHASES or self.is_finished:
+                    return
+        # A power loss may have taken lines; the checkpoint is there all the same.
+        self.state = replace(self.state, step=max(self.state.step, last))
+
+    def train(self, newest: Checkpoint | None) -> Iterator[DriverRecord]:
+        """Train from the newest full checkpoint until an action is due."""
+        start = find_resume_point(self.run, self.state.branch, ())
+        if find_newest_branch(self.run) != self.state.branch:
+            record_start(self.run, start, ())
+        if newest is not None:
+            load_checkpoint(self.session.policy, newest)
+        active_guide = load_active_guide(self.session, start.segment)
+        optimizer = build_optimizer(self.session.policy.model, self.recipe.train)
+        state = yield from load_first_state(self.session, optimizer, start)
+        trainer = open_trainer(self.session, optimizer, branch=self.state.branch, active_guide=active_guide)
+
+        def observe(report: StepReport) -> bool:
+            signal = parse_trigger_input({"step": report.step, **report.metrics})
+            if report.step <= self.state.step:
+                # Executed again after a kill, and applied before it; only a power loss takes its record.
+                self.trigger.observe_if_new(signal)
+                return False
+            # No decision may rest on metrics that are not on disk.
+            trainer.steps.sync()
+            self.apply_step(signal)
+            replay_done = any(transition.event == "replay_done" for transition in self.unsaved)
+            stops = replay_done and self.recipe.autonpo.replay.after == "stop"
+            return stops or self.state.phase not in TRAINING_PHASES
+
+        try:
+            for record in grpo_steps(trainer, state, self.stop, should_pause=observe):
+                yield from self.save_transitions()
+                yield record
+            yield from self.save_transitions()
+        except StoppedEarly as stopped:
+            raise StoppedEarly(stopped.message, f"npo resume {quote_path(self.run.root)} --autonpo") from stopped

@@ -1,7 +1,7 @@
-"""When to step in: reward that stands still while entropy falls, each judged by its own noise (AUTONPO.md, Trigger).
+"""When to intervene: the reward stagnates while the entropy falls, each relative to its own noise.
 
-A watch sees one step after another and says what it sees. It counts no streak and decides nothing; it forgets what
-lies more than W steps and 2 W values back, so a step costs the same late in a run as early.
+The trigger reads one step after another. It counts no streak and decides nothing. It keeps W steps and 2 W values, so
+a step costs the same late in a run as early. Formulas: `docs/explanation/autonpo.md`, Trigger.
 """
 
 import math
@@ -10,32 +10,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import mul
 
+from npo_cli.config.autonpo import TriggerSettings
 from npo_cli.types.autonpo import TriggerReading
 
 MIN_VALUES = 3
-"""A line takes two degrees of freedom; below three values nothing is left to tell noise from."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TriggerKnobs:
-    """The `autonpo.trigger` settings that decide a reading."""
-
-    ema: float
-    """Decay lam of both averages; 0 is no averaging."""
-    window: int
-    """W, in steps."""
-    c_r: float
-    d_H: float
-    c_H: float
+"""A least-squares line takes two degrees of freedom; fewer than three values leave no estimate of the noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TriggerInput:
-    """What one step recorded; None or a non-finite number is missing."""
+    """Metrics of one step; None or a non-finite number is missing."""
 
     step: int
     reward: float | None
-    """Accuracy of the policy's own rollouts."""
+    """Accuracy of the on-policy rollouts."""
     entropy: float | None
     """Mean token entropy in nats."""
 
@@ -50,9 +38,9 @@ class _Point:
 
 
 class _Average:
-    """Bias-corrected exponential average: m += (x - m)/w with w = 1 + lam + lam^2 + ..., a term a value.
+    """Bias-corrected exponential average: m += (x - m)/w with w = 1 + lam + lam^2 + ..., one term per value.
 
-    The same number as sum lam^i x_{k-i} (1 - lam)/(1 - lam^k), but exactly still where x is.
+    Equal to sum lam^i x_{k-i} (1 - lam)/(1 - lam^k), but exactly constant if x is.
     """
 
     __slots__ = ("decay", "value", "weight")
@@ -63,7 +51,7 @@ class _Average:
         self.value: float | None = None
 
     def add(self, new: float) -> float:
-        """The average with one more value in it."""
+        """Add a value; the new average."""
         self.weight = 1.0 + self.decay * self.weight
         old = 0.0 if self.value is None else self.value
         self.value = old + (new - old) / self.weight
@@ -71,14 +59,14 @@ class _Average:
 
 
 class Trigger:
-    """What the trigger remembers of one line of descent. Steps must come in order; gaps are allowed."""
+    """The trigger's memory of one branch's ancestry. Steps must come in order; gaps are allowed."""
 
-    def __init__(self, knobs: TriggerKnobs) -> None:
-        self.knobs = knobs
-        self._reward, self._entropy = _Average(knobs.ema), _Average(knobs.ema)
+    def __init__(self, settings: TriggerSettings) -> None:
+        self.settings = settings
+        self._reward, self._entropy = _Average(settings.ema_decay), _Average(settings.ema_decay)
         # From the newest record at or before t - W to the present one: at most W + 1 of them.
         self._points: deque[_Point] = deque()
-        num_values = max(2 * knobs.window, MIN_VALUES)
+        num_values = max(2 * settings.window, MIN_VALUES)
         self._steps: deque[int] = deque(maxlen=num_values)
         self._rewards: deque[float] = deque(maxlen=num_values)
         self._entropies: deque[float] = deque(maxlen=num_values)
@@ -87,11 +75,11 @@ class Trigger:
     def observe(self, signal: TriggerInput) -> TriggerReading:
         """Stagnation: m_t - m_{t-W} <= c_r SE_r; falling: h_{t-W} - h_t >= max(d_H h_{t-W}, c_H SE_h).
 
-        A record with a value missing counts as none: it moves no average. Entropy of 0 cannot fall further.
+        A record with a missing value moves no average. An entropy of 0 cannot fall further.
         """
         assert self._last_step is None or signal.step > self._last_step, "steps increase"
         self._last_step = signal.step
-        reward, entropy = _present(signal.reward), _present(signal.entropy)
+        reward, entropy = _finite_or_none(signal.reward), _finite_or_none(signal.entropy)
         if reward is None or entropy is None:
             return TriggerReading(
                 step=signal.step,
@@ -101,41 +89,42 @@ class Trigger:
                 reward_ema=self._reward.value,
                 entropy_ema=self._entropy.value,
             )
-        self._remember(signal.step, reward, entropy)
-        return self._compared(signal.step, reward, entropy)
+        self._add(signal.step, reward, entropy)
+        return self._compare(signal.step, reward, entropy)
 
     def observe_if_new(self, signal: TriggerInput) -> None:
-        """See a step again, unless it was seen already."""
+        """Observe a step unless it was observed already."""
         if self._last_step is None or signal.step > self._last_step:
             self.observe(signal)
 
-    def _remember(self, step: int, reward: float, entropy: float) -> None:
+    def _add(self, step: int, reward: float, entropy: float) -> None:
         self._steps.append(step)
         self._rewards.append(reward)
         self._entropies.append(entropy)
         self._points.append(_Point(step=step, reward=self._reward.add(reward), entropy=self._entropy.add(entropy)))
-        while len(self._points) > 1 and self._points[1].step <= step - self.knobs.window:
+        while len(self._points) > 1 and self._points[1].step <= step - self.settings.window:
             self._points.popleft()
 
-    def _compared(self, step: int, reward: float, entropy: float) -> TriggerReading:
+    def _compare(self, step: int, reward: float, entropy: float) -> TriggerReading:
         """The newest averages against those of the newest record at or before t - W."""
         then, now = self._points[0], self._points[-1]
-        seen = {"step": step, "reward": reward, "entropy": entropy}
+        values = {"step": step, "reward": reward, "entropy": entropy}
         averages = {"reward_ema": now.reward, "entropy_ema": now.entropy}
-        if then.step > step - self.knobs.window or len(self._steps) < MIN_VALUES:
-            return TriggerReading(verdict="short_history", **seen, **averages)
-        scale = error_of_difference(self.knobs.ema, len(self._points) - 1)
+        if then.step > step - self.settings.window or len(self._steps) < MIN_VALUES:
+            return TriggerReading(verdict="short_history", **values, **averages)
+        scale = error_of_difference(self.settings.ema_decay, len(self._points) - 1)
         spread_r, spread_h = residual_stds(self._steps, self._rewards, self._entropies)
         gain = now.reward - then.reward
-        margin = self.knobs.c_r * scale * spread_r
+        margin = self.settings.max_reward_gain_se * scale * spread_r
         drop = needed_drop = None
         if then.entropy > 0:
             drop = 1.0 - now.entropy / then.entropy
-            needed_drop = max(self.knobs.d_H, self.knobs.c_H * scale * spread_h / then.entropy)
+            noise = self.settings.min_entropy_drop_se * scale * spread_h / then.entropy
+            needed_drop = max(self.settings.min_entropy_drop, noise)
         falls = drop is not None and needed_drop is not None and drop >= needed_drop
         return TriggerReading(
             verdict="rising" if gain > margin else "stagnant" if falls else "entropy_level",
-            **seen,
+            **values,
             **averages,
             reward_gain=gain,
             reward_margin=margin,
@@ -150,9 +139,9 @@ def error_of_difference(decay: float, num_apart: int) -> float:
 
 
 def residual_stds(steps: Sequence[float], *columns: Sequence[float]) -> Iterator[float]:
-    """Each column's standard deviation around its least-squares line, sqrt((S_yy - S_xy^2/S_xx)/(n - 2)).
+    """Standard deviation of each column around its least-squares line, sqrt((S_yy - S_xy^2/S_xx)/(n - 2)).
 
-    Measured from the column's first value, so that a constant's is exactly 0.
+    Relative to the column's first value, so that a constant column gives exactly 0.
     """
     num, middle = len(steps), sum(steps) / len(steps)
     xs = [step - middle for step in steps]
@@ -166,9 +155,9 @@ def residual_stds(steps: Sequence[float], *columns: Sequence[float]) -> Iterator
 
 
 def is_finite(value: float | None) -> bool:
-    """Whether there is a number."""
+    """Whether the value is present and finite."""
     return value is not None and math.isfinite(value)
 
 
-def _present(value: float | None) -> float | None:
+def _finite_or_none(value: float | None) -> float | None:
     return value if is_finite(value) else None

@@ -149,12 +149,6 @@ class AutonpoSettings(Settings):
     max_interventions: int = Field(
         3, ge=-1, description="Maximum number of interventions per run (-1: no limit).", json_schema_extra=FREE
     )
-    extrapolate: int = Field(
-        0,
-        ge=0,
-        description="Steps of training with extrapolated guides after a trigger, before the probe (0: off).",
-        json_schema_extra=FREE,
-    )
     trigger: TriggerSettings = TriggerSettings()
     pool: PoolSettings = PoolSettings()
     probe: ProbeSettings = ProbeSettings()

@@ -42,7 +42,6 @@ OLD_KEYS: Mapping[str, str] = {
     "auto.q_min": "autonpo.probe.min_quality",
     "auto.pool_min": "autonpo.rollback.min_failed_prompts",
     "auto.deltas": "autonpo.rollback.distances",
-    "auto.extrapolate": "autonpo.extrapolate",
     "auto.early": "autonpo.early.enabled",
     "pool.tau": "autonpo.pool.max_accuracy",
     "pool.size": "autonpo.pool.max_size",

@@ -321,7 +321,7 @@ class Recipe(Settings):
     @property
     def uses_motion(self) -> bool:
         """Whether an extrapolated policy is ever sampled during training."""
-        return self.guide.source == "extrapolated" or self.autonpo.extrapolate > 0
+        return self.guide.source == "extrapolated"
 
     @property
     def pushes_weights(self) -> bool:
@@ -332,14 +332,7 @@ class Recipe(Settings):
     def _extrapolation_fits(self) -> "Recipe":
         if not self.uses_motion:
             return self
-        extrapolation, train, steps = self.extrapolation, self.train, self.autonpo.extrapolate
-        if self.guide.source == "extrapolated" and steps:
-            raise ValueError("guide.source=extrapolated guides every step: autonpo.extrapolate must be 0")
-        if steps % train.save_every:
-            raise ValueError(
-                "autonpo.extrapolate must end at a checkpoint: it must be a multiple of "
-                f"train.save_every ({train.save_every}), got {steps}"
-            )
+        extrapolation, train = self.extrapolation, self.train
         if train.save_every > min(extrapolation.lags):
             raise ValueError(
                 f"the older checkpoint of extrapolation.k lies {min(extrapolation.lags)} steps back: "

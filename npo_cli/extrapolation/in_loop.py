@@ -29,7 +29,6 @@ from npo_cli.rollout.batch import PromptBatch, StepBatch
 from npo_cli.rollout.mixing import MixStrategy
 from npo_cli.session.session import Session, count_generated_tokens, sample_groups
 from npo_cli.storage.checkpoints import Checkpoint
-from npo_cli.storage.lineage import find_first_segment
 from npo_cli.types.guides import ExtrapolationSpec, ExtrapolationState
 from npo_cli.types.rollouts import Group, Prompt, Rollout
 
@@ -95,12 +94,6 @@ class Extrapolator:
     """Found whole, and in `old` where there is one."""
     older_policy: Policy | None = None
     """A second model; only where logits are pushed."""
-    until: int | None = None
-    """Last step of an intervention of AutoNPO; None where it helps as long as the run lasts."""
-
-    def is_inactive(self, state: TrainerState) -> bool:
-        """Whether its time is over at the step after `state`."""
-        return self.until is not None and state.step >= self.until
 
     def open_guide(self, state: TrainerState) -> "ExtrapolatedGuide | None":
         """Who helps at the step after `state`; None where there is no older copy, or the choice is to ask nobody."""
@@ -140,11 +133,10 @@ class Extrapolator:
 
 
 def make_extrapolator(session: Session, branch: str) -> Extrapolator | None:
-    """Who pushes the policy on this branch: the recipe wants it, or AutoNPO tries it for some steps; else None."""
+    """The online guide of this branch; None without `guide.source=extrapolated`."""
     if session.recipe.guide.source == "extrapolated":
         return Extrapolator(session=session, branch=branch)
-    until = find_first_segment(session.run, branch).extrapolation_until
-    return None if until is None else Extrapolator(session=session, branch=branch, until=until)
+    return None
 
 
 def select_extrapolation(recipe: Recipe, choice: ExtrapolationState | None) -> ExtrapolationSpec:

@@ -1,6 +1,6 @@
-"""Picture of what AutoNPO saw and did: reward over entropy over a band for each course of events, one x axis.
+"""Plot of AutoNPO: reward, entropy, and one band of transitions per sequence, on one x axis.
 
-Nothing is drawn twice in one place: names of steps stand in the bands, as many as fit. Colours as in `figures.py`.
+Labels of steps stand in the bands, as many as fit without overlap. Colours as in `plotting.py`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 REWARD, ENTROPY, ROLLBACK, WARNING, TRIGGER, INK = (COLOURS[place] for place in (0, 2, 3, 5, 1, 6))
 COOLDOWN_COLOUR = "#e9e9e9"
 FAILED_EVENT_LABELS = {
-    "rejected": "rejected",
-    "missed": "missed",
-    "unguided": "no guide",
-    "reverted": "reverted",
-    "capped": "cap",
+    "probe_rejected": "rejected",
+    "prerequisite_missing": "prerequisite missing",
+    "guide_empty": "no guide",
+    "replay_rejected": "replay rejected",
+    "limit_reached": "limit",
 }
-"""Events after which nothing, or nothing more, came of a trigger, and how the band calls them."""
+"""Transitions that end an intervention without a lasting replay, and their labels in the band."""
 LETTER_WIDTH = 0.0054
-"""Of one letter of a band's font, in widths of the axis."""
+"""Width of one character of a band's font, as a fraction of the axis."""
 ARROW_HEIGHTS = (0.58, 0.42)
 LABEL_HEIGHTS = (0.85, 0.15)
-"""Heights in a band at which a name may stand."""
+"""Heights in a band at which a label may stand."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,28 +42,28 @@ class StepRange:
 
 def plot_autonpo(
     readings: Sequence[TriggerReading],
-    courses: Sequence[tuple[str, Sequence[Transition]]],
+    bands: Sequence[tuple[str, Sequence[Transition]]],
     path: Path,
     *,
     title: str,
 ) -> None:
-    """Reward and entropy with their averages; below, a band for each named course (rehearsed, or what happened).
+    """Reward and entropy with their averages; below, one band for each named sequence of transitions.
 
-    The marks in the panels are those of the first course.
+    The marks in the two panels are those of the first band.
     """
-    heights = [3.0, 3.0, *(1.0 for _ in courses)]
-    with open_figure(path, title=title, height=6.0 + 0.9 * len(courses)) as figure:
+    heights = [3.0, 3.0, *(1.0 for _ in bands)]
+    with open_figure(path, title=title, height=6.0 + 0.9 * len(bands)) as figure:
         panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         named = (("reward", REWARD), ("entropy", ENTROPY))
         for panel, (name, colour) in zip(panels, named, strict=False):
             _draw_signal(panel, readings, name=name, colour=colour)
-            _draw_marks(panel, courses[0][1])
+            _draw_marks(panel, bands[0][1])
         axis = _axis(readings)
         panels[0].set_xlim(axis.first, axis.last)
-        for panel, (name, moves) in zip(panels[2:], courses, strict=True):
-            _draw_band(panel, moves, name=name, axis=axis)
-        panels[-1].set_xlabel("optimiser step")
-        _legend(figure, [move for _, moves in courses for move in moves])
+        for panel, (name, transitions) in zip(panels[2:], bands, strict=True):
+            _draw_band(panel, transitions, name=name, axis=axis)
+        panels[-1].set_xlabel("optimizer step")
+        _legend(figure, [transition for _, transitions in bands for transition in transitions])
 
 
 def _axis(readings: Sequence[TriggerReading]) -> StepRange:
@@ -73,48 +73,54 @@ def _axis(readings: Sequence[TriggerReading]) -> StepRange:
 
 
 def _draw_signal(panel: "Axes", readings: Sequence[TriggerReading], *, name: str, colour: str) -> None:
-    """Dots for what was measured, a line for its average."""
+    """Dots for the values, a line for the moving average."""
     for field, style in (
         (name, {"marker": "o", "ms": 3.2, "alpha": 0.4, "lw": 0, "mew": 0}),
         (f"{name}_ema", {"lw": 2.2}),
     ):
-        seen = [(one.step, getattr(one, field)) for one in readings if getattr(one, field) is not None]
-        panel.plot(*zip(*seen, strict=True) if seen else ([], []), color=colour, **style)
-    panel.set_title(f"{name}: a dot a step, the line is the average", loc="left", color=colour)
+        points = [
+            (reading.step, getattr(reading, field)) for reading in readings if getattr(reading, field) is not None
+        ]
+        panel.plot(*zip(*points, strict=True) if points else ([], []), color=colour, **style)
+    panel.set_title(f"{name} per step, with its moving average", loc="left", color=colour)
     panel.margins(y=0.08)
 
 
-def _draw_marks(panel: "Axes", moves: Sequence[Transition]) -> None:
-    for span in iter_cooldowns(moves):
+def _draw_marks(panel: "Axes", transitions: Sequence[Transition]) -> None:
+    for span in iter_cooldowns(transitions):
         panel.axvspan(span.first, span.last, color=COOLDOWN_COLOUR, lw=0, zorder=0)
-    for move in moves:
-        if move.event == "trigger":
-            panel.axvline(move.step, color=TRIGGER, lw=1.6, zorder=1)
-        if move.event == "warning":
-            panel.axvline(move.step, color=WARNING, lw=1.6, ls=(0, (3, 2)), zorder=1)
+    for transition in transitions:
+        if transition.event == "trigger":
+            panel.axvline(transition.step, color=TRIGGER, lw=1.6, zorder=1)
+        if transition.event == "warning":
+            panel.axvline(transition.step, color=WARNING, lw=1.6, ls=(0, (3, 2)), zorder=1)
 
 
-def iter_cooldowns(moves: Iterable[Transition]) -> Iterator[StepRange]:
-    """Every cooldown, from the move that began it to its last step."""
-    for move in moves:
-        if move.state.phase == "COOLDOWN" and move.phase_before != "COOLDOWN" and move.state.until_step is not None:
-            yield StepRange(first=move.step, last=max(move.state.until_step, move.step))
+def iter_cooldowns(transitions: Iterable[Transition]) -> Iterator[StepRange]:
+    """Every cooldown, from the transition that starts it to its last step."""
+    for transition in transitions:
+        if (
+            transition.state.phase == "COOLDOWN"
+            and transition.phase_before != "COOLDOWN"
+            and transition.state.until_step is not None
+        ):
+            yield StepRange(first=transition.step, last=max(transition.state.until_step, transition.step))
 
 
-def iter_rollbacks(moves: Iterable[Transition]) -> Iterator[tuple[int, StepRange]]:
-    """Of every rollback, the step it left and the steps it went back to: one, or all that it could have."""
-    for move in moves:
-        if move.event == "rolled_back":
-            steps = move.evidence.get("to_steps") or [move.state.step]
-            yield move.step, StepRange(first=min(steps), last=max(steps))
+def iter_rollbacks(transitions: Iterable[Transition]) -> Iterator[tuple[int, StepRange]]:
+    """Of every rollback, the step before it and its target: one step, or all possible ones if it was assumed."""
+    for transition in transitions:
+        if transition.event == "rolled_back":
+            steps = transition.evidence.get("to_steps") or [transition.state.step]
+            yield transition.step, StepRange(first=min(steps), last=max(steps))
 
 
-def _draw_band(panel: "Axes", moves: Sequence[Transition], *, name: str, axis: StepRange) -> None:
-    """Rests, rollbacks as arrows to the left, warnings and triggers as signs, and the steps that have room."""
-    for span in iter_cooldowns(moves):
+def _draw_band(panel: "Axes", transitions: Sequence[Transition], *, name: str, axis: StepRange) -> None:
+    """Cooldowns as areas, rollbacks as arrows, warnings and triggers as markers, and labels where they fit."""
+    for span in iter_cooldowns(transitions):
         panel.axvspan(span.first, span.last, color=COOLDOWN_COLOUR, lw=0, zorder=0)
-    for number, (step, back) in enumerate(iter_rollbacks(moves)):
-        # One may reach back behind the one before it: they take turns in height.
+    for number, (step, back) in enumerate(iter_rollbacks(transitions)):
+        # A rollback may reach behind the one before it: the heights alternate.
         height = ARROW_HEIGHTS[number % len(ARROW_HEIGHTS)]
         arrow = {"arrowstyle": "-|>", "color": ROLLBACK, "lw": 2, "shrinkA": 0, "shrinkB": 0}
         panel.annotate("", xy=(back.last, height), xytext=(step, height), arrowprops=arrow)
@@ -124,13 +130,12 @@ def _draw_band(panel: "Axes", moves: Sequence[Transition], *, name: str, axis: S
             )
     for events, marker, colour, size in (
         (("warning",), "v", WARNING, 7),
-        (("trigger", "early"), "D", TRIGGER, 8),
-        (("pushed",), "^", ROLLBACK, 8),
+        (("trigger", "early_bootstrap"), "D", TRIGGER, 8),
         (tuple(FAILED_EVENT_LABELS), "x", INK, 7),
     ):
-        steps = [move.step for move in moves if move.event in events]
+        steps = [transition.step for transition in transitions if transition.event in events]
         panel.plot(steps, [0.5] * len(steps), marker=marker, color=colour, ms=size, mew=1.8, lw=0, zorder=4)
-    for at, height, text, side in place_labels(iter_step_labels(moves), within=axis):
+    for at, height, text, side in place_labels(iter_step_labels(transitions), axis=axis):
         panel.text(at, height, text, ha=side, va="center", fontsize=9, zorder=5)
     panel.set_ylim(0, 1)
     panel.set_yticks([])
@@ -139,58 +144,61 @@ def _draw_band(panel: "Axes", moves: Sequence[Transition], *, name: str, axis: S
     panel.set_ylabel(name, rotation=0, ha="right", va="center")
 
 
-def iter_step_labels(moves: Sequence[Transition]) -> Iterator[tuple[float, str, int]]:
-    """Where a name belongs, the name, and its rank: rollbacks and ends before warnings, no step twice."""
-    answered = {move.step for move in moves if move.event == "rolled_back" or move.event in FAILED_EVENT_LABELS}
-    for move in moves:
-        if move.event == "rolled_back":
-            (step, back) = next(iter_rollbacks([move]))
-            reach = f"{back.first:.0f}-{back.last:.0f}" if back.first < back.last else f"{back.first:.0f}"
-            yield step, f"{step} back to {reach}", 0
-        elif move.event in FAILED_EVENT_LABELS:
-            yield move.step, f"{move.step} {FAILED_EVENT_LABELS[move.event]}", 1
-        elif move.event == "warning" and move.step not in answered:
-            yield move.step, f"{move.step}", 2
+def iter_step_labels(transitions: Sequence[Transition]) -> Iterator[tuple[float, str, int]]:
+    """Step, label and priority: rollbacks and ends before warnings, no step twice."""
+    labelled = {
+        transition.step
+        for transition in transitions
+        if transition.event == "rolled_back" or transition.event in FAILED_EVENT_LABELS
+    }
+    for transition in transitions:
+        if transition.event == "rolled_back":
+            (step, back) = next(iter_rollbacks([transition]))
+            target = f"{back.first:.0f}-{back.last:.0f}" if back.first < back.last else f"{back.first:.0f}"
+            yield step, f"{step} back to {target}", 0
+        elif transition.event in FAILED_EVENT_LABELS:
+            yield transition.step, f"{transition.step} {FAILED_EVENT_LABELS[transition.event]}", 1
+        elif transition.event == "warning" and transition.step not in labelled:
+            yield transition.step, f"{transition.step}", 2
 
 
 def place_labels(
-    names: Iterable[tuple[float, str, int]], *, within: StepRange
+    labels: Iterable[tuple[float, str, int]], *, axis: StepRange
 ) -> Iterator[tuple[float, float, str, str]]:
-    """Place, height, text and alignment of every name that has room, important ones first: none covers another.
+    """Position, height, text and alignment of every label that fits, by priority; no two overlap.
 
-    A name ends at its step; where the left edge leaves no room for that, it begins there.
+    A label ends at its step; where the left edge leaves no room for that, it begins there.
     """
     taken: list[tuple[float, float, float]] = []
-    for at, text, _ in sorted(names, key=lambda named: named[2]):
-        long = LETTER_WIDTH * (within.last - within.first) * (len(text) + 2)
-        side = "right" if at - long >= within.first else "left"
-        start = at - long if side == "right" else at
+    for at, text, _ in sorted(labels, key=lambda label: label[2]):
+        width = LETTER_WIDTH * (axis.last - axis.first) * (len(text) + 2)
+        side = "right" if at - width >= axis.first else "left"
+        start = at - width if side == "right" else at
         for height in LABEL_HEIGHTS:
-            if not any(level == height and start < right and left < start + long for level, left, right in taken):
-                taken.append((height, start, start + long))
+            if not any(level == height and start < right and left < start + width for level, left, right in taken):
+                taken.append((height, start, start + width))
                 yield at, height, text, side
                 break
 
 
-def _legend(figure: "Figure", moves: Sequence[Transition]) -> None:
-    """A key to the signs that occur."""
+def _legend(figure: "Figure", transitions: Sequence[Transition]) -> None:
+    """A legend of the markers that occur."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    happened = {move.event for move in moves}
+    events = {transition.event for transition in transitions}
 
-    def sign(marker: str, colour: str) -> Line2D:
+    def marker_handle(marker: str, colour: str) -> Line2D:
         return Line2D([], [], marker=marker, color=colour, lw=0, ms=7, mew=1.8)
 
-    key = [
-        ("warning", bool(happened & {"warning"}), sign("v", WARNING)),
-        ("trigger", bool(happened & {"trigger", "early"}), sign("D", TRIGGER)),
-        ("pushed ahead", "pushed" in happened, sign("^", ROLLBACK)),
-        ("rollback", "rolled_back" in happened, Line2D([], [], color=ROLLBACK, lw=2)),
-        ("nothing came of it", bool(happened & set(FAILED_EVENT_LABELS)), sign("x", INK)),
-        ("rest", any(iter_cooldowns(moves)), Patch(color=COOLDOWN_COLOUR)),
+    entries = [
+        ("warning", bool(events & {"warning"}), marker_handle("v", WARNING)),
+        ("trigger", bool(events & {"trigger", "early_bootstrap"}), marker_handle("D", TRIGGER)),
+        ("rollback", "rolled_back" in events, Line2D([], [], color=ROLLBACK, lw=2)),
+        ("no lasting replay", bool(events & set(FAILED_EVENT_LABELS)), marker_handle("x", INK)),
+        ("cooldown", any(iter_cooldowns(transitions)), Patch(color=COOLDOWN_COLOUR)),
     ]
-    shown = [(handle, name) for name, there, handle in key if there]
+    shown = [(handle, name) for name, occurs, handle in entries if occurs]
     if shown:
         handles, names = zip(*shown, strict=True)
         figure.legend(handles, names, loc="outside lower center", ncols=len(shown), frameon=False)

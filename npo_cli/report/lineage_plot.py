@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from npo_cli.report.plotting import MUTED, Plot, get_line_style
-from npo_cli.types.autonpo import Transition
+from npo_cli.types.autonpo import REJECTIONS, Transition
 from npo_cli.types.views import BranchSpan
 
 if TYPE_CHECKING:
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 LINEAGE_PLOT_WIDTH = 13.0
 EVENT_MARKERS = (
     (("warning",), "v", "warning"),
-    (("accepted", "early"), "D", "trigger, accepted"),
-    (("pushed",), "^", "pushed ahead"),
-    (("rejected", "missed", "unguided", "reverted"), "x", "trigger, nothing came of it"),
+    (("probe_accepted", "early_bootstrap"), "D", "trigger, accepted"),
+    (REJECTIONS, "x", "trigger, no lasting replay"),
 )
 
 

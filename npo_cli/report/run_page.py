@@ -27,7 +27,7 @@ from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.costs import CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
-from npo_cli.types.rollouts import CheckpointScore, Segment
+from npo_cli.types.rollouts import CheckpointScore
 from npo_cli.types.views import BranchSpan
 
 
@@ -151,15 +151,10 @@ def collect_branch_spans(run: RunDir, branch: str) -> list[BranchSpan]:
                 lineage_until=ends,
                 guide_cache=born.guide_cache,
                 guide_step=get_guide_step(caches.get(born.guide_cache or "")),
-                guide_until=last_guided_step(born),
+                guide_until=born.guide_until,
             )
         )
     return found
-
-
-def last_guided_step(born: Segment) -> int | None:
-    """Last step with a guide of any kind."""
-    return born.guide_until if born.guide_cache else born.extrapolation_until
 
 
 def get_guide_step(info: GuideCacheInfo | None) -> int | None:

@@ -1,9 +1,7 @@
-"""AutoNPO's records to tables of text: its moves, what each probe found, why it kept still, what it all cost.
+"""AutoNPO's records as text: one line per transition, and tables of transitions, probes, non-triggers and costs.
 
-The evidence of a move is plain data, perhaps read back from a file that dropped what was no number: an absent figure
-is `-`.
-
-The moves of AutoNPO in words, one line each, and one or two figures as the reason.
+The evidence of a transition is plain data, perhaps read back from a file in which non-finite numbers are absent: an
+absent number is shown as `-`.
 """
 
 import dataclasses
@@ -15,52 +13,52 @@ from npo_cli.report.table import Table, drop_empty_columns, format_count, format
 from npo_cli.types.autonpo import NonTriggerSpan, ProbeResult, Transition
 from npo_cli.types.costs import RunCosts
 
-COUNTED = ("streak", "num_prompts_with_rollouts", "num_prompts")
+Evidence = Mapping[str, Any]
+
+MAX_GAP = 5
+"""A gap of at most this many steps does not split a range that is shown."""
+MAX_RANGES = 4
+MAX_REASON_CHARS = 54
+"""Characters of a reason that fit with the other columns into 100."""
+PROFILES = ("argmax", "one_se", "faithful", "calibrated", "group2", "seq_kl")
 
 
-def describe_transition(move: Transition) -> str:
-    """`main step 120: warning: reward gained 0.004 where noise is 0.021, entropy fell 9 %`."""
-    said = describe_reason(move)
-    return f"{move.state.branch} step {move.step}: {move.event.replace('_', ' ')}{f': {said}' if said else ''}"
+# Transitions
 
 
-def describe_reason(move: Transition) -> str:
-    """What the move rests on; empty where the event says it all."""
-    evidence = move.evidence
-    match move.event:
-        case "warning" | "trigger" | "recovered" | "capped" | "moved" | "unmoved":
-            return _signals(evidence)
-        case "accepted" | "rejected":
-            return _confirmation(evidence)
-        case "guided" | "unguided":
+def describe_transition(transition: Transition) -> str:
+    """`main step 120: warning: reward gained +0.0040 (noise 0.0210), entropy fell 9.0%`."""
+    reason = describe_reason(transition)
+    name = transition.event.replace("_", " ")
+    return f"{transition.state.branch} step {transition.step}: {name}{f': {reason}' if reason else ''}"
+
+
+def describe_reason(transition: Transition) -> str:
+    """What the transition rests on; empty if its name says it all."""
+    evidence = transition.evidence
+    if evidence.get("assumed"):
+        return "assumed"
+    match transition.event:
+        case "warning" | "trigger" | "recovered" | "limit_reached":
+            return _describe_signals(evidence)
+        case "probe_accepted" | "probe_rejected":
+            return _describe_probe(evidence)
+        case "guide_built" | "guide_empty":
             return (
-                f"{evidence.get('num_found', '?')} of {evidence.get('num_prompts', '?')} mistakes answered, "
-                f"{evidence.get('num_reused', '?')} by the probe"
-                if "num_prompts" in evidence
-                else _assumed(evidence)
+                f"{evidence.get('num_prompts_with_rollouts', '?')} of {evidence.get('num_prompts', '?')} failed "
+                f"prompts have a guide, {evidence.get('num_reused', '?')} from the probe"
             )
         case "rolled_back":
-            return f"back to step {evidence['to_step']}" if "to_step" in evidence else _assumed(evidence)
-        case "kept" | "reverted":
-            return (
-                f"held-out {evidence['replayed']:.3f} against {evidence['abandoned']:.3f}, difference "
-                f"[{evidence['difference_low']:+.3f}, {evidence['difference_high']:+.3f}]"
-                if "replayed" in evidence
-                else ""
-            )
-        case "pushed":
-            return f"the policy's own motion guides until step {evidence['until']}"
-        case "missed" | "unpushed":
-            return str(evidence.get("what", ""))
+            return f"back to step {evidence.get('to_step', '?')}"
+        case "replay_accepted" | "replay_rejected":
+            return _describe_test(evidence)
+        case "prerequisite_missing":
+            return str(evidence.get("reason", ""))
         case _:
             return ""
 
 
-def _assumed(evidence: Mapping[str, Any]) -> str:
-    return "assumed" if evidence.get("assumed") else ""
-
-
-def _signals(evidence: Mapping[str, Any]) -> str:
+def _describe_signals(evidence: Evidence) -> str:
     gain, margin, drop = (evidence.get(name) for name in ("reward_gain", "reward_margin", "entropy_drop"))
     if gain is None or margin is None or drop is None:
         return ""
@@ -68,237 +66,234 @@ def _signals(evidence: Mapping[str, Any]) -> str:
     return f"reward gained {gain:+.4f} (noise {margin:.4f}), {fell}"
 
 
-def _confirmation(evidence: Mapping[str, Any]) -> str:
-    if evidence.get("assumed"):
-        return "assumed"
+def _describe_probe(evidence: Evidence) -> str:
     if evidence.get("reason"):
         return str(evidence["reason"])
-    chosen = next((score for score in evidence.get("scores", ()) if score.get("is_selected")), None)
-    if chosen is None:
+    selected = next((score for score in evidence.get("scores", ()) if score.get("is_selected")), None)
+    if selected is None:
         return ""
     return (
-        f"D* = {chosen['distance']}: Q {chosen['quality']:.3f} [{chosen['quality_low']:.3f}, "
-        f"{chosen['quality_high']:.3f}], V {chosen['variance']:.3g}, best in {chosen['p_best']:.0%}"
+        f"D* = {selected['distance']}: Q {selected['quality']:.3f} [{selected['quality_low']:.3f}, "
+        f"{selected['quality_high']:.3f}], V {selected['variance']:.3g}, best in {selected['p_best']:.0%}"
     )
 
 
-Evidence = Mapping[str, Any]
+def _describe_test(evidence: Evidence) -> str:
+    if "replayed_accuracy" not in evidence:
+        return ""
+    return (
+        f"held-out accuracy {evidence['replayed_accuracy']:.3f}, before {evidence['abandoned_accuracy']:.3f}, "
+        f"difference [{evidence['difference_low']:+.3f}, {evidence['difference_high']:+.3f}]"
+    )
 
-MAX_GAP = 5
-"""A break of fewer steps does not interrupt a range that is shown."""
-NUM_RANGES = 4
-MAX_REASON_CHARS = 54
-"""Letters of a reason that fit with the rest into a line of 100."""
-PROFILES = ("argmax", "one_se", "faithful", "calibrated", "group2", "seq_kl")
 
-
-def transitions_tables(moves: Sequence[Transition]) -> tuple[Table, ...]:
-    """Every move with what it was based on, then what each probe found."""
-    rows = tuple((str(one.step), one.event, one.state.branch, describe_evidence(one)) for one in moves)
-    assumed = any(one.evidence.get("assumed") for one in moves)
-    notes = ("assumed: a record cannot be probed, so every trigger counts as accepted.",) if assumed else ()
-    title = "What AutoNPO would have done" if any(map(_is_rehearsed, moves)) else "What AutoNPO did"
+def transitions_tables(transitions: Sequence[Transition]) -> tuple[Table, ...]:
+    """Every transition with what it rests on, then the result of each probe."""
+    rows = tuple((str(one.step), one.event, one.state.branch, describe_evidence(one)) for one in transitions)
+    assumed = any(one.evidence.get("assumed") for one in transitions)
+    notes = ("assumed: recorded metrics cannot be probed, so every trigger counts as accepted.",) if assumed else ()
+    is_simulated = assumed or any(one.evidence.get("simulated") for one in transitions)
+    title = "What AutoNPO would have done" if is_simulated else "What AutoNPO did"
     table = drop_empty_columns(
         Table(title=title, header=("step", "event", "branch", "based on"), rows=rows, notes=notes)
     )
-    found = [(f"step {one.step} of {one.state.branch}", one.evidence) for one in moves if one.evidence.get("scores")]
-    return (table, *(part for where, evidence in found for part in probe_tables(evidence, where=where)))
+    probes = [
+        (f"step {one.step} of {one.state.branch}", one.evidence) for one in transitions if one.evidence.get("scores")
+    ]
+    return (table, *(part for title, evidence in probes for part in probe_tables(evidence, where=title)))
 
 
-def _is_rehearsed(move: Transition) -> bool:
-    return bool(move.evidence.get("rehearsed") or move.evidence.get("assumed"))
-
-
-# What a move was based on
-
-
-def describe_evidence(move: Transition) -> str:
-    """The evidence of a move in one cell, `-` where the event says it all."""
-    seen = move.evidence
-    match move.event:
+def describe_evidence(transition: Transition) -> str:
+    """What a transition rests on, in one cell; `-` if its name says it all."""
+    evidence, until = transition.evidence, transition.state.until_step
+    match transition.event:
         case "started":
-            told = _settings(seen.get("settings") or {})
-        case "accepted" if seen.get("assumed"):
-            told = f"assumed: D = {seen.get('distance')}, the largest that leads to a checkpoint"
-        case "rolled_back" if seen.get("assumed"):
-            told = f"assumed: to {_either(seen.get('to_steps', ()))}"
+            text = _describe_settings(evidence.get("settings") or {})
+        case "probe_accepted" if evidence.get("assumed"):
+            text = f"assumed: D = {evidence.get('distance')}, the largest that reaches a checkpoint"
+        case "rolled_back" if evidence.get("assumed"):
+            text = f"assumed: to {_join_alternatives(evidence.get('to_steps', ()))}"
         case "rolled_back":
-            told = f"{describe_reason(move)}, replayed until {move.state.until_step}"
+            text = f"{describe_reason(transition)}, replay until {until}"
         case "armed":
-            told = f"the {'rest' if move.phase_before == 'COOLDOWN' else 'warm-up'} is over"
-        case _ if move.state.phase == "COOLDOWN":
-            # A probe's whole reason stands below its own table.
-            reason = (
-                shorten(describe_reason(move), MAX_REASON_CHARS, placeholder=" ...")
-                if seen.get("scores")
-                else describe_reason(move)
-            )
-            told = "; ".join(filter(None, (f"rest until {move.state.until_step}", reason)))
+            text = f"end of the {'cooldown' if transition.phase_before == 'COOLDOWN' else 'warm-up'}"
+        case _ if transition.state.phase == "COOLDOWN":
+            reason = describe_reason(transition)
+            # The whole reason of a probe stands below its own table.
+            if evidence.get("scores"):
+                reason = shorten(reason, MAX_REASON_CHARS, placeholder=" ...")
+            text = "; ".join(filter(None, (f"cooldown until {until}", reason)))
         case _:
-            told = describe_reason(move)
-    return told or "-"
+            text = describe_reason(transition)
+    return text or "-"
 
 
-def _either(steps: Sequence[int]) -> str:
+def _join_alternatives(steps: Sequence[int]) -> str:
     """`61, 71 or 81`."""
     return " or ".join(filter(None, (", ".join(map(str, steps[:-1])), *map(str, steps[-1:]))))
 
 
-def _settings(settings: Evidence) -> str:
-    """The trigger's settings by the symbols of AUTONPO.md, and how often and how far AutoNPO may act."""
+def _describe_settings(settings: Evidence) -> str:
+    """The trigger's settings by their symbols, the cooldown, and the limit of interventions."""
     autonpo = settings.get("autonpo") or {}
-    shown = (autonpo.get("trigger") or {}) | autonpo
-    names = (("W", "window"), ("patience", "patience"), ("c_r", "max_reward_gain_se"), ("d_H", "min_entropy_drop"))
-    rest = (("c_H", "min_entropy_drop_se"), ("warm-up", "warmup_steps"), ("rest", "cooldown_steps"))
-    most = (("max", "max_interventions"),)
-    push = (("push first for", "extrapolate"),) * bool(autonpo.get("extrapolate"))
-    return ", ".join(f"{name} {shown[key]:g}" for name, key in (*names, *rest, *most, *push) if key in shown)
+    values = (autonpo.get("trigger") or {}) | autonpo
+    names = (
+        *(("W", "window"), ("patience", "patience"), ("c_r", "max_reward_gain_se"), ("d_H", "min_entropy_drop")),
+        *(("c_H", "min_entropy_drop_se"), ("warm-up", "warmup_steps"), ("cooldown", "cooldown_steps")),
+        ("max", "max_interventions"),
+    )
+    return ", ".join(f"{name} {values[key]:g}" for name, key in names if key in values)
 
 
-# What a probe found
+# Probes
 
 
-def probes_tables(confirmations: Sequence[ProbeResult]) -> tuple[Table, ...]:
-    """Q, V and S by distance, every V, and the mistakes by age, of each probe."""
-    return tuple(table for one in confirmations for table in probe_tables(dataclasses.asdict(one), where="a probe"))
+def probes_tables(results: Sequence[ProbeResult]) -> tuple[Table, ...]:
+    """Q, V and S by distance, V from both directions, and failed prompts by age, of each probe."""
+    return tuple(table for one in results for table in probe_tables(dataclasses.asdict(one), where="a probe"))
 
 
-def probe_tables(found: Evidence, *, where: str) -> tuple[Table, ...]:
-    """The same of one probe, whose evidence may have come from a file."""
-    scores = sorted(found["scores"], key=lambda one: one["distance"])
-    views = (_variances(scores),) if scores else ()
-    return (_scores(found, scores, where=where), *views, _strata(found.get("strata", ())))
+def probe_tables(result: Evidence, *, where: str) -> tuple[Table, ...]:
+    """The tables of one probe, whose result may have been read from a file."""
+    scores = sorted(result["scores"], key=lambda score: score["distance"])
+    drift = (_drift_table(scores),) if scores else ()
+    return (_distances_table(result, scores, where=where), *drift, _strata_table(result.get("strata", ())))
 
 
-def _scores(found: Evidence, scores: Sequence[Evidence], *, where: str) -> Table:
-    header = ("D", "mistakes", "Q", "V", "S = Q/V", "p(best)", "")
+def _distances_table(result: Evidence, scores: Sequence[Evidence], *, where: str) -> Table:
+    header = ("D", "failed", "Q", "V", "S = Q/V", "p(best)", "")
     rows = tuple(
         (
             *(str(one["distance"]), format_count(one.get("num_failed_prompts"))),
-            *(_bounded(one, name) for name in ("quality", "variance", "signal")),
+            *(_format_interval(one, name) for name in ("quality", "variance", "signal")),
             *(format_number(one.get("p_best"), digits=2), "<- D*" if one.get("is_selected") else ""),
         )
         for one in scores
     )
-    verdict = "accepted" if found.get("is_accepted") else f"rejected: {found.get('reason') or 'no reason recorded'}"
-    asked = f"{format_count(found.get('num_prompts'))} prompts, {format_count(found.get('num_samples'))} samples"
-    notes = [f"{verdict}.", f"{asked}, {format_count(found.get('num_tokens'))} tokens; intervals are 95 %."]
-    others = found.get("chosen_by") or {}
-    if others:
-        ordered = sorted(others, key=lambda name: (PROFILES.index(name) if name in PROFILES else len(PROFILES), name))
-        notes.append("D by rule and profile: " + ", ".join(f"{name} {others[name]}" for name in ordered) + ".")
+    accepted = result.get("is_accepted")
+    verdict = "accepted" if accepted else f"rejected: {result.get('reason') or 'no reason recorded'}"
+    counts = ", ".join(f"{format_count(result.get(f'num_{name}'))} {name}" for name in ("prompts", "samples", "tokens"))
+    notes = [f"{verdict}.", f"{counts}; intervals are 95 %."]
+    selections = result.get("selection_by_profile") or {}
+    if selections:
+        names = sorted(selections, key=lambda name: (PROFILES.index(name) if name in PROFILES else len(PROFILES), name))
+        notes.append("D by rule and profile: " + ", ".join(f"{name} {selections[name]}" for name in names) + ".")
     return Table(title=f"Rollback distances, {where}", header=header, rows=rows, notes=tuple(notes))
 
 
-def _variances(scores: Sequence[Evidence]) -> Table:
-    """V from both sides; the two agree where their intervals overlap."""
-    header = ("D", "asked", "V forward", "V backward", "agree", "tail", "KL/token", "KL/sequence", "on record")
+def _drift_table(scores: Sequence[Evidence]) -> Table:
+    """V from both directions; the two agree if their intervals overlap."""
+    header = ("D", "probed", "V forward", "V backward", "agree", "tail", "KL/token", "KL/sequence", "recorded")
     words = {None: "-", True: "yes", False: "NO"}
     rows = tuple(
         (
             *(str(one["distance"]), format_count(one.get("num_probed"))),
             *(format_number(one.get("variance_forward")), format_number(one.get("variance_backward"))),
             words[one.get("variances_agree")],
-            "HEAVY" if one.get("heavy_tail") else "",
+            "HEAVY" if one.get("has_heavy_tail") else "",
             *(format_number(one.get("kl_per_token"), digits=4), format_number(one.get("kl_per_sequence"))),
-            format_count(one.get("num_backward")),
+            format_count(one.get("num_backward_samples")),
         )
         for one in scores
     )
     kind = scores[0].get("variance_kind", "V")
-    notes = ("forward: samples of now, seen by the old policy; backward: samples on record, seen by that of now.",)
-    return drop_empty_columns(Table(title=f"V from both sides, {kind}", header=header, rows=rows, notes=notes))
+    notes = (
+        "forward: the current policy's samples, scored by the old policy; backward: the old policy's recorded "
+        "rollouts, scored by the current policy.",
+    )
+    return drop_empty_columns(Table(title=f"V in both directions, {kind}", header=header, rows=rows, notes=notes))
 
 
-def _strata(strata: Sequence[Evidence]) -> Table:
-    header = ("age", "mistakes", "asked", "samples", "correct", "pass@1")
+def _strata_table(strata: Sequence[Evidence]) -> Table:
+    header = ("age", "failed", "probed", "samples", "correct", "pass@1")
+    counts = ("num_failed_prompts", "num_probed", "num_samples", "num_correct")
     rows = tuple(
         (
             f"{one['min_age']}-{one['max_age'] - 1}",
-            *(
-                format_count(one.get(name))
-                for name in ("num_failed_prompts", "num_probed", "num_samples", "num_correct")
-            ),
-            _bounded(one, "quality"),
+            *(format_count(one.get(name)) for name in counts),
+            _format_interval(one, "quality"),
         )
         for one in strata
     )
-    return Table(title="Mistakes by age in steps", header=header, rows=rows)
+    return Table(title="Failed prompts by age in steps", header=header, rows=rows)
 
 
-def _bounded(one: Evidence, name: str) -> str:
-    """`0.500 [0.400, 0.600]`, or as much of it as there is."""
+def _format_interval(one: Evidence, name: str) -> str:
+    """`0.500 [0.400, 0.600]`, or `-` if absent."""
     value, low, high = (one.get(key) for key in (name, f"{name}_low", f"{name}_high"))
     return "-" if value is None else f"{format_number(value)} [{format_number(low)}, {format_number(high)}]"
 
 
-# Why nothing happened, and what it cost
+# Steps without a trigger
 
 
-def no_trigger_tables(stretches: Sequence[NonTriggerSpan]) -> tuple[Table, ...]:
+def no_trigger_tables(spans: Sequence[NonTriggerSpan]) -> tuple[Table, ...]:
     """Each reason with its steps, most frequent first."""
     reasons: dict[str, list[NonTriggerSpan]] = {}
-    for one in stretches:
-        reasons.setdefault(one.reason, []).append(one)
-    totals = {reason: sum(one.num_steps for one in some) for reason, some in reasons.items()}
+    for span in spans:
+        reasons.setdefault(span.reason, []).append(span)
+    totals = {reason: sum(span.num_steps for span in some) for reason, some in reasons.items()}
     rows = tuple(
-        (reason, format_count(totals[reason]), REASON_MEANINGS.get(reason, ""), _ranges(reasons[reason]))
+        (reason, format_count(totals[reason]), REASON_MEANINGS.get(reason, ""), _format_ranges(reasons[reason]))
         for reason in sorted(totals, key=lambda reason: -totals[reason])
     )
-    header = ("why not", "steps", "meaning", "where")
-    notes = (f"Ranges run on over breaks of fewer than {MAX_GAP} steps; the counts are exact.",)
+    header = ("reason", "steps", "meaning", "where")
+    notes = (f"Ranges include gaps of fewer than {MAX_GAP} steps; the counts are exact.",)
     return (Table(title="Steps without a trigger", header=header, rows=rows, notes=notes),)
 
 
 REASON_MEANINGS: Mapping[str, str] = {
-    "warming_up": "before autonpo.trigger.warmup_steps",
-    "replaying": "in a replay",
-    "resting": "in a cooldown",
+    "warmup": "before autonpo.trigger.warmup_steps",
+    "replay": "in a replay",
+    "cooldown": "in a cooldown",
     "no_signal": "reward or entropy missing",
     "short_history": "fewer than autonpo.trigger.window yet",
-    "rising": "reward still rises",
-    "entropy_level": "entropy falls too little",
-    "streak": "both hold, too briefly",
-    "waiting": "warned, no checkpoint yet",
-    "capped": "autonpo.max_interventions is reached",
+    "rising": "the reward still rises",
+    "entropy_level": "the entropy falls too little",
+    "short_streak": "fewer than autonpo.trigger.patience in a row",
+    "no_checkpoint": "warning, but no checkpoint yet",
+    "limit_reached": "autonpo.max_interventions is reached",
 }
 
 
-def _ranges(stretches: Sequence[NonTriggerSpan]) -> str:
-    """`41-92, 101-161`: breaks shorter than a flicker are closed, and of many ranges the longest are kept."""
+def _format_ranges(spans: Sequence[NonTriggerSpan]) -> str:
+    """`41-92, 101-161`: short gaps are closed, and of many ranges the longest are shown."""
     closed: list[tuple[int, int]] = []
-    for one in sorted(stretches, key=lambda one: one.first_step):
-        if closed and one.first_step - closed[-1][1] <= MAX_GAP:
-            closed[-1] = (closed[-1][0], max(closed[-1][1], one.last_step))
+    for span in sorted(spans, key=lambda span: span.first_step):
+        if closed and span.first_step - closed[-1][1] <= MAX_GAP:
+            closed[-1] = (closed[-1][0], max(closed[-1][1], span.last_step))
         else:
-            closed.append((one.first_step, one.last_step))
-    kept = sorted(sorted(closed, key=lambda span: span[0] - span[1])[:NUM_RANGES])
-    rest = f" and {len(closed) - len(kept)} more" if len(closed) > len(kept) else ""
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in kept) + rest
+            closed.append((span.first_step, span.last_step))
+    shown = sorted(sorted(closed, key=lambda pair: pair[0] - pair[1])[:MAX_RANGES])
+    rest = f" and {len(closed) - len(shown)} more" if len(closed) > len(shown) else ""
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in shown) + rest
+
+
+# Costs
 
 
 def account_tables(accounts: Sequence[RunCosts]) -> tuple[Table, ...]:
-    """Everything a run executed, a column for each branch that it is seen from."""
+    """Everything a run executed, one column for each branch that it is seen from."""
     lines: tuple[tuple[str, Callable[[RunCosts], str]], ...] = (
-        ("logical step", lambda one: format_count(one.step)),
-        ("optimiser updates", lambda one: format_count(one.updates)),
+        ("step", lambda one: format_count(one.step)),
+        ("optimizer updates", lambda one: format_count(one.updates)),
         ("training tokens", lambda one: format_count(one.training_tokens)),
         ("probe tokens", lambda one: format_count(one.probe_tokens)),
         ("guide tokens", lambda one: format_count(one.guide_tokens)),
-        ("judge tokens", lambda one: format_count(one.acceptance_test_tokens)),
+        ("acceptance-test tokens", lambda one: format_count(one.acceptance_test_tokens)),
         ("abandoned tokens", lambda one: format_count(one.abandoned_tokens)),
         ("all tokens", lambda one: format_count(one.tokens)),
         ("wall clock, s", lambda one: f"{one.seconds:,.1f}" if one.seconds > 0 else "-"),
         ("interventions", lambda one: format_count(one.num_interventions)),
         ("rejections", lambda one: format_count(one.num_rejections)),
     )
-    rows = tuple((name, *(told(one) for one in accounts)) for name, told in lines)
+    rows = tuple((name, *(value(one) for one in accounts)) for name, value in lines)
     header = ("everything executed", *(one.branch for one in accounts))
     notes = (
-        "judge: held-out tests that decided which branch goes on; other evaluations are nobody's cost.",
-        "abandoned: steps that are not on the branch's line.",
+        "acceptance test: held-out samples that decided which branch continues; other evaluations are not charged.",
+        "abandoned: steps outside the branch's ancestry.",
     )
-    return (Table(title="Account", header=header, rows=rows, notes=notes),)
+    return (Table(title="Costs", header=header, rows=rows, notes=notes),)
 
 
 AUTONPO_TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {

@@ -15,10 +15,10 @@ from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches
 from npo_cli.storage.metrics import read_metrics
+from npo_cli.types.autonpo import REJECTIONS
 from npo_cli.types.costs import ActivityCost, CostToThreshold, CurvePoint, RunCosts
 from npo_cli.types.rollouts import Segment
 
-REJECTION_EVENTS = ("rejected", "unguided", "missed", "reverted")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,8 +214,8 @@ def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
         acceptance_test_tokens=table.kinds.get("acceptance_test", ZERO_COST).tokens,
         abandoned_tokens=scout.tokens + abandoned.tokens,
         seconds=sum(cost.seconds for cost in counted),
-        num_interventions=sum(move.event == "rolled_back" and not move.evidence.get("early") for move in moves),
-        num_rejections=sum(move.event in REJECTION_EVENTS for move in moves),
+        num_interventions=sum(move.event == "rolled_back" and not move.evidence.get("is_early") for move in moves),
+        num_rejections=sum(move.event in REJECTIONS for move in moves),
     )
 
 

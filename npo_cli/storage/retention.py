@@ -115,8 +115,7 @@ def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
 def find_extrapolation_checkpoints(run: RunDir, branch: str) -> set[BranchStep]:
     """What an extrapolated guide needs from the newest checkpoint on: as far back as its k, and one save more."""
     recipe = run.read_recipe(branch)
-    wanted = recipe.get("guide", {}).get("source") == "extrapolated" or recipe.get("autonpo", {}).get("extrapolate")
-    if not wanted:
+    if recipe.get("guide", {}).get("source") != "extrapolated":
         return set()
     settings, every = recipe["extrapolation"], recipe["train"]["save_every"]
     farthest = max((settings["k"], *settings["k_grid"]) if settings["refresh"] else (settings["k"],))

@@ -154,7 +154,7 @@ def select_guide(
     Nobody does while a cache is at work: the slots are its own.
     """
     busy = trainer.active_guide is not None and state.step < trainer.active_guide.until_step
-    if trainer.extrapolator is None or busy or trainer.extrapolator.is_inactive(state):
+    if trainer.extrapolator is None or busy:
         return state, None, None
     refresh = refreshed(trainer.extrapolator, state, seed_name=trainer.seed_name)
     if refresh is not None:

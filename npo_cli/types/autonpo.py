@@ -1,57 +1,52 @@
-"""The nouns of AutoNPO: mistakes, what a confirmation found, and the transitions of its state machine.
-
-What they mean together is told in `docs/explanation/autonpo.md`. Imports nothing.
-"""
+"""Records of AutoNPO: failed prompts, the result of a probe, and the transitions of the controller."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Phase = Literal["TRAIN", "PUSH", "AHEAD", "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "JUDGE", "COOLDOWN"]
-Event = Literal[
+Phase = Literal["TRAIN", "PROBE", "GUIDE_GEN", "ROLLBACK", "REPLAY", "ACCEPTANCE_TEST", "COOLDOWN"]
+TransitionName = Literal[
     "started",
     "armed",
     "warning",
     "recovered",
     "trigger",
-    "capped",
-    "pushed",
-    "unpushed",
-    "moved",
-    "unmoved",
-    "early",
-    "missed",
-    "accepted",
-    "rejected",
-    "guided",
-    "unguided",
+    "limit_reached",
+    "early_bootstrap",
+    "prerequisite_missing",
+    "probe_accepted",
+    "probe_rejected",
+    "guide_built",
+    "guide_empty",
     "rolled_back",
-    "replayed",
-    "kept",
-    "reverted",
+    "replay_done",
+    "replay_accepted",
+    "replay_rejected",
 ]
+REJECTIONS: tuple[TransitionName, ...] = ("prerequisite_missing", "probe_rejected", "guide_empty", "replay_rejected")
+"""Transitions that end an intervention without a lasting replay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailedPrompt:
-    """A prompt that the policy mostly failed, and when."""
+    """A prompt that the policy mostly failed, and the step at which it failed."""
 
     prompt_id: str
     step: int
-    """Training step whose rollouts failed; the policy was that of `step - 1`."""
+    """Training step whose rollouts failed; they were sampled from the policy of `step - 1`."""
     accuracy: float
-    """Share of the group's own rollouts that were correct."""
+    """Share of the group's on-policy rollouts that were correct."""
     epoch: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StratumQuality:
-    """Mistakes of one age, and how many of them the policy solves by now."""
+    """Failed prompts of one age range, and how many of them the current policy solves."""
 
     min_age: int
-    """Least age in steps; the failures of the newest step have age 0."""
+    """Smallest age in steps; failures of the newest step have age 0."""
     max_age: int
-    """First age that is too old for it: a rollback of this distance undoes all of these failures."""
+    """Exclusive upper end: a rollback of this distance replays all of these failures."""
     num_failed_prompts: int
     """Distinct prompts whose newest failure has this age."""
     num_probed: int
@@ -61,7 +56,7 @@ class StratumQuality:
     """pass@1 of fresh samples."""
     quality_low: float
     quality_high: float
-    """95 % Jeffreys interval, as many trials as the samples are worth (clusters of one prompt)."""
+    """95 % Jeffreys interval with the effective number of trials (samples of one prompt are a cluster)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +65,10 @@ class RollbackScore:
 
     distance: int
     num_failed_prompts: int
-    """Distinct prompts of the slice: failed in the last `distance` steps."""
+    """Distinct prompts that failed in the last `distance` steps."""
     num_probed: int
     quality: float
-    """Pass rate on the slice, strata weighted by their size."""
+    """Pass rate on these prompts, strata weighted by their size."""
     quality_low: float
     quality_high: float
     variance: float
@@ -84,17 +79,17 @@ class RollbackScore:
     variances: Mapping[str, float]
     """Every kind, from the samples behind `variance`."""
     variance_forward: float | None
-    """From the present policy's samples, seen by the old checkpoint; None where there is none."""
+    """From the current policy's samples, scored by the old checkpoint; None without samples."""
     variance_backward: float | None
-    """Checkpoint-free: from the old policy's samples on record, seen by the present one (section 10.7)."""
+    """From the old policy's recorded rollouts, scored by the current policy (section 10.7)."""
     variances_agree: bool | None
-    """Whether the two intervals overlap; None where one is missing or rests on less than 32 samples."""
+    """Whether the two intervals overlap; None if one is missing or has fewer than 32 samples."""
     has_heavy_tail: bool | None
     """E_b[w^2] and E_a[w] differ by more than two standard errors (section 10.5)."""
     kl_per_token: float
     kl_per_sequence: float
     num_backward_samples: int
-    """Samples on record behind `variance_backward`."""
+    """Recorded rollouts behind `variance_backward`."""
     signal: float
     signal_low: float
     signal_high: float
@@ -105,17 +100,17 @@ class RollbackScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeResult:
-    """What a probe of the mistakes found."""
+    """Q, V and S of every rollback distance, and the decision."""
 
     is_accepted: bool
     reason: str
-    """Why it was rejected, in words; empty where it was accepted."""
+    """Why it was rejected; empty if it was accepted."""
     distance: int | None
-    """D*; None where no distance could be chosen."""
+    """D*; None if no distance could be chosen."""
     strata: tuple[StratumQuality, ...]
     scores: tuple[RollbackScore, ...]
     selection_by_profile: Mapping[str, int] = field(default_factory=dict)
-    """The distance that each profile would have chosen: faithful, group2, calibrated, seq_kl, one_se, argmax."""
+    """The distance that each profile and rule selects: faithful, group2, calibrated, seq_kl, one_se, argmax."""
     num_prompts: int = 0
     num_samples: int = 0
     num_tokens: int = 0
@@ -123,42 +118,42 @@ class ProbeResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoNPOState:
-    """Where the state machine stands. With the recorded metrics after `step` it decides everything that follows."""
+    """State of the controller. With the metrics recorded after `step` it determines everything that follows."""
 
     branch: str
     step: int
-    """Step of the newest fact on that branch."""
+    """Step of the newest event on that branch."""
     phase: Phase = "TRAIN"
     stagnation_streak: int = 0
     """Consecutive steps of stagnation with falling entropy."""
     has_warned: bool = False
     num_interventions: int = 0
-    """Accepted so far, the early bootstrap apart."""
+    """Rollbacks so far, without the early bootstrap."""
     distance: int | None = None
-    """D of the intervention under way."""
+    """D of the current intervention."""
     until_step: int | None = None
-    """Last step of the replay, of the extrapolated guidance or of the rest under way."""
+    """Last step of the current replay or cooldown."""
     has_tried_early: bool = False
     """Whether the early bootstrap was tried."""
     is_early: bool = False
-    """Whether the intervention under way is the early bootstrap."""
+    """Whether the current intervention is the early bootstrap."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transition:
-    """One move of the state machine, with its evidence: a line of autonpo.jsonl."""
+    """One transition of the controller with its evidence: a line of autonpo.jsonl."""
 
     step: int
-    event: Event
+    event: TransitionName
     phase_before: Phase
     state: AutoNPOState
-    """After the move."""
+    """After the transition."""
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TriggerReading:
-    """What the trigger saw at one step."""
+    """What the trigger computed at one step."""
 
     step: int
     verdict: Literal["no_signal", "short_history", "rising", "entropy_level", "stagnant"]
@@ -178,10 +173,10 @@ class TriggerReading:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NonTriggerSpan:
-    """Consecutive recorded steps that did not trigger for one and the same reason."""
+    """Consecutive recorded steps that did not trigger for the same reason."""
 
     reason: str
     first_step: int
     last_step: int
     num_steps: int
-    """Recorded steps in it; a log may skip some."""
+    """Recorded steps among them; a log may skip some."""

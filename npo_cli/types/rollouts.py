@@ -212,8 +212,6 @@ class Segment:
     """Name of the guide cache mixed in, or None for plain GRPO."""
     guide_until: int | None
     """Last step at which the guide is mixed in."""
-    extrapolation_until: int | None = None
-    """Last step at which the policy's own motion guides, where AutoNPO tries that; else None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,43 +1,45 @@
-"""Simulated signals, and a small driver that takes them through the watch and the state machine."""
+"""Simulated metrics, and a small driver that runs trigger and controller over them without any training."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
-from npo_cli.autonpo.controller import ControllerKnobs, advance
-from npo_cli.autonpo.events import (
+from npo_cli.autonpo.controller import (
     ControllerEvent,
     GuideBuilt,
     PrerequisiteMissing,
     ProbeFinished,
-    ReplayJudged,
+    ReplayTested,
     RollbackDone,
     StepObserved,
+    advance,
 )
-from npo_cli.autonpo.trigger import Trigger, TriggerInput, TriggerKnobs
+from npo_cli.autonpo.trigger import Trigger, TriggerInput
+from npo_cli.config.autonpo import AutonpoSettings
 from npo_cli.types.autonpo import AutoNPOState, Phase, ProbeResult, Transition, TriggerReading
 
-KNOBS = TriggerKnobs(ema=0.9, window=20, c_r=1.0, d_H=0.05, c_H=4.0)
-CONTROL = ControllerKnobs(
-    patience=5,
-    warmup=40,
-    cooldown=40,
-    max_interventions=3,
-    early=False,
-    early_scout=20,
-    push_steps=0,
-    accept_test=False,
-)
+
+def autonpo_settings(**sections: Any) -> AutonpoSettings:
+    """`trigger={"patience": 3}, max_interventions=2`.
+
+    Defaults: window 20, patience 5, warm-up 40, cooldown 40, 3 interventions, no early bootstrap (of 20 steps), no
+    acceptance test.
+    """
+    return AutonpoSettings.model_validate(sections)
+
+
+DEFAULTS = autonpo_settings()
 START = AutoNPOState(branch="main", step=0)
 ACCEPTED = ProbeFinished(
-    confirmation=ProbeResult(is_accepted=True, reason="", distance=20, strata=(), scores=(), num_prompts=256)
+    result=ProbeResult(is_accepted=True, reason="", distance=20, strata=(), scores=(), num_prompts=256)
 )
 REJECTED = ProbeFinished(
-    confirmation=ProbeResult(is_accepted=False, reason="too few mistakes", distance=None, strata=(), scores=())
+    result=ProbeResult(is_accepted=False, reason="too few failed prompts", distance=None, strata=(), scores=())
 )
-GUIDED = GuideBuilt(guide="auto-1", num_prompts=90, num_found=30, num_reused=20, num_tokens=5000)
-UNGUIDED = GuideBuilt(guide="auto-1", num_prompts=90, num_found=0, num_reused=0, num_tokens=5000)
-MISSED = PrerequisiteMissing(what="checkpoint step_000060 is gone")
+GUIDED = GuideBuilt(guide="auto-1", num_prompts=90, num_prompts_with_rollouts=30, num_reused=20, num_tokens=5000)
+UNGUIDED = GuideBuilt(guide="auto-1", num_prompts=90, num_prompts_with_rollouts=0, num_reused=0, num_tokens=5000)
+MISSING = PrerequisiteMissing(reason="checkpoint step_000060 is gone")
 
 
 def curve(
@@ -56,33 +58,29 @@ def curve(
 
 
 def run_until_trigger(
-    signals: Iterable[TriggerInput],
-    *,
-    trigger: TriggerKnobs = KNOBS,
-    control: ControllerKnobs = CONTROL,
-    save_every: int = 1,
+    signals: Iterable[TriggerInput], *, settings: AutonpoSettings = DEFAULTS, save_every: int = 1
 ) -> Iterator[Transition]:
-    """Moves while a run trains, up to its first trigger; a checkpoint every `save_every` steps."""
-    watch, state = Trigger(trigger), START
+    """Transitions of a run up to its first trigger; a checkpoint every `save_every` steps."""
+    trigger, state = Trigger(settings.trigger), START
     for signal in signals:
-        fact = StepObserved(reading=watch.observe(signal), has_checkpoint=signal.step % save_every == 0)
-        state, moves = advance(state, fact, knobs=control)
-        yield from moves
+        event = StepObserved(reading=trigger.observe(signal), has_checkpoint=signal.step % save_every == 0)
+        state, transitions = advance(state, event, settings)
+        yield from transitions
         if state.phase != "TRAIN":
             return
 
 
 def event_steps(transitions: Iterable[Transition]) -> list[tuple[int, str]]:
-    return [(move.step, move.event) for move in transitions]
+    return [(transition.step, transition.event) for transition in transitions]
 
 
 def first_step_of(event: str, transitions: Iterable[Transition]) -> int | None:
-    return next((move.step for move in transitions if move.event == event), None)
+    return next((transition.step for transition in transitions if transition.event == event), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerStep:
-    """One fact that the state machine was told: what the trigger saw, the moves, and the state after them."""
+    """One event: what the trigger read, the transitions, and the state after them."""
 
     reading: TriggerReading | None
     transitions: tuple[Transition, ...]
@@ -91,57 +89,57 @@ class ControllerStep:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedRun:
-    """A run under AutoNPO in which nothing is trained: `measured(branch, step)` is what a step records.
+    """A run under AutoNPO without training: `signal_at(branch, step)` is what a step records.
 
-    As on a disk, a branch remembers where it left which other one, and nothing else outlives a kill.
+    As on disk, a branch remembers its parent and fork step, and nothing else survives a kill.
     """
 
     signal_at: Callable[[str, int], TriggerInput]
-    control: ControllerKnobs
+    settings: AutonpoSettings
     save_every: int = 10
     is_worse: bool = False
-    """What the held-out test says."""
+    """Outcome of the acceptance test."""
     forks: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def recorded_signal(self, branch: str, step: int) -> TriggerInput:
-        """The step as the branch's line of descent has it."""
+        """The step in the branch's ancestry."""
         while branch in self.forks and step <= self.forks[branch][1]:
             branch = self.forks[branch][0]
         return self.signal_at(branch, step)
 
-    def watch_at(self, state: AutoNPOState) -> Trigger:
-        """A watch as after a restart: it has seen what is on record."""
-        watch = Trigger(KNOBS)
+    def trigger_at(self, state: AutoNPOState) -> Trigger:
+        """A trigger as after a restart: it has read what is recorded."""
+        trigger = Trigger(self.settings.trigger)
         for step in range(1, state.step + 1):
-            watch.observe(self.recorded_signal(state.branch, step))
-        return watch
+            trigger.observe(self.recorded_signal(state.branch, step))
+        return trigger
 
     def run(self, state: AutoNPOState, *, last: int) -> Iterator[ControllerStep]:
-        """From a state to the last step, with a new watch."""
-        watch = self.watch_at(state)
+        """From a state to the last step, with a new trigger."""
+        trigger = self.trigger_at(state)
         while state.step < last or state.phase not in ("TRAIN", "REPLAY", "COOLDOWN"):
-            fact = self.next_event(state)
+            event = self.next_event(state)
             reading = None
-            if fact is None:
+            if event is None:
                 step = state.step + 1
-                reading = watch.observe(self.recorded_signal(state.branch, step))
-                fact = StepObserved(reading=reading, has_checkpoint=step % self.save_every == 0)
-            state, moves = advance(state, fact, knobs=self.control)
-            if isinstance(fact, RollbackDone | ReplayJudged):
-                watch = self.watch_at(state)
-            yield ControllerStep(reading=reading, transitions=moves, state=state)
+                reading = trigger.observe(self.recorded_signal(state.branch, step))
+                event = StepObserved(reading=reading, has_checkpoint=step % self.save_every == 0)
+            state, transitions = advance(state, event, self.settings)
+            if isinstance(event, RollbackDone | ReplayTested):
+                trigger = self.trigger_at(state)
+            yield ControllerStep(reading=reading, transitions=transitions, state=state)
 
     def next_event(self, state: AutoNPOState) -> ControllerEvent | None:
-        """The fact that each phase waits for; None where it is the next step."""
-        answers: dict[Phase, Callable[[AutoNPOState], ControllerEvent]] = {
+        """The event of each phase; None if it is the next step."""
+        events: dict[Phase, Callable[[AutoNPOState], ControllerEvent]] = {
             "PROBE": lambda _: ACCEPTED,
             "GUIDE_GEN": lambda _: GUIDED,
             "ROLLBACK": self.branch_off,
-            "JUDGE": lambda state: ReplayJudged(
+            "ACCEPTANCE_TEST": lambda state: ReplayTested(
                 is_worse=self.is_worse, evidence={}, parent=self.forks[state.branch][0]
             ),
         }
-        return answers[state.phase](state) if state.phase in answers else None
+        return events[state.phase](state) if state.phase in events else None
 
     def branch_off(self, state: AutoNPOState) -> RollbackDone:
         name = "early" if state.is_early else f"auto-{state.num_interventions + 1}"

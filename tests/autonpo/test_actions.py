@@ -1,11 +1,11 @@
-"""What an intervention leaves, and what becomes of it where it is rejected, reverted, early, or robbed of its files."""
+"""Interventions in real runs: guides, rejected probes and replays, the early bootstrap, and missing files."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from npo_cli.autonpo.acceptance_test import PairedTest
+from npo_cli.autonpo.actions import PairedTest
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.storage.autonpo_log import list_probes
 from npo_cli.storage.checkpoints import delete_checkpoint, demote_checkpoint, find_checkpoint
@@ -28,47 +28,49 @@ from tests.helpers.autonpo_runs import (
 from tests.helpers.runs import copy_run, steps_of
 
 
-def main_of(root: Path) -> dict[str, str]:
+def main_digests(root: Path) -> dict[str, str]:
     return {name: digest for name, digest in deterministic_digests(root).items() if name.startswith("branches/main/")}
 
 
 # Guides
 
 
-def test_right_answers_of_the_probe_are_the_guides_word_for_word(watched):
+def test_guide_cache_reuses_correct_rollouts_of_the_probe(watched):
     run = open_run(watched)
     num_reused = 0
     for name, probe in (("auto-1", ("main", 6)), ("auto-2", ("auto-1", 8))):
         (folder,) = [found for found in list_probes(run) if (found.branch, found.step) == probe]
-        heard = {group.prompt.prompt_id: group.rollouts for _, group in folder.rollouts.iter_groups()}
+        sampled = {group.prompt.prompt_id: group.rollouts for _, group in folder.rollouts.iter_groups()}
         _, cached = load_guide(run, name)
         for prompt_id, entry in read_queried_prompts(run.guide_folder(name)).items():
-            right = [found for found in heard.get(prompt_id, ()) if found.verdict == "correct" and found.finished]
-            if right:
-                assert cached[prompt_id][0].response_ids in [found.response_ids for found in right]
-                # Asked no more: the samples are those of the probe (4), and no token was generated.
-                assert (entry.num_sampled, entry.num_correct, entry.num_tokens) == (4, len(right), 0)
+            correct = [found for found in sampled.get(prompt_id, ()) if found.verdict == "correct" and found.finished]
+            if correct:
+                assert cached[prompt_id][0].response_ids in [found.response_ids for found in correct]
+                # Not sampled again: the samples are those of the probe (4), and no token was generated.
+                assert (entry.num_sampled, entry.num_correct, entry.num_tokens) == (4, len(correct), 0)
                 num_reused += 1
             else:
-                # guide.cache.samples_per_prompt = 8 in all; whoever has no answer was asked that often
+                # guide.cache.samples_per_prompt = 8 in total, all of them used where none is correct
                 assert entry.num_sampled <= 8
                 assert entry.num_correct or entry.num_sampled == 8
                 assert entry.num_tokens > 0
     assert (
-        num_reused == sum(find_transition(watched, "guided", number).evidence["num_reused"] for number in (0, 1)) >= 2
+        num_reused
+        == sum(find_transition(watched, "guide_built", number).evidence["num_reused"] for number in (0, 1))
+        >= 2
     )
 
 
-# Rejected
+# Rejected probe
 
 
-def test_a_rejected_probe_leaves_training_as_if_it_had_never_been(plain, tmp_path):
+def test_rejected_probe_leaves_training_unchanged(plain, tmp_path):
     root = tmp_path / "run"
     list(start_autonpo(root, *REJECTING))
-    assert events_of(root).count("rejected") >= 2
-    assert {"accepted", "guided", "rolled_back"}.isdisjoint(events_of(root))
-    assert "autonpo.probe.min_quality is 99 %" in find_transition(root, "rejected").evidence["reason"]
-    assert main_of(root) == main_of(plain)
+    assert events_of(root).count("probe_rejected") >= 2
+    assert {"probe_accepted", "guide_built", "rolled_back"}.isdisjoint(events_of(root))
+    assert "autonpo.probe.min_quality is 99 %" in find_transition(root, "probe_rejected").evidence["reason"]
+    assert main_digests(root) == main_digests(plain)
     assert list_branches(open_run(root)) == ["main"]
     assert not list_guide_caches(open_run(root))
 
@@ -76,11 +78,11 @@ def test_a_rejected_probe_leaves_training_as_if_it_had_never_been(plain, tmp_pat
 # After the replay
 
 
-def test_after_the_replay_the_run_may_end_there(watched, tmp_path):
+def test_replay_after_stop_ends_the_run(watched, tmp_path):
     root = tmp_path / "run"
     list(start_autonpo(root, "autonpo.replay.after=stop"))
-    assert events_of(root)[-1] == "replayed"
-    # What it did up to there is what it does otherwise: the last checkpoint is that of step 6.
+    assert events_of(root)[-1] == "replay_done"
+    # Up to there it is the same as otherwise; the last checkpoint is that of step 6.
     theirs = deterministic_digests(watched)
     ours = {
         name: digest
@@ -89,25 +91,29 @@ def test_after_the_replay_the_run_may_end_there(watched, tmp_path):
     }
     assert {name.split("/")[3] for name in ours} == {"step_000006"}
     assert all(theirs[name] == digest for name, digest in ours.items())
-    # It stays ended, until somebody changes that.
+    # It stays ended until the setting changes.
     assert steps_of(start_autonpo_resume(root)) == []
     assert next(report.step for report in steps_of(start_autonpo_resume(root, "autonpo.replay.after=continue"))) == 7
 
 
-def test_a_replay_that_is_not_worse_is_kept(tmp_path):
+def test_acceptance_test_accepts_a_replay_that_is_not_worse(tmp_path):
     root = tmp_path / "run"
     list(start_autonpo(root, "autonpo.replay.acceptance_test=true", "autonpo.max_interventions=1"))
-    kept = find_transition(root, "kept")
-    assert (kept.phase_before, kept.state.branch, kept.evidence["parent"]) == ("JUDGE", "auto-1", "main")
-    assert kept.evidence["num_prompts"] == 8
-    # micro evaluates with several answers a prompt: shares of them, and their difference
-    assert kept.evidence["difference"] == pytest.approx(kept.evidence["replayed"] - kept.evidence["abandoned"])
-    assert kept.evidence["difference_low"] <= kept.evidence["difference"] <= kept.evidence["difference_high"]
-    assert kept.evidence["difference_high"] >= 0
+    accepted = find_transition(root, "replay_accepted")
+    assert (accepted.phase_before, accepted.state.branch, accepted.evidence["parent"]) == (
+        "ACCEPTANCE_TEST",
+        "auto-1",
+        "main",
+    )
+    evidence = accepted.evidence
+    assert evidence["num_prompts"] == 8
+    assert evidence["difference"] == pytest.approx(evidence["replayed_accuracy"] - evidence["abandoned_accuracy"])
+    assert evidence["difference_low"] <= evidence["difference"] <= evidence["difference_high"]
+    assert evidence["difference_high"] >= 0
 
 
-def test_a_worse_replay_is_left_and_its_parent_goes_on_like_plain_grpo(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(PairedTest, "worse", property(lambda test: True))
+def test_acceptance_test_rejects_a_worse_replay_and_its_parent_continues_as_plain_grpo(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(PairedTest, "is_worse", property(lambda test: True))
     root = tmp_path / "run"
     list(
         start_autonpo(
@@ -117,9 +123,9 @@ def test_a_worse_replay_is_left_and_its_parent_goes_on_like_plain_grpo(plain, tm
             "autonpo.max_interventions=1",
         )
     )
-    reverted = find_transition(root, "reverted")
-    # Judged at 6, resting at 7 and 8, armed at 9 on the parent.
-    assert (reverted.step, reverted.state.branch, reverted.state.phase, reverted.state.until_step) == (
+    rejected = find_transition(root, "replay_rejected")
+    # Tested at 6, cooldown at 7 and 8, armed at 9 on the parent.
+    assert (rejected.step, rejected.state.branch, rejected.state.phase, rejected.state.until_step) == (
         6,
         "main",
         "COOLDOWN",
@@ -127,22 +133,26 @@ def test_a_worse_replay_is_left_and_its_parent_goes_on_like_plain_grpo(plain, tm
     )
     assert find_transition(root, "armed", 1).step == 9
     assert transitions_of(root)[-1].state.branch == "main"
-    assert main_of(root) == main_of(plain)
+    assert main_digests(root) == main_digests(plain)
     assert [born.branch for born in read_segments(open_run(root))] == ["main", "auto-1", "main"]
 
 
-def test_a_test_that_lacks_one_of_the_two_keeps_the_replay_and_says_why(tmp_path):
+def test_acceptance_test_without_a_checkpoint_keeps_the_replay(tmp_path):
     root = tmp_path / "run"
     for record in start_autonpo(root, "autonpo.replay.acceptance_test=true", "autonpo.max_interventions=1"):
-        if getattr(record, "event", "") == "replayed":
+        if getattr(record, "event", "") == "replay_done":
             delete_checkpoint(find_checkpoint(open_run(root), "main", 6))
-    missed = find_transition(root, "missed")
-    assert (missed.phase_before, missed.state.branch, missed.state.phase) == ("JUDGE", "auto-1", "COOLDOWN")
-    assert "step 6" in missed.evidence["what"]
+    missing = find_transition(root, "prerequisite_missing")
+    assert (missing.phase_before, missing.state.branch, missing.state.phase) == (
+        "ACCEPTANCE_TEST",
+        "auto-1",
+        "COOLDOWN",
+    )
+    assert "step 6" in missing.evidence["reason"]
     assert transitions_of(root)[-1].state.branch == "auto-1"
 
 
-def test_a_short_early_window_asks_only_its_own_prompts_and_is_judged_at_its_end(tmp_path):
+def test_early_bootstrap_with_a_short_replay_samples_only_its_prompts(tmp_path):
     root = tmp_path / "run"
     early = (
         "autonpo.early.enabled=true",
@@ -153,16 +163,16 @@ def test_a_short_early_window_asks_only_its_own_prompts_and_is_judged_at_its_end
     )
     kept = ("autonpo.rollback.distances=[2]", "train.keep_full_checkpoints=2", "autonpo.max_interventions=0")
     list(start_autonpo(root, *early, *kept))
-    assert {"kept", "reverted"} & set(events_of(root))
-    asked = read_queried_prompts(open_run(root).guide_folder("early"))
+    assert {"replay_accepted", "replay_rejected"} & set(events_of(root))
+    queried = read_queried_prompts(open_run(root).guide_folder("early"))
     # only prompts of the window's two steps of 4, whenever the scout failed them last
-    assert set(asked) <= {each for step in (1, 2) for each in prompt_ids(root, "main", step)}
+    assert set(queried) <= {each for step in (1, 2) for each in prompt_ids(root, "main", step)}
 
 
 # Early bootstrap
 
 
-def test_an_early_bootstrap_teaches_a_new_start(tmp_path):
+def test_early_bootstrap_restarts_from_the_base_with_guides(tmp_path):
     root = tmp_path / "run"
     list(
         start_autonpo(
@@ -173,75 +183,78 @@ def test_an_early_bootstrap_teaches_a_new_start(tmp_path):
             "autonpo.trigger.min_entropy_drop_se=1000000",
         )
     )
-    assert events_of(root) == ["started", "early", "guided", "rolled_back", "replayed", "armed"]
+    assert events_of(root) == ["started", "early_bootstrap", "guide_built", "rolled_back", "replay_done", "armed"]
     born = read_segments(open_run(root))[-1]
     assert (born.branch, born.parent, born.fork_step, born.guide_until) == ("early", "main", 0, 2)
-    # It counts for no intervention, and nothing was probed.
+    # It is not counted as an intervention, and there is no probe.
     assert transitions_of(root)[-1].state.num_interventions == 0
     assert list_probes(open_run(root)) == []
     mixes = {step: {group.injection_status for group in groups_of(root, "early", step)} for step in range(1, 13)}
     assert all(mixes[step] == {"off"} for step in range(3, 13))
     assert "injected" in mixes[1] | mixes[2]
-    asked = read_queried_prompts(open_run(root).guide_folder("early"))
-    assert set(asked) <= set(failed_prompts(root, "main", range(1, 3), at_most=0.25))
+    queried = read_queried_prompts(open_run(root).guide_folder("early"))
+    assert set(queried) <= set(failed_prompts(root, "main", range(1, 3), at_most=0.25))
 
 
-# What is gone
+# Missing files
 
 
-def test_without_the_policy_that_would_be_asked_the_trigger_is_missed_and_training_goes_on(plain, tmp_path):
+def test_probe_without_its_checkpoint_is_skipped_and_training_continues(plain, tmp_path):
     root = copy_run(plain, tmp_path / "run")
     delete_checkpoint(find_checkpoint(open_run(root), "main", 6))
     list(start_autonpo_resume(root))
-    missed = find_transition(root, "missed")
-    assert (missed.step, missed.phase_before, missed.state.phase) == (6, "PROBE", "COOLDOWN")
-    assert "step 6" in missed.evidence["what"]
+    missing = find_transition(root, "prerequisite_missing")
+    assert (missing.step, missing.phase_before, missing.state.phase) == (6, "PROBE", "COOLDOWN")
+    assert "step 6" in missing.evidence["reason"]
     assert transitions_of(root)[-1].step > 6
 
 
-def test_weights_alone_cannot_be_asked_for_their_mistakes(plain, tmp_path):
+def test_probe_of_a_weights_only_checkpoint_is_skipped(plain, tmp_path):
     root = copy_run(plain, tmp_path / "run")
     demote_checkpoint(find_checkpoint(open_run(root), "main", 6))
     list(start_autonpo_resume(root))
-    assert "weights only" in find_transition(root, "missed").evidence["what"]
+    assert "weights only" in find_transition(root, "prerequisite_missing").evidence["reason"]
 
 
 @pytest.mark.parametrize("spoil", [delete_checkpoint, demote_checkpoint])
-def test_without_one_old_state_the_other_distances_are_chosen_from(plain, tmp_path, spoil):
+def test_rollback_chooses_among_the_distances_that_have_a_checkpoint(plain, tmp_path, spoil):
     """D = 2 of step 6 leads to step 4, which is gone; D = 4 leads to step 2."""
     root = copy_run(plain, tmp_path / "run")
     spoil(find_checkpoint(open_run(root), "main", 4))
     list(start_autonpo_resume(root, "autonpo.max_interventions=1"))
-    accepted = find_transition(root, "accepted")
+    accepted = find_transition(root, "probe_accepted")
     assert (accepted.step, accepted.state.distance) == (6, 4)
     assert find_transition(root, "rolled_back").evidence["to_step"] == 2
 
 
-def test_without_any_old_state_nobody_is_asked(plain, tmp_path):
+def test_probe_without_any_rollback_checkpoint_is_skipped(plain, tmp_path):
     root = copy_run(plain, tmp_path / "run")
     for step in (2, 4):
         delete_checkpoint(find_checkpoint(open_run(root), "main", step))
     list(start_autonpo_resume(root, "autonpo.max_interventions=1"))
-    assert find_transition(root, "missed").evidence == {
-        "what": "no full state at any of autonpo.rollback.distances before step 6"
+    assert find_transition(root, "prerequisite_missing").evidence == {
+        "reason": "no full checkpoint at any of autonpo.rollback.distances before step 6"
     }
     assert not any(root.glob("probes/main_step_000006*/rollouts*"))
 
 
-def test_an_old_state_lost_between_probe_and_guides_is_missed(watched, tmp_path):
+def test_rollback_checkpoint_lost_after_the_probe_ends_the_intervention(watched, tmp_path):
     root = tmp_path / "run"
     for record in (records := start_autonpo(root)):
-        if getattr(record, "event", "") == "accepted":
+        if getattr(record, "event", "") == "probe_accepted":
             records.close()
     delete_checkpoint(find_checkpoint(open_run(root), "main", 4))
     list(start_autonpo_resume(root))
-    missed = find_transition(root, "missed")
-    assert (missed.step, missed.phase_before) == (6, "GUIDE_GEN")
-    assert events_of(root)[: events_of(root).index("missed")] == events_of(watched)[: events_of(root).index("missed")]
+    missing = find_transition(root, "prerequisite_missing")
+    assert (missing.step, missing.phase_before) == (6, "GUIDE_GEN")
+    assert (
+        events_of(root)[: events_of(root).index("prerequisite_missing")]
+        == events_of(watched)[: events_of(root).index("prerequisite_missing")]
+    )
 
 
-def test_states_saved_before_mistakes_were_remembered_still_load(plain, tmp_path):
-    """Nothing is known of what failed: the probe has nobody to ask, and training goes on from there."""
+def test_probe_of_an_empty_pool_is_rejected(plain, tmp_path):
+    """A checkpoint without failed prompts: the probe has no prompts, and training continues."""
     root = copy_run(plain, tmp_path / "run")
     for path in root.rglob("training_state/state.json"):
         scalars = json.loads(path.read_text())
@@ -252,8 +265,8 @@ def test_states_saved_before_mistakes_were_remembered_still_load(plain, tmp_path
     assert read_trainer_state(find_checkpoint(open_run(root), "main", 6).training_state_path).failed_prompts == ()
     list(start_autonpo_resume(root))
     assert (
-        find_transition(root, "rejected").evidence["reason"]
-        == "only 0 mistakes in the last 4 steps; autonpo.rollback.min_failed_prompts is 2"
+        find_transition(root, "probe_rejected").evidence["reason"]
+        == "only 0 failed prompts in the last 4 steps; autonpo.rollback.min_failed_prompts is 2"
     )
     ours = find_checkpoint(open_run(root), "main", 12).path / "model.safetensors"
     assert ours.read_bytes() == (tmp_path / "gone/model.safetensors").read_bytes()

@@ -1,14 +1,14 @@
-"""Settings under which AutoNPO could never step in are refused by the key, before anything is written."""
+"""Settings under which AutoNPO could never intervene are refused by their key, before anything is written."""
 
 import pytest
 
-from npo_cli.autonpo.preflight import max_failed_prompts, usable_deltas, validate_autonpo_settings
+from npo_cli.autonpo.preflight import max_failed_prompts, usable_distances, validate_autonpo_settings
 from npo_cli.errors import NpoError
 from tests.helpers.autonpo_runs import EAGER, eager_recipe, start_autonpo_resume
 from tests.helpers.runs import copy_run, file_digests
 
 NUM_PROMPTS = 16
-"""task.pool_size of the eager recipe: 4 a step, a checkpoint every 2 steps, deltas 2 and 4, 12 steps."""
+"""task.pool_size of the eager recipe: 4 a step, a checkpoint every 2 steps, distances 2 and 4, 12 steps."""
 
 REFUSED = {
     "no distance ends at a checkpoint": (
@@ -41,22 +41,22 @@ REFUSED = {
     # max(4, 2) + 9 = 13 steps of 12
     "patience that outlasts the run": (
         ("autonpo.trigger.patience=9",),
-        "could come at step 13",
+        "earliest warning is at step 13",
         "autonpo.trigger.patience=8",
     ),
-    "a probe that nothing passes": (
+    "a probe that cannot be accepted": (
         ("autonpo.probe.min_quality=1",),
         "autonpo.probe.min_quality is 1",
         "autonpo.probe.min_quality=0.1",
     ),
-    "a replay that never meets its guides": (
+    "a replay that never visits its guides' prompts": (
         ("autonpo.rollback.data=onward",),
         "autonpo.rollback.data is onward",
         "data=same",
     ),
-    "a V that the old samples cannot tell": (
+    "a V that recorded samples cannot estimate": (
         ("autonpo.probe.variance_samples=learner", "scoring.variance=seq2"),
-        "scoring.variance=seq2 can only be told",
+        "scoring.variance=seq2 can only be estimated",
         "scoring.variance=group2",
     ),
     "a scout longer than the run": (
@@ -64,7 +64,7 @@ REFUSED = {
         "autonpo.early.scout_steps is 400",
         "autonpo.early.scout_steps=10",
     ),
-    "a scout of which nothing may be left": (
+    "a scout whose checkpoint may be deleted": (
         (
             "autonpo.early.enabled=true",
             "autonpo.early.scout_steps=8",
@@ -76,7 +76,7 @@ REFUSED = {
         "autonpo.early.replay_steps=8",
     ),
     # no distance is longer than the run: min(16 prompts, 12 * 4)
-    "more asked than a run has steps for": (
+    "a probe of more prompts than the run visits": (
         ("autonpo.rollback.distances=[2,400]", "autonpo.probe.num_prompts=17"),
         "autonpo.probe.num_prompts is 17, but at most 16",
         "autonpo.probe.num_prompts=16",
@@ -86,7 +86,7 @@ REFUSED = {
         "autonpo.rollback.distances begin at 12",
         "train.num_steps",
     ),
-    "guides that would never be let in": (
+    "guides that would never be injected": (
         ("guide.inject.max_accuracy=0.2",),
         "autonpo.pool.max_accuracy is 0.25, above guide.inject.max_accuracy 0.2",
         "autonpo.pool.max_accuracy=0.2",
@@ -117,17 +117,17 @@ REFUSED = {
         "autonpo.early.replay_steps=4",
     ),
     # min(autonpo.pool.max_size, 16 prompts, 4 steps * 4 prompts) = 16
-    "more asked than there are": (
+    "a probe of more prompts than there are": (
         ("autonpo.probe.num_prompts=17",),
         "autonpo.probe.num_prompts is 17, but at most 16",
         "autonpo.probe.num_prompts=16",
     ),
-    "more asked than are remembered": (
+    "a probe of more prompts than the pool holds": (
         ("autonpo.pool.max_size=7",),
         "autonpo.probe.num_prompts is 8, but at most 7",
         "autonpo.probe.num_prompts=7",
     ),
-    "more wanted than a segment has": (
+    "more failed prompts required than a segment has": (
         ("autonpo.rollback.distances=[2]", "autonpo.rollback.min_failed_prompts=9"),
         "autonpo.rollback.min_failed_prompts is 9, but at most 8",
         "autonpo.rollback.min_failed_prompts=8",
@@ -139,28 +139,31 @@ LEGAL = {
     "one distance of two ends at a checkpoint": ("autonpo.rollback.distances=[3,4]",),
     "just enough full states": ("train.keep_full_checkpoints=3",),
     "patience that just fits": ("autonpo.trigger.patience=8",),
-    "a long warm-up where nobody steps in": ("autonpo.max_interventions=0", "autonpo.trigger.warmup_steps=40"),
+    "a long warm-up without interventions": ("autonpo.max_interventions=0", "autonpo.trigger.warmup_steps=40"),
     "a distance one step short of the run": ("autonpo.rollback.distances=[2,10]",),
-    "a gate as wide as a mistake": ("guide.inject.max_accuracy=0.25",),
-    "no cap and a rest as long as a replay": ("autonpo.max_interventions=-1", "autonpo.trigger.cooldown_steps=4"),
+    "max_accuracy of injection and pool equal": ("guide.inject.max_accuracy=0.25",),
+    "no limit and a cooldown as long as a replay": ("autonpo.max_interventions=-1", "autonpo.trigger.cooldown_steps=4"),
     "no intervention at all": ("autonpo.max_interventions=0",),
-    "a window as long as its scout": (
+    "a replay as long as its scout": (
         "autonpo.early.enabled=true",
         "autonpo.early.scout_steps=4",
         "autonpo.early.replay_steps=4",
     ),
-    "an odd window that nobody compares": (
+    "an odd replay without an acceptance test": (
         "autonpo.early.enabled=true",
         "autonpo.early.scout_steps=4",
         "autonpo.early.replay_steps=3",
     ),
     "early settings that are not used": ("autonpo.early.scout_steps=5", "autonpo.early.replay_steps=9"),
-    "as many asked as there are": ("autonpo.probe.num_prompts=16", "autonpo.rollback.min_failed_prompts=16"),
+    "a probe of as many prompts as there are": (
+        "autonpo.probe.num_prompts=16",
+        "autonpo.rollback.min_failed_prompts=16",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_could_never_work_is_refused_by_its_key(case):
+def test_preflight_refuses_settings_that_cannot_work(case):
     overrides, message, hint = REFUSED[case]
     with pytest.raises(NpoError) as caught:
         validate_autonpo_settings(eager_recipe(*overrides), NUM_PROMPTS)
@@ -169,26 +172,26 @@ def test_what_could_never_work_is_refused_by_its_key(case):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_the_mended_recipe_is_let_through(case):
+def test_preflight_accepts_the_suggested_fix(case):
     """The first words of the hint, typed as they are, where they are one setting."""
     overrides, _, _ = REFUSED[case]
     with pytest.raises(NpoError) as caught:
         validate_autonpo_settings(eager_recipe(*overrides), NUM_PROMPTS)
-    mended = caught.value.hint.split(", or ")[0].removesuffix(" or less")
-    if "=" in mended and " " not in mended:
-        validate_autonpo_settings(eager_recipe(*overrides, mended), NUM_PROMPTS)
+    fixed = caught.value.hint.split(", or ")[0].removesuffix(" or less")
+    if "=" in fixed and " " not in fixed:
+        validate_autonpo_settings(eager_recipe(*overrides, fixed), NUM_PROMPTS)
     else:
         assert case == "every distance longer than the run"
 
 
 @pytest.mark.parametrize("case", LEGAL)
-def test_what_just_works_is_let_through(case):
+def test_preflight_accepts_settings_that_just_work(case):
     validate_autonpo_settings(eager_recipe(*LEGAL[case]), NUM_PROMPTS)
 
 
-def test_distances_count_where_they_end_at_a_checkpoint():
+def test_preflight_counts_distances_that_end_at_a_checkpoint():
     recipe = eager_recipe("autonpo.rollback.distances=[1,2,3,4,6,7]")
-    assert usable_deltas(recipe) == (2, 4, 6)
+    assert usable_distances(recipe) == (2, 4, 6)
     # 6 steps of 4 prompts are 24; there are 16, or 10, or room for 5
     assert max_failed_prompts(recipe, num_prompts=16) == 16
     assert max_failed_prompts(recipe, num_prompts=10) == 10
@@ -199,18 +202,18 @@ def test_distances_count_where_they_end_at_a_checkpoint():
     )
 
 
-def test_at_the_door_it_is_two_lines_and_no_directory(warm, tmp_path):
+def test_preflight_error_in_the_cli_is_two_lines_and_writes_nothing(warm, tmp_path):
     root = tmp_path / "run"
     args = ("train", "micro", *EAGER, "autonpo.rollback.distances=[1,3]", "--run", str(root), "--autonpo")
     child = warm.npo(*args, err=tmp_path / "err")
-    assert child.ended() == 2
-    error, hint = child.said().splitlines()
+    assert child.wait() == 2
+    error, hint = child.read_stderr().splitlines()
     assert error.startswith("error: none of autonpo.rollback.distances (1, 3) is a multiple of train.save_every (2)")
     assert hint.startswith("  try: autonpo.rollback.distances=[2,4]")
     assert not root.exists()
 
 
-def test_a_run_that_is_there_is_not_touched(plain, tmp_path):
+def test_preflight_error_leaves_an_existing_run_unchanged(plain, tmp_path):
     root = copy_run(plain, tmp_path / "run")
     with pytest.raises(NpoError, match=r"autonpo\.rollback\.min_failed_prompts is 17"):
         list(start_autonpo_resume(root, "autonpo.rollback.min_failed_prompts=17"))
@@ -219,7 +222,7 @@ def test_a_run_that_is_there_is_not_touched(plain, tmp_path):
     assert file_digests(root) == file_digests(plain)
 
 
-def test_descending_distances_are_no_recipe(plain):
+def test_rollback_distances_must_be_ascending(plain):
     with pytest.raises(NpoError, match=r"autonpo\.rollback\.distances must be ascending"):
         eager_recipe("autonpo.rollback.distances=[4,2]")
 
@@ -232,14 +235,14 @@ def test_descending_distances_are_no_recipe(plain):
         (["--new-branch", "new"], "--new-branch needs --at STEP"),
     ],
 )
-def test_options_of_a_replay_by_hand_do_not_go_with_it(warm, plain, tmp_path, given, message):
+def test_autonpo_refuses_options_of_a_manual_replay(warm, plain, tmp_path, given, message):
     child = warm.npo("resume", str(plain), "--autonpo", *given, err=tmp_path / "err")
-    assert child.ended() == 2
-    assert message in child.said()
-    assert len(child.said().splitlines()) == 2
+    assert child.wait() == 2
+    assert message in child.read_stderr()
+    assert len(child.read_stderr().splitlines()) == 2
 
 
-def test_another_branch_is_watched_only_as_a_fork(watched):
-    with pytest.raises(NpoError, match="at work on branch auto-2, not on main") as caught:
+def test_autonpo_continues_another_branch_only_as_a_fork(watched):
+    with pytest.raises(NpoError, match="is on branch auto-2, not on main") as caught:
         next(start_autonpo_resume(watched, source_branch="main"))
     assert "--from main --at STEP" in caught.value.hint

@@ -56,7 +56,7 @@ def test_autonpo_explain_json_has_one_object_per_transition(folder):
         (11, "armed", "TRAIN", "TRAIN"),
         (13, "warning", "TRAIN", "TRAIN"),
         (13, "trigger", "TRAIN", "PROBE"),
-        (13, "accepted", "PROBE", "GUIDE_GEN"),
+        (13, "probe_accepted", "PROBE", "GUIDE_GEN"),
     ]
     assert all({"record", "branch", "evidence", "state"} <= set(line) for line in lines)
     assert lines[4]["evidence"] == {"assumed": True, "distance": 10}

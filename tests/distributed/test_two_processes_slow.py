@@ -82,7 +82,7 @@ def test_autonpo_decisions_of_two_processes_equal_one(tmp_path):
         (move.event, move.state.branch, move.step) for move in single
     ]
     # The scout's answers were taken as a guide, and the base was trained again with them.
-    assert "replayed" in {move.event for move in double}
+    assert "replay_done" in {move.event for move in double}
     tokens = [compute_run_costs(open_run(tmp_path / name), "early").tokens for name in ("single", "double")]
     assert tokens[0] == tokens[1] > 0
 

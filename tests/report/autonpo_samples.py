@@ -51,10 +51,10 @@ def intervention_transitions(step: int, *, to: int) -> list[Transition]:
     return [
         make_transition(step - 2, "warning", **SIGNALS),
         make_transition(step, "trigger", "PROBE", **SIGNALS),
-        make_transition(step, "accepted", "GUIDE_GEN", before="PROBE", **CONFIRMATION),
-        make_transition(step, "guided", "ROLLBACK", before="GUIDE_GEN", num_asked=30, num_found=20, num_reused=5),
+        make_transition(step, "probe_accepted", "GUIDE_GEN", before="PROBE", **CONFIRMATION),
+        make_transition(step, "guide_built", "ROLLBACK", before="GUIDE_GEN", num_asked=30, num_found=20, num_reused=5),
         make_transition(step, "rolled_back", "REPLAY", before="ROLLBACK", to=to, to_step=to),
-        make_transition(step, "replayed", "COOLDOWN", before="REPLAY", distance=step - to),
+        make_transition(step, "replay_done", "COOLDOWN", before="REPLAY", distance=step - to),
     ]
 
 

@@ -41,7 +41,7 @@ def test_a_record_of_one_step_in_which_nothing_happened_is_drawn(tmp_path):
 
 
 def test_rests_and_rollbacks_are_read_off_the_moves():
-    moves = [*intervention_transitions(120, to=40), make_transition(200, "rejected", "COOLDOWN", before="PROBE")]
+    moves = [*intervention_transitions(120, to=40), make_transition(200, "probe_rejected", "COOLDOWN", before="PROBE")]
     assert list(iter_cooldowns(moves)) == [StepRange(first=120, last=160), StepRange(first=200, last=240)]
     assert list(iter_rollbacks(moves)) == [(120, StepRange(first=40, last=40))]
     assumed = make_transition(120, "rolled_back", "REPLAY", before="ROLLBACK", to=40, to_steps=[40, 60, 100])
@@ -54,9 +54,9 @@ def test_a_step_is_named_once_by_the_weightiest_thing_that_happened_there():
             make_transition(31, "warning"),
             make_transition(40, "warning"),
             make_transition(40, "trigger"),
-            make_transition(40, "rejected"),
+            make_transition(40, "probe_rejected"),
         ),
-        *(make_transition(90, "warning"), make_transition(90, "capped")),
+        *(make_transition(90, "warning"), make_transition(90, "limit_reached")),
     ]
     assert list(iter_step_labels(moves)) == [(31, "31", 2), (40, "40 rejected", 1), (90, "90 cap", 1)]
 

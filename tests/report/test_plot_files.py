@@ -139,7 +139,7 @@ def test_only_what_was_measured_is_drawn():
 def test_the_tree_shows_what_was_kept_and_what_was_left():
     panel = drawn(
         make_lineage_plot(
-            [MAIN, LATE], [*intervention_transitions(60, to=20), make_transition(70, "rejected")], prefix=""
+            [MAIN, LATE], [*intervention_transitions(60, to=20), make_transition(70, "probe_rejected")], prefix=""
         )
     )
     lines = [(line.get_linestyle(), line.get_xdata().tolist()) for line in panel.lines]

@@ -22,10 +22,10 @@ def test_every_move_says_what_it_was_based_on():
         ("41", "armed", "the warm-up is over"),
         ("118", "warning", signals),
         ("120", "trigger", signals),
-        ("120", "accepted", "D* = 10: Q 0.250 [0.200, 0.300], V 2, best in 75%"),
-        ("120", "guided", "20 of 30 mistakes answered, 5 by the probe"),
+        ("120", "probe_accepted", "D* = 10: Q 0.250 [0.200, 0.300], V 2, best in 75%"),
+        ("120", "guide_built", "20 of 30 mistakes answered, 5 by the probe"),
         ("120", "rolled_back", "back to step 110, replayed until 120"),
-        ("120", "replayed", "rest until 160"),
+        ("120", "replay_done", "rest until 160"),
         ("161", "armed", "the rest is over"),
     ]
     assert table.notes == ()
@@ -39,8 +39,8 @@ def test_a_rehearsal_says_that_it_assumed_and_where_it_could_have_gone_back_to()
             rehearsed=True,
             settings={"autonpo": {"trigger": {"window": 20, "max_reward_gain_se": 1.0}, "max_interventions": -1}},
         ),
-        make_transition(120, "accepted", "GUIDE_GEN", before="PROBE", assumed=True, distance=80),
-        make_transition(120, "guided", "ROLLBACK", before="GUIDE_GEN", assumed=True),
+        make_transition(120, "probe_accepted", "GUIDE_GEN", before="PROBE", assumed=True, distance=80),
+        make_transition(120, "guide_built", "ROLLBACK", before="GUIDE_GEN", assumed=True),
         make_transition(120, "rolled_back", "REPLAY", before="ROLLBACK", to=40, assumed=True, to_steps=[40, 60, 100]),
     ]
     (table,) = transitions_tables(moves)
@@ -86,11 +86,13 @@ def test_a_rejected_probe_gives_its_whole_reason_below_its_table():
         "the policy solves 0 % [0 %, 27.8 %] of the mistakes in the last 10 steps; autonpo.probe.min_quality is 10 %"
     )
     rejected = CONFIRMATION | {"is_accepted": False, "reason": reason}
-    table, scores, *_ = transitions_tables([make_transition(40, "rejected", "COOLDOWN", before="PROBE", **rejected)])
+    table, scores, *_ = transitions_tables(
+        [make_transition(40, "probe_rejected", "COOLDOWN", before="PROBE", **rejected)]
+    )
     assert table.rows[0][-1] == "rest until 80; the policy solves 0 % [0 %, 27.8 %] of the ..."
     assert scores.notes[0] == f"rejected: {reason}."
     # Without scores there is no such table: the cell says it all.
-    unasked = make_transition(40, "rejected", "COOLDOWN", before="PROBE", reason=reason, scores=[])
+    unasked = make_transition(40, "probe_rejected", "COOLDOWN", before="PROBE", reason=reason, scores=[])
     (alone,) = transitions_tables([unasked])
     assert alone.rows[0][-1] == f"rest until 80; {reason}"
 
@@ -98,7 +100,7 @@ def test_a_rejected_probe_gives_its_whole_reason_below_its_table():
 def test_figures_that_were_no_numbers_when_written_are_dashes():
     torn = {name: value for name, value in SCORE.items() if name not in ("variance", "signal", "quality_low")}
     _, scores, *_ = transitions_tables(
-        [make_transition(40, "accepted", "GUIDE_GEN", **(CONFIRMATION | {"scores": [torn]}))]
+        [make_transition(40, "probe_accepted", "GUIDE_GEN", **(CONFIRMATION | {"scores": [torn]}))]
     )
     assert scores.rows == (("20", "170", "0.250 [-, 0.300]", "-", "-", "0.25", ""),)
 

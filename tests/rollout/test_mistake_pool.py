@@ -83,7 +83,7 @@ def test_an_age_of_less_than_the_distance_is_undone_by_it():
         [failed("oldest", 31), failed("edge", 40), failed("inside", 41), failed("now", 50)],
         step=50,
         distances=[10, 20],
-        tau=0.0,
+        max_accuracy=0.0,
     )
     assert (near.min_age, near.max_age, near.prompt_ids) == (0, 10, ("now", "inside"))
     assert (far.min_age, far.max_age, far.prompt_ids) == (10, 20, ("edge", "oldest"))
@@ -92,28 +92,32 @@ def test_an_age_of_less_than_the_distance_is_undone_by_it():
 def test_the_newest_failure_decides_the_age():
     mistakes = [failed("x", 35), failed("x", 48), failed("y", 35)]
     for order in (mistakes, mistakes[::-1]):
-        near, far = stratify_failed_prompts(order, step=50, distances=[10, 20], tau=0.0)
+        near, far = stratify_failed_prompts(order, step=50, distances=[10, 20], max_accuracy=0.0)
         assert (near.prompt_ids, far.prompt_ids) == (("x",), ("y",))
 
 
 def test_a_milder_failure_does_not_make_an_older_one_newer():
     # accuracy 0.5 at step 48 is above tau, so the failure of step 35 counts
-    near, far = stratify_failed_prompts([failed("x", 35), failed("x", 48, 0.5)], step=50, distances=[10, 20], tau=0.25)
+    near, far = stratify_failed_prompts(
+        [failed("x", 35), failed("x", 48, 0.5)], step=50, distances=[10, 20], max_accuracy=0.25
+    )
     assert (near.prompt_ids, far.prompt_ids) == ((), ("x",))
 
 
 def test_failures_out_of_reach_are_left_out():
     # 30 is 20 steps old; step 51 has not happened on this branch yet
-    strata = stratify_failed_prompts([failed("old", 30), failed("later", 51)], step=50, distances=[10, 20], tau=0.0)
+    strata = stratify_failed_prompts(
+        [failed("old", 30), failed("later", 51)], step=50, distances=[10, 20], max_accuracy=0.0
+    )
     assert [stratum.prompt_ids for stratum in strata] == [(), ()]
     # and does not hide a failure that has
-    near, _ = stratify_failed_prompts([failed("x", 45), failed("x", 51)], step=50, distances=[10, 20], tau=0.0)
+    near, _ = stratify_failed_prompts([failed("x", 45), failed("x", 51)], step=50, distances=[10, 20], max_accuracy=0.0)
     assert near.prompt_ids == ("x",)
 
 
 def test_strata_come_by_distance_and_prompts_by_age_then_place():
     mistakes = [failed("b", 44), failed("a", 44), failed("c", 49)]
-    near, far = stratify_failed_prompts(mistakes, step=50, distances=[20, 10], tau=0.0)
+    near, far = stratify_failed_prompts(mistakes, step=50, distances=[20, 10], max_accuracy=0.0)
     assert (near.max_age, far.max_age) == (10, 20)
     assert near.prompt_ids == ("c", "b", "a")
 

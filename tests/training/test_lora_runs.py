@@ -194,5 +194,5 @@ def test_lora_rank_and_alpha_cannot_change(circled, scout):
 def test_lora_run_with_autonpo_intervention(tmp_path, early):
     root = tmp_path / "run"
     steps_of(train_autonpo(root, eager_recipe(*LORA, *early)))
-    assert {"guided", "rolled_back", "replayed"} <= set(events_of(root))
+    assert {"guide_built", "rolled_back", "replay_done"} <= set(events_of(root))
     assert any("adapter_model" in name for name in deterministic_digests(root) if name.startswith("branches/auto-1/"))

@@ -119,9 +119,9 @@ def test_run_costs_count_probes_and_decisions_of_autonpo(whole, tmp_path):
     before = compute_run_costs(run, "near")
     for step in (2, 4):
         append_cost(run, "probe", branch="main", step=step, piece="0", tokens=4, seconds=0.25)
-    for event in ("trigger", "rejected", "trigger", "accepted", "guided", "rolled_back"):
+    for event in ("trigger", "probe_rejected", "trigger", "probe_accepted", "guide_built", "rolled_back"):
         record_move(run, event)
-    record_move(run, "rolled_back", early=True)
+    record_move(run, "rolled_back", is_early=True)
     after = compute_run_costs(run, "near")
     assert (after.probe_tokens, after.tokens - before.tokens) == (8, 8)
     assert after.seconds == pytest.approx(before.seconds + 0.5)

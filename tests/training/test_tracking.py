@@ -81,7 +81,7 @@ def test_tracker_logs_a_branch_as_its_own_run_from_the_fork(shown):
 def test_tracker_logs_autonpo_events_on_their_branch(tmp_path):
     recipe = eager_recipe(TB)
     list(track_records(tmp_path / "run", recipe, train_autonpo(tmp_path / "run", recipe)))
-    for name in ("trigger", "rolled_back", "capped"):
+    for name in ("trigger", "rolled_back", "limit_reached"):
         moves = [move for move in transitions_of(tmp_path / "run") if move.event == name]
         assert moves
         for branch in {move.state.branch for move in moves}:
