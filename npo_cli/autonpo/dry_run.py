@@ -88,7 +88,7 @@ def load_run_record(root: Path, *, columns: LogColumns, overrides: Sequence[str]
 
 
 def load_file_record(path: Path, *, columns: LogColumns, overrides: Sequence[str]) -> RecordedRun:
-    """A trainer's log file, under the default settings; every record has a checkpoint unless train.save_every is given."""
+    """A trainer's log file with default settings; every record has a checkpoint unless train.save_every is given."""
     recipe = apply_overrides(recipe_from_dict({}), overrides)
     given = any(setting.partition("=")[0] == "train.save_every" for setting in overrides)
     rows = read_rows(path)
@@ -100,7 +100,8 @@ def load_file_record(path: Path, *, columns: LogColumns, overrides: Sequence[str
     gap = (signals[-1].step - signals[0].step) / max(1, len(signals) - 1)
     if gap >= 2:
         assumptions.append(
-            f"records are {gap:.3g} steps apart: autonpo.trigger.patience counts records, every other setting counts steps"
+            f"records are {gap:.3g} steps apart: autonpo.trigger.patience counts records, "
+            "every other setting counts steps"
         )
     return RecordedRun(
         source=path,

@@ -85,8 +85,8 @@ def validate_trigger(recipe: Recipe) -> None:
         )
         raise NpoError(
             f"{key} is {parts[key]}: the earliest warning is at step {first} (the larger of "
-            f"autonpo.trigger.warmup_steps {auto.trigger.warmup_steps} and autonpo.trigger.window {auto.trigger.window}, "
-            f"plus autonpo.trigger.patience {auto.trigger.patience}), "
+            f"autonpo.trigger.warmup_steps {auto.trigger.warmup_steps} and "
+            f"autonpo.trigger.window {auto.trigger.window}, plus autonpo.trigger.patience {auto.trigger.patience}), "
             f"and the run has only {num_steps} steps (train.num_steps)",
             f"{key}={max(1, num_steps - rest)} or less",
         )
@@ -152,14 +152,15 @@ def validate_early(recipe: Recipe) -> None:
         )
     if early.scout_steps % train.save_every:
         raise NpoError(
-            f"autonpo.early.scout_steps is {early.scout_steps}, not a multiple of train.save_every ({train.save_every}): "
-            "the scout's last step has no checkpoint",
+            f"autonpo.early.scout_steps is {early.scout_steps}, not a multiple of train.save_every "
+            f"({train.save_every}): the scout's last step has no checkpoint",
             f"autonpo.early.scout_steps={train.save_every}",
         )
     if recipe.autonpo.replay.acceptance_test and early.replay_steps % train.save_every:
         raise NpoError(
             f"autonpo.early.replay_steps is {early.replay_steps}, not a multiple of train.save_every "
-            f"({train.save_every}): the scout has no checkpoint to compare the replay with (autonpo.replay.acceptance_test)",
+            f"({train.save_every}): the scout has no checkpoint to compare the replay with "
+            "(autonpo.replay.acceptance_test)",
             f"autonpo.early.replay_steps={early.scout_steps}",
         )
     tested = recipe.autonpo.replay.acceptance_test

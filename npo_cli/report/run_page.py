@@ -172,7 +172,7 @@ def build_curves(run: RunDir) -> Iterator[Curve]:
             ready = [point for point in points if point.step == born.fork_step][-1:]
             points = [*ready, *(point for point in points if point.step > born.fork_step)]
         if points:
-            until = last_guided_step(born)
+            until = born.guide_until
             forks = born.parent is not None and points[0].step == born.fork_step
             yield Curve(index=place, points=tuple(points), guide_until=until, is_fork=forks)
 

@@ -20,7 +20,6 @@ from npo_cli.types.costs import ActivityCost, CostToThreshold, CurvePoint, RunCo
 from npo_cli.types.rollouts import Segment
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
     """A sum of costs."""

@@ -27,23 +27,23 @@ def test_autonpo_explain_prints_transitions_and_reasons_on_stdout(folder):
     assert result.code == 0
     moves = [line.split()[:2] for line in result.out.split("Steps without a trigger")[0].splitlines()[2:-2]]
     assert moves == [
-        *(["0", "started"], ["11", "armed"], ["13", "warning"], ["13", "trigger"], ["13", "accepted"]),
-        *(["13", "guided"], ["13", "rolled_back"], ["13", "replayed"], ["18", "armed"], ["20", "warning"]),
-        ["20", "capped"],
+        *(["0", "started"], ["11", "armed"], ["13", "warning"], ["13", "trigger"], ["13", "probe_accepted"]),
+        *(["13", "guide_built"], ["13", "rolled_back"], ["13", "replay_done"], ["18", "armed"], ["20", "warning"]),
+        ["20", "limit_reached"],
     ]
     reasons = [line.split() for line in result.out.split("Steps without a trigger")[1].splitlines()[2:6]]
     assert [(words[0], words[1]) for words in reasons] == [
-        ("capped", "21"),
-        ("warming_up", "10"),
-        ("streak", "4"),
-        ("resting", "4"),
+        ("limit_reached", "21"),
+        ("warmup", "10"),
+        ("short_streak", "4"),
+        ("cooldown", "4"),
     ]
     assert result.err == (
         "read as step: step, reward: reward, entropy: entropy\n"
-        "every record counts as a checkpoint; train.save_every=N says otherwise\n"
-        "the picture is in metrics.jsonl.autonpo.png\n"
-        "it would have fired once in 40 recorded steps: at 13\n"
-        "autonpo.max_interventions = 1 would have kept it from firing again from step 20 on\n"
+        "every record is assumed to have a checkpoint (change it with train.save_every=N)\n"
+        "plot saved to metrics.jsonl.autonpo.png\n"
+        "AutoNPO would have triggered once in 40 recorded steps: at 13\n"
+        "autonpo.max_interventions=1 would have prevented further triggers from step 20 on\n"
     )
 
 
@@ -87,7 +87,7 @@ def test_autonpo_explains_and_shows_a_run(folder):
     result = npo("autonpo", "run")
     assert result.code == 0
     assert result.out.startswith(
-        "What AutoNPO did\nstep  event  branch  based on\n   5  armed  main    the warm-up is over\n\nAccount\n"
+        "What AutoNPO did\nstep  event  branch  based on\n   5  armed  main    end of the warm-up\n\nCosts\n"
     )
     move, cost = (json.loads(line) for line in npo("autonpo", "run", "--json").out.splitlines())
     assert (move["step"], move["event"], move["branch"], move["phase"]) == (5, "armed", "main", "TRAIN")
@@ -98,7 +98,7 @@ def test_autonpo_explains_and_shows_a_run(folder):
     ("args", "message", "hint"),
     [
         (["nope"], "there is no run directory or file nope", "name a run directory, or a file of JSON lines"),
-        (["run"], "AutoNPO never watched run", "npo resume run --autonpo"),
+        (["run"], "run was never trained with AutoNPO", "npo resume run --autonpo"),
         (["m.jsonl"], "m.jsonl is a file: without --explain", "npo autonpo m.jsonl --explain"),
         (["run", "--reward", "acc"], "--reward needs --explain", "npo autonpo run --explain"),
         (["run", "autonpo.trigger.window=3"], "KEY=VALUE needs --explain", "npo autonpo run --explain"),

@@ -1,8 +1,9 @@
-"""Recorded metrics by hand, on which every move of the controller is known."""
+"""Hand-written metrics on which every transition of the controller is known."""
 
 import json
 from pathlib import Path
 
+from npo_cli.storage.costs import CostLine, costs_path, encode_cost
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from tests.storage.builders import new_run
@@ -23,11 +24,11 @@ SENSITIVE_TRIGGER = (
         "autonpo.rollback.distances=[5,10,20]",
     ),
 )
-"""No averaging. On `still` rows: armed at 11, the streak is 11, 12, 13; after a rest of 4 steps it begins again."""
+"""No averaging. On constant rewards: armed at 11, the streak is 11, 12, 13; it starts again after 4 steps of cooldown."""
 
 
 def constant_reward_rows(num_steps: int) -> list[dict[str, float]]:
-    """A reward that stands still from the first step on (gain 0 <= 0) while entropy falls 2 % a step: 9.6 % in 5."""
+    """A constant reward (gain 0 <= 0) while the entropy falls by 2 % per step: 9.6 % in 5."""
     return [{"step": step, "reward": 0.5, "entropy": 0.98**step} for step in range(1, num_steps + 1)]
 
 
@@ -38,11 +39,16 @@ def write_metrics_file(folder: Path, rows: list[dict[str, float]], name: str = "
 
 
 def make_run(folder: Path, rows: list[dict[str, float]]) -> RunDir:
-    """A run that left these metrics and nothing else."""
+    """A run with these metrics and their costs."""
     run = new_run(folder)
     append_metrics(run, "main", rows)
     return run
 
 
 def append_metrics(run: RunDir, branch: str, rows: list[dict[str, float]]) -> None:
+    """Each step has one update and 10 tokens."""
     JsonlLog(run.metrics_path(branch)).extend([{"branch": branch, "tokens": 10, **row} for row in rows])
+    lines = [
+        CostLine(kind="train", branch=branch, step=int(row["step"]), updates=1, tokens=10, forwards=10) for row in rows
+    ]
+    JsonlLog(costs_path(run)).extend([encode_cost(line) for line in lines])

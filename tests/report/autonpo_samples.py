@@ -1,4 +1,4 @@
-"""Moves of AutoNPO by hand."""
+"""Hand-written transitions of AutoNPO."""
 
 from typing import Any
 
@@ -30,36 +30,47 @@ STRATUM = {
     **{"min_age": 0, "max_age": 10, "num_failed_prompts": 90, "num_probed": 10, "num_samples": 40, "num_correct": 10},
     **{"quality": 0.25, "quality_low": 0.1, "quality_high": 0.4},
 }
-CONFIRMATION = {
+PROBE_RESULT = {
     **{"is_accepted": True, "reason": "", "distance": 10, "strata": [STRATUM], "scores": [SCORE, NEAR_SCORE]},
     **{"selection_by_profile": {"seq_kl": 10, "argmax": 10, "one_se": 20}, "num_prompts": 48, "num_samples": 192},
     "num_tokens": 3225,
 }
 
 
+BUILT = {"num_prompts": 30, "num_prompts_with_rollouts": 20, "num_reused": 5}
+
+
 def make_transition(
     step: int, event: str, phase: Phase = "TRAIN", *, before: Phase = "TRAIN", to: int | None = None, **evidence: Any
 ) -> Transition:
-    """A move into `phase`; a rest lasts 40 steps, a replay from `to` until the step itself."""
+    """A transition into `phase`; a cooldown lasts 40 steps, a replay from `to` until the step itself."""
     until = {"COOLDOWN": step + 40, "REPLAY": step}.get(phase)
     state = AutoNPOState(branch="main", step=step if to is None else to, phase=phase, until_step=until)
     return Transition(step=step, event=event, phase_before=before, state=state, evidence=evidence)
 
 
 def intervention_transitions(step: int, *, to: int) -> list[Transition]:
-    """From the warning to the rest."""
+    """From the warning to the cooldown."""
     return [
         make_transition(step - 2, "warning", **SIGNALS),
         make_transition(step, "trigger", "PROBE", **SIGNALS),
-        make_transition(step, "probe_accepted", "GUIDE_GEN", before="PROBE", **CONFIRMATION),
-        make_transition(step, "guide_built", "ROLLBACK", before="GUIDE_GEN", num_asked=30, num_found=20, num_reused=5),
+        make_transition(step, "probe_accepted", "GUIDE_GEN", before="PROBE", **PROBE_RESULT),
+        make_transition(
+            step,
+            "guide_built",
+            "ROLLBACK",
+            before="GUIDE_GEN",
+            num_prompts=30,
+            num_prompts_with_rollouts=20,
+            num_reused=5,
+        ),
         make_transition(step, "rolled_back", "REPLAY", before="ROLLBACK", to=to, to_step=to),
         make_transition(step, "replay_done", "COOLDOWN", before="REPLAY", distance=step - to),
     ]
 
 
 def make_readings(num_steps: int) -> list[TriggerReading]:
-    """A reward that rises, an entropy that falls, and averages that are exact; step 3 recorded neither."""
+    """A rising reward, a falling entropy and exact averages; step 3 recorded neither."""
     found = []
     for step in range(1, num_steps + 1):
         seen = {"reward": step / num_steps, "entropy": 1 - step / num_steps} if step != 3 else {}

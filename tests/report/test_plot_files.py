@@ -151,7 +151,7 @@ def test_the_tree_shows_what_was_kept_and_what_was_left():
     assert (arrow.xyann, arrow.xy) == ((60, 0), (20, 1))
     assert "guide g" in [text.get_text() for text in panel.texts]
     signs = {line.get_label(): line.get_xdata().tolist() for line in panel.lines if line.get_label()[0] != "_"}
-    assert signs == {"warning": [58], "trigger, accepted": [60], "trigger, nothing came of it": [70]}
+    assert signs == {"warning": [58], "trigger, accepted": [60], "trigger, no lasting replay": [70]}
 
 
 def test_q_v_and_s_have_their_intervals_and_the_chosen_ones_ring():
