@@ -243,6 +243,6 @@ def test_autonpo_refuses_options_of_a_manual_replay(warm, plain, tmp_path, given
 
 
 def test_autonpo_continues_another_branch_only_as_a_fork(watched):
-    with pytest.raises(NpoError, match="active on branch auto-2 of .*, not on main") as caught:
+    with pytest.raises(NpoError, match=r"active on branch auto-2 of .*, not on main") as caught:
         next(start_autonpo_resume(watched, source_branch="main"))
-    assert "--from main --at STEP" in caught.value.hint
+    assert "--branch main --at STEP" in caught.value.hint

@@ -24,7 +24,7 @@ SENSITIVE_TRIGGER = (
         "autonpo.rollback.distances=[5,10,20]",
     ),
 )
-"""No averaging. On constant rewards: armed at 11, the streak is 11, 12, 13; it starts again after 4 steps of cooldown."""
+"""No averaging. On constant rewards: armed at 11, the streak is 11, 12, 13; cooldown of 4 steps."""
 
 
 def constant_reward_rows(num_steps: int) -> list[dict[str, float]]:

@@ -82,7 +82,8 @@ def test_probe_tables_have_q_v_and_s_by_distance():
 
 
 def test_probe_table_has_the_whole_reason_of_a_rejection():
-    reason = "the policy solves 0 % [0 %, 27.8 %] of the prompts failed in the last 10 steps; autonpo.probe.min_quality is 10 %"
+    solved = "the policy solves 0 % [0 %, 27.8 %] of the prompts failed in the last 10 steps"
+    reason = f"{solved}; autonpo.probe.min_quality is 10 %"
     rejected = PROBE_RESULT | {"is_accepted": False, "reason": reason}
     table, scores, *_ = transitions_tables(
         [make_transition(40, "probe_rejected", "COOLDOWN", before="PROBE", **rejected)]
