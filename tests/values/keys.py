@@ -116,7 +116,7 @@ EVIDENCE_KEYS = {
     "prompts": "num_prompts",
     "samples": "num_samples",
     "tokens": "num_tokens",
-    "solved": "num_found",
+    "solved": "num_prompts_with_rollouts",
     "reused": "num_reused",
     "rolled back to": "to_step",
 }
@@ -162,5 +162,10 @@ LINES = {
     "method_difference": ("difference", SUMMARY_KEYS),
 }
 """Lines of `--json` that are read: today's kind -> neutral kind and keys; a dot leads into an object."""
-WORDS: dict[str, str] = {}
+WORDS: dict[str, str] = {
+    **{"probe_accepted": "accepted", "probe_rejected": "rejected", "prerequisite_missing": "missed"},
+    **{"guide_built": "guided", "guide_empty": "unguided", "replay_done": "replayed", "limit_reached": "capped"},
+    **{"replay_accepted": "kept", "replay_rejected": "reverted", "early_bootstrap": "early"},
+    "ACCEPTANCE_TEST": "JUDGE",
+}
 """Today's spelling of a recorded word -> that in the baseline, for renamed words (events, phases, sources, mixes)."""
