@@ -58,6 +58,9 @@ class OnlineGuide(Protocol):
     ) -> tuple[Sequence[Group], Sequence[Group]]:
         """On-policy and mixed groups of these prompts, from the rollout log if `recorded` is not empty."""
 
+    def metrics(self, batch: "StepBatch") -> dict[str, float]:
+        """Metrics of the step, among them `tokens` and `forwards` of sampling."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupWithAdvantages:

@@ -1,7 +1,7 @@
-"""The training loop. Plain GRPO where no guide is at work, NPO where one is: nothing else differs.
+"""The training loop: GRPO, or NPO while a guide is in use; nothing else differs.
 
-Each step: draw prompts, answer, verify, let a guide take a slot of each hard group, update, write down what
-happened, leave a checkpoint when one is due. The loop never looks at a clock except to report it.
+Each step: choose prompts, sample, verify, inject guide rollouts into hard groups, update, log, save a checkpoint when
+one is due. Time is reported and never decides anything.
 """
 
 import time
@@ -33,7 +33,7 @@ from npo_cli.types.rollouts import EvalReport, Notice, StepReport
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trainer:
-    """A world that learns."""
+    """An open run with what training needs."""
 
     session: Session
     optimizer: Optimizer
@@ -44,17 +44,17 @@ class Trainer:
     """Branch whose name enters every sampling seed: its own, or with autonpo.rollback.seed=same its parent's."""
     active_guide: ActiveGuide | None
     reference: Policy | None
-    """Frozen base model; only where the loss has a KL term."""
+    """Frozen base model; None if the loss has no KL term."""
     extrapolator: Extrapolator | None = None
     """Only where the policy's own motion guides."""
 
 
 PauseCheck = Callable[[StepReport], bool]
-"""Looks at each step; True asks to pause once the step is saved."""
+"""Called after each step; True stops training once the step is saved."""
 
 
 def never_pause(report: StepReport) -> bool:
-    """Plain training: nothing makes it pause."""
+    """Training without pauses."""
     return False
 
 
@@ -66,20 +66,20 @@ def grpo_steps(
     should_pause: PauseCheck = never_pause,
     until: int | None = None,
 ) -> Iterator[StepReport | EvalReport | Notice]:
-    """Train from `state` to `train.num_steps` or `until`, a pause that `watcher` asks for, or a signal to stop."""
+    """Train from `state` to `train.num_steps` or `until`, or to a pause (`should_pause`) or stop signal."""
     session, branch, settings = trainer.session, trainer.branch, trainer.session.recipe.train
     updater = Updater(session.policy, trainer.optimizer, session.recipe, reference=trainer.reference)
     last = settings.num_steps if until is None else until
     while state.step < last:
-        state, report, odd = run_step(trainer, updater, state)
+        state, report, warning = run_step(trainer, updater, state)
         yield report
-        if odd:
-            yield Notice(message=odd, level="warning")
-        # Look before saving: a killed process finds the evaluation done or the step undone, never a hole.
+        if warning:
+            yield Notice(message=warning, level="warning")
+        # Evaluate before saving: after a kill the evaluation is done or the step is repeated, never left out.
         every = session.recipe.eval.every
         if every and state.step % every == 0:
             yield evaluate_policy(session, branch=branch, step=state.step)
-        # Leave what the next command needs. A signal from here on is for the next step.
+        # A signal that arrives from here on stops the next step.
         stopping, pausing = bool(stop), should_pause(report)
         if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
             trainer.rollouts.sync()
@@ -96,13 +96,13 @@ def grpo_steps(
 
 
 def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
-    """Draw, learn, write down. The last part of the answer is a remark where a replayed step came out differently."""
+    """Sample, update, log. The last value is a warning if a repeated step differs from the recorded one, or empty."""
     session, step = trainer.session, state.step + 1
     session.distributed.context = f"step {step}"
     started = time.perf_counter()
     state, refresh, helper = select_guide(trainer, state)
     batch, memory = build_step_batch(trainer, state, helper)
-    drawn = time.perf_counter()
+    sampled = time.perf_counter()
     session.engine.release_memory()
     lr = lr_at(step, session.recipe.train)
     update = updater.take_step(
@@ -117,33 +117,33 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
         metrics |= helper.metrics(batch)
     if refresh is not None:
         metrics = with_choice(metrics, refresh)
-    trackers = update_running_metrics(state.running_metrics, metrics)
-    metrics |= {name: value for name, value in trackers.items() if name != "ema_weight"}
+    running = update_running_metrics(state.running_metrics, metrics)
+    metrics |= {name: value for name, value in running.items() if name != "ema_weight"}
     timings = {
         "seconds": ended - started,
-        "seconds/rollouts": drawn - started,
-        "seconds/update": ended - drawn,
+        "seconds/rollouts": sampled - started,
+        "seconds/update": ended - sampled,
         "peak_memory_mb": peak_memory_mb(),
     }
     if not batch.is_recorded:
-        timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / (drawn - started)
+        timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / (sampled - started)
     report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
-    odd = ""
+    warning = ""
     if trainer.steps.write(report) == "differs":
-        odd = f"step {step} of {trainer.branch} was recorded before with other figures; the first record stays"
+        warning = f"step {step} of {trainer.branch} was recorded before with other metrics; the first record is kept"
         append_event(session.run, "differs", {"branch": trainer.branch, "step": step})
-    mistakes = update_failed_prompt_pool(
-        state.failed_prompts, find_new_mistakes(session, batch, state), size=session.recipe.autonpo.pool.max_size
+    failed_prompts = update_failed_prompt_pool(
+        state.failed_prompts, find_failed_prompts(session, batch, state), size=session.recipe.autonpo.pool.max_size
     )
     after = replace(
         state,
         step=step,
         position=batch.position,
-        running_metrics=trackers,
-        failed_prompts=mistakes,
+        running_metrics=running,
+        failed_prompts=failed_prompts,
         replay_buffer=memory,
     )
-    return after, report, odd
+    return after, report, warning
 
 
 def select_guide(
@@ -178,9 +178,9 @@ def build_step_batch(
     return batch, memory
 
 
-def find_new_mistakes(session: Session, batch: StepBatch, before: TrainerState) -> tuple[FailedPrompt, ...]:
-    """Every group that a guide could be injected into; the probe filters by autonpo.pool.max_accuracy."""
-    epochs = [session.order.epoch(before.position + place) for place in range(len(batch.on_policy))]
+def find_failed_prompts(session: Session, batch: StepBatch, before: TrainerState) -> tuple[FailedPrompt, ...]:
+    """Prompts of the groups that are eligible for injection; the probe filters by autonpo.pool.max_accuracy."""
+    epochs = [session.order.epoch(before.position + index) for index in range(len(batch.on_policy))]
     return collect_failed_prompts(
         batch.on_policy, step=before.step + 1, epochs=epochs, limit=session.recipe.guide.inject.max_accuracy
     )
