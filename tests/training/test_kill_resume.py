@@ -108,7 +108,7 @@ def test_resume_before_the_first_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("log_name", "line"),
     [
-        pytest.param("rollouts.jsonl", 12, id="rollouts of step 3 recorded, no checkpoint yet"),
+        pytest.param("rollouts.jsonl", 12, id="rollouts of step 3 recorded, no checkpoint yet", marks=pytest.mark.slow),
         pytest.param("metrics.jsonl", 7, id="between two checkpoints"),
     ],
 )
@@ -124,6 +124,7 @@ def test_kill_at_a_line_of_a_log(warm: ForkServer, tmp_path, log_name, line):
     assert reproducible_digests(root) == reproducible_digests(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_kill_twice_during_a_fork(warm: ForkServer, scout, tmp_path):
     roots = [copy_run(scout, tmp_path / name) for name in ("straight", "killed")]
     resume(roots[0], *LONGER, at=2, guide="near")
@@ -140,7 +141,7 @@ def test_kill_twice_during_a_fork(warm: ForkServer, scout, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "two updates", "dynamic sampling", "kl to the base", "replay"])
 def test_kill_at_random_moments(warm: ForkServer, scout, tmp_path, kind):
-    """Some 8 kills a run, wherever they fall: while the model loads, samples, learns or saves."""
+    """Up to 8 kills per run, at any moment: while the model loads, samples, trains or saves."""
     longer = ("train.num_steps=40", "train.save_every=3")
     roots = [tmp_path / "straight", tmp_path / "killed"]
     if kind == "replay":
