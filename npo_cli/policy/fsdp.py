@@ -73,7 +73,7 @@ class ShardingContext:
                 if is_shard(mine):
                     mine.copy_(distribute_tensor(full, mine.device_mesh, mine.placements))
                 else:
-                    torch.distributed.broadcast(full, src=0)
+                    torch.distributed.broadcast(full, src=0, group=current_group().torch_group)
                     mine.copy_(full)
 
     @contextmanager
