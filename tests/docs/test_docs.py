@@ -1,6 +1,7 @@
 """The pages: links resolve, command lines parse, metrics and terms are listed. No torch is imported."""
 
 import ast
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -197,6 +198,30 @@ def test_every_step_metric_is_listed() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and METRIC.fullmatch(node.value):
                 assert node.value in listed, f"{path.relative_to(ROOT)}: {node.value}"
+
+
+def keys_of(value: object) -> Iterator[str]:
+    """Keys of a JSON value; not those of objects whose keys are data."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            if key not in ("settings", "files", "variances", "scores"):
+                yield from keys_of(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from keys_of(inner)
+
+
+def test_files_and_keys_of_a_run_directory_are_documented() -> None:
+    """Every file of the golden run directory, and every key in it but those of score records."""
+    page = (ROOT / "docs/reference/run-directory.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", page))))
+    golden = json.loads((ROOT / "tests/data/format_golden.json").read_text(encoding="utf-8"))
+    for path, text in golden.items():
+        assert path.rpartition("/")[2] in page, path
+        if path.endswith((".json", ".jsonl")):
+            rows = [json.loads(line) for line in text.splitlines()] if path.endswith("l") else [json.loads(text)]
+            assert not {key for row in rows for key in keys_of(row)} - documented, path
 
 
 def test_pages_ship_with_the_wheel() -> None:
