@@ -87,7 +87,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def read_random_state() -> tuple[dict[str, Tensor], dict[str, object]]:
+def read_random_state() -> tuple[dict[str, Tensor], dict[str, list]]:
     """State of the global random streams: torch's as tensors, Python's and numpy's as JSON."""
     tensors = {"rng.torch": torch.get_rng_state()}
     for index in range(torch.cuda.device_count()):

@@ -1,6 +1,7 @@
 """One forward pass over given responses, within the recipe's memory limits."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,12 +48,12 @@ def run_logprob_pass(
     if uses_full_vocabulary and isinstance(policy, Policy) and policy.vision is not None:
         policy = replace(policy, vision=replace(policy.vision, suppressed_ids=()))
     temperature = recipe.sampling.temperature if temperature is None else temperature
-    if policy.sharding is None:
+    group, sharding = current_group(), policy.sharding
+    if group.world_size == 1:
         return _score_rows(policy, recipe, rows, temperature=temperature)
-    group = current_group()
     parts = partition_by_tokens([row.num_tokens for row in rows], group.world_size)
     # With all weights whole, ranks may need different numbers of passes.
-    with group.phase("score"), policy.sharding.unshard_weights(policy.model):
+    with group.phase("score"), nullcontext() if sharding is None else sharding.unshard_weights(policy.model):
         mine = _score_rows(policy, recipe, [rows[index] for index in parts[group.rank]], temperature=temperature)
         results = group.gather([scores.to_cpu() for scores in mine], phase="score")
     return restore_order(parts, results)

@@ -47,23 +47,19 @@ def train_run(root: Path, recipe: Recipe, *, until: int | None = None) -> Iterat
         yield from grpo_steps(trainer, state, stop, until=until)
 
 
-RecipeCheck = Callable[[Recipe, int], None]
-"""Raises for an unusable recipe, given the number of training prompts."""
-
-
-def no_extra_check(recipe: Recipe, num_prompts: int) -> None:
-    """Plain training checks nothing more."""
-
-
 @contextmanager
 def create_session(
-    root: Path, recipe: Recipe, *, check: RecipeCheck = no_extra_check
+    root: Path, recipe: Recipe, *, check: Callable[[Recipe, int], None] | None = None
 ) -> Iterator[tuple[Session, StopFlag]]:
-    """A new run directory, open for training; nothing is written before all checks have passed."""
+    """A new run directory, open for training; nothing is written before all checks have passed.
+
+    `check` raises for an unusable recipe, given the number of training prompts.
+    """
     check_unused(root)
     recipe = make_paths_absolute(recipe)
     with closing(open_task(recipe)) as task:
-        check(recipe, len(task.train))
+        if check is not None:
+            check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
         run = create_run(root, recipe=recipe_to_dict(recipe), npo_version=__version__)
         with lock_run(run), stop_between_steps() as stop:
