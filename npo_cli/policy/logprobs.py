@@ -1,10 +1,10 @@
-"""Log-probabilities of responses under a causal language model, without logits for anything else.
+"""Log-probabilities of responses under a causal language model, computed in chunks of response tokens.
 
-Rows are packed on the right, so causal attention needs no mask. Logits exist only for response tokens, a
-chunk at a time, and are computed again in the backward pass: a 49k vocabulary costs one chunk of memory.
+Rows are padded on the right, so causal attention needs no mask. Logits are computed for response tokens only, one chunk
+at a time, and again in the backward pass, so a large vocabulary needs memory for one chunk.
 
-Axes: N rows, L positions of the packed batch, T response tokens (padded), M response tokens of all rows in
-one line, H hidden width, W vocabulary.
+Axes: N rows, L positions of the packed batch, T response tokens (padded), M response tokens of all rows, concatenated,
+H hidden size, W vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ HEAD_TEST_SCALE = 1000.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenRow:
-    """One response with its prompt, as token ids."""
+    """A prompt and a response, as token ids."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     images: tuple[ImageRef, ...] = ()
-    """What the image tokens of the prompt show."""
+    """The images behind the prompt's image tokens."""
 
     @property
     def num_tokens(self) -> int:
@@ -38,37 +38,37 @@ class TokenRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRows:
-    """Rows as tensors: response token t of row i is predicted at `input_ids_NL[row_M, position_M]`."""
+    """Rows as tensors: response token m is predicted at `input_ids_NL[row_M[m], position_M[m]]`."""
 
     input_ids_NL: Tensor
     row_M: Tensor
     position_M: Tensor
     target_M: Tensor
     mask_NT: Tensor
-    """True where a response token is, end token included."""
+    """True at response tokens, the end token included."""
     vision_inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the model reads beside the ids; nothing where no row shows a picture."""
+    """Further model inputs, for rows with images."""
     suppressed_ids: tuple[int, ...] = ()
-    """Tokens that the policy never writes."""
+    """Tokens with probability 0 under the policy."""
 
     def to_padded(self, values_M: Tensor) -> Tensor:
-        """Per-token values on a line become `(N, T)`, 0 in the padding."""
+        """Concatenated per-token values as `(N, T)`, 0 in the padding."""
         return values_M.new_zeros(self.mask_NT.shape).masked_scatter(self.mask_NT, values_M)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScores:
-    """What one pass says of each response token, all `(N, T)` with 0 in the padding."""
+    """Results per response token, all `(N, T)` with 0 in the padding."""
 
     logps_NT: Tensor
     entropies_NT: Tensor
-    """Entropy of the whole distribution at that position (nats)."""
+    """Entropy of the distribution at that position (nats)."""
     collisions_NT: Tensor
     """sum_v p(v)^2 of the distribution at that position."""
 
 
 def pack_rows(rows: Sequence[TokenRow], *, pad_id: int, device: torch.device) -> PackedRows:
-    """Pad on the right; the order of rows is kept."""
+    """Pad on the right, in order."""
     width = max(row.num_tokens for row in rows)
     longest = max(len(row.response_ids) for row in rows)
     ids, mask, row_of, position, target = [], [], [], [], []
@@ -79,12 +79,12 @@ def pack_rows(rows: Sequence[TokenRow], *, pad_id: int, device: torch.device) ->
         row_of += [index] * length
         position += range(start, start + length)
         target += row.response_ids
-    as_ids = {"dtype": torch.long, "device": device}
+    id_options = {"dtype": torch.long, "device": device}
     return PackedRows(
-        input_ids_NL=torch.tensor(ids, **as_ids),
-        row_M=torch.tensor(row_of, **as_ids),
-        position_M=torch.tensor(position, **as_ids),
-        target_M=torch.tensor(target, **as_ids),
+        input_ids_NL=torch.tensor(ids, **id_options),
+        row_M=torch.tensor(row_of, **id_options),
+        position_M=torch.tensor(position, **id_options),
+        target_M=torch.tensor(target, **id_options),
         mask_NT=torch.tensor(mask, dtype=torch.bool, device=device),
     )
 
@@ -95,7 +95,7 @@ Head = Callable[[Tensor], Tensor]
 def chunk_scores(
     hidden_MH: Tensor, target_M: Tensor, head: Head, *, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the target, entropy and collision probability; softmax in fp32 at `temperature`."""
+    """Log-probability of the target, entropy, and collision probability; softmax in float32 at `temperature`."""
     logps_MW = torch.log_softmax(head(hidden_MH).float() / temperature, dim=-1)
     probs_MW = logps_MW.exp()
     target_logps_M = logps_MW.gather(1, target_M[:, None])[:, 0]
@@ -103,9 +103,9 @@ def chunk_scores(
 
 
 def response_hidden(model: PreTrainedModel, packed: PackedRows, *, plain_head: bool) -> tuple[Tensor, Head]:
-    """Hidden states at the response positions `(M, H)` and the function that makes logits of them.
+    """Hidden states `(M, H)` at the response positions, and the function from them to logits.
 
-    A model whose logits are scaled or capped after the head gives its own logits, of every position.
+    A model that scales or caps its logits after the head computes them itself, at every position.
     """
     if not plain_head:
         logits_NLW = model(input_ids=packed.input_ids_NL, **packed.vision_inputs, use_cache=False).logits
@@ -116,35 +116,35 @@ def response_hidden(model: PreTrainedModel, packed: PackedRows, *, plain_head: b
     return hidden_NLH[packed.row_M, packed.position_M], model.get_output_embeddings()
 
 
-def suppress_tokens(head: Head, silent_ids: Sequence[int]) -> Head:
-    """The same head for a policy that never writes these tokens: their probability is 0."""
-    if not silent_ids:
+def suppress_tokens(head: Head, suppressed_ids: Sequence[int]) -> Head:
+    """The same head with probability 0 for these tokens."""
+    if not suppressed_ids:
         return head
 
-    def silenced(hidden_MH: Tensor) -> Tensor:
+    def suppressed(hidden_MH: Tensor) -> Tensor:
         logits_MW = head(hidden_MH)
-        silent = torch.tensor(silent_ids, device=logits_MW.device)
-        # The lowest number instead of -inf: 0 * -inf is not a number, and entropies are wanted.
-        return logits_MW.index_fill(1, silent, torch.finfo(logits_MW.dtype).min)
+        ids = torch.tensor(suppressed_ids, device=logits_MW.device)
+        # The lowest number instead of -inf: the entropy would be 0 * -inf = NaN.
+        return logits_MW.index_fill(1, ids, torch.finfo(logits_MW.dtype).min)
 
-    return silenced
+    return suppressed
 
 
 def token_scores(
     model: PreTrainedModel, packed: PackedRows, *, temperature: float, chunk_tokens: int, plain_head: bool
 ) -> TokenScores:
-    """Score the packed responses; differentiable where gradients are on."""
+    """Score the packed responses; differentiable if gradients are on."""
     hidden_MH, head = response_hidden(model, packed, plain_head=plain_head)
     head = suppress_tokens(head, packed.suppressed_ids)
-    pieces = []
+    chunks = []
     for start in range(0, len(packed.target_M), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         inputs = (hidden_MH[part], packed.target_M[part], head)
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(chunk_scores, *inputs, temperature=temperature, use_reentrant=False))
+            chunks.append(checkpoint(chunk_scores, *inputs, temperature=temperature, use_reentrant=False))
         else:
-            pieces.append(chunk_scores(*inputs, temperature=temperature))
-    logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*pieces, strict=True))
+            chunks.append(chunk_scores(*inputs, temperature=temperature))
+    logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*chunks, strict=True))
     return TokenScores(
         logps_NT=packed.to_padded(logps_M),
         entropies_NT=packed.to_padded(entropies_M),
@@ -154,12 +154,12 @@ def token_scores(
 
 @contextmanager
 def recompute_activations(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model with gradient checkpointing drop its activations: transformers does so in training mode only.
+    """Enable gradient checkpointing for the block: transformers does it in training mode only.
 
-    Dropout was taken out when the model was loaded, so the mode changes nothing else.
+    Dropout is removed when the model is loaded, so training mode changes nothing else.
     """
-    wanted = model.is_gradient_checkpointing and torch.is_grad_enabled()
-    model.train(wanted)
+    is_training = model.is_gradient_checkpointing and torch.is_grad_enabled()
+    model.train(is_training)
     try:
         yield
     finally:
@@ -167,7 +167,7 @@ def recompute_activations(model: PreTrainedModel) -> Iterator[None]:
 
 
 def remove_dropout(model: PreTrainedModel) -> None:
-    """Take dropout out of a model for good, in whatever mode it is."""
+    """Set every dropout probability to 0."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -177,34 +177,34 @@ def remove_dropout(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether head(hidden) equals the model's own logits: false for models that scale or cap them afterwards.
+    """Whether head(hidden) equals the model's logits: False for models that scale or cap them afterwards.
 
-    The head's output is blown up for the test: a cap leaves the small logits of an untrained model as they are.
+    The head's output is amplified for the test, because a cap hardly changes the small logits of an untrained model.
     """
-    probe = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+    input_ids = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
     head = model.get_output_embeddings()
     amplifier = head.register_forward_hook(lambda _head, _inputs, logits: logits * HEAD_TEST_SCALE + HEAD_TEST_SCALE)
     try:
-        hidden_1LH = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
-        ours, theirs = head(hidden_1LH), model(input_ids=probe, use_cache=False).logits
+        hidden_1LH = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        head_logits, model_logits = head(hidden_1LH), model(input_ids=input_ids, use_cache=False).logits
     finally:
         amplifier.remove()
-    return bool(torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3))
+    return bool(torch.allclose(head_logits.float(), model_logits.float(), rtol=1e-3, atol=1e-3))
 
 
 def micro_batches(rows: Sequence[TokenRow], *, max_tokens: int) -> list[list[int]]:
-    """Row numbers in runs whose padded size (rows x longest row) stays within `max_tokens`, order kept.
+    """Row indices in micro-batches of padded size (rows x longest row) at most `max_tokens`, in order.
 
-    A row longer than the limit gets a run of its own.
+    A row longer than the limit gets a micro-batch of its own.
     """
-    runs: list[list[int]] = []
+    batches: list[list[int]] = []
     widest = 0
     for index, row in enumerate(rows):
         wider = max(widest, row.num_tokens)
-        if runs and wider * (len(runs[-1]) + 1) <= max_tokens:
-            runs[-1].append(index)
+        if batches and wider * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(index)
             widest = wider
         else:
-            runs.append([index])
+            batches.append([index])
             widest = row.num_tokens
-    return runs
+    return batches

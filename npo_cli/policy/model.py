@@ -1,4 +1,4 @@
-"""The policy: a Hugging Face causal LM with its tokenizer, on one device, scored in one way."""
+"""The policy: a Hugging Face causal language model with its tokenizer, and one way to compute log-probabilities."""
 
 import hashlib
 import json
@@ -50,18 +50,18 @@ MODEL_HINT = "set model.path to a folder or hub id of a causal language model wi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """Model and tokenizer together; weights change in place, everything else stays."""
+    """Model and tokenizer. Training changes the weights in place; everything else is fixed."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     plain_head: bool
-    """Logits are the head's output as it is, so responses can be scored in chunks."""
+    """The logits are the LM head's output, so responses can be scored in chunks (see `has_plain_head`)."""
     adapters: AdapterInfo | None
-    """What is trained in place of the weights; None where every weight is."""
+    """The trained LoRA adapters; None for full fine-tuning."""
     compute_dtype: torch.dtype
-    """Of the forward pass."""
+    """Precision of the forward pass."""
     vision: Vision | None = None
-    """What it sees with; None where it reads text alone."""
+    """Image processing; None for a text-only model."""
     is_base_only: bool = False
     """Score without the adapters."""
     sharding: ShardingContext | None = None
@@ -69,30 +69,30 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.device
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a response: the generation config's, else the tokenizer's."""
-        found = self.model.generation_config.eos_token_id
-        found = self.tokenizer.eos_token_id if found is None else found
-        return tuple(found) if isinstance(found, list) else (found,)
+        ids = self.model.generation_config.eos_token_id
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return tuple(ids) if isinstance(ids, list) else (ids,)
 
     @property
     def pad_id(self) -> int:
-        """A token for padding, which is never attended to."""
+        """Padding token; attention never reads it."""
         return self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     @property
     def tokenizer_digest(self) -> str:
-        """sha256 of vocabulary and special tokens: guides are token ids, so they belong to one tokenizer."""
+        """sha256 of vocabulary and end tokens: the token ids of a guide cache are valid for one tokenizer only."""
         content = [sorted(self.tokenizer.get_vocab().items()), list(self.eos_ids)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def digest(self) -> str:
-        """sha256 of the weights as they are now. All ranks call it together."""
+        """sha256 of the current weights. All ranks must call it together."""
         tensors = self.tensors
         return current_group().run_on_main(lambda: tensors_digest(tensors), phase="compute the digest")
 
@@ -103,23 +103,23 @@ class Policy:
 
     @property
     def num_bytes(self) -> int:
-        """What `save` writes of weights."""
+        """Size of the weights that `save` writes."""
         tensors = self.model.state_dict() if self.adapters is None else adapter_tensors(self.model)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every whole tensor of the model under its name there; of a sharded model on rank 0 alone."""
+        """Every unsharded tensor by its name in the model; for a sharded model on rank 0 only."""
         return self.model.state_dict() if self.sharding is None else self.sharding.gather_weights(self.model, "all")
 
     @property
     def base_weights(self) -> dict[str, Tensor]:
-        """The base's weights under their own names, adapters left out; of a sharded model on rank 0 alone."""
+        """The base weights under their own names, without adapters; for a sharded model on rank 0 only."""
         return base_tensors(self.model) if self.sharding is None else self.sharding.gather_weights(self.model, "base")
 
     @property
     def adapter_weights(self) -> dict[str, Tensor]:
-        """The adapters as they are now, under the names of peft's files; of a sharded model on rank 0 alone."""
+        """The current adapters under the names in peft's files; for a sharded model on rank 0 only."""
         if self.sharding is None:
             return adapter_tensors(self.model)
         return self.sharding.gather_weights(self.model, "adapters")
@@ -127,28 +127,29 @@ class Policy:
     @property
     def base_policy(self) -> "Policy":
         """The frozen base of a policy with adapters: the same model, scored without them."""
-        assert self.adapters is not None, "there is no base beside the weights that are trained"
+        assert self.adapters is not None, "without adapters there is no base"
         return replace(self, is_base_only=True)
 
     @property
     def num_weight_changes(self) -> int:
-        """How often weights were written to: torch counts writes in place, `mark_written` those that it misses."""
+        """Number of in-place changes of the weights, counted by torch and `mark_weights_changed`."""
         return sum(tensor._version for tensor in self.model.state_dict(keep_vars=True).values())
 
     def mark_weights_changed(self) -> None:
-        """After an update: a fused optimiser writes past torch's counter."""
+        """Call after an update: torch does not count the writes of a fused optimizer."""
         torch.autograd.graph.increment_version(list(self.model.parameters()))
 
     @property
     def max_tokens(self) -> int | None:
-        """Prompt and response together: positions beyond this are strange to the model, or crash it."""
+        """Maximum length of prompt and response together that the model supports; None if unknown."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt: plain text as it is, messages through the chat template, pictures as image tokens."""
+        """Token ids of a prompt: plain text unchanged, messages through the chat template, images as image tokens."""
         if self.vision is not None:
-            special = prompt.text is not None
-            return tuple(self.tokenizer(self.vision.render_prompt(prompt), add_special_tokens=special).input_ids)
+            is_plain_text = prompt.text is not None
+            text = self.vision.render_prompt(prompt)
+            return tuple(self.tokenizer(text, add_special_tokens=is_plain_text).input_ids)
         if prompt.text is not None:
             return tuple(self.tokenizer(prompt.text).input_ids)
         turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
@@ -157,21 +158,21 @@ class Policy:
         )
 
     def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
-        """A response to a prompt, ready to be scored."""
+        """Prompt and response as input of `score`."""
         return TokenRow(prompt_ids=self.encode(prompt), response_ids=response_ids, images=prompt.images)
 
     def encode_response(self, text: str) -> tuple[int, ...]:
-        """Token ids of a response that somebody else wrote, without an end token: no text can name one."""
+        """Token ids of a response given as text, without an end token; special tokens in the text are split."""
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
     @property
     def end_id(self) -> int:
-        """The token that a response is ended with: the tokenizer's own where it is one of those that end it."""
+        """The token to end a re-tokenized response with: the tokenizer's, if it is among `eos_ids`."""
         own = self.tokenizer.eos_token_id
         return own if own in self.eos_ids else self.eos_ids[0]
 
     def load(self, folder: Path) -> None:
-        """Swap in the weights or the adapters of a checkpoint folder, checked tensor by tensor."""
+        """Load the weights or adapters of a checkpoint folder, after a check of every tensor."""
         if self.sharding is not None:
             self.sharding.load(self.model, self.adapters, folder)
         elif self.adapters is None:
@@ -181,7 +182,7 @@ class Policy:
         self.mark_weights_changed()
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `from_pretrained` opens as it is: transformers', or with adapters peft's."""
+        """Write a folder in the format of transformers, or with adapters of peft."""
         if self.adapters is not None:
             tensors: dict[str, Tensor] | None = self.adapter_weights
         else:
@@ -199,22 +200,37 @@ class Policy:
             self.vision.save(folder)
 
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
-        """Score responses; differentiable where gradients are on."""
+        """Log-probabilities, entropies and collision probabilities of responses; differentiable if gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
         packed = packed if self.vision is None else self.vision.attach_images(packed, rows)
         scores = token_scores if self.sharding is None else self.sharding.token_scores
-        bare = disable_adapters(self.model) if self.is_base_only else nullcontext()
-        with recompute_activations(self.model), bare, mixed_precision(self.model, self.compute_dtype):
+        without_adapters = disable_adapters(self.model) if self.is_base_only else nullcontext()
+        precision = mixed_precision(self.model, self.compute_dtype)
+        with recompute_activations(self.model), without_adapters, precision:
             return scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
 
 
+def check_prompt_support(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:
+    """Raise if the policy cannot read the prompts: images without vision, or messages without a chat template."""
+    if policy.vision is None and any(prompt.images for prompt in prompts):
+        raise NpoError(
+            f"{path} is a text-only model, but prompts have images",
+            "choose a vision-language model (model.path), or remove task.image_column",
+        )
+    if any(prompt.messages for prompt in prompts) and not policy.tokenizer.chat_template:
+        raise NpoError(
+            f"{path}: the tokenizer has no chat template, but prompts are chat messages",
+            "choose an instruct model, or use plain prompts (strings, and task.chat=false)",
+        )
+
+
 def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     """The recipe's model, or the same architecture with the weights of a checkpoint `folder`.
 
-    Dropout is off for good: a response is scored by the distribution that sampled it. With LoRA the folder holds
-    adapters, and the base is the recipe's.
+    Dropout is removed, so that a response is scored under the distribution that sampled it. With LoRA the folder holds
+    adapters, and the base is the recipe's model.
     """
     with_lora = settings.lora.rank is not None
     if settings.threads is not None:
@@ -226,7 +242,8 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
     vision = load_vision(model, tokenizer)
     if tokenizer.eos_token_id is None and model.generation_config.eos_token_id is None:
         raise NpoError(
-            f"{settings.path}: neither tokenizer nor generation config names an end token", "set eos_token_id there"
+            f"{settings.path}: neither tokenizer nor generation config has an end token",
+            "set eos_token_id in one of them",
         )
     remove_dropout(model)
     adapters = attach_adapters(model, settings.lora, path=settings.path) if with_lora else None
@@ -253,10 +270,10 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
     if folder is None and is_packaged(settings.path):
         return load_packaged(settings.path, dtype=dtype, attention=settings.attention)
     source = str(folder or find_model(settings.path))
-    mend = MODEL_HINT if folder is None else damaged_checkpoint_hint(folder)
-    tokenizer = _load_tokenizer(source, mend=mend)
+    hint = MODEL_HINT if folder is None else damaged_checkpoint_hint(folder)
+    tokenizer = _load_tokenizer(source, hint=hint)
     try:
-        model, found = find_model_class(source).from_pretrained(
+        model, loading_info = find_model_class(source).from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=settings.attention,
@@ -265,9 +282,11 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise NpoError(f"{source}: no causal language model could be loaded: {_first_line(error)}", mend) from error
+        raise NpoError(f"{source}: no causal language model could be loaded: {_first_line(error)}", hint) from error
     if folder is None:
-        check_loaded_weights(model, missing=found["missing_keys"], misshapen=found["mismatched_keys"], source=source)
+        check_loaded_weights(
+            model, missing=loading_info["missing_keys"], misshapen=loading_info["mismatched_keys"], source=source
+        )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise NpoError(
             f"{source}: the tokenizer has more tokens than the model has embeddings", "use the model's own tokenizer"
@@ -276,7 +295,7 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
 
 
 def find_model(path: str) -> str | Path:
-    """The folder that `model.path` means, or the hub id it is; a slip is told before the hub is asked."""
+    """The folder for `model.path`, or the hub id itself; typos are found before the hub is asked."""
     if path == "micro-base":
         return MICRO_BASE_FOLDER
     folder = Path(path).expanduser()
@@ -284,22 +303,23 @@ def find_model(path: str) -> str | Path:
         return folder
     if not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
         raise NpoError(
-            f"model.path={path} is not a folder", f"name a model folder, a hub id, or {' or '.join(BUNDLED_MODELS)}"
+            f"model.path={path} is not a folder",
+            f"set it to a folder, a hub id, or {' or '.join(BUNDLED_MODELS)}",
         )
     near = get_close_matches(path.lower(), BUNDLED_MODELS, n=1, cutoff=0.8)
     if near:
-        raise NpoError(f"model.path={path} is neither a folder nor a model that npo knows", f"set model.path={near[0]}")
+        raise NpoError(f"model.path={path} is neither a folder nor a bundled model", f"set model.path={near[0]}")
     return path
 
 
-def _load_tokenizer(source: str, *, mend: str) -> PreTrainedTokenizerBase:
-    """transformers makes up an empty tokenizer where a folder has none: one that knows no token of its own is none."""
+def _load_tokenizer(source: str, *, hint: str) -> PreTrainedTokenizerBase:
+    """The tokenizer; an empty one is an error, since transformers creates it for a folder without a tokenizer."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        raise NpoError(f"{source}: no tokenizer could be loaded: {_first_line(error)}", mend) from error
+        raise NpoError(f"{source}: no tokenizer could be loaded: {_first_line(error)}", hint) from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
-        raise NpoError(f"{source}: no tokenizer could be loaded: the folder has none", mend)
+        raise NpoError(f"{source}: the folder has no tokenizer", hint)
     return tokenizer
 
 

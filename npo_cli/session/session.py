@@ -13,8 +13,7 @@ from npo_cli.errors import NpoError
 from npo_cli.inference.base import AdapterHandle, Engine, ModelHandle, Sample, SampleRequest, open_engine
 from npo_cli.inference.sync_check import tensor_shapes
 from npo_cli.policy.lora import AdapterInfo, save_adapters, shapes_without_rank
-from npo_cli.policy.model import Policy, load_policy
-from npo_cli.policy.prompt_checks import check_prompt_support
+from npo_cli.policy.model import Policy, check_prompt_support, load_policy
 from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
 from npo_cli.session.distributed import GatheredWeights, MainRankEngine, SplitEngine, prepare_distributed, shard_policy

@@ -96,7 +96,7 @@ def test_dataset_prompt_too_long_for_the_model_is_refused(folder):
 
 def test_dataset_chat_prompts_need_a_template(folder):
     turns = [json.dumps({"prompt": [{"role": "user", "content": f"{n}+1="}], "answer": "1"}) for n in range(30)]
-    assert "micro-base: the tokenizer has no chat template, and prompts are chat messages" in training(
+    assert "micro-base: the tokenizer has no chat template, but prompts are chat messages" in training(
         folder, lines=turns
     )
 

@@ -39,24 +39,24 @@ def base(folder: Path, *without: str) -> Path:
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_missing_gpu_is_refused(folder, device):
     assert training(folder, f"model.device={device}") == (
-        f"model.device={device}, but torch sees no such GPU | set model.device=cpu (npo doctor lists the GPUs)"
+        f"model.device={device}, but torch finds no such GPU | set model.device=cpu (npo doctor lists the GPUs)"
     )
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "mps", "cuda:-1", "''"])
 def test_unsupported_device_is_refused(folder, device):
-    assert "is no device that npo uses | set model.device to auto, cpu" in training(folder, f"model.device={device}")
+    assert "is not supported | set model.device to auto, cpu" in training(folder, f"model.device={device}")
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("./nowhere", "model.path=./nowhere is not a folder | name a model folder, a hub id"),
+        ("./nowhere", "model.path=./nowhere is not a folder | set it to a folder, a hub id"),
         ("/no/where", "model.path=/no/where is not a folder"),
         ("''", "model.path= is not a folder"),
         ("file.txt", "model.path=file.txt is not a folder"),
-        ("micro_base", "neither a folder nor a model that npo knows | set model.path=micro-base"),
-        ("SmolLM2-135M", "neither a folder nor a model that npo knows | set model.path=smollm2-135m"),
+        ("micro_base", "neither a folder nor a bundled model | set model.path=micro-base"),
+        ("SmolLM2-135M", "neither a folder nor a bundled model | set model.path=smollm2-135m"),
         ("a b c", "a b c: no tokenizer could be loaded"),
     ],
 )
@@ -68,7 +68,7 @@ def test_missing_model_is_refused_without_network(folder, path, words):
 @pytest.mark.parametrize(
     ("without", "words"),
     [
-        ("tokenizer*", "base: no tokenizer could be loaded: the folder has none"),
+        ("tokenizer*", "base: the folder has no tokenizer"),
         ("config.json", "base: no causal language model could be loaded: Unrecognized model"),
         ("model.safetensors", "base: no causal language model could be loaded: Error no file named model.safetensors"),
     ],
@@ -115,7 +115,7 @@ def test_model_with_too_few_positions_is_refused(folder):
     home = base(folder, "model.safetensors", "config.json", "generation_config.json")
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=40, n_positions=16)).save_pretrained(home)
     # 12 tokens of prompt and 18 of answer
-    assert "and its answer may have 30 tokens; ./base was made for 16" in training(folder, "model.path=./base")
+    assert "and its response may have 30 tokens; ./base supports 16" in training(folder, "model.path=./base")
 
 
 def test_prompt_without_known_tokens_is_refused(folder):
@@ -126,7 +126,7 @@ def test_prompt_without_known_tokens_is_refused(folder):
     task = ("task.source=file", "task.path=d.jsonl", "task.chat=true", "task.verifier=last_number")
     words = training(folder, "model.path=./base", *task)
     assert "d.jsonl line " in words
-    assert "has no tokens: the model's tokenizer knows none of its characters" in words
+    assert "has no tokens: the model's tokenizer has none of its characters" in words
 
 
 def test_remote_code_of_a_model_is_never_run(folder):

@@ -144,7 +144,7 @@ def test_an_unknown_target_is_refused_with_those_there_are():
     with pytest.raises(NpoError, match="no linear layer named q_porj") as refused:
         with_lora(targets=("v_proj", "q_porj"))
     assert refused.value.hint.startswith("choose among down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
-    with pytest.raises(NpoError, match=r"no linear layer named lm_head \(the head is no target\)"):
+    with pytest.raises(NpoError, match=r"no linear layer named lm_head \(the LM head cannot be a target\)"):
         with_lora(targets=("lm_head",))
 
 
@@ -159,7 +159,7 @@ def test_adapters_of_another_base_are_refused(tmp_path):
     save_model(qwen(seed=0), tmp_path / "one")
     save_model(qwen(seed=1), tmp_path / "two")
     with_lora(str(tmp_path / "one")).save(tmp_path)
-    with pytest.raises(NpoError, match=r"belong to another base than .*two: they were trained beside .*one"):
+    with pytest.raises(NpoError, match=r"belong to another base than .*two: to .*one"):
         with_lora(str(tmp_path / "two")).load(tmp_path)
     # The same weights in another place are the same base.
     (tmp_path / "one").rename(tmp_path / "moved")
@@ -176,7 +176,7 @@ def test_adapters_of_another_base_are_refused(tmp_path):
 )
 def test_adapters_of_another_shape_or_scale_are_refused(tmp_path, lora, said):
     with_lora().save(tmp_path)
-    with pytest.raises(NpoError, match=f"these adapters have {said}"):
+    with pytest.raises(NpoError, match=f"the adapters have {said}"):
         with_lora(**lora).load(tmp_path)
 
 
@@ -221,9 +221,9 @@ def unnamed(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "said"),
     [
-        (without, "adapter_model.safetensors", r"holds no adapter_model\.safetensors"),
+        (without, "adapter_model.safetensors", r"has no adapter_model\.safetensors"),
         (without, "npo_base.json", r"npo_base\.json cannot be read"),
-        (emptied, "npo_base.json", r"npo_base\.json is no JSON object"),
+        (emptied, "npo_base.json", r"npo_base\.json is not a JSON object"),
         (without, "adapter_config.json", r"adapter_config\.json cannot be read"),
         (unnamed, "adapter_config.json", "no rank, alpha or targets"),
         (unnamed, "npo_base.json", "belong to another base"),

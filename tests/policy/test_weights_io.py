@@ -69,7 +69,7 @@ def test_a_file_cut_short_and_a_folder_without_weights_are_named(tmp_path):
     with pytest.raises(NpoError, match=r"model\.safetensors cannot be read"):
         load_weights(qwen(), folder)
     path.unlink()
-    with pytest.raises(NpoError, match=r"holds no model\*\.safetensors"):
+    with pytest.raises(NpoError, match=r"has no model\*\.safetensors"):
         read_tensors(folder)
 
 

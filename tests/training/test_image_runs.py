@@ -171,7 +171,7 @@ def test_image_model_extrapolated_and_resumed_after_a_kill(taught_vl: Path, tmp_
 
 
 def test_images_need_a_vision_model(tmp_path: Path):
-    with pytest.raises(NpoError, match="micro-base reads text alone, and prompts have images"):
+    with pytest.raises(NpoError, match="micro-base is a text-only model, but prompts have images"):
         list(training(tmp_path / "run", Path("micro-base")))
     assert not (tmp_path / "run").exists()
 

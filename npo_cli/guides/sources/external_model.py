@@ -13,8 +13,7 @@ from npo_cli.errors import NpoError
 from npo_cli.guides.registry import ResolvedSource, SourceHandle
 from npo_cli.guides.source import Pairs, PromptResponses, compute_logprobs, compute_mean_logprobs, sample_in_rounds
 from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
-from npo_cli.policy.model import Policy, load_policy
-from npo_cli.policy.prompt_checks import check_prompt_support
+from npo_cli.policy.model import Policy, check_prompt_support, load_policy
 from npo_cli.session.session import Session, build_session, count_generated_tokens, sample_groups
 from npo_cli.storage.checkpoints import verify_checkpoint
 from npo_cli.storage.cost_sums import cost_at
