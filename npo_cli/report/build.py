@@ -1,4 +1,4 @@
-"""`npo report`: runs as one page that needs nothing besides itself. It reads; the only files it writes are its own."""
+"""`npo report`: runs as one self-contained HTML page. The run directories are only read."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from npo_cli.types.rollouts import Notice, Progress
 
 HTML_SUFFIXES = (".html", ".htm")
 HEAD_BYTES = 2000
-"""Where a page of ours says that it is one."""
+"""The start of a page, where the generator tag is."""
 
 
 def write_report(
     roots: Sequence[Path], out: Path, *, plots_folder: Path | None, branch: str | None = None
 ) -> Iterator[Progress | Notice]:
-    """A chapter a run, before them an overview if there are several; the pictures as files where asked for."""
+    """One section per run, after an overview if there are several; with `plots_folder` also the plots as files."""
     validate_output(out)
     if plots_folder is not None and plots_folder.exists() and not plots_folder.is_dir():
         raise NpoError(f"--figures {plots_folder} is a file", f"name a folder: --figures {quote_path(plots_folder)}.d")
@@ -32,35 +32,34 @@ def write_report(
         for _, run in runs:
             find_first_segment(run, branch)
     began = time.monotonic()
-    chapters = [build_overview(runs)] if len(runs) > 1 else []
-    for place, (label, run) in enumerate(runs, start=1):
-        yield Progress(description="read runs", done=place - 1, total=len(runs), note=label)
-        chapters.append(
-            build_run_section(run, title=label, prefix=f"run-{place}-" if len(runs) > 1 else "", branch=branch)
-        )
+    sections = [build_overview(runs)] if len(runs) > 1 else []
+    for number, (label, run) in enumerate(runs, start=1):
+        yield Progress(description="read runs", done=number - 1, total=len(runs), note=label)
+        prefix = f"run-{number}-" if len(runs) > 1 else ""
+        sections.append(build_run_section(run, title=label, prefix=prefix, branch=branch))
     title = f"npo report: {runs[0][0]}" if len(runs) == 1 else f"npo report: {len(runs)} runs"
-    html = render_page(title, chapters)
+    html = render_page(title, sections)
     write_text_atomic(out, html)
     seconds = time.monotonic() - began
     yield Notice(message=f"report: {out}, {format_bytes(len(html.encode()))}, {seconds:.1f} s")
     if plots_folder is not None:
-        every = list_plots(chapters)
-        for picture in every:
-            save_plot(picture, plots_folder)
-        yield Notice(message=f"figures: {len(every)} as PNG and SVG in {plots_folder}")
+        plots = list_plots(sections)
+        for plot in plots:
+            save_plot(plot, plots_folder)
+        yield Notice(message=f"figures: {len(plots)} as PNG and SVG in {plots_folder}")
 
 
 def open_labelled_runs(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:
-    """The runs with the names that tell them apart: those of their folders, or the whole paths."""
+    """The runs with unique labels: the names of their folders, or the whole paths."""
     roots = [one for root in roots for one in (list_bench_runs(root) if is_bench(root) else [root])]
-    places = [root.resolve() for root in roots]
-    again = next((root for place, root in enumerate(roots) if places[place] in places[:place]), None)
-    if again is not None:
-        raise NpoError(f"{again} was given twice", "name each run once")
+    paths = [root.resolve() for root in roots]
+    duplicate = next((root for index, root in enumerate(roots) if paths[index] in paths[:index]), None)
+    if duplicate is not None:
+        raise NpoError(f"{duplicate} was given twice", "name each run once")
     runs = [open_run(root) for root in roots]
     for run in runs:
         find_newest_branch(run)
-    names = [place.name for place in places]
+    names = [path.name for path in paths]
     labels = names if len(set(names)) == len(names) else [str(root) for root in roots]
     return list(zip(labels, runs, strict=True))
 
@@ -71,12 +70,12 @@ def list_bench_runs(folder: Path) -> list[Path]:
 
 
 def validate_output(out: Path) -> None:
-    """Only a page of ours is ever replaced."""
+    """Only a report of npo is ever replaced."""
     if out.suffix.lower() not in HTML_SUFFIXES:
-        raise NpoError(f"--out {out}: a page ends in .html", f"--out {quote_path(out)}.html")
+        raise NpoError(f"--out {out}: a report ends in .html", f"--out {quote_path(out)}.html")
     if out.is_dir():
         raise NpoError(f"--out {out} is a folder", f"--out {quote_path(out / 'report.html')}")
     if out.exists():
         with out.open("rb") as file:
             if GENERATOR.encode() not in file.read(HEAD_BYTES):
-                raise NpoError(f"--out {out} exists and is no report of npo", "name another file, or remove that one")
+                raise NpoError(f"--out {out} exists and is not a report of npo", "choose another file, or remove it")

@@ -1,8 +1,8 @@
-"""Records in, one HTML page out: it needs no network, runs no script, and opens from a disk or an e-mail alike.
+"""Records to one HTML page: no network, no script; it opens from a disk or as an attachment.
 
-Everything that is put into the template goes through one door: cut where it is too long, characters that a reader
-would not see spelled out, then quoted for HTML. Only our own pictures pass it as they are: base64 in an `img`, where a
-browser neither runs nor fetches anything. A Content-Security-Policy forbids scripts and every address besides.
+Every value in the template is truncated where it is too long, invisible characters are spelled out, and it is escaped
+for HTML. Only our own plots are inserted as they are: base64 in an `img`, where a browser neither runs nor fetches
+anything. A Content-Security-Policy forbids scripts and all other addresses.
 """
 
 import base64
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("page.html")
 GENERATOR = '<meta name="generator" content="npo report">'
-"""By this line a page of ours is known again."""
+"""Identifies a page as a report of npo."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSample:
-    """One prompt: its story, every visit in short, and the one visit whose answers are shown."""
+    """One prompt: its history, every visit in short, and the one visit whose responses are shown."""
 
     history: PromptHistory
     visits: tuple[PromptVisit, ...]
@@ -42,7 +42,7 @@ class PromptSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subsection:
-    """A heading with what belongs to it, in this order."""
+    """A heading with its content, in this order."""
 
     title: str
     text: str = ""
@@ -50,9 +50,9 @@ class Subsection:
     tables: tuple[Table, ...] = ()
     samples: tuple[PromptSample, ...] = ()
     collapsed_tables: tuple[Table, ...] = ()
-    """Shown when asked for."""
+    """Shown on a click."""
     listing: str = ""
-    """Plain text, folded."""
+    """Plain text, collapsed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,29 +64,29 @@ class Section:
     subsections: tuple[Subsection, ...]
 
 
-def render_page(title: str, chapters: Sequence[Section]) -> str:
-    """The whole page. The same records give the same page, letter by letter."""
+def render_page(title: str, sections: Sequence[Section]) -> str:
+    """The whole page. The same records give the same page, byte for byte."""
     template = _environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(title=title, chapters=chapters)
+    return template.render(title=title, sections=sections)
 
 
-def list_plots(chapters: Sequence[Section]) -> list[Plot]:
-    """Every picture of a page."""
-    return [picture for chapter in chapters for part in chapter.subsections for picture in part.plots]
+def list_plots(sections: Sequence[Section]) -> list[Plot]:
+    """Every plot of a page."""
+    return [plot for section in sections for part in section.subsections for plot in part.plots]
 
 
 def _environment() -> "Environment":
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    def inlined(picture: Plot) -> Markup:
-        return Markup("data:image/svg+xml;base64," + base64.b64encode(render_svg(picture)).decode("ascii"))
+    def inlined(plot: Plot) -> Markup:
+        return Markup("data:image/svg+xml;base64," + base64.b64encode(render_svg(plot)).decode("ascii"))
 
-    def inert(value: object) -> object:
+    def sanitize(value: object) -> object:
         return escape_control_chars(truncate_middle(value), keep="\n") if type(value) is str else value
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=inert, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=StrictUndefined, finalize=sanitize, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals["GENERATOR"] = Markup(GENERATOR)
     environment.tests["number_cell"] = is_number
@@ -102,5 +102,5 @@ def _environment() -> "Environment":
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell stands to the right: a number, perhaps with a unit or an interval, or nothing."""
+    """Whether a cell is right-aligned: a number, possibly with a unit or an interval, or empty."""
     return cell in ("", "-", "not reached") or cell.lstrip("+-")[:1].isdigit()

@@ -1,6 +1,6 @@
-"""Which prompts a report shows, and what became of all of them. The same run always shows the same ones.
+"""Prompts through training: every visit along a lineage, when it was solved, when a guide was injected.
 
-One prompt through training: every visit along a branch's line of descent, and how it first came to be solved.
+A report shows a few of them; the same run always shows the same ones.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -20,22 +20,22 @@ def iter_visits(
     run: RunDir, branch: str, *, prompt_id: str | None = None, steps: Container[int] | None = None
 ) -> Iterator[PromptVisit]:
     """Every group on the branch's line of descent, or those of one prompt, or of some steps, oldest first."""
-    for stretch in ancestry(run, branch):
-        journal = RolloutLog(run.rollouts_path(stretch.branch))
-        for step in journal.steps():
-            if stretch.contains(step) and (steps is None or step in steps):
-                yield from (_visit(stretch.branch, at, group) for at, group in journal.iter_groups(step, prompt_id))
+    for span in ancestry(run, branch):
+        log = RolloutLog(run.rollouts_path(span.branch))
+        for step in log.steps():
+            if span.contains(step) and (steps is None or step in steps):
+                yield from (_visit(span.branch, at, group) for at, group in log.iter_groups(step, prompt_id))
 
 
 def _visit(branch: str, step: int, group: Group) -> PromptVisit:
-    """Counts its own answers: the journal keeps those whose slot another took as well."""
-    own = [rollout for rollout in group.rollouts if not rollout.is_off_policy]
-    num_correct = sum(rollout.verdict == "correct" for rollout in own)
-    return PromptVisit(branch=branch, step=step, num_on_policy=len(own), num_correct=num_correct, group=group)
+    """Counts on-policy rollouts: the log also keeps those whose slot a guide took."""
+    on_policy = [rollout for rollout in group.rollouts if not rollout.is_off_policy]
+    num_correct = sum(rollout.verdict == "correct" for rollout in on_policy)
+    return PromptVisit(branch=branch, step=step, num_on_policy=len(on_policy), num_correct=num_correct, group=group)
 
 
 def build_prompt_history(branch: str, seen: Sequence[PromptVisit]) -> PromptHistory:
-    """What all visits of one prompt amount to."""
+    """Summary of all visits of one prompt."""
     prompt = seen[0].group.prompt
     return PromptHistory(
         prompt_id=prompt.prompt_id,
@@ -50,7 +50,7 @@ def build_prompt_history(branch: str, seen: Sequence[PromptVisit]) -> PromptHist
 
 
 def render_prompt_text(prompt: Prompt) -> str:
-    """A prompt as text; chat turns as `role: content`, pictures by reference."""
+    """A prompt as text; chat turns as `role: content`, images by reference."""
     turns = (f"{message.role}: {message.content}" for message in prompt.messages)
     text = "\n".join(turns) if prompt.text is None else prompt.text
     for number, image in enumerate(prompt.images, start=1):
@@ -70,7 +70,7 @@ NUM_SAMPLES = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisitSummary:
-    """A visit without its answers: one run may hold more of those than fit into memory."""
+    """A visit without its responses: those of a whole run may not fit into memory."""
 
     prompt_id: str
     step: int
@@ -83,15 +83,15 @@ def summarize_visits(run: RunDir, branch: str) -> dict[str, list[VisitSummary]]:
     found: dict[str, list[VisitSummary]] = {}
     for one in iter_visits(run, branch):
         prompt_id = one.group.prompt.prompt_id
-        mark = VisitSummary(
+        summary = VisitSummary(
             prompt_id=prompt_id, step=one.step, num_correct=one.num_correct, has_guide=bool(one.off_policy_rollouts)
         )
-        found.setdefault(prompt_id, []).append(mark)
+        found.setdefault(prompt_id, []).append(summary)
     return found
 
 
 def select_samples(run: RunDir, branch: str, marks: dict[str, list[VisitSummary]]) -> Iterator[PromptSample]:
-    """Stories of the chosen prompts, each with the visit at which a guide was first seated, or the last one."""
+    """Histories of the selected prompts, each with the visit at which a guide was first injected, or the last one."""
     for prompt_id in select_prompts(marks):
         steps = {mark.step for mark in marks[prompt_id]}
         seen = tuple(iter_visits(run, branch, prompt_id=prompt_id, steps=steps))
@@ -100,14 +100,14 @@ def select_samples(run: RunDir, branch: str, marks: dict[str, list[VisitSummary]
 
 
 def select_prompts(marks: dict[str, list[VisitSummary]]) -> list[str]:
-    """Of the prompts for which a guide was seated, in the order of those steps, evenly spaced ones.
+    """Evenly spaced ones of the prompts with an injected guide, in the order of those steps.
 
-    Where none ever was: of the prompts of the newest step.
+    Without any: of the prompts of the newest step.
     """
     firsts = {prompt_id: next((one.step for one in some if one.has_guide), None) for prompt_id, some in marks.items()}
-    seated = sorted((step, prompt_id) for prompt_id, step in firsts.items() if step is not None)
-    if seated:
-        return [prompt_id for _, prompt_id in pick_evenly_spaced(seated)]
+    injected = sorted((step, prompt_id) for prompt_id, step in firsts.items() if step is not None)
+    if injected:
+        return [prompt_id for _, prompt_id in pick_evenly_spaced(injected)]
     newest = max((some[-1].step for some in marks.values()), default=0)
     return pick_evenly_spaced([prompt_id for prompt_id, some in marks.items() if some[-1].step == newest])
 
@@ -116,29 +116,29 @@ def pick_evenly_spaced(some: Sequence[T]) -> list[T]:
     """The first, the last and evenly spaced ones between them: `NUM_SAMPLES`, or all."""
     if len(some) <= NUM_SAMPLES:
         return list(some)
-    return [some[round(place * (len(some) - 1) / (NUM_SAMPLES - 1))] for place in range(NUM_SAMPLES)]
+    return [some[round(index * (len(some) - 1) / (NUM_SAMPLES - 1))] for index in range(NUM_SAMPLES)]
 
 
 def prompt_outcomes_table(branch: str, marks: dict[str, list[VisitSummary]]) -> Table:
-    """How many prompts were ever solved by the policy itself, and what followed where a guide was seated."""
-    after = [_after_seat(some) for some in marks.values() if any(one.has_guide for one in some)]
+    """How many prompts were solved on-policy, and what followed where a guide was injected."""
+    after = [_split_at_injection(some) for some in marks.values() if any(one.has_guide for one in some)]
     again = [later for _, later in after if later]
     rows = (
         ("visited", len(marks)),
-        ("solved by the policy itself at some visit", sum(any(one.num_correct for one in m) for m in marks.values())),
-        ("a guide was seated", len(after)),
+        ("solved on-policy at some visit", sum(any(one.num_correct for one in m) for m in marks.values())),
+        ("a guide was injected", len(after)),
         (
-            "  not solved by the policy itself until then",
+            "  not solved on-policy before",
             sum(not any(one.num_correct for one in before) for before, _ in after),
         ),
         ("  visited again afterwards", len(again)),
-        ("  and solved by the policy itself then", sum(any(one.num_correct for one in later) for later in again)),
+        ("  and then solved on-policy", sum(any(one.num_correct for one in later) for later in again)),
     )
-    told = tuple((what, format_count(number)) for what, number in rows)
-    return Table(title=f"Prompts on the line of {branch}", header=("prompts", "number"), rows=told)
+    cells = tuple((what, format_count(number)) for what, number in rows)
+    return Table(title=f"Prompts in the lineage of {branch}", header=("prompts", "number"), rows=cells)
 
 
-def _after_seat(some: Sequence[VisitSummary]) -> tuple[Sequence[VisitSummary], Sequence[VisitSummary]]:
+def _split_at_injection(some: Sequence[VisitSummary]) -> tuple[Sequence[VisitSummary], Sequence[VisitSummary]]:
     """Visits up to the first with a guide, and those after it."""
-    place = next(place for place, one in enumerate(some) if one.has_guide) + 1
-    return some[:place], some[place:]
+    end = next(index for index, one in enumerate(some) if one.has_guide) + 1
+    return some[:end], some[end:]

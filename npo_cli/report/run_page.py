@@ -1,6 +1,6 @@
-"""One run as a chapter of a report: what it reached, how, what was decided and on what evidence, and at what cost.
+"""The section of one run in a report: results, training, lineage, decisions with their evidence, costs, rollouts.
 
-A run in a few facts, and several runs side by side.
+And the overview of several runs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,8 +32,8 @@ from npo_cli.types.views import BranchSpan
 
 
 def summarize_run(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:
-    """What a reader asks first."""
-    recipe, birth, spent = run.read_recipe(branch), run.info, compute_run_costs(run, branch)
+    """Names and values at the top of the section."""
+    recipe, info, spent = run.read_recipe(branch), run.info, compute_run_costs(run, branch)
     names = list_branches(run)
     return (
         ("recipe", str(recipe.get("name", "-"))),
@@ -47,9 +47,9 @@ def summarize_run(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:
         ("updates executed", format_count(spent.updates)),
         ("tokens generated", format_count(spent.tokens)),
         ("seconds", f"{spent.seconds:,.1f}"),
-        ("started", birth.created),
-        ("npo", birth.npo_version),
-        ("run", birth.run_id[:12]),
+        ("started", info.created),
+        ("npo", info.npo_version),
+        ("run", info.run_id[:12]),
     )
 
 
@@ -59,24 +59,24 @@ def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def final_accuracy(run: RunDir, branch: str) -> tuple[str, str]:
-    """Of the newest step evaluated on the line of descent: which one, and the accuracy with its interval."""
+    """The newest evaluated step of the lineage and its accuracy with interval."""
     line = ancestry(run, branch)
     seen = {
         step: report
         for (owner, step), report in select_best_evals(run).items()
-        if any(stretch.branch == owner and stretch.contains(step) for stretch in line)
+        if any(span.branch == owner and span.contains(step) for span in line)
     }
     if not seen:
         return "held-out accuracy", "-"
     newest = seen[max(seen)]
-    told = format_interval(newest.accuracy, newest.accuracy_low, newest.accuracy_high)
-    return f"held-out accuracy, step {newest.step}", told
+    accuracy = format_interval(newest.accuracy, newest.accuracy_low, newest.accuracy_high)
+    return f"held-out accuracy, step {newest.step}", accuracy
 
 
 def build_overview(runs: Sequence[tuple[str, RunDir]]) -> Section:
     """The newest branch of every run, on the same axes and in one table."""
-    rows, arms = [], []
-    for place, (label, run) in enumerate(runs):
+    rows, curves = [], []
+    for index, (label, run) in enumerate(runs):
         branch = find_newest_branch(run)
         spent, points = compute_run_costs(run, branch), learning_curve(run, branch, name=_ascii(label))
         rows.append(
@@ -92,12 +92,12 @@ def build_overview(runs: Sequence[tuple[str, RunDir]]) -> Section:
             )
         )
         if points:
-            arms.append(Curve(index=place, points=tuple(points), guide_until=None, is_fork=False))
+            curves.append(Curve(index=index, points=tuple(points), guide_until=None, is_fork=False))
     header = ("run", "recipe", "branch", "step", "newest held-out accuracy", "best", "updates", "tokens", "seconds")
     part = Subsection(
         title="Side by side",
         text="The newest branch of each run. Updates, tokens and seconds are those of the whole run.",
-        plots=tuple(make_accuracy_plots(arms, prefix="overview-")) if arms else (),
+        plots=tuple(make_accuracy_plots(curves, prefix="overview-")) if curves else (),
         tables=(Table(title="Runs", header=header, rows=tuple(rows)),),
     )
     return Section(title="Overview", summary=(), subsections=(part,))
@@ -108,34 +108,34 @@ def _best(points: Sequence[CurvePoint]) -> float | None:
 
 
 def _ascii(label: str) -> str:
-    """The letters that every font of a picture has."""
+    """Only characters that every font has."""
     return label.encode("ascii", "backslashreplace").decode()
 
 
 MAX_PLOTTED_PROBES = 6
-"""Probes that are drawn; all are tabulated."""
+"""Probes that are plotted; all are in tables."""
 
 
 def build_run_section(run: RunDir, *, title: str, prefix: str, branch: str | None = None) -> Section:
-    """Everything of one run; `prefix` begins the names of its pictures."""
+    """Everything of one run; `prefix` starts the names of its plots."""
     branch = branch or find_newest_branch(run)
-    limbs = collect_branch_spans(run, branch)
+    spans = collect_branch_spans(run, branch)
     parts = (
-        *_reached(run, prefix=prefix),
-        *_trained(run, limbs, prefix=prefix),
-        _lineage(run, limbs, prefix=prefix),
-        *_decided(run, prefix=prefix),
-        *_scored(run, prefix=prefix),
+        *_accuracy(run, prefix=prefix),
+        *_training(run, spans, prefix=prefix),
+        _lineage(run, spans, prefix=prefix),
+        *_decisions(run, prefix=prefix),
+        *_scores(run, prefix=prefix),
         _cost(run, branch),
-        *_answered(run, branch),
+        *_rollouts(run, branch),
         Subsection(title="Recipe", listing=dump_recipe(run.read_recipe(branch))),
     )
     return Section(title=title, summary=summarize_run(run, branch), subsections=parts)
 
 
 def collect_branch_spans(run: RunDir, branch: str) -> list[BranchSpan]:
-    """Every branch, as the line of descent of one of them sees it."""
-    kept = {stretch.branch: stretch for stretch in ancestry(run, branch)}
+    """Every branch, and which part of it is in the lineage of `branch`."""
+    kept = {span.branch: span for span in ancestry(run, branch)}
     caches = {info.name: info for info in list_guide_caches(run)}
     found = []
     for name in list_branches(run):
@@ -158,66 +158,65 @@ def collect_branch_spans(run: RunDir, branch: str) -> list[BranchSpan]:
 
 
 def get_guide_step(info: GuideCacheInfo | None) -> int | None:
-    """Where on this run's own line the guide stands; None for others' guides."""
+    """Step of the guide in this run; None for guides from elsewhere."""
     return info.guide_step if info is not None and info.source != "run" else None
 
 
 def build_curves(run: RunDir) -> Iterator[Curve]:
-    """A curve a branch, from its rollback on; a branch without an evaluation has none."""
-    for place, name in enumerate(list_branches(run)):
+    """One curve per branch, from its fork on; none for a branch without an evaluation."""
+    for index, name in enumerate(list_branches(run)):
         born = find_first_segment(run, name)
         points = learning_curve(run, name, name=name)
         if born.parent is not None:
-            # Two points stand at the fork: the parent's cost, and the cost of being ready to start again.
+            # Two points at the fork: with the cost of the parent, and with guide and scoring paid.
             ready = [point for point in points if point.step == born.fork_step][-1:]
             points = [*ready, *(point for point in points if point.step > born.fork_step)]
         if points:
             until = born.guide_until
             forks = born.parent is not None and points[0].step == born.fork_step
-            yield Curve(index=place, points=tuple(points), guide_until=until, is_fork=forks)
+            yield Curve(index=index, points=tuple(points), guide_until=until, is_fork=forks)
 
 
-def _reached(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
-    arms = list(build_curves(run))
-    if not arms:
-        yield Subsection(title="Held-out accuracy", text="No checkpoint was evaluated yet: npo eval RUN --all does it.")
+def _accuracy(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
+    plotted = list(build_curves(run))
+    if not plotted:
+        yield Subsection(title="Held-out accuracy", text="No checkpoint has been evaluated: run npo eval RUN --all.")
         return
     curves = [learning_curve(run, name, name=name) for name in list_branches(run)]
-    crossings = [cost_to_threshold(points, threshold) for threshold in THRESHOLDS for points in curves if points]
+    costs = [cost_to_threshold(points, threshold) for threshold in THRESHOLDS for points in curves if points]
     yield Subsection(
         title="Held-out accuracy",
-        text="By place in the data, and by everything it had cost by then: all steps, tokens and seconds, those of "
-        "scouts, scorings, probes and guides included. A diamond is a rollback; the broad band behind a line "
-        "lasts as long as a guide was mixed in.",
-        plots=tuple(make_accuracy_plots(arms, prefix=prefix)),
-        tables=cost_to_threshold_tables(crossings),
+        text="By logical step, and by total cost: steps, tokens and seconds, with the training of guides, scoring, "
+        "probes and guide samples. A diamond is a rollback; the wide band behind a line marks the steps with a guide.",
+        plots=tuple(make_accuracy_plots(plotted, prefix=prefix)),
+        tables=cost_to_threshold_tables(costs),
         collapsed_tables=evals_tables([report for _, report in sorted(select_best_evals(run).items())]),
     )
 
 
-def _trained(run: RunDir, limbs: Sequence[BranchSpan], *, prefix: str) -> Iterator[Subsection]:
+def _training(run: RunDir, spans: Sequence[BranchSpan], *, prefix: str) -> Iterator[Subsection]:
     reports = list(show_metrics(run, branch=None, step=None))
     if reports:
         yield Subsection(
             title="Training",
-            text="Thin lines are single steps, thick ones a moving average of nine. A dotted vertical line is a "
-            "rollback, a shaded range the steps in which a guide was mixed in.",
-            plots=tuple(make_training_plots(reports, limbs, prefix=prefix)),
+            text="Thin lines: steps; thick lines: moving average of nine. Dotted vertical line: rollback; shaded: "
+            "steps with a guide.",
+            plots=tuple(make_training_plots(reports, spans, prefix=prefix)),
         )
 
 
-def _lineage(run: RunDir, limbs: Sequence[BranchSpan], *, prefix: str) -> Subsection:
+def _lineage(run: RunDir, spans: Sequence[BranchSpan], *, prefix: str) -> Subsection:
     guides = list_guide_caches(run)
     return Subsection(
         title="Lineage",
-        text="A lane a branch. What a dotted line shows was left behind; an arrow leads from the checkpoint that "
-        "was the guide (or from the parent) back to the step from which training began again.",
-        plots=(make_lineage_plot(limbs, read_transitions(run), prefix=prefix),),
+        text="One lane per branch. Dotted: rolled back. An arrow leads from the checkpoint of the guide (or from the "
+        "parent) to the step that training was resumed from.",
+        plots=(make_lineage_plot(spans, read_transitions(run), prefix=prefix),),
         tables=(*lineage_tables(read_segments(run)), *(guides_tables(guides) if guides else ())),
     )
 
 
-def _decided(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
+def _decisions(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
     moves = read_transitions(run)
     if not moves:
         return
@@ -232,42 +231,42 @@ def _decided(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
         )
 
 
-def _scored(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
-    for answer in read_all_scores(run):
-        if answer.scores:
-            signals, kinds = scores_tables(answer.scores)
+def _scores(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
+    for result in read_all_scores(run):
+        if result.scores:
+            signals, kinds = scores_tables(result.scores)
             yield Subsection(
-                title=f"Candidate guides for step {answer.learner_step} of {answer.branch}",
-                text=_choice(answer.scores),
-                plots=tuple(make_score_plots(answer.scores, prefix=f"{prefix}{answer.folder.name}-")),
+                title=f"Candidate guides for step {result.learner_step} of {result.branch}",
+                text=_selection(result.scores),
+                plots=tuple(make_score_plots(result.scores, prefix=f"{prefix}{result.folder.name}-")),
                 tables=(signals,),
                 collapsed_tables=(kinds,),
             )
 
 
-def _choice(scores: Sequence[CheckpointScore]) -> str:
+def _selection(scores: Sequence[CheckpointScore]) -> str:
     best = next((one for one in scores if one.is_selected), None)
-    rule = "Q: how much of what the learner fails it solves. V: what its distance costs in variance. S = Q / V."
+    rule = "Q: how often it solves prompts that the learner fails. V: variance cost of its distance. S = Q / V."
     return rule if best is None else f"{rule} Step {best.step} has the largest S in {best.p_best:.0%} of the resamples."
 
 
 def _cost(run: RunDir, branch: str) -> Subsection:
     return Subsection(
-        title="What it cost",
-        text="Nothing that was executed is left out, whatever became of it.",
+        title="Costs",
+        text="Everything that the run executed, rolled-back and rejected work included.",
         tables=costs_tables(list(costs_by_activity(run, branch))),
     )
 
 
-def _answered(run: RunDir, branch: str) -> Iterator[Subsection]:
+def _rollouts(run: RunDir, branch: str) -> Iterator[Subsection]:
     marks = summarize_visits(run, branch)
     if marks:
-        seated = any(one.has_guide for one in chain(*marks.values()))
-        which = "for which a guide was seated" if seated else "of the newest step"
+        has_guides = any(one.has_guide for one in chain(*marks.values()))
+        which = "with an injected guide" if has_guides else "of the newest step"
         yield Subsection(
-            title="Prompts and answers",
-            text=f"Some of the prompts {which}, evenly spaced. Log-probabilities are those of the policy that wrote "
-            "the answer, the guide's under the guide. The row below each prompt is its whole history.",
+            title="Prompts and responses",
+            text=f"Some of the prompts {which}, evenly spaced. Log-probabilities are those of the behavior "
+            "policy. The row below each prompt is its whole history.",
             tables=(prompt_outcomes_table(branch, marks),),
             samples=tuple(select_samples(run, branch, marks)),
         )

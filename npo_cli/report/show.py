@@ -1,4 +1,4 @@
-"""`npo show`: look inside a run. Reads what the other stages wrote and computes nothing."""
+"""`npo show`: records of a run, read and not computed."""
 
 import shlex
 from collections.abc import Iterable, Iterator
@@ -39,9 +39,9 @@ THRESHOLDS = (0.2, 0.6, 0.9)
 def show_run(
     root: Path, what: str, *, branch: str | None, step: int | None, prompt_id: str | None, limit: int | None
 ) -> list[ShowRecord]:
-    """The lines asked for, oldest first; with a limit the last of them. A filter that means nothing is refused.
+    """The requested records, oldest first; with a limit the last of them. A filter that does not apply is an error.
 
-    A prompt's story keeps its first line, whatever the limit.
+    The history of a prompt keeps its first record, whatever the limit.
     """
     run = open_run(root)
     if branch is not None and branch not in list_branches(run):
@@ -71,14 +71,14 @@ def show_run(
             lines = show_lineage(run, branch=branch)
     found = list(lines)
     if not found and (step is not None or prompt_id is not None):
-        asked = [f"step {step}"] * (step is not None) + [f"prompt {prompt_id!r}"] * (prompt_id is not None)
-        raise NpoError(f"{root} has no {what} of {' and '.join(asked)}", f"npo show {quote_path(root)} {what}")
+        filters = [f"step {step}"] * (step is not None) + [f"prompt {prompt_id!r}"] * (prompt_id is not None)
+        raise NpoError(f"{root} has no {what} of {' and '.join(filters)}", f"npo show {quote_path(root)} {what}")
     head = found[:1] if found and isinstance(found[0], PromptHistory) else []
     return found if limit is None else [*head, *found[len(head) :][-limit:]]
 
 
 def show_metrics(run: RunDir, *, branch: str | None, step: int | None) -> Iterator[StepReport]:
-    """Every step of one branch or of all. Of a step made twice, the newest timings."""
+    """Every step of one branch or of all. Of a step executed twice, the newest timings."""
     for name in list_branches(run) if branch is None else (branch,):
         timings = {row.get("step"): _numbers(row) for row in JsonlLog(run.timings_path(name)).iter_rows()}
         for row in read_metrics(run, name):
@@ -92,17 +92,17 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def show_groups(run: RunDir, *, branch: str | None, step: int | None, prompt_id: str | None) -> Iterator[GroupView]:
-    """Groups of one step, the newest unless one is named. A prompt alone is followed through all steps."""
+    """Groups of one step, by default the newest. A prompt without a step: all steps."""
     name = branch or find_newest_branch(run)
-    journal = RolloutLog(run.rollouts_path(name))
+    log = RolloutLog(run.rollouts_path(name))
     if step is None and prompt_id is None:
-        step = max(journal.steps(), default=None)
-    for at, group in journal.iter_groups(step=step, prompt_id=prompt_id):
+        step = max(log.steps(), default=None)
+    for at, group in log.iter_groups(step=step, prompt_id=prompt_id):
         yield GroupView(branch=name, step=at, group=group)
 
 
 def show_rollouts(run: RunDir, *, branch: str | None, step: int | None, prompt_id: str | None) -> Iterator[RolloutView]:
-    """Every rollout of those groups, the seated guide included."""
+    """Every rollout of those groups, injected ones included."""
     for line in show_groups(run, branch=branch, step=step, prompt_id=prompt_id):
         prompt = line.group.prompt
         for rollout in line.group.rollouts:
@@ -116,7 +116,7 @@ def show_rollouts(run: RunDir, *, branch: str | None, step: int | None, prompt_i
 
 
 def show_prompt_history(run: RunDir, *, branch: str | None, prompt_id: str) -> Iterator[PromptHistory | PromptVisit]:
-    """One prompt through training, across the branches on the line of descent; nothing if it was never visited."""
+    """One prompt through training, across the branches of the lineage; nothing if it was never visited."""
     name = branch or find_newest_branch(run)
     seen = list(iter_visits(run, name, prompt_id=prompt_id))
     if seen:
@@ -130,9 +130,9 @@ def show_guides(run: RunDir, *, branch: str | None) -> list[GuideCacheInfo]:
 
 
 def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | CostToThreshold | RunCosts]:
-    """Held-out accuracy of each branch with all it had cost, where it first reached the thresholds, and the account.
+    """Held-out accuracy of each branch with its costs, the costs of reaching the thresholds, and the costs of the run.
 
-    The account is that of the branch, or of the newest one.
+    The last are seen from the branch, or from the newest one.
     """
     names = [name for name in list_branches(run) if branch in (None, name)]
     curves = [learning_curve(run, name, name=name) for name in names]
@@ -145,5 +145,5 @@ def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Cost
 
 
 def show_lineage(run: RunDir, *, branch: str | None) -> list[Segment]:
-    """Stretches of training in the order in which they began."""
+    """Segments of training, oldest first."""
     return [segment for segment in read_segments(run) if branch in (None, segment.branch)]

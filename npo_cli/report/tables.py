@@ -1,10 +1,23 @@
-"""Records to tables of text, one function a kind of record. It knows no terminal: see the console for that."""
+"""Records to tables of text, one function per kind of record; cli/output.py prints them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from npo_cli.report.prompt_tables import prompt_history_tables, visits_tables
-from npo_cli.report.table import Table, drop_empty_columns, format_bytes, format_count, format_interval, format_number
+from npo_cli.report.table import (
+    Column,
+    Table,
+    bool_column,
+    build_table,
+    count_column,
+    format_bytes,
+    format_count,
+    format_interval,
+    format_number,
+    interval_column,
+    number_column,
+    text_column,
+)
 from npo_cli.report.tables_autonpo import AUTONPO_TABLES
 from npo_cli.report.tables_compare import COMPARE_TABLES, tuning_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables
@@ -25,26 +38,17 @@ from npo_cli.types.views import (
 
 
 def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
-    """The run's checkpoints. Incomplete ones are marked; columns that nothing filled are left out."""
-    header = (
-        *("branch", "step", "parent", "tier", "size", "whole", "digest", "reward", "entropy", "accuracy"),
-        *("Q", "V", "S", "scored for"),
+    """The run's checkpoints. Incomplete ones are marked; empty columns are left out."""
+    columns = (
+        *(text_column("branch"), text_column("step"), text_column("parent"), text_column("tier")),
+        Column("size", lambda one: format_bytes(one.size_bytes)),
+        bool_column("complete", "complete"),
+        Column("digest", lambda one: (one.digest or "-")[:12]),
+        *(number_column("reward"), number_column("entropy"), number_column("accuracy")),
+        *(number_column("Q", "quality"), number_column("V", "variance"), number_column("S", "signal")),
+        count_column("scored for", "learner_step"),
     )
-    rows = tuple(
-        (
-            *(one.branch, str(one.step), one.parent or "-", one.tier, format_bytes(one.size_bytes)),
-            *("yes" if one.complete else "NO", (one.digest or "-")[:12]),
-            *(format_number(one.reward), format_number(one.entropy), format_number(one.accuracy)),
-            *(
-                format_number(one.quality),
-                format_number(one.variance),
-                format_number(one.signal),
-                format_count(one.learner_step),
-            ),
-        )
-        for one in entries
-    )
-    return (drop_empty_columns(Table(title="Checkpoints", header=header, rows=rows)),)
+    return (build_table("Checkpoints", entries, columns, drops_empty=True),)
 
 
 def scores_tables(scores: Sequence[CheckpointScore]) -> tuple[Table, ...]:
@@ -121,59 +125,50 @@ def _variance_table(scores: Sequence[CheckpointScore]) -> Table:
 
 def evals_tables(reports: Sequence[EvalReport]) -> tuple[Table, ...]:
     """Held-out evaluations in the order given."""
-    header = ("branch", "step", "accuracy (avg@k)", "pass@k", "k", "prompts", "length", "cut off", "tokens")
-    rows = tuple(
-        (
-            *(one.branch, str(one.step)),
-            format_interval(one.accuracy, one.accuracy_low, one.accuracy_high),
-            format_interval(one.pass_at_k, one.pass_at_k_low, one.pass_at_k_high),
-            *(str(one.num_samples), format_count(one.num_prompts), format_number(one.mean_length, digits=1)),
-            *(f"{one.truncated_fraction:.1%}", format_count(one.num_tokens)),
-        )
-        for one in reports
+    columns = (
+        *(text_column("branch"), text_column("step")),
+        *(interval_column("accuracy (avg@k)", "accuracy"), interval_column("pass@k", "pass_at_k")),
+        *(text_column("k", "num_samples"), count_column("prompts", "num_prompts")),
+        number_column("length", "mean_length", digits=1),
+        Column("truncated", lambda one: f"{one.truncated_fraction:.1%}"),
+        count_column("tokens", "num_tokens"),
     )
-    return (Table(title="Held-out accuracy, 95 % intervals over prompts", header=header, rows=rows),)
+    return (build_table("Held-out accuracy, 95 % intervals over prompts", reports, columns),)
 
 
 def guides_tables(guides: Sequence[GuideCacheInfo]) -> tuple[Table, ...]:
-    """Guide caches: whom they serve, who wrote them, how many prompts they solved, what they cost and whom."""
-    header = (
-        *("name", "branch", "for steps", "source", "guide step", "from", "solved", "kept", "samples", "tokens"),
-        *("given tokens", "side tokens", "log-probs", "whole"),
+    """Guide caches: learner, source, solved prompts, costs."""
+    columns = (
+        *(text_column("name"), text_column("branch")),
+        Column("for steps", lambda one: f"{one.learner_step + 1}-{one.learner_step + one.num_steps}"),
+        *(text_column("source"), count_column("guide step", "guide_step"), text_column("from", "origin")),
+        Column(
+            "solved",
+            lambda one: f"{format_count(one.num_prompts_with_rollouts)} of {format_count(one.num_prompts)}",
+        ),
+        Column("kept", lambda one: format_count(one.num_rollouts or one.num_prompts_with_rollouts)),
+        *(count_column("samples", "num_samples"), count_column("tokens", "num_tokens")),
+        count_column("external tokens", "external_tokens", hides_zero=True),
+        count_column("training tokens", "guide_training_tokens", hides_zero=True),
+        *(bool_column("log-probs", "has_logps", no="none"), bool_column("complete", "complete")),
     )
-    rows = tuple(
-        (
-            *(one.name, one.branch, f"{one.learner_step + 1}-{one.learner_step + one.num_steps}"),
-            *(one.source, format_count(one.guide_step), one.origin),
-            *(
-                f"{format_count(one.num_prompts_with_rollouts)} of {format_count(one.num_prompts)}",
-                format_count(one.num_rollouts or one.num_prompts_with_rollouts),
-            ),
-            *(format_count(one.num_samples), format_count(one.num_tokens), format_count(one.external_tokens or None)),
-            *(
-                format_count(one.guide_training_tokens or None),
-                "yes" if one.has_logps else "none",
-                "yes" if one.complete else "NO",
-            ),
-        )
-        for one in guides
+    notes = (
+        "solved: prompts with a verified response; external: not generated here; training: of a guide of another run",
     )
-    notes = ("solved: prompts with a verified answer; given: by somebody else; side: what training the guide had cost",)
-    return (drop_empty_columns(Table(title="Guide caches", header=header, rows=rows, notes=notes)),)
+    return (build_table("Guide caches", guides, columns, notes=notes, drops_empty=True),)
 
 
 def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
-    """Segments in the order in which training began them."""
-    header = ("branch", "parent", "from step", "guide", "guide until")
-    rows = tuple(
-        (one.branch, one.parent or "-", str(one.fork_step), one.guide_cache or "-", format_count(one.guide_until))
-        for one in segments
+    """Segments, oldest first."""
+    columns = (
+        *(text_column("branch"), text_column("parent"), text_column("from step", "fork_step")),
+        *(text_column("guide", "guide_cache"), count_column("guide until", "guide_until")),
     )
-    return (Table(title="Lineage", header=header, rows=rows),)
+    return (build_table("Lineage", segments, columns),)
 
 
 def metrics_tables(reports: Sequence[StepReport]) -> tuple[Table, ...]:
-    """One line a branch (means of the first and the last tenth of its steps), then the newest steps one by one."""
+    """One row per branch (means of the first and the last tenth of its steps), then the newest steps."""
     branches = dict.fromkeys(one.branch for one in reports)
     rows = tuple(_branch_row([one for one in reports if one.branch == branch]) for branch in branches)
     header = ("branch", "steps", "reward first", "reward last", "entropy first", "entropy last", "tokens")
@@ -196,60 +191,65 @@ def _mean(reports: Sequence[StepReport], name: str) -> float | None:
 
 
 def _newest_steps(reports: Sequence[StepReport]) -> Table:
-    header = ("branch", "step", "reward", "entropy", "all wrong", "length", "injected", "grad norm", "tokens/s")
-    names = ("reward", "entropy", "frac_all_wrong", "completions/mean_length", "inject/slots", "grad_norm")
-    rows = tuple(
-        (
-            *(one.branch, str(one.step), *(format_number(one.metrics.get(name)) for name in names)),
-            format_count(_whole(one.timings.get("tokens_per_second"))),
-        )
-        for one in reports
+    columns = (
+        *(text_column("branch"), text_column("step")),
+        *(_metric_column(heading, name) for heading, name in STEP_METRICS.items()),
+        Column("tokens/s", lambda one: format_count(_whole(one.timings.get("tokens_per_second")))),
     )
-    return drop_empty_columns(Table(title="Newest steps", header=header, rows=rows))
+    return build_table("Newest steps", reports, columns, drops_empty=True)
+
+
+def _metric_column(heading: str, name: str) -> Column:
+    return Column(heading, lambda one: format_number(one.metrics.get(name)))
+
+
+STEP_METRICS = {
+    "reward": "reward",
+    "entropy": "entropy",
+    "all wrong": "frac_all_wrong",
+    "length": "completions/mean_length",
+    "injected": "inject/slots",
+    "grad norm": "grad_norm",
+}
+"""Heading and metric of the columns of the newest steps."""
 
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else round(value)
 
 
-def rollouts_tables(lines: Sequence[RolloutView]) -> tuple[Table, ...]:
-    """Rollouts with question, reference answer and response, the seated guide told apart."""
-    header = ("branch", "step", "prompt", "slot", "source", "verdict", "ended", "question", "answer", "response")
-    rows = tuple(
-        (
-            *(one.branch, str(one.step), one.rollout.prompt_id, str(one.rollout.slot), _source(one)),
-            *(one.rollout.verdict or "-", "yes" if one.rollout.finished else "cut off"),
-            *(one.prompt_text, one.reference_answer, one.rollout.text),
-        )
-        for one in lines
+def rollouts_tables(views: Sequence[RolloutView]) -> tuple[Table, ...]:
+    """Rollouts with question, reference answer and response."""
+    columns = (
+        *(text_column("branch"), text_column("step")),
+        Column("prompt", lambda one: one.rollout.prompt_id),
+        Column("slot", lambda one: str(one.rollout.slot)),
+        Column("source", _source),
+        Column("verdict", lambda one: one.rollout.verdict or "-"),
+        Column("ended", lambda one: "yes" if one.rollout.finished else "truncated"),
+        *(text_column("question", "prompt_text"), text_column("answer", "reference_answer")),
+        Column("response", lambda one: one.rollout.text),
     )
-    return (Table(title="Rollouts", header=header, rows=rows),)
+    return (build_table("Rollouts", views, columns),)
 
 
-def _source(line: RolloutView) -> str:
-    rollout = line.rollout
-    return (
-        rollout.source
-        if rollout.sampler_step is None or not rollout.is_off_policy
-        else f"{rollout.source} {rollout.sampler_step}"
-    )
+def _source(view: RolloutView) -> str:
+    rollout = view.rollout
+    has_step = rollout.is_off_policy and rollout.sampler_step is not None
+    return f"{rollout.source} {rollout.sampler_step}" if has_step else rollout.source
 
 
-def groups_tables(lines: Sequence[GroupView]) -> tuple[Table, ...]:
+def groups_tables(views: Sequence[GroupView]) -> tuple[Table, ...]:
     """Groups with the mean reward over all their rollouts."""
-    header = ("branch", "step", "prompt", "rollouts", "own accuracy", "reward", "mix")
-    rows = tuple(
-        (
-            *(one.branch, str(one.step), one.group.prompt.prompt_id, str(len(one.group.rollouts))),
-            *(
-                format_number(one.group.on_policy_accuracy),
-                format_number(_mean_reward(one)),
-                one.group.injection_status,
-            ),
-        )
-        for one in lines
+    columns = (
+        *(text_column("branch"), text_column("step")),
+        Column("prompt", lambda one: one.group.prompt.prompt_id),
+        Column("rollouts", lambda one: str(len(one.group.rollouts))),
+        Column("on-policy accuracy", lambda one: format_number(one.group.on_policy_accuracy)),
+        Column("reward", lambda one: format_number(_mean_reward(one))),
+        Column("injection", lambda one: one.group.injection_status),
     )
-    return (Table(title="Groups", header=header, rows=rows),)
+    return (build_table("Groups", views, columns),)
 
 
 def _mean_reward(line: GroupView) -> float | None:
@@ -257,17 +257,19 @@ def _mean_reward(line: GroupView) -> float | None:
     return sum(rewards) / len(rewards) if rewards else None
 
 
-def recipes_tables(lines: Sequence[RecipeView]) -> tuple[Table, ...]:
+def recipes_tables(views: Sequence[RecipeView]) -> tuple[Table, ...]:
     """Recipes by name."""
-    rows = tuple((one.name, one.description) for one in lines)
-    return (Table(title="Recipes", header=("name", "what for"), rows=rows),)
+    return (build_table("Recipes", views, (text_column("name"), text_column("purpose", "description"))),)
 
 
 def checks_tables(checks: Sequence[DoctorCheck]) -> tuple[Table, ...]:
     """`-` marks an optional part that is absent, `BAD` a fault."""
     words = {(True, True): "ok", (True, False): "ok", (False, False): "-", (False, True): "BAD"}
-    rows = tuple((words[one.is_ok, one.is_required], one.name, one.detail, one.hint) for one in checks)
-    return (Table(title="This machine", header=("", "part", "found", "to mend it"), rows=rows),)
+    columns = (
+        Column("", lambda one: words[one.is_ok, one.is_required]),
+        *(text_column("part", "name"), text_column("found", "detail"), Column("fix", lambda one: one.hint)),
+    )
+    return (build_table("This machine", checks, columns),)
 
 
 NUM_NEWEST = 10
@@ -292,4 +294,4 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     TunedSetting: tuning_tables,
     DoctorCheck: checks_tables,
 }
-"""How each kind of record is tabulated, in the order in which kinds are shown."""
+"""The tables of each kind of record, in the order in which they are printed."""

@@ -1,180 +1,198 @@
-"""What `npo compare` found, as tables. A figure that rests on a part of the seeds says on how many.
+"""Tables of `npo compare` and of the tuning of `npo bench`. A value from a part of the seeds says how many."""
 
-What the tuning of a comparison found, as a table.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from npo_cli.report.table import Table, drop_empty_columns, format_count, format_interval, format_number
-from npo_cli.types.comparison import AXES, Estimate, MethodDifference, MethodSummary, MethodTimeToThreshold, SpeedUp
+from npo_cli.report.table import (
+    Column,
+    Table,
+    build_table,
+    format_count,
+    format_interval,
+    format_number,
+    number_column,
+    text_column,
+)
+from npo_cli.types.comparison import (
+    AXES,
+    Axis,
+    Estimate,
+    MethodDifference,
+    MethodSummary,
+    MethodTimeToThreshold,
+    SpeedUp,
+)
 from npo_cli.types.views import TunedSetting
 
 RESAMPLED_OVER = {
     "seeds and prompts": "seeds and held-out prompts",
-    "seeds": "seeds alone, as outcomes were not kept prompt by prompt,",
-    "prompts": "held-out prompts alone, as there is one seed: they say nothing of another seed;",
-    "nothing": "nothing: one seed, and outcomes were not kept prompt by prompt;",
+    "seeds": "seeds only (no results per prompt were saved)",
+    "prompts": "held-out prompts only (one seed: nothing is known of other seeds)",
+    "nothing": "nothing (one seed, and no results per prompt were saved)",
 }
-"""What intervals come from, by `over`."""
+"""What the intervals are resampled over, by `resampling_unit`."""
 
 
-def summary_tables(arms: Sequence[MethodSummary]) -> tuple[Table, ...]:
-    """What each arm reached, what it took and how it trained, and in what its settings differ from the first's."""
-    return (_accuracy_table(arms), _training_table(arms), *_settings_table(arms))
+METHOD = text_column("method")
+SEEDS = Column("seeds", lambda one: str(len(one.seeds)))
 
 
-def _accuracy_table(arms: Sequence[MethodSummary]) -> Table:
-    header = ("arm", "seeds", "final accuracy", *(f"area by {axis}" for axis in AXES))
-    rows = tuple(
-        (one.method, str(len(one.seeds)), _plain(one.final_accuracy), *(_plain(one.areas.get(axis)) for axis in AXES))
-        for one in arms
+def summary_tables(methods: Sequence[MethodSummary]) -> tuple[Table, ...]:
+    """What each method reached, what it cost, how it trained, and how its settings differ from the first method's."""
+    return (_accuracy_table(methods), _training_table(methods), *_settings_table(methods))
+
+
+def _accuracy_table(methods: Sequence[MethodSummary]) -> Table:
+    columns = (
+        *(METHOD, SEEDS, Column("final accuracy", lambda one: _plain(one.final_accuracy))),
+        *_area_columns(_plain),
     )
     notes = (
-        f"final: mean of the last 3 evaluations up to step {arms[0].horizon}. "
-        "area: mean accuracy along an axis, over the stretch that all arms cover.",
-        *_drawn_notes(arms),
+        f"final: mean of the last 3 evaluations up to step {methods[0].horizon}. "
+        "area: mean accuracy along an axis, over the range that all methods cover.",
+        *_resampling_notes(methods),
     )
-    return drop_empty_columns(Table(title="Held-out accuracy", header=header, rows=rows, notes=notes))
+    return build_table("Held-out accuracy", methods, columns, notes=notes, drops_empty=True)
 
 
-def _drawn_notes(some: Sequence[MethodSummary | MethodDifference]) -> tuple[str, ...]:
-    """What the intervals come from; by arm where it is not the same for all."""
-    kinds = {
-        one.resampling_unit: [other.method for other in some if other.resampling_unit == one.resampling_unit]
-        for one in some
-    }
+def _area_columns(format_estimate: Callable[[Estimate | None], str]) -> tuple[Column, ...]:
+    return tuple(Column(f"area by {axis}", partial(_area_cell, axis, format_estimate)) for axis in AXES)
+
+
+def _area_cell(axis: Axis, format_estimate: Callable[[Estimate | None], str], one: Any) -> str:
+    return format_estimate(one.areas.get(axis))
+
+
+def _resampling_notes(some: Sequence[MethodSummary | MethodDifference]) -> tuple[str, ...]:
+    """What the intervals are resampled over; by method where it is not the same for all."""
+    methods: dict[str, list[str]] = {}
+    for one in some:
+        methods.setdefault(one.resampling_unit, []).append(one.method)
     return tuple(
-        f"{'95 % intervals' if len(kinds) == 1 else ', '.join(names)}: resampled over {RESAMPLED_OVER[over]}".rstrip(
-            ";,"
-        )
-        + "."
-        for over, names in kinds.items()
+        f"{'95 % intervals' if len(methods) == 1 else ', '.join(names)}: resampled over {RESAMPLED_OVER[unit]}."
+        for unit, names in methods.items()
     )
 
 
-def _training_table(arms: Sequence[MethodSummary]) -> Table:
-    quarters = tuple(f"entropy {25 * place}-{25 * place + 25} %" for place in range(4))
-    header = ("arm", "seeds", *AXES[1:], "whole run", *quarters, "slots a step", "grad share")
+def _training_table(methods: Sequence[MethodSummary]) -> Table:
+    columns = (
+        *(METHOD, SEEDS),
+        *(Column(axis, partial(_mean_cost_cell, axis)) for axis in AXES[1:]),
+        Column("whole run", lambda one: _cost(one.run_tokens)),
+        *(Column(f"entropy {25 * n}-{25 * n + 25} %", partial(_entropy_cell, n)) for n in range(4)),
+        Column("injected per step", lambda one: format_number(one.injections_per_step or None, digits=2)),
+        number_column("guide gradient share", "guide_gradient_share"),
+    )
+    notes = [
+        "updates to seconds: mean over seeds, with guides, scoring, probes and rolled-back training.",
+        "whole run: all tokens that its runs generated, with branches of other methods and abandoned ones.",
+        "entropy: while training, nats per token.",
+    ]
+    if any(one.guide_gradient_share for one in methods):
+        notes.append("guide gradient share: of the gradient norm, in steps with an injected rollout.")
+    title = f"Cost of reaching step {methods[0].horizon}"
+    return build_table(title, methods, columns, notes=notes, drops_empty=True)
+
+
+def _mean_cost_cell(axis: Axis, one: MethodSummary) -> str:
+    return _cost(one.mean_costs.get(axis))
+
+
+def _entropy_cell(quarter: int, one: MethodSummary) -> str:
+    return format_number(one.entropies[quarter])
+
+
+def _settings_table(methods: Sequence[MethodSummary]) -> tuple[Table, ...]:
     rows = tuple(
-        (
-            *(one.method, str(len(one.seeds))),
-            *(_cost(one.mean_costs.get(axis)) for axis in AXES[1:]),
-            _cost(one.run_tokens),
-            *(format_number(entropy) for entropy in one.entropies),
-            *(
-                format_number(one.injections_per_step, digits=2) if one.injections_per_step else "-",
-                format_number(one.guide_gradient_share),
-            ),
-        )
-        for one in arms
-    )
-    notes = (
-        "updates to seconds: mean over seeds; guides, scoring, probes and what was rolled back are counted.",
-        "whole run: all tokens that its runs ever generated, branches of other arms and abandoned ones included.",
-        "entropy: of training, nats a token.",
-        *(
-            ("grad share: of the gradient norm, in steps with a guide slot.",)
-            * any(one.guide_gradient_share for one in arms)
-        ),
-    )
-    title = f"What it took to stand at step {arms[0].horizon}"
-    return drop_empty_columns(Table(title=title, header=header, rows=rows, notes=notes))
-
-
-def _settings_table(arms: Sequence[MethodSummary]) -> tuple[Table, ...]:
-    rows = tuple(
-        (one.method, word, change)
-        for one in arms
-        for word, changes in (("NOT ALIKE", one.mismatched_settings), ("method", one.changed_settings))
+        (one.method, kind, change)
+        for one in methods
+        for kind, changes in (("MISMATCH", one.mismatched_settings), ("method", one.changed_settings))
         for change in changes
     )
-    header = ("arm", "what", f"{arms[0].method} -> arm")
-    return (Table(title="In what the settings differ", header=header, rows=rows),) if rows else ()
+    header = ("method", "kind", f"{methods[0].method} -> method")
+    return (Table(title="Differences of settings", header=header, rows=rows),) if rows else ()
 
 
-def differences_tables(found: Sequence[MethodDifference]) -> tuple[Table, ...]:
-    """Each arm minus the baseline."""
-    header = ("arm", "pairs", "final accuracy", "not lower", *(f"area by {axis}" for axis in AXES))
-    rows = tuple(
-        (
-            *(one.method, str(one.num_pairs), _signed(one.final_accuracy)),
-            f"{one.num_not_lower} of {one.num_pairs}" if one.num_pairs else "-",
-            *(_signed(one.areas.get(axis)) for axis in AXES),
-        )
-        for one in found
+def differences_tables(differences: Sequence[MethodDifference]) -> tuple[Table, ...]:
+    """Each method minus the baseline."""
+    columns = (
+        *(METHOD, text_column("pairs", "num_pairs")),
+        Column("final accuracy", lambda one: _signed(one.final_accuracy)),
+        Column("not lower", lambda one: f"{one.num_not_lower} of {one.num_pairs}" if one.num_pairs else "-"),
+        *_area_columns(_signed),
     )
-    notes = (*_pairing_notes(found), *_drawn_notes(found))
-    return (drop_empty_columns(Table(title=f"Arm minus {found[0].baseline}", header=header, rows=rows, notes=notes)),)
+    notes = (*_pairing_notes(differences), *_resampling_notes(differences))
+    title = f"Method minus {differences[0].baseline}"
+    return (build_table(title, differences, columns, notes=notes, drops_empty=True),)
 
 
-def _pairing_notes(found: Sequence[MethodDifference]) -> tuple[str, ...]:
+def _pairing_notes(differences: Sequence[MethodDifference]) -> tuple[str, ...]:
     notes = []
-    for one in found:
+    for one in differences:
         if not one.num_pairs:
             notes.append(f"{one.method} shares no seed with {one.baseline}: not paired.")
         elif one.num_prompts is None:
-            notes.append(f"{one.method}: paired by seed; not by prompt, as no held-out prompt is known to be common.")
+            notes.append(f"{one.method}: paired by seed; not by prompt (no common held-out prompts are known).")
         else:
-            notes.append(f"{one.method}: paired by seed and by prompt, {one.num_prompts} prompts a pair.")
+            notes.append(f"{one.method}: paired by seed and by prompt, {one.num_prompts} prompts per pair.")
     return tuple(notes)
 
 
 def time_to_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Table, ...]:
-    """Mean cost of reaching each threshold; lower bounds where a seed never did."""
+    """Mean cost of reaching each threshold; lower bounds where a seed did not reach it."""
     horizons = found[0].horizons
     axes = [axis for axis in AXES if axis in horizons]
-    header = (
-        *("arm", "accuracy", "reached", *axes),
-        *(f"min({axis}, {_cost(horizons[axis])})" for axis in axes),
+    columns = (
+        *(METHOD, number_column("accuracy", "threshold", digits=2)),
+        Column("reached", lambda one: f"{one.num_reached} of {one.num_runs}"),
+        *(Column(axis, partial(_bounded_cost_cell, axis)) for axis in axes),
+        *(Column(f"min({axis}, {_cost(horizons[axis])})", partial(_restricted_cell, axis)) for axis in axes),
     )
-    rows = tuple(
-        (
-            *(one.method, format_number(one.threshold, digits=2), f"{one.num_reached} of {one.num_runs}"),
-            *(f"{'>= ' if one.is_censored else ''}{_cost(one.costs[axis])}" for axis in axes),
-            *(_cost(one.restricted_means[axis]) for axis in axes),
-        )
-        for one in found
-    )
-    bound = ">=: some seed never arrived and counts what it had spent at its end, so the mean is a lower bound."
-    notes = (
-        *((bound,) * any(one.is_censored for one in found)),
-        "min(cost, h): mean up to a cost h that every seed lived to see, arrived or not.",
-    )
-    return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
+    notes = ["min(cost, h): mean up to a cost h that every seed has spent, whether it reached the threshold or not."]
+    if any(one.is_censored for one in found):
+        notes.insert(0, ">=: a seed that did not reach it counts with its cost at the end: the mean is a lower bound.")
+    return (build_table("Cost of reaching a held-out accuracy", found, columns, notes=notes),)
+
+
+def _bounded_cost_cell(axis: Axis, one: MethodTimeToThreshold) -> str:
+    return f"{'>= ' if one.is_censored else ''}{_cost(one.costs[axis])}"
+
+
+def _restricted_cell(axis: Axis, one: MethodTimeToThreshold) -> str:
+    return _cost(one.restricted_means[axis])
 
 
 def speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
-    """Ratios of costs, from the pairs that arrived and from all seeds."""
+    """Ratios of costs, from the pairs that reached the threshold and from all seeds."""
     baseline = found[0].baseline
-    header = ("arm", "accuracy", *(f"by {axis}" for axis in AXES))
-
-    def rows(of: Callable[[SpeedUp], Mapping[str, Estimate]], *, pairs: bool) -> tuple[tuple[str, ...], ...]:
-        return tuple(
-            (
-                *(one.method, format_number(one.threshold, digits=2)),
-                *(_ratio(of(one).get(axis), pairs=pairs) for axis in AXES),
-            )
-            for one in found
-        )
-
-    arrived = Table(
-        title=f"Cost of {baseline} / cost of the arm, in pairs of seeds that both arrived",
-        header=header,
-        rows=rows(lambda one: one.ratio_if_reached, pairs=True),
-        notes=("above 1 the arm is cheaper; Student's interval over the pairs; those that arrived, of all pairs.",),
+    reached = build_table(
+        f"Cost of {baseline} / cost of the method, pairs of seeds that both reached it",
+        found,
+        _ratio_columns("ratio_if_reached", shows_pairs=True),
+        notes=("above 1 the method is cheaper; Student's interval over pairs; pairs that reached it, of all pairs.",),
+        drops_empty=True,
     )
-    partly = any(ratio.num_used < ratio.num_total for one in found for ratio in one.restricted_mean_ratio.values())
-    restricted = Table(
-        title=f"Cost of {baseline} / cost of the arm, arrived or not, up to the common cost h",
-        header=header,
-        rows=rows(lambda one: one.restricted_mean_ratio, pairs=False),
-        notes=(
-            "ratio of the means of min(cost, h); Student's interval over the pairs.",
-            *(("(n of N): only so many seeds are common to both.",) * partly),
-        ),
+    notes = ["ratio of the means of min(cost, h); Student's interval over the pairs."]
+    if any(ratio.num_used < ratio.num_total for one in found for ratio in one.restricted_mean_ratio.values()):
+        notes.append("(n of N): only n seeds are common to both.")
+    restricted = build_table(
+        f"Cost of {baseline} / cost of the method, all seeds, up to the common cost h",
+        found,
+        _ratio_columns("restricted_mean_ratio", shows_pairs=False),
+        notes=notes,
+        drops_empty=True,
     )
-    return tuple(table for table in map(drop_empty_columns, (arrived, restricted)) if len(table.header) > 2)
+    return tuple(table for table in (reached, restricted) if len(table.header) > 2)
+
+
+def _ratio_columns(attribute: str, *, shows_pairs: bool) -> tuple[Column, ...]:
+    ratios = (Column(f"by {axis}", partial(_ratio_cell, attribute, axis, shows_pairs)) for axis in AXES)
+    return (METHOD, number_column("accuracy", "threshold", digits=2), *ratios)
+
+
+def _ratio_cell(attribute: str, axis: Axis, shows_pairs: bool, one: SpeedUp) -> str:
+    return _ratio(getattr(one, attribute).get(axis), pairs=shows_pairs)
 
 
 def _plain(one: Estimate | None) -> str:
@@ -211,14 +229,14 @@ COMPARE_TABLES: dict[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     MethodTimeToThreshold: time_to_threshold_tables,
     SpeedUp: speedup_tables,
 }
-"""Merged into the table of all records."""
+"""Part of `tables.TABLES`."""
 
 
 def tuning_tables(found: Sequence[TunedSetting]) -> tuple[Table, ...]:
-    """One row a method, one column a setting of the grid."""
+    """One row per method, one column per setting of the grid."""
     settings = list(dict.fromkeys(setting for one in found for setting in one.areas))
     rows = tuple(
         (one.method, *(format_number(one.areas.get(setting)) for setting in settings), one.setting) for one in found
     )
-    note = "held-out accuracy averaged over the steps, means over the tuning seeds"
-    return (Table(title="Settings chosen", header=("method", *settings, "chosen"), rows=rows, notes=(note,)),)
+    note = "held-out accuracy averaged over steps, mean over the tuning seeds"
+    return (Table(title="Selected settings", header=("method", *settings, "selected"), rows=rows, notes=(note,)),)

@@ -1,36 +1,37 @@
-"""What a run needs, as tables: each need with the product behind it, a verdict a place, and what each knob would do."""
+"""Tables of `npo plan`: each allocation with its formula, the peak per location, and what each setting would change."""
 
 from collections.abc import Sequence
 
-from npo_cli.report.table import Table, format_bytes
+from npo_cli.report.table import Column, Table, bool_column, build_table, format_bytes, text_column
 from npo_cli.types.memory import Allocation, PeakUsage, SettingChange
 
+SIZE = Column("size", lambda one: format_bytes(one.num_bytes))
 
-def allocations_tables(needs: Sequence[Allocation]) -> tuple[Table, ...]:
-    """One row a need; a GPU's are of each GPU, a host's of each machine."""
-    rows = tuple((one.location, one.phase, one.label, format_bytes(one.num_bytes), one.formula) for one in needs)
-    note = "gpu: each one that trains; engine gpu: each one of a server; host: each machine; disk: the whole run"
-    return (
-        Table(title="Where the bytes go", header=("where", "when", "what", "size", "how"), rows=rows, notes=(note,)),
+
+def allocations_tables(allocations: Sequence[Allocation]) -> tuple[Table, ...]:
+    """One row per allocation; of a GPU or a machine: of each one."""
+    columns = (
+        *(text_column("where", "location"), text_column("phase"), text_column("what", "label"), SIZE),
+        text_column("formula"),
     )
+    note = "gpu: each training GPU; engine gpu: each GPU of a server; host: each machine; disk: the whole run"
+    return (build_table("Memory and disk", allocations, columns, notes=(note,)),)
 
 
-def peak_usage_tables(verdicts: Sequence[PeakUsage]) -> tuple[Table, ...]:
-    """The peak of each place beside its limit."""
-    rows = tuple(
-        (
-            *(one.location, format_bytes(one.num_bytes), one.peak_phase),
-            *("-" if one.limit_bytes is None else format_bytes(one.limit_bytes), "yes" if one.fits else "NO"),
-        )
-        for one in verdicts
+def peak_usage_tables(peaks: Sequence[PeakUsage]) -> tuple[Table, ...]:
+    """The peak of each location beside its limit."""
+    columns = (
+        *(text_column("where", "location"), SIZE, text_column("peak in", "peak_phase")),
+        Column("limit", lambda one: "-" if one.limit_bytes is None else format_bytes(one.limit_bytes)),
+        bool_column("fits", "fits"),
     )
-    return (Table(title="Does it fit", header=("where", "needs", "peak in", "there is", "fits"), rows=rows),)
+    return (build_table("Peak usage", peaks, columns),)
 
 
-def setting_changes_tables(knobs: Sequence[SettingChange]) -> tuple[Table, ...]:
-    """Each setting alone."""
-    rows = tuple((one.location, one.setting, format_bytes(one.num_bytes), "yes" if one.fits else "no") for one in knobs)
-    return (Table(title="What would help, alone", header=("where", "setting", "needs", "fits"), rows=rows),)
+def setting_changes_tables(changes: Sequence[SettingChange]) -> tuple[Table, ...]:
+    """Each setting changed alone."""
+    columns = (text_column("where", "location"), text_column("setting"), SIZE, bool_column("fits", "fits", no="no"))
+    return (build_table("Settings that reduce it, one at a time", changes, columns),)
 
 
 PLAN_TABLES = {Allocation: allocations_tables, PeakUsage: peak_usage_tables, SettingChange: setting_changes_tables}

@@ -1,15 +1,15 @@
-"""Text from models and files as text that can do nothing: no control of a terminal, no change of direction, no end.
+"""Text from models and files made harmless: no control characters, no change of direction, limited length.
 
-It knows neither terminals nor HTML: what a letter means to them is theirs to quote.
+Escaping for a terminal or for HTML is done by their own modules.
 """
 
 import unicodedata
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 MAX_TEXT_CHARS = 4000
-"""Letters of one text that are shown."""
+"""Characters of one text that are shown."""
 _TAIL = 1000
-"""Of these, how many come from its end: that is where an answer stands."""
+"""How many of these come from the end of the text, where the answer is."""
 
 
 def escape_control_chars(text: str, *, keep: str = "") -> str:
@@ -24,8 +24,10 @@ def escape_control_chars(text: str, *, keep: str = "") -> str:
 
 
 def truncate_middle(text: str, *, max_chars: int = MAX_TEXT_CHARS, tail_chars: int = _TAIL) -> str:
-    """A text of more than `longest` letters without its middle, and a note of how much that was."""
+    """A text of more than `max_chars` characters without its middle, with a note of how much was left out."""
     left_out = len(text) - max_chars
     if left_out <= 0:
         return text
-    return f"{text[: max_chars - tail_chars]} [... {left_out:,} letters left out ...] {text[len(text) - tail_chars :]}"
+    return (
+        f"{text[: max_chars - tail_chars]} [... {left_out:,} characters left out ...] {text[len(text) - tail_chars :]}"
+    )

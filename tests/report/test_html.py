@@ -20,7 +20,7 @@ HOSTILE = (
 )
 
 
-def chapter_of(text: str) -> Section:
+def section_of(text: str) -> Section:
     """One in which everything that can come from a model or a file says `text`."""
     rollouts = tuple(replace(one, text=text) for one in GUIDED.group.rollouts)
     shown = replace(GUIDED, branch=text, group=replace(GUIDED.group, rollouts=rollouts))
@@ -40,7 +40,7 @@ def chapter_of(text: str) -> Section:
 
 
 def page_of(text: str) -> str:
-    return render_page(text, [chapter_of(text), chapter_of(text)])
+    return render_page(text, [section_of(text), section_of(text)])
 
 
 def test_hostile_text_adds_no_element_and_no_attribute():
@@ -73,16 +73,16 @@ def test_nothing_is_fetched_and_nothing_runs():
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     )
     addresses = [value for _, name, value in found.attributes if name in ("src", "href", "srcset", "action", "data")]
-    # links to the two chapters, and a picture in each
-    assert [value[:26] for value in addresses] == ["#chapter-1", "#chapter-2", *["data:image/svg+xml;base64,"] * 2]
+    # links to the two sections, and a picture in each
+    assert [value[:26] for value in addresses] == ["#section-1", "#section-2", *["data:image/svg+xml;base64,"] * 2]
     assert "url(" not in TEMPLATE.read_text()
     assert "@import" not in TEMPLATE.read_text()
 
 
 def test_a_line_of_a_megabyte_is_cut_with_a_note():
     page = page_of("z" * 1_000_000)
-    assert f"[... {1_000_000 - MAX_TEXT_CHARS:,} letters left out ...]" in page
-    # 36 places in each of two chapters, of some 4,030 letters
+    assert f"[... {1_000_000 - MAX_TEXT_CHARS:,} characters left out ...]" in page
+    # 36 places in each of two sections, of some 4,030 letters
     assert len(page) < 400_000
 
 
@@ -93,15 +93,15 @@ def test_the_same_records_give_the_same_page():
 def test_every_picture_of_the_page_is_named_in_its_words():
     found = ParsedPage(page_of("calm"))
     assert [value for tag, name, value in found.attributes if (tag, name) == ("img", "alt")] == ["calm", "calm"]
-    assert [picture.name for picture in list_plots([chapter_of("calm")])] == ["quality"]
+    assert [picture.name for picture in list_plots([section_of("calm")])] == ["quality"]
 
 
 def test_a_sample_sets_the_policy_beside_the_guide():
-    text = ParsedPage(render_page("t", [chapter_of("calm")])).text
-    (own,) = re.findall(r"Step 30 of calm, the policy itself: \d of \d correct", text)
+    text = ParsedPage(render_page("t", [section_of("calm")])).text
+    (own,) = re.findall(r"Step 30 of calm, on-policy: \d of \d correct", text)
     assert own.endswith("1 of 3 correct")
-    # The policy of step 30 had made 29 steps: 40 - 29 = 11.
-    assert "In a slot: guide, step 40: 11 steps ahead of the policy that answered" in text
+    # The rollouts of step 30 are sampled by the policy of step 29: 40 - 29 = 11.
+    assert "guide, step 40: 11 steps ahead of the policy" in text
     assert "log-ratio policy / guide -0.375 nats" in text
     assert re.search(r"8: 0/2\s+30: 1/3 G", text)
 
@@ -116,4 +116,4 @@ def test_numbers_stand_to_the_right():
 
 def test_a_name_that_the_template_lacks_is_an_error():
     with pytest.raises(UndefinedError):
-        render_page("t", [Subsection(title="no chapter")])
+        render_page("t", [Subsection(title="no section")])

@@ -50,7 +50,7 @@ def test_a_page_tells_everything_of_a_run(guided, tmp_path):
     told = captions(found)
     for title in (
         *("npo report: a run é", "Held-out accuracy", "Training", "Lineage", "Candidate guides for step 2 of near"),
-        *("What it cost", "Everything executed", "Prompts and answers", "Recipe in full"),
+        *("Costs", "Everything executed", "Prompts and responses", "Recipe in full"),
     ):
         assert title in told, title
     assert "num_steps: 4" in found.text
@@ -69,8 +69,8 @@ def test_a_page_tells_what_autonpo_decided(watched, tmp_path):
 def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):
     found = reported(guided, watched, out=tmp_path / "r.html", pictures=tmp_path / "p")
     told = captions(found)
-    assert told.index("Overview") < told.index("Side by side") < told.index("What it cost")
-    assert [value for _, name, value in found.attributes if name == "href"] == [f"#chapter-{n}" for n in (1, 2, 3)]
+    assert told.index("Overview") < told.index("Side by side") < told.index("Costs")
+    assert [value for _, name, value in found.attributes if name == "href"] == [f"#section-{n}" for n in (1, 2, 3)]
     saved = {path.name for path in (tmp_path / "p").iterdir()}
     assert {"overview-accuracy-by-step.svg", "run-1-lineage.png", "run-2-lineage.svg"} <= saved
     # every picture of the page, once of each kind and under a name of its own
@@ -83,7 +83,7 @@ def test_the_folder_of_a_bench_stands_for_its_runs(guided, watched, tmp_path):
         copy_run(run, home / name)
     save_bench_index(home, [(name, home / name) for name in ("grpo", "auto")])
     found = reported(home, out=tmp_path / "r.html")
-    assert [value for _, name, value in found.attributes if name == "href"] == [f"#chapter-{n}" for n in (1, 2, 3)]
+    assert [value for _, name, value in found.attributes if name == "href"] == [f"#section-{n}" for n in (1, 2, 3)]
 
 
 def test_the_same_run_gives_the_same_page_and_is_only_read(guided, tmp_path):
@@ -140,16 +140,16 @@ def test_a_run_that_just_began_has_a_page(scout, tmp_path):
     for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
         (root / "branches" / "main" / name).unlink()
     told = captions(reported(root, out=tmp_path / "r.html"))
-    assert "No checkpoint was evaluated yet: npo eval RUN --all does it." in told
+    assert "No checkpoint has been evaluated: run npo eval RUN --all." in told
     assert "Training" not in told
 
 
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("r.txt", "a page ends in .html"),
+        ("r.txt", "a report ends in .html"),
         ("folder.html", "folder.html is a folder"),
-        ("mine.html", "exists and is no report of npo"),
+        ("mine.html", "exists and is not a report of npo"),
     ],
 )
 def test_what_is_no_page_of_ours_is_not_replaced(guided, tmp_path, out, message):

@@ -24,7 +24,7 @@ def test_the_index_marks_an_incomplete_checkpoint_and_drops_columns_nobody_fille
         branch="main", step=40, parent=None, tier="guide", size_bytes=10, complete=False, digest=None, path="y"
     )
     (table,) = index_tables([whole, torn])
-    assert table.header == ("branch", "step", "parent", "tier", "size", "whole", "digest", "reward")
+    assert table.header == ("branch", "step", "parent", "tier", "size", "complete", "digest", "reward")
     assert table.rows == (
         ("main", "20", "main:0", "full", "3.4 MB", "yes", "abababababab", "0.500"),
         ("main", "40", "-", "guide", "10 B", "NO", "-", "-"),

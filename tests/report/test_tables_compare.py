@@ -1,8 +1,7 @@
-"""Tables of `npo compare`, compared whole."""
+"""Tables of `npo compare`."""
 
 from dataclasses import replace
 
-from npo_cli.cli.output import format_table
 from npo_cli.report.tables_compare import differences_tables, speedup_tables, summary_tables, time_to_threshold_tables
 from npo_cli.types.comparison import Estimate, MethodDifference, MethodSummary, MethodTimeToThreshold, SpeedUp
 
@@ -36,32 +35,25 @@ ONE = replace(
 )
 
 
-def drawn(tables) -> list[str]:
-    return "\n".join(map(format_table, tables)).splitlines()
+def test_summary_tables_have_values_with_intervals_where_known():
+    accuracy, *_ = summary_tables([GRPO, ONE])
+    assert accuracy.header == ("method", "seeds", "final accuracy", "area by step")
+    assert accuracy.rows == (
+        ("grpo", "2", "0.500 [0.400, 0.625]", "0.250 [0.125, 0.500]"),
+        ("npo", "1", "0.750", "0.250 [0.125, 0.500]"),
+    )
 
 
-def test_arms_have_intervals_and_say_what_they_come_from():
-    assert drawn(summary_tables([GRPO, ONE]))[:6] == [
-        "Held-out accuracy",
-        "arm   seeds        final accuracy          area by step",
-        "grpo      2  0.500 [0.400, 0.625]  0.250 [0.125, 0.500]",
-        "npo       1                 0.750  0.250 [0.125, 0.500]",
-        "final: mean of the last 3 evaluations up to step 40. area: mean accuracy along an axis, over the stretch that "
-        "all arms cover.",
-        "grpo: resampled over seeds and held-out prompts.",
-    ]
-    assert drawn(summary_tables([GRPO]))[4] == "95 % intervals: resampled over seeds and held-out prompts."
-    one_seed = "npo: resampled over nothing: one seed, and outcomes were not kept prompt by prompt."
-    assert drawn(summary_tables([GRPO, ONE]))[6] == one_seed
+def test_summary_tables_say_what_the_intervals_are_resampled_over():
+    (_, both), (_, one, other) = (summary_tables(some)[0].notes for some in ([GRPO], [GRPO, ONE]))
+    assert both.startswith("95 % intervals") and one.startswith("grpo") and other.startswith("npo")
 
 
-def test_what_must_be_alike_stands_before_what_the_method_changes():
+def test_summary_tables_list_mismatches_before_other_settings():
     _, training, settings = summary_tables([GRPO, ONE])
-    assert training.title == "What it took to stand at step 40"
-    # no clock was kept, and no step of the last quarter was measured
+    # no seconds were recorded, and no entropy of the last quarter
     assert not {"seconds", "entropy 75-100 %"} & set(training.header)
-    assert settings.header == ("arm", "what", "grpo -> arm")
-    assert settings.rows == (("npo", "NOT ALIKE", "task.kind any -> mix3"), ("npo", "method", "train.lr 1 -> 2"))
+    assert settings.rows == (("npo", "MISMATCH", "task.kind any -> mix3"), ("npo", "method", "train.lr 1 -> 2"))
     assert len(summary_tables([GRPO])) == 2
 
 
@@ -77,23 +69,21 @@ DIFFERENCE = MethodDifference(
 )
 
 
-def test_a_difference_says_how_it_is_paired():
-    loose = replace(DIFFERENCE, method="far", num_pairs=0, num_prompts=None, num_not_lower=0)
-    half = replace(DIFFERENCE, method="old", num_prompts=None)
-    assert drawn(differences_tables([DIFFERENCE, loose, half])) == [
-        "Arm minus grpo",
-        "arm  pairs           final accuracy  not lower",
-        "npo      2  +0.030 [-0.010, +0.070]  1 of 2",
-        "far      0  +0.030 [-0.010, +0.070]  -",
-        "old      2  +0.030 [-0.010, +0.070]  1 of 2",
-        "npo: paired by seed and by prompt, 64 prompts a pair.",
-        "far shares no seed with grpo: not paired.",
-        "old: paired by seed; not by prompt, as no held-out prompt is known to be common.",
-        "95 % intervals: resampled over seeds and held-out prompts.",
-    ]
+def test_difference_tables_say_how_each_pair_is_paired():
+    unpaired = replace(DIFFERENCE, method="far", num_pairs=0, num_prompts=None, num_not_lower=0)
+    by_seed = replace(DIFFERENCE, method="old", num_prompts=None)
+    (table,) = differences_tables([DIFFERENCE, unpaired, by_seed])
+    assert table.header == ("method", "pairs", "final accuracy", "not lower")
+    assert table.rows == (
+        ("npo", "2", "+0.030 [-0.010, +0.070]", "1 of 2"),
+        ("far", "0", "+0.030 [-0.010, +0.070]", "-"),
+        ("old", "2", "+0.030 [-0.010, +0.070]", "1 of 2"),
+    )
+    assert ["by prompt, 64" in note for note in table.notes] == [True, False, False, False]
+    assert ["not paired" in note for note in table.notes] == [False, True, False, False]
 
 
-def test_a_mean_with_a_seed_that_never_arrived_is_a_lower_bound():
+def test_threshold_tables_mark_a_mean_with_a_censored_seed_as_lower_bound():
     some = MethodTimeToThreshold(
         method="grpo",
         threshold=0.6,
@@ -103,15 +93,15 @@ def test_a_mean_with_a_seed_that_never_arrived_is_a_lower_bound():
         restricted_means={"step": 31.66, "tokens": 50000.0},
         horizons={"step": 40, "tokens": 74365},
     )
-    assert drawn(time_to_threshold_tables([some, replace(some, num_reached=3)]))[:4] == [
-        "Cost of reaching a held-out accuracy",
-        "arm   accuracy  reached  step     tokens     min(step, 40)  min(tokens, 74,365)",
-        "grpo      0.60  2 of 3   >= 31.7  >= 58,715           31.7               50,000",
-        "grpo      0.60  3 of 3   31.7     58,715              31.7               50,000",
-    ]
+    (table,) = time_to_threshold_tables([some, replace(some, num_reached=3)])
+    assert table.header[3:] == ("step", "tokens", "min(step, 40)", "min(tokens, 74,365)")
+    assert table.rows == (
+        ("grpo", "0.60", "2 of 3", ">= 31.7", ">= 58,715", "31.7", "50,000"),
+        ("grpo", "0.60", "3 of 3", "31.7", "58,715", "31.7", "50,000"),
+    )
 
 
-def test_ratios_say_on_how_many_pairs_they_rest():
+def test_speedup_tables_say_how_many_pairs_a_ratio_has():
     speed = SpeedUp(
         method="npo",
         baseline="grpo",
@@ -122,20 +112,18 @@ def test_ratios_say_on_how_many_pairs_they_rest():
             "tokens": Estimate(value=0.5, num_total=2),
         },
     )
-    lines = drawn(speedup_tables([speed, replace(speed, threshold=0.9, ratio_if_reached={}, restricted_mean_ratio={})]))
-    assert lines[1:4] == [
-        "arm  accuracy  by step",
-        "npo      0.60  1.50x [1.25, 1.75] (2 of 3)",
-        "npo      0.90  -",
-    ]
-    assert "npo      0.60  1.25x [1.00, 1.50]  0.50x (1 of 2)" in lines
-    # nothing can be said on any axis: no table
-    assert speedup_tables([replace(speed, ratio_if_reached={}, restricted_mean_ratio={})]) == ()
+    never = replace(speed, threshold=0.9, ratio_if_reached={}, restricted_mean_ratio={})
+    reached, restricted = speedup_tables([speed, never])
+    assert reached.header == ("method", "accuracy", "by step")
+    assert reached.rows == (("npo", "0.60", "1.50x [1.25, 1.75] (2 of 3)"), ("npo", "0.90", "-"))
+    assert restricted.rows[0] == ("npo", "0.60", "1.25x [1.00, 1.50]", "0.50x (1 of 2)")
+    # no ratio on any axis: no table
+    assert speedup_tables([never]) == ()
 
 
-def test_notes_explain_only_what_is_in_the_table():
-    share = "grad share: of the gradient norm, in steps with a guide slot."
-    assert [share in summary_tables(arms)[1].notes for arms in ([GRPO, ONE], [GRPO])] == [True, False]
+def test_compare_tables_have_notes_only_for_what_they_show():
+    noted = [summary_tables(some)[1].notes[-1].startswith("guide gradient share") for some in ([GRPO, ONE], [GRPO])]
+    assert noted == [True, False]
     some = MethodTimeToThreshold(
         method="a",
         threshold=0.6,
