@@ -43,14 +43,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("problem", BAD)
-def test_what_cannot_be_shown_is_refused_and_named(problem: str):
+def test_image_that_cannot_be_decoded_is_named(problem: str):
     with pytest.raises(NpoError) as refusal:
         make_image_ref(BAD[problem], location="x.png", label="data.jsonl line 3, image 1", max_pixels=LIMIT)
     assert refusal.value.message.startswith("data.jsonl line 3, image 1 ")
     assert problem in refusal.value.message
 
 
-def test_a_photograph_is_turned_upright():
+def test_image_exif_orientation_is_applied():
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera lay on its side: a quarter turn clockwise
     left_red = Image.new("RGB", (4, 2), (0, 0, 255))
@@ -73,12 +73,12 @@ def test_a_photograph_is_turned_upright():
         (RED.quantize(2), (255, 0, 0)),
     ],
 )
-def test_every_mode_becomes_rgb_on_white(picture: Image.Image, colour: tuple[int, int, int]):
+def test_image_modes_become_rgb_on_white(picture: Image.Image, colour: tuple[int, int, int]):
     shown = decode_image(encoded(picture), label="x")
     assert shown.mode == "RGB" and shown.getpixel((0, 0)) == colour
 
 
-def test_a_file_that_was_changed_is_not_the_picture_that_was_referred_to(tmp_path: Path):
+def test_image_that_changed_is_refused(tmp_path: Path):
     file = tmp_path / "red.png"
     file.write_bytes(encoded(RED))
     ref = make_image_ref(file.read_bytes(), location=str(file), label="red.png", max_pixels=LIMIT)
@@ -91,7 +91,7 @@ def test_a_file_that_was_changed_is_not_the_picture_that_was_referred_to(tmp_pat
         open_image(ref)
 
 
-def test_a_picture_in_no_file_is_known_by_its_pixels_alone():
+def test_in_memory_image_depends_on_its_pixels_only():
     ref = make_in_memory_image_ref(RED, "one")
     assert ref.sha256 == make_in_memory_image_ref(decode_image(encoded(RED), label="x"), "two").sha256
     assert ref.data is not None and ref.data.startswith(b"P6\n4 2\n255\n") and "data" not in repr(ref)

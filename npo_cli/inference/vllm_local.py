@@ -155,7 +155,7 @@ class VllmEngine(BaseVllmEngine):
     def _guarded(self, phase: str) -> Iterator[None]:
         """Turn an exception of vLLM into an error that names the phase; end the process if vLLM hangs."""
         if self._llm is None:
-            raise RunFailed(f"vLLM was closed before: {phase}", RESUME_HINT)
+            raise RunFailed(f"vLLM is closed (phase: {phase})", RESUME_HINT)
         try:
             with exit_on_timeout(self.vllm.timeout, phase=phase, hint=HANG_HINT), _preserve_random_states():
                 yield

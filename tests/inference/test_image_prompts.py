@@ -41,7 +41,7 @@ def asked(policy: Policy, prompts: list[Prompt], *, num_slots: int) -> list[Samp
     ]
 
 
-def test_sampled_log_probabilities_are_the_scored_ones(untaught_vl: Path):
+def test_image_prompt_logprobs_equal_the_trainers(untaught_vl: Path):
     """A model of random weights writes anything, so 4 x 8 responses of up to 6 tokens try a good part of its words."""
     policy, prompts = load_vision_policy(untaught_vl), mixed_prompts()
     samples = engine_of(policy).generate(asked(policy, prompts, num_slots=8), temperature=1.0, max_new_tokens=6)
@@ -52,7 +52,7 @@ def test_sampled_log_probabilities_are_the_scored_ones(untaught_vl: Path):
         assert torch.allclose(torch.tensor(sample.logps), logps_T[: len(sample.logps)], atol=1e-5)
 
 
-def test_a_response_depends_on_its_seed_and_its_pictures_and_not_on_its_neighbours(untaught_vl: Path):
+def test_image_prompt_response_depends_on_its_seed_only(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     requests = asked(policy, mixed_prompts(), num_slots=3)
     engine = engine_of(policy)
@@ -63,7 +63,7 @@ def test_a_response_depends_on_its_seed_and_its_pictures_and_not_on_its_neighbou
     assert {(sample.prompt_id, sample.slot): sample.response_ids for sample in together} == found
 
 
-def test_prompts_of_the_same_tokens_and_other_pictures_are_told_apart(untaught_vl: Path):
+def test_image_prompts_with_equal_tokens_and_other_images_differ(untaught_vl: Path):
     """The same ids and the same seed, side by side: only what the image tokens show differs."""
     policy = load_vision_policy(untaught_vl)
     one, *_, other = shapes_prompts(6, 0)
@@ -75,7 +75,7 @@ def test_prompts_of_the_same_tokens_and_other_pictures_are_told_apart(untaught_v
     assert torch.allclose(torch.tensor(samples[1].logps), torch.tensor(alone[0].logps), atol=1e-5)
 
 
-def test_image_tokens_are_never_written(untaught_vl: Path):
+def test_image_tokens_are_never_sampled(untaught_vl: Path):
     """At temperature 50 all 29 words are about as likely: of 64 x 8 tokens some 18 would be one of the two."""
     policy = load_vision_policy(untaught_vl)
     requests = asked(policy, mixed_prompts(), num_slots=16)

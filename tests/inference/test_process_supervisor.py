@@ -52,7 +52,7 @@ def kept(*command: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*KEEPER, "no-folder", *command], stdin=subprocess.PIPE)
 
 
-def test_the_exit_code_is_the_commands():
+def test_supervisor_returns_the_commands_exit_code():
     for code in (0, 7):
         keeper = kept(sys.executable, "-c", f"raise SystemExit({code})")
         assert keeper.wait(timeout=20) == code
@@ -60,7 +60,7 @@ def test_the_exit_code_is_the_commands():
 
 
 @pytest.mark.parametrize("command", [FAMILY, STUBBORN])
-def test_closing_the_pipe_ends_the_command_and_its_children(tmp_path, command):
+def test_supervisor_ends_the_command_when_its_stdin_closes(tmp_path, command):
     keeper = kept(sys.executable, "-c", command, str(tmp_path / "pids"))
     pids = family_of(tmp_path / "pids")
     assert all(map(lives, pids))
@@ -69,7 +69,7 @@ def test_closing_the_pipe_ends_the_command_and_its_children(tmp_path, command):
     assert wait_for(lambda: not any(map(lives, pids)))
 
 
-def test_kill_9_of_the_parent_leaves_nobody_behind(tmp_path):
+def test_supervisor_ends_the_command_after_kill_9_of_its_parent(tmp_path):
     folder = tmp_path / "weights"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"large")
@@ -82,7 +82,7 @@ def test_kill_9_of_the_parent_leaves_nobody_behind(tmp_path):
     assert wait_for(lambda: not folder.exists())
 
 
-def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
+def test_supervisor_ends_children_that_outlive_the_command(tmp_path):
     keeper = kept(sys.executable, "-c", FAMILY.rsplit("time.sleep", 1)[0], str(tmp_path / "pids"))
     assert keeper.wait(timeout=20) == 0
     _, child = family_of(tmp_path / "pids")
@@ -90,7 +90,7 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path):
     keeper.stdin.close()
 
 
-def test_a_signal_to_the_keeper_is_for_the_whole_family(tmp_path):
+def test_supervisor_passes_signals_to_the_process_group(tmp_path):
     keeper = kept(sys.executable, "-c", FAMILY, str(tmp_path / "pids"))
     pids = family_of(tmp_path / "pids")
     os.kill(keeper.pid, signal.SIGTERM)

@@ -47,13 +47,13 @@ def started(program: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_a_folder_is_gone_with_its_block(temporary: Path):
+def test_scratch_folder_is_removed_after_the_block(temporary: Path):
     with scratch_folder() as folder:
         (folder / "adapter_model.safetensors").write_bytes(b"x")
     assert not any(temporary.iterdir())
 
 
-def test_what_a_killed_process_left_is_gone_with_the_next_and_what_a_living_one_holds_is_not(temporary: Path):
+def test_scratch_folder_of_a_killed_process_is_removed_by_the_next(temporary: Path):
     with started(HOLDS) as dead, started(HOLDS) as living:
         left, held = (Path(process.stdout.readline().strip()) for process in (dead, living))
         os.kill(dead.pid, signal.SIGKILL)
@@ -63,7 +63,7 @@ def test_what_a_killed_process_left_is_gone_with_the_next_and_what_a_living_one_
             assert set(temporary.iterdir()) == {held, folder}
 
 
-def test_a_folder_that_is_not_ours_stays(temporary: Path):
+def test_scratch_folder_of_another_user_stays(temporary: Path):
     (temporary / "npo-scratch-notes").mkdir()
     (temporary / "elsewhere").mkdir()
     (temporary / "elsewhere" / LOCK_NAME).touch()
@@ -73,7 +73,7 @@ def test_a_folder_that_is_not_ours_stays(temporary: Path):
 
 
 @pytest.mark.vllm
-def test_an_engine_that_was_killed_while_it_loaded_leaves_nothing_for_long(temporary: Path):
+def test_scratch_folder_of_a_killed_vllm_is_removed_by_the_next(temporary: Path):
     with started(LOADS) as loading:
         deadline = time.monotonic() + 120
         while not list(temporary.glob("npo-scratch-*/config.json")):

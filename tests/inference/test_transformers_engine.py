@@ -52,7 +52,7 @@ def drawn(policy: Policy, requests: list[SampleRequest], *, temperature: float =
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 512])
-def test_a_response_depends_on_its_seed_and_not_on_its_neighbours(policy, max_rows):
+def test_sampling_depends_on_the_seed_only(policy, max_rows):
     """Prompts of 1 to 12 tokens side by side, in any company and order."""
     requests = asked(policy, TEXTS)
     together = drawn(policy, requests)
@@ -65,7 +65,7 @@ def test_a_response_depends_on_its_seed_and_not_on_its_neighbours(policy, max_ro
     assert [(s.prompt_id, s.slot) for s in together] == [(r.prompt_id, r.slot) for r in requests]
 
 
-def test_other_seeds_draw_other_responses(policy):
+def test_sampling_with_other_seeds_gives_other_responses(policy):
     requests = asked(policy, TEXTS[:2], num_slots=8)
     assert [s.response_ids for s in drawn(policy, requests)] == [s.response_ids for s in drawn(policy, requests)]
     other = drawn(policy, asked(policy, TEXTS[:2], num_slots=8, seed=1))
@@ -73,7 +73,7 @@ def test_other_seeds_draw_other_responses(policy):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_and_entropy_are_those_of_the_trainers_pass(policy, temperature):
+def test_sampling_logprobs_and_entropy_equal_the_trainers(policy, temperature):
     requests = asked(policy, TEXTS)
     samples = drawn(policy, requests, temperature=temperature)
     rows = [
@@ -88,7 +88,7 @@ def test_log_probabilities_and_entropy_are_those_of_the_trainers_pass(policy, te
         assert sample.mean_entropy == pytest.approx(scores.entropies_NT[row, :length].mean().item(), abs=1e-4)
 
 
-def test_mixed_precision_samples_by_the_law_that_the_trainer_scores():
+def test_sampling_in_mixed_precision_matches_the_trainer():
     """With a cache it rounds otherwise than in one pass, so the two differ, by less than bfloat16 does from float32."""
     mixed = load_policy(ModelSettings(threads=1, compute_dtype="bfloat16"))
     requests = asked(mixed, TEXTS)
@@ -112,7 +112,7 @@ def flat_scores(policy: Policy, rows: list[TokenRow]) -> torch.Tensor:
     return torch.cat([scores.logps_NT[place, : len(row.response_ids)] for place, row in enumerate(rows)])
 
 
-def test_a_response_ends_with_an_end_token_or_at_the_limit(policy):
+def test_sampling_ends_at_an_end_token_or_at_the_limit(policy):
     for limit in (4, 18):
         for sample in drawn(policy, asked(policy, TEXTS[:2], num_slots=8), max_new_tokens=limit):
             ends = [token in policy.eos_ids for token in sample.response_ids]
@@ -124,7 +124,7 @@ def test_a_response_ends_with_an_end_token_or_at_the_limit(policy):
             assert sample.text == policy.tokenizer.decode(spoken)
 
 
-def test_every_end_token_of_the_model_ends_a_response(policy):
+def test_sampling_ends_at_every_end_token(policy):
     carry = policy.tokenizer.convert_tokens_to_ids("_")
     for sample in drawn(policy, asked(policy, TEXTS[:1], num_slots=16), eos_ids=(*policy.eos_ids, carry)):
         assert carry not in sample.response_ids[:-1]
@@ -145,14 +145,14 @@ def first_token_law(policy: Policy, text: str, *, num_samples: int, temperature:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-def test_first_tokens_follow_the_softmax(policy, temperature):
+def test_sampling_of_first_tokens_follows_the_softmax(policy, temperature):
     statistic, freedom = first_token_law(policy, "7", num_samples=4096, temperature=temperature)
     assert freedom >= 3
     # Seeds are fixed, so this either holds or not: a right law fails it in one of 1000 choices of seeds.
     assert statistic < chi2.isf(1e-3, freedom)
 
 
-def test_the_models_own_generation_settings_do_not_bend_the_law(policy):
+def test_sampling_ignores_the_models_generation_config(policy):
     """Whatever its authors recommend: penalties, nucleus, bans, beams, lengths."""
     requests = asked(policy, TEXTS)
     plain = drawn(policy, requests)
@@ -181,7 +181,7 @@ def test_the_models_own_generation_settings_do_not_bend_the_law(policy):
         settings.update(**before)
 
 
-def test_neither_sampling_touches_the_global_random_stream(policy):
+def test_sampling_leaves_the_global_random_state_unchanged(policy):
     before = torch.get_rng_state()
     drawn(policy, asked(policy, TEXTS))
     assert torch.equal(torch.get_rng_state(), before)

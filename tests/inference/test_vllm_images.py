@@ -36,7 +36,11 @@ def pair(request: pytest.FixtureRequest, untaught_vl: Path) -> Iterator[tuple[Po
     policy = load_vision_policy(untaught_vl)
     engine = make_engine(request.param, policy, max_model_len=128)
     rows = build_check_rows(policy, mixed_prompts())
-    yield policy, engine, WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows)
+    yield (
+        policy,
+        engine,
+        WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows, run_nonce="ab"),
+    )
     engine.close()
 
 
@@ -63,7 +67,7 @@ def assert_sampled_as_scored(policy: Policy, samples: list[Sample]) -> None:
         assert torch.allclose(torch.tensor(sample.logps), logps_T[: len(sample.logps)], atol=1e-4)
 
 
-def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, Vllm, WeightSync]):
+def test_vllm_image_logprobs_equal_the_trainers(pair: tuple[Policy, Vllm, WeightSync]):
     policy, engine, sync = pair
     sync.sync_weights(0)
     requests = requests_of(policy)
@@ -75,7 +79,7 @@ def test_what_it_samples_is_what_the_trainer_scores(pair: tuple[Policy, Vllm, We
     assert engine.generate(requests[::-1], temperature=1.0, max_new_tokens=6)[::-1] == samples
 
 
-def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Policy, Vllm, WeightSync]):
+def test_vllm_image_with_another_number_of_tokens_is_refused(pair: tuple[Policy, Vllm, WeightSync]):
     policy, engine, sync = pair
     sync.sync_weights(0)
     one, _, _, four = mixed_prompts()
@@ -86,7 +90,9 @@ def test_a_picture_of_another_size_than_the_tokens_say_is_refused(pair: tuple[Po
         engine.compute_logps([replace(asked, images=four.images)])
 
 
-def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, Vllm, WeightSync], monkeypatch: pytest.MonkeyPatch):
+def test_vllm_weight_sync_finds_a_stale_vision_tower(
+    pair: tuple[Policy, Vllm, WeightSync], monkeypatch: pytest.MonkeyPatch
+):
     policy, engine, sync = pair
     sync.sync_weights(0)
     sent = policy.model.state_dict()
@@ -105,7 +111,7 @@ def test_a_tower_that_stayed_behind_is_told(pair: tuple[Policy, Vllm, WeightSync
 
 
 @pytest.mark.parametrize("pair", ["vllm_server"], indirect=True)
-def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, WeightSync]):
+def test_vllm_server_downloads_no_image(pair: tuple[Policy, VllmServer, WeightSync]):
     policy, engine, sync = pair
     sync.sync_weights(0)
     asked = []
@@ -129,7 +135,7 @@ def test_the_server_fetches_no_picture(pair: tuple[Policy, VllmServer, WeightSyn
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(kind: str, untaught_vl: Path):
+def test_vllm_image_logprobs_with_lora_equal_the_trainers(kind: str, untaught_vl: Path):
     policy = load_vision_policy(untaught_vl, lora=4)
     with torch.no_grad():
         for name, tensor in policy.model.named_parameters():
@@ -139,7 +145,9 @@ def test_adapters_beside_a_model_that_sees_are_proved_and_sampled_as_scored(kind
     engine = make_engine(kind, policy, max_model_len=128, adapters=adapters)
     rows = build_check_rows(policy, mixed_prompts())
     try:
-        WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows).sync_weights(0)
+        WeightSync(
+            recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows, run_nonce="ab"
+        ).sync_weights(0)
         assert_sampled_as_scored(policy, engine.generate(requests_of(policy), temperature=1.0, max_new_tokens=6))
     finally:
         engine.close()

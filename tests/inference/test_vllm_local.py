@@ -44,7 +44,7 @@ def synced(pair):
 def sync_of(policy: Policy, engine: VllmEngine) -> WeightSync:
     ids = [tuple(policy.tokenizer(text).input_ids) for text in PROMPTS]
     rows = tuple(TokenRow(prompt_ids=row[:1], response_ids=row[1:]) for row in ids)
-    return WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows)
+    return WeightSync(recipe=load_recipe("micro", []), policy=policy, engine=engine, check_rows=rows, run_nonce="ab")
 
 
 def trainers(policy: Policy, samples, *, temperature: float = 1.0) -> list[list[float]]:
@@ -63,7 +63,7 @@ def largest_gap(ours, theirs) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_are_the_trainers_at_the_same_temperature(synced, temperature):
+def test_vllm_logprobs_equal_the_trainers_at_the_same_temperature(synced, temperature):
     policy, engine, _ = synced
     samples = engine.generate(make_requests(policy, *PROMPTS), temperature=temperature, max_new_tokens=18)
     assert largest_gap([each.logps for each in samples], trainers(policy, samples, temperature=temperature)) < 1e-4
@@ -74,7 +74,7 @@ def test_log_probabilities_are_the_trainers_at_the_same_temperature(synced, temp
         assert each.mean_entropy == pytest.approx(-sum(each.logps) / len(each.logps))
 
 
-def test_a_given_trajectory_is_scored_as_the_trainer_scores_it(synced):
+def test_vllm_compute_logps_equal_the_trainers(synced):
     policy, engine, _ = synced
     samples = engine.generate(make_requests(policy, *PROMPTS, num_slots=2), temperature=1.0, max_new_tokens=18)
     requests = [
@@ -84,7 +84,7 @@ def test_a_given_trajectory_is_scored_as_the_trainer_scores_it(synced):
     assert largest_gap(engine.compute_logps(requests), trainers(policy, samples)) < 1e-4
 
 
-def test_a_response_is_its_seeds_alone_whoever_is_in_the_batch(synced):
+def test_vllm_response_depends_on_its_seed_only(synced):
     policy, engine, _ = synced
     requests = make_requests(policy, *PROMPTS)
     together = engine.generate(requests, temperature=1.0, max_new_tokens=18)
@@ -95,14 +95,14 @@ def test_a_response_is_its_seeds_alone_whoever_is_in_the_batch(synced):
     assert len({each.response_ids for each in together}) > 6
 
 
-def test_a_prompt_longer_than_a_pass_leaves_room_for_is_no_trouble(synced):
+def test_vllm_samples_more_prompt_tokens_than_one_pass_holds(synced):
     """350 prompts in one batch: more tokens than one pass holds. A CPU's random stream cannot be rewound."""
     policy, engine, _ = synced
     requests = make_requests(policy, "12345+67890=", num_slots=350)
     assert len(engine.generate(requests, temperature=1.0, max_new_tokens=2)) == 350
 
 
-def test_new_weights_are_used_at_once_and_old_prefixes_forgotten(synced):
+def test_vllm_uses_new_weights_and_resets_the_prefix_cache(synced):
     policy, engine, sync = synced
     requests = make_requests(policy, *PROMPTS)
     before = engine.generate(requests, temperature=1.0, max_new_tokens=18)
@@ -119,7 +119,7 @@ def test_new_weights_are_used_at_once_and_old_prefixes_forgotten(synced):
     assert engine.version != version
 
 
-def test_an_engine_without_weights_answers_nothing(pair):
+def test_vllm_without_weights_samples_nothing(pair):
     policy, engine = pair
     engine.version = None
     with pytest.raises(RunFailed, match="instead of None"):
@@ -129,7 +129,7 @@ def test_an_engine_without_weights_answers_nothing(pair):
 # Weights that are wrong in every way known
 
 
-def test_a_tensor_that_is_not_sent_is_missed_before(synced, monkeypatch):
+def test_vllm_weight_sync_finds_a_missing_tensor_by_name(synced, monkeypatch):
     policy, _, sync = synced
     perturb_weights(policy, by=0.05)
     monkeypatch.setattr(vllm_local, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
@@ -137,7 +137,7 @@ def test_a_tensor_that_is_not_sent_is_missed_before(synced, monkeypatch):
         sync.sync_weights(1)
 
 
-def test_a_tensor_that_is_not_sent_is_missed_by_the_probe_too(synced, monkeypatch):
+def test_vllm_weight_sync_finds_a_missing_tensor_by_logprobs(synced, monkeypatch):
     """vLLM takes it without a word, and keeps a mixture of two policies."""
     policy, _, sync = synced
     perturb_weights(policy, by=0.2)
@@ -147,7 +147,7 @@ def test_a_tensor_that_is_not_sent_is_missed_by_the_probe_too(synced, monkeypatc
         sync.sync_weights(1)
 
 
-def test_a_head_that_is_not_sent_is_missed_by_the_probe(synced, monkeypatch):
+def test_vllm_weight_sync_finds_a_stale_head(synced, monkeypatch):
     """The tied head of vLLM 0.32: the embedding is new, the head is old."""
     policy, _, sync = synced
     perturb_weights(policy, by=0.2)
@@ -158,7 +158,7 @@ def test_a_head_that_is_not_sent_is_missed_by_the_probe(synced, monkeypatch):
 
 
 @pytest.mark.parametrize("by", [0.2, 0.002])
-def test_an_engine_that_kept_its_old_weights_is_told_by_a_step_however_small(synced, monkeypatch, by):
+def test_vllm_weight_sync_finds_stale_weights_after_a_small_step(synced, monkeypatch, by):
     """A step of .2 % moves a log-probability by less than the tolerance; the old weights are nearer all the same."""
     policy, engine, sync = synced
     monkeypatch.setattr(engine._llm.llm_engine, "collective_rpc", lambda *args, **kwargs: None)
@@ -170,7 +170,7 @@ def test_an_engine_that_kept_its_old_weights_is_told_by_a_step_however_small(syn
         sync.sync_weights(1)
 
 
-def test_weights_that_are_no_numbers_are_not_sent(synced):
+def test_vllm_weight_sync_refuses_nan(synced):
     policy, _, sync = synced
     with torch.no_grad():
         next(policy.model.parameters()).view(-1)[0] = math.nan
@@ -178,7 +178,7 @@ def test_weights_that_are_no_numbers_are_not_sent(synced):
         sync.sync_weights(1)
 
 
-def test_a_cache_that_outlives_its_weights_is_not_accepted(synced, monkeypatch):
+def test_vllm_weight_sync_fails_if_the_prefix_cache_is_not_reset(synced, monkeypatch):
     policy, engine, sync = synced
     perturb_weights(policy, by=0.05)
     monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
@@ -186,7 +186,7 @@ def test_a_cache_that_outlives_its_weights_is_not_accepted(synced, monkeypatch):
         sync.sync_weights(1)
 
 
-def test_an_answer_of_other_weights_than_were_given_is_no_answer(synced):
+def test_vllm_sample_from_another_version_is_refused(synced):
     policy, engine, _ = synced
     engine._llm.update_weight_version("another's")
     with pytest.raises(RunFailed, match="sampled from weights another's instead of step 0, write"):
@@ -196,7 +196,7 @@ def test_an_answer_of_other_weights_than_were_given_is_no_answer(synced):
 # Failure
 
 
-def test_an_engine_that_dies_in_a_batch_names_phase_and_cause(synced, monkeypatch):
+def test_vllm_error_names_phase_and_cause(synced, monkeypatch):
     policy, engine, _ = synced
 
     def dies(*args, **kwargs):
@@ -208,20 +208,20 @@ def test_an_engine_that_dies_in_a_batch_names_phase_and_cause(synced, monkeypatc
     assert "npo resume" in failed.value.hint
 
 
-def test_a_model_that_vllm_cannot_hold_is_told_at_the_start():
+def test_vllm_start_error_is_reported():
     policy = load_policy(ModelSettings(threads=1))
     with pytest.raises(RunFailed, match="vLLM could not start"):
         make_engine("vllm", policy, max_model_len=100_000)
 
 
-def test_a_closed_engine_says_so_and_closes_twice(tmp_path, monkeypatch):
+def test_vllm_close_twice_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     policy = tied_policy()
     engine = make_engine("vllm", policy)
     for _ in range(2):
         engine.close()
     assert not list(tmp_path.glob("npo-*"))
-    with pytest.raises(RunFailed, match="closed before: sample"):
+    with pytest.raises(RunFailed, match=r"vLLM is closed \(phase: sample\)"):
         engine.generate(make_requests(policy, "1+2="), temperature=1.0, max_new_tokens=2)
 
 

@@ -76,7 +76,7 @@ def named(policy: Policy, version: str) -> list[SampleRequest]:
 
 
 @pytest.mark.vllm
-def test_adapters_asked_in_one_batch_answer_as_each_does_alone_and_as_the_trainer_scores_them(served, tmp_path):
+def test_vllm_lora_adapters_in_one_batch_equal_each_alone(served, tmp_path):
     policy, engine, scores = served
     versions = list(scores)
     together = sampled(engine, [request for version in versions for request in named(policy, version)])
@@ -97,7 +97,7 @@ def test_adapters_asked_in_one_batch_answer_as_each_does_alone_and_as_the_traine
 
 
 @pytest.mark.vllm
-def test_the_oldest_adapters_make_room_and_are_not_answered_for(served):
+def test_vllm_lora_unloads_the_oldest_adapters(served):
     policy, engine, scores = served
     first, *others = scores
     assert engine.num_versions == 4
@@ -112,7 +112,7 @@ def test_the_oldest_adapters_make_room_and_are_not_answered_for(served):
 
 
 @pytest.mark.vllm
-def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_path):
+def test_vllm_lora_serves_extrapolated_adapters(served, tmp_path):
     policy, engine, _ = served
     policy.save(tmp_path)
     turned(policy, seed=5)
@@ -130,7 +130,7 @@ def test_adapters_joined_with_older_ones_answer_beside_the_others(served, tmp_pa
 
 
 @pytest.mark.vllm
-def test_adapters_that_are_not_finite_or_named_otherwise_are_not_sent(served):
+def test_vllm_lora_refuses_nan(served):
     policy, engine, _ = served
     before = engine.version
     (name, tensor), *_ = policy.adapter_weights.items()

@@ -31,7 +31,7 @@ def samples(root: Path) -> dict[tuple, dict]:
     return found
 
 
-def test_engine_and_trainer_agree_while_adapters_move(trained):
+def test_vllm_lora_run_agrees_with_the_trainer(trained):
     rows = [json.loads(line) for line in (trained / "branches/main/metrics.jsonl").read_text().splitlines()]
     moved = [row for row in rows if row["rows_trained"]]
     assert len(moved) >= 3
@@ -40,7 +40,7 @@ def test_engine_and_trainer_agree_while_adapters_move(trained):
     assert {rollout.sampler_step for group in groups for rollout in group.rollouts} == {5}
 
 
-def test_candidates_asked_together_say_and_score_what_they_do_one_after_the_other(trained, tmp_path):
+def test_vllm_lora_scores_candidates_together_as_one_by_one(trained, tmp_path):
     found = {}
     # five candidates: all at once, in runs of two, one by one
     for places in (8, 2, 1):
@@ -58,7 +58,7 @@ def test_candidates_asked_together_say_and_score_what_they_do_one_after_the_othe
             assert one.signal == pytest.approx(other.signal, rel=1e-4)
 
 
-def test_a_scoring_cut_short_asks_together_what_is_left(trained, tmp_path):
+def test_vllm_lora_scoring_resumes_after_an_interruption(trained, tmp_path):
     straight, broken = (copy_run(trained, tmp_path / name) for name in ("straight", "broken"))
     score(straight, *ASKED, at=1)
     shutil.copytree(straight / "scores", broken / "scores")
@@ -71,7 +71,7 @@ def test_a_scoring_cut_short_asks_together_what_is_left(trained, tmp_path):
     assert [one.quality for one in again] == [one.quality for one in score(straight, *ASKED, at=1)]
 
 
-def test_a_guide_of_adapters_teaches_the_replay(trained, tmp_path):
+def test_vllm_lora_guide_cache_is_used_in_a_fork(trained, tmp_path):
     root = copy_run(trained, tmp_path / "run")
     assert sample(root, guide_step=6, at=1).complete
     assert [report.step for report in resume(root, at=1, guide="near")] == [2, 3, 4, 5, 6]

@@ -11,7 +11,7 @@ from npo_cli.session.weight_sync import build_check_rows
 from tests.helpers.images import load_vision_policy, mixed_prompts, resize_image
 
 
-def test_a_picture_is_one_token_and_its_pixels(untaught_vl: Path):
+def test_vllm_prompt_has_one_token_per_image(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     prompts = [EngineInput(token_ids=policy.encode(prompt), images=prompt.images) for prompt in mixed_prompts()]
     told = vllm_prompts(prompts, policy.vision)
@@ -23,7 +23,7 @@ def test_a_picture_is_one_token_and_its_pixels(untaught_vl: Path):
 
 
 @pytest.mark.parametrize("size", [(45, 70), (32, 32), (300, 40), (9, 11)])
-def test_a_picture_at_the_towers_size_is_not_resized_again(untaught_vl: Path, size: tuple[int, int]):
+def test_vllm_prompt_image_is_not_resized_again(untaught_vl: Path, size: tuple[int, int]):
     """So it does not matter how vLLM resizes: 45 x 70 is no multiple of 16, 9 x 11 too small, 300 x 40 too large."""
     vision = load_vision_policy(untaught_vl).vision
     ref = resize_image(mixed_prompts()[0].images[0], *size)
@@ -31,7 +31,7 @@ def test_a_picture_at_the_towers_size_is_not_resized_again(untaught_vl: Path, si
     assert torch.equal(made["pixel_values"], vision.load_patches(ref).patches)
 
 
-def test_a_probe_ends_a_prompt_behind_its_last_picture(untaught_vl: Path):
+def test_check_rows_end_after_the_last_image(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     one, blind, several, _ = mixed_prompts()
     rows = build_check_rows(policy, [one, blind, several])

@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
     return root
 
 
-def test_the_circle_goes_round_and_every_rollout_tells_whose_it_is(trained):
+def test_vllm_run_workflow_records_the_weight_version(trained):
     assert [found.step for found in score(trained, "scoring.num_prompts=8", "scoring.samples_per_prompt=2")] == [2, 4]
     info = sample(trained)
     assert info.complete
@@ -60,7 +60,7 @@ def test_the_circle_goes_round_and_every_rollout_tells_whose_it_is(trained):
         assert {each.sampler_step for each in rollouts if each.source == "guide"} <= {4}
 
 
-def test_engine_and_trainer_agree_at_every_step(trained):
+def test_vllm_run_agrees_with_the_trainer_at_every_step(trained):
     rows = [json.loads(line) for line in (trained / "branches" / "main" / "metrics.jsonl").read_text().splitlines()]
     trained_rows = [row for row in rows if row["rows_trained"]]
     assert trained_rows
@@ -68,7 +68,7 @@ def test_engine_and_trainer_agree_at_every_step(trained):
     assert all(row["mismatch/clipped_fraction"] == 0 for row in trained_rows)
 
 
-def test_a_server_trains_the_same_policy_to_rounding(trained, tmp_path):
+def test_vllm_server_run_equals_the_in_process_run(trained, tmp_path):
     train(tmp_path / "run", *SERVED)
     ours, theirs = (
         [json.loads(line) for line in (root / "branches" / "main" / "metrics.jsonl").read_text().splitlines()]
@@ -83,7 +83,7 @@ def started(root: Path, *settings: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("engine", [VLLM, SERVED])
-def test_kill_9_in_mid_batch_and_a_resume_end_in_the_same_bytes(trained, tmp_path, engine):
+def test_vllm_run_resumes_after_kill_9(trained, tmp_path, engine):
     """The seeds of a batch are its own, and on a CPU vLLM keeps them."""
     straight = tmp_path / "straight"
     train(straight, *engine, *LONGER)
@@ -100,7 +100,7 @@ def test_kill_9_in_mid_batch_and_a_resume_end_in_the_same_bytes(trained, tmp_pat
     assert reproducible_digests(root, "main") == reproducible_digests(straight, "main")
 
 
-def test_a_sync_that_goes_wrong_stops_the_run_which_can_be_resumed(tmp_path, monkeypatch):
+def test_vllm_run_stops_at_a_failed_weight_sync(tmp_path, monkeypatch):
     root = tmp_path / "run"
     sent = vllm_engine.named_tensors
     calls = []
@@ -116,7 +116,7 @@ def test_a_sync_that_goes_wrong_stops_the_run_which_can_be_resumed(tmp_path, mon
     assert resume(root)[-1].step == 4
 
 
-def test_a_world_that_cannot_open_leaves_no_engine(tmp_path):
+def test_vllm_session_that_cannot_open_leaves_no_engine(tmp_path):
     recipe = tiny_recipe("engine.kind=vllm", "engine.vllm.weight_transfer=nccl")
     with pytest.raises(NpoError, match=r"engine\.vllm\.weight_transfer=nccl is for GPUs"):
         train(tmp_path / "run", "engine.kind=vllm_server", "engine.vllm.weight_transfer=nccl")
@@ -162,7 +162,7 @@ def asked(request, tmp_path_factory) -> Path:
     return root
 
 
-def test_pushed_weights_answer_and_then_the_policys_own_are_back(asked):
+def test_vllm_run_restores_the_weights_after_extrapolation(asked):
     """Each step asks the policy, then the pushed one, then learns; each swap was proved, or the run had ended."""
     run = open_run(asked)
     settings = recipe_from_dict(run.read_recipe("main")).model
@@ -180,7 +180,7 @@ def test_pushed_weights_answer_and_then_the_policys_own_are_back(asked):
             assert furthest(own, scored(policy, own)) > 0.05
 
 
-def test_the_engine_is_sent_the_policys_own_weights_again_though_nothing_was_learned(asked):
+def test_vllm_run_resends_weights_after_extrapolation_without_update(asked):
     """The same seeds before and after the pushed policy was asked, as a choice of k and a does it."""
     session = open_session_at(asked, 4)
     ahead = Extrapolator(session=session, branch="main").open_sampler(

@@ -50,7 +50,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def test_a_server_answers_like_the_engine_in_process_seed_by_seed(served):
+def test_vllm_server_samples_equal_the_in_process_engine(served):
     policy, server = served
     sync_of(policy, server).sync_weights(0)
     engine = make_engine("vllm", policy)
@@ -63,7 +63,7 @@ def test_a_server_answers_like_the_engine_in_process_seed_by_seed(served):
     assert largest_gap([each.logps for each in theirs], [each.logps for each in ours]) < 1e-5
 
 
-def test_new_weights_reach_the_server_and_old_ones_are_told(served, monkeypatch):
+def test_vllm_server_weight_sync_finds_stale_weights(served, monkeypatch):
     policy, server = served
     state = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     sync = sync_of(policy, server)
@@ -81,7 +81,7 @@ def test_new_weights_reach_the_server_and_old_ones_are_told(served, monkeypatch)
         policy.model.load_state_dict(state)
 
 
-def test_nobody_else_on_the_machine_may_ask(served):
+def test_vllm_server_needs_the_api_key_on_every_endpoint(served):
     import requests
 
     _, server = served
@@ -92,7 +92,7 @@ def test_nobody_else_on_the_machine_may_ask(served):
         assert requests.post(f"{server._url}/{path}", json={"new_version": "evil"}, timeout=30).status_code == 401
 
 
-def test_a_server_killed_in_mid_batch_is_an_error_that_says_so_and_leaves_nobody():
+def test_vllm_server_killed_while_sampling_is_reported():
     policy = tied_policy()
     server = make_engine("vllm_server", policy)
     family = descendants(server._process.pid)
@@ -107,14 +107,14 @@ def test_a_server_killed_in_mid_batch_is_an_error_that_says_so_and_leaves_nobody
     assert wait_for(lambda: not any(map(lives, family)))
 
 
-def test_a_server_that_does_not_start_is_told_with_its_last_words():
+def test_vllm_server_start_error_shows_its_log():
     policy = tied_policy()
     with pytest.raises(RunFailed, match=r"the vLLM server could not start: .*max_model_len"):
         make_engine("vllm_server", policy, max_model_len=100_000)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_parent_that_dies_takes_the_server_with_it(number):
+def test_vllm_server_ends_with_its_parent(number):
     root = Path(__file__).parents[2]
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, cwd=root)
     keeper, folder = owner.stdout.readline().split()

@@ -36,7 +36,7 @@ def untied_policy(folder: Path) -> Policy:
 
 def make_settings(kind: str = "vllm", **changes: Any) -> EngineSettings:
     """Settings for tests on a CPU."""
-    vllm = VllmSettings(max_loras=4, start_timeout=240.0, timeout=120.0, **changes)
+    vllm = VllmSettings(**{"max_loras": 4, "start_timeout": 240.0, "timeout": 120.0} | changes)
     return EngineSettings(kind=kind, max_num_seqs=64, vllm=vllm)
 
 

@@ -44,12 +44,12 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_start_as_the_base_to_the_last_bit(dtype):
+def test_lora_adapters_start_equal_to_the_base(dtype):
     plain = load_policy(ModelSettings(threads=1, dtype=dtype))
     assert torch.equal(logits(with_lora(dtype=dtype).model), logits(plain.model))
 
 
-def test_start_values_are_their_seeds_alone_and_leave_the_streams_as_they_were():
+def test_lora_initialization_depends_on_its_seed_only():
     torch.manual_seed(1)
     first = adapter_tensors(with_lora(seed=3).model)
     torch.manual_seed(2)
@@ -62,7 +62,7 @@ def test_start_values_are_their_seeds_alone_and_leave_the_streams_as_they_were()
         assert torch.equal(tensor, other[name]) == ("lora_B" in name)
 
 
-def test_only_adapters_are_trained_in_float32_whatever_the_base_is():
+def test_lora_trains_only_float32_adapters():
     policy = with_lora(dtype="bfloat16")
     trained = {name for name, each in policy.model.named_parameters() if each.requires_grad}
     # 3 layers x 7 linear ones x (A, B)
@@ -73,7 +73,7 @@ def test_only_adapters_are_trained_in_float32_whatever_the_base_is():
     assert len(build_optimizer(policy.model, TrainSettings()).param_groups[0]["params"]) == 42
 
 
-def test_a_step_too_small_for_the_bases_precision_is_kept():
+def test_lora_keeps_updates_below_the_bases_precision():
     """bfloat16 has 8 bits: 1 + 1/1000 would be 1 again."""
     policy = with_lora(dtype="bfloat16")
     (tensor, *_) = adapter_tensors(policy.model).values()
@@ -82,7 +82,7 @@ def test_a_step_too_small_for_the_bases_precision_is_kept():
     assert tensor.view(-1)[0].item() == pytest.approx(1.001, abs=1e-6)
 
 
-def test_the_bases_weights_keep_their_names_and_values():
+def test_lora_base_weights_keep_names_and_values():
     plain = load_policy(ModelSettings(threads=1)).model.state_dict()
     found = base_tensors(moved(with_lora()).model)
     assert found.keys() == plain.keys()
@@ -90,7 +90,7 @@ def test_the_bases_weights_keep_their_names_and_values():
 
 
 @pytest.mark.parametrize("lora", [{}, {"rank": 2, "alpha": 3.0, "targets": ("q_proj", "down_proj")}])
-def test_a_saved_folder_is_pefts_own(tmp_path, lora):
+def test_lora_checkpoint_opens_in_peft(tmp_path, lora):
     policy = moved(with_lora(**lora))
     policy.save(tmp_path)
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MICRO_BASE_FOLDER), tmp_path).eval()
@@ -100,7 +100,7 @@ def test_a_saved_folder_is_pefts_own(tmp_path, lora):
     assert load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == adapter_tensors(policy.model).keys()
 
 
-def test_a_saved_folder_comes_back_and_counts_what_it_writes(tmp_path):
+def test_lora_checkpoint_loads_again(tmp_path):
     policy = moved(with_lora())
     policy.save(tmp_path)
     fresh = with_lora()
@@ -116,7 +116,7 @@ def test_a_saved_folder_comes_back_and_counts_what_it_writes(tmp_path):
     assert 0 < (tmp_path / "adapter_model.safetensors").stat().st_size - policy.num_bytes < 8_000
 
 
-def test_the_base_of_a_policy_scores_as_if_no_adapter_were_there():
+def test_lora_base_policy_scores_without_adapters():
     policy, plain = moved(with_lora()), load_policy(ModelSettings(threads=1))
     bare, ours, theirs = (
         each.score(ROWS, temperature=0.7, chunk_tokens=3).logps_NT for each in (policy.base_policy, policy, plain)
@@ -128,7 +128,7 @@ def test_the_base_of_a_policy_scores_as_if_no_adapter_were_there():
     assert all(each.grad is not None for each in policy.model.parameters() if each.requires_grad)
 
 
-def test_gradient_checkpointing_reaches_the_adapters_of_a_frozen_base():
+def test_lora_gradient_checkpointing_gives_the_same_gradient():
     kept, once = gradient_of(moved(with_lora()))
     recomputed, twice = gradient_of(moved(with_lora(checkpointing=True)))
     assert (once, twice) == (1, 2)
@@ -139,7 +139,7 @@ def test_gradient_checkpointing_reaches_the_adapters_of_a_frozen_base():
 # What does not fit
 
 
-def test_an_unknown_target_is_refused_with_those_there_are():
+def test_lora_unknown_target_lists_the_known_ones():
     """peft itself takes the known one and says nothing of the other."""
     with pytest.raises(NpoError, match="no linear layer named q_porj") as refused:
         with_lora(targets=("v_proj", "q_porj"))
@@ -148,14 +148,14 @@ def test_an_unknown_target_is_refused_with_those_there_are():
         with_lora(targets=("lm_head",))
 
 
-def test_without_peft_it_is_told_what_to_install(monkeypatch):
+def test_lora_without_peft_names_the_package(monkeypatch):
     monkeypatch.setattr(adapters_module, "find_spec", lambda name: None)
     with pytest.raises(NpoError, match=r"model\.lora\.rank=4 needs peft") as refused:
         with_lora()
     assert refused.value.hint == "pip install 'peft>=0.21,<0.22'"
 
 
-def test_adapters_of_another_base_are_refused(tmp_path):
+def test_lora_adapters_of_another_base_are_refused(tmp_path):
     save_model(qwen(seed=0), tmp_path / "one")
     save_model(qwen(seed=1), tmp_path / "two")
     with_lora(str(tmp_path / "one")).save(tmp_path)
@@ -174,7 +174,7 @@ def test_adapters_of_another_base_are_refused(tmp_path):
         ({"targets": ("q_proj",)}, "target_modules .* instead of .'q_proj'."),
     ],
 )
-def test_adapters_of_another_shape_or_scale_are_refused(tmp_path, lora, said):
+def test_lora_adapters_of_another_rank_or_scale_are_refused(tmp_path, lora, said):
     with_lora().save(tmp_path)
     with pytest.raises(NpoError, match=f"the adapters have {said}"):
         with_lora(**lora).load(tmp_path)
@@ -193,7 +193,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_tensors_that_do_not_fit_leave_the_policy_as_it_was(tmp_path, what):
+def test_lora_adapters_that_do_not_match_leave_the_policy_unchanged(tmp_path, what):
     moved(with_lora()).save(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -229,7 +229,7 @@ def unnamed(folder: Path, name: str) -> None:
         (unnamed, "npo_base.json", "belong to another base"),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_named(tmp_path, damage, name, said):
+def test_lora_incomplete_checkpoint_is_named(tmp_path, damage, name, said):
     with_lora().save(tmp_path)
     damage(tmp_path, name)
     with pytest.raises(NpoError, match=said):

@@ -34,7 +34,7 @@ def answers_to(policy: Policy, prompts: list[Prompt]) -> list[TokenRow]:
     return [policy.row(prompt, (*digits[place:], policy.end_id)) for place, prompt in enumerate(prompts)]
 
 
-def test_a_picture_is_as_many_tokens_as_its_pixels_fill(untaught_vl: Path):
+def test_image_token_count_follows_from_the_size(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     image = shapes_prompts(1, 0)[0].images[0]
     for width, height, patches in ((32, 32, (4, 4)), (64, 32, (4, 8)), (48, 64, (8, 6))):
@@ -46,7 +46,7 @@ def test_a_picture_is_as_many_tokens_as_its_pixels_fill(untaught_vl: Path):
         assert policy.encode(prompt).count(policy.vision.config.image_token_id) == patches[0] * patches[1] // 4
 
 
-def test_a_batch_scores_each_row_as_if_it_were_alone(untaught_vl: Path):
+def test_image_batch_scores_equal_each_row_alone(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     rows = answers_to(policy, mixed_prompts())
     together_NT = policy.score(rows, temperature=1.0, chunk_tokens=4).logps_NT
@@ -55,7 +55,7 @@ def test_a_batch_scores_each_row_as_if_it_were_alone(untaught_vl: Path):
         assert torch.allclose(alone_T, logps_T[: len(alone_T)], atol=1e-5)
 
 
-def test_tokens_pixels_and_types_are_those_of_transformers_processor(untaught_vl: Path):
+def test_image_inputs_equal_those_of_transformers_processor(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     whole = StillProcessor(policy.vision.processor, policy.tokenizer, policy.tokenizer.chat_template)
     prompt = mixed_prompts()[2]
@@ -70,7 +70,7 @@ def test_tokens_pixels_and_types_are_those_of_transformers_processor(untaught_vl
         assert torch.equal(ours[name], theirs[name]), name
 
 
-def test_scores_are_those_of_one_plain_forward_pass_without_the_image_tokens_as_words(untaught_vl: Path):
+def test_image_scores_equal_a_plain_forward_pass(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     row = answers_to(policy, mixed_prompts())[2]
     ids_1L = torch.tensor([row.prompt_ids + row.response_ids])
@@ -84,7 +84,7 @@ def test_scores_are_those_of_one_plain_forward_pass_without_the_image_tokens_as_
     assert torch.isfinite(scored.entropies_NT).all()
 
 
-def test_pixels_matter_and_their_order_too(untaught_vl: Path):
+def test_image_scores_depend_on_pixels_and_order(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     prompt = mixed_prompts()[2]
     first, second = prompt.images
@@ -94,7 +94,7 @@ def test_pixels_matter_and_their_order_too(untaught_vl: Path):
     assert (scores[0].logps_NT - scores[1].logps_NT).abs().max() > 1e-4
 
 
-def test_a_text_that_spells_an_image_token_is_refused(untaught_vl: Path):
+def test_image_token_in_a_text_is_refused(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     prompt = mixed_prompts()[1]
     spelled = replace(prompt, messages=(replace(prompt.messages[0], content="<|image_pad|>?"),))
@@ -102,7 +102,7 @@ def test_a_text_that_spells_an_image_token_is_refused(untaught_vl: Path):
         policy.encode(spelled)
 
 
-def test_a_picture_too_narrow_for_the_model_is_refused(untaught_vl: Path):
+def test_image_too_narrow_for_the_model_is_refused(untaught_vl: Path):
     image = shapes_prompts(1, 0)[0].images[0]
     prompt = Prompt(prompt_id="thin", answer="1", text=IMAGE_PLACEHOLDER, images=(resize_image(image, 804, 4),))
     # 804 : 4 = 201 : 1, and 200 : 1 is the most
@@ -110,7 +110,7 @@ def test_a_picture_too_narrow_for_the_model_is_refused(untaught_vl: Path):
         load_vision_policy(untaught_vl).encode(prompt)
 
 
-def test_a_checkpoint_is_a_whole_model_folder(untaught_vl: Path, tmp_path: Path):
+def test_vision_checkpoint_is_a_complete_model_folder(untaught_vl: Path, tmp_path: Path):
     policy = load_vision_policy(untaught_vl)
     rows = answers_to(policy, mixed_prompts())
     policy.save(tmp_path)
@@ -126,12 +126,12 @@ def test_a_checkpoint_is_a_whole_model_folder(untaught_vl: Path, tmp_path: Path)
     assert AutoImageProcessor.from_pretrained(tmp_path, backend="pil").patch_size == 8
 
 
-def test_adapters_stand_beside_the_language_model_unless_the_tower_is_named(untaught_vl: Path):
+def test_vision_lora_targets_the_language_model_by_default(untaught_vl: Path):
     names = load_vision_policy(untaught_vl, lora=2).adapter_weights
     assert names and all(".language_model." in name for name in names)
 
 
-def test_the_cache_lets_the_oldest_go_when_it_is_full():
+def test_pixel_cache_evicts_the_oldest():
     half = ImagePatches(patches=torch.zeros(CACHE_BYTES // 8), grid_13=torch.ones(1, 3))
     cache = PixelCache()
     cache.put("a", half)

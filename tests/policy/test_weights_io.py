@@ -40,7 +40,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_checkpoint_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(tmp_path, kind):
+def test_load_weights_that_do_not_match_leave_the_model_unchanged(tmp_path, kind):
     change, name = DAMAGES[kind]
     folder = changed(save_model(qwen(seed=1), tmp_path / "bad"), change)
     live = qwen(seed=0)
@@ -52,7 +52,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_the_model_stays_as_it_was
     assert weights_digest(live) == before
 
 
-def test_many_missing_tensors_are_counted(tmp_path):
+def test_load_weights_counts_missing_tensors(tmp_path):
     def pop_five(tensors: dict[str, Tensor]) -> None:
         for name in sorted(name for name in tensors if "layers" in name)[:5]:
             tensors.pop(name)
@@ -62,7 +62,7 @@ def test_many_missing_tensors_are_counted(tmp_path):
         load_weights(qwen(), folder)
 
 
-def test_a_file_cut_short_and_a_folder_without_weights_are_named(tmp_path):
+def test_load_weights_names_a_damaged_file(tmp_path):
     folder = save_model(qwen(), tmp_path / "cut")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -73,7 +73,7 @@ def test_a_file_cut_short_and_a_folder_without_weights_are_named(tmp_path):
         read_tensors(folder)
 
 
-def test_a_tied_model_needs_the_shared_tensor_once_under_either_name(tmp_path):
+def test_load_weights_of_a_tied_model_needs_one_name(tmp_path):
     source, live = qwen(seed=1), qwen(seed=0)
     assert tied_names(live) == [{"model.embed_tokens.weight", "lm_head.weight"}]
     folder = save_model(source, tmp_path / "tied")
@@ -90,7 +90,7 @@ def test_a_tied_model_needs_the_shared_tensor_once_under_either_name(tmp_path):
         load_weights(other, folder)
 
 
-def test_an_untied_model_needs_both_tensors(tmp_path):
+def test_load_weights_of_an_untied_model_needs_both_tensors(tmp_path):
     live = qwen(tied=False)
     assert tied_names(live) == []
     folder = save_model(live, tmp_path / "untied")
@@ -99,7 +99,7 @@ def test_an_untied_model_needs_both_tensors(tmp_path):
         load_weights(live, folder)
 
 
-def test_shards_are_read_as_one(tmp_path):
+def test_load_weights_reads_shards(tmp_path):
     source, live = qwen(tied=False, seed=1), qwen(tied=False)
     folder = save_model(source, tmp_path / "shards", max_shard_size="6KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
@@ -112,7 +112,7 @@ def test_shards_are_read_as_one(tmp_path):
         load_weights(live, folder)
 
 
-def test_weights_are_copied_in_place(tmp_path):
+def test_load_weights_copies_in_place(tmp_path):
     live = qwen()
     parameter = live.model.embed_tokens.weight
     load_weights(live, save_model(qwen(seed=1), tmp_path / "new"))

@@ -48,20 +48,20 @@ def verdicts(responses: Sequence[str], verifier: str = "mine.py:check") -> list[
         grader.close()
 
 
-def test_a_setting_names_code_by_its_file_and_function():
+def test_custom_verifier_is_named_by_file_and_function():
     assert is_custom_verifier("mine.py:check")
     assert is_custom_verifier("/a b/c:d/mine.py:check")
     assert not is_custom_verifier("exact")
     assert not is_custom_verifier("mine.py")
 
 
-def test_true_and_one_are_correct_and_less_is_wrong(folder: Path, capfd: pytest.CaptureFixture[str]):
+def test_custom_verifier_true_and_one_are_correct(folder: Path, capfd: pytest.CaptureFixture[str]):
     found = verdicts(["4", "5", "full", "half", "true"])
     assert [one.verdict for one in found] == ["correct", "wrong", "correct", "wrong", "correct"]
     assert capfd.readouterr().out == ""  # its prints are talk, not data
 
 
-def test_an_endless_verifier_is_a_timeout_of_that_response(folder: Path):
+def test_custom_verifier_that_hangs_is_a_timeout(folder: Path):
     assert [one.verdict for one in verdicts(["4", "loop", "4"])] == ["correct", "timeout", "correct"]
 
 
@@ -69,23 +69,23 @@ def test_an_endless_verifier_is_a_timeout_of_that_response(folder: Path):
     ("response", "line", "said"),
     [("fail", 13, "KeyError: '2+2='"), ("exit", 15, "SystemExit: enough")],
 )
-def test_an_exception_ends_the_run_and_names_file_and_line(folder: Path, response: str, line: int, said: str):
+def test_custom_verifier_exception_names_file_and_line(folder: Path, response: str, line: int, said: str):
     with pytest.raises(RunFailed, match=re.escape(f"on prompt p1: {folder / 'mine.py'}:{line}: {said}")):
         verdicts(["4", response])
 
 
-def test_a_value_that_is_no_verdict_ends_the_run(folder: Path):
+def test_custom_verifier_invalid_value_is_an_error(folder: Path):
     with pytest.raises(RunFailed, match="check must return a bool or a number, it returned None"):
         verdicts(["none"])
 
 
-def test_a_file_that_fails_when_it_is_run_is_told_with_its_line(folder: Path):
+def test_custom_verifier_import_error_names_the_line(folder: Path):
     (folder / "neighbour.py").write_text("FULL = 1 / 0\n")
     with pytest.raises(RunFailed, match=r"neighbour\.py:1: ZeroDivisionError"):
         verdicts(["4"])
 
 
-def test_chat_prompts_are_passed_as_text(folder: Path):
+def test_custom_verifier_gets_chat_prompts_as_text(folder: Path):
     (folder / "mine.py").write_text(
         "def check(prompt, response, answer):\n    return prompt == 'Be brief.\\n\\n2+2='\n"
     )
@@ -105,7 +105,7 @@ def test_custom_verifier_is_refused_without_permission(folder: Path):
     assert "--allow-code" in Context().run(refusal, "mine.py:check").hint
 
 
-def test_a_missing_file_or_function_is_named_before_anything_runs(folder: Path):
+def test_custom_verifier_missing_file_or_function_is_named(folder: Path):
     (folder / "mine.py").write_text(VERIFIER + "\nraise SystemExit\n")
     assert str(folder / "other.py") in refusal("other.py:check").message
     missing = refusal("mine.py:chekc")
@@ -113,6 +113,6 @@ def test_a_missing_file_or_function_is_named_before_anything_runs(folder: Path):
     assert "check" in missing.hint
 
 
-def test_a_file_that_is_not_python_is_told_with_its_line(folder: Path):
+def test_custom_verifier_syntax_error_names_the_line(folder: Path):
     (folder / "mine.py").write_text("def check(:\n    pass\n")
     assert f"{folder / 'mine.py'}:1: SyntaxError" in refusal("mine.py:check").message

@@ -41,7 +41,7 @@ def write(path: Path, *lines: str) -> Path:
     return path
 
 
-def test_one_file_is_split_by_the_seed_and_every_row_is_used(tmp_path: Path):
+def test_file_dataset_is_split_by_the_seed(tmp_path: Path):
     path = jsonl(tmp_path / "sums.jsonl", sums(10))
     train, heldout = load(path)
     assert (len(train), len(heldout)) == (8, 2)
@@ -52,7 +52,7 @@ def test_one_file_is_split_by_the_seed_and_every_row_is_used(tmp_path: Path):
     assert third == Prompt(prompt_id="rows/000003", text="3+1=", answer="4", row=3)
 
 
-def test_a_smaller_pool_keeps_the_heldout_rows(tmp_path: Path):
+def test_file_dataset_with_a_smaller_pool_keeps_the_heldout_rows(tmp_path: Path):
     path = jsonl(tmp_path / "sums.jsonl", sums(10))
     train, heldout = load(path, pool_size=3)
     assert len(train) == 3
@@ -60,7 +60,7 @@ def test_a_smaller_pool_keeps_the_heldout_rows(tmp_path: Path):
     assert set(train) < set(load(path)[0])
 
 
-def test_a_heldout_file_is_never_split(tmp_path: Path):
+def test_file_dataset_with_a_heldout_file_is_not_split(tmp_path: Path):
     train_path, heldout_path = jsonl(tmp_path / "a.jsonl", sums(4)), jsonl(tmp_path / "b.jsonl", sums(5, start=50))
     train, heldout = load(train_path, heldout_path=str(heldout_path))
     assert [prompt.text for prompt in train] == ["0+1=", "1+1=", "2+1=", "3+1="]
@@ -70,12 +70,12 @@ def test_a_heldout_file_is_never_split(tmp_path: Path):
     ]
 
 
-def test_parquet_and_jsonl_give_the_same_prompts(tmp_path: Path):
+def test_file_dataset_parquet_equals_jsonl(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(sums(6)), tmp_path / "sums.parquet")
     assert load(tmp_path / "sums.parquet") == load(jsonl(tmp_path / "sums.jsonl", sums(6)))
 
 
-def test_columns_ids_and_number_answers(tmp_path: Path):
+def test_file_dataset_columns_ids_and_numeric_answers(tmp_path: Path):
     lines = [
         '{"q": "a", "a": 0.10, "id": 7}',
         "",
@@ -89,7 +89,7 @@ def test_columns_ids_and_number_answers(tmp_path: Path):
     assert found == {"7": ("0.10", 0), "x": ("12345678901234567890", 1), "8": ("3", 2)}
 
 
-def test_chats_keep_their_own_system_message_and_get_ours_otherwise(tmp_path: Path):
+def test_file_dataset_system_message_applies_to_chats_without_one(tmp_path: Path):
     own = [{"role": "system", "content": "S"}, {"role": "user", "content": "one"}]
     bare = [
         {"role": "user", "content": "two"},
@@ -104,7 +104,7 @@ def test_chats_keep_their_own_system_message_and_get_ours_otherwise(tmp_path: Pa
     assert other[0].messages == (Message(role="system", content="Ours"), Message(role="user", content="plain\nGo."))
 
 
-def test_parquet_chats_and_images(tmp_path: Path):
+def test_file_dataset_parquet_chats_and_images(tmp_path: Path):
     chat = [{"role": "user", "content": "hello"}]
     rows = [{"prompt": chat, "answer": 5, "images": []}, {"prompt": chat, "answer": 6, "images": ["a.png"]}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:1] * 3), tmp_path / "plain.parquet")
@@ -138,7 +138,7 @@ def test_parquet_chats_and_images(tmp_path: Path):
         ('{"prompt": "a", "answer": "1", "image": "b.png"}', "line 2 has images"),
     ],
 )
-def test_a_bad_row_is_told_with_its_line(tmp_path: Path, line: str, said: str):
+def test_file_dataset_error_names_the_line(tmp_path: Path, line: str, said: str):
     path = write(
         tmp_path / "data.jsonl", '{"prompt": "fine", "answer": "1"}', line, '{"prompt": "last", "answer": "2"}'
     )
@@ -147,7 +147,7 @@ def test_a_bad_row_is_told_with_its_line(tmp_path: Path, line: str, said: str):
     assert said in message
 
 
-def test_absent_columns_list_those_that_are_there(tmp_path: Path):
+def test_file_dataset_missing_column_error_lists_the_columns(tmp_path: Path):
     assert refusal(write(tmp_path / "a.jsonl", '{"question": "a", "solution": "1"}')).hint.endswith(
         "question, solution"
     )
@@ -156,20 +156,20 @@ def test_absent_columns_list_those_that_are_there(tmp_path: Path):
     assert refusal(tmp_path / "a.parquet").hint.endswith("question, solution")
 
 
-def test_a_missing_number_in_a_parquet_file_is_null_not_nan(tmp_path: Path):
+def test_file_dataset_missing_number_in_parquet_is_null(tmp_path: Path):
     pyarrow.parquet.write_table(
         pyarrow.table({"prompt": ["a", "b"], "answer": [1.0, float("nan")]}), tmp_path / "a.parquet"
     )
     assert "a.parquet row 2: 'answer' is a null" in refusal(tmp_path / "a.parquet").message
 
 
-def test_text_that_is_not_utf8_is_told_with_its_line(tmp_path: Path):
+def test_file_dataset_invalid_utf8_names_the_line(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"prompt": "a", "answer": "1"}\n{"prompt": "\xff", "answer": "1"}\n')
     assert "line 2 is not valid JSON" in refusal(path).message
 
 
-def test_files_that_are_none(tmp_path: Path):
+def test_file_dataset_refuses_other_files(tmp_path: Path):
     assert "does not exist" in refusal(tmp_path / "a.jsonl").message
     assert "is a folder" in refusal(tmp_path).message
     assert "is empty" in refusal(write(tmp_path / "b.jsonl", "", "")).message
@@ -177,13 +177,13 @@ def test_files_that_are_none(tmp_path: Path):
     assert "not a readable parquet file" in refusal(write(tmp_path / "d.parquet", "no")).message
 
 
-def test_too_few_rows_are_counted(tmp_path: Path):
+def test_file_dataset_with_too_few_rows_is_refused(tmp_path: Path):
     said = refusal(jsonl(tmp_path / "a.jsonl", sums(3)), heldout_size=3)
     assert "has 3 rows, too few to hold out 3" in said.message
     assert "task.heldout_size below 3" in said.hint
 
 
-def test_a_repeated_id_names_both_rows(tmp_path: Path):
+def test_file_dataset_repeated_id_names_both_rows(tmp_path: Path):
     rows = [row | {"id": name} for row, name in zip(sums(4), "abca", strict=True)]
     message = refusal(jsonl(tmp_path / "a.jsonl", rows), id_column="id", heldout_size=1).message
     assert "the same prompt id 'a'" in message
@@ -191,11 +191,11 @@ def test_a_repeated_id_names_both_rows(tmp_path: Path):
     assert "line 4" in message
 
 
-def test_a_heldout_prompt_that_is_trained_on_names_both_rows(tmp_path: Path):
+def test_file_dataset_shared_prompt_names_both_rows(tmp_path: Path):
     train, heldout = jsonl(tmp_path / "a.jsonl", sums(4)), jsonl(tmp_path / "b.jsonl", sums(2, start=3))
     message = refusal(train, heldout_path=str(heldout)).message
     assert f"{heldout} line 1 (held out) has the same prompt as {train} line 4" in message
 
 
-def test_a_system_message_without_chats_is_refused(tmp_path: Path):
+def test_file_dataset_system_message_needs_chats(tmp_path: Path):
     assert "task.system needs chat prompts" in refusal(jsonl(tmp_path / "a.jsonl", sums(4)), system="S").message

@@ -40,7 +40,7 @@ def greys(prompt: Prompt) -> list[int]:
     return [open_image(image).getpixel((0, 0))[0] for image in prompt.images]
 
 
-def test_paths_lie_beside_the_data_file_and_marks_say_where_pictures_stand(tmp_path: Path, monkeypatch):
+def test_image_column_paths_are_relative_to_the_data_file(tmp_path: Path, monkeypatch):
     for grey in SHADES:
         shade(tmp_path, grey)
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
@@ -59,7 +59,7 @@ def test_paths_lie_beside_the_data_file_and_marks_say_where_pictures_stand(tmp_p
     assert found[2].messages == (Message(role="user", content="a<image>b"),)
 
 
-def test_parquet_holds_bytes_which_stay_in_the_file_until_they_are_wanted(tmp_path: Path):
+def test_image_column_parquet_bytes_are_read_on_demand(tmp_path: Path):
     data = {grey: shade(tmp_path, grey) for grey in SHADES}
     cells = [
         [{"bytes": data[10], "path": "10.png"}, {"bytes": data[20], "path": None}],
@@ -107,7 +107,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("problem", BAD_ROWS)
-def test_a_bad_row_is_named(tmp_path: Path, problem: str):
+def test_image_column_error_names_the_row(tmp_path: Path, problem: str):
     whole = shade(tmp_path, 10)
     (tmp_path / "bad.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(whole[:-30])
@@ -117,7 +117,7 @@ def test_a_bad_row_is_named(tmp_path: Path, problem: str):
     assert problem in refusal.value.message
 
 
-def test_a_picture_above_the_limit_is_refused_and_the_limit_can_be_raised(tmp_path: Path):
+def test_image_column_size_limit_can_be_raised(tmp_path: Path):
     shade(tmp_path, 10)
     shade(tmp_path, 20)
     rows = [{"prompt": "<image>", "images": f"{grey}.png"} for grey in (10, 20)]
@@ -127,7 +127,7 @@ def test_a_picture_above_the_limit_is_refused_and_the_limit_can_be_raised(tmp_pa
     assert len(problems(jsonl(tmp_path, *rows), max_image_pixels=12)) == 2
 
 
-def test_the_same_picture_under_another_name_is_the_same_held_out_prompt(tmp_path: Path):
+def test_image_column_equal_images_make_equal_prompts(tmp_path: Path):
     (tmp_path / "copy.png").write_bytes(shade(tmp_path, 10))
     rows = [{"prompt": "<image>", "images": name} for name in ("10.png", "copy.png")]
     with pytest.raises(NpoError, match="has the same prompt as"):

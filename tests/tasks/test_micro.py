@@ -29,7 +29,7 @@ def additions(draw: st.DrawFn) -> tuple[int, int, int]:
     return draw(number), draw(number), length
 
 
-def test_the_world_has_the_same_thirty_misconceptions_for_ever():
+def test_micro_task_has_thirty_fixed_misconceptions():
     wrong = misconceptions()
     assert len(wrong) == 30  # 15 % of 10 * 10 * 2
     assert list(wrong.items())[:4] == [((9, 2, 1), 7), ((3, 3, 1), 2), ((9, 9, 1), 1), ((3, 5, 1), 7)]
@@ -37,7 +37,7 @@ def test_the_world_has_the_same_thirty_misconceptions_for_ever():
 
 
 @given(additions())
-def test_a_question_has_a_fixed_length_and_reads_backwards(addition: tuple[int, int, int]):
+def test_micro_prompt_has_a_fixed_length(addition: tuple[int, int, int]):
     a, b, length = addition
     text = format_addition(a, b, length)
     assert len(text) == PROMPT_CHARS
@@ -46,7 +46,7 @@ def test_a_question_has_a_fixed_length_and_reads_backwards(addition: tuple[int, 
 
 
 @given(additions())
-def test_a_scratchpad_without_noise_is_verified_correct(addition: tuple[int, int, int]):
+def test_micro_response_without_noise_is_correct(addition: tuple[int, int, int]):
     a, b, length = addition
     response = noisy_response(a, b, length, noise=NO_NOISE, wrong=misconceptions(), rng=random.Random(0))
     assert grade_micro(str(a + b), response).verdict == "correct"
@@ -55,7 +55,7 @@ def test_a_scratchpad_without_noise_is_verified_correct(addition: tuple[int, int
 
 
 @given(additions())
-def test_a_sure_misconception_is_met_exactly_where_it_is_counted(addition: tuple[int, int, int]):
+def test_micro_misconceptions_are_counted_exactly(addition: tuple[int, int, int]):
     a, b, length = addition
     sure = Noise(digit=0.0, carry=0.0, misconception=1.0)
     response = noisy_response(a, b, length, noise=sure, wrong=misconceptions(), rng=random.Random(0))
@@ -66,24 +66,24 @@ def test_a_sure_misconception_is_met_exactly_where_it_is_counted(addition: tuple
 
 
 @given(st.text(alphabet="0#", max_size=6))
-def test_there_is_a_final_answer_exactly_where_there_is_one_mark(response: str):
+def test_micro_final_answer_needs_exactly_one_hash(response: str):
     assert (final_answer(response) is None) == (response.count("#") != 1)
 
 
-def test_the_final_answer_is_what_follows_the_mark():
+def test_micro_final_answer_follows_the_hash():
     assert final_answer("9_7_5_#579") == "579"
     assert final_answer("#") == ""
 
 
 @pytest.mark.parametrize(("kind", "least"), [("addh1", 1), ("addh2", 2)])
-def test_hard_additions_meet_misconceptions(kind: str, least: int):
+def test_micro_hard_additions_need_misconceptions(kind: str, least: int):
     for prompt in micro_prompts(kind, 40, seed=0):
         a, b = map(int, prompt.prompt_id.partition("/")[2].split("+"))
         assert num_misconceived(a, b, 5, wrong=misconceptions()) >= least
         assert prompt.answer == str(a + b)
 
 
-def test_mix3_takes_easy_and_hard_by_turns():
+def test_micro_mix3_alternates_easy_and_hard():
     met = []
     for prompt in micro_prompts("mix3", 20, seed=0):
         a, b = map(int, prompt.prompt_id.partition("/")[2].split("+"))
@@ -92,7 +92,7 @@ def test_mix3_takes_easy_and_hard_by_turns():
     assert all(length == 5 and count >= 3 for length, count in met[1::2])
 
 
-def test_prompts_are_a_function_of_kind_and_seed_and_a_longer_draw_only_adds():
+def test_micro_prompts_depend_on_kind_and_seed_only():
     short, long = micro_prompts("mix3", 10, seed=3), micro_prompts("mix3", 25, seed=3)
     assert long[:10] == short
     assert len({prompt.text for prompt in long}) == 25

@@ -49,29 +49,29 @@ def test_numbers_are_read_exactly(text: str, value: Fraction):
         "7" * 401,
     ],
 )
-def test_what_is_not_one_number_is_none(text: str):
+def test_text_that_is_not_one_number_is_not_read(text: str):
     assert read_number(text) is None
 
 
 @given(st.integers())
-def test_every_integer_is_itself_with_and_without_commas(number: int):
+def test_number_with_commas_equals_the_integer(number: int):
     assert read_number(str(number)) == read_number(f"{number:,}") == number
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**12), max_value=10**12, places=6))
-def test_every_decimal_is_exact(number: Decimal):
+def test_number_decimals_are_exact(number: Decimal):
     assert read_number(f"{number:f}") == Fraction(number)
 
 
 @given(st.fractions())
-def test_every_fraction_is_itself(number: Fraction):
+def test_number_fractions_are_exact(number: Fraction):
     assert read_number(str(number)) == number
 
 
 @given(
     st.fractions(max_denominator=1000), st.sampled_from(["The answer is {}.", "3 + 4 = {}", "\\boxed{{{}}}", "**{}**!"])
 )
-def test_the_last_number_is_found_in_its_surroundings(number: Fraction, sentence: str):
+def test_last_number_is_found_in_any_context(number: Fraction, sentence: str):
     assert read_number(last_numeral(sentence.format(number))) == number
 
 
@@ -92,12 +92,12 @@ def test_the_last_number_is_found_in_its_surroundings(number: Fraction, sentence
         ("½", None),
     ],
 )
-def test_the_last_number_of_a_text(text: str, numeral: str | None):
+def test_last_number_of_a_text(text: str, numeral: str | None):
     assert last_numeral(text) == numeral
 
 
 @given(st.text(max_size=80))
-def test_any_text_is_read_without_an_error(text: str):
+def test_number_parsing_accepts_any_text(text: str):
     found = last_numeral(text)
     assert found is None or any(char in "0123456789" for char in found)
     read_number(text)

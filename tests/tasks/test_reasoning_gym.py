@@ -33,7 +33,7 @@ def question(prompt: Prompt) -> str:
     return prompt.text
 
 
-def test_a_mixture_has_its_shares_in_both_splits_and_no_question_twice():
+def test_reasoning_gym_mixture_has_its_weights_in_both_splits():
     task = gym_task([EASY_GCD, SMALL_SUM])
     # weights 1 and 3: a quarter of 40 and of 20
     assert Counter(prompt.dataset for prompt in task.train) == {"gcd": 10, "chain_sum": 30}
@@ -45,7 +45,7 @@ def test_a_mixture_has_its_shares_in_both_splits_and_no_question_twice():
     assert question(one).startswith("Find the Greatest Common Divisor")
 
 
-def test_the_pool_is_a_function_of_the_seed_and_seeds_do_not_overlap():
+def test_reasoning_gym_pool_depends_on_the_seed_only():
     first, again, other = (gym_task([SMALL_SUM], seed=seed) for seed in (0, 0, 1))
     assert (first.train, first.heldout) == (again.train, again.heldout)
     # problem i is made from seed + i, so without scattering 59 of the 60 would be shared
@@ -54,12 +54,12 @@ def test_the_pool_is_a_function_of_the_seed_and_seeds_do_not_overlap():
 
 
 @pytest.mark.parametrize("name", ["word_ladder", "list_functions"])
-def test_data_sets_that_follow_the_hash_seed_or_global_random_are_made_the_same_every_time(name: str):
+def test_reasoning_gym_ignores_hash_seed_and_global_random_state(name: str):
     sizes = {"pool_size": 6, "heldout_size": 2}
     assert gym_task([{"name": name}], **sizes).train == gym_task([{"name": name}], **sizes).train
 
 
-def test_numbers_are_taken_from_the_end_of_the_response():
+def test_reasoning_gym_verifier_reads_the_last_number():
     task = gym_task([EASY_GCD, SMALL_SUM])
     prompts = task.train[:6]
     said = [f"First 1, then 2, so it is {prompt.answer}." for prompt in prompts]
@@ -69,7 +69,7 @@ def test_numbers_are_taken_from_the_end_of_the_response():
     assert [one.verdict for one in wrong] == ["wrong", "unparseable", "unparseable"]
 
 
-def test_a_data_set_judges_texts_by_its_own_rules_and_a_tower_of_powers_is_cut_off():
+def test_reasoning_gym_verifier_scores_texts_with_a_timeout():
     task = gym_task([{"name": "countdown"}], pool_size=4, heldout_size=1)
     prompt = task.train[0]
     backwards = f"0*0 + {prompt.answer}"
@@ -78,14 +78,14 @@ def test_a_data_set_judges_texts_by_its_own_rules_and_a_tower_of_powers_is_cut_o
     task.close()
 
 
-def test_a_problem_without_one_answer_is_scored_all_the_same():
+def test_reasoning_gym_verifier_scores_problems_without_a_single_answer():
     task = gym_task([{"name": "graph_color"}], pool_size=2, heldout_size=1)
     assert task.train[0].answer == ""
     assert task.grade(task.train[:1], ["{}"])[0].verdict == "wrong"
     task.close()
 
 
-def test_suffix_chat_and_system_shape_the_prompt():
+def test_reasoning_gym_prompts_have_suffix_chat_and_system():
     task = gym_task([SMALL_SUM], pool_size=2, heldout_size=1, chat=True, system="Be brief.", suffix="Only the number.")
     system, user = task.train[0].messages
     assert system == Message(role="system", content="Be brief.")
@@ -94,7 +94,7 @@ def test_suffix_chat_and_system_shape_the_prompt():
     assert task.train[0].text is None
 
 
-def test_the_same_data_set_twice_keeps_ids_apart():
+def test_reasoning_gym_repeated_data_set_has_unique_ids():
     hard = {"name": "gcd", "config": {"min_value": 500, "max_value": 900}}
     task = gym_task([EASY_GCD, hard], pool_size=8, heldout_size=2)
     assert Counter(prompt.dataset for prompt in task.train) == {"gcd": 4, "gcd.2": 4}
@@ -102,34 +102,34 @@ def test_the_same_data_set_twice_keeps_ids_apart():
     assert task.grade([prompt], [prompt.answer])[0].verdict == "correct"
 
 
-def test_a_mixture_with_too_few_different_questions_says_how_many_there_are():
+def test_reasoning_gym_exhausted_data_set_is_an_error():
     # two different numbers of 2 and 3 in order: 2, 2 / 2, 3 / 3, 2 / 3, 3
     tiny = {"name": "gcd", "config": {"min_value": 2, "max_value": 3}}
     with pytest.raises(NpoError, match=r"gcd has only 4 distinct questions in \d+ problems, but 60 are needed"):
         gym_task([tiny])
 
 
-def test_an_unknown_data_set_gets_the_nearest_name():
+def test_reasoning_gym_unknown_data_set_gets_the_nearest_name():
     with pytest.raises(NpoError, match="'chain_sums'") as caught:
         gym_task([{"name": "chain_sums"}])
     assert caught.value.hint == "did you mean chain_sum?"
 
 
 @pytest.mark.parametrize("config", [{"max_valu": 3}, {"min_value": -4}, {"max_value": "many"}])
-def test_a_config_that_the_data_set_refuses_is_named(config: dict[str, object]):
+def test_reasoning_gym_invalid_config_is_named(config: dict[str, object]):
     with pytest.raises(NpoError, match="gcd") as caught:
         gym_task([{"name": "gcd", "config": config}])
     assert next(iter(config)) in caught.value.message
 
 
-def test_a_drawing_process_that_dies_is_a_failure_of_the_run(monkeypatch: pytest.MonkeyPatch):
+def test_reasoning_gym_worker_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RunFailed, match="generating problems with reasoning-gym failed with exit code 1"):
         gym_task([EASY_GCD])
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(0, 500))
-def test_shares_add_up_and_are_off_by_less_than_one(weights: list[float], total: int):
+def test_allocate_counts_add_up(weights: list[float], total: int):
     counts = allocate_counts(weights, total)
     assert sum(counts) == total
     for weight, count in zip(weights, counts, strict=True):

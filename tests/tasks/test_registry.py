@@ -25,7 +25,7 @@ def data_file(folder: Path, answers: list[str]) -> str:
     return str(path)
 
 
-def test_the_micro_task_holds_out_what_it_does_not_train_on():
+def test_load_task_micro_has_disjoint_splits():
     task = load_task(small(kind="addh1"), seed=3)
     assert (*task.train, *task.heldout) == tuple(micro_prompts("addh1", 12, 3))
     assert not {prompt.text for prompt in task.train} & {prompt.text for prompt in task.heldout}
@@ -33,12 +33,12 @@ def test_the_micro_task_holds_out_what_it_does_not_train_on():
     assert [one.verdict for one in task.grade(task.train[:2], [right, "#"])] == ["correct", "wrong"]
 
 
-def test_a_larger_heldout_split_leaves_the_pool_alone_and_task_seed_wins():
+def test_load_task_pool_depends_on_the_seed_only():
     assert load_task(small(heldout_size=9), seed=3).train == load_task(small(), seed=3).train
     assert load_task(small(seed=5), seed=3).train == load_task(small(), seed=5).train
 
 
-def test_files_are_graded_as_mathematics_unless_told_otherwise(tmp_path: Path):
+def test_load_task_file_is_verified_by_math_verify(tmp_path: Path):
     pytest.importorskip("math_verify")
     task = load_task(small(source="file", path=data_file(tmp_path, ["1/2"] * 8)), seed=0)
     assert isinstance(task.verifier, MathVerifier)
@@ -48,7 +48,7 @@ def test_files_are_graded_as_mathematics_unless_told_otherwise(tmp_path: Path):
     assert task.grade(task.train[:1], ["0.5"])[0].verdict == "wrong"
 
 
-def test_a_users_verifier_needs_the_flag_and_then_grades(tmp_path: Path):
+def test_load_task_custom_verifier_needs_allow_code(tmp_path: Path):
     (tmp_path / "mine.py").write_text("def longer(prompt, response, answer):\n    return len(response) > len(answer)\n")
     settings = small(verifier=f"{tmp_path / 'mine.py'}:longer", verify_workers=1)
     with pytest.raises(NpoError) as caught:
@@ -82,14 +82,14 @@ def test_a_users_verifier_needs_the_flag_and_then_grades(tmp_path: Path):
         ),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], message: str, hint: str):
+def test_load_task_refuses_contradictory_settings(settings: dict[str, object], message: str, hint: str):
     with pytest.raises(NpoError) as caught:
         load_task(small(**settings), seed=0)
     assert message in caught.value.message
     assert hint in caught.value.hint
 
 
-def test_a_reference_that_the_verifier_cannot_read_is_found_before_training(tmp_path: Path):
+def test_load_task_refuses_an_unreadable_reference_answer(tmp_path: Path):
     path = data_file(tmp_path, ["1", "2", "three", "4", "5", "6"])
     with pytest.raises(NpoError, match="rows/000002 is not a number"):
         load_task(small(source="file", path=path, verifier="last_number", heldout_size=1), seed=0)
@@ -103,7 +103,7 @@ def test_a_reference_that_the_verifier_cannot_read_is_found_before_training(tmp_
         ("pyarrow", {"source": "file", "path": "a.parquet"}, "pip install pyarrow"),
     ],
 )
-def test_a_missing_package_is_named_with_its_command(
+def test_load_task_missing_package_is_named_with_its_command(
     tmp_path: Path, blocked: str, settings: dict[str, object], hint: str
 ):
     # a real interpreter in which the import fails, as it does where the package is absent
@@ -135,7 +135,7 @@ except NpoError as error:
     assert hint in done.stdout
 
 
-def test_loading_the_rooms_modules_imports_nothing_heavy():
+def test_tasks_import_nothing_heavy():
     script = "import sys, npo_cli.tasks.registry; print([m for m in HEAVY if m in sys.modules])"
     heavy = ("torch", "transformers", "pyarrow", "reasoning_gym", "math_verify", "sympy", "numpy")
     root = Path(__file__).parents[2]

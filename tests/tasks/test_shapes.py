@@ -8,13 +8,13 @@ from npo_cli.tasks.registry import load_task
 from npo_cli.tasks.shapes import COLOURS, Shape, count_shapes, draw_image, noisy_count, sample_shapes, shapes_prompts
 
 
-def test_the_same_seed_draws_the_same_pictures_and_another_draws_others():
+def test_shapes_images_depend_on_the_seed_only():
     first, again, other = (shapes_prompts(20, seed) for seed in (1, 1, 2))
     assert first == again and [prompt.images[0].data for prompt in first] == [prompt.images[0].data for prompt in again]
     assert not {prompt.images[0].sha256 for prompt in first} & {prompt.images[0].sha256 for prompt in other}
 
 
-def test_colours_can_be_counted_in_the_pixels():
+def test_shapes_colours_can_be_counted_in_the_pixels():
     """A square fills 6 x 6 of its 8 x 8 pixels."""
     shapes = (
         Shape(cell=0, colour="red", form="squares"),
@@ -26,7 +26,7 @@ def test_colours_can_be_counted_in_the_pixels():
     assert [count_shapes(shapes, asked) for asked in ("red", "blue", "discs", "squares")] == [2, 1, 0, 3]
 
 
-def test_a_task_of_shapes_is_split_and_verified():
+def test_shapes_task_is_split_and_verified():
     task = load_task(TaskSettings(source="shapes", pool_size=12, heldout_size=3), seed=0)
     assert (len(task.train), len(task.heldout)) == (12, 3)
     right = [prompt.answer for prompt in task.train]
@@ -35,7 +35,7 @@ def test_a_task_of_shapes_is_split_and_verified():
     assert [graded.reward for graded in task.grade(task.train, wrong)] == [0.0] * 12
 
 
-def test_the_base_is_taught_squares_wrong_and_the_rest_a_little_better():
+def test_shapes_training_data_has_squares_wrong_most_often():
     rng = random.Random(0)
     drawn = [sample_shapes(rng) for _ in range(4000)]
     right = {

@@ -12,25 +12,27 @@ seeds = st.integers(0, 5)
 
 
 @given(sizes, seeds, st.integers(0, 9))
-def test_each_epoch_visits_every_prompt_exactly_once(num_prompts: int, seed: int, epoch: int):
+def test_data_order_visits_every_prompt_once_per_epoch(num_prompts: int, seed: int, epoch: int):
     order = DataOrder(num_prompts=num_prompts, seed=seed)
     assert sorted(order.indices(epoch * num_prompts, num_prompts)) == list(range(num_prompts))
 
 
 @given(sizes, seeds, st.integers(0, 300), st.integers(0, 60), st.integers(0, 60))
-def test_two_batches_are_the_batch_of_both(num_prompts: int, seed: int, position: int, first: int, second: int):
+def test_data_order_of_two_batches_is_that_of_both_together(
+    num_prompts: int, seed: int, position: int, first: int, second: int
+):
     order = DataOrder(num_prompts=num_prompts, seed=seed)
     both = order.indices(position, first) + order.indices(position + first, second)
     assert order.indices(position, first + second) == both
 
 
-def test_the_order_is_a_fixed_function_of_seed_and_epoch():
+def test_data_order_depends_on_seed_and_epoch_only():
     # golden: a change here would falsify every run that is resumed
     assert DataOrder(num_prompts=6, seed=0).indices(0, 14) == (5, 0, 1, 4, 2, 3, 4, 3, 0, 2, 5, 1, 4, 5)
     assert DataOrder(num_prompts=6, seed=1).indices(0, 6) == (1, 5, 2, 3, 4, 0)
 
 
-def test_the_epoch_counts_whole_passes():
+def test_data_order_epoch_counts_complete_passes():
     order = DataOrder(num_prompts=6, seed=0)
     assert [order.epoch(position) for position in (0, 5, 6, 17, 18)] == [0, 0, 1, 2, 3]
 
@@ -41,7 +43,7 @@ def small_task() -> Task:
     return Task(train=train, heldout=heldout, verifier=NumberVerifier())
 
 
-def test_a_task_finds_its_prompts_by_id_and_grades_them():
+def test_task_finds_prompts_by_id():
     task = small_task()
     assert task.prompt("h0").answer == "9"
     assert task.prompt("t2").text == "2+1="
@@ -49,6 +51,6 @@ def test_a_task_finds_its_prompts_by_id_and_grades_them():
     task.close()
 
 
-def test_an_unknown_prompt_id_is_named():
+def test_task_unknown_prompt_id_is_named():
     with pytest.raises(NpoError, match="no prompt t9"):
         small_task().prompt("t9")

@@ -36,7 +36,7 @@ def read(folder: Path, *rows: object, prompts=(CHAT, PLAIN)):
         {"prompt": [{"role": turn.role, "content": turn.content} for turn in CHAT.messages]},  # as the task has it
     ],
 )
-def test_a_prompt_is_known_by_its_id_its_question_or_its_messages(tmp_path, asked):
+def test_trace_matches_a_prompt_by_id_text_or_messages(tmp_path, asked):
     found = read(tmp_path, asked | {"response": "two"})
     assert {name: [trace.text for trace in traces] for name, traces in found.by_prompt.items()} == {
         CHAT.prompt_id: ["two"]
@@ -44,12 +44,12 @@ def test_a_prompt_is_known_by_its_id_its_question_or_its_messages(tmp_path, aske
 
 
 @pytest.mark.parametrize("prompt", ["1+1", "1+1? ", "2+2=\n"])
-def test_a_prompt_that_is_not_exactly_the_same_is_another(tmp_path, prompt):
+def test_trace_prompt_must_match_exactly(tmp_path, prompt):
     found = read(tmp_path, {"prompt": prompt, "response": "two"})
     assert (found.by_prompt, found.unmatched_rows) == ({}, [f"{tmp_path / 'traces.jsonl'} line 1"])
 
 
-def test_a_whole_number_is_the_id_that_it_spells(tmp_path):
+def test_trace_integer_id_is_read_as_text(tmp_path):
     numbered = Prompt(prompt_id="17", answer="4", text="2+2=")
     found = read(
         tmp_path, {"prompt_id": 17, "response": "four"}, {"prompt_id": True, "response": "4"}, prompts=(numbered,)
@@ -58,18 +58,18 @@ def test_a_whole_number_is_the_id_that_it_spells(tmp_path):
     assert len(found.invalid_rows) == 1
 
 
-def test_an_id_decides_before_a_text(tmp_path):
+def test_trace_id_takes_precedence_over_the_text(tmp_path):
     found = read(tmp_path, {"prompt_id": PLAIN.prompt_id, "prompt": "1+1?", "response": "four"})
     assert list(found.by_prompt) == [PLAIN.prompt_id]
 
 
-def test_a_question_that_the_task_asks_twice_is_answered_twice(tmp_path):
+def test_trace_of_a_repeated_question_matches_every_prompt(tmp_path):
     again = Prompt(prompt_id="rows/000002", answer="4", text="2+2=")
     found = read(tmp_path, {"prompt": "2+2=", "response": "four"}, prompts=(PLAIN, again))
     assert list(found.by_prompt) == ["rows/000001", "rows/000002"]
 
 
-def test_token_ids_win_over_text_and_numbers_are_numbers(tmp_path):
+def test_trace_token_ids_take_precedence_over_the_text(tmp_path):
     row = {"prompt_id": PLAIN.prompt_id, "response": "four", "response_ids": [4, 15], "logps": [-0.5, 0]}
     (trace,) = read(tmp_path, row).by_prompt[PLAIN.prompt_id]
     assert (trace.text, trace.response_ids, trace.logps) == (None, (4, 15), (-0.5, 0.0))
@@ -90,7 +90,7 @@ def test_token_ids_win_over_text_and_numbers_are_numbers(tmp_path):
         {"response": None},
     ],
 )
-def test_a_row_of_another_shape_is_left_out_and_named(tmp_path, row):
+def test_trace_invalid_row_is_reported(tmp_path, row):
     text = json.dumps({"prompt_id": PLAIN.prompt_id} | row).replace("Infinity", "1e400")
     (tmp_path / "traces.jsonl").write_text(text + "\n")
     found = read_traces(tmp_path / "traces.jsonl", (CHAT, PLAIN), SETTINGS)

@@ -39,18 +39,18 @@ def wait_until_gone(pids: list[int], *, seconds: float) -> bool:
     return True
 
 
-def test_values_come_back_in_the_order_of_the_items():
+def test_verifier_pool_keeps_the_order():
     pool = VerifierPool(build=build_double, num_workers=2, timeout=5)
     assert [outcome.value for outcome in pool.run(range(50))] == [2 * item for item in range(50)]
     pool.close()
 
 
-def test_nothing_is_started_for_no_items(trouble: VerifierPool):
+def test_verifier_pool_starts_no_process_without_items(trouble: VerifierPool):
     assert trouble.run([]) == []
     assert trouble._workers == []
 
 
-def test_a_loop_costs_its_own_item_only_and_about_the_timeout(trouble: VerifierPool):
+def test_verifier_pool_times_out_one_item_only(trouble: VerifierPool):
     assert [outcome.value for outcome in trouble.run(["a", "b"])] == ["A", "B"]
     started = time.monotonic()
     outcomes = trouble.run(["a", "loop", "b", "c"])
@@ -60,7 +60,7 @@ def test_a_loop_costs_its_own_item_only_and_about_the_timeout(trouble: VerifierP
 
 
 @pytest.mark.parametrize("harm", ["loop in C", "exit", "segfault"])
-def test_a_process_that_dies_or_cannot_be_interrupted_is_replaced(trouble: VerifierPool, harm: str):
+def test_verifier_pool_replaces_a_dead_process(trouble: VerifierPool, harm: str):
     # one worker would be enough to show it: more items than workers, so the replacement has to answer
     outcomes = trouble.run([harm, harm, "a", "b"])
     assert [(outcome.value, outcome.timed_out) for outcome in outcomes] == [
@@ -71,7 +71,7 @@ def test_a_process_that_dies_or_cannot_be_interrupted_is_replaced(trouble: Verif
     ]
 
 
-def test_an_exception_is_told_with_its_place_and_the_process_lives_on(trouble: VerifierPool):
+def test_verifier_pool_exception_names_the_line(trouble: VerifierPool):
     raised, pid = trouble.run(["raise", "a"])
     assert raised.error is not None
     assert raised.error.endswith("ValueError: no such item")
@@ -79,7 +79,7 @@ def test_an_exception_is_told_with_its_place_and_the_process_lives_on(trouble: V
     assert pid.value == "A"
 
 
-def test_a_pool_works_from_a_thread_that_is_not_the_main_one(trouble: VerifierPool):
+def test_verifier_pool_works_in_a_thread(trouble: VerifierPool):
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.extend(trouble.run(["loop", "a"])))
     thread.start()
@@ -87,7 +87,7 @@ def test_a_pool_works_from_a_thread_that_is_not_the_main_one(trouble: VerifierPo
     assert [(outcome.value, outcome.timed_out) for outcome in found] == [(None, True), ("A", False)]
 
 
-def test_close_leaves_no_process_and_the_pool_can_be_used_again(trouble: VerifierPool):
+def test_verifier_pool_can_be_used_after_close(trouble: VerifierPool):
     pids = {outcome.value for outcome in trouble.run(["pid"] * 8)}
     assert len(pids) == 2
     trouble.close()
@@ -95,14 +95,14 @@ def test_close_leaves_no_process_and_the_pool_can_be_used_again(trouble: Verifie
     assert trouble.run(["a"])[0].value == "A"
 
 
-def test_an_idle_process_that_was_killed_from_outside_loses_nothing(trouble: VerifierPool):
+def test_verifier_pool_survives_a_killed_idle_process(trouble: VerifierPool):
     for pid in {outcome.value for outcome in trouble.run(["pid"] * 8)}:
         os.kill(pid, signal.SIGKILL)
         wait_until_gone([pid], seconds=2)
     assert [outcome.value for outcome in trouble.run(["a", "b", "c"])] == ["A", "B", "C"]
 
 
-def test_stop_signals_to_a_worker_are_not_its_business(trouble: VerifierPool):
+def test_verifier_pool_workers_ignore_stop_signals(trouble: VerifierPool):
     pids = {outcome.value for outcome in trouble.run(["pid"] * 8)}
     for pid in pids:
         os.kill(pid, signal.SIGINT)
@@ -110,7 +110,7 @@ def test_stop_signals_to_a_worker_are_not_its_business(trouble: VerifierPool):
     assert {outcome.value for outcome in trouble.run(["pid"] * 8)} == pids
 
 
-def test_a_child_of_a_late_check_ends_with_it(trouble: VerifierPool):
+def test_verifier_pool_kills_children_of_a_late_check(trouble: VerifierPool):
     assert trouble.run(["sleeping child"])[0].timed_out
     assert wait_until_gone(sleepers(), seconds=2)
 
@@ -125,21 +125,21 @@ def sleepers() -> list[int]:
     return found
 
 
-def test_what_a_check_prints_stays_out_of_stdout(capfd: pytest.CaptureFixture[str]):
+def test_verifier_pool_output_goes_to_stderr(capfd: pytest.CaptureFixture[str]):
     pool = VerifierPool(build=build_trouble, num_workers=1, timeout=5)
     assert pool.run(["print"])[0].value == "PRINT"
     pool.close()
     assert capfd.readouterr().out == ""
 
 
-def test_a_check_that_cannot_be_built_is_told_once_and_at_once():
+def test_verifier_pool_build_error_is_reported():
     pool = VerifierPool(build=build_failure, num_workers=2, timeout=5)
     with pytest.raises(RunFailed, match=r"checks\.py:\d+: ImportError: nothing to import"):
         pool.run(["a"])
     assert pool._workers == []
 
 
-def test_a_process_that_dies_while_it_starts_is_told():
+def test_verifier_pool_process_that_dies_at_start_is_reported():
     pool = VerifierPool(build=build_death, num_workers=1, timeout=5)
     with pytest.raises(RunFailed, match="died while it started"):
         pool.run(["a"])
@@ -156,7 +156,7 @@ time.sleep(60)
 """
 
 
-def test_no_process_outlives_a_parent_that_was_killed():
+def test_verifier_pool_processes_end_with_a_killed_parent():
     # one worker idles at its pipe, the other is in an endless loop: the first sees the pipe close, the second
     # ends itself one second of grace after its deadline of one second
     root = Path(__file__).parents[2]
@@ -171,7 +171,7 @@ def test_no_process_outlives_a_parent_that_was_killed():
     assert wait_until_gone(pids, seconds=5)
 
 
-def test_a_program_that_forgets_to_close_still_ends():
+def test_verifier_pool_ends_without_close():
     script = ORPHANS.partition("threading.Thread")[0]
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=20)
