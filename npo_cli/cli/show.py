@@ -23,7 +23,7 @@ def show(
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the last N rows.")] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Print a run's metrics, rollouts, guides, lineage or costs.
+    """Print metrics, rollouts, guides, lineage or costs.
 
     rollouts and groups show the newest step, unless --step or --prompt is given. `rollouts --prompt ID` shows one
     prompt's groups at every step, on the branch and its ancestors.

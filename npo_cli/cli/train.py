@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.checks import resolve_last_step
-from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, RecipeArg, UntilOpt
+from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, UntilOpt
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import escape_for_terminal, print_status
 from npo_cli.distributed.process_group import current_group
@@ -16,13 +16,9 @@ from npo_cli.errors import NpoError, quote_path
 RUNS_FOLDER = Path("runs")
 """Where run directories without a given name are created."""
 
-RunAndOverridesArg = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[RUN] [KEY=VALUE]",
-        help="New run directory [default: runs/RECIPE-N], then settings such as train.lr=3e-4.",
-        show_default=False,
-    ),
+NewRunArg = Annotated[
+    str | None,
+    typer.Argument(metavar="RUN", help="New run directory. [default: runs/RECIPE-N]", show_default=False),
 ]
 RunOpt = Annotated[
     Path | None,
@@ -33,9 +29,10 @@ AutonpoOpt = Annotated[bool, typer.Option("--autonpo", help="Train with AutoNPO,
 
 def train(
     recipe: RecipeArg,
-    arguments: RunAndOverridesArg = None,
+    run: NewRunArg = None,
+    overrides: OverridesArg = None,
     *,
-    run: RunOpt = None,
+    run_option: RunOpt = None,
     method: MethodOpt = None,
     until: UntilOpt = None,
     autonpo: AutonpoOpt = False,
@@ -49,8 +46,9 @@ def train(
     from npo_cli.config.loading import load_recipe
     from npo_cli.storage.layout import check_unused
 
-    given, overrides = split_arguments(arguments or (), run=run)
-    resolved = load_recipe(recipe, overrides, method=method)
+    positional = [*([] if run is None else [run]), *(overrides or ())]
+    given, settings = split_arguments(positional, run=run_option)
+    resolved = load_recipe(recipe, settings, method=method)
 
     def find_run_directory() -> Path:
         root = given or choose_run_directory(recipe)
