@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -63,7 +62,7 @@ class StaleEngine(CopyEngine):
         self.version = version
 
 
-AVAILABLE = [name for name in ENGINES.names() if name == "transformers" or find_spec("vllm")]
+AVAILABLE = [name for name in ENGINES.names() if ENGINES.get(name).status({}).is_available]
 
 
 @pytest.fixture(autouse=True)
