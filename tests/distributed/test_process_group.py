@@ -6,7 +6,7 @@ import pytest
 
 from npo_cli.distributed.process_group import ProcessGroup, current_group, describe_fault, on_main_rank
 from npo_cli.errors import NpoError, RunFailed
-from tests.helpers.torchrun import run
+from tests.helpers.torchrun import launch_job, run
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,13 @@ def test_process_group_map_error_of_one_rank_is_raised_by_all(outcomes):
     of_rank_0, of_rank_1 = outcomes["map error"]
     assert of_rank_0 == "rank 1 failed in `fail`: ValueError: unlucky"
     assert of_rank_1 == "unlucky"
+
+
+def test_process_group_reports_a_rank_that_fails_alone(tmp_path):
+    log = tmp_path / "log"
+    with launch_job("fail", log=log, module="tests.helpers.group_worker") as job:
+        assert job.wait(60) == 1
+    assert "RunFailed: rank 1 failed in `work` of step 3: ValueError: unlucky" in log.read_text()
 
 
 def test_on_main_rank_raises_the_error_on_all_ranks(outcomes):

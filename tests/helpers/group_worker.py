@@ -49,10 +49,22 @@ def try_collectives(folder: Path) -> dict[str, object]:
     return {name: group.gather(value, phase="report") for name, value in outcome.items()}
 
 
+def fail_alone() -> None:
+    """Rank 1 fails while rank 0 waits for it."""
+    group = current_group()
+    group.context = "step 3"
+    with group.phase("work"):
+        if group.rank == 1:
+            raise ValueError("unlucky")
+        group.gather(None, phase="wait")
+
+
 if __name__ == "__main__":
     launch = read_launch_info()
     assert launch is not None, "torchrun sets the environment"
     with join_job(launch) as joined:
+        if sys.argv[1] == "fail":
+            fail_alone()
         outcomes = try_collectives(Path(sys.argv[1]))
         if joined.is_main:
             sys.stdout.write(json.dumps(outcomes) + "\n")
