@@ -220,7 +220,7 @@ class LaunchedGroup(ProcessGroup):
                 self._store.wait(["npo/reported"], timedelta(seconds=REPORT_SECONDS))
 
     def leave(self) -> None:
-        """All ranks are done: nobody closes a connection that another one still needs."""
+        """Wait until all ranks are done: none closes a connection that another one still needs."""
         import torch.distributed as dist
 
         with suppress(dist.DistError):

@@ -66,7 +66,7 @@ def list_later_checkpoints(run: RunDir, learner: Learner) -> list[Checkpoint]:
 
 
 def find_data_position(run: RunDir, branch: str, step: int) -> int:
-    """The data cursor after `step`, from the metrics of the branch that made that step."""
+    """The data position after `step`, from the metrics of the branch that has that step."""
     if step == 0:
         return 0
     for name, first, last in ancestry(run, branch):

@@ -69,7 +69,7 @@ def test_sync_check_rows_with_images_use_the_full_vocabulary_on_every_rank(untau
     )
     for found, expected, never in zip(answers, whole, restrained, strict=True):
         assert found == pytest.approx(expected.logps_T.tolist(), abs=1e-5)
-        # of 30 tokens the two that are never written have some part of the law
+        # The two suppressed tokens of 30 have some probability.
         assert max(abs(expected.logps_T - never.logps_T)) > 0.01
 
 
@@ -81,7 +81,7 @@ def test_autonpo_decisions_of_two_processes_equal_one(tmp_path):
     assert [(move.event, move.state.branch, move.step) for move in double] == [
         (move.event, move.state.branch, move.step) for move in single
     ]
-    # The scout's answers were taken as a guide, and the base was trained again with them.
+    # The first steps became a guide, and the base was trained again with it.
     assert "replay_done" in {move.event for move in double}
     tokens = [compute_run_costs(open_run(tmp_path / name), "early").tokens for name in ("single", "double")]
     assert tokens[0] == tokens[1] > 0
@@ -91,7 +91,7 @@ def test_mixed_precision_of_two_processes_differs_by_rounding_only(tmp_path):
     mixed = "model.compute_dtype=bfloat16"
     train(tmp_path / "single", mixed)
     run("train", "micro", str(tmp_path / "double"), *TINY, mixed, log=tmp_path / "log")
-    # The first step has the same weights; bfloat16 keeps 8 bits, and a norm adds up what many of them cut off.
+    # The first step has the same weights; bfloat16 has 8 bits, and a norm sums many rounding errors.
     first = [metrics(tmp_path / name)[0] for name in ("double", "single")]
     assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=0.1)
     assert all(row["mismatch/abs_log_w_p99"] < 0.2 for row in metrics(tmp_path / "double"))
@@ -130,7 +130,7 @@ def test_a_hung_rank_ends_the_job_at_the_deadline(tmp_path):
         os.kill(ranks[1], signal.SIGSTOP)
         stopped = time.monotonic()
         assert job.wait(120) == 1
-        # Not before the deadline; then a few seconds of asking around and of torchrun's patience.
+        # Not before the deadline; then a few seconds for the ranks' reports and torchrun's shutdown.
         assert time.monotonic() - stopped >= 15
     assert "error: rank 1 did not finish `" in log.read_text()
     assert "within 15 s" in log.read_text()
@@ -170,7 +170,7 @@ def test_bad_input_is_reported_once_and_nothing_is_written(overrides, message, t
 def test_a_vllm_server_receives_the_gathered_weights(tmp_path: Path):
     engine = ("engine.kind=vllm_server", "model.dtype=float32")
     run("train", "micro", str(tmp_path / "run"), *TINY, *engine, log=tmp_path / "log")
-    # Each sync was proved: trainer and server score one probe alike, or the run ends.
+    # Each sync was verified: trainer and server score the check rows equally, or the run ends.
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 

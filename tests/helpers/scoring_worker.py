@@ -1,6 +1,6 @@
-"""A process of a job that torchrun started in a test: rank 0 has rows scored by all, and says what they said.
+"""One rank of a job that torchrun started in a test: all ranks score the same rows, rank 0 prints the result.
 
-Alone the shared engine is asked; with a folder the vision-language model in it, over its whole vocabulary.
+Without arguments by the split engine; with a folder by its vision-language model, over the full vocabulary.
 """
 
 import json
