@@ -1,4 +1,4 @@
-"""What can be added to the package from outside, by name: engines, verifiers, tasks and trackers.
+"""What can be added to the package from outside, by name: engines, verifiers, tasks, trackers, guide sources.
 
 One `Registry` per kind. The package's own classes are listed in it as `module:Class`, the form of an entry point; those
 of other packages are declared as entry points of its group, in their pyproject.toml:
@@ -114,5 +114,21 @@ TRACKERS = Registry(
         "tensorboard": "npo_cli.training.tracking:TensorboardTracker",
         "wandb": "npo_cli.training.tracking:WandbTracker",
         "trackio": "npo_cli.training.tracking:TrackioTracker",
+    },
+)
+GUIDE_SOURCES = Registry(
+    kind="guide source",
+    setting="--source",
+    group="npo.guide_sources",
+    built_in={
+        "checkpoint": "npo_cli.guides.sources.checkpoint:CheckpointSource",
+        "self": "npo_cli.guides.sources.checkpoint:SelfSource",
+        "base": "npo_cli.guides.sources.checkpoint:BaseSource",
+        "past": "npo_cli.guides.sources.own_history:OwnHistorySource",
+        "run": "npo_cli.guides.sources.external_model:OtherRunSource",
+        "model": "npo_cli.guides.sources.external_model:ExternalModelSource",
+        "endpoint": "npo_cli.guides.sources.openai_endpoint:EndpointSource",
+        "file": "npo_cli.guides.sources.trace_file:TraceFileSource",
+        "extrapolated": "npo_cli.guides.sources.extrapolated:ExtrapolatedSource",
     },
 )

@@ -1,6 +1,6 @@
 """Time sampling from two models against sampling from each of them, on one run's model and prompts.
 
-    python recipes/extrapolation.py RUN --push logits:20:1 --at 80 --prompts 16 --k 8 --repeats 9
+    python recipes/extrapolation.py RUN --source extrapolated:logits,k=20,a=1 --at 80 --prompts 16 --k 8 --repeats 9
 
 With --cpu the process's own seconds count instead of the clock's: on a CPU that other work shares they are steadier.
 The three take turns (A B C A B C ...), so that a machine that slows down slows all. What is compared is seconds a token
@@ -17,16 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from npo_cli.config.loading import recipe_from_dict
-from npo_cli.extrapolation.sampler import (
-    ExtrapolatedSampler,
-    find_extrapolation,
-    load_older_policy,
-    open_extrapolated_sampler,
-)
-from npo_cli.extrapolation.spec import parse_extrapolation
+from npo_cli.guides.registry import create_source, parse_spec
+from npo_cli.guides.source import ReplayTarget
+from npo_cli.guides.sources.extrapolated import ExtrapolatedSampler
 from npo_cli.inference.base import Engine
 from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy.extrapolated import ExtrapolatedPolicy
+from npo_cli.session.learner import find_learner
 from npo_cli.session.session import Session, build_session, open_policy, open_task, sample_groups
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
@@ -90,7 +87,7 @@ def main() -> None:
     """Read the command line, measure, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--push", default="logits:20:1")
+    parser.add_argument("--source", default="extrapolated:logits,k=20,a=1")
     parser.add_argument("--at", type=int, required=True)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--k", type=int, default=8)
@@ -102,14 +99,11 @@ def main() -> None:
     recipe = recipe_from_dict(run.read_recipe(branch))
     task = open_task(recipe)
     policy = open_policy(recipe, task, find_checkpoint(run, branch, given.at))
-    motion = find_extrapolation(
-        run, branch, parse_extrapolation(given.push), step=given.at, every=recipe.train.save_every
-    )
-    if motion is None:
-        parser.error("there is no older copy so far back")
+    learner = find_learner(run, at=given.at, branch=branch, overrides=())
+    source = create_source(parse_spec(given.source), ReplayTarget(run=run, learner=learner))
     with closing(task), closing(build_session(run, recipe, task=task, policy=policy)) as session:
-        ahead = open_extrapolated_sampler(session, motion, older=load_older_policy(session, motion))
-        print("\n".join(table(measure_engines(session, ahead, given))))
+        source.open(session)
+        print("\n".join(table(measure_engines(session, source.sampler, given))))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,15 @@ from npo_cli.autonpo.controller import (
 )
 from npo_cli.autonpo.probe import find_rollback_candidates, run_probe, start_probe
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.guides.build_cache import CacheBuild, describe_sampling, fill_cache
-from npo_cli.guides.source import PromptResponses
+from npo_cli.guides.build_cache import fill_cache, new_cache_info
+from npo_cli.guides.registry import make_spec
+from npo_cli.guides.source import PromptResponses, ReplayTarget
 from npo_cli.guides.sources.checkpoint import CheckpointSource
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.rollout.mistake_pool import stratify_failed_prompts
 from npo_cli.scoring.quality import cluster_interval
 from npo_cli.seeds import derive_seed
-from npo_cli.session.learner import find_data_position
+from npo_cli.session.learner import Learner, find_data_position
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint
@@ -152,17 +153,19 @@ def read_probe_rollouts(session: Session, state: AutoNPOState, current: Checkpoi
 
 def build_guides(session: Session, request: GuideRequest) -> Generator[Progress, None, GuideBuilt]:
     """Fill the cache; one that is complete already is only read."""
-    info = choose_cache_name(session.run, _cache_info(session, request))
+    learner = Learner(recipe=session.recipe, branch=request.branch, checkpoint=request.learner)
+    target = ReplayTarget(run=session.run, learner=learner, steps=request.num_steps)
+    source = CheckpointSource(make_spec("checkpoint", {"step": request.guide.step}), target)
+    source.checkpoint, source.prior_rollouts = request.guide, request.probe_rollouts
+    source.open(session)
+    info = new_cache_info(source, request.name, num_prompts=len(request.prompts))
+    first = f"probe {session.recipe.autonpo.probe.samples_per_prompt}, then "
+    info = choose_cache_name(session.run, replace(info, sampling=first + info.sampling))
     folder = session.run.guide_folder(info.name)
-    load_checkpoint(session.policy, request.guide)
     if cache_info_path(folder).exists() and read_cache_info(folder).complete:
         done = read_cache_info(folder)
     else:
-        cache = CacheBuild(info=info, store=open_guide_cache(session.run, info))
-        source = CheckpointSource(
-            session=session, learner=request.learner, guide=request.guide, prior_rollouts=request.probe_rollouts
-        )
-        yield from fill_cache(session, cache, request.prompts, source=source)
+        yield from fill_cache(source, info, open_guide_cache(session.run, info), request.prompts)
         done = finish_guide_cache(session.run, info)
     return GuideBuilt(
         guide=done.name,
@@ -187,24 +190,6 @@ def choose_cache_name(run: RunDir, info: GuideCacheInfo) -> GuideCacheInfo:
         if not path.exists() or cache_identity(read_cache_info(path.parent)) == cache_identity(named):
             return named
         number += 1
-
-
-def _cache_info(session: Session, request: GuideRequest) -> GuideCacheInfo:
-    return GuideCacheInfo(
-        name=request.name,
-        run_id=session.run.run_id,
-        branch=request.branch,
-        learner_step=request.learner.step,
-        guide_step=request.guide.step,
-        guide_digest=request.guide.digest,
-        num_steps=request.num_steps,
-        tokenizer_digest=session.policy.tokenizer_digest,
-        sampling=f"probe {session.recipe.autonpo.probe.samples_per_prompt}, then {describe_sampling(session.recipe)}",
-        num_prompts=len(request.prompts),
-        num_prompts_with_rollouts=0,
-        num_samples=0,
-        num_tokens=0,
-    )
 
 
 # ROLLBACK

@@ -66,7 +66,7 @@ COMMANDS = {
         function=score_sources, group=WORKFLOW, example="npo score-sources runs/first --at 40 --source past"
     ),
     "sample-guide": Command(
-        function=sample_guide, group=WORKFLOW, example="npo sample-guide runs/first --at 40 --guide 80 --name late"
+        function=sample_guide, group=WORKFLOW, example="npo sample-guide runs/first --at 40 --source 80 --name late"
     ),
     "resume": Command(
         function=resume, group=WORKFLOW, example="npo resume runs/first --at 40 --guide late --new-branch late"

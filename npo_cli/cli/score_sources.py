@@ -17,7 +17,7 @@ CandidatesOpt = Annotated[
 ]
 SourcesOpt = Annotated[
     list[str] | None,
-    typer.Option("--source", metavar="KIND[=WHAT]", help="One more source, of the list above; may be repeated."),
+    typer.Option("--source", metavar="SPEC", help="One more guide source; may be repeated."),
 ]
 
 
@@ -36,14 +36,13 @@ def score_sources(
 ) -> None:
     """Compare past, futures and teachers by S = Q/V.
 
-    The learner itself and its later steps are always compared. --source adds: past (what it once got right), base (step
-    0), extrapolated=SPACE:K:A (the learner pushed along its own motion; logits:20,40:1,2 is a grid of four),
-    model=FOLDER_OR_HUB_ID, run=OTHER_RUN[:BRANCH], file=TRACES, endpoint=NAME@http://127.0.0.1:8000/v1.
+    The learner itself and its later steps are always compared. --source SPEC adds one more, in the form that npo
+    sample-guide --help lists.
     """
     chosen = None if candidates is None else parse_steps(candidates)
     load_run_recipe(run, overrides, branch=branch)
 
-    from npo_cli.guides.score import parse_source_specs
+    from npo_cli.guides.registry import parse_spec
     from npo_cli.guides.score import score_sources as scored
 
     records = scored(
@@ -51,7 +50,7 @@ def score_sources(
         at=at,
         candidates=chosen,
         far=far,
-        sources=[ask for text in source or () for ask in parse_source_specs(text)],
+        sources=[parse_spec(text) for text in source or ()],
         branch=branch,
         figure=figure,
         overrides=overrides or (),

@@ -3,13 +3,11 @@
 `guide.source=extrapolated` turns them on during training; see `docs/explanation/extrapolated-guides.md`.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from npo_cli.config.base import FORK, Count, Settings
-
-Strength = Annotated[float, Field(gt=0)]
 
 
 class ExtrapolationSettings(Settings):
@@ -41,43 +39,3 @@ class ExtrapolationSettings(Settings):
         json_schema_extra=FORK,
     )
     slots: Count = Field(2, description="sample: slots per group for the extrapolated policy.", json_schema_extra=FORK)
-    refresh: int = Field(
-        0,
-        ge=0,
-        description="Steps between searches for the k and a with the highest S (0: off).",
-        json_schema_extra=FORK,
-    )
-    k_grid: tuple[Count, ...] = Field(
-        (20, 40), min_length=1, description="refresh: candidate values of k.", json_schema_extra=FORK
-    )
-    a_grid: tuple[Strength, ...] = Field(
-        (1.0, 2.0), min_length=1, description="refresh: candidate values of a.", json_schema_extra=FORK
-    )
-    prompts: Count = Field(
-        24, description="refresh: number of recently failed prompts per candidate.", json_schema_extra=FORK
-    )
-    confidence: float = Field(
-        0.8,
-        gt=0,
-        lt=1,
-        description="refresh: one-sided confidence that Q_net > 0; without it the guide is not used.",
-        json_schema_extra=FORK,
-    )
-    max_kl: float = Field(
-        4.0,
-        gt=0,
-        description="refresh: reject candidates with per-sequence KL to the policy above this (nats).",
-        json_schema_extra=FORK,
-    )
-
-    @model_validator(mode="after")
-    def _grids_are_sets(self) -> "ExtrapolationSettings":
-        for key in ("k_grid", "a_grid"):
-            if len(set(getattr(self, key))) < len(getattr(self, key)):
-                raise ValueError(f"extrapolation.{key} contains a value twice")
-        return self
-
-    @property
-    def lags(self) -> tuple[int, ...]:
-        """Every k that may be in use."""
-        return (self.k, *self.k_grid) if self.refresh else (self.k,)

@@ -333,9 +333,9 @@ class Recipe(Settings):
         if not self.uses_motion:
             return self
         extrapolation, train = self.extrapolation, self.train
-        if train.save_every > min(extrapolation.lags):
+        if train.save_every > extrapolation.k:
             raise ValueError(
-                f"the older checkpoint of extrapolation.k lies {min(extrapolation.lags)} steps back: "
+                f"the older checkpoint of extrapolation.k lies {extrapolation.k} steps back: "
                 f"train.save_every must be at most that, got {train.save_every}"
             )
         if extrapolation.mode == "sample" and extrapolation.slots >= train.group_size:

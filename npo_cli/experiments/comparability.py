@@ -121,9 +121,9 @@ def _author(info: GuideCacheInfo) -> str:
 
     A file, or another run, is another one for each seed.
     """
-    if info.source == "checkpoint":
+    if info.source.name == "checkpoint":
         return str(info.guide_step)
-    return info.source if info.source in ("run", "file") else f"{info.source} {info.origin}".rstrip()
+    return info.source.name if info.source.name in ("run", "file") else info.source.text
 
 
 def describe_autonpo(place: RunBranch) -> str:

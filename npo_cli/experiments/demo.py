@@ -5,8 +5,8 @@ from pathlib import Path
 
 from npo_cli.config.loading import load_recipe
 from npo_cli.errors import quote_path
-from npo_cli.guides.registry import SourceSpec
-from npo_cli.guides.sample_guide import build_guide_cache
+from npo_cli.guides.build_cache import build_guide_cache
+from npo_cli.guides.registry import make_spec
 from npo_cli.guides.score import score_run
 from npo_cli.report.plotting import plot_accuracy_curves
 from npo_cli.report.show import THRESHOLDS
@@ -58,15 +58,12 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
             best = record.step
         yield record
 
-    yield Notice(message=f"4/5 npo sample-guide {quote_path(out)} --guide {best} --at {at} --name {GUIDE}")
+    yield Notice(message=f"4/5 npo sample-guide {quote_path(out)} --source {best} --at {at} --name {GUIDE}")
     yield from build_guide_cache(
         out,
-        spec=SourceSpec(guide_step=best),
+        spec=make_spec("checkpoint", {"step": best}),
         at=at,
         name=GUIDE,
-        branch=None,
-        steps=None,
-        overrides=(),
     )
 
     yield Notice(message=f"5/5 npo resume {quote_path(out)} --at {at} --guide {GUIDE}")

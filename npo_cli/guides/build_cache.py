@@ -1,102 +1,159 @@
-"""A guide cache being filled: ask an author, verify, choose, write; killed anywhere, it goes on."""
+"""`npo sample-guide`: sample a guide source on the prompts of a replay, verify, and keep responses in a guide cache.
+
+Prompts are sampled in rounds of `guide.cache.samples_per_round` until one response is correct or
+`guide.cache.samples_per_prompt` were drawn. Stopping at the first success leaves the distribution of the kept response,
+g(. | correct), unchanged and saves most of the tokens where the guide is good. Interrupted at any time, it is resumed
+by the same command.
+"""
 
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from npo_cli.config.recipe import Recipe
-from npo_cli.guides.source import GuideSource, PromptResponses
+from npo_cli.config.guides import GuideCacheSettings
+from npo_cli.guides.registry import create_source
+from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, open_source
 from npo_cli.seeds import derive_seed
-from npo_cli.session.session import Session
+from npo_cli.session.learner import find_learner, list_replay_prompts
+from npo_cli.session.session import open_task_and_policy
 from npo_cli.storage.costs import append_cost
-from npo_cli.storage.guide_cache import GuideCacheWriter, QueriedPrompt
-from npo_cli.types.guides import GuideCacheInfo, GuideRollout
-from npo_cli.types.rollouts import Progress, Prompt, Rollout
+from npo_cli.storage.guide_cache import GuideCacheWriter, QueriedPrompt, finish_guide_cache, open_guide_cache
+from npo_cli.storage.layout import open_run, validate_name
+from npo_cli.storage.lock import lock_run
+from npo_cli.types.guides import GuideCacheInfo, GuideRollout, SourceSpec
+from npo_cli.types.rollouts import Notice, Progress, Prompt, Rollout
 
 CHUNK_PROMPTS = 64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheBuild:
-    """A guide cache being filled."""
+def build_guide_cache(
+    root: Path,
+    *,
+    spec: SourceSpec,
+    at: int | None,
+    name: str | None = None,
+    branch: str | None = None,
+    steps: int | None = None,
+    overrides: Sequence[str] = (),
+) -> Iterator[Progress | Notice | GuideCacheInfo]:
+    """Fill the guide cache `name`, or finish it."""
+    run = open_run(root)
+    learner = find_learner(run, at=at, branch=branch, overrides=overrides)
+    source = create_source(spec, ReplayTarget(run=run, learner=learner, steps=steps))
+    num_steps = source.num_steps
+    name = validate_name(name or f"{learner.branch}-{learner.step}-by-{source.default_label}")
+    with (
+        lock_run(run),
+        open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),
+        open_source(source, task=task, policy=policy) as session,
+    ):
+        prompts = list_replay_prompts(session, learner, num_steps)
+        early = source.warnings()
+        yield from warning_notices(early)
+        info = new_cache_info(source, name, num_prompts=len(prompts))
+        writer = open_guide_cache(run, info)
+        yield from fill_cache(source, info, writer, prompts)
+        yield from warning_notices(warning for warning in source.warnings() if warning not in early)
+        yield finish_guide_cache(run, info, is_external=source.is_external)
 
-    info: GuideCacheInfo
-    store: GuideCacheWriter
+
+def warning_notices(warnings: Iterable[str]) -> Iterator[Notice]:
+    """Warnings of a source."""
+    return (Notice(message=warning, level="warning") for warning in warnings)
 
 
-def describe_sampling(recipe: Recipe) -> str:
-    """How the answers were drawn and kept: samples, rounds, choice, and what differs from one correct answer each."""
-    settings = recipe.guide
-    heat = "" if settings.cache.temperature is None else f", temperature {settings.cache.temperature}"
-    more = (
-        "" if settings.cache.max_responses_per_prompt == 1 else f", {settings.cache.max_responses_per_prompt} a prompt"
+def new_cache_info(source: GuideSource, name: str, *, num_prompts: int) -> GuideCacheInfo:
+    """What a cache is, before it has any response; `source` is open."""
+    run, learner, session = source.target.run, source.target.learner, source.session
+    return GuideCacheInfo(
+        name=name,
+        run_id=run.run_id,
+        branch=learner.branch,
+        learner_step=learner.step,
+        source=source.spec,
+        guide_step=source.guide_step,
+        guide_digest=source.digest,
+        num_steps=source.num_steps,
+        tokenizer_digest=session.policy.tokenizer_digest,
+        sampling=describe_sampling(learner.recipe.guide.cache),
+        num_prompts=num_prompts,
+        num_prompts_with_rollouts=0,
+        num_samples=0,
+        num_tokens=0,
+        guide_training_tokens=source.guide_training_tokens,
+        older_step=source.older_step,
     )
-    least = "" if settings.cache.min_correct == 1 else f", at least {settings.cache.min_correct} correct"
-    every = "" if settings.cache.keep == "correct" else ", wrong ones too"
-    rounds = f"{settings.cache.samples_per_prompt} by {settings.cache.samples_per_round}"
-    return f"{rounds}, {settings.cache.select}{heat}{more}{least}{every}"
+
+
+def describe_sampling(settings: GuideCacheSettings) -> str:
+    """How responses are sampled and selected, as part of a cache's identity: `8 by 2, random`."""
+    parts = [f"{settings.samples_per_prompt} by {settings.samples_per_round}", settings.select]
+    if settings.temperature is not None:
+        parts.append(f"temperature {settings.temperature}")
+    if settings.max_responses_per_prompt > 1:
+        parts.append(f"{settings.max_responses_per_prompt} per prompt")
+    if settings.min_correct > 1:
+        parts.append(f"at least {settings.min_correct} correct")
+    if settings.keep == "all":
+        parts.append("wrong ones too")
+    return ", ".join(parts)
 
 
 def fill_cache(
-    session: Session, cache: CacheBuild, prompts: Sequence[Prompt], *, source: GuideSource
+    source: GuideSource, info: GuideCacheInfo, writer: GuideCacheWriter, prompts: Sequence[Prompt]
 ) -> Iterator[Progress]:
-    """Ask, verify and keep, a chunk of prompts at a time; each chunk is written before the next is drawn."""
-    done = cache.store.read_queried_prompts().keys()
-    num_found = len(cache.store.read_rollouts())
+    """Sample, verify and select, a chunk of prompts at a time; each chunk is written before the next is sampled."""
+    done = writer.read_queried_prompts().keys()
+    num_solved = len(writer.read_rollouts())
+    label = info.source.name if info.guide_step is None else info.guide_step
     for start in range(0, len(prompts), CHUNK_PROMPTS):
-        # A chunk cut short is asked again whole: in the same company every figure comes out the same.
+        # An interrupted chunk is sampled again as a whole: the batch, and thus every number, is the same.
         chunk = prompts[start : start + CHUNK_PROMPTS]
         if all(prompt.prompt_id in done for prompt in chunk):
             continue
-        yield Progress(description="sample guide", done=start, total=len(prompts), note=f"{num_found} answered")
+        yield Progress(description="sample guide", done=start, total=len(prompts), note=f"{num_solved} solved")
         started = time.perf_counter()
-        answers = source.sample(chunk)
-        found = select_responses(session, answers, source=source, cache=cache)
-        ledger = [_ledger_line(entry) for entry in answers]
-        num_tokens = sum(line.num_tokens for line in ledger)
+        responses = source.sample(chunk)
+        rollouts = select_responses(source, responses, label=label)
+        num_tokens = sum(entry.num_tokens for entry in responses)
         append_cost(
-            session.run,
+            source.target.run,
             "guide_cache",
-            branch=cache.info.branch,
-            step=cache.info.learner_step,
-            artifact=cache.store.folder,
+            branch=info.branch,
+            step=info.learner_step,
+            artifact=writer.folder,
             piece=chunk[0].prompt_id,
             tokens=num_tokens,
             forwards=num_tokens * source.forwards_per_token,
             seconds=time.perf_counter() - started,
         )
-        for trajectory in found:
-            cache.store.add_rollout(trajectory)
-        num_found += len({trajectory.prompt_id for trajectory in found})
-        for line in ledger:
-            cache.store.add_queried_prompt(line)
-    yield Progress(description="sample guide", done=len(prompts), total=len(prompts), note=f"{num_found} answered")
-
-
-def _ledger_line(entry: PromptResponses) -> QueriedPrompt:
-    return QueriedPrompt(
-        prompt_id=entry.prompt.prompt_id,
-        num_sampled=entry.num_sampled,
-        num_correct=entry.num_correct,
-        num_tokens=entry.num_tokens,
-    )
+        for rollout in rollouts:
+            writer.add_rollout(rollout)
+        num_solved += len({rollout.prompt_id for rollout in rollouts})
+        for entry in responses:
+            writer.add_queried_prompt(
+                QueriedPrompt(
+                    prompt_id=entry.prompt.prompt_id,
+                    num_sampled=entry.num_sampled,
+                    num_correct=entry.num_correct,
+                    num_tokens=entry.num_tokens,
+                )
+            )
+    yield Progress(description="sample guide", done=len(prompts), total=len(prompts), note=f"{num_solved} solved")
 
 
 def select_responses(
-    session: Session, asked: Sequence[PromptResponses], *, source: GuideSource, cache: CacheBuild
+    source: GuideSource, responses: Sequence[PromptResponses], *, label: int | str
 ) -> list[GuideRollout]:
-    """The best answers of each prompt by guide.cache.select, up to max_responses_per_prompt, with their "
-    "log-probabilities."""
-    info = cache.info
-    label = info.source if info.guide_step is None else info.guide_step
-    ordered = rank_responses(session, asked, source=source, label=label)
-    chosen = [
+    """The first guide.cache.max_responses_per_prompt responses of each prompt by guide.cache.select, with log-probs."""
+    limit = source.session.recipe.guide.cache.max_responses_per_prompt
+    selected = [
         (entry, number, rollout)
-        for entry, rollouts in zip(asked, ordered, strict=True)
-        for number, rollout in enumerate(rollouts[: session.recipe.guide.cache.max_responses_per_prompt])
+        for entry, ranked in zip(responses, rank_responses(source, responses, label=label), strict=True)
+        for number, rollout in enumerate(ranked[:limit])
     ]
-    logps = source.logprobs([(entry.prompt, rollout) for entry, _, rollout in chosen])
+    logps = source.logprobs([(entry.prompt, rollout) for entry, _, rollout in selected])
     return [
         GuideRollout(
             prompt_id=entry.prompt.prompt_id,
@@ -112,43 +169,42 @@ def select_responses(
             finished=rollout.finished,
             images=entry.prompt.images,
         )
-        for (entry, number, rollout), logps_T in zip(chosen, logps, strict=True)
+        for (entry, number, rollout), logps_T in zip(selected, logps, strict=True)
     ]
 
 
 def rank_responses(
-    session: Session, asked: Sequence[PromptResponses], *, source: GuideSource, label: int | str
+    source: GuideSource, responses: Sequence[PromptResponses], *, label: int | str
 ) -> list[list[Rollout]]:
-    """Of each prompt the answers that may be kept, the best first; none where too few were correct.
+    """For each prompt the responses that may be kept, best first; none if fewer than guide.cache.min_correct are right.
 
-    `label` enters the seeds: the guide's step, or the kind of source.
+    `label` is part of the seed of the random choice: the guide's step, or the name of the source.
     """
-    settings = session.recipe.guide
-    eligible = [entry.correct_rollouts if entry.num_correct >= settings.cache.min_correct else [] for entry in asked]
-    if settings.cache.keep == "all":
+    recipe = source.session.recipe
+    settings = recipe.guide.cache
+    eligible = [entry.correct_rollouts if entry.num_correct >= settings.min_correct else [] for entry in responses]
+    if settings.keep == "all":
         eligible = [
-            right or entry.correct_rollouts or list(entry.rollouts)
-            for right, entry in zip(eligible, asked, strict=True)
+            correct or entry.correct_rollouts or list(entry.rollouts)
+            for correct, entry in zip(eligible, responses, strict=True)
         ]
-    if settings.cache.select == "random":
-        seed = session.recipe.train.seed
+    if settings.select == "random":
         return [
-            _shuffled(right, seed=derive_seed(seed, "guide-choice", label, entry.prompt.prompt_id))
-            for right, entry in zip(eligible, asked, strict=True)
+            _random_first(rollouts, seed=derive_seed(recipe.train.seed, "guide-choice", label, entry.prompt.prompt_id))
+            for rollouts, entry in zip(eligible, responses, strict=True)
         ]
-    if settings.cache.select == "shortest":
-        return [sorted(right, key=lambda rollout: len(rollout.response_ids)) for right in eligible]
-    pairs = [(entry.prompt, rollout) for right, entry in zip(eligible, asked, strict=True) for rollout in right]
-    far = iter([-near for near in source.learner_logprob(pairs)])
-    return [[rollout for _, rollout in sorted(_ranked(right, far), key=lambda pair: pair[0])] for right in eligible]
+    if settings.select == "shortest":
+        return [sorted(rollouts, key=lambda rollout: len(rollout.response_ids)) for rollouts in eligible]
+    pairs = [
+        (entry.prompt, rollout) for rollouts, entry in zip(eligible, responses, strict=True) for rollout in rollouts
+    ]
+    logprobs = iter(source.learner_logprob(pairs))
+    scored = [[(next(logprobs), rollout) for rollout in rollouts] for rollouts in eligible]
+    return [[rollout for _, rollout in sorted(each, key=lambda pair: -pair[0])] for each in scored]
 
 
-def _ranked(rollouts: Sequence[Rollout], keys: Iterator[float]) -> list[tuple[float, Rollout]]:
-    return [(next(keys), rollout) for rollout in rollouts]
-
-
-def _shuffled(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:
-    """The first is a fair choice; the others follow it in their own order."""
+def _random_first(rollouts: Sequence[Rollout], *, seed: int) -> list[Rollout]:
+    """One at random, then the others in their order."""
     if not rollouts:
         return []
     first = random.Random(seed).choice(rollouts)

@@ -15,7 +15,6 @@ Checkpoints of the line are arms of `score_checkpoints`, by their step; every ot
 What is sampled is kept in the scoring's journal like a checkpoint's samples; a file and the past are read again.
 """
 
-import hashlib
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.extrapolation.spec import parse_extrapolation_grid
+from npo_cli.guides.build_cache import warning_notices
 from npo_cli.guides.collect_samples import (
     CHUNK_PROMPTS,
     ScoringState,
@@ -32,11 +31,8 @@ from npo_cli.guides.collect_samples import (
     collect_all_samples,
     collect_samples,
 )
-from npo_cli.guides.registry import ResolvedSource, SourceSpec, resolve_source
-from npo_cli.guides.sample_guide import build_warnings
-from npo_cli.guides.source import GuideSource
-from npo_cli.guides.sources.external_model import fit_recipe_to_model, load_external_model
-from npo_cli.guides.sources.opening import open_source
+from npo_cli.guides.registry import create_source
+from npo_cli.guides.source import GuideSource, ReplayTarget, open_source
 from npo_cli.policy.model import Policy
 from npo_cli.report.score_plots import plot_sources, validate_figure_format
 from npo_cli.scoring.halving import HalvingRound, halving_rounds, select_survivors
@@ -65,12 +61,11 @@ from npo_cli.session.session import (
     open_task_and_policy,
 )
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint
-from npo_cli.storage.files import hash_file
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.sample_store import SCREENING_INDEX, delete_sample_store, open_sample_store, save_scores
 from npo_cli.tasks.task import Task
-from npo_cli.types.guides import SourceScore
+from npo_cli.types.guides import SourceScore, SourceSpec
 from npo_cli.types.rollouts import CheckpointScore, Notice, Progress, Prompt
 
 
@@ -244,51 +239,28 @@ def signal_formula(recipe: Recipe) -> SignalFormula:
     return SignalFormula(settings=recipe.scoring, group_size=recipe.train.group_size)
 
 
-SCORED_SOURCE_KINDS = ("past", "base", "extrapolated", "run", "model", "endpoint", "file")
-RECORDED_SOURCE_KINDS = frozenset({"past", "file"})
-"""Sources that generate nothing: their samples are not fresh, and as many a prompt as there happen to be."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceCandidate:
     """One source that is no later checkpoint."""
 
     number: int
-    resolved: ResolvedSource
+    source: GuideSource
     digest: str
     """What tells it from another behind the same name, as far as that can be told without opening it."""
 
     @property
     def kind(self) -> str:
-        return self.resolved.spec.kind
+        return self.source.name
 
     @property
     def is_fresh(self) -> bool:
         """Whether it is asked, and not only read."""
-        return self.kind not in RECORDED_SOURCE_KINDS
+        return self.source.is_fresh
 
     @property
     def name(self) -> str:
-        """`past`, `model FOLDER`, `run OTHER:main step 120`."""
-        return f"{self.kind} {self.resolved.origin}".rstrip().partition(" of run ")[0]
-
-
-def parse_source_specs(text: str) -> list[SourceSpec]:
-    """`past`, `base`, `model=FOLDER`, `run=OTHER[:BRANCH]`, `file=TRACES`, `endpoint=NAME@http://...`.
-
-    `extrapolated=SPACE:K:A` may be a grid, and is then several.
-    """
-    kind, _, what = text.partition("=")
-    if kind not in SCORED_SOURCE_KINDS:
-        raise NpoError(
-            f"--source {text}: there is no kind {kind!r} to compare", f"--source takes {', '.join(SCORED_SOURCE_KINDS)}"
-        )
-    if kind == "endpoint":
-        name, _, address = what.partition("@")
-        return [SourceSpec(kind=kind, origin=address or None, model=name or None)]
-    if kind == "extrapolated":
-        return [SourceSpec(kind=kind, origin=push.name) for push in parse_extrapolation_grid(what)]
-    return [SourceSpec(kind=kind, origin=what or None)]
+        """Its SPEC: `past`, `model:FOLDER`, `run:OTHER@main:120`."""
+        return self.source.spec.text
 
 
 def resolve_source_candidates(
@@ -304,36 +276,17 @@ def resolve_source_candidates(
     guide = recipe.guide.model_copy(update={"cache": recipe.guide.cache.model_copy(update=every)})
     judged = replace(learner, recipe=recipe.model_copy(update={"guide": guide}))
     arms = []
-    for place, ask in enumerate(dict.fromkeys(asked)):
-        plan = replace(resolve_source(run, judged, ask, steps=num_steps), purpose="score")
-        arms.append(SourceCandidate(number=SCREENING_INDEX - 1 - place, resolved=plan, digest=_source_digest(plan)))
+    target = ReplayTarget(run=run, learner=judged, steps=num_steps, purpose="score")
+    for place, spec in enumerate(dict.fromkeys(asked)):
+        source = create_source(spec, target)
+        arms.append(SourceCandidate(number=SCREENING_INDEX - 1 - place, source=source, digest=source.fingerprint()))
     return arms
 
 
-def _source_digest(plan: ResolvedSource) -> str:
-    """Of a file, of another run's checkpoint, of the weights in a folder; a hub id and an address are their names."""
-    if plan.other_run:
-        return plan.other_run.checkpoint.digest
-    if plan.extrapolation:
-        return plan.extrapolation.older_checkpoint.digest
-    path = Path(plan.origin).expanduser()
-    if plan.spec.kind == "file":
-        return hash_file(path)
-    if plan.spec.kind != "model" or not path.is_dir():
-        return ""
-    files = sorted([*path.glob("*.safetensors"), *path.glob("tokenizer*")])
-    lines = "".join(f"{hash_file(file)}  {file.name}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def check_sources(arms: Sequence[SourceCandidate], task: Task, policy: Policy) -> Iterator[Notice]:
-    """Open each for a moment, without its engine: whoever cannot be asked is told before anything is sampled."""
+    """Refuse a source that cannot be used before anything is sampled."""
     for arm in arms:
-        if arm.kind in ("model", "run"):
-            fit_recipe_to_model(arm.resolved, load_external_model(arm.resolved), task)
-            continue
-        with closing(open_source(arm.resolved, task=task, policy=policy)) as source:
-            yield from build_warnings(source.warnings)
+        yield from warning_notices(arm.source.check(task, policy))
 
 
 def collect_source_samples(
@@ -343,18 +296,18 @@ def collect_source_samples(
     left = [prompt for prompt in prompts if (arm.number, prompt.prompt_id) not in contest.samples]
     if not left:
         return
-    with closing(open_source(arm.resolved, task=task, policy=contest.session.policy)) as source:
+    with open_source(arm.source, task=task, policy=contest.session.policy):
         for start in range(0, len(left), CHUNK_PROMPTS):
             yield Progress(description=f"ask {arm.kind}", done=len(prompts) - len(left) + start, total=len(prompts))
             part = left[start : start + CHUNK_PROMPTS]
             started = time.perf_counter()
-            samples, num_tokens = _sample_candidate(arm.number, source.source, part)
+            samples, num_tokens = _sample_candidate(arm.number, arm.source, part)
             if arm.is_fresh:
                 charge_scoring(
                     contest,
                     piece=f"{arm.number}:{part[0].prompt_id}",
                     tokens=num_tokens,
-                    forwards_per_token=source.source.forwards_per_token,
+                    forwards_per_token=arm.source.forwards_per_token,
                     started=started,
                 )
                 contest.store.samples.extend([sample.to_row() for sample in samples])
@@ -452,11 +405,11 @@ def select_candidates(
     near = tuple(each for each in later if far_one is None or each.step < far_one.step)
     if far_one is not None and any(each.step > far_one.step for each in later) and candidates is not None:
         raise NpoError(f"--far {far} is nearer than a candidate", f"--far {later[-1].step}")
-    wants_base = any(ask.kind == "base" for ask in sources)
+    wants_base = any(ask.name == "base" for ask in sources)
     if wants_base and learner.step == 0:
         raise NpoError("the learner at step 0 is the base itself", "leave out --source base, or name a later --at")
     horizon = (near or (far_one,))[-1].step
-    others = [ask for ask in sources if ask.kind != "base"]
+    others = [ask for ask in sources if ask.name != "base"]
     return CandidateSet(
         learner=learner,
         near=near,

@@ -1,73 +1,223 @@
-"""Somebody whose answers are kept: what is asked of an author, and the forward passes that charge answers to it."""
+"""The base class of guide sources, and what their implementations share. Imports nothing heavy: help derives from it.
 
-from collections.abc import Callable, Mapping, Sequence
+A guide source is one class in one file: class attributes describe it, `parse` reads its options from the command line,
+`validate` checks them against a run, `open` loads what it needs, `sample` and `logprobs` give verified responses.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from npo_cli.config.guides import GuideSettings
-from npo_cli.policy.extrapolated import ExtrapolatedPolicy
-from npo_cli.policy.model import Policy
-from npo_cli.session.logprob_pass import run_logprob_pass
-from npo_cli.session.session import Session
-from npo_cli.types.rollouts import Prompt, Rollout
+from npo_cli.errors import NpoError
+from npo_cli.types.guides import SourceSpec
+from npo_cli.types.rollouts import Group, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from npo_cli.config.guides import GuideSettings
+    from npo_cli.config.recipe import Recipe
+    from npo_cli.policy.extrapolated import ExtrapolatedPolicy
+    from npo_cli.policy.model import Policy
+    from npo_cli.session.learner import Learner
+    from npo_cli.session.session import Session
+    from npo_cli.storage.layout import RunDir
+    from npo_cli.tasks.task import Task
+
+OptionValue = str | int | float
+Pairs = Sequence[tuple[Prompt, Rollout]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayTarget:
+    """The learner that a guide is for, and the segment of training in which it will be replayed."""
+
+    run: RunDir
+    learner: Learner
+    steps: int | None = None
+    """Length of the segment; None: guide.replay.num_steps, else up to the guide, else the rest of the run."""
+    purpose: Literal["guide", "score"] = "guide"
+    """Part of the sampling seeds: the samples that a source is chosen by are not those that are learned from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptResponses:
-    """What was said to one prompt."""
+    """The responses of a source to one prompt."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     duplicates: tuple[Rollout, ...] = ()
-    """Answers that are among `rollouts` already: counted, never kept."""
+    """Responses equal to one of `rollouts`: counted, never cached."""
     num_tokens: int = 0
-    """Tokens generated for this cache."""
+    """Tokens generated for these responses by this command."""
 
     @property
     def correct_rollouts(self) -> list[Rollout]:
-        """Verified-correct and ended by themselves."""
+        """Verified-correct and finished."""
         return filter_correct(self.rollouts)
 
     @property
     def num_sampled(self) -> int:
-        """Answers heard."""
+        """Responses, duplicates included."""
         return len(self.rollouts) + len(self.duplicates)
 
     @property
     def num_correct(self) -> int:
-        """Correct answers heard."""
+        """Correct responses, duplicates included."""
         return len(self.correct_rollouts) + len(filter_correct(self.duplicates))
 
 
-def filter_correct(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Those that are verified-correct and ended by themselves."""
-    return [rollout for rollout in rollouts if rollout.verdict == "correct" and rollout.finished]
+class GuideSource(ABC):
+    """A source of guide responses. Life cycle: parse, construct, validate, open, sample and logprobs, close."""
 
+    name: ClassVar[str]
+    usage: ClassVar[str]
+    """The form of its SPEC, such as `checkpoint:STEP`."""
+    example: ClassVar[str]
+    """A SPEC that parses."""
+    summary: ClassVar[str]
+    """What it is, in one line."""
+    options: ClassVar[Mapping[str, str]] = {}
+    """Option name to its meaning."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Options that may be left out."""
 
-Pairs = Sequence[tuple[Prompt, Rollout]]
-PriorRollouts = Mapping[str, Sequence[Rollout]]
-"""Answers given before, by prompt id: they count as the first samples, and cost nothing again."""
-SampleFunction = Callable[[Sequence[Prompt], range], Sequence[PromptResponses]]
-"""New answers to each prompt, one a slot."""
+    is_fresh: ClassVar[bool] = True
+    """Responses are generated on request. False: they were recorded, as many per prompt as there happen to be."""
+    is_external: ClassVar[bool] = False
+    """Recorded outside this run: their tokens are counted as external."""
+    has_logprobs: ClassVar[bool | None] = True
+    """Whether the log-probabilities of its responses under their behavior policy are available; None: it depends."""
+    uses_engine: bool = False
+    """Samples with the engine of the learner's session; otherwise that session starts no inference server."""
+    extrapolates_weights: bool = False
+    """That engine must accept extrapolated LoRA weights."""
+    forwards_per_token: int = 1
+    """Forward passes per sampled token."""
 
+    def __init__(self, spec: SourceSpec, target: ReplayTarget) -> None:
+        self.spec, self.target = spec, target
+        self.session: Session
+        """Holds the learner's weights; set by `open`."""
 
-class GuideSource(Protocol):
-    """Somebody whose answers are kept."""
+    # Before a model is loaded
 
-    forwards_per_token: int
-    """Forward passes that each sampled token takes."""
+    @classmethod
+    def parse(cls, argument: str) -> dict[str, OptionValue]:
+        """Options from what follows `NAME:` in a SPEC; empty where nothing does. Raises NpoError."""
+        if argument:
+            raise NpoError(f"source {cls.name!r} takes no argument, got {argument!r}", f"use --source {cls.name}")
+        return {}
 
+    @classmethod
+    def format(cls, options: Mapping[str, OptionValue]) -> str:
+        """The argument that parses to these options."""
+        return ""
+
+    def validate(self) -> None:  # noqa: B027 - nothing to check by default
+        """Check the options against the run without loading a model; fill in options left out. Raises NpoError."""
+
+    @property
+    def guide_step(self) -> int | None:
+        """Step of the guide where it is a checkpoint of this run."""
+        return None
+
+    @property
+    def default_label(self) -> str:
+        """Part of the default name of a guide cache."""
+        return self.name
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the segment in which the guide is replayed."""
+        learner = self.target.learner
+        ahead = (self.guide_step or learner.step) - learner.step
+        rest = learner.recipe.train.num_steps - learner.step
+        num_steps = self.target.steps or learner.recipe.guide.replay.num_steps or (ahead if ahead > 0 else rest)
+        if num_steps < 1:
+            raise NpoError(f"step {learner.step} is the run's last: there is no step to replay", "add --steps N")
+        return num_steps
+
+    def fingerprint(self) -> str:
+        """Digest of what lies behind the SPEC, as far as it can be had without loading a model; else empty."""
+        return ""
+
+    def session_recipe(self) -> Recipe:
+        """Recipe of the learner's session in which this source is opened."""
+        recipe = self.target.learner.recipe
+        if self.uses_engine:
+            return recipe
+        return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"kind": "transformers"})})
+
+    def check(self, task: Task, policy: Policy) -> Sequence[str]:
+        """Open and close, to refuse early a source that cannot be sampled; returns its warnings."""
+        with open_source(self, task=task, policy=policy):
+            return self.warnings()
+
+    # At work
+
+    def open(self, session: Session) -> None:
+        """Load what is needed. `session` holds the learner's weights; extend this, and call it first."""
+        self.session = session
+
+    @abstractmethod
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
-        """Verified answers to each prompt, in order; the same prompts in the same company get the same answers."""
+        """Verified responses to each prompt, in order; a function of the prompts and the run's seed."""
 
     def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
-        """Log-probabilities (nats) of each answer's tokens under who wrote it; None where nobody knows."""
+        """Log-probability (nats) of each token under its behavior policy; None where unavailable."""
+        return [rollout.behavior_logps for _, rollout in pairs]
 
     def learner_logprob(self, pairs: Pairs) -> list[float]:
-        """Mean log-probability a token under the learner."""
+        """Mean log-probability per token (nats) of each response under the learner."""
+        return compute_mean_logprobs(self.session, pairs)
 
     def warnings(self) -> list[str]:
-        """What a person should know when all is asked."""
+        """Warnings about the source or its responses so far."""
+        return []
+
+    def close(self) -> None:  # noqa: B027 - nothing to release by default
+        """Release what `open` loaded; the session belongs to the caller."""
+
+    # Provenance, for guide.json
+
+    @property
+    def digest(self) -> str:
+        """Digest of the guide's weights or file; empty where there is none."""
+        return self.fingerprint()
+
+    @property
+    def older_step(self) -> int | None:
+        """Step of the older checkpoint of an extrapolated guide."""
+        return None
+
+    @property
+    def guide_training_tokens(self) -> int:
+        """Tokens that training the guide took in another run."""
+        return 0
+
+
+@contextmanager
+def open_source(source: GuideSource, *, task: Task, policy: Policy) -> Iterator[Session]:
+    """Open a validated source in a session of its own; `policy` holds the learner's weights."""
+    from npo_cli.session.session import build_session
+
+    session = build_session(
+        source.target.run,
+        source.session_recipe(),
+        task=task,
+        policy=policy,
+        extrapolates_weights=source.extrapolates_weights,
+    )
+    with closing(session), closing(source):
+        source.open(session)
+        yield session
+
+
+SampleFunction = Callable[[Sequence[Prompt], range], Sequence[PromptResponses]]
+"""New responses to each prompt, one per slot."""
 
 
 def sample_in_rounds(
@@ -75,46 +225,59 @@ def sample_in_rounds(
     prompts: Sequence[Prompt],
     draw: SampleFunction,
     *,
-    prior_rollouts: PriorRollouts | None = None,
+    prior_rollouts: Mapping[str, Sequence[Rollout]] | None = None,
 ) -> list[PromptResponses]:
     """Up to `samples_per_prompt` samples per prompt, `samples_per_round` at a time, until a prompt is solved.
 
-    With `draws_all` solved prompts are sampled further.
+    With `draws_all` solved prompts are sampled further. `prior_rollouts`, by prompt id, count as the first samples and
+    cost no tokens.
     """
-    asked = {prompt.prompt_id: _begun(prompt, (prior_rollouts or {}).get(prompt.prompt_id, ())) for prompt in prompts}
-    while True:
-        wanting = [
-            entry
-            for entry in asked.values()
-            if len(entry.rollouts) < settings.cache.samples_per_prompt
-            and (settings.cache.draws_all or not entry.correct_rollouts)
-        ]
-        if not wanting:
-            return list(asked.values())
-        # Those who have the fewest answers are asked together, so that a slot is never drawn twice.
-        first = min(len(entry.rollouts) for entry in wanting)
-        slots = range(
-            first,
-            min(
-                first
-                + (settings.cache.samples_per_prompt if settings.cache.draws_all else settings.cache.samples_per_round),
-                settings.cache.samples_per_prompt,
-            ),
+    cache = settings.cache
+    per_round = cache.samples_per_prompt if cache.draws_all else cache.samples_per_round
+    responses = {
+        prompt.prompt_id: PromptResponses(
+            prompt=prompt, rollouts=tuple((prior_rollouts or {}).get(prompt.prompt_id, ()))
         )
-        now = [entry.prompt for entry in wanting if len(entry.rollouts) == first]
-        for new in draw(now, slots):
-            before = asked[new.prompt.prompt_id]
-            asked[new.prompt.prompt_id] = replace(
+        for prompt in prompts
+    }
+    while True:
+        unfinished = [
+            entry
+            for entry in responses.values()
+            if len(entry.rollouts) < cache.samples_per_prompt and (cache.draws_all or not entry.correct_rollouts)
+        ]
+        if not unfinished:
+            return list(responses.values())
+        # Prompts with the fewest responses are sampled together, so that no slot is sampled twice.
+        first = min(len(entry.rollouts) for entry in unfinished)
+        slots = range(first, min(first + per_round, cache.samples_per_prompt))
+        batch = [entry.prompt for entry in unfinished if len(entry.rollouts) == first]
+        for new in draw(batch, slots):
+            before = responses[new.prompt.prompt_id]
+            responses[new.prompt.prompt_id] = replace(
                 before, rollouts=before.rollouts + new.rollouts, num_tokens=before.num_tokens + new.num_tokens
             )
 
 
-def _begun(prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptResponses:
-    return PromptResponses(prompt=prompt, rollouts=tuple(rollouts))
+def responses_per_prompt(groups: Sequence[Group]) -> list[PromptResponses]:
+    """Sampled groups, with the tokens that sampling them took."""
+    return [
+        PromptResponses(
+            prompt=group.prompt,
+            rollouts=group.rollouts,
+            num_tokens=sum(len(rollout.response_ids) for rollout in group.rollouts),
+        )
+        for group in groups
+    ]
+
+
+def filter_correct(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Verified-correct and finished."""
+    return [rollout for rollout in rollouts if rollout.verdict == "correct" and rollout.finished]
 
 
 def dedupe_rollouts(prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptResponses:
-    """Answers that cost nothing; of the same tokens said again the first is kept."""
+    """Recorded responses to a prompt; of several with equal tokens the first is used."""
     first: dict[tuple[int, ...], Rollout] = {}
     repeats = []
     for rollout in rollouts:
@@ -132,7 +295,9 @@ def compute_logprobs(
     temperature: float | None = None,
     policy: Policy | ExtrapolatedPolicy | None = None,
 ) -> list[tuple[float, ...]]:
-    """Per-token log-probabilities of responses under the weights at hand, of the world's policy or of another."""
+    """Log-probability (nats) of each token, from the trainer's forward pass; default: the session's policy."""
+    from npo_cli.session.logprob_pass import run_logprob_pass
+
     policy = policy or session.policy
     rows = [policy.row(prompt, rollout.response_ids) for prompt, rollout in pairs]
     scored = run_logprob_pass(policy, session.recipe, rows, temperature=temperature)
@@ -140,5 +305,5 @@ def compute_logprobs(
 
 
 def compute_mean_logprobs(session: Session, pairs: Pairs, *, policy: Policy | None = None) -> list[float]:
-    """Mean log-probability a token under the weights at hand."""
+    """Mean log-probability per token (nats) of each response."""
     return [sum(logps_T) / len(logps_T) for logps_T in compute_logprobs(session, pairs, policy=policy)]

@@ -14,7 +14,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.session.session import open_task
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, verify_checkpoint
 from npo_cli.storage.files import explain_full_disk
-from npo_cli.storage.guide_cache import load_guide
+from npo_cli.storage.guide_cache import describe_guide_source, load_guide
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch
@@ -71,7 +71,7 @@ def _method(run: RunDir, checkpoint: Checkpoint) -> Iterator[str]:
 
 def _describe_guide(run: RunDir, name: str) -> str:
     info, _ = load_guide(run, name)
-    return f"step {info.guide_step}" if info.source == "checkpoint" else f"another source ({info.source})"
+    return describe_guide_source(info)
 
 
 def _accuracy(report: EvalReport | None) -> str:

@@ -22,7 +22,7 @@ from npo_cli.errors import NpoError, damaged_checkpoint_hint
 from npo_cli.policy.checkpoint_state import STATE_FILE, read_full_state, read_shards, read_small_tensors, save_shards
 from npo_cli.policy.fsdp import is_shard, local_tensor
 from npo_cli.types.autonpo import FailedPrompt
-from npo_cli.types.guides import ExtrapolationSpec, ExtrapolationState, ReplayBuffer, Success
+from npo_cli.types.guides import ReplayBuffer, Success
 
 SCALARS_FILE = "state.json"
 
@@ -41,8 +41,6 @@ class TrainerState:
     """Newest failed prompts, oldest first, which AutoNPO probes."""
     replay_buffer: ReplayBuffer | None = None
     """Past correct rollouts for experience replay; None where the recipe has none."""
-    extrapolation_choice: ExtrapolationState | None = None
-    """How the policy is pushed along its own motion; None where that was never chosen anew."""
 
 
 def build_optimizer(model: PreTrainedModel, settings: TrainSettings) -> Optimizer:
@@ -140,8 +138,6 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: Optimizer, *, st
     }
     if state.replay_buffer is not None:
         scalars["replay_buffer"] = asdict(state.replay_buffer)
-    if state.extrapolation_choice is not None:
-        scalars["extrapolation"] = asdict(state.extrapolation_choice)
     _write_state(folder, tensors, scalars)
     if shards:
         save_shards(folder, shards)
@@ -214,16 +210,13 @@ def _state_of(scalars: Mapping[str, Any]) -> TrainerState:
         FailedPrompt(prompt_id=prompt_id, step=step, accuracy=accuracy, epoch=epoch)
         for prompt_id, step, accuracy, epoch in scalars.get("failed_prompts", ())
     )
-    buffer, extrapolation = scalars.get("replay_buffer"), scalars.get("extrapolation")
+    buffer = scalars.get("replay_buffer")
     return TrainerState(
         step=scalars["step"],
         position=scalars["position"],
         running_metrics=scalars["running_metrics"],
         failed_prompts=failed,
         replay_buffer=None if buffer is None else _decode_replay_buffer(buffer),
-        extrapolation_choice=None
-        if extrapolation is None
-        else ExtrapolationState(spec=ExtrapolationSpec(**extrapolation["spec"]), is_active=extrapolation["is_active"]),
     )
 
 

@@ -159,7 +159,7 @@ def collect_branch_spans(run: RunDir, branch: str) -> list[BranchSpan]:
 
 def get_guide_step(info: GuideCacheInfo | None) -> int | None:
     """Step of the guide in this run; None for guides from elsewhere."""
-    return info.guide_step if info is not None and info.source != "run" else None
+    return None if info is None else info.guide_step
 
 
 def build_curves(run: RunDir) -> Iterator[Curve]:

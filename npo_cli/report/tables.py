@@ -141,7 +141,7 @@ def guides_tables(guides: Sequence[GuideCacheInfo]) -> tuple[Table, ...]:
     columns = (
         *(text_column("name"), text_column("branch")),
         Column("for steps", lambda one: f"{one.learner_step + 1}-{one.learner_step + one.num_steps}"),
-        *(text_column("source"), count_column("guide step", "guide_step"), text_column("from", "origin")),
+        *(Column("source", lambda one: one.source.text), count_column("guide step", "guide_step")),
         Column(
             "solved",
             lambda one: f"{format_count(one.num_prompts_with_rollouts)} of {format_count(one.num_prompts)}",

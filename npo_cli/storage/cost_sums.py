@@ -246,7 +246,7 @@ def scout_steps(run: RunDir, branch: str) -> set[tuple[str, int]]:
     return {
         (span.branch, step)
         for info in (caches[name] for name in guides if name in caches)
-        if info.guide_step is not None and info.source != "run"
+        if info.guide_step is not None
         for span in ancestry(run, info.branch)
         for step in range(info.learner_step + 1, info.guide_step + 1)
         if span.contains(step)

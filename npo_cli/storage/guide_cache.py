@@ -1,9 +1,10 @@
-"""Guide caches: verified trajectories of another policy, whoever that is, and every prompt it was asked.
+"""Guide caches: verified responses of a guide source, and every prompt that it was sampled on.
 
-guide.json is replaced whole, at birth and when the cache is finished; the two journals beside it only grow, so
-sampling that was interrupted goes on where it stopped. An unfinished cache is never used for training.
+guide.json is replaced whole, when the cache is created and when it is complete; the two logs beside it only grow, so
+interrupted sampling continues where it stopped. An incomplete cache is never used for training.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,22 +15,22 @@ from npo_cli.storage.files import damaged_file_error, decode_record, make_folder
 from npo_cli.storage.jsonl import AppendResult, JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.rollout_log import decode_float32, decode_images, encode_float32, encode_images
-from npo_cli.types.guides import GuideCacheInfo, GuideRollout
+from npo_cli.types.guides import GuideCacheInfo, GuideRollout, SourceSpec
 from npo_cli.types.rollouts import RolloutSource, Verdict
 
 COUNT_FIELDS = (
-    *("num_prompts", "num_found", "num_samples", "num_tokens", "complete"),
-    *("has_logps", "num_trajectories", "given_tokens"),
+    *("num_prompts", "num_prompts_with_rollouts", "num_samples", "num_tokens", "complete"),
+    *("has_logps", "num_rollouts", "external_tokens"),
 )
-"""Fields of GuideInfo that sampling fills; the others say what the cache is."""
+"""Fields of GuideCacheInfo that sampling fills; the others are the identity of the cache."""
 
 RolloutsByPrompt = Mapping[str, tuple[GuideRollout, ...]]
-"""By prompt id, in the order of their numbers."""
+"""By prompt id, in the order of `number`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueriedPrompt:
-    """One prompt that the guide was asked."""
+    """One prompt that the guide was sampled on."""
 
     prompt_id: str
     num_sampled: int
@@ -40,61 +41,61 @@ class QueriedPrompt:
 
 @dataclass(slots=True)
 class GuideCacheWriter:
-    """An unfinished cache, open for writing."""
+    """An incomplete cache, open for writing."""
 
     folder: Path
-    _asked: JsonlLog = field(init=False)
-    _trajectories: JsonlLog = field(init=False)
+    _prompts: JsonlLog = field(init=False)
+    _rollouts: JsonlLog = field(init=False)
 
     def __post_init__(self) -> None:
-        self._asked = JsonlLog(queried_prompts_path(self.folder))
-        self._trajectories = JsonlLog(guide_rollouts_path(self.folder))
+        self._prompts = JsonlLog(queried_prompts_path(self.folder))
+        self._rollouts = JsonlLog(guide_rollouts_path(self.folder))
 
     def add_rollout(self, rollout: GuideRollout) -> AppendResult:
-        """Keep one trajectory. Write it before `add_asked` of its prompt: asked means wholly dealt with."""
+        """Append one response. Write it before `add_queried_prompt` of its prompt, which marks the prompt as done."""
         logps = rollout.behavior_logps
         row = to_row(rollout) | {"behavior_logps": None if logps is None else encode_float32(logps)}
         row.pop("images")
         row |= {"images": encode_images(rollout.images)} if rollout.images else {}
-        return self._trajectories.append_once(row, ("prompt_id", "number"))
+        return self._rollouts.append_once(row, ("prompt_id", "number"))
 
     def add_queried_prompt(self, prompt: QueriedPrompt) -> AppendResult:
-        """Note that a prompt was dealt with, whether or not a trajectory was found."""
-        return self._asked.append_once(prompt, "prompt_id")
+        """Mark a prompt as done, with or without a response."""
+        return self._prompts.append_once(prompt, "prompt_id")
 
     def read_queried_prompts(self) -> dict[str, QueriedPrompt]:
-        """Prompts already dealt with, by prompt id."""
+        """Prompts that are done, by prompt id."""
         return read_queried_prompts(self.folder)
 
     def read_rollouts(self) -> RolloutsByPrompt:
-        """Trajectories found so far."""
+        """Responses so far."""
         return read_guide_rollouts(self.folder)
 
     def sync(self) -> None:
-        """Force both journals down to the disk, the trajectories first."""
-        self._trajectories.sync()
-        self._asked.sync()
+        """Sync both logs to disk, the responses first."""
+        self._rollouts.sync()
+        self._prompts.sync()
 
 
 def cache_info_path(folder: Path) -> Path:
-    """What the cache is and how far it is."""
+    """Identity, counts, and whether it is complete."""
     return folder / "guide.json"
 
 
 def queried_prompts_path(folder: Path) -> Path:
-    """One line a prompt asked."""
-    return folder / "asked.jsonl"
+    """One line per sampled prompt."""
+    return folder / "prompts.jsonl"
 
 
 def guide_rollouts_path(folder: Path) -> Path:
-    """One line a trajectory kept."""
-    return folder / "trajectories.jsonl"
+    """One line per response."""
+    return folder / "rollouts.jsonl"
 
 
 def open_guide_cache(run: RunDir, info: GuideCacheInfo) -> GuideCacheWriter:
-    """Open a cache for writing: a new one, or an unfinished one of the same identity, which goes on.
+    """Open a cache for writing: a new one, or an incomplete one of the same identity.
 
-    Any other cache of that name is a user's error. Identity: every field but the counts and `complete`.
+    Any other cache of that name is an error. Identity: every field but the counts and `complete`.
     """
     folder = run.guide_folder(info.name)
     if not cache_info_path(folder).exists():
@@ -104,134 +105,133 @@ def open_guide_cache(run: RunDir, info: GuideCacheInfo) -> GuideCacheWriter:
     there = read_cache_info(folder)
     if there.complete:
         raise NpoError(
-            f"{run.root} already has a finished guide {info.name!r} ({describe_guide_source(there)} for step {there.learner_step})",  # noqa: E501
+            f"{run.root} already has a complete guide {info.name!r} "
+            f"({describe_guide_source(there)} for step {there.learner_step})",
             "choose another name with --name, or use it: "
             f"npo resume {quote_path(run.root)} --at {there.learner_step} --guide {info.name}",
         )
     other = [name for name, value in cache_identity(info).items() if cache_identity(there)[name] != value]
     if other:
         raise NpoError(
-            f"{run.root} has an unfinished guide {info.name!r} with another {', '.join(other)}",
-            "choose another name with --name, or ask for the same guide again to finish it",
+            f"{run.root} has an incomplete guide {info.name!r} with another {', '.join(other)}",
+            "choose another name with --name, or repeat the command that began it",
         )
     return GuideCacheWriter(folder)
 
 
 def describe_guide_source(info: GuideCacheInfo) -> str:
-    """Who wrote a cache, in few words: `step 100`, `model FOLDER`, `past`."""
-    if info.guide_step is not None and info.source != "run":
-        return f"step {info.guide_step}"
-    return f"{info.source} {info.origin}".rstrip()
+    """The guide in a few words: `step 100`, `model:FOLDER`, `past`."""
+    return f"step {info.guide_step}" if info.source.name == "checkpoint" else info.source.text
 
 
-def format_guide_source_options(info: GuideCacheInfo) -> str:
-    """The options of `npo sample-guide` that name the same author again."""
-    if info.source == "checkpoint":
-        return f"--guide {info.guide_step}"
-    what, tail = info.origin, ""
-    if info.source == "endpoint":
-        what, _, model = info.origin.partition(" model ")
-        tail = f" --model {quote_path(model)}"
-    elif info.source == "extrapolated":
-        what = info.origin.partition(" of ")[0]
-    elif info.source == "run":
-        what, _, place = info.origin.rpartition(" step ")
-        tail = f" --guide {place.split()[0]}"
-    return f"--source {info.source}" + (f" --from {quote_path(what)}{tail}" if what else "")
+def format_source_option(info: GuideCacheInfo) -> str:
+    """The option of `npo sample-guide` that names the same guide source."""
+    return f"--source {shlex.quote(info.source.text)}"
 
 
 def cache_identity(info: GuideCacheInfo) -> dict[str, object]:
-    """What tells one cache from another: its fields without the counts."""
+    """The fields of a cache without the counts."""
     return {name: value for name, value in asdict(info).items() if name not in COUNT_FIELDS}
 
 
-def finish_guide_cache(run: RunDir, info: GuideCacheInfo) -> GuideCacheInfo:
-    """Declare a cache complete, with its counts taken from its journals, and return what was written."""
+def finish_guide_cache(run: RunDir, info: GuideCacheInfo, *, is_external: bool = False) -> GuideCacheInfo:
+    """Mark a cache complete, with its counts taken from its logs; returns what was written.
+
+    `is_external`: its responses were recorded outside this run.
+    """
     folder = run.guide_folder(info.name)
-    store = GuideCacheWriter(folder)
-    store.sync()
-    every = store.read_queried_prompts().values()
-    found = store.read_rollouts()
-    kept = [each for several in found.values() for each in several]
-    done = replace(
+    writer = GuideCacheWriter(folder)
+    writer.sync()
+    prompts, by_prompt = writer.read_queried_prompts().values(), writer.read_rollouts()
+    rollouts = [rollout for each in by_prompt.values() for rollout in each]
+    complete = replace(
         info,
-        num_prompts=len(every),
-        num_prompts_with_rollouts=len(found),
-        num_rollouts=len(kept),
-        has_logps=all(each.behavior_logps is not None for each in kept),
-        external_tokens=sum(len(each.response_ids) for each in kept) if info.source == "file" else 0,
-        num_samples=sum(asked.num_sampled for asked in every),
-        num_tokens=sum(asked.num_tokens for asked in every),
+        num_prompts=len(prompts),
+        num_prompts_with_rollouts=len(by_prompt),
+        num_rollouts=len(rollouts),
+        has_logps=all(rollout.behavior_logps is not None for rollout in rollouts),
+        external_tokens=sum(len(rollout.response_ids) for rollout in rollouts) if is_external else 0,
+        num_samples=sum(prompt.num_sampled for prompt in prompts),
+        num_tokens=sum(prompt.num_tokens for prompt in prompts),
         complete=True,
     )
-    write_json_atomic(cache_info_path(folder), done)
-    return done
+    write_json_atomic(cache_info_path(folder), complete)
+    return complete
 
 
 def read_cache_info(folder: Path) -> GuideCacheInfo:
     """guide.json of a cache."""
-    return decode_record(GuideCacheInfo, read_json(cache_info_path(folder)), cache_info_path(folder))
+    path = cache_info_path(folder)
+    row = read_json(path)
+    if isinstance(row.get("source"), dict):
+        row["source"] = decode_record(SourceSpec, row["source"], path)
+    return decode_record(GuideCacheInfo, row, path)
 
 
 def read_queried_prompts(folder: Path) -> dict[str, QueriedPrompt]:
-    """Prompts that were asked, by prompt id."""
-    return {asked.prompt_id: asked for asked in JsonlLog(queried_prompts_path(folder)).read_records(QueriedPrompt)}
+    """Sampled prompts, by prompt id."""
+    return {prompt.prompt_id: prompt for prompt in JsonlLog(queried_prompts_path(folder)).read_records(QueriedPrompt)}
 
 
 def read_guide_rollouts(folder: Path) -> RolloutsByPrompt:
-    """Trajectories kept."""
+    """The responses of a cache."""
     path = guide_rollouts_path(folder)
-    found: dict[str, tuple[GuideRollout, ...]] = {}
-    for number, kept in enumerate(JsonlLog(path).read_records(GuideRollout), start=1):
-        ids, logps = kept.response_ids, kept.behavior_logps
-        whole = len(ids) > 0 and all(isinstance(token, int) and token >= 0 for token in ids)
+    by_prompt: dict[str, tuple[GuideRollout, ...]] = {}
+    for number, row in enumerate(JsonlLog(path).read_records(GuideRollout), start=1):
+        ids, logps = row.response_ids, row.behavior_logps
+        is_valid = len(ids) > 0 and all(isinstance(token, int) and token >= 0 for token in ids)
         if logps is not None:
-            whole = whole and len(ids) == len(logps) and all(isinstance(logp, float | int) for logp in logps)
-        # A wrong one is kept only where there is no right one.
-        fits = kept.verdict == "correct" or (kept.verdict in get_args(Verdict) and kept.num_correct == 0)
-        if not whole or not fits or kept.source not in get_args(RolloutSource):
-            raise damaged_file_error(f"{path}, line {number}", f"it is no verified answer to prompt {kept.prompt_id}")
-        exact = None if logps is None else decode_float32(logps)
-        images = decode_images(kept.images, path)
-        whole_one = replace(kept, response_ids=tuple(ids), behavior_logps=exact, images=images)
-        found[kept.prompt_id] = (*found.get(kept.prompt_id, ()), whole_one)
-    return found
+            is_valid = is_valid and len(ids) == len(logps) and all(isinstance(logp, float | int) for logp in logps)
+        # With guide.cache.keep=all a wrong response is kept where there is no correct one.
+        is_valid &= row.verdict == "correct" or (row.verdict in get_args(Verdict) and row.num_correct == 0)
+        if not is_valid or row.source not in get_args(RolloutSource):
+            problem = f"it is not a verified response to prompt {row.prompt_id}"
+            raise damaged_file_error(f"{path}, line {number}", problem)
+        rollout = replace(
+            row,
+            response_ids=tuple(ids),
+            behavior_logps=None if logps is None else decode_float32(logps),
+            images=decode_images(row.images, path),
+        )
+        by_prompt[row.prompt_id] = (*by_prompt.get(row.prompt_id, ()), rollout)
+    return by_prompt
 
 
 def load_guide(run: RunDir, name: str) -> tuple[GuideCacheInfo, RolloutsByPrompt]:
-    """A finished cache of this run, ready for training: what it is, and its trajectories by prompt id."""
-    folder = run.guide_folder(name)
+    """A complete cache of this run: its info, and its responses by prompt id."""
+    folder, command = run.guide_folder(name), f"npo sample-guide {quote_path(run.root)}"
     if not cache_info_path(folder).exists():
         names = ", ".join(info.name for info in list_guide_caches(run)) or "none"
         raise NpoError(
             f"{run.root} has no guide {name!r}; it has: {names}",
-            f"make one: npo sample-guide {quote_path(run.root)} --guide STEP --at STEP --name {name}",
+            f"make one: {command} --source STEP --at STEP --name {name}",
         )
     info = read_cache_info(folder)
+    again = f"{format_source_option(info)} --at {info.learner_step}"
     if info.run_id != run.run_id:
         raise NpoError(
             f"guide {name!r} was made in another run ({info.run_id}), not in {run.root} ({run.run_id})",
-            f"make one here: npo sample-guide {quote_path(run.root)} {format_guide_source_options(info)} --at {info.learner_step}",  # noqa: E501
+            f"make one here: {command} {again}",
         )
     if not info.complete:
         raise NpoError(
-            f"guide {name!r} of {run.root} is unfinished",
-            f"finish it: npo sample-guide {quote_path(run.root)} --branch {info.branch} {format_guide_source_options(info)} "  # noqa: E501
-            f"--at {info.learner_step} --name {name}",
+            f"guide {name!r} of {run.root} is incomplete",
+            f"finish it: {command} --branch {info.branch} {again} --name {name}",
         )
-    trajectories = read_guide_rollouts(folder)
-    count, wanted = sum(map(len, trajectories.values())), info.num_rollouts or info.num_prompts_with_rollouts
-    counts = ((len(trajectories), info.num_prompts_with_rollouts, "prompts with answers"), (count, wanted, "answers"))
-    for there, said, what in counts:
-        if there != said:
-            raise damaged_file_error(
-                guide_rollouts_path(folder), f"it has {there} {what}, and {cache_info_path(folder).name} counts {said}"
-            )
-    return info, trajectories
+    by_prompt = read_guide_rollouts(folder)
+    counts = (
+        (len(by_prompt), info.num_prompts_with_rollouts, "prompts with responses"),
+        (sum(map(len, by_prompt.values())), info.num_rollouts or info.num_prompts_with_rollouts, "responses"),
+    )
+    for found, expected, what in counts:
+        if found != expected:
+            problem = f"it has {found} {what}, but guide.json counts {expected}"
+            raise damaged_file_error(guide_rollouts_path(folder), problem)
+    return info, by_prompt
 
 
 def list_guide_caches(run: RunDir) -> list[GuideCacheInfo]:
-    """Every cache by name, unfinished ones included."""
+    """Every cache by name, incomplete ones included."""
     if not run.guides_folder.is_dir():
         return []
     return [

@@ -118,9 +118,8 @@ def find_extrapolation_checkpoints(run: RunDir, branch: str) -> set[BranchStep]:
     if recipe.get("guide", {}).get("source") != "extrapolated":
         return set()
     settings, every = recipe["extrapolation"], recipe["train"]["save_every"]
-    farthest = max((settings["k"], *settings["k_grid"]) if settings["refresh"] else (settings["k"],))
     steps = [found.step for found in list_ancestry_checkpoints(run, branch)]
-    return {(branch, step) for step in steps if step > max(steps) - farthest - every}
+    return {(branch, step) for step in steps if step > max(steps) - settings["k"] - every}
 
 
 def find_rollback_checkpoints(run: RunDir) -> set[BranchStep]:

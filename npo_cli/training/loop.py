@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from torch.optim import Optimizer
 
 from npo_cli.errors import StoppedEarly, quote_path
-from npo_cli.extrapolation.in_loop import ExtrapolatedGuide, Extrapolator
-from npo_cli.extrapolation.retune import Refresh, refreshed, with_choice
+from npo_cli.guides.online import OnlineExtrapolation
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
-from npo_cli.rollout.batch import ActiveGuide, StepBatch, build_batch
+from npo_cli.rollout.batch import ActiveGuide, OnlineGuide, StepBatch, build_batch
 from npo_cli.rollout.mistake_pool import collect_failed_prompts, update_failed_prompt_pool
 from npo_cli.rollout.replay_buffer import buffer_metrics, build_replay_batch, update_buffer
 from npo_cli.session.session import Session, count_generated_tokens
@@ -45,8 +44,8 @@ class Trainer:
     active_guide: ActiveGuide | None
     reference: Policy | None
     """Frozen base model; None if the loss has no KL term."""
-    extrapolator: Extrapolator | None = None
-    """Only where the policy's own motion guides."""
+    online_guide: OnlineExtrapolation | None = None
+    """Guide that is sampled while batches are built; None: a guide cache or none."""
 
 
 PauseCheck = Callable[[StepReport], bool]
@@ -100,8 +99,8 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     session, step = trainer.session, state.step + 1
     session.distributed.context = f"step {step}"
     started = time.perf_counter()
-    state, refresh, helper = select_guide(trainer, state)
-    batch, memory = build_step_batch(trainer, state, helper)
+    online_guide = select_online_guide(trainer, state)
+    batch, memory = build_step_batch(trainer, state, online_guide)
     sampled = time.perf_counter()
     session.engine.release_memory()
     lr = lr_at(step, session.recipe.train)
@@ -113,10 +112,8 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     metrics = compute_step_metrics(session, batch, update, lr=lr)
     if memory is not None:
         metrics |= buffer_metrics(memory)
-    if helper is not None:
-        metrics |= helper.metrics(batch)
-    if refresh is not None:
-        metrics = with_choice(metrics, refresh)
+    if online_guide is not None:
+        metrics |= online_guide.metrics(batch)
     running = update_running_metrics(state.running_metrics, metrics)
     metrics |= {name: value for name, value in running.items() if name != "ema_weight"}
     timings = {
@@ -146,24 +143,14 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     return after, report, warning
 
 
-def select_guide(
-    trainer: Trainer, state: TrainerState
-) -> tuple[TrainerState, Refresh | None, ExtrapolatedGuide | None]:
-    """How the policy is pushed at this step, chosen anew where that is due, and who then helps.
-
-    Nobody does while a cache is at work: the slots are its own.
-    """
-    busy = trainer.active_guide is not None and state.step < trainer.active_guide.until_step
-    if trainer.extrapolator is None or busy:
-        return state, None, None
-    refresh = refreshed(trainer.extrapolator, state, seed_name=trainer.seed_name)
-    if refresh is not None:
-        state = replace(state, choice=refresh.choice)
-    return state, refresh, trainer.extrapolator.open_guide(state)
+def select_online_guide(trainer: Trainer, state: TrainerState) -> OnlineGuide | None:
+    """The online guide of the next step; None while a guide cache is active, which has the slots to itself."""
+    cache_is_active = trainer.active_guide is not None and state.step < trainer.active_guide.until_step
+    return None if trainer.online_guide is None or cache_is_active else trainer.online_guide.at_step(state.step)
 
 
 def build_step_batch(
-    trainer: Trainer, state: TrainerState, helper: ExtrapolatedGuide | None
+    trainer: Trainer, state: TrainerState, online_guide: OnlineGuide | None
 ) -> tuple[StepBatch, ReplayBuffer | None]:
     """The step's batch, and the memory of past successes behind it: from the data order alone where there is none."""
     session, memory, draw = trainer.session, state.replay_buffer, None
@@ -171,7 +158,12 @@ def build_step_batch(
     if memory is not None and memory.is_collecting:
         draw = build_replay_batch(session, memory, **place)
     batch = build_batch(
-        session, trainer.rollouts, **place, active_guide=trainer.active_guide, batch_plan=draw, online_guide=helper
+        session,
+        trainer.rollouts,
+        **place,
+        active_guide=trainer.active_guide,
+        batch_plan=draw,
+        online_guide=online_guide,
     )
     if memory is not None:
         memory = update_buffer(session, batch, memory, sampler_step=state.step, position=state.position)

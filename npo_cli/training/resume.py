@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 from npo_cli.config.loading import override_saved_recipe, recipe_to_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.extrapolation.in_loop import select_extrapolation
-from npo_cli.extrapolation.sampler import find_extrapolation
+from npo_cli.guides.sources.extrapolated import find_older_checkpoint
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.rollout.batch import ActiveGuide
@@ -31,7 +30,7 @@ from npo_cli.storage.checkpoints import (
 )
 from npo_cli.storage.costs import append_fork_cost
 from npo_cli.storage.files import damaged_file_error
-from npo_cli.storage.guide_cache import format_guide_source_options, guide_rollouts_path, load_guide
+from npo_cli.storage.guide_cache import format_source_option, guide_rollouts_path, load_guide
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import (
     append_segment,
@@ -162,7 +161,7 @@ def fork(
         check_guide(run, info, parent=parent, at=at)
     if recipe.guide.source == "extrapolated":
         # A missing older checkpoint is reported before a branch is created.
-        find_extrapolation(run, parent, select_extrapolation(recipe, None), step=at, every=recipe.train.save_every)
+        find_older_checkpoint(run, parent, k=recipe.extrapolation.k, step=at, every=recipe.train.save_every)
     until = at + (steps or info.num_steps) if info else None
     branch = find_free_branch_name(
         run, guide or f"{parent}-from-{at}" if new_branch is None else new_branch, exact=new_branch is not None
@@ -173,7 +172,9 @@ def fork(
 
 def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:
     """Refuse a guide that was sampled for another learner, and so for other prompts."""
-    again = f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_guide_source_options(info)} --at {at} --name NEW"  # noqa: E501
+    again = (
+        f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_source_option(info)} --at {at} --name NEW"
+    )
     if (info.branch, info.learner_step) != (parent, at):
         raise NpoError(
             f"guide {info.name} was sampled for step {info.learner_step} of {info.branch}, not step {at} of {parent}",
@@ -190,7 +191,7 @@ def load_active_guide(session: Session, segment: Segment) -> ActiveGuide | None:
     if info.tokenizer_digest != session.policy.tokenizer_digest:
         raise NpoError(
             f"guide {info.name} was sampled with another tokenizer; its token ids do not fit this model",
-            f"npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} --at {info.learner_step} --name NEW",  # noqa: E501
+            f"npo sample-guide {quote_path(session.run.root)} {format_source_option(info)} --at {info.learner_step} --name NEW",  # noqa: E501
         )
     check_guide_logprobs(session, info)
     known = {prompt.prompt_id for prompt in session.task.train}
@@ -216,7 +217,7 @@ def check_guide_images(session: Session, info: GuideCacheInfo, rollout: GuideRol
     if expected != [image.sha256 for image in rollout.images]:
         raise NpoError(
             f"guide {info.name} was sampled with other images for prompt {rollout.prompt_id} than this task has",
-            f"restore the old images, or: npo sample-guide {quote_path(session.run.root)} {format_guide_source_options(info)} "  # noqa: E501
+            f"restore the old images, or: npo sample-guide {quote_path(session.run.root)} {format_source_option(info)} "
             f"--at {info.learner_step} --name NEW",
         )
 

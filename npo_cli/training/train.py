@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from npo_cli import __version__
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import Recipe
-from npo_cli.extrapolation.in_loop import make_extrapolator
+from npo_cli.guides.online import open_online_guide
 from npo_cli.policy.model import BUNDLED_MODELS, Policy, load_policy
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
 from npo_cli.rollout.batch import ActiveGuide
@@ -134,7 +134,7 @@ def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_
         seed_name=find_seed_name(run, branch),
         active_guide=active_guide,
         reference=reference,
-        extrapolator=make_extrapolator(session, branch),
+        online_guide=open_online_guide(session, branch),
     )
 
 

@@ -33,35 +33,16 @@ class GuideRollout:
     """What its writer was shown."""
 
 
-GuideSourceKind = Literal["checkpoint", "self", "base", "extrapolated", "model", "endpoint", "file", "past", "run"]
-"""Where a cache's trajectories come from: a later checkpoint of the line, the learner itself, step 0, the learner
-pushed along its own motion, an outside model's folder, a server, a file of traces, the run's own past successes, a
-checkpoint of another run."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExtrapolationSpec:
-    """How a policy is pushed along its own motion: pi_t (pi_t / pi_{t-k})^a, or the same of its weights."""
+class SourceSpec:
+    """Which guide source, with its options: the parsed form of `--source SPEC`, and the provenance in guide.json."""
 
-    space: Literal["logits", "weights"]
-    k: int
-    """Steps back of the older copy."""
-    a: float
-    """How far, in motions of k steps."""
-
-    @property
-    def name(self) -> str:
-        """`logits:20:2`, as it is asked for."""
-        return f"{self.space}:{self.k}:{self.a:g}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExtrapolationState:
-    """Which push is in force while training; part of the training state where it is chosen anew now and then."""
-
-    spec: ExtrapolationSpec
-    is_active: bool
-    """Whether anybody is asked: it backed off where the push showed nothing."""
+    name: str
+    """Name in the registry of guide sources, such as `checkpoint`."""
+    options: Mapping[str, str | int | float] = field(default_factory=dict, hash=False)
+    """Options of that source by name, such as {"step": 100}; an optional one that was not given is absent."""
+    text: str
+    """The SPEC that gives this again, such as `checkpoint:100`; for `--source` and for tables, never parsed here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +54,9 @@ class GuideCacheInfo:
     branch: str
     """Branch of the learner; a checkpoint that is the guide is found on the same line of descent."""
     learner_step: int
-    """Step of the learner; the cache covers prompts visited in steps (at_step, at_step + num_steps]."""
+    """Step of the learner; the cache covers prompts visited in steps (learner_step, learner_step + num_steps]."""
+    source: SourceSpec
+    """Provenance: the guide source with all its options."""
     guide_step: int | None
     """Step of the guide's weights; None where these are not of this run."""
     guide_digest: str
@@ -90,9 +73,6 @@ class GuideCacheInfo:
     num_tokens: int
     """Tokens generated to make the cache."""
     complete: bool = False
-    source: GuideSourceKind = "checkpoint"
-    origin: str = ""
-    """What was asked, for people: a folder, a hub id, an address, a file, another run; empty for the run's own."""
     has_logps: bool = True
     """Whether log-probabilities of who wrote the trajectories are kept; without them only the ratios `proximal`, `unit`
     and `none` can be used."""

@@ -17,7 +17,7 @@ def circle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train", "micro", root, *SMALL),
         ("eval", root, "--step", "4"),
         ("score-checkpoints", root, "--at", "0", *FEW),
-        ("sample-guide", root, "--guide", "4", "--at", "0", "--name", "near"),
+        ("sample-guide", root, "--source", "4", "--at", "0", "--name", "near"),
         ("resume", root, "--at", "0", "--guide", "near", "--new-branch", "again"),
     ):
         assert npo(*args).code == 0, args

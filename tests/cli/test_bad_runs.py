@@ -68,8 +68,8 @@ def test_every_command_refuses_a_newer_run_format(circle, tmp_path):
     [
         ["eval", "--step", "3"],
         ["score-checkpoints", "--at", "3"],
-        ["sample-guide", "--at", "3", "--guide", "4"],
-        ["sample-guide", "--at", "0", "--guide", "3"],
+        ["sample-guide", "--at", "3", "--source", "4"],
+        ["sample-guide", "--at", "0", "--source", "3"],
         ["score-checkpoints", "--at", "0", "--candidates", "2,3"],
         ["resume", "--at", "3"],
     ],
@@ -128,8 +128,8 @@ def test_candidates_that_are_not_steps_are_refused(circle, text):
             ["score-checkpoints", "--at", "0", "scoring.budget=1"],
             "scoring.budget is 1, but 2 candidates in 1 rounds need at",
         ),
-        (["sample-guide", "--at", "2", "--guide", "2"], "step 2 is not later than the learner's step 2"),
-        (["sample-guide", "--at", "4", "--guide", "2"], "step 2 is not later than the learner's step 4"),
+        (["sample-guide", "--at", "2", "--source", "2"], "step 2 is not later than the learner's step 2"),
+        (["sample-guide", "--at", "4", "--source", "2"], "step 2 is not later than the learner's step 4"),
         (
             ["score-checkpoints", "--at", "4", "--branch", "main"],
             "main has no checkpoint later than step 4 | train further: npo resume RUN --branch main train.num_steps=8",
@@ -230,7 +230,7 @@ def test_num_steps_is_frozen_with_a_decaying_learning_rate(tmp_path):
 @pytest.mark.parametrize(
     "args",
     [
-        ["sample-guide", "--at", "0", "--guide", "4", "--name"],
+        ["sample-guide", "--at", "0", "--source", "4", "--name"],
         ["resume", "--at", "0", "--guide"],
         ["resume", "--at", "0", "--guide", "near", "--new-branch"],
     ],
@@ -243,18 +243,18 @@ def test_invalid_name_is_refused(circle, args, name):
     ("args", "expected"),
     [
         (
-            ["sample-guide", "--branch", "main", "--at", "0", "--guide", "4", "--name", "near"],
-            "RUN already has a finished guide 'near' (step 4 for step 0) | choose another name with --name, or use it: "
+            ["sample-guide", "--branch", "main", "--at", "0", "--source", "4", "--name", "near"],
+            "RUN already has a complete guide 'near' (step 4 for step 0) | choose another name with --name, or use it: "
             "npo resume RUN --at 0 --guide near",
         ),
         (
             ["resume", "--at", "0", "--guide", "far"],
-            "RUN has no guide 'far'; it has: near | make one: npo sample-guide RUN --guide STEP --at STEP --name far",
+            "RUN has no guide 'far'; it has: near | make one: npo sample-guide RUN --source STEP --at STEP --name far",
         ),
         (
             ["resume", "--at", "2", "--guide", "near"],
             "guide near was sampled for step 0 of main, not step 2 of main "
-            "| npo sample-guide RUN --branch main --guide 4 --at 2 --name NEW",
+            "| npo sample-guide RUN --branch main --source 4 --at 2 --name NEW",
         ),
         (
             ["resume", "--at", "0", "--guide", "near", "--new-branch", "main"],
@@ -271,8 +271,8 @@ def test_guide_or_branch_that_does_not_fit_is_refused(circle, args, expected):
     [
         ({"run_id": "0" * 32}, "guide 'near' was made in another run"),
         ({"tokenizer_digest": "0" * 64}, "guide near was sampled with another tokenizer"),
-        ({"complete": False}, "is unfinished"),
-        ({"num_prompts_with_rollouts": 99}, "prompts with answers, and guide.json counts 99"),
+        ({"complete": False}, "is incomplete"),
+        ({"num_prompts_with_rollouts": 99}, "prompts with responses, but guide.json counts 99"),
     ],
 )
 def test_guide_cache_of_another_run_or_incomplete_is_refused(circle, tmp_path, fields, message):

@@ -18,7 +18,7 @@ ROLES = {
     "evaluated": ["eval", "--branch", "main", "--step", "4"],
     "learner": ["score-checkpoints", "--branch", "main", "--at", "4"],
     "candidate": ["score-checkpoints", "--branch", "main", "--at", "0", "--candidates", "2,4"],
-    "guide": ["sample-guide", "--branch", "main", "--at", "2", "--guide", "4"],
+    "guide": ["sample-guide", "--branch", "main", "--at", "2", "--source", "4"],
     "rollback": ["resume", "--branch", "main", "--at", "4", "train.num_steps=8"],
     "resume point": ["resume", "--branch", "main", "train.num_steps=8"],
 }
@@ -231,21 +231,21 @@ def test_evaluation_with_missing_fields_is_named_by_line(run):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ('"response_ids":[', '"response_ids":[1,', "line 1 is damaged: it is no verified answer to prompt mix3/"),
+        ('"response_ids":[', '"response_ids":[1,', "it is not a verified response to prompt mix3/"),
         ('"response_ids":[', '"ids":[', "line 1 is damaged: it has no field 'response_ids'"),
-        ('"verdict":"correct"', '"verdict":"wrong"', "line 1 is damaged: it is no verified answer to prompt mix3/"),
-        ('"verdict":"correct"', '"verdict":"fine"', "line 1 is damaged: it is no verified answer to prompt mix3/"),
+        ('"verdict":"correct"', '"verdict":"wrong"', "it is not a verified response to prompt mix3/"),
+        ('"verdict":"correct"', '"verdict":"fine"', "it is not a verified response to prompt mix3/"),
         ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near has prompts that this task does not have: oth"),
-        ('"response_ids":[', '"response_ids":["1",', "line 1 is damaged: it is no verified answer to prompt mix3/"),
+        ('"response_ids":[', '"response_ids":["1",', "it is not a verified response to prompt mix3/"),
     ],
 )  # fmt: skip
 def test_damaged_guide_cache_is_refused_before_forking(run, before, after, message):
-    edit_file(run / "guides" / "near" / "trajectories.jsonl", lambda text: text.replace(before, after))
+    edit_file(run / "guides" / "near" / "rollouts.jsonl", lambda text: text.replace(before, after))
     assert message in words(run, ["resume", "--at", "0", "--guide", "near"])
 
 
 def test_guide_cache_with_unknown_token_is_refused(run):
-    path = run / "guides" / "near" / "trajectories.jsonl"
+    path = run / "guides" / "near" / "rollouts.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0]["response_ids"][0] = 99999
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

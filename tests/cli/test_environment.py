@@ -61,7 +61,7 @@ def test_locked_run_is_read_but_not_written(tmp_path, warm):
             ["resume", "--at", "0"],
             ["eval"],
             ["score-checkpoints", "--at", "0"],
-            ["sample-guide", "--at", "0", "--guide", "2"],
+            ["sample-guide", "--at", "0", "--source", "2"],
         ):
             result = npo(args[0], run, *args[1:])
             assert (result.code, result.out, result.err.count("\n")) == (2, "", 2)

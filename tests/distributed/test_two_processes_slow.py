@@ -116,7 +116,7 @@ def test_score_sample_guide_and_resume_with_two_processes_equal_one(tmp_path):
     resume(tmp_path / "single", at=2, guide="near")
     curves = [RunDir(one).metrics_path("near") for one in (root, tmp_path / "single")]
     assert [num_lines(path) for path in curves] == [2, 2]
-    paths = [RunDir(one).root / "guides" / "near" / "trajectories.jsonl" for one in (root, tmp_path / "single")]
+    paths = [RunDir(one).root / "guides" / "near" / "rollouts.jsonl" for one in (root, tmp_path / "single")]
     assert num_lines(paths[0]) == num_lines(paths[1])
     assert "Q" in (tmp_path / "score").read_text()
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli import registry
 from npo_cli.cli.main import main
 from npo_cli.config.loading import load_recipe
-from npo_cli.registry import ENGINES
+from npo_cli.registry import ENGINES, GUIDE_SOURCES
+from tests.helpers.teachers import correct_response
 
 PAGES = Path(__file__).parents[2] / "docs/how-to"
 TINY = (
@@ -47,20 +47,21 @@ def run(*args: str) -> None:
 
 def test_add_a_guide_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its solutions of prompts that the run visits become a guide cache, without log-probabilities."""
-    GUIDE_SOURCES = getattr(registry, "GUIDE_SOURCES", None)
-    if GUIDE_SOURCES is None:
-        pytest.skip("guide sources have no registry yet")
     from npo_cli.session.session import open_task
 
     monkeypatch.chdir(tmp_path)
     run("train", "micro", "r", *TINY)
     recipe = load_recipe("micro", TINY)
     task = open_task(recipe)
-    Path("solutions.json").write_text(json.dumps({each.prompt_id: each.answer for each in task.train}))
+    Path("solutions.json").write_text(json.dumps({each.prompt_id: correct_response(each) for each in task.train}))
     with GUIDE_SOURCES.registered(class_of("add-a-guide-source.md", "SolutionsSource")):
         run("sample-guide", "r", "--at", "0", "--source", "solutions:solutions.json", "--steps", "2", "--name", "s")
     info = json.loads(Path("r/guides/s/guide.json").read_text())
-    assert info["complete"] and not info["has_logps"]
+    assert (info["complete"], info["num_prompts_with_rollouts"], info["has_logps"]) == (
+        True,
+        info["num_prompts"],
+        False,
+    )
 
 
 def test_add_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

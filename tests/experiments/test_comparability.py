@@ -50,7 +50,7 @@ def test_adapters_beside_other_weights_are_not_alike(plain, tmp_path):
 
 def test_a_guide_from_another_run_is_named_and_what_it_had_cost_there_is_told(plain, tmp_path):
     train(tmp_path / "other", *SETTINGS, "train.seed=7")
-    sample(plain, kind="run", origin=str(tmp_path / "other"), guide_step=None, name="taught")
+    sample(plain, source=f"run:{tmp_path}/other", name="taught")
     resume(plain, at=2, guide="taught")
     arm, said = second(f"a={plain}:main", f"b={plain}:taught")
     assert arm.changed_settings == ("guides by nobody -> run at 2",)
@@ -64,7 +64,7 @@ def test_a_file_of_traces_is_another_one_for_each_seed_and_yet_one_method(plain,
         train(root, *SETTINGS, f"train.seed={seed}")
         with closing(open_session_at(root, 2)) as session:
             traces = write_traces(tmp_path / f"traces-{seed}.jsonl", correct_rows(session.prompts_between(8, 16)))
-        sample(root, kind="file", origin=str(traces), guide_step=None, name="taught")
+        sample(root, source=f"file:{traces}", name="taught")
         resume(root, at=2, guide="taught")
     taught = [f"luffy={tmp_path / f'seed-{seed}'}:taught" for seed in (0, 1)]
     arm, _ = second(f"grpo={plain}:main", *taught)

@@ -32,9 +32,9 @@ def test_npo_early_and_late_is_five_commands(tmp_path):
     found = build_commands(here)
     assert typed(found, tmp_path) == [
         "train micro RUN --method matched/npo --until 3",
-        "sample-guide RUN --at 0 --guide 3 --steps 2 --name early",
+        "sample-guide RUN --at 0 --source 3 --steps 2 --name early",
         "resume RUN --at 0 --guide early --new-branch early --until 4",
-        "sample-guide RUN --branch early --at 2 --guide 4 --name late",
+        "sample-guide RUN --branch early --at 2 --source 4 --name late",
         "resume RUN --at 2 --branch early --guide late --new-branch npo",
     ]
     assert found[0][-1] == "train.seed=7"

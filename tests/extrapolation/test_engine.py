@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from npo_cli.config.recipe import ModelSettings
-from npo_cli.extrapolation.engine import ExtrapolatedEngine, extrapolate_logits
 from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest
+from npo_cli.inference.extrapolated_engine import ExtrapolatedEngine, extrapolate_logits
 from npo_cli.policy.extrapolated import ExtrapolatedPolicy
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy

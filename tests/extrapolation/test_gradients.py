@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from npo_cli.config.recipe import ModelSettings
-from npo_cli.extrapolation.in_loop import ExtrapolatedGuide, Extrapolator, select_extrapolation
+from npo_cli.guides.online import ExtrapolatedGuide, OnlineExtrapolation
 from npo_cli.policy.model import load_policy
 from npo_cli.rollout.batch import StepBatch, build_batch
 from npo_cli.session.session import Session
@@ -78,9 +78,7 @@ def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("asked") / "run"
     train(root, *ASKED, f"extrapolation.space={space}", f"extrapolation.mode={seat}", "extrapolation.slots=2")
     session = open_session_at(root, 4)
-    ahead = Extrapolator(session=session, branch="main").open_sampler(
-        select_extrapolation(session.recipe, None), step=4
-    )
+    ahead = OnlineExtrapolation(session=session, branch="main").open_sampler(4)
     journal = RolloutLog(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")
     helper = ExtrapolatedGuide(session=session, sampler=ahead)
     batch = build_batch(session, journal, seed_name="t", step=5, position=0, active_guide=None, online_guide=helper)

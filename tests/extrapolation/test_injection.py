@@ -3,7 +3,7 @@
 import pytest
 
 from npo_cli.config.guides import InjectSettings
-from npo_cli.extrapolation.in_loop import (
+from npo_cli.guides.online import (
     extrapolated_rollouts,
     extrapolation_metrics,
     inject_responses,

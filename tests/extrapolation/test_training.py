@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from npo_cli.errors import NpoError
-from npo_cli.extrapolation.in_loop import extrapolated_rollouts
-from npo_cli.extrapolation.sampler import find_extrapolation, load_older_policy
+from npo_cli.guides.online import extrapolated_rollouts
+from npo_cli.guides.sources.extrapolated import Extrapolation, find_older_checkpoint, load_older_policy
 from npo_cli.storage.checkpoints import list_checkpoints
 from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.train import train_run
-from npo_cli.types.guides import ExtrapolationSpec
 from npo_cli.types.rollouts import Group
 from tests.helpers.runs import (
     LORA,
@@ -152,7 +151,8 @@ def test_a_run_of_adapters_killed_anywhere_comes_out_the_same_bit_for_bit(adapte
 
 def test_the_older_copy_of_a_run_of_adapters_has_the_learners_base_and_adapters_of_its_own(adapted):
     session = open_session_at(adapted, 6)
-    motion = find_extrapolation(session.run, "main", ExtrapolationSpec(space="logits", k=2, a=1.0), step=6, every=2)
+    found = find_older_checkpoint(session.run, "main", k=2, step=6, every=2)
+    motion = Extrapolation(space="logits", k=2, a=1.0, step=6, older_checkpoint=found)
     older = load_older_policy(session, motion)
     assert older is not None
     theirs, ours = (dict(policy.model.named_parameters()) for policy in (older, session.policy))
@@ -210,7 +210,7 @@ def test_pushed_weights_leave_no_trace_in_the_weights(lora, tmp_path):
 
 def test_a_cache_at_work_has_the_slots_and_afterwards_the_motion_again(injected, tmp_path):
     root = copy_run(injected, tmp_path / "run")
-    sample(root, "guide.inject.max_accuracy=1.0", guide_step=4, at=2)
+    sample(root, "guide.inject.max_accuracy=1.0", source="4", at=2)
     resume(root, "guide.inject.max_accuracy=1.0", at=2, guide="near", new_branch="helped")
     sources = {
         step: {one.source for group in groups_at(root, step, "helped") for one in group.rollouts} for step in (3, 5)
@@ -246,7 +246,6 @@ def test_retention_never_takes_the_older_copy(tmp_path):
     [
         ("train.save_every=3", "train.save_every must be at most that, got 3"),
         ("guide.experience.replay_fraction=0.5", "use the same slots"),
-        ("extrapolation.k_grid=[2,2]", "contains a value twice"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(setting, why):

@@ -7,8 +7,8 @@ import torch
 
 from npo_cli.errors import NpoError
 from npo_cli.guides import build_cache as guide_cache
-from npo_cli.guides.registry import SourceSpec
-from npo_cli.guides.sample_guide import build_guide_cache
+from npo_cli.guides.build_cache import build_guide_cache
+from npo_cli.guides.registry import parse_spec
 from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.storage.checkpoints import find_checkpoint
@@ -19,7 +19,7 @@ from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.runs import copy_run, open_session_at, resume, sample, train, trajectories
 from tests.helpers.teachers import save_with_other_vocabulary
 
-OUTSIDE = {"guide_step": None, "name": "taught"}
+OUTSIDE = {"name": "taught"}
 LUFFY = (
     "guide.inject.ratio=unit",
     "guide.inject.ratio_shaping=soft",
@@ -43,7 +43,7 @@ def teacher_folder(root):
 
 
 def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(root):
-    info = sample(root, kind="model", origin=str(teacher_folder(root)), **OUTSIDE)
+    info = sample(root, source=f"model:{teacher_folder(root)}", **OUTSIDE)
     session, found = open_session_at(root, 4), trajectories(root, "taught")
     assert found
     for prompt_id, kept in found.items():
@@ -52,13 +52,13 @@ def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(ro
             scores = session.policy.score([row], temperature=1.0, chunk_tokens=4096)
         assert kept.behavior_logps == pytest.approx(scores.logps_NT[0].tolist(), abs=1e-5)
         assert (kept.source, kept.guide_step, kept.verdict) == ("teacher", None, "correct")
-    assert (info.source, info.guide_step, info.has_logps) == ("model", None, True)
-    assert info.origin == str(teacher_folder(root))
+    assert (info.source.name, info.guide_step, info.has_logps) == ("model", None, True)
+    assert info.source.options == {"model": str(teacher_folder(root))}
     assert info.guide_digest == session.policy.digest
 
 
 def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabilities(root, foreigner):
-    info = sample(root, kind="model", origin=str(foreigner), **OUTSIDE)
+    info = sample(root, source=f"model:{foreigner}", **OUTSIDE)
     session, found = open_session_at(root, 2), trajectories(root, "taught")
     assert found
     assert not info.has_logps
@@ -73,8 +73,8 @@ def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabiliti
 def test_the_same_policy_in_other_tokens_says_as_much_that_is_right(root, foreigner):
     """Base and foreigner are one policy in two spellings; drawn 64 times on 8 prompts they agree but for chance."""
     many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest")
-    ours = sample(root, *many, kind="base", guide_step=None, name="ours")
-    theirs = sample(root, *many, kind="model", origin=str(foreigner), guide_step=None, name="theirs")
+    ours = sample(root, *many, source="base", name="ours")
+    theirs = sample(root, *many, source=f"model:{foreigner}", name="theirs")
     shares = []
     for name in ("ours", "theirs"):
         found = load_guide(open_run(root), name)[1]
@@ -101,10 +101,7 @@ def test_an_answer_that_the_learner_has_no_room_for_counts_as_cut_off(root):
     # four characters and the end
     assert (len(short.response_ids), short.finished) == (5, True)
     assert retelling.num_too_long == 1
-    assert retelling.warnings() == [
-        "1 answers heard now have more tokens than the learner may answer with (sampling.max_new_tokens=6): "
-        "they count as cut off"
-    ]
+    assert retelling.warnings() == ["1 responses exceed sampling.max_new_tokens=6 and were truncated"]
 
 
 def test_an_end_token_that_is_only_spelled_is_text(root):
@@ -116,9 +113,9 @@ def test_an_end_token_that_is_only_spelled_is_text(root):
 def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_path):
     other = tmp_path / "seed"
     train(other, "train.seed=7")
-    info = sample(root, kind="run", origin=str(other), **OUTSIDE)
+    info = sample(root, source=f"run:{other}", **OUTSIDE)
     run = open_run(other)
-    assert info.origin == f"{other}:main step 4 of run {run.run_id}"
+    assert info.source.options == {"dir": str(other), "branch": "main", "step": 4}
     # what the seed run had generated in its four steps
     tokens = sum(
         len(rollout.response_ids)
@@ -129,7 +126,7 @@ def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_
     assert info.guide_digest == find_checkpoint(run, "main", 4).digest
     assert {(kept.source, kept.guide_step) for kept in trajectories(root, "taught").values()} == {("teacher", None)}
     assert info.has_logps
-    earlier = sample(root, kind="run", origin=f"{other}:main", guide_step=2, name="earlier")
+    earlier = sample(root, source=f"run:{other}@main:2", name="earlier")
     assert earlier.guide_digest == find_checkpoint(run, "main", 2).digest
 
 
@@ -137,7 +134,7 @@ def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_
 def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens):
     origin = teacher_folder(root) if tokens == "same" else foreigner
     # every prompt has a trajectory, right or wrong: the gate of 1 lets all of them in
-    sample(root, "guide.cache.keep=all", kind="model", origin=str(origin), at=0, **OUTSIDE)
+    sample(root, "guide.cache.keep=all", source=f"model:{origin}", at=0, **OUTSIDE)
     reports = resume(root, *LUFFY, at=0, guide="taught")
     assert [report.step for report in reports] == [1, 2, 3, 4]
     assert {report.metrics["inject/slots"] for report in reports} == {4.0}
@@ -146,7 +143,7 @@ def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens)
 
 
 def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_can_be_used(root, foreigner):
-    sample(root, kind="model", origin=str(foreigner), **OUTSIDE)
+    sample(root, source=f"model:{foreigner}", **OUTSIDE)
     with pytest.raises(
         NpoError, match=r"guide 'taught' has no log-probabilities: guide\.inject\.ratio=exact is not available"
     ) as caught:
@@ -158,16 +155,13 @@ def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_
 def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, monkeypatch, foreigner, kill_after):
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
-    asked = {"kind": "model", "origin": str(foreigner), **OUTSIDE}
+    asked = {"source": f"model:{foreigner}", **OUTSIDE}
     sample(straight, **asked)
     records = build_guide_cache(
         broken,
-        spec=SourceSpec(kind="model", origin=str(foreigner)),
+        spec=parse_spec(f"model:{foreigner}"),
         at=2,
         name="taught",
-        branch=None,
-        steps=None,
-        overrides=(),
     )
     for _ in range(1 + kill_after):
         next(records)
@@ -179,29 +173,25 @@ def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("source", "message"),
     [
-        ({"source": "model"}, "--source model needs --from"),
-        ({"kind": "model", "origin": "x", "guide_step": 3}, "--guide means nothing to --source model"),
-        ({"kind": "checkpoint", "origin": "x"}, "--from means nothing to --source checkpoint"),
-        ({"source": "oracle"}, "there is no source 'oracle'"),
-        ({"kind": "model", "origin": "./nowhere"}, "--from ./nowhere cannot be asked: model.path=./nowhere is not"),
-        ({"kind": "run", "origin": "nowhere"}, "there is no run directory nowhere"),
+        ("model:./nowhere", "--source model:./nowhere cannot be loaded: model.path=./nowhere is not"),
+        ("run:nowhere", "there is no run directory nowhere"),
     ],
 )
-def test_a_source_that_cannot_be_asked_is_refused_before_anything_is_written(root, options, message):
+def test_an_external_model_that_cannot_be_loaded_is_refused_before_anything_is_written(root, source, message):
     before = sorted(root.rglob("*"))
     with pytest.raises(NpoError, match=message.replace(".", r"\.")):
-        sample(root, **({"guide_step": None, "name": "new"} | options))
+        sample(root, source=source, name="new")
     assert sorted(root.rglob("*")) == before
 
 
 def test_the_run_itself_is_no_other_run(root):
     with pytest.raises(NpoError, match="is this run itself"):
-        sample(root, kind="run", origin=str(root), **OUTSIDE)
+        sample(root, source=f"run:{root}", **OUTSIDE)
 
 
 def test_training_goes_on_with_a_teachers_cache_in_the_run(root, foreigner):
     """Retention asks which steps a cache needs; a teacher has none."""
-    sample(root, kind="model", origin=str(foreigner), **OUTSIDE)
+    sample(root, source=f"model:{foreigner}", **OUTSIDE)
     assert resume(root, "train.num_steps=6")[-1].step == 6

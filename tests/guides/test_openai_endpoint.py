@@ -12,7 +12,7 @@ from tests.helpers.teachers import correct_response
 from tests.helpers.warm_process import wait_until
 from tests.inference.openai_server import run_server
 
-NAMED = {"guide_step": None, "name": "given"}
+NAMED = {"name": "given"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def right_to(prompts):
 def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its_own(root, lesson):
     _, prompts = lesson
     with run_server(right_to(prompts)) as served:
-        asked = {"kind": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
+        asked = {"source": f"endpoint:{served.url}#teacher", **NAMED}
         info = sample(root, **asked)
         seeds = [body["seed"] for body in served.bodies]
     found = trajectories(root, "given")
@@ -51,7 +51,11 @@ def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its
     # 8 prompts, solved in the first round of 2, 7 tokens by the server's count
     assert (info.num_samples, info.num_tokens) == (16, 16 * 7)
     assert len(set(seeds)) == 16
-    assert (info.origin, info.guide_digest, info.has_logps) == (f"{served.url} model teacher", "", False)
+    assert (info.source.options, info.guide_digest, info.has_logps) == (
+        {"url": served.url, "model": "teacher"},
+        "",
+        False,
+    )
     assert {kept.source for kept in found.values()} == {"teacher"}
 
 
@@ -60,7 +64,7 @@ def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path
     _, prompts = lesson
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
     with run_server(right_to(prompts)) as served:
-        asked = {"kind": "endpoint", "origin": served.url, "model": "teacher", **NAMED}
+        asked = {"source": f"endpoint:{served.url}#teacher", **NAMED}
         sample(straight, **asked)
         whole = len(served.bodies)
         # The first chunk of three is heard; then the server is gone for good.
@@ -90,7 +94,7 @@ def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path
 def test_an_address_without_the_model_is_refused_and_nothing_is_written(root, lesson):
     before = sorted(root.rglob("*"))
     with run_server(right_to(lesson[1])) as served:
-        asked = {"kind": "endpoint", "origin": served.url, "model": "oracle", **NAMED}
+        asked = {"source": f"endpoint:{served.url}#oracle", **NAMED}
         with pytest.raises(NpoError, match="has no model 'oracle'; it has: teacher"):
             sample(root, **asked)
     assert sorted(root.rglob("*")) == before

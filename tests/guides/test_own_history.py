@@ -10,7 +10,7 @@ from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.runs import copy_run, resume, sample, train, trajectories
 
-NAMED = {"guide_step": None, "name": "given"}
+NAMED = {"name": "given"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def recorded(root: Path, steps: range) -> dict[str, list]:
 
 def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_day(veteran, tmp_path):
     root = copy_run(veteran, tmp_path / "run")
-    info = sample(root, kind="past", at=4, **NAMED)
+    info = sample(root, source="past", at=4, **NAMED)
     history, found = recorded(root, range(1, 5)), trajectories(root, "given")
     solved = {
         prompt_id
@@ -49,14 +49,14 @@ def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_d
         newest = [rollout.behavior_logps for at, rollout in same if at == step]
         assert kept.behavior_logps in newest
         assert kept.num_sampled == len(history[prompt_id]) == 4
-    assert (info.num_tokens, info.external_tokens, info.has_logps, info.origin) == (0, 0, True, "")
+    assert (info.num_tokens, info.external_tokens, info.has_logps, info.source.text) == (0, 0, True, "past")
     # each of the 16 prompts was visited once in steps 1 to 4
     assert info.num_samples == 16 * 4
 
 
 def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
     root = copy_run(veteran, tmp_path / "run")
-    sample(root, kind="past", at=4, **NAMED)
+    sample(root, source="past", at=4, **NAMED)
     reports = resume(root, "guide.inject.ratio=exact", "guide.inject.max_accuracy=1", at=4, guide="given")
     assert sum(report.metrics["inject/slots"] for report in reports) == len(trajectories(root, "given"))
     assert len(reports) == 4
@@ -66,7 +66,7 @@ def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
     root = tmp_path / "run"
     train(root, "train.num_steps=12", "task.pool_size=4", "train.save_every=4")
     sample(
-        root, "guide.cache.max_responses_per_prompt=8", "guide.cache.samples_per_prompt=8", kind="past", at=8, **NAMED
+        root, "guide.cache.max_responses_per_prompt=8", "guide.cache.samples_per_prompt=8", source="past", at=8, **NAMED
     )
     history = recorded(root, range(1, 9))
     for prompt_id, several in load_guide(open_run(root), "given")[1].items():
@@ -80,7 +80,7 @@ def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
 
 def test_there_is_no_past_at_step_0_nor_where_nothing_was_visited_before(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
-    with pytest.raises(NpoError, match="the learner at step 0 has no past"):
-        sample(root, kind="past", at=0, **NAMED)
+    with pytest.raises(NpoError, match="the learner at step 0 has no earlier rollouts"):
+        sample(root, source="past", at=0, **NAMED)
     with pytest.raises(NpoError, match=r"none of the 8 prompts of steps 3-4 was solved in steps 1-2"):
-        sample(root, kind="past", at=2, **NAMED)
+        sample(root, source="past", at=2, **NAMED)

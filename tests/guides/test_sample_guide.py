@@ -1,4 +1,4 @@
-"""Guide caches: whose answers are kept, for which prompts, with which log-probabilities."""
+"""Guide caches: which prompts are sampled, which responses are kept, and their log-probabilities."""
 
 import random
 import shutil
@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from npo_cli.guides import build_cache as guide_cache
-from npo_cli.guides.build_cache import rank_responses
-from npo_cli.guides.registry import SourceSpec
-from npo_cli.guides.sample_guide import build_guide_cache
-from npo_cli.guides.source import PromptResponses, compute_logprobs
-from npo_cli.guides.sources.checkpoint import CheckpointSource, sample_policy_in_rounds
+from npo_cli.guides.build_cache import build_guide_cache, rank_responses
+from npo_cli.guides.registry import create_source, parse_spec
+from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, compute_logprobs
 from npo_cli.policy.logprobs import TokenRow
+from npo_cli.session.learner import find_learner
 from npo_cli.session.session import Session
-from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import guide_rollouts_path, queried_prompts_path, read_queried_prompts
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
@@ -26,16 +24,24 @@ from tests.helpers.guide_trajectories import correct_trajectory, override_settin
 from tests.helpers.runs import copy_run, file_digests, open_session_at, sample, train, trajectories
 
 
+def open_checkpoint_source(session: Session) -> GuideSource:
+    """Step 4 as guide of step 2, in a session of step 4."""
+    learner = find_learner(session.run, at=2, branch=None, overrides=())
+    source = create_source(parse_spec("4"), ReplayTarget(run=session.run, learner=learner))
+    source.open(session)
+    return source
+
+
 def visited(root: Path, steps: range) -> list[str]:
     journal = RolloutLog(open_run(root).rollouts_path("main"))
     return [group.prompt.prompt_id for step in steps for group in journal.read_step(step)]
 
 
-def test_exactly_the_prompts_of_the_segment_are_asked(scout):
+def test_guide_cache_samples_exactly_the_prompts_of_the_replay(scout):
     assert list(read_queried_prompts(open_run(scout).guide_folder("near"))) == visited(scout, range(3, 5))
 
 
-def test_only_finished_answers_that_the_verifier_calls_right_are_kept(scout):
+def test_guide_cache_keeps_only_finished_correct_responses(scout):
     session, found = open_session_at(scout, 4), trajectories(scout)
     assert found
     prompts = [session.task.prompt(prompt_id) for prompt_id in found]
@@ -47,7 +53,7 @@ def test_only_finished_answers_that_the_verifier_calls_right_are_kept(scout):
         assert kept.guide_step == 4
 
 
-def test_log_probabilities_are_those_of_the_guides_forward_pass(scout):
+def test_guide_cache_logprobs_are_those_of_the_guides_forward_pass(scout):
     session = open_session_at(scout, 4)
     for prompt_id, kept in trajectories(scout).items():
         row = TokenRow(prompt_ids=session.policy.encode(session.task.prompt(prompt_id)), response_ids=kept.response_ids)
@@ -57,7 +63,7 @@ def test_log_probabilities_are_those_of_the_guides_forward_pass(scout):
         assert len(kept.behavior_logps) == len(kept.response_ids)
 
 
-def test_a_solved_prompt_is_asked_no_more(scout):
+def test_guide_cache_stops_sampling_a_solved_prompt(scout):
     asked = read_queried_prompts(open_run(scout).guide_folder("near"))
     for entry in asked.values():
         # rounds of 2, at most 8
@@ -67,11 +73,11 @@ def test_a_solved_prompt_is_asked_no_more(scout):
     assert min(entry.num_sampled for entry in asked.values()) < 8
 
 
-def test_early_stopping_keeps_the_first_samples_of_the_full_draw(scout):
+def test_sampling_in_rounds_gives_the_first_samples_of_the_full_draw(scout):
     session = open_session_at(scout, 4)
     prompts = session.prompts_between(8, 16)
-    in_rounds = sample_policy_in_rounds(session, prompts, step=4)
-    at_once = sample_policy_in_rounds(override_settings(session, "guide.cache", samples_per_round=8), prompts, step=4)
+    in_rounds = open_checkpoint_source(session).sample(prompts)
+    at_once = open_checkpoint_source(override_settings(session, "guide.cache", samples_per_round=8)).sample(prompts)
     for part, whole in zip(in_rounds, at_once, strict=True):
         drawn = [rollout.response_ids for rollout in part.rollouts]
         assert drawn == [rollout.response_ids for rollout in whole.rollouts[: len(drawn)]]
@@ -82,7 +88,7 @@ def counts(info: GuideCacheInfo) -> tuple[int, int, int, int, bool]:
     return info.num_prompts, info.num_prompts_with_rollouts, info.num_samples, info.num_tokens, info.complete
 
 
-def test_the_counts_are_those_of_the_ledger(scout, tmp_path):
+def test_guide_cache_counts_agree_with_its_logs(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     info = sample(root, name="again")
     asked = read_queried_prompts(open_run(root).guide_folder("again")).values()
@@ -91,22 +97,14 @@ def test_the_counts_are_those_of_the_ledger(scout, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0.2, 0.6, 0.9])
-def test_an_interrupted_cache_is_gone_on_with_and_ends_the_same(scout, tmp_path, monkeypatch, cut):
+def test_guide_cache_resumed_after_a_kill_is_the_same(scout, tmp_path, monkeypatch, cut):
     """The kill is one of its leftovers: some lines of both journals, the last one torn."""
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
     for root in (straight, broken):
         shutil.rmtree(root / "guides")
     sample(straight)
-    records = build_guide_cache(
-        broken,
-        spec=SourceSpec(guide_step=4),
-        at=2,
-        name="near",
-        branch=None,
-        steps=None,
-        overrides=(),
-    )
+    records = build_guide_cache(broken, spec=parse_spec("4"), at=2, name="near")
     for _ in range(3):  # two chunks of three are done when the third is announced
         next(records)
     records.close()
@@ -122,12 +120,12 @@ def test_an_interrupted_cache_is_gone_on_with_and_ends_the_same(scout, tmp_path,
     )
 
 
-# Which of several right answers is kept
+# Selection among several correct responses
 
 
 @pytest.fixture(scope="module")
-def choice(scout) -> tuple[Session, list[PromptResponses], CheckpointSource]:
-    """One prompt with three answers called right, of 9, 8 and 10 tokens, and a wrong one; weights of the guide."""
+def candidates(scout) -> tuple[Session, PromptResponses]:
+    """One prompt with correct responses of 9, 8 and 10 tokens (slots 1, 2, 3), a wrong one and an unfinished one."""
     session = open_session_at(scout, 4)
     prompt = next(prompt for prompt in session.task.train if len(prompt.prompt_id.split("/")[1]) == 7)
     ids = correct_trajectory(session, prompt).response_ids
@@ -153,60 +151,56 @@ def choice(scout) -> tuple[Session, list[PromptResponses], CheckpointSource]:
         rollout(3, (*body, body[-1], end), "correct"),
         rollout(4, tuple(body[:2]), "correct", finished=False),
     )
-    run = open_run(scout)
-    author = CheckpointSource(
-        session=session, learner=find_checkpoint(run, "main", 2), guide=find_checkpoint(run, "main", 4)
-    )
-    return session, [PromptResponses(prompt=prompt, rollouts=rollouts)], author
+    return session, PromptResponses(prompt=prompt, rollouts=rollouts)
 
 
-def best(choice, **changes: object) -> list[Rollout]:
-    """The answers in the order in which they would be kept."""
-    session, answers, author = choice
-    (ordered,) = rank_responses(override_settings(session, "guide.cache", **changes), answers, source=author, label=4)
+def ranked(candidates: tuple[Session, PromptResponses], **changes: object) -> list[Rollout]:
+    """The responses in the order in which they are kept under these settings of guide.cache."""
+    session, responses = candidates
+    source = open_checkpoint_source(override_settings(session, "guide.cache", **changes))
+    (ordered,) = rank_responses(source, [responses], label=4)
     return ordered
 
 
-def test_shortest_keeps_the_answer_of_fewest_tokens(choice):
-    assert [rollout.slot for rollout in best(choice, select="shortest")] == [2, 1, 3]
+def test_select_shortest_ranks_by_number_of_tokens(candidates):
+    assert [rollout.slot for rollout in ranked(candidates, select="shortest")] == [2, 1, 3]
 
 
-def test_nearest_keeps_what_the_learner_finds_likeliest_a_token(choice):
-    session, (answers,), author = choice
-    chosen, *_ = best(choice, select="nearest")
+def test_select_nearest_keeps_the_response_of_highest_learner_logprob_per_token(candidates):
+    session, responses = candidates
+    first, *_ = ranked(candidates, select="nearest")
     assert session.policy.digest == open_session_at(session.run.root, 4).policy.digest, "the guide's weights are back"
     learner = open_session_at(session.run.root, 2)
-    pairs = [(answers.prompt, rollout) for rollout in answers.correct]
-    means = [sum(logps_T) / len(logps_T) for logps_T in compute_logprobs(learner, pairs)]
-    assert chosen == answers.correct[means.index(max(means))]
-    assert author.learner.step == 2
+    correct = responses.correct_rollouts
+    logprobs = compute_logprobs(learner, [(responses.prompt, rollout) for rollout in correct])
+    means = [sum(logps_T) / len(logps_T) for logps_T in logprobs]
+    assert first == correct[means.index(max(means))]
 
 
-def test_random_is_the_seeds_choice_among_the_right_ones(choice):
-    session, answers, author = choice
-    assert best(choice) == best(choice)
-    seen = {best((override_settings(session, "train", seed=seed), answers, author))[0].slot for seed in range(20)}
-    assert seen == {1, 2, 3}
+def test_select_random_depends_on_the_seed_only(candidates):
+    session, responses = candidates
+    assert ranked(candidates) == ranked(candidates)
+    slots = {ranked((override_settings(session, "train", seed=seed), responses))[0].slot for seed in range(20)}
+    assert slots == {1, 2, 3}
 
 
-def test_a_prompt_with_too_few_right_answers_keeps_none_and_a_wrong_one_only_if_asked_to(choice):
-    # three right answers, finished, of five
-    assert len(best(choice, min_correct=3)) == 3
-    assert best(choice, min_correct=4) == []
-    session, (answers,), author = choice
-    wrong = (session, [replace(answers, rollouts=answers.rollouts[:1])], author)
-    assert best(wrong) == []
-    assert [rollout.verdict for rollout in best(wrong, keep="all")] == ["wrong"]
+def test_min_correct_skips_prompts_and_keep_all_keeps_a_wrong_response(candidates):
+    # three of the five are correct and finished
+    assert len(ranked(candidates, min_correct=3)) == 3
+    assert ranked(candidates, min_correct=4) == []
+    session, responses = candidates
+    wrong = (session, replace(responses, rollouts=responses.rollouts[:1]))
+    assert ranked(wrong) == []
+    assert [rollout.verdict for rollout in ranked(wrong, keep="all")] == ["wrong"]
 
 
-def test_choosing_the_best_needs_all_k_samples(scout):
+def test_select_shortest_draws_all_samples(scout):
     session = override_settings(open_session_at(scout, 4), "guide.cache", select="shortest", samples_per_prompt=4)
-    assert {
-        len(entry.rollouts) for entry in sample_policy_in_rounds(session, session.prompts_between(8, 12), step=4)
-    } == {4}
+    responses = open_checkpoint_source(session).sample(session.prompts_between(8, 12))
+    assert {len(entry.rollouts) for entry in responses} == {4}
 
 
-def test_dynamic_sampling_asks_for_every_prompt_the_scout_drew(tmp_path):
+def test_guide_cache_with_dynamic_sampling_covers_every_sampled_prompt(tmp_path):
     root = tmp_path / "run"
     train(root, "sampling.dynamic=true", "sampling.max_gen_batches=2", "train.prompts_per_step=2")
     sample(root)
@@ -215,12 +209,13 @@ def test_dynamic_sampling_asks_for_every_prompt_the_scout_drew(tmp_path):
     )
 
 
-def test_seeds_of_a_guide_do_not_depend_on_the_order_of_prompts(scout):
+def test_guide_seeds_do_not_depend_on_the_order_of_prompts(scout):
     session = open_session_at(scout, 4)
     prompts = session.prompts_between(8, 16)
     shuffled = random.Random(0).sample(prompts, len(prompts))
-    first = {entry.prompt.prompt_id: entry for entry in sample_policy_in_rounds(session, prompts, step=4)}
-    for entry in sample_policy_in_rounds(session, shuffled, step=4):
+    source = open_checkpoint_source(session)
+    first = {entry.prompt.prompt_id: entry for entry in source.sample(prompts)}
+    for entry in source.sample(shuffled):
         drawn = [replace(rollout, behavior_logps=(), mean_entropy=None) for rollout in entry.rollouts]
         assert drawn == [
             replace(rollout, behavior_logps=(), mean_entropy=None) for rollout in first[entry.prompt.prompt_id].rollouts

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.guides.score import NO_LOGPS, parse_source_specs, score_sources
+from npo_cli.guides.registry import parse_spec
+from npo_cli.guides.score import NO_LOGPS, score_sources
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
@@ -41,7 +42,7 @@ def foreigner(tmp_path_factory) -> Path:
 def records_of(root: Path, *sources: str, **options: Any) -> list:
     asked = {"at": 4, "candidates": None, "far": None, "branch": None, "figure": None} | options
     overrides = (*QUICK, *asked.pop("overrides", ()))
-    ask = [ask for text in sources for ask in parse_source_specs(text)]
+    ask = [parse_spec(text) for text in sources]
     return list(score_sources(root, sources=ask, overrides=overrides, **asked))
 
 
@@ -74,8 +75,8 @@ def test_a_policy_of_the_learners_tokens_is_charged_like_a_checkpoint(line, tmp_
     """Step 8 as a checkpoint and as an outside model: the same weights, so the same law, and other samples."""
     root = copy_run(line, tmp_path / "run")
     folder = find_checkpoint(open_run(root), "main", 8).path
-    found = scored(root, f"model={folder}", candidates=[8], overrides=("scoring.samples_per_prompt=32",))
-    inside, outside = found["step 8"], found[f"model {folder}"]
+    found = scored(root, f"model:{folder}", candidates=[8], overrides=("scoring.samples_per_prompt=32",))
+    inside, outside = found["step 8"], found[f"model:{folder}"]
     assert outside.num_samples == inside.num_samples == 16 * 32
     # pass@1 over 512 samples: a standard error below 0.022 each
     assert outside.pass_at_1 == pytest.approx(inside.pass_at_1, abs=4 * 0.022 * 2**0.5)
@@ -88,8 +89,8 @@ def test_a_policy_of_the_learners_tokens_is_charged_like_a_checkpoint(line, tmp_
 
 
 def test_whose_log_probabilities_nobody_knows_has_a_quality_and_nothing_else(line, foreigner, tmp_path):
-    found = scored(copy_run(line, tmp_path / "run"), f"model={foreigner}", candidates=[8])
-    one = found[f"model {foreigner}"]
+    found = scored(copy_run(line, tmp_path / "run"), f"model:{foreigner}", candidates=[8])
+    one = found[f"model:{foreigner}"]
     assert 0 <= one.quality_low <= one.quality <= one.quality_high <= 1
     assert (one.variance, one.signal, one.p_best, one.p_best_by_variance_kind, one.best_for_variance_kinds) == (
         None,
@@ -132,8 +133,8 @@ def test_a_file_and_an_address_have_a_quality(line, tmp_path):
         return {"text": correct_response(by_text[body["prompt"]]), "finish_reason": "stop"}
 
     with run_server(say) as served:
-        found = scored(root, f"file={half}", f"endpoint=teacher@{served.url}", candidates=[8])
-    brought, served_one = found[f"file {half}"], found[f"endpoint {served.url}"]
+        found = scored(root, f"file:{half}", f"endpoint:{served.url}#teacher", candidates=[8])
+    brought, served_one = found[f"file:{half}"], found[f"endpoint:{served.url}#teacher"]
     # 8 of the 16 prompts have a row, and all rows are right
     assert (brought.quality, brought.num_samples, brought.pass_at_1) == (0.5, 8, 1.0)
     assert (served_one.quality, served_one.num_samples) == (1.0, 64)
@@ -167,7 +168,7 @@ def test_the_maximum_under_each_v_is_told_with_its_probability(line, tmp_path):
 @pytest.mark.parametrize("share", [0.3, 0.95])
 def test_a_killed_comparison_goes_on_to_the_same_answer(line, foreigner, tmp_path, share):
     """The leftover of a kill: the first part of the samples, the last line torn."""
-    sources = ("past", f"model={foreigner}")
+    sources = ("past", f"model:{foreigner}")
     straight, broken = (copy_run(line, tmp_path / name) for name in ("straight", "broken"))
     records_of(straight, *sources)
     (scoring,) = list_sample_stores(open_run(straight))
@@ -193,10 +194,10 @@ def flat(row: dict) -> dict:
 
 def test_a_comparison_asked_again_samples_nothing_new(line, foreigner, tmp_path):
     root = copy_run(line, tmp_path / "run")
-    first = scored(root, f"model={foreigner}")
+    first = scored(root, f"model:{foreigner}")
     (scoring,) = list_sample_stores(open_run(root))
     before = (scoring.folder / "samples.jsonl").read_bytes()
-    assert scored(root, f"model={foreigner}") == first
+    assert scored(root, f"model:{foreigner}") == first
     assert (scoring.folder / "samples.jsonl").read_bytes() == before
 
 
@@ -213,7 +214,7 @@ def test_the_checkpoints_of_a_comparison_enter_the_index_like_any_scored_ones(li
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_a_picture_is_drawn(line, foreigner, tmp_path, suffix):
     path = tmp_path / "pictures" / f"sources.{suffix}"
-    records = records_of(copy_run(line, tmp_path / "run"), "past", f"model={foreigner}", figure=path)
+    records = records_of(copy_run(line, tmp_path / "run"), "past", f"model:{foreigner}", figure=path)
     assert path.stat().st_size > 10_000
     assert f"the picture is in {path}" in [record.message for record in records if isinstance(record, Notice)]
 
@@ -221,13 +222,13 @@ def test_a_picture_is_drawn(line, foreigner, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("sources", "options", "message"),
     [
-        (("oracle",), {}, "there is no kind 'oracle' to compare"),
-        (("model",), {}, "--source model needs --from"),
-        (("model=./nowhere",), {}, "--from ./nowhere cannot be asked"),
-        (("file=no.jsonl",), {}, "there is no file of traces no.jsonl"),
-        (("endpoint=http://127.0.0.1:1/v1",), {}, "--source endpoint needs --from"),
+        (("oracle",), {}, "--source=oracle is not a known guide source"),
+        (("model",), {}, "source 'model' needs model"),
+        (("model:./nowhere",), {}, "--source model:./nowhere cannot be loaded"),
+        (("file:no.jsonl",), {}, "there is no file of traces no.jsonl"),
+        (("endpoint:http://127.0.0.1:1/v1",), {}, "source 'endpoint' needs model"),
         (("base",), {"at": 0}, "the learner at step 0 is the base itself"),
-        (("past",), {"at": 0}, "the learner at step 0 has no past"),
+        (("past",), {"at": 0}, "the learner at step 0 has no earlier rollouts"),
         ((), {"far": 6, "candidates": [8]}, "--far 6 is nearer than a candidate"),
         ((), {"at": 8}, "has no checkpoint later than step 8"),
         ((), {"figure": Path("sources.jpeg")}, "a picture ends in"),

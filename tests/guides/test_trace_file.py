@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.guides.registry import SourceSpec
-from npo_cli.guides.sample_guide import build_guide_cache
+from npo_cli.guides.build_cache import build_guide_cache
+from npo_cli.guides.registry import parse_spec
 from npo_cli.storage.files import hash_file
 from npo_cli.storage.guide_cache import guide_rollouts_path, load_guide, read_queried_prompts
 from npo_cli.storage.layout import open_run
@@ -18,7 +18,7 @@ from npo_cli.types.rollouts import Notice
 from tests.helpers.runs import copy_run, open_session_at, resume, sample, trajectories
 from tests.helpers.teachers import correct_response, correct_rows, write_traces
 
-NAMED = {"guide_step": None, "name": "given"}
+NAMED = {"name": "given"}
 LUFFY = (
     "guide.inject.ratio=unit",
     "guide.inject.ratio_shaping=soft",
@@ -41,8 +41,8 @@ def root(scout, tmp_path):
 
 def from_file(root: Path, path: Path, *overrides: str, name: str = "given"):
     """The records of a whole sampling: notices, then the cache."""
-    ask = SourceSpec(kind="file", origin=str(path))
-    asked = {"at": 2, "name": name, "branch": None, "steps": None}
+    ask = parse_spec(f"file:{path}")
+    asked = {"at": 2, "name": name}
     return list(build_guide_cache(root, spec=ask, overrides=overrides, **asked))
 
 
@@ -63,9 +63,9 @@ def test_a_files_answers_are_verified_told_in_the_learners_tokens_and_cost_nothi
         assert kept.text == correct_response(prompt)
         assert kept.response_ids == (*policy.tokenizer(kept.text).input_ids, *policy.eos_ids)
         assert (kept.source, kept.guide_step, kept.behavior_logps) == ("teacher", None, None)
-    assert (info.num_prompts, info.num_found, info.num_samples, info.num_tokens) == (8, 7, 8, 0)
+    assert (info.num_prompts, info.num_prompts_with_rollouts, info.num_samples, info.num_tokens) == (8, 7, 8, 0)
     assert info.external_tokens == sum(len(kept.response_ids) for kept in found.values())
-    assert (info.source, info.origin, info.guide_digest) == ("file", str(path), hash_file(path))
+    assert (info.source.text, info.guide_digest) == (f"file:{path}", hash_file(path))
     assert (info.has_logps, info.guide_step) == (False, None)
 
 
@@ -139,9 +139,9 @@ def test_rows_that_cannot_be_used_are_named_and_counted(root, lesson, tmp_path):
         f"10 rows cannot be used: {path} line 2: response is a number; {path} line 3: it has neither prompt_id nor "
         f"prompt; {path} line 4: it has no response and 7 more"
     )
-    assert unmatched == f"2 rows answer no prompt of this task: {path} line 12; {path} line 13"
-    assert elsewhere == "1 rows answer prompts that the replay does not visit"
-    assert info.num_found == 1
+    assert unmatched == f"2 rows match no prompt of this task: {path} line 12; {path} line 13"
+    assert elsewhere == "1 rows belong to prompts that the replay does not visit"
+    assert info.num_prompts_with_rollouts == 1
 
 
 def test_a_response_that_does_not_end_by_itself_is_no_guide(root, lesson, tmp_path):
@@ -151,7 +151,7 @@ def test_a_response_that_does_not_end_by_itself_is_no_guide(root, lesson, tmp_pa
         *correct_rows(prompts[1:2]),
     ]
     *_, info = from_file(root, write_traces(tmp_path / "traces.jsonl", rows))
-    assert info.num_found == 1
+    assert info.num_prompts_with_rollouts == 1
     assert read_queried_prompts(root / "guides" / "given")[prompts[0].prompt_id].num_correct == 0
 
 
@@ -173,7 +173,7 @@ def test_parquet_is_read_like_lines(scout, lesson, tmp_path):
 def test_a_luffy_like_training_runs_from_a_file(root, tmp_path):
     session = open_session_at(root, 0)
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(session.task.train))
-    sample(root, kind="file", origin=str(path), at=0, **NAMED)
+    sample(root, source=f"file:{path}", at=0, **NAMED)
     reports = resume(root, *LUFFY, at=0, guide="given")
     # 4 prompts a step, each with a slot for the teacher, and its right answer beside three of the policy's
     assert [report.metrics["inject/slots"] for report in reports] == [4.0] * 4
@@ -190,7 +190,7 @@ def test_a_luffy_like_training_runs_from_a_file(root, tmp_path):
         (b'["a"]\n', "line 1 is a JSON array, not an object"),
         (
             b'{"prompt_id": "x", "response": "1"}\n',
-            "answers none of the 8 prompts of steps 3-4: 1 rows answer no prompt",
+            "has no response to the 8 prompts of steps 3-4: 1 rows match no prompt",
         ),
     ],
 )
@@ -212,12 +212,12 @@ def test_a_file_that_is_none_is_refused(root, tmp_path, name, message):
 def test_a_file_that_changed_makes_another_cache(root, lesson, tmp_path):
     _, prompts = lesson
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(prompts))
-    asked = {"at": 2, "name": "given", "branch": None, "steps": None, "overrides": ()}
-    records = build_guide_cache(root, spec=SourceSpec(kind="file", origin=str(path)), **asked)
+    asked = {"at": 2, "name": "given"}
+    records = build_guide_cache(root, spec=parse_spec(f"file:{path}"), **asked)
     next(records)
     records.close()
     write_traces(path, correct_rows(prompts[:4]))
-    with pytest.raises(NpoError, match="an unfinished guide 'given' with another guide_digest"):
+    with pytest.raises(NpoError, match="an incomplete guide 'given' with another guide_digest"):
         from_file(root, path)
 
 
@@ -233,6 +233,6 @@ def test_the_command_that_mends_an_unfinished_cache_names_its_source(root, lesso
     from_file(root, path)
     document = root / "guides" / "given" / "guide.json"
     document.write_text(json.dumps(json.loads(document.read_text()) | {"complete": False}))
-    with pytest.raises(NpoError, match="is unfinished") as caught:
+    with pytest.raises(NpoError, match="is incomplete") as caught:
         load_guide(open_run(root), "given")
-    assert f"--source file --from '{path}' --at 2 --name given" in caught.value.hint
+    assert f"--source 'file:{path}' --at 2 --name given" in caught.value.hint

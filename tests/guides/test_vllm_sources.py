@@ -18,7 +18,7 @@ from tests.helpers.runs import copy_run, open_session_at, sample, trajectories
 from tests.helpers.teachers import save_with_other_vocabulary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-TAUGHT = {"guide_step": None, "name": "taught"}
+TAUGHT = {"name": "taught"}
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def test_vllms_own_server_answers_like_the_policy_that_it_serves(scout, tmp_path
     monkeypatch.setenv("NPO_ENDPOINT_KEY", "sesame")
     root = copy_run(scout, tmp_path / "run")
     many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest", "guide.endpoint.concurrency=16")
-    theirs = sample(root, *many, kind="endpoint", origin=server, model="teacher", **TAUGHT)
-    ours = sample(root, *many, kind="base", guide_step=None, name="ours")
+    theirs = sample(root, *many, source=f"endpoint:{server}#teacher", **TAUGHT)
+    ours = sample(root, *many, source="base", name="ours")
     assert theirs.num_samples == ours.num_samples == 512
     found, base = trajectories(root, "taught"), trajectories(root, "ours")
     assert found
@@ -82,9 +82,7 @@ def test_an_outside_model_is_asked_through_the_engine_of_the_recipe(scout, tmp_p
     root = copy_run(scout, tmp_path / "run")
     same = find_checkpoint(open_run(root), "main", 4).path
     folder = same if tokens == "same" else save_with_other_vocabulary(tmp_path / "foreign")
-    info = sample(
-        root, "engine.kind=vllm", "guide.cache.samples_per_prompt=16", kind="model", origin=str(folder), **TAUGHT
-    )
+    info = sample(root, "engine.kind=vllm", "guide.cache.samples_per_prompt=16", source=f"model:{folder}", **TAUGHT)
     found = trajectories(root, "taught")
     assert found
     assert info.has_logps == (tokens == "same")

@@ -8,8 +8,8 @@ from typing import Any
 
 from npo_cli.config.loading import load_recipe, recipe_from_dict
 from npo_cli.config.recipe import Recipe
-from npo_cli.guides.registry import SourceSpec
-from npo_cli.guides.sample_guide import build_guide_cache
+from npo_cli.guides.build_cache import build_guide_cache
+from npo_cli.guides.registry import parse_spec
 from npo_cli.guides.score import score_run
 from npo_cli.session.session import Session, build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
@@ -47,10 +47,10 @@ def start_resume(root: Path, *overrides: str, **options: Any) -> Any:
     return resume_run(root, overrides=overrides, **asked)
 
 
-def sample(root: Path, *overrides: str, **options: Any) -> GuideCacheInfo:
-    asked = {"guide_step": 4, "at": 2, "name": "near", "branch": None, "steps": None} | options
-    ask = SourceSpec(**{name: asked.pop(name) for name in ("kind", "guide_step", "origin", "model") if name in asked})
-    return list(build_guide_cache(root, spec=ask, overrides=overrides, **asked))[-1]
+def sample(root: Path, *overrides: str, source: str = "4", **options: Any) -> GuideCacheInfo:
+    """A guide cache of the source with this SPEC."""
+    options = {"at": 2, "name": "near"} | options
+    return list(build_guide_cache(root, spec=parse_spec(source), overrides=overrides, **options))[-1]
 
 
 def score(root: Path, *overrides: str, **options: Any) -> list[CheckpointScore]:

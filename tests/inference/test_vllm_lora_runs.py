@@ -73,5 +73,5 @@ def test_vllm_lora_scoring_resumes_after_an_interruption(trained, tmp_path):
 
 def test_vllm_lora_guide_cache_is_used_in_a_fork(trained, tmp_path):
     root = copy_run(trained, tmp_path / "run")
-    assert sample(root, guide_step=6, at=1).complete
+    assert sample(root, source="6", at=1).complete
     assert [report.step for report in resume(root, at=1, guide="near")] == [2, 3, 4, 5, 6]

@@ -12,7 +12,7 @@ import pytest
 
 from npo_cli.config.loading import recipe_from_dict
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.extrapolation.in_loop import Extrapolator, extrapolated_rollouts, select_extrapolation
+from npo_cli.guides.online import OnlineExtrapolation, extrapolated_rollouts
 from npo_cli.inference import vllm_local as vllm_engine
 from npo_cli.policy.extrapolated import extrapolate_weights
 from npo_cli.policy.model import Policy, load_policy
@@ -183,9 +183,7 @@ def test_vllm_run_restores_the_weights_after_extrapolation(asked):
 def test_vllm_run_resends_weights_after_extrapolation_without_update(asked):
     """The same seeds before and after the pushed policy was asked, as a choice of k and a does it."""
     session = open_session_at(asked, 4)
-    ahead = Extrapolator(session=session, branch="main").open_sampler(
-        select_extrapolation(session.recipe, None), step=4
-    )
+    ahead = OnlineExtrapolation(session=session, branch="main").open_sampler(4)
     prompts, slots = session.task.train[:4], range(2)
     before = sample_groups(session, prompts, seed_label=("t",), slots=slots, sampler_step=4)
     between = ahead.sample_groups(prompts, label=("t",), slots=slots)

@@ -56,7 +56,7 @@ def test_import_of_real_trl_adapters(tmp_path):
     policies = [open_session_at(tmp_path / "run", step).policy for step in (0, 2)]
     assert policies[0].digest != policies[1].digest
     assert (find_checkpoint(open_run(tmp_path / "run"), "main", 2).path / "npo_base.json").is_file()
-    assert sample(tmp_path / "run", "guide.inject.max_accuracy=1.0", at=1, guide_step=2).complete
+    assert sample(tmp_path / "run", "guide.inject.max_accuracy=1.0", at=1, source="2").complete
     assert [one.step for one in resume(tmp_path / "run", "train.num_steps=3", at=1, guide="near", fresh=True)] == [2, 3]
 
 

@@ -9,7 +9,7 @@ from npo_cli.report.tables import (
     rollouts_tables,
     scores_tables,
 )
-from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.guides import GuideCacheInfo, SourceSpec
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
 from npo_cli.types.views import DoctorCheck, GroupView, RolloutView
 from tests.report.samples import FAR_SCORE, SCORE, group, rollout
@@ -83,12 +83,13 @@ def test_evaluations_carry_their_intervals():
 def test_a_guide_says_which_steps_it_serves_and_how_many_prompts_it_solved():
     guide = GuideCacheInfo(
         name="near", run_id="r", branch="main", learner_step=80, guide_step=160, guide_digest="d", num_steps=80,
+        source=SourceSpec(name="checkpoint", options={"step": 160}, text="checkpoint:160"),
         tokenizer_digest="t", sampling="8 by 2, random",
         num_prompts=1000, num_prompts_with_rollouts=900, num_samples=3000, num_tokens=45_000, complete=False,
     )  # fmt: skip
     (table,) = guides_tables([guide])
     assert table.rows == (
-        ("near", "main", "81-160", "checkpoint", "160", "900 of 1,000", "900", "3,000", "45,000", "yes", "NO"),
+        ("near", "main", "81-160", "checkpoint:160", "160", "900 of 1,000", "900", "3,000", "45,000", "yes", "NO"),
     )
 
 

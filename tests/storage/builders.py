@@ -11,7 +11,7 @@ from npo_cli.storage.checkpoints import create_checkpoint
 from npo_cli.storage.evals import PromptResults
 from npo_cli.storage.layout import RunDir, create_run
 from npo_cli.storage.lineage import append_segment
-from npo_cli.types.guides import GuideCacheInfo, GuideRollout
+from npo_cli.types.guides import GuideCacheInfo, GuideRollout, SourceSpec
 from npo_cli.types.rollouts import CheckpointScore, EvalReport, Group, Prompt, Rollout, Segment
 
 RECIPE = {"name": "tiny", "train": {"seed": 0, "num_steps": 4}}
@@ -92,6 +92,7 @@ def guide_info(run: RunDir, **changes: object) -> GuideCacheInfo:
         "run_id": run.run_id,
         "branch": "main",
         "learner_step": 20,
+        "source": SourceSpec(name="checkpoint", options={"step": 40}, text="checkpoint:40"),
         "guide_step": 40,
         "guide_digest": "d",
         "num_steps": 20,

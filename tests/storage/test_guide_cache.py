@@ -49,16 +49,16 @@ def test_an_unfinished_cache_is_listed_but_never_loaded(tmp_path):
     run = new_run(tmp_path)
     open_guide_cache(run, guide_info(run))
     assert [info.complete for info in list_guide_caches(run)] == [False]
-    with pytest.raises(NpoError, match=r"guide 'g' of .* is unfinished") as caught:
+    with pytest.raises(NpoError, match=r"guide 'g' of .* is incomplete") as caught:
         load_guide(run, "g")
-    assert caught.value.hint.endswith("--guide 40 --at 20 --name g")
+    assert caught.value.hint.endswith("--source checkpoint:40 --at 20 --name g")
 
 
 def test_a_name_taken_by_a_finished_cache_is_refused(tmp_path):
     run = new_run(tmp_path)
     open_guide_cache(run, guide_info(run))
     finish_guide_cache(run, guide_info(run))
-    with pytest.raises(NpoError, match=r"already has a finished guide 'g' \(step 40 for step 20\)") as caught:
+    with pytest.raises(NpoError, match=r"already has a complete guide 'g' \(step 40 for step 20\)") as caught:
         open_guide_cache(run, guide_info(run))
     assert "--name" in caught.value.hint
 
@@ -66,7 +66,7 @@ def test_a_name_taken_by_a_finished_cache_is_refused(tmp_path):
 def test_a_name_taken_by_another_unfinished_cache_is_refused(tmp_path):
     run = new_run(tmp_path)
     open_guide_cache(run, guide_info(run))
-    with pytest.raises(NpoError, match="an unfinished guide 'g' with another guide_step, num_steps"):
+    with pytest.raises(NpoError, match="an incomplete guide 'g' with another guide_step, num_steps"):
         open_guide_cache(run, guide_info(run, guide_step=60, num_steps=40))
 
 

@@ -154,6 +154,6 @@ def test_exgrpo_prompt_is_in_a_batch_once(replaying):
 
 def test_exgrpo_with_a_guide_cache_is_refused(replaying, tmp_path):
     root = copy_run(replaying, tmp_path / "run")
-    sample(root, guide_step=4, at=2)
+    sample(root, source="4", at=2)
     with pytest.raises(NpoError, match=r"guide.experience.replay_fraction replays .* guide near fills the same slots"):
         resume(root, at=2, guide="near")

@@ -10,7 +10,7 @@ import pytest
 from npo_cli.config.loading import load_recipe, recipe_from_dict
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
-from npo_cli.extrapolation.in_loop import Extrapolator, extrapolated_rollouts, select_extrapolation
+from npo_cli.guides.online import OnlineExtrapolation, extrapolated_rollouts
 from npo_cli.interop.export import export_guide
 from npo_cli.report.prompt_history import render_prompt_text
 from npo_cli.session.session import open_task
@@ -155,9 +155,7 @@ def test_image_model_extrapolated_and_resumed_after_a_kill(taught_vl: Path, tmp_
     whole, mended = tmp_path / "whole", tmp_path / "mended"
     list(training(whole, taught_vl, *pushed))
     session = open_session_at(whole, 3)
-    ahead = Extrapolator(session=session, branch="main").open_sampler(
-        select_extrapolation(session.recipe, None), step=3
-    )
+    ahead = OnlineExtrapolation(session=session, branch="main").open_sampler(3)
     groups = RolloutLog(session.run.rollouts_path("main")).read_step(4)
     pairs = [
         (session.task.prompt(group.prompt.prompt_id), one) for group in groups for one in extrapolated_rollouts(group)

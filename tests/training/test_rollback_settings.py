@@ -20,7 +20,7 @@ from tests.helpers.runs import copy_run, open_session_at, reproducible_digests, 
 def guided(plain, tmp_path_factory) -> Path:
     """The 12 plain steps, and a guide cache of step 8 for a learner at step 4."""
     root = copy_run(plain, tmp_path_factory.mktemp("guided") / "run")
-    sample(root, at=4, guide_step=8, name="near")
+    sample(root, at=4, source="8", name="near")
     return root
 
 

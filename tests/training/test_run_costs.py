@@ -80,7 +80,9 @@ def test_run_costs_of_a_step_done_again_have_the_seconds_of_both(trained):
 def test_run_costs_count_everything_once_whichever_branch_is_asked(whole):
     run = open_run(whole)
     replayed, scouted = compute_run_costs(run, "near"), compute_run_costs(run, "main")
-    asked = sum(json.loads(line)["num_tokens"] for line in (whole / "guides/near/asked.jsonl").read_text().splitlines())
+    asked = sum(
+        json.loads(line)["num_tokens"] for line in (whole / "guides/near/prompts.jsonl").read_text().splitlines()
+    )
     (scoring,) = list_sample_stores(run)
     scored = sum(len(row["response_ids"]) for row in scoring.samples.iter_rows())
     # 4 steps of main and 2 of the replay, of 2 updates each

@@ -15,7 +15,7 @@ COMMANDS = {
     "train": ["train", "{recipe}", "{run}"],
     "train with AutoNPO": ["train", "{recipe}", "{run}", "--autonpo"],
     "resume": ["resume", "{run}"],
-    "sample a guide": ["sample-guide", "{run}", "--guide", "{guide_step}", "--at", "{at}", "--name", "{name}"],
+    "sample a guide": ["sample-guide", "{run}", "--source", "{guide_step}", "--at", "{at}", "--name", "{name}"],
     "fork": ["resume", "{run}", "--at", "{at}", "--guide", "{name}", "--new-branch", "{branch}"],
     "score checkpoints": ["score-checkpoints", "{run}", "--at", "{at}"],
     "score sources": ["score-sources", "{run}", "--at", "{at}", "--source", "past"],

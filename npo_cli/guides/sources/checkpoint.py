@@ -1,70 +1,156 @@
-"""A checkpoint of the run answers: its weights are swapped in, and prompts are asked in rounds."""
+"""Checkpoints of the learner's own line as guides: a later step, the learner itself, step 0."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guides.registry import make_spec
 from npo_cli.guides.source import (
+    GuideSource,
+    OptionValue,
     Pairs,
-    PriorRollouts,
     PromptResponses,
+    ReplayTarget,
     compute_logprobs,
     compute_mean_logprobs,
+    responses_per_prompt,
     sample_in_rounds,
 )
-from npo_cli.session.session import Session, count_generated_tokens, sample_groups
-from npo_cli.storage.checkpoints import Checkpoint
-from npo_cli.types.rollouts import Prompt
+from npo_cli.types.guides import SourceSpec
+from npo_cli.types.rollouts import Prompt, Rollout
+
+if TYPE_CHECKING:
+    from npo_cli.session.session import Session
+    from npo_cli.storage.checkpoints import Checkpoint
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointSource:
-    """Whose answers are kept, and for whom. The guide's weights are at hand whenever it is asked."""
+class LineCheckpoint(GuideSource):
+    """A checkpoint of the learner's line, whose weights take the learner's place in the session."""
 
-    forwards_per_token: ClassVar[int] = 1
-    session: Session
-    learner: Checkpoint
-    guide: Checkpoint
-    prior_rollouts: PriorRollouts = field(default_factory=dict)
+    uses_engine = True
+
+    def __init__(self, spec: SourceSpec, target: ReplayTarget) -> None:
+        super().__init__(spec, target)
+        self.checkpoint: Checkpoint
+        self.prior_rollouts: Mapping[str, Sequence[Rollout]] = {}
+        """Responses of the guide that exist already, by prompt id; they count as its first samples."""
+
+    @property
+    def guide_step(self) -> int:
+        """Step of the checkpoint."""
+        return self.checkpoint.step
+
+    def fingerprint(self) -> str:
+        """Digest of the weights."""
+        return self.checkpoint.digest
+
+    def open(self, session: Session) -> None:
+        """Load the guide's weights into the session's policy."""
+        from npo_cli.session.session import load_checkpoint
+
+        super().open(session)
+        load_checkpoint(session.policy, self.checkpoint)
 
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
-        """Rounds of samples; a prompt that has a correct answer asks no more, unless all k are wanted."""
-        return sample_policy_in_rounds(self.session, prompts, step=self.guide.step, prior_rollouts=self.prior_rollouts)
+        """In rounds, until a prompt is solved or all samples are drawn."""
+        from npo_cli.session.session import sample_groups
+
+        settings = self.session.recipe.guide
+
+        def draw(batch: Sequence[Prompt], slots: range) -> list[PromptResponses]:
+            groups = sample_groups(
+                self.session,
+                batch,
+                seed_label=("guide", self.guide_step),
+                slots=slots,
+                sampler_step=self.guide_step,
+                temperature=settings.cache.temperature,
+            )
+            return responses_per_prompt(groups)
+
+        return sample_in_rounds(settings, prompts, draw, prior_rollouts=self.prior_rollouts)
 
     def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
-        """From the trainer's pass under the guide's weights."""
+        """From the trainer's forward pass with the guide's weights."""
         return [*compute_logprobs(self.session, pairs, temperature=self.session.recipe.guide.cache.temperature)]
 
     def learner_logprob(self, pairs: Pairs) -> list[float]:
-        """Under the learner, whose weights are swapped in for a moment."""
-        self.session.policy.load(self.learner.path)
-        near = compute_mean_logprobs(self.session, pairs)
-        self.session.policy.load(self.guide.path)
-        return near
-
-    def warnings(self) -> list[str]:
-        """Nothing: its tokens are the learner's."""
-        return []
+        """Under the learner, whose weights are loaded for this pass."""
+        self.session.policy.load(self.target.learner.checkpoint.path)
+        means = compute_mean_logprobs(self.session, pairs)
+        self.session.policy.load(self.checkpoint.path)
+        return means
 
 
-def sample_policy_in_rounds(
-    session: Session, prompts: Sequence[Prompt], *, step: int, prior_rollouts: PriorRollouts | None = None
-) -> list[PromptResponses]:
-    """Rounds of samples of the weights at hand; `step` enters the seeds."""
-    settings = session.recipe.guide
+class CheckpointSource(LineCheckpoint):
+    """A later checkpoint of the run."""
 
-    def draw(now: Sequence[Prompt], slots: range) -> list[PromptResponses]:
-        groups = sample_groups(
-            session,
-            now,
-            seed_label=("guide", step),
-            slots=slots,
-            sampler_step=step,
-            temperature=settings.cache.temperature,
-        )
-        return [
-            PromptResponses(prompt=group.prompt, rollouts=group.rollouts, num_tokens=count_generated_tokens([group]))
-            for group in groups
-        ]
+    name = "checkpoint"
+    usage = "checkpoint:STEP"
+    example = "checkpoint:100"
+    summary = "a later checkpoint; a bare STEP is short for it"
+    options: ClassVar[Mapping[str, str]] = {"step": "step of the checkpoint, later than the learner's"}
+    optional = frozenset({"step"})
 
-    return sample_in_rounds(settings, prompts, draw, prior_rollouts=prior_rollouts)
+    @classmethod
+    def parse(cls, argument: str) -> dict[str, OptionValue]:
+        """`STEP`; nothing is guide.replay.guide_step of the recipe."""
+        if not argument:
+            return {}
+        if not argument.isdecimal():
+            raise NpoError(f"checkpoint:{argument}: the step must be a whole number", f"use {cls.usage}")
+        return {"step": int(argument)}
+
+    @classmethod
+    def format(cls, options: Mapping[str, OptionValue]) -> str:
+        """`STEP`."""
+        return str(options.get("step", ""))
+
+    def validate(self) -> None:
+        """The step is later than the learner's, and saved."""
+        from npo_cli.session.learner import find_later_checkpoint
+
+        run, learner = self.target.run, self.target.learner
+        step = self.spec.options.get("step", learner.recipe.guide.replay.guide_step)
+        if step is None:
+            raise NpoError(
+                "no guide was given: the recipe has no guide.replay.guide_step",
+                f"add --source STEP; to choose one: npo score-checkpoints {quote_path(run.root)} --at {learner.step}",
+            )
+        self.checkpoint = find_later_checkpoint(run, learner, int(step))
+        self.spec = make_spec(self.name, {"step": self.checkpoint.step})
+
+    @property
+    def default_label(self) -> str:
+        """The step."""
+        return str(self.guide_step)
+
+
+class SelfSource(LineCheckpoint):
+    """The learner itself."""
+
+    name = "self"
+    usage = "self"
+    example = "self"
+    summary = "the learner itself, a control"
+
+    def validate(self) -> None:
+        """Always available."""
+        self.checkpoint = self.target.learner.checkpoint
+
+
+class BaseSource(LineCheckpoint):
+    """Step 0 of the run."""
+
+    name = "base"
+    usage = "base"
+    example = "base"
+    summary = "step 0 of the run, a control"
+
+    def validate(self) -> None:
+        """Step 0 is saved."""
+        from npo_cli.storage.checkpoints import find_checkpoint
+
+        self.checkpoint = find_checkpoint(self.target.run, self.target.learner.branch, 0)

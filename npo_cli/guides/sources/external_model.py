@@ -1,64 +1,164 @@
-"""An outside model answers, in its own tokens and by its own chat template: from a folder, the hub, or another run.
+"""Another model as guide, sampled with its own tokenizer and chat template: a folder, a hub id, or another run.
 
-Two models are in memory, its own and the learner's. Where both have one vocabulary and one way to end, its token ids
-are kept with its log-probabilities; else its text is told in the learner's tokens.
+Its weights and the learner's are in memory together. With the learner's tokenizer its token ids are kept, with their
+log-probabilities; otherwise its text is re-tokenized, without log-probabilities.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from __future__ import annotations
 
-from npo_cli.config.recipe import Recipe
-from npo_cli.errors import NpoError
-from npo_cli.guides.registry import ResolvedSource, SourceHandle
-from npo_cli.guides.source import Pairs, PromptResponses, compute_logprobs, compute_mean_logprobs, sample_in_rounds
-from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
-from npo_cli.policy.model import Policy, check_prompt_support, load_policy
-from npo_cli.session.session import Session, build_session, count_generated_tokens, sample_groups
-from npo_cli.storage.checkpoints import verify_checkpoint
-from npo_cli.storage.cost_sums import cost_at
-from npo_cli.tasks.task import Task
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guides.registry import make_spec
+from npo_cli.guides.source import (
+    GuideSource,
+    OptionValue,
+    Pairs,
+    PromptResponses,
+    compute_logprobs,
+    compute_mean_logprobs,
+    responses_per_prompt,
+    sample_in_rounds,
+)
 from npo_cli.types.rollouts import Prompt, Rollout
 
+if TYPE_CHECKING:
+    from npo_cli.config.recipe import Recipe
+    from npo_cli.policy.model import Policy
+    from npo_cli.session.session import Session
+    from npo_cli.storage.checkpoints import Checkpoint
+    from npo_cli.storage.layout import RunDir
+    from npo_cli.tasks.task import Task
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExternalModelSource:
-    """Whose answers are kept, and for whom."""
+OTHER_TOKENIZER_WARNING = (
+    "the guide's tokenizer differs from the learner's: its responses are re-tokenized and have no log-probabilities, "
+    "so guide.inject.ratio must be unit, proximal or none"
+)
 
-    forwards_per_token: ClassVar[int] = 1
-    session: Session
-    """The outside model's: its policy, its engine."""
-    learner: Policy
-    retokenizer: Retokenizer
-    label: tuple[str, ...]
-    """In the sampling seeds."""
+
+class ExternalModelSource(GuideSource):
+    """A model from a folder or the hub."""
+
+    name = "model"
+    usage = "model:FOLDER_OR_ID"
+    example = "model:Qwen/Qwen3-8B"
+    summary = "a model from a folder or the Hugging Face hub"
+    options: ClassVar[Mapping[str, str]] = {"model": "folder, or id on the Hugging Face hub"}
+    has_logprobs = None
+
+    @classmethod
+    def parse(cls, argument: str) -> dict[str, OptionValue]:
+        """A folder or hub id."""
+        return {"model": argument} if argument else {}
+
+    @classmethod
+    def format(cls, options: Mapping[str, OptionValue]) -> str:
+        """The folder or hub id."""
+        return str(options["model"])
+
+    def fingerprint(self) -> str:
+        """Of the weights and tokenizer files in a folder; empty for a hub id."""
+        from npo_cli.storage.files import hash_file
+
+        folder = Path(str(self.spec.options["model"])).expanduser()
+        if not folder.is_dir():
+            return ""
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer*")])
+        lines = "".join(f"{hash_file(file)}  {file.name}\n" for file in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def check(self, task: Task, policy: Policy) -> Sequence[str]:
+        """Load the model once, without an engine, and check that it can read every prompt."""
+        self._fit_recipe(self._load_or_refuse(), task)
+        return ()
+
+    def open(self, session: Session) -> None:
+        """Load the model, in the device and precision of the recipe, behind the configured engine."""
+        from npo_cli.guides.sources.retokenize import Retokenizer
+        from npo_cli.session.session import build_session
+
+        super().open(session)
+        model = self._load_or_refuse()
+        recipe = self._fit_recipe(model, session.task)
+        self.learner = session.policy
+        self.guide_session = build_session(self.target.run, recipe, task=session.task, policy=model)
+        self.retokenizer = Retokenizer(session=session, learner=self.learner)
+
+    def close(self) -> None:
+        """End the model's engine."""
+        if hasattr(self, "guide_session"):
+            self.guide_session.close()
+
+    def _load(self) -> Policy:
+        from npo_cli.policy.model import load_policy
+
+        settings = self.target.learner.recipe.model
+        return load_policy(settings.model_copy(update={"path": str(self.spec.options["model"])}))
+
+    def _load_or_refuse(self) -> Policy:
+        try:
+            return self._load()
+        except NpoError as error:
+            hint = "choose another folder, hub id or run with --source"
+            raise NpoError(f"--source {self.spec.text} cannot be loaded: {error.message}", hint) from error
+
+    def _fit_recipe(self, model: Policy, task: Task) -> Recipe:
+        """The learner's recipe with task.max_prompt_tokens raised to what the prompts take in the model's tokens."""
+        from npo_cli.policy.model import check_prompt_support
+
+        recipe, spec = self.target.learner.recipe, self.spec.text
+        check_prompt_support(model, task.train, spec)
+        lengths = {prompt.prompt_id: len(model.encode(prompt)) for prompt in task.train}
+        longest = max(lengths, key=lengths.__getitem__)
+        num_tokens = lengths[longest] + recipe.sampling.max_new_tokens
+        if min(lengths.values()) == 0:
+            blank = min(lengths, key=lengths.__getitem__)
+            raise NpoError(f"--source {spec}: prompt {blank} has no token of its tokenizer", "choose another model")
+        if model.max_tokens is not None and num_tokens > model.max_tokens:
+            raise NpoError(
+                f"--source {spec}: prompt {longest} and its response may take {num_tokens} tokens; "
+                f"the model's context is {model.max_tokens}",
+                "choose another model, or lower sampling.max_new_tokens",
+            )
+        return recipe.model_copy(
+            update={"task": recipe.task.model_copy(update={"max_prompt_tokens": max(lengths.values())})}
+        )
 
     @property
-    def uses_learner_tokenizer(self) -> bool:
-        """Whether its token ids mean the same to the learner."""
-        return self.session.policy.tokenizer_digest == self.learner.tokenizer_digest
+    def shares_tokenizer(self) -> bool:
+        """Whether the model's token ids mean the same to the learner."""
+        return self.guide_session.policy.tokenizer_digest == self.learner.tokenizer_digest
 
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
-        """Rounds of samples."""
-        return sample_in_rounds(self.session.recipe.guide, prompts, self._drawn)
+        """In rounds, until a prompt is solved or all samples are drawn."""
+        return sample_in_rounds(self.guide_session.recipe.guide, prompts, self._draw)
 
-    def _drawn(self, prompts: Sequence[Prompt], slots: range) -> list[PromptResponses]:
-        heat = self.session.recipe.guide.cache.temperature
+    def _draw(self, prompts: Sequence[Prompt], slots: range) -> list[PromptResponses]:
+        from npo_cli.session.session import sample_groups
+
         groups = sample_groups(
-            self.session, prompts, seed_label=self.label, slots=slots, sampler_step=0, temperature=heat
+            self.guide_session,
+            prompts,
+            seed_label=(self.target.purpose, self.name),
+            slots=slots,
+            sampler_step=0,
+            temperature=self.guide_session.recipe.guide.cache.temperature,
         )
-        told = iter(self._told([(group.prompt, rollout) for group in groups for rollout in group.rollouts]))
+        rollouts = iter(self._to_learner([(group.prompt, rollout) for group in groups for rollout in group.rollouts]))
         return [
-            PromptResponses(
-                prompt=group.prompt,
-                rollouts=tuple(next(told) for _ in group.rollouts),
-                num_tokens=count_generated_tokens([group]),
-            )
-            for group in groups
+            replace(response, rollouts=tuple(next(rollouts) for _ in response.rollouts))
+            for response in responses_per_prompt(groups)
         ]
 
-    def _told(self, pairs: Pairs) -> list[Rollout]:
-        if self.uses_learner_tokenizer:
+    def _to_learner(self, pairs: Pairs) -> list[Rollout]:
+        from npo_cli.guides.sources.retokenize import TextResponse
+
+        if self.shares_tokenizer:
             return [replace(rollout, sampler_step=None, source="teacher") for _, rollout in pairs]
         return self.retokenizer.retokenize(
             [
@@ -68,79 +168,100 @@ class ExternalModelSource:
         )
 
     def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
-        """From a forward pass of the outside model; None for what it said in other tokens."""
-        if not self.uses_learner_tokenizer:
+        """From a forward pass of the model; None for re-tokenized responses."""
+        if not self.shares_tokenizer:
             return [None] * len(pairs)
-        return [*compute_logprobs(self.session, pairs, temperature=self.session.recipe.guide.cache.temperature)]
+        temperature = self.guide_session.recipe.guide.cache.temperature
+        return [*compute_logprobs(self.guide_session, pairs, temperature=temperature)]
 
     def learner_logprob(self, pairs: Pairs) -> list[float]:
-        """Under the learner, who is in memory too."""
-        return compute_mean_logprobs(self.session, pairs, policy=self.learner)
+        """Under the learner, which is in memory too."""
+        return compute_mean_logprobs(self.guide_session, pairs, policy=self.learner)
 
     def warnings(self) -> list[str]:
-        """Answers that the learner has no room for."""
-        return self.retokenizer.warnings()
+        """Another tokenizer, and truncated responses."""
+        other = [] if self.shares_tokenizer else [OTHER_TOKENIZER_WARNING]
+        return other + self.retokenizer.warnings()
+
+    @property
+    def digest(self) -> str:
+        """Digest of the loaded weights."""
+        return self.guide_session.policy.digest
 
 
-def open_external_model(plan: ResolvedSource, task: Task, policy: Policy) -> SourceHandle:
-    """The outside model behind the configured engine; `policy` is the learner's."""
-    outside = load_external_model(plan)
-    recipe = fit_recipe_to_model(plan, outside, task)
-    session = build_session(plan.run, recipe, task=task, policy=outside)
-    author = ExternalModelSource(
-        session=session,
-        learner=policy,
-        retokenizer=Retokenizer(session=session, learner=policy),
-        label=(plan.purpose, plan.spec.kind),
-    )
-    other = plan.other_run
-    return SourceHandle(
-        resolved=plan,
-        session=session,
-        source=author,
-        digest=other.checkpoint.digest if other else outside.digest,
-        tokenizer_digest=policy.tokenizer_digest,
-        origin=plan.origin,
-        guide_training_tokens=cost_at(other.run, other.branch, other.checkpoint.step).tokens if other else 0,
-        warnings=() if author.uses_learner_tokenizer else (OTHER_TOKENIZER_WARNING,),
-    )
+class OtherRunSource(ExternalModelSource):
+    """A checkpoint of another run (RLEP's converged seed run)."""
 
+    name = "run"
+    usage = "run:DIR[@[BRANCH:]STEP]"
+    example = "run:runs/other@100"
+    summary = "a checkpoint of another run (default: newest)"
+    options: ClassVar[Mapping[str, str]] = {
+        "dir": "run directory",
+        "branch": "branch of that run (default: its newest)",
+        "step": "step of the checkpoint (default: its newest)",
+    }
+    optional = frozenset({"branch", "step"})
 
-OTHER_TOKENIZER_WARNING = (
-    "it has another tokenizer than the learner: its text is told in the learner's tokens, without log-probabilities, "
-    "so a replay needs guide.inject.ratio=unit, proximal or none"
-)
+    @classmethod
+    def parse(cls, argument: str) -> dict[str, OptionValue]:
+        """`DIR`, `DIR@STEP`, `DIR@BRANCH` or `DIR@BRANCH:STEP`; what holds a slash is part of DIR."""
+        match = re.fullmatch(r"(?P<dir>.+)@(?:(?P<branch>[^@/:]*[^@/:\d][^@/:]*):?)?(?P<step>\d+)?", argument)
+        if match is None:
+            return {"dir": argument} if argument else {}
+        options: dict[str, OptionValue] = {"dir": match["dir"]}
+        options |= {} if match["branch"] is None else {"branch": match["branch"]}
+        return options | ({} if match["step"] is None else {"step": int(match["step"])})
 
+    @classmethod
+    def format(cls, options: Mapping[str, OptionValue]) -> str:
+        """`DIR[@[BRANCH:]STEP]`."""
+        place = ":".join(str(options[name]) for name in ("branch", "step") if name in options)
+        return f"{options['dir']}@{place}" if place else str(options["dir"])
 
-def load_external_model(plan: ResolvedSource) -> Policy:
-    """Its weights, in the device and precision of the learner's recipe."""
-    settings = plan.learner.recipe.model
-    try:
-        if plan.other_run is None:
-            return load_policy(settings.model_copy(update={"path": plan.origin}))
-        verify_checkpoint(plan.other_run.checkpoint)
-        return load_policy(settings, plan.other_run.checkpoint.path)
-    except NpoError as error:
-        hint = "name another folder, hub id or run with --from"
-        raise NpoError(f"--from {plan.spec.origin} cannot be asked: {error.message}", hint) from error
+    def validate(self) -> None:
+        """The checkpoint exists, and belongs to another run."""
+        from npo_cli.storage.checkpoints import find_checkpoint, list_ancestry_checkpoints
+        from npo_cli.storage.layout import open_run
+        from npo_cli.storage.lineage import find_newest_branch
 
+        options = self.spec.options
+        other = open_run(Path(str(options["dir"])))
+        if other.run_id == self.target.run.run_id:
+            raise NpoError(
+                f"{options['dir']} is this run itself",
+                f"its own checkpoints: npo sample-guide {quote_path(self.target.run.root)} --source STEP",
+            )
+        branch = str(options.get("branch") or find_newest_branch(other))
+        if "step" in options:
+            checkpoint = find_checkpoint(other, branch, int(options["step"]))
+        else:
+            found = list_ancestry_checkpoints(other, branch)
+            if not found:
+                raise NpoError(
+                    f"{options['dir']} has no complete checkpoint on {branch}", f"npo index {quote_path(other.root)}"
+                )
+            checkpoint = found[-1]
+        self.other: RunDir = other
+        self.checkpoint: Checkpoint = checkpoint
+        self.spec = make_spec(self.name, {"dir": options["dir"], "branch": branch, "step": checkpoint.step})
 
-def fit_recipe_to_model(plan: ResolvedSource, outside: Policy, task: Task) -> Recipe:
-    """The learner's recipe with room for the prompts as the outside model reads them; one that has none is refused."""
-    recipe = plan.learner.recipe
-    check_prompt_support(outside, task.train, plan.origin)
-    lengths = {prompt.prompt_id: len(outside.encode(prompt)) for prompt in task.train}
-    longest = max(lengths, key=lengths.__getitem__)
-    wanted = lengths[longest] + recipe.sampling.max_new_tokens
-    if min(lengths.values()) == 0:
-        blank = min(lengths, key=lengths.__getitem__)
-        raise NpoError(f"--from {plan.spec.origin} reads no token of prompt {blank}", "name another model with --from")
-    if outside.max_tokens is not None and wanted > outside.max_tokens:
-        raise NpoError(
-            f"--from {plan.spec.origin}: prompt {longest} and its answer may have {wanted} of its tokens; "
-            f"it was made for {outside.max_tokens}",
-            "name another model with --from",
-        )
-    return recipe.model_copy(
-        update={"task": recipe.task.model_copy(update={"max_prompt_tokens": max(lengths.values())})}
-    )
+    def fingerprint(self) -> str:
+        """Digest of the checkpoint's weights."""
+        return self.checkpoint.digest
+
+    digest = property(fingerprint)
+
+    def _load(self) -> Policy:
+        from npo_cli.policy.model import load_policy
+        from npo_cli.storage.checkpoints import verify_checkpoint
+
+        verify_checkpoint(self.checkpoint)
+        return load_policy(self.target.learner.recipe.model, self.checkpoint.path)
+
+    @property
+    def guide_training_tokens(self) -> int:
+        """Tokens that the other run generated up to this checkpoint."""
+        from npo_cli.storage.cost_sums import cost_at
+
+        return cost_at(self.other, str(self.spec.options["branch"]), self.checkpoint.step).tokens

@@ -1,92 +1,291 @@
-"""The learner pushed along its own motion as an author: no later checkpoint is needed, and nothing is rolled back."""
+"""The learner extrapolated along its own update direction: in its logits, or in its weights. Needs no later checkpoint.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+    logits:  pi_t (pi_t / pi_{t-k})^a, normalised per token; two models, two forward passes per token
+    weights: theta_t + a (theta_t - theta_{t-k})
 
-from npo_cli.extrapolation.sampler import (
-    ExtrapolatedSampler,
-    ResolvedExtrapolation,
-    load_older_policy,
-    open_extrapolated_sampler,
+The older copy is a checkpoint of the line. Training saves one every `train.save_every` steps, so it is the newest of
+these that lies at least k steps back; if its lag is more than k, a is scaled by k / lag: the extrapolation is always by
+a k steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guides.source import (
+    GuideSource,
+    OptionValue,
+    Pairs,
+    PromptResponses,
+    ReplayTarget,
+    compute_logprobs,
+    responses_per_prompt,
+    sample_in_rounds,
 )
-from npo_cli.guides.registry import ResolvedSource, SourceHandle, open_session_without_engine
-from npo_cli.guides.source import Pairs, PromptResponses, compute_mean_logprobs, sample_in_rounds
-from npo_cli.policy.model import Policy
-from npo_cli.session.session import Session, build_session
-from npo_cli.tasks.task import Task
-from npo_cli.types.rollouts import Prompt
+from npo_cli.types.guides import SourceSpec
+from npo_cli.types.rollouts import Group, Prompt
+
+if TYPE_CHECKING:
+    from npo_cli.policy.extrapolated import ExtrapolatedPolicy
+    from npo_cli.policy.model import Policy
+    from npo_cli.session.session import Session
+    from npo_cli.storage.checkpoints import Checkpoint
+    from npo_cli.storage.layout import RunDir
+
+SPACES = ("logits", "weights")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExtrapolatedSource:
-    """Answers of the pushed policy, in rounds; the learner's weights are at hand between them."""
+class Extrapolation:
+    """From an older checkpoint to the policy of a step, and beyond."""
 
-    session: Session
-    sampler: ExtrapolatedSampler
-    label: tuple[str | int, ...]
+    space: Literal["logits", "weights"]
+    k: int
+    """Distance of the older copy, in steps."""
+    a: float
+    """Extrapolation factor, in multiples of the update of k steps."""
+    step: int
+    """Step of the policy."""
+    older_checkpoint: Checkpoint
+
+    @property
+    def lag(self) -> int:
+        """Steps between the two; k, or a little more where no checkpoint lies exactly there."""
+        return self.step - self.older_checkpoint.step
+
+    @property
+    def strength(self) -> float:
+        """a k / lag."""
+        return self.a * self.k / self.lag
 
     @property
     def forwards_per_token(self) -> int:
-        """2 in logits: the older model reads each token as well."""
-        return self.sampler.forwards_per_token
+        """Forward passes per sampled token."""
+        return 2 if self.space == "logits" else 1
+
+
+def find_older_checkpoint(run: RunDir, branch: str, *, k: int, step: int, every: int) -> Checkpoint | None:
+    """The newest checkpoint of the line at least k steps back; None before step k.
+
+    Only multiples of `every` count, so that it does not depend on where a run was stopped and resumed.
+    """
+    from npo_cli.storage.checkpoints import list_ancestry_checkpoints
+
+    if step < k:
+        return None
+    older = [
+        found for found in list_ancestry_checkpoints(run, branch) if found.step <= step - k and found.step % every == 0
+    ]
+    newest = max(older, key=lambda found: found.step, default=None)
+    if newest is None or step - newest.step >= 2 * k:
+        raise NpoError(
+            f"{run.root} has no checkpoint of {branch} in steps {max(0, step - 2 * k + 1)} to {step - k}, "
+            f"where the older copy of k={k} belongs",
+            f"train with train.save_every at most {k} and a higher train.keep_weights_only, or choose another k: "
+            f"npo index {quote_path(run.root)}",
+        )
+    return newest
+
+
+class ExtrapolatedSource(GuideSource):
+    """Samples of the extrapolated learner; between them the session's policy has the learner's weights."""
+
+    name = "extrapolated"
+    usage = "extrapolated:SPACE,k=K,a=A"
+    example = "extrapolated:logits,k=20,a=1"
+    summary = "the learner along its own update direction"
+    options: ClassVar[Mapping[str, str]] = {
+        "space": "what is extrapolated: logits (two forward passes per token) or weights",
+        "k": "distance of the older checkpoint in steps",
+        "a": "extrapolation factor, in multiples of the update of k steps",
+    }
+
+    def __init__(self, spec: SourceSpec, target: ReplayTarget) -> None:
+        super().__init__(spec, target)
+        # Any engine samples from extrapolated weights; logits have an engine of their own, of two models.
+        self.uses_engine = self.extrapolates_weights = spec.options["space"] == "weights"
+        self.forwards_per_token = 1 if self.uses_engine else 2
+
+    @classmethod
+    def parse(cls, argument: str) -> dict[str, OptionValue]:
+        """`SPACE,k=K,a=A`."""
+        space, *rest = argument.split(",")
+        options: dict[str, OptionValue] = {"space": space} if space else {}
+        for part in rest:
+            key, equals, value = part.partition("=")
+            convert = {"k": int, "a": float}.get(key.strip(), str)
+            try:
+                options[key.strip()] = convert(value)
+            except ValueError as error:
+                raise _wrong_value(argument) from error
+            if not equals:
+                raise _wrong_value(argument)
+        space, k, a = (options.get(name) for name in cls.options)
+        known = {"space", "k", "a"} >= options.keys()
+        if known and (
+            (space is not None and space not in SPACES)
+            or (k is not None and int(k) < 1)
+            or (a is not None and not 0 < float(a) < float("inf"))
+        ):
+            raise _wrong_value(argument)
+        return options
+
+    @classmethod
+    def format(cls, options: Mapping[str, OptionValue]) -> str:
+        """`SPACE,k=K,a=A`."""
+        return f"{options['space']},k={options['k']},a={options['a']:g}"
+
+    def validate(self) -> None:
+        """There is an older checkpoint."""
+        run, learner, options = self.target.run, self.target.learner, self.spec.options
+        k, every = int(options["k"]), learner.recipe.train.save_every
+        older = find_older_checkpoint(run, learner.branch, k=k, step=learner.step, every=every)
+        if older is None:
+            raise NpoError(
+                f"step {learner.step} has no checkpoint {k} steps back",
+                "choose a later learner with --at, or a smaller k",
+            )
+        space = "weights" if self.extrapolates_weights else "logits"
+        self.extrapolation = Extrapolation(
+            space=space, k=k, a=float(options["a"]), step=learner.step, older_checkpoint=older
+        )
+
+    def fingerprint(self) -> str:
+        """Digest of the older checkpoint."""
+        return self.extrapolation.older_checkpoint.digest
+
+    @property
+    def older_step(self) -> int | None:
+        """Step of the older copy."""
+        return self.extrapolation.older_checkpoint.step
+
+    def open(self, session: Session) -> None:
+        """Load the older copy."""
+        super().open(session)
+        older = load_older_policy(session, self.extrapolation)
+        self.sampler = open_extrapolated_sampler(session, self.extrapolation, older=older)
 
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
-        """Rounds of samples; a prompt that has a correct answer asks no more, unless all k are wanted."""
-        settings = self.session.recipe.guide
+        """In rounds, until a prompt is solved or all samples are drawn."""
+        settings, used = self.session.recipe.guide, self.extrapolation
+        label = (self.target.purpose, self.name, f"{used.space}:{used.k}:{used.a:g}", used.step)
 
-        def draw(now: Sequence[Prompt], slots: range) -> list[PromptResponses]:
-            groups = self.sampler.sample_groups(
-                now, label=self.label, slots=slots, temperature=settings.cache.temperature
-            )
-            return [
-                PromptResponses(
-                    prompt=group.prompt,
-                    rollouts=group.rollouts,
-                    num_tokens=sum(len(rollout.response_ids) for rollout in group.rollouts),
-                )
-                for group in groups
-            ]
+        def draw(batch: Sequence[Prompt], slots: range) -> list[PromptResponses]:
+            groups = self.sampler.sample_groups(batch, label=label, slots=slots, temperature=settings.cache.temperature)
+            return responses_per_prompt(groups)
 
         return sample_in_rounds(settings, prompts, draw)
 
     def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
-        """From the trainer's pass under the pushed policy."""
+        """From the trainer's forward pass of the extrapolated policy."""
         return [*self.sampler.logprobs(pairs, temperature=self.session.recipe.guide.cache.temperature)]
 
-    def learner_logprob(self, pairs: Pairs) -> list[float]:
-        """Under the learner."""
-        return compute_mean_logprobs(self.session, pairs)
 
-    def warnings(self) -> list[str]:
-        """Nothing: its tokens are the learner's."""
-        return []
-
-
-def open_extrapolated(plan: ResolvedSource, task: Task, policy: Policy) -> SourceHandle:
-    """In logits beside no engine, in weights with the run's own."""
-    motion = plan.extrapolation
-    assert motion is not None
-    in_logits = motion.spec.space == "logits"
-    recipe = plan.learner.recipe
-    session = (
-        open_session_without_engine(plan, task, policy)
-        if in_logits
-        else build_session(plan.run, recipe, task=task, policy=policy, extrapolates_weights=True)
-    )
-    return SourceHandle(
-        resolved=plan,
-        session=session,
-        source=ExtrapolatedSource(
-            session=session,
-            sampler=open_extrapolated_sampler(session, motion, older=load_older_policy(session, motion)),
-            label=(plan.purpose, "extrapolated", motion.spec.name, motion.step),
-        ),
-        digest=motion.older_checkpoint.digest,
-        tokenizer_digest=policy.tokenizer_digest,
-        origin=describe_extrapolation(motion),
+def _wrong_value(argument: str) -> NpoError:
+    return NpoError(
+        f"extrapolated:{argument}: SPACE must be {' or '.join(SPACES)}, k a whole number >= 1, a a number > 0",
+        f"use {ExtrapolatedSource.usage}, such as {ExtrapolatedSource.example}",
     )
 
 
-def describe_extrapolation(motion: ResolvedExtrapolation) -> str:
-    """`logits:20:2 of steps 80 and 60`; how it is asked for stands before the ` of `."""
-    return f"{motion.spec.name} of steps {motion.step} and {motion.older_checkpoint.step}"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtrapolatedSampler:
+    """Samples and log-probabilities of the extrapolated policy: two models, or one whose weights are extrapolated."""
+
+    session: Session
+    """Its engine samples from the extrapolated policy inside `activate()`."""
+    policy: Policy | ExtrapolatedPolicy
+    """Computes its log-probabilities inside `activate()`."""
+    extrapolation: Extrapolation
+    activate: Callable[[], AbstractContextManager[None]]
+
+    def sample_groups(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        label: tuple[str | int, ...],
+        slots: Sequence[int],
+        temperature: float | None = None,
+    ) -> list[Group]:
+        """Verified groups; each seed derives from (run seed, *label, prompt id, slot)."""
+        from npo_cli.session.session import sample_groups
+
+        with self.activate():
+            groups = sample_groups(
+                self.session,
+                prompts,
+                seed_label=label,
+                slots=slots,
+                sampler_step=self.extrapolation.step,
+                temperature=temperature,
+            )
+        return [
+            replace(group, rollouts=tuple(replace(rollout, source="extrapolated") for rollout in group.rollouts))
+            for group in groups
+        ]
+
+    def logprobs(self, pairs: Pairs, *, temperature: float | None = None) -> list[tuple[float, ...]]:
+        """Log-probability (nats) of each token, from the trainer's forward pass."""
+        with self.activate():
+            return compute_logprobs(self.session, pairs, temperature=temperature, policy=self.policy)
+
+
+def load_older_policy(session: Session, used: Extrapolation, *, into: Policy | None = None) -> Policy | None:
+    """The older copy, verified, as a second model (`into`, if it is loaded already); None for weights."""
+    from npo_cli.policy.lora import share_base_weights
+    from npo_cli.policy.model import load_policy
+    from npo_cli.session.session import load_checkpoint
+    from npo_cli.storage.checkpoints import verify_checkpoint
+
+    if session.policy.sharding is not None:
+        raise NpoError("an extrapolated policy is sampled by one process", "start this command without torchrun")
+    if used.space == "logits" and into is not None:
+        load_checkpoint(into, used.older_checkpoint)
+        return into
+    verify_checkpoint(used.older_checkpoint)
+    if used.space == "weights":
+        return None
+    older = load_policy(session.recipe.model, used.older_checkpoint.path)
+    older.model.requires_grad_(False)
+    if older.adapters is not None:
+        share_base_weights(older.model, session.policy.model)
+    return older
+
+
+def open_extrapolated_sampler(
+    session: Session, used: Extrapolation, *, older: Policy | None = None
+) -> ExtrapolatedSampler:
+    """A sampler in a session that holds the weights of `used.step`; `older` is the second model for logits.
+
+    Extrapolated weights are served by any engine; extrapolated logits by an engine of two models.
+    """
+    from npo_cli.inference.extrapolated_engine import ExtrapolatedEngine
+    from npo_cli.policy.extrapolated import ExtrapolatedPolicy, extrapolate_weights
+
+    policy, strength = session.policy, used.strength
+    if used.space == "weights":
+        activate = partial(extrapolate_weights, policy, used.older_checkpoint.path, strength=strength)
+        return ExtrapolatedSampler(session=session, policy=policy, extrapolation=used, activate=activate)
+    assert older is not None, "extrapolated logits need the older model"
+    engine = ExtrapolatedEngine(
+        policy.model,
+        policy.tokenizer,
+        older=older.model,
+        strength=strength,
+        eos_ids=policy.eos_ids,
+        pad_id=policy.pad_id,
+        max_rows=session.recipe.engine.max_num_seqs,
+        dtype=policy.compute_dtype,
+        vision=policy.vision,
+    )
+    return ExtrapolatedSampler(
+        session=replace(session, engine=engine, sync=replace(session.sync, engine=engine, verified_version=None)),
+        policy=ExtrapolatedPolicy(newer=policy, older=older, strength=strength),
+        extrapolation=used,
+        activate=nullcontext,
+    )

@@ -1,8 +1,8 @@
-"""Texts that the learner did not write, told in its own tokens.
+"""Re-tokenize external responses with the learner's tokenizer, and verify them.
 
-What is verified is what these tokens spell: characters that the learner's tokenizer cannot write are lost before anyone
-calls the answer right. An answer that does not fit the learner is cut at its limit, and then is as little a guide as
-any other that did not end by itself. Log-probabilities are not known: nobody has said these tokens.
+The verifier reads the text that the learner's tokens decode to, so characters that its tokenizer cannot represent are
+lost before the response is judged. A response longer than the learner's limit is truncated, and thus never correct.
+The resulting tokens have no behavior log-probabilities.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from npo_cli.types.rollouts import Prompt, Rollout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextResponse:
-    """One answer as text."""
+    """One response as text."""
 
     prompt: Prompt
     slot: int
@@ -25,30 +25,31 @@ class TextResponse:
 
 @dataclass(kw_only=True, slots=True)
 class Retokenizer:
-    """From others' texts to verified rollouts."""
+    """From text to verified rollouts in the learner's tokens."""
 
     session: Session
-    """Whose task verifies."""
+    """Its task verifies."""
     learner: Policy
     num_too_long: int = 0
-    """Finished answers that were cut because the learner has no room for them."""
+    """Finished responses that were truncated to the learner's limit."""
 
-    def retokenize(self, said: Sequence[TextResponse]) -> list[Rollout]:
-        """One a text, in order."""
-        return grade_rollouts(self.session, [each.prompt for each in said], [self._told(each) for each in said])
+    def retokenize(self, responses: Sequence[TextResponse]) -> list[Rollout]:
+        """One rollout per text, in order."""
+        rollouts = [self._to_rollout(response) for response in responses]
+        return grade_rollouts(self.session, [response.prompt for response in responses], rollouts)
 
-    def _told(self, said: TextResponse) -> Rollout:
-        body = self.learner.encode_response(said.text)
-        # Who falls silent at once has ended, whatever it says of itself.
-        finished = said.finished or not body
+    def _to_rollout(self, response: TextResponse) -> Rollout:
+        body = self.learner.encode_response(response.text)
+        # An empty response has ended, even if its sampler reports otherwise.
+        finished = response.finished or not body
         ids = (*body, self.learner.end_id) if finished else body
-        room = self.max_response_tokens(said.prompt)
-        if len(ids) > room:
+        limit = self.max_response_tokens(response.prompt)
+        if len(ids) > limit:
             self.num_too_long += finished
-            ids, finished = ids[:room], False
+            ids, finished = ids[:limit], False
         return Rollout(
-            prompt_id=said.prompt.prompt_id,
-            slot=said.slot,
+            prompt_id=response.prompt.prompt_id,
+            slot=response.slot,
             response_ids=ids,
             behavior_logps=None,
             text=self.learner.tokenizer.decode(ids[:-1] if finished else ids),
@@ -58,23 +59,20 @@ class Retokenizer:
         )
 
     def max_response_tokens(self, prompt: Prompt) -> int:
-        """Tokens that the learner may answer with, the end token included."""
-        wanted, longest = self.session.recipe.sampling.max_new_tokens, self.learner.max_tokens
-        return wanted if longest is None else min(wanted, longest - len(self.learner.encode(prompt)))
+        """Largest number of response tokens of the learner, the end token included."""
+        limit, context = self.session.recipe.sampling.max_new_tokens, self.learner.max_tokens
+        return limit if context is None else min(limit, context - len(self.learner.encode(prompt)))
 
     def warnings(self) -> list[str]:
-        """What was lost, where anything was."""
+        """How many responses were truncated, if any."""
         if not self.num_too_long:
             return []
         limit = self.session.recipe.sampling.max_new_tokens
-        return [
-            f"{self.num_too_long} answers heard now have more tokens than the learner may answer with "
-            f"(sampling.max_new_tokens={limit}): they count as cut off"
-        ]
+        return [f"{self.num_too_long} responses exceed sampling.max_new_tokens={limit} and were truncated"]
 
 
 def grade_rollouts(session: Session, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The same with verdict and reward; one that was cut off is never correct."""
+    """The rollouts with verdict and reward; a truncated one is never correct."""
     verdicts = session.task.grade(prompts, [rollout.text for rollout in rollouts])
     return [
         replace(rollout, verdict=verdict.verdict, reward=verdict.reward)
