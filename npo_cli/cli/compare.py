@@ -12,11 +12,11 @@ from npo_cli.errors import NpoError, quote_path
 
 
 def compare(
-    arms: Annotated[
+    methods: Annotated[
         list[str],
         typer.Argument(
-            metavar="ARM",
-            help="[NAME=]RUN[:BRANCH]. Arms with the same NAME are seeds of one arm; RUN alone means all its branches, "
+            metavar="METHOD",
+            help="[NAME=]RUN[:BRANCH]. The same NAME again is another seed. RUN alone means all its branches, "
             "the output folder of npo bench all its runs.",
             show_default=False,
         ),
@@ -30,7 +30,7 @@ def compare(
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", metavar="NAME", help="Arm that the others are compared with. [default: first]"),
+        typer.Option("--baseline", metavar="NAME", help="Method that the others are compared with. [default: first]"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Save every evaluation with its costs (.csv).")
@@ -42,7 +42,7 @@ def compare(
 ) -> None:
     """Compare methods by held-out accuracy and by cost.
 
-    95 % intervals over seeds and held-out prompts. Steps, updates, tokens and seconds count everything that an arm
+    95 % intervals over seeds and held-out prompts. Steps, updates, tokens and seconds count everything that a method
     needed: guide caches, scoring, probes and steps that were rolled back.
     """
     check_figure_path(figure, formats=(".png", ".svg"))
@@ -52,7 +52,7 @@ def compare(
 
     from npo_cli.experiments.compare import compare_runs
 
-    print_records(compare_runs(arms, thresholds=levels, baseline=baseline, csv=out, figure=figure), as_json=as_json)
+    print_records(compare_runs(methods, thresholds=levels, baseline=baseline, csv=out, figure=figure), as_json=as_json)
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:

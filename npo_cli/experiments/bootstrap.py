@@ -1,4 +1,4 @@
-"""How far arms lie apart, and how sure that is: figures of several seeds, each over its held-out prompts.
+"""How far methods lie apart, and how sure that is: figures of several seeds, each over its held-out prompts.
 
 A figure here is a mean over prompts of something linear in the outcomes (a final accuracy, an area under a curve), so
 all of them go through one bootstrap. Seeds are drawn with return, and so are the prompts of each held-out set; seeds
@@ -24,7 +24,7 @@ MAX_CACHED_COUNTS = 16_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedStatistics:
-    """What one seed of an arm measured."""
+    """What one seed of a method measured."""
 
     seed: int
     prompts: tuple[str, ...]
@@ -35,7 +35,7 @@ class SeedStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Resampler:
-    """The same draws for the same question: two arms on the same seeds and prompts are resampled together."""
+    """The same draws for the same question: two methods on the same seeds and prompts are resampled together."""
 
     _held: dict[tuple[str, ...], Floats] = field(default_factory=dict)
 
@@ -79,39 +79,39 @@ def small_sample_factor(num_seeds: int) -> float:
     return float((num_seeds / (num_seeds - 1)) ** 0.5 * stdtrit(num_seeds - 1, 0.975) / Z_95)
 
 
-def estimate_method(arm: Sequence[SeedStatistics], resampler: Resampler) -> list[Estimate]:
-    """Each figure of one arm: mean over its seeds of the mean over their prompts."""
-    means_BSF = np.stack([resampler.prompt_means(one) for one in arm], axis=1)
-    means_BF = np.einsum("bs,bsf->bf", resampler.seed_weights([one.seed for one in arm]), means_BSF)
-    return _estimates(means_BF, arm, signed=False)
+def estimate_method(method: Sequence[SeedStatistics], resampler: Resampler) -> list[Estimate]:
+    """Each figure of one method: mean over its seeds of the mean over their prompts."""
+    means_BSF = np.stack([resampler.prompt_means(one) for one in method], axis=1)
+    means_BF = np.einsum("bs,bsf->bf", resampler.seed_weights([one.seed for one in method]), means_BSF)
+    return _estimates(means_BF, method, signed=False)
 
 
 def estimate_paired_difference(
-    arm: Sequence[SeedStatistics], baseline: Sequence[SeedStatistics], resampler: Resampler
+    method: Sequence[SeedStatistics], baseline: Sequence[SeedStatistics], resampler: Resampler
 ) -> list[Estimate]:
-    """Each figure of the arm minus that of the baseline, over pairs of one seed, on the prompts common to both.
+    """Each figure of the method minus that of the baseline, over pairs of one seed, on the prompts common to both.
 
     A pair without common prompts is compared by its means, its prompts drawn apart.
     """
-    arm, baseline = (sorted(side, key=lambda one: one.seed) for side in (arm, baseline))
-    assert [one.seed for one in arm] == [one.seed for one in baseline], "pairs are of one seed"
-    pairs = [restrict_to_common_prompts(mine, theirs) for mine, theirs in zip(arm, baseline, strict=True)]
+    method, baseline = (sorted(side, key=lambda one: one.seed) for side in (method, baseline))
+    assert [one.seed for one in method] == [one.seed for one in baseline], "pairs are of one seed"
+    pairs = [restrict_to_common_prompts(mine, theirs) for mine, theirs in zip(method, baseline, strict=True)]
     means_BSF = np.stack(
         [resampler.prompt_means(mine) - resampler.prompt_means(theirs) for mine, theirs in pairs], axis=1
     )
-    means_BF = np.einsum("bs,bsf->bf", resampler.seed_weights([one.seed for one in arm]), means_BSF)
+    means_BF = np.einsum("bs,bsf->bf", resampler.seed_weights([one.seed for one in method]), means_BSF)
     return _estimates(means_BF, [mine for mine, _ in pairs], signed=True)
 
 
 def estimate_unpaired_difference(
-    arm: Sequence[SeedStatistics], baseline: Sequence[SeedStatistics], resampler: Resampler
+    method: Sequence[SeedStatistics], baseline: Sequence[SeedStatistics], resampler: Resampler
 ) -> list[Estimate]:
-    """The same for arms without a common seed: each is resampled by itself."""
+    """The same for methods without a common seed: each is resampled by itself."""
     sides = []
-    for side in (arm, baseline):
+    for side in (method, baseline):
         means_BSF = np.stack([resampler.prompt_means(one) for one in side], axis=1)
         sides.append(np.einsum("bs,bsf->bf", resampler.seed_weights([one.seed for one in side]), means_BSF))
-    return _estimates(sides[0] - sides[1], [*arm, *baseline], signed=True)
+    return _estimates(sides[0] - sides[1], [*method, *baseline], signed=True)
 
 
 def restrict_to_common_prompts(mine: SeedStatistics, theirs: SeedStatistics) -> tuple[SeedStatistics, SeedStatistics]:
@@ -187,7 +187,7 @@ def area_weights(costs_E: Sequence[float], *, low: float, high: float) -> Floats
 
 
 def common_range(curves: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """The stretch of one axis that every curve covers; None where there is none."""
+    """The span of one axis that every curve covers; None where there is none."""
     low, high = max(curve[0] for curve in curves), min(curve[-1] for curve in curves)
     return (low, high) if low < high else None
 

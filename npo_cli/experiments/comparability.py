@@ -1,4 +1,4 @@
-"""Are arms comparable? What must be alike and is not, and in what the methods differ.
+"""Comparability of methods: settings that must match and do not, and settings in which the methods differ.
 
 Everything that is neither a method's own nor must be alike (seeds, length, what is kept, how the machine is used) is
 passed over: it changes what a run costs to keep, not what it learns.
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from npo_cli.config.base import walk_fields
 from npo_cli.config.loading import diff_recipes
 from npo_cli.config.recipe import Recipe
-from npo_cli.experiments.load_arms import MethodRuns, RunBranch, SeedRun
+from npo_cli.experiments.load_methods import MethodRuns, RunBranch, SeedRun
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.guide_cache import read_cache_info
 from npo_cli.storage.layout import FIRST_BRANCH
@@ -26,12 +26,12 @@ GUIDE_SECTIONS = ("guide.source", "guide.inject.", "guide.cache.", "guide.endpoi
 NOT_USED = "by nobody"
 
 
-def method_differences(arm: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:
-    """`KEY OLD -> NEW` of every setting in which the arm's method is not the baseline's, and what stepped in."""
-    changes = [change for change in diff_settings(arm, baseline) if not _must_match(change)]
+def method_differences(method: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:
+    """`KEY OLD -> NEW` of every setting that differs from the baseline, and of the guides and AutoNPO at work."""
+    changes = [change for change in diff_settings(method, baseline) if not _must_match(change)]
     for label, describe in (("guides", describe_guides), ("AutoNPO", describe_autonpo)):
         mine, theirs = (
-            {describe(one.run_branch) for one in arm.runs},
+            {describe(one.run_branch) for one in method.runs},
             {describe(one.run_branch) for one in baseline.runs},
         )
         if mine != theirs:
@@ -39,24 +39,24 @@ def method_differences(arm: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]
     return tuple(changes)
 
 
-def find_mismatches(arm: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:
+def find_mismatches(method: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:
     """What a fair comparison needs alike: base weights, task, group, batch, sampling; and seeds of one method."""
-    found = [change for change in diff_settings(arm, baseline) if _must_match(change)]
-    for bases in base_digests((*arm.runs, *baseline.runs)):
+    found = [change for change in diff_settings(method, baseline) if _must_match(change)]
+    for bases in base_digests((*method.runs, *baseline.runs)):
         if len(bases) > 1:
             found.append(f"base weights {' and '.join(sorted(digest[:12] for digest in bases))}")
-    return (*found, *(f"{change} within the arm" for change in diff_seed_settings(arm)))
+    return (*found, *(f"{change} between seeds" for change in diff_seed_settings(method)))
 
 
-def diff_settings(arm: MethodRuns, baseline: MethodRuns) -> list[str]:
-    """Settings of the arm's first seed that differ from the baseline's first."""
-    return list(_changes(baseline.runs[0].run_branch, arm.runs[0].run_branch))
+def diff_settings(method: MethodRuns, baseline: MethodRuns) -> list[str]:
+    """Settings of the method's first seed that differ from the baseline's first."""
+    return list(_changes(baseline.runs[0].run_branch, method.runs[0].run_branch))
 
 
-def diff_seed_settings(arm: MethodRuns) -> list[str]:
-    """Settings in which seeds of one arm differ, which makes them two methods."""
-    first = arm.runs[0].run_branch
-    return list(dict.fromkeys(change for one in arm.runs[1:] for change in _changes(first, one.run_branch)))
+def diff_seed_settings(method: MethodRuns) -> list[str]:
+    """Settings in which seeds of one method differ: then they are two methods."""
+    first = method.runs[0].run_branch
+    return list(dict.fromkeys(change for one in method.runs[1:] for change in _changes(first, one.run_branch)))
 
 
 def _must_match(change: str) -> bool:
@@ -103,15 +103,15 @@ def describe_guides(place: RunBranch) -> str:
 
 def read_guide_infos(place: RunBranch) -> list[GuideCacheInfo]:
     """The caches that the branches of the line of descent were given."""
-    given = [find_first_segment(place.run, stretch.branch).guide_cache for stretch in ancestry(place.run, place.branch)]
+    given = [find_first_segment(place.run, span.branch).guide_cache for span in ancestry(place.run, place.branch)]
     return [read_cache_info(place.run.guide_folder(guide)) for guide in given if guide is not None]
 
 
-def count_external_tokens(arm: MethodRuns) -> int:
+def count_external_tokens(method: MethodRuns) -> int:
     """Tokens that its guides took outside its runs, all seeds: training another run, writing a file of traces."""
     return sum(
         info.guide_training_tokens + info.external_tokens
-        for one in arm.runs
+        for one in method.runs
         for info in read_guide_infos(one.run_branch)
     )
 
@@ -128,7 +128,7 @@ def _author(info: GuideCacheInfo) -> str:
 
 def describe_autonpo(place: RunBranch) -> str:
     """Whether AutoNPO decided on the line of descent."""
-    names = {stretch.branch for stretch in ancestry(place.run, place.branch)}
+    names = {span.branch for span in ancestry(place.run, place.branch)}
     return "by AutoNPO" if any(move.state.branch in names for move in read_transitions(place.run)) else NOT_USED
 
 

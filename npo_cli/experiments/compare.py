@@ -1,7 +1,7 @@
-"""`npo compare`: what each arm reached, what it cost on five axes, how far they lie apart, and how sure that is.
+"""`npo compare`: what each method reached, what it cost on five axes, how far they lie apart, and how sure that is.
 
-Reads run directories and writes into none. Cost is the ledger's (`ledger.py`): everything that an arm needed, what
-was rolled back and asked included. The statistics are `guide/arms.py` and `guide/arrivals.py`.
+Reads run directories and writes into none. Cost is the ledger's (`ledger.py`): everything that a method needed, what
+was rolled back and asked included. The statistics are `guide/methods.py` and `guide/arrivals.py`.
 
 Points of curves as comma-separated values, one evaluation a line: for other programs to draw and to count.
 """
@@ -13,14 +13,6 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 from npo_cli.errors import quote_path
-from npo_cli.experiments.arm_curves import (
-    ComparisonRange,
-    compute_method_statistics,
-    estimate_bands,
-    find_comparison_range,
-    get_cost,
-    mean_costs_at_horizon,
-)
 from npo_cli.experiments.bootstrap import (
     Resampler,
     count_common_prompts,
@@ -30,7 +22,15 @@ from npo_cli.experiments.bootstrap import (
     quarter_means,
 )
 from npo_cli.experiments.comparability import count_external_tokens, find_mismatches, method_differences
-from npo_cli.experiments.load_arms import MethodRuns, SeedRun, load_methods
+from npo_cli.experiments.load_methods import MethodRuns, SeedRun, load_methods
+from npo_cli.experiments.method_curves import (
+    ComparisonRange,
+    compute_method_statistics,
+    estimate_bands,
+    find_comparison_range,
+    get_cost,
+    mean_costs_at_horizon,
+)
 from npo_cli.experiments.time_to_threshold import (
     SeedTimeToThreshold,
     restricted_mean,
@@ -69,99 +69,99 @@ def compare_runs(
     texts: Sequence[str], *, thresholds: Sequence[float], baseline: str | None, csv: Path | None, figure: Path | None
 ) -> Iterator[CompareRecord]:
     """Read, align, estimate; then the table of points and the picture, where they are wanted."""
-    arms = load_methods(texts, baseline=baseline)
-    common = find_comparison_range(arms)
-    yield from collect_warnings(arms, common)
+    methods = load_methods(texts, baseline=baseline)
+    common = find_comparison_range(methods)
+    yield from collect_warnings(methods, common)
 
-    # Each arm by itself.
+    # Each method by itself.
     resampler = Resampler()
-    summaries = [summarize_method(arm, arms[0], common=common, resampler=resampler) for arm in arms]
+    summaries = [summarize_method(method, methods[0], common=common, resampler=resampler) for method in methods]
     yield from summaries
 
-    # Each arm next to the baseline.
-    yield from (estimate_difference(arm, arms[0], common=common, resampler=resampler) for arm in arms[1:])
+    # Each method next to the baseline.
+    yield from (estimate_difference(method, methods[0], common=common, resampler=resampler) for method in methods[1:])
     for threshold in dict.fromkeys(thresholds or THRESHOLDS):
-        ways = {arm.name: collect_threshold_costs(threshold, arm, common) for arm in arms}
+        ways = {method.name: collect_threshold_costs(threshold, method, common) for method in methods}
         yield from (
             summarize_time_to_threshold(name, threshold, seed_costs=found, common=common)
             for name, found in ways.items()
         )
-        for arm in arms[1:]:
-            pair = (arm.name, arms[0].name)
+        for method in methods[1:]:
+            pair = (method.name, methods[0].name)
             yield estimate_speedup(pair, threshold, seed_costs=ways, common=common)
 
     # What others may draw and count for themselves.
-    points = [point for arm in arms for one in arm.runs for point in one.points]
+    points = [point for method in methods for one in method.runs for point in one.points]
     yield from points
     if csv is not None:
         write_points(points, csv)
         yield Notice(message=f"points: {csv}")
     if figure is not None:
-        plot_method_curves(estimate_bands(arms, common, resampler), figure, title=format_plot_title(summaries))
+        plot_method_curves(estimate_bands(methods, common, resampler), figure, title=format_plot_title(summaries))
         yield Notice(message=f"picture: {figure}")
 
 
-def format_plot_title(arms: Sequence[MethodSummary]) -> str:
+def format_plot_title(methods: Sequence[MethodSummary]) -> str:
     """What the picture shows, and what its bands are taken over."""
-    over = sorted({arm.resampling_unit for arm in arms})
-    seeds = sorted({len(arm.seeds) for arm in arms})
-    words = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'} an arm"
+    over = sorted({method.resampling_unit for method in methods})
+    seeds = sorted({len(method.seeds) for method in methods})
+    words = f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'} a method"
     return f"{words}; band: 95 % over {' or over '.join(over)}"
 
 
-def collect_warnings(arms: Sequence[MethodRuns], common: ComparisonRange) -> Iterator[Notice]:
+def collect_warnings(methods: Sequence[MethodRuns], common: ComparisonRange) -> Iterator[Notice]:
     """What makes the comparison less than fair, or smaller than it looks."""
-    for arm in arms:
-        for what in find_mismatches(arm, arms[0]):
-            yield Notice(message=f"not alike: {what} ({arm.name})", level="warning")
-        if arm.seeds != arms[0].seeds:
-            said = f"{arm.name} has seeds {_listed(arm.seeds)}, {arms[0].name} has {_listed(arms[0].seeds)}"
+    for method in methods:
+        for what in find_mismatches(method, methods[0]):
+            yield Notice(message=f"not alike: {what} ({method.name})", level="warning")
+        if method.seeds != methods[0].seeds:
+            said = f"{method.name} has seeds {_listed(method.seeds)}, {methods[0].name} has {_listed(methods[0].seeds)}"
             yield Notice(message=f"{said}: only common seeds are paired", level="warning")
-        elsewhere = count_external_tokens(arm)
+        elsewhere = count_external_tokens(method)
         if elsewhere:
-            said = f"{arm.name}: its guides had cost {elsewhere:,} tokens outside of its runs; no figure counts them"
+            said = f"{method.name}: its guides had cost {elsewhere:,} tokens outside of its runs; no figure counts them"
             yield Notice(message=said, level="warning")
-        bare = [one.run_branch for one in arm.runs if not one.outcomes]
+        bare = [one.run_branch for one in method.runs if not one.outcomes]
         if bare:
-            said = f"{arm.name}: evaluations of {len(bare)} of {len(arm.runs)} seeds kept no outcomes prompt by prompt"
-            mend = f"npo eval {quote_path(bare[0].run.root)} --all --branch {bare[0].branch}"
-            yield Notice(message=f"{said}; {mend} adds them where there are checkpoints", level="warning")
-    shortest = min((one for arm in arms for one in arm.runs), key=lambda one: one.points[-1].step)
-    if any(one.points[-1].step > common.horizon for arm in arms for one in arm.runs):
+            missing = f"{method.name}: {len(bare)} of {len(method.runs)} seeds have no evaluation results per prompt"
+            fix = f"npo eval {quote_path(bare[0].run.root)} --all --branch {bare[0].branch}"
+            yield Notice(message=f"{missing}; {fix} adds them where there are checkpoints", level="warning")
+    shortest = min((one for method in methods for one in method.runs), key=lambda one: one.points[-1].step)
+    if any(one.points[-1].step > common.horizon for method in methods for one in method.runs):
         said = f"{shortest.run_branch.name} was last evaluated at step {common.horizon}"
-        yield Notice(message=f"{said}: final accuracies of all arms are taken there", level="warning")
+        yield Notice(message=f"{said}: final accuracies of all methods are taken there", level="warning")
 
 
 def summarize_method(
-    arm: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler
+    method: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler
 ) -> MethodSummary:
-    """Accuracy with intervals, costs, entropy and injected share of one arm."""
-    names, figures = compute_method_statistics(arm, common)
+    """Accuracy with intervals, costs, entropy and injected share of one method."""
+    names, figures = compute_method_statistics(method, common)
     found = dict(zip(names, estimate_method(figures, resampler), strict=True))
-    steps = [row for one in arm.runs for step, row in one.steps.items() if step <= common.horizon]
+    steps = [row for one in method.runs for step, row in one.steps.items() if step <= common.horizon]
     shares = [
         row["inject/grad_norm_fraction"]
         for row in steps
         if row.get("inject/slots") and "inject/grad_norm_fraction" in row
     ]
     return MethodSummary(
-        method=arm.name,
-        seeds=arm.seeds,
-        runs=tuple(one.run_branch.name for one in arm.runs),
-        num_prompts=min(len(one.prompts) for one in arm.runs) or None,
-        resampling_unit=describe_resampling(len(arm.runs), with_prompts=all(one.prompts for one in arm.runs)),
+        method=method.name,
+        seeds=method.seeds,
+        runs=tuple(one.run_branch.name for one in method.runs),
+        num_prompts=min(len(one.prompts) for one in method.runs) or None,
+        resampling_unit=describe_resampling(len(method.runs), with_prompts=all(one.prompts for one in method.runs)),
         horizon=common.horizon,
         final_accuracy=found.pop("final"),
         areas=found,
-        entropies=mean_entropies(arm, common.horizon),
+        entropies=mean_entropies(method, common.horizon),
         injections_per_step=statistics.fmean(row.get("inject/slots", 0.0) for row in steps) if steps else 0.0,
         guide_gradient_share=statistics.fmean(shares) if shares else None,
-        mean_costs=mean_costs_at_horizon(arm, common),
+        mean_costs=mean_costs_at_horizon(method, common),
         run_tokens=statistics.fmean(
-            compute_run_costs(one.run_branch.run, one.run_branch.branch).tokens for one in arm.runs
+            compute_run_costs(one.run_branch.run, one.run_branch.branch).tokens for one in method.runs
         ),
-        changed_settings=method_differences(arm, baseline),
-        mismatched_settings=find_mismatches(arm, baseline),
+        changed_settings=method_differences(method, baseline),
+        mismatched_settings=find_mismatches(method, baseline),
     )
 
 
@@ -172,22 +172,22 @@ def describe_resampling(num_seeds: int, *, with_prompts: bool) -> ResamplingUnit
     return "prompts" if with_prompts else "nothing"
 
 
-def mean_entropies(arm: MethodRuns, horizon: int) -> tuple[float | None, ...]:
+def mean_entropies(method: MethodRuns, horizon: int) -> tuple[float | None, ...]:
     """Mean over the seeds of each quarter's mean; a quarter without any step in any seed has none."""
     by_seed = [
         quarter_means({step: row["entropy"] for step, row in one.steps.items() if "entropy" in row}, horizon)
-        for one in arm.runs
+        for one in method.runs
     ]
     known = [[value for value in column if value is not None] for column in zip(*by_seed, strict=True)]
     return tuple(statistics.fmean(some) if some else None for some in known)
 
 
 def estimate_difference(
-    arm: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler
+    method: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler
 ) -> MethodDifference:
     """Over the seeds that both have, pair by pair; over all seeds of both, drawn apart, where they share none."""
-    seeds = set(arm.seeds) & set(baseline.seeds)
-    sides = [[one for one in side.runs if one.run_branch.seed in seeds or not seeds] for side in (arm, baseline)]
+    seeds = set(method.seeds) & set(baseline.seeds)
+    sides = [[one for one in side.runs if one.run_branch.seed in seeds or not seeds] for side in (method, baseline)]
     (names, mine), (_, theirs) = (
         compute_method_statistics(MethodRuns(name="", runs=tuple(side)), common) for side in sides
     )
@@ -196,7 +196,7 @@ def estimate_difference(
     pairs = list(zip(mine, theirs, strict=True)) if seeds else []
     place = names.index("final")
     return MethodDifference(
-        method=arm.name,
+        method=method.name,
         baseline=baseline.name,
         num_pairs=len(pairs),
         num_prompts=min((count_common_prompts(*pair) for pair in pairs), default=0) or None,
@@ -212,11 +212,11 @@ def estimate_difference(
 
 
 def collect_threshold_costs(
-    threshold: float, arm: MethodRuns, common: ComparisonRange
+    threshold: float, method: MethodRuns, common: ComparisonRange
 ) -> dict[Axis, list[SeedTimeToThreshold]]:
     """What every seed had spent on arrival, and at its end, by axis."""
     ways: dict[Axis, list[SeedTimeToThreshold]] = {axis: [] for axis in common.end_costs}
-    for one in arm.runs:
+    for one in method.runs:
         arrived = find_threshold_point(one, threshold)
         for axis, some in ways.items():
             cost = None if arrived is None else get_cost(arrived, axis)
@@ -235,7 +235,7 @@ def find_threshold_point(one: SeedRun, threshold: float) -> SeedPoint | None:
 def summarize_time_to_threshold(
     name: str, threshold: float, *, seed_costs: dict[Axis, list[SeedTimeToThreshold]], common: ComparisonRange
 ) -> MethodTimeToThreshold:
-    """Means over the seeds of one arm."""
+    """Means over the seeds of one method."""
     some = next(iter(seed_costs.values()))
     return MethodTimeToThreshold(
         method=name,
@@ -255,13 +255,13 @@ def estimate_speedup(
     seed_costs: dict[str, dict[Axis, list[SeedTimeToThreshold]]],
     common: ComparisonRange,
 ) -> SpeedUp:
-    """Both ratios of an arm and the baseline on every axis; a ratio that nothing can be said of is left out."""
-    arm, baseline = pair
-    mine, theirs = seed_costs[arm], seed_costs[baseline]
+    """Both ratios of a method and the baseline on every axis; a ratio that nothing can be said of is left out."""
+    method, baseline = pair
+    mine, theirs = seed_costs[method], seed_costs[baseline]
     arrived = {axis: uncensored_ratio(mine[axis], theirs[axis]) for axis in mine}
     restricted = {axis: restricted_ratio(mine[axis], theirs[axis], horizon=common.end_costs[axis]) for axis in mine}
     return SpeedUp(
-        method=arm,
+        method=method,
         baseline=baseline,
         threshold=threshold,
         ratio_if_reached={axis: found for axis, found in arrived.items() if found is not None},

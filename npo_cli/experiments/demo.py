@@ -88,12 +88,12 @@ def drop_evals(records: Iterable[StepReport | EvalReport | Notice]) -> Iterator[
 def summarize_demo(out: Path) -> Iterator[CurvePoint | CostToThreshold | Notice]:
     """Both curves, where they cross the thresholds, and the picture."""
     run = open_run(out)
-    arms = [learning_curve(run, MAIN, name="GRPO"), learning_curve(run, GUIDE, name="NPO")]
-    for points in arms:
+    methods = [learning_curve(run, MAIN, name="GRPO"), learning_curve(run, GUIDE, name="NPO")]
+    for points in methods:
         yield from points
     for threshold in THRESHOLDS:
-        for points in arms:
+        for points in methods:
             yield cost_to_threshold(points, threshold)
     picture = out / "comparison.png"
-    plot_accuracy_curves([point for points in arms for point in points], picture, "GRPO and NPO, one seed")
+    plot_accuracy_curves([point for points in methods for point in points], picture, "GRPO and NPO, one seed")
     yield Notice(message=f"picture: {picture}")

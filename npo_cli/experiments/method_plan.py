@@ -53,16 +53,16 @@ class BenchRun:
 
 
 def build_commands(cell: BenchRun) -> list[Command]:
-    """The method's plan for this cell, stretch by stretch where it repeats itself."""
+    """The method's plan for this cell, span by span where it repeats itself."""
     recipe = cell.resolve_recipe()
     first, *rest = recipe.method.commands
-    steps, stretch = recipe.train.num_steps, recipe.method.repeat_every
+    steps, span = recipe.train.num_steps, recipe.method.repeat_every
     found = [(*_filled(first, cell, recipe), *cell.overrides)]
-    if stretch is None:
+    if span is None:
         return found + [_filled(line, cell, recipe) for line in rest]
-    for at in range(0, steps, stretch):
-        end = min(at + stretch, steps)
-        moving = {"at": str(at), "next": str(end), "stretch": str(end - at)}
+    for at in range(0, steps, span):
+        end = min(at + span, steps)
+        moving = {"at": str(at), "next": str(end), "span": str(end - at)}
         found += [_filled(line, cell, recipe, moving=moving) for line in rest]
     return found
 

@@ -1,7 +1,7 @@
 """What it took to reach a threshold, where some seeds never did.
 
 A seed that ended below the threshold is *censored*: its cost is known to be above what it had spent, and no more.
-Leaving it out flatters the arm that fails more often. Two figures are honest without it: a mean in which it counts
+Leaving it out flatters the method that fails more often. Two figures are honest without it: a mean in which it counts
 what it had spent (a lower bound), and the restricted mean,
 
     RM(h) = E[min(T, h)] = integral from 0 to h of P(T > t) dt,
@@ -38,9 +38,9 @@ class SeedTimeToThreshold:
         return horizon if self.cost is None else min(self.cost, horizon)
 
 
-def restricted_mean(arm: Sequence[SeedTimeToThreshold], horizon: float) -> float:
+def restricted_mean(method: Sequence[SeedTimeToThreshold], horizon: float) -> float:
     """RM(horizon)."""
-    return statistics.fmean(one.restricted_cost(horizon) for one in arm)
+    return statistics.fmean(one.restricted_cost(horizon) for one in method)
 
 
 def mean_with_interval(values: Sequence[float], *, of: int) -> Estimate:
@@ -54,32 +54,32 @@ def mean_with_interval(values: Sequence[float], *, of: int) -> Estimate:
     return Estimate(value=mean, low=mean - half, high=mean + half, num_used=num, num_total=of)
 
 
-def uncensored_ratio(arm: Sequence[SeedTimeToThreshold], baseline: Sequence[SeedTimeToThreshold]) -> Estimate | None:
-    """Mean of baseline / arm over the pairs of one seed in which both arrived, at a cost; None without such a pair."""
+def uncensored_ratio(method: Sequence[SeedTimeToThreshold], baseline: Sequence[SeedTimeToThreshold]) -> Estimate | None:
+    """Mean of baseline / method over the pairs of seeds in which both reached it; None without such a pair."""
     theirs = {one.seed: one for one in baseline}
-    pairs = [(theirs[one.seed].cost, one.cost) for one in arm if one.seed in theirs]
+    pairs = [(theirs[one.seed].cost, one.cost) for one in method if one.seed in theirs]
     ratios = [slow / fast for slow, fast in pairs if slow and fast]
     return _not_below_zero(mean_with_interval(ratios, of=len(pairs))) if ratios else None
 
 
 def restricted_ratio(
-    arm: Sequence[SeedTimeToThreshold], baseline: Sequence[SeedTimeToThreshold], *, horizon: float
+    method: Sequence[SeedTimeToThreshold], baseline: Sequence[SeedTimeToThreshold], *, horizon: float
 ) -> Estimate | None:
-    """R = RM of the baseline / RM of the arm over common seeds, arrived or not; over all where they share none.
+    """R = RM of the baseline / RM of the method over common seeds, arrived or not; over all where they share none.
 
-    Interval R -+ t(n - 1) sd(u)/sqrt(n) with u = (slow - R fast)/RM of the arm, the ratio estimator's (Cochran 1977,
-    Sampling Techniques, chapter 6); unpaired, none. None where neither ever arrived, or the arm did at no cost.
+    Interval R -+ t(n - 1) sd(u)/sqrt(n) with u = (slow - R fast)/RM of the method, the ratio estimator's (Cochran 1977,
+    Sampling Techniques, chapter 6); unpaired, none. None where neither ever arrived, or the method did at no cost.
     A horizon that few reached hides what lies beyond it, and the ratio is then nearer to 1 than the truth.
     """
     slow_by_seed = {one.seed: one for one in baseline}
-    pairs = [(slow_by_seed[one.seed], one) for one in arm if one.seed in slow_by_seed]
-    slow, fast = ([slow for slow, _ in pairs], [fast for _, fast in pairs]) if pairs else (baseline, arm)
+    pairs = [(slow_by_seed[one.seed], one) for one in method if one.seed in slow_by_seed]
+    slow, fast = ([slow for slow, _ in pairs], [fast for _, fast in pairs]) if pairs else (baseline, method)
     if all(one.cost is None for one in (*slow, *fast)):
         return None
     mean = restricted_mean(fast, horizon)
     if mean <= 0:
         return None
-    ratio, of = restricted_mean(slow, horizon) / mean, max(len(arm), len(baseline))
+    ratio, of = restricted_mean(slow, horizon) / mean, max(len(method), len(baseline))
     if len(pairs) < 2:
         return Estimate(value=ratio, num_used=len(pairs), num_total=of)
     spread = mean_with_interval(

@@ -2,7 +2,7 @@
 
 A diamond marks where a branch left its parent; the broad band behind a line lasts as long as a guide was mixed in.
 
-Mean curves of arms on each axis, each with the band of its interval. Colours and dashes as in `figures.py`.
+Mean curves of methods on each axis, each with the band of its interval. Colours and dashes as in `figures.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ PLOTTED_METRICS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """One curve of held-out accuracy, from the point at which it became an arm of its own."""
+    """One curve of held-out accuracy, from the point at which it became a method of its own."""
 
     index: int
     """Decides its colour, dash and marker."""
@@ -57,36 +57,36 @@ class Curve:
     """Whether its first point is that of a rollback."""
 
 
-def make_accuracy_plots(arms: Sequence[Curve], *, prefix: str) -> Iterator[Plot]:
+def make_accuracy_plots(methods: Sequence[Curve], *, prefix: str) -> Iterator[Plot]:
     """Held-out accuracy against logical step, all steps, all tokens and, where it is known of all, the clock."""
     # At a standstill at step 0 nothing was spent, known or not.
-    clocks = [point.total_seconds > 0 for arm in arms for point in arm.points if point.total_steps]
+    clocks = [point.total_seconds > 0 for method in methods for point in method.points if point.total_steps]
     timed = bool(clocks) and all(clocks)
     axes = (*COST_AXES, SECONDS_AXIS) if timed else COST_AXES
     for name, (label, cost) in zip(AXIS_NAMES, axes, strict=False):
         yield Plot(
             name=f"{prefix}accuracy-by-{name}",
-            alt_text=f"held-out accuracy against {label}: {_ends(arms)}",
-            draw=partial(_draw_accuracy, arms=arms, cost=cost, label=label),
+            alt_text=f"held-out accuracy against {label}: {_ends(methods)}",
+            draw=partial(_draw_accuracy, methods=methods, cost=cost, label=label),
         )
 
 
-def _ends(arms: Sequence[Curve]) -> str:
-    return ", ".join(f"{arm.points[0].name} ends at {arm.points[-1].accuracy:.3f}" for arm in arms)
+def _ends(methods: Sequence[Curve]) -> str:
+    return ", ".join(f"{method.points[0].name} ends at {method.points[-1].accuracy:.3f}" for method in methods)
 
 
-def _draw_accuracy(panel: "Axes", *, arms: Sequence[Curve], cost: CostGetter, label: str) -> None:
-    for arm in arms:
-        style, points = get_line_style(arm.index), arm.points
-        if arm.guide_until is not None:
-            _draw_guided(panel, points, cost=cost, until=arm.guide_until, colour=style.colour)
+def _draw_accuracy(panel: "Axes", *, methods: Sequence[Curve], cost: CostGetter, label: str) -> None:
+    for method in methods:
+        style, points = get_line_style(method.index), method.points
+        if method.guide_until is not None:
+            _draw_guided(panel, points, cost=cost, until=method.guide_until, colour=style.colour)
         panel.plot(
             [cost(point) for point in points],
             [point.accuracy for point in points],
             **{"color": style.colour, "ls": style.dash, "lw": 2, "clip_on": False, "label": points[0].name},
             **{"marker": style.marker, "ms": 3.5},
         )
-        if arm.is_fork:
+        if method.is_fork:
             _draw_fork(panel, (cost(points[0]), points[0].accuracy), style)
     panel.set_title("held-out accuracy")
     panel.set_xlabel(label)
@@ -173,14 +173,14 @@ AXIS_LABELS = {
 
 
 def plot_method_curves(points: Sequence[CurveBandPoint], path: Path, title: str) -> None:
-    """One panel an axis; an axis that is not known of every arm has none."""
+    """One panel an axis; an axis that is not known of every method has none."""
     axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
-    arms = list(dict.fromkeys(point.method for point in points))
+    methods = list(dict.fromkeys(point.method for point in points))
     with open_figure(path, title=title, height=4.6) as figure:
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
         for panel, axis in zip(panels, axes, strict=True):
-            for place, arm in enumerate(arms):
-                _draw_arm(panel, [one for one in points if (one.method, one.axis) == (arm, axis)], place=place)
+            for place, method in enumerate(methods):
+                _draw_arm(panel, [one for one in points if (one.method, one.axis) == (method, axis)], place=place)
             label_cost_axis(panel, AXIS_LABELS[axis])
         add_method_legend(figure, panels[0])
 

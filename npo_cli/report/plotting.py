@@ -1,4 +1,4 @@
-"""Records to pictures. One colour an arm in every panel, names beside their lines, nothing that is not data.
+"""Records to pictures. One colour a method in every panel, names beside their lines, nothing that is not data.
 
 Colours are Okabe and Ito's, told apart by colour-blind eyes; lines differ in dash and marker as well. matplotlib
 is imported when a picture is made, and drawn without a display.
@@ -119,25 +119,25 @@ SECONDS_AXIS: tuple[str, CostGetter] = ("wall clock (s)", lambda point: point.to
 
 
 def plot_accuracy_curves(points: Sequence[CurvePoint], path: Path, title: str) -> None:
-    """Held-out accuracy of every arm against its logical step, its total steps, its total tokens and the clock.
+    """Held-out accuracy of every method against its logical step, its total steps, its total tokens and the clock.
 
-    The clock has a panel only where it is known of every arm.
+    The clock has a panel only where it is known of every method.
     """
-    arms = list(dict.fromkeys(point.name for point in points))
-    timed = {point.name for point in points if point.total_seconds > 0} == set(arms)
+    methods = list(dict.fromkeys(point.name for point in points))
+    timed = {point.name for point in points if point.total_seconds > 0} == set(methods)
     axes = (*COST_AXES, SECONDS_AXIS) if timed else COST_AXES
     with open_figure(path, title=title, height=4.6) as figure:
         panels = figure.subplots(1, len(axes), sharey=True)
         for panel, (label, cost) in zip(panels, axes, strict=True):
-            for place, arm in enumerate(arms):
-                own = sorted((one for one in points if one.name == arm), key=cost)
-                draw_line(panel, [(cost(one), one.accuracy) for one in own], name=arm, index=place)
+            for place, method in enumerate(methods):
+                own = sorted((one for one in points if one.name == method), key=cost)
+                draw_line(panel, [(cost(one), one.accuracy) for one in own], name=method, index=place)
             label_cost_axis(panel, label)
         add_method_legend(figure, panels[0])
 
 
 def draw_line(panel: "Axes", points: Sequence[tuple[float, float]], *, name: str, index: int) -> None:
-    """The (cost, accuracy) of the n-th arm; a long line has a mark only here and there."""
+    """The (cost, accuracy) of the n-th method; a long line has a mark only here and there."""
     panel.plot(
         *zip(*points, strict=True),
         color=COLOURS[index % len(COLOURS)],

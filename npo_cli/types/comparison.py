@@ -1,8 +1,9 @@
-"""What `npo compare` finds: records of arms, of how they differ, and of what they took to arrive. Imports nothing.
+"""Records of `npo compare`: methods, their differences, their costs to reach a threshold. Imports nothing.
 
-An *arm* is one method, trained once or with several seeds. Figures come for four *axes*, by which arms are aligned:
-logical step (the place in the data), optimiser updates executed, tokens generated, seconds; the last three with
-everything that an arm needed beside its own steps.
+A *method* is trained once or with several seeds. Values come for five *axes*: logical step (position in the data
+order),
+optimizer updates executed, tokens generated, forward passes of sampling, seconds; all but the first with everything
+that the method needed besides its own steps.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ ResamplingUnit = Literal["seeds and prompts", "prompts", "seeds", "nothing"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedPoint:
-    """One held-out evaluation of one seed of an arm, with everything it had cost by then."""
+    """One held-out evaluation of one seed of a method, with everything it had cost by then."""
 
     method: str
     seed: int
@@ -48,7 +49,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurveBandPoint:
-    """Mean held-out accuracy of an arm at one cost, for a picture."""
+    """Mean held-out accuracy of a method at one cost, for a picture."""
 
     method: str
     axis: Axis
@@ -58,7 +59,7 @@ class CurveBandPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodSummary:
-    """One arm over the range that all arms have in common."""
+    """One method over the range that all methods have in common."""
 
     method: str
     seeds: tuple[int, ...]
@@ -69,11 +70,11 @@ class MethodSummary:
     resampling_unit: ResamplingUnit
     """What the intervals were taken over."""
     horizon: int
-    """Logical step of the last evaluations compared: the last that every seed of every arm has."""
+    """Logical step of the last evaluations compared: the last that every seed of every method has."""
     final_accuracy: Estimate
     """Held-out accuracy: mean of the last three evaluations up to the horizon."""
     areas: Mapping[str, Estimate]
-    """Mean accuracy along each axis, over the range common to all arms; an axis without one is absent."""
+    """Mean accuracy along each axis, over the range common to all methods; an axis without one is absent."""
     entropies: tuple[float | None, ...]
     """Mean training entropy (nats a token) in each quarter of the horizon."""
     injections_per_step: float
@@ -92,7 +93,7 @@ class MethodSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodDifference:
-    """An arm minus the baseline, paired by seed, and by prompt where both were asked the same."""
+    """A method minus the baseline, paired by seed, and by prompt where both were asked the same."""
 
     method: str
     baseline: str
@@ -104,12 +105,12 @@ class MethodDifference:
     final_accuracy: Estimate
     areas: Mapping[str, Estimate]
     num_not_lower: int
-    """Pairs in which the arm's final accuracy is not below the baseline's."""
+    """Pairs in which the method's final accuracy is not below the baseline's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodTimeToThreshold:
-    """What an arm had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
+    """What a method had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
 
     method: str
     threshold: float
@@ -120,7 +121,7 @@ class MethodTimeToThreshold:
     restricted_means: Mapping[str, float]
     """Restricted mean by axis: mean of min(cost, horizon)."""
     horizons: Mapping[str, float]
-    """The smallest cost at which any seed of any arm ended."""
+    """The smallest cost at which any seed of any method ended."""
 
     @property
     def is_censored(self) -> bool:
@@ -130,7 +131,7 @@ class MethodTimeToThreshold:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedUp:
-    """Cost of the baseline over the cost of the arm, to one threshold: above 1 the arm is cheaper."""
+    """Cost of the baseline over the cost of the method, to one threshold: above 1 the method is cheaper."""
 
     method: str
     baseline: str

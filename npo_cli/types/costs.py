@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurvePoint:
-    """Held-out accuracy of one arm at one logical step, with everything it had cost by then."""
+    """Held-out accuracy of one method at one logical step, with everything it had cost by then."""
 
     name: str
     step: int
     """Logical step: the position in the data order."""
     total_steps: int
-    """Optimiser steps ever made for this arm, scout and rolled-back ones included."""
+    """Optimiser steps ever made for this method, scout and rolled-back ones included."""
     total_tokens: int
     """Tokens generated for it: training, scout and guide sampling; held-out evaluation apart."""
     accuracy: float
@@ -25,7 +25,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CostToThreshold:
-    """What one arm had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
+    """What one method had spent when its held-out accuracy (mean of 3 evaluations) first reached a threshold."""
 
     name: str
     threshold: float

@@ -42,10 +42,10 @@ def test_compare_json_names_the_record_types(runs, tmp_path):
 def test_compare_prints_tables_and_saves_a_figure(runs, tmp_path):
     result = npo("compare", f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1", "--figure", tmp_path / "c.png")
     assert result.code == 0
-    assert [line for line in result.out.splitlines() if line.startswith(("Held", "What", "Arm", "Cost"))][:4] == [
+    assert [line for line in result.out.splitlines() if line.startswith(("Held", "What", "Method", "Cost"))][:4] == [
         "Held-out accuracy",
         "What it took to stand at step 4",
-        "Arm minus a",
+        "Method minus a",
         "Cost of reaching a held-out accuracy",
     ]
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
@@ -63,7 +63,7 @@ def test_compare_escapes_control_characters_in_names(runs):
         (("--threshold", "0"), "--threshold must be above 0 and at most 1, got 0"),
         (("--threshold", "nan"), "--threshold must be above 0 and at most 1, got nan"),
         (("--figure", "c.jpg"), "--figure c.jpg must end in .png, .svg"),
-        (("--baseline", "c"), "--baseline: there is no arm 'c'"),
+        (("--baseline", "c"), "--baseline: there is no method 'c'"),
     ],
 )
 def test_compare_refuses_bad_options(runs, options, message):
@@ -73,7 +73,7 @@ def test_compare_refuses_bad_options(runs, options, message):
 def test_compare_refuses_a_folder_as_file_and_a_repeated_seed(runs):
     assert "is a folder" in assert_refused("compare", f"{runs}/s0", f"b={runs}/s1", "--out", runs, beside=runs).message
     twice = assert_refused("compare", f"a={runs}/s0", f"a={runs}/s0", beside=runs)
-    assert twice.message == f"arm 'a' has seed 0 twice: {runs}/s0:main and {runs}/s0:main"
+    assert twice.message == f"method 'a' has seed 0 twice: {runs}/s0:main and {runs}/s0:main"
 
 
 def test_compare_refuses_a_run_without_evaluations(runs, tmp_path):

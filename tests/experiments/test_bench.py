@@ -86,8 +86,8 @@ def test_a_bench_that_is_stopped_stops_its_runs_and_goes_on_to_the_same_bytes(tm
     train(tmp_path / "straight", *longer, "train.seed=3")
     # what it ends with is a command that works
     hint = next(line for line in done.stderr.decode().splitlines() if "npo compare" in line)
-    arms, _, picture = hint.partition("npo compare ")[2].partition(" --figure ")
-    records = compare_runs(shlex.split(arms), thresholds=(), baseline=None, csv=None, figure=Path(picture))
+    methods, _, picture = hint.partition("npo compare ")[2].partition(" --figure ")
+    records = compare_runs(shlex.split(methods), thresholds=(), baseline=None, csv=None, figure=Path(picture))
     assert [(one.method, one.seeds) for one in records if isinstance(one, MethodSummary)] == [("matched-grpo", (3, 4))]
     for name in ("branches/main/metrics.jsonl", "branches/main/rollouts.jsonl"):
         assert file_digests(journals[0].parents[1])[name] == file_digests(tmp_path / "straight")[name]

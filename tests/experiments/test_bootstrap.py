@@ -36,7 +36,7 @@ HALF = [0.0, 1.0] * 50
 
 
 def test_an_area_is_the_mean_accuracy_by_the_trapezoid_rule():
-    # 20 units: the ends count half a stretch each
+    # 20 units: the ends count half a span each
     assert area_weights([0, 10, 20], low=0, high=20) == pytest.approx([0.25, 0.5, 0.25])
     # from 5 to 15: the first weighs a triangle of 0.5 x 5 / 2 in 10
     assert area_weights([0, 10, 20], low=5, high=15) == pytest.approx([0.125, 0.75, 0.125])
@@ -105,7 +105,7 @@ def test_without_outcomes_only_seeds_are_drawn_and_one_seed_has_no_interval():
 
 
 def test_the_luck_of_common_prompts_cancels_in_pairs():
-    # the arm solves what the baseline solves, and 4 prompts more of 100
+    # the method solves what the baseline solves, and 4 prompts more of 100
     better = [1.0] * 4 + HALF[4:]
     pairs = [[seed_of(number, values) for number in range(3)] for values in (better, HALF)]
     (found,) = estimate_paired_difference(*pairs, Resampler())
@@ -130,10 +130,10 @@ def test_pairs_are_compared_on_the_prompts_that_both_were_asked():
 
 
 def test_the_order_in_which_seeds_are_named_changes_nothing():
-    arm = [seed_of(0, HALF), seed_of(1, [0.25] * 100)]
+    method = [seed_of(0, HALF), seed_of(1, [0.25] * 100)]
     baseline = [seed_of(0, [0.1] * 100), seed_of(1, HALF)]
-    assert estimate_paired_difference(arm, baseline, Resampler()) == estimate_paired_difference(
-        arm[::-1], baseline, Resampler()
+    assert estimate_paired_difference(method, baseline, Resampler()) == estimate_paired_difference(
+        method[::-1], baseline, Resampler()
     )
 
 

@@ -1,4 +1,4 @@
-"""What makes arms alike: seen through `npo compare`, on real tiny runs of other kinds than a plain one."""
+"""What makes methods alike: seen through `npo compare`, on real tiny runs of other kinds than a plain one."""
 
 from contextlib import closing
 from pathlib import Path
@@ -23,26 +23,26 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def second(*arms: str) -> tuple[MethodSummary, list[str]]:
-    """The second arm, and what was said."""
-    records = list(compare_runs(arms, thresholds=(), baseline=None, csv=None, figure=None))
-    _, arm = (one for one in records if isinstance(one, MethodSummary))
-    return arm, [one.message for one in records if isinstance(one, Notice)]
+def second(*methods: str) -> tuple[MethodSummary, list[str]]:
+    """The second method, and what was said."""
+    records = list(compare_runs(methods, thresholds=(), baseline=None, csv=None, figure=None))
+    _, method = (one for one in records if isinstance(one, MethodSummary))
+    return method, [one.message for one in records if isinstance(one, Notice)]
 
 
 def test_adapters_are_a_method_and_not_another_base(plain, tmp_path):
     train(tmp_path / "lora", *SETTINGS, *LORA)
-    arm, said = second(f"whole={plain}", f"lora={tmp_path / 'lora'}")
-    assert (arm.mismatched_settings, said) == ((), [])
-    assert arm.changed_settings == ("model.lora.rank None -> 4", "train.lr 0.0003 -> 0.001")
+    method, said = second(f"whole={plain}", f"lora={tmp_path / 'lora'}")
+    assert (method.mismatched_settings, said) == ((), [])
+    assert method.changed_settings == ("model.lora.rank None -> 4", "train.lr 0.0003 -> 0.001")
 
 
 def test_adapters_beside_other_weights_are_not_alike(plain, tmp_path):
     base = open_run(plain).checkpoint_folder("main", 4)
     train(tmp_path / "near", *SETTINGS, *LORA)
     train(tmp_path / "far", *SETTINGS, *LORA, f"model.path={base}")
-    arm, said = second(f"a={tmp_path / 'near'}", f"b={tmp_path / 'far'}")
-    path, weights = arm.mismatched_settings
+    method, said = second(f"a={tmp_path / 'near'}", f"b={tmp_path / 'far'}")
+    path, weights = method.mismatched_settings
     assert path.startswith("model.path ")
     assert weights.startswith("base weights ")
     assert [message.partition(" (")[0] for message in said] == [f"not alike: {path}", f"not alike: {weights}"]
@@ -52,8 +52,8 @@ def test_a_guide_from_another_run_is_named_and_what_it_had_cost_there_is_told(pl
     train(tmp_path / "other", *SETTINGS, "train.seed=7")
     sample(plain, source=f"run:{tmp_path}/other", name="taught")
     resume(plain, at=2, guide="taught")
-    arm, said = second(f"a={plain}:main", f"b={plain}:taught")
-    assert arm.changed_settings == ("guides by nobody -> run at 2",)
+    method, said = second(f"a={plain}:main", f"b={plain}:taught")
+    assert method.changed_settings == ("guides by nobody -> run at 2",)
     tokens = read_cache_info(open_run(plain).guide_folder("taught")).guide_training_tokens
     assert said == [f"b: its guides had cost {tokens:,} tokens outside of its runs; no figure counts them"]
 
@@ -67,8 +67,8 @@ def test_a_file_of_traces_is_another_one_for_each_seed_and_yet_one_method(plain,
         sample(root, source=f"file:{traces}", name="taught")
         resume(root, at=2, guide="taught")
     taught = [f"luffy={tmp_path / f'seed-{seed}'}:taught" for seed in (0, 1)]
-    arm, _ = second(f"grpo={plain}:main", *taught)
-    assert arm.changed_settings == ("guides by nobody -> file at 2",)
+    method, _ = second(f"grpo={plain}:main", *taught)
+    assert method.changed_settings == ("guides by nobody -> file at 2",)
 
 
 def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_path):
@@ -79,8 +79,8 @@ def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_
         "guide.inject.max_accuracy=1",
         "method.name=exgrpo",
     )
-    arm, said = second(f"a={plain}:main", f"b={tmp_path / 'past'}")
-    assert (arm.changed_settings, said) == (
+    method, said = second(f"a={plain}:main", f"b={tmp_path / 'past'}")
+    assert (method.changed_settings, said) == (
         ("guide.experience.replay_fraction 0.0 -> 0.5", "guides by nobody -> its past"),
         [],
     )

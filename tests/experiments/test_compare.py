@@ -1,4 +1,4 @@
-"""Arms read from real tiny runs: two seeds, each trained plainly to step 4 and replayed from step 2 with a guide."""
+"""Methods read from real tiny runs: two seeds, each trained plainly to step 4 and replayed from step 2 with a guide."""
 
 import re
 import statistics
@@ -9,7 +9,7 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.experiments.compare import compare_runs
-from npo_cli.experiments.load_arms import parse_method_argument
+from npo_cli.experiments.load_methods import parse_method_argument
 from npo_cli.storage.bench_dir import BENCH_INDEX_FILE, save_bench_index
 from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.layout import open_run
@@ -32,10 +32,10 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def compared(*arms: str, **options) -> dict[type, list]:
+def compared(*methods: str, **options) -> dict[type, list]:
     asked = {"thresholds": (), "baseline": None, "csv": None, "figure": None} | options
     found: dict[type, list] = {}
-    for record in compare_runs(arms, **asked):
+    for record in compare_runs(methods, **asked):
         found.setdefault(type(record), []).append(record)
     return found
 
@@ -158,7 +158,7 @@ def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seed
     found = compared(str(seeds / "s0"), str(seeds / "s1"))
     assert [(one.method, one.seeds) for one in found[MethodSummary]] == [("micro:main", (0, 1)), ("micro:near", (0, 1))]
     named = compared(f"x={seeds}/s0", f"x={seeds}/s1", f"y={seeds}/s0:main", baseline="y")
-    # a named arm takes the newest branch
+    # a named method takes the newest branch
     assert [(one.method, one.runs) for one in named[MethodSummary]] == [
         ("y", (f"{seeds}/s0:main",)),
         ("x", (f"{seeds}/s0:near", f"{seeds}/s1:near")),
@@ -168,7 +168,7 @@ def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seed
 
 def test_the_folder_of_a_bench_stands_for_all_its_runs_also_after_a_move(seeds, tmp_path):
     home = copy_run(seeds, tmp_path / "a")
-    save_bench_index(home, [(arm, home / run) for arm, run in (("npo", "s0"), ("npo", "s1"), ("again", "s1"))])
+    save_bench_index(home, [(method, home / run) for method, run in (("npo", "s0"), ("npo", "s1"), ("again", "s1"))])
     moved = home.rename(tmp_path / "b")
     found, plain = compared(str(moved), *both(seeds)[:2], baseline="grpo"), compared(*both(seeds))
     assert [(one.method, one.seeds) for one in found[MethodSummary]] == [
@@ -183,7 +183,7 @@ def test_the_folder_of_a_bench_stands_for_all_its_runs_also_after_a_move(seeds, 
     with pytest.raises(NpoError, match="holds the runs of a bench, which have names"):
         compared(f"x={moved}", *both(seeds)[:2])
     (moved / BENCH_INDEX_FILE).write_text("{}")
-    with pytest.raises(NpoError, match=r"arms\.json is not what npo bench writes"):
+    with pytest.raises(NpoError, match=r"methods\.json is not what npo bench writes"):
         compared(str(moved))
 
 
@@ -199,23 +199,23 @@ def test_an_arm_is_split_into_name_run_and_branch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arms", "message"),
+    ("methods", "message"),
     [
-        (["a=S/s0:main", "a=S/s0:near"], "arm 'a' has seed 0 twice"),
+        (["a=S/s0:main", "a=S/s0:near"], "method 'a' has seed 0 twice"),
         (["S/s0:main"], "one run alone is compared with nothing"),
         (["S/s0:late", "S/s1"], "has no branch 'late': main, near"),
-        (["=S/s0", "S/s1"], "'' cannot name an arm"),
-        (["a=S/s0:", "S/s1"], r"an arm is \[NAME=\]RUN\[:BRANCH\], got"),
+        (["=S/s0", "S/s1"], "'' cannot name a method"),
+        (["a=S/s0:", "S/s1"], r"a method is \[NAME=\]RUN\[:BRANCH\], got"),
         (["S/nothing", "S/s1"], "there is no run directory"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(seeds, arms, message):
+def test_what_cannot_be_compared_is_refused(seeds, methods, message):
     with pytest.raises(NpoError, match=message):
-        compared(*(arm.replace("S/", f"{seeds}/") for arm in arms))
+        compared(*(method.replace("S/", f"{seeds}/") for method in methods))
 
 
 def test_an_unknown_baseline_and_a_run_without_evaluations_are_refused(seeds, tmp_path):
-    with pytest.raises(NpoError, match="there is no arm 'c'"):
+    with pytest.raises(NpoError, match="there is no method 'c'"):
         compared(*both(seeds), baseline="c")
     dark = copy_run(seeds / "s0", tmp_path / "dark")
     (dark / "evals.jsonl").unlink()
@@ -243,11 +243,11 @@ def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_p
     assert (found[MethodDifference][0].num_pairs, found[MethodDifference][0].num_prompts) == (1, None)
     assert said(found) == [
         "not alike: train.group_size 4 -> 2 (b)",
-        f"{root}:main was last evaluated at step 3: final accuracies of all arms are taken there",
+        f"{root}:main was last evaluated at step 3: final accuracies of all methods are taken there",
     ]
     assert other.horizon == 3
     one_arm = compared(f"a={seeds}/s1:main", f"a={root}")
-    assert "train.lr 0.5 -> 0.0003 within the arm" in one_arm[MethodSummary][0].mismatched_settings
+    assert "train.lr 0.5 -> 0.0003 within the method" in one_arm[MethodSummary][0].mismatched_settings
 
 
 def test_comparing_writes_into_no_run(seeds, tmp_path):
@@ -256,7 +256,7 @@ def test_comparing_writes_into_no_run(seeds, tmp_path):
     assert file_digests(seeds) == before
     # a header and a line a point
     assert len((tmp_path / "new" / "p.csv").read_text().splitlines()) == 1 + len(found[SeedPoint])
-    assert {"all tokens generated", "2 seeds an arm; band: 95 % over seeds and prompts"} <= set(
+    assert {"all tokens generated", "2 seeds a method; band: 95 % over seeds and prompts"} <= set(
         re.findall(r"<!-- (.*) -->", (tmp_path / "c.svg").read_text())
     )
 

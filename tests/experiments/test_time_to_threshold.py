@@ -46,7 +46,7 @@ def test_students_interval_of_two_values():
 
 
 def test_ratios_rest_on_pairs_in_which_both_arrived_and_say_so():
-    # 20/10 and 30/10; the third pair has no arm, the fourth no baseline, the fifth no cost
+    # 20/10 and 30/10; the third pair has no method, the fourth no baseline, the fifth no cost
     found = uncensored_ratio(ways(10, 10, None, 5, 0), ways(20, 30, 10, None, 10))
     assert found is not None
     assert (found.value, found.num_used, found.num_total) == (2.5, 2, 5)
@@ -54,7 +54,7 @@ def test_ratios_rest_on_pairs_in_which_both_arrived_and_say_so():
 
 
 def test_the_restricted_ratio_leaves_no_seed_out():
-    # baseline (20 + 40) / 2 = 30, arm (10 + 20) / 2 = 15; both pairs say 2
+    # baseline (20 + 40) / 2 = 30, method (10 + 20) / 2 = 15; both pairs say 2
     found = restricted_ratio(ways(10, 20), ways(20, None), horizon=40)
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))

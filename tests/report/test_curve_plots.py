@@ -1,4 +1,4 @@
-"""Curves of arms with their bands."""
+"""Curves of methods with their bands."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,10 @@ from npo_cli.report.curve_plots import AXIS_LABELS, plot_method_curves
 from npo_cli.types.comparison import AXES, CurveBandPoint, Estimate
 
 
-def band(arm: str, *, axes=AXES) -> list[CurveBandPoint]:
+def band(method: str, *, axes=AXES) -> list[CurveBandPoint]:
     return [
         CurveBandPoint(
-            method=arm, axis=axis, cost=cost, accuracy=Estimate(value=cost / 100, low=cost / 200, high=cost / 50)
+            method=method, axis=axis, cost=cost, accuracy=Estimate(value=cost / 100, low=cost / 200, high=cost / 50)
         )
         for axis in axes
         for cost in (0.0, 20.0, 40.0)
@@ -22,10 +22,10 @@ def labels(path: Path) -> list[str]:
 
 
 def test_every_axis_has_a_panel_and_every_arm_a_name(tmp_path):
-    plot_method_curves([*band("grpo"), *band("npo")], tmp_path / "c.svg", "two arms")
+    plot_method_curves([*band("grpo"), *band("npo")], tmp_path / "c.svg", "two methods")
     found = labels(tmp_path / "c.svg")
-    assert {*AXIS_LABELS.values(), "grpo", "npo", "two arms", "held-out accuracy"} <= set(found)
-    # one band an arm and an axis
+    assert {*AXIS_LABELS.values(), "grpo", "npo", "two methods", "held-out accuracy"} <= set(found)
+    # one band a method and an axis
     assert len(re.findall(r'id="FillBetweenPolyCollection_\d+"', (tmp_path / "c.svg").read_text())) == 10
 
 

@@ -63,7 +63,7 @@ def test_a_page_tells_everything_of_a_run(guided, tmp_path):
 def test_a_page_tells_what_autonpo_decided(watched, tmp_path):
     told = captions(reported(watched, out=tmp_path / "r.html"))
     assert "What AutoNPO did" in told
-    assert {"Probe at step 6: accepted", "Probe at step 8: accepted"} <= set(told)
+    assert {"Probe at step 6: probe accepted", "Probe at step 8: probe accepted"} <= set(told)
 
 
 def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):

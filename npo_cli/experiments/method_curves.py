@@ -1,6 +1,6 @@
-"""The figures of an arm as the bootstrap wants them: for each seed, prompt by prompt, linear in the outcomes.
+"""Statistics of a method for the bootstrap: per seed and prompt, linear in the results.
 
-Axes: E evaluations, P prompts, F figures.
+Axes: E evaluations, P prompts, F statistics.
 """
 
 import statistics
@@ -18,31 +18,31 @@ from npo_cli.experiments.bootstrap import (
     estimate_method,
     interpolation_weights,
 )
-from npo_cli.experiments.load_arms import MethodRuns, SeedRun
+from npo_cli.experiments.load_methods import MethodRuns, SeedRun
 from npo_cli.scoring.quality import Floats
 from npo_cli.types.comparison import AXES, Axis, CurveBandPoint, SeedPoint
 
 NUM_FINAL_EVALS = 3
 """Evaluations whose mean is the final accuracy."""
 MAX_CURVE_POINTS = 120
-"""Most places at which a curve is drawn."""
+"""Most points at which a curve is plotted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonRange:
-    """What all arms share."""
+    """The range that all methods cover."""
 
     horizon: int
     """The last step that every seed was evaluated at or beyond."""
     ranges: dict[Axis, tuple[float, float]]
-    """The stretch of each axis that every curve covers; an axis without one is absent."""
+    """The range of each axis that every curve covers; an axis without one is absent."""
     end_costs: dict[Axis, float]
-    """The smallest cost at which any seed ended, on every axis known of all."""
+    """The smallest final cost of any seed, on every axis that all have."""
 
 
-def find_comparison_range(arms: Sequence[MethodRuns]) -> ComparisonRange:
-    """The seconds are an axis only where every run kept its clock, forward passes only where they are not tokens."""
-    runs = [one for arm in arms for one in arm.runs]
+def find_comparison_range(methods: Sequence[MethodRuns]) -> ComparisonRange:
+    """Seconds are an axis only where every run recorded them, forward passes only where they differ from tokens."""
+    runs = [one for method in methods for one in method.runs]
     shortest, latest = min(runs, key=lambda one: one.points[-1].step), max(runs, key=lambda one: one.points[0].step)
     if latest.points[0].step > shortest.points[-1].step:
         raise NpoError(
@@ -54,44 +54,44 @@ def find_comparison_range(arms: Sequence[MethodRuns]) -> ComparisonRange:
     axes = [axis for axis in AXES if twice or axis != "forwards"]
     known = [axis for axis in axes if all(getattr(one.points[-1], axis) is not None for one in runs)]
     curves = {axis: [list_costs(one, axis) for one in runs] for axis in known}
-    stretches = {axis: common_range(some) for axis, some in curves.items()}
+    ranges = {axis: common_range(some) for axis, some in curves.items()}
     return ComparisonRange(
         horizon=shortest.points[-1].step,
-        ranges={axis: stretch for axis, stretch in stretches.items() if stretch is not None},
+        ranges={axis: span for axis, span in ranges.items() if span is not None},
         end_costs={axis: min(costs[-1] for costs in some) for axis, some in curves.items()},
     )
 
 
 def get_cost(point: SeedPoint, axis: Axis) -> float:
-    """What had been spent by then."""
+    """The total cost by then."""
     return float(getattr(point, axis))
 
 
 def list_costs(one: SeedRun, axis: Axis) -> list[float]:
-    """What had been spent at each of its evaluations."""
+    """The total cost at each of its evaluations."""
     return [get_cost(point, axis) for point in one.points]
 
 
-def compute_method_statistics(arm: MethodRuns, common: ComparisonRange) -> tuple[list[str], list[SeedStatistics]]:
+def compute_method_statistics(method: MethodRuns, common: ComparisonRange) -> tuple[list[str], list[SeedStatistics]]:
     """`final`, and the area along each axis, of every seed."""
     found = []
-    for one in arm.runs:
+    for one in method.runs:
         areas = [area_weights(list_costs(one, axis), low=low, high=high) for axis, (low, high) in common.ranges.items()]
         found.append(compute_seed_statistics(one, np.stack([final_weights(one, common.horizon), *areas], axis=1)))
     return ["final", *common.ranges], found
 
 
 def final_weights(one: SeedRun, horizon: int) -> Floats:
-    """weights_E of the mean of the last evaluations up to the horizon; a fork that stands twice is one evaluation."""
-    places = {point.step: place for place, point in enumerate(one.points) if point.step <= horizon}
-    last = [places[step] for step in sorted(places)[-NUM_FINAL_EVALS:]]
+    """weights_E of the mean of the last evaluations up to the horizon; a fork with two points is one evaluation."""
+    indices = {point.step: index for index, point in enumerate(one.points) if point.step <= horizon}
+    last = [indices[step] for step in sorted(indices)[-NUM_FINAL_EVALS:]]
     weights_E = np.zeros(len(one.points))
     weights_E[last] = 1 / len(last)
     return weights_E
 
 
 def compute_seed_statistics(one: SeedRun, weights_EF: Floats) -> SeedStatistics:
-    """Each figure on each prompt; from accuracies alone where outcomes were not kept."""
+    """Each statistic on each prompt; from accuracies where there are no results per prompt."""
     if one.outcomes:
         found = [one.outcomes[point.step] for point in one.points]
         shares_PE = np.array([np.asarray(some.num_correct) / some.num_samples for some in found]).T
@@ -100,32 +100,34 @@ def compute_seed_statistics(one: SeedRun, weights_EF: Floats) -> SeedStatistics:
     return SeedStatistics(seed=one.run_branch.seed, prompts=one.prompts, values_PF=shares_PE @ weights_EF)
 
 
-def mean_costs_at_horizon(arm: MethodRuns, common: ComparisonRange) -> dict[str, float]:
-    """Mean over the seeds of what standing at the horizon had cost, by axis."""
-    last = [[point for point in one.points if point.step <= common.horizon][-1] for one in arm.runs]
+def mean_costs_at_horizon(method: MethodRuns, common: ComparisonRange) -> dict[str, float]:
+    """Mean over the seeds of the cost of reaching the horizon, by axis."""
+    last = [[point for point in one.points if point.step <= common.horizon][-1] for one in method.runs]
     return {axis: statistics.fmean(get_cost(point, axis) for point in last) for axis in common.end_costs}
 
 
-def estimate_bands(arms: Sequence[MethodRuns], common: ComparisonRange, resampler: Resampler) -> list[CurveBandPoint]:
-    """Mean curves with their intervals on every axis, each over the stretch that all seeds of its arm cover."""
+def estimate_bands(
+    methods: Sequence[MethodRuns], common: ComparisonRange, resampler: Resampler
+) -> list[CurveBandPoint]:
+    """Mean curves with their intervals on every axis, each over the range that all seeds of the method cover."""
     found = []
     for axis in common.end_costs:
-        for arm in arms:
-            curves = [list_costs(one, axis) for one in arm.runs]
+        for method in methods:
+            curves = [list_costs(one, axis) for one in method.runs]
             grid_F = make_cost_grid(curves)
             figures = [
                 compute_seed_statistics(one, interpolation_weights(costs, grid_F))
-                for one, costs in zip(arm.runs, curves, strict=True)
+                for one, costs in zip(method.runs, curves, strict=True)
             ]
             found += [
-                CurveBandPoint(method=arm.name, axis=axis, cost=float(cost), accuracy=estimate)
+                CurveBandPoint(method=method.name, axis=axis, cost=float(cost), accuracy=estimate)
                 for cost, estimate in zip(grid_F, estimate_method(figures, resampler), strict=True)
             ]
     return found
 
 
 def make_cost_grid(curves: Sequence[Sequence[float]]) -> Floats:
-    """Where an arm's curve is drawn: at its evaluations, or evenly where there are too many."""
+    """Where a curve is plotted: at its evaluations, or evenly spaced where there are too many."""
     low, high = common_range(curves) or (curves[0][0], curves[0][0])
-    places = np.unique([cost for costs in curves for cost in (low, *costs, high) if low <= cost <= high])
-    return places if len(places) <= MAX_CURVE_POINTS else np.linspace(low, high, MAX_CURVE_POINTS)
+    costs = np.unique([cost for curve in curves for cost in (low, *curve, high) if low <= cost <= high])
+    return costs if len(costs) <= MAX_CURVE_POINTS else np.linspace(low, high, MAX_CURVE_POINTS)

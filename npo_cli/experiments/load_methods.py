@@ -1,4 +1,5 @@
-"""The arms of a comparison, read from run directories: `[NAME=]RUN[:BRANCH]`, the same name again another seed."""
+"""The methods of a comparison, read from run directories: `[NAME=]RUN[:BRANCH]`; the same name again is another
+seed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from npo_cli.types.costs import CurvePoint
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunBranch:
-    """One line of descent, under the name of its arm."""
+    """One branch of a run, with the name of its method."""
 
     method: str
     run: RunDir
@@ -41,13 +42,13 @@ class RunBranch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedRun:
-    """One seed of an arm, with everything that was measured of it."""
+    """One seed of a method, with its evaluations and metrics."""
 
     run_branch: RunBranch
     points: tuple[SeedPoint, ...]
-    """Its evaluations; a replay's fork stands twice, the second time with all of the guide's costs."""
+    """Its evaluations; the fork of a replay has two, the second with all costs of the guide."""
     curve: tuple[CurvePoint, ...]
-    """The same as the ledger says them."""
+    """The learning curve that they come from."""
     outcomes: dict[int, PromptResults]
     """By step; empty unless every evaluation has its own, all on the same prompts."""
     steps: dict[int, dict[str, Any]]
@@ -55,13 +56,13 @@ class SeedRun:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Keys of its held-out prompts; none where outcomes were not kept."""
+        """Keys of its held-out prompts; none without results per prompt."""
         return next((one.prompt_keys for one in self.outcomes.values()), ())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodRuns:
-    """One method, a run a seed, by seed."""
+    """One method, one run per seed."""
 
     name: str
     runs: tuple[SeedRun, ...]
@@ -73,62 +74,62 @@ class MethodRuns:
 
 
 def load_methods(texts: Sequence[str], *, baseline: str | None) -> list[MethodRuns]:
-    """Every arm, the baseline first, else in the order given."""
-    places = [place for text in texts for place in resolve_run_branches(text)]
-    by_arm: dict[str, list[RunBranch]] = {}
-    for place in places:
-        by_arm.setdefault(place.method, []).append(place)
-    for name, some in by_arm.items():
+    """Every method, the baseline first, then in the given order."""
+    branches = [one for text in texts for one in resolve_run_branches(text)]
+    by_method: dict[str, list[RunBranch]] = {}
+    for one in branches:
+        by_method.setdefault(one.method, []).append(one)
+    for name, some in by_method.items():
         validate_unique_seeds(name, some)
-    first = next(iter(by_arm)) if baseline is None else baseline
-    if first not in by_arm:
-        raise NpoError(f"--baseline: there is no arm {first!r}", f"the arms are: {', '.join(by_arm)}")
-    if len(places) < 2:
+    first = next(iter(by_method)) if baseline is None else baseline
+    if first not in by_method:
+        raise NpoError(f"--baseline: there is no method {first!r}", f"the methods are: {', '.join(by_method)}")
+    if len(branches) < 2:
         raise NpoError(
-            f"one run alone is compared with nothing: {places[0].name}",
-            f"name another run or branch, or look at this one: npo show {quote_path(places[0].run.root)} costs",
+            f"there is only one run to compare: {branches[0].name}",
+            f"name another run or branch, or look at this one: npo show {quote_path(branches[0].run.root)} costs",
         )
-    ordered = [first, *(name for name in by_arm if name != first)]
+    ordered = [first, *(name for name in by_method if name != first)]
     return [
         MethodRuns(
-            name=name, runs=tuple(load_seed_run(place) for place in sorted(by_arm[name], key=lambda one: one.seed))
+            name=name, runs=tuple(load_seed_run(place) for place in sorted(by_method[name], key=lambda one: one.seed))
         )
         for name in ordered
     ]
 
 
 def validate_unique_seeds(name: str, places: Sequence[RunBranch]) -> None:
-    """A seed counted twice would make an arm look surer than it is."""
+    """A seed counted twice would make the intervals too narrow."""
     seen: dict[int, RunBranch] = {}
     for place in places:
         if place.seed in seen:
             raise NpoError(
-                f"arm {name!r} has seed {place.seed} twice: {seen[place.seed].name} and {place.name}",
+                f"method {name!r} has seed {place.seed} twice: {seen[place.seed].name} and {place.name}",
                 "leave one out, or give it a name of its own: NAME=RUN:BRANCH",
             )
         seen[place.seed] = place
 
 
 def resolve_run_branches(text: str) -> Iterator[RunBranch]:
-    """What one argument names: branches of a run, or the newest one of every run of a bench."""
+    """Branches named by one argument: of a run, or the newest one of every run of a bench."""
     name, path, branch = parse_method_argument(text)
     if not is_bench(path):
         yield from iter_run_branches(path, name=name, branch=branch)
         return
     if name or branch:
         raise NpoError(f"{path} holds the runs of a bench, which have names", f"npo compare {quote_path(path)}")
-    for arm, root in load_bench_index(path):
-        yield from iter_run_branches(root, name=arm, branch=None)
+    for method, root in load_bench_index(path):
+        yield from iter_run_branches(root, name=method, branch=None)
 
 
 def iter_run_branches(path: Path, *, name: str | None, branch: str | None) -> Iterator[RunBranch]:
-    """One run's: the branch, or the newest one where only the arm has a name, else all."""
+    """Of one run: the branch, or the newest one where only the method is named, else all."""
     run = open_run(path)
     known = list_branches(run)
     if branch is not None and branch not in known:
         named = ", ".join(known) or "none yet"
         raise NpoError(f"{path} has no branch {branch!r}: {named}", f"npo show {quote_path(path)} lineage")
-    # A run without a single step has no branch; newest_branch has the words for it.
+    # A run without a step has no branch; find_newest_branch raises the error.
     chosen = known if branch is None and name is None and known else [branch or find_newest_branch(run)]
     for one in chosen:
         recipe = recipe_from_dict(run.read_recipe(one), source=str(run.recipe_path(one)))
@@ -136,22 +137,22 @@ def iter_run_branches(path: Path, *, name: str | None, branch: str | None) -> It
 
 
 def parse_method_argument(text: str) -> tuple[str | None, Path, str | None]:
-    """Name, run and branch. A path that exists is meant as it is, whatever signs are in it."""
+    """Name, run and branch. A path that exists is taken literally."""
     given, name = text, None
     if "=" in text and not Path(text).exists():
         name, _, text = text.partition("=")
         if not name.strip() or "/" in name:
-            raise NpoError(f"{name!r} cannot name an arm", "write NAME=RUN or NAME=RUN:BRANCH")
+            raise NpoError(f"{name!r} cannot name a method", "write NAME=RUN or NAME=RUN:BRANCH")
     branch: str | None = None
     if ":" in text and not Path(text).exists():
         text, _, branch = text.rpartition(":")
     if not text or branch == "":
-        raise NpoError(f"an arm is [NAME=]RUN[:BRANCH], got {given!r}", "name a run directory: npo=runs/a:late")
+        raise NpoError(f"a method is [NAME=]RUN[:BRANCH], got {given!r}", "name a run directory: npo=runs/a:late")
     return name, Path(text), branch
 
 
 def load_seed_run(place: RunBranch) -> SeedRun:
-    """Curve, outcomes and metrics of one line of descent; without a held-out evaluation there is nothing to compare."""
+    """Learning curve, results per prompt and metrics of one branch; an error without a held-out evaluation."""
     run, branch = place.run, place.branch
     line = ancestry(run, branch)
     found = learning_curve(run, branch, name=place.method)
@@ -182,20 +183,18 @@ def load_seed_run(place: RunBranch) -> SeedRun:
         curve=tuple(found),
         outcomes=load_complete_outcomes(run, line, {point.step for point in points}),
         steps={
-            row["step"]: row
-            for stretch in line
-            for row in read_metrics(run, stretch.branch)
-            if stretch.contains(row["step"])
+            row["step"]: row for span in line for row in read_metrics(run, span.branch) if span.contains(row["step"])
         },
     )
 
 
 def load_complete_outcomes(run: RunDir, line: Sequence[Span], steps: set[int]) -> dict[int, PromptResults]:
-    """The outcomes of every evaluation on the line, by step; none at all where one has none or other prompts."""
+    """Results per prompt of every evaluation of the lineage, by step; none where one is missing or has other
+    prompts."""
     found = {
         step: one
         for (owner, step), one in match_prompt_results(select_best_evals(run), run).items()
-        if any(stretch.branch == owner and stretch.contains(step) for stretch in line)
+        if any(span.branch == owner and span.contains(step) for span in line)
     }
     same = len({one.prompt_keys for one in found.values()}) == 1
     return found if same and set(found) == steps else {}
