@@ -62,7 +62,7 @@ def build_commands(cell: BenchRun) -> list[Command]:
         return found + [_filled(line, cell, recipe) for line in rest]
     for at in range(0, steps, span):
         end = min(at + span, steps)
-        moving = {"at": str(at), "next": str(end), "span": str(end - at)}
+        moving = {"at": str(at), "next": str(end), "repeat_every": str(end - at)}
         found += [_filled(line, cell, recipe, moving=moving) for line in rest]
     return found
 

@@ -202,7 +202,7 @@ def test_an_arm_is_split_into_name_run_and_branch(tmp_path, monkeypatch):
     ("methods", "message"),
     [
         (["a=S/s0:main", "a=S/s0:near"], "method 'a' has seed 0 twice"),
-        (["S/s0:main"], "one run alone is compared with nothing"),
+        (["S/s0:main"], "there is only one run to compare"),
         (["S/s0:late", "S/s1"], "has no branch 'late': main, near"),
         (["=S/s0", "S/s1"], "'' cannot name a method"),
         (["a=S/s0:", "S/s1"], r"a method is \[NAME=\]RUN\[:BRANCH\], got"),
@@ -230,7 +230,7 @@ def test_without_outcomes_seeds_alone_are_drawn_and_it_is_said(seeds, tmp_path):
     found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
     assert {one.resampling_unit for one in found[MethodSummary]} == {"seeds"}
     assert found[MethodDifference][0].num_prompts is None
-    assert said(found)[0].startswith("a: evaluations of 1 of 2 seeds kept no outcomes prompt by prompt; npo eval")
+    assert said(found)[0].startswith("a: 1 of 2 seeds have no evaluation results per prompt; npo eval")
 
 
 def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_path):
@@ -247,7 +247,7 @@ def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_p
     ]
     assert other.horizon == 3
     one_arm = compared(f"a={seeds}/s1:main", f"a={root}")
-    assert "train.lr 0.5 -> 0.0003 within the method" in one_arm[MethodSummary][0].mismatched_settings
+    assert "train.lr 0.5 -> 0.0003 between seeds" in one_arm[MethodSummary][0].mismatched_settings
 
 
 def test_comparing_writes_into_no_run(seeds, tmp_path):
