@@ -29,9 +29,10 @@ def iter_visits(
 
 def _visit(branch: str, step: int, group: Group) -> PromptVisit:
     """Counts on-policy rollouts: the log also keeps those whose slot a guide took."""
-    on_policy = [rollout for rollout in group.rollouts if not rollout.is_off_policy]
-    num_correct = sum(rollout.verdict == "correct" for rollout in on_policy)
-    return PromptVisit(branch=branch, step=step, num_on_policy=len(on_policy), num_correct=num_correct, group=group)
+    own = group.on_policy
+    return PromptVisit(
+        branch=branch, step=step, num_on_policy=len(own.rollouts), num_correct=own.num_correct, group=group
+    )
 
 
 def build_prompt_history(branch: str, seen: Sequence[PromptVisit]) -> PromptHistory:

@@ -58,19 +58,14 @@ def collect_prompt_results(groups: Sequence[Group], *, branch: str, step: int) -
         step=step,
         num_samples=len(groups[0].rollouts),
         prompt_keys=tuple(hash_prompt(group.prompt) for group in groups),
-        num_correct=tuple(map(count_correct, groups)),
+        num_correct=tuple(group.num_correct for group in groups),
     )
-
-
-def count_correct(group: Group) -> int:
-    """Rollouts of one prompt that are verified correct."""
-    return sum(rollout.verdict == "correct" for rollout in group.rollouts)
 
 
 def summarize_eval(groups: Sequence[Group], *, branch: str, step: int, seed: int) -> EvalReport:
     """Accuracy and pass@k over prompts, 95 % intervals by resampling prompts."""
     count = len(groups[0].rollouts)
-    correct = [count_correct(group) for group in groups]
+    correct = [group.num_correct for group in groups]
     shares = [number / count for number in correct]
     solved = [pass_at_k(count, number, count) for number in correct]
     rng = numpy.random.default_rng(derive_seed(seed, "eval-interval"))
