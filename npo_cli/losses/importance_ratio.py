@@ -67,11 +67,16 @@ def check_ratio_available(name: str, *, has_logprobs: bool, guide: str) -> None:
     """Raise NpoError if the ratio reads log-probabilities that the guide does not have."""
     if has_logprobs or not IMPORTANCE_RATIOS[name].needs_logprobs:
         return
-    others = [other for other, ratio in IMPORTANCE_RATIOS.items() if not ratio.needs_logprobs]
     raise NpoError(
         f"{guide} has no log-probabilities: guide.inject.ratio={name} is not available",
-        f"use guide.inject.ratio={', '.join(others[:-1])} or {others[-1]}",
+        f"use guide.inject.ratio={name_ratios_without_logprobs()}",
     )
+
+
+def name_ratios_without_logprobs() -> str:
+    """The ratios that every guide can be used with: `proximal, unit or none`."""
+    *names, last = [name for name, ratio in IMPORTANCE_RATIOS.items() if not ratio.needs_logprobs]
+    return f"{', '.join(names)} or {last}"
 
 
 def log_ratio(logps_NT: Tensor, anchor_logps_NT: Tensor) -> Tensor:
