@@ -26,7 +26,7 @@ def answered(name: str, *verdicts: str) -> Answered:
             response_ids=(1,) * (slot + 1),
             behavior_logps=(),
             text="",
-            finished=slot == 0,
+            finished=verdict == "correct",
             sampler_step=0,
             verdict=verdict,
         )
@@ -41,7 +41,7 @@ def test_eval_accuracy_is_the_mean_and_pass_at_k_the_solved_fraction():
     assert report.accuracy == pytest.approx((0.5 + 1 + 0) / 3)
     assert report.pass_at_k == pytest.approx(2 / 3)
     assert report.accuracy_low <= report.accuracy <= report.accuracy_high
-    # 1 and 2 tokens a prompt; the second answer of each was cut off
+    # 1 and 2 tokens per prompt; the three responses that are not correct were truncated
     assert (report.num_tokens, report.mean_length, report.truncated_fraction) == (9, 1.5, 0.5)
     assert (report.num_prompts, report.num_samples) == (3, 2)
 
