@@ -11,12 +11,13 @@ import pytest
 
 from npo_cli.config.loading import load_recipe
 from npo_cli.policy.logprobs import TokenRow
-from npo_cli.policy.model import load_policy
+from npo_cli.policy.model import MICRO_BASE_FOLDER, load_policy
 from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.weight_sync import build_check_rows
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import find_resume_checkpoint
 from npo_cli.storage.cost_sums import compute_run_costs
+from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.training.train import train_run
 from tests.distributed.test_two_processes import assert_same_metrics, metrics
@@ -97,10 +98,14 @@ def test_mixed_precision_of_two_processes_differs_by_rounding_only(tmp_path):
     assert all(row["mismatch/abs_log_w_p99"] < 0.2 for row in metrics(tmp_path / "double"))
 
 
+def response_ids(rollouts) -> dict[str, list[tuple[int, ...]]]:
+    return {prompt_id: [rollout.response_ids for rollout in several] for prompt_id, several in rollouts.items()}
+
+
 def test_score_sample_guide_and_resume_with_two_processes_equal_one(tmp_path):
     train(tmp_path / "single")
     root = copy_run(tmp_path / "single", tmp_path / "double")
-    arguments = ("--guide", "4", "--at", "2", "--name", "near")
+    outside = f"model:{MICRO_BASE_FOLDER}"
     run(
         "score-checkpoints",
         str(root),
@@ -110,14 +115,17 @@ def test_score_sample_guide_and_resume_with_two_processes_equal_one(tmp_path):
         "scoring.samples_per_prompt=2",
         log=tmp_path / "score",
     )
-    run("sample-guide", str(root), *arguments, log=tmp_path / "sample")
+    run("sample-guide", str(root), "--source", "4", "--at", "2", "--name", "near", log=tmp_path / "sample")
+    run("sample-guide", str(root), "--source", outside, "--at", "2", "--name", "outside", log=tmp_path / "outside")
     run("resume", str(root), "--at", "2", "--guide", "near", log=tmp_path / "resume")
     sample(tmp_path / "single")
+    sample(tmp_path / "single", source=outside, name="outside")
     resume(tmp_path / "single", at=2, guide="near")
     curves = [RunDir(one).metrics_path("near") for one in (root, tmp_path / "single")]
     assert [num_lines(path) for path in curves] == [2, 2]
-    paths = [RunDir(one).root / "guides" / "near" / "rollouts.jsonl" for one in (root, tmp_path / "single")]
-    assert num_lines(paths[0]) == num_lines(paths[1])
+    for name in ("near", "outside"):
+        double, single = (load_guide(open_run(one), name)[1] for one in (root, tmp_path / "single"))
+        assert response_ids(double) == response_ids(single) != {}
     assert "Q" in (tmp_path / "score").read_text()
 
 
