@@ -265,7 +265,7 @@ def responses_per_prompt(groups: Sequence[Group]) -> list[PromptResponses]:
         PromptResponses(
             prompt=group.prompt,
             rollouts=group.rollouts,
-            num_tokens=sum(len(rollout.response_ids) for rollout in group.rollouts),
+            num_tokens=group.num_tokens,
         )
         for group in groups
     ]
@@ -273,7 +273,7 @@ def responses_per_prompt(groups: Sequence[Group]) -> list[PromptResponses]:
 
 def filter_correct(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Verified-correct and finished."""
-    return [rollout for rollout in rollouts if rollout.verdict == "correct" and rollout.finished]
+    return [rollout for rollout in rollouts if rollout.is_correct]
 
 
 def dedupe_rollouts(prompt: Prompt, rollouts: Sequence[Rollout]) -> PromptResponses:

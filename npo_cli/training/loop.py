@@ -100,7 +100,7 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     session.distributed.context = f"step {step}"
     started = time.perf_counter()
     online_guide = select_online_guide(trainer, state)
-    batch, memory = build_step_batch(trainer, state, online_guide)
+    batch, replay_buffer = build_step_batch(trainer, state, online_guide)
     sampled = time.perf_counter()
     session.engine.release_memory()
     lr = lr_at(step, session.recipe.train)
@@ -110,8 +110,8 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     ended = time.perf_counter()
 
     metrics = compute_step_metrics(session, batch, update, lr=lr)
-    if memory is not None:
-        metrics |= buffer_metrics(memory)
+    if replay_buffer is not None:
+        metrics |= buffer_metrics(replay_buffer)
     if online_guide is not None:
         metrics |= online_guide.metrics(batch)
     running = update_running_metrics(state.running_metrics, metrics)
@@ -138,7 +138,7 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
         position=batch.position,
         running_metrics=running,
         failed_prompts=failed_prompts,
-        replay_buffer=memory,
+        replay_buffer=replay_buffer,
     )
     return after, report, warning
 
@@ -152,22 +152,22 @@ def select_online_guide(trainer: Trainer, state: TrainerState) -> OnlineGuide | 
 def build_step_batch(
     trainer: Trainer, state: TrainerState, online_guide: OnlineGuide | None
 ) -> tuple[StepBatch, ReplayBuffer | None]:
-    """The step's batch, and the memory of past successes behind it: from the data order alone where there is none."""
-    session, memory, draw = trainer.session, state.replay_buffer, None
+    """The step's batch and the replay buffer after it; with ExGRPO a part of the prompts is replayed."""
+    session, replay_buffer, batch_plan = trainer.session, state.replay_buffer, None
     place = {"seed_name": trainer.seed_name, "step": state.step + 1, "position": state.position}
-    if memory is not None and memory.is_collecting:
-        draw = build_replay_batch(session, memory, **place)
+    if replay_buffer is not None and replay_buffer.is_collecting:
+        batch_plan = build_replay_batch(session, replay_buffer, **place)
     batch = build_batch(
         session,
         trainer.rollouts,
         **place,
         active_guide=trainer.active_guide,
-        batch_plan=draw,
+        batch_plan=batch_plan,
         online_guide=online_guide,
     )
-    if memory is not None:
-        memory = update_buffer(session, batch, memory, sampler_step=state.step, position=state.position)
-    return batch, memory
+    if replay_buffer is not None:
+        replay_buffer = update_buffer(session, batch, replay_buffer, sampler_step=state.step, position=state.position)
+    return batch, replay_buffer
 
 
 def find_failed_prompts(session: Session, batch: StepBatch, before: TrainerState) -> tuple[FailedPrompt, ...]:
