@@ -6,7 +6,7 @@ seeds from (run seed, branch, step, prompt, slot).
 
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from npo_cli.autonpo.preflight import usable_distances
 from npo_cli.autonpo.rollback_choice import DriftSamples, choose_rollback
@@ -16,7 +16,7 @@ from npo_cli.rollout.mistake_pool import Stratum, allocate_probe_prompts, strati
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.variance import SampleRatio, SignalFormula
 from npo_cli.seeds import derive_seed
-from npo_cli.session.policy_ratios import CandidateSample, compute_learner_ratios
+from npo_cli.session.policy_ratios import compute_learner_ratios
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
 from npo_cli.storage.autonpo_log import ProbeStore, count_probe_tokens, open_probe
 from npo_cli.storage.checkpoints import Checkpoint, list_ancestry_checkpoints
@@ -25,7 +25,7 @@ from npo_cli.storage.lineage import find_owning_branch
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import TRAINING_STATE_FOLDER
 from npo_cli.types.autonpo import ProbeResult
-from npo_cli.types.rollouts import Group, Progress, Prompt
+from npo_cli.types.rollouts import Group, Progress
 
 CHUNK_PROMPTS = 32
 
@@ -148,8 +148,7 @@ def score_past_checkpoints(probe: Probe, groups: Sequence[Group]) -> Generator[P
     logps = compute_logprobs(session, pairs, temperature=temperature)
     step = probe.checkpoint.step
     samples = [
-        (prompt, CandidateSample.from_rollout(step, rollout, each))
-        for (prompt, rollout), each in zip(pairs, logps, strict=True)
+        (prompt, replace(rollout, behavior_logps=each)) for (prompt, rollout), each in zip(pairs, logps, strict=True)
     ]
     past = find_rollback_candidates(probe)
     backward = {checkpoint.step: score_recorded_rollouts(probe, checkpoint.step) for checkpoint in past}
@@ -190,8 +189,8 @@ def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
     owner = find_owning_branch(session.run, probe.branch, step + 1)
     groups = RolloutLog(session.run.rollouts_path(owner)).read_step(step + 1) or ()
     failed = {prompt_id for stratum in probe.strata for prompt_id in stratum.prompt_ids}
-    rows: list[tuple[Prompt, CandidateSample]] = [
-        (group.prompt, CandidateSample.from_rollout(step, rollout, rollout.behavior_logps))
+    rows = [
+        (group.prompt, rollout)
         for group in groups
         if group.prompt.prompt_id in failed
         for rollout in group.on_policy.rollouts

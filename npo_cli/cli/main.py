@@ -34,7 +34,6 @@ from npo_cli.cli.report import report
 from npo_cli.cli.resume import resume
 from npo_cli.cli.sample_guide import sample_guide
 from npo_cli.cli.score_checkpoints import score_checkpoints
-from npo_cli.cli.score_sources import score_sources
 from npo_cli.cli.show import show
 from npo_cli.cli.terminal import escape_for_terminal, print_data, print_status
 from npo_cli.cli.train import train
@@ -62,9 +61,6 @@ COMMANDS = {
         group=WORKFLOW,
         example="npo score-checkpoints runs/first --at 40 --candidates 60,80",
     ),
-    "score-sources": Command(
-        function=score_sources, group=WORKFLOW, example="npo score-sources runs/first --at 40 --source past"
-    ),
     "sample-guide": Command(
         function=sample_guide, group=WORKFLOW, example="npo sample-guide runs/first --at 40 --source 80 --name late"
     ),
@@ -86,7 +82,7 @@ COMMANDS = {
     "demo": Command(function=demo, group=TOOLS, example="npo demo --out npo-demo"),
     "docs": Command(function=docs, group=TOOLS, example="npo docs glossary"),
 }
-DISTRIBUTED_COMMANDS = ("train", "score-checkpoints", "score-sources", "sample-guide", "resume", "eval")
+DISTRIBUTED_COMMANDS = ("train", "score-checkpoints", "sample-guide", "resume", "eval")
 """Commands that several processes run together; rank 0 runs any other one alone."""
 CommandLineError = typer.BadParameter.__mro__[2]
 """Base class of typer's errors about the command line, which typer does not export."""

@@ -1,11 +1,12 @@
 """`npo score-checkpoints`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import load_run_recipe, parse_steps
-from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.checks import check_figure_path, load_run_recipe, parse_steps
+from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 
 
@@ -13,25 +14,42 @@ def score_checkpoints(
     run: RunArg,
     overrides: OverridesArg = None,
     *,
-    at: Annotated[
-        int | None,
-        typer.Option("--at", min=0, metavar="STEP", help="Step of the learner. [default: guide.replay.at_step]"),
-    ] = None,
+    at: AtOpt = None,
     candidates: Annotated[
-        str | None, typer.Option("--candidates", metavar="STEPS", help="Such as 20,40,60. [default: every later step]")
+        str | None,
+        typer.Option(
+            "--candidates",
+            metavar="STEPS",
+            help="Later checkpoints, such as 60,80: one --source each. [default: all, if no --source is given]",
+        ),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source",
+            metavar="SPEC",
+            help="Guide source, such as self, past or model:FOLDER (see npo sample-guide --help); repeatable.",
+        ),
     ] = None,
     branch: BranchOpt = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", metavar="FILE", help="Save a plot of Q, V and S (.png, .svg or .pdf).")
+    ] = None,
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Rank later checkpoints as guides by S = Q/V.
+    """Rank guide candidates for a learner by S = Q/V.
 
-    Q, V and S of every candidate for the policy at STEP, each with an interval.
+    Q: pass rate on prompts that the learner fails. V: variance that the candidate's samples bring into the learner's
+    gradient. Candidates are later checkpoints of the run, and any other guide source. Each figure has a 95 % interval.
     """
-    chosen = None if candidates is None else parse_steps(candidates)
+    check_figure_path(figure)
+    steps = None if candidates is None else parse_steps(candidates)
     load_run_recipe(run, overrides, branch=branch)
 
+    from npo_cli.guides.registry import parse_spec
     from npo_cli.guides.score import score_run
 
-    records = score_run(run, at=at, candidates=chosen, branch=branch, overrides=overrides or ())
+    specs = [parse_spec(text) for text in (*map(str, steps or ()), *(source or ()))]
+    records = score_run(run, at=at, sources=specs or None, branch=branch, overrides=overrides or (), figure=figure)
     print_records(records, as_json=as_json)

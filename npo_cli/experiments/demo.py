@@ -17,7 +17,8 @@ from npo_cli.training.resume import resume_run
 from npo_cli.training.train import MAIN, train_run
 from npo_cli.types.costs import CostToThreshold, CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
-from npo_cli.types.rollouts import CheckpointEntry, CheckpointScore, EvalReport, Notice, Progress, StepReport
+from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Notice, Progress, StepReport
+from npo_cli.types.scores import CandidateScore
 
 RECIPE = "npo-early"
 GUIDE = "near-future"
@@ -30,7 +31,7 @@ DemoRecord = (
     | StepReport
     | EvalReport
     | CheckpointEntry
-    | CheckpointScore
+    | CandidateScore
     | GuideCacheInfo
     | CurvePoint
     | CostToThreshold
@@ -52,9 +53,9 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
     yield Notice(
         message=f"3/5 npo score-checkpoints {quote_path(out)} --at {at} --candidates {steps} {' '.join(SCORE_OVERRIDES)}"  # noqa: E501
     )
-    best = None
-    for record in score_run(out, at=at, candidates=CANDIDATES, branch=None, overrides=SCORE_OVERRIDES):
-        if isinstance(record, CheckpointScore) and record.is_selected:
+    best, candidates = None, [make_spec("checkpoint", {"step": step}) for step in CANDIDATES]
+    for record in score_run(out, at=at, sources=candidates, branch=None, overrides=SCORE_OVERRIDES):
+        if isinstance(record, CandidateScore) and record.is_selected:
             best = record.step
         yield record
 

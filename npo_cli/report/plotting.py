@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError
 from npo_cli.types.costs import CurvePoint
-from npo_cli.types.rollouts import CheckpointScore
+from npo_cli.types.scores import CandidateScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ class IntervalEstimate:
     """What stands at the ring; None where it was not chosen."""
 
 
-def collect_estimates(scores: Sequence[CheckpointScore], name: str) -> list[IntervalEstimate]:
+def collect_estimates(scores: Sequence[CandidateScore], name: str) -> list[IntervalEstimate]:
     """One of the fields quality, variance and signal of every candidate."""
     return [
         IntervalEstimate(
@@ -51,9 +51,10 @@ def collect_estimates(scores: Sequence[CheckpointScore], name: str) -> list[Inte
             value=getattr(one, name),
             low=getattr(one, f"{name}_low"),
             high=getattr(one, f"{name}_high"),
-            selected_label=f"step {one.step}" if one.is_selected else None,
+            selected_label=one.candidate if one.is_selected else None,
         )
         for one in scores
+        if getattr(one, name) is not None
     ]
 
 
@@ -167,24 +168,6 @@ def add_method_legend(figure: "Figure", first: "Axes") -> None:
     figure.legend(
         lines, names, loc="outside lower center", ncols=4, frameon=False, labelcolor="linecolor", handlelength=2.6
     )
-
-
-def plot_scores(scores: Sequence[CheckpointScore], path: Path, title: str = "") -> None:
-    """Q, V and S = Q/V against distance with their intervals; a ring marks the chosen guide."""
-    ordered = sorted(scores, key=lambda one: one.distance)
-    best = "".join(f", step {one.step} best in {one.p_best:.0%}" for one in ordered if one.is_selected)
-    named = (
-        (f"Q, {ordered[0].quality_kind} of the candidate", "quality", COLOURS[2]),
-        (f"V, {ordered[0].variance_kind}", "variance", COLOURS[1]),
-        (f"S = Q / V{best}", "signal", COLOURS[0]),
-    )
-    with open_figure(path, title=title, height=4.4) as figure:
-        for panel, (label, name, colour) in zip(figure.subplots(1, len(named)), named, strict=True):
-            draw_intervals(
-                panel, collect_estimates(ordered, name), colour=colour, allow_log=name == "variance", muted_colour=MUTED
-            )
-            panel.set_title(label, loc="left", color=colour)
-            panel.set_xlabel("optimiser steps ahead of the learner")
 
 
 def format_compact(value: float) -> str:

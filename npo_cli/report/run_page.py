@@ -27,7 +27,7 @@ from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.costs import CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
-from npo_cli.types.rollouts import CheckpointScore
+from npo_cli.types.scores import CandidateScore
 from npo_cli.types.views import BranchSpan
 
 
@@ -234,20 +234,20 @@ def _decisions(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
 def _scores(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
     for result in read_all_scores(run):
         if result.scores:
-            signals, kinds = scores_tables(result.scores)
+            signals, *others = scores_tables(result.scores)
             yield Subsection(
                 title=f"Candidate guides for step {result.learner_step} of {result.branch}",
                 text=_selection(result.scores),
                 plots=tuple(make_score_plots(result.scores, prefix=f"{prefix}{result.folder.name}-")),
                 tables=(signals,),
-                collapsed_tables=(kinds,),
+                collapsed_tables=tuple(others),
             )
 
 
-def _selection(scores: Sequence[CheckpointScore]) -> str:
+def _selection(scores: Sequence[CandidateScore]) -> str:
     best = next((one for one in scores if one.is_selected), None)
     rule = "Q: how often it solves prompts that the learner fails. V: variance cost of its distance. S = Q / V."
-    return rule if best is None else f"{rule} Step {best.step} has the largest S in {best.p_best:.0%} of the resamples."
+    return rule if best is None else f"{rule} {best.candidate} has the largest S in {best.p_best:.0%} of the resamples."
 
 
 def _cost(run: RunDir, branch: str) -> Subsection:

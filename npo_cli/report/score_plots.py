@@ -1,7 +1,4 @@
-"""Sources of trajectories side by side as a picture: Q, V and S of past, self, futures and teachers.
-
-Q, V and S = Q/V as pictures: of candidate guides ahead of a learner, and of the rollback distances of a probe.
-"""
+"""Plots of Q, V and S = Q/V: of guide candidates for a learner, and of the rollback distances of a probe."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npo_cli.errors import NpoError
 from npo_cli.report.plotting import (
     COLOURS,
     MUTED,
@@ -19,22 +15,26 @@ from npo_cli.report.plotting import (
     draw_intervals,
     open_figure,
 )
-from npo_cli.report.tables_sources import sort_sources
-from npo_cli.types.guides import SourceScore
-from npo_cli.types.rollouts import CheckpointScore
+from npo_cli.report.tables_scores import sort_candidates
+from npo_cli.types.scores import CandidateScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SCORE_PANELS = (("quality", "Q", COLOURS[2]), ("variance", "V", COLOURS[1]), ("signal", "S = Q / V", COLOURS[0]))
 SCORE_PLOT_WIDTH = 4.6
+MAX_NAME_CHARS = 28
+ValueWithInterval = tuple[float, float, float]
+"""Value, low, high."""
 EstimatesGetter = Callable[[str], Sequence[IntervalEstimate]]
 """The estimates of one field, by its name."""
 
 
-def make_score_plots(scores: Sequence[CheckpointScore], *, prefix: str) -> Iterator[Plot]:
-    """Three pictures of one scoring."""
-    ordered = sorted(scores, key=lambda one: one.distance)
+def make_score_plots(scores: Sequence[CandidateScore], *, prefix: str) -> Iterator[Plot]:
+    """Q, V and S of the candidates on the learner's line by distance; none if there is no such candidate."""
+    ordered = sorted((one for one in scores if one.distance is not None), key=lambda one: one.distance or 0)
+    if not ordered:
+        return
     kinds = {"quality": ordered[0].quality_kind, "variance": ordered[0].variance_kind}
     best = "".join(f"best in {one.p_best:.0%}" for one in ordered if one.is_selected)
 
@@ -42,12 +42,12 @@ def make_score_plots(scores: Sequence[CheckpointScore], *, prefix: str) -> Itera
         partial(collect_estimates, ordered),
         kinds | {"signal": best},
         prefix=prefix,
-        axis="optimiser steps ahead of the learner",
+        axis="optimizer steps ahead of the learner",
     )
 
 
 def make_probe_plots(scores: Sequence[Mapping[str, Any]], *, prefix: str) -> Iterator[Plot]:
-    """The same of one probe, whose evidence is plain data: an absent figure is one that was no number."""
+    """The same of the rollback distances of one probe, from its evidence; an absent figure was not finite."""
     ordered = sorted(scores, key=lambda one: one["distance"])
     best = "".join(f"best in {one['p_best']:.0%}" for one in ordered if one.get("is_selected") and "p_best" in one)
     kinds = {"quality": "pass rate", "variance": str(ordered[0].get("variance_kind", "")), "signal": best}
@@ -85,27 +85,10 @@ def _draw(
     panel.set_xlabel(axis)
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-FIGURE_FORMATS = (".png", ".svg", ".pdf")
-MAX_NAME_CHARS = 28
-ValueWithInterval = tuple[float, float, float]
-"""Value, low, high."""
-
-
-def validate_figure_format(path: Path) -> None:
-    """A picture that could not be written is told before anything is computed."""
-    if path.suffix.lower() not in FIGURE_FORMATS:
-        raise NpoError(
-            f"--figure {path}: a picture ends in {', '.join(FIGURE_FORMATS)}", f"--figure {path.stem or 'F'}.png"
-        )
-
-
-def plot_sources(scores: Sequence[SourceScore], path: Path, title: str = "") -> None:
-    """A row a source by kind and distance, a panel for Q, V and S; a ring marks the largest S."""
-    ordered = list(reversed(sort_sources(scores)))
-    best = "".join(f", {_short(one.name)} best in {one.p_best:.0%}" for one in ordered if one.is_selected)
+def plot_scores(scores: Sequence[CandidateScore], path: Path, title: str = "") -> None:
+    """A row per candidate, a panel each for Q, V and S with 95 % intervals; a ring marks the selected candidate."""
+    ordered = list(reversed(sort_candidates(scores)))
+    best = "".join(f", {_short(one.candidate)} best in {one.p_best:.0%}" for one in ordered if one.is_selected)
     panels = (
         ("Q, prompts solved", COLOURS[2], [(one.quality, one.quality_low, one.quality_high) for one in ordered]),
         (
@@ -118,7 +101,7 @@ def plot_sources(scores: Sequence[SourceScore], path: Path, title: str = "") -> 
     with open_figure(path, title=title, height=1.9 + 0.42 * len(ordered)) as figure:
         axes = figure.subplots(1, len(panels), sharey=True)
         for panel, (label, colour, estimates) in zip(axes, panels, strict=True):
-            _draw_sources(panel, estimates, colour=colour, chosen=[one.is_selected for one in ordered])
+            _draw_candidates(panel, estimates, colour=colour, chosen=[one.is_selected for one in ordered])
             panel.set_title(label, loc="left", color=colour)
         axes[0].set_yticks(range(len(ordered)), [_label(one) for one in ordered])
         axes[0].set_ylim(-0.6, len(ordered) - 0.4)
@@ -128,14 +111,14 @@ def _all(value: float | None, low: float | None, high: float | None) -> ValueWit
     return None if value is None or low is None or high is None else (value, low, high)
 
 
-def _draw_sources(
+def _draw_candidates(
     panel: "Axes", estimates: Sequence[ValueWithInterval | None], *, colour: str, chosen: Sequence[bool]
 ) -> None:
     known = [each for each in estimates if each is not None]
     for place, (estimate, is_chosen) in enumerate(zip(estimates, chosen, strict=True)):
         if estimate is None:
             panel.annotate(
-                "not known", (0.02, place), xycoords=("axes fraction", "data"), color=MUTED, va="center", fontsize=9
+                "not available", (0.02, place), xycoords=("axes fraction", "data"), color=MUTED, va="center", fontsize=9
             )
             continue
         value, low, high = estimate
@@ -164,13 +147,12 @@ def _draw_sources(
         panel.set_xlim(left=min(0.0, *lows))
 
 
-def _label(score: SourceScore) -> str:
-    ahead = f" (+{score.distance})" if score.kind in ("near", "far") else ""
-    far = "far: " if score.kind == "far" else ""
-    return f"{far}{_short(score.name)}{ahead}"
+def _label(score: CandidateScore) -> str:
+    ahead = f" ({score.distance:+d})" if score.distance else ""
+    return f"{_short(score.candidate)}{ahead}"
 
 
 def _short(name: str) -> str:
-    """Of a path the end tells most; letters of a font that has no dollar mathematics."""
-    cut = name if len(name) <= MAX_NAME_CHARS else f"{name.split(' ')[0]} ...{name[-(MAX_NAME_CHARS - 10) :]}"
+    """Shortened in the middle: the end of a path says most. A $ is escaped, which is markup to matplotlib."""
+    cut = name if len(name) <= MAX_NAME_CHARS else f"{name[:8]}...{name[-(MAX_NAME_CHARS - 11) :]}"
     return cut.replace("$", r"\$")

@@ -12,7 +12,6 @@ from npo_cli.report.table import (
     count_column,
     format_bytes,
     format_count,
-    format_interval,
     format_number,
     interval_column,
     number_column,
@@ -22,10 +21,11 @@ from npo_cli.report.tables_autonpo import AUTONPO_TABLES
 from npo_cli.report.tables_compare import COMPARE_TABLES, tuning_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables
 from npo_cli.report.tables_memory import PLAN_TABLES
-from npo_cli.report.tables_sources import sources_tables
+from npo_cli.report.tables_scores import scores_tables
 from npo_cli.types.costs import CostToThreshold
-from npo_cli.types.guides import GuideCacheInfo, SourceScore
-from npo_cli.types.rollouts import CheckpointEntry, CheckpointScore, EvalReport, Segment, StepReport
+from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
+from npo_cli.types.scores import CandidateScore
 from npo_cli.types.views import (
     DoctorCheck,
     GroupView,
@@ -49,78 +49,6 @@ def index_tables(entries: Sequence[CheckpointEntry]) -> tuple[Table, ...]:
         count_column("scored for", "learner_step"),
     )
     return (build_table("Checkpoints", entries, columns, drops_empty=True),)
-
-
-def scores_tables(scores: Sequence[CheckpointScore]) -> tuple[Table, ...]:
-    """Candidates by distance with Q, V and S; then every other V from the same samples."""
-    ordered = sorted(scores, key=lambda one: one.distance)
-    return (_signal_table(ordered), _variance_table(ordered))
-
-
-def _signal_table(scores: Sequence[CheckpointScore]) -> Table:
-    header = ("step", "distance", "Q", "V", "S = Q/V", "p(best)", "pass@1", "pass@k", "Q - Q_self", "ESS", "")
-    rows = tuple(
-        (
-            *(str(one.step), str(one.distance)),
-            format_interval(one.quality, one.quality_low, one.quality_high),
-            format_interval(one.variance, one.variance_low, one.variance_high),
-            format_interval(one.signal, one.signal_low, one.signal_high),
-            *(
-                format_number(one.p_best, digits=2),
-                format_number(one.pass_at_1),
-                format_number(one.pass_at_k),
-                format_number(one.quality_net),
-            ),
-            *(format_number(one.ess_fraction), _mark(one)),
-        )
-        for one in scores
-    )
-    return Table(title="Candidate guides", header=header, rows=rows, notes=_score_notes(scores))
-
-
-def _mark(score: CheckpointScore) -> str:
-    return " ".join(
-        word for word, said in (("<- chosen", score.is_selected), ("unreliable V", score.is_unreliable)) if said
-    )
-
-
-def _score_notes(scores: Sequence[CheckpointScore]) -> tuple[str, ...]:
-    first = scores[0]
-    notes = [
-        f"Q is {first.quality_kind} and V is {first.variance_kind}, with 95 % intervals; "
-        f"{first.num_prompts} prompts, {first.num_samples} samples a candidate."
-    ]
-    best = next((one for one in scores if one.is_selected), None)
-    if best is not None:
-        notes.append(f"Step {best.step} is chosen; it has the largest S in {best.p_best:.0%} of the resamples.")
-    others = {name: step for one in scores for name, step in one.selection_by_profile.items()}
-    if others:
-        notes.append(
-            "Others would choose: " + ", ".join(f"{name} {step}" for name, step in sorted(others.items())) + "."
-        )
-    if any(one.is_unreliable for one in scores):
-        notes.append("unreliable V: it rests on a few samples (ESS below 0.1); trust another V kind there.")
-    return tuple(notes)
-
-
-def _variance_table(scores: Sequence[CheckpointScore]) -> Table:
-    """Every V kind side by side; the one that entered S is marked with a star."""
-    chosen = f"{scores[0].variance_kind} *"
-    kinds = sorted({kind for one in scores for kind in one.variances} - {scores[0].variance_kind})
-    rows = tuple(
-        (
-            *(str(one.step), str(one.distance), format_number(one.variance)),
-            *(format_number(one.variances.get(kind)) for kind in kinds),
-            *(
-                format_number(one.kl_per_token),
-                format_number(one.kl_per_sequence),
-                format_number(one.mean_length, digits=1),
-            ),
-        )
-        for one in scores
-    )
-    header = ("step", "distance", chosen, *kinds, "KL/token", "KL/sequence", "length")
-    return Table(title="V by kind (* enters S; KL in nats, length in tokens)", header=header, rows=rows)
 
 
 def evals_tables(reports: Sequence[EvalReport]) -> tuple[Table, ...]:
@@ -278,8 +206,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     StepReport: metrics_tables,
     CheckpointEntry: index_tables,
     GuideCacheInfo: guides_tables,
-    CheckpointScore: scores_tables,
-    SourceScore: sources_tables,
+    CandidateScore: scores_tables,
     EvalReport: evals_tables,
     CostToThreshold: cost_to_threshold_tables,
     **COMPARE_TABLES,

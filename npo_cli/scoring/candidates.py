@@ -254,13 +254,11 @@ class Selection:
     by_profile: Mapping[str, int]
     """What each selection rule, and argmax under each other profile of V, chooses from the same samples."""
     by_variance_kind: Mapping[VarianceKind, tuple[int, tuple[float, ...]]]
-    """Under each kind of V the index of the largest S, and p(best) of every candidate; empty unless computed."""
+    """Under each kind of V the index of the largest S, and p(best) of every candidate."""
 
 
-def select_candidate(
-    candidates: Sequence[Candidate], formula: SignalFormula, *, compare: LogSignals, all_kinds: bool = False
-) -> Selection:
-    """Choose by the settings' rule; report what other profiles and, with `all_kinds`, other kinds of V choose.
+def select_candidate(candidates: Sequence[Candidate], formula: SignalFormula, *, compare: LogSignals) -> Selection:
+    """Choose by the settings' rule; report what other profiles and other kinds of V choose.
 
     `compare`: log_signals, or paired_log_signals where candidates may lack samples on some prompts.
     """
@@ -274,9 +272,7 @@ def select_candidate(
         "seq_kl": formula.with_variance("seq2_lognormal"),
     }
     data = [candidate.without_resamples() for candidate in candidates]
-    by_kind = {
-        kind: compare(candidates, formula.with_variance(kind)) for kind in (VARIANCE_ESTIMATORS if all_kinds else ())
-    }
+    by_kind = {kind: compare(candidates, formula.with_variance(kind)) for kind in VARIANCE_ESTIMATORS}
     return Selection(
         index=by_rule[formula.settings.selection_rule],
         p_best_A=tuple(p_best(log_signal_BA).tolist()),

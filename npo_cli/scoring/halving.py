@@ -1,7 +1,6 @@
-"""Which candidates are worth more prompts: fixed-budget searches for the best arm.
+"""Sequential halving: which candidates get more prompts within a fixed budget.
 
-Only counts and ranks; what is asked, and of whom, is the stage's affair. All arms of a round are asked the same
-prompts, and nothing sampled in an earlier round is thrown away.
+All candidates of a round are sampled on the same prompts; samples of earlier rounds stay in use.
 """
 
 import math
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from npo_cli.errors import NpoError
-from npo_cli.types.rollouts import CheckpointScore
+from npo_cli.types.scores import CandidateScore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,16 +16,16 @@ class HalvingRound:
     """One round of sequential halving."""
 
     num_candidates: int
-    """Candidates still in the race."""
+    """Candidates that are left."""
     prompts_per_candidate: int
-    """NEW prompts put to each of them in this round, on top of all earlier rounds' prompts."""
+    """New prompts of this round, beside those of all earlier rounds."""
 
 
 def halving_rounds(num_candidates: int, budget: int) -> list[HalvingRound]:
-    """Sequential halving: ceil(log2 K) rounds share T (arm, prompt) pairs alike, floor(T/(|S_r| ceil(log2 K))) an arm.
+    """ceil(log2 K) rounds share T (candidate, prompt) pairs equally: floor(T/(|S_r| ceil(log2 K))) per candidate.
 
-    K = 8, T = 480: 8 arms x 20 new prompts, 4 x 40, 2 x 80; so the finalists saw 20 + 40 + 80 = 140. After each
-    round the better half (rounded up) stays. One arm has nobody to beat: one round, the whole budget.
+    K = 8, T = 480: 8 candidates x 20 new prompts, 4 x 40, 2 x 80; the finalists have 20 + 40 + 80 = 140. After each
+    round the better half (rounded up) stays. One candidate alone has one round, the whole budget.
     Source: Karnin, Koren and Somekh 2013.
     """
     assert num_candidates >= 1
@@ -35,8 +34,8 @@ def halving_rounds(num_candidates: int, budget: int) -> list[HalvingRound]:
         raise NpoError(
             f"scoring.budget is {budget}, but {num_candidates} candidates in {num_rounds} rounds need "
             f"at least {num_candidates * num_rounds} (candidate, prompt) pairs",
-            f"set scoring.budget to {num_candidates * num_rounds} or more (useful: {20 * num_candidates * num_rounds}), "  # noqa: E501
-            "or to null to ask every candidate everything.",
+            f"set scoring.budget={num_candidates * num_rounds} or more (useful: {20 * num_candidates * num_rounds}), "
+            "or scoring.budget=null for all prompts and candidates",
         )
     rounds = []
     for _ in range(num_rounds):
@@ -47,7 +46,7 @@ def halving_rounds(num_candidates: int, budget: int) -> list[HalvingRound]:
     return rounds
 
 
-def select_survivors(scores: Sequence[CheckpointScore], keep: int) -> tuple[int, ...]:
-    """Steps of the `keep` candidates of largest S, nearest first; of equals the nearer stays. All, if keep is more."""
-    ranked = sorted(scores, key=lambda score: (-score.signal, score.distance))
-    return tuple(score.step for score in sorted(ranked[:keep], key=lambda score: score.distance))
+def select_survivors(scores: Sequence[CandidateScore], keep: int) -> list[str]:
+    """The `keep` candidates of largest S, nearest first; of equals the nearer stays. All, if keep is more."""
+    ranked = sorted(scores, key=lambda score: (-(score.signal or 0.0), score.distance or 0))
+    return [score.candidate for score in sorted(ranked[:keep], key=lambda score: score.distance or 0)]

@@ -115,11 +115,11 @@ def append_fork_cost(run: RunDir, segment: Segment) -> None:
         info, _ = load_guide(run, segment.guide_cache)
         scorings = [
             one
-            for one in list_sample_stores(run)
-            if one.is_finished and (one.branch, one.learner_step) == (info.branch, info.learner_step)
+            for one in list_sample_stores(run.scores_folder)
+            if one.is_finished and (one.spec.branch, one.spec.step) == (info.branch, info.learner_step)
         ]
         ahead = segment.fork_step if info.guide_step is None else info.guide_step
-        last = max(segment.fork_step, ahead, *(step for scoring in scorings for step in scoring.candidates))
+        last = max(segment.fork_step, ahead, *(step for scoring in scorings for step in scoring.spec.checkpoints))
         folders, until = [run.guide_folder(info.name), *(scoring.folder for scoring in scorings)], (info.branch, last)
     line = CostLine(
         kind="fork",

@@ -11,7 +11,8 @@ from npo_cli.storage.layout import RunDir, open_run, parse_step
 from npo_cli.storage.lineage import find_first_segment, find_owning_branch, list_branches
 from npo_cli.storage.manifests import has_intact_training_state, has_intact_weights, read_manifest
 from npo_cli.storage.sample_store import read_all_scores, read_evals
-from npo_cli.types.rollouts import CheckpointEntry, CheckpointScore, EvalReport
+from npo_cli.types.rollouts import CheckpointEntry, EvalReport
+from npo_cli.types.scores import CandidateScore
 
 BranchStep = tuple[str, int]
 """Branch and step."""
@@ -21,7 +22,7 @@ BranchStep = tuple[str, int]
 class CheckpointMeasurements:
     """Metrics of checkpoints from logs and scorings, by branch and step."""
 
-    scores: dict[BranchStep, tuple[int, CheckpointScore]]
+    scores: dict[BranchStep, tuple[int, CandidateScore]]
     """Step of the learner, and the newest score for it."""
     evals: dict[BranchStep, EvalReport]
     """The evaluation with the most samples."""
@@ -107,12 +108,13 @@ def _fork_point(run: RunDir, branch: str) -> str | None:
     return f"{find_owning_branch(run, born.parent, born.fork_step)}:{born.fork_step}"
 
 
-def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CheckpointScore]]:
+def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CandidateScore]]:
     """The newest score of every scored candidate, with the learner's step."""
-    newest: dict[BranchStep, tuple[int, CheckpointScore]] = {}
+    newest: dict[BranchStep, tuple[int, CandidateScore]] = {}
     for answer in read_all_scores(run):
         for score in answer.scores:
-            newest[find_owning_branch(run, answer.branch, score.step), score.step] = (answer.learner_step, score)
+            if score.step is not None and score.step > answer.learner_step:
+                newest[find_owning_branch(run, answer.branch, score.step), score.step] = (answer.learner_step, score)
     return newest
 
 

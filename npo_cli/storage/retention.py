@@ -97,12 +97,12 @@ def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
     for info in own_guides:
         steps = (info.learner_step, info.guide_step, info.older_step)
         needed |= {(info.branch, step) for step in steps if step is not None}
-    for scoring in list_sample_stores(run):
+    for scoring in list_sample_stores(run.scores_folder):
         if not scoring.is_finished:
             needed |= _checkpoints_of(scoring)
     newest = find_latest_scores(run)
     if newest is not None:
-        chosen = [score.step for score in newest.scores if score.is_selected]
+        chosen = [score.step for score in newest.scores if score.is_selected and score.step is not None]
         needed |= {(newest.branch, step) for step in (newest.learner_step, *chosen)}
     for branch in list_branches(run):
         planned = run.read_recipe(branch).get("guide", {}).get("replay") or {}
@@ -136,4 +136,4 @@ def find_rollback_checkpoints(run: RunDir) -> set[BranchStep]:
 
 
 def _checkpoints_of(scoring: SampleStore) -> set[BranchStep]:
-    return {(scoring.branch, step) for step in (scoring.learner_step, *scoring.candidates)}
+    return {(scoring.spec.branch, step) for step in (scoring.spec.step, *scoring.spec.checkpoints)}

@@ -163,10 +163,10 @@ def encode_group(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
         "prompt": to_row(group.prompt) | {"images": encode_images(group.prompt.images)},
         "injection_status": group.injection_status,
         "on_policy_accuracy": group.on_policy_accuracy,
-        "rollouts": [_rollout_row(rollout) for rollout in group.rollouts],
+        "rollouts": [encode_rollout(rollout) for rollout in group.rollouts],
     }
     if group.unused_guide_rollouts:
-        row["unused_guide_rollouts"] = [_rollout_row(rollout) for rollout in group.unused_guide_rollouts]
+        row["unused_guide_rollouts"] = [encode_rollout(rollout) for rollout in group.unused_guide_rollouts]
     return row
 
 
@@ -180,7 +180,8 @@ def decode_images(rows: Sequence[dict[str, Any]], source: Path) -> tuple[ImageRe
     return tuple(decode_record(ImageRef, row, source) for row in rows)
 
 
-def _rollout_row(rollout: Rollout) -> dict[str, Any]:
+def encode_rollout(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as JSON; the spans of a plain on-policy one are left out."""
     logps = rollout.behavior_logps
     row = to_row(rollout) | {"behavior_logps": None if logps is None else encode_float32(logps)}
     if not rollout.spans:
@@ -196,18 +197,19 @@ def decode_group(row: dict[str, Any], source: Path) -> Group:
         images = decode_images(prompt.get("images", ()), source)
         return Group(
             prompt=replace(decode_record(Prompt, prompt, source), messages=messages, images=images),
-            rollouts=tuple(_rollout_of(rollout, source) for rollout in rollouts),
+            rollouts=tuple(decode_rollout(rollout, source) for rollout in rollouts),
             injection_status=row.get("injection_status", "off"),
             on_policy_accuracy=row.get("on_policy_accuracy"),
             unused_guide_rollouts=tuple(
-                _rollout_of(rollout, source) for rollout in row.get("unused_guide_rollouts", ())
+                decode_rollout(rollout, source) for rollout in row.get("unused_guide_rollouts", ())
             ),
         )
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise damaged_file_error(source, "a line is not a group") from error
 
 
-def _rollout_of(row: dict[str, Any], source: Path) -> Rollout:
+def decode_rollout(row: dict[str, Any], source: Path | str) -> Rollout:
+    """The rollout in one row."""
     spans = tuple(decode_record(TokenSpan, span, source) for span in row.get("spans", ()))
     rollout = decode_record(Rollout, row | {"spans": ()}, source)
     logps = None if rollout.behavior_logps is None else decode_float32(rollout.behavior_logps)

@@ -1,67 +1,66 @@
-"""What was measured of checkpoints: Q, V and S of the candidate guides of a learner, and held-out evaluations.
+"""Stores of verified samples: a scoring of guide candidates, or an AutoNPO probe. Also saved scores and evaluations.
 
-A scoring has a folder named after its learner and a key of its settings, so that the same question asked again
-finds its samples and another question never mixes with them.
+A store is a folder named after its branch, step and a key of its settings, so that the same command finds its samples
+again and another one never mixes with them: settings.json and rollouts.jsonl, one line per chunk of sampled prompts.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from npo_cli.distributed.process_group import on_main_rank
-from npo_cli.storage.files import decode_record, encode_record, now_utc, read_json, to_row, write_json_atomic
+from npo_cli.storage.files import (
+    damaged_file_error,
+    decode_record,
+    encode_record,
+    now_utc,
+    read_json,
+    to_row,
+    write_json_atomic,
+)
 from npo_cli.storage.jsonl import JsonlLog
-from npo_cli.storage.layout import RunDir
-from npo_cli.types.guides import SourceScore
-from npo_cli.types.rollouts import CheckpointScore, EvalReport
+from npo_cli.storage.layout import RunDir, format_step, validate_name
+from npo_cli.storage.rollout_log import decode_rollout, encode_rollout
+from npo_cli.types.rollouts import EvalReport, Group, Rollout
+from npo_cli.types.scores import CandidateScore
 
 KEY_LENGTH = 8
-SCREENING_INDEX = -1
-"""Arm number of the first look, which decides who is asked at all; other sources than checkpoints lie below."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoringSpec:
+class StoreSettings:
     """What settings.json says."""
 
     branch: str
-    learner_step: int
-    candidates: tuple[int, ...]
+    step: int
+    """Step of the learner of a scoring, or of the probed policy."""
+    checkpoints: tuple[int, ...] = ()
+    """Steps of the line's checkpoints that are sampled, which retention keeps until the store is finished."""
     settings: Mapping[str, Any]
+    """Everything else that determines the samples; a scoring's candidates are among it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SavedScores:
-    """What scores.json says."""
-
-    saved_at: str
-    scores: tuple[Mapping[str, Any], ...]
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class SampleStore:
-    """One question: which of these candidates guides this learner best? Samples grow; scores are replaced whole."""
+    """Samples of one or several policies, which only grow; the chunks of a killed process are all kept.
+
+    A guide cache is such a store with a manifest too (`append` its rounds with the source's SPEC as candidate).
+    """
 
     folder: Path
-    branch: str
-    learner_step: int
-    """Step of the learner."""
-    candidates: tuple[int, ...]
-    """Steps of the candidate guides."""
-    settings: Mapping[str, Any]
-    """Everything else that decides what is sampled."""
-    samples: JsonlLog = field(init=False)
+    spec: StoreSettings
 
-    def __post_init__(self) -> None:
-        self.samples = JsonlLog(self.folder / "samples.jsonl")
+    @property
+    def _log(self) -> JsonlLog:
+        return JsonlLog(self.folder / "rollouts.jsonl")
 
     @property
     def scores_path(self) -> Path:
-        """The answer; absent while the scoring is unfinished."""
+        """Scores of the candidates; absent until a scoring is finished."""
         return self.folder / "scores.json"
 
     @property
@@ -69,104 +68,127 @@ class SampleStore:
         """Whether scores were saved."""
         return self.scores_path.exists()
 
+    def append(self, candidate: str, groups: Sequence[Group]) -> None:
+        """Add a chunk of a candidate's groups as one line: it is on disk whole or not at all."""
+        rows = [
+            {"prompt_id": group.prompt.prompt_id, "rollouts": [encode_rollout(rollout) for rollout in group.rollouts]}
+            for group in groups
+        ]
+        self._log.append({"candidate": candidate, "groups": rows})
+
+    def read(self) -> dict[tuple[str, str], tuple[Rollout, ...]]:
+        """All rollouts by (candidate, prompt id), in the order sampled."""
+        samples: dict[tuple[str, str], tuple[Rollout, ...]] = {}
+        for number, row in enumerate(self._log.iter_rows(), start=1):
+            source = f"{self.folder / 'rollouts.jsonl'}, line {number}"
+            try:
+                for group in row["groups"]:
+                    rollouts = tuple(decode_rollout(rollout, source) for rollout in group["rollouts"])
+                    samples[row["candidate"], group["prompt_id"]] = rollouts
+            except (KeyError, TypeError) as error:
+                raise damaged_file_error(source, "a line is not a chunk of groups") from error
+        return samples
+
+    def count_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(rollout.num_tokens for rollouts in self.read().values() for rollout in rollouts)
+
+    def sync(self) -> None:
+        """Force every line down to the disk."""
+        self._log.sync()
+
+    @on_main_rank
+    def delete(self) -> None:
+        """Remove an unfinished store, whose checkpoints would otherwise never be deleted."""
+        shutil.rmtree(self.folder)
+
+
+@on_main_rank
+def open_sample_store(
+    parent: Path, branch: str, step: int, *, settings: Mapping[str, Any], checkpoints: Sequence[int] = ()
+) -> SampleStore:
+    """Create the store, or find it again by its branch, step, checkpoints and settings."""
+    spec = {"branch": branch, "step": step, "checkpoints": sorted(checkpoints), "settings": dict(settings)}
+    canonical = json.dumps(json.loads(encode_record(spec)), sort_keys=True, separators=(",", ":"))
+    key = hashlib.sha256(canonical.encode("ascii")).hexdigest()[:KEY_LENGTH]
+    folder = parent / f"{validate_name(branch)}_{format_step(step)}_{key}"
+    if not (folder / "settings.json").exists():
+        write_json_atomic(folder / "settings.json", spec)
+    return _read_store(folder)
+
+
+def list_sample_stores(parent: Path) -> list[SampleStore]:
+    """Every store in a folder such as RUN/scores, unfinished ones included, by folder name."""
+    folders = sorted(parent.iterdir()) if parent.is_dir() else []
+    return [_read_store(folder) for folder in folders if (folder / "settings.json").exists()]
+
+
+def _read_store(folder: Path) -> SampleStore:
+    path = folder / "settings.json"
+    return SampleStore(folder=folder, spec=decode_record(StoreSettings, read_json(path), path))
+
+
+# Scores
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreSet:
-    """The saved answer of one scoring."""
+    """The saved scores of one learner's candidates."""
 
     branch: str
     learner_step: int
     saved_at: str
     """ISO 8601, UTC, to the microsecond."""
     folder: Path
-    scores: tuple[CheckpointScore, ...]
+    scores: tuple[CandidateScore, ...]
 
 
-def open_sample_store(
-    run: RunDir, branch: str, learner_step: int, *, candidates: Sequence[int], settings: Mapping[str, Any]
-) -> SampleStore:
-    """The folder of this scoring, made or found again by its learner, candidates and settings."""
-    question = {
-        "branch": branch,
-        "learner_step": learner_step,
-        "candidates": sorted(candidates),
-        "settings": dict(settings),
+def save_scores(store: SampleStore, scores: Sequence[CandidateScore]) -> None:
+    """Write scores.json; the scoring is then finished."""
+    store.sync()
+    head = {
+        "branch": store.spec.branch,
+        "learner_step": store.spec.step,
+        "saved_at": now_utc(microseconds=True),
     }
-    canonical = json.dumps(json.loads(encode_record(question)), sort_keys=True, separators=(",", ":"))
-    key = hashlib.sha256(canonical.encode("ascii")).hexdigest()[:KEY_LENGTH]
-    folder = run.score_folder(branch, learner_step, key=key)
-    if not (folder / "settings.json").exists():
-        write_json_atomic(folder / "settings.json", question)
-    return _scoring_in(folder)
-
-
-def _scoring_in(folder: Path) -> SampleStore:
-    path = folder / "settings.json"
-    said = decode_record(ScoringSpec, read_json(path), path)
-    return SampleStore(
-        folder=folder,
-        branch=said.branch,
-        learner_step=said.learner_step,
-        candidates=tuple(said.candidates),
-        settings=said.settings,
-    )
-
-
-def list_sample_stores(run: RunDir) -> list[SampleStore]:
-    """Every scoring, unfinished ones included, by folder name."""
-    if not run.scores_folder.is_dir():
-        return []
-    folders = sorted(run.scores_folder.iterdir())
-    return [_scoring_in(folder) for folder in folders if (folder / "settings.json").exists()]
-
-
-@on_main_rank
-def delete_sample_store(scoring: SampleStore) -> None:
-    """Forget a scoring that has no answer: kept, it would for ever protect its candidates from retention."""
-    shutil.rmtree(scoring.folder)
-
-
-def save_scores(store: SampleStore, scores: Sequence[CheckpointScore], *, sources: Sequence[SourceScore] = ()) -> None:
-    """Write the answer, one object a candidate; the scoring is finished. `sources`: all that was compared, if more."""
-    store.samples.sync()
-    rows = [json.loads(encode_record(score)) for score in scores]
-    head = {"branch": store.branch, "learner_step": store.learner_step, "saved_at": now_utc(microseconds=True)}
-    more = {"sources": [json.loads(encode_record(source)) for source in sources]} if sources else {}
-    write_json_atomic(store.scores_path, {**head, "scores": rows, **more})
+    write_json_atomic(store.scores_path, {**head, "scores": [json.loads(encode_record(score)) for score in scores]})
 
 
 def read_all_scores(run: RunDir) -> list[ScoreSet]:
-    """Every finished scoring, oldest answer first."""
-    found = [_scores_in(scoring) for scoring in list_sample_stores(run) if scoring.is_finished]
-    return sorted(found, key=lambda answer: answer.saved_at)
+    """Every finished scoring, oldest first."""
+    finished = [store for store in list_sample_stores(run.scores_folder) if store.is_finished]
+    return sorted(map(_read_scores, finished), key=lambda found: found.saved_at)
 
 
-def _scores_in(scoring: SampleStore) -> ScoreSet:
-    said = decode_record(SavedScores, read_json(scoring.scores_path), scoring.scores_path)
-    scores = tuple(decode_record(CheckpointScore, row, scoring.scores_path) for row in said.scores)
-    return ScoreSet(
-        branch=scoring.branch,
-        learner_step=scoring.learner_step,
-        saved_at=said.saved_at,
-        folder=scoring.folder,
-        scores=scores,
-    )
+def _read_scores(store: SampleStore) -> ScoreSet:
+    path = store.scores_path
+    row = read_json(path)
+    rows = row.pop("scores", ()) if isinstance(row, dict) else ()
+    scores = tuple(_decode_score(score, path) for score in rows)
+    return replace(decode_record(ScoreSet, {**row, "folder": store.folder, "scores": ()}, path), scores=scores)
+
+
+def _decode_score(row: dict[str, Any], source: Path) -> CandidateScore:
+    score = decode_record(CandidateScore, row, source)
+    return replace(score, best_for_variance_kinds=tuple(score.best_for_variance_kinds))
 
 
 def find_latest_scores(run: RunDir, *, branch: str | None = None, learner_step: int | None = None) -> ScoreSet | None:
-    """The newest answer, where asked of one branch or learner only; None if there is none."""
+    """The newest scores, of one branch or learner if given; None if there are none."""
     found = [
-        answer
-        for answer in read_all_scores(run)
-        if (branch is None or answer.branch == branch) and (learner_step is None or answer.learner_step == learner_step)
+        scores
+        for scores in read_all_scores(run)
+        if (branch is None or scores.branch == branch) and (learner_step is None or scores.learner_step == learner_step)
     ]
     return found[-1] if found else None
 
 
+# Held-out evaluations
+
+
 def append_eval(run: RunDir, report: EvalReport) -> None:
-    """Record a held-out evaluation. The same report again (a resumed run) leaves no second line."""
-    journal = JsonlLog(run.evals_path)
-    journal.append_once(to_row(report), tuple(asdict(report)))
+    """Record a held-out evaluation. The same report again, of a resumed run, adds no second line."""
+    JsonlLog(run.evals_path).append_once(to_row(report), tuple(asdict(report)))
 
 
 def read_evals(run: RunDir) -> list[EvalReport]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from npo_cli.types.rollouts import ImageRef, RolloutSource, Verdict
 
@@ -83,49 +82,6 @@ class GuideCacheInfo:
     """Tokens that training the guide had cost in another run."""
     older_step: int | None = None
     """Of an extrapolated guide the step of its older copy."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceScore:
-    """Q, V and S = Q/V of one source of trajectories for one learner. V and S are None where V cannot be known."""
-
-    name: str
-    """`past`, `self`, `step 60`, `model FOLDER`."""
-    kind: Literal["past", "base", "self", "extrapolated", "near", "far", "run", "model", "endpoint", "file"]
-    distance: int | None
-    """Optimiser steps ahead of the learner; None where it is no policy of the learner's line."""
-    num_prompts: int
-    num_samples: int
-    samples_per_prompt: float
-    """Samples a prompt, on average."""
-    quality_kind: str
-    quality: float
-    quality_low: float
-    quality_high: float
-    quality_net: float
-    """quality minus that of the learner's own second try on the same prompts."""
-    pass_at_1: float
-    variance_kind: str
-    variance: float | None = None
-    variance_low: float | None = None
-    variance_high: float | None = None
-    signal: float | None = None
-    signal_low: float | None = None
-    signal_high: float | None = None
-    p_best: float | None = None
-    """Share of resamples in which it has the largest S, among those that have one."""
-    is_selected: bool = False
-    """The largest S."""
-    is_unreliable: bool = False
-    """V rests on too few samples."""
-    kl_per_token: float | None = None
-    kl_per_sequence: float | None = None
-    p_best_by_variance_kind: Mapping[str, float] = field(default_factory=dict)
-    """p_best under every kind of V."""
-    best_for_variance_kinds: tuple[str, ...] = ()
-    """Kinds of V under which it has the largest S."""
-    note: str = ""
-    """What to know before its figures are believed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

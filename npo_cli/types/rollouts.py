@@ -243,50 +243,6 @@ class CheckpointEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointScore:
-    """Q, V and S = Q/V of one candidate guide for one learner (paper section 3; algorithms sections 10-11)."""
-
-    step: int
-    distance: int
-    """Optimiser steps ahead of the learner."""
-    quality: float
-    quality_low: float
-    quality_high: float
-    quality_kind: str
-    """`pass@1` or `pass@k`."""
-    pass_at_1: float
-    pass_at_k: float
-    quality_self: float
-    """The same quality measured on fresh samples of the learner itself."""
-    quality_net: float
-    """quality - quality_self."""
-    variance: float
-    variance_low: float
-    variance_high: float
-    variance_kind: str
-    variances: Mapping[str, float]
-    """Every other V kind, from the same samples."""
-    signal: float
-    signal_low: float
-    signal_high: float
-    p_best: float
-    """Share of paired bootstrap resamples in which this candidate has the largest S."""
-    num_prompts: int
-    num_samples: int
-    kl_per_token: float
-    """KL(guide || learner) per token in nats, the D = 0 floor subtracted."""
-    kl_per_sequence: float
-    mean_length: float
-    """Tokens per response of the samples behind V."""
-    ess_fraction: float
-    is_unreliable: bool
-    """The chosen V rests on a few samples (effective sample size below a tenth), or could not be estimated."""
-    is_selected: bool
-    selection_by_profile: Mapping[str, int] = field(default_factory=dict)
-    """The step that each other profile would have chosen."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalReport:
     """Held-out accuracy of one checkpoint, k = num_samples a prompt, 95 % intervals from a bootstrap over prompts."""
 

@@ -64,7 +64,7 @@ def test_guide_sources_are_shown_with_their_origin(taught, tmp_path):
     ]
 
 
-def test_scores_of_sources_as_tables_and_json(taught, tmp_path):
+def test_score_checkpoints_of_sources_as_tables_and_as_json(taught, tmp_path):
     run = copy_run(taught, tmp_path)
     quick = (
         "scoring.samples_per_prompt=2",
@@ -73,15 +73,17 @@ def test_scores_of_sources_as_tables_and_json(taught, tmp_path):
         "--at",
         "0",
     )
-    result = npo("score-sources", run, *quick, "--figure", tmp_path / "s.svg")
-    assert result.code == 0
-    assert result.out.splitlines()[0] == "Sources of trajectories"
-    lines = [json.loads(line) for line in npo("score-sources", run, *quick, "--json").out.splitlines()]
-    assert [(line["record"], line["name"]) for line in lines] == [
-        ("source_score", "self"),
-        ("source_score", "step 2"),
-        ("source_score", "step 4"),
+    asked = ("--candidates", "2,4", "--source", "self")
+    table = npo("score-checkpoints", run, *quick, *asked, "--figure", tmp_path / "s.svg")
+    assert (table.code, table.out.splitlines()[0]) == (0, "Guide candidates")
+    assert (tmp_path / "s.svg").exists()
+    lines = [json.loads(line) for line in npo("score-checkpoints", run, *quick, *asked, "--json").out.splitlines()]
+    assert [(line["record"], line["candidate"], line["step"], line["distance"]) for line in lines] == [
+        ("candidate_score", "self", 0, 0),
+        ("candidate_score", "checkpoint:2", 2, 2),
+        ("candidate_score", "checkpoint:4", 4, 4),
     ]
+    assert {"quality", "variance", "signal"} <= lines[0].keys()
 
 
 def slow_teacher(prompts):

@@ -1,6 +1,5 @@
 """The learner pushed along its own motion as a guide: who is asked, what is kept of it, what it is compared with."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from npo_cli.storage.checkpoints import find_checkpoint, list_checkpoints
 from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.guide_cache import format_source_option, load_guide
 from npo_cli.storage.layout import open_run
-from npo_cli.types.guides import SourceScore
-from tests.guides.test_score_sources import scored
+from npo_cli.storage.sample_store import list_sample_stores
+from tests.guides.test_score import score_by_name
 from tests.helpers.runs import LORA, copy_run, open_session_at, resume, sample, train
 
 LINE = (
@@ -84,8 +83,10 @@ def test_the_older_copy_is_the_newest_planned_checkpoint_at_least_k_back_and_a_s
 
 def test_a_grid_is_compared_with_futures_past_base_and_self_on_the_same_prompts(line, tmp_path):
     root = copy_run(line, tmp_path / "run")
-    found = scored(
+    found = score_by_name(
         root,
+        "self",
+        "6",
         "past",
         "base",
         "extrapolated:logits,k=2,a=1",
@@ -93,14 +94,13 @@ def test_a_grid_is_compared_with_futures_past_base_and_self_on_the_same_prompts(
         "extrapolated:weights,k=2,a=1",
         at=4,
     )
-    names = {"base", "step 0", "past", "self", "step 6"} & found.keys()
-    ahead = {name: one for name, one in found.items() if one.kind == "extrapolated"}
+    ahead = {name: one for name, one in found.items() if one.source == "extrapolated"}
     assert ahead.keys() == {
         "extrapolated:logits,k=2,a=1",
         "extrapolated:logits,k=2,a=4",
         "extrapolated:weights,k=2,a=1",
     }
-    assert {"past", "self", "step 6"} <= names
+    assert {"past", "base", "self", "checkpoint:6"} == found.keys() - ahead.keys()
     for one in ahead.values():
         assert one.num_prompts == found["self"].num_prompts
         assert one.quality_net == pytest.approx(one.quality - found["self"].quality)
@@ -111,24 +111,26 @@ def test_a_grid_is_compared_with_futures_past_base_and_self_on_the_same_prompts(
 
 def test_a_replay_pays_for_what_the_older_copy_read_of_a_comparison_and_of_the_cache(line, tmp_path):
     root = copy_run(line, tmp_path / "run")
-    scored(root, "past", "extrapolated:weights,k=2,a=1", "extrapolated:logits,k=2,a=1", at=4)
+    weights, logits = "extrapolated:weights,k=2,a=1", "extrapolated:logits,k=2,a=1"
+    score_by_name(root, "6", "past", weights, logits, at=4)
     cache = extrapolated(root, "logits,k=2,a=1")
     resume(root, at=4, guide="ahead")
-    (journal,) = root.glob("scores/*/samples.jsonl")
-    rows = [json.loads(row) for row in journal.read_text().splitlines()]
-    # -1 is the learner, and the sources count on from there: -2 the past, -3 weights, -4 logits
-    read = {arm: sum(len(row["response_ids"]) for row in rows if row["candidate"] == arm) for arm in (-3, -4)}
-    assert read[-3] > 0 and read[-4] > 0
+    (store,) = list_sample_stores(root / "scores")
+    tokens = {weights: 0, logits: 0}
+    for (candidate, _), rollouts in store.read().items():
+        if candidate in tokens:
+            tokens[candidate] += sum(len(rollout.response_ids) for rollout in rollouts)
+    assert tokens[weights] > 0 and tokens[logits] > 0
     spent = cost_at(open_run(root), "ahead", 5)
-    assert spent.forwards - spent.tokens == read[-4] + cache.num_tokens
+    assert spent.forwards - spent.tokens == tokens[logits] + cache.num_tokens
 
 
 def test_a_comparison_asked_again_samples_nothing_new(line, tmp_path):
     root = copy_run(line, tmp_path / "run")
-    first = scored(root, "extrapolated:logits,k=2,a=1", at=4)
-    journals = {path: path.read_bytes() for path in root.glob("scores/*/samples.jsonl")}
-    again = scored(root, "extrapolated:logits,k=2,a=1", at=4)
-    assert {path: path.read_bytes() for path in root.glob("scores/*/samples.jsonl")} == journals
+    first = score_by_name(root, "extrapolated:logits,k=2,a=1", at=4)
+    journals = {path: path.read_bytes() for path in root.glob("scores/*/rollouts.jsonl")}
+    again = score_by_name(root, "extrapolated:logits,k=2,a=1", at=4)
+    assert {path: path.read_bytes() for path in root.glob("scores/*/rollouts.jsonl")} == journals
     assert asdict(again["extrapolated:logits,k=2,a=1"]) == asdict(first["extrapolated:logits,k=2,a=1"])
 
 
@@ -149,6 +151,6 @@ def test_a_learner_that_has_not_moved_so_far_is_refused(line):
 def test_adapters_are_pushed_in_both_spaces(tmp_path):
     root = tmp_path / "run"
     train(root, *LORA, *LINE)
-    found = scored(root, "extrapolated:weights,k=2,a=1", at=4)
-    assert isinstance(found["extrapolated:weights,k=2,a=1"], SourceScore)
+    found = score_by_name(root, "extrapolated:weights,k=2,a=1", at=4)
+    assert found["extrapolated:weights,k=2,a=1"].signal is not None
     assert extrapolated(root, "logits,k=2,a=1").complete

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.training.resume import resume_run
 from npo_cli.training.train import train_run
 from npo_cli.types.guides import GuideCacheInfo
-from npo_cli.types.rollouts import CheckpointScore, StepReport
+from npo_cli.types.rollouts import StepReport
+from npo_cli.types.scores import CandidateScore
 
 TINY = (
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
@@ -53,10 +54,16 @@ def sample(root: Path, *overrides: str, source: str = "4", **options: Any) -> Gu
     return list(build_guide_cache(root, spec=parse_spec(source), overrides=overrides, **options))[-1]
 
 
-def score(root: Path, *overrides: str, **options: Any) -> list[CheckpointScore]:
-    asked = {"at": 0, "candidates": None, "branch": None} | options
-    records = score_run(root, overrides=overrides, **asked)
-    return [record for record in records if isinstance(record, CheckpointScore)]
+def score(root: Path, *overrides: str, sources: Iterable[str | int] = (), **options: Any) -> list[CandidateScore]:
+    """Scores of these SPECs (none: of every later checkpoint)."""
+    records = score_records(root, *overrides, sources=sources, **options)
+    return [record for record in records if isinstance(record, CandidateScore)]
+
+
+def score_records(root: Path, *overrides: str, sources: Iterable[str | int] = (), **options: Any) -> Iterator[Any]:
+    """Everything that a scoring yields."""
+    specs = [parse_spec(str(source)) for source in sources]
+    yield from score_run(root, overrides=overrides, sources=specs or None, **({"at": 0, "branch": None} | options))
 
 
 def steps_of(records: Iterable[Any]) -> list[StepReport]:

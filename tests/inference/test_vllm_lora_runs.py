@@ -8,6 +8,8 @@ import pytest
 
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.storage.sample_store import list_sample_stores
+from npo_cli.types.rollouts import Rollout
 from tests.helpers.runs import LORA, copy_run, resume, sample, score, train
 
 pytestmark = pytest.mark.vllm
@@ -23,12 +25,9 @@ def trained(tmp_path_factory) -> Path:
     return root
 
 
-def samples(root: Path) -> dict[tuple, dict]:
-    (journal,) = root.glob("scores/*/samples.jsonl")
-    rows = [json.loads(line) for line in journal.read_text().splitlines()]
-    found = {(row["arm"], row["prompt_id"], row["slot"]): row for row in rows}
-    assert len(found) == len(rows)
-    return found
+def samples(root: Path) -> dict[tuple, Rollout]:
+    (store,) = list_sample_stores(root / "scores")
+    return {(*key, rollout.slot): rollout for key, rollouts in store.read().items() for rollout in rollouts}
 
 
 def test_vllm_lora_run_agrees_with_the_trainer(trained):
@@ -51,8 +50,8 @@ def test_vllm_lora_scores_candidates_together_as_one_by_one(trained, tmp_path):
     for places in (2, 1):
         assert found[places][1].keys() == found[8][1].keys()
         for key, row in found[8][1].items():
-            assert found[places][1][key]["response_ids"] == row["response_ids"]
-            assert found[places][1][key]["logps"] == pytest.approx(row["logps"], abs=1e-5)
+            assert found[places][1][key].response_ids == row.response_ids
+            assert found[places][1][key].behavior_logps == pytest.approx(row.behavior_logps, abs=1e-5)
         for one, other in zip(found[places][0], found[8][0], strict=True):
             assert (one.quality, one.is_selected) == (other.quality, other.is_selected)
             assert one.signal == pytest.approx(other.signal, rel=1e-4)
@@ -62,7 +61,7 @@ def test_vllm_lora_scoring_resumes_after_an_interruption(trained, tmp_path):
     straight, broken = (copy_run(trained, tmp_path / name) for name in ("straight", "broken"))
     score(straight, *ASKED, at=1)
     shutil.copytree(straight / "scores", broken / "scores")
-    (journal,) = broken.glob("scores/*/samples.jsonl")
+    (journal,) = broken.glob("scores/*/rollouts.jsonl")
     (broken / journal.parent / "scores.json").unlink()
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[: 2 * len(lines) // 3]))

@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
-from npo_cli.types.rollouts import CheckpointScore, Group, Prompt, Rollout
+from npo_cli.types.rollouts import Group, Prompt, Rollout
+from npo_cli.types.scores import CandidateScore
 
-SCORE = CheckpointScore(
+SCORE = CandidateScore(
+    candidate="checkpoint:100",
+    source="checkpoint",
     step=100,
     distance=20,
     quality=0.25,
@@ -32,11 +35,29 @@ SCORE = CheckpointScore(
     ess_fraction=0.4,
     is_unreliable=False,
     is_selected=True,
-    selection_by_profile={"group2/pass@1": 140, "kl_exp/pass@k": 140},
+    p_best_by_variance_kind={"group2": 0.75, "kl_exp": 0.25},
+    best_for_variance_kinds=("group2",),
+    selection_by_profile={"faithful": "checkpoint:140", "argmax": "checkpoint:100"},
 )
 FAR_SCORE = replace(
-    SCORE, step=140, distance=60, variance=40.0, variance_high=90.0, is_selected=False, is_unreliable=True
+    SCORE,
+    candidate="checkpoint:140",
+    step=140,
+    distance=60,
+    p_best=0.25,
+    best_for_variance_kinds=("kl_exp",),
+    p_best_by_variance_kind={"group2": 0.25, "kl_exp": 0.75},
+    variance=40.0,
+    variance_high=90.0,
+    is_selected=False,
+    is_unreliable=True,
 )
+ITSELF = replace(SCORE, candidate="self", source="self", step=80, distance=0, quality_net=0.0, is_selected=False)
+TEACHER_SCORE = CandidateScore(
+    candidate="model:teach", source="model", step=None, distance=None, num_prompts=10, num_samples=80, pass_at_1=0.7,
+    pass_at_k=0.9, quality_kind="pass@k", quality=0.9, quality_low=0.8, quality_high=1.0, quality_self=0.25,
+    quality_net=0.65, variance_kind="group2", note="no V and S",
+)  # fmt: skip
 
 
 def rollout(slot: int, *, reward: float, text: str = "42", source: str = "own") -> Rollout:

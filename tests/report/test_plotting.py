@@ -1,4 +1,3 @@
-import math
 import re
 import struct
 import sys
@@ -8,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.report.plotting import format_compact, plot_accuracy_curves, plot_scores
+from npo_cli.report.plotting import format_compact, plot_accuracy_curves
 from npo_cli.types.costs import CurvePoint
-from tests.report.samples import FAR_SCORE, SCORE
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -61,17 +59,6 @@ def test_more_arms_than_colours_are_still_drawn(tmp_path):
     every = [point for number in range(9) for point in points(f"arm {number}", extra=number)]
     plot_accuracy_curves(every, tmp_path / "many.svg", "nine arms")
     assert (tmp_path / "many.svg").read_text().count("<!-- arm 8 -->") == 1
-
-
-def test_scores_are_drawn_even_where_some_could_not_be_estimated(tmp_path):
-    hopeless = replace(SCORE, step=180, distance=100, variance=math.nan, signal=math.nan, is_selected=False)
-    plot_scores([SCORE, FAR_SCORE, hopeless], tmp_path / "scores.png", "guides of step 80")
-    assert png_size(tmp_path / "scores.png") == (1950, 660)
-
-
-def test_one_lonely_score_is_drawn(tmp_path):
-    plot_scores([SCORE], tmp_path / "scores.png")
-    assert png_size(tmp_path / "scores.png") == (1950, 660)
 
 
 def test_drawing_leaves_matplotlibs_settings_alone(tmp_path):

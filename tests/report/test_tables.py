@@ -7,12 +7,11 @@ from npo_cli.report.tables import (
     lineage_tables,
     metrics_tables,
     rollouts_tables,
-    scores_tables,
 )
 from npo_cli.types.guides import GuideCacheInfo, SourceSpec
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
 from npo_cli.types.views import DoctorCheck, GroupView, RolloutView
-from tests.report.samples import FAR_SCORE, SCORE, group, rollout
+from tests.report.samples import group, rollout
 
 
 def test_the_index_marks_an_incomplete_checkpoint_and_drops_columns_nobody_filled():
@@ -29,25 +28,6 @@ def test_the_index_marks_an_incomplete_checkpoint_and_drops_columns_nobody_fille
         ("main", "20", "main:0", "full", "3.4 MB", "yes", "abababababab", "0.500"),
         ("main", "40", "-", "guide", "10 B", "NO", "-", "-"),
     )
-
-
-def test_scores_are_ordered_by_distance_and_name_the_chosen_guide_and_how_sure_that_is():
-    signal, _ = scores_tables([FAR_SCORE, SCORE])
-    assert [row[:2] for row in signal.rows] == [("100", "20"), ("140", "60")]
-    assert signal.rows[0][2:6] == ("0.250 [0.200, 0.300]", "2.000 [1.500, 2.500]", "0.125 [0.100, 0.150]", "0.75")
-    assert [row[-1] for row in signal.rows] == ["<- chosen", "unreliable V"]
-    assert signal.notes == (
-        "Q is pass@k and V is group2, with 95 % intervals; 96 prompts, 768 samples a candidate.",
-        "Step 100 is chosen; it has the largest S in 75% of the resamples.",
-        "Others would choose: group2/pass@1 140, kl_exp/pass@k 140.",
-        "unreliable V: it rests on a few samples (ESS below 0.1); trust another V kind there.",
-    )
-
-
-def test_every_v_kind_stands_beside_the_chosen_one_which_has_a_star():
-    _, kinds = scores_tables([SCORE])
-    assert kinds.header == ("step", "distance", "group2 *", "kl_exp", "seq2", "KL/token", "KL/sequence", "length")
-    assert kinds.rows == (("100", "20", "2.000", "1.100", "30.000", "0.020", "0.300", "15.0"),)
 
 
 def test_training_is_summed_up_by_the_ends_of_each_branch():

@@ -65,7 +65,14 @@ def make_candidate(
             make_drifted_ratio(log_w, num_tokens, prompt_id=prompt_id, correct=j < num_correct)
             for j in range(num_samples)
         ]
-    return CandidateResults(step=step, distance=step, pass_counts=tuple(outcomes), ratios=tuple(ratios))
+    return CandidateResults(
+        candidate=f"checkpoint:{step}",
+        source="checkpoint",
+        step=step,
+        distance=step,
+        pass_counts=tuple(outcomes),
+        ratios=tuple(ratios),
+    )
 
 
 def rank(learner: CandidateResults, results: Sequence[CandidateResults], *, seed: int = 0, **changes: object):

@@ -41,10 +41,10 @@ def test_halving_survivors_have_the_largest_signal_nearest_first():
     ]
     scores = rank(make_candidate(0, [0] * 20), candidates)
     # Q~/V: 20 -> .5, 40 -> .98, 60 -> .98/1.80, 80 -> .98/13.4
-    assert select_survivors(scores, 2) == (40, 60)
-    assert select_survivors(scores, 9) == (20, 40, 60, 80)
+    assert select_survivors(scores, 2) == ["checkpoint:40", "checkpoint:60"]
+    assert select_survivors(scores, 9) == [f"checkpoint:{step}" for step in (20, 40, 60, 80)]
 
 
 def test_halving_survivor_of_equals_is_the_nearer():
     scores = rank(make_candidate(0, [0] * 8), [make_candidate(60, [2] * 8), make_candidate(20, [2] * 8)])
-    assert select_survivors(scores, 1) == (20,)
+    assert select_survivors(scores, 1) == ["checkpoint:20"]

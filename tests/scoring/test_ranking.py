@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
-from npo_cli.scoring.quality import wilson
+from npo_cli.scoring.quality import PromptPassCount, wilson
 from npo_cli.scoring.ranking import (
-    CandidateResults,
+    NO_LOGPROBS_NOTE,
+    RECORDED_NOTE,
     build_candidates,
-    find_best_per_variance,
     list_sampled_prompts,
     mean_quality,
     quality_k,
@@ -52,12 +52,12 @@ def test_ranking_reports_what_each_profile_would_select():
     # kl_exp: .95/e^.2 wins; with kappa 20: .11 against .40/e^2 = .054 and .95/e^4 = .017
     # group2: .40/1.80 = .22 against .95/7.70 = .12; exp(2 KL): .11 against .40/7.4 = .055
     assert scores[0].selection_by_profile == {
-        "faithful": 60,
-        "group2": 40,
-        "calibrated": 20,
-        "seq_kl": 20,
-        "argmax": 40,
-        "one_se": 40,
+        "faithful": "checkpoint:60",
+        "group2": "checkpoint:40",
+        "calibrated": "checkpoint:20",
+        "seq_kl": "checkpoint:20",
+        "argmax": "checkpoint:40",
+        "one_se": "checkpoint:40",
     }
     assert all(score.selection_by_profile == scores[0].selection_by_profile for score in scores)
 
@@ -125,7 +125,7 @@ def test_variance_range_is_not_warned_about_if_wide_or_of_one_candidate():
 
 
 def test_ranking_without_failed_prompts_is_refused():
-    nothing = CandidateResults(step=20, distance=20, pass_counts=(), ratios=())
+    nothing = replace(make_candidate(20, []), pass_counts=())
     with pytest.raises(NpoError):
         rank(replace(LEARNER, pass_counts=()), [nothing])
 
@@ -155,16 +155,17 @@ def test_best_candidate_under_each_variance_kind():
         make_candidate(40, [1] * 24 + [0] * 6, log_w=-0.5),
         make_candidate(80, [1] * 29 + [0] * 1, log_w=-0.9),
     ]
-    found = find_best_per_variance(LEARNER, candidates, FORMULA, seed=0)
-    ranked = rank(LEARNER, candidates)
-    assert set(found) == {"kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"}
-    assert list(found["group2"][1]) == [score.p_best for score in ranked]
-    assert candidates[found["group2"][0]].step == chosen_step(ranked)
+    scores = rank(LEARNER, candidates)
+    best = {kind: score.step for score in scores for kind in score.best_for_variance_kinds}
+    assert set(best) == {"kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"}
+    assert [score.p_best_by_variance_kind["group2"] for score in scores] == [score.p_best for score in scores]
+    assert best["group2"] == chosen_step(scores)
     # exp(2 x .9) = 6.0 and exp(2 x .5) = 2.7: S .16 and .29, and .21 for the nearest
-    assert found["seq2_lognormal"][0] == 1
+    assert best["seq2_lognormal"] == 40
     # exp(.09) = 1.09 and exp(.05) = 1.05: S .87 and .75
-    assert found["kl_exp"][0] == 2
-    assert all(sum(p_best_A) == pytest.approx(1) for _, p_best_A in found.values())
+    assert best["kl_exp"] == 80
+    for kind in best:
+        assert sum(score.p_best_by_variance_kind[kind] for score in scores) == pytest.approx(1)
 
 
 # One candidate's score
@@ -238,10 +239,20 @@ def test_score_is_unreliable_below_32_samples():
     assert few.is_unreliable and not enough.is_unreliable
 
 
-def test_score_without_importance_ratios_has_no_variances():
-    (score,) = rank(EASY_LEARNER, [replace(make_candidate(20, [1] * 8), ratios=())])
-    assert (score.variance, score.variances, score.is_unreliable) == (1.0, {}, True)
-    assert (score.mean_length, score.kl_per_token, score.ess_fraction) == (0.0, 0.0, 0.0)
+def test_score_without_importance_ratios_has_only_a_quality():
+    measured, unknown = make_candidate(20, [1] * 8), replace(make_candidate(40, [2] * 8), ratios=())
+    first, second = rank(EASY_LEARNER, [measured, unknown])
+    assert (second.variance, second.signal, second.p_best, second.kl_per_token, second.variances) == (None,) * 4 + ({},)
+    assert (second.note, second.quality, second.is_selected) == (NO_LOGPROBS_NOTE, 1.0, False)
+    assert (first.p_best, first.is_selected) == (1.0, True)
+
+
+def test_score_of_recorded_responses_counts_prompts_with_a_correct_one():
+    recorded = replace(make_candidate(20, [3, 0, 1, 0], num_samples=5), is_fresh=False)
+    counts = (*recorded.pass_counts, PromptPassCount(prompt_id="p04", num_samples=0, num_correct=0))
+    (score,) = rank(EASY_LEARNER, [replace(recorded, pass_counts=counts)])
+    assert (score.quality, score.quality_kind, score.pass_at_1) == (2 / 5, "any", 4 / 20)
+    assert score.note == RECORDED_NOTE
 
 
 # What a ranking is made of
@@ -256,7 +267,7 @@ def test_quality_k_of_pass_at_1_is_1():
 
 def test_mean_quality_averages_over_prompts():
     # pass@2 of 0, 2 and 4 correct of 4: 0, 1 - C(2,2)/C(4,2) = 5/6, 1
-    assert mean_quality(make_candidate(20, [0, 2, 4]).pass_counts, 2) == pytest.approx((0 + 5 / 6 + 1) / 3)
+    assert mean_quality(make_candidate(20, [0, 2, 4]), 2) == pytest.approx((0 + 5 / 6 + 1) / 3)
 
 
 def test_sampled_prompts_of_all_candidates_are_sorted():
@@ -273,7 +284,7 @@ def test_ranking_without_candidates_is_refused():
 
 
 def test_ranking_for_a_learner_that_fails_nothing_is_refused():
-    nothing = CandidateResults(step=20, distance=20, pass_counts=(), ratios=())
+    nothing = replace(make_candidate(20, []), pass_counts=())
     with pytest.raises(NpoError) as caught:
         list_sampled_prompts(replace(SOLVES_NOTHING, pass_counts=()), [nothing])
     assert "fails none of the screened prompts" in caught.value.message

@@ -12,7 +12,8 @@ from npo_cli.storage.evals import PromptResults
 from npo_cli.storage.layout import RunDir, create_run
 from npo_cli.storage.lineage import append_segment
 from npo_cli.types.guides import GuideCacheInfo, GuideRollout, SourceSpec
-from npo_cli.types.rollouts import CheckpointScore, EvalReport, Group, Prompt, Rollout, Segment
+from npo_cli.types.rollouts import EvalReport, Group, Prompt, Rollout, Segment
+from npo_cli.types.scores import CandidateScore
 
 RECIPE = {"name": "tiny", "train": {"seed": 0, "num_steps": 4}}
 
@@ -120,13 +121,14 @@ def trajectory(prompt_id: str) -> GuideRollout:
     )
 
 
-def score(step: int, **changes: object) -> CheckpointScore:
+def score(step: int, **changes: object) -> CandidateScore:
     numbers = (
         "quality quality_low quality_high pass_at_1 pass_at_k quality_self quality_net variance variance_low "
         "variance_high signal signal_low signal_high p_best kl_per_token kl_per_sequence mean_length ess_fraction"
     )
     fields: dict[str, object] = dict.fromkeys(numbers.split(), 0.5)
-    fields |= {"step": step, "distance": step, "quality_kind": "pass@k", "variance_kind": "group2"}
+    fields |= {"candidate": f"checkpoint:{step}", "source": "checkpoint", "step": step, "distance": step}
+    fields |= {"quality_kind": "pass@k", "variance_kind": "group2"}
     fields |= {
         "variances": {"tok2": 1.5},
         "num_prompts": 8,
@@ -134,7 +136,7 @@ def score(step: int, **changes: object) -> CheckpointScore:
         "is_unreliable": False,
         "is_selected": False,
     }
-    return CheckpointScore(**(fields | changes))  # type: ignore[arg-type]
+    return CandidateScore(**(fields | changes))  # type: ignore[arg-type]
 
 
 def evaluation(step: int, *, branch: str = "main", accuracy: float = 0.5, num_samples: int = 2) -> EvalReport:

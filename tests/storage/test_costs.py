@@ -44,7 +44,7 @@ def fork_branch(run: RunDir, branch: str, *, at: int, guide: str | None = None, 
 
 def score_learner(run: RunDir, step: int, *, candidates: list[int], tokens: int, seconds: float) -> None:
     """A finished scoring for the learner main:step, in two pieces."""
-    store = open_sample_store(run, "main", step, candidates=candidates, settings={"k": 1})
+    store = open_sample_store(run.scores_folder, "main", step, checkpoints=candidates, settings={"k": 1})
     place = {"branch": "main", "step": step, "artifact": store.folder}
     append_cost(run, "score", piece="5:a", tokens=tokens, seconds=seconds - 1, **place)
     append_cost(run, "score", piece="5:logprobs", seconds=1.0, **place)

@@ -22,7 +22,9 @@ def test_the_table_joins_what_is_known_of_each_checkpoint(tmp_path):
     append_eval(run, evaluation(20, accuracy=0.5, num_samples=8))
     append_eval(run, evaluation(20, accuracy=0.7, num_samples=2))
     for at, signal in ((0, 3.0), (20, 2.0)):
-        save_scores(open_sample_store(run, "main", at, candidates=[40], settings={}), [score(40, signal=signal)])
+        save_scores(
+            open_sample_store(run.scores_folder, "main", at, checkpoints=[40], settings={}), [score(40, signal=signal)]
+        )
 
     table = build_index(run)
     assert [(entry.step, entry.tier, entry.parent) for entry in table] == [
@@ -46,7 +48,10 @@ def test_a_branch_grows_from_its_fork_and_its_scores_reach_the_ancestor(tmp_path
     write_checkpoint(run, 40, branch="late")
     fork(run, "early", parent="late", at=20)
     write_checkpoint(run, 40, branch="early")
-    save_scores(open_sample_store(run, "late", 0, candidates=[20, 40], settings={}), [score(20), score(40, signal=2.0)])
+    save_scores(
+        open_sample_store(run.scores_folder, "late", 0, checkpoints=[20, 40], settings={}),
+        [score(20), score(40, signal=2.0)],
+    )
     table = {(entry.branch, entry.step): entry for entry in build_index(run)}
     assert table["late", 40].parent == table["early", 40].parent == "main:20"
     assert (table["main", 20].signal, table["late", 40].signal, table["early", 40].signal) == (0.5, 2.0, None)

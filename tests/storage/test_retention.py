@@ -103,8 +103,8 @@ def test_everything_an_intervention_may_need_is_protected(tmp_path):
     open_guide_cache(run, guide_info(run, name="done", learner_step=20, guide_step=30))
     finish_guide_cache(run, guide_info(run, name="done", learner_step=20, guide_step=30))
     open_guide_cache(run, guide_info(run, name="foreign", run_id="f" * 32, branch="elsewhere", learner_step=7))
-    open_sample_store(run, "main", 50, candidates=[60, 70], settings={})
-    finished = open_sample_store(run, "main", 80, candidates=[85, 90], settings={})
+    open_sample_store(run.scores_folder, "main", 50, checkpoints=[60, 70], settings={})
+    finished = open_sample_store(run.scores_folder, "main", 80, checkpoints=[85, 90], settings={})
     save_scores(finished, [score(85), score(90, is_selected=True)])
     run.save_recipe("main", RECIPE | {"guide": {"replay": {"at_step": 100, "guide_step": 120, "num_steps": None}}})
     of_main = {step for branch, step in find_protected_checkpoints(run) if branch == "main"}

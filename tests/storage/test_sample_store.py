@@ -1,6 +1,9 @@
 import math
+from typing import Any
 
+from npo_cli.storage.layout import RunDir
 from npo_cli.storage.sample_store import (
+    SampleStore,
     append_eval,
     find_latest_scores,
     list_sample_stores,
@@ -9,28 +12,44 @@ from npo_cli.storage.sample_store import (
     read_evals,
     save_scores,
 )
-from tests.storage.builders import evaluation, new_run, score
+from tests.storage.builders import evaluation, group, new_run, score
 
 
-def test_the_same_question_finds_its_samples_and_another_does_not(tmp_path):
+def open_store(run: RunDir, step: int = 20, **options: Any) -> SampleStore:
+    return open_sample_store(run.scores_folder, "main", step, **({"settings": {}} | options))
+
+
+def test_sample_store_is_found_by_its_settings(tmp_path):
     run = new_run(tmp_path)
-    first = open_sample_store(run, "main", 20, candidates=[60, 40], settings={"k": 8, "seed": 0})
-    first.samples.append({"step": 40, "prompt_id": "a"})
-    same = open_sample_store(run, "main", 20, candidates=[40, 60], settings={"seed": 0, "k": 8})
+    first = open_store(run, checkpoints=[60, 40], settings={"k": 8, "seed": 0})
+    first.append("checkpoint:40", [group("a")])
+    same = open_store(run, checkpoints=[40, 60], settings={"seed": 0, "k": 8})
     assert same.folder == first.folder
-    assert list(same.samples.iter_rows()) == [{"step": 40, "prompt_id": "a"}]
-    assert (same.candidates, same.is_finished) == ((40, 60), False)
-    other = open_sample_store(run, "main", 20, candidates=[40, 60], settings={"k": 4, "seed": 0})
+    assert same.read() == {("checkpoint:40", "a"): group("a").rollouts}
+    assert (tuple(same.spec.checkpoints), same.is_finished) == ((40, 60), False)
+    other = open_store(run, checkpoints=[40, 60], settings={"k": 4, "seed": 0})
     assert other.folder != first.folder
-    assert list(other.samples.iter_rows()) == []
-    assert len(list_sample_stores(run)) == 2
+    assert other.read() == {}
+    assert len(list_sample_stores(run.scores_folder)) == 2
     assert first.folder.name.startswith("main_step_000020_") and len(first.folder.name) == 17 + 8
 
 
-def test_scores_come_back_and_what_json_lacks_is_nan(tmp_path):
+def test_sample_store_drops_a_torn_chunk_and_keeps_the_whole_ones(tmp_path):
+    store = open_store(new_run(tmp_path))
+    store.append("self", [group("a"), group("b")])
+    store.append("checkpoint:40", [group("a")])
+    path = store.folder / "rollouts.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert list(store.read()) == [("self", "a"), ("self", "b")]
+    store.append("checkpoint:40", [group("a")])
+    assert list(store.read()) == [("self", "a"), ("self", "b"), ("checkpoint:40", "a")]
+    assert store.count_tokens() == 3 * sum(len(rollout.response_ids) for rollout in group("a").rollouts)
+
+
+def test_saved_scores_are_read_back_and_non_finite_numbers_are_nan(tmp_path):
     run = new_run(tmp_path)
     assert find_latest_scores(run) is None
-    scoring = open_sample_store(run, "main", 20, candidates=[40], settings={})
+    scoring = open_store(run)
     save_scores(scoring, [score(40), score(60, variance_high=math.inf, variances={"tok2": math.nan, "ess": 2.0})])
     assert scoring.is_finished
     found = find_latest_scores(run)
@@ -40,10 +59,10 @@ def test_scores_come_back_and_what_json_lacks_is_nan(tmp_path):
     assert found.scores[1].variances == {"ess": 2.0}
 
 
-def test_the_newest_answer_wins(tmp_path):
+def test_latest_scores_are_the_newest(tmp_path):
     run = new_run(tmp_path)
-    old = open_sample_store(run, "main", 20, candidates=[40], settings={"k": 1})
-    new = open_sample_store(run, "main", 40, candidates=[60], settings={"k": 2})
+    old = open_store(run, settings={"k": 1})
+    new = open_store(run, 40, settings={"k": 2})
     save_scores(new, [score(60)])
     save_scores(old, [score(40)])
     assert [answer.learner_step for answer in read_all_scores(run)] == [40, 20]
@@ -53,7 +72,7 @@ def test_the_newest_answer_wins(tmp_path):
     assert find_latest_scores(run, branch="late") is None
 
 
-def test_an_evaluation_made_again_leaves_one_line(tmp_path):
+def test_eval_repeated_has_one_line(tmp_path):
     run = new_run(tmp_path)
     append_eval(run, evaluation(20))
     append_eval(run, evaluation(20))

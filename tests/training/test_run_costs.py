@@ -83,8 +83,8 @@ def test_run_costs_count_everything_once_whichever_branch_is_asked(whole):
     asked = sum(
         json.loads(line)["num_tokens"] for line in (whole / "guides/near/prompts.jsonl").read_text().splitlines()
     )
-    (scoring,) = list_sample_stores(run)
-    scored = sum(len(row["response_ids"]) for row in scoring.samples.iter_rows())
+    (scoring,) = list_sample_stores(run.scores_folder)
+    scored = scoring.count_tokens()
     # 4 steps of main and 2 of the replay, of 2 updates each
     assert replayed.updates == scouted.updates == 12
     assert replayed.guide_tokens == scouted.guide_tokens == asked + scored > 0
@@ -103,10 +103,10 @@ def test_run_costs_count_everything_once_whichever_branch_is_asked(whole):
 def test_run_costs_of_cache_and_scoring_are_the_tokens_they_sampled(whole):
     run = open_run(whole)
     table = read_cost_table(run)
-    (scoring,) = list_sample_stores(run)
+    (scoring,) = list_sample_stores(run.scores_folder)
     cache = json.loads(cache_info_path(run.guide_folder("near")).read_text())
     assert table.artifacts["guides/near"].tokens == cache["num_tokens"]
-    scored = sum(len(row["response_ids"]) for row in scoring.samples.iter_rows())
+    scored = scoring.count_tokens()
     assert table.artifacts[f"scores/{scoring.folder.name}"].tokens == scored
     assert table.kinds["score"].seconds > 0 < table.kinds["guide_cache"].seconds
 

@@ -13,7 +13,7 @@ MOVES_FILE = "autonpo.jsonl"
 GUIDE_FOLDER = "guides/{name}"
 GUIDE_FILES = {"info": "guide.json", "asked": "prompts.jsonl", "trajectories": "rollouts.jsonl"}
 SCORES_FILES = "scores/*/scores.json"
-SCORE_SAMPLES_FILES = "scores/*/samples.jsonl"
+SCORE_SAMPLES_FILES = "scores/*/rollouts.jsonl"
 PROBE_FILES = "probes/*/rollouts.jsonl"
 
 STEP_KEYS = {
@@ -91,11 +91,10 @@ SCORE_KEYS = GUIDE_QUALITY_KEYS | {
     "unreliable": "is_unreliable",
 }
 SOURCE_KEYS = GUIDE_QUALITY_KEYS | {
-    "kind": "kind",
+    "kind": "source",
     "pass@1": "pass_at_1",
     "prompts": "num_prompts",
     "samples": "num_samples",
-    "tries": "samples_per_prompt",
 }
 DISTANCE_KEYS = GUIDE_QUALITY_KEYS | {
     "mistakes": "num_failed_prompts",

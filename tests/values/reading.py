@@ -83,16 +83,38 @@ def read_guide(run: Path, name: str) -> dict[str, Any]:
 
 
 def read_scores(run: Path) -> dict[str, Any]:
-    """Q, V and S of the only scoring of a run, of checkpoints and where there are any of sources."""
+    """Q, V and S of the only scoring of a run: of later checkpoints, and of all candidates if others are among them."""
     (path,) = run.glob(keys.SCORES_FILES)
     (samples,) = run.glob(keys.SCORE_SAMPLES_FILES)
     found = json.loads(path.read_text())
-    rows = [[line["candidate"], line["prompt_id"], line["slot"], line["response_ids"]] for line in _lines(samples)]
+    rows = [
+        [
+            _candidate_number(line["candidate"], found["learner_step"]),
+            each["prompt_id"],
+            each["slot"],
+            each["response_ids"],
+        ]
+        for line in _lines(samples)
+        for group in line["groups"]
+        for each in group["rollouts"]
+    ]
+    later = [entry for entry in found["scores"] if entry["source"] == "checkpoint"]
     return {
-        "checkpoints": [_picked(entry, keys.SCORE_KEYS) | _kinds_of_variance(entry) for entry in found["scores"]],
-        "sources": [_picked(entry, keys.SOURCE_KEYS) for entry in found.get("sources") or ()],
+        "checkpoints": [_picked(entry, keys.SCORE_KEYS) | _kinds_of_variance(entry) for entry in later],
+        "sources": [_source(entry) for entry in found["scores"]] if len(later) < len(found["scores"]) else [],
         "sampled": {"responses": len(rows), "tokens": sum(len(row[3]) for row in rows), "token ids": _digest(rows)},
     }
+
+
+def _candidate_number(candidate: str, learner_step: int) -> int:
+    """Candidates are numbered in the digest: checkpoints by their step, the screening as -1."""
+    return {"screening": -1, "self": learner_step}[candidate] if ":" not in candidate else int(candidate.split(":")[1])
+
+
+def _source(entry: Mapping[str, Any]) -> dict[str, Any]:
+    picked = _picked(entry, keys.SOURCE_KEYS)
+    kind = {"checkpoint": "near"}.get(picked["kind"], picked["kind"])
+    return picked | {"kind": kind, "tries": picked["samples"] / picked["prompts"]}
 
 
 def read_moves(run: Path) -> list[dict[str, Any]]:
