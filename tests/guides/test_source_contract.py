@@ -1,0 +1,174 @@
+"""What every registered guide source promises, and that a new one needs its class and its registration only."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from npo_cli.errors import NpoError
+from npo_cli.guides.registry import create_source, describe_sources, make_spec, parse_spec
+from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, open_source
+from npo_cli.registry import GUIDE_SOURCES
+from npo_cli.session.learner import find_learner, list_replay_prompts
+from npo_cli.session.session import open_task_and_policy
+from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.guide_cache import load_guide
+from npo_cli.storage.layout import open_run
+from npo_cli.types.rollouts import Prompt
+from tests.helpers.runs import copy_run, open_session_at, sample, train
+from tests.helpers.teachers import correct_response, correct_rows, write_traces
+from tests.inference.openai_server import run_server
+
+EVERY_SOURCE = pytest.mark.parametrize("name", GUIDE_SOURCES.names())
+
+
+@EVERY_SOURCE
+def test_guide_source_describes_itself_and_its_options(name):
+    source = GUIDE_SOURCES.get(name)
+    assert issubclass(source, GuideSource)
+    assert source.name == name
+    assert source.usage.partition(":")[0] == name
+    assert source.summary and all(source.options.values())
+    assert source.optional <= source.options.keys()
+    assert f"{source.usage} " in describe_sources() and source.summary in describe_sources()
+
+
+@EVERY_SOURCE
+def test_guide_source_spec_survives_a_round_trip(name):
+    spec = parse_spec(GUIDE_SOURCES.get(name).example)
+    assert spec.name == name
+    assert parse_spec(spec.text) == spec == make_spec(name, spec.options)
+
+
+@EVERY_SOURCE
+def test_guide_source_refuses_unknown_and_missing_options(name):
+    source = GUIDE_SOURCES.get(name)
+    options = parse_spec(source.example).options
+    with pytest.raises(NpoError, match="has no option colour"):
+        make_spec(name, {**options, "colour": 1})
+    for option in source.options.keys() - source.optional:
+        with pytest.raises(NpoError, match=f"needs {option}"):
+            make_spec(name, {key: value for key, value in options.items() if key != option})
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("100", "checkpoint", {"step": 100}),
+        ("run:runs/other", "run", {"dir": "runs/other"}),
+        ("run:runs/other@late", "run", {"dir": "runs/other", "branch": "late"}),
+        ("run:runs/other@late:7", "run", {"dir": "runs/other", "branch": "late", "step": 7}),
+        ("run:runs/a@b/c", "run", {"dir": "runs/a@b/c"}),
+        ("extrapolated:weights,k=5,a=0.5", "extrapolated", {"space": "weights", "k": 5, "a": 0.5}),
+    ],
+)
+def test_source_spec_grammar(text, name, options):
+    spec = parse_spec(text)
+    assert (spec.name, spec.options) == (name, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("oracle", "not a known guide source"),
+        ("self:3", "takes no argument"),
+        ("checkpoint:near", "must be a whole number"),
+        ("extrapolated:moon,k=2,a=1", "SPACE must be logits or weights"),
+        ("extrapolated:logits,k=0,a=1", "k a whole number >= 1"),
+        ("extrapolated:logits,k=2,a=0", "a a number > 0"),
+        ("extrapolated:logits,k=2,a=nan", "a a number > 0"),
+        ("extrapolated:logits,k=x,a=1", "k a whole number"),
+    ],
+)
+def test_source_spec_that_does_not_parse_is_refused(text, message):
+    with pytest.raises(NpoError, match=message):
+        parse_spec(text)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Mapping[str, str]:
+    """SPECs of every source that can be opened for step 4 of a tiny run of 6 steps; `root` is the run."""
+    folder = tmp_path_factory.mktemp("world")
+    root, other = folder / "run", folder / "other"
+    train(root, "train.num_steps=6", "guide.cache.samples_per_prompt=2", "guide.inject.max_accuracy=1.0")
+    train(other, "train.seed=7", "train.num_steps=2")
+    prompts = open_session_at(root, 4).task.train
+    by_text = {prompt.text: prompt for prompt in prompts}
+    traces = write_traces(folder / "traces.jsonl", correct_rows(prompts))
+
+    def answer(body: dict) -> dict:
+        return {"text": correct_response(by_text[body["prompt"]]), "finish_reason": "stop"}
+
+    with run_server(answer) as server:
+        yield {
+            "root": str(root),
+            "checkpoint": "6",
+            "self": "self",
+            "base": "base",
+            "past": "past",
+            "run": f"run:{other}",
+            "model": f"model:{find_checkpoint(open_run(root), 'main', 6).path}",
+            "endpoint": f"endpoint:{server.url}#teacher",
+            "file": f"file:{traces}",
+            "extrapolated": "extrapolated:logits,k=2,a=1",
+        }
+
+
+@EVERY_SOURCE
+def test_guide_source_samples_verified_responses_with_the_fields_it_promises(world, name):
+    run = open_run(Path(world["root"]))
+    learner = find_learner(run, at=4, branch=None, overrides=("guide.cache.samples_per_prompt=2",))
+    source = create_source(parse_spec(world[name]), ReplayTarget(run=run, learner=learner, steps=2))
+    with (
+        open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),
+        open_source(source, task=task, policy=policy) as session,
+    ):
+        prompts = list_replay_prompts(session, learner, source.num_steps)
+        responses = source.sample(prompts)
+        pairs = [(entry.prompt, rollout) for entry in responses for rollout in entry.rollouts]
+        logprobs = source.logprobs(pairs)
+        learner_logprobs = source.learner_logprob(pairs)
+    assert [entry.prompt for entry in responses] == prompts
+    assert pairs and {rollout.verdict for _, rollout in pairs} <= {"correct", "wrong", "unparseable"}
+    if name not in ("checkpoint", "self", "base"):
+        assert all(rollout.is_off_policy for _, rollout in pairs)
+    if source.has_logprobs is not None:
+        assert {logps is not None for logps in logprobs} == {source.has_logprobs}
+    assert all(
+        len(logps) == len(rollout.response_ids) for (_, rollout), logps in zip(pairs, logprobs, strict=True) if logps
+    )
+    assert len(learner_logprobs) == len(pairs) and all(value <= 0 for value in learner_logprobs)
+    assert sum(entry.num_tokens for entry in responses) == 0 or source.is_fresh
+    assert source.forwards_per_token == (2 if name == "extrapolated" else 1)
+
+
+class CopiedSource(GuideSource):
+    """The correct responses of the task itself."""
+
+    name = "solutions"
+    usage = "solutions"
+    example = "solutions"
+    summary = "correct responses, written by the test"
+    is_fresh = False
+    has_logprobs = False
+
+    def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
+        from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
+
+        texts = [TextResponse(prompt=each, slot=0, text=correct_response(each), finished=True) for each in prompts]
+        rollouts = Retokenizer(session=self.session, learner=self.session.policy).retokenize(texts)
+        return [
+            PromptResponses(prompt=prompt, rollouts=(rollout,))
+            for prompt, rollout in zip(prompts, rollouts, strict=True)
+        ]
+
+
+def test_new_guide_source_needs_its_class_and_its_registration_only(world, tmp_path):
+    root = copy_run(open_run(Path(world["root"])).root, tmp_path / "run")
+    with pytest.raises(NpoError, match="not a known guide source"):
+        parse_spec("solutions")
+    with GUIDE_SOURCES.registered(CopiedSource):
+        assert CopiedSource.summary in describe_sources()
+        info = sample(root, source="solutions", at=4, steps=2)
+    assert (info.source.text, info.num_prompts_with_rollouts, info.has_logps) == ("solutions", info.num_prompts, False)
+    assert set(load_guide(open_run(root), "near")[1])
