@@ -132,24 +132,34 @@ def test_eval_prints_one_report_per_checkpoint(run):
     ]
 
 
-def test_the_circle_closes_through_the_doors(run, tmp_path):
-    root = tmp_path / "copy"
-    lines_of(called("train", "micro", str(root), *SMALL, "--json"))
+def test_workflow_in_six_commands(tmp_path):
+    """train, index, score-checkpoints, sample-guide, resume with a guide, resume with AutoNPO."""
+    root = str(tmp_path / "R")
+    trigger = ["autonpo.trigger.window=3", "autonpo.trigger.patience=3", "autonpo.trigger.warmup_steps=0"]
+    tiny = [
+        *SMALL,
+        *trigger,
+        "autonpo.rollback.distances=[2,4]",
+        "autonpo.max_interventions=0",
+        "autonpo.probe.num_prompts=8",
+        "autonpo.rollback.min_failed_prompts=4",
+    ]
     few = ["scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50"]
-    scores = lines_of(called("score-checkpoints", str(root), "--at", "0", *few, "--json"))
-    assert [(line["step"], line["distance"]) for line in scores] == [(2, 2), (4, 4)]
-    assert sum(line["is_selected"] for line in scores) == 1
-    (guide,) = lines_of(called("sample-guide", str(root), "--guide", "4", "--at", "0", "--name", "near", "--json"))
-    assert (guide["record"], guide["name"], guide["guide_step"], guide["complete"]) == (
-        "guide_cache_info",
-        "near",
-        4,
-        True,
-    )
-    replay = lines_of(called("resume", str(root), "--at", "0", "--guide", "near", "--new-branch", "again", "--json"))
-    assert {line["branch"] for line in replay} == {"again"}
-    lineage = lines_of(called("show", str(root), "lineage", "--json"))
+    lines_of(called("train", "micro", root, *tiny, "train.num_steps=6", "--json"))
+    assert [line["step"] for line in lines_of(called("index", root, "--json"))] == [0, 2, 4, 6]
+    scores = lines_of(called("score-checkpoints", root, "--at", "2", "--candidates", "4,6", *few, "--json"))
+    assert {(line["step"], line["distance"]) for line in scores if line["step"] != 2} == {(4, 2), (6, 4)}
+    assert all({"quality", "variance", "signal"} <= set(line) for line in scores)
+    (guide,) = lines_of(called("sample-guide", root, "--at", "2", "--source", "6", "--name", "late", "--json"))
+    assert (guide["name"], guide["learner_step"], guide["complete"]) == ("late", 2, True)
+    fork = lines_of(called("resume", root, "--at", "2", "--guide", "late", "--new-branch", "late", "--json"))
+    assert ({line["branch"] for line in fork}, fork[-1]["step"]) == ({"late"}, 6)
+    lineage = lines_of(called("show", root, "lineage", "--json"))
     assert [(line["branch"], line["parent"], line["guide_cache"]) for line in lineage] == [
         ("main", None, None),
-        ("again", "main", "near"),
+        ("late", "main", "late"),
     ]
+    watched = lines_of(called("resume", root, "--autonpo", "train.num_steps=8", "--json"))
+    assert [line["step"] for line in watched if line["record"] == "step_report"][-2:] == [7, 8]
+    (only,) = {line["branch"] for line in lines_of(called("index", root, "--branch", "late", "--json"))}
+    assert only == "late"
