@@ -19,13 +19,13 @@ from npo_cli.autonpo.controller import (
     RollbackDone,
 )
 from npo_cli.autonpo.probe import find_rollback_candidates, run_probe, start_probe
+from npo_cli.autonpo.rollback_choice import stratify_failed_prompts
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides.build_cache import fill_cache, new_cache_info
 from npo_cli.guides.registry import make_spec
-from npo_cli.guides.source import PromptResponses, ReplayTarget
+from npo_cli.guides.source import ReplayTarget, filter_correct
 from npo_cli.guides.sources.checkpoint import CheckpointSource
 from npo_cli.policy.optimizer import read_trainer_state
-from npo_cli.rollout.mistake_pool import stratify_failed_prompts
 from npo_cli.scoring.quality import cluster_interval
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner, find_data_position
@@ -85,41 +85,40 @@ def perform_probe(
 # GUIDE_GEN
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuideRequest:
-    """A guide cache to build."""
-
-    name: str
-    branch: str
-    learner: Checkpoint
-    """The checkpoint that the run rolls back to."""
-    guide: Checkpoint
-    """The current policy."""
-    num_steps: int
-    prompts: tuple[Prompt, ...]
-    probe_rollouts: ProbeRollouts
-
-
 def perform_guide_build(
     session: Session, state: AutoNPOState
 ) -> Generator[Progress, None, GuideBuilt | PrerequisiteMissing]:
-    """Build the guide cache of the segment's failed prompts, and of no others."""
-    to_step = rollback_target(state)
+    """Build the guide cache of the segment's failed prompts, and of no others; a complete cache is only read."""
+    run, autonpo, to_step = session.run, session.recipe.autonpo, rollback_target(state)
     try:
-        current = require_full_checkpoint(session.run, state.branch, state.step)
-        learner = require_full_checkpoint(session.run, state.branch, to_step)
+        current = require_full_checkpoint(run, state.branch, state.step)
+        learner = require_full_checkpoint(run, state.branch, to_step)
     except NpoError as error:
         return PrerequisiteMissing(reason=error.message)
-    request = GuideRequest(
-        name=EARLY_GUIDE_NAME if state.is_early else f"auto-{state.num_interventions + 1}",
-        branch=state.branch,
-        learner=learner,
-        guide=current,
-        num_steps=session.recipe.autonpo.early.replay_steps if state.is_early else state.step - to_step,
-        prompts=select_failed_prompts(session, state, current),
-        probe_rollouts={} if state.is_early else read_probe_rollouts(session, state, current),
+    prompts = select_failed_prompts(session, state, current)
+    probe_rollouts = {} if state.is_early else read_probe_rollouts(session, state, current)
+    num_steps = autonpo.early.replay_steps if state.is_early else state.step - to_step
+    target = ReplayTarget(
+        run=run, learner=Learner(recipe=session.recipe, branch=state.branch, checkpoint=learner), steps=num_steps
     )
-    return (yield from build_guides(session, request))
+    source = CheckpointSource(make_spec("checkpoint", {"step": current.step}), target)
+    source.checkpoint, source.prior_rollouts = current, probe_rollouts
+    source.open(session)
+    name = EARLY_GUIDE_NAME if state.is_early else f"auto-{state.num_interventions + 1}"
+    wanted = new_cache_info(source, name, num_prompts=len(prompts))
+    sampling = f"probe {autonpo.probe.samples_per_prompt}, then {wanted.sampling}"
+    info = choose_cache_name(run, replace(wanted, sampling=sampling))
+    if not is_complete(run, info.name):
+        yield from fill_cache(source, info, open_guide_cache(run, info), prompts)
+        finish_guide_cache(run, info)
+    done = read_cache_info(run.guide_folder(info.name))
+    return GuideBuilt(
+        guide=done.name,
+        num_prompts=done.num_prompts,
+        num_prompts_with_rollouts=done.num_prompts_with_rollouts,
+        num_reused=sum(bool(filter_correct(probe_rollouts.get(prompt.prompt_id, ()))) for prompt in prompts),
+        num_tokens=done.num_tokens,
+    )
 
 
 def rollback_target(state: AutoNPOState) -> int:
@@ -151,36 +150,6 @@ def read_probe_rollouts(session: Session, state: AutoNPOState, current: Checkpoi
     return {group.prompt.prompt_id: group.rollouts for _, group in log.iter_groups()}
 
 
-def build_guides(session: Session, request: GuideRequest) -> Generator[Progress, None, GuideBuilt]:
-    """Fill the cache; one that is complete already is only read."""
-    learner = Learner(recipe=session.recipe, branch=request.branch, checkpoint=request.learner)
-    target = ReplayTarget(run=session.run, learner=learner, steps=request.num_steps)
-    source = CheckpointSource(make_spec("checkpoint", {"step": request.guide.step}), target)
-    source.checkpoint, source.prior_rollouts = request.guide, request.probe_rollouts
-    source.open(session)
-    info = new_cache_info(source, request.name, num_prompts=len(request.prompts))
-    first = f"probe {session.recipe.autonpo.probe.samples_per_prompt}, then "
-    info = choose_cache_name(session.run, replace(info, sampling=first + info.sampling))
-    folder = session.run.guide_folder(info.name)
-    if cache_info_path(folder).exists() and read_cache_info(folder).complete:
-        done = read_cache_info(folder)
-    else:
-        yield from fill_cache(source, info, open_guide_cache(session.run, info), request.prompts)
-        done = finish_guide_cache(session.run, info)
-    return GuideBuilt(
-        guide=done.name,
-        num_prompts=done.num_prompts,
-        num_prompts_with_rollouts=done.num_prompts_with_rollouts,
-        num_reused=sum(bool(select_correct_rollouts(request.probe_rollouts, prompt)) for prompt in request.prompts),
-        num_tokens=done.num_tokens,
-    )
-
-
-def select_correct_rollouts(probe_rollouts: ProbeRollouts, prompt: Prompt) -> list[Rollout]:
-    """Rollouts of the probe that can be guides as they are."""
-    return PromptResponses(prompt=prompt, rollouts=probe_rollouts.get(prompt.prompt_id, ())).correct_rollouts
-
-
 def choose_cache_name(run: RunDir, info: GuideCacheInfo) -> GuideCacheInfo:
     """The wanted name, or `NAME-2`, `NAME-3`, ... if a cache of another identity has it."""
     number = 1
@@ -190,6 +159,12 @@ def choose_cache_name(run: RunDir, info: GuideCacheInfo) -> GuideCacheInfo:
         if not path.exists() or cache_identity(read_cache_info(path.parent)) == cache_identity(named):
             return named
         number += 1
+
+
+def is_complete(run: RunDir, name: str) -> bool:
+    """Whether a guide cache exists and is complete."""
+    folder = run.guide_folder(name)
+    return cache_info_path(folder).exists() and read_cache_info(folder).complete
 
 
 # ROLLBACK

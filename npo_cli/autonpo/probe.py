@@ -9,16 +9,21 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 from npo_cli.autonpo.preflight import usable_distances
-from npo_cli.autonpo.rollback_choice import DriftSamples, choose_rollback
+from npo_cli.autonpo.rollback_choice import (
+    DriftSamples,
+    Stratum,
+    allocate_probe_prompts,
+    choose_rollback,
+    stratify_failed_prompts,
+)
 from npo_cli.guides.source import compute_logprobs
 from npo_cli.policy.optimizer import read_trainer_state
-from npo_cli.rollout.mistake_pool import Stratum, allocate_probe_prompts, stratify_failed_prompts
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.variance import SampleRatio, SignalFormula
 from npo_cli.seeds import derive_seed
 from npo_cli.session.policy_ratios import compute_learner_ratios
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
-from npo_cli.storage.autonpo_log import ProbeStore, count_probe_tokens, open_probe
+from npo_cli.storage.autonpo_log import ProbeStore, open_probe
 from npo_cli.storage.checkpoints import Checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.costs import append_cost
 from npo_cli.storage.lineage import find_owning_branch
@@ -85,7 +90,7 @@ def run_probe(probe: Probe) -> Generator[Progress, None, ProbeResult]:
         formula=SignalFormula(settings=recipe.scoring, group_size=recipe.train.group_size),
         settings=recipe.autonpo,
         seed=derive_seed(probe.seed, "bootstrap"),
-        num_tokens=count_probe_tokens(probe.store),
+        num_tokens=count_generated_tokens(groups),
     )
 
 

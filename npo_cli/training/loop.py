@@ -15,7 +15,7 @@ from npo_cli.guides.online import OnlineExtrapolation
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
 from npo_cli.rollout.batch import ActiveGuide, OnlineGuide, StepBatch, build_batch
-from npo_cli.rollout.mistake_pool import collect_failed_prompts, update_failed_prompt_pool
+from npo_cli.rollout.failed_prompt_pool import collect_failed_prompts, update_failed_prompt_pool
 from npo_cli.rollout.replay_buffer import buffer_metrics, build_replay_batch, update_buffer
 from npo_cli.session.session import Session, count_generated_tokens
 from npo_cli.session.stop_signal import StopFlag

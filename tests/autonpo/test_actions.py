@@ -7,12 +7,12 @@ import pytest
 
 from npo_cli.autonpo.actions import PairedTest
 from npo_cli.policy.optimizer import read_trainer_state
-from npo_cli.storage.autonpo_log import list_probes
 from npo_cli.storage.checkpoints import delete_checkpoint, demote_checkpoint, find_checkpoint
 from npo_cli.storage.guide_cache import list_guide_caches, load_guide, read_queried_prompts
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import list_branches, read_segments
 from npo_cli.storage.manifests import write_manifests
+from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.autonpo_runs import (
     REJECTING,
     deterministic_digests,
@@ -38,9 +38,9 @@ def main_digests(root: Path) -> dict[str, str]:
 def test_guide_cache_reuses_correct_rollouts_of_the_probe(watched):
     run = open_run(watched)
     num_reused = 0
-    for name, probe in (("auto-1", ("main", 6)), ("auto-2", ("auto-1", 8))):
-        (folder,) = [found for found in list_probes(run) if (found.branch, found.step) == probe]
-        sampled = {group.prompt.prompt_id: group.rollouts for _, group in folder.rollouts.iter_groups()}
+    for name, probe in (("auto-1", "main_step_000006"), ("auto-2", "auto-1_step_000008")):
+        (path,) = watched.glob(f"probes/{probe}_*/rollouts.jsonl")
+        sampled = {group.prompt.prompt_id: group.rollouts for _, group in RolloutLog(path).iter_groups()}
         _, cached = load_guide(run, name)
         for prompt_id, entry in read_queried_prompts(run.guide_folder(name)).items():
             correct = [found for found in sampled.get(prompt_id, ()) if found.verdict == "correct" and found.finished]
@@ -188,7 +188,7 @@ def test_early_bootstrap_restarts_from_the_base_with_guides(tmp_path):
     assert (born.branch, born.parent, born.fork_step, born.guide_until) == ("early", "main", 0, 2)
     # It is not counted as an intervention, and there is no probe.
     assert transitions_of(root)[-1].state.num_interventions == 0
-    assert list_probes(open_run(root)) == []
+    assert not (root / "probes").exists()
     mixes = {step: {group.injection_status for group in groups_of(root, "early", step)} for step in range(1, 13)}
     assert all(mixes[step] == {"off"} for step in range(3, 13))
     assert "injected" in mixes[1] | mixes[2]

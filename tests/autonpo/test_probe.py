@@ -14,7 +14,6 @@ from npo_cli.autonpo.probe import Probe, run_probe, score_past_checkpoints, star
 from npo_cli.inference.base import SampleRequest
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.session.session import Session
-from npo_cli.storage.autonpo_log import count_probe_tokens
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.types.autonpo import ProbeResult
 from npo_cli.types.rollouts import Group, Progress
@@ -83,7 +82,7 @@ def test_probe_quality_is_the_pass_rate_of_its_rollouts(full_probe):
     assert found.num_prompts == len(segments[4]) == len(accuracy)
     assert found.num_samples == 4 * len(accuracy)
     tokens = sum(len(each.response_ids) for group in probe_groups(probe) for each in group.rollouts)
-    assert found.num_tokens == count_probe_tokens(probe.store) == tokens
+    assert found.num_tokens == tokens
 
 
 def test_probe_quality_weights_strata_by_their_size(watched):

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from npo_cli.autonpo.rollback_choice import (
     BIDIRECTIONAL_KINDS,
     DriftSamples,
+    Stratum,
+    allocate_probe_prompts,
     choose_rollback,
     estimate_backward_drift,
     estimate_forward_drift,
@@ -19,9 +21,8 @@ from npo_cli.autonpo.rollback_choice import (
     slice_within,
 )
 from npo_cli.config.autonpo import AutonpoSettings, ProbeSettings, RollbackSettings
-from npo_cli.rollout.mistake_pool import Stratum, allocate_probe_prompts
 from npo_cli.scoring.quality import PromptPassCount
-from tests.rollout.test_mistake_pool import strata_sized
+from tests.autonpo.test_strata import strata_sized
 from tests.scoring.samples import formula, make_drifted_ratio, make_ratio
 
 LOGNORMAL = formula("seq2_lognormal")

@@ -1,4 +1,4 @@
-"""autonpo.jsonl and the probes: written once, read back as they were, mended where a writer died."""
+"""autonpo.jsonl and probe folders: round trip, torn tails, damaged lines, and checkpoints kept for rollbacks."""
 
 import math
 
@@ -8,15 +8,12 @@ from npo_cli.errors import NpoError
 from npo_cli.storage.autonpo_log import (
     append_transitions,
     autonpo_path,
-    count_probe_tokens,
-    list_probes,
     open_probe,
     read_transitions,
 )
 from npo_cli.storage.retention import apply_retention, find_protected_checkpoints, find_rollback_checkpoints
-from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.autonpo import AutoNPOState, Transition
-from tests.storage.builders import fork, group, new_run, write_checkpoint
+from tests.storage.builders import fork, new_run, write_checkpoint
 
 STATE = AutoNPOState(branch="main", step=8, stagnation_streak=2, has_warned=True, num_interventions=1)
 WARNING = Transition(
@@ -36,7 +33,7 @@ def run(tmp_path):
     return new_run(tmp_path)
 
 
-def test_what_was_written_is_read_back(run):
+def test_autonpo_log_round_trip(run):
     assert read_transitions(run) == []
     append_transitions(run, [])
     assert not autonpo_path(run).exists()
@@ -45,7 +42,7 @@ def test_what_was_written_is_read_back(run):
     assert read_transitions(run) == [WARNING, TRIGGER, WARNING]
 
 
-def test_a_line_says_who_when_and_what_first(run):
+def test_autonpo_log_line_begins_with_step_event_phases_and_branch(run):
     append_transitions(run, [TRIGGER])
     assert (
         autonpo_path(run)
@@ -54,7 +51,7 @@ def test_a_line_says_who_when_and_what_first(run):
     )
 
 
-def test_a_number_that_is_none_is_left_out_and_the_rest_of_the_line_stays(run):
+def test_autonpo_log_leaves_out_non_finite_numbers(run):
     evidence = {"gain": math.nan, "scores": [{"variance": math.inf, "distance": 2}], "margin": 0.5}
     append_transitions(run, [Transition(step=8, event="armed", phase_before="TRAIN", state=STATE, evidence=evidence)])
     append_transitions(run, [WARNING])
@@ -63,7 +60,7 @@ def test_a_number_that_is_none_is_left_out_and_the_rest_of_the_line_stays(run):
     assert second == WARNING
 
 
-def test_a_torn_tail_is_not_read_and_is_cut_off_before_the_next_line(run):
+def test_autonpo_log_torn_tail_is_ignored_and_cut_off(run):
     append_transitions(run, [WARNING, TRIGGER])
     path = autonpo_path(run)
     whole = path.read_bytes()
@@ -82,7 +79,7 @@ def test_a_torn_tail_is_not_read_and_is_cut_off_before_the_next_line(run):
         ('"event":"warning"', '"event":7', "line 1"),
     ],
 )
-def test_a_damaged_line_is_named(run, old, new, detail):
+def test_autonpo_log_damaged_line_is_an_error(run, old, new, detail):
     append_transitions(run, [WARNING, TRIGGER])
     path = autonpo_path(run)
     path.write_text(path.read_text().replace(old, new, 1))
@@ -90,8 +87,8 @@ def test_a_damaged_line_is_named(run, old, new, detail):
         read_transitions(run)
 
 
-def test_a_state_with_fields_of_tomorrow_is_read(run):
-    """A field that this version does not know changes nothing; one that an older one did not write has its default."""
+def test_autonpo_log_reads_states_with_unknown_and_missing_fields(run):
+    """An unknown field is ignored; a missing one has its default."""
     append_transitions(run, [WARNING])
     path = autonpo_path(run)
     path.write_text(
@@ -103,62 +100,43 @@ def test_a_state_with_fields_of_tomorrow_is_read(run):
 # Probes
 
 
-def test_a_probe_is_found_again_by_its_policy_and_settings(run):
-    assert list_probes(run) == []
-    first = open_probe(run, "main", 8, settings={"k": 4, "deltas": [2, 4]})
+def test_probe_folder_is_identified_by_policy_and_settings(run):
+    first = open_probe(run, "main", 8, settings={"num_prompts": 4, "distances": [2, 4]})
     assert first.folder.name.startswith("main_step_000008_")
-    assert open_probe(run, "main", 8, settings={"deltas": [2, 4], "k": 4}) == first
+    assert open_probe(run, "main", 8, settings={"distances": [2, 4], "num_prompts": 4}) == first
     others = [
-        open_probe(run, "main", 8, settings={"k": 5, "deltas": [2, 4]}),
-        open_probe(run, "main", 10, settings={"k": 4, "deltas": [2, 4]}),
-        open_probe(run, "auto-1", 8, settings={"k": 4, "deltas": [2, 4]}),
+        open_probe(run, "main", 8, settings={"num_prompts": 5, "distances": [2, 4]}),
+        open_probe(run, "main", 10, settings={"num_prompts": 4, "distances": [2, 4]}),
+        open_probe(run, "auto-1", 8, settings={"num_prompts": 4, "distances": [2, 4]}),
     ]
     assert len({each.folder for each in (first, *others)}) == 4
-    assert {(each.branch, each.step) for each in list_probes(run)} == {("main", 8), ("main", 10), ("auto-1", 8)}
-
-
-def test_a_folder_without_its_question_is_no_probe(run):
-    kept = open_probe(run, "main", 8, settings={})
-    (kept.folder.parent / "main_step_000009_00000000").mkdir()
-    assert list_probes(run) == [kept]
-
-
-def test_tokens_of_a_probe_are_those_of_its_whole_chunks(run):
-    probe = open_probe(run, "main", 8, settings={})
-    assert count_probe_tokens(probe) == 0
-    # 3 groups of 2 responses of 2 tokens
-    RolloutLog(probe.folder / "rollouts.jsonl").write_step(0, [group("p0"), group("p1")])
-    RolloutLog(probe.folder / "rollouts.jsonl").write_step(1, [group("p2")])
-    assert count_probe_tokens(probe) == 12
-    with (probe.folder / "rollouts.jsonl").open("ab") as file:
-        file.write(b'{"step":2,"num_groups":2,')
-    assert count_probe_tokens(probe) == 12
+    assert {each.folder.parent for each in others} == {run.root / "probes"}
 
 
 # Retention
 
 
-def watched(run, branch: str, *, every: int, deltas: list[int]) -> None:
-    """AutoNPO is at work on this branch."""
+def start_autonpo(run, branch: str, *, every: int, distances: list[int]) -> None:
+    """AutoNPO is active on this branch."""
     recipe = run.read_recipe(branch)
     run.save_recipe(
         branch,
-        recipe | {"train": {**recipe["train"], "save_every": every}, "autonpo": {"rollback": {"distances": deltas}}},
+        recipe | {"train": {**recipe["train"], "save_every": every}, "autonpo": {"rollback": {"distances": distances}}},
     )
     append_transitions(
         run, [Transition(step=0, event="started", phase_before="TRAIN", state=AutoNPOState(branch=branch, step=0))]
     )
 
 
-def test_nothing_is_in_reach_where_nobody_watches(run):
+def test_retention_without_autonpo_keeps_no_rollback_checkpoints(run):
     write_checkpoint(run, 0)
     write_checkpoint(run, 2)
     assert find_rollback_checkpoints(run) == set()
 
 
-def test_what_the_next_rollback_may_need_stays_and_the_rest_goes(run):
-    """deltas 4 and 5 at steps of 2: 5 is no multiple, so 4 is the longest; from 12 it leads to 8."""
-    watched(run, "main", every=2, deltas=[4, 5])
+def test_retention_keeps_what_the_next_rollback_may_need(run):
+    """Distances 4 and 5, a checkpoint every 2 steps: 5 is not a multiple, so 4 is the longest; from 12 it reaches 8."""
+    start_autonpo(run, "main", every=2, distances=[4, 5])
     for step in range(0, 14, 2):
         write_checkpoint(run, step)
     assert find_rollback_checkpoints(run) == {("main", 8), ("main", 10), ("main", 12)}
@@ -167,12 +145,12 @@ def test_what_the_next_rollback_may_need_stays_and_the_rest_goes(run):
     assert (plan.demote, plan.delete) == ((6,), (2, 4))
 
 
-def test_steps_of_the_parent_are_in_reach_from_a_young_branch(run):
+def test_retention_keeps_rollback_checkpoints_of_the_parent(run):
     for step in range(0, 8, 2):
         write_checkpoint(run, step)
     fork(run, "auto-1", parent="main", at=4)
-    watched(run, "auto-1", every=2, deltas=[4])
+    start_autonpo(run, "auto-1", every=2, distances=[4])
     write_checkpoint(run, 6, branch="auto-1")
-    # main's own step 6 is not on the line.
+    # main's own step 6 is not in the ancestry.
     assert find_protected_checkpoints(run) >= {("main", 2), ("main", 4), ("auto-1", 6)}
     assert ("main", 6) not in find_protected_checkpoints(run)
