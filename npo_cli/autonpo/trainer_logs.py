@@ -1,7 +1,7 @@
-"""Reward and entropy by step from somebody's records: a run's own, or any trainer's file of JSON lines.
+"""Reward and entropy by step, from a run's metrics or any trainer's log file of JSON lines.
 
-Known are the names that npo, TRL, verl and prime-rl give them; any other column is named on the command line. A line
-without a step, or with neither signal, is no record of a step (evaluations stand between them) and is passed over.
+The column names of npo, TRL, verl and prime-rl are known; any other one is given on the command line. A line without
+a step, or with neither signal (an evaluation, for example), is skipped.
 """
 
 import json
@@ -27,12 +27,12 @@ KNOWN_COLUMNS: Mapping[str, tuple[str, ...]] = {
 RELEVANT_NAMES = ("step", "reward", "score", "acc", "entropy")
 MAX_LISTED_COLUMNS = 16
 MAX_VALUE = 1e100
-"""Beyond it squares are no numbers any more."""
+"""Squares of larger values could overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogColumns:
-    """Names given on the command line; None looks for a known one."""
+    """Column names from the command line; None: use a known name."""
 
     step: str | None = None
     reward: str | None = None
@@ -40,9 +40,9 @@ class LogColumns:
 
 
 def extract_signals(rows: Sequence[Row], names: Mapping[str, str], *, source: Path) -> list[TriggerInput]:
-    """One signal a step, by step, from the columns so named. Of a step recorded twice the later line wins.
+    """Reward and entropy per step, in order of steps. If a step is recorded twice, the later line wins.
 
-    It wins column by column: some trainers write the reward and the entropy of a step apart.
+    It wins per column: some trainers write the reward and the entropy of a step in separate lines.
     """
     found: dict[int, dict[str, float | None]] = {}
     for row in rows:
@@ -62,25 +62,27 @@ def extract_signals(rows: Sequence[Row], names: Mapping[str, str], *, source: Pa
 
 
 def resolve_columns(rows: Sequence[Row], columns: LogColumns, *, source: Path) -> dict[str, str]:
-    """The column of each of the three; refused where one holds no number anywhere, with those that do."""
+    """The columns of step, reward and entropy; an error lists the numeric columns if one is not among them."""
     numeric = _numeric(rows)
     for signal in KNOWN_COLUMNS:
         given = getattr(columns, signal)
         if given is not None and given not in numeric:
-            raise NpoError(f"{source} has no number in a column {given!r}; {_listed(numeric)}", f"--{signal} COLUMN")
+            raise NpoError(
+                f"{source} has no number in a column {given!r}; {_list_columns(numeric)}", f"--{signal} COLUMN"
+            )
     found = find_columns(rows, columns)
     missing = [signal for signal in KNOWN_COLUMNS if signal not in found]
     if missing:
         flags = " ".join(f"--{signal} COLUMN" for signal in missing)
         raise NpoError(
-            f"{source} has no {' and no '.join(missing)} by any name known here; {_listed(numeric)}",
+            f"{source} has no {' and no '.join(missing)} under a known name; {_list_columns(numeric)}",
             f"npo autonpo {quote_path(source)} --explain {flags}",
         )
     return found
 
 
 def find_columns(rows: Sequence[Row], columns: LogColumns) -> dict[str, str]:
-    """The column of each of the three that is there: the one that was named, else the first known one."""
+    """The columns of step, reward and entropy that exist: the given one, else the first known one."""
     numeric = _numeric(rows)
     names = {
         signal: getattr(columns, signal) or next((name for name in known if name in numeric), None)
@@ -90,7 +92,7 @@ def find_columns(rows: Sequence[Row], columns: LogColumns) -> dict[str, str]:
 
 
 def collect_metrics_by_step(rows: Sequence[Row], names: Mapping[str, str]) -> dict[int, dict[str, float]]:
-    """Every number of each step under its own name, reward and entropy under ours; the later line wins by column."""
+    """Every number of each step by name, reward and entropy also under npo's names; the later line wins per column."""
     found: dict[int, dict[str, float]] = {}
     for row in rows:
         step = _step(row.get(names["step"]))
@@ -106,15 +108,15 @@ def _numeric(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name, value in row.items() if _number(value) is not None))
 
 
-def _listed(numeric: Iterable[str]) -> str:
-    """The columns with numbers, those first that could be meant."""
+def _list_columns(numeric: Iterable[str]) -> str:
+    """The numeric columns, likely ones first."""
     ordered = sorted(numeric, key=lambda name: not any(part in name.lower() for part in RELEVANT_NAMES))
     rest = f" and {len(ordered) - MAX_LISTED_COLUMNS} more" if len(ordered) > MAX_LISTED_COLUMNS else ""
-    return f"its numbers are: {', '.join(ordered[:MAX_LISTED_COLUMNS]) or 'none'}{rest}"
+    return f"its numeric columns are: {', '.join(ordered[:MAX_LISTED_COLUMNS]) or 'none'}{rest}"
 
 
 def _number(value: object) -> float | None:
-    """A finite number; everything else is a missing value."""
+    """A finite number; anything else is missing."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_VALUE:
         return None
     return float(value)
@@ -129,9 +131,9 @@ def _step(value: object) -> int | None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Every line as one flat row; a torn last line is passed over, any other that is no JSON object is refused.
+    """Every line as one flat row; a torn last line is skipped, any other line must be a JSON object.
 
-    The state that Hugging Face's trainer leaves (one object with a log_history) is read too.
+    The trainer state of Hugging Face's Trainer (one object with a log_history) is read too.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -140,35 +142,37 @@ def read_rows(path: Path) -> list[Row]:
             f"{path} is not UTF-8 text (byte {error.start})", "name a run directory, or a file of JSON lines"
         ) from error
     except OSError as error:
-        raise NpoError(f"{path} cannot be read: {error.strerror}", "mend its rights, or name another file") from error
+        raise NpoError(
+            f"{path} cannot be read: {error.strerror}", "check its permissions, or name another file"
+        ) from error
     lines = text.split("\n")
-    whole = _history(text) if _parsed(lines[0]) is None or len(lines) <= 2 else None
-    rows = whole if whole is not None else _rows(lines, path)
+    history = _history(text) if _parse(lines[0]) is None or len(lines) <= 2 else None
+    rows = history if history is not None else _rows(lines, path)
     if not rows:
-        raise NpoError(f"{path} is empty", "it needs one JSON object a line, each with step, reward and entropy")
-    return [_flat(row) for row in rows]
+        raise NpoError(f"{path} is empty", "it needs one JSON object per line, each with step, reward and entropy")
+    return [_flatten(row) for row in rows]
 
 
 def _rows(lines: Sequence[str], path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, start=1):
-        row = _parsed(line)
+        row = _parse(line)
         if row is not None:
             rows.append(row)
         elif line.strip() and (number < len(lines) or not rows):
             raise NpoError(
-                f"{path}, line {number}: not a JSON object", "write one JSON object a line, or name another file"
+                f"{path}, line {number}: not a JSON object", "write one JSON object per line, or name another file"
             )
     return rows
 
 
 def _history(text: str) -> list[Row] | None:
-    """The log_history of a trainer state; None where the text is no such thing."""
-    found = (_parsed(text) or {}).get("log_history")
+    """The log_history of a trainer state; None for any other text."""
+    found = (_parse(text) or {}).get("log_history")
     return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else None
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parse(text: str) -> dict[str, Any] | None:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
@@ -176,7 +180,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _flat(row: Row) -> Row:
-    """What is one level down joins the rest under its own name: verl writes {"step": 1, "data": {...}}."""
+def _flatten(row: Row) -> Row:
+    """Nested objects are merged one level up: verl writes {"step": 1, "data": {...}}."""
     inner = {name: value for group in row.values() if isinstance(group, dict) for name, value in group.items()}
     return {**inner, **row}

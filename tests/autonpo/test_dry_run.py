@@ -1,18 +1,29 @@
-"""The story of `npo autonpo`: what it yields and leaves, on runs and files written by hand (see recordings.py)."""
+"""`npo autonpo`: the simulation on records whose transitions follow by hand, its plot and summary, and the history."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from npo_cli.autonpo.dry_run import explain_autonpo, report_history
+from npo_cli.autonpo.controller import StepObserved, advance
+from npo_cli.autonpo.dry_run import (
+    RecordedRun,
+    explain_autonpo,
+    load_file_record,
+    load_run_record,
+    merge_reasons,
+    report_history,
+    simulate_autonpo,
+)
 from npo_cli.autonpo.trainer_logs import LogColumns
+from npo_cli.autonpo.trigger import Trigger
 from npo_cli.errors import NpoError
 from npo_cli.storage.autonpo_log import append_transitions
 from npo_cli.storage.layout import RunDir
 from npo_cli.types.autonpo import AutoNPOState, NonTriggerSpan, Transition
 from npo_cli.types.costs import RunCosts
 from npo_cli.types.rollouts import Notice
+from tests.autonpo.simulated_signals import event_steps
 from tests.helpers.recorded_metrics import (
     SENSITIVE_TRIGGER,
     append_metrics,
@@ -21,6 +32,227 @@ from tests.helpers.recorded_metrics import (
     write_metrics_file,
 )
 from tests.storage.builders import fork, write_checkpoint
+
+# Simulation
+
+
+def load_record(folder: Path, *overrides: str, rows: list[dict] | None = None) -> RecordedRun:
+    path = write_metrics_file(folder, constant_reward_rows(40) if rows is None else rows)
+    return load_file_record(path, columns=LogColumns(), overrides=(*SENSITIVE_TRIGGER, *overrides))
+
+
+INTERVENTION = ("trigger", "probe_accepted", "guide_built", "rolled_back", "replay_done")
+"""The transitions that follow a warning at a checkpoint."""
+
+
+def test_dry_run_of_a_plateau_intervenes_until_the_limit(tmp_path):
+    found = simulate_autonpo(load_record(tmp_path))
+    assert event_steps(found.transitions) == [
+        (0, "started"),
+        # warm-up 10; the streak is 11, 12, 13
+        (11, "armed"),
+        (13, "warning"),
+        *((13, event) for event in INTERVENTION),
+        # cooldown of 4: 14 to 17
+        (18, "armed"),
+        (20, "warning"),
+        *((20, event) for event in INTERVENTION),
+        (25, "armed"),
+        (27, "warning"),
+        (27, "limit_reached"),
+    ]
+    assert [reading.step for reading in found.readings] == list(range(1, 41))
+
+
+def test_dry_run_has_a_reason_for_every_step_without_a_trigger(tmp_path):
+    found = simulate_autonpo(load_record(tmp_path))
+    assert [(one.reason, one.first_step, one.last_step, one.num_steps) for one in merge_reasons(found.reasons)] == [
+        ("warmup", 1, 10, 10),
+        ("short_streak", 11, 12, 2),
+        ("cooldown", 14, 17, 4),
+        ("short_streak", 18, 19, 2),
+        ("cooldown", 21, 24, 4),
+        ("short_streak", 25, 26, 2),
+        ("limit_reached", 27, 40, 14),
+    ]
+
+
+def test_dry_run_marks_assumed_evidence(tmp_path):
+    found = {
+        (transition.step, transition.event): transition
+        for transition in simulate_autonpo(load_record(tmp_path)).transitions
+    }
+    # at 13: 5 and 10 steps back; at 20 also 20
+    assert found[13, "probe_accepted"].evidence == {"assumed": True, "distance": 10}
+    assert found[13, "guide_built"].evidence == {"assumed": True}
+    assert found[13, "rolled_back"].evidence == {"assumed": True, "to_steps": [3, 8]}
+    assert found[20, "rolled_back"].evidence == {"assumed": True, "to_steps": [0, 10, 15]}
+    assert found[20, "rolled_back"].state == AutoNPOState(
+        branch="-", step=0, phase="REPLAY", num_interventions=2, distance=20, until_step=20
+    )
+    assert not found[13, "trigger"].evidence.get("assumed")
+    assert found[0, "started"].evidence["settings"]["autonpo"]["trigger"]["window"] == 5
+
+
+def test_dry_run_trigger_waits_for_a_checkpoint(tmp_path):
+    found = simulate_autonpo(load_record(tmp_path, "train.save_every=10", "autonpo.max_interventions=1"))
+    # warned at 13, checkpoint at 20; of 5, 10 and 20 the last two lead to one
+    assert event_steps(found.transitions)[1:4] == [(11, "armed"), (13, "warning"), (20, "trigger")]
+    back = next(transition for transition in found.transitions if transition.event == "rolled_back")
+    assert back.evidence["to_steps"] == [0, 10]
+    assert NonTriggerSpan(reason="no_checkpoint", first_step=13, last_step=19, num_steps=7) in list(
+        merge_reasons(found.reasons)
+    )
+
+
+def test_dry_run_without_a_reachable_checkpoint_ends_the_intervention(tmp_path):
+    found = simulate_autonpo(load_record(tmp_path, "train.save_every=7", "autonpo.max_interventions=1"))
+    # 14 is the first checkpoint; none of 5, 10, 20 is a multiple of 7
+    assert event_steps(found.transitions)[2:5] == [(13, "warning"), (14, "trigger"), (14, "prerequisite_missing")]
+    assert found.transitions[4].evidence == {
+        "reason": "no distance of autonpo.rollback.distances leads from step 14 to a checkpoint"
+    }
+    assert found.transitions[4].state.num_interventions == 0
+
+
+def test_dry_run_assumes_that_the_acceptance_test_accepts(tmp_path):
+    found = simulate_autonpo(
+        load_record(tmp_path, "autonpo.replay.acceptance_test=true", "autonpo.max_interventions=1")
+    )
+    kept = [transition for transition in found.transitions if transition.event in ("replay_done", "replay_accepted")]
+    assert [(transition.step, transition.event, transition.state.phase) for transition in kept] == [
+        (13, "replay_done", "ACCEPTANCE_TEST"),
+        (13, "replay_accepted", "COOLDOWN"),
+    ]
+    assert kept[1].evidence == {"assumed": True}
+
+
+def test_dry_run_simulates_the_early_bootstrap(tmp_path):
+    found = simulate_autonpo(load_record(tmp_path, "autonpo.early.enabled=true", "autonpo.early.scout_steps=5"))
+    assert event_steps(found.transitions)[:5] == [
+        (0, "started"),
+        *((5, event) for event in ("early_bootstrap", *INTERVENTION[2:])),
+    ]
+    assert found.transitions[3].evidence == {"assumed": True, "to_steps": [0]}
+
+
+def test_dry_run_early_bootstrap_rolls_back_to_its_start(tmp_path):
+    found = simulate_autonpo(
+        load_record(
+            tmp_path,
+            "autonpo.early.enabled=true",
+            "autonpo.early.scout_steps=8",
+            "autonpo.max_interventions=0",
+            rows=constant_reward_rows(12),
+        )
+    )
+    (back,) = [transition for transition in found.transitions if transition.event == "rolled_back"]
+    assert (back.step, back.evidence) == (8, {"assumed": True, "to_steps": [0]})
+
+
+def test_dry_run_never_triggers_on_a_rise_or_level_entropy(tmp_path):
+    rising = [row | {"reward": row["step"] / 100} for row in constant_reward_rows(40)]
+    level = [row | {"entropy": 1.0} for row in constant_reward_rows(40)]
+    for rows, reason in ((rising, "rising"), (level, "entropy_level")):
+        found = simulate_autonpo(load_record(tmp_path, rows=rows))
+        assert event_steps(found.transitions) == [(0, "started"), (11, "armed")]
+        assert {why for step, why in found.reasons if step > 10} == {reason}
+
+
+def test_dry_run_equals_the_controller(tmp_path):
+    """Without a checkpoint nothing is assumed: then the transitions are those of `advance` over the same readings."""
+    rows = [row | {"reward": 0.5 + 0.1 * (row["step"] in (15, 22))} for row in constant_reward_rows(40)]
+    record = load_record(tmp_path, "train.save_every=1000", rows=rows)
+    settings = record.recipe.autonpo
+    trigger = Trigger(settings.trigger)
+    state, transitions = AutoNPOState(branch="-", step=0), []
+    for signal in record.trigger_inputs:
+        event = StepObserved(reading=trigger.observe(signal), has_checkpoint=False)
+        state, some = advance(state, event, settings)
+        transitions += some
+    assert simulate_autonpo(record).transitions[1:] == tuple(transitions)
+    assert "recovered" in {transition.event for transition in transitions}
+
+
+def test_dry_run_of_sparse_records_from_a_later_step(tmp_path):
+    rows = [row for row in constant_reward_rows(400) if row["step"] % 10 == 0 and row["step"] >= 100]
+    record = load_record(tmp_path, rows=rows)
+    # compared with the record 10 steps before: from the second record on; the streak is 110, 120, 130... but the
+    # first two have too few values to tell noise by (3), so it is 120, 130, 140
+    assert event_steps(simulate_autonpo(record).transitions)[:4] == [
+        (0, "started"),
+        (100, "armed"),
+        (140, "warning"),
+        (140, "trigger"),
+    ]
+    assert (
+        "records are 10 steps apart: autonpo.trigger.patience counts records, every other setting counts steps"
+        in record.assumptions
+    )
+
+
+def test_dry_run_reads_step_0(tmp_path):
+    rows = [{"step": 0, "reward": 0.5, "entropy": 1.0}, *constant_reward_rows(3)]
+    found = simulate_autonpo(load_record(tmp_path, rows=rows))
+    assert event_steps(found.transitions) == [(0, "started")]
+    assert [step for step, _ in found.reasons] == [0, 1, 2, 3]
+
+
+# Runs
+
+
+def test_dry_run_of_a_run_equals_that_of_its_metrics_file(tmp_path):
+    run = make_run(tmp_path, constant_reward_rows(40))
+    mine = load_run_record(
+        run.root, columns=LogColumns(), overrides=(*SENSITIVE_TRIGGER, "train.save_every=1"), branch=None
+    )
+    theirs = load_record(tmp_path)
+    assert mine.trigger_inputs == theirs.trigger_inputs
+    assert event_steps(simulate_autonpo(mine).transitions) == event_steps(simulate_autonpo(theirs).transitions)
+
+
+def test_dry_run_uses_the_checkpoints_of_the_recipe(tmp_path):
+    run = make_run(tmp_path, constant_reward_rows(40))
+    record = load_run_record(run.root, columns=LogColumns(), overrides=SENSITIVE_TRIGGER, branch=None)
+    # train.save_every is 20 by default
+    assert [
+        transition.step for transition in simulate_autonpo(record).transitions if transition.event == "trigger"
+    ] == [20, 40]
+
+
+def test_dry_run_of_a_branch_reads_its_ancestry(tmp_path):
+    run = make_run(tmp_path, constant_reward_rows(30))
+    fork(run, "again", parent="main", at=12)
+    append_metrics(run, "again", [row | {"reward": 0.9} for row in constant_reward_rows(20)[12:]])
+    for branch, wanted in ((None, {0.9}), ("again", {0.9}), ("main", {0.5})):
+        record = load_run_record(run.root, columns=LogColumns(), overrides=(), branch=branch)
+        assert [signal.step for signal in record.trigger_inputs] == list(range(1, 21 if wanted == {0.9} else 31))
+        assert {signal.reward for signal in record.trigger_inputs if signal.step > 12} == wanted
+        assert {signal.reward for signal in record.trigger_inputs if signal.step <= 12} == {0.5}
+
+
+def test_dry_run_accepts_settings_that_no_run_could_have(tmp_path):
+    run = make_run(tmp_path, constant_reward_rows(40))
+    # frozen in a run, no multiple of save_every, warm-up beyond its end
+    odd = ("train.prompts_per_step=2", "autonpo.rollback.distances=[3]", "autonpo.trigger.warmup_steps=100")
+    record = load_run_record(run.root, columns=LogColumns(), overrides=(*SENSITIVE_TRIGGER, *odd), branch=None)
+    assert event_steps(simulate_autonpo(record).transitions) == [(0, "started")]
+
+
+def test_dry_run_refuses_a_run_without_steps(tmp_path):
+    run = make_run(tmp_path, [])
+    with pytest.raises(NpoError, match="has no steps on branch main yet"):
+        load_run_record(run.root, columns=LogColumns(), overrides=(), branch=None)
+
+
+def test_dry_run_warning_is_delayed_by_missing_values(tmp_path):
+    rows = [row | {"reward": None} if row["step"] == 12 else row for row in constant_reward_rows(40)]
+    found = simulate_autonpo(load_record(tmp_path, rows=rows))
+    assert event_steps(found.transitions)[2] == (14, "warning")
+    assert (12, "no_signal") in found.reasons
+
+
+# Records, plot and summary
 
 
 def explain(source: Path, *overrides: str, draw: bool = False, **options: Any) -> list[Any]:

@@ -130,7 +130,7 @@ def test_autonpo_explains_and_shows_a_run(folder):
             "bin is not UTF-8 text (byte 0)",
             "name a run directory, or a file of JSON lines",
         ),
-        (["empty", "--explain"], "empty is empty", "it needs one JSON object a line"),
+        (["empty", "--explain"], "empty is empty", "it needs one JSON object per line"),
         (["plain", "--explain"], "plain is not a run directory: it has no npo_run.json", "name a run directory"),
     ],
 )

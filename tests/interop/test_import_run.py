@@ -137,7 +137,7 @@ def test_import_without_entropy_warns_and_refuses_the_dry_run(tmp_path):
     home = trl_output(tmp_path / "out", history=[{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}])
     _, told = imported(tmp_path / "run", home)
     assert any(said.startswith("no column with a known name for entropy") for said in told)
-    with pytest.raises(NpoError, match="has no entropy by any name known here; its numbers are: step, reward"):
+    with pytest.raises(NpoError, match="has no entropy under a known name; its numeric columns are: step, reward"):
         asked = {"columns": LogColumns(), "overrides": (), "branch": None, "figure_path": None, "draw": False}
         list(explain_autonpo(tmp_path / "run", **asked))
 

@@ -125,14 +125,14 @@ def test_missing_signal_is_reported_with_the_numeric_columns(path):
         signals(path)
     # what could be meant comes first
     assert caught.value.message == (
-        f"{path} has no reward and no entropy by any name known here; its numbers are: step, accuracy, loss, lr"
+        f"{path} has no reward and no entropy under a known name; its numeric columns are: step, accuracy, loss, lr"
     )
     assert caught.value.hint == f"npo autonpo {path} --explain --reward COLUMN --entropy COLUMN"
 
 
 def test_error_lists_only_some_of_many_columns(path):
     written(path, {"step": 1, "entropy": 1.0, **{f"loss/{number}": 0.0 for number in range(40)}})
-    with pytest.raises(NpoError, match=r"has no reward by any .*: step, entropy, loss/0, .*, loss/13 and 26 more$"):
+    with pytest.raises(NpoError, match=r"has no reward under .*: step, entropy, loss/0, .*, loss/13 and 26 more$"):
         signals(path)
 
 
@@ -162,5 +162,7 @@ def test_malformed_metrics_file_is_refused(path, content, words):
 
 def test_missing_column_is_refused(path):
     written(path, {"step": 1, "reward": 0.5, "entropy": 1})
-    with pytest.raises(NpoError, match="has no number in a column 'acc'; its numbers are: step, reward, entropy"):
+    with pytest.raises(
+        NpoError, match="has no number in a column 'acc'; its numeric columns are: step, reward, entropy"
+    ):
         signals(path, reward="acc")
