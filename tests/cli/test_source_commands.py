@@ -36,7 +36,7 @@ def test_trace_file_with_control_characters_is_shown_as_text(taught, tmp_path):
     rows[0]["response"] = f"\x1b[2J</s>{rows[0]['response']}"
     rows += [{"prompt_id": f"x{HOSTILE}", "response": "1"}, {"prompt_id": prompts[0].prompt_id, "response": 1}]
     path = write_traces(tmp_path / f"{HOSTILE}.jsonl", rows)
-    result = npo("sample-guide", run, "--source", "file", "--from", path, "--at", "0", "--name", "given")
+    result = npo("sample-guide", run, "--source", f"file:{path}", "--at", "0", "--name", "given")
     assert result.code == 0
     shown = npo("show", run, "guides")
     for text in (result.out, result.err, shown.out):
@@ -55,12 +55,12 @@ def test_guide_sources_are_shown_with_their_origin(taught, tmp_path):
     run = copy_run(taught, tmp_path)
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(open_session_at(run, 0).task.train))
     asked = ("sample-guide", run, "--at", "0", "--steps", "2")
-    assert npo(*asked, "--source", "file", "--from", path).code == 0
-    assert npo(*asked, "--source", "model", "--from", "micro-base", "--json").code == 0
+    assert npo(*asked, "--source", f"file:{path}").code == 0
+    assert npo(*asked, "--source", "model:micro-base", "--json").code == 0
     guides = [json.loads(line) for line in npo("show", run, "guides", "--json").out.splitlines()]
-    assert [(each["name"], each["source"], each["origin"]) for each in guides] == [
-        ("main-0-by-file", "file", str(path)),
-        ("main-0-by-model", "model", "micro-base"),
+    assert [(each["name"], each["source"]["text"]) for each in guides] == [
+        ("main-0-by-file", f"file:{path}"),
+        ("main-0-by-model", "model:micro-base"),
     ]
 
 
@@ -99,7 +99,7 @@ def slow_teacher(prompts):
 def test_killed_endpoint_sampling_resumes_to_the_same_bytes(taught, tmp_path, warm: ForkServer):
     straight, broken = (copy_run(taught, tmp_path / name) for name in ("straight", "broken"))
     with run_server(slow_teacher(open_session_at(taught, 0).task.train)) as served:
-        options = ("--source", "endpoint", "--from", served.url, "--model", "teacher", "--at", "0", "--name", "given")
+        options = ("--source", f"endpoint:{served.url}#teacher", "--at", "0", "--name", "given")
         assert npo("sample-guide", straight, *options).code == 0
         child = warm.npo("sample-guide", str(broken), *options, err=tmp_path / "err")
         before = len(served.bodies)
@@ -116,22 +116,19 @@ def test_killed_endpoint_sampling_resumes_to_the_same_bytes(taught, tmp_path, wa
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("source", "message"),
     [
-        (
-            ["--source", "endpoint", "--from", "localhost:8000", "--model", "m"],
-            "localhost:8000 is not a URL",
-        ),
-        (["--source", "endpoint", "--from", "http://127.0.0.1:8000/v1"], "--source endpoint needs --model"),
-        (["--source", "file", "--from", "nowhere.jsonl"], "there is no file of traces nowhere.jsonl"),
-        (["--source", "self", "--guide", "2"], "--guide means nothing to --source self"),
-        (["--source", "past"], "the learner at step 0 has no past to draw from"),
-        (["--source", "run", "--from", "nowhere"], "there is no run directory nowhere"),
-        (["--source", "model", "--from", "./nowhere"], "--from ./nowhere cannot be asked: "),
+        ("endpoint:localhost:8000#m", "localhost:8000 is not a URL"),
+        ("endpoint:http://127.0.0.1:8000/v1", "source 'endpoint' needs model"),
+        ("file:nowhere.jsonl", "there is no file of traces nowhere.jsonl"),
+        ("self:2", "source 'self' takes no argument, got '2'"),
+        ("past", "the learner at step 0 has no earlier rollouts"),
+        ("run:nowhere", "there is no run directory nowhere"),
+        ("model:./nowhere", "--source model:./nowhere cannot be loaded: "),
     ],
 )
-def test_bad_source_is_refused(taught, tmp_path, options, message):
+def test_bad_source_is_refused(taught, tmp_path, source, message):
     run = copy_run(taught, tmp_path)
-    result = assert_refused("sample-guide", run, "--at", "0", *options, beside=tmp_path)
+    result = assert_refused("sample-guide", run, "--at", "0", "--source", source, beside=tmp_path)
     assert result.message.startswith(message)
     assert result.hint
