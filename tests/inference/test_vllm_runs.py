@@ -118,13 +118,13 @@ def test_vllm_run_stops_at_a_failed_weight_sync(tmp_path, monkeypatch):
 
 def test_vllm_session_that_cannot_open_leaves_no_engine(tmp_path):
     recipe = tiny_recipe("engine.kind=vllm", "engine.vllm.weight_transfer=nccl")
-    with pytest.raises(NpoError, match=r"engine\.vllm\.weight_transfer=nccl is for GPUs"):
+    with pytest.raises(NpoError, match=r"engine\.vllm\.weight_transfer=nccl needs a GPU"):
         train(tmp_path / "run", "engine.kind=vllm_server", "engine.vllm.weight_transfer=nccl")
     task = open_task(recipe)
     policy = open_policy(recipe, task, None)
     session = build_session(None, recipe, task=task, policy=policy)
     session.close()
-    with pytest.raises(RunFailed, match="was closed"):
+    with pytest.raises(RunFailed, match="vLLM is closed"):
         session.engine.generate([], temperature=1.0, max_new_tokens=1)
     task.close()
 
