@@ -1,9 +1,9 @@
 """Size of the package and the walks through it: `python docs/measure.py [--walks]`.
 
-Sizes: files, lines, records (dataclasses), public names, and the share of each package. Walks, measured by running tiny
-commands under `sys.setprofile`: the distinct files and functions of the package that execute (1) one training step, from
-the prompts to the updated weights; (2) one step with a guide, from `npo sample-guide` on; (3) one AutoNPO decision, from
-the probe to the rollback. Files that only load settings, print or parse the command line are listed apart.
+Sizes: files, lines, records (dataclasses), public names, and the share of each package. Walks, measured by running
+tiny commands under `sys.setprofile`: the distinct files and functions of the package that execute (1) one training
+step, from the prompts to the updated weights; (2) one step with a guide, from `npo sample-guide` on; (3) one AutoNPO
+decision, from the probe to the rollback. Files of the packages around the work are listed apart.
 """
 
 import argparse

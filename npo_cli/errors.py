@@ -16,7 +16,7 @@ class NpoError(Exception):
 
 
 class RunFailed(NpoError):
-    """Nothing was wrong with what was asked, but it could not be finished (a full disk, a dead engine)."""
+    """The request was valid but could not be finished (a full disk, a dead engine)."""
 
     exit_code = 1
 

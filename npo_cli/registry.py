@@ -6,7 +6,7 @@ of other packages are declared as entry points of its group, in their pyproject.
     [project.entry-points."npo.engines"]
     sglang = "my_package.engine:SglangEngine"
 
-Listing and checking names imports none of the classes; `get` imports the one that is asked for.
+Listing and checking names imports none of the classes; `get` imports the one that is requested.
 """
 
 from collections.abc import Iterator, Mapping

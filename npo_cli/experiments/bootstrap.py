@@ -1,4 +1,4 @@
-"""How far methods lie apart, and how sure that is: figures of several seeds, each over its held-out prompts.
+"""Differences of methods with intervals: statistics of several seeds, each over its held-out prompts.
 
 A figure here is a mean over prompts of something linear in the outcomes (a final accuracy, an area under a curve), so
 all of them go through one bootstrap. Seeds are drawn with return, and so are the prompts of each held-out set; seeds
@@ -60,7 +60,7 @@ class Resampler:
             digest = hashlib.sha256("\n".join(key).encode()).hexdigest()
             rng = np.random.default_rng(derive_seed("compare", digest))
             self._held[key] = bootstrap_counts(len(names), rng, RESAMPLES)
-            # Sets are asked for again and again, seed by seed; large ones are drawn again rather than kept.
+            # Sets are needed repeatedly, seed by seed; large ones are drawn again instead of being cached.
             while len(self._held) > 1 and sum(map(np.size, self._held.values())) > MAX_CACHED_COUNTS:
                 del self._held[next(iter(self._held))]
         return self._held[key]
@@ -91,7 +91,7 @@ def estimate_paired_difference(
 ) -> list[Estimate]:
     """Each figure of the method minus that of the baseline, over pairs of one seed, on the prompts common to both.
 
-    A pair without common prompts is compared by its means, its prompts drawn apart.
+    A pair without common prompts is compared by its means, with prompts resampled independently.
     """
     method, baseline = (sorted(side, key=lambda one: one.seed) for side in (method, baseline))
     assert [one.seed for one in method] == [one.seed for one in baseline], "pairs are of one seed"
@@ -115,7 +115,7 @@ def estimate_unpaired_difference(
 
 
 def restrict_to_common_prompts(mine: SeedStatistics, theirs: SeedStatistics) -> tuple[SeedStatistics, SeedStatistics]:
-    """Both on the prompts that both were asked, in one order; as they are where they share none."""
+    """Both on their common prompts, in one order; unchanged where they share none."""
     if mine.prompts == theirs.prompts:
         return mine, theirs
     places = {key: place for place, key in enumerate(theirs.prompts)}
@@ -131,7 +131,7 @@ def restrict_to_common_prompts(mine: SeedStatistics, theirs: SeedStatistics) -> 
 
 
 def count_common_prompts(mine: SeedStatistics, theirs: SeedStatistics) -> int:
-    """Held-out prompts that both were asked."""
+    """Held-out prompts that both have."""
     return len(set(mine.prompts) & set(theirs.prompts))
 
 

@@ -23,7 +23,7 @@ COMPARISON = {key: marks.get("comparison", "differs") for key, _, marks in walk_
 AUTONPO_SECTIONS = ("autonpo.",)
 GUIDE_SECTIONS = ("guide.source", "guide.inject.", "guide.cache.", "guide.endpoint.", "guide.replay.", "scoring.")
 """Sections without effect where AutoNPO did not watch, or where no guide had a seat."""
-NOT_USED = "by nobody"
+NOT_USED = "none"
 
 
 def method_differences(method: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:

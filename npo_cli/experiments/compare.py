@@ -1,9 +1,8 @@
-"""`npo compare`: what each method reached, what it cost on five axes, how far they lie apart, and how sure that is.
+"""`npo compare`: what each method reached, what it cost on five axes, and the differences with intervals.
 
-Reads run directories and writes into none. Cost is the ledger's (`ledger.py`): everything that a method needed, what
-was rolled back and asked included. The statistics are `guide/methods.py` and `guide/arrivals.py`.
-
-Points of curves as comma-separated values, one evaluation a line: for other programs to draw and to count.
+Run directories are only read. Costs come from `storage/cost_sums.py`: everything that a method needed, rolled-back work
+and sampling included. The statistics are in `bootstrap.py` and `time_to_threshold.py`. `--out` writes the points of the
+curves as CSV, one evaluation per line.
 """
 
 import csv
@@ -166,7 +165,7 @@ def summarize_method(
 
 
 def describe_resampling(num_seeds: int, *, with_prompts: bool) -> ResamplingUnit:
-    """What a resample draws anew."""
+    """What is resampled."""
     if num_seeds > 1:
         return "seeds and prompts" if with_prompts else "seeds"
     return "prompts" if with_prompts else "nothing"
@@ -185,7 +184,7 @@ def mean_entropies(method: MethodRuns, horizon: int) -> tuple[float | None, ...]
 def estimate_difference(
     method: MethodRuns, baseline: MethodRuns, *, common: ComparisonRange, resampler: Resampler
 ) -> MethodDifference:
-    """Over the seeds that both have, pair by pair; over all seeds of both, drawn apart, where they share none."""
+    """Paired over the common seeds; without any, over all seeds of both, resampled independently."""
     seeds = set(method.seeds) & set(baseline.seeds)
     sides = [[one for one in side.runs if one.run_branch.seed in seeds or not seeds] for side in (method, baseline)]
     (names, mine), (_, theirs) = (

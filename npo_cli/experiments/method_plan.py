@@ -44,7 +44,7 @@ class BenchRun:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Every setting of the run's birth."""
+        """Every setting at the run's creation."""
         return (*self.settings, f"train.seed={self.seed}")
 
     def resolve_recipe(self) -> Recipe:

@@ -22,7 +22,7 @@ def extrapolate_logits(new_NW: Tensor, old_NW: Tensor, strength: float) -> Tenso
 
 
 class OlderModelReader:
-    """The older model along the responses of a batch: asked after each token for its logits of the next."""
+    """The older model along the responses of a batch: gives its logits of the next token after each one."""
 
     def __init__(
         self, model: PreTrainedModel, mask_NL: Tensor, cache: DynamicCache, *, position_lag_N1: Tensor | None
@@ -75,7 +75,7 @@ class ExtrapolatedTokenSampler(SeededSampler):
 
 
 class ExtrapolatedEngine(TransformersEngine):
-    """Samples from the live model pushed away from an older one, whose weights are never moved here."""
+    """Samples from the current model extrapolated away from an older one, whose weights never change here."""
 
     def __init__(
         self,

@@ -295,7 +295,7 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
 
 
 def find_model(path: str) -> str | Path:
-    """The folder for `model.path`, or the hub id itself; typos are found before the hub is asked."""
+    """The folder for `model.path`, or the hub id itself; typos are found before the hub is contacted."""
     if path == "micro-base":
         return MICRO_BASE_FOLDER
     folder = Path(path).expanduser()

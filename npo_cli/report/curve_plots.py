@@ -40,7 +40,7 @@ AXIS_NAMES = ("step", "total-steps", "tokens", "clock")
 PLOTTED_METRICS = (
     ("reward", "mean reward of a batch", "training reward"),
     ("entropy", "mean entropy of a token (nats)", "policy entropy"),
-    ("inject/slots", "groups with a guide in a slot", "guides seated"),
+    ("inject/slots", "groups with a guide in a slot", "injected guides"),
     ("inject/grad_norm_fraction", "guide's share of the gradient", "guide's share of the gradient"),
 )
 

@@ -1,7 +1,7 @@
-"""Records to pictures. One colour a method in every panel, names beside their lines, nothing that is not data.
+"""Records to plots. One colour per method in every panel, labels beside the lines.
 
-Colours are Okabe and Ito's, told apart by colour-blind eyes; lines differ in dash and marker as well. matplotlib
-is imported when a picture is made, and drawn without a display.
+The colours are Okabe and Ito's (readable for colour-blind readers); lines also differ in dash and marker. matplotlib is
+imported when a plot is made, and needs no display.
 
 Estimates with their intervals along distances, the chosen one ringed. A figure that is no number is left out.
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LOG_SCALE_RATIO = 20
-"""From this ratio of the largest to the smallest value on, a scale of ratios may be asked for."""
+"""From this ratio of the largest to the smallest value on, a logarithmic scale may be used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,7 +217,7 @@ NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plot:
-    """One panel. `name` becomes a file name; `says` is what a reader who cannot see it is told."""
+    """One panel. `name` becomes a file name; `alt_text` is its description for readers who cannot see it."""
 
     name: str
     alt_text: str

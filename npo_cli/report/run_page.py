@@ -139,19 +139,19 @@ def collect_branch_spans(run: RunDir, branch: str) -> list[BranchSpan]:
     caches = {info.name: info for info in list_guide_caches(run)}
     found = []
     for name in list_branches(run):
-        born = find_first_segment(run, name)
-        last = max((row["step"] for row in read_metrics(run, name)), default=born.fork_step)
+        first = find_first_segment(run, name)
+        last = max((row["step"] for row in read_metrics(run, name)), default=first.fork_step)
         ends = last if name in kept and kept[name].to_step is None else kept[name].to_step if name in kept else None
         found.append(
             BranchSpan(
                 branch=name,
-                parent=born.parent,
-                fork_step=born.fork_step,
+                parent=first.parent,
+                fork_step=first.fork_step,
                 last_step=last,
                 lineage_until=ends,
-                guide_cache=born.guide_cache,
-                guide_step=get_guide_step(caches.get(born.guide_cache or "")),
-                guide_until=born.guide_until,
+                guide_cache=first.guide_cache,
+                guide_step=get_guide_step(caches.get(first.guide_cache or "")),
+                guide_until=first.guide_until,
             )
         )
     return found
@@ -165,15 +165,15 @@ def get_guide_step(info: GuideCacheInfo | None) -> int | None:
 def build_curves(run: RunDir) -> Iterator[Curve]:
     """One curve per branch, from its fork on; none for a branch without an evaluation."""
     for index, name in enumerate(list_branches(run)):
-        born = find_first_segment(run, name)
+        first = find_first_segment(run, name)
         points = learning_curve(run, name, name=name)
-        if born.parent is not None:
+        if first.parent is not None:
             # Two points at the fork: with the cost of the parent, and with guide and scoring paid.
-            ready = [point for point in points if point.step == born.fork_step][-1:]
-            points = [*ready, *(point for point in points if point.step > born.fork_step)]
+            ready = [point for point in points if point.step == first.fork_step][-1:]
+            points = [*ready, *(point for point in points if point.step > first.fork_step)]
         if points:
-            until = born.guide_until
-            forks = born.parent is not None and points[0].step == born.fork_step
+            until = first.guide_until
+            forks = first.parent is not None and points[0].step == first.fork_step
             yield Curve(index=index, points=tuple(points), guide_until=until, is_fork=forks)
 
 

@@ -70,11 +70,11 @@ def make_probe_plots(scores: Sequence[Mapping[str, Any]], *, prefix: str) -> Ite
 def _pictures(estimates: EstimatesGetter, kinds: Mapping[str, str], *, prefix: str, axis: str) -> Iterator[Plot]:
     for name, letter, colour in SCORE_PANELS:
         title = ", ".join(filter(None, (letter, kinds[name])))
-        told = "; ".join(f"{one.value:.3g} at {one.distance}" for one in estimates(name))
+        values = "; ".join(f"{one.value:.3g} at {one.distance}" for one in estimates(name))
         draw = partial(
             _draw, estimates=estimates(name), title=title, axis=axis, colour=colour, is_variance=name == "variance"
         )
-        yield Plot(name=f"{prefix}{name}", alt_text=f"{title} by {axis}: {told}", draw=draw, width=SCORE_PLOT_WIDTH)
+        yield Plot(name=f"{prefix}{name}", alt_text=f"{title} by {axis}: {values}", draw=draw, width=SCORE_PLOT_WIDTH)
 
 
 def _draw(

@@ -100,10 +100,10 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
     acceptance test by the branch that goes on, from the next step on, with the replay where it was reverted.
     """
     table = read_cost_table(run) if table is None else table
-    born = find_first_segment(run, branch)
-    parents = {0: ZERO_COST} if born.parent is None else cumulative_costs(run, born.parent, table)
-    spent = fork_cost(run, born, table)
-    known = {step: cost for step, cost in parents.items() if step <= born.fork_step}
+    first = find_first_segment(run, branch)
+    parents = {0: ZERO_COST} if first.parent is None else cumulative_costs(run, first.parent, table)
+    spent = fork_cost(run, first, table)
+    known = {step: cost for step, cost in parents.items() if step <= first.fork_step}
     tests: dict[int, Cost] = defaultdict(lambda: ZERO_COST)
     for line in table.acceptance_tests:
         if line.branch == branch:
@@ -123,13 +123,13 @@ def _branch_cost(table: CostTable, artifact: str) -> Cost:
     return sum(table.steps[name].values(), start=ZERO_COST) if kind == "branches" else ZERO_COST
 
 
-def fork_cost(run: RunDir, born: Segment, table: CostTable) -> Cost:
+def fork_cost(run: RunDir, first: Segment, table: CostTable) -> Cost:
     """What a branch had cost before its first own step."""
-    if born.parent is None:
+    if first.parent is None:
         return ZERO_COST
-    fork = table.forks.get(born.branch)
+    fork = table.forks.get(first.branch)
     if fork is None or fork.until is None:
-        return cumulative_costs(run, born.parent, table)[born.fork_step]
+        return cumulative_costs(run, first.parent, table)[first.fork_step]
     line, last = fork.until
     charged = (table.artifacts.get(name, ZERO_COST) for name in fork.charged)
     return sum(charged, start=cumulative_costs(run, line, table)[last])
@@ -168,10 +168,10 @@ def learning_curve(run: RunDir, branch: str, *, name: str) -> list[CurvePoint]:
 
 def cost_at_steps(run: RunDir, branch: str) -> dict[int, list[Cost]]:
     """Cost of reaching each step; at a fork also the cost with guide and scoring paid and nothing learned yet."""
-    table, born = read_cost_table(run), find_first_segment(run, branch)
+    table, first = read_cost_table(run), find_first_segment(run, branch)
     costs = {step: [cost] for step, cost in cumulative_costs(run, branch, table).items()}
-    if born.parent is not None:
-        costs[born.fork_step].append(fork_cost(run, born, table))
+    if first.parent is not None:
+        costs[first.fork_step].append(fork_cost(run, first, table))
     return costs
 
 

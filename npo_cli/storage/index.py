@@ -102,10 +102,10 @@ def _measurements(place: BranchStep, measured: dict[str, Any], known: Checkpoint
 
 def _fork_point(run: RunDir, branch: str) -> str | None:
     """The checkpoint that a branch was forked from; None for the first branch."""
-    born = find_first_segment(run, branch)
-    if born.parent is None:
+    first = find_first_segment(run, branch)
+    if first.parent is None:
         return None
-    return f"{find_owning_branch(run, born.parent, born.fork_step)}:{born.fork_step}"
+    return f"{find_owning_branch(run, first.parent, first.fork_step)}:{first.fork_step}"
 
 
 def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CandidateScore]]:

@@ -29,7 +29,7 @@ class JsonlLog:
     path: Path
     _repaired: bool = field(default=False, init=False)
     _held: dict[KeyFields, dict[tuple[object, ...], str]] = field(default_factory=dict, init=False)
-    """Lines already there by the values of their key, for each key that `append_once` was asked for."""
+    """Lines already there by the values of their key, for each key that `append_once` was called with."""
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """Every whole line, oldest first."""

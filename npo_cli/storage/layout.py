@@ -76,7 +76,7 @@ class RunDir:
 
     @property
     def info(self) -> RunInfo:
-        """The run's passport, read anew."""
+        """`npo_run.json`, read again."""
         return read_run_info(self.root)
 
     @property
@@ -134,7 +134,7 @@ class RunDir:
         return self.branches_folder / validate_name(branch)
 
     def recipe_path(self, branch: str | None = None) -> Path:
-        """The recipe in force on a branch; without one, the recipe of the run's birth."""
+        """The recipe in force on a branch; without one, the recipe at the run's creation."""
         return (self.root if branch is None else self.branch_folder(branch)) / RECIPE_FILE
 
     def metrics_path(self, branch: str) -> Path:
@@ -162,11 +162,11 @@ class RunDir:
         return self.guides_folder / validate_name(name)
 
     def score_folder(self, branch: str, learner_step: int, *, key: str) -> Path:
-        """One scoring of the guides of one learner; `key` tells scorings with other settings apart."""
+        """One scoring of the guides of one learner; `key` distinguishes scorings with other settings."""
         return self.scores_folder / f"{validate_name(branch)}_{format_step(learner_step)}_{key}"
 
     def read_recipe(self, branch: str | None = None) -> dict[str, Any]:
-        """The resolved recipe of a branch (of the run's birth without one), as plain data."""
+        """The resolved recipe of a branch (at the run's creation without one), as plain data."""
         return read_recipe(self.recipe_path(branch))
 
     def save_recipe(self, branch: str, recipe: Mapping[str, Any]) -> None:

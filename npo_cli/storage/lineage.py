@@ -86,14 +86,14 @@ def ancestry(run: RunDir, branch: str) -> list[Span]:
     name: str | None = branch
     end: int | None = None
     while name is not None:
-        born = find_first_segment(run, name)
+        first = find_first_segment(run, name)
         if name in seen:
             raise NpoError(f"{run.segments_path}: branch {name!r} descends from itself", "restore the file from a copy")
         seen.add(name)
-        if end is None or end > born.fork_step or born.parent is None:
-            line.append(Span(name, born.fork_step, end))
-        end = born.fork_step if end is None else min(end, born.fork_step)
-        name = born.parent
+        if end is None or end > first.fork_step or first.parent is None:
+            line.append(Span(name, first.fork_step, end))
+        end = first.fork_step if end is None else min(end, first.fork_step)
+        name = first.parent
     return list(reversed(line))
 
 

@@ -93,14 +93,14 @@ class MethodSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodDifference:
-    """A method minus the baseline, paired by seed, and by prompt where both were asked the same."""
+    """A method minus the baseline, paired by seed, and by prompt where both have the same prompts."""
 
     method: str
     baseline: str
     num_pairs: int
     """Seeds that both have; 0: not paired at all."""
     num_prompts: int | None
-    """Held-out prompts that both of a pair were asked, the fewest of any pair; None: not paired by prompt."""
+    """Held-out prompts common to a pair, the fewest of any pair; None: not paired by prompt."""
     resampling_unit: ResamplingUnit
     final_accuracy: Estimate
     areas: Mapping[str, Estimate]

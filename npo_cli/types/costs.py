@@ -13,7 +13,7 @@ class CurvePoint:
     total_steps: int
     """Optimiser steps ever made for this method, scout and rolled-back ones included."""
     total_tokens: int
-    """Tokens generated for it: training, scout and guide sampling; held-out evaluation apart."""
+    """Tokens generated for it: training, training of the guide and guide sampling; without held-out evaluation."""
     accuracy: float
     total_seconds: float = 0.0
     """Wall clock of its training steps, guide sampling, scoring and probes."""
@@ -48,7 +48,7 @@ class ActivityCost:
     tokens: int
     """Generated."""
     seconds: float | None
-    """Wall clock; None where nobody kept it."""
+    """Wall clock; None where it was not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ class RunCosts:
     abandoned_tokens: int
     """Generated for steps that are not on that line."""
     seconds: float
-    """Wall clock of all steps, probes, scorings, guide sampling and held-out tests that decided; evaluations apart."""
+    """Wall clock of all steps, probes, scorings, guide sampling and acceptance tests; without evaluations."""
     num_interventions: int
     num_rejections: int
     """Triggers that led to no replay that was kept: rejected, unguided, something missing, or taken back."""
@@ -77,5 +77,5 @@ class RunCosts:
     @property
     def tokens(self) -> int:
         """All of them."""
-        asked = self.probe_tokens + self.guide_tokens + self.acceptance_test_tokens
-        return self.training_tokens + asked + self.abandoned_tokens
+        sampling = self.probe_tokens + self.guide_tokens + self.acceptance_test_tokens
+        return self.training_tokens + sampling + self.abandoned_tokens

@@ -1,4 +1,4 @@
-"""Records of foreign trajectories: what is kept of another policy's answers, and of the run's own past successes."""
+"""Records of off-policy rollouts: of guide caches, and of the run's own past successes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ class GuideRollout:
     prompt_id: str
     response_ids: tuple[int, ...]
     behavior_logps: tuple[float, ...] | None
-    """Under who wrote it, from a forward pass in the trainer's precision and kernels where its weights are at hand
-    (of the run's own past: as it was recorded); None where nobody knows them."""
+    """Under the behavior policy, from a forward pass in the trainer's precision and kernels where its weights are
+    available (own past: as recorded); None if unavailable."""
     text: str
     verdict: Verdict
     guide_step: int | None
@@ -65,7 +65,7 @@ class GuideCacheInfo:
     sampling: str
     """samples_per_prompt, samples_per_round and select of guide.cache, such as `8 by 2, random`."""
     num_prompts: int
-    """Distinct prompts asked."""
+    """Distinct prompts sampled."""
     num_prompts_with_rollouts: int
     """Prompts with a trajectory."""
     num_samples: int
@@ -77,7 +77,7 @@ class GuideCacheInfo:
     and `none` can be used."""
     num_rollouts: int = 0
     external_tokens: int = 0
-    """Tokens of trajectories that were not generated here (a file of traces), paid for by somebody else."""
+    """Tokens of rollouts that were not generated here (a file of traces)."""
     guide_training_tokens: int = 0
     """Tokens that training the guide had cost in another run."""
     older_step: int | None = None

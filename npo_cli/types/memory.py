@@ -36,7 +36,7 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """The machine that is asked about. Sizes in bytes; None is no limit."""
+    """The machine that is planned for. Sizes in bytes; None is no limit."""
 
     num_gpus: int
     gpu_bytes: int

@@ -53,7 +53,7 @@ def test_a_guide_from_another_run_is_named_and_what_it_had_cost_there_is_told(pl
     sample(plain, source=f"run:{tmp_path}/other", name="taught")
     resume(plain, at=2, guide="taught")
     method, said = second(f"a={plain}:main", f"b={plain}:taught")
-    assert method.changed_settings == ("guides by nobody -> run at 2",)
+    assert method.changed_settings == ("guides none -> run at 2",)
     tokens = read_cache_info(open_run(plain).guide_folder("taught")).guide_training_tokens
     assert said == [f"b: its guides had cost {tokens:,} tokens outside of its runs; no figure counts them"]
 
@@ -68,7 +68,7 @@ def test_a_file_of_traces_is_another_one_for_each_seed_and_yet_one_method(plain,
         resume(root, at=2, guide="taught")
     taught = [f"luffy={tmp_path / f'seed-{seed}'}:taught" for seed in (0, 1)]
     method, _ = second(f"grpo={plain}:main", *taught)
-    assert method.changed_settings == ("guides by nobody -> file at 2",)
+    assert method.changed_settings == ("guides none -> file at 2",)
 
 
 def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_path):
@@ -81,6 +81,6 @@ def test_its_own_past_is_a_guide_and_what_it_is_called_is_no_setting(plain, tmp_
     )
     method, said = second(f"a={plain}:main", f"b={tmp_path / 'past'}")
     assert (method.changed_settings, said) == (
-        ("guide.experience.replay_fraction 0.0 -> 0.5", "guides by nobody -> its past"),
+        ("guide.experience.replay_fraction 0.0 -> 0.5", "guides none -> its past"),
         [],
     )
