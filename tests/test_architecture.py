@@ -17,6 +17,8 @@ ALL_SOURCES = [*SOURCES, *sorted((ROOT / "recipes").rglob("*.py"))]
 NEVER_IMPORTED = {"click", "pickle", "shelve", "dill", "joblib", "cloudpickle", "trl", "pytest"}
 HEAVY = {"torch", "transformers", "numpy", "scipy", "matplotlib", "yaml"}
 LIGHT_PACKAGES = {"cli", "errors", "types", "report", "distributed"}
+LIGHT_MODULES = {"npo_cli.guides.registry"}
+"""Names and the grammar of guide sources; the sources themselves are imported when one is opened."""
 
 
 @cache
@@ -65,6 +67,7 @@ def test_commands_import_nothing_heavy_at_the_top():
         for module in [getattr(node, "module", None) or node.names[0].name]
         if module.split(".")[0] in HEAVY
         or (module.startswith("npo_cli.") and module.split(".")[1] not in LIGHT_PACKAGES)
+        if module not in LIGHT_MODULES
     ]
     assert early == []
 

@@ -42,7 +42,7 @@ def build_guide_cache(
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
     source = create_source(spec, ReplayTarget(run=run, learner=learner, steps=steps))
     num_steps = source.num_steps
-    name = validate_name(name or f"{learner.branch}-{learner.step}-by-{source.default_label}")
+    name = validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
     with (
         lock_run(run),
         open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),

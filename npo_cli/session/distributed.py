@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -164,7 +165,7 @@ class MainRankEngine(Engine):
         if self.engine is not None:
             self.engine.close()
 
-    def _run(self, request: Callable, *, phase: str):
+    def _run(self, request: Callable[[Any], Any], *, phase: str) -> Any:
         return current_group().run_on_main(lambda: request(self.engine), phase=phase)
 
 
@@ -196,5 +197,5 @@ class GatheredWeights:
         """Rank 0's whole tensors."""
         return self.trained if self._policy.adapters is None else self._policy.model.state_dict()
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._policy.model, name)

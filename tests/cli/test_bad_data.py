@@ -91,7 +91,7 @@ def test_dataset_heldout_prompt_in_training_set_is_refused(folder):
 def test_dataset_prompt_too_long_for_the_model_is_refused(folder):
     # micro-base was made for 64 tokens: 4 of the prompt and 61 of the answer are one too many
     words = training(folder, "sampling.max_new_tokens=61", lines=[*GOOD[:9], GOOD[10], *GOOD[11:]])
-    assert "and its answer may have 65 tokens; micro-base was made for 64 | lower sampling.max_new_tokens" in words
+    assert "and its response may have 65 tokens; micro-base supports 64 | lower sampling.max_new_tokens" in words
 
 
 def test_dataset_chat_prompts_need_a_template(folder):

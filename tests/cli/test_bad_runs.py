@@ -120,7 +120,7 @@ def test_candidates_that_are_not_steps_are_refused(circle, text):
         ),
         (
             ["sample-guide", "--at", "0"],
-            "which step is the guide? the recipe has no guide.replay.guide_step | add --guide",
+            "no guide was given: the recipe has no guide.replay.guide_step | add --source STEP",
         ),
         (["score-checkpoints", "--at", "2", "--candidates", "2"], "step 2 is not later than the learner's step 2"),
         (["score-checkpoints", "--at", "2", "--candidates", "4,0"], "step 0 is not later than the learner's step 2"),
@@ -156,7 +156,7 @@ def test_scoring_without_failed_prompts_is_refused(circle):
     if result.code == 0:
         pytest.skip("the learner failed the one prompt it was asked")
     assert (result.code, result.out) == (2, "")
-    assert result.message.startswith("the learner at step 0 solves all 1 prompts above the gate 0.0")
+    assert result.message.startswith("the learner at step 0 solves all 1 prompts above guide.inject.max_accuracy=0.0")
     assert sorted((circle / "scores").iterdir()) == before
 
 
@@ -254,7 +254,7 @@ def test_invalid_name_is_refused(circle, args, name):
         (
             ["resume", "--at", "2", "--guide", "near"],
             "guide near was sampled for step 0 of main, not step 2 of main "
-            "| npo sample-guide RUN --branch main --source 4 --at 2 --name NEW",
+            "| npo sample-guide RUN --branch main --source checkpoint:4 --at 2 --name NEW",
         ),
         (
             ["resume", "--at", "0", "--guide", "near", "--new-branch", "main"],
@@ -288,7 +288,7 @@ def test_guide_cache_copied_from_another_run_is_refused(circle, tmp_path):
     shutil.copytree(circle / "guides", run / "guides")
     result = assert_refused("resume", run, "--at", "0", "--guide", "near", beside=tmp_path)
     assert result.message.startswith("guide 'near' was made in another run")
-    assert result.hint == f"make one here: npo sample-guide {run} --guide 4 --at 0"
+    assert result.hint == f"make one here: npo sample-guide {run} --source checkpoint:4 --at 0"
 
 
 def test_resume_refuses_a_weights_only_checkpoint(circle, tmp_path):
@@ -307,7 +307,7 @@ def test_guide_cache_of_more_than_an_epoch_samples_each_prompt_once(circle, tmp_
         "main",
         "--at",
         "0",
-        "--guide",
+        "--source",
         "4",
         "--steps",
         10**12,

@@ -71,8 +71,8 @@ def test_show_rollouts_of_one_prompt(run):
     # every token and log-probability of the visit, as without --prompt
     assert visit["group"]["rollouts"] == [line["rollout"] for line in newest if line["rollout"]["prompt_id"] == prompt]
     told = called("show", str(run), "rollouts", "--prompt", prompt).stdout
-    assert told.startswith(f"Prompt {prompt} on the line of main: ")
-    assert f"Step 4, main: {visit['num_correct']} of 4 own answers correct\n" in told
+    assert told.startswith(f"Prompt {prompt} in the lineage of main: ")
+    assert f"Step 4, main: {visit['num_correct']} of 4 on-policy rollouts correct\n" in told
 
 
 def test_report_writes_a_page_and_figures(run, tmp_path):

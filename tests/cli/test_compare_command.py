@@ -44,7 +44,7 @@ def test_compare_prints_tables_and_saves_a_figure(runs, tmp_path):
     assert result.code == 0
     assert [line for line in result.out.splitlines() if line.startswith(("Held", "What", "Method", "Cost"))][:4] == [
         "Held-out accuracy",
-        "What it took to stand at step 4",
+        "Cost of reaching step 4",
         "Method minus a",
         "Cost of reaching a held-out accuracy",
     ]

@@ -107,7 +107,7 @@ def test_index_verify_finds_a_flipped_bit(run):
     data[-2] ^= 1
     file.write_bytes(data)
     for role in ("evaluated", "candidate", "guide", "rollback", "resume point"):
-        assert words(run, ROLES[role]).startswith(f"{file} is not what was saved: its sha256 is another"), role
+        assert words(run, ROLES[role]).startswith(f"{file} does not have the sha256 that was saved"), role
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_plan_that_does_not_fit_names_a_setting_that_helps():
     assert result.code == 2
     assert "gpu: 1.99 GB are needed, there are 1.85 GB" in result.err
     setting = result.err.partition("try: add ")[2].strip()
-    assert f"{setting} " in result.out.partition("What would help, alone")[2]
+    assert f"{setting} " in result.out.partition("Settings that reduce it")[2]
     assert npo("plan", "micro", setting, *SMALL).code == 0
 
 
