@@ -1,5 +1,6 @@
 """`npo train`."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, quote_path
 
 RUNS_FOLDER = Path("runs")
+SETTING = re.compile(r"[^/=]*=")
+"""KEY=VALUE; a path with a slash before its `=` is a run directory."""
 """Where run directories without a given name are created."""
 
 NewRunArg = Annotated[
@@ -74,8 +77,8 @@ def train(
 
 
 def split_arguments(arguments: Sequence[str], *, run: Path | None) -> tuple[Path | None, Sequence[str]]:
-    """RUN, or None, and the settings: a first argument without `=` is RUN."""
-    if not arguments or "=" in arguments[0]:
+    """RUN, or None, and the settings: a first argument that is no KEY=VALUE is RUN."""
+    if not arguments or SETTING.match(arguments[0]):
         return run, arguments
     if run is not None:
         raise NpoError(

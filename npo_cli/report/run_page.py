@@ -224,7 +224,7 @@ def _decisions(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
     for number, move in enumerate(move for move in moves if move.evidence.get("scores")):
         found, name = move.evidence, f"{prefix}probe-{move.step}-{move.event}-"
         yield Subsection(
-            title=f"Probe at step {move.step}: {move.event}",
+            title=f"Probe at step {move.step}: {move.event.replace('_', ' ')}",
             text=str(found.get("reason") or "") or "Q, V and S of each rollback distance, 95 % intervals.",
             plots=tuple(make_probe_plots(found["scores"], prefix=name)) if number < MAX_PLOTTED_PROBES else (),
             collapsed_tables=probe_tables(found, where=f"step {move.step}"),

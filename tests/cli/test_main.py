@@ -83,6 +83,7 @@ def test_candidates_are_comma_separated_steps():
 def test_run_directory_is_the_argument_without_equals_sign():
     assert split_arguments(["runs/a", "x=1"], run=None) == (Path("runs/a"), ["x=1"])
     assert split_arguments(["x=1"], run=None) == (None, ["x=1"])
+    assert split_arguments(["runs/lr=1/a", "x=1"], run=None) == (Path("runs/lr=1/a"), ["x=1"])
     assert split_arguments(["x=1"], run=Path("a")) == (Path("a"), ["x=1"])
     assert split_arguments([], run=None) == (None, [])
     with pytest.raises(NpoError, match="given twice: a and --run b"):

@@ -63,8 +63,8 @@ def test_exported_guide_for_verl_has_chat_prompts_and_a_warning(guided, tmp_path
 
 def test_exported_guide_is_read_back_as_a_trace_file(guided, tmp_path):
     rows = rows_of(guided, tmp_path / "g.parquet")
-    options = {"kind": "file", "origin": str(tmp_path / "g.parquet"), "guide_step": None, "steps": 2, "name": "back"}
-    sample(guided, "guide.inject.max_accuracy=1.0", "guide.cache.keep=all", **options)
+    settings = ("guide.inject.max_accuracy=1.0", "guide.cache.keep=all")
+    sample(guided, *settings, source=f"file:{tmp_path / 'g.parquet'}", steps=2, name="back")
     _, kept = load_guide(open_run(guided), "back")
     assert {name: some[0].response_ids for name, some in kept.items()} == {
         row["prompt_id"]: tuple(row["response_ids"]) for row in rows

@@ -130,7 +130,7 @@ def test_imported_metrics_allow_a_dry_run_of_autonpo(tmp_path):
         "draw": False,
     }
     from_run = list(explain_autonpo(tmp_path / "run", **asked))
-    assert any(isinstance(one, Notice) and "fired" in one.message for one in from_run)
+    assert any(isinstance(one, Notice) and "have triggered" in one.message for one in from_run)
 
 
 def test_import_without_entropy_warns_and_refuses_the_dry_run(tmp_path):
@@ -157,7 +157,7 @@ def test_import_of_verl_reads_merged_checkpoints_and_skips_shards(tmp_path):
     home = tmp_path / "verl"
     (home / "global_step_5" / "actor").mkdir(parents=True)
     (home / "global_step_5" / "actor" / "model_world_size_2_rank_0.pt").write_bytes(b"shard")
-    with pytest.raises(NpoError, match="in verl's shards, not merged") as refused:
+    with pytest.raises(NpoError, match="in verl's shards and not merged") as refused:
         list(importing(tmp_path / "run", home))
     actor = home / "global_step_5" / "actor"
     assert refused.value.hint == (
@@ -204,7 +204,7 @@ def test_import_of_a_folder_without_checkpoints_is_refused(tmp_path):
         list(importing(tmp_path / "run", home / "checkpoint-2"))
     assert refused.value.hint == f"--import {home}"
     imported(tmp_path / "run", home)
-    with pytest.raises(NpoError, match="is npo's own"):
+    with pytest.raises(NpoError, match="belongs to the npo run"):
         list(importing(tmp_path / "again", tmp_path / "run" / "branches" / "main" / "checkpoints"))
 
 
