@@ -2,7 +2,7 @@
 
 A figure here is a mean over prompts of something linear in the outcomes (a final accuracy, an area under a curve), so
 all of them go through one bootstrap. Seeds are drawn with return, and so are the prompts of each held-out set; seeds
-that share a set share the draw. COMPARE.md tells why, and what the intervals do not cover.
+that share a set share the draw. docs/how-to/compare-methods.md explains why, and what the intervals do not cover.
 Axes: S seeds, P prompts, F figures, B rows of bootstrap weights (row 0 = the data as they are).
 """
 
