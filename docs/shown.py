@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
     "demo": ("demo", table("Cost of reaching")),
     "train": ("train micro runs/a", table("Training")),
     "index": ("index runs/a", table("Checkpoints", first=5, last=1)),
-    "score": ("score-checkpoints runs/a --at 40 --candidates 60,80", table("Candidate")),
+    "score": ("score-checkpoints runs/a --at 40 --candidates 60,80", table("Guide candidates")),
     "sample": ("sample-guide runs/a --at 40 --source 80 --name late", table("Guide caches")),
     "resume": ("resume runs/a --at 40 --guide late --new-branch late", table("Training")),
     "costs": ("show runs/a costs", table("Cost of reaching")),

@@ -50,5 +50,9 @@ def _number(name: str, default: str) -> int:
 def strip_launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a program outside the job, such as a server."""
     ours = {*RANK_VARIABLES, *RENDEZVOUS_VARIABLES, "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
-    foreign = ("TORCHELASTIC_",)
-    return {name: value for name, value in environment.items() if name not in ours and not name.startswith(foreign)}
+    launcher_prefixes = ("TORCHELASTIC_",)
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in ours and not name.startswith(launcher_prefixes)
+    }

@@ -169,7 +169,7 @@ def execute_runs(cells: Sequence[BenchRun], jobs: int, stop: StopFlag) -> Iterat
     while todo or running:
         if stop:
             _stop_all(running)
-            raise StoppedEarly(f"stopped by {stop.reason}; what is done is kept", "the same command again goes on")
+            raise StoppedEarly(f"stopped by {stop.reason}; what is done is kept", "repeat the command to continue")
         while todo and len(running) < jobs:
             running.append(todo.pop(0))
         for job in list(running):

@@ -40,7 +40,7 @@ class IntervalEstimate:
     low: float
     high: float
     selected_label: str | None = None
-    """What stands at the ring; None where it was not chosen."""
+    """Label of the ring of the selected one; None for the others."""
 
 
 def collect_estimates(scores: Sequence[CandidateScore], name: str) -> list[IntervalEstimate]:

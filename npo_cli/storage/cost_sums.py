@@ -97,7 +97,7 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
 
     A branch pays for its parent up to the fork; one with a guide also for the line up to the guide and the scored
     candidates, for the scoring and for the cache. A probe is paid by the branch that was probed, from that step on; an
-    acceptance test by the branch that goes on, from the next step on, with the replay where it was reverted.
+    acceptance test by the branch that continues, from the next step on, with the replay where it was reverted.
     """
     table = read_cost_table(run) if table is None else table
     first = find_first_segment(run, branch)

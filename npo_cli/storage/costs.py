@@ -49,7 +49,7 @@ class CostLine:
 
     @property
     def key(self) -> tuple[str, str, int, str, str]:
-        """What tells one piece of work from another."""
+        """Identity of a piece of work."""
         return self.kind, self.branch, self.step, self.artifact, self.piece
 
 

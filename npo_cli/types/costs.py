@@ -65,7 +65,7 @@ class RunCosts:
     probe_tokens: int
     guide_tokens: int
     acceptance_test_tokens: int
-    """Of the held-out tests that decided which branch goes on (autonpo.replay.acceptance_test)."""
+    """Of the held-out tests that decided which branch continues (autonpo.replay.acceptance_test)."""
     abandoned_tokens: int
     """Generated for steps that are not on that line."""
     seconds: float

@@ -29,7 +29,7 @@ class ModelShape:
     checkpointed_activation_bytes: float
     """The same with gradient checkpointing: inputs of the layers alone."""
     layer_activation_bytes: float
-    """Of one layer, saved anew while it is recomputed."""
+    """Of one layer, saved again while it is recomputed."""
     vision_activation_bytes: float
     """Activations that the vision tower saves of one image token; 0 without one."""
 
