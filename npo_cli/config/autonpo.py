@@ -6,7 +6,7 @@ AutoNPO also reads train.save_every, train.keep_full_checkpoints, scoring.*, gui
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from npo_cli.config.base import FORK, FREE, Count, Decay, Settings, Share
 
@@ -14,71 +14,58 @@ from npo_cli.config.base import FORK, FREE, Count, Decay, Settings, Share
 class TriggerSettings(Settings):
     """When AutoNPO triggers: the reward stagnates while the entropy falls."""
 
-    ema_decay: Decay = Field(
-        0.9, description="Decay of the exponential moving averages of reward and entropy.", json_schema_extra=FREE
-    )
-    window: Count = Field(
-        20, description="Window W in steps over which the moving averages are compared.", json_schema_extra=FREE
-    )
-    patience: Count = Field(
-        5, description="Consecutive steps of stagnation with falling entropy that trigger.", json_schema_extra=FREE
-    )
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    ema_decay: Decay = Field(0.9, description="Decay of the exponential moving averages of reward and entropy.")
+    window: Count = Field(20, description="Window W in steps over which the moving averages are compared.")
+    patience: Count = Field(5, description="Consecutive steps of stagnation with falling entropy that trigger.")
     max_reward_gain_se: float = Field(
         1.0,
         ge=0,
         description="c_r: the reward stagnates if its gain over the window is at most this many standard errors.",
-        json_schema_extra=FREE,
     )
     min_entropy_drop: Share = Field(
-        0.05,
-        description="d_H: the entropy falls if it drops by at least this fraction over the window.",
-        json_schema_extra=FREE,
+        0.05, description="d_H: the entropy falls if it drops by at least this fraction over the window."
     )
     min_entropy_drop_se: float = Field(
         4.0,
         ge=0,
         description="c_H: the entropy falls if it drops by at least this many standard errors over the window.",
-        json_schema_extra=FREE,
     )
-    warmup_steps: int = Field(40, ge=0, description="Steps before the first trigger.", json_schema_extra=FREE)
-    cooldown_steps: int = Field(
-        40, ge=0, description="Steps without a trigger after a replay or a rejected probe.", json_schema_extra=FREE
-    )
+    warmup_steps: int = Field(40, ge=0, description="Steps before the first trigger.")
+    cooldown_steps: int = Field(40, ge=0, description="Steps without a trigger after a replay or a rejected probe.")
 
 
 class PoolSettings(Settings):
     """The pool of failed prompts, each with the step at which it failed."""
 
+    model_config = ConfigDict(json_schema_extra=FREE)
+
     max_accuracy: Share = Field(
-        0.25,
-        description="Add a prompt if its group's accuracy is <= this (0: all responses wrong).",
-        json_schema_extra=FREE,
+        0.25, description="Add a prompt if its group's accuracy is <= this (0: all responses wrong)."
     )
-    max_size: Count = Field(
-        20_000, description="Maximum number of failed prompts; the oldest are dropped first.", json_schema_extra=FREE
-    )
+    max_size: Count = Field(20_000, description="Maximum number of failed prompts; the oldest are dropped first.")
 
 
 class ProbeSettings(Settings):
     """The probe after a trigger: does the current policy now solve prompts that it failed earlier?"""
 
-    num_prompts: Count = Field(
-        256, description="Failed prompts sampled again, stratified by age.", json_schema_extra=FREE
-    )
-    samples_per_prompt: Count = Field(4, description="Responses per prompt.", json_schema_extra=FREE)
-    min_quality: Share = Field(
-        0.1, description="Accept the probe if the lower confidence bound of Q is >= this.", json_schema_extra=FREE
-    )
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    num_prompts: Count = Field(256, description="Failed prompts sampled again, stratified by age.")
+    samples_per_prompt: Count = Field(4, description="Responses per prompt.")
+    min_quality: Share = Field(0.1, description="Accept the probe if the lower confidence bound of Q is >= this.")
     variance_samples: Literal["guide", "learner"] = Field(
         "guide",
         description="Samples that V is estimated from: `guide` (the current policy's responses, scored by each old "
         "checkpoint) or `learner` (rollouts recorded at the old steps).",
-        json_schema_extra=FREE,
     )
 
 
 class RollbackSettings(Settings):
     """How far a rollback goes, and which state it restores. The restored state applies to any fork."""
+
+    model_config = ConfigDict(json_schema_extra=FORK)
 
     distances: tuple[Count, ...] = Field(
         (10, 20, 30, 40, 50, 60, 70, 80),
@@ -95,17 +82,12 @@ class RollbackSettings(Settings):
         "restored",
         description="Optimizer state after a fork: `restored` from the checkpoint, `reset`, or the guide's "
         "(`keep_current`).",
-        json_schema_extra=FORK,
     )
     data: Literal["same", "onward"] = Field(
-        "same",
-        description="Prompts of the replay: the `same` as in the original segment, or the next ones (`onward`).",
-        json_schema_extra=FORK,
+        "same", description="Prompts of the replay: the `same` as in the original segment, or the next ones (`onward`)."
     )
     seed: Literal["fresh", "same"] = Field(
-        "fresh",
-        description="Sampling seeds of the replay: new, or those of the original segment.",
-        json_schema_extra=FORK,
+        "fresh", description="Sampling seeds of the replay: new, or those of the original segment."
     )
 
     @model_validator(mode="after")
@@ -118,29 +100,28 @@ class RollbackSettings(Settings):
 class ReplaySettings(Settings):
     """What AutoNPO does with a replayed branch."""
 
+    model_config = ConfigDict(json_schema_extra=FREE)
+
     after: Literal["continue", "stop"] = Field(
-        "continue", description="After the replay: continue GRPO training, or stop.", json_schema_extra=FREE
+        "continue", description="After the replay: continue GRPO training, or stop."
     )
     acceptance_test: bool = Field(
-        False,
-        description="Keep the replayed branch only if a paired held-out test does not find it worse.",
-        json_schema_extra=FREE,
+        False, description="Keep the replayed branch only if a paired held-out test does not find it worse."
     )
     suggested_steps: Count = Field(
         70,
         description="Segment length that `npo autonpo --explain` suggests for a manual replay from a plateau's start.",
-        json_schema_extra=FREE,
     )
 
 
 class EarlySettings(Settings):
     """Early bootstrap: a short scout run from the base model guides a restart from the base model."""
 
-    enabled: bool = Field(False, description="Start AutoNPO with an early bootstrap.", json_schema_extra=FREE)
-    scout_steps: Count = Field(20, description="Training steps of the scout.", json_schema_extra=FREE)
-    replay_steps: Count = Field(
-        20, description="Steps after the restart in which the scout's responses are injected.", json_schema_extra=FREE
-    )
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    enabled: bool = Field(False, description="Start AutoNPO with an early bootstrap.")
+    scout_steps: Count = Field(20, description="Training steps of the scout.")
+    replay_steps: Count = Field(20, description="Steps after the restart in which the scout's responses are injected.")
 
 
 class AutonpoSettings(Settings):

