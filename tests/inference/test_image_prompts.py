@@ -1,4 +1,4 @@
-"""Sampling with pictures: the law is the one that is scored, whoever sits beside it."""
+"""Sampling with images: log-probabilities equal the trainer's, independent of the rest of the batch."""
 
 import random
 from dataclasses import replace
@@ -27,7 +27,7 @@ def engine_of(policy: Policy, *, max_rows: int = 512) -> TransformersEngine:
     )
 
 
-def asked(policy: Policy, prompts: list[Prompt], *, num_slots: int) -> list[SampleRequest]:
+def image_requests(policy: Policy, prompts: list[Prompt], *, num_slots: int) -> list[SampleRequest]:
     return [
         SampleRequest(
             prompt_id=prompt.prompt_id,
@@ -42,9 +42,11 @@ def asked(policy: Policy, prompts: list[Prompt], *, num_slots: int) -> list[Samp
 
 
 def test_image_prompt_logprobs_equal_the_trainers(untaught_vl: Path):
-    """A model of random weights writes anything, so 4 x 8 responses of up to 6 tokens try a good part of its words."""
+    """Random weights sample any token: 4 x 8 responses of up to 6 tokens cover much of the vocabulary."""
     policy, prompts = load_vision_policy(untaught_vl), mixed_prompts()
-    samples = engine_of(policy).generate(asked(policy, prompts, num_slots=8), temperature=1.0, max_new_tokens=6)
+    samples = engine_of(policy).generate(
+        image_requests(policy, prompts, num_slots=8), temperature=1.0, max_new_tokens=6
+    )
     rows = [policy.row(prompts[place // 8], sample.response_ids) for place, sample in enumerate(samples)]
     scored_NT = policy.score(rows, temperature=1.0, chunk_tokens=64).logps_NT
     assert len({token for sample in samples for token in sample.response_ids}) > 20
@@ -54,7 +56,7 @@ def test_image_prompt_logprobs_equal_the_trainers(untaught_vl: Path):
 
 def test_image_prompt_response_depends_on_its_seed_only(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
-    requests = asked(policy, mixed_prompts(), num_slots=3)
+    requests = image_requests(policy, mixed_prompts(), num_slots=3)
     engine = engine_of(policy)
     together = engine.generate(requests, temperature=1.0, max_new_tokens=5)
     shuffled = random.Random(1).sample(requests, len(requests))
@@ -67,7 +69,7 @@ def test_image_prompts_with_equal_tokens_and_other_images_differ(untaught_vl: Pa
     """The same ids and the same seed, side by side: only what the image tokens show differs."""
     policy = load_vision_policy(untaught_vl)
     one, *_, other = shapes_prompts(6, 0)
-    first = asked(policy, [one], num_slots=1)[0]
+    first = image_requests(policy, [one], num_slots=1)[0]
     second = replace(first, prompt_id="other", images=other.images)
     samples = engine_of(policy).generate([first, second], temperature=1.0, max_new_tokens=4)
     alone = engine_of(policy).generate([second], temperature=1.0, max_new_tokens=4)
@@ -78,7 +80,7 @@ def test_image_prompts_with_equal_tokens_and_other_images_differ(untaught_vl: Pa
 def test_image_tokens_are_never_sampled(untaught_vl: Path):
     """At temperature 50 all 29 words are about as likely: of 64 x 8 tokens some 18 would be one of the two."""
     policy = load_vision_policy(untaught_vl)
-    requests = asked(policy, mixed_prompts(), num_slots=16)
+    requests = image_requests(policy, mixed_prompts(), num_slots=16)
     samples = engine_of(policy).generate(requests, temperature=50.0, max_new_tokens=8)
     written = {token for sample in samples for token in sample.response_ids}
     assert not written & set(policy.vision.suppressed_ids)

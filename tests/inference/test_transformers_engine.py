@@ -1,4 +1,4 @@
-"""The behaviour law: a response is drawn from the policy's own softmax, and is its seed's alone."""
+"""A response is sampled from the policy's own softmax, and depends on its seed only."""
 
 import random
 from collections import Counter
@@ -33,7 +33,9 @@ def engine_of(policy: Policy, *, max_rows: int = 512, eos_ids: tuple[int, ...] |
     )
 
 
-def asked(policy: Policy, texts: tuple[str, ...], *, num_slots: int = 4, seed: int = 0) -> list[SampleRequest]:
+def sample_requests(
+    policy: Policy, texts: tuple[str, ...], *, num_slots: int = 4, seed: int = 0
+) -> list[SampleRequest]:
     return [
         SampleRequest(
             prompt_id=text,
@@ -46,18 +48,20 @@ def asked(policy: Policy, texts: tuple[str, ...], *, num_slots: int = 4, seed: i
     ]
 
 
-def drawn(policy: Policy, requests: list[SampleRequest], *, temperature: float = 1.0, **options) -> list[Sample]:
+def sample_responses(
+    policy: Policy, requests: list[SampleRequest], *, temperature: float = 1.0, **options
+) -> list[Sample]:
     num_tokens = options.pop("max_new_tokens", 18)
     return engine_of(policy, **options).generate(requests, temperature=temperature, max_new_tokens=num_tokens)
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 512])
 def test_sampling_depends_on_the_seed_only(policy, max_rows):
-    """Prompts of 1 to 12 tokens side by side, in any company and order."""
-    requests = asked(policy, TEXTS)
-    together = drawn(policy, requests)
+    """Prompts of 1 to 12 tokens in one batch, in any order."""
+    requests = sample_requests(policy, TEXTS)
+    together = sample_responses(policy, requests)
     mixed = random.Random(1).sample(requests, len(requests))
-    found = {(s.prompt_id, s.slot): s for s in drawn(policy, mixed, max_rows=max_rows)}
+    found = {(s.prompt_id, s.slot): s for s in sample_responses(policy, mixed, max_rows=max_rows)}
     for sample in together:
         again = found[sample.prompt_id, sample.slot]
         assert again.response_ids == sample.response_ids
@@ -66,16 +70,18 @@ def test_sampling_depends_on_the_seed_only(policy, max_rows):
 
 
 def test_sampling_with_other_seeds_gives_other_responses(policy):
-    requests = asked(policy, TEXTS[:2], num_slots=8)
-    assert [s.response_ids for s in drawn(policy, requests)] == [s.response_ids for s in drawn(policy, requests)]
-    other = drawn(policy, asked(policy, TEXTS[:2], num_slots=8, seed=1))
-    assert [s.response_ids for s in drawn(policy, requests)] != [s.response_ids for s in other]
+    requests = sample_requests(policy, TEXTS[:2], num_slots=8)
+    assert [s.response_ids for s in sample_responses(policy, requests)] == [
+        s.response_ids for s in sample_responses(policy, requests)
+    ]
+    other = sample_responses(policy, sample_requests(policy, TEXTS[:2], num_slots=8, seed=1))
+    assert [s.response_ids for s in sample_responses(policy, requests)] != [s.response_ids for s in other]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampling_logprobs_and_entropy_equal_the_trainers(policy, temperature):
-    requests = asked(policy, TEXTS)
-    samples = drawn(policy, requests, temperature=temperature)
+    requests = sample_requests(policy, TEXTS)
+    samples = sample_responses(policy, requests, temperature=temperature)
     rows = [
         TokenRow(prompt_ids=request.prompt_ids, response_ids=sample.response_ids)
         for request, sample in zip(requests, samples, strict=True)
@@ -91,8 +97,8 @@ def test_sampling_logprobs_and_entropy_equal_the_trainers(policy, temperature):
 def test_sampling_in_mixed_precision_matches_the_trainer():
     """With a cache it rounds otherwise than in one pass, so the two differ, by less than bfloat16 does from float32."""
     mixed = load_policy(ModelSettings(threads=1, compute_dtype="bfloat16"))
-    requests = asked(mixed, TEXTS)
-    samples = drawn(mixed, requests)
+    requests = sample_requests(mixed, TEXTS)
+    samples = sample_responses(mixed, requests)
     rows = [
         TokenRow(prompt_ids=request.prompt_ids, response_ids=sample.response_ids)
         for request, sample in zip(requests, samples, strict=True)
@@ -114,26 +120,28 @@ def flat_scores(policy: Policy, rows: list[TokenRow]) -> torch.Tensor:
 
 def test_sampling_ends_at_an_end_token_or_at_the_limit(policy):
     for limit in (4, 18):
-        for sample in drawn(policy, asked(policy, TEXTS[:2], num_slots=8), max_new_tokens=limit):
+        for sample in sample_responses(policy, sample_requests(policy, TEXTS[:2], num_slots=8), max_new_tokens=limit):
             ends = [token in policy.eos_ids for token in sample.response_ids]
             assert sample.finished == ends[-1]
             assert not any(ends[:-1])
             assert sample.finished or len(sample.response_ids) == limit
             assert len(sample.logps) == len(sample.response_ids)
-            spoken = sample.response_ids[:-1] if sample.finished else sample.response_ids
-            assert sample.text == policy.tokenizer.decode(spoken)
+            before_end = sample.response_ids[:-1] if sample.finished else sample.response_ids
+            assert sample.text == policy.tokenizer.decode(before_end)
 
 
 def test_sampling_ends_at_every_end_token(policy):
     carry = policy.tokenizer.convert_tokens_to_ids("_")
-    for sample in drawn(policy, asked(policy, TEXTS[:1], num_slots=16), eos_ids=(*policy.eos_ids, carry)):
+    for sample in sample_responses(
+        policy, sample_requests(policy, TEXTS[:1], num_slots=16), eos_ids=(*policy.eos_ids, carry)
+    ):
         assert carry not in sample.response_ids[:-1]
 
 
-def first_token_law(policy: Policy, text: str, *, num_samples: int, temperature: float) -> tuple[float, int]:
+def first_token_chi_square(policy: Policy, text: str, *, num_samples: int, temperature: float) -> tuple[float, int]:
     """Pearson's chi-square of first tokens against softmax, and its degrees of freedom; cells of 5 and more."""
-    requests = asked(policy, (text,), num_slots=num_samples)
-    samples = drawn(policy, requests, temperature=temperature, max_new_tokens=1, max_rows=4096)
+    requests = sample_requests(policy, (text,), num_slots=num_samples)
+    samples = sample_responses(policy, requests, temperature=temperature, max_new_tokens=1, max_rows=4096)
     seen = Counter(sample.response_ids[0] for sample in samples)
     with torch.no_grad():
         logits_W = policy.model(torch.tensor([requests[0].prompt_ids])).logits[0, -1]
@@ -146,18 +154,18 @@ def first_token_law(policy: Policy, text: str, *, num_samples: int, temperature:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 def test_sampling_of_first_tokens_follows_the_softmax(policy, temperature):
-    statistic, freedom = first_token_law(policy, "7", num_samples=4096, temperature=temperature)
+    statistic, freedom = first_token_chi_square(policy, "7", num_samples=4096, temperature=temperature)
     assert freedom >= 3
     # Seeds are fixed, so this either holds or not: a right law fails it in one of 1000 choices of seeds.
     assert statistic < chi2.isf(1e-3, freedom)
 
 
 def test_sampling_ignores_the_models_generation_config(policy):
-    """Whatever its authors recommend: penalties, nucleus, bans, beams, lengths."""
-    requests = asked(policy, TEXTS)
-    plain = drawn(policy, requests)
+    """Penalties, nucleus, bans, beams, lengths."""
+    requests = sample_requests(policy, TEXTS)
+    plain = sample_responses(policy, requests)
     settings = policy.model.generation_config
-    bent = {
+    unusual = {
         "do_sample": True,
         "temperature": 0.3,
         "top_k": 1,
@@ -172,16 +180,16 @@ def test_sampling_ignores_the_models_generation_config(policy):
         "num_return_sequences": 2,
         "max_length": 5,
     }
-    before = {name: getattr(settings, name, None) for name in bent}
+    before = {name: getattr(settings, name, None) for name in unusual}
     try:
-        settings.update(**bent)
-        assert drawn(policy, requests) == plain
-        assert settings.top_k == 1, "the settings themselves stay: checkpoints carry them on"
+        settings.update(**unusual)
+        assert sample_responses(policy, requests) == plain
+        assert settings.top_k == 1, "the settings themselves stay, as checkpoints save them"
     finally:
         settings.update(**before)
 
 
 def test_sampling_leaves_the_global_random_state_unchanged(policy):
     before = torch.get_rng_state()
-    drawn(policy, asked(policy, TEXTS))
+    sample_responses(policy, sample_requests(policy, TEXTS))
     assert torch.equal(torch.get_rng_state(), before)

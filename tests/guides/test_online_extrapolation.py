@@ -1,4 +1,4 @@
-"""Training with the policy's own motion as the guide: who is asked, what it costs, and what survives a kill."""
+"""Training with an extrapolated policy as online guide: which groups get it, what it costs, resume after a kill."""
 
 import json
 import os
@@ -31,26 +31,26 @@ from tests.helpers.runs import (
     train,
 )
 
-AHEAD = (
+INJECT = (
     *("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.ratio=proximal", "train.num_steps=6"),
     *("task.kind=mix3", "guide.inject.max_accuracy=0.25"),
 )
-SEATS = (*AHEAD, "extrapolation.mode=sample", "extrapolation.slots=1")
+SAMPLE = (*INJECT, "extrapolation.mode=sample", "extrapolation.slots=1")
 
 
 @pytest.fixture(scope="module")
 def injected(tmp_path_factory) -> Path:
-    """Two samples of the pushed policy in each group that has at most one right answer in four."""
+    """Two samples of the extrapolated policy for each group with at most one correct response in four."""
     root = tmp_path_factory.mktemp("injected") / "run"
-    train(root, *AHEAD)
+    train(root, *INJECT)
     return root
 
 
 @pytest.fixture(scope="module")
-def seated(tmp_path_factory) -> Path:
-    """The last of four slots of such a group sampled from it."""
-    root = tmp_path_factory.mktemp("seated") / "run"
-    train(root, *SEATS)
+def sampled(tmp_path_factory) -> Path:
+    """The last of four slots of such a group sampled from the extrapolated policy."""
+    root = tmp_path_factory.mktemp("sampled") / "run"
+    train(root, *SAMPLE)
     return root
 
 
@@ -62,53 +62,53 @@ def metrics_of(root: Path, branch: str = "main") -> list[dict]:
     return [json.loads(line) for line in open_run(root).metrics_path(branch).read_text().splitlines()]
 
 
-def right(group: Group) -> int:
+def num_correct(group: Group) -> int:
     return sum(one.verdict == "correct" for one in group.rollouts if not one.is_off_policy)
 
 
-def test_nobody_is_asked_before_the_run_is_k_steps_old(injected, seated):
-    for root in (injected, seated):
+def test_online_extrapolation_starts_when_the_run_is_k_steps_old(injected, sampled):
+    for root in (injected, sampled):
         for row in metrics_of(root):
             # the policy of step 3 has made 2 steps
             assert ("extrapolate/groups" in row) == (row["step"] >= 3)
         assert all(group.injection_status == "off" and not extrapolated_rollouts(group) for group in groups_at(root, 2))
 
 
-def test_only_hard_groups_are_asked_and_a_verified_answer_takes_the_last_slot(injected):
+def test_online_extrapolation_injects_a_correct_response_into_failed_groups_only(injected):
     groups = [group for step in range(3, 7) for group in groups_at(injected, step)]
     for group in groups:
-        answers = extrapolated_rollouts(group)
-        if right(group) > 1:
-            assert (group.injection_status, answers) == ("gate_closed", ())
+        responses = extrapolated_rollouts(group)
+        if num_correct(group) > 1:
+            assert (group.injection_status, responses) == ("gate_closed", ())
             continue
-        assert len(answers) == 2
-        guests = [one for one in group.rollouts if one.is_off_policy]
-        solved = [one for one in answers if one.verdict == "correct" and one.finished]
-        assert [one.slot for one in guests] == [3] * bool(solved)
+        assert len(responses) == 2
+        off_policy = [one for one in group.rollouts if one.is_off_policy]
+        solved = [one for one in responses if one.verdict == "correct" and one.finished]
+        assert [one.slot for one in off_policy] == [3] * bool(solved)
         assert group.injection_status == ("injected" if solved else "no_guide")
-        assert all(one in solved for one in guests)
+        assert all(one in solved for one in off_policy)
     assert {group.injection_status for group in groups} == {"gate_closed", "injected", "no_guide"}
 
 
-def test_a_seat_is_kept_right_or_wrong_and_costs_no_token(seated):
-    groups = [group for step in range(3, 7) for group in groups_at(seated, step)]
+def test_sample_mode_keeps_correct_and_wrong_responses_at_no_extra_token(sampled):
+    groups = [group for step in range(3, 7) for group in groups_at(sampled, step)]
     for group in groups:
         assert [one.slot for one in group.rollouts] == [0, 1, 2, 3]
         first = sum(one.verdict == "correct" for one in group.rollouts[:3])
-        # of three own answers: 1/3 is above the gate of 1/4
+        # of three own responses: 1/3 is above the gate of 1/4
         assert group.rollouts[3].source == ("extrapolated" if first == 0 else "own")
         assert group.unused_guide_rollouts == ()
     assert {group.rollouts[3].verdict for group in groups if group.injection_status == "injected"} >= {"wrong"}
 
 
-def test_every_token_and_every_forward_pass_is_charged(injected):
+def test_online_extrapolation_cost_counts_every_token_and_forward_pass(injected):
     for row in metrics_of(injected)[2:]:
         groups = groups_at(injected, row["step"])
         own = sum(len(one.response_ids) for group in groups for one in group.rollouts if one.source == "own")
-        theirs = sum(len(one.response_ids) for group in groups for one in extrapolated_rollouts(group))
-        assert (row["tokens"], row["extrapolate/tokens"]) == (own + theirs, theirs)
+        extrapolated = sum(len(one.response_ids) for group in groups for one in extrapolated_rollouts(group))
+        assert (row["tokens"], row["extrapolate/tokens"]) == (own + extrapolated, extrapolated)
         # two models read each of their tokens
-        assert row["forwards"] == own + 2 * theirs
+        assert row["forwards"] == own + 2 * extrapolated
     spent = cost_at(open_run(injected), "main", 6)
     rows = metrics_of(injected)
     assert spent.tokens == sum(row["tokens"] for row in rows)
@@ -117,11 +117,11 @@ def test_every_token_and_every_forward_pass_is_charged(injected):
 
 @pytest.mark.parametrize(
     ("settings", "fixture", "step"),
-    [(AHEAD, "injected", 1), (AHEAD, "injected", 3), (SEATS, "seated", 4)],
-    ids=["inject-1", "inject-3", "seats-4"],
+    [(INJECT, "injected", 1), (INJECT, "injected", 3), (SAMPLE, "sampled", 4)],
+    ids=["inject-1", "inject-3", "sample-4"],
 )
-def test_a_run_killed_anywhere_comes_out_the_same_bit_for_bit(settings, fixture, step, tmp_path, request):
-    """After 1 there is no older copy yet; 3 is recorded and not saved; after 4 the copy of step 2 is read again."""
+def test_online_extrapolation_resumed_is_bitwise_identical(settings, fixture, step, tmp_path, request):
+    """After 1 there is no older checkpoint yet; 3 is recorded and not saved; after 4 checkpoint 2 is read again."""
     root = tmp_path / "run"
     stop_after(train_run(root, tiny_recipe(*settings)), step)
     resume(root)
@@ -130,38 +130,38 @@ def test_a_run_killed_anywhere_comes_out_the_same_bit_for_bit(settings, fixture,
 
 @pytest.fixture(scope="module", params=["logits", "weights"])
 def adapted(request, tmp_path_factory) -> Path:
-    """Adapters alone are trained and pushed."""
+    """Only adapters are trained and extrapolated."""
     root = tmp_path_factory.mktemp("adapted") / "run"
-    train(root, *AHEAD, *LORA, f"extrapolation.space={request.param}")
+    train(root, *INJECT, *LORA, f"extrapolation.space={request.param}")
     assert any(extrapolated_rollouts(group) for group in groups_at(root, 6))
     return root
 
 
 @pytest.mark.parametrize("step", [3, 4])
-def test_a_run_of_adapters_killed_anywhere_comes_out_the_same_bit_for_bit(adapted, step, tmp_path):
-    """3 is recorded and not saved; after 4 the older copy is the one of step 2, read into a model of its own again."""
+def test_online_extrapolation_of_adapters_resumed_is_bitwise_identical(adapted, step, tmp_path):
+    """3 is recorded and not saved; after 4 the older adapter of step 2 is read again."""
     root = tmp_path / "run"
     space = open_run(adapted).read_recipe("main")["extrapolation"]["space"]
-    stop_after(train_run(root, tiny_recipe(*AHEAD, *LORA, f"extrapolation.space={space}")), step)
+    stop_after(train_run(root, tiny_recipe(*INJECT, *LORA, f"extrapolation.space={space}")), step)
     resume(root)
     ours, theirs = reproducible_digests(root), reproducible_digests(adapted)
     assert any(name.endswith("adapter_model.safetensors") for name in theirs)
     assert ours == theirs
 
 
-def test_the_older_copy_of_a_run_of_adapters_has_the_learners_base_and_adapters_of_its_own(adapted):
+def test_older_policy_of_adapters_shares_the_base_weights_only(adapted):
     session = open_session_at(adapted, 6)
     found = find_older_checkpoint(session.run, "main", k=2, step=6, every=2)
-    motion = Extrapolation(space="logits", k=2, a=1.0, step=6, older_checkpoint=found)
-    older = load_older_policy(session, motion)
+    extrapolation = Extrapolation(space="logits", k=2, a=1.0, step=6, older_checkpoint=found)
+    older = load_older_policy(session, extrapolation)
     assert older is not None
     theirs, ours = (dict(policy.model.named_parameters()) for policy in (older, session.policy))
     adapters = {name for name in ours if ".lora_" in name}
     assert theirs.keys() == ours.keys() and 0 < len(adapters) < len(ours)
     for name in ours:
-        # a frozen tensor takes its room once
+        # a frozen tensor is in memory once
         assert (theirs[name].data_ptr() == ours[name].data_ptr()) == (name not in adapters)
-    # the adapters are those of steps 4 and 6, and an update of the learner's leaves the other's alone
+    # the adapters are those of steps 4 and 6, and an update of the learner leaves the older ones unchanged
     assert older.digest == open_session_at(adapted, 4).policy.digest != session.policy.digest
     before = older.digest
     with torch.no_grad():
@@ -171,11 +171,11 @@ def test_the_older_copy_of_a_run_of_adapters_has_the_learners_base_and_adapters_
     assert older.digest == before
 
 
-def test_a_process_killed_in_the_middle_of_its_steps_comes_out_the_same(injected, tmp_path):
+def test_online_extrapolation_killed_and_resumed_is_bitwise_identical(injected, tmp_path):
     root = tmp_path / "run"
     child = os.fork()
     if child == 0:
-        for record in train_run(root, tiny_recipe(*AHEAD)):
+        for record in train_run(root, tiny_recipe(*INJECT)):
             if getattr(record, "step", 0) == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
         os._exit(0)
@@ -184,10 +184,10 @@ def test_a_process_killed_in_the_middle_of_its_steps_comes_out_the_same(injected
     assert reproducible_digests(root) == reproducible_digests(injected)
 
 
-def test_where_a_run_was_stopped_decides_nothing(injected, tmp_path):
-    """A checkpoint of step 3, which training by plan does not leave, is not taken for the older copy."""
+def test_older_checkpoint_is_a_planned_one(injected, tmp_path):
+    """The checkpoint of step 3, saved only because the run stopped there, is not used."""
     root = tmp_path / "run"
-    train(root, *AHEAD, until=3)
+    train(root, *INJECT, until=3)
     resume(root)
     kept, whole = reproducible_digests(root), reproducible_digests(injected)
     assert {name: kept[name] for name in whole} == whole
@@ -195,35 +195,35 @@ def test_where_a_run_was_stopped_decides_nothing(injected, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [(), LORA], ids=["weights", "adapters"])
-def test_pushed_weights_leave_no_trace_in_the_weights(lora, tmp_path):
-    """Nobody's answer is taken (no group is so bad), so it trains as plain GRPO does, bit for bit."""
-    plain, asked = tmp_path / "plain", tmp_path / "asked"
+def test_extrapolated_weights_do_not_change_the_trained_weights(lora, tmp_path):
+    """With max_new_tokens=2 no response is correct and none is injected: it trains as plain GRPO, bit for bit."""
+    plain, extrapolated = tmp_path / "plain", tmp_path / "extrapolated"
     settings = (*lora, "train.num_steps=6", "sampling.max_new_tokens=2")
     train(plain, *settings)
-    train(asked, *AHEAD, *settings, "extrapolation.space=weights")
-    groups = [group for step in range(3, 7) for group in groups_at(asked, step)]
+    train(extrapolated, *INJECT, *settings, "extrapolation.space=weights")
+    groups = [group for step in range(3, 7) for group in groups_at(extrapolated, step)]
     assert sum(len(extrapolated_rollouts(group)) for group in groups) == 2 * len(groups)
-    ours, theirs = reproducible_digests(asked), reproducible_digests(plain)
+    ours, theirs = reproducible_digests(extrapolated), reproducible_digests(plain)
     weights = [name for name in theirs if name.endswith("model.safetensors")]
     assert [ours[name] for name in weights] == [theirs[name] for name in weights]
 
 
-def test_a_cache_at_work_has_the_slots_and_afterwards_the_motion_again(injected, tmp_path):
+def test_replay_uses_the_guide_cache_and_then_online_extrapolation(injected, tmp_path):
     root = copy_run(injected, tmp_path / "run")
     sample(root, "guide.inject.max_accuracy=1.0", source="4", at=2)
-    resume(root, "guide.inject.max_accuracy=1.0", at=2, guide="near", new_branch="helped")
+    resume(root, "guide.inject.max_accuracy=1.0", at=2, guide="near", new_branch="guided")
     sources = {
-        step: {one.source for group in groups_at(root, step, "helped") for one in group.rollouts} for step in (3, 5)
+        step: {one.source for group in groups_at(root, step, "guided") for one in group.rollouts} for step in (3, 5)
     }
     assert "extrapolated" not in sources[3] and "guide" in sources[3]
     assert "guide" not in sources[5] and "extrapolated" in sources[5]
 
 
-def test_a_replay_may_turn_it_on_and_is_refused_where_the_older_copy_is_gone(injected, tmp_path):
+def test_resume_without_the_older_checkpoint_is_refused(injected, tmp_path):
     root = copy_run(injected, tmp_path / "run")
     shutil.rmtree(open_run(root).checkpoint_folder("main", 2))
     before = file_digests(root)
-    # of the copies for k = 2 at step 4 only step 0 is left, and that is 2 k back
+    # of the checkpoints for k = 2 at step 4 only step 0 is left, which is 2 k back
     with pytest.raises(NpoError, match=r"no checkpoint of main in steps 1 to 2"):
         resume(root, at=4, new_branch="again")
     assert file_digests(root) == before
@@ -231,10 +231,10 @@ def test_a_replay_may_turn_it_on_and_is_refused_where_the_older_copy_is_gone(inj
     assert metrics_of(root, "again")[0]["extrapolate/lag"] == 4
 
 
-def test_retention_never_takes_the_older_copy(tmp_path):
+def test_retention_keeps_the_older_checkpoint(tmp_path):
     root = tmp_path / "run"
     quotas = ("train.save_every=1", "train.keep_full_checkpoints=1", "train.keep_weights_only=1", "extrapolation.k=3")
-    train(root, *AHEAD, *quotas, "train.num_steps=8")
+    train(root, *INJECT, *quotas, "train.num_steps=8")
     assert metrics_of(root)[-1]["extrapolate/lag"] == 3
     # 0 always; 5 to 8, 3 steps back and one save more; 4 is the one guide of the quota
     assert [found.step for found in list_checkpoints(open_run(root), "main")] == [0, 4, 5, 6, 7, 8]
@@ -248,11 +248,11 @@ def test_retention_never_takes_the_older_copy(tmp_path):
         ("guide.experience.replay_fraction=0.5", "use the same slots"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(setting, why):
+def test_extrapolation_settings_that_conflict_are_refused(setting, why):
     with pytest.raises(NpoError, match=why):
-        tiny_recipe(*AHEAD, setting)
+        tiny_recipe(*INJECT, setting)
 
 
-def test_as_many_seats_as_slots_are_refused():
+def test_extrapolation_slots_below_group_size_are_required():
     with pytest.raises(NpoError, match=r"extrapolation\.slots must be below train\.group_size"):
-        tiny_recipe(*SEATS, "extrapolation.slots=4")
+        tiny_recipe(*SAMPLE, "extrapolation.slots=4")

@@ -1,4 +1,4 @@
-"""Weights pushed along their own motion, and put back bit for bit."""
+"""Weights extrapolated along their own change, theta + a (theta - theta_old), and restored bit for bit."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from npo_cli.policy.model import Policy, load_policy
 ROWS = [TokenRow(prompt_ids=(1, 2, 3), response_ids=(4, 5)), TokenRow(prompt_ids=(2,), response_ids=(6, 7, 8))]
 
 
-def moved(policy: Policy, *, seed: int, by: float = 0.02) -> None:
+def perturb(policy: Policy, *, seed: int, by: float = 0.02) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -34,11 +34,11 @@ def logps(policy: Policy) -> torch.Tensor:
         return policy.score(ROWS, temperature=1.0, chunk_tokens=64).logps_NT
 
 
-def test_every_weight_goes_a_times_its_own_motion_further_and_comes_back(folder):
+def test_extrapolated_weights_move_by_a_times_their_change_and_are_restored(folder):
     policy = load_policy(ModelSettings(threads=1))
     policy.save(folder)
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
-    moved(policy, seed=0)
+    perturb(policy, seed=0)
     now = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     digest, changes = policy.digest, policy.num_weight_changes
     with extrapolate_weights(policy, folder, strength=0.5):
@@ -50,10 +50,10 @@ def test_every_weight_goes_a_times_its_own_motion_further_and_comes_back(folder)
     assert changes < inside < policy.num_weight_changes, "an engine with weights of its own must see each change"
 
 
-def test_a_failure_inside_puts_the_weights_back_too(folder):
+def test_extrapolated_weights_are_restored_after_a_failure(folder):
     policy = load_policy(ModelSettings(threads=1))
     policy.save(folder)
-    moved(policy, seed=0)
+    perturb(policy, seed=0)
     digest = policy.digest
     with pytest.raises(KeyboardInterrupt), extrapolate_weights(policy, folder, strength=2.0):
         assert policy.digest != digest
@@ -61,7 +61,7 @@ def test_a_failure_inside_puts_the_weights_back_too(folder):
     assert policy.digest == digest
 
 
-def test_a_folder_that_does_not_fit_moves_nothing(folder, tmp_path):
+def test_extrapolated_weights_of_a_missing_folder_change_nothing(folder, tmp_path):
     policy = load_policy(ModelSettings(threads=1))
     digest = policy.digest
     with pytest.raises(NpoError), extrapolate_weights(policy, tmp_path / "nothing", strength=1.0):
@@ -81,12 +81,12 @@ def products(policy: Policy) -> dict[str, torch.Tensor]:
     return {head: own[f"{head}lora_B.default{tail}"] @ own[f"{head}lora_A.default{tail}"] for head, tail in halves}
 
 
-def test_of_adapters_the_product_is_pushed_and_the_base_is_never_written(lora, folder):
+def test_extrapolated_adapter_moves_the_product_and_not_the_base(lora, folder):
     policy = load_policy(lora)
-    moved(policy, seed=0)
+    perturb(policy, seed=0)
     policy.save(folder)
     before = products(policy)
-    moved(policy, seed=1)
+    perturb(policy, seed=1)
     now, digest = products(policy), policy.digest
     base = {name: tensor.clone() for name, tensor in policy.base_weights.items()}
     with extrapolate_weights(policy, folder, strength=3.0):
@@ -103,13 +103,13 @@ def test_of_adapters_the_product_is_pushed_and_the_base_is_never_written(lora, f
     assert not torch.allclose(inside, logps(policy), atol=1e-3)
 
 
-def test_joined_adapters_are_one_adapter_for_whoever_reads_peft_folders(lora, folder, tmp_path):
+def test_extrapolated_adapter_is_readable_by_peft(lora, folder, tmp_path):
     from peft import PeftModel
 
     policy = load_policy(lora)
-    moved(policy, seed=0)
+    perturb(policy, seed=0)
     policy.save(folder)
-    moved(policy, seed=1)
+    perturb(policy, seed=1)
     (tmp_path / "joined").mkdir()
     with extrapolate_weights(policy, folder, strength=1.5):
         policy.save(tmp_path / "joined")
@@ -120,15 +120,15 @@ def test_joined_adapters_are_one_adapter_for_whoever_reads_peft_folders(lora, fo
     assert not torch.allclose(logps(policy), inside, atol=1e-3)
 
 
-def test_adapters_that_are_pushed_are_not_pushed_factor_by_factor(lora, folder):
-    """B A is bilinear: moving A and B each by a of its motion gives (a + a^2) dB dA on top."""
+def test_extrapolated_adapter_is_the_product_and_not_factor_by_factor(lora, folder):
+    """B A is bilinear: moving A and B each by a times its change gives (a + a^2) dB dA on top."""
     policy = load_policy(lora)
-    moved(policy, seed=0)
+    perturb(policy, seed=0)
     policy.save(folder)
     own = policy.model.state_dict()
     name = next(name for name in own if "lora_A.default" in name)
     a_old, b_old = own[name].clone(), own[name.replace("lora_A", "lora_B")].clone()
-    moved(policy, seed=1)
+    perturb(policy, seed=1)
     a, b = own[name].clone(), own[name.replace("lora_A", "lora_B")].clone()
     with extrapolate_weights(policy, folder, strength=1.0):
         found = products(policy)[name.split("lora_A.default")[0]]
