@@ -17,8 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from npo_cli.config.loading import recipe_from_dict
-from npo_cli.guides.registry import create_source, parse_spec
-from npo_cli.guides.source import ReplayTarget
+from npo_cli.guides.source import ReplayTarget, create_source, parse_spec
 from npo_cli.guides.sources.extrapolated import ExtrapolatedSampler
 from npo_cli.inference.base import Engine
 from npo_cli.inference.transformers_engine import TransformersEngine

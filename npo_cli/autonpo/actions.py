@@ -22,8 +22,7 @@ from npo_cli.autonpo.probe import find_rollback_candidates, run_probe, start_pro
 from npo_cli.autonpo.rollback_choice import stratify_failed_prompts
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides.build_cache import fill_cache, new_cache_info
-from npo_cli.guides.registry import make_spec
-from npo_cli.guides.source import ReplayTarget, filter_correct
+from npo_cli.guides.source import ReplayTarget, filter_correct, make_spec
 from npo_cli.guides.sources.checkpoint import CheckpointSource
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.scoring.quality import cluster_interval

@@ -21,7 +21,7 @@ from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.variance import SampleRatio, SignalFormula
 from npo_cli.seeds import derive_seed
-from npo_cli.session.policy_ratios import compute_learner_ratios
+from npo_cli.session.logprob_pass import compute_learner_ratios
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
 from npo_cli.storage.autonpo_log import ProbeStore, open_probe
 from npo_cli.storage.checkpoints import Checkpoint, list_ancestry_checkpoints
@@ -164,7 +164,7 @@ def score_past_checkpoints(probe: Probe, groups: Sequence[Group]) -> Generator[P
         distance = step - checkpoint.step
         failed = find_failed_prompt_ids(probe, distance)
         inside = [pair for pair in samples if pair[0].prompt_id in failed]
-        forward = compute_learner_ratios(session, inside, cap=session.recipe.scoring.weight_cap)
+        forward = compute_learner_ratios(session.policy, session.recipe, inside, cap=session.recipe.scoring.weight_cap)
         drift_samples.append(DriftSamples(distance=distance, forward=forward, backward=backward[checkpoint.step]))
     yield Progress(description="score past checkpoints", done=len(past), total=len(past))
     charge_probe(probe, piece="logprobs", tokens=0, began=began)
@@ -200,4 +200,4 @@ def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
         if group.prompt.prompt_id in failed
         for rollout in group.on_policy.rollouts
     ]
-    return compute_learner_ratios(session, rows, cap=session.recipe.scoring.weight_cap)
+    return compute_learner_ratios(session.policy, session.recipe, rows, cap=session.recipe.scoring.weight_cap)

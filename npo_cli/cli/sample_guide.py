@@ -7,7 +7,7 @@ import typer
 from npo_cli.cli.checks import load_run_recipe
 from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
-from npo_cli.guides.registry import describe_sources, parse_spec
+from npo_cli.guides.source import describe_sources, parse_spec
 
 SourceOpt = Annotated[
     str,

@@ -47,8 +47,8 @@ def score_checkpoints(
     steps = None if candidates is None else parse_steps(candidates)
     load_run_recipe(run, overrides, branch=branch)
 
-    from npo_cli.guides.registry import parse_spec
     from npo_cli.guides.score import score_run
+    from npo_cli.guides.source import parse_spec
 
     specs = [parse_spec(text) for text in (*map(str, steps or ()), *(source or ()))]
     records = score_run(run, at=at, sources=specs or None, branch=branch, overrides=overrides or (), figure=figure)

@@ -11,10 +11,10 @@ from npo_cli.config.loading import diff_recipes
 from npo_cli.config.recipe import Recipe
 from npo_cli.experiments.load_methods import MethodRuns, RunBranch, SeedRun
 from npo_cli.storage.autonpo_log import read_transitions
+from npo_cli.storage.checkpoints import read_manifest
 from npo_cli.storage.guide_cache import read_cache_info
 from npo_cli.storage.layout import FIRST_BRANCH
 from npo_cli.storage.lineage import ancestry, find_first_segment
-from npo_cli.storage.manifests import read_manifest
 from npo_cli.types.guides import GuideCacheInfo
 
 COMPARISON = {key: marks.get("comparison", "differs") for key, _, marks in walk_fields(Recipe())}

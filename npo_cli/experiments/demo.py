@@ -6,8 +6,8 @@ from pathlib import Path
 from npo_cli.config.loading import load_recipe
 from npo_cli.errors import quote_path
 from npo_cli.guides.build_cache import build_guide_cache
-from npo_cli.guides.registry import make_spec
 from npo_cli.guides.score import score_run
+from npo_cli.guides.source import make_spec
 from npo_cli.report.plotting import plot_accuracy_curves
 from npo_cli.report.show import THRESHOLDS
 from npo_cli.storage.cost_sums import cost_to_threshold, learning_curve

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from npo_cli.config.guides import GuideCacheSettings
-from npo_cli.guides.registry import create_source
-from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, open_source
+from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, create_source, open_source
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import find_learner, list_replay_prompts
 from npo_cli.session.session import open_task_and_policy

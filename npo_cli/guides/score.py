@@ -22,8 +22,7 @@ from npo_cli.guides.collect_samples import (
     sample_learner,
     sample_other_source,
 )
-from npo_cli.guides.registry import create_source, make_spec
-from npo_cli.guides.source import GuideSource, ReplayTarget
+from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make_spec
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.report.score_plots import plot_scores
 from npo_cli.scoring.halving import HalvingRound, halving_rounds, select_survivors
@@ -32,7 +31,7 @@ from npo_cli.scoring.ranking import CandidateResults, rank_candidates, variance_
 from npo_cli.scoring.variance import SignalFormula
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner, find_learner, list_later_checkpoints, list_replay_prompts
-from npo_cli.session.policy_ratios import compute_learner_ratios
+from npo_cli.session.logprob_pass import compute_learner_ratios
 from npo_cli.session.session import Session, build_session, load_checkpoint, open_task_and_policy
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lock import lock_run
@@ -259,7 +258,9 @@ def _compute_ratios(state: ScoringState, candidate: str, prompts: Sequence[Promp
     if not pairs or any(rollout.behavior_logps is None for _, rollout in pairs):
         return
     started = time.perf_counter()
-    for ratio in compute_learner_ratios(state.session, pairs, cap=state.settings.weight_cap):
+    for ratio in compute_learner_ratios(
+        state.session.policy, state.session.recipe, pairs, cap=state.settings.weight_cap
+    ):
         state.ratios.setdefault((candidate, ratio.prompt_id), []).append(ratio)
     state.charge(piece=f"{candidate} logprobs", started=started)
 

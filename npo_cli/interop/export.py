@@ -12,14 +12,13 @@ from npo_cli.config.loading import diff_recipes, dump_yaml, recipe_from_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.session.session import open_task
-from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, verify_checkpoint
+from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, read_manifest, verify_checkpoint
 from npo_cli.storage.files import explain_full_disk
 from npo_cli.storage.guide_cache import describe_guide_source, load_guide
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch
 from npo_cli.storage.lock import atomic_directory
-from npo_cli.storage.manifests import read_manifest
 from npo_cli.storage.metrics import find_source_trainer
 from npo_cli.tasks.table_io import ExportedResponse, TableFormat, validate_table_path, write_table
 from npo_cli.types.rollouts import EvalReport, Notice

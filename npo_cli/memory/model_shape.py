@@ -16,8 +16,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import NpoError
-from npo_cli.policy.device import mixed_precision
 from npo_cli.policy.gguf import is_packaged, packaged_config
+from npo_cli.policy.logprobs import mixed_precision
 from npo_cli.policy.lora import resolve_target_modules
 from npo_cli.policy.model import MODEL_HINT, find_model
 from npo_cli.policy.vision import choose_model_class

@@ -5,8 +5,6 @@ float32, so that small updates are not rounded away. Engines sample in the same 
 ratio would contain the rounding error.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -48,13 +46,6 @@ def set_process_device(local_rank: int, *, local_size: int, requested: str) -> N
 
 LIGER_OPTIONS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 """Without Liger's loss kernels: `logprobs.py` computes log-probabilities of response tokens only."""
-
-
-@contextmanager
-def mixed_precision(model: PreTrainedModel, compute_dtype: torch.dtype) -> Iterator[None]:
-    """Autocast to `compute_dtype`, unless the weights have it already."""
-    with torch.autocast(model.device.type, dtype=compute_dtype, enabled=compute_dtype != model.dtype):
-        yield
 
 
 def patch_with_liger(model: PreTrainedModel) -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npo_cli.policy.device import mixed_precision
 from npo_cli.policy.logprobs import (
     Head,
     TokenRow,
     TokenScores,
     chunk_scores,
+    mixed_precision,
     pack_rows,
     response_hidden,
     suppress_tokens,

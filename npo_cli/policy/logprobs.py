@@ -208,3 +208,10 @@ def micro_batches(rows: Sequence[TokenRow], *, max_tokens: int) -> list[list[int
             batches.append([index])
             widest = row.num_tokens
     return batches
+
+
+@contextmanager
+def mixed_precision(model: PreTrainedModel, compute_dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to `compute_dtype`, unless the weights have it already."""
+    with torch.autocast(model.device.type, dtype=compute_dtype, enabled=compute_dtype != model.dtype):
+        yield

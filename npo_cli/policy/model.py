@@ -18,13 +18,14 @@ from transformers.utils import logging
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
-from npo_cli.policy.device import choose_device, mixed_precision, patch_with_liger
+from npo_cli.policy.device import choose_device, patch_with_liger
 from npo_cli.policy.fsdp import ShardingContext
 from npo_cli.policy.gguf import GGUF_PACKAGES, is_packaged, load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
     TokenScores,
     has_plain_head,
+    mixed_precision,
     pack_rows,
     recompute_activations,
     remove_dropout,

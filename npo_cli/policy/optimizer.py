@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,21 +11,22 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from npo_cli.config.recipe import TrainSettings
-from npo_cli.distributed.process_group import on_main_rank
+from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
-from npo_cli.policy.checkpoint_state import STATE_FILE, read_full_state, read_shards, read_small_tensors, save_shards
 from npo_cli.policy.fsdp import is_shard, local_tensor
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.guides import ReplayBuffer, Success
 
 SCALARS_FILE = "state.json"
+STATE_FILE = "optimizer.safetensors"
+SHARD_GLOB = "shard-*.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,3 +229,70 @@ def _decode_replay_buffer(saved: Mapping[str, Any]) -> ReplayBuffer:
 
     successes = {name: tuple(map(success, rows)) for name, rows in saved["successes"].items()}
     return ReplayBuffer(**{**saved, "successes": successes})
+
+
+# Tensor files of a training state
+
+
+def has_shards(folder: Path) -> bool:
+    """Whether several ranks wrote this training state."""
+    return any(folder.glob(SHARD_GLOB))
+
+
+def read_small_tensors(folder: Path, *, start: str = "", end: str = "") -> dict[str, Tensor]:
+    """Tensors of optimizer.safetensors whose names begin and end like that; the others are not read."""
+    with safe_open(folder / STATE_FILE, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(start) and name.endswith(end)}  # noqa: SIM118
+
+
+def read_full_state(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a training state, put together in this process."""
+    tensors = load_file(folder / STATE_FILE)
+    if has_shards(folder):
+        sizes = {name: each for name, each in _sizes(folder).items() if name not in tensors}
+        tensors |= _filled(folder, {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in sizes.items()})
+    return tensors
+
+
+def _sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: (each.size, each.properties.dtype) for name, each in found.items()}
+
+
+def _filled(folder: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values from the files into these tensors, whole ones or shards, in place."""
+    from torch.distributed import checkpoint
+
+    alone = not any(map(is_shard, wanted.values()))
+    with warnings.catch_warnings(), current_group().phase("load the optimizer"):
+        # That there is one process only is no news.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        reader = checkpoint.HuggingFaceStorageReader(str(folder))
+        group = None if alone else current_group().torch_group
+        checkpoint.load(wanted, storage_reader=reader, no_dist=alone, process_group=group)
+    return wanted
+
+
+def read_shards(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The moments of a sharded model: this rank's part of each."""
+    sizes, wanted = _sizes(folder), {}
+    for name, parameter in model.named_parameters():
+        for key, (size, dtype) in sizes.items():
+            if key.rpartition(".")[0] == name and size == parameter.shape:
+                wanted[key] = torch.zeros_like(parameter, dtype=dtype)
+    # The number of steps of each parameter is not sharded.
+    return _filled(folder, wanted) | read_small_tensors(folder, end=".step")
+
+
+def save_shards(folder: Path, shards: dict[str, Tensor]) -> None:
+    """Write this rank's file beside those of the others."""
+    from torch.distributed import checkpoint
+
+    with current_group().phase("save the optimizer"):
+        checkpoint.save(
+            shards,
+            storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=current_group().torch_group,
+        )

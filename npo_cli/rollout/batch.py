@@ -18,6 +18,7 @@ from npo_cli.rollout.mixing import GuidesByPrompt, MixStrategy, inject_guides, m
 from npo_cli.seeds import derive_seed
 from npo_cli.session.session import Session, sample_groups
 from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.rollouts import Group, Prompt
 
 
@@ -256,3 +257,25 @@ def restore_images(session: Session, group: Group) -> Group:
             "restore the previous images, or start a new run with the new ones",
         )
     return replace(group, prompt=replace(group.prompt, images=prompt.images))
+
+
+# The pool of failed prompts: which prompts the policy failed, and when
+
+
+def collect_failed_prompts(
+    groups: Sequence[Group], *, step: int, epochs: Sequence[int], limit: float
+) -> tuple[FailedPrompt, ...]:
+    """Prompts of which at most `limit` of the on-policy rollouts were correct; injected rollouts do not count."""
+    return tuple(
+        FailedPrompt(prompt_id=group.prompt.prompt_id, step=step, accuracy=accuracy, epoch=epoch)
+        for group, epoch in zip(groups, epochs, strict=True)
+        for accuracy in [group.on_policy.accuracy]
+        if accuracy <= limit
+    )
+
+
+def update_failed_prompt_pool(
+    before: Sequence[FailedPrompt], new: Sequence[FailedPrompt], *, size: int
+) -> tuple[FailedPrompt, ...]:
+    """The newest `size` failures, oldest first; within one step the last ones are kept."""
+    return tuple(sorted((*before, *new), key=lambda failure: failure.step)[-size:])

@@ -20,8 +20,7 @@ from npo_cli.session.distributed import GatheredWeights, MainRankEngine, SplitEn
 from npo_cli.session.weight_sync import WeightSync, build_check_rows
 from npo_cli.storage.checkpoints import Checkpoint, verify_checkpoint
 from npo_cli.storage.layout import RunDir
-from npo_cli.tasks.registry import format_location, load_task
-from npo_cli.tasks.task import DataOrder, Task
+from npo_cli.tasks.task import DataOrder, Task, format_location, load_task
 from npo_cli.types.rollouts import Group, Prompt, Rollout, VerifierResult
 
 

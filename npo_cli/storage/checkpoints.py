@@ -4,30 +4,35 @@ Two tiers. *weights*: a folder that `from_pretrained` opens. *full*: the same wi
 which holds what training needs to resume. Demotion renames that folder away and deletes it.
 """
 
+import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError, damaged_checkpoint_hint, quote_path
 from npo_cli.storage.costs import costs_path
-from npo_cli.storage.files import explain_full_disk, make_folder, sync_path
+from npo_cli.storage.files import (
+    explain_full_disk,
+    hash_file,
+    make_folder,
+    now_utc,
+    read_json,
+    sync_path,
+    write_json_atomic,
+)
 from npo_cli.storage.layout import RunDir, format_step, parse_step
 from npo_cli.storage.lineage import ancestry, find_owning_branch
-from npo_cli.storage.manifests import (
-    TRAINING_STATE_FOLDER,
-    find_damage,
-    has_intact_training_state,
-    has_intact_weights,
-    read_manifest,
-    write_manifests,
-)
 
 PARTIAL_SUFFIX = ".partial"
 DELETED_SUFFIX = ".dead"
+MANIFEST = "npo.json"
+TRAINING_STATE_FOLDER = "training_state"
+TRAINING_STATE_MANIFEST = "npo_training_state.json"
+WEIGHTS_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,3 +226,86 @@ def find_resume_checkpoint(run: RunDir, branch: str) -> Checkpoint:
             f"start again in a new folder with npo train, or look: npo index {quote_path(run.root)}",
         )
     return full[-1]
+
+
+# Manifests: a complete checkpoint lists every file with its size and sha256
+
+
+def write_manifests(folder: Path, *, branch: str, step: int) -> None:
+    """Sync every file of a checkpoint and write its manifests, the training state's first."""
+    state = folder / TRAINING_STATE_FOLDER
+    if state.is_dir():
+        _write_manifest(state, TRAINING_STATE_MANIFEST, {"step": step, "branch": branch})
+    files = _write_manifest(folder, MANIFEST, {"step": step, "branch": branch})
+    assert any(name.endswith(WEIGHTS_SUFFIX) for name in files), f"no weights were saved in {folder}"
+
+
+def _write_manifest(folder: Path, manifest: str, head: Mapping[str, Any]) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    for path in list_manifest_files(folder, manifest):
+        sync_path(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+    tail = {"digest": compute_weights_digest(files)} if manifest == MANIFEST else {}
+    write_json_atomic(folder / manifest, {**head, "files": files, **tail, "saved": now_utc()})
+    for inner in sorted({path.parent for path in list_manifest_files(folder, manifest)}):
+        sync_path(inner)
+    return files
+
+
+def list_manifest_files(folder: Path, manifest: str) -> list[Path]:
+    """The files that a manifest lists, sorted: all but the manifest itself, hidden ones and `training_state/`."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if path.is_file() and not hidden and parts != (manifest,) and parts[0] != TRAINING_STATE_FOLDER:
+            found.append(path)
+    return found
+
+
+def compute_weights_digest(files: Mapping[str, Any]) -> str:
+    """Identity of the weights: sha256 over `<sha256>  <name>` lines of the weights files in name order.
+
+    The same as `LC_ALL=C sha256sum *.safetensors | sha256sum` in the checkpoint's folder.
+    """
+    names = sorted(name for name in files if name.endswith(WEIGHTS_SUFFIX) and "/" not in name)
+    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode("utf-8")).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint's weights."""
+    return read_json(folder / MANIFEST)
+
+
+def has_intact_weights(folder: Path, *, deep: bool = False) -> bool:
+    """Every file of the weights part is there with its size; `deep` compares the sha256 sums too."""
+    return find_damage(folder, deep=deep) is None
+
+
+def has_intact_training_state(folder: Path, *, deep: bool = False) -> bool:
+    """The folder holds a training state and every file of it is there; `deep` compares the sha256 sums too."""
+    return find_damage(folder, training_state=True, deep=deep) is None
+
+
+def find_damage(folder: Path, *, training_state: bool = False, deep: bool = True) -> str | None:
+    """What is wrong with the weights of a checkpoint (or with its training state), as text; None if it is complete."""
+    part, manifest = (folder / TRAINING_STATE_FOLDER, TRAINING_STATE_MANIFEST) if training_state else (folder, MANIFEST)
+    try:
+        files = read_json(part / manifest)["files"]
+        damages = (_find_file_damage(part / name, entry, deep=deep) for name, entry in files.items())
+        return next(filter(None, damages), None)
+    except NpoError as error:
+        return error.message
+    except (KeyError, TypeError, AttributeError):
+        return f"{part / manifest} is damaged: it does not list the files"
+
+
+def _find_file_damage(path: Path, entry: Mapping[str, Any], *, deep: bool) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size != entry["size"]:
+        return f"{path} has {path.stat().st_size:,} bytes, but {entry['size']:,} were saved"
+    if deep and hash_file(path) != entry["sha256"]:
+        return f"{path} does not have the sha256 that was saved"
+    return None

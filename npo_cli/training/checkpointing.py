@@ -6,13 +6,11 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.policy.optimizer import TrainerState, load_state, save_state, seed_random_state
 from npo_cli.session.learner import find_data_position
 from npo_cli.session.session import Session
-from npo_cli.storage.checkpoints import Checkpoint, create_checkpoint, verify_checkpoint
+from npo_cli.storage.checkpoints import TRAINING_STATE_FOLDER, Checkpoint, create_checkpoint, verify_checkpoint
 from npo_cli.storage.files import check_disk_space, make_folder
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.retention import apply_retention
 from npo_cli.types.guides import ReplayBuffer
-
-TRAINING_STATE_FOLDER = "training_state"
 
 
 def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState, *, branch: str) -> None:

@@ -4,8 +4,10 @@ Each step: choose prompts, sample, verify, inject guide rollouts into hard group
 one is due. Time is reported and never decides anything.
 """
 
+import resource
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.optim import Optimizer
@@ -14,8 +16,15 @@ from npo_cli.errors import StoppedEarly, quote_path
 from npo_cli.guides.online import OnlineExtrapolation
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import TrainerState, lr_at
-from npo_cli.rollout.batch import ActiveGuide, OnlineGuide, StepBatch, build_batch
-from npo_cli.rollout.failed_prompt_pool import collect_failed_prompts, update_failed_prompt_pool
+from npo_cli.rollout.batch import (
+    ActiveGuide,
+    OnlineGuide,
+    StepBatch,
+    build_batch,
+    collect_failed_prompts,
+    update_failed_prompt_pool,
+)
+from npo_cli.rollout.mixing import count_injections
 from npo_cli.rollout.replay_buffer import buffer_metrics, build_replay_batch, update_buffer
 from npo_cli.session.session import Session, count_generated_tokens
 from npo_cli.session.stop_signal import StopFlag
@@ -23,11 +32,12 @@ from npo_cli.storage.metrics import StepLog, append_event
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import save_checkpoint
 from npo_cli.training.evaluate import evaluate_policy
-from npo_cli.training.metrics import compute_step_metrics, peak_memory_mb, update_running_metrics
-from npo_cli.training.update import Updater, build_training_samples
+from npo_cli.training.update import Updater, UpdateReport, build_training_samples
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.guides import ReplayBuffer
-from npo_cli.types.rollouts import EvalReport, Notice, StepReport
+from npo_cli.types.rollouts import EvalReport, Group, Notice, StepReport
+
+EMA_DECAY = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,3 +186,71 @@ def find_failed_prompts(session: Session, batch: StepBatch, before: TrainerState
     return collect_failed_prompts(
         batch.on_policy, step=before.step + 1, epochs=epochs, limit=session.recipe.guide.inject.max_accuracy
     )
+
+
+# Metrics of a step; all but the memory are a function of the seed
+
+
+def compute_step_metrics(session: Session, batch: StepBatch, update: UpdateReport, *, lr: float) -> dict[str, float]:
+    """The metrics of one step, named as in TRL; `inject/...` only while a guide is in use."""
+    accuracies = [group.accuracy for group in batch.on_policy]
+    rollouts = [rollout for group in batch.on_policy for rollout in group.rollouts]
+    tokens = count_generated_tokens(batch.on_policy)
+    metrics = {
+        "reward": statistics.fmean(accuracies),
+        "reward_std": statistics.fmean(map(_reward_std, batch.on_policy)),
+        "frac_all_wrong": statistics.fmean(accuracy == 0 for accuracy in accuracies),
+        "frac_all_right": statistics.fmean(accuracy == 1 for accuracy in accuracies),
+        "frac_reward_zero_std": _zero_std_fraction(batch.mixed),
+        "entropy": sum((r.mean_entropy or 0.0) * r.num_tokens for r in rollouts) / tokens,
+        "completions/mean_length": tokens / len(rollouts),
+        "completions/clipped_ratio": statistics.fmean(not rollout.finished for rollout in rollouts),
+        "verify/unparseable": statistics.fmean(rollout.verdict == "unparseable" for rollout in rollouts),
+        "verify/timeout": statistics.fmean(rollout.verdict == "timeout" for rollout in rollouts),
+        "loss": update.loss,
+        "grad_norm": update.grad_norm,
+        "lr": lr,
+        "tokens": tokens,
+        "rows_trained": update.num_rows,
+        "data_position": batch.position,
+        **update.stats.metrics(),
+    }
+    if any(group.injection_status != "off" for group in batch.mixed):
+        metrics |= count_injections(batch.mixed)
+    if update.grad_norm_fraction is not None:
+        metrics["inject/grad_norm_fraction"] = update.grad_norm_fraction
+    if session.recipe.sampling.dynamic:
+        metrics |= {"dynamic/batches": batch.num_gen_batches, "dynamic/groups": len(batch.selected)}
+    if update.num_skipped:
+        metrics["skipped_updates"] = update.num_skipped
+    return metrics
+
+
+def _reward_std(group: Group) -> float:
+    """Standard deviation of a group's rewards, ddof 1; 0 for a single rollout."""
+    rewards = [rollout.reward for rollout in group.rollouts]
+    return statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+
+
+def _zero_std_fraction(groups: Sequence[Group]) -> float:
+    """Fraction of groups, injected responses included, whose rewards are all equal."""
+    return statistics.fmean(len({rollout.reward for rollout in group.rollouts}) == 1 for group in groups)
+
+
+def update_running_metrics(running: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+    """Running metrics: tokens along the branch's ancestry, and bias-corrected exponential moving averages.
+
+    ema_t = (decay * raw_{t-1} + (1 - decay) * x_t) / (1 - decay^t), stored as the corrected value and its weight.
+    """
+    weight = running.get("ema_weight", 0.0)
+    new_weight = EMA_DECAY * weight + (1 - EMA_DECAY)
+    updated = {"tokens_total": running.get("tokens_total", 0) + metrics["tokens"], "ema_weight": new_weight}
+    for name in ("reward", "entropy"):
+        before = running.get(f"{name}_ema", 0.0)
+        updated[f"{name}_ema"] = (EMA_DECAY * weight * before + (1 - EMA_DECAY) * metrics[name]) / new_weight
+    return updated
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -7,11 +7,10 @@ import pytest
 
 from npo_cli.autonpo.actions import PairedTest
 from npo_cli.policy.optimizer import read_trainer_state
-from npo_cli.storage.checkpoints import delete_checkpoint, demote_checkpoint, find_checkpoint
+from npo_cli.storage.checkpoints import delete_checkpoint, demote_checkpoint, find_checkpoint, write_manifests
 from npo_cli.storage.guide_cache import list_guide_caches, load_guide, read_queried_prompts
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import list_branches, read_segments
-from npo_cli.storage.manifests import write_manifests
 from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.autonpo_runs import (
     REJECTING,

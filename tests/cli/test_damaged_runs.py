@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from npo_cli.storage.manifests import write_manifests
+from npo_cli.storage.checkpoints import write_manifests
 from tests.helpers.cli_errors import assert_refused, copy_run, edit_file, npo, set_fields
 
 UP = "model.layers.0.mlp.up_proj.weight"

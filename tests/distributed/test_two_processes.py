@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from npo_cli.storage.checkpoints import TRAINING_STATE_FOLDER, TRAINING_STATE_MANIFEST
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.manifests import TRAINING_STATE_FOLDER, TRAINING_STATE_MANIFEST
 from tests.helpers.runs import TINY, copy_run, resume, train
 from tests.helpers.torchrun import is_gone, launch_job, pid_of, run, wait_until
 from tests.helpers.warm_process import num_lines

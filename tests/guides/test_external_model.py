@@ -8,7 +8,7 @@ import torch
 from npo_cli.errors import NpoError
 from npo_cli.guides import build_cache as guide_cache
 from npo_cli.guides.build_cache import build_guide_cache
-from npo_cli.guides.registry import parse_spec
+from npo_cli.guides.source import parse_spec
 from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.storage.checkpoints import find_checkpoint

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.guides.registry import create_source, parse_spec
-from npo_cli.guides.source import ReplayTarget
+from npo_cli.guides.source import ReplayTarget, create_source, parse_spec
 from npo_cli.guides.sources.extrapolated import Extrapolation, find_older_checkpoint
 from npo_cli.session.learner import find_learner
 from npo_cli.storage.checkpoints import find_checkpoint, list_checkpoints

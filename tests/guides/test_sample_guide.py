@@ -10,8 +10,14 @@ import torch
 
 from npo_cli.guides import build_cache as guide_cache
 from npo_cli.guides.build_cache import build_guide_cache, rank_responses
-from npo_cli.guides.registry import create_source, parse_spec
-from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, compute_logprobs
+from npo_cli.guides.source import (
+    GuideSource,
+    PromptResponses,
+    ReplayTarget,
+    compute_logprobs,
+    create_source,
+    parse_spec,
+)
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.session.learner import find_learner
 from npo_cli.session.session import Session

@@ -10,8 +10,8 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.guides.collect_samples import SCREENING
-from npo_cli.guides.registry import parse_spec
 from npo_cli.guides.score import create_candidates, open_scoring_state, rank_round
+from npo_cli.guides.source import parse_spec
 from npo_cli.scoring.ranking import NO_LOGPROBS_NOTE, RECORDED_NOTE
 from npo_cli.scoring.variance import VARIANCE_ESTIMATORS
 from npo_cli.session.learner import find_learner

@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.guides.registry import create_source, describe_sources, make_spec, parse_spec
-from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, open_source
+from npo_cli.guides.source import (
+    GuideSource,
+    PromptResponses,
+    ReplayTarget,
+    create_source,
+    describe_sources,
+    make_spec,
+    open_source,
+    parse_spec,
+)
 from npo_cli.registry import GUIDE_SOURCES
 from npo_cli.session.learner import find_learner, list_replay_prompts
 from npo_cli.session.session import open_task_and_policy

@@ -9,7 +9,7 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.guides.build_cache import build_guide_cache
-from npo_cli.guides.registry import parse_spec
+from npo_cli.guides.source import parse_spec
 from npo_cli.storage.files import hash_file
 from npo_cli.storage.guide_cache import guide_rollouts_path, load_guide, read_queried_prompts
 from npo_cli.storage.layout import open_run

@@ -9,8 +9,8 @@ from typing import Any
 from npo_cli.config.loading import load_recipe, recipe_from_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.guides.build_cache import build_guide_cache
-from npo_cli.guides.registry import parse_spec
 from npo_cli.guides.score import score_run
+from npo_cli.guides.source import parse_spec
 from npo_cli.session.session import Session, build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import load_guide

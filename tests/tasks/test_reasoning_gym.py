@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.tasks.reasoning_gym import allocate_counts
-from npo_cli.tasks.registry import load_task
-from npo_cli.tasks.task import Task
+from npo_cli.tasks.task import Task, load_task
 from npo_cli.types.rollouts import Message, Prompt
 
 pytest.importorskip("reasoning_gym")

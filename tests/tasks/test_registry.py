@@ -10,7 +10,7 @@ from npo_cli.errors import NpoError
 from npo_cli.tasks.custom_verifier import code_permitted
 from npo_cli.tasks.math_verify import MathVerifier
 from npo_cli.tasks.micro import micro_prompts
-from npo_cli.tasks.registry import load_task
+from npo_cli.tasks.task import load_task
 
 
 def small(**settings: object) -> TaskSettings:
@@ -122,7 +122,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == {blocked!r} else 
 sys.meta_path.insert(0, Absent())
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
-from npo_cli.tasks.registry import load_task
+from npo_cli.tasks.task import load_task
 try:
     load_task(TaskSettings(**{settings!r}), seed=0)
 except NpoError as error:
@@ -136,7 +136,7 @@ except NpoError as error:
 
 
 def test_tasks_import_nothing_heavy():
-    script = "import sys, npo_cli.tasks.registry; print([m for m in HEAVY if m in sys.modules])"
+    script = "import sys, npo_cli.tasks.task; print([m for m in HEAVY if m in sys.modules])"
     heavy = ("torch", "transformers", "pyarrow", "reasoning_gym", "math_verify", "sympy", "numpy")
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", script.replace("HEAVY", repr(heavy))]

@@ -4,8 +4,8 @@ import random
 
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.images import open_image
-from npo_cli.tasks.registry import load_task
 from npo_cli.tasks.shapes import COLOURS, Shape, count_shapes, draw_image, noisy_count, sample_shapes, shapes_prompts
+from npo_cli.tasks.task import load_task
 
 
 def test_shapes_images_depend_on_the_seed_only():

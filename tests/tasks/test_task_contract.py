@@ -11,7 +11,7 @@ from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.registry import TASKS, VERIFIERS
 from npo_cli.tasks.base import LoadedPrompts, TaskSource, Verifier
-from npo_cli.tasks.registry import load_task
+from npo_cli.tasks.task import load_task
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
 NEEDED = {"reasoning_gym": "reasoning_gym", "shapes": "PIL", "file": "math_verify"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.training.metrics import update_running_metrics
+from npo_cli.training.loop import update_running_metrics
 from tests.helpers.runs import copy_run, resume, train
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.guides.registry import make_spec
 from npo_cli.guides.source import (
     GuideSource,
     OptionValue,
@@ -15,6 +14,7 @@ from npo_cli.guides.source import (
     ReplayTarget,
     compute_logprobs,
     compute_mean_logprobs,
+    make_spec,
     responses_per_prompt,
     sample_in_rounds,
 )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.guides.registry import make_spec
 from npo_cli.guides.source import (
     GuideSource,
     OptionValue,
@@ -22,6 +21,7 @@ from npo_cli.guides.source import (
     PromptResponses,
     compute_logprobs,
     compute_mean_logprobs,
+    make_spec,
     responses_per_prompt,
     sample_in_rounds,
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from npo_cli.rollout.failed_prompt_pool import collect_failed_prompts, update_failed_prompt_pool
+from npo_cli.rollout.batch import collect_failed_prompts, update_failed_prompt_pool
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.rollouts import Group
 from tests.rollout.test_mixing import group_of, mix
