@@ -15,7 +15,7 @@ from npo_cli.config.loading import (
     recipe_to_yaml,
 )
 from npo_cli.config.locate import find_recipe, list_recipe_names
-from npo_cli.config.messages import find_nearest_key, list_known_keys
+from npo_cli.config.messages import OLD_KEYS, find_nearest_key, list_known_keys
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 
@@ -131,6 +131,39 @@ def test_nearest_known_key(key, meant):
 
 def test_known_keys_hold_sections_settings_and_the_settings_of_list_items():
     assert {"train", "train.lr", "task.datasets", "task.datasets.weight", "name"} <= set(list_known_keys())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("inject.gate=0.5", "guide.inject.max_accuracy"),
+        ("auto.c_r=2", "autonpo.trigger.max_reward_gain_se"),
+        ("guide.k=4", "guide.cache.samples_per_prompt"),
+        ("engine.tensor_parallel=2", "engine.vllm.tensor_parallel_size"),
+        ("train.keep_anchors=3", "train.keep_full_checkpoints"),
+    ],
+)
+def test_old_key_is_unknown_and_answered_with_the_new_one(old, new):
+    key = old.partition("=")[0]
+    with pytest.raises(NpoError) as caught:
+        load_recipe("micro", [old])
+    assert caught.value.message == f"unknown key {key}: it is now {new} (command line)"
+    assert caught.value.hint == f"write {new} instead of {key}"
+
+
+def test_old_section_in_a_file_is_answered_key_by_key(tmp_path):
+    with pytest.raises(NpoError) as caught:
+        load_recipe(written(tmp_path, "inject: {gate: 0.5, shape: soft}"))
+    assert caught.value.message == (
+        "unknown key inject.gate: it is now guide.inject.max_accuracy; "
+        "unknown key inject.shape: it is now guide.inject.ratio_shaping (mine.yaml:1)"
+    )
+
+
+def test_every_old_key_is_unknown_and_its_new_key_exists():
+    known = set(list_known_keys())
+    assert {old for old in OLD_KEYS if old in known} == set()
+    assert {new for new in OLD_KEYS.values() if new not in known} == set()
 
 
 def test_unknown_key_without_near_match_lists_the_settings():
