@@ -49,11 +49,11 @@ def resolve_last_step(until: int | None, recipe: "Recipe", *, after: int, autonp
     return until
 
 
-def parse_steps(text: str) -> tuple[int, ...]:
+def parse_steps(text: str, *, option: str = "--candidates") -> tuple[int, ...]:
     """`20,40,60` as steps."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and part.isascii() and len(part) < MAX_DIGITS for part in parts):
-        raise NpoError(f"--candidates takes comma-separated steps, got {text!r}", "--candidates 20,40,60")
+        raise NpoError(f"{option} takes comma-separated steps, got {text!r}", f"{option} 20,40,60")
     return tuple(map(int, parts))
 
 

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.bench import bench
+from npo_cli.cli.calibrate import calibrate
 from npo_cli.cli.compare import compare
 from npo_cli.cli.demo import demo
 from npo_cli.cli.docs import docs
@@ -73,6 +74,9 @@ COMMANDS = {
     "report": Command(function=report, group=INSPECT, example="npo report runs/first --out report.html"),
     "bench": Command(
         function=bench, group=COMPARE, example="npo bench micro --methods grpo,npo --seeds 3 --out runs/bench"
+    ),
+    "calibrate": Command(
+        function=calibrate, group=COMPARE, example="npo calibrate runs/first --at 0,40 --candidates self,+20,+40,+100"
     ),
     "compare": Command(function=compare, group=COMPARE, example="npo compare runs/bench --threshold 0.8"),
     "recipes": Command(function=recipes, group=TOOLS, example="npo recipes micro"),

@@ -16,7 +16,7 @@ from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, cr
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import find_learner, list_replay_prompts
 from npo_cli.session.session import open_task_and_policy
-from npo_cli.storage.costs import append_cost
+from npo_cli.storage.costs import CostKind, append_cost
 from npo_cli.storage.guide_cache import GuideCacheWriter, QueriedPrompt, finish_guide_cache, open_guide_cache
 from npo_cli.storage.layout import open_run, validate_name
 from npo_cli.storage.lock import lock_run
@@ -100,7 +100,12 @@ def describe_sampling(settings: GuideCacheSettings) -> str:
 
 
 def fill_cache(
-    source: GuideSource, info: GuideCacheInfo, writer: GuideCacheWriter, prompts: Sequence[Prompt]
+    source: GuideSource,
+    info: GuideCacheInfo,
+    writer: GuideCacheWriter,
+    prompts: Sequence[Prompt],
+    *,
+    cost_kind: CostKind = "guide_cache",
 ) -> Iterator[Progress]:
     """Sample, verify and select, a chunk of prompts at a time; each chunk is written before the next is sampled."""
     done = writer.read_queried_prompts().keys()
@@ -118,7 +123,7 @@ def fill_cache(
         num_tokens = sum(entry.num_tokens for entry in responses)
         append_cost(
             source.target.run,
-            "guide_cache",
+            cost_kind,
             branch=info.branch,
             step=info.learner_step,
             artifact=writer.folder,

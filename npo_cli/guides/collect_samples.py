@@ -14,7 +14,7 @@ from npo_cli.scoring.variance import SampleRatio
 from npo_cli.session.learner import Learner
 from npo_cli.session.session import SamplingSpec, Session, sample_groups, sample_groups_per_version
 from npo_cli.storage.checkpoints import Checkpoint
-from npo_cli.storage.costs import append_cost
+from npo_cli.storage.costs import CostKind, append_cost
 from npo_cli.storage.sample_store import SampleStore
 from npo_cli.types.rollouts import Group, Progress, Prompt, Rollout
 
@@ -38,6 +38,7 @@ class ScoringState:
     """By (candidate, prompt id): everything sampled so far, by this process or an earlier one. behavior_logps are from
     the trainer's forward pass."""
     ratios: dict[tuple[str, str], list[SampleRatio]] = field(default_factory=dict)
+    cost_kind: CostKind = "score"
 
     @property
     def settings(self) -> ScoringSettings:
@@ -59,7 +60,7 @@ class ScoringState:
         is sampled again and has the same piece."""
         append_cost(
             self.session.run,
-            "score",
+            self.cost_kind,
             branch=self.learner.branch,
             step=self.learner.step,
             artifact=self.store.folder,

@@ -24,6 +24,7 @@ from npo_cli.guides.collect_samples import (
 )
 from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make_spec
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
+from npo_cli.policy.model import Policy
 from npo_cli.report.score_plots import plot_scores
 from npo_cli.scoring.halving import HalvingRound, halving_rounds, select_survivors
 from npo_cli.scoring.quality import PromptPassCount
@@ -33,9 +34,11 @@ from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner, find_learner, list_later_checkpoints, list_replay_prompts
 from npo_cli.session.logprob_pass import compute_learner_ratios
 from npo_cli.session.session import Session, build_session, load_checkpoint, open_task_and_policy
+from npo_cli.storage.costs import CostKind
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.sample_store import open_sample_store, save_scores
+from npo_cli.tasks.task import Task
 from npo_cli.types.guides import SourceSpec
 from npo_cli.types.rollouts import Notice, Progress, Prompt
 from npo_cli.types.scores import CandidateScore
@@ -55,28 +58,11 @@ def score_run(
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
     recipe = learner.recipe
     candidates = create_candidates(run, learner, sources)
-    horizon, rounds = find_horizon(candidates, learner), plan_rounds(candidates, recipe)
+    # What these refuse is refused before a model is loaded.
+    find_horizon(candidates, learner)
+    plan_rounds(candidates, recipe)
     with lock_run(run), open_task_and_policy(recipe, learner.checkpoint) as (task, policy):
-        # A candidate that cannot be used is refused before anything is sampled.
-        for source in candidates:
-            if isinstance(source, LineCheckpoint):
-                load_checkpoint(policy, source.checkpoint)
-            else:
-                policy.load(learner.checkpoint.path)
-                yield from warning_notices(source.check(task, policy))
-        policy.load(learner.checkpoint.path)
-        with closing(build_session(run, recipe, task=task, policy=policy)) as session:
-            state = open_scoring_state(session, learner, candidates)
-            failed = yield from screen_prompts(state, horizon)
-            yield from sample_learner(state, failed, candidate=CONTROL)
-            scores = yield from sample_and_rank(state, candidates, failed, rounds)
-        if scores is None:
-            # The engine is closed: an external model may need its memory.
-            for source in candidates:
-                if not isinstance(source, LineCheckpoint):
-                    yield from sample_other_source(state, source, failed)
-            scores = yield from rank_round(state, dict.fromkeys(candidates, failed), control=failed)
-        save_scores(state.store, scores)
+        scores = yield from score_candidates(run, learner, candidates, task=task, policy=policy)
     for warning in (variance_range_warning(scores), sample_count_warning(recipe)):
         if warning:
             yield Notice(message=warning, level="warning")
@@ -84,6 +70,42 @@ def score_run(
     if figure is not None:
         plot_scores(scores, figure, title=f"{run.root.resolve().name}: guide candidates for step {learner.step}")
         yield Notice(message=f"figure: {figure}")
+
+
+def score_candidates(
+    run: RunDir,
+    learner: Learner,
+    candidates: Sequence[GuideSource],
+    *,
+    task: Task,
+    policy: Policy,
+    folder: Path | None = None,
+    cost_kind: CostKind = "score",
+) -> Generator[Progress | Notice, None, tuple[CandidateScore, ...]]:
+    """The scores of validated candidates; the samples are stored in `folder` (None: RUN/scores). Leaves any weights in
+    the policy."""
+    horizon, rounds = find_horizon(candidates, learner), plan_rounds(candidates, learner.recipe)
+    # A candidate that cannot be used is refused before anything is sampled.
+    for source in candidates:
+        if isinstance(source, LineCheckpoint):
+            load_checkpoint(policy, source.checkpoint)
+        else:
+            policy.load(learner.checkpoint.path)
+            yield from warning_notices(source.check(task, policy))
+    policy.load(learner.checkpoint.path)
+    with closing(build_session(run, learner.recipe, task=task, policy=policy)) as session:
+        state = open_scoring_state(session, learner, candidates, folder=folder, cost_kind=cost_kind)
+        failed = yield from screen_prompts(state, horizon)
+        yield from sample_learner(state, failed, candidate=CONTROL)
+        scores = yield from sample_and_rank(state, candidates, failed, rounds)
+    if scores is None:
+        # The engine is closed: an external model may need its memory.
+        for source in candidates:
+            if not isinstance(source, LineCheckpoint):
+                yield from sample_other_source(state, source, failed)
+        scores = yield from rank_round(state, dict.fromkeys(candidates, failed), control=failed)
+    save_scores(state.store, scores)
+    return scores
 
 
 def create_candidates(run: RunDir, learner: Learner, sources: Sequence[SourceSpec] | None) -> list[GuideSource]:
@@ -156,11 +178,18 @@ def sample_count_warning(recipe: Recipe) -> str | None:
     )
 
 
-def open_scoring_state(session: Session, learner: Learner, candidates: Sequence[GuideSource]) -> ScoringState:
+def open_scoring_state(
+    session: Session,
+    learner: Learner,
+    candidates: Sequence[GuideSource],
+    *,
+    folder: Path | None = None,
+    cost_kind: CostKind = "score",
+) -> ScoringState:
     """The store of this scoring, with the samples that an earlier command left in it."""
     recipe = learner.recipe
     store = open_sample_store(
-        session.run.scores_folder,
+        folder or session.run.scores_folder,
         learner.branch,
         learner.step,
         checkpoints=[source.checkpoint.step for source in candidates if isinstance(source, LineCheckpoint)],
@@ -173,7 +202,7 @@ def open_scoring_state(session: Session, learner: Learner, candidates: Sequence[
             "max_new_tokens": recipe.sampling.max_new_tokens,
         },
     )
-    return ScoringState(session=session, learner=learner, store=store, samples=store.read())
+    return ScoringState(session=session, learner=learner, store=store, samples=store.read(), cost_kind=cost_kind)
 
 
 def screen_prompts(state: ScoringState, horizon: int) -> Generator[Progress | Notice, None, list[Prompt]]:

@@ -18,6 +18,7 @@ from npo_cli.report.table import (
     text_column,
 )
 from npo_cli.report.tables_autonpo import AUTONPO_TABLES
+from npo_cli.report.tables_calibration import CALIBRATION_TABLES
 from npo_cli.report.tables_compare import COMPARE_TABLES, tuning_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables
 from npo_cli.report.tables_memory import PLAN_TABLES
@@ -210,6 +211,7 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     EvalReport: evals_tables,
     CostToThreshold: cost_to_threshold_tables,
     **COMPARE_TABLES,
+    **CALIBRATION_TABLES,
     **AUTONPO_TABLES,
     **PLAN_TABLES,
     Segment: lineage_tables,

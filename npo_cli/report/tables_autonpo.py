@@ -281,6 +281,10 @@ def account_tables(accounts: Sequence[RunCosts]) -> tuple[Table, ...]:
         ("probe tokens", lambda one: format_count(one.probe_tokens)),
         ("guide tokens", lambda one: format_count(one.guide_tokens)),
         ("acceptance-test tokens", lambda one: format_count(one.acceptance_test_tokens)),
+        *(
+            (("calibration tokens", lambda one: format_count(one.calibration_tokens)),)
+            * any(one.calibration_tokens for one in accounts)
+        ),
         ("abandoned tokens", lambda one: format_count(one.abandoned_tokens)),
         ("all tokens", lambda one: format_count(one.tokens)),
         ("wall clock, s", lambda one: f"{one.seconds:,.1f}" if one.seconds > 0 else "-"),

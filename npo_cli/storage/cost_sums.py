@@ -211,6 +211,7 @@ def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
         probe_tokens=table.kinds.get("probe", ZERO_COST).tokens,
         guide_tokens=sum(table.kinds.get(kind, ZERO_COST).tokens for kind in ("guide_cache", "score")),
         acceptance_test_tokens=table.kinds.get("acceptance_test", ZERO_COST).tokens,
+        calibration_tokens=table.kinds.get("calibration", ZERO_COST).tokens,
         abandoned_tokens=scout.tokens + abandoned.tokens,
         seconds=sum(cost.seconds for cost in counted),
         num_interventions=sum(move.event == "rolled_back" and not move.evidence.get("is_early") for move in moves),
@@ -268,6 +269,7 @@ def costs_by_activity(run: RunDir, branch: str) -> Iterator[ActivityCost]:
         "probes": "probe",
         "guide caches": "guide_cache",
         "acceptance tests": "acceptance_test",
+        "calibration": "calibration",
     }
     costs = training | {label: table.kinds.get(kind, ZERO_COST) for label, kind in sampling.items()}
     for label, cost in costs.items():

@@ -1,10 +1,10 @@
 """costs.jsonl: what everything in a run cost, written where the work is done.
 
 Each line is one piece of work: a training step, a chunk of samples for a scoring, a guide cache or a probe, a held-out
-evaluation, an acceptance test. A piece that is executed again after a kill has a second line with the same key (kind,
-branch, step, artifact, piece): its tokens count once, the seconds of both count. A branch that is forked starts with a
-line of kind `fork`, which names what the branch is charged with. Order is the order of the lines; no clock decides
-anything. The sums are in `cost_sums.py`.
+evaluation, an acceptance test, a replay of a calibration. A piece that is executed again after a kill has a second line
+with the same key (kind, branch, step, artifact, piece): its tokens count once, the seconds of both count. A branch that
+is forked starts with a line of kind `fork`, which names what the branch is charged with. Order is the order of the
+lines; no clock decides anything. The sums are in `cost_sums.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from npo_cli.storage.layout import RunDir
 from npo_cli.storage.sample_store import list_sample_stores
 from npo_cli.types.rollouts import Segment
 
-CostKind = Literal["train", "score", "guide_cache", "probe", "acceptance_test", "evaluate", "fork"]
+CostKind = Literal["train", "score", "guide_cache", "probe", "acceptance_test", "evaluate", "calibration", "fork"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +65,7 @@ def append_cost(
     branch: str,
     step: int,
     seconds: float,
+    updates: int = 0,
     tokens: int = 0,
     forwards: int | None = None,
     artifact: Path | None = None,
@@ -82,6 +83,7 @@ def append_cost(
         step=step,
         artifact="" if artifact is None else relative_artifact(run, artifact),
         piece=piece,
+        updates=updates,
         tokens=tokens,
         forwards=tokens if forwards is None else forwards,
         seconds=seconds,

@@ -129,6 +129,11 @@ class RunDir:
         """One folder a scoring."""
         return self.root / "scores"
 
+    @property
+    def calibrations_folder(self) -> Path:
+        """One folder per calibrated learner."""
+        return self.root / "calibrations"
+
     def branch_folder(self, branch: str) -> Path:
         """Everything one branch wrote."""
         return self.branches_folder / validate_name(branch)

@@ -23,18 +23,15 @@ from npo_cli.types.rollouts import EvalReport, Group, Notice, Progress
 
 
 def evaluate_policy(session: Session, *, branch: str, step: int) -> EvalReport:
-    """Sample the held-out prompts with the current weights; an evaluation already on record is not repeated.
-
-    Seeds do not depend on the step, so checkpoints are compared on common random numbers.
-    """
+    """Sample the held-out prompts with the current weights; an evaluation already on record is not repeated."""
     count = session.recipe.eval.samples_per_prompt
     key = (branch, step, count)
     is_recorded = any((one.branch, one.step, one.num_samples) == key for one in read_prompt_results(session.run))
     for report in read_evals(session.run):
         if is_recorded and (report.branch, report.step, report.num_samples) == key:
             return report
-    slots, started = range(count), time.perf_counter()
-    groups = sample_groups(session, session.task.heldout, seed_label=("eval",), slots=slots, sampler_step=step)
+    started = time.perf_counter()
+    groups = sample_heldout(session, step=step)
     report = summarize_eval(groups, branch=branch, step=step, seed=session.recipe.train.seed)
     append_cost(
         session.run,
@@ -49,6 +46,15 @@ def evaluate_policy(session: Session, *, branch: str, step: int) -> EvalReport:
     append_prompt_results(session.run, collect_prompt_results(groups, branch=branch, step=step))
     append_eval(session.run, report)
     return report
+
+
+def sample_heldout(session: Session, *, step: int) -> list[Group]:
+    """Samples of every held-out prompt with the current weights, those of `step`.
+
+    Seeds do not depend on the step, so checkpoints are compared on common random numbers.
+    """
+    slots = range(session.recipe.eval.samples_per_prompt)
+    return sample_groups(session, session.task.heldout, seed_label=("eval",), slots=slots, sampler_step=step)
 
 
 def collect_prompt_results(groups: Sequence[Group], *, branch: str, step: int) -> PromptResults:

@@ -1,0 +1,78 @@
+"""`npo calibrate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.checks import check_figure_path, load_run_recipe, parse_steps
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.output import print_records
+from npo_cli.errors import NpoError
+
+NUM_EVALUATIONS = 4
+
+
+def calibrate(
+    run: RunArg,
+    overrides: OverridesArg = None,
+    *,
+    at: Annotated[str, typer.Option("--at", metavar="STEPS", help="Learner steps, such as 0,40.", show_default=False)],
+    candidates: Annotated[
+        str,
+        typer.Option(
+            "--candidates",
+            metavar="SPECS",
+            help="Guide candidates separated by commas: steps, +D for D steps ahead of each learner, or a SPEC without "
+            "a comma, such as self,+20,+40,past.",
+        ),
+    ] = "",
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source",
+            metavar="SPEC",
+            help="Any guide candidate, such as run:DIR@160 (see npo sample-guide --help); repeatable.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", help="Replays of each candidate.")] = 3,
+    steps: Annotated[
+        int, typer.Option("--steps", min=NUM_EVALUATIONS, metavar="N", help="Steps of a replay, a multiple of 4.")
+    ] = 40,
+    branch: BranchOpt = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", metavar="FILE", help="Save a plot of gain against score (.png, .svg or .pdf)."),
+    ] = None,
+    allow_code: AllowCodeOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Measure the gain of guide candidates by short replays, and how well each score predicts it.
+
+    Each learner is trained for a few steps with each candidate's guide and without one, with the same seeds; the gain
+    is the difference in held-out accuracy. The same command resumes an interrupted calibration and adds to a finished
+    one. No branch and no checkpoint is made.
+    """
+    check_figure_path(figure)
+    learners = parse_steps(at, option="--at")
+    listed = [part.strip() for part in candidates.split(",")] if candidates else []
+    specs = [*listed, *(source or ())]
+    if not specs:
+        raise NpoError("no candidates are given", "--candidates self,+20,+40")
+    if steps % NUM_EVALUATIONS:
+        raise NpoError(f"--steps {steps} is not a multiple of {NUM_EVALUATIONS}", f"--steps {steps + -steps % 4}")
+    load_run_recipe(run, overrides, branch=branch)
+
+    from npo_cli.experiments.calibrate import calibrate_run
+
+    records = calibrate_run(
+        run,
+        at=tuple(dict.fromkeys(learners)),
+        candidates=specs,
+        num_seeds=seeds,
+        num_steps=steps,
+        branch=branch,
+        overrides=overrides or (),
+        figure=figure,
+    )
+    print_records(records, as_json=as_json)
