@@ -23,7 +23,7 @@ from npo_cli.inference.base import Engine
 from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy.extrapolated import ExtrapolatedPolicy
 from npo_cli.session.learner import find_learner
-from npo_cli.session.session import Session, build_session, open_policy, open_task, sample_groups
+from npo_cli.session.session import Session, build_session, make_model_handle, open_policy, open_task, sample_groups
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import find_newest_branch
@@ -42,20 +42,13 @@ def time_step(session: Session, given: argparse.Namespace, *, number: int) -> fl
 def open_sessions(session: Session, ahead: ExtrapolatedSampler) -> dict[str, Session]:
     """The same run with each of three engines."""
     assert isinstance(ahead.policy, ExtrapolatedPolicy), "both models are there only where logits are pushed"
-    alone: Engine = TransformersEngine(
-        ahead.policy.older.model,
-        session.policy.tokenizer,
-        eos_ids=session.policy.eos_ids,
-        pad_id=session.policy.pad_id,
-        max_rows=session.recipe.engine.max_num_seqs,
-        dtype=session.policy.compute_dtype,
-        vision=session.policy.vision,
-    )
+    older = ahead.policy.older
+    alone: Engine = TransformersEngine(session.recipe.engine, make_model_handle(older, session.recipe))
     old = replace(
         session,
         engine=alone,
-        policy=ahead.policy.older,
-        sync=replace(session.sync, engine=alone, policy=ahead.policy.older),
+        policy=older,
+        sync=replace(session.sync, engine=alone, policy=older),
     )
     return {"newer alone": session, "older alone": old, "both": ahead.session}
 

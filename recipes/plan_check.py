@@ -23,13 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from npo_cli.config.loading import load_recipe
 from npo_cli.config.recipe import Recipe
-from npo_cli.inference.base import ModelHandle, SampleRequest, open_engine
+from npo_cli.inference.base import SampleRequest, open_engine
 from npo_cli.memory.footprint import estimate_footprint
 from npo_cli.memory.model_shape import model_shape
 from npo_cli.memory.planner import sum_bytes
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
 from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.session.session import make_model_handle
 from npo_cli.training.update import TrainingSample, Updater
 from npo_cli.types.memory import Hardware
 from npo_cli.types.rollouts import TokenSpan
@@ -111,17 +112,7 @@ def make_rows() -> list[TrainingSample]:
 
 def sample(policy: Policy, recipe: Recipe) -> None:
     """One batch by the engine that samples with the trainer's own weights."""
-    engine = open_engine(
-        recipe.engine,
-        ModelHandle(
-            model=policy.model,
-            tokenizer=policy.tokenizer,
-            eos_ids=policy.eos_ids,
-            pad_id=policy.pad_id,
-            max_model_len=PROMPT + RESPONSE,
-            dtype=policy.compute_dtype,
-        ),
-    )
+    engine = open_engine(recipe.engine, make_model_handle(policy, recipe))
     prompts = torch.randint(20, 8000, (ROWS, PROMPT)).tolist()
     asked = [
         SampleRequest(prompt_id=str(slot), prompt_ids=tuple(ids), slot=slot, seed=slot, version="0")

@@ -1,7 +1,7 @@
 """The interface of inference engines: requests, samples, and the model as an engine sees it.
 
-An engine is one class with a `name`, capability flags, `validate`, `status` and `open`, listed in
-`npo_cli.registry.ENGINES`. The rest of the package asks for the flags, never for the name.
+An engine is one class with a `name`, capability flags, `validate` and `status`, listed in `npo_cli.registry.ENGINES`.
+The rest of the package asks for the flags, never for the name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -166,6 +166,10 @@ class Engine:
     reproducibility_warning: str = ""
     """What limits reproducibility; empty if a seed always gives the same response."""
 
+    def __init__(self, settings: EngineSettings, handle: ModelHandle) -> None:
+        """Start the engine for this model."""
+        self.settings, self.handle = settings, handle
+
     @classmethod
     def validate(cls, settings: EngineSettings, *, uses_adapters: bool, uses_images: bool) -> None:
         """Raise `NpoError` if this engine cannot be used with these settings on this machine."""
@@ -183,11 +187,6 @@ class Engine:
     def status(cls, required: Mapping[str, SpecifierSet]) -> EngineStatus:
         """For `npo doctor`, given the version range that is required of each package."""
         return EngineStatus(kind=cls.name, is_available=True, detail="installed")
-
-    @classmethod
-    def open(cls, settings: EngineSettings, handle: ModelHandle) -> "Engine":
-        """Start an engine for this model."""
-        raise NotImplementedError
 
     def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Take over the model's current weights under this version."""
@@ -217,7 +216,7 @@ def open_engine(settings: EngineSettings, handle: ModelHandle) -> Engine:
     """The engine that `engine.kind` names, started."""
     engine: type[Engine] = ENGINES.get(settings.kind)
     engine.validate(settings, uses_adapters=handle.adapters is not None, uses_images=handle.vision is not None)
-    return engine.open(settings, handle)
+    return engine(settings, handle)
 
 
 def check_engines(required: Mapping[str, SpecifierSet]) -> list[EngineStatus]:

@@ -21,7 +21,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from npo_cli.config.engine import EngineSettings
@@ -32,9 +31,7 @@ from npo_cli.inference.base import (
     ModelHandle,
     Sample,
     SampleRequest,
-    VisionProcessor,
 )
-from npo_cli.types.rollouts import ImageRef
 
 
 class SeededSampler(LogitsProcessor):
@@ -78,38 +75,14 @@ class TransformersEngine(Engine):
     supports_images = True
     serves_adapters = True
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        eos_ids: Sequence[int],
-        pad_id: int,
-        max_rows: int,
-        dtype: torch.dtype,
-        vision: VisionProcessor | None = None,
-    ) -> None:
-        self.model, self.tokenizer, self.dtype = model, tokenizer, dtype
-        self.eos_ids, self.pad_id, self.max_rows = tuple(eos_ids), pad_id, max_rows
-        self.vision = vision
+    def __init__(self, settings: EngineSettings, handle: ModelHandle) -> None:
+        super().__init__(settings, handle)
+        self.model, self.vision = handle.model, handle.vision
 
     @classmethod
     def status(cls, required: Mapping[str, SpecifierSet]) -> EngineStatus:
         """Always available."""
         return EngineStatus(kind=cls.name, is_available=True, detail="the trainer's own model samples")
-
-    @classmethod
-    def open(cls, settings: EngineSettings, handle: ModelHandle) -> "TransformersEngine":
-        """Nothing is started."""
-        return cls(
-            handle.model,
-            handle.tokenizer,
-            eos_ids=handle.eos_ids,
-            pad_id=handle.pad_id,
-            max_rows=settings.max_num_seqs,
-            dtype=handle.dtype,
-            vision=handle.vision,
-        )
 
     def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
         """Only the version changes: the engine samples from the trainer's weights."""
@@ -119,7 +92,8 @@ class TransformersEngine(Engine):
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample per request, in order; requests with the same prompt share its prefill."""
         samples: list[Sample] = []
-        for batch in self._batches(requests):
+        for start in range(0, len(requests), self.settings.max_num_seqs):
+            batch = list(requests[start : start + self.settings.max_num_seqs])
             samples += self._generate_batch(batch, temperature=temperature, max_new_tokens=max_new_tokens)
         return samples
 
@@ -138,11 +112,8 @@ class TransformersEngine(Engine):
 
     def _precision(self) -> torch.autocast:
         """The trainer's precision: bfloat16 autocast over float32 weights where the trainer uses that."""
-        return torch.autocast(self.model.device.type, dtype=self.dtype, enabled=self.dtype != self.model.dtype)
-
-    def _batches(self, requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
-        for start in range(0, len(requests), self.max_rows):
-            yield list(requests[start : start + self.max_rows])
+        dtype = self.handle.dtype
+        return torch.autocast(self.model.device.type, dtype=dtype, enabled=dtype != self.model.dtype)
 
     @torch.no_grad()
     def _generate_batch(self, batch: list[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
@@ -159,8 +130,8 @@ class TransformersEngine(Engine):
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
-                    eos_token_id=list(self.eos_ids),
-                    pad_token_id=self.pad_id,
+                    eos_token_id=list(self.handle.eos_ids),
+                    pad_token_id=self.handle.pad_id,
                     suppress_tokens=list(self.vision.suppressed_ids) if self.vision else None,
                 ),
             )
@@ -180,13 +151,15 @@ class TransformersEngine(Engine):
         distinct = list(dict.fromkeys((request.prompt_ids, request.images) for request in batch))
         width = max(len(ids) for ids, _ in distinct)
         gaps = [width - len(ids) for ids, _ in distinct]
-        padded = [[self.pad_id] * gap + list(ids) for gap, (ids, _) in zip(gaps, distinct, strict=True)]
+        padded = [[self.handle.pad_id] * gap + list(ids) for gap, (ids, _) in zip(gaps, distinct, strict=True)]
         ids_PL = torch.tensor(padded, device=self.model.device)
         mask_PL = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps], device=self.model.device)
         cache = DynamicCache(config=self.model.config)
         place = {prompt: index for index, prompt in enumerate(distinct)}
         rows = torch.tensor([place[request.prompt_ids, request.images] for request in batch], device=self.model.device)
-        vision_inputs = self._vision_inputs(ids_PL, [images for _, images in distinct])
+        vision_inputs: dict[str, Tensor] = {}
+        if self.vision is not None:
+            vision_inputs = self.vision.build_inputs(ids_PL[:, :-1], [images for _, images in distinct])
         if width > 1:
             positions_PL = (mask_PL.cumsum(-1) - 1).clamp(min=0)
             with self._precision():
@@ -203,12 +176,6 @@ class TransformersEngine(Engine):
         self._expand_rope_deltas(rows, has_images=bool(vision_inputs))
         return ids_PL[rows], mask_PL[rows], cache
 
-    def _vision_inputs(self, ids_PL: Tensor, images: list[tuple[ImageRef, ...]]) -> dict[str, Tensor]:
-        """Vision inputs for these prompts without their last token."""
-        if self.vision is None:
-            return {}
-        return self.vision.build_inputs(ids_PL[:, :-1], images)
-
     def _expand_rope_deltas(self, rows: Tensor, *, has_images: bool) -> None:
         """Expand the position offsets of a vision-language model's prefill from one per prompt to one per row."""
         if self.vision is not None:
@@ -220,8 +187,8 @@ class TransformersEngine(Engine):
         entropies_NT = torch.stack(sampler.entropies, dim=1).cpu().numpy()
         samples = []
         for row, ids in enumerate(response_NT.tolist()):
-            length = next((place + 1 for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
-            finished = ids[length - 1] in self.eos_ids
+            length = next((place + 1 for place, token in enumerate(ids) if token in self.handle.eos_ids), len(ids))
+            finished = ids[length - 1] in self.handle.eos_ids
             response_ids = ids[:length]
             samples.append(
                 Sample(
@@ -230,7 +197,7 @@ class TransformersEngine(Engine):
                     response_ids=tuple(response_ids),
                     logps=tuple(logps_NT[row, :length].tolist()),
                     mean_entropy=float(entropies_NT[row, :length].mean(dtype="float64")),
-                    text=self.tokenizer.decode(response_ids[:-1] if finished else response_ids),
+                    text=self.handle.tokenizer.decode(response_ids[:-1] if finished else response_ids),
                     finished=finished,
                 )
             )

@@ -116,7 +116,7 @@ class BaseVllmEngine(Engine):
     """Adapters by version, the oldest first."""
 
     def __init__(self, settings: EngineSettings, handle: ModelHandle) -> None:
-        self.settings, self.handle = settings, handle
+        super().__init__(settings, handle)
         self.vllm = settings.vllm
         self._loaded_adapters = {}
         # Several adapters are held side by side; full weights replace each other.
@@ -164,11 +164,6 @@ class BaseVllmEngine(Engine):
     @classmethod
     def _unavailable(cls, detail: str, *, hint: str) -> EngineStatus:
         return EngineStatus(kind=cls.name, is_available=False, detail=detail, hint=hint)
-
-    @classmethod
-    def open(cls, settings: EngineSettings, handle: ModelHandle) -> "BaseVllmEngine":
-        """Start vLLM."""
-        return cls(settings, handle)
 
     @property
     def can_sleep(self) -> bool:

@@ -41,7 +41,7 @@ def check_distributed_recipe(recipe: Recipe, num_processes: int) -> None:
     if recipe.uses_motion:
         raise NpoError(
             f"an extrapolated guide holds two whole models in one process, and there are {num_processes} processes",
-            "start one process; or another guide.source, and autonpo.extrapolate=0",
+            "start one process, or set guide.source=cache",
         )
     engine = ENGINES.get(recipe.engine.kind)
     if engine.runs_in_trainer and engine.needs_weight_sync:

@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -166,29 +166,33 @@ def open_session_engine(recipe: Recipe, policy: Policy, *, doubles_rank: bool) -
     """The recipe's engine for this policy; of several ranks each samples its part, or rank 0 asks a server."""
     settings, is_alone = recipe.engine, current_group().world_size == 1
     shares_weights = not ENGINES.get(settings.kind).needs_weight_sync
-    longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
     weights = None if is_alone or shares_weights else GatheredWeights(policy)
     if weights is not None:
         # Gathered weights lie in rank 0's CPU memory: a server reads them from the disk.
         vllm = settings.vllm.model_copy(update={"weight_transfer": "disk"})
         settings = settings.model_copy(update={"vllm": vllm})
-    adapters = policy.adapters
-    handle = ModelHandle(
-        model=policy.model if weights is None else weights,
+    handle = make_model_handle(policy, recipe)
+    if policy.adapters is not None:
+        adapters = make_adapter_port(policy, policy.adapters, doubles_rank=doubles_rank, weights=weights)
+        handle = replace(handle, adapters=adapters)
+    if weights is not None:
+        return MainRankEngine(settings, replace(handle, model=weights), weights)
+    engine = open_engine(settings, handle)
+    return engine if is_alone else SplitEngine(engine, policy, recipe)
+
+
+def make_model_handle(policy: Policy, recipe: Recipe) -> ModelHandle:
+    """The policy's model for an engine that reads the trainer's weights."""
+    longest = recipe.task.max_prompt_tokens + recipe.sampling.max_new_tokens
+    return ModelHandle(
+        model=policy.model,
         tokenizer=policy.tokenizer,
         eos_ids=policy.eos_ids,
         pad_id=policy.pad_id,
         max_model_len=min(longest, policy.max_tokens or longest),
         dtype=policy.compute_dtype,
-        adapters=None
-        if adapters is None
-        else make_adapter_port(policy, adapters, doubles_rank=doubles_rank, weights=weights),
         vision=policy.vision,
     )
-    if weights is not None:
-        return MainRankEngine(settings, handle, weights)
-    engine = open_engine(settings, handle)
-    return engine if is_alone else SplitEngine(engine, policy, recipe)
 
 
 def make_adapter_port(

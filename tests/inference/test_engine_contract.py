@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,10 @@ class CopyEngine(Engine):
     name = "copy"
 
     def __init__(self, settings: EngineSettings, handle: ModelHandle) -> None:
+        super().__init__(settings, handle)
         self.model = copy.deepcopy(handle.model)
-        own = ModelHandle(**{name: getattr(handle, name) for name in handle.__slots__} | {"model": self.model})
-        self.sampler = TransformersEngine.open(settings, own)
-
-    @classmethod
-    def open(cls, settings: EngineSettings, handle: ModelHandle) -> "CopyEngine":
-        return cls(settings, handle)
+        own = replace(handle, model=self.model)
+        self.sampler = TransformersEngine(settings, own)
 
     def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
         self.model.load_state_dict(model.state_dict())

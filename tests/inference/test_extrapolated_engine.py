@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from npo_cli.config.engine import EngineSettings
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest
 from npo_cli.inference.extrapolated_engine import ExtrapolatedEngine, extrapolate_logits
@@ -16,6 +17,7 @@ from npo_cli.policy.model import Policy, load_policy
 from tests.helpers.images import load_vision_policy, mixed_prompts
 from tests.inference.test_image_prompts import engine_of, image_requests
 from tests.inference.test_transformers_engine import TEXTS, sample_requests, sample_responses
+from tests.inference.vllm_models import make_handle
 
 ROWS = [TokenRow(prompt_ids=(1, 2, 3), response_ids=(4, 5)), TokenRow(prompt_ids=(2,), response_ids=(6, 7, 8))]
 
@@ -40,17 +42,8 @@ def perturbed(policy: Policy) -> Policy:
 
 
 def extrapolated_engine(policy: Policy, older: Policy, *, strength: float, max_rows: int = 512) -> ExtrapolatedEngine:
-    return ExtrapolatedEngine(
-        policy.model,
-        policy.tokenizer,
-        older=older.model,
-        strength=strength,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        max_rows=max_rows,
-        dtype=policy.compute_dtype,
-        vision=policy.vision,
-    )
+    settings = EngineSettings(max_num_seqs=max_rows)
+    return ExtrapolatedEngine(settings, make_handle(policy), older=older.model, strength=strength)
 
 
 def generate(engine: ExtrapolatedEngine, requests: list[SampleRequest], *, temperature: float = 1.0) -> list[Sample]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from npo_cli.config.engine import EngineSettings
 from npo_cli.inference.base import SampleRequest
 from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy.model import Policy
@@ -13,18 +14,11 @@ from npo_cli.seeds import derive_seed
 from npo_cli.tasks.shapes import shapes_prompts
 from npo_cli.types.rollouts import Prompt
 from tests.helpers.images import load_vision_policy, mixed_prompts
+from tests.inference.vllm_models import make_handle
 
 
 def engine_of(policy: Policy, *, max_rows: int = 512) -> TransformersEngine:
-    return TransformersEngine(
-        policy.model,
-        policy.tokenizer,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        max_rows=max_rows,
-        dtype=policy.compute_dtype,
-        vision=policy.vision,
-    )
+    return TransformersEngine(EngineSettings(max_num_seqs=max_rows), make_handle(policy))
 
 
 def image_requests(policy: Policy, prompts: list[Prompt], *, num_slots: int) -> list[SampleRequest]:

@@ -2,17 +2,20 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import chi2
 
+from npo_cli.config.engine import EngineSettings
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.inference.base import Sample, SampleRequest
 from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.seeds import derive_seed
+from tests.inference.vllm_models import make_handle
 
 TEXTS = ("........1+2=", "12345+67890=", "7", "..99+1=", "=")
 
@@ -23,14 +26,9 @@ def policy() -> Policy:
 
 
 def engine_of(policy: Policy, *, max_rows: int = 512, eos_ids: tuple[int, ...] | None = None) -> TransformersEngine:
-    return TransformersEngine(
-        policy.model,
-        policy.tokenizer,
-        eos_ids=policy.eos_ids if eos_ids is None else eos_ids,
-        pad_id=policy.pad_id,
-        max_rows=max_rows,
-        dtype=policy.compute_dtype,
-    )
+    handle = make_handle(policy)
+    handle = handle if eos_ids is None else replace(handle, eos_ids=eos_ids)
+    return TransformersEngine(EngineSettings(max_num_seqs=max_rows), handle)
 
 
 def sample_requests(

@@ -56,7 +56,7 @@ def make_handle(policy: Policy, *, max_model_len: int = 64, adapters: AdapterHan
 
 def make_engine(kind: str, policy: Policy, **options: Any) -> Any:
     """An engine of that kind for the policy, started."""
-    return ENGINES.get(kind).open(make_settings(kind), make_handle(policy, **options))
+    return ENGINES.get(kind)(make_settings(kind), make_handle(policy, **options))
 
 
 def make_requests(policy: Policy, *texts: str, num_slots: int = 8) -> list[SampleRequest]:

@@ -35,11 +35,6 @@ if TYPE_CHECKING:
     from npo_cli.storage.layout import RunDir
     from npo_cli.tasks.task import Task
 
-OTHER_TOKENIZER_WARNING = (
-    "the guide's tokenizer differs from the learner's: its responses are re-tokenized and have no log-probabilities, "
-    "so guide.inject.ratio must be unit, proximal or none"
-)
-
 
 class ExternalModelSource(GuideSource):
     """A model from a folder or the hub."""
@@ -180,8 +175,15 @@ class ExternalModelSource(GuideSource):
 
     def warnings(self) -> list[str]:
         """Another tokenizer, and truncated responses."""
-        other = [] if self.shares_tokenizer else [OTHER_TOKENIZER_WARNING]
-        return other + self.retokenizer.warnings()
+        from npo_cli.losses.importance_ratio import name_ratios_without_logprobs
+
+        if self.shares_tokenizer:
+            return self.retokenizer.warnings()
+        other_tokenizer = (
+            "the guide's tokenizer differs from the learner's: its responses are re-tokenized and have no "
+            f"log-probabilities, so guide.inject.ratio must be {name_ratios_without_logprobs()}"
+        )
+        return [other_tokenizer, *self.retokenizer.warnings()]
 
     @property
     def digest(self) -> str:

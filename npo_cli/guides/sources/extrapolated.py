@@ -266,23 +266,15 @@ def open_extrapolated_sampler(
     """
     from npo_cli.inference.extrapolated_engine import ExtrapolatedEngine
     from npo_cli.policy.extrapolated import ExtrapolatedPolicy, extrapolate_weights
+    from npo_cli.session.session import make_model_handle
 
     policy, strength = session.policy, used.strength
     if used.space == "weights":
         activate = partial(extrapolate_weights, policy, used.older_checkpoint.path, strength=strength)
         return ExtrapolatedSampler(session=session, policy=policy, extrapolation=used, activate=activate)
     assert older is not None, "extrapolated logits need the older model"
-    engine = ExtrapolatedEngine(
-        policy.model,
-        policy.tokenizer,
-        older=older.model,
-        strength=strength,
-        eos_ids=policy.eos_ids,
-        pad_id=policy.pad_id,
-        max_rows=session.recipe.engine.max_num_seqs,
-        dtype=policy.compute_dtype,
-        vision=policy.vision,
-    )
+    handle = make_model_handle(policy, session.recipe)
+    engine = ExtrapolatedEngine(session.recipe.engine, handle, older=older.model, strength=strength)
     return ExtrapolatedSampler(
         session=replace(session, engine=engine, sync=replace(session.sync, engine=engine, verified_version=None)),
         policy=ExtrapolatedPolicy(newer=policy, older=older, strength=strength),
