@@ -9,6 +9,15 @@ import pytest
 if TYPE_CHECKING:
     from tests.helpers.warm_process import ForkServer
 
+NUM_WORKERS = 2
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The default suite runs in two processes. Named files and folders, and `-m slow`, `-m vllm` and so on, run in this
+    one: `-s` shows their output, and an engine, a GPU or a job of two processes has the machine to itself."""
+    runs_all = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return NUM_WORKERS if runs_all and config.option.markexpr.startswith("not ") else 0
+
 
 @pytest.fixture(scope="session")
 def untaught_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -105,6 +105,15 @@ def phase_of(root: Path) -> str | None:
     return json.loads(lines[-1])["phase"] if lines else None
 
 
+def test_autonpo_killed_while_it_samples_a_guide_ends_the_same(warm: ForkServer, watched: Path, tmp_path):
+    matrix = Matrix(warm=warm, folder=tmp_path, settings=(), rng=random.Random(0))
+    root = tmp_path / "killed"
+    assert matrix.kill_at(root, "GUIDE_GEN"), "it ended before the kill"
+    assert "trigger" in events_of(root)
+    list(start_autonpo_resume(root))
+    assert deterministic_digests(root) == deterministic_digests(watched)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [(), LORA], ids=["full", "lora"])
 def test_autonpo_killed_in_every_phase_ends_the_same(warm: ForkServer, tmp_path, kind):

@@ -380,7 +380,7 @@ def test_heavy_tail_is_rarely_reported_without_one():
     assert sum(alarms) <= 15
 
 
-def test_a_tail_that_the_guide_never_visits_raises_the_alarm():
+def test_heavy_tail_is_detected_if_the_guide_misses_it():
     # the old policy spends a tenth of its samples where a/b = e^5, so E_a[w] = .1 * 148 + .9 * .9 = 15.6, while all
     # of the guide's own samples have w^2 = .9^2
     guide_side = on([f"0-{i:03}" for i in range(60)], np.log(0.9))
@@ -399,7 +399,7 @@ def test_huge_weights_do_not_overflow():
     assert is_heavy_tailed(on(ids, 5000.0, num_tokens=50), on(ids, -10000.0, num_tokens=50)) is False
 
 
-def test_a_few_samples_say_nothing_about_tails():
+def test_heavy_tail_is_unknown_with_few_samples():
     ids = [f"0-{i:03}" for i in range(8)]
     assert is_heavy_tailed(on(ids, 0.0), on(ids, 0.0)) is False
     # how often a prompt was sampled changes nothing

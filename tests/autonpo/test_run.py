@@ -33,7 +33,7 @@ from tests.helpers.autonpo_runs import (
 )
 from tests.helpers.runs import copy_run, file_digests, steps_of, stop_after
 
-PLAINLY = {
+PLAIN_RESUME = {
     **{"overrides": (), "at": None, "source_branch": None, "new_branch": None, "guide": None, "steps": None},
 }
 
@@ -70,7 +70,7 @@ def test_autonpo_log_has_two_interventions_and_the_limit(watched):
     ]
 
 
-@pytest.mark.parametrize("num_steps", [12, 7, 5])
+@pytest.mark.parametrize("num_steps", [12, 7, pytest.param(5, marks=pytest.mark.slow)])
 def test_autonpo_resumed_after_plain_training_equals_training_with_it(watched, plain, tmp_path, num_steps):
     """7 and 5 lie between two checkpoints, 7 after and 5 before the first trigger."""
     root = tmp_path / "run"
@@ -82,7 +82,7 @@ def test_autonpo_resumed_after_plain_training_equals_training_with_it(watched, p
     check_equal_except_main(root, watched)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_autonpo_restarted_again_and_again_ends_the_same(watched, tmp_path, seed):
     root, rng = tmp_path / "run", random.Random(seed)
     records = start_autonpo(root)
@@ -220,7 +220,12 @@ def messages(records: Iterable[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("what", "number"), [("probe failed prompts", 1), ("score past checkpoints", 2), ("sample guide", 1)]
+    ("what", "number"),
+    [
+        pytest.param("probe failed prompts", 1, marks=pytest.mark.slow),
+        ("score past checkpoints", 2),
+        pytest.param("sample guide", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_signal_stops_an_intervention_between_two_chunks(watched, tmp_path, what, number):
     root = tmp_path / "run"
@@ -244,7 +249,7 @@ def test_settings_changed_in_a_replay_apply_from_there(tmp_path):
             records.close()
     assert transitions_of(root)[-1].state.phase == "REPLAY"
     # resumed without AutoNPO, it passes the end of the replay
-    list(resume_run(root, **PLAINLY))
+    list(resume_run(root, **PLAIN_RESUME))
     list(start_autonpo_resume(root, "autonpo.replay.acceptance_test=true", "train.num_steps=14"))
     replayed = find_transition(root, "replay_done")
     assert (replayed.step, replayed.state.phase) == (6, "ACCEPTANCE_TEST")

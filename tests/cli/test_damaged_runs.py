@@ -46,11 +46,12 @@ def with_tensors(path: Path, change: Change) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def roles(run: Path) -> dict[str, list[str]]:
-    """Every command that uses step 4 of main; a learner needs a future, so it must have one."""
-    future = npo("resume", run, "--branch", "main", "train.num_steps=6")
-    assert future.code == 0
-    return ROLES
+@pytest.fixture(scope="module")
+def longer(circle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps more on main: step 4 can be a learner, which needs a later checkpoint."""
+    root = copy_run(circle, tmp_path_factory.mktemp("longer"))
+    assert npo("resume", root, "--branch", "main", "train.num_steps=6").code == 0
+    return root
 
 
 def words(run: Path, args: list[str]) -> str:
@@ -62,12 +63,12 @@ def words(run: Path, args: list[str]) -> str:
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_checkpoint_with_wrong_tensor_is_refused_in_every_role(run, kind):
-    every = roles(run)
+def test_checkpoint_with_wrong_tensor_is_refused_in_every_role(longer, tmp_path, kind):
+    run = copy_run(longer, tmp_path)
     with_tensors(checkpoint(run) / "model.safetensors", TENSORS[kind])
     write_manifests(checkpoint(run), branch="main", step=4)
     name = UP + ".more" if kind == "extra" else UP
-    for role, args in every.items():
+    for role, args in ROLES.items():
         if role != "resume point":  # that is step 6 by now
             assert words(run, args).startswith(f"{checkpoint(run)}: tensor {kind}: {name} | choose another step"), role
 

@@ -35,20 +35,20 @@ HALF = [0.0, 1.0] * 50
 """Half of a hundred prompts solved: their mean has a standard error of 0.05."""
 
 
-def test_an_area_is_the_mean_accuracy_by_the_trapezoid_rule():
+def test_area_is_the_mean_accuracy_by_the_trapezoid_rule():
     # 20 units: the ends count half a span each
     assert area_weights([0, 10, 20], low=0, high=20) == pytest.approx([0.25, 0.5, 0.25])
     # from 5 to 15: the first weighs a triangle of 0.5 x 5 / 2 in 10
     assert area_weights([0, 10, 20], low=5, high=15) == pytest.approx([0.125, 0.75, 0.125])
 
 
-def test_what_a_replay_pays_without_learning_counts_as_standing_still():
+def test_area_counts_scout_cost_at_constant_accuracy():
     # 0.2 to 0.4 in 10, 20 at 0.4, 0.4 to 0.8 in 10: (3 + 8 + 6) / 40
     weights = area_weights([0, 10, 30, 40], low=0, high=40)
     assert weights @ [0.2, 0.4, 0.4, 0.8] == pytest.approx(0.425)
 
 
-def test_curves_are_compared_where_all_of_them_are():
+def test_common_range_is_the_overlap_of_all_curves():
     assert common_range([[0, 5, 30], [10, 40]]) == (10, 30)
     assert common_range([[0, 5], [5, 9]]) is None
 
@@ -58,7 +58,7 @@ def test_quarters_hold_their_own_steps():
     assert quarter_means({1: 1.0, 2: 3.0, 3: 5.0, 8: 7.0, 9: 99.0}, 8) == (2.0, 5.0, None, 7.0)
 
 
-def test_one_seed_has_the_interval_of_its_prompts():
+def test_bootstrap_of_one_seed_resamples_prompts():
     (found,) = estimate_method([seed_of(0, HALF)], Resampler())
     assert (found.value, found.num_used) == (0.5, 1)
     # 1.96 x 0.05 on both sides
@@ -82,7 +82,7 @@ def test_few_seeds_are_stretched_to_students_width():
     assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5 - 0.09168, 0.5 + 0.09168), abs=1e-4)
 
 
-def test_no_interval_leaves_what_an_accuracy_can_be():
+def test_bootstrap_interval_stays_within_0_and_1():
     apart = [seed_of(0, [0.2] * 100), seed_of(1, [0.8] * 100)]
     (found,) = estimate_method(apart, Resampler())
     assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.0, 1.0))
@@ -96,7 +96,7 @@ def test_prompts_that_all_agree_are_no_certainty():
     assert (found.value, found.low, found.high) == pytest.approx((1.0, 0.5101, 1.0), abs=1e-4)
 
 
-def test_without_outcomes_only_seeds_are_drawn_and_one_seed_has_no_interval():
+def test_bootstrap_without_results_per_prompt_resamples_seeds_only():
     (found,) = estimate_method([bare(0, 0.29), bare(1, 0.31)], Resampler())
     # 0.01 off, stretched as above
     assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3 - 0.09168, 0.3 + 0.09168), abs=1e-4)
@@ -104,7 +104,7 @@ def test_without_outcomes_only_seeds_are_drawn_and_one_seed_has_no_interval():
     assert (alone.value, alone.low, alone.high) == (0.2, None, None)
 
 
-def test_the_luck_of_common_prompts_cancels_in_pairs():
+def test_bootstrap_of_pairs_cancels_prompt_variance():
     # the method solves what the baseline solves, and 4 prompts more of 100
     better = [1.0] * 4 + HALF[4:]
     pairs = [[seed_of(number, values) for number in range(3)] for values in (better, HALF)]
@@ -117,7 +117,7 @@ def test_the_luck_of_common_prompts_cancels_in_pairs():
     assert width(loose) > 4 * width(found)
 
 
-def test_pairs_are_compared_on_the_prompts_that_both_were_asked():
+def test_bootstrap_of_pairs_uses_common_prompts():
     mine = SeedStatistics(seed=0, prompts=("a", "b", "c"), values_PF=np.array([[1.0], [0.0], [0.5]]))
     theirs = SeedStatistics(seed=0, prompts=("c", "x", "a"), values_PF=np.array([[0.25], [1.0], [0.75]]))
     ours, others = restrict_to_common_prompts(mine, theirs)
@@ -129,7 +129,7 @@ def test_pairs_are_compared_on_the_prompts_that_both_were_asked():
     assert estimate_paired_difference([mine], [strange], Resampler())[0].value == pytest.approx(0.5 - 2 / 3)
 
 
-def test_the_order_in_which_seeds_are_named_changes_nothing():
+def test_bootstrap_does_not_depend_on_the_order_of_seeds():
     method = [seed_of(0, HALF), seed_of(1, [0.25] * 100)]
     baseline = [seed_of(0, [0.1] * 100), seed_of(1, HALF)]
     assert estimate_paired_difference(method, baseline, Resampler()) == estimate_paired_difference(
@@ -137,7 +137,7 @@ def test_the_order_in_which_seeds_are_named_changes_nothing():
     )
 
 
-def test_large_sets_are_drawn_again_alike(monkeypatch):
+def test_bootstrap_of_large_sets_is_deterministic(monkeypatch):
     seeds = [seed_of(number, HALF, names=f"s{number}-") for number in range(3)]
     kept = estimate_method(seeds, Resampler())
     monkeypatch.setattr("npo_cli.experiments.bootstrap.MAX_CACHED_COUNTS", 0)

@@ -56,7 +56,7 @@ def accuracies(root: Path, branch: str) -> dict[int, float]:
     return {step: reports.get((branch, step), reports["main", step]) for step in range(5)}
 
 
-def test_each_seed_is_read_along_its_line_with_the_costs_of_the_ledger(seeds):
+def test_compare_reads_each_seed_along_its_ancestry_with_costs(seeds):
     found = compared(*both(seeds))
     points = [one for one in found[SeedPoint] if (one.method, one.seed) == ("npo", 1)]
     # the fork stands twice: as it was, and with the scout's two steps and the guide's answers paid
@@ -67,7 +67,7 @@ def test_each_seed_is_read_along_its_line_with_the_costs_of_the_ledger(seeds):
     assert said(found) == []
 
 
-def test_final_accuracy_and_areas_are_those_of_the_evaluations(seeds):
+def test_compare_final_accuracy_and_areas_equal_the_evaluations(seeds):
     npo = compared(*both(seeds))[MethodSummary][1]
     curves = [accuracies(seeds / name, "near") for name in ("s0", "s1")]
     assert npo.final_accuracy.value == pytest.approx(
@@ -81,7 +81,7 @@ def test_final_accuracy_and_areas_are_those_of_the_evaluations(seeds):
     assert (npo.seeds, npo.num_prompts, npo.resampling_unit, npo.horizon) == ((0, 1), 8, "seeds and prompts", 4)
 
 
-def test_areas_by_tokens_stop_where_the_first_arm_ends(seeds):
+def test_compare_areas_by_tokens_end_at_the_shortest_method(seeds):
     found = compared(*both(seeds))
     ends = [max(one.tokens for one in found[SeedPoint] if (one.method, one.seed) == ("grpo", seed)) for seed in (0, 1)]
     areas = []
@@ -92,7 +92,7 @@ def test_areas_by_tokens_stop_where_the_first_arm_ends(seeds):
     assert found[MethodSummary][1].areas["tokens"].value == pytest.approx(statistics.fmean(areas), abs=1e-4)
 
 
-def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
+def test_compare_injected_slots_and_entropy_follow_the_ancestry(seeds):
     grpo, npo = compared(*both(seeds))[MethodSummary]
     runs = [open_run(seeds / name) for name in ("s0", "s1")]
     # steps 1 and 2 had no guide
@@ -104,7 +104,7 @@ def test_injected_slots_and_entropy_are_those_of_the_line(seeds):
     assert npo.entropies[:2] == grpo.entropies[:2]
 
 
-def test_methods_differ_in_what_guided_them_and_in_nothing_that_must_be_alike(seeds):
+def test_compare_names_the_guide_as_the_only_changed_setting(seeds):
     grpo, npo = compared(*both(seeds))[MethodSummary]
     assert (grpo.changed_settings, grpo.mismatched_settings) == ((), ())
     assert (npo.changed_settings, npo.mismatched_settings) == (("guides none -> 4 at 2",), ())
@@ -129,21 +129,21 @@ def test_differences_are_paired_by_seed_and_prompt(seeds):
     assert found.num_not_lower == sum(mine >= theirs for mine, theirs in zip(*finals, strict=True))
 
 
-def test_an_arm_against_itself_differs_by_nothing(seeds):
+def test_compare_of_a_method_with_itself_has_no_difference(seeds):
     found = compared(f"a={seeds}/s0:main", f"b={seeds}/s0:main", thresholds=(0.01,))
     (apart,) = found[MethodDifference]
     assert (apart.final_accuracy.value, {one.value for one in apart.areas.values()}) == (0.0, {0.0})
     assert apart.resampling_unit == "prompts"
 
 
-def test_arms_of_one_other_seed_each_are_not_paired_and_claim_no_seeds(seeds):
+def test_compare_of_different_seeds_is_not_paired(seeds):
     (apart,) = compared(f"a={seeds}/s0:main", f"b={seeds}/s1:main")[MethodDifference]
     assert (apart.num_pairs, apart.num_prompts, apart.resampling_unit, apart.num_not_lower) == (0, None, "prompts", 0)
     finals = [statistics.fmean(accuracies(seeds / name, "main")[step] for step in (2, 3, 4)) for name in ("s1", "s0")]
     assert apart.final_accuracy.value == pytest.approx(finals[0] - finals[1])
 
 
-def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
+def test_compare_threshold_never_reached_has_lower_bounds_and_no_speedup(seeds):
     found = compared(*both(seeds), thresholds=(1.0,))
     grpo, npo = found[MethodTimeToThreshold]
     assert (grpo.num_reached, grpo.num_runs, grpo.is_censored) == (0, 2, True)
@@ -154,7 +154,7 @@ def test_a_threshold_that_nobody_reaches_has_lower_bounds_and_no_ratio(seeds):
     assert (ratio.ratio_if_reached, ratio.restricted_mean_ratio) == ({}, {})
 
 
-def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seeds(seeds):
+def test_compare_run_without_name_means_its_branches(seeds):
     found = compared(str(seeds / "s0"), str(seeds / "s1"))
     assert [(one.method, one.seeds) for one in found[MethodSummary]] == [("micro:main", (0, 1)), ("micro:near", (0, 1))]
     named = compared(f"x={seeds}/s0", f"x={seeds}/s1", f"y={seeds}/s0:main", baseline="y")
@@ -166,7 +166,7 @@ def test_a_run_without_a_name_stands_for_its_branches_and_the_same_name_for_seed
     assert said(named) == ["x has seeds 0, 1, y has 0: only common seeds are paired"]
 
 
-def test_the_folder_of_a_bench_stands_for_all_its_runs_also_after_a_move(seeds, tmp_path):
+def test_compare_bench_folder_means_all_its_runs_after_a_move_too(seeds, tmp_path):
     home = copy_run(seeds, tmp_path / "a")
     save_bench_index(home, [(method, home / run) for method, run in (("npo", "s0"), ("npo", "s1"), ("again", "s1"))])
     moved = home.rename(tmp_path / "b")
@@ -187,7 +187,7 @@ def test_the_folder_of_a_bench_stands_for_all_its_runs_also_after_a_move(seeds, 
         compared(str(moved))
 
 
-def test_an_arm_is_split_into_name_run_and_branch(tmp_path, monkeypatch):
+def test_compare_method_argument_is_name_run_and_branch(tmp_path, monkeypatch):
     assert parse_method_argument("npo=runs/a:late") == ("npo", Path("runs/a"), "late")
     assert parse_method_argument("runs/a") == (None, Path("runs/a"), None)
     monkeypatch.chdir(tmp_path)
@@ -209,12 +209,12 @@ def test_an_arm_is_split_into_name_run_and_branch(tmp_path, monkeypatch):
         (["S/nothing", "S/s1"], "there is no run directory"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(seeds, methods, message):
+def test_compare_refuses_invalid_method_arguments(seeds, methods, message):
     with pytest.raises(NpoError, match=message):
         compared(*(method.replace("S/", f"{seeds}/") for method in methods))
 
 
-def test_an_unknown_baseline_and_a_run_without_evaluations_are_refused(seeds, tmp_path):
+def test_compare_refuses_unknown_baseline_and_run_without_evaluations(seeds, tmp_path):
     with pytest.raises(NpoError, match="there is no method 'c'"):
         compared(*both(seeds), baseline="c")
     dark = copy_run(seeds / "s0", tmp_path / "dark")
@@ -224,7 +224,7 @@ def test_an_unknown_baseline_and_a_run_without_evaluations_are_refused(seeds, tm
     assert refused.value.hint == f"npo eval {dark} --all --branch main"
 
 
-def test_without_outcomes_seeds_alone_are_drawn_and_it_is_said(seeds, tmp_path):
+def test_compare_without_results_per_prompt_resamples_seeds_with_a_notice(seeds, tmp_path):
     old = [copy_run(seeds / f"s{seed}", tmp_path / f"old{seed}") for seed in (0, 1)]
     (old[0] / "prompt_results.jsonl").unlink()
     found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
@@ -233,7 +233,7 @@ def test_without_outcomes_seeds_alone_are_drawn_and_it_is_said(seeds, tmp_path):
     assert said(found)[0].startswith("a: 1 of 2 seeds have no evaluation results per prompt; npo eval")
 
 
-def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_path):
+def test_compare_of_other_prompts_is_not_paired_and_names_mismatched_settings(seeds, tmp_path):
     root = tmp_path / "other"
     train(root, *SETTINGS, "train.lr=0.5", "train.group_size=2", "task.seed=9", "train.num_steps=3")
     found = compared(f"a={seeds}/s0:main", f"b={root}")
@@ -250,7 +250,7 @@ def test_other_prompts_are_not_paired_and_unlike_settings_are_named(seeds, tmp_p
     assert "train.lr 0.5 -> 0.0003 between seeds" in one_arm[MethodSummary][0].mismatched_settings
 
 
-def test_comparing_writes_into_no_run(seeds, tmp_path):
+def test_compare_writes_into_no_run(seeds, tmp_path):
     before = file_digests(seeds)
     found = compared(*both(seeds), csv=tmp_path / "new" / "p.csv", figure=tmp_path / "c.svg")
     assert file_digests(seeds) == before
@@ -261,7 +261,7 @@ def test_comparing_writes_into_no_run(seeds, tmp_path):
     )
 
 
-def test_forward_passes_are_an_axis_where_an_older_copy_was_asked(tmp_path):
+def test_compare_has_a_forwards_axis_with_extrapolation(tmp_path):
     for name, more in (
         ("plain", ()),
         ("pushed", ("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.max_accuracy=1")),

@@ -4,7 +4,7 @@ from npo_cli.experiments.compare import write_points
 from npo_cli.types.comparison import SeedPoint
 
 
-def test_a_point_is_a_line_and_what_is_not_known_is_empty(tmp_path):
+def test_curve_csv_has_one_row_per_point_and_empty_unknown_cells(tmp_path):
     point = SeedPoint(
         method='a, "b"',
         seed=1,

@@ -20,7 +20,7 @@ def typed(found: list[tuple[str, ...]], folder: Path) -> list[str]:
     return [" ".join(word for word in words if "=" not in word).replace(str(folder / "run"), "RUN") for words in found]
 
 
-def test_npo_early_and_late_is_five_commands(tmp_path):
+def test_method_plan_of_npo_early_and_late_is_five_commands(tmp_path):
     here = cell(
         tmp_path,
         "matched/npo",
@@ -42,7 +42,7 @@ def test_npo_early_and_late_is_five_commands(tmp_path):
     assert not any("=" in word for words in found[1:] for word in words)
 
 
-def test_a_plan_in_stretches_is_repeated_to_the_last_step_of_the_run(tmp_path):
+def test_method_plan_with_periods_repeats_to_the_last_step(tmp_path):
     found = build_commands(cell(tmp_path, "controls/forward-probe", "train.num_steps=50"))
     assert typed(found, tmp_path)[0].endswith("--until 0")
     assert typed(found, tmp_path)[-2:] == [
@@ -52,19 +52,19 @@ def test_a_plan_in_stretches_is_repeated_to_the_last_step_of_the_run(tmp_path):
     assert len(found) == 1 + 2 * 3
 
 
-def test_the_teacher_is_named_in_words_of_its_own_and_by_seed(tmp_path):
+def test_method_plan_teacher_options_depend_on_the_seed(tmp_path):
     found = build_commands(cell(tmp_path, "luffy", teacher="--source file --from 'my traces-{seed}.jsonl'"))
     assert found[1][-6:] == ("--source", "file", "--from", "my traces-7.jsonl", "--name", "teacher")
 
 
-def test_what_a_plan_needs_and_nobody_gave_is_told_before_anything_runs(tmp_path):
+def test_method_plan_refuses_missing_settings(tmp_path):
     with pytest.raises(NpoError, match="method luffy needs a teacher"):
         build_commands(cell(tmp_path, "luffy"))
     with pytest.raises(NpoError, match=r"method npo-late needs guide.replay.guide_step"):
         build_commands(cell(tmp_path, "npo-late", "guide.replay.at_step=2"))
 
 
-def test_a_command_that_is_done_is_left_out_and_one_cut_short_is_gone_on_with(scout, tmp_path):
+def test_method_plan_skips_done_commands_and_resumes_an_interrupted_one(scout, tmp_path):
     """The scout has 4 steps on main and the guide `near`."""
     here = cell(tmp_path, "matched/npo-late", "guide.replay.at_step=2", "guide.replay.guide_step=4")
     born, asked, replayed = build_commands(here)
@@ -85,7 +85,7 @@ def test_a_command_that_is_done_is_left_out_and_one_cut_short_is_gone_on_with(sc
     assert find_remaining_command(replayed, here) is None
 
 
-def test_a_run_killed_before_its_first_checkpoint_is_begun_again_where_it_was_only_to_be_born(tmp_path):
+def test_method_plan_restarts_a_run_killed_before_its_first_checkpoint(tmp_path):
     here = cell(tmp_path, "controls/base-guide")
     train(here.run, until=0)
     born = build_commands(here)[0]

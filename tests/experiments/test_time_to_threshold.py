@@ -17,7 +17,7 @@ def ways(*costs: float | None, end: float = 40.0) -> list[SeedTimeToThreshold]:
     return [SeedTimeToThreshold(seed=seed, cost=cost, total_cost=end) for seed, cost in enumerate(costs)]
 
 
-def test_a_seed_that_never_arrived_counts_up_to_the_horizon():
+def test_time_to_threshold_censored_seed_counts_up_to_the_horizon():
     # (10 + 40 + 30) / 3
     assert restricted_mean(ways(10, None, 30), 40) == pytest.approx(80 / 3)
     # one that arrived beyond the horizon counts no more than the horizon
@@ -25,12 +25,12 @@ def test_a_seed_that_never_arrived_counts_up_to_the_horizon():
     assert [one.lower_bound for one in ways(10, None, 30)] == [10, 40, 30]
 
 
-def test_a_horizon_that_some_seed_did_not_live_to_see_is_a_mistake():
+def test_time_to_threshold_horizon_beyond_a_run_is_an_error():
     with pytest.raises(AssertionError, match="ended before"):
         restricted_mean(ways(10, None), 41)
 
 
-def test_the_restricted_mean_is_the_area_under_the_curve_of_kaplan_and_meier():
+def test_restricted_mean_is_the_area_under_the_kaplan_meier_curve():
     survival = ecdf(CensoredData(uncensored=[10.0, 30.0], right=[40.0, 40.0])).sf
     grid = np.linspace(0, 40, 40001)
     area = np.trapezoid(survival.evaluate(grid), grid)
@@ -53,7 +53,7 @@ def test_ratios_rest_on_pairs_in_which_both_arrived_and_say_so():
     assert uncensored_ratio(ways(None), ways(10)) is None
 
 
-def test_the_restricted_ratio_leaves_no_seed_out():
+def test_restricted_mean_ratio_uses_every_seed():
     # baseline (20 + 40) / 2 = 30, method (10 + 20) / 2 = 15; both pairs say 2
     found = restricted_ratio(ways(10, 20), ways(20, None), horizon=40)
     assert found is not None
@@ -67,7 +67,7 @@ def test_pairs_that_disagree_give_the_restricted_ratio_students_interval():
     assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - 2.484, 3 + 2.484), abs=1e-3)
 
 
-def test_no_ratio_of_costs_is_said_to_be_below_zero():
+def test_speedup_interval_is_never_below_zero():
     # two pairs: 30/10 = 3, standard deviation sqrt 2, over sqrt 2; t(1) = 12.706
     for found in (
         restricted_ratio(ways(10, 10), ways(20, None), horizon=40),
@@ -77,7 +77,7 @@ def test_no_ratio_of_costs_is_said_to_be_below_zero():
         assert (found.value, found.low, found.high) == pytest.approx((3.0, 0.0, 3 + 12.706), abs=1e-3)
 
 
-def test_the_restricted_ratio_is_of_common_seeds_where_there_are_any():
+def test_restricted_mean_ratio_uses_common_seeds():
     # seed 0 alone is common: 20/10; the baseline's seeds 1 and 2 have no partner
     found = restricted_ratio(ways(10), ways(20, 40, 40), horizon=40)
     assert found is not None
@@ -89,6 +89,6 @@ def test_the_restricted_ratio_is_of_common_seeds_where_there_are_any():
     assert (apart.value, apart.low, apart.num_used, apart.num_total) == (3.0, None, 0, 2)
 
 
-def test_what_nobody_reached_or_what_cost_nothing_has_no_ratio():
+def test_speedup_without_a_reached_threshold_or_cost_is_absent():
     assert restricted_ratio(ways(None), ways(None), horizon=40) is None
     assert restricted_ratio(ways(0), ways(10), horizon=40) is None

@@ -42,7 +42,7 @@ def teacher_folder(root):
     return find_checkpoint(open_run(root), "main", 4).path
 
 
-def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(root):
+def test_external_model_with_the_learners_tokens_keeps_its_log_probabilities(root):
     info = sample(root, source=f"model:{teacher_folder(root)}", **OUTSIDE)
     session, found = open_session_at(root, 4), trajectories(root, "taught")
     assert found
@@ -57,7 +57,7 @@ def test_a_model_of_the_same_tokens_keeps_them_with_its_own_log_probabilities(ro
     assert info.guide_digest == session.policy.digest
 
 
-def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabilities(root, foreigner):
+def test_external_model_with_other_tokens_is_retokenized_without_log_probabilities(root, foreigner):
     info = sample(root, source=f"model:{foreigner}", **OUTSIDE)
     session, found = open_session_at(root, 2), trajectories(root, "taught")
     assert found
@@ -70,7 +70,7 @@ def test_a_model_of_other_tokens_is_told_in_the_learners_without_log_probabiliti
         assert kept.response_ids == (*session.policy.tokenizer(kept.text).input_ids, *session.policy.eos_ids)
 
 
-def test_the_same_policy_in_other_tokens_says_as_much_that_is_right(root, foreigner):
+def test_external_model_with_other_tokens_has_the_same_quality(root, foreigner):
     """Base and foreigner are one policy in two spellings; drawn 64 times on 8 prompts they agree but for chance."""
     many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest")
     ours = sample(root, *many, source="base", name="ours")
@@ -84,7 +84,7 @@ def test_the_same_policy_in_other_tokens_says_as_much_that_is_right(root, foreig
     assert shares[0] == pytest.approx(shares[1], abs=4 * 0.022 * 2**0.5)
 
 
-def test_an_answer_that_the_learner_has_no_room_for_counts_as_cut_off(root):
+def test_external_model_response_too_long_for_the_learner_is_truncated(root):
     """Two answers of 18 tokens at most, told to a learner that may say 6: cut, never correct, and counted."""
     session = open_session_at(root, 2)
     small = session.recipe.sampling.model_copy(update={"max_new_tokens": 6})
@@ -104,13 +104,13 @@ def test_an_answer_that_the_learner_has_no_room_for_counts_as_cut_off(root):
     assert retelling.warnings() == ["1 responses exceed sampling.max_new_tokens=6 and were truncated"]
 
 
-def test_an_end_token_that_is_only_spelled_is_text(root):
+def test_external_model_end_token_spelled_as_text_is_text(root):
     session = open_session_at(root, 2)
     (end,) = session.policy.eos_ids
     assert end not in session.policy.encode_response("1_</s>2")
 
 
-def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_path):
+def test_run_source_records_its_checkpoint_and_training_cost(root, tmp_path):
     other = tmp_path / "seed"
     train(other, "train.seed=7")
     info = sample(root, source=f"run:{other}", **OUTSIDE)
@@ -131,7 +131,7 @@ def test_another_runs_checkpoint_is_named_and_its_training_is_counted(root, tmp_
 
 
 @pytest.mark.parametrize("tokens", ["same", "other"])
-def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens):
+def test_external_model_guide_cache_trains_with_luffy(root, foreigner, tokens):
     origin = teacher_folder(root) if tokens == "same" else foreigner
     # every prompt has a trajectory, right or wrong: the gate of 1 lets all of them in
     sample(root, "guide.cache.keep=all", source=f"model:{origin}", at=0, **OUTSIDE)
@@ -142,7 +142,7 @@ def test_a_luffy_like_training_runs_from_a_models_cache(root, foreigner, tokens)
     assert [[rollout.source for rollout in group.rollouts] for group in groups] == [["own"] * 3 + ["teacher"]] * 4
 
 
-def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_can_be_used(root, foreigner):
+def test_external_model_without_log_probabilities_refuses_ratio_exact(root, foreigner):
     sample(root, source=f"model:{foreigner}", **OUTSIDE)
     with pytest.raises(
         NpoError, match=r"guide 'taught' has no log-probabilities: guide\.inject\.ratio=exact is not available"
@@ -151,8 +151,10 @@ def test_without_log_probabilities_the_ratio_to_them_is_refused_with_those_that_
     assert caught.value.hint.startswith("use guide.inject.ratio=proximal")
 
 
-@pytest.mark.parametrize("kill_after", [1, 2])
-def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, monkeypatch, foreigner, kill_after):
+@pytest.mark.parametrize("kill_after", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_external_model_guide_cache_resumes_after_a_kill_to_the_same_bytes(
+    scout, tmp_path, monkeypatch, foreigner, kill_after
+):
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
     asked = {"source": f"model:{foreigner}", **OUTSIDE}
@@ -179,19 +181,19 @@ def test_a_killed_cache_of_a_model_goes_on_to_the_same_bytes(scout, tmp_path, mo
         ("run:nowhere", "there is no run directory nowhere"),
     ],
 )
-def test_an_external_model_that_cannot_be_loaded_is_refused_before_anything_is_written(root, source, message):
+def test_external_model_that_cannot_be_loaded_is_refused(root, source, message):
     before = sorted(root.rglob("*"))
     with pytest.raises(NpoError, match=message.replace(".", r"\.")):
         sample(root, source=source, name="new")
     assert sorted(root.rglob("*")) == before
 
 
-def test_the_run_itself_is_no_other_run(root):
+def test_run_source_refuses_the_run_itself(root):
     with pytest.raises(NpoError, match="is this run itself"):
         sample(root, source=f"run:{root}", **OUTSIDE)
 
 
-def test_training_goes_on_with_a_teachers_cache_in_the_run(root, foreigner):
+def test_resume_works_with_a_guide_cache_of_an_external_model(root, foreigner):
     """Retention asks which steps a cache needs; a teacher has none."""
     sample(root, source=f"model:{foreigner}", **OUTSIDE)
     assert resume(root, "train.num_steps=6")[-1].step == 6

@@ -117,7 +117,11 @@ def test_online_extrapolation_cost_counts_every_token_and_forward_pass(injected)
 
 @pytest.mark.parametrize(
     ("settings", "fixture", "step"),
-    [(INJECT, "injected", 1), (INJECT, "injected", 3), (SAMPLE, "sampled", 4)],
+    [
+        pytest.param(INJECT, "injected", 1, marks=pytest.mark.slow),
+        (INJECT, "injected", 3),
+        (SAMPLE, "sampled", 4),
+    ],
     ids=["inject-1", "inject-3", "sample-4"],
 )
 def test_online_extrapolation_resumed_is_bitwise_identical(settings, fixture, step, tmp_path, request):
@@ -137,7 +141,7 @@ def adapted(request, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_online_extrapolation_of_adapters_resumed_is_bitwise_identical(adapted, step, tmp_path):
     """3 is recorded and not saved; after 4 the older adapter of step 2 is read again."""
     root = tmp_path / "run"

@@ -38,7 +38,7 @@ def right_to(prompts):
     return say
 
 
-def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its_own(root, lesson):
+def test_openai_source_retokenizes_responses_and_counts_its_own_tokens(root, lesson):
     _, prompts = lesson
     with run_server(right_to(prompts)) as served:
         asked = {"source": f"endpoint:{served.url}#teacher", **NAMED}
@@ -59,7 +59,7 @@ def test_an_addresses_answers_are_told_in_the_learners_tokens_and_counted_in_its
     assert {kept.source for kept in found.values()} == {"teacher"}
 
 
-def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path, monkeypatch):
+def test_openai_source_resumed_after_a_kill_requests_only_the_rest(scout, lesson, tmp_path, monkeypatch):
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     _, prompts = lesson
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
@@ -91,7 +91,7 @@ def test_an_address_is_asked_again_only_what_a_kill_lost(scout, lesson, tmp_path
         assert one == other
 
 
-def test_an_address_without_the_model_is_refused_and_nothing_is_written(root, lesson):
+def test_openai_source_without_the_model_is_refused(root, lesson):
     before = sorted(root.rglob("*"))
     with run_server(right_to(lesson[1])) as served:
         asked = {"source": f"endpoint:{served.url}#oracle", **NAMED}

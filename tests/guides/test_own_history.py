@@ -30,7 +30,7 @@ def recorded(root: Path, steps: range) -> dict[str, list]:
     return found
 
 
-def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_day(veteran, tmp_path):
+def test_past_source_has_correct_rollouts_with_recorded_log_probabilities(veteran, tmp_path):
     root = copy_run(veteran, tmp_path / "run")
     info = sample(root, source="past", at=4, **NAMED)
     history, found = recorded(root, range(1, 5)), trajectories(root, "given")
@@ -54,7 +54,7 @@ def test_the_past_is_what_the_line_got_right_with_the_log_probabilities_of_its_d
     assert info.num_samples == 16 * 4
 
 
-def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
+def test_past_source_replay_uses_recorded_behavior_log_probabilities(veteran, tmp_path):
     root = copy_run(veteran, tmp_path / "run")
     sample(root, source="past", at=4, **NAMED)
     reports = resume(root, "guide.inject.ratio=exact", "guide.inject.max_accuracy=1", at=4, guide="given")
@@ -62,7 +62,7 @@ def test_a_replay_from_the_past_is_charged_to_its_day(veteran, tmp_path):
     assert len(reports) == 4
 
 
-def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
+def test_past_source_keeps_the_newest_of_equal_responses(tmp_path):
     root = tmp_path / "run"
     train(root, "train.num_steps=12", "task.pool_size=4", "train.save_every=4")
     sample(
@@ -78,7 +78,7 @@ def test_equal_answers_of_the_past_are_kept_once_the_newest(tmp_path):
             assert kept.guide_step == max(each.sampler_step for each in right if each.text == kept.text)
 
 
-def test_there_is_no_past_at_step_0_nor_where_nothing_was_visited_before(scout, tmp_path):
+def test_past_source_without_recorded_rollouts_is_refused(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     with pytest.raises(NpoError, match="the learner at step 0 has no earlier rollouts"):
         sample(root, source="past", at=0, **NAMED)

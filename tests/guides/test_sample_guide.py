@@ -102,7 +102,9 @@ def test_guide_cache_counts_agree_with_its_logs(scout, tmp_path):
     assert counts(info) == (8, len(trajectories(root, "again")), samples, tokens, True)
 
 
-@pytest.mark.parametrize("cut", [0.2, 0.6, 0.9])
+@pytest.mark.parametrize(
+    "cut", [pytest.param(0.2, marks=pytest.mark.slow), 0.6, pytest.param(0.9, marks=pytest.mark.slow)]
+)
 def test_guide_cache_resumed_after_a_kill_is_the_same(scout, tmp_path, monkeypatch, cut):
     """The kill is one of its leftovers: some lines of both journals, the last one torn."""
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)

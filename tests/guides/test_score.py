@@ -130,7 +130,12 @@ def straight(line, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("kind", "share"),
-    [("all pairs", 0.1), ("all pairs", 0.95), ("halving", 0.5), ("halving", 0.95)],
+    [
+        ("all pairs", 0.95),
+        ("halving", 0.5),
+        pytest.param("all pairs", 0.1, marks=pytest.mark.slow),
+        pytest.param("halving", 0.95, marks=pytest.mark.slow),
+    ],
 )
 def test_score_continues_after_a_kill_to_the_same_result(line, straight, tmp_path, kind, share):
     """The leftover of a kill: the first part of the samples, the last line torn, in the middle of a prompt's four."""
@@ -352,7 +357,7 @@ def test_score_names_the_best_candidate_under_each_variance_kind(two_epochs, tmp
     assert all(one.is_selected == ("group2" in one.best_for_variance_kinds) for one in scores)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.95])
+@pytest.mark.parametrize("share", [0.3, pytest.param(0.95, marks=pytest.mark.slow)])
 def test_score_of_other_sources_continues_after_a_kill(two_epochs, other_vocabulary, tmp_path, share):
     sources = ("8", "past", f"model:{other_vocabulary}")
     straight, broken = (copy_run(two_epochs, tmp_path / name) for name in ("straight", "broken"))

@@ -50,7 +50,7 @@ def notices(records) -> list[str]:
     return [record.message for record in records if isinstance(record, Notice)]
 
 
-def test_a_files_answers_are_verified_told_in_the_learners_tokens_and_cost_nothing(root, lesson, tmp_path):
+def test_trace_file_responses_are_verified_tokenized_and_free(root, lesson, tmp_path):
     policy, prompts = lesson
     rows = correct_rows(prompts)
     rows[3] = {"prompt_id": prompts[3].prompt_id, "response": "0_#0"}  # read, and wrong
@@ -69,7 +69,7 @@ def test_a_files_answers_are_verified_told_in_the_learners_tokens_and_cost_nothi
     assert (info.has_logps, info.guide_step) == (False, None)
 
 
-def test_a_prompt_is_matched_by_its_text_too_and_several_rows_answer_one(root, lesson, tmp_path):
+def test_trace_file_matches_prompts_by_text_and_allows_several_rows(root, lesson, tmp_path):
     prompt = next(prompt for prompt in lesson[1] if len(prompt.answer) < 5)
     right = correct_response(prompt)
     # the same answer with a further digit sum written by somebody who is right in the end
@@ -83,7 +83,7 @@ def test_a_prompt_is_matched_by_its_text_too_and_several_rows_answer_one(root, l
     assert info.num_rollouts == 2
 
 
-def test_the_order_of_rows_decides_nothing(scout, lesson, tmp_path):
+def test_trace_file_row_order_does_not_matter(scout, lesson, tmp_path):
     _, prompts = lesson
     rows = [
         {"prompt_id": prompt.prompt_id, "response": f"{'0_' * extra}{correct_response(prompt)}"}
@@ -144,7 +144,7 @@ def test_rows_that_cannot_be_used_are_named_and_counted(root, lesson, tmp_path):
     assert info.num_prompts_with_rollouts == 1
 
 
-def test_a_response_that_does_not_end_by_itself_is_no_guide(root, lesson, tmp_path):
+def test_trace_file_skips_unfinished_responses(root, lesson, tmp_path):
     policy, prompts = lesson
     rows = [
         {"prompt_id": prompts[0].prompt_id, "response_ids": list(policy.encode_response(correct_response(prompts[0])))},
@@ -170,7 +170,7 @@ def test_parquet_is_read_like_lines(scout, lesson, tmp_path):
     assert written[0] == written[1]
 
 
-def test_a_luffy_like_training_runs_from_a_file(root, tmp_path):
+def test_trace_file_guide_cache_trains_with_luffy(root, tmp_path):
     session = open_session_at(root, 0)
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(session.task.train))
     sample(root, source=f"file:{path}", at=0, **NAMED)
@@ -194,7 +194,7 @@ def test_a_luffy_like_training_runs_from_a_file(root, tmp_path):
         ),
     ],
 )
-def test_a_file_that_answers_nothing_is_refused_and_nothing_is_written(root, tmp_path, rows, message):
+def test_trace_file_without_matching_prompts_is_refused(root, tmp_path, rows, message):
     (tmp_path / "traces.jsonl").write_bytes(rows)
     before = sorted(root.rglob("*"))
     with pytest.raises(NpoError, match=message):
@@ -203,13 +203,13 @@ def test_a_file_that_answers_nothing_is_refused_and_nothing_is_written(root, tmp
 
 
 @pytest.mark.parametrize(("name", "message"), [("no.jsonl", "there is no file of traces"), ("x.csv", "neither .jsonl")])
-def test_a_file_that_is_none_is_refused(root, tmp_path, name, message):
+def test_trace_file_that_cannot_be_read_is_refused(root, tmp_path, name, message):
     (tmp_path / "x.csv").write_text("prompt_id,response\n")
     with pytest.raises(NpoError, match=message):
         from_file(root, tmp_path / name)
 
 
-def test_a_file_that_changed_makes_another_cache(root, lesson, tmp_path):
+def test_trace_file_that_changed_is_another_guide_cache(root, lesson, tmp_path):
     _, prompts = lesson
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(prompts))
     asked = {"at": 2, "name": "given"}
@@ -221,14 +221,14 @@ def test_a_file_that_changed_makes_another_cache(root, lesson, tmp_path):
         from_file(root, path)
 
 
-def test_no_engine_is_started_for_what_needs_none(root, lesson, tmp_path):
+def test_trace_file_source_starts_no_engine(root, lesson, tmp_path):
     """engine.kind=vllm where vllm may not even be installed."""
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(lesson[1]))
     *_, info = from_file(root, path, "engine.kind=vllm")
     assert info.complete
 
 
-def test_the_command_that_mends_an_unfinished_cache_names_its_source(root, lesson, tmp_path):
+def test_trace_file_unfinished_cache_hint_names_its_source(root, lesson, tmp_path):
     path = write_traces(tmp_path / "my traces.jsonl", correct_rows(lesson[1]))
     from_file(root, path)
     document = root / "guides" / "given" / "guide.json"

@@ -58,7 +58,7 @@ def healthy(port: int) -> bool:
         return False
 
 
-def test_vllms_own_server_answers_like_the_policy_that_it_serves(scout, tmp_path, server, monkeypatch):
+def test_openai_source_of_a_vllm_server_equals_the_policy(scout, tmp_path, server, monkeypatch):
     """The base behind an address and as a checkpoint: pass@1 of 8 prompts x 64 samples agrees but for chance."""
     monkeypatch.setenv("NPO_ENDPOINT_KEY", "sesame")
     root = copy_run(scout, tmp_path / "run")
@@ -78,7 +78,7 @@ def test_vllms_own_server_answers_like_the_policy_that_it_serves(scout, tmp_path
 
 
 @pytest.mark.parametrize("tokens", ["same", "other"])
-def test_an_outside_model_is_asked_through_the_engine_of_the_recipe(scout, tmp_path, tokens):
+def test_external_model_samples_with_the_engine_of_the_recipe(scout, tmp_path, tokens):
     root = copy_run(scout, tmp_path / "run")
     same = find_checkpoint(open_run(root), "main", 4).path
     folder = same if tokens == "same" else save_with_other_vocabulary(tmp_path / "foreign")

@@ -49,7 +49,7 @@ def test_state_comes_back_exactly_and_the_next_update_is_the_same(tmp_path, kind
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_every_random_stream_goes_on_where_it_was(tmp_path):
+def test_random_streams_are_restored(tmp_path):
     model, optimizer = trained()
     seed_random_state(7)
     random.gauss(0, 1)
@@ -72,7 +72,7 @@ def test_streams_start_from_the_seed():
     assert (torch.rand(1).item(), random.random(), numpy.random.random()) == first
 
 
-def test_a_missing_moment_is_named(tmp_path):
+def test_optimizer_state_without_a_moment_is_refused_by_name(tmp_path):
     model, optimizer = trained()
     save_state(tmp_path, model, optimizer, state=STATE)
     path = tmp_path / "optimizer.safetensors"
@@ -83,7 +83,7 @@ def test_a_missing_moment_is_named(tmp_path):
         load_state(tmp_path, model, optimizer)
 
 
-def test_a_state_saved_before_any_update_is_taken_back(tmp_path):
+def test_optimizer_state_before_any_update_is_restored(tmp_path):
     """Step 0, or a run whose every gradient so far was not finite."""
     model, optimizer = trained(0)
     save_state(tmp_path, model, optimizer, state=STATE)
@@ -92,7 +92,7 @@ def test_a_state_saved_before_any_update_is_taken_back(tmp_path):
 
 
 @pytest.mark.parametrize(("entry", "shape"), [("row_var", (1, 12)), ("col_var", (12, 1))])
-def test_a_row_or_column_of_adafactor_that_fits_nothing_is_refused(tmp_path, entry, shape):
+def test_optimizer_state_of_adafactor_with_wrong_shape_is_refused(tmp_path, entry, shape):
     model, optimizer = trained(kind="adafactor")
     save_state(tmp_path, model, optimizer, state=STATE)
     path = tmp_path / "optimizer.safetensors"
@@ -127,20 +127,20 @@ def test_rates_warm_up_and_then_decay_to_their_floor():
     assert rates("linear", warmup_steps=0)[0] == round(1 - 0.8 / 6, 6)
 
 
-def test_a_warm_up_longer_than_the_run_never_divides_by_zero():
+def test_learning_rate_warmup_longer_than_the_run_is_finite():
     assert rates("cosine", warmup_steps=6) == [round(step / 6, 6) for step in range(1, 7)]
     settings = TrainSettings(lr=1.0, schedule="linear", warmup_steps=2, num_steps=2)
     assert lr_at(3, settings) == pytest.approx(0.1)
 
 
-def test_one_rate_for_all_parameters():
+def test_learning_rate_is_one_for_all_parameters():
     _, optimizer = trained()
     set_lr(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25]
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
-def test_every_update_and_every_load_counts_as_a_write(tmp_path, options):
+def test_optimizer_update_and_load_count_as_weight_changes(tmp_path, options):
     policy = load_policy(ModelSettings(threads=1))
     policy.save(tmp_path)
     seen = [policy.num_weight_changes]

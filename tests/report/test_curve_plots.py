@@ -21,7 +21,7 @@ def labels(path: Path) -> list[str]:
     return re.findall(r"<!-- (.*) -->", path.read_text())
 
 
-def test_every_axis_has_a_panel_and_every_arm_a_name(tmp_path):
+def test_curve_plot_has_a_panel_per_axis_and_names_every_method(tmp_path):
     plot_method_curves([*band("grpo"), *band("npo")], tmp_path / "c.svg", "two methods")
     found = labels(tmp_path / "c.svg")
     assert {*AXIS_LABELS.values(), "grpo", "npo", "two methods", "held-out accuracy"} <= set(found)
@@ -29,12 +29,12 @@ def test_every_axis_has_a_panel_and_every_arm_a_name(tmp_path):
     assert len(re.findall(r'id="FillBetweenPolyCollection_\d+"', (tmp_path / "c.svg").read_text())) == 10
 
 
-def test_an_axis_that_is_not_known_has_no_panel(tmp_path):
+def test_curve_plot_unknown_axis_has_no_panel(tmp_path):
     plot_method_curves(band("grpo", axes=("step", "tokens")), tmp_path / "c.svg", "")
     assert {"wall clock (s)", "all optimiser updates"} & set(labels(tmp_path / "c.svg")) == set()
 
 
-def test_a_curve_without_an_interval_is_drawn_and_so_are_many_arms(tmp_path):
+def test_curve_plot_draws_many_methods_and_curves_without_interval(tmp_path):
     bare = [
         CurveBandPoint(method=f"a{place}", axis="step", cost=1.0, accuracy=Estimate(value=0.5)) for place in range(9)
     ]

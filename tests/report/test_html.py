@@ -90,13 +90,13 @@ def test_the_same_records_give_the_same_page():
     assert page_of("calm") == page_of("calm")
 
 
-def test_every_picture_of_the_page_is_named_in_its_words():
+def test_html_figures_have_alt_texts():
     found = ParsedPage(page_of("calm"))
     assert [value for tag, name, value in found.attributes if (tag, name) == ("img", "alt")] == ["calm", "calm"]
     assert [picture.name for picture in list_plots([section_of("calm")])] == ["quality"]
 
 
-def test_a_sample_sets_the_policy_beside_the_guide():
+def test_html_sample_shows_policy_and_guide_side_by_side():
     text = ParsedPage(render_page("t", [section_of("calm")])).text
     (own,) = re.findall(r"Step 30 of calm, on-policy: \d of \d correct", text)
     assert own.endswith("1 of 3 correct")

@@ -61,7 +61,7 @@ def arm(name: str, steps: list[int], *, extra: int = 0, until: int | None = None
     return Curve(index=0, points=points, guide_until=until, is_fork=extra > 0)
 
 
-def test_a_picture_is_a_document_without_a_date_and_the_same_every_time(tmp_path):
+def test_plot_file_is_deterministic_and_has_no_date(tmp_path):
     (picture, *_) = make_score_plots([SCORE, FAR_SCORE], prefix="x-")
     svg = render_svg(picture)
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
@@ -82,7 +82,7 @@ def test_a_label_with_dollars_is_no_formula():
     assert {"a$\\frac{$", "&lt;b&gt;&amp;"} <= set(labels(render_svg(picture)))
 
 
-def test_the_clock_is_an_axis_where_every_arm_has_one():
+def test_plot_time_axis_needs_times_of_every_method():
     timed = arm("a", [0, 10])
     still = replace(timed, points=tuple(replace(point, total_seconds=0.0) for point in timed.points))
     assert [one.name for one in make_accuracy_plots([timed], prefix="")] == [
@@ -96,7 +96,7 @@ def test_the_clock_is_an_axis_where_every_arm_has_one():
     assert len(list(make_accuracy_plots([timed, arm("b", [0])], prefix=""))) == 4
 
 
-def test_the_band_of_a_guide_ends_where_its_mixing_ended():
+def test_plot_guide_band_ends_with_the_replay():
     by_step, by_steps, *_ = make_accuracy_plots([arm("late", [20, 40, 60], extra=30, until=50)], prefix="")
     band = drawn(by_step).lines[0].get_xydata().tolist()
     # between the evaluations at 40 and 60: halfway, 0.5
@@ -136,7 +136,7 @@ def test_only_what_was_measured_is_drawn():
     assert [(patch.get_x(), patch.get_width()) for patch in panel.patches] == [(20, 30)]
 
 
-def test_the_tree_shows_what_was_kept_and_what_was_left():
+def test_plot_branch_tree_shows_kept_and_abandoned_steps():
     panel = drawn(
         make_lineage_plot(
             [MAIN, LATE], [*intervention_transitions(60, to=20), make_transition(70, "probe_rejected")], prefix=""
@@ -164,7 +164,7 @@ def test_q_v_and_s_have_their_intervals_and_the_chosen_ones_ring():
     assert drawn(signal).get_title(loc="center") == "S = Q / V, best in 75%"
 
 
-def test_a_probes_distances_are_drawn_without_what_was_no_number():
+def test_plot_probe_distances_omit_missing_values():
     lost = {name: value for name, value in auto_samples.SCORE.items() if name != "variance"}
     quality, variance, _ = make_probe_plots([lost, auto_samples.NEAR_SCORE], prefix="p-")
     assert [text.get_text() for text in drawn(quality).texts] == ["D* = 10"]

@@ -26,7 +26,7 @@ def points(arm: str, *, extra: int) -> list[CurvePoint]:
     ]
 
 
-def test_the_comparison_is_one_wide_picture(tmp_path):
+def test_comparison_plot_is_one_wide_figure(tmp_path):
     path = tmp_path / "new" / "cmp.png"
     plot_accuracy_curves([*points("GRPO", extra=0), *points("NPO", extra=40)], path, "two arms")
     # 13 x 4.6 inches at 150 dots an inch
@@ -38,7 +38,7 @@ def labels(path: Path) -> list[str]:
     return re.findall(r"<!-- (.*) -->", path.read_text())
 
 
-def test_the_clock_has_a_panel_where_it_is_known_of_every_arm(tmp_path):
+def test_comparison_plot_has_a_time_panel_if_every_method_has_times(tmp_path):
     slow, fast = points("GRPO", extra=0), points("NPO", extra=40)
     timed = [[replace(point, total_seconds=2.5 * point.total_steps) for point in arm] for arm in (slow, fast)]
     plot_accuracy_curves([*timed[0], *timed[1]], tmp_path / "both.svg", "")
@@ -49,13 +49,13 @@ def test_the_clock_has_a_panel_where_it_is_known_of_every_arm(tmp_path):
     assert "300" in labels(tmp_path / "both.svg")
 
 
-def test_the_same_points_give_the_same_picture(tmp_path):
+def test_comparison_plot_is_deterministic(tmp_path):
     for name in ("a.png", "b.png"):
         plot_accuracy_curves(points("GRPO", extra=0), tmp_path / name, "one arm")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_more_arms_than_colours_are_still_drawn(tmp_path):
+def test_comparison_plot_draws_more_methods_than_colors(tmp_path):
     every = [point for number in range(9) for point in points(f"arm {number}", extra=number)]
     plot_accuracy_curves(every, tmp_path / "many.svg", "nine arms")
     assert (tmp_path / "many.svg").read_text().count("<!-- arm 8 -->") == 1
@@ -69,7 +69,7 @@ def test_drawing_leaves_matplotlibs_settings_alone(tmp_path):
     assert (matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]) == before
 
 
-def test_without_matplotlib_the_hint_installs_it(tmp_path, monkeypatch):
+def test_plot_without_matplotlib_has_an_install_hint(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(NpoError) as caught:
         plot_accuracy_curves(points("GRPO", extra=0), tmp_path / "a.png", "")

@@ -35,7 +35,7 @@ def prompts_of(root: Path) -> list[str]:
     return [group.prompt.prompt_id for group in groups]
 
 
-def test_a_prompt_is_followed_across_the_rollback(replayed):
+def test_prompt_history_follows_a_prompt_across_the_rollback(replayed):
     for prompt_id in prompts_of(replayed):
         head, *seen = shown(replayed, prompt_id)
         assert isinstance(head, PromptHistory)
@@ -50,7 +50,7 @@ def test_another_branch_has_a_story_of_its_own(replayed):
     assert head.injection_steps == ()
 
 
-def test_the_story_counts_what_the_verifier_said(replayed):
+def test_prompt_history_counts_verdicts(replayed):
     run = open_run(replayed)
     for visit in iter_visits(run, "near"):
         own = [one for one in visit.group.rollouts if one.source == "own"]
@@ -66,7 +66,7 @@ def test_the_story_counts_what_the_verifier_said(replayed):
     assert any(seated.values()), "no guide was ever seated: the test shows nothing"
 
 
-def test_first_solved_is_the_first_own_correct_answer(replayed):
+def test_prompt_history_first_solved_is_the_first_own_correct_response(replayed):
     run = open_run(replayed)
     told = 0
     for prompt_id in prompts_of(replayed):
@@ -83,17 +83,17 @@ def test_first_solved_is_the_first_own_correct_answer(replayed):
     assert told, "no prompt was ever solved: the test shows nothing"
 
 
-def test_a_limit_keeps_the_last_visits_and_the_first_line(replayed):
+def test_prompt_history_limit_keeps_the_last_visits_and_the_summary(replayed):
     head, *seen = shown(replayed, prompts_of(replayed)[0], limit=1)
     assert isinstance(head, PromptHistory)
     assert [(type(one), one.step) for one in seen] == [(PromptVisit, 4)]
 
 
-def test_one_step_of_a_prompt_is_a_table_of_rollouts_as_before(replayed):
+def test_prompt_history_of_one_step_is_a_table_of_rollouts(replayed):
     lines = shown(replayed, prompts_of(replayed)[0], step=3)
     assert {(line.branch, line.step, line.rollout.source) for line in lines} >= {("near", 3, "own")}
 
 
-def test_a_prompt_that_was_never_asked_is_refused(replayed):
+def test_prompt_history_of_an_unvisited_prompt_is_refused(replayed):
     with pytest.raises(NpoError, match="has no rollouts of prompt 'nobody'"):
         shown(replayed, "nobody")

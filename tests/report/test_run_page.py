@@ -44,7 +44,7 @@ def captions(found: ParsedPage) -> list[str]:
     return [line for line in found.texts if line.strip()]
 
 
-def test_a_page_tells_everything_of_a_run(guided, tmp_path):
+def test_report_page_shows_all_parts_of_a_run(guided, tmp_path):
     found = reported(guided, out=tmp_path / "new" / "r.html")
     assert found.problems == []
     told = captions(found)
@@ -60,7 +60,7 @@ def test_a_page_tells_everything_of_a_run(guided, tmp_path):
     assert "AutoNPO" not in told
 
 
-def test_a_page_tells_what_autonpo_decided(watched, tmp_path):
+def test_report_page_shows_autonpo_decisions(watched, tmp_path):
     told = captions(reported(watched, out=tmp_path / "r.html"))
     assert "What AutoNPO did" in told
     assert {"Probe at step 6: probe accepted", "Probe at step 8: probe accepted"} <= set(told)
@@ -77,7 +77,7 @@ def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):
     assert len(saved) == 2 * found.elements["img"]
 
 
-def test_the_folder_of_a_bench_stands_for_its_runs(guided, watched, tmp_path):
+def test_report_of_a_bench_folder_shows_its_runs(guided, watched, tmp_path):
     home = tmp_path / "bench"
     for name, run in (("grpo", guided), ("auto", watched)):
         copy_run(run, home / name)
@@ -86,7 +86,7 @@ def test_the_folder_of_a_bench_stands_for_its_runs(guided, watched, tmp_path):
     assert [value for _, name, value in found.attributes if name == "href"] == [f"#section-{n}" for n in (1, 2, 3)]
 
 
-def test_the_same_run_gives_the_same_page_and_is_only_read(guided, tmp_path):
+def test_report_is_deterministic_and_changes_no_run(guided, tmp_path):
     before = file_digests(guided)
     for name in ("a.html", "b.html", "a.html"):
         reported(guided, out=tmp_path / name)
@@ -95,7 +95,7 @@ def test_the_same_run_gives_the_same_page_and_is_only_read(guided, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.html", "b.html"]
 
 
-def test_a_curve_begins_where_its_branch_was_ready_to_start_again(guided):
+def test_report_curve_of_a_branch_starts_at_its_first_evaluation(guided):
     run = open_run(guided)
     (near,) = [arm for arm in build_curves(run) if arm.points[0].name == "near"]
     # Step 2 was not evaluated, so its first point is step 3: no diamond without a measurement.
@@ -135,7 +135,7 @@ def hostile(group: Group) -> Group:
     return replace(group, rollouts=tuple(replace(rollout, text=HOSTILE) for rollout in group.rollouts))
 
 
-def test_a_run_that_just_began_has_a_page(scout, tmp_path):
+def test_report_of_a_run_without_steps_has_a_page(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
         (root / "branches" / "main" / name).unlink()
@@ -152,7 +152,7 @@ def test_a_run_that_just_began_has_a_page(scout, tmp_path):
         ("mine.html", "exists and is not a report of npo"),
     ],
 )
-def test_what_is_no_page_of_ours_is_not_replaced(guided, tmp_path, out, message):
+def test_report_does_not_overwrite_other_files(guided, tmp_path, out, message):
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "mine.html").write_text("<p>my own page</p>")
     with pytest.raises(NpoError, match=re.escape(message)):
@@ -161,7 +161,7 @@ def test_what_is_no_page_of_ours_is_not_replaced(guided, tmp_path, out, message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "mine.html"]
 
 
-def test_runs_that_cannot_be_told_are_refused_before_anything_is_written(guided, tmp_path):
+def test_report_of_unreadable_runs_is_refused_before_writing(guided, tmp_path):
     empty = create_run(tmp_path / "empty", recipe={"name": "x"}, npo_version="0").root
     for roots, message in (
         ([guided, guided / "." / ""], "was given twice"),
@@ -185,7 +185,7 @@ def mark(step: int, *, right: int = 0, seated: bool = False) -> VisitSummary:
     return VisitSummary(prompt_id="", step=step, num_correct=right, has_guide=seated)
 
 
-def test_samples_are_spread_over_the_steps_at_which_guides_were_seated():
+def test_report_samples_are_spread_over_steps_with_injection():
     marks = {f"p{step}": [mark(step, seated=step > 3)] for step in range(1, 14)}
     # Ten were guided, from step 4 to 13: places 0, 3, 6 and 9 of them.
     assert select_prompts(marks) == ["p4", "p7", "p10", "p13"]

@@ -80,7 +80,7 @@ def test_lineage_shows_where_each_branch_left_its_parent():
     assert table.rows == (("main", "-", "0", "-", "-"), ("near", "main", "80", "g", "160"))
 
 
-def test_a_seated_guide_is_told_from_the_policys_own_rollouts():
+def test_rollout_table_marks_injected_guide_rollouts():
     lines = [
         RolloutView(branch="near", step=81, prompt_text="6*7=", reference_answer="42", rollout=one)
         for one in (rollout(0, reward=0.0, text="41"), rollout(1, reward=1.0, source="guide"))
@@ -92,7 +92,7 @@ def test_a_seated_guide_is_told_from_the_policys_own_rollouts():
     )
 
 
-def test_a_groups_reward_is_the_mean_over_its_rollouts():
+def test_group_table_reward_is_the_mean_over_rollouts():
     mixed = group(rollout(0, reward=0.0), rollout(1, reward=1.0, source="guide"), mix="injected", own_accuracy=0.0)
     (table,) = groups_tables([GroupView(branch="near", step=81, group=mixed)])
     assert table.rows == (("near", "81", "p1", "2", "0.000", "0.500", "injected"),)

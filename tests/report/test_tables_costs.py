@@ -2,7 +2,7 @@ from npo_cli.report.tables_costs import cost_to_threshold_tables
 from npo_cli.types.costs import CostToThreshold
 
 
-def test_speed_ups_stand_side_by_side_on_every_axis_and_what_was_not_reached_says_so():
+def test_speedup_table_has_every_axis_and_marks_unreached_thresholds():
     crossings = [
         CostToThreshold(name="GRPO", threshold=0.6, step=200, total_steps=200, total_tokens=400_000),
         CostToThreshold(name="NPO", threshold=0.6, step=100, total_steps=250, total_tokens=500_000),
@@ -19,7 +19,7 @@ def test_speed_ups_stand_side_by_side_on_every_axis_and_what_was_not_reached_say
     )
 
 
-def test_the_clock_is_an_axis_where_it_is_known():
+def test_speedup_table_has_a_time_axis_if_times_are_known():
     crossings = [
         CostToThreshold(name="GRPO", threshold=0.6, step=200, total_steps=200, total_tokens=400, total_seconds=1500.0),
         CostToThreshold(name="NPO", threshold=0.6, step=100, total_steps=250, total_tokens=500, total_seconds=1250.0),
@@ -37,7 +37,7 @@ def test_the_clock_is_an_axis_where_it_is_known():
     ]
 
 
-def test_an_arm_without_a_clock_is_not_compared_by_it():
+def test_speedup_table_omits_time_for_a_method_without_it():
     crossings = [
         CostToThreshold(name="GRPO", threshold=0.6, step=200, total_steps=200, total_tokens=400, total_seconds=0.0),
         CostToThreshold(name="NPO", threshold=0.6, step=100, total_steps=250, total_tokens=500, total_seconds=12.0),

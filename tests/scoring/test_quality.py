@@ -18,7 +18,7 @@ from npo_cli.scoring.quality import (
 )
 
 
-def test_two_correct_of_eight_are_found_by_four_draws_in_eleven_cases_of_fourteen():
+def test_pass_at_4_of_two_correct_in_eight_is_11_of_14():
     # 1 - C(6,4)/C(8,4) = 1 - 15/70 = 11/14
     assert pass_at_k(8, 2, 4) == pytest.approx(11 / 14)
     assert pass_at_k(8, 2, 4) == pytest.approx(0.785714, abs=1e-6)
@@ -74,13 +74,13 @@ def test_intervals_contain_the_share(trials, data):
         assert 0 <= low <= successes / trials <= high <= 1
 
 
-def test_smoothed_quality_is_never_nought():
+def test_smoothed_quality_is_never_zero():
     # (0 + 1/2)/(9 + 1) and (9 + 1/2)/(9 + 1)
     assert smooth_quality(0.0, 9) == 0.05
     assert smooth_quality(1.0, 9) == 0.95
 
 
-def test_the_first_row_of_counts_is_the_data_and_the_others_draw_as_many_prompts():
+def test_bootstrap_counts_start_with_the_data():
     counts_BP = bootstrap_counts(5, np.random.default_rng(0), 50)
     assert counts_BP.shape == (51, 5)
     assert counts_BP[0].tolist() == [1.0] * 5
@@ -106,11 +106,11 @@ def test_cluster_interval_contains_the_mean(values, seed):
     assert low - 1e-9 <= values_P.mean() <= high + 1e-9
 
 
-def test_an_interval_without_resamples_is_the_estimate():
+def test_interval_without_resamples_is_the_estimate():
     assert percentile_interval(np.array([0.3])) == (0.3, 0.3)
 
 
-def test_an_interval_is_stretched_to_an_estimate_it_misses():
+def test_interval_includes_the_estimate():
     low, high = percentile_interval(np.array([5.0] + [1.0, 2.0] * 50))
     assert (low, high) == (1.0, 5.0)
 
@@ -135,7 +135,7 @@ def test_intraclass_correlation_by_hand():
     assert intraclass_correlation(np.array([2.0, 0.0, 1.0]), np.full(3, 2.0)) == pytest.approx(0.5)
 
 
-def test_where_correlation_cannot_be_told_the_cautious_end_is_taken():
+def test_interval_with_unknown_correlation_is_conservative():
     assert intraclass_correlation(np.array([3.0]), np.array([8.0])) == 1.0
     assert intraclass_correlation(np.array([1.0, 0.0]), np.array([1.0, 1.0])) == 1.0
     assert intraclass_correlation(np.zeros(3), np.full(3, 8.0)) == 1.0

@@ -48,7 +48,7 @@ def chance(policy, bits):
     return math.prod(token_chances(policy, bits)) / 64
 
 
-def test_the_guides_second_moment_is_the_learners_first():
+def test_variance_second_moment_under_the_guide_is_the_first_under_the_learner():
     exact = sum(chance(LEARNER, bits) ** 2 / chance(GUIDE, bits) for bits in CHAIN)
     from_guide = estimate_variance(enumerated(GUIDE), formula("seq2", weight_cap=math.inf))
     from_learner = np.mean([math.exp(sample.log_w) for sample in enumerated(LEARNER)])
@@ -57,7 +57,7 @@ def test_the_guides_second_moment_is_the_learners_first():
     assert exact > 1.2
 
 
-def test_the_two_moments_also_agree_when_sampled():
+def test_variance_moments_agree_when_sampled():
     rng = np.random.default_rng(7)
     guide, learner = enumerated(GUIDE), enumerated(LEARNER)
     from_guide = [guide[i] for i in rng.integers(64, size=20000)]
@@ -86,7 +86,7 @@ def test_exact_kl_of_the_chain():
 
 @pytest.mark.parametrize("kind", VARIANCE_ESTIMATORS)
 @pytest.mark.parametrize("average", ["sequence", "token"])
-def test_a_guide_that_is_the_learner_costs_nothing(kind, average):
+def test_variance_of_the_learner_itself_is_one(kind, average):
     same = [make_drifted_ratio(0.0, length, prompt_id=str(length)) for length in (1, 3, 17)]
     assert all(sample.sum_rho2 == sample.num_tokens for sample in same)  # rho = 1 at each token
     assert estimate_variance(same, formula(kind, kl_average=average)) == pytest.approx(1.0, abs=1e-12)
@@ -179,7 +179,7 @@ def test_tokens_without_gradient_do_not_count():
     assert estimate_variance([make_ratio([0.3], grads_T=[0.0])], formula("tok2_grad")) == 1.0
 
 
-def test_the_floor_is_taken_off_every_kl_but_never_below_zero():
+def test_variance_kl_floor_is_subtracted_down_to_zero():
     floor = KLFloor(per_token=0.05, per_sequence=0.5)
     samples = [make_drifted_ratio(-1.0, 10)]  # 0.1 per token, 1 per sequence
     assert estimate_variance(samples, formula("kl_exp"), floor=floor) == pytest.approx(math.exp(0.05))
@@ -189,7 +189,7 @@ def test_the_floor_is_taken_off_every_kl_but_never_below_zero():
     assert estimate_variance(samples, formula("group2"), floor=deep) == 1.0
 
 
-def test_the_learner_against_itself_measures_its_own_floor():
+def test_variance_kl_floor_is_that_of_the_learner_itself():
     moments = pool_moments(
         compute_moments([make_drifted_ratio(-0.2, 4), make_drifted_ratio(-0.4, 4)], ["p"], cap=10.0), np.ones((1, 1))
     )
@@ -208,7 +208,7 @@ def test_enormous_drifts_stay_finite():
     assert estimate_variance(samples, formula("ess")) == pytest.approx(2.0)
 
 
-def test_without_samples_there_is_no_variance():
+def test_variance_without_samples_is_absent():
     assert math.isnan(estimate_variance([], formula("group2")))
 
 

@@ -15,7 +15,7 @@ def test_equal_weights_are_healthy():
     assert not health.is_dominated
 
 
-def test_one_heavy_weight_in_four():
+def test_weight_diagnostics_of_one_heavy_weight_in_four():
     # w = 1, 1, 1, 5: ESS/N = (64/28)/4 = 4/7, and the heavy one holds 5/8
     health = diagnose_weights([make_drifted_ratio(math.log(w), 3) for w in (1, 1, 1, 5)])
     assert health.ess_fraction == pytest.approx(4 / 7)
@@ -23,7 +23,7 @@ def test_one_heavy_weight_in_four():
     assert health.is_dominated
 
 
-def test_a_small_effective_sample_dominates():
+def test_weight_diagnostics_with_a_small_effective_sample_size_are_dominated():
     # 2 of 100 samples weigh 1000, the rest 1: ESS/N = (2098^2/2000098)/100 = 0.022, yet neither holds more than half
     health = diagnose_weights([make_drifted_ratio(math.log(1000 if i < 2 else 1), 3) for i in range(100)])
     assert health.ess_fraction == pytest.approx(0.022, abs=5e-4)
@@ -31,13 +31,13 @@ def test_a_small_effective_sample_dominates():
     assert health.is_dominated
 
 
-def test_no_samples_are_no_evidence():
+def test_weight_diagnostics_without_samples_are_dominated():
     health = diagnose_weights([])
     assert (health.num_samples, health.ess_fraction, health.is_dominated) == (0, 0.0, True)
 
 
 @pytest.mark.parametrize("shape", [0.3, 0.5, 0.9, 1.5])
-def test_the_tail_of_pareto_weights_shows_their_shape(shape):
+def test_weight_diagnostics_estimate_the_shape_of_pareto_weights(shape):
     # w = u^-k on an even grid of u has a Pareto tail of shape k; the prior at 1/2 pulls a little
     u = (np.arange(4000) + 0.5) / 4000
     assert pareto_k(-shape * np.log(u)) == pytest.approx(shape, abs=0.12)
@@ -48,7 +48,7 @@ def test_bounded_weights_have_no_heavy_tail():
     assert pareto_k(np.log((np.arange(4000) + 0.5) / 4000)) < 0
 
 
-def test_a_heavy_tail_alone_condemns():
+def test_weight_diagnostics_with_a_heavy_tail_alone_are_dominated():
     u = (np.arange(3000) + 0.5) / 3000
     health = diagnose_weights([make_drifted_ratio(float(-0.8 * math.log(x)), 3) for x in u])
     assert health.pareto_k > 0.7
@@ -61,6 +61,6 @@ def test_too_few_weights_have_no_tail_to_fit():
     assert pareto_k(np.full(1000, 0.3)) is None
 
 
-def test_only_correct_samples_may_be_injected():
+def test_select_correct_keeps_correct_samples_only():
     right, wrong = make_drifted_ratio(0.1, 3, correct=True), make_drifted_ratio(0.2, 3)
     assert select_correct([right, wrong]) == (right,)

@@ -88,7 +88,7 @@ def test_exgrpo_replayed_prompts_do_not_advance_the_data_order(replaying):
     assert lines[-1]["experience/responses"] >= lines[-1]["experience/prompts"] > 0
 
 
-@pytest.mark.parametrize("after", [3, 5])
+@pytest.mark.parametrize("after", [pytest.param(3, marks=pytest.mark.slow), 5])
 def test_exgrpo_killed_run_resumes_to_the_same_bytes(replaying, tmp_path, after):
     """Left between two steps with nothing saved since step 2 or 4: the rollout log is ahead of the checkpoint."""
     root = tmp_path / "run"

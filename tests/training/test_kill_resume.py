@@ -42,7 +42,13 @@ KINDS = {
 LONGER = ("train.num_steps=10", "train.save_every=4")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow) if kind in ("two updates", "kl to the base", "lora") else kind
+        for kind in KINDS
+    ],
+)
 def test_resume_between_checkpoints_is_bitwise_identical(tmp_path, kind):
     train(tmp_path / "straight", *KINDS[kind])
     # Step 3 is recorded, step 2 is the newest checkpoint.

@@ -132,10 +132,10 @@ def test_rollback_seed_name_is_inherited_with_seed_same_only(guided, tmp_path):
 
 
 ABLATIONS = [
-    "autonpo.rollback.optimizer=reset",
+    pytest.param("autonpo.rollback.optimizer=reset", marks=pytest.mark.slow),
     "autonpo.rollback.optimizer=keep_current",
     "autonpo.rollback.data=onward",
-    "autonpo.rollback.seed=same",
+    pytest.param("autonpo.rollback.seed=same", marks=pytest.mark.slow),
 ]
 
 
