@@ -133,7 +133,7 @@ def test_acceptance_test_rejects_a_worse_replay_and_its_parent_continues_as_plai
     assert find_transition(root, "armed", 1).step == 9
     assert transitions_of(root)[-1].state.branch == "main"
     assert main_digests(root) == main_digests(plain)
-    assert [born.branch for born in read_segments(open_run(root))] == ["main", "auto-1", "main"]
+    assert [segment.branch for segment in read_segments(open_run(root))] == ["main", "auto-1", "main"]
 
 
 def test_acceptance_test_without_a_checkpoint_keeps_the_replay(tmp_path):
@@ -183,8 +183,8 @@ def test_early_bootstrap_restarts_from_the_base_with_guides(tmp_path):
         )
     )
     assert events_of(root) == ["started", "early_bootstrap", "guide_built", "rolled_back", "replay_done", "armed"]
-    born = read_segments(open_run(root))[-1]
-    assert (born.branch, born.parent, born.fork_step, born.guide_until) == ("early", "main", 0, 2)
+    segment = read_segments(open_run(root))[-1]
+    assert (segment.branch, segment.parent, segment.fork_step, segment.guide_until) == ("early", "main", 0, 2)
     # It is not counted as an intervention, and there is no probe.
     assert transitions_of(root)[-1].state.num_interventions == 0
     assert not (root / "probes").exists()

@@ -62,7 +62,8 @@ def test_autonpo_log_has_two_interventions_and_the_limit(watched):
         (8, 4),
     ]
     assert [
-        (born.branch, born.parent, born.fork_step, born.guide_until) for born in read_segments(open_run(watched))
+        (segment.branch, segment.parent, segment.fork_step, segment.guide_until)
+        for segment in read_segments(open_run(watched))
     ] == [
         ("main", None, 0, None),
         ("auto-1", "main", 4, 6),
@@ -144,12 +145,12 @@ def test_guide_cache_covers_exactly_the_failed_prompts_of_the_segment(watched, b
     before = parent_of(branch)
     (parent,) = set(before.values())
     failed = failed_prompts(watched, parent, range(back_to + 1, at + 1), at_most=0.25)
-    asked = read_queried_prompts(open_run(watched).guide_folder(branch))
-    assert sorted(asked) == sorted(failed)
+    queried = read_queried_prompts(open_run(watched).guide_folder(branch))
+    assert sorted(queried) == sorted(failed)
     assert len(failed) >= 5
     info, found = load_guide(open_run(watched), branch)
     assert (info.branch, info.learner_step, info.guide_step, info.num_steps) == (parent, back_to, at, at - back_to)
-    assert set(found) == {prompt_id for prompt_id, entry in asked.items() if entry.num_correct}
+    assert set(found) == {prompt_id for prompt_id, entry in queried.items() if entry.num_correct}
     assert (
         len(found)
         == find_transition(watched, "guide_built", INTERVENTIONS.index((branch, at, back_to))).evidence[
@@ -199,8 +200,10 @@ def test_cooldown_length_and_limit_hold_after_a_restart(watched, tmp_path):
 def test_autonpo_fork_starts_with_a_new_state_on_its_own_branch(watched, tmp_path):
     root = copy_run(watched, tmp_path / "run")
     list(start_autonpo_resume(root, *NEVER, at=4, source_branch="main", new_branch="anew"))
-    begun = [transition for transition in transitions_of(root) if transition.event == "started"]
-    assert [(transition.step, transition.state.branch, transition.state.num_interventions) for transition in begun] == [
+    starts = [transition for transition in transitions_of(root) if transition.event == "started"]
+    assert [
+        (transition.step, transition.state.branch, transition.state.num_interventions) for transition in starts
+    ] == [
         (0, "main", 0),
         (4, "anew", 0),
     ]
@@ -279,10 +282,10 @@ def test_changed_settings_are_not_applied_to_recorded_steps(tmp_path):
     train_grpo(root, "train.num_steps=8")
     list(start_autonpo_resume(root, *NEVER))
     list(start_autonpo_resume(root, "autonpo.trigger.min_entropy_drop_se=0", "train.num_steps=12"))
-    begun = [transition for transition in transitions_of(root) if transition.event == "started"]
+    starts = [transition for transition in transitions_of(root) if transition.event == "started"]
     assert [
         (transition.step, transition.evidence["settings"]["autonpo"]["trigger"]["min_entropy_drop_se"])
-        for transition in begun
+        for transition in starts
     ] == [
         (0, 1e6),
         (8, 0),

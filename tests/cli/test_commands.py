@@ -70,9 +70,9 @@ def test_show_rollouts_of_one_prompt(run):
     assert (visit["record"], visit["step"]) == ("prompt_visit", 4)
     # every token and log-probability of the visit, as without --prompt
     assert visit["group"]["rollouts"] == [line["rollout"] for line in newest if line["rollout"]["prompt_id"] == prompt]
-    told = called("show", str(run), "rollouts", "--prompt", prompt).stdout
-    assert told.startswith(f"Prompt {prompt} in the lineage of main: ")
-    assert f"Step 4, main: {visit['num_correct']} of 4 on-policy rollouts correct\n" in told
+    history = called("show", str(run), "rollouts", "--prompt", prompt).stdout
+    assert history.startswith(f"Prompt {prompt} in the lineage of main: ")
+    assert f"Step 4, main: {visit['num_correct']} of 4 on-policy rollouts correct\n" in history
 
 
 def test_report_writes_a_page_and_figures(run, tmp_path):

@@ -165,7 +165,7 @@ def test_eval_refuses_a_branch_without_checkpoints(circle, tmp_path):
 # Journals and documents
 
 
-def spoiled(text: str) -> str:
+def with_damaged_second_line(text: str) -> str:
     """The second line of a journal, no JSON any more."""
     first, _, rest = text.split("\n", 2)
     return f"{first}\noops\n{rest}"
@@ -174,11 +174,11 @@ def spoiled(text: str) -> str:
 SHOW = {"metrics": ["show"], "rollouts": ["show", "rollouts"], "timings": ["show"]}
 
 
-@pytest.mark.parametrize("journal", SHOW)
-def test_damaged_log_line_is_named(run, journal):
-    path = run / "branches" / "again" / f"{journal}.jsonl"
-    edit_file(path, spoiled)
-    assert words(run, SHOW[journal]).startswith(f"{path}, line 2")
+@pytest.mark.parametrize("log_name", SHOW)
+def test_damaged_log_line_is_named(run, log_name):
+    path = run / "branches" / "again" / f"{log_name}.jsonl"
+    edit_file(path, with_damaged_second_line)
+    assert words(run, SHOW[log_name]).startswith(f"{path}, line 2")
 
 
 def test_damaged_lineage_line_stops_every_command(run):

@@ -17,8 +17,8 @@ HOSTILE = "\x1b[31mtr\u202eaces"
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("taught") / "run"
+def short_run(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("short_run") / "run"
     assert npo("train", "micro", root, *SMALL).code == 0
     return root
 
@@ -29,8 +29,8 @@ def warm():
         yield process
 
 
-def test_trace_file_with_control_characters_is_shown_as_text(taught, tmp_path):
-    run = copy_run(taught, tmp_path)
+def test_trace_file_with_control_characters_is_shown_as_text(short_run, tmp_path):
+    run = copy_run(short_run, tmp_path)
     prompts = open_session_at(run, 0).task.train
     rows = correct_rows(prompts)
     rows[0]["response"] = f"\x1b[2J</s>{rows[0]['response']}"
@@ -51,12 +51,12 @@ def test_trace_file_with_control_characters_is_shown_as_text(taught, tmp_path):
     assert "teacher" in rollouts and "\x1b" not in rollouts
 
 
-def test_guide_sources_are_shown_with_their_origin(taught, tmp_path):
-    run = copy_run(taught, tmp_path)
+def test_guide_sources_are_shown_with_their_origin(short_run, tmp_path):
+    run = copy_run(short_run, tmp_path)
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(open_session_at(run, 0).task.train))
-    asked = ("sample-guide", run, "--at", "0", "--steps", "2")
-    assert npo(*asked, "--source", f"file:{path}").code == 0
-    assert npo(*asked, "--source", "model:micro-base", "--json").code == 0
+    arguments = ("sample-guide", run, "--at", "0", "--steps", "2")
+    assert npo(*arguments, "--source", f"file:{path}").code == 0
+    assert npo(*arguments, "--source", "model:micro-base", "--json").code == 0
     guides = [json.loads(line) for line in npo("show", run, "guides", "--json").out.splitlines()]
     assert [(each["name"], each["source"]["text"]) for each in guides] == [
         ("main-0-by-file", f"file:{path}"),
@@ -64,8 +64,8 @@ def test_guide_sources_are_shown_with_their_origin(taught, tmp_path):
     ]
 
 
-def test_score_checkpoints_of_sources_as_tables_and_as_json(taught, tmp_path):
-    run = copy_run(taught, tmp_path)
+def test_score_checkpoints_of_sources_as_tables_and_as_json(short_run, tmp_path):
+    run = copy_run(short_run, tmp_path)
     quick = (
         "scoring.samples_per_prompt=2",
         "scoring.bootstrap_resamples=20",
@@ -73,11 +73,11 @@ def test_score_checkpoints_of_sources_as_tables_and_as_json(taught, tmp_path):
         "--at",
         "0",
     )
-    asked = ("--candidates", "2,4", "--source", "self")
-    table = npo("score-checkpoints", run, *quick, *asked, "--figure", tmp_path / "s.svg")
+    arguments = ("--candidates", "2,4", "--source", "self")
+    table = npo("score-checkpoints", run, *quick, *arguments, "--figure", tmp_path / "s.svg")
     assert (table.code, table.out.splitlines()[0]) == (0, "Guide candidates")
     assert (tmp_path / "s.svg").exists()
-    lines = [json.loads(line) for line in npo("score-checkpoints", run, *quick, *asked, "--json").out.splitlines()]
+    lines = [json.loads(line) for line in npo("score-checkpoints", run, *quick, *arguments, "--json").out.splitlines()]
     assert [(line["record"], line["candidate"], line["step"], line["distance"]) for line in lines] == [
         ("candidate_score", "self", 0, 0),
         ("candidate_score", "checkpoint:2", 2, 2),
@@ -96,9 +96,9 @@ def slow_teacher(prompts):
     return say
 
 
-def test_killed_endpoint_sampling_resumes_to_the_same_bytes(taught, tmp_path, warm: ForkServer):
-    straight, broken = (copy_run(taught, tmp_path / name) for name in ("straight", "broken"))
-    with run_server(slow_teacher(open_session_at(taught, 0).task.train)) as served:
+def test_killed_endpoint_sampling_resumes_to_the_same_bytes(short_run, tmp_path, warm: ForkServer):
+    straight, broken = (copy_run(short_run, tmp_path / name) for name in ("straight", "broken"))
+    with run_server(slow_teacher(open_session_at(short_run, 0).task.train)) as served:
         options = ("--source", f"endpoint:{served.url}#teacher", "--at", "0", "--name", "given")
         assert npo("sample-guide", straight, *options).code == 0
         child = warm.npo("sample-guide", str(broken), *options, err=tmp_path / "err")
@@ -127,8 +127,8 @@ def test_killed_endpoint_sampling_resumes_to_the_same_bytes(taught, tmp_path, wa
         ("model:./nowhere", "--source model:./nowhere cannot be loaded: "),
     ],
 )
-def test_bad_source_is_refused(taught, tmp_path, source, message):
-    run = copy_run(taught, tmp_path)
+def test_bad_source_is_refused(short_run, tmp_path, source, message):
+    run = copy_run(short_run, tmp_path)
     result = assert_refused("sample-guide", run, "--at", "0", "--source", source, beside=tmp_path)
     assert result.message.startswith(message)
     assert result.hint

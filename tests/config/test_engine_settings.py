@@ -12,7 +12,7 @@ def test_mismatch_default_is_token_tis_with_cap_2():
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         (
             "mode=tis",
@@ -30,10 +30,10 @@ def test_mismatch_default_is_token_tis_with_cap_2():
         ("{geo_low: 1, geo_high: 1}", "mismatch.geo_low must be below mismatch.geo_high, got 1 for both"),
     ],
 )
-def test_mismatch_invalid_bound_is_refused(setting, said):
+def test_mismatch_invalid_bound_is_refused(setting, message):
     with pytest.raises(NpoError) as caught:
         load_recipe("micro", [f"mismatch={setting}" if setting[0] == "{" else f"mismatch.{setting}"])
-    assert said in caught.value.message
+    assert message in caught.value.message
 
 
 @pytest.mark.parametrize("fork", [False, True])

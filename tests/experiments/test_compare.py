@@ -33,9 +33,9 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared(*methods: str, **options) -> dict[type, list]:
-    asked = {"thresholds": (), "baseline": None, "csv": None, "figure": None} | options
+    arguments = {"thresholds": (), "baseline": None, "csv": None, "figure": None} | options
     found: dict[type, list] = {}
-    for record in compare_runs(methods, **asked):
+    for record in compare_runs(methods, **arguments):
         found.setdefault(type(record), []).append(record)
     return found
 
@@ -46,7 +46,7 @@ def both(seeds: Path) -> list[str]:
     ]
 
 
-def said(found: dict[type, list]) -> list[str]:
+def notices(found: dict[type, list]) -> list[str]:
     return [notice.message for notice in found.get(Notice, [])]
 
 
@@ -64,7 +64,7 @@ def test_compare_reads_each_seed_along_its_ancestry_with_costs(seeds):
     end = cost_at(open_run(seeds / "s1"), "near", 4)
     assert (points[-1].tokens, points[-1].seconds) == (end.tokens, end.seconds)
     assert {one.step: one.accuracy for one in points} == accuracies(seeds / "s1", "near")
-    assert said(found) == []
+    assert notices(found) == []
 
 
 def test_compare_final_accuracy_and_areas_equal_the_evaluations(seeds):
@@ -115,7 +115,7 @@ def test_settings_without_effect_are_no_difference(seeds, tmp_path):
     train(root, *SETTINGS, "autonpo.trigger.patience=9", "guide.inject.max_accuracy=0.25", "train.save_every=1")
     found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
     assert [one.changed_settings for one in found[MethodSummary]] == [(), (), ("guides none -> 4 at 2",)]
-    assert said(found) == []
+    assert notices(found) == []
 
 
 def test_differences_are_paired_by_seed_and_prompt(seeds):
@@ -163,7 +163,7 @@ def test_compare_run_without_name_means_its_branches(seeds):
         ("y", (f"{seeds}/s0:main",)),
         ("x", (f"{seeds}/s0:near", f"{seeds}/s1:near")),
     ]
-    assert said(named) == ["x has seeds 0, 1, y has 0: only common seeds are paired"]
+    assert notices(named) == ["x has seeds 0, 1, y has 0: only common seeds are paired"]
 
 
 def test_compare_bench_folder_means_all_its_runs_after_a_move_too(seeds, tmp_path):
@@ -230,7 +230,7 @@ def test_compare_without_results_per_prompt_resamples_seeds_with_a_notice(seeds,
     found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
     assert {one.resampling_unit for one in found[MethodSummary]} == {"seeds"}
     assert found[MethodDifference][0].num_prompts is None
-    assert said(found)[0].startswith("a: 1 of 2 seeds have no evaluation results per prompt; npo eval")
+    assert notices(found)[0].startswith("a: 1 of 2 seeds have no evaluation results per prompt; npo eval")
 
 
 def test_compare_of_other_prompts_is_not_paired_and_names_mismatched_settings(seeds, tmp_path):
@@ -241,13 +241,13 @@ def test_compare_of_other_prompts_is_not_paired_and_names_mismatched_settings(se
     assert other.changed_settings == ("train.lr 0.0003 -> 0.5",)
     assert other.mismatched_settings == ("train.group_size 4 -> 2",)
     assert (found[MethodDifference][0].num_pairs, found[MethodDifference][0].num_prompts) == (1, None)
-    assert said(found) == [
+    assert notices(found) == [
         "not alike: train.group_size 4 -> 2 (b)",
         f"{root}:main was last evaluated at step 3: final accuracies of all methods are taken there",
     ]
     assert other.horizon == 3
-    one_arm = compared(f"a={seeds}/s1:main", f"a={root}")
-    assert "train.lr 0.5 -> 0.0003 between seeds" in one_arm[MethodSummary][0].mismatched_settings
+    one_method = compared(f"a={seeds}/s1:main", f"a={root}")
+    assert "train.lr 0.5 -> 0.0003 between seeds" in one_method[MethodSummary][0].mismatched_settings
 
 
 def test_compare_writes_into_no_run(seeds, tmp_path):
@@ -267,7 +267,7 @@ def test_compare_has_a_forwards_axis_with_extrapolation(tmp_path):
         ("pushed", ("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.max_accuracy=1")),
     ):
         train(tmp_path / name, "train.num_steps=4", "eval.every=2", *more)
-    plain, pushed = compared(f"plain={tmp_path / 'plain'}", f"pushed={tmp_path / 'pushed'}")[MethodSummary]
+    plain, extrapolated = compared(f"plain={tmp_path / 'plain'}", f"pushed={tmp_path / 'pushed'}")[MethodSummary]
     assert plain.mean_costs["forwards"] == plain.mean_costs["tokens"]
-    assert pushed.mean_costs["forwards"] > pushed.mean_costs["tokens"]
+    assert extrapolated.mean_costs["forwards"] > extrapolated.mean_costs["tokens"]
     assert "forwards" in plain.areas

@@ -10,18 +10,18 @@ from npo_cli.experiments.method_plan import BenchRun, build_commands, find_remai
 from tests.helpers.runs import TINY, copy_run, resume, sample, train
 
 
-def cell(folder: Path, method: str, *settings: str, teacher: str = "") -> BenchRun:
+def bench_run(folder: Path, method: str, *settings: str, teacher: str = "") -> BenchRun:
     settled = (*TINY, *settings)
     return BenchRun(recipe="micro", method=method, settings=settled, seed=7, folder=folder, teacher=teacher)
 
 
-def typed(found: list[tuple[str, ...]], folder: Path) -> list[str]:
+def as_typed(found: list[tuple[str, ...]], folder: Path) -> list[str]:
     """As a person would type them; the settings of the run's birth left out."""
     return [" ".join(word for word in words if "=" not in word).replace(str(folder / "run"), "RUN") for words in found]
 
 
 def test_method_plan_of_npo_early_and_late_is_five_commands(tmp_path):
-    here = cell(
+    here = bench_run(
         tmp_path,
         "matched/npo",
         "guide.replay.at_step=2",
@@ -30,7 +30,7 @@ def test_method_plan_of_npo_early_and_late_is_five_commands(tmp_path):
         "autonpo.early.replay_steps=2",
     )
     found = build_commands(here)
-    assert typed(found, tmp_path) == [
+    assert as_typed(found, tmp_path) == [
         "train micro RUN --method matched/npo --until 3",
         "sample-guide RUN --at 0 --source 3 --steps 2 --name early",
         "resume RUN --at 0 --guide early --new-branch early --until 4",
@@ -43,9 +43,9 @@ def test_method_plan_of_npo_early_and_late_is_five_commands(tmp_path):
 
 
 def test_method_plan_with_periods_repeats_to_the_last_step(tmp_path):
-    found = build_commands(cell(tmp_path, "controls/forward-probe", "train.num_steps=50"))
-    assert typed(found, tmp_path)[0].endswith("--until 0")
-    assert typed(found, tmp_path)[-2:] == [
+    found = build_commands(bench_run(tmp_path, "controls/forward-probe", "train.num_steps=50"))
+    assert as_typed(found, tmp_path)[0].endswith("--until 0")
+    assert as_typed(found, tmp_path)[-2:] == [
         "sample-guide RUN --at 40 --source self --steps 10 --name probe-40",
         "resume RUN --at 40 --guide probe-40 --new-branch probe-40 --until 50",
     ]
@@ -53,31 +53,31 @@ def test_method_plan_with_periods_repeats_to_the_last_step(tmp_path):
 
 
 def test_method_plan_teacher_options_depend_on_the_seed(tmp_path):
-    found = build_commands(cell(tmp_path, "luffy", teacher="--source file --from 'my traces-{seed}.jsonl'"))
+    found = build_commands(bench_run(tmp_path, "luffy", teacher="--source file --from 'my traces-{seed}.jsonl'"))
     assert found[1][-6:] == ("--source", "file", "--from", "my traces-7.jsonl", "--name", "teacher")
 
 
 def test_method_plan_refuses_missing_settings(tmp_path):
     with pytest.raises(NpoError, match="method luffy needs a teacher"):
-        build_commands(cell(tmp_path, "luffy"))
+        build_commands(bench_run(tmp_path, "luffy"))
     with pytest.raises(NpoError, match=r"method npo-late needs guide.replay.guide_step"):
-        build_commands(cell(tmp_path, "npo-late", "guide.replay.at_step=2"))
+        build_commands(bench_run(tmp_path, "npo-late", "guide.replay.at_step=2"))
 
 
 def test_method_plan_skips_done_commands_and_resumes_an_interrupted_one(scout, tmp_path):
     """The scout has 4 steps on main and the guide `near`."""
-    here = cell(tmp_path, "matched/npo-late", "guide.replay.at_step=2", "guide.replay.guide_step=4")
-    born, asked, replayed = build_commands(here)
-    assert find_remaining_command(born, here) == born
+    here = bench_run(tmp_path, "matched/npo-late", "guide.replay.at_step=2", "guide.replay.guide_step=4")
+    training, sampling, replayed = build_commands(here)
+    assert find_remaining_command(training, here) == training
     root = copy_run(scout, here.run)
-    assert find_remaining_command(born, here) is None
-    longer = (*born[:-1], "train.seed=7")
-    assert longer == born
-    further = tuple("6" if word == "4" else word for word in born)
+    assert find_remaining_command(training, here) is None
+    longer = (*training[:-1], "train.seed=7")
+    assert longer == training
+    further = tuple("6" if word == "4" else word for word in training)
     assert find_remaining_command(further, here) == ("resume", str(root), "--branch", "main", "--until", "6")
-    assert find_remaining_command(asked, here) == asked
+    assert find_remaining_command(sampling, here) == sampling
     sample(root, name="late")
-    assert find_remaining_command(asked, here) is None
+    assert find_remaining_command(sampling, here) is None
     assert find_remaining_command(replayed, here) == replayed
     resume(root, at=2, guide="late", new_branch="npo", until=3)
     assert find_remaining_command(replayed, here) == ("resume", str(root), "--branch", "npo", "--until", "4")
@@ -86,10 +86,10 @@ def test_method_plan_skips_done_commands_and_resumes_an_interrupted_one(scout, t
 
 
 def test_method_plan_restarts_a_run_killed_before_its_first_checkpoint(tmp_path):
-    here = cell(tmp_path, "controls/base-guide")
+    here = bench_run(tmp_path, "controls/base-guide")
     train(here.run, until=0)
-    born = build_commands(here)[0]
-    assert find_remaining_command(born, here) is None
+    training = build_commands(here)[0]
+    assert find_remaining_command(training, here) is None
     shutil.rmtree(here.run / "branches" / "main" / "checkpoints")
-    assert find_remaining_command(born, here) == born
+    assert find_remaining_command(training, here) == training
     assert not here.run.exists()

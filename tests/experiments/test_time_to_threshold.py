@@ -13,28 +13,28 @@ from npo_cli.experiments.time_to_threshold import (
 )
 
 
-def ways(*costs: float | None, end: float = 40.0) -> list[SeedTimeToThreshold]:
+def seeds_with_costs(*costs: float | None, end: float = 40.0) -> list[SeedTimeToThreshold]:
     return [SeedTimeToThreshold(seed=seed, cost=cost, total_cost=end) for seed, cost in enumerate(costs)]
 
 
 def test_time_to_threshold_censored_seed_counts_up_to_the_horizon():
     # (10 + 40 + 30) / 3
-    assert restricted_mean(ways(10, None, 30), 40) == pytest.approx(80 / 3)
+    assert restricted_mean(seeds_with_costs(10, None, 30), 40) == pytest.approx(80 / 3)
     # one that arrived beyond the horizon counts no more than the horizon
-    assert restricted_mean(ways(10, None, 30), 20) == pytest.approx(50 / 3)
-    assert [one.lower_bound for one in ways(10, None, 30)] == [10, 40, 30]
+    assert restricted_mean(seeds_with_costs(10, None, 30), 20) == pytest.approx(50 / 3)
+    assert [one.lower_bound for one in seeds_with_costs(10, None, 30)] == [10, 40, 30]
 
 
 def test_time_to_threshold_horizon_beyond_a_run_is_an_error():
     with pytest.raises(AssertionError, match="ended before"):
-        restricted_mean(ways(10, None), 41)
+        restricted_mean(seeds_with_costs(10, None), 41)
 
 
 def test_restricted_mean_is_the_area_under_the_kaplan_meier_curve():
     survival = ecdf(CensoredData(uncensored=[10.0, 30.0], right=[40.0, 40.0])).sf
     grid = np.linspace(0, 40, 40001)
     area = np.trapezoid(survival.evaluate(grid), grid)
-    assert restricted_mean(ways(10, None, 30, None), 40) == pytest.approx(area, abs=0.01)
+    assert restricted_mean(seeds_with_costs(10, None, 30, None), 40) == pytest.approx(area, abs=0.01)
 
 
 def test_students_interval_of_two_values():
@@ -47,22 +47,22 @@ def test_students_interval_of_two_values():
 
 def test_ratios_rest_on_pairs_in_which_both_arrived_and_say_so():
     # 20/10 and 30/10; the third pair has no method, the fourth no baseline, the fifth no cost
-    found = uncensored_ratio(ways(10, 10, None, 5, 0), ways(20, 30, 10, None, 10))
+    found = uncensored_ratio(seeds_with_costs(10, 10, None, 5, 0), seeds_with_costs(20, 30, 10, None, 10))
     assert found is not None
     assert (found.value, found.num_used, found.num_total) == (2.5, 2, 5)
-    assert uncensored_ratio(ways(None), ways(10)) is None
+    assert uncensored_ratio(seeds_with_costs(None), seeds_with_costs(10)) is None
 
 
 def test_restricted_mean_ratio_uses_every_seed():
     # baseline (20 + 40) / 2 = 30, method (10 + 20) / 2 = 15; both pairs say 2
-    found = restricted_ratio(ways(10, 20), ways(20, None), horizon=40)
+    found = restricted_ratio(seeds_with_costs(10, 20), seeds_with_costs(20, None), horizon=40)
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_pairs_that_disagree_give_the_restricted_ratio_students_interval():
     # 30/10 = 3; u = (20 - 30)/10, 0 and (40 - 30)/10: standard deviation 1, over sqrt 3; t(2) = 4.303
-    found = restricted_ratio(ways(10, 10, 10), ways(20, 30, None), horizon=40)
+    found = restricted_ratio(seeds_with_costs(10, 10, 10), seeds_with_costs(20, 30, None), horizon=40)
     assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - 2.484, 3 + 2.484), abs=1e-3)
 
@@ -70,8 +70,8 @@ def test_pairs_that_disagree_give_the_restricted_ratio_students_interval():
 def test_speedup_interval_is_never_below_zero():
     # two pairs: 30/10 = 3, standard deviation sqrt 2, over sqrt 2; t(1) = 12.706
     for found in (
-        restricted_ratio(ways(10, 10), ways(20, None), horizon=40),
-        uncensored_ratio(ways(10, 10), ways(20, 40)),
+        restricted_ratio(seeds_with_costs(10, 10), seeds_with_costs(20, None), horizon=40),
+        uncensored_ratio(seeds_with_costs(10, 10), seeds_with_costs(20, 40)),
     ):
         assert found is not None
         assert (found.value, found.low, found.high) == pytest.approx((3.0, 0.0, 3 + 12.706), abs=1e-3)
@@ -79,16 +79,16 @@ def test_speedup_interval_is_never_below_zero():
 
 def test_restricted_mean_ratio_uses_common_seeds():
     # seed 0 alone is common: 20/10; the baseline's seeds 1 and 2 have no partner
-    found = restricted_ratio(ways(10), ways(20, 40, 40), horizon=40)
+    found = restricted_ratio(seeds_with_costs(10), seeds_with_costs(20, 40, 40), horizon=40)
     assert found is not None
     assert (found.value, found.low, found.num_used, found.num_total) == (2.0, None, 1, 3)
     # none in common: (20 + 40) / 2 over 10, and nothing to pair
-    strangers = [SeedTimeToThreshold(seed=9, cost=10, total_cost=40)]
-    apart = restricted_ratio(strangers, ways(20, None), horizon=40)
+    other_seed = [SeedTimeToThreshold(seed=9, cost=10, total_cost=40)]
+    apart = restricted_ratio(other_seed, seeds_with_costs(20, None), horizon=40)
     assert apart is not None
     assert (apart.value, apart.low, apart.num_used, apart.num_total) == (3.0, None, 0, 2)
 
 
 def test_speedup_without_a_reached_threshold_or_cost_is_absent():
-    assert restricted_ratio(ways(None), ways(None), horizon=40) is None
-    assert restricted_ratio(ways(0), ways(10), horizon=40) is None
+    assert restricted_ratio(seeds_with_costs(None), seeds_with_costs(None), horizon=40) is None
+    assert restricted_ratio(seeds_with_costs(0), seeds_with_costs(10), horizon=40) is None

@@ -19,7 +19,7 @@ from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.runs import copy_run, open_session_at, resume, sample, train, trajectories
 from tests.helpers.teachers import save_with_other_vocabulary
 
-OUTSIDE = {"name": "taught"}
+OUTSIDE = {"name": "guided"}
 LUFFY = (
     "guide.inject.ratio=unit",
     "guide.inject.ratio_shaping=soft",
@@ -34,8 +34,8 @@ def root(scout, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def foreigner(tmp_path_factory):
-    return save_with_other_vocabulary(tmp_path_factory.mktemp("foreigner") / "model")
+def other_vocabulary(tmp_path_factory):
+    return save_with_other_vocabulary(tmp_path_factory.mktemp("other_vocabulary") / "model")
 
 
 def teacher_folder(root):
@@ -44,7 +44,7 @@ def teacher_folder(root):
 
 def test_external_model_with_the_learners_tokens_keeps_its_log_probabilities(root):
     info = sample(root, source=f"model:{teacher_folder(root)}", **OUTSIDE)
-    session, found = open_session_at(root, 4), trajectories(root, "taught")
+    session, found = open_session_at(root, 4), trajectories(root, "guided")
     assert found
     for prompt_id, kept in found.items():
         row = TokenRow(prompt_ids=session.policy.encode(session.task.prompt(prompt_id)), response_ids=kept.response_ids)
@@ -57,9 +57,9 @@ def test_external_model_with_the_learners_tokens_keeps_its_log_probabilities(roo
     assert info.guide_digest == session.policy.digest
 
 
-def test_external_model_with_other_tokens_is_retokenized_without_log_probabilities(root, foreigner):
-    info = sample(root, source=f"model:{foreigner}", **OUTSIDE)
-    session, found = open_session_at(root, 2), trajectories(root, "taught")
+def test_external_model_with_other_tokens_is_retokenized_without_log_probabilities(root, other_vocabulary):
+    info = sample(root, source=f"model:{other_vocabulary}", **OUTSIDE)
+    session, found = open_session_at(root, 2), trajectories(root, "guided")
     assert found
     assert not info.has_logps
     prompts = [session.task.prompt(prompt_id) for prompt_id in found]
@@ -70,11 +70,11 @@ def test_external_model_with_other_tokens_is_retokenized_without_log_probabiliti
         assert kept.response_ids == (*session.policy.tokenizer(kept.text).input_ids, *session.policy.eos_ids)
 
 
-def test_external_model_with_other_tokens_has_the_same_quality(root, foreigner):
+def test_external_model_with_other_tokens_has_the_same_quality(root, other_vocabulary):
     """Base and foreigner are one policy in two spellings; drawn 64 times on 8 prompts they agree but for chance."""
     many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest")
     ours = sample(root, *many, source="base", name="ours")
-    theirs = sample(root, *many, source=f"model:{foreigner}", name="theirs")
+    theirs = sample(root, *many, source=f"model:{other_vocabulary}", name="theirs")
     shares = []
     for name in ("ours", "theirs"):
         found = load_guide(open_run(root), name)[1]
@@ -124,53 +124,53 @@ def test_run_source_records_its_checkpoint_and_training_cost(root, tmp_path):
     )
     assert info.guide_training_tokens == cost_at(run, "main", 4).tokens == tokens
     assert info.guide_digest == find_checkpoint(run, "main", 4).digest
-    assert {(kept.source, kept.guide_step) for kept in trajectories(root, "taught").values()} == {("teacher", None)}
+    assert {(kept.source, kept.guide_step) for kept in trajectories(root, "guided").values()} == {("teacher", None)}
     assert info.has_logps
     earlier = sample(root, source=f"run:{other}@main:2", name="earlier")
     assert earlier.guide_digest == find_checkpoint(run, "main", 2).digest
 
 
 @pytest.mark.parametrize("tokens", ["same", "other"])
-def test_external_model_guide_cache_trains_with_luffy(root, foreigner, tokens):
-    origin = teacher_folder(root) if tokens == "same" else foreigner
+def test_external_model_guide_cache_trains_with_luffy(root, other_vocabulary, tokens):
+    origin = teacher_folder(root) if tokens == "same" else other_vocabulary
     # every prompt has a trajectory, right or wrong: the gate of 1 lets all of them in
     sample(root, "guide.cache.keep=all", source=f"model:{origin}", at=0, **OUTSIDE)
-    reports = resume(root, *LUFFY, at=0, guide="taught")
+    reports = resume(root, *LUFFY, at=0, guide="guided")
     assert [report.step for report in reports] == [1, 2, 3, 4]
     assert {report.metrics["inject/slots"] for report in reports} == {4.0}
-    groups = RolloutLog(open_run(root).rollouts_path("taught")).read_step(1)
+    groups = RolloutLog(open_run(root).rollouts_path("guided")).read_step(1)
     assert [[rollout.source for rollout in group.rollouts] for group in groups] == [["own"] * 3 + ["teacher"]] * 4
 
 
-def test_external_model_without_log_probabilities_refuses_ratio_exact(root, foreigner):
-    sample(root, source=f"model:{foreigner}", **OUTSIDE)
+def test_external_model_without_log_probabilities_refuses_ratio_exact(root, other_vocabulary):
+    sample(root, source=f"model:{other_vocabulary}", **OUTSIDE)
     with pytest.raises(
-        NpoError, match=r"guide 'taught' has no log-probabilities: guide\.inject\.ratio=exact is not available"
+        NpoError, match=r"guide 'guided' has no log-probabilities: guide\.inject\.ratio=exact is not available"
     ) as caught:
-        resume(root, "guide.inject.ratio=exact", at=2, guide="taught")
+        resume(root, "guide.inject.ratio=exact", at=2, guide="guided")
     assert caught.value.hint.startswith("use guide.inject.ratio=proximal")
 
 
 @pytest.mark.parametrize("kill_after", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_external_model_guide_cache_resumes_after_a_kill_to_the_same_bytes(
-    scout, tmp_path, monkeypatch, foreigner, kill_after
+    scout, tmp_path, monkeypatch, other_vocabulary, kill_after
 ):
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
-    asked = {"source": f"model:{foreigner}", **OUTSIDE}
-    sample(straight, **asked)
+    arguments = {"source": f"model:{other_vocabulary}", **OUTSIDE}
+    sample(straight, **arguments)
     records = build_guide_cache(
         broken,
-        spec=parse_spec(f"model:{foreigner}"),
+        spec=parse_spec(f"model:{other_vocabulary}"),
         at=2,
-        name="taught",
+        name="guided",
     )
     for _ in range(1 + kill_after):
         next(records)
     records.close()
-    sample(broken, **asked)
+    sample(broken, **arguments)
     for path in (queried_prompts_path, guide_rollouts_path):
-        one, other = (path(root / "guides" / "taught").read_bytes() for root in (straight, broken))
+        one, other = (path(root / "guides" / "guided").read_bytes() for root in (straight, broken))
         assert one == other
 
 
@@ -193,7 +193,7 @@ def test_run_source_refuses_the_run_itself(root):
         sample(root, source=f"run:{root}", **OUTSIDE)
 
 
-def test_resume_works_with_a_guide_cache_of_an_external_model(root, foreigner):
+def test_resume_works_with_a_guide_cache_of_an_external_model(root, other_vocabulary):
     """Retention asks which steps a cache needs; a teacher has none."""
-    sample(root, source=f"model:{foreigner}", **OUTSIDE)
+    sample(root, source=f"model:{other_vocabulary}", **OUTSIDE)
     assert resume(root, "train.num_steps=6")[-1].step == 6

@@ -16,7 +16,7 @@ NAMED = {"name": "given"}
 
 
 @pytest.fixture(scope="module")
-def lesson(scout):
+def run_and_prompts(scout):
     """The prompts of steps 3 and 4, and the learner's tokenizer."""
     session = open_session_at(scout, 2)
     return session.policy, session.prompts_between(8, 16)
@@ -38,11 +38,11 @@ def right_to(prompts):
     return say
 
 
-def test_openai_source_retokenizes_responses_and_counts_its_own_tokens(root, lesson):
-    _, prompts = lesson
+def test_openai_source_retokenizes_responses_and_counts_its_own_tokens(root, run_and_prompts):
+    _, prompts = run_and_prompts
     with run_server(right_to(prompts)) as served:
-        asked = {"source": f"endpoint:{served.url}#teacher", **NAMED}
-        info = sample(root, **asked)
+        arguments = {"source": f"endpoint:{served.url}#teacher", **NAMED}
+        info = sample(root, **arguments)
         seeds = [body["seed"] for body in served.bodies]
     found = trajectories(root, "given")
     assert {prompt.prompt_id: correct_response(prompt) for prompt in prompts} == {
@@ -59,13 +59,13 @@ def test_openai_source_retokenizes_responses_and_counts_its_own_tokens(root, les
     assert {kept.source for kept in found.values()} == {"teacher"}
 
 
-def test_openai_source_resumed_after_a_kill_requests_only_the_rest(scout, lesson, tmp_path, monkeypatch):
+def test_openai_source_resumed_after_a_kill_requests_only_the_rest(scout, run_and_prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
-    _, prompts = lesson
+    _, prompts = run_and_prompts
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
     with run_server(right_to(prompts)) as served:
-        asked = {"source": f"endpoint:{served.url}#teacher", **NAMED}
-        sample(straight, **asked)
+        arguments = {"source": f"endpoint:{served.url}#teacher", **NAMED}
+        sample(straight, **arguments)
         whole = len(served.bodies)
         # The first chunk of three is heard; then the server is gone for good.
         say = served.say
@@ -78,23 +78,23 @@ def test_openai_source_resumed_after_a_kill_requests_only_the_rest(scout, lesson
 
         served.say = say_a_little
         with pytest.raises(RunFailed, match="status 400: out of order"):
-            sample(broken, **asked)
+            sample(broken, **arguments)
         # What was under way when the first failed still comes in.
         wait_until(lambda: not any(thread.name.startswith("endpoint") for thread in threading.enumerate()))
         served.say, first = say, len(read_queried_prompts(broken / "guides" / "given"))
         served.failures.clear()
         served.bodies.clear()
-        sample(broken, **asked)
+        sample(broken, **arguments)
         assert (whole, first, len(served.bodies)) == (16, 3, 10)
     for path in (queried_prompts_path, guide_rollouts_path):
         one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
         assert one == other
 
 
-def test_openai_source_without_the_model_is_refused(root, lesson):
+def test_openai_source_without_the_model_is_refused(root, run_and_prompts):
     before = sorted(root.rglob("*"))
-    with run_server(right_to(lesson[1])) as served:
-        asked = {"source": f"endpoint:{served.url}#oracle", **NAMED}
+    with run_server(right_to(run_and_prompts[1])) as served:
+        arguments = {"source": f"endpoint:{served.url}#oracle", **NAMED}
         with pytest.raises(NpoError, match="has no model 'oracle'; it has: teacher"):
-            sample(root, **asked)
+            sample(root, **arguments)
     assert sorted(root.rglob("*")) == before

@@ -14,7 +14,7 @@ NAMED = {"name": "given"}
 
 
 @pytest.fixture(scope="module")
-def veteran(tmp_path_factory):
+def run_of_two_epochs(tmp_path_factory):
     """8 steps that see a pool of 16 twice: steps 5 to 8 meet what steps 1 to 4 answered."""
     root = tmp_path_factory.mktemp("veteran") / "run"
     train(root, "train.num_steps=8")
@@ -22,16 +22,16 @@ def veteran(tmp_path_factory):
 
 
 def recorded(root: Path, steps: range) -> dict[str, list]:
-    journal = RolloutLog(open_run(root).rollouts_path("main"))
+    log = RolloutLog(open_run(root).rollouts_path("main"))
     found: dict[str, list] = {}
     for step in steps:
-        for group in journal.read_step(step):
+        for group in log.read_step(step):
             found.setdefault(group.prompt.prompt_id, []).extend((step, rollout) for rollout in group.rollouts)
     return found
 
 
-def test_past_source_has_correct_rollouts_with_recorded_log_probabilities(veteran, tmp_path):
-    root = copy_run(veteran, tmp_path / "run")
+def test_past_source_has_correct_rollouts_with_recorded_log_probabilities(run_of_two_epochs, tmp_path):
+    root = copy_run(run_of_two_epochs, tmp_path / "run")
     info = sample(root, source="past", at=4, **NAMED)
     history, found = recorded(root, range(1, 5)), trajectories(root, "given")
     solved = {
@@ -54,8 +54,8 @@ def test_past_source_has_correct_rollouts_with_recorded_log_probabilities(vetera
     assert info.num_samples == 16 * 4
 
 
-def test_past_source_replay_uses_recorded_behavior_log_probabilities(veteran, tmp_path):
-    root = copy_run(veteran, tmp_path / "run")
+def test_past_source_replay_uses_recorded_behavior_log_probabilities(run_of_two_epochs, tmp_path):
+    root = copy_run(run_of_two_epochs, tmp_path / "run")
     sample(root, source="past", at=4, **NAMED)
     reports = resume(root, "guide.inject.ratio=exact", "guide.inject.max_accuracy=1", at=4, guide="given")
     assert sum(report.metrics["inject/slots"] for report in reports) == len(trajectories(root, "given"))

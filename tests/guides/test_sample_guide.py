@@ -39,8 +39,8 @@ def open_checkpoint_source(session: Session) -> GuideSource:
 
 
 def visited(root: Path, steps: range) -> list[str]:
-    journal = RolloutLog(open_run(root).rollouts_path("main"))
-    return [group.prompt.prompt_id for step in steps for group in journal.read_step(step)]
+    log = RolloutLog(open_run(root).rollouts_path("main"))
+    return [group.prompt.prompt_id for step in steps for group in log.read_step(step)]
 
 
 def test_guide_cache_samples_exactly_the_prompts_of_the_replay(scout):
@@ -70,13 +70,13 @@ def test_guide_cache_logprobs_are_those_of_the_guides_forward_pass(scout):
 
 
 def test_guide_cache_stops_sampling_a_solved_prompt(scout):
-    asked = read_queried_prompts(open_run(scout).guide_folder("near"))
-    for entry in asked.values():
+    queried = read_queried_prompts(open_run(scout).guide_folder("near"))
+    for entry in queried.values():
         # rounds of 2, at most 8
         assert entry.num_sampled in (2, 4, 6, 8)
         assert (entry.num_correct > 0) or entry.num_sampled == 8
-    assert {entry.prompt_id for entry in asked.values() if entry.num_correct} == set(trajectories(scout))
-    assert min(entry.num_sampled for entry in asked.values()) < 8
+    assert {entry.prompt_id for entry in queried.values() if entry.num_correct} == set(trajectories(scout))
+    assert min(entry.num_sampled for entry in queried.values()) < 8
 
 
 def test_sampling_in_rounds_gives_the_first_samples_of_the_full_draw(scout):
@@ -97,8 +97,8 @@ def counts(info: GuideCacheInfo) -> tuple[int, int, int, int, bool]:
 def test_guide_cache_counts_agree_with_its_logs(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     info = sample(root, name="again")
-    asked = read_queried_prompts(open_run(root).guide_folder("again")).values()
-    tokens, samples = sum(entry.num_tokens for entry in asked), sum(entry.num_sampled for entry in asked)
+    queried = read_queried_prompts(open_run(root).guide_folder("again")).values()
+    tokens, samples = sum(entry.num_tokens for entry in queried), sum(entry.num_sampled for entry in queried)
     assert counts(info) == (8, len(trajectories(root, "again")), samples, tokens, True)
 
 

@@ -308,9 +308,9 @@ def test_score_of_the_past_uses_recorded_rollouts(two_epochs, tmp_path):
     root = copy_run(two_epochs, tmp_path / "run")
     past = score_by_name(root, "8", "past")["past"]
     solved, tries = Counter(), Counter()
-    journal = RolloutLog(open_run(root).rollouts_path("main"))
+    log = RolloutLog(open_run(root).rollouts_path("main"))
     for step in range(1, 5):
-        for group in journal.read_step(step):
+        for group in log.read_step(step):
             tries[group.prompt.prompt_id] += len(group.rollouts)
             solved[group.prompt.prompt_id] += sum(
                 rollout.verdict == "correct" and rollout.finished for rollout in group.rollouts

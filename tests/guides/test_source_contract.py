@@ -94,9 +94,9 @@ def test_source_spec_that_does_not_parse_is_refused(text, message):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Mapping[str, str]:
+def specs(tmp_path_factory) -> Mapping[str, str]:
     """SPECs of every source that can be opened for step 4 of a tiny run of 6 steps; `root` is the run."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("specs")
     root, other = folder / "run", folder / "other"
     train(root, "train.num_steps=6", "guide.cache.samples_per_prompt=2", "guide.inject.max_accuracy=1.0")
     train(other, "train.seed=7", "train.num_steps=2")
@@ -123,10 +123,10 @@ def world(tmp_path_factory) -> Mapping[str, str]:
 
 
 @EVERY_SOURCE
-def test_guide_source_samples_verified_responses_with_the_fields_it_promises(world, name):
-    run = open_run(Path(world["root"]))
+def test_guide_source_samples_verified_responses_with_the_fields_it_promises(specs, name):
+    run = open_run(Path(specs["root"]))
     learner = find_learner(run, at=4, branch=None, overrides=("guide.cache.samples_per_prompt=2",))
-    source = create_source(parse_spec(world[name]), ReplayTarget(run=run, learner=learner, steps=2))
+    source = create_source(parse_spec(specs[name]), ReplayTarget(run=run, learner=learner, steps=2))
     with (
         open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),
         open_source(source, task=task, policy=policy) as session,
@@ -171,8 +171,8 @@ class CopiedSource(GuideSource):
         ]
 
 
-def test_new_guide_source_needs_its_class_and_its_registration_only(world, tmp_path):
-    root = copy_run(open_run(Path(world["root"])).root, tmp_path / "run")
+def test_new_guide_source_needs_its_class_and_its_registration_only(specs, tmp_path):
+    root = copy_run(open_run(Path(specs["root"])).root, tmp_path / "run")
     with pytest.raises(NpoError, match="not a known guide source"):
         parse_spec("solutions")
     with GUIDE_SOURCES.registered(CopiedSource):

@@ -28,7 +28,7 @@ LUFFY = (
 
 
 @pytest.fixture(scope="module")
-def lesson(scout):
+def run_and_prompts(scout):
     """The prompts of steps 3 and 4, and the learner's tokenizer."""
     session = open_session_at(scout, 2)
     return session.policy, session.prompts_between(8, 16)
@@ -42,16 +42,16 @@ def root(scout, tmp_path):
 def from_file(root: Path, path: Path, *overrides: str, name: str = "given"):
     """The records of a whole sampling: notices, then the cache."""
     ask = parse_spec(f"file:{path}")
-    asked = {"at": 2, "name": name}
-    return list(build_guide_cache(root, spec=ask, overrides=overrides, **asked))
+    arguments = {"at": 2, "name": name}
+    return list(build_guide_cache(root, spec=ask, overrides=overrides, **arguments))
 
 
 def notices(records) -> list[str]:
     return [record.message for record in records if isinstance(record, Notice)]
 
 
-def test_trace_file_responses_are_verified_tokenized_and_free(root, lesson, tmp_path):
-    policy, prompts = lesson
+def test_trace_file_responses_are_verified_tokenized_and_free(root, run_and_prompts, tmp_path):
+    policy, prompts = run_and_prompts
     rows = correct_rows(prompts)
     rows[3] = {"prompt_id": prompts[3].prompt_id, "response": "0_#0"}  # read, and wrong
     path = write_traces(tmp_path / "traces.jsonl", rows)
@@ -69,8 +69,8 @@ def test_trace_file_responses_are_verified_tokenized_and_free(root, lesson, tmp_
     assert (info.has_logps, info.guide_step) == (False, None)
 
 
-def test_trace_file_matches_prompts_by_text_and_allows_several_rows(root, lesson, tmp_path):
-    prompt = next(prompt for prompt in lesson[1] if len(prompt.answer) < 5)
+def test_trace_file_matches_prompts_by_text_and_allows_several_rows(root, run_and_prompts, tmp_path):
+    prompt = next(prompt for prompt in run_and_prompts[1] if len(prompt.answer) < 5)
     right = correct_response(prompt)
     # the same answer with a further digit sum written by somebody who is right in the end
     other = f"{right[:2]}{right}"
@@ -83,8 +83,8 @@ def test_trace_file_matches_prompts_by_text_and_allows_several_rows(root, lesson
     assert info.num_rollouts == 2
 
 
-def test_trace_file_row_order_does_not_matter(scout, lesson, tmp_path):
-    _, prompts = lesson
+def test_trace_file_row_order_does_not_matter(scout, run_and_prompts, tmp_path):
+    _, prompts = run_and_prompts
     rows = [
         {"prompt_id": prompt.prompt_id, "response": f"{'0_' * extra}{correct_response(prompt)}"}
         for prompt in prompts
@@ -100,8 +100,8 @@ def test_trace_file_row_order_does_not_matter(scout, lesson, tmp_path):
     assert len(written[0].splitlines()) == 8
 
 
-def test_token_ids_are_kept_as_they_are_with_the_log_probabilities_that_come_with_them(root, lesson, tmp_path):
-    policy, prompts = lesson
+def test_token_ids_are_kept_as_they_are_with_the_log_probabilities_that_come_with_them(root, run_and_prompts, tmp_path):
+    policy, prompts = run_and_prompts
     ids = [[*policy.encode_response(correct_response(prompt)), policy.end_id] for prompt in prompts]
     rows = [
         {"prompt_id": prompt.prompt_id, "response_ids": each, "logps": [-0.25] * len(each)}
@@ -115,8 +115,8 @@ def test_token_ids_are_kept_as_they_are_with_the_log_probabilities_that_come_wit
     assert len(resume(root, "guide.inject.ratio=exact", at=2, guide="given")) == 2
 
 
-def test_rows_that_cannot_be_used_are_named_and_counted(root, lesson, tmp_path):
-    policy, prompts = lesson
+def test_rows_that_cannot_be_used_are_named_and_counted(root, run_and_prompts, tmp_path):
+    policy, prompts = run_and_prompts
     good = correct_rows(prompts[:1])
     bad = [
         {"prompt_id": prompts[1].prompt_id, "response": 7},
@@ -130,9 +130,9 @@ def test_rows_that_cannot_be_used_are_named_and_counted(root, lesson, tmp_path):
         {"prompt_id": prompts[1].prompt_id, "response": "\ud800"},
         {"prompt": [{"role": "user"}], "response": "1"},
     ]
-    strangers = [{"prompt_id": "addh9/1+1", "response": "1"}, {"prompt": "what?", "response": "1"}]
+    unknown_prompts = [{"prompt_id": "addh9/1+1", "response": "1"}, {"prompt": "what?", "response": "1"}]
     unasked = [{"prompt_id": open_session_at(root, 2).prompts_between(0, 1)[0].prompt_id, "response": "1"}]
-    path = write_traces(tmp_path / "traces.jsonl", [*good, *bad, *strangers, *unasked])
+    path = write_traces(tmp_path / "traces.jsonl", [*good, *bad, *unknown_prompts, *unasked])
     *records, info = from_file(root, path)
     unusable, unmatched, elsewhere = notices(records)
     assert unusable == (
@@ -144,8 +144,8 @@ def test_rows_that_cannot_be_used_are_named_and_counted(root, lesson, tmp_path):
     assert info.num_prompts_with_rollouts == 1
 
 
-def test_trace_file_skips_unfinished_responses(root, lesson, tmp_path):
-    policy, prompts = lesson
+def test_trace_file_skips_unfinished_responses(root, run_and_prompts, tmp_path):
+    policy, prompts = run_and_prompts
     rows = [
         {"prompt_id": prompts[0].prompt_id, "response_ids": list(policy.encode_response(correct_response(prompts[0])))},
         *correct_rows(prompts[1:2]),
@@ -155,11 +155,11 @@ def test_trace_file_skips_unfinished_responses(root, lesson, tmp_path):
     assert read_queried_prompts(root / "guides" / "given")[prompts[0].prompt_id].num_correct == 0
 
 
-def test_parquet_is_read_like_lines(scout, lesson, tmp_path):
+def test_parquet_is_read_like_lines(scout, run_and_prompts, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    _, prompts = lesson
+    _, prompts = run_and_prompts
     rows = correct_rows(prompts)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "traces.parquet")
     written = []
@@ -209,11 +209,11 @@ def test_trace_file_that_cannot_be_read_is_refused(root, tmp_path, name, message
         from_file(root, tmp_path / name)
 
 
-def test_trace_file_that_changed_is_another_guide_cache(root, lesson, tmp_path):
-    _, prompts = lesson
+def test_trace_file_that_changed_is_another_guide_cache(root, run_and_prompts, tmp_path):
+    _, prompts = run_and_prompts
     path = write_traces(tmp_path / "traces.jsonl", correct_rows(prompts))
-    asked = {"at": 2, "name": "given"}
-    records = build_guide_cache(root, spec=parse_spec(f"file:{path}"), **asked)
+    arguments = {"at": 2, "name": "given"}
+    records = build_guide_cache(root, spec=parse_spec(f"file:{path}"), **arguments)
     next(records)
     records.close()
     write_traces(path, correct_rows(prompts[:4]))
@@ -221,15 +221,15 @@ def test_trace_file_that_changed_is_another_guide_cache(root, lesson, tmp_path):
         from_file(root, path)
 
 
-def test_trace_file_source_starts_no_engine(root, lesson, tmp_path):
+def test_trace_file_source_starts_no_engine(root, run_and_prompts, tmp_path):
     """engine.kind=vllm where vllm may not even be installed."""
-    path = write_traces(tmp_path / "traces.jsonl", correct_rows(lesson[1]))
+    path = write_traces(tmp_path / "traces.jsonl", correct_rows(run_and_prompts[1]))
     *_, info = from_file(root, path, "engine.kind=vllm")
     assert info.complete
 
 
-def test_trace_file_unfinished_cache_hint_names_its_source(root, lesson, tmp_path):
-    path = write_traces(tmp_path / "my traces.jsonl", correct_rows(lesson[1]))
+def test_trace_file_unfinished_cache_hint_names_its_source(root, run_and_prompts, tmp_path):
+    path = write_traces(tmp_path / "my traces.jsonl", correct_rows(run_and_prompts[1]))
     from_file(root, path)
     document = root / "guides" / "given" / "guide.json"
     document.write_text(json.dumps(json.loads(document.read_text()) | {"complete": False}))

@@ -18,7 +18,7 @@ from tests.helpers.runs import copy_run, open_session_at, sample, trajectories
 from tests.helpers.teachers import save_with_other_vocabulary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-TAUGHT = {"name": "taught"}
+NAMED = {"name": "guided"}
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,10 @@ def test_openai_source_of_a_vllm_server_equals_the_policy(scout, tmp_path, serve
     monkeypatch.setenv("NPO_ENDPOINT_KEY", "sesame")
     root = copy_run(scout, tmp_path / "run")
     many = ("guide.cache.samples_per_prompt=64", "guide.cache.select=shortest", "guide.endpoint.concurrency=16")
-    theirs = sample(root, *many, source=f"endpoint:{server}#teacher", **TAUGHT)
+    theirs = sample(root, *many, source=f"endpoint:{server}#teacher", **NAMED)
     ours = sample(root, *many, source="base", name="ours")
     assert theirs.num_samples == ours.num_samples == 512
-    found, base = trajectories(root, "taught"), trajectories(root, "ours")
+    found, base = trajectories(root, "guided"), trajectories(root, "ours")
     assert found
     shares = [sum(kept.num_correct for kept in each.values()) / 512 for each in (found, base)]
     assert shares[0] == pytest.approx(shares[1], abs=4 * 0.022 * 2**0.5)
@@ -82,8 +82,8 @@ def test_external_model_samples_with_the_engine_of_the_recipe(scout, tmp_path, t
     root = copy_run(scout, tmp_path / "run")
     same = find_checkpoint(open_run(root), "main", 4).path
     folder = same if tokens == "same" else save_with_other_vocabulary(tmp_path / "foreign")
-    info = sample(root, "engine.kind=vllm", "guide.cache.samples_per_prompt=16", source=f"model:{folder}", **TAUGHT)
-    found = trajectories(root, "taught")
+    info = sample(root, "engine.kind=vllm", "guide.cache.samples_per_prompt=16", source=f"model:{folder}", **NAMED)
+    found = trajectories(root, "guided")
     assert found
     assert info.has_logps == (tokens == "same")
     assert {kept.source for kept in found.values()} == {"teacher"}

@@ -65,8 +65,8 @@ def start_autonpo(root: Path, *overrides: str) -> Iterator[Any]:
 
 
 def start_autonpo_resume(root: Path, *overrides: str, **options: Any) -> Iterator[Any]:
-    asked = {"at": None, "source_branch": None, "new_branch": None} | options
-    return resume_autonpo(root, overrides=overrides, **asked)
+    arguments = {"at": None, "source_branch": None, "new_branch": None} | options
+    return resume_autonpo(root, overrides=overrides, **arguments)
 
 
 def transitions_of(root: Path) -> list[Transition]:

@@ -49,16 +49,16 @@ def npo(*args: object) -> CommandResult:
 def assert_refused(*args: object, beside: Path, code: int = 2) -> CommandResult:
     """A command that must be refused: two lines, its exit code, no data, and nothing written in `beside`."""
     before = folder_digests(beside)
-    said = npo(*args)
-    assert (said.code, said.out) == (code, "")
-    first, second = said.err.splitlines()
+    result = npo(*args)
+    assert (result.code, result.out) == (code, "")
+    first, second = result.err.splitlines()
     assert first.startswith("error: ")
     assert second.startswith("  try: ")
     assert len(second) > len("  try: ")
-    assert "Traceback" not in said.err
-    assert not re.search(r"\b(npo \S+ RUN\b|please report)", said.err)
+    assert "Traceback" not in result.err
+    assert not re.search(r"\b(npo \S+ RUN\b|please report)", result.err)
     assert folder_digests(beside) == before
-    return said
+    return result
 
 
 def folder_digests(folder: Path) -> dict[str, str]:

@@ -44,8 +44,8 @@ def resume(root: Path, *overrides: str, **options: Any) -> list[StepReport]:
 
 def start_resume(root: Path, *overrides: str, **options: Any) -> Any:
     """The generator itself: closing it is a stop between two steps with nothing saved, like a kill."""
-    asked = {"at": None, "guide": None, "source_branch": None, "new_branch": None, "steps": None} | options
-    return resume_run(root, overrides=overrides, **asked)
+    arguments = {"at": None, "guide": None, "source_branch": None, "new_branch": None, "steps": None} | options
+    return resume_run(root, overrides=overrides, **arguments)
 
 
 def sample(root: Path, *overrides: str, source: str = "4", **options: Any) -> GuideCacheInfo:

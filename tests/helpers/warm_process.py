@@ -88,14 +88,14 @@ def serve() -> None:
 
     print(json.dumps({"ready": 1}), flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            for stream, path in ((0, os.devnull), (1, os.devnull), (2, asked["err"])):
+            for stream, path in ((0, os.devnull), (1, os.devnull), (2, request["err"])):
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), stream)
-            if asked["limit"]:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (asked["limit"], asked["limit"]))
-            main(asked["args"])
+            if request["limit"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
+            main(request["args"])
         print(json.dumps({"pid": pid}), flush=True)
         _, status = os.waitpid(pid, 0)
         print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)

@@ -13,7 +13,7 @@ from npo_cli.types.rollouts import Rollout
 from tests.helpers.runs import LORA, copy_run, resume, sample, score, train
 
 pytestmark = pytest.mark.vllm
-ASKED = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "guide.inject.max_accuracy=1.0")
+SETTINGS = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "guide.inject.max_accuracy=1.0")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_vllm_lora_scores_candidates_together_as_one_by_one(trained, tmp_path):
     # five candidates: all at once, in runs of two, one by one
     for places in (8, 2, 1):
         root = copy_run(trained, tmp_path / str(places))
-        scores = score(root, *ASKED, f"engine.vllm.max_loras={places}", at=1)
+        scores = score(root, *SETTINGS, f"engine.vllm.max_loras={places}", at=1)
         found[places] = (scores, samples(root))
     assert [one.step for one in found[8][0]] == [2, 3, 4, 5, 6]
     for places in (2, 1):
@@ -59,15 +59,15 @@ def test_vllm_lora_scores_candidates_together_as_one_by_one(trained, tmp_path):
 
 def test_vllm_lora_scoring_resumes_after_an_interruption(trained, tmp_path):
     straight, broken = (copy_run(trained, tmp_path / name) for name in ("straight", "broken"))
-    score(straight, *ASKED, at=1)
+    score(straight, *SETTINGS, at=1)
     shutil.copytree(straight / "scores", broken / "scores")
-    (journal,) = broken.glob("scores/*/rollouts.jsonl")
-    (broken / journal.parent / "scores.json").unlink()
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[: 2 * len(lines) // 3]))
-    again = score(broken, *ASKED, at=1)
+    (samples_path,) = broken.glob("scores/*/rollouts.jsonl")
+    (broken / samples_path.parent / "scores.json").unlink()
+    lines = samples_path.read_bytes().splitlines(keepends=True)
+    samples_path.write_bytes(b"".join(lines[: 2 * len(lines) // 3]))
+    again = score(broken, *SETTINGS, at=1)
     assert samples(broken).keys() == samples(straight).keys()
-    assert [one.quality for one in again] == [one.quality for one in score(straight, *ASKED, at=1)]
+    assert [one.quality for one in again] == [one.quality for one in score(straight, *SETTINGS, at=1)]
 
 
 def test_vllm_lora_guide_cache_is_used_in_a_fork(trained, tmp_path):

@@ -14,11 +14,13 @@ from tests.helpers.images import load_vision_policy, mixed_prompts, resize_image
 def test_vllm_prompt_has_one_token_per_image(untaught_vl: Path):
     policy = load_vision_policy(untaught_vl)
     prompts = [EngineInput(token_ids=policy.encode(prompt), images=prompt.images) for prompt in mixed_prompts()]
-    told = vllm_prompts(prompts, policy.vision)
+    converted = vllm_prompts(prompts, policy.vision)
     # 32 x 32 pixels are 4 tokens; 64 x 32 and 32 x 32 are 8 and 4; 48 x 64 are 12
-    lost = [len(shown.token_ids) - len(each["prompt_token_ids"]) for shown, each in zip(prompts, told, strict=True)]
+    lost = [
+        len(shown.token_ids) - len(each["prompt_token_ids"]) for shown, each in zip(prompts, converted, strict=True)
+    ]
     assert lost == [4 - 1, 0, 8 + 4 - 2, 12 - 1]
-    sizes = [[still.size for still in each.get("multi_modal_data", {"image": ()})["image"]] for each in told]
+    sizes = [[still.size for still in each.get("multi_modal_data", {"image": ()})["image"]] for each in converted]
     assert sizes == [[(32, 32)], [], [(64, 32), (32, 32)], [(48, 64)]]
 
 

@@ -132,7 +132,7 @@ def test_vllm_session_that_cannot_open_leaves_no_engine(tmp_path):
 # The policy pushed in its weights: one more sync into the engine, and one out of it
 
 
-PUSHED = (
+EXTRAPOLATED = (
     *("guide.source=extrapolated", "extrapolation.space=weights", "extrapolation.k=2", "extrapolation.a=2.0"),
     *("guide.inject.max_accuracy=0.5", "train.save_every=1", "train.num_steps=6"),
 )
@@ -148,7 +148,7 @@ def scored(policy: Policy, pairs: list[tuple[Group, Rollout]]) -> list[list[floa
 def furthest(pairs: list[tuple[Group, Rollout]], logps: list[list[float]]) -> float:
     """From what was recorded when they were sampled."""
     found = zip(pairs, logps, strict=True)
-    return max(abs(a - b) for (_, one), told in found for a, b in zip(one.behavior_logps, told, strict=True))
+    return max(abs(a - b) for (_, one), rescored in found for a, b in zip(one.behavior_logps, rescored, strict=True))
 
 
 JOINED = (*VLLM, *LORA, "model.lora.rank=8")
@@ -156,15 +156,15 @@ JOINED = (*VLLM, *LORA, "model.lora.rank=8")
 
 
 @pytest.fixture(scope="module", params=[VLLM, SERVED, JOINED], ids=["vllm", "served", "adapters"])
-def asked(request, tmp_path_factory) -> Path:
+def extrapolated(request, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("pushed") / "run"
-    train(root, *request.param, *PUSHED)
+    train(root, *request.param, *EXTRAPOLATED)
     return root
 
 
-def test_vllm_run_restores_the_weights_after_extrapolation(asked):
+def test_vllm_run_restores_the_weights_after_extrapolation(extrapolated):
     """Each step asks the policy, then the pushed one, then learns; each swap was proved, or the run had ended."""
-    run = open_run(asked)
+    run = open_run(extrapolated)
     settings = recipe_from_dict(run.read_recipe("main")).model
     for step in (3, 4, 5, 6):
         groups = RolloutLog(run.rollouts_path("main")).read_step(step)
@@ -180,9 +180,9 @@ def test_vllm_run_restores_the_weights_after_extrapolation(asked):
             assert furthest(own, scored(policy, own)) > 0.05
 
 
-def test_vllm_run_resends_weights_after_extrapolation_without_update(asked):
+def test_vllm_run_resends_weights_after_extrapolation_without_update(extrapolated):
     """The same seeds before and after the pushed policy was asked, as a choice of k and a does it."""
-    session = open_session_at(asked, 4)
+    session = open_session_at(extrapolated, 4)
     ahead = OnlineExtrapolation(session=session, branch="main").open_sampler(4)
     prompts, slots = session.task.train[:4], range(2)
     before = sample_groups(session, prompts, seed_label=("t",), slots=slots, sampler_step=4)

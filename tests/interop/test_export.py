@@ -52,8 +52,8 @@ def test_exported_guide_has_every_response_with_tokens_and_logprobs(guided, tmp_
 
 
 def test_exported_guide_for_verl_has_chat_prompts_and_a_warning(guided, tmp_path):
-    told = list(export_guide(guided, "all", out=tmp_path / "v.parquet", form="verl"))
-    assert told[-1].level == "warning"
+    records = list(export_guide(guided, "all", out=tmp_path / "v.parquet", form="verl"))
+    assert records[-1].level == "warning"
     rows = pyarrow.parquet.read_table(tmp_path / "v.parquet").to_pylist()
     assert is_conversational(rows[0])
     assert [turn["role"] for turn in rows[0]["prompt"] + rows[0]["completion"]] == ["user", "assistant"]

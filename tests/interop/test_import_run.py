@@ -35,16 +35,16 @@ FEW = (
 
 
 def importing(root: Path, home: Path, *overrides: str, metrics: Path | None = None, base: bool = False) -> Iterator:
-    asked = ImportSpec(
+    arguments = ImportSpec(
         source_folder=home, recipe="micro", overrides=(*TINY, *overrides), metrics=metrics, saves_base=base
     )
-    return import_run(root, asked)
+    return import_run(root, arguments)
 
 
 def imported(root: Path, home: Path, *overrides: str, **options: object) -> tuple[list[CheckpointEntry], list[str]]:
     records = list(importing(root, home, *overrides, **options))
-    told = [record.message for record in records if isinstance(record, Notice)]
-    return [record for record in records if isinstance(record, CheckpointEntry)], told
+    messages = [record.message for record in records if isinstance(record, Notice)]
+    return [record for record in records if isinstance(record, CheckpointEntry)], messages
 
 
 @pytest.fixture(scope="module")
@@ -122,24 +122,24 @@ def test_imported_metrics_allow_a_dry_run_of_autonpo(tmp_path):
     home = trl_output(tmp_path / "out", history=rising)
     (home / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rising))
     imported(tmp_path / "run", home, "train.num_steps=80", metrics=home / "log.jsonl")
-    asked = {
+    arguments = {
         "columns": LogColumns(),
         "overrides": ("autonpo.trigger.warmup_steps=10",),
         "branch": None,
         "figure_path": None,
         "draw": False,
     }
-    from_run = list(explain_autonpo(tmp_path / "run", **asked))
+    from_run = list(explain_autonpo(tmp_path / "run", **arguments))
     assert any(isinstance(one, Notice) and "have triggered" in one.message for one in from_run)
 
 
 def test_import_without_entropy_warns_and_refuses_the_dry_run(tmp_path):
     home = trl_output(tmp_path / "out", history=[{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}])
-    _, told = imported(tmp_path / "run", home)
-    assert any(said.startswith("no column with a known name for entropy") for said in told)
+    _, messages = imported(tmp_path / "run", home)
+    assert any(said.startswith("no column with a known name for entropy") for said in messages)
     with pytest.raises(NpoError, match="has no entropy under a known name; its numeric columns are: step, reward"):
-        asked = {"columns": LogColumns(), "overrides": (), "branch": None, "figure_path": None, "draw": False}
-        list(explain_autonpo(tmp_path / "run", **asked))
+        arguments = {"columns": LogColumns(), "overrides": (), "branch": None, "figure_path": None, "draw": False}
+        list(explain_autonpo(tmp_path / "run", **arguments))
 
 
 def test_import_saves_the_recipes_model_as_step_0(tmp_path):
@@ -165,9 +165,9 @@ def test_import_of_verl_reads_merged_checkpoints_and_skips_shards(tmp_path):
     )
     assert not (tmp_path / "run").exists()
     hf_folder(home / "global_step_10" / "actor" / "huggingface")
-    entries, told = imported(tmp_path / "run", home)
+    entries, messages = imported(tmp_path / "run", home)
     assert [entry.step for entry in entries] == [10]
-    assert any(said.startswith(f"skipped {home / 'global_step_5'}") for said in told)
+    assert any(said.startswith(f"skipped {home / 'global_step_5'}") for said in messages)
 
 
 def test_import_of_prime_rl_reads_stable_checkpoints_and_metrics(tmp_path):
@@ -178,9 +178,9 @@ def test_import_of_prime_rl_reads_stable_checkpoints_and_metrics(tmp_path):
         (home / "weights" / f"step_{step}" / "STABLE").touch()
     rows = [{"step": step, "reward/all/mean": step / 20, "entropy/mean": 1.0} for step in range(1, 11)]
     (home / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    entries, told = imported(tmp_path / "run", home)
+    entries, messages = imported(tmp_path / "run", home)
     assert [(entry.step, entry.reward) for entry in entries] == [(5, 0.25), (10, 0.5)]
-    assert any("step_15: it was not finished: it has no STABLE" in said for said in told)
+    assert any("step_15: it was not finished: it has no STABLE" in said for said in messages)
 
 
 # Bad input

@@ -167,16 +167,16 @@ def test_lora_adapters_of_another_base_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lora", "said"),
+    ("lora", "message"),
     [
         ({"rank": 8}, "r 4 instead of 8"),
         ({"alpha": 16.0}, r"lora_alpha 32\.0 instead of 16\.0"),
         ({"targets": ("q_proj",)}, "target_modules .* instead of .'q_proj'."),
     ],
 )
-def test_lora_adapters_of_another_rank_or_scale_are_refused(tmp_path, lora, said):
+def test_lora_adapters_of_another_rank_or_scale_are_refused(tmp_path, lora, message):
     with_lora().save(tmp_path)
-    with pytest.raises(NpoError, match=f"the adapters have {said}"):
+    with pytest.raises(NpoError, match=f"the adapters have {message}"):
         with_lora(**lora).load(tmp_path)
 
 
@@ -219,7 +219,7 @@ def unnamed(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "name", "said"),
+    ("damage", "name", "message"),
     [
         (without, "adapter_model.safetensors", r"has no adapter_model\.safetensors"),
         (without, "npo_base.json", r"npo_base\.json cannot be read"),
@@ -229,8 +229,8 @@ def unnamed(folder: Path, name: str) -> None:
         (unnamed, "npo_base.json", "belong to another base"),
     ],
 )
-def test_lora_incomplete_checkpoint_is_named(tmp_path, damage, name, said):
+def test_lora_incomplete_checkpoint_is_named(tmp_path, damage, name, message):
     with_lora().save(tmp_path)
     damage(tmp_path, name)
-    with pytest.raises(NpoError, match=said):
+    with pytest.raises(NpoError, match=message):
         with_lora().load(tmp_path)

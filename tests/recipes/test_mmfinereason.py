@@ -201,17 +201,17 @@ def test_mmfinereason_methods_run_with_a_tiny_model(taught_vl, drawn, tmp_path, 
         teacher="",
     )
     for command in build_commands(cell):
-        said = npo(*command)
-        assert said.code == 0, (command, said.err)
+        result = npo(*command)
+        assert result.code == 0, (command, result.err)
     run = open_run(cell.run)
     branch = find_newest_branch(run)
-    seated = [
+    sources = [
         one.source
         for _, group in RolloutLog(run.rollouts_path(branch)).iter_groups()
         for one in group.rollouts
         if one.is_off_policy
     ]
-    assert seated and set(seated) == {"guide"}
+    assert sources and set(sources) == {"guide"}
     assert find_checkpoint(run, branch, 6).step == 6
 
 

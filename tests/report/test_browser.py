@@ -85,11 +85,11 @@ def page(scout, watched, tmp_path_factory) -> Path:
     root = copy_run(scout, folder / "hostile")
     resume(root, "guide.inject.max_accuracy=1.0", "eval.every=1", at=2, guide="near")
     score(root, "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50", "guide.inject.max_accuracy=1.0", at=2)
-    journal = open_run(root).rollouts_path("near")
-    steps = {step: RolloutLog(journal).read_step(step) for step in (3, 4)}
-    journal.unlink()
+    log_path = open_run(root).rollouts_path("near")
+    steps = {step: RolloutLog(log_path).read_step(step) for step in (3, 4)}
+    log_path.unlink()
     for step, groups in steps.items():
-        RolloutLog(journal).write_step(step, [hostile(group) for group in groups])
+        RolloutLog(log_path).write_step(step, [hostile(group) for group in groups])
     list(write_report([root, watched], folder / "report.html", plots_folder=None))
     return folder / "report.html"
 

@@ -46,7 +46,7 @@ def labels(svg: bytes) -> list[str]:
     return re.findall(r"<!-- (.*) -->", svg.decode())
 
 
-def arm(name: str, steps: list[int], *, extra: int = 0, until: int | None = None) -> Curve:
+def make_curve(name: str, steps: list[int], *, extra: int = 0, until: int | None = None) -> Curve:
     points = tuple(
         CurvePoint(
             name=name,
@@ -77,13 +77,13 @@ def test_plot_file_is_deterministic_and_has_no_date(tmp_path):
 
 
 def test_a_label_with_dollars_is_no_formula():
-    names = [arm("a$\\frac{$", [0, 10]), arm("<b>&", [0, 10])]
+    names = [make_curve("a$\\frac{$", [0, 10]), make_curve("<b>&", [0, 10])]
     (picture, *_) = make_accuracy_plots(names, prefix="")
     assert {"a$\\frac{$", "&lt;b&gt;&amp;"} <= set(labels(render_svg(picture)))
 
 
 def test_plot_time_axis_needs_times_of_every_method():
-    timed = arm("a", [0, 10])
+    timed = make_curve("a", [0, 10])
     still = replace(timed, points=tuple(replace(point, total_seconds=0.0) for point in timed.points))
     assert [one.name for one in make_accuracy_plots([timed], prefix="")] == [
         "accuracy-by-step",
@@ -93,11 +93,11 @@ def test_plot_time_axis_needs_times_of_every_method():
     ]
     assert len(list(make_accuracy_plots([timed, still], prefix=""))) == 3
     # An arm that only stands at its start has spent nothing, and takes no axis away.
-    assert len(list(make_accuracy_plots([timed, arm("b", [0])], prefix=""))) == 4
+    assert len(list(make_accuracy_plots([timed, make_curve("b", [0])], prefix=""))) == 4
 
 
 def test_plot_guide_band_ends_with_the_replay():
-    by_step, by_steps, *_ = make_accuracy_plots([arm("late", [20, 40, 60], extra=30, until=50)], prefix="")
+    by_step, by_steps, *_ = make_accuracy_plots([make_curve("late", [20, 40, 60], extra=30, until=50)], prefix="")
     band = drawn(by_step).lines[0].get_xydata().tolist()
     # between the evaluations at 40 and 60: halfway, 0.5
     assert band == [[20, 0.2], [40, 0.4], [50, pytest.approx(0.5)]]
@@ -109,8 +109,8 @@ def test_a_fork_is_marked_and_a_first_branch_is_not():
         (picture, *_) = make_accuracy_plots([one], prefix="")
         return [line.get_xydata().tolist()[0] for line in drawn(picture).lines if line.get_marker() == "D"]
 
-    assert diamonds(arm("late", [20, 40], extra=30)) == [[20, 0.2]]
-    assert diamonds(arm("main", [0, 40])) == []
+    assert diamonds(make_curve("late", [20, 40], extra=30)) == [[20, 0.2]]
+    assert diamonds(make_curve("main", [0, 40])) == []
 
 
 def test_a_moving_mean_uses_what_there_is_at_the_ends():
@@ -127,8 +127,8 @@ def test_only_what_was_measured_is_drawn():
         "r-training-reward",
         "r-policy-entropy",
     ]
-    seated = [*reports, StepReport(branch="late", step=21, metrics=metrics | {"inject/slots": 2.0}, timings={})]
-    (*_, slots) = make_training_plots(seated, [MAIN, LATE], prefix="")
+    with_injection = [*reports, StepReport(branch="late", step=21, metrics=metrics | {"inject/slots": 2.0}, timings={})]
+    (*_, slots) = make_training_plots(with_injection, [MAIN, LATE], prefix="")
     panel = drawn(slots)
     # of each branch the single steps and their mean; late's are at step 21
     assert [line.get_xdata().tolist() for line in panel.lines if len(line.get_xdata()) == 1] == [[21], [21]]

@@ -17,10 +17,10 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", head[16:24])
 
 
-def points(arm: str, *, extra: int) -> list[CurvePoint]:
+def points(method: str, *, extra: int) -> list[CurvePoint]:
     return [
         CurvePoint(
-            name=arm, step=step, total_steps=step + extra, total_tokens=1000 * (step + extra), accuracy=step / 100
+            name=method, step=step, total_steps=step + extra, total_tokens=1000 * (step + extra), accuracy=step / 100
         )
         for step in (0, 50, 90)
     ]
@@ -28,7 +28,7 @@ def points(arm: str, *, extra: int) -> list[CurvePoint]:
 
 def test_comparison_plot_is_one_wide_figure(tmp_path):
     path = tmp_path / "new" / "cmp.png"
-    plot_accuracy_curves([*points("GRPO", extra=0), *points("NPO", extra=40)], path, "two arms")
+    plot_accuracy_curves([*points("GRPO", extra=0), *points("NPO", extra=40)], path, "two methods")
     # 13 x 4.6 inches at 150 dots an inch
     assert png_size(path) == (1950, 690)
 
@@ -40,7 +40,7 @@ def labels(path: Path) -> list[str]:
 
 def test_comparison_plot_has_a_time_panel_if_every_method_has_times(tmp_path):
     slow, fast = points("GRPO", extra=0), points("NPO", extra=40)
-    timed = [[replace(point, total_seconds=2.5 * point.total_steps) for point in arm] for arm in (slow, fast)]
+    timed = [[replace(point, total_seconds=2.5 * point.total_steps) for point in method] for method in (slow, fast)]
     plot_accuracy_curves([*timed[0], *timed[1]], tmp_path / "both.svg", "")
     plot_accuracy_curves([*slow, *timed[1]], tmp_path / "one.svg", "")
     assert labels(tmp_path / "both.svg").count("wall clock (s)") == 1
@@ -51,14 +51,14 @@ def test_comparison_plot_has_a_time_panel_if_every_method_has_times(tmp_path):
 
 def test_comparison_plot_is_deterministic(tmp_path):
     for name in ("a.png", "b.png"):
-        plot_accuracy_curves(points("GRPO", extra=0), tmp_path / name, "one arm")
+        plot_accuracy_curves(points("GRPO", extra=0), tmp_path / name, "one method")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_comparison_plot_draws_more_methods_than_colors(tmp_path):
-    every = [point for number in range(9) for point in points(f"arm {number}", extra=number)]
-    plot_accuracy_curves(every, tmp_path / "many.svg", "nine arms")
-    assert (tmp_path / "many.svg").read_text().count("<!-- arm 8 -->") == 1
+    every = [point for number in range(9) for point in points(f"method {number}", extra=number)]
+    plot_accuracy_curves(every, tmp_path / "many.svg", "nine methods")
+    assert (tmp_path / "many.svg").read_text().count("<!-- method 8 -->") == 1
 
 
 def test_drawing_leaves_matplotlibs_settings_alone(tmp_path):

@@ -26,8 +26,8 @@ def replayed(tmp_path_factory) -> Path:
 
 
 def shown(root: Path, prompt_id: str, **options: object) -> list:
-    asked = {"branch": None, "step": None, "limit": None} | options
-    return show_run(root, "rollouts", prompt_id=prompt_id, **asked)
+    arguments = {"branch": None, "step": None, "limit": None} | options
+    return show_run(root, "rollouts", prompt_id=prompt_id, **arguments)
 
 
 def prompts_of(root: Path) -> list[str]:
@@ -58,29 +58,29 @@ def test_prompt_history_counts_verdicts(replayed):
         if visit.branch == "near":
             # what the mix counted before a guide took a slot
             assert visit.num_correct == pytest.approx(len(own) * visit.group.on_policy_accuracy)
-    seated = {
+    injected = {
         prompt_id: [visit.step for visit in iter_visits(run, "near", prompt_id=prompt_id) if visit.off_policy_rollouts]
         for prompt_id in prompts_of(replayed)
     }
-    assert {prompt_id: list(shown(replayed, prompt_id)[0].injection_steps) for prompt_id in seated} == seated
-    assert any(seated.values()), "no guide was ever seated: the test shows nothing"
+    assert {prompt_id: list(shown(replayed, prompt_id)[0].injection_steps) for prompt_id in injected} == injected
+    assert any(injected.values()), "no guide was ever seated: the test shows nothing"
 
 
 def test_prompt_history_first_solved_is_the_first_own_correct_response(replayed):
     run = open_run(replayed)
-    told = 0
+    num_solved = 0
     for prompt_id in prompts_of(replayed):
         seen = list(iter_visits(run, "near", prompt_id=prompt_id))
         own = [[one for one in visit.group.rollouts if one.source == "own"] for visit in seen]
         right = [sum(one.verdict == "correct" for one in some) for some in own]
-        said = build_prompt_history("near", seen)
-        assert said.first_solved_step == next((seen[place].step for place, n in enumerate(right) if n > 0), None)
+        history = build_prompt_history("near", seen)
+        assert history.first_solved_step == next((seen[place].step for place, n in enumerate(right) if n > 0), None)
         # 3 of 4 and 2 of 3 are more than half, 2 of 4 are not
         half = [len(some) / 2 for some in own]
         mostly = (visit.step for visit, n, least in zip(seen, right, half, strict=True) if n > least)
-        assert said.first_mostly_solved_step == next(mostly, None)
-        told += said.first_solved_step is not None
-    assert told, "no prompt was ever solved: the test shows nothing"
+        assert history.first_mostly_solved_step == next(mostly, None)
+        num_solved += history.first_solved_step is not None
+    assert num_solved, "no prompt was ever solved: the test shows nothing"
 
 
 def test_prompt_history_limit_keeps_the_last_visits_and_the_summary(replayed):

@@ -61,11 +61,15 @@ def test_a_long_response_is_truncated_in_the_middle():
 
 def test_an_external_source_has_no_step_and_no_log_prob():
     teacher = replace(GUIDED.group.rollouts[-1], source="teacher", sampler_step=None, behavior_logps=None)
-    taught = replace(GUIDED, group=replace(GUIDED.group, rollouts=(*GUIDED.group.rollouts[:-1], teacher)))
-    first = dedupe_responses(taught)[0]
-    assert (first.source_label, first.logp_per_token, describe_guide_distance(taught)) == ("teacher", None, "teacher")
-    assert describe_visit(taught) == "1 of 3 on-policy rollouts correct; injected: teacher"
-    assert describe_log_ratio(taught) == "The log-probabilities of its behavior policy are unavailable."
+    with_teacher = replace(GUIDED, group=replace(GUIDED.group, rollouts=(*GUIDED.group.rollouts[:-1], teacher)))
+    first = dedupe_responses(with_teacher)[0]
+    assert (first.source_label, first.logp_per_token, describe_guide_distance(with_teacher)) == (
+        "teacher",
+        None,
+        "teacher",
+    )
+    assert describe_visit(with_teacher) == "1 of 3 on-policy rollouts correct; injected: teacher"
+    assert describe_log_ratio(with_teacher) == "The log-probabilities of its behavior policy are unavailable."
 
 
 def test_a_past_rollout_is_behind_the_policy():

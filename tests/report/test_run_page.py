@@ -47,29 +47,29 @@ def captions(found: ParsedPage) -> list[str]:
 def test_report_page_shows_all_parts_of_a_run(guided, tmp_path):
     found = reported(guided, out=tmp_path / "new" / "r.html")
     assert found.problems == []
-    told = captions(found)
+    page_captions = captions(found)
     for title in (
         *("npo report: a run é", "Held-out accuracy", "Training", "Lineage", "Candidate guides for step 2 of near"),
         *("Costs", "Everything executed", "Prompts and responses", "Recipe in full"),
     ):
-        assert title in told, title
+        assert title in page_captions, title
     assert "num_steps: 4" in found.text
     # 4 curves, reward and entropy and two of the guide's, the tree, Q and V and S
     assert found.elements["img"] == 4 + 4 + 1 + 3
     assert 0 < found.elements["article"] <= NUM_SAMPLES
-    assert "AutoNPO" not in told
+    assert "AutoNPO" not in page_captions
 
 
 def test_report_page_shows_autonpo_decisions(watched, tmp_path):
-    told = captions(reported(watched, out=tmp_path / "r.html"))
-    assert "What AutoNPO did" in told
-    assert {"Probe at step 6: probe accepted", "Probe at step 8: probe accepted"} <= set(told)
+    page_captions = captions(reported(watched, out=tmp_path / "r.html"))
+    assert "What AutoNPO did" in page_captions
+    assert {"Probe at step 6: probe accepted", "Probe at step 8: probe accepted"} <= set(page_captions)
 
 
 def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):
     found = reported(guided, watched, out=tmp_path / "r.html", pictures=tmp_path / "p")
-    told = captions(found)
-    assert told.index("Overview") < told.index("Side by side") < told.index("Costs")
+    page_captions = captions(found)
+    assert page_captions.index("Overview") < page_captions.index("Side by side") < page_captions.index("Costs")
     assert [value for _, name, value in found.attributes if name == "href"] == [f"#section-{n}" for n in (1, 2, 3)]
     saved = {path.name for path in (tmp_path / "p").iterdir()}
     assert {"overview-accuracy-by-step.svg", "run-1-lineage.png", "run-2-lineage.svg"} <= saved
@@ -97,7 +97,7 @@ def test_report_is_deterministic_and_changes_no_run(guided, tmp_path):
 
 def test_report_curve_of_a_branch_starts_at_its_first_evaluation(guided):
     run = open_run(guided)
-    (near,) = [arm for arm in build_curves(run) if arm.points[0].name == "near"]
+    (near,) = [curve for curve in build_curves(run) if curve.points[0].name == "near"]
     # Step 2 was not evaluated, so its first point is step 3: no diamond without a measurement.
     assert [point.step for point in near.points] == [3, 4]
     assert (near.is_fork, near.guide_until) == (False, 4)
@@ -116,11 +116,11 @@ def test_limbs_tell_what_is_kept(guided):
 
 def test_hostile_rollouts_of_a_real_run_are_text(guided, tmp_path):
     root = copy_run(guided, tmp_path / "run")
-    journal = open_run(root).rollouts_path("near")
-    steps = {step: RolloutLog(journal).read_step(step) for step in (3, 4)}
-    journal.unlink()
+    log_path = open_run(root).rollouts_path("near")
+    steps = {step: RolloutLog(log_path).read_step(step) for step in (3, 4)}
+    log_path.unlink()
     for step, groups in steps.items():
-        RolloutLog(journal).write_step(step, [hostile(group) for group in groups])
+        RolloutLog(log_path).write_step(step, [hostile(group) for group in groups])
     calm = reported(guided, out=tmp_path / "calm.html")
     found = reported(root, out=tmp_path / "hostile.html")
     # Answers are no longer told apart, so there are fewer boxes; but no element of a new kind.
@@ -139,9 +139,9 @@ def test_report_of_a_run_without_steps_has_a_page(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
         (root / "branches" / "main" / name).unlink()
-    told = captions(reported(root, out=tmp_path / "r.html"))
-    assert "No checkpoint has been evaluated: run npo eval RUN --all." in told
-    assert "Training" not in told
+    page_captions = captions(reported(root, out=tmp_path / "r.html"))
+    assert "No checkpoint has been evaluated: run npo eval RUN --all." in page_captions
+    assert "Training" not in page_captions
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,12 @@ def test_report_of_unreadable_runs_is_refused_before_writing(guided, tmp_path):
 # Which prompts are shown
 
 
-def mark(step: int, *, right: int = 0, seated: bool = False) -> VisitSummary:
-    return VisitSummary(prompt_id="", step=step, num_correct=right, has_guide=seated)
+def mark(step: int, *, right: int = 0, injected: bool = False) -> VisitSummary:
+    return VisitSummary(prompt_id="", step=step, num_correct=right, has_guide=injected)
 
 
 def test_report_samples_are_spread_over_steps_with_injection():
-    marks = {f"p{step}": [mark(step, seated=step > 3)] for step in range(1, 14)}
+    marks = {f"p{step}": [mark(step, injected=step > 3)] for step in range(1, 14)}
     # Ten were guided, from step 4 to 13: places 0, 3, 6 and 9 of them.
     assert select_prompts(marks) == ["p4", "p7", "p10", "p13"]
     # Without any guide: those of the newest step.
@@ -197,9 +197,9 @@ def test_report_samples_are_spread_over_steps_with_injection():
 
 def test_fates_tell_what_followed_a_guide():
     marks = {
-        "taught": [mark(1), mark(5, seated=True), mark(9, right=2)],
-        "knew": [mark(1, right=1), mark(5, seated=True)],
-        "never": [mark(1), mark(5, seated=True), mark(9)],
+        "taught": [mark(1), mark(5, injected=True), mark(9, right=2)],
+        "knew": [mark(1, right=1), mark(5, injected=True)],
+        "never": [mark(1), mark(5, injected=True), mark(9)],
         "alone": [mark(1, right=1)],
     }
     table = prompt_outcomes_table("late", marks)

@@ -76,8 +76,8 @@ def test_the_digest_is_what_the_shell_says(tmp_path):
             (folder / f"{name}.safetensors").write_bytes(name.encode())
         (folder / "config.json").write_text("{}")
     command = "LC_ALL=C sha256sum *.safetensors | sha256sum"
-    said = subprocess.run(command, shell=True, cwd=run.checkpoint_folder("main", 20), capture_output=True, text=True)
-    assert find_checkpoint(run, "main", 20).digest == said.stdout.split()[0]
+    result = subprocess.run(command, shell=True, cwd=run.checkpoint_folder("main", 20), capture_output=True, text=True)
+    assert find_checkpoint(run, "main", 20).digest == result.stdout.split()[0]
 
 
 def test_the_hidden_name_becomes_the_final_one_only_at_the_end(tmp_path):

@@ -84,9 +84,9 @@ def test_a_guide_that_is_not_there_is_answered_with_those_that_are(tmp_path):
 
 def test_a_guide_of_another_run_is_refused(tmp_path):
     run = new_run(tmp_path)
-    foreign = replace(guide_info(run), run_id="f" * 32)
-    open_guide_cache(run, foreign)
-    finish_guide_cache(run, foreign)
+    of_other_run = replace(guide_info(run), run_id="f" * 32)
+    open_guide_cache(run, of_other_run)
+    finish_guide_cache(run, of_other_run)
     with pytest.raises(NpoError, match="was made in another run"):
         load_guide(run, "g")
 

@@ -151,9 +151,14 @@ def test_image_model_with_lora_workflow(taught_vl: Path, tmp_path: Path):
 
 def test_image_model_extrapolated_and_resumed_after_a_kill(taught_vl: Path, tmp_path: Path):
     """What step 4 asked is what the policy of step 3, pushed away from step 1, scores when it is read again."""
-    pushed = ("guide.source=extrapolated", "extrapolation.k=2", "guide.inject.max_accuracy=0.9", "train.save_every=1")
+    extrapolation = (
+        "guide.source=extrapolated",
+        "extrapolation.k=2",
+        "guide.inject.max_accuracy=0.9",
+        "train.save_every=1",
+    )
     whole, mended = tmp_path / "whole", tmp_path / "mended"
-    list(training(whole, taught_vl, *pushed))
+    list(training(whole, taught_vl, *extrapolation))
     session = open_session_at(whole, 3)
     ahead = OnlineExtrapolation(session=session, branch="main").open_sampler(3)
     groups = RolloutLog(session.run.rollouts_path("main")).read_step(4)
@@ -163,7 +168,7 @@ def test_image_model_extrapolated_and_resumed_after_a_kill(taught_vl: Path, tmp_
     assert pairs
     for (_, one), logps_T in zip(pairs, ahead.logprobs(pairs), strict=True):
         assert list(one.behavior_logps) == pytest.approx(logps_T, abs=1e-4)
-    stop_after(training(mended, taught_vl, *pushed), 3)
+    stop_after(training(mended, taught_vl, *extrapolation), 3)
     resume(mended)
     assert reproducible_digests(mended) == reproducible_digests(whole)
 
