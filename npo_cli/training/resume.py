@@ -171,7 +171,12 @@ def fork(
 
 
 def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:
-    """Refuse a guide that was sampled for another learner, and so for other prompts."""
+    """Refuse a guide without a response, or one that was sampled for another learner, and so for other prompts."""
+    if not info.num_prompts_with_rollouts:
+        raise NpoError(
+            f"guide {info.name} has no response: its source solved none of its {info.num_prompts} prompts",
+            f"sample another source: npo sample-guide {quote_path(run.root)} --at {at} --source SPEC --name NEW",
+        )
     again = (
         f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_source_option(info)} --at {at} --name NEW"
     )

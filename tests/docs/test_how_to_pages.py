@@ -2,13 +2,21 @@
 
 import json
 import re
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from npo_cli.cli.main import main
 from npo_cli.config.loading import load_recipe
+from npo_cli.guides.source import ReplayTarget
 from npo_cli.registry import ENGINES, GUIDE_SOURCES
+from npo_cli.session.learner import find_learner
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.types.guides import SourceSpec
+from tests.helpers.runs import open_session_at
 from tests.helpers.teachers import correct_response
 
 PAGES = Path(__file__).parents[2] / "docs/how-to"
@@ -22,11 +30,9 @@ TINY = (
 )
 
 
-def code_of(page: str, language: str) -> str:
-    """The first code block of that language."""
-    found = re.search(rf"```{language}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert found
-    return found[1]
+def code_of(page: str, language: str, *, number: int = 0) -> str:
+    """A code block of that language, the first by default."""
+    return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)[number]
 
 
 def class_of(page: str, name: str) -> type:
@@ -62,6 +68,27 @@ def test_add_a_guide_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         info["num_prompts"],
         False,
     )
+
+
+def test_add_a_guide_source_of_recorded_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's `open` finds every correct response of the run, and no other."""
+    monkeypatch.chdir(tmp_path)
+    run("train", "micro", "r", *TINY)
+    scope: dict[str, object] = {"replace": replace}
+    body = "\n".join(f"    {line}" for line in code_of("add-a-guide-source.md", "python", number=1).splitlines())
+    head = "from npo_cli.guides.source import GuideSource\n\n\nclass Recorded(GuideSource):\n    sample = None\n"
+    exec(head + body, scope)
+    recorded = scope["Recorded"]
+    assert isinstance(recorded, type)
+    run_dir = open_run(Path("r"))
+    learner = find_learner(run_dir, at=2, branch=None, overrides=())
+    source = recorded(SourceSpec(name="past", options={}, text="past"), ReplayTarget(run=run_dir, learner=learner))
+    with closing(open_session_at(Path("r"), 2)) as session:
+        source.open(session)
+    groups = [group for _, group in RolloutLog(run_dir.rollouts_path("main")).iter_groups()]
+    correct = sum(rollout.is_correct for group in groups for rollout in group.rollouts)
+    assert sum(map(len, source.found.values())) == correct
+    assert all(each.source == "past" and each.is_correct for found in source.found.values() for each in found)
 
 
 def test_add_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,8 @@ def specs(tmp_path_factory) -> Mapping[str, str]:
 
 @EVERY_SOURCE
 def test_guide_source_samples_verified_responses_with_the_fields_it_promises(specs, name):
+    if name not in specs and not GUIDE_SOURCES.get(name).__module__.startswith("npo_cli."):
+        pytest.skip("a source of another package: its own tests open it")
     run = open_run(Path(specs["root"]))
     learner = find_learner(run, at=4, branch=None, overrides=("guide.cache.samples_per_prompt=2",))
     source = create_source(parse_spec(specs[name]), ReplayTarget(run=run, learner=learner, steps=2))

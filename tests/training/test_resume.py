@@ -1,6 +1,7 @@
 """Rolling back: the state of that step, the same prompts with other samples, and nothing that existed is touched."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tests.helpers.runs import (
     tiny_recipe,
     train,
 )
+from tests.helpers.teachers import correct_rows, write_traces
 
 GROWING = {"costs.jsonl", "segments.jsonl", "events.jsonl", "evals.jsonl"}
 
@@ -138,6 +140,18 @@ def test_resume_of_a_finished_run_is_refused_with_a_hint(scout, tmp_path):
 def test_replay_refuses_a_guide_of_another_step(scout):
     with pytest.raises(NpoError, match="guide near was sampled for step 2 of main, not step 0 of main"):
         fork(open_run(scout), None, 0, overrides=(), guide="near", new_branch=None, steps=None)
+
+
+def test_replay_refuses_a_guide_without_a_response(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    with closing(open_session_at(root, 2)) as session:
+        rows = [row | {"response": "no answer"} for row in correct_rows(session.task.train)]
+    traces = write_traces(tmp_path / "traces.jsonl", rows)
+    sample(root, source=f"file:{traces}", at=2, name="empty")
+    before = file_digests(root)
+    with pytest.raises(NpoError, match="guide empty has no response: its source solved none of its"):
+        resume(root, at=2, guide="empty")
+    assert file_digests(root) == before
 
 
 def test_resume_refuses_a_checkpoint_of_weights_only(tmp_path):
