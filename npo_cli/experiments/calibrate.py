@@ -110,7 +110,7 @@ def calibrate_run(
             candidates,
             results,
             figure,
-            title=f"{run.root.resolve().name}: gain of a replay of {num_steps} steps against each score",
+            title=f"{run.root.resolve().name}: gain of {num_steps} steps against each score, rank correlations",
         )
         yield Notice(message=f"figure: {figure}")
 

@@ -17,7 +17,8 @@ COLUMNS = 5
 def plot_calibration(
     candidates: Sequence[CandidateGain], results: Sequence[RuleResult], path: Path, *, title: str
 ) -> None:
-    """One panel per rule: a point per candidate with the 95 % interval of its gain, a colour per learner."""
+    """One panel per rule, with its rank correlation: a point per candidate with the 95 % interval of its gain, a colour
+    per learner."""
     num_rows = math.ceil(len(results) / COLUMNS)
     with open_figure(path, title=title, height=1.0 + 2.3 * num_rows) as figure:
         panels = figure.subplots(num_rows, COLUMNS, sharey=True, squeeze=False).flat
@@ -55,7 +56,9 @@ def _draw_rule(panel: "Axes", candidates: Sequence[CandidateGain], result: RuleR
     # A score divided by a V of many orders of magnitude: ratios are what the eye should compare.
     if scores and min(scores) > 0 and max(scores) > 1000 * min(scores):
         panel.set_xscale("log")
+    else:
+        panel.locator_params(axis="x", nbins=4)
     panel.axhline(0, color=MUTED, lw=0.8)
-    correlation = "" if result.rank_correlation is None else f", rank corr. {result.rank_correlation:.2f}"
-    panel.set_title(f"{result.rule}{correlation}", loc="left", fontsize=9)
+    correlation = "" if result.rank_correlation is None else f": {result.rank_correlation:.2f}"
+    panel.set_title(f"{result.rule}{correlation}", loc="left", fontsize=8)
     panel.tick_params(labelsize=8)

@@ -9,6 +9,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from npo_cli.storage.calibrations import Replay, open_calibration
 from npo_cli.storage.costs import append_cost, append_fork_cost
 from npo_cli.storage.evals import append_prompt_results
 from npo_cli.storage.guide_cache import QueriedPrompt, finish_guide_cache, open_guide_cache
@@ -56,6 +57,18 @@ def make_run_with_everything(folder: Path) -> RunDir:
         store.add_rollout(trajectory("p0"))
         store.add_queried_prompt(QueriedPrompt(prompt_id="p0", num_sampled=4, num_correct=1, num_tokens=12))
         finish_guide_cache(run, guide_info(run))
+        open_calibration(run, "main", 20, settings={"num_steps": 4}).append(
+            Replay(
+                guide=None,
+                seed=0,
+                eval_steps=(24,),
+                prompt_keys=("a", "b"),
+                num_samples=2,
+                num_correct=((0, 2),),
+                num_tokens=16,
+                num_injected=0,
+            )
+        )
         run.save_recipe("late", RECIPE)
         replay = Segment(branch="late", parent="main", fork_step=20, guide_cache="g", guide_until=40)
         append_fork_cost(run, replay)
