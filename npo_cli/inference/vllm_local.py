@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from npo_cli.config.engine import EngineSettings, VllmSettings
@@ -25,7 +26,6 @@ from npo_cli.inference.process import exit_on_timeout, scratch_folder, suppress_
 from npo_cli.inference.sync_check import (
     RESUME_HINT,
     add_head,
-    check_sent_tensors,
     copy_to_cpu,
     named_tensors,
     tensor_shapes,
@@ -36,8 +36,6 @@ from npo_cli.inference.vllm_images import IMAGE_ENGINE_OPTIONS, check_prompt_tok
 HANG_HINT = f"raise engine.vllm.timeout if it was only slow; {RESUME_HINT}"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)
 """Adapter ranks that vLLM reserves memory for; a smaller rank is padded."""
-SLEEP_TAGS = frozenset({"weights", "kv_cache"})
-"""Memory that vLLM's sleep releases."""
 
 
 class VllmEngine(BaseVllmEngine):
@@ -49,7 +47,6 @@ class VllmEngine(BaseVllmEngine):
         super().__init__(settings, handle)
         model, adapters, vision = handle.model, handle.adapters, handle.vision
         self._shapes = tensor_shapes(named_tensors(model)) if adapters is None else adapters.read_shapes()
-        self._asleep: frozenset[str] = frozenset()
         self._num_adapters = 0
         with scratch_folder() as folder:
             save_untied_config(model, folder)
@@ -65,58 +62,33 @@ class VllmEngine(BaseVllmEngine):
             ):
                 self._llm = self._start(folder)
 
-    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Replace every tensor, drop the prefix cache, set the version; with LoRA, add the adapters instead."""
-        if self.handle.adapters is not None:
-            self._add_adapters(self.handle.adapters, version)
-            return
-        tensors = named_tensors(model)
-        check_sent_tensors(self._shapes, tensors)
-        with self._guarded("weight sync"):
-            self._wake("weights")
-            self.version = None
-            self._llm.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
-            self._wake("kv_cache")
-            self._llm.llm_engine.reset_encoder_cache()
-            if not self._llm.reset_prefix_cache():
-                raise RuntimeError("the prefix cache could not be reset")
-            self._llm.update_weight_version(version)
-        self.version = version
+    def _replace_weights(self, tensors: dict[str, Tensor], version: str) -> None:
+        self._wake("weights")
+        self._llm.llm_engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors.items())})
+        self._wake("kv_cache")
+        self._llm.llm_engine.reset_encoder_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be reset")
+        self._llm.update_weight_version(version)
 
-    def _add_adapters(self, adapters: AdapterHandle, version: str) -> None:
-        """Load the adapters under a new id, and unload the oldest if there are too many.
-
-        vLLM keeps a prefix cache per adapter, so it need not be reset.
-        """
+    def _load_adapters(self, adapters: AdapterHandle, version: str) -> Any:
+        """The request under which vLLM serves them."""
         from vllm.lora.request import LoRARequest
 
-        check_sent_tensors(self._shapes, adapters.read_adapters(), shapes=adapters.read_shapes())
-        with self._guarded("weight sync"):
-            self._wake("weights")
-            self._wake("kv_cache")
-            self.version = None
-            while len(self._loaded_adapters) >= self.vllm.max_loras:
-                oldest = self._loaded_adapters.pop(next(iter(self._loaded_adapters)))
-                self._llm.llm_engine.remove_lora(oldest.lora_int_id)
-            self._num_adapters += 1
-            # vLLM reads the files while `add_lora` runs, and never again.
-            with scratch_folder() as folder:
-                adapters.save(folder)
-                request = LoRARequest(version, self._num_adapters, str(folder))
-                if not self._llm.llm_engine.add_lora(request):
-                    raise RuntimeError("the adapters could not be loaded")
-            self._loaded_adapters[version] = request
-        self.version = version
+        self._num_adapters += 1
+        # vLLM reads the files while `add_lora` runs, and never again.
+        with scratch_folder() as folder:
+            adapters.save(folder)
+            request = LoRARequest(version, self._num_adapters, str(folder))
+            if not self._llm.llm_engine.add_lora(request):
+                raise RuntimeError("the adapters could not be loaded")
+        return request
 
-    def release_memory(self) -> None:
-        """Release weights and KV cache on the GPU (the weights are sent again anyway); vLLM cannot do it on a CPU.
+    def _unload_adapters(self, version: str, loaded: Any) -> None:
+        self._llm.llm_engine.remove_lora(loaded.lora_int_id)
 
-        With adapters the base is not sent again: it moves to CPU memory.
-        """
-        if self.can_sleep and not self._asleep:
-            with self._guarded("sleep"):
-                self._llm.sleep(level=2 if self.handle.adapters is None else 1)
-            self._asleep, self.version = SLEEP_TAGS, None
+    def _sleep(self, level: int) -> None:
+        self._llm.sleep(level=level)
 
     def close(self) -> None:
         """Shut the engine core down; its weights are in reference cycles, which only the garbage collector frees."""
@@ -126,12 +98,9 @@ class VllmEngine(BaseVllmEngine):
             del llm
             gc.collect()
 
-    def _wake(self, part: str) -> None:
-        """Restore one part of the memory that `release_memory` released, after freeing what the update left cached."""
-        if part in self._asleep:
-            torch.cuda.empty_cache()
-            self._llm.wake_up(tags=[part])
-            self._asleep = self._asleep - {part}
+    def _wake_up(self, tag: str) -> None:
+        torch.cuda.empty_cache()
+        self._llm.wake_up(tags=[tag])
 
     def _run(
         self,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from npo_cli.config.engine import EngineSettings
 from npo_cli.distributed.launch import strip_launch_variables
@@ -28,7 +28,6 @@ from npo_cli.inference.process import scratch_folder
 from npo_cli.inference.sync_check import (
     RESUME_HINT,
     add_head,
-    check_sent_tensors,
     copy_to_cpu,
     named_tensors,
     tensor_shapes,
@@ -60,7 +59,7 @@ class VllmServer(BaseVllmEngine):
         self._scratch = ExitStack()
         self._folder = self._scratch.enter_context(scratch_folder())
         self._session = open_http_session(max_connections(settings))
-        self._url, self._process, self._asleep = "", None, False
+        self._url, self._process = "", None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the server runs
         self._send: SendWeights = self._send_by_disk
         try:
@@ -90,55 +89,33 @@ class VllmServer(BaseVllmEngine):
             )
         super().validate(settings, uses_adapters=uses_adapters, uses_images=uses_images)
 
-    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Pause, send, reset the prefix cache, set the version, resume; with LoRA, add the adapters instead."""
-        if self.handle.adapters is not None:
-            self._add_adapters(self.handle.adapters, version)
-            return
-        tensors = named_tensors(model)
-        check_sent_tensors(self._shapes, tensors)
-        with self._guarded("weight sync"):
-            self.version = None
-            self._post("pause?mode=keep")
-            if self._asleep:
-                self._post("wake_up?tags=weights")
-            self._send(tensors, version)
-            if self._asleep:
-                self._post("wake_up?tags=kv_cache")
-                self._asleep = False
-            if not self._post("reset_prefix_cache")["success"]:
-                raise RuntimeError("the prefix cache could not be reset")
-            self._post("update_weight_version", {"new_version": version})
-            self._post("resume")
-        self.version = version
+    def _replace_weights(self, tensors: dict[str, Tensor], version: str) -> None:
+        """Running requests are paused, not aborted."""
+        self._post("pause?mode=keep")
+        self._wake("weights")
+        self._send(tensors, version)
+        self._wake("kv_cache")
+        if not self._post("reset_prefix_cache")["success"]:
+            raise RuntimeError("the prefix cache could not be reset")
+        self._post("update_weight_version", {"new_version": version})
+        self._post("resume")
 
-    def _add_adapters(self, adapters: AdapterHandle, version: str) -> None:
-        """Load the adapters, named by their version, and unload the oldest if there are too many."""
-        check_sent_tensors(self._shapes, adapters.read_adapters(), shapes=adapters.read_shapes())
-        with self._guarded("weight sync"):
-            if self._asleep:
-                self._post("wake_up")
-                self._asleep = False
-            self.version = None
-            while len(self._loaded_adapters) >= self.vllm.max_loras:
-                oldest = next(iter(self._loaded_adapters))
-                self._post("v1/unload_lora_adapter", {"lora_name": oldest})
-                shutil.rmtree(self._loaded_adapters.pop(oldest))
-            folder = Path(tempfile.mkdtemp(prefix="adapters-", dir=self._folder))
-            adapters.save(folder)
-            self._post("v1/load_lora_adapter", {"lora_name": version, "lora_path": str(folder)})
-            self._loaded_adapters[version] = folder
-        self.version = version
+    def _load_adapters(self, adapters: AdapterHandle, version: str) -> Path:
+        """The folder that the server reads them from; they are served under the name of their version."""
+        folder = Path(tempfile.mkdtemp(prefix="adapters-", dir=self._folder))
+        adapters.save(folder)
+        self._post("v1/load_lora_adapter", {"lora_name": version, "lora_path": str(folder)})
+        return folder
 
-    def release_memory(self) -> None:
-        """Release weights and KV cache on the GPU (the weights are sent again anyway); vLLM cannot do it on a CPU.
+    def _unload_adapters(self, version: str, loaded: Path) -> None:
+        self._post("v1/unload_lora_adapter", {"lora_name": version})
+        shutil.rmtree(loaded)
 
-        With adapters the base is not sent again: it moves to CPU memory.
-        """
-        if self.can_sleep and not self._asleep:
-            with self._guarded("sleep"):
-                self._post(f"sleep?level={2 if self.handle.adapters is None else 1}")
-            self._asleep, self.version = True, None
+    def _sleep(self, level: int) -> None:
+        self._post(f"sleep?level={level}")
+
+    def _wake_up(self, tag: str) -> None:
+        self._post(f"wake_up?tags={tag}")
 
     def close(self) -> None:
         """Stop the server and its child processes, and remove its folder."""

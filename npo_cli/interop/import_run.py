@@ -17,11 +17,16 @@ from npo_cli.config.loading import load_recipe, recipe_to_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.interop.peft_import import import_adapters, read_lora_settings
+from npo_cli.interop.trainer_checkpoints import (
+    TrainerCheckpoint,
+    find_trainer_checkpoints,
+    find_trainer_metrics,
+    link_model_files,
+)
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.session.session import check_task_prompts, open_task
 from npo_cli.storage.checkpoints import create_checkpoint
 from npo_cli.storage.costs import CostLine, costs_path, encode_cost
-from npo_cli.storage.foreign import ForeignCheckpoint, find_foreign_checkpoints, find_trainer_metrics, link_model_files
 from npo_cli.storage.index import build_index
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, check_unused, create_run, open_run
@@ -66,7 +71,7 @@ class TrainerLog:
 def import_run(root: Path, spec: ImportSpec) -> Iterator[Notice | Progress | CheckpointEntry]:
     """Validate everything, build the run in a temporary folder, rename it, list its checkpoints."""
     check_unused(root)
-    checkpoints, unusable = find_foreign_checkpoints(spec.source_folder)
+    checkpoints, unusable = find_trainer_checkpoints(spec.source_folder)
     if not checkpoints:
         raise NpoError(f"{unusable[-1].path}: {unusable[-1].reason}", unusable[-1].fix)
     recipe = make_paths_absolute(build_import_recipe(checkpoints, spec))
@@ -88,7 +93,7 @@ def import_run(root: Path, spec: ImportSpec) -> Iterator[Notice | Progress | Che
     yield from build_index(open_run(root))
 
 
-def build_import_recipe(checkpoints: Sequence[ForeignCheckpoint], spec: ImportSpec) -> Recipe:
+def build_import_recipe(checkpoints: Sequence[TrainerCheckpoint], spec: ImportSpec) -> Recipe:
     """The recipe, overridden by what the folder states, overridden by the command line."""
     if len({each.is_adapter for each in checkpoints}) > 1:
         other = next(each.path for each in checkpoints if each.is_adapter != checkpoints[-1].is_adapter)
@@ -107,7 +112,7 @@ def infer_save_interval(steps: Sequence[int]) -> int:
     return gaps.most_common(1)[0][0] if gaps else 1
 
 
-def load_trainer_log(checkpoints: Sequence[ForeignCheckpoint], spec: ImportSpec) -> TrainerLog:
+def load_trainer_log(checkpoints: Sequence[TrainerCheckpoint], spec: ImportSpec) -> TrainerLog:
     """The trainer's metrics by step; empty if there is no file."""
     source = spec.metrics or find_trainer_metrics(list(checkpoints), spec.source_folder)
     if source is None:
@@ -146,7 +151,7 @@ def write_metrics(run: RunDir, log: TrainerLog, recipe: Recipe, *, steps: Sequen
 
 
 def import_checkpoints(
-    run: RunDir, checkpoints: Sequence[ForeignCheckpoint], policy: Policy, *, base_recipe: Recipe | None
+    run: RunDir, checkpoints: Sequence[TrainerCheckpoint], policy: Policy, *, base_recipe: Recipe | None
 ) -> Iterator[Progress]:
     """Load each checkpoint, so that every tensor is checked, and save it with a manifest."""
     if base_recipe is not None:
@@ -170,7 +175,7 @@ def import_checkpoints(
     yield Progress(description="import", done=len(checkpoints), total=len(checkpoints))
 
 
-def summarize_import(root: Path, checkpoints: Sequence[ForeignCheckpoint], log: TrainerLog) -> Iterator[Notice]:
+def summarize_import(root: Path, checkpoints: Sequence[TrainerCheckpoint], log: TrainerLog) -> Iterator[Notice]:
     """Report what was imported, what is missing, and what to do next."""
     steps = ", ".join(str(each.step) for each in checkpoints)
     yield Notice(message=f"{root}: {checkpoints[-1].trainer}, steps {steps}; weights only, no training state")

@@ -1,8 +1,6 @@
-"""Curves of a run: held-out accuracy over each kind of cost, and what training measured step by step.
+"""Curves: held-out accuracy of a run over each kind of cost, its training metrics, and mean curves of methods.
 
-A diamond marks where a branch left its parent; the broad band behind a line lasts as long as a guide was mixed in.
-
-Mean curves of methods on each axis, each with the band of its interval. Colours and dashes as in `figures.py`.
+A diamond marks where a branch was forked; the wide band behind a line marks the steps with a guide.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npo_cli.report.plotting import (
-    COLOURS,
+    AXIS_LABELS,
     COST_AXES,
     MUTED,
     SECONDS_AXIS,
@@ -35,12 +33,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHING_WINDOW = 9
-"""Steps in the moving average of what is measured once a step."""
+"""Steps of the moving average of a training metric."""
 AXIS_NAMES = ("step", "total-steps", "tokens", "clock")
 PLOTTED_METRICS = (
     ("reward", "mean reward of a batch", "training reward"),
-    ("entropy", "mean entropy of a token (nats)", "policy entropy"),
-    ("inject/slots", "groups with a guide in a slot", "injected guides"),
+    ("entropy", "mean entropy per token (nats)", "policy entropy"),
+    ("inject/slots", "groups with a guide response", "injected guides"),
     ("inject/grad_norm_fraction", "guide's share of the gradient", "guide's share of the gradient"),
 )
 
@@ -116,7 +114,7 @@ def make_training_plots(reports: Sequence[StepReport], limbs: Sequence[BranchSpa
         if any(report.metrics.get(name) for report in reports):
             yield Plot(
                 name=f"{prefix}{title.replace(' ', '-').replace(chr(39), '')}",
-                alt_text=f"{title} by step, a line a branch",
+                alt_text=f"{title} by step, one line per branch",
                 draw=partial(_draw_measure, reports=reports, limbs=limbs, name=name, label=label, title=title),
             )
 
@@ -137,7 +135,7 @@ def _draw_measure(
         panel.plot(steps, values, color=style.colour, lw=0.8, alpha=0.35)
         panel.plot(steps, moving_mean(values), color=style.colour, ls=style.dash, lw=2, label=limb.branch)
     panel.set_title(title)
-    panel.set_xlabel("optimiser step")
+    panel.set_xlabel("training step")
     panel.set_ylabel(label)
     panel.set_xlim(left=0)
     panel.set_ylim(bottom=0)
@@ -145,7 +143,7 @@ def _draw_measure(
 
 
 def moving_mean(values: Sequence[float]) -> list[float]:
-    """The mean over `SMOOTH` values around each; near the ends over those that there are."""
+    """The mean over `SMOOTHING_WINDOW` values around each, fewer near the ends."""
     half = SMOOTHING_WINDOW // 2
     windows = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
     return [sum(window) / len(window) for window in windows]
@@ -160,34 +158,22 @@ def _finish(panel: "Axes") -> None:
         panel.legend(frameon=False, labelcolor=MUTED, handlelength=2.6, fontsize=9)
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-AXIS_LABELS = {
-    "step": "logical step (place in the data)",
-    "updates": "all optimiser updates",
-    "tokens": "all tokens generated",
-    "forwards": "forward passes of sampling",
-    "seconds": "wall clock (s)",
-}
-
-
 def plot_method_curves(points: Sequence[CurveBandPoint], path: Path, title: str) -> None:
-    """One panel an axis; an axis that is not known of every method has none."""
+    """One panel per cost axis that every method has, with mean curves and their intervals."""
     axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
     methods = list(dict.fromkeys(point.method for point in points))
     with open_figure(path, title=title, height=4.6) as figure:
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
         for panel, axis in zip(panels, axes, strict=True):
             for place, method in enumerate(methods):
-                _draw_arm(panel, [one for one in points if (one.method, one.axis) == (method, axis)], place=place)
+                _draw_method(panel, [one for one in points if (one.method, one.axis) == (method, axis)], place=place)
             label_cost_axis(panel, AXIS_LABELS[axis])
         add_method_legend(figure, panels[0])
 
 
-def _draw_arm(panel: "Axes", points: Sequence[CurveBandPoint], *, place: int) -> None:
+def _draw_method(panel: "Axes", points: Sequence[CurveBandPoint], *, place: int) -> None:
     draw_line(panel, [(one.cost, one.accuracy.value) for one in points], name=points[0].method, index=place)
     lows = [one.accuracy.value if one.accuracy.low is None else one.accuracy.low for one in points]
     highs = [one.accuracy.value if one.accuracy.high is None else one.accuracy.high for one in points]
-    colour = COLOURS[place % len(COLOURS)]
+    colour = get_line_style(place).colour
     panel.fill_between([one.cost for one in points], lows, highs, color=colour, alpha=0.15, linewidth=0)

@@ -1,19 +1,12 @@
-"""Records to plots. One colour per method in every panel, labels beside the lines.
+"""Records to plots: the colors of all plots, figures of several panels in a file, and small plots for a report page.
 
-The colours are Okabe and Ito's (readable for colour-blind readers); lines also differ in dash and marker. matplotlib is
-imported when a plot is made, and needs no display.
-
-Estimates with their intervals along distances, the chosen one ringed. A figure that is no number is left out.
-
-Small pictures that stand side by side: drawn once, then SVG in a page, or PNG and SVG on disk.
-
-The same records give the same bytes: names in an SVG are hashed with a fixed salt, and no picture holds a date.
-Letters are drawn as outlines, so that a picture looks alike wherever it is opened. Markup in labels means nothing.
+The colors are Okabe and Ito's (readable for colorblind readers); lines also differ in dash and marker. matplotlib is
+imported when a plot is made, and needs no display. The same records give the same bytes: names in an SVG are hashed
+with a fixed salt, and no plot holds a date. Letters of small plots are drawn as outlines, without markup.
 """
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,69 +15,6 @@ from typing import TYPE_CHECKING
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError
 from npo_cli.types.costs import CurvePoint
-from npo_cli.types.scores import CandidateScore
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-LOG_SCALE_RATIO = 20
-"""From this ratio of the largest to the smallest value on, a logarithmic scale may be used."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IntervalEstimate:
-    """One estimate."""
-
-    distance: int
-    value: float
-    low: float
-    high: float
-    selected_label: str | None = None
-    """Label of the ring of the selected one; None for the others."""
-
-
-def collect_estimates(scores: Sequence[CandidateScore], name: str) -> list[IntervalEstimate]:
-    """One of the fields quality, variance and signal of every candidate."""
-    return [
-        IntervalEstimate(
-            distance=one.distance,
-            value=getattr(one, name),
-            low=getattr(one, f"{name}_low"),
-            high=getattr(one, f"{name}_high"),
-            selected_label=one.candidate if one.is_selected else None,
-        )
-        for one in scores
-        if getattr(one, name) is not None
-    ]
-
-
-def draw_intervals(
-    panel: "Axes", estimates: Sequence[IntervalEstimate], *, colour: str, allow_log: bool, muted_colour: str
-) -> None:
-    """A line with bars; in the colour `quiet` a word where nothing could be estimated."""
-    known = [one for one in estimates if all(map(math.isfinite, (one.value, one.low, one.high)))]
-    if not known:
-        panel.text(0.5, 0.5, "could not be estimated", transform=panel.transAxes, ha="center", color=muted_colour)
-        return
-    distances, values, lows = zip(*((one.distance, one.value, one.low) for one in known), strict=True)
-    # A resampled interval may leave its own estimate outside; a bar cannot reach backwards.
-    bars = [[max(0.0, one.value - one.low) for one in known], [max(0.0, one.high - one.value) for one in known]]
-    panel.errorbar(distances, values, yerr=bars, color=colour, ecolor=f"{colour}88", fmt="o-", lw=2, ms=5, capsize=3)
-    for one in known:
-        if one.selected_label is not None:
-            panel.plot([one.distance], [one.value], marker="o", ms=14, color=colour, fillstyle="none", mew=2)
-            # To the side that has room.
-            side, ha = (12, "left") if one.distance < max(distances) / 2 else (-12, "right")
-            at = (one.distance, one.value)
-            panel.annotate(one.selected_label, at, xytext=(side, 9), textcoords="offset points", ha=ha)
-    # V may span orders of magnitude: then ratios are what the eye should compare.
-    if allow_log and min(*values, *lows) > 0 and max(values) > LOG_SCALE_RATIO * min(values):
-        panel.set_yscale("log")
-    else:
-        panel.set_ylim(bottom=min(0.0, *lows))
-    panel.set_xlim(0, 1.05 * max(distances))
-    panel.xaxis.get_major_locator().set_params(integer=True)
-
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,19 +41,39 @@ STYLE = {
     "figure.dpi": 150,
 }
 CostGetter = Callable[[CurvePoint], float]
+AXIS_LABELS = {
+    "step": "logical step (position in the data)",
+    "updates": "optimizer updates, all costs",
+    "tokens": "generated tokens, all costs",
+    "forwards": "forward passes of sampling",
+    "seconds": "wall clock (s)",
+}
 COST_AXES: tuple[tuple[str, CostGetter], ...] = (
-    ("logical step (place in the data)", lambda point: point.step),
-    ("all optimiser steps paid for", lambda point: point.total_steps),
-    ("all tokens generated", lambda point: point.total_tokens),
+    (AXIS_LABELS["step"], lambda point: point.step),
+    ("training steps, all costs", lambda point: point.total_steps),
+    (AXIS_LABELS["tokens"], lambda point: point.total_tokens),
 )
-SECONDS_AXIS: tuple[str, CostGetter] = ("wall clock (s)", lambda point: point.total_seconds)
+SECONDS_AXIS: tuple[str, CostGetter] = (AXIS_LABELS["seconds"], lambda point: point.total_seconds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LineStyle:
+    """How one branch, run or method is drawn, the same in every plot."""
+
+    colour: str
+    dash: str
+    marker: str
+
+
+def get_line_style(place: int) -> LineStyle:
+    """The style of an index; colors, dashes and markers repeat."""
+    return LineStyle(
+        colour=COLOURS[place % len(COLOURS)], dash=DASHES[place % len(DASHES)], marker=MARKERS[place % len(MARKERS)]
+    )
 
 
 def plot_accuracy_curves(points: Sequence[CurvePoint], path: Path, title: str) -> None:
-    """Held-out accuracy of every method against its logical step, its total steps, its total tokens and the clock.
-
-    The clock has a panel only where it is known of every method.
-    """
+    """Held-out accuracy of every method by logical step, total steps, total tokens and, if all have them, seconds."""
     methods = list(dict.fromkeys(point.name for point in points))
     timed = {point.name for point in points if point.total_seconds > 0} == set(methods)
     axes = (*COST_AXES, SECONDS_AXIS) if timed else COST_AXES
@@ -138,12 +88,13 @@ def plot_accuracy_curves(points: Sequence[CurvePoint], path: Path, title: str) -
 
 
 def draw_line(panel: "Axes", points: Sequence[tuple[float, float]], *, name: str, index: int) -> None:
-    """The (cost, accuracy) of the n-th method; a long line has a mark only here and there."""
+    """(cost, accuracy) of the method with this index; at most `MAX_MARKERS` markers."""
+    style = get_line_style(index)
     panel.plot(
         *zip(*points, strict=True),
-        color=COLOURS[index % len(COLOURS)],
-        linestyle=DASHES[index % len(DASHES)],
-        marker=MARKERS[index % len(MARKERS)],
+        color=style.colour,
+        linestyle=style.dash,
+        marker=style.marker,
         markevery=max(1, len(points) // MAX_MARKERS),
         markersize=4,
         linewidth=2,
@@ -162,7 +113,7 @@ def label_cost_axis(panel: "Axes", label: str) -> None:
 
 
 def add_method_legend(figure: "Figure", first: "Axes") -> None:
-    """What the panels share: the left one's scale, and one legend below."""
+    """The y label at the left panel, and one legend below all."""
     first.set_ylabel("held-out accuracy")
     lines, names = first.get_legend_handles_labels()
     figure.legend(
@@ -171,7 +122,7 @@ def add_method_legend(figure: "Figure", first: "Axes") -> None:
 
 
 def format_compact(value: float) -> str:
-    """A count as an axis says it: 300, 20k, 1.5M."""
+    """A tick label: 300, 20k, 1.5M."""
     for bound, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= bound:
             return f"{value / bound:.3g}{unit}"
@@ -179,7 +130,7 @@ def format_compact(value: float) -> str:
 
 
 def make_tick_locator() -> "MaxNLocator":
-    """At most six, at whole numbers."""
+    """At most six ticks, at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=6, integer=True)
@@ -187,13 +138,13 @@ def make_tick_locator() -> "MaxNLocator":
 
 @contextlib.contextmanager
 def open_figure(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
-    """A wide figure in the house style, saved when the block ends well; the format is the file's ending."""
+    """A wide figure, saved when the block ends without an error; the suffix of the path is its format."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise NpoError("pictures need matplotlib, which is not installed", "pip install matplotlib") from error
+        raise NpoError("plots need matplotlib, which is not installed", "pip install matplotlib") from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.0, height), layout="constrained")
         canvas = FigureCanvasAgg(figure)
@@ -204,10 +155,6 @@ def open_figure(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
             path.parent.mkdir(parents=True, exist_ok=True)
             canvas.print_figure(path)
 
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 6.4, 3.7
 """Inches."""
@@ -226,46 +173,30 @@ class Plot:
     height: float = HEIGHT
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LineStyle:
-    """How one branch or run is drawn, the same in every picture."""
-
-    colour: str
-    dash: str
-    marker: str
+def render_svg(plot: Plot) -> bytes:
+    """The plot as an SVG document."""
+    return _render(plot, "svg")
 
 
-def get_line_style(place: int) -> LineStyle:
-    """Of the n-th of them; after the last colour the first comes again."""
-    return LineStyle(
-        colour=COLOURS[place % len(COLOURS)], dash=DASHES[place % len(DASHES)], marker=MARKERS[place % len(MARKERS)]
-    )
-
-
-def render_svg(picture: Plot) -> bytes:
-    """The picture as a document of its own."""
-    return _drawn(picture, "svg")
-
-
-def save_plot(picture: Plot, folder: Path) -> None:
+def save_plot(plot: Plot, folder: Path) -> None:
     """NAME.png and NAME.svg in that folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
-        (folder / f"{picture.name}.{kind}").write_bytes(_drawn(picture, kind))
+        (folder / f"{plot.name}.{kind}").write_bytes(_render(plot, kind))
 
 
-def _drawn(picture: Plot, kind: str) -> bytes:
-    with _figure(picture) as figure:
-        picture.draw(figure.subplots())
+def _render(plot: Plot, kind: str) -> bytes:
+    with _figure(plot) as figure:
+        plot.draw(figure.subplots())
         with io.BytesIO() as file:
             figure.savefig(file, format=kind, metadata=NO_DATE[kind])
             return file.getvalue()
 
 
 @contextlib.contextmanager
-def _figure(picture: Plot) -> Iterator["Figure"]:
+def _figure(plot: Plot) -> Iterator["Figure"]:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE | FIXED):
-        yield Figure(figsize=(picture.width, picture.height), layout="constrained")
+        yield Figure(figsize=(plot.width, plot.height), layout="constrained")

@@ -2,19 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npo_cli.report.plotting import (
-    COLOURS,
-    MUTED,
-    IntervalEstimate,
-    Plot,
-    collect_estimates,
-    draw_intervals,
-    open_figure,
-)
+from npo_cli.report.plotting import COLOURS, MUTED, Plot, open_figure
 from npo_cli.report.tables_scores import sort_candidates
 from npo_cli.types.scores import CandidateScore
 
@@ -26,8 +19,24 @@ SCORE_PLOT_WIDTH = 4.6
 MAX_NAME_CHARS = 28
 ValueWithInterval = tuple[float, float, float]
 """Value, low, high."""
+LOG_SCALE_RATIO = 20
+"""Ratio of the largest to the smallest V from which its axis is logarithmic."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IntervalEstimate:
+    """An estimate at a distance in steps."""
+
+    distance: int
+    value: float
+    low: float
+    high: float
+    selected_label: str | None = None
+    """Label of the selected one; None for the others."""
+
+
 EstimatesGetter = Callable[[str], Sequence[IntervalEstimate]]
-"""The estimates of one field, by its name."""
+"""The estimates of quality, variance or signal, by that name."""
 
 
 def make_score_plots(scores: Sequence[CandidateScore], *, prefix: str) -> Iterator[Plot]:
@@ -38,12 +47,21 @@ def make_score_plots(scores: Sequence[CandidateScore], *, prefix: str) -> Iterat
     kinds = {"quality": ordered[0].quality_kind, "variance": ordered[0].variance_kind}
     best = "".join(f"best in {one.p_best:.0%}" for one in ordered if one.is_selected)
 
-    yield from _pictures(
-        partial(collect_estimates, ordered),
-        kinds | {"signal": best},
-        prefix=prefix,
-        axis="optimizer steps ahead of the learner",
-    )
+    def estimates(name: str) -> list[IntervalEstimate]:
+        return [
+            IntervalEstimate(
+                distance=one.distance or 0,
+                value=getattr(one, name),
+                low=getattr(one, f"{name}_low"),
+                high=getattr(one, f"{name}_high"),
+                selected_label=one.candidate if one.is_selected else None,
+            )
+            for one in ordered
+            if getattr(one, name) is not None
+        ]
+
+    axis = "training steps ahead of the learner"
+    yield from _score_plots(estimates, kinds | {"signal": best}, prefix=prefix, axis=axis)
 
 
 def make_probe_plots(scores: Sequence[Mapping[str, Any]], *, prefix: str) -> Iterator[Plot]:
@@ -64,10 +82,10 @@ def make_probe_plots(scores: Sequence[Mapping[str, Any]], *, prefix: str) -> Ite
             for one in ordered
         ]
 
-    yield from _pictures(estimates, kinds, prefix=prefix, axis="rollback distance D")
+    yield from _score_plots(estimates, kinds, prefix=prefix, axis="rollback distance D")
 
 
-def _pictures(estimates: EstimatesGetter, kinds: Mapping[str, str], *, prefix: str, axis: str) -> Iterator[Plot]:
+def _score_plots(estimates: EstimatesGetter, kinds: Mapping[str, str], *, prefix: str, axis: str) -> Iterator[Plot]:
     for name, letter, colour in SCORE_PANELS:
         title = ", ".join(filter(None, (letter, kinds[name])))
         values = "; ".join(f"{one.value:.3g} at {one.distance}" for one in estimates(name))
@@ -80,9 +98,43 @@ def _pictures(estimates: EstimatesGetter, kinds: Mapping[str, str], *, prefix: s
 def _draw(
     panel: "Axes", *, estimates: Sequence[IntervalEstimate], title: str, axis: str, colour: str, is_variance: bool
 ) -> None:
-    draw_intervals(panel, estimates, colour=colour, allow_log=is_variance, muted_colour=MUTED)
+    """A line with intervals, the selected estimate ringed; values that are not finite are left out."""
     panel.set_title(title, color=colour)
     panel.set_xlabel(axis)
+    known = [one for one in estimates if all(map(math.isfinite, (one.value, one.low, one.high)))]
+    if not known:
+        panel.text(0.5, 0.5, "could not be estimated", transform=panel.transAxes, ha="center", color=MUTED)
+        return
+    distances, values, lows, highs = zip(*((one.distance, one.value, one.low, one.high) for one in known), strict=True)
+    bars = _error_bars(values, lows, highs)
+    panel.errorbar(distances, values, yerr=bars, color=colour, ecolor=f"{colour}88", fmt="o-", lw=2, ms=5, capsize=3)
+    for one in known:
+        if one.selected_label is not None:
+            _draw_ring(panel, (one.distance, one.value), colour)
+            # On the side with more space.
+            side, ha = (12, "left") if one.distance < max(distances) / 2 else (-12, "right")
+            at = (one.distance, one.value)
+            panel.annotate(one.selected_label, at, xytext=(side, 9), textcoords="offset points", ha=ha)
+    if is_variance and _spans_magnitudes(values, lows):
+        panel.set_yscale("log")
+    else:
+        panel.set_ylim(bottom=min(0.0, *lows))
+    panel.set_xlim(0, 1.05 * max(distances))
+    panel.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _error_bars(values: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> list[list[float]]:
+    """Lengths below and above; 0 where a resampled interval leaves its estimate outside."""
+    below = [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
+    return [below, [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]]
+
+
+def _draw_ring(panel: "Axes", at: tuple[float, float], colour: str) -> None:
+    panel.plot(*at, marker="o", ms=14, color=colour, fillstyle="none", mew=2)
+
+
+def _spans_magnitudes(values: Sequence[float], lows: Sequence[float]) -> bool:
+    return min(*values, *lows) > 0 and max(values) > LOG_SCALE_RATIO * min(values)
 
 
 def plot_scores(scores: Sequence[CandidateScore], path: Path, title: str = "") -> None:
@@ -122,26 +174,13 @@ def _draw_candidates(
             )
             continue
         value, low, high = estimate
-        # A resampled interval may leave its own estimate outside; a bar cannot reach backwards.
-        bars = [[max(0.0, value - low)], [max(0.0, high - value)]]
-        panel.errorbar(
-            [value],
-            [place],
-            xerr=bars,
-            color=colour,
-            ecolor=f"{colour}88",
-            fmt="o",
-            ms=6,
-            capsize=3,
-            lw=2,
-            clip_on=False,
-        )
+        style = {"color": colour, "ecolor": f"{colour}88", "fmt": "o", "ms": 6, "capsize": 3, "lw": 2}
+        panel.errorbar([value], [place], xerr=_error_bars([value], [low], [high]), clip_on=False, **style)
         if is_chosen:
-            panel.plot([value], [place], marker="o", ms=14, color=colour, fillstyle="none", mew=2)
+            _draw_ring(panel, (value, place), colour)
     panel.grid(visible=True, axis="x")
     lows, values = [low for _, low, _ in known], [value for value, _, _ in known]
-    # V may span orders of magnitude: then ratios are what the eye should compare.
-    if known and min(*values, *lows) > 0 and max(values) > 20 * min(values):
+    if known and _spans_magnitudes(values, lows):
         panel.set_xscale("log")
     elif known:
         panel.set_xlim(left=min(0.0, *lows))

@@ -107,14 +107,14 @@ def test_compare_injected_slots_and_entropy_follow_the_ancestry(seeds):
 def test_compare_names_the_guide_as_the_only_changed_setting(seeds):
     grpo, npo = compared(*both(seeds))[MethodSummary]
     assert (grpo.changed_settings, grpo.mismatched_settings) == ((), ())
-    assert (npo.changed_settings, npo.mismatched_settings) == (("guides none -> 4 at 2",), ())
+    assert (npo.changed_settings, npo.mismatched_settings) == (("guides none -> step 4 at 2",), ())
 
 
 def test_settings_without_effect_are_no_difference(seeds, tmp_path):
     root = tmp_path / "tuned"
     train(root, *SETTINGS, "autonpo.trigger.patience=9", "guide.inject.max_accuracy=0.25", "train.save_every=1")
     found = compared(f"a={seeds}/s0:main", f"b={root}", f"c={seeds}/s0:near")
-    assert [one.changed_settings for one in found[MethodSummary]] == [(), (), ("guides none -> 4 at 2",)]
+    assert [one.changed_settings for one in found[MethodSummary]] == [(), (), ("guides none -> step 4 at 2",)]
     assert notices(found) == []
 
 

@@ -31,7 +31,7 @@ def test_curve_plot_has_a_panel_per_axis_and_names_every_method(tmp_path):
 
 def test_curve_plot_unknown_axis_has_no_panel(tmp_path):
     plot_method_curves(band("grpo", axes=("step", "tokens")), tmp_path / "c.svg", "")
-    assert {"wall clock (s)", "all optimiser updates"} & set(labels(tmp_path / "c.svg")) == set()
+    assert {"wall clock (s)", "optimizer updates, all costs"} & set(labels(tmp_path / "c.svg")) == set()
 
 
 def test_curve_plot_draws_many_methods_and_curves_without_interval(tmp_path):

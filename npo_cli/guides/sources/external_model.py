@@ -203,6 +203,7 @@ class OtherRunSource(ExternalModelSource):
         "branch": "branch of that run (default: its newest)",
         "step": "step of the checkpoint (default: its newest)",
     }
+    differs_by_seed = True
     optional = frozenset({"branch", "step"})
 
     @classmethod

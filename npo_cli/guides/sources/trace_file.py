@@ -31,6 +31,7 @@ class TraceFileSource(GuideSource):
     options: ClassVar[Mapping[str, str]] = {"path": "a .jsonl or .parquet file; docs/how-to/external-teachers.md"}
     is_fresh = False
     is_external = True
+    differs_by_seed = True
     has_logprobs = None
 
     @classmethod

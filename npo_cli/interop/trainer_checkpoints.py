@@ -22,7 +22,7 @@ MODEL_FILE_SUFFIXES = frozenset({".json", ".model", ".txt", ".jinja", ".tiktoken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ForeignCheckpoint:
+class TrainerCheckpoint:
     """A checkpoint that another trainer left."""
 
     trainer: str
@@ -76,7 +76,7 @@ CHECKPOINT_LAYOUTS = (
 )
 
 
-def find_foreign_checkpoints(home: Path) -> tuple[list[ForeignCheckpoint], list[UnusableCheckpoint]]:
+def find_trainer_checkpoints(home: Path) -> tuple[list[TrainerCheckpoint], list[UnusableCheckpoint]]:
     """Checkpoints of one trainer by step, and those that cannot be read, each with the reason."""
     if not home.is_dir():
         raise NpoError(f"there is no folder {home}", "--import FOLDER: the output folder of another trainer")
@@ -108,7 +108,7 @@ def _match_folders(home: Path, layout: CheckpointLayout) -> Iterator[tuple[int, 
 
 def _classify(
     named: list[tuple[int, Path]], layout: CheckpointLayout
-) -> tuple[list[ForeignCheckpoint], list[UnusableCheckpoint]]:
+) -> tuple[list[TrainerCheckpoint], list[UnusableCheckpoint]]:
     found, unusable = [], []
     # Newer releases of prime-rl mark complete checkpoints.
     marked = layout.trainer == "prime-rl" and any((folder / "STABLE").exists() for _, folder in named)
@@ -118,7 +118,7 @@ def _classify(
             unusable.append(_explain_unusable(folder, unmarked=model is not None))
         else:
             adapters = (model / ADAPTER_CONFIG).is_file()
-            found.append(ForeignCheckpoint(trainer=layout.trainer, step=step, path=model, is_adapter=adapters))
+            found.append(TrainerCheckpoint(trainer=layout.trainer, step=step, path=model, is_adapter=adapters))
     return found, unusable
 
 
@@ -135,19 +135,15 @@ def _explain_unusable(folder: Path, *, unmarked: bool) -> UnusableCheckpoint:
     if backend == "megatron" or any(actor.glob("model_world_size_*.pt")):
         merge = f"python -m verl.model_merger merge --backend {backend} --local_dir {quote_path(actor)}"
         target = f"--target_dir {quote_path(actor / 'huggingface')}"
-        return UnusableCheckpoint(
-            path=folder, reason="its weights are in verl's shards and not merged", fix=f"{merge} {target}"
-        )
-    if unmarked:
-        return UnusableCheckpoint(
-            path=folder, reason="it was not finished: it has no STABLE", fix="let prime-rl finish it"
-        )
-    if any(folder.rglob("*.bin")):
+        reason, fix = "its weights are in verl's shards and not merged", f"{merge} {target}"
+    elif unmarked:
+        reason, fix = "it was not finished: it has no STABLE", "let prime-rl finish it"
+    elif any(folder.rglob("*.bin")):
+        reason = "its weights are pickled, and a pickle may run code"
         fix = "save it again as safetensors (save_pretrained in transformers)"
-        return UnusableCheckpoint(path=folder, reason="its weights are pickled, and a pickle may run code", fix=fix)
-    return UnusableCheckpoint(
-        path=folder, reason="it holds no config with model*.safetensors", fix="let its trainer finish it"
-    )
+    else:
+        reason, fix = "it holds no config with model*.safetensors", "let its trainer finish it"
+    return UnusableCheckpoint(path=folder, reason=reason, fix=fix)
 
 
 def link_model_files(source: Path, target: Path) -> None:
@@ -169,7 +165,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def find_trainer_metrics(found: list[ForeignCheckpoint], home: Path) -> Path | None:
+def find_trainer_metrics(found: list[TrainerCheckpoint], home: Path) -> Path | None:
     """The log of that trainer: the newest trainer_state.json, or prime-rl's metrics.jsonl."""
     candidates = [
         found[-1].path / TRAINER_STATE_FILE,
