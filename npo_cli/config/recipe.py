@@ -308,18 +308,18 @@ class Recipe(Settings):
         return self
 
     @property
-    def uses_motion(self) -> bool:
-        """Whether an extrapolated policy is ever sampled during training."""
+    def uses_extrapolation(self) -> bool:
+        """Whether an extrapolated policy is sampled during training."""
         return self.guide.source == "extrapolated"
 
     @property
-    def pushes_weights(self) -> bool:
+    def extrapolates_weights(self) -> bool:
         """Whether it is extrapolated in weights."""
-        return self.uses_motion and self.extrapolation.space == "weights"
+        return self.uses_extrapolation and self.extrapolation.space == "weights"
 
     @model_validator(mode="after")
     def _extrapolation_fits(self) -> "Recipe":
-        if not self.uses_motion:
+        if not self.uses_extrapolation:
             return self
         extrapolation, train = self.extrapolation, self.train
         if train.save_every > extrapolation.k:

@@ -162,7 +162,7 @@ class _Footprint:
 
     def add_extrapolation(self) -> None:
         """An older checkpoint beside the policy (logits), or extrapolated weights in its place (weights)."""
-        if not self.recipe.uses_motion:
+        if not self.recipe.uses_extrapolation:
             return
         size, formula = self.trained * self.trained_bytes, f"{_count(self.trained)} x {self.trained_bytes} B"
         if self.recipe.extrapolation.space == "weights":

@@ -1,10 +1,10 @@
-"""A policy pushed along its own motion, away from how it was some steps ago: in its logits, or in its weights.
+"""A policy extrapolated away from an older copy of itself, in logits or in weights.
 
-In logits: pi_t (pi_t / pi_old)^a, normalised token by token; two models are held. In weights: theta_t + a (theta_t -
-theta_old), moved in place for as long as it is needed and put back bit for bit.
+Logits: pi_t (pi_t / pi_old)^a, normalized per token; two models in memory. Weights: theta_t + a (theta_t - theta_old),
+swapped in temporarily and restored bit for bit.
 
-Of adapters the product B A is pushed, (1 + a) B_t A_t - a B_old A_old, by joining the two along the rank:
-[(1 + a) B_t, -a B_old] and [A_t; A_old]. Pushing A and B each for itself would be another policy, off by
+Of adapters the product B A is extrapolated, (1 + a) B_t A_t - a B_old A_old, by concatenation along the rank:
+[(1 + a) B_t, -a B_old] and [A_t; A_old]. Extrapolating A and B separately would add
 (a + a^2) (B_t - B_old) (A_t - A_old). The base is never written to.
 """
 
@@ -34,7 +34,7 @@ from npo_cli.types.rollouts import Prompt
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtrapolatedPolicy:
-    """pi_t (pi_t / pi_old)^a: the policy of two models."""
+    """pi_t (pi_t / pi_old)^a, from two models."""
 
     newer: Policy
     older: Policy
@@ -43,15 +43,15 @@ class ExtrapolatedPolicy:
 
     @property
     def sharding(self) -> None:
-        """One process holds both models whole."""
+        """Never sharded: one process holds both models."""
 
     def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
-        """As the newer one has it; their tokens are the same."""
+        """Token ids of a prompt and a response; both models have the same tokenizer."""
         return self.newer.row(prompt, response_ids)
 
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
-        """Score responses under the product of both laws; logits exist for one chunk of response tokens at a time."""
+        """Score responses under the extrapolated policy; logits exist for one chunk of response tokens at a time."""
         packed = pack_rows(rows, pad_id=self.newer.pad_id, device=self.newer.device)
         packed = packed if self.newer.vision is None else self.newer.vision.attach_images(packed, rows)
         pieces = []
@@ -61,7 +61,7 @@ class ExtrapolatedPolicy:
                 for policy in (self.newer, self.older)
             )
             joined_MX = torch.cat([new_MH, old_MH], dim=1)
-            head = _pushed_head(new_head, old_head, strength=self.strength, width=new_MH.shape[1])
+            head = _extrapolated_head(new_head, old_head, strength=self.strength, width=new_MH.shape[1])
             head = suppress_tokens(head, packed.suppressed_ids)
             for start in range(0, len(packed.target_M), chunk_tokens):
                 part = slice(start, start + chunk_tokens)
@@ -74,8 +74,8 @@ class ExtrapolatedPolicy:
         )
 
 
-def _pushed_head(new: Head, old: Head, *, strength: float, width: int) -> Head:
-    """z_t + a (z_t - z_old) of hidden states side by side, the first `width` columns those of the newer model."""
+def _extrapolated_head(new: Head, old: Head, *, strength: float, width: int) -> Head:
+    """z_t + a (z_t - z_old) from concatenated hidden states; the first `width` columns are the newer model's."""
 
     def logits(joined_MX: Tensor) -> Tensor:
         new_MW, old_MW = new(joined_MX[:, :width]).float(), old(joined_MX[:, width:]).float()
@@ -86,43 +86,43 @@ def _pushed_head(new: Head, old: Head, *, strength: float, width: int) -> Head:
 
 @contextmanager
 def extrapolate_weights(policy: Policy, folder: Path, *, strength: float) -> Iterator[None]:
-    """The policy's weights moved on from those of a checkpoint folder; afterwards bit for bit what they were."""
-    moved = _moved_weights(policy, folder, strength) if policy.adapters is None else _joined(policy, folder, strength)
+    """Extrapolate the policy's weights away from those of a checkpoint; afterwards they are restored bit for bit."""
+    extrapolate = _extrapolate_all if policy.adapters is None else _extrapolate_adapters
+    extrapolated = extrapolate(policy, folder, strength)
     parameters = _own_tensors(policy)
-    kept = {name: parameters[name].data for name in moved}
+    original = {name: parameters[name].data for name in extrapolated}
     try:
-        for name, tensor in moved.items():
+        for name, tensor in extrapolated.items():
             parameters[name].data = tensor
         policy.mark_weights_changed()
         yield
     finally:
-        for name, tensor in kept.items():
+        for name, tensor in original.items():
             parameters[name].data = tensor
         policy.mark_weights_changed()
 
 
 def _own_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Every live tensor by its own name."""
+    """Every tensor in memory by name, tied ones under each of their names."""
     return dict(policy.model.state_dict(keep_vars=True))
 
 
 @torch.no_grad()
-def _moved_weights(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
-    """theta_t + a (theta_t - theta_old) in float32, of each tensor once: names that are tied share theirs."""
+def _extrapolate_all(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
+    """theta_t + a (theta_t - theta_old), computed in float32; a tied tensor is listed once."""
     own = _own_tensors(policy)
     old = read_fitting_weights(policy.model, folder, tied=tied_names(policy.model))
     by_storage = {own[name].data_ptr(): name for name in old}
-    return {name: _further(own[name], old[name], strength) for name in by_storage.values()}
-
-
-def _further(now: Tensor, before: Tensor, strength: float) -> Tensor:
-    new, old = now.detach().float(), before.to(now.device).float()
-    return (new + strength * (new - old)).to(now.dtype)
+    extrapolated = {}
+    for name in by_storage.values():
+        theta, theta_old = own[name].detach().float(), old[name].to(own[name].device).float()
+        extrapolated[name] = (theta + strength * (theta - theta_old)).to(own[name].dtype)
+    return extrapolated
 
 
 @torch.no_grad()
-def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
-    """Adapters of twice the rank, whose product is (1 + a) B_t A_t - a B_old A_old."""
+def _extrapolate_adapters(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
+    """Adapters of twice the rank with the product (1 + a) B_t A_t - a B_old A_old."""
     assert policy.adapters is not None
     own, old = _own_tensors(policy), _live_names(read_fitting_adapters(policy.model, policy.adapters, folder))
     joined = {}
@@ -135,7 +135,7 @@ def _joined(policy: Policy, folder: Path, strength: float) -> dict[str, Tensor]:
 
 
 def _live_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names that peft gives to live adapters, from those of its files."""
+    """From peft's names in files to those in memory."""
     return {
         name.removeprefix(PEFT_PREFIX).replace(".weight", f".{ADAPTER_NAME}.weight"): one
         for name, one in tensors.items()

@@ -38,7 +38,7 @@ def prepare_distributed(recipe: Recipe) -> None:
 def check_distributed_recipe(recipe: Recipe, num_processes: int) -> None:
     """Refuse what `num_processes` ranks cannot do, on any machine."""
     train = recipe.train
-    if recipe.uses_motion:
+    if recipe.uses_extrapolation:
         raise NpoError(
             f"an extrapolated guide holds two whole models in one process, and there are {num_processes} processes",
             "start one process, or set guide.source=cache",

@@ -144,7 +144,7 @@ def build_session(
 
     `extrapolates_weights`: the policy will be extrapolated in weights although the recipe does not say so.
     """
-    engine = open_session_engine(recipe, policy, doubles_rank=extrapolates_weights or recipe.pushes_weights)
+    engine = open_session_engine(recipe, policy, doubles_rank=extrapolates_weights or recipe.extrapolates_weights)
     return Session(
         recipe=recipe,
         run=run,

@@ -42,7 +42,7 @@ SPACES = ("logits", "weights")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extrapolation:
-    """From an older checkpoint to the policy of a step, and beyond."""
+    """What is extrapolated: the policy of a step, away from an older checkpoint."""
 
     space: Literal["logits", "weights"]
     k: int
@@ -55,7 +55,7 @@ class Extrapolation:
 
     @property
     def lag(self) -> int:
-        """Steps between the two; k, or a little more where no checkpoint lies exactly there."""
+        """Steps between the two: k, or more where no checkpoint lies exactly there."""
         return self.step - self.older_checkpoint.step
 
     @property
