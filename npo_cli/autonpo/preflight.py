@@ -113,6 +113,11 @@ def validate_pool_and_probe(recipe: Recipe) -> None:
             "and such a replay does not visit them",
             "autonpo.rollback.data=same",
         )
+    if recipe.scoring.selection_rule == "value":
+        raise NpoError(
+            "scoring.selection_rule is value, which forecasts the replay of a guide candidate; AutoNPO has no forecast",
+            "scoring.selection_rule=argmax or one_se",
+        )
     if autonpo.probe.variance_samples == "learner" and recipe.scoring.variance not in BIDIRECTIONAL_KINDS:
         raise NpoError(
             f"autonpo.probe.variance_samples is learner, but scoring.variance={recipe.scoring.variance} can only be "

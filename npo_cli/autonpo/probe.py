@@ -87,7 +87,7 @@ def run_probe(probe: Probe) -> Generator[Progress, None, ProbeResult]:
         probe.strata,
         count_passes(groups),
         drift_samples,
-        formula=SignalFormula(settings=recipe.scoring, group_size=recipe.train.group_size),
+        formula=SignalFormula.of(recipe),
         settings=recipe.autonpo,
         seed=derive_seed(probe.seed, "bootstrap"),
         num_tokens=count_generated_tokens(groups),
@@ -164,7 +164,9 @@ def score_past_checkpoints(probe: Probe, groups: Sequence[Group]) -> Generator[P
         distance = step - checkpoint.step
         failed = find_failed_prompt_ids(probe, distance)
         inside = [pair for pair in samples if pair[0].prompt_id in failed]
-        forward = compute_learner_ratios(session.policy, session.recipe, inside, cap=session.recipe.scoring.weight_cap)
+        forward = compute_learner_ratios(
+            session.policy, session.recipe, inside, cap=SignalFormula.of(session.recipe).token_cap
+        )
         drift_samples.append(DriftSamples(distance=distance, forward=forward, backward=backward[checkpoint.step]))
     yield Progress(description="score past checkpoints", done=len(past), total=len(past))
     charge_probe(probe, piece="logprobs", tokens=0, began=began)
@@ -200,4 +202,4 @@ def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
         if group.prompt.prompt_id in failed
         for rollout in group.on_policy.rollouts
     ]
-    return compute_learner_ratios(session.policy, session.recipe, rows, cap=session.recipe.scoring.weight_cap)
+    return compute_learner_ratios(session.policy, session.recipe, rows, cap=SignalFormula.of(session.recipe).token_cap)

@@ -10,11 +10,12 @@ from npo_cli.cli.output import print_records
 from npo_cli.guides.source import describe_sources, parse_spec
 
 SourceOpt = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--source",
         metavar="SPEC",
-        help="Guide source, one of the list above. [default: guide.replay.guide_step]",
+        help="Guide source, one of the list above. [default: the choice of the newest scoring of this learner, else "
+        "guide.replay.guide_step]",
         show_default=False,
     ),
 ]
@@ -31,7 +32,7 @@ def sample_guide(
     overrides: OverridesArg = None,
     *,
     at: AtOpt = None,
-    source: SourceOpt = "checkpoint",
+    source: SourceOpt = None,
     steps: StepsOpt = None,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the guide cache.")] = None,
     branch: BranchOpt = None,
@@ -39,7 +40,7 @@ def sample_guide(
     as_json: JsonOpt = False,
 ) -> None:
     """Build a guide cache: sample a guide on the prompts of a replay."""
-    spec = parse_spec(source)
+    spec = None if source is None else parse_spec(source)
     load_run_recipe(run, overrides, branch=branch)
 
     from npo_cli.guides.build_cache import build_guide_cache

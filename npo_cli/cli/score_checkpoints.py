@@ -38,10 +38,11 @@ def score_checkpoints(
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Rank guide candidates for a learner by S = Q/V.
+    """Rank guide candidates for a learner by S = Q_net/V.
 
-    Q: pass rate on prompts that the learner fails. V: variance that the candidate's samples bring into the learner's
-    gradient. Candidates are later checkpoints of the run, and any other guide source. Each figure has a 95 % interval.
+    Q_net: pass rate on prompts that the learner fails, minus the learner's own second try. V: variance that the
+    candidate's samples bring into the learner's gradient. Candidates are later checkpoints of the run, any other guide
+    source, and always no guide at all, which may win. Each figure has a 95 % interval.
     """
     check_figure_path(figure)
     steps = None if candidates is None else parse_steps(candidates)

@@ -193,18 +193,24 @@ class ScoringSettings(Settings):
     )
     samples_per_prompt: Count = Field(8, description="Responses per prompt, for the learner and for each candidate.")
     quality: Literal["pass@1", "pass@k"] = Field("pass@k", description="Quality Q used in S.")
+    quality_baseline: Literal["learner", "none"] = Field(
+        "learner",
+        description="What is subtracted from Q in S: the learner's own second try on the same prompts (`learner`), or "
+        "nothing (`none`, as published).",
+    )
     variance: Literal["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"] = Field(
-        "group2", description="Variance estimator V used in S."
+        "kl_exp", description="Variance estimator V used in S."
     )
     kl_scale: float = Field(1.0, gt=0, description="kl_exp: kappa, the factor of the KL in the exponent.")
     weight_cap: float = Field(10.0, gt=1, description="Truncation C of sequence and token importance weights.")
     kl_average: Literal["sequence", "token"] = Field(
         "sequence", description="Per-token KL: mean over sequences of each sequence's mean, or mean over all tokens."
     )
-    variance_exponent: float = Field(1.0, ge=0, description="Exponent alpha in S = Q / V^alpha.")
-    selection_rule: Literal["argmax", "one_se"] = Field(
+    variance_exponent: float = Field(1.0, ge=0, description="Exponent alpha of V in S.")
+    selection_rule: Literal["argmax", "one_se", "value"] = Field(
         "argmax",
-        description="How the guide is chosen from S: highest S (`argmax`), or one standard error rule (`one_se`).",
+        description="How the guide is chosen: highest S (`argmax`), one standard error rule (`one_se`), or most steps "
+        "saved per cost, at least 1 (`value`). No guide is selected unless Q minus the learner's own is above 0.",
     )
     budget: int | None = Field(
         None,

@@ -212,7 +212,7 @@ def measure_learner(
     with open_task_and_policy(learner.recipe, learner.checkpoint) as (task, policy):
         # Scores, guides and replays each have their own engine: an external model may need its memory.
         calibration = open_calibration(run, learner.branch, learner.step, settings=describe_replays(plan))
-        scores = yield from score_candidates(
+        *scores, _no_guide = yield from score_candidates(
             run,
             learner,
             plan.scored,

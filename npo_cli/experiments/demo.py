@@ -7,7 +7,7 @@ from npo_cli.config.loading import load_recipe
 from npo_cli.errors import quote_path
 from npo_cli.guides.build_cache import build_guide_cache
 from npo_cli.guides.score import score_run
-from npo_cli.guides.source import make_spec
+from npo_cli.guides.source import make_spec, parse_spec
 from npo_cli.report.plotting import plot_accuracy_curves
 from npo_cli.report.show import THRESHOLDS
 from npo_cli.storage.cost_sums import cost_to_threshold, learning_curve
@@ -18,12 +18,12 @@ from npo_cli.training.train import MAIN, train_run
 from npo_cli.types.costs import CostToThreshold, CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Notice, Progress, StepReport
-from npo_cli.types.scores import CandidateScore
+from npo_cli.types.scores import CandidateScore, GuideChoice
 
 RECIPE = "npo-early"
 GUIDE = "near-future"
 CANDIDATES = (20, 40, 60)
-SCORE_OVERRIDES = ("scoring.num_prompts=96", "scoring.samples_per_prompt=4")
+SCORE_OVERRIDES = ("scoring.num_prompts=48",)
 
 DemoRecord = (
     Progress
@@ -32,6 +32,7 @@ DemoRecord = (
     | EvalReport
     | CheckpointEntry
     | CandidateScore
+    | GuideChoice
     | GuideCacheInfo
     | CurvePoint
     | CostToThreshold
@@ -53,19 +54,17 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
     yield Notice(
         message=f"3/5 npo score-checkpoints {quote_path(out)} --at {at} --candidates {steps} {' '.join(SCORE_OVERRIDES)}"  # noqa: E501
     )
-    best, candidates = None, [make_spec("checkpoint", {"step": step}) for step in CANDIDATES]
+    chosen, candidates = None, [make_spec("checkpoint", {"step": step}) for step in CANDIDATES]
     for record in score_run(out, at=at, sources=candidates, branch=None, overrides=SCORE_OVERRIDES):
-        if isinstance(record, CandidateScore) and record.is_selected:
-            best = record.step
+        if isinstance(record, GuideChoice):
+            chosen = record.chosen
         yield record
+    if chosen is None:
+        yield Notice(message="the demo ends here: without a guide there is nothing to replay", level="warning")
+        return
 
-    yield Notice(message=f"4/5 npo sample-guide {quote_path(out)} --source {best} --at {at} --name {GUIDE}")
-    yield from build_guide_cache(
-        out,
-        spec=make_spec("checkpoint", {"step": best}),
-        at=at,
-        name=GUIDE,
-    )
+    yield Notice(message=f"4/5 npo sample-guide {quote_path(out)} --at {at} --name {GUIDE}")
+    yield from build_guide_cache(out, spec=parse_spec(chosen), at=at, name=GUIDE)
 
     yield Notice(message=f"5/5 npo resume {quote_path(out)} --at {at} --guide {GUIDE}")
     replay = resume_run(

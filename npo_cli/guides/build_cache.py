@@ -12,16 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from npo_cli.config.guides import GuideCacheSettings
-from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, create_source, open_source
+from npo_cli.errors import NpoError
+from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, create_source, open_source, parse_spec
 from npo_cli.seeds import derive_seed
-from npo_cli.session.learner import find_learner, list_replay_prompts
+from npo_cli.session.learner import Learner, find_learner, list_replay_prompts
 from npo_cli.session.session import open_task_and_policy
 from npo_cli.storage.costs import CostKind, append_cost
 from npo_cli.storage.guide_cache import GuideCacheWriter, QueriedPrompt, finish_guide_cache, open_guide_cache
-from npo_cli.storage.layout import open_run, validate_name
+from npo_cli.storage.layout import RunDir, open_run, validate_name
 from npo_cli.storage.lock import lock_run
+from npo_cli.storage.sample_store import find_latest_scores
 from npo_cli.types.guides import GuideCacheInfo, GuideRollout, SourceSpec
 from npo_cli.types.rollouts import Notice, Progress, Prompt, Rollout
+from npo_cli.types.scores import choose_guide
 
 CHUNK_PROMPTS = 64
 
@@ -29,16 +32,19 @@ CHUNK_PROMPTS = 64
 def build_guide_cache(
     root: Path,
     *,
-    spec: SourceSpec,
+    spec: SourceSpec | None,
     at: int | None,
     name: str | None = None,
     branch: str | None = None,
     steps: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Iterator[Progress | Notice | GuideCacheInfo]:
-    """Fill the guide cache `name`, or finish it."""
+    """Fill the guide cache `name`, or finish it. `spec` None: the choice of the newest scoring of this learner."""
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
+    if spec is None:
+        spec = find_chosen_guide(run, learner)
+        yield Notice(message=f"guide source: {spec.text}")
     source = create_source(spec, ReplayTarget(run=run, learner=learner, steps=steps))
     num_steps = source.num_steps
     name = validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
@@ -55,6 +61,23 @@ def build_guide_cache(
         yield from fill_cache(source, info, writer, prompts)
         yield from warning_notices(warning for warning in source.warnings() if warning not in early)
         yield finish_guide_cache(run, info, is_external=source.is_external)
+
+
+def find_chosen_guide(run: RunDir, learner: Learner) -> SourceSpec:
+    """The guide that the newest scoring of the learner selected; without a scoring, guide.replay.guide_step.
+
+    Refused where the scoring found no guide worth it.
+    """
+    scored = find_latest_scores(run, branch=learner.branch, learner_step=learner.step)
+    if scored is None:
+        return parse_spec("checkpoint")
+    choice = choose_guide(scored.scores)
+    if choice.chosen is None:
+        raise NpoError(
+            f"the newest scoring of step {learner.step} selects no guide: {choice.reason}",
+            "name one with --source SPEC to use it all the same, score others, or choose another --at",
+        )
+    return parse_spec(choice.chosen)
 
 
 def warning_notices(warnings: Iterable[str]) -> Iterator[Notice]:

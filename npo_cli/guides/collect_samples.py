@@ -12,6 +12,7 @@ from npo_cli.guides.source import GuideSource, compute_logprobs, open_source
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.scoring.variance import SampleRatio
 from npo_cli.session.learner import Learner
+from npo_cli.session.recorded_steps import RecordedSteps
 from npo_cli.session.session import SamplingSpec, Session, sample_groups, sample_groups_per_version
 from npo_cli.storage.checkpoints import Checkpoint
 from npo_cli.storage.costs import CostKind, append_cost
@@ -37,6 +38,10 @@ class ScoringState:
     samples: dict[tuple[str, str], tuple[Rollout, ...]]
     """By (candidate, prompt id): everything sampled so far, by this process or an earlier one. behavior_logps are from
     the trainer's forward pass."""
+    horizon: int
+    """Last step of the segment ahead, whose prompts are screened."""
+    recorded: RecordedSteps
+    """What the run recorded of its steps, for the forecast."""
     ratios: dict[tuple[str, str], list[SampleRatio]] = field(default_factory=dict)
     cost_kind: CostKind = "score"
 

@@ -1,4 +1,4 @@
-"""`npo score-checkpoints`: Q, V and S = Q/V of guide candidates for one learner.
+"""`npo score-checkpoints`: Q, V, S and a forecast of guide candidates for one learner, "no guide" among them.
 
 The learner is sampled on prompts of the segment ahead; those that it mostly fails are given to the learner once more
 (the control, and the KL floor) and to each candidate: later checkpoints, and any other guide source. V needs the
@@ -26,6 +26,7 @@ from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.policy.model import Policy
 from npo_cli.report.score_plots import plot_scores
+from npo_cli.scoring.forecast import ReplaySegment
 from npo_cli.scoring.halving import HalvingRound, halving_rounds, select_survivors
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.ranking import CandidateResults, rank_candidates, variance_range_warning
@@ -33,6 +34,7 @@ from npo_cli.scoring.variance import SignalFormula
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner, find_learner, list_later_checkpoints, list_replay_prompts
 from npo_cli.session.logprob_pass import compute_learner_ratios
+from npo_cli.session.recorded_steps import RecordedSteps
 from npo_cli.session.session import Session, build_session, load_checkpoint, open_task_and_policy
 from npo_cli.storage.costs import CostKind
 from npo_cli.storage.layout import RunDir, open_run
@@ -41,7 +43,7 @@ from npo_cli.storage.sample_store import open_sample_store, save_scores
 from npo_cli.tasks.task import Task
 from npo_cli.types.guides import SourceSpec
 from npo_cli.types.rollouts import Notice, Progress, Prompt
-from npo_cli.types.scores import CandidateScore
+from npo_cli.types.scores import CandidateScore, GuideChoice, choose_guide
 
 
 def score_run(
@@ -52,8 +54,11 @@ def score_run(
     branch: str | None,
     overrides: Sequence[str],
     figure: Path | None = None,
-) -> Iterator[Progress | Notice | CandidateScore]:
-    """Screen prompts, sample, rank; yields one score per candidate. `sources` None: every later checkpoint."""
+) -> Iterator[Progress | Notice | CandidateScore | GuideChoice]:
+    """Screen prompts, sample, rank; yields one score per candidate, then one of "no guide", then the choice.
+
+    `sources` None: every later checkpoint.
+    """
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
     recipe = learner.recipe
@@ -67,6 +72,7 @@ def score_run(
         if warning:
             yield Notice(message=warning, level="warning")
     yield from scores
+    yield choose_guide(scores)
     if figure is not None:
         plot_scores(scores, figure, title=f"{run.root.resolve().name}: guide candidates for step {learner.step}")
         yield Notice(message=f"figure: {figure}")
@@ -82,8 +88,8 @@ def score_candidates(
     folder: Path | None = None,
     cost_kind: CostKind = "score",
 ) -> Generator[Progress | Notice, None, tuple[CandidateScore, ...]]:
-    """The scores of validated candidates; the samples are stored in `folder` (None: RUN/scores). Leaves any weights in
-    the policy."""
+    """The scores of validated candidates, then that of "no guide"; the samples are stored in `folder` (None:
+    RUN/scores). Leaves any weights in the policy."""
     horizon, rounds = find_horizon(candidates, learner), plan_rounds(candidates, learner.recipe)
     # A candidate that cannot be used is refused before anything is sampled.
     for source in candidates:
@@ -94,8 +100,8 @@ def score_candidates(
             yield from warning_notices(source.check(task, policy))
     policy.load(learner.checkpoint.path)
     with closing(build_session(run, learner.recipe, task=task, policy=policy)) as session:
-        state = open_scoring_state(session, learner, candidates, folder=folder, cost_kind=cost_kind)
-        failed = yield from screen_prompts(state, horizon)
+        state = open_scoring_state(session, learner, candidates, horizon=horizon, folder=folder, cost_kind=cost_kind)
+        failed = yield from screen_prompts(state)
         yield from sample_learner(state, failed, candidate=CONTROL)
         scores = yield from sample_and_rank(state, candidates, failed, rounds)
     if scores is None:
@@ -183,6 +189,7 @@ def open_scoring_state(
     learner: Learner,
     candidates: Sequence[GuideSource],
     *,
+    horizon: int,
     folder: Path | None = None,
     cost_kind: CostKind = "score",
 ) -> ScoringState:
@@ -202,13 +209,21 @@ def open_scoring_state(
             "max_new_tokens": recipe.sampling.max_new_tokens,
         },
     )
-    return ScoringState(session=session, learner=learner, store=store, samples=store.read(), cost_kind=cost_kind)
+    return ScoringState(
+        session=session,
+        learner=learner,
+        store=store,
+        samples=store.read(),
+        horizon=horizon,
+        recorded=RecordedSteps(run=session.run, branch=learner.branch),
+        cost_kind=cost_kind,
+    )
 
 
-def screen_prompts(state: ScoringState, horizon: int) -> Generator[Progress | Notice, None, list[Prompt]]:
+def screen_prompts(state: ScoringState) -> Generator[Progress | Notice, None, list[Prompt]]:
     """Prompts of the segment ahead into which a guide would be injected: those the learner fails in k samples."""
     learner = state.learner
-    prompts = list_replay_prompts(state.session, learner, horizon - learner.step)[: state.settings.num_prompts]
+    prompts = list_replay_prompts(state.session, learner, state.horizon - learner.step)[: state.settings.num_prompts]
     yield from sample_learner(state, prompts, candidate=SCREENING)
     limit = learner.recipe.guide.inject.max_accuracy
     failed = []
@@ -275,9 +290,36 @@ def rank_round(
         )
         for source, own in prompts.items()
     ]
-    recipe = learner.recipe
-    formula = SignalFormula(settings=recipe.scoring, group_size=recipe.train.group_size)
-    return rank_candidates(itself, results, formula, seed=derive_seed(recipe.train.seed, "bootstrap", learner.step))
+    screened = sum(rollout.num_tokens for key, own in state.samples.items() if key[0] == SCREENING for rollout in own)
+    num_tokens = screened + sum(own.num_tokens for own in (itself, *results) if own.is_fresh)
+    results = [replace(own, segment=describe_segment(state, own.step, scoring_tokens=num_tokens)) for own in results]
+    seed = derive_seed(learner.recipe.train.seed, "bootstrap", learner.step)
+    return rank_candidates(itself, results, SignalFormula.of(learner.recipe), seed=seed)
+
+
+def describe_segment(state: ScoringState, guide_step: int | None, *, scoring_tokens: int) -> ReplaySegment | None:
+    """The replay of a guide, and what the run recorded from the learner up to the guide (else up to the last step of
+    the replay); None where it recorded nothing."""
+    learner, recipe = state.learner, state.learner.recipe
+    inject, cache = recipe.guide.inject, recipe.guide.cache
+    ahead = max(0, (guide_step or 0) - learner.step)
+    num_steps = recipe.guide.replay.num_steps or ahead or state.horizon - learner.step
+    recorded = state.recorded.summarize(learner.step, learner.step + (ahead or num_steps), inject.max_accuracy)
+    if recorded is None:
+        return None
+    return ReplaySegment(
+        num_steps=num_steps,
+        lost_steps=ahead,
+        num_prompts=len(list_replay_prompts(state.session, learner, num_steps)),
+        eligible_share=recorded.eligible_groups / recorded.groups,
+        eligible_per_step=recorded.eligible_groups / recorded.steps,
+        correct_per_step=max(1, recorded.correct_in_eligible) / recorded.steps,
+        tokens_per_step=recorded.tokens / recorded.steps,
+        slots=inject.slots,
+        most_draws=cache.samples_per_prompt,
+        draws_per_round=cache.samples_per_prompt if cache.draws_all else cache.samples_per_round,
+        scoring_tokens=scoring_tokens,
+    )
 
 
 def _compute_ratios(state: ScoringState, candidate: str, prompts: Sequence[Prompt]) -> None:
@@ -288,7 +330,7 @@ def _compute_ratios(state: ScoringState, candidate: str, prompts: Sequence[Promp
         return
     started = time.perf_counter()
     for ratio in compute_learner_ratios(
-        state.session.policy, state.session.recipe, pairs, cap=state.settings.weight_cap
+        state.session.policy, state.session.recipe, pairs, cap=SignalFormula.of(state.learner.recipe).token_cap
     ):
         state.ratios.setdefault((candidate, ratio.prompt_id), []).append(ratio)
     state.charge(piece=f"{candidate} logprobs", started=started)
@@ -309,6 +351,9 @@ def collect_results(
         step=step,
         distance=None if step is None else step - state.learner.step,
         pass_counts=tuple(counts),
+        num_tokens=sum(
+            rollout.num_tokens for prompt in prompts for rollout in state.samples.get((candidate, prompt.prompt_id), ())
+        ),
         ratios=tuple(ratio for prompt in prompts for ratio in state.ratios.get((candidate, prompt.prompt_id), ())),
         is_fresh=is_fresh,
     )

@@ -17,6 +17,7 @@ from npo_cli.report.table import Table, format_count, format_interval, format_nu
 from npo_cli.report.tables import evals_tables, guides_tables, lineage_tables, scores_tables
 from npo_cli.report.tables_autonpo import probe_tables, transitions_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables, costs_tables
+from npo_cli.report.tables_scores import describe_choice
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold, costs_by_activity, learning_curve
 from npo_cli.storage.guide_cache import list_guide_caches
@@ -245,9 +246,10 @@ def _scores(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
 
 
 def _selection(scores: Sequence[CandidateScore]) -> str:
-    best = next((one for one in scores if one.is_selected), None)
-    rule = "Q: how often it solves prompts that the learner fails. V: variance cost of its distance. S = Q / V."
-    return rule if best is None else f"{rule} {best.candidate} has the largest S in {best.p_best:.0%} of the resamples."
+    return (
+        "Q: how often it solves prompts that the learner fails. Q_net: beyond the learner's own second try. V: "
+        f"variance cost of its distance. S = Q_net / V. {describe_choice(scores)}"
+    )
 
 
 def _cost(run: RunDir, branch: str) -> Subsection:

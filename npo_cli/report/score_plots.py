@@ -1,4 +1,4 @@
-"""Plots of Q, V and S = Q/V: of guide candidates for a learner, and of the rollback distances of a probe."""
+"""Plots of Q, V and S: of guide candidates for a learner, and of the rollback distances of a probe."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from npo_cli.types.scores import CandidateScore
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCORE_PANELS = (("quality", "Q", COLOURS[2]), ("variance", "V", COLOURS[1]), ("signal", "S = Q / V", COLOURS[0]))
+SCORE_PANELS = (("quality", "Q", COLOURS[2]), ("variance", "V", COLOURS[1]), ("signal", "S", COLOURS[0]))
 SCORE_PLOT_WIDTH = 4.6
 MAX_NAME_CHARS = 28
 ValueWithInterval = tuple[float, float, float]
@@ -148,7 +148,7 @@ def plot_scores(scores: Sequence[CandidateScore], path: Path, title: str = "") -
             COLOURS[1],
             [_all(one.variance, one.variance_low, one.variance_high) for one in ordered],
         ),
-        (f"S = Q / V{best}", COLOURS[0], [_all(one.signal, one.signal_low, one.signal_high) for one in ordered]),
+        (f"S{best}", COLOURS[0], [_all(one.signal, one.signal_low, one.signal_high) for one in ordered]),
     )
     with open_figure(path, title=title, height=1.9 + 0.42 * len(ordered)) as figure:
         axes = figure.subplots(1, len(panels), sharey=True)

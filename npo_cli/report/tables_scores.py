@@ -12,7 +12,12 @@ from npo_cli.report.table import (
     number_column,
     text_column,
 )
-from npo_cli.types.scores import CandidateScore
+from npo_cli.types.scores import NO_GUIDE, CandidateScore, choose_guide
+
+REFUTED_KINDS = {
+    "group2": "with group2, S named the worst of six guides of micro at step 0 (two seeds), and 13.375 for all far ones"
+}
+"""Kinds of V that a measured gain scan refuted, and how."""
 
 
 def scores_tables(scores: Sequence[CandidateScore]) -> tuple[Table, ...]:
@@ -35,12 +40,17 @@ def sort_candidates(scores: Sequence[CandidateScore]) -> list[CandidateScore]:
 def _signal_table(scores: Sequence[CandidateScore]) -> Table:
     columns = (
         *(text_column("candidate"), count_column("distance")),
-        *(interval_column("Q", "quality"), interval_column("V", "variance"), interval_column("S = Q/V", "signal")),
+        *(interval_column("Q", "quality"), interval_column("Q_net", "quality_net")),
+        *(interval_column(name_variance(scores), "variance"), interval_column("S", "signal")),
         number_column("p(best)", "p_best", digits=2),
-        *(number_column("pass@1", "pass_at_1"), number_column("pass@k", "pass_at_k")),
-        *(number_column("Q - Q_self", "quality_net"), number_column("ESS", "ess_fraction"), Column("", _mark)),
+        *(number_column("price", "price", digits=1), interval_column("value", "value"), Column("", _mark)),
     )
     return build_table("Guide candidates", scores, columns, notes=_notes(scores))
+
+
+def name_variance(scores: Sequence[CandidateScore]) -> str:
+    """`V`, or `V (distance)` where injected responses have no importance weight whose variance it could be."""
+    return "V (distance)" if any(one.is_distance for one in scores) else "V"
 
 
 def _mark(score: CandidateScore) -> str:
@@ -48,21 +58,37 @@ def _mark(score: CandidateScore) -> str:
     return " ".join(word for word, applies in marks if applies)
 
 
+def describe_choice(scores: Sequence[CandidateScore]) -> str:
+    """Which guide is selected and how reliably, or that no guide is worth it and why."""
+    choice = choose_guide(scores)
+    if choice.chosen is None:
+        selected = any(one.is_selected for one in scores)
+        return f"No guide is worth it here: {choice.reason}." if selected else f"No guide is selected: {choice.reason}."
+    selected = next(one for one in scores if one.is_selected)
+    text = f"{selected.candidate} is selected; it has the largest S in {selected.p_best:.0%} of the resamples."
+    if selected.quality_net_split is None:
+        return text
+    return (
+        f"{text} Its Q_net of {selected.quality_net:+.3f} is from the prompts that selected it, so rather too high: "
+        f"selected by one half of the prompts and measured on the other it is {selected.quality_net_split:+.3f}."
+    )
+
+
 def _notes(scores: Sequence[CandidateScore]) -> tuple[str, ...]:
     first = max(scores, key=lambda one: one.num_prompts)
     kind = next((one.quality_kind for one in scores if one.quality_kind != "any"), "any")
     notes = [
-        f"Q is {kind} and V is {first.variance_kind}, with 95 % intervals; {first.num_prompts} prompts that the "
-        f"learner mostly fails, {first.samples_per_prompt:.3g} samples per prompt."
+        f"Q is {kind}, Q_net is Q minus the learner's own second try, {name_variance(scores)} is "
+        f"{first.variance_kind}, with 95 % intervals; {first.num_prompts} prompts that the learner mostly fails, "
+        f"{first.samples_per_prompt:.3g} samples per prompt.",
+        "price: steps thrown away, guide tokens and scoring, in training steps; value: forecast steps saved / price.",
+        describe_choice(scores),
     ]
     selected = next((one for one in scores if one.is_selected), None)
     if selected is not None:
-        notes.append(
-            f"{selected.candidate} is selected; it has the largest S in {selected.p_best:.0%} of the resamples."
-        )
         others = ", ".join(f"{name} {choice}" for name, choice in sorted(selected.selection_by_profile.items()))
-        notes.append(f"Other rules and profiles would select: {others}.")
-    notes += [f"{one.candidate}: {one.note}." for one in scores if one.note]
+        notes.append(f"Rules and profiles select: {others}.")
+    notes += [f"{one.candidate}: {one.note}." for one in scores if one.note and one.candidate != NO_GUIDE]
     if any(one.is_unreliable for one in scores):
         notes.append("unreliable V: it rests on a few samples; compare other kinds of V there.")
     return tuple(notes)
@@ -73,12 +99,22 @@ def _variance_table(scores: Sequence[CandidateScore]) -> Table:
     own = scores[0].variance_kind
     kinds = sorted({kind for one in scores for kind in one.variances} - {own})
     columns = (
-        *(text_column("candidate"), count_column("distance"), number_column(f"{own} *", "variance")),
-        *(Column(kind, lambda one, kind=kind: format_number(one.variances.get(kind))) for kind in kinds),
+        *(text_column("candidate"), count_column("distance"), number_column(f"{_name_kind(own)} *", "variance")),
+        *(Column(_name_kind(kind), lambda one, kind=kind: format_number(one.variances.get(kind))) for kind in kinds),
         *(number_column("KL/token", "kl_per_token"), number_column("KL/sequence", "kl_per_sequence")),
-        number_column("length", "mean_length", digits=1),
+        *(number_column("length", "mean_length", digits=1), number_column("ESS", "ess_fraction")),
+        *(number_column("pass@1", "pass_at_1"), number_column("pass@k", "pass_at_k")),
     )
-    return build_table("V by kind (* enters S; KL in nats, length in tokens)", scores, columns, drops_empty=True)
+    title = f"{name_variance(scores)} by kind (* enters S; KL in nats, length in tokens)"
+    return build_table(title, scores, columns, notes=_refuted_notes((own, *kinds)), drops_empty=True)
+
+
+def _name_kind(kind: str) -> str:
+    return f"{kind} (refuted)" if kind in REFUTED_KINDS else kind
+
+
+def _refuted_notes(kinds: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"refuted: {REFUTED_KINDS[kind]}." for kind in kinds if kind in REFUTED_KINDS)
 
 
 def _p_best_table(scores: Sequence[CandidateScore]) -> Table:
@@ -91,7 +127,7 @@ def _p_best_table(scores: Sequence[CandidateScore]) -> Table:
     kinds = sorted({kind for one in scores for kind in one.p_best_by_variance_kind})
     columns = (
         *(text_column("candidate"), count_column("distance")),
-        *(Column(kind, lambda one, kind=kind: share(one, kind)) for kind in kinds),
+        *(Column(_name_kind(kind), lambda one, kind=kind: share(one, kind)) for kind in kinds),
     )
     title = "p(best) by kind of V: share of resamples with the largest S (* the largest S without resampling)"
     return build_table(title, scores, columns)

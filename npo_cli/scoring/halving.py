@@ -47,6 +47,7 @@ def halving_rounds(num_candidates: int, budget: int) -> list[HalvingRound]:
 
 
 def select_survivors(scores: Sequence[CandidateScore], keep: int) -> list[str]:
-    """The `keep` candidates of largest S, nearest first; of equals the nearer stays. All, if keep is more."""
-    ranked = sorted(scores, key=lambda score: (-(score.signal or 0.0), score.distance or 0))
+    """The `keep` candidates of largest S (of several with S = 0, of largest Q_net), nearest first; of equals the nearer
+    stays. All, if keep is more."""
+    ranked = sorted(scores, key=lambda one: (-(one.signal or 0.0), -one.quality_net, one.distance or 0))
     return [score.candidate for score in sorted(ranked[:keep], key=lambda score: score.distance or 0)]

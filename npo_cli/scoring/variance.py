@@ -7,11 +7,12 @@ both policies. Axes: N samples, P prompts, B bootstrap resamples (row 0 = the da
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from npo_cli.config.guides import ScoringSettings
+from npo_cli.config.guides import InjectSettings, ScoringSettings
+from npo_cli.config.recipe import Recipe
 from npo_cli.scoring.quality import Floats
 
 VarianceKind = Literal["kl_exp", "tok2", "tok2_grad", "seq2", "seq2_lognormal", "ess", "group2"]
@@ -41,13 +42,44 @@ class SampleRatio:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SignalFormula:
-    """What turns samples into S = Q/V^alpha: the scoring settings and the group size."""
+    """What turns samples into S: the scoring settings, and how an injected response is trained."""
 
     settings: ScoringSettings
     group_size: int
-    """Rollouts per group, n; V of the group assumes that one of them is the guide's."""
+    """Own rollouts per group, n."""
+    inject: InjectSettings
+    clip_high: float
+    """loss.clip_high."""
 
-    def with_variance(self, kind: VarianceKind, **changes: float) -> "SignalFormula":
+    @classmethod
+    def of(cls, recipe: Recipe) -> "SignalFormula":
+        """The formula of a recipe."""
+        return cls(
+            settings=recipe.scoring,
+            group_size=recipe.train.group_size,
+            inject=recipe.guide.inject,
+            clip_high=recipe.loss.clip_high,
+        )
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether an injected response has an importance weight to the guide (ratio `exact`, `decoupled`).
+
+        With `proximal`, `none` and `unit` it has none: V is then a distance between policies, not a variance.
+        """
+        return self.inject.ratio in ("exact", "decoupled")
+
+    @property
+    def token_cap(self) -> float:
+        """Largest weight of an injected token: 1 + clip_high where the clip acts (ratio `exact`), the cap of
+        `decoupled`, else `scoring.weight_cap`."""
+        if self.inject.ratio == "exact" and self.inject.clip_off_policy and self.inject.ratio_shaping == "none":
+            return min(self.settings.weight_cap, 1.0 + self.clip_high)
+        if self.inject.ratio == "decoupled":
+            return min(self.settings.weight_cap, self.inject.decoupled_cap)
+        return self.settings.weight_cap
+
+    def with_variance(self, kind: VarianceKind, **changes: Any) -> "SignalFormula":
         """The same formula with another estimator of V, and perhaps other settings of it."""
         return replace(self, settings=self.settings.model_copy(update={"variance": kind, **changes}))
 
@@ -198,9 +230,12 @@ def _ess(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
 
 
 def _group2(moments: Moments, floor: KLFloor, formula: SignalFormula) -> Floats:
-    """V = (n - 1 + min(exp(2 KL per sequence), C^2))/n: one guide slot in a group of n."""
-    log_slot = np.minimum(_seq2_lognormal(moments, floor, formula), 2.0 * np.log(formula.settings.weight_cap))
-    return np.log((formula.group_size - 1 + np.exp(log_slot)) / formula.group_size)
+    """V = (n - k + k min(exp(2 KL per sequence), C^2))/n: k guide slots of n (n + k with `append`), C = token_cap."""
+    slots, num_rows = formula.inject.slots, formula.group_size
+    num_rows += slots if formula.inject.mode == "append" else 0
+    slots = min(slots, num_rows)
+    log_slot = np.minimum(_seq2_lognormal(moments, floor, formula), 2.0 * np.log(formula.token_cap))
+    return np.log((num_rows - slots + slots * np.exp(log_slot)) / num_rows)
 
 
 VARIANCE_ESTIMATORS: Mapping[VarianceKind, Callable[[Moments, KLFloor, SignalFormula], Floats]] = {

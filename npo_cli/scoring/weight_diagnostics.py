@@ -62,12 +62,16 @@ def select_correct(samples: Sequence[SampleRatio]) -> tuple[SampleRatio, ...]:
 
 
 def select_variance_samples(samples: Sequence[Sequence[SampleRatio]]) -> list[tuple[SampleRatio, ...]]:
-    """Per candidate the samples that V rests on: the correct ones if every sampled candidate has 32 of them, else all.
+    """The samples that V rests on, of each candidate by itself: its correct ones if there are 32, else all of them.
 
-    All candidates are measured in the same way, so that their V can be compared.
+    A candidate with few correct samples, which is hardly chosen, does not change how the others are measured.
     """
-    use_correct = all(len(select_correct(own)) >= MIN_SAMPLES for own in samples if own)
-    return [select_correct(own) if use_correct else tuple(own) for own in samples]
+    return [select_correct(own) if has_enough_correct(own) else tuple(own) for own in samples]
+
+
+def has_enough_correct(samples: Sequence[SampleRatio]) -> bool:
+    """Whether V rests on the correct samples alone: there are 32 of them."""
+    return len(select_correct(samples)) >= MIN_SAMPLES
 
 
 def pareto_k(log_w_N: Floats) -> float | None:

@@ -1,7 +1,7 @@
 """Records that all packages share: prompts, rollouts and their provenance, groups, checkpoints, step reports.
 
 The policy samples *rollouts* for a *prompt*; those of one prompt at one step form a *group*. The paper's Q, V and
-S = Q/V are quality, variance and signal.
+S are quality, variance and signal.
 """
 
 from collections.abc import Mapping

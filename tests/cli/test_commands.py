@@ -147,8 +147,13 @@ def test_workflow_in_six_commands(tmp_path):
     few = ["scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50"]
     lines_of(called("train", "micro", root, *tiny, "train.num_steps=6", "--json"))
     assert [line["step"] for line in lines_of(called("index", root, "--json"))] == [0, 2, 4, 6]
-    scores = lines_of(called("score-checkpoints", root, "--at", "2", "--candidates", "4,6", *few, "--json"))
-    assert {(line["step"], line["distance"]) for line in scores if line["step"] != 2} == {(4, 2), (6, 4)}
+    *scores, choice = lines_of(called("score-checkpoints", root, "--at", "2", "--candidates", "4,6", *few, "--json"))
+    assert [(line["candidate"], line["distance"]) for line in scores] == [
+        ("checkpoint:4", 2),
+        ("checkpoint:6", 4),
+        ("none", 0),
+    ]
+    assert choice["record"] == "guide_choice"
     assert all({"quality", "variance", "signal"} <= set(line) for line in scores)
     (guide,) = lines_of(called("sample-guide", root, "--at", "2", "--source", "6", "--name", "late", "--json"))
     assert (guide["name"], guide["learner_step"], guide["complete"]) == ("late", 2, True)

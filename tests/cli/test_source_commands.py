@@ -13,6 +13,7 @@ from tests.helpers.teachers import correct_response, correct_rows, write_traces
 from tests.helpers.warm_process import ForkServer, num_lines, start_fork_server, wait_until
 from tests.inference.openai_server import run_server
 
+QUICK = ("scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=20", "guide.inject.max_accuracy=1")
 HOSTILE = "\x1b[31mtr\u202eaces"
 
 
@@ -66,24 +67,51 @@ def test_guide_sources_are_shown_with_their_origin(short_run, tmp_path):
 
 def test_score_checkpoints_of_sources_as_tables_and_as_json(short_run, tmp_path):
     run = copy_run(short_run, tmp_path)
-    quick = (
-        "scoring.samples_per_prompt=2",
-        "scoring.bootstrap_resamples=20",
-        "guide.inject.max_accuracy=1",
-        "--at",
-        "0",
-    )
-    arguments = ("--candidates", "2,4", "--source", "self")
-    table = npo("score-checkpoints", run, *quick, *arguments, "--figure", tmp_path / "s.svg")
+    asked = ("--at", "0", "--candidates", "2,4", "--source", "self")
+    table = npo("score-checkpoints", run, *QUICK, *asked, "--figure", tmp_path / "s.svg")
     assert (table.code, table.out.splitlines()[0]) == (0, "Guide candidates")
     assert (tmp_path / "s.svg").exists()
-    lines = [json.loads(line) for line in npo("score-checkpoints", run, *quick, *arguments, "--json").out.splitlines()]
-    assert [(line["record"], line["candidate"], line["step"], line["distance"]) for line in lines] == [
+    lines = [json.loads(line) for line in npo("score-checkpoints", run, *QUICK, *asked, "--json").out.splitlines()]
+    *scores, choice = lines
+    assert [(line["record"], line["candidate"], line["step"], line["distance"]) for line in scores] == [
         ("candidate_score", "self", 0, 0),
         ("candidate_score", "checkpoint:2", 2, 2),
         ("candidate_score", "checkpoint:4", 4, 4),
+        ("candidate_score", "none", None, 0),
     ]
-    assert {"quality", "variance", "signal"} <= lines[0].keys()
+    assert {"quality", "quality_net_low", "variance", "signal", "price", "value"} <= scores[0].keys()
+    (selected,) = [line["candidate"] for line in scores if line["is_selected"]]
+    assert choice["record"] == "guide_choice"
+    assert choice["chosen"] == (None if selected == "none" else selected)
+
+
+def test_no_guide_wins_and_sample_guide_refuses_to_choose_one(short_run, tmp_path):
+    """The only candidate is the learner itself, which adds nothing to its own second try."""
+    run = copy_run(short_run, tmp_path)
+    asked = ("score-checkpoints", run, "--at", "0", "--source", "self", *QUICK)
+    why = "no candidate is shown to solve more than the learner's own second try (the best, self: +0.000 ["
+    table = npo(*asked).out
+    (line,) = [line for line in table.splitlines() if line.startswith("No guide is worth it here: ")]
+    assert line.startswith(f"No guide is worth it here: {why}")
+    assert sum(line.startswith("none ") and "<- selected" in line for line in table.splitlines()) == 1
+    choice = json.loads(npo(*asked, "--json").out.splitlines()[-1])
+    assert (choice["record"], choice["chosen"], choice["reason"].startswith(why)) == ("guide_choice", None, True)
+    refused = assert_refused("sample-guide", run, "--at", "0", beside=tmp_path)
+    assert refused.message.startswith(f"the newest scoring of step 0 selects no guide: {why}")
+    assert refused.hint.startswith("name one with --source SPEC")
+    assert npo("sample-guide", run, "--at", "0", "--source", "self", "--steps", "2").code == 0
+
+
+def test_sample_guide_without_a_source_takes_the_choice_of_the_newest_scoring(short_run, tmp_path):
+    run = copy_run(short_run, tmp_path)
+    assert npo("score-checkpoints", run, "--at", "0", "--candidates", "2,4", *QUICK).code == 0
+    (path,) = run.glob("scores/*/scores.json")
+    saved = json.loads(path.read_text())
+    for entry in saved["scores"]:
+        entry["is_selected"] = entry["candidate"] == "checkpoint:4"
+    path.write_text(json.dumps(saved))
+    (info,) = map(json.loads, npo("sample-guide", run, "--at", "0", "--json").out.splitlines())
+    assert info["source"]["text"] == "checkpoint:4"
 
 
 def slow_teacher(prompts):

@@ -22,7 +22,7 @@ from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import SampleStore, find_latest_scores, list_sample_stores
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.scores import CandidateScore
-from tests.helpers.runs import copy_run, open_session_at, score, score_records, train
+from tests.helpers.runs import copy_run, open_session_at, score, score_records, score_with_none, train
 from tests.helpers.teachers import correct_response, correct_rows, save_with_other_vocabulary, write_traces
 from tests.inference.openai_server import run_server
 
@@ -59,15 +59,18 @@ def saved_scores(root: Path) -> list[dict]:
 
 def test_score_samples_learner_and_candidates_on_the_prompts_ahead(line, tmp_path):
     root = copy_run(line, tmp_path / "run")
-    scores = score(root, *LENIENT)
+    scores = score_with_none(root, *LENIENT)
     found = prompts_by_candidate(root)
-    assert [entry.step for entry in scores] == [entry.distance for entry in scores] == [1, 2, 3, 4]
+    assert [(entry.step, entry.distance) for entry in scores] == [(1, 1), (2, 2), (3, 3), (4, 4), (None, 0)]
     assert list(found) == [SCREENING, "self", *(f"checkpoint:{step}" for step in (1, 2, 3, 4))]
     assert len(set(map(tuple, found.values()))) == 1
     assert len(found[SCREENING]) == 16
     assert sum(entry.is_selected for entry in scores) == 1
     assert sum(entry.p_best for entry in scores) == pytest.approx(1)
     assert {(entry.num_prompts, entry.num_samples) for entry in scores} == {(16, 64)}
+    nothing = scores[-1]
+    assert (nothing.candidate, nothing.quality_net, nothing.variance, nothing.price) == ("none", 0, 1, 0)
+    assert [entry.quality_self for entry in scores] == pytest.approx([nothing.quality] * 5)
     assert find_latest_scores(open_run(root)).scores == tuple(scores)
 
 
@@ -96,7 +99,7 @@ def test_score_of_the_learner_itself_is_at_the_kl_floor(line, tmp_path):
         run, learner.recipe, task=task, policy=open_policy(learner.recipe, task, learner.checkpoint)
     )
     (candidate,) = create_candidates(run, learner, [parse_spec("4")])
-    state = open_scoring_state(session, learner, [candidate])
+    state = open_scoring_state(session, learner, [candidate], horizon=4)
     for key in list(state.samples):
         # The control's samples, in the name of a candidate.
         if key[0] == "self":
@@ -107,12 +110,13 @@ def test_score_of_the_learner_itself_is_at_the_kl_floor(line, tmp_path):
         while True:
             next(step)
     except StopIteration as stopped:
-        (itself,) = stopped.value
+        itself, nothing = stopped.value
     assert itself.kl_per_token == pytest.approx(0, abs=1e-6)
     assert itself.kl_per_sequence == pytest.approx(0, abs=1e-5)
     assert itself.variance == pytest.approx(1, abs=1e-4)
     assert itself.variances["seq2"] == pytest.approx(1, abs=1e-4)
     assert itself.quality_net == pytest.approx(0, abs=1e-12)
+    assert (itself.is_selected, nothing.is_selected) == (False, True)
     assert itself.ess_fraction == pytest.approx(1, abs=1e-4)
 
 
@@ -167,7 +171,7 @@ def test_score_repeated_samples_nothing_new(straight, tmp_path):
     root = copy_run(straight["all pairs"], tmp_path / "run")
     first = find_latest_scores(open_run(root)).scores
     before = store_of(root).read()
-    assert tuple(score(root, *LENIENT)) == first
+    assert tuple(score_with_none(root, *LENIENT)) == first
     assert store_of(root).read() == before
 
 
@@ -176,7 +180,8 @@ def test_score_budget_samples_the_better_half_more(straight):
     # 64 pairs in 2 rounds: 4 candidates x 8 prompts, then the better 2 x 16, of which only 8 are left
     assert (counts[SCREENING], counts["self"]) == (16, 16)
     assert sorted(counts[f"checkpoint:{step}"] for step in (1, 2, 3, 4)) == [8, 8, 16, 16]
-    for entry in saved_scores(straight["halving"]):
+    *guides, _no_guide = saved_scores(straight["halving"])
+    for entry in guides:
         assert entry["num_prompts"] == counts[entry["candidate"]]
 
 
@@ -189,13 +194,31 @@ def test_score_budget_ignores_samples_of_later_rounds(straight, tmp_path):
 
 def test_score_rule_one_se_selects_the_nearest_within_one_standard_error(straight, tmp_path):
     root = copy_run(straight["all pairs"], tmp_path / "run")
-    greedy = score(root, *LENIENT)
-    cautious = score(root, *LENIENT, "scoring.selection_rule=one_se")
+    greedy = score_with_none(root, *LENIENT)
+    cautious = score_with_none(root, *LENIENT, "scoring.selection_rule=one_se")
     (nearest,) = [entry for entry in cautious if entry.is_selected]
     (largest,) = [entry for entry in greedy if entry.is_selected]
-    assert nearest.step <= largest.step
+    assert nearest.distance <= largest.distance
     assert {entry.selection_by_profile["one_se"] for entry in (*greedy, *cautious)} == {nearest.candidate}
-    assert largest == max(greedy, key=lambda entry: entry.signal)
+    worthwhile = [entry for entry in greedy if entry.candidate == "none" or entry.quality_net_low > 0]
+    assert largest.signal == max(entry.signal for entry in worthwhile)
+
+
+def test_score_forecasts_from_what_the_run_recorded(straight):
+    """Value = steps saved / price, from the groups of the steps between learner and candidate."""
+    root = straight["all pairs"]
+    (entry,) = [one for one in saved_scores(root) if one["step"] == 2]
+    log = RolloutLog(open_run(root).rollouts_path("main"))
+    groups = [group for step in (1, 2) for group in log.read_step(step)]
+    # every group is eligible, 4 a step; 2 steps are replayed
+    num_correct, num_tokens = (sum(getattr(one, name) for one in groups) for name in ("num_correct", "num_tokens"))
+    saved = 2 * 4 * max(0.0, entry["quality_net"]) / (max(1, num_correct) / 2)
+    assert entry["steps_saved"] == pytest.approx(saved)
+    scoring = sum(rollout.num_tokens for rollouts in store_of(root).read().values() for rollout in rollouts)
+    tokens_per_step = num_tokens / 2
+    # 2 steps are thrown away; the guide's tokens are at least one sample per prompt
+    assert entry["price"] > 2 + scoring / tokens_per_step
+    assert entry["value"] == pytest.approx(entry["steps_saved"] / entry["price"])
 
 
 def test_score_refuses_a_budget_below_one_prompt_per_candidate(line, tmp_path):
@@ -248,13 +271,14 @@ def score_by_name(
     root: Path, *sources: str, overrides: tuple[str, ...] = (), **options: Any
 ) -> dict[str, CandidateScore]:
     """Scores of these SPECs for step 4."""
-    scores = score(root, *SECOND_EPOCH, *overrides, sources=sources, **({"at": 4} | options))
+    scores = score_with_none(root, *SECOND_EPOCH, *overrides, sources=sources, **({"at": 4} | options))
     return {one.candidate: one for one in scores}
 
 
 def test_score_of_self_and_later_checkpoints_on_the_same_prompts(two_epochs, tmp_path):
     found = score_by_name(copy_run(two_epochs, tmp_path / "run"), "8", "self", "6")
     assert {name: (one.source, one.step, one.distance) for name, one in found.items()} == {
+        "none": ("none", None, 0),
         "self": ("self", 4, 0),
         "checkpoint:6": ("checkpoint", 6, 2),
         "checkpoint:8": ("checkpoint", 8, 4),
@@ -319,7 +343,7 @@ def test_score_of_the_past_uses_recorded_rollouts(two_epochs, tmp_path):
     assert past.pass_at_1 == pytest.approx(solved.total() / tries.total())
     assert (past.num_samples, past.samples_per_prompt) == (tries.total(), 4)
     assert past.signal is not None
-    assert past.note == RECORDED_NOTE
+    assert past.note.startswith(RECORDED_NOTE)
     assert {candidate for candidate, _ in store_of(root).read()} == {SCREENING, "self", "checkpoint:8"}
 
 
@@ -344,6 +368,7 @@ def test_score_of_a_file_and_of_an_endpoint(two_epochs, tmp_path):
 def test_score_of_the_base_has_a_negative_distance(two_epochs, tmp_path):
     found = score_by_name(copy_run(two_epochs, tmp_path / "run"), "base", "8")
     assert {name: (one.step, one.distance) for name, one in found.items()} == {
+        "none": (None, 0),
         "base": (0, -4),
         "checkpoint:8": (8, 4),
     }
@@ -354,7 +379,7 @@ def test_score_names_the_best_candidate_under_each_variance_kind(two_epochs, tmp
     for kind in VARIANCE_ESTIMATORS:
         assert sum(one.p_best_by_variance_kind[kind] for one in scores) == pytest.approx(1)
         assert sum(kind in one.best_for_variance_kinds for one in scores) == 1
-    assert all(one.is_selected == ("group2" in one.best_for_variance_kinds) for one in scores)
+    assert sum(one.is_selected for one in scores) == 1
 
 
 @pytest.mark.parametrize("share", [0.3, pytest.param(0.95, marks=pytest.mark.slow)])

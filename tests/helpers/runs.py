@@ -55,7 +55,14 @@ def sample(root: Path, *overrides: str, source: str = "4", **options: Any) -> Gu
 
 
 def score(root: Path, *overrides: str, sources: Iterable[str | int] = (), **options: Any) -> list[CandidateScore]:
-    """Scores of these SPECs (none: of every later checkpoint)."""
+    """Scores of these SPECs (none: of every later checkpoint), without that of "no guide"."""
+    return score_with_none(root, *overrides, sources=sources, **options)[:-1]
+
+
+def score_with_none(
+    root: Path, *overrides: str, sources: Iterable[str | int] = (), **options: Any
+) -> list[CandidateScore]:
+    """The same, and "no guide" as the last."""
     records = score_records(root, *overrides, sources=sources, **options)
     return [record for record in records if isinstance(record, CandidateScore)]
 

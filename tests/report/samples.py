@@ -35,6 +35,7 @@ SCORE = CandidateScore(
     ess_fraction=0.4,
     is_unreliable=False,
     is_selected=True,
+    quality_net_split=0.18,
     p_best_by_variance_kind={"group2": 0.75, "kl_exp": 0.25},
     best_for_variance_kinds=("group2",),
     selection_by_profile={"faithful": "checkpoint:140", "argmax": "checkpoint:100"},

@@ -161,7 +161,7 @@ def test_q_v_and_s_have_their_intervals_and_the_chosen_ones_ring():
     ((low, high), *_) = [segment[:, 1].tolist() for segment in panel.collections[0].get_segments()]
     assert (low, high) == (pytest.approx(0.2), pytest.approx(0.3))
     assert [text.get_text() for text in panel.texts] == ["checkpoint:100"]
-    assert drawn(signal).get_title(loc="center") == "S = Q / V, best in 75%"
+    assert drawn(signal).get_title(loc="center") == "S, best in 75%"
 
 
 def test_plot_probe_distances_omit_missing_values():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from npo_cli.config.guides import ScoringSettings
+from npo_cli.config.guides import InjectSettings, ScoringSettings
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.ranking import CandidateResults, rank_candidates
 from npo_cli.scoring.variance import SampleRatio, SignalFormula
@@ -23,7 +23,10 @@ FORMULA = SignalFormula(
         bootstrap_resamples=400,
     ),
     group_size=8,
+    inject=InjectSettings(ratio="none"),
+    clip_high=0.2,
 )
+"""No importance weight, so that V of group2 is cut by CAP."""
 
 
 def formula(variance: str = "group2", **changes: object) -> SignalFormula:
@@ -75,7 +78,12 @@ def make_candidate(
     )
 
 
-def rank(learner: CandidateResults, results: Sequence[CandidateResults], *, seed: int = 0, **changes: object):
-    """Scores of candidates by FORMULA with other settings."""
+def rank(learner: CandidateResults, results: Sequence[CandidateResults], **changes: object):
+    """Scores of candidates by FORMULA with other settings, without that of "no guide"."""
+    return rank_with_none(learner, results, **changes)[:-1]
+
+
+def rank_with_none(learner: CandidateResults, results: Sequence[CandidateResults], *, seed: int = 0, **changes: object):
+    """The same, with "no guide" as the last."""
     kind = changes.pop("variance", FORMULA.settings.variance)
     return rank_candidates(learner, results, formula(kind, **changes), seed=seed)

@@ -1,5 +1,7 @@
 """Q, V and S of candidates in every resample, compared on the same prompts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,10 +11,13 @@ from npo_cli.scoring.candidates import (
     Candidate,
     argmax,
     build_drift,
+    is_worthwhile,
     log_signals,
     one_se,
     p_best,
     paired_log_signals,
+    split_quality_net,
+    to_signals,
 )
 from npo_cli.scoring.quality import bootstrap_counts
 from tests.scoring.samples import formula, make_drifted_ratio
@@ -114,15 +119,71 @@ def test_paired_signal_of_a_dropped_candidate_uses_shared_prompts():
     own = [each.log_signal(LOGNORMAL)[0] for each in (full, dropped)]
     assert own[1] > own[0]  # the easy prompts alone flatter it
     paired = paired_log_signals([full, dropped], LOGNORMAL)[0]
-    # shared prompts: Q~ = 2.5/3 against (1.5 + .5)/3
+    # shared prompts: Q = 1 against .75, so Q = 2/8 - .25 = 0 of the dropped one, and Q~ = (0 + .5)/9
     assert paired[0] == pytest.approx(own[0])
-    assert paired[1] == pytest.approx(own[0] + np.log(2.0 / 2.5))
+    assert paired[1] == pytest.approx(np.log(0.5 / 9))
 
 
 def test_paired_signal_lets_a_better_candidate_with_fewer_prompts_win():
     full = candidate([0, 0, 0, 0, 1, 1, 1, 1])
     fewer = candidate([1, 1, 1, 0, 0, 0, 0, 0], covered_P=[1, 1, 1, 1, 0, 0, 0, 0])
     assert argmax(paired_log_signals([full, fewer], LOGNORMAL), [20, 40]) == 1
+
+
+def test_net_quality_interval_is_paired_over_prompts():
+    # Q - Q_self per prompt: 0 where both solve or both fail, +1 on the last; resamples have it 0, 1 or 2 times in 2
+    one = replace(candidate([1, 1], counts_BP=np.array([[1.0, 1], [2, 0], [0, 2]])), self_values_P=np.array([1.0, 0]))
+    assert one.net_quality().tolist() == [0.5, 0.0, 1.0]
+    # linear percentiles of (0, 1)
+    assert one.net_quality_interval() == pytest.approx((0.025, 0.975))
+    # the interval of Q itself has no width to subtract: both prompts are solved in every resample
+    assert one.quality().tolist() == [1.0, 1.0, 1.0]
+
+
+def test_net_quality_interval_without_spread_is_newcombes():
+    # 8 of 8 against 0 of 8: Wilson (.6756, 1) and (0, .3244), so 1 -+ sqrt(.3244^2 + .3244^2) below, 0 above
+    counts_BP = bootstrap_counts(8, np.random.default_rng(0), 50)
+    one = replace(candidate([1] * 8, counts_BP=counts_BP), self_values_P=np.zeros(8))
+    assert one.net_quality_interval() == pytest.approx((1 - 0.3244 * 2**0.5, 1.0), abs=1e-4)
+    # one prompt: Wilson (.2065, 1) and (0, .7935)
+    alone = replace(candidate([1]), self_values_P=np.zeros(1))
+    assert alone.net_quality_interval()[0] == pytest.approx(1 - 0.7935 * 2**0.5, abs=1e-4)
+    assert not is_worthwhile(alone) and is_worthwhile(one)
+
+
+def test_signal_subtracts_the_learners_own_quality_unless_told_not_to():
+    one = replace(candidate([1, 1, 0, 0], log_w=-0.5), self_values_P=np.array([0, 1, 0, 0.0]))
+    # (2 - 1)/4; V = e
+    assert one.log_signal(LOGNORMAL)[0] == pytest.approx(np.log(0.25) - 1)
+    published = formula("seq2_lognormal", quality_baseline="none")
+    assert one.log_signal(published)[0] == pytest.approx(np.log(0.5) - 1)
+    nothing = replace(one, self_values_P=np.array([1, 1, 1, 0.0]))
+    assert nothing.log_signal(LOGNORMAL)[0] == -np.inf
+    assert to_signals(nothing.log_signal(LOGNORMAL))[0] == 0
+
+
+def test_no_guide_wins_the_resamples_in_which_no_guide_adds_anything():
+    # the guide is ahead on the first prompt alone: Q_net 1/2, 1, 0
+    counts_BP = np.array([[1.0, 1], [2, 0], [0, 2]])
+    guide = replace(candidate([1, 0], counts_BP=counts_BP), self_values_P=np.zeros(2))
+    nothing = replace(guide, values_P=np.zeros(2), drift=None, is_learner=True)
+    assert p_best(log_signals([guide, nothing], LOGNORMAL)).tolist() == [0.5, 0.5]
+
+
+def split_pair():
+    """Two guides of 4 prompts: A solves the first and third, B the others; the learner none."""
+    pair = [candidate([1, 0, 1, 0]), candidate([0, 1, 0, 1])]
+    return [replace(one, self_values_P=np.zeros(4), distance=d) for one, d in zip(pair, (20, 40), strict=True)]
+
+
+def test_quality_of_a_choice_is_measured_on_prompts_that_did_not_choose_it():
+    # Q is 1/2 for both; the half (0, 2) chooses A, of which the half (1, 3) knows nothing, and the other way round
+    assert split_quality_net(split_pair(), LOGNORMAL, compare=log_signals) == 0.0
+    # a guide that solves all but one prompt is chosen by both halves: (1/2 + 1)/2
+    good = replace(candidate([1, 1, 0, 1]), self_values_P=np.zeros(4), distance=60)
+    assert split_quality_net([good], LOGNORMAL, compare=log_signals) == 0.75
+    one_prompt = [replace(candidate([1]), self_values_P=np.zeros(1))]
+    assert split_quality_net(one_prompt, LOGNORMAL, compare=log_signals) is None
 
 
 def test_resamples_without_a_candidates_prompts_repeat_its_estimate():

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
+from npo_cli.scoring.forecast import ReplaySegment
 from npo_cli.scoring.quality import PromptPassCount, wilson
 from npo_cli.scoring.ranking import (
+    ALL_SAMPLES_NOTE,
     NO_LOGPROBS_NOTE,
     RECORDED_NOTE,
     build_candidates,
@@ -17,7 +19,8 @@ from npo_cli.scoring.ranking import (
     quality_k,
     variance_range_warning,
 )
-from tests.scoring.samples import FORMULA, formula, make_candidate, make_drifted_ratio, rank
+from npo_cli.types.scores import GuideChoice, choose_guide
+from tests.scoring.samples import FORMULA, formula, make_candidate, make_drifted_ratio, rank, rank_with_none
 
 LEARNER = make_candidate(0, [0] * 30)
 
@@ -42,22 +45,24 @@ def test_ranking_selects_a_clearly_better_guide():
 
 
 def test_ranking_reports_what_each_profile_would_select():
-    # Q~ .11, .40, .95 (31 = 30 + 1 in the denominator); KL per token 0, .1, .2, per sequence 0, 1, 2
+    # Q .2, .4, .97, the learner's 0; KL per token 0, .1, .2, per sequence 0, 1, 2
     candidates = [
-        make_candidate(20, [1] * 3 + [0] * 27),
+        make_candidate(20, [1] * 6 + [0] * 24),
         make_candidate(40, [1] * 12 + [0] * 18, log_w=-1.0),
         make_candidate(60, [1] * 29 + [0], log_w=-2.0),
     ]
     scores = rank(LEARNER, candidates, kl_scale=20.0)
-    # kl_exp: .95/e^.2 wins; with kappa 20: .11 against .40/e^2 = .054 and .95/e^4 = .017
-    # group2: .40/1.80 = .22 against .95/7.70 = .12; exp(2 KL): .11 against .40/7.4 = .055
+    # kl_exp: .97/e^.2 = .79 wins; with kappa 20: .2 against .4/e^2 = .054 and .97/e^4 = .018
+    # group2: .4/1.80 = .22 against .2 and .97/7.70 = .13; exp(2 KL): .2 against .4/7.4 = .054
+    # the lead of .02 is within its error; no candidate has a forecast
     assert scores[0].selection_by_profile == {
         "faithful": "checkpoint:60",
         "group2": "checkpoint:40",
         "calibrated": "checkpoint:20",
         "seq_kl": "checkpoint:20",
         "argmax": "checkpoint:40",
-        "one_se": "checkpoint:40",
+        "one_se": "checkpoint:20",
+        "value": "none",
     }
     assert all(score.selection_by_profile == scores[0].selection_by_profile for score in scores)
 
@@ -83,12 +88,13 @@ def test_ranking_does_not_depend_on_the_order_of_candidates():
 def test_variance_of_all_candidates_is_lognormal_if_one_has_a_heavy_tail():
     calm, wild = make_candidate(20, [1] * 30), make_candidate(40, [2] * 30)
     ratios = list(wild.ratios)
-    ratios[0] = make_drifted_ratio(9.0, 10, prompt_id="p00")  # one weight of 8103 beside 119 of 1
+    # one weight of 8103 beside 59 of 1 among the correct samples
+    ratios[0] = make_drifted_ratio(9.0, 10, prompt_id="p00", correct=True)
     scores = rank(LEARNER, [calm, replace(wild, ratios=ratios)], variance="ess")
     assert [score.variance_kind for score in scores] == ["seq2_lognormal"] * 2
     assert [score.is_unreliable for score in scores] == [False, True]
-    # what was asked for stays on record: one weight holds nearly all, so V is nearly N = 120
-    assert scores[1].variances["ess"] == pytest.approx(120 * (8103.08**2 + 119) / (8103.08 + 119) ** 2, rel=1e-4)
+    # what was asked for stays on record: one weight holds nearly all, so V is nearly N = 60
+    assert scores[1].variances["ess"] == pytest.approx(60 * (8103.08**2 + 59) / (8103.08 + 59) ** 2, rel=1e-4)
     assert scores[1].ess_fraction < 0.1
 
 
@@ -113,7 +119,7 @@ def test_variance_range_below_5_percent_is_warned_about():
     near, far = make_candidate(20, [1] * 30, log_w=-0.01), make_candidate(60, [2] * 30, log_w=-0.1)
     scores = rank(LEARNER, [near, far], variance="kl_exp")
     assert variance_range_warning(scores) == (
-        "V (kl_exp) only ranges from 1.001 to 1.01 over 2 candidates (less than 5 %), so S = Q/V ranks them by Q "
+        "V (kl_exp) only ranges from 1.001 to 1.01 over 2 candidates (less than 5 %), so S ranks them by Q "
         "alone and tends to choose the farthest"
     )
 
@@ -139,12 +145,17 @@ def test_ranking_without_failed_prompts_is_refused():
 )
 def test_ranking_of_any_results_is_sound(correct_AP, log_w_A, kind, quality):
     candidates = [make_candidate(20 * (a + 1), correct_P, log_w=log_w_A[a]) for a, correct_P in enumerate(correct_AP)]
-    scores = rank(make_candidate(0, [0] * 6), candidates, variance=kind, quality=quality, bootstrap_resamples=50)
+    learner, others = make_candidate(0, [0, 0, 0, 0, 1, 1]), {"quality": quality, "bootstrap_resamples": 50}
+    *guides, nothing = scores = rank_with_none(learner, candidates, variance=kind, **others)
     assert sum(score.is_selected for score in scores) == 1
     assert sum(score.p_best for score in scores) == pytest.approx(1.0)
+    assert (nothing.quality_net, nothing.variance, nothing.signal, nothing.price) == (0, 1, 0, 0)
+    for score in guides:
+        assert score.quality_net_low > 0 or not score.is_selected
     for score in scores:
         assert 0 <= score.quality_low <= score.quality <= score.quality_high <= 1
-        assert 0 < score.signal_low <= score.signal <= score.signal_high < math.inf
+        assert -1.5 <= score.quality_net_low <= score.quality_net <= score.quality_net_high <= 1.5
+        assert 0 <= score.signal_low <= score.signal <= score.signal_high < math.inf
         assert 0 < score.variance_low <= score.variance <= score.variance_high < math.inf
 
 
@@ -174,19 +185,23 @@ EASY_LEARNER = make_candidate(0, [1, 0, 0, 0, 0, 0, 0, 0])
 
 
 def test_score_of_one_candidate_by_hand():
-    # 8 prompts x 4 samples, 4 prompts solved once: pass@4 = 4/8, pass@1 = 4/32
+    # 8 prompts x 4 samples, 4 prompts solved once: pass@4 = 4/8, pass@1 = 4/32. The learner solves the first too
     guide = make_candidate(20, [1, 1, 1, 1, 0, 0, 0, 0], log_w=-1.0, num_tokens=10)
     (score,) = rank(EASY_LEARNER, [guide])
     assert (score.quality, score.pass_at_k, score.pass_at_1) == (0.5, 0.5, 0.125)
     assert (score.quality_self, score.quality_net) == (0.125, 0.375)
     assert (score.kl_per_token, score.kl_per_sequence) == (pytest.approx(0.1), pytest.approx(1.0))
-    # one slot of 8 with moment e^2; Q~ = 4.5/9
+    # one slot of 8 with moment e^2
     assert score.variance == pytest.approx((7 + math.e**2) / 8)
-    assert score.signal == pytest.approx(0.5 / ((7 + math.e**2) / 8))
+    assert score.signal == pytest.approx(0.375 / ((7 + math.e**2) / 8))
+    (published,) = rank(EASY_LEARNER, [guide], quality_baseline="none")
+    # Q~ = 4.5/9
+    assert published.signal == pytest.approx(0.5 / ((7 + math.e**2) / 8))
     assert (score.num_prompts, score.num_samples, score.mean_length) == (8, 32, 10.0)
     assert score.ess_fraction == pytest.approx(1.0)
     assert (score.step, score.distance, score.quality_kind, score.variance_kind) == (20, 20, "pass@k", "group2")
-    assert score.p_best == 1.0 and score.is_selected and not score.is_unreliable
+    # a resample of 8 without one of the three prompts that only the guide solves
+    assert score.p_best == pytest.approx(1 - (5 / 8) ** 8, abs=0.02) and not score.is_unreliable
 
 
 def test_score_reports_every_other_variance_kind():
@@ -201,7 +216,7 @@ def test_score_with_quality_pass_at_1():
     (score,) = rank(EASY_LEARNER, [make_candidate(20, [2] * 8)], quality="pass@1")
     assert (score.quality, score.pass_at_1, score.pass_at_k) == (0.5, 0.5, 1.0)
     assert score.quality_self == 1 / 32
-    assert score.signal == pytest.approx((8 * 0.5 + 0.5) / 9)
+    assert score.signal == pytest.approx(0.5 - 1 / 32)
 
 
 def test_score_subtracts_the_kl_floor_of_the_learner():
@@ -218,11 +233,88 @@ def test_score_compares_the_learner_on_the_candidates_prompts():
     assert (score.quality_self, score.quality_net) == (0.5, 0.5)
 
 
-def test_score_of_a_guide_that_solves_nothing_is_finite_with_a_wide_interval():
-    (score,) = rank(EASY_LEARNER, [make_candidate(20, [0] * 8)])
-    assert score.quality == 0.0
+def test_score_of_a_guide_that_solves_nothing_has_a_wide_interval_and_no_guide_is_selected():
+    score, nothing = rank_with_none(EASY_LEARNER, [make_candidate(20, [0] * 8)])
+    assert (score.quality, score.quality_net, score.signal, score.p_best) == (0.0, -1 / 8, 0.0, 0.0)
     assert (score.quality_low, score.quality_high) == wilson(0, 8)
-    assert score.signal == pytest.approx(0.5 / 9)
+    assert (nothing.candidate, nothing.is_selected, nothing.p_best) == ("none", True, 1.0)
+    assert nothing.note.startswith(
+        "no candidate is shown to solve more than the learner's own second try (the best, checkpoint:20: -0.125 ["
+    )
+    assert choose_guide((score, nothing)) == GuideChoice(chosen=None, reason=nothing.note)
+
+
+def test_no_guide_is_selected_unless_the_lower_bound_of_the_net_quality_is_above_zero():
+    # 2 of 30 more than the learner: P(a resample has neither) = (28/30)^30 = .13, so the lower bound is 0
+    weak, nothing = rank_with_none(LEARNER, [make_candidate(20, [1] * 2 + [0] * 28)])
+    assert (weak.quality_net_low, weak.is_selected, nothing.is_selected) == (0.0, False, True)
+    # the share of those resamples: in them no guide is as good
+    assert nothing.p_best == pytest.approx((28 / 30) ** 30, abs=0.05)
+    # 6 of 30: (24/30)^30 = .001
+    strong, nothing = rank_with_none(LEARNER, [make_candidate(20, [1] * 6 + [0] * 24)])
+    assert (strong.is_selected, nothing.is_selected, nothing.note) == (True, False, "")
+    assert strong.quality_net_low > 0
+
+
+def test_published_score_lets_the_learner_itself_win():
+    # Q .5 beyond doubt above the learner's .27, but V = e^2: .5/7.4 < .27
+    learner, guide = make_candidate(0, [1] * 8 + [0] * 22), make_candidate(20, [1] * 15 + [0] * 15, log_w=-1.0)
+    published = {"variance": "seq2_lognormal", "quality_baseline": "none"}
+    score, nothing = rank_with_none(learner, [guide], **published)
+    assert score.quality_net_low > 0
+    assert (nothing.is_selected, nothing.note) == (True, "the learner's own second try has the larger S")
+    assert rank(learner, [guide], variance="seq2_lognormal")[0].is_selected
+
+
+# The rule `value`
+
+SEGMENT = ReplaySegment(
+    num_steps=20,
+    lost_steps=20,
+    num_prompts=100,
+    eligible_share=0.5,
+    eligible_per_step=8.0,
+    correct_per_step=4.0,
+    tokens_per_step=1000.0,
+    slots=1,
+    most_draws=8,
+    draws_per_round=2,
+    scoring_tokens=3000,
+)
+
+
+def with_segment(guide, **changes):
+    return replace(guide, segment=replace(SEGMENT, **changes), num_tokens=10 * len(guide.ratios))
+
+
+def test_value_is_steps_saved_over_price_by_hand():
+    # half of 30 prompts solved in 2 of 4 samples, the learner none: Q_net = 1/2
+    guide = with_segment(make_candidate(20, [2] * 15 + [0] * 15))
+    (score,) = rank(LEARNER, [guide])
+    # 20 steps x 8 groups x 1/2 = 80 correct responses, 4 to a step
+    assert score.steps_saved == pytest.approx(20.0)
+    # draws: 8 where never solved, 2 (1 + 1/4 + 1/16 + 1/64) = 2.65625 where half are; other prompts 2; 10 tokens each
+    draws = 50 * (8 + 2.65625) / 2 + 50 * 2
+    assert score.price == pytest.approx(20 + (10 * draws + 3000) / 1000)
+    assert score.value == pytest.approx(score.steps_saved / score.price)
+    # the interval is that of Q_net
+    assert score.value_low / score.value == pytest.approx(score.quality_net_low / 0.5)
+    assert score.value_high / score.value == pytest.approx(score.quality_net_high / 0.5)
+
+
+def test_rule_value_selects_the_largest_value_of_at_least_one():
+    near = with_segment(make_candidate(20, [2] * 15 + [0] * 15), lost_steps=5)
+    far = with_segment(make_candidate(60, [2] * 30), lost_steps=60)
+    # 20 steps saved for 5 + 3 + 3.7, and 40 for 60 + 3 + 2.3
+    for rule, chosen in (("argmax", 60), ("value", 20)):
+        assert chosen_step(rank(LEARNER, [near, far], selection_rule=rule)) == chosen
+    score, nothing = rank_with_none(LEARNER, [far], selection_rule="value")
+    assert score.value < 1 and nothing.is_selected
+    assert nothing.note.startswith(
+        "no candidate is expected to save as many steps as it costs (the best, checkpoint:60: 40.0 steps saved for 65."
+    )
+    _, nothing = rank_with_none(LEARNER, [replace(far, segment=None)], selection_rule="value")
+    assert nothing.note == "the run has no record of the steps to replay, so their value cannot be forecast"
 
 
 def test_score_measures_kl_on_all_samples_and_variance_on_correct_ones():
@@ -252,12 +344,12 @@ def test_score_of_recorded_responses_counts_prompts_with_a_correct_one():
     counts = (*recorded.pass_counts, PromptPassCount(prompt_id="p04", num_samples=0, num_correct=0))
     (score,) = rank(EASY_LEARNER, [replace(recorded, pass_counts=counts)])
     assert (score.quality, score.quality_kind, score.pass_at_1) == (2 / 5, "any", 4 / 20)
-    assert score.note == RECORDED_NOTE
+    assert score.note == f"{RECORDED_NOTE}; {ALL_SAMPLES_NOTE}"
 
 
 # What a ranking is made of
 
-SOLVES_NOTHING = make_candidate(0, [0] * 4)
+SOLVES_NOTHING = make_candidate(0, [0] * 16)
 
 
 def test_quality_k_of_pass_at_1_is_1():
@@ -303,12 +395,12 @@ def candidates_of(*results):
     return build_candidates(SOLVES_NOTHING, results, ids, counts_BP=counts_BP, formula=FORMULA)
 
 
-def test_variance_rests_on_correct_samples_once_every_candidate_has_32():
-    few = make_candidate(40, [4] * 7 + [3])  # 31 correct of 32
+def test_variance_rests_on_correct_samples_of_each_candidate_that_has_32():
     wide = make_candidate(20, [4] * 8 + [0] * 8)  # 32 correct, 32 wrong
     assert [each.drift.diagnostics.num_samples for each in candidates_of(wide)] == [32]
-    # one candidate short of 32 puts all of them on all samples
-    assert [each.drift.diagnostics.num_samples for each in candidates_of(wide, few)] == [64, 32]
+    # one candidate short of 32 is measured on all of its samples, and does not change the other
+    few = make_candidate(40, [4] * 7 + [3] + [0] * 8)
+    assert [each.drift.diagnostics.num_samples for each in candidates_of(wide, few)] == [32, 64]
 
 
 def test_candidate_has_no_weight_on_prompts_without_samples():

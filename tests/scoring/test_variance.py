@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from npo_cli.config.guides import InjectSettings
 from npo_cli.scoring.variance import (
     LARGEST_LOG,
     VARIANCE_ESTIMATORS,
@@ -55,6 +57,30 @@ def test_variance_second_moment_under_the_guide_is_the_first_under_the_learner()
     assert from_guide == pytest.approx(exact)
     assert from_learner == pytest.approx(exact)
     assert exact > 1.2
+
+
+def test_group_variance_is_capped_by_the_clip_of_what_is_trained():
+    far = [make_drifted_ratio(-5.0, 10)]  # exp(2 x 5) = 22 026, beyond every cap
+    cases = {
+        # clip 0.2: (7 + 1.2^2)/8; without the clip C = 10; two slots; two more rows; the cap of decoupled
+        (("ratio", "exact"),): (7 + 1.44) / 8,
+        (("ratio", "exact"), ("clip_off_policy", False)): (7 + 100) / 8,
+        (("ratio", "exact"), ("slots", 2)): (6 + 2 * 1.44) / 8,
+        (("ratio", "exact"), ("slots", 2), ("mode", "append")): (8 + 2 * 1.44) / 10,
+        (("ratio", "decoupled"), ("decoupled_cap", 2.0)): (7 + 4) / 8,
+        (("ratio", "proximal"),): (7 + 100) / 8,
+    }
+    for inject, expected in cases.items():
+        trained = replace(formula("group2"), inject=InjectSettings(**dict(inject)))
+        assert estimate_variance(far, trained) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "is_weighted"),
+    [("exact", True), ("decoupled", True), ("proximal", False), ("unit", False), ("none", False)],
+)
+def test_variance_is_a_distance_where_injected_responses_have_no_weight(ratio, is_weighted):
+    assert replace(formula(), inject=InjectSettings(ratio=ratio)).is_weighted == is_weighted
 
 
 def test_variance_moments_agree_when_sampled():

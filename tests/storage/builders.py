@@ -123,7 +123,8 @@ def trajectory(prompt_id: str) -> GuideRollout:
 
 def score(step: int, **changes: object) -> CandidateScore:
     numbers = (
-        "quality quality_low quality_high pass_at_1 pass_at_k quality_self quality_net variance variance_low "
+        "quality quality_low quality_high pass_at_1 pass_at_k quality_self quality_net quality_net_low "
+        "quality_net_high quality_net_split steps_saved price value value_low value_high variance variance_low "
         "variance_high signal signal_low signal_high p_best kl_per_token kl_per_sequence mean_length ess_fraction"
     )
     fields: dict[str, object] = dict.fromkeys(numbers.split(), 0.5)

@@ -89,7 +89,14 @@ SCORE_KEYS = GUIDE_QUALITY_KEYS | {
     "KL per sequence": "kl_per_sequence",
     "effective sample size": "ess_fraction",
     "unreliable": "is_unreliable",
+    "Q net": "quality_net",
+    "Q net low": "quality_net_low",
+    "Q net high": "quality_net_high",
+    "steps saved": "steps_saved",
+    "price": "price",
 }
+NO_GUIDE = "none"
+NO_GUIDE_KEYS = {"Q": "quality", "S": "signal", "probability of being best": "p_best", "chosen": "is_selected"}
 SOURCE_KEYS = GUIDE_QUALITY_KEYS | {
     "kind": "source",
     "pass@1": "pass_at_1",

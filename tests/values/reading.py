@@ -98,10 +98,12 @@ def read_scores(run: Path) -> dict[str, Any]:
         for group in line["groups"]
         for each in group["rollouts"]
     ]
-    later = [entry for entry in found["scores"] if entry["source"] == "checkpoint"]
+    scores = [entry for entry in found["scores"] if entry["candidate"] != keys.NO_GUIDE]
+    later = [entry for entry in scores if entry["source"] == "checkpoint"]
     return {
         "checkpoints": [_picked(entry, keys.SCORE_KEYS) | _kinds_of_variance(entry) for entry in later],
-        "sources": [_source(entry) for entry in found["scores"]] if len(later) < len(found["scores"]) else [],
+        "sources": [_source(entry) for entry in scores] if len(later) < len(scores) else [],
+        "no guide": [_picked(entry, keys.NO_GUIDE_KEYS) for entry in found["scores"] if entry not in scores],
         "sampled": {"responses": len(rows), "tokens": sum(len(row[3]) for row in rows), "token ids": _digest(rows)},
     }
 

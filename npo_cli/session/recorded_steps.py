@@ -1,0 +1,67 @@
+"""What a run recorded of the steps between two checkpoints: how many groups were hard, and what they yielded."""
+
+from dataclasses import dataclass, field
+
+from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import find_owning_branch
+from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.types.rollouts import Group
+
+MOST_STEPS = 12
+"""Steps read per segment, evenly spaced: a long log of long responses takes minutes to read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTotals:
+    """Sums over recorded steps, of on-policy rollouts."""
+
+    steps: int
+    groups: int
+    eligible_groups: int
+    """With an on-policy accuracy at or below the gate."""
+    correct_in_eligible: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedSteps:
+    """The recorded steps on one line of descent."""
+
+    run: RunDir
+    branch: str
+    _logs: dict[str, RolloutLog] = field(default_factory=dict, init=False)
+    _read: dict[tuple[int, float], StepTotals | None] = field(default_factory=dict, init=False)
+
+    def summarize(self, first: int, last: int, max_accuracy: float) -> StepTotals | None:
+        """Totals of at most 12 evenly spaced steps of first < step <= last; None if none of them is recorded."""
+        num = min(MOST_STEPS, last - first)
+        steps = [last - round(place * (last - first) / num) for place in range(num)]
+        found = [totals for step in steps if (totals := self._totals(step, max_accuracy)) is not None]
+        if not found:
+            return None
+        names = ("steps", "groups", "eligible_groups", "correct_in_eligible", "tokens")
+        return StepTotals(**{name: sum(getattr(totals, name) for totals in found) for name in names})
+
+    def _totals(self, step: int, max_accuracy: float) -> StepTotals | None:
+        if (step, max_accuracy) not in self._read:
+            branch = find_owning_branch(self.run, self.branch, step)
+            log = self._logs.setdefault(branch, RolloutLog(self.run.rollouts_path(branch)))
+            groups = log.read_step(step)
+            self._read[step, max_accuracy] = _add_up(groups, max_accuracy) if groups else None
+        return self._read[step, max_accuracy]
+
+
+def _add_up(groups: tuple[Group, ...], max_accuracy: float) -> StepTotals:
+    """`on_policy_accuracy` counts the rollouts that a guide replaced, which are not in the record."""
+    own = [(group, group.on_policy) for group in groups]
+    accuracies = [
+        group.on_policy_accuracy if group.on_policy_accuracy is not None else mine.accuracy for group, mine in own
+    ]
+    eligible = [mine for accuracy, (_, mine) in zip(accuracies, own, strict=True) if accuracy <= max_accuracy]
+    return StepTotals(
+        steps=1,
+        groups=len(groups),
+        eligible_groups=len(eligible),
+        correct_in_eligible=sum(mine.num_correct for mine in eligible),
+        tokens=sum(mine.num_tokens for _, mine in own),
+    )
