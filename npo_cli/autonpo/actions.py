@@ -145,8 +145,8 @@ def select_failed_prompts(session: Session, state: AutoNPOState, current: Checkp
 
 def read_probe_rollouts(session: Session, state: AutoNPOState, current: Checkpoint) -> ProbeRollouts:
     """Everything that the probe of the current policy sampled."""
-    log = start_probe(session, state.branch, current).store.rollouts
-    return {group.prompt.prompt_id: group.rollouts for _, group in log.iter_groups()}
+    store = start_probe(session, state.branch, current).store
+    return {prompt_id: samples.rollouts for prompt_id, samples in store.read_prompts().items()}
 
 
 def choose_cache_name(run: RunDir, info: GuideCacheInfo) -> GuideCacheInfo:

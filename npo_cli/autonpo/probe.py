@@ -16,18 +16,18 @@ from npo_cli.autonpo.rollback_choice import (
     choose_rollback,
     stratify_failed_prompts,
 )
-from npo_cli.guides.source import compute_logprobs
+from npo_cli.guides.source import compute_logprobs, make_spec
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.variance import SampleRatio, SignalFormula
 from npo_cli.seeds import derive_seed
 from npo_cli.session.logprob_pass import compute_learner_ratios
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
-from npo_cli.storage.autonpo_log import ProbeStore, open_probe
 from npo_cli.storage.checkpoints import Checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.costs import append_cost
 from npo_cli.storage.lineage import find_owning_branch
 from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.storage.sample_store import SampleStore, open_sample_store
 from npo_cli.training.checkpointing import TRAINING_STATE_FOLDER
 from npo_cli.types.autonpo import ProbeResult
 from npo_cli.types.rollouts import Group, Progress
@@ -43,7 +43,7 @@ class Probe:
     branch: str
     checkpoint: Checkpoint
     """The current policy, which would be the guide."""
-    store: ProbeStore
+    store: SampleStore
     strata: tuple[Stratum, ...]
     seed: int
 
@@ -63,7 +63,7 @@ def start_probe(session: Session, branch: str, current: Checkpoint) -> Probe:
         session=session,
         branch=branch,
         checkpoint=current,
-        store=open_probe(session.run, branch, current.step, settings=settings),
+        store=open_sample_store(session.run.probes_folder, branch, current.step, settings=settings),
         strata=stratify_failed_prompts(
             read_trainer_state(current.path / TRAINING_STATE_FOLDER).failed_prompts,
             step=current.step,
@@ -96,27 +96,26 @@ def run_probe(probe: Probe) -> Generator[Progress, None, ProbeResult]:
 
 def sample_probe_groups(probe: Probe, chosen: Sequence[Sequence[str]]) -> Generator[Progress, None, list[Group]]:
     """Rollouts for the chosen prompts of all strata; a recorded chunk is read back."""
-    session, recipe, log = probe.session, probe.session.recipe, probe.store.rollouts
+    session, recipe, step = probe.session, probe.session.recipe, probe.checkpoint.step
     prompts = [session.task.prompt(prompt_id) for stratum in chosen for prompt_id in stratum]
-    groups: list[Group] = []
-    for chunk, start in enumerate(range(0, len(prompts), CHUNK_PROMPTS)):
-        yield Progress(description="probe failed prompts", done=start, total=len(prompts))
-        sampled = log.read_step(chunk)
-        if sampled is None:
-            began = time.perf_counter()
-            sampled = sample_groups(
-                session,
-                prompts[start : start + CHUNK_PROMPTS],
-                seed_label=("probe", probe.branch, probe.checkpoint.step),
-                slots=range(recipe.autonpo.probe.samples_per_prompt),
-                sampler_step=probe.checkpoint.step,
-                temperature=recipe.guide.cache.temperature,
-            )
-            charge_probe(probe, piece=str(chunk), tokens=count_generated_tokens(sampled), began=began)
-            log.write_step(chunk, sampled)
-        groups += sampled
+    rollouts = {prompt_id: samples.rollouts for prompt_id, samples in probe.store.read_prompts().items()}
+    left = [prompt for prompt in prompts if prompt.prompt_id not in rollouts]
+    for start in range(0, len(left), CHUNK_PROMPTS):
+        yield Progress(description="probe failed prompts", done=len(prompts) - len(left) + start, total=len(prompts))
+        began = time.perf_counter()
+        sampled = sample_groups(
+            session,
+            left[start : start + CHUNK_PROMPTS],
+            seed_label=("probe", probe.branch, step),
+            slots=range(recipe.autonpo.probe.samples_per_prompt),
+            sampler_step=step,
+            temperature=recipe.guide.cache.temperature,
+        )
+        charge_probe(probe, piece=left[start].prompt_id, tokens=count_generated_tokens(sampled), began=began)
+        probe.store.append(make_spec("checkpoint", {"step": step}).text, [group.samples for group in sampled])
+        rollouts |= {group.prompt.prompt_id: group.rollouts for group in sampled}
     yield Progress(description="probe failed prompts", done=len(prompts), total=len(prompts))
-    return groups
+    return [Group(prompt=prompt, rollouts=rollouts[prompt.prompt_id]) for prompt in prompts]
 
 
 def charge_probe(probe: Probe, *, piece: str, tokens: int, began: float) -> None:

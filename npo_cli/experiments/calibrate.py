@@ -42,7 +42,7 @@ from npo_cli.storage.guide_cache import (
     finish_guide_cache,
     open_guide_cache,
     read_cache_info,
-    read_guide_rollouts,
+    read_guide_prompts,
 )
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lock import lock_run
@@ -248,8 +248,7 @@ def build_guide_caches(
             with open_source(source, task=task, policy=policy) as session:
                 prompts = list_replay_prompts(session, learner, plan.num_steps)
                 info = new_cache_info(source, name, num_prompts=len(prompts))
-                writer = open_guide_cache(home, info)
-                yield from fill_cache(source, info, writer, prompts, cost_kind="calibration")
+                yield from fill_cache(source, info, open_guide_cache(home, info), prompts, cost_kind="calibration")
                 yield from warning_notices(source.warnings())
                 finish_guide_cache(home, info, is_external=source.is_external)
         infos.append(read_cache_info(folder))
@@ -303,8 +302,9 @@ def run_replay(
     counts, eval_steps = [], range(learner.step + every, last + 1, every)
     active = None
     if guide is not None:
-        trajectories = read_guide_rollouts(calibration.artifacts.guide_folder(guide))
-        active = ActiveGuide(trajectories=trajectories, until_step=last)
+        prompts = read_guide_prompts(calibration.artifacts.guide_folder(guide))
+        rollouts = {prompt_id: samples.rollouts for prompt_id, samples in prompts.items() if samples.rollouts}
+        active = ActiveGuide(rollouts=rollouts, until_step=last)
     session.policy.load(learner.checkpoint.path)
     optimizer = build_optimizer(session.policy.model, recipe.train)
     state = restore_state(session, optimizer, learner.checkpoint)

@@ -9,6 +9,7 @@ by the same command.
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from npo_cli.config.guides import GuideCacheSettings
@@ -18,12 +19,12 @@ from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner, find_learner, list_replay_prompts
 from npo_cli.session.session import open_task_and_policy
 from npo_cli.storage.costs import CostKind, append_cost
-from npo_cli.storage.guide_cache import GuideCacheWriter, QueriedPrompt, finish_guide_cache, open_guide_cache
+from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache, read_guide_prompts
 from npo_cli.storage.layout import RunDir, open_run, validate_name
 from npo_cli.storage.lock import lock_run
-from npo_cli.storage.sample_store import find_latest_scores
-from npo_cli.types.guides import GuideCacheInfo, GuideRollout, SourceSpec
-from npo_cli.types.rollouts import Notice, Progress, Prompt, Rollout
+from npo_cli.storage.sample_store import SampleStore, find_latest_scores
+from npo_cli.types.guides import GuideCacheInfo, SourceSpec
+from npo_cli.types.rollouts import Notice, Progress, Prompt, PromptSamples, Rollout
 from npo_cli.types.scores import choose_guide
 
 CHUNK_PROMPTS = 64
@@ -57,8 +58,7 @@ def build_guide_cache(
         early = source.warnings()
         yield from warning_notices(early)
         info = new_cache_info(source, name, num_prompts=len(prompts))
-        writer = open_guide_cache(run, info)
-        yield from fill_cache(source, info, writer, prompts)
+        yield from fill_cache(source, info, open_guide_cache(run, info), prompts)
         yield from warning_notices(warning for warning in source.warnings() if warning not in early)
         yield finish_guide_cache(run, info, is_external=source.is_external)
 
@@ -125,79 +125,72 @@ def describe_sampling(settings: GuideCacheSettings) -> str:
 def fill_cache(
     source: GuideSource,
     info: GuideCacheInfo,
-    writer: GuideCacheWriter,
+    store: SampleStore,
     prompts: Sequence[Prompt],
     *,
     cost_kind: CostKind = "guide_cache",
 ) -> Iterator[Progress]:
     """Sample, verify and select, a chunk of prompts at a time; each chunk is written before the next is sampled."""
-    done = writer.read_queried_prompts().keys()
-    num_solved = len(writer.read_rollouts())
+    done = read_guide_prompts(store.folder)
+    # An interrupted chunk is sampled again as a whole: the batch, and thus every number, is the same.
+    left = [prompt for prompt in prompts if prompt.prompt_id not in done]
+    num_solved = sum(bool(samples.rollouts) for samples in done.values())
     label = info.source.name if info.guide_step is None else info.guide_step
-    for start in range(0, len(prompts), CHUNK_PROMPTS):
-        # An interrupted chunk is sampled again as a whole: the batch, and thus every number, is the same.
-        chunk = prompts[start : start + CHUNK_PROMPTS]
-        if all(prompt.prompt_id in done for prompt in chunk):
-            continue
-        yield Progress(description="sample guide", done=start, total=len(prompts), note=f"{num_solved} solved")
+    for start in range(0, len(left), CHUNK_PROMPTS):
+        num_done = len(prompts) - len(left) + start
+        yield Progress(description="sample guide", done=num_done, total=len(prompts), note=f"{num_solved} solved")
         started = time.perf_counter()
-        responses = source.sample(chunk)
-        rollouts = select_responses(source, responses, label=label)
-        num_tokens = sum(entry.num_tokens for entry in responses)
+        chunk = select_responses(source, source.sample(left[start : start + CHUNK_PROMPTS]), label=label)
+        num_tokens = sum(samples.num_tokens for samples in chunk)
         append_cost(
             source.target.run,
             cost_kind,
             branch=info.branch,
             step=info.learner_step,
-            artifact=writer.folder,
+            artifact=store.folder,
             piece=chunk[0].prompt_id,
             tokens=num_tokens,
             forwards=num_tokens * source.forwards_per_token,
             seconds=time.perf_counter() - started,
         )
-        for rollout in rollouts:
-            writer.add_rollout(rollout)
-        num_solved += len({rollout.prompt_id for rollout in rollouts})
-        for entry in responses:
-            writer.add_queried_prompt(
-                QueriedPrompt(
-                    prompt_id=entry.prompt.prompt_id,
-                    num_sampled=entry.num_sampled,
-                    num_correct=entry.num_correct,
-                    num_tokens=entry.num_tokens,
-                )
-            )
+        store.append(info.source.text, chunk)
+        num_solved += sum(bool(samples.rollouts) for samples in chunk)
     yield Progress(description="sample guide", done=len(prompts), total=len(prompts), note=f"{num_solved} solved")
 
 
 def select_responses(
     source: GuideSource, responses: Sequence[PromptResponses], *, label: int | str
-) -> list[GuideRollout]:
+) -> list[PromptSamples]:
     """The first guide.cache.max_responses_per_prompt responses of each prompt by guide.cache.select, with log-probs."""
     limit = source.session.recipe.guide.cache.max_responses_per_prompt
-    selected = [
-        (entry, number, rollout)
-        for entry, ranked in zip(responses, rank_responses(source, responses, label=label), strict=True)
-        for number, rollout in enumerate(ranked[:limit])
-    ]
-    logps = source.logprobs([(entry.prompt, rollout) for entry, _, rollout in selected])
+    selected = [ranked[:limit] for ranked in rank_responses(source, responses, label=label)]
+    pairs = [(entry.prompt, rollout) for entry, kept in zip(responses, selected, strict=True) for rollout in kept]
+    logps = iter(source.logprobs(pairs))
     return [
-        GuideRollout(
+        PromptSamples(
             prompt_id=entry.prompt.prompt_id,
-            response_ids=rollout.response_ids,
-            behavior_logps=logps_T,
-            text=rollout.text,
-            verdict=rollout.verdict or "unparseable",
-            guide_step=rollout.sampler_step,
             num_sampled=entry.num_sampled,
             num_correct=entry.num_correct,
-            source=rollout.source if rollout.is_off_policy else "guide",
-            number=number,
-            finished=rollout.finished,
+            num_tokens=entry.num_tokens,
+            rollouts=tuple(_make_guide_rollout(rollout, slot, next(logps)) for slot, rollout in enumerate(kept)),
             images=entry.prompt.images,
         )
-        for (entry, number, rollout), logps_T in zip(selected, logps, strict=True)
+        for entry, kept in zip(responses, selected, strict=True)
     ]
+
+
+def _make_guide_rollout(rollout: Rollout, slot: int, logps_T: tuple[float, ...] | None) -> Rollout:
+    """A response as it is cached and injected: off-policy as a whole, rewarded by its verdict alone."""
+    return replace(
+        rollout,
+        slot=slot,
+        behavior_logps=logps_T,
+        source=rollout.source if rollout.is_off_policy else "guide",
+        spans=(),
+        mean_entropy=None,
+        verdict=rollout.verdict or "unparseable",
+        reward=float(rollout.verdict == "correct"),
+    )
 
 
 def rank_responses(

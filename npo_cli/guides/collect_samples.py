@@ -57,7 +57,7 @@ class ScoringState:
     def add(self, candidate: str, groups: Sequence[Group], *, is_stored: bool = True) -> None:
         """Take in a chunk of samples, and write it to the store."""
         if is_stored:
-            self.store.append(candidate, groups)
+            self.store.append(candidate, [group.samples for group in groups])
         self.samples.update({(candidate, group.prompt.prompt_id): group.rollouts for group in groups})
 
     def charge(self, *, piece: str, started: float, tokens: int = 0, forwards_per_token: int = 1) -> None:

@@ -213,7 +213,7 @@ def open_scoring_state(
         session=session,
         learner=learner,
         store=store,
-        samples=store.read(),
+        samples={key: found.rollouts for key, found in store.read().items()},
         horizon=horizon,
         recorded=RecordedSteps(run=session.run, branch=learner.branch),
         cost_kind=cost_kind,

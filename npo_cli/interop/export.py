@@ -111,28 +111,29 @@ def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iter
     """Write every response of the cache with its prompt, in the task's order of prompts."""
     validate_table_path(out)
     run = open_run(root)
-    info, trajectories = load_guide(run, name)
+    info, guide = load_guide(run, name)
     recipe = recipe_from_dict(run.read_recipe(info.branch), source=str(run.recipe_path(info.branch)))
     task = open_task(recipe)
     task.close()
     responses = [
-        ExportedResponse(prompt=prompt, trajectory=kept, data_source=recipe.name)
+        ExportedResponse(prompt=prompt, samples=samples, rollout=rollout, data_source=recipe.name)
         for prompt in task.train
-        for kept in trajectories.get(prompt.prompt_id, ())
+        if (samples := guide.get(prompt.prompt_id))
+        for rollout in samples.rollouts
     ]
     if len(responses) < info.num_rollouts:
         raise NpoError(
             f"guide {name} has responses to prompts that the task no longer has", "restore the data file of the recipe"
         )
     for each in responses:
-        if [image.sha256 for image in each.prompt.images] != [image.sha256 for image in each.trajectory.images]:
+        if [image.sha256 for image in each.prompt.images] != [image.sha256 for image in each.samples.images]:
             raise NpoError(
                 f"guide {name} was sampled with other images for prompt {each.prompt.prompt_id} than the task has now",
                 "restore the images of the data file",
             )
     with explain_full_disk(out):
         converted = write_table(out, responses, table_format=form)
-    yield Notice(message=f"wrote {len(responses)} responses to {len(trajectories)} prompts to {out}")
+    yield Notice(message=f"wrote {len(responses)} responses to {len(guide)} prompts to {out}")
     if converted:
         yield Notice(
             message="plain prompts were converted to chats of one user message; token ids and log-probabilities belong "

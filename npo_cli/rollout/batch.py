@@ -26,7 +26,7 @@ from npo_cli.types.rollouts import Group, Prompt
 class ActiveGuide:
     """The guide cache in use."""
 
-    trajectories: GuidesByPrompt
+    rollouts: GuidesByPrompt
     until_step: int
     """Last step of injection."""
 
@@ -110,7 +110,7 @@ def build_batch(
     """
     recipe = session.recipe
     num_groups = recipe.train.prompts_per_step
-    guides = active_guide.trajectories if active_guide and step <= active_guide.until_step else None
+    guides = active_guide.rollouts if active_guide and step <= active_guide.until_step else None
     recorded = [restore_images(session, group) for group in rollout_log.read_step(step) or ()]
     is_recorded = bool(recorded)
     on_policy: list[Group] = []

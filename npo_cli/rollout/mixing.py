@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 
 from npo_cli.config.guides import InjectSettings
 from npo_cli.seeds import derive_seed
-from npo_cli.types.guides import GuideRollout
 from npo_cli.types.rollouts import Group, Rollout
 
-GuidesByPrompt = Mapping[str, Sequence[GuideRollout]]
+GuidesByPrompt = Mapping[str, Sequence[Rollout]]
 """Cached guide rollouts by prompt id."""
 
 
@@ -44,14 +43,14 @@ class MixStrategy:
         """Whether a group of this on-policy accuracy receives guide rollouts."""
         return accuracy <= self.settings.max_accuracy
 
-    def mix(self, group: Group, guides: Sequence[GuideRollout]) -> Group:
+    def mix(self, group: Group, guides: Sequence[Rollout]) -> Group:
         """The group with guide rollouts injected, or as it was, with `injection_status` saying why."""
         accuracy = group.on_policy.accuracy
         if not self.is_eligible(accuracy):
             return replace(group, injection_status="gate_closed", on_policy_accuracy=accuracy)
         if not guides:
             return replace(group, injection_status="no_guide", on_policy_accuracy=accuracy)
-        return self.inject(group, [_to_rollout(guide) for guide in self._select(guides)], accuracy)
+        return self.inject(group, self._select(guides), accuracy)
 
     def inject(self, group: Group, guides: Sequence[Rollout], accuracy: float) -> Group:
         """The group with these guide rollouts in their slots."""
@@ -63,7 +62,7 @@ class MixStrategy:
             on_policy_accuracy=accuracy,
         )
 
-    def _select(self, guides: Sequence[GuideRollout]) -> Sequence[GuideRollout]:
+    def _select(self, guides: Sequence[Rollout]) -> Sequence[Rollout]:
         if len(guides) <= self.settings.slots:
             return guides
         return random.Random(derive_seed(self.seed, guides[0].prompt_id)).sample(guides, self.settings.slots)
@@ -117,19 +116,3 @@ def count_injections(groups: Sequence[Group]) -> dict[str, float]:
         "inject/no_guide": float(num_missing),
         "inject/gate_closed": float(statuses.count("gate_closed")),
     }
-
-
-def _to_rollout(guide: GuideRollout) -> Rollout:
-    assert guide.behavior_logps is None or len(guide.response_ids) == len(guide.behavior_logps)
-    return Rollout(
-        prompt_id=guide.prompt_id,
-        slot=0,
-        response_ids=guide.response_ids,
-        behavior_logps=guide.behavior_logps,
-        text=guide.text,
-        finished=guide.finished,
-        sampler_step=guide.guide_step,
-        source=guide.source,
-        verdict=guide.verdict,
-        reward=1.0 if guide.verdict == "correct" else 0.0,
-    )

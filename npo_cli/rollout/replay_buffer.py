@@ -16,8 +16,8 @@ from npo_cli.rollout.mixing import MixStrategy
 from npo_cli.seeds import derive_seed
 from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.session import Session
-from npo_cli.types.guides import GuideRollout, ReplayBuffer, Success
-from npo_cli.types.rollouts import Group, Prompt
+from npo_cli.types.guides import ReplayBuffer, Success
+from npo_cli.types.rollouts import Group, Prompt, Rollout
 
 REPLAY = "replay"
 """In the sampling seeds of replayed prompts, in place of the epoch."""
@@ -182,15 +182,16 @@ def _replay_prompts(
     stored = {prompt_id: buffer.successes[prompt_id] for prompt_id in prompt_ids}
     guides = {
         prompt_id: (
-            GuideRollout(
+            Rollout(
                 prompt_id=prompt_id,
+                slot=0,
                 response_ids=success.response_ids,
                 behavior_logps=success.behavior_logps,
                 text=success.text,
+                finished=True,
+                sampler_step=success.step,
                 verdict="correct",
-                guide_step=success.step,
-                num_sampled=strategy.group_size,
-                num_correct=buffer.num_correct[prompt_id],
+                reward=1.0,
                 source="past",
             ),
         )

@@ -1,35 +1,18 @@
-"""Files of AutoNPO in a run directory: the controller's transitions, and the rollouts of each probe.
+"""autonpo.jsonl: the transitions of AutoNPO's controller.
 
-autonpo.jsonl holds no time of day: two runs of one seed have files that are equal byte for byte. Its last line and
-the metrics after that line's step are all that a restart needs.
+It holds no time of day: two runs of one seed have files that are equal byte for byte. Its last line and the metrics
+after that line's step are all that a restart needs.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_cli.storage.files import damaged_file_error, decode_record, encode_record, to_row, write_json_atomic
+from npo_cli.storage.files import damaged_file_error, decode_record, to_row
 from npo_cli.storage.jsonl import JsonlLog
-from npo_cli.storage.layout import RunDir, format_step
-from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.storage.layout import RunDir
 from npo_cli.types.autonpo import AutoNPOState, Transition
-
-KEY_LENGTH = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProbeStore:
-    """The probe of one policy: its settings, and its rollouts chunk by chunk."""
-
-    folder: Path
-
-    @property
-    def rollouts(self) -> RolloutLog:
-        """Every group; the field `step` of a line is the number of its chunk of prompts, from 0."""
-        return RolloutLog(self.folder / "rollouts.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,14 +61,3 @@ def _transition_of(row: dict[str, Any], source: str) -> Transition:
     return Transition(
         step=line.step, event=line.event, phase_before=line.phase_before, state=state, evidence=line.evidence
     )
-
-
-def open_probe(run: RunDir, branch: str, step: int, *, settings: Mapping[str, Any]) -> ProbeStore:
-    """The folder of the probe of this policy with these settings, created on first use."""
-    content = {"branch": branch, "step": step, "settings": dict(settings)}
-    canonical = json.dumps(json.loads(encode_record(content)), sort_keys=True, separators=(",", ":"))
-    key = hashlib.sha256(canonical.encode("ascii")).hexdigest()[:KEY_LENGTH]
-    folder = run.root / "probes" / f"{branch}_{format_step(step)}_{key}"
-    if not (folder / "settings.json").exists():
-        write_json_atomic(folder / "settings.json", content)
-    return ProbeStore(folder=folder)

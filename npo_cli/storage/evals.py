@@ -1,19 +1,29 @@
-"""prompt_results.jsonl: how often each held-out prompt was solved, one line per evaluation.
+"""evals.jsonl: held-out evaluations. prompt_results.jsonl: how often each of their prompts was solved.
 
-evals.jsonl has the sums; here they are per prompt, so that two policies can be compared on common prompts. A prompt is
-identified by a hash of its content, not by its id or position: two runs with other prompts share none.
+The results per prompt are there so that two policies can be compared on common prompts. A prompt is identified by a
+hash of its content, not by its id or position: two runs with other prompts share none.
 """
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from npo_cli.storage.files import damaged_file_error, encode_record
+from npo_cli.storage.files import damaged_file_error, encode_record, to_row
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.types.rollouts import EvalReport, Prompt
 
 KEY_LENGTH = 16
+
+
+def append_eval(run: RunDir, report: EvalReport) -> None:
+    """Record a held-out evaluation. The same report again, of a resumed run, adds no second line."""
+    JsonlLog(run.evals_path).append_once(to_row(report), tuple(asdict(report)))
+
+
+def read_evals(run: RunDir) -> list[EvalReport]:
+    """Every held-out evaluation, oldest first."""
+    return JsonlLog(run.evals_path).read_records(EvalReport)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

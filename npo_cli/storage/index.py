@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.storage.checkpoints import PARTIAL_SUFFIX, has_intact_training_state, has_intact_weights, read_manifest
+from npo_cli.storage.evals import read_evals
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, open_run, parse_step
 from npo_cli.storage.lineage import find_first_segment, find_owning_branch, list_branches
-from npo_cli.storage.sample_store import read_all_scores, read_evals
+from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport
 from npo_cli.types.scores import CandidateScore
 

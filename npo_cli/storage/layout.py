@@ -130,6 +130,11 @@ class RunDir:
         return self.root / "scores"
 
     @property
+    def probes_folder(self) -> Path:
+        """One folder per AutoNPO probe."""
+        return self.root / "probes"
+
+    @property
     def calibrations_folder(self) -> Path:
         """One folder per calibrated learner."""
         return self.root / "calibrations"
@@ -165,10 +170,6 @@ class RunDir:
     def guide_folder(self, name: str) -> Path:
         """One guide cache."""
         return self.guides_folder / validate_name(name)
-
-    def score_folder(self, branch: str, learner_step: int, *, key: str) -> Path:
-        """One scoring of the guides of one learner; `key` distinguishes scorings with other settings."""
-        return self.scores_folder / f"{validate_name(branch)}_{format_step(learner_step)}_{key}"
 
     def read_recipe(self, branch: str | None = None) -> dict[str, Any]:
         """The resolved recipe of a branch (at the run's creation without one), as plain data."""

@@ -175,7 +175,7 @@ def encode_images(images: Sequence[ImageRef]) -> list[dict[str, Any]]:
     return [{name: value for name, value in to_row(image).items() if name != "data"} for image in images]
 
 
-def decode_images(rows: Sequence[dict[str, Any]], source: Path) -> tuple[ImageRef, ...]:
+def decode_images(rows: Sequence[dict[str, Any]], source: Path | str) -> tuple[ImageRef, ...]:
     """The references in these rows."""
     return tuple(decode_record(ImageRef, row, source) for row in rows)
 

@@ -1,16 +1,17 @@
-"""Stores of verified samples: a scoring of guide candidates, or an AutoNPO probe. Also saved scores and evaluations.
+"""Stores of verified samples: a scoring of guide candidates, an AutoNPO probe, a guide cache. Also saved scores.
 
-A store is a folder named after its branch, step and a key of its settings, so that the same command finds its samples
-again and another one never mixes with them: settings.json and rollouts.jsonl, one line per chunk of sampled prompts.
+A store is a folder with rollouts.jsonl, one line per chunk of sampled prompts. That of a scoring or a probe is named
+after its branch, step and a key of its settings (settings.json), so that the same command finds its samples again and
+another one never mixes with them; a guide cache has a name and guide.json (`guide_cache.py`).
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.storage.files import (
@@ -24,8 +25,8 @@ from npo_cli.storage.files import (
 )
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, format_step, validate_name
-from npo_cli.storage.rollout_log import decode_rollout, encode_rollout
-from npo_cli.types.rollouts import EvalReport, Group, Rollout
+from npo_cli.storage.rollout_log import decode_images, decode_rollout, encode_images, encode_rollout
+from npo_cli.types.rollouts import PromptSamples, Rollout, RolloutSource, Verdict
 from npo_cli.types.scores import CandidateScore
 
 KEY_LENGTH = 8
@@ -44,19 +45,26 @@ class StoreSettings:
     """Everything else that determines the samples; a scoring's candidates are among it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SampleStore:
-    """Samples of one or several policies, which only grow; the chunks of a killed process are all kept.
-
-    A guide cache is such a store with a manifest too (`append` its rounds with the source's SPEC as candidate).
-    """
+    """Samples of one or several policies, which only grow; the chunks of a killed process are all kept."""
 
     folder: Path
-    spec: StoreSettings
+    _log: JsonlLog = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._log = JsonlLog(self.path)
 
     @property
-    def _log(self) -> JsonlLog:
-        return JsonlLog(self.folder / "rollouts.jsonl")
+    def path(self) -> Path:
+        """The samples."""
+        return self.folder / "rollouts.jsonl"
+
+    @property
+    def spec(self) -> StoreSettings:
+        """What was sampled and how; a guide cache has its guide.json instead."""
+        path = self.folder / "settings.json"
+        return decode_record(StoreSettings, read_json(path), path)
 
     @property
     def scores_path(self) -> Path:
@@ -68,30 +76,31 @@ class SampleStore:
         """Whether scores were saved."""
         return self.scores_path.exists()
 
-    def append(self, candidate: str, groups: Sequence[Group]) -> None:
-        """Add a chunk of a candidate's groups as one line: it is on disk whole or not at all."""
-        rows = [
-            {"prompt_id": group.prompt.prompt_id, "rollouts": [encode_rollout(rollout) for rollout in group.rollouts]}
-            for group in groups
-        ]
-        self._log.append({"candidate": candidate, "groups": rows})
+    def append(self, candidate: str, chunk: Sequence[PromptSamples]) -> None:
+        """Add a candidate's samples of a chunk of prompts as one line: it is on disk whole or not at all."""
+        self._log.append({"candidate": candidate, "groups": [_encode_samples(samples) for samples in chunk]})
 
-    def read(self) -> dict[tuple[str, str], tuple[Rollout, ...]]:
-        """All rollouts by (candidate, prompt id), in the order sampled."""
-        samples: dict[tuple[str, str], tuple[Rollout, ...]] = {}
+    def iter_samples(self) -> Iterator[tuple[str, str, PromptSamples]]:
+        """Triples (line of the file, for errors; candidate; samples of one prompt), in the order sampled."""
         for number, row in enumerate(self._log.iter_rows(), start=1):
-            source = f"{self.folder / 'rollouts.jsonl'}, line {number}"
+            line = f"{self.path}, line {number}"
             try:
-                for group in row["groups"]:
-                    rollouts = tuple(decode_rollout(rollout, source) for rollout in group["rollouts"])
-                    samples[row["candidate"], group["prompt_id"]] = rollouts
-            except (KeyError, TypeError) as error:
-                raise damaged_file_error(source, "a line is not a chunk of groups") from error
-        return samples
+                chunk = [(line, str(row["candidate"]), _decode_samples(group, line)) for group in row["groups"]]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise damaged_file_error(line, "it is not a chunk of groups") from error
+            yield from chunk
+
+    def read(self) -> dict[tuple[str, str], PromptSamples]:
+        """All samples by (candidate, prompt id), in the order sampled."""
+        return {(candidate, samples.prompt_id): samples for _, candidate, samples in self.iter_samples()}
+
+    def read_prompts(self) -> dict[str, PromptSamples]:
+        """All samples by prompt id, of a store with one candidate."""
+        return {samples.prompt_id: samples for _, _, samples in self.iter_samples()}
 
     def count_tokens(self) -> int:
-        """Tokens of all samples."""
-        return sum(rollout.num_tokens for rollouts in self.read().values() for rollout in rollouts)
+        """Tokens generated for all samples."""
+        return sum(samples.num_tokens for _, _, samples in self.iter_samples())
 
     def sync(self) -> None:
         """Force every line down to the disk."""
@@ -114,18 +123,46 @@ def open_sample_store(
     folder = parent / f"{validate_name(branch)}_{format_step(step)}_{key}"
     if not (folder / "settings.json").exists():
         write_json_atomic(folder / "settings.json", spec)
-    return _read_store(folder)
+    return SampleStore(folder)
 
 
 def list_sample_stores(parent: Path) -> list[SampleStore]:
     """Every store in a folder such as RUN/scores, unfinished ones included, by folder name."""
     folders = sorted(parent.iterdir()) if parent.is_dir() else []
-    return [_read_store(folder) for folder in folders if (folder / "settings.json").exists()]
+    stores = [SampleStore(folder) for folder in folders if (folder / "settings.json").exists()]
+    for store in stores:
+        _ = store.spec  # Damage is reported before anything is written.
+    return stores
 
 
-def _read_store(folder: Path) -> SampleStore:
-    path = folder / "settings.json"
-    return SampleStore(folder=folder, spec=decode_record(StoreSettings, read_json(path), path))
+def _encode_samples(samples: PromptSamples) -> dict[str, Any]:
+    row = to_row(replace(samples, rollouts=(), images=()))
+    row |= {"rollouts": [encode_rollout(rollout) for rollout in samples.rollouts]}
+    row["images"] = encode_images(samples.images)
+    return row
+
+
+def _decode_samples(row: dict[str, Any], line: str) -> PromptSamples:
+    """The samples of one prompt, checked: token ids, log-probabilities, correct rollouts kept before others."""
+    rollouts = tuple(decode_rollout(rollout, line) for rollout in row["rollouts"])
+    images = decode_images(row.get("images", ()), line)
+    samples = replace(
+        decode_record(PromptSamples, row | {"rollouts": (), "images": ()}, line), rollouts=rollouts, images=images
+    )
+    num_kept_correct = sum(rollout.is_correct for rollout in rollouts)
+    if num_kept_correct != min(samples.num_correct, len(rollouts)) or not all(map(_is_verified, rollouts)):
+        raise damaged_file_error(line, f"the rollouts of prompt {samples.prompt_id} are no verified responses")
+    return samples
+
+
+def _is_verified(rollout: Rollout) -> bool:
+    ids, logps = rollout.response_ids, rollout.behavior_logps
+    return (
+        all(isinstance(token, int) and token >= 0 for token in ids)
+        and (logps is None or len(logps) == len(ids))
+        and rollout.verdict in get_args(Verdict)
+        and rollout.source in get_args(RolloutSource)
+    )
 
 
 # Scores
@@ -181,16 +218,3 @@ def find_latest_scores(run: RunDir, *, branch: str | None = None, learner_step: 
         if (branch is None or scores.branch == branch) and (learner_step is None or scores.learner_step == learner_step)
     ]
     return found[-1] if found else None
-
-
-# Held-out evaluations
-
-
-def append_eval(run: RunDir, report: EvalReport) -> None:
-    """Record a held-out evaluation. The same report again, of a resumed run, adds no second line."""
-    JsonlLog(run.evals_path).append_once(to_row(report), tuple(asdict(report)))
-
-
-def read_evals(run: RunDir) -> list[EvalReport]:
-    """Every held-out evaluation, oldest first."""
-    return JsonlLog(run.evals_path).read_records(EvalReport)

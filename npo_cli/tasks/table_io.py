@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.images import load_image_bytes
-from npo_cli.types.guides import GuideRollout
-from npo_cli.types.rollouts import Prompt
+from npo_cli.types.rollouts import Prompt, PromptSamples, Rollout
 
 BATCH_ROWS = 32
 """Rows in memory at a time, for a column with images."""
@@ -146,7 +145,9 @@ class ExportedResponse:
     """A prompt and one response to it."""
 
     prompt: Prompt
-    trajectory: GuideRollout
+    samples: PromptSamples
+    rollout: Rollout
+    """One of `samples`."""
     data_source: str
     """Name by which verl chooses its reward function."""
 
@@ -204,7 +205,7 @@ def write_table(path: Path, answers: Sequence[ExportedResponse], *, table_format
 
 
 def _row(each: ExportedResponse, number: int, *, chats: bool) -> dict[str, Any]:
-    prompt, response = each.prompt, each.trajectory
+    prompt, response = each.prompt, each.rollout
     messages = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
     messages = messages or [{"role": "user", "content": prompt.text}]
     return {
@@ -222,9 +223,9 @@ def _row(each: ExportedResponse, number: int, *, chats: bool) -> dict[str, Any]:
         "logps": None if response.behavior_logps is None else list(response.behavior_logps),
         "verdict": response.verdict,
         "source": response.source,
-        "guide_step": response.guide_step,
+        "guide_step": response.sampler_step,
         "finished": response.finished,
-        "num_sampled": response.num_sampled,
-        "num_correct": response.num_correct,
+        "num_sampled": each.samples.num_sampled,
+        "num_correct": each.samples.num_correct,
         "images": [{"bytes": load_image_bytes(image), "path": Path(image.location).name} for image in prompt.images],
     }

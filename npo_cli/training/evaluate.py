@@ -14,11 +14,17 @@ from npo_cli.seeds import derive_seed
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, open_session, sample_groups
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.costs import append_cost
-from npo_cli.storage.evals import PromptResults, append_prompt_results, hash_prompt, read_prompt_results
+from npo_cli.storage.evals import (
+    PromptResults,
+    append_eval,
+    append_prompt_results,
+    hash_prompt,
+    read_evals,
+    read_prompt_results,
+)
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.storage.lock import lock_run
-from npo_cli.storage.sample_store import append_eval, read_evals
 from npo_cli.types.rollouts import EvalReport, Group, Notice, Progress
 
 

@@ -30,7 +30,7 @@ from npo_cli.storage.checkpoints import (
 )
 from npo_cli.storage.costs import append_fork_cost
 from npo_cli.storage.files import damaged_file_error
-from npo_cli.storage.guide_cache import format_source_option, guide_rollouts_path, load_guide
+from npo_cli.storage.guide_cache import format_source_option, load_guide
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import (
     append_segment,
@@ -41,12 +41,13 @@ from npo_cli.storage.lineage import (
 )
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import append_event
+from npo_cli.storage.sample_store import SampleStore
 from npo_cli.training.checkpointing import init_state_from_weights, restore_state
 from npo_cli.training.loop import grpo_steps
 from npo_cli.training.rollback import apply_rollback_settings
 from npo_cli.training.train import describe_batch_sizes, engine_warnings, init_state, make_paths_absolute, open_trainer
-from npo_cli.types.guides import GuideCacheInfo, GuideRollout
-from npo_cli.types.rollouts import EvalReport, Notice, Segment, StepReport
+from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.rollouts import EvalReport, Notice, PromptSamples, Segment, StepReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +193,7 @@ def load_active_guide(session: Session, segment: Segment) -> ActiveGuide | None:
     if segment.guide_cache is None or segment.guide_until is None:
         return None
     check_single_guide_source(session, other=f"guide {segment.guide_cache}")
-    info, trajectories = load_guide(session.run, segment.guide_cache)
+    info, prompts = load_guide(session.run, segment.guide_cache)
     if info.tokenizer_digest != session.policy.tokenizer_digest:
         raise NpoError(
             f"guide {info.name} was sampled with another tokenizer; its token ids do not fit this model",
@@ -200,28 +201,27 @@ def load_active_guide(session: Session, segment: Segment) -> ActiveGuide | None:
         )
     check_guide_logprobs(session, info)
     known = {prompt.prompt_id for prompt in session.task.train}
-    unknown = sorted(trajectories.keys() - known)
+    unknown = sorted(prompts.keys() - known)
     if unknown:
         raise NpoError(
             f"guide {info.name} has prompts that this task does not have: {unknown[0]}", "use this run's own data"
         )
-    rollouts = [rollout for several in trajectories.values() for rollout in several]
-    for rollout in rollouts:
-        check_guide_images(session, info, rollout)
-    largest_id = max((max(rollout.response_ids) for rollout in rollouts), default=0)
+    for samples in prompts.values():
+        check_guide_images(session, info, samples)
+    rollouts = {prompt_id: samples.rollouts for prompt_id, samples in prompts.items()}
+    largest_id = max((max(rollout.response_ids) for kept in rollouts.values() for rollout in kept), default=0)
     if largest_id >= session.policy.model.get_input_embeddings().num_embeddings:
-        raise damaged_file_error(
-            guide_rollouts_path(session.run.guide_folder(info.name)), f"the model has no token {largest_id}"
-        )
-    return ActiveGuide(trajectories=trajectories, until_step=segment.guide_until)
+        path = SampleStore(session.run.guide_folder(info.name)).path
+        raise damaged_file_error(path, f"the model has no token {largest_id}")
+    return ActiveGuide(rollouts=rollouts, until_step=segment.guide_until)
 
 
-def check_guide_images(session: Session, info: GuideCacheInfo, rollout: GuideRollout) -> None:
-    """Refuse a response to other images than those of the task's prompt."""
-    expected = [image.sha256 for image in session.task.prompt(rollout.prompt_id).images]
-    if expected != [image.sha256 for image in rollout.images]:
+def check_guide_images(session: Session, info: GuideCacheInfo, samples: PromptSamples) -> None:
+    """Refuse responses to other images than those of the task's prompt."""
+    expected = [image.sha256 for image in session.task.prompt(samples.prompt_id).images]
+    if expected != [image.sha256 for image in samples.images]:
         raise NpoError(
-            f"guide {info.name} was sampled with other images for prompt {rollout.prompt_id} than this task has",
+            f"guide {info.name} was sampled with other images for prompt {samples.prompt_id} than this task has",
             f"restore the old images, or: npo sample-guide {quote_path(session.run.root)} {format_source_option(info)} "
             f"--at {info.learner_step} --name NEW",
         )
@@ -267,5 +267,5 @@ def resume_message(start: ResumePoint, state: TrainerState, guidance: ActiveGuid
         return f"{start.branch} continues from {where}"
     if start.has_fresh_optimizer:
         where = f"{origin}: weights and data position {state.position} only"
-    suffix = f", {len(guidance.trajectories)} guide rollouts until step {guidance.until_step}" if guidance else ""
+    suffix = f", {len(guidance.rollouts)} guide rollouts until step {guidance.until_step}" if guidance else ""
     return f"new branch {start.branch} from {where}{suffix}"

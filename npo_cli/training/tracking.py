@@ -18,10 +18,10 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError
 from npo_cli.registry import TRACKERS
+from npo_cli.storage.evals import read_evals
 from npo_cli.storage.layout import RUN_INFO_FILE, RunDir
 from npo_cli.storage.lineage import find_first_segment, list_branches
 from npo_cli.storage.metrics import read_metrics
-from npo_cli.storage.sample_store import read_evals
 from npo_cli.types.autonpo import Transition
 from npo_cli.types.rollouts import EvalReport, Notice, StepReport
 

@@ -1,35 +1,7 @@
-"""Records of off-policy rollouts: of guide caches, and of the run's own past successes."""
+"""Records of off-policy rollouts: guide caches, and the run's own past successes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from npo_cli.types.rollouts import ImageRef, RolloutSource, Verdict
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuideRollout:
-    """One response of another policy, kept for its prompt: verified, correct unless the cache keeps all."""
-
-    prompt_id: str
-    response_ids: tuple[int, ...]
-    behavior_logps: tuple[float, ...] | None
-    """Under the behavior policy, from a forward pass in the trainer's precision and kernels where its weights are
-    available (own past: as recorded); None if unavailable."""
-    text: str
-    verdict: Verdict
-    guide_step: int | None
-    """Step of the weights that wrote it; None where these are not of this run."""
-    num_sampled: int
-    """Samples drawn for this prompt."""
-    num_correct: int
-    """How many of them were verified correct: an estimate of p_g(x), the constant that token ratios ignore."""
-    source: RolloutSource = "guide"
-    number: int = 0
-    """Place among the trajectories of its prompt."""
-    finished: bool = True
-    """Ends with an end token; only a wrong one may not."""
-    images: tuple[ImageRef, ...] = ()
-    """What its writer was shown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,14 +39,14 @@ class GuideCacheInfo:
     num_prompts: int
     """Distinct prompts sampled."""
     num_prompts_with_rollouts: int
-    """Prompts with a trajectory."""
+    """Prompts with a rollout."""
     num_samples: int
     num_tokens: int
     """Tokens generated to make the cache."""
     complete: bool = False
     has_logps: bool = True
-    """Whether log-probabilities of who wrote the trajectories are kept; without them only the ratios `proximal`, `unit`
-    and `none` can be used."""
+    """Whether every rollout has behavior log-probabilities; without them only the ratios `proximal`, `unit` and `none`
+    can be used."""
     num_rollouts: int = 0
     external_tokens: int = 0
     """Tokens of rollouts that were not generated here (a file of traces)."""

@@ -165,6 +165,23 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSamples:
+    """What one policy sampled for one prompt: counts, and the rollouts that were kept (all but in a guide cache)."""
+
+    prompt_id: str
+    num_sampled: int
+    """Responses sampled."""
+    num_correct: int
+    """How many of them were verified correct: an estimate of p_g(x), the constant that token ratios ignore."""
+    num_tokens: int
+    """Tokens generated for them; responses that were there before cost none."""
+    rollouts: tuple[Rollout, ...]
+    """A guide cache keeps correct ones, best first; with guide.cache.keep=all wrong ones where none is correct."""
+    images: tuple[ImageRef, ...] = ()
+    """What the sampler was shown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """All rollouts of one prompt at one step."""
 
@@ -181,6 +198,18 @@ class Group:
     def on_policy(self) -> "Group":
         """The on-policy rollouts alone, before injection."""
         return Group(prompt=self.prompt, rollouts=tuple(one for one in self.rollouts if not one.is_off_policy))
+
+    @property
+    def samples(self) -> PromptSamples:
+        """The verified group as samples of its prompt, all of them kept."""
+        return PromptSamples(
+            prompt_id=self.prompt.prompt_id,
+            num_sampled=len(self.rollouts),
+            num_correct=self.num_correct,
+            num_tokens=self.num_tokens,
+            rollouts=self.rollouts,
+            images=self.prompt.images,
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -8,10 +8,10 @@ import pytest
 from npo_cli.autonpo.actions import PairedTest
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.storage.checkpoints import delete_checkpoint, demote_checkpoint, find_checkpoint, write_manifests
-from npo_cli.storage.guide_cache import list_guide_caches, load_guide, read_queried_prompts
+from npo_cli.storage.guide_cache import list_guide_caches, load_guide, read_guide_prompts
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import list_branches, read_segments
-from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.storage.sample_store import SampleStore
 from tests.helpers.autonpo_runs import (
     REJECTING,
     deterministic_digests,
@@ -38,13 +38,13 @@ def test_guide_cache_reuses_correct_rollouts_of_the_probe(watched):
     run = open_run(watched)
     num_reused = 0
     for name, probe in (("auto-1", "main_step_000006"), ("auto-2", "auto-1_step_000008")):
-        (path,) = watched.glob(f"probes/{probe}_*/rollouts.jsonl")
-        sampled = {group.prompt.prompt_id: group.rollouts for _, group in RolloutLog(path).iter_groups()}
+        (folder,) = watched.glob(f"probes/{probe}_*")
+        sampled = {prompt_id: samples.rollouts for prompt_id, samples in SampleStore(folder).read_prompts().items()}
         _, cached = load_guide(run, name)
-        for prompt_id, entry in read_queried_prompts(run.guide_folder(name)).items():
-            correct = [found for found in sampled.get(prompt_id, ()) if found.verdict == "correct" and found.finished]
+        for prompt_id, entry in read_guide_prompts(run.guide_folder(name)).items():
+            correct = [found for found in sampled.get(prompt_id, ()) if found.is_correct]
             if correct:
-                assert cached[prompt_id][0].response_ids in [found.response_ids for found in correct]
+                assert cached[prompt_id].rollouts[0].response_ids in [found.response_ids for found in correct]
                 # Not sampled again: the samples are those of the probe (4), and no token was generated.
                 assert (entry.num_sampled, entry.num_correct, entry.num_tokens) == (4, len(correct), 0)
                 num_reused += 1
@@ -163,7 +163,7 @@ def test_early_bootstrap_with_a_short_replay_samples_only_its_prompts(tmp_path):
     kept = ("autonpo.rollback.distances=[2]", "train.keep_full_checkpoints=2", "autonpo.max_interventions=0")
     list(start_autonpo(root, *early, *kept))
     assert {"replay_accepted", "replay_rejected"} & set(events_of(root))
-    queried = read_queried_prompts(open_run(root).guide_folder("early"))
+    queried = read_guide_prompts(open_run(root).guide_folder("early"))
     # only prompts of the window's two steps of 4, whenever the scout failed them last
     assert set(queried) <= {each for step in (1, 2) for each in prompt_ids(root, "main", step)}
 
@@ -191,7 +191,7 @@ def test_early_bootstrap_restarts_from_the_base_with_guides(tmp_path):
     mixes = {step: {group.injection_status for group in groups_of(root, "early", step)} for step in range(1, 13)}
     assert all(mixes[step] == {"off"} for step in range(3, 13))
     assert "injected" in mixes[1] | mixes[2]
-    queried = read_queried_prompts(open_run(root).guide_folder("early"))
+    queried = read_guide_prompts(open_run(root).guide_folder("early"))
     assert set(queried) <= set(failed_prompts(root, "main", range(1, 3), at_most=0.25))
 
 

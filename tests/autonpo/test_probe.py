@@ -1,5 +1,6 @@
 """A probe of a real run: Q from its rollouts, V from the log-probabilities of two checkpoints, kills and reuse."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +53,8 @@ def result_of(generator: Any) -> Any:
 
 
 def probe_groups(probe: Probe) -> list[Group]:
-    return [group for _, group in probe.store.rollouts.iter_groups()]
+    samples = probe.store.read_prompts().values()
+    return [Group(prompt=probe.session.task.prompt(one.prompt_id), rollouts=one.rollouts) for one in samples]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,8 @@ def test_probe_killed_between_chunks_samples_nothing_twice(plain, tmp_path, monk
     straight, all_samples = probe_at_6(roots[0])
     found = result_of(run_probe(straight))
     # 8 prompts in chunks of 3, 3 and 2; 4 samples each
-    assert straight.store.rollouts.steps() == (0, 1, 2)
+    lines = [json.loads(line) for line in straight.store.path.read_text().splitlines()]
+    assert [(line["candidate"], len(line["groups"])) for line in lines] == [("checkpoint:6", n) for n in (3, 3, 2)]
     assert len(all_samples) == len(set(all_samples)) == 32
 
     killed, before = probe_at_6(roots[1])
@@ -161,13 +164,12 @@ def test_probe_killed_between_chunks_samples_nothing_twice(plain, tmp_path, monk
         if record == Progress(description="probe failed prompts", done=3, total=8):
             generator.close()
     assert len(before) == 12
-    with (killed.store.folder / "rollouts.jsonl").open("ab") as file:
-        file.write(b'{"step":1,"num_groups":1,"prompt":{"pro')  # torn while the second chunk was written
+    with killed.store.path.open("ab") as file:
+        file.write(b'{"candidate":"checkpoint:6","groups":[{"pro')  # torn while the second chunk was written
     again, after = probe_at_6(roots[1])
     assert result_of(run_probe(again)) == found
     assert before + after == all_samples
-    paths = [probe.store.folder / "rollouts.jsonl" for probe in (straight, again)]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert straight.store.path.read_bytes() == again.store.path.read_bytes()
 
 
 def test_probe_that_is_complete_is_read_from_disk(watched, tmp_path):

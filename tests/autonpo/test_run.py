@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from npo_cli.errors import StoppedEarly
-from npo_cli.storage.guide_cache import load_guide, read_queried_prompts
+from npo_cli.storage.guide_cache import load_guide, read_guide_prompts
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import read_segments
 from npo_cli.training.resume import resume_run
@@ -145,7 +145,7 @@ def test_guide_cache_covers_exactly_the_failed_prompts_of_the_segment(watched, b
     before = parent_of(branch)
     (parent,) = set(before.values())
     failed = failed_prompts(watched, parent, range(back_to + 1, at + 1), at_most=0.25)
-    queried = read_queried_prompts(open_run(watched).guide_folder(branch))
+    queried = read_guide_prompts(open_run(watched).guide_folder(branch))
     assert sorted(queried) == sorted(failed)
     assert len(failed) >= 5
     info, found = load_guide(open_run(watched), branch)
@@ -179,7 +179,7 @@ def test_replay_injects_a_guide_into_every_hard_group_that_has_one(watched, bran
             assert (group.injection_status == "injected") == bool(guide_rollouts) == due
             assert (group.injection_status == "off") == (step > at)
             for injected in guide_rollouts:
-                (kept,) = found[group.prompt.prompt_id]
+                (kept,) = found[group.prompt.prompt_id].rollouts
                 assert (injected.response_ids, injected.behavior_logps) == (kept.response_ids, kept.behavior_logps)
                 num_injected += 1
     assert num_injected >= 1

@@ -232,12 +232,12 @@ def test_evaluation_with_missing_fields_is_named_by_line(run):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ('"response_ids":[', '"response_ids":[1,', "it is not a verified response to prompt mix3/"),
+        ('"response_ids":[', '"response_ids":[1,', "are no verified responses"),
         ('"response_ids":[', '"ids":[', "line 1 is damaged: it has no field 'response_ids'"),
-        ('"verdict":"correct"', '"verdict":"wrong"', "it is not a verified response to prompt mix3/"),
-        ('"verdict":"correct"', '"verdict":"fine"', "it is not a verified response to prompt mix3/"),
+        ('"verdict":"correct"', '"verdict":"wrong"', "are no verified responses"),
+        ('"verdict":"correct"', '"verdict":"fine"', "are no verified responses"),
         ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near has prompts that this task does not have: oth"),
-        ('"response_ids":[', '"response_ids":["1",', "it is not a verified response to prompt mix3/"),
+        ('"response_ids":[', '"response_ids":["1",', "are no verified responses"),
     ],
 )  # fmt: skip
 def test_damaged_guide_cache_is_refused_before_forking(run, before, after, message):
@@ -247,9 +247,9 @@ def test_damaged_guide_cache_is_refused_before_forking(run, before, after, messa
 
 def test_guide_cache_with_unknown_token_is_refused(run):
     path = run / "guides" / "near" / "rollouts.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[0]["response_ids"][0] = 99999
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    next(group for group in row["groups"] if group["rollouts"])["rollouts"][0]["response_ids"][0] = 99999
+    path.write_text(json.dumps(row) + "\n")
     result = words(run, ["resume", "--at", "0", "--guide", "near"])
     assert result.startswith(f"{path} is damaged: the model has no token 99999")
 

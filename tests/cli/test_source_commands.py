@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.storage.guide_cache import guide_rollouts_path, queried_prompts_path
+from npo_cli.storage.guide_cache import read_guide_prompts
 from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, npo
 from tests.helpers.runs import open_session_at
 from tests.helpers.teachers import correct_response, correct_rows, write_traces
-from tests.helpers.warm_process import ForkServer, num_lines, start_fork_server, wait_until
+from tests.helpers.warm_process import ForkServer, start_fork_server, wait_until
 from tests.inference.openai_server import run_server
 
 QUICK = ("scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=20", "guide.inject.max_accuracy=1")
@@ -136,11 +136,10 @@ def test_killed_endpoint_sampling_resumes_to_the_same_bytes(short_run, tmp_path,
         assert (second.code, f"in use by process {child.pid}" in second.message) == (2, True)
         child.kill()
         assert child.wait() == -9
-        assert num_lines(queried_prompts_path(broken / "guides" / "given")) < 16
+        assert len(read_guide_prompts(broken / "guides" / "given")) < 16
         assert npo("sample-guide", broken, *options).code == 0
-    for path in (queried_prompts_path, guide_rollouts_path):
-        one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
-        assert one == other
+    one, other = ((root / "guides/given/rollouts.jsonl").read_bytes() for root in (straight, broken))
+    assert one == other
 
 
 @pytest.mark.parametrize(

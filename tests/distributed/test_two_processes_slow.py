@@ -98,8 +98,8 @@ def test_mixed_precision_of_two_processes_differs_by_rounding_only(tmp_path):
     assert all(row["mismatch/abs_log_w_p99"] < 0.2 for row in metrics(tmp_path / "double"))
 
 
-def response_ids(rollouts) -> dict[str, list[tuple[int, ...]]]:
-    return {prompt_id: [rollout.response_ids for rollout in several] for prompt_id, several in rollouts.items()}
+def response_ids(guide) -> dict[str, list[tuple[int, ...]]]:
+    return {prompt_id: [rollout.response_ids for rollout in samples.rollouts] for prompt_id, samples in guide.items()}
 
 
 def test_score_sample_guide_and_resume_with_two_processes_equal_one(tmp_path):

@@ -15,8 +15,8 @@ from npo_cli.errors import NpoError, RunFailed
 from npo_cli.experiments.bench import BenchSpec, run_bench
 from npo_cli.experiments.compare import compare_runs
 from npo_cli.storage.bench_dir import load_bench_index
+from npo_cli.storage.evals import read_evals
 from npo_cli.storage.layout import open_run
-from npo_cli.storage.sample_store import read_evals
 from npo_cli.types.comparison import MethodSummary
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import TunedSetting

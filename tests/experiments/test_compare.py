@@ -12,9 +12,9 @@ from npo_cli.experiments.compare import compare_runs
 from npo_cli.experiments.load_methods import parse_method_argument
 from npo_cli.storage.bench_dir import BENCH_INDEX_FILE, save_bench_index
 from npo_cli.storage.cost_sums import cost_at
+from npo_cli.storage.evals import read_evals
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.metrics import read_metrics
-from npo_cli.storage.sample_store import read_evals
 from npo_cli.types.comparison import AXES, MethodDifference, MethodSummary, MethodTimeToThreshold, SeedPoint, SpeedUp
 from npo_cli.types.rollouts import Notice
 from tests.helpers.runs import copy_run, file_digests, resume, sample, train

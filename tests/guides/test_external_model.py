@@ -13,7 +13,7 @@ from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.cost_sums import cost_at
-from npo_cli.storage.guide_cache import guide_rollouts_path, load_guide, queried_prompts_path
+from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.runs import copy_run, open_session_at, resume, sample, train, trajectories
@@ -51,7 +51,7 @@ def test_external_model_with_the_learners_tokens_keeps_its_log_probabilities(roo
         with torch.no_grad():
             scores = session.policy.score([row], temperature=1.0, chunk_tokens=4096)
         assert kept.behavior_logps == pytest.approx(scores.logps_NT[0].tolist(), abs=1e-5)
-        assert (kept.source, kept.guide_step, kept.verdict) == ("teacher", None, "correct")
+        assert (kept.source, kept.sampler_step, kept.verdict) == ("teacher", None, "correct")
     assert (info.source.name, info.guide_step, info.has_logps) == ("model", None, True)
     assert info.source.options == {"model": str(teacher_folder(root))}
     assert info.guide_digest == session.policy.digest
@@ -78,7 +78,7 @@ def test_external_model_with_other_tokens_has_the_same_quality(root, other_vocab
     shares = []
     for name in ("ours", "theirs"):
         found = load_guide(open_run(root), name)[1]
-        shares.append(sum(several[0].num_correct for several in found.values()) / (64 * 8))
+        shares.append(sum(samples.num_correct for samples in found.values()) / (64 * 8))
     assert ours.num_samples == theirs.num_samples == 64 * 8
     # a share of p over 512 answers has a standard error below 0.022: the difference is within four of them
     assert shares[0] == pytest.approx(shares[1], abs=4 * 0.022 * 2**0.5)
@@ -124,7 +124,7 @@ def test_run_source_records_its_checkpoint_and_training_cost(root, tmp_path):
     )
     assert info.guide_training_tokens == cost_at(run, "main", 4).tokens == tokens
     assert info.guide_digest == find_checkpoint(run, "main", 4).digest
-    assert {(kept.source, kept.guide_step) for kept in trajectories(root, "guided").values()} == {("teacher", None)}
+    assert {(kept.source, kept.sampler_step) for kept in trajectories(root, "guided").values()} == {("teacher", None)}
     assert info.has_logps
     earlier = sample(root, source=f"run:{other}@main:2", name="earlier")
     assert earlier.guide_digest == find_checkpoint(run, "main", 2).digest
@@ -169,9 +169,8 @@ def test_external_model_guide_cache_resumes_after_a_kill_to_the_same_bytes(
         next(records)
     records.close()
     sample(broken, **arguments)
-    for path in (queried_prompts_path, guide_rollouts_path):
-        one, other = (path(root / "guides" / "guided").read_bytes() for root in (straight, broken))
-        assert one == other
+    one, other = ((root / "guides/guided/rollouts.jsonl").read_bytes() for root in (straight, broken))
+    assert one == other
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_extrapolated_source_builds_a_guide_cache_that_a_replay_uses(run_of_6, t
     assert (info.learner_step, info.older_step, info.num_steps) == (4, 2, 2)
     assert info.guide_digest == find_checkpoint(open_run(root), "main", 2).digest
     assert format_source_option(info) == f"--source extrapolated:{spec}"
-    rollouts = [each for several in load_guide(open_run(root), "ahead")[1].values() for each in several]
-    assert {(one.source, one.verdict, one.guide_step) for one in rollouts} == {("extrapolated", "correct", 4)}
+    rollouts = [each for samples in load_guide(open_run(root), "ahead")[1].values() for each in samples.rollouts]
+    assert {(one.source, one.verdict, one.sampler_step) for one in rollouts} == {("extrapolated", "correct", 4)}
     reports = resume(root, at=4, guide="ahead")
     assert sum(report.metrics["inject/slots"] for report in reports) > 0
 
@@ -116,9 +116,9 @@ def test_replay_cost_counts_forwards_of_the_older_policy(run_of_6, tmp_path):
     resume(root, at=4, guide="ahead")
     (store,) = list_sample_stores(root / "scores")
     tokens = {weights: 0, logits: 0}
-    for (candidate, _), rollouts in store.read().items():
+    for (candidate, _), samples in store.read().items():
         if candidate in tokens:
-            tokens[candidate] += sum(len(rollout.response_ids) for rollout in rollouts)
+            tokens[candidate] += sum(len(rollout.response_ids) for rollout in samples.rollouts)
     assert tokens[weights] > 0 and tokens[logits] > 0
     spent = cost_at(open_run(root), "ahead", 5)
     assert spent.forwards - spent.tokens == tokens[logits] + cache.num_tokens

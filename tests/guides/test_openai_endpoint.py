@@ -6,7 +6,7 @@ import pytest
 
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides import build_cache as guide_cache
-from npo_cli.storage.guide_cache import guide_rollouts_path, queried_prompts_path, read_queried_prompts
+from npo_cli.storage.guide_cache import read_guide_prompts
 from tests.helpers.runs import copy_run, open_session_at, sample, trajectories
 from tests.helpers.teachers import correct_response
 from tests.helpers.warm_process import wait_until
@@ -81,14 +81,13 @@ def test_openai_source_resumed_after_a_kill_requests_only_the_rest(scout, run_an
             sample(broken, **arguments)
         # What was under way when the first failed still comes in.
         wait_until(lambda: not any(thread.name.startswith("endpoint") for thread in threading.enumerate()))
-        served.say, first = say, len(read_queried_prompts(broken / "guides" / "given"))
+        served.say, first = say, len(read_guide_prompts(broken / "guides" / "given"))
         served.failures.clear()
         served.bodies.clear()
         sample(broken, **arguments)
         assert (whole, first, len(served.bodies)) == (16, 3, 10)
-    for path in (queried_prompts_path, guide_rollouts_path):
-        one, other = (path(root / "guides" / "given").read_bytes() for root in (straight, broken))
-        assert one == other
+    one, other = ((root / "guides/given/rollouts.jsonl").read_bytes() for root in (straight, broken))
+    assert one == other
 
 
 def test_openai_source_without_the_model_is_refused(root, run_and_prompts):

@@ -39,16 +39,17 @@ def test_past_source_has_correct_rollouts_with_recorded_log_probabilities(run_of
         for prompt_id, each in history.items()
         if any(rollout.verdict == "correct" and rollout.finished for _, rollout in each)
     }
+    samples = load_guide(open_run(root), "given")[1]
     assert found.keys() == solved
     assert solved
     for prompt_id, kept in found.items():
         same = [(step, rollout) for step, rollout in history[prompt_id] if rollout.response_ids == kept.response_ids]
         step, rollout = max(same, key=lambda pair: pair[0])
-        assert (kept.source, kept.guide_step) == ("past", rollout.sampler_step)
+        assert (kept.source, kept.sampler_step) == ("past", rollout.sampler_step)
         assert rollout.sampler_step == step - 1
         newest = [rollout.behavior_logps for at, rollout in same if at == step]
         assert kept.behavior_logps in newest
-        assert kept.num_sampled == len(history[prompt_id]) == 4
+        assert samples[prompt_id].num_sampled == len(history[prompt_id]) == 4
     assert (info.num_tokens, info.external_tokens, info.has_logps, info.source.text) == (0, 0, True, "past")
     # each of the 16 prompts was visited once in steps 1 to 4
     assert info.num_samples == 16 * 4
@@ -69,13 +70,13 @@ def test_past_source_keeps_the_newest_of_equal_responses(tmp_path):
         root, "guide.cache.max_responses_per_prompt=8", "guide.cache.samples_per_prompt=8", source="past", at=8, **NAMED
     )
     history = recorded(root, range(1, 9))
-    for prompt_id, several in load_guide(open_run(root), "given")[1].items():
-        texts = [kept.text for kept in several]
+    for prompt_id, samples in load_guide(open_run(root), "given")[1].items():
+        texts = [kept.text for kept in samples.rollouts]
         assert len(texts) == len(set(texts))
         right = [rollout for _, rollout in history[prompt_id] if rollout.verdict == "correct"]
-        assert {kept.num_correct for kept in several} == {len(right)}
-        for kept in several:
-            assert kept.guide_step == max(each.sampler_step for each in right if each.text == kept.text)
+        assert samples.num_correct == len(right)
+        for kept in samples.rollouts:
+            assert kept.sampler_step == max(each.sampler_step for each in right if each.text == kept.text)
 
 
 def test_past_source_without_recorded_rollouts_is_refused(scout, tmp_path):

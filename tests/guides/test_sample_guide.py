@@ -21,7 +21,7 @@ from npo_cli.guides.source import (
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.session.learner import find_learner
 from npo_cli.session.session import Session
-from npo_cli.storage.guide_cache import guide_rollouts_path, queried_prompts_path, read_queried_prompts
+from npo_cli.storage.guide_cache import read_guide_prompts
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.guides import GuideCacheInfo
@@ -44,7 +44,7 @@ def visited(root: Path, steps: range) -> list[str]:
 
 
 def test_guide_cache_samples_exactly_the_prompts_of_the_replay(scout):
-    assert list(read_queried_prompts(open_run(scout).guide_folder("near"))) == visited(scout, range(3, 5))
+    assert list(read_guide_prompts(open_run(scout).guide_folder("near"))) == visited(scout, range(3, 5))
 
 
 def test_guide_cache_keeps_only_finished_correct_responses(scout):
@@ -70,7 +70,7 @@ def test_guide_cache_logprobs_are_those_of_the_guides_forward_pass(scout):
 
 
 def test_guide_cache_stops_sampling_a_solved_prompt(scout):
-    queried = read_queried_prompts(open_run(scout).guide_folder("near"))
+    queried = read_guide_prompts(open_run(scout).guide_folder("near"))
     for entry in queried.values():
         # rounds of 2, at most 8
         assert entry.num_sampled in (2, 4, 6, 8)
@@ -97,7 +97,7 @@ def counts(info: GuideCacheInfo) -> tuple[int, int, int, int, bool]:
 def test_guide_cache_counts_agree_with_its_logs(scout, tmp_path):
     root = copy_run(scout, tmp_path / "run")
     info = sample(root, name="again")
-    queried = read_queried_prompts(open_run(root).guide_folder("again")).values()
+    queried = read_guide_prompts(open_run(root).guide_folder("again")).values()
     tokens, samples = sum(entry.num_tokens for entry in queried), sum(entry.num_sampled for entry in queried)
     assert counts(info) == (8, len(trajectories(root, "again")), samples, tokens, True)
 
@@ -106,7 +106,7 @@ def test_guide_cache_counts_agree_with_its_logs(scout, tmp_path):
     "cut", [pytest.param(0.2, marks=pytest.mark.slow), 0.6, pytest.param(0.9, marks=pytest.mark.slow)]
 )
 def test_guide_cache_resumed_after_a_kill_is_the_same(scout, tmp_path, monkeypatch, cut):
-    """The kill is one of its leftovers: some lines of both journals, the last one torn."""
+    """The kill is one of its leftovers: some lines of the store, the last one torn."""
     monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 3)
     straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
     for root in (straight, broken):
@@ -116,13 +116,11 @@ def test_guide_cache_resumed_after_a_kill_is_the_same(scout, tmp_path, monkeypat
     for _ in range(3):  # two chunks of three are done when the third is announced
         next(records)
     records.close()
-    folder = broken / "guides" / "near"
-    for path in (queried_prompts_path(folder), guide_rollouts_path(folder)):
-        data = path.read_bytes()
-        path.write_bytes(data[: round(cut * len(data))])
+    path = broken / "guides/near/rollouts.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data[: round(cut * len(data))])
     sample(broken)
-    for path in (queried_prompts_path(folder), guide_rollouts_path(folder)):
-        assert path.read_bytes() == (straight / "guides" / "near" / path.name).read_bytes()
+    assert path.read_bytes() == (straight / "guides/near/rollouts.jsonl").read_bytes()
     assert (
         file_digests(broken)["branches/main/rollouts.jsonl"] == file_digests(straight)["branches/main/rollouts.jsonl"]
     )
@@ -212,7 +210,7 @@ def test_guide_cache_with_dynamic_sampling_covers_every_sampled_prompt(tmp_path)
     root = tmp_path / "run"
     train(root, "sampling.dynamic=true", "sampling.max_gen_batches=2", "train.prompts_per_step=2")
     sample(root)
-    assert list(read_queried_prompts(open_run(root).guide_folder("near"))) == list(
+    assert list(read_guide_prompts(open_run(root).guide_folder("near"))) == list(
         dict.fromkeys(visited(root, range(3, 5)))
     )
 

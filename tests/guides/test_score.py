@@ -47,8 +47,8 @@ def store_of(root: Path) -> SampleStore:
 def prompts_by_candidate(root: Path) -> dict[str, list[str]]:
     """Prompts of each candidate's samples, in order; four samples each."""
     found = defaultdict(list)
-    for (candidate, prompt_id), rollouts in store_of(root).read().items():
-        assert len(rollouts) == 4
+    for (candidate, prompt_id), samples in store_of(root).read().items():
+        assert len(samples.rollouts) == samples.num_sampled == 4
         found[candidate].append(prompt_id)
     return dict(found)
 
@@ -79,8 +79,8 @@ def test_score_uses_the_prompts_that_the_screening_fails(line, tmp_path):
     score(root, *QUICK, "guide.inject.max_accuracy=0.0", sources=[4])
     solved = {
         prompt_id
-        for (candidate, prompt_id), rollouts in store_of(root).read().items()
-        if candidate == SCREENING and any(rollout.is_correct for rollout in rollouts)
+        for (candidate, prompt_id), samples in store_of(root).read().items()
+        if candidate == SCREENING and samples.num_correct
     }
     found = prompts_by_candidate(root)
     failed = [prompt_id for prompt_id in found[SCREENING] if prompt_id not in solved]
@@ -308,8 +308,8 @@ def test_score_of_an_external_model_with_the_learners_tokens_has_a_variance(two_
     assert outside.variance > 1
     assert outside.distance is None
     responses = {candidate: set() for candidate in found}
-    for (candidate, _), rollouts in store_of(root).read().items():
-        responses.get(candidate, set()).update(rollout.response_ids for rollout in rollouts)
+    for (candidate, _), samples in store_of(root).read().items():
+        responses.get(candidate, set()).update(rollout.response_ids for rollout in samples.rollouts)
     assert responses["checkpoint:8"] != responses[f"model:{folder}"]
 
 

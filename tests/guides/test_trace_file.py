@@ -11,7 +11,7 @@ from npo_cli.errors import NpoError
 from npo_cli.guides.build_cache import build_guide_cache
 from npo_cli.guides.source import parse_spec
 from npo_cli.storage.files import hash_file
-from npo_cli.storage.guide_cache import guide_rollouts_path, load_guide, read_queried_prompts
+from npo_cli.storage.guide_cache import load_guide, read_guide_prompts
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.rollouts import Notice
@@ -62,7 +62,7 @@ def test_trace_file_responses_are_verified_tokenized_and_free(root, run_and_prom
         kept = found[prompt.prompt_id]
         assert kept.text == correct_response(prompt)
         assert kept.response_ids == (*policy.tokenizer(kept.text).input_ids, *policy.eos_ids)
-        assert (kept.source, kept.guide_step, kept.behavior_logps) == ("teacher", None, None)
+        assert (kept.source, kept.sampler_step, kept.behavior_logps) == ("teacher", None, None)
     assert (info.num_prompts, info.num_prompts_with_rollouts, info.num_samples, info.num_tokens) == (8, 7, 8, 0)
     assert info.external_tokens == sum(len(kept.response_ids) for kept in found.values())
     assert (info.source.text, info.guide_digest) == (f"file:{path}", hash_file(path))
@@ -77,9 +77,9 @@ def test_trace_file_matches_prompts_by_text_and_allows_several_rows(root, run_an
     rows = [{"prompt": prompt.text, "response": text} for text in (right, other, right)]
     *_, info = from_file(root, write_traces(tmp_path / "traces.jsonl", rows), "guide.cache.max_responses_per_prompt=4")
     kept = load_guide(open_run(root), "given")[1][prompt.prompt_id]
-    assert Counter(each.text for each in kept) == {right: 1, other: 1}
-    assert {(each.num_sampled, each.num_correct) for each in kept} == {(3, 3)}
-    assert [each.number for each in kept] == [0, 1]
+    assert Counter(each.text for each in kept.rollouts) == {right: 1, other: 1}
+    assert (kept.num_sampled, kept.num_correct) == (3, 3)
+    assert [each.slot for each in kept.rollouts] == [0, 1]
     assert info.num_rollouts == 2
 
 
@@ -95,9 +95,9 @@ def test_trace_file_row_order_does_not_matter(scout, run_and_prompts, tmp_path):
         random.Random(number).shuffle(rows)
         root = copy_run(scout, tmp_path / f"run-{number}")
         from_file(root, write_traces(tmp_path / f"traces-{number}.jsonl", rows))
-        written.append(guide_rollouts_path(root / "guides" / "given").read_bytes())
+        written.append(load_guide(open_run(root), "given")[1])
     assert written[0] == written[1]
-    assert len(written[0].splitlines()) == 8
+    assert len(load_guide(open_run(root), "given")[1]) == 8
 
 
 def test_token_ids_are_kept_as_they_are_with_the_log_probabilities_that_come_with_them(root, run_and_prompts, tmp_path):
@@ -152,7 +152,7 @@ def test_trace_file_skips_unfinished_responses(root, run_and_prompts, tmp_path):
     ]
     *_, info = from_file(root, write_traces(tmp_path / "traces.jsonl", rows))
     assert info.num_prompts_with_rollouts == 1
-    assert read_queried_prompts(root / "guides" / "given")[prompts[0].prompt_id].num_correct == 0
+    assert read_guide_prompts(root / "guides" / "given")[prompts[0].prompt_id].num_correct == 0
 
 
 def test_parquet_is_read_like_lines(scout, run_and_prompts, tmp_path):
@@ -166,7 +166,7 @@ def test_parquet_is_read_like_lines(scout, run_and_prompts, tmp_path):
     for path in (tmp_path / "traces.parquet", write_traces(tmp_path / "traces.jsonl", rows)):
         root = copy_run(scout, tmp_path / path.suffix[1:])
         from_file(root, path)
-        written.append(guide_rollouts_path(root / "guides" / "given").read_bytes())
+        written.append(load_guide(open_run(root), "given")[1])
     assert written[0] == written[1]
 
 

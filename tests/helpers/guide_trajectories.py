@@ -9,13 +9,12 @@ from npo_cli.guides.source import compute_logprobs
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.session.session import Session
 from npo_cli.tasks.micro import Noise, noisy_response
-from npo_cli.types.guides import GuideRollout
 from npo_cli.types.rollouts import Prompt, Rollout
 
 EXACT = Noise(digit=0.0, carry=0.0, misconception=0.0)
 
 
-def correct_trajectory(session: Session, prompt: Prompt, *, shift: float = 0.0) -> GuideRollout:
+def correct_trajectory(session: Session, prompt: Prompt, *, shift: float = 0.0) -> Rollout:
     """The exact calculation, with log-probabilities under the weights at hand moved by `shift` nats a token."""
     a, b = map(int, prompt.prompt_id.split("/")[1].split("+"))
     text = noisy_response(a, b, len(str(a)), noise=EXACT, wrong={}, rng=random.Random(0))
@@ -25,7 +24,7 @@ def correct_trajectory(session: Session, prompt: Prompt, *, shift: float = 0.0) 
 
 def make_trajectory(
     session: Session, prompt: Prompt, ids: tuple[int, ...], text: str, *, shift: float = 0.0
-) -> GuideRollout:
+) -> Rollout:
     """Any correct response as a guide trajectory."""
     rollout = Rollout(
         prompt_id=prompt.prompt_id,
@@ -37,20 +36,18 @@ def make_trajectory(
         sampler_step=0,
     )
     (logps_T,) = compute_logprobs(session, [(prompt, rollout)])
-    return GuideRollout(
-        prompt_id=prompt.prompt_id,
-        response_ids=ids,
+    return replace(
+        rollout,
         behavior_logps=tuple(logp + shift for logp in logps_T),
-        text=text,
+        sampler_step=99,
+        source="guide",
         verdict="correct",
-        guide_step=99,
-        num_sampled=1,
-        num_correct=1,
+        reward=1.0,
     )
 
 
-def make_active_guide(trajectories: Iterable[GuideRollout], *, until: int = 99) -> ActiveGuide:
-    return ActiveGuide(trajectories={found.prompt_id: (found,) for found in trajectories}, until_step=until)
+def make_active_guide(trajectories: Iterable[Rollout], *, until: int = 99) -> ActiveGuide:
+    return ActiveGuide(rollouts={found.prompt_id: (found,) for found in trajectories}, until_step=until)
 
 
 def override_settings(session: Session, section: str, **changes: object) -> Session:

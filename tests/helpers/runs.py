@@ -116,6 +116,6 @@ def copy_run(root: Path, to: Path) -> Path:
 
 def trajectories(root: Path, name: str = "near") -> dict[str, Any]:
     """Of a cache with one trajectory a prompt."""
-    every = load_guide(open_run(root), name)[1]
+    every = {prompt_id: samples.rollouts for prompt_id, samples in load_guide(open_run(root), name)[1].items()}
     assert {len(several) for several in every.values()} <= {1}
     return {prompt_id: one for prompt_id, (one,) in every.items()}

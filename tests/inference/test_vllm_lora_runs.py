@@ -27,7 +27,7 @@ def trained(tmp_path_factory) -> Path:
 
 def samples(root: Path) -> dict[tuple, Rollout]:
     (store,) = list_sample_stores(root / "scores")
-    return {(*key, rollout.slot): rollout for key, rollouts in store.read().items() for rollout in rollouts}
+    return {(*key, rollout.slot): rollout for key, found in store.read().items() for rollout in found.rollouts}
 
 
 def test_vllm_lora_run_agrees_with_the_trainer(trained):

@@ -37,7 +37,7 @@ def test_exported_guide_has_every_response_with_tokens_and_logprobs(guided, tmp_
     _, kept = load_guide(open_run(guided), "all")
     assert len(rows) == len(kept) == 8
     for row in rows:
-        (trajectory,) = kept[row["prompt_id"]]
+        (trajectory,) = kept[row["prompt_id"]].rollouts
         assert (tuple(row["response_ids"]), tuple(row["logps"])) == (
             trajectory.response_ids,
             trajectory.behavior_logps,
@@ -66,7 +66,7 @@ def test_exported_guide_is_read_back_as_a_trace_file(guided, tmp_path):
     settings = ("guide.inject.max_accuracy=1.0", "guide.cache.keep=all")
     sample(guided, *settings, source=f"file:{tmp_path / 'g.parquet'}", steps=2, name="back")
     _, kept = load_guide(open_run(guided), "back")
-    assert {name: some[0].response_ids for name, some in kept.items()} == {
+    assert {name: some.rollouts[0].response_ids for name, some in kept.items()} == {
         row["prompt_id"]: tuple(row["response_ids"]) for row in rows
     }
 

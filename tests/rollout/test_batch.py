@@ -35,7 +35,7 @@ def test_batch_injects_a_guide_into_an_all_wrong_group(hard, tmp_path):
     assert [group.on_policy_accuracy for group in batch.mixed] == [0.0] * 4
     for entry in batch.selected:
         *own, guest = entry.group.rollouts
-        (trajectory,) = active_guide.trajectories[entry.group.prompt.prompt_id]
+        (trajectory,) = active_guide.rollouts[entry.group.prompt.prompt_id]
         assert {rollout.source for rollout in own} == {"own"}
         assert (guest.source, guest.slot, guest.guide_step, guest.reward) == ("guide", 7, 99, 1.0)
         assert (guest.response_ids, guest.behavior_logps) == (trajectory.response_ids, trajectory.behavior_logps)
@@ -52,7 +52,7 @@ def test_training_samples_are_those_of_the_mixed_groups(hard, tmp_path):
     assert [round(row.advantage, 3) for row in rows] == ([-0.354] * 7 + [2.475]) * 4
     prompt = hard.task.train[hard.order.indices(0, 1)[0]]
     assert rows[7].tokens.prompt_ids == hard.policy.encode(prompt)
-    assert rows[7].behavior_logps == active_guide.trajectories[prompt.prompt_id][0].behavior_logps
+    assert rows[7].behavior_logps == active_guide.rollouts[prompt.prompt_id][0].behavior_logps
 
 
 def test_rollout_log_holds_replaced_and_injected_rollouts(hard, tmp_path):

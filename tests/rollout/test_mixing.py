@@ -6,18 +6,19 @@ import pytest
 
 from npo_cli.config.guides import InjectSettings
 from npo_cli.rollout.mixing import MIX_STRATEGIES, MixStrategy, count_injections, inject_guides, make_mix_strategy
-from npo_cli.types.guides import GuideRollout
 from npo_cli.types.rollouts import Group, Prompt, Rollout, TokenSpan
 
-GUIDE = GuideRollout(
+GUIDE = Rollout(
     prompt_id="a",
+    slot=0,
     response_ids=(5, 6, 2),
     behavior_logps=(-0.1, -0.2, -0.3),
     text="42",
+    finished=True,
+    sampler_step=80,
+    source="guide",
     verdict="correct",
-    guide_step=80,
-    num_sampled=8,
-    num_correct=3,
+    reward=1.0,
 )
 
 
@@ -40,7 +41,7 @@ def group_of(*correct: bool, prompt_id: str = "a") -> Group:
     return Group(prompt=Prompt(prompt_id=prompt_id, answer="42", text="6*7="), rollouts=rollouts)
 
 
-def mix(groups: list[Group], guides: tuple[GuideRollout, ...] = (GUIDE,), **changes: object) -> list[Group]:
+def mix(groups: list[Group], guides: tuple[Rollout, ...] = (GUIDE,), **changes: object) -> list[Group]:
     """Each group mixed by the strategy of these settings, with its own size as group size unless given."""
     mixed = []
     for group in groups:
@@ -144,8 +145,8 @@ def test_mixing_refuses_an_unverified_group():
         mix([raw])
 
 
-def trajectory(number: int, **changes: object) -> GuideRollout:
-    return replace(GUIDE, number=number, text=str(number), **changes)
+def trajectory(number: int, **changes: object) -> Rollout:
+    return replace(GUIDE, slot=number, text=str(number), **changes)
 
 
 def test_mixing_append_adds_slots():
@@ -184,7 +185,9 @@ def test_mixing_without_threshold_does_not_sample_replaced_slots():
 
 
 def test_mixing_keeps_verdict_and_missing_logprobs_of_a_wrong_teacher():
-    wrong = trajectory(0, source="teacher", verdict="wrong", behavior_logps=None, guide_step=None, finished=False)
+    wrong = trajectory(
+        0, source="teacher", verdict="wrong", reward=0.0, behavior_logps=None, sampler_step=None, finished=False
+    )
     (mixed,) = mix([group_of(*[False] * 4)], (wrong,))
     last = mixed.rollouts[-1]
     assert (last.source, last.reward, last.behavior_logps, last.sampler_step, last.finished) == (

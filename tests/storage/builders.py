@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from npo_cli.storage.checkpoints import create_checkpoint
 from npo_cli.storage.evals import PromptResults
 from npo_cli.storage.layout import RunDir, create_run
 from npo_cli.storage.lineage import append_segment
-from npo_cli.types.guides import GuideCacheInfo, GuideRollout, SourceSpec
-from npo_cli.types.rollouts import EvalReport, Group, Prompt, Rollout, Segment
+from npo_cli.types.guides import GuideCacheInfo, SourceSpec
+from npo_cli.types.rollouts import EvalReport, Group, Prompt, PromptSamples, Rollout, Segment
 from npo_cli.types.scores import CandidateScore
 
 RECIPE = {"name": "tiny", "train": {"seed": 0, "num_steps": 4}}
@@ -107,17 +108,15 @@ def guide_info(run: RunDir, **changes: object) -> GuideCacheInfo:
     return GuideCacheInfo(**(fields | changes))  # type: ignore[arg-type]
 
 
-def trajectory(prompt_id: str) -> GuideRollout:
-    logps = np.asarray([-0.1, -1.2345678], dtype=np.float32).tolist()
-    return GuideRollout(
+def guide_samples(prompt_id: str, num_correct: int = 1) -> PromptSamples:
+    """Four samples of a guide, of 12 tokens; one is kept if any is correct."""
+    kept = replace(rollout(0, prompt_id=prompt_id, logps=(-0.1, -1.2345678)), sampler_step=40, source="guide")
+    return PromptSamples(
         prompt_id=prompt_id,
-        response_ids=(7, 1),
-        behavior_logps=tuple(logps),
-        text="7",
-        verdict="correct",
-        guide_step=40,
         num_sampled=4,
-        num_correct=1,
+        num_correct=num_correct,
+        num_tokens=12,
+        rollouts=(kept,) if num_correct else (),
     )
 
 

@@ -1,16 +1,11 @@
-"""autonpo.jsonl and probe folders: round trip, torn tails, damaged lines, and checkpoints kept for rollbacks."""
+"""autonpo.jsonl: round trip, torn tails, damaged lines, and checkpoints kept for rollbacks."""
 
 import math
 
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.storage.autonpo_log import (
-    append_transitions,
-    autonpo_path,
-    open_probe,
-    read_transitions,
-)
+from npo_cli.storage.autonpo_log import append_transitions, autonpo_path, read_transitions
 from npo_cli.storage.retention import apply_retention, find_protected_checkpoints, find_rollback_checkpoints
 from npo_cli.types.autonpo import AutoNPOState, Transition
 from tests.storage.builders import fork, new_run, write_checkpoint
@@ -95,22 +90,6 @@ def test_autonpo_log_reads_states_with_unknown_and_missing_fields(run):
         path.read_text().replace('"has_tried_early":false,', "").replace('"state":{', '"state":{"mood":"calm",')
     )
     assert read_transitions(run) == [WARNING]
-
-
-# Probes
-
-
-def test_probe_folder_is_identified_by_policy_and_settings(run):
-    first = open_probe(run, "main", 8, settings={"num_prompts": 4, "distances": [2, 4]})
-    assert first.folder.name.startswith("main_step_000008_")
-    assert open_probe(run, "main", 8, settings={"distances": [2, 4], "num_prompts": 4}) == first
-    others = [
-        open_probe(run, "main", 8, settings={"num_prompts": 5, "distances": [2, 4]}),
-        open_probe(run, "main", 10, settings={"num_prompts": 4, "distances": [2, 4]}),
-        open_probe(run, "auto-1", 8, settings={"num_prompts": 4, "distances": [2, 4]}),
-    ]
-    assert len({each.folder for each in (first, *others)}) == 4
-    assert {each.folder.parent for each in others} == {run.root / "probes"}
 
 
 # Retention

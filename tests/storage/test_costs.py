@@ -6,20 +6,22 @@ after a scoring of 30 tokens and 3 s) and did 3 steps of 10 tokens and 2 s. `bar
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.storage.cost_sums import Cost, cost_at, cost_at_steps, cost_to_threshold, learning_curve
 from npo_cli.storage.costs import CostLine, append_cost, append_fork_cost, costs_path, encode_cost, read_cost_lines
+from npo_cli.storage.evals import append_eval
 from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import append_segment
-from npo_cli.storage.sample_store import append_eval, open_sample_store, save_scores
+from npo_cli.storage.sample_store import open_sample_store, save_scores
 from npo_cli.types.costs import CurvePoint
 from npo_cli.types.rollouts import Segment
-from tests.storage.builders import RECIPE, evaluation, guide_info, new_run
+from tests.storage.builders import RECIPE, evaluation, guide_info, guide_samples, new_run
 
 
 def train_steps(run: RunDir, branch: str, steps: range, *, tokens: int, seconds: float = 0.0) -> None:
@@ -60,8 +62,7 @@ def run(tmp_path) -> RunDir:
     score_learner(run, 1, candidates=[5], tokens=999, seconds=999.0)
     info = guide_info(run, name="near", learner_step=2, guide_step=5, num_steps=3)
     store = open_guide_cache(run, info)
-    for prompt_id in ("a", "b"):
-        store.add_queried_prompt({"prompt_id": prompt_id, "num_sampled": 1, "num_correct": 0, "num_tokens": 35})
+    store.append("checkpoint:5", [replace(guide_samples(name, num_correct=0), num_tokens=35) for name in ("a", "b")])
     append_cost(
         run, "guide_cache", branch="main", step=2, artifact=run.guide_folder("near"), piece="a", tokens=70, seconds=5.0
     )

@@ -11,24 +11,24 @@ from pathlib import Path
 
 from npo_cli.storage.calibrations import Replay, open_calibration
 from npo_cli.storage.costs import append_cost, append_fork_cost
-from npo_cli.storage.evals import append_prompt_results
-from npo_cli.storage.guide_cache import QueriedPrompt, finish_guide_cache, open_guide_cache
+from npo_cli.storage.evals import append_eval, append_prompt_results
+from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import append_segment
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import StepLog, append_event
 from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.storage.sample_store import append_eval, open_sample_store, save_scores
+from npo_cli.storage.sample_store import open_sample_store, save_scores
 from npo_cli.types.rollouts import Segment, StepReport
 from tests.storage.builders import (
     RECIPE,
     evaluation,
     group,
     guide_info,
+    guide_samples,
     make_eval_results,
     new_run,
     score,
-    trajectory,
     write_checkpoint,
 )
 
@@ -49,13 +49,12 @@ def make_run_with_everything(folder: Path) -> RunDir:
         append_eval(run, evaluation(40))
         scoring = open_sample_store(run.scores_folder, "main", 20, checkpoints=[40], settings={"k": 8})
         append_cost(run, "score", branch="main", step=20, artifact=scoring.folder, piece="40:p0", tokens=3, seconds=0.5)
-        scoring.append("checkpoint:40", [group("p0")])
+        scoring.append("checkpoint:40", [group("p0").samples])
         save_scores(scoring, [score(40)])
         store = open_guide_cache(run, guide_info(run))
         cache = run.guide_folder("g")
         append_cost(run, "guide_cache", branch="main", step=20, artifact=cache, piece="p0", tokens=12, seconds=1.5)
-        store.add_rollout(trajectory("p0"))
-        store.add_queried_prompt(QueriedPrompt(prompt_id="p0", num_sampled=4, num_correct=1, num_tokens=12))
+        store.append("checkpoint:40", [guide_samples("p0"), guide_samples("p1", num_correct=0)])
         finish_guide_cache(run, guide_info(run))
         open_calibration(run, "main", 20, settings={"num_steps": 4}).append(
             Replay(

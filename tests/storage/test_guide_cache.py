@@ -4,28 +4,22 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.storage.guide_cache import (
-    QueriedPrompt,
     finish_guide_cache,
     list_guide_caches,
     load_guide,
     open_guide_cache,
+    read_guide_prompts,
 )
-from tests.storage.builders import guide_info, new_run, trajectory
-
-
-def asked(prompt_id: str, num_correct: int) -> QueriedPrompt:
-    return QueriedPrompt(prompt_id=prompt_id, num_sampled=4, num_correct=num_correct, num_tokens=12)
+from tests.storage.builders import guide_info, guide_samples, new_run
 
 
 def test_a_finished_cache_comes_back_whole_with_its_counts(tmp_path):
     run = new_run(tmp_path)
     store = open_guide_cache(run, guide_info(run))
-    store.add_rollout(trajectory("a"))
-    store.add_queried_prompt(asked("a", 1))
-    store.add_queried_prompt(asked("b", 0))
+    store.append("checkpoint:40", [guide_samples("a"), guide_samples("b", num_correct=0)])
     finish_guide_cache(run, guide_info(run))
-    info, trajectories = load_guide(run, "g")
-    assert trajectories == {"a": (trajectory("a"),)}
+    info, prompts = load_guide(run, "g")
+    assert prompts == {"a": guide_samples("a")}
     # two prompts, 4 samples and 12 tokens each, one solved
     counts = {"num_prompts": 2, "num_prompts_with_rollouts": 1, "num_rollouts": 1, "num_samples": 8, "num_tokens": 24}
     assert info == guide_info(run, **counts, complete=True)
@@ -35,14 +29,40 @@ def test_a_finished_cache_comes_back_whole_with_its_counts(tmp_path):
 def test_interrupted_sampling_goes_on_where_it_stopped(tmp_path):
     run = new_run(tmp_path)
     store = open_guide_cache(run, guide_info(run))
-    store.add_rollout(trajectory("a"))
-    store.add_queried_prompt(asked("a", 1))
-    store.add_rollout(trajectory("b"))  # killed before b was declared asked
+    store.append("checkpoint:40", [guide_samples("a")])
+    store.append("checkpoint:40", [guide_samples("b"), guide_samples("c", num_correct=0)])
+    store.path.write_bytes(store.path.read_bytes()[:-1])  # killed while the second round was written
     again = open_guide_cache(run, guide_info(run, num_prompts=99))
-    assert again.read_queried_prompts() == {"a": asked("a", 1)}
-    assert again.add_rollout(trajectory("b")) == "same"
-    assert again.add_queried_prompt(asked("b", 1)) == "written"
-    assert set(again.read_rollouts()) == {"a", "b"}
+    assert read_guide_prompts(again.folder) == {"a": guide_samples("a")}
+    again.append("checkpoint:40", [guide_samples("b")])
+    assert read_guide_prompts(again.folder) == {"a": guide_samples("a"), "b": guide_samples("b")}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "problem"),
+    [
+        ('"num_correct":1', '"num_correct":0', "the rollouts of prompt b are no verified responses"),
+        ('"behavior_logps":[-0.1,', '"behavior_logps":[', "the rollouts of prompt b are no verified responses"),
+        ('"behavior_logps":[-0.1,', '"behavior_logps":[null,', "a rollout of prompt b lacks tokens or log-prob"),
+        ('"response_ids":[7,1],"behavior_logps":[-0.1,-1.2345678]', '"response_ids":[],"behavior_logps":[]', "b lacks"),
+        ('"groups":', '"group":', "it is not a chunk of groups"),
+        ('"rollouts":[{', '"rollouts":[7,{', "it is not a chunk of groups"),
+        ('"num_tokens":12', '"num_tokens":"12"', "num_tokens is '12'"),
+    ],
+)  # fmt: skip
+def test_damaged_rollouts_of_a_cache_are_named_by_line(tmp_path, before, after, problem):
+    run = new_run(tmp_path)
+    store = open_guide_cache(run, guide_info(run))
+    store.append("checkpoint:40", [guide_samples("a")])
+    store.append("checkpoint:40", [guide_samples("b")])
+    finish_guide_cache(run, guide_info(run))
+    first, second = store.path.read_text().splitlines(keepends=True)
+    assert before in second
+    store.path.write_text(first + second.replace(before, after))
+    with pytest.raises(NpoError) as caught:
+        load_guide(run, "g")
+    assert caught.value.message.startswith(f"{store.path}, line 2 is damaged: ")
+    assert problem in caught.value.message
 
 
 def test_an_unfinished_cache_is_listed_but_never_loaded(tmp_path):

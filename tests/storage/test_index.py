@@ -2,9 +2,10 @@ import shutil
 import threading
 
 from npo_cli.storage.checkpoints import demote_checkpoint, find_checkpoint
+from npo_cli.storage.evals import append_eval
 from npo_cli.storage.index import build_index
 from npo_cli.storage.metrics import StepLog
-from npo_cli.storage.sample_store import append_eval, open_sample_store, save_scores
+from npo_cli.storage.sample_store import open_sample_store, save_scores
 from npo_cli.types.rollouts import StepReport
 from tests.storage.builders import evaluation, fork, new_run, score, write_checkpoint
 

@@ -1,15 +1,14 @@
 import math
 from typing import Any
 
+from npo_cli.storage.evals import append_eval, read_evals
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.sample_store import (
     SampleStore,
-    append_eval,
     find_latest_scores,
     list_sample_stores,
     open_sample_store,
     read_all_scores,
-    read_evals,
     save_scores,
 )
 from tests.storage.builders import evaluation, group, new_run, score
@@ -22,26 +21,28 @@ def open_store(run: RunDir, step: int = 20, **options: Any) -> SampleStore:
 def test_sample_store_is_found_by_its_settings(tmp_path):
     run = new_run(tmp_path)
     first = open_store(run, checkpoints=[60, 40], settings={"k": 8, "seed": 0})
-    first.append("checkpoint:40", [group("a")])
+    first.append("checkpoint:40", [group("a").samples])
     same = open_store(run, checkpoints=[40, 60], settings={"seed": 0, "k": 8})
     assert same.folder == first.folder
-    assert same.read() == {("checkpoint:40", "a"): group("a").rollouts}
+    assert same.read() == {("checkpoint:40", "a"): group("a").samples}
     assert (tuple(same.spec.checkpoints), same.is_finished) == ((40, 60), False)
     other = open_store(run, checkpoints=[40, 60], settings={"k": 4, "seed": 0})
     assert other.folder != first.folder
     assert other.read() == {}
-    assert len(list_sample_stores(run.scores_folder)) == 2
+    assert open_store(run, 30, checkpoints=[40, 60], settings={"k": 8, "seed": 0}).folder != first.folder
+    assert len(list_sample_stores(run.scores_folder)) == 3
     assert first.folder.name.startswith("main_step_000020_") and len(first.folder.name) == 17 + 8
 
 
 def test_sample_store_drops_a_torn_chunk_and_keeps_the_whole_ones(tmp_path):
     store = open_store(new_run(tmp_path))
-    store.append("self", [group("a"), group("b")])
-    store.append("checkpoint:40", [group("a")])
+    store.append("self", [group("a").samples, group("b").samples])
+    store.append("checkpoint:40", [group("a").samples])
     path = store.folder / "rollouts.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     assert list(store.read()) == [("self", "a"), ("self", "b")]
-    store.append("checkpoint:40", [group("a")])
+    store = SampleStore(store.folder)  # the next process
+    store.append("checkpoint:40", [group("a").samples])
     assert list(store.read()) == [("self", "a"), ("self", "b"), ("checkpoint:40", "a")]
     assert store.count_tokens() == 3 * sum(len(rollout.response_ids) for rollout in group("a").rollouts)
 

@@ -15,7 +15,7 @@ from npo_cli.interop.export import export_guide
 from npo_cli.report.prompt_history import render_prompt_text
 from npo_cli.session.session import open_task
 from npo_cli.storage.checkpoints import find_checkpoint
-from npo_cli.storage.guide_cache import guide_rollouts_path, load_guide
+from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.tasks.file_dataset import load_file_prompts
@@ -100,12 +100,13 @@ def test_image_guides_are_scored_and_injected(copied: Path):
 
 
 def test_image_guide_of_other_images_is_refused(copied: Path):
-    file = guide_rollouts_path(open_run(copied).guide_folder("near"))
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert all(len(row["images"]) == 1 and "data" not in row["images"][0] for row in rows)
-    rows[-1]["images"][0]["sha256"] = "0" * 64
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(NpoError, match=f"was sampled with other images for prompt {rows[-1]['prompt_id']}"):
+    file = open_run(copied).guide_folder("near") / "rollouts.jsonl"
+    (row,) = [json.loads(line) for line in file.read_text().splitlines()]
+    groups = [group for group in row["groups"] if group["rollouts"]]
+    assert all(len(group["images"]) == 1 and "data" not in group["images"][0] for group in groups)
+    groups[-1]["images"][0]["sha256"] = "0" * 64
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(NpoError, match=f"was sampled with other images for prompt {groups[-1]['prompt_id']}"):
         resume(copied, at=2, guide="near")
 
 
@@ -139,7 +140,7 @@ def test_image_guide_export_includes_images(circle: Path, tmp_path: Path):
     again, heldout = load_file_prompts(TaskSettings(source="file", heldout_size=1, **column), seed=0)
     _, trajectories = load_guide(open_run(circle), "near")
     shown = {prompt.prompt_id: [image.sha256 for image in prompt.images] for prompt in (*again, *heldout)}
-    assert shown == {name: [image.sha256 for image in kept.images] for name, (kept,) in trajectories.items()}
+    assert shown == {name: [image.sha256 for image in kept.images] for name, kept in trajectories.items()}
 
 
 def test_image_model_with_lora_workflow(taught_vl: Path, tmp_path: Path):

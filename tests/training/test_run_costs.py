@@ -16,7 +16,7 @@ from npo_cli.storage.costs import append_cost, read_cost_lines
 from npo_cli.storage.guide_cache import cache_info_path
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.storage.sample_store import list_sample_stores
+from npo_cli.storage.sample_store import SampleStore, list_sample_stores
 from npo_cli.training.train import train_run
 from npo_cli.types.autonpo import AutoNPOState, Transition
 from npo_cli.types.costs import ActivityCost, RunCosts
@@ -80,9 +80,7 @@ def test_run_costs_of_a_step_done_again_have_the_seconds_of_both(trained):
 def test_run_costs_count_everything_once_whichever_branch_is_asked(whole):
     run = open_run(whole)
     replayed, scouted = compute_run_costs(run, "near"), compute_run_costs(run, "main")
-    asked = sum(
-        json.loads(line)["num_tokens"] for line in (whole / "guides/near/prompts.jsonl").read_text().splitlines()
-    )
+    asked = SampleStore(whole / "guides/near").count_tokens()
     (scoring,) = list_sample_stores(run.scores_folder)
     scored = scoring.count_tokens()
     # 4 steps of main and 2 of the replay, of 2 updates each

@@ -72,8 +72,8 @@ def read_evals(run: Path) -> list[dict[str, Any]]:
 def read_guide(run: Path, name: str) -> dict[str, Any]:
     """Counts, prompts and trajectories of a guide cache."""
     folder = run / keys.GUIDE_FOLDER.format(name=name)
-    found = _lines(folder / keys.GUIDE_FILES["trajectories"])
-    asked = _lines(folder / keys.GUIDE_FILES["asked"])
+    asked = [group for line in _lines(folder / keys.GUIDE_FILES["samples"]) for group in line["groups"]]
+    found = [rollout for group in asked for rollout in group["rollouts"]]
     return {
         **_picked(json.loads((folder / keys.GUIDE_FILES["info"]).read_text()), keys.GUIDE_INFO_KEYS),
         "asked": _digest([[line["prompt_id"], line["num_sampled"], line["num_correct"]] for line in asked]),
@@ -135,7 +135,8 @@ def read_moves(run: Path) -> list[dict[str, Any]]:
 
 def read_probes(run: Path) -> list[dict[str, Any]]:
     """Responses of AutoNPO's probes; sorted, because the folders are named by a digest of settings."""
-    probes = [_of_groups(_lines(path)) for path in run.glob(keys.PROBE_FILES)]
+    paths = run.glob(keys.PROBE_FILES)
+    probes = [_of_groups([group for line in _lines(path) for group in line["groups"]]) for path in paths]
     return sorted(probes, key=lambda probe: probe["token ids"])
 
 
@@ -155,10 +156,10 @@ def _rollouts_by_step(path: Path) -> dict[int, dict[str, Any]]:
 def _of_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
     rollouts = [rollout for group in groups for rollout in group["rollouts"]]
     return {
-        "prompts": _digest([group["prompt"]["prompt_id"] for group in groups]),
+        "prompts": _digest([group.get("prompt", group)["prompt_id"] for group in groups]),
         "token ids": _digest([rollout["response_ids"] for rollout in rollouts]),
         "sum of log-probabilities": sum(sum(rollout["behavior_logps"] or ()) for rollout in rollouts),
-        "mixes": _counted(group["injection_status"] for group in groups),
+        "mixes": _counted(group.get("injection_status", "off") for group in groups),
         "sources": _counted(rollout["source"] for rollout in rollouts),
         "verdicts": _counted(rollout["verdict"] for rollout in rollouts),
     }
