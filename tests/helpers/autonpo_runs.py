@@ -46,7 +46,7 @@ REJECTING = ("autonpo.probe.min_quality=0.99",)
 DETERMINISTIC_FILES = {
     *("metrics.jsonl", "rollouts.jsonl", "optimizer.safetensors", "state.json"),
     *("model.safetensors", "adapter_model.safetensors", "adapter_config.json"),
-    *("autonpo.jsonl", "prompts.jsonl", "rollouts.jsonl", "settings.json"),
+    *("autonpo.jsonl", "settings.json"),
 }
 """Names of files that seed and recipe alone decide."""
 
