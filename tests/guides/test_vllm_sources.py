@@ -13,6 +13,7 @@ import pytest
 
 from npo_cli.policy.model import MICRO_BASE_FOLDER
 from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
 from tests.helpers.runs import copy_run, open_session_at, sample, trajectories
 from tests.helpers.teachers import save_with_other_vocabulary
@@ -66,9 +67,10 @@ def test_openai_source_of_a_vllm_server_equals_the_policy(scout, tmp_path, serve
     theirs = sample(root, *many, source=f"endpoint:{server}#teacher", **NAMED)
     ours = sample(root, *many, source="base", name="ours")
     assert theirs.num_samples == ours.num_samples == 512
-    found, base = trajectories(root, "guided"), trajectories(root, "ours")
+    found = trajectories(root, "guided")
     assert found
-    shares = [sum(kept.num_correct for kept in each.values()) / 512 for each in (found, base)]
+    caches = [load_guide(open_run(root), name)[1].values() for name in ("guided", "ours")]
+    shares = [sum(samples.num_correct for samples in cache) / 512 for cache in caches]
     assert shares[0] == pytest.approx(shares[1], abs=4 * 0.022 * 2**0.5)
     session = open_session_at(root, 2)
     for kept in found.values():
