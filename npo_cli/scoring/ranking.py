@@ -249,7 +249,7 @@ def _score_unranked(own: CandidateResults, candidate: Candidate, formula: Signal
         quality_net=quality_net,
         quality_net_low=net_interval[0],
         quality_net_high=net_interval[1],
-        pass_at_1=sum(count.num_correct for count in own.pass_counts) / max(1, num_samples),
+        pass_at_1=float(np.mean([count.num_correct / max(1, count.num_samples) for count in own.pass_counts])),
         pass_at_k=mean_quality(own, formula.settings.samples_per_prompt),
         variance_kind=formula.settings.variance,
         is_distance=not formula.is_weighted,

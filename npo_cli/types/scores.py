@@ -38,7 +38,7 @@ class CandidateScore:
     """Of the candidate with the largest S: Q - Q_self on prompts that did not choose it. One half of the prompts
     chooses, the other measures, averaged both ways; the choice of each half may be another candidate."""
     pass_at_1: float
-    """Share of correct samples."""
+    """Share of correct samples, averaged over prompts; 0 for a prompt without samples."""
     pass_at_k: float
     variance: float | None = None
     variance_low: float | None = None

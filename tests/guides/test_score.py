@@ -214,7 +214,7 @@ def test_score_forecasts_from_what_the_run_recorded(straight):
     num_correct, num_tokens = (sum(getattr(one, name) for one in groups) for name in ("num_correct", "num_tokens"))
     saved = 2 * 4 * max(0.0, entry["quality_net"]) / (max(1, num_correct) / 2)
     assert entry["steps_saved"] == pytest.approx(saved)
-    scoring = sum(rollout.num_tokens for rollouts in store_of(root).read().values() for rollout in rollouts)
+    scoring = sum(rollout.num_tokens for found in store_of(root).read().values() for rollout in found.rollouts)
     tokens_per_step = num_tokens / 2
     # 2 steps are thrown away; the guide's tokens are at least one sample per prompt
     assert entry["price"] > 2 + scoring / tokens_per_step

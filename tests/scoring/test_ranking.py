@@ -343,7 +343,7 @@ def test_score_of_recorded_responses_counts_prompts_with_a_correct_one():
     recorded = replace(make_candidate(20, [3, 0, 1, 0], num_samples=5), is_fresh=False)
     counts = (*recorded.pass_counts, PromptPassCount(prompt_id="p04", num_samples=0, num_correct=0))
     (score,) = rank(EASY_LEARNER, [replace(recorded, pass_counts=counts)])
-    assert (score.quality, score.quality_kind, score.pass_at_1) == (2 / 5, "any", 4 / 20)
+    assert (score.quality, score.quality_kind, score.pass_at_1) == (2 / 5, "any", 4 / 25)
     assert score.note == f"{RECORDED_NOTE}; {ALL_SAMPLES_NOTE}"
 
 
