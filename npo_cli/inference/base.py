@@ -154,7 +154,8 @@ class Engine:
     runs_in_trainer: ClassVar[bool] = True
     """Uses the trainer's process and devices; otherwise a process with devices of its own."""
     needs_weight_sync: ClassVar[bool] = True
-    """Holds a copy of the weights, which is updated and verified; otherwise it samples from the trainer's model."""
+    """Holds a copy of the weights, which is updated and verified; otherwise it samples from the trainer's own model
+    (`ModelHandle.model`), and nothing is sent or verified."""
     supports_images: ClassVar[bool] = False
     serves_adapters: ClassVar[bool] = False
     """Takes LoRA adapters (`ModelHandle.adapters`) beside a base that never changes."""
@@ -189,8 +190,10 @@ class Engine:
         return EngineStatus(kind=cls.name, is_available=True, detail="installed")
 
     def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Take over the model's current weights under this version."""
-        raise NotImplementedError
+        """Take over the model's current weights under this version; without a copy only the version changes."""
+        if self.needs_weight_sync:
+            raise NotImplementedError
+        self.version = version
 
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample per request, in order, from softmax(logits / temperature) without truncation."""

@@ -84,11 +84,6 @@ class TransformersEngine(Engine):
         """Always available."""
         return EngineStatus(kind=cls.name, is_available=True, detail="the trainer's own model samples")
 
-    def update_weights(self, model: PreTrainedModel, *, version: str) -> None:
-        """Only the version changes: the engine samples from the trainer's weights."""
-        assert model is self.model, "the engine samples from the model that it was opened with"
-        self.version = version
-
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample per request, in order; requests with the same prompt share its prefill."""
         samples: list[Sample] = []
