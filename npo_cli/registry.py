@@ -1,4 +1,5 @@
-"""What can be added to the package from outside, by name: engines, verifiers, tasks, trackers, guide sources.
+"""What can be added to the package from outside, by name: engines, verifiers, tasks, trackers, guide sources, mix
+strategies, importance ratios.
 
 One `Registry` per kind. The package's own classes are listed in it as `module:Class`, the form of an entry point; those
 of other packages are declared as entry points of its group, in their pyproject.toml:
@@ -21,7 +22,7 @@ from npo_cli.errors import NpoError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registry:
-    """Classes of one kind by name. Each class has its name as the attribute `name`."""
+    """Classes of one kind by name (importance ratios: objects). Each has its name as the attribute `name`."""
 
     kind: str
     """In errors: `engine`."""
@@ -31,7 +32,7 @@ class Registry:
     """Entry-point group: `npo.engines`."""
     built_in: Mapping[str, str]
     """The package's own, as `module:Class`."""
-    _registered: dict[str, type] = field(default_factory=dict)
+    _registered: dict[str, Any] = field(default_factory=dict)
     """Classes registered while the program runs."""
 
     def names(self) -> tuple[str, ...]:
@@ -62,9 +63,9 @@ class Registry:
         return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
 
     @contextmanager
-    def registered(self, added: type) -> Iterator[None]:
+    def registered(self, added: Any) -> Iterator[None]:
         """Register a class for the block, under its attribute `name`."""
-        name: str = added.name  # type: ignore[attr-defined]
+        name: str = added.name
         self._registered[name] = added
         try:
             yield
@@ -130,5 +131,26 @@ GUIDE_SOURCES = Registry(
         "endpoint": "npo_cli.guides.sources.openai_endpoint:EndpointSource",
         "file": "npo_cli.guides.sources.trace_file:TraceFileSource",
         "extrapolated": "npo_cli.guides.sources.extrapolated:ExtrapolatedSource",
+    },
+)
+MIX_STRATEGIES = Registry(
+    kind="mix strategy",
+    setting="guide.inject.mode",
+    group="npo.mix_strategies",
+    built_in={
+        "replace": "npo_cli.rollout.mixing:ReplaceLastSlots",
+        "append": "npo_cli.rollout.mixing:AppendSlots",
+    },
+)
+IMPORTANCE_RATIOS = Registry(
+    kind="importance ratio",
+    setting="guide.inject.ratio",
+    group="npo.importance_ratios",
+    built_in={
+        "exact": "npo_cli.losses.importance_ratio:exact_ratio",
+        "proximal": "npo_cli.losses.importance_ratio:proximal_ratio",
+        "decoupled": "npo_cli.losses.importance_ratio:decoupled_ratio",
+        "unit": "npo_cli.losses.importance_ratio:unit_ratio",
+        "none": "npo_cli.losses.importance_ratio:no_ratio",
     },
 )

@@ -6,7 +6,16 @@ import pytest
 
 from npo_cli import registry
 from npo_cli.errors import NpoError
-from npo_cli.registry import ENGINES, GUIDE_SOURCES, TASKS, TRACKERS, VERIFIERS, Registry
+from npo_cli.registry import (
+    ENGINES,
+    GUIDE_SOURCES,
+    IMPORTANCE_RATIOS,
+    MIX_STRATEGIES,
+    TASKS,
+    TRACKERS,
+    VERIFIERS,
+    Registry,
+)
 
 ANIMALS = Registry(
     kind="animal", setting="zoo.animal", group="npo.animals", built_in={"ordered": "collections:OrderedDict"}
@@ -46,8 +55,10 @@ def test_registry_answers_an_unknown_name_with_the_nearest_or_with_all():
 
 
 @pytest.mark.parametrize(
-    "plugins", [ENGINES, TASKS, VERIFIERS, TRACKERS, GUIDE_SOURCES], ids=lambda plugins: plugins.kind
+    "plugins",
+    [ENGINES, TASKS, VERIFIERS, TRACKERS, GUIDE_SOURCES, MIX_STRATEGIES, IMPORTANCE_RATIOS],
+    ids=lambda plugins: plugins.kind,
 )
 def test_registry_groups_are_named_alike(plugins):
-    assert plugins.group == f"npo.{plugins.kind.replace(' ', '_')}s"
+    assert plugins.group == f"npo.{plugins.kind.replace(' ', '_')}s".replace("ys", "ies")
     assert plugins.names()[: len(plugins.built_in)] == tuple(plugins.built_in)

@@ -3,11 +3,12 @@
 A method is a choice of these together with `loss.*`: see `recipes/methods/` and `docs/explanation/methods.md`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from npo_cli.config.base import FORK, FREE, IGNORED, Count, Settings, Share
+from npo_cli.registry import IMPORTANCE_RATIOS, MIX_STRATEGIES
 
 
 class InjectSettings(Settings):
@@ -19,20 +20,21 @@ class InjectSettings(Settings):
         0.6, description="Inject only into groups whose on-policy accuracy is <= this (1: always)."
     )
     slots: Count = Field(1, description="Number of slots per group for guide responses.")
-    mode: Literal["replace", "append"] = Field(
+    mode: Annotated[str, AfterValidator(MIX_STRATEGIES.check)] = Field(
         "replace",
-        description="Guide responses `replace` on-policy rollouts of the group, or are added to them (`append`).",
+        description="Guide responses `replace` on-policy rollouts of the group, or are added to them (`append`); or "
+        "one from a plug-in.",
     )
     baseline: Literal["all", "on_policy"] = Field(
         "all",
         description="Rewards that the group's mean and standard deviation are computed from: `all` rollouts, or only "
         "`on_policy` ones.",
     )
-    ratio: Literal["exact", "proximal", "decoupled", "unit", "none"] = Field(
+    ratio: Annotated[str, AfterValidator(IMPORTANCE_RATIOS.check)] = Field(
         "exact",
         description="Importance ratio of injected responses. The denominator is the guide's probability (`exact`), the "
         "old policy's (`proximal`), the old policy's with a capped old/guide weight (`decoupled`), or 1 (`unit`); "
-        "`none` uses no ratio.",
+        "`none` uses no ratio; or one from a plug-in.",
     )
     decoupled_cap: float = Field(2.0, gt=0, description="Cap C of the old/guide weight in ratio=decoupled.")
     ratio_shaping: Literal["none", "soft"] = Field(

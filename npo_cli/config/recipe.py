@@ -13,7 +13,7 @@ from npo_cli.config.base import FREE, IGNORED, MUST_MATCH, Count, Decay, Setting
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
-from npo_cli.registry import TASKS, TRACKERS
+from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
 
 
 class LoraSettings(Settings):
@@ -299,7 +299,7 @@ class Recipe(Settings):
         train, inject, replay = self.train, self.guide.inject, self.guide.experience.replay_fraction
         if train.prompts_per_step > self.task.pool_size:
             raise ValueError("task.pool_size must be at least train.prompts_per_step")
-        if inject.mode == "replace" and inject.slots >= train.group_size:
+        if inject.slots >= train.group_size and not MIX_STRATEGIES.get(inject.mode).adds_rollouts:
             raise ValueError("guide.inject.slots must be below train.group_size: a group needs on-policy rollouts")
         if replay and self.sampling.dynamic:
             raise ValueError("guide.experience.replay_fraction is not available with sampling.dynamic=true")
@@ -331,4 +331,9 @@ class Recipe(Settings):
             raise ValueError("extrapolation.slots must be below train.group_size: a group needs on-policy rollouts")
         if self.guide.experience.replay_fraction:
             raise ValueError("guide.experience.replay_fraction and extrapolated guides use the same slots: choose one")
+        if self.guide.inject.mode not in ("replace", "append"):
+            raise ValueError(
+                "guide.source=extrapolated chooses the groups itself: guide.inject.mode must be replace or append, "
+                f"got {self.guide.inject.mode}"
+            )
         return self

@@ -1,8 +1,8 @@
-"""Importance ratios: rho = pi_theta / pi_anchor per token, and the registry of what off-policy tokens are anchored on.
+"""Importance ratios: rho = pi_theta / pi_anchor per token, and what off-policy tokens are anchored on.
 
 N rows (responses), T tokens. On-policy tokens are anchored on the old policy, with weight 1. Off-policy tokens are
-anchored by the entry of `IMPORTANCE_RATIOS` that `guide.inject.ratio` names. Ratios are per token: they ignore the
-probability of the prefix and the constant of keeping only correct guide responses.
+anchored by the `ImportanceRatio` that `guide.inject.ratio` names. Ratios are per token: they ignore the probability of
+the prefix and the constant of keeping only correct guide responses.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from npo_cli.config.guides import InjectSettings
 from npo_cli.errors import NpoError
+from npo_cli.registry import IMPORTANCE_RATIOS
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-20 nats, beyond which exp is noise."""
@@ -42,30 +43,24 @@ class RatioAnchor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportanceRatio:
-    """One value of `guide.inject.ratio`."""
+    """One value of `guide.inject.ratio`, listed in `npo_cli.registry.IMPORTANCE_RATIOS`."""
 
+    name: str
     anchor: Callable[[PolicyLogps, InjectSettings], RatioAnchor]
     needs_logprobs: bool
     """Whether it reads the behavior policy's log-probabilities."""
 
 
-IMPORTANCE_RATIOS: dict[str, ImportanceRatio] = {}
-"""By the value of `guide.inject.ratio`. A new ratio is one registered function and one word in the setting's type."""
-
-
-def register_ratio(name: str, *, needs_logprobs: bool) -> Callable:
-    """Enter the decorated anchor function into `IMPORTANCE_RATIOS`."""
-
-    def register(anchor: Callable[[PolicyLogps, InjectSettings], RatioAnchor]) -> Callable:
-        IMPORTANCE_RATIOS[name] = ImportanceRatio(anchor=anchor, needs_logprobs=needs_logprobs)
-        return anchor
-
-    return register
+def importance_ratio(
+    name: str, *, needs_logprobs: bool
+) -> Callable[[Callable[[PolicyLogps, InjectSettings], RatioAnchor]], ImportanceRatio]:
+    """Decorator that makes an anchor function an `ImportanceRatio`."""
+    return lambda anchor: ImportanceRatio(name=name, anchor=anchor, needs_logprobs=needs_logprobs)
 
 
 def check_ratio_available(name: str, *, has_logprobs: bool, guide: str) -> None:
     """Raise NpoError if the ratio reads log-probabilities that the guide does not have."""
-    if has_logprobs or not IMPORTANCE_RATIOS[name].needs_logprobs:
+    if has_logprobs or not IMPORTANCE_RATIOS.get(name).needs_logprobs:
         return
     raise NpoError(
         f"{guide} has no log-probabilities: guide.inject.ratio={name} is not available",
@@ -75,7 +70,7 @@ def check_ratio_available(name: str, *, has_logprobs: bool, guide: str) -> None:
 
 def name_ratios_without_logprobs() -> str:
     """The ratios that every guide can be used with: `proximal, unit or none`."""
-    *names, last = [name for name, ratio in IMPORTANCE_RATIOS.items() if not ratio.needs_logprobs]
+    *names, last = [name for name in IMPORTANCE_RATIOS.built_in if not IMPORTANCE_RATIOS.get(name).needs_logprobs]
     return f"{', '.join(names)} or {last}"
 
 
@@ -93,32 +88,32 @@ def k3(log_weight_NT: Tensor) -> Tensor:
     return log_weight_NT.expm1() - log_weight_NT
 
 
-@register_ratio("exact", needs_logprobs=True)
-def anchor_exact(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
+@importance_ratio("exact", needs_logprobs=True)
+def exact_ratio(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
     """Behavior policy: rho = pi_theta / pi_behavior, clipped like any other. The NPO paper's ratio."""
     return RatioAnchor(logps_NT=logps.behavior_NT)
 
 
-@register_ratio("proximal", needs_logprobs=False)
-def anchor_proximal(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
+@importance_ratio("proximal", needs_logprobs=False)
+def proximal_ratio(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
     """Old policy, as if the policy had sampled the token: rho = pi_theta / pi_old (RLEP; NPO without correction)."""
     return RatioAnchor(logps_NT=logps.old_NT)
 
 
-@register_ratio("decoupled", needs_logprobs=True)
-def anchor_decoupled(logps: PolicyLogps, settings: InjectSettings) -> RatioAnchor:
+@importance_ratio("decoupled", needs_logprobs=True)
+def decoupled_ratio(logps: PolicyLogps, settings: InjectSettings) -> RatioAnchor:
     """Old policy, with weight min(pi_old / pi_behavior, C) (decoupled PPO, arXiv 2110.00641)."""
     weight_NT = log_ratio(logps.old_NT, logps.behavior_NT).exp().clamp(max=settings.decoupled_cap)
     return RatioAnchor(logps_NT=logps.old_NT, weight_NT=weight_NT)
 
 
-@register_ratio("unit", needs_logprobs=False)
-def anchor_unit(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
+@importance_ratio("unit", needs_logprobs=False)
+def unit_ratio(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
     """Denominator 1: rho = pi_theta (LUFFY, arXiv 2504.14945, eq. 6)."""
     return RatioAnchor(logps_NT=torch.zeros_like(logps.current_NT))
 
 
-@register_ratio("none", needs_logprobs=False)
-def anchor_none(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
+@importance_ratio("none", needs_logprobs=False)
+def no_ratio(logps: PolicyLogps, _settings: InjectSettings) -> RatioAnchor:
     """Score function -A log pi_theta, never clipped: anchored on itself, rho is 1 with gradient grad l."""
     return RatioAnchor(logps_NT=logps.current_NT, is_unclipped=True)

@@ -22,9 +22,10 @@ from torch import Tensor
 from npo_cli.config.engine import MismatchSettings
 from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import LossSettings
-from npo_cli.losses.importance_ratio import IMPORTANCE_RATIOS, LOG_RATIO_LIMIT, PolicyLogps, k3, log_ratio
+from npo_cli.losses.importance_ratio import LOG_RATIO_LIMIT, PolicyLogps, k3, log_ratio
 from npo_cli.losses.inference_mismatch import MismatchCorrection, correct_mismatch, measure_mismatch
 from npo_cli.losses.types import Divisors, LossInputs, LossStats, MismatchStats, TokenColumns
+from npo_cli.registry import IMPORTANCE_RATIOS
 
 
 def aggregate(loss_NT: Tensor, mask_NT: Tensor, *, how: str, divisors: Divisors) -> Tensor:
@@ -260,7 +261,7 @@ def compute_columns(
     current_NT = logps_NT.detach()
     old_NT = current_NT if inputs.old_logps_NT is None else torch.where(mask_NT, inputs.old_logps_NT.detach(), 0.0)
     behavior_NT = torch.where(mask_NT, inputs.behavior_logps_NT.detach(), 0.0)
-    anchor = IMPORTANCE_RATIOS[inject.ratio].anchor(
+    anchor = IMPORTANCE_RATIOS.get(inject.ratio).anchor(
         PolicyLogps(current_NT=current_NT, old_NT=old_NT, behavior_NT=behavior_NT), inject
     )
     correction = correct_mismatch(old_NT, behavior_NT, mask_NT & ~off_policy_NT, mismatch)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from npo_cli.errors import NpoError
 from npo_cli.losses.advantages import group_advantages, overlong_penalty
-from npo_cli.rollout.mixing import GuidesByPrompt, MixStrategy, inject_guides, make_mix_strategy
+from npo_cli.rollout.mixing import GuidesByPrompt, MixStrategy, make_mix_strategy
 from npo_cli.seeds import derive_seed
 from npo_cli.session.session import Session, sample_groups
 from npo_cli.storage.rollout_log import RolloutLog
@@ -189,7 +189,7 @@ def build_groups(
     )
     if prompt_batch.guides is None:
         return on_policy, on_policy
-    return on_policy, inject_guides(on_policy, prompt_batch.guides, prompt_batch.strategy)
+    return on_policy, prompt_batch.strategy.mix_groups(on_policy, prompt_batch.guides)
 
 
 def sample_on_policy_groups(session: Session, prompt_batch: PromptBatch, *, seed_name: str, step: int) -> list[Group]:

@@ -8,8 +8,10 @@ response was verified when it was cached.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from npo_cli.config.guides import InjectSettings
+from npo_cli.registry import MIX_STRATEGIES
 from npo_cli.seeds import derive_seed
 from npo_cli.types.rollouts import Group, Rollout
 
@@ -22,8 +24,13 @@ class MixStrategy:
     """Injects guide rollouts into the groups whose on-policy accuracy is at most `settings.max_accuracy`.
 
     A subclass says in `fill_slots` where they go, and may give rollouts `spans`: tokens of a guide, tokens of the
-    policy, tokens that are not trained.
+    policy, tokens that are not trained. It is listed in `npo_cli.registry.MIX_STRATEGIES`.
     """
+
+    name: ClassVar[str]
+    """The value of `guide.inject.mode`."""
+    adds_rollouts: ClassVar[bool] = False
+    """Whether guide rollouts come on top of `group_size` on-policy ones, so that there may be any number of them."""
 
     settings: InjectSettings
     group_size: int
@@ -42,6 +49,10 @@ class MixStrategy:
     def is_eligible(self, accuracy: float) -> bool:
         """Whether a group of this on-policy accuracy receives guide rollouts."""
         return accuracy <= self.settings.max_accuracy
+
+    def mix_groups(self, groups: Sequence[Group], guides: GuidesByPrompt) -> Sequence[Group]:
+        """Groups sampled together, each mixed with the guide rollouts of its prompt; the order stays."""
+        return [self.mix(group, guides.get(group.prompt.prompt_id, ())) for group in groups]
 
     def mix(self, group: Group, guides: Sequence[Rollout]) -> Group:
         """The group with guide rollouts injected, or as it was, with `injection_status` saying why."""
@@ -71,6 +82,8 @@ class MixStrategy:
 class ReplaceLastSlots(MixStrategy):
     """Guide rollouts replace the last on-policy rollouts of the group."""
 
+    name = "replace"
+
     def num_to_sample(self, num_guides: int) -> int:
         """A slot that is replaced whatever the group's accuracy is not sampled first."""
         is_gated = self.settings.max_accuracy < 1
@@ -84,23 +97,18 @@ class ReplaceLastSlots(MixStrategy):
 class AppendSlots(MixStrategy):
     """Guide rollouts are added to the group's on-policy rollouts."""
 
+    name = "append"
+    adds_rollouts = True
+
     def fill_slots(self, on_policy: Sequence[Rollout], guides: Sequence[Rollout]) -> Sequence[Rollout]:
         """All on-policy rollouts, then the guide's."""
         return (*on_policy, *guides)
 
 
-MIX_STRATEGIES: dict[str, type[MixStrategy]] = {"replace": ReplaceLastSlots, "append": AppendSlots}
-"""By the value of `guide.inject.mode`. A new strategy is one class, one entry here and one word in the setting."""
-
-
 def make_mix_strategy(settings: InjectSettings, *, group_size: int, seed: int) -> MixStrategy:
     """The strategy that `guide.inject.mode` names."""
-    return MIX_STRATEGIES[settings.mode](settings=settings, group_size=group_size, seed=seed)
-
-
-def inject_guides(groups: Sequence[Group], guides: GuidesByPrompt, strategy: MixStrategy) -> tuple[Group, ...]:
-    """Every group mixed with the guide rollouts of its prompt."""
-    return tuple(strategy.mix(group, guides.get(group.prompt.prompt_id, ())) for group in groups)
+    strategy: type[MixStrategy] = MIX_STRATEGIES.get(settings.mode)
+    return strategy(settings=settings, group_size=group_size, seed=seed)
 
 
 def count_injections(groups: Sequence[Group]) -> dict[str, float]:

@@ -2,16 +2,18 @@
 
 import json
 import re
+import tomllib
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from npo_cli.cli.main import main
 from npo_cli.config.loading import load_recipe
 from npo_cli.guides.source import ReplayTarget
-from npo_cli.registry import ENGINES, GUIDE_SOURCES
+from npo_cli.registry import ENGINES, GUIDE_SOURCES, MIX_STRATEGIES, Registry
 from npo_cli.session.learner import find_learner
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
@@ -35,13 +37,29 @@ def code_of(page: str, language: str, *, number: int = 0) -> str:
     return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)[number]
 
 
-def class_of(page: str, name: str) -> type:
+def class_of(page: str, name: str) -> Any:
     """The class that the page's Python block defines."""
     scope: dict[str, object] = {"__name__": page}
     exec(compile(code_of(page, "python"), page, "exec"), scope)
     found = scope[name]
     assert isinstance(found, type)
     return found
+
+
+@pytest.mark.parametrize(
+    ("page", "plugins", "added"),
+    [
+        ("add-a-guide-source.md", GUIDE_SOURCES, "SolutionsSource"),
+        ("add-an-engine.md", ENGINES, "PlainEngine"),
+        ("add-a-method.md", MIX_STRATEGIES, "HardestGroups"),
+    ],
+)
+def test_entry_points_of_the_pages_name_their_classes(page: str, plugins: Registry, added: str) -> None:
+    """The right group, the class's own name, and the file that the code block names."""
+    points = tomllib.loads(code_of(page, "toml"))["project"]["entry-points"]
+    found = class_of(page, added)
+    module = code_of(page, "python").splitlines()[0].removeprefix("# ").removesuffix(".py")
+    assert points == {plugins.group: {found.name: f"my_package.{module}:{added}"}}
 
 
 def run(*args: str) -> None:
@@ -118,3 +136,21 @@ def test_add_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [command[0] for command in commands] == ["train", "sample-guide", "resume"]
     for command in commands:
         check_command(" ".join(("npo", *command)))
+
+
+def test_add_a_mix_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay with the page's strategy: of the three groups of a step, the two hardest receive the guide's rollout."""
+    monkeypatch.chdir(tmp_path)
+    small = (*TINY, "train.prompts_per_step=3", "guide.cache.keep=all")
+    mixing = ("guide.inject.mode=hardest", "guide.inject.max_accuracy=1")
+    run("train", "micro", "r", *small)
+    run("sample-guide", "r", "--at", "0", "--source", "2", "--name", "g")
+    with MIX_STRATEGIES.registered(class_of("add-a-method.md", "HardestGroups")):
+        run("resume", "r", "--at", "0", "--guide", "g", "--new-branch", "npo", *mixing)
+    log = RolloutLog(open_run(Path("r")).rollouts_path("npo"))
+    for step in (1, 2):
+        groups = log.read_step(step) or ()
+        injected = [group for group in groups if group.injection_status == "injected"]
+        left_out = [group for group in groups if group.injection_status == "gate_closed"]
+        assert (len(injected), len(left_out)) == (2, 1)
+        assert max(each.on_policy.accuracy for each in injected) <= left_out[0].on_policy.accuracy

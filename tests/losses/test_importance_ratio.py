@@ -1,5 +1,4 @@
 import math
-from typing import get_args
 
 import pytest
 from torch import tensor
@@ -7,14 +6,14 @@ from torch import tensor
 from npo_cli.config.guides import InjectSettings
 from npo_cli.errors import NpoError
 from npo_cli.losses.importance_ratio import (
-    IMPORTANCE_RATIOS,
     RatioAnchor,
     check_ratio_available,
+    importance_ratio,
     log_ratio,
-    register_ratio,
 )
 from npo_cli.losses.policy_loss import compute_columns
 from npo_cli.losses.types import LossInputs
+from npo_cli.registry import IMPORTANCE_RATIOS
 from tests.losses.builders import make_rows, mismatch_settings
 
 CURRENT = [[-1.0, -2.0], [-1.0, -2.0]]
@@ -35,11 +34,12 @@ def anchors(ratio, **changes):
     return (tokens.logps_NT - tokens.log_ratio_NT).tolist()
 
 
-def test_importance_ratio_setting_lists_the_registry():
-    assert set(get_args(InjectSettings.model_fields["ratio"].annotation)) == set(IMPORTANCE_RATIOS)
+@pytest.mark.parametrize("name", IMPORTANCE_RATIOS.names())
+def test_importance_ratio_has_its_registered_name(name):
+    assert IMPORTANCE_RATIOS.get(name).name == name
 
 
-@pytest.mark.parametrize("ratio", IMPORTANCE_RATIOS)
+@pytest.mark.parametrize("ratio", IMPORTANCE_RATIOS.names())
 def test_importance_ratio_of_on_policy_tokens_is_to_the_old_policy(ratio):
     tokens = columns(ratio)
     assert anchors(ratio)[0] == [-1.5, -2.5]
@@ -80,7 +80,7 @@ def test_importance_ratio_without_old_logprobs_uses_the_current_ones():
     assert columns("decoupled", old=None, cap=5.0).weight_NT[1].tolist() == [5.0, 1.0]
 
 
-@pytest.mark.parametrize("ratio", IMPORTANCE_RATIOS)
+@pytest.mark.parametrize("ratio", IMPORTANCE_RATIOS.names())
 def test_importance_ratio_weights_carry_no_gradient(ratio):
     rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=BEHAVIOR, is_off_policy=[0, 1])
     current = tensor(CURRENT, requires_grad=True)
@@ -128,14 +128,12 @@ def test_importance_ratio_can_differ_within_a_response():
 
 
 def test_importance_ratio_of_another_module_is_used_by_its_name():
-    @register_ratio("half", needs_logprobs=False)
-    def anchor_half(logps, _settings):
+    @importance_ratio("half", needs_logprobs=False)
+    def half_ratio(logps, _settings):
         return RatioAnchor(logps_NT=logps.old_NT, weight_NT=0.5)
 
-    try:
-        inject = InjectSettings().model_copy(update={"ratio": "half"})
+    with IMPORTANCE_RATIOS.registered(half_ratio):
+        inject = InjectSettings(ratio="half")
         rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=BEHAVIOR, old=OLD, is_off_policy=[0, 1])
         tokens, _ = compute_columns(tensor(CURRENT), rows, inject, mismatch_settings("off"))
         assert tokens.weight_NT.tolist() == [[1.0, 1.0], [0.5, 0.5]]
-    finally:
-        del IMPORTANCE_RATIOS["half"]

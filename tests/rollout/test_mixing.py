@@ -1,11 +1,13 @@
 import statistics
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 
 from npo_cli.config.guides import InjectSettings
-from npo_cli.rollout.mixing import MIX_STRATEGIES, MixStrategy, count_injections, inject_guides, make_mix_strategy
+from npo_cli.config.loading import load_recipe
+from npo_cli.errors import NpoError
+from npo_cli.registry import MIX_STRATEGIES
+from npo_cli.rollout.mixing import AppendSlots, MixStrategy, count_injections, make_mix_strategy
 from npo_cli.types.rollouts import Group, Prompt, Rollout, TokenSpan
 
 GUIDE = Rollout(
@@ -46,7 +48,7 @@ def mix(groups: list[Group], guides: tuple[Rollout, ...] = (GUIDE,), **changes: 
     mixed = []
     for group in groups:
         size = changes.get("group_size", len(group.rollouts))
-        mixed += inject_guides([group], {"a": guides}, strategy(**{**changes, "group_size": size}))
+        mixed += strategy(**{**changes, "group_size": size}).mix_groups([group], {"a": guides})
     return mixed
 
 
@@ -206,6 +208,8 @@ def test_mixing_keeps_verdict_and_missing_logprobs_of_a_wrong_teacher():
 class GuidePrefix(MixStrategy):
     """The last slot holds the first token of a guide, then the tokens of the on-policy rollout that was there."""
 
+    name = "prefix"
+
     def fill_slots(self, on_policy, guides):
         (guide,), last = guides, on_policy[-1]
         rest = last.response_ids[1:]
@@ -218,13 +222,14 @@ class GuidePrefix(MixStrategy):
         return (*on_policy[:-1], replace(last, response_ids=ids, behavior_logps=logps, spans=spans, source="guide"))
 
 
-def test_mixing_strategy_setting_lists_the_registry():
-    assert set(get_args(InjectSettings.model_fields["mode"].annotation)) == set(MIX_STRATEGIES)
+@pytest.mark.parametrize("name", MIX_STRATEGIES.names())
+def test_mixing_strategy_has_its_registered_name(name):
+    assert type(strategy(group_size=2, mode=name)).name == name
 
 
-def test_mixing_strategy_decides_slots_and_tokens(monkeypatch):
-    monkeypatch.setitem(MIX_STRATEGIES, "prefix", GuidePrefix)
-    (mixed,) = mix([group_of(False, False)], mode="prefix")
+def test_mixing_strategy_decides_slots_and_tokens():
+    with MIX_STRATEGIES.registered(GuidePrefix):
+        (mixed,) = mix([group_of(False, False)], mode="prefix")
     last = mixed.rollouts[-1]
     assert (last.slot, last.response_ids, last.behavior_logps) == (1, (5, 2), (-0.1, -1.0))
     assert [(span.source, span.sampler_step, span.end - span.start) for span in last.provenance] == [
@@ -233,6 +238,33 @@ def test_mixing_strategy_decides_slots_and_tokens(monkeypatch):
     ]
     assert (last.is_off_policy, last.num_on_policy_tokens) == (True, 1)
     assert [rollout.slot for rollout in mixed.on_policy.rollouts] == [0]
+
+
+class GuidePrefixes(AppendSlots):
+    name = "prefixes"
+
+
+def test_mixing_mode_is_a_registered_name():
+    with pytest.raises(NpoError, match=r"guide\.inject\.mode=apend is not a known mix strategy: did you mean append\?"):
+        load_recipe("micro", ["guide.inject.mode=apend"])
+
+
+def test_mixing_slots_are_limited_unless_the_strategy_adds_rollouts():
+    many = ["train.group_size=4", "guide.inject.slots=4"]
+    with MIX_STRATEGIES.registered(GuidePrefix), MIX_STRATEGIES.registered(GuidePrefixes):
+        for mode in ("append", "prefixes"):
+            assert load_recipe("micro", [*many, f"guide.inject.mode={mode}"]).guide.inject.slots == 4
+        for mode in ("replace", "prefix"):
+            with pytest.raises(NpoError, match=r"guide\.inject\.slots must be below train\.group_size"):
+                load_recipe("micro", [*many, f"guide.inject.mode={mode}"])
+
+
+def test_mixing_strategy_from_outside_is_refused_with_an_online_guide():
+    online = ["guide.source=extrapolated", "extrapolation.k=20", "train.save_every=20"]
+    with MIX_STRATEGIES.registered(GuidePrefix):
+        assert load_recipe("micro", [*online, "guide.inject.mode=append"]).guide.source == "extrapolated"
+        with pytest.raises(NpoError, match=r"guide\.inject\.mode must be replace or append, got prefix"):
+            load_recipe("micro", [*online, "guide.inject.mode=prefix"])
 
 
 def test_token_spans_must_cover_the_response():
