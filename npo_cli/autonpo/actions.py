@@ -111,12 +111,22 @@ def perform_guide_build(
         yield from fill_cache(source, info, open_guide_cache(run, info), prompts)
         finish_guide_cache(run, info)
     done = read_cache_info(run.guide_folder(info.name))
+    if not done.num_prompts_with_rollouts:
+        charge_empty_cache(session, state, done)
     return GuideBuilt(
         guide=done.name,
         num_prompts=done.num_prompts,
         num_prompts_with_rollouts=done.num_prompts_with_rollouts,
         num_reused=sum(bool(filter_correct(probe_rollouts.get(prompt.prompt_id, ()))) for prompt in prompts),
         num_tokens=done.num_tokens,
+    )
+
+
+def charge_empty_cache(session: Session, state: AutoNPOState, info: GuideCacheInfo) -> None:
+    """The branch that goes on without a rollback pays for the guide samples, from its next step on."""
+    folder = session.run.guide_folder(info.name)
+    append_cost(
+        session.run, "guide_empty", branch=state.branch, step=state.step, piece=info.name, seconds=0.0, charged=[folder]
     )
 
 

@@ -27,6 +27,7 @@ from npo_cli.errors import NpoError, StoppedEarly, quote_path
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.report.tables_autonpo import describe_transition
 from npo_cli.session.session import Session, load_checkpoint, open_session
+from npo_cli.session.startup import charge_startup, measure_startup
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.autonpo_log import append_transitions, read_transitions
 from npo_cli.storage.checkpoints import Checkpoint, find_resume_checkpoint, list_ancestry_checkpoints
@@ -309,10 +310,12 @@ class AutoNPODriver:
         if find_newest_branch(self.run) != self.state.branch:
             record_start(self.run, start, ())
         if newest is not None:
-            load_checkpoint(self.session.policy, newest)
+            with measure_startup("load"):
+                load_checkpoint(self.session.policy, newest)
         active_guide = load_active_guide(self.session, start.segment)
         optimizer = build_optimizer(self.session.policy.model, self.recipe.train)
         state = yield from load_first_state(self.session, optimizer, start)
+        charge_startup(self.run, branch=self.state.branch, step=state.step)
         trainer = open_trainer(self.session, optimizer, branch=self.state.branch, active_guide=active_guide)
 
         def observe(report: StepReport) -> bool:

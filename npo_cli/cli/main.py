@@ -41,6 +41,7 @@ from npo_cli.cli.train import train
 from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.errors import NpoError, StoppedEarly
+from npo_cli.session.startup import begin_process
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +140,7 @@ def npo(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; always leaves through SystemExit."""
+    begin_process()
     for name in ("stdout", "stderr"):
         # A closed stream discards its output: printing to None would go to the other stream.
         if getattr(sys, name) is None:

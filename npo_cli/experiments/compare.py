@@ -8,7 +8,7 @@ curves as CSV, one evaluation per line.
 import csv
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 
 from npo_cli.errors import quote_path
@@ -37,10 +37,14 @@ from npo_cli.experiments.time_to_threshold import (
     uncensored_ratio,
 )
 from npo_cli.report.curve_plots import plot_method_curves
-from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold
+from npo_cli.scoring.hysteresis import estimate_hysteresis, seed_hysteresis
+from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold, find_arrivals
+from npo_cli.storage.lineage import find_last_guided_fork
 from npo_cli.types.comparison import (
     Axis,
+    CurveKind,
     MethodDifference,
+    MethodHysteresis,
     MethodSummary,
     MethodTimeToThreshold,
     ResamplingUnit,
@@ -61,7 +65,9 @@ def write_points(points: Sequence[SeedPoint], path: Path) -> None:
 
 THRESHOLDS = (0.6, 0.9)
 
-CompareRecord = MethodSummary | MethodDifference | MethodTimeToThreshold | SpeedUp | SeedPoint | Notice
+CompareRecord = (
+    MethodSummary | MethodDifference | MethodTimeToThreshold | SpeedUp | MethodHysteresis | SeedPoint | Notice
+)
 
 
 def compare_runs(
@@ -88,9 +94,11 @@ def compare_runs(
         for method in methods[1:]:
             pair = (method.name, methods[0].name)
             yield estimate_speedup(pair, threshold, seed_costs=ways, common=common)
+        yield from compare_best_held(threshold, methods, common)
+    yield from compare_hysteresis(methods, sorted(set(thresholds or THRESHOLDS)))
 
     # What others may draw and count for themselves.
-    points = [point for method in methods for one in method.runs for point in one.points]
+    points = [point for method in methods for one in method.runs for point in (*one.points, *one.held)]
     yield from points
     if csv is not None:
         write_points(points, csv)
@@ -210,13 +218,65 @@ def estimate_difference(
     )
 
 
+def compare_best_held(
+    threshold: float, methods: Sequence[MethodRuns], common: ComparisonRange
+) -> Iterator[MethodTimeToThreshold | SpeedUp]:
+    """The same for methods with a scout, by the best policy that they had paid for."""
+    ways = {method.name: collect_threshold_costs(threshold, method, common, curve="best held") for method in methods}
+    for method in methods:
+        if any(one.held for one in method.runs):
+            costs = ways[method.name]
+            found = summarize_time_to_threshold(method.name, threshold, seed_costs=costs, common=common)
+            yield replace(found, curve="best held")
+            if method is not methods[0]:
+                pair = (method.name, methods[0].name)
+                yield replace(estimate_speedup(pair, threshold, seed_costs=ways, common=common), curve="best held")
+
+
+def compare_hysteresis(methods: Sequence[MethodRuns], levels: Sequence[float]) -> Iterator[MethodHysteresis]:
+    """H of every method that replays with a guide, from each level to the highest; the baseline is the unguided run."""
+    baseline, *others = (
+        [(one, find_last_guided_fork(one.run_branch.run, one.run_branch.branch)) for one in method.runs]
+        for method in methods
+    )
+    unguided = {one.run_branch.seed: one.curve for one, fork_step in baseline if fork_step is None}
+    *lower, target = levels
+    for method, runs in zip(methods[1:], others, strict=True):
+        pairs = [
+            (unguided[one.run_branch.seed], one.curve, fork_step)
+            for one, fork_step in runs
+            if fork_step is not None and one.run_branch.seed in unguided
+        ]
+        for level in lower:
+            found = estimate_hysteresis(
+                [
+                    seed_hysteresis(*(find_arrivals(curve, level, target) for curve in pair), fork_step=fork_step)
+                    for *pair, fork_step in pairs
+                ]
+            )
+            if found is not None:
+                yield MethodHysteresis(
+                    method=method.name,
+                    baseline=methods[0].name,
+                    accuracy=level,
+                    target=target,
+                    steps=found[0],
+                    bound=found[1],
+                )
+
+
 def collect_threshold_costs(
-    threshold: float, method: MethodRuns, common: ComparisonRange
+    threshold: float, method: MethodRuns, common: ComparisonRange, *, curve: CurveKind = "own"
 ) -> dict[Axis, list[SeedTimeToThreshold]]:
-    """What every seed had spent on arrival, and at its end, by axis."""
-    ways: dict[Axis, list[SeedTimeToThreshold]] = {axis: [] for axis in common.end_costs}
+    """What every seed had spent on arrival, and at its end, by axis; the scout's step is no position of the method."""
+    ways: dict[Axis, list[SeedTimeToThreshold]] = {
+        axis: [] for axis in common.end_costs if axis != "step" or curve == "own"
+    }
     for one in method.runs:
-        arrived = find_threshold_point(one, threshold)
+        if curve == "best held" and one.held:
+            arrived = next((point for point in one.held if point.accuracy >= threshold), None)
+        else:
+            arrived = find_threshold_point(one, threshold)
         for axis, some in ways.items():
             cost = None if arrived is None else get_cost(arrived, axis)
             some.append(
@@ -243,7 +303,7 @@ def summarize_time_to_threshold(
         num_reached=sum(way.cost is not None for way in some),
         costs={axis: statistics.fmean(way.lower_bound for way in found) for axis, found in seed_costs.items()},
         restricted_means={axis: restricted_mean(found, common.end_costs[axis]) for axis, found in seed_costs.items()},
-        horizons=dict(common.end_costs),
+        horizons={axis: common.end_costs[axis] for axis in seed_costs},
     )
 
 

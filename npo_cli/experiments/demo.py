@@ -10,12 +10,17 @@ from npo_cli.guides.score import score_run
 from npo_cli.guides.source import make_spec, parse_spec
 from npo_cli.report.plotting import plot_accuracy_curves
 from npo_cli.report.show import THRESHOLDS
-from npo_cli.storage.cost_sums import cost_to_threshold, learning_curve
+from npo_cli.storage.cost_sums import (
+    best_held_cost_to_threshold,
+    best_held_curve,
+    cost_to_threshold,
+    learning_curve,
+)
 from npo_cli.storage.index import index_run
 from npo_cli.storage.layout import check_unused, open_run
 from npo_cli.training.resume import resume_run
 from npo_cli.training.train import MAIN, train_run
-from npo_cli.types.costs import CostToThreshold, CurvePoint
+from npo_cli.types.costs import BestHeldPoint, CostToThreshold, CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Notice, Progress, StepReport
 from npo_cli.types.scores import CandidateScore, GuideChoice
@@ -35,6 +40,7 @@ DemoRecord = (
     | GuideChoice
     | GuideCacheInfo
     | CurvePoint
+    | BestHeldPoint
     | CostToThreshold
 )
 
@@ -85,15 +91,17 @@ def drop_evals(records: Iterable[StepReport | EvalReport | Notice]) -> Iterator[
     return (record for record in records if not isinstance(record, EvalReport))
 
 
-def summarize_demo(out: Path) -> Iterator[CurvePoint | CostToThreshold | Notice]:
+def summarize_demo(out: Path) -> Iterator[CurvePoint | BestHeldPoint | CostToThreshold | Notice]:
     """Both curves, where they cross the thresholds, and the picture."""
     run = open_run(out)
     methods = [learning_curve(run, MAIN, name="GRPO"), learning_curve(run, GUIDE, name="NPO")]
-    for points in methods:
+    held = best_held_curve(run, GUIDE, name="NPO")
+    for points in (*methods, held):
         yield from points
     for threshold in THRESHOLDS:
         for points in methods:
             yield cost_to_threshold(points, threshold)
+        yield best_held_cost_to_threshold(held, threshold)
     picture = out / "comparison.png"
     plot_accuracy_curves([point for points in methods for point in points], picture, "GRPO and NPO, one seed")
     yield Notice(message=f"picture: {picture}")

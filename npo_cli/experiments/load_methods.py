@@ -10,7 +10,7 @@ from npo_cli.config.loading import recipe_from_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.bench_dir import is_bench, load_bench_index
-from npo_cli.storage.cost_sums import learning_curve
+from npo_cli.storage.cost_sums import best_held_curve, learning_curve
 from npo_cli.storage.evals import PromptResults, match_prompt_results
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run
@@ -47,6 +47,8 @@ class SeedRun:
     run_branch: RunBranch
     points: tuple[SeedPoint, ...]
     """Its evaluations; the fork of a replay has two, the second with all costs of the guide."""
+    held: tuple[SeedPoint, ...]
+    """Its best-held curve; empty where that is its own."""
     curve: tuple[CurvePoint, ...]
     """The learning curve that they come from."""
     outcomes: dict[int, PromptResults]
@@ -161,27 +163,32 @@ def load_seed_run(place: RunBranch) -> SeedRun:
             f"{place.name} has no held-out evaluation", f"npo eval {quote_path(run.root)} --all --branch {branch}"
         )
     per_step, timed = place.recipe.train.num_updates, found[-1].total_seconds > 0
-    points = tuple(
-        SeedPoint(
-            method=place.method,
-            seed=place.seed,
-            run=str(run.root),
-            branch=branch,
-            step=point.step,
-            updates=point.total_steps * per_step,
-            tokens=point.total_tokens,
-            forwards=point.total_forwards,
-            seconds=point.total_seconds if timed else None,
-            accuracy=point.accuracy,
-            entropy=point.entropy,
+    own, held = (
+        tuple(
+            SeedPoint(
+                method=place.method,
+                seed=place.seed,
+                run=str(run.root),
+                branch=branch,
+                step=point.step,
+                updates=point.total_steps * per_step,
+                tokens=point.total_tokens,
+                forwards=point.total_forwards,
+                seconds=point.total_seconds if timed else None,
+                accuracy=point.accuracy,
+                entropy=point.entropy if isinstance(point, CurvePoint) else None,
+                curve=kind,
+            )
+            for point in points
         )
-        for point in found
+        for kind, points in (("own", found), ("best held", best_held_curve(run, branch, name=place.method)))
     )
     return SeedRun(
         run_branch=place,
-        points=points,
+        points=own,
+        held=held,
         curve=tuple(found),
-        outcomes=load_complete_outcomes(run, line, {point.step for point in points}),
+        outcomes=load_complete_outcomes(run, line, {point.step for point in own}),
         steps={
             row["step"]: row for span in line for row in read_metrics(run, span.branch) if span.contains(row["step"])
         },

@@ -10,10 +10,12 @@ up to a cost h that every seed lived to see. Then no min(T, h) is unknown, and t
 of the Kaplan-Meier curve itself. Source: Royston and Parmar 2013, BMC Medical Research Methodology 13:152.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from npo_cli.scoring.quality import mean_with_interval
 from npo_cli.types.comparison import Estimate
 
 
@@ -43,23 +45,20 @@ def restricted_mean(method: Sequence[SeedTimeToThreshold], horizon: float) -> fl
     return statistics.fmean(one.restricted_cost(horizon) for one in method)
 
 
-def mean_with_interval(values: Sequence[float], *, of: int) -> Estimate:
-    """Mean with its 95 % interval, mean -+ t(n - 1) sd/sqrt(n); of one value the value alone."""
-    from scipy.special import stdtrit
-
-    mean, num = statistics.fmean(values), len(values)
-    if num < 2:
-        return Estimate(value=mean, num_used=num, num_total=of)
-    half = float(stdtrit(num - 1, 0.975)) * statistics.stdev(values) / num**0.5
-    return Estimate(value=mean, low=mean - half, high=mean + half, num_used=num, num_total=of)
-
-
 def uncensored_ratio(method: Sequence[SeedTimeToThreshold], baseline: Sequence[SeedTimeToThreshold]) -> Estimate | None:
-    """Mean of baseline / method over the pairs of seeds in which both reached it; None without such a pair."""
+    """Geometric mean of baseline / method over the pairs of seeds in which both reached it; None without such a pair.
+
+    exp of the mean log ratio and of its Student's interval; that of method / baseline is the inverse. The arithmetic
+    mean of the ratios of equal costs is about 1 + CV^2.
+    """
     theirs = {one.seed: one for one in baseline}
     pairs = [(theirs[one.seed].cost, one.cost) for one in method if one.seed in theirs]
-    ratios = [slow / fast for slow, fast in pairs if slow and fast]
-    return _not_below_zero(mean_with_interval(ratios, of=len(pairs))) if ratios else None
+    logs = [math.log(slow / fast) for slow, fast in pairs if slow and fast]
+    if not logs:
+        return None
+    found = mean_with_interval(logs, of=len(pairs))
+    low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
+    return replace(found, value=math.exp(found.value), low=low, high=high)
 
 
 def restricted_ratio(
@@ -86,10 +85,6 @@ def restricted_ratio(
         [(slow.restricted_cost(horizon) - ratio * fast.restricted_cost(horizon)) / mean for slow, fast in pairs], of=of
     )
     assert spread.low is not None and spread.high is not None
-    found = Estimate(value=ratio, low=ratio + spread.low, high=ratio + spread.high, num_used=len(pairs), num_total=of)
-    return _not_below_zero(found)
-
-
-def _not_below_zero(ratio: Estimate) -> Estimate:
-    """Few pairs that differ much say no more than what a ratio of costs is."""
-    return ratio if ratio.low is None else replace(ratio, low=max(ratio.low, 0.0))
+    # Few pairs that differ much say no more than what a ratio of costs is.
+    low = max(ratio + spread.low, 0.0)
+    return Estimate(value=ratio, low=low, high=ratio + spread.high, num_used=len(pairs), num_total=of)

@@ -18,6 +18,7 @@ from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, cr
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner, find_learner, list_replay_prompts
 from npo_cli.session.session import open_task_and_policy
+from npo_cli.session.startup import charge_startup
 from npo_cli.storage.costs import CostKind, append_cost
 from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache, read_guide_prompts
 from npo_cli.storage.layout import RunDir, open_run, validate_name
@@ -58,7 +59,9 @@ def build_guide_cache(
         early = source.warnings()
         yield from warning_notices(early)
         info = new_cache_info(source, name, num_prompts=len(prompts))
-        yield from fill_cache(source, info, open_guide_cache(run, info), prompts)
+        store = open_guide_cache(run, info)
+        charge_startup(run, branch=info.branch, step=info.learner_step, artifact=store.folder)
+        yield from fill_cache(source, info, store, prompts)
         yield from warning_notices(warning for warning in source.warnings() if warning not in early)
         yield finish_guide_cache(run, info, is_external=source.is_external)
 

@@ -36,6 +36,7 @@ from npo_cli.session.learner import Learner, find_learner, list_later_checkpoint
 from npo_cli.session.logprob_pass import compute_learner_ratios
 from npo_cli.session.recorded_steps import RecordedSteps
 from npo_cli.session.session import Session, build_session, load_checkpoint, open_task_and_policy
+from npo_cli.session.startup import charge_startup
 from npo_cli.storage.costs import CostKind
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lock import lock_run
@@ -110,6 +111,7 @@ def score_candidates(
             if not isinstance(source, LineCheckpoint):
                 yield from sample_other_source(state, source, failed)
         scores = yield from rank_round(state, dict.fromkeys(candidates, failed), control=failed)
+    charge_startup(run, branch=learner.branch, step=learner.step, artifact=state.store.folder)
     save_scores(state.store, scores)
     return scores
 

@@ -206,6 +206,7 @@ class GuideSource(ABC):
 def open_source(source: GuideSource, *, task: Task, policy: Policy) -> Iterator[Session]:
     """Open a validated source in a session of its own; `policy` holds the learner's weights."""
     from npo_cli.session.session import build_session
+    from npo_cli.session.startup import measure_startup
 
     session = build_session(
         source.target.run,
@@ -215,7 +216,8 @@ def open_source(source: GuideSource, *, task: Task, policy: Policy) -> Iterator[
         extrapolates_weights=source.extrapolates_weights,
     )
     with closing(session), closing(source):
-        source.open(session)
+        with measure_startup("load"):
+            source.open(session)
         yield session
 
 

@@ -9,24 +9,26 @@ from typing import Any
 
 from npo_cli.report.curve_plots import Curve, make_accuracy_plots, make_training_plots
 from npo_cli.report.html import Section, Subsection
+from npo_cli.report.hysteresis import replay_hysteresis
 from npo_cli.report.lineage_plot import make_lineage_plot
 from npo_cli.report.prompt_history import prompt_outcomes_table, select_samples, summarize_visits
 from npo_cli.report.score_plots import make_probe_plots, make_score_plots
-from npo_cli.report.show import THRESHOLDS, show_metrics
+from npo_cli.report.show import show_costs, show_metrics
 from npo_cli.report.table import Table, format_count, format_interval, format_number
 from npo_cli.report.tables import evals_tables, guides_tables, lineage_tables, scores_tables
 from npo_cli.report.tables_autonpo import probe_tables, transitions_tables
+from npo_cli.report.tables_compare import hysteresis_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables, costs_tables
 from npo_cli.report.tables_scores import describe_choice
 from npo_cli.storage.autonpo_log import read_transitions
-from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold, costs_by_activity, learning_curve
+from npo_cli.storage.cost_sums import compute_run_costs, costs_by_activity, learning_curve
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, dump_recipe
 from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch, list_branches, read_segments
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
-from npo_cli.types.costs import CurvePoint
+from npo_cli.types.costs import CostToThreshold, CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.scores import CandidateScore
 from npo_cli.types.views import BranchSpan
@@ -95,11 +97,15 @@ def build_overview(runs: Sequence[tuple[str, RunDir]]) -> Section:
         if points:
             curves.append(Curve(index=index, points=tuple(points), guide_until=None, is_fork=False))
     header = ("run", "recipe", "branch", "step", "newest held-out accuracy", "best", "updates", "tokens", "seconds")
+    hysteresis = replay_hysteresis([run for _, run in runs])
     part = Subsection(
         title="Side by side",
         text="The newest branch of each run. Updates, tokens and seconds are those of the whole run.",
         plots=tuple(make_accuracy_plots(curves, prefix="overview-")) if curves else (),
-        tables=(Table(title="Runs", header=header, rows=tuple(rows)),),
+        tables=(
+            Table(title="Runs", header=header, rows=tuple(rows)),
+            *(hysteresis_tables(hysteresis) if hysteresis else ()),
+        ),
     )
     return Section(title="Overview", summary=(), subsections=(part,))
 
@@ -183,14 +189,14 @@ def _accuracy(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
     if not plotted:
         yield Subsection(title="Held-out accuracy", text="No checkpoint has been evaluated: run npo eval RUN --all.")
         return
-    curves = [learning_curve(run, name, name=name) for name in list_branches(run)]
-    costs = [cost_to_threshold(points, threshold) for threshold in THRESHOLDS for points in curves if points]
+    costs = [one for one in show_costs(run, branch=None) if isinstance(one, CostToThreshold)]
+    hysteresis = replay_hysteresis([run])
     yield Subsection(
         title="Held-out accuracy",
         text="By logical step, and by total cost: steps, tokens and seconds, with the training of guides, scoring, "
         "probes and guide samples. A diamond is a rollback; the wide band behind a line marks the steps with a guide.",
         plots=tuple(make_accuracy_plots(plotted, prefix=prefix)),
-        tables=cost_to_threshold_tables(costs),
+        tables=(*cost_to_threshold_tables(costs), *(hysteresis_tables(hysteresis) if hysteresis else ())),
         collapsed_tables=evals_tables([report for _, report in sorted(select_best_evals(run).items())]),
     )
 

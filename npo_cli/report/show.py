@@ -7,14 +7,20 @@ from typing import Any
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.report.prompt_history import build_prompt_history, iter_visits, render_prompt_text
-from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold, learning_curve
+from npo_cli.storage.cost_sums import (
+    best_held_cost_to_threshold,
+    best_held_curve,
+    compute_run_costs,
+    cost_to_threshold,
+    learning_curve,
+)
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_newest_branch, list_branches, read_segments
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.types.costs import CostToThreshold, CurvePoint, RunCosts
+from npo_cli.types.costs import BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Segment, StepReport
 from npo_cli.types.views import GroupView, PromptHistory, PromptVisit, RolloutView
@@ -28,6 +34,7 @@ ShowRecord = (
     | GuideCacheInfo
     | Segment
     | CurvePoint
+    | BestHeldPoint
     | CostToThreshold
     | RunCosts
 )
@@ -129,8 +136,9 @@ def show_guides(run: RunDir, *, branch: str | None) -> list[GuideCacheInfo]:
     return [info for info in list_guide_caches(run) if branch in (None, info.branch)]
 
 
-def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | CostToThreshold | RunCosts]:
-    """Held-out accuracy of each branch with its costs, the costs of reaching the thresholds, and the costs of the run.
+def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | BestHeldPoint | CostToThreshold | RunCosts]:
+    """Held-out accuracy of each branch with its costs, the best policy held by then, the costs of reaching the
+    thresholds, and the costs of the run.
 
     The last are seen from the branch, or from the newest one.
     """
@@ -138,8 +146,15 @@ def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Cost
     curves = [learning_curve(run, name, name=name) for name in names]
     for points in curves:
         yield from points
+    held = {name: best_held_curve(run, name, name=name) for name in names}
+    for best in held.values():
+        yield from best
     for threshold in THRESHOLDS:
-        yield from (cost_to_threshold(points, threshold) for points in curves if points)
+        for points in curves:
+            if points:
+                yield cost_to_threshold(points, threshold)
+                if held[points[0].name]:
+                    yield best_held_cost_to_threshold(held[points[0].name], threshold)
     if names:
         yield compute_run_costs(run, branch or find_newest_branch(run))
 

@@ -285,6 +285,13 @@ def account_tables(accounts: Sequence[RunCosts]) -> tuple[Table, ...]:
             (("calibration tokens", lambda one: format_count(one.calibration_tokens)),)
             * any(one.calibration_tokens for one in accounts)
         ),
+        *(
+            (
+                ("unused guide caches", lambda one: ", ".join(one.unused_guides) or "-"),
+                ("their tokens", lambda one: format_count(one.unused_guide_tokens)),
+            )
+            * any(one.unused_guides for one in accounts)
+        ),
         ("abandoned tokens", lambda one: format_count(one.abandoned_tokens)),
         ("all tokens", lambda one: format_count(one.tokens)),
         ("wall clock, s", lambda one: f"{one.seconds:,.1f}" if one.seconds > 0 else "-"),
@@ -296,6 +303,7 @@ def account_tables(accounts: Sequence[RunCosts]) -> tuple[Table, ...]:
     notes = (
         "acceptance test: held-out samples that decided which branch continues; other evaluations are not charged.",
         "abandoned: steps outside the branch's ancestry.",
+        *(("unused: no branch is charged with them.",) * any(one.unused_guides for one in accounts)),
     )
     return (Table(title="Costs", header=header, rows=rows, notes=notes),)
 

@@ -19,6 +19,7 @@ from npo_cli.types.comparison import (
     Axis,
     Estimate,
     MethodDifference,
+    MethodHysteresis,
     MethodSummary,
     MethodTimeToThreshold,
     SpeedUp,
@@ -35,6 +36,12 @@ RESAMPLED_OVER = {
 
 
 METHOD = text_column("method")
+CURVE = Column("method", lambda one: one.method if one.curve == "own" else f"{one.method}, {one.curve}")
+BEST_HELD_NOTE = "best held: by the best policy that the method had paid for, its scout's included."
+HYSTERESIS_NOTE = (
+    "total cost of the method = that of the unguided run + [steps of its student to a + guides + probes] - H(a): "
+    "where H is 0, rolling back is pure loss by total cost."
+)
 SEEDS = Column("seeds", lambda one: str(len(one.seeds)))
 
 
@@ -144,7 +151,7 @@ def time_to_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Ta
     horizons = found[0].horizons
     axes = [axis for axis in AXES if axis in horizons]
     columns = (
-        *(METHOD, number_column("accuracy", "threshold", digits=2)),
+        *(CURVE, number_column("accuracy", "threshold", digits=2)),
         Column("reached", lambda one: f"{one.num_reached} of {one.num_runs}"),
         *(Column(axis, partial(_bounded_cost_cell, axis)) for axis in axes),
         *(Column(f"min({axis}, {_cost(horizons[axis])})", partial(_restricted_cell, axis)) for axis in axes),
@@ -152,15 +159,16 @@ def time_to_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Ta
     notes = ["min(cost, h): mean up to a cost h that every seed has spent, whether it reached the threshold or not."]
     if any(one.is_censored for one in found):
         notes.insert(0, ">=: a seed that did not reach it counts with its cost at the end: the mean is a lower bound.")
+    notes += [BEST_HELD_NOTE] * any(one.curve == "best held" for one in found)
     return (build_table("Cost of reaching a held-out accuracy", found, columns, notes=notes),)
 
 
 def _bounded_cost_cell(axis: Axis, one: MethodTimeToThreshold) -> str:
-    return f"{'>= ' if one.is_censored else ''}{_cost(one.costs[axis])}"
+    return f"{'>= ' if one.is_censored and axis in one.costs else ''}{_cost(one.costs.get(axis))}"
 
 
 def _restricted_cell(axis: Axis, one: MethodTimeToThreshold) -> str:
-    return _cost(one.restricted_means[axis])
+    return _cost(one.restricted_means.get(axis))
 
 
 def speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
@@ -170,7 +178,7 @@ def speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
         f"Cost of {baseline} / cost of the method, pairs of seeds that both reached it",
         found,
         _ratio_columns("ratio_if_reached", shows_pairs=True),
-        notes=("above 1 the method is cheaper; Student's interval over pairs; pairs that reached it, of all pairs.",),
+        notes=("above 1: cheaper; geometric mean, Student's interval over pairs; pairs that reached it, of all.",),
         drops_empty=True,
     )
     notes = ["ratio of the means of min(cost, h); Student's interval over the pairs."]
@@ -186,9 +194,34 @@ def speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
     return tuple(table for table in (reached, restricted) if len(table.header) > 2)
 
 
+def hysteresis_tables(found: Sequence[MethodHysteresis]) -> tuple[Table, ...]:
+    """H(a) of each method, with its interval or as a bound."""
+    columns = (
+        METHOD,
+        *(number_column("from a", "accuracy", digits=2), number_column("target", digits=2)),
+        *(Column("H(a), steps", _hysteresis_cell), Column("seeds", _hysteresis_seeds)),
+    )
+    title = f"Hysteresis: steps from accuracy a to the target, {found[0].baseline} minus the replayed branch"
+    notes = [HYSTERESIS_NOTE, "seeds whose learner had accuracy a before the replay say nothing."]
+    if any(one.bound != "exact" for one in found):
+        notes.append(">=, <=: the unguided run, or the replay, of some seed never reached the target.")
+    return (build_table(title, found, columns, notes=notes),)
+
+
+def _hysteresis_cell(one: MethodHysteresis) -> str:
+    sign = {"exact": "", "at least": ">= ", "at most": "<= "}[one.bound]
+    steps = one.steps
+    known = "" if steps.low is None or steps.high is None else f" [{steps.low:+.1f}, {steps.high:+.1f}]"
+    return f"{sign}{steps.value:+.1f}{known}"
+
+
+def _hysteresis_seeds(one: MethodHysteresis) -> str:
+    return f"{one.steps.num_used} of {one.steps.num_total}"
+
+
 def _ratio_columns(attribute: str, *, shows_pairs: bool) -> tuple[Column, ...]:
     ratios = (Column(f"by {axis}", partial(_ratio_cell, attribute, axis, shows_pairs)) for axis in AXES)
-    return (METHOD, number_column("accuracy", "threshold", digits=2), *ratios)
+    return (CURVE, number_column("accuracy", "threshold", digits=2), *ratios)
 
 
 def _ratio_cell(attribute: str, axis: Axis, shows_pairs: bool, one: SpeedUp) -> str:
@@ -228,6 +261,7 @@ COMPARE_TABLES: dict[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     MethodDifference: differences_tables,
     MethodTimeToThreshold: time_to_threshold_tables,
     SpeedUp: speedup_tables,
+    MethodHysteresis: hysteresis_tables,
 }
 """Part of `tables.TABLES`."""
 

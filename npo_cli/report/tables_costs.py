@@ -16,17 +16,19 @@ def cost_to_threshold_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, .
     more = ("seconds",) * timed + ("forwards",) * twice
     totals = ("step", "total steps", "total tokens", *(f"total {axis}" for axis in more))
     ratios = ("by step", "by total steps", "by total tokens", *(f"by {COST_AXIS_NAMES[axis]}" for axis in more))
-    baselines = {one.threshold: one for one in reversed(costs) if one.name == costs[0].name}
+    baselines = {one.threshold: one for one in reversed(costs) if one.name == costs[0].name and not one.is_best_held}
     rows = tuple(_threshold_row(one, baseline=baselines.get(one.threshold), more=more) for one in costs)
     notes = (
         f"by ...: cost of {costs[0].name} divided by this cost; above 1 it is faster than {costs[0].name}.",
         "total: includes training of the guide, rolled-back steps, scoring, probes and guide samples.",
+        *((BEST_HELD_NOTE,) * any(one.is_best_held for one in costs)),
         *((FORWARDS_NOTE,) * twice),
     )
     header = ("branch", "accuracy", *totals, *ratios)
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 
 
+BEST_HELD_NOTE = "best held: reached by any policy that the branch had paid for, its scout's included."
 FORWARDS_NOTE = (
     "forwards: of sampling only, with those of the older model of an extrapolated guide; passes that score or train on "
     "whole responses are not counted."
@@ -37,8 +39,12 @@ COST_AXIS_NAMES = {"seconds": "wall time", "forwards": "forwards"}
 def _threshold_row(one: CostToThreshold, *, baseline: CostToThreshold | None, more: Sequence[str]) -> tuple[str, ...]:
     spent = _spent(one, more=more)
     before = _spent(baseline, more=more) if baseline else (None,) * len(spent)
-    ratios = (f"{mine / ours:.2f}x" if mine and ours else "-" for mine, ours in zip(before, spent, strict=True))
-    return (one.name, format_number(one.threshold, digits=2), *(_cost_cell(cost) for cost in spent), *ratios)
+    ratios = [f"{mine / ours:.2f}x" if mine and ours else "-" for mine, ours in zip(before, spent, strict=True)]
+    if one.is_best_held:
+        # Its policy may be the scout's, whose step is no position of this branch.
+        ratios = ["-", *ratios[1:]]
+    name = f"{one.name}, best held" if one.is_best_held else one.name
+    return (name, format_number(one.threshold, digits=2), *(_cost_cell(cost) for cost in spent), *ratios)
 
 
 def _spent(one: CostToThreshold, *, more: Sequence[str]) -> tuple[float | None, ...]:

@@ -5,11 +5,14 @@ Axes: P prompts, B bootstrap resamples (row 0 = the data as they are).
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from npo_cli.types.comparison import Estimate
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -126,3 +129,14 @@ def intraclass_correlation(correct_P: Floats, samples_P: Floats) -> float:
 def effective_trials(num_prompts: int, num_samples: float, icc: float) -> float:
     """M_eff = M m/(1 + (m - 1) ICC): independent trials that M prompts of m samples are worth. M at ICC 1, M m at 0."""
     return num_prompts * num_samples / (1.0 + (num_samples - 1.0) * icc)
+
+
+def mean_with_interval(values: Sequence[float], *, of: int) -> Estimate:
+    """Mean with its 95 % interval, mean -+ t(n - 1) sd/sqrt(n); of one value the value alone."""
+    from scipy.special import stdtrit
+
+    mean, num = statistics.fmean(values), len(values)
+    if num < 2:
+        return Estimate(value=mean, num_used=num, num_total=of)
+    half = float(stdtrit(num - 1, 0.975)) * statistics.stdev(values) / num**0.5
+    return Estimate(value=mean, low=mean - half, high=mean + half, num_used=num, num_total=of)

@@ -17,6 +17,7 @@ from npo_cli.policy.model import Policy, check_prompt_support, load_policy
 from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
 from npo_cli.session.distributed import GatheredWeights, MainRankEngine, SplitEngine, prepare_distributed, shard_policy
+from npo_cli.session.startup import begin_session, measure_startup
 from npo_cli.session.weight_sync import WeightSync, build_check_rows
 from npo_cli.storage.checkpoints import Checkpoint, verify_checkpoint
 from npo_cli.storage.layout import RunDir
@@ -67,10 +68,12 @@ def open_session(run: RunDir, recipe: Recipe, *, checkpoint: Checkpoint | None) 
 @contextmanager
 def open_task_and_policy(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[tuple[Task, Policy]]:
     """The same without an engine."""
+    begin_session()
     with closing(open_task(recipe)) as task:
         yield task, open_policy(recipe, task, checkpoint)
 
 
+@measure_startup("load")
 def open_task(recipe: Recipe) -> Task:
     """The recipe's task; its seed is the run's unless task.seed is set."""
     seed = recipe.train.seed if recipe.task.seed is None else recipe.task.seed
@@ -84,6 +87,7 @@ def open_task(recipe: Recipe) -> Task:
     return task
 
 
+@measure_startup("load")
 def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Policy:
     """The base model, or that of a checkpoint, after a check of every prompt of the task."""
     prepare_distributed(recipe)
@@ -162,6 +166,7 @@ def build_session(
     )
 
 
+@measure_startup("start")
 def open_session_engine(recipe: Recipe, policy: Policy, *, doubles_rank: bool) -> Engine:
     """The recipe's engine for this policy; of several ranks each samples its part, or rank 0 asks a server."""
     settings, is_alone = recipe.engine, current_group().world_size == 1

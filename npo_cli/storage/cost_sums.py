@@ -1,22 +1,24 @@
-"""Three sums of costs.jsonl.
+"""Sums of costs.jsonl.
 
-`cumulative_costs` and `learning_curve` charge a branch with what it needed, by logical step; `compute_run_costs` counts
-everything that the run executed; `costs_by_activity` splits the same total by kind of work.
+`cumulative_costs` and `learning_curve` charge a branch with what it needed, by logical step; `best_held_curve` also
+credits it with the policies that it paid for; `compute_run_costs` counts everything that the run executed;
+`costs_by_activity` splits the same total by kind of work.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from npo_cli.scoring.hysteresis import Arrivals
 from npo_cli.storage.autonpo_log import read_transitions
-from npo_cli.storage.costs import CostLine, read_cost_lines
+from npo_cli.storage.costs import CostLine, read_cost_lines, relative_artifact
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches
+from npo_cli.storage.lineage import ancestry, find_first_segment, find_owning_branch, list_branches
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.autonpo import REJECTIONS
-from npo_cli.types.costs import ActivityCost, CostToThreshold, CurvePoint, RunCosts
+from npo_cli.types.costs import ActivityCost, BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
 from npo_cli.types.rollouts import Segment
 
 
@@ -42,6 +44,9 @@ class Cost:
 
 
 ZERO_COST = Cost(steps=0, tokens=0, seconds=0.0)
+CHARGE_KINDS = ("acceptance_test", "guide_empty")
+STARTUP_KINDS = ("save", "load", "start")
+"""Seconds only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,16 @@ class CostTable:
 
     steps: dict[str, dict[int, Cost]] = field(default_factory=lambda: defaultdict(dict))
     """Training steps by branch and step."""
-    probes: dict[str, dict[int, Cost]] = field(default_factory=lambda: defaultdict(dict))
+    at_step: dict[str, dict[int, Cost]] = field(default_factory=lambda: defaultdict(dict))
+    """Probes and saved checkpoints: paid from that step on."""
+    after_step: dict[str, dict[int, Cost]] = field(default_factory=lambda: defaultdict(dict))
+    """Loading and starting, in order to train on: paid from the next step on."""
     artifacts: dict[str, Cost] = field(default_factory=dict)
     """Everything spent on one artifact."""
     kinds: dict[str, Cost] = field(default_factory=dict)
     """Everything of one kind."""
-    acceptance_tests: tuple[CostLine, ...] = ()
+    charges: tuple[CostLine, ...] = ()
+    """Acceptance tests and guide caches without a response: what a branch pays that goes on after them."""
     forks: dict[str, CostLine] = field(default_factory=dict)
 
 
@@ -66,7 +75,7 @@ def read_cost_table(run: RunDir) -> CostTable:
     for line in read_cost_lines(run):
         merged[line.key] = line
         seconds[line.key] += line.seconds
-    table = CostTable(acceptance_tests=tuple(line for line in merged.values() if line.kind == "acceptance_test"))
+    table = CostTable(charges=tuple(line for line in merged.values() if line.kind in CHARGE_KINDS))
     for key, line in merged.items():
         cost = Cost(
             steps=int(line.kind == "train"),
@@ -80,10 +89,13 @@ def read_cost_table(run: RunDir) -> CostTable:
             table.artifacts[line.artifact] = table.artifacts.get(line.artifact, ZERO_COST) + cost
         if line.kind == "train":
             table.steps[line.branch][line.step] = cost
-        elif line.kind == "probe":
-            table.probes[line.branch][line.step] = table.probes[line.branch].get(line.step, ZERO_COST) + cost
         elif line.kind == "fork":
             table.forks[line.branch] = line
+        elif line.kind == "probe" or (line.kind in STARTUP_KINDS and not line.artifact):
+            # A process starts, and step 0 is saved, in order to train on.
+            is_after = line.kind in ("load", "start") or line.step == 0
+            by_step = (table.after_step if is_after else table.at_step)[line.branch]
+            by_step[line.step] = by_step.get(line.step, ZERO_COST) + cost
     return table
 
 
@@ -96,31 +108,35 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
     """The same for every step of the branch's line of descent.
 
     A branch pays for its parent up to the fork; one with a guide also for the line up to the guide and the scored
-    candidates, for the scoring and for the cache. A probe is paid by the branch that was probed, from that step on; an
-    acceptance test by the branch that continues, from the next step on, with the replay where it was reverted.
+    candidates, for the scoring, for the cache, and for earlier caches for the same learner that found nothing. A probe
+    is paid by the branch that was probed, a checkpoint by the branch that saved it, from that step on; an acceptance
+    test by the branch that continues, from the next step on, with the replay where it was reverted, and so is a cache
+    that AutoNPO found nothing for.
     """
     table = read_cost_table(run) if table is None else table
     first = find_first_segment(run, branch)
     parents = {0: ZERO_COST} if first.parent is None else cumulative_costs(run, first.parent, table)
     spent = fork_cost(run, first, table)
     known = {step: cost for step, cost in parents.items() if step <= first.fork_step}
-    tests: dict[int, Cost] = defaultdict(lambda: ZERO_COST)
-    for line in table.acceptance_tests:
+    onward: dict[int, Cost] = defaultdict(lambda: ZERO_COST, table.after_step[branch])
+    for line in table.charges:
         if line.branch == branch:
             charged = (table.artifacts.get(name, ZERO_COST) + _branch_cost(table, name) for name in line.charged)
-            tests[line.step] += sum(charged, start=table.artifacts[line.artifact])
+            onward[line.step] += sum(charged, start=table.artifacts.get(line.artifact, ZERO_COST))
+    spent += onward[first.fork_step]
     for step, own in sorted(table.steps[branch].items()):
-        spent = spent + own + table.probes[branch].get(step, ZERO_COST)
+        spent = spent + own + table.at_step[branch].get(step, ZERO_COST)
         known[step] = spent
         # Reaching this step cost no more; going on from it does.
-        spent = spent + tests[step]
+        spent = spent + onward[step]
     return known
 
 
 def _branch_cost(table: CostTable, artifact: str) -> Cost:
-    """The own steps of a branch that is named by its folder."""
+    """The own steps of a branch that is named by its folder, with what it saved and loaded."""
     kind, _, name = artifact.partition("/")
-    return sum(table.steps[name].values(), start=ZERO_COST) if kind == "branches" else ZERO_COST
+    own = (each for by_step in (table.steps, table.at_step, table.after_step) for each in by_step[name].values())
+    return sum(own, start=ZERO_COST) if kind == "branches" else ZERO_COST
 
 
 def fork_cost(run: RunDir, first: Segment, table: CostTable) -> Cost:
@@ -180,22 +196,96 @@ def cost_to_threshold(points: Sequence[CurvePoint], threshold: float) -> CostToT
 
     The ends have one neighbour. None in every field where the curve ends below: censored, not infinite.
     """
+    reached = (point for point, mean in neighbour_means(points) if mean >= threshold)
+    return _cost_to_threshold(next(reached, None), points, threshold)
+
+
+def best_held_cost_to_threshold(held: Sequence[BestHeldPoint], threshold: float) -> CostToThreshold:
+    """The first point of the best-held curve that reaches the threshold; None in every field where none does."""
+    reached = next((point for point in held if point.accuracy >= threshold), None)
+    return replace(_cost_to_threshold(reached, held, threshold), is_best_held=True)
+
+
+def _cost_to_threshold(
+    point: CurvePoint | BestHeldPoint | None, points: Sequence[CurvePoint | BestHeldPoint], threshold: float
+) -> CostToThreshold:
+    name = points[0].name if points else ""
+    if point is None:
+        return CostToThreshold(name=name, threshold=threshold, step=None, total_steps=None, total_tokens=None)
+    return CostToThreshold(
+        name=name,
+        threshold=threshold,
+        step=point.step,
+        total_steps=point.total_steps,
+        total_tokens=point.total_tokens,
+        total_seconds=point.total_seconds,
+        total_forwards=point.total_forwards,
+    )
+
+
+def find_arrivals(points: Sequence[CurvePoint], accuracy: float, target: float) -> Arrivals:
+    """Steps at which a curve first reaches two accuracies."""
+    first, last = (cost_to_threshold(points, threshold).step for threshold in (accuracy, target))
+    return Arrivals(accuracy=first, target=last, last=points[-1].step)
+
+
+def neighbour_means(points: Sequence[CurvePoint]) -> list[tuple[CurvePoint, float]]:
+    """Every evaluated step, at its first cost, with the mean accuracy of it and its neighbours."""
     distinct = [point for index, point in enumerate(points) if index == 0 or point.step != points[index - 1].step]
     accuracies = [point.accuracy for point in distinct]
-    for index, point in enumerate(distinct):
-        near = accuracies[max(0, index - 1) : index + 2]
-        if sum(near) / len(near) >= threshold:
-            return CostToThreshold(
-                name=point.name,
-                threshold=threshold,
-                step=point.step,
-                total_steps=point.total_steps,
-                total_tokens=point.total_tokens,
-                total_seconds=point.total_seconds,
-                total_forwards=point.total_forwards,
-            )
-    name = points[0].name if points else ""
-    return CostToThreshold(name=name, threshold=threshold, step=None, total_steps=None, total_tokens=None)
+    near = (accuracies[max(0, index - 1) : index + 2] for index in range(len(distinct)))
+    return [(point, sum(some) / len(some)) for point, some in zip(distinct, near, strict=True)]
+
+
+def best_held_curve(run: RunDir, branch: str, *, name: str) -> list[BestHeldPoint]:
+    """Best policy held so far: the branch is charged for its scout, so it may also use the scout's checkpoint.
+
+    One point per improvement of max over policies paid for by then of the mean of 3 evaluations, which is that of
+    `cost_to_threshold`. The policies: the branch's own line, the lines that its guides were trained on up to the last
+    step that it is charged with, and replays that it is charged with because they were reverted. Empty where it is
+    charged with no line but its own.
+    """
+    extra = list(_extra_lines(run, branch, read_cost_table(run), None))
+    if not extra:
+        return []
+    found = sorted(
+        (point for line, last in [(branch, None), *extra] for point in _line_points(run, line, name=name, last=last)),
+        key=lambda point: (point.total_steps, point.total_tokens, point.total_seconds, -point.accuracy),
+    )
+    improved: list[BestHeldPoint] = []
+    for point in found:
+        if not improved or point.accuracy > improved[-1].accuracy:
+            improved.append(point)
+    return improved
+
+
+def _extra_lines(run: RunDir, branch: str, table: CostTable, last: int | None) -> Iterator[tuple[str, int | None]]:
+    """Lines of descent (branch, last step) besides its own that the branch is charged with on its way to `last`."""
+    first, fork = find_first_segment(run, branch), table.forks.get(branch)
+    if first.parent is not None and (fork is None or fork.until is None):
+        yield from _extra_lines(run, first.parent, table, first.fork_step)
+    elif fork is not None and fork.until is not None:
+        yield fork.until
+        yield from _extra_lines(run, fork.until[0], table, fork.until[1])
+    for line in table.charges:
+        if line.branch == branch and (last is None or line.step < last):
+            folders = (artifact.partition("/") for artifact in line.charged)
+            yield from ((name, None) for kind, _, name in folders if kind == "branches")
+
+
+def _line_points(run: RunDir, branch: str, *, name: str, last: int | None = None) -> Iterator[BestHeldPoint]:
+    points = learning_curve(run, branch, name=name)
+    for point, mean in neighbour_means([point for point in points if last is None or point.step <= last]):
+        yield BestHeldPoint(
+            name=name,
+            policy_branch=find_owning_branch(run, branch, point.step),
+            step=point.step,
+            total_steps=point.total_steps,
+            total_tokens=point.total_tokens,
+            total_seconds=point.total_seconds,
+            total_forwards=point.total_forwards,
+            accuracy=mean,
+        )
 
 
 def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
@@ -203,6 +293,7 @@ def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
     table, moves = read_cost_table(run), read_transitions(run)
     kept, scout, abandoned = split_training(run, branch, table)
     counted = [cost for kind, cost in table.kinds.items() if kind != "evaluate"]
+    unused = list_unused_guides(run, table)
     return RunCosts(
         branch=branch,
         step=last_step(run, branch, table),
@@ -214,9 +305,19 @@ def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
         calibration_tokens=table.kinds.get("calibration", ZERO_COST).tokens,
         abandoned_tokens=scout.tokens + abandoned.tokens,
         seconds=sum(cost.seconds for cost in counted),
+        unused_guides=tuple(unused),
+        unused_guide_tokens=sum(cost.tokens for cost in unused.values()),
         num_interventions=sum(move.event == "rolled_back" and not move.evidence.get("is_early") for move in moves),
         num_rejections=sum(move.event in REJECTIONS for move in moves),
     )
+
+
+def list_unused_guides(run: RunDir, table: CostTable) -> dict[str, Cost]:
+    """Guide caches that no branch is charged with, by name, and what they cost."""
+    forks = [table.forks[name] for name in list_branches(run) if name in table.forks]
+    charged = {artifact for line in (*forks, *table.charges) for artifact in line.charged}
+    folders = {info.name: relative_artifact(run, run.guide_folder(info.name)) for info in list_guide_caches(run)}
+    return {name: table.artifacts.get(folder, ZERO_COST) for name, folder in folders.items() if folder not in charged}
 
 
 def last_step(run: RunDir, branch: str, table: CostTable) -> int:
@@ -270,6 +371,9 @@ def costs_by_activity(run: RunDir, branch: str) -> Iterator[ActivityCost]:
         "guide caches": "guide_cache",
         "acceptance tests": "acceptance_test",
         "calibration": "calibration",
+        "saving checkpoints": "save",
+        "loading task and weights": "load",
+        "starting processes and engines": "start",
     }
     costs = training | {label: table.kinds.get(kind, ZERO_COST) for label, kind in sampling.items()}
     for label, cost in costs.items():

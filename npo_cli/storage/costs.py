@@ -2,9 +2,11 @@
 
 Each line is one piece of work: a training step, a chunk of samples for a scoring, a guide cache or a probe, a held-out
 evaluation, an acceptance test, a replay of a calibration. A piece that is executed again after a kill has a second line
-with the same key (kind, branch, step, artifact, piece): its tokens count once, the seconds of both count. A branch that
-is forked starts with a line of kind `fork`, which names what the branch is charged with. Order is the order of the
-lines; no clock decides anything. The sums are in `cost_sums.py`.
+with the same key (kind, branch, step, artifact, piece): its tokens count once, the seconds of both count. `save` (a
+checkpoint), `load` (task and weights) and `start` (a process, an engine) have seconds only. A branch that is forked
+starts with a line of kind `fork`, which names what the branch is charged with; `guide_empty` names a guide cache
+without a response, with which AutoNPO did not roll back. Order is the order of the lines; no clock decides anything.
+The sums are in `cost_sums.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +15,15 @@ from pathlib import Path
 from typing import Literal
 
 from npo_cli.storage.files import damaged_file_error, to_row
-from npo_cli.storage.guide_cache import load_guide
+from npo_cli.storage.guide_cache import list_guide_caches, load_guide
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.sample_store import list_sample_stores
+from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Segment
 
-CostKind = Literal["train", "score", "guide_cache", "probe", "acceptance_test", "evaluate", "calibration", "fork"]
+WorkKind = Literal["train", "score", "guide_cache", "probe", "acceptance_test", "evaluate", "calibration"]
+CostKind = Literal[WorkKind, "save", "load", "start", "guide_empty", "fork"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +109,8 @@ def encode_cost(line: CostLine) -> dict[str, object]:
 
 
 def append_fork_cost(run: RunDir, segment: Segment) -> None:
-    """What a new branch is charged with before its first step: its guide cache, the finished scorings for its learner,
-    and the line of descent up to the guide and every scored candidate.
+    """What a new branch is charged with before its first step: its guide cache, earlier caches for its learner that
+    found nothing, finished scorings for its learner, and the line of descent up to every guide and scored candidate.
 
     Call it before the branch exists, so that no branch is without it. Without a guide the parent's costs at the fork
     are all.
@@ -120,9 +124,11 @@ def append_fork_cost(run: RunDir, segment: Segment) -> None:
             for one in list_sample_stores(run.scores_folder)
             if one.is_finished and (one.spec.branch, one.spec.step) == (info.branch, info.learner_step)
         ]
-        ahead = segment.fork_step if info.guide_step is None else info.guide_step
-        last = max(segment.fork_step, ahead, *(step for scoring in scorings for step in scoring.spec.checkpoints))
-        folders, until = [run.guide_folder(info.name), *(scoring.folder for scoring in scorings)], (info.branch, last)
+        caches = [info, *(one for one in list_empty_caches(run, info) if one.name != info.name)]
+        trained = [cache.guide_step for cache in caches if cache.guide_step is not None]
+        scored = [step for scoring in scorings for step in scoring.spec.checkpoints]
+        folders = [*(run.guide_folder(cache.name) for cache in caches), *(scoring.folder for scoring in scorings)]
+        until = (info.branch, max([segment.fork_step, *trained, *scored]))
     line = CostLine(
         kind="fork",
         branch=segment.branch,
@@ -133,6 +139,20 @@ def append_fork_cost(run: RunDir, segment: Segment) -> None:
     log = JsonlLog(costs_path(run))
     log.append(encode_cost(line))
     log.sync()
+
+
+def list_empty_caches(run: RunDir, info: GuideCacheInfo) -> list[GuideCacheInfo]:
+    """Complete caches for the learner of `info` that found nothing and that no branch was charged with when AutoNPO
+    went on without them."""
+    charged = {name for line in read_cost_lines(run) if line.kind == "guide_empty" for name in line.charged}
+    return [
+        one
+        for one in list_guide_caches(run)
+        if one.complete
+        and not one.num_prompts_with_rollouts
+        and (one.branch, one.learner_step) == (info.branch, info.learner_step)
+        and relative_artifact(run, run.guide_folder(one.name)) not in charged
+    ]
 
 
 def read_cost_lines(run: RunDir) -> Iterator[CostLine]:

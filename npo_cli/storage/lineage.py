@@ -97,6 +97,12 @@ def ancestry(run: RunDir, branch: str) -> list[Span]:
     return list(reversed(line))
 
 
+def find_last_guided_fork(run: RunDir, branch: str) -> int | None:
+    """Step at which the newest replay with a guide on the line of descent began; None without one."""
+    first = (find_first_segment(run, span.branch) for span in ancestry(run, branch))
+    return max((segment.fork_step for segment in first if segment.guide_cache is not None), default=None)
+
+
 def find_owning_branch(run: RunDir, branch: str, step: int) -> str:
     """The branch on the line of descent that made this step."""
     for span in ancestry(run, branch):

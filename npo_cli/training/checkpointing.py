@@ -1,12 +1,16 @@
 """Save a checkpoint with its training state, and restore from one."""
 
+import time
+
 from torch.optim import Optimizer
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.policy.optimizer import TrainerState, load_state, save_state, seed_random_state
 from npo_cli.session.learner import find_data_position
 from npo_cli.session.session import Session
+from npo_cli.session.startup import measure_startup
 from npo_cli.storage.checkpoints import TRAINING_STATE_FOLDER, Checkpoint, create_checkpoint, verify_checkpoint
+from npo_cli.storage.costs import append_cost
 from npo_cli.storage.files import check_disk_space, make_folder
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.retention import apply_retention
@@ -15,6 +19,7 @@ from npo_cli.types.guides import ReplayBuffer
 
 def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState, *, branch: str) -> None:
     """Weights as a Hugging Face folder, everything else in its training_state/; then let retention tidy up."""
+    began = time.perf_counter()
     # AdamW keeps two moments per weight.
     check_disk_space(session.run.root, 3 * session.policy.num_bytes)
     with create_checkpoint(session.run, branch, state.step) as folder:
@@ -28,8 +33,10 @@ def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState,
         keep_full_checkpoints=settings.keep_full_checkpoints,
         keep_weights_only=settings.keep_weights_only,
     )
+    append_cost(session.run, "save", branch=branch, step=state.step, seconds=time.perf_counter() - began)
 
 
+@measure_startup("load")
 def restore_state(session: Session, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
     """Restore optimizer, random streams and data position of a full checkpoint; the weights are loaded already."""
     require_training_state(session.run, checkpoint)

@@ -20,6 +20,7 @@ from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.rollout.replay_buffer import check_single_guide_source
 from npo_cli.session.session import Session, open_session
+from npo_cli.session.startup import charge_startup
 from npo_cli.session.stop_signal import stop_between_steps
 from npo_cli.storage.checkpoints import (
     Checkpoint,
@@ -94,6 +95,7 @@ def resume_run(
             optimizer = build_optimizer(session.policy.model, start.recipe.train)
             state = yield from load_first_state(session, optimizer, start)
             record_start(run, start, overrides)
+            charge_startup(run, branch=start.branch, step=state.step)
             yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
             yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(session.task.train)))
             yield from engine_warnings(session)

@@ -15,6 +15,7 @@ from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.session.distributed import shard_policy
 from npo_cli.session.session import Session, build_session, open_policy, open_task
+from npo_cli.session.startup import begin_session, charge_startup
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import check_unused, create_run
@@ -56,6 +57,7 @@ def create_session(
     `check` raises for an unusable recipe, given the number of training prompts.
     """
     check_unused(root)
+    begin_session()
     recipe = make_paths_absolute(recipe)
     with closing(open_task(recipe)) as task:
         if check is not None:
@@ -67,6 +69,7 @@ def create_session(
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
             append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
             with closing(build_session(run, recipe, task=task, policy=policy)) as session:
+                charge_startup(run, branch=MAIN, step=0)
                 yield session, stop
 
 

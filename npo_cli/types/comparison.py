@@ -12,6 +12,8 @@ from typing import Literal
 
 Axis = Literal["step", "updates", "tokens", "forwards", "seconds"]
 AXES: tuple[Axis, ...] = ("step", "updates", "tokens", "forwards", "seconds")
+CurveKind = Literal["own", "best held"]
+"""The method's own policy, or the best of all policies that it had paid for, its scout's included."""
 ResamplingUnit = Literal["seeds and prompts", "prompts", "seeds", "nothing"]
 
 
@@ -32,6 +34,8 @@ class SeedPoint:
     """None where the wall clock of some step was not kept."""
     accuracy: float
     entropy: float | None
+    curve: CurveKind = "own"
+    """Of the best-held curve there is a point for each improvement, with the mean of 3 evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +118,7 @@ class MethodTimeToThreshold:
 
     method: str
     threshold: float
+    curve: CurveKind = "own"
     num_runs: int
     num_reached: int
     costs: Mapping[str, float]
@@ -136,7 +141,23 @@ class SpeedUp:
     method: str
     baseline: str
     threshold: float
+    curve: CurveKind = "own"
     ratio_if_reached: Mapping[str, Estimate]
-    """By axis: mean of the ratios of the pairs of seeds in which both arrived, Student's interval."""
+    """By axis: geometric mean of the ratios of pairs of seeds in which both arrived, Student's interval of the log."""
     restricted_mean_ratio: Mapping[str, Estimate]
     """By axis: ratio of the restricted means of the common seeds, arrived or not, Student's interval."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodHysteresis:
+    """Steps from an accuracy to a target, unguided run minus replayed branch, mean over seeds."""
+
+    method: str
+    baseline: str
+    """The unguided run."""
+    accuracy: float
+    target: float
+    steps: Estimate
+    """Interval: Student's, over seeds; none where the mean is a bound."""
+    bound: Literal["exact", "at least", "at most"]
+    """`at least`: the unguided run of some seed never reached the target; `at most`: its replay never did."""

@@ -16,11 +16,28 @@ class CurvePoint:
     """Tokens generated for it: training, training of the guide and guide sampling; without held-out evaluation."""
     accuracy: float
     total_seconds: float = 0.0
-    """Wall clock of its training steps, guide sampling, scoring and probes."""
+    """Wall clock of its training steps, guide sampling, scoring, probes, saving, loading and starting."""
     entropy: float | None = None
     total_forwards: int = 0
     """Forward passes of sampling: one a token, and one more where an older copy reads it too. Prefills, and passes that
     score or train on whole responses, are in no count."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestHeldPoint:
+    """The best policy of all that a branch had paid for at one cost: its own line's and its scout's."""
+
+    name: str
+    policy_branch: str
+    step: int
+    """Step of that policy, on `policy_branch`."""
+    total_steps: int
+    total_tokens: int
+    total_seconds: float
+    total_forwards: int
+    """As in `CurvePoint`."""
+    accuracy: float
+    """Held-out, mean of 3 evaluations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +46,8 @@ class CostToThreshold:
 
     name: str
     threshold: float
+    is_best_held: bool = False
+    """Reached by any policy that it had paid for, its scout's included; else by its own line of descent."""
     step: int | None
     """None where the threshold was never reached (censored)."""
     total_steps: int | None
@@ -71,8 +90,12 @@ class RunCosts:
     abandoned_tokens: int
     """Generated for steps that are not on that line."""
     seconds: float
-    """Wall clock of all steps, probes, scorings, guide sampling, acceptance tests and calibrations; without
-    evaluations of the run itself."""
+    """Wall clock of all steps, probes, scorings, guide sampling, acceptance tests and calibrations, of saving, loading
+    and starting; without evaluations of the run itself."""
+    unused_guides: tuple[str, ...] = ()
+    """Guide caches that no branch is charged with."""
+    unused_guide_tokens: int = 0
+    """Generated for those; part of `guide_tokens`."""
     num_interventions: int
     num_rejections: int
     """Triggers that led to no replay that was kept: rejected, unguided, something missing, or taken back."""

@@ -8,6 +8,7 @@ import pytest
 from npo_cli.autonpo.actions import PairedTest
 from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.storage.checkpoints import delete_checkpoint, demote_checkpoint, find_checkpoint, write_manifests
+from npo_cli.storage.cost_sums import compute_run_costs, cost_at, read_cost_table
 from npo_cli.storage.guide_cache import list_guide_caches, load_guide, read_guide_prompts
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import list_branches, read_segments
@@ -93,6 +94,24 @@ def test_replay_after_stop_ends_the_run(watched, tmp_path):
     # It stays ended until the setting changes.
     assert steps_of(start_autonpo_resume(root)) == []
     assert next(report.step for report in steps_of(start_autonpo_resume(root, "autonpo.replay.after=continue"))) == 7
+
+
+def test_guide_cache_that_found_nothing_is_paid_by_the_branch_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "npo_cli.guides.build_cache.rank_responses", lambda source, responses, *, label: [[]] * len(responses)
+    )
+    root = tmp_path / "run"
+    list(start_autonpo(root, "autonpo.max_interventions=1"))
+    run, vain = open_run(root), find_transition(root, "guide_empty")
+    (cache,) = list_guide_caches(run)
+    assert (vain.state.branch, cache.num_prompts_with_rollouts, list_branches(run)) == ("main", 0, ["main"])
+    table, costs = read_cost_table(run), compute_run_costs(run, "main")
+    # Until its step training and probe; from then on the cache too, and at the end everything that was executed.
+    until = sum(table.steps["main"][step].tokens for step in range(1, vain.step + 1))
+    probes = sum(cost.tokens for step, cost in table.at_step["main"].items() if step <= vain.step)
+    assert cost_at(run, "main", vain.step).tokens == until + probes
+    last = cost_at(run, "main", costs.step)
+    assert (last.tokens, last.seconds, costs.unused_guides) == (costs.tokens, pytest.approx(costs.seconds), ())
 
 
 def test_acceptance_test_accepts_a_replay_that_is_not_worse(tmp_path):

@@ -58,7 +58,7 @@ def accuracies(root: Path, branch: str) -> dict[int, float]:
 
 def test_compare_reads_each_seed_along_its_ancestry_with_costs(seeds):
     found = compared(*both(seeds))
-    points = [one for one in found[SeedPoint] if (one.method, one.seed) == ("npo", 1)]
+    points = [one for one in found[SeedPoint] if (one.method, one.seed, one.curve) == ("npo", 1, "own")]
     # the fork stands twice: as it was, and with the scout's two steps and the guide's answers paid
     assert [(one.step, one.updates) for one in points] == [(0, 0), (1, 1), (2, 2), (2, 4), (3, 5), (4, 6)]
     end = cost_at(open_run(seeds / "s1"), "near", 4)
@@ -86,7 +86,7 @@ def test_compare_areas_by_tokens_end_at_the_shortest_method(seeds):
     ends = [max(one.tokens for one in found[SeedPoint] if (one.method, one.seed) == ("grpo", seed)) for seed in (0, 1)]
     areas = []
     for seed in (0, 1):
-        points = [one for one in found[SeedPoint] if (one.method, one.seed) == ("npo", seed)]
+        points = [one for one in found[SeedPoint] if (one.method, one.seed, one.curve) == ("npo", seed, "own")]
         grid = np.linspace(0, min(ends), 20001)
         areas.append(np.interp(grid, [one.tokens for one in points], [one.accuracy for one in points]).mean())
     assert found[MethodSummary][1].areas["tokens"].value == pytest.approx(statistics.fmean(areas), abs=1e-4)
@@ -145,13 +145,27 @@ def test_compare_of_different_seeds_is_not_paired(seeds):
 
 def test_compare_threshold_never_reached_has_lower_bounds_and_no_speedup(seeds):
     found = compared(*both(seeds), thresholds=(1.0,))
-    grpo, npo = found[MethodTimeToThreshold]
+    grpo, npo, held = found[MethodTimeToThreshold]
     assert (grpo.num_reached, grpo.num_runs, grpo.is_censored) == (0, 2, True)
     # everything spent by the end: 4 updates, and 4 + 2 with the scout's two steps twice
-    assert (grpo.costs["updates"], npo.costs["updates"]) == (4, 6)
+    assert (grpo.costs["updates"], npo.costs["updates"], held.costs["updates"]) == (4, 6, 6)
     assert (npo.horizons["updates"], npo.restricted_means["updates"]) == (4, 4)
-    (ratio,) = found[SpeedUp]
-    assert (ratio.ratio_if_reached, ratio.restricted_mean_ratio) == ({}, {})
+    assert [(one.ratio_if_reached, one.restricted_mean_ratio) for one in found[SpeedUp]] == [({}, {})] * 2
+
+
+def test_best_held_policy_is_at_least_as_early_as_the_methods_own(seeds):
+    found = compared(*both(seeds), thresholds=(0.01, 0.02))
+    reached = {(one.method, one.curve, one.threshold): one for one in found[MethodTimeToThreshold]}
+    # Only the replay pays for a scout; a step of the scout is no position of the replay.
+    assert {key[:2] for key in reached} == {("grpo", "own"), ("npo", "own"), ("npo", "best held")}
+    assert "step" not in reached["npo", "best held", 0.01].costs
+    for threshold in (0.01, 0.02):
+        own, held = (reached["npo", curve, threshold] for curve in ("own", "best held"))
+        assert held.num_reached >= own.num_reached
+        assert all(held.costs[axis] <= own.costs[axis] for axis in held.costs)
+    points = [point for point in found[SeedPoint] if point.curve == "best held"]
+    assert {(point.method, point.seed) for point in points} == {("npo", 0), ("npo", 1)}
+    assert {one.curve for one in found[SpeedUp]} <= {"own", "best held"}
 
 
 def test_compare_run_without_name_means_its_branches(seeds):

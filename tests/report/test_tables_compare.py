@@ -2,8 +2,21 @@
 
 from dataclasses import replace
 
-from npo_cli.report.tables_compare import differences_tables, speedup_tables, summary_tables, time_to_threshold_tables
-from npo_cli.types.comparison import Estimate, MethodDifference, MethodSummary, MethodTimeToThreshold, SpeedUp
+from npo_cli.report.tables_compare import (
+    differences_tables,
+    hysteresis_tables,
+    speedup_tables,
+    summary_tables,
+    time_to_threshold_tables,
+)
+from npo_cli.types.comparison import (
+    Estimate,
+    MethodDifference,
+    MethodHysteresis,
+    MethodSummary,
+    MethodTimeToThreshold,
+    SpeedUp,
+)
 
 GRPO = MethodSummary(
     method="grpo",
@@ -145,3 +158,38 @@ def test_compare_tables_have_notes_only_for_what_they_show():
     partly = replace(speed, restricted_mean_ratio={"step": Estimate(value=2.0, num_used=1, num_total=2)})
     noted = [any(note.startswith("(n of N)") for note in speedup_tables([one])[0].notes) for one in (partly, speed)]
     assert noted == [True, False]
+
+
+def test_time_to_threshold_table_has_best_held_rows_without_a_step():
+    own = MethodTimeToThreshold(
+        method="npo",
+        threshold=0.6,
+        num_runs=2,
+        num_reached=1,
+        costs={"step": 30.0, "updates": 90.0},
+        restricted_means={"step": 30.0, "updates": 80.0},
+        horizons={"step": 40.0, "updates": 80.0},
+    )
+    held = replace(own, curve="best held", num_reached=2, costs={"updates": 60.0}, restricted_means={"updates": 60.0})
+    (table,) = time_to_threshold_tables([own, held])
+    assert [row[:5] for row in table.rows] == [
+        ("npo", "0.60", "1 of 2", ">= 30", ">= 90"),
+        ("npo, best held", "0.60", "2 of 2", "-", "60"),
+    ]
+
+
+def test_hysteresis_table_has_the_interval_or_the_bound():
+    exact = MethodHysteresis(
+        method="npo",
+        baseline="grpo",
+        accuracy=0.6,
+        target=0.9,
+        steps=Estimate(value=-5.0, low=-20.0, high=10.0, num_used=3, num_total=4),
+        bound="exact",
+    )
+    bounded = replace(exact, steps=Estimate(value=20.0, num_used=2, num_total=2), bound="at least")
+    (table,) = hysteresis_tables([exact, bounded])
+    assert table.rows == (
+        ("npo", "0.60", "0.90", "-5.0 [-20.0, +10.0]", "3 of 4"),
+        ("npo", "0.60", "0.90", ">= +20.0", "2 of 2"),
+    )

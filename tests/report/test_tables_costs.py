@@ -55,3 +55,13 @@ def test_forward_passes_are_an_axis_where_an_older_copy_read_along():
     assert (table.header[5], table.header[9]) == ("total forwards", "by forwards")
     # 400/500 = 0.8, though no token more was generated
     assert [(row[5], row[-2:]) for row in table.rows] == [("400", ("1.00x", "1.00x")), ("500", ("1.00x", "0.80x"))]
+
+
+def test_best_held_rows_have_totals_and_no_ratio_by_step():
+    costs = [
+        CostToThreshold(name="GRPO", threshold=0.6, step=80, total_steps=80, total_tokens=400),
+        CostToThreshold(name="NPO", threshold=0.6, step=60, total_steps=120, total_tokens=800),
+        CostToThreshold(name="NPO", threshold=0.6, step=80, total_steps=80, total_tokens=400, is_best_held=True),
+    ]
+    (table,) = cost_to_threshold_tables(costs)
+    assert table.rows[2] == ("NPO, best held", "0.60", "80", "80", "400", "-", "1.00x", "1.00x")

@@ -11,7 +11,17 @@ from dataclasses import replace
 import pytest
 
 from npo_cli.errors import NpoError
-from npo_cli.storage.cost_sums import Cost, cost_at, cost_at_steps, cost_to_threshold, learning_curve
+from npo_cli.report.tables_autonpo import account_tables
+from npo_cli.storage.cost_sums import (
+    Cost,
+    best_held_cost_to_threshold,
+    best_held_curve,
+    compute_run_costs,
+    cost_at,
+    cost_at_steps,
+    cost_to_threshold,
+    learning_curve,
+)
 from npo_cli.storage.costs import CostLine, append_cost, append_fork_cost, costs_path, encode_cost, read_cost_lines
 from npo_cli.storage.evals import append_eval
 from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache
@@ -19,7 +29,7 @@ from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import append_segment
 from npo_cli.storage.sample_store import open_sample_store, save_scores
-from npo_cli.types.costs import CurvePoint
+from npo_cli.types.costs import BestHeldPoint, CurvePoint
 from npo_cli.types.rollouts import Segment
 from tests.storage.builders import RECIPE, evaluation, guide_info, guide_samples, new_run
 
@@ -245,3 +255,114 @@ def test_cost_to_threshold_never_reached_is_censored():
     assert (found.total_steps, found.total_tokens, found.total_seconds) == (None, None, None)
     assert cost_to_threshold(curve(0.4, 0.6), 0.5).step == 0
     assert cost_to_threshold([], 0.5).step is None
+
+
+def make_cache(run: RunDir, name: str, *, tokens: int, seconds: float, found: bool = False) -> None:
+    """A complete cache of step 6 of main for the learner main:2."""
+    info = guide_info(run, name=name, learner_step=2, guide_step=6, num_steps=3)
+    samples = replace(guide_samples("a", num_correct=int(found)), num_tokens=tokens)
+    open_guide_cache(run, info).append("checkpoint:6", [samples])
+    place = {"branch": "main", "step": 2, "artifact": run.guide_folder(name), "piece": "a"}
+    append_cost(run, "guide_cache", tokens=tokens, seconds=seconds, **place)
+    finish_guide_cache(run, info)
+
+
+def test_cost_of_a_cache_that_found_nothing_is_paid_by_the_next_replay_of_its_learner(run):
+    make_cache(run, "vain", tokens=7, seconds=1.5)
+    assert compute_run_costs(run, "near").unused_guides == ("vain",)
+    fork_branch(run, "later", at=2, guide="near")
+    train_steps(run, "later", range(3, 4), tokens=10, seconds=2.0)
+    # as near at step 3 (6 steps, 610 tokens, 30 s), and step 6 of main, the guide of the vain cache: 100, 4 s; 7, 1.5 s
+    assert cost_at(run, "later", 3) == cost(7, 717, 35.5)
+    assert cost_at(run, "near", 3) == cost(6, 610, 30)
+    assert cost_at(run, "main", 6) == cost(6, 600, 24)
+    assert compute_run_costs(run, "near").unused_guides == ()
+
+
+def test_cost_of_a_cache_that_autonpo_found_nothing_for_is_paid_by_the_branch_that_goes_on(run):
+    make_cache(run, "vain", tokens=7, seconds=1.5)
+    append_cost(run, "guide_empty", branch="main", step=5, seconds=0, charged=[run.guide_folder("vain")])
+    assert cost_at(run, "main", 5) == cost(5, 500, 20)
+    assert cost_at(run, "main", 6) == cost(6, 607, 25.5)
+    # It is paid once: a later replay of the same learner is not charged again.
+    fork_branch(run, "later", at=2, guide="near")
+    train_steps(run, "later", range(3, 4), tokens=10, seconds=2.0)
+    assert cost_at(run, "later", 3) == cost(6, 610, 30)
+    assert compute_run_costs(run, "main").unused_guides == ()
+
+
+def test_cost_of_an_unused_cache_is_charged_to_no_branch_and_named(run):
+    make_cache(run, "spare", tokens=9, seconds=2.5, found=True)
+    costs = compute_run_costs(run, "near")
+    assert (costs.unused_guides, costs.unused_guide_tokens) == (("spare",), 9)
+    # 70 of near's cache, 30 and 999 of the scorings
+    assert costs.guide_tokens == 70 + 9 + 30 + 999
+    (table,) = account_tables([costs])
+    assert ("unused guide caches", "spare") in table.rows
+
+
+def test_cost_of_saving_loading_and_starting_is_wall_time_of_the_branch(run):
+    before = {step: cost_at(run, "main", step).seconds for step in (0, 1, 4, 5, 6)}
+    append_cost(run, "start", branch="main", step=0, seconds=3.0)
+    append_cost(run, "save", branch="main", step=0, seconds=0.5)
+    append_cost(run, "save", branch="main", step=4, seconds=0.25)
+    append_cost(run, "load", branch="main", step=5, seconds=2.0)
+    found = {step: cost_at(run, "main", step).seconds - seconds for step, seconds in before.items()}
+    # The start and the save of step 0 are paid from step 1 on, a save from its step on, loading from the next step on.
+    assert found == {0: 0.0, 1: 3.5, 4: 3.75, 5: 3.75, 6: 5.75}
+    assert cost_at(run, "main", 6).tokens == 600
+    # The guide of near is step 5 of main: 3.75 s; its own start 1 s, and 2 s to load the guide for its cache.
+    append_cost(run, "start", branch="near", step=2, seconds=1.0)
+    append_cost(run, "load", branch="main", step=2, artifact=run.guide_folder("near"), seconds=2.0)
+    assert cost_at(run, "near", 3) == cost(6, 610, 30 + 3.75 + 1 + 2)
+    assert cost_at(run, "main", 6).seconds == before[6] + 5.75
+    # 24 s of main, 6 of near, 5 of its cache, 3 and 999 of the scorings, and everything above
+    assert compute_run_costs(run, "near").seconds == 24 + 6 + 5 + 3 + 999 + 5.75 + 3
+
+
+def test_best_held_curve_credits_a_replay_with_the_scout_that_it_pays_for(run):
+    for branch, step, accuracy in (("main", 0, 0.0), ("main", 2, 0.3), ("main", 4, 0.6), ("main", 5, 0.9)):
+        append_eval(run, evaluation(step, branch=branch, accuracy=accuracy))
+    append_eval(run, evaluation(3, branch="near", accuracy=0.6))
+    append_eval(run, evaluation(5, branch="near", accuracy=0.9))
+    held = [
+        (point.policy_branch, point.step, point.total_steps, point.total_tokens, point.accuracy)
+        for point in best_held_curve_of(run, "near")
+    ]
+    # main: (0 + .3)/2, (0 + .3 + .6)/3, (.3 + .6 + .9)/3, (.6 + .9)/2 at its own costs; near at step 5, .75 too, is no
+    # better than the scout's last step; near:2 has (0 + .3 + .6)/3 as main has.
+    assert held == [
+        ("main", 0, 0, 0, pytest.approx(0.15)),
+        ("main", 2, 2, 200, pytest.approx(0.3)),
+        ("main", 4, 4, 400, pytest.approx(0.6)),
+        ("main", 5, 5, 500, pytest.approx(0.75)),
+    ]
+    # Its own line reaches .59 at step 3, for 6 steps and 610 tokens; the scout had it for 4 and 400.
+    own = cost_to_threshold(learning_curve(run, "near", name="x"), 0.59)
+    best = best_held_cost_to_threshold(best_held_curve_of(run, "near"), 0.59)
+    assert (own.step, own.total_steps, own.total_tokens) == (3, 6, 610)
+    assert (best.step, best.total_steps, best.total_tokens, best.is_best_held) == (4, 4, 400, True)
+    # Without a guide there is nothing to credit.
+    assert best_held_curve_of(run, "main") == best_held_curve_of(run, "bare") == []
+
+
+def test_best_held_curve_has_a_reverted_replay_once_it_is_paid(run):
+    for step, accuracy in ((0, 0.1), (2, 0.1), (6, 0.2)):
+        append_eval(run, evaluation(step, accuracy=accuracy))
+    for step, accuracy in ((3, 0.1), (4, 0.5), (5, 0.8)):
+        append_eval(run, evaluation(step, branch="near", accuracy=accuracy))
+    assert best_held_curve_of(run, "main") == []
+    charge_test(run, "main", 5, reverts=True)
+    # main: .1, (.1 + .1 + .2)/3; near from step 3 on: (.1 + .1 + .5)/3, (.1 + .5 + .8)/3, (.5 + .8)/2
+    held = [(point.policy_branch, point.total_steps, point.accuracy) for point in best_held_curve_of(run, "main")]
+    assert held == [
+        ("main", 0, pytest.approx(0.1)),
+        ("main", 2, pytest.approx(0.4 / 3)),
+        ("near", 6, pytest.approx(0.7 / 3)),
+        ("near", 7, pytest.approx(1.4 / 3)),
+        ("near", 8, pytest.approx(0.65)),
+    ]
+
+
+def best_held_curve_of(run: RunDir, branch: str) -> list[BestHeldPoint]:
+    return best_held_curve(run, branch, name="x")

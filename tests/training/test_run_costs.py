@@ -5,6 +5,7 @@ The run: 4 steps of 2 updates, killed after step 3 and resumed from step 2; a gu
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,11 @@ def test_run_costs_of_plain_training_are_its_steps(trained):
 def test_run_costs_of_a_step_done_again_have_the_seconds_of_both(trained):
     run = open_run(trained)
     seconds = seconds_charged(trained)
+    kinds = Counter(line.kind for line in read_cost_lines(run))
     # steps 1, 2, 3, then 3 again and 4: five lines of 4 steps, of 2 updates each
-    assert (len(seconds), compute_run_costs(run, "main").updates) == (5, 8)
+    assert (kinds["train"], compute_run_costs(run, "main").updates) == (5, 8)
+    # saved: steps 0, 2 and 4; two commands loaded the model and started an engine
+    assert (kinds["save"], kinds["load"], kinds["start"]) == (3, 2, 2)
     assert compute_run_costs(run, "main").seconds == pytest.approx(sum(seconds))
     # without a fork the cost of the branch is the same
     spent = cost_at(run, "main", 4)
@@ -106,6 +110,9 @@ def test_run_costs_of_cache_and_scoring_are_the_tokens_they_sampled(whole):
     assert table.artifacts["guides/near"].tokens == cache["num_tokens"]
     scored = scoring.count_tokens()
     assert table.artifacts[f"scores/{scoring.folder.name}"].tokens == scored
+    # What the two commands loaded and started before they sampled is charged to what they made.
+    loaded = [line.artifact for line in read_cost_lines(run) if line.kind == "load" and line.artifact]
+    assert loaded == ["guides/near", f"scores/{scoring.folder.name}"]
     assert table.kinds["score"].seconds > 0 < table.kinds["guide_cache"].seconds
 
 
