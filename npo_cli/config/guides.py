@@ -169,10 +169,10 @@ class MethodSettings(Settings):
     model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
 
     name: str = Field("grpo", description="Name of the method, shown in tables.")
-    track: Literal["matched", "reference", "controls", "extrapolated"] = Field(
+    track: Literal["matched", "reference", "authors", "controls", "extrapolated"] = Field(
         "matched",
         description="Group of methods: `matched` (common GRPO core, one injected slot), `reference` (the papers' own "
-        "settings), `controls`, or `extrapolated` guides.",
+        "settings), `authors` (GRPO and NPO of the NPO authors' public trainer), `controls`, or `extrapolated` guides.",
     )
     commands: tuple[str, ...] = Field(
         ("train {recipe} {run} --method {method}",),

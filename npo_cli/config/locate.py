@@ -6,7 +6,7 @@ from pathlib import Path
 from npo_cli.errors import NpoError
 
 METHODS_FOLDER = "methods"
-TRACKS = ("matched", "reference", "controls", "extrapolated")
+TRACKS = ("matched", "reference", "authors", "controls", "extrapolated")
 """Folders of shipped methods, in the order in which a name without a folder is searched."""
 _SUFFIXES = (".yaml", ".yml", ".json")
 _PACKAGE = Path(__file__).parents[1]

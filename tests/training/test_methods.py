@@ -93,6 +93,16 @@ def test_method_npo_uses_the_ratio_to_the_guide_up_to_the_clip():
     assert advantages(settings, [0.0] * 7 + [1.0], 1)[-1].item() == pytest.approx(2.474874, abs=1e-5)
 
 
+def test_method_npo_of_the_authors_never_clips_the_guide_slot_in_the_first_update():
+    settings = load_recipe("micro-sparse", method="authors/npo")
+    # the denominator is the learner's own old policy, here the current one: the ratio is 1 whatever the guide's is
+    for behavior in (0.01, 0.4, 0.9):
+        assert gradient(settings, policy=0.6, behavior=behavior) == pytest.approx(1.0)
+    assert (settings.loss.aggregation, settings.loss.clip_high, settings.loss.dual_clip) == ("token_mean", 0.28, 3.0)
+    assert settings.loss == recipe("authors/grpo").loss
+    assert settings.train == recipe("authors/grpo").train
+
+
 def test_method_npo_matched_has_weight_one():
     # the micro recipes' own choice, which the matched track keeps
     settings = load_recipe("micro-sparse", method="matched/npo")
@@ -123,3 +133,5 @@ def test_methods_are_in_both_tracks():
     table = {"grpo", "luffy", "exgrpo", "rlep", "npo-early", "npo-late", "npo", "autonpo"}
     for track in ("matched", "reference"):
         assert {name.partition("/")[2] for name in list_method_names() if name.startswith(track)} == table
+    authors = {name.partition("/")[2] for name in list_method_names() if name.startswith("authors/")}
+    assert authors == {"grpo", "npo-early", "npo-late", "npo", "autonpo"}
