@@ -3,6 +3,7 @@
 A method is a choice of these together with `loss.*`: see `recipes/methods/` and `docs/explanation/methods.md`.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -59,9 +60,32 @@ class GuideCacheSettings(Settings):
 
     model_config = ConfigDict(json_schema_extra=FREE)
 
+    prompts: Literal["failed", "all"] = Field(
+        "failed",
+        description="Prompts that the guide is sampled on: those whose group, where the run recorded these steps, had "
+        "an accuracy <= guide.inject.max_accuracy, and those without a record (`failed`); or `all` of the replay.",
+    )
+    coverage: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Fraction of the steps between learner and guide, from the first, in which the guide is used. "
+        "An explicit length (--steps, guide.replay.num_steps) is used whole.",
+    )
     samples_per_prompt: Count = Field(8, description="Maximum number of samples per prompt.")
     samples_per_round: Count = Field(
-        2, description="Samples per prompt and round; a prompt with a correct response is not sampled further."
+        1, description="Samples per prompt and round; a prompt with a correct response is not sampled further."
+    )
+    min_yield: Share = Field(
+        0.05,
+        description="Stop when fewer than this fraction of the last samples are correct: further rounds of the same 64 "
+        "prompts, judged by their last 32 or more samples; the whole cache, judged by the last 64 prompts (0: never).",
+    )
+    reuse_steps: int = Field(
+        0,
+        ge=0,
+        description="Source checkpoint:STEP: before sampling, take correct responses that the run recorded in this "
+        "many steps up to STEP (0: none). They cost no tokens, but stem from earlier policies than the one scored.",
     )
     temperature: float | None = Field(
         None, gt=0, description="Sampling temperature of the guide (null: sampling.temperature)."
@@ -96,6 +120,10 @@ class GuideCacheSettings(Settings):
     def draws_all(self) -> bool:
         """Whether every prompt is sampled samples_per_prompt times, even if it is solved earlier."""
         return self.select != "random" or self.max_responses_per_prompt > 1 or self.min_correct > 1
+
+    def count_covered(self, num_steps: int) -> int:
+        """The first `coverage` of the steps of a replay, at least one."""
+        return max(1, math.ceil(self.coverage * num_steps))
 
 
 class EndpointSettings(Settings):
@@ -143,7 +171,9 @@ class GuideReplaySettings(Settings):
     at_step: int | None = Field(None, ge=0, description="Step to roll back to: default of --at.")
     guide_step: int | None = Field(None, ge=1, description="Checkpoint step of the guide: default of --guide.")
     num_steps: int | None = Field(
-        None, ge=1, description="Length of the replayed segment in steps (null: guide_step - at_step)."
+        None,
+        ge=1,
+        description="Number of steps with the guide (null: guide.cache.coverage of guide_step - at_step).",
     )
 
 

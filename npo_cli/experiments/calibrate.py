@@ -21,7 +21,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.experiments.bootstrap import Resampler, SeedStatistics
 from npo_cli.experiments.selection_rules import LearnerGains, Rule, evaluate_rules, list_rules
-from npo_cli.guides.build_cache import fill_cache, new_cache_info, warning_notices
+from npo_cli.guides.build_cache import fill_cache, list_guide_prompts, new_cache_info, selection_gate, warning_notices
 from npo_cli.guides.score import create_candidates, score_candidates
 from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make_spec, open_source, parse_spec
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
@@ -31,7 +31,7 @@ from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.report.calibration_plots import plot_calibration
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.scoring.quality import Floats, percentile_interval
-from npo_cli.session.learner import Learner, find_learner, list_replay_prompts
+from npo_cli.session.learner import Learner, find_learner
 from npo_cli.session.session import Session, build_session, count_generated_tokens, open_task_and_policy
 from npo_cli.storage.calibrations import SCRATCH_PREFIX, Calibration, Replay, open_calibration
 from npo_cli.storage.checkpoints import list_ancestry_checkpoints
@@ -238,16 +238,16 @@ def describe_replays(plan: LearnerPlan) -> dict[str, object]:
 def build_guide_caches(
     plan: LearnerPlan, calibration: Calibration, *, task: Task, policy: Policy
 ) -> Generator[Progress | Notice, None, list[GuideCacheInfo]]:
-    """The guide cache of each candidate, sampled on all prompts of the replay as by `npo sample-guide`."""
+    """The guide cache of each candidate, sampled as by `npo sample-guide --steps`."""
     home, learner, infos = calibration.artifacts, plan.learner, []
     for source, name in zip(plan.guides, plan.cache_names, strict=True):
         folder = home.guide_folder(name)
         if not (cache_info_path(folder).exists() and read_cache_info(folder).complete):
             yield Notice(message=f"step {learner.step}: sample guide {source.spec.text}")
             policy.load(learner.checkpoint.path)
-            with open_source(source, task=task, policy=policy) as session:
-                prompts = list_replay_prompts(session, learner, plan.num_steps)
-                info = new_cache_info(source, name, num_prompts=len(prompts))
+            with open_source(source, task=task, policy=policy):
+                prompts, gate = list_guide_prompts(source), selection_gate(source)
+                info = new_cache_info(source, name, num_prompts=len(prompts), max_accuracy=gate)
                 yield from fill_cache(source, info, open_guide_cache(home, info), prompts, cost_kind="calibration")
                 yield from warning_notices(source.warnings())
                 finish_guide_cache(home, info, is_external=source.is_external)

@@ -69,16 +69,16 @@ def build_commands(cell: BenchRun) -> list[Command]:
 
 def _filled(line: str, cell: BenchRun, recipe: Recipe, *, moving: Mapping[str, str] = NO_SUBSTITUTIONS) -> Command:
     """One line of the plan with its braces filled; the words of `{teacher}` stay words."""
-    at, guide = recipe.guide.replay.at_step, recipe.guide.replay.guide_step
+    at, guide, count = recipe.guide.replay.at_step, recipe.guide.replay.guide_step, recipe.guide.cache.count_covered
     known = {
         "recipe": cell.recipe,
         "method": cell.method,
         "run": str(cell.run),
         "at": at,
         "guide": guide,
-        "segment": None if at is None or guide is None else guide - at,
+        "segment": None if at is None or guide is None else count(guide - at),
         "scout": recipe.autonpo.early.scout_steps,
-        "window": recipe.autonpo.early.replay_steps,
+        "window": count(recipe.autonpo.early.replay_steps),
         "steps": recipe.train.num_steps,
         **moving,
     }

@@ -1,22 +1,33 @@
 """`npo sample-guide`: sample a guide source on the prompts of a replay, verify, and keep responses in a guide cache.
 
-Prompts are sampled in rounds of `guide.cache.samples_per_round` until one response is correct or
-`guide.cache.samples_per_prompt` were drawn. Stopping at the first success leaves the distribution of the kept response,
-g(. | correct), unchanged and saves most of the tokens where the guide is good. Interrupted at any time, it is resumed
-by the same command.
+Sampled are the prompts whose recorded group passed the gate: the others would seldom have a slot for a response.
+They are sampled in rounds of `guide.cache.samples_per_round` until one response is correct or
+`guide.cache.samples_per_prompt` were drawn, or too few are correct (`guide.cache.min_yield`). Stopping at the first
+success leaves the distribution of the kept response, g(. | correct), unchanged and saves most of the tokens where the
+guide is good. Interrupted at any time, it is resumed by the same command.
 """
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from npo_cli.config.guides import GuideCacheSettings
 from npo_cli.errors import NpoError
-from npo_cli.guides.source import GuideSource, PromptResponses, ReplayTarget, create_source, open_source, parse_spec
+from npo_cli.guides.source import (
+    GuideSource,
+    PromptResponses,
+    ReplayTarget,
+    create_source,
+    is_yield_low,
+    open_source,
+    parse_spec,
+)
+from npo_cli.guides.sources.checkpoint import CheckpointSource
 from npo_cli.seeds import derive_seed
 from npo_cli.session.learner import Learner, find_learner, list_replay_prompts
+from npo_cli.session.recorded_steps import RecordedSteps
 from npo_cli.session.session import open_task_and_policy
 from npo_cli.session.startup import charge_startup
 from npo_cli.storage.costs import CostKind, append_cost
@@ -48,22 +59,56 @@ def build_guide_cache(
         spec = find_chosen_guide(run, learner)
         yield Notice(message=f"guide source: {spec.text}")
     source = create_source(spec, ReplayTarget(run=run, learner=learner, steps=steps))
-    num_steps = source.num_steps
     name = validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
     with (
         lock_run(run),
         open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),
-        open_source(source, task=task, policy=policy) as session,
+        open_source(source, task=task, policy=policy),
     ):
-        prompts = list_replay_prompts(session, learner, num_steps)
+        prompts = list_guide_prompts(source)
+        if not prompts:
+            raise NpoError(
+                f"no prompt of steps {learner.step + 1}-{learner.step + source.num_steps} needs a guide: every "
+                f"recorded accuracy is above guide.inject.max_accuracy={selection_gate(source)}",
+                "choose another --at, or sample all prompts: guide.cache.prompts=all",
+            )
+        if isinstance(source, CheckpointSource):
+            source.reuse_recorded(prompts)
         early = source.warnings()
         yield from warning_notices(early)
-        info = new_cache_info(source, name, num_prompts=len(prompts))
+        info = new_cache_info(source, name, num_prompts=len(prompts), max_accuracy=selection_gate(source))
         store = open_guide_cache(run, info)
         charge_startup(run, branch=info.branch, step=info.learner_step, artifact=store.folder)
         yield from fill_cache(source, info, store, prompts)
         yield from warning_notices(warning for warning in source.warnings() if warning not in early)
-        yield finish_guide_cache(run, info, is_external=source.is_external)
+        done = finish_guide_cache(run, info, is_external=source.is_external)
+        if done.num_prompts < len(prompts):
+            yield Notice(
+                message=f"sampling ended after {done.num_prompts} of {len(prompts)} prompts: of the last responses "
+                f"fewer than guide.cache.min_yield={learner.recipe.guide.cache.min_yield} were correct",
+                level="warning",
+            )
+        yield done
+
+
+def selection_gate(source: GuideSource) -> float | None:
+    """guide.inject.max_accuracy where prompts are selected by their recorded accuracy; None where all are sampled.
+
+    Responses of a source that are there already cost nothing: its prompts are never selected.
+    """
+    guide = source.target.learner.recipe.guide
+    return guide.inject.max_accuracy if guide.cache.prompts == "failed" and source.is_fresh else None
+
+
+def list_guide_prompts(source: GuideSource) -> list[Prompt]:
+    """The prompts of the segment in which `source`, which is open, is used, without those that need no guide."""
+    learner, gate = source.target.learner, selection_gate(source)
+    prompts = list_replay_prompts(source.session, learner, source.num_steps)
+    if gate is None or gate >= 1:
+        return prompts
+    recorded = RecordedSteps(run=source.target.run, branch=learner.branch)
+    solved = recorded.find_solved_prompts(learner.step, learner.step + source.num_steps, gate)
+    return [prompt for prompt in prompts if prompt.prompt_id not in solved]
 
 
 def find_chosen_guide(run: RunDir, learner: Learner) -> SourceSpec:
@@ -88,7 +133,9 @@ def warning_notices(warnings: Iterable[str]) -> Iterator[Notice]:
     return (Notice(message=warning, level="warning") for warning in warnings)
 
 
-def new_cache_info(source: GuideSource, name: str, *, num_prompts: int) -> GuideCacheInfo:
+def new_cache_info(
+    source: GuideSource, name: str, *, num_prompts: int, max_accuracy: float | None = None
+) -> GuideCacheInfo:
     """What a cache is, before it has any response; `source` is open."""
     run, learner, session = source.target.run, source.target.learner, source.session
     return GuideCacheInfo(
@@ -107,12 +154,13 @@ def new_cache_info(source: GuideSource, name: str, *, num_prompts: int) -> Guide
         num_samples=0,
         num_tokens=0,
         guide_training_tokens=source.guide_training_tokens,
+        max_accuracy=max_accuracy,
         older_step=source.older_step,
     )
 
 
 def describe_sampling(settings: GuideCacheSettings) -> str:
-    """How responses are sampled and selected, as part of a cache's identity: `8 by 2, random`."""
+    """How responses are sampled and selected, as part of a cache's identity: `8 by 1, random, yield 0.05`."""
     parts = [f"{settings.samples_per_prompt} by {settings.samples_per_round}", settings.select]
     if settings.temperature is not None:
         parts.append(f"temperature {settings.temperature}")
@@ -122,6 +170,10 @@ def describe_sampling(settings: GuideCacheSettings) -> str:
         parts.append(f"at least {settings.min_correct} correct")
     if settings.keep == "all":
         parts.append("wrong ones too")
+    if settings.min_yield > 0:
+        parts.append(f"yield {settings.min_yield}")
+    if settings.reuse_steps > 0:
+        parts.append(f"recorded ones of {settings.reuse_steps} steps")
     return ", ".join(parts)
 
 
@@ -133,17 +185,25 @@ def fill_cache(
     *,
     cost_kind: CostKind = "guide_cache",
 ) -> Iterator[Progress]:
-    """Sample, verify and select, a chunk of prompts at a time; each chunk is written before the next is sampled."""
+    """Sample, verify and select, a chunk of prompts at a time; each chunk is written before the next is sampled.
+
+    The chunk after which the yield is too low is the last: a cache without its later prompts.
+    """
     done = read_guide_prompts(store.folder)
-    # An interrupted chunk is sampled again as a whole: the batch, and thus every number, is the same.
-    left = [prompt for prompt in prompts if prompt.prompt_id not in done]
-    num_solved = sum(bool(samples.rollouts) for samples in done.values())
+    settings = source.session.recipe.guide.cache
     label = info.source.name if info.guide_step is None else info.guide_step
-    for start in range(0, len(left), CHUNK_PROMPTS):
-        num_done = len(prompts) - len(left) + start
-        yield Progress(description="sample guide", done=num_done, total=len(prompts), note=f"{num_solved} solved")
+    for start in range(0, len(prompts), CHUNK_PROMPTS):
+        # An interrupted chunk is sampled again as a whole: the batch, and thus every number, is the same.
+        asked = prompts[start : start + CHUNK_PROMPTS]
+        if source.is_fresh and is_sampling_futile(done, prompts[:start], settings):
+            break
+        left = [prompt for prompt in asked if prompt.prompt_id not in done]
+        if not left:
+            continue
+        num_solved = sum(bool(samples.rollouts) for samples in done.values())
+        yield Progress(description="sample guide", done=start, total=len(prompts), note=f"{num_solved} solved")
         started = time.perf_counter()
-        chunk = select_responses(source, source.sample(left[start : start + CHUNK_PROMPTS]), label=label)
+        chunk = select_responses(source, source.sample(left), label=label)
         num_tokens = sum(samples.num_tokens for samples in chunk)
         append_cost(
             source.target.run,
@@ -157,8 +217,18 @@ def fill_cache(
             seconds=time.perf_counter() - started,
         )
         store.append(info.source.text, chunk)
-        num_solved += sum(bool(samples.rollouts) for samples in chunk)
+        done |= {samples.prompt_id: samples for samples in chunk}
+    num_solved = sum(bool(samples.rollouts) for samples in done.values())
     yield Progress(description="sample guide", done=len(prompts), total=len(prompts), note=f"{num_solved} solved")
+
+
+def is_sampling_futile(
+    done: Mapping[str, PromptSamples], before: Sequence[Prompt], settings: GuideCacheSettings
+) -> bool:
+    """Whether too few responses to the last chunk of prompts were correct; never where wrong ones are kept as well."""
+    chunk = [done[prompt.prompt_id] for prompt in before[-CHUNK_PROMPTS:]]
+    counts = [(sum(one.num_sampled for one in chunk), sum(one.num_correct for one in chunk))]
+    return settings.keep == "correct" and is_yield_low(counts, settings.min_yield)
 
 
 def select_responses(

@@ -38,7 +38,8 @@ class ReplayTarget:
     run: RunDir
     learner: Learner
     steps: int | None = None
-    """Length of the segment; None: guide.replay.num_steps, else up to the guide, else the rest of the run."""
+    """Length of the segment; None: guide.replay.num_steps, else guide.cache.coverage of the steps up to the guide, else
+    the rest of the run."""
     purpose: Literal["guide", "score"] = "guide"
     """Part of the sampling seeds: the samples that a source is chosen by are not those that are learned from."""
 
@@ -134,11 +135,13 @@ class GuideSource(ABC):
 
     @property
     def num_steps(self) -> int:
-        """Length of the segment in which the guide is replayed."""
+        """Length of the segment in which the guide is used."""
         learner = self.target.learner
+        guide = learner.recipe.guide
         ahead = (self.guide_step or learner.step) - learner.step
         rest = learner.recipe.train.num_steps - learner.step
-        num_steps = self.target.steps or learner.recipe.guide.replay.num_steps or (ahead if ahead > 0 else rest)
+        by_default = guide.cache.count_covered(ahead) if ahead > 0 else rest
+        num_steps = self.target.steps or guide.replay.num_steps or by_default
         if num_steps < 1:
             raise NpoError(f"step {learner.step} is the run's last: there is no step to replay", "add --steps N")
         return num_steps
@@ -221,6 +224,8 @@ def open_source(source: GuideSource, *, task: Task, policy: Policy) -> Iterator[
         yield session
 
 
+MIN_SAMPLES_FOR_YIELD = 32
+"""Samples in the last rounds below which their yield is not judged."""
 SampleFunction = Callable[[Sequence[Prompt], range], Sequence[PromptResponses]]
 """New responses to each prompt, one per slot."""
 
@@ -234,8 +239,8 @@ def sample_in_rounds(
 ) -> list[PromptResponses]:
     """Up to `samples_per_prompt` samples per prompt, `samples_per_round` at a time, until a prompt is solved.
 
-    With `draws_all` solved prompts are sampled further. `prior_rollouts`, by prompt id, count as the first samples and
-    cost no tokens.
+    Ends early where the yield of the last rounds is below guide.cache.min_yield. With `draws_all` solved prompts are
+    sampled further. `prior_rollouts`, by prompt id, count as the first samples and cost no tokens.
     """
     cache = settings.cache
     per_round = cache.samples_per_prompt if cache.draws_all else cache.samples_per_round
@@ -245,23 +250,39 @@ def sample_in_rounds(
         )
         for prompt in prompts
     }
+    rounds: list[tuple[int, int]] = []
     while True:
         unfinished = [
             entry
             for entry in responses.values()
             if len(entry.rollouts) < cache.samples_per_prompt and (cache.draws_all or not entry.correct_rollouts)
         ]
-        if not unfinished:
+        if not unfinished or is_yield_low(rounds, cache.min_yield):
             return list(responses.values())
         # Prompts with the fewest responses are sampled together, so that no slot is sampled twice.
         first = min(len(entry.rollouts) for entry in unfinished)
         slots = range(first, min(first + per_round, cache.samples_per_prompt))
         batch = [entry.prompt for entry in unfinished if len(entry.rollouts) == first]
-        for new in draw(batch, slots):
+        drawn = draw(batch, slots)
+        rounds.append((sum(new.num_sampled for new in drawn), sum(new.num_correct for new in drawn)))
+        for new in drawn:
             before = responses[new.prompt.prompt_id]
             responses[new.prompt.prompt_id] = replace(
                 before, rollouts=before.rollouts + new.rollouts, num_tokens=before.num_tokens + new.num_tokens
             )
+
+
+def is_yield_low(rounds: Sequence[tuple[int, int]], min_yield: float) -> bool:
+    """Whether in the last rounds, as few as have 32 samples, correct / samples is below `min_yield`.
+
+    `rounds`: pairs (samples, correct ones). 40 samples with 2 correct: 0.05. False before there are 32 samples.
+    """
+    num_sampled = num_correct = 0
+    for sampled, correct in reversed(rounds):
+        num_sampled, num_correct = num_sampled + sampled, num_correct + correct
+        if num_sampled >= MIN_SAMPLES_FOR_YIELD:
+            return num_correct < min_yield * num_sampled
+    return False
 
 
 def responses_per_prompt(groups: Sequence[Group]) -> list[PromptResponses]:

@@ -13,14 +13,16 @@ from npo_cli.scoring.quality import Interval, PromptPassCount
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplaySegment:
-    """The replay that a guide would be used in, and what the run recorded of the same steps without it."""
+    """The steps that a guide would be used in, and what the run recorded of the same steps without it."""
 
     num_steps: int
-    """Steps of the replay, N."""
+    """Steps with the guide, N."""
     lost_steps: int
     """Steps thrown away by rolling back: the candidate's distance ahead of the learner, else 0."""
     num_prompts: int
-    """Distinct prompts of the replay."""
+    """Distinct prompts of these steps."""
+    samples_all: bool
+    """Whether the guide is also sampled on prompts of groups that are not eligible."""
     eligible_share: float
     """Share of the recorded groups with an on-policy accuracy <= guide.inject.max_accuracy."""
     eligible_per_step: float
@@ -63,11 +65,12 @@ def expected_draws(count: PromptPassCount, *, most: int, per_round: int) -> floa
 def expect_guide_tokens(
     counts: Sequence[PromptPassCount], segment: ReplaySegment, *, tokens_per_sample: float
 ) -> float:
-    """Tokens of the guide cache: eligible prompts need as many draws as the scored ones, all others one round."""
+    """Tokens of the guide cache: eligible prompts need as many draws as the scored ones, the others, if sampled, one
+    round."""
     per_round = min(segment.draws_per_round, segment.most_draws)
     draws = [expected_draws(count, most=segment.most_draws, per_round=per_round) for count in counts]
     eligible = segment.num_prompts * segment.eligible_share
-    num_draws = eligible * sum(draws) / len(draws) + (segment.num_prompts - eligible) * per_round
+    num_draws = eligible * sum(draws) / len(draws) + (segment.num_prompts - eligible) * per_round * segment.samples_all
     return num_draws * tokens_per_sample
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import find_owning_branch
+from npo_cli.storage.lineage import ancestry, find_owning_branch
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.rollouts import Group
 
@@ -42,22 +42,35 @@ class RecordedSteps:
         names = ("steps", "groups", "eligible_groups", "correct_in_eligible", "tokens")
         return StepTotals(**{name: sum(getattr(totals, name) for totals in found) for name in names})
 
+    def find_solved_prompts(self, first: int, last: int, max_accuracy: float) -> set[str]:
+        """Prompts whose every group in the recorded steps first < step <= last had an accuracy above the gate."""
+        accuracies: dict[str, list[float]] = {}
+        for span in ancestry(self.run, self.branch):
+            log = self._open_log(span.branch)
+            for step in log.steps():
+                if span.contains(step) and first < step <= last:
+                    for group in log.read_step(step) or ():
+                        accuracies.setdefault(group.prompt.prompt_id, []).append(_on_policy_accuracy(group))
+        return {prompt_id for prompt_id, seen in accuracies.items() if min(seen) > max_accuracy}
+
+    def _open_log(self, branch: str) -> RolloutLog:
+        return self._logs.setdefault(branch, RolloutLog(self.run.rollouts_path(branch)))
+
     def _totals(self, step: int, max_accuracy: float) -> StepTotals | None:
         if (step, max_accuracy) not in self._read:
-            branch = find_owning_branch(self.run, self.branch, step)
-            log = self._logs.setdefault(branch, RolloutLog(self.run.rollouts_path(branch)))
-            groups = log.read_step(step)
+            groups = self._open_log(find_owning_branch(self.run, self.branch, step)).read_step(step)
             self._read[step, max_accuracy] = _add_up(groups, max_accuracy) if groups else None
         return self._read[step, max_accuracy]
 
 
-def _add_up(groups: tuple[Group, ...], max_accuracy: float) -> StepTotals:
+def _on_policy_accuracy(group: Group) -> float:
     """`on_policy_accuracy` counts the rollouts that a guide replaced, which are not in the record."""
-    own = [(group, group.on_policy) for group in groups]
-    accuracies = [
-        group.on_policy_accuracy if group.on_policy_accuracy is not None else mine.accuracy for group, mine in own
-    ]
-    eligible = [mine for accuracy, (_, mine) in zip(accuracies, own, strict=True) if accuracy <= max_accuracy]
+    return group.on_policy.accuracy if group.on_policy_accuracy is None else group.on_policy_accuracy
+
+
+def _add_up(groups: tuple[Group, ...], max_accuracy: float) -> StepTotals:
+    own = [(_on_policy_accuracy(group), group.on_policy) for group in groups]
+    eligible = [mine for accuracy, mine in own if accuracy <= max_accuracy]
     return StepTotals(
         steps=1,
         groups=len(groups),

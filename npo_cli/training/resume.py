@@ -31,7 +31,7 @@ from npo_cli.storage.checkpoints import (
 )
 from npo_cli.storage.costs import append_fork_cost
 from npo_cli.storage.files import damaged_file_error
-from npo_cli.storage.guide_cache import format_source_option, load_guide
+from npo_cli.storage.guide_cache import format_source_option, load_guide, read_cache_info
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import (
     append_segment,
@@ -98,6 +98,7 @@ def resume_run(
             charge_startup(run, branch=start.branch, step=state.step)
             yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
             yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(session.task.train)))
+            yield from gate_warnings(run, start)
             yield from engine_warnings(session)
             trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
             yield from grpo_steps(trainer, state, stop, until=until)
@@ -233,6 +234,19 @@ def check_guide_logprobs(session: Session, info: GuideCacheInfo) -> None:
     """Refuse an importance ratio that needs log-probabilities of a guide without any."""
     ratio = session.recipe.guide.inject.ratio
     check_ratio_available(ratio, has_logprobs=info.has_logps, guide=f"guide {info.name!r}")
+
+
+def gate_warnings(run: RunDir, start: ResumePoint) -> Iterator[Notice]:
+    """Warn of a guide that was sampled for a lower gate: it lacks prompts of groups that are now injected into."""
+    if start.segment.guide_cache is None:
+        return
+    info, gate = read_cache_info(run.guide_folder(start.segment.guide_cache)), start.recipe.guide.inject.max_accuracy
+    if info.max_accuracy is not None and info.max_accuracy < gate:
+        yield Notice(
+            message=f"guide {info.name} was only sampled on prompts with a recorded accuracy <= {info.max_accuracy}, "
+            f"but guide.inject.max_accuracy is {gate}: sample it again with guide.inject.max_accuracy={gate}",
+            level="warning",
+        )
 
 
 def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> None:

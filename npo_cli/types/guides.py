@@ -25,7 +25,7 @@ class GuideCacheInfo:
     branch: str
     """Branch of the learner; a checkpoint that is the guide is found on the same line of descent."""
     learner_step: int
-    """Step of the learner; the cache covers prompts visited in steps (learner_step, learner_step + num_steps]."""
+    """Step of the learner; the cache is for prompts visited in steps (learner_step, learner_step + num_steps]."""
     source: SourceSpec
     """Provenance: the guide source with all its options."""
     guide_step: int | None
@@ -35,7 +35,7 @@ class GuideCacheInfo:
     num_steps: int
     tokenizer_digest: str
     sampling: str
-    """samples_per_prompt, samples_per_round and select of guide.cache, such as `8 by 2, random`."""
+    """samples_per_prompt, samples_per_round and select of guide.cache, such as `8 by 1, random`."""
     num_prompts: int
     """Distinct prompts sampled."""
     num_prompts_with_rollouts: int
@@ -52,6 +52,8 @@ class GuideCacheInfo:
     """Tokens of rollouts that were not generated here (a file of traces)."""
     guide_training_tokens: int = 0
     """Tokens that training the guide had cost in another run."""
+    max_accuracy: float | None = None
+    """guide.inject.max_accuracy by which prompts were selected from the record; None: prompts of any accuracy."""
     older_step: int | None = None
     """Of an extrapolated guide the step of its older copy."""
 

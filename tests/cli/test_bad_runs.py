@@ -313,7 +313,9 @@ def test_guide_cache_of_more_than_an_epoch_samples_each_prompt_once(circle, tmp_
         10**12,
         "--name",
         "long",
+        "guide.cache.prompts=all",
         "guide.cache.samples_per_prompt=1",
+        "guide.cache.min_yield=0",
     )
     result = npo("sample-guide", run, *steps, "--json")
     assert json.loads(result.out)["num_prompts"] == 16

@@ -93,7 +93,8 @@ def test_calibrate_prints_paired_gains_and_rules(calibrated):
 def test_replay_is_the_branch_that_resume_makes(line, calibrated, tmp_path):
     """The branch's name enters the sampling seeds: one named like the replay's seed is the replay, prompt by prompt."""
     root = copy_run(line, tmp_path / "run")
-    sample(root, "guide.replay.num_steps=4", source="4", at=2, name="near")
+    defaults = ("guide.cache.prompts=failed", "guide.cache.samples_per_round=1", "guide.cache.min_yield=0.05")
+    sample(root, "guide.replay.num_steps=4", *defaults, source="4", at=2, name="near")
     replays = {
         guide and guide.partition("-")[0]: one for (guide, seed), one in replays_of(calibrated).items() if seed == 1
     }

@@ -27,7 +27,7 @@ def test_method_plan_of_npo_early_and_late_is_five_commands(tmp_path):
         "guide.replay.at_step=2",
         "guide.replay.guide_step=4",
         "autonpo.early.scout_steps=3",
-        "autonpo.early.replay_steps=2",
+        "autonpo.early.replay_steps=4",
     )
     found = build_commands(here)
     assert as_typed(found, tmp_path) == [

@@ -16,6 +16,7 @@ from npo_cli.guides.source import (
     ReplayTarget,
     compute_logprobs,
     create_source,
+    is_yield_low,
     parse_spec,
 )
 from npo_cli.policy.logprobs import TokenRow
@@ -27,7 +28,7 @@ from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Rollout
 from tests.helpers.guide_trajectories import correct_trajectory, override_settings
-from tests.helpers.runs import copy_run, file_digests, open_session_at, sample, train, trajectories
+from tests.helpers.runs import WHOLE_REPLAY, copy_run, file_digests, open_session_at, sample, train, trajectories
 
 
 def open_checkpoint_source(session: Session) -> GuideSource:
@@ -112,7 +113,7 @@ def test_guide_cache_resumed_after_a_kill_is_the_same(scout, tmp_path, monkeypat
     for root in (straight, broken):
         shutil.rmtree(root / "guides")
     sample(straight)
-    records = build_guide_cache(broken, spec=parse_spec("4"), at=2, name="near")
+    records = build_guide_cache(broken, spec=parse_spec("4"), at=2, name="near", overrides=WHOLE_REPLAY)
     for _ in range(3):  # two chunks of three are done when the third is announced
         next(records)
     records.close()
@@ -124,6 +125,87 @@ def test_guide_cache_resumed_after_a_kill_is_the_same(scout, tmp_path, monkeypat
     assert (
         file_digests(broken)["branches/main/rollouts.jsonl"] == file_digests(straight)["branches/main/rollouts.jsonl"]
     )
+
+
+# Which prompts are sampled, and when sampling ends
+
+HOPELESS = ("guide.cache.temperature=50", "guide.cache.min_yield=0.05")
+"""Random tokens: no response is correct."""
+
+
+def test_guide_is_sampled_on_prompts_that_failed_on_record_or_have_no_record(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    info = sample(root, "guide.cache.prompts=failed", name="failed", steps=3)  # steps 3 and 4 are recorded, 5 is not
+    log = RolloutLog(open_run(root).rollouts_path("main"))
+    recorded = {group.prompt.prompt_id: group.accuracy for step in (3, 4) for group in log.read_step(step)}
+    prompt_ids = [prompt.prompt_id for prompt in open_session_at(root, 4).prompts_between(8, 20)]
+    expected = [prompt_id for prompt_id in prompt_ids if recorded.get(prompt_id, 0) <= 0.6]
+    assert set(recorded) - set(expected)
+    assert set(expected) - set(recorded)
+    assert list(read_guide_prompts(open_run(root).guide_folder("failed"))) == expected
+    assert (info.num_steps, info.num_prompts, info.max_accuracy) == (3, len(expected), 0.6)
+
+
+def test_guide_covers_a_fraction_of_the_steps_up_to_it_or_the_steps_asked_for(scout):
+    def num_steps(spec: str, *overrides: str, steps: int | None = None) -> int:
+        learner = find_learner(open_run(scout), at=0, branch=None, overrides=("guide.cache.coverage=0.6", *overrides))
+        return create_source(
+            parse_spec(spec), ReplayTarget(run=open_run(scout), learner=learner, steps=steps)
+        ).num_steps
+
+    assert num_steps("4") == 3  # ceil(0.6 x 4)
+    assert num_steps("4", steps=4) == num_steps("4", "guide.replay.num_steps=4") == 4
+    assert num_steps("self") == 4, "a source that is not ahead covers the rest of the run"
+
+
+def test_hopeless_guide_ends_its_rounds_and_then_the_cache(scout, tmp_path, monkeypatch):
+    """8 prompts at a time in rounds of 2: 16, then 32 samples without a success are enough."""
+    monkeypatch.setattr(guide_cache, "CHUNK_PROMPTS", 8)
+    straight, broken = (copy_run(scout, tmp_path / name) for name in ("straight", "broken"))
+    arguments = {"spec": parse_spec("4"), "at": 0, "name": "bad", "overrides": (*WHOLE_REPLAY, *HOPELESS)}
+    *_, warning, info = build_guide_cache(straight, **arguments)
+    assert (info.num_prompts, info.num_samples, info.num_prompts_with_rollouts) == (8, 32, 0)
+    assert (warning.level, "8 of 16 prompts" in warning.message) == ("warning", True)
+    killed = build_guide_cache(broken, **arguments)
+    while not (broken / "guides/bad/rollouts.jsonl").exists():
+        next(killed)
+    killed.close()
+    assert list(build_guide_cache(broken, **arguments))[-1] == info
+    assert file_digests(broken)["guides/bad/rollouts.jsonl"] == file_digests(straight)["guides/bad/rollouts.jsonl"]
+
+
+def test_rounds_end_below_the_least_yield():
+    """Rounds of (samples, correct ones), judged by the last ones with 32 samples."""
+    assert not is_yield_low([(31, 0)], 0.05)
+    assert is_yield_low([(32, 1)], 0.05)  # 0.031
+    assert not is_yield_low([(40, 2)], 0.05)  # 0.05
+    assert is_yield_low([(64, 50), (20, 1), (16, 0)], 0.05)  # 1 of 36
+    assert not is_yield_low([(64, 50), (20, 1)], 0.05)  # 51 of 84
+    assert not is_yield_low([(1000, 0)], 0)
+
+
+def test_recorded_successes_are_reused_with_the_step_and_logprobs_of_their_policy(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    sample(root, "guide.cache.reuse_steps=2", name="reused")
+    log = RolloutLog(open_run(root).rollouts_path("main"))
+    recorded = {
+        (rollout.prompt_id, rollout.response_ids): (rollout.sampler_step, rollout.behavior_logps)
+        for step in (3, 4)
+        for group in log.read_step(step)
+        for rollout in group.rollouts
+        if rollout.is_correct
+    }
+    solved = {prompt_id for prompt_id, _ in recorded}
+    kept = trajectories(root, "reused")
+    assert solved < kept.keys()
+    for prompt_id, rollout in kept.items():
+        assert rollout.source == "guide"
+        if prompt_id in solved:
+            assert recorded[prompt_id, rollout.response_ids] == (rollout.sampler_step, rollout.behavior_logps)
+        else:
+            assert rollout == trajectories(root)[prompt_id], "sampled from step 4 as without the record"
+    samples = read_guide_prompts(open_run(root).guide_folder("reused"))
+    assert {prompt_id for prompt_id, one in samples.items() if one.num_tokens == 0} == solved
 
 
 # Selection among several correct responses

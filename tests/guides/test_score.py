@@ -205,17 +205,16 @@ def test_score_rule_one_se_selects_the_nearest_within_one_standard_error(straigh
 
 
 def test_score_forecasts_from_what_the_run_recorded(straight):
-    """Value = steps saved / price, from the groups of the steps between learner and candidate."""
+    """Value = steps saved / price, from the groups of the steps in which the guide would be used."""
     root = straight["all pairs"]
     (entry,) = [one for one in saved_scores(root) if one["step"] == 2]
     log = RolloutLog(open_run(root).rollouts_path("main"))
-    groups = [group for step in (1, 2) for group in log.read_step(step)]
-    # every group is eligible, 4 a step; 2 steps are replayed
-    num_correct, num_tokens = (sum(getattr(one, name) for one in groups) for name in ("num_correct", "num_tokens"))
-    saved = 2 * 4 * max(0.0, entry["quality_net"]) / (max(1, num_correct) / 2)
+    # every group is eligible, 4 a step; the guide is used in the first half of 2 steps
+    groups = log.read_step(1)
+    num_correct, tokens_per_step = (sum(getattr(one, name) for one in groups) for name in ("num_correct", "num_tokens"))
+    saved = 1 * 4 * max(0.0, entry["quality_net"]) / max(1, num_correct)
     assert entry["steps_saved"] == pytest.approx(saved)
     scoring = sum(rollout.num_tokens for found in store_of(root).read().values() for rollout in found.rollouts)
-    tokens_per_step = num_tokens / 2
     # 2 steps are thrown away; the guide's tokens are at least one sample per prompt
     assert entry["price"] > 2 + scoring / tokens_per_step
     assert entry["value"] == pytest.approx(entry["steps_saved"] / entry["price"])

@@ -27,6 +27,11 @@ TINY = (
     *("task.pool_size=16", "task.heldout_size=4", "eval.every=0", "model.threads=1"),
 )
 """A step of this takes about 50 ms. Its pool is seen once in 4 steps."""
+WHOLE_REPLAY = (
+    *("guide.cache.prompts=all", "guide.cache.coverage=1", "guide.cache.min_yield=0"),
+    "guide.cache.samples_per_round=2",
+)
+"""A guide on every prompt that the replay visits, so that a small run has enough of them."""
 LORA = ("model.lora.rank=4", "train.lr=1e-3")
 
 
@@ -49,9 +54,10 @@ def start_resume(root: Path, *overrides: str, **options: Any) -> Any:
 
 
 def sample(root: Path, *overrides: str, source: str = "4", **options: Any) -> GuideCacheInfo:
-    """A guide cache of the source with this SPEC."""
+    """A guide cache of the source with this SPEC, of all prompts of the replay if no override says otherwise."""
     options = {"at": 2, "name": "near"} | options
-    return list(build_guide_cache(root, spec=parse_spec(source), overrides=overrides, **options))[-1]
+    spec, settings = parse_spec(source), (*WHOLE_REPLAY, *overrides)
+    return list(build_guide_cache(root, spec=spec, overrides=settings, **options))[-1]
 
 
 def score(root: Path, *overrides: str, sources: Iterable[str | int] = (), **options: Any) -> list[CandidateScore]:

@@ -272,6 +272,7 @@ SEGMENT = ReplaySegment(
     num_steps=20,
     lost_steps=20,
     num_prompts=100,
+    samples_all=True,
     eligible_share=0.5,
     eligible_per_step=8.0,
     correct_per_step=4.0,
@@ -296,6 +297,8 @@ def test_value_is_steps_saved_over_price_by_hand():
     # draws: 8 where never solved, 2 (1 + 1/4 + 1/16 + 1/64) = 2.65625 where half are; other prompts 2; 10 tokens each
     draws = 50 * (8 + 2.65625) / 2 + 50 * 2
     assert score.price == pytest.approx(20 + (10 * draws + 3000) / 1000)
+    (failed_only,) = rank(LEARNER, [replace(guide, segment=replace(guide.segment, samples_all=False))])
+    assert failed_only.price == pytest.approx(score.price - 10 * 50 * 2 / 1000)
     assert score.value == pytest.approx(score.steps_saved / score.price)
     # the interval is that of Q_net
     assert score.value_low / score.value == pytest.approx(score.quality_net_low / 0.5)

@@ -1,5 +1,6 @@
 """Rolling back: the state of that step, the same prompts with other samples, and nothing that existed is touched."""
 
+import itertools
 import json
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import restore_state
 from npo_cli.training.resume import fork
 from npo_cli.training.train import train_run
+from npo_cli.types.rollouts import Notice
 from tests.helpers.runs import (
     copy_run,
     file_digests,
@@ -176,3 +178,13 @@ def test_replay_of_a_replay_uses_checkpoints_of_its_own_branch(replayed, tmp_pat
 def test_train_refuses_a_used_directory(scout):
     with pytest.raises(NpoError, match="already holds a run"):
         next(train_run(scout, tiny_recipe()))
+
+
+def test_resume_warns_of_a_guide_that_was_sampled_for_a_lower_gate(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    sample(root, "guide.cache.prompts=failed", name="failed")
+    for gate, num_warnings in ((0.6, 0), (0.8, 1)):
+        records = start_resume(root, f"guide.inject.max_accuracy={gate}", at=2, guide="failed")
+        found = list(itertools.takewhile(lambda record: isinstance(record, Notice), records))
+        records.close()
+        assert sum("sample it again with guide.inject.max_accuracy=0.8" in one.message for one in found) == num_warnings

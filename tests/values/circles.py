@@ -58,6 +58,13 @@ EXGRPO = TINY | {
     "kind of task": "any addition",
     "learning rate": 1e-4,
 }
+WHOLE_REPLAY = {
+    "guided prompts": "all",
+    "guided part of the replay": 1,
+    "guide samples per round": 2,
+    "least yield": 0,
+}
+"""A guide on every prompt that the replay visits, so that a small run has enough of them."""
 SCORING = EVERY_GROUP | {"score samples": 4, "score resamples": 50}
 
 
@@ -93,6 +100,7 @@ class Place:
 
     def sample_guide(self, *, guide_step: int, at: int, settings: Mapping[str, object] | None = None) -> None:
         """Ask the checkpoint `guide_step` what the replay from `at` will visit; kept as the guide `near`."""
+        settings = WHOLE_REPLAY if settings is None else settings
         self.do("sample a guide", settings, guide_step=guide_step, at=at, name="near")
 
 
@@ -115,7 +123,7 @@ def _train(place: Place) -> dict[str, Any]:
 @circle("fork-exact")
 def _fork_exact(place: Place) -> dict[str, Any]:
     place.copy_trained()
-    place.sample_guide(guide_step=8, at=4)
+    place.sample_guide(guide_step=8, at=4, settings={})
     place.fork("near", at=4, settings=EVERY_GROUP | {"importance ratio": "exact"})
     compared = reading.read_printed(place.do("compare", branch="near"))
     guide = reading.read_guide(place.run_dir, "near")

@@ -14,6 +14,7 @@ from npo_cli.guides.source import (
     ReplayTarget,
     compute_logprobs,
     compute_mean_logprobs,
+    filter_correct,
     make_spec,
     responses_per_prompt,
     sample_in_rounds,
@@ -73,8 +74,13 @@ class LineCheckpoint(GuideSource):
         return sample_in_rounds(settings, prompts, draw, prior_rollouts=self.prior_rollouts)
 
     def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
-        """From the trainer's forward pass with the guide's weights."""
-        return [*compute_logprobs(self.session, pairs, temperature=self.session.recipe.guide.cache.temperature)]
+        """From the trainer's forward pass with the guide's weights; of recorded responses as recorded."""
+        sampled = [pair for pair in pairs if pair[1].sampler_step == self.guide_step]
+        temperature = self.session.recipe.guide.cache.temperature
+        logps = iter(compute_logprobs(self.session, sampled, temperature=temperature))
+        return [
+            next(logps) if rollout.sampler_step == self.guide_step else rollout.behavior_logps for _, rollout in pairs
+        ]
 
     def learner_logprob(self, pairs: Pairs) -> list[float]:
         """Under the learner, whose weights are loaded for this pass."""
@@ -126,6 +132,24 @@ class CheckpointSource(LineCheckpoint):
     def default_label(self) -> str:
         """The step."""
         return str(self.guide_step)
+
+    def reuse_recorded(self, prompts: Sequence[Prompt]) -> None:
+        """Take the correct responses of the last guide.cache.reuse_steps steps up to the guide as first samples."""
+        from npo_cli.guides.sources.own_history import read_own_rollouts
+
+        num_steps = self.session.recipe.guide.cache.reuse_steps
+        if not num_steps:
+            return
+        wanted = {prompt.prompt_id for prompt in prompts}
+        found = read_own_rollouts(
+            self.target.run,
+            self.target.learner.branch,
+            after=self.guide_step - num_steps,
+            at=self.guide_step,
+            prompt_ids=wanted,
+            source="guide",
+        )
+        self.prior_rollouts = {prompt_id: filter_correct(rollouts) for prompt_id, rollouts in found.items()}
 
 
 class SelfSource(LineCheckpoint):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.source import GuideSource, PromptResponses, dedupe_rollouts, filter_correct
@@ -51,18 +51,26 @@ class OwnHistorySource(GuideSource):
         return [dedupe_rollouts(prompt, self.rollouts.get(prompt.prompt_id, ())) for prompt in prompts]
 
 
-def read_own_rollouts(run: RunDir, branch: str, *, at: int, prompt_ids: set[str]) -> dict[str, list[Rollout]]:
-    """On-policy rollouts of the line in steps (0, at] by prompt id, newest first, with source `past`."""
+def read_own_rollouts(
+    run: RunDir,
+    branch: str,
+    *,
+    after: int = 0,
+    at: int,
+    prompt_ids: set[str],
+    source: Literal["past", "guide"] = "past",
+) -> dict[str, list[Rollout]]:
+    """On-policy rollouts of the line in steps (after, at] by prompt id, newest first, marked as of `source`."""
     from npo_cli.storage.lineage import ancestry
     from npo_cli.storage.rollout_log import RolloutLog
 
     found: dict[str, list[Rollout]] = {}
     for span in reversed(ancestry(run, branch)):
         log = RolloutLog(run.rollouts_path(span.branch))
-        steps = [step for step in log.steps() if span.contains(step) and step <= at]
+        steps = [step for step in log.steps() if span.contains(step) and after < step <= at]
         for step in sorted(steps, reverse=True):
             for group in log.read_step(step) or ():
                 if group.prompt.prompt_id in prompt_ids:
-                    own = [replace(rollout, source="past") for rollout in group.rollouts if not rollout.is_off_policy]
+                    own = [replace(rollout, source=source) for rollout in group.rollouts if not rollout.is_off_policy]
                     found.setdefault(group.prompt.prompt_id, []).extend(own)
     return found
