@@ -270,7 +270,7 @@ def test_compare_writes_into_no_run(seeds, tmp_path):
     assert file_digests(seeds) == before
     # a header and a line a point
     assert len((tmp_path / "new" / "p.csv").read_text().splitlines()) == 1 + len(found[SeedPoint])
-    assert {"all tokens generated", "2 seeds a method; band: 95 % over seeds and prompts"} <= set(
+    assert {"generated tokens, all costs", "2 seeds a method; band: 95 % over seeds and prompts"} <= set(
         re.findall(r"<!-- (.*) -->", (tmp_path / "c.svg").read_text())
     )
 
