@@ -18,16 +18,14 @@ from npo_cli.autonpo.controller import (
     ReplayTested,
     RollbackDone,
 )
-from npo_cli.autonpo.probe import find_rollback_candidates, run_probe, start_probe
-from npo_cli.autonpo.rollback_choice import stratify_failed_prompts
+from npo_cli.autonpo.probe import find_rollback_candidates, run_probe, select_failed_prompts, start_probe
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides.build_cache import fill_cache, new_cache_info
 from npo_cli.guides.source import ReplayTarget, filter_correct, make_spec
 from npo_cli.guides.sources.checkpoint import CheckpointSource
-from npo_cli.policy.optimizer import read_trainer_state
 from npo_cli.scoring.quality import cluster_interval
 from npo_cli.seeds import derive_seed
-from npo_cli.session.learner import Learner, find_data_position
+from npo_cli.session.learner import Learner
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint
@@ -42,11 +40,11 @@ from npo_cli.storage.guide_cache import (
 )
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import find_first_segment, list_branches
-from npo_cli.training.checkpointing import TRAINING_STATE_FOLDER, require_training_state
+from npo_cli.training.checkpointing import require_training_state
 from npo_cli.training.resume import ResumePoint, record_start
 from npo_cli.types.autonpo import AutoNPOState
 from npo_cli.types.guides import GuideCacheInfo
-from npo_cli.types.rollouts import Group, Progress, Prompt, Rollout, Segment
+from npo_cli.types.rollouts import Group, Progress, Rollout, Segment
 
 EARLY_GUIDE_NAME = "early"
 NUM_TEST_RESAMPLES = 2000
@@ -73,10 +71,10 @@ def perform_probe(
         current = require_full_checkpoint(session.run, state.branch, state.step)
     except NpoError as error:
         return PrerequisiteMissing(reason=error.message)
-    probe = start_probe(session, state.branch, current)
+    probe = start_probe(session, state, current)
     if not find_rollback_candidates(probe):
         return PrerequisiteMissing(
-            reason=f"no full checkpoint at any of autonpo.rollback.distances before step {state.step}"
+            reason=f"no full checkpoint {' or '.join(map(str, probe.distances))} steps before step {state.step}"
         )
     return ProbeFinished(result=(yield from run_probe(probe)))
 
@@ -95,7 +93,7 @@ def perform_guide_build(
     except NpoError as error:
         return PrerequisiteMissing(reason=error.message)
     prompts = select_failed_prompts(session, state, current)
-    probe_rollouts = {} if state.is_early else read_probe_rollouts(session, state, current)
+    probe_rollouts = read_probe_rollouts(session, state, current)
     num_steps = autonpo.early.replay_steps if state.is_early else state.step - to_step
     target = ReplayTarget(
         run=run, learner=Learner(recipe=session.recipe, branch=state.branch, checkpoint=learner), steps=num_steps
@@ -136,26 +134,9 @@ def rollback_target(state: AutoNPOState) -> int:
     return state.step - state.distance
 
 
-def select_failed_prompts(session: Session, state: AutoNPOState, current: Checkpoint) -> tuple[Prompt, ...]:
-    """Prompts that failed in the last `distance` steps, in the order in which the replay visits them."""
-    to_step = rollback_target(state)
-    pool = read_trainer_state(current.path / TRAINING_STATE_FOLDER).failed_prompts
-    (segment,) = stratify_failed_prompts(
-        pool,
-        step=state.step,
-        distances=[state.step - to_step],
-        max_accuracy=session.recipe.autonpo.pool.max_accuracy,
-    )
-    failed = set(segment.prompt_ids)
-    num_steps = session.recipe.autonpo.early.replay_steps if state.is_early else state.step - to_step
-    first = find_data_position(session.run, state.branch, to_step)
-    last = find_data_position(session.run, state.branch, to_step + num_steps)
-    return tuple(prompt for prompt in session.prompts_between(first, last) if prompt.prompt_id in failed)
-
-
 def read_probe_rollouts(session: Session, state: AutoNPOState, current: Checkpoint) -> ProbeRollouts:
     """Everything that the probe of the current policy sampled."""
-    store = start_probe(session, state.branch, current).store
+    store = start_probe(session, state, current).store
     return {prompt_id: samples.rollouts for prompt_id, samples in store.read_prompts().items()}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from npo_cli.config.autonpo import AutonpoSettings
 from npo_cli.types.autonpo import (
+    REJECTIONS,
     AutoNPOState,
     Phase,
     ProbeResult,
@@ -170,9 +171,17 @@ class _Advance:
         self.record(name, evidence, **{**cleared, **changes})
 
     def start_cooldown(self, name: TransitionName, evidence: Mapping[str, Any], **changes: Any) -> None:
-        """Any end of an intervention: after one at step t, step t + cooldown_steps + 1 is the first to count again."""
-        until = self.state.step + self.settings.trigger.cooldown_steps
-        self.record(name, evidence, phase="COOLDOWN", until_step=until, distance=None, is_early=False, **changes)
+        """Any end of an intervention: after one at step t, step t + cooldown + 1 is the first to count again.
+
+        The n-th rejection in a row has a cooldown of 2^(n-1) cooldown_steps; a replay that lasts ends the row.
+        """
+        is_rejection, lasts = name in REJECTIONS and name != "prerequisite_missing", name.startswith("replay_")
+        before = self.state.num_rejections
+        rejections = before + 1 if is_rejection else 0 if lasts else before
+        doublings = before if is_rejection else 0
+        until = self.state.step + self.settings.trigger.cooldown_steps * 2**doublings
+        ended = {"until_step": until, "distance": None, "is_early": False, "num_rejections": rejections}
+        self.record(name, evidence, phase="COOLDOWN", **ended, **changes)
 
     def observe_step(self, event: StepObserved) -> None:
         self.require_phase(*TRAINING_PHASES)
@@ -210,7 +219,7 @@ class _Advance:
         if early.enabled and untouched and self.state.step == early.scout_steps:
             distance = early.scout_steps
             changes = {"distance": distance, "is_early": True, "has_tried_early": True}
-            self.leave_train("early_bootstrap", {"distance": distance}, phase="GUIDE_GEN", **changes)
+            self.leave_train("early_bootstrap", {"distance": distance}, phase="PROBE", **changes)
             return
         if self.state.step <= self.settings.trigger.warmup_steps:
             return

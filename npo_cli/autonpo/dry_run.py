@@ -145,6 +145,9 @@ def assume_event(state: AutoNPOState, observed: StepObserved, record: RecordedRu
     step = observed.reading.step
     distances = find_reachable_distances(record, step)
     match state.phase:
+        case "PROBE" if state.is_early:
+            scout = ProbeResult(is_accepted=True, reason="", distance=state.distance, strata=(), scores=())
+            return ProbeFinished(result=scout)
         case "PROBE" if not distances:
             return PrerequisiteMissing(
                 reason=f"no distance of autonpo.rollback.distances leads from step {step} to a checkpoint"

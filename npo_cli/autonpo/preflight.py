@@ -102,7 +102,7 @@ def validate_pool_and_probe(recipe: Recipe) -> None:
             "a guide for such a prompt would never be injected",
             f"autonpo.pool.max_accuracy={inject.max_accuracy:g} or less",
         )
-    if autonpo.probe.min_quality >= 1:
+    if (autonpo.probe.min_quality or 0.0) >= 1:
         raise NpoError(
             "autonpo.probe.min_quality is 1: the lower bound of a pass rate never reaches 1",
             "autonpo.probe.min_quality=0.1",
@@ -112,11 +112,6 @@ def validate_pool_and_probe(recipe: Recipe) -> None:
             "autonpo.rollback.data is onward: AutoNPO's guides are for the prompts of the replayed segment, "
             "and such a replay does not visit them",
             "autonpo.rollback.data=same",
-        )
-    if recipe.scoring.selection_rule == "value":
-        raise NpoError(
-            "scoring.selection_rule is value, which forecasts the replay of a guide candidate; AutoNPO has no forecast",
-            "scoring.selection_rule=argmax or one_se",
         )
     if autonpo.probe.variance_samples == "learner" and recipe.scoring.variance not in BIDIRECTIONAL_KINDS:
         raise NpoError(

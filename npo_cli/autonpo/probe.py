@@ -1,7 +1,8 @@
-"""PROBE: sample failed prompts again from the current policy, and estimate Q, V and S of every rollback distance.
+"""PROBE: sample failed prompts again from the current policy, until one rollback distance is accepted or none can be.
 
-Rollouts are written chunk by chunk, so a killed probe continues where it stopped. Only the sampling is random, with
-seeds from (run seed, branch, step, prompt, slot).
+A pool that no distance could pass is rejected before anything is sampled. Rollouts are written chunk by chunk, so a
+killed probe continues where it stopped, and its looks decide as before. Only the sampling is random, with seeds from
+(run seed, branch, step, prompt, slot).
 """
 
 import time
@@ -14,14 +15,20 @@ from npo_cli.autonpo.rollback_choice import (
     Stratum,
     allocate_probe_prompts,
     choose_rollback,
+    count_failed_prompts,
+    reject_small_pool,
     stratify_failed_prompts,
 )
+from npo_cli.autonpo.sequential_test import plan_looks
 from npo_cli.guides.source import compute_logprobs, make_spec
 from npo_cli.policy.optimizer import read_trainer_state
+from npo_cli.scoring.forecast import ReplaySegment
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.variance import SampleRatio, SignalFormula
 from npo_cli.seeds import derive_seed
+from npo_cli.session.learner import find_data_position
 from npo_cli.session.logprob_pass import compute_learner_ratios
+from npo_cli.session.recorded_steps import RecordedSteps
 from npo_cli.session.session import Session, count_generated_tokens, load_checkpoint, sample_groups
 from npo_cli.storage.checkpoints import Checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.costs import append_cost
@@ -29,8 +36,8 @@ from npo_cli.storage.lineage import find_owning_branch
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import SampleStore, open_sample_store
 from npo_cli.training.checkpointing import TRAINING_STATE_FOLDER
-from npo_cli.types.autonpo import ProbeResult
-from npo_cli.types.rollouts import Group, Progress
+from npo_cli.types.autonpo import AutoNPOState, FailedPrompt, ProbeResult
+from npo_cli.types.rollouts import Group, Progress, Prompt
 
 CHUNK_PROMPTS = 32
 
@@ -43,62 +50,166 @@ class Probe:
     branch: str
     checkpoint: Checkpoint
     """The current policy, which would be the guide."""
-    store: SampleStore
     strata: tuple[Stratum, ...]
+    """Failed prompts by age; of an early bootstrap those that its replay visits."""
+    distances: tuple[int, ...]
+    """Usable ones, whether or not they have a checkpoint."""
+    num_steps: int | None
+    """Steps of the replay; None: as many as the distance."""
     seed: int
 
+    @property
+    def store(self) -> SampleStore:
+        """Created on first use."""
+        recipe = self.session.recipe
+        settings = {
+            "num_prompts": recipe.autonpo.probe.num_prompts,
+            "samples_per_prompt": recipe.autonpo.probe.samples_per_prompt,
+            "max_accuracy": recipe.autonpo.pool.max_accuracy,
+            "distances": list(self.distances),
+            "temperature": recipe.guide.cache.temperature or recipe.sampling.temperature,
+            "max_new_tokens": recipe.sampling.max_new_tokens,
+        }
+        return open_sample_store(self.session.run.probes_folder, self.branch, self.checkpoint.step, settings=settings)
 
-def start_probe(session: Session, branch: str, current: Checkpoint) -> Probe:
-    """The probe of this checkpoint, with the failed prompts saved in it, by age."""
+    def distance_to(self, checkpoint: Checkpoint) -> int:
+        """Steps back."""
+        return self.checkpoint.step - checkpoint.step
+
+
+def start_probe(session: Session, state: AutoNPOState, current: Checkpoint) -> Probe:
+    """The probe of this checkpoint, with the failed prompts saved in it, by age; nothing is written.
+
+    That of an early bootstrap has one distance, the scout's length, and one stratum: what the replay visits.
+    """
     recipe = session.recipe
-    settings = {
-        "num_prompts": recipe.autonpo.probe.num_prompts,
-        "samples_per_prompt": recipe.autonpo.probe.samples_per_prompt,
-        "max_accuracy": recipe.autonpo.pool.max_accuracy,
-        "distances": list(usable_distances(recipe)),
-        "temperature": recipe.guide.cache.temperature or recipe.sampling.temperature,
-        "max_new_tokens": recipe.sampling.max_new_tokens,
-    }
+    if state.is_early:
+        assert state.distance is not None, "an early bootstrap has its distance"
+        visited = dict.fromkeys(prompt.prompt_id for prompt in select_failed_prompts(session, state, current))
+        distances, num_steps = (state.distance,), recipe.autonpo.early.replay_steps
+        strata = (Stratum(min_age=0, max_age=state.distance, prompt_ids=tuple(visited)),)
+    else:
+        distances, num_steps = usable_distances(recipe), None
+        strata = stratify_failed_prompts(
+            read_failed_prompts(current),
+            step=current.step,
+            distances=distances,
+            max_accuracy=recipe.autonpo.pool.max_accuracy,
+        )
     return Probe(
         session=session,
-        branch=branch,
+        branch=state.branch,
         checkpoint=current,
-        store=open_sample_store(session.run.probes_folder, branch, current.step, settings=settings),
-        strata=stratify_failed_prompts(
-            read_trainer_state(current.path / TRAINING_STATE_FOLDER).failed_prompts,
-            step=current.step,
-            distances=usable_distances(recipe),
-            max_accuracy=recipe.autonpo.pool.max_accuracy,
-        ),
-        seed=derive_seed(recipe.train.seed, "probe", branch, current.step),
+        strata=strata,
+        distances=distances,
+        num_steps=num_steps,
+        seed=derive_seed(recipe.train.seed, "probe", state.branch, current.step),
     )
+
+
+def read_failed_prompts(checkpoint: Checkpoint) -> tuple[FailedPrompt, ...]:
+    """The pool saved with a checkpoint."""
+    return read_trainer_state(checkpoint.path / TRAINING_STATE_FOLDER).failed_prompts
+
+
+def select_failed_prompts(session: Session, state: AutoNPOState, current: Checkpoint) -> tuple[Prompt, ...]:
+    """Prompts that failed in the last `distance` steps, in the order in which the replay visits them."""
+    assert state.distance is not None, "a distance was chosen"
+    to_step = state.step - state.distance
+    (segment,) = stratify_failed_prompts(
+        read_failed_prompts(current),
+        step=state.step,
+        distances=[state.distance],
+        max_accuracy=session.recipe.autonpo.pool.max_accuracy,
+    )
+    failed = set(segment.prompt_ids)
+    num_steps = session.recipe.autonpo.early.replay_steps if state.is_early else state.distance
+    first = find_data_position(session.run, state.branch, to_step)
+    last = find_data_position(session.run, state.branch, to_step + num_steps)
+    return tuple(prompt for prompt in session.prompts_between(first, last) if prompt.prompt_id in failed)
 
 
 def run_probe(probe: Probe) -> Generator[Progress, None, ProbeResult]:
-    """Sample, estimate the drift of every stored checkpoint in both directions, choose a distance."""
+    """Sample a part, estimate the drift of the stored checkpoints from it, decide; until the test has an answer."""
     session, recipe = probe.session, probe.session.recipe
-    count = recipe.autonpo.probe.num_prompts
-    load_checkpoint(session.policy, probe.checkpoint)
-    groups = yield from sample_probe_groups(
-        probe, allocate_probe_prompts(probe.strata, num_prompts=count, seed=probe.seed)
-    )
-    drift_samples = yield from score_past_checkpoints(probe, groups)
-    return choose_rollback(
-        probe.strata,
-        count_passes(groups),
-        drift_samples,
-        formula=SignalFormula.of(recipe),
-        settings=recipe.autonpo,
-        seed=derive_seed(probe.seed, "bootstrap"),
-        num_tokens=count_generated_tokens(groups),
-    )
+    past = find_rollback_candidates(probe)
+    rejected = reject_small_pool(probe.strata, [probe.distance_to(each) for each in past], recipe.autonpo)
+    if rejected is not None:
+        return rejected
+    least = recipe.autonpo.rollback.min_failed_prompts
+    past = [each for each in past if count_failed_prompts(probe.strata, probe.distance_to(each)) >= least]
+    num_failed = sum(len(stratum.prompt_ids) for stratum in probe.strata)
+    segments = describe_segments(probe, [probe.distance_to(each) for each in past])
+    groups: list[Group] = []
+    forward: dict[int, list[SampleRatio]] = {each.step: [] for each in past}
+    backward: dict[int, list[SampleRatio]] = {}
+    for look in plan_looks(min(recipe.autonpo.probe.num_prompts, num_failed)):
+        load_checkpoint(session.policy, probe.checkpoint)
+        backward = backward or {each.step: score_recorded_rollouts(probe, each.step) for each in past}
+        chosen = allocate_probe_prompts(probe.strata, num_prompts=look.num_prompts, seed=probe.seed)
+        known = {group.prompt.prompt_id for group in groups}
+        new = [prompt_id for stratum in chosen for prompt_id in stratum if prompt_id not in known]
+        sampled = yield from sample_probe_groups(probe, new)
+        groups += sampled
+        ratios = yield from score_past_checkpoints(probe, past, sampled)
+        for step, own in ratios.items():
+            forward[step] += own
+        result = choose_rollback(
+            probe.strata,
+            count_passes(groups),
+            [
+                DriftSamples(distance=probe.distance_to(each), forward=forward[each.step], backward=backward[each.step])
+                for each in past[::-1]
+            ],
+            segments=segments,
+            formula=SignalFormula.of(recipe),
+            settings=recipe.autonpo,
+            seed=derive_seed(probe.seed, "bootstrap"),
+            num_tokens=count_generated_tokens(groups),
+            look=look,
+        )
+        if result.stop is not None:
+            return result
+    raise AssertionError("the last look ends the probe")
 
 
-def sample_probe_groups(probe: Probe, chosen: Sequence[Sequence[str]]) -> Generator[Progress, None, list[Group]]:
-    """Rollouts for the chosen prompts of all strata; a recorded chunk is read back."""
-    session, recipe, step = probe.session, probe.session.recipe, probe.checkpoint.step
-    prompts = [session.task.prompt(prompt_id) for stratum in chosen for prompt_id in stratum]
-    rollouts = {prompt_id: samples.rollouts for prompt_id, samples in probe.store.read_prompts().items()}
+def describe_segments(probe: Probe, distances: Sequence[int]) -> dict[int, ReplaySegment]:
+    """The replay of each distance, and what the run recorded of its steps; nothing for one without a record.
+
+    A guide is injected once for each failed prompt of the segment. A correct response is worth what those in groups
+    that pass the gate were worth, as in `npo score-checkpoints`.
+    """
+    recipe, step, found = probe.session.recipe, probe.checkpoint.step, {}
+    inject, cache = recipe.guide.inject, recipe.guide.cache
+    recorded = RecordedSteps(run=probe.session.run, branch=probe.branch)
+    for distance in distances:
+        num_steps = probe.num_steps or distance
+        first = step - distance
+        totals = recorded.summarize(first, first + num_steps, inject.max_accuracy)
+        if totals is None:
+            continue
+        num_prompts = count_failed_prompts(probe.strata, distance)
+        found[distance] = ReplaySegment(
+            num_steps=num_steps,
+            lost_steps=distance,
+            num_prompts=num_prompts,
+            eligible_share=1.0,
+            eligible_per_step=num_prompts / num_steps,
+            correct_per_step=max(1, totals.correct_in_eligible) / totals.steps,
+            tokens_per_step=totals.tokens / totals.steps,
+            slots=inject.slots,
+            most_draws=cache.samples_per_prompt,
+            draws_per_round=cache.samples_per_prompt if cache.draws_all else cache.samples_per_round,
+            scoring_tokens=0,
+        )
+    return found
+
+
+def sample_probe_groups(probe: Probe, prompt_ids: Sequence[str]) -> Generator[Progress, None, list[Group]]:
+    """Rollouts for these prompts; a recorded chunk is read back."""
+    session, recipe, step, store = probe.session, probe.session.recipe, probe.checkpoint.step, probe.store
+    prompts = [session.task.prompt(prompt_id) for prompt_id in prompt_ids]
+    rollouts = {prompt_id: samples.rollouts for prompt_id, samples in store.read_prompts().items()}
     left = [prompt for prompt in prompts if prompt.prompt_id not in rollouts]
     for start in range(0, len(left), CHUNK_PROMPTS):
         yield Progress(description="probe failed prompts", done=len(prompts) - len(left) + start, total=len(prompts))
@@ -112,7 +223,7 @@ def sample_probe_groups(probe: Probe, chosen: Sequence[Sequence[str]]) -> Genera
             temperature=recipe.guide.cache.temperature,
         )
         charge_probe(probe, piece=left[start].prompt_id, tokens=count_generated_tokens(sampled), began=began)
-        probe.store.append(make_spec("checkpoint", {"step": step}).text, [group.samples for group in sampled])
+        store.append(make_spec("checkpoint", {"step": step}).text, [group.samples for group in sampled])
         rollouts |= {group.prompt.prompt_id: group.rollouts for group in sampled}
     yield Progress(description="probe failed prompts", done=len(prompts), total=len(prompts))
     return [Group(prompt=prompt, rollouts=rollouts[prompt.prompt_id]) for prompt in prompts]
@@ -144,37 +255,34 @@ def count_passes(groups: Sequence[Group]) -> list[PromptPassCount]:
     ]
 
 
-def score_past_checkpoints(probe: Probe, groups: Sequence[Group]) -> Generator[Progress, None, list[DriftSamples]]:
-    """Importance ratios in both directions for every usable distance; the current policy's weights are loaded."""
+def score_past_checkpoints(
+    probe: Probe, past: Sequence[Checkpoint], groups: Sequence[Group]
+) -> Generator[Progress, None, dict[int, list[SampleRatio]]]:
+    """Importance ratios of each past checkpoint, by its step, to the current policy, whose weights are loaded."""
     session, temperature = probe.session, probe.session.recipe.guide.cache.temperature
     pairs = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     began = time.perf_counter()
     logps = compute_logprobs(session, pairs, temperature=temperature)
-    step = probe.checkpoint.step
     samples = [
         (prompt, replace(rollout, behavior_logps=each)) for (prompt, rollout), each in zip(pairs, logps, strict=True)
     ]
-    past = find_rollback_candidates(probe)
-    backward = {checkpoint.step: score_recorded_rollouts(probe, checkpoint.step) for checkpoint in past}
-    drift_samples = []
+    forward = {}
     for done, checkpoint in enumerate(past):
         yield Progress(description="score past checkpoints", done=done, total=len(past), note=f"step {checkpoint.step}")
         load_checkpoint(session.policy, checkpoint)
-        distance = step - checkpoint.step
-        failed = find_failed_prompt_ids(probe, distance)
+        failed = find_failed_prompt_ids(probe, probe.distance_to(checkpoint))
         inside = [pair for pair in samples if pair[0].prompt_id in failed]
-        forward = compute_learner_ratios(
+        forward[checkpoint.step] = compute_learner_ratios(
             session.policy, session.recipe, inside, cap=SignalFormula.of(session.recipe).token_cap
         )
-        drift_samples.append(DriftSamples(distance=distance, forward=forward, backward=backward[checkpoint.step]))
     yield Progress(description="score past checkpoints", done=len(past), total=len(past))
-    charge_probe(probe, piece="logprobs", tokens=0, began=began)
-    return drift_samples[::-1]
+    charge_probe(probe, piece=f"logprobs {groups[0].prompt.prompt_id}", tokens=0, began=began)
+    return forward
 
 
 def find_rollback_candidates(probe: Probe) -> list[Checkpoint]:
     """Full checkpoints at the usable distances in the branch's ancestry, oldest first."""
-    steps = {probe.checkpoint.step - distance for distance in usable_distances(probe.session.recipe)}
+    steps = {probe.checkpoint.step - distance for distance in probe.distances}
     checkpoints = list_ancestry_checkpoints(probe.session.run, probe.branch)
     return [checkpoint for checkpoint in checkpoints if checkpoint.step in steps and checkpoint.tier == "full"]
 

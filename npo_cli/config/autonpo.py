@@ -33,7 +33,12 @@ class TriggerSettings(Settings):
         description="c_H: the entropy falls if it drops by at least this many standard errors over the window.",
     )
     warmup_steps: int = Field(40, ge=0, description="Steps before the first trigger.")
-    cooldown_steps: int = Field(40, ge=0, description="Steps without a trigger after a replay or a rejected probe.")
+    cooldown_steps: int = Field(
+        40,
+        ge=0,
+        description="Steps without a trigger after a replay or a rejection; doubled with each further rejection in a "
+        "row.",
+    )
 
 
 class PoolSettings(Settings):
@@ -52,9 +57,17 @@ class ProbeSettings(Settings):
 
     model_config = ConfigDict(json_schema_extra=FREE)
 
-    num_prompts: Count = Field(256, description="Failed prompts sampled again, stratified by age.")
+    num_prompts: Count = Field(
+        256,
+        description="Failed prompts sampled again, stratified by age; fewer if the test is decided after a quarter, a "
+        "half or three quarters of them.",
+    )
     samples_per_prompt: Count = Field(4, description="Responses per prompt.")
-    min_quality: Share = Field(0.1, description="Accept the probe if the lower confidence bound of Q is >= this.")
+    min_quality: Share | None = Field(
+        None,
+        description="Accept the probe if the lower confidence bound of Q is >= this (null: above 0 for Q net of the "
+        "old policy's second try; 0.1 for Q itself, with scoring.quality_baseline=none).",
+    )
     variance_samples: Literal["guide", "learner"] = Field(
         "guide",
         description="Samples that V is estimated from: `guide` (the current policy's responses, scored by each old "
@@ -71,6 +84,18 @@ class RollbackSettings(Settings):
         (10, 20, 30, 40, 50, 60, 70, 80),
         min_length=1,
         description="Candidate rollback distances in steps; only those that reach a checkpoint are used.",
+        json_schema_extra=FREE,
+    )
+    selection_rule: Literal["value", "argmax", "one_se"] = Field(
+        "value",
+        description="How the distance is chosen: most steps saved per cost (`value`), highest S (`argmax`, as "
+        "published), one standard error rule (`one_se`).",
+        json_schema_extra=FREE,
+    )
+    min_value: float = Field(
+        1.0,
+        ge=0,
+        description="Minimum forecast of steps saved per step of cost: a rollback below it is rejected (0: no limit).",
         json_schema_extra=FREE,
     )
     min_failed_prompts: Count = Field(

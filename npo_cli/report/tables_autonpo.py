@@ -109,7 +109,7 @@ def describe_evidence(transition: Transition) -> str:
     match transition.event:
         case "started":
             text = _describe_settings(evidence.get("settings") or {})
-        case "probe_accepted" if evidence.get("assumed"):
+        case "probe_accepted" if evidence.get("assumed") and not transition.state.is_early:
             text = f"assumed: D = {evidence.get('distance')}, the largest that reaches a checkpoint"
         case "rolled_back" if evidence.get("assumed"):
             text = f"assumed: to {_join_alternatives(evidence.get('to_steps', ()))}"

@@ -7,14 +7,13 @@ resample has the same prompts for all candidates, so that a prompt's difficulty 
 Axes: A candidates, P prompts, B bootstrap resamples (row 0 = the data as they are).
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from npo_cli.scoring.quality import Floats, Interval, percentile_interval, smooth_quality, wilson
+from npo_cli.scoring.quality import Floats, Interval, newcombe, percentile_interval, smooth_quality, wilson
 from npo_cli.scoring.variance import (
     HEAVY_TAILED,
     LARGEST_LOG,
@@ -156,22 +155,14 @@ class Candidate:
     def net_quality_interval(self) -> Interval:
         """95 % interval of Q - Q_self, paired: each resample has the same prompts for both.
 
-        Newcombe's interval (1998, square-and-add of Wilson's) where the difference is the same on every prompt.
+        Newcombe's interval where the difference is the same on every prompt.
         """
         if self.is_learner or self.self_values_P is None:
             return (0.0, 0.0) if self.is_learner else self.quality_interval()
         if self._has_spread(self.values_P - self.self_values_P):
             return percentile_interval(self.net_quality())
-        own = replace(self, values_P=self.self_values_P)
-        guide_rate, own_rate = float(self.quality()[0]), float(own.quality()[0])
-        num_prompts = int(self.covered_P.sum())
-        guide_low, guide_high = wilson(guide_rate * num_prompts, num_prompts)
-        own_low, own_high = wilson(own_rate * num_prompts, num_prompts)
-        net = guide_rate - own_rate
-        return (
-            net - math.hypot(guide_rate - guide_low, own_high - own_rate),
-            net + math.hypot(guide_high - guide_rate, own_rate - own_low),
-        )
+        rate, net = float(self.quality()[0]), float(self.net_quality()[0])
+        return newcombe(rate, min(1.0, rate - net), int(self.covered_P.sum()))
 
     def _has_spread(self, values_P: Floats) -> bool:
         """Whether resampling within strata can change the mean of these values."""
@@ -184,14 +175,18 @@ class Candidate:
 
     def numerator(self, formula: SignalFormula) -> Floats:
         """Q - Q_self of every resample, or Q if `scoring.quality_baseline` is none."""
-        return self.net_quality() if self._is_net(formula) else self.quality()
+        return self.net_quality() if self.is_net(formula) else self.quality()
+
+    def numerator_interval(self, formula: SignalFormula) -> Interval:
+        """Its 95 % interval."""
+        return self.net_quality_interval() if self.is_net(formula) else self.quality_interval()
 
     def combine(self, numerator_B: Floats, log_variance_B: Floats, formula: SignalFormula) -> Floats:
         """log S of every resample: log max(0, Q - Q_self) - alpha log V, or log Q~ - alpha log V; -inf where S = 0.
 
         Q~ = (M Q + 1/2)/(M + 1). "No guide" has the smallest positive S instead of 0, and wins against guides with 0.
         """
-        if self._is_net(formula):
+        if self.is_net(formula):
             with np.errstate(divide="ignore"):
                 log_quality_B = np.log(np.maximum(numerator_B, 0.0))
             log_quality_B = np.maximum(log_quality_B, -LARGEST_LOG) if self.is_learner else log_quality_B
@@ -204,7 +199,8 @@ class Candidate:
         """log S of every resample."""
         return self.combine(self.numerator(formula), self.log_variance(formula), formula)
 
-    def _is_net(self, formula: SignalFormula) -> bool:
+    def is_net(self, formula: SignalFormula) -> bool:
+        """Whether the learner's own second try is subtracted in S."""
         return formula.settings.quality_baseline == "learner" and self.self_values_P is not None
 
     def without_resamples(self) -> "Candidate":
@@ -350,23 +346,27 @@ def select_candidate(
     by_rule = {rule: choose(log_signal_BA, rule) for rule in SELECTION_RULES}
     if values is not None:
         by_rule["value"] = _largest_value(candidates, worthwhile, values)
-    profiles = {
-        "faithful": formula.with_variance("kl_exp", kl_scale=1.0, quality_baseline="none"),
-        "group2": formula.with_variance("group2"),
-        "calibrated": formula.with_variance("kl_exp"),
-        "seq_kl": formula.with_variance("seq2_lognormal"),
-    }
     data = [candidate.without_resamples() for candidate in candidates]
     by_kind = {kind: compare(candidates, formula.with_variance(kind)) for kind in VARIANCE_ESTIMATORS}
     return Selection(
         index=by_rule[formula.settings.selection_rule],
         p_best_A=tuple(p_best(log_signal_BA).tolist()),
-        by_profile={name: choose(compare(data, other)) for name, other in profiles.items()} | by_rule,
+        by_profile={name: choose(compare(data, other)) for name, other in profile_formulas(formula).items()} | by_rule,
         by_variance_kind={
             kind: (argmax(signals_BA, distances), tuple(p_best(signals_BA).tolist()))
             for kind, signals_BA in by_kind.items()
         },
     )
+
+
+def profile_formulas(formula: SignalFormula) -> dict[str, SignalFormula]:
+    """The formulas of S whose choice is reported beside the settings' own."""
+    return {
+        "faithful": formula.with_variance("kl_exp", kl_scale=1.0, quality_baseline="none"),
+        "group2": formula.with_variance("group2"),
+        "calibrated": formula.with_variance("kl_exp"),
+        "seq_kl": formula.with_variance("seq2_lognormal"),
+    }
 
 
 def _largest_value(candidates: Sequence[Candidate], worthwhile: Sequence[int], values: Sequence[float | None]) -> int:

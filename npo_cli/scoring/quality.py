@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
 Z_95 = 1.959964
-PERCENTILES_95 = (2.5, 97.5)
+TAIL_95 = 0.025
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,13 @@ def wilson(successes: float, trials: float, z: float = Z_95) -> Interval:
     return low, high
 
 
+def newcombe(rate: float, other: float, trials: float, z: float = Z_95) -> Interval:
+    """Interval of the difference of two rates of as many trials: square-and-add of Wilson's (Newcombe 1998)."""
+    (low, high), (other_low, other_high) = wilson(rate * trials, trials, z), wilson(other * trials, trials, z)
+    net = rate - other
+    return net - math.hypot(rate - low, other_high - other), net + math.hypot(high - rate, other - other_low)
+
+
 def jeffreys(successes: float, trials: float, level: float = 0.95) -> Interval:
     """Equal-tailed interval of Beta(c + 1/2, M - c + 1/2); its lower bound is 0 at c = 0, its upper 1 at c = M.
 
@@ -81,12 +88,12 @@ def bootstrap_counts(num_prompts: int, rng: np.random.Generator, resamples: int)
     return np.vstack([np.ones((1, num_prompts)), counts_BP])
 
 
-def percentile_interval(values_B: Floats) -> Interval:
-    """The 2.5 and 97.5 percentiles of rows 1.., extended to contain row 0, the estimate itself."""
+def percentile_interval(values_B: Floats, tail: float = TAIL_95) -> Interval:
+    """The percentiles 100 tail and 100 (1 - tail) of rows 1.., extended to contain row 0, the estimate itself."""
     estimate = float(values_B[0])
     if len(values_B) == 1:
         return estimate, estimate
-    low, high = np.percentile(values_B[1:], PERCENTILES_95)
+    low, high = np.quantile(values_B[1:], (tail, 1.0 - tail))
     return min(float(low), estimate), max(float(high), estimate)
 
 

@@ -23,6 +23,7 @@ TransitionName = Literal[
     "replay_accepted",
     "replay_rejected",
 ]
+ProbeStop = Literal["unsampled", "futility", "success", "complete"]
 REJECTIONS: tuple[TransitionName, ...] = ("prerequisite_missing", "probe_rejected", "guide_empty", "replay_rejected")
 """Transitions that end an intervention without a lasting replay."""
 
@@ -96,6 +97,20 @@ class RollbackScore:
     p_best: float
     """Share of paired resamples in which this distance has the largest S."""
     is_selected: bool
+    quality_self: float | None = None
+    """Pass rate of the old policy's own second try, from the current policy's samples by importance weighting."""
+    quality_net: float | None = None
+    """quality - quality_self, with the 95 % interval of the paired difference; None without importance weights."""
+    quality_net_low: float | None = None
+    quality_net_high: float | None = None
+    steps_saved: float | None = None
+    """Forecast of the replay; None where the run has no record of its steps."""
+    price: float | None = None
+    """Steps thrown away, guide tokens and the probe, in training steps."""
+    value: float | None = None
+    """steps_saved / price, with its 95 % interval."""
+    value_low: float | None = None
+    value_high: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,10 +125,20 @@ class ProbeResult:
     strata: tuple[StratumQuality, ...]
     scores: tuple[RollbackScore, ...]
     selection_by_profile: Mapping[str, int] = field(default_factory=dict)
-    """The distance that each profile and rule selects: faithful, group2, calibrated, seq_kl, one_se, argmax."""
+    """The distance that each profile and rule selects: faithful, group2, calibrated, seq_kl, one_se, argmax, value."""
     num_prompts: int = 0
     num_samples: int = 0
     num_tokens: int = 0
+    stop: ProbeStop | None = "complete"
+    """Why sampling ended; None: it goes on."""
+    level: float | None = None
+    """One-sided error of the bounds of `quality_split` at the last look."""
+    quality_split: float | None = None
+    """Q of the choice (net, with scoring.quality_baseline=learner) on samples that did not make it; it decides."""
+    quality_split_low: float | None = None
+    quality_split_high: float | None = None
+    value_split: float | None = None
+    """Steps saved per step of cost, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +154,8 @@ class AutoNPOState:
     has_warned: bool = False
     num_interventions: int = 0
     """Rollbacks so far, without the early bootstrap."""
+    num_rejections: int = 0
+    """Rejections in a row, the newest included; each further one doubles the cooldown."""
     distance: int | None = None
     """D of the current intervention."""
     until_step: int | None = None

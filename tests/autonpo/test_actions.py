@@ -14,6 +14,7 @@ from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import list_branches, read_segments
 from npo_cli.storage.sample_store import SampleStore
 from tests.helpers.autonpo_runs import (
+    NEVER,
     REJECTING,
     deterministic_digests,
     events_of,
@@ -62,6 +63,29 @@ def test_guide_cache_reuses_correct_rollouts_of_the_probe(watched):
 
 
 # Rejected probe
+
+
+def test_probe_of_a_small_pool_samples_nothing_and_its_cooldown_doubles(tmp_path):
+    """17 prompts cannot have failed in 4 steps of 4."""
+    root = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("npo_cli.autonpo.preflight.max_failed_prompts", lambda recipe, num_prompts: 99)
+        list(start_autonpo(root, "autonpo.rollback.min_failed_prompts=17", "train.num_steps=16"))
+    rejected = [found for found in transitions_of(root) if found.event == "probe_rejected"]
+    assert len(rejected) >= 2
+    assert {found.evidence["stop"] for found in rejected} == {"unsampled"}
+    assert not (root / "probes").exists()
+    assert not any(row["kind"] == "probe" for row in map(json.loads, (root / "costs.jsonl").read_text().splitlines()))
+    assert [found.state.until_step - found.step for found in rejected] == [2**n for n in range(len(rejected))]
+
+
+def test_rejected_early_bootstrap_continues_the_scout(tmp_path):
+    root = tmp_path / "run"
+    early = ("autonpo.early.enabled=true", "autonpo.early.scout_steps=4", "autonpo.early.replay_steps=4")
+    list(start_autonpo(root, *early, *REJECTING, *NEVER))
+    assert events_of(root)[:3] == ["started", "early_bootstrap", "probe_rejected"]
+    assert list_branches(open_run(root)) == ["main"]
+    assert not list_guide_caches(open_run(root))
 
 
 def test_rejected_probe_leaves_training_unchanged(plain, tmp_path):
@@ -202,12 +226,15 @@ def test_early_bootstrap_restarts_from_the_base_with_guides(tmp_path):
             "autonpo.trigger.min_entropy_drop_se=1000000",
         )
     )
-    assert events_of(root) == ["started", "early_bootstrap", "guide_built", "rolled_back", "replay_done", "armed"]
+    events = ["early_bootstrap", "probe_accepted", "guide_built", "rolled_back", "replay_done", "armed"]
+    assert events_of(root) == ["started", *events]
     segment = read_segments(open_run(root))[-1]
     assert (segment.branch, segment.parent, segment.fork_step, segment.guide_until) == ("early", "main", 0, 2)
-    # It is not counted as an intervention, and there is no probe.
+    # It is not counted as an intervention. Its probe is of the prompts that the replay visits.
     assert transitions_of(root)[-1].state.num_interventions == 0
-    assert not (root / "probes").exists()
+    (probe,) = (root / "probes").iterdir()
+    assert set(SampleStore(probe).read_prompts()) <= set(failed_prompts(root, "main", range(1, 3), at_most=0.25))
+    assert find_transition(root, "probe_accepted").evidence["distance"] == 4
     mixes = {step: {group.injection_status for group in groups_of(root, "early", step)} for step in range(1, 13)}
     assert all(mixes[step] == {"off"} for step in range(3, 13))
     assert "injected" in mixes[1] | mixes[2]

@@ -158,7 +158,23 @@ def test_evidence_of_each_action_is_plain_data():
 def test_cooldown_follows_an_intervention_that_fails(state, event, name):
     after, rows = apply_events(state, event)
     assert rows == [(100, name, state.phase, "COOLDOWN")]
-    assert after == AutoNPOState(branch="main", step=100, phase="COOLDOWN", until_step=140)
+    rejections = int(name != "prerequisite_missing")
+    assert after == AutoNPOState(branch="main", step=100, phase="COOLDOWN", until_step=140, num_rejections=rejections)
+
+
+def test_cooldown_doubles_with_each_rejection_in_a_row():
+    state, until = PROBING, []
+    for event in (REJECTED, MISSING, REJECTED, REJECTED):
+        state, _ = apply_events(replace(state, phase="PROBE", until_step=None), event)
+        until.append(state.until_step)
+    # a missing checkpoint is no rejection: 40, 40, 80, 160
+    assert (until, state.num_rejections) == ([140, 140, 180, 260], 3)
+    # a replay that lasts ends the row; a rejected one counts
+    replayed, _ = apply_events(replace(REPLAYING, step=99, num_rejections=3), observed(100))
+    assert (replayed.until_step, replayed.num_rejections) == (140, 0)
+    worse = ReplayTested(is_worse=True, evidence={}, parent="main")
+    replayed, _ = apply_events(replace(TESTING, num_rejections=1), worse)
+    assert (replayed.until_step, replayed.num_rejections) == (180, 2)
 
 
 def test_acceptance_test_without_its_prerequisites_keeps_the_replay():
@@ -182,7 +198,9 @@ def test_acceptance_test_keeps_or_rejects_the_replay(is_worse, name, branch):
         (100, name, "ACCEPTANCE_TEST", "COOLDOWN"),
     ]
     # a rejected replay counts as an intervention
-    assert after == AutoNPOState(branch=branch, step=100, phase="COOLDOWN", until_step=140, num_interventions=1)
+    assert after == AutoNPOState(
+        branch=branch, step=100, phase="COOLDOWN", until_step=140, num_interventions=1, num_rejections=int(is_worse)
+    )
 
 
 # Cooldown and limit
@@ -225,13 +243,14 @@ def test_limit_that_is_raised_lets_the_same_plateau_trigger():
 def test_early_bootstrap_happens_once_and_is_not_counted_as_an_intervention():
     early = autonpo_settings(early={"enabled": True})
     state, rows = apply_events(START, *(observed(step) for step in range(1, 21)), settings=early)
-    assert rows == [(20, "early_bootstrap", "TRAIN", "GUIDE_GEN")]
+    assert rows == [(20, "early_bootstrap", "TRAIN", "PROBE")]
     assert state == AutoNPOState(
-        branch="main", step=20, phase="GUIDE_GEN", distance=20, has_tried_early=True, is_early=True
+        branch="main", step=20, phase="PROBE", distance=20, has_tried_early=True, is_early=True
     )
     back = RollbackDone(branch="early", to_step=0, until_step=20)
-    state, rows = apply_events(state, GUIDED, back, *(observed(step) for step in range(1, 62)), settings=early)
-    assert rows[2:] == [(20, "replay_done", "REPLAY", "COOLDOWN"), (61, "armed", "COOLDOWN", "TRAIN")]
+    events = (ACCEPTED, GUIDED, back, *(observed(step) for step in range(1, 62)))
+    state, rows = apply_events(state, *events, settings=early)
+    assert rows[3:] == [(20, "replay_done", "REPLAY", "COOLDOWN"), (61, "armed", "COOLDOWN", "TRAIN")]
     assert state == AutoNPOState(branch="early", step=61, has_tried_early=True)
 
 
@@ -246,7 +265,7 @@ def test_early_bootstrap_happens_on_the_first_branch_only():
     early = autonpo_settings(early={"enabled": True, "scout_steps": 120})
     assert apply_events(replace(ARMED, num_interventions=1), observed(120), settings=early)[1] == []
     assert apply_events(replace(ARMED, has_tried_early=True), observed(120), settings=early)[1] == []
-    assert apply_events(ARMED, observed(120), settings=early)[1] == [(120, "early_bootstrap", "TRAIN", "GUIDE_GEN")]
+    assert apply_events(ARMED, observed(120), settings=early)[1] == [(120, "early_bootstrap", "TRAIN", "PROBE")]
 
 
 # Events that do not fit the phase
@@ -415,7 +434,7 @@ def test_controller_keeps_to_diagram_and_limit_for_arbitrary_events(data, config
         assert config.max_interventions == -1 or state.num_interventions <= config.max_interventions
         # What belongs to a phase is set in it, and in no other.
         assert (state.until_step is not None) == (state.phase in ("REPLAY", "COOLDOWN"))
-        with_distance = ("GUIDE_GEN", "ROLLBACK", "REPLAY", "ACCEPTANCE_TEST")
+        with_distance = ("GUIDE_GEN", "ROLLBACK", "REPLAY", "ACCEPTANCE_TEST", *(["PROBE"] if state.is_early else []))
         assert (state.distance is not None) == (state.phase in with_distance)
         assert (state.stagnation_streak == 0 and not state.has_warned) or state.phase == "TRAIN"
         assert not state.has_warned or state.stagnation_streak >= config.trigger.patience

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from npo_cli.autonpo import probe as probe_module
-from npo_cli.autonpo.probe import Probe, run_probe, score_past_checkpoints, start_probe
+from npo_cli.autonpo import rollback_choice, sequential_test
+from npo_cli.autonpo.probe import Probe, run_probe, score_recorded_rollouts, start_probe
 from npo_cli.inference.base import SampleRequest
 from npo_cli.policy.logprobs import TokenRow
 from npo_cli.session.session import Session
 from npo_cli.storage.checkpoints import find_checkpoint
-from npo_cli.types.autonpo import ProbeResult
+from npo_cli.types.autonpo import AutoNPOState, ProbeResult
 from npo_cli.types.rollouts import Group, Progress
 from tests.helpers.autonpo_runs import find_transition, groups_of
 from tests.helpers.guide_trajectories import override_settings
@@ -40,7 +41,8 @@ def probe_at_6(root: Path, **changes: object) -> tuple[Probe, list[tuple[str, in
     sampled: list[tuple[str, int]] = []
     session = override_settings(open_session_at(root, 6, branch="main"), "autonpo.probe", **changes)
     session = replace(session, engine=CountingEngine(engine=session.engine, sampled=sampled))
-    return start_probe(session, "main", find_checkpoint(session.run, "main", 6)), sampled
+    state = AutoNPOState(branch="main", step=6, phase="PROBE")
+    return start_probe(session, state, find_checkpoint(session.run, "main", 6)), sampled
 
 
 def result_of(generator: Any) -> Any:
@@ -145,7 +147,7 @@ def test_probe_drift_equals_that_of_two_checkpoints_loaded_separately(full_probe
     current = open_session_at(root, 6, branch="main")
     by_hand = [logps(current, prompt, each.response_ids) - sum(each.behavior_logps) for prompt, each in recorded]
     probe.session.policy.load(probe.checkpoint.path)
-    backward = result_of(score_past_checkpoints(probe, probe_groups(probe)))[-1].backward
+    backward = score_recorded_rollouts(probe, 2)
     assert [sample.log_w for sample in backward] == pytest.approx(by_hand, abs=1e-3)
 
 
@@ -170,6 +172,44 @@ def test_probe_killed_between_chunks_samples_nothing_twice(plain, tmp_path, monk
     assert result_of(run_probe(again)) == found
     assert before + after == all_samples
     assert straight.store.path.read_bytes() == again.store.path.read_bytes()
+
+
+def test_probe_in_four_parts_killed_between_two_ends_the_same(plain, tmp_path, monkeypatch):
+    """Looks at 2, 4, 6 and 8 prompts, none of which accepts; what is measured is what one look at 8 measures."""
+    roots = [copy_run(plain, tmp_path / name) for name in ("whole", "straight", "killed")]
+    whole = result_of(run_probe(probe_at_6(roots[0], min_quality=0.99)[0]))
+    monkeypatch.setattr(sequential_test, "MIN_PROMPTS_PER_LOOK", 2)
+    monkeypatch.setattr(rollback_choice, "MIN_POWER", -1.0)
+    straight, all_samples = probe_at_6(roots[1], min_quality=0.99)
+    found = result_of(run_probe(straight))
+    assert (found.stop, found.num_prompts, found.level) == ("complete", 8, pytest.approx(0.025 * 7 / 16))
+    lines = [json.loads(line) for line in straight.store.path.read_text().splitlines()]
+    assert [len(line["groups"]) for line in lines] == [2, 2, 2, 2]
+    assert len(all_samples) == len(set(all_samples)) == 32
+    for ours, theirs in zip(found.scores, whole.scores, strict=True):
+        assert (ours.quality, ours.num_backward_samples) == (theirs.quality, theirs.num_backward_samples)
+        assert ours.kl_per_sequence == pytest.approx(theirs.kl_per_sequence, abs=1e-5)
+        assert ours.quality_self == pytest.approx(theirs.quality_self, abs=1e-5)
+        assert (ours.value is None, ours.price > ours.distance) == (False, True)
+
+    killed, before = probe_at_6(roots[2], min_quality=0.99)
+    looks = 0
+    for record in (generator := run_probe(killed)):
+        looks += record == Progress(description="score past checkpoints", done=2, total=2)
+        if looks == 2 and record.description == "probe failed prompts":
+            generator.close()
+    assert len(before) == 16
+    again, after = probe_at_6(roots[2], min_quality=0.99)
+    assert result_of(run_probe(again)) == found
+    assert before + after == all_samples
+    assert straight.store.path.read_bytes() == again.store.path.read_bytes()
+
+
+def test_probe_stops_for_futility_after_its_first_part(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(sequential_test, "MIN_PROMPTS_PER_LOOK", 2)
+    probe, sampled = probe_at_6(copy_run(plain, tmp_path / "run"), min_quality=1.0)
+    found = result_of(run_probe(probe))
+    assert (found.is_accepted, found.stop, found.num_prompts, len(sampled)) == (False, "futility", 2, 8)
 
 
 def test_probe_that_is_complete_is_read_from_disk(watched, tmp_path):

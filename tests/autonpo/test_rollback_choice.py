@@ -1,5 +1,7 @@
 """Rollback choice: quality of slices from strata, drift from both sides, the chosen distance and its acceptance."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,14 +15,18 @@ from npo_cli.autonpo.rollback_choice import (
     choose_rollback,
     estimate_backward_drift,
     estimate_forward_drift,
+    estimate_second_try,
     estimate_stratum_quality,
     is_drift_consistent,
     is_heavy_tailed,
+    reject_small_pool,
     resample_strata,
     select_drift,
     slice_within,
 )
+from npo_cli.autonpo.sequential_test import ONLY_LOOK, plan_looks
 from npo_cli.config.autonpo import AutonpoSettings, ProbeSettings, RollbackSettings
+from npo_cli.scoring.forecast import ReplaySegment
 from npo_cli.scoring.quality import PromptPassCount
 from tests.autonpo.test_strata import strata_sized
 from tests.scoring.samples import formula, make_drifted_ratio, make_ratio
@@ -281,7 +287,7 @@ def test_drift_is_consistent_if_small_and_not_if_large():
     assert is_drift_consistent(forward_of(alike, part), None, formula("group2")) is None
 
 
-def test_drift_variance_rests_on_correct_samples_if_every_distance_has_32():
+def test_drift_variance_rests_on_correct_samples_if_a_distance_has_32():
     near_far = resample(strata_sized(40, 40), pass_counts(0, *[4] * 8) + pass_counts(1, *[4] * 8))
     right = on(near_far.prompt_ids, -0.1, correct=True)
     wrong = on(near_far.prompt_ids, -1.0)
@@ -291,13 +297,11 @@ def test_drift_variance_rests_on_correct_samples_if_every_distance_has_32():
     assert [drift.log_variance(formula("seq2_lognormal"))[0] for drift in drifts] == pytest.approx([0.2, 0.2])
     # but a KL is of all samples: (.1 + 1)/2
     assert [drift.kl(LOGNORMAL)[1] for drift in drifts] == pytest.approx([0.55, 0.55])
-    # one correct sample fewer in the nearer slice, and all samples count in both
+    # one correct sample fewer in the nearer slice, and all samples count there
     fewer = [DriftSamples(distance=distance, forward=right[1:] + wrong, backward=[]) for distance in (10, 20)]
     drifts = estimate_forward_drift(fewer, [slice_within(near_far, 10), near_far], formula=LOGNORMAL)
-    # (31 * .1 + 32 * 1)/63 and (63 * .1 + 64 * 1)/127, doubled
-    assert [drift.log_variance(formula("seq2_lognormal"))[0] for drift in drifts] == pytest.approx(
-        [2 * 35.1 / 63, 2 * 70.3 / 127]
-    )
+    # (31 * .1 + 32 * 1)/63 and .1, doubled
+    assert [drift.log_variance(formula("seq2_lognormal"))[0] for drift in drifts] == pytest.approx([2 * 35.1 / 63, 0.2])
 
 
 def test_drift_consistency_uses_all_samples():
@@ -427,16 +431,30 @@ def back(distance, forward=None, backward=None) -> DriftSamples:
 
 def choose(
     samples, *, strata=STRATA, probed=HALF_SOLVED, variance="seq2_lognormal", num_tokens=0, seed=0,
-    min_quality=0.1, min_failed_prompts=8, variance_samples="guide", **scoring,
+    min_quality=0.1, min_failed_prompts=8, variance_samples="guide", min_value=0.0, rule="argmax", segments=None,
+    look=ONLY_LOOK, **scoring,
 ):  # fmt: skip
+    """By the published S = Q/V, unless scoring.quality_baseline says otherwise."""
     settings = AutonpoSettings().model_copy(
         update={
             "probe": ProbeSettings(min_quality=min_quality, variance_samples=variance_samples),
-            "rollback": RollbackSettings(min_failed_prompts=min_failed_prompts),
+            "rollback": RollbackSettings(
+                min_failed_prompts=min_failed_prompts, min_value=min_value, selection_rule=rule
+            ),
         }
     )
-    used = formula(variance, **scoring)
-    return choose_rollback(strata, probed, samples, formula=used, settings=settings, seed=seed, num_tokens=num_tokens)
+    used = formula(variance, **{"quality_baseline": "none"} | scoring)
+    return choose_rollback(
+        strata,
+        probed,
+        samples,
+        segments=segments or {},
+        formula=used,
+        settings=settings,
+        seed=seed,
+        num_tokens=num_tokens,
+        look=look,
+    )
 
 
 def test_rollback_signal_is_smoothed_quality_over_variance():
@@ -480,9 +498,9 @@ def test_rollback_slices_contain_strata_between_checkpoints():
 
 
 def test_rollback_to_the_nearest_of_equals():
-    for rule in ("argmax", "one_se"):
-        # the slices differ in M alone, and with Q = 1/2 in nothing that S can see
-        assert choose([back(30, -0.2), back(20, -0.2)], selection_rule=rule).distance == 20
+    for rule in ("argmax", "one_se", "value"):
+        # the slices differ in M alone, and with Q = 1/2 in nothing that S can see; there is no forecast
+        assert choose([back(30, -0.2), back(20, -0.2)], rule=rule).distance == 20
 
 
 def test_rollback_by_one_standard_error_prefers_the_nearer():
@@ -491,7 +509,7 @@ def test_rollback_by_one_standard_error_prefers_the_nearer():
     found = choose([back(10, -0.2), back(30, -0.2)], probed=probed)
     assert found.distance == 30
     assert (found.selection_by_profile["argmax"], found.selection_by_profile["one_se"]) == (30, 10)
-    assert choose([back(10, -0.2), back(30, -0.2)], probed=probed, selection_rule="one_se").distance == 10
+    assert choose([back(10, -0.2), back(30, -0.2)], probed=probed, rule="one_se").distance == 10
 
 
 def test_rollback_reports_what_each_profile_would_choose():
@@ -506,6 +524,7 @@ def test_rollback_reports_what_each_profile_would_choose():
         "seq_kl": 10,
         "argmax": 10,
         "one_se": 10,
+        "value": 10,
     }
     # uncalibrated, the published form hardly sees the distance
     found = choose([back(10, -0.2), back(30, -1.0)], probed=probed)
@@ -651,3 +670,152 @@ def test_rollback_is_not_accepted_for_one_solved_prompt():
 def test_rollback_choice_reports_prompts_samples_and_tokens():
     found = choose([back(10, -0.1)], num_tokens=1234)
     assert (found.num_prompts, found.num_samples, found.num_tokens) == (60, 240, 1234)
+
+
+# Net of the old policy's second try
+
+SEGMENT = ReplaySegment(
+    num_steps=10, lost_steps=10, num_prompts=40, eligible_share=1.0, eligible_per_step=4.0, correct_per_step=2.0,
+    tokens_per_step=100.0, slots=1, most_draws=4, draws_per_round=4, scoring_tokens=0,
+)  # fmt: skip
+"""The replay of D = 10: 40 guides, 2 correct responses per step without them."""
+
+
+def weighed(counts, log_w, *, wrong=0.0):
+    """A sample for each of the counts; correct ones have log w = log_w."""
+    return [
+        make_drifted_ratio(log_w if is_correct else wrong, 5, prompt_id=count.prompt_id, correct=is_correct)
+        for count in counts
+        for is_correct in [True] * count.num_correct + [False] * (count.num_samples - count.num_correct)
+    ]
+
+
+def near(probed, log_w, **options) -> DriftSamples:
+    return DriftSamples(distance=10, forward=weighed(probed, log_w, **options), backward=[])
+
+
+def choose_net(samples, **options):
+    return choose(samples, **{"quality_baseline": "learner", "min_quality": None, "rule": "value"} | options)
+
+
+def test_second_try_is_the_weighted_mean_of_correct_samples():
+    # a gives its correct responses a quarter of b's probability: Q_self = .25 * (1/2 + 1/4)/2
+    probed = pass_counts(0, 2, 1)
+    part = slice_within(resample(strata_sized(40), probed), 10)
+    own_P = estimate_second_try(part, weighed(probed, np.log(0.25), wrong=np.log(1.45)), cap=10.0)
+    # mean weight ((2 * .25 + 2 * 1.45) + (.25 + 3 * 1.45))/8 = 1: nothing to correct
+    assert own_P == pytest.approx([0.125, 0.0625])
+    assert estimate_second_try(part, [], cap=10.0) is None
+
+
+def test_second_try_replaces_the_weight_that_the_cap_takes_away():
+    # correct samples have w = 2 and .04, wrong ones .04: the mean is (2 + 7 * .04)/8 = .285, and Q_self = 2.04/8/.285
+    probed = pass_counts(0, 1, 1)
+    part = slice_within(resample(strata_sized(40), probed), 10)
+    forward = weighed(probed, np.log(0.04), wrong=np.log(0.04))
+    forward[0] = make_drifted_ratio(np.log(2.0), 5, prompt_id="0-000", correct=True)
+    assert estimate_second_try(part, forward, cap=10.0).mean() == pytest.approx(2.04 / 8 / 0.285)
+    # a weight above the cap counts as the cap, and an average above 1 is not divided by: (4 + .04)/8
+    forward[0] = make_drifted_ratio(5.0, 5, prompt_id="0-000", correct=True)
+    assert estimate_second_try(part, forward, cap=4.0).mean() == pytest.approx(4.04 / 8 / (4.28 / 8))
+    forward[0] = make_drifted_ratio(5.0, 5, prompt_id="0-000", correct=True)
+    assert estimate_second_try(part, forward, cap=10.0).mean() == pytest.approx(10.04 / 8)
+
+
+def test_rollback_is_rejected_if_the_old_policy_solves_as_many():
+    # a pass rate of 1/2 that was there before: the published rule accepts it
+    probed = pass_counts(0, *[2] * 20)
+    assert choose([near(probed, 0.0)], probed=probed).is_accepted
+    found = choose_net([near(probed, 0.0)], probed=probed)
+    assert (found.is_accepted, found.stop, found.quality_split) == (False, "complete", 0.0)
+    assert found.reason.startswith("the policy solves 0 % [-28.4 %, 28.4 %] more of the prompts failed")
+    assert found.reason.endswith("than the policy of that time would; the lower bound must be above 0")
+    (score,) = found.scores
+    assert (score.quality, score.quality_self, score.quality_net) == (0.5, 0.5, 0.0)
+
+
+def test_rollback_is_accepted_for_what_was_learned():
+    # .1 of what it solves now: Q_self .05 and .025, net .45 and .225
+    probed = pass_counts(0, *[2, 1] * 20)
+    found = choose_net([near(probed, np.log(0.1), wrong=np.log(2.0))], probed=probed)
+    assert (found.is_accepted, found.stop, found.reason) == (True, "success", "")
+    (score,) = found.scores
+    assert (score.quality_self, score.quality_net) == pytest.approx((0.0375, 0.3375))
+    assert score.quality_net_low > 0.25
+    # a limit on what is learned
+    found = choose_net([near(probed, np.log(0.1), wrong=np.log(2.0))], probed=probed, min_quality=0.4)
+    assert "autonpo.probe.min_quality is 40 %" in found.reason
+
+
+def test_rollback_value_is_steps_saved_per_step_of_cost():
+    # saved 10 * 4 * Q_net/2 = 20 * .3375; price 10 + (40 guides * 4 draws * 3 tokens + 480 of the probe)/100 = 19.6
+    probed = pass_counts(0, *[2, 1] * 20)
+    samples = [near(probed, np.log(0.1), wrong=np.log(2.0))]
+    found = choose_net(samples, probed=probed, segments={10: SEGMENT}, num_tokens=480, min_value=0.3)
+    (score,) = found.scores
+    assert (score.steps_saved, score.price) == pytest.approx((6.75, 19.6))
+    assert score.value == pytest.approx(6.75 / 19.6)
+    assert score.value_low < score.value < score.value_high
+    assert found.is_accepted
+    assert found.value_split == pytest.approx(score.value, abs=0.02)
+    found = choose_net(samples, probed=probed, segments={10: SEGMENT}, num_tokens=480, min_value=1.0)
+    assert found.reason == (
+        "a rollback by 10 steps is expected to save 0.34 steps per step that it costs (19.6); "
+        "autonpo.rollback.min_value is 1"
+    )
+    found = choose_net(samples, probed=probed, min_value=1.0)
+    assert found.reason.startswith("the run has no record of the steps to replay")
+
+
+def test_rollback_by_value_prefers_the_cheaper_of_equal_gains():
+    probed = pass_counts(0, *[2, 1] * 20) + pass_counts(1, *[0] * 20)
+    samples = [replace(near(probed, np.log(0.1), wrong=np.log(2.0)), distance=distance) for distance in (10, 20)]
+    segments = {10: SEGMENT, 20: replace(SEGMENT, num_steps=20, lost_steps=20, num_prompts=80)}
+    found = choose_net(samples, probed=probed, segments=segments)
+    assert (found.distance, found.selection_by_profile["value"]) == (10, 10)
+
+
+def test_rollback_quality_of_the_choice_is_measured_on_the_other_half():
+    """Every other prompt: those of the first half all solved, those of the second never."""
+    probed = pass_counts(0, *[4, 0] * 10)
+    found = choose([near(probed, 0.0)], probed=probed)
+    assert found.quality_split == pytest.approx(0.5)
+    # two distances, of which each half likes the one in which it was lucky
+    lucky = pass_counts(0, *[4, 0] * 10) + pass_counts(1, *[0, 4] * 10)
+    strata = strata_sized(40, 400)
+    found = choose([back(10, 0.0), back(20, 0.0)], strata=strata, probed=lucky)
+    # the first half takes D = 10, where the other one has 0; the second takes D = 20, where it has 0.1 of 440
+    assert found.scores[0].quality == pytest.approx(0.5)
+    assert found.quality_split == pytest.approx((0.0 + 40 / 440) / 2)
+
+
+def test_probe_stops_for_futility_and_for_success_at_an_early_look():
+    early, *_ = plan_looks(256)
+    probed = pass_counts(0, *[2] * 20)
+    assert choose_net([near(probed, 0.0)], probed=probed, look=early).stop == "futility"
+    probed = pass_counts(0, *[2, 1] * 20)
+    learned = [near(probed, np.log(0.1), wrong=np.log(2.0))]
+    # early success needs 64 effective correct samples of equal weight: here 30, then 90
+    assert choose_net(learned, probed=probed[:20], look=early).stop is None
+    probed = pass_counts(0, *[2, 1] * 30)
+    strata, learned = strata_sized(60), [near(probed, np.log(0.1), wrong=np.log(2.0))]
+    found = choose_net(learned, probed=probed, strata=strata, look=early)
+    assert (found.stop, found.is_accepted, found.level) == ("success", True, pytest.approx(0.025 / 16))
+    # between the two it goes on: one of four samples is new on 4 of 20 prompts, and a little was lost on 2
+    some = pass_counts(0, *[1] * 4, *[2] * 2, *[0] * 14)
+    forward = weighed(some[:4], np.log(0.2)) + weighed(some[4:], np.log(1.4))
+    unsure = DriftSamples(distance=10, forward=forward, backward=[])
+    assert choose_net([unsure], probed=some, look=early).stop is None
+    # and where even the upper bound of the forecast is below the limit, it does not
+    options = {"segments": {10: SEGMENT}, "num_tokens": 480, "min_value": 2.0, "look": early}
+    found = choose_net(learned, probed=probed, strata=strata, **options)
+    assert (found.stop, found.is_accepted) == ("futility", False)
+
+
+def test_small_pool_is_rejected_before_sampling():
+    config = AutonpoSettings().model_copy(update={"rollback": RollbackSettings(min_failed_prompts=64)})
+    found = reject_small_pool(strata_sized(30, 33), [10, 20], config)
+    assert (found.is_accepted, found.stop, found.num_samples) == (False, "unsampled", 0)
+    assert found.reason == "only 63 failed prompts in the last 20 steps; autonpo.rollback.min_failed_prompts is 64"
+    assert [line.num_failed_prompts for line in found.strata] == [30, 33]
+    assert reject_small_pool(strata_sized(30, 34), [10, 20], config) is None

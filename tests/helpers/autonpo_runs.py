@@ -30,12 +30,16 @@ EAGER = (
         "autonpo.trigger.cooldown_steps=1",
         "autonpo.rollback.distances=[2,4]",
         "autonpo.probe.min_quality=0",
+        "autonpo.rollback.min_value=0",
+        "autonpo.rollback.selection_rule=argmax",
+        "scoring.quality_baseline=none",
         "autonpo.rollback.min_failed_prompts=2",
         "autonpo.max_interventions=2",
     ),
     *("autonpo.probe.num_prompts=8", "scoring.bootstrap_resamples=50"),
 )
-"""Every reward counts as standing still, so one step of falling entropy is a warning. This seed triggers at step 6
+"""Every reward counts as standing still, so one step of falling entropy is a warning, and every probe is accepted: by
+Q as published, which has no lower limit here. This seed triggers at step 6
 (D* = 2) and on the replayed branch at step 8 (D* = 4), and is capped from then on; some 2.5 s."""
 
 NEVER = ("autonpo.trigger.min_entropy_drop_se=1000000",)
