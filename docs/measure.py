@@ -31,6 +31,7 @@ AUTONPO = (
     *("train.num_steps=8", "autonpo.trigger.warmup_steps=4", "autonpo.trigger.window=2", "autonpo.trigger.patience=1"),
     *("autonpo.trigger.max_reward_gain_se=100", "autonpo.trigger.min_entropy_drop=0"),
     *("autonpo.trigger.min_entropy_drop_se=0", "autonpo.rollback.distances=[2]", "autonpo.probe.min_quality=0"),
+    *("autonpo.rollback.min_value=0", "scoring.quality_baseline=none"),
     *("autonpo.rollback.min_failed_prompts=1", "autonpo.max_interventions=1", "autonpo.probe.num_prompts=8"),
 )
 

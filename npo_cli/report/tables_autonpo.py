@@ -72,10 +72,23 @@ def _describe_probe(evidence: Evidence) -> str:
     selected = next((score for score in evidence.get("scores", ()) if score.get("is_selected")), None)
     if selected is None:
         return ""
-    return (
-        f"D* = {selected['distance']}: Q {selected['quality']:.3f} [{selected['quality_low']:.3f}, "
-        f"{selected['quality_high']:.3f}], V {selected['variance']:.3g}, best in {selected['p_best']:.0%}"
-    )
+    is_net = selected.get("quality_net") is not None
+    name = "quality_net" if is_net else "quality"
+    parts = [
+        f"D* = {selected['distance']}: Q {'net ' if is_net else ''}{selected[name]:.3f} "
+        f"[{selected[f'{name}_low']:.3f}, {selected[f'{name}_high']:.3f}]",
+        f"V {selected['variance']:.3g}",
+    ]
+    if selected.get("value") is not None:
+        parts.append(f"{selected['steps_saved']:.1f} steps saved for {selected['price']:.1f}")
+    ages = [one for one in evidence.get("strata", ()) if one.get("num_probed")]
+    if len(ages) > 1:
+        parts.append("Q by age " + " ".join(f"{_format_age(one)}: {one['quality']:.3f}" for one in ages))
+    return ", ".join(parts)
+
+
+def _format_age(stratum: Evidence) -> str:
+    return f"{stratum['min_age']}-{stratum['max_age'] - 1}"
 
 
 def _describe_test(evidence: Evidence) -> str:
@@ -161,12 +174,16 @@ def probe_tables(result: Evidence, *, where: str) -> tuple[Table, ...]:
 
 
 def _distances_table(result: Evidence, scores: Sequence[Evidence], *, where: str) -> Table:
-    header = ("D", "failed", "Q", "V", "S = Q/V", "p(best)", "")
+    header = ("D", "failed", "Q", "Q net", "V", "S", "p(best)", "steps saved", "price", "value", "")
     rows = tuple(
         (
             *(str(one["distance"]), format_count(one.get("num_failed_prompts"))),
-            *(_format_interval(one, name) for name in ("quality", "variance", "signal")),
-            *(format_number(one.get("p_best"), digits=2), "<- D*" if one.get("is_selected") else ""),
+            _format_interval(one, "quality"),
+            _format_interval(one, "quality_net") if one.get("quality_net") is not None else "-",
+            *(_format_interval(one, name) for name in ("variance", "signal")),
+            *(format_number(one.get("p_best"), digits=2), format_number(one.get("steps_saved"), digits=1)),
+            *(format_number(one.get("price"), digits=1), format_number(one.get("value"), digits=2)),
+            "<- D*" if one.get("is_selected") else "",
         )
         for one in scores
     )
@@ -174,11 +191,25 @@ def _distances_table(result: Evidence, scores: Sequence[Evidence], *, where: str
     verdict = "accepted" if accepted else f"rejected: {result.get('reason') or 'no reason recorded'}"
     counts = ", ".join(f"{format_count(result.get(f'num_{name}'))} {name}" for name in ("prompts", "samples", "tokens"))
     notes = [f"{verdict}.", f"{counts}; intervals are 95 %."]
+    if result.get("quality_split") is not None:
+        notes.append(f"{_describe_split(result)}.")
     selections = result.get("selection_by_profile") or {}
     if selections:
         names = sorted(selections, key=lambda name: (PROFILES.index(name) if name in PROFILES else len(PROFILES), name))
         notes.append("D by rule and profile: " + ", ".join(f"{name} {selections[name]}" for name in names) + ".")
-    return Table(title=f"Rollback distances, {where}", header=header, rows=rows, notes=tuple(notes))
+    title = f"Rollback distances, {where}"
+    return drop_empty_columns(Table(title=title, header=header, rows=rows, notes=tuple(notes)))
+
+
+def _describe_split(result: Evidence) -> str:
+    """What decided: the choice measured on the samples that did not make it, and why sampling ended."""
+    ends = {"futility": "for futility", "success": "for success"}
+    end = f"sampling ended {ends[result['stop']]}; " if result.get("stop") in ends else ""
+    level = result.get("level") or 0.025
+    return (
+        f"{end}Q of the choice on the half that did not choose: {_format_interval(result, 'quality_split')}, "
+        f"one-sided error {level:.2g}"
+    )
 
 
 def _drift_table(scores: Sequence[Evidence]) -> Table:
@@ -209,7 +240,7 @@ def _strata_table(strata: Sequence[Evidence]) -> Table:
     counts = ("num_failed_prompts", "num_probed", "num_samples", "num_correct")
     rows = tuple(
         (
-            f"{one['min_age']}-{one['max_age'] - 1}",
+            _format_age(one),
             *(format_count(one.get(name)) for name in counts),
             _format_interval(one, "quality"),
         )

@@ -131,9 +131,9 @@ def test_dry_run_simulates_the_early_bootstrap(tmp_path):
     found = simulate_autonpo(load_record(tmp_path, "autonpo.early.enabled=true", "autonpo.early.scout_steps=5"))
     assert event_steps(found.transitions)[:5] == [
         (0, "started"),
-        *((5, event) for event in ("early_bootstrap", *INTERVENTION[2:])),
+        *((5, event) for event in ("early_bootstrap", *INTERVENTION[1:4])),
     ]
-    assert found.transitions[3].evidence == {"assumed": True, "to_steps": [0]}
+    assert found.transitions[4].evidence == {"assumed": True, "to_steps": [0]}
 
 
 def test_dry_run_early_bootstrap_rolls_back_to_its_start(tmp_path):

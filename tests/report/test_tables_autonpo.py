@@ -9,7 +9,14 @@ from npo_cli.report.tables_autonpo import (
 )
 from npo_cli.types.autonpo import NonTriggerSpan, ProbeResult
 from npo_cli.types.costs import RunCosts
-from tests.report.autonpo_samples import PROBE_RESULT, SCORE, intervention_transitions, make_transition
+from tests.report.autonpo_samples import (
+    NEAR_SCORE,
+    PROBE_RESULT,
+    SCORE,
+    STRATUM,
+    intervention_transitions,
+    make_transition,
+)
 
 
 def test_autonpo_table_has_the_evidence_of_every_transition():
@@ -22,7 +29,7 @@ def test_autonpo_table_has_the_evidence_of_every_transition():
         ("41", "armed", "end of the warm-up"),
         ("118", "warning", signals),
         ("120", "trigger", signals),
-        ("120", "probe_accepted", "D* = 10: Q 0.250 [0.200, 0.300], V 2, best in 75%"),
+        ("120", "probe_accepted", "D* = 10: Q 0.250 [0.200, 0.300], V 2"),
         ("120", "guide_built", "20 of 30 failed prompts have a guide, 5 from the probe"),
         ("120", "rolled_back", "back to step 110, replay until 120"),
         ("120", "replay_done", "cooldown until 160"),
@@ -101,7 +108,24 @@ def test_probe_table_shows_absent_numbers_as_dashes():
     _, scores, *_ = transitions_tables(
         [make_transition(40, "probe_accepted", "GUIDE_GEN", **(PROBE_RESULT | {"scores": [torn]}))]
     )
-    assert scores.rows == (("20", "170", "0.250 [-, 0.300]", "-", "-", "0.25", ""),)
+    assert scores.header == ("D", "failed", "Q", "p(best)")
+    assert scores.rows == (("20", "170", "0.250 [-, 0.300]", "0.25"),)
+
+
+def test_probe_tables_have_q_net_and_the_forecast():
+    net = {"quality_net": 0.2, "quality_net_low": 0.15, "quality_net_high": 0.26}
+    score = NEAR_SCORE | net | {"steps_saved": 4.2, "price": 12.5, "value": 0.336}
+    split = {"quality_split": 0.19, "quality_split_low": 0.1, "quality_split_high": 0.25, "level": 0.0015625}
+    strata = [STRATUM, STRATUM | {"min_age": 10, "max_age": 20, "quality": 0.05}]
+    result = PROBE_RESULT | split | {"scores": [score], "strata": strata, "stop": "success"}
+    table, scores, *_ = transitions_tables([make_transition(40, "probe_accepted", "GUIDE_GEN", **result)])
+    cells = dict(zip(scores.header, scores.rows[0], strict=True))
+    assert cells["Q net"] == "0.200 [0.150, 0.260]"
+    assert (cells["steps saved"], cells["price"], cells["value"]) == ("4.2", "12.5", "0.34")
+    assert any("ended for success" in note and "0.190 [0.100, 0.250]" in note for note in scores.notes)
+    assert table.rows[0][-1] == (
+        "D* = 10: Q net 0.200 [0.150, 0.260], V 2, 4.2 steps saved for 12.5, Q by age 0-9: 0.250 10-19: 0.050"
+    )
 
 
 def test_probe_result_as_a_record_has_the_same_tables():

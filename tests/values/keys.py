@@ -106,6 +106,12 @@ SOURCE_KEYS = GUIDE_QUALITY_KEYS | {
 DISTANCE_KEYS = GUIDE_QUALITY_KEYS | {
     "mistakes": "num_failed_prompts",
     "probed": "num_probed",
+    "Q of the old policy": "quality_self",
+    "Q net": "quality_net",
+    "Q net low": "quality_net_low",
+    "Q net high": "quality_net_high",
+    "steps saved": "steps_saved",
+    "price": "price",
     "V forward": "variance_forward",
     "V backward": "variance_backward",
 }
