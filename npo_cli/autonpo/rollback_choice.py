@@ -261,14 +261,20 @@ def decide(
     return chosen, split, reason, "futility" if is_futile_everywhere else None
 
 
+def weigh_correct(each: RollbackCandidate, formula: SignalFormula) -> tuple[Floats, int]:
+    """Capped weights of the slice's correct samples, and the number of all its samples."""
+    inside = frozenset(each.candidate.prompt_ids)
+    own = [sample for sample in each.samples.forward if sample.prompt_id in inside]
+    log_w = np.array([sample.log_w for sample in own if sample.is_correct], dtype=np.float64)
+    return np.exp(np.minimum(log_w, math.log(formula.settings.weight_cap))), len(own)
+
+
 def is_well_weighted(chosen: RollbackCandidate | None, formula: SignalFormula) -> bool:
     """Whether Q_self rests on enough samples for an early acceptance: (sum w)^2/sum w^2 of the correct ones, at least
     64. With fewer, its interval misses far more often than the small error of an early look. Always, without Q_self."""
     if chosen is None or not chosen.candidate.is_net(formula):
         return chosen is not None
-    inside, log_cap = frozenset(chosen.candidate.prompt_ids), math.log(formula.settings.weight_cap)
-    own = [one.log_w for one in chosen.samples.forward if one.is_correct and one.prompt_id in inside]
-    weight_N = np.exp(np.minimum(own, log_cap))
+    weight_N, _ = weigh_correct(chosen, formula)
     return bool(weight_N.sum() ** 2 >= MIN_EFFECTIVE_SAMPLES * (weight_N**2).sum() > 0)
 
 
@@ -347,6 +353,10 @@ def measure_split(
     num_prompts = sum(len(one.values_P) for one in candidates)
     rate = float(np.mean([one.quality()[0] for one in candidates]))
     low, high = _bounds(quality_B, rate, num_prompts, level=level)
+    if candidates[0].is_net(formula):
+        # A tail that was not sampled: as if the largest weight of a correct sample had occurred once more.
+        weights = [weigh_correct(each, formula) for each in measured]
+        low -= max(float(own_N.max(initial=0.0)) for own_N, _ in weights) / sum(num for _, num in weights)
     has_value = all(each.forecast is not None for each in measured)
     return SplitMeasurement(
         quality=float(quality_B[0]),

@@ -9,6 +9,7 @@ exp(s sqrt(D/80) z - s^2 D/160), z normal: drift that no pass rate shows. Q of t
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +108,7 @@ def simulate_probe(pool: Pool, *, seed: int) -> Outcome:
         is_accepted=stop == "success",
         share_sampled=look.num_prompts / num_prompts,
         stop=stop,
-        is_accepted_as_published=whole.quality_interval()[0] >= 0.1,
+        is_accepted_as_published=bool(whole.quality_interval()[0] >= 0.1),
     )
 
 
@@ -157,13 +158,13 @@ def share(outcomes: list[Outcome], attribute: str) -> float:
     return float(np.mean([getattr(each, attribute) for each in outcomes]))
 
 
-def print_table(num_null: int, num_power: int) -> None:
-    """Markdown: acceptance and mean share of the prompts sampled."""
+def print_table(names: Sequence[str], num_null: int, num_power: int) -> None:
+    """Markdown: share accepted, and in brackets the mean share of the prompts that was sampled."""
     nulls, gains = (0.5, 1.0, 2.0), (0.05, 0.1, 0.2)
     print("| difficulty | before |", " | ".join(f"s {drift:g}" for drift in nulls), "|", end=" ")
     print(" | ".join(f"g {gain:g}" for gain in gains), "|")
     print("| --- " * 8 + "|")
-    for name in DIFFICULTIES:
+    for name in names:
         null = [simulate(name, gain=0.0, drift=drift, num=num_null) for drift in nulls]
         power = [simulate(name, gain=gain, drift=1.0, num=num_power) for gain in gains]
         before = np.mean([share(each, "is_accepted_as_published") for each in null])
@@ -173,7 +174,8 @@ def print_table(num_null: int, num_power: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--null", type=int, default=400)
-    parser.add_argument("--power", type=int, default=200)
+    parser.add_argument("--only", choices=DIFFICULTIES, action="append", default=None)
+    parser.add_argument("--null", type=int, default=150, help="probes with nothing learned, per drift")
+    parser.add_argument("--power", type=int, default=40, help="probes with something learned, per gain")
     arguments = parser.parse_args()
-    print_table(arguments.null, arguments.power)
+    print_table(arguments.only or list(DIFFICULTIES), arguments.null, arguments.power)
