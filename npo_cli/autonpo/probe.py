@@ -193,6 +193,7 @@ def describe_segments(probe: Probe, distances: Sequence[int]) -> dict[int, Repla
             num_steps=num_steps,
             lost_steps=distance,
             num_prompts=num_prompts,
+            samples_all=False,
             eligible_share=1.0,
             eligible_per_step=num_prompts / num_steps,
             correct_per_step=max(1, totals.correct_in_eligible) / totals.steps,

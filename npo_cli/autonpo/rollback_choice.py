@@ -261,12 +261,13 @@ def decide(
     return chosen, split, reason, "futility" if is_futile_everywhere else None
 
 
-def weigh_correct(each: RollbackCandidate, formula: SignalFormula) -> tuple[Floats, int]:
-    """Capped weights of the slice's correct samples, and the number of all its samples."""
+def weigh_samples(each: RollbackCandidate, formula: SignalFormula) -> tuple[Floats, NDArray[np.bool_]]:
+    """Capped weights of the slice's samples, and which of them are correct."""
     inside = frozenset(each.candidate.prompt_ids)
     own = [sample for sample in each.samples.forward if sample.prompt_id in inside]
-    log_w = np.array([sample.log_w for sample in own if sample.is_correct], dtype=np.float64)
-    return np.exp(np.minimum(log_w, math.log(formula.settings.weight_cap))), len(own)
+    log_w_N = np.array([sample.log_w for sample in own], dtype=np.float64)
+    weight_N = np.exp(np.minimum(log_w_N, math.log(formula.settings.weight_cap)))
+    return weight_N, np.array([sample.is_correct for sample in own], dtype=bool)
 
 
 def is_well_weighted(chosen: RollbackCandidate | None, formula: SignalFormula) -> bool:
@@ -274,7 +275,8 @@ def is_well_weighted(chosen: RollbackCandidate | None, formula: SignalFormula) -
     64. With fewer, its interval misses far more often than the small error of an early look. Always, without Q_self."""
     if chosen is None or not chosen.candidate.is_net(formula):
         return chosen is not None
-    weight_N, _ = weigh_correct(chosen, formula)
+    all_N, is_correct_N = weigh_samples(chosen, formula)
+    weight_N = all_N[is_correct_N]
     return bool(weight_N.sum() ** 2 >= MIN_EFFECTIVE_SAMPLES * (weight_N**2).sum() > 0)
 
 
@@ -354,9 +356,9 @@ def measure_split(
     rate = float(np.mean([one.quality()[0] for one in candidates]))
     low, high = _bounds(quality_B, rate, num_prompts, level=level)
     if candidates[0].is_net(formula):
-        # A tail that was not sampled: as if the largest weight of a correct sample had occurred once more.
-        weights = [weigh_correct(each, formula) for each in measured]
-        low -= max(float(own_N.max(initial=0.0)) for own_N, _ in weights) / sum(num for _, num in weights)
+        # A tail that was not sampled: as if one more sample had been correct with the largest weight.
+        num_samples = sum(len(weigh_samples(each, formula)[0]) for each in measured)
+        low -= formula.settings.weight_cap / num_samples
     has_value = all(each.forecast is not None for each in measured)
     return SplitMeasurement(
         quality=float(quality_B[0]),

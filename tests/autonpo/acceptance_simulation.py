@@ -132,7 +132,7 @@ def estimator_of(pool: Pool, prompt_ids: list[str], *, seed: int) -> tuple[Rollb
         ]  # fmt: skip
         samples.append(DriftSamples(distance=distance, forward=forward, backward=()))
         segments[distance] = ReplaySegment(
-            num_steps=distance, lost_steps=distance, num_prompts=len(inside), eligible_share=1.0,
+            num_steps=distance, lost_steps=distance, num_prompts=len(inside), samples_all=False, eligible_share=1.0,
             eligible_per_step=len(inside) / distance, correct_per_step=10.0, tokens_per_step=1280.0, slots=1,
             most_draws=8, draws_per_round=2, scoring_tokens=0,
         )  # fmt: skip

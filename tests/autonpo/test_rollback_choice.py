@@ -675,7 +675,7 @@ def test_rollback_choice_reports_prompts_samples_and_tokens():
 # Net of the old policy's second try
 
 SEGMENT = ReplaySegment(
-    num_steps=10, lost_steps=10, num_prompts=40, eligible_share=1.0, eligible_per_step=4.0, correct_per_step=2.0,
+    num_steps=10, lost_steps=10, num_prompts=40, samples_all=False, eligible_share=1.0, eligible_per_step=4.0, correct_per_step=2.0,
     tokens_per_step=100.0, slots=1, most_draws=4, draws_per_round=4, scoring_tokens=0,
 )  # fmt: skip
 """The replay of D = 10: 40 guides, 2 correct responses per step without them."""
@@ -724,12 +724,12 @@ def test_second_try_replaces_the_weight_that_the_cap_takes_away():
 
 def test_rollback_is_rejected_if_the_old_policy_solves_as_many():
     # a pass rate of 1/2 that was there before: the published rule accepts it. Newcombe's interval of 10 and 10 in 20 is
-    # -+ 28.4 %, and one more correct sample of weight 1 in 80 takes 1.25 % off the lower bound
+    # -+ 28.4 %, and one more correct sample of weight 10 in 80 takes 12.5 % off the lower bound
     probed = pass_counts(0, *[2] * 20)
     assert choose([near(probed, 0.0)], probed=probed).is_accepted
     found = choose_net([near(probed, 0.0)], probed=probed)
     assert (found.is_accepted, found.stop, found.quality_split) == (False, "complete", 0.0)
-    assert found.reason.startswith("the policy solves 0 % [-29.6 %, 28.4 %] more of the prompts failed")
+    assert found.reason.startswith("the policy solves 0 % [-40.9 %, 28.4 %] more of the prompts failed")
     assert found.reason.endswith("than the policy of that time would; the lower bound must be above 0")
     (score,) = found.scores
     assert (score.quality, score.quality_self, score.quality_net) == (0.5, 0.5, 0.0)
