@@ -675,8 +675,8 @@ def test_rollback_choice_reports_prompts_samples_and_tokens():
 # Net of the old policy's second try
 
 SEGMENT = ReplaySegment(
-    num_steps=10, lost_steps=10, num_prompts=40, samples_all=False, eligible_share=1.0, eligible_per_step=4.0, correct_per_step=2.0,
-    tokens_per_step=100.0, slots=1, most_draws=4, draws_per_round=4, scoring_tokens=0,
+    num_steps=10, lost_steps=10, num_prompts=40, samples_all=False, eligible_share=1.0, eligible_per_step=4.0,
+    correct_per_step=2.0, tokens_per_step=100.0, slots=1, most_draws=4, draws_per_round=4, scoring_tokens=0,
 )  # fmt: skip
 """The replay of D = 10: 40 guides, 2 correct responses per step without them."""
 
