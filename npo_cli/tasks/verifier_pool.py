@@ -1,24 +1,33 @@
 """A pool of processes for checks that may hang or crash, with a timeout that works for any code.
 
-A signal-based timeout works only in the main thread and never inside a C call. Here a check runs in its own process,
-and a late or dead process is replaced; only its current item is lost. No process starts before the first item.
-`serve_checks` is the worker process: it checks items from its pipe until the pipe closes.
+A signal-based timeout works only in the main thread and never inside a C call. Here a check runs in its own process.
+No process starts before the first item. `serve_checks` is the worker process: it checks items from its pipe until the
+pipe closes. What happens to a process that does not answer:
+
+- late, or dead while it checks an item (`os._exit`, segfault, KeyboardInterrupt, closed pipe): the item is `timed_out`,
+  and a new process checks the next ones;
+- dead between two items: a new process, nothing is lost;
+- dead before its first item: so would be the next one. The run ends (`RunFailed`) with the process's last output.
 """
 
 import atexit
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from npo_cli.errors import NpoError, RunFailed
 
@@ -26,19 +35,27 @@ GRACE_SECONDS = 1.0
 """Seconds after the timeout at which a worker ends itself, in case its parent is gone."""
 
 
-def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]], timeout: float) -> None:
-    """Build the check, report it, then answer every item with ("value", v) or ("error", text)."""
+def serve_checks(
+    channel: Connection, build: Callable[[], Callable[[Any], Any]], timeout: float, output_path: Path
+) -> None:
+    """Build the check, report it, then answer every item with ("value", v) or ("error", text).
+
+    What is printed before the first item goes to the file `output_path`, in which the parent finds why a process died,
+    and from there to stderr.
+    """
     _leave_process_group()
-    try:
-        check = build()
-    except Exception as error:
-        channel.send(("broken", describe_error(error)))
-        return
-    channel.send(("ready", None))
+    with _collect_output(output_path):
+        try:
+            check = build()
+        except Exception as error:
+            channel.send(("broken", describe_error(error)))
+            return
+        channel.send(("ready", None))
+        channel.poll(None)
     while True:
         try:
             item = channel.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return  # the parent is gone
         # The default action of SIGALRM ends the process, even in a loop inside C code.
         signal.setitimer(signal.ITIMER_REAL, timeout + GRACE_SECONDS)
@@ -49,7 +66,7 @@ def serve_checks(channel: Connection, build: Callable[[], Callable[[Any], Any]],
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
             channel.send(reply)
-        except BrokenPipeError:
+        except ConnectionError:
             return
 
 
@@ -65,18 +82,36 @@ def describe_error(error: BaseException, *, inside: str | None = None) -> str:
     return f"{ours[-1].filename}:{ours[-1].lineno}: {text}" if ours else text
 
 
+@contextmanager
+def _collect_output(path: Path) -> Iterator[None]:
+    """Write stdout and stderr to the file; at the end of the block copy it to stderr, where both go from then on."""
+    terminal = os.dup(2)
+    with path.open("r+b") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout.reconfigure(line_buffering=True)  # its last line is not lost with the process
+        yield
+        sys.stdout.flush()
+        os.dup2(terminal, 1)
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        file.seek(0)
+        shutil.copyfileobj(file, sys.stderr.buffer)
+        sys.stderr.flush()
+    path.unlink(missing_ok=True)
+
+
 def _leave_process_group() -> None:
     """Leave the terminal's process group, so that only the parent stops this process.
 
-    Signal handlers do nothing instead of SIG_IGN, which child programs of a check would inherit. What a check prints
-    goes to stderr: stdout is for the command's output.
+    Signal handlers do nothing instead of SIG_IGN, which child programs of a check would inherit.
     """
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    os.dup2(2, 1)
 
 
+LAST_OUTPUT_LINES = 8
 START_TIMEOUT_SECONDS = 60.0
 """Timeout for the imports of a new process."""
 
@@ -98,9 +133,20 @@ class _Worker:
     channel: Connection
     deadline: float
     """When its next report is due (monotonic seconds)."""
+    output_path: Path
+    """What it printed before its first item."""
     ready: bool = False
+    has_worked: bool = False
+    """It was given an item."""
     item: int | None = None
     """Index of its current item."""
+
+    def describe_death(self) -> str:
+        """Its exit code and last output."""
+        self.process.join(1.0)  # its pipe closes shortly before it ends
+        lines = self.output_path.read_text(errors="replace").strip().splitlines()[-LAST_OUTPUT_LINES:]
+        code = self.process.exitcode
+        return f"exit code {code}; " + ("last output:\n" + "\n".join(lines) if lines else "no output")
 
     def kill(self) -> None:
         """Kill its process group, with the processes that it started."""
@@ -110,6 +156,7 @@ class _Worker:
         self.process.join()
         self.process.close()
         self.channel.close()
+        self.output_path.unlink(missing_ok=True)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -163,24 +210,28 @@ class VerifierPool:
         while len(self._workers) < min(self.num_workers, num_open):
             context = get_context("spawn")
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve_checks, args=(theirs, self.build, self.timeout), daemon=True)
+            output, path = tempfile.mkstemp(prefix="npo-verifier-")
+            os.close(output)
+            arguments = (theirs, self.build, self.timeout, Path(path))
+            process = context.Process(target=serve_checks, args=arguments, daemon=True)
             if not self._workers:
                 # This exit hook must run before multiprocessing's, which would wait for the processes.
                 atexit.unregister(self.close)
                 atexit.register(self.close)
             process.start()
             theirs.close()
-            self._workers.append(
-                _Worker(process=process, channel=ours, deadline=time.monotonic() + START_TIMEOUT_SECONDS)
-            )
+            deadline = time.monotonic() + START_TIMEOUT_SECONDS
+            self._workers.append(_Worker(process=process, channel=ours, deadline=deadline, output_path=Path(path)))
 
     def _hand_out(self, worker: _Worker, waiting: deque[int], items: Sequence[Any]) -> None:
         try:
             worker.channel.send(items[waiting[0]])
-        except BrokenPipeError:
+        except ConnectionError:
+            if not worker.has_worked:
+                self._fail(worker, "died before its first call")
             self._drop(worker)  # it died while idle; the item waits for the next process
             return
-        worker.item = waiting.popleft()
+        worker.item, worker.has_worked = waiting.popleft(), True
         worker.deadline = time.monotonic() + self.timeout
 
     def _collect(self) -> dict[int, CheckResult]:
@@ -205,7 +256,7 @@ class VerifierPool:
     def _receive(self, worker: _Worker) -> CheckResult | None:
         try:
             kind, payload = worker.channel.recv()
-        except (EOFError, OSError):
+        except Exception:  # a closed pipe, or a reply that the check itself wrote into it
             return self._lose(worker, "died while it started")
         if kind == "broken":
             raise RunFailed(f"the verifier could not be started: {payload}", "fix it, then run the command again")
@@ -215,11 +266,19 @@ class VerifierPool:
         return CheckResult(value=payload) if kind == "value" else None
 
     def _lose(self, worker: _Worker, why: str) -> CheckResult:
-        """Drop a process that died or is late; its current item counts as timed out."""
-        self._drop(worker)
+        """Drop a process that died or is late; its current item counts as timed out. Without one the run ends."""
         if worker.item is None:
-            raise RunFailed(f"a verifier process {why}", "run the command again; a common cause is that memory is full")
+            self._fail(worker, why)
+        self._drop(worker)
         return CheckResult(timed_out=True)
+
+    def _fail(self, worker: _Worker, why: str) -> NoReturn:
+        details = worker.describe_death()
+        self._drop(worker)
+        raise RunFailed(
+            f"a verifier process {why} ({details})",
+            "fix what it reports and run the command again; without output, a common cause is that memory is full",
+        )
 
     def _drop(self, worker: _Worker) -> None:
         self._workers.remove(worker)

@@ -1,10 +1,13 @@
 """Checks for the pool's tests. They live in a module of their own because worker processes import them."""
 
 import os
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 
 def build_double() -> Callable[[int], int]:
@@ -26,6 +29,15 @@ def build_trouble() -> Callable[[str], object]:
             import ctypes
 
             ctypes.string_at(0)
+        if item == "interrupt":
+            raise KeyboardInterrupt
+        if item == "close":
+            os.closerange(3, 256)
+        if item == "garbage":
+            for number in range(3, 64):
+                with suppress(OSError):
+                    if stat.S_ISSOCK(os.fstat(number).st_mode):
+                        os.write(number, b"\0\0\0\5hello")
         if item == "raise":
             raise ValueError("no such item")
         if item == "sleeping child":
@@ -45,4 +57,21 @@ def build_failure() -> Callable[[str], str]:
 
 
 def build_death() -> Callable[[str], str]:
+    print("no license found")
     os._exit(9)
+
+
+def build_interrupt() -> Callable[[str], str]:
+    raise KeyboardInterrupt
+
+
+def build_short_life() -> Callable[[str], str]:
+    """It dies soon after the start, while it waits for its first item."""
+    print("watchdog: time is up")
+    threading.Timer(0.05, os._exit, (7,)).start()
+    return str.upper
+
+
+def build_greeting() -> Callable[[str], str]:
+    print("hello")
+    return str.upper
