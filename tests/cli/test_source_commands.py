@@ -128,6 +128,7 @@ def test_killed_endpoint_sampling_resumes_to_the_same_bytes(short_run, tmp_path,
     straight, broken = (copy_run(short_run, tmp_path / name) for name in ("straight", "broken"))
     with run_server(slow_teacher(open_session_at(short_run, 0).task.train)) as served:
         options = ("--source", f"endpoint:{served.url}#teacher", "--at", "0", "--name", "given")
+        options += ("guide.cache.prompts=all", "guide.cache.select=shortest")  # 8 requests per prompt
         assert npo("sample-guide", straight, *options).code == 0
         child = warm.npo("sample-guide", str(broken), *options, err=tmp_path / "err")
         before = len(served.bodies)
