@@ -2,17 +2,20 @@
 
 Not an `Engine`: the server has its own weights, and its log-probabilities are not used. One request is one sample with
 its own seed, because many such servers ignore the parameter `n`.
+
+Requests run in one event loop instead of threads: a deadline or Ctrl-C cancels them wherever they wait, while a thread
+that waits in `recv` cannot be stopped, and Python joins it before it exits.
 """
 
+import asyncio
+import html
 import json
 import os
-import time
+import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Event
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -27,6 +30,10 @@ NO_MODEL_LIST_STATUS_CODES = frozenset({404, 405, 501})
 INITIAL_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
 MAX_RESPONSE_BYTES = 64 << 20
+MAX_ERROR_BYTES = 64 << 10
+MAX_ERROR_CHARACTERS = 400
+MIN_SECRET_LENGTH = 8
+"""A shorter key, such as `x` or `EMPTY`, is not redacted in completions."""
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 RETRY_HINT = "check the server, then repeat the command: it continues where it stopped"
 
@@ -59,7 +66,7 @@ class RequestLimits:
     concurrency: int
     """Simultaneous requests."""
     timeout: float
-    """Seconds per attempt."""
+    """Seconds per attempt, from connecting to the last byte of the response."""
     retries: int
     """Further attempts after an error that may be temporary."""
 
@@ -94,41 +101,58 @@ class OpenAIClient:
 
         A server without such a list is accepted.
         """
-        with self._open() as http:
-            try:
-                found = self._request(http, "models")
-            except RunFailed as error:
-                if isinstance(error.__cause__, ResponseError) and error.__cause__.status in NO_MODEL_LIST_STATUS_CODES:
-                    return
-                raise
+        try:
+            found = asyncio.run(self._get_models())
+        except RunFailed as error:
+            if isinstance(error.__cause__, ResponseError) and error.__cause__.status in NO_MODEL_LIST_STATUS_CODES:
+                return
+            raise
         listed = found.get("data") if isinstance(found, dict) else None
-        names = [each.get("id") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+        names = (
+            [_redact(str(each.get("id"))) for each in listed if isinstance(each, dict)]
+            if isinstance(listed, list)
+            else []
+        )
         if names and self.model not in names:
-            known = ", ".join(map(str, names[:8]))
+            known = ", ".join(names[:8])
             raise NpoError(f"{self.url} has no model {self.model!r}; it has: {known}", f"name the model {names[0]}")
 
     @on_main_rank
     def generate(self, requests: Sequence[TextRequest]) -> list[TextCompletion]:
         """One completion per request, in order. The first failure cancels the rest."""
-        stop = Event()
-        with self._open() as http:
-            pool = ThreadPoolExecutor(self.limits.concurrency, thread_name_prefix="endpoint")
-            try:
-                return list(pool.map(lambda request: self._complete(http, request, stop), requests))
-            finally:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
+        return asyncio.run(self._complete_all(requests))
 
-    def _open(self) -> httpx.Client:
+    async def _get_models(self) -> Any:
+        async with self._open() as http:
+            return await self._request(http, "models")
+
+    async def _complete_all(self, requests: Sequence[TextRequest]) -> list[TextCompletion]:
+        slots = asyncio.Semaphore(self.limits.concurrency)
+
+        async def complete(http: httpx.AsyncClient, request: TextRequest) -> TextCompletion:
+            async with slots:
+                return await self._complete(http, request)
+
+        async with self._open() as http:
+            tasks = [asyncio.create_task(complete(http, request)) for request in requests]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _open(self) -> httpx.AsyncClient:
         """A connection pool. Redirects are errors, so the key reaches no other host; local hosts need no proxy."""
-        return httpx.Client(
+        return httpx.AsyncClient(
             headers=_auth_header(),
-            timeout=self.limits.timeout,
+            timeout=None,  # `_attempt` has one deadline for all of a request
+            limits=httpx.Limits(max_connections=self.limits.concurrency),
             follow_redirects=False,
             trust_env=urlsplit(self.url).hostname not in LOCAL_HOSTS,
         )
 
-    def _complete(self, http: httpx.Client, request: TextRequest, stop: Event) -> TextCompletion:
+    async def _complete(self, http: httpx.AsyncClient, request: TextRequest) -> TextCompletion:
         """Plain text goes to the completions endpoint, messages to chat completions."""
         prompt = request.prompt
         body: dict[str, Any] = {
@@ -142,7 +166,7 @@ class OpenAIClient:
         else:
             path = "chat/completions"
             body["messages"] = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        found = self._request(http, path, body=body, stop=stop)
+        found = await self._request(http, path, body=body)
         try:
             choice = found["choices"][0]
             text = choice["text"] if prompt.text is not None else choice["message"]["content"]
@@ -154,48 +178,54 @@ class OpenAIClient:
             raise RunFailed(f"{self.url}/{path}: the completion is not a string", RETRY_HINT)
         is_count = isinstance(num_tokens, int) and not isinstance(num_tokens, bool) and num_tokens >= 0
         # JSON can contain half of a surrogate pair, which no tokenizer accepts.
-        text = (text or "").encode("utf-8", "replace").decode()
+        text = _redact((text or "").encode("utf-8", "replace").decode(), min_length=MIN_SECRET_LENGTH)
         return TextCompletion(text=text, finished=finished, num_tokens=num_tokens if is_count else None)
 
-    def _request(
-        self, http: httpx.Client, path: str, *, body: Mapping[str, Any] | None = None, stop: Event | None = None
-    ) -> Any:
+    async def _request(self, http: httpx.AsyncClient, path: str, *, body: Mapping[str, Any] | None = None) -> Any:
         """The decoded response, with retries and exponential backoff, or the delay that the server asks for."""
-        stop = stop or Event()
         url, backoff = f"{self.url}/{path}", INITIAL_BACKOFF_SECONDS
         for retries_left in range(self.limits.retries, -1, -1):
             try:
-                return self._attempt(http, url, body)
+                return await self._attempt(http, url, body)
             except ResponseError as error:
                 if not error.is_temporary:
                     hint = f"set {KEY_VARIABLE} to the server's key" if error.status in (401, 403) else RETRY_HINT
                     raise RunFailed(f"{url}: {error}", hint) from error
-                if not retries_left or stop.is_set():
-                    attempts = self.limits.retries - retries_left + 1
-                    raise RunFailed(f"{url}: {error} ({attempts} attempts)", RETRY_HINT) from error
-                stop.wait(min(backoff if error.retry_after is None else error.retry_after, MAX_BACKOFF_SECONDS))
+                if not retries_left:
+                    raise RunFailed(f"{url}: {error} ({self.limits.retries + 1} attempts)", RETRY_HINT) from error
+                await asyncio.sleep(
+                    min(backoff if error.retry_after is None else error.retry_after, MAX_BACKOFF_SECONDS)
+                )
                 backoff *= 2
         raise AssertionError("the last attempt returns or raises")
 
-    def _attempt(self, http: httpx.Client, url: str, body: Mapping[str, Any] | None) -> Any:
-        deadline = time.monotonic() + self.limits.timeout
+    async def _attempt(self, http: httpx.AsyncClient, url: str, body: Mapping[str, Any] | None) -> Any:
+        """One deadline over connection, headers, error bodies and response: httpx limits only the time per read."""
         content = bytearray()
         try:
-            with http.stream("GET" if body is None else "POST", url, json=body) as response:
-                for chunk in response.iter_bytes():
+            async with (
+                asyncio.timeout(self.limits.timeout),
+                http.stream("GET" if body is None else "POST", url, json=body) as response,
+            ):
+                limit = MAX_RESPONSE_BYTES if response.is_success else MAX_ERROR_BYTES
+                async for chunk in response.aiter_bytes():
                     content += chunk
-                    # httpx limits the time per read only: a slow stream could last forever.
-                    if len(content) > MAX_RESPONSE_BYTES or time.monotonic() > deadline:
-                        raise ResponseError("the response is too long or too slow")
+                    if len(content) > limit:
+                        break
+        except TimeoutError:
+            raise ResponseError(f"no response: timed out after {self.limits.timeout:g} s") from None
         except httpx.HTTPError as error:
-            raise ResponseError(f"no response: {error or type(error).__name__}") from error
+            # Without the cause: its text is shown in tracebacks and may have the key.
+            raise ResponseError(f"no response: {_redact(_describe_failure(error))}") from None
         if not response.is_success:
-            text = content[:400].decode(errors="replace").strip()
+            text = _redact(content.decode(errors="replace"))[:MAX_ERROR_CHARACTERS].strip()
             raise ResponseError(
                 f"status {response.status_code}" + (f": {text}" if text else ""),
                 status=response.status_code,
                 retry_after=_parse_seconds(response.headers.get("Retry-After")),
             )
+        if len(content) > MAX_RESPONSE_BYTES:
+            raise ResponseError("the response is too long")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -221,10 +251,35 @@ def validate_url(text: str) -> str:
 
 def _auth_header() -> dict[str, str]:
     """The Authorization header; empty without a key."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
+    key = _read_key()
     if not key.isascii() or not key.isprintable():
         raise NpoError(f"{KEY_VARIABLE} contains characters that are not allowed in a key", "set it to the key alone")
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _read_key() -> str:
+    return os.environ.get(KEY_VARIABLE, "").strip()
+
+
+def _redact(text: str, *, min_length: int = 1) -> str:
+    """Text of a server without the key, which servers echo plain or escaped, in their headers, errors and responses."""
+    key = _read_key()
+    if len(key) < min_length or not key:
+        return text
+    forms = {key, json.dumps(key)[1:-1], repr(key)[1:-1], html.escape(key), quote(key), quote(key, safe="")}
+    pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
+    return re.sub(pattern, "[key]", text, flags=re.IGNORECASE)
+
+
+def _describe_failure(error: BaseException) -> str:
+    """The operating system's reason for a failed connection, such as `Connection refused`, else the error itself."""
+    text, cause = str(error) or type(error).__name__, error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+            return os.strerror(cause.errno)
+        group = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else None
+        cause = group or cause.__cause__ or cause.__context__
+    return text
 
 
 def _parse_seconds(text: str | None) -> float | None:

@@ -1,15 +1,14 @@
 """Guide caches from a model at an address."""
 
-import threading
-
 import pytest
 
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides import build_cache as guide_cache
+from npo_cli.guides.sources.retokenize import MIN_CUT_CHARACTERS
+from npo_cli.policy.model import Policy
 from npo_cli.storage.guide_cache import read_guide_prompts
 from tests.helpers.runs import copy_run, open_session_at, sample, trajectories
 from tests.helpers.teachers import correct_response
-from tests.helpers.warm_process import wait_until
 from tests.inference.openai_server import run_server
 
 NAMED = {"name": "given"}
@@ -77,10 +76,9 @@ def test_openai_source_resumed_after_a_kill_requests_only_the_rest(scout, run_an
             return say(body)
 
         served.say = say_a_little
+        # One request at a time: none is under way when the first one fails.
         with pytest.raises(RunFailed, match="status 400: out of order"):
-            sample(broken, **arguments)
-        # What was under way when the first failed still comes in.
-        wait_until(lambda: not any(thread.name.startswith("endpoint") for thread in threading.enumerate()))
+            sample(broken, "guide.endpoint.concurrency=1", **arguments)
         served.say, first = say, len(read_guide_prompts(broken / "guides" / "given"))
         served.failures.clear()
         served.bodies.clear()
@@ -97,3 +95,14 @@ def test_openai_source_without_the_model_is_refused(root, run_and_prompts):
         with pytest.raises(NpoError, match="has no model 'oracle'; it has: teacher"):
             sample(root, **arguments)
     assert sorted(root.rglob("*")) == before
+
+
+def test_openai_source_cuts_a_huge_response_before_it_is_tokenized(root, run_and_prompts, monkeypatch):
+    lengths = []
+    encode = Policy.encode_response
+    monkeypatch.setattr(Policy, "encode_response", lambda self, text: lengths.append(len(text)) or encode(self, text))
+    with run_server(lambda _: {"text": "1+1=" * 500_000, "finish_reason": "stop"}) as served:
+        info = sample(root, "guide.cache.samples_per_prompt=1", source=f"endpoint:{served.url}#teacher", **NAMED)
+    assert set(lengths) == {MIN_CUT_CHARACTERS}  # of 2,000,000
+    assert info.num_samples == len(lengths) == 8
+    assert trajectories(root, "given") == {}

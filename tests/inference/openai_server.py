@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ class ServerState:
     """Status, headers and body of the next answers; the server is itself again when they are used up."""
     broken: bytes | None = None
     """Said instead of JSON."""
+    raw: bytes | None = None
+    """Sent instead of status line, headers and body."""
+    drip: bool = False
+    """`raw` is sent again and again, a byte every 0.05 s, until the client hangs up."""
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
@@ -56,6 +61,11 @@ class _Handler(BaseHTTPRequestHandler):
             served.paths.append(self.path)
             served.keys.append(self.headers.get("Authorization"))
             failure = served.failures.pop(0) if served.failures else None
+        if served.raw is not None:
+            with suppress(OSError):
+                self._send_raw(served.raw)
+            self.close_connection = True
+            return
         status, headers, data = failure or (200, {}, served.broken or json.dumps(content).encode())
         if status == 0:  # hang up
             self.connection.close()
@@ -66,6 +76,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         with suppress(ConnectionError):  # nobody listens any more
             self.wfile.write(data)
+
+    def _send_raw(self, data: bytes) -> None:
+        while self.served.drip:
+            for number in data:
+                self.connection.sendall(bytes([number]))
+                time.sleep(0.05)
+        self.connection.sendall(data)
 
     def log_message(self, *_: object) -> None:
         """Quiet."""

@@ -1,6 +1,14 @@
 """The client of OpenAI-compatible servers, over real HTTP: what is sent, what is retried, what is an error."""
 
+import html
+import json
+import signal
+import subprocess
+import sys
 import time
+import traceback
+from threading import Event
+from urllib.parse import quote
 
 import pytest
 
@@ -8,6 +16,7 @@ from npo_cli.errors import NpoError, RunFailed
 from npo_cli.inference import openai_client
 from npo_cli.inference.openai_client import OpenAIClient, RequestLimits, TextRequest, validate_url
 from npo_cli.types.rollouts import Message, Prompt
+from tests.helpers.warm_process import wait_until
 from tests.inference.openai_server import ServerState, run_server
 
 RETRY_AT_ONCE = {"Retry-After": "0"}
@@ -148,7 +157,10 @@ def test_client_times_out():
         time.sleep(1.0)
         return echo(body)
 
-    with run_server(hang) as served, pytest.raises(RunFailed, match=r"no response: timed out \(1 attempts\)"):
+    with (
+        run_server(hang) as served,
+        pytest.raises(RunFailed, match=r"no response: timed out after 0.1 s \(1 attempts\)"),
+    ):
         open_client(served, timeout=0.1, retries=0).generate([text_request()])
 
 
@@ -188,6 +200,85 @@ def test_client_stops_reading_a_response_that_is_too_long(monkeypatch):
     monkeypatch.setattr(openai_client, "MAX_RESPONSE_BYTES", 1000)
     with (
         run_server(echo, broken=b" " * 2000) as served,
-        pytest.raises(RunFailed, match="the response is too long or too slow"),
+        pytest.raises(RunFailed, match="the response is too long"),
     ):
         open_client(served, retries=0).generate([text_request()])
+
+
+ECHO_KEY = 'sk-Secret/"0123456789"'
+FORMS = [ECHO_KEY, ECHO_KEY.lower(), json.dumps(ECHO_KEY), html.escape(ECHO_KEY), quote(ECHO_KEY, safe="")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("status", [400, 401, 503])
+def test_client_redacts_its_key_in_error_bodies(monkeypatch, form, status):
+    monkeypatch.setenv("NPO_ENDPOINT_KEY", ECHO_KEY)
+    body = (380 * "." + f"Bearer {form} is unknown").encode()  # the message is cut inside the key
+    with run_server(echo, failures=[(status, {}, body)]) as served, pytest.raises(RunFailed) as caught:
+        open_client(served, retries=0).generate([text_request()])
+    shown = "".join(traceback.format_exception(caught.value)).lower()
+    assert f"status {status}" in shown
+    assert "secret" not in shown
+
+
+def test_client_redacts_its_key_in_broken_headers(monkeypatch):
+    monkeypatch.setenv("NPO_ENDPOINT_KEY", ECHO_KEY)
+    raw = f"HTTP/1.1 400 Bad\r\nAuthorization Bearer {ECHO_KEY}\r\n\r\n".encode()
+    with run_server(echo, raw=raw) as served, pytest.raises(RunFailed, match="no response") as caught:
+        open_client(served, retries=0).generate([text_request()])
+    assert "secret" not in "".join(traceback.format_exception(caught.value)).lower()
+
+
+def test_client_redacts_its_key_in_model_names_and_completions(monkeypatch):
+    monkeypatch.setenv("NPO_ENDPOINT_KEY", ECHO_KEY)
+    with run_server(lambda _: {"text": f"my key is {ECHO_KEY}"}, model=f"model-{ECHO_KEY}") as served:
+        with pytest.raises(NpoError, match=r"it has: model-\[key\]") as caught:
+            open_client(served).check_model()
+        (answer,) = open_client(served).generate([text_request()])
+    assert "Secret" not in caught.value.hint
+    assert answer.text == "my key is [key]"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(b"HTTP/1.1 200 OK\r\nX-Slow: " + b"." * 1000, id="headers"),
+        pytest.param(b"HTTP/1.1 503 Busy\r\nContent-Length: 100000\r\n\r\n" + b"." * 1000, id="error body"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b" " * 1000, id="response"),
+    ],
+)
+def test_client_has_one_deadline_for_all_of_a_request(raw):
+    # one byte every 0.05 s: no single read is late
+    with (
+        run_server(echo, raw=raw, drip=True) as served,
+        pytest.raises(RunFailed, match=r"timed out after 0\.4 s"),
+    ):
+        open_client(served, retries=0, timeout=0.4).generate([text_request()])
+
+
+INTERRUPTED = """
+import sys
+from tests.inference.test_openai_client import OpenAIClient, RequestLimits, text_request
+limits = RequestLimits(concurrency=4, timeout=600.0, retries=9)
+OpenAIClient(url=sys.argv[1], model="teacher", limits=limits).generate([text_request(str(n)) for n in range(8)])
+"""
+
+
+def test_client_ends_at_ctrl_c_while_requests_hang():
+    release = Event()
+
+    def hang(body: dict) -> dict:
+        release.wait(60)
+        return echo(body)
+
+    with run_server(hang) as served:
+        child = subprocess.Popen([sys.executable, "-c", INTERRUPTED, served.url], stderr=subprocess.PIPE)
+        try:
+            wait_until(lambda: len(served.bodies) == 4)
+            child.send_signal(signal.SIGINT)
+            _, errors = child.communicate(timeout=20)  # far less than the 600 s of a request
+        finally:
+            child.kill()
+            release.set()
+    assert errors.rstrip().endswith(b"KeyboardInterrupt")
+    assert child.returncode == -signal.SIGINT

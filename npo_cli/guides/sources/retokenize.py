@@ -1,16 +1,21 @@
 """Re-tokenize external responses with the learner's tokenizer, and verify them.
 
 The verifier reads the text that the learner's tokens decode to, so characters that its tokenizer cannot represent are
-lost before the response is judged. A response longer than the learner's limit is truncated, and thus never correct.
+lost before the response is judged. A response longer than the learner's limit is truncated, and thus never correct; a
+text too long for that limit is cut before it is tokenized, which for megabytes would take minutes.
 The resulting tokens have no behavior log-probabilities.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from npo_cli.policy.model import Policy
 from npo_cli.session.session import Session, mark_truncated_wrong
 from npo_cli.types.rollouts import Prompt, Rollout
+
+MIN_CUT_CHARACTERS = 100_000
+"""Shorter texts are never cut: a tokenizer may drop characters or join many into one unknown token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +28,7 @@ class TextResponse:
     finished: bool
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True)
 class Retokenizer:
     """From text to verified rollouts in the learner's tokens."""
 
@@ -39,12 +44,15 @@ class Retokenizer:
         return grade_rollouts(self.session, [response.prompt for response in responses], rollouts)
 
     def _to_rollout(self, response: TextResponse) -> Rollout:
-        body = self.learner.encode_response(response.text)
+        limit = self.max_response_tokens(response.prompt)
+        # The end of the cut text may have other tokens; they lie beyond the limit.
+        text = response.text[: max((limit + 2) * self.max_token_length, MIN_CUT_CHARACTERS)]
+        is_cut = len(text) < len(response.text)
+        body = self.learner.encode_response(text)
         # An empty response has ended, even if its sampler reports otherwise.
         finished = response.finished or not body
-        ids = (*body, self.learner.end_id) if finished else body
-        limit = self.max_response_tokens(response.prompt)
-        if len(ids) > limit:
+        ids = (*body, self.learner.end_id) if finished and not is_cut else body
+        if len(ids) > limit or is_cut:
             self.num_too_long += finished
             ids, finished = ids[:limit], False
         return Rollout(
@@ -57,6 +65,11 @@ class Retokenizer:
             sampler_step=None,
             source="teacher",
         )
+
+    @cached_property
+    def max_token_length(self) -> int:
+        """Characters of the tokenizer's longest token."""
+        return max(map(len, self.learner.tokenizer.get_vocab()))
 
     def max_response_tokens(self, prompt: Prompt) -> int:
         """Largest number of response tokens of the learner, the end token included."""
