@@ -18,7 +18,7 @@ from npo_cli.session.session import Session, build_session, open_policy, open_ta
 from npo_cli.session.startup import begin_session, charge_startup
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.checkpoints import find_checkpoint
-from npo_cli.storage.layout import check_unused, create_run
+from npo_cli.storage.layout import RunDir, check_unused, create_run
 from npo_cli.storage.lineage import append_segment
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import StepLog, append_event
@@ -52,7 +52,7 @@ def train_run(root: Path, recipe: Recipe, *, until: int | None = None) -> Iterat
 def create_session(
     root: Path, recipe: Recipe, *, check: Callable[[Recipe, int], None] | None = None
 ) -> Iterator[tuple[Session, StopFlag]]:
-    """A new run directory, open for training; nothing is written before all checks have passed.
+    """A new run directory, open for training; nothing is written before all checks have passed and the engine runs.
 
     `check` raises for an unusable recipe, given the number of training prompts.
     """
@@ -63,12 +63,12 @@ def create_session(
         if check is not None:
             check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
-        run = create_run(root, recipe=recipe_to_dict(recipe), npo_version=__version__)
-        with lock_run(run), stop_between_steps() as stop:
-            # From here on a killed run can be resumed.
-            append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
-            append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
-            with closing(build_session(run, recipe, task=task, policy=policy)) as session:
+        with closing(build_session(RunDir(root), recipe, task=task, policy=policy)) as session:
+            run = create_run(root, recipe=recipe_to_dict(recipe), npo_version=__version__)
+            with lock_run(run), stop_between_steps() as stop:
+                # From here on a killed run can be resumed.
+                append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
+                append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
                 charge_startup(run, branch=MAIN, step=0)
                 yield session, stop
 
