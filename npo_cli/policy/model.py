@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from npo_cli.config.recipe import ModelSettings
@@ -40,8 +39,13 @@ from npo_cli.policy.lora import (
     load_adapters,
     save_adapters,
 )
-from npo_cli.policy.vision import Vision, find_model_class, load_vision
-from npo_cli.policy.weights_io import check_loaded_weights, load_weights, tensors_digest
+from npo_cli.policy.vision import Vision, choose_model_class, load_vision
+from npo_cli.policy.weights_io import (
+    check_loaded_weights,
+    check_weight_files,
+    load_weights,
+    tensors_digest,
+)
 from npo_cli.types.rollouts import Prompt
 
 MICRO_BASE_FOLDER = Path(__file__).parent.parent / "assets" / "micro-base"
@@ -272,17 +276,24 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
         return load_packaged(settings.path, dtype=dtype, attention=settings.attention)
     source = str(folder or find_model(settings.path))
     hint = MODEL_HINT if folder is None else damaged_checkpoint_hint(folder)
+    num_weights = check_weight_files(Path(source)) if folder is None and Path(source).is_dir() else None
     tokenizer = _load_tokenizer(source, hint=hint)
     try:
-        model, loading_info = find_model_class(source).from_pretrained(
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if num_weights is not None:
+            check_model_size(config, num_weights, source)
+        model, loading_info = choose_model_class(config).from_pretrained(
             source,
             dtype=dtype,
+            use_safetensors=True,  # never a pickle
             attn_implementation=settings.attention,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except NpoError:
+        raise
+    except Exception as error:  # a config that builds no model raises many kinds
         raise NpoError(f"{source}: no causal language model could be loaded: {_first_line(error)}", hint) from error
     if folder is None:
         check_loaded_weights(
@@ -293,6 +304,18 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
             f"{source}: the tokenizer has more tokens than the model has embeddings", "use the model's own tokenizer"
         )
     return model, tokenizer
+
+
+def check_model_size(config: PreTrainedConfig, num_weights: int, source: str) -> None:
+    """Raise if the config describes a model of more than twice the weights of its files; no memory is taken."""
+    with torch.device("meta"):
+        model = choose_model_class(config).from_config(config, trust_remote_code=False)
+    described = sum(parameter.numel() for parameter in model.parameters())
+    if described > 2 * num_weights:
+        raise NpoError(
+            f"{source}/config.json describes a model of {described:,} weights, but the files have {num_weights:,}",
+            "restore config.json from a copy of the model",
+        )
 
 
 def find_model(path: str) -> str | Path:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -189,11 +188,6 @@ def _parts(content: str) -> list[dict[str, str]]:
     for text in rest:
         parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
     return parts
-
-
-def find_model_class(source: str) -> type:
-    """The transformers class for this folder or hub id, with the vision tower if there is one."""
-    return choose_model_class(AutoConfig.from_pretrained(source, trust_remote_code=False))
 
 
 def choose_model_class(config: PreTrainedConfig) -> type:

@@ -5,16 +5,25 @@ before the first one is copied.
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
+
+MAX_WEIGHT = 1e10
+"""Larger weights, such as 1e30, come from damage: their products overflow."""
+
+
+INTEGER_TYPES = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"})
+NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 
 
 def read_tensors(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Tensor]:
@@ -49,7 +58,7 @@ def check_tensors(
     shapes = sorted(name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape)
     kinds = sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point())
     findings = {"missing": missing, "extra": extra, "of another shape": shapes, "of whole numbers": kinds}
-    _raise_for(findings | {"not finite": _not_finite(tensors)}, folder, damaged_checkpoint_hint(folder))
+    _raise_for(findings | _bad_values(tensors), folder, damaged_checkpoint_hint(folder))
 
 
 def check_loaded_weights(
@@ -58,11 +67,72 @@ def check_loaded_weights(
     """Raise if a base model has missing, mismatched or non-finite tensors."""
     findings = {"missing": sorted(missing), "of another shape": sorted(name for name, *_ in misshapen)}
     hint = "set model.path to a complete causal language model"
-    _raise_for(findings | {"not finite": _not_finite(model.state_dict())}, source, hint)
+    _raise_for(findings | _bad_values(model.state_dict()), source, hint)
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+def _bad_values(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names of tensors with values that are not finite, or larger than any trained weight."""
+    floats = {name: tensor for name, tensor in sorted(tensors.items()) if tensor.is_floating_point() and tensor.numel()}
+    largest = {name: _largest(tensor) for name, tensor in floats.items()}
+    return {
+        "not finite": [name for name, value in largest.items() if not math.isfinite(value)],
+        f"with values above {MAX_WEIGHT:g}": [name for name, value in largest.items() if value > MAX_WEIGHT],
+    }
+
+
+def _largest(tensor: Tensor) -> float:
+    """Largest absolute value; NaN if there is one."""
+    low, high = torch.aminmax(tensor.detach())
+    return float(torch.maximum(low.abs(), high.abs()))
+
+
+def read_safetensors_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor of a file, from its header: no weights are read."""
+    with safe_open(file, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+        return {name: (piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()}
+
+
+def check_weight_files(folder: Path) -> int:
+    """Number of weights in the folder; raise for no safetensors, integer weights, or the config of a deeper model.
+
+    A file has at least one tensor per layer; the names of tensors differ between versions of transformers. config.json
+    is read as plain data: transformers makes a list as long as the number of layers.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        has_pickle = any(folder.glob("*.bin"))
+        raise NpoError(
+            f"{folder} has no model.safetensors" + (", only .bin files, which can run code" if has_pickle else ""),
+            "save the model with save_pretrained of transformers 5 (safetensors), or choose another model.path",
+        )
+    header: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        try:
+            header |= read_safetensors_header(file)
+        except (SafetensorError, OSError) as error:
+            hint = "restore it from a copy of the model"
+            raise NpoError(f"{folder}: no weights could be read from {file.name}: {error}", hint) from error
+    integers = [name for name, (dtype, _) in header.items() if name.endswith("weight") and dtype in INTEGER_TYPES]
+    _raise_for({"of whole numbers": integers}, folder, "set model.path to a model that is not quantized")
+    num_layers = _read_num_layers(folder / "config.json")
+    if num_layers > len(header):
+        raise NpoError(
+            f"{folder / 'config.json'} describes {num_layers} layers, but the weights have only {len(header)} tensors",
+            "restore config.json from a copy of the model",
+        )
+    return sum(math.prod(shape) for _, shape in header.values())
+
+
+def _read_num_layers(path: Path) -> int:
+    """The largest number of layers in a config; 0 where there is none, which transformers reports better."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return 0
+    sections = [found, *found.values()] if isinstance(found, dict) else []
+    values = [each.get(key) for each in sections if isinstance(each, dict) for key in NUM_LAYERS_KEYS]
+    return max((value for value in values if isinstance(value, int)), default=0)
 
 
 def _raise_for(findings: Mapping[str, Sequence[str]], source: Path | str, hint: str) -> None:

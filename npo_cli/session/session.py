@@ -92,6 +92,8 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
     """The base model, or that of a checkpoint, after a check of every prompt of the task."""
     prepare_distributed(recipe)
     folder = checkpoint.path if checkpoint else None
+    if checkpoint:
+        verify_checkpoint(checkpoint, tensors=False)  # before a model is built from a damaged config
     policy = load_policy(recipe.model, folder)
     if checkpoint:
         load_checkpoint(policy, checkpoint)

@@ -191,9 +191,12 @@ def find_checkpoint(run: RunDir, branch: str, step: int) -> Checkpoint:
     )
 
 
-def verify_checkpoint(checkpoint: Checkpoint, *, training_state: bool = False) -> None:
-    """Compare every byte of a checkpoint's weights (or training state) with its digests: a damaged one is refused."""
-    found = find_damage(checkpoint.path, training_state=training_state)
+def verify_checkpoint(checkpoint: Checkpoint, *, training_state: bool = False, tensors: bool = True) -> None:
+    """Compare every byte of a checkpoint's weights (or training state) with its digests: a damaged one is refused.
+
+    Without `tensors` only config and tokenizer, which are read before the weights.
+    """
+    found = find_damage(checkpoint.path, training_state=training_state, tensors=tensors)
     if found:
         raise NpoError(found, damaged_checkpoint_hint(checkpoint.path))
 
@@ -288,12 +291,15 @@ def has_intact_training_state(folder: Path, *, deep: bool = False) -> bool:
     return find_damage(folder, training_state=True, deep=deep) is None
 
 
-def find_damage(folder: Path, *, training_state: bool = False, deep: bool = True) -> str | None:
+def find_damage(folder: Path, *, training_state: bool = False, deep: bool = True, tensors: bool = True) -> str | None:
     """What is wrong with the weights of a checkpoint (or with its training state), as text; None if it is complete."""
     part, manifest = (folder / TRAINING_STATE_FOLDER, TRAINING_STATE_MANIFEST) if training_state else (folder, MANIFEST)
     try:
         files = read_json(part / manifest)["files"]
-        damages = (_find_file_damage(part / name, entry, deep=deep) for name, entry in files.items())
+        damages = (
+            _find_file_damage(part / name, entry, deep=deep and (tensors or not name.endswith(".safetensors")))
+            for name, entry in files.items()
+        )
         return next(filter(None, damages), None)
     except NpoError as error:
         return error.message

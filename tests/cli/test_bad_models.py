@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5Model
 
 from npo_cli.policy.model import MICRO_BASE_FOLDER
-from tests.helpers.cli_errors import SMALL, assert_refused, edit_file
+from tests.helpers.cli_errors import SMALL, assert_refused, edit_file, set_fields
 
 UP = "model.layers.0.mlp.up_proj.weight"
 SIZES = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -70,7 +71,7 @@ def test_missing_model_is_refused_without_network(folder, path, words):
     [
         ("tokenizer*", "base: the folder has no tokenizer"),
         ("config.json", "base: no causal language model could be loaded: Unrecognized model"),
-        ("model.safetensors", "base: no causal language model could be loaded: Error no file named model.safetensors"),
+        ("model.safetensors", "base has no model.safetensors | save the model with save_pretrained"),
     ],
 )
 def test_incomplete_model_folder_error_names_the_file(folder, without, words):
@@ -91,6 +92,8 @@ def test_model_folder_with_truncated_file_is_refused(folder, file):
         (lambda tensors: tensors.pop(UP), f"base: tensor missing: {UP}"),
         (lambda tensors: tensors.update({UP: torch.zeros(3, 5)}), f"base: tensor of another shape: {UP}"),
         (lambda tensors: tensors[UP].fill_(torch.nan), f"base: tensor not finite: {UP}"),
+        (lambda tensors: tensors[UP].fill_(1e30), f"base: tensor with values above 1e+10: {UP}"),
+        (lambda tensors: tensors.update({UP: tensors[UP].long()}), f"base: tensor of whole numbers: {UP}"),
     ],
 )
 def test_model_with_missing_weights_is_refused(folder: Path, change: Callable[[dict[str, Tensor]], object], words: str):
@@ -98,6 +101,33 @@ def test_model_with_missing_weights_is_refused(folder: Path, change: Callable[[d
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+    assert words in training(folder, "model.path=./base")
+
+
+def test_pickled_weights_are_never_opened(folder):
+    home = base(folder, "model.safetensors")
+    (home / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")  # opened, it makes a file
+    assert "base has no model.safetensors, only .bin files, which can run code" in training(folder, "model.path=./base")
+    assert not (folder / "opened").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"num_hidden_layers": 10**9, "layer_types": None},
+            "describes 1000000000 layers, but the weights",
+        ),
+        ({"vocab_size": 10**11}, "describes a model of"),
+        ({"intermediate_size": 10**11}, "describes a model of"),
+        ({"num_attention_heads": 0}, "no causal language model could be loaded"),
+        ({"hidden_size": "large"}, "base: no "),
+        ({"hidden_size": -5}, "base: no "),
+        ({"hidden_act": "nothing"}, "no causal language model could be loaded"),
+    ],
+)
+def test_config_of_another_model_is_refused_before_memory_is_taken(folder, changes, words):
+    set_fields(base(folder) / "config.json", **changes)
     assert words in training(folder, "model.path=./base")
 
 
@@ -109,6 +139,16 @@ def test_model_that_is_not_causal_is_refused(folder):
     assert "no causal language model could be loaded: Unrecognized configuration class" in training(
         folder, "model.path=./base"
     )
+
+
+def test_engine_that_cannot_start_leaves_no_run_directory(folder, monkeypatch):
+    # installed, but its import fails: only the start of the engine finds it
+    (folder / "packages" / "vllm").mkdir(parents=True)
+    (folder / "packages" / "vllm" / "__init__.py").write_text("raise RuntimeError('torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(str(folder / "packages"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    result = assert_refused("train", "micro", "new", *SMALL, "engine.kind=vllm", beside=folder)
+    assert "vllm cannot be imported: torchvision::nms does not exist" in result.message
 
 
 def test_model_with_too_few_positions_is_refused(folder):
