@@ -53,13 +53,13 @@ class Registry:
     def check(self, name: str) -> str:
         """The name itself, for a settings field; ValueError if it is unknown."""
         if name not in self.built_in and name not in self.names():
-            raise ValueError(f"{self.setting}={name} is not a known {self.kind}: {self.suggest(name)}")
+            raise ValueError(f"{self.setting}={name[:60]} is not a known {self.kind}: {self.suggest(name)}")
         return name
 
     def suggest(self, name: str) -> str:
         """The nearest name, or all of them."""
         names = self.names()
-        near = get_close_matches(name, names, n=1)
+        near = get_close_matches(name[:60], names, n=1)
         return f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
 
     @contextmanager

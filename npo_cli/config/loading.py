@@ -17,11 +17,13 @@ from pydantic import ValidationError
 
 from npo_cli.config.base import walk_fields
 from npo_cli.config.locate import find_method, find_recipe
-from npo_cli.config.messages import describe_problems, suggest_fix
+from npo_cli.config.messages import describe_problems, shorten, suggest_fix
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 
 EXTENDS_KEY = "extends"
+MAX_DEPTH = 20
+"""Parts of a dotted key; settings have at most five."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
             if key.value in keys:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {shorten(key.value)} is given twice", problem_mark=key.start_mark
+                )
             keys.add(key.value)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 
@@ -143,7 +147,7 @@ def _read_file(path: Path) -> SettingsLayer:
         raise NpoError(f"{path} cannot be read: {error.strerror}", "check its permissions") from error
     except UnicodeDecodeError as error:
         raise NpoError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
-    node, values = _parse_yaml(text, source=str(path))
+    node, values = parse_yaml(text, source=str(path))
     if node is None:
         raise NpoError(f"{path} is empty", "npo recipes micro   # prints an example")
     if not isinstance(node, yaml.MappingNode):
@@ -152,7 +156,8 @@ def _read_file(path: Path) -> SettingsLayer:
     return SettingsLayer(values=values, locations=locations)
 
 
-def _parse_yaml(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
+def parse_yaml(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
+    """The syntax tree and the plain data of a recipe's text; `NpoError` names the line."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -161,9 +166,13 @@ def _parse_yaml(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:
         mark = getattr(error, "problem_mark", None)
         location = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise NpoError(f"{location}: {problem}", "settings are written KEY: VALUE, nested by two spaces") from error
-    except (ValueError, KeyError) as error:
-        raise NpoError(f"{source}: a value does not fit its !!tag: {error}", "leave out the !!tag") from error
+        raise NpoError(
+            f"{location}: {shorten(problem, 200)}", "settings are written KEY: VALUE, nested by two spaces"
+        ) from error
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # yaml's constructors of `!!int`, `!!timestamp`, ... raise whatever an unsuitable scalar leads to
+        detail = f": {shorten(str(error))}" if isinstance(error, ValueError | KeyError) else ""
+        raise NpoError(f"{source}: a value does not fit its !!tag{detail}", "leave out the !!tag") from error
     except RecursionError as error:
         raise NpoError(
             f"{source}: nested too deeply", "settings are written KEY: VALUE, nested by two spaces"
@@ -182,9 +191,9 @@ def _parse_override(text: str) -> SettingsLayer:
     """KEY=VALUE with a dotted key and a YAML value."""
     dotted, equals, value = text.partition("=")
     parts = dotted.split(".")
-    if not equals or not all(parts):
-        raise NpoError(f"{text!r} is not a setting: write KEY=VALUE", "train.lr=3e-4   # for example")
-    node, values = _parse_yaml(value, source=f"the value of {dotted}")
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        raise NpoError(f"{shorten(text)!r} is not a setting: write KEY=VALUE", "train.lr=3e-4   # for example")
+    node, values = parse_yaml(value, source=f"the value of {shorten(dotted)}")
     inner = _list_lines(node, prefix=f"{dotted}.") if isinstance(node, yaml.MappingNode) else ()
     for part in reversed(parts):
         values = {part: values}

@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails
 
 from npo_cli.config.recipe import Recipe
 
+MAX_ECHO = 60
+"""Characters of a user's text that a message shows."""
+
 OLD_KEYS: Mapping[str, str] = {
     # Sections
     "auto": "autonpo",
@@ -156,8 +159,7 @@ def _describe(problem: ErrorDetails) -> str:
         case "value_error":
             return str(problem["ctx"]["error"])
         case _:
-            got = json.dumps(problem["input"], ensure_ascii=False)
-            got = got if len(got) <= 60 else got[:57] + "..."
+            got = shorten(json.dumps(problem["input"], ensure_ascii=False))
             return f"{key} must be {describe_allowed(problem['loc'])}, got {got}"
 
 
@@ -171,7 +173,12 @@ def _unknown_keys(problem: ErrorDetails) -> list[str]:
 
 def _unknown(key: str) -> str:
     """`unknown key inject.gate: it is now guide.inject.max_accuracy`, or that it is not a setting."""
-    return f"unknown key {key}: it is now {OLD_KEYS[key]}" if key in OLD_KEYS else f"{key} is not a setting"
+    return f"unknown key {key}: it is now {OLD_KEYS[key]}" if key in OLD_KEYS else f"{shorten(key)} is not a setting"
+
+
+def shorten(text: str, length: int = MAX_ECHO) -> str:
+    """At most `length` characters of what a user gave, for a message."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _dotted(loc: Sequence[str | int]) -> str:
@@ -196,6 +203,8 @@ def suggest_fix(problems: Sequence[ErrorDetails]) -> str:
 
 def find_nearest_key(key: str) -> str | None:
     """The most similar known key, or None; the last name counts most, so that `lr` means `train.lr`."""
+    if len(key) > MAX_ECHO:
+        return None  # longer than any key, and slow to compare
     section, _, name = key.rpartition(".")
 
     def similarity(known: str) -> float:

@@ -19,7 +19,7 @@ from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
 class LoraSettings(Settings):
     """Low-rank adapters on a frozen base model, named as in peft. No dropout: sampling and scoring use one policy."""
 
-    rank: Count | None = Field(None, description="Rank r of the adapters (null: full fine-tuning).")
+    rank: int | None = Field(None, ge=1, le=8192, description="Rank r of the adapters (null: full fine-tuning).")
     alpha: float = Field(32.0, gt=0, description="Scale: a weight W becomes W + alpha/rank B A.")
     targets: tuple[str, ...] = Field(
         (),
@@ -51,7 +51,7 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass.", json_schema_extra=FREE
     )
-    threads: int | None = Field(None, ge=1, description="Number of torch CPU threads (null: torch's default).")
+    threads: int | None = Field(None, ge=1, le=1024, description="Number of torch CPU threads (null: torch's default).")
     liger: bool = Field(False, description="Use Liger kernels (GPU; needs the extra `liger`).", json_schema_extra=FREE)
     lora: LoraSettings = LoraSettings()
 

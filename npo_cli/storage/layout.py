@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from npo_cli.config.loading import dump_yaml
+from npo_cli.config.loading import dump_yaml, parse_yaml
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import (
@@ -186,13 +184,15 @@ def dump_recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe saved in `path`."""
+    """The recipe saved in `path`, read like a user's: without aliases, which can make a few bytes huge."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _, found = parse_yaml(path.read_text(encoding="utf-8"), source=path.name)
     except FileNotFoundError as error:
         raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise damaged_file_error(path, " ".join(str(error).split())) from error
+    except UnicodeDecodeError as error:
+        raise damaged_file_error(path, str(error)) from error
+    except NpoError as error:
+        raise damaged_file_error(path, error.message) from error
     if not isinstance(found, dict):
         raise damaged_file_error(path, "it holds no mapping")
     return found

@@ -126,6 +126,13 @@ def test_checkpoint_with_a_missing_file_is_refused(run, file, message):
     assert [entry["complete"] for entry in entries if entry["branch"] == "main"] == [True, True, False]
 
 
+def test_damaged_config_of_a_checkpoint_is_found_by_its_digest_before_a_model_is_built(run):
+    file = checkpoint(run) / "config.json"
+    edit_file(file, lambda text: text.replace('"num_hidden_layers": ', '"num_hidden_levels": '))
+    for role in ("evaluated", "candidate", "guide", "rollback", "resume point"):
+        assert words(run, ROLES[role]).startswith(f"{file} does not have the sha256 that was saved"), role
+
+
 @pytest.mark.parametrize("kind", ["missing", "of another shape", "not finite"])
 @pytest.mark.parametrize("signed", [True, False])
 def test_damaged_training_state_is_refused(run, kind, signed):
@@ -268,6 +275,16 @@ def test_invalid_saved_recipe_is_named(run, before, after, message):
     for command in ("resume", "eval"):
         assert words(run, [command]).startswith(f"{message}")
         assert f"({path})" in words(run, [command])
+
+
+def test_saved_recipe_with_aliases_is_refused(run):
+    # read with aliases, these lines are 10^9 items
+    path = run / "branches" / "again" / "recipe.yaml"
+    lines = [f"x{n}: &x{n} [{', '.join(10 * [f'*x{n - 1}'])}]" for n in range(1, 9)]
+    path.write_text("\n".join(["x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]", *lines]))
+    for command in ("resume", "eval"):
+        message = f"{path} is damaged: recipe.yaml:2: aliases are not part of a recipe"
+        assert words(run, [command]).startswith(message)
 
 
 def test_run_json_of_another_kind_is_refused(run):

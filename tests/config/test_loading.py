@@ -5,6 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from npo_cli.config import messages
 from npo_cli.config.loading import (
     apply_overrides,
     check_frozen_settings,
@@ -256,6 +257,49 @@ def test_override_without_key_or_equals_is_refused(override):
 def test_malformed_override_error_names_the_key():
     with pytest.raises(NpoError, match=r"^the value of train\.lr:1: "):
         load_recipe("micro", ["train.lr=[1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("{long}=1", "{short} is not a setting (command line)"),
+        ("train.{long}=1", "train.{short6} is not a setting (command line)"),
+        ("{dots}=1", "is not a setting: write KEY=VALUE"),
+        ("engine.kind={long}", "is not a known engine"),
+        ("train.lr=!!{long} 1", "could not determine a constructor"),
+        ("train.lr={long}", "train.lr must be a number above 0, got"),
+    ],
+)
+def test_huge_key_or_value_is_answered_at_once_and_shown_short(override, message, monkeypatch):
+    # comparing it with every known key would take minutes
+    ratio = messages._ratio
+    monkeypatch.setattr(messages, "_ratio", lambda one, other: ratio(one, other) if len(one) < 100 else pytest.fail())
+    values = {
+        "long": 100_000 * "a",
+        "dots": ".".join(50_000 * "a"),
+        "short": 57 * "a" + "...",
+        "short6": 51 * "a" + "...",
+    }
+    with pytest.raises(NpoError) as caught:
+        load_recipe("micro", [override.format_map(values)])
+    assert message.format_map(values) in caught.value.message
+    assert len(caught.value.message) < 400
+    assert len(caught.value.hint) < 400
+
+
+@pytest.mark.parametrize("tag", ["int", "float", "timestamp", "bool"])
+def test_empty_tagged_value_is_refused(tag):
+    with pytest.raises(NpoError, match=r"the value of train\.lr: a value does not fit its !!tag"):
+        load_recipe("micro", [f"train.lr=!!{tag} ''"])
+
+
+@pytest.mark.parametrize("override", ["model.lora.rank=100000000", "model.threads=1000000000"])
+def test_absurd_number_is_refused(override):
+    key, _, value = override.partition("=")
+    with pytest.raises(
+        NpoError, match=rf"{key} must be a whole number at least 1 and at most \d+ or null, got {value}"
+    ):
+        load_recipe("micro", [override])
 
 
 def test_extends_cycle_is_refused(tmp_path):
