@@ -148,7 +148,7 @@ def test_engine_that_cannot_start_leaves_no_run_directory(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder / "packages"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     result = assert_refused("train", "micro", "new", *SMALL, "engine.kind=vllm", beside=folder)
-    assert "vllm cannot be imported: torchvision::nms does not exist" in result.message
+    assert "vllm cannot be imported: RuntimeError: torchvision::nms does not exist" in result.message
 
 
 def test_model_with_too_few_positions_is_refused(folder):

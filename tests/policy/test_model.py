@@ -103,7 +103,7 @@ def test_policy_without_a_chat_template_refuses_chat_prompts():
 
 def test_load_policy_names_a_folder_without_a_model(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NpoError, match="no tokenizer could be loaded"):
+    with pytest.raises(NpoError, match="has no model"):
         load_saved_policy(tmp_path / "empty")
     folder = save_model(qwen(), tmp_path / "headless")
     (folder / "config.json").unlink()
