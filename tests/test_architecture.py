@@ -17,7 +17,7 @@ ALL_SOURCES = [*SOURCES, *sorted((ROOT / "recipes").rglob("*.py"))]
 NEVER_IMPORTED = {"click", "pickle", "shelve", "dill", "joblib", "cloudpickle", "trl", "pytest"}
 HEAVY = {"torch", "transformers", "numpy", "scipy", "matplotlib", "yaml"}
 LIGHT_PACKAGES = {"cli", "errors", "types", "report", "distributed"}
-LIGHT_MODULES = {"npo_cli.guides.source"}
+LIGHT_MODULES = {"npo_cli.guides.source", "npo_cli.session.startup"}
 """Names and the grammar of guide sources; the sources themselves are imported when one is opened."""
 
 

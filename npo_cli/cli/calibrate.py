@@ -47,11 +47,11 @@ def calibrate(
     allow_code: AllowCodeOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Measure the gain of guide candidates by short replays, and how well each score predicts it.
+    """Measure the gain of guide candidates, and how well each score predicts it.
 
-    Each learner is trained for a few steps with each candidate's guide and without one, with the same seeds; the gain
-    is the difference in held-out accuracy. The same command resumes an interrupted calibration and adds to a finished
-    one. No branch and no checkpoint is made.
+    Each learner is trained for a few steps (a short replay) with each candidate's guide and without one, with the same
+    seeds; the gain is the difference in held-out accuracy. The same command resumes an interrupted calibration and adds
+    to a finished one. No branch and no checkpoint is made.
     """
     check_figure_path(figure)
     learners = parse_steps(at, option="--at")

@@ -55,10 +55,10 @@ def build_guide_cache(
     """Fill the guide cache `name`, or finish it. `spec` None: the choice of the newest scoring of this learner."""
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
+    chosen = find_chosen_guide(run, learner) if spec is None else spec
+    source = create_source(chosen, ReplayTarget(run=run, learner=learner, steps=steps))
     if spec is None:
-        spec = find_chosen_guide(run, learner)
-        yield Notice(message=f"guide source: {spec.text}")
-    source = create_source(spec, ReplayTarget(run=run, learner=learner, steps=steps))
+        yield Notice(message=f"guide source: {source.spec.text}")
     name = validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
     with (
         lock_run(run),

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from npo_cli.scoring.quality import mean_with_interval
 from npo_cli.types.comparison import Estimate
 
 Bound = Literal["exact", "at least", "at most"]
@@ -65,6 +64,8 @@ def estimate_hysteresis(seeds: Sequence[SeedHysteresis | None]) -> tuple[Estimat
         known, sides = [one for one in known if one.bound == "exact"], set()
     if not known:
         return None
+    from npo_cli.scoring.quality import mean_with_interval
+
     found = mean_with_interval([one.steps for one in known], of=len(seeds))
     if not sides:
         return found, "exact"

@@ -4,14 +4,17 @@ The seconds are measured where they pass, and charged by the command, which know
 spent for. They belong to the process, so there is one clock; a new session sets it back.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from npo_cli.storage.layout import RunDir
+if TYPE_CHECKING:
+    from npo_cli.storage.layout import RunDir
 
 StartupKind = Literal["load", "start"]
 

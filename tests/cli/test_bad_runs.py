@@ -119,7 +119,7 @@ def test_candidates_that_are_not_steps_are_refused(circle, text):
             "the learner's step is missing: the recipe has no guide.replay.at_step | add --at STEP",
         ),
         (
-            ["sample-guide", "--at", "0"],
+            ["sample-guide", "--at", "2"],
             "no guide was given: the recipe has no guide.replay.guide_step | add --source STEP",
         ),
         (["score-checkpoints", "--at", "2", "--candidates", "2"], "step 2 is not later than the learner's step 2"),

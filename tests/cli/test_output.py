@@ -126,8 +126,8 @@ def test_model_output_is_escaped_on_the_terminal(capsys):
 def test_json_has_null_for_a_threshold_never_reached():
     line = to_json_line(CostToThreshold(name="GRPO", threshold=0.9, step=None, total_steps=None, total_tokens=None))
     assert line == (
-        '{"record": "cost_to_threshold", "name": "GRPO", "threshold": 0.9, "step": null, "total_steps": null, '
-        '"total_tokens": null, "total_seconds": null, "total_forwards": null}'
+        '{"record": "cost_to_threshold", "name": "GRPO", "threshold": 0.9, "is_best_held": false, "step": null, '
+        '"total_steps": null, "total_tokens": null, "total_seconds": null, "total_forwards": null}'
     )
 
 

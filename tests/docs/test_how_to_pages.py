@@ -18,7 +18,7 @@ from npo_cli.session.learner import find_learner
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.guides import SourceSpec
-from tests.helpers.runs import open_session_at
+from tests.helpers.runs import WHOLE_REPLAY, open_session_at
 from tests.helpers.teachers import correct_response
 
 PAGES = Path(__file__).parents[2] / "docs/how-to"
@@ -141,7 +141,7 @@ def test_add_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_add_a_mix_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay with the page's strategy: of the three groups of a step, the two hardest receive the guide's rollout."""
     monkeypatch.chdir(tmp_path)
-    small = (*TINY, "train.prompts_per_step=3", "guide.cache.keep=all")
+    small = (*TINY, "train.prompts_per_step=3", "guide.cache.keep=all", *WHOLE_REPLAY)
     mixing = ("guide.inject.mode=hardest", "guide.inject.max_accuracy=1")
     run("train", "micro", "r", *small)
     run("sample-guide", "r", "--at", "0", "--source", "2", "--name", "g")

@@ -21,6 +21,6 @@ def test_curve_csv_has_one_row_per_point_and_empty_unknown_cells(tmp_path):
     path = tmp_path / "new" / "points.csv"
     write_points([point], path)
     assert path.read_text() == (
-        "method,seed,run,branch,step,updates,tokens,forwards,seconds,accuracy,entropy\n"
-        '"a, ""b""",1,r,main,5,10,99,120,,0.5,\n'
+        "method,seed,run,branch,step,updates,tokens,forwards,seconds,accuracy,entropy,curve\n"
+        '"a, ""b""",1,r,main,5,10,99,120,,0.5,,own\n'
     )

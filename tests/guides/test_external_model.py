@@ -16,7 +16,7 @@ from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
-from tests.helpers.runs import copy_run, open_session_at, resume, sample, train, trajectories
+from tests.helpers.runs import WHOLE_REPLAY, copy_run, open_session_at, resume, sample, train, trajectories
 from tests.helpers.teachers import save_with_other_vocabulary
 
 OUTSIDE = {"name": "guided"}
@@ -164,6 +164,7 @@ def test_external_model_guide_cache_resumes_after_a_kill_to_the_same_bytes(
         spec=parse_spec(f"model:{other_vocabulary}"),
         at=2,
         name="guided",
+        overrides=WHOLE_REPLAY,
     )
     for _ in range(1 + kill_after):
         next(records)

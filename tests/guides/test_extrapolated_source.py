@@ -99,7 +99,7 @@ def test_extrapolated_candidates_are_scored_on_the_same_prompts_as_others(run_of
         "extrapolated:logits,k=2,a=4",
         "extrapolated:weights,k=2,a=1",
     }
-    assert {"past", "base", "self", "checkpoint:6"} == found.keys() - extrapolations.keys()
+    assert {"past", "base", "self", "checkpoint:6", "none"} == found.keys() - extrapolations.keys()
     for one in extrapolations.values():
         assert one.num_prompts == found["self"].num_prompts
         assert one.quality_net == pytest.approx(one.quality - found["self"].quality)
