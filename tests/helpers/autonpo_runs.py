@@ -33,14 +33,15 @@ EAGER = (
         "autonpo.rollback.min_value=0",
         "autonpo.rollback.selection_rule=argmax",
         "scoring.quality_baseline=none",
+        "scoring.variance=group2",
         "autonpo.rollback.min_failed_prompts=2",
         "autonpo.max_interventions=2",
     ),
-    *("autonpo.probe.num_prompts=8", "scoring.bootstrap_resamples=50"),
+    *("autonpo.probe.num_prompts=8", "scoring.bootstrap_resamples=50", "guide.cache.min_yield=0"),
 )
 """Every reward counts as standing still, so one step of falling entropy is a warning, and every probe is accepted: by
-Q as published, which has no lower limit here. This seed triggers at step 6
-(D* = 2) and on the replayed branch at step 8 (D* = 4), and is capped from then on; some 2.5 s."""
+Q as published, which has no lower limit here. With V = group2 this seed triggers at step 6 (D* = 2) and on the replayed
+branch at step 8 (D* = 4), and is capped from then on. Every prompt gets its samples, however few are correct."""
 
 NEVER = ("autonpo.trigger.min_entropy_drop_se=1000000",)
 """Entropy never falls by that much noise."""
