@@ -12,7 +12,7 @@ import torch
 
 from npo_cli.config.loading import load_recipe
 from npo_cli.errors import RunFailed
-from npo_cli.inference import vllm_local, vllm_server
+from npo_cli.inference import vllm_common, vllm_local, vllm_server
 from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest
 from npo_cli.inference.vllm_local import VllmEngine
 from npo_cli.inference.vllm_server import VllmServer
@@ -100,9 +100,9 @@ def test_vllm_weight_sync_finds_a_stale_vision_tower(
     with torch.no_grad():
         for name in old:
             sent[name] += 0.05 * torch.randn(sent[name].shape, generator=torch.Generator().manual_seed(1))
-    whole = vllm_local.named_tensors
+    whole = vllm_common.named_tensors
     with monkeypatch.context() as patched:
-        for module in (vllm_local, vllm_server):
+        for module in (vllm_common, vllm_local, vllm_server):
             patched.setattr(module, "named_tensors", lambda model: whole(model) | old)
         with pytest.raises(RunFailed, match="match the previous weights"):
             sync.sync_weights(1)

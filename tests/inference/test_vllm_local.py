@@ -9,7 +9,7 @@ import torch
 from npo_cli.config.loading import load_recipe
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import RunFailed
-from npo_cli.inference import vllm_local
+from npo_cli.inference import vllm_common
 from npo_cli.inference.base import LogprobRequest
 from npo_cli.inference.sync_check import named_tensors
 from npo_cli.inference.vllm_local import VllmEngine
@@ -132,7 +132,7 @@ def test_vllm_without_weights_samples_nothing(pair):
 def test_vllm_weight_sync_finds_a_missing_tensor_by_name(synced, monkeypatch):
     policy, _, sync = synced
     perturb_weights(policy, by=0.05)
-    monkeypatch.setattr(vllm_local, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
+    monkeypatch.setattr(vllm_common, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
     with pytest.raises(RunFailed, match=r"tensors missing: model\.layers\.1\.mlp\.down_proj\.weight"):
         sync.sync_weights(1)
 
@@ -141,8 +141,8 @@ def test_vllm_weight_sync_finds_a_missing_tensor_by_logprobs(synced, monkeypatch
     """vLLM takes it without a word, and keeps a mixture of two policies."""
     policy, _, sync = synced
     perturb_weights(policy, by=0.2)
-    monkeypatch.setattr(vllm_local, "check_sent_tensors", lambda expected, offered: None)
-    monkeypatch.setattr(vllm_local, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
+    monkeypatch.setattr(vllm_common, "check_sent_tensors", lambda expected, offered: None)
+    monkeypatch.setattr(vllm_common, "named_tensors", lambda model: without(named_tensors(model), "layers.1.mlp"))
     with pytest.raises(RunFailed, match="the engine may hold other weights"):
         sync.sync_weights(1)
 
@@ -151,8 +151,8 @@ def test_vllm_weight_sync_finds_a_stale_head(synced, monkeypatch):
     """The tied head of vLLM 0.32: the embedding is new, the head is old."""
     policy, _, sync = synced
     perturb_weights(policy, by=0.2)
-    monkeypatch.setattr(vllm_local, "check_sent_tensors", lambda expected, offered: None)
-    monkeypatch.setattr(vllm_local, "named_tensors", lambda model: without(named_tensors(model), "lm_head"))
+    monkeypatch.setattr(vllm_common, "check_sent_tensors", lambda expected, offered: None)
+    monkeypatch.setattr(vllm_common, "named_tensors", lambda model: without(named_tensors(model), "lm_head"))
     with pytest.raises(RunFailed, match=r"weight sync to step 1.* failed"):
         sync.sync_weights(1)
 
