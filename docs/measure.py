@@ -26,6 +26,8 @@ AROUND = ("cli", "config", "errors", "seeds", "types", "distributed")
 TINY = (
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
     *("task.pool_size=16", "task.heldout_size=4", "model.threads=1"),
+    # So that a guide of a few steps has responses.
+    *("guide.cache.prompts=all", "guide.cache.keep=all", "guide.cache.min_yield=0"),
 )
 AUTONPO = (
     *("train.num_steps=8", "autonpo.trigger.warmup_steps=4", "autonpo.trigger.window=2", "autonpo.trigger.patience=1"),
@@ -33,6 +35,7 @@ AUTONPO = (
     *("autonpo.trigger.min_entropy_drop_se=0", "autonpo.rollback.distances=[2]", "autonpo.probe.min_quality=0"),
     *("autonpo.rollback.min_value=0", "scoring.quality_baseline=none"),
     *("autonpo.rollback.min_failed_prompts=1", "autonpo.max_interventions=1", "autonpo.probe.num_prompts=8"),
+    *("scoring.quality_baseline=none", "autonpo.rollback.min_value=0"),
 )
 
 

@@ -121,7 +121,7 @@ def perform_guide_build(
 
 
 def charge_empty_cache(session: Session, state: AutoNPOState, info: GuideCacheInfo) -> None:
-    """The branch that goes on without a rollback pays for the guide samples, from its next step on."""
+    """The branch that continues without a rollback pays for the guide samples, from its next step on."""
     folder = session.run.guide_folder(info.name)
     append_cost(
         session.run, "guide_empty", branch=state.branch, step=state.step, piece=info.name, seconds=0.0, charged=[folder]

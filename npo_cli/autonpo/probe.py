@@ -179,29 +179,20 @@ def describe_segments(probe: Probe, distances: Sequence[int]) -> dict[int, Repla
     A guide is injected once for each failed prompt of the segment. A correct response is worth what those in groups
     that pass the gate were worth, as in `npo score-checkpoints`.
     """
-    recipe, step, found = probe.session.recipe, probe.checkpoint.step, {}
-    inject, cache = recipe.guide.inject, recipe.guide.cache
+    guide, step, found = probe.session.recipe.guide, probe.checkpoint.step, {}
     recorded = RecordedSteps(run=probe.session.run, branch=probe.branch)
     for distance in distances:
         num_steps = probe.num_steps or distance
         first = step - distance
-        totals = recorded.summarize(first, first + num_steps, inject.max_accuracy)
+        totals = recorded.summarize(first, first + num_steps, guide.inject.max_accuracy)
         if totals is None:
             continue
         num_prompts = count_failed_prompts(probe.strata, distance)
-        found[distance] = ReplaySegment(
-            num_steps=num_steps,
-            lost_steps=distance,
-            num_prompts=num_prompts,
-            samples_all=False,
-            eligible_share=1.0,
-            eligible_per_step=num_prompts / num_steps,
-            correct_per_step=max(1, totals.correct_in_eligible) / totals.steps,
-            tokens_per_step=totals.tokens / totals.steps,
-            slots=inject.slots,
-            most_draws=cache.samples_per_prompt,
-            draws_per_round=cache.samples_per_prompt if cache.draws_all else cache.samples_per_round,
-            scoring_tokens=0,
+        segment = totals.describe_replay(
+            guide, num_steps=num_steps, lost_steps=distance, num_prompts=num_prompts, scoring_tokens=0
+        )
+        found[distance] = replace(
+            segment, samples_all=False, eligible_share=1.0, eligible_per_step=num_prompts / num_steps
         )
     return found
 

@@ -121,6 +121,11 @@ class GuideCacheSettings(Settings):
         """Whether every prompt is sampled samples_per_prompt times, even if it is solved earlier."""
         return self.select != "random" or self.max_responses_per_prompt > 1 or self.min_correct > 1
 
+    @property
+    def draws_per_round(self) -> int:
+        """Samples of an unsolved prompt per round."""
+        return self.samples_per_prompt if self.draws_all else self.samples_per_round
+
     def count_covered(self, num_steps: int) -> int:
         """The first `coverage` of the steps of a replay, at least one."""
         return max(1, math.ceil(self.coverage * num_steps))

@@ -194,10 +194,10 @@ def fill_cache(
     label = info.source.name if info.guide_step is None else info.guide_step
     for start in range(0, len(prompts), CHUNK_PROMPTS):
         # An interrupted chunk is sampled again as a whole: the batch, and thus every number, is the same.
-        asked = prompts[start : start + CHUNK_PROMPTS]
+        batch = prompts[start : start + CHUNK_PROMPTS]
         if source.is_fresh and is_sampling_futile(done, prompts[:start], settings):
             break
-        left = [prompt for prompt in asked if prompt.prompt_id not in done]
+        left = [prompt for prompt in batch if prompt.prompt_id not in done]
         if not left:
             continue
         num_solved = sum(bool(samples.rollouts) for samples in done.values())

@@ -302,25 +302,17 @@ def rank_round(
 def describe_segment(state: ScoringState, guide_step: int | None, *, scoring_tokens: int) -> ReplaySegment | None:
     """The steps in which a guide is used, and what the run recorded of them; None where it recorded nothing."""
     learner, recipe = state.learner, state.learner.recipe
-    inject, cache = recipe.guide.inject, recipe.guide.cache
     ahead = max(0, (guide_step or 0) - learner.step)
-    by_default = cache.count_covered(ahead) if ahead else state.horizon - learner.step
+    by_default = recipe.guide.cache.count_covered(ahead) if ahead else state.horizon - learner.step
     num_steps = recipe.guide.replay.num_steps or by_default
-    recorded = state.recorded.summarize(learner.step, learner.step + num_steps, inject.max_accuracy)
+    recorded = state.recorded.summarize(learner.step, learner.step + num_steps, recipe.guide.inject.max_accuracy)
     if recorded is None:
         return None
-    return ReplaySegment(
+    return recorded.describe_replay(
+        recipe.guide,
         num_steps=num_steps,
         lost_steps=ahead,
         num_prompts=len(list_replay_prompts(state.session, learner, num_steps)),
-        samples_all=cache.prompts == "all",
-        eligible_share=recorded.eligible_groups / recorded.groups,
-        eligible_per_step=recorded.eligible_groups / recorded.steps,
-        correct_per_step=max(1, recorded.correct_in_eligible) / recorded.steps,
-        tokens_per_step=recorded.tokens / recorded.steps,
-        slots=inject.slots,
-        most_draws=cache.samples_per_prompt,
-        draws_per_round=cache.samples_per_prompt if cache.draws_all else cache.samples_per_round,
         scoring_tokens=scoring_tokens,
     )
 

@@ -243,7 +243,7 @@ def sample_in_rounds(
     sampled further. `prior_rollouts`, by prompt id, count as the first samples and cost no tokens.
     """
     cache = settings.cache
-    per_round = cache.samples_per_prompt if cache.draws_all else cache.samples_per_round
+    per_round = cache.draws_per_round
     responses = {
         prompt.prompt_id: PromptResponses(
             prompt=prompt, rollouts=tuple((prior_rollouts or {}).get(prompt.prompt_id, ()))

@@ -22,7 +22,7 @@ from torch import Tensor
 from npo_cli.config.engine import MismatchSettings
 from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import LossSettings
-from npo_cli.losses.importance_ratio import LOG_RATIO_LIMIT, PolicyLogps, k3, log_ratio
+from npo_cli.losses.importance_ratio import LOG_RATIO_LIMIT, ImportanceRatio, PolicyLogps, k3, log_ratio
 from npo_cli.losses.inference_mismatch import MismatchCorrection, correct_mismatch, measure_mismatch
 from npo_cli.losses.types import Divisors, LossInputs, LossStats, MismatchStats, TokenColumns
 from npo_cli.registry import IMPORTANCE_RATIOS
@@ -222,7 +222,7 @@ def make_policy_loss(loss: LossSettings, inject: InjectSettings, mismatch: Misma
     A row with an empty mask, or A = 0, adds no policy loss. The reference may be given without a KL term, to measure
     the KL.
     """
-    surrogate = SURROGATES[loss.kind]
+    surrogate, ratio = SURROGATES[loss.kind], IMPORTANCE_RATIOS.get(inject.ratio)
     terms = {name: term for name, term in LOSS_TERMS.items() if term.coefficient(loss)}
 
     def policy_loss(
@@ -234,7 +234,7 @@ def make_policy_loss(loss: LossSettings, inject: InjectSettings, mismatch: Misma
         entropies_NT: Tensor | None = None,
     ) -> tuple[Tensor, LossStats]:
         total = partial(aggregate, mask_NT=inputs.mask_NT, how=loss.aggregation, divisors=divisors)
-        tokens, correction = compute_columns(logps_NT, inputs, inject, mismatch, ref_logps_NT, entropies_NT)
+        tokens, correction = compute_columns(logps_NT, inputs, ratio, inject, mismatch, ref_logps_NT, entropies_NT)
         policy = surrogate(tokens, loss)
         value = total(tokens.weight_NT * policy.loss_NT)
         for name, term in terms.items():
@@ -248,6 +248,7 @@ def make_policy_loss(loss: LossSettings, inject: InjectSettings, mismatch: Misma
 def compute_columns(
     logps_NT: Tensor,
     inputs: LossInputs,
+    ratio: ImportanceRatio,
     inject: InjectSettings,
     mismatch: MismatchSettings,
     ref_logps_NT: Tensor | None = None,
@@ -261,9 +262,7 @@ def compute_columns(
     current_NT = logps_NT.detach()
     old_NT = current_NT if inputs.old_logps_NT is None else torch.where(mask_NT, inputs.old_logps_NT.detach(), 0.0)
     behavior_NT = torch.where(mask_NT, inputs.behavior_logps_NT.detach(), 0.0)
-    anchor = IMPORTANCE_RATIOS.get(inject.ratio).anchor(
-        PolicyLogps(current_NT=current_NT, old_NT=old_NT, behavior_NT=behavior_NT), inject
-    )
+    anchor = ratio.anchor(PolicyLogps(current_NT=current_NT, old_NT=old_NT, behavior_NT=behavior_NT), inject)
     correction = correct_mismatch(old_NT, behavior_NT, mask_NT & ~off_policy_NT, mismatch)
     unclipped_NT = off_policy_NT if anchor.is_unclipped else torch.zeros_like(mask_NT)
     if inputs.unclipped_NT is not None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from npo_cli.config.guides import GuideSettings
+from npo_cli.scoring.forecast import ReplaySegment
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import ancestry, find_owning_branch
 from npo_cli.storage.rollout_log import RolloutLog
@@ -21,6 +23,25 @@ class StepTotals:
     """With an on-policy accuracy at or below the gate."""
     correct_in_eligible: int
     tokens: int
+
+    def describe_replay(
+        self, guide: GuideSettings, *, num_steps: int, lost_steps: int, num_prompts: int, scoring_tokens: int
+    ) -> ReplaySegment:
+        """The replay of these steps with a guide, groups being as hard as recorded."""
+        return ReplaySegment(
+            num_steps=num_steps,
+            lost_steps=lost_steps,
+            num_prompts=num_prompts,
+            samples_all=guide.cache.prompts == "all",
+            eligible_share=self.eligible_groups / self.groups,
+            eligible_per_step=self.eligible_groups / self.steps,
+            correct_per_step=max(1, self.correct_in_eligible) / self.steps,
+            tokens_per_step=self.tokens / self.steps,
+            slots=guide.inject.slots,
+            most_draws=guide.cache.samples_per_prompt,
+            draws_per_round=guide.cache.draws_per_round,
+            scoring_tokens=scoring_tokens,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

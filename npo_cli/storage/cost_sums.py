@@ -64,7 +64,7 @@ class CostTable:
     kinds: dict[str, Cost] = field(default_factory=dict)
     """Everything of one kind."""
     charges: tuple[CostLine, ...] = ()
-    """Acceptance tests and guide caches without a response: what a branch pays that goes on after them."""
+    """Acceptance tests and guide caches without a response: what the branch that continues after them pays."""
     forks: dict[str, CostLine] = field(default_factory=dict)
 
 

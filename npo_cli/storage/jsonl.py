@@ -6,7 +6,6 @@ removes it before its first line. Nothing else in a log is ever changed. One wri
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,11 +41,6 @@ class JsonlLog:
             decode_record(kind, row, f"{self.path}, line {number}")
             for number, row in enumerate(self.iter_rows(), start=1)
         ]
-
-    def last_row(self) -> dict[str, Any] | None:
-        """The newest whole line; None in an empty journal."""
-        newest = deque(self.iter_rows(), maxlen=1)
-        return newest[0] if newest else None
 
     @on_main_rank
     def append(self, record: object) -> None:

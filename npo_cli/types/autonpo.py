@@ -130,7 +130,7 @@ class ProbeResult:
     num_samples: int = 0
     num_tokens: int = 0
     stop: ProbeStop | None = "complete"
-    """Why sampling ended; None: it goes on."""
+    """Why sampling ended; None: it continues."""
     level: float | None = None
     """One-sided error of the bounds of `quality_split` at the last look."""
     quality_split: float | None = None

@@ -802,7 +802,7 @@ def test_probe_stops_for_futility_and_for_success_at_an_early_look():
     strata, learned = strata_sized(60), [near(probed, np.log(0.1), wrong=np.log(2.0))]
     found = choose_net(learned, probed=probed, strata=strata, look=early)
     assert (found.stop, found.is_accepted, found.level) == ("success", True, pytest.approx(0.025 / 16))
-    # between the two it goes on: one of four samples is new on 4 of 20 prompts, and a little was lost on 2
+    # between the two it continues: one of four samples is new on 4 of 20 prompts, and a little was lost on 2
     some = pass_counts(0, *[1] * 4, *[2] * 2, *[0] * 14)
     forward = weighed(some[:4], np.log(0.2)) + weighed(some[4:], np.log(1.4))
     unsure = DriftSamples(distance=10, forward=forward, backward=[])

@@ -67,11 +67,11 @@ def test_guide_sources_are_shown_with_their_origin(short_run, tmp_path):
 
 def test_score_checkpoints_of_sources_as_tables_and_as_json(short_run, tmp_path):
     run = copy_run(short_run, tmp_path)
-    asked = ("--at", "0", "--candidates", "2,4", "--source", "self")
-    table = npo("score-checkpoints", run, *QUICK, *asked, "--figure", tmp_path / "s.svg")
+    options = ("--at", "0", "--candidates", "2,4", "--source", "self")
+    table = npo("score-checkpoints", run, *QUICK, *options, "--figure", tmp_path / "s.svg")
     assert (table.code, table.out.splitlines()[0]) == (0, "Guide candidates")
     assert (tmp_path / "s.svg").exists()
-    lines = [json.loads(line) for line in npo("score-checkpoints", run, *QUICK, *asked, "--json").out.splitlines()]
+    lines = [json.loads(line) for line in npo("score-checkpoints", run, *QUICK, *options, "--json").out.splitlines()]
     *scores, choice = lines
     assert [(line["record"], line["candidate"], line["step"], line["distance"]) for line in scores] == [
         ("candidate_score", "self", 0, 0),
@@ -88,13 +88,13 @@ def test_score_checkpoints_of_sources_as_tables_and_as_json(short_run, tmp_path)
 def test_no_guide_wins_and_sample_guide_refuses_to_choose_one(short_run, tmp_path):
     """The only candidate is the learner itself, which adds nothing to its own second try."""
     run = copy_run(short_run, tmp_path)
-    asked = ("score-checkpoints", run, "--at", "0", "--source", "self", *QUICK)
+    command = ("score-checkpoints", run, "--at", "0", "--source", "self", *QUICK)
     why = "no candidate is shown to solve more than the learner's own second try (the best, self: +0.000 ["
-    table = npo(*asked).out
+    table = npo(*command).out
     (line,) = [line for line in table.splitlines() if line.startswith("No guide is worth it here: ")]
     assert line.startswith(f"No guide is worth it here: {why}")
     assert sum(line.startswith("none ") and "<- selected" in line for line in table.splitlines()) == 1
-    choice = json.loads(npo(*asked, "--json").out.splitlines()[-1])
+    choice = json.loads(npo(*command, "--json").out.splitlines()[-1])
     assert (choice["record"], choice["chosen"], choice["reason"].startswith(why)) == ("guide_choice", None, True)
     refused = assert_refused("sample-guide", run, "--at", "0", beside=tmp_path)
     assert refused.message.startswith(f"the newest scoring of step 0 selects no guide: {why}")

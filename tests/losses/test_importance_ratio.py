@@ -25,7 +25,9 @@ BEHAVIOR = tensor([[-9.0, -9.0], [-3.0, -2.0]])
 def columns(ratio, *, old=OLD, behavior=BEHAVIOR, cap=2.0, current=CURRENT, mask=((1, 1), (1, 1))):
     rows = make_rows([1.0, 1.0], mask=list(mask), behavior=behavior, old=old, is_off_policy=[0, 1])
     inject = InjectSettings(ratio=ratio, decoupled_cap=cap)
-    return compute_columns(tensor(current), rows, inject, mismatch_settings("off"))[0]
+    return compute_columns(
+        tensor(current), rows, IMPORTANCE_RATIOS.get(inject.ratio), inject, mismatch_settings("off")
+    )[0]
 
 
 def anchors(ratio, **changes):
@@ -84,7 +86,9 @@ def test_importance_ratio_without_old_logprobs_uses_the_current_ones():
 def test_importance_ratio_weights_carry_no_gradient(ratio):
     rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=BEHAVIOR, is_off_policy=[0, 1])
     current = tensor(CURRENT, requires_grad=True)
-    tokens, _ = compute_columns(current, rows, InjectSettings(ratio=ratio), mismatch_settings("off"))
+    tokens, _ = compute_columns(
+        current, rows, IMPORTANCE_RATIOS.get(ratio), InjectSettings(ratio=ratio), mismatch_settings("off")
+    )
     assert not tokens.weight_NT.requires_grad
     # d log rho / d log pi = 1: the anchor is a constant
     tokens.log_ratio_NT.sum().backward()
@@ -122,7 +126,9 @@ def test_importance_ratio_can_differ_within_a_response():
         advantages_N=tensor([1.0]),
         old_logps_NT=tensor([[-1.1, -2.1, -1.5, -2.5]]),
     )
-    tokens, _ = compute_columns(current, inputs, InjectSettings(ratio="unit"), mismatch_settings("token_tis"))
+    tokens, _ = compute_columns(
+        current, inputs, IMPORTANCE_RATIOS.get("unit"), InjectSettings(ratio="unit"), mismatch_settings("token_tis")
+    )
     assert (tokens.logps_NT - tokens.log_ratio_NT)[0].tolist() == pytest.approx([0.0, 0.0, -1.5, -2.5])
     assert tokens.weight_NT[0].tolist() == [1.0, 1.0, 1.0, 1.0]
 
@@ -135,5 +141,7 @@ def test_importance_ratio_of_another_module_is_used_by_its_name():
     with IMPORTANCE_RATIOS.registered(half_ratio):
         inject = InjectSettings(ratio="half")
         rows = make_rows([1.0, 1.0], mask=[[1, 1], [1, 1]], behavior=BEHAVIOR, old=OLD, is_off_policy=[0, 1])
-        tokens, _ = compute_columns(tensor(CURRENT), rows, inject, mismatch_settings("off"))
+        tokens, _ = compute_columns(
+            tensor(CURRENT), rows, IMPORTANCE_RATIOS.get(inject.ratio), inject, mismatch_settings("off")
+        )
         assert tokens.weight_NT.tolist() == [[1.0, 1.0], [0.5, 0.5]]

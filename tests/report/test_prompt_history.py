@@ -63,7 +63,7 @@ def test_prompt_history_counts_verdicts(replayed):
         for prompt_id in prompts_of(replayed)
     }
     assert {prompt_id: list(shown(replayed, prompt_id)[0].injection_steps) for prompt_id in injected} == injected
-    assert any(injected.values()), "no guide was ever seated: the test shows nothing"
+    assert any(injected.values()), "no guide rollout was injected: the test shows nothing"
 
 
 def test_prompt_history_first_solved_is_the_first_own_correct_response(replayed):

@@ -93,7 +93,7 @@ def test_variance_of_all_candidates_is_lognormal_if_one_has_a_heavy_tail():
     scores = rank(LEARNER, [calm, replace(wild, ratios=ratios)], variance="ess")
     assert [score.variance_kind for score in scores] == ["seq2_lognormal"] * 2
     assert [score.is_unreliable for score in scores] == [False, True]
-    # what was asked for stays on record: one weight holds nearly all, so V is nearly N = 60
+    # the V of the settings is recorded too: one weight holds nearly all, so V is nearly N = 60
     assert scores[1].variances["ess"] == pytest.approx(60 * (8103.08**2 + 59) / (8103.08 + 59) ** 2, rel=1e-4)
     assert scores[1].ess_fraction < 0.1
 

@@ -90,13 +90,13 @@ def test_image_guides_are_scored_and_injected(copied: Path):
     _, trajectories = load_guide(open_run(copied), "near")
     assert trajectories
     resume(copied, at=2, guide="near")
-    seated = [
+    injected = [
         one
         for _, group in RolloutLog(open_run(copied).rollouts_path("near")).iter_groups()
         for one in group.rollouts
         if one.is_off_policy
     ]
-    assert seated and all(one.guide_step == 4 and one.verdict == "correct" for one in seated)
+    assert injected and all(one.guide_step == 4 and one.verdict == "correct" for one in injected)
 
 
 def test_image_guide_of_other_images_is_refused(copied: Path):
@@ -118,8 +118,8 @@ def test_image_run_resumes_after_a_kill_to_the_same_bytes(circle: Path, taught_v
             records.close()
     resume(tmp_path / "run")
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        whole, mended = (root / "branches" / "main" / name for root in (circle, tmp_path / "run"))
-        assert mended.read_bytes() == whole.read_bytes(), name
+        whole, resumed = (root / "branches" / "main" / name for root in (circle, tmp_path / "run"))
+        assert resumed.read_bytes() == whole.read_bytes(), name
 
 
 def test_image_prompt_is_shown_with_references(circle: Path):
@@ -158,7 +158,7 @@ def test_image_model_extrapolated_and_resumed_after_a_kill(taught_vl: Path, tmp_
         "guide.inject.max_accuracy=0.9",
         "train.save_every=1",
     )
-    whole, mended = tmp_path / "whole", tmp_path / "mended"
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     list(training(whole, taught_vl, *extrapolation))
     session = open_session_at(whole, 3)
     ahead = OnlineExtrapolation(session=session, branch="main").open_sampler(3)
@@ -169,9 +169,9 @@ def test_image_model_extrapolated_and_resumed_after_a_kill(taught_vl: Path, tmp_
     assert pairs
     for (_, one), logps_T in zip(pairs, ahead.logprobs(pairs), strict=True):
         assert list(one.behavior_logps) == pytest.approx(logps_T, abs=1e-4)
-    stop_after(training(mended, taught_vl, *extrapolation), 3)
-    resume(mended)
-    assert reproducible_digests(mended) == reproducible_digests(whole)
+    stop_after(training(resumed, taught_vl, *extrapolation), 3)
+    resume(resumed)
+    assert reproducible_digests(resumed) == reproducible_digests(whole)
 
 
 def test_images_need_a_vision_model(tmp_path: Path):

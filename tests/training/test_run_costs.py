@@ -84,12 +84,12 @@ def test_run_costs_of_a_step_done_again_have_the_seconds_of_both(trained):
 def test_run_costs_count_everything_once_whichever_branch_is_asked(whole):
     run = open_run(whole)
     replayed, scouted = compute_run_costs(run, "near"), compute_run_costs(run, "main")
-    asked = SampleStore(whole / "guides/near").count_tokens()
+    sampled = SampleStore(whole / "guides/near").count_tokens()
     (scoring,) = list_sample_stores(run.scores_folder)
     scored = scoring.count_tokens()
     # 4 steps of main and 2 of the replay, of 2 updates each
     assert replayed.updates == scouted.updates == 12
-    assert replayed.guide_tokens == scouted.guide_tokens == asked + scored > 0
+    assert replayed.guide_tokens == scouted.guide_tokens == sampled + scored > 0
     assert replayed.seconds == scouted.seconds == pytest.approx(sum(seconds_charged(whole)))
     assert replayed.tokens == scouted.tokens
     # What main did after step 2 is abandoned for the replay, and the replay for main.
@@ -137,11 +137,11 @@ def test_run_costs_count_probes_and_decisions_of_autonpo(whole, tmp_path):
 
 
 def test_show_costs_ends_with_the_costs_of_the_branch_or_of_the_newest(whole):
-    asked = {"step": None, "prompt_id": None, "limit": None}
-    newest = show_run(whole, "costs", branch=None, **asked)
+    options = {"step": None, "prompt_id": None, "limit": None}
+    newest = show_run(whole, "costs", branch=None, **options)
     assert [line for line in newest if isinstance(line, RunCosts)] == [newest[-1]]
     assert newest[-1] == compute_run_costs(open_run(whole), "near")
-    assert show_run(whole, "costs", branch="main", **asked)[-1] == compute_run_costs(open_run(whole), "main")
+    assert show_run(whole, "costs", branch="main", **options)[-1] == compute_run_costs(open_run(whole), "main")
 
 
 def activities(root: Path, branch: str) -> dict[str, ActivityCost]:
