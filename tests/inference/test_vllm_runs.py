@@ -13,7 +13,7 @@ import pytest
 from npo_cli.config.loading import recipe_from_dict
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.guides.online import OnlineExtrapolation, extrapolated_rollouts
-from npo_cli.inference import vllm_local as vllm_engine
+from npo_cli.inference import vllm_common as vllm_engine
 from npo_cli.policy.extrapolated import extrapolate_weights
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.session.session import build_session, open_policy, open_task, sample_groups
@@ -107,7 +107,7 @@ def test_vllm_run_stops_at_a_failed_weight_sync(tmp_path, monkeypatch):
 
     def loses_a_layer_later(model):
         calls.append(model)
-        return {name: tensor for name, tensor in sent(model).items() if len(calls) < 4 or "layers.2" not in name}
+        return {name: tensor for name, tensor in sent(model).items() if len(calls) < 3 or "layers.2" not in name}
 
     monkeypatch.setattr(vllm_engine, "named_tensors", loses_a_layer_later)
     with pytest.raises(RunFailed, match=r"do not match the engine's model: tensors missing: model\.layers\.2"):
