@@ -19,11 +19,13 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.interop.peft_import import import_adapters, read_lora_settings
 from npo_cli.interop.trainer_checkpoints import (
     TrainerCheckpoint,
+    copy_model_settings,
     find_trainer_checkpoints,
     find_trainer_metrics,
     link_model_files,
 )
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.weights_io import check_tensors, copy_tensors, tied_names
 from npo_cli.session.session import check_task_prompts, open_task
 from npo_cli.storage.checkpoints import create_checkpoint
 from npo_cli.storage.costs import CostLine, costs_path, encode_cost
@@ -78,7 +80,8 @@ def import_run(root: Path, spec: ImportSpec) -> Iterator[Notice | Progress | Che
     log = load_trainer_log(checkpoints, spec)
     task = open_task(recipe)
     task.close()
-    policy = load_policy(recipe.model, None if checkpoints[-1].is_adapter else checkpoints[-1].path)
+    is_model_folder = checkpoints[-1].format == "model folder"
+    policy = load_policy(recipe.model, checkpoints[-1].path if is_model_folder else None)
     check_task_prompts(policy, task, recipe)
     yield from (Notice(message=f"skipped {bad.path}: {bad.reason}; {bad.fix}", level="warning") for bad in unusable)
     with atomic_directory(root) as folder:
@@ -88,7 +91,9 @@ def import_run(root: Path, spec: ImportSpec) -> Iterator[Notice | Progress | Che
             details = {"trainer": checkpoints[-1].trainer, "folder": str(spec.source_folder.absolute())}
             append_event(run, "imported", details | {"steps": [each.step for each in checkpoints]})
             write_metrics(run, log, recipe, steps=[each.step for each in checkpoints])
-            yield from import_checkpoints(run, checkpoints, policy, base_recipe=recipe if spec.saves_base else None)
+            yield from import_checkpoints(run, checkpoints, policy, recipe, saves_base=spec.saves_base)
+    if any(each.is_bare for each in checkpoints):
+        yield Notice(message=f"where a checkpoint has no config and tokenizer, those of {recipe.model.path} are used")
     yield from summarize_import(root, checkpoints, log)
     yield from build_index(open_run(root))
 
@@ -151,28 +156,44 @@ def write_metrics(run: RunDir, log: TrainerLog, recipe: Recipe, *, steps: Sequen
 
 
 def import_checkpoints(
-    run: RunDir, checkpoints: Sequence[TrainerCheckpoint], policy: Policy, *, base_recipe: Recipe | None
+    run: RunDir, checkpoints: Sequence[TrainerCheckpoint], policy: Policy, recipe: Recipe, *, saves_base: bool
 ) -> Iterator[Progress]:
     """Load each checkpoint, so that every tensor is checked, and save it with a manifest."""
-    if base_recipe is not None:
+    if saves_base:
         with create_checkpoint(run, MAIN, 0) as folder:
-            first = policy if policy.adapters is not None else load_policy(base_recipe.model)
+            first = policy if policy.adapters is not None else load_policy(recipe.model)
             first.save(folder)
             policy.load(folder)
     for number, each in enumerate(checkpoints):
         yield Progress(description="import", done=number, total=len(checkpoints), note=f"step {each.step}")
         if each.is_adapter:
             import_adapters(policy, each.path)
+        elif each.is_bare:
+            load_bare_weights(policy, each, recipe.model.path)
         else:
             policy.load(each.path)
-        if each.step == 0 and base_recipe is not None:
+        if each.step == 0 and saves_base:
             continue
         with create_checkpoint(run, MAIN, each.step) as folder:
-            if each.is_adapter:
+            if each.is_adapter or each.is_bare:
                 policy.save(folder)
+                copy_model_settings(each.path / "huggingface", folder)  # verl keeps them beside its shards
             else:
                 link_model_files(each.path, folder)
     yield Progress(description="import", done=len(checkpoints), total=len(checkpoints))
+
+
+def load_bare_weights(policy: Policy, checkpoint: TrainerCheckpoint, model_path: str) -> None:
+    """Copy tensors that have no config into the policy, after a check that they are those of such a model."""
+    tensors, own = checkpoint.read_bare_weights(), policy.model.state_dict()
+    try:
+        check_tensors(own, tensors, checkpoint.path, tied=tied_names(policy.model))
+    except NpoError as error:
+        raise NpoError(
+            f"{error.message}, compared with model.path={model_path}", "model.path=...   # the base model of that run"
+        ) from error
+    copy_tensors(own, tensors)
+    policy.mark_weights_changed()
 
 
 def summarize_import(root: Path, checkpoints: Sequence[TrainerCheckpoint], log: TrainerLog) -> Iterator[Notice]:

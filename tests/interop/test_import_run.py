@@ -153,18 +153,18 @@ def test_import_saves_the_recipes_model_as_step_0(tmp_path):
 # verl and prime-rl
 
 
-def test_import_of_verl_reads_merged_checkpoints_and_skips_shards(tmp_path):
+@pytest.mark.parametrize("place", ["huggingface", "model/huggingface"])  # FSDP or merged; Megatron since layout 2
+def test_import_of_verl_reads_model_folders_and_skips_megatron_shards(tmp_path, place):
     home = tmp_path / "verl"
-    (home / "global_step_5" / "actor").mkdir(parents=True)
-    (home / "global_step_5" / "actor" / "model_world_size_2_rank_0.pt").write_bytes(b"shard")
-    with pytest.raises(NpoError, match="in verl's shards and not merged") as refused:
+    (home / "global_step_5" / "actor" / "model" / "dist_ckpt").mkdir(parents=True)
+    with pytest.raises(NpoError, match="in Megatron's shards and not merged") as refused:
         list(importing(tmp_path / "run", home))
     actor = home / "global_step_5" / "actor"
     assert refused.value.hint == (
-        f"python -m verl.model_merger merge --backend fsdp --local_dir {actor} --target_dir {actor / 'huggingface'}"
+        f"python -m verl.model_merger merge --backend megatron --local_dir {actor} --target_dir {actor / 'huggingface'}"
     )
     assert not (tmp_path / "run").exists()
-    hf_folder(home / "global_step_10" / "actor" / "huggingface")
+    hf_folder(home / "global_step_10" / "actor" / place)
     entries, messages = imported(tmp_path / "run", home)
     assert [entry.step for entry in entries] == [10]
     assert any(said.startswith(f"skipped {home / 'global_step_5'}") for said in messages)
@@ -197,7 +197,7 @@ def test_import_refuses_a_damaged_checkpoint_and_leaves_no_run(tmp_path):
 
 def test_import_of_a_folder_without_checkpoints_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(NpoError, match="no checkpoint-N, global_step_N/actor/huggingface"):
+    with pytest.raises(NpoError, match="no checkpoint-N, global_step_N/actor, checkpoints/step_N"):
         list(importing(tmp_path / "run", tmp_path / "empty"))
     home = trl_output(tmp_path / "out")
     with pytest.raises(NpoError, match="holds no checkpoints") as refused:
