@@ -257,7 +257,8 @@ def test_client_has_one_deadline_for_all_of_a_request(raw):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from tests.inference.test_openai_client import OpenAIClient, RequestLimits, text_request
 limits = RequestLimits(concurrency=4, timeout=600.0, retries=9)
 OpenAIClient(url=sys.argv[1], model="teacher", limits=limits).generate([text_request(str(n)) for n in range(8)])
