@@ -102,6 +102,7 @@ def test_rejected_probe_leaves_training_unchanged(plain, tmp_path):
 # After the replay
 
 
+@pytest.mark.slow
 def test_replay_after_stop_ends_the_run(watched, tmp_path):
     root = tmp_path / "run"
     list(start_autonpo(root, "autonpo.replay.after=stop"))
@@ -180,6 +181,7 @@ def test_acceptance_test_rejects_a_worse_replay_and_its_parent_continues_as_plai
     assert [segment.branch for segment in read_segments(open_run(root))] == ["main", "auto-1", "main"]
 
 
+@pytest.mark.slow
 def test_acceptance_test_without_a_checkpoint_keeps_the_replay(tmp_path):
     root = tmp_path / "run"
     for record in start_autonpo(root, "autonpo.replay.acceptance_test=true", "autonpo.max_interventions=1"):
@@ -195,6 +197,7 @@ def test_acceptance_test_without_a_checkpoint_keeps_the_replay(tmp_path):
     assert transitions_of(root)[-1].state.branch == "auto-1"
 
 
+@pytest.mark.slow
 def test_early_bootstrap_with_a_short_replay_samples_only_its_prompts(tmp_path):
     root = tmp_path / "run"
     early = (
@@ -255,6 +258,7 @@ def test_probe_without_its_checkpoint_is_skipped_and_training_continues(plain, t
     assert transitions_of(root)[-1].step > 6
 
 
+@pytest.mark.slow
 def test_probe_of_a_weights_only_checkpoint_is_skipped(plain, tmp_path):
     root = copy_run(plain, tmp_path / "run")
     demote_checkpoint(find_checkpoint(open_run(root), "main", 6))
@@ -262,7 +266,7 @@ def test_probe_of_a_weights_only_checkpoint_is_skipped(plain, tmp_path):
     assert "weights only" in find_transition(root, "prerequisite_missing").evidence["reason"]
 
 
-@pytest.mark.parametrize("spoil", [delete_checkpoint, demote_checkpoint])
+@pytest.mark.parametrize("spoil", [delete_checkpoint, pytest.param(demote_checkpoint, marks=pytest.mark.slow)])
 def test_rollback_chooses_among_the_distances_that_have_a_checkpoint(plain, tmp_path, spoil):
     """D = 2 of step 6 leads to step 4, which is gone; D = 4 leads to step 2."""
     root = copy_run(plain, tmp_path / "run")
@@ -283,6 +287,7 @@ def test_probe_without_any_rollback_checkpoint_is_skipped(plain, tmp_path):
     assert not any(root.glob("probes/main_step_000006*/rollouts*"))
 
 
+@pytest.mark.slow
 def test_rollback_checkpoint_lost_after_the_probe_ends_the_intervention(watched, tmp_path):
     root = tmp_path / "run"
     for record in (records := start_autonpo(root)):

@@ -105,6 +105,7 @@ def phase_of(root: Path) -> str | None:
     return json.loads(lines[-1])["phase"] if lines else None
 
 
+@pytest.mark.slow
 def test_autonpo_killed_while_it_samples_a_guide_ends_the_same(warm: ForkServer, watched: Path, tmp_path):
     matrix = Matrix(warm=warm, folder=tmp_path, settings=(), rng=random.Random(0))
     root = tmp_path / "killed"

@@ -66,7 +66,8 @@ def test_bench_tunes_each_method_and_run_again_does_nothing(tmp_path):
     assert logs(tmp_path) == before
 
 
-@pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1), marks=pytest.mark.slow)], ids=["one", "two"])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["one", "two"])
 def test_bench_stopped_by_a_signal_stops_its_runs_and_resumes_to_the_same_bytes(tmp_path, seeds):
     longer = [*SETTINGS, "train.num_steps=40", "eval.every=20", "train.save_every=20"]
     command = (*NPO, "bench", "micro", *longer, "--out", tmp_path / "out", "--methods", "grpo")
@@ -100,6 +101,7 @@ def check_last_hint(stderr: str) -> None:
     assert [(one.method, one.seeds) for one in records if isinstance(one, MethodSummary)] == [("matched-grpo", (0, 1))]
 
 
+@pytest.mark.slow
 def test_bench_continues_after_a_failed_run(tmp_path):
     # a warm-up of AutoNPO that is longer than the run
     spec = bench_spec(tmp_path, methods=("autonpo", "npo-early"))

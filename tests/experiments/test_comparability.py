@@ -58,6 +58,7 @@ def test_comparability_reports_the_cost_of_a_guide_from_another_run(plain, tmp_p
     assert notices == [f"b: its guides had cost {tokens:,} tokens outside of its runs; no figure counts them"]
 
 
+@pytest.mark.slow
 def test_comparability_of_seeds_with_different_trace_files(plain, tmp_path):
     for seed in (0, 1):
         root = tmp_path / f"seed-{seed}"

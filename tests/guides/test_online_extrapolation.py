@@ -235,6 +235,7 @@ def test_resume_without_the_older_checkpoint_is_refused(injected, tmp_path):
     assert metrics_of(root, "again")[0]["extrapolate/lag"] == 4
 
 
+@pytest.mark.slow
 def test_retention_keeps_the_older_checkpoint(tmp_path):
     root = tmp_path / "run"
     quotas = ("train.save_every=1", "train.keep_full_checkpoints=1", "train.keep_weights_only=1", "extrapolation.k=3")

@@ -10,6 +10,7 @@ from npo_cli.policy.model import MICRO_BASE_FOLDER, load_policy
 SCRIPT = Path(__file__).parents[2] / "recipes" / "make_micro_base.py"
 
 
+@pytest.mark.slow
 def test_make_micro_base_has_the_shipped_shapes_and_tokens(tmp_path):
     out = tmp_path / "base"
     done = subprocess.run([sys.executable, SCRIPT, out, "--steps", "2"], capture_output=True, text=True, check=True)

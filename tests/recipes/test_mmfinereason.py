@@ -163,7 +163,8 @@ def drawn(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", [pytest.param("npo-early", marks=pytest.mark.slow), "npo-late", "autonpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["npo-early", "npo-late", "autonpo"])
 def test_mmfinereason_methods_run_with_a_tiny_model(taught_vl, drawn, tmp_path, method):
     """The commands of the method, as `npo bench` would give them."""
     settings = (

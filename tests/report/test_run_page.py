@@ -66,6 +66,7 @@ def test_report_page_shows_autonpo_decisions(watched, tmp_path):
     assert {"Probe at step 6: probe accepted", "Probe at step 8: probe accepted"} <= set(page_captions)
 
 
+@pytest.mark.slow
 def test_several_runs_begin_with_an_overview(guided, watched, tmp_path):
     found = reported(guided, watched, out=tmp_path / "r.html", pictures=tmp_path / "p")
     page_captions = captions(found)

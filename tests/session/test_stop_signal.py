@@ -11,7 +11,7 @@ from tests.helpers.warm_process import ForkServer, num_lines, wait_until
 LONGER = ("train.num_steps=12", "train.save_every=100")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stop_signal_ends_the_run_after_a_saved_step(warm: ForkServer, tmp_path, number):
     train(tmp_path / "straight", *LONGER)
     root = tmp_path / "stopped"

@@ -52,7 +52,7 @@ def test_reasoning_gym_pool_depends_on_the_seed_only():
     assert len(shared) < 5
 
 
-@pytest.mark.parametrize("name", ["word_ladder", "list_functions"])
+@pytest.mark.parametrize("name", ["word_ladder", pytest.param("list_functions", marks=pytest.mark.slow)])
 def test_reasoning_gym_ignores_hash_seed_and_global_random_state(name: str):
     sizes = {"pool_size": 6, "heldout_size": 2}
     assert gym_task([{"name": name}], **sizes).train == gym_task([{"name": name}], **sizes).train
@@ -114,7 +114,7 @@ def test_reasoning_gym_unknown_data_set_gets_the_nearest_name():
     assert caught.value.hint == "did you mean chain_sum?"
 
 
-@pytest.mark.parametrize("config", [{"max_valu": 3}, {"min_value": -4}, {"max_value": "many"}])
+@pytest.mark.parametrize("config", [{"max_valu": 3}, {"max_value": "many"}])
 def test_reasoning_gym_invalid_config_is_named(config: dict[str, object]):
     with pytest.raises(NpoError, match="gcd") as caught:
         gym_task([{"name": "gcd", "config": config}])

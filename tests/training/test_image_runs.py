@@ -150,6 +150,7 @@ def test_image_model_with_lora_workflow(taught_vl: Path, tmp_path: Path):
     assert open_run(root).read_recipe("main")["model"]["lora"]["rank"] == 2
 
 
+@pytest.mark.slow
 def test_image_model_extrapolated_and_resumed_after_a_kill(taught_vl: Path, tmp_path: Path):
     """What step 4 asked is what the policy of step 3, pushed away from step 1, scores when it is read again."""
     extrapolation = (

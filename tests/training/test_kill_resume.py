@@ -45,7 +45,7 @@ LONGER = ("train.num_steps=10", "train.save_every=4")
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.slow) if kind in ("two updates", "kl to the base", "lora") else kind
+        kind if kind in ("plain", "dynamic sampling") else pytest.param(kind, marks=pytest.mark.slow)
         for kind in KINDS
     ],
 )

@@ -186,6 +186,7 @@ def test_lora_rank_and_alpha_cannot_change(circled, scout):
 # AutoNPO
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "early",
     [(), ("autonpo.early.enabled=true", "autonpo.early.scout_steps=4", "autonpo.early.replay_steps=4")],

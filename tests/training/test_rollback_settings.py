@@ -119,6 +119,7 @@ def test_rollback_with_the_same_seed_repeats_the_original(guided, tmp_path):
         assert groups_of(root, "new", step) == groups_of(root, "main", step)
 
 
+@pytest.mark.slow
 def test_rollback_seed_name_is_inherited_with_seed_same_only(guided, tmp_path):
     root = copy_run(guided, tmp_path / "run")
     resume(root, "autonpo.rollback.seed=same", at=4, new_branch="new")
@@ -139,6 +140,7 @@ ABLATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ABLATIONS)
 def test_rollback_interrupted_before_its_first_checkpoint_starts_the_same_again(guided, tmp_path, setting):
     roots = [copy_run(guided, tmp_path / name) for name in ("straight", "dropped")]
