@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from npo_cli.config.loading import load_recipe
 from npo_cli.policy.model import MICRO_BASE_FOLDER, load_policy
 

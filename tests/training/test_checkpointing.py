@@ -48,7 +48,13 @@ def fill(disk: Path, *, leaving: int) -> Path:
     return filler
 
 
-@pytest.mark.parametrize("leaving", [pytest.param(0, marks=pytest.mark.slow), 1_000_000], ids=["no room for the rollouts", "no room for a checkpoint"])
+@pytest.mark.parametrize(
+    "leaving",
+    [
+        pytest.param(0, id="no room for the rollouts", marks=pytest.mark.slow),
+        pytest.param(1_000_000, id="no room for a checkpoint"),
+    ],
+)
 def test_checkpoint_on_a_full_disk_ends_the_run_and_resume_continues(small_disk, tmp_path, leaving):
     train(tmp_path / "straight")
     root = small_disk / "run"

@@ -44,10 +44,7 @@ LONGER = ("train.num_steps=10", "train.save_every=4")
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        kind if kind in ("plain", "dynamic sampling") else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in KINDS
-    ],
+    [kind if kind in ("plain", "dynamic sampling") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
 )
 def test_resume_between_checkpoints_is_bitwise_identical(tmp_path, kind):
     train(tmp_path / "straight", *KINDS[kind])
