@@ -134,6 +134,7 @@ def test_vllm_server_downloads_no_image(pair: tuple[Policy, VllmServer, WeightSy
     assert asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_vllm_image_logprobs_with_lora_equal_the_trainers(kind: str, untaught_vl: Path):
     policy = load_vision_policy(untaught_vl, lora=4)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.vllm
 PROMPTS = ("321+654=", "12+9=", "....1+2=")
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", pytest.param("untied", marks=pytest.mark.slow)])
 def pair(request, tmp_path_factory):
     policy = tied_policy() if request.param == "tied" else untied_policy(tmp_path_factory.mktemp("untied"))
     engine = make_engine("vllm", policy)

@@ -31,7 +31,7 @@ def turned(policy: Policy, *, seed: int) -> None:
         tensor.add_(torch.randn(tensor.shape, generator=generator) / 10)
 
 
-@pytest.fixture(scope="module", params=["vllm", "vllm_server"])
+@pytest.fixture(scope="module", params=["vllm", pytest.param("vllm_server", marks=pytest.mark.slow)])
 def served(request) -> Iterator[tuple]:
     """A policy, an engine with four places, and three adapters in it, with the trainer's scores of each."""
     pytest.importorskip("vllm")

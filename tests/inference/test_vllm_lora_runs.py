@@ -39,6 +39,7 @@ def test_vllm_lora_run_agrees_with_the_trainer(trained):
     assert {rollout.sampler_step for group in groups for rollout in group.rollouts} == {5}
 
 
+@pytest.mark.slow
 def test_vllm_lora_scores_candidates_together_as_one_by_one(trained, tmp_path):
     found = {}
     # five candidates: all at once, in runs of two, one by one
@@ -57,6 +58,7 @@ def test_vllm_lora_scores_candidates_together_as_one_by_one(trained, tmp_path):
             assert one.signal == pytest.approx(other.signal, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_vllm_lora_scoring_resumes_after_an_interruption(trained, tmp_path):
     straight, broken = (copy_run(trained, tmp_path / name) for name in ("straight", "broken"))
     score(straight, *SETTINGS, at=1)

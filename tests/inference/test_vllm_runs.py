@@ -68,6 +68,7 @@ def test_vllm_run_agrees_with_the_trainer_at_every_step(trained):
     assert all(row["mismatch/clipped_fraction"] == 0 for row in trained_rows)
 
 
+@pytest.mark.slow
 def test_vllm_server_run_equals_the_in_process_run(trained, tmp_path):
     train(tmp_path / "run", *SERVED)
     ours, theirs = (
@@ -82,6 +83,7 @@ def started(root: Path, *settings: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [VLLM, SERVED])
 def test_vllm_run_resumes_after_kill_9(trained, tmp_path, engine):
     """The seeds of a batch are its own, and on a CPU vLLM keeps them."""
@@ -155,7 +157,14 @@ JOINED = (*VLLM, *LORA, "model.lora.rank=8")
 """With their older copies they have rank 16, which is vLLM's next larger slot."""
 
 
-@pytest.fixture(scope="module", params=[VLLM, SERVED, JOINED], ids=["vllm", "served", "adapters"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(VLLM, id="vllm"),
+        pytest.param(SERVED, id="served", marks=pytest.mark.slow),
+        pytest.param(JOINED, id="adapters", marks=pytest.mark.slow),
+    ],
+)
 def extrapolated(request, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("pushed") / "run"
     train(root, *request.param, *EXTRAPOLATED)
