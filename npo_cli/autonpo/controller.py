@@ -109,7 +109,8 @@ def advance(
             if event.num_prompts_with_rollouts:
                 run.record("guide_built", asdict(event), phase="ROLLBACK")
             else:
-                run.start_cooldown("guide_empty", asdict(event))
+                # It was paid for: without a limit on empty caches, a plateau would build one after the other.
+                run.start_cooldown("guide_empty", asdict(event), num_interventions=run.count_intervention())
         case RollbackDone():
             run.start_replay(event)
         case ReplayTested():
@@ -251,6 +252,10 @@ class _Advance:
     def is_limit_reached(self) -> bool:
         return 0 <= self.settings.max_interventions <= self.state.num_interventions
 
+    def count_intervention(self) -> int:
+        """The interventions with this one; the early bootstrap is none."""
+        return self.state.num_interventions + (not self.state.is_early)
+
     def start_replay(self, event: RollbackDone) -> None:
         self.require_phase("ROLLBACK")
         assert event.to_step < event.until_step, "a replay has at least one step"
@@ -262,7 +267,7 @@ class _Advance:
             step=event.to_step,
             until_step=event.until_step,
             phase="REPLAY",
-            num_interventions=self.state.num_interventions + (not early),
+            num_interventions=self.count_intervention(),
         )
 
 

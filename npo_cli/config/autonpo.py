@@ -153,7 +153,11 @@ class AutonpoSettings(Settings):
     """AutoNPO: automatic interventions (trigger, probe, rollback, guided replay)."""
 
     max_interventions: int = Field(
-        3, ge=-1, description="Maximum number of interventions per run (-1: no limit).", json_schema_extra=FREE
+        3,
+        ge=-1,
+        description="Maximum number of interventions per run, those whose guide cache came out empty included (-1: no "
+        "limit).",
+        json_schema_extra=FREE,
     )
     trigger: TriggerSettings = TriggerSettings()
     pool: PoolSettings = PoolSettings()

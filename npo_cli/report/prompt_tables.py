@@ -75,8 +75,8 @@ def describe_history(history: PromptHistory) -> str:
 
 
 MIX_LABELS = {
-    "gate_closed": "accuracy above guide.inject.max_accuracy",
-    "no_guide": "the guide has no response",
+    "gate_closed": "no guide was injected, because this accuracy is above guide.inject.max_accuracy",
+    "no_guide": "no guide was injected, because the guide has no response to this prompt",
     "off": "",
     "injected": "",
 }

@@ -153,7 +153,7 @@ class AutoNPOState:
     """Consecutive steps of stagnation with falling entropy."""
     has_warned: bool = False
     num_interventions: int = 0
-    """Rollbacks so far, without the early bootstrap."""
+    """Rollbacks and empty guide caches so far, without the early bootstrap."""
     num_rejections: int = 0
     """Rejections in a row, the newest included; each further one doubles the cooldown."""
     distance: int | None = None

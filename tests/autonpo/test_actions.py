@@ -126,8 +126,8 @@ def test_guide_cache_that_found_nothing_is_paid_by_the_branch_that_goes_on(tmp_p
         "npo_cli.guides.build_cache.rank_responses", lambda source, responses, *, label: [[]] * len(responses)
     )
     root = tmp_path / "run"
-    # One trigger: an empty cache is no intervention, so max_interventions does not end them.
-    list(start_autonpo(root, "autonpo.trigger.cooldown_steps=100"))
+    # The empty cache is the one intervention that is allowed, so that the triggers after it build no second one.
+    list(start_autonpo(root, "autonpo.max_interventions=1"))
     run, vain = open_run(root), find_transition(root, "guide_empty")
     (cache,) = list_guide_caches(run)
     assert (vain.state.branch, cache.num_prompts_with_rollouts, list_branches(run)) == ("main", 0, ["main"])

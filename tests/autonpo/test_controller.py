@@ -159,7 +159,14 @@ def test_cooldown_follows_an_intervention_that_fails(state, event, name):
     after, rows = apply_events(state, event)
     assert rows == [(100, name, state.phase, "COOLDOWN")]
     rejections = int(name != "prerequisite_missing")
-    assert after == AutoNPOState(branch="main", step=100, phase="COOLDOWN", until_step=140, num_rejections=rejections)
+    assert after == AutoNPOState(
+        branch="main",
+        step=100,
+        phase="COOLDOWN",
+        until_step=140,
+        num_rejections=rejections,
+        num_interventions=int(name == "guide_empty"),
+    )
 
 
 def test_cooldown_doubles_with_each_rejection_in_a_row():

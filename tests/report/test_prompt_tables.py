@@ -77,3 +77,12 @@ def test_a_past_rollout_is_behind_the_policy():
     replayed = replace(GUIDED, group=replace(GUIDED.group, rollouts=(*GUIDED.group.rollouts[:-1], past)))
     # The rollouts of step 30 are sampled by the policy of step 29.
     assert describe_guide_distance(replayed) == "past, step 9: 20 steps behind the policy"
+
+
+def test_a_visit_without_an_injection_says_why():
+    closed = replace(SOLVED, group=replace(SOLVED.group, injection_status="gate_closed"))
+    assert describe_visit(closed).endswith(
+        "; no guide was injected, because this accuracy is above guide.inject.max_accuracy"
+    )
+    missing = replace(SOLVED, group=replace(SOLVED.group, injection_status="no_guide"))
+    assert describe_visit(missing).endswith("; no guide was injected, because the guide has no response to this prompt")
