@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 SMOOTHING_WINDOW = 9
 """Steps of the moving average of a training metric."""
+MAX_MARKED_POINTS = 60
+"""Markers of one curve: each is an element of the picture."""
 AXIS_NAMES = ("step", "total-steps", "tokens", "clock")
 PLOTTED_METRICS = (
     ("reward", "mean reward of a batch", "training reward"),
@@ -82,7 +84,7 @@ def _draw_accuracy(panel: "Axes", *, methods: Sequence[Curve], cost: CostGetter,
             [cost(point) for point in points],
             [point.accuracy for point in points],
             **{"color": style.colour, "ls": style.dash, "lw": 2, "clip_on": False, "label": points[0].name},
-            **{"marker": style.marker, "ms": 3.5},
+            **{"marker": style.marker, "ms": 3.5, "markevery": -(-len(points) // MAX_MARKED_POINTS)},
         )
         if method.is_fork:
             _draw_fork(panel, (cost(points[0]), points[0].accuracy), style)

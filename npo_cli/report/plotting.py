@@ -186,10 +186,16 @@ def save_plot(plot: Plot, folder: Path) -> None:
 
 
 def _render(plot: Plot, kind: str) -> bytes:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     with _figure(plot) as figure:
         plot.draw(figure.subplots())
         with io.BytesIO() as file:
-            figure.savefig(file, format=kind, metadata=NO_DATE[kind])
+            if kind == "svg":
+                # savefig draws a figure with a layout twice, to the same bytes.
+                FigureCanvasSVG(figure).print_svg(file, metadata=NO_DATE[kind])
+            else:
+                figure.savefig(file, format=kind, metadata=NO_DATE[kind])
             return file.getvalue()
 
 

@@ -4,15 +4,14 @@ A report shows a few of them; the same run always shows the same ones.
 """
 
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from npo_cli.report.html import PromptSample
 from npo_cli.report.table import Table, format_count
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import ancestry
-from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, Group, ImageRef, Prompt
+from npo_cli.storage.rollout_log import open_rollouts
+from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, Group, GroupOutcome, ImageRef, Prompt
 from npo_cli.types.views import PromptHistory, PromptVisit
 
 
@@ -21,7 +20,7 @@ def iter_visits(
 ) -> Iterator[PromptVisit]:
     """Every group on the branch's line of descent, or those of one prompt, or of some steps, oldest first."""
     for span in ancestry(run, branch):
-        log = RolloutLog(run.rollouts_path(span.branch))
+        log = open_rollouts(run.rollouts_path(span.branch))
         for step in log.steps():
             if span.contains(step) and (steps is None or step in steps):
                 yield from (_visit(span.branch, at, group) for at, group in log.iter_groups(step, prompt_id))
@@ -69,29 +68,17 @@ T = TypeVar("T")
 NUM_SAMPLES = 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisitSummary:
-    """A visit without its responses: those of a whole run may not fit into memory."""
-
-    prompt_id: str
-    step: int
-    num_correct: int
-    has_guide: bool
-
-
-def summarize_visits(run: RunDir, branch: str) -> dict[str, list[VisitSummary]]:
-    """Every visit on the line of descent, by prompt, in the order of first visits."""
-    found: dict[str, list[VisitSummary]] = {}
-    for one in iter_visits(run, branch):
-        prompt_id = one.group.prompt.prompt_id
-        summary = VisitSummary(
-            prompt_id=prompt_id, step=one.step, num_correct=one.num_correct, has_guide=bool(one.off_policy_rollouts)
-        )
-        found.setdefault(prompt_id, []).append(summary)
+def read_outcomes(run: RunDir, branch: str) -> dict[str, list[GroupOutcome]]:
+    """Every group on the line of descent, by prompt, in the order of first visits."""
+    found: dict[str, list[GroupOutcome]] = {}
+    for span in ancestry(run, branch):
+        log = open_rollouts(run.rollouts_path(span.branch))
+        for outcome in (one for step in log.steps() if span.contains(step) for one in log.iter_outcomes(step)):
+            found.setdefault(outcome.prompt_id, []).append(outcome)
     return found
 
 
-def select_samples(run: RunDir, branch: str, marks: dict[str, list[VisitSummary]]) -> Iterator[PromptSample]:
+def select_samples(run: RunDir, branch: str, marks: dict[str, list[GroupOutcome]]) -> Iterator[PromptSample]:
     """Histories of the selected prompts, each with the visit at which a guide was first injected, or the last one."""
     for prompt_id in select_prompts(marks):
         steps = {mark.step for mark in marks[prompt_id]}
@@ -100,7 +87,7 @@ def select_samples(run: RunDir, branch: str, marks: dict[str, list[VisitSummary]
         yield PromptSample(history=build_prompt_history(branch, seen), visits=seen, shown_visit=shown)
 
 
-def select_prompts(marks: dict[str, list[VisitSummary]]) -> list[str]:
+def select_prompts(marks: dict[str, list[GroupOutcome]]) -> list[str]:
     """Evenly spaced ones of the prompts with an injected guide, in the order of those steps.
 
     Without any: of the prompts of the newest step.
@@ -120,7 +107,7 @@ def pick_evenly_spaced(some: Sequence[T]) -> list[T]:
     return [some[round(index * (len(some) - 1) / (NUM_SAMPLES - 1))] for index in range(NUM_SAMPLES)]
 
 
-def prompt_outcomes_table(branch: str, marks: dict[str, list[VisitSummary]]) -> Table:
+def prompt_outcomes_table(branch: str, marks: dict[str, list[GroupOutcome]]) -> Table:
     """How many prompts were solved on-policy, and what followed where a guide was injected."""
     after = [_split_at_injection(some) for some in marks.values() if any(one.has_guide for one in some)]
     again = [later for _, later in after if later]
@@ -139,7 +126,7 @@ def prompt_outcomes_table(branch: str, marks: dict[str, list[VisitSummary]]) -> 
     return Table(title=f"Prompts in the lineage of {branch}", header=("prompts", "number"), rows=cells)
 
 
-def _split_at_injection(some: Sequence[VisitSummary]) -> tuple[Sequence[VisitSummary], Sequence[VisitSummary]]:
+def _split_at_injection(some: Sequence[GroupOutcome]) -> tuple[Sequence[GroupOutcome], Sequence[GroupOutcome]]:
     """Visits up to the first with a guide, and those after it."""
     end = next(index for index, one in enumerate(some) if one.has_guide) + 1
     return some[:end], some[end:]

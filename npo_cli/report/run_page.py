@@ -11,7 +11,7 @@ from npo_cli.report.curve_plots import Curve, make_accuracy_plots, make_training
 from npo_cli.report.html import Section, Subsection
 from npo_cli.report.hysteresis import replay_hysteresis
 from npo_cli.report.lineage_plot import make_lineage_plot
-from npo_cli.report.prompt_history import prompt_outcomes_table, select_samples, summarize_visits
+from npo_cli.report.prompt_history import prompt_outcomes_table, read_outcomes, select_samples
 from npo_cli.report.score_plots import make_probe_plots, make_score_plots
 from npo_cli.report.show import show_costs, show_metrics
 from npo_cli.report.table import Table, format_count, format_interval, format_number
@@ -23,7 +23,7 @@ from npo_cli.report.tables_scores import describe_choice
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.cost_sums import compute_run_costs, costs_by_activity, learning_curve
 from npo_cli.storage.guide_cache import list_guide_caches
-from npo_cli.storage.index import select_best_evals
+from npo_cli.storage.index import select_best_evals, select_line_evals
 from npo_cli.storage.layout import RunDir, dump_recipe
 from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch, list_branches, read_segments
 from npo_cli.storage.metrics import read_metrics
@@ -63,12 +63,7 @@ def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def final_accuracy(run: RunDir, branch: str) -> tuple[str, str]:
     """The newest evaluated step of the lineage and its accuracy with interval."""
-    line = ancestry(run, branch)
-    seen = {
-        step: report
-        for (owner, step), report in select_best_evals(run).items()
-        if any(span.branch == owner and span.contains(step) for span in line)
-    }
+    seen = select_line_evals(run, branch)
     if not seen:
         return "held-out accuracy", "-"
     newest = seen[max(seen)]
@@ -267,7 +262,7 @@ def _cost(run: RunDir, branch: str) -> Subsection:
 
 
 def _rollouts(run: RunDir, branch: str) -> Iterator[Subsection]:
-    marks = summarize_visits(run, branch)
+    marks = read_outcomes(run, branch)
     if marks:
         has_guides = any(one.has_guide for one in chain(*marks.values()))
         which = "with an injected guide" if has_guides else "of the newest step"

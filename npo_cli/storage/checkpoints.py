@@ -5,7 +5,9 @@ which holds what training needs to resume. Demotion renames that folder away and
 """
 
 import hashlib
+import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -297,7 +299,7 @@ def find_damage(folder: Path, *, training_state: bool = False, deep: bool = True
     try:
         files = read_json(part / manifest)["files"]
         damages = (
-            _find_file_damage(part / name, entry, deep=deep and (tensors or not name.endswith(".safetensors")))
+            _find_file_damage(f"{part}/{name}", entry, deep=deep and (tensors or not name.endswith(".safetensors")))
             for name, entry in files.items()
         )
         return next(filter(None, damages), None)
@@ -307,11 +309,15 @@ def find_damage(folder: Path, *, training_state: bool = False, deep: bool = True
         return f"{part / manifest} is damaged: it does not list the files"
 
 
-def _find_file_damage(path: Path, entry: Mapping[str, Any], *, deep: bool) -> str | None:
-    if not path.is_file():
+def _find_file_damage(path: str, entry: Mapping[str, Any], *, deep: bool) -> str | None:
+    try:
+        found = os.stat(path)
+    except OSError:
         return f"{path} is missing"
-    if path.stat().st_size != entry["size"]:
-        return f"{path} has {path.stat().st_size:,} bytes, but {entry['size']:,} were saved"
-    if deep and hash_file(path) != entry["sha256"]:
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path} is missing"
+    if found.st_size != entry["size"]:
+        return f"{path} has {found.st_size:,} bytes, but {entry['size']:,} were saved"
+    if deep and hash_file(Path(path)) != entry["sha256"]:
         return f"{path} does not have the sha256 that was saved"
     return None

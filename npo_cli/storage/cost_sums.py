@@ -6,16 +6,17 @@ credits it with the policies that it paid for; `compute_run_costs` counts everyt
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from npo_cli.scoring.hysteresis import Arrivals
 from npo_cli.storage.autonpo_log import read_transitions
-from npo_cli.storage.costs import CostLine, read_cost_lines, relative_artifact
+from npo_cli.storage.costs import CostLine, costs_path, read_cost_lines, relative_artifact
+from npo_cli.storage.files import cached_by_file
 from npo_cli.storage.guide_cache import list_guide_caches
-from npo_cli.storage.index import select_best_evals
+from npo_cli.storage.index import select_line_evals
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import ancestry, find_first_segment, find_owning_branch, list_branches
+from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.autonpo import REJECTIONS
 from npo_cli.types.costs import ActivityCost, BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
@@ -66,8 +67,11 @@ class CostTable:
     charges: tuple[CostLine, ...] = ()
     """Acceptance tests and guide caches without a response: what the branch that continues after them pays."""
     forks: dict[str, CostLine] = field(default_factory=dict)
+    cumulative: dict[str, dict[int, Cost]] = field(default_factory=dict)
+    """What `cumulative_costs` found, by branch: a line of descent is summed once, however many branches it has."""
 
 
+@cached_by_file(costs_path)
 def read_cost_table(run: RunDir) -> CostTable:
     """One pass over costs.jsonl."""
     merged: dict[tuple[str, str, int, str, str], CostLine] = {}
@@ -114,6 +118,8 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
     that AutoNPO found nothing for.
     """
     table = read_cost_table(run) if table is None else table
+    if branch in table.cumulative:
+        return table.cumulative[branch]
     first = find_first_segment(run, branch)
     parents = {0: ZERO_COST} if first.parent is None else cumulative_costs(run, first.parent, table)
     spent = fork_cost(run, first, table)
@@ -129,6 +135,7 @@ def cumulative_costs(run: RunDir, branch: str, table: CostTable | None = None) -
         known[step] = spent
         # Reaching this step cost no more; going on from it does.
         spent = spent + onward[step]
+    table.cumulative[branch] = known
     return known
 
 
@@ -153,18 +160,8 @@ def fork_cost(run: RunDir, first: Segment, table: CostTable) -> Cost:
 
 def learning_curve(run: RunDir, branch: str, *, name: str) -> list[CurvePoint]:
     """Held-out accuracy along the branch's line of descent, with its costs."""
-    line = ancestry(run, branch)
-    reports = {
-        step: report
-        for (owner, step), report in select_best_evals(run).items()
-        if any(span.branch == owner and span.contains(step) for span in line)
-    }
-    entropies = {
-        row["step"]: row["entropy"]
-        for span in line
-        for row in read_metrics(run, span.branch)
-        if span.contains(row["step"])
-    }
+    reports = select_line_evals(run, branch)
+    entropies = {span.branch: _read_entropies(run, span.branch) for span in ancestry(run, branch)}
     costs = cost_at_steps(run, branch)
     return [
         CurvePoint(
@@ -175,11 +172,16 @@ def learning_curve(run: RunDir, branch: str, *, name: str) -> list[CurvePoint]:
             total_seconds=cost.seconds,
             total_forwards=cost.forwards,
             accuracy=report.accuracy,
-            entropy=entropies.get(step),
+            entropy=entropies[report.branch].get(step),
         )
         for step, report in sorted(reports.items())
         for cost in costs[step]
     ]
+
+
+@cached_by_file(RunDir.metrics_path)
+def _read_entropies(run: RunDir, branch: str) -> Mapping[int, float]:
+    return {row["step"]: row["entropy"] for row in read_metrics(run, branch)}
 
 
 def cost_at_steps(run: RunDir, branch: str) -> dict[int, list[Cost]]:
@@ -274,11 +276,11 @@ def _extra_lines(run: RunDir, branch: str, table: CostTable, last: int | None) -
 
 
 def _line_points(run: RunDir, branch: str, *, name: str, last: int | None = None) -> Iterator[BestHeldPoint]:
-    points = learning_curve(run, branch, name=name)
+    points, line = learning_curve(run, branch, name=name), ancestry(run, branch)
     for point, mean in neighbour_means([point for point in points if last is None or point.step <= last]):
         yield BestHeldPoint(
             name=name,
-            policy_branch=find_owning_branch(run, branch, point.step),
+            policy_branch=next(span.branch for span in line if span.contains(point.step)),
             step=point.step,
             total_steps=point.total_steps,
             total_tokens=point.total_tokens,
@@ -328,11 +330,11 @@ def last_step(run: RunDir, branch: str, table: CostTable) -> int:
 
 def split_training(run: RunDir, branch: str, table: CostTable) -> tuple[Cost, Cost, Cost]:
     """Training on the branch's line of descent, training that guided it and was rolled back, and all other training."""
-    line, scouts = ancestry(run, branch), scout_steps(run, branch)
+    line, scouts = {span.branch: span for span in ancestry(run, branch)}, scout_steps(run, branch)
     kept = scout = abandoned = ZERO_COST
     for owner in list_branches(run):
         for step, cost in table.steps[owner].items():
-            if any(span.branch == owner and span.contains(step) for span in line):
+            if owner in line and line[owner].contains(step):
                 kept += cost
             elif (owner, step) in scouts:
                 scout += cost

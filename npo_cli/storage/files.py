@@ -11,14 +11,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, RunFailed
@@ -27,6 +27,8 @@ DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 HASH_BLOCK_BYTES = 1 << 20
 
 T = TypeVar("T")
+P = ParamSpec("P")
+MAX_CACHED_FILES = 64
 
 
 def now_utc(*, microseconds: bool = False) -> str:
@@ -87,13 +89,15 @@ def decode_record(kind: type[T], row: Mapping[str, Any], source: Path | str) -> 
 
     A field that is absent or of another type is damage, and `source` (a file, perhaps with a line) is named.
     """
-    specs = {spec.name: spec for spec in fields(kind)}  # type: ignore[arg-type]
+    specs = _json_fields(kind)
     values = {name: value for name, value in row.items() if name in specs}
-    values |= {name: math.nan for name in row.get("dropped", ()) if name in specs}
-    for name, spec in specs.items():
-        if name not in values and spec.default is MISSING and spec.default_factory is MISSING:
-            raise damaged_file_error(source, f"it has no field {name!r}")
-        if name in values and not _fits(values[name], spec.type):
+    if "dropped" in row:
+        values |= {name: math.nan for name in row["dropped"] if name in specs}
+    for name, (accepted, is_required) in specs.items():
+        if name not in values:
+            if is_required:
+                raise damaged_file_error(source, f"it has no field {name!r}")
+        elif not _fits(values[name], accepted):
             raise damaged_file_error(source, f"{name} is {values[name]!r}")
     return kind(**values)
 
@@ -103,15 +107,20 @@ def damaged_file_error(source: Path | str, detail: str) -> NpoError:
     return NpoError(f"{source} is damaged: {detail}", "restore it from a copy of the run directory")
 
 
-def _fits(value: object, wanted: Any) -> bool:
-    """Whether a JSON value can stand for a type. The items of lists and mappings are not checked."""
-    accepted = _json_types(wanted)
-    if isinstance(value, bool):
-        return bool in accepted
-    return isinstance(value, accepted)
+def _fits(value: object, accepted: tuple[type, ...]) -> bool:
+    """Whether it is of one of the types; true and false are no numbers."""
+    return bool in accepted if isinstance(value, bool) else isinstance(value, accepted)
 
 
 @cache
+def _json_fields(kind: type) -> dict[str, tuple[tuple[type, ...], bool]]:
+    """By field of a record what json reads for it, and whether it must be there. Items of lists are not checked."""
+    return {
+        spec.name: (_json_types(spec.type), spec.default is MISSING and spec.default_factory is MISSING)
+        for spec in fields(kind)  # type: ignore[arg-type]
+    }
+
+
 def _json_types(wanted: Any) -> tuple[type, ...]:
     """What json reads for a type: a list for a tuple, a dict for a mapping, a whole number also for a number."""
     origin = get_origin(wanted) or wanted
@@ -122,6 +131,31 @@ def _json_types(wanted: Any) -> tuple[type, ...]:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return (dict,)
     return {float: (float, int), tuple: (list, tuple)}.get(origin, (origin,))
+
+
+def cached_by_file(path_of: Callable[P, Path]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Call a reader of one file again only when the file has changed. Callers share the result and must not change it.
+
+    Logs only grow and documents are replaced by another file, so that size, inode and time tell the versions apart.
+    """
+
+    def decorate(read: Callable[P, T]) -> Callable[P, T]:
+        @lru_cache(MAX_CACHED_FILES)
+        def read_version(version: object, *args: Any, **names: Any) -> T:
+            return read(*args, **names)
+
+        @wraps(read)
+        def read_if_changed(*args: P.args, **names: P.kwargs) -> T:
+            try:
+                found = os.stat(path_of(*args, **names))
+                version = (found.st_ino, found.st_size, found.st_mtime_ns)
+            except FileNotFoundError:
+                version = None
+            return read_version(version, *args, **names)
+
+        return read_if_changed
+
+    return decorate
 
 
 def read_json(path: Path) -> dict[str, Any]:

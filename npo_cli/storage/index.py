@@ -1,5 +1,7 @@
 """`npo index`: the table of a run's checkpoints, computed from the other files and not stored."""
 
+import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +9,10 @@ from typing import Any
 
 from npo_cli.storage.checkpoints import PARTIAL_SUFFIX, has_intact_training_state, has_intact_weights, read_manifest
 from npo_cli.storage.evals import read_evals
+from npo_cli.storage.files import cached_by_file
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, open_run, parse_step
-from npo_cli.storage.lineage import find_first_segment, find_owning_branch, list_branches
+from npo_cli.storage.lineage import ancestry, find_first_segment, find_owning_branch, list_branches
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport
 from npo_cli.types.scores import CandidateScore
@@ -24,7 +27,7 @@ class CheckpointMeasurements:
 
     scores: dict[BranchStep, tuple[int, CandidateScore]]
     """Step of the learner, and the newest score for it."""
-    evals: dict[BranchStep, EvalReport]
+    evals: Mapping[BranchStep, EvalReport]
     """The evaluation with the most samples."""
 
 
@@ -72,12 +75,12 @@ def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
     }
 
 
-def _size(folder: Path) -> int:
+def _size(folder: Path | str) -> int:
     """Bytes of its files; those that a writer removes meanwhile are not counted."""
     total = 0
-    with suppress(FileNotFoundError):
-        for path in folder.rglob("*"):
-            total += path.stat().st_size if path.is_file() else 0
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            total += _size(entry.path) if entry.is_dir() else entry.stat().st_size
     return total
 
 
@@ -118,7 +121,8 @@ def collect_newest_scores(run: RunDir) -> dict[BranchStep, tuple[int, CandidateS
     return newest
 
 
-def select_best_evals(run: RunDir) -> dict[BranchStep, EvalReport]:
+@cached_by_file(lambda run: run.evals_path)
+def select_best_evals(run: RunDir) -> Mapping[BranchStep, EvalReport]:
     """The evaluation with the most samples of every checkpoint evaluated; of several the newest."""
     best: dict[BranchStep, EvalReport] = {}
     for report in read_evals(run):
@@ -126,6 +130,16 @@ def select_best_evals(run: RunDir) -> dict[BranchStep, EvalReport]:
         if place not in best or count_eval_samples(report) >= count_eval_samples(best[place]):
             best[place] = report
     return best
+
+
+def select_line_evals(run: RunDir, branch: str) -> dict[int, EvalReport]:
+    """The same along the branch's line of descent, by step in the order evaluated."""
+    spans = {span.branch: span for span in ancestry(run, branch)}
+    return {
+        step: report
+        for (owner, step), report in select_best_evals(run).items()
+        if owner in spans and spans[owner].contains(step)
+    }
 
 
 def count_eval_samples(report: EvalReport) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.storage.files import damaged_file_error, now_utc, to_row
+from npo_cli.storage.files import cached_by_file, damaged_file_error, now_utc, to_row
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import NAME_PATTERN, RunDir, validate_name
 from npo_cli.types.rollouts import Segment
@@ -37,9 +37,10 @@ def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = 
     journal.sync()
 
 
-def read_segments(run: RunDir) -> list[Segment]:
+@cached_by_file(lambda run: run.segments_path)
+def read_segments(run: RunDir) -> tuple[Segment, ...]:
     """Every segment, oldest first."""
-    found = JsonlLog(run.segments_path).read_records(Segment)
+    found = tuple(JsonlLog(run.segments_path).read_records(Segment))
     for number, segment in enumerate(found, start=1):
         if not all(NAME_PATTERN.fullmatch(name) for name in (segment.branch, segment.parent or segment.branch)):
             raise damaged_file_error(

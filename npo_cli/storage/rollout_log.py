@@ -5,6 +5,7 @@ when all its `num_groups` lines are there: a step cut short by a killed writer i
 next writer.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError
 from npo_cli.storage.files import (
+    cached_by_file,
     damaged_file_error,
     decode_record,
     encode_record,
@@ -22,8 +24,10 @@ from npo_cli.storage.files import (
     to_row,
 )
 from npo_cli.storage.jsonl import AppendResult, append_bytes, measure_complete_size, parse_line, sync_log, truncate_file
-from npo_cli.types.rollouts import Group, ImageRef, Message, Prompt, Rollout, TokenSpan
+from npo_cli.types.rollouts import Group, GroupOutcome, ImageRef, Message, Prompt, Rollout, TokenSpan
 
+TOKEN_FIELDS = re.compile(rb'"response_ids":\[[^\]]*\],(?:"behavior_logps":\[[^\]]*\],)?')
+"""Within a JSON string the quotes would be escaped. Fields in another order are parsed for nothing."""
 LINE_HEAD = re.compile(rb'\{"step":(\d+),"num_groups":(\d+),')
 
 
@@ -65,14 +69,9 @@ class RolloutLog:
 
     def read_step(self, step: int) -> tuple[Group, ...] | None:
         """The groups of a step; None if the step is not complete."""
-        recorded = self._scan().get(step)
-        if recorded is None:
+        if step not in self._scan():
             return None
-        groups, end = [], recorded.start
-        for line in self._bytes(recorded).splitlines(keepends=True):
-            end += len(line)
-            groups.append(decode_group(self._row(line, end=end), self.path))
-        return tuple(groups)
+        return tuple(decode_group(self._row(line, end=end), self.path) for line, end in self._lines(step))
 
     def steps(self) -> tuple[int, ...]:
         """Steps whose groups are all there, in the order written."""
@@ -80,10 +79,29 @@ class RolloutLog:
 
     def iter_groups(self, step: int | None = None, prompt_id: str | None = None) -> Iterator[tuple[int, Group]]:
         """Pairs (step, group) of complete steps, oldest first; of one step or one prompt if given."""
+        spelled = b"" if prompt_id is None else json.dumps(prompt_id).encode("ascii")
         for found in self.steps() if step is None else (step,):
-            for group in self.read_step(found) or ():
-                if prompt_id is None or group.prompt.prompt_id == prompt_id:
-                    yield found, group
+            for line, end in self._lines(found):
+                # Decoding a line takes far longer than searching it.
+                if spelled in line:
+                    group = decode_group(self._row(line, end=end), self.path)
+                    if prompt_id in (None, group.prompt.prompt_id):
+                        yield found, group
+
+    def iter_outcomes(self, step: int) -> Iterator[GroupOutcome]:
+        """The groups of a complete step without tokens and log-probabilities, which are not even parsed."""
+        for line, end in self._lines(step):
+            row = self._row(TOKEN_FIELDS.sub(b"", line), end=end)
+            try:
+                own = [rollout for rollout in row["rollouts"] if not _is_off_policy(rollout)]
+                yield GroupOutcome(
+                    prompt_id=row["prompt"]["prompt_id"],
+                    step=step,
+                    num_correct=sum(rollout["verdict"] == "correct" and rollout["finished"] for rollout in own),
+                    has_guide=len(own) < len(row["rollouts"]),
+                )
+            except (KeyError, TypeError, AttributeError) as error:
+                raise self._damaged("a line is not a group", end=end) from error
 
     @on_main_rank
     def repair(self) -> int:
@@ -135,10 +153,30 @@ class RolloutLog:
             number = file.read(end).count(b"\n")
         return damaged_file_error(f"{self.path}, line {number}", detail)
 
+    def _lines(self, step: int) -> Iterator[tuple[bytes, int]]:
+        """Each line of a complete step, with the byte after it; none of another step."""
+        recorded = self._scan().get(step)
+        if recorded is not None:
+            end = recorded.start
+            for line in self._bytes(recorded).splitlines(keepends=True):
+                end += len(line)
+                yield line, end
+
     def _bytes(self, lines: ByteRange) -> bytes:
         with self.path.open("rb") as file:
             file.seek(lines.start)
             return file.read(lines.end - lines.start)
+
+
+def _is_off_policy(row: dict[str, Any]) -> bool:
+    """`Rollout.is_off_policy` of a rollout that is not decoded."""
+    return any(part.get("source", "own") != "own" for part in row.get("spans") or (row,))
+
+
+@cached_by_file(lambda path: path)
+def open_rollouts(path: Path) -> RolloutLog:
+    """A log to read from, whose steps are looked for once."""
+    return RolloutLog(path)
 
 
 def encode_float32(logps_T: Sequence[float]) -> list[float]:

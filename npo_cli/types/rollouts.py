@@ -229,6 +229,18 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GroupOutcome:
+    """A recorded group without its responses: those of a whole run may not fit into memory."""
+
+    prompt_id: str
+    step: int
+    num_correct: int
+    """On-policy rollouts verified correct."""
+    has_guide: bool
+    """Whether another policy sampled any of its tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """A stretch of training on one branch: the run's lineage is the list of these."""
 

@@ -11,7 +11,7 @@ from npo_cli.errors import NpoError
 from npo_cli.report.build import write_report
 from npo_cli.report.prompt_history import (
     NUM_SAMPLES,
-    VisitSummary,
+    GroupOutcome,
     pick_evenly_spaced,
     prompt_outcomes_table,
     select_prompts,
@@ -182,8 +182,8 @@ def test_report_of_unreadable_runs_is_refused_before_writing(guided, tmp_path):
 # Which prompts are shown
 
 
-def mark(step: int, *, right: int = 0, injected: bool = False) -> VisitSummary:
-    return VisitSummary(prompt_id="", step=step, num_correct=right, has_guide=injected)
+def mark(step: int, *, right: int = 0, injected: bool = False) -> GroupOutcome:
+    return GroupOutcome(prompt_id="", step=step, num_correct=right, has_guide=injected)
 
 
 def test_report_samples_are_spread_over_steps_with_injection():

@@ -102,6 +102,15 @@ def test_cost_of_a_replay_includes_the_trained_guide_scoring_and_cache(run):
     assert cost_at_steps(run, "near")[2] == [cost(2, 200, 8), cost(5, 600, 28)]
 
 
+def test_costs_of_a_long_line_of_forks_are_summed_once_per_branch(run):
+    # Summed again by each fork, the first of 40 would be summed 2^40 times.
+    for number in range(40):
+        parent = f"fork-{number - 1}" if number else "bare"
+        fork_branch(run, f"fork-{number}", at=6 + number, parent=parent)
+        charge_step(run, f"fork-{number}", 7 + number, tokens=1, seconds=1.0)
+    assert cost_at(run, "fork-39", 46) == cost(46, 442, 56)
+
+
 def test_cost_of_a_step_executed_again_after_a_kill_has_the_seconds_of_both(run):
     charge_step(run, "main", 2, tokens=100, seconds=16.0)
     # 4 x 4 s and the second execution of step 2; its tokens count once

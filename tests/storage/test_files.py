@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.storage.files import check_disk_space, encode_record, read_json, write_json_atomic, write_text_atomic
+from npo_cli.storage.files import (
+    cached_by_file,
+    check_disk_space,
+    encode_record,
+    read_json,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def test_numbers_that_json_lacks_leave_and_are_named():
@@ -49,3 +56,21 @@ def test_a_save_that_cannot_fit_is_refused_before_it_begins(tmp_path):
         check_disk_space(Path(tmp_path), 10**18)
     assert "npo resume" in caught.value.hint
     assert caught.value.exit_code == 1
+
+
+def test_a_cached_reader_reads_again_what_has_changed(tmp_path):
+    path, reads = tmp_path / "a.jsonl", []
+
+    @cached_by_file(lambda path: path)
+    def read(path: Path) -> str:
+        reads.append(path)
+        return path.read_text() if path.exists() else ""
+
+    assert (read(path), read(path), len(reads)) == ("", "", 1)
+    path.write_text("1\n")
+    assert (read(path), read(path), len(reads)) == ("1\n", "1\n", 2)
+    with path.open("a") as file:
+        file.write("2\n")
+    assert (read(path), len(reads)) == ("1\n2\n", 3)
+    write_text_atomic(path, "3\n4\n")
+    assert (read(path), len(reads)) == ("3\n4\n", 4)

@@ -21,7 +21,7 @@ def test_segments_come_back_and_keep_their_overrides_on_disk(tmp_path):
     run = new_run(tmp_path)
     replay = Segment(branch="late", parent="main", fork_step=80, guide_cache="g80", guide_until=120)
     append_segment(run, replay, overrides=["train.num_steps=400"])
-    assert read_segments(run) == [main_segment(), replay]
+    assert read_segments(run) == (main_segment(), replay)
     line = json.loads(run.segments_path.read_text().splitlines()[1])
     assert line["overrides"] == ["train.num_steps=400"]
     assert line["time"].endswith("+00:00")

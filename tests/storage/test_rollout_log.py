@@ -157,3 +157,32 @@ def test_rollout_spans_that_do_not_cover_the_response_are_damage(tmp_path):
     log.path.write_text(log.path.read_text().replace('"end":2', '"end":1'))
     with pytest.raises(NpoError, match="is damaged"):
         RolloutLog(log.path).read_step(1)
+
+
+def test_rollout_log_outcomes_are_those_of_the_decoded_groups(tmp_path):
+    # A response that spells what the reader skips; a guide's, one with a guide's prefix, a wrong and a truncated one.
+    quoting = replace(rollout(0), text='"response_ids":[1,2],"source":"guide","behavior_logps":[')
+    spans = (TokenSpan(start=0, end=1, source="guide"), TokenSpan(start=1, end=2))
+    off_policy = (
+        replace(rollout(1), source="guide", sampler_step=40),
+        replace(rollout(2), spans=spans, source="guide"),
+    )
+    failed = (replace(rollout(3), verdict="wrong", reward=0.0), replace(rollout(4), finished=False))
+    plain = (quoting, *failed)
+    log = RolloutLog(tmp_path / "r.jsonl")
+    groups = [
+        replace(group(name), rollouts=rollouts)
+        for name, rollouts in (("a", (*plain, *off_policy)), ("b", plain), ("c", off_policy))
+    ]
+    log.write_step(1, groups)
+    found = [(one.prompt_id, one.step, one.num_correct, one.has_guide) for one in log.iter_outcomes(1)]
+    assert found == [("a", 1, 1, True), ("b", 1, 1, False), ("c", 1, 0, True)]
+    assert [row[2] for row in found] == [one.on_policy.num_correct for one in log.read_step(1)]
+
+
+def test_rollout_log_outcome_without_a_verdict_is_damage(tmp_path):
+    log = RolloutLog(tmp_path / "r.jsonl")
+    log.write_step(1, [group("a")])
+    log.path.write_bytes(log.path.read_bytes().replace(b'"verdict"', b'"verdikt"'))
+    with pytest.raises(NpoError, match="line 1"):
+        list(log.iter_outcomes(1))
