@@ -1,10 +1,11 @@
-"""`npo plan`'s estimate of one GPU beside what a real step takes, on this machine's CPU and models made on the spot.
+"""`npo plan`'s estimate of one GPU beside what a real step takes, with models made on the spot.
 
-    python recipes/plan_check.py OUT [--only NAME,NAME]
+    python recipes/plan_check.py OUT [--only NAME,NAME] [--device cuda] [--json]
 
 Each case is a process of its own. It loads a model as a run does, takes one update so that the moments are there, and
-then looks at the highest resident memory of a second update, one row of which is a guide's, and of sampling. What the
-process held before the model was loaded is taken off. Needs Linux, which can forget an old peak.
+then looks at the highest memory of a second update, one row of which is a guide's, and of sampling: resident memory
+on a CPU, what torch allocated on a GPU. What was held before the model was loaded is taken off. On a CPU it needs
+Linux, which can forget an old peak.
 """
 
 import argparse
@@ -40,7 +41,7 @@ MB = 10**6
 COMMON = (
     *(f"task.max_prompt_tokens={PROMPT}", f"sampling.max_new_tokens={RESPONSE}", "model.threads=1"),
     *(f"train.micro_batch_tokens={ROWS * (PROMPT + RESPONSE)}", "train.logit_chunk_tokens=512"),
-    *("train.prompts_per_step=2", f"train.group_size={ROWS // 2}", "model.device=cpu"),
+    *("train.prompts_per_step=2", f"train.group_size={ROWS // 2}"),
 )
 CASES = {
     "llama": ("llama",),
@@ -52,6 +53,12 @@ CASES = {
     "qwen3 + checkpointing + mixed": ("qwen3", "model.gradient_checkpointing=true", "model.compute_dtype=bfloat16"),
     "qwen3 deep + checkpointing": ("deep", "model.gradient_checkpointing=true"),
 }
+LARGE_CASES = {
+    "qwen3 large + checkpointing + mixed": (
+        *("large", "model.gradient_checkpointing=true", "model.compute_dtype=bfloat16"),
+    ),
+}
+"""0.23 billion parameters; too slow for a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +78,9 @@ def make_model(kind: str) -> PreTrainedModel:
     common = sizes | {"vocab_size": 8192, "eos_token_id": 15, "pad_token_id": 16, "bos_token_id": None}
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**common, num_hidden_layers=6))
-    layers = 16 if kind == "deep" else 6
+    if kind == "large":
+        common |= {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "vocab_size": 32768}
+    layers = 6 if kind == "qwen3" else 16
     return Qwen3ForCausalLM(Qwen3Config(**common, num_hidden_layers=layers, head_dim=64))
 
 
@@ -82,18 +91,26 @@ def save_model(kind: str, folder: Path) -> None:
         shutil.copyfile(MICRO_BASE_FOLDER / name, folder / name)
 
 
-def resident_bytes(name: str = "VmRSS") -> int:
-    """Bytes of this process in memory: now, or at most (`VmHWM`) since the peak was last forgotten."""
+def resident_bytes(name: str) -> int:
+    """Bytes of this process in memory: now (`VmRSS`), or at most (`VmHWM`) since the peak was last forgotten."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
-def settle_memory() -> int:
+def peak_bytes(device: torch.device) -> int:
+    """The largest use since `settle_memory`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
+
+
+def settle_memory(device: torch.device) -> int:
     """What is held once garbage is gone and freed pages are given back; the peak is forgotten."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return resident_bytes()
+    return resident_bytes("VmRSS")
 
 
 def make_rows() -> list[TrainingSample]:
@@ -125,19 +142,21 @@ def sample(policy: Policy, recipe: Recipe) -> None:
 def measure_peaks(recipe: Recipe) -> Peaks:
     """In a process that did nothing before."""
     # A small model first, so that what torch sets up once is not charged to the large one.
-    small = load_policy(load_recipe("micro").model)
-    Updater(small, build_optimizer(small.model, recipe.train), load_recipe("micro")).take_step([], lr=1e-6)
+    tiny = load_recipe("micro", [f"model.device={recipe.model.device}"])
+    small = load_policy(tiny.model)
+    Updater(small, build_optimizer(small.model, recipe.train), tiny).take_step([], lr=1e-6)
+    device = small.device
     del small
-    before = settle_memory()
+    before = settle_memory(device)
     policy = load_policy(recipe.model)
     updater = Updater(policy, build_optimizer(policy.model, recipe.train), recipe)
     updater.take_step(make_rows(), lr=1e-6)
-    held = settle_memory()
+    held = settle_memory(device)
     updater.take_step(make_rows(), lr=1e-6)
-    update = resident_bytes("VmHWM")
-    settle_memory()
+    update = peak_bytes(device)
+    settle_memory(device)
     sample(policy, recipe)
-    return Peaks(held=held - before, update=update - before, sampling=resident_bytes("VmHWM") - before)
+    return Peaks(held=held - before, update=update - before, sampling=peak_bytes(device) - before)
 
 
 def estimate_peaks(recipe: Recipe) -> Peaks:
@@ -151,13 +170,13 @@ def estimate_peaks(recipe: Recipe) -> Peaks:
     )
 
 
-def run_case(name: str, out: Path) -> dict[str, dict[str, int]]:
+def run_case(name: str, out: Path, device: str) -> dict[str, dict[str, int]]:
     """Both, the measurement in a process of its own."""
-    kind, *settings = CASES[name]
+    kind, *settings = (CASES | LARGE_CASES)[name]
     folder = out / kind
     if not folder.is_dir():
         save_model(kind, folder)
-    settings = [*COMMON, f"model.path={folder}", *settings]
+    settings = [*COMMON, f"model.device={device}", f"model.path={folder}", *settings]
     # Large blocks are mapped and given back at once, so that resident memory is what is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     child = [sys.executable, __file__, "--child", str(out), *settings]
@@ -172,19 +191,27 @@ def as_dict(peaks: Peaks) -> dict[str, int]:
 
 
 def main() -> None:
-    """A table in Markdown, a line as soon as it is known."""
+    """A table in Markdown or JSON lines, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", default=",".join(CASES), help="names of cases, with commas between them")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="bytes, a JSON line per case")
     asked = parser.parse_args()
     if asked.child:
         print(json.dumps(as_dict(measure_peaks(load_recipe("micro", asked.settings)))))
         return
-    print("| case | " + " | ".join(f"{what}, MB" for what in ("held", "update", "sampling")) + " |\n|---|---|---|---|")
+    if not asked.json:
+        print(
+            "| case | " + " | ".join(f"{what}, MB" for what in ("held", "update", "sampling")) + " |\n|---|---|---|---|"
+        )
     for name in asked.only.split(","):
-        found = run_case(name, asked.out)
+        found = run_case(name, asked.out, asked.device)
+        if asked.json:
+            print(json.dumps({"case": name, **found}), flush=True)
+            continue
         cells = [
             f"{found['estimated'][what] / MB:,.0f} / {found['measured'][what] / MB:,.0f} = "
             f"{found['estimated'][what] / found['measured'][what]:.2f}"

@@ -36,6 +36,8 @@ class ProcessGroup:
 
     rank = 0
     world_size = 1
+    is_launched = False
+    """Whether a launcher's job was joined; models are then sharded, in a job of one rank too."""
     context = ""
     """Added to the phase in errors, such as `step 7`."""
     torch_group: Any = None
@@ -82,7 +84,9 @@ class ProcessGroup:
 
 
 class LaunchedGroup(ProcessGroup):
-    """One of several ranks that a launcher started."""
+    """One of the ranks that a launcher started."""
+
+    is_launched = True
 
     def __init__(self, launch: LaunchInfo) -> None:
         import torch.distributed as dist

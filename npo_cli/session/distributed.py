@@ -65,9 +65,9 @@ def check_distributed_recipe(recipe: Recipe, num_processes: int) -> None:
 
 
 def shard_policy(policy: Policy, recipe: Recipe, *, folder: Path | None) -> Policy:
-    """The policy in shards over all ranks, which must have loaded the same files; unchanged in a single process."""
+    """The policy in shards over all ranks, which must have loaded the same files; unchanged without a job."""
     group = current_group()
-    if group.world_size == 1:
+    if not group.is_launched:
         return policy
     group.configure(deadline=recipe.distributed.timeout, device=policy.device.type)
     digests = group.gather((policy.digest_here, policy.tokenizer_digest), phase="compare the weights")

@@ -51,7 +51,7 @@ def run_logprob_pass(
         policy = replace(policy, vision=replace(policy.vision, suppressed_ids=()))
     temperature = recipe.sampling.temperature if temperature is None else temperature
     group, sharding = current_group(), policy.sharding
-    if group.world_size == 1:
+    if not group.is_launched:
         return _score_rows(policy, recipe, rows, temperature=temperature)
     parts = partition_by_tokens([row.num_tokens for row in rows], group.world_size)
     # With all weights whole, ranks may need different numbers of passes.

@@ -171,7 +171,7 @@ def build_session(
 @measure_startup("start")
 def open_session_engine(recipe: Recipe, policy: Policy, *, doubles_rank: bool) -> Engine:
     """The recipe's engine for this policy; of several ranks each samples its part, or rank 0 asks a server."""
-    settings, is_alone = recipe.engine, current_group().world_size == 1
+    settings, is_alone = recipe.engine, not current_group().is_launched
     shares_weights = not ENGINES.get(settings.kind).needs_weight_sync
     weights = None if is_alone or shares_weights else GatheredWeights(policy)
     if weights is not None:

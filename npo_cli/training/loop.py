@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch.optim import Optimizer
 
 from npo_cli.errors import StoppedEarly, quote_path
@@ -132,6 +133,8 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
         "seconds/update": ended - sampled,
         "peak_memory_mb": peak_memory_mb(),
     }
+    if session.policy.device.type == "cuda":
+        timings["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated(session.policy.device) / 1e6
     if not batch.is_recorded:
         timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / (sampled - started)
     report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
