@@ -26,6 +26,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, StoppedEarly, quote_path
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.report.tables_autonpo import describe_transition
+from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.session.session import Session, load_checkpoint, open_session
 from npo_cli.session.startup import charge_startup, measure_startup
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
@@ -41,8 +42,8 @@ from npo_cli.training.resume import (
     ResumePoint,
     find_resume_point,
     fork,
-    load_active_guide,
     load_first_state,
+    open_active_guide,
     record_start,
 )
 from npo_cli.training.train import (
@@ -312,7 +313,11 @@ class AutoNPODriver:
         if newest is not None:
             with measure_startup("load"):
                 load_checkpoint(self.session.policy, newest)
-        active_guide = load_active_guide(self.session, start.segment)
+        with open_active_guide(self.session, start.segment) as active_guide:
+            yield from self.train_from(start, active_guide)
+
+    def train_from(self, start: ResumePoint, active_guide: ActiveGuide | None) -> Iterator[DriverRecord]:
+        """The same from that point, whose weights are loaded."""
         optimizer = build_optimizer(self.session.policy.model, self.recipe.train)
         state = yield from load_first_state(self.session, optimizer, start)
         charge_startup(self.run, branch=self.state.branch, step=state.step)

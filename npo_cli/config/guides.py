@@ -65,6 +65,11 @@ class GuideCacheSettings(Settings):
         description="Prompts that the guide is sampled on: those whose group, where the run recorded these steps, had "
         "an accuracy <= guide.inject.max_accuracy, and those without a record (`failed`); or `all` of the replay.",
     )
+    lazy: bool = Field(
+        False,
+        description="npo sample-guide only describes the cache; npo resume --guide samples a prompt when its group "
+        "first turns out to need a guide. The guide is then in memory beside the learner; `prompts` does not apply.",
+    )
     coverage: float = Field(
         0.5,
         gt=0,

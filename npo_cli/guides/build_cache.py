@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from npo_cli.config.guides import GuideCacheSettings
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.source import (
     GuideSource,
     PromptResponses,
@@ -65,6 +65,17 @@ def build_guide_cache(
         open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),
         open_source(source, task=task, policy=policy),
     ):
+        if learner.recipe.guide.cache.lazy:
+            yield from warning_notices(source.warnings())
+            info = new_cache_info(source, name, num_prompts=0, is_lazy=True)
+            folder = open_guide_cache(run, info).folder
+            charge_startup(run, branch=info.branch, step=info.learner_step, artifact=folder)
+            yield Notice(
+                message=f"guide {name} is sampled while training: npo resume {quote_path(root)} --at "
+                f"{learner.step} --guide {name}"
+            )
+            yield finish_guide_cache(run, info)
+            return
         prompts = list_guide_prompts(source)
         if not prompts:
             raise NpoError(
@@ -134,9 +145,9 @@ def warning_notices(warnings: Iterable[str]) -> Iterator[Notice]:
 
 
 def new_cache_info(
-    source: GuideSource, name: str, *, num_prompts: int, max_accuracy: float | None = None
+    source: GuideSource, name: str, *, num_prompts: int, max_accuracy: float | None = None, is_lazy: bool = False
 ) -> GuideCacheInfo:
-    """What a cache is, before it has any response; `source` is open."""
+    """What a cache is, before it has any response; `source` is open. `is_lazy`: a replay will fill it."""
     run, learner, session = source.target.run, source.target.learner, source.session
     return GuideCacheInfo(
         name=name,
@@ -156,6 +167,7 @@ def new_cache_info(
         guide_training_tokens=source.guide_training_tokens,
         max_accuracy=max_accuracy,
         older_step=source.older_step,
+        lazy_settings=learner.recipe.guide.cache.model_dump(mode="json") if is_lazy else {},
     )
 
 
@@ -184,12 +196,15 @@ def fill_cache(
     prompts: Sequence[Prompt],
     *,
     cost_kind: CostKind = "guide_cache",
+    done: dict[str, PromptSamples] | None = None,
+    charges_seconds: bool = True,
 ) -> Iterator[Progress]:
     """Sample, verify and select, a chunk of prompts at a time; each chunk is written before the next is sampled.
 
-    The chunk after which the yield is too low is the last: a cache without its later prompts.
+    The chunk after which the yield is too low is the last: a cache without its later prompts. `done`, if given, holds
+    what the store does, and is added to. Without `charges_seconds` the seconds are charged elsewhere.
     """
-    done = read_guide_prompts(store.folder)
+    done = read_guide_prompts(store.folder) if done is None else done
     settings = source.session.recipe.guide.cache
     label = info.source.name if info.guide_step is None else info.guide_step
     for start in range(0, len(prompts), CHUNK_PROMPTS):
@@ -214,7 +229,7 @@ def fill_cache(
             piece=chunk[0].prompt_id,
             tokens=num_tokens,
             forwards=num_tokens * source.forwards_per_token,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - started if charges_seconds else 0.0,
         )
         store.append(info.source.text, chunk)
         done |= {samples.prompt_id: samples for samples in chunk}

@@ -4,7 +4,7 @@ P prompts, G rollouts per prompt. A step that a killed process had already recor
 again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol
@@ -21,6 +21,8 @@ from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.rollouts import Group, Prompt
 
+SampleMissing = Callable[[Sequence[Prompt]], None]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActiveGuide:
@@ -29,6 +31,8 @@ class ActiveGuide:
     rollouts: GuidesByPrompt
     until_step: int
     """Last step of injection."""
+    sample_missing: SampleMissing | None = None
+    """Samples prompts that a lazy cache lacks, and adds them to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +128,9 @@ def build_batch(
         for part in plan.prompt_batches:
             before, recorded = recorded[: len(part.prompts)], recorded[len(part.prompts) :]
             if online_guide is None:
-                pairs.append(build_groups(session, part, before, seed_name=seed_name, step=step))
+                sample_missing = active_guide.sample_missing if active_guide and guides is not None else None
+                place = {"seed_name": seed_name, "step": step, "sample_missing": sample_missing}
+                pairs.append(build_groups(session, part, before, **place))
             else:
                 pairs.append(online_guide.build_groups(part, before, seed_name=seed_name, step=step))
         on_policy += chain.from_iterable(sampled for sampled, _ in pairs)
@@ -181,14 +187,28 @@ def _split_by_epoch(session: Session, position: int, count: int) -> Iterator[tup
 
 
 def build_groups(
-    session: Session, prompt_batch: PromptBatch, recorded: Sequence[Group], *, seed_name: str, step: int
+    session: Session,
+    prompt_batch: PromptBatch,
+    recorded: Sequence[Group],
+    *,
+    seed_name: str,
+    step: int,
+    sample_missing: SampleMissing | None = None,
 ) -> tuple[Sequence[Group], Sequence[Group]]:
-    """On-policy groups, recorded or sampled, and the same groups with cached guide rollouts injected."""
+    """On-policy groups, recorded or sampled, and the same groups with cached guide rollouts injected.
+
+    `sample_missing` adds to the guides those of the groups that pass the gate: where all do, before the policy is
+    sampled, as the number of its rollouts may depend on them.
+    """
+    if sample_missing and prompt_batch.strategy.is_eligible(1.0):
+        sample_missing(prompt_batch.prompts)
     on_policy = [group.on_policy for group in recorded] or sample_on_policy_groups(
         session, prompt_batch, seed_name=seed_name, step=step
     )
     if prompt_batch.guides is None:
         return on_policy, on_policy
+    if sample_missing:
+        sample_missing([group.prompt for group in on_policy if prompt_batch.strategy.is_eligible(group.accuracy)])
     return on_policy, prompt_batch.strategy.mix_groups(on_policy, prompt_batch.guides)
 
 

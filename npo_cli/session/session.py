@@ -12,7 +12,7 @@ from npo_cli.distributed.process_group import ProcessGroup, current_group
 from npo_cli.errors import NpoError
 from npo_cli.inference.base import AdapterHandle, Engine, ModelHandle, Sample, SampleRequest, open_engine
 from npo_cli.inference.sync_check import tensor_shapes
-from npo_cli.policy.lora import AdapterInfo, save_adapters, shapes_without_rank
+from npo_cli.policy.lora import AdapterInfo, save_adapters, shapes_without_rank, share_base_weights
 from npo_cli.policy.model import Policy, check_prompt_support, load_policy
 from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
@@ -115,6 +115,16 @@ def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
     """Load a checkpoint's weights; shapes and digests are checked."""
     policy.load(checkpoint.path)
     verify_checkpoint(checkpoint)
+
+
+def load_second_policy(session: Session, checkpoint: Checkpoint) -> Policy:
+    """Another model beside the session's, never trained; adapters share the session's base weights."""
+    verify_checkpoint(checkpoint)
+    policy = load_policy(session.recipe.model, checkpoint.path)
+    policy.model.requires_grad_(False)
+    if policy.adapters is not None:
+        share_base_weights(policy.model, session.policy.model)
+    return policy
 
 
 def check_prompt(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:

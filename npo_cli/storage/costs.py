@@ -149,6 +149,7 @@ def list_empty_caches(run: RunDir, info: GuideCacheInfo) -> list[GuideCacheInfo]
         one
         for one in list_guide_caches(run)
         if one.complete
+        and not one.lazy_settings
         and not one.num_prompts_with_rollouts
         and (one.branch, one.learner_step) == (info.branch, info.learner_step)
         and relative_artifact(run, run.guide_folder(one.name)) not in charged

@@ -46,13 +46,18 @@ def open_guide_cache(run: RunDir, info: GuideCacheInfo) -> SampleStore:
             "choose another name with --name, or use it: "
             f"npo resume {quote_path(run.root)} --at {there.learner_step} --guide {info.name}",
         )
-    other = [name for name, value in cache_identity(info).items() if cache_identity(there)[name] != value]
+    check_cache_identity(run, there, info)
+    return SampleStore(folder)
+
+
+def check_cache_identity(run: RunDir, there: GuideCacheInfo, wanted: GuideCacheInfo) -> None:
+    """Refuse to add to a cache responses that it was not made for."""
+    other = [name for name, value in cache_identity(wanted).items() if cache_identity(there)[name] != value]
     if other:
         raise NpoError(
-            f"{run.root} has an incomplete guide {info.name!r} with another {', '.join(other)}",
+            f"{run.root} has an incomplete guide {wanted.name!r} with another {', '.join(other)}",
             "choose another name with --name, or repeat the command that began it",
         )
-    return SampleStore(folder)
 
 
 def describe_guide_source(info: GuideCacheInfo) -> str:
@@ -142,7 +147,8 @@ def load_guide(run: RunDir, name: str) -> tuple[GuideCacheInfo, dict[str, Prompt
         (sum(len(samples.rollouts) for samples in by_prompt.values()), info.num_rollouts, "responses"),
     )
     for found, expected, what in counts:
-        if found != expected:
+        # A killed replay leaves the counts of a lazy cache as they were when it began.
+        if found != expected and not info.lazy_settings:
             problem = f"it has {found} {what}, but guide.json counts {expected}"
             raise damaged_file_error(SampleStore(folder).path, problem)
     return info, by_prompt

@@ -6,6 +6,7 @@ branch's name is part of every seed). Existing files are not changed.
 
 import shlex
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from npo_cli.config.loading import override_saved_recipe, recipe_to_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
+from npo_cli.guides.lazy import open_lazy_guide
 from npo_cli.guides.sources.extrapolated import find_older_checkpoint
 from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.policy.optimizer import TrainerState, build_optimizer
@@ -90,8 +92,10 @@ def resume_run(
             start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
             start = replace(start, has_fresh_optimizer=fresh)
         check_steps_left(run, start, command=again, until=until)
-        with open_session(run, start.recipe, checkpoint=start.checkpoint) as session:
-            guidance = load_active_guide(session, start.segment)
+        with (
+            open_session(run, start.recipe, checkpoint=start.checkpoint) as session,
+            open_active_guide(session, start.segment) as guidance,
+        ):
             optimizer = build_optimizer(session.policy.model, start.recipe.train)
             state = yield from load_first_state(session, optimizer, start)
             record_start(run, start, overrides)
@@ -176,7 +180,7 @@ def fork(
 
 def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:
     """Refuse a guide without a response, or one that was sampled for another learner, and so for other prompts."""
-    if not info.num_prompts_with_rollouts:
+    if not info.num_prompts_with_rollouts and not info.lazy_settings:
         raise NpoError(
             f"guide {info.name} has no response: its source solved none of its {info.num_prompts} prompts",
             f"sample another source: npo sample-guide {quote_path(run.root)} --at {at} --source SPEC --name NEW",
@@ -191,10 +195,12 @@ def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> N
         )
 
 
-def load_active_guide(session: Session, segment: Segment) -> ActiveGuide | None:
-    """The segment's guide cache, checked against tokenizer, prompts and vocabulary."""
+@contextmanager
+def open_active_guide(session: Session, segment: Segment) -> Iterator[ActiveGuide | None]:
+    """The segment's guide cache, checked against tokenizer, prompts and vocabulary; a lazy one with its source."""
     if segment.guide_cache is None or segment.guide_until is None:
-        return None
+        yield None
+        return
     check_single_guide_source(session, other=f"guide {segment.guide_cache}")
     info, prompts = load_guide(session.run, segment.guide_cache)
     if info.tokenizer_digest != session.policy.tokenizer_digest:
@@ -216,7 +222,9 @@ def load_active_guide(session: Session, segment: Segment) -> ActiveGuide | None:
     if largest_id >= session.policy.model.get_input_embeddings().num_embeddings:
         path = SampleStore(session.run.guide_folder(info.name)).path
         raise damaged_file_error(path, f"the model has no token {largest_id}")
-    return ActiveGuide(rollouts=rollouts, until_step=segment.guide_until)
+    guide = ActiveGuide(rollouts=rollouts, until_step=segment.guide_until)
+    with open_lazy_guide(session, info, guide) if info.lazy_settings else nullcontext(guide) as opened:
+        yield opened
 
 
 def check_guide_images(session: Session, info: GuideCacheInfo, samples: PromptSamples) -> None:
@@ -283,5 +291,6 @@ def resume_message(start: ResumePoint, state: TrainerState, guidance: ActiveGuid
         return f"{start.branch} continues from {where}"
     if start.has_fresh_optimizer:
         where = f"{origin}: weights and data position {state.position} only"
-    suffix = f", {len(guidance.rollouts)} guide rollouts until step {guidance.until_step}" if guidance else ""
+    so_far = " so far" if guidance and guidance.sample_missing else ""
+    suffix = f", {len(guidance.rollouts)} guide rollouts{so_far} until step {guidance.until_step}" if guidance else ""
     return f"new branch {start.branch} from {where}{suffix}"

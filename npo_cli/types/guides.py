@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +57,8 @@ class GuideCacheInfo:
     """guide.inject.max_accuracy by which prompts were selected from the record; None: prompts of any accuracy."""
     older_step: int | None = None
     """Of an extrapolated guide the step of its older copy."""
+    lazy_settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Section guide.cache by which a replay samples prompts while it trains; empty: the cache was filled before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -237,9 +237,7 @@ class ExtrapolatedSampler:
 
 def load_older_policy(session: Session, used: Extrapolation, *, into: Policy | None = None) -> Policy | None:
     """The older copy, verified, as a second model (`into`, if it is loaded already); None for weights."""
-    from npo_cli.policy.lora import share_base_weights
-    from npo_cli.policy.model import load_policy
-    from npo_cli.session.session import load_checkpoint
+    from npo_cli.session.session import load_checkpoint, load_second_policy
     from npo_cli.storage.checkpoints import verify_checkpoint
 
     if session.policy.sharding is not None:
@@ -247,14 +245,10 @@ def load_older_policy(session: Session, used: Extrapolation, *, into: Policy | N
     if used.space == "logits" and into is not None:
         load_checkpoint(into, used.older_checkpoint)
         return into
-    verify_checkpoint(used.older_checkpoint)
     if used.space == "weights":
+        verify_checkpoint(used.older_checkpoint)
         return None
-    older = load_policy(session.recipe.model, used.older_checkpoint.path)
-    older.model.requires_grad_(False)
-    if older.adapters is not None:
-        share_base_weights(older.model, session.policy.model)
-    return older
+    return load_second_policy(session, used.older_checkpoint)
 
 
 def open_extrapolated_sampler(
