@@ -40,13 +40,16 @@ COMMANDS = {
     "rollouts": ("show", "{run}", "rollouts"),
     "report": ("report", "{run}", "--out", "{run}.html"),
 }
-LOGS = ("metrics.jsonl", "timings.jsonl", "rollouts.jsonl")
+LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
 def clone_run(seed: RunDir, root: Path, num_checkpoints: int) -> None:
     """A run of that many checkpoints with what the steps of the seed run recorded, over and over."""
     run = create_run(root, recipe=seed.read_recipe(), npo_version=seed.info.npo_version)
     recorded = {name: list(JsonlLog(seed.branch_folder("main") / name).iter_rows()) for name in LOGS}
+    lines = seed.rollouts_path("main").read_text(encoding="ascii").splitlines(keepends=True)
+    # The step is the first field of a line.
+    groups = [{"step": json.loads(line)["step"], "rest": line.partition(",")[2]} for line in lines]
     costs, evals = list(JsonlLog(costs_path(seed)).iter_rows()), list(JsonlLog(seed.evals_path).iter_rows())
     per_branch = num_checkpoints // NUM_BRANCHES
     for number in range(NUM_BRANCHES):
@@ -59,6 +62,8 @@ def clone_run(seed: RunDir, root: Path, num_checkpoints: int) -> None:
         steps = range(first + 1, first + per_branch + 1)
         for name, rows in recorded.items():
             JsonlLog(run.branch_folder(branch) / name).extend(list(_repeat(rows, steps, branch)))
+        with run.rollouts_path(branch).open("w", encoding="ascii") as file:
+            file.writelines(f'{{"step":{row["step"]},{row["rest"]}' for row in _repeat(groups, steps, branch))
         JsonlLog(costs_path(run)).extend(list(_repeat(costs, steps, branch)))
         JsonlLog(run.evals_path).extend(list(_repeat(evals, steps, branch)))
         for step in steps:
