@@ -23,6 +23,7 @@ from npo_cli.experiments.bootstrap import area_weights
 from npo_cli.experiments.method_plan import BenchRun, Command, build_commands, find_remaining_command
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.bench_dir import save_bench_index
+from npo_cli.storage.layout import RUN_INFO_FILE, used_directory_error
 from npo_cli.storage.cost_sums import learning_curve
 from npo_cli.storage.files import read_json, write_json_atomic
 from npo_cli.storage.layout import open_run
@@ -72,6 +73,8 @@ def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]
 
 def validate_spec(question: BenchSpec) -> None:
     """Every run's recipe and plan are looked at before the first one is made."""
+    if (question.out / RUN_INFO_FILE).exists():
+        raise used_directory_error(question.out, flag="--out")
     if set(question.seeds) & set(question.tuning_seeds) and question.grid:
         both = min(set(question.seeds) & set(question.tuning_seeds))
         raise NpoError(f"seed {both} would both choose a setting and be in the table", "--tuning-seeds 100,101")

@@ -105,7 +105,7 @@ def _teacher(cell: BenchRun) -> str:
     if not cell.teacher:
         raise NpoError(
             f"method {cell.method} needs a teacher: options of npo sample-guide that name it",
-            "--teacher '--source file --from traces-{seed}.jsonl'   # or --source model --from FOLDER, ...",
+            "--teacher '--source file:traces-{seed}.jsonl'   # or model:FOLDER, endpoint:URL#MODEL, ...",
         )
     return cell.teacher.replace("{seed}", str(cell.seed))
 
