@@ -23,10 +23,9 @@ from npo_cli.experiments.bootstrap import area_weights
 from npo_cli.experiments.method_plan import BenchRun, Command, build_commands, find_remaining_command
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.bench_dir import save_bench_index
-from npo_cli.storage.layout import RUN_INFO_FILE, used_directory_error
 from npo_cli.storage.cost_sums import learning_curve
 from npo_cli.storage.files import read_json, write_json_atomic
-from npo_cli.storage.layout import open_run
+from npo_cli.storage.layout import RUN_INFO_FILE, open_run, used_directory_error
 from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.types.rollouts import Notice, Progress
 from npo_cli.types.views import TunedSetting
