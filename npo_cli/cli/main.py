@@ -38,6 +38,7 @@ from npo_cli.cli.score_checkpoints import score_checkpoints
 from npo_cli.cli.show import show
 from npo_cli.cli.terminal import escape_for_terminal, print_data, print_status
 from npo_cli.cli.train import train
+from npo_cli.cli.verify import verify
 from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.errors import NpoError, StoppedEarly
@@ -73,6 +74,7 @@ COMMANDS = {
     "show": Command(function=show, group=INSPECT, example="npo show runs/first rollouts --step 40"),
     "eval": Command(function=evaluate, group=INSPECT, example="npo eval runs/first --all"),
     "report": Command(function=report, group=INSPECT, example="npo report runs/first --out report.html"),
+    "verify": Command(function=verify, group=INSPECT, example="npo verify runs/first"),
     "bench": Command(
         function=bench, group=COMPARE, example="npo bench micro --methods grpo,npo --seeds 3 --out runs/bench"
     ),

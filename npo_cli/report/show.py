@@ -15,10 +15,9 @@ from npo_cli.storage.cost_sums import (
     learning_curve,
 )
 from npo_cli.storage.guide_cache import list_guide_caches
-from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_newest_branch, list_branches, read_segments
-from npo_cli.storage.metrics import read_metrics
+from npo_cli.storage.metrics import read_metrics, read_timings
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.costs import BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
 from npo_cli.types.guides import GuideCacheInfo
@@ -87,7 +86,7 @@ def show_run(
 def show_metrics(run: RunDir, *, branch: str | None, step: int | None) -> Iterator[StepReport]:
     """Every step of one branch or of all. Of a step executed twice, the newest timings."""
     for name in list_branches(run) if branch is None else (branch,):
-        timings = {row.get("step"): _numbers(row) for row in JsonlLog(run.timings_path(name)).iter_rows()}
+        timings = {row.get("step"): _numbers(row) for row in read_timings(run, name)}
         for row in read_metrics(run, name):
             if step in (None, row["step"]):
                 spent = timings.get(row["step"], {})

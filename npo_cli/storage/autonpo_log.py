@@ -31,11 +31,11 @@ def autonpo_path(run: RunDir) -> Path:
 
 
 def append_transitions(run: RunDir, transitions: Sequence[Transition]) -> None:
-    """Write the transitions of one event together and sync them: nothing before them is decided again."""
+    """Write the transitions of one event together and seal them: nothing before them is decided again."""
     if transitions:
         log = JsonlLog(autonpo_path(run))
         log.extend([_row(transition) for transition in transitions])
-        log.sync()
+        log.seal()
 
 
 def _row(transition: Transition) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Calibration:
         """Record a finished replay; it is on disk when this returns."""
         log = self._log
         log.append(replay)
-        log.sync()
+        log.seal()
 
     def read_replays(self) -> dict[tuple[str | None, int], Replay]:
         """Finished replays by guide and seed."""

@@ -12,12 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError, damaged_checkpoint_hint, quote_path
 from npo_cli.storage.costs import costs_path
 from npo_cli.storage.files import (
+    damaged_file_error,
+    decode_record,
     explain_full_disk,
     hash_file,
     make_folder,
@@ -26,7 +29,8 @@ from npo_cli.storage.files import (
     sync_path,
     write_json_atomic,
 )
-from npo_cli.storage.layout import RunDir, format_step, parse_step
+from npo_cli.storage.journal_head import JournalHead, check_size, encode_head, seal_journal
+from npo_cli.storage.layout import RunDir, format_step, list_folders, parse_step
 from npo_cli.storage.lineage import ancestry, find_owning_branch
 
 PARTIAL_SUFFIX = ".partial"
@@ -85,16 +89,32 @@ def _start_checkpoint(home: Path, hidden: Path) -> None:
 
 @on_main_rank
 def _finish_checkpoint(run: RunDir, branch: str, step: int, *, hidden: Path) -> None:
-    write_manifests(hidden, branch=branch, step=step)
-    _sync_logs(run, branch)
+    write_manifests(hidden, branch=branch, step=step, journals=_seal_journals(run, branch))
     _publish(hidden, hidden.parent / format_step(step))
 
 
-def _sync_logs(run: RunDir, branch: str) -> None:
-    """A checkpoint is never on the disk without the lines of the steps that led to it."""
-    for path in (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch), costs_path(run)):
-        if path.exists():
-            sync_path(path)
+def _seal_journals(run: RunDir, branch: str) -> dict[str, Any]:
+    """A checkpoint is never on the disk without the lines of the steps that led to it, and says how many these are."""
+    paths = (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch), costs_path(run))
+    heads = {path.relative_to(run.root).as_posix(): seal_journal(path) for path in (*paths, run.segments_path)}
+    return {name: encode_head(head) for name, head in heads.items() if head.lines}
+
+
+def read_recorded_journals(checkpoint: Checkpoint) -> dict[str, JournalHead]:
+    """What each journal held when the checkpoint was saved, by path relative to the run directory."""
+    source = checkpoint.path / MANIFEST
+    found = read_manifest(checkpoint.path).get("journals", {})
+    if not isinstance(found, dict) or not all(isinstance(head, dict) for head in found.values()):
+        raise damaged_file_error(source, "its journals are not listed")
+    return {name: decode_record(JournalHead, head, source) for name, head in found.items()}
+
+
+def check_recorded_journals(run: RunDir) -> None:
+    """Refuse a run with a journal that is shorter than the newest checkpoint of a branch says."""
+    for folder in list_folders(run.branches_folder):
+        for saved in list_checkpoints(run, folder.name)[-1:]:
+            for name, head in read_recorded_journals(saved).items():
+                check_size(run.root / name, head)
 
 
 def _publish(hidden: Path, final: Path) -> None:
@@ -236,21 +256,25 @@ def find_resume_checkpoint(run: RunDir, branch: str) -> Checkpoint:
 # Manifests: a complete checkpoint lists every file with its size and sha256
 
 
-def write_manifests(folder: Path, *, branch: str, step: int) -> None:
+def write_manifests(
+    folder: Path, *, branch: str, step: int, journals: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Sync every file of a checkpoint and write its manifests, the training state's first."""
     state = folder / TRAINING_STATE_FOLDER
     if state.is_dir():
         _write_manifest(state, TRAINING_STATE_MANIFEST, {"step": step, "branch": branch})
-    files = _write_manifest(folder, MANIFEST, {"step": step, "branch": branch})
+    files = _write_manifest(folder, MANIFEST, {"step": step, "branch": branch}, journals)
     assert any(name.endswith(WEIGHTS_SUFFIX) for name in files), f"no weights were saved in {folder}"
 
 
-def _write_manifest(folder: Path, manifest: str, head: Mapping[str, Any]) -> dict[str, Any]:
+def _write_manifest(
+    folder: Path, manifest: str, head: Mapping[str, Any], journals: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in list_manifest_files(folder, manifest):
         sync_path(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
-    tail = {"digest": compute_weights_digest(files)} if manifest == MANIFEST else {}
+    tail = {"digest": compute_weights_digest(files), "journals": journals} if manifest == MANIFEST else {}
     write_json_atomic(folder / manifest, {**head, "files": files, **tail, "saved": now_utc()})
     for inner in sorted({path.parent for path in list_manifest_files(folder, manifest)}):
         sync_path(inner)

@@ -138,7 +138,7 @@ def append_fork_cost(run: RunDir, segment: Segment) -> None:
     )
     log = JsonlLog(costs_path(run))
     log.append(encode_cost(line))
-    log.sync()
+    log.seal()
 
 
 def list_empty_caches(run: RunDir, info: GuideCacheInfo) -> list[GuideCacheInfo]:

@@ -8,12 +8,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from npo_cli.storage.files import damaged_file_error, encode_record, to_row
+from npo_cli.storage.files import check_range, damaged_file_error, encode_record, to_row
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.types.rollouts import EvalReport, Prompt
 
 KEY_LENGTH = 16
+FRACTIONS = (
+    *("accuracy", "accuracy_low", "accuracy_high", "pass_at_k", "pass_at_k_low", "pass_at_k_high"),
+    "truncated_fraction",
+)
 
 
 def append_eval(run: RunDir, report: EvalReport) -> None:
@@ -22,8 +26,13 @@ def append_eval(run: RunDir, report: EvalReport) -> None:
 
 
 def read_evals(run: RunDir) -> list[EvalReport]:
-    """Every held-out evaluation, oldest first."""
-    return JsonlLog(run.evals_path).read_records(EvalReport)
+    """Every held-out evaluation, oldest first, checked."""
+    found = JsonlLog(run.evals_path).read_records(EvalReport)
+    for number, report in enumerate(found, start=1):
+        line = f"{run.evals_path}, line {number}"
+        check_range(report, FRACTIONS, line, high=1)
+        check_range(report, ("step", "num_prompts", "num_samples", "mean_length", "num_tokens"), line)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +78,8 @@ def read_prompt_results(run: RunDir) -> list[PromptResults]:
         counted = all(isinstance(count, int) and 0 <= count <= one.num_samples for count in one.num_correct)
         if not (counted and len(one.num_correct) == len(set(one.prompt_keys)) > 0):
             raise damaged_file_error(f"{run.prompt_results_path}, line {number}", "its counts do not fit its prompts")
+        if any((one.branch, one.step, one.num_samples) == (old.branch, old.step, old.num_samples) for old in found):
+            raise damaged_file_error(f"{run.prompt_results_path}, line {number}", "this evaluation is there already")
         found.append(one)
     return found
 

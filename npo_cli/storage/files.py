@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import UTC, datetime
@@ -31,9 +31,9 @@ P = ParamSpec("P")
 MAX_CACHED_FILES = 64
 
 
-def now_utc(*, microseconds: bool = False) -> str:
-    """The time, ISO 8601 in UTC to the second (`microseconds`: to the microsecond): `2026-11-23T07:30:00+00:00`."""
-    return datetime.now(UTC).isoformat(timespec="microseconds" if microseconds else "seconds")
+def now_utc() -> str:
+    """The time, ISO 8601 in UTC to the second: `2026-11-23T07:30:00+00:00`."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def to_row(record: object) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def decode_record(kind: type[T], row: Mapping[str, Any], source: Path | str) -> 
     values = {name: value for name, value in row.items() if name in specs}
     if "dropped" in row:
         values |= {name: math.nan for name in row["dropped"] if name in specs}
-    for name, (accepted, is_required) in specs.items():
+    for name, (accepted, words, is_required) in specs.items():
         if name not in values:
             if is_required:
                 raise damaged_file_error(source, f"it has no field {name!r}")
-        elif not _fits(values[name], accepted):
+        elif not _fits(values[name], accepted, words):
             raise damaged_file_error(source, f"{name} is {values[name]!r}")
     return kind(**values)
 
@@ -107,18 +107,50 @@ def damaged_file_error(source: Path | str, detail: str) -> NpoError:
     return NpoError(f"{source} is damaged: {detail}", "restore it from a copy of the run directory")
 
 
-def _fits(value: object, accepted: tuple[type, ...]) -> bool:
-    """Whether it is of one of the types; true and false are no numbers."""
-    return bool in accepted if isinstance(value, bool) else isinstance(value, accepted)
+def check_time(row: Mapping[str, Any], name: str, source: Path | str) -> None:
+    """Refuse a field that is not a time of `now_utc`. Times are for people; nothing is ordered by them."""
+    try:
+        is_time = datetime.fromisoformat(row[name]).tzinfo is not None
+    except (KeyError, TypeError, ValueError):
+        is_time = False
+    if not is_time:
+        raise damaged_file_error(source, f"{name} is {row.get(name)!r}, which is not a time")
+
+
+def check_range(record: object, names: Iterable[str], source: Path | str, *, high: float = math.inf) -> None:
+    """Refuse a record of `source` with a number below 0 or above `high` in one of these fields; None and NaN pass."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and not (math.isnan(value) or 0 <= value <= high):
+            raise damaged_file_error(source, f"{name} is {value!r}")
+
+
+def _fits(value: object, accepted: tuple[type, ...], words: frozenset[str]) -> bool:
+    """Whether it is of one of the types, or one of the words; true and false are no numbers."""
+    if isinstance(value, bool):
+        return bool in accepted
+    return isinstance(value, accepted) or (isinstance(value, str) and value in words)
 
 
 @cache
-def _json_fields(kind: type) -> dict[str, tuple[tuple[type, ...], bool]]:
-    """By field of a record what json reads for it, and whether it must be there. Items of lists are not checked."""
+def _json_fields(kind: type) -> dict[str, tuple[tuple[type, ...], frozenset[str], bool]]:
+    """By field of a record the types and the words that json reads for it, and whether it must be there. Items of lists
+    are not checked."""
     return {
-        spec.name: (_json_types(spec.type), spec.default is MISSING and spec.default_factory is MISSING)
+        spec.name: (
+            _json_types(spec.type),
+            _words(spec.type),
+            spec.default is MISSING and spec.default_factory is MISSING,
+        )
         for spec in fields(kind)  # type: ignore[arg-type]
     }
+
+
+def _words(wanted: Any) -> frozenset[str]:
+    """The strings that a type names one by one."""
+    if get_origin(wanted) in (Union, UnionType):
+        return frozenset(word for option in get_args(wanted) for word in _words(option))
+    return frozenset(get_args(wanted)) if get_origin(wanted) is Literal else frozenset()
 
 
 def _json_types(wanted: Any) -> tuple[type, ...]:
@@ -127,7 +159,7 @@ def _json_types(wanted: Any) -> tuple[type, ...]:
     if origin in (Union, UnionType):
         return tuple(kind for option in get_args(wanted) for kind in _json_types(option))
     if origin is Literal:
-        return (str,)
+        return ()
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return (dict,)
     return {float: (float, int), tuple: (list, tuple)}.get(origin, (origin,))

@@ -11,7 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.storage.files import damaged_file_error, decode_record, read_json, write_json_atomic
+from npo_cli.storage.files import damaged_file_error, decode_record, read_json, to_row, write_json_atomic
+from npo_cli.storage.journal_head import encode_head
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.sample_store import SampleStore
 from npo_cli.types.guides import GuideCacheInfo, SourceSpec
@@ -81,7 +82,7 @@ def finish_guide_cache(run: RunDir, info: GuideCacheInfo, *, is_external: bool =
     `is_external`: its responses were recorded outside this run.
     """
     store = SampleStore(run.guide_folder(info.name))
-    store.sync()
+    sealed = store.seal()
     prompts = read_guide_prompts(store.folder).values()
     rollouts = [rollout for samples in prompts for rollout in samples.rollouts]
     complete = replace(
@@ -95,7 +96,7 @@ def finish_guide_cache(run: RunDir, info: GuideCacheInfo, *, is_external: bool =
         num_tokens=sum(samples.num_tokens for samples in prompts),
         complete=True,
     )
-    write_json_atomic(cache_info_path(store.folder), complete)
+    write_json_atomic(cache_info_path(store.folder), to_row(complete) | {"samples": encode_head(sealed)})
     return complete
 
 
@@ -141,6 +142,11 @@ def load_guide(run: RunDir, name: str) -> tuple[GuideCacheInfo, dict[str, Prompt
             f"guide {name!r} of {run.root} is incomplete",
             f"finish it: {command} --branch {info.branch} {again} --name {name}",
         )
+    return info, read_finished_prompts(folder, info)
+
+
+def read_finished_prompts(folder: Path, info: GuideCacheInfo) -> dict[str, PromptSamples]:
+    """The prompts of a complete cache that it has rollouts of; other samples than when it was finished are damage."""
     by_prompt = {key: samples for key, samples in read_guide_prompts(folder).items() if samples.rollouts}
     counts = (
         (len(by_prompt), info.num_prompts_with_rollouts, "prompts with responses"),
@@ -151,7 +157,8 @@ def load_guide(run: RunDir, name: str) -> tuple[GuideCacheInfo, dict[str, Prompt
         if found != expected and not info.lazy_settings:
             problem = f"it has {found} {what}, but guide.json counts {expected}"
             raise damaged_file_error(SampleStore(folder).path, problem)
-    return info, by_prompt
+    SampleStore(folder).check_finished(read_json(cache_info_path(folder)).get("samples"), cache_info_path(folder))
+    return by_prompt
 
 
 def list_guide_caches(run: RunDir) -> list[GuideCacheInfo]:

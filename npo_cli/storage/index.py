@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npo_cli.storage.checkpoints import PARTIAL_SUFFIX, has_intact_training_state, has_intact_weights, read_manifest
+from npo_cli.storage.checkpoints import (
+    PARTIAL_SUFFIX,
+    check_recorded_journals,
+    has_intact_training_state,
+    has_intact_weights,
+    read_manifest,
+)
 from npo_cli.storage.evals import read_evals
 from npo_cli.storage.files import cached_by_file
-from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, open_run, parse_step
 from npo_cli.storage.lineage import ancestry, find_first_segment, find_owning_branch, list_branches
+from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport
 from npo_cli.types.scores import CandidateScore
@@ -36,10 +42,11 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
 
     `verify` compares the sha256 of every file, not only its size.
     """
+    check_recorded_journals(run)
     known = CheckpointMeasurements(scores=collect_newest_scores(run), evals=select_best_evals(run))
     entries = []
     for branch in list_branches(run):
-        measured = {row.get("step"): row for row in JsonlLog(run.metrics_path(branch)).iter_rows()}
+        measured = {row.get("step"): row for row in read_metrics(run, branch)}
         parent = _fork_point(run, branch)
         for step, folder in list_checkpoint_folders(run.checkpoints_folder(branch)):
             fields = _on_disk(run, folder, verify=verify) | _measurements((branch, step), measured.get(step, {}), known)

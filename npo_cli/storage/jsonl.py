@@ -1,7 +1,8 @@
 """Append-only files of JSON lines. A line is complete when its newline is on disk.
 
-Readers ignore a torn tail (a last line without newline or without valid JSON, left by a killed writer); a writer
-removes it before its first line. Nothing else in a log is ever changed. One writer at a time: see `lock.py`.
+Readers ignore a torn tail (a last line without newline, left by a killed writer); a writer removes it before its first
+line. Nothing else in a log is ever changed. A bad line with a newline is damage, and so is a log that does not hold
+what its head counts (`journal_head.py`). One writer at a time: see `lock.py`.
 """
 
 import json
@@ -13,8 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from npo_cli.distributed.process_group import on_main_rank
-from npo_cli.errors import NpoError
-from npo_cli.storage.files import decode_record, encode_record, explain_full_disk, make_folder, sync_path
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.storage.files import decode_record, encode_record, explain_full_disk, sync_path
+from npo_cli.storage.journal_head import (
+    JournalHead,
+    check_journal,
+    check_size,
+    journal_damage,
+    parse_line,
+    read_head,
+    rewrite_head,
+    seal_journal,
+    start_journal,
+)
 
 T = TypeVar("T")
 AppendResult = Literal["written", "same", "differs"]
@@ -74,11 +86,18 @@ class JsonlLog:
     def repair(self) -> int:
         """Cut off a torn tail; returns the number of bytes removed."""
         self._repaired = True
-        return truncate_file(self.path, measure_complete_size(self.path)) if self.path.exists() else 0
+        head = check_size(self.path)
+        return cut_journal(self.path, measure_complete_size(self.path, start=head.size)) if self.path.exists() else 0
 
     def sync(self) -> None:
         """Force every line down to the disk."""
-        sync_log(self.path)
+        if self.path.exists():
+            with explain_full_disk(self.path):
+                sync_path(self.path)
+
+    def seal(self) -> JournalHead:
+        """The same, and from now on every line must be there."""
+        return seal_journal(self.path)
 
     def _lines_by(self, key: KeyFields) -> dict[tuple[object, ...], str]:
         if not self._repaired:
@@ -91,25 +110,20 @@ class JsonlLog:
         if not self._repaired:
             self.repair()
         with explain_full_disk(self.path):
-            make_folder(self.path.parent)
+            start_journal(self.path)
             append_bytes(self.path, "".join(line + "\n" for line in lines).encode("ascii"))
 
 
 @on_main_rank
-def truncate_file(path: Path, size: int) -> int:
-    """Cut off what comes after the first `whole` bytes; returns the number of bytes removed."""
+def cut_journal(path: Path, size: int) -> int:
+    """Cut off what comes after the first `size` bytes; returns the number of bytes removed."""
     torn = path.stat().st_size - size
     if torn > 0:
+        if size < read_head(path).size:
+            rewrite_head(path, size=size)
         os.truncate(path, size)
         sync_path(path)
     return torn
-
-
-def sync_log(path: Path) -> None:
-    """Force what was written so far down to the disk, if anything was."""
-    if path.exists():
-        with explain_full_disk(path):
-            sync_path(path)
 
 
 @on_main_rank
@@ -131,48 +145,32 @@ def append_bytes(path: Path, data: bytes) -> None:
 
 
 def iter_complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each whole line with the object in it. Damage before the last line is an error that names the line."""
+    """Each whole line with the object in it. Damage is an error that names the line."""
+    head = check_journal(path)
     if not path.exists():
         return
     with path.open("rb") as file:
-        broken_at: int | None = None
+        size = 0
         for number, line in enumerate(file, start=1):
-            if broken_at is not None:
-                raise NpoError(
-                    f"{path}, line {broken_at}: not a JSON object",
-                    "restore the file from a copy, or remove that line by hand",
-                )
+            if not line.endswith(b"\n"):
+                return
             row = parse_line(line)
             if row is None:
-                broken_at = number
-            else:
-                yield line[:-1].decode("utf-8"), row
-
-
-def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object in one line with its newline; None where the line is torn."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+                if size < head.size:
+                    raise journal_damage(path, f"line {number} is not a JSON object")
+                raise NpoError(
+                    f"{path}, line {number}: not a JSON object, left by a killed command",
+                    f"cut it off with what follows: truncate -s {size} {quote_path(path)}",
+                )
+            size += len(line)
+            yield line[:-1].decode("utf-8"), row
 
 
 def measure_complete_size(path: Path, *, start: int = 0) -> int:
-    """Bytes up to and including the last whole line, looking from the line at `start` on.
-
-    Only the last line is doubted, as only it can be torn.
-    """
-    size = last_start = start
-    last = b""
+    """Bytes up to and including the last whole line, looking from the line at `start` on."""
     with path.open("rb") as file:
         file.seek(start)
-        for line in file:
-            last_start, last = size, line
-            size += len(line)
-    return size if not last or parse_line(last) is not None else last_start
+        return start + sum(len(line) for line in file if line.endswith(b"\n"))
 
 
 def _key_of(row: dict[str, Any], key: KeyFields) -> tuple[object, ...]:

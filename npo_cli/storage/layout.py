@@ -18,6 +18,7 @@ from npo_cli.config.loading import dump_yaml, parse_yaml
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import (
+    check_time,
     damaged_file_error,
     explain_full_disk,
     now_utc,
@@ -31,6 +32,8 @@ FIRST_BRANCH = "main"
 RUN_INFO_FILE = "npo_run.json"
 RECIPE_FILE = "recipe.yaml"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+RUN_JOURNALS = ("segments", "events", "autonpo", "evals", "prompt_results", "costs")
+BRANCH_JOURNALS = ("metrics", "timings", "rollouts")
 STEP_FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
 
 
@@ -54,6 +57,11 @@ def validate_name(name: str) -> str:
             "use 1 to 64 letters, digits, '.', '_' or '-', not starting with '.'",
         )
     return name
+
+
+def head_path(journal: Path) -> Path:
+    """`metrics.jsonl.head`: how many lines a journal must have (`journal_head.py`)."""
+    return journal.with_name(f"{journal.name}.head")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +179,17 @@ class RunDir:
         """One guide cache."""
         return self.guides_folder / validate_name(name)
 
+    def list_journals(self) -> list[Path]:
+        """Every JSON-lines log of the run that exists, or whose head does."""
+        found = [self.root / f"{name}.jsonl" for name in RUN_JOURNALS]
+        found += [folder / f"{name}.jsonl" for folder in list_folders(self.branches_folder) for name in BRANCH_JOURNALS]
+        stores = [self.guides_folder, self.scores_folder, self.probes_folder]
+        for calibration in list_folders(self.calibrations_folder):
+            found.append(calibration / "replays.jsonl")
+            stores += [calibration / "guides", calibration / "scores"]
+        found += [folder / "rollouts.jsonl" for parent in stores for folder in list_folders(parent)]
+        return [path for path in found if path.exists() or head_path(path).exists()]
+
     def read_recipe(self, branch: str | None = None) -> dict[str, Any]:
         """The resolved recipe of a branch (at the run's creation without one), as plain data."""
         return read_recipe(self.recipe_path(branch))
@@ -178,6 +197,12 @@ class RunDir:
     def save_recipe(self, branch: str, recipe: Mapping[str, Any]) -> None:
         """Replace the recipe in force on a branch."""
         write_text_atomic(self.recipe_path(branch), dump_recipe(recipe))
+
+
+def list_folders(parent: Path) -> list[Path]:
+    """Folders in a folder by name, hidden ones left out; none where it does not exist."""
+    found = sorted(parent.iterdir()) if parent.is_dir() else ()
+    return [folder for folder in found if folder.is_dir() and not folder.name.startswith(".")]
 
 
 def dump_recipe(recipe: Mapping[str, Any]) -> str:
@@ -233,6 +258,7 @@ def read_run_info(root: Path) -> RunInfo:
     for name, value in known.items():
         if not isinstance(value, str):
             raise damaged_file_error(path, f"{name} is {value!r}")
+    check_time(known, "created", path)
     return RunInfo(format=version, **known)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.storage.files import cached_by_file, damaged_file_error, now_utc, to_row
+from npo_cli.storage.files import cached_by_file, check_range, damaged_file_error, now_utc, to_row
+from npo_cli.storage.journal_head import journal_damage
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import NAME_PATTERN, RunDir, validate_name
 from npo_cli.types.rollouts import Segment
@@ -30,11 +31,11 @@ class Span(NamedTuple):
 
 
 def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = ()) -> None:
-    """Record that training starts or resumes; from then on the branch exists. Synced before it returns."""
+    """Record that training starts or resumes; from then on the branch exists. Sealed before it returns."""
     validate_name(segment.branch)
     journal = JsonlLog(run.segments_path)
     journal.append({"time": now_utc(), **to_row(segment), "overrides": list(overrides)})
-    journal.sync()
+    journal.seal()
 
 
 @cached_by_file(lambda run: run.segments_path)
@@ -42,10 +43,13 @@ def read_segments(run: RunDir) -> tuple[Segment, ...]:
     """Every segment, oldest first."""
     found = tuple(JsonlLog(run.segments_path).read_records(Segment))
     for number, segment in enumerate(found, start=1):
+        check_range(segment, ("fork_step", "guide_until"), f"{run.segments_path}, line {number}")
         if not all(NAME_PATTERN.fullmatch(name) for name in (segment.branch, segment.parent or segment.branch)):
             raise damaged_file_error(
                 f"{run.segments_path}, line {number}", f"no branch can be named {segment.branch!r}"
             )
+    if not found and any(run.branches_folder.glob("*/checkpoints/step_*")):
+        raise journal_damage(run.segments_path, "it has no line, but checkpoints were saved")
     return found
 
 

@@ -1,4 +1,4 @@
-"""One writer at a time in a run directory.
+"""One writer at a time in a run directory, which finds its journals as the last one left them.
 
 The lock is the operating system's, on an open file, so it is released when its process ends, however it ends. A
 note of the holder beside it is only used for the error message of the next process.
@@ -19,7 +19,9 @@ from filelock import FileLock, Timeout
 
 from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError
+from npo_cli.storage.checkpoints import check_recorded_journals
 from npo_cli.storage.files import decode_record, now_utc, read_json, write_json_atomic
+from npo_cli.storage.journal_head import check_size, seal_journal
 from npo_cli.storage.layout import RunDir, check_unused
 
 
@@ -35,10 +37,11 @@ class LockHolder:
 
 
 @contextmanager
-def lock_run(run: RunDir) -> Iterator[None]:
+def lock_run(run: RunDir, *, checks_journals: bool = True) -> Iterator[None]:
     """Hold the run's lock for the block; an error that names the holder, at once, where another process holds it.
 
-    Of several ranks, rank 0 holds it.
+    Of several ranks, rank 0 holds it. A run with a journal that was cut is refused (`checks_journals`). Where the block
+    ends well, every journal is sealed: lines that are lost from then on are reported.
     """
     lock = FileLock(run.lock_path, timeout=0)
     _acquire(lock, run)
@@ -48,12 +51,28 @@ def lock_run(run: RunDir) -> Iterator[None]:
             run.holder_path, LockHolder(pid=os.getpid(), host=platform.node(), command=command, since=now_utc())
         )
         try:
+            if checks_journals:
+                _check_journals(run)
             yield
+            _seal_journals(run)
         finally:
             if current_group().is_main:
                 run.holder_path.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+@on_main_rank
+def _check_journals(run: RunDir) -> None:
+    for path in run.list_journals():
+        check_size(path)
+    check_recorded_journals(run)
+
+
+@on_main_rank
+def _seal_journals(run: RunDir) -> None:
+    for path in run.list_journals():
+        seal_journal(path)
 
 
 @on_main_rank

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from npo_cli.storage.costs import CostLine, costs_path, encode_cost
-from npo_cli.storage.files import damaged_file_error, now_utc
+from npo_cli.storage.files import check_time, damaged_file_error, now_utc
 from npo_cli.storage.jsonl import AppendResult, JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.types.rollouts import StepReport
@@ -35,11 +35,27 @@ def training_cost(report: StepReport, *, updates: int) -> CostLine:
 
 
 def read_metrics(run: RunDir, branch: str) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl, oldest first: each has its step."""
-    path = run.metrics_path(branch)
+    """The lines of metrics.jsonl, oldest first: each has its step, which is one more than that before it."""
+    path, before = run.metrics_path(branch), None
     for number, row in enumerate(JsonlLog(path).iter_rows(), start=1):
-        if not isinstance(row.get("step"), int):
+        step = row.get("step")
+        if not isinstance(step, int):
             raise damaged_file_error(f"{path}, line {number}", "it has no step")
+        if before is not None and step != before + 1:
+            raise damaged_file_error(f"{path}, line {number}", f"step {step} comes after step {before}")
+        before = step
+        yield row
+
+
+def read_timings(run: RunDir, branch: str) -> Iterator[dict[str, Any]]:
+    """The lines of timings.jsonl, oldest first, checked; a step executed again has several."""
+    path = run.timings_path(branch)
+    for number, row in enumerate(JsonlLog(path).iter_rows(), start=1):
+        line = f"{path}, line {number}"
+        check_time(row, "time", line)
+        for name, value in row.items():
+            if isinstance(value, int | float) and value < 0:
+                raise damaged_file_error(line, f"{name} is {value!r}")
         yield row
 
 
@@ -48,10 +64,18 @@ def append_event(run: RunDir, kind: str, details: Mapping[str, Any]) -> None:
     JsonlLog(run.events_path).append({"time": now_utc(), "kind": kind, **details})
 
 
+def read_events(run: RunDir) -> Iterator[dict[str, Any]]:
+    """Every event, oldest first, checked."""
+    for number, event in enumerate(JsonlLog(run.events_path).iter_rows(), start=1):
+        check_time(event, "time", f"{run.events_path}, line {number}")
+        if not isinstance(event.get("kind"), str):
+            raise damaged_file_error(f"{run.events_path}, line {number}", f"kind is {event.get('kind')!r}")
+        yield event
+
+
 def find_source_trainer(run: RunDir) -> str | None:
     """The trainer of an imported run's first branch; None for a run that npo trained."""
-    events = JsonlLog(run.events_path).iter_rows()
-    return next((str(event.get("trainer")) for event in events if event.get("kind") == "imported"), None)
+    return next((str(event.get("trainer")) for event in read_events(run) if event["kind"] == "imported"), None)
 
 
 class StepLog:

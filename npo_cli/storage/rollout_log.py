@@ -9,26 +9,39 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError
 from npo_cli.storage.files import (
     cached_by_file,
+    check_range,
     damaged_file_error,
     decode_record,
     encode_record,
     explain_full_disk,
-    make_folder,
     to_row,
 )
-from npo_cli.storage.jsonl import AppendResult, append_bytes, measure_complete_size, parse_line, sync_log, truncate_file
-from npo_cli.types.rollouts import Group, GroupOutcome, ImageRef, Message, Prompt, Rollout, TokenSpan
+from npo_cli.storage.journal_head import check_journal, parse_line, start_journal
+from npo_cli.storage.jsonl import AppendResult, append_bytes, cut_journal, measure_complete_size
+from npo_cli.types.rollouts import (
+    Group,
+    GroupOutcome,
+    ImageRef,
+    InjectionStatus,
+    Message,
+    Prompt,
+    Rollout,
+    TokenSpan,
+)
 
 TOKEN_FIELDS = re.compile(rb'"response_ids":\[[^\]]*\],(?:"behavior_logps":\[[^\]]*\],)?')
 """Within a JSON string the quotes would be escaped. Fields in another order are parsed for nothing."""
-LINE_HEAD = re.compile(rb'\{"step":(\d+),"num_groups":(\d+),')
+LINE_START = re.compile(rb'\{"step":(\d+),"num_groups":(\d+),')
+LOGP_SLACK = 0.01
+"""Rounding may lift the log-probability of a certain token above 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +52,8 @@ class ByteRange:
     """Byte of its first line."""
     end: int
     """Byte after its last newline."""
+    line: int
+    """Number of its first line, from 1."""
 
 
 @dataclass(slots=True)
@@ -49,6 +64,8 @@ class RolloutLog:
     _repaired: bool = field(default=False, init=False)
     _ranges: dict[int, ByteRange] = field(default_factory=dict, init=False)
     """Complete steps found so far."""
+    _num_lines: int = field(default=0, init=False)
+    """Lines of these steps."""
     _scanned: int = field(default=0, init=False)
     """Byte up to which the file was scanned."""
 
@@ -63,7 +80,7 @@ class RolloutLog:
         if recorded is not None:
             return "same" if self._bytes(recorded) == data else "differs"
         with explain_full_disk(self.path):
-            make_folder(self.path.parent)
+            start_journal(self.path)
             append_bytes(self.path, data)
         return "written"
 
@@ -71,7 +88,7 @@ class RolloutLog:
         """The groups of a step; None if the step is not complete."""
         if step not in self._scan():
             return None
-        return tuple(decode_group(self._row(line, end=end), self.path) for line, end in self._lines(step))
+        return tuple(self._decode(line, number) for line, number in self._lines(step))
 
     def steps(self) -> tuple[int, ...]:
         """Steps whose groups are all there, in the order written."""
@@ -81,17 +98,17 @@ class RolloutLog:
         """Pairs (step, group) of complete steps, oldest first; of one step or one prompt if given."""
         spelled = b"" if prompt_id is None else json.dumps(prompt_id).encode("ascii")
         for found in self.steps() if step is None else (step,):
-            for line, end in self._lines(found):
+            for line, number in self._lines(found):
                 # Decoding a line takes far longer than searching it.
                 if spelled in line:
-                    group = decode_group(self._row(line, end=end), self.path)
+                    group = self._decode(line, number)
                     if prompt_id in (None, group.prompt.prompt_id):
                         yield found, group
 
     def iter_outcomes(self, step: int) -> Iterator[GroupOutcome]:
         """The groups of a complete step without tokens and log-probabilities, which are not even parsed."""
-        for line, end in self._lines(step):
-            row = self._row(TOKEN_FIELDS.sub(b"", line), end=end)
+        for line, number in self._lines(step):
+            row = self._row(TOKEN_FIELDS.sub(b"", line), number)
             try:
                 own = [rollout for rollout in row["rollouts"] if not _is_off_policy(rollout)]
                 yield GroupOutcome(
@@ -101,22 +118,19 @@ class RolloutLog:
                     has_guide=len(own) < len(row["rollouts"]),
                 )
             except (KeyError, TypeError, AttributeError) as error:
-                raise self._damaged("a line is not a group", end=end) from error
+                raise self._damaged("a line is not a group", number) from error
 
     @on_main_rank
     def repair(self) -> int:
         """Remove a torn line and an incomplete step; returns the number of bytes removed."""
         self._repaired = True
-        if not self.path.exists():
-            return 0
-        return truncate_file(self.path, max((recorded.end for recorded in self._scan().values()), default=0))
-
-    def sync(self) -> None:
-        """Flush every line to disk."""
-        sync_log(self.path)
+        recorded = self._scan().values()
+        return cut_journal(self.path, max((step.end for step in recorded), default=0)) if self.path.exists() else 0
 
     def _scan(self) -> dict[int, ByteRange]:
-        """Find the steps written since the last scan, from the head of each line alone."""
+        """Find the steps written since the last scan, from the start of each line alone."""
+        if not self._scanned:
+            check_journal(self.path)
         if not self.path.exists() or self.path.stat().st_size == self._scanned:
             return self._ranges
         end_of_complete = measure_complete_size(self.path, start=self._scanned)
@@ -124,43 +138,42 @@ class RolloutLog:
             file.seek(self._scanned)
             start, num_seen, open_step = self._scanned, 0, None
             while file.tell() < end_of_complete:
-                step, num_groups = self._head(file.readline(), end=file.tell())
+                number = self._num_lines + num_seen + 1
+                step, num_groups = self._numbers(file.readline(), number)
                 if open_step not in (None, step) or step in self._ranges:
-                    raise self._damaged(f"the groups of step {step} are not together", end=file.tell())
+                    raise self._damaged(f"the groups of step {step} are not together", number)
                 open_step, num_seen = step, num_seen + 1
                 if num_seen == num_groups:
-                    self._ranges[step] = ByteRange(start=start, end=file.tell())
+                    self._ranges[step] = ByteRange(start=start, end=file.tell(), line=self._num_lines + 1)
+                    self._num_lines += num_groups
                     start, num_seen, open_step = file.tell(), 0, None
                     self._scanned = start
         return self._ranges
 
-    def _head(self, line: bytes, *, end: int) -> tuple[int, int]:
-        found = LINE_HEAD.match(line)
+    def _numbers(self, line: bytes, number: int) -> tuple[int, int]:
+        found = LINE_START.match(line)
         if found:
             return int(found.group(1)), int(found.group(2))
-        row = self._row(line, end=end)
+        row = self._row(line, number)
         return int(row["step"]), int(row["num_groups"])
 
-    def _row(self, line: bytes, *, end: int) -> dict[str, Any]:
+    def _row(self, line: bytes, number: int) -> dict[str, Any]:
         row = parse_line(line)
         if row is None or not isinstance(row.get("step"), int) or not isinstance(row.get("num_groups"), int):
-            raise self._damaged("a line is not a group", end=end)
+            raise self._damaged("a line is not a group", number)
         return row
 
-    def _damaged(self, detail: str, *, end: int) -> NpoError:
-        """`end`: byte after the bad line; its number is only counted now."""
-        with self.path.open("rb") as file:
-            number = file.read(end).count(b"\n")
+    def _decode(self, line: bytes, number: int) -> Group:
+        return decode_group(self._row(line, number), f"{self.path}, line {number}")
+
+    def _damaged(self, detail: str, number: int) -> NpoError:
         return damaged_file_error(f"{self.path}, line {number}", detail)
 
     def _lines(self, step: int) -> Iterator[tuple[bytes, int]]:
-        """Each line of a complete step, with the byte after it; none of another step."""
+        """Each line of a complete step, with its number in the file; none of another step."""
         recorded = self._scan().get(step)
         if recorded is not None:
-            end = recorded.start
-            for line in self._bytes(recorded).splitlines(keepends=True):
-                end += len(line)
-                yield line, end
+            yield from zip(self._bytes(recorded).splitlines(keepends=True), count(recorded.line))
 
     def _bytes(self, lines: ByteRange) -> bytes:
         with self.path.open("rb") as file:
@@ -227,13 +240,13 @@ def encode_rollout(rollout: Rollout) -> dict[str, Any]:
     return row
 
 
-def decode_group(row: dict[str, Any], source: Path) -> Group:
+def decode_group(row: dict[str, Any], source: Path | str) -> Group:
     """The group in one line. Unknown fields are ignored."""
     try:
         prompt, rollouts = row["prompt"], row["rollouts"]
         messages = tuple(decode_record(Message, message, source) for message in prompt.get("messages", ()))
         images = decode_images(prompt.get("images", ()), source)
-        return Group(
+        group = Group(
             prompt=replace(decode_record(Prompt, prompt, source), messages=messages, images=images),
             rollouts=tuple(decode_rollout(rollout, source) for rollout in rollouts),
             injection_status=row.get("injection_status", "off"),
@@ -242,13 +255,22 @@ def decode_group(row: dict[str, Any], source: Path) -> Group:
                 decode_rollout(rollout, source) for rollout in row.get("unused_guide_rollouts", ())
             ),
         )
+        if group.injection_status not in get_args(InjectionStatus):
+            raise damaged_file_error(source, f"injection_status is {group.injection_status!r}")
+        check_range(group, ["on_policy_accuracy"], source, high=1)
+        return group
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise damaged_file_error(source, "a line is not a group") from error
 
 
 def decode_rollout(row: dict[str, Any], source: Path | str) -> Rollout:
-    """The rollout in one row."""
+    """The rollout in one row, checked: a reward is 1 for the verdict `correct`, else 0."""
     spans = tuple(decode_record(TokenSpan, span, source) for span in row.get("spans", ()))
     rollout = decode_record(Rollout, row | {"spans": ()}, source)
     logps = None if rollout.behavior_logps is None else decode_float32(rollout.behavior_logps)
+    if rollout.reward is not None and rollout.reward != (rollout.verdict == "correct"):
+        raise damaged_file_error(source, f"reward is {rollout.reward!r} with the verdict {rollout.verdict!r}")
+    if logps and max(logps) > LOGP_SLACK:
+        raise damaged_file_error(source, f"a log-probability is {max(logps)}")
+    check_range(rollout, ("slot", "sampler_step", "mean_entropy"), source)
     return replace(rollout, response_ids=tuple(rollout.response_ids), behavior_logps=logps, spans=spans)

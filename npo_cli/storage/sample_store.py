@@ -11,10 +11,11 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.storage.files import (
+    check_time,
     damaged_file_error,
     decode_record,
     encode_record,
@@ -23,10 +24,11 @@ from npo_cli.storage.files import (
     to_row,
     write_json_atomic,
 )
+from npo_cli.storage.journal_head import JournalHead, check_journal, encode_head
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, format_step, validate_name
 from npo_cli.storage.rollout_log import decode_images, decode_rollout, encode_images, encode_rollout
-from npo_cli.types.rollouts import PromptSamples, Rollout, RolloutSource, Verdict
+from npo_cli.types.rollouts import PromptSamples, Rollout
 from npo_cli.types.scores import CandidateScore
 
 KEY_LENGTH = 8
@@ -102,9 +104,15 @@ class SampleStore:
         """Tokens generated for all samples."""
         return sum(samples.num_tokens for _, _, samples in self.iter_samples())
 
-    def sync(self) -> None:
-        """Force every line down to the disk."""
-        self._log.sync()
+    def seal(self) -> JournalHead:
+        """Force every line down to the disk; what is returned must be there from now on."""
+        return self._log.seal()
+
+    def check_finished(self, recorded: object, source: Path) -> None:
+        """Refuse samples that are not those of which `source` was made, where they are `recorded`."""
+        if not isinstance(recorded, dict):
+            raise damaged_file_error(source, "it does not say which samples it was made of")
+        check_journal(self.path, decode_record(JournalHead, recorded, source))
 
     @on_main_rank
     def delete(self) -> None:
@@ -160,8 +168,7 @@ def _is_verified(rollout: Rollout) -> bool:
     return (
         all(isinstance(token, int) and token >= 0 for token in ids)
         and (logps is None or len(logps) == len(ids))
-        and rollout.verdict in get_args(Verdict)
-        and rollout.source in get_args(RolloutSource)
+        and rollout.verdict is not None
     )
 
 
@@ -174,19 +181,23 @@ class ScoreSet:
 
     branch: str
     learner_step: int
-    saved_at: str
-    """ISO 8601, UTC, to the microsecond."""
+    sequence: int
+    """From 1: how many times scores had been saved in the run by then. The largest is the newest."""
     folder: Path
     scores: tuple[CandidateScore, ...]
 
 
 def save_scores(store: SampleStore, scores: Sequence[CandidateScore]) -> None:
     """Write scores.json; the scoring is then finished."""
-    store.sync()
+    samples = store.seal()
+    others = (SampleStore(folder) for folder in store.folder.parent.iterdir())
+    saved = [_read_sequence(other.scores_path) for other in others if other.is_finished]
     head = {
         "branch": store.spec.branch,
         "learner_step": store.spec.step,
-        "saved_at": now_utc(microseconds=True),
+        "sequence": 1 + max(saved, default=0),
+        "saved_at": now_utc(),
+        "samples": encode_head(samples),
     }
     write_json_atomic(store.scores_path, {**head, "scores": [json.loads(encode_record(score)) for score in scores]})
 
@@ -194,13 +205,23 @@ def save_scores(store: SampleStore, scores: Sequence[CandidateScore]) -> None:
 def read_all_scores(run: RunDir) -> list[ScoreSet]:
     """Every finished scoring, oldest first."""
     finished = [store for store in list_sample_stores(run.scores_folder) if store.is_finished]
-    return sorted(map(_read_scores, finished), key=lambda found: found.saved_at)
+    return sorted(map(_read_scores, finished), key=lambda found: found.sequence)
+
+
+def _read_sequence(path: Path) -> int:
+    sequence = read_json(path).get("sequence")
+    if isinstance(sequence, bool) or not isinstance(sequence, int) or sequence < 1:
+        raise damaged_file_error(path, f"sequence is {sequence!r}")
+    return sequence
 
 
 def _read_scores(store: SampleStore) -> ScoreSet:
     path = store.scores_path
     row = read_json(path)
-    rows = row.pop("scores", ()) if isinstance(row, dict) else ()
+    _read_sequence(path)
+    check_time(row, "saved_at", path)
+    store.check_finished(row.get("samples"), path)
+    rows = row.pop("scores", ())
     scores = tuple(_decode_score(score, path) for score in rows)
     return replace(decode_record(ScoreSet, {**row, "folder": store.folder, "scores": ()}, path), scores=scores)
 

@@ -92,8 +92,6 @@ def grpo_steps(
         # A signal that arrives from here on stops the next step.
         stopping, pausing = bool(stop), should_pause(report)
         if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
-            trainer.rollouts.sync()
-            trainer.steps.sync()
             save_checkpoint(session, trainer.optimizer, state, branch=branch)
         if stopping:
             append_event(session.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})

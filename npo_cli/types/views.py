@@ -68,6 +68,26 @@ class PromptVisit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Damage:
+    """Something in a run directory that is not as it was written."""
+
+    message: str
+    """The file, the line if known, and what is wrong."""
+    restore: str
+    """What can be done about it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifiedRun:
+    """What `npo verify` read."""
+
+    run: str
+    num_damages: int
+    num_journals: int
+    num_checkpoints: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RecipeView:
     """A shipped recipe."""
 

@@ -10,6 +10,7 @@ import pytest
 
 from npo_cli.errors import StoppedEarly
 from npo_cli.storage.guide_cache import load_guide, read_guide_prompts
+from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import read_segments
 from npo_cli.training.resume import resume_run
@@ -265,6 +266,7 @@ def test_autonpo_warns_if_no_recorded_step_has_a_signal(plain, tmp_path):
     path = root / "branches" / "main" / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "entropy"}) + "\n" for row in rows))
+    rewrite_head(path, is_accepted=True)
     texts = messages(start_autonpo_resume(root))
     assert "no recorded step has a finite entropy: AutoNPO cannot trigger on them" in texts
     assert not any("finite reward" in each for each in texts)

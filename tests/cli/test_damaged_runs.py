@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npo_cli.storage.checkpoints import write_manifests
-from tests.helpers.cli_errors import assert_refused, copy_run, edit_file, npo, set_fields
+from tests.helpers.cli_errors import assert_refused, copy_run, damage_file, edit_file, npo, set_fields
 
 UP = "model.layers.0.mlp.up_proj.weight"
 ROLES = {
@@ -184,15 +184,17 @@ SHOW = {"metrics": ["show"], "rollouts": ["show", "rollouts"], "timings": ["show
 @pytest.mark.parametrize("log_name", SHOW)
 def test_damaged_log_line_is_named(run, log_name):
     path = run / "branches" / "again" / f"{log_name}.jsonl"
-    edit_file(path, with_damaged_second_line)
-    assert words(run, SHOW[log_name]).startswith(f"{path}, line 2")
+    damage_file(path, with_damaged_second_line)
+    assert words(run, SHOW[log_name]).startswith(f"{path} is damaged: line 2 of ")
 
 
 def test_damaged_lineage_line_stops_every_command(run):
     path = run / "segments.jsonl"
-    edit_file(path, lambda text: "oops\n" + text)
+    damage_file(path, lambda text: "oops\n" + text)
     for args in (["index"], ["show"], ["show", "lineage"], *ROLES.values()):
-        assert words(run, args).startswith(f"{path}, line 1: not a JSON object | restore the file from a copy"), args
+        assert words(run, args).startswith(f"{path} is damaged: line 1 of 2 is not a JSON object | restore it from"), (
+            args
+        )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_damaged_json_document_is_named(run, file, args, text):
 
 
 def test_evaluation_with_missing_fields_is_named_by_line(run):
-    (run / "evals.jsonl").write_text("{}\n{}\n")
+    edit_file(run / "evals.jsonl", lambda text: "{}\n{}\n")
     result = words(run, ["index"])
     assert result.startswith(f"{run / 'evals.jsonl'}, line 1 is damaged: it has no field 'branch'")
 
@@ -241,8 +243,8 @@ def test_evaluation_with_missing_fields_is_named_by_line(run):
     [
         ('"response_ids":[', '"response_ids":[1,', "are no verified responses"),
         ('"response_ids":[', '"ids":[', "line 1 is damaged: it has no field 'response_ids'"),
-        ('"verdict":"correct"', '"verdict":"wrong"', "are no verified responses"),
-        ('"verdict":"correct"', '"verdict":"fine"', "are no verified responses"),
+        ('"verdict":"correct"', '"verdict":"wrong"', "line 1 is damaged: reward is 1.0 with the verdict 'wrong'"),
+        ('"verdict":"correct"', '"verdict":"fine"', "line 1 is damaged: verdict is 'fine'"),
         ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near has prompts that this task does not have: oth"),
         ('"response_ids":[', '"response_ids":["1",', "are no verified responses"),
     ],
@@ -256,7 +258,7 @@ def test_guide_cache_with_unknown_token_is_refused(run):
     path = run / "guides" / "near" / "rollouts.jsonl"
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
     next(group for group in row["groups"] if group["rollouts"])["rollouts"][0]["response_ids"][0] = 99999
-    path.write_text(json.dumps(row) + "\n")
+    edit_file(path, lambda text: json.dumps(row) + "\n")
     result = words(run, ["resume", "--at", "0", "--guide", "near"])
     assert result.startswith(f"{path} is damaged: the model has no token 99999")
 

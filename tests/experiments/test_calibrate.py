@@ -113,6 +113,7 @@ def test_calibrate_leaves_the_run_as_it_was(line, calibrated):
     assert {path.name for path in folder_of(calibrated).iterdir()} == {
         "settings.json",
         "replays.jsonl",
+        "replays.jsonl.head",
         "scores",
         "guides",
     }

@@ -232,7 +232,8 @@ def test_compare_refuses_unknown_baseline_and_run_without_evaluations(seeds, tmp
     with pytest.raises(NpoError, match="there is no method 'c'"):
         compared(*both(seeds), baseline="c")
     dark = copy_run(seeds / "s0", tmp_path / "dark")
-    (dark / "evals.jsonl").unlink()
+    for path in dark.glob("evals.jsonl*"):
+        path.unlink()
     with pytest.raises(NpoError, match="has no held-out evaluation") as refused:
         compared(f"a={dark}:main", f"b={seeds}/s1")
     assert refused.value.hint == f"npo eval {dark} --all --branch main"
@@ -240,7 +241,8 @@ def test_compare_refuses_unknown_baseline_and_run_without_evaluations(seeds, tmp
 
 def test_compare_without_results_per_prompt_resamples_seeds_with_a_notice(seeds, tmp_path):
     old = [copy_run(seeds / f"s{seed}", tmp_path / f"old{seed}") for seed in (0, 1)]
-    (old[0] / "prompt_results.jsonl").unlink()
+    for path in old[0].glob("prompt_results.jsonl*"):
+        path.unlink()
     found = compared(*(f"a={root}:main" for root in old), *(f"b={root}:near" for root in old))
     assert {one.resampling_unit for one in found[MethodSummary]} == {"seeds"}
     assert found[MethodDifference][0].num_prompts is None

@@ -17,6 +17,7 @@ from npo_cli.scoring.variance import VARIANCE_ESTIMATORS
 from npo_cli.session.learner import find_learner
 from npo_cli.session.session import build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import SampleStore, find_latest_scores, list_sample_stores
@@ -157,6 +158,7 @@ def leave_unfinished(straight: Path, root: Path, share: float) -> None:
     (folder / "scores.json").unlink()
     data = (folder / "rollouts.jsonl").read_bytes()
     (folder / "rollouts.jsonl").write_bytes(data[: round(share * len(data))])
+    rewrite_head(folder / "rollouts.jsonl", size=0)
 
 
 def assert_same_scores(found: list[dict], expected: list[dict]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.cli.main import main
+from npo_cli.storage.journal_head import rewrite_head
 
 SMALL = (
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
@@ -76,11 +77,18 @@ def copy_run(run: Path, folder: Path, name: str = "run") -> Path:
     return folder / name
 
 
-def edit_file(path: Path, change: Callable[[str], str]) -> None:
+def damage_file(path: Path, change: Callable[[str], str]) -> None:
     before = path.read_text(encoding="utf-8")
     after = change(before)
     assert after != before, f"the edit of {path} changed nothing"
     path.write_text(after, encoding="utf-8")
+
+
+def edit_file(path: Path, change: Callable[[str], str]) -> None:
+    """A file as if it had been written so: a journal's head fits."""
+    damage_file(path, change)
+    if path.suffix == ".jsonl":
+        rewrite_head(path, is_accepted=True)
 
 
 def set_fields(path: Path, **fields: object) -> None:

@@ -108,11 +108,11 @@ def reproducible_digests(root: Path, branch: str = "main") -> dict[str, str]:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file, by its path in the folder; hidden ones left out."""
+    """sha256 of every file, by its path in the folder; hidden ones and heads of journals left out."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
+        if path.is_file() and not path.name.startswith(".") and path.suffix != ".head"
     }
 
 

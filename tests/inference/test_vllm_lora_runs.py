@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import list_sample_stores
@@ -67,6 +68,7 @@ def test_vllm_lora_scoring_resumes_after_an_interruption(trained, tmp_path):
     (broken / samples_path.parent / "scores.json").unlink()
     lines = samples_path.read_bytes().splitlines(keepends=True)
     samples_path.write_bytes(b"".join(lines[: 2 * len(lines) // 3]))
+    rewrite_head(samples_path)
     again = score(broken, *SETTINGS, at=1)
     assert samples(broken).keys() == samples(straight).keys()
     assert [one.quality for one in again] == [one.quality for one in score(straight, *SETTINGS, at=1)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.report.build import write_report
-from npo_cli.storage.layout import open_run
+from npo_cli.storage.layout import head_path, open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.runs import copy_run, resume, score
 from tests.report.html_parsing import ParsedPage
@@ -88,6 +88,7 @@ def page(scout, watched, tmp_path_factory) -> Path:
     log_path = open_run(root).rollouts_path("near")
     steps = {step: RolloutLog(log_path).read_step(step) for step in (3, 4)}
     log_path.unlink()
+    head_path(log_path).unlink()
     for step, groups in steps.items():
         RolloutLog(log_path).write_step(step, [hostile(group) for group in groups])
     list(write_report([root, watched], folder / "report.html", plots_folder=None))

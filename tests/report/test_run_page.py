@@ -18,10 +18,10 @@ from npo_cli.report.prompt_history import (
 )
 from npo_cli.report.run_page import build_curves, collect_branch_spans
 from npo_cli.storage.bench_dir import save_bench_index
-from npo_cli.storage.layout import create_run, open_run
+from npo_cli.storage.layout import create_run, head_path, open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.rollouts import Group
-from tests.helpers.runs import copy_run, file_digests, resume, score
+from tests.helpers.runs import copy_run, file_digests, resume, score, train
 from tests.report.html_parsing import ParsedPage
 from tests.report.test_html import HOSTILE
 
@@ -120,6 +120,7 @@ def test_hostile_rollouts_of_a_real_run_are_text(guided, tmp_path):
     log_path = open_run(root).rollouts_path("near")
     steps = {step: RolloutLog(log_path).read_step(step) for step in (3, 4)}
     log_path.unlink()
+    head_path(log_path).unlink()
     for step, groups in steps.items():
         RolloutLog(log_path).write_step(step, [hostile(group) for group in groups])
     calm = reported(guided, out=tmp_path / "calm.html")
@@ -136,10 +137,9 @@ def hostile(group: Group) -> Group:
     return replace(group, rollouts=tuple(replace(rollout, text=HOSTILE) for rollout in group.rollouts))
 
 
-def test_report_of_a_run_without_steps_has_a_page(scout, tmp_path):
-    root = copy_run(scout, tmp_path / "run")
-    for name in ("metrics.jsonl", "rollouts.jsonl", "timings.jsonl"):
-        (root / "branches" / "main" / name).unlink()
+def test_report_of_a_run_without_steps_has_a_page(tmp_path):
+    root = tmp_path / "run"
+    train(root, until=0)
     page_captions = captions(reported(root, out=tmp_path / "r.html"))
     assert "No checkpoint has been evaluated: run npo eval RUN --all." in page_captions
     assert "Training" not in page_captions
@@ -172,7 +172,7 @@ def test_report_of_unreadable_runs_is_refused_before_writing(guided, tmp_path):
         with pytest.raises(NpoError, match=message):
             list(write_report(roots, tmp_path / "r.html", plots_folder=None))
     damaged = copy_run(guided, tmp_path / "damaged")
-    with (damaged / "evals.jsonl").open("a") as file:
+    with (damaged / "evals.jsonl").open("a") as file:  # a killed command's line
         file.write(json.dumps({"branch": "main"}) + "\n")
     with pytest.raises(NpoError, match=r"evals\.jsonl, line \d+ is damaged"):
         list(write_report([damaged], tmp_path / "r.html", plots_folder=None))

@@ -6,6 +6,7 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.storage.autonpo_log import append_transitions, autonpo_path, read_transitions
+from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.retention import apply_retention, find_protected_checkpoints, find_rollback_checkpoints
 from npo_cli.types.autonpo import AutoNPOState, Transition
 from tests.storage.builders import fork, new_run, write_checkpoint
@@ -61,6 +62,7 @@ def test_autonpo_log_torn_tail_is_ignored_and_cut_off(run):
     whole = path.read_bytes()
     for cut in (1, 40, len(whole.splitlines(keepends=True)[1]) - 1):
         path.write_bytes(whole[:-cut])
+        rewrite_head(path)
         assert read_transitions(run) == [WARNING]
     append_transitions(run, [TRIGGER])
     assert path.read_bytes() == whole
@@ -78,6 +80,7 @@ def test_autonpo_log_damaged_line_is_an_error(run, old, new, detail):
     append_transitions(run, [WARNING, TRIGGER])
     path = autonpo_path(run)
     path.write_text(path.read_text().replace(old, new, 1))
+    rewrite_head(path)
     with pytest.raises(NpoError, match=detail):
         read_transitions(run)
 
@@ -89,6 +92,7 @@ def test_autonpo_log_reads_states_with_unknown_and_missing_fields(run):
     path.write_text(
         path.read_text().replace('"has_tried_early":false,', "").replace('"state":{', '"state":{"mood":"calm",')
     )
+    rewrite_head(path)
     assert read_transitions(run) == [WARNING]
 
 

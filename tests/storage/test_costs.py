@@ -25,6 +25,7 @@ from npo_cli.storage.cost_sums import (
 from npo_cli.storage.costs import CostLine, append_cost, append_fork_cost, costs_path, encode_cost, read_cost_lines
 from npo_cli.storage.evals import append_eval
 from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache
+from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import append_segment
@@ -206,6 +207,7 @@ def test_cost_line_with_an_impossible_value_is_damage_and_its_line_is_named(run,
     lines = costs_path(run).read_text().splitlines()
     lines[2] = json.dumps(json.loads(lines[2]) | damage)
     costs_path(run).write_text("\n".join(lines) + "\n")
+    rewrite_head(costs_path(run))
     with pytest.raises(NpoError, match="line 3"):
         list(read_cost_lines(run))
 

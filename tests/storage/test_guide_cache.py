@@ -10,6 +10,7 @@ from npo_cli.storage.guide_cache import (
     open_guide_cache,
     read_guide_prompts,
 )
+from npo_cli.storage.journal_head import rewrite_head
 from tests.storage.builders import guide_info, guide_samples, new_run
 
 
@@ -59,6 +60,7 @@ def test_damaged_rollouts_of_a_cache_are_named_by_line(tmp_path, before, after, 
     first, second = store.path.read_text().splitlines(keepends=True)
     assert before in second
     store.path.write_text(first + second.replace(before, after))
+    rewrite_head(store.path, is_accepted=True)
     with pytest.raises(NpoError) as caught:
         load_guide(run, "g")
     assert caught.value.message.startswith(f"{store.path}, line 2 is damaged: ")

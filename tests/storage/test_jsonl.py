@@ -1,12 +1,15 @@
 import math
 import resource
+import zlib
 from pathlib import Path
 
 import pytest
 
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.storage.files import explain_full_disk
+from npo_cli.storage.journal_head import JournalHead, read_head, start_journal
 from npo_cli.storage.jsonl import JsonlLog, append_bytes
+from npo_cli.storage.layout import head_path
 
 
 def test_a_missing_journal_is_empty(tmp_path):
@@ -26,26 +29,87 @@ def test_lines_come_back_in_order(tmp_path):
     assert journal.path.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":3}\n'
 
 
-@pytest.mark.parametrize("tail", [b'{"step":2', b'{"step":2}', b"\x00\x00\x00", b"\x00\x00\n", b"[1]\n"])
+def start(path: Path, data: bytes) -> JsonlLog:
+    """A journal of a killed command: its lines are not sealed."""
+    start_journal(path)
+    path.write_bytes(data)
+    return JsonlLog(path)
+
+
+@pytest.mark.parametrize("tail", [b'{"step":2', b'{"step":2}', b"\x00\x00\x00", b"["])
 def test_a_reader_ignores_a_torn_tail_and_a_writer_cuts_it_off(tmp_path, tail: bytes):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"step":1}\n' + tail)
+    journal = start(path, b'{"step":1}\n' + tail)
     assert list(JsonlLog(path).iter_rows()) == [{"step": 1}]
     assert path.read_bytes() == b'{"step":1}\n' + tail  # reading changed nothing
-    JsonlLog(path).append({"step": 2, "new": True})
+    journal.append({"step": 2, "new": True})
     assert path.read_bytes() == b'{"step":1}\n{"step":2,"new":true}\n'
 
 
+@pytest.mark.parametrize("tail", [b"\x00\x00\n", b"[1]\n", b"oops\n", b'oops\n{"step":3}\n'])
+def test_a_bad_line_with_a_newline_is_damage_and_never_cut_off(tmp_path, tail: bytes):
+    path = tmp_path / "a.jsonl"
+    start(path, b'{"step":1}\n' + tail)
+    with pytest.raises(NpoError, match=r"a\.jsonl, line 2: not a JSON object, left by a killed command") as caught:
+        list(JsonlLog(path).iter_rows())
+    with pytest.raises(NpoError, match=r"a\.jsonl, line 2"):
+        JsonlLog(path).append_once({"step": 2})
+    assert path.read_bytes() == b'{"step":1}\n' + tail
+    # the remedy: the head counts nothing of it
+    assert caught.value.hint.endswith(f"truncate -s 11 {path}")
+    path.write_bytes(b'{"step":1}\n' + tail[:0])
+    assert list(JsonlLog(path).iter_rows()) == [{"step": 1}]
+
+
 def test_repair_says_how_much_it_cut(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"step":1}\n{"st')
-    assert JsonlLog(tmp_path / "a.jsonl").repair() == 4
-    assert JsonlLog(tmp_path / "a.jsonl").repair() == 0
+    path = tmp_path / "a.jsonl"
+    assert start(path, b'{"step":1}\n{"st').repair() == 4
+    assert JsonlLog(path).repair() == 0
 
 
-def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"step":1}\noops\n{"step":3}\n')
-    with pytest.raises(NpoError, match=r"a\.jsonl, line 2: not a JSON object"):
-        list(JsonlLog(tmp_path / "a.jsonl").iter_rows())
+def test_sealed_journal_must_hold_every_byte_of_its_head(tmp_path):
+    path = tmp_path / "a.jsonl"
+    journal = JsonlLog(path)
+    journal.extend([{"step": 1}, {"step": 2}, {"step": 3}])
+    head = journal.seal()
+    whole = path.read_bytes()
+    assert head == JournalHead(lines=3, size=33, crc32=zlib.crc32(whole))
+    damaged = {
+        "it has 2 lines, and 3 were written": whole[:22],
+        "it has 0 lines, and 3 were written": b"",
+        "line 3 of 3 is cut off": whole[:-1],
+        "line 2 of 3 is not a JSON object": whole.replace(b'{"step":2}', b'["step":2}'),
+        "its first 3 lines are not those that were written": whole.replace(b"2", b"4"),
+        "3 lines are not those": whole[:11] + whole[:11] + whole[22:],  # a line in the place of another
+        "first 3 lines are not": whole[:11] + whole,  # a line twice
+    }
+    for message, data in damaged.items():
+        path.write_bytes(data)
+        with pytest.raises(NpoError, match=message):
+            list(JsonlLog(path).iter_rows())
+        if len(data) <= len(whole):
+            assert JsonlLog(path).seal() == head  # damage stays reported
+    path.unlink()
+    with pytest.raises(NpoError, match="it is missing, and 3 lines were written"):
+        JsonlLog(path).append({"step": 4})
+    path.write_bytes(whole)
+    assert len(list(JsonlLog(path).iter_rows())) == 3
+    head_path(path).unlink()
+    with pytest.raises(NpoError, match=r"its head a\.jsonl\.head is missing"):
+        list(JsonlLog(path).iter_rows())
+
+
+def test_sealing_continues_the_checksum_and_leaves_a_torn_tail_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for number in range(4):
+        journal = JsonlLog(path)
+        journal.append({"step": number})
+        with path.open("ab") as file:
+            file.write(b'{"torn')
+        assert journal.seal().lines == number + 1
+    whole = b"".join(b'{"step":%d}\n' % number for number in range(4))
+    assert read_head(path) == JournalHead(lines=4, size=44, crc32=zlib.crc32(whole))
+    assert path.read_bytes() == whole + b'{"torn'
 
 
 def test_a_step_done_again_is_compared_and_not_written(tmp_path):

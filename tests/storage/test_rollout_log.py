@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
+from npo_cli.storage.journal_head import read_head, seal_journal
 from npo_cli.storage.rollout_log import RolloutLog, decode_float32, encode_float32
 from npo_cli.types.rollouts import Group, ImageRef, Message, Prompt, TokenSpan
 from tests.storage.builders import group, rollout
@@ -40,7 +41,9 @@ def test_rollout_log_roundtrip(tmp_path):
         row=3,
         images=(ImageRef(location="a.png", sha256="ab", width=4, height=3),),
     )
-    seated = replace(rollout(1, prompt_id="chat:1"), source="guide", sampler_step=40, mean_entropy=0.1, verdict=None)
+    seated = replace(
+        rollout(1, prompt_id="chat:1"), source="guide", sampler_step=40, mean_entropy=0.1, verdict="wrong", reward=0.0
+    )
     written = (
         group("p0"),
         Group(prompt=chat, rollouts=(rollout(0, prompt_id="chat:1"), seated), injection_status="injected"),
@@ -98,6 +101,39 @@ def test_rollout_log_complete_line_of_an_incomplete_step_is_removed(tmp_path):
     path.write_bytes(first_line)
     assert RolloutLog(path).repair() == len(first_line)
     assert path.read_bytes() == b""
+
+
+def test_rollout_log_incomplete_step_that_a_later_command_sealed_is_removed_from_the_head_too(tmp_path):
+    path = tmp_path / "r.jsonl"
+    RolloutLog(path).write_step(1, [group("a")])
+    whole = path.read_bytes()
+    RolloutLog(path).write_step(2, [group("a"), group("b")])
+    both = path.read_bytes()
+    path.write_bytes(both[:-20])
+    assert path.read_bytes().count(b"\n") == 2  # killed after the first of two groups
+    assert seal_journal(path).lines == 2
+    assert RolloutLog(path).repair() > 0
+    assert (path.read_bytes(), read_head(path).lines) == (whole, 1)
+    assert RolloutLog(path).write_step(2, [group("a"), group("b")]) == "written"
+    assert path.read_bytes() == both
+
+
+def test_rollout_log_that_was_cut_or_changed_is_damage(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for step in (1, 2):
+        RolloutLog(path).write_step(step, [group("a")])
+    seal_journal(path)
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for data in (lines[0], b"", whole.replace(b"-0.25", b"-0.35"), lines[0] + whole):
+        path.write_bytes(data)
+        for use in (lambda log: log.steps(), lambda log: log.repair(), lambda log: log.write_step(3, [group("a")])):
+            with pytest.raises(NpoError, match="is damaged"):
+                use(RolloutLog(path))
+        assert path.read_bytes() == data
+    path.unlink()
+    with pytest.raises(NpoError, match="it is missing, and 2 lines were written"):
+        RolloutLog(path).steps()
 
 
 def test_rollout_log_reader_sees_later_steps(tmp_path):

@@ -60,8 +60,10 @@ def test_saved_scores_are_read_back_and_non_finite_numbers_are_nan(tmp_path):
     assert found.scores[1].variances == {"ess": 2.0}
 
 
-def test_latest_scores_are_the_newest(tmp_path):
+def test_latest_scores_are_the_newest_whatever_the_clock_says(tmp_path, monkeypatch):
     run = new_run(tmp_path)
+    clock = iter(["2030-01-01T00:00:00+00:00", "1970-01-01T00:00:00+00:00"])
+    monkeypatch.setattr("npo_cli.storage.sample_store.now_utc", lambda: next(clock))
     old = open_store(run, settings={"k": 1})
     new = open_store(run, 40, settings={"k": 2})
     save_scores(new, [score(60)])

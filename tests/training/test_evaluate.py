@@ -4,6 +4,7 @@ import pytest
 
 from npo_cli.session.session import open_task
 from npo_cli.storage.evals import hash_prompt, read_evals, read_prompt_results
+from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
 from npo_cli.training.evaluate import evaluate_policy, evaluate_run, summarize_eval
 from npo_cli.types.rollouts import EvalReport, Prompt, Rollout
@@ -71,7 +72,8 @@ def test_eval_without_results_per_prompt_is_repeated_without_a_second_report(tmp
     root = tmp_path / "run"
     train(root, "eval.every=2")
     before, reports = (root / "prompt_results.jsonl").read_bytes(), (root / "evals.jsonl").read_bytes()
-    (root / "prompt_results.jsonl").unlink()
+    for path in root.glob("prompt_results.jsonl*"):
+        path.unlink()
     evaluated(root, every_step=True)
     assert (root / "prompt_results.jsonl").read_bytes() == before
     assert (root / "evals.jsonl").read_bytes() == reports
@@ -82,6 +84,7 @@ def test_eval_killed_between_its_two_lines_is_repeated_equally(tmp_path):
     train(root, "eval.every=2")
     before = [(root / name).read_bytes() for name in ("prompt_results.jsonl", "evals.jsonl")]
     (root / "evals.jsonl").write_bytes(b"".join(before[1].splitlines(keepends=True)[:-1]))
+    rewrite_head(root / "evals.jsonl")  # the head of before the killed command
     evaluated(root, step=4)
     assert [(root / name).read_bytes() for name in ("prompt_results.jsonl", "evals.jsonl")] == before
 

@@ -16,6 +16,7 @@ from npo_cli.report.prompt_history import render_prompt_text
 from npo_cli.session.session import open_task
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import load_guide
+from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.tasks.file_dataset import load_file_prompts
@@ -106,6 +107,7 @@ def test_image_guide_of_other_images_is_refused(copied: Path):
     assert all(len(group["images"]) == 1 and "data" not in group["images"][0] for group in groups)
     groups[-1]["images"][0]["sha256"] = "0" * 64
     file.write_text(json.dumps(row) + "\n")
+    rewrite_head(file, is_accepted=True)
     with pytest.raises(NpoError, match=f"was sampled with other images for prompt {groups[-1]['prompt_id']}"):
         resume(copied, at=2, guide="near")
 
