@@ -100,21 +100,27 @@ def _seal_journals(run: RunDir, branch: str) -> dict[str, Any]:
     return {name: encode_head(head) for name, head in heads.items() if head.lines}
 
 
-def read_recorded_journals(checkpoint: Checkpoint) -> dict[str, JournalHead]:
-    """What each journal held when the checkpoint was saved, by path relative to the run directory."""
-    source = checkpoint.path / MANIFEST
-    found = read_manifest(checkpoint.path).get("journals", {})
+def read_recorded_journals(folder: Path) -> dict[str, JournalHead]:
+    """What each journal held when a checkpoint was saved, by path relative to the run directory."""
+    source = folder / MANIFEST
+    found = read_manifest(folder).get("journals", {})
     if not isinstance(found, dict) or not all(isinstance(head, dict) for head in found.values()):
         raise damaged_file_error(source, "its journals are not listed")
     return {name: decode_record(JournalHead, head, source) for name, head in found.items()}
 
 
+def list_step_folders(run: RunDir, branch: str) -> list[Path]:
+    """Folders of a branch that have the name of a checkpoint, by step."""
+    steps = {parse_step(folder.name): folder for folder in list_folders(run.checkpoints_folder(branch))}
+    return [steps[step] for step in sorted(step for step in steps if step is not None)]
+
+
 def check_recorded_journals(run: RunDir) -> None:
     """Refuse a run with a journal that is shorter than the newest checkpoint of a branch says."""
-    for folder in list_folders(run.branches_folder):
-        for saved in list_checkpoints(run, folder.name)[-1:]:
-            for name, head in read_recorded_journals(saved).items():
-                check_size(run.root / name, head)
+    for branch in list_folders(run.branches_folder):
+        newest = next(filter(is_complete, reversed(list_step_folders(run, branch.name))), None)
+        for name, head in read_recorded_journals(newest).items() if newest else ():
+            check_size(run.root / name, head)
 
 
 def _publish(hidden: Path, final: Path) -> None:

@@ -11,7 +11,9 @@ from npo_cli.storage.calibrations import Calibration
 from npo_cli.storage.checkpoints import (
     Checkpoint,
     find_damage,
+    is_complete,
     list_checkpoints,
+    list_step_folders,
     read_manifest,
     read_recorded_journals,
 )
@@ -100,14 +102,9 @@ def list_checkpoint_checks(run: RunDir, branch: str) -> Iterator[Check]:
     for folder in list_step_folders(run, branch):
         restore = describe_checkpoint_restore(run, branch, folder)
         yield restore, partial(check_checkpoint, branch, folder)
-    for saved in list_checkpoints(run, branch):
-        for name, head in read_recorded_journals(saved).items():
+    for folder in filter(is_complete, list_step_folders(run, branch)):
+        for name, head in read_recorded_journals(folder).items():
             yield describe_restore(run, run.root / name), partial(check_journal, run.root / name, head)
-
-
-def list_step_folders(run: RunDir, branch: str) -> list[Path]:
-    """Folders of a branch that have the name of a checkpoint, by step."""
-    return [folder for folder in list_folders(run.checkpoints_folder(branch)) if parse_step(folder.name) is not None]
 
 
 def check_checkpoint(branch: str, folder: Path) -> None:
@@ -207,7 +204,7 @@ def _list_records(run: RunDir, path: Path) -> Iterator[tuple[Checkpoint, Journal
     """What checkpoints recorded of a journal."""
     for folder in list_folders(run.branches_folder):
         for saved in list_checkpoints(run, folder.name):
-            head = read_recorded_journals(saved).get(path.resolve().relative_to(run.root.resolve()).as_posix())
+            head = read_recorded_journals(saved.path).get(path.resolve().relative_to(run.root.resolve()).as_posix())
             if head is not None:
                 yield saved, head
 
