@@ -205,7 +205,7 @@ def keys_of(value: object) -> Iterator[str]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key
-            if key not in ("settings", "files", "variances", "scores"):
+            if key not in ("settings", "files", "journals", "variances", "scores"):
                 yield from keys_of(inner)
     elif isinstance(value, list):
         for inner in value:
@@ -218,8 +218,8 @@ def test_files_and_keys_of_a_run_directory_are_documented() -> None:
     documented = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", page))))
     golden = json.loads((ROOT / "tests/data/format_golden.json").read_text(encoding="utf-8"))
     for path, text in golden.items():
-        assert path.rpartition("/")[2] in page, path
-        if path.endswith((".json", ".jsonl")):
+        assert path.rpartition("/")[2].removesuffix(".head") in page, path
+        if path.endswith((".json", ".jsonl", ".head")):
             rows = [json.loads(line) for line in text.splitlines()] if path.endswith("l") else [json.loads(text)]
             assert not {key for row in rows for key in keys_of(row)} - documented, path
 
