@@ -40,6 +40,7 @@ from npo_cli.storage.metrics import append_event, read_metrics
 from npo_cli.training.loop import grpo_steps
 from npo_cli.training.resume import (
     ResumePoint,
+    damage_warnings,
     find_resume_point,
     fork,
     load_first_state,
@@ -88,6 +89,7 @@ def resume_autonpo(
             validate_autonpo_settings(start.recipe, num_prompts)
             record_start(run, start, overrides)
             yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=num_prompts))
+            yield from damage_warnings(run, start)
             yield from engine_warnings(session)
             yield from run_autonpo(session, state, stop=stop, reads_log=not start.is_new)
 

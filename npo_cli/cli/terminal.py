@@ -8,6 +8,7 @@ import sys
 from typing import TextIO
 
 from npo_cli.report.text_sanitizer import escape_control_chars
+from npo_cli.session.stop_signal import request_stop
 
 
 def escape_for_terminal(text: str) -> str:
@@ -17,13 +18,24 @@ def escape_for_terminal(text: str) -> str:
 
 def print_data(text: str) -> None:
     """Print one line on stdout."""
-    print(text, flush=True)
+    _print_line(text, sys.stdout)
 
 
 def print_status(text: str, *, style: str = "") -> None:
     """Print one line on stderr, in an ANSI style (such as `1;31`) on a color terminal."""
     is_colored = bool(style) and is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
-    print(f"\x1b[{style}m{text}\x1b[0m" if is_colored else text, file=sys.stderr, flush=True)
+    _print_line(f"\x1b[{style}m{text}\x1b[0m" if is_colored else text, sys.stderr)
+
+
+def _print_line(text: str, stream: TextIO) -> None:
+    """Print; where nobody reads on (`npo train ... | head -1`), an open run is stopped as by SIGTERM."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        if not request_stop("SIGPIPE"):
+            raise
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), stream.fileno())  # what is still to come is discarded
 
 
 def is_terminal(stream: TextIO) -> bool:

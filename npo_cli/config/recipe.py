@@ -243,7 +243,9 @@ class EvalSettings(Settings):
 
     model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
 
-    every: int = Field(0, ge=0, description="Steps between held-out evaluations (0: never).")
+    every: int = Field(
+        0, ge=0, description="Steps between held-out evaluations; the last step is evaluated too (0: never)."
+    )
     samples_per_prompt: Count = Field(2, description="Responses per held-out prompt.")
 
 

@@ -13,14 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from npo_cli.autonpo.preflight import validate_autonpo_settings
 from npo_cli.config.locate import find_method
 from npo_cli.distributed.launch import strip_launch_variables
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly, quote_path
 from npo_cli.experiments.bootstrap import area_weights
-from npo_cli.experiments.method_plan import BenchRun, Command, build_commands, find_remaining_command
+from npo_cli.experiments.method_plan import BenchRun, Command, build_commands, check_plan, find_remaining_command
+from npo_cli.session.session import open_task
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.bench_dir import save_bench_index
 from npo_cli.storage.cost_sums import learning_curve
@@ -71,7 +74,7 @@ def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]
 
 
 def validate_spec(question: BenchSpec) -> None:
-    """Every run's recipe and plan are looked at before the first one is made."""
+    """Every method's recipe, task and plan are checked before the first run is made."""
     if (question.out / RUN_INFO_FILE).exists():
         raise used_directory_error(question.out, flag="--out")
     if set(question.seeds) & set(question.tuning_seeds) and question.grid:
@@ -81,7 +84,7 @@ def validate_spec(question: BenchSpec) -> None:
         for setting in question.grid or ("",):
             cell = make_bench_run(question, method, setting, seed=question.seeds[0], subfolder="runs")
             recipe = cell.resolve_recipe()
-            build_commands(cell)
+            check_plan(cell)
             if not recipe.eval.every:
                 raise NpoError("without held-out evaluations there is nothing to compare", "add eval.every=10")
             if question.grid and recipe.task.source == "file":
@@ -89,6 +92,9 @@ def validate_spec(question: BenchSpec) -> None:
                     "the held-out file would be looked at while tuning, and then reported on",
                     "tune on another file first, then leave --grid out: npo bench RECIPE train.lr=...",
                 )
+            with closing(open_task(recipe)) as task:
+                if "--autonpo" in recipe.method.commands[0].split():
+                    validate_autonpo_settings(recipe, len(task.train))
 
 
 def make_bench_run(question: BenchSpec, method: str, setting: str, *, seed: int, subfolder: str) -> BenchRun:
@@ -186,7 +192,7 @@ def execute_runs(cells: Sequence[BenchRun], jobs: int, stop: StopFlag) -> Iterat
     yield Progress(description="bench", done=total, total=total)
     if failed:
         first = failed[0].folder / LOG_FILE
-        raise RunFailed(f"{len(failed)} of {total} runs failed; the first: {_last_line(first)}", f"less {first}")
+        raise RunFailed(f"{len(failed)} of {total} runs failed; the first: {_read_error(first)}", f"less {first}")
 
 
 def is_done(cell: BenchRun) -> bool:
@@ -248,6 +254,7 @@ def _stop_all(running: Sequence[Job]) -> None:
         process.wait()
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+def _read_error(path: Path) -> str:
+    """The last error in a log, or else its last line."""
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])

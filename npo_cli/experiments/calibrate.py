@@ -310,6 +310,7 @@ def run_replay(
     state = restore_state(session, optimizer, learner.checkpoint)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=calibration.folder) as scratch:
         logs = RunDir(Path(scratch))
+        logs.branch_folder(learner.branch).mkdir(parents=True)
         trainer = Trainer(
             session=session,
             optimizer=optimizer,

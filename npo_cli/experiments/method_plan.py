@@ -110,6 +110,37 @@ def _teacher(cell: BenchRun) -> str:
     return cell.teacher.replace("{seed}", str(cell.seed))
 
 
+def check_plan(cell: BenchRun) -> None:
+    """Refuse a plan with a step that will have no checkpoint when a command needs it; no command runs."""
+    recipe = cell.resolve_recipe()
+    every, num_steps = recipe.train.save_every, recipe.train.num_steps
+    saved: dict[str, set[int]] = {}
+    newest = MAIN
+    for command in build_commands(cell):
+        options = _options(command)
+        parent, source = options.get("--branch", newest), options.get("--source", "")
+        reached = max(saved.get(parent, ()), default=0)
+        first, last = int(options.get("--at", reached)), int(options.get("--until", num_steps))
+        for step in (first, *([int(source)] if source.isdecimal() else [])):
+            if saved and step not in saved.get(parent, ()):
+                raise NpoError(
+                    f"method {cell.method} needs a checkpoint of step {step} for `npo {shlex.join(command)}`, and "
+                    f"branch {parent} will have one every {every} steps up to {reached} only",
+                    f"choose guide.replay.at_step, guide.replay.guide_step and autonpo.early.scout_steps among those, "
+                    f"or another train.save_every (now {every})",
+                )
+        if command[0] not in ("train", "resume"):
+            continue
+        if last > num_steps or (last <= first and command[0] == "resume"):
+            raise NpoError(
+                f"method {cell.method} trains from step {first} to {last}, and train.num_steps is {num_steps}",
+                f"choose steps of the plan between 0 and {num_steps}, or a larger train.num_steps",
+            )
+        kept = {step for step in saved.get(parent, ()) if step <= first}
+        newest = options.get("--new-branch", parent)
+        saved[newest] = kept | {first, last, *range(first - first % every + every, last + 1, every)}
+
+
 def find_remaining_command(command: Command, cell: BenchRun) -> Command | None:
     """The command as it has to be run now; None where it is done."""
     options = _options(command)

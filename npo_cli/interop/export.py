@@ -13,7 +13,7 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.session.session import open_task
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, read_manifest, verify_checkpoint
-from npo_cli.storage.files import explain_full_disk
+from npo_cli.storage.files import explain_write_error
 from npo_cli.storage.guide_cache import describe_guide_source, load_guide
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run
@@ -131,7 +131,7 @@ def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iter
                 f"guide {name} was sampled with other images for prompt {each.prompt.prompt_id} than the task has now",
                 "restore the images of the data file",
             )
-    with explain_full_disk(out):
+    with explain_write_error(out):
         converted = write_table(out, responses, table_format=form)
     yield Notice(message=f"wrote {len(responses)} responses to {len(guide)} prompts to {out}")
     if converted:
@@ -149,7 +149,7 @@ def export_checkpoint(root: Path, *, step: int, branch: str | None, out: Path) -
     checkpoint = find_checkpoint(run, branch, step)
     verify_checkpoint(checkpoint)
     card = render_model_card(run, checkpoint, branch=branch)
-    with explain_full_disk(out), atomic_directory(out, flag="--out") as folder:
+    with explain_write_error(out), atomic_directory(out, flag="--out") as folder:
         for name in read_manifest(checkpoint.path)["files"]:
             if name != BASE_PATH_FILE:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -282,6 +282,9 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if num_weights is not None:
             check_model_size(config, num_weights, source)
+        if settings.attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+            # transformers below 5.20 leaves the cap out without a word, later ones refuse
+            raise NpoError(f"{source}: sdpa attention cannot cap attention logits", "model.attention=eager")
         model, loading_info = choose_model_class(config).from_pretrained(
             source,
             dtype=dtype,

@@ -26,6 +26,15 @@ class StopFlag:
         self.reason = signal.Signals(number).name
 
 
+def request_stop(reason: str) -> bool:
+    """Stop an open run of this process as a signal does; False if none is open."""
+    flag = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    if not isinstance(flag, StopFlag):
+        return False
+    flag.reason = flag.reason or reason
+    return True
+
+
 @contextmanager
 def stop_between_steps() -> Iterator[StopFlag]:
     """Handle SIGINT and SIGTERM within the block; of several ranks in rank 0 alone."""

@@ -21,9 +21,8 @@ from npo_cli.storage.costs import costs_path
 from npo_cli.storage.files import (
     damaged_file_error,
     decode_record,
-    explain_full_disk,
+    explain_write_error,
     hash_file,
-    make_folder,
     now_utc,
     read_json,
     sync_path,
@@ -70,7 +69,7 @@ def create_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
     """
     home = run.checkpoints_folder(branch)
     hidden = home / f".{format_step(step)}{PARTIAL_SUFFIX}"
-    with explain_full_disk(home / format_step(step)):
+    with explain_write_error(home / format_step(step)):
         _start_checkpoint(home, hidden)
         try:
             yield hidden
@@ -82,7 +81,9 @@ def create_checkpoint(run: RunDir, branch: str, step: int) -> Iterator[Path]:
 
 @on_main_rank
 def _start_checkpoint(home: Path, hidden: Path) -> None:
-    make_folder(home)
+    if not home.exists():
+        home.mkdir()
+        sync_path(home.parent)
     remove_leftovers(home)
     hidden.mkdir()
 
@@ -278,6 +279,7 @@ def _write_manifest(
 ) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in list_manifest_files(folder, manifest):
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read what it writes
         sync_path(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     tail = {"digest": compute_weights_digest(files), "journals": journals} if manifest == MANIFEST else {}

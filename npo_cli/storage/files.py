@@ -1,4 +1,4 @@
-"""Bytes on disk: canonical JSON, atomic replacement of files, syncing, and full disks.
+"""Bytes on disk: canonical JSON, atomic replacement of files, syncing, and errors of writing.
 
 Which file is where is the subject of `layout.py`. JSON here is ASCII, without blanks, keys in the order
 given, and never holds NaN or infinity (JSON has no such numbers): such a value is dropped and named.
@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -212,18 +212,17 @@ def write_json_atomic(path: Path, document: object) -> None:
 @on_main_rank
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a hidden neighbour, sync it, rename it over `path`, sync the folder."""
-    with explain_full_disk(path):
+    with explain_write_error(path):
         make_folder(path.parent)
-        handle, hidden = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with hidden.open("xb") as file:
                 file.write(text.encode("utf-8"))
                 file.flush()
-                os.fchmod(file.fileno(), 0o644)
                 os.fsync(file.fileno())
             os.replace(hidden, path)
         except BaseException:
-            Path(hidden).unlink(missing_ok=True)
+            hidden.unlink(missing_ok=True)
             raise
         sync_path(path.parent)
 
@@ -265,11 +264,17 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 @contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk into one clear error; other errors pass unchanged."""
+def explain_write_error(path: Path) -> Iterator[None]:
+    """Turn a full disk, and a folder that is no longer there, into one clear error; other errors pass unchanged."""
     try:
         yield
     except Exception as error:
+        gone = [folder for folder in path.absolute().parents if not folder.exists()]
+        if gone:
+            raise RunFailed(
+                f"{gone[-1]} was renamed or deleted while npo was writing in it",
+                "put it back, or use its new name: npo resume RUN continues from its newest checkpoint",
+            ) from error
         if not is_full_disk(error):
             raise
         raise RunFailed(

@@ -5,7 +5,9 @@ not be lost. What it counts must be there, byte for byte; anything else is damag
 command. The checksum continues from the old head, so sealing reads the new lines alone.
 """
 
+import errno
 import json
+import os
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,8 +18,7 @@ from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import (
     decode_record,
-    explain_full_disk,
-    make_folder,
+    explain_write_error,
     read_json,
     sync_path,
     to_row,
@@ -126,7 +127,8 @@ def encode_head(head: JournalHead) -> dict[str, Any]:
 def start_journal(path: Path) -> None:
     """Write an empty head before the first line: a journal without a head has lost it."""
     if not head_path(path).exists():
-        make_folder(path.parent)
+        if not path.parent.is_dir():  # a run directory that was moved away would begin again
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
         write_json_atomic(head_path(path), encode_head(EMPTY))
 
 
@@ -140,7 +142,7 @@ def seal_journal(path: Path) -> JournalHead:
     if not path.exists() or path.stat().st_size <= head.size:
         return head
     lines, size, crc32 = head.lines, head.size, head.crc32
-    with explain_full_disk(path):
+    with explain_write_error(path):
         with path.open("rb") as file:
             file.seek(size)
             for line in file:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.storage.files import decode_record, encode_record, explain_full_disk, sync_path
+from npo_cli.storage.files import decode_record, encode_record, explain_write_error, sync_path
 from npo_cli.storage.journal_head import (
     JournalHead,
     check_journal,
@@ -35,7 +35,10 @@ KeyFields = str | tuple[str, ...]
 
 @dataclass(slots=True)
 class JsonlLog:
-    """One file of JSON lines. A missing file reads as empty; the first write creates it and removes a torn tail."""
+    """One file of JSON lines. A missing file reads as empty; the first write creates it and removes a torn tail.
+
+    It never creates a folder: a run directory that was moved away would begin again.
+    """
 
     path: Path
     _repaired: bool = field(default=False, init=False)
@@ -92,7 +95,7 @@ class JsonlLog:
     def sync(self) -> None:
         """Force every line down to the disk."""
         if self.path.exists():
-            with explain_full_disk(self.path):
+            with explain_write_error(self.path):
                 sync_path(self.path)
 
     def seal(self) -> JournalHead:
@@ -109,7 +112,7 @@ class JsonlLog:
     def _write(self, lines: list[str]) -> None:
         if not self._repaired:
             self.repair()
-        with explain_full_disk(self.path):
+        with explain_write_error(self.path):
             start_journal(self.path)
             append_bytes(self.path, "".join(line + "\n" for line in lines).encode("ascii"))
 
@@ -129,7 +132,7 @@ def cut_journal(path: Path, size: int) -> int:
 @on_main_rank
 def append_bytes(path: Path, data: bytes) -> None:
     """Add bytes at the end of a file: all of them, or, when the disk is full, none."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         before = os.fstat(handle).st_size
         try:

@@ -20,7 +20,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import (
     check_time,
     damaged_file_error,
-    explain_full_disk,
+    explain_write_error,
     now_utc,
     read_json,
     write_json_atomic,
@@ -278,7 +278,7 @@ def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> Ru
     check_unused(root)
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
-        with explain_full_disk(root):
+        with explain_write_error(root):
             _write_new_run(root, recipe, npo_version=npo_version)
     except BaseException as error:
         _undo(root, made, taken=isinstance(error, FileExistsError))

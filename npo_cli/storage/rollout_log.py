@@ -21,7 +21,7 @@ from npo_cli.storage.files import (
     damaged_file_error,
     decode_record,
     encode_record,
-    explain_full_disk,
+    explain_write_error,
     to_row,
 )
 from npo_cli.storage.journal_head import check_journal, parse_line, start_journal
@@ -79,7 +79,7 @@ class RolloutLog:
         recorded = self._scan().get(step)
         if recorded is not None:
             return "same" if self._bytes(recorded) == data else "differs"
-        with explain_full_disk(self.path):
+        with explain_write_error(self.path):
             start_journal(self.path)
             append_bytes(self.path, data)
         return "written"

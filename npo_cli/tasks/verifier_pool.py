@@ -8,9 +8,12 @@ pipe closes. What happens to a process that does not answer:
   and a new process checks the next ones;
 - dead between two items: a new process, nothing is lost;
 - dead before its first item: so would be the next one. The run ends (`RunFailed`) with the process's last output.
+
+When the parent dies, however it dies, the kernel kills the workers and what they started (on Linux).
 """
 
 import atexit
+import fcntl
 import os
 import shutil
 import signal
@@ -26,25 +29,29 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from npo_cli.errors import NpoError, RunFailed
 
 GRACE_SECONDS = 1.0
-"""Seconds after the timeout at which a worker ends itself, in case its parent is gone."""
+"""Seconds after the timeout at which a worker ends itself, where the kernel does not kill it with its parent."""
 
 
 def serve_checks(
-    channel: Connection, build: Callable[[], Callable[[Any], Any]], timeout: float, output_path: Path
+    channel: Connection,
+    lifeline: Connection,
+    output: Connection,
+    build: Callable[[], Callable[[Any], Any]],
+    timeout: float,
 ) -> None:
     """Build the check, report it, then answer every item with ("value", v) or ("error", text).
 
-    What is printed before the first item goes to the file `output_path`, in which the parent finds why a process died,
-    and from there to stderr.
+    The other end of `lifeline` closes when the parent dies. What is printed before the first item goes to the file
+    behind `output`, in which the parent finds why a process died, and from there to stderr.
     """
     _leave_process_group()
-    with _collect_output(output_path):
+    _die_at_hangup(lifeline)
+    with _collect_output(output):
         try:
             check = build()
         except Exception as error:
@@ -83,10 +90,10 @@ def describe_error(error: BaseException, *, inside: str | None = None) -> str:
 
 
 @contextmanager
-def _collect_output(path: Path) -> Iterator[None]:
+def _collect_output(output: Connection) -> Iterator[None]:
     """Write stdout and stderr to the file; at the end of the block copy it to stderr, where both go from then on."""
     terminal = os.dup(2)
-    with path.open("r+b") as file:
+    with output, open(output.fileno(), "r+b", closefd=False) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)  # its last line is not lost with the process
@@ -98,7 +105,17 @@ def _collect_output(path: Path) -> Iterator[None]:
         file.seek(0)
         shutil.copyfileobj(file, sys.stderr.buffer)
         sys.stderr.flush()
-    path.unlink(missing_ok=True)
+
+
+def _die_at_hangup(lifeline: Connection) -> None:
+    """Have the kernel kill this process group when the other end closes, even while C code runs."""
+    if not hasattr(fcntl, "F_SETSIG"):
+        return
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if lifeline.poll():  # it closed before
+        os._exit(1)
 
 
 def _leave_process_group() -> None:
@@ -133,7 +150,9 @@ class _Worker:
     channel: Connection
     deadline: float
     """When its next report is due (monotonic seconds)."""
-    output_path: Path
+    lifeline: Connection
+    """Closing it kills the process."""
+    output: BinaryIO
     """What it printed before its first item."""
     ready: bool = False
     has_worked: bool = False
@@ -144,7 +163,8 @@ class _Worker:
     def describe_death(self) -> str:
         """Its exit code and last output."""
         self.process.join(1.0)  # its pipe closes shortly before it ends
-        lines = self.output_path.read_text(errors="replace").strip().splitlines()[-LAST_OUTPUT_LINES:]
+        self.output.seek(0)
+        lines = self.output.read().decode(errors="replace").strip().splitlines()[-LAST_OUTPUT_LINES:]
         code = self.process.exitcode
         return f"exit code {code}; " + ("last output:\n" + "\n".join(lines) if lines else "no output")
 
@@ -155,8 +175,8 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.process.close()
-        self.channel.close()
-        self.output_path.unlink(missing_ok=True)
+        for file in (self.channel, self.lifeline, self.output):
+            file.close()
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -210,18 +230,22 @@ class VerifierPool:
         while len(self._workers) < min(self.num_workers, num_open):
             context = get_context("spawn")
             ours, theirs = context.Pipe()
-            output, path = tempfile.mkstemp(prefix="npo-verifier-")
-            os.close(output)
-            arguments = (theirs, self.build, self.timeout, Path(path))
+            their_lifeline, lifeline = context.Pipe(duplex=False)
+            output = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the worker
+            their_output = Connection(os.dup(output.fileno()))  # which a new process can inherit
+            arguments = (theirs, their_lifeline, their_output, self.build, self.timeout)
             process = context.Process(target=serve_checks, args=arguments, daemon=True)
             if not self._workers:
                 # This exit hook must run before multiprocessing's, which would wait for the processes.
                 atexit.unregister(self.close)
                 atexit.register(self.close)
             process.start()
-            theirs.close()
+            for file in (theirs, their_lifeline, their_output):
+                file.close()
             deadline = time.monotonic() + START_TIMEOUT_SECONDS
-            self._workers.append(_Worker(process=process, channel=ours, deadline=deadline, output_path=Path(path)))
+            self._workers.append(
+                _Worker(process=process, channel=ours, deadline=deadline, lifeline=lifeline, output=output)
+            )
 
     def _hand_out(self, worker: _Worker, waiting: deque[int], items: Sequence[Any]) -> None:
         try:

@@ -87,7 +87,7 @@ def grpo_steps(
             yield Notice(message=warning, level="warning")
         # Evaluate before saving: after a kill the evaluation is done or the step is repeated, never left out.
         every = session.recipe.eval.every
-        if every and state.step % every == 0:
+        if every and (state.step % every == 0 or state.step == settings.num_steps):
             yield evaluate_policy(session, branch=branch, step=state.step)
         # A signal that arrives from here on stops the next step.
         stopping, pausing = bool(stop), should_pause(report)

@@ -28,8 +28,10 @@ from npo_cli.storage.checkpoints import (
     Checkpoint,
     check_newer_checkpoints,
     find_checkpoint,
+    find_damage,
     find_resume_checkpoint,
     list_ancestry_checkpoints,
+    list_checkpoints,
 )
 from npo_cli.storage.costs import append_fork_cost
 from npo_cli.storage.files import damaged_file_error
@@ -102,6 +104,7 @@ def resume_run(
             charge_startup(run, branch=start.branch, step=state.step)
             yield Notice(message=resume_message(start, state, guidance), level="warning" if fresh else "info")
             yield Notice(message=describe_batch_sizes(start.recipe, num_prompts=len(session.task.train)))
+            yield from damage_warnings(run, start)
             yield from gate_warnings(run, start)
             yield from engine_warnings(session)
             trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
@@ -242,6 +245,18 @@ def check_guide_logprobs(session: Session, info: GuideCacheInfo) -> None:
     """Refuse an importance ratio that needs log-probabilities of a guide without any."""
     ratio = session.recipe.guide.inject.ratio
     check_ratio_available(ratio, has_logprobs=info.has_logps, guide=f"guide {info.name!r}")
+
+
+def damage_warnings(run: RunDir, start: ResumePoint) -> Iterator[Notice]:
+    """Name the branch's newer checkpoints that are not resumed from, because their training state is damaged."""
+    step = -1 if start.checkpoint is None else start.checkpoint.step
+    for found in [] if start.is_new else list_checkpoints(run, start.branch):
+        damage = find_damage(found.path, training_state=True, deep=False)
+        if found.step > step and found.training_state_path.exists() and damage:
+            yield Notice(
+                message=f"skipped step {found.step} of {start.branch}, whose training state is damaged: {damage}",
+                level="warning",
+            )
 
 
 def gate_warnings(run: RunDir, start: ResumePoint) -> Iterator[Notice]:

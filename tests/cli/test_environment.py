@@ -99,6 +99,22 @@ def test_closed_pipe_is_no_error(circle):
         assert done.returncode in (0, 1)
 
 
+def test_training_into_a_closed_pipe_stops_and_is_saved_as_after_a_signal(tmp_path):
+    run = shlex.quote(str(tmp_path / "run"))
+    settings = " ".join(item.replace("save_every=2", "save_every=1000") for item in LONG)
+    done = shell(f"npo train micro {run} {settings} --json | head -1; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 130
+    assert done.stdout.count("\n") == 1
+    stopped = re.search(r"stopped by SIGPIPE after step (\d+), which is saved", done.stderr)
+    assert stopped
+    assert (tmp_path / f"run/branches/main/checkpoints/step_{int(stopped[1]):06d}/training_state").is_dir()
+    # both streams into the pipe
+    done = shell(f"npo resume {run} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stdout.count("\n")) == (130, 1)
+    steps = [json.loads(line)["step"] for line in npo("index", tmp_path / "run", "--json").out.splitlines()]
+    assert len(steps) == 3 and steps[2] > steps[1] == int(stopped[1])
+
+
 def test_closed_streams_are_not_mixed(circle):
     run = shlex.quote(str(circle))
     assert shell(f"npo index {run} >&-").stderr == ""

@@ -102,10 +102,9 @@ def check_last_hint(stderr: str) -> None:
 
 
 @pytest.mark.slow
-def test_bench_continues_after_a_failed_run(tmp_path):
-    # a warm-up of AutoNPO that is longer than the run
-    spec = bench_spec(tmp_path, methods=("autonpo", "npo-early"))
-    with pytest.raises(RunFailed, match="1 of 2 runs failed"):
+def test_bench_continues_after_a_failed_run_and_quotes_its_error(tmp_path):
+    spec = bench_spec(tmp_path, methods=("luffy", "npo-early"), teacher="--source file:nowhere.jsonl")
+    with pytest.raises(RunFailed, match=r"1 of 2 runs failed; the first: error: .*nowhere\.jsonl"):
         list(run_bench(spec))
     assert commands_in(tmp_path / "runs/matched-npo-early") == ["train", "sample-guide", "resume"]
     assert (tmp_path / "runs/matched-npo-early/as-it-is/seed-0/done.json").exists()
@@ -126,4 +125,19 @@ def test_bench_that_cannot_be_fair_is_refused_before_it_writes(tmp_path):
         list(run_bench(bench_spec(tmp_path, settings=(*TINY, "eval.every=0"))))
     with pytest.raises(NpoError, match="there is no method 'gpro'"):
         list(run_bench(bench_spec(tmp_path, methods=("gpro",))))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("autonpo", (), "and the run has only 4 steps"),
+        ("npo-late", ("guide.replay.at_step=1", "guide.replay.guide_step=4"), "needs a checkpoint of step 1 for"),
+        ("npo-late", ("guide.replay.at_step=2", "guide.replay.guide_step=6"), "trains from step 0 to 6"),
+        ("grpo", ("task.source=file", "task.path=nowhere.jsonl"), "nowhere"),
+    ],
+)
+def test_bench_refuses_a_plan_that_cannot_work_before_it_writes(tmp_path, method, settings, message):
+    with pytest.raises(NpoError, match=message):
+        list(run_bench(bench_spec(tmp_path, methods=("grpo", method), settings=(*SETTINGS, *settings))))
     assert os.listdir(tmp_path) == []

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from npo_cli.storage.costs import CostLine, costs_path, encode_cost
 from npo_cli.storage.jsonl import JsonlLog
+from npo_cli.storage.files import make_folder
 from npo_cli.storage.layout import RunDir
 from tests.storage.builders import new_run
 

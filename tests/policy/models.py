@@ -41,5 +41,5 @@ def save_model(model: PreTrainedModel, folder: Path, **options: object) -> Path:
     return folder
 
 
-def load_saved_policy(folder: Path) -> Policy:
-    return load_policy(ModelSettings(path=str(folder), threads=1))
+def load_saved_policy(folder: Path, **settings: str) -> Policy:
+    return load_policy(ModelSettings(path=str(folder), threads=1, **settings))

@@ -41,7 +41,7 @@ def expected(policy: Policy, row: TokenRow, temperature: float) -> list[float]:
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_policy_scores_by_the_models_own_logits_capped_or_not(tmp_path, model, plain, temperature):
-    policy = load_saved_policy(save_model(model, tmp_path / "model"))
+    policy = load_saved_policy(save_model(model, tmp_path / "model"), attention="eager")
     assert policy.plain_head is plain
     with torch.no_grad():
         scores = policy.score(ROWS, temperature=temperature, chunk_tokens=2)
@@ -111,10 +111,17 @@ def test_load_policy_names_a_folder_without_a_model(tmp_path):
         load_saved_policy(folder)
 
 
+def test_load_policy_refuses_an_attention_that_would_leave_out_the_softcap(tmp_path):
+    folder = save_model(gemma(cap=None), tmp_path / "model")
+    with pytest.raises(NpoError, match="sdpa attention cannot cap attention logits") as refused:
+        load_saved_policy(folder)
+    assert refused.value.hint == "model.attention=eager"
+
+
 def gradient_of(policy: Policy) -> tuple[list[torch.Tensor], int]:
-    """The gradient of the summed log-probabilities, and how often the first layer ran for it."""
+    """The gradient of the summed log-probabilities, and how often the inside of the first layer ran for it."""
     runs = []
-    hook = policy.model.base_model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    hook = policy.model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     policy.score(ROWS, temperature=1.0, chunk_tokens=2).logps_NT.sum().backward()
     hook.remove()
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.storage.files import explain_full_disk
+from npo_cli.storage.files import explain_write_error
 from npo_cli.storage.journal_head import JournalHead, read_head, start_journal
 from npo_cli.storage.jsonl import JsonlLog, append_bytes
 from npo_cli.storage.layout import head_path
@@ -157,5 +157,5 @@ def test_a_full_disk_takes_back_the_line_and_keeps_the_rest(tmp_path):
 
 def test_a_device_without_room_is_a_full_disk():
     device = Path("/dev/full")
-    with pytest.raises(RunFailed, match="no room left to write /dev/full"), explain_full_disk(device):
+    with pytest.raises(RunFailed, match="no room left to write /dev/full"), explain_write_error(device):
         append_bytes(device, b"{}\n")

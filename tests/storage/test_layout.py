@@ -1,6 +1,4 @@
 import json
-import os
-import stat
 
 import pytest
 from hypothesis import given
@@ -129,12 +127,6 @@ def test_a_recipe_that_is_lost_or_damaged_is_named(tmp_path):
     run.recipe_path("main").unlink()
     with pytest.raises(NpoError, match=r"recipe\.yaml is missing"):
         run.read_recipe("main")
-
-
-def test_other_users_may_read_what_is_replaced_whole(tmp_path):
-    run = new_run(tmp_path)
-    mode = stat.S_IMODE(os.stat(run.root / "npo_run.json").st_mode)
-    assert mode & 0o444 == 0o444
 
 
 def test_a_version_1_run_directory_is_refused_in_one_line(tmp_path):

@@ -55,6 +55,11 @@ def test_eval_every_steps_in_training_and_not_again_on_resume(tmp_path):
     assert (root / "evals.jsonl").read_bytes() == before
 
 
+def test_eval_is_also_done_at_the_last_step_where_its_interval_does_not_divide_num_steps(tmp_path):
+    train(tmp_path / "run", "eval.every=3")
+    assert [report.step for report in read_evals(open_run(tmp_path / "run"))] == [0, 3, 4]
+
+
 def test_eval_results_per_prompt_sum_to_the_report(tmp_path):
     root = tmp_path / "run"
     train(root, "eval.every=2", "task.heldout_size=8")
