@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from npo_cli.storage.costs import CostLine, costs_path, encode_cost
-from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.files import make_folder
+from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from tests.storage.builders import new_run
 
@@ -48,6 +48,7 @@ def make_run(folder: Path, rows: list[dict[str, float]]) -> RunDir:
 
 def append_metrics(run: RunDir, branch: str, rows: list[dict[str, float]]) -> None:
     """Each step has one update and 10 tokens."""
+    make_folder(run.branch_folder(branch))
     JsonlLog(run.metrics_path(branch)).extend([{"branch": branch, "tokens": 10, **row} for row in rows])
     lines = [
         CostLine(kind="train", branch=branch, step=int(row["step"]), updates=1, tokens=10, forwards=10) for row in rows

@@ -208,7 +208,7 @@ def test_importance_ratio_1_is_plain_grpo(scout, tmp_path, mode):
         session = override_settings(
             override_settings(open_session_at(scout, 2), "guide.inject", ratio=mode, max_accuracy=1.0), "train", lr=1e-3
         )
-        rollout_log = RolloutLog(tmp_path / kind / "rollouts.jsonl")
+        rollout_log = RolloutLog(tmp_path / f"{kind}.jsonl")
         plain = RolloutLog(tmp_path / "own.jsonl")
         own = build_batch(session, plain, seed_name="t", step=3, position=4, active_guide=None)
         last = [(group.prompt, group.rollouts[-1]) for group in own.on_policy if group.rollouts[-1].reward]
