@@ -87,6 +87,7 @@ def link_checkpoint(seed: RunDir, run: RunDir, branch: str, step: int) -> None:
     source, target = seed.checkpoint_folder("main", _seed_step(step)), run.checkpoint_folder(branch, step)
     shutil.copytree(source, target, copy_function=os.link)
     manifest = json.loads((target / "npo.json").read_bytes()) | {"branch": branch, "step": step, "journals": {}}
+    del manifest["checksum"]
     (target / "npo.json").unlink()
     (target / "npo.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="ascii")
 

@@ -57,6 +57,24 @@ def scout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def circle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints 0, 2 and 4 on main, scored and guided for step 0, and a replay named again."""
+    from tests.helpers.cli_errors import SMALL, npo
+
+    root = tmp_path_factory.mktemp("circle") / "a run é"
+    few = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50")
+    for args in (
+        ("train", "micro", root, *SMALL),
+        ("eval", root, "--step", "4"),
+        ("score-checkpoints", root, "--at", "0", *few),
+        ("sample-guide", root, "--source", "4", "--at", "0", "--name", "near"),
+        ("resume", root, "--at", "0", "--guide", "near", "--new-branch", "again"),
+    ):
+        assert npo(*args).code == 0, args
+    return root
+
+
+@pytest.fixture(scope="session")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 steps under AutoNPO with two interventions (see tests/helpers/autonpo_runs.py)."""
     from tests.helpers.autonpo_runs import start_autonpo

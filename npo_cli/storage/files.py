@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -29,6 +30,8 @@ HASH_BLOCK_BYTES = 1 << 20
 T = TypeVar("T")
 P = ParamSpec("P")
 MAX_CACHED_FILES = 64
+CHECKSUM = ',\n "checksum": '
+"""Precedes the CRC-32 of a document, which covers everything before this."""
 
 
 def now_utc() -> str:
@@ -193,20 +196,37 @@ def cached_by_file(path_of: Callable[P, Path]) -> Callable[[Callable[P, T]], Cal
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a whole-file JSON document; anything else is an error that names the file."""
     try:
-        found = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        found = json.loads(data)
     except FileNotFoundError as error:
         raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
     except (ValueError, RecursionError) as error:
         raise damaged_file_error(path, str(error)) from error
     if not isinstance(found, dict):
         raise damaged_file_error(path, "it holds no JSON object")
+    check_text(path, data, CHECKSUM)
+    found.pop("checksum", None)
     return found
 
 
+def check_text(path: Path, data: bytes, mark: str) -> None:
+    """Refuse a document with another checksum after `mark` than that of what comes before it. Without a mark, a person
+    has written it."""
+    text, _, checksum = data.rpartition(mark.encode())
+    digits = checksum.rstrip(b"\n}")
+    if text and digits.isdigit() and int(digits) != zlib.crc32(text):
+        raise damaged_file_error(path, "it does not fit its checksum (remove that if it was changed on purpose)")
+
+
 def write_json_atomic(path: Path, document: object) -> None:
-    """Replace a JSON document whole: a reader sees the old one or the new one. Indented by one blank."""
+    """Replace a JSON document whole: a reader sees the old one or the new one. Indented by one blank.
+
+    Its last field is a checksum of what comes before it, by which a changed document is recognized.
+    """
     finite = json.loads(encode_record(document))
-    write_text_atomic(path, json.dumps(finite, ensure_ascii=True, indent=1, allow_nan=False) + "\n")
+    assert finite, f"{path} would be empty"
+    text = json.dumps(finite, ensure_ascii=True, indent=1, allow_nan=False).removesuffix("\n}")
+    write_text_atomic(path, f"{text}{CHECKSUM}{zlib.crc32(text.encode())}\n}}\n")
 
 
 @on_main_rank

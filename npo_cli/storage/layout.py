@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ from npo_cli.config.loading import dump_yaml, parse_yaml
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import (
+    check_text,
     check_time,
     damaged_file_error,
     explain_write_error,
@@ -31,6 +33,7 @@ FORMAT_VERSION = 2
 FIRST_BRANCH = "main"
 RUN_INFO_FILE = "npo_run.json"
 RECIPE_FILE = "recipe.yaml"
+RECIPE_CHECKSUM = "# checksum: "
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 RUN_JOURNALS = ("segments", "events", "autonpo", "evals", "prompt_results", "costs")
 BRANCH_JOURNALS = ("metrics", "timings", "rollouts")
@@ -196,7 +199,7 @@ class RunDir:
 
     def save_recipe(self, branch: str, recipe: Mapping[str, Any]) -> None:
         """Replace the recipe in force on a branch."""
-        write_text_atomic(self.recipe_path(branch), dump_recipe(recipe))
+        write_text_atomic(self.recipe_path(branch), _sign_recipe(recipe))
 
 
 def list_folders(parent: Path) -> list[Path]:
@@ -210,10 +213,17 @@ def dump_recipe(recipe: Mapping[str, Any]) -> str:
     return dump_yaml(recipe, width=120)
 
 
+def _sign_recipe(recipe: Mapping[str, Any]) -> str:
+    text = dump_recipe(recipe)
+    return f"{text}{RECIPE_CHECKSUM}{zlib.crc32(text.encode())}\n"
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe saved in `path`, read like a user's: without aliases, which can make a few bytes huge."""
     try:
-        found = copy.deepcopy(_parse_saved_recipe(path.read_text(encoding="utf-8"), path.name))
+        data = path.read_bytes()
+        check_text(path, data, RECIPE_CHECKSUM)
+        found = copy.deepcopy(_parse_saved_recipe(data.decode("utf-8"), path.name))
     except FileNotFoundError as error:
         raise NpoError(f"{path} is missing", "restore it from a copy of the run directory") from error
     except UnicodeDecodeError as error:
@@ -294,7 +304,7 @@ def _write_new_run(root: Path, recipe: Mapping[str, Any], *, npo_version: str) -
     root.mkdir(parents=True, exist_ok=True)
     # Two processes may create a run in one empty folder: the exclusive mode lets only one continue.
     with (root / RECIPE_FILE).open("x", encoding="utf-8") as file:
-        file.write(dump_recipe(recipe))
+        file.write(_sign_recipe(recipe))
     run = RunDir(root)
     run.save_recipe(FIRST_BRANCH, recipe)
     info = RunInfo(format=FORMAT_VERSION, run_id=uuid.uuid4().hex, created=now_utc(), npo_version=npo_version)

@@ -1,4 +1,5 @@
 import math
+import zlib
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,20 @@ def test_every_text_is_ascii_even_half_a_surrogate():
 def test_a_document_is_replaced_whole_and_leaves_no_neighbour(tmp_path):
     write_json_atomic(tmp_path / "a.json", {"x": 1})
     write_json_atomic(tmp_path / "a.json", {"x": 2})
-    assert (tmp_path / "a.json").read_text() == '{\n "x": 2\n}\n'
+    checksum = zlib.crc32(b'{\n "x": 2')
+    assert (tmp_path / "a.json").read_text() == f'{{\n "x": 2,\n "checksum": {checksum}\n}}\n'
+    assert read_json(tmp_path / "a.json") == {"x": 2}
+
+
+@pytest.mark.parametrize("change", [('"x": 2', '"x": 3'), ('checksum": ', 'checksum": 1')])
+def test_a_changed_document_is_refused_and_one_without_a_checksum_is_read(tmp_path, change):
+    path = tmp_path / "a.json"
+    write_json_atomic(path, {"x": 2})
+    path.write_text(path.read_text().replace(*change))
+    with pytest.raises(NpoError, match="does not fit its checksum"):
+        read_json(path)
+    path.write_text('{"x": 3}')
+    assert read_json(path) == {"x": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
