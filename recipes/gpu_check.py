@@ -167,7 +167,7 @@ def run_circle(bench: Bench, name: str, recipe: str, *settings: str) -> Figures:
     root, half = bench.out / name, 2 if bench.is_small else 4 if recipe.startswith("smollm2") else 20
     length = (f"train.num_steps={2 * half}", f"train.save_every={half}")
     bench.train(root, recipe, *small_settings(bench, recipe), MIXED, *length, *settings)
-    entries = bench.npo("index", root, "--verify", name=f"{name}-index")
+    entries = bench.npo("index", root, name=f"{name}-index")
     if [entry["step"] for entry in entries if "step" in entry] != [0, half, 2 * half]:
         raise Failed(f"npo index lists {[entry.get('step') for entry in entries]}")
     score = (f"scoring.num_prompts={8 if bench.is_small else 64}", "guide.inject.max_accuracy=1")

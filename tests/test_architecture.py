@@ -19,7 +19,7 @@ PICKLE_READER = PACKAGE / "interop" / "sharded_weights.py"
 """Other trainers' shards are pickles: this module alone reads them, so that none of them runs code."""
 HEAVY = {"torch", "transformers", "numpy", "scipy", "matplotlib", "yaml"}
 LIGHT_PACKAGES = {"cli", "errors", "types", "report", "distributed"}
-LIGHT_MODULES = {"npo_cli.guides.source", "npo_cli.session.startup"}
+LIGHT_MODULES = {"npo_cli.guides.source", "npo_cli.session.startup", "npo_cli.session.stop_signal"}
 """Names and the grammar of guide sources; the sources themselves are imported when one is opened."""
 
 

@@ -31,7 +31,6 @@ def index(
     overrides: OverridesArg = None,
     *,
     branch: OnlyBranchOpt = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare the digests.")] = False,
     folder: ImportOpt = None,
     recipe: RecipeOpt = None,
     metrics: MetricsOpt = None,
@@ -52,7 +51,7 @@ def index(
     if folder is None:
         from npo_cli.storage.index import index_run
 
-        print_records(index_run(run, branch=branch, verify=verify), as_json=as_json)
+        print_records(index_run(run, branch=branch), as_json=as_json)
         return
     if recipe is None:
         again = f"npo index {quote_path(run)} --import {quote_path(folder)}"

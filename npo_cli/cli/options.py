@@ -60,6 +60,7 @@ OLD_OPTIONS = {
     ("compare", "--csv"): "--out {value}",
     ("report", "--pictures"): "--figures {value}",
     ("index", "--base"): "--with-base",
+    ("index", "--verify"): "npo verify RUN",
 }
 """(command, removed option) -> the option that replaces it; `{value}` is what was given."""
 

@@ -54,7 +54,7 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
     yield from drop_evals(train_run(out, recipe))
 
     yield Notice(message=f"2/5 npo index {quote_path(out)}")
-    yield from index_run(out, verify=False)
+    yield from index_run(out)
 
     steps = ",".join(map(str, CANDIDATES))
     yield Notice(

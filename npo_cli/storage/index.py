@@ -37,11 +37,8 @@ class CheckpointMeasurements:
     """The evaluation with the most samples."""
 
 
-def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
-    """Every checkpoint, incomplete ones included, by branch and step.
-
-    `verify` compares the sha256 of every file, not only its size.
-    """
+def build_index(run: RunDir) -> list[CheckpointEntry]:
+    """Every checkpoint by branch and step. One is complete if its files have their sizes; `npo verify` reads them."""
     check_recorded_journals(run)
     known = CheckpointMeasurements(scores=collect_newest_scores(run), evals=select_best_evals(run))
     entries = []
@@ -49,7 +46,7 @@ def build_index(run: RunDir, *, verify: bool = False) -> list[CheckpointEntry]:
         measured = {row.get("step"): row for row in read_metrics(run, branch)}
         parent = _fork_point(run, branch)
         for step, folder in list_checkpoint_folders(run.checkpoints_folder(branch)):
-            fields = _on_disk(run, folder, verify=verify) | _measurements((branch, step), measured.get(step, {}), known)
+            fields = _on_disk(run, folder) | _measurements((branch, step), measured.get(step, {}), known)
             if not folder.is_dir():
                 # Renamed or removed by its writer in the meantime.
                 continue
@@ -70,11 +67,11 @@ def list_checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def _on_disk(run: RunDir, folder: Path, *, verify: bool) -> dict[str, Any]:
+def _on_disk(run: RunDir, folder: Path) -> dict[str, Any]:
     """Fields of an entry that come from the folder itself."""
-    complete = not folder.name.startswith(".") and has_intact_weights(folder, deep=verify)
+    complete = not folder.name.startswith(".") and has_intact_weights(folder)
     return {
-        "tier": "full" if has_intact_training_state(folder, deep=verify) else "weights",
+        "tier": "full" if has_intact_training_state(folder) else "weights",
         "size_bytes": _size(folder),
         "complete": complete,
         "digest": _digest(folder) if complete else None,
@@ -154,9 +151,9 @@ def count_eval_samples(report: EvalReport) -> int:
     return report.num_prompts * report.num_samples
 
 
-def index_run(root: Path, *, branch: str | None = None, verify: bool = False) -> list[CheckpointEntry]:
-    """Checkpoints of a branch, or of all; `verify` reads every file and compares the digests."""
+def index_run(root: Path, *, branch: str | None = None) -> list[CheckpointEntry]:
+    """Checkpoints of a branch, or of all."""
     run = open_run(root)
     if branch is not None:
         find_first_segment(run, branch)
-    return [entry for entry in build_index(run, verify=verify) if branch in (None, entry.branch)]
+    return [entry for entry in build_index(run) if branch in (None, entry.branch)]

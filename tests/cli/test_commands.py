@@ -40,7 +40,7 @@ def test_index_lists_checkpoints(run):
         ("main", 2, True),
         ("main", 4, True),
     ]
-    table = called("index", str(run), "--verify").stdout.splitlines()
+    table = called("index", str(run)).stdout.splitlines()
     assert table[0] == "Checkpoints"
     assert table[1].split()[:4] == ["branch", "step", "parent", "tier"]
     assert table[4].split()[:3] == ["main", "4", "main:2"]

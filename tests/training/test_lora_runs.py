@@ -22,6 +22,7 @@ from npo_cli.storage.checkpoints import find_checkpoint, list_checkpoints
 from npo_cli.storage.index import index_run
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.storage.verify import verify_run
 from npo_cli.training.checkpointing import restore_state, save_checkpoint
 from npo_cli.training.evaluate import evaluate_run
 from npo_cli.training.train import load_reference_policy, train_run
@@ -82,7 +83,9 @@ def test_lora_guide_is_the_adapter_of_its_step(circled):
 
 def test_lora_run_is_read_by_every_command(circled, tmp_path):
     root = copy_run(circled, tmp_path / "run")
-    entries = index_run(root, verify=True)
+    *damages, verdict = verify_run(root)
+    assert (damages, verdict.num_damages) == ([], 0)
+    entries = index_run(root)
     assert {(entry.branch, entry.step) for entry in entries} == {("main", 0), ("main", 2), ("main", 4), ("near", 4)}
     assert all(entry.complete and entry.digest for entry in entries)
     told = list(evaluate_run(root, step=2, every_step=False, branch="main", overrides=()))
