@@ -92,6 +92,7 @@ def test_vllm_server_needs_the_api_key_on_every_endpoint(served):
         assert requests.post(f"{server._url}/{path}", json={"new_version": "evil"}, timeout=30).status_code == 401
 
 
+@pytest.mark.slow
 def test_vllm_server_killed_while_sampling_is_reported():
     policy = tied_policy()
     server = make_engine("vllm_server", policy)
@@ -113,7 +114,7 @@ def test_vllm_server_start_error_shows_its_log():
         make_engine("vllm_server", policy, max_model_len=100_000)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_vllm_server_ends_with_its_parent(number):
     root = Path(__file__).parents[2]
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, cwd=root)
