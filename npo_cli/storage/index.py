@@ -9,6 +9,7 @@ from typing import Any
 
 from npo_cli.storage.checkpoints import (
     PARTIAL_SUFFIX,
+    TRAINING_STATE_FOLDER,
     check_recorded_journals,
     has_intact_training_state,
     has_intact_weights,
@@ -69,9 +70,11 @@ def list_checkpoint_folders(home: Path) -> list[tuple[int, Path]]:
 
 def _on_disk(run: RunDir, folder: Path) -> dict[str, Any]:
     """Fields of an entry that come from the folder itself."""
-    complete = not folder.name.startswith(".") and has_intact_weights(folder)
+    has_state = (folder / TRAINING_STATE_FOLDER).is_dir()
+    intact = has_intact_weights(folder) and (not has_state or has_intact_training_state(folder))
+    complete = intact and not folder.name.startswith(".")
     return {
-        "tier": "full" if has_intact_training_state(folder) else "weights",
+        "tier": "full" if has_state else "weights",
         "size_bytes": _size(folder),
         "complete": complete,
         "digest": _digest(folder) if complete else None,

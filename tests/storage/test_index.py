@@ -75,6 +75,13 @@ def test_what_is_not_whole_is_listed_as_incomplete(tmp_path):
     assert table[1].digest is None and table[3].size_bytes == 0
 
 
+def test_checkpoint_with_a_damaged_training_state_is_incomplete(tmp_path):
+    run = new_run(tmp_path)
+    folder = write_checkpoint(run, 0)
+    (folder / "training_state" / "npo_training_state.json").write_text("{")
+    assert [(entry.tier, entry.complete) for entry in build_index(run)] == [("full", False)]
+
+
 def test_a_table_is_made_while_a_writer_saves(tmp_path):
     run = new_run(tmp_path)
     write_checkpoint(run, 0)
