@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 NUM_KILLS = int(os.environ.get("NPO_ATTACK_KILLS", "200"))
 KILLS_PER_COMMAND = 3
 CLOCKED_FILES = {"costs.jsonl", "timings.jsonl", "events.jsonl", "npo_run.json"}
-CLOCKED_KEYS = {"time", "created", "saved", "saved_at", "seconds", "run_id", "journals", "checksum"}
+CLOCKED_KEYS = {"time", "created", "saved", "saved_at", "seconds", "run_id", "journals", "checksum", "overrides"}
 LONGER = (*TINY, "train.num_steps=12", "train.save_every=3", "eval.every=6")
 AT_6 = ("--at", "6")
 SCORING = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50")
@@ -121,7 +121,9 @@ def outcome(root: Path) -> dict[str, str]:
 def read_content(path: Path) -> bytes:
     """The bytes; JSON without clocks and run ids."""
     if path.suffix == ".jsonl":
-        return b"\n".join(json.dumps(timeless(json.loads(line))).encode() for line in path.read_text().splitlines())
+        lines = [json.dumps(timeless(json.loads(line))) for line in path.read_text().splitlines()]
+        # every start of a branch is a line
+        return "\n".join(dict.fromkeys(lines) if path.name == "segments.jsonl" else lines).encode()
     if path.suffix == ".json":
         return json.dumps(timeless(json.loads(path.read_text()))).encode()
     return path.read_bytes()

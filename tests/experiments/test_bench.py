@@ -16,6 +16,7 @@ from npo_cli.experiments.bench import BenchSpec, run_bench
 from npo_cli.experiments.compare import compare_runs
 from npo_cli.storage.bench_dir import load_bench_index
 from npo_cli.storage.evals import read_evals
+from npo_cli.storage.files import read_json
 from npo_cli.storage.layout import open_run
 from npo_cli.types.comparison import MethodSummary
 from npo_cli.types.rollouts import Notice
@@ -33,7 +34,7 @@ def bench_spec(out: Path, **changes: object) -> BenchSpec:
 
 def tuning_run(spec: BenchSpec) -> Path:
     """Of the setting that was chosen."""
-    (setting,) = json.loads((spec.out / "tuning.json").read_text()).values()
+    (setting,) = read_json(spec.out / "tuning.json").values()
     return spec.out / "tuning/matched-grpo" / setting / "seed-100/run"
 
 

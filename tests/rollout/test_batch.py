@@ -25,6 +25,7 @@ def hard(tmp_path_factory) -> Session:
 def sample_batch(
     session: Session, folder: Path, *, step: int = 1, position: int = 0, active_guide: ActiveGuide | None = None
 ):
+    folder.mkdir(exist_ok=True)
     rollout_log = RolloutLog(folder / "rollouts.jsonl")
     return build_batch(session, rollout_log, seed_name="t", step=step, position=position, active_guide=active_guide)
 
