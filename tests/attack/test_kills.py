@@ -26,7 +26,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 NUM_KILLS = int(os.environ.get("NPO_ATTACK_KILLS", "200"))
 KILLS_PER_COMMAND = 3
 CLOCKED_FILES = {"costs.jsonl", "timings.jsonl", "events.jsonl", "npo_run.json"}
-CLOCKED_KEYS = {"time", "created", "saved", "saved_at", "seconds", "run_id", "journals", "checksum", "overrides"}
+CLOCKED_KEYS = {
+    "time",
+    "created",
+    "saved",
+    "saved_at",
+    "seconds",
+    "run_id",
+    "sequence",
+    "journals",
+    "checksum",
+    "overrides",
+}
 LONGER = (*TINY, "train.num_steps=12", "train.save_every=3", "eval.every=6")
 AT_6 = ("--at", "6")
 SCORING = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50")
