@@ -9,7 +9,7 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +33,8 @@ FORMAT_VERSION = 2
 FIRST_BRANCH = "main"
 RUN_INFO_FILE = "npo_run.json"
 RECIPE_FILE = "recipe.yaml"
+NEW_NAMES = {RUN_INFO_FILE, RECIPE_FILE, "branches", "segments.jsonl", "segments.jsonl.head"}
+"""What a new run holds."""
 RECIPE_CHECKSUM = "# checksum: "
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 RUN_JOURNALS = ("segments", "events", "autonpo", "evals", "prompt_results", "costs")
@@ -282,14 +284,19 @@ def open_run(root: Path) -> RunDir:
 
 
 @on_main_rank
-def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> RunDir:
-    """A new run directory in a new or empty folder; on failure nothing is left behind."""
+def create_run(
+    root: Path, *, recipe: Mapping[str, Any], npo_version: str, prepare: Callable[[RunDir], None] | None = None
+) -> RunDir:
+    """A new run directory in a new or empty folder; on failure nothing is left behind.
+
+    `prepare` writes what must be there as soon as the folder is a run.
+    """
     root = Path(root)
     check_unused(root)
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         with explain_write_error(root):
-            _write_new_run(root, recipe, npo_version=npo_version)
+            _write_new_run(root, recipe, npo_version=npo_version, prepare=prepare)
     except BaseException as error:
         _undo(root, made, taken=isinstance(error, FileExistsError))
         if isinstance(error, FileExistsError):
@@ -300,13 +307,17 @@ def create_run(root: Path, *, recipe: Mapping[str, Any], npo_version: str) -> Ru
     return RunDir(root)
 
 
-def _write_new_run(root: Path, recipe: Mapping[str, Any], *, npo_version: str) -> None:
+def _write_new_run(
+    root: Path, recipe: Mapping[str, Any], *, npo_version: str, prepare: Callable[[RunDir], None] | None
+) -> None:
     root.mkdir(parents=True, exist_ok=True)
     # Two processes may create a run in one empty folder: the exclusive mode lets only one continue.
     with (root / RECIPE_FILE).open("x", encoding="utf-8") as file:
         file.write(_sign_recipe(recipe))
     run = RunDir(root)
     run.save_recipe(FIRST_BRANCH, recipe)
+    if prepare is not None:
+        prepare(run)
     info = RunInfo(format=FORMAT_VERSION, run_id=uuid.uuid4().hex, created=now_utc(), npo_version=npo_version)
     write_json_atomic(root / RUN_INFO_FILE, info)
 
@@ -316,7 +327,7 @@ def _undo(root: Path, made: list[Path], *, taken: bool) -> None:
     if taken:
         return
     if root.is_dir():
-        for name in (RUN_INFO_FILE, RECIPE_FILE):
+        for name in NEW_NAMES - {"branches"}:
             (root / name).unlink(missing_ok=True)
         shutil.rmtree(root / "branches", ignore_errors=True)
     for folder in made:
@@ -344,6 +355,12 @@ def used_directory_error(root: Path, *, flag: str = "RUN") -> NpoError:
         )
     if not root.is_dir():
         return NpoError(f"{root} is a file, not a folder", f"choose a new folder for {flag}")
+    if (root / "branches" / FIRST_BRANCH / RECIPE_FILE).exists() and {
+        path.name for path in root.iterdir()
+    } <= NEW_NAMES:
+        return NpoError(
+            f"{root} holds what a training left that was killed before it began", f"rm -r {quote_path(root)}"
+        )
     return NpoError(
         f"{root} is not empty and holds no run",
         f"choose a new or empty folder for {flag} (npo resume continues an existing run)",

@@ -64,10 +64,15 @@ def create_session(
             check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
         with closing(build_session(RunDir(root), recipe, task=task, policy=policy)) as session:
-            run = create_run(root, recipe=recipe_to_dict(recipe), npo_version=__version__)
+            first = Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None)
+            run = create_run(
+                root,
+                recipe=recipe_to_dict(recipe),
+                npo_version=__version__,
+                prepare=lambda new: append_segment(new, first),
+            )
+            # From here on a killed run can be resumed.
             with lock_run(run), stop_between_steps() as stop:
-                # From here on a killed run can be resumed.
-                append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
                 append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
                 charge_startup(run, branch=MAIN, step=0)
                 yield session, stop

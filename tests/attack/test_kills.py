@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -44,7 +45,8 @@ def commands(run: Path, auto: Path) -> list[NamedCommand]:
     r, a = str(run), str(auto)
 
     def train() -> Words:
-        return ("resume", r) if (run / "segments.jsonl").exists() else ("train", "micro", r, *LONGER)
+        clear_unborn(run)
+        return ("resume", r) if (run / "npo_run.json").exists() else ("train", "micro", r, *LONGER)
 
     def replay() -> Words:
         is_there = '"branch":"near"' in (run / "segments.jsonl").read_text()
@@ -55,7 +57,8 @@ def commands(run: Path, auto: Path) -> list[NamedCommand]:
         )
 
     def autonpo() -> Words:
-        is_there = (auto / "segments.jsonl").exists()
+        clear_unborn(auto)
+        is_there = (auto / "npo_run.json").exists()
         return ("resume", a, "--autonpo") if is_there else ("train", "micro", a, *EAGER, "--autonpo")
 
     return [
@@ -95,6 +98,12 @@ def test_killed_commands_end_the_same(warm: ForkServer, tmp_path: Path):
                 assert run_npo(warm, words(), tmp_path) == 0
         assert outcome(root) == expected, kills
     print(f"\n{num_rounds} rounds, {kills.total()} kills: {dict(kills)}")
+
+
+def clear_unborn(root: Path) -> None:
+    """Remove what a training left that was killed while it made the folder, as its error says."""
+    if root.exists() and not (root / "npo_run.json").exists():
+        shutil.rmtree(root)
 
 
 def run_npo(warm: ForkServer, args: Sequence[str], folder: Path, *, kill_after: float | None = None) -> int:

@@ -72,6 +72,17 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_what_a_training_left_that_was_killed_at_creation_is_named(tmp_path):
+    run = create_run(tmp_path / "run", recipe=RECIPE, npo_version="0.1.0")
+    (run.root / "npo_run.json").unlink()
+    with pytest.raises(NpoError, match="killed before it began") as caught:
+        create_run(run.root, recipe=RECIPE, npo_version="0.1.0")
+    assert caught.value.hint == f"rm -r {run.root}"
+    (run.root / "notes.txt").write_text("mine")
+    with pytest.raises(NpoError, match="is not empty and holds no run"):
+        create_run(run.root, recipe=RECIPE, npo_version="0.1.0")
+
+
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(NpoError, match="is a file, not a folder"):
