@@ -355,9 +355,8 @@ def used_directory_error(root: Path, *, flag: str = "RUN") -> NpoError:
         )
     if not root.is_dir():
         return NpoError(f"{root} is a file, not a folder", f"choose a new folder for {flag}")
-    if (root / "branches" / FIRST_BRANCH / RECIPE_FILE).exists() and {
-        path.name for path in root.iterdir()
-    } <= NEW_NAMES:
+    names = {path.name for path in root.iterdir()}
+    if names <= NEW_NAMES and (root / "branches" / FIRST_BRANCH / RECIPE_FILE).exists():
         return NpoError(
             f"{root} holds what a training left that was killed before it began", f"rm -r {quote_path(root)}"
         )
