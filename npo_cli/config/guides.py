@@ -32,7 +32,7 @@ class InjectSettings(Settings):
         "`on_policy` ones.",
     )
     ratio: Annotated[str, AfterValidator(IMPORTANCE_RATIOS.check)] = Field(
-        "exact",
+        "proximal",
         description="Importance ratio of injected responses. The denominator is the guide's probability (`exact`), the "
         "old policy's (`proximal`), the old policy's with a capped old/guide weight (`decoupled`), or 1 (`unit`); "
         "`none` uses no ratio; or one from a plug-in.",
