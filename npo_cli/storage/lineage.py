@@ -11,7 +11,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import cached_by_file, check_range, damaged_file_error, now_utc, to_row
 from npo_cli.storage.journal_head import journal_damage
 from npo_cli.storage.jsonl import JsonlLog
-from npo_cli.storage.layout import NAME_PATTERN, RunDir, validate_name
+from npo_cli.storage.layout import NAME_PATTERN, RECIPE_FILE, RunDir, validate_name
 from npo_cli.types.rollouts import Segment
 
 
@@ -117,11 +117,15 @@ def find_owning_branch(run: RunDir, branch: str, step: int) -> str:
 
 
 def find_free_branch_name(run: RunDir, wish: str, *, exact: bool = False) -> str:
-    """The name wished for, or the first free one of `wish-2`, `wish-3`...; with `exact` a taken name is an error."""
+    """The name wished for, or the first free one of `wish-2`, `wish-3`...; with `exact` a taken name is an error.
+
+    A folder with a recipe and no more, which a kill before the first segment leaves, does not take a name.
+    """
     validate_name(wish)
     taken = set(list_branches(run))
     if run.branches_folder.is_dir():
-        taken |= {folder.name for folder in run.branches_folder.iterdir()}
+        entries = run.branches_folder.glob("*/*")
+        taken |= {entry.parent.name for entry in entries if entry.name != RECIPE_FILE}
     if wish not in taken:
         return wish
     if exact:

@@ -58,8 +58,11 @@ def test_a_step_belongs_to_the_branch_that_made_it(tmp_path):
 def test_a_name_that_is_taken_gets_a_number_or_is_refused(tmp_path):
     run = new_run(tmp_path)
     fork(run, "late", parent="main", at=40)
-    (run.branches_folder / "late-2").mkdir()  # born half: a folder without a segment
-    assert find_free_branch_name(run, "early") == "early"
+    (run.branches_folder / "late-2").mkdir()
+    (run.branches_folder / "late-2" / "metrics.jsonl").touch()
+    (run.branches_folder / "early").mkdir()  # killed before its segment
+    (run.branches_folder / "early" / "recipe.yaml").touch()
+    assert find_free_branch_name(run, "early", exact=True) == "early"
     assert find_free_branch_name(run, "late") == "late-3"
     with pytest.raises(NpoError, match="already has a branch 'late'"):
         find_free_branch_name(run, "late", exact=True)
