@@ -72,7 +72,7 @@ def test_autonpo_log_has_two_interventions_and_the_limit(watched):
     ]
 
 
-@pytest.mark.parametrize("num_steps", [12, 7, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps", [12, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (7, 5))])
 def test_autonpo_resumed_after_plain_training_equals_training_with_it(watched, plain, tmp_path, num_steps):
     """7 and 5 lie between two checkpoints, 7 after and 5 before the first trigger."""
     root = tmp_path / "run"
@@ -84,7 +84,8 @@ def test_autonpo_resumed_after_plain_training_equals_training_with_it(watched, p
     check_equal_except_main(root, watched)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_autonpo_restarted_again_and_again_ends_the_same(watched, tmp_path, seed):
     root, rng = tmp_path / "run", random.Random(seed)
     records = start_autonpo(root)

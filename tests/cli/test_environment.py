@@ -248,6 +248,7 @@ def test_missing_permissions_are_reported(circle, tmp_path):
         secret.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_read_only_run_is_listed_and_shown(circle, tmp_path):
     opened_up(tmp_path)
     run = copy_run(circle, tmp_path)

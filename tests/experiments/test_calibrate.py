@@ -139,6 +139,7 @@ def test_calibration_is_in_the_run_costs_and_charged_to_no_branch(line, calibrat
     assert cost_at(run, "guided", 3).tokens == cost_at(run, "main", 4).tokens + guide.num_tokens + own
 
 
+@pytest.mark.slow
 def test_calibrate_continues_after_a_kill_to_the_same_result(line, calibrated, tmp_path, warm: ForkServer):
     root = copy_run(line, tmp_path / "run")
     args = ("calibrate", str(root), *OPTIONS, *FEW, "--json")
@@ -176,6 +177,7 @@ def test_calibrate_adds_seeds_and_candidates_to_what_is_there(calibrated, tmp_pa
     assert {one.num_seeds for one in records if isinstance(one, RuleResult)} == {2}
 
 
+@pytest.mark.slow
 def test_candidate_that_one_learner_lacks_is_left_out_there(line, tmp_path):
     root = copy_run(line, tmp_path / "run")
     options = {"num_seeds": 1, "num_steps": 4, "branch": None, "overrides": FEW}

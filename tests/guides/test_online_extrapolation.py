@@ -141,7 +141,8 @@ def adapted(request, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 4])
 def test_online_extrapolation_of_adapters_resumed_is_bitwise_identical(adapted, step, tmp_path):
     """3 is recorded and not saved; after 4 the older adapter of step 2 is read again."""
     root = tmp_path / "run"

@@ -87,6 +87,7 @@ def test_report_of_a_bench_folder_shows_its_runs(guided, watched, tmp_path):
     assert [value for _, name, value in found.attributes if name == "href"] == [f"#section-{n}" for n in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_report_is_deterministic_and_changes_no_run(guided, tmp_path):
     before = file_digests(guided)
     for name in ("a.html", "b.html", "a.html"):
