@@ -140,8 +140,9 @@ def test_learner_without_later_checkpoints_is_refused(circle, args, expected):
     assert words(circle, *args).startswith(expected)
 
 
-def test_scoring_without_failed_prompts_is_refused(circle):
-    before = sorted((circle / "scores").iterdir())
+def test_scoring_without_failed_prompts_is_refused(circle, tmp_path):
+    run = copy_run(circle, tmp_path)  # the costs of what was sampled are written
+    before = sorted((run / "scores").iterdir())
     # with the gate at 0 and one sample, only a prompt that is solved is above it: ask until one is
     args = (
         "--branch",
@@ -152,12 +153,12 @@ def test_scoring_without_failed_prompts_is_refused(circle):
         "scoring.samples_per_prompt=1",
         "guide.inject.max_accuracy=0",
     )
-    result = npo("score-checkpoints", circle, *args)
+    result = npo("score-checkpoints", run, *args)
     if result.code == 0:
         pytest.skip("the learner failed the one prompt it was asked")
     assert (result.code, result.out) == (2, "")
     assert result.message.startswith("the learner at step 0 solves all 1 prompts above guide.inject.max_accuracy=0.0")
-    assert sorted((circle / "scores").iterdir()) == before
+    assert sorted((run / "scores").iterdir()) == before
 
 
 # Settings of a run that exists
