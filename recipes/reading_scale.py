@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.storage.costs import costs_path
+from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, create_run, open_run
 from npo_cli.storage.lineage import append_segment
@@ -68,6 +69,8 @@ def clone_run(seed: RunDir, root: Path, num_checkpoints: int) -> None:
         JsonlLog(run.evals_path).extend(list(_repeat(evals, steps, branch)))
         for step in steps:
             link_checkpoint(seed, run, branch, step)
+    for path in run.list_journals():
+        rewrite_head(path)
     assert len(RolloutLog(run.rollouts_path("branch-0")).steps()) == per_branch
 
 
