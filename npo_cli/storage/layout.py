@@ -358,7 +358,8 @@ def used_directory_error(root: Path, *, flag: str = "RUN") -> NpoError:
     names = {path.name for path in root.iterdir()}
     if names <= NEW_NAMES and (root / "branches" / FIRST_BRANCH / RECIPE_FILE).exists():
         return NpoError(
-            f"{root} holds what a training left that was killed before it began", f"rm -r {quote_path(root)}"
+            f"{root} holds what a training left that was killed before it began",
+            f"choose a new folder for {flag}; this one may be removed if no npo is starting in it",
         )
     return NpoError(
         f"{root} is not empty and holds no run",

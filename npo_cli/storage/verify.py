@@ -9,6 +9,8 @@ from npo_cli.errors import NpoError, damaged_checkpoint_hint, quote_path
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.calibrations import Calibration
 from npo_cli.storage.checkpoints import (
+    MANIFEST,
+    TRAINING_STATE_FOLDER,
     Checkpoint,
     find_damage,
     is_complete,
@@ -110,13 +112,13 @@ def list_checkpoint_checks(run: RunDir, branch: str) -> Iterator[Check]:
 def check_checkpoint(branch: str, folder: Path) -> None:
     """Refuse a checkpoint whose weights, training state or manifest are not as saved."""
     damage = find_damage(folder)
-    if damage is None and (folder / "training_state").exists():
+    if damage is None and (folder / TRAINING_STATE_FOLDER).exists():
         damage = find_damage(folder, training_state=True)
     if damage is not None:
         raise NpoError(damage, damaged_checkpoint_hint(folder))
     manifest = read_manifest(folder)
     if (manifest.get("branch"), manifest.get("step")) != (branch, parse_step(folder.name)):
-        raise damaged_file_error(folder / "npo.json", "it is of another branch or step")
+        raise damaged_file_error(folder / MANIFEST, "it is of another branch or step")
 
 
 def list_store_checks(run: RunDir, artifacts: RunDir) -> Iterator[Check]:
