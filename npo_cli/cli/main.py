@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.errors import NpoError, StoppedEarly
 from npo_cli.session.startup import begin_process
+
+DEPRECATED = r"`(past_key_values|is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
+"""Warnings of newer transformers about names that the oldest admitted one needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +146,7 @@ def npo(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; always leaves through SystemExit."""
+    warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
     begin_process()
     for name in ("stdout", "stderr"):
         # A closed stream discards its output: printing to None would go to the other stream.
