@@ -27,6 +27,11 @@ class StoppedEarly(NpoError):
     exit_code = 130
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line; its type if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def quote_path(path: Path) -> str:
     """A path as it is typed in a shell, so that a hint can be pasted: `'my run'`."""
     return shlex.quote(str(path))

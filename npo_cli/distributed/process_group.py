@@ -18,7 +18,7 @@ from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 from npo_cli.distributed.launch import LaunchInfo
-from npo_cli.errors import NpoError, RunFailed, StoppedEarly
+from npo_cli.errors import NpoError, RunFailed, StoppedEarly, first_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -256,7 +256,7 @@ class LaunchedGroup(ProcessGroup):
             return (NpoError if fault["is_mistake"] else RunFailed)(fault["message"], fault["hint"])
         silent = [rank for rank in others if rank not in ends]
         if not silent:
-            return RunFailed(f"the processes lost contact in {label}: {_first_line(error)}", RESUME_HINT)
+            return RunFailed(f"the processes lost contact in {label}: {first_line(error)}", RESUME_HINT)
         names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
         how = f"did not finish {label} within {self.deadline:g} s" if seconds >= self.deadline else f"died in {label}"
         return RunFailed(f"{names} {how}", RESUME_HINT)
@@ -287,12 +287,8 @@ def describe_fault(error: BaseException, where: str) -> dict[str, Any]:
     if isinstance(error, NpoError):
         is_mistake = not isinstance(error, RunFailed)
         return {"is_mistake": is_mistake, "message": f"{where}: {error.message}", "hint": error.hint}
-    text = f"{where}: {type(error).__name__}: {_first_line(error)}"
+    text = f"{where}: {type(error).__name__}: {first_line(error)}"
     return {"is_mistake": False, "message": text, "hint": f"NPO_DEBUG=1 shows where it happened; {RESUME_HINT}"}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 _CURRENT = ProcessGroup()

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, first_line
 
 DCP_METADATA = ".metadata"
 """Written last: a folder that has it is complete."""
@@ -77,7 +77,7 @@ def read_dcp_weights(folder: Path) -> dict[str, Tensor]:
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception, and wraps that of a rank
         if isinstance(error, dcp.CheckpointException):
             error = next(iter(error.failures.values()))[0]
-        raise NpoError(f"{folder} cannot be read: {_first_line(error)}", COMPLETE_HINT) from error
+        raise NpoError(f"{folder} cannot be read: {first_line(error)[:200]}", COMPLETE_HINT) from error
     return _without_adapters({name.removeprefix(prefix): tensor for name, tensor in whole.items()}, folder)
 
 
@@ -98,7 +98,7 @@ def read_rank_weights(folder: Path) -> dict[str, Tensor]:
         whole = {name: _assemble([rank[name] for rank in ranks]) for name in ranks[0]}
     except Exception as error:  # FSDP1's ShardedTensor is refused by weights_only
         raise NpoError(
-            f"{folder}: {files[0].name} and the other ranks' cannot be read: {_first_line(error)}",
+            f"{folder}: {files[0].name} and the other ranks' cannot be read: {first_line(error)[:200]}",
             f"python -m verl.model_merger merge --backend fsdp --local_dir {folder} --target_dir {folder}/huggingface",
         ) from error
     finally:
@@ -135,7 +135,3 @@ def _without_adapters(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, 
             "export them with their trainer as adapter_model.safetensors, or merge them into the base",
         )
     return dict(tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from npo_cli.config.recipe import ModelSettings
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, first_line
 from npo_cli.policy.gguf import is_packaged, packaged_config
 from npo_cli.policy.logprobs import mixed_precision
 from npo_cli.policy.lora import resolve_target_modules
@@ -64,8 +64,9 @@ def model_config(settings: ModelSettings) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise NpoError(f"{path}: no model config could be read: {first}", f"{MODEL_HINT}, or a config.json") from error
+        raise NpoError(
+            f"{path}: no model config could be read: {first_line(error)}", f"{MODEL_HINT}, or a config.json"
+        ) from error
 
 
 def empty_model(config: PreTrainedConfig, settings: ModelSettings) -> PreTrainedModel:
