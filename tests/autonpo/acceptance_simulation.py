@@ -144,10 +144,10 @@ def estimator_of(pool: Pool, prompt_ids: list[str], *, seed: int) -> tuple[Rollb
     return build, probed
 
 
-def simulate(name: str, *, gain: float, drift: float, num: int) -> list[Outcome]:
+def simulate(name: str, *, gain: float, drift: float, num: int, first_seed: int = 0) -> list[Outcome]:
     """`num` runs of one distribution."""
     found = []
-    for seed in range(num):
+    for seed in range(first_seed, first_seed + num):
         rng = np.random.default_rng([seed, round(100 * gain), round(100 * drift)])
         pool = draw_pool(DIFFICULTIES[name], gain=gain, drift=drift, rng=rng)
         found.append(simulate_probe(pool, seed=seed))
@@ -158,15 +158,15 @@ def share(outcomes: list[Outcome], attribute: str) -> float:
     return float(np.mean([getattr(each, attribute) for each in outcomes]))
 
 
-def print_table(names: Sequence[str], num_null: int, num_power: int) -> None:
+def print_table(names: Sequence[str], num_null: int, num_power: int, first_seed: int) -> None:
     """Markdown: share accepted, and in brackets the mean share of the prompts that was sampled."""
     nulls, gains = (0.5, 1.0, 2.0), (0.05, 0.1, 0.2)
     print("| difficulty | before |", " | ".join(f"s {drift:g}" for drift in nulls), "|", end=" ")
     print(" | ".join(f"g {gain:g}" for gain in gains), "|")
     print("| --- " * 8 + "|")
     for name in names:
-        null = [simulate(name, gain=0.0, drift=drift, num=num_null) for drift in nulls]
-        power = [simulate(name, gain=gain, drift=1.0, num=num_power) for gain in gains]
+        null = [simulate(name, gain=0.0, drift=drift, num=num_null, first_seed=first_seed) for drift in nulls]
+        power = [simulate(name, gain=gain, drift=1.0, num=num_power, first_seed=first_seed) for gain in gains]
         before = np.mean([share(each, "is_accepted_as_published") for each in null])
         cells = [f"{share(each, 'is_accepted'):.3f} ({share(each, 'share_sampled'):.2f})" for each in (*null, *power)]
         print(f"| {name} | {before:.2f} |", " | ".join(cells), "|", flush=True)
@@ -177,5 +177,6 @@ if __name__ == "__main__":
     parser.add_argument("--only", choices=DIFFICULTIES, action="append", default=None)
     parser.add_argument("--null", type=int, default=150, help="probes with nothing learned, per drift")
     parser.add_argument("--power", type=int, default=40, help="probes with something learned, per gain")
+    parser.add_argument("--first-seed", type=int, default=0)
     arguments = parser.parse_args()
-    print_table(arguments.only or list(DIFFICULTIES), arguments.null, arguments.power)
+    print_table(arguments.only or list(DIFFICULTIES), arguments.null, arguments.power, arguments.first_seed)
