@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.storage.costs import costs_path
-from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, create_run, open_run
 from npo_cli.storage.lineage import append_segment
+from npo_cli.storage.log_head import rewrite_head
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.rollouts import Segment
 
@@ -69,7 +69,7 @@ def clone_run(seed: RunDir, root: Path, num_checkpoints: int) -> None:
         JsonlLog(run.evals_path).extend(list(_repeat(evals, steps, branch)))
         for step in steps:
             link_checkpoint(seed, run, branch, step)
-    for path in run.list_journals():
+    for path in run.list_logs():
         rewrite_head(path)
     assert len(RolloutLog(run.rollouts_path("branch-0")).steps()) == per_branch
 
@@ -89,7 +89,7 @@ def link_checkpoint(seed: RunDir, run: RunDir, branch: str, step: int) -> None:
     """The checkpoint of a recorded step under another step, its training state included."""
     source, target = seed.checkpoint_folder("main", _seed_step(step)), run.checkpoint_folder(branch, step)
     shutil.copytree(source, target, copy_function=os.link)
-    manifest = json.loads((target / "npo.json").read_bytes()) | {"branch": branch, "step": step, "journals": {}}
+    manifest = json.loads((target / "npo.json").read_bytes()) | {"branch": branch, "step": step, "logs": {}}
     del manifest["checksum"]
     (target / "npo.json").unlink()
     (target / "npo.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="ascii")

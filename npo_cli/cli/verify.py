@@ -12,7 +12,7 @@ from npo_cli.types.views import Damage, VerifiedRun
 
 AcceptOpt = Annotated[
     list[Path] | None,
-    typer.Option("--accept", metavar="FILE", help="First take this journal as it is, or without its lost head."),
+    typer.Option("--accept", metavar="FILE", help="First take this log as it is, or without its lost head."),
 ]
 
 
@@ -21,10 +21,10 @@ def verify(run: RunArg, *, accept: AcceptOpt = None, as_json: JsonOpt = False) -
 
     The exit code is 1 if anything is damaged.
     """
-    from npo_cli.storage.verify import accept_journals, verify_run
+    from npo_cli.storage.verify import accept_logs, verify_run
 
     if accept:
-        accept_journals(run, accept)
+        accept_logs(run, accept)
     for record in verify_run(run):
         if as_json:
             print_data(to_json_line(record))
@@ -32,7 +32,7 @@ def verify(run: RunArg, *, accept: AcceptOpt = None, as_json: JsonOpt = False) -
             print_data(escape_for_terminal(f"{record.message}: {record.restore}"))
         else:
             verdict = f"{record.num_damages} damaged" if record.num_damages else "whole"
-            read = f"{record.num_checkpoints} checkpoints, {record.num_journals} journals"
+            read = f"{record.num_checkpoints} checkpoints, {record.num_logs} logs"
             print_data(escape_for_terminal(f"{run}: {verdict} ({read})"))
     # The verdict comes last.
     if isinstance(record, VerifiedRun) and record.num_damages:

@@ -28,9 +28,9 @@ from npo_cli.storage.files import (
     sync_path,
     write_json_atomic,
 )
-from npo_cli.storage.journal_head import JournalHead, check_size, encode_head, seal_journal
 from npo_cli.storage.layout import RunDir, format_step, list_folders, parse_step
 from npo_cli.storage.lineage import ancestry, find_owning_branch
+from npo_cli.storage.log_head import LogHead, check_size, encode_head, seal_log
 
 PARTIAL_SUFFIX = ".partial"
 DELETED_SUFFIX = ".dead"
@@ -90,24 +90,24 @@ def _start_checkpoint(home: Path, hidden: Path) -> None:
 
 @on_main_rank
 def _finish_checkpoint(run: RunDir, branch: str, step: int, *, hidden: Path) -> None:
-    write_manifests(hidden, branch=branch, step=step, journals=_seal_journals(run, branch))
+    write_manifests(hidden, branch=branch, step=step, logs=_seal_logs(run, branch))
     _publish(hidden, hidden.parent / format_step(step))
 
 
-def _seal_journals(run: RunDir, branch: str) -> dict[str, Any]:
+def _seal_logs(run: RunDir, branch: str) -> dict[str, Any]:
     """A checkpoint is never on the disk without the lines of the steps that led to it, and says how many these are."""
     paths = (run.metrics_path(branch), run.timings_path(branch), run.rollouts_path(branch), costs_path(run))
-    heads = {path.relative_to(run.root).as_posix(): seal_journal(path) for path in (*paths, run.segments_path)}
+    heads = {path.relative_to(run.root).as_posix(): seal_log(path) for path in (*paths, run.segments_path)}
     return {name: encode_head(head) for name, head in heads.items() if head.lines}
 
 
-def read_recorded_journals(folder: Path) -> dict[str, JournalHead]:
-    """What each journal held when a checkpoint was saved, by path relative to the run directory."""
+def read_recorded_logs(folder: Path) -> dict[str, LogHead]:
+    """What each log held when a checkpoint was saved, by path relative to the run directory."""
     source = folder / MANIFEST
-    found = read_manifest(folder).get("journals", {})
+    found = read_manifest(folder).get("logs", {})
     if not isinstance(found, dict) or not all(isinstance(head, dict) for head in found.values()):
-        raise damaged_file_error(source, "its journals are not listed")
-    return {name: decode_record(JournalHead, head, source) for name, head in found.items()}
+        raise damaged_file_error(source, "its logs are not listed")
+    return {name: decode_record(LogHead, head, source) for name, head in found.items()}
 
 
 def list_step_folders(run: RunDir, branch: str) -> list[Path]:
@@ -116,11 +116,11 @@ def list_step_folders(run: RunDir, branch: str) -> list[Path]:
     return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
 
-def check_recorded_journals(run: RunDir) -> None:
-    """Refuse a run with a journal that is shorter than the newest checkpoint of a branch says."""
+def check_recorded_logs(run: RunDir) -> None:
+    """Refuse a run with a log that is shorter than the newest checkpoint of a branch says."""
     for branch in list_folders(run.branches_folder):
         newest = next(filter(is_complete, reversed(list_step_folders(run, branch.name))), None)
-        for name, head in read_recorded_journals(newest).items() if newest else ():
+        for name, head in read_recorded_logs(newest).items() if newest else ():
             check_size(run.root / name, head)
 
 
@@ -263,26 +263,24 @@ def find_resume_checkpoint(run: RunDir, branch: str) -> Checkpoint:
 # Manifests: a complete checkpoint lists every file with its size and sha256
 
 
-def write_manifests(
-    folder: Path, *, branch: str, step: int, journals: Mapping[str, Any] = MappingProxyType({})
-) -> None:
+def write_manifests(folder: Path, *, branch: str, step: int, logs: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Sync every file of a checkpoint and write its manifests, the training state's first."""
     state = folder / TRAINING_STATE_FOLDER
     if state.is_dir():
         _write_manifest(state, TRAINING_STATE_MANIFEST, {"step": step, "branch": branch})
-    files = _write_manifest(folder, MANIFEST, {"step": step, "branch": branch}, journals)
+    files = _write_manifest(folder, MANIFEST, {"step": step, "branch": branch}, logs)
     assert any(name.endswith(WEIGHTS_SUFFIX) for name in files), f"no weights were saved in {folder}"
 
 
 def _write_manifest(
-    folder: Path, manifest: str, head: Mapping[str, Any], journals: Mapping[str, Any] = MappingProxyType({})
+    folder: Path, manifest: str, head: Mapping[str, Any], logs: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in list_manifest_files(folder, manifest):
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read what it writes
         sync_path(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
-    tail = {"digest": compute_weights_digest(files), "journals": journals} if manifest == MANIFEST else {}
+    tail = {"digest": compute_weights_digest(files), "logs": logs} if manifest == MANIFEST else {}
     write_json_atomic(folder / manifest, {**head, "files": files, **tail, "saved": now_utc()})
     for inner in sorted({path.parent for path in list_manifest_files(folder, manifest)}):
         sync_path(inner)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import damaged_file_error, decode_record, read_json, to_row, write_json_atomic
-from npo_cli.storage.journal_head import encode_head
 from npo_cli.storage.layout import RunDir
+from npo_cli.storage.log_head import encode_head
 from npo_cli.storage.sample_store import SampleStore
 from npo_cli.types.guides import GuideCacheInfo, SourceSpec
 from npo_cli.types.rollouts import PromptSamples

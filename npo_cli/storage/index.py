@@ -10,7 +10,7 @@ from typing import Any
 from npo_cli.storage.checkpoints import (
     PARTIAL_SUFFIX,
     TRAINING_STATE_FOLDER,
-    check_recorded_journals,
+    check_recorded_logs,
     has_intact_training_state,
     has_intact_weights,
     read_manifest,
@@ -40,7 +40,7 @@ class CheckpointMeasurements:
 
 def build_index(run: RunDir) -> list[CheckpointEntry]:
     """Every checkpoint by branch and step. One is complete if its files have their sizes; `npo verify` reads them."""
-    check_recorded_journals(run)
+    check_recorded_logs(run)
     known = CheckpointMeasurements(scores=collect_newest_scores(run), evals=select_best_evals(run))
     entries = []
     for branch in list_branches(run):

@@ -2,7 +2,7 @@
 
 Readers ignore a torn tail (a last line without newline, left by a killed writer); a writer removes it before its first
 line. Nothing else in a log is ever changed. A bad line with a newline is damage, and so is a log that does not hold
-what its head counts (`journal_head.py`). One writer at a time: see `lock.py`.
+what its head counts (`log_head.py`). One writer at a time: see `lock.py`.
 """
 
 import json
@@ -16,16 +16,16 @@ from typing import Any, Literal, TypeVar
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import decode_record, encode_record, explain_write_error, sync_path
-from npo_cli.storage.journal_head import (
-    JournalHead,
-    check_journal,
+from npo_cli.storage.log_head import (
+    LogHead,
+    check_log,
     check_size,
-    journal_damage,
+    damaged_log_error,
     parse_line,
     read_head,
     rewrite_head,
-    seal_journal,
-    start_journal,
+    seal_log,
+    start_log,
 )
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class JsonlLog:
         """Cut off a torn tail; returns the number of bytes removed."""
         self._repaired = True
         head = check_size(self.path)
-        return cut_journal(self.path, measure_complete_size(self.path, start=head.size)) if self.path.exists() else 0
+        return cut_log(self.path, measure_complete_size(self.path, start=head.size)) if self.path.exists() else 0
 
     def sync(self) -> None:
         """Force every line down to the disk."""
@@ -98,9 +98,9 @@ class JsonlLog:
             with explain_write_error(self.path):
                 sync_path(self.path)
 
-    def seal(self) -> JournalHead:
+    def seal(self) -> LogHead:
         """The same, and from now on every line must be there."""
-        return seal_journal(self.path)
+        return seal_log(self.path)
 
     def _lines_by(self, key: KeyFields) -> dict[tuple[object, ...], str]:
         if not self._repaired:
@@ -113,12 +113,12 @@ class JsonlLog:
         if not self._repaired:
             self.repair()
         with explain_write_error(self.path):
-            start_journal(self.path)
+            start_log(self.path)
             append_bytes(self.path, "".join(line + "\n" for line in lines).encode("ascii"))
 
 
 @on_main_rank
-def cut_journal(path: Path, size: int) -> int:
+def cut_log(path: Path, size: int) -> int:
     """Cut off what comes after the first `size` bytes; returns the number of bytes removed."""
     torn = path.stat().st_size - size
     if torn > 0:
@@ -149,7 +149,7 @@ def append_bytes(path: Path, data: bytes) -> None:
 
 def iter_complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line with the object in it. Damage is an error that names the line."""
-    head = check_journal(path)
+    head = check_log(path)
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -160,7 +160,7 @@ def iter_complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = parse_line(line)
             if row is None:
                 if size < head.size:
-                    raise journal_damage(path, f"line {number} is not a JSON object")
+                    raise damaged_log_error(path, f"line {number} is not a JSON object")
                 raise NpoError(
                     f"{path}, line {number}: not a JSON object, left by a killed command",
                     f"cut it off with what follows: truncate -s {size} {quote_path(path)}",

@@ -64,9 +64,9 @@ def validate_name(name: str) -> str:
     return name
 
 
-def head_path(journal: Path) -> Path:
-    """`metrics.jsonl.head`: how many lines a journal must have (`journal_head.py`)."""
-    return journal.with_name(f"{journal.name}.head")
+def head_path(log: Path) -> Path:
+    """`metrics.jsonl.head`: how many lines a log must have (`log_head.py`)."""
+    return log.with_name(f"{log.name}.head")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +184,7 @@ class RunDir:
         """One guide cache."""
         return self.guides_folder / validate_name(name)
 
-    def list_journals(self) -> list[Path]:
+    def list_logs(self) -> list[Path]:
         """Every JSON-lines log of the run that exists, or whose head does."""
         found = [self.root / f"{name}.jsonl" for name in RUN_JOURNALS]
         found += [folder / f"{name}.jsonl" for folder in list_folders(self.branches_folder) for name in BRANCH_JOURNALS]

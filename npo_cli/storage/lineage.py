@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import cached_by_file, check_range, damaged_file_error, now_utc, to_row
-from npo_cli.storage.journal_head import journal_damage
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import NAME_PATTERN, RECIPE_FILE, RunDir, validate_name
+from npo_cli.storage.log_head import damaged_log_error
 from npo_cli.types.rollouts import Segment
 
 
@@ -33,9 +33,9 @@ class Span(NamedTuple):
 def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = ()) -> None:
     """Record that training starts or resumes; from then on the branch exists. Sealed before it returns."""
     validate_name(segment.branch)
-    journal = JsonlLog(run.segments_path)
-    journal.append({"time": now_utc(), **to_row(segment), "overrides": list(overrides)})
-    journal.seal()
+    log = JsonlLog(run.segments_path)
+    log.append({"time": now_utc(), **to_row(segment), "overrides": list(overrides)})
+    log.seal()
 
 
 @cached_by_file(lambda run: run.segments_path)
@@ -49,7 +49,7 @@ def read_segments(run: RunDir) -> tuple[Segment, ...]:
                 f"{run.segments_path}, line {number}", f"no branch can be named {segment.branch!r}"
             )
     if not found and any(run.branches_folder.glob("*/checkpoints/step_*")):
-        raise journal_damage(run.segments_path, "it has no line, but checkpoints were saved")
+        raise damaged_log_error(run.segments_path, "it has no line, but checkpoints were saved")
     return found
 
 

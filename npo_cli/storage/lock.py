@@ -1,4 +1,4 @@
-"""One writer at a time in a run directory, which finds its journals as the last one left them.
+"""One writer at a time in a run directory, which finds its logs as the last one left them.
 
 The lock is the operating system's, on an open file, so it is released when its process ends, however it ends. A
 note of the holder beside it is only used for the error message of the next process.
@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 
 from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError
-from npo_cli.storage.checkpoints import check_recorded_journals
+from npo_cli.storage.checkpoints import check_recorded_logs
 from npo_cli.storage.files import decode_record, now_utc, read_json, write_json_atomic
-from npo_cli.storage.journal_head import check_size, seal_journal
 from npo_cli.storage.layout import RunDir, check_unused
+from npo_cli.storage.log_head import check_size, seal_log
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +37,11 @@ class LockHolder:
 
 
 @contextmanager
-def lock_run(run: RunDir, *, checks_journals: bool = True) -> Iterator[None]:
+def lock_run(run: RunDir, *, checks_logs: bool = True) -> Iterator[None]:
     """Hold the run's lock for the block; an error that names the holder, at once, where another process holds it.
 
-    Of several ranks, rank 0 holds it. A run with a journal that was cut is refused (`checks_journals`). Where the block
-    ends well, every journal is sealed: lines that are lost from then on are reported.
+    Of several ranks, rank 0 holds it. A run with a log that was cut is refused (`checks_logs`). Where the block
+    ends well, every log is sealed: lines that are lost from then on are reported.
     """
     lock = FileLock(run.lock_path, timeout=0)
     _acquire(lock, run)
@@ -51,10 +51,10 @@ def lock_run(run: RunDir, *, checks_journals: bool = True) -> Iterator[None]:
             run.holder_path, LockHolder(pid=os.getpid(), host=platform.node(), command=command, since=now_utc())
         )
         try:
-            if checks_journals:
-                _check_journals(run)
+            if checks_logs:
+                _check_logs(run)
             yield
-            _seal_journals(run)
+            _seal_logs(run)
         finally:
             if current_group().is_main:
                 run.holder_path.unlink(missing_ok=True)
@@ -63,16 +63,16 @@ def lock_run(run: RunDir, *, checks_journals: bool = True) -> Iterator[None]:
 
 
 @on_main_rank
-def _check_journals(run: RunDir) -> None:
-    for path in run.list_journals():
+def _check_logs(run: RunDir) -> None:
+    for path in run.list_logs():
         check_size(path)
-    check_recorded_journals(run)
+    check_recorded_logs(run)
 
 
 @on_main_rank
-def _seal_journals(run: RunDir) -> None:
-    for path in run.list_journals():
-        seal_journal(path)
+def _seal_logs(run: RunDir) -> None:
+    for path in run.list_logs():
+        seal_log(path)
 
 
 @on_main_rank

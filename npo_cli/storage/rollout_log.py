@@ -24,8 +24,8 @@ from npo_cli.storage.files import (
     explain_write_error,
     to_row,
 )
-from npo_cli.storage.journal_head import check_journal, parse_line, start_journal
-from npo_cli.storage.jsonl import AppendResult, append_bytes, cut_journal, measure_complete_size
+from npo_cli.storage.jsonl import AppendResult, append_bytes, cut_log, measure_complete_size
+from npo_cli.storage.log_head import check_log, parse_line, start_log
 from npo_cli.types.rollouts import (
     Group,
     GroupOutcome,
@@ -80,7 +80,7 @@ class RolloutLog:
         if recorded is not None:
             return "same" if self._bytes(recorded) == data else "differs"
         with explain_write_error(self.path):
-            start_journal(self.path)
+            start_log(self.path)
             append_bytes(self.path, data)
         return "written"
 
@@ -125,12 +125,12 @@ class RolloutLog:
         """Remove a torn line and an incomplete step; returns the number of bytes removed."""
         self._repaired = True
         recorded = self._scan().values()
-        return cut_journal(self.path, max((step.end for step in recorded), default=0)) if self.path.exists() else 0
+        return cut_log(self.path, max((step.end for step in recorded), default=0)) if self.path.exists() else 0
 
     def _scan(self) -> dict[int, ByteRange]:
         """Find the steps written since the last scan, from the start of each line alone."""
         if not self._scanned:
-            check_journal(self.path)
+            check_log(self.path)
         if not self.path.exists() or self.path.stat().st_size == self._scanned:
             return self._ranges
         end_of_complete = measure_complete_size(self.path, start=self._scanned)

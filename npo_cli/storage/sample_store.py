@@ -24,9 +24,9 @@ from npo_cli.storage.files import (
     to_row,
     write_json_atomic,
 )
-from npo_cli.storage.journal_head import JournalHead, check_journal, encode_head
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, format_step, validate_name
+from npo_cli.storage.log_head import LogHead, check_log, encode_head
 from npo_cli.storage.rollout_log import decode_images, decode_rollout, encode_images, encode_rollout
 from npo_cli.types.rollouts import PromptSamples, Rollout
 from npo_cli.types.scores import CandidateScore
@@ -104,7 +104,7 @@ class SampleStore:
         """Tokens generated for all samples."""
         return sum(samples.num_tokens for _, _, samples in self.iter_samples())
 
-    def seal(self) -> JournalHead:
+    def seal(self) -> LogHead:
         """Force every line down to the disk; what is returned must be there from now on."""
         return self._log.seal()
 
@@ -112,7 +112,7 @@ class SampleStore:
         """Refuse samples that are not those of which `source` was made, where they are `recorded`."""
         if not isinstance(recorded, dict):
             raise damaged_file_error(source, "it does not say which samples it was made of")
-        check_journal(self.path, decode_record(JournalHead, recorded, source))
+        check_log(self.path, decode_record(LogHead, recorded, source))
 
     @on_main_rank
     def delete(self) -> None:

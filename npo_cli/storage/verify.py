@@ -17,7 +17,7 @@ from npo_cli.storage.checkpoints import (
     list_checkpoints,
     list_step_folders,
     read_manifest,
-    read_recorded_journals,
+    read_recorded_logs,
 )
 from npo_cli.storage.costs import read_cost_lines
 from npo_cli.storage.evals import read_evals, read_prompt_results
@@ -28,25 +28,25 @@ from npo_cli.storage.guide_cache import (
     read_finished_prompts,
     read_guide_prompts,
 )
-from npo_cli.storage.journal_head import (
-    JournalHead,
-    check_journal,
-    journal_damage,
-    parse_line,
-    read_head,
-    rewrite_head,
-)
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, head_path, list_folders, open_run, parse_step
 from npo_cli.storage.lineage import list_branches, read_segments
 from npo_cli.storage.lock import lock_run
+from npo_cli.storage.log_head import (
+    LogHead,
+    check_log,
+    damaged_log_error,
+    parse_line,
+    read_head,
+    rewrite_head,
+)
 from npo_cli.storage.metrics import read_events, read_metrics, read_timings
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import SampleStore, list_sample_stores, read_all_scores
 from npo_cli.types.views import Damage, VerifiedRun
 
 INDISPENSABLE = ("segments", "autonpo", "metrics", "rollouts")
-"""Journals that training continues from."""
+"""Logs that training continues from."""
 Check = tuple[str, Callable[[], object]]
 """What can be restored if the reader fails (empty: what its error says), and the reader."""
 
@@ -67,15 +67,15 @@ def verify_run(root: Path) -> Iterator[Damage | VerifiedRun]:
     yield VerifiedRun(
         run=str(root),
         num_damages=len(messages),
-        num_journals=len(run.list_journals()),
+        num_logs=len(run.list_logs()),
         num_checkpoints=sum(len(list_step_folders(run, folder.name)) for folder in list_folders(run.branches_folder)),
     )
 
 
 def list_checks(run: RunDir) -> Iterator[Check]:
-    """Journals before their records, and both before what is made of them."""
-    for path in run.list_journals():
-        yield describe_restore(run, path), partial(check_journal, path)
+    """Logs before their records, and both before what is made of them."""
+    for path in run.list_logs():
+        yield describe_restore(run, path), partial(check_log, path)
         yield "", JsonlLog(path).iter_rows
     for read in (read_segments, read_evals, read_prompt_results, read_cost_lines, read_transitions, read_events):
         yield "", partial(read, run)
@@ -96,17 +96,17 @@ def list_checks(run: RunDir) -> Iterator[Check]:
 def check_listed(run: RunDir, branch: str) -> None:
     """Refuse a branch with checkpoints that no line of the lineage creates."""
     if list_step_folders(run, branch) and branch not in list_branches(run):
-        raise journal_damage(run.segments_path, f"it has no line of branch {branch}, which has checkpoints")
+        raise damaged_log_error(run.segments_path, f"it has no line of branch {branch}, which has checkpoints")
 
 
 def list_checkpoint_checks(run: RunDir, branch: str) -> Iterator[Check]:
-    """Every byte of the branch's checkpoints, and of the journals as they were when each was saved."""
+    """Every byte of the branch's checkpoints, and of the logs as they were when each was saved."""
     for folder in list_step_folders(run, branch):
         restore = describe_checkpoint_restore(run, branch, folder)
         yield restore, partial(check_checkpoint, branch, folder)
     for folder in filter(is_complete, list_step_folders(run, branch)):
-        for name, head in read_recorded_journals(folder).items():
-            yield describe_restore(run, run.root / name), partial(check_journal, run.root / name, head)
+        for name, head in read_recorded_logs(folder).items():
+            yield describe_restore(run, run.root / name), partial(check_log, run.root / name, head)
 
 
 def check_checkpoint(branch: str, folder: Path) -> None:
@@ -155,7 +155,7 @@ def describe_checkpoint_restore(run: RunDir, branch: str, folder: Path) -> str:
 
 
 def describe_restore(run: RunDir, path: Path) -> str:
-    """What brings back a damaged journal besides a copy of the run directory."""
+    """What brings back a damaged log besides a copy of the run directory."""
     parts = path.relative_to(run.root).parts
     folder = run.root.joinpath(*parts[:2])
     ways = {
@@ -194,19 +194,19 @@ def _describe_sampling(run: RunDir, folder: Path) -> str:
 
 
 def _describe_whole_part(run: RunDir, path: Path) -> str:
-    """Up to which checkpoint the journal is as it was written; empty where no checkpoint says."""
+    """Up to which checkpoint the log is as it was written; empty where no checkpoint says."""
     for saved, head in sorted(_list_records(run, path), key=lambda record: -record[0].step):
         with suppress(NpoError):
-            check_journal(path, head)
+            check_log(path, head)
             return f"; its first {head.lines:,} lines, up to step {saved.step} of {saved.branch}, are whole"
     return ""
 
 
-def _list_records(run: RunDir, path: Path) -> Iterator[tuple[Checkpoint, JournalHead]]:
-    """What checkpoints recorded of a journal."""
+def _list_records(run: RunDir, path: Path) -> Iterator[tuple[Checkpoint, LogHead]]:
+    """What checkpoints recorded of a log."""
     for folder in list_folders(run.branches_folder):
         for saved in list_checkpoints(run, folder.name):
-            head = read_recorded_journals(saved.path).get(path.resolve().relative_to(run.root.resolve()).as_posix())
+            head = read_recorded_logs(saved.path).get(path.resolve().relative_to(run.root.resolve()).as_posix())
             if head is not None:
                 yield saved, head
 
@@ -215,13 +215,13 @@ def _quote(run: RunDir) -> str:
     return quote_path(run.root)
 
 
-# Journals taken as they are
+# Logs taken as they are
 
 
 def check_acceptable(run: RunDir, path: Path) -> None:
-    """Refuse a journal with a line that is no object, or with too few lines where a run needs all that were written."""
-    if path.resolve() not in (journal.resolve() for journal in run.list_journals()) or not path.exists():
-        raise NpoError(f"{path} is not a journal of {run.root}", f"npo verify {_quote(run)} lists what is damaged")
+    """Refuse a log with a line that is no object, or with too few lines where a run needs all that were written."""
+    if path.resolve() not in (log.resolve() for log in run.list_logs()) or not path.exists():
+        raise NpoError(f"{path} is not a log of {run.root}", f"npo verify {_quote(run)} lists what is damaged")
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if line.endswith(b"\n") and parse_line(line) is None:
@@ -236,10 +236,10 @@ def check_acceptable(run: RunDir, path: Path) -> None:
             )
 
 
-def accept_journals(root: Path, paths: Sequence[Path]) -> None:
-    """Take journals as they are: their heads count what is there, and what was recorded of them holds no more."""
+def accept_logs(root: Path, paths: Sequence[Path]) -> None:
+    """Take logs as they are: their heads count what is there, and what was recorded of them holds no more."""
     run = open_run(root)
-    with lock_run(run, checks_journals=False):
+    with lock_run(run, checks_logs=False):
         for path in paths:
             check_acceptable(run, path)
         for path in paths:

@@ -83,7 +83,7 @@ class VerifiedRun:
 
     run: str
     num_damages: int
-    num_journals: int
+    num_logs: int
     num_checkpoints: int
 
 

@@ -29,7 +29,7 @@ KILLS_PER_COMMAND = 8
 CLOCKED_FILES = {"costs.jsonl", "timings.jsonl", "events.jsonl", "npo_run.json"}
 CLOCKED_KEYS = {
     *("time", "created", "saved", "saved_at", "seconds", "run_id"),
-    *("sequence", "journals", "checksum", "overrides"),  # numbers of saves and of starts, sums over clocks
+    *("sequence", "logs", "checksum", "overrides"),  # numbers of saves and of starts, sums over clocks
 }
 LONGER = (*TINY, "train.num_steps=12", "train.save_every=3", "eval.every=6")
 AT_6 = ("--at", "6")

@@ -10,9 +10,9 @@ import pytest
 
 from npo_cli.errors import StoppedEarly
 from npo_cli.storage.guide_cache import load_guide, read_guide_prompts
-from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import read_segments
+from npo_cli.storage.log_head import rewrite_head
 from npo_cli.training.resume import resume_run
 from npo_cli.training.train import train_run
 from npo_cli.types.rollouts import Notice, Progress, StepReport

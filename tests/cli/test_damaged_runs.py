@@ -169,11 +169,11 @@ def test_eval_refuses_a_branch_without_checkpoints(circle, tmp_path):
     assert (result.message, result.hint) == (f"{run} has no complete checkpoint yet", f"train first: npo resume {run}")
 
 
-# Journals and documents
+# Logs and documents
 
 
 def with_damaged_second_line(text: str) -> str:
-    """The second line of a journal, no JSON any more."""
+    """The second line of a log, no JSON any more."""
     first, _, rest = text.split("\n", 2)
     return f"{first}\noops\n{rest}"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import RunDir, head_path
+from npo_cli.storage.log_head import rewrite_head
 from tests.helpers.cli_errors import assert_refused, copy_run, damage_file, edit_file, npo, set_fields
 
 ROLLOUTS = ["show", "rollouts", "--branch", "main"]
@@ -51,16 +51,16 @@ def test_verify_of_a_whole_run(circle):
         "record": "verified_run",
         "run": str(circle),
         "num_damages": 0,
-        "num_journals": 5 + 2 * 3 + 2,  # of the run (all but autonpo's), of main and again, a guide cache, a scoring
+        "num_logs": 5 + 2 * 3 + 2,  # of the run (all but autonpo's), of main and again, a guide cache, a scoring
         "num_checkpoints": 3 + 2,
     }
     assert "is not a run directory" in npo("verify", circle / "branches").err
 
 
-def test_after_a_finished_command_every_journal_that_is_cut_at_a_line_is_reported(run, tmp_path):
-    journals = RunDir(run).list_journals()
-    assert len(journals) == 13
-    for path in journals:
+def test_after_a_finished_command_every_log_that_is_cut_at_a_line_is_reported(run, tmp_path):
+    logs = RunDir(run).list_logs()
+    assert len(logs) == 13
+    for path in logs:
         whole = path.read_bytes()
         damage_file(path, without_last_line)
         num_lines = whole.count(b"\n")
@@ -75,12 +75,12 @@ def test_after_a_finished_command_every_journal_that_is_cut_at_a_line_is_reporte
 
 
 @pytest.mark.parametrize("name", ["segments", "metrics", "costs"])
-@pytest.mark.parametrize("lost", ["the journal", "its head", "both", "its content"])
-def test_lost_journal_is_reported(run, tmp_path, name, lost):
+@pytest.mark.parametrize("lost", ["the log", "its head", "both", "its content"])
+def test_lost_log_is_reported(run, tmp_path, name, lost):
     path = find_file(run, f"branches/main/{name}.jsonl" if name == "metrics" else f"{name}.jsonl")
     if lost == "its content":
         path.write_bytes(b"")
-    if lost in ("the journal", "both"):
+    if lost in ("the log", "both"):
         path.unlink()
     if lost in ("its head", "both"):
         head_path(path).unlink()
@@ -207,7 +207,7 @@ def test_damaged_samples_and_evaluations_are_made_again_equally(circle, run, pat
     assert lines <= set(path.read_text().splitlines())
 
 
-def test_journal_that_was_edited_on_purpose_is_accepted(run, tmp_path):
+def test_log_that_was_edited_on_purpose_is_accepted(run, tmp_path):
     path = run / "events.jsonl"
     damage_file(path, without_last_line)
     assert f"npo verify {run} --accept {path}" in verify(run)[0]
@@ -219,7 +219,7 @@ def test_journal_that_was_edited_on_purpose_is_accepted(run, tmp_path):
     assert npo("verify", run, "--accept", run / "costs.jsonl").code == 0
 
 
-def test_journal_that_the_run_needs_is_not_accepted_with_a_hole(run, tmp_path):
+def test_log_that_the_run_needs_is_not_accepted_with_a_hole(run, tmp_path):
     path = run / "branches" / "main" / "metrics.jsonl"
     damage_file(path, lambda text: text.split("\n")[0] + "\n")
     result = assert_refused("verify", run, "--accept", path, beside=tmp_path)
@@ -227,7 +227,7 @@ def test_journal_that_the_run_needs_is_not_accepted_with_a_hole(run, tmp_path):
     assert verify(run)[0] == (
         f"{path} is damaged: it has 1 lines, and 4 were written: restore it from a copy of the run directory"
     )
-    assert "is not a journal of" in assert_refused("verify", run, "--accept", run / "x", beside=tmp_path).message
+    assert "is not a log of" in assert_refused("verify", run, "--accept", run / "x", beside=tmp_path).message
 
 
 def test_damaged_checkpoint_is_set_aside_and_an_older_one_continued(run):

@@ -205,7 +205,7 @@ def keys_of(value: object) -> Iterator[str]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key
-            if key not in ("settings", "files", "journals", "variances", "scores"):
+            if key not in ("settings", "files", "logs", "variances", "scores"):
                 yield from keys_of(inner)
     elif isinstance(value, list):
         for inner in value:

@@ -17,8 +17,8 @@ from npo_cli.scoring.variance import VARIANCE_ESTIMATORS
 from npo_cli.session.learner import find_learner
 from npo_cli.session.session import build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
-from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
+from npo_cli.storage.log_head import rewrite_head
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import SampleStore, find_latest_scores, list_sample_stores
 from npo_cli.types.rollouts import Notice

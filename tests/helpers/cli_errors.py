@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.cli.main import main
-from npo_cli.storage.journal_head import rewrite_head
+from npo_cli.storage.log_head import rewrite_head
 
 SMALL = (
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
@@ -85,7 +85,7 @@ def damage_file(path: Path, change: Callable[[str], str]) -> None:
 
 
 def edit_file(path: Path, change: Callable[[str], str]) -> None:
-    """A file as if it had been written so: a journal's head fits, a recipe has no checksum."""
+    """A file as if it had been written so: a log's head fits, a recipe has no checksum."""
     if path.suffix == ".yaml":
         damage_file(path, lambda text: text.partition("# checksum")[0])
     damage_file(path, change)

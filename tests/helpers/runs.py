@@ -108,7 +108,7 @@ def reproducible_digests(root: Path, branch: str = "main") -> dict[str, str]:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file, by its path in the folder; hidden ones and heads of journals left out."""
+    """sha256 of every file, by its path in the folder; hidden ones and heads of logs left out."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

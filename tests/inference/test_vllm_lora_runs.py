@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
+from npo_cli.storage.log_head import rewrite_head
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.storage.sample_store import list_sample_stores
 from npo_cli.types.rollouts import Rollout

@@ -6,7 +6,7 @@ import pytest
 
 from npo_cli.errors import NpoError
 from npo_cli.storage.autonpo_log import append_transitions, autonpo_path, read_transitions
-from npo_cli.storage.journal_head import rewrite_head
+from npo_cli.storage.log_head import rewrite_head
 from npo_cli.storage.retention import apply_retention, find_protected_checkpoints, find_rollback_checkpoints
 from npo_cli.types.autonpo import AutoNPOState, Transition
 from tests.storage.builders import fork, new_run, write_checkpoint

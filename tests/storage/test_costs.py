@@ -25,10 +25,10 @@ from npo_cli.storage.cost_sums import (
 from npo_cli.storage.costs import CostLine, append_cost, append_fork_cost, costs_path, encode_cost, read_cost_lines
 from npo_cli.storage.evals import append_eval
 from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache
-from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import append_segment
+from npo_cli.storage.log_head import rewrite_head
 from npo_cli.storage.sample_store import open_sample_store, save_scores
 from npo_cli.types.costs import BestHeldPoint, CurvePoint
 from npo_cli.types.rollouts import Segment

@@ -10,7 +10,7 @@ from npo_cli.storage.guide_cache import (
     open_guide_cache,
     read_guide_prompts,
 )
-from npo_cli.storage.journal_head import rewrite_head
+from npo_cli.storage.log_head import rewrite_head
 from tests.storage.builders import guide_info, guide_samples, new_run
 
 

@@ -7,31 +7,31 @@ import pytest
 
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.storage.files import explain_write_error
-from npo_cli.storage.journal_head import JournalHead, read_head, start_journal
 from npo_cli.storage.jsonl import JsonlLog, append_bytes
 from npo_cli.storage.layout import head_path
+from npo_cli.storage.log_head import LogHead, read_head, start_log
 
 
-def test_a_missing_journal_is_empty(tmp_path):
-    journal = JsonlLog(tmp_path / "deep" / "a.jsonl")
-    assert list(journal.iter_rows()) == []
-    assert list(journal.iter_rows()) == []
-    assert journal.repair() == 0
+def test_a_missing_log_is_empty(tmp_path):
+    log = JsonlLog(tmp_path / "deep" / "a.jsonl")
+    assert list(log.iter_rows()) == []
+    assert list(log.iter_rows()) == []
+    assert log.repair() == 0
     assert not (tmp_path / "deep").exists()
 
 
 def test_lines_come_back_in_order(tmp_path):
-    journal = JsonlLog(tmp_path / "a.jsonl")
-    journal.append({"step": 1})
-    journal.extend([{"step": 2}, {"step": 3}])
-    assert [row["step"] for row in journal.iter_rows()] == [1, 2, 3]
-    assert list(journal.iter_rows())[-1] == {"step": 3}
-    assert journal.path.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":3}\n'
+    log = JsonlLog(tmp_path / "a.jsonl")
+    log.append({"step": 1})
+    log.extend([{"step": 2}, {"step": 3}])
+    assert [row["step"] for row in log.iter_rows()] == [1, 2, 3]
+    assert list(log.iter_rows())[-1] == {"step": 3}
+    assert log.path.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":3}\n'
 
 
 def start(path: Path, data: bytes) -> JsonlLog:
-    """A journal of a killed command: its lines are not sealed."""
-    start_journal(path)
+    """A log of a killed command: its lines are not sealed."""
+    start_log(path)
     path.write_bytes(data)
     return JsonlLog(path)
 
@@ -39,10 +39,10 @@ def start(path: Path, data: bytes) -> JsonlLog:
 @pytest.mark.parametrize("tail", [b'{"step":2', b'{"step":2}', b"\x00\x00\x00", b"["])
 def test_a_reader_ignores_a_torn_tail_and_a_writer_cuts_it_off(tmp_path, tail: bytes):
     path = tmp_path / "a.jsonl"
-    journal = start(path, b'{"step":1}\n' + tail)
+    log = start(path, b'{"step":1}\n' + tail)
     assert list(JsonlLog(path).iter_rows()) == [{"step": 1}]
     assert path.read_bytes() == b'{"step":1}\n' + tail  # reading changed nothing
-    journal.append({"step": 2, "new": True})
+    log.append({"step": 2, "new": True})
     assert path.read_bytes() == b'{"step":1}\n{"step":2,"new":true}\n'
 
 
@@ -67,13 +67,13 @@ def test_repair_says_how_much_it_cut(tmp_path):
     assert JsonlLog(path).repair() == 0
 
 
-def test_sealed_journal_must_hold_every_byte_of_its_head(tmp_path):
+def test_sealed_log_must_hold_every_byte_of_its_head(tmp_path):
     path = tmp_path / "a.jsonl"
-    journal = JsonlLog(path)
-    journal.extend([{"step": 1}, {"step": 2}, {"step": 3}])
-    head = journal.seal()
+    log = JsonlLog(path)
+    log.extend([{"step": 1}, {"step": 2}, {"step": 3}])
+    head = log.seal()
     whole = path.read_bytes()
-    assert head == JournalHead(lines=3, size=33, crc32=zlib.crc32(whole))
+    assert head == LogHead(lines=3, size=33, crc32=zlib.crc32(whole))
     damaged = {
         "it has 2 lines, and 3 were written": whole[:22],
         "it has 0 lines, and 3 were written": b"",
@@ -102,22 +102,22 @@ def test_sealed_journal_must_hold_every_byte_of_its_head(tmp_path):
 def test_sealing_continues_the_checksum_and_leaves_a_torn_tail_out(tmp_path):
     path = tmp_path / "a.jsonl"
     for number in range(4):
-        journal = JsonlLog(path)
-        journal.append({"step": number})
+        log = JsonlLog(path)
+        log.append({"step": number})
         with path.open("ab") as file:
             file.write(b'{"torn')
-        assert journal.seal().lines == number + 1
+        assert log.seal().lines == number + 1
     whole = b"".join(b'{"step":%d}\n' % number for number in range(4))
-    assert read_head(path) == JournalHead(lines=4, size=44, crc32=zlib.crc32(whole))
+    assert read_head(path) == LogHead(lines=4, size=44, crc32=zlib.crc32(whole))
     assert path.read_bytes() == whole + b'{"torn'
 
 
 def test_a_step_done_again_is_compared_and_not_written(tmp_path):
     path = tmp_path / "a.jsonl"
-    journal = JsonlLog(path)
-    assert journal.append_once({"step": 1, "reward": 0.5}) == "written"
-    assert journal.append_once({"step": 1, "reward": 0.5}) == "same"
-    assert journal.append_once({"step": 1, "reward": 0.25}) == "differs"
+    log = JsonlLog(path)
+    assert log.append_once({"step": 1, "reward": 0.5}) == "written"
+    assert log.append_once({"step": 1, "reward": 0.5}) == "same"
+    assert log.append_once({"step": 1, "reward": 0.25}) == "differs"
     assert JsonlLog(path).append_once({"step": 1, "reward": 0.5}) == "same"
     assert JsonlLog(path).append_once({"step": 2, "kl": math.nan}) == "written"
     assert JsonlLog(path).append_once({"step": 2, "kl": math.nan}) == "same"
@@ -125,34 +125,34 @@ def test_a_step_done_again_is_compared_and_not_written(tmp_path):
 
 
 def test_a_key_may_be_several_fields(tmp_path):
-    journal = JsonlLog(tmp_path / "a.jsonl")
-    assert journal.append_once({"step": 1, "prompt": "a"}, key=("step", "prompt")) == "written"
-    assert journal.append_once({"step": 1, "prompt": "b"}, key=("step", "prompt")) == "written"
-    assert journal.append_once({"step": 1, "prompt": "b", "x": 0}, key=("step", "prompt")) == "differs"
+    log = JsonlLog(tmp_path / "a.jsonl")
+    assert log.append_once({"step": 1, "prompt": "a"}, key=("step", "prompt")) == "written"
+    assert log.append_once({"step": 1, "prompt": "b"}, key=("step", "prompt")) == "written"
+    assert log.append_once({"step": 1, "prompt": "b", "x": 0}, key=("step", "prompt")) == "differs"
 
 
 def test_append_once_sees_lines_appended_in_between(tmp_path):
-    journal = JsonlLog(tmp_path / "a.jsonl")
-    journal.append_once({"step": 1})
-    journal.append({"step": 2})
-    assert journal.append_once({"step": 2}) == "same"
+    log = JsonlLog(tmp_path / "a.jsonl")
+    log.append_once({"step": 1})
+    log.append({"step": 2})
+    assert log.append_once({"step": 2}) == "same"
 
 
 def test_a_full_disk_takes_back_the_line_and_keeps_the_rest(tmp_path):
-    journal = JsonlLog(tmp_path / "a.jsonl")
-    journal.append({"step": 1})  # 11 bytes
+    log = JsonlLog(tmp_path / "a.jsonl")
+    log.append({"step": 1})  # 11 bytes
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
         with pytest.raises(RunFailed, match="no room left to write") as caught:
-            journal.append({"step": 2, "text": "does not fit into nine bytes"})
+            log.append({"step": 2, "text": "does not fit into nine bytes"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "npo resume" in caught.value.hint
-    assert journal.path.read_bytes() == b'{"step":1}\n'
-    journal.append({"step": 2})
-    journal.sync()
-    assert journal.path.read_bytes() == b'{"step":1}\n{"step":2}\n'
+    assert log.path.read_bytes() == b'{"step":1}\n'
+    log.append({"step": 2})
+    log.sync()
+    assert log.path.read_bytes() == b'{"step":1}\n{"step":2}\n'
 
 
 def test_a_device_without_room_is_a_full_disk():

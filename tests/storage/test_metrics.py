@@ -11,8 +11,8 @@ def report(step: int, *, reward: float = 0.5, seconds: float = 1.0) -> StepRepor
 
 def test_measurements_hold_no_clock_so_that_two_runs_can_be_compared_with_cmp(tmp_path):
     run = new_run(tmp_path)
-    journals = StepLog(run, "main", updates_per_step=1)
-    assert journals.write(report(1)) == "written"
+    logs = StepLog(run, "main", updates_per_step=1)
+    assert logs.write(report(1)) == "written"
     assert run.metrics_path("main").read_bytes() == b'{"step":1,"branch":"main","tokens":16,"reward":0.5}\n'
     timing = json.loads(run.timings_path("main").read_text())
     assert timing.pop("time").endswith("+00:00")

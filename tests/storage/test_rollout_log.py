@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
-from npo_cli.storage.journal_head import read_head, seal_journal
+from npo_cli.storage.log_head import read_head, seal_log
 from npo_cli.storage.rollout_log import RolloutLog, decode_float32, encode_float32
 from npo_cli.types.rollouts import Group, ImageRef, Message, Prompt, TokenSpan
 from tests.storage.builders import group, rollout
@@ -48,35 +48,35 @@ def test_rollout_log_roundtrip(tmp_path):
         group("p0"),
         Group(prompt=chat, rollouts=(rollout(0, prompt_id="chat:1"), seated), injection_status="injected"),
     )
-    journal = RolloutLog(tmp_path / "r.jsonl")
-    assert journal.write_step(3, written) == "written"
+    log = RolloutLog(tmp_path / "r.jsonl")
+    assert log.write_step(3, written) == "written"
     assert RolloutLog(tmp_path / "r.jsonl").read_step(3) == written
     assert written[1].rollouts[1].guide_step == 40
 
 
 def test_rollout_log_missing_step_is_none(tmp_path):
-    journal = RolloutLog(tmp_path / "r.jsonl")
-    assert journal.read_step(1) is None
-    assert journal.steps() == ()
-    assert list(journal.iter_groups()) == []
+    log = RolloutLog(tmp_path / "r.jsonl")
+    assert log.read_step(1) is None
+    assert log.steps() == ()
+    assert list(log.iter_groups()) == []
 
 
 def test_rollout_log_rewritten_step_is_compared(tmp_path):
-    journal = RolloutLog(tmp_path / "r.jsonl")
-    journal.write_step(1, [group("a"), group("b")])
-    before = journal.path.read_bytes()
-    assert journal.write_step(1, [group("a"), group("b")]) == "same"
-    assert RolloutLog(journal.path).write_step(1, [group("b"), group("a")]) == "differs"
-    assert journal.path.read_bytes() == before
+    log = RolloutLog(tmp_path / "r.jsonl")
+    log.write_step(1, [group("a"), group("b")])
+    before = log.path.read_bytes()
+    assert log.write_step(1, [group("a"), group("b")]) == "same"
+    assert RolloutLog(log.path).write_step(1, [group("b"), group("a")]) == "differs"
+    assert log.path.read_bytes() == before
 
 
 def test_rollout_log_groups_by_step_and_prompt(tmp_path):
-    journal = RolloutLog(tmp_path / "r.jsonl")
-    journal.write_step(1, [group("a"), group("b")])
-    journal.write_step(2, [group("b")])
-    assert [(step, found.prompt.prompt_id) for step, found in journal.iter_groups()] == [(1, "a"), (1, "b"), (2, "b")]
-    assert [step for step, _ in journal.iter_groups(prompt_id="b")] == [1, 2]
-    assert [found.prompt.prompt_id for _, found in journal.iter_groups(step=1)] == ["a", "b"]
+    log = RolloutLog(tmp_path / "r.jsonl")
+    log.write_step(1, [group("a"), group("b")])
+    log.write_step(2, [group("b")])
+    assert [(step, found.prompt.prompt_id) for step, found in log.iter_groups()] == [(1, "a"), (1, "b"), (2, "b")]
+    assert [step for step, _ in log.iter_groups(prompt_id="b")] == [1, 2]
+    assert [found.prompt.prompt_id for _, found in log.iter_groups(step=1)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("num_lost", [1, 30, 700])
@@ -111,7 +111,7 @@ def test_rollout_log_incomplete_step_that_a_later_command_sealed_is_removed_from
     both = path.read_bytes()
     path.write_bytes(both[:-20])
     assert path.read_bytes().count(b"\n") == 2  # killed after the first of two groups
-    assert seal_journal(path).lines == 2
+    assert seal_log(path).lines == 2
     assert RolloutLog(path).repair() > 0
     assert (path.read_bytes(), read_head(path).lines) == (whole, 1)
     assert RolloutLog(path).write_step(2, [group("a"), group("b")]) == "written"
@@ -122,7 +122,7 @@ def test_rollout_log_that_was_cut_or_changed_is_damage(tmp_path):
     path = tmp_path / "r.jsonl"
     for step in (1, 2):
         RolloutLog(path).write_step(step, [group("a")])
-    seal_journal(path)
+    seal_log(path)
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     for data in (lines[0], b"", whole.replace(b"-0.25", b"-0.35"), lines[0] + whole):

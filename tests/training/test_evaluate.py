@@ -4,8 +4,8 @@ import pytest
 
 from npo_cli.session.session import open_task
 from npo_cli.storage.evals import hash_prompt, read_evals, read_prompt_results
-from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
+from npo_cli.storage.log_head import rewrite_head
 from npo_cli.training.evaluate import evaluate_policy, evaluate_run, summarize_eval
 from npo_cli.types.rollouts import EvalReport, Prompt, Rollout
 from npo_cli.types.rollouts import Group as Answered

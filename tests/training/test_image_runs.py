@@ -16,8 +16,8 @@ from npo_cli.report.prompt_history import render_prompt_text
 from npo_cli.session.session import open_task
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import load_guide
-from npo_cli.storage.journal_head import rewrite_head
 from npo_cli.storage.layout import open_run
+from npo_cli.storage.log_head import rewrite_head
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.tasks.file_dataset import load_file_prompts
 from npo_cli.training.train import train_run

@@ -44,11 +44,11 @@ def whole(trained, tmp_path_factory) -> Path:
 
 def generated(run: RunDir, branch: str, steps: range) -> int:
     """Own tokens in the rollouts themselves; a guide's answer was paid for elsewhere."""
-    journal = RolloutLog(run.rollouts_path(branch))
+    log = RolloutLog(run.rollouts_path(branch))
     return sum(
         len(rollout.response_ids)
         for step in steps
-        for _, group in journal.iter_groups(step=step)
+        for _, group in log.iter_groups(step=step)
         for rollout in group.rollouts
         if rollout.source == "own"
     )

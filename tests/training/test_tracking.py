@@ -90,8 +90,8 @@ def test_tracker_logs_autonpo_events_on_their_branch(tmp_path):
 
 
 def test_tracker_logs_evaluations_at_their_steps(shown):
-    journal = [json.loads(line) for line in (shown / "evals.jsonl").read_text().splitlines()]
-    wanted = [(row["step"], pytest.approx(row["accuracy"])) for row in journal if row["branch"] == "main"]
+    log = [json.loads(line) for line in (shown / "evals.jsonl").read_text().splitlines()]
+    wanted = [(row["step"], pytest.approx(row["accuracy"])) for row in log if row["branch"] == "main"]
     assert [step for step, _ in wanted] == [0, 2, 4]
     assert curve(shown, "main", "eval/accuracy") == wanted
 

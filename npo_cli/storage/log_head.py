@@ -1,6 +1,6 @@
-"""Heads: what a journal must hold. Beside `X.jsonl` lies `X.jsonl.head` with lines, bytes and a running checksum.
+"""Heads: what a log must hold. Beside `X.jsonl` lies `X.jsonl.head` with lines, bytes and a running checksum.
 
-A head is written when its journal is sealed: at each checkpoint, at the end of a command, and after each line that must
+A head is written when its log is sealed: at each checkpoint, at the end of a command, and after each line that must
 not be lost. What it counts must be there, byte for byte; anything else is damage. Lines after it are those of a killed
 command. The checksum continues from the old head, so sealing reads the new lines alone.
 """
@@ -30,8 +30,8 @@ BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JournalHead:
-    """The sealed part of a journal."""
+class LogHead:
+    """The sealed part of a log."""
 
     lines: int
     size: int
@@ -39,47 +39,47 @@ class JournalHead:
     crc32: int
     """zlib's CRC-32 of these bytes."""
     is_accepted: bool = False
-    """Whether a user took the journal as it was: what checkpoints and artifacts recorded of it does not hold."""
+    """Whether a user took the log as it was: what checkpoints and artifacts recorded of it does not hold."""
 
 
-EMPTY = JournalHead(lines=0, size=0, crc32=0)
+EMPTY = LogHead(lines=0, size=0, crc32=0)
 
 
-def journal_damage(path: Path, detail: str) -> NpoError:
-    """The error for a journal that is not as it was written."""
+def damaged_log_error(path: Path, detail: str) -> NpoError:
+    """The error for a log that is not as it was written."""
     roots = [folder for folder in path.parents if (folder / RUN_INFO_FILE).exists()]
     verify = f"; what is whole: npo verify {quote_path(roots[0])}" if roots else ""
     return NpoError(f"{path} is damaged: {detail}", f"restore it from a copy of the run directory{verify}")
 
 
-def read_head(path: Path) -> JournalHead:
-    """The head of a journal; empty where neither is there yet."""
+def read_head(path: Path) -> LogHead:
+    """The head of a log; empty where neither is there yet."""
     there = head_path(path)
     if there.exists():
-        return decode_record(JournalHead, read_json(there), there)
+        return decode_record(LogHead, read_json(there), there)
     if path.exists():
-        raise journal_damage(path, f"its head {there.name} is missing")
+        raise damaged_log_error(path, f"its head {there.name} is missing")
     return EMPTY
 
 
-def check_size(path: Path, head: JournalHead | None = None) -> JournalHead:
-    """The head of a journal (or an older record of it) that is at least as long as it says; no line is read."""
+def check_size(path: Path, head: LogHead | None = None) -> LogHead:
+    """The head of a log (or an older record of it) that is at least as long as it says; no line is read."""
     own = read_head(path)
     head = own if head is None or own.is_accepted else head
     if head.size and not path.exists():
-        raise journal_damage(path, f"it is missing, and {head.lines:,} lines were written")
+        raise damaged_log_error(path, f"it is missing, and {head.lines:,} lines were written")
     if head.size and path.stat().st_size < head.size:
-        raise journal_damage(path, _describe_difference(path, head))
+        raise damaged_log_error(path, _describe_difference(path, head))
     return head
 
 
-def check_journal(path: Path, head: JournalHead | None = None) -> JournalHead:
-    """The head of a journal (or an older record of it) whose bytes are those that were sealed."""
+def check_log(path: Path, head: LogHead | None = None) -> LogHead:
+    """The head of a log (or an older record of it) whose bytes are those that were sealed."""
     head = check_size(path, head)
     if head.size:
         state = path.stat()
         if _checksum(path, head.size, (state.st_ino, state.st_size, state.st_mtime_ns)) != head.crc32:
-            raise journal_damage(path, _describe_difference(path, head))
+            raise damaged_log_error(path, _describe_difference(path, head))
     return head
 
 
@@ -93,7 +93,7 @@ def _checksum(path: Path, size: int, state: tuple[int, int, int]) -> int:
     return found
 
 
-def _describe_difference(path: Path, head: JournalHead) -> str:
+def _describe_difference(path: Path, head: LogHead) -> str:
     number = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -118,14 +118,14 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def encode_head(head: JournalHead) -> dict[str, Any]:
+def encode_head(head: LogHead) -> dict[str, Any]:
     """The head as JSON; `is_accepted` is left out where it is false."""
     return {name: value for name, value in to_row(head).items() if name != "is_accepted" or value}
 
 
 @on_main_rank
-def start_journal(path: Path) -> None:
-    """Write an empty head before the first line: a journal without a head has lost it."""
+def start_log(path: Path) -> None:
+    """Write an empty head before the first line: a log without a head has lost it."""
     if not head_path(path).exists():
         if not path.parent.is_dir():  # a run directory that was moved away would begin again
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
@@ -133,10 +133,10 @@ def start_journal(path: Path) -> None:
 
 
 @on_main_rank
-def seal_journal(path: Path) -> JournalHead:
-    """Force a journal down to the disk and count its whole lines in its head, which is returned.
+def seal_log(path: Path) -> LogHead:
+    """Force a log down to the disk and count its whole lines in its head, which is returned.
 
-    A journal that is shorter than its head keeps it: that is damage, which stays reported.
+    A log that is shorter than its head keeps it: that is damage, which stays reported.
     """
     head = read_head(path)
     if not path.exists() or path.stat().st_size <= head.size:
@@ -156,10 +156,10 @@ def seal_journal(path: Path) -> JournalHead:
 
 
 @on_main_rank
-def rewrite_head(path: Path, *, size: int | None = None, is_accepted: bool = False) -> JournalHead:
-    """Let the head count the whole lines of the journal's first `size` bytes (None: of all), whatever it said."""
+def rewrite_head(path: Path, *, size: int | None = None, is_accepted: bool = False) -> LogHead:
+    """Let the head count the whole lines of the log's first `size` bytes (None: of all), whatever it said."""
     data = path.read_bytes()[:size]
     whole = data[: data.rfind(b"\n") + 1]
-    head = JournalHead(lines=whole.count(b"\n"), size=len(whole), crc32=zlib.crc32(whole), is_accepted=is_accepted)
+    head = LogHead(lines=whole.count(b"\n"), size=len(whole), crc32=zlib.crc32(whole), is_accepted=is_accepted)
     write_json_atomic(head_path(path), encode_head(head))
     return head
