@@ -35,6 +35,10 @@ def render_cli() -> str:
         "[settings](settings.md). Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped by a signal. "
         "`NPO_DEBUG=1` prints tracebacks.",
         "",
+        "With `--json` a command prints JSON lines on stdout, each with the name of its type in `record`; progress stays "
+        "on stderr. An error is then the last line on stdout, usage errors included: "
+        '`{"record": "error", "error": MESSAGE, "hint": HINT, "exit_code": 2}`.',
+        "",
     ]
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for group in GROUPS:

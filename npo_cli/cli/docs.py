@@ -1,12 +1,14 @@
 """`npo docs`: the pages of docs/ in the terminal."""
 
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from npo_cli.cli.options import JsonOpt
 from npo_cli.cli.terminal import is_terminal, print_data
 from npo_cli.errors import NpoError
 
@@ -18,15 +20,21 @@ def docs(
         str | None,
         typer.Argument(metavar="TOPIC", help="Page, such as glossary or how-to/lora.", show_default=False),
     ] = None,
+    *,
+    as_json: JsonOpt = False,
 ) -> None:
     """Print a page of the documentation, or list the pages.
 
     Formatted on a terminal; the Markdown source when piped.
     """
     if topic is None:
-        _print_topics()
+        _print_topics(as_json=as_json)
         return
-    text = find_page(topic).read_text(encoding="utf-8")
+    page = find_page(topic)
+    text = page.read_text(encoding="utf-8")
+    if as_json:
+        print_data(json.dumps({"record": "page", "topic": topic, "title": read_title(page), "text": text}))
+        return
     if not is_terminal(sys.stdout):
         print_data(text.rstrip())
         return
@@ -73,10 +81,14 @@ def read_title(page: Path) -> str:
         return next(headings, page.stem)
 
 
-def _print_topics() -> None:
+def _print_topics(*, as_json: bool) -> None:
     from npo_cli.cli.output import print_table
     from npo_cli.report.table import Table
 
     folder = find_docs_folder()
     rows = [(topic, read_title(folder / f"{topic}.md")) for topic in list_topics()]
+    if as_json:
+        for topic, title in rows:
+            print_data(json.dumps({"record": "page", "topic": topic, "title": title}))
+        return
     print_table(Table(title="Pages (npo docs TOPIC prints one)", header=("topic", "title"), rows=rows, notes=()))

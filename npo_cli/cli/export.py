@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, BranchOpt, RunArg
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
 
@@ -32,6 +32,7 @@ def export(
     ] = "trl",
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Export a guide cache or a checkpoint for other programs.
 
@@ -49,4 +50,4 @@ def export(
         records = export_guide(run, guide, out=out, form=columns)
     else:
         records = export_checkpoint(run, step=step or 0, branch=branch, out=out)
-    print_records(records, as_json=False)
+    print_records(records, as_json=as_json)

@@ -1,10 +1,12 @@
 """The `npo` command: the table of commands, and the one place where errors become messages and exit codes.
 
-Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped by a signal. Heavy imports wait inside the commands.
+Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped by a signal. With --json an error is one JSON line on stdout,
+the last one. Heavy imports wait inside the commands.
 """
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import sys
@@ -14,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -29,7 +31,8 @@ from npo_cli.cli.doctor import doctor
 from npo_cli.cli.evaluate import evaluate
 from npo_cli.cli.export import export
 from npo_cli.cli.index import index
-from npo_cli.cli.options import OLD_COMMANDS, suggest_new_option
+from npo_cli.cli.init import init
+from npo_cli.cli.options import JSON_FLAG, OLD_COMMANDS, suggest_new_option
 from npo_cli.cli.plan import plan
 from npo_cli.cli.recipes import recipes
 from npo_cli.cli.report import report
@@ -58,9 +61,11 @@ class Command:
     example: str
 
 
-WORKFLOW, AUTONPO, INSPECT, COMPARE, TOOLS = "Workflow", "AutoNPO", "Inspect a run", "Compare", "Tools"
-GROUPS = (WORKFLOW, AUTONPO, INSPECT, COMPARE, TOOLS)
+START, WORKFLOW, AUTONPO, INSPECT = "Start a project", "Workflow", "AutoNPO", "Inspect a run"
+COMPARE, TOOLS = "Compare", "Tools"
+GROUPS = (START, WORKFLOW, AUTONPO, INSPECT, COMPARE, TOOLS)
 COMMANDS = {
+    "init": Command(function=init, group=START, example="npo init my-project"),
     "train": Command(function=train, group=WORKFLOW, example="npo train micro runs/first train.num_steps=200"),
     "index": Command(function=index, group=WORKFLOW, example="npo index runs/first"),
     "score-checkpoints": Command(
@@ -159,21 +164,19 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         sys.exit(_run(args) or 0)
     except NpoError as error:
-        label = "" if isinstance(error, StoppedEarly) else "error: "
-        _explain(f"{label}{error.message}", error.hint)
-        sys.exit(error.exit_code)
+        _leave(error.message, error.hint, code=error.exit_code, args=args)
     except CommandLineError as error:
-        if args:
-            _explain(*_describe_usage_error(error, args))
-        else:
+        if not args:
             error.show()  # `npo` alone prints the help page
-        sys.exit(error.exit_code)
+            sys.exit(error.exit_code)
+        _leave(*_describe_usage_error(error, args), code=error.exit_code, args=args)
     except OSError as error:
-        _explain(f"error: {error.strerror or error}: {error.filename}", "check permissions, or choose another path")
-        sys.exit(2 if error.errno in BAD_PATH_ERRNOS else 1)
+        code = 2 if error.errno in BAD_PATH_ERRNOS else 1
+        hint = "check permissions, or choose another path"
+        _leave(f"{error.strerror or error}: {error.filename}", hint, code=code, args=args)
     except Exception as error:  # a bug of npo: one line, and how to see the traceback
-        _explain(f"error: {type(error).__name__}: {error}", "NPO_DEBUG=1 shows where it happened; please report it")
-        sys.exit(1)
+        hint = "NPO_DEBUG=1 shows where it happened; please report it"
+        _leave(f"{type(error).__name__}: {error}", hint, code=1, args=args)
     finally:
         current_group().finish()
 
@@ -182,13 +185,13 @@ def _describe_usage_error(error: Any, args: Sequence[str]) -> tuple[str, str]:
     """Message and hint for a mistake on the command line; a renamed command or option is answered with the new one."""
     command, option = args[0], getattr(error, "option_name", None)
     if command in OLD_COMMANDS:
-        return f"error: there is no command {command}: use {OLD_COMMANDS[command]}", OLD_COMMANDS[command]
+        return f"there is no command {command}: use {OLD_COMMANDS[command]}", OLD_COMMANDS[command]
     if command not in COMMANDS:
-        return f"error: {error.format_message()}", "npo --help"
+        return f"{error.format_message()}", "npo --help"
     new = suggest_new_option(command, option, args) if option else None
     if new:
-        return f"error: npo {command} has no option {option}: use {new}", f"npo {command} --help"
-    return f"error: {error.format_message()}", f"npo {command} --help"
+        return f"npo {command} has no option {option}: use {new}", f"npo {command} --help"
+    return f"{error.format_message()}", f"npo {command} --help"
 
 
 def _run(args: Sequence[str]) -> int | None:
@@ -214,14 +217,19 @@ def _run(args: Sequence[str]) -> int | None:
         return command()
 
 
-def _explain(message: str, hint: str) -> None:
-    if not current_group().reports_errors:
-        return
-    if os.environ.get("NPO_DEBUG") == "1":
-        print_status(traceback.format_exc())
-    print_status(_one_line(message), style="31")
-    if hint:
-        print_status(f"  try: {_one_line(hint)}", style="2")
+def _leave(message: str, hint: str, *, code: int, args: Sequence[str]) -> NoReturn:
+    """Report an error, and leave: two lines on stderr, or with --json one line of JSON on stdout."""
+    if current_group().reports_errors:
+        if os.environ.get("NPO_DEBUG") == "1":
+            print_status(traceback.format_exc())
+        if JSON_FLAG in args:
+            print_data(json.dumps({"record": "error", "error": message, "hint": hint, "exit_code": code}))
+        else:
+            label = "" if code == StoppedEarly.exit_code else "error: "
+            print_status(f"{label}{_one_line(message)}", style="31")
+            if hint:
+                print_status(f"  try: {_one_line(hint)}", style="2")
+    sys.exit(code)
 
 
 def _one_line(text: str) -> str:

@@ -42,7 +42,8 @@ AllowCodeOpt = Annotated[
     bool,
     typer.Option("--allow-code", callback=_permit_code, help="Allow the recipe to import and run a custom verifier."),
 ]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON lines on stdout and nothing else.")]
+JSON_FLAG = "--json"
+JsonOpt = Annotated[bool, typer.Option(JSON_FLAG, help="Print JSON lines on stdout and nothing else, errors included.")]
 
 OLD_COMMANDS = {
     "base": "python recipes/make_micro_base.py OUT",

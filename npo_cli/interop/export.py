@@ -22,6 +22,7 @@ from npo_cli.storage.lock import atomic_directory
 from npo_cli.storage.metrics import find_source_trainer
 from npo_cli.tasks.table_io import ExportedResponse, TableFormat, validate_table_path, write_table
 from npo_cli.types.rollouts import EvalReport, Notice
+from npo_cli.types.views import WrittenFile
 
 PAPER = "2604.20733"
 
@@ -107,7 +108,7 @@ BASE_PATH_FILE = "npo_base.json"
 """Local path of the base of LoRA adapters: not exported."""
 
 
-def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iterator[Notice]:
+def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iterator[Notice | WrittenFile]:
     """Write every response of the cache with its prompt, in the task's order of prompts."""
     validate_table_path(out)
     run = open_run(root)
@@ -134,6 +135,7 @@ def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iter
     with explain_write_error(out):
         converted = write_table(out, responses, table_format=form)
     yield Notice(message=f"wrote {len(responses)} responses to {len(guide)} prompts to {out}")
+    yield WrittenFile(path=str(out), content="guide cache")
     if converted:
         yield Notice(
             message="plain prompts were converted to chats of one user message; token ids and log-probabilities belong "
@@ -142,7 +144,7 @@ def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iter
         )
 
 
-def export_checkpoint(root: Path, *, step: int, branch: str | None, out: Path) -> Iterator[Notice]:
+def export_checkpoint(root: Path, *, step: int, branch: str | None, out: Path) -> Iterator[Notice | WrittenFile]:
     """Copy the files that `from_pretrained` (or peft) loads, after verifying their digests; add a README.md."""
     run = open_run(root)
     branch = branch or find_newest_branch(run)
@@ -158,3 +160,4 @@ def export_checkpoint(root: Path, *, step: int, branch: str | None, out: Path) -
     yield Notice(
         message=f"wrote step {step} of {checkpoint.branch} to {out}; model card: {quote_path(out / 'README.md')}"
     )
+    yield WrittenFile(path=str(out), content="checkpoint")

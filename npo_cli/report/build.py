@@ -14,6 +14,7 @@ from npo_cli.storage.files import write_text_atomic
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_first_segment, find_newest_branch
 from npo_cli.types.rollouts import Notice, Progress
+from npo_cli.types.views import WrittenFile
 
 HTML_SUFFIXES = (".html", ".htm")
 HEAD_BYTES = 2000
@@ -22,7 +23,7 @@ HEAD_BYTES = 2000
 
 def write_report(
     roots: Sequence[Path], out: Path, *, plots_folder: Path | None, branch: str | None = None
-) -> Iterator[Progress | Notice]:
+) -> Iterator[Progress | Notice | WrittenFile]:
     """One section per run, after an overview if there are several; with `plots_folder` also the plots as files."""
     validate_output(out)
     if plots_folder is not None and plots_folder.exists() and not plots_folder.is_dir():
@@ -42,11 +43,13 @@ def write_report(
     write_text_atomic(out, html)
     seconds = time.monotonic() - began
     yield Notice(message=f"report: {out}, {format_bytes(len(html.encode()))}, {seconds:.1f} s")
+    yield WrittenFile(path=str(out), content="report")
     if plots_folder is not None:
         plots = list_plots(sections)
         for plot in plots:
             save_plot(plot, plots_folder)
         yield Notice(message=f"figures: {len(plots)} as PNG and SVG in {plots_folder}")
+        yield WrittenFile(path=str(plots_folder), content="figures")
 
 
 def open_labelled_runs(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:

@@ -19,6 +19,7 @@ from npo_cli.report.table import (
 )
 from npo_cli.report.tables_autonpo import AUTONPO_TABLES
 from npo_cli.report.tables_calibration import CALIBRATION_TABLES
+from npo_cli.report.tables_checks import CHECK_TABLES
 from npo_cli.report.tables_compare import COMPARE_TABLES, tuning_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables
 from npo_cli.report.tables_memory import PLAN_TABLES
@@ -28,7 +29,6 @@ from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
 from npo_cli.types.scores import CandidateScore
 from npo_cli.types.views import (
-    DoctorCheck,
     GroupView,
     PromptHistory,
     PromptVisit,
@@ -191,16 +191,6 @@ def recipes_tables(views: Sequence[RecipeView]) -> tuple[Table, ...]:
     return (build_table("Recipes", views, (text_column("name"), text_column("purpose", "description"))),)
 
 
-def checks_tables(checks: Sequence[DoctorCheck]) -> tuple[Table, ...]:
-    """`-` marks an optional part that is absent, `BAD` a fault."""
-    words = {(True, True): "ok", (True, False): "ok", (False, False): "-", (False, True): "BAD"}
-    columns = (
-        Column("", lambda one: words[one.is_ok, one.is_required]),
-        *(text_column("part", "name"), text_column("found", "detail"), Column("fix", lambda one: one.hint)),
-    )
-    return (build_table("This machine", checks, columns),)
-
-
 NUM_NEWEST = 10
 
 TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
@@ -221,6 +211,6 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     PromptVisit: visits_tables,
     RecipeView: recipes_tables,
     TunedSetting: tuning_tables,
-    DoctorCheck: checks_tables,
+    **CHECK_TABLES,
 }
 """The tables of each kind of record, in the order in which they are printed."""

@@ -1,7 +1,7 @@
 """Custom verifiers: `file.py:function`, called as function(prompt=, response=, answer=).
 
-The file is user code, so it runs only with --allow-code, and in a process that can be killed; what it prints goes to
-stderr. True, or a number of at least 1, is correct; anything less is wrong.
+The file is user code, so it runs only with --allow-code (the unchanged one of `npo init` without), and in a process
+that can be killed; what it prints goes to stderr. True, or a number of at least 1, is correct; anything less is wrong.
 """
 
 import ast
@@ -20,6 +20,7 @@ from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
 SIGNATURE_HINT = "write def function(prompt, response, answer)"
+PROJECT_VERIFIER = Path(__file__).parents[1] / "assets" / "project" / "grade.py"
 _IS_CODE_ALLOWED: ContextVar[bool] = ContextVar("is_code_allowed", default=False)
 
 
@@ -81,17 +82,22 @@ def is_custom_verifier(verifier: str) -> bool:
 def make_custom_verifier(verifier: str, *, num_workers: int, timeout: float) -> CustomVerifier:
     """The verifier for `file.py:function`. The file is parsed here, and run only when the answers are checked."""
     file, _, function = verifier.rpartition(":")
-    if not _IS_CODE_ALLOWED.get():
+    path = Path(file).expanduser().resolve()
+    if not _IS_CODE_ALLOWED.get() and not is_shipped_file(path):
         raise NpoError(
             f"task.verifier={verifier} is user code, which runs only with --allow-code",
             "read the file, then add --allow-code to the command",
         )
-    path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise NpoError(f"task.verifier names a file that does not exist: {path}", "fix the path before the colon")
     _require_function(path, function)
     build = partial(build_custom_check, str(path), function)
     return CustomVerifier(VerifierPool(build=build, num_workers=num_workers, timeout=timeout))
+
+
+def is_shipped_file(path: Path) -> bool:
+    """Whether a file is, byte for byte, the verifier that `npo init` writes: npo's own code needs no permission."""
+    return path.is_file() and path.read_bytes() == PROJECT_VERIFIER.read_bytes()
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -107,6 +107,17 @@ class DoctorCheck:
     """What to do about it."""
     is_required: bool = True
     """False for an optional part: its absence is no fault."""
+    group: str = ""
+    """Checks of one group that passed are shown in one line."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenFile:
+    """A file or folder that a command wrote."""
+
+    path: str
+    content: str
+    """What it is, in a few words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

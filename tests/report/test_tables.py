@@ -1,5 +1,4 @@
 from npo_cli.report.tables import (
-    checks_tables,
     evals_tables,
     groups_tables,
     guides_tables,
@@ -10,7 +9,7 @@ from npo_cli.report.tables import (
 )
 from npo_cli.types.guides import GuideCacheInfo, SourceSpec
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
-from npo_cli.types.views import DoctorCheck, GroupView, RolloutView
+from npo_cli.types.views import GroupView, RolloutView
 from tests.report.samples import group, rollout
 
 
@@ -96,13 +95,3 @@ def test_group_table_reward_is_the_mean_over_rollouts():
     mixed = group(rollout(0, reward=0.0), rollout(1, reward=1.0, source="guide"), mix="injected", own_accuracy=0.0)
     (table,) = groups_tables([GroupView(branch="near", step=81, group=mixed)])
     assert table.rows == (("near", "81", "p1", "2", "0.000", "0.500", "injected"),)
-
-
-def test_an_absent_optional_part_is_no_fault():
-    checks = [
-        DoctorCheck(name="torch", is_ok=True, detail="2.13"),
-        DoctorCheck(name="vllm", is_ok=False, detail="not installed", is_required=False),
-        DoctorCheck(name="disk", is_ok=False, detail="0 B", hint="free some"),
-    ]
-    (table,) = checks_tables(checks)
-    assert [row[0] for row in table.rows] == ["ok", "-", "BAD"]

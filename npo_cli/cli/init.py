@@ -1,0 +1,53 @@
+"""`npo init`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.output import to_json_line
+from npo_cli.cli.terminal import escape_for_terminal, print_data
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.types.views import WrittenFile
+
+PROJECT_FILES = {
+    "recipe.yaml": "the settings that differ from the defaults",
+    "grade.py": "the verifier, a function of your own",
+    "data.jsonl": "ten rows of prompt and answer",
+}
+"""Files of `assets/project`, and what they are."""
+
+FolderArg = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="Folder of the project, created if it does not exist. [default: this folder]"),
+]
+
+
+def init(folder: FolderArg = Path(), *, as_json: JsonOpt = False) -> None:
+    """Start a project: a recipe, a verifier and ten rows of data that train at once.
+
+    Existing files are never overwritten.
+    """
+    for written in write_project(folder):
+        print_data(to_json_line(written) if as_json else escape_for_terminal(f"{written.path}  {written.content}"))
+    if not as_json:
+        enter = "" if folder == Path() else f"cd {quote_path(folder)} && "
+        print_data(f"next: {enter}npo check recipe.yaml")
+
+
+def write_project(folder: Path) -> list[WrittenFile]:
+    """Write the files of a project, all or none of them."""
+    if folder.exists() and not folder.is_dir():
+        raise NpoError(f"{folder} is a file", "npo init DIR   # a new or existing folder")
+    taken = [name for name in PROJECT_FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    if taken:
+        names = ", ".join(str(folder / name) for name in taken)
+        verb = "exists" if len(taken) == 1 else "exist"
+        raise NpoError(f"{names} {verb} already; nothing was written", "npo init NEW_DIR   # or move them away")
+    folder.mkdir(parents=True, exist_ok=True)
+    templates = Path(__file__).parents[1] / "assets" / "project"
+    for name in PROJECT_FILES:
+        with (folder / name).open("xb") as file:
+            file.write((templates / name).read_bytes())
+    return [WrittenFile(path=str(folder / name), content=content) for name, content in PROJECT_FILES.items()]
