@@ -35,8 +35,8 @@ def render_cli() -> str:
         "[settings](settings.md). Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped by a signal. "
         "`NPO_DEBUG=1` prints tracebacks.",
         "",
-        "With `--json` a command prints JSON lines on stdout, each with the name of its type in `record`; progress stays "
-        "on stderr. An error is then the last line on stdout, usage errors included: "
+        "With `--json` a command prints JSON lines on stdout, each with the name of its type in `record`; progress "
+        "stays on stderr. An error is then the last line on stdout, usage errors included: "
         '`{"record": "error", "error": MESSAGE, "hint": HINT, "exit_code": 2}`.',
         "",
     ]
