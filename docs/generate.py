@@ -81,7 +81,7 @@ def render_settings() -> str:
         "The settings of a recipe, written as nested YAML or as `KEY=VALUE` on the command line "
         "(`npo recipes micro` prints all of them with values).",
         "",
-        "- *may change*: `yes`, at any `npo resume`; `fork`, only for a new branch (`npo resume --at STEP`); "
+        "- *may change*: `yes`, at any `npo resume`; `fork`, only for a new branch (`npo resume --at STEP ...`); "
         "`no`, never within a run.",
         "- *comparison*: in `npo compare`, `must match` settings have to be equal in all arms, `ignored` ones do not "
         "affect what a run learns, and `method` ones are what the arms may differ in.",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from npo_cli.errors import NpoError, quote_path
 
 if TYPE_CHECKING:
+    from npo_cli.config.loading import Purpose
     from npo_cli.config.recipe import Recipe
 
 MAX_DIGITS = 18
@@ -15,11 +16,16 @@ FIGURE_FORMATS = (".png", ".svg", ".pdf")
 
 
 def load_run_recipe(
-    root: Path, overrides: Sequence[str] | None, *, branch: str | None = None, fork: bool = True, hint: str = ""
+    root: Path,
+    overrides: Sequence[str] | None,
+    *,
+    branch: str | None = None,
+    purpose: "Purpose" = "measure",
+    hint: str = "",
 ) -> "Recipe":
     """The recipe of a branch (None: the newest) with overrides applied; the run and the branch must exist.
 
-    Changes of settings that earlier steps depend on are refused; `fork` allows those that a new branch may change.
+    Changes of settings that earlier steps depend on are refused, by `purpose` (see `check_frozen_settings`).
     `hint` replaces the default hint of the error about an unknown branch.
     """
     from npo_cli.config.loading import override_saved_recipe
@@ -31,7 +37,9 @@ def load_run_recipe(
         names = ", ".join(list_branches(run)) or "none yet"
         raise NpoError(f"{root} has no branch {branch!r}: {names}", hint or f"npo show {quote_path(root)} lineage")
     branch = branch or find_newest_branch(run)
-    return override_saved_recipe(run.read_recipe(branch), overrides or (), path=run.recipe_path(branch), fork=fork)
+    return override_saved_recipe(
+        run.read_recipe(branch), overrides or (), path=run.recipe_path(branch), purpose=purpose
+    )
 
 
 def resolve_last_step(until: int | None, recipe: "Recipe", *, after: int, autonpo: bool) -> int:

@@ -1,7 +1,8 @@
 """The base of every settings section: strict, frozen, with two marks per field.
 
 `on_resume` says when a field may change: `free` fields may change whenever a run is resumed, because nothing computed
-so far depends on them; `fork` fields may change only where a new branch is forked; all others never.
+so far depends on them; `fork` fields may change only where a new branch is forked; all others never. A command that
+samples or scores and trains nothing may change `fork` fields too, except those that are `used_by` training alone.
 
 `comparison` says what a difference means when runs are compared: `must_match` fields must be equal for a fair
 comparison, `ignored` fields do not affect what a run learns, and every other difference is part of the method. A
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 FREE = {"on_resume": "free"}
 FORK = {"on_resume": "fork"}
+FORK_TRAINING = {"on_resume": "fork", "used_by": "training"}
 MUST_MATCH = {"comparison": "must_match"}
 IGNORED = {"comparison": "ignored"}
 

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -22,6 +22,9 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 
 EXTENDS_KEY = "extends"
+FORK_HINT = "fork a new branch: add --at STEP and --guide NAME or --no-guide to the command"
+Purpose = Literal["resume", "fork", "measure"]
+"""What changed settings are for: the same branch, a new one, or a command that samples and trains nothing."""
 MAX_DEPTH = 20
 """Parts of a dotted key; settings have at most five."""
 
@@ -88,11 +91,13 @@ def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return _validate([base, *map(_parse_override, overrides)], source="the run's recipe")
 
 
-def override_saved_recipe(saved: Mapping[str, Any], overrides: Sequence[str], *, path: Path, fork: bool) -> Recipe:
+def override_saved_recipe(
+    saved: Mapping[str, Any], overrides: Sequence[str], *, path: Path, purpose: Purpose
+) -> Recipe:
     """The recipe that a run saved in `path` with overrides, refused if completed steps depend on them."""
     old = recipe_from_dict(saved, source=str(path))
     recipe = apply_overrides(old, overrides)
-    check_frozen_settings(old, recipe, fork=fork, path=path)
+    check_frozen_settings(old, recipe, purpose=purpose, path=path)
     return recipe
 
 
@@ -234,27 +239,29 @@ def diff_recipes(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     return [(key, before, after) for (key, before, _), (_, after, _) in pairs if before != after]
 
 
-def check_frozen_settings(old: Recipe, new: Recipe, *, fork: bool, path: Path | None = None) -> None:
+def check_frozen_settings(old: Recipe, new: Recipe, *, purpose: Purpose, path: Path | None = None) -> None:
     """Refuse changes of settings that completed steps depend on; `path` is the file of the old recipe.
 
-    `free` settings may always change, `fork` settings only when a new branch is forked, all others never. num_steps may
-    change only with a constant schedule: a decaying learning rate depends on it at every step.
+    `free` settings may always change, `fork` settings not within a branch, all others never. num_steps may
+    change within a branch only with a constant schedule: a decaying learning rate depends on it at every step.
     """
-    when = {key: marks.get("on_resume", "never") for key, _, marks in walk_fields(old)}
+    marks = {key: each for key, _, each in walk_fields(old)}
     for key, before, after in diff_recipes(old, new):
         change = f"{key} cannot change from {before} to {after}"
         if key == "model.path" and old.model.lora.rank is not None:
             continue  # adapters identify their base by its weights
         new_run = f"npo train {quote_path(path) if path else 'RECIPE'} NEW_RUN {_as_override(key, after)}"
-        if key == "train.num_steps" and old.train.schedule != "constant":
+        if key == "train.num_steps" and old.train.schedule != "constant" and purpose != "fork":
             reason = f"the {old.train.schedule} schedule of the completed steps was computed for {before} steps"
-            raise NpoError(f"{change}: {reason}", new_run)
-        if when[key] == "fork" and not fork:
+            raise NpoError(f"{change} within a branch: {reason}", FORK_HINT)
+        when = marks[key].get("on_resume", "never")
+        if when == "fork" and purpose == "resume":
+            raise NpoError(f"{change} within a branch, only when forking", FORK_HINT)
+        if when == "fork" and purpose == "measure" and marks[key].get("used_by") == "training":
             raise NpoError(
-                f"{change} within a branch, only when forking",
-                "fork a new branch: add --at STEP to the command",
+                f"{change}: this command trains nothing", "set it where a branch is forked, in npo resume --at"
             )
-        if when[key] == "never":
+        if when == "never":
             raise NpoError(f"{change}: completed steps depend on it", new_run)
 
 

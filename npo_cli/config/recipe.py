@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from npo_cli.config.autonpo import AutonpoSettings
-from npo_cli.config.base import FREE, IGNORED, MUST_MATCH, Count, Decay, Settings, Share
+from npo_cli.config.base import FORK_TRAINING, FREE, IGNORED, MUST_MATCH, Count, Decay, Settings, Share
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
@@ -139,12 +139,23 @@ class TrainSettings(Settings):
     optimizer: Literal["adamw", "adafactor"] = Field(
         "adamw", description="Optimizer; adafactor factors the second moment and keeps no first moment."
     )
-    lr: float = Field(1e-4, gt=0, description="Learning rate.")
+    lr: float = Field(1e-4, gt=0, description="Learning rate.", json_schema_extra=FORK_TRAINING)
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Learning rate schedule after the warmup."
+        "constant",
+        description="Learning rate schedule after the warmup, a function of the step number; also on a forked branch.",
+        json_schema_extra=FORK_TRAINING,
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear learning rate warmup.")
-    min_lr_ratio: Share = Field(0.1, description="Final learning rate of a decaying schedule, as a fraction of lr.")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps of linear learning rate warmup, from step 1 of the run.",
+        json_schema_extra=FORK_TRAINING,
+    )
+    min_lr_ratio: Share = Field(
+        0.1,
+        description="Final learning rate of a decaying schedule, as a fraction of lr.",
+        json_schema_extra=FORK_TRAINING,
+    )
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas (unused by Adafactor).")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Maximum gradient norm; larger gradients are scaled down to it.")

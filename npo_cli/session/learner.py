@@ -31,7 +31,7 @@ class Learner:
 def find_learner(run: RunDir, *, at: int | None, branch: str | None, overrides: Sequence[str]) -> Learner:
     """The checkpoint at step `at`, or at the recipe's guide.replay.at_step."""
     branch = branch or find_newest_branch(run)
-    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="measure")
     step = recipe.guide.replay.at_step if at is None else at
     if step is None:
         raise NpoError(

@@ -141,7 +141,7 @@ def _merge(hidden: Path, final: Path) -> None:
         raise NpoError(
             f"{final} exists and holds other weights than the ones to be saved",
             "a checkpoint is never overwritten: replay as a new branch with "
-            f"npo resume {quote_path(final.parents[3])} --at STEP",
+            f"npo resume {quote_path(final.parents[3])} --at STEP --no-guide",
         )
     if (hidden / TRAINING_STATE_FOLDER).is_dir() and not has_intact_training_state(final, deep=True):
         if (final / TRAINING_STATE_FOLDER).exists():

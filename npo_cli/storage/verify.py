@@ -151,7 +151,8 @@ def describe_checkpoint_restore(run: RunDir, branch: str, folder: Path) -> str:
     full = [one.step for one in list_checkpoints(run, branch) if one.tier == "full" and one.path != folder]
     if not full:
         return hint
-    return f"{hint}; step {full[-1]} can be continued: npo resume {_quote(run)} --branch {branch} --at {full[-1]}"
+    again = f"npo resume {_quote(run)} --branch {branch} --at {full[-1]} --no-guide"
+    return f"{hint}; step {full[-1]} can be continued: {again}"
 
 
 def describe_restore(run: RunDir, path: Path) -> str:

@@ -58,6 +58,6 @@ def require_training_state(run: RunDir, checkpoint: Checkpoint) -> None:
         raise NpoError(
             f"step {checkpoint.step} of {checkpoint.branch} has weights only; training cannot continue from it",
             f"choose a full checkpoint (npo index {quote_path(run.root)}), or start with a new optimizer: "
-            f"npo resume {quote_path(run.root)} --at {checkpoint.step} --fresh-optimizer",
+            f"npo resume {quote_path(run.root)} --at {checkpoint.step} --no-guide --fresh-optimizer",
         )
     verify_checkpoint(checkpoint, training_state=True)

@@ -108,7 +108,7 @@ def evaluate_run(
     """Evaluate the newest checkpoint, the one at `step`, or every one on the branch's line of descent."""
     run = open_run(root)
     branch = branch or find_newest_branch(run)
-    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=True)
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="measure")
     checkpoints = (
         _select(list_ancestry_checkpoints(run, branch), run, every_step=every_step)
         if step is None

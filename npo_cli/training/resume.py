@@ -127,6 +127,8 @@ def check_replay_options(again: str, **options: str | int | None) -> None:
 def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: int | None = None) -> None:
     """Refuse to resume a run that has done all its steps."""
     train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
+    if start.is_new and start.segment.guide_cache is None and start.recipe.guide.source == "cache":
+        command = f"{command} --no-guide"
     if until is not None and done >= until:
         raise NpoError(
             f"the run is at step {done} already: --until {until} is not later", f"{command} --until {done + 1}"
@@ -134,15 +136,15 @@ def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: in
     if done < train.num_steps:
         return
     more = f"train.num_steps={2 * done}"
-    if train.schedule != "constant":
-        command = f"npo train {quote_path(run.recipe_path(start.segment.parent or start.branch))} NEW_RUN"
+    if train.schedule != "constant" and not start.is_new:
+        command = f"{command} --at {done} --no-guide"  # the completed steps depend on train.num_steps
     raise NpoError(f"the run has completed step {done} of {train.num_steps}", f"{command} {more}")
 
 
 def find_resume_point(run: RunDir, branch: str | None, overrides: Sequence[str]) -> ResumePoint:
     """The newest full checkpoint of a branch; `overrides` may change only settings that may change on resume."""
     branch = branch or find_newest_branch(run)
-    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), fork=False)
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="resume")
     known = list_ancestry_checkpoints(run, branch)
     if not known:
         check_newer_checkpoints(run, branch, -1)
@@ -167,7 +169,7 @@ def fork(
         raise NpoError("--steps needs --guide NAME", "add --guide NAME")
     parent = parent or (info.branch if info else find_newest_branch(run))
     checkpoint = find_checkpoint(run, parent, at)
-    recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), fork=True)
+    recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), purpose="fork")
     if info:
         check_guide(run, info, parent=parent, at=at)
     if recipe.guide.source == "extrapolated":

@@ -71,7 +71,7 @@ def test_every_command_refuses_a_newer_run_format(circle, tmp_path):
         ["sample-guide", "--at", "3", "--source", "4"],
         ["sample-guide", "--at", "0", "--source", "3"],
         ["score-checkpoints", "--at", "0", "--candidates", "2,3"],
-        ["resume", "--at", "3"],
+        ["resume", "--at", "3", "--no-guide"],
     ],
 )
 def test_missing_checkpoint_error_lists_the_checkpoints(circle, args):
@@ -168,7 +168,7 @@ def test_scoring_without_failed_prompts_is_refused(circle, tmp_path):
 @pytest.mark.parametrize(
     ("override", "change"),
     [
-        ("train.lr=1e-3", "train.lr cannot change from 0.0003 to 0.001"),
+        ("train.weight_decay=1e-3", "train.weight_decay cannot change from 0.0 to 0.001"),
         ("task.kind=addh2", "task.kind cannot change from mix3 to addh2"),
         ("train.group_size=8", "train.group_size cannot change from 4 to 8"),
         ("task.heldout_size=2", "task.heldout_size cannot change from 4 to 2"),
@@ -184,16 +184,22 @@ def test_frozen_setting_is_refused_by_every_command(circle, command, override, c
 
 
 def test_frozen_setting_hint_is_a_command_that_works(circle, tmp_path):
-    hint = assert_refused("resume", circle, "train.lr=1e-3", beside=circle.parent).hint
+    hint = assert_refused("resume", circle, "loss.clip_low=0.1", beside=circle.parent).hint
     args = shlex.split(hint.replace("NEW_RUN", shlex.quote(str(tmp_path / "new run"))))
     assert npo(*args[1:]).code == 0
-    assert "lr: 0.001" in (tmp_path / "new run" / "recipe.yaml").read_text()
+    assert "clip_low: 0.1" in (tmp_path / "new run" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("command", ["eval", "score-checkpoints", "sample-guide"])
+def test_learning_rate_is_refused_by_commands_that_train_nothing(circle, command):
+    result = assert_refused(command, circle, "train.lr=1e-3", beside=circle.parent)
+    assert result.message == "train.lr cannot change from 0.0003 to 0.001: this command trains nothing"
 
 
 def test_guide_setting_changes_only_when_forking(circle):
     assert words(circle, "resume", "guide.inject.max_accuracy=0.1") == (
         "guide.inject.max_accuracy cannot change from 0.6 to 0.1 within a branch, only when forking "
-        "| fork a new branch: add --at STEP to the command"
+        "| fork a new branch: add --at STEP and --guide NAME or --no-guide to the command"
     )
 
 
@@ -203,12 +209,20 @@ def test_guide_setting_changes_only_when_forking(circle):
         ([], "the run has completed step 4 of 4 | npo resume RUN train.num_steps=8"),
         (["train.num_steps=2"], "the run has completed step 4 of 2 | npo resume RUN train.num_st"),
         (["--branch", "main"], "the run has completed step 4 of 4 | npo resume RUN --branch main train"),
-        (["--at", "4", "--new-branch", "b"], "the run has completed step 4 of 4 | npo resume RUN --at "),
+        (["--at", "4", "--no-guide"], "the run has completed step 4 of 4 | npo resume RUN --at 4 --no-guide "),
+        (["--at", "0"], "--at 0 forks a new branch: say whether it has a guide. --guide NAME injects the responses of"),
+        (["--no-guide"], "--no-guide forks a branch without a guide cache, but --at STEP is missing"),
+        (["--at", "0", "--no-guide", "--guide", "near"], "--no-guide forks a branch without a guide cache, but --gui"),
+        (["--at", "0", "--no-guide", "--autonpo"], "--no-guide forks a branch without a guide cache, but --autonpo i"),
+        (
+            ["--at", "0", "--no-guide", "guide.source=extrapolated"],
+            "--no-guide, but guide.source=extrapolated samples a guide during training",
+        ),
         (["--at", "4", "--branch", "b"], "RUN has no branch 'b': main, again | --new-branch b "),
         (["--guide", "near"], "--guide needs --at STEP | npo resume RUN --guide near --at"),
         (["--new-branch", "x"], "--new-branch needs --at STEP | npo resume RUN --new-branch x --at STEP"),
         (["--steps", "2"], "--steps needs --at STEP"),
-        (["--at", "0", "--steps", "2"], "--steps needs --guide NAME"),
+        (["--at", "0", "--no-guide", "--steps", "2"], "--steps needs --guide NAME"),
     ],
 )  # fmt: skip
 def test_resume_with_nothing_to_do_or_missing_options_is_refused(circle, args, expected):
@@ -220,8 +234,9 @@ def test_num_steps_is_frozen_with_a_decaying_learning_rate(tmp_path):
     assert npo("train", "micro", run, *SMALL, "train.schedule=linear").code == 0
     result = assert_refused("resume", run, "train.num_steps=8", beside=tmp_path)
     assert "the linear schedule of the completed steps was computed for 4 steps" in result.message
+    assert "--at STEP" in result.hint
     result = assert_refused("resume", run, beside=tmp_path)
-    assert result.hint == f"npo train {run}/branches/main/recipe.yaml NEW_RUN train.num_steps=8"
+    assert result.hint == f"npo resume {run} --at 4 --no-guide train.num_steps=8"
 
 
 # Names and guides
@@ -295,9 +310,9 @@ def test_guide_cache_copied_from_another_run_is_refused(circle, tmp_path):
 def test_resume_refuses_a_weights_only_checkpoint(circle, tmp_path):
     run = copy_run(circle, tmp_path)
     demote_checkpoint(find_checkpoint(RunDir(run), "main", 2))
-    result = assert_refused("resume", run, "--branch", "main", "--at", "2", beside=tmp_path)
+    result = assert_refused("resume", run, "--branch", "main", "--at", "2", "--no-guide", beside=tmp_path)
     assert result.message == "step 2 of main has weights only; training cannot continue from it"
-    anew = f"npo resume {run} --at 2 --fresh-optimizer"
+    anew = f"npo resume {run} --at 2 --no-guide --fresh-optimizer"
     assert result.hint == f"choose a full checkpoint (npo index {run}), or start with a new optimizer: {anew}"
 
 

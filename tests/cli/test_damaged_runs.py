@@ -19,7 +19,7 @@ ROLES = {
     "learner": ["score-checkpoints", "--branch", "main", "--at", "4"],
     "candidate": ["score-checkpoints", "--branch", "main", "--at", "0", "--candidates", "2,4"],
     "guide": ["sample-guide", "--branch", "main", "--at", "2", "--source", "4"],
-    "rollback": ["resume", "--branch", "main", "--at", "4", "train.num_steps=8"],
+    "rollback": ["resume", "--branch", "main", "--at", "4", "--no-guide", "train.num_steps=8"],
     "resume point": ["resume", "--branch", "main", "train.num_steps=8"],
 }
 Change = Callable[[dict[str, Tensor]], object]

@@ -58,7 +58,7 @@ def test_locked_run_is_read_but_not_written(tmp_path, warm):
         wait_for(run / "branches" / "main" / "metrics.jsonl", '"step":3,')
         for args in (
             ["resume"],
-            ["resume", "--at", "0"],
+            ["resume", "--at", "0", "--no-guide"],
             ["eval"],
             ["score-checkpoints", "--at", "0"],
             ["sample-guide", "--at", "0", "--source", "2"],

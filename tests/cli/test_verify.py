@@ -235,7 +235,7 @@ def test_damaged_checkpoint_is_set_aside_and_an_older_one_continued(run):
     damage_file(folder / "config.json", lambda text: text.replace("1", "2", 1))
     (finding,) = verify(run)
     assert finding.startswith(f"{folder}/config.json does not have the sha256 that was saved: ")
-    again = f"npo resume {run} --branch main --at 2"
+    again = f"npo resume {run} --branch main --at 2 --no-guide"
     assert finding.endswith(f"step 2 can be continued: {again}")
     folder.rename(f"{folder}.damaged")
     assert verify(run) == []

@@ -40,5 +40,5 @@ def test_mismatch_invalid_bound_is_refused(setting, message):
 def test_mismatch_settings_never_change_within_a_run(fork):
     old, new = load_recipe("micro"), load_recipe("micro", ["mismatch.mode=off"])
     with pytest.raises(NpoError) as caught:
-        check_frozen_settings(old, new, fork=fork)
+        check_frozen_settings(old, new, purpose="fork" if fork else "resume")
     assert "mismatch.mode cannot change from token_tis to off" in caught.value.message

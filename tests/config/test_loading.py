@@ -333,30 +333,45 @@ def test_diff_recipes_names_keys_old_and_new_values():
 )
 def test_free_settings_may_change(change):
     old = recipe_from_dict({})
-    check_frozen_settings(old, apply_overrides(old, [change]), fork=False)
+    check_frozen_settings(old, apply_overrides(old, [change]), purpose="resume")
 
 
 def test_frozen_settings_may_not_change():
     old = recipe_from_dict({})
     with pytest.raises(NpoError) as caught:
-        check_frozen_settings(old, apply_overrides(old, ["train.lr=0.5"]), fork=True)
-    assert caught.value.message == "train.lr cannot change from 0.0001 to 0.5: completed steps depend on it"
-    assert "npo train RECIPE NEW_RUN train.lr=0.5" in caught.value.hint
+        check_frozen_settings(old, apply_overrides(old, ["train.weight_decay=0.5"]), purpose="fork")
+    assert caught.value.message == "train.weight_decay cannot change from 0.0 to 0.5: completed steps depend on it"
+    assert "npo train RECIPE NEW_RUN train.weight_decay=0.5" in caught.value.hint
 
 
 def test_fork_settings_may_change_only_when_forking():
     old = recipe_from_dict({})
     new = apply_overrides(old, ["guide.inject.max_accuracy=0.5"])
-    check_frozen_settings(old, new, fork=True)
+    check_frozen_settings(old, new, purpose="fork")
     with pytest.raises(NpoError, match=r"guide\.inject\.max_accuracy cannot change from 0\.6 to 0\.5 within a branch"):
-        check_frozen_settings(old, new, fork=False)
+        check_frozen_settings(old, new, purpose="resume")
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_num_steps_is_frozen_with_a_decaying_schedule(schedule):
+def test_num_steps_is_frozen_within_a_branch_with_a_decaying_schedule(schedule):
     old = recipe_from_dict({"train": {"schedule": schedule}})
+    longer = apply_overrides(old, ["train.num_steps=400"])
+    check_frozen_settings(old, longer, purpose="fork")
     with pytest.raises(NpoError, match=f"the {schedule} schedule of the completed steps was computed for 300 steps"):
-        check_frozen_settings(old, apply_overrides(old, ["train.num_steps=400"]), fork=True)
+        check_frozen_settings(old, longer, purpose="resume")
+
+
+@pytest.mark.parametrize(
+    "change", ["train.lr=0.5", "train.schedule=cosine", "train.warmup_steps=3", "train.min_lr_ratio=0"]
+)
+def test_learning_rate_and_schedule_may_change_at_a_fork_only(change):
+    old = recipe_from_dict({})
+    new = apply_overrides(old, [change])
+    check_frozen_settings(old, new, purpose="fork")
+    with pytest.raises(NpoError, match="within a branch, only when forking"):
+        check_frozen_settings(old, new, purpose="resume")
+    with pytest.raises(NpoError, match="this command trains nothing"):
+        check_frozen_settings(old, new, purpose="measure")
 
 
 def test_every_setting_has_a_description():

@@ -115,7 +115,7 @@ def test_lora_checkpoint_needs_disk_space_for_adapters_only(circled, monkeypatch
 def one_update(root: Path, reference_of: Callable[[Session], Policy]) -> tuple[float, float, str]:
     """Loss, gradient norm and weights after step 4's batch was learned once more, with a penalty for divergence."""
     session = open_session_at(root, 4, branch="main")
-    recipe = override_saved_recipe(session.run.read_recipe("main"), (), path=root, fork=True)
+    recipe = override_saved_recipe(session.run.read_recipe("main"), (), path=root, purpose="measure")
     recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"kl_coef": 0.5})})
     groups = RolloutLog(session.run.rollouts_path("main")).read_step(4)
     optimizer = build_optimizer(session.policy.model, recipe.train)

@@ -14,6 +14,7 @@ from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import read_segments
+from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import restore_state
 from npo_cli.training.resume import fork
@@ -23,6 +24,7 @@ from tests.helpers.runs import (
     copy_run,
     file_digests,
     open_session_at,
+    reproducible_digests,
     resume,
     sample,
     start_resume,
@@ -90,6 +92,23 @@ def test_replay_without_a_guide_is_grpo_on_a_new_branch(scout, tmp_path):
     newest = read_segments(open_run(root))[-1]
     assert (newest.branch, newest.parent, newest.fork_step, newest.guide_cache) == ("main-from-2", "main", 2, None)
     assert {group.injection_status for group in groups_of(root, "main-from-2", 4)} == {"off"}
+
+
+def test_fork_uses_its_own_learning_rate_and_schedule_and_its_ancestor_does_not(scout, tmp_path):
+    root = copy_run(scout, tmp_path / "run")
+    before = reproducible_digests(root)
+    changes = ("train.lr=1e-3", "train.schedule=linear", "train.min_lr_ratio=0", "train.num_steps=8")
+    resume(root, *changes, at=2, new_branch="slower", until=5)
+    run = open_run(root)
+    # linear from 1e-3 at step 0 to 0 at step 8
+    assert [row["lr"] for row in read_metrics(run, "slower")] == pytest.approx([1e-3 * (1 - n / 8) for n in (3, 4, 5)])
+    assert [row["lr"] for row in read_metrics(run, "main")] == [3e-4] * 4
+    assert run.read_recipe("main")["train"]["lr"] == 3e-4
+    assert reproducible_digests(root) == before
+    resume(root, "train.num_steps=6", source_branch="main")
+    resume(root, source_branch="slower")
+    assert [row["lr"] for row in read_metrics(run, "main")] == [3e-4] * 6
+    assert list(read_metrics(run, "slower"))[-1]["lr"] == 0
 
 
 def test_resume_of_an_interrupted_replay_continues_branch_and_guide(scout, tmp_path):
