@@ -25,6 +25,7 @@ from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.bench import bench
 from npo_cli.cli.calibrate import calibrate
 from npo_cli.cli.compare import compare
+from npo_cli.cli.config_command import config
 from npo_cli.cli.demo import demo
 from npo_cli.cli.docs import docs
 from npo_cli.cli.doctor import doctor
@@ -66,6 +67,7 @@ COMPARE, TOOLS = "Compare", "Tools"
 GROUPS = (START, WORKFLOW, AUTONPO, INSPECT, COMPARE, TOOLS)
 COMMANDS = {
     "init": Command(function=init, group=START, example="npo init my-project"),
+    "config": Command(function=config, group=START, example="npo config train.lr"),
     "train": Command(function=train, group=WORKFLOW, example="npo train micro runs/first train.num_steps=200"),
     "index": Command(function=index, group=WORKFLOW, example="npo index runs/first"),
     "score-checkpoints": Command(

@@ -85,6 +85,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, method: str
     return _validate([*layers, *map(_parse_override, overrides)], source=name_or_path)
 
 
+def read_method_values(name: str) -> dict[str, Any]:
+    """The settings that a method's files hold, unchecked."""
+    values: dict[str, Any] = {}
+    for layer in _read_chain(find_method(name)):
+        values = _merge(values, layer.values)
+    return values
+
+
 def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """The recipe with KEY=VALUE settings on top."""
     base = SettingsLayer(values=recipe_to_dict(recipe), locations={})

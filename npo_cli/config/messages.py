@@ -266,6 +266,14 @@ def describe_allowed(loc: Sequence[str | int]) -> str:
     return " or ".join(map(_described, schema.get("anyOf", [schema])))
 
 
+def describe_type(loc: Sequence[str | int]) -> str:
+    """The type of a setting, without its bounds: `number`, `integer or null`, `list`."""
+    schema = _schema(loc)
+    kinds = [each.get("type", "string") for each in schema.get("anyOf", [schema])]
+    names = {"array": "list", "object": "group"}
+    return " or ".join(dict.fromkeys(names.get(kind, kind) for kind in kinds))
+
+
 def _described(schema: Mapping[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return "one of " + ", ".join(schema.get("enum", [schema.get("const")]))

@@ -24,6 +24,7 @@ from npo_cli.report.tables_compare import COMPARE_TABLES, tuning_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables
 from npo_cli.report.tables_memory import PLAN_TABLES
 from npo_cli.report.tables_scores import scores_tables
+from npo_cli.report.tables_settings import SETTING_TABLES
 from npo_cli.types.costs import CostToThreshold
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Segment, StepReport
@@ -212,5 +213,6 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     RecipeView: recipes_tables,
     TunedSetting: tuning_tables,
     **CHECK_TABLES,
+    **SETTING_TABLES,
 }
 """The tables of each kind of record, in the order in which they are printed."""

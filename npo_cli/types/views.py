@@ -5,6 +5,7 @@ Branches as pictures need them: where each one left its parent, who guided it, h
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from npo_cli.types.rollouts import Group, Rollout
 
@@ -94,6 +95,35 @@ class RecipeView:
     name: str
     description: str
     path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SectionView:
+    """A section of the recipe."""
+
+    section: str
+    num_settings: int
+    """Settings of its own, without those of its subsections."""
+    description: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingView:
+    """A setting of the recipe."""
+
+    key: str
+    description: str
+    type: str
+    allowed: str
+    default: Any
+    """As JSON has it; None also where `is_required`."""
+    is_required: bool
+    change: str
+    """When it may change within a run."""
+    comparison: str
+    """What a difference means between runs that are compared."""
+    recipes: Mapping[str, Any]
+    """Shipped recipe or method with another value, and that value; empty in a list of settings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
