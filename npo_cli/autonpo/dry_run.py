@@ -23,8 +23,9 @@ from npo_cli.autonpo.controller import (
     advance,
     explain_no_trigger,
 )
+from npo_cli.autonpo.log_files import read_rows
 from npo_cli.autonpo.preflight import dump_autonpo_settings
-from npo_cli.autonpo.trainer_logs import LogColumns, extract_signals, read_rows, resolve_columns
+from npo_cli.autonpo.trainer_logs import LogColumns, extract_signals, resolve_columns
 from npo_cli.autonpo.trigger import Trigger, TriggerInput
 from npo_cli.config.loading import apply_overrides, recipe_from_dict
 from npo_cli.config.recipe import Recipe
@@ -33,7 +34,7 @@ from npo_cli.report.autonpo_plot import plot_autonpo
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import list_ancestry_checkpoints
 from npo_cli.storage.cost_sums import compute_run_costs
-from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.layout import RunDir, is_run_directory, open_run
 from npo_cli.storage.lineage import ancestry, find_newest_branch
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.autonpo import AutoNPOState, NonTriggerSpan, ProbeResult, Transition, TriggerReading
@@ -208,7 +209,7 @@ def explain_autonpo(
     """Transitions, then why the other steps did not trigger, then a plot (with `draw`) and a summary."""
     record = (
         load_run_record(source, columns=columns, overrides=overrides, branch=branch)
-        if source.is_dir()
+        if is_run_directory(source)
         else load_file_record(source, columns=columns, overrides=overrides)
     )
     yield from (Notice(message=assumption) for assumption in record.assumptions)
@@ -253,6 +254,11 @@ def summarize_dry_run(record: RecordedRun, result: DryRun) -> Iterator[Notice]:
         yield Notice(message=f"{limit} would have prevented further triggers from step {limited[0]} on")
     for step in triggers:
         yield from suggest_commands(record, step)
+    if triggers and record.run is None:
+        yield Notice(
+            message="next: import the trainer's checkpoints and score them as guides: "
+            "npo index RUN --import FOLDER --recipe RECIPE"
+        )
 
 
 def _join_steps(steps: Sequence[int]) -> str:

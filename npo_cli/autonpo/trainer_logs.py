@@ -1,22 +1,19 @@
-"""Reward and entropy by step, from a run's metrics or any trainer's log file of JSON lines.
+"""Reward and entropy by step, from the rows of a run's metrics or of any trainer's log (`log_files.py`).
 
 The column names of npo, TRL, verl and prime-rl are known; any other one is given on the command line. A line without
 a step, or with neither signal (an evaluation, for example), is skipped.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from npo_cli.autonpo.log_files import Row
 from npo_cli.autonpo.trigger import TriggerInput
 from npo_cli.errors import NpoError, quote_path
 
-Row = Mapping[str, Any]
-
 KNOWN_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "step": ("step", "global_step", "training/global_step", "_step", "trainer/global_step"),
+    "step": ("step", "global_step", "training/global_step", "train/global_step", "trainer/global_step", "_step"),
     "reward": (
         *("reward", "critic/score/mean", "critic/rewards/mean", "rewards/mean", "train/reward"),
         *("reward/all/mean", "reward/mean"),
@@ -125,62 +122,3 @@ def _number(value: object) -> float | None:
 def _step(value: object) -> int | None:
     number = _number(value)
     return int(number) if number is not None and number >= 0 and number.is_integer() else None
-
-
-# Files
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Every line as one flat row; a torn last line is skipped, any other line must be a JSON object.
-
-    The trainer state of Hugging Face's Trainer (one object with a log_history) is read too.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise NpoError(
-            f"{path} is not UTF-8 text (byte {error.start})", "name a run directory, or a file of JSON lines"
-        ) from error
-    except OSError as error:
-        raise NpoError(
-            f"{path} cannot be read: {error.strerror}", "check its permissions, or name another file"
-        ) from error
-    lines = text.split("\n")
-    history = _history(text) if _parse(lines[0]) is None or len(lines) <= 2 else None
-    rows = history if history is not None else _rows(lines, path)
-    if not rows:
-        raise NpoError(f"{path} is empty", "it needs one JSON object per line, each with step, reward and entropy")
-    return [_flatten(row) for row in rows]
-
-
-def _rows(lines: Sequence[str], path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line)
-        if row is not None:
-            rows.append(row)
-        elif line.strip() and (number < len(lines) or not rows):
-            raise NpoError(
-                f"{path}, line {number}: not a JSON object", "write one JSON object per line, or name another file"
-            )
-    return rows
-
-
-def _history(text: str) -> list[Row] | None:
-    """The log_history of a trainer state; None for any other text."""
-    found = (_parse(text) or {}).get("log_history")
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else None
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _flatten(row: Row) -> Row:
-    """Nested objects are merged one level up: verl writes {"step": 1, "data": {...}}."""
-    inner = {name: value for group in row.values() if isinstance(group, dict) for name, value in group.items()}
-    return {**inner, **row}

@@ -9,11 +9,16 @@ from npo_cli.cli.checks import check_figure_path, load_run_recipe
 from npo_cli.cli.options import BranchOpt, JsonOpt, OverridesArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
+from npo_cli.storage.layout import is_run_directory
 from npo_cli.types.autonpo import NonTriggerSpan
 
 SourceArg = Annotated[
     Path,
-    typer.Argument(metavar="RUN_OR_METRICS", help="Run directory, or a metrics file (JSON lines).", show_default=False),
+    typer.Argument(
+        metavar="RUN_OR_METRICS",
+        help="Run directory, or metrics of a trainer: .jsonl, .csv, trainer_state.json, TensorBoard event files.",
+        show_default=False,
+    ),
 ]
 ExplainOpt = Annotated[
     bool,
@@ -54,12 +59,12 @@ def autonpo(
 ) -> None:
     """Show what AutoNPO did in a run, or would have done.
 
-    With --explain, its state machine runs on recorded metrics of a run or of another trainer, with any settings.
-    Nothing is sampled: every trigger counts as accepted.
+    With --explain, its state machine runs on recorded metrics of a run or of another trainer (TRL, verl, prime-rl,
+    wandb exports, TensorBoard), with any settings. Nothing is sampled: every trigger counts as accepted.
     """
     given = {"KEY=VALUE": overrides, "--step": step, "--reward": reward, "--entropy": entropy, "--figure": figure}
     _check(source, explain=explain, branch=branch, given=[name for name, value in given.items() if value])
-    if source.is_dir():
+    if is_run_directory(source):
         load_run_recipe(source, None, branch=branch)
     if not explain:
         from npo_cli.autonpo.dry_run import report_history
@@ -83,13 +88,13 @@ def autonpo(
 def _check(source: Path, *, explain: bool, branch: str | None, given: list[str]) -> None:
     """Refuse options that need --explain or a run directory."""
     if not source.exists():
-        raise NpoError(f"there is no run directory or file {source}", "name a run directory, or a file of JSON lines")
+        raise NpoError(f"there is no run directory or file {source}", "name a run directory, or metrics of a trainer")
     again = f"npo autonpo {quote_path(source)} --explain"
     if not explain and given:
         raise NpoError(f"{given[0]} needs --explain", again)
-    if source.is_dir():
+    if is_run_directory(source):
         return
     if not explain:
-        raise NpoError(f"{source} is a file: without --explain a run directory is needed", again)
+        raise NpoError(f"{source} is not a run directory, which is needed without --explain", again)
     if branch is not None:
-        raise NpoError(f"--branch needs a run directory, and {source} is a file", again)
+        raise NpoError(f"--branch needs a run directory, and {source} is none", again)

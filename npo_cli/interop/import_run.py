@@ -12,7 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from npo_cli import __version__
-from npo_cli.autonpo.trainer_logs import LogColumns, collect_metrics_by_step, find_columns, read_rows
+from npo_cli.autonpo.log_files import read_rows
+from npo_cli.autonpo.trainer_logs import LogColumns, collect_metrics_by_step, find_columns
 from npo_cli.config.loading import load_recipe, recipe_to_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path

@@ -243,6 +243,11 @@ def _parse_saved_recipe(text: str, source: str) -> Any:
     return parse_yaml(text, source=source)[1]
 
 
+def is_run_directory(path: Path) -> bool:
+    """Whether a run was created there; it may be damaged."""
+    return (path / RUN_INFO_FILE).is_file()
+
+
 def read_run_info(root: Path) -> RunInfo:
     """`npo_run.json`, checked: absent, damaged and from-the-future each have their own words."""
     path = root / RUN_INFO_FILE

@@ -44,6 +44,7 @@ def test_autonpo_explain_prints_transitions_and_reasons_on_stdout(folder):
         "plot saved to metrics.jsonl.autonpo.png\n"
         "AutoNPO would have triggered once in 40 recorded steps: at 13\n"
         "autonpo.max_interventions=1 would have prevented further triggers from step 20 on\n"
+        "next: import the trainer's checkpoints and score them as guides: npo index RUN --import FOLDER --recipe RECIPE\n"
     )
 
 
@@ -97,9 +98,9 @@ def test_autonpo_explains_and_shows_a_run(folder):
 @pytest.mark.parametrize(
     ("args", "message", "hint"),
     [
-        (["nope"], "there is no run directory or file nope", "name a run directory, or a file of JSON lines"),
+        (["nope"], "there is no run directory or file nope", "name a run directory, or"),
         (["run"], "run was never trained with AutoNPO", "npo resume run --autonpo"),
-        (["m.jsonl"], "m.jsonl is a file: without --explain", "npo autonpo m.jsonl --explain"),
+        (["m.jsonl"], "m.jsonl is not a run directory, which is needed", "npo autonpo m.jsonl --explain"),
         (["run", "--reward", "acc"], "--reward needs --explain", "npo autonpo run --explain"),
         (["run", "autonpo.trigger.window=3"], "KEY=VALUE needs --explain", "npo autonpo run --explain"),
         (
@@ -128,10 +129,10 @@ def test_autonpo_explains_and_shows_a_run(folder):
         (
             ["bin", "--explain"],
             "bin is not UTF-8 text (byte 0)",
-            "name a run directory, or a file of JSON lines",
+            "name a run directory, or",
         ),
-        (["empty", "--explain"], "empty is empty", "it needs one JSON object per line"),
-        (["plain", "--explain"], "plain is not a run directory: it has no npo_run.json", "name a run directory"),
+        (["empty", "--explain"], "empty is empty", "it needs one record per line"),
+        (["plain", "--explain"], "plain has no metrics that can be read", "name a run directory"),
     ],
 )
 def test_autonpo_refuses_bad_input(folder, args, message, hint):

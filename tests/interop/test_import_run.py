@@ -110,7 +110,7 @@ def test_imported_run_is_resumed_only_with_a_fresh_optimizer(trl_run):
         resume(root)
     with pytest.raises(NpoError, match="weights only") as refused:
         resume(root, at=2)
-    assert refused.value.hint.endswith("--at 2 --fresh-optimizer")
+    assert refused.value.hint.endswith("--at 2 --no-guide --fresh-optimizer")
     sample(root, "guide.inject.max_accuracy=1.0", name="again")
     assert [one.step for one in resume(root, at=2, guide="again", fresh=True)] == [3, 4]
     # the branch has states of its own from here on

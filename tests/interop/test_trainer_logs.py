@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.autonpo.trainer_logs import LogColumns, extract_signals, read_rows, resolve_columns
+from npo_cli.autonpo.log_files import read_rows
+from npo_cli.autonpo.trainer_logs import LogColumns, extract_signals, resolve_columns
 from npo_cli.autonpo.trigger import TriggerInput
 from npo_cli.errors import NpoError
 
@@ -166,3 +167,54 @@ def test_missing_column_is_refused(path):
         NpoError, match="has no number in a column 'acc'; its numeric columns are: step, reward, entropy"
     ):
         signals(path, reward="acc")
+
+
+# Other forms than JSON lines
+
+
+def test_history_exported_from_wandb_as_csv_is_read(tmp_path):
+    path = tmp_path / "history.csv"
+    path.write_text("_step,train/global_step,train/reward,train/entropy\n10,1,0.25,1.5\n20,2,,1.25\n")
+    assert signals(path) == [(1, 0.25, 1.5), (2, None, 1.25)]
+
+
+def test_charts_exported_from_wandb_are_joined_by_step(tmp_path):
+    for name in ("reward", "entropy"):
+        value = {"reward": 0.5, "entropy": 2.0}[name]
+        columns = [f"my run - train/{name}{suffix}" for suffix in ("", "__MIN", "__MAX")]
+        lines = ['"Step",' + ",".join(f'"{each}"' for each in columns), f'"7","{value}","0","9"']
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    assert signals(tmp_path) == [(7, 0.5, 2.0)]
+
+
+def test_chart_of_several_runs_is_refused(tmp_path):
+    path = tmp_path / "chart.csv"
+    path.write_text('"Step","a - train/reward","b - train/reward"\n"7","1","0"\n')
+    with pytest.raises(NpoError, match="several runs"):
+        read_rows(path)
+
+
+def test_event_files_of_tensorboard_are_read(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    with tensorboard.SummaryWriter(tmp_path / "runs") as writer:
+        for step in (1, 2):
+            writer.add_scalar("train/reward", step / 4, step)
+            writer.add_scalar("train/entropy", 2 / step, step)
+    expected = [(1, 0.25, 2.0), (2, 0.5, 1.0)]
+    assert signals(tmp_path) == expected
+    assert signals(next(tmp_path.rglob("events.*"))) == expected
+
+
+def test_newest_trainer_state_of_a_folder_is_read(tmp_path):
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        history = [{"step": step, "reward": 0.5, "entropy": 1.0}]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    assert signals(tmp_path) == [(10, 0.5, 1.0)]
+
+
+def test_folder_without_metrics_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(NpoError, match="no metrics that can be read"):
+        read_rows(tmp_path)
