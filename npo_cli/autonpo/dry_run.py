@@ -256,7 +256,7 @@ def summarize_dry_run(record: RecordedRun, result: DryRun) -> Iterator[Notice]:
         yield from suggest_commands(record, step)
     if triggers and record.run is None:
         yield Notice(
-            message="next: import the trainer's checkpoints and score them as guides: "
+            message="next: import the checkpoints and score them as guides: "
             "npo index RUN --import FOLDER --recipe RECIPE"
         )
 

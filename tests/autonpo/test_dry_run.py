@@ -281,7 +281,7 @@ def test_dry_run_yields_transitions_reasons_and_a_summary(tmp_path):
         "every record is assumed to have a checkpoint (change it with train.save_every=N)",
         "AutoNPO would have triggered 2 times in 40 recorded steps: at 13 and 20",
         "autonpo.max_interventions=2 would have prevented further triggers from step 27 on",
-        "next: import the trainer's checkpoints and score them as guides: npo index RUN --import FOLDER --recipe RECIPE",
+        "next: import the checkpoints and score them as guides: npo index RUN --import FOLDER --recipe RECIPE",
     ]
     assert list(tmp_path.iterdir()) == [tmp_path / "metrics.jsonl"]
 

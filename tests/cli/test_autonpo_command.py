@@ -44,7 +44,7 @@ def test_autonpo_explain_prints_transitions_and_reasons_on_stdout(folder):
         "plot saved to metrics.jsonl.autonpo.png\n"
         "AutoNPO would have triggered once in 40 recorded steps: at 13\n"
         "autonpo.max_interventions=1 would have prevented further triggers from step 20 on\n"
-        "next: import the trainer's checkpoints and score them as guides: npo index RUN --import FOLDER --recipe RECIPE\n"
+        "next: import the checkpoints and score them as guides: npo index RUN --import FOLDER --recipe RECIPE\n"
     )
 
 
