@@ -13,12 +13,18 @@ class NpoError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"try: {hint}")  # a traceback, as in a notebook, shows it
 
 
 class RunFailed(NpoError):
     """The request was valid but could not be finished (a full disk, a dead engine)."""
 
     exit_code = 1
+
+
+class CallbackError(RunFailed):
+    """A callback raised an exception, which is its `__cause__`; the training was saved and can be resumed."""
 
 
 class StoppedEarly(NpoError):

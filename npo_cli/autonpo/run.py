@@ -56,7 +56,8 @@ from npo_cli.training.train import (
     startup_warnings,
 )
 from npo_cli.types.autonpo import AutoNPOState, Transition
-from npo_cli.types.rollouts import EvalReport, Notice, Progress, StepReport
+from npo_cli.types.costs import RunCosts
+from npo_cli.types.rollouts import Notice, Progress, StepReport, TrainingRecord
 
 ACTIONS = {
     "PROBE": perform_probe,
@@ -66,7 +67,7 @@ ACTIONS = {
 }
 """What the driver does in each phase that executes no training steps."""
 
-DriverRecord = Transition | Notice | Progress | StepReport | EvalReport
+DriverRecord = Transition | Progress | RunCosts | TrainingRecord
 
 
 # Entry points
@@ -79,10 +80,11 @@ def resume_autonpo(
     at: int | None,
     source_branch: str | None,
     new_branch: str | None,
+    stop: StopFlag | None = None,
 ) -> Iterator[DriverRecord]:
     """Continue a run under AutoNPO from its newest transition, from its first step, or from `at` on a new branch."""
     run = open_run(root)
-    with lock_run(run), stop_between_steps() as stop:
+    with lock_run(run), stop_between_steps(stop) as stop:
         start, state = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
         with open_session(run, start.recipe, checkpoint=start.checkpoint) as session:
             num_prompts = len(session.task.train)
@@ -94,9 +96,9 @@ def resume_autonpo(
             yield from run_autonpo(session, state, stop=stop, reads_log=not start.is_new)
 
 
-def train_autonpo(root: Path, recipe: Recipe) -> Iterator[DriverRecord]:
+def train_autonpo(root: Path, recipe: Recipe, *, stop: StopFlag | None = None) -> Iterator[DriverRecord]:
     """A new run under AutoNPO; settings that could never work are refused before anything is written."""
-    with create_session(root, recipe, check=validate_autonpo_settings) as (session, stop):
+    with create_session(root, recipe, check=validate_autonpo_settings, stop=stop) as (session, stop):
         yield from startup_warnings(session)
         yield from run_autonpo(session, AutoNPOState(branch=MAIN, step=0), stop=stop, reads_log=False)
 

@@ -22,7 +22,15 @@ from npo_cli.training.resume import resume_run
 from npo_cli.training.train import MAIN, train_run
 from npo_cli.types.costs import BestHeldPoint, CostToThreshold, CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
-from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Notice, Progress, StepReport
+from npo_cli.types.rollouts import (
+    CheckpointEntry,
+    CheckpointSaved,
+    EvalReport,
+    Notice,
+    Progress,
+    StepReport,
+    TrainingRecord,
+)
 from npo_cli.types.scores import CandidateScore, GuideChoice
 
 RECIPE = "npo-early"
@@ -86,7 +94,7 @@ def run_demo(out: Path, *, seed: int) -> Iterator[DemoRecord]:
     yield from summarize_demo(out)
 
 
-def drop_evals(records: Iterable[StepReport | EvalReport | Notice]) -> Iterator[StepReport | Notice]:
+def drop_evals(records: Iterable[TrainingRecord]) -> Iterator[StepReport | CheckpointSaved | Notice]:
     """The curves show the evaluations; a table of them would bury the verdict."""
     return (record for record in records if not isinstance(record, EvalReport))
 

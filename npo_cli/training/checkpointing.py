@@ -15,9 +15,10 @@ from npo_cli.storage.files import check_disk_space, make_folder
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.retention import apply_retention
 from npo_cli.types.guides import ReplayBuffer
+from npo_cli.types.rollouts import CheckpointSaved
 
 
-def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState, *, branch: str) -> None:
+def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState, *, branch: str) -> CheckpointSaved:
     """Weights as a Hugging Face folder, everything else in its training_state/; then let retention tidy up."""
     began = time.perf_counter()
     # AdamW keeps two moments per weight.
@@ -34,6 +35,8 @@ def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState,
         keep_weights_only=settings.keep_weights_only,
     )
     append_cost(session.run, "save", branch=branch, step=state.step, seconds=time.perf_counter() - began)
+    folder = session.run.checkpoint_folder(branch, state.step)
+    return CheckpointSaved(branch=branch, step=state.step, path=folder.relative_to(session.run.root).as_posix())
 
 
 @measure_startup("load")

@@ -36,7 +36,7 @@ from npo_cli.training.evaluate import evaluate_policy
 from npo_cli.training.update import Updater, UpdateReport, build_training_samples
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.guides import ReplayBuffer
-from npo_cli.types.rollouts import EvalReport, Group, Notice, StepReport
+from npo_cli.types.rollouts import Group, Notice, StepReport, TrainingRecord
 
 EMA_DECAY = 0.9
 
@@ -75,7 +75,7 @@ def grpo_steps(
     *,
     should_pause: PauseCheck = never_pause,
     until: int | None = None,
-) -> Iterator[StepReport | EvalReport | Notice]:
+) -> Iterator[TrainingRecord]:
     """Train from `state` to `train.num_steps` or `until`, or to a pause (`should_pause`) or stop signal."""
     session, branch, settings = trainer.session, trainer.branch, trainer.session.recipe.train
     updater = Updater(session.policy, trainer.optimizer, session.recipe, reference=trainer.reference)
@@ -92,7 +92,8 @@ def grpo_steps(
         # A signal that arrives from here on stops the next step.
         stopping, pausing = bool(stop), should_pause(report)
         if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
-            save_checkpoint(session, trainer.optimizer, state, branch=branch)
+            yield save_checkpoint(session, trainer.optimizer, state, branch=branch)
+            stopping = stopping or bool(stop)
         if stopping:
             append_event(session.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
             raise StoppedEarly(

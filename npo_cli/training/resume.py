@@ -23,7 +23,7 @@ from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.rollout.replay_buffer import check_single_guide_source
 from npo_cli.session.session import Session, open_session
 from npo_cli.session.startup import charge_startup
-from npo_cli.session.stop_signal import stop_between_steps
+from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.checkpoints import (
     Checkpoint,
     check_newer_checkpoints,
@@ -52,7 +52,7 @@ from npo_cli.training.loop import grpo_steps
 from npo_cli.training.rollback import apply_rollback_settings
 from npo_cli.training.train import describe_batch_sizes, engine_warnings, init_state, make_paths_absolute, open_trainer
 from npo_cli.types.guides import GuideCacheInfo
-from npo_cli.types.rollouts import EvalReport, Notice, PromptSamples, Segment, StepReport
+from npo_cli.types.rollouts import CheckpointSaved, EvalReport, Notice, PromptSamples, Segment, TrainingRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,10 +81,11 @@ def resume_run(
     steps: int | None,
     until: int | None = None,
     fresh: bool = False,
-) -> Iterator[StepReport | EvalReport | Notice]:
+    stop: StopFlag | None = None,
+) -> Iterator[TrainingRecord]:
     """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps, up to `until`."""
     run = open_run(root)
-    with lock_run(run), stop_between_steps() as stop:
+    with lock_run(run), stop_between_steps(stop) as stop:
         replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps}
         again = format_command(root, **{"--branch": source_branch, "--at": at}, **replay)
         if at is None:
@@ -288,7 +289,7 @@ def record_start(run: RunDir, start: ResumePoint, overrides: Sequence[str]) -> N
 
 def load_first_state(
     session: Session, optimizer: Optimizer, start: ResumePoint
-) -> Generator[EvalReport, None, TrainerState]:
+) -> Generator[EvalReport | CheckpointSaved, None, TrainerState]:
     """The checkpoint's state, or that of a run that was killed before step 0 was saved."""
     if start.checkpoint is not None:
         restore = init_state_from_weights if start.has_fresh_optimizer else restore_state

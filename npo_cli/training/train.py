@@ -29,7 +29,7 @@ from npo_cli.training.evaluate import evaluate_policy
 from npo_cli.training.loop import Trainer, grpo_steps
 from npo_cli.training.rollback import find_seed_name
 from npo_cli.types.guides import ReplayBuffer
-from npo_cli.types.rollouts import EvalReport, Notice, Segment, StepReport
+from npo_cli.types.rollouts import CheckpointSaved, EvalReport, Notice, Segment, TrainingRecord
 
 MAIN = "main"
 BFLOAT16_WARNING = (
@@ -38,9 +38,11 @@ BFLOAT16_WARNING = (
 )
 
 
-def train_run(root: Path, recipe: Recipe, *, until: int | None = None) -> Iterator[StepReport | EvalReport | Notice]:
+def train_run(
+    root: Path, recipe: Recipe, *, until: int | None = None, stop: StopFlag | None = None
+) -> Iterator[TrainingRecord]:
     """Check the recipe, create the run directory, save step 0 and train up to `until` or train.num_steps."""
-    with create_session(root, recipe) as (session, stop):
+    with create_session(root, recipe, stop=stop) as (session, stop):
         yield from startup_warnings(session)
         optimizer = build_optimizer(session.policy.model, session.recipe.train)
         state = yield from init_state(session, optimizer)
@@ -50,7 +52,11 @@ def train_run(root: Path, recipe: Recipe, *, until: int | None = None) -> Iterat
 
 @contextmanager
 def create_session(
-    root: Path, recipe: Recipe, *, check: Callable[[Recipe, int], None] | None = None
+    root: Path,
+    recipe: Recipe,
+    *,
+    check: Callable[[Recipe, int], None] | None = None,
+    stop: StopFlag | None = None,
 ) -> Iterator[tuple[Session, StopFlag]]:
     """A new run directory, open for training; nothing is written before all checks have passed and the engine runs.
 
@@ -72,7 +78,7 @@ def create_session(
                 prepare=lambda new: append_segment(new, first),
             )
             # From here on a killed run can be resumed.
-            with lock_run(run), stop_between_steps() as stop:
+            with lock_run(run), stop_between_steps(stop) as stop:
                 append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})
                 charge_startup(run, branch=MAIN, step=0)
                 yield session, stop
@@ -113,14 +119,14 @@ def absolute_path(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def init_state(session: Session, optimizer: Optimizer) -> Generator[EvalReport, None, TrainerState]:
+def init_state(session: Session, optimizer: Optimizer) -> Generator[EvalReport | CheckpointSaved, None, TrainerState]:
     """Step 0 of a run: seed the random streams, evaluate the base model if eval.every is set, and save it."""
     seed_random_state(session.recipe.train.seed)
     buffer = ReplayBuffer() if session.recipe.guide.experience.replay_fraction else None
     state = TrainerState(step=0, position=0, running_metrics={}, replay_buffer=buffer)
     if session.recipe.eval.every:
         yield evaluate_policy(session, branch=MAIN, step=0)
-    save_checkpoint(session, optimizer, state, branch=MAIN)
+    yield save_checkpoint(session, optimizer, state, branch=MAIN)
     return state
 
 

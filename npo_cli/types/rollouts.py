@@ -315,6 +315,16 @@ class StepReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint that training saved: a folder that `from_pretrained` opens."""
+
+    branch: str
+    step: int
+    path: str
+    """Relative to the run directory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """How far a long stage is; drawn as a bar on a terminal, as a line now and then elsewhere."""
 
@@ -330,3 +340,7 @@ class Notice:
 
     message: str
     level: Literal["info", "warning"] = "info"
+
+
+TrainingRecord = StepReport | EvalReport | CheckpointSaved | Notice
+"""What training yields."""
