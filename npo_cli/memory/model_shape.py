@@ -16,10 +16,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import NpoError, first_line
-from npo_cli.policy.gguf import is_packaged, packaged_config
+from npo_cli.policy.gguf import packaged_config
 from npo_cli.policy.logprobs import mixed_precision
 from npo_cli.policy.lora import resolve_target_modules
-from npo_cli.policy.model import MODEL_HINT, find_model
+from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged
 from npo_cli.policy.vision import choose_model_class
 from npo_cli.types.memory import ModelShape
 

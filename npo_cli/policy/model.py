@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, damaged_checkpoint_hint, first_line
 from npo_cli.policy.device import choose_device, patch_with_liger
 from npo_cli.policy.fsdp import ShardingContext
-from npo_cli.policy.gguf import GGUF_PACKAGES, is_packaged, load_packaged
+from npo_cli.policy.gguf import load_packaged
 from npo_cli.policy.logprobs import (
     TokenRow,
     TokenScores,
@@ -39,6 +38,7 @@ from npo_cli.policy.lora import (
     load_adapters,
     save_adapters,
 )
+from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged
 from npo_cli.policy.vision import Vision, choose_model_class, load_vision
 from npo_cli.policy.weights_io import (
     check_loaded_weights,
@@ -47,10 +47,6 @@ from npo_cli.policy.weights_io import (
     tensors_digest,
 )
 from npo_cli.types.rollouts import Prompt
-
-MICRO_BASE_FOLDER = Path(__file__).parent.parent / "assets" / "micro-base"
-BUNDLED_MODELS = ("micro-base", *GGUF_PACKAGES)
-MODEL_HINT = "set model.path to a folder or hub id of a causal language model with its weights and tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,24 +315,6 @@ def check_model_size(config: PreTrainedConfig, num_weights: int, source: str) ->
             f"{source}/config.json describes a model of {described:,} weights, but the files have {num_weights:,}",
             "restore config.json from a copy of the model",
         )
-
-
-def find_model(path: str) -> str | Path:
-    """The folder for `model.path`, or the hub id itself; typos are found before the hub is contacted."""
-    if path == "micro-base":
-        return MICRO_BASE_FOLDER
-    folder = Path(path).expanduser()
-    if path and folder.is_dir():
-        return folder
-    if not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
-        raise NpoError(
-            f"model.path={path} is not a folder",
-            f"set it to a folder, a hub id, or {' or '.join(BUNDLED_MODELS)}",
-        )
-    near = get_close_matches(path.lower(), BUNDLED_MODELS, n=1, cutoff=0.8)
-    if near:
-        raise NpoError(f"model.path={path} is neither a folder nor a bundled model", f"set model.path={near[0]}")
-    return path
 
 
 def _load_tokenizer(source: str, *, hint: str) -> PreTrainedTokenizerBase:

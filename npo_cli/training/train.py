@@ -10,7 +10,8 @@ from npo_cli import __version__
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import Recipe
 from npo_cli.guides.online import open_online_guide
-from npo_cli.policy.model import BUNDLED_MODELS, Policy, load_policy
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.model_folder import BUNDLED_MODELS
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.session.distributed import shard_policy

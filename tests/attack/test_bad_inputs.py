@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from tests.helpers.cli_errors import SMALL, CommandResult, folder_digests, npo
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 
 STATE = Path(__file__).parents[1] / "data" / "trl_trainer_state.json"
 """What TRL 1.16 wrote after 4 steps of GRPO on the embedded base; its numbers are its own."""

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 
 
 def save_all(home: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from npo_cli.config.engine import EngineSettings, VllmSettings
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.inference.base import AdapterHandle, ModelHandle, SampleRequest
-from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
 

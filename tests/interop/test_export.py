@@ -11,7 +11,7 @@ from trl.data_utils import is_conversational
 
 from npo_cli.errors import NpoError
 from npo_cli.interop.export import export_checkpoint, export_guide
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
 from tests.helpers.other_trainers import trl_output

@@ -14,7 +14,7 @@ from npo_cli.autonpo.dry_run import explain_autonpo
 from npo_cli.autonpo.trainer_logs import LogColumns
 from npo_cli.errors import NpoError
 from npo_cli.interop.import_run import ImportSpec, import_run, infer_save_interval
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.report.build import write_report
 from npo_cli.report.show import show_run
 from npo_cli.storage.checkpoints import find_checkpoint

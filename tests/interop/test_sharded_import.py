@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from npo_cli.errors import NpoError
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from tests.helpers.runs import file_digests, open_session_at, resume, sample

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from npo_cli.errors import NpoError
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.metrics import read_metrics

@@ -6,7 +6,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from npo_cli.config.recipe import ModelSettings
-from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 
 SMALL = {
     "vocab_size": 17,

@@ -13,7 +13,8 @@ from npo_cli.config.recipe import LoraSettings, ModelSettings, TrainSettings
 from npo_cli.errors import NpoError
 from npo_cli.policy import lora as adapters_module
 from npo_cli.policy.lora import adapter_tensors, base_tensors
-from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.policy.optimizer import build_optimizer, read_random_state
 from tests.policy.models import qwen, save_model
 from tests.policy.test_model import ROWS, gradient_of

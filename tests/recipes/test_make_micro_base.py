@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from npo_cli.config.loading import load_recipe
-from npo_cli.policy.model import MICRO_BASE_FOLDER, load_policy
+from npo_cli.policy.model import load_policy
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "make_micro_base.py"
 

@@ -11,7 +11,7 @@ from npo_cli.config.loading import load_recipe
 from npo_cli.experiments.method_plan import BenchRun, build_commands
 from npo_cli.memory.model_shape import model_shape
 from npo_cli.memory.planner import plan_resources
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.lineage import find_newest_branch

@@ -13,7 +13,8 @@ from npo_cli.autonpo.run import train_autonpo
 from npo_cli.config.loading import override_saved_recipe
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.policy.model import MICRO_BASE_FOLDER, Policy, load_policy
+from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.rollout.batch import add_advantages
 from npo_cli.session.session import Session
