@@ -26,5 +26,7 @@ def demo(
     check_unused(out, flag="--out")
 
     from npo_cli.experiments.demo import RECIPE, run_demo
+    from npo_cli.types.costs import CostToThreshold
 
-    print_records(run_demo(out, seed=seed), as_json=as_json, num_steps=load_recipe(RECIPE).train.num_steps)
+    num_steps = load_recipe(RECIPE).train.num_steps
+    print_records(run_demo(out, seed=seed), as_json=as_json, num_steps=num_steps, tables=(CostToThreshold,))

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from npo_cli.cli.progress import open_progress
@@ -26,15 +26,19 @@ NUM_KEY_COLUMNS = 2
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?([kMG]?B|[%x]))?( \[.*\])?|nan|-?inf")
 
 
-def print_records(records: Iterable[Any], *, as_json: bool, num_steps: int | None = None) -> None:
+def print_records(
+    records: Iterable[Any], *, as_json: bool, num_steps: int | None = None, tables: Collection[type] | None = None
+) -> None:
     """Print notices and progress as they come; data as JSON lines as they come, or as tables at the end.
+
+    `tables`: the kinds of records that have tables; None: all.
 
     Progress is shown for generators only: the steps in a list are not work in progress. `num_steps` is the last step of
     the training, if known: it gives the time left.
     """
     from npo_cli.report.tables import TABLES
 
-    data: dict[type, list[Any]] = {kind: [] for kind in TABLES}
+    data: dict[type, list[Any]] = {kind: [] for kind in TABLES if tables is None or kind in tables}
     with contextlib.ExitStack() as stack:
         show = None
         if isinstance(records, Generator):

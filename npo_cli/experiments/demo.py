@@ -1,6 +1,6 @@
-"""`npo demo`: the whole circle on the embedded default, ending with what it gained and what it cost."""
+"""`npo demo`: the whole workflow on the embedded task, ending with what it gained and what it cost."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from npo_cli.config.loading import load_recipe
@@ -100,16 +100,38 @@ def drop_evals(records: Iterable[TrainingRecord]) -> Iterator[StepReport | Check
 
 
 def summarize_demo(out: Path) -> Iterator[CurvePoint | BestHeldPoint | CostToThreshold | Notice]:
-    """Both curves, where they cross the thresholds, and the picture."""
+    """Both curves, where they cross the thresholds, the picture, and three sentences."""
     run = open_run(out)
     methods = [learning_curve(run, MAIN, name="GRPO"), learning_curve(run, GUIDE, name="NPO")]
     held = best_held_curve(run, GUIDE, name="NPO")
     for points in (*methods, held):
         yield from points
+    reached = []
     for threshold in THRESHOLDS:
-        for points in methods:
-            yield cost_to_threshold(points, threshold)
-        yield best_held_cost_to_threshold(held, threshold)
+        grpo, npo = (cost_to_threshold(points, threshold) for points in methods)
+        reached.append((grpo, npo))
+        yield from (grpo, npo, best_held_cost_to_threshold(held, threshold))
     picture = out / "comparison.png"
     plot_accuracy_curves([point for points in methods for point in points], picture, "GRPO and NPO, one seed")
-    yield Notice(message=f"picture: {picture}")
+    yield Notice(message="")
+    yield from (Notice(message=sentence) for sentence in describe_demo(reached))
+    yield Notice(
+        message=f"next: open {quote_path(picture)}; npo report {quote_path(out)} --out demo.html; npo init my-task"
+    )
+
+
+def describe_demo(reached: Sequence[tuple[CostToThreshold, CostToThreshold]]) -> Iterator[str]:
+    """What was seen, by step, and what it cost: the middle one of the accuracies that both methods reached."""
+    both = [pair for pair in reached if None not in (pair[0].step, pair[1].step)]
+    if not both:
+        yield f"no accuracy of {reached[0][0].threshold:.2f} was reached by both methods; try another --seed"
+        return
+    grpo, npo = both[len(both) // 2]
+    yield (
+        f"what you saw: NPO reached a held-out accuracy of {npo.threshold:.2f} at step {npo.step}, "
+        f"GRPO at step {grpo.step}: {grpo.step / npo.step:.2f}x by step"
+    )
+    yield (
+        f"what it cost: {npo.total_tokens:,} tokens with its guide's training, scoring and samples, "
+        f"{grpo.total_tokens:,} for GRPO: {grpo.total_tokens / npo.total_tokens:.2f}x by total tokens"
+    )
