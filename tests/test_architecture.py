@@ -18,7 +18,7 @@ NEVER_IMPORTED = {"click", "pickle", "shelve", "dill", "joblib", "cloudpickle", 
 PICKLE_READER = PACKAGE / "interop" / "sharded_weights.py"
 """Other trainers' shards are pickles: this module alone reads them, so that none of them runs code."""
 HEAVY = {"torch", "transformers", "numpy", "scipy", "matplotlib", "yaml"}
-LIGHT_PACKAGES = {"cli", "errors", "types", "report", "distributed"}
+LIGHT_PACKAGES = {"cli", "api", "errors", "types", "report", "distributed"}
 LIGHT_MODULES = {"npo_cli.guides.source", "npo_cli.session.startup", "npo_cli.session.stop_signal"}
 """Names and the grammar of guide sources; the sources themselves are imported when one is opened."""
 
@@ -64,7 +64,7 @@ def test_commands_import_nothing_heavy_at_the_top():
     early = [
         locate(path, node)
         for path in SOURCES
-        if package_of(path) == "cli" and path.name != "environment_checks.py"
+        if package_of(path) in ("cli", "api") and path.name != "environment_checks.py"
         for node in parse(path).body
         if isinstance(node, ast.Import | ast.ImportFrom)
         for module in [getattr(node, "module", None) or node.names[0].name]

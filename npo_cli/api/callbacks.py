@@ -78,7 +78,7 @@ class CallbackCalls:
             return
         name = type(callback).__name__
         try:
-            getattr(callback, hook)(_copy(record))
+            getattr(callback, hook)(copy_numbers(record))
         except Exception as error:
             self.callbacks.remove(callback)
             self.failure = self.failure or (f"{name}.{hook} at step {record.step}", error)  # type: ignore[attr-defined]
@@ -88,8 +88,8 @@ class CallbackCalls:
             self.flag.request(f"callback {name}{reason}")
 
 
-def _copy(record: object) -> object:
-    """A step with dicts of its own: another callback does not see what this one does to them."""
+def copy_numbers(record: Record) -> Record:
+    """A step with dicts of its own, which may be changed; the other records cannot be."""
     if isinstance(record, StepReport):
         return replace(record, metrics=dict(record.metrics), timings=dict(record.timings))
     return record

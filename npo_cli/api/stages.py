@@ -12,13 +12,13 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import Context, copy_context
-from dataclasses import replace
 from functools import update_wrapper
+from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from npo_cli.api.callbacks import Callback, CallbackCalls
+from npo_cli.api.callbacks import Callback, CallbackCalls, copy_numbers
 from npo_cli.session.stop_signal import StopFlag
-from npo_cli.types.rollouts import Notice, Progress, StepReport
+from npo_cli.types.rollouts import Notice, Progress
 
 DEPRECATED = r"`(past_key_values|is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
 """Warnings of newer transformers about names that the oldest admitted one needs."""
@@ -42,17 +42,26 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
         records: Generator[Record, None, None],
         *,
         name: str,
+        root: Path = Path(),
         callbacks: Sequence[Callback] = (),
         stop: StopFlag | None = None,
         last_step: int | None = None,
-        context: Context | None = None,
+        allow_code: bool = False,
     ) -> None:
+        self.root = root
+        """The run directory."""
         self.last_step = last_step
         """Last step of this training, where it is known."""
         self._name, self._stop = name, StopFlag() if stop is None else stop
         self._is_read = False
         calls = CallbackCalls(callbacks, self._stop)
-        self._records = calls.pass_through(_isolate(records, context or copy_context()))
+        warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+        context = copy_context()
+        if allow_code:
+            from npo_cli.tasks.custom_verifier import permit_code
+
+            context.run(permit_code)
+        self._records = calls.pass_through(_isolate(records, context))
 
     def __next__(self) -> Record:
         self._is_read = True
@@ -138,8 +147,7 @@ def _isolate(records: Generator[Record, None, None], context: Context) -> Iterat
     streams = _RandomStreams()
 
     def advance() -> Record:
-        with warnings.catch_warnings(), streams.active():
-            warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+        with streams.active():
             return next(records)
 
     try:
@@ -151,13 +159,6 @@ def _isolate(records: Generator[Record, None, None], context: Context) -> Iterat
             yield copy_numbers(record)
     finally:
         context.run(records.close)
-
-
-def copy_numbers(record: Record) -> Record:
-    """A step with its own dicts; other records have nothing that could be changed."""
-    if isinstance(record, StepReport):
-        return replace(record, metrics=dict(record.metrics), timings=dict(record.timings))
-    return record
 
 
 class _RandomStreams:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import check_figure_path, load_run_recipe
+from npo_cli.api.checks import check_figure_path, load_run_recipe
 from npo_cli.cli.options import BranchOpt, JsonOpt, OverridesArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path

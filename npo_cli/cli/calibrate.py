@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import check_figure_path, load_run_recipe, parse_steps
+from npo_cli.api.checks import check_figure_path, load_run_recipe
+from npo_cli.cli.checks import parse_steps
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError

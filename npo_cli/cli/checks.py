@@ -1,60 +1,9 @@
-"""Checks that commands make before any heavy import, so that a mistake in the arguments is reported at once."""
+"""Values of options as Python values."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from npo_cli.errors import NpoError, quote_path
-
-if TYPE_CHECKING:
-    from npo_cli.config.loading import Purpose
-    from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError
 
 MAX_DIGITS = 18
 """Of a step on the command line; Python refuses to read numbers of some thousand digits."""
-FIGURE_FORMATS = (".png", ".svg", ".pdf")
-
-
-def load_run_recipe(
-    root: Path,
-    overrides: Sequence[str] | None,
-    *,
-    branch: str | None = None,
-    purpose: "Purpose" = "measure",
-    hint: str = "",
-) -> "Recipe":
-    """The recipe of a branch (None: the newest) with overrides applied; the run and the branch must exist.
-
-    Changes of settings that earlier steps depend on are refused, by `purpose` (see `check_frozen_settings`).
-    `hint` replaces the default hint of the error about an unknown branch.
-    """
-    from npo_cli.config.loading import override_saved_recipe
-    from npo_cli.storage.layout import open_run
-    from npo_cli.storage.lineage import find_newest_branch, list_branches
-
-    run = open_run(root)
-    if branch is not None and branch not in list_branches(run):
-        names = ", ".join(list_branches(run)) or "none yet"
-        raise NpoError(f"{root} has no branch {branch!r}: {names}", hint or f"npo show {quote_path(root)} lineage")
-    branch = branch or find_newest_branch(run)
-    return override_saved_recipe(
-        run.read_recipe(branch), overrides or (), path=run.recipe_path(branch), purpose=purpose
-    )
-
-
-def resolve_last_step(until: int | None, recipe: "Recipe", *, after: int, autonpo: bool) -> int:
-    """The last step of this training: `--until`, or the recipe's number of steps."""
-    last = recipe.train.num_steps
-    if until is None:
-        return last
-    if autonpo:
-        raise NpoError(
-            "--until is not available with --autonpo, which rolls back and trains steps again",
-            "set autonpo.max_interventions or train.num_steps",
-        )
-    if not after < until <= last:
-        raise NpoError(f"--until {until} is not between step {after + 1} and {last}", f"--until {last}")
-    return until
 
 
 def parse_steps(text: str, *, option: str = "--candidates") -> tuple[int, ...]:
@@ -63,13 +12,3 @@ def parse_steps(text: str, *, option: str = "--candidates") -> tuple[int, ...]:
     if not all(part.isdecimal() and part.isascii() and len(part) < MAX_DIGITS for part in parts):
         raise NpoError(f"{option} takes comma-separated steps, got {text!r}", f"{option} 20,40,60")
     return tuple(map(int, parts))
-
-
-def check_figure_path(path: Path | None, *, option: str = "--figure", formats: Sequence[str] = FIGURE_FORMATS) -> None:
-    """Refuse a path that is a folder, or whose suffix names no picture format."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise NpoError(f"{option} {path} is a folder", f"{option} {quote_path(path / 'figure.png')}")
-    if path.suffix.lower() not in formats:
-        raise NpoError(f"{option} {path} must end in {', '.join(formats)}", f"{option} {quote_path(path)}.png")

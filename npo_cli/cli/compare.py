@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import check_figure_path
 from npo_cli.cli.options import JsonOpt
 from npo_cli.cli.output import print_records
-from npo_cli.errors import NpoError, quote_path
+from npo_cli.errors import NpoError
 
 
 def compare(
@@ -45,23 +44,17 @@ def compare(
     95 % intervals over seeds and held-out prompts. Steps, updates, tokens and seconds count everything that a method
     needed: guide caches, scoring, probes and steps that were rolled back.
     """
-    check_figure_path(figure, formats=(".png", ".svg"))
-    if out is not None and out.is_dir():
-        raise NpoError(f"--out {out} is a folder", f"--out {quote_path(out / 'evaluations.csv')}")
     levels = parse_thresholds(thresholds) if thresholds is not None else ()
 
-    from npo_cli.experiments.compare import compare_runs
+    from npo_cli.api.comparison import compare as compare_runs
 
-    print_records(compare_runs(methods, thresholds=levels, baseline=baseline, csv=out, figure=figure), as_json=as_json)
+    records = compare_runs.stream(methods, thresholds=levels, baseline=baseline, out=out, figure=figure)
+    print_records(records, as_json=as_json)
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:
-    """`0.6,0.9` as accuracies above 0 and at most 1."""
+    """`0.6,0.9` as accuracies."""
     try:
-        levels = tuple(map(float, text.split(",")))
+        return tuple(map(float, text.split(",")))
     except ValueError as error:
         raise NpoError(f"--threshold takes comma-separated accuracies, got {text!r}", "--threshold 0.6,0.9") from error
-    for level in levels:
-        if not 0 < level <= 1:
-            raise NpoError(f"--threshold must be above 0 and at most 1, got {level:g}", "--threshold 0.9")
-    return levels

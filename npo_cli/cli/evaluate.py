@@ -4,10 +4,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import load_run_recipe
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
-from npo_cli.errors import NpoError
 
 
 def evaluate(
@@ -26,11 +24,7 @@ def evaluate(
 
     avg@k and pass@k, with 95 % intervals over prompts.
     """
-    if every_step and step is not None:
-        raise NpoError("--step and --all cannot be combined", "give one of them, or neither for the newest checkpoint")
-    load_run_recipe(run, overrides, branch=branch)
+    from npo_cli.api.training import evaluate as evaluate_run
 
-    from npo_cli.training.evaluate import evaluate_run
-
-    records = evaluate_run(run, step=step, every_step=every_step, branch=branch, overrides=overrides or ())
+    records = evaluate_run.stream(run, step=step, every_step=every_step, branch=branch, overrides=overrides or ())
     print_records(records, as_json=as_json)

@@ -21,6 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from npo_cli.api.stages import DEPRECATED
 from npo_cli.cli.autonpo import autonpo
 from npo_cli.cli.bench import bench
 from npo_cli.cli.calibrate import calibrate
@@ -48,9 +49,6 @@ from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.errors import NpoError, StoppedEarly
 from npo_cli.session.startup import begin_process
-
-DEPRECATED = r"`(past_key_values|is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
-"""Warnings of newer transformers about names that the oldest admitted one needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

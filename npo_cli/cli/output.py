@@ -6,18 +6,16 @@ markup is not interpreted.
 """
 
 import contextlib
-import dataclasses
 import json
-import math
 import re
 import sys
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
+from npo_cli.api.rows import to_row
 from npo_cli.cli.progress import open_progress
 from npo_cli.cli.terminal import escape_for_terminal, is_terminal, print_data
 from npo_cli.report.table import Table
-from npo_cli.types.autonpo import Transition
 from npo_cli.types.rollouts import Notice, Progress, StepReport
 
 COLUMN_GAP = 2
@@ -63,22 +61,8 @@ def to_json_line(record: Any) -> str:
 
     A step's metrics and timings are keys beside branch and step; a transition has the branch and phase of its state.
     """
-    values = dataclasses.asdict(record)
-    if isinstance(record, StepReport):
-        values = {"branch": record.branch, "step": record.step, **record.metrics, **record.timings}
-    if isinstance(record, Transition):
-        values = {"step": record.step, "branch": record.state.branch, "phase": record.state.phase, **values}
     kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(record).__name__).lower()
-    return json.dumps(_to_json({"record": kind, **values}), allow_nan=False)
-
-
-def _to_json(value: Any) -> Any:
-    """NaN and infinities, which JSON lacks, become null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _to_json(inner) for key, inner in value.items()}
-    return [_to_json(inner) for inner in value] if isinstance(value, list | tuple) else value
+    return json.dumps({"record": kind, **to_row(record)}, allow_nan=False)
 
 
 def print_table(table: Table) -> None:

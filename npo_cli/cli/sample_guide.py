@@ -4,10 +4,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import load_run_recipe
 from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
-from npo_cli.guides.source import describe_sources, parse_spec
+from npo_cli.guides.source import describe_sources
 
 SourceOpt = Annotated[
     str | None,
@@ -40,12 +39,11 @@ def sample_guide(
     as_json: JsonOpt = False,
 ) -> None:
     """Build a guide cache: sample a guide on the prompts of a replay."""
-    spec = None if source is None else parse_spec(source)
-    load_run_recipe(run, overrides, branch=branch)
+    from npo_cli.api.guides import sample_guide as build_guide_cache
 
-    from npo_cli.guides.build_cache import build_guide_cache
-
-    records = build_guide_cache(run, spec=spec, at=at, name=name, branch=branch, steps=steps, overrides=overrides or ())
+    records = build_guide_cache.stream(
+        run, at=at, source=source, name=name, steps=steps, branch=branch, overrides=overrides or ()
+    )
     print_records(records, as_json=as_json)
 
 

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import check_figure_path, load_run_recipe, parse_steps
+from npo_cli.api.checks import check_figure_path
+from npo_cli.cli.checks import parse_steps
 from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 
@@ -45,12 +46,16 @@ def score_checkpoints(
     source, and always no guide at all, which may win. Each figure has a 95 % interval.
     """
     check_figure_path(figure)
-    steps = None if candidates is None else parse_steps(candidates)
-    load_run_recipe(run, overrides, branch=branch)
+    steps = () if candidates is None else parse_steps(candidates)
 
-    from npo_cli.guides.score import score_run
-    from npo_cli.guides.source import parse_spec
+    from npo_cli.api.guides import score
 
-    specs = [parse_spec(text) for text in (*map(str, steps or ()), *(source or ()))]
-    records = score_run(run, at=at, sources=specs or None, branch=branch, overrides=overrides or (), figure=figure)
+    records = score.stream(
+        run,
+        at=at,
+        candidates=[*steps, *(source or ())] or None,
+        branch=branch,
+        overrides=overrides or (),
+        figure=figure,
+    )
     print_records(records, as_json=as_json)

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.checks import resolve_last_step
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, UntilOpt
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import escape_for_terminal, print_status
@@ -60,20 +59,12 @@ def train(
 
     # Of several processes one looks: it creates the directory before the others may have looked.
     root = current_group().run_on_main(find_run_directory, phase="name the run")
-    last = resolve_last_step(until, resolved, after=-1, autonpo=autonpo)
-    from npo_cli.training.tracking import track_records
+    from npo_cli.api.training import train as train_run
 
+    records = train_run.stream(resolved, root, until=until, autonpo=autonpo)
     if given is None:
         print_status(escape_for_terminal(f"run directory: {root}"))
-    if autonpo:
-        from npo_cli.autonpo.run import train_autonpo
-
-        records = train_autonpo(root, resolved)
-    else:
-        from npo_cli.training.train import train_run
-
-        records = train_run(root, resolved, until=until)
-    print_records(track_records(root, resolved, records), as_json=as_json, num_steps=last)
+    print_records(records, as_json=as_json, num_steps=records.last_step)
 
 
 def split_arguments(arguments: Sequence[str], *, run: Path | None) -> tuple[Path | None, Sequence[str]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from npo_cli.config.base import walk_fields
+from npo_cli.config.base import Settings, walk_fields
 from npo_cli.config.locate import find_method, find_recipe
 from npo_cli.config.messages import describe_problems, shorten, suggest_fix
 from npo_cli.config.recipe import Recipe
@@ -91,6 +91,28 @@ def read_method_values(name: str) -> dict[str, Any]:
     for layer in _read_chain(find_method(name)):
         values = _merge(values, layer.values)
     return values
+
+
+def apply_method(recipe: Recipe, method: str) -> Recipe:
+    """The recipe with a method's settings on top."""
+    base = SettingsLayer(values=recipe_to_dict(recipe), locations={})
+    return _validate([base, *_read_chain(find_method(method))], source="the recipe")
+
+
+def format_override(key: str, value: Any) -> str:
+    """`KEY=VALUE` of a setting or section, whose value is plain data or a path."""
+    try:
+        return f"{key}={json.dumps(value, ensure_ascii=False, allow_nan=False, default=_to_plain)}"
+    except (TypeError, ValueError) as error:
+        raise NpoError(f"{key} cannot be set to {value!r}", f"{key} takes text, a number, a list or a dict") from error
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Settings):
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} is no setting")
 
 
 def apply_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -4,6 +4,8 @@ Sections of their own modules: `autonpo`, `engine` (with the mismatch correction
 and `extrapolation`.
 """
 
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
@@ -306,6 +308,28 @@ class Recipe(Settings):
     eval: EvalSettings = EvalSettings()
     autonpo: AutonpoSettings = AutonpoSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: "str | PathLike[str]",
+        overrides: Sequence[str] | Mapping[str, Any] = (),
+        /,
+        *,
+        method: str | None = None,
+        **settings: Any,
+    ) -> "Recipe":
+        """A shipped recipe by name, or a file, with a method and settings on top; later ones win.
+
+        `Recipe.load("micro", ["train.lr=3e-4"])`, `Recipe.load("micro", {"train.lr": 3e-4})` and
+        `Recipe.load("micro", train={"lr": 3e-4})` are the same. Bad settings raise `NpoError`.
+        """
+        from npo_cli.config.loading import format_override, load_recipe
+
+        pairs = overrides if isinstance(overrides, Mapping) else {}
+        texts = [] if isinstance(overrides, Mapping) else list(overrides)
+        texts += [format_override(key, value) for key, value in (*pairs.items(), *settings.items())]
+        return load_recipe(str(name_or_path), texts, method=method)
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Recipe":

@@ -71,20 +71,25 @@ class CostTable:
     """What `cumulative_costs` found, by branch: a line of descent is summed once, however many branches it has."""
 
 
+def merge_cost_lines(run: RunDir) -> list[CostLine]:
+    """costs.jsonl with pieces that were executed again put together: tokens of the last time, seconds of all."""
+    merged: dict[tuple[str, str, int, str, str], CostLine] = {}
+    for line in read_cost_lines(run):
+        before = merged.get(line.key)
+        merged[line.key] = line if before is None else replace(line, seconds=before.seconds + line.seconds)
+    return list(merged.values())
+
+
 @cached_by_file(costs_path)
 def read_cost_table(run: RunDir) -> CostTable:
     """One pass over costs.jsonl."""
-    merged: dict[tuple[str, str, int, str, str], CostLine] = {}
-    seconds: dict[tuple[str, str, int, str, str], float] = defaultdict(float)
-    for line in read_cost_lines(run):
-        merged[line.key] = line
-        seconds[line.key] += line.seconds
-    table = CostTable(charges=tuple(line for line in merged.values() if line.kind in CHARGE_KINDS))
-    for key, line in merged.items():
+    lines = merge_cost_lines(run)
+    table = CostTable(charges=tuple(line for line in lines if line.kind in CHARGE_KINDS))
+    for line in lines:
         cost = Cost(
             steps=int(line.kind == "train"),
             tokens=line.tokens,
-            seconds=seconds[key],
+            seconds=line.seconds,
             forwards=line.forwards,
             updates=line.updates,
         )

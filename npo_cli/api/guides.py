@@ -1,0 +1,106 @@
+"""`npo.score` and `npo.sample_guide`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npo_cli.api.checks import Overrides, check_figure_path, list_overrides, load_run_recipe
+from npo_cli.api.run import Run, resolve_root
+from npo_cli.api.stages import RecordStream, collect_records, returns
+from npo_cli.guides.source import parse_spec
+from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.rollouts import Notice, Progress
+from npo_cli.types.scores import CandidateScore, GuideChoice
+
+if TYPE_CHECKING:
+    import pandas
+
+    from npo_cli.api.rows import Row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreResult:
+    """Q, V and S of guide candidates for one learner, and the choice."""
+
+    scores: tuple[CandidateScore, ...]
+    """One per candidate, then one of "no guide" (`none`)."""
+    choice: GuideChoice
+    notices: tuple[Notice, ...]
+
+    @property
+    def chosen(self) -> str | None:
+        """SPEC of the selected guide, for `npo.sample_guide(source=...)`; None: no guide is worth it."""
+        return self.choice.chosen
+
+    def table(self, *, as_list: bool = False) -> "pandas.DataFrame | list[Row]":
+        """One row per candidate, as `npo.Run.scores` gives them."""
+        from npo_cli.api.rows import list_columns, to_row, to_table
+
+        return to_table(map(to_row, self.scores), columns=list_columns(CandidateScore), as_list=as_list)
+
+
+def _collect_scores(stream: "RecordStream[CandidateScore | GuideChoice | Progress | Notice]") -> ScoreResult:
+    records = collect_records(stream)
+    return ScoreResult(
+        scores=tuple(record for record in records if isinstance(record, CandidateScore)),
+        choice=next(record for record in records if isinstance(record, GuideChoice)),
+        notices=tuple(record for record in records if isinstance(record, Notice)),
+    )
+
+
+@returns(_collect_scores)
+def score(
+    run: "Run | str | PathLike[str]",
+    *,
+    at: int | None = None,
+    candidates: Sequence[int | str] | None = None,
+    branch: str | None = None,
+    overrides: Overrides = (),
+    figure: "str | PathLike[str] | None" = None,
+    allow_code: bool = False,
+) -> RecordStream[CandidateScore | GuideChoice | Progress | Notice]:
+    """Rank guide candidates for the learner at step `at` by S = Q_net/V; returns a `ScoreResult`.
+
+    `candidates`: steps of later checkpoints and SPECs of other guide sources (`self`, `model:FOLDER`), None: all later
+    checkpoints. `figure`: file of a plot of Q, V and S.
+    """
+    picture = None if figure is None else Path(figure)
+    check_figure_path(picture)
+    root, overrides = resolve_root(run), list_overrides(overrides)
+    specs = None if candidates is None else [parse_spec(str(candidate)) for candidate in candidates]
+    load_run_recipe(root, overrides, branch=branch)
+
+    from npo_cli.guides.score import score_run
+
+    records = score_run(root, at=at, sources=specs, branch=branch, overrides=overrides, figure=picture)
+    return RecordStream(records, name="score", root=root, allow_code=allow_code)
+
+
+@returns(lambda stream: next(one for one in collect_records(stream) if isinstance(one, GuideCacheInfo)))
+def sample_guide(
+    run: "Run | str | PathLike[str]",
+    *,
+    at: int | None = None,
+    source: int | str | None = None,
+    name: str | None = None,
+    steps: int | None = None,
+    branch: str | None = None,
+    overrides: Overrides = (),
+    allow_code: bool = False,
+) -> RecordStream[GuideCacheInfo | Progress | Notice]:
+    """Build a guide cache for a replay from step `at`; returns its `GuideCacheInfo`, which `npo.resume` takes.
+
+    `source`: step of a checkpoint or SPEC, None: the choice of the newest scoring of this learner. `name`: of the
+    cache. `steps`: length of the replay. The prompts are those that training visits after `at`; verified-correct
+    responses are kept.
+    """
+    spec = None if source is None else parse_spec(str(source))
+    root, overrides = resolve_root(run), list_overrides(overrides)
+    load_run_recipe(root, overrides, branch=branch)
+
+    from npo_cli.guides.build_cache import build_guide_cache
+
+    records = build_guide_cache(root, spec=spec, at=at, name=name, branch=branch, steps=steps, overrides=overrides)
+    return RecordStream(records, name="sample_guide", root=root, allow_code=allow_code)
