@@ -15,7 +15,8 @@ from typing import Any
 import typer
 from pydantic_core import PydanticUndefined
 
-from npo_cli.cli.main import COMMANDS, GROUPS, app
+from npo_cli.cli.commands import COMMANDS, GROUPS
+from npo_cli.cli.main import app
 from npo_cli.config.base import list_settings
 from npo_cli.config.describe import list_sections
 from npo_cli.config.messages import describe_allowed
@@ -44,7 +45,7 @@ def render_cli() -> str:
         lines += [f"## {group}", ""]
         for name, command in COMMANDS.items():
             if command.group == group:
-                lines += [f"### npo {name}", "", *_describe_command(command.function.__doc__ or "")]
+                lines += [f"### npo {name}", "", *_describe_command(commands[name].help or "")]
                 lines += ["```sh", command.example, "```", "", "| | |", "|---|---|"]
                 lines += [f"| {_format_parameter(param)} | {_format_help(param)} |" for param in commands[name].params]
                 lines += [""]

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from npo_cli.api.callbacks import Callback, CallbackCalls, copy_numbers
+from npo_cli.session.startup import ignore_deprecations
 from npo_cli.session.stop_signal import StopFlag
 from npo_cli.types.rollouts import Notice, Progress
 
-DEPRECATED = r"`(past_key_values|is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
-"""Warnings of newer transformers about names that the oldest admitted one needs."""
 LOGGER = logging.getLogger("npo_cli")
 P = ParamSpec("P")
 Record = TypeVar("Record")
@@ -55,7 +54,7 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
         self._name, self._stop = name, StopFlag() if stop is None else stop
         self._is_read = False
         calls = CallbackCalls(callbacks, self._stop)
-        warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+        ignore_deprecations()
         context = copy_context()
         if allow_code:
             from npo_cli.tasks.custom_verifier import permit_code

@@ -9,7 +9,6 @@ from npo_cli.api.checks import check_figure_path, load_run_recipe
 from npo_cli.cli.options import BranchOpt, JsonOpt, OverridesArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.storage.layout import is_run_directory
 from npo_cli.types.autonpo import NonTriggerSpan
 
 SourceArg = Annotated[
@@ -64,6 +63,8 @@ def autonpo(
     """
     given = {"KEY=VALUE": overrides, "--step": step, "--reward": reward, "--entropy": entropy, "--figure": figure}
     _check(source, explain=explain, branch=branch, given=[name for name, value in given.items() if value])
+    from npo_cli.storage.layout import is_run_directory
+
     if is_run_directory(source):
         load_run_recipe(source, None, branch=branch)
     if not explain:
@@ -89,6 +90,8 @@ def _check(source: Path, *, explain: bool, branch: str | None, given: list[str])
     """Refuse options that need --explain or a run directory."""
     if not source.exists():
         raise NpoError(f"there is no run directory or file {source}", "name a run directory, or metrics of a trainer")
+    from npo_cli.storage.layout import is_run_directory
+
     again = f"npo autonpo {quote_path(source)} --explain"
     if not explain and given:
         raise NpoError(f"{given[0]} needs --explain", again)

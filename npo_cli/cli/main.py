@@ -1,4 +1,4 @@
-"""The `npo` command: the table of commands, and the one place where errors become messages and exit codes.
+"""The `npo` command: the one place where errors become messages and exit codes.
 
 Exit codes: 0 success, 1 failure, 2 bad input, 130 stopped by a signal. With --json an error is one JSON line on stdout,
 the last one. Heavy imports wait inside the commands.
@@ -11,122 +11,33 @@ import os
 import signal
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import copy_context
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
-from npo_cli.api.stages import DEPRECATED
-from npo_cli.cli.autonpo import autonpo
-from npo_cli.cli.bench import bench
-from npo_cli.cli.calibrate import calibrate
-from npo_cli.cli.compare import compare
-from npo_cli.cli.config_command import config
-from npo_cli.cli.demo import demo
-from npo_cli.cli.docs import docs
-from npo_cli.cli.doctor import doctor
-from npo_cli.cli.evaluate import evaluate
-from npo_cli.cli.export import export
-from npo_cli.cli.index import index
-from npo_cli.cli.init import init
+from npo_cli.cli.commands import COMMANDS, DISTRIBUTED_COMMANDS, HELP_OPTIONS, GroupedCommands
 from npo_cli.cli.options import JSON_FLAG, OLD_COMMANDS, suggest_new_option
-from npo_cli.cli.plan import plan
-from npo_cli.cli.recipes import recipes
-from npo_cli.cli.report import report
-from npo_cli.cli.resume import resume
-from npo_cli.cli.sample_guide import sample_guide
-from npo_cli.cli.score_checkpoints import score_checkpoints
-from npo_cli.cli.show import show
 from npo_cli.cli.terminal import escape_for_terminal, print_data, print_status
-from npo_cli.cli.train import train
-from npo_cli.cli.verify import verify
 from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.errors import NpoError, StoppedEarly
-from npo_cli.session.startup import begin_process
+from npo_cli.session.startup import begin_process, ignore_deprecations
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
-    """A command, the group that it is listed in, and an example for its help page."""
-
-    function: Callable[..., None]
-    group: str
-    example: str
-
-
-START, WORKFLOW, AUTONPO, INSPECT = "Start a project", "Workflow", "AutoNPO", "Inspect a run"
-COMPARE, TOOLS = "Compare", "Tools"
-GROUPS = (START, WORKFLOW, AUTONPO, INSPECT, COMPARE, TOOLS)
-COMMANDS = {
-    "init": Command(function=init, group=START, example="npo init my-project"),
-    "config": Command(function=config, group=START, example="npo config train.lr"),
-    "train": Command(function=train, group=WORKFLOW, example="npo train micro runs/first train.num_steps=200"),
-    "index": Command(function=index, group=WORKFLOW, example="npo index runs/first"),
-    "score-checkpoints": Command(
-        function=score_checkpoints,
-        group=WORKFLOW,
-        example="npo score-checkpoints runs/first --at 40 --candidates 60,80",
-    ),
-    "sample-guide": Command(
-        function=sample_guide, group=WORKFLOW, example="npo sample-guide runs/first --at 40 --source 80 --name late"
-    ),
-    "resume": Command(
-        function=resume, group=WORKFLOW, example="npo resume runs/first --at 40 --guide late --new-branch late"
-    ),
-    "autonpo": Command(function=autonpo, group=AUTONPO, example="npo autonpo runs/first --explain"),
-    "show": Command(function=show, group=INSPECT, example="npo show runs/first rollouts --step 40"),
-    "eval": Command(function=evaluate, group=INSPECT, example="npo eval runs/first --all"),
-    "report": Command(function=report, group=INSPECT, example="npo report runs/first --out report.html"),
-    "verify": Command(function=verify, group=INSPECT, example="npo verify runs/first"),
-    "bench": Command(
-        function=bench, group=COMPARE, example="npo bench micro --methods grpo,npo --seeds 3 --out runs/bench"
-    ),
-    "calibrate": Command(
-        function=calibrate, group=COMPARE, example="npo calibrate runs/first --at 0,40 --candidates self,+20,+40,+100"
-    ),
-    "compare": Command(function=compare, group=COMPARE, example="npo compare runs/bench --threshold 0.8"),
-    "recipes": Command(function=recipes, group=TOOLS, example="npo recipes micro"),
-    "plan": Command(function=plan, group=TOOLS, example="npo plan smollm2-135m --gpus 2 --gpu-mem 24"),
-    "export": Command(function=export, group=TOOLS, example="npo export runs/first --step 40 --out step-40"),
-    "doctor": Command(function=doctor, group=TOOLS, example="npo doctor"),
-    "demo": Command(function=demo, group=TOOLS, example="npo demo --out npo-demo"),
-    "docs": Command(function=docs, group=TOOLS, example="npo docs glossary"),
-}
-DISTRIBUTED_COMMANDS = ("train", "score-checkpoints", "sample-guide", "resume", "eval")
-"""Commands that several processes run together; rank 0 runs any other one alone."""
 CommandLineError = typer.BadParameter.__mro__[2]
 """Base class of typer's errors about the command line, which typer does not export."""
 BAD_PATH_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
-COMMAND_WIDTH = 17
-
-
-class GroupedCommands(TyperGroup):
-    """Lists the commands of `npo --help` by group."""
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """One section per group, with aligned columns."""
-        for group in GROUPS:
-            with formatter.section(group):
-                formatter.write_dl(
-                    [
-                        (name.ljust(COMMAND_WIDTH), self.commands[name].get_short_help_str(formatter.width))
-                        for name, command in COMMANDS.items()
-                        if command.group == group
-                    ]
-                )
-
 
 app = typer.Typer(
-    name="npo", cls=GroupedCommands, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+    name="npo",
+    cls=GroupedCommands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=HELP_OPTIONS,
 )
-for _name, _command in COMMANDS.items():
-    app.command(_name, epilog=f"Example: {_command.example}")(_command.function)
 
 
 def _print_version(is_requested: bool) -> None:
@@ -137,10 +48,17 @@ def _print_version(is_requested: bool) -> None:
         raise typer.Exit
 
 
+VersionOpt = Annotated[
+    bool,
+    typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
+]
+
+
 @app.callback()
 def npo(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """Near-Future Policy Optimization: GRPO that injects verified rollouts from later checkpoints of the same run.
@@ -151,7 +69,7 @@ def npo(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; always leaves through SystemExit."""
-    warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
+    ignore_deprecations()
     begin_process()
     for name in ("stdout", "stderr"):
         # A closed stream discards its output: printing to None would go to the other stream.

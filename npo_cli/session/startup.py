@@ -7,6 +7,7 @@ spent for. They belong to the process, so there is one clock; a new session sets
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from npo_cli.storage.layout import RunDir
 
 StartupKind = Literal["load", "start"]
+_DEPRECATED = r"`(past_key_values|is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
+"""Warnings of newer transformers about names that the oldest admitted one needs."""
 
 
 @dataclass(slots=True)
@@ -60,3 +63,8 @@ def charge_startup(run: RunDir, *, branch: str, step: int, artifact: Path | None
     for kind, seconds in _CLOCK.seconds.items():
         append_cost(run, kind, branch=branch, step=step, artifact=artifact, seconds=seconds)
     _CLOCK.seconds.clear()
+
+
+def ignore_deprecations() -> None:
+    """Do not show warnings of newer transformers about names that the oldest admitted one needs."""
+    warnings.filterwarnings("ignore", _DEPRECATED, FutureWarning)

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from npo_cli.cli import main as cli
 from npo_cli.cli.checks import parse_steps
+from npo_cli.cli.commands import COMMAND_WIDTH, GROUPS, load_command
 from npo_cli.cli.train import choose_run_directory, split_arguments
 from npo_cli.config.loading import load_recipe, recipe_to_dict
 from npo_cli.config.locate import list_recipe_names
@@ -20,7 +21,8 @@ runner = CliRunner()
 def test_help_of_a_command_shows_its_purpose_and_an_example(command):
     result = runner.invoke(cli.app, [command, "--help"])
     assert result.exit_code == 0
-    assert cli.COMMANDS[command].function.__doc__.splitlines()[0] in result.output
+    assert load_command(command).help.splitlines()[0] == cli.COMMANDS[command].summary
+    assert cli.COMMANDS[command].summary in result.output
     assert f"Example: {cli.COMMANDS[command].example}" in " ".join(result.output.split())
     assert all(len(line) <= 80 for line in result.output.splitlines())
 
@@ -35,10 +37,10 @@ def test_help_example_parses(command):
 def test_help_lists_every_command_in_its_group():
     output = runner.invoke(cli.app, ["--help"]).output
     sections = dict(part.split(":\n", 1) for part in output.split("\n\n") if ":\n" in part)
-    assert list(sections)[-len(cli.GROUPS) :] == list(cli.GROUPS)
+    assert list(sections)[-len(GROUPS) :] == list(GROUPS)
     for name, command in cli.COMMANDS.items():
-        first_words = " ".join(command.function.__doc__.splitlines()[0].split()[:4])
-        assert f"{name.ljust(cli.COMMAND_WIDTH)}  {first_words}" in sections[command.group]
+        first_words = " ".join(command.summary.split()[:4])
+        assert f"{name.ljust(COMMAND_WIDTH)}  {first_words}" in sections[command.group]
     assert all(len(line) <= 80 for line in output.splitlines())
 
 

@@ -119,3 +119,15 @@ def test_json_on_a_terminal_is_not_mixed_with_bars():
     assert lines[1] == "work 1/2  [red]note"
     assert json.loads(lines[2])["branch"] == "main"
     assert "\x1b" not in shown
+
+
+def test_help_imports_no_command():
+    """`npo --help` is as fast as typer: a command's module is imported when the command runs."""
+    code = (
+        "import sys\nfrom npo_cli.cli.main import main\n"
+        "try:\n    main(['--help'])\nfinally:\n    print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name for name in done.stderr.split() if name.startswith("npo_cli.cli.")}
+    assert loaded == {f"npo_cli.cli.{name}" for name in ("main", "commands", "options", "terminal")}
+    assert "pydantic" not in done.stderr.split()
