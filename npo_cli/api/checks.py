@@ -34,20 +34,20 @@ def load_run_recipe(
     purpose: "Purpose" = "measure",
     hint: str = "",
 ) -> "Recipe":
-    """The recipe of a branch (None: the newest) with overrides applied; the run and the branch must exist.
+    """The recipe of a branch (None: main) with overrides applied; the run and the branch must exist.
 
     Changes of settings that earlier steps depend on are refused, by `purpose` (see `check_frozen_settings`).
     `hint` replaces the default hint of the error about an unknown branch.
     """
     from npo_cli.config.loading import override_saved_recipe
     from npo_cli.storage.layout import open_run
-    from npo_cli.storage.lineage import find_newest_branch, list_branches
+    from npo_cli.storage.lineage import find_main_branch, list_branches
 
     run = open_run(root)
     if branch is not None and branch not in list_branches(run):
         names = ", ".join(list_branches(run)) or "none yet"
         raise NpoError(f"{root} has no branch {branch!r}: {names}", hint or f"npo show {quote_path(root)} lineage")
-    branch = branch or find_newest_branch(run)
+    branch = branch or find_main_branch(run)
     return override_saved_recipe(
         run.read_recipe(branch), overrides or (), path=run.recipe_path(branch), purpose=purpose
     )

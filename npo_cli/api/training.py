@@ -1,6 +1,6 @@
 """`npo.train`, `npo.resume` and `npo.evaluate`."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -145,13 +145,14 @@ def resume(
 ) -> RecordStream[StreamRecord]:
     """Resume a run, or fork a new branch at step `at`; returns a `TrainingResult`.
 
-    Without `at`, training continues from the newest training state of the branch. With `at`, a new branch is trained
-    with the responses of a guide cache (`guide`) for `steps` steps, or without one (`no_guide=True`). `overrides`:
+    Without `at`, training continues on the branch that was interrupted, else on main; the first record names it. With
+    `at`, a new branch is trained with the responses of a guide cache (`guide`) for `steps` steps, or without one (`no_guide=True`). `overrides`:
     settings that may change on resume or at a fork. `fresh_optimizer`: fork from weights only.
     """
     root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
     guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
     hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
+    branch, first_line = _choose_branch(root, branch, at=at, guide=guide, autonpo=autonpo)
     purpose = "resume" if at is None else "fork"
     recipe = load_run_recipe(root, overrides, branch=branch, purpose=purpose, hint=hint)
     last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
@@ -160,18 +161,24 @@ def resume(
     if no_guide or (at is not None and guide is None and not autonpo):
         _check_guide_choice(root, recipe, at=at, guide=guide, no_guide=no_guide, autonpo=autonpo)
     where = {"overrides": overrides, "at": at, "source_branch": branch, "new_branch": new_branch, "stop": stop}
-    if autonpo:
-        from npo_cli.autonpo.run import resume_autonpo
+    replay = {"guide": guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
 
-        records = resume_autonpo(root, **where)
-    else:
-        from npo_cli.training.resume import resume_run
+    def work() -> Generator[StreamRecord, None, None]:
+        yield Notice(message=first_line)  # before the imports, which take seconds
+        if autonpo:
+            from npo_cli.autonpo.run import resume_autonpo
 
-        records = resume_run(root, **where, guide=guide, steps=steps, until=until, fresh=fresh_optimizer)
-    from npo_cli.training.tracking import track_records
+            records = resume_autonpo(root, **where)
+        else:
+            from npo_cli.training.resume import resume_run
+
+            records = resume_run(root, **where, **replay)
+        from npo_cli.training.tracking import track_records
+
+        yield from track_records(root, recipe, records)
 
     return RecordStream(
-        track_records(root, recipe, records),
+        work(),
         name="resume",
         root=root,
         callbacks=callbacks,
@@ -179,6 +186,27 @@ def resume(
         last_step=last,
         allow_code=allow_code,
     )
+
+
+def _choose_branch(
+    root: Path, branch: str | None, *, at: int | None, guide: str | None, autonpo: bool
+) -> tuple[str, str]:
+    """The branch to continue or to fork, and one line that names it."""
+    from npo_cli.storage.guide_cache import cache_info_path, read_cache_info
+    from npo_cli.storage.interrupted import find_autonpo_branch, find_resume_target
+    from npo_cli.storage.layout import FIRST_BRANCH, open_run
+    from npo_cli.storage.lineage import list_branches
+
+    run = open_run(root)
+    if branch is not None and branch not in list_branches(run):
+        return branch, ""  # refused with the names of the branches
+    if at is None:
+        target = find_resume_target(run, branch or (find_autonpo_branch(run) if autonpo else None))
+        return target.branch, target.describe()
+    if branch is None and guide is not None and cache_info_path(run.guide_folder(guide)).exists():
+        branch = read_cache_info(run.guide_folder(guide)).branch
+    branch = branch or FIRST_BRANCH
+    return branch, f"fork branch {branch} at step {at}"
 
 
 def _check_combination(run: Path, *, at: int | None, autonpo: bool, fresh: bool, has_guide: bool) -> None:

@@ -34,8 +34,8 @@ from npo_cli.report.autonpo_plot import plot_autonpo
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import list_ancestry_checkpoints
 from npo_cli.storage.cost_sums import compute_run_costs
-from npo_cli.storage.layout import RunDir, is_run_directory, open_run
-from npo_cli.storage.lineage import ancestry, find_newest_branch
+from npo_cli.storage.layout import FIRST_BRANCH, RunDir, is_run_directory, open_run
+from npo_cli.storage.lineage import ancestry, find_main_branch
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.autonpo import AutoNPOState, NonTriggerSpan, ProbeResult, Transition, TriggerReading
 from npo_cli.types.costs import RunCosts
@@ -72,7 +72,7 @@ class DryRun:
 def load_run_record(root: Path, *, columns: LogColumns, overrides: Sequence[str], branch: str | None) -> RecordedRun:
     """A branch of a run with its ancestry, under the branch's recipe."""
     run = open_run(root)
-    branch = branch or find_newest_branch(run)
+    branch = branch or find_main_branch(run)
     spans = ancestry(run, branch)
     recipe = apply_overrides(recipe_from_dict(run.read_recipe(branch), source=str(run.recipe_path(branch))), overrides)
     rows = [row for span in spans for row in read_metrics(run, span.branch) if span.contains(row["step"])]
@@ -280,7 +280,7 @@ def suggest_commands(record: RecordedRun, step: int) -> Iterator[Notice]:
     if guide == at:
         return
     root = quote_path(record.source)
-    branch = "" if record.branch == find_newest_branch(record.run) else f" --branch {record.branch}"
+    branch = "" if record.branch == FIRST_BRANCH else f" --branch {record.branch}"
     name = f"{record.branch}-{at}-by-{guide}"
     sample = f"npo sample-guide {root} --at {at} --source {guide} --name {name}{branch}"
     replay = f"npo resume {root} --at {at} --guide {name}"
@@ -291,10 +291,10 @@ def suggest_commands(record: RecordedRun, step: int) -> Iterator[Notice]:
 
 
 def report_history(root: Path, *, branch: str | None) -> Iterator[Transition | RunCosts]:
-    """Every transition of the run, and its costs as seen from one branch."""
+    """Every transition of the run, and its costs as seen from a branch (None: the one that AutoNPO is on)."""
     run = open_run(root)
     transitions = read_transitions(run)
     if not transitions:
         raise NpoError(f"{root} was never trained with AutoNPO", f"npo resume {quote_path(root)} --autonpo")
     yield from transitions
-    yield compute_run_costs(run, branch or find_newest_branch(run))
+    yield compute_run_costs(run, branch or transitions[-1].state.branch)

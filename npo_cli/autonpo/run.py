@@ -33,6 +33,7 @@ from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.autonpo_log import append_transitions, read_transitions
 from npo_cli.storage.checkpoints import Checkpoint, find_resume_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.cost_sums import compute_run_costs
+from npo_cli.storage.interrupted import record_finish
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch
 from npo_cli.storage.lock import lock_run
@@ -125,9 +126,8 @@ def find_start(
                 f"--branch {source_branch} --at STEP",
             )
         return find_resume_point(run, state.branch, overrides), state
-    branch = source_branch or find_newest_branch(run)
-    start = find_resume_point(run, branch, overrides)
-    return start, AutoNPOState(branch=branch, step=find_first_segment(run, branch).fork_step)
+    start = find_resume_point(run, source_branch, overrides)
+    return start, AutoNPOState(branch=start.branch, step=find_first_segment(run, start.branch).fork_step)
 
 
 def run_autonpo(session: Session, state: AutoNPOState, *, stop: StopFlag, reads_log: bool) -> Iterator[DriverRecord]:
@@ -151,6 +151,7 @@ def run_autonpo(session: Session, state: AutoNPOState, *, stop: StopFlag, reads_
         yield record
     if not has_trained:
         yield Notice(message=f"no step was left to train: {driver.end_reason()}")
+    record_finish(session.run, driver.state.branch)
     yield compute_run_costs(session.run, driver.state.branch)
 
 

@@ -15,8 +15,8 @@ def compare(
         list[str],
         typer.Argument(
             metavar="METHOD",
-            help="[NAME=]RUN[:BRANCH]. The same NAME again is another seed. RUN alone means all its branches, "
-            "the output folder of npo bench all its runs.",
+            help="[NAME=]RUN[:BRANCH]. The same NAME again is another seed. RUN alone means all its branches; NAME=RUN "
+            "needs :BRANCH where there are several. The output folder of npo bench means all its runs.",
             show_default=False,
         ),
     ],

@@ -13,7 +13,8 @@ def evaluate(
     overrides: OverridesArg = None,
     *,
     step: Annotated[
-        int | None, typer.Option("--step", min=0, metavar="N", help="Step of the checkpoint. [default: newest]")
+        int | None,
+        typer.Option("--step", min=0, metavar="N", help="Step of the checkpoint. [default: the last]"),
     ] = None,
     every_step: Annotated[bool, typer.Option("--all", help="Every checkpoint of the branch.")] = False,
     branch: BranchOpt = None,

@@ -31,7 +31,7 @@ AtOpt = Annotated[
     int | None, typer.Option("--at", min=0, metavar="STEP", help="Learner step. [default: guide.replay.at_step]")
 ]
 BranchOpt = Annotated[
-    str | None, typer.Option("--branch", metavar="NAME", help="Existing branch of the run. [default: newest]")
+    str | None, typer.Option("--branch", metavar="NAME", help="Existing branch of the run. [default: main]")
 ]
 OnlyBranchOpt = Annotated[str | None, typer.Option("--branch", metavar="NAME", help="Only this branch. [default: all]")]
 UntilOpt = Annotated[

@@ -18,7 +18,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write.")] = Path("npo-report.html"),
     branch: Annotated[
         str | None,
-        typer.Option("--branch", metavar="NAME", help="Branch whose costs and responses are shown. [default: newest]"),
+        typer.Option("--branch", metavar="NAME", help="Branch whose costs and responses lead. [default: the best]"),
     ] = None,
     figures: Annotated[
         Path | None, typer.Option("--figures", metavar="DIR", help="Also save every figure as PNG and SVG.")

@@ -43,9 +43,9 @@ def resume(
 ) -> None:
     """Resume training, or fork from an earlier step.
 
-    Without --at, training continues from the newest training state of the branch. With --at, a new branch is forked at
-    that step and trained with the guide of --guide, or with --no-guide without one; existing files are never
-    overwritten.
+    Without --at, training continues on the branch that was interrupted; if none was, on main. With --at, a new branch
+    is forked at that step (of the branch that the guide is for, else of main) and trained with the guide of --guide, or
+    with --no-guide without one; existing files are never overwritten.
     With --autonpo, AutoNPO reads the recorded steps, then controls the training; with --at it starts at that step, on a
     new branch (npo autonpo RUN --explain is a dry run).
     Settings that earlier steps depend on cannot change; train.num_steps may be raised.

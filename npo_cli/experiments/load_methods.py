@@ -14,7 +14,7 @@ from npo_cli.storage.cost_sums import best_held_curve, learning_curve
 from npo_cli.storage.evals import PromptResults, match_prompt_results
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import Span, ancestry, find_newest_branch, list_branches
+from npo_cli.storage.lineage import Span, ancestry, find_main_branch, find_newest_branch, list_branches
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.comparison import SeedPoint
 from npo_cli.types.costs import CurvePoint
@@ -113,7 +113,7 @@ def validate_unique_seeds(name: str, places: Sequence[RunBranch]) -> None:
 
 
 def resolve_run_branches(text: str) -> Iterator[RunBranch]:
-    """Branches named by one argument: of a run, or the newest one of every run of a bench."""
+    """Branches named by one argument: of a run, or the one that every run of a bench ended on."""
     name, path, branch = parse_method_argument(text)
     if not is_bench(path):
         yield from iter_run_branches(path, name=name, branch=branch)
@@ -121,18 +121,22 @@ def resolve_run_branches(text: str) -> Iterator[RunBranch]:
     if name or branch:
         raise NpoError(f"{path} holds the runs of a bench, which have names", f"npo compare {quote_path(path)}")
     for method, root in load_bench_index(path):
-        yield from iter_run_branches(root, name=method, branch=None)
+        yield from iter_run_branches(root, name=method, branch=find_newest_branch(open_run(root)))
 
 
 def iter_run_branches(path: Path, *, name: str | None, branch: str | None) -> Iterator[RunBranch]:
-    """Of one run: the branch, or the newest one where only the method is named, else all."""
+    """Of one run: the branch, else all. A method that is named is one branch."""
     run = open_run(path)
     known = list_branches(run)
     if branch is not None and branch not in known:
         named = ", ".join(known) or "none yet"
         raise NpoError(f"{path} has no branch {branch!r}: {named}", f"npo show {quote_path(path)} lineage")
-    # A run without a step has no branch; find_newest_branch raises the error.
-    chosen = known if branch is None and name is None and known else [branch or find_newest_branch(run)]
+    if branch is None and name is not None and len(known) > 1:
+        raise NpoError(
+            f"{path} has several branches, so {name} is not one method: {', '.join(known)}",
+            f"npo compare {name}={quote_path(path)}:{known[-1]}",
+        )
+    chosen = [branch] if branch else known or [find_main_branch(run)]
     for one in chosen:
         recipe = recipe_from_dict(run.read_recipe(one), source=str(run.recipe_path(one)))
         yield RunBranch(method=name or f"{recipe.name}:{one}", run=run, branch=one, recipe=recipe)

@@ -17,7 +17,7 @@ from npo_cli.storage.files import explain_write_error
 from npo_cli.storage.guide_cache import describe_guide_source, load_guide
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch
+from npo_cli.storage.lineage import ancestry, find_first_segment, find_main_branch
 from npo_cli.storage.lock import atomic_directory
 from npo_cli.storage.metrics import find_source_trainer
 from npo_cli.tasks.table_io import ExportedResponse, TableFormat, validate_table_path, write_table
@@ -147,7 +147,7 @@ def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iter
 def export_checkpoint(root: Path, *, step: int, branch: str | None, out: Path) -> Iterator[Notice | WrittenFile]:
     """Copy the files that `from_pretrained` (or peft) loads, after verifying their digests; add a README.md."""
     run = open_run(root)
-    branch = branch or find_newest_branch(run)
+    branch = branch or find_main_branch(run)
     checkpoint = find_checkpoint(run, branch, step)
     verify_checkpoint(checkpoint)
     card = render_model_card(run, checkpoint, branch=branch)

@@ -12,7 +12,7 @@ from npo_cli.report.table import format_bytes
 from npo_cli.storage.bench_dir import is_bench, load_bench_index
 from npo_cli.storage.files import write_text_atomic
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import find_first_segment, find_newest_branch
+from npo_cli.storage.lineage import find_first_segment, find_main_branch
 from npo_cli.types.rollouts import Notice, Progress
 from npo_cli.types.views import WrittenFile
 
@@ -61,7 +61,7 @@ def open_labelled_runs(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:
         raise NpoError(f"{duplicate} was given twice", "name each run once")
     runs = [open_run(root) for root in roots]
     for run in runs:
-        find_newest_branch(run)
+        find_main_branch(run)
     names = [path.name for path in paths]
     labels = names if len(set(names)) == len(names) else [str(root) for root in roots]
     return list(zip(labels, runs, strict=True))

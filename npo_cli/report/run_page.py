@@ -23,9 +23,9 @@ from npo_cli.report.tables_scores import describe_choice
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.cost_sums import compute_run_costs, costs_by_activity, learning_curve
 from npo_cli.storage.guide_cache import list_guide_caches
-from npo_cli.storage.index import select_best_evals, select_line_evals
+from npo_cli.storage.index import find_best_branch, select_best_evals, select_line_evals
 from npo_cli.storage.layout import RunDir, dump_recipe
-from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch, list_branches, read_segments
+from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches, read_segments
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.costs import CostToThreshold, CurvePoint
@@ -44,7 +44,7 @@ def summarize_run(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:
         ("task", str(_section(recipe, "task").get("source", "-"))),
         ("seed", str(_section(recipe, "train").get("seed", "-"))),
         ("learning rate", str(_section(recipe, "train").get("lr", "-"))),
-        (f"branch, newest of {len(names)}", branch),
+        (f"branch, {'best ' * (branch == find_best_branch(run))}of {len(names)}", branch),
         ("step", format_count(spent.step)),
         final_accuracy(run, branch),
         ("updates executed", format_count(spent.updates)),
@@ -72,10 +72,10 @@ def final_accuracy(run: RunDir, branch: str) -> tuple[str, str]:
 
 
 def build_overview(runs: Sequence[tuple[str, RunDir]]) -> Section:
-    """The newest branch of every run, on the same axes and in one table."""
+    """The best branch of every run, on the same axes and in one table."""
     rows, curves = [], []
     for index, (label, run) in enumerate(runs):
-        branch = find_newest_branch(run)
+        branch = find_best_branch(run)
         spent, points = compute_run_costs(run, branch), learning_curve(run, branch, name=_ascii(label))
         rows.append(
             (
@@ -95,7 +95,7 @@ def build_overview(runs: Sequence[tuple[str, RunDir]]) -> Section:
     hysteresis = replay_hysteresis([run for _, run in runs])
     part = Subsection(
         title="Side by side",
-        text="The newest branch of each run. Updates, tokens and seconds are those of the whole run.",
+        text="The best branch of each run by held-out accuracy. Updates, tokens and seconds: of the whole run.",
         plots=tuple(make_accuracy_plots(curves, prefix="overview-")) if curves else (),
         tables=(
             Table(title="Runs", header=header, rows=tuple(rows)),
@@ -120,7 +120,7 @@ MAX_PLOTTED_PROBES = 6
 
 def build_run_section(run: RunDir, *, title: str, prefix: str, branch: str | None = None) -> Section:
     """Everything of one run; `prefix` starts the names of its plots."""
-    branch = branch or find_newest_branch(run)
+    branch = branch or find_best_branch(run)
     spans = collect_branch_spans(run, branch)
     parts = (
         *_accuracy(run, prefix=prefix),

@@ -16,7 +16,7 @@ from npo_cli.storage.cost_sums import (
 )
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import find_newest_branch, list_branches, read_segments
+from npo_cli.storage.lineage import find_main_branch, list_branches, read_segments
 from npo_cli.storage.metrics import read_metrics, read_timings
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.costs import BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
@@ -99,7 +99,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 def show_groups(run: RunDir, *, branch: str | None, step: int | None, prompt_id: str | None) -> Iterator[GroupView]:
     """Groups of one step, by default the newest. A prompt without a step: all steps."""
-    name = branch or find_newest_branch(run)
+    name = branch or find_main_branch(run)
     log = RolloutLog(run.rollouts_path(name))
     if step is None and prompt_id is None:
         step = max(log.steps(), default=None)
@@ -123,7 +123,7 @@ def show_rollouts(run: RunDir, *, branch: str | None, step: int | None, prompt_i
 
 def show_prompt_history(run: RunDir, *, branch: str | None, prompt_id: str) -> Iterator[PromptHistory | PromptVisit]:
     """One prompt through training, across the branches of the lineage; nothing if it was never visited."""
-    name = branch or find_newest_branch(run)
+    name = branch or find_main_branch(run)
     seen = list(iter_visits(run, name, prompt_id=prompt_id))
     if seen:
         yield build_prompt_history(name, seen)
@@ -139,7 +139,7 @@ def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Best
     """Held-out accuracy of each branch with its costs, the best policy held by then, the costs of reaching the
     thresholds, and the costs of the run.
 
-    The last are seen from the branch, or from the newest one.
+    The last are seen from the branch, or from main.
     """
     names = [name for name in list_branches(run) if branch in (None, name)]
     curves = [learning_curve(run, name, name=name) for name in names]
@@ -155,7 +155,7 @@ def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Best
                 if held[points[0].name]:
                     yield best_held_cost_to_threshold(held[points[0].name], threshold)
     if names:
-        yield compute_run_costs(run, branch or find_newest_branch(run))
+        yield compute_run_costs(run, branch or find_main_branch(run))
 
 
 def show_lineage(run: RunDir, *, branch: str | None) -> list[Segment]:

@@ -9,7 +9,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.session.session import Session
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import ancestry, find_newest_branch
+from npo_cli.storage.lineage import ancestry, find_main_branch
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.rollouts import Prompt
 
@@ -30,7 +30,7 @@ class Learner:
 
 def find_learner(run: RunDir, *, at: int | None, branch: str | None, overrides: Sequence[str]) -> Learner:
     """The checkpoint at step `at`, or at the recipe's guide.replay.at_step."""
-    branch = branch or find_newest_branch(run)
+    branch = branch or find_main_branch(run)
     recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="measure")
     step = recipe.guide.replay.at_step if at is None else at
     if step is None:

@@ -18,7 +18,13 @@ from npo_cli.storage.checkpoints import (
 from npo_cli.storage.evals import read_evals
 from npo_cli.storage.files import cached_by_file
 from npo_cli.storage.layout import RunDir, open_run, parse_step
-from npo_cli.storage.lineage import ancestry, find_first_segment, find_owning_branch, list_branches
+from npo_cli.storage.lineage import (
+    ancestry,
+    find_first_segment,
+    find_main_branch,
+    find_owning_branch,
+    list_branches,
+)
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport
@@ -147,6 +153,16 @@ def select_line_evals(run: RunDir, branch: str) -> dict[int, EvalReport]:
         for (owner, step), report in select_best_evals(run).items()
         if owner in spans and spans[owner].contains(step)
     }
+
+
+def find_best_branch(run: RunDir) -> str:
+    """The branch with the highest held-out accuracy at a step of its own, of equal ones the older; main without any."""
+    main, evals = find_main_branch(run), select_best_evals(run).values()
+    best = dict.fromkeys(list_branches(run), -1.0)
+    for report in evals:
+        if report.branch in best:
+            best[report.branch] = max(report.accuracy, best[report.branch])
+    return max(best, key=best.__getitem__) if evals else main
 
 
 def count_eval_samples(report: EvalReport) -> int:

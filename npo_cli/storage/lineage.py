@@ -10,7 +10,7 @@ from typing import NamedTuple
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import cached_by_file, check_range, damaged_file_error, now_utc, to_row
 from npo_cli.storage.jsonl import JsonlLog
-from npo_cli.storage.layout import NAME_PATTERN, RECIPE_FILE, RunDir, validate_name
+from npo_cli.storage.layout import FIRST_BRANCH, NAME_PATTERN, RECIPE_FILE, RunDir, validate_name
 from npo_cli.storage.log_head import damaged_log_error
 from npo_cli.types.rollouts import Segment
 
@@ -58,8 +58,14 @@ def list_branches(run: RunDir) -> list[str]:
     return list(dict.fromkeys(segment.branch for segment in read_segments(run)))
 
 
+def find_main_branch(run: RunDir) -> str:
+    """`main`, which commands act on where no branch is named. An error where nothing was trained yet."""
+    find_newest_branch(run)
+    return FIRST_BRANCH
+
+
 def find_newest_branch(run: RunDir) -> str:
-    """The branch that was trained on last."""
+    """The branch that was trained on last. No command's default: it moves with every command."""
     every = read_segments(run)
     if not every:
         raise NpoError(

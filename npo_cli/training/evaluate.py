@@ -23,7 +23,7 @@ from npo_cli.storage.evals import (
     read_prompt_results,
 )
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import find_newest_branch
+from npo_cli.storage.lineage import find_main_branch
 from npo_cli.storage.lock import lock_run
 from npo_cli.types.rollouts import EvalReport, Group, Notice, Progress
 
@@ -107,7 +107,7 @@ def evaluate_run(
 ) -> Iterator[Progress | Notice | EvalReport]:
     """Evaluate the newest checkpoint, the one at `step`, or every one on the branch's line of descent."""
     run = open_run(root)
-    branch = branch or find_newest_branch(run)
+    branch = branch or find_main_branch(run)
     recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="measure")
     checkpoints = (
         _select(list_ancestry_checkpoints(run, branch), run, every_step=every_step)

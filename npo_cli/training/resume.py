@@ -36,12 +36,13 @@ from npo_cli.storage.checkpoints import (
 from npo_cli.storage.costs import append_fork_cost
 from npo_cli.storage.files import damaged_file_error
 from npo_cli.storage.guide_cache import format_source_option, load_guide, read_cache_info
+from npo_cli.storage.interrupted import find_resume_target, record_finish
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import (
     append_segment,
     find_first_segment,
     find_free_branch_name,
-    find_newest_branch,
+    find_main_branch,
     read_segments,
 )
 from npo_cli.storage.lock import lock_run
@@ -83,7 +84,8 @@ def resume_run(
     fresh: bool = False,
     stop: StopFlag | None = None,
 ) -> Iterator[TrainingRecord]:
-    """Continue the newest (or named) branch, or fork it at `at` and mix in `guide` for `steps` steps, up to `until`."""
+    """Continue a branch (None: see `find_resume_target`) up to `until`, or fork it at `at` and mix in `guide` for
+    `steps` steps."""
     run = open_run(root)
     with lock_run(run), stop_between_steps(stop) as stop:
         replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps}
@@ -110,6 +112,7 @@ def resume_run(
             yield from engine_warnings(session)
             trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
             yield from grpo_steps(trainer, state, stop, until=until)
+            record_finish(run, start.branch)
 
 
 def format_command(root: Path, **options: str | int | None) -> str:
@@ -143,8 +146,9 @@ def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: in
 
 
 def find_resume_point(run: RunDir, branch: str | None, overrides: Sequence[str]) -> ResumePoint:
-    """The newest full checkpoint of a branch; `overrides` may change only settings that may change on resume."""
-    branch = branch or find_newest_branch(run)
+    """The newest full checkpoint of a branch (None: see `find_resume_target`). Only settings that may change on resume
+    may be in `overrides`."""
+    branch = branch or find_resume_target(run).branch
     recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="resume")
     known = list_ancestry_checkpoints(run, branch)
     if not known:
@@ -168,7 +172,7 @@ def fork(
     info = None if guide is None else load_guide(run, guide)[0]
     if info is None and steps is not None:
         raise NpoError("--steps needs --guide NAME", "add --guide NAME")
-    parent = parent or (info.branch if info else find_newest_branch(run))
+    parent = parent or (info.branch if info else find_main_branch(run))
     checkpoint = find_checkpoint(run, parent, at)
     recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), purpose="fork")
     if info:

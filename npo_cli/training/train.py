@@ -19,6 +19,7 @@ from npo_cli.session.session import Session, build_session, open_policy, open_ta
 from npo_cli.session.startup import begin_session, charge_startup
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.checkpoints import find_checkpoint
+from npo_cli.storage.interrupted import record_finish
 from npo_cli.storage.layout import RunDir, check_unused, create_run
 from npo_cli.storage.lineage import append_segment
 from npo_cli.storage.lock import lock_run
@@ -49,6 +50,7 @@ def train_run(
         state = yield from init_state(session, optimizer)
         trainer = open_trainer(session, optimizer, branch=MAIN, active_guide=None)
         yield from grpo_steps(trainer, state, stop, until=until)
+        record_finish(session.run, MAIN)
 
 
 @contextmanager

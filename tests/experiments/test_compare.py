@@ -171,13 +171,17 @@ def test_best_held_policy_is_at_least_as_early_as_the_methods_own(seeds):
 def test_compare_run_without_name_means_its_branches(seeds):
     found = compared(str(seeds / "s0"), str(seeds / "s1"))
     assert [(one.method, one.seeds) for one in found[MethodSummary]] == [("micro:main", (0, 1)), ("micro:near", (0, 1))]
-    named = compared(f"x={seeds}/s0", f"x={seeds}/s1", f"y={seeds}/s0:main", baseline="y")
-    # a named method takes the newest branch
+    named = compared(f"x={seeds}/s0:near", f"x={seeds}/s1:near", f"y={seeds}/s0:main", baseline="y")
     assert [(one.method, one.runs) for one in named[MethodSummary]] == [
         ("y", (f"{seeds}/s0:main",)),
         ("x", (f"{seeds}/s0:near", f"{seeds}/s1:near")),
     ]
     assert notices(named) == ["x has seeds 0, 1, y has 0: only common seeds are paired"]
+
+
+def test_compare_refuses_a_named_method_of_several_branches(seeds):
+    with pytest.raises(NpoError, match="has several branches, so x is not one method: main, near"):
+        compared(f"x={seeds}/s0", f"y={seeds}/s1:near")
 
 
 def test_compare_bench_folder_means_all_its_runs_after_a_move_too(seeds, tmp_path):

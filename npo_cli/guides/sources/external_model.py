@@ -197,11 +197,11 @@ class OtherRunSource(ExternalModelSource):
     name = "run"
     usage = "run:DIR[@[BRANCH:]STEP]"
     example = "run:runs/other@100"
-    summary = "a checkpoint of another run (default: newest)"
+    summary = "a checkpoint of another run (default: the last of main)"
     options: ClassVar[Mapping[str, str]] = {
         "dir": "run directory",
-        "branch": "branch of that run (default: its newest)",
-        "step": "step of the checkpoint (default: its newest)",
+        "branch": "branch of that run (default: main)",
+        "step": "step of the checkpoint (default: the branch's last)",
     }
     differs_by_seed = True
     optional = frozenset({"branch", "step"})
@@ -226,7 +226,7 @@ class OtherRunSource(ExternalModelSource):
         """The checkpoint exists, and belongs to another run."""
         from npo_cli.storage.checkpoints import find_checkpoint, list_ancestry_checkpoints
         from npo_cli.storage.layout import open_run
-        from npo_cli.storage.lineage import find_newest_branch
+        from npo_cli.storage.lineage import find_main_branch
 
         options = self.spec.options
         other = open_run(Path(str(options["dir"])))
@@ -235,7 +235,7 @@ class OtherRunSource(ExternalModelSource):
                 f"{options['dir']} is this run itself",
                 f"its own checkpoints: npo sample-guide {quote_path(self.target.run.root)} --source STEP",
             )
-        branch = str(options.get("branch") or find_newest_branch(other))
+        branch = str(options.get("branch") or find_main_branch(other))
         if "step" in options:
             checkpoint = find_checkpoint(other, branch, int(options["step"]))
         else:
