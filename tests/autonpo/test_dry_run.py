@@ -224,7 +224,7 @@ def test_dry_run_of_a_branch_reads_its_ancestry(tmp_path):
     run = make_run(tmp_path, constant_reward_rows(30))
     fork(run, "again", parent="main", at=12)
     append_metrics(run, "again", [row | {"reward": 0.9} for row in constant_reward_rows(20)[12:]])
-    for branch, wanted in ((None, {0.9}), ("again", {0.9}), ("main", {0.5})):
+    for branch, wanted in ((None, {0.5}), ("again", {0.9}), ("main", {0.5})):
         record = load_run_record(run.root, columns=LogColumns(), overrides=(), branch=branch)
         assert [signal.step for signal in record.trigger_inputs] == list(range(1, 21 if wanted == {0.9} else 31))
         assert {signal.reward for signal in record.trigger_inputs if signal.step > 12} == wanted
@@ -357,12 +357,12 @@ def test_dry_run_suggests_only_existing_checkpoints_and_steps(tmp_path):
     )
 
 
-def test_dry_run_suggestion_names_a_branch_that_is_not_the_newest(tmp_path):
+def test_dry_run_suggestion_names_a_branch_that_is_not_main(tmp_path):
     run = with_checkpoints(make_run(tmp_path, constant_reward_rows(40)), 8, 16)
     fork(run, "again", parent="main", at=16)
-    append_metrics(run, "again", constant_reward_rows(20)[16:])
-    (line,) = by_hand(run, *EVERY_4, "autonpo.replay.suggested_steps=10", branch="main")
-    assert "--at 8 --source 16 --name main-8-by-16 --branch main && " in line
+    append_metrics(run, "again", constant_reward_rows(40)[16:])
+    (line,) = by_hand(run, *EVERY_4, "autonpo.replay.suggested_steps=10", branch="again")
+    assert "--at 8 --source 16 --name again-8-by-16 --branch again && " in line
 
 
 # What happened
@@ -389,9 +389,10 @@ def test_autonpo_history_costs_are_those_of_the_given_branch(tmp_path):
     append_transitions(run, [make_transition(0, "started", "TRAIN")])
     fork(run, "again", parent="main", at=2)
     append_metrics(run, "again", constant_reward_rows(3)[2:])
-    found = {branch: list(report_history(run.root, branch=branch))[-1] for branch in (None, "main")}
-    assert (found[None].branch, found[None].training_tokens, found[None].abandoned_tokens) == ("again", 30, 20)
-    assert (found["main"].branch, found["main"].training_tokens, found["main"].abandoned_tokens) == ("main", 40, 10)
+    found = {branch: list(report_history(run.root, branch=branch))[-1] for branch in (None, "again")}
+    # AutoNPO is on main
+    assert (found[None].branch, found[None].training_tokens, found[None].abandoned_tokens) == ("main", 40, 10)
+    assert (found["again"].branch, found["again"].training_tokens, found["again"].abandoned_tokens) == ("again", 30, 20)
 
 
 def test_autonpo_history_of_a_run_without_autonpo_is_an_error(tmp_path):

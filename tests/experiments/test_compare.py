@@ -239,7 +239,7 @@ def test_compare_refuses_unknown_baseline_and_run_without_evaluations(seeds, tmp
     for path in dark.glob("evals.jsonl*"):
         path.unlink()
     with pytest.raises(NpoError, match="has no held-out evaluation") as refused:
-        compared(f"a={dark}:main", f"b={seeds}/s1")
+        compared(f"a={dark}:main", f"b={seeds}/s1:near")
     assert refused.value.hint == f"npo eval {dark} --all --branch main"
 
 

@@ -26,7 +26,7 @@ def replayed(tmp_path_factory) -> Path:
 
 
 def shown(root: Path, prompt_id: str, **options: object) -> list:
-    arguments = {"branch": None, "step": None, "limit": None} | options
+    arguments = {"branch": "near", "step": None, "limit": None} | options
     return show_run(root, "rollouts", prompt_id=prompt_id, **arguments)
 
 

@@ -49,7 +49,7 @@ def test_report_page_shows_all_parts_of_a_run(guided, tmp_path):
     assert found.problems == []
     page_captions = captions(found)
     for title in (
-        *("npo report: a run é", "Held-out accuracy", "Training", "Lineage", "Candidate guides for step 2 of near"),
+        *("npo report: a run é", "Held-out accuracy", "Training", "Lineage", "Candidate guides for step 2 of main"),
         *("Costs", "Everything executed", "Prompts and responses", "Recipe in full"),
     ):
         assert title in page_captions, title

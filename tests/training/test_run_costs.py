@@ -136,12 +136,12 @@ def test_run_costs_count_probes_and_decisions_of_autonpo(whole, tmp_path):
     assert (after.num_interventions, after.num_rejections) == (1, 1)
 
 
-def test_show_costs_ends_with_the_costs_of_the_branch_or_of_the_newest(whole):
+def test_show_costs_ends_with_the_costs_of_the_branch_or_of_main(whole):
     options = {"step": None, "prompt_id": None, "limit": None}
-    newest = show_run(whole, "costs", branch=None, **options)
-    assert [line for line in newest if isinstance(line, RunCosts)] == [newest[-1]]
-    assert newest[-1] == compute_run_costs(open_run(whole), "near")
-    assert show_run(whole, "costs", branch="main", **options)[-1] == compute_run_costs(open_run(whole), "main")
+    shown = show_run(whole, "costs", branch=None, **options)
+    assert [line for line in shown if isinstance(line, RunCosts)] == [shown[-1]]
+    assert shown[-1] == compute_run_costs(open_run(whole), "main")
+    assert show_run(whole, "costs", branch="near", **options)[-1] == compute_run_costs(open_run(whole), "near")
 
 
 def activities(root: Path, branch: str) -> dict[str, ActivityCost]:
