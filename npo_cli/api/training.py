@@ -146,8 +146,9 @@ def resume(
     """Resume a run, or fork a new branch at step `at`; returns a `TrainingResult`.
 
     Without `at`, training continues on the branch that was interrupted, else on main; the first record names it. With
-    `at`, a new branch is trained with the responses of a guide cache (`guide`) for `steps` steps, or without one (`no_guide=True`). `overrides`:
-    settings that may change on resume or at a fork. `fresh_optimizer`: fork from weights only.
+    `at`, a new branch is trained with the responses of a guide cache (`guide`) for `steps` steps, or without one
+    (`no_guide=True`). `overrides`: settings that may change on resume or at a fork. `fresh_optimizer`: fork from
+    weights only.
     """
     root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
     guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
