@@ -1,6 +1,6 @@
-"""Generate docs/reference/cli.md and docs/reference/settings.md from the code.
+"""Generate the pages cli.md, settings.md and python-api.md of docs/reference from the code.
 
-python docs/generate.py            write both pages
+python docs/generate.py            write the pages
 python docs/generate.py --check    exit with 1 if a page is not up to date
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 from pydantic_core import PydanticUndefined
+from python_api_page import render_python_api
 
 from npo_cli.cli.commands import COMMANDS, GROUPS
 from npo_cli.cli.main import app
@@ -114,7 +115,12 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"cli.md": render_cli, "settings.md": render_settings}
+def render_api() -> str:
+    """What `import npo_cli` offers, and the plug-ins."""
+    return render_python_api(GENERATED)
+
+
+PAGES = {"cli.md": render_cli, "settings.md": render_settings, "python-api.md": render_api}
 
 
 def list_stale_pages() -> list[str]:

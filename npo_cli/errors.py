@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class NpoError(Exception):
-    """A user's mistake or the world's: what is wrong, and the command or edit that mends it."""
+    """A user's mistake or the world's: what is wrong, and the command or edit that fixes it."""
 
     exit_code = 2
 

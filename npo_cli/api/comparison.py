@@ -1,7 +1,7 @@
 """`npo.compare`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,12 +31,15 @@ CompareRecord = (
 Kind = TypeVar("Kind")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class CompareResult:
     """A comparison of methods by held-out accuracy and by cost; the first method is the baseline."""
 
-    records: tuple[CompareRecord, ...] = field(repr=False)
+    records: tuple[CompareRecord, ...]
     """Everything that was computed, in order."""
+
+    def __repr__(self) -> str:
+        return f"CompareResult(methods={tuple(summary.method for summary in self.methods)})"
 
     @property
     def methods(self) -> tuple[MethodSummary, ...]:
@@ -78,7 +81,11 @@ class CompareResult:
         return tuple(record for record in self.records if isinstance(record, kind))
 
 
-@returns(lambda stream: CompareResult(records=collect_records(stream)))
+def _collect_comparison(stream: RecordStream[CompareRecord]) -> CompareResult:
+    return CompareResult(records=collect_records(stream))
+
+
+@returns(_collect_comparison)
 def compare(
     methods: "Sequence[str | Run | PathLike[str]] | Mapping[str, Any]",
     *,

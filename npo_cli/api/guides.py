@@ -78,7 +78,11 @@ def score(
     return RecordStream(records, name="score", root=root, allow_code=allow_code)
 
 
-@returns(lambda stream: next(one for one in collect_records(stream) if isinstance(one, GuideCacheInfo)))
+def _collect_guide(stream: "RecordStream[GuideCacheInfo | Progress | Notice]") -> GuideCacheInfo:
+    return next(record for record in collect_records(stream) if isinstance(record, GuideCacheInfo))
+
+
+@returns(_collect_guide)
 def sample_guide(
     run: "Run | str | PathLike[str]",
     *,

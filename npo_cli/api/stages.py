@@ -6,6 +6,7 @@ the loop runs, and yields what the command prints. A stage never prints: notices
 """
 
 import contextlib
+import inspect
 import logging
 import random
 import sys
@@ -106,6 +107,8 @@ class Stage(Generic[P, Record, Result]):
     ) -> None:
         self._function, self._collect = function, collect
         update_wrapper(self, function)
+        returned = inspect.signature(collect).return_annotation
+        self.__signature__ = inspect.signature(function).replace(return_annotation=returned)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
         """Run the stage to its end."""

@@ -250,7 +250,11 @@ def _check_guide_choice(
         )
 
 
-@returns(lambda stream: tuple(record for record in collect_records(stream) if isinstance(record, EvalReport)))
+def _collect_evals(stream: "RecordStream[EvalReport | Progress | Notice]") -> tuple[EvalReport, ...]:
+    return tuple(record for record in collect_records(stream) if isinstance(record, EvalReport))
+
+
+@returns(_collect_evals)
 def evaluate(
     run: "Run | str | PathLike[str]",
     *,

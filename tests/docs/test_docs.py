@@ -24,7 +24,7 @@ PAGES = sorted(
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("*.md"))
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 )
-GENERATED = {ROOT / "docs/reference/cli.md", ROOT / "docs/reference/settings.md"}
+GENERATED = {ROOT / "docs/reference" / page for page in ("cli.md", "settings.md", "python-api.md")}
 HISTORY = ROOT / "CHANGELOG.md"
 FILE_ENDINGS = {"py", "md", "yaml", "json", "jsonl", "safetensors", "distributed"}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
