@@ -68,11 +68,13 @@ from npo_cli.registry import VERIFIERS
 from npo_cli.tasks.base import Verifier
 from npo_cli.types.rollouts import VerifierResult
 
+
 class ShortVerifier(Verifier):
     name = "short"
 
     def grade(self, prompts, responses):
         return [VerifierResult(verdict="correct" if len(one) < 4 else "wrong") for one in responses]
+
 
 with VERIFIERS.registered(ShortVerifier):
     npo.train(npo.Recipe.load("micro", {"task.verifier": "short"}), "runs/short", until=1)
