@@ -1,14 +1,18 @@
-"""The base of every settings section: strict, frozen, with two marks per field.
+"""The base of every settings section: strict, frozen, with marks per field.
 
 `on_resume` says when a field may change: `free` fields may change whenever a run is resumed, because nothing computed
 so far depends on them; `fork` fields may change only where a new branch is forked; all others never. A command that
 samples or scores and trains nothing may change `fork` fields too, except those that are `used_by` training alone.
+
+`path` says that a field holds a path: of a `file`, of a `model` (a folder, or a name), or of `code`
+(`FILE.py:FUNCTION`). In a recipe file it is relative to that file's folder, on the command line to the current one.
 
 `comparison` says what a difference means when runs are compared: `must_match` fields must be equal for a fair
 comparison, `ignored` fields do not affect what a run learns, and every other difference is part of the method. A
 section states it once for all its fields (`model_config`), or a field states it for itself.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -18,6 +22,9 @@ from pydantic.fields import FieldInfo
 FREE = {"on_resume": "free"}
 FORK = {"on_resume": "fork"}
 FORK_TRAINING = {"on_resume": "fork", "used_by": "training"}
+PATH = {"path": "file"}
+MODEL_PATH = {"path": "model"}
+CODE_PATH = {"path": "code"}
 MUST_MATCH = {"comparison": "must_match"}
 IGNORED = {"comparison": "ignored"}
 
@@ -26,10 +33,18 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
 class Settings(BaseModel):
     """Unknown keys are errors at every level; a loaded recipe never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path reads as `OWNER/NAME` on a hub; a folder of that name is another matter."""
+    return HUB_ID.fullmatch(path) is not None
 
 
 def walk_fields(settings: Settings, *, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:

@@ -5,6 +5,7 @@ strictly: text is never converted to a number, nor 1 to true.
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from npo_cli.config.base import Settings, walk_fields
-from npo_cli.config.locate import find_method, find_recipe
+from npo_cli.config.base import Settings, is_hub_id, walk_fields
+from npo_cli.config.locate import find_method, find_recipe, is_shipped
 from npo_cli.config.messages import describe_problems, shorten, suggest_fix
-from npo_cli.config.recipe import Recipe
+from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.errors import NpoError, quote_path
 
 EXTENDS_KEY = "extends"
@@ -188,7 +189,37 @@ def _read_file(path: Path) -> SettingsLayer:
     if not isinstance(node, yaml.MappingNode):
         raise NpoError(f"{path} holds no settings (KEY: VALUE)", "npo recipes micro   # prints an example")
     locations = {key: f"{path.name}:{line}" for key, line in _list_lines(node, prefix="")}
+    if not is_shipped(path):
+        values = resolve_paths(values, folder=path.parent)
     return SettingsLayer(values=values, locations=locations)
+
+
+def resolve_paths(values: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
+    """The settings of a recipe file with their relative paths beginning at its folder.
+
+    A model's name stays a name where there is no such folder beside the recipe. A shipped recipe has no data beside it:
+    its paths, like those on the command line, are relative to the current folder.
+    """
+    resolved = dict(values)
+    for key, _, marks in walk_fields(Recipe()):
+        section, _, name = key.rpartition(".")
+        given = values.get(section)
+        if "path" not in marks or not isinstance(given, dict) or not isinstance(given.get(name), str):
+            continue
+        resolved[section] = {**resolved[section], name: _resolve_path(given[name], folder=folder, kind=marks["path"])}
+    return resolved
+
+
+def _resolve_path(path: str, *, folder: Path, kind: str) -> str:
+    """A missing model folder stays a path with a dot, so that it is not taken for a hub id."""
+    file, colon, function = path.rpartition(":") if kind == "code" else (path, "", "")
+    if not file or file.startswith("~") or (kind == "code" and not file.endswith(".py")):
+        return path
+    beside = folder / file
+    if kind != "model":
+        return f"{beside}{colon}{function}"
+    is_name = file in BUNDLED_MODELS or (is_hub_id(file) and not beside.is_dir() and not Path(file).is_dir())
+    return path if is_name else os.path.join(".", beside)  # a Path would drop the dot
 
 
 def parse_yaml(text: str, *, source: str) -> tuple[yaml.Node | None, Any]:

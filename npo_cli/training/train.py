@@ -8,10 +8,9 @@ from torch.optim import Optimizer
 
 from npo_cli import __version__
 from npo_cli.config.loading import recipe_to_dict
-from npo_cli.config.recipe import Recipe
+from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.guides.online import open_online_guide
 from npo_cli.policy.model import Policy, load_policy
-from npo_cli.policy.model_folder import BUNDLED_MODELS
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.session.distributed import shard_policy
@@ -102,7 +101,7 @@ def engine_warnings(session: Session) -> Iterator[Notice]:
 
 
 def make_paths_absolute(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths of data, verifier and adapter base: a run can be resumed from any folder."""
+    """The recipe with absolute paths of data, verifier and model: a run can be resumed from any folder."""
     task, model = recipe.task, recipe.model
     paths = {
         "path": task.path and absolute_path(task.path),
@@ -111,8 +110,7 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
     if is_custom_verifier(task.verifier):
         file, _, function = task.verifier.rpartition(":")
         paths["verifier"] = f"{absolute_path(file)}:{function}"
-    # Without adapters a checkpoint is a whole model and the base is not read again.
-    if model.lora.rank is not None and Path(model.path).expanduser().is_dir() and model.path not in BUNDLED_MODELS:
+    if model.path not in BUNDLED_MODELS and Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": absolute_path(model.path)})
     return recipe.model_copy(update={"task": task.model_copy(update=paths), "model": model})
 

@@ -1,11 +1,13 @@
 """Data files and verifiers that cannot be used: the file, the line and what to do; no run directory is left."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from npo_cli.policy.model import MICRO_BASE_FOLDER
 from tests.helpers.cli_errors import SMALL, CommandResult, assert_refused, npo
 
 GOOD = tuple(json.dumps({"prompt": f"{number}+1=", "answer": str(number + 1)}) for number in range(30))
@@ -113,6 +115,22 @@ def test_resume_works_from_another_folder(folder, monkeypatch):
     (folder / "v.py").write_text("def check(prompt, response, answer):\n    return answer in response\n")
     task = ("task.source=file", "task.path=d.jsonl", "task.verifier=v.py:check")
     assert npo("train", "micro", "new", *SMALL, *task, "train.num_steps=1", "--allow-code").code == 0
+    monkeypatch.chdir("/")
+    assert npo("resume", folder / "new", "train.num_steps=2", "--allow-code").code == 0
+
+
+def test_recipe_in_a_folder_of_its_own_finds_its_model_data_and_verifier(folder, monkeypatch):
+    project = folder / "project"
+    shutil.copytree(MICRO_BASE_FOLDER, project / "base")
+    (project / "d.jsonl").write_text("\n".join(GOOD))
+    (project / "v.py").write_text("def check(prompt, response, answer):\n    return answer in response\n")
+    task = "task: {source: file, path: d.jsonl, verifier: 'v.py:check', pool_size: 16, heldout_size: 4}\n"
+    (project / "r.yaml").write_text(f"model: {{path: base}}\n{task}")
+    small = [each for each in SMALL if not each.startswith("task.")]
+    assert npo("train", "project/r.yaml", "new", *small, "train.num_steps=1", "--allow-code").code == 0
+    saved = (folder / "new" / "recipe.yaml").read_text()
+    for name in ("base", "d.jsonl", "v.py:check"):
+        assert f": {project}/{name}\n" in saved
     monkeypatch.chdir("/")
     assert npo("resume", folder / "new", "train.num_steps=2", "--allow-code").code == 0
 

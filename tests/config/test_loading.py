@@ -15,7 +15,7 @@ from npo_cli.config.loading import (
     recipe_to_dict,
     recipe_to_yaml,
 )
-from npo_cli.config.locate import find_recipe, list_recipe_names
+from npo_cli.config.locate import find_recipe, find_recipe_folder, list_recipe_names
 from npo_cli.config.messages import OLD_KEYS, find_nearest_key, list_known_keys
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
@@ -386,3 +386,50 @@ def test_every_setting_has_a_description():
         return missing
 
     assert walk(Recipe) == []
+
+
+PATHS_RECIPE = """
+extends: micro
+model: {path: base}
+task: {source: file, path: data/d.jsonl, heldout_path: ../h.jsonl, verifier: "grade.py:f"}
+"""
+
+
+def test_paths_in_a_recipe_begin_at_the_recipe_and_on_the_command_line_here(tmp_path, monkeypatch):
+    (tmp_path / "p" / "base").mkdir(parents=True)
+    (tmp_path / "p" / "r.yaml").write_text(PATHS_RECIPE)
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "s.yaml").write_text("extends: ../p/r.yaml\ntask: {heldout_path: /abs/h.jsonl}\n")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("p/r.yaml", ["task.heldout_path=h.jsonl"])
+    assert (recipe.model.path, recipe.task.path, recipe.task.heldout_path, recipe.task.verifier) == (
+        *("./p/base", "p/data/d.jsonl", "h.jsonl"),
+        "p/grade.py:f",
+    )
+    extended = load_recipe("q/s.yaml").task
+    assert (Path(str(extended.path)).resolve(), extended.heldout_path) == (tmp_path / "p/data/d.jsonl", "/abs/h.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("micro-base", "micro-base"),
+        ("owner/name", "owner/name"),  # a hub id: no folder p/owner/name, none here either
+        ("here/only", "./p/here/only"),  # a folder here is not beside the recipe
+        ("missing", "./p/missing"),
+        ("./missing", "./p/missing"),
+        ("/abs/model", "/abs/model"),
+        ("~/model", "~/model"),
+    ],
+)
+def test_model_in_a_recipe_is_a_folder_beside_it_or_a_name(tmp_path, monkeypatch, written, read):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "here" / "only").mkdir(parents=True)
+    (tmp_path / "p" / "r.yaml").write_text(f"model: {{path: {written}}}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("p/r.yaml").model.path == read
+
+
+def test_paths_in_a_shipped_recipe_begin_at_the_current_folder():
+    assert load_recipe("smollm2-arithmetic").task.path == "arithmetic/train.jsonl"
+    assert load_recipe(str(find_recipe_folder() / "smollm2-arithmetic.yaml")).task.path == "arithmetic/train.jsonl"

@@ -187,15 +187,27 @@ def test_load_policy_in_mixed_precision_keeps_float32_weights():
     assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
 
 
-def test_find_model_accepts_folders_bundled_models_and_hub_ids(tmp_path):
+def test_find_model_accepts_folders_bundled_models_and_hub_ids(tmp_path, monkeypatch):
     assert find_model("micro-base").name == "micro-base"
     assert find_model(str(tmp_path)) == tmp_path
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert find_model("organization/model") == "organization/model"
-    with pytest.raises(NpoError, match="is not a folder"):
-        find_model("./nowhere")
+    for path in ("./nowhere", "/nowhere/at/all", "~/nowhere", "nowhere", "models/a/b", ""):
+        with pytest.raises(NpoError, match=r"there is no folder /|model.path= is not a folder"):
+            find_model(path)
     with pytest.raises(NpoError, match="neither a folder nor a bundled model") as caught:
         find_model("micro_base")
     assert caught.value.hint == "set model.path=micro-base"
+
+
+def test_model_that_is_no_folder_and_not_on_the_hub_is_refused_with_both_readings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NpoError) as caught:
+        load_policy(ModelSettings(path="models/mine"))
+    assert caught.value.message.startswith(
+        f"model.path=models/mine: there is no folder {tmp_path}/models/mine, and as an id on the hub it cannot be "
+    )
 
 
 def test_policy_without_vision_refuses_prompts_with_images():
