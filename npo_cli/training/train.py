@@ -110,7 +110,7 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
     if is_custom_verifier(task.verifier):
         file, _, function = task.verifier.rpartition(":")
         paths["verifier"] = f"{absolute_path(file)}:{function}"
-    if model.path not in BUNDLED_MODELS and Path(model.path).expanduser().is_dir():
+    if model.path and model.path not in BUNDLED_MODELS and Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": absolute_path(model.path)})
     return recipe.model_copy(update={"task": task.model_copy(update=paths), "model": model})
 
