@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.policy.model import MICRO_BASE_FOLDER
+from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from tests.helpers.cli_errors import SMALL, CommandResult, assert_refused, npo
 
 GOOD = tuple(json.dumps({"prompt": f"{number}+1=", "answer": str(number + 1)}) for number in range(30))
