@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,9 +205,14 @@ def resolve_paths(values: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
     for key, _, marks in walk_fields(Recipe()):
         section, _, name = key.rpartition(".")
         given = values.get(section)
-        if "path" not in marks or not isinstance(given, dict) or not isinstance(given.get(name), str):
+        if "path" not in marks or not isinstance(given, dict):
             continue
-        resolved[section] = {**resolved[section], name: _resolve_path(given[name], folder=folder, kind=marks["path"])}
+        value, resolve = given.get(name), partial(_resolve_path, folder=folder, kind=marks["path"])
+        if isinstance(value, str):
+            resolved[section] = {**resolved[section], name: resolve(value)}
+        elif isinstance(value, list):  # of verifiers
+            paths = [resolve(each) if isinstance(each, str) else each for each in value]
+            resolved[section] = {**resolved[section], name: paths}
     return resolved
 
 

@@ -4,11 +4,12 @@ Sections of their own modules: `autonpo`, `engine` (with the mismatch correction
 and `extrapolation`.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from npo_cli.config.autonpo import AutonpoSettings
 from npo_cli.config.base import (
@@ -93,6 +94,13 @@ class DatasetSettings(Settings):
     config: dict[str, Any] = Field(default_factory=dict, description="Configuration passed to the data set.")
 
 
+def _require_names(value: Any) -> Any:
+    """A text or a list of texts: of a union pydantic would report every branch."""
+    if not all(isinstance(name, str) for name in (value if isinstance(value, list | tuple) else [value])):
+        raise ValueError(f"task.verifier must be text or a list of texts, got {json.dumps(value, default=str)[:60]}")
+    return value
+
+
 class TaskSettings(Settings):
     """Prompts, and how responses are verified."""
 
@@ -132,11 +140,18 @@ class TaskSettings(Settings):
     max_prompt_tokens: Count = Field(
         1024, description="Maximum prompt length; longer prompts raise an error (no truncation)."
     )
-    verifier: str = Field(
+    verifier: Annotated[str | tuple[str, ...], BeforeValidator(_require_names)] = Field(
         "auto",
         description="Verifier: `auto`, `exact`, `number`, `last_number`, `reasoning_gym`, `math_verify`, or "
-        "file.py:function.",
+        "file.py:function; or a list, whose rewards are added up and whose first one says what is correct.",
         json_schema_extra=CODE_PATH,
+    )
+    reward_weights: tuple[float, ...] = Field(
+        (), description="Weight of each verifier's reward in the sum (empty: 1 each)."
+    )
+    correct_threshold: float = Field(
+        1.0,
+        description="A response is correct when the number that file.py:function returned is at least this.",
     )
     verify_timeout: float = Field(
         5.0,
@@ -147,6 +162,24 @@ class TaskSettings(Settings):
     verify_workers: Count = Field(
         2, description="Number of processes in the verifier pool.", json_schema_extra=FREE | IGNORED
     )
+
+    @property
+    def verifiers(self) -> tuple[str, ...]:
+        """The verifiers by name, in order."""
+        return (self.verifier,) if isinstance(self.verifier, str) else self.verifier
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "TaskSettings":
+        names, weights = self.verifiers, self.reward_weights
+        if not names:
+            raise ValueError("task.verifier is an empty list: name at least one verifier")
+        if len(set(names)) < len(names):
+            raise ValueError(f"task.verifier names {next(one for one in names if names.count(one) > 1)} twice")
+        if weights and len(weights) != len(names):
+            raise ValueError(f"task.reward_weights has {len(weights)} numbers for {len(names)} verifiers")
+        if weights and not any(weights):
+            raise ValueError("task.reward_weights are all 0: every reward would be equal")
+        return self
 
 
 class TrainSettings(Settings):

@@ -268,7 +268,7 @@ def select_responses(
 
 
 def _make_guide_rollout(rollout: Rollout, slot: int, logps_T: tuple[float, ...] | None) -> Rollout:
-    """A response as it is cached and injected: off-policy as a whole, rewarded by its verdict alone."""
+    """A response as it is cached and injected: off-policy as a whole, with the reward that its verifier gave."""
     return replace(
         rollout,
         slot=slot,
@@ -277,7 +277,7 @@ def _make_guide_rollout(rollout: Rollout, slot: int, logps_T: tuple[float, ...] 
         spans=(),
         mean_entropy=None,
         verdict=rollout.verdict or "unparseable",
-        reward=float(rollout.verdict == "correct"),
+        reward=0.0 if rollout.reward is None else rollout.reward,
     )
 
 

@@ -225,7 +225,7 @@ def _state_of(scalars: Mapping[str, Any]) -> TrainerState:
 def _decode_replay_buffer(saved: Mapping[str, Any]) -> ReplayBuffer:
     def success(row: Mapping[str, Any]) -> Success:
         ids, logps = tuple(row["response_ids"]), tuple(row["behavior_logps"])
-        return Success(response_ids=ids, behavior_logps=logps, text=row["text"], step=row["step"])
+        return Success(**{**row, "response_ids": ids, "behavior_logps": logps})
 
     successes = {name: tuple(map(success, rows)) for name, rows in saved["successes"].items()}
     return ReplayBuffer(**{**saved, "successes": successes})

@@ -156,6 +156,7 @@ def rollouts_tables(views: Sequence[RolloutView]) -> tuple[Table, ...]:
         Column("slot", lambda one: str(one.rollout.slot)),
         Column("source", _source),
         Column("verdict", lambda one: one.rollout.verdict or "-"),
+        Column("reward", lambda one: format_number(one.rollout.reward)),
         Column("ended", lambda one: "yes" if one.rollout.finished else "truncated"),
         *(text_column("question", "prompt_text"), text_column("answer", "reference_answer")),
         Column("response", lambda one: one.rollout.text),

@@ -191,7 +191,7 @@ def _replay_prompts(
                 finished=True,
                 sampler_step=success.step,
                 verdict="correct",
-                reward=1.0,
+                reward=success.reward,
                 source="past",
             ),
         )
@@ -249,6 +249,12 @@ def _on_policy_successes(session: Session, groups: Sequence[Group], *, sampler_s
     successes: dict[str, list[Success]] = {}
     for (prompt, rollout), scores in zip(pairs, run_logprob_pass(session.policy, session.recipe, rows), strict=True):
         logps = tuple(scores.logps_T.tolist())
-        success = Success(response_ids=rollout.response_ids, behavior_logps=logps, text=rollout.text, step=sampler_step)
+        success = Success(
+            response_ids=rollout.response_ids,
+            behavior_logps=logps,
+            text=rollout.text,
+            step=sampler_step,
+            reward=rollout.reward,
+        )
         successes.setdefault(prompt.prompt_id, []).append(success)
     return successes

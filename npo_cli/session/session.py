@@ -278,19 +278,21 @@ def sample_groups_per_version(
     requests = [request for spec in specs for request in _requests(session, prompts, spec, slots=slots)]
     samples = session.engine.generate(requests, temperature=temperature, max_new_tokens=settings.max_new_tokens)
     graded = session.task.grade(
-        [prompt for _ in specs for prompt in prompts for _ in slots], [one.text for one in samples]
+        [prompt for _ in specs for prompt in prompts for _ in slots],
+        [one.text for one in samples],
+        finished=[one.finished for one in samples],
     )
-    verdicts = iter(zip(samples, mark_truncated_wrong(samples, graded), strict=True))
+    results = iter(zip(samples, graded, strict=True))
     return [
         [
-            Group(prompt=prompt, rollouts=tuple(_rollout(*next(verdicts), spec.sampler_step) for _ in slots))
+            Group(prompt=prompt, rollouts=tuple(_rollout(*next(results), spec.sampler_step) for _ in slots))
             for prompt in prompts
         ]
         for spec in specs
     ]
 
 
-def _rollout(sample: Sample, verdict: VerifierResult, sampler_step: int) -> Rollout:
+def _rollout(sample: Sample, result: VerifierResult, sampler_step: int) -> Rollout:
     return Rollout(
         prompt_id=sample.prompt_id,
         slot=sample.slot,
@@ -300,8 +302,9 @@ def _rollout(sample: Sample, verdict: VerifierResult, sampler_step: int) -> Roll
         finished=sample.finished,
         sampler_step=sampler_step,
         mean_entropy=sample.mean_entropy,
-        verdict=verdict.verdict,
-        reward=verdict.reward,
+        verdict=result.verdict,
+        reward=result.reward,
+        reward_parts=result.parts,
     )
 
 
@@ -319,16 +322,6 @@ def _requests(
         )
         for prompt in prompts
         for slot in slots
-    ]
-
-
-def mark_truncated_wrong(samples: Sequence, graded: Sequence[VerifierResult]) -> list[VerifierResult]:
-    """A response that reached the length limit is wrong even if its truncated text is correct."""
-    return [
-        verdict
-        if sample.finished or verdict.verdict != "correct"
-        else VerifierResult(verdict="wrong", extracted=verdict.extracted)
-        for sample, verdict in zip(samples, graded, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ next writer.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -211,13 +212,19 @@ def encode_group(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
     row = {
         "step": step,
         "num_groups": num_groups,
-        "prompt": to_row(group.prompt) | {"images": encode_images(group.prompt.images)},
+        "prompt": _encode_prompt(group.prompt),
         "injection_status": group.injection_status,
         "on_policy_accuracy": group.on_policy_accuracy,
         "rollouts": [encode_rollout(rollout) for rollout in group.rollouts],
     }
     if group.unused_guide_rollouts:
         row["unused_guide_rollouts"] = [encode_rollout(rollout) for rollout in group.unused_guide_rollouts]
+    return row
+
+
+def _encode_prompt(prompt: Prompt) -> dict[str, Any]:
+    row = to_row(replace(prompt, columns={})) | {"images": encode_images(prompt.images)}
+    del row["columns"]
     return row
 
 
@@ -232,11 +239,12 @@ def decode_images(rows: Sequence[dict[str, Any]], source: Path | str) -> tuple[I
 
 
 def encode_rollout(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as JSON; the spans of a plain on-policy one are left out."""
+    """A rollout as JSON; the spans of a plain on-policy one are left out, and reward_parts where there are none."""
     logps = rollout.behavior_logps
     row = to_row(rollout) | {"behavior_logps": None if logps is None else encode_float32(logps)}
-    if not rollout.spans:
-        del row["spans"]
+    for name in ("spans", "reward_parts"):
+        if not row[name]:
+            del row[name]
     return row
 
 
@@ -263,13 +271,20 @@ def decode_group(row: dict[str, Any], source: Path | str) -> Group:
         raise damaged_file_error(source, "a line is not a group") from error
 
 
+def check_rewards(rollout: Rollout, source: Path | str) -> None:
+    """Refuse a reward, or part of one, that is not a finite number."""
+    for name, value in {"reward": rollout.reward, **rollout.reward_parts}.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and math.isfinite(value)):
+            raise damaged_file_error(source, f"{name} is {value!r}")
+
+
 def decode_rollout(row: dict[str, Any], source: Path | str) -> Rollout:
-    """The rollout in one row, checked: a reward is 1 for the verdict `correct`, else 0."""
+    """The rollout in one row, checked: rewards are finite, log-probabilities at most 0."""
     spans = tuple(decode_record(TokenSpan, span, source) for span in row.get("spans", ()))
     rollout = decode_record(Rollout, row | {"spans": ()}, source)
     logps = None if rollout.behavior_logps is None else decode_float32(rollout.behavior_logps)
-    if rollout.reward is not None and rollout.reward != (rollout.verdict == "correct"):
-        raise damaged_file_error(source, f"reward is {rollout.reward!r} with the verdict {rollout.verdict!r}")
+    check_rewards(rollout, source)
     if logps and max(logps) > LOGP_SLACK:
         raise damaged_file_error(source, f"a log-probability is {max(logps)}")
     check_range(rollout, ("slot", "sampler_step", "mean_entropy"), source)

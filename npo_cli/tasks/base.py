@@ -70,14 +70,16 @@ class Verifier:
     """The value of `task.verifier`."""
     sources: ClassVar[tuple[str, ...]] = ()
     """The values of `task.source` that it works with; empty: all."""
+    uses_threshold: ClassVar[bool] = False
+    """Applies task.correct_threshold to the numbers that it returns."""
 
     @classmethod
     def open(cls, settings: "TaskSettings", loaded: LoadedPrompts) -> "Verifier":
         """A verifier for these prompts. Nothing slow is started before the first response."""
         return cls()
 
-    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
-        """The verdict for each response; response i answers prompt i."""
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Sequence[VerifierResult | None]:
+        """The result for each response; response i answers prompt i. None: this verifier does not apply to it."""
         raise NotImplementedError
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:

@@ -1,25 +1,27 @@
-"""Custom verifiers: `file.py:function`, called as function(prompt=, response=, answer=).
+"""Custom verifiers: `file.py:function`, a reward function with one of three signatures (`reward_functions.py`).
 
 The file is user code, so it runs only with --allow-code (the unchanged one of `npo init` without), and in a process
-that can be killed; what it prints goes to stderr. True, or a number of at least 1, is correct; anything less is wrong.
+that can be killed; what it prints goes to stderr.
 """
 
 import ast
-import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.tasks.base import Verifier
+from npo_cli.tasks.base import LoadedPrompts, Verifier
+from npo_cli.tasks.reward_functions import InvalidReward, RewardCall, make_reward_call, wrap_function
 from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
-SIGNATURE_HINT = "write def function(prompt, response, answer)"
+if TYPE_CHECKING:
+    from npo_cli.config.recipe import TaskSettings
+
 PROJECT_VERIFIER = Path(__file__).parents[1] / "assets" / "project" / "grade.py"
 _IS_CODE_ALLOWED: ContextVar[bool] = ContextVar("is_code_allowed", default=False)
 
@@ -43,17 +45,18 @@ class CustomVerifier(Verifier):
     """Calls the user's function. Its exceptions end the run: a reward of 0 instead would train on a bug."""
 
     name = "file.py:function"
+    uses_threshold = True
 
-    def __init__(self, pool: VerifierPool) -> None:
-        self.pool = pool
+    def __init__(self, pool: VerifierPool, *, data_source: str, column_names: Sequence[str]) -> None:
+        self.pool, self.data_source, self.column_names = pool, data_source, column_names
 
-    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
+    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult | None]:
         """One call per response, in the pool."""
         calls = [
-            {"prompt": prompt_text(prompt), "response": response, "answer": prompt.answer}
+            make_reward_call(prompt, response, data_source=self.data_source, column_names=self.column_names)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        verdicts = []
+        results: list[VerifierResult | None] = []
         for prompt, result in zip(prompts, self.pool.run(calls), strict=True):
             error = result.error or (result.value if isinstance(result.value, str) else None)
             if error:
@@ -61,12 +64,11 @@ class CustomVerifier(Verifier):
                     f"the verifier failed on prompt {prompt.prompt_id}: {error}",
                     "fix the function, then continue with npo resume and --allow-code",
                 )
-            verdict = "timeout" if result.timed_out else "correct" if result.value >= 1 else "wrong"
-            verdicts.append(VerifierResult(verdict=verdict))
-        return verdicts
+            results.append(VerifierResult(verdict="timeout") if result.timed_out else result.value)
+        return results
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
-        """Check that the function can be called; what it can compare is not known."""
+        """Load the file and check the function's signature; what it can compare is not known."""
         self.pool.start()
 
     def close(self) -> None:
@@ -79,7 +81,7 @@ def is_custom_verifier(verifier: str) -> bool:
     return verifier.rpartition(":")[0].endswith(".py")
 
 
-def make_custom_verifier(verifier: str, *, num_workers: int, timeout: float) -> CustomVerifier:
+def make_custom_verifier(verifier: str, settings: "TaskSettings", loaded: LoadedPrompts) -> CustomVerifier:
     """The verifier for `file.py:function`. The file is parsed here, and run only when the answers are checked."""
     file, _, function = verifier.rpartition(":")
     path = Path(file).expanduser().resolve()
@@ -91,8 +93,10 @@ def make_custom_verifier(verifier: str, *, num_workers: int, timeout: float) -> 
     if not path.is_file():
         raise NpoError(f"task.verifier names a file that does not exist: {path}", "fix the path before the colon")
     _require_function(path, function)
-    build = partial(build_custom_check, str(path), function)
-    return CustomVerifier(VerifierPool(build=build, num_workers=num_workers, timeout=timeout))
+    columns = tuple(dict.fromkeys(name for prompt in (*loaded.train, *loaded.heldout) for name in prompt.columns))
+    build = partial(build_custom_check, str(path), function, settings.correct_threshold, columns)
+    pool = VerifierPool(build=build, num_workers=settings.verify_workers, timeout=settings.verify_timeout)
+    return CustomVerifier(pool, data_source=settings.source, column_names=columns)
 
 
 def is_shipped_file(path: Path) -> bool:
@@ -100,13 +104,10 @@ def is_shipped_file(path: Path) -> bool:
     return path.is_file() and path.read_bytes() == PROJECT_VERIFIER.read_bytes()
 
 
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as plain text; for a chat, its messages separated by blank lines."""
-    return prompt.text if prompt.text is not None else "\n\n".join(message.content for message in prompt.messages)
-
-
-def build_custom_check(file: str, function: str) -> Callable[[dict[str, str]], float | str]:
-    """In the worker process: run the file, and return a check that gives the function's number, or an error text."""
+def build_custom_check(
+    file: str, function: str, correct_threshold: float, column_names: Sequence[str]
+) -> Callable[[RewardCall], VerifierResult | str | None]:
+    """In the worker process: run the file, and return a check that gives the function's result, or an error text."""
     import sys
 
     sys.path.insert(0, str(Path(file).parent))  # for imports from its folder
@@ -114,30 +115,22 @@ def build_custom_check(file: str, function: str) -> Callable[[dict[str, str]], f
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    verifier = getattr(module, function)
-    _require_signature(verifier, f"{file}: {function}")
+    reward = wrap_function(
+        getattr(module, function),
+        f"{file}: {function}",
+        correct_threshold=correct_threshold,
+        column_names=column_names,
+    )
 
-    def check(call: dict[str, str]) -> float | str:
+    def check(call: RewardCall) -> VerifierResult | str | None:
         try:
-            value = verifier(**call)
+            return reward(call)
+        except InvalidReward as error:
+            return str(error)
         except (Exception, SystemExit) as error:
             return describe_error(error, inside=file)
-        if isinstance(value, str) or not hasattr(value, "__float__") or math.isnan(float(value)):
-            return f"{file}: {function} must return a bool or a number, it returned {value!r}"
-        return float(value)
 
     return check
-
-
-def _require_signature(verifier: object, name: str) -> None:
-    if not callable(verifier):
-        raise NpoError(f"{name} is not a function", SIGNATURE_HINT)
-    try:
-        inspect.signature(verifier).bind(prompt="", response="", answer="")
-    except ValueError:
-        return  # a C function without a signature
-    except TypeError as error:
-        raise NpoError(f"{name} must take prompt, response and answer: {error}", SIGNATURE_HINT) from error
 
 
 def _require_function(path: Path, function: str) -> None:

@@ -89,12 +89,9 @@ def _split(
 
 def _read_prompts(path: str, settings: TaskSettings, prefix: str) -> list[LocatedPrompt]:
     file = Path(path).expanduser()
-    columns = [settings.prompt_column, settings.answer_column]
-    columns += [settings.id_column] if settings.id_column is not None else []
+    rows = read_rows(file, without=settings.image_column)
     if settings.image_column is None:
-        rows = read_rows(file, columns=[*columns, *IMAGE_COLUMNS])
         return [(_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.location) for row in rows]
-    rows = read_rows(file, columns=columns)
     image_column = ImageColumn(file=file, column=settings.image_column, max_pixels=settings.max_image_pixels)
     prompts = [_prompt(row, settings, f"{prefix}/{row.position:06d}") for row in rows]
     return [
@@ -113,7 +110,8 @@ def _prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prompt:
     answer = _scalar(row, settings.answer_column, "task.answer_column")
     prompt_id = _scalar(row, settings.id_column, "task.id_column") if settings.id_column else numbered_id
     question = _cell(row, settings.prompt_column, "task.prompt_column")
-    bare = Prompt(prompt_id=prompt_id, answer=answer, row=row.position)
+    columns = {name: _as_float(value) for name, value in row.values.items() if name != settings.image_column}
+    bare = Prompt(prompt_id=prompt_id, answer=answer, row=row.position, columns=columns)
     if isinstance(question, list):
         turns = _messages(question, row.location, parts=settings.image_column is not None)
         return _check_text(format_prompt(turns, settings=settings, prompt=bare), row.location)
@@ -127,6 +125,15 @@ def _prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prompt:
     if settings.system and not settings.chat:
         raise NpoError(f"task.system needs chat prompts, but {row.location} is plain text", "set task.chat=true")
     return _check_text(format_prompt(question, settings=settings, prompt=bare), row.location)
+
+
+def _as_float(value: Any) -> Any:
+    """A cell with its decimals as floats, as any JSON reader gives them."""
+    if isinstance(value, dict):
+        return {name: _as_float(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_as_float(each) for each in value]
+    return float(value) if isinstance(value, Decimal) else value
 
 
 def _check_text(prompt: Prompt, location: str) -> Prompt:

@@ -185,6 +185,7 @@ def _prompt(entry: Entry, settings: TaskSettings) -> Prompt:
             answer="" if answer is None else str(answer),  # puzzles with many solutions have no single answer
             dataset=entry.label,
             row=entry.index,
+            columns=entry.content,
         ),
     )
 

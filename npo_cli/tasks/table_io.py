@@ -33,8 +33,8 @@ class TableRow:
     values: dict[str, Any]
 
 
-def read_rows(path: Path, *, columns: Sequence[str]) -> list[TableRow]:
-    """All rows of a file; from parquet only the given columns."""
+def read_rows(path: Path, *, columns: Sequence[str] | None = None, without: str | None = None) -> list[TableRow]:
+    """All rows of a file; from parquet only the given columns (None: all), the others being None, as is `without`."""
     readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "does not exist"
@@ -42,7 +42,7 @@ def read_rows(path: Path, *, columns: Sequence[str]) -> list[TableRow]:
     if path.suffix not in readers:
         raise NpoError(f"the data file {path} is neither .jsonl nor .parquet", "convert it to one JSON object per line")
     try:
-        rows = list(readers[path.suffix](path, columns))
+        rows = list(readers[path.suffix](path, columns, without))
     except OSError as error:
         raise NpoError(
             f"the data file {path} cannot be read: {error.strerror or error}", "check its permissions"
@@ -52,7 +52,7 @@ def read_rows(path: Path, *, columns: Sequence[str]) -> list[TableRow]:
     return rows
 
 
-def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
+def _jsonl_rows(path: Path, columns: Sequence[str] | None, without: str | None) -> Iterator[TableRow]:
     position = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -115,7 +115,7 @@ def read_parquet_column(path: Path, column: str) -> Iterator[Any]:
         raise NpoError(f"{path} is not a readable parquet file: {error}", "write the file again") from error
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
+def _parquet_rows(path: Path, columns: Sequence[str] | None, without: str | None) -> Iterator[TableRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -126,14 +126,14 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            present = [name for name in columns if name in names]
+            present = [name for name in names if (columns is None or name in columns) and name != without]
             num_rows = file.metadata.num_rows
             values = file.read(columns=present).to_pylist() if present else [{}] * num_rows
     except pyarrow.ArrowException as error:
         raise NpoError(f"{path} is not a readable parquet file: {error}", "write the file again") from error
     # Other columns are None: their names are needed for errors.
     for position, row in enumerate(values):
-        rest = {name: None for name in names if name not in columns}
+        rest = {name: None for name in names if name not in present}
         yield TableRow(position=position, location=f"{path} row {position + 1}", values=rest | row)
 
 
@@ -211,7 +211,7 @@ def _row(each: ExportedResponse, number: int, *, chats: bool) -> dict[str, Any]:
     return {
         "prompt": messages if chats else prompt.text,
         "completion": [{"role": "assistant", "content": response.text}] if chats else response.text,
-        "reward": float(response.verdict == "correct"),
+        "reward": response.reward,
         "data_source": prompt.dataset or each.data_source,
         "ability": each.data_source,
         "reward_model": {"style": "rule", "ground_truth": prompt.answer},

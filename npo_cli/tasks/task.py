@@ -15,16 +15,17 @@ from npo_cli.errors import NpoError
 from npo_cli.registry import TASKS, VERIFIERS
 from npo_cli.tasks.base import LoadedPrompts, TaskSource, UnusableAnswer, Verifier
 from npo_cli.tasks.custom_verifier import is_custom_verifier, make_custom_verifier
+from npo_cli.tasks.rewards import WeightedVerifier, grade_weighted, name_terms
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """Training prompts, held-out prompts, and the verifier."""
+    """Training prompts, held-out prompts, and the verifiers whose weighted sum is the reward."""
 
     train: tuple[Prompt, ...]
     heldout: tuple[Prompt, ...]
-    verifier: Verifier
+    verifiers: tuple[WeightedVerifier, ...]
     _by_id: Mapping[str, Prompt] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -41,17 +42,25 @@ class Task:
             )
         return self._by_id[prompt_id]
 
-    def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult]:
-        """The verdict for each response; response i answers prompt i. Several ranks share the work."""
+    def grade(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: Sequence[bool] | None = None
+    ) -> list[VerifierResult]:
+        """Verdict and reward of each response; response i answers prompt i. Several ranks share the work.
 
-        def grade_part(pairs: Sequence[tuple[Prompt, str]]) -> list[VerifierResult]:
-            return self.verifier.grade([prompt for prompt, _ in pairs], [response for _, response in pairs])
+        `finished`: whether each ended with an end token (None: all did); a truncated response is never correct.
+        """
 
-        return current_group().map(grade_part, list(zip(prompts, responses, strict=True)), phase="verify")
+        def grade_part(part: Sequence[tuple[Prompt, str, bool]]) -> list[VerifierResult]:
+            columns = [list(column) for column in zip(*part, strict=True)] or [[], [], []]
+            return grade_weighted(self.verifiers, *columns)
+
+        finished = [True] * len(responses) if finished is None else finished
+        return current_group().map(grade_part, list(zip(prompts, responses, finished, strict=True)), phase="verify")
 
     def close(self) -> None:
-        """End the verifier's processes. Grading again starts new ones."""
-        self.verifier.close()
+        """End the verifiers' processes. Grading again starts new ones."""
+        for term in self.verifiers:
+            term.verifier.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,15 +104,17 @@ def load_task(settings: TaskSettings, *, seed: int) -> Task:
     source: type[TaskSource] = TASKS.get(settings.source)
     source.validate(settings)
     loaded = source.load(settings, seed=seed if settings.seed is None else settings.seed)
-    verifier = open_verifier(settings, loaded)
+    verifiers = open_verifiers(settings, loaded)
+    task = Task(train=loaded.train, heldout=loaded.heldout, verifiers=verifiers)
     try:
-        verifier.check_answers((*loaded.train, *loaded.heldout))
+        for term in verifiers:
+            term.verifier.check_answers((*loaded.train, *loaded.heldout))
     except BaseException as error:
-        verifier.close()
+        task.close()
         if isinstance(error, UnusableAnswer):
             raise NpoError(f"{source.locate(error.prompt, settings)}{error.message}", error.hint) from error
         raise
-    return Task(train=loaded.train, heldout=loaded.heldout, verifier=verifier)
+    return task
 
 
 def format_location(prompt: Prompt, settings: TaskSettings) -> str:
@@ -111,11 +122,28 @@ def format_location(prompt: Prompt, settings: TaskSettings) -> str:
     return TASKS.get(settings.source).locate(prompt, settings)
 
 
-def open_verifier(settings: TaskSettings, loaded: LoadedPrompts) -> Verifier:
-    """The verifier that task.verifier names: a registered one, or `file.py:function`."""
-    name = TASKS.get(settings.source).default_verifier if settings.verifier == "auto" else settings.verifier
+def open_verifiers(settings: TaskSettings, loaded: LoadedPrompts) -> tuple[WeightedVerifier, ...]:
+    """The verifiers that task.verifier names, each with its weight."""
+    default: str = TASKS.get(settings.source).default_verifier
+    names = [default if name == "auto" else name for name in settings.verifiers]
+    weights = settings.reward_weights or (1.0,) * len(names)
+    terms = tuple(
+        WeightedVerifier(name=short, verifier=open_verifier(name, settings, loaded), weight=weight)
+        for short, name, weight in zip(name_terms(names), names, weights, strict=True)
+    )
+    threshold = settings.correct_threshold
+    if threshold != TaskSettings().correct_threshold and not any(term.verifier.uses_threshold for term in terms):
+        raise NpoError(
+            f"task.correct_threshold={threshold:g} has no effect: {', '.join(names)} gives verdicts, not numbers",
+            "remove it, or set task.verifier to a function of yours (file.py:function)",
+        )
+    return terms
+
+
+def open_verifier(name: str, settings: TaskSettings, loaded: LoadedPrompts) -> Verifier:
+    """A registered verifier, or `file.py:function`."""
     if is_custom_verifier(name):
-        return make_custom_verifier(name, num_workers=settings.verify_workers, timeout=settings.verify_timeout)
+        return make_custom_verifier(name, settings, loaded)
     if name not in VERIFIERS.names():
         raise NpoError(
             f"task.verifier={name} is not a known verifier", f"{VERIFIERS.suggest(name)} (or file.py:function)"

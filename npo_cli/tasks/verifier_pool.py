@@ -54,6 +54,9 @@ def serve_checks(
     with _collect_output(output):
         try:
             check = build()
+        except NpoError as error:
+            channel.send(("refused", (error.message, error.hint)))
+            return
         except Exception as error:
             channel.send(("broken", describe_error(error)))
             return
@@ -80,8 +83,6 @@ def serve_checks(
 def describe_error(error: BaseException, *, inside: str | None = None) -> str:
     """`file:line: Type: message` of an error, at its innermost frame, or its innermost frame in the file `inside`."""
     text = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-    if isinstance(error, NpoError):
-        return error.message
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {text}" if error.filename else f"{inside}: {text}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -282,6 +283,8 @@ class VerifierPool:
             kind, payload = worker.channel.recv()
         except Exception:  # a closed pipe, or a reply that the check itself wrote into it
             return self._lose(worker, "died while it started")
+        if kind == "refused":
+            raise NpoError(*payload)
         if kind == "broken":
             raise RunFailed(f"the verifier could not be started: {payload}", "fix it, then run the command again")
         worker.ready, worker.item = True, None

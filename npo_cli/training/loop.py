@@ -36,7 +36,7 @@ from npo_cli.training.evaluate import evaluate_policy
 from npo_cli.training.update import Updater, UpdateReport, build_training_samples
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.guides import ReplayBuffer
-from npo_cli.types.rollouts import Group, Notice, StepReport, TrainingRecord
+from npo_cli.types.rollouts import Group, Notice, Rollout, StepReport, TrainingRecord
 
 EMA_DECAY = 0.9
 
@@ -199,7 +199,9 @@ def compute_step_metrics(session: Session, batch: StepBatch, update: UpdateRepor
     rollouts = [rollout for group in batch.on_policy for rollout in group.rollouts]
     tokens = count_generated_tokens(batch.on_policy)
     metrics = {
-        "reward": statistics.fmean(accuracies),
+        "reward": statistics.fmean(map(_mean_reward, batch.on_policy)),
+        "accuracy": statistics.fmean(accuracies),
+        **_reward_part_means(rollouts),
         "reward_std": statistics.fmean(map(_reward_std, batch.on_policy)),
         "frac_all_wrong": statistics.fmean(accuracy == 0 for accuracy in accuracies),
         "frac_all_right": statistics.fmean(accuracy == 1 for accuracy in accuracies),
@@ -226,6 +228,19 @@ def compute_step_metrics(session: Session, batch: StepBatch, update: UpdateRepor
     if update.num_skipped:
         metrics["skipped_updates"] = update.num_skipped
     return metrics
+
+
+def _mean_reward(group: Group) -> float:
+    return statistics.fmean(rollout.reward for rollout in group.rollouts)
+
+
+def _reward_part_means(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Mean of each part of the reward over the rollouts that have it."""
+    names = sorted({name for rollout in rollouts for name in rollout.reward_parts})
+    return {
+        f"reward/{name}": statistics.fmean(one.reward_parts[name] for one in rollouts if name in one.reward_parts)
+        for name in names
+    }
 
 
 def _reward_std(group: Group) -> float:

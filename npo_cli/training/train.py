@@ -107,12 +107,16 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
         "path": task.path and absolute_path(task.path),
         "heldout_path": task.heldout_path and absolute_path(task.heldout_path),
     }
-    if is_custom_verifier(task.verifier):
-        file, _, function = task.verifier.rpartition(":")
-        paths["verifier"] = f"{absolute_path(file)}:{function}"
+    verifiers = tuple(map(_make_verifier_absolute, task.verifiers))
+    paths["verifier"] = verifiers[0] if isinstance(task.verifier, str) else verifiers
     if model.path and model.path not in BUNDLED_MODELS and Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": absolute_path(model.path)})
     return recipe.model_copy(update={"task": task.model_copy(update=paths), "model": model})
+
+
+def _make_verifier_absolute(verifier: str) -> str:
+    file, _, function = verifier.rpartition(":")
+    return f"{absolute_path(file)}:{function}" if is_custom_verifier(verifier) else verifier
 
 
 def absolute_path(path: str) -> str:

@@ -71,6 +71,7 @@ class Success:
     text: str
     step: int
     """Step of the weights that wrote it."""
+    reward: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

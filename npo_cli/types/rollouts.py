@@ -6,7 +6,7 @@ S are quality, variance and signal.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Verdict = Literal["correct", "wrong", "unparseable", "timeout"]
 RolloutSource = Literal["own", "guide", "extrapolated", "teacher", "past"]
@@ -57,20 +57,31 @@ class Prompt:
     row: int = 0
     images: tuple[ImageRef, ...] = ()
     """In the order of their placeholders in the text or messages: one per placeholder, or none at all."""
+    columns: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Its row of the data by column, without images, for custom verifiers; never written to disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifierResult:
-    """Result of verifying one response."""
+    """Result of verifying one response: its verdict, and its reward."""
 
     verdict: Verdict
     extracted: str | None = None
     """The part of the response that was compared with the answer; None if there is none."""
+    score: float | None = None
+    """The reward, a finite number, of a verifier that returns numbers; None: it gives verdicts only."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Components of the reward by name, which are logged."""
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the verdict is `correct`, which is all that guides, gates, Q and accuracy depend on."""
+        return self.verdict == "correct"
 
     @property
     def reward(self) -> float:
-        """1 for a verified-correct response, else 0."""
-        return 1.0 if self.verdict == "correct" else 0.0
+        """What advantages are computed from: the score; without one 1 for a correct response, else 0."""
+        return float(self.is_correct) if self.score is None else self.score
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +129,9 @@ class Rollout:
     """Mean over its tokens of the sampling distribution's entropy (nats)."""
     verdict: Verdict | None = None
     reward: float | None = None
+    """What its advantage is computed from; any finite number."""
+    reward_parts: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Components of the reward by name, if it has any."""
 
     def __post_init__(self) -> None:
         """Spans, where given, cover the response without a gap."""

@@ -179,8 +179,8 @@ def verified_by(folder: Path, verifier: str, *options: str) -> CommandResult:
         ("v.py:missing", 2, "v.py has no function 'missing'"),
         ("torn.py:f", 2, "torn.py:1: SyntaxError: '(' was never closed"),
         ("zero.py:f", 2, "zero.py: SyntaxError: source code string cannot contain null bytes"),
-        ("v.py:NUMBER", 1, "v.py: NUMBER is not a function"),
-        ("v.py:other", 1, "v.py: other must take prompt, response and answer: missing a required argument: 'question'"),
+        ("v.py:NUMBER", 2, "v.py: NUMBER is not a function"),
+        ("v.py:other", 2, "v.py: other(question) takes no response: none of its parameters is response (npo)"),
         ("fails.py:f", 1, "fails.py:1: ModuleNotFoundError: No module named 'no_such_thing'"),
     ],
 )
@@ -208,7 +208,7 @@ def test_custom_verifier_needs_allow_code(folder):
     [
         ("raises", "v.py:5: ValueError: boom"),
         ("leaves", "v.py:18: SystemExit: 3"),
-        ("nothing", "v.py: nothing must return a bool or a number, it returned None"),
+        ("nothing", "it returned None (None is not a number)"),
     ],
 )
 def test_failing_custom_verifier_ends_the_run_which_can_be_resumed(folder, function, words):

@@ -19,7 +19,7 @@ COUNTS = ExperienceSettings(bucket_units="count", bucket_sigma=1.0)
 
 
 def success(text: str, step: int = 3) -> Success:
-    return Success(response_ids=(5, 2), behavior_logps=(-0.1, -0.2), text=text, step=step)
+    return Success(response_ids=(5, 2), behavior_logps=(-0.1, -0.2), text=text, step=step, reward=1.0)
 
 
 def group(prompt_id: str, num_correct: int) -> Group:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.tasks.custom_verifier import code_permitted, is_custom_verifier, make_custom_verifier
+from npo_cli.tasks.base import LoadedPrompts
+from npo_cli.tasks.custom_verifier import CustomVerifier, code_permitted, is_custom_verifier, make_custom_verifier
 from npo_cli.types.rollouts import Message, Prompt, VerifierResult
 
 VERIFIER = """
@@ -39,8 +41,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
+def open_verifier(verifier: str, **settings: object) -> CustomVerifier:
+    task = TaskSettings(verifier=verifier, verify_workers=1, verify_timeout=0.5, **settings)
+    return make_custom_verifier(verifier, task, LoadedPrompts(train=(), heldout=()))
+
+
 def verdicts(responses: Sequence[str], verifier: str = "mine.py:check") -> list[VerifierResult]:
-    grader = make_custom_verifier(verifier, num_workers=1, timeout=0.5)
+    grader = open_verifier(verifier)
     prompts = [Prompt(prompt_id=f"p{place}", text="2+2=", answer="4") for place in range(len(responses))]
     try:
         return grader.grade(prompts, responses)
@@ -75,7 +82,7 @@ def test_custom_verifier_exception_names_file_and_line(folder: Path, response: s
 
 
 def test_custom_verifier_invalid_value_is_an_error(folder: Path):
-    with pytest.raises(RunFailed, match="check must return a bool or a number, it returned None"):
+    with pytest.raises(RunFailed, match=r"on prompt p0: .*check must return a finite number.*, it returned None"):
         verdicts(["none"])
 
 
@@ -89,7 +96,7 @@ def test_custom_verifier_gets_chat_prompts_as_text(folder: Path):
     (folder / "mine.py").write_text(
         "def check(prompt, response, answer):\n    return prompt == 'Be brief.\\n\\n2+2='\n"
     )
-    grader = make_custom_verifier("mine.py:check", num_workers=1, timeout=0.5)
+    grader = open_verifier("mine.py:check")
     messages = (Message(role="system", content="Be brief."), Message(role="user", content="2+2="))
     assert grader.grade([Prompt(prompt_id="a", messages=messages, answer="4")], ["4"])[0].verdict == "correct"
     grader.close()
@@ -97,7 +104,7 @@ def test_custom_verifier_gets_chat_prompts_as_text(folder: Path):
 
 def refusal(verifier: str) -> NpoError:
     with pytest.raises(NpoError) as caught:
-        make_custom_verifier(verifier, num_workers=1, timeout=0.5)
+        open_verifier(verifier)
     return caught.value
 
 

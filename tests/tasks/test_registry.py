@@ -41,7 +41,7 @@ def test_load_task_pool_depends_on_the_seed_only():
 def test_load_task_file_is_verified_by_math_verify(tmp_path: Path):
     pytest.importorskip("math_verify")
     task = load_task(small(source="file", path=data_file(tmp_path, ["1/2"] * 8)), seed=0)
-    assert isinstance(task.verifier, MathVerifier)
+    assert isinstance(task.verifiers[0].verifier, MathVerifier)
     assert task.grade(task.train[:1], ["\\boxed{0.5}"])[0].verdict == "correct"
     task.close()
     task = load_task(small(source="file", path=data_file(tmp_path, ["1/2"] * 8), verifier="exact"), seed=0)

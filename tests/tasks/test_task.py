@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npo_cli.errors import NpoError
+from npo_cli.tasks.rewards import WeightedVerifier
 from npo_cli.tasks.task import DataOrder, Task
 from npo_cli.tasks.verifiers import NumberVerifier
 from npo_cli.types.rollouts import Prompt
@@ -40,7 +41,7 @@ def test_data_order_epoch_counts_complete_passes():
 def small_task() -> Task:
     train = tuple(Prompt(prompt_id=f"t{place}", text=f"{place}+1=", answer=str(place + 1)) for place in range(3))
     heldout = (Prompt(prompt_id="h0", text="8+1=", answer="9"),)
-    return Task(train=train, heldout=heldout, verifier=NumberVerifier())
+    return Task(train=train, heldout=heldout, verifiers=(WeightedVerifier(name="number", verifier=NumberVerifier()),))
 
 
 def test_task_finds_prompts_by_id():

@@ -140,7 +140,7 @@ def test_exgrpo_skips_retired_prompts_from_the_next_epoch(replaying):
 
 def test_exgrpo_prompt_is_in_a_batch_once(replaying):
     session = open_session_at(replaying, 8)
-    answer = Success(response_ids=(1, 2), behavior_logps=(-1.0, -1.0), text="1", step=0)
+    answer = Success(response_ids=(1, 2), behavior_logps=(-1.0, -1.0), text="1", step=0, reward=1.0)
     ahead = [session.task.train[index] for index in session.order.indices(0, 4)]
     memory = ReplayBuffer(
         is_collecting=True,

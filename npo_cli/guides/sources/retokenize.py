@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from npo_cli.policy.model import Policy
-from npo_cli.session.session import Session, mark_truncated_wrong
+from npo_cli.session.session import Session
 from npo_cli.types.rollouts import Prompt, Rollout
 
 MIN_CUT_CHARACTERS = 100_000
@@ -86,8 +86,9 @@ class Retokenizer:
 
 def grade_rollouts(session: Session, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The rollouts with verdict and reward; a truncated one is never correct."""
-    verdicts = session.task.grade(prompts, [rollout.text for rollout in rollouts])
+    texts, finished = [rollout.text for rollout in rollouts], [rollout.finished for rollout in rollouts]
+    results = session.task.grade(prompts, texts, finished=finished)
     return [
-        replace(rollout, verdict=verdict.verdict, reward=verdict.reward)
-        for rollout, verdict in zip(rollouts, mark_truncated_wrong(rollouts, verdicts), strict=True)
+        replace(rollout, verdict=result.verdict, reward=result.reward, reward_parts=result.parts)
+        for rollout, result in zip(rollouts, results, strict=True)
     ]
