@@ -83,9 +83,10 @@ def build_schema() -> dict[str, Any]:
             registry = REGISTRIES.get(f"{prefix}{name}")
             if registry is not None:
                 values = [*registry.names(), *DESCRIBED_VALUES.get(f"{prefix}{name}", ())]
-                inner = field.get("items", field)
-                inner.pop("type")
-                inner["anyOf"] = [{"enum": values}, {"type": "string"}]
+                for kind in tuple(field.get("anyOf", (field,))):  # a text, a list of texts, or either
+                    text = kind.get("items", kind)
+                    text.pop("type")
+                    text["anyOf"] = [{"enum": values}, {"type": "string"}]
             field["description"] += f" Change: {CHANGES[marks.get('on_resume', 'never')]}."
     for definition in (schema, *schema["$defs"].values()):
         for mark in ("on_resume", "comparison"):

@@ -86,8 +86,8 @@ def test_rollout_table_marks_injected_guide_rollouts():
     ]
     (table,) = rollouts_tables(lines)
     assert table.rows == (
-        ("near", "81", "p1", "0", "own", "wrong", "yes", "6*7=", "42", "41"),
-        ("near", "81", "p1", "1", "guide 40", "correct", "yes", "6*7=", "42", "42"),
+        ("near", "81", "p1", "0", "own", "wrong", "0.000", "yes", "6*7=", "42", "41"),
+        ("near", "81", "p1", "1", "guide 40", "correct", "1.000", "yes", "6*7=", "42", "42"),
     )
 
 
