@@ -222,13 +222,17 @@ def test_failing_custom_verifier_ends_the_run_which_can_be_resumed(folder, funct
     assert npo("resume", folder / "new", "--allow-code").code == 0
 
 
+def read_steps(result: CommandResult) -> list[dict]:
+    return [line for line in map(json.loads, result.out.splitlines()) if line["record"] == "step_report"]
+
+
 def test_hanging_custom_verifier_is_stopped_by_the_timeout(folder):
     result = verified_by(folder, "v.py:hangs", "--allow-code", "--json")
-    (line,) = map(json.loads, result.out.splitlines())
+    (line,) = read_steps(result)
     assert (result.code, line["verify/timeout"], line["reward"]) == (0, 1.0, 0.0)
 
 
 def test_output_of_a_custom_verifier_is_not_data(folder):
     result = verified_by(folder, "v.py:prints", "--allow-code", "--json")
-    (line,) = map(json.loads, result.out.splitlines())
+    (line,) = read_steps(result)
     assert (result.code, line["reward"]) == (0, 1.0)
