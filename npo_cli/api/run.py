@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from npo_cli.api.rows import Row, list_columns, to_row, to_table
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from npo_cli.config.recipe import Recipe
     from npo_cli.storage.layout import RunDir
 
-    Table = pandas.DataFrame | list[Row]
+    Table: TypeAlias = pandas.DataFrame | list[Row]
 
 SCORING_COLUMNS = ("branch", "learner_step", "sequence")
 """Of the scoring that a candidate is part of; `sequence` counts the scorings of the run."""

@@ -39,7 +39,7 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
 
     def __init__(
         self,
-        records: Generator[Record, None, None],
+        records: Iterator[Record],
         *,
         name: str,
         root: Path = Path(),
@@ -61,7 +61,7 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
             from npo_cli.tasks.custom_verifier import permit_code
 
             context.run(permit_code)
-        self._records = calls.pass_through(_isolate(records, context))
+        self._records: Generator[Record, None, None] = calls.pass_through(_isolate(records, context))
 
     def __next__(self) -> Record:
         self._is_read = True
@@ -141,7 +141,7 @@ def collect_records(stream: RecordStream[Record]) -> tuple[Record, ...]:
     return tuple(records)
 
 
-def _isolate(records: Generator[Record, None, None], context: Context) -> Iterator[Record]:
+def _isolate(records: Any, context: Context) -> Iterator[Record]:
     """The records, computed in their own context and with their own global random streams.
 
     What is done with a record cannot change what is computed after it: a step's numbers are a copy.

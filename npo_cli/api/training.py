@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from npo_cli.api.callbacks import Callback
 from npo_cli.api.checks import Overrides, list_overrides, load_run_recipe, resolve_last_step
@@ -154,26 +154,25 @@ def resume(
     guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
     hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
     branch, first_line = _choose_branch(root, branch, at=at, guide=guide, autonpo=autonpo)
-    purpose = "resume" if at is None else "fork"
-    recipe = load_run_recipe(root, overrides, branch=branch, purpose=purpose, hint=hint)
+    recipe = load_run_recipe(root, overrides, branch=branch, purpose="fork" if at is not None else "resume", hint=hint)
     last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
     has_guide = guide is not None or steps is not None
     _check_combination(root, at=at, autonpo=autonpo, fresh=fresh_optimizer, has_guide=has_guide)
     if no_guide or (at is not None and guide is None and not autonpo):
         _check_guide_choice(root, recipe, at=at, guide=guide, no_guide=no_guide, autonpo=autonpo)
-    where = {"overrides": overrides, "at": at, "source_branch": branch, "new_branch": new_branch, "stop": stop}
-    replay = {"guide": guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
+    where: dict[str, Any] = {"overrides": overrides, "at": at, "source_branch": branch, "new_branch": new_branch}
+    replay: dict[str, Any] = {"guide": guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
 
     def work() -> Generator[StreamRecord, None, None]:
         yield Notice(message=first_line)  # before the imports, which take seconds
         if autonpo:
             from npo_cli.autonpo.run import resume_autonpo
 
-            records = resume_autonpo(root, **where)
+            records = resume_autonpo(root, **where, stop=stop)
         else:
             from npo_cli.training.resume import resume_run
 
-            records = resume_run(root, **where, **replay)
+            records = resume_run(root, **where, **replay, stop=stop)
         from npo_cli.training.tracking import track_records
 
         yield from track_records(root, recipe, records)
