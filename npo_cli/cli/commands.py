@@ -36,6 +36,12 @@ COMMANDS = {
         summary="Start a project: a recipe, a verifier and ten rows of data that train at once.",
         example="npo init my-project",
     ),
+    "check": Command(
+        target="check:check",
+        group=START,
+        summary="Check a recipe, its data, verifier and model before training.",
+        example="npo check recipe.yaml",
+    ),
     "config": Command(
         target="config_command:config",
         group=START,

@@ -18,7 +18,7 @@ def doctor(*, full: FullOpt = False, as_json: JsonOpt = False) -> None:
     Versions are read from the installed packages, without importing them, in about a second. The exit code is 1 if a
     requirement is missing.
     """
-    from npo_cli.cli.environment_checks import run_checks
+    from npo_cli.preflight.environment import run_checks
 
     checks = run_checks(full=full)
     print_records(checks, as_json=as_json)

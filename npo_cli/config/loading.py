@@ -4,18 +4,20 @@ Plain YAML 1.2: `3e-4` is a number, `yes` and `010` are text, aliases and repeat
 strictly: text is never converted to a number, nor 1 to true.
 """
 
+import inspect
 import json
 import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from npo_cli.config.base import Settings, is_hub_id, walk_fields
 from npo_cli.config.locate import find_method, find_recipe, is_shipped
@@ -23,6 +25,7 @@ from npo_cli.config.messages import describe_problems, shorten, suggest_fix
 from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.errors import NpoError, quote_path
 
+AnySettings = TypeVar("AnySettings", bound=Settings)
 EXTENDS_KEY = "extends"
 FORK_HINT = "fork a new branch: add --at STEP and --guide NAME or --no-guide to the command"
 Purpose = Literal["resume", "fork", "measure"]
@@ -81,10 +84,95 @@ for _reader in (_Loader, _Dumper):
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, method: str | None = None) -> Recipe:
     """Merge defaults, the chain of `extends`, the file, the method and the overrides; later ones win."""
-    layers = _read_chain(find_recipe(name_or_path))
-    if method is not None:
-        layers += _read_chain(find_method(method))
+    layers = _read_layers(name_or_path, method=method)
     return _validate([*layers, *map(_parse_override, overrides)], source=name_or_path)
+
+
+def _read_layers(name_or_path: str, *, method: str | None) -> list[SettingsLayer]:
+    """The files that a recipe consists of, with its method on top."""
+    return [*_read_chain(find_recipe(name_or_path)), *([] if method is None else _read_chain(find_method(method)))]
+
+
+def load_usable_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), *, method: str | None = None
+) -> tuple[Recipe, list[NpoError]]:
+    """The recipe without its faulty settings, and an error for each of them; raises if a file cannot be read."""
+    layers, faults = _read_layers(name_or_path, method=method), _Faults()
+    for text in overrides:
+        try:
+            layers.append(_parse_override(text))
+        except NpoError as error:
+            faults.add(error)
+    values, locations = _merge_layers(layers)
+    while True:
+        try:
+            return _validate_values(values), faults.found
+        except ValidationError as error:
+            problems = error.errors(include_url=False)
+        of_settings = [problem for problem in problems if not _is_section(problem["loc"])]
+        for problem in of_settings or [problem for problem in problems if problem["loc"]]:
+            faults.add(_to_fault([problem], locations, source=name_or_path))
+        if not of_settings:  # what is left are settings that do not fit each other
+            return _construct_recipe(values, faults, source=name_or_path), faults.found
+        for problem in of_settings:
+            _remove_setting(values, problem["loc"])
+        faults.removed += [".".join(map(str, problem["loc"])) for problem in of_settings]
+
+
+def _is_section(loc: Sequence[str | int]) -> bool:
+    """Whether a place is a section, whose settings do not fit each other, or the whole recipe."""
+    section: Any = Recipe
+    for part in loc:
+        section = section.model_fields[part].annotation if part in getattr(section, "model_fields", {}) else None
+    return inspect.isclass(section) and issubclass(section, Settings)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Faults:
+    """Faults of a recipe, without those that follow from another one."""
+
+    found: list[NpoError] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    """Settings and sections that were found to be wrong, and have their default now."""
+
+    def add(self, fault: NpoError) -> None:
+        if not any(re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", fault.message) for key in self.removed):
+            self.found.append(fault)
+
+
+def _construct_recipe(values: Mapping[str, Any], faults: _Faults, *, source: str) -> Recipe:
+    """A recipe of valid settings that do not fit each other; adds the faults between its sections."""
+    recipe = _construct_section(Recipe, values)
+    for validator in Recipe.__pydantic_decorators__.model_validators.values():
+        try:
+            validator.func(recipe)
+        except ValueError as error:
+            faults.add(NpoError(f"{error} ({source})", "npo config   # explains the settings"))
+    return recipe
+
+
+def _construct_section(section: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """A section without the checks between its settings."""
+    found = {}
+    for name, value in values.items():
+        field = section.model_fields[name]
+        if inspect.isclass(field.annotation) and issubclass(field.annotation, Settings):
+            found[name] = _construct_section(field.annotation, value)
+        else:
+            kind = TypeAdapter(field.rebuild_annotation())
+            found[name] = kind.validate_json(json.dumps(value, default=str), strict=True)
+    return section.model_construct(**found)
+
+
+def _remove_setting(values: dict[str, Any], loc: Sequence[str | int]) -> None:
+    """Remove the setting at a place, or the innermost one around it that was given."""
+    inner: Any = values
+    for part in loc[:-1]:
+        if not isinstance(inner.get(part), dict):
+            inner.pop(part, None)
+            return
+        inner = inner[part]
+    inner.pop(loc[-1], None)
 
 
 def read_method_values(name: str) -> dict[str, Any]:
@@ -281,20 +369,31 @@ def _merge(lower: dict[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _validate(layers: Sequence[SettingsLayer], *, source: str) -> Recipe:
+def _merge_layers(layers: Sequence[SettingsLayer]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of all layers, later ones on top, and where each was written."""
     values: dict[str, Any] = {}
     locations: dict[str, str] = {}
     for layer in layers:
         values = _merge(values, layer.values)
         locations |= layer.locations
+    return values, locations
+
+
+def _validate(layers: Sequence[SettingsLayer], *, source: str) -> Recipe:
+    values, locations = _merge_layers(layers)
     try:
-        # JSON mode accepts lists for tuples and converts nothing else.
-        return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
+        return _validate_values(values)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise NpoError(
-            describe_problems(problems, locations=locations, source=source), suggest_fix(problems)
-        ) from error
+        raise _to_fault(error.errors(include_url=False), locations, source=source) from error
+
+
+def _validate_values(values: Mapping[str, Any]) -> Recipe:
+    # JSON mode accepts lists for tuples and converts nothing else.
+    return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
+
+
+def _to_fault(problems: Sequence[ErrorDetails], locations: Mapping[str, str], *, source: str) -> NpoError:
+    return NpoError(describe_problems(problems, locations=locations, source=source), suggest_fix(problems))
 
 
 # Comparing

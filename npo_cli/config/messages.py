@@ -189,7 +189,8 @@ def suggest_fix(problems: Sequence[ErrorDetails]) -> str:
     """A hint: the new name or the nearest key of the first unknown key, else where to see what is allowed."""
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     if not unknown:
-        return "npo docs settings   # lists every setting"
+        key = ".".join(part for part in problems[0]["loc"] if isinstance(part, str))
+        return f"npo config {key}   # explains it" if key else "npo config   # explains the settings"
     loc = unknown[0]["loc"]
     first = _unknown_keys(unknown[0])[0]
     key = first if first != _dotted(loc) else ".".join(part for part in loc if isinstance(part, str))

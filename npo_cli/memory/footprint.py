@@ -9,6 +9,7 @@ from math import ceil
 
 from npo_cli.config.recipe import Recipe
 from npo_cli.inference.base import ENGINES, Engine
+from npo_cli.storage.disk_space import estimate_disk
 from npo_cli.types.memory import Allocation, Hardware, Location, MemoryPhase, ModelShape
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
@@ -23,8 +24,6 @@ UNCOUNTED_FRACTION = 0.1
 """Added to what is counted: on a CPU the measured peaks of an update were 6 to 16 % above the sum."""
 PROCESS_BYTES = 4_000_000_000
 """Host memory of Python, torch and its libraries per process: assumed, not measured."""
-TOKEN_BYTES, ROLLOUT_BYTES, STEP_BYTES = 24, 150, 1100
-"""Log size per token (id, log-probability, text), per rollout and per step; fitted to a run of the micro task."""
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -212,49 +211,15 @@ class _Footprint:
         Each of AutoNPO's replays is a branch with its own checkpoints. Checkpoints that scoring or a rollback protects
         beyond the retention settings are not counted.
         """
-        recipe, max_distance = self.recipe, max(self.recipe.autonpo.rollback.distances)
-        branches = [("the run's branch", recipe.train.num_steps)]
-        replays = max(1, recipe.autonpo.max_interventions) if autonpo else 0
-        if replays:
-            branches.append((f"up to {replays} replays", replays * min(max_distance, recipe.train.num_steps)))
         weights, state = self.trained * self.trained_bytes, self.optimizer_floats * self.trained_bytes
-        for name, steps in branches:
-            full, weights_only = count_kept_checkpoints(recipe, steps)
-            # Step 0 has no optimizer state yet.
-            size = full * (weights + state) - state + weights_only * weights
-            self.add("disk", "always", f"checkpoints of {name}", size, f"{full} full, {weights_only} weights only")
-        steps = sum(each for _, each in branches)
-        rollouts = steps * recipe.train.prompts_per_step * recipe.train.group_size
-        per_rollout = ROLLOUT_BYTES + TOKEN_BYTES * recipe.sampling.max_new_tokens
-        formula = f"{rollouts:,} rollouts of at most {recipe.sampling.max_new_tokens:,} tokens"
-        self.add("disk", "always", "logs", rollouts * per_rollout + steps * STEP_BYTES, formula)
-        samples = recipe.guide.cache.samples_per_prompt
-        responses = count_guided_steps(recipe) * recipe.train.prompts_per_step * samples * (1 + replays)
-        formula = f"{responses:,} responses, {samples} per prompt"
-        self.add("disk", "always", "guide caches", responses * per_rollout, formula)
+        for label, size, formula in estimate_disk(
+            self.recipe, weights_bytes=weights, state_bytes=state, autonpo=autonpo
+        ):
+            self.add("disk", "always", label, size, formula)
         if not self.engine.runs_in_trainer:
             # Only a weight sync through the disk writes the weights again.
             size = self.shape.num_params * self.weight_bytes + weights
             self.add("disk", "always", "weights for the server", size, "in TMPDIR: at the start, and of one sync")
-
-
-def count_guided_steps(recipe: Recipe) -> int:
-    """Steps with a guide: those of guide.replay, else AutoNPO's longest rollback."""
-    replay = recipe.guide.replay
-    if replay.num_steps is not None:
-        return replay.num_steps
-    if replay.at_step is not None and replay.guide_step is not None:
-        return replay.guide_step - replay.at_step
-    return min(max(recipe.autonpo.rollback.distances), recipe.train.num_steps)
-
-
-def count_kept_checkpoints(recipe: Recipe, steps: int) -> tuple[int, int]:
-    """Full and weights-only checkpoints that one branch keeps; step 0 and the newest are always full."""
-    train = recipe.train
-    saved = -(-steps // train.save_every) + 1
-    full = saved if train.keep_full_checkpoints is None else min(saved, train.keep_full_checkpoints + 1)
-    weights_only = saved - full
-    return full, weights_only if train.keep_weights_only is None else min(weights_only, train.keep_weights_only)
 
 
 def _count(num: int) -> str:

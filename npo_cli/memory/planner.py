@@ -4,17 +4,21 @@ The figures are sums of the products that are shown; assumed ones say so. None w
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from npo_cli.autonpo.preflight import validate_autonpo_settings
-from npo_cli.config.loading import load_recipe
+from npo_cli.config.loading import apply_overrides, load_recipe
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.memory.footprint import count_engine_gpus, count_trainer_gpus, estimate_footprint
+from npo_cli.memory.footprint import CONTEXT_BYTES, count_engine_gpus, count_trainer_gpus, estimate_footprint
 from npo_cli.memory.model_shape import model_shape
 from npo_cli.session.distributed import check_distributed_recipe
-from npo_cli.types.memory import Allocation, Hardware, Location, MemoryPhase, PeakUsage, SettingChange
+from npo_cli.types.memory import Allocation, Hardware, Location, MemoryPhase, PeakUsage, ResourceNeed, SettingChange
 
 GB = 10**9
 LOCATIONS: tuple[Location, ...] = ("gpu", "engine gpu", "host", "disk")
@@ -59,16 +63,68 @@ def plan_resources(
     yield from allocations
     yield from peaks
     for peak in (each for each in peaks if not each.fits):
-        for change in SETTING_CHANGES[peak.location]:
-            setting = " ".join(resolve_change(part, recipe) for part in change.split())
-            try:
-                changed = load(*setting.split())
-            except NpoError:
-                continue  # not available with the other settings
-            after = next(each for each in find_peaks(changed)[1] if each.location == peak.location)
-            if after.num_bytes < peak.num_bytes:
-                fits = replace(peak, num_bytes=after.num_bytes).fits
-                yield SettingChange(setting=setting, location=peak.location, num_bytes=after.num_bytes, fits=fits)
+        yield from find_changes(recipe, peak, load=load, find_peaks=lambda changed: find_peaks(changed)[1])
+
+
+def find_changes(
+    recipe: Recipe,
+    peak: PeakUsage,
+    *,
+    load: Callable[..., Recipe],
+    find_peaks: Callable[[Recipe], Sequence[PeakUsage]],
+) -> Iterator[SettingChange]:
+    """What each setting alone would change of a peak. `load` gives the recipe with KEY=VALUE settings on top."""
+    for change in SETTING_CHANGES[peak.location]:
+        setting = " ".join(resolve_change(part, recipe) for part in change.split())
+        try:
+            changed = load(*setting.split())
+        except NpoError:
+            continue  # not available with the other settings
+        after = next(each for each in find_peaks(changed) if each.location == peak.location)
+        if after.num_bytes < peak.num_bytes:
+            fits = replace(peak, num_bytes=after.num_bytes).fits
+            yield SettingChange(setting=setting, location=peak.location, num_bytes=after.num_bytes, fits=fits)
+
+
+def estimate_needs(recipe: Recipe, folder: Path, *, usable_memory: int) -> list[ResourceNeed]:
+    """The peaks of a recipe on this machine, against its GPUs or its `usable_memory`, and the disk of `folder`.
+
+    On a CPU the trainer's memory is the machine's; what is assumed for CUDA and for a process of its own is left out.
+    """
+    uses_gpu = recipe.model.device != "cpu" and torch.cuda.is_available()
+    hardware = Hardware(
+        num_gpus=max(1, torch.cuda.device_count()) if uses_gpu else 1 + count_engine_gpus(recipe),
+        gpu_bytes=torch.cuda.get_device_properties(0).total_memory if uses_gpu else usable_memory + CONTEXT_BYTES,
+        host_bytes=usable_memory if uses_gpu else None,
+        disk_bytes=shutil.disk_usage(folder).free,
+    )
+
+    def find_peaks(recipe: Recipe) -> list[PeakUsage]:
+        return list(compare_to_limits(estimate_footprint(recipe, model_shape(recipe.model), hardware), hardware))
+
+    names: dict[Location, str] = {"gpu": "each GPU", "engine gpu": "each GPU of the engine", "host": "host memory"}
+    needs = []
+    for peak in find_peaks(recipe):
+        if not uses_gpu and peak.location in ("engine gpu", "host"):
+            continue
+        less = CONTEXT_BYTES if peak.location == "gpu" and not uses_gpu else 0
+        hint = ""
+        if not peak.fits:
+            changes = find_changes(
+                recipe, peak, load=lambda *settings: apply_overrides(recipe, settings), find_peaks=find_peaks
+            )
+            enough = next((change.setting for change in changes if change.fits), None)
+            hint = f"add {enough}" if enough else "no single setting is enough: npo plan shows what takes it"
+        needs.append(
+            ResourceNeed(
+                name="memory" if less else names.get(peak.location, "disk"),
+                location=peak.location,
+                num_bytes=peak.num_bytes - less,
+                limit_bytes=None if peak.limit_bytes is None else peak.limit_bytes - less,
+                hint=hint,
+            )
+        )
+    return needs
 
 
 def validate_fits(records: Sequence[Allocation | PeakUsage | SettingChange], hardware: Hardware) -> None:

@@ -39,6 +39,13 @@ def load_packaged(path: str, *, dtype: torch.dtype, attention: str) -> tuple[Pre
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.generation_config.eos_token_id = config.eos_token_id
-    tokenizer = AutoTokenizer.from_pretrained(**names)
+    return model, load_packaged_tokenizer(path)
+
+
+def load_packaged_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a packaged model."""
+    file = packaged_file(path)
+    with redirect_stderr(StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     tokenizer.init_kwargs.pop("gguf_file", None)
-    return model, tokenizer
+    return tokenizer

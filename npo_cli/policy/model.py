@@ -18,7 +18,7 @@ from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, damaged_checkpoint_hint
 from npo_cli.policy.device import choose_device, patch_with_liger
 from npo_cli.policy.fsdp import ShardingContext
-from npo_cli.policy.gguf import load_packaged
+from npo_cli.policy.gguf import load_packaged, load_packaged_tokenizer
 from npo_cli.policy.logprobs import (
     TokenRow,
     TokenScores,
@@ -151,12 +151,7 @@ class Policy:
             is_plain_text = prompt.text is not None
             text = self.vision.render_prompt(prompt)
             return tuple(self.tokenizer(text, add_special_tokens=is_plain_text).input_ids)
-        if prompt.text is not None:
-            return tuple(self.tokenizer(prompt.text).input_ids)
-        turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        return tuple(
-            self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        return encode_prompt(self.tokenizer, prompt)
 
     def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
         """Prompt and response as input of `score`."""
@@ -211,6 +206,21 @@ class Policy:
             return scores(
                 self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
             )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a prompt without images: plain text unchanged, messages through the chat template."""
+    if prompt.text is not None:
+        return tuple(tokenizer(prompt.text).input_ids)
+    turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
+    return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.path`, without the model."""
+    if is_packaged(path):
+        return load_packaged_tokenizer(path)
+    return _load_tokenizer(str(find_model(path)), hint=MODEL_HINT)
 
 
 def check_prompt_support(policy: Policy, prompts: Sequence[Prompt], path: str) -> None:

@@ -1,10 +1,10 @@
-"""Tables of `npo doctor`: one line per part, those that passed together where they belong together."""
+"""Tables of `npo doctor` and `npo check`, wrapped to 80 columns."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
 
 from npo_cli.report.table import Table
-from npo_cli.types.views import DoctorCheck
+from npo_cli.types.views import DoctorCheck, ProjectCheck
 
 TEXT_WIDTH = 54
 """Characters of a detail or a fix in one line: with state and part, a line has 80."""
@@ -27,6 +27,16 @@ def doctor_tables(checks: Sequence[DoctorCheck]) -> tuple[Table, ...]:
     return (Table(title="This machine", header=("", "part", "found"), rows=tuple(rows)),)
 
 
+def project_tables(checks: Sequence[ProjectCheck]) -> tuple[Table, ...]:
+    """One line per thing that was looked at; a fault has its fix below it."""
+    rows: list[tuple[str, str, str]] = []
+    for check in checks:
+        state = "BAD" if check.state == "fault" else check.state
+        rows += _wrap(state, check.part, check.message)
+        rows += _wrap("", "", f"try: {check.hint}") if check.hint else ()
+    return (Table(title="Project", header=("", "part", "found"), rows=tuple(rows)),)
+
+
 def _wrap(state: str, part: str, text: str) -> Iterator[tuple[str, str, str]]:
     """Rows of one line each; those after the first have the text only."""
     for line in textwrap.wrap(text, TEXT_WIDTH, break_on_hyphens=False) or [""]:
@@ -34,4 +44,4 @@ def _wrap(state: str, part: str, text: str) -> Iterator[tuple[str, str, str]]:
         state = part = ""
 
 
-CHECK_TABLES = {DoctorCheck: doctor_tables}
+CHECK_TABLES = {DoctorCheck: doctor_tables, ProjectCheck: project_tables}

@@ -81,18 +81,33 @@ def is_custom_verifier(verifier: str) -> bool:
     return verifier.rpartition(":")[0].endswith(".py")
 
 
+def is_code_allowed(verifier: str) -> bool:
+    """Whether `file.py:function` may run: with --allow-code, or if it is the unchanged one of `npo init`."""
+    return _IS_CODE_ALLOWED.get() or is_shipped_file(verifier_path(verifier))
+
+
+def verifier_path(verifier: str) -> Path:
+    """The file of `file.py:function`."""
+    return Path(verifier.rpartition(":")[0]).expanduser().resolve()
+
+
+def check_verifier_file(verifier: str) -> None:
+    """Refuse `file.py:function` if there is no such file, or no such function in it; nothing is run."""
+    path = verifier_path(verifier)
+    if not path.is_file():
+        raise NpoError(f"task.verifier names a file that does not exist: {path}", "fix the path before the colon")
+    _require_function(path, verifier.rpartition(":")[2])
+
+
 def make_custom_verifier(verifier: str, settings: "TaskSettings", loaded: LoadedPrompts) -> CustomVerifier:
     """The verifier for `file.py:function`. The file is parsed here, and run only when the answers are checked."""
-    file, _, function = verifier.rpartition(":")
-    path = Path(file).expanduser().resolve()
-    if not _IS_CODE_ALLOWED.get() and not is_shipped_file(path):
+    if not is_code_allowed(verifier):
         raise NpoError(
             f"task.verifier={verifier} is user code, which runs only with --allow-code",
             "read the file, then add --allow-code to the command",
         )
-    if not path.is_file():
-        raise NpoError(f"task.verifier names a file that does not exist: {path}", "fix the path before the colon")
-    _require_function(path, function)
+    check_verifier_file(verifier)
+    path, function = verifier_path(verifier), verifier.rpartition(":")[2]
     columns = tuple(dict.fromkeys(name for prompt in (*loaded.train, *loaded.heldout) for name in prompt.columns))
     build = partial(build_custom_check, str(path), function, settings.correct_threshold, columns)
     pool = VerifierPool(build=build, num_workers=settings.verify_workers, timeout=settings.verify_timeout)

@@ -42,9 +42,9 @@ class FileTask(TaskSource):
     @classmethod
     def locate(cls, prompt: Prompt, settings: TaskSettings) -> str:
         """`data.jsonl line 3: `, found by reading the file again, since only an error needs it."""
-        located = _read_prompts(settings.path or "", settings, "rows")
+        located = read_prompts(settings.path or "", settings, "rows")
         if settings.heldout_path is not None:
-            located += _read_prompts(settings.heldout_path, settings, "heldout")
+            located += read_prompts(settings.heldout_path, settings, "heldout")
         return next(f"{location}: " for each, location in located if each.prompt_id == prompt.prompt_id)
 
 
@@ -57,27 +57,23 @@ def load_file_prompts(settings: TaskSettings, *, seed: int) -> tuple[tuple[Promp
 
     The held-out rows do not depend on task.pool_size, so runs with different pools are evaluated on the same prompts.
     """
-    rows = _read_prompts(settings.path or "", settings, "rows")
+    rows = read_prompts(settings.path or "", settings, "rows")
     if settings.heldout_path is not None:
         train = rows[: settings.pool_size]
-        heldout = _read_prompts(settings.heldout_path, settings, "heldout")[: settings.heldout_size]
+        heldout = read_prompts(settings.heldout_path, settings, "heldout")[: settings.heldout_size]
     else:
-        train, heldout = _split(rows, settings, seed)
-    _check_unique_ids([*train, *heldout])
-    _check_disjoint(train, heldout)
+        train, heldout = split_prompts(rows, settings, seed)
+    check_unique_ids([*train, *heldout])
+    check_disjoint(train, heldout)
     return tuple(prompt for prompt, _ in train), tuple(prompt for prompt, _ in heldout)
 
 
-def _split(
+def split_prompts(
     rows: Sequence[LocatedPrompt], settings: TaskSettings, seed: int
 ) -> tuple[list[LocatedPrompt], list[LocatedPrompt]]:
     """Shuffle; held-out rows from the end, training rows from the start, each in the order of the file."""
     num_heldout = settings.heldout_size
-    if len(rows) <= num_heldout:
-        raise NpoError(
-            f"{settings.path} has {len(rows)} rows, too few to hold out {num_heldout} and train on the rest",
-            f"set task.heldout_size below {len(rows)}, add rows, or set task.heldout_path",
-        )
+    check_num_rows(len(rows), settings)
     order = list(range(len(rows)))
     random.Random(f"split:{seed}").shuffle(order)
     num_train = len(rows) - num_heldout
@@ -87,20 +83,31 @@ def _split(
     )
 
 
-def _read_prompts(path: str, settings: TaskSettings, prefix: str) -> list[LocatedPrompt]:
+def check_num_rows(num_rows: int, settings: TaskSettings) -> None:
+    """Refuse a file in which the held-out split would leave nothing to train on."""
+    if num_rows <= settings.heldout_size:
+        raise NpoError(
+            f"{settings.path} has {num_rows} rows, too few to hold out {settings.heldout_size} and train on the rest",
+            f"set task.heldout_size below {num_rows}, add rows, or set task.heldout_path",
+        )
+
+
+def read_prompts(path: str, settings: TaskSettings, prefix: str) -> list[LocatedPrompt]:
+    """Every row of a file as a prompt, with its place; the first fault is raised."""
     file = Path(path).expanduser()
     rows = read_rows(file, without=settings.image_column)
     if settings.image_column is None:
-        return [(_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.location) for row in rows]
+        return [(make_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.location) for row in rows]
     image_column = ImageColumn(file=file, column=settings.image_column, max_pixels=settings.max_image_pixels)
-    prompts = [_prompt(row, settings, f"{prefix}/{row.position:06d}") for row in rows]
+    prompts = [make_prompt(row, settings, f"{prefix}/{row.position:06d}") for row in rows]
     return [
         (add_images(prompt, images, row.location), row.location)
         for prompt, row, images in zip(prompts, rows, image_column.read_images(rows), strict=True)
     ]
 
 
-def _prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prompt:
+def make_prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prompt:
+    """One row as a prompt without its images; `numbered_id` is its id unless task.id_column names another."""
     ignored = [column for column in IMAGE_COLUMNS if row.values.get(column)]
     if settings.image_column is None and ignored:
         raise NpoError(
@@ -206,7 +213,8 @@ def _scalar(row: TableRow, column: str, key: str) -> str:
     return str(value)
 
 
-def _check_unique_ids(located: Sequence[LocatedPrompt]) -> None:
+def check_unique_ids(located: Sequence[LocatedPrompt]) -> None:
+    """Refuse two prompts with one id."""
     first: dict[str, str] = {}
     for prompt, location in located:
         if prompt.prompt_id in first:
@@ -217,17 +225,17 @@ def _check_unique_ids(located: Sequence[LocatedPrompt]) -> None:
         first[prompt.prompt_id] = location
 
 
-def _check_disjoint(train: Sequence[LocatedPrompt], heldout: Sequence[LocatedPrompt]) -> None:
+def check_disjoint(train: Sequence[LocatedPrompt], heldout: Sequence[LocatedPrompt]) -> None:
     """A held-out prompt that is also trained on would measure memorization."""
-    trained = {_without_id(prompt): location for prompt, location in train}
+    trained = {without_id(prompt): location for prompt, location in train}
     for prompt, location in heldout:
-        if _without_id(prompt) in trained:
+        if without_id(prompt) in trained:
             raise NpoError(
-                f"{location} (held out) has the same prompt as {trained[_without_id(prompt)]} (training)",
+                f"{location} (held out) has the same prompt as {trained[without_id(prompt)]} (training)",
                 "remove one of the two rows",
             )
 
 
-def _without_id(prompt: Prompt) -> Prompt:
+def without_id(prompt: Prompt) -> Prompt:
     """The prompt without what differs between two rows with the same question."""
     return replace(prompt, prompt_id="", answer="", row=0, images=drop_image_locations(prompt.images))

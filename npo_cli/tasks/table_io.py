@@ -8,7 +8,7 @@ in Hugging Face's form), if prompts have any. `prompt_id`, `response`, `response
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -61,6 +61,21 @@ def _jsonl_rows(path: Path, columns: Sequence[str] | None, without: str | None) 
             location = f"{path} line {number}"
             yield TableRow(position=position, location=location, values=_json_object(line, location))
             position += 1
+
+
+def read_json_rows(path: Path, on_fault: Callable[[tuple[str, NpoError]], None]) -> list[TableRow]:
+    """The rows of a .jsonl file that can be read; `on_fault` gets place and error of every other one."""
+    rows: list[TableRow] = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            location = f"{path} line {number}"
+            try:
+                if line.strip():
+                    values = _json_object(line, location)
+                    rows.append(TableRow(position=len(rows), location=location, values=values))
+            except NpoError as error:
+                on_fault((location, error))
+    return rows
 
 
 def _json_object(line: bytes, location: str) -> dict[str, Any]:

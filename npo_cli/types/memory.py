@@ -80,3 +80,20 @@ class SettingChange:
     location: Location
     num_bytes: int
     fits: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourceNeed:
+    """What a run needs of this machine's memory or disk."""
+
+    name: str
+    location: Location
+    num_bytes: int
+    limit_bytes: int | None
+    hint: str = ""
+    """Where it does not fit: a setting with which it does."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the need stays within the limit."""
+        return self.limit_bytes is None or self.num_bytes <= self.limit_bytes

@@ -5,7 +5,7 @@ Branches as pictures need them: where each one left its parent, who guided it, h
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from npo_cli.types.rollouts import Group, Rollout
 
@@ -139,6 +139,21 @@ class DoctorCheck:
     """False for an optional part: its absence is no fault."""
     group: str = ""
     """Checks of one group that passed are shown in one line."""
+
+
+CheckedPart = Literal["recipe", "data", "verifier", "model", "engine", "packages", "prompts", "memory", "disk"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectCheck:
+    """One thing `npo check` looked at."""
+
+    part: CheckedPart
+    state: Literal["ok", "note", "fault"]
+    """`note`: questionable, or not checked; a run may work."""
+    message: str
+    hint: str = ""
+    """How to fix it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

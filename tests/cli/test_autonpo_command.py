@@ -124,7 +124,7 @@ def test_autonpo_explains_and_shows_a_run(folder):
         (
             ["m.jsonl", "--explain", "autonpo.rollback.distances=[20,10]"],
             "autonpo.rollback.distances must be ascending",
-            "npo docs settings",
+            "npo config",
         ),
         (
             ["bin", "--explain"],

@@ -31,7 +31,7 @@ def test_error_of_a_failure_has_its_exit_code(monkeypatch):
     def fail(*, full):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("npo_cli.cli.environment_checks.run_checks", fail)
+    monkeypatch.setattr("npo_cli.preflight.environment.run_checks", fail)
     result = npo("doctor", "--json")
     error = json.loads(result.out)
     assert (result.code, error["exit_code"], error["error"]) == (1, 1, "RuntimeError: two\nlines")

@@ -6,8 +6,9 @@ import pytest
 
 from npo_cli.config.loading import load_recipe, recipe_from_dict
 from npo_cli.config.recipe import Recipe
-from npo_cli.memory.footprint import count_kept_checkpoints, estimate_footprint
+from npo_cli.memory.footprint import estimate_footprint
 from npo_cli.memory.model_shape import model_shape
+from npo_cli.storage.disk_space import count_kept_checkpoints
 from npo_cli.types.memory import Allocation, Hardware, ModelShape
 from tests.helpers.runs import tiny_recipe, train
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from npo_cli.cli import environment_checks as doctor
+from npo_cli.preflight import environment as doctor
 from npo_cli.types.views import DoctorCheck
 
 
@@ -23,7 +23,7 @@ def test_doctor_passes_on_this_machine():
 
 def test_doctor_without_full_answers_the_same_from_metadata_alone():
     code = (
-        "import sys; from npo_cli.cli.environment_checks import run_checks\n"
+        "import sys; from npo_cli.preflight.environment import run_checks\n"
         "print(*(f'{one.name}={one.is_ok}' for one in run_checks()), sep='\\n')\n"
         "assert not {'torch', 'transformers', 'vllm', 'numpy', 'matplotlib'} & set(sys.modules)"
     )

@@ -225,12 +225,17 @@ def process_check() -> DoctorCheck:
     return DoctorCheck(name="processes", is_ok=True, is_required=False, detail=started)
 
 
-def memory_check() -> DoctorCheck:
-    """Memory available to this process: of the machine, or of the container if that is less."""
+def usable_memory() -> int:
+    """Memory of the machine, or of the container if that is less, in bytes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
-    usable = total if text == "max" else min(total, int(text))
+    return total if text == "max" else min(total, int(text))
+
+
+def memory_check() -> DoctorCheck:
+    """Memory available to this process."""
+    usable = usable_memory()
     hint = "" if usable >= NEEDED_MEMORY else f"the micro task needs about {format_bytes(NEEDED_MEMORY)}"
     return DoctorCheck(name="memory", is_ok=not hint, detail=format_bytes(usable), hint=hint)
 
