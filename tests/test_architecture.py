@@ -18,7 +18,7 @@ NEVER_IMPORTED = {"click", "pickle", "shelve", "dill", "joblib", "cloudpickle", 
 PICKLE_READER = PACKAGE / "interop" / "sharded_weights.py"
 """Other trainers' shards are pickles: this module alone reads them, so that none of them runs code."""
 HEAVY = {"torch", "transformers", "numpy", "scipy", "matplotlib", "yaml"}
-LIGHT_PACKAGES = {"cli", "api", "errors", "types", "report", "distributed"}
+LIGHT_PACKAGES = {"cli", "api", "errors", "activity", "types", "report", "distributed"}
 LIGHT_MODULES = {"npo_cli.guides.source", "npo_cli.session.startup", "npo_cli.session.stop_signal"}
 """Names and the grammar of guide sources; the sources themselves are imported when one is opened."""
 
@@ -77,7 +77,7 @@ def test_commands_import_nothing_heavy_at_the_top():
 
 def test_pure_packages_import_no_torch():
     """Records, settings, statistics and the storage format are tested without torch installed."""
-    pure = {"types", "config", "scoring", "storage", "errors", "seeds"}
+    pure = {"types", "config", "scoring", "storage", "errors", "seeds", "activity"}
     found = [locate(path, node) for path in SOURCES if package_of(path) in pure for node in nodes(path, ast.Import)]
     assert [line for line in found if line.endswith(" torch")] == []
 

@@ -17,6 +17,7 @@ from functools import update_wrapper
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from npo_cli.activity import Listener, listen
 from npo_cli.api.callbacks import Callback, CallbackCalls, copy_numbers
 from npo_cli.session.startup import ignore_deprecations
 from npo_cli.session.stop_signal import StopFlag
@@ -56,12 +57,12 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
         self._is_read = False
         calls = CallbackCalls(callbacks, self._stop)
         ignore_deprecations()
-        context = copy_context()
+        self._context = copy_context()
         if allow_code:
             from npo_cli.tasks.custom_verifier import permit_code
 
-            context.run(permit_code)
-        self._records: Generator[Record, None, None] = calls.pass_through(_isolate(records, context))
+            self._context.run(permit_code)
+        self._records: Generator[Record, None, None] = calls.pass_through(_isolate(records, self._context))
 
     def __next__(self) -> Record:
         self._is_read = True
@@ -83,6 +84,10 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
     def stop(self, reason: str = "the program") -> None:
         """End training after the current step, saved: read on until the stream ends."""
         self._stop.request(reason)
+
+    def listen(self, listener: Listener | None) -> None:
+        """Call `listener` with an `Activity` a few times per second while a step samples, updates, loads or saves."""
+        self._context.run(listen, listener)
 
     @property
     def stopped_by(self) -> str | None:

@@ -316,7 +316,7 @@ class AutoNPODriver:
         if find_newest_branch(self.run) != self.state.branch:
             record_start(self.run, start, ())
         if newest is not None:
-            with measure_startup("load"):
+            with measure_startup("load", "the checkpoint"):
                 load_checkpoint(self.session.policy, newest)
         with open_active_guide(self.session, start.segment) as active_guide:
             yield from self.train_from(start, active_guide)

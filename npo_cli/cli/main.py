@@ -20,7 +20,7 @@ import typer
 
 from npo_cli.cli.commands import COMMANDS, DISTRIBUTED_COMMANDS, HELP_OPTIONS, GroupedCommands
 from npo_cli.cli.options import JSON_FLAG, OLD_COMMANDS, suggest_new_option
-from npo_cli.cli.terminal import escape_for_terminal, print_data, print_status
+from npo_cli.cli.terminal import clear_loading, escape_for_terminal, is_terminal, print_data, print_status, show_loading
 from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.errors import NpoError, StoppedEarly
@@ -79,6 +79,8 @@ def main(args: Sequence[str] | None = None) -> None:
         with contextlib.suppress(AttributeError):
             getattr(sys, name).reconfigure(errors="backslashreplace")
     args = sys.argv[1:] if args is None else list(args)
+    if _is_slow_to_load(args):
+        show_loading()
     try:
         sys.exit(_run(args) or 0)
     except NpoError as error:
@@ -96,7 +98,19 @@ def main(args: Sequence[str] | None = None) -> None:
         hint = "NPO_DEBUG=1 shows where it happened; please report it"
         _leave(f"{type(error).__name__}: {error}", hint, code=1, args=args)
     finally:
+        clear_loading()
         current_group().finish()
+
+
+def _is_slow_to_load(args: Sequence[str]) -> bool:
+    """Whether the command says that it is loading, which neither help pages nor JSON lines on a terminal do."""
+    if (
+        not args
+        or args[0] not in COMMANDS
+        or not {*HELP_OPTIONS["help_option_names"], "--quiet", "-q"}.isdisjoint(args)
+    ):
+        return False
+    return COMMANDS[args[0]].is_slow_to_load and not (JSON_FLAG in args and is_terminal(sys.stdout))
 
 
 def _describe_usage_error(error: Any, args: Sequence[str]) -> tuple[str, str]:

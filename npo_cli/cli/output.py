@@ -12,9 +12,11 @@ import sys
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
+from npo_cli.activity import Listener, listen
 from npo_cli.api.rows import to_row
+from npo_cli.api.stages import RecordStream
 from npo_cli.cli.progress import open_progress
-from npo_cli.cli.terminal import escape_for_terminal, is_terminal, print_data
+from npo_cli.cli.terminal import clear_loading, escape_for_terminal, has_color, is_terminal, print_data
 from npo_cli.report.table import Table
 from npo_cli.types.rollouts import Notice, Progress, StepReport
 
@@ -38,15 +40,16 @@ def print_records(
 
     data: dict[type, list[Any]] = {kind: [] for kind in TABLES if tables is None or kind in tables}
     with contextlib.ExitStack() as stack:
-        show = None
+        display = None
         if isinstance(records, Generator):
             # On a closed pipe or a signal, closing the generator runs its clean-up.
             stack.enter_context(contextlib.closing(records))
             has_bars = is_terminal(sys.stderr) and not (as_json and is_terminal(sys.stdout))
-            show = stack.enter_context(open_progress(bars=has_bars, num_steps=num_steps))
+            display = stack.enter_context(open_progress(bars=has_bars, num_steps=num_steps))
+            stack.enter_context(hear_activities(records, display.hear))
         for record in records:
-            if show and isinstance(record, Progress | Notice | StepReport):
-                show(record)
+            if display is not None and isinstance(record, Progress | Notice | StepReport):
+                display.show(record)
             if as_json and not isinstance(record, Progress | Notice):
                 print_data(to_json_line(record))
             elif type(record) in data:
@@ -54,6 +57,16 @@ def print_records(
     for kind, group in data.items():
         for table in TABLES[kind](group) if group else ():
             print_table(table)
+
+
+@contextlib.contextmanager
+def hear_activities(records: Generator[Any, None, None], listener: Listener) -> Iterator[None]:
+    """Send what happens inside the steps to the listener; a stage's stream computes in a context of its own."""
+    (records.listen if isinstance(records, RecordStream) else listen)(listener)
+    try:
+        yield
+    finally:
+        listen(None)
 
 
 def to_json_line(record: Any) -> str:
@@ -67,9 +80,10 @@ def to_json_line(record: Any) -> str:
 
 def print_table(table: Table) -> None:
     """On a terminal in color and fitted to its width, else as `format_table`."""
-    if not is_terminal(sys.stdout):
+    if not has_color(sys.stdout) and not is_terminal(sys.stdout):
         print_data(format_table(table))
         return
+    clear_loading()
     from rich.console import Console
     from rich.text import Text
 

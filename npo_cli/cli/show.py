@@ -6,7 +6,7 @@ import typer
 
 from npo_cli.cli.options import JsonOpt, OnlyBranchOpt, RunArg
 from npo_cli.cli.output import print_records
-from npo_cli.cli.terminal import escape_for_terminal, print_status
+from npo_cli.cli.terminal import escape_for_terminal, print_notice
 
 ShowTopic = Literal["metrics", "rollouts", "guides", "lineage", "groups", "costs"]
 
@@ -32,5 +32,5 @@ def show(
 
     records = show_run(run, what, branch=branch, step=step, prompt_id=prompt, limit=limit)
     if not records:
-        print_status(escape_for_terminal(f"{run} has no {what} yet"))
+        print_notice(escape_for_terminal(f"{run} has no {what} yet"))
     print_records(records, as_json=as_json)

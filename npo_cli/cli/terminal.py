@@ -1,14 +1,23 @@
-"""Lines on the terminal: data on stdout, status on stderr.
+"""Lines on the terminal: data on stdout, status on stderr; how much of the status is shown, and in color or not.
 
 Text from models and files is data: control characters are escaped, markup is not interpreted.
 """
 
 import os
 import sys
-from typing import TextIO
+from contextvars import ContextVar
+from typing import Literal, TextIO
 
 from npo_cli.report.text_sanitizer import escape_control_chars
 from npo_cli.session.stop_signal import request_stop
+
+Verbosity = Literal["quiet", "normal", "verbose"]
+VERBOSITY: ContextVar[Verbosity] = ContextVar("verbosity", default="normal")
+"""--quiet shows results, warnings and errors only; --verbose also each step, and how long loading and saving took."""
+LOADING = "loading ..."
+CLEAR_LINE = "\r\x1b[2K"
+_LOADING_STREAM: list[TextIO] = []
+"""Where the line `loading ...` is shown."""
 
 
 def escape_for_terminal(text: str) -> str:
@@ -22,14 +31,33 @@ def print_data(text: str) -> None:
 
 
 def print_status(text: str, *, style: str = "") -> None:
-    """Print one line on stderr, in an ANSI style (such as `1;31`) on a color terminal."""
-    is_colored = bool(style) and is_terminal(sys.stderr) and not os.environ.get("NO_COLOR")
-    _print_line(f"\x1b[{style}m{text}\x1b[0m" if is_colored else text, sys.stderr)
+    """Print one line on stderr, in an ANSI style (such as `1;31`) where colors are shown."""
+    _print_line(f"\x1b[{style}m{text}\x1b[0m" if style and has_color(sys.stderr) else text, sys.stderr)
+
+
+def print_notice(text: str) -> None:
+    """Print one line on stderr that --quiet leaves out."""
+    if VERBOSITY.get() != "quiet":
+        print_status(text)
+
+
+def show_loading() -> None:
+    """On a terminal, a line on stderr until something else is printed: torch is imported, a model is loaded."""
+    if is_terminal(sys.stderr):
+        print(LOADING, end="", file=sys.stderr, flush=True)
+        _LOADING_STREAM.append(sys.stderr)
+
+
+def clear_loading() -> None:
+    """Erase that line, before anything else is printed."""
+    while _LOADING_STREAM:
+        print(CLEAR_LINE, end="", file=_LOADING_STREAM.pop(), flush=True)
 
 
 def _print_line(text: str, stream: TextIO) -> None:
     """Print; where nobody reads on (`npo train ... | head -1`), an open run is stopped as by SIGTERM."""
     try:
+        clear_loading()
         print(text, file=stream, flush=True)
     except BrokenPipeError:
         if not request_stop("SIGPIPE"):
@@ -41,3 +69,10 @@ def _print_line(text: str, stream: TextIO) -> None:
 def is_terminal(stream: TextIO) -> bool:
     """Whether the stream is a terminal that can move its cursor."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def has_color(stream: TextIO) -> bool:
+    """Whether colors are shown: NO_COLOR (never) and FORCE_COLOR (also in a pipe) count where they are not empty."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or is_terminal(stream)

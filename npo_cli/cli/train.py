@@ -9,7 +9,7 @@ import typer
 
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, UntilOpt
 from npo_cli.cli.output import print_records
-from npo_cli.cli.terminal import escape_for_terminal, print_status
+from npo_cli.cli.terminal import escape_for_terminal, print_notice
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, quote_path
 
@@ -63,7 +63,7 @@ def train(
 
     records = train_run.stream(resolved, root, until=until, autonpo=autonpo)
     if given is None:
-        print_status(escape_for_terminal(f"run directory: {root}"))
+        print_notice(escape_for_terminal(f"run directory: {root}"))
     print_records(records, as_json=as_json, num_steps=records.last_step)
 
 

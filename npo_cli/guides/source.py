@@ -219,7 +219,7 @@ def open_source(source: GuideSource, *, task: Task, policy: Policy) -> Iterator[
         extrapolates_weights=source.extrapolates_weights,
     )
     with closing(session), closing(source):
-        with measure_startup("load"):
+        with measure_startup("load", "the guide"):
             source.open(session)
         yield session
 

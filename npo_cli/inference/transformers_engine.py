@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from npo_cli.activity import SampleMeter, open_meter
 from npo_cli.config.engine import EngineSettings
 from npo_cli.inference.base import (
     Engine,
@@ -57,6 +58,22 @@ class SeededSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_N1, 0.0)
 
 
+class FinishedRows(LogitsProcessor):
+    """Reports how many rows of a batch have ended, a few times per second; leaves the scores as they are."""
+
+    def __init__(self, meter: SampleMeter, *, num_prompt_tokens: int, eos_ids: Sequence[int]) -> None:
+        self.meter, self.start, self.eos_ids = meter, num_prompt_tokens, eos_ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Counts only when a report is due: it reads from the GPU."""
+        if self.meter.is_due and input_ids.shape[1] > self.start:
+            response_NT = input_ids[:, self.start :]
+            ends_NT = torch.isin(response_NT, torch.tensor(self.eos_ids, device=response_NT.device))
+            padding_NT = ends_NT.cumsum(1) > ends_NT.int()
+            self.meter.report(int(ends_NT.any(1).sum()), int((~padding_NT).sum()))
+        return scores
+
+
 @contextmanager
 def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Hide the model's own generation config: `generate` would take beams, bans and penalties from it."""
@@ -87,9 +104,13 @@ class TransformersEngine(Engine):
     def generate(self, requests: Sequence[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
         """One sample per request, in order; requests with the same prompt share its prefill."""
         samples: list[Sample] = []
+        meter = open_meter(len(requests))
         for start in range(0, len(requests), self.settings.max_num_seqs):
             batch = list(requests[start : start + self.settings.max_num_seqs])
-            samples += self._generate_batch(batch, temperature=temperature, max_new_tokens=max_new_tokens)
+            found = self._generate_batch(batch, temperature=temperature, max_new_tokens=max_new_tokens, meter=meter)
+            if meter is not None:
+                meter.add(len(found), sum(len(sample.response_ids) for sample in found))
+            samples += found
         return samples
 
     @torch.no_grad()
@@ -111,15 +132,20 @@ class TransformersEngine(Engine):
         return torch.autocast(self.model.device.type, dtype=dtype, enabled=dtype != self.model.dtype)
 
     @torch.no_grad()
-    def _generate_batch(self, batch: list[SampleRequest], *, temperature: float, max_new_tokens: int) -> list[Sample]:
+    def _generate_batch(
+        self, batch: list[SampleRequest], *, temperature: float, max_new_tokens: int, meter: SampleMeter | None
+    ) -> list[Sample]:
         ids_NL, mask_NL, cache = self._prefill(batch)
         sampler = self._sampler(batch, num_tokens=max_new_tokens, temperature=temperature)
+        processors = LogitsProcessorList([sampler])
+        if meter is not None:
+            processors.append(FinishedRows(meter, num_prompt_tokens=ids_NL.shape[1], eos_ids=self.handle.eos_ids))
         with default_generation_config(self.model), self._precision():
             output_NX = self.model.generate(
                 ids_NL,
                 attention_mask=mask_NL,
                 past_key_values=cache,
-                logits_processor=LogitsProcessorList([sampler]),
+                logits_processor=processors,
                 # Otherwise every process would keep generating until the slowest one is done.
                 synced_gpus=False,
                 generation_config=GenerationConfig(

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from npo_cli.activity import SampleMeter, open_meter
 from npo_cli.config.engine import EngineSettings, VllmSettings
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.inference.base import AdapterHandle, EngineInput, ModelHandle
@@ -116,7 +117,9 @@ class VllmEngine(BaseVllmEngine):
         params = [SamplingParams(**each) for each in fields]
         loras = None if self.handle.adapters is None else [self._loaded_adapters[str(version)] for version in versions]
         with self._guarded(phase):
-            outputs = self._llm.generate(inputs, params, lora_request=loras, use_tqdm=False)
+            meter = open_meter(len(inputs)) if phase == "sample" else None
+            bar = False if meter is None else make_silent_bar(meter)
+            outputs = self._llm.generate(inputs, params, lora_request=loras, use_tqdm=bar)
             check_prompt_tokens(prompts, outputs)
             return outputs
 
@@ -163,6 +166,23 @@ class VllmEngine(BaseVllmEngine):
             )
         except Exception as error:  # vLLM raises many kinds
             raise RunFailed(f"vLLM could not start: {summarize_error(error)}", VLLM_HINT) from error
+
+
+def make_silent_bar(meter: SampleMeter) -> Any:
+    """A progress bar for vLLM that draws nothing, and reports the requests that vLLM counts in it as finished."""
+    from tqdm import tqdm
+
+    class SilentBar(tqdm):
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            """Nothing."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """A bar with something to iterate counts requests that are added, one without it those that end."""
+            if self.iterable is None and n:
+                meter.add(int(n), 0)
+            return super().update(n)
+
+    return SilentBar
 
 
 def summarize_error(error: Exception) -> str:

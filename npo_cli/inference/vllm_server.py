@@ -20,6 +20,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from npo_cli.activity import open_meter
 from npo_cli.config.engine import EngineSettings
 from npo_cli.distributed.launch import strip_launch_variables
 from npo_cli.errors import NpoError, RunFailed
@@ -237,7 +238,11 @@ class VllmServer(BaseVllmEngine):
             for prompt, each, name in zip(server_prompts(prompts, self.handle.vision), fields, names, strict=True)
         ]
         with self._guarded(phase), ThreadPoolExecutor(max_connections(self.settings)) as pool:
-            outputs = list(pool.map(lambda body: parse_output(self._post("inference/v1/generate", body)), bodies))
+            outputs, meter = [], open_meter(len(bodies)) if phase == "sample" else None
+            for output in pool.map(lambda body: parse_output(self._post("inference/v1/generate", body)), bodies):
+                outputs.append(output)
+                if meter is not None:
+                    meter.add(1, len(output.outputs[0].token_ids))
             check_prompt_tokens(prompts, outputs)
             return outputs
 

@@ -73,7 +73,7 @@ def open_task_and_policy(recipe: Recipe, checkpoint: Checkpoint | None) -> Itera
         yield task, open_policy(recipe, task, checkpoint)
 
 
-@measure_startup("load")
+@measure_startup("load", "the task")
 def open_task(recipe: Recipe) -> Task:
     """The recipe's task; its seed is the run's unless task.seed is set."""
     seed = recipe.train.seed if recipe.task.seed is None else recipe.task.seed
@@ -87,7 +87,7 @@ def open_task(recipe: Recipe) -> Task:
     return task
 
 
-@measure_startup("load")
+@measure_startup("load", "the model")
 def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Policy:
     """The base model, or that of a checkpoint, after a check of every prompt of the task."""
     prepare_distributed(recipe)
@@ -178,7 +178,7 @@ def build_session(
     )
 
 
-@measure_startup("start")
+@measure_startup("start", "the engine")
 def open_session_engine(recipe: Recipe, policy: Policy, *, doubles_rank: bool) -> Engine:
     """The recipe's engine for this policy; of several ranks each samples its part, or rank 0 asks a server."""
     settings, is_alone = recipe.engine, not current_group().is_launched

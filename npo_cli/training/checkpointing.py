@@ -4,6 +4,7 @@ import time
 
 from torch.optim import Optimizer
 
+from npo_cli.activity import Activity, report_activity
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.policy.optimizer import TrainerState, load_state, save_state, seed_random_state
 from npo_cli.session.learner import find_data_position
@@ -20,6 +21,7 @@ from npo_cli.types.rollouts import CheckpointSaved
 
 def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState, *, branch: str) -> CheckpointSaved:
     """Weights as a Hugging Face folder, everything else in its training_state/; then let retention tidy up."""
+    report_activity(Activity(name="save"))
     began = time.perf_counter()
     # AdamW keeps two moments per weight.
     check_disk_space(session.run.root, 3 * session.policy.num_bytes)
@@ -34,12 +36,14 @@ def save_checkpoint(session: Session, optimizer: Optimizer, state: TrainerState,
         keep_full_checkpoints=settings.keep_full_checkpoints,
         keep_weights_only=settings.keep_weights_only,
     )
-    append_cost(session.run, "save", branch=branch, step=state.step, seconds=time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    append_cost(session.run, "save", branch=branch, step=state.step, seconds=seconds)
+    report_activity(Activity(name=f"save step {state.step}", seconds=seconds))
     folder = session.run.checkpoint_folder(branch, state.step)
     return CheckpointSaved(branch=branch, step=state.step, path=folder.relative_to(session.run.root).as_posix())
 
 
-@measure_startup("load")
+@measure_startup("load", "the training state")
 def restore_state(session: Session, optimizer: Optimizer, checkpoint: Checkpoint) -> TrainerState:
     """Restore optimizer, random streams and data position of a full checkpoint; the weights are loaded already."""
     require_training_state(session.run, checkpoint)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 
+from npo_cli.activity import name_samples
 from npo_cli.config.loading import override_saved_recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.scoring.quality import cluster_interval, pass_at_k
@@ -54,6 +55,7 @@ def evaluate_policy(session: Session, *, branch: str, step: int) -> EvalReport:
     return report
 
 
+@name_samples("held-out samples")
 def sample_heldout(session: Session, *, step: int) -> list[Group]:
     """Samples of every held-out prompt with the current weights, those of `step`.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from npo_cli.activity import Activity, report_activity
 from npo_cli.config.guides import InjectSettings
 from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.partition import partition_by_tokens
@@ -215,7 +216,8 @@ class Updater:
         """
         total, stats = 0.0, LossStats()
         passes = self.split_passes(samples)
-        for indices in passes:
+        for number, indices in enumerate(passes):
+            report_activity(Activity(name="update", done=number, total=len(passes)))
             rows = [samples[index] for index in indices]
             scores = self._score(self.policy, rows)
             loss, measured = self.policy_loss(

@@ -2,12 +2,15 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import chi2
 
+from npo_cli import activity
+from npo_cli.activity import Activity
 from npo_cli.config.engine import EngineSettings
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.inference.base import Sample, SampleRequest
@@ -51,6 +54,41 @@ def sample_responses(
 ) -> list[Sample]:
     num_tokens = options.pop("max_new_tokens", 18)
     return engine_of(policy, **options).generate(requests, temperature=temperature, max_new_tokens=num_tokens)
+
+
+@pytest.fixture
+def activities(monkeypatch) -> Iterator[list[Activity]]:
+    """What an engine reports, as often as it can."""
+    monkeypatch.setattr(activity, "SECONDS_BETWEEN_REPORTS", 0.0)
+    heard: list[Activity] = []
+    activity.listen(heard.append)
+    yield heard
+    activity.listen(None)
+
+
+@pytest.mark.parametrize("max_rows", [3, 512])
+def test_finished_rollouts_are_reported_and_change_no_sample(policy, activities, max_rows):
+    """Two batches are counted on; the last report has every response and token."""
+    requests = sample_requests(policy, TEXTS)
+    samples = sample_responses(policy, requests, max_rows=max_rows)
+    activity.listen(None)
+    assert samples == sample_responses(policy, requests, max_rows=max_rows)
+    assert {(one.name, one.total) for one in activities} == {("rollouts", len(requests))}
+    counts = [(one.done, one.tokens) for one in activities]
+    assert counts == sorted(counts)
+    assert len(counts) > 3
+    assert counts[-1] == (len(requests), sum(len(sample.response_ids) for sample in samples))
+
+
+def test_rows_that_ended_are_counted_while_others_run(policy, activities):
+    """A response of n tokens is counted as ended in every report after its n tokens."""
+    samples = sample_responses(policy, sample_requests(policy, TEXTS))
+    lengths = [len(sample.response_ids) for sample in samples]
+    during = activities[1:-1]  # after 1, 2, ... tokens
+    for num_tokens, one in enumerate(during, start=1):
+        ended = [length for length, sample in zip(lengths, samples, strict=True) if sample.finished]
+        assert one.done == sum(length <= num_tokens for length in ended)
+        assert one.tokens == sum(min(length, num_tokens) for length in lengths)
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 512])
