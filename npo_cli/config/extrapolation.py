@@ -7,13 +7,13 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from npo_cli.config.base import FORK, Count, Settings
+from npo_cli.config.base import FORK, Count, Settings, applies_when
 
 
 class ExtrapolationSettings(Settings):
     """Approximate future policy: pi_t (pi_t / pi_{t-k})^a, or theta_t + a (theta_t - theta_{t-k})."""
 
-    model_config = ConfigDict(json_schema_extra=FORK)
+    model_config = ConfigDict(json_schema_extra=FORK | applies_when({"guide.source": ["extrapolated"]}))
 
     space: Literal["logits", "weights"] = Field(
         "logits", description="What is extrapolated: `logits` (two forward passes per token) or `weights`."
@@ -26,6 +26,12 @@ class ExtrapolationSettings(Settings):
         "are sampled from the extrapolated policy, correct or not.",
     )
     samples_per_group: Count = Field(
-        2, description="inject: samples per group whose accuracy is <= guide.inject.max_accuracy."
+        2,
+        description="inject: samples per group whose accuracy is <= guide.inject.max_accuracy.",
+        json_schema_extra=applies_when({"guide.source": ["extrapolated"], "extrapolation.mode": ["inject"]}),
     )
-    slots: Count = Field(2, description="sample: slots per group for the extrapolated policy.")
+    slots: Count = Field(
+        2,
+        description="sample: slots per group for the extrapolated policy.",
+        json_schema_extra=applies_when({"guide.source": ["extrapolated"], "extrapolation.mode": ["sample"]}),
+    )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from npo_cli.config.base import FORK, FREE, IGNORED, Count, Settings, Share
+from npo_cli.config.base import FORK, FREE, IGNORED, IS_SET, Count, Settings, Share, applies_when
 from npo_cli.registry import IMPORTANCE_RATIOS, MIX_STRATEGIES
 
 
@@ -37,12 +37,22 @@ class InjectSettings(Settings):
         "old policy's (`proximal`), the old policy's with a capped old/guide weight (`decoupled`), or 1 (`unit`); "
         "`none` uses no ratio; or one from a plug-in.",
     )
-    decoupled_cap: float = Field(2.0, gt=0, description="Cap C of the old/guide weight in ratio=decoupled.")
+    decoupled_cap: float = Field(
+        2.0,
+        gt=0,
+        description="Cap C of the old/guide weight in ratio=decoupled.",
+        json_schema_extra=applies_when({"guide.inject.ratio": ["decoupled"]}),
+    )
     ratio_shaping: Literal["none", "soft"] = Field(
         "none",
         description="Shaping of the injected response's ratio r (LUFFY): `none`, or r/(r + shaping_gamma) (`soft`).",
     )
-    shaping_gamma: float = Field(0.1, gt=0, description="Constant gamma of ratio_shaping=soft.")
+    shaping_gamma: float = Field(
+        0.1,
+        gt=0,
+        description="Constant gamma of ratio_shaping=soft.",
+        json_schema_extra=applies_when({"guide.inject.ratio_shaping": ["soft"]}),
+    )
     clip_off_policy: bool = Field(True, description="Clip the ratio of injected responses.")
     clip_on_policy: bool = Field(
         True, description="Clip the ratio of on-policy rollouts in batches that contain injected responses."
@@ -64,6 +74,7 @@ class GuideCacheSettings(Settings):
         "failed",
         description="Prompts that the guide is sampled on: those whose group, where the run recorded these steps, had "
         "an accuracy <= guide.inject.max_accuracy, and those without a record (`failed`); or `all` of the replay.",
+        json_schema_extra=applies_when({"guide.cache.lazy": [False]}),
     )
     lazy: bool = Field(
         False,
@@ -146,6 +157,9 @@ class EndpointSettings(Settings):
     max_retries: int = Field(5, ge=0, description="Retries after a transient failure (429, 5xx, broken connection).")
 
 
+WITH_REPLAY = applies_when({"guide.experience.replay_fraction": IS_SET})
+
+
 class ExperienceSettings(Settings):
     """ExGRPO: the run's own past successes, collected in a replay buffer and replayed during training."""
 
@@ -153,23 +167,32 @@ class ExperienceSettings(Settings):
         0.0, description="Fraction of a batch's prompts that come from the replay buffer (0: off)."
     )
     start_accuracy: Share = Field(
-        0.35, description="Start collecting after the first batch whose accuracy exceeds this."
+        0.35,
+        description="Start collecting after the first batch whose accuracy exceeds this.",
+        json_schema_extra=WITH_REPLAY,
     )
     bucket_units: Literal["count", "rate"] = Field(
         "count",
         description="Unit of a prompt's distance to half correct: number of correct rollouts (`count`), or their "
         "fraction (`rate`).",
+        json_schema_extra=WITH_REPLAY,
     )
     bucket_sigma: float = Field(
-        1.0, gt=0, description="Width of the Gaussian preference for half-correct prompts, in bucket_units."
+        1.0,
+        gt=0,
+        description="Width of the Gaussian preference for half-correct prompts, in bucket_units.",
+        json_schema_extra=WITH_REPLAY,
     )
     select: Literal["entropy", "nll", "random"] = Field(
         "entropy",
         description="Which stored response is replayed: lowest entropy or lowest NLL under the current policy, or "
         "`random`.",
+        json_schema_extra=WITH_REPLAY,
     )
     retire_solved: bool = Field(
-        True, description="Do not draw prompts whose rollouts were all correct again in later epochs."
+        True,
+        description="Do not draw prompts whose rollouts were all correct again in later epochs.",
+        json_schema_extra=WITH_REPLAY,
     )
 
 

@@ -19,6 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from npo_cli.config.applies import find_idle_settings
 from npo_cli.config.base import Settings, is_hub_id, walk_fields
 from npo_cli.config.locate import find_method, find_recipe, is_shipped
 from npo_cli.config.messages import describe_problems, shorten, suggest_fix
@@ -26,10 +27,13 @@ from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.errors import NpoError, quote_path
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
+RECIPE_CHECKSUM = "# checksum: "
+"""Begins the last line of a recipe that a run saved."""
 EXTENDS_KEY = "extends"
 FORK_HINT = "fork a new branch: add --at STEP and --guide NAME or --no-guide to the command"
 Purpose = Literal["resume", "fork", "measure"]
 """What changed settings are for: the same branch, a new one, or a command that samples and trains nothing."""
+COMMAND_LINE: Literal["command line"] = "command line"
 MAX_DEPTH = 20
 """Parts of a dotted key; settings have at most five."""
 
@@ -41,6 +45,8 @@ class SettingsLayer:
     values: dict[str, Any]
     locations: dict[str, str]
     """Dotted key -> `file:line` or `command line`."""
+    origin: Literal["command line", "file", "shipped", "saved"] = "saved"
+    """A shipped recipe, a saved one and a default were not written by the user."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,7 +112,8 @@ def load_usable_recipe(
     values, locations = _merge_layers(layers)
     while True:
         try:
-            return _validate_values(values), faults.found
+            recipe = _validate_values(values)
+            return recipe, [*faults.found, *_find_idle(recipe, layers)]
         except ValidationError as error:
             problems = error.errors(include_url=False)
         of_settings = [problem for problem in problems if not _is_section(problem["loc"])]
@@ -278,9 +285,11 @@ def _read_file(path: Path) -> SettingsLayer:
     if not isinstance(node, yaml.MappingNode):
         raise NpoError(f"{path} holds no settings (KEY: VALUE)", "npo recipes micro   # prints an example")
     locations = {key: f"{path.name}:{line}" for key, line in _list_lines(node, prefix="")}
-    if not is_shipped(path):
-        values = resolve_paths(values, folder=path.parent)
-    return SettingsLayer(values=values, locations=locations)
+    if RECIPE_CHECKSUM in text:
+        return SettingsLayer(values=values, locations=locations, origin="saved")
+    if is_shipped(path):
+        return SettingsLayer(values=values, locations=locations, origin="shipped")
+    return SettingsLayer(values=resolve_paths(values, folder=path.parent), locations=locations, origin="file")
 
 
 def resolve_paths(values: Mapping[str, Any], *, folder: Path) -> dict[str, Any]:
@@ -357,7 +366,8 @@ def _parse_override(text: str) -> SettingsLayer:
     inner = _list_lines(node, prefix=f"{dotted}.") if isinstance(node, yaml.MappingNode) else ()
     for part in reversed(parts):
         values = {part: values}
-    return SettingsLayer(values=values, locations=dict.fromkeys([dotted, *(key for key, _ in inner)], "command line"))
+    keys = [dotted, *(key for key, _ in inner)]
+    return SettingsLayer(values=values, locations=dict.fromkeys(keys, COMMAND_LINE), origin=COMMAND_LINE)
 
 
 def _merge(lower: dict[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -382,9 +392,31 @@ def _merge_layers(layers: Sequence[SettingsLayer]) -> tuple[dict[str, Any], dict
 def _validate(layers: Sequence[SettingsLayer], *, source: str) -> Recipe:
     values, locations = _merge_layers(layers)
     try:
-        return _validate_values(values)
+        recipe = _validate_values(values)
     except ValidationError as error:
         raise _to_fault(error.errors(include_url=False), locations, source=source) from error
+    idle = _find_idle(recipe, layers)
+    if idle:
+        raise NpoError("; ".join(each.message for each in idle[:6]), idle[0].hint)
+    return recipe
+
+
+def _find_idle(recipe: Recipe, layers: Sequence[SettingsLayer]) -> list[NpoError]:
+    """An error for each setting that the user wrote without an effect under the others; all KEY=VALUE have one rank.
+
+    A default in a file is no mistake: `npo recipes` prints files with all of them.
+    """
+    ranks = [len(layers) if layer.origin == COMMAND_LINE else rank for rank, layer in enumerate(layers)]
+    written = {key: rank for rank, layer in zip(ranks, layers, strict=True) for key in layer.locations}
+    locations = {key: where for layer in layers for key, where in layer.locations.items()}
+    changed = {key for key, _, _ in diff_recipes(Recipe(), recipe)}
+    by_user = {key for layer in layers if layer.origin == "file" for key in layer.locations if key in changed}
+    by_user |= {key for layer in layers if layer.origin == COMMAND_LINE for key in layer.locations}
+    return [
+        NpoError(f"{key} has no effect {reason} ({locations[key]})", f"remove {key}, or {instead}")
+        for key, reason, instead in find_idle_settings(recipe, written)
+        if key in by_user
+    ]
 
 
 def _validate_values(values: Mapping[str, Any]) -> Recipe:

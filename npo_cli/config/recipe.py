@@ -17,6 +17,7 @@ from npo_cli.config.base import (
     FORK_TRAINING,
     FREE,
     IGNORED,
+    IS_SET,
     MODEL_PATH,
     MUST_MATCH,
     PATH,
@@ -24,12 +25,17 @@ from npo_cli.config.base import (
     Decay,
     Settings,
     Share,
+    applies_when,
 )
 from npo_cli.config.engine import EngineSettings, MismatchSettings
 from npo_cli.config.extrapolation import ExtrapolationSettings
 from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
 from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
 
+WITH_LORA = applies_when({"model.lora.rank": IS_SET})
+FROM_FILE = applies_when({"task.source": ["file"]})
+QUESTIONS = applies_when({"task.source": ["file", "reasoning_gym"]})
+CLIPPED = applies_when({"loss.kind": ["grpo", "gspo", "gspo_token"]})
 BUNDLED_MODELS = ("micro-base", "smollm2-135m")
 """Names that `model.path` may have besides folders and hub ids."""
 
@@ -38,12 +44,20 @@ class LoraSettings(Settings):
     """Low-rank adapters on a frozen base model, named as in peft. No dropout: sampling and scoring use one policy."""
 
     rank: int | None = Field(None, ge=1, le=8192, description="Rank r of the adapters (null: full fine-tuning).")
-    alpha: float = Field(32.0, gt=0, description="Scale: a weight W becomes W + alpha/rank B A.")
+    alpha: float = Field(
+        32.0, gt=0, description="Scale: a weight W becomes W + alpha/rank B A.", json_schema_extra=WITH_LORA
+    )
     targets: tuple[str, ...] = Field(
         (),
         description="Names of the adapted layers, such as q_proj (empty: every linear layer except the LM head).",
+        json_schema_extra=WITH_LORA,
     )
-    seed: int = Field(0, ge=0, description="Seed for initializing A; B starts at 0, so step 0 is the base model.")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Seed for initializing A; B starts at 0, so step 0 is the base model.",
+        json_schema_extra=WITH_LORA,
+    )
 
 
 class ModelSettings(Settings):
@@ -109,34 +123,60 @@ class TaskSettings(Settings):
     source: Annotated[str, AfterValidator(TASKS.check)] = Field(
         "micro", description="Source of the prompts: `micro`, `reasoning_gym`, `file`, `shapes`, or one from a plug-in."
     )
-    kind: Literal["any", "addh1", "addh2", "mix3"] = Field("mix3", description="micro: type of addition problems.")
-    datasets: tuple[DatasetSettings, ...] = Field((), description="reasoning_gym: data sets of the mixture.")
+    kind: Literal["any", "addh1", "addh2", "mix3"] = Field(
+        "mix3",
+        description="micro: type of addition problems.",
+        json_schema_extra=applies_when({"task.source": ["micro"]}),
+    )
+    datasets: tuple[DatasetSettings, ...] = Field(
+        (),
+        description="reasoning_gym: data sets of the mixture.",
+        json_schema_extra=applies_when({"task.source": ["reasoning_gym"]}),
+    )
     path: str | None = Field(
         None,
         description="file: a .jsonl or .parquet file, relative to the recipe file (on the command line to the current "
         "folder).",
-        json_schema_extra=PATH,
+        json_schema_extra=PATH | FROM_FILE,
     )
-    prompt_column: str = Field("prompt", description="file: column with the prompt, a string or list of chat messages.")
-    answer_column: str = Field("answer", description="file: column with the reference answer.")
-    id_column: str | None = Field(None, description="file: column with unique prompt ids (null: row numbers).")
+    prompt_column: str = Field(
+        "prompt",
+        description="file: column with the prompt, a string or list of chat messages.",
+        json_schema_extra=FROM_FILE,
+    )
+    answer_column: str = Field(
+        "answer", description="file: column with the reference answer.", json_schema_extra=FROM_FILE
+    )
+    id_column: str | None = Field(
+        None, description="file: column with unique prompt ids (null: row numbers).", json_schema_extra=FROM_FILE
+    )
     image_column: str | None = Field(
-        None, description="file: column with a prompt's image or list of images (null: no images)."
+        None,
+        description="file: column with a prompt's image or list of images (null: no images).",
+        json_schema_extra=FROM_FILE,
     )
     max_image_pixels: int = Field(
-        40_000_000, ge=1, le=89_000_000, description="Maximum image size in pixels; larger images raise an error."
+        40_000_000,
+        ge=1,
+        le=89_000_000,
+        description="Maximum image size in pixels; larger images raise an error.",
+        json_schema_extra=applies_when({"task.image_column": IS_SET}),
     )
     heldout_path: str | None = Field(
-        None, description="file: file with the held-out split (null: split `path`).", json_schema_extra=PATH
+        None, description="file: file with the held-out split (null: split `path`).", json_schema_extra=PATH | FROM_FILE
     )
     pool_size: Count = Field(1024, description="Number of training prompts (for a file: the maximum).")
     heldout_size: Count = Field(256, description="Number of held-out prompts, never trained on.")
     seed: int | None = Field(
         None, description="Seed for generating or splitting the prompts (null: train.seed).", json_schema_extra=IGNORED
     )
-    suffix: str = Field("", description="Text appended to each question after a line break.")
-    chat: bool = Field(False, description="Wrap plain questions as one user message of the chat template.")
-    system: str = Field("", description="System message prepended to chat prompts.")
+    suffix: str = Field(
+        "", description="Text appended to each question after a line break.", json_schema_extra=QUESTIONS
+    )
+    chat: bool = Field(
+        False, description="Wrap plain questions as one user message of the chat template.", json_schema_extra=QUESTIONS
+    )
+    system: str = Field("", description="System message prepended to chat prompts.", json_schema_extra=QUESTIONS)
     max_prompt_tokens: Count = Field(
         1024, description="Maximum prompt length; longer prompts raise an error (no truncation)."
     )
@@ -213,9 +253,13 @@ class TrainSettings(Settings):
     min_lr_ratio: Share = Field(
         0.1,
         description="Final learning rate of a decaying schedule, as a fraction of lr.",
-        json_schema_extra=FORK_TRAINING,
+        json_schema_extra=FORK_TRAINING | applies_when({"train.schedule": ["linear", "cosine"]}),
     )
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW betas (unused by Adafactor).")
+    betas: tuple[Decay, Decay] = Field(
+        (0.9, 0.95),
+        description="AdamW betas (unused by Adafactor).",
+        json_schema_extra=applies_when({"train.optimizer": ["adamw"]}),
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Maximum gradient norm; larger gradients are scaled down to it.")
     skip_grad_norm: float | None = Field(
@@ -258,18 +302,39 @@ class LossSettings(Settings):
     divide_by_std: bool = Field(
         True, description="Divide advantages by the group's standard deviation (false: Dr.GRPO)."
     )
-    adv_eps: float = Field(1e-6, ge=0, description="Epsilon added to the group's standard deviation.")
-    clip_low: float = Field(0.2, ge=0, description="Lower clip range: the ratio is clipped at 1 - clip_low.")
+    adv_eps: float = Field(
+        1e-6,
+        ge=0,
+        description="Epsilon added to the group's standard deviation.",
+        json_schema_extra=applies_when({"loss.divide_by_std": [True]}),
+    )
+    clip_low: float = Field(
+        0.2, ge=0, description="Lower clip range: the ratio is clipped at 1 - clip_low.", json_schema_extra=CLIPPED
+    )
     clip_high: float = Field(
-        0.2, ge=0, description="Upper clip range: the ratio is clipped at 1 + clip_high (DAPO's clip-higher: 0.28)."
+        0.2,
+        ge=0,
+        description="Upper clip range: the ratio is clipped at 1 + clip_high (DAPO's clip-higher: 0.28).",
+        json_schema_extra=CLIPPED,
     )
     dual_clip: float | None = Field(
-        None, gt=1, description="Dual-clip PPO: cap c of the loss at negative advantages (null: off)."
+        None,
+        gt=1,
+        description="Dual-clip PPO: cap c of the loss at negative advantages (null: off).",
+        json_schema_extra=CLIPPED,
     )
     delta: float | None = Field(
-        None, gt=1, description="Upper bound of the ratio before the minimum is taken (INTELLECT-2; null: off)."
+        None,
+        gt=1,
+        description="Upper bound of the ratio before the minimum is taken (INTELLECT-2; null: off).",
+        json_schema_extra=CLIPPED,
     )
-    cispo_cap: float = Field(5.0, gt=0, description="cispo: upper cap of the importance weight.")
+    cispo_cap: float = Field(
+        5.0,
+        gt=0,
+        description="cispo: upper cap of the importance weight.",
+        json_schema_extra=applies_when({"loss.kind": ["cispo"]}),
+    )
     kl_coef: float = Field(0.0, ge=0, description="Coefficient of the KL penalty (k3) to the base model.")
     entropy_coef: float = Field(0.0, ge=0, description="Coefficient of the entropy bonus.")
 
@@ -295,11 +360,20 @@ class SamplingSettings(Settings):
     dynamic: bool = Field(
         False, description="DAPO's dynamic sampling: resample until every group has non-zero advantages."
     )
-    max_gen_batches: Count = Field(10, description="dynamic: maximum number of batches sampled per step.")
+    max_gen_batches: Count = Field(
+        10,
+        description="dynamic: maximum number of batches sampled per step.",
+        json_schema_extra=applies_when({"sampling.dynamic": [True]}),
+    )
     overlong_buffer: int = Field(
         0, ge=0, description="DAPO: penalize length within this many tokens of max_new_tokens (0: off)."
     )
-    overlong_penalty: float = Field(1.0, ge=0, description="DAPO: penalty at max_new_tokens.")
+    overlong_penalty: float = Field(
+        1.0,
+        ge=0,
+        description="DAPO: penalty at max_new_tokens.",
+        json_schema_extra=applies_when({"sampling.overlong_buffer": IS_SET}),
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "SamplingSettings":
@@ -340,7 +414,12 @@ class TrackingSettings(Settings):
     report_to: tuple[Annotated[str, AfterValidator(TRACKERS.check)], ...] = Field(
         (), description="Trackers to log to: `tensorboard`, `wandb`, `trackio`, or one from a plug-in (empty: none)."
     )
-    project: str = Field("npo", min_length=1, description="wandb, trackio: project name.")
+    project: str = Field(
+        "npo",
+        min_length=1,
+        description="wandb, trackio: project name.",
+        json_schema_extra=applies_when({"tracking.report_to": ["wandb", "trackio"]}),
+    )
 
 
 class Recipe(Settings):

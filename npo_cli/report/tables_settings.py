@@ -47,6 +47,7 @@ def _describe(one: SettingView) -> Table:
         ("allowed", one.allowed),
         ("may change", one.change),
         ("comparison", one.comparison),
+        *([("applies when", one.applies_when)] if one.applies_when else []),
     ]
     same: dict[str, list[str]] = {}
     for name, value in one.recipes.items():

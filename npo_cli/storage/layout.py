@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from npo_cli.config.loading import dump_yaml, parse_yaml
+from npo_cli.config.loading import RECIPE_CHECKSUM, dump_yaml, parse_yaml
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import (
@@ -35,7 +35,6 @@ RUN_INFO_FILE = "npo_run.json"
 RECIPE_FILE = "recipe.yaml"
 NEW_NAMES = {RUN_INFO_FILE, RECIPE_FILE, "branches", "segments.jsonl", "segments.jsonl.head"}
 """What a new run holds."""
-RECIPE_CHECKSUM = "# checksum: "
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 RUN_JOURNALS = ("segments", "events", "autonpo", "evals", "prompt_results", "costs")
 BRANCH_JOURNALS = ("metrics", "timings", "rollouts")

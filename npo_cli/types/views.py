@@ -122,6 +122,8 @@ class SettingView:
     """When it may change within a run."""
     comparison: str
     """What a difference means between runs that are compared."""
+    applies_when: str
+    """Settings without which it has no effect; empty if it always has one."""
     recipes: Mapping[str, Any]
     """Shipped recipe or method with another value, and that value; empty in a list of settings."""
 

@@ -104,10 +104,10 @@ def test_dataset_chat_prompts_need_a_template(folder):
 
 
 def test_unknown_reasoning_gym_dataset_is_answered_with_the_nearest(folder):
-    source = ("task.source=reasoning_gym", "task.datasets=[{name: chain_summ}]", "task.verifier=auto")
-    assert training(folder, *source) == (
-        "task.datasets: 'chain_summ' is not a reasoning-gym data set | did you mean chain_sum?"
-    )
+    source = ("task.source=reasoning_gym", "task.datasets=[{name: chain_summ}]")
+    result = assert_refused("train", "micro", "new", *SMALL, *source, beside=folder)
+    assert result.message == "task.datasets: 'chain_summ' is not a reasoning-gym data set"
+    assert result.hint == "did you mean chain_sum?"
 
 
 def test_resume_works_from_another_folder(folder, monkeypatch):
