@@ -150,21 +150,24 @@ def resume(
     (`no_guide=True`). `overrides`: settings that may change on resume or at a fork. `fresh_optimizer`: fork from
     weights only.
     """
-    root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
-    guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
-    hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
-    branch, first_line = _choose_branch(root, branch, at=at, guide=guide, autonpo=autonpo)
-    recipe = load_run_recipe(root, overrides, branch=branch, purpose="fork" if at is not None else "resume", hint=hint)
-    last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
-    has_guide = guide is not None or steps is not None
-    _check_combination(root, at=at, autonpo=autonpo, fresh=fresh_optimizer, has_guide=has_guide)
-    if no_guide or (at is not None and guide is None and not autonpo):
-        _check_guide_choice(root, recipe, at=at, guide=guide, no_guide=no_guide, autonpo=autonpo)
-    where: dict[str, Any] = {"overrides": overrides, "at": at, "source_branch": branch, "new_branch": new_branch}
-    replay: dict[str, Any] = {"guide": guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
+    checked = check_resume(
+        run,
+        at=at,
+        guide=guide,
+        no_guide=no_guide,
+        branch=branch,
+        steps=steps,
+        until=until,
+        autonpo=autonpo,
+        fresh_optimizer=fresh_optimizer,
+        overrides=overrides,
+    )
+    root, stop = checked.root, StopFlag()
+    where = checked.where(at=at, new_branch=new_branch)
+    replay: dict[str, Any] = {"guide": checked.guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
 
     def work() -> Generator[StreamRecord, None, None]:
-        yield Notice(message=first_line)  # before the imports, which take seconds
+        yield Notice(message=checked.first_line)  # before the imports, which take seconds
         if autonpo:
             from npo_cli.autonpo.run import resume_autonpo
 
@@ -175,7 +178,7 @@ def resume(
             records = resume_run(root, **where, **replay, stop=stop)
         from npo_cli.training.tracking import track_records
 
-        yield from track_records(root, recipe, records)
+        yield from track_records(root, checked.recipe, records)
 
     return RecordStream(
         work(),
@@ -183,8 +186,62 @@ def resume(
         root=root,
         callbacks=callbacks,
         stop=stop,
-        last_step=last,
+        last_step=checked.last_step,
         allow_code=allow_code,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckedResume:
+    """Arguments of `resume` that passed its checks."""
+
+    root: Path
+    recipe: "Recipe"
+    branch: str
+    """The branch that is continued or forked."""
+    guide: str | None
+    overrides: list[str]
+    first_line: str
+    """Names the branch."""
+    last_step: int
+
+    def where(self, *, at: int | None, new_branch: str | None) -> dict[str, Any]:
+        """Arguments of the functions that train: where it continues."""
+        return {"overrides": self.overrides, "at": at, "source_branch": self.branch, "new_branch": new_branch}
+
+
+def check_resume(
+    run: "Run | str | PathLike[str]",
+    *,
+    at: int | None,
+    guide: "str | GuideCacheInfo | None",
+    no_guide: bool,
+    branch: str | None,
+    steps: int | None,
+    until: int | None,
+    autonpo: bool,
+    fresh_optimizer: bool,
+    overrides: Overrides,
+) -> CheckedResume:
+    """The checks of `resume` that need no model."""
+    root, overrides = resolve_root(run), list_overrides(overrides)
+    guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
+    hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
+    branch, first_line = _choose_branch(root, branch, at=at, guide=guide, autonpo=autonpo)
+    recipe = load_run_recipe(root, overrides, branch=branch, purpose="fork" if at is not None else "resume", hint=hint)
+    last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
+    has_guide = guide is not None or steps is not None
+    _check_combination(root, at=at, autonpo=autonpo, fresh=fresh_optimizer, has_guide=has_guide)
+    if no_guide or (at is not None and guide is None and not autonpo):
+        _check_guide_choice(root, recipe, at=at, guide=guide, no_guide=no_guide, autonpo=autonpo)
+    return CheckedResume(
+        root=root,
+        recipe=recipe,
+        branch=branch,
+        guide=guide,
+        overrides=overrides,
+        first_line=first_line,
+        last_step=last,
     )
 
 

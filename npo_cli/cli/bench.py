@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import JsonOpt, OverridesArg, RecipeArg
+from npo_cli.cli.options import DryRunOpt, JsonOpt, OverridesArg, RecipeArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
 
@@ -41,6 +41,7 @@ def bench(
     tuning_seeds: TuningOpt = "100,101",
     teacher: TeacherOpt = "",
     jobs: JobsOpt = None,
+    dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train several methods with several seeds.
@@ -48,7 +49,7 @@ def bench(
     With --grid, each method first selects its best value on the tuning seeds. The same command resumes an interrupted
     bench; npo compare DIR and npo report DIR evaluate it.
     """
-    from npo_cli.experiments.bench import BenchSpec, run_bench
+    from npo_cli.experiments.bench import BenchSpec, plan_bench, run_bench
 
     spec = BenchSpec(
         recipe=recipe,
@@ -61,7 +62,7 @@ def bench(
         out=out,
         jobs=jobs or len(os.sched_getaffinity(0)),
     )
-    print_records(run_bench(spec), as_json=as_json)
+    print_records(plan_bench(spec) if dry_run else run_bench(spec), as_json=as_json)
 
 
 def parse_seeds(text: str, *, as_list: bool = False) -> tuple[int, ...]:

@@ -42,6 +42,10 @@ AllowCodeOpt = Annotated[
     bool,
     typer.Option("--allow-code", callback=_permit_code, help="Allow the recipe to import and run a custom verifier."),
 ]
+DryRunOpt = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print what would be done and what it would cost, with all checks; write nothing."),
+]
 JSON_FLAG = "--json"
 JsonOpt = Annotated[bool, typer.Option(JSON_FLAG, help="Print JSON lines on stdout and nothing else, errors included.")]
 

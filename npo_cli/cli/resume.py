@@ -1,10 +1,10 @@
 """`npo resume`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, DryRunOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
 from npo_cli.cli.output import print_records
 
 ForkAtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Fork a new branch at this step.")]
@@ -39,6 +39,7 @@ def resume(
     autonpo: AutonpoOpt = False,
     fresh: FreshOpt = False,
     allow_code: AllowCodeOpt = False,
+    dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Resume training, or fork from an earlier step.
@@ -50,19 +51,24 @@ def resume(
     new branch (npo autonpo RUN --explain is a dry run).
     Settings that earlier steps depend on cannot change; train.num_steps may be raised.
     """
+    arguments: dict[str, Any] = {
+        "at": at,
+        "guide": guide,
+        "no_guide": no_guide,
+        "branch": branch,
+        "new_branch": new_branch,
+        "steps": steps,
+        "until": until,
+        "autonpo": autonpo,
+        "fresh_optimizer": fresh,
+        "overrides": overrides or (),
+    }
+    if dry_run:
+        from npo_cli.api.dry_run import plan_resume
+
+        print_records(plan_resume(run, **arguments), as_json=as_json)
+        return
     from npo_cli.api.training import resume as resume_run
 
-    records = resume_run.stream(
-        run,
-        at=at,
-        guide=guide,
-        no_guide=no_guide,
-        branch=branch,
-        new_branch=new_branch,
-        steps=steps,
-        until=until,
-        autonpo=autonpo,
-        fresh_optimizer=fresh,
-        overrides=overrides or (),
-    )
+    records = resume_run.stream(run, **arguments)
     print_records(records, as_json=as_json, num_steps=records.last_step)

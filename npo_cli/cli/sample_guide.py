@@ -1,10 +1,10 @@
 """`npo sample-guide`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.guides.source import describe_sources
 
@@ -36,14 +36,26 @@ def sample_guide(
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the guide cache.")] = None,
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
+    dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Build a guide cache: sample a guide on the prompts of a replay."""
+    arguments: dict[str, Any] = {
+        "at": at,
+        "source": source,
+        "name": name,
+        "steps": steps,
+        "branch": branch,
+        "overrides": overrides or (),
+    }
+    if dry_run:
+        from npo_cli.api.dry_run import plan_sample_guide
+
+        print_records(plan_sample_guide(run, **arguments), as_json=as_json)
+        return
     from npo_cli.api.guides import sample_guide as build_guide_cache
 
-    records = build_guide_cache.stream(
-        run, at=at, source=source, name=name, steps=steps, branch=branch, overrides=overrides or ()
-    )
+    records = build_guide_cache.stream(run, **arguments)
     print_records(records, as_json=as_json)
 
 

@@ -1,13 +1,13 @@
 """`npo score-checkpoints`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from npo_cli.api.checks import check_figure_path
 from npo_cli.cli.checks import parse_steps
-from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 
 
@@ -37,6 +37,7 @@ def score_checkpoints(
         Path | None, typer.Option("--figure", metavar="FILE", help="Save a plot of Q, V and S (.png, .svg or .pdf).")
     ] = None,
     allow_code: AllowCodeOpt = False,
+    dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Rank guide candidates for a learner by S = Q_net/V.
@@ -48,14 +49,19 @@ def score_checkpoints(
     check_figure_path(figure)
     steps = () if candidates is None else parse_steps(candidates)
 
+    arguments: dict[str, Any] = {
+        "at": at,
+        "candidates": [*steps, *(source or ())] or None,
+        "branch": branch,
+        "overrides": overrides or (),
+        "figure": figure,
+    }
+    if dry_run:
+        from npo_cli.api.dry_run import plan_score
+
+        print_records(plan_score(run, **arguments), as_json=as_json)
+        return
     from npo_cli.api.guides import score
 
-    records = score.stream(
-        run,
-        at=at,
-        candidates=[*steps, *(source or ())] or None,
-        branch=branch,
-        overrides=overrides or (),
-        figure=figure,
-    )
+    records = score.stream(run, **arguments)
     print_records(records, as_json=as_json)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, UntilOpt
+from npo_cli.cli.options import AllowCodeOpt, DryRunOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, UntilOpt
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import escape_for_terminal, print_notice
 from npo_cli.distributed.process_group import current_group
@@ -39,6 +39,7 @@ def train(
     until: UntilOpt = None,
     autonpo: AutonpoOpt = False,
     allow_code: AllowCodeOpt = False,
+    dry_run: DryRunOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a GRPO baseline from a recipe.
@@ -59,6 +60,11 @@ def train(
 
     # Of several processes one looks: it creates the directory before the others may have looked.
     root = current_group().run_on_main(find_run_directory, phase="name the run")
+    if dry_run:
+        from npo_cli.api.dry_run import plan_train
+
+        print_records(plan_train(resolved, root, until=until, autonpo=autonpo), as_json=as_json)
+        return
     from npo_cli.api.training import train as train_run
 
     records = train_run.stream(resolved, root, until=until, autonpo=autonpo)

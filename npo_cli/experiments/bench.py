@@ -31,7 +31,7 @@ from npo_cli.storage.files import read_json, write_json_atomic
 from npo_cli.storage.layout import RUN_INFO_FILE, open_run, used_directory_error
 from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.types.rollouts import Notice, Progress
-from npo_cli.types.views import TunedSetting
+from npo_cli.types.views import PlannedWork, TunedSetting
 
 NPO_COMMAND = (sys.executable, "-c", "from npo_cli.cli.main import main; main()")
 DONE_FILE, LOG_FILE, TUNING_FILE = "done.json", "log.txt", "tuning.json"
@@ -71,6 +71,34 @@ def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]
     yield Notice(message=f"as a page: npo report {out} --out {quote_path(question.out / 'report.html')}")
     if len(cells) > 1:
         yield Notice(message=f"side by side: npo compare {out} --figure {quote_path(question.out / 'compare.png')}")
+
+
+def plan_bench(question: BenchSpec) -> Iterator[PlannedWork]:
+    """The runs of each method that are not done yet, after the checks of `run_bench`; nothing is written.
+
+    A run counts as the steps of its recipe; what else its method's commands sample is not counted. With a grid the
+    setting of the table's runs is known once it is tuned: the first one stands for it.
+    """
+    validate_spec(question)
+    settings = question.grid or ("",)
+    for method in question.methods:
+        yield from (_plan_runs(question, method, each, question.tuning_seeds, "tuning") for each in question.grid)
+        yield _plan_runs(question, method, settings[0], question.seeds, "runs")
+
+
+def _plan_runs(question: BenchSpec, method: str, setting: str, seeds: Sequence[int], subfolder: str) -> PlannedWork:
+    """The runs of one method with one setting."""
+    cells = [make_bench_run(question, method, setting, seed=seed, subfolder=subfolder) for seed in seeds]
+    left = [cell for cell in cells if not is_done(cell)]
+    recipe = cells[0].resolve_recipe()
+    samples = len(left) * recipe.train.num_steps * recipe.train.prompts_per_step * recipe.train.group_size
+    label = f" tuning {setting}" if subfolder == "tuning" else ""
+    return PlannedWork(
+        work=f"{format_method_name(method)}{label}: {len(left)} of {len(cells)} runs",
+        steps=f"1-{recipe.train.num_steps}",
+        samples=samples,
+        max_tokens=samples * recipe.sampling.max_new_tokens,
+    )
 
 
 def validate_spec(question: BenchSpec) -> None:

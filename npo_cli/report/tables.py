@@ -22,6 +22,7 @@ from npo_cli.report.tables_calibration import CALIBRATION_TABLES
 from npo_cli.report.tables_checks import CHECK_TABLES
 from npo_cli.report.tables_compare import COMPARE_TABLES, tuning_tables
 from npo_cli.report.tables_costs import cost_to_threshold_tables
+from npo_cli.report.tables_dry_run import DRY_RUN_TABLES
 from npo_cli.report.tables_memory import PLAN_TABLES
 from npo_cli.report.tables_scores import scores_tables
 from npo_cli.report.tables_settings import SETTING_TABLES
@@ -215,5 +216,6 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     TunedSetting: tuning_tables,
     **CHECK_TABLES,
     **SETTING_TABLES,
+    **DRY_RUN_TABLES,
 }
 """The tables of each kind of record, in the order in which they are printed."""

@@ -36,9 +36,16 @@ def open_guide_cache(run: RunDir, info: GuideCacheInfo) -> SampleStore:
     Any other cache of that name is an error. Identity: every field but the counts and `complete`.
     """
     folder = run.guide_folder(info.name)
-    if not cache_info_path(folder).exists():
+    if not check_guide_cache(run, info):
         write_json_atomic(cache_info_path(folder), replace(info, complete=False))
-        return SampleStore(folder)
+    return SampleStore(folder)
+
+
+def check_guide_cache(run: RunDir, info: GuideCacheInfo) -> bool:
+    """Whether the cache exists and may be added to; one that is complete, or another one, is refused."""
+    folder = run.guide_folder(info.name)
+    if not cache_info_path(folder).exists():
+        return False
     there = read_cache_info(folder)
     if there.complete:
         raise NpoError(
@@ -48,7 +55,7 @@ def open_guide_cache(run: RunDir, info: GuideCacheInfo) -> SampleStore:
             f"npo resume {quote_path(run.root)} --at {there.learner_step} --guide {info.name}",
         )
     check_cache_identity(run, there, info)
-    return SampleStore(folder)
+    return True
 
 
 def check_cache_identity(run: RunDir, there: GuideCacheInfo, wanted: GuideCacheInfo) -> None:

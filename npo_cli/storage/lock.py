@@ -62,6 +62,18 @@ def lock_run(run: RunDir, *, checks_logs: bool = True) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def hold_unchanged(run: RunDir) -> Iterator[None]:
+    """Refuse what `lock_run` refuses, and keep other processes from writing; nothing is written (`--dry-run`)."""
+    lock = FileLock(run.lock_path, timeout=0)
+    _acquire(lock, run)
+    try:
+        _check_logs(run)
+        yield
+    finally:
+        lock.release()
+
+
 @on_main_rank
 def _check_logs(run: RunDir) -> None:
     for path in run.list_logs():

@@ -26,6 +26,7 @@ from npo_cli.storage.metrics import StepLog, append_event
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.tasks.custom_verifier import is_custom_verifier
 from npo_cli.training.checkpointing import save_checkpoint
+from npo_cli.training.disk import check_disk_space, describe_disk
 from npo_cli.training.evaluate import evaluate_policy
 from npo_cli.training.loop import Trainer, grpo_steps
 from npo_cli.training.rollback import find_seed_name
@@ -43,8 +44,8 @@ def train_run(
     root: Path, recipe: Recipe, *, until: int | None = None, stop: StopFlag | None = None
 ) -> Iterator[TrainingRecord]:
     """Check the recipe, create the run directory, save step 0 and train up to `until` or train.num_steps."""
-    with create_session(root, recipe, stop=stop) as (session, stop):
-        yield from startup_warnings(session)
+    with create_session(root, recipe, last_step=until, stop=stop) as (session, stop):
+        yield from startup_warnings(session, last_step=until)
         optimizer = build_optimizer(session.policy.model, session.recipe.train)
         state = yield from init_state(session, optimizer)
         trainer = open_trainer(session, optimizer, branch=MAIN, active_guide=None)
@@ -58,11 +59,13 @@ def create_session(
     recipe: Recipe,
     *,
     check: Callable[[Recipe, int], None] | None = None,
+    last_step: int | None = None,
     stop: StopFlag | None = None,
 ) -> Iterator[tuple[Session, StopFlag]]:
     """A new run directory, open for training; nothing is written before all checks have passed and the engine runs.
 
-    `check` raises for an unusable recipe, given the number of training prompts.
+    `check` raises for an unusable recipe, given the number of training prompts. `last_step` of this training (None:
+    train.num_steps) tells what it takes on disk.
     """
     check_unused(root)
     begin_session()
@@ -71,6 +74,7 @@ def create_session(
         if check is not None:
             check(recipe, len(task.train))
         policy = open_policy(recipe, task, None)
+        check_disk_space(root, recipe, policy, last_step=last_step or recipe.train.num_steps)
         with closing(build_session(RunDir(root), recipe, task=task, policy=policy)) as session:
             first = Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None)
             run = create_run(
@@ -86,9 +90,11 @@ def create_session(
                 yield session, stop
 
 
-def startup_warnings(session: Session) -> Iterator[Notice]:
-    """Batch sizes, and what is questionable about the settings, before the first step."""
-    yield Notice(message=describe_batch_sizes(session.recipe, num_prompts=len(session.task.train)))
+def startup_warnings(session: Session, *, last_step: int | None = None) -> Iterator[Notice]:
+    """Batch sizes, disk space, and what is questionable about the settings, before the first step."""
+    recipe, last_step = session.recipe, last_step or session.recipe.train.num_steps
+    yield Notice(message=describe_batch_sizes(recipe, num_prompts=len(session.task.train)))
+    yield Notice(message=describe_disk(session.run.root, recipe, session.policy, last_step=last_step))
     if session.recipe.model.dtype == "bfloat16" and session.policy.adapters is None:
         yield Notice(message=BFLOAT16_WARNING, level="warning")
     yield from engine_warnings(session)

@@ -143,6 +143,27 @@ class DoctorCheck:
     """Checks of one group that passed are shown in one line."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedWork:
+    """One part of what a command would do, as `--dry-run` prints it."""
+
+    work: str
+    """What would be done, in a few words."""
+    steps: str = ""
+    """Steps of training that it covers, such as `1-300`."""
+    prompts: int | None = None
+    samples: int | None = None
+    """At most so many responses would be sampled."""
+    max_tokens: int | None = None
+    """The same in tokens, if every response had full length."""
+    recorded_tokens: int | None = None
+    """Estimate of the tokens from the length of recorded responses; None without a record."""
+    recorded_seconds: float | None = None
+    """Estimate of the seconds from the recorded steps; None without a record."""
+    num_bytes: int | None = None
+    """Disk space."""
+
+
 CheckedPart = Literal["recipe", "data", "verifier", "model", "engine", "packages", "prompts", "memory", "disk"]
 
 

@@ -1,0 +1,71 @@
+"""`npo train --autonpo --dry-run` and `npo resume --autonpo --dry-run`: the steps, and what interventions may add."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from npo_cli.autonpo.preflight import usable_distances, validate_autonpo_settings
+from npo_cli.autonpo.run import find_start
+from npo_cli.config.recipe import Recipe
+from npo_cli.session.dry_run import open_dry_session, plan_samples, plan_steps, recorded_length
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.lock import hold_unchanged
+from npo_cli.training.disk import plan_disk
+from npo_cli.training.dry_run import plan_training
+from npo_cli.types.rollouts import Notice
+from npo_cli.types.views import PlannedWork
+
+
+def plan_autonpo_training(root: Path, recipe: Recipe) -> Iterator[PlannedWork | Notice]:
+    """A new run under AutoNPO."""
+    yield from plan_training(root, recipe, until=None, check=validate_autonpo_settings)
+    yield from plan_interventions(recipe, mean_length=None)
+
+
+def plan_autonpo_resume(
+    root: Path, *, overrides: Sequence[str], at: int | None, source_branch: str | None, new_branch: str | None
+) -> Iterator[PlannedWork | Notice]:
+    """A run that is continued, or forked, under AutoNPO."""
+    run = open_run(root)
+    with hold_unchanged(run):
+        start, _ = find_start(run, overrides=overrides, at=at, source_branch=source_branch, new_branch=new_branch)
+        with open_dry_session(run, start.recipe, checkpoint=start.checkpoint) as session:
+            validate_autonpo_settings(start.recipe, len(session.task.train))
+            if start.is_new:
+                yield Notice(message=f"new branch: {start.branch}")
+            first = 1 if start.checkpoint is None else start.checkpoint.step + 1
+            last, before = start.recipe.train.num_steps, start.segment.parent if start.is_new else start.branch
+            recorded = (run, before or start.branch)
+            if first <= last:
+                yield from plan_steps(
+                    start.recipe, session.task, branch=start.branch, first=first, last=last, recorded=recorded
+                )
+                yield from plan_disk(root, start.recipe, session.policy, first_step=first, last_step=last)
+            yield from plan_interventions(start.recipe, mean_length=recorded_length(*recorded))
+
+
+def plan_interventions(recipe: Recipe, *, mean_length: float | None) -> Iterator[PlannedWork]:
+    """At most what one intervention adds: its probe, its guide cache and the steps that are trained again."""
+    autonpo, train = recipe.autonpo, recipe.train
+    distance = min(usable_distances(recipe)[-1], train.num_steps)
+    most = "" if autonpo.max_interventions < 0 else f" (at most {autonpo.max_interventions})"
+    yield plan_samples(
+        f"each intervention{most}: probe",
+        num_prompts=autonpo.probe.num_prompts,
+        samples_per_prompt=autonpo.probe.samples_per_prompt,
+        recipe=recipe,
+        mean_length=mean_length,
+    )
+    yield plan_samples(
+        "each intervention: guide cache",
+        num_prompts=min(recipe.task.pool_size, distance * train.prompts_per_step),
+        samples_per_prompt=recipe.guide.cache.samples_per_prompt,
+        recipe=recipe,
+        mean_length=mean_length,
+    )
+    yield plan_samples(
+        f"each intervention: train up to {distance} steps again",
+        num_prompts=distance * train.prompts_per_step,
+        samples_per_prompt=train.group_size,
+        recipe=recipe,
+        mean_length=mean_length,
+    )

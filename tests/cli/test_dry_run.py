@@ -1,0 +1,127 @@
+"""--dry-run: the checks and errors of the real command, what it would cost, and nothing written."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from npo_cli.training import disk
+from tests.helpers.cli_errors import SMALL, assert_refused, folder_digests, npo
+
+BENCH = ("micro-bench", "--methods", "grpo,npo", "--seeds", "2", "--jobs", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 4 steps with checkpoints at 0, 2 and 4."""
+    root = tmp_path_factory.mktemp("dry") / "run"
+    assert npo("train", "micro", root, *SMALL).code == 0
+    return root
+
+
+def dry(*args: object) -> list[dict]:
+    result = npo(*args, "--dry-run", "--json")
+    assert result.code == 0, result.err or result.out
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+def commands(run) -> dict[str, tuple[object, ...]]:
+    return {
+        "train": ("train", "micro", run.parent / "new", *SMALL),
+        "resume": ("resume", run, "train.num_steps=8"),
+        "fork": ("resume", run, "--at", "2", "--no-guide"),
+        "sample-guide": ("sample-guide", run, "--at", "2", "--source", "4"),
+        "score-checkpoints": ("score-checkpoints", run, "--at", "2"),
+        "bench": ("bench", *BENCH, "--out", run.parent / "bench"),
+    }
+
+
+@pytest.mark.parametrize("name", ["train", "resume", "fork", "sample-guide", "score-checkpoints", "bench"])
+def test_dry_run_writes_nothing_and_fits_80_columns(run, name):
+    before = folder_digests(run.parent)
+    works = dry(*commands(run)[name])
+    assert {work["record"] for work in works} == {"planned_work"}
+    result = npo(*commands(run)[name], "--dry-run")
+    assert result.code == 0
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert folder_digests(run.parent) == before
+
+
+def test_dry_run_of_train_counts_prompts_samples_tokens_and_disk(run, tmp_path):
+    train, checkpoints, logs = dry("train", "micro", tmp_path / "new", *SMALL)
+    assert (train["steps"], train["prompts"]) == ("1-4", 16)  # 4 steps x 4 prompts, a pool of 16
+    assert train["samples"] == 4 * 4 * 4
+    assert train["max_tokens"] == train["samples"] * 18
+    assert checkpoints["work"] == "write 3 checkpoints"
+    on_disk = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+    assert checkpoints["num_bytes"] == pytest.approx(on_disk, rel=0.02)
+    assert logs["num_bytes"] > 0
+
+
+def test_dry_run_of_resume_estimates_from_the_recorded_steps(run):
+    (main, *_) = dry("resume", run, "train.num_steps=8")
+    rows = [json.loads(line) for line in (run / "branches/main/metrics.jsonl").read_text().splitlines()]
+    assert (main["steps"], main["samples"]) == ("5-8", 64)
+    assert main["recorded_tokens"] == round(sum(row["tokens"] for row in rows))  # 4 recorded steps, 4 to come
+    assert main["recorded_seconds"] > 0
+
+
+def test_dry_run_of_a_guide_and_of_a_scoring_counts_what_may_be_sampled(run):
+    (guide,) = dry("sample-guide", run, "--at", "2", "--source", "4", "guide.cache.prompts=all")
+    assert (guide["work"], guide["steps"], guide["prompts"]) == ("sample checkpoint:4", "3-3", 4)
+    works = dry("score-checkpoints", run, "--at", "2", "scoring.num_prompts=6", "scoring.samples_per_prompt=3")
+    assert [work["samples"] for work in works] == [18, 18, 18]  # screening, control, checkpoint:4
+
+
+def test_dry_run_of_bench_counts_the_runs_that_are_left(tmp_path):
+    grpo, npo_runs = dry("bench", *BENCH, "--out", tmp_path / "bench")
+    assert (grpo["work"], npo_runs["work"]) == ("matched-grpo: 2 of 2 runs", "matched-npo: 2 of 2 runs")
+    assert grpo["max_tokens"] == grpo["samples"] * 18
+
+
+def test_dry_run_of_autonpo_names_what_an_intervention_may_add(tmp_path):
+    works = [work["work"] for work in dry("train", "micro-auto", tmp_path / "auto", "--autonpo")]
+    assert works[0] == "train main"
+    assert works[-1].startswith("each intervention: train up to")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("train", "micro", "{run}"),
+        ("train", "micro", "{new}", "train.lrr=1"),
+        ("train", "micro", "{new}", "--until", "999", *SMALL),
+        ("train", "micro", "{new}", "model.path=./nowhere"),
+        ("train", "micro", "{new}", "--autonpo", *SMALL),
+        ("resume", "{run}"),
+        ("resume", "{run}", "--at", "3", "--no-guide"),
+        ("resume", "{run}", "--at", "2"),
+        ("resume", "{run}", "--at", "2", "--guide", "none"),
+        ("sample-guide", "{run}", "--at", "2", "--source", "3"),
+        ("sample-guide", "{run}", "--at", "4", "--source", "2"),
+        ("score-checkpoints", "{run}", "--at", "4"),
+        ("score-checkpoints", "{run}", "--at", "2", "--candidates", "3"),
+        ("bench", "micro", "--methods", "grpo,npo", "--seeds", "2", "--out", "{new}"),
+        ("bench", *BENCH, "--out", "{run}"),
+    ],
+)
+def test_dry_run_is_refused_with_the_error_of_the_real_command(run, args):
+    given = [str(arg).format(run=run, new=run.parent / "new") for arg in args]
+    before, real = folder_digests(run.parent), npo(*given)
+    again = npo(*given, "--dry-run")
+    assert (again.code, again.out, again.err) == (2, "", real.err)
+    assert folder_digests(run.parent) == before
+
+
+def test_train_prints_the_disk_that_it_will_take_before_the_first_step(tmp_path):
+    lines = npo("train", "micro", tmp_path / "r", *SMALL).err.splitlines()
+    (place,) = [at for at, line in enumerate(lines) if line.startswith("disk: at most ")]
+    assert place < next(at for at, line in enumerate(lines) if line.startswith("training"))
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_run_whose_checkpoints_do_not_fit_is_refused(tmp_path, monkeypatch, option):
+    monkeypatch.setattr(disk, "shutil", SimpleNamespace(disk_usage=lambda folder: SimpleNamespace(free=2_000_000)))
+    result = assert_refused("train", "micro", tmp_path / "r", *SMALL, *option, beside=tmp_path)
+    assert "its 3 checkpoints take" in result.message
+    assert "2.0 MB are free" in result.message
