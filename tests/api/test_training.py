@@ -114,7 +114,16 @@ def test_stream_yields_what_the_command_prints_and_stops_saved(tmp_path):
         if isinstance(record, npo.StepReport) and record.step == 3:
             stream.stop("the notebook")
     assert kinds == [
-        *("Notice", "EvalReport", "CheckpointSaved", "StepReport", "StepReport", "EvalReport", "CheckpointSaved"),
+        *(
+            "Notice",
+            "Notice",
+            "EvalReport",
+            "CheckpointSaved",
+            "StepReport",
+            "StepReport",
+            "EvalReport",
+            "CheckpointSaved",
+        ),
         *("StepReport", "CheckpointSaved"),
     ]
     assert stream.stopped_by == "the notebook"

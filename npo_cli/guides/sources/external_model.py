@@ -197,7 +197,7 @@ class OtherRunSource(ExternalModelSource):
     name = "run"
     usage = "run:DIR[@[BRANCH:]STEP]"
     example = "run:runs/other@100"
-    summary = "a checkpoint of another run (default: its newest)"
+    summary = "a checkpoint of another run (default: its last)"
     options: ClassVar[Mapping[str, str]] = {
         "dir": "run directory",
         "branch": "branch of that run (default: main)",
