@@ -19,6 +19,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return NUM_WORKERS if runs_all and config.option.markexpr.startswith("not ") else 0
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What --allow-code allowed is kept in a folder of the tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def untaught_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3-VL with random weights, as recipes/tiny_vl.py makes it."""

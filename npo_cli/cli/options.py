@@ -40,7 +40,11 @@ UntilOpt = Annotated[
 ]
 AllowCodeOpt = Annotated[
     bool,
-    typer.Option("--allow-code", callback=_permit_code, help="Allow the recipe to import and run a custom verifier."),
+    typer.Option(
+        "--allow-code",
+        callback=_permit_code,
+        help="Allow the recipe to import and run a custom verifier; needed once per run and content of the file.",
+    ),
 ]
 DryRunOpt = Annotated[
     bool,

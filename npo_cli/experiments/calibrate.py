@@ -174,7 +174,7 @@ def check_candidate(source: GuideSource) -> Iterator[Notice]:
     if source.has_logprobs is False:
         check_guide_ratio(learner.recipe, source.spec.text, has_logprobs=False)
     if not isinstance(source, LineCheckpoint):
-        with open_task_and_policy(learner.recipe, learner.checkpoint) as (task, policy):
+        with open_task_and_policy(learner.recipe, learner.checkpoint, run=source.target.run) as (task, policy):
             yield from warning_notices(source.check(task, policy))
 
 
@@ -209,7 +209,7 @@ def measure_learner(
 ) -> Generator[Progress | Notice, None, LearnerGains]:
     """Score, sample and replay all candidates of a learner."""
     learner = plan.learner
-    with open_task_and_policy(learner.recipe, learner.checkpoint) as (task, policy):
+    with open_task_and_policy(learner.recipe, learner.checkpoint, run=run) as (task, policy):
         # Scores, guides and replays each have their own engine: an external model may need its memory.
         calibration = open_calibration(run, learner.branch, learner.step, settings=describe_replays(plan))
         *scores, _no_guide = yield from score_candidates(

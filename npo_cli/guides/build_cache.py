@@ -62,7 +62,7 @@ def build_guide_cache(
     name = validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
     with (
         lock_run(run),
-        open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),
+        open_task_and_policy(source.session_recipe(), learner.checkpoint, run=run) as (task, policy),
         open_source(source, task=task, policy=policy),
     ):
         if learner.recipe.guide.cache.lazy:

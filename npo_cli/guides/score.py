@@ -67,7 +67,7 @@ def score_run(
     # What these refuse is refused before a model is loaded.
     find_horizon(candidates, learner)
     plan_rounds(candidates, recipe)
-    with lock_run(run), open_task_and_policy(recipe, learner.checkpoint) as (task, policy):
+    with lock_run(run), open_task_and_policy(recipe, learner.checkpoint, run=run) as (task, policy):
         scores = yield from score_candidates(run, learner, candidates, task=task, policy=policy)
     for warning in (variance_range_warning(scores), sample_count_warning(recipe)):
         if warning:

@@ -114,7 +114,7 @@ def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iter
     run = open_run(root)
     info, guide = load_guide(run, name)
     recipe = recipe_from_dict(run.read_recipe(info.branch), source=str(run.recipe_path(info.branch)))
-    task = open_task(recipe)
+    task = open_task(recipe, run=run)
     task.close()
     responses = [
         ExportedResponse(prompt=prompt, samples=samples, rollout=rollout, data_source=recipe.name)

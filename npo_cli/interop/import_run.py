@@ -27,7 +27,7 @@ from npo_cli.interop.trainer_checkpoints import (
 )
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.weights_io import check_tensors, copy_tensors, tied_names
-from npo_cli.session.session import check_task_prompts, open_task
+from npo_cli.session.session import check_task_prompts, open_task, record_code_permissions
 from npo_cli.storage.checkpoints import create_checkpoint
 from npo_cli.storage.costs import CostLine, costs_path, encode_cost
 from npo_cli.storage.index import build_index
@@ -87,6 +87,7 @@ def import_run(root: Path, spec: ImportSpec) -> Iterator[Notice | Progress | Che
     yield from (Notice(message=f"skipped {bad.path}: {bad.reason}; {bad.fix}", level="warning") for bad in unusable)
     with atomic_directory(root) as folder:
         run = create_run(folder, recipe=recipe_to_dict(recipe), npo_version=__version__)
+        record_code_permissions(run, recipe)
         with lock_run(run):
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))
             details = {"trainer": checkpoints[-1].trainer, "folder": str(spec.source_folder.absolute())}

@@ -21,6 +21,8 @@ from npo_cli.session.startup import begin_session, measure_startup
 from npo_cli.session.weight_sync import WeightSync, build_check_rows
 from npo_cli.storage.checkpoints import Checkpoint, verify_checkpoint
 from npo_cli.storage.layout import RunDir
+from npo_cli.tasks.code_permission import Permissions, read_permissions, record_permissions, recorded_permissions
+from npo_cli.tasks.custom_verifier import has_allow_code, is_custom_verifier, verifier_path
 from npo_cli.tasks.task import DataOrder, Task, format_location, load_task
 from npo_cli.types.rollouts import Group, Prompt, Rollout, VerifierResult
 
@@ -59,25 +61,33 @@ class Session:
 def open_session(run: RunDir, recipe: Recipe, *, checkpoint: Checkpoint | None) -> Iterator[Session]:
     """A run's task, policy and engine, closed after the block; the base model where `checkpoint` is None."""
     with (
-        open_task_and_policy(recipe, checkpoint) as (task, policy),
+        open_task_and_policy(recipe, checkpoint, run=run) as (task, policy),
         closing(build_session(run, recipe, task=task, policy=policy)) as session,
     ):
         yield session
 
 
 @contextmanager
-def open_task_and_policy(recipe: Recipe, checkpoint: Checkpoint | None) -> Iterator[tuple[Task, Policy]]:
+def open_task_and_policy(
+    recipe: Recipe, checkpoint: Checkpoint | None, *, run: RunDir | None = None
+) -> Iterator[tuple[Task, Policy]]:
     """The same without an engine."""
     begin_session()
-    with closing(open_task(recipe)) as task:
+    with closing(open_task(recipe, run=run)) as task:
         yield task, open_policy(recipe, task, checkpoint)
 
 
 @measure_startup("load", "the task")
-def open_task(recipe: Recipe) -> Task:
-    """The recipe's task; its seed is the run's unless task.seed is set."""
+def open_task(recipe: Recipe, *, run: RunDir | None = None) -> Task:
+    """The recipe's task; its seed is the run's unless task.seed is set.
+
+    `run`: the run whose permissions let a custom verifier run without --allow-code (None: not there yet).
+    """
     seed = recipe.train.seed if recipe.task.seed is None else recipe.task.seed
-    task = load_task(recipe.task, seed=seed)
+    with recorded_permissions(read_code_permissions(run)):
+        task = load_task(recipe.task, seed=seed)
+    if run is not None:
+        record_code_permissions(run, recipe)
     if recipe.train.prompts_per_step > len(task.train):
         raise NpoError(
             f"the task has {len(task.train)} training prompts, but train.prompts_per_step is "
@@ -85,6 +95,20 @@ def open_task(recipe: Recipe) -> Task:
             f"set train.prompts_per_step={len(task.train)} or less, or bring more prompts",
         )
     return task
+
+
+def read_code_permissions(run: RunDir | None) -> Permissions:
+    """The custom verifiers that --allow-code allowed in a run, as rank 0 knows them."""
+    if run is None:
+        return {}
+    return current_group().run_on_main(lambda: read_permissions(run.run_id), phase="read the permissions")
+
+
+def record_code_permissions(run: RunDir, recipe: Recipe) -> None:
+    """With --allow-code, later commands on this run need it no more as long as the verifier's file is the same."""
+    files = [verifier_path(name) for name in recipe.task.verifiers if is_custom_verifier(name)]
+    if files and has_allow_code():
+        current_group().run_on_main(lambda: record_permissions(run.run_id, files), phase="record the permissions")
 
 
 @measure_startup("load", "the model")

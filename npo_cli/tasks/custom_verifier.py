@@ -1,7 +1,8 @@
 """Custom verifiers: `file.py:function`, a reward function with one of three signatures (`reward_functions.py`).
 
-The file is user code, so it runs only with --allow-code (the unchanged one of `npo init` without), and in a process
-that can be killed; what it prints goes to stderr.
+The file is user code, so it runs only with --allow-code, given once per run and content of the file
+(`code_permission.py`; the unchanged one of `npo init` needs none), and in a process that can be killed; what it prints
+goes to stderr.
 """
 
 import ast
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.tasks.base import LoadedPrompts, Verifier
+from npo_cli.tasks.code_permission import has_changed, is_permitted
 from npo_cli.tasks.reward_functions import InvalidReward, RewardCall, make_reward_call, wrap_function
 from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
 from npo_cli.types.rollouts import Prompt, VerifierResult
@@ -82,8 +84,15 @@ def is_custom_verifier(verifier: str) -> bool:
 
 
 def is_code_allowed(verifier: str) -> bool:
-    """Whether `file.py:function` may run: with --allow-code, or if it is the unchanged one of `npo init`."""
-    return _IS_CODE_ALLOWED.get() or is_shipped_file(verifier_path(verifier))
+    """Whether `file.py:function` may run: with --allow-code now or earlier in the run (`code_permission.py`), or if it
+    is the unchanged one of `npo init`."""
+    path = verifier_path(verifier)
+    return has_allow_code() or is_shipped_file(path) or is_permitted(path)
+
+
+def has_allow_code() -> bool:
+    """Whether the command has --allow-code."""
+    return _IS_CODE_ALLOWED.get()
 
 
 def verifier_path(verifier: str) -> Path:
@@ -102,6 +111,11 @@ def check_verifier_file(verifier: str) -> None:
 def make_custom_verifier(verifier: str, settings: "TaskSettings", loaded: LoadedPrompts) -> CustomVerifier:
     """The verifier for `file.py:function`. The file is parsed here, and run only when the answers are checked."""
     if not is_code_allowed(verifier):
+        if has_changed(verifier_path(verifier)):
+            raise NpoError(
+                f"{verifier_path(verifier)} (task.verifier) has changed since --allow-code was given for this run",
+                "read the file, then add --allow-code to the command again",
+            )
         raise NpoError(
             f"task.verifier={verifier} is user code, which runs only with --allow-code",
             "read the file, then add --allow-code to the command",

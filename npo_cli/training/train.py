@@ -14,7 +14,7 @@ from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.session.distributed import shard_policy
-from npo_cli.session.session import Session, build_session, open_policy, open_task
+from npo_cli.session.session import Session, build_session, open_policy, open_task, record_code_permissions
 from npo_cli.session.startup import begin_session, charge_startup
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.checkpoints import find_checkpoint
@@ -83,6 +83,7 @@ def create_session(
                 npo_version=__version__,
                 prepare=lambda new: append_segment(new, first),
             )
+            record_code_permissions(run, recipe)
             # From here on a killed run can be resumed.
             with lock_run(run), stop_between_steps(stop) as stop:
                 append_event(run, "trained", {"branch": MAIN, "num_steps": recipe.train.num_steps})

@@ -222,6 +222,33 @@ def test_failing_custom_verifier_ends_the_run_which_can_be_resumed(folder, funct
     assert npo("resume", folder / "new", "--allow-code").code == 0
 
 
+def test_allow_code_is_given_once_per_run_and_content_of_the_file(folder):
+    code = "def check(prompt, response, answer):\n    return answer in response\n"
+    (folder / "v.py").write_text(code)
+    train = ("train", "micro", "new", *SMALL, "task.verifier=v.py:check", "train.num_steps=1")
+    assert npo(*train, "--allow-code").code == 0
+    assert npo("resume", "new", "train.num_steps=2").code == 0
+    (folder / "v.py").write_text(code.replace("in", "not in"))
+    for args in (["resume", "new", "train.num_steps=3"], ["eval", "new"]):
+        refused = npo(*args)
+        changed = f"{folder}/v.py (task.verifier) has changed since --allow-code was given for this run"
+        assert (refused.code, refused.message) == (2, changed)
+        assert refused.hint == "read the file, then add --allow-code to the command again"
+    assert npo("eval", "new", "--step", "1", "--allow-code").code == 0
+    assert npo("resume", "new", "train.num_steps=3").code == 0
+    other = assert_refused(*train[:2], "other", *train[3:], beside=folder)
+    assert other.hint == "read the file, then add --allow-code to the command"
+
+
+def test_run_directory_from_elsewhere_permits_no_code(folder, monkeypatch):
+    (folder / "v.py").write_text("def check(prompt, response, answer):\n    return answer in response\n")
+    train = ("train", "micro", "new", *SMALL, "task.verifier=v.py:check", "train.num_steps=1")
+    assert npo(*train, "--allow-code").code == 0
+    assert npo("eval", "new", "--step", "1").code == 0
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "of another user"))
+    assert "runs only with --allow-code" in assert_refused("eval", "new", "--step", "1", beside=folder).message
+
+
 def read_steps(result: CommandResult) -> list[dict]:
     return [line for line in map(json.loads, result.out.splitlines()) if line["record"] == "step_report"]
 
