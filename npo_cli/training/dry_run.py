@@ -19,7 +19,7 @@ from npo_cli.training.resume import (
     format_command,
     open_active_guide,
 )
-from npo_cli.training.train import MAIN, make_paths_absolute
+from npo_cli.training.train import MAIN, settle_recipe
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import PlannedWork
 
@@ -29,7 +29,7 @@ def plan_training(
 ) -> Iterator[PlannedWork | Notice]:
     """The steps, evaluations and disk space of a new run; `check` as in `create_session`."""
     check_unused(root)
-    recipe = make_paths_absolute(recipe)
+    recipe = settle_recipe(recipe)
     last = until or recipe.train.num_steps
     with closing(open_task(recipe)) as task:
         if check is not None:

@@ -11,7 +11,9 @@ from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.guides.online import open_online_guide
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.model_folder import decide_chat
 from npo_cli.policy.optimizer import TrainerState, build_optimizer, seed_random_state
+from npo_cli.registry import TASKS
 from npo_cli.rollout.batch import ActiveGuide
 from npo_cli.session.distributed import shard_policy
 from npo_cli.session.session import Session, build_session, open_policy, open_task, record_code_permissions
@@ -69,7 +71,7 @@ def create_session(
     """
     check_unused(root)
     begin_session()
-    recipe = make_paths_absolute(recipe)
+    recipe = settle_recipe(recipe)
     with closing(open_task(recipe)) as task:
         if check is not None:
             check(recipe, len(task.train))
@@ -95,16 +97,37 @@ def startup_warnings(session: Session, *, last_step: int | None = None) -> Itera
     """Batch sizes, disk space, and what is questionable about the settings, before the first step."""
     recipe, last_step = session.recipe, last_step or session.recipe.train.num_steps
     yield Notice(message=describe_batch_sizes(recipe, num_prompts=len(session.task.train)))
+    if TASKS.get(recipe.task.source).formats_prompts:
+        yield Notice(message=describe_prompt_form(session))
     yield Notice(message=describe_disk(session.run.root, recipe, session.policy, last_step=last_step))
     if session.recipe.model.dtype == "bfloat16" and session.policy.adapters is None:
         yield Notice(message=BFLOAT16_WARNING, level="warning")
     yield from engine_warnings(session)
 
 
+def describe_prompt_form(session: Session) -> str:
+    """Whether the model reads chat messages or plain text, and what decided it."""
+    settings, has_template = session.recipe.task, bool(session.policy.tokenizer.chat_template)
+    if settings.chat:
+        return "prompts: chat messages, by the tokenizer's chat template (task.chat=true)"
+    if any(prompt.messages for prompt in session.task.train):
+        return "prompts: the data's chat messages, by the tokenizer's chat template; plain questions as they are"
+    return "prompts: plain text" + (
+        " (task.chat=false), though the tokenizer has a chat template"
+        if has_template
+        else ", since the tokenizer has no chat template"
+    )
+
+
 def engine_warnings(session: Session) -> Iterator[Notice]:
     """Report, whenever a run starts or resumes, that the same seed may give another response."""
     if session.engine.reproducibility_warning:
         yield Notice(message=session.engine.reproducibility_warning, level="warning")
+
+
+def settle_recipe(recipe: Recipe) -> Recipe:
+    """The recipe with what is decided once, when a run is created: absolute paths, and task.chat."""
+    return decide_chat(make_paths_absolute(recipe))
 
 
 def make_paths_absolute(recipe: Recipe) -> Recipe:
