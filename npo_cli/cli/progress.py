@@ -41,6 +41,7 @@ def to_progress(record: Progress | StepReport, *, num_steps: int | None) -> Prog
         return record
     shown = (
         ("reward", record.metrics.get("reward"), "{:.3f}"),
+        ("accuracy", record.distinct_accuracy, "{:.3f}"),
         ("entropy", record.metrics.get("entropy"), "{:.3f}"),
         ("tok/s", record.timings.get("tokens_per_second"), "{:,.0f}"),
     )

@@ -112,7 +112,7 @@ def _require_names(value: Any) -> Any:
     """A text or a list of texts: of a union pydantic would report every branch."""
     if not all(isinstance(name, str) for name in (value if isinstance(value, list | tuple) else [value])):
         raise ValueError(f"task.verifier must be text or a list of texts, got {json.dumps(value, default=str)[:60]}")
-    return value
+    return tuple(value) if isinstance(value, list) else value
 
 
 class TaskSettings(Settings):

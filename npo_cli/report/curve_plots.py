@@ -140,7 +140,8 @@ def _draw_measure(
     panel.set_xlabel("training step")
     panel.set_ylabel(label)
     panel.set_xlim(left=0)
-    panel.set_ylim(bottom=0)
+    if panel.dataLim.ymin >= 0:  # rewards may be negative
+        panel.set_ylim(bottom=0)
     _finish(panel)
 
 

@@ -124,6 +124,8 @@ def _mean(reports: Sequence[StepReport], name: str) -> float | None:
 def _newest_steps(reports: Sequence[StepReport]) -> Table:
     columns = (
         *(text_column("branch"), text_column("step")),
+        Column("reward", lambda one: format_number(one.metrics.get("reward"))),
+        Column("accuracy", lambda one: format_number(one.distinct_accuracy)),
         *(_metric_column(heading, name) for heading, name in STEP_METRICS.items()),
         Column("tokens/s", lambda one: format_count(_whole(one.timings.get("tokens_per_second")))),
     )
@@ -135,14 +137,13 @@ def _metric_column(heading: str, name: str) -> Column:
 
 
 STEP_METRICS = {
-    "reward": "reward",
     "entropy": "entropy",
     "all wrong": "frac_all_wrong",
     "length": "completions/mean_length",
     "injected": "inject/slots",
     "grad norm": "grad_norm",
 }
-"""Heading and metric of the columns of the newest steps."""
+"""Heading and metric of further columns of the newest steps."""
 
 
 def _whole(value: float | None) -> int | None:

@@ -115,7 +115,7 @@ def build_batch(
     recipe = session.recipe
     num_groups = recipe.train.prompts_per_step
     guides = active_guide.rollouts if active_guide and step <= active_guide.until_step else None
-    recorded = [restore_images(session, group) for group in rollout_log.read_step(step) or ()]
+    recorded = [restore_prompt(session, group) for group in rollout_log.read_step(step) or ()]
     is_recorded = bool(recorded)
     on_policy: list[Group] = []
     mixed: list[Group] = []
@@ -266,17 +266,17 @@ def to_log_group(on_policy: Group, mixed: Group) -> Group:
     return replace(mixed, rollouts=on_policy.rollouts + injected)
 
 
-def restore_images(session: Session, group: Group) -> Group:
-    """A recorded group with the task's own images. Raises NpoError if these are not the ones it was sampled with."""
-    if not group.prompt.images:
-        return group
+def restore_prompt(session: Session, group: Group) -> Group:
+    """A recorded group with what is not on record of its prompt: the row of the data, by which responses are verified,
+    and the bytes of its images. Raises NpoError if the images are not the ones it was sampled with.
+    """
     prompt = session.task.prompt(group.prompt.prompt_id)
     if [image.sha256 for image in prompt.images] != [image.sha256 for image in group.prompt.images]:
         raise NpoError(
             f"the images of prompt {prompt.prompt_id} changed since it was sampled",
             "restore the previous images, or start a new run with the new ones",
         )
-    return replace(group, prompt=replace(group.prompt, images=prompt.images))
+    return replace(group, prompt=replace(group.prompt, images=prompt.images, columns=prompt.columns))
 
 
 # The pool of failed prompts: which prompts the policy failed, and when

@@ -53,14 +53,15 @@ def _add_up(
             "return a number from at least one verifier, then continue with npo resume",
         )
     first = applicable[0][1]
+    total = sum(term.weight * result.reward for term, result in applicable)
+    if not abs(total) <= MAX_REWARD:  # NaN of a plug-in included
+        names = ", ".join(f"{term.name} {result.reward:g}" for term, result in applicable)
+        raise RunFailed(
+            f"the reward of a response to prompt {prompt.prompt_id} is {total:g} ({names})",
+            f"rewards are finite and at most {MAX_REWARD:g}: scale them down, then continue with npo resume",
+        )
     if len(terms) == 1 and terms[0].weight == 1:
         return first
-    total = sum(term.weight * result.reward for term, result in applicable)
-    if abs(total) > MAX_REWARD:
-        raise RunFailed(
-            f"the reward of a response to prompt {prompt.prompt_id} is {total:g}, more than {MAX_REWARD:g}",
-            "scale the rewards down",
-        )
     parts = dict(first.parts)
     if len(terms) > 1:
         parts = {term.name: result.reward for term, result in applicable}

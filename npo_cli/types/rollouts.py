@@ -327,6 +327,12 @@ class StepReport:
     metrics: Mapping[str, float]
     timings: Mapping[str, float]
 
+    @property
+    def distinct_accuracy(self) -> float | None:
+        """Accuracy of the on-policy rollouts; None where it equals the mean reward, as verdicts alone make it."""
+        accuracy = self.metrics.get("accuracy")
+        return None if accuracy == self.metrics.get("reward") else accuracy
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSaved:

@@ -14,6 +14,15 @@ pytestmark = pytest.mark.slow
 INPUTS = yaml.safe_load(Path(__file__).with_name("bad_inputs.yaml").read_text(encoding="utf-8"))
 GOOD = tuple(json.dumps({"prompt": f"{number}+1=", "answer": str(number + 1)}) for number in range(30))
 MAX_LINES = 4
+REWARD_FUNCTIONS = """
+def f(prompt, response, answer): return True
+def needs_column(response, difficulty): return 1
+def no_response(prompt, answer): return 1
+def trl_column(completions, solution, **kwargs): return [1.0]
+def verl_column(solution_str, ground_truth, language): return 1
+def positional(response, /): return 1
+NUMBER = 3
+"""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +84,7 @@ def test_bad_data(folder: Path, line: str):
 
 @pytest.mark.parametrize("verifier", INPUTS["verifiers"])
 def test_bad_verifier(folder: Path, verifier: str):
-    (folder / "v.py").write_text("def f(prompt, response, answer):\n    return True\n")
+    (folder / "v.py").write_text(REWARD_FUNCTIONS)
     (folder / "torn.py").write_text("def f(\n")
     assert_refused(folder, "train", "micro", "new", *SMALL, f"task.verifier={verifier}", "--allow-code")
 
