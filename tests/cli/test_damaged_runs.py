@@ -243,7 +243,7 @@ def test_evaluation_with_missing_fields_is_named_by_line(run):
     [
         ('"response_ids":[', '"response_ids":[1,', "are no verified responses"),
         ('"response_ids":[', '"ids":[', "line 1 is damaged: it has no field 'response_ids'"),
-        ('"verdict":"correct"', '"verdict":"wrong"', "line 1 is damaged: reward is 1.0 with the verdict 'wrong'"),
+        ('"verdict":"correct"', '"verdict":"wrong"', "are no verified responses"),
         ('"verdict":"correct"', '"verdict":"fine"', "line 1 is damaged: verdict is 'fine'"),
         ('"prompt_id":"mix3/', '"prompt_id":"other/', "guide near has prompts that this task does not have: oth"),
         ('"response_ids":[', '"response_ids":["1",', "are no verified responses"),

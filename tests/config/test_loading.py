@@ -412,6 +412,12 @@ def test_paths_in_a_recipe_begin_at_the_recipe_and_on_the_command_line_here(tmp_
     assert (Path(str(extended.path)).resolve(), extended.heldout_path) == (tmp_path / "p/data/d.jsonl", "/abs/h.jsonl")
 
 
+def test_each_verifier_of_a_list_is_a_path_beside_the_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("task: {verifier: [exact, grade.py:f], reward_weights: [1, 0.5]}\n")
+    assert load_recipe(str(path)).task.verifiers == ("exact", f"{tmp_path}/grade.py:f")
+
+
 @pytest.mark.parametrize(
     ("written", "read"),
     [

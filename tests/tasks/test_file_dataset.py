@@ -199,3 +199,20 @@ def test_file_dataset_shared_prompt_names_both_rows(tmp_path: Path):
 
 def test_file_dataset_system_message_needs_chats(tmp_path: Path):
     assert "task.system needs chat prompts" in refusal(jsonl(tmp_path / "a.jsonl", sums(4)), system="S").message
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_file_dataset_keeps_every_column_but_images(tmp_path: Path, form: str):
+    rows = [
+        {"prompt": f"{n}+1=", "answer": str(n + 1), "level": 0.5, "meta": {"tags": ["a"], "share": 0.25}, "pic": []}
+        for n in range(4)
+    ]
+    path = tmp_path / f"d.{form}"
+    if form == "jsonl":
+        jsonl(path, rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    train, heldout = load(path, image_column="pic")
+    columns = {prompt.row: prompt.columns for prompt in (*train, *heldout)}
+    assert columns == {n: {name: value for name, value in row.items() if name != "pic"} for n, row in enumerate(rows)}
+    assert type(columns[0]["level"]) is type(columns[0]["meta"]["share"]) is float
