@@ -98,7 +98,8 @@ class Bench:
                     raise Failed(f"{name}: not finished when the time was over") from None
                 raise
         if process.returncode:
-            errors = (self.out / f"{name}.log").read_text().splitlines()
+            # With --json an error of npo is the last line on stdout.
+            errors = (self.out / f"{name}.log").read_text().splitlines() + (output or "").splitlines()[-1:]
             said = [line.strip() for line in errors if "rror" in line] or errors
             raise Failed(f"{name}: exit code {process.returncode}: {' '.join(said[-2:])[:300]}")
         return output
@@ -154,8 +155,8 @@ def small_settings(bench: Bench, recipe: str) -> tuple[str, ...]:
 
 
 def check_doctor(bench: Bench) -> Figures:
-    """`npo doctor`: every requirement is there."""
-    records = bench.npo("doctor", name="doctor")
+    """`npo doctor --full`: every requirement is there."""
+    records = bench.npo("doctor", "--full", name="doctor")
     gpus = [each["detail"] for each in records if each["name"].startswith("gpu ")]
     if bench.device != "cpu" and not gpus:
         raise Failed("npo doctor finds no GPU")

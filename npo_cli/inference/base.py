@@ -186,7 +186,7 @@ class Engine:
 
     @classmethod
     def status(cls, required: Mapping[str, SpecifierSet]) -> EngineStatus:
-        """For `npo doctor`, given the version range that is required of each package."""
+        """For `npo doctor --full`, given the version range that is required of each package."""
         return EngineStatus(kind=cls.name, is_available=True, detail="installed")
 
     def update_weights(self, model: PreTrainedModel, *, version: str) -> None:

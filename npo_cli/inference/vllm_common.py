@@ -40,7 +40,7 @@ IMPORT_TIMEOUT_SECONDS = 180.0
 IMPORT_SCRIPT = "from vllm import LLM; from vllm.platforms import current_platform as here; print(here.device_type)"
 SLEEP_TAGS = frozenset({"weights", "kv_cache"})
 """Memory on the GPU that vLLM's sleep releases."""
-VLLM_HINT = "run npo doctor to see what is missing, or set engine.kind=transformers, which needs no vLLM"
+VLLM_HINT = "run npo doctor --full to see what is missing, or set engine.kind=transformers, which needs no vLLM"
 
 
 def sampling_fields(
