@@ -57,6 +57,9 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
         self._is_read = False
         calls = CallbackCalls(callbacks, self._stop)
         ignore_deprecations()
+        from npo_cli.storage.text_log import forget_waiting_lines
+
+        forget_waiting_lines()
         self._context = copy_context()
         if allow_code:
             from npo_cli.tasks.custom_verifier import permit_code
@@ -66,7 +69,12 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
 
     def __next__(self) -> Record:
         self._is_read = True
-        return next(self._records)
+        record = next(self._records)
+        if isinstance(record, Notice):
+            from npo_cli.storage.text_log import log_message
+
+            log_message(record.message, level=record.level)
+        return record
 
     def send(self, value: None) -> Record:
         """The next record; a value has no meaning."""

@@ -50,6 +50,10 @@ def print_records(
         for record in records:
             if display is not None and isinstance(record, Progress | Notice | StepReport):
                 display.show(record)
+            if isinstance(record, Notice) and not isinstance(records, RecordStream):
+                from npo_cli.storage.text_log import log_message
+
+                log_message(record.message, level=record.level)
             if as_json and not isinstance(record, Progress | Notice):
                 print_data(to_json_line(record))
             elif type(record) in data:

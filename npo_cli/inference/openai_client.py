@@ -8,22 +8,20 @@ that waits in `recv` cannot be stopped, and Python joins it before it exits.
 """
 
 import asyncio
-import html
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 
+from npo_cli.api_key import KEY_VARIABLE, read_key, redact_key
 from npo_cli.distributed.process_group import on_main_rank
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.types.rollouts import Prompt
 
-KEY_VARIABLE = "NPO_ENDPOINT_KEY"
 RETRYABLE_STATUS_CODES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 NO_MODEL_LIST_STATUS_CODES = frozenset({404, 405, 501})
 """Statuses of servers that do not list their models."""
@@ -109,7 +107,7 @@ class OpenAIClient:
             raise
         listed = found.get("data") if isinstance(found, dict) else None
         names = (
-            [_redact(str(each.get("id"))) for each in listed if isinstance(each, dict)]
+            [redact_key(str(each.get("id"))) for each in listed if isinstance(each, dict)]
             if isinstance(listed, list)
             else []
         )
@@ -178,7 +176,7 @@ class OpenAIClient:
             raise RunFailed(f"{self.url}/{path}: the completion is not a string", RETRY_HINT)
         is_count = isinstance(num_tokens, int) and not isinstance(num_tokens, bool) and num_tokens >= 0
         # JSON can contain half of a surrogate pair, which no tokenizer accepts.
-        text = _redact((text or "").encode("utf-8", "replace").decode(), min_length=MIN_SECRET_LENGTH)
+        text = redact_key((text or "").encode("utf-8", "replace").decode(), min_length=MIN_SECRET_LENGTH)
         return TextCompletion(text=text, finished=finished, num_tokens=num_tokens if is_count else None)
 
     async def _request(self, http: httpx.AsyncClient, path: str, *, body: Mapping[str, Any] | None = None) -> Any:
@@ -216,9 +214,9 @@ class OpenAIClient:
             raise ResponseError(f"no response: timed out after {self.limits.timeout:g} s") from None
         except httpx.HTTPError as error:
             # Without the cause: its text is shown in tracebacks and may have the key.
-            raise ResponseError(f"no response: {_redact(_describe_failure(error))}") from None
+            raise ResponseError(f"no response: {redact_key(_describe_failure(error))}") from None
         if not response.is_success:
-            text = _redact(content.decode(errors="replace"))[:MAX_ERROR_CHARACTERS].strip()
+            text = redact_key(content.decode(errors="replace"))[:MAX_ERROR_CHARACTERS].strip()
             raise ResponseError(
                 f"status {response.status_code}" + (f": {text}" if text else ""),
                 status=response.status_code,
@@ -251,24 +249,10 @@ def validate_url(text: str) -> str:
 
 def _auth_header() -> dict[str, str]:
     """The Authorization header; empty without a key."""
-    key = _read_key()
+    key = read_key()
     if not key.isascii() or not key.isprintable():
         raise NpoError(f"{KEY_VARIABLE} contains characters that are not allowed in a key", "set it to the key alone")
     return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _read_key() -> str:
-    return os.environ.get(KEY_VARIABLE, "").strip()
-
-
-def _redact(text: str, *, min_length: int = 1) -> str:
-    """Text of a server without the key, which servers echo plain or escaped, in their headers, errors and responses."""
-    key = _read_key()
-    if len(key) < min_length or not key:
-        return text
-    forms = {key, json.dumps(key)[1:-1], repr(key)[1:-1], html.escape(key), quote(key), quote(key, safe="")}
-    pattern = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
-    return re.sub(pattern, "[key]", text, flags=re.IGNORECASE)
 
 
 def _describe_failure(error: BaseException) -> str:

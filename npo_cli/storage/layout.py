@@ -33,6 +33,7 @@ FORMAT_VERSION = 2
 FIRST_BRANCH = "main"
 RUN_INFO_FILE = "npo_run.json"
 RECIPE_FILE = "recipe.yaml"
+TEXT_LOG_FILE = "log.txt"
 NEW_NAMES = {RUN_INFO_FILE, RECIPE_FILE, "branches", "segments.jsonl", "segments.jsonl.head"}
 """What a new run holds."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -105,6 +106,11 @@ class RunDir:
     def holder_path(self) -> Path:
         """Who holds the lock, for the error message of the next one."""
         return self.root / ".lock_holder.json"
+
+    @property
+    def text_log_path(self) -> Path:
+        """What the commands that wrote to the run said."""
+        return self.root / TEXT_LOG_FILE
 
     @property
     def segments_path(self) -> Path:

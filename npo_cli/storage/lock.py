@@ -23,6 +23,7 @@ from npo_cli.storage.checkpoints import check_recorded_logs
 from npo_cli.storage.files import decode_record, now_utc, read_json, write_json_atomic
 from npo_cli.storage.layout import RunDir, check_unused
 from npo_cli.storage.log_head import check_size, seal_log
+from npo_cli.storage.text_log import log_command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,10 +52,11 @@ def lock_run(run: RunDir, *, checks_logs: bool = True) -> Iterator[None]:
             run.holder_path, LockHolder(pid=os.getpid(), host=platform.node(), command=command, since=now_utc())
         )
         try:
-            if checks_logs:
-                _check_logs(run)
-            yield
-            _seal_logs(run)
+            with log_command(run):
+                if checks_logs:
+                    _check_logs(run)
+                yield
+                _seal_logs(run)
         finally:
             if current_group().is_main:
                 run.holder_path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from tests.helpers.warm_process import ForkServer
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 NUM_KILLS = int(os.environ.get("NPO_ATTACK_KILLS", "200"))
 KILLS_PER_COMMAND = 8
-CLOCKED_FILES = {"costs.jsonl", "timings.jsonl", "events.jsonl", "npo_run.json"}
+CLOCKED_FILES = {"costs.jsonl", "timings.jsonl", "events.jsonl", "npo_run.json", "log.txt"}
 CLOCKED_KEYS = {
     *("time", "created", "saved", "saved_at", "seconds", "run_id"),
     *("sequence", "logs", "checksum", "overrides"),  # numbers of saves and of starts, sums over clocks

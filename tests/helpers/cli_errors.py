@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.cli.main import main
+from npo_cli.storage.layout import TEXT_LOG_FILE
 from npo_cli.storage.log_head import rewrite_head
 
 SMALL = (
@@ -63,11 +64,11 @@ def assert_refused(*args: object, beside: Path, code: int = 2) -> CommandResult:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """Every file by name with a digest, folders included; the lock is no content."""
+    """Every file by name with a digest, folders included; the lock is no content, log.txt has the error."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
-        if path.name != ".lock"
+        if path.name not in (".lock", TEXT_LOG_FILE)
     }
 
 

@@ -14,7 +14,7 @@ from npo_cli.guides.source import parse_spec
 from npo_cli.session.session import Session, build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.guide_cache import load_guide
-from npo_cli.storage.layout import RunDir, open_run
+from npo_cli.storage.layout import TEXT_LOG_FILE, RunDir, open_run
 from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.training.resume import resume_run
 from npo_cli.training.train import train_run
@@ -108,11 +108,11 @@ def reproducible_digests(root: Path, branch: str = "main") -> dict[str, str]:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file, by its path in the folder; hidden ones and heads of logs left out."""
+    """sha256 of every file, by its path in the folder; hidden ones, heads of logs and log.txt left out."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and path.suffix != ".head"
+        if path.is_file() and not path.name.startswith(".") and path.suffix != ".head" and path.name != TEXT_LOG_FILE
     }
 
 

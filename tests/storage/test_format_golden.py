@@ -83,8 +83,10 @@ def read_without_times(path: Path, run_id: str) -> str:
 
 
 def read_all_files(run: RunDir) -> dict[str, str]:
-    """Path in the run directory to text, weights and the lock apart."""
-    paths = sorted(path for path in run.root.rglob("*") if path.is_file() and path.suffix != ".safetensors")
+    """Path in the run directory to text, weights, log.txt and the lock apart."""
+    paths = sorted(
+        path for path in run.root.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".txt")
+    )
     return {path.relative_to(run.root).as_posix(): read_without_times(path, run.run_id) for path in paths}
 
 
