@@ -33,7 +33,8 @@ def log_command(run: RunDir) -> Iterator[None]:
         yield
         return
     path = run.text_log_path
-    command = " ".join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    program = os.path.basename(sys.argv[0]).replace("__main__.py", "npo")
+    command = " ".join([program, *sys.argv[1:]])
     append_line(path, format_line("start", f"npo {__version__}, process {os.getpid()}: {command}"))
     for line in _WAITING:
         append_line(path, line)
