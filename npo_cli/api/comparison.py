@@ -97,8 +97,9 @@ def compare(
     """Compare methods by held-out accuracy and by cost; returns a `CompareResult`.
 
     `methods`: runs as the command takes them, `[NAME=]RUN[:BRANCH]`, or a dict of NAME to a run or to a list of runs,
-    one per seed. `thresholds`: accuracies whose costs are compared (0.6 and 0.9). `baseline`: NAME of the method that
-    the others are compared with (the first). `out`: CSV file of every evaluation; `figure`: the learning curves.
+    one per seed. `thresholds`: accuracies whose costs are compared (chosen from the data). `baseline`: NAME of the
+    method that the others are compared with (the first). `out`: CSV file of every evaluation; `figure`: the learning
+    curves.
     """
     picture, table = (None if path is None else Path(path) for path in (figure, out))
     check_figure_path(picture, formats=(".png", ".svg"))

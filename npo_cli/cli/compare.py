@@ -24,7 +24,9 @@ def compare(
     thresholds: Annotated[
         str | None,
         typer.Option(
-            "--threshold", metavar="A,B", help="Held-out accuracies whose costs are compared. [default: 0.6,0.9]"
+            "--threshold",
+            metavar="A,B",
+            help="Held-out accuracies whose costs are compared. [default: chosen from the data]",
         ),
     ] = None,
     baseline: Annotated[

@@ -38,7 +38,13 @@ from npo_cli.experiments.time_to_threshold import (
 )
 from npo_cli.report.curve_plots import plot_method_curves
 from npo_cli.scoring.hysteresis import estimate_hysteresis, seed_hysteresis
-from npo_cli.storage.cost_sums import compute_run_costs, cost_to_threshold, find_arrivals
+from npo_cli.storage.cost_sums import (
+    compute_run_costs,
+    cost_to_threshold,
+    find_arrivals,
+    neighbour_means,
+    spread_thresholds,
+)
 from npo_cli.storage.lineage import find_last_guided_fork
 from npo_cli.types.comparison import (
     Axis,
@@ -63,8 +69,6 @@ def write_points(points: Sequence[SeedPoint], path: Path) -> None:
         writer.writerows(astuple(point) for point in points)
 
 
-THRESHOLDS = (0.6, 0.9)
-
 CompareRecord = (
     MethodSummary | MethodDifference | MethodTimeToThreshold | SpeedUp | MethodHysteresis | SeedPoint | Notice
 )
@@ -85,7 +89,8 @@ def compare_runs(
 
     # Each method next to the baseline.
     yield from (estimate_difference(method, methods[0], common=common, resampler=resampler) for method in methods[1:])
-    for threshold in dict.fromkeys(thresholds or THRESHOLDS):
+    levels = tuple(dict.fromkeys(thresholds)) or choose_method_thresholds(methods)
+    for threshold in levels:
         ways = {method.name: collect_threshold_costs(threshold, method, common) for method in methods}
         yield from (
             summarize_time_to_threshold(name, threshold, seed_costs=found, common=common)
@@ -95,7 +100,7 @@ def compare_runs(
             pair = (method.name, methods[0].name)
             yield estimate_speedup(pair, threshold, seed_costs=ways, common=common)
         yield from compare_best_held(threshold, methods, common)
-    yield from compare_hysteresis(methods, sorted(set(thresholds or THRESHOLDS)))
+    yield from compare_hysteresis(methods, sorted(levels))
 
     # What others may draw and count for themselves.
     points = [point for method in methods for one in method.runs for point in (*one.points, *one.held)]
@@ -106,6 +111,13 @@ def compare_runs(
     if figure is not None:
         plot_method_curves(estimate_bands(methods, common, resampler), figure, title=format_plot_title(summaries))
         yield Notice(message=f"picture: {figure}")
+
+
+def choose_method_thresholds(methods: Sequence[MethodRuns]) -> tuple[float, ...]:
+    """Accuracies above the start of every seed, and reached by half of the seeds of at least one method."""
+    means = [[[mean for _, mean in neighbour_means(one.curve)] for one in method.runs] for method in methods]
+    best = max(statistics.median_low([max(seed) for seed in seeds]) for seeds in means)
+    return spread_thresholds(max(seed[0] for seeds in means for seed in seeds), best)
 
 
 def format_plot_title(methods: Sequence[MethodSummary]) -> str:
@@ -240,7 +252,7 @@ def compare_hysteresis(methods: Sequence[MethodRuns], levels: Sequence[float]) -
         for method in methods
     )
     unguided = {one.run_branch.seed: one.curve for one, fork_step in baseline if fork_step is None}
-    *lower, target = levels
+    *lower, target = levels or (1.0,)
     for method, runs in zip(methods[1:], others, strict=True):
         pairs = [
             (unguided[one.run_branch.seed], one.curve, fork_step)

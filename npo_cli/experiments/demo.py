@@ -9,10 +9,10 @@ from npo_cli.guides.build_cache import build_guide_cache
 from npo_cli.guides.score import score_run
 from npo_cli.guides.source import make_spec, parse_spec
 from npo_cli.report.plotting import plot_accuracy_curves
-from npo_cli.report.show import THRESHOLDS
 from npo_cli.storage.cost_sums import (
     best_held_cost_to_threshold,
     best_held_curve,
+    choose_thresholds,
     cost_to_threshold,
     learning_curve,
 )
@@ -107,7 +107,7 @@ def summarize_demo(out: Path) -> Iterator[CurvePoint | BestHeldPoint | CostToThr
     for points in (*methods, held):
         yield from points
     reached = []
-    for threshold in THRESHOLDS:
+    for threshold in choose_thresholds(methods):
         grpo, npo = (cost_to_threshold(points, threshold) for points in methods)
         reached.append((grpo, npo))
         yield from (grpo, npo, best_held_cost_to_threshold(held, threshold))
@@ -124,7 +124,8 @@ def describe_demo(reached: Sequence[tuple[CostToThreshold, CostToThreshold]]) ->
     """What was seen, by step, and what it cost: the middle one of the accuracies that both methods reached."""
     both = [pair for pair in reached if None not in (pair[0].step, pair[1].step)]
     if not both:
-        yield f"no accuracy of {reached[0][0].threshold:.2f} was reached by both methods; try another --seed"
+        lowest = f"of {reached[0][0].threshold:.2f}" if reached else "above the start"
+        yield f"no accuracy {lowest} was reached by both methods; try another --seed"
         return
     grpo, npo = both[len(both) // 2]
     yield (

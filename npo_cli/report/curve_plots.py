@@ -19,6 +19,7 @@ from npo_cli.report.plotting import (
     Plot,
     add_method_legend,
     draw_line,
+    fit_limits,
     format_compact,
     get_line_style,
     label_cost_axis,
@@ -91,7 +92,7 @@ def _draw_accuracy(panel: "Axes", *, methods: Sequence[Curve], cost: CostGetter,
     panel.set_title("held-out accuracy")
     panel.set_xlabel(label)
     panel.set_xlim(left=0)
-    panel.set_ylim(0, 1.02)
+    panel.set_ylim(fit_limits([point.accuracy for method in methods for point in method.points]))
     _finish(panel)
 
 
@@ -140,8 +141,8 @@ def _draw_measure(
     panel.set_xlabel("training step")
     panel.set_ylabel(label)
     panel.set_xlim(left=0)
-    if panel.dataLim.ymin >= 0:  # rewards may be negative
-        panel.set_ylim(bottom=0)
+    measured = [one.metrics[name] for one in reports if name in one.metrics]
+    panel.set_ylim(fit_limits(measured))
     _finish(panel)
 
 
@@ -165,12 +166,18 @@ def plot_method_curves(points: Sequence[CurveBandPoint], path: Path, title: str)
     """One panel per cost axis that every method has, with mean curves and their intervals."""
     axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
     methods = list(dict.fromkeys(point.method for point in points))
+    bounds = [
+        bound
+        for point in points
+        for bound in (point.accuracy.value, point.accuracy.low, point.accuracy.high)
+        if bound is not None
+    ]
     with open_figure(path, title=title, height=4.6) as figure:
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
         for panel, axis in zip(panels, axes, strict=True):
             for place, method in enumerate(methods):
                 _draw_method(panel, [one for one in points if (one.method, one.axis) == (method, axis)], place=place)
-            label_cost_axis(panel, AXIS_LABELS[axis])
+            label_cost_axis(panel, AXIS_LABELS[axis], bounds)
         add_method_legend(figure, panels[0])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npo_cli.report.plotting import Plot, render_svg
+from npo_cli.report.plotting import Plot, render_adaptive_svg
 from npo_cli.report.prompt_tables import (
     dedupe_responses,
     describe_guide_distance,
@@ -36,6 +36,10 @@ class PromptSample:
     """One prompt: its history, every visit in short, and the one visit whose responses are shown."""
 
     history: PromptHistory
+    turns: tuple[tuple[str, str], ...]
+    """Role and content of each message of the prompt; the role is empty in a plain text."""
+    explanation: str = ""
+    """What the prompt asks, in words; empty where it explains itself."""
     visits: tuple[PromptVisit, ...]
     shown_visit: PromptVisit
 
@@ -56,11 +60,24 @@ class Subsection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SummaryLine:
+    """One or a few sentences of a summary under a short label."""
+
+    label: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
     """One run, or the overview of several."""
 
     title: str
+    words: tuple[SummaryLine, ...] = ()
+    """The summary, read first."""
+    commands: tuple[str, ...] = ()
+    """Shell commands that make it again."""
     summary: tuple[tuple[str, str], ...]
+    """Facts by name."""
     subsections: tuple[Subsection, ...]
 
 
@@ -80,7 +97,7 @@ def _environment() -> "Environment":
     from markupsafe import Markup
 
     def inlined(plot: Plot) -> Markup:
-        return Markup("data:image/svg+xml;base64," + base64.b64encode(render_svg(plot)).decode("ascii"))
+        return Markup("data:image/svg+xml;base64," + base64.b64encode(render_adaptive_svg(plot)).decode("ascii"))
 
     def sanitize(value: object) -> object:
         return escape_control_chars(truncate_middle(value), keep="\n") if type(value) is str else value

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from npo_cli.report.show import THRESHOLDS
 from npo_cli.scoring.hysteresis import SeedHysteresis, estimate_hysteresis, seed_hysteresis
-from npo_cli.storage.cost_sums import find_arrivals, learning_curve
+from npo_cli.storage.cost_sums import choose_thresholds, find_arrivals, learning_curve
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import find_first_segment, find_last_guided_fork, list_branches
 from npo_cli.types.comparison import MethodHysteresis
@@ -12,7 +11,8 @@ from npo_cli.types.comparison import MethodHysteresis
 
 def replay_hysteresis(runs: Sequence[RunDir]) -> list[MethodHysteresis]:
     """H(a) to the highest threshold for each lower a, by recipe and branch; a run is a seed."""
-    *levels, target = THRESHOLDS
+    curves = [learning_curve(run, name, name=name) for run in runs for name in list_branches(run)]
+    *levels, target = choose_thresholds(curves) or (1.0,)
     by_replay: dict[tuple[str, str, str, float], list[SeedHysteresis | None]] = {}
     for run in runs:
         for branch in list_branches(run):

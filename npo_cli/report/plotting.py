@@ -7,6 +7,7 @@ with a fixed salt, and no plot holds a date. Letters of small plots are drawn as
 
 import contextlib
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def plot_accuracy_curves(points: Sequence[CurvePoint], path: Path, title: str) -
             for place, method in enumerate(methods):
                 own = sorted((one for one in points if one.name == method), key=cost)
                 draw_line(panel, [(cost(one), one.accuracy) for one in own], name=method, index=place)
-            label_cost_axis(panel, label)
+            label_cost_axis(panel, label, [point.accuracy for point in points])
         add_method_legend(figure, panels[0])
 
 
@@ -103,11 +104,11 @@ def draw_line(panel: "Axes", points: Sequence[tuple[float, float]], *, name: str
     )
 
 
-def label_cost_axis(panel: "Axes", label: str) -> None:
-    """Accuracy from 0 to 1 against a cost from 0."""
+def label_cost_axis(panel: "Axes", label: str, accuracies: Sequence[float]) -> None:
+    """Accuracy, over the range of its values, against a cost from 0."""
     panel.set_xlabel(label)
     panel.set_xlim(left=0)
-    panel.set_ylim(0, 1.02)
+    panel.set_ylim(fit_limits(accuracies))
     panel.xaxis.set_major_locator(make_tick_locator())
     panel.xaxis.set_major_formatter(lambda value, _: format_compact(value))
 
@@ -119,6 +120,21 @@ def add_method_legend(figure: "Figure", first: "Axes") -> None:
     figure.legend(
         lines, names, loc="outside lower center", ncols=4, frameon=False, labelcolor="linecolor", handlelength=2.6
     )
+
+
+NEAR_ZERO = 0.35
+"""An axis begins at 0 where the smallest value is less than this share of the largest."""
+AXIS_MARGIN = 0.06
+"""Share of the range of values left empty at either end of an axis."""
+
+
+def fit_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of an axis for these values: their range with a margin, from 0 on where that is near."""
+    low, high = min(values), max(values)
+    margin = AXIS_MARGIN * (high - low) or 0.05 * abs(high) or 0.05
+    if 0 <= low < NEAR_ZERO * high:
+        return 0.0, high + AXIS_MARGIN * high
+    return (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
 
 
 def format_compact(value: float) -> str:
@@ -176,6 +192,37 @@ class Plot:
 def render_svg(plot: Plot) -> bytes:
     """The plot as an SVG document."""
     return _render(plot, "svg")
+
+
+DARK_COLOURS = {
+    "#ffffff": "#1d232c",
+    "#000000": "#e4e7ec",
+    "#666666": "#a3acb9",
+    "#e6e6e6": "#39414d",
+    "#0072b2": "#4db1ef",
+    "#d55e00": "#ff8f4d",
+    "#009e73": "#35cfa0",
+}
+"""What colors become on a dark page; the others are readable on both."""
+_COLOUR = re.compile(r"(fill|stroke): (#[0-9a-f]{6})")
+
+
+def render_adaptive_svg(plot: Plot) -> bytes:
+    """The plot as an SVG document that follows the reader's light or dark mode: its colors are CSS variables."""
+    svg = _COLOUR.sub(_name_colour, render_svg(plot).decode("utf-8"))
+    light, dark = (
+        ";".join(f"--c{old[1:]}:{old if mode == 'light' else new}" for old, new in DARK_COLOURS.items())
+        for mode in ("light", "dark")
+    )
+    # Letters have no fill of their own.
+    style = f":root{{{light};fill:var(--c000000)}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    start = svg.index(">", svg.index("<svg")) + 1
+    return f"{svg[:start]}<style>{style}</style>{svg[start:]}".encode()
+
+
+def _name_colour(found: re.Match[str]) -> str:
+    name, colour = found.groups()
+    return f"{name}: var(--c{colour[1:]})" if colour in DARK_COLOURS else found.group(0)
 
 
 def save_plot(plot: Plot, folder: Path) -> None:

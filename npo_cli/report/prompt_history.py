@@ -6,6 +6,7 @@ A report shows a few of them; the same run always shows the same ones.
 from collections.abc import Container, Iterator, Sequence
 from typing import TypeVar
 
+from npo_cli.registry import TASKS
 from npo_cli.report.html import PromptSample
 from npo_cli.report.table import Table, format_count
 from npo_cli.storage.layout import RunDir
@@ -51,11 +52,27 @@ def build_prompt_history(branch: str, seen: Sequence[PromptVisit]) -> PromptHist
 
 def render_prompt_text(prompt: Prompt) -> str:
     """A prompt as text; chat turns as `role: content`, images by reference."""
-    turns = (f"{message.role}: {message.content}" for message in prompt.messages)
-    text = "\n".join(turns) if prompt.text is None else prompt.text
-    for number, image in enumerate(prompt.images, start=1):
-        text = text.replace(IMAGE_PLACEHOLDER, format_image_reference(image, number), 1)
-    return text
+    return "\n".join(f"{role}: {text}" if role else text for role, text in render_prompt_turns(prompt))
+
+
+def render_prompt_turns(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """Role and content of each chat message, images by reference; a prompt of plain text is one turn without a role."""
+    turns = [("", prompt.text)] if prompt.text is not None else [(one.role, one.content) for one in prompt.messages]
+    references = [format_image_reference(image, number) for number, image in enumerate(prompt.images, start=1)]
+    found = []
+    for role, text in turns:
+        while references and IMAGE_PLACEHOLDER in text:
+            text = text.replace(IMAGE_PLACEHOLDER, references.pop(0), 1)
+        found.append((role, text))
+    return tuple(found)
+
+
+def explain_prompt(prompt: Prompt, source: str) -> str:
+    """What the prompt asks, in the words of its task source; empty where it explains itself or is not installed."""
+    if source not in TASKS.names():
+        return ""
+    explanation: str = TASKS.get(source).explain(prompt)
+    return explanation
 
 
 def format_image_reference(image: ImageRef, number: int) -> str:
@@ -80,11 +97,19 @@ def read_outcomes(run: RunDir, branch: str) -> dict[str, list[GroupOutcome]]:
 
 def select_samples(run: RunDir, branch: str, marks: dict[str, list[GroupOutcome]]) -> Iterator[PromptSample]:
     """Histories of the selected prompts, each with the visit at which a guide was first injected, or the last one."""
+    source = str(dict(run.read_recipe(branch).get("task") or {}).get("source", ""))
     for prompt_id in select_prompts(marks):
         steps = {mark.step for mark in marks[prompt_id]}
         seen = tuple(iter_visits(run, branch, prompt_id=prompt_id, steps=steps))
         shown = next((one for one in seen if one.off_policy_rollouts), seen[-1])
-        yield PromptSample(history=build_prompt_history(branch, seen), visits=seen, shown_visit=shown)
+        prompt = shown.group.prompt
+        yield PromptSample(
+            history=build_prompt_history(branch, seen),
+            turns=render_prompt_turns(prompt),
+            explanation=explain_prompt(prompt, source),
+            visits=seen,
+            shown_visit=shown,
+        )
 
 
 def select_prompts(marks: dict[str, list[GroupOutcome]]) -> list[str]:

@@ -3,15 +3,15 @@
 And the overview of several runs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
 
 from npo_cli.report.curve_plots import Curve, make_accuracy_plots, make_training_plots
 from npo_cli.report.html import Section, Subsection
 from npo_cli.report.hysteresis import replay_hysteresis
 from npo_cli.report.lineage_plot import make_lineage_plot
 from npo_cli.report.prompt_history import prompt_outcomes_table, read_outcomes, select_samples
+from npo_cli.report.run_summary import get_section, list_commands, summarize_in_words
 from npo_cli.report.score_plots import make_probe_plots, make_score_plots
 from npo_cli.report.show import show_costs, show_metrics
 from npo_cli.report.table import Table, format_count, format_interval, format_number
@@ -40,10 +40,10 @@ def summarize_run(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:
     names = list_branches(run)
     return (
         ("recipe", str(recipe.get("name", "-"))),
-        ("model", str(_section(recipe, "model").get("path", "-"))),
-        ("task", str(_section(recipe, "task").get("source", "-"))),
-        ("seed", str(_section(recipe, "train").get("seed", "-"))),
-        ("learning rate", str(_section(recipe, "train").get("lr", "-"))),
+        ("model", str(get_section(recipe, "model").get("path", "-"))),
+        ("task", str(get_section(recipe, "task").get("source", "-"))),
+        ("seed", str(get_section(recipe, "train").get("seed", "-"))),
+        ("learning rate", str(get_section(recipe, "train").get("lr", "-"))),
         (f"branch, {'best ' * (branch == find_best_branch(run))}of {len(names)}", branch),
         ("step", format_count(spent.step)),
         final_accuracy(run, branch),
@@ -54,11 +54,6 @@ def summarize_run(run: RunDir, branch: str) -> tuple[tuple[str, str], ...]:
         ("npo", info.npo_version),
         ("run", info.run_id[:12]),
     )
-
-
-def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = recipe.get(name)
-    return found if isinstance(found, Mapping) else {}
 
 
 def final_accuracy(run: RunDir, branch: str) -> tuple[str, str]:
@@ -132,7 +127,13 @@ def build_run_section(run: RunDir, *, title: str, prefix: str, branch: str | Non
         *_rollouts(run, branch),
         Subsection(title="Recipe", listing=dump_recipe(run.read_recipe(branch))),
     )
-    return Section(title=title, summary=summarize_run(run, branch), subsections=parts)
+    return Section(
+        title=title,
+        words=tuple(summarize_in_words(run, branch)),
+        commands=tuple(list_commands(run)),
+        summary=summarize_run(run, branch),
+        subsections=parts,
+    )
 
 
 def collect_branch_spans(run: RunDir, branch: str) -> list[BranchSpan]:
@@ -191,7 +192,10 @@ def _accuracy(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
         text="By logical step, and by total cost: steps, tokens and seconds, with the training of guides, scoring, "
         "probes and guide samples. A diamond is a rollback; the wide band behind a line marks the steps with a guide.",
         plots=tuple(make_accuracy_plots(plotted, prefix=prefix)),
-        tables=(*cost_to_threshold_tables(costs), *(hysteresis_tables(hysteresis) if hysteresis else ())),
+        tables=(
+            *(cost_to_threshold_tables(costs) if costs else ()),
+            *(hysteresis_tables(hysteresis) if hysteresis else ()),
+        ),
         collapsed_tables=evals_tables([report for _, report in sorted(select_best_evals(run).items())]),
     )
 
@@ -227,7 +231,8 @@ def _decisions(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
         found, name = move.evidence, f"{prefix}probe-{move.step}-{move.event}-"
         yield Subsection(
             title=f"Probe at step {move.step}: {move.event.replace('_', ' ')}",
-            text=str(found.get("reason") or "") or "Q, V and S of each rollback distance, 95 % intervals.",
+            text=str(found.get("reason") or "")
+            or "Q_net, V and S = Q_net / V of each rollback distance, 95 % intervals.",
             plots=tuple(make_probe_plots(found["scores"], prefix=name)) if number < MAX_PLOTTED_PROBES else (),
             collapsed_tables=probe_tables(found, where=f"step {move.step}"),
         )
@@ -249,8 +254,16 @@ def _scores(run: RunDir, *, prefix: str) -> Iterator[Subsection]:
 def _selection(scores: Sequence[CandidateScore]) -> str:
     return (
         "Q: how often it solves prompts that the learner fails. Q_net: beyond the learner's own second try. V: "
-        f"variance cost of its distance. S = Q_net / V. {describe_choice(scores)}"
+        f"variance cost of its distance. S = Q_net / V{_division(scores)}. {describe_choice(scores)}"
     )
+
+
+def _division(scores: Sequence[CandidateScore]) -> str:
+    """The selected candidate's S as the quotient that it is: `, for checkpoint:80 0.486 / 1.361 = 0.357`."""
+    one = next((score for score in scores if score.is_selected and score.signal is not None), None)
+    if one is None:
+        return ""
+    return f", for {one.candidate} {one.quality_net:.3f} / {format_number(one.variance)} = {format_number(one.signal)}"
 
 
 def _cost(run: RunDir, branch: str) -> Subsection:

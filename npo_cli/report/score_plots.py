@@ -1,4 +1,4 @@
-"""Plots of Q, V and S: of guide candidates for a learner, and of the rollback distances of a probe."""
+"""Plots of Q_net, V and S = Q_net / V: of guide candidates for a learner, and of the rollback distances of a probe."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,14 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npo_cli.report.plotting import COLOURS, MUTED, Plot, open_figure
+from npo_cli.report.plotting import COLOURS, MUTED, Plot, fit_limits, open_figure
 from npo_cli.report.tables_scores import sort_candidates
 from npo_cli.types.scores import CandidateScore
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCORE_PANELS = (("quality", "Q", COLOURS[2]), ("variance", "V", COLOURS[1]), ("signal", "S", COLOURS[0]))
+SCORE_PANELS = (
+    ("quality_net", "Q_net", COLOURS[2]),
+    ("variance", "V", COLOURS[1]),
+    ("signal", "S = Q_net / V", COLOURS[0]),
+)
 SCORE_PLOT_WIDTH = 4.6
 MAX_NAME_CHARS = 28
 ValueWithInterval = tuple[float, float, float]
@@ -36,15 +40,15 @@ class IntervalEstimate:
 
 
 EstimatesGetter = Callable[[str], Sequence[IntervalEstimate]]
-"""The estimates of quality, variance or signal, by that name."""
+"""The estimates of quality_net, variance or signal, by that name."""
 
 
 def make_score_plots(scores: Sequence[CandidateScore], *, prefix: str) -> Iterator[Plot]:
-    """Q, V and S of the candidates on the learner's line by distance; none if there is no such candidate."""
+    """Q_net, V and S of the candidates on the learner's line by distance; none if there is no such candidate."""
     ordered = sorted((one for one in scores if one.distance is not None), key=lambda one: one.distance or 0)
     if not ordered:
         return
-    kinds = {"quality": ordered[0].quality_kind, "variance": ordered[0].variance_kind}
+    kinds = {"quality_net": ordered[0].quality_kind, "variance": ordered[0].variance_kind}
     best = "".join(f"best in {one.p_best:.0%}" for one in ordered if one.is_selected)
 
     def estimates(name: str) -> list[IntervalEstimate]:
@@ -52,8 +56,8 @@ def make_score_plots(scores: Sequence[CandidateScore], *, prefix: str) -> Iterat
             IntervalEstimate(
                 distance=one.distance or 0,
                 value=getattr(one, name),
-                low=getattr(one, f"{name}_low"),
-                high=getattr(one, f"{name}_high"),
+                low=_or_value(getattr(one, f"{name}_low"), getattr(one, name)),
+                high=_or_value(getattr(one, f"{name}_high"), getattr(one, name)),
                 selected_label=one.candidate if one.is_selected else None,
             )
             for one in ordered
@@ -64,11 +68,16 @@ def make_score_plots(scores: Sequence[CandidateScore], *, prefix: str) -> Iterat
     yield from _score_plots(estimates, kinds | {"signal": best}, prefix=prefix, axis=axis)
 
 
+def _or_value(bound: float | None, value: float) -> float:
+    """A bound of an interval; the value where there is no interval."""
+    return value if bound is None else bound
+
+
 def make_probe_plots(scores: Sequence[Mapping[str, Any]], *, prefix: str) -> Iterator[Plot]:
     """The same of the rollback distances of one probe, from its evidence; an absent figure was not finite."""
     ordered = sorted(scores, key=lambda one: one["distance"])
     best = "".join(f"best in {one['p_best']:.0%}" for one in ordered if one.get("is_selected") and "p_best" in one)
-    kinds = {"quality": "pass rate", "variance": str(ordered[0].get("variance_kind", "")), "signal": best}
+    kinds = {"quality_net": "pass rate", "variance": str(ordered[0].get("variance_kind", "")), "signal": best}
 
     def estimates(name: str) -> list[IntervalEstimate]:
         return [
@@ -92,7 +101,12 @@ def _score_plots(estimates: EstimatesGetter, kinds: Mapping[str, str], *, prefix
         draw = partial(
             _draw, estimates=estimates(name), title=title, axis=axis, colour=colour, is_variance=name == "variance"
         )
-        yield Plot(name=f"{prefix}{name}", alt_text=f"{title} by {axis}: {values}", draw=draw, width=SCORE_PLOT_WIDTH)
+        yield Plot(
+            name=f"{prefix}{name.replace('_', '-')}",
+            alt_text=f"{title} by {axis}: {values}",
+            draw=draw,
+            width=SCORE_PLOT_WIDTH,
+        )
 
 
 def _draw(
@@ -118,8 +132,8 @@ def _draw(
     if is_variance and _spans_magnitudes(values, lows):
         panel.set_yscale("log")
     else:
-        panel.set_ylim(bottom=min(0.0, *lows))
-    panel.set_xlim(0, 1.05 * max(distances))
+        panel.set_ylim(fit_limits([*values, *lows, *highs] if is_variance else [0.0, *values, *lows, *highs]))
+    panel.set_xlim(0, 1.05 * max(distances) or 1)
     panel.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -138,17 +152,21 @@ def _spans_magnitudes(values: Sequence[float], lows: Sequence[float]) -> bool:
 
 
 def plot_scores(scores: Sequence[CandidateScore], path: Path, title: str = "") -> None:
-    """A row per candidate, a panel each for Q, V and S with 95 % intervals; a ring marks the selected candidate."""
+    """A row per candidate, a panel each for Q_net, V and S = Q_net / V with 95 % intervals; a ring marks the choice."""
     ordered = list(reversed(sort_candidates(scores)))
     best = "".join(f", {_short(one.candidate)} best in {one.p_best:.0%}" for one in ordered if one.is_selected)
     panels = (
-        ("Q, prompts solved", COLOURS[2], [(one.quality, one.quality_low, one.quality_high) for one in ordered]),
+        (
+            "Q_net, prompts solved",
+            COLOURS[2],
+            [_all(one.quality_net, one.quality_net_low, one.quality_net_high) for one in ordered],
+        ),
         (
             f"V, {ordered[0].variance_kind}",
             COLOURS[1],
             [_all(one.variance, one.variance_low, one.variance_high) for one in ordered],
         ),
-        (f"S{best}", COLOURS[0], [_all(one.signal, one.signal_low, one.signal_high) for one in ordered]),
+        (f"S = Q_net / V{best}", COLOURS[0], [_all(one.signal, one.signal_low, one.signal_high) for one in ordered]),
     )
     with open_figure(path, title=title, height=1.9 + 0.42 * len(ordered)) as figure:
         axes = figure.subplots(1, len(panels), sharey=True)
@@ -160,7 +178,7 @@ def plot_scores(scores: Sequence[CandidateScore], path: Path, title: str = "") -
 
 
 def _all(value: float | None, low: float | None, high: float | None) -> ValueWithInterval | None:
-    return None if value is None or low is None or high is None else (value, low, high)
+    return None if value is None else (value, _or_value(low, value), _or_value(high, value))
 
 
 def _draw_candidates(

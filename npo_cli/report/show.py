@@ -10,6 +10,7 @@ from npo_cli.report.prompt_history import build_prompt_history, iter_visits, ren
 from npo_cli.storage.cost_sums import (
     best_held_cost_to_threshold,
     best_held_curve,
+    choose_thresholds,
     compute_run_costs,
     cost_to_threshold,
     learning_curve,
@@ -37,9 +38,6 @@ ShowRecord = (
     | CostToThreshold
     | RunCosts
 )
-
-THRESHOLDS = (0.2, 0.6, 0.9)
-"""Held-out accuracies whose cost is shown."""
 
 
 def show_run(
@@ -136,8 +134,8 @@ def show_guides(run: RunDir, *, branch: str | None) -> list[GuideCacheInfo]:
 
 
 def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | BestHeldPoint | CostToThreshold | RunCosts]:
-    """Held-out accuracy of each branch with its costs, the best policy held by then, the costs of reaching the
-    thresholds, and the costs of the run.
+    """Held-out accuracy of each branch with its costs, the best policy held by then, the costs of reaching
+    accuracies chosen from the data, and the costs of the run.
 
     The last are seen from the branch, or from main.
     """
@@ -148,7 +146,7 @@ def show_costs(run: RunDir, *, branch: str | None) -> Iterator[CurvePoint | Best
     held = {name: best_held_curve(run, name, name=name) for name in names}
     for best in held.values():
         yield from best
-    for threshold in THRESHOLDS:
+    for threshold in choose_thresholds(curves):
         for points in curves:
             if points:
                 yield cost_to_threshold(points, threshold)

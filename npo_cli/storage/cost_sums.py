@@ -230,6 +230,33 @@ def _cost_to_threshold(
     )
 
 
+THRESHOLD_SHARES = (0.1, 0.65, 1.0)
+"""Where in the range between start and best accuracy a threshold is taken, before it is rounded down."""
+THRESHOLD_GRIDS = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+GRID_CELLS = 5
+"""A range has at least this many cells of its grid."""
+
+
+def choose_thresholds(curves: Sequence[Sequence[CurvePoint]]) -> tuple[float, ...]:
+    """Accuracies whose costs are worth a row: above the start of every curve and reached by at least one.
+
+    The means of 3 evaluations decide, as in `cost_to_threshold`. Empty where no curve rises above its start.
+    """
+    means = [[mean for _, mean in neighbour_means(points)] for points in curves if points]
+    if not means:
+        return ()
+    return spread_thresholds(max(some[0] for some in means), max(max(some) for some in means))
+
+
+def spread_thresholds(start: float, best: float) -> tuple[float, ...]:
+    """Up to three round numbers in (start, best], rising: 0.2, 0.6, 0.9 between 0.1 and 0.93."""
+    span = best - start
+    grid = next((grid for grid in THRESHOLD_GRIDS if span >= GRID_CELLS * grid), THRESHOLD_GRIDS[-1])
+    first = int(start / grid + 1e-9) + 1
+    cells = (max(first, int((start + share * span) / grid + 1e-9)) for share in THRESHOLD_SHARES)
+    return tuple(dict.fromkeys(level for cell in cells if (level := round(cell * grid, 3)) <= best + 1e-9))
+
+
 def find_arrivals(points: Sequence[CurvePoint], accuracy: float, target: float) -> Arrivals:
     """Steps at which a curve first reaches two accuracies."""
     first, last = (cost_to_threshold(points, threshold).step for threshold in (accuracy, target))

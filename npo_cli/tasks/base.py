@@ -62,6 +62,11 @@ class TaskSource:
         """Where a prompt comes from, to start an error with: `data.jsonl line 3: `; empty if from no file."""
         return ""
 
+    @classmethod
+    def explain(cls, prompt: Prompt) -> str:
+        """What a prompt asks, in words, where its text is not made for people; empty where it explains itself."""
+        return ""
+
 
 class Verifier:
     """Verifies responses. Subclasses implement `grade`, and `open` if they need settings or data."""

@@ -9,6 +9,7 @@ particular wrong digit for each. `kind` sets how many of them a prompt needs, an
 """
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -158,3 +159,12 @@ class MicroTask(TaskSource):
         """The pool comes first, so that it does not depend on the size of the held-out split."""
         prompts = micro_prompts(settings.kind, settings.pool_size + settings.heldout_size, seed)
         return LoadedPrompts(train=tuple(prompts[: settings.pool_size]), heldout=tuple(prompts[settings.pool_size :]))
+
+    @classmethod
+    def explain(cls, prompt: Prompt) -> str:
+        """`80675 + 42164, both written least significant digit first`; empty for a text of another form."""
+        found = re.fullmatch(r"\.*(\d+)\+(\d+)=", prompt.text or "")
+        if found is None:
+            return ""
+        first, second = (number[::-1] for number in found.groups())
+        return f"{first} + {second}, each number written least significant digit first; the answer stands after #"

@@ -40,7 +40,8 @@ def test_compare_json_names_the_record_types(runs, tmp_path):
 
 
 def test_compare_prints_tables_and_saves_a_figure(runs, tmp_path):
-    result = npo("compare", f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1", "--figure", tmp_path / "c.png")
+    both = (f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1")
+    result = npo("compare", *both, "--threshold", "0.6", "--figure", tmp_path / "c.png")
     assert result.code == 0
     assert [line for line in result.out.splitlines() if line.startswith(("Held", "What", "Method", "Cost"))][:4] == [
         "Held-out accuracy",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from jinja2 import UndefinedError
 
-from npo_cli.report.html import TEMPLATE, PromptSample, Section, Subsection, list_plots, render_page
+from npo_cli.report.html import TEMPLATE, PromptSample, Section, Subsection, SummaryLine, list_plots, render_page
 from npo_cli.report.score_plots import make_score_plots
 from npo_cli.report.table import Table
 from npo_cli.report.text_sanitizer import MAX_TEXT_CHARS
@@ -32,11 +32,20 @@ def section_of(text: str) -> Section:
         text=text,
         plots=(replace(picture, alt_text=text),),
         tables=(table,),
-        samples=(PromptSample(history=story, visits=(VISITS[0], shown), shown_visit=shown),),
+        samples=(
+            PromptSample(
+                history=story,
+                turns=(("", text), (text, text)),
+                explanation=text,
+                visits=(VISITS[0], shown),
+                shown_visit=shown,
+            ),
+        ),
         collapsed_tables=(table,),
         listing=text,
     )
-    return Section(title=text, summary=((text, text),), subsections=(part,))
+    words = (SummaryLine(label=text, text=text),)
+    return Section(title=text, words=words, commands=(text, text), summary=((text, text),), subsections=(part,))
 
 
 def page_of(text: str) -> str:
@@ -73,8 +82,10 @@ def test_nothing_is_fetched_and_nothing_runs():
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     )
     addresses = [value for _, name, value in found.attributes if name in ("src", "href", "srcset", "action", "data")]
-    # links to the two sections, and a picture in each
-    assert [value[:26] for value in addresses] == ["#section-1", "#section-2", *["data:image/svg+xml;base64,"] * 2]
+    # links to the two sections, and in each one to its subsection, and a picture
+    links = [value for value in addresses if value.startswith("#")]
+    assert links == ["#section-1", "#section-2", "#section-1-1", "#section-2-1"]
+    assert [value[:26] for value in addresses if value not in links] == ["data:image/svg+xml;base64,"] * 2
     assert "url(" not in TEMPLATE.read_text()
     assert "@import" not in TEMPLATE.read_text()
 
@@ -82,8 +93,8 @@ def test_nothing_is_fetched_and_nothing_runs():
 def test_a_line_of_a_megabyte_is_cut_with_a_note():
     page = page_of("z" * 1_000_000)
     assert f"[... {1_000_000 - MAX_TEXT_CHARS:,} characters left out ...]" in page
-    # 36 places in each of two sections, of some 4,030 letters
-    assert len(page) < 400_000
+    # 45 places in each of two sections, of some 4,030 letters
+    assert len(page) < 500_000
 
 
 def test_the_same_records_give_the_same_page():
@@ -93,7 +104,7 @@ def test_the_same_records_give_the_same_page():
 def test_html_figures_have_alt_texts():
     found = ParsedPage(page_of("calm"))
     assert [value for tag, name, value in found.attributes if (tag, name) == ("img", "alt")] == ["calm", "calm"]
-    assert [picture.name for picture in list_plots([section_of("calm")])] == ["quality"]
+    assert [picture.name for picture in list_plots([section_of("calm")])] == ["quality-net"]
 
 
 def test_html_sample_shows_policy_and_guide_side_by_side():

@@ -68,12 +68,12 @@ def test_plot_file_is_deterministic_and_has_no_date(tmp_path):
     assert b"<dc:date>" not in svg
     for folder in ("one", "two"):
         save_plot(picture, tmp_path / folder)
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["x-quality.png", "x-quality.svg"]
-    for name in ("x-quality.png", "x-quality.svg"):
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["x-quality-net.png", "x-quality-net.svg"]
+    for name in ("x-quality-net.png", "x-quality-net.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert (tmp_path / "one" / "x-quality.svg").read_bytes() == svg
+    assert (tmp_path / "one" / "x-quality-net.svg").read_bytes() == svg
     # 4.6 x 3.7 inches at 150 dots an inch
-    assert struct.unpack(">II", (tmp_path / "one" / "x-quality.png").read_bytes()[16:24]) == (690, 555)
+    assert struct.unpack(">II", (tmp_path / "one" / "x-quality-net.png").read_bytes()[16:24]) == (690, 555)
 
 
 def test_a_label_with_dollars_is_no_formula():
@@ -157,16 +157,17 @@ def test_plot_branch_tree_shows_kept_and_abandoned_steps():
 def test_q_v_and_s_have_their_intervals_and_the_chosen_ones_ring():
     quality, _, signal = make_score_plots([FAR_SCORE, SCORE], prefix="")
     panel = drawn(quality)
-    # Q 0.25 in [0.2, 0.3] at distance 20
+    # Q_net 0.2 in [0.15, 0.25] at distance 20
     ((low, high), *_) = [segment[:, 1].tolist() for segment in panel.collections[0].get_segments()]
-    assert (low, high) == (pytest.approx(0.2), pytest.approx(0.3))
+    assert (low, high) == (pytest.approx(0.15), pytest.approx(0.25))
     assert [text.get_text() for text in panel.texts] == ["checkpoint:100"]
-    assert drawn(signal).get_title(loc="center") == "S, best in 75%"
+    assert drawn(signal).get_title(loc="center") == "S = Q_net / V, best in 75%"
 
 
 def test_plot_probe_distances_omit_missing_values():
-    lost = {name: value for name, value in auto_samples.SCORE.items() if name != "variance"}
-    quality, variance, _ = make_probe_plots([lost, auto_samples.NEAR_SCORE], prefix="p-")
+    net = {"quality_net": 0.2, "quality_net_low": 0.1, "quality_net_high": 0.3}
+    lost = {name: value for name, value in auto_samples.SCORE.items() if name != "variance"} | net
+    quality, variance, _ = make_probe_plots([lost, auto_samples.NEAR_SCORE | net], prefix="p-")
     assert [text.get_text() for text in drawn(quality).texts] == ["D* = 10"]
     points = drawn(variance).lines[0].get_xydata().tolist()
     assert points == [[10, 2.0]]
