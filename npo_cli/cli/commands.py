@@ -100,6 +100,12 @@ COMMANDS = {
         summary="Print metrics, rollouts, guides, lineage or costs.",
         example="npo show runs/first rollouts --step 40",
     ),
+    "watch": Command(
+        target="watch:watch",
+        group=INSPECT,
+        summary="Draw the curves of a run in the terminal while it trains.",
+        example="npo watch runs/first",
+    ),
     "eval": Command(
         target="evaluate:evaluate",
         group=INSPECT,

@@ -214,3 +214,23 @@ class BranchSpan:
     """Step of the checkpoint that guided; None without a guide, or where its cache is gone."""
     guide_until: int | None
     """Last step at which the guide was mixed in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchCurve:
+    """How a branch went, as `npo watch` draws it: (step, value) each."""
+
+    branch: str
+    num_steps: int
+    """train.num_steps of its recipe."""
+    rewards: tuple[tuple[int, float], ...]
+    """Moving averages of the mean reward of a step."""
+    entropies: tuple[tuple[int, float], ...]
+    """Moving averages, in nats."""
+    accuracies: tuple[tuple[int, float], ...]
+    """Held-out, avg@k."""
+
+    @property
+    def last_step(self) -> int:
+        """The newest recorded step; 0 before the first."""
+        return self.rewards[-1][0] if self.rewards else 0
