@@ -177,7 +177,7 @@ def test_external_model_guide_cache_resumes_after_a_kill_to_the_same_bytes(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("model:./nowhere", "--source model:./nowhere cannot be loaded: model.path=./nowhere is not"),
+        ("model:./nowhere", "--source model:./nowhere cannot be loaded: model.path=./nowhere: there is no folder /"),
         ("run:nowhere", "there is no run directory nowhere"),
     ],
 )

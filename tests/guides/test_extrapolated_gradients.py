@@ -76,7 +76,8 @@ class Mixed:
 def mixed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
     space, mode = request.param.split("-")
     root = tmp_path_factory.mktemp("extrapolated") / "run"
-    train(root, *SETTINGS, f"extrapolation.space={space}", f"extrapolation.mode={mode}", "extrapolation.slots=2")
+    slots = ["extrapolation.slots=2"] if mode == "sample" else []
+    train(root, *SETTINGS, f"extrapolation.space={space}", f"extrapolation.mode={mode}", *slots)
     session = open_session_at(root, 4)
     sampler = OnlineExtrapolation(session=session, branch="main").open_sampler(4)
     log = RolloutLog(tmp_path_factory.mktemp("rows") / "rollouts.jsonl")

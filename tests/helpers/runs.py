@@ -56,7 +56,8 @@ def start_resume(root: Path, *overrides: str, **options: Any) -> Any:
 def sample(root: Path, *overrides: str, source: str = "4", **options: Any) -> GuideCacheInfo:
     """A guide cache of the source with this SPEC, of all prompts of the replay if no override says otherwise."""
     options = {"at": 2, "name": "near"} | options
-    spec, settings = parse_spec(source), (*WHOLE_REPLAY, *overrides)
+    unused = {"guide.cache.prompts=all"} if "guide.cache.lazy=true" in overrides else set()
+    spec, settings = parse_spec(source), (*(one for one in WHOLE_REPLAY if one not in unused), *overrides)
     return list(build_guide_cache(root, spec=spec, overrides=settings, **options))[-1]
 
 

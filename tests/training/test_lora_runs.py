@@ -158,7 +158,7 @@ def test_lora_run_is_resumed_from_any_folder_and_with_a_moved_base(tmp_path, mon
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert len(resume(root, "train.num_steps=5")) == 1
     (tmp_path / "base").rename(tmp_path / "elsewhere" / "moved")
-    with pytest.raises(NpoError, match="is not a folder"):
+    with pytest.raises(NpoError, match="there is no folder"):
         resume(root, "train.num_steps=6")
     assert len(resume(root, "train.num_steps=6", "model.path=moved")) == 1
     monkeypatch.chdir(tmp_path)
