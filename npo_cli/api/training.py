@@ -197,8 +197,8 @@ class CheckedResume:
 
     root: Path
     recipe: "Recipe"
-    branch: str
-    """The branch that is continued or forked."""
+    branch: str | None
+    """As given; None: `first_line` names the branch that is continued or forked."""
     guide: str | None
     overrides: list[str]
     first_line: str
@@ -227,8 +227,9 @@ def check_resume(
     root, overrides = resolve_root(run), list_overrides(overrides)
     guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
     hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
-    branch, first_line = _choose_branch(root, branch, at=at, guide=guide, autonpo=autonpo)
-    recipe = load_run_recipe(root, overrides, branch=branch, purpose="fork" if at is not None else "resume", hint=hint)
+    acted_on, first_line = _choose_branch(root, branch, at=at, guide=guide, autonpo=autonpo)
+    purpose = "fork" if at is not None else "resume"
+    recipe = load_run_recipe(root, overrides, branch=acted_on, purpose=purpose, hint=hint)
     last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
     has_guide = guide is not None or steps is not None
     _check_combination(root, at=at, autonpo=autonpo, fresh=fresh_optimizer, has_guide=has_guide)
@@ -264,6 +265,76 @@ def _choose_branch(
         branch = read_cache_info(run.guide_folder(guide)).branch
     branch = branch or FIRST_BRANCH
     return branch, f"fork branch {branch} at step {at}"
+
+
+def _collect_replay(stream: RecordStream[Any]) -> TrainingResult | None:
+    records = collect_records(stream)
+    last = [record for record in records if isinstance(record, StepReport | CheckpointSaved)]
+    if not last:
+        return None
+    return TrainingResult(
+        run=Run(stream.root), branch=last[-1].branch, step=last[-1].step, stopped_by=stream.stopped_by, records=records
+    )
+
+
+@returns(_collect_replay)
+def replay(
+    run: "Run | str | PathLike[str]",
+    *,
+    at: int,
+    candidates: Sequence[int | str] | None = None,
+    name: str | None = None,
+    branch: str | None = None,
+    steps: int | None = None,
+    until: int | None = None,
+    overrides: Overrides = (),
+    callbacks: Sequence[Callback] = (),
+    allow_code: bool = False,
+) -> RecordStream[Any]:
+    """Score guide candidates for step `at`, sample the chosen one and train a branch with it: `score`, `sample_guide`
+    and `resume` in one; returns a `TrainingResult`, or None where no guide is worth it.
+
+    `candidates`: as for `score`. `name`: of guide cache and branch (None: `replay-AT`); called again with the same name
+    after an interruption, it continues where it stopped. `steps`: length of the replay.
+    """
+    from npo_cli.guides.source import parse_spec
+    from npo_cli.storage.layout import FIRST_BRANCH, validate_name
+
+    root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
+    specs = None if candidates is None else [parse_spec(str(candidate)) for candidate in candidates]
+    recipe = load_run_recipe(root, overrides, branch=branch, purpose="fork")
+    last = resolve_last_step(until, recipe, after=at, autonpo=False)
+    parent = branch or FIRST_BRANCH
+
+    def work() -> Generator[Any, None, None]:
+        yield Notice(message=f"replay step {at} of branch {parent}")
+        from npo_cli.training.replay import check_same_source, choose_replay_name, replay_run
+        from npo_cli.training.tracking import track_records
+
+        chosen = validate_name(name or choose_replay_name(parent, at))
+        check_same_source(root, chosen, specs)
+        records = replay_run(
+            root,
+            at=at,
+            branch=parent,
+            sources=specs,
+            name=chosen,
+            steps=steps,
+            until=until,
+            overrides=overrides,
+            stop=stop,
+        )
+        yield from track_records(root, recipe, records)
+
+    return RecordStream(
+        work(),
+        name="replay",
+        root=root,
+        callbacks=callbacks,
+        stop=stop,
+        last_step=last,
+        allow_code=allow_code,
+    )
 
 
 def _check_combination(run: Path, *, at: int | None, autonpo: bool, fresh: bool, has_guide: bool) -> None:

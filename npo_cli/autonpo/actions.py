@@ -39,7 +39,7 @@ from npo_cli.storage.guide_cache import (
     read_cache_info,
 )
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import find_first_segment, list_branches
+from npo_cli.storage.lineage import find_first_segment, list_branches, list_recorded_branches
 from npo_cli.training.checkpointing import require_training_state
 from npo_cli.training.resume import ResumePoint, record_start
 from npo_cli.types.autonpo import AutoNPOState
@@ -187,10 +187,10 @@ def choose_intervention_branch(run: RunDir, segment: Segment) -> str:
 
     A folder without a segment was left by a driver that was killed before the branch existed: it is empty.
     """
-    branches, number = list_branches(run), 1
+    branches, taken, number = list_branches(run), list_recorded_branches(run), 1
     while True:
         name = segment.branch if number == 1 else f"{segment.branch}-{number}"
-        if name not in branches or find_first_segment(run, name) == replace(segment, branch=name):
+        if name not in taken or (name in branches and find_first_segment(run, name) == replace(segment, branch=name)):
             return name
         number += 1
 

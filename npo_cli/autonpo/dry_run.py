@@ -40,6 +40,7 @@ from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.autonpo import AutoNPOState, NonTriggerSpan, ProbeResult, Transition, TriggerReading
 from npo_cli.types.costs import RunCosts
 from npo_cli.types.rollouts import Notice
+from npo_cli.types.views import Verdict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,28 +238,29 @@ def plot_dry_run(record: RecordedRun, result: DryRun, *, figure_path: Path | Non
     return Notice(message=f"plot saved to {path}")
 
 
-def summarize_dry_run(record: RecordedRun, result: DryRun) -> Iterator[Notice]:
-    """Where it would have triggered, and for a run the commands that do the same by hand."""
+def summarize_dry_run(record: RecordedRun, result: DryRun) -> Iterator[Notice | Verdict]:
+    """For a run the commands that do the same by hand; then where it would have triggered."""
     triggers = [transition.step for transition in result.transitions if transition.event == "trigger"]
     limited = [transition.step for transition in result.transitions if transition.event == "limit_reached"]
     within = f"in {len(result.readings)} recorded steps"
-    if triggers:
-        times = "once" if len(triggers) == 1 else f"{len(triggers)} times"
-        yield Notice(message=f"AutoNPO would have triggered {times} {within}: at {_join_steps(triggers)}")
-    else:
-        reasons = [reason for _, reason in result.reasons]
-        common = max(sorted(set(reasons)), key=reasons.count)
-        yield Notice(message=f"AutoNPO would never have triggered {within}; most frequent reason: {common}")
     if limited:
         limit = f"autonpo.max_interventions={record.recipe.autonpo.max_interventions}"
         yield Notice(message=f"{limit} would have prevented further triggers from step {limited[0]} on")
     for step in triggers:
         yield from suggest_commands(record, step)
-    if triggers and record.run is None:
-        yield Notice(
-            message="next: import the checkpoints and score them as guides: "
-            "npo index RUN --import FOLDER --recipe RECIPE"
-        )
+    if triggers:
+        times = "once" if len(triggers) == 1 else f"{len(triggers)} times"
+        sentence = f"AutoNPO would have triggered {times} {within}: at {_join_steps(triggers)}"
+    else:
+        reasons = [reason for _, reason in result.reasons]
+        common = max(sorted(set(reasons)), key=reasons.count)
+        sentence = f"AutoNPO would never have triggered {within}; most frequent reason: {common}"
+    if record.run is not None:
+        yield Verdict(verdict=sentence, next=f"npo resume {quote_path(record.source)} --autonpo")
+    elif triggers:
+        yield Verdict(verdict=sentence, next="npo index RUN --import FOLDER --recipe RECIPE")
+    else:
+        yield Verdict(verdict=sentence, next="npo docs autonpo")
 
 
 def _join_steps(steps: Sequence[int]) -> str:

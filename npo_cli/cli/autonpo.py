@@ -1,12 +1,13 @@
 """`npo autonpo`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from npo_cli.api.checks import check_figure_path, load_run_recipe
-from npo_cli.cli.options import BranchOpt, JsonOpt, OverridesArg
+from npo_cli.cli.options import BranchOpt, FullOpt, JsonOpt, OverridesArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.types.autonpo import NonTriggerSpan
@@ -54,6 +55,7 @@ def autonpo(
     entropy: EntropyOpt = None,
     figure: FigureOpt = None,
     branch: BranchOpt = None,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Show what AutoNPO did in a run, or would have done.
@@ -69,8 +71,10 @@ def autonpo(
         load_run_recipe(source, None, branch=branch)
     if not explain:
         from npo_cli.autonpo.dry_run import report_history
+        from npo_cli.report.verdicts import conclude_autonpo
 
-        print_records(report_history(source, branch=branch), as_json=as_json)
+        conclude = partial(conclude_autonpo, source)
+        print_records(report_history(source, branch=branch), as_json=as_json, full=full, conclude=conclude)
         return
     check_figure_path(figure)
 
@@ -83,7 +87,8 @@ def autonpo(
         source, columns=columns, overrides=overrides or (), branch=branch, figure_path=figure, draw=shown
     )
     # With --json only transitions are printed, not the spans without a trigger.
-    print_records((one for one in records if not (as_json and isinstance(one, NonTriggerSpan))), as_json=as_json)
+    printed = (one for one in records if not (as_json and isinstance(one, NonTriggerSpan)))
+    print_records(printed, as_json=as_json, full=full)
 
 
 def _check(source: Path, *, explain: bool, branch: str | None, given: list[str]) -> None:

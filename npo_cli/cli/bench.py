@@ -1,12 +1,13 @@
 """`npo bench`."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import DryRunOpt, JsonOpt, OverridesArg, RecipeArg
+from npo_cli.cli.options import DryRunOpt, FullOpt, JsonOpt, OverridesArg, RecipeArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
 
@@ -42,6 +43,7 @@ def bench(
     teacher: TeacherOpt = "",
     jobs: JobsOpt = None,
     dry_run: DryRunOpt = False,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train several methods with several seeds.
@@ -62,7 +64,12 @@ def bench(
         out=out,
         jobs=jobs or len(os.sched_getaffinity(0)),
     )
-    print_records(plan_bench(spec) if dry_run else run_bench(spec), as_json=as_json)
+    if dry_run:
+        print_records(plan_bench(spec), as_json=as_json)
+        return
+    from npo_cli.report.verdicts import conclude_bench
+
+    print_records(run_bench(spec), as_json=as_json, full=full, conclude=partial(conclude_bench, out))
 
 
 def parse_seeds(text: str, *, as_list: bool = False) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """`npo calibrate`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from npo_cli.api.checks import check_figure_path, load_run_recipe
 from npo_cli.cli.checks import parse_steps
-from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, FullOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
 
@@ -46,6 +47,7 @@ def calibrate(
         typer.Option("--figure", metavar="FILE", help="Save a plot of gain against score (.png, .svg or .pdf)."),
     ] = None,
     allow_code: AllowCodeOpt = False,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Measure the gain of guide candidates, and how well each score predicts it.
@@ -76,4 +78,6 @@ def calibrate(
         overrides=overrides or (),
         figure=figure,
     )
-    print_records(records, as_json=as_json)
+    from npo_cli.report.verdicts import conclude_calibration
+
+    print_records(records, as_json=as_json, full=full, conclude=partial(conclude_calibration, run))

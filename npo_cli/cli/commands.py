@@ -87,6 +87,12 @@ COMMANDS = {
         example="npo resume runs/first --at 40 --guide late --new-branch late",
         is_slow_to_load=True,
     ),
+    "replay": Command(
+        target="replay:replay",
+        group=WORKFLOW,
+        summary="Score guide candidates, sample the chosen one, and train a branch with it.",
+        example="npo replay runs/first --at 40 --candidates 60,80",
+    ),
     "autonpo": Command(
         target="autonpo:autonpo",
         group=AUTONPO,
@@ -119,6 +125,18 @@ COMMANDS = {
         summary="Write an HTML report of one or several runs.",
         example="npo report runs/first --out report.html",
         is_slow_to_load=True,
+    ),
+    "ls": Command(
+        target="ls:list_run_directories",
+        group=INSPECT,
+        summary="List the runs below a folder.",
+        example="npo ls runs",
+    ),
+    "rm": Command(
+        target="rm:remove",
+        group=INSPECT,
+        summary="Delete a branch. Without --yes: what would be deleted, and its size.",
+        example="npo rm runs/first:late",
     ),
     "verify": Command(
         target="verify:verify",

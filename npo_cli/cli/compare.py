@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.options import FullOpt, JsonOpt
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
 
@@ -39,6 +39,7 @@ def compare(
     figure: Annotated[
         Path | None, typer.Option("--figure", metavar="FILE", help="Save the learning curves (.png or .svg).")
     ] = None,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Compare methods by held-out accuracy and by cost.
@@ -51,7 +52,9 @@ def compare(
     from npo_cli.api.comparison import compare as compare_runs
 
     records = compare_runs.stream(methods, thresholds=levels, baseline=baseline, out=out, figure=figure)
-    print_records(records, as_json=as_json)
+    from npo_cli.report.verdicts import conclude_compare
+
+    print_records(records, as_json=as_json, full=full, conclude=conclude_compare)
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.options import FullOpt, JsonOpt
 from npo_cli.cli.output import print_records
 
 
@@ -14,6 +14,7 @@ def demo(
         "npo-demo"
     ),
     seed: Annotated[int, typer.Option("--seed", help="Seed of all runs.")] = 0,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Run the whole workflow on a small task.
@@ -29,4 +30,4 @@ def demo(
     from npo_cli.types.costs import CostToThreshold
 
     num_steps = load_recipe(RECIPE).train.num_steps
-    print_records(run_demo(out, seed=seed), as_json=as_json, num_steps=num_steps, tables=(CostToThreshold,))
+    print_records(run_demo(out, seed=seed), as_json=as_json, num_steps=num_steps, full=full, tables=(CostToThreshold,))

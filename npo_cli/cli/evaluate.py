@@ -1,10 +1,11 @@
 """`npo eval`."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, FullOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 
 
@@ -19,6 +20,7 @@ def evaluate(
     every_step: Annotated[bool, typer.Option("--all", help="Every checkpoint of the branch.")] = False,
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Evaluate checkpoints on the held-out prompts.
@@ -28,4 +30,6 @@ def evaluate(
     from npo_cli.api.training import evaluate as evaluate_run
 
     records = evaluate_run.stream(run, step=step, every_step=every_step, branch=branch, overrides=overrides or ())
-    print_records(records, as_json=as_json)
+    from npo_cli.report.verdicts import conclude_eval
+
+    print_records(records, as_json=as_json, full=full, conclude=partial(conclude_eval, run))

@@ -1,11 +1,12 @@
 """`npo index`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, JsonOpt, OnlyBranchOpt, OverridesArg, RunArg
+from npo_cli.cli.options import AllowCodeOpt, FullOpt, JsonOpt, OnlyBranchOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
 
@@ -36,6 +37,7 @@ def index(
     metrics: MetricsOpt = None,
     base: BaseOpt = False,
     allow_code: AllowCodeOpt = False,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """List checkpoints, or import those of another trainer.
@@ -49,9 +51,11 @@ def index(
     if folder is not None and branch is not None:
         raise NpoError("--branch is not available with --import", "an imported run has the branch main")
     if folder is None:
+        from npo_cli.report.verdicts import conclude_index
         from npo_cli.storage.index import index_run
 
-        print_records(index_run(run, branch=branch), as_json=as_json)
+        conclude = partial(conclude_index, run)
+        print_records(index_run(run, branch=branch), as_json=as_json, full=full, conclude=conclude)
         return
     if recipe is None:
         again = f"npo index {quote_path(run)} --import {quote_path(folder)}"
@@ -62,4 +66,6 @@ def index(
     spec = ImportSpec(
         source_folder=folder, recipe=recipe, overrides=tuple(overrides or ()), metrics=metrics, saves_base=base
     )
-    print_records(import_run(run, spec), as_json=as_json)
+    from npo_cli.report.verdicts import conclude_index
+
+    print_records(import_run(run, spec), as_json=as_json, full=full, conclude=partial(conclude_index, run))

@@ -51,6 +51,7 @@ DryRunOpt = Annotated[
     typer.Option("--dry-run", help="Print what would be done and what it would cost, with all checks; write nothing."),
 ]
 JSON_FLAG = "--json"
+FullOpt = Annotated[bool, typer.Option("--full", help="Tables with every column and row.")]
 JsonOpt = Annotated[bool, typer.Option(JSON_FLAG, help="Print JSON lines on stdout and nothing else, errors included.")]
 
 OLD_COMMANDS = {

@@ -7,9 +7,12 @@ markup is not interpreted.
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import sys
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from npo_cli.activity import Listener, listen
@@ -19,26 +22,37 @@ from npo_cli.cli.progress import open_progress
 from npo_cli.cli.terminal import clear_loading, escape_for_terminal, has_color, is_terminal, print_data
 from npo_cli.report.table import Table
 from npo_cli.types.rollouts import Notice, Progress, StepReport
+from npo_cli.types.views import Verdict
 
 COLUMN_GAP = 2
+SENTENCE_WIDTH = 80
 NUM_KEY_COLUMNS = 2
 """Columns that identify a row: repeated when a table is split."""
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?([kMG]?B|[%x]))?( \[.*\])?|nan|-?inf")
 
 
 def print_records(
-    records: Iterable[Any], *, as_json: bool, num_steps: int | None = None, tables: Collection[type] | None = None
+    records: Iterable[Any],
+    *,
+    as_json: bool,
+    num_steps: int | None = None,
+    tables: Collection[type] | None = None,
+    full: bool = False,
+    conclude: Callable[[Sequence[Any]], Verdict] | None = None,
 ) -> None:
     """Print notices and progress as they come; data as JSON lines as they come, or as tables at the end.
 
-    `tables`: the kinds of records that have tables; None: all.
+    The verdict is the last JSON line; as text its sentence comes before the tables and its command after them. It is
+    among the records, or `conclude` makes it of them. `full`: tables with every column and row. `tables`: the kinds of
+    records that have tables; None: all.
 
     Progress is shown for generators only: the steps in a list are not work in progress. `num_steps` is the last step of
     the training, if known: it gives the time left.
     """
+    from npo_cli.report.short_tables import SHORT_TABLES
     from npo_cli.report.tables import TABLES
 
-    data: dict[type, list[Any]] = {kind: [] for kind in TABLES if tables is None or kind in tables}
+    every: list[Any] = []
     with contextlib.ExitStack() as stack:
         display = None
         if isinstance(records, Generator):
@@ -54,13 +68,54 @@ def print_records(
                 from npo_cli.storage.text_log import log_message
 
                 log_message(record.message, level=record.level)
-            if as_json and not isinstance(record, Progress | Notice):
-                print_data(to_json_line(record))
-            elif type(record) in data:
-                data[type(record)].append(record)
-    for kind, group in data.items():
-        for table in TABLES[kind](group) if group else ():
-            print_table(table)
+            if not isinstance(record, Progress | Notice):
+                every.append(record)
+                if as_json and not isinstance(record, Verdict):
+                    print_data(to_json_line(record))
+    verdict = conclude(every) if conclude else next((one for one in every if isinstance(one, Verdict)), None)
+    if as_json:
+        _print_end((), verdict, as_json=True)
+        return
+    makers = TABLES if full else SHORT_TABLES
+    groups = (
+        (kind, [one for one in every if type(one) is kind]) for kind in makers if tables is None or kind in tables
+    )
+    found = [table for kind, group in groups if group for table in makers[kind](group)]
+    _print_end(found, verdict, as_json=False)
+
+
+def _print_end(tables: Sequence[Table], verdict: Verdict | None, *, as_json: bool) -> None:
+    """The sentence, the tables, the next command."""
+    if verdict and as_json:
+        print_data(to_json_line(verdict))
+        return
+    if verdict:
+        print_sentence(verdict.verdict)
+    for table in tables:
+        print_table(table)
+    if verdict and verdict.next:
+        print_data(f"next: {escape_for_terminal(verdict.next)}")
+
+
+def print_verdict(verdict: Verdict, *, as_json: bool) -> None:
+    """The verdict of a command without tables."""
+    if as_json:
+        print_data(to_json_line(verdict))
+        return
+    for line in textwrap.wrap(escape_for_terminal(verdict.verdict), width=SENTENCE_WIDTH):
+        print_data(line)
+    if verdict.next:
+        print_data(f"next: {escape_for_terminal(verdict.next)}")
+
+
+def print_sentence(text: str) -> None:
+    """A sentence in lines of at most 80 characters, or as wide as the terminal, and an empty line."""
+    on_terminal = is_terminal(sys.stdout)
+    width = min(SENTENCE_WIDTH, shutil.get_terminal_size().columns) if on_terminal else SENTENCE_WIDTH
+    is_bold = on_terminal and not os.environ.get("NO_COLOR")
+    for line in textwrap.wrap(escape_for_terminal(text), width=width):
+        print_data(f"\x1b[1m{line}\x1b[0m" if is_bold else line)
+    print_data("")
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """`npo resume`."""
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, BranchOpt, DryRunOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
 from npo_cli.cli.output import print_records
 
 ForkAtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Fork a new branch at this step.")]
@@ -40,6 +41,7 @@ def resume(
     fresh: FreshOpt = False,
     allow_code: AllowCodeOpt = False,
     dry_run: DryRunOpt = False,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Resume training, or fork from an earlier step.
@@ -71,4 +73,7 @@ def resume(
     from npo_cli.api.training import resume as resume_run
 
     records = resume_run.stream(run, **arguments)
-    print_records(records, as_json=as_json, num_steps=records.last_step)
+    from npo_cli.report.verdicts import conclude_training
+
+    conclude = partial(conclude_training, run)
+    print_records(records, as_json=as_json, num_steps=records.last_step, full=full, conclude=conclude)

@@ -1,10 +1,11 @@
 """`npo sample-guide`."""
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.guides.source import describe_sources
 
@@ -37,6 +38,7 @@ def sample_guide(
     branch: BranchOpt = None,
     allow_code: AllowCodeOpt = False,
     dry_run: DryRunOpt = False,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Build a guide cache: sample a guide on the prompts of a replay."""
@@ -56,7 +58,9 @@ def sample_guide(
     from npo_cli.api.guides import sample_guide as build_guide_cache
 
     records = build_guide_cache.stream(run, **arguments)
-    print_records(records, as_json=as_json)
+    from npo_cli.report.verdicts import conclude_guide
+
+    print_records(records, as_json=as_json, full=full, conclude=partial(conclude_guide, run))
 
 
 _SOURCES = "\n".join(f"  {line}" for line in describe_sources().splitlines())

@@ -1,5 +1,6 @@
 """`npo score-checkpoints`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 
 from npo_cli.api.checks import check_figure_path
 from npo_cli.cli.checks import parse_steps
-from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 
 
@@ -38,6 +39,7 @@ def score_checkpoints(
     ] = None,
     allow_code: AllowCodeOpt = False,
     dry_run: DryRunOpt = False,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Rank guide candidates for a learner by S = Q_net/V.
@@ -64,4 +66,7 @@ def score_checkpoints(
     from npo_cli.api.guides import score
 
     records = score.stream(run, **arguments)
-    print_records(records, as_json=as_json)
+    from npo_cli.report.verdicts import conclude_scoring
+
+    conclude = partial(conclude_scoring, run, at, branch)
+    print_records(records, as_json=as_json, full=full, conclude=conclude)

@@ -1,10 +1,11 @@
 """`npo show`."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
 
-from npo_cli.cli.options import JsonOpt, OnlyBranchOpt, RunArg
+from npo_cli.cli.options import FullOpt, JsonOpt, OnlyBranchOpt, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import escape_for_terminal, print_notice
 
@@ -21,6 +22,7 @@ def show(
     step: Annotated[int | None, typer.Option("--step", min=0, metavar="N", help="Only this step.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="ID", help="Only this prompt.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the last N rows.")] = None,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Print metrics, rollouts, guides, lineage or costs.
@@ -33,4 +35,7 @@ def show(
     records = show_run(run, what, branch=branch, step=step, prompt_id=prompt, limit=limit)
     if not records:
         print_notice(escape_for_terminal(f"{run} has no {what} yet"))
-    print_records(records, as_json=as_json)
+    from npo_cli.report.verdicts import conclude_show
+
+    conclude = partial(conclude_show, run, what) if records else None
+    print_records(records, as_json=as_json, full=full, conclude=conclude)

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, DryRunOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, UntilOpt
+from npo_cli.cli.options import AllowCodeOpt, DryRunOpt, FullOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, UntilOpt
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import escape_for_terminal, print_notice
 from npo_cli.distributed.process_group import current_group
@@ -40,6 +41,7 @@ def train(
     autonpo: AutonpoOpt = False,
     allow_code: AllowCodeOpt = False,
     dry_run: DryRunOpt = False,
+    full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
     """Train a GRPO baseline from a recipe.
@@ -70,7 +72,10 @@ def train(
     records = train_run.stream(resolved, root, until=until, autonpo=autonpo)
     if given is None:
         print_notice(escape_for_terminal(f"run directory: {root}"))
-    print_records(records, as_json=as_json, num_steps=records.last_step)
+    from npo_cli.report.verdicts import conclude_training
+
+    conclude = partial(conclude_training, root)
+    print_records(records, as_json=as_json, num_steps=records.last_step, full=full, conclude=conclude)
 
 
 def split_arguments(arguments: Sequence[str], *, run: Path | None) -> tuple[Path | None, Sequence[str]]:

@@ -12,7 +12,7 @@ from npo_cli.report.table import format_bytes
 from npo_cli.storage.bench_dir import is_bench, load_bench_index
 from npo_cli.storage.files import write_text_atomic
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import find_first_segment, find_main_branch
+from npo_cli.storage.lineage import check_branch, find_main_branch
 from npo_cli.types.rollouts import Notice, Progress
 from npo_cli.types.views import WrittenFile
 
@@ -31,7 +31,7 @@ def write_report(
     runs = open_labelled_runs(roots)
     if branch is not None:
         for _, run in runs:
-            find_first_segment(run, branch)
+            check_branch(run, branch)
     began = time.monotonic()
     sections = [build_overview(runs)] if len(runs) > 1 else []
     for number, (label, run) in enumerate(runs, start=1):

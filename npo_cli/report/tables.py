@@ -1,6 +1,7 @@
 """Records to tables of text, one function per kind of record; cli/output.py prints them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from npo_cli.report.prompt_tables import prompt_history_tables, visits_tables
@@ -35,7 +36,9 @@ from npo_cli.types.views import (
     PromptHistory,
     PromptVisit,
     RecipeView,
+    RemovedFolder,
     RolloutView,
+    RunListing,
     TunedSetting,
 )
 
@@ -94,26 +97,51 @@ def lineage_tables(segments: Sequence[Segment]) -> tuple[Table, ...]:
     columns = (
         *(text_column("branch"), text_column("parent"), text_column("from step", "fork_step")),
         *(text_column("guide", "guide_cache"), count_column("guide until", "guide_until")),
+        Column("", lambda one: "removed" if one.removed else ""),
     )
-    return (build_table("Lineage", segments, columns),)
+    return (build_table("Lineage", segments, columns, drops_empty=True),)
 
 
 def metrics_tables(reports: Sequence[StepReport]) -> tuple[Table, ...]:
     """One row per branch (means of the first and the last tenth of its steps), then the newest steps."""
-    branches = dict.fromkeys(one.branch for one in reports)
-    rows = tuple(_branch_row([one for one in reports if one.branch == branch]) for branch in branches)
+    rows = tuple(
+        (one.branch, one.steps, *map(format_number, (*one.rewards, *one.entropies)), format_count(one.tokens))
+        for one in summarize_branches(reports)
+    )
     header = ("branch", "steps", "reward first", "reward last", "entropy first", "entropy last", "tokens")
     notes = ("first, last: mean over the first and over the last tenth of the steps",)
     summary = Table(title="Training", header=header, rows=rows, notes=notes)
     return (summary, _newest_steps(reports[-NUM_NEWEST:]))
 
 
-def _branch_row(reports: Sequence[StepReport]) -> tuple[str, ...]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchSummary:
+    """The steps of one branch: means over the first and over the last tenth of them."""
+
+    branch: str
+    steps: str
+    """`1-100`."""
+    rewards: tuple[float | None, float | None]
+    entropies: tuple[float | None, float | None]
+    tokens: int
+
+
+def summarize_branches(reports: Sequence[StepReport]) -> list[BranchSummary]:
+    """One per branch, in the order of their first steps here."""
+    branches = dict.fromkeys(one.branch for one in reports)
+    return [_summarize([one for one in reports if one.branch == branch]) for branch in branches]
+
+
+def _summarize(reports: Sequence[StepReport]) -> BranchSummary:
     tenth = max(1, len(reports) // 10)
-    ends = (reports[:tenth], reports[-tenth:])
-    means = (format_number(_mean(some, name)) for name in ("reward", "entropy") for some in ends)
-    tokens = format_count(sum(int(one.metrics.get("tokens", 0)) for one in reports))
-    return (reports[0].branch, f"{reports[0].step}-{reports[-1].step}", *means, tokens)
+    first, last = reports[:tenth], reports[-tenth:]
+    return BranchSummary(
+        branch=reports[0].branch,
+        steps=f"{reports[0].step}-{reports[-1].step}",
+        rewards=(_mean(first, "reward"), _mean(last, "reward")),
+        entropies=(_mean(first, "entropy"), _mean(last, "entropy")),
+        tokens=sum(int(one.metrics.get("tokens", 0)) for one in reports),
+    )
 
 
 def _mean(reports: Sequence[StepReport], name: str) -> float | None:
@@ -126,13 +154,14 @@ def _newest_steps(reports: Sequence[StepReport]) -> Table:
         *(text_column("branch"), text_column("step")),
         Column("reward", lambda one: format_number(one.metrics.get("reward"))),
         Column("accuracy", lambda one: format_number(one.distinct_accuracy)),
-        *(_metric_column(heading, name) for heading, name in STEP_METRICS.items()),
+        *(metric_column(heading, name) for heading, name in STEP_METRICS.items()),
         Column("tokens/s", lambda one: format_count(_whole(one.timings.get("tokens_per_second")))),
     )
     return build_table("Newest steps", reports, columns, drops_empty=True)
 
 
-def _metric_column(heading: str, name: str) -> Column:
+def metric_column(heading: str, name: str) -> Column:
+    """A metric of a training step."""
     return Column(heading, lambda one: format_number(one.metrics.get(name)))
 
 
@@ -195,6 +224,28 @@ def recipes_tables(views: Sequence[RecipeView]) -> tuple[Table, ...]:
     return (build_table("Recipes", views, (text_column("name"), text_column("purpose", "description"))),)
 
 
+def runs_tables(runs: Sequence[RunListing]) -> tuple[Table, ...]:
+    """Runs by path."""
+    columns = (
+        *(text_column("run"), text_column("recipe"), Column("branches", lambda one: str(len(one.branches)))),
+        Column("step", lambda one: f"{one.step} of {one.num_steps}"),
+        *(number_column("best accuracy", "best_accuracy", digits=2), text_column("of branch", "best_branch")),
+        *(text_column("at step", "best_step"), Column("size", lambda one: format_bytes(one.size_bytes))),
+        *(text_column("state"), text_column("note")),
+    )
+    return (build_table("Runs", runs, columns, drops_empty=True),)
+
+
+def removal_tables(folders: Sequence[RemovedFolder]) -> tuple[Table, ...]:
+    """Folders of a removal."""
+    columns = (
+        *(text_column("folder", "path"), text_column("kind")),
+        Column("size", lambda one: format_bytes(one.size_bytes)),
+    )
+    title = "Deleted" if folders[0].is_deleted else "Would be deleted"
+    return (build_table(title, folders, columns),)
+
+
 NUM_NEWEST = 10
 
 TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
@@ -215,6 +266,8 @@ TABLES: Mapping[type, Callable[[Sequence[Any]], tuple[Table, ...]]] = {
     PromptVisit: visits_tables,
     RecipeView: recipes_tables,
     TunedSetting: tuning_tables,
+    RunListing: runs_tables,
+    RemovedFolder: removal_tables,
     **CHECK_TABLES,
     **SETTING_TABLES,
     **DRY_RUN_TABLES,

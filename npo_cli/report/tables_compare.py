@@ -86,7 +86,7 @@ def _training_table(methods: Sequence[MethodSummary]) -> Table:
     columns = (
         *(METHOD, SEEDS),
         *(Column(axis, partial(_mean_cost_cell, axis)) for axis in AXES[1:]),
-        Column("whole run", lambda one: _cost(one.run_tokens)),
+        Column("whole run", lambda one: format_cost(one.run_tokens)),
         *(Column(f"entropy {25 * n}-{25 * n + 25} %", partial(_entropy_cell, n)) for n in range(4)),
         Column("injected per step", lambda one: format_number(one.injections_per_step or None, digits=2)),
         number_column("guide gradient share", "guide_gradient_share"),
@@ -103,7 +103,7 @@ def _training_table(methods: Sequence[MethodSummary]) -> Table:
 
 
 def _mean_cost_cell(axis: Axis, one: MethodSummary) -> str:
-    return _cost(one.mean_costs.get(axis))
+    return format_cost(one.mean_costs.get(axis))
 
 
 def _entropy_cell(quarter: int, one: MethodSummary) -> str:
@@ -154,7 +154,7 @@ def time_to_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Ta
         *(CURVE, number_column("accuracy", "threshold", digits=2)),
         Column("reached", lambda one: f"{one.num_reached} of {one.num_runs}"),
         *(Column(axis, partial(_bounded_cost_cell, axis)) for axis in axes),
-        *(Column(f"min({axis}, {_cost(horizons[axis])})", partial(_restricted_cell, axis)) for axis in axes),
+        *(Column(f"min({axis}, {format_cost(horizons[axis])})", partial(_restricted_cell, axis)) for axis in axes),
     )
     notes = ["min(cost, h): mean up to a cost h that every seed has spent, whether it reached the threshold or not."]
     if any(one.is_censored for one in found):
@@ -164,11 +164,11 @@ def time_to_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Ta
 
 
 def _bounded_cost_cell(axis: Axis, one: MethodTimeToThreshold) -> str:
-    return f"{'>= ' if one.is_censored and axis in one.costs else ''}{_cost(one.costs.get(axis))}"
+    return f"{'>= ' if one.is_censored and axis in one.costs else ''}{format_cost(one.costs.get(axis))}"
 
 
 def _restricted_cell(axis: Axis, one: MethodTimeToThreshold) -> str:
-    return _cost(one.restricted_means.get(axis))
+    return format_cost(one.restricted_means.get(axis))
 
 
 def speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
@@ -225,7 +225,7 @@ def _ratio_columns(attribute: str, *, shows_pairs: bool) -> tuple[Column, ...]:
 
 
 def _ratio_cell(attribute: str, axis: Axis, shows_pairs: bool, one: SpeedUp) -> str:
-    return _ratio(getattr(one, attribute).get(axis), pairs=shows_pairs)
+    return format_ratio(getattr(one, attribute).get(axis), pairs=shows_pairs)
 
 
 def _plain(one: Estimate | None) -> str:
@@ -240,7 +240,8 @@ def _signed(one: Estimate | None) -> str:
     return f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
 
 
-def _ratio(one: Estimate | None, *, pairs: bool) -> str:
+def format_ratio(one: Estimate | None, *, pairs: bool) -> str:
+    """`1.67x [1.20, 2.30] (3 of 3)`: the seeds that it rests on with `pairs`, or where they are not all."""
     if one is None:
         return "-"
     known = "" if one.low is None or one.high is None else f" [{one.low:.2f}, {one.high:.2f}]"
@@ -249,7 +250,7 @@ def _ratio(one: Estimate | None, *, pairs: bool) -> str:
     )
 
 
-def _cost(value: float | None) -> str:
+def format_cost(value: float | None) -> str:
     """Counts whole; seconds below 1000 to a tenth."""
     if value is None:
         return "-"

@@ -16,7 +16,7 @@ def cost_to_threshold_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, .
     more = ("seconds",) * timed + ("forwards",) * twice
     totals = ("step", "total steps", "total tokens", *(f"total {axis}" for axis in more))
     ratios = ("by step", "by total steps", "by total tokens", *(f"by {COST_AXIS_NAMES[axis]}" for axis in more))
-    baselines = {one.threshold: one for one in reversed(costs) if one.name == costs[0].name and not one.is_best_held}
+    baselines = _find_baselines(costs)
     rows = tuple(_threshold_row(one, baseline=baselines.get(one.threshold), more=more) for one in costs)
     notes = (
         f"by ...: cost of {costs[0].name} divided by this cost; above 1 it is faster than {costs[0].name}.",
@@ -26,6 +26,31 @@ def cost_to_threshold_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, .
     )
     header = ("branch", "accuracy", *totals, *ratios)
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
+
+
+def _find_baselines(costs: Sequence[CostToThreshold]) -> dict[float, CostToThreshold]:
+    return {one.threshold: one for one in reversed(costs) if one.name == costs[0].name and not one.is_best_held}
+
+
+def compare_costs(
+    costs: Sequence[CostToThreshold],
+) -> list[tuple[CostToThreshold, tuple[float | None, float | None]]]:
+    """Each cost with the ratios of the first curve's to it, by step and by tokens; None where one was not reached.
+
+    The step of a best-held policy may be the scout's, which is no position of the branch.
+    """
+    baselines = _find_baselines(costs)
+
+    def ratio(ours: int | None, theirs: int | None) -> float | None:
+        return theirs / ours if ours and theirs else None
+
+    found = []
+    for one in costs:
+        first = baselines.get(one.threshold)
+        by_step = None if first is None or one.is_best_held else ratio(one.step, first.step)
+        by_tokens = None if first is None else ratio(one.total_tokens, first.total_tokens)
+        found.append((one, (by_step, by_tokens)))
+    return found
 
 
 BEST_HELD_NOTE = "best held: reached by any policy that the branch had paid for, its scout's included."

@@ -130,7 +130,7 @@ def _publish(hidden: Path, final: Path) -> None:
         _merge(hidden, final)
         return
     if final.exists():
-        _delete_atomically(final)
+        delete_atomically(final)
     hidden.rename(final)
     sync_path(final.parent)
 
@@ -145,7 +145,7 @@ def _merge(hidden: Path, final: Path) -> None:
         )
     if (hidden / TRAINING_STATE_FOLDER).is_dir() and not has_intact_training_state(final, deep=True):
         if (final / TRAINING_STATE_FOLDER).exists():
-            _delete_atomically(final / TRAINING_STATE_FOLDER)
+            delete_atomically(final / TRAINING_STATE_FOLDER)
         (hidden / TRAINING_STATE_FOLDER).rename(final / TRAINING_STATE_FOLDER)
         sync_path(final)
 
@@ -166,16 +166,16 @@ def remove_leftovers(home: Path) -> None:
 def demote_checkpoint(checkpoint: Checkpoint) -> None:
     """Delete the training state of a full checkpoint, atomically."""
     if checkpoint.training_state_path.exists():
-        _delete_atomically(checkpoint.training_state_path)
+        delete_atomically(checkpoint.training_state_path)
 
 
 def delete_checkpoint(checkpoint: Checkpoint) -> None:
     """Delete a checkpoint, atomically."""
-    _delete_atomically(checkpoint.path)
+    delete_atomically(checkpoint.path)
 
 
-def _delete_atomically(folder: Path) -> None:
-    """Rename a folder to a hidden name, sync, and only then delete its files."""
+def delete_atomically(folder: Path) -> None:
+    """Rename a folder to a hidden name, sync, and only then delete its files, with what a killed deletion left."""
     dead = folder.parent / f".{folder.name}{DELETED_SUFFIX}"
     shutil.rmtree(dead, ignore_errors=True)
     folder.rename(dead)

@@ -16,7 +16,7 @@ from npo_cli.storage.files import cached_by_file
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.index import select_line_evals
 from npo_cli.storage.layout import RunDir
-from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches
+from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches, list_recorded_branches
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.autonpo import REJECTIONS
 from npo_cli.types.costs import ActivityCost, BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
@@ -364,7 +364,7 @@ def split_training(run: RunDir, branch: str, table: CostTable) -> tuple[Cost, Co
     """Training on the branch's line of descent, training that guided it and was rolled back, and all other training."""
     line, scouts = {span.branch: span for span in ancestry(run, branch)}, scout_steps(run, branch)
     kept = scout = abandoned = ZERO_COST
-    for owner in list_branches(run):
+    for owner in list_recorded_branches(run):
         for step, cost in table.steps[owner].items():
             if owner in line and line[owner].contains(step):
                 kept += cost

@@ -13,6 +13,7 @@ from pathlib import Path
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import damaged_file_error, decode_record, read_json, to_row, write_json_atomic
 from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import read_segments
 from npo_cli.storage.log_head import encode_head
 from npo_cli.storage.sample_store import SampleStore
 from npo_cli.types.guides import GuideCacheInfo, SourceSpec
@@ -45,6 +46,11 @@ def check_guide_cache(run: RunDir, info: GuideCacheInfo) -> bool:
     """Whether the cache exists and may be added to; one that is complete, or another one, is refused."""
     folder = run.guide_folder(info.name)
     if not cache_info_path(folder).exists():
+        if any(f"guides/{info.name}" in segment.removed for segment in read_segments(run)):
+            raise NpoError(
+                f"guide {info.name} of {run.root} was removed with its branch; its costs keep the name",
+                "choose another name with --name",
+            )
         return False
     there = read_cache_info(folder)
     if there.complete:

@@ -20,6 +20,7 @@ from npo_cli.storage.files import cached_by_file
 from npo_cli.storage.layout import RunDir, open_run, parse_step
 from npo_cli.storage.lineage import (
     ancestry,
+    check_branch,
     find_first_segment,
     find_main_branch,
     find_owning_branch,
@@ -81,19 +82,19 @@ def _on_disk(run: RunDir, folder: Path) -> dict[str, Any]:
     complete = intact and not folder.name.startswith(".")
     return {
         "tier": "full" if has_state else "weights",
-        "size_bytes": _size(folder),
+        "size_bytes": measure_size(folder),
         "complete": complete,
         "digest": _digest(folder) if complete else None,
         "path": folder.relative_to(run.root).as_posix(),
     }
 
 
-def _size(folder: Path | str) -> int:
+def measure_size(folder: Path | str) -> int:
     """Bytes of its files; those that a writer removes meanwhile are not counted."""
     total = 0
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            total += _size(entry.path) if entry.is_dir() else entry.stat().st_size
+            total += measure_size(entry.path) if entry.is_dir() else entry.stat().st_size
     return total
 
 
@@ -174,5 +175,5 @@ def index_run(root: Path, *, branch: str | None = None) -> list[CheckpointEntry]
     """Checkpoints of a branch, or of all."""
     run = open_run(root)
     if branch is not None:
-        find_first_segment(run, branch)
+        check_branch(run, branch)
     return [entry for entry in build_index(run) if branch in (None, entry.branch)]

@@ -1,7 +1,8 @@
 """Branches: where each one was forked, and the line of descent from a branch back to the first.
 
 segments.jsonl is append-only. The first segment creates a branch; later segments of the same branch record that it was
-resumed, perhaps with other settings. This module knows nothing of checkpoints, which may be deleted.
+resumed, perhaps with other settings, and the last one that it was removed: its files are gone, its costs stay, and its
+name is not used again. This module knows nothing of checkpoints, which may be deleted.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ def append_segment(run: RunDir, segment: Segment, *, overrides: Sequence[str] = 
     """Record that training starts or resumes; from then on the branch exists. Sealed before it returns."""
     validate_name(segment.branch)
     log = JsonlLog(run.segments_path)
-    log.append({"time": now_utc(), **to_row(segment), "overrides": list(overrides)})
+    row = {name: value for name, value in to_row(segment).items() if name != "removed" or value}
+    log.append({"time": now_utc(), **row, "overrides": list(overrides)})
     log.seal()
 
 
@@ -54,8 +56,26 @@ def read_segments(run: RunDir) -> tuple[Segment, ...]:
 
 
 def list_branches(run: RunDir) -> list[str]:
-    """Names of the branches, oldest first."""
+    """Names of the branches, oldest first; without those that were removed."""
+    every = read_segments(run)
+    removed = {segment.branch for segment in every if segment.removed}
+    return list(dict.fromkeys(segment.branch for segment in every if segment.branch not in removed))
+
+
+def list_recorded_branches(run: RunDir) -> list[str]:
+    """Names of all branches that there ever were, oldest first."""
     return list(dict.fromkeys(segment.branch for segment in read_segments(run)))
+
+
+def check_branch(run: RunDir, branch: str) -> None:
+    """Refuse a branch that the run does not have, or no longer."""
+    if branch in list_branches(run):
+        return
+    names = ", ".join(list_branches(run)) or "none yet"
+    was = " any more: it was removed" if branch in list_recorded_branches(run) else ""
+    raise NpoError(
+        f"{run.root} has no branch {branch!r}{was}; it has: {names}", f"see npo show {quote_path(run.root)} lineage"
+    )
 
 
 def find_main_branch(run: RunDir) -> str:
@@ -72,7 +92,8 @@ def find_newest_branch(run: RunDir) -> str:
             f"nothing was trained in {run.root} yet",
             f"start again in a new folder, or look: npo show {quote_path(run.root)} lineage",
         )
-    return every[-1].branch
+    names = list_branches(run)
+    return next(segment.branch for segment in reversed(every) if segment.branch in names)
 
 
 def find_first_segment(run: RunDir, branch: str) -> Segment:
@@ -128,7 +149,7 @@ def find_free_branch_name(run: RunDir, wish: str, *, exact: bool = False) -> str
     A folder with a recipe and no more, which a kill before the first segment leaves, does not take a name.
     """
     validate_name(wish)
-    taken = set(list_branches(run))
+    taken = set(list_recorded_branches(run))
     if run.branches_folder.is_dir():
         entries = run.branches_folder.glob("*/*")
         taken |= {entry.parent.name for entry in entries if entry.name != RECIPE_FILE}

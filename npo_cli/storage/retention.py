@@ -90,8 +90,9 @@ def find_protected_checkpoints(run: RunDir) -> set[BranchStep]:
     AutoNPO may go back to.
     """
     needed: set[BranchStep] = set()
+    live = set(list_branches(run))
     for segment in read_segments(run):
-        if segment.parent is not None:
+        if segment.parent is not None and segment.branch in live:
             needed.add((segment.parent, segment.fork_step))
     own_guides = [info for info in list_guide_caches(run) if info.run_id == run.run_id]
     for info in own_guides:

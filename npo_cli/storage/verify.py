@@ -30,7 +30,7 @@ from npo_cli.storage.guide_cache import (
 )
 from npo_cli.storage.jsonl import JsonlLog
 from npo_cli.storage.layout import RunDir, head_path, list_folders, open_run, parse_step
-from npo_cli.storage.lineage import list_branches, read_segments
+from npo_cli.storage.lineage import list_recorded_branches, read_segments
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.log_head import (
     LogHead,
@@ -95,7 +95,7 @@ def list_checks(run: RunDir) -> Iterator[Check]:
 
 def check_listed(run: RunDir, branch: str) -> None:
     """Refuse a branch with checkpoints that no line of the lineage creates."""
-    if list_step_folders(run, branch) and branch not in list_branches(run):
+    if list_step_folders(run, branch) and branch not in list_recorded_branches(run):
         raise damaged_log_error(run.segments_path, f"it has no line of branch {branch}, which has checkpoints")
 
 

@@ -267,6 +267,8 @@ class Segment:
     """Name of the guide cache mixed in, or None for plain GRPO."""
     guide_until: int | None
     """Last step at which the guide is mixed in."""
+    removed: tuple[str, ...] = ()
+    """Not empty: the branch ends here (`npo rm`); folders that were deleted, relative to the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,54 @@ from npo_cli.types.rollouts import Group, Rollout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """The end of a command: its result in one sentence, and the command that comes next."""
+
+    verdict: str
+    next: str | None = None
+    """None where nothing comes next."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemovedFolder:
+    """A folder that `npo rm` deletes, or would delete."""
+
+    path: str
+    """Relative to the run directory."""
+    kind: str
+    """`branch`, `guide cache`, `scoring`, `probe` or `calibration`."""
+    branch: str
+    size_bytes: int
+    is_deleted: bool
+
+
+RunState = Literal["running", "stopped", "finished", "damaged"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunListing:
+    """One run of `npo ls`."""
+
+    run: str
+    recipe: str
+    """Name of the recipe that it was created with."""
+    branches: tuple[str, ...]
+    step: int
+    """The farthest step that any branch has saved."""
+    num_steps: int
+    """train.num_steps of that branch."""
+    best_accuracy: float | None
+    """Highest held-out accuracy; None without an evaluation."""
+    best_branch: str | None
+    best_step: int | None
+    size_bytes: int
+    state: RunState
+    """running: a process holds the run; stopped: a branch was interrupted; damaged: it cannot be read."""
+    note: str = ""
+    """The process that holds it, the interrupted branches, or what is damaged."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GroupView:
     """A group, and where it was trained on."""
 

@@ -1,6 +1,5 @@
 """`npo autonpo`, from the command line to its two streams."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 
 from npo_cli.storage.autonpo_log import append_transitions
 from npo_cli.types.autonpo import AutoNPOState, Transition
-from tests.helpers.cli_errors import assert_refused, npo
+from tests.helpers.cli_errors import assert_refused, json_rows, npo
 from tests.helpers.recorded_metrics import SENSITIVE_TRIGGER, constant_reward_rows, make_run, write_metrics_file
 
 
@@ -25,33 +24,33 @@ def test_autonpo_explain_prints_transitions_and_reasons_on_stdout(folder):
     write_metrics_file(folder, constant_reward_rows(40))
     result = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1")
     assert result.code == 0
-    moves = [line.split()[:2] for line in result.out.split("Steps without a trigger")[0].splitlines()[2:-2]]
+    sentence, moves_table, reasons_table, last = result.out.split("\n\n")
+    assert sentence == "AutoNPO would have triggered once in 40 recorded steps: at 13"
+    moves = [line.split()[:2] for line in moves_table.splitlines()[2:-1]]
     assert moves == [
         *(["0", "started"], ["11", "armed"], ["13", "warning"], ["13", "trigger"], ["13", "probe_accepted"]),
         *(["13", "guide_built"], ["13", "rolled_back"], ["13", "replay_done"], ["18", "armed"], ["20", "warning"]),
         ["20", "limit_reached"],
     ]
-    reasons = [line.split() for line in result.out.split("Steps without a trigger")[1].splitlines()[2:6]]
-    assert [(words[0], words[1]) for words in reasons] == [
-        ("limit_reached", "21"),
-        ("warmup", "10"),
-        ("short_streak", "4"),
-        ("cooldown", "4"),
+    assert [line.rsplit(maxsplit=1) for line in reasons_table.splitlines()[2:6]] == [
+        ["autonpo.max_interventions is reached", "21"],
+        ["before autonpo.trigger.warmup_steps", "10"],
+        ["fewer than autonpo.trigger.patience in a row", "4"],
+        ["in a cooldown", "4"],
     ]
+    assert last == "next: npo index RUN --import FOLDER --recipe RECIPE\n"
     assert result.err == (
         "read as step: step, reward: reward, entropy: entropy\n"
         "every record is assumed to have a checkpoint (change it with train.save_every=N)\n"
         "plot saved to metrics.jsonl.autonpo.png\n"
-        "AutoNPO would have triggered once in 40 recorded steps: at 13\n"
         "autonpo.max_interventions=1 would have prevented further triggers from step 20 on\n"
-        "next: import the checkpoints and score them as guides: npo index RUN --import FOLDER --recipe RECIPE\n"
     )
 
 
 def test_autonpo_explain_json_has_one_object_per_transition(folder):
     write_metrics_file(folder, constant_reward_rows(40))
     result = npo("autonpo", "metrics.jsonl", "--explain", *SENSITIVE_TRIGGER, "autonpo.max_interventions=1", "--json")
-    lines = [json.loads(line) for line in result.out.splitlines()]
+    lines = json_rows(result.out)
     assert [(line["step"], line["event"], line["phase_before"], line["phase"]) for line in lines[:5]] == [
         (0, "started", "TRAIN", "TRAIN"),
         (11, "armed", "TRAIN", "TRAIN"),
@@ -75,22 +74,26 @@ def test_autonpo_explain_takes_columns_and_settings(folder):
     result = npo(
         "autonpo", "metrics.jsonl", "--explain", *named, *SENSITIVE_TRIGGER, "autonpo.trigger.patience=1", "--json"
     )
-    triggers = [json.loads(line)["step"] for line in result.out.splitlines() if json.loads(line)["event"] == "trigger"]
+    triggers = [row["step"] for row in json_rows(result.out) if row["event"] == "trigger"]
     assert triggers == [11, 16]
 
 
 def test_autonpo_explains_and_shows_a_run(folder):
     run = make_run(folder, constant_reward_rows(40))
-    assert "W 20, patience 5, c_r 1" in npo("autonpo", "run", "--explain").out
+    assert "W 20, patience 5, c_r 1" in npo("autonpo", "run", "--explain", "--full").out
     assert (run.root / "autonpo.png").exists()
     state = AutoNPOState(branch="main", step=5)
     append_transitions(run, [Transition(step=5, event="armed", phase_before="TRAIN", state=state)])
     result = npo("autonpo", "run")
     assert result.code == 0
     assert result.out.startswith(
-        "What AutoNPO did\nstep  event  branch  based on\n   5  armed  main    end of the warm-up\n\nCosts\n"
+        "AutoNPO on main, TRAIN at step 5: 0 rollbacks, 0 rejected\n\n"
+        "What AutoNPO did\nstep  event  based on\n   5  armed  end of the warm-up\n\nEverything executed\n"
     )
-    move, cost = (json.loads(line) for line in npo("autonpo", "run", "--json").out.splitlines())
+    assert result.out.endswith(f"\nnext: npo resume {run.root.name} --autonpo\n")
+    full = npo("autonpo", "run", "--full").out
+    assert "\nstep  event  branch  based on\n   5  armed  main    end of the warm-up\n\nCosts\n" in full
+    move, cost = json_rows(npo("autonpo", "run", "--json").out)
     assert (move["step"], move["event"], move["branch"], move["phase"]) == (5, "armed", "main", "TRAIN")
     assert cost["record"] == "run_costs"
 

@@ -1,6 +1,5 @@
 """Run directories, steps, branches, guides and settings that a command cannot serve: nothing in the run changes."""
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from npo_cli.storage.checkpoints import demote_checkpoint, find_checkpoint
 from npo_cli.storage.layout import RunDir
-from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, npo, set_fields
+from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, json_rows, npo, set_fields
 
 
 def words(circle: Path, *args: str) -> str:
@@ -76,7 +75,7 @@ def test_every_command_refuses_a_newer_run_format(circle, tmp_path):
 )
 def test_missing_checkpoint_error_lists_the_checkpoints(circle, args):
     assert words(circle, *args) == (
-        "RUN has no complete checkpoint of step 3 on branch again; it has steps: 0, 2, 4 "
+        "RUN has no complete checkpoint of step 3 on branch main; it has steps: 0, 2, 4 "
         "| choose one of these, or see npo index RUN"
     )
 
@@ -177,7 +176,7 @@ def test_scoring_without_failed_prompts_is_refused(circle, tmp_path):
 )
 def test_frozen_setting_is_refused_by_every_command(circle, command, override, change):
     typed = shlex.quote(override.replace("1e-3", "0.001"))
-    recipe = circle / "branches" / "again" / "recipe.yaml"
+    recipe = circle / "branches" / "main" / "recipe.yaml"
     result = assert_refused(command, circle, override, beside=circle.parent)
     assert result.message == f"{change}: completed steps depend on it"
     assert result.hint == f"npo train {shlex.quote(str(recipe))} NEW_RUN {typed}"
@@ -334,4 +333,4 @@ def test_guide_cache_of_more_than_an_epoch_samples_each_prompt_once(circle, tmp_
         "guide.cache.min_yield=0",
     )
     result = npo("sample-guide", run, *steps, "--json")
-    assert json.loads(result.out)["num_prompts"] == 16
+    assert json_rows(result.out)[0]["num_prompts"] == 16

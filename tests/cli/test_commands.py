@@ -1,12 +1,12 @@
 """Doors that open a run, on one tiny run made by `npo train` itself."""
 
-import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from npo_cli.cli.main import app
+from tests.helpers.cli_errors import json_rows
 
 SMALL = [
     *("train.num_steps=4", "train.save_every=2", "train.prompts_per_step=4", "train.group_size=4"),
@@ -21,7 +21,7 @@ def called(*args: str) -> Result:
 
 def lines_of(result: Result) -> list[dict]:
     assert result.exit_code == 0
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return json_rows(result.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,14 @@ def test_index_lists_checkpoints(run):
         ("main", 2, True),
         ("main", 4, True),
     ]
-    table = called("index", str(run)).stdout.splitlines()
-    assert table[0] == "Checkpoints"
-    assert table[1].split()[:4] == ["branch", "step", "parent", "tier"]
-    assert table[4].split()[:3] == ["main", "4", "main:2"]
+    sentence, table, last = called("index", str(run)).stdout.split("\n\n")
+    assert sentence == "3 checkpoints on 1 branch, none evaluated"
+    assert last == f"next: npo eval {run} --all\n"
+    title, header, *rows = [line.split() for line in table.splitlines()]
+    assert (title, header[:3], rows[2][:3]) == (["Checkpoints"], ["branch", "step", "tier"], ["main", "4", "full"])
+    _, header, *rows = called("index", str(run), "--full").stdout.split("\n\n")[1].splitlines()
+    assert header.split()[:4] == ["branch", "step", "parent", "tier"]
+    assert rows[2].split()[:3] == ["main", "4", "main:2"]
 
 
 def test_show_metrics_lists_every_step(run):
@@ -70,8 +74,9 @@ def test_show_rollouts_of_one_prompt(run):
     assert (visit["record"], visit["step"]) == ("prompt_visit", 4)
     # every token and log-probability of the visit, as without --prompt
     assert visit["group"]["rollouts"] == [line["rollout"] for line in newest if line["rollout"]["prompt_id"] == prompt]
-    history = called("show", str(run), "rollouts", "--prompt", prompt).stdout
-    assert history.startswith(f"Prompt {prompt} in the lineage of main: ")
+    history = called("show", str(run), "rollouts", "--prompt", prompt, "--full").stdout
+    assert history.startswith(f"prompt {prompt} on main: ")
+    assert f"\n\nPrompt {prompt} in the lineage of main: " in history
     assert f"Step 4, main: {visit['num_correct']} of 4 on-policy rollouts correct\n" in history
 
 

@@ -1,11 +1,9 @@
 """`npo compare` as it is typed."""
 
-import json
-
 import pytest
 
 from npo_cli.errors import quote_path
-from tests.helpers.cli_errors import SMALL, assert_refused, npo
+from tests.helpers.cli_errors import SMALL, assert_refused, json_rows, npo
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +19,7 @@ def test_compare_json_names_the_record_types(runs, tmp_path):
     result = npo(
         "compare", f"a={runs}/s0", f"b={runs}/s0", "--threshold", "0.01", "--json", "--out", tmp_path / "p.csv"
     )
-    lines = [json.loads(line) for line in result.out.splitlines()]
+    lines = json_rows(result.out)
     kinds = [line["record"] for line in lines]
     assert kinds == [
         *(
@@ -43,7 +41,14 @@ def test_compare_prints_tables_and_saves_a_figure(runs, tmp_path):
     both = (f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1")
     result = npo("compare", *both, "--threshold", "0.6", "--figure", tmp_path / "c.png")
     assert result.code == 0
-    assert [line for line in result.out.splitlines() if line.startswith(("Held", "What", "Method", "Cost"))][:4] == [
+    sentence, *tables, last = result.out.split("\n\n")
+    assert sentence.startswith(("a ends highest: accuracy ", "b ends highest: accuracy "))
+    assert [table.splitlines()[0] for table in tables][:3] == [
+        *("Methods", "Method minus a", "Cost of reaching a held-out accuracy")
+    ]
+    assert last == f"next: npo report {runs}/s0 {runs}/s1\n"
+    full = npo("compare", f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1", "--full").out
+    assert [line for line in full.splitlines() if line.startswith(("Held", "What", "Method", "Cost"))][:4] == [
         "Held-out accuracy",
         "Cost of reaching step 4",
         "Method minus a",

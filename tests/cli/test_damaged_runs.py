@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from npo_cli.storage.checkpoints import write_manifests
-from tests.helpers.cli_errors import assert_refused, copy_run, damage_file, edit_file, npo, set_fields
+from tests.helpers.cli_errors import assert_refused, copy_run, damage_file, edit_file, json_rows, npo, set_fields
 
 UP = "model.layers.0.mlp.up_proj.weight"
 ROLES = {
@@ -122,7 +122,7 @@ def test_index_verify_finds_a_flipped_bit(run):
 def test_checkpoint_with_a_missing_file_is_refused(run, file, message):
     (checkpoint(run) / file).write_text("{x\n")
     assert message in words(run, ROLES["evaluated"])
-    entries = [json.loads(line) for line in npo("index", run, "--json").out.splitlines()]
+    entries = json_rows(npo("index", run, "--json").out)
     assert [entry["complete"] for entry in entries if entry["branch"] == "main"] == [True, True, False]
 
 
@@ -183,7 +183,7 @@ SHOW = {"metrics": ["show"], "rollouts": ["show", "rollouts"], "timings": ["show
 
 @pytest.mark.parametrize("log_name", SHOW)
 def test_damaged_log_line_is_named(run, log_name):
-    path = run / "branches" / "again" / f"{log_name}.jsonl"
+    path = run / "branches" / "main" / f"{log_name}.jsonl"
     damage_file(path, with_damaged_second_line)
     assert words(run, SHOW[log_name]).startswith(f"{path} is damaged: line 2 of ")
 
@@ -220,7 +220,7 @@ def test_inconsistent_lineage_is_refused_by_line(run, before, after, message):
         ("guides/near/guide.json", ["resume", "--at", "0", "--guide", "near"]),
         ("scores/*/scores.json", ["index"]),
         ("scores/*/settings.json", ["index"]),
-        ("branches/again/recipe.yaml", ["eval"]),
+        ("branches/main/recipe.yaml", ["eval"]),
     ],
 )
 @pytest.mark.parametrize("text", ["{", "[]", "{}\n{}\n"])
@@ -272,7 +272,7 @@ def test_guide_cache_with_unknown_token_is_refused(run):
     ],
 )
 def test_invalid_saved_recipe_is_named(run, before, after, message):
-    path = run / "branches" / "again" / "recipe.yaml"
+    path = run / "branches" / "main" / "recipe.yaml"
     edit_file(path, lambda text: text.replace(before, after))
     for command in ("resume", "eval"):
         assert words(run, [command]).startswith(f"{message}")
@@ -281,7 +281,7 @@ def test_invalid_saved_recipe_is_named(run, before, after, message):
 
 def test_saved_recipe_with_aliases_is_refused(run):
     # read with aliases, these lines are 10^9 items
-    path = run / "branches" / "again" / "recipe.yaml"
+    path = run / "branches" / "main" / "recipe.yaml"
     lines = [f"x{n}: &x{n} [{', '.join(10 * [f'*x{n - 1}'])}]" for n in range(1, 9)]
     path.write_text("\n".join(["x0: &x0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]", *lines]))
     for command in ("resume", "eval"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, folder_digests, npo
+from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, folder_digests, json_rows, npo
 from tests.helpers.warm_process import ForkServer, start_fork_server
 
 COMMAND = [sys.executable, "-c", "from npo_cli.cli.main import main; main()"]
@@ -64,7 +64,7 @@ def test_locked_run_is_read_but_not_written(tmp_path, warm):
             ["sample-guide", "--at", "0", "--source", "2"],
         ):
             result = npo(args[0], run, *args[1:])
-            assert (result.code, result.out, result.err.count("\n")) == (2, "", 2)
+            assert (result.code, result.out, result.err.count("\n")) == (2, "", 2 + (args[0] == "resume"))
             assert result.message.startswith(f"{run} is in use by process {child.pid} on ")
             assert result.hint == f"wait until it ends, or stop it with: kill {child.pid}"
         assert npo("index", run).code == npo("show", run).code == 0
@@ -84,7 +84,7 @@ def test_of_two_simultaneous_trainings_one_is_refused(tmp_path, warm):
     err = (child.read_stderr(), result.err)[codes.index(2)]
     assert err.count("\n") == 2
     assert err.startswith(f"error: {run} ")
-    steps = [json.loads(line)["step"] for line in npo("index", run, "--json").out.splitlines()]
+    steps = [row["step"] for row in json_rows(npo("index", run, "--json").out)]
     assert steps == [0, 2, 4]
 
 
@@ -111,7 +111,7 @@ def test_training_into_a_closed_pipe_stops_and_is_saved_as_after_a_signal(tmp_pa
     # both streams into the pipe
     done = shell(f"npo resume {run} 2>&1 | head -1; exit ${{PIPESTATUS[0]}}")
     assert (done.returncode, done.stdout.count("\n")) == (130, 1)
-    steps = [json.loads(line)["step"] for line in npo("index", tmp_path / "run", "--json").out.splitlines()]
+    steps = [row["step"] for row in json_rows(npo("index", tmp_path / "run", "--json").out)]
     assert len(steps) == 3 and steps[2] > steps[1] == int(stopped[1])
 
 
@@ -158,10 +158,13 @@ def chunk_of(terminal: int) -> bytes:
 
 
 def test_narrow_terminal_splits_tables(circle):
-    shown = on_terminal("index", circle, COLUMNS="40", NO_COLOR="1")
+    shown = on_terminal("index", circle, "--full", COLUMNS="40", NO_COLOR="1")
     assert "\x1b[3" not in shown
-    assert max(map(len, re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines())) <= 40
-    for entry in (json.loads(line) for line in npo("index", circle, "--json").out.splitlines()):
+    *lines, last = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
+    assert max(map(len, lines)) <= 40
+    # a command is never broken
+    assert last.startswith("next: npo ")
+    for entry in json_rows(npo("index", circle, "--json").out):
         assert entry["digest"][:12] in shown
 
 
@@ -200,7 +203,7 @@ def test_prompts_and_responses_cannot_control_the_terminal(tmp_path):
         for line in npo("show", tmp_path / "run", what, "--json").out.splitlines():
             assert line.isascii()
             json.loads(line)
-    shown = npo("show", tmp_path / "run", "rollouts").out
+    shown = npo("show", tmp_path / "run", "rollouts", "--full").out
     assert "\\x1b]0;owned\\x07\\x1b[2J[red]1[/red]" in shown
     result = assert_refused("show", tmp_path / "run", "rollouts", "--prompt", "\x1b[31m", beside=tmp_path)
     assert "\x1b" not in result.err

@@ -72,7 +72,7 @@ def test_json_is_on_stdout_and_status_on_stderr(capsys):
 def test_without_json_stdout_has_only_tables(capsys):
     print_records(stream(), as_json=False)
     out, err = capsys.readouterr()
-    assert out.startswith("Guide candidates\ncandidate")
+    assert out.startswith("Guide candidates\n ")
     assert "hello" not in out
     assert "candidate" not in err
 
@@ -116,7 +116,9 @@ def test_recorded_steps_show_no_progress(capsys):
 def test_model_output_is_escaped_on_the_terminal(capsys):
     nasty = rollout(0, reward=0.0, text="\x1b]0;title\x07[bold]x[/bold]\nnext")
     print_records(
-        [RolloutView(branch="main", step=1, prompt_text="q", reference_answer="a", rollout=nasty)], as_json=False
+        [RolloutView(branch="main", step=1, prompt_text="q", reference_answer="a", rollout=nasty)],
+        as_json=False,
+        full=True,
     )
     out = capsys.readouterr().out
     assert "\\x1b]0;title\\x07[bold]x[/bold]\\nnext" in out

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.storage.guide_cache import read_guide_prompts
-from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, npo
+from tests.helpers.cli_errors import SMALL, assert_refused, copy_run, json_rows, npo
 from tests.helpers.runs import open_session_at
 from tests.helpers.teachers import correct_response, correct_rows, write_traces
 from tests.helpers.warm_process import ForkServer, start_fork_server, wait_until
@@ -39,7 +39,7 @@ def test_trace_file_with_control_characters_is_shown_as_text(short_run, tmp_path
     path = write_traces(tmp_path / f"{HOSTILE}.jsonl", rows)
     result = npo("sample-guide", run, "--source", f"file:{path}", "--at", "0", "--name", "given")
     assert result.code == 0
-    shown = npo("show", run, "guides")
+    shown = npo("show", run, "guides", "--full")
     for text in (result.out, result.err, shown.out):
         assert "\x1b" not in text and "\u202e" not in text
     assert "\\x1b[31mtr\\u202eaces.jsonl" in shown.out
@@ -58,7 +58,7 @@ def test_guide_sources_are_shown_with_their_origin(short_run, tmp_path):
     arguments = ("sample-guide", run, "--at", "0", "--steps", "2")
     assert npo(*arguments, "--source", f"file:{path}").code == 0
     assert npo(*arguments, "--source", "model:micro-base", "--json").code == 0
-    guides = [json.loads(line) for line in npo("show", run, "guides", "--json").out.splitlines()]
+    guides = json_rows(npo("show", run, "guides", "--json").out)
     assert [(each["name"], each["source"]["text"]) for each in guides] == [
         ("main-0-by-file", f"file:{path}"),
         ("main-0-by-model", "model:micro-base"),
@@ -69,9 +69,9 @@ def test_score_checkpoints_of_sources_as_tables_and_as_json(short_run, tmp_path)
     run = copy_run(short_run, tmp_path)
     options = ("--at", "0", "--candidates", "2,4", "--source", "self")
     table = npo("score-checkpoints", run, *QUICK, *options, "--figure", tmp_path / "s.svg")
-    assert (table.code, table.out.splitlines()[0]) == (0, "Guide candidates")
+    assert (table.code, table.out.splitlines().count("Guide candidates")) == (0, 1)
     assert (tmp_path / "s.svg").exists()
-    lines = [json.loads(line) for line in npo("score-checkpoints", run, *QUICK, *options, "--json").out.splitlines()]
+    lines = json_rows(npo("score-checkpoints", run, *QUICK, *options, "--json").out)
     *scores, choice = lines
     assert [(line["record"], line["candidate"], line["step"], line["distance"]) for line in scores] == [
         ("candidate_score", "self", 0, 0),
@@ -91,10 +91,14 @@ def test_no_guide_wins_and_sample_guide_refuses_to_choose_one(short_run, tmp_pat
     command = ("score-checkpoints", run, "--at", "0", "--source", "self", *QUICK)
     why = "no candidate is shown to solve more than the learner's own second try (the best, self: +0.000 ["
     table = npo(*command).out
-    (line,) = [line for line in table.splitlines() if line.startswith("No guide is worth it here: ")]
-    assert line.startswith(f"No guide is worth it here: {why}")
-    assert sum(line.startswith("none ") and "<- selected" in line for line in table.splitlines()) == 1
-    choice = json.loads(npo(*command, "--json").out.splitlines()[-1])
+    sentence = " ".join(table.partition("\n\n")[0].splitlines())
+    assert sentence.startswith(f"no guide is worth it here, for step 0 of main: {why}")
+    assert sum(line.startswith("*  none ") for line in table.splitlines()) == 1
+    assert (
+        sum(line.startswith("none ") and "<- selected" in line for line in npo(*command, "--full").out.splitlines())
+        == 1
+    )
+    choice = json_rows(npo(*command, "--json").out)[-1]
     assert (choice["record"], choice["chosen"], choice["reason"].startswith(why)) == ("guide_choice", None, True)
     refused = assert_refused("sample-guide", run, "--at", "0", beside=tmp_path)
     assert refused.message.startswith(f"the newest scoring of step 0 selects no guide: {why}")
@@ -110,7 +114,7 @@ def test_sample_guide_without_a_source_takes_the_choice_of_the_newest_scoring(sh
     for entry in saved["scores"]:
         entry["is_selected"] = entry["candidate"] == "checkpoint:4"
     path.write_text(json.dumps(saved))
-    (info,) = map(json.loads, npo("sample-guide", run, "--at", "0", "--json").out.splitlines())
+    (info,) = json_rows(npo("sample-guide", run, "--at", "0", "--json").out)
     assert info["source"]["text"] == "checkpoint:4"
 
 

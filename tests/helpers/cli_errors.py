@@ -48,12 +48,21 @@ def npo(*args: object) -> CommandResult:
     return CommandResult(code=left.value.code, out=out.getvalue(), err=err.getvalue())
 
 
+def json_rows(text: str) -> list[dict]:
+    """The records that `--json` prints, without the verdict."""
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [row for row in rows if row["record"] != "verdict"]
+
+
 def assert_refused(*args: object, beside: Path, code: int = 2) -> CommandResult:
-    """A command that must be refused: two lines, its exit code, no data, and nothing written in `beside`."""
+    """A command that must be refused: two lines, its exit code, no data, and nothing written in `beside`.
+
+    Before them `resume` and `replay` name the branch."""
     before = folder_digests(beside)
     result = npo(*args)
     assert (result.code, result.out) == (code, "")
-    first, second = result.err.splitlines()
+    *named, first, second = result.err.splitlines()
+    assert len(named) <= (args[0] in ("resume", "replay")), named  # which branch it is
     assert first.startswith("error: ")
     assert second.startswith("  try: ")
     assert len(second) > len("  try: ")

@@ -1,0 +1,134 @@
+"""`npo replay`: score guide candidates, sample the chosen one, and train a new branch with it, in one command.
+
+Guide cache and branch have the same name, by which the same command, repeated after a kill, finds the stage that it was
+in: a branch of that name is resumed, a cache of that name is finished, else candidates are scored. Each stage keeps its
+own work.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guides.build_cache import build_guide_cache
+from npo_cli.guides.score import score_run
+from npo_cli.guides.source import parse_spec
+from npo_cli.session.stop_signal import StopFlag
+from npo_cli.storage.guide_cache import cache_info_path, format_source_option, read_cache_info
+from npo_cli.storage.layout import FIRST_BRANCH, RunDir, open_run
+from npo_cli.storage.lineage import find_first_segment, list_branches
+from npo_cli.training.resume import resume_run
+from npo_cli.types.guides import GuideCacheInfo, SourceSpec
+from npo_cli.types.rollouts import Notice, Progress, TrainingRecord
+from npo_cli.types.scores import CandidateScore, GuideChoice
+
+ReplayRecord = TrainingRecord | Progress | CandidateScore | GuideChoice | GuideCacheInfo
+
+
+def choose_replay_name(branch: str, at: int) -> str:
+    """Name of guide cache and branch where none is given: `replay-40`, on another branch than main `late-replay-40`."""
+    return f"replay-{at}" if branch == FIRST_BRANCH else f"{branch}-replay-{at}"
+
+
+def replay_run(
+    root: Path,
+    *,
+    at: int,
+    branch: str,
+    sources: Sequence[SourceSpec] | None,
+    name: str,
+    steps: int | None,
+    until: int | None,
+    overrides: Sequence[str],
+    stop: StopFlag | None = None,
+) -> Iterator[ReplayRecord]:
+    """The stages that are left. Ends after the first where no guide is worth it; the last record is then its choice."""
+    run = open_run(root)
+    guide = _find_guide(run, name, branch=branch, at=at)
+    if name in list_branches(run):
+        _check_branch(run, name, branch=branch, at=at)
+        yield Notice(message=f"stage 3 of 3: resume branch {name}")
+        yield from resume_run(
+            root,
+            overrides=overrides,
+            at=None,
+            guide=None,
+            source_branch=name,
+            new_branch=None,
+            steps=None,
+            until=until,
+            stop=stop,
+        )
+        return
+    spec = None if guide is None else guide.source
+    if spec is None:
+        yield Notice(message=f"stage 1 of 3: score the candidates for step {at} of {branch}")
+        chosen = yield from _score(root, at=at, branch=branch, sources=sources, overrides=overrides)
+        if chosen is None:
+            return
+        spec = parse_spec(chosen)
+    if guide is None or not guide.complete:
+        yield Notice(message=f"stage 2 of 3: sample guide {name} from {spec.text}")
+        yield from build_guide_cache(root, spec=spec, at=at, name=name, branch=branch, steps=steps, overrides=overrides)
+    yield Notice(message=f"stage 3 of 3: train branch {name} from step {at} of {branch}")
+    yield from resume_run(
+        root,
+        overrides=overrides,
+        at=at,
+        guide=name,
+        source_branch=branch,
+        new_branch=name,
+        steps=None,
+        until=until,
+        stop=stop,
+    )
+
+
+def _score(
+    root: Path, *, at: int, branch: str, sources: Sequence[SourceSpec] | None, overrides: Sequence[str]
+) -> Generator[ReplayRecord, None, str | None]:
+    """The scoring's records; returns the SPEC of the choice, None where no guide is worth it."""
+    chosen = None
+    for record in score_run(root, at=at, sources=sources, branch=branch, overrides=overrides):
+        if isinstance(record, GuideChoice):
+            chosen = record.chosen
+        yield record
+    return chosen
+
+
+def _find_guide(run: RunDir, name: str, *, branch: str, at: int) -> GuideCacheInfo | None:
+    """The cache of that name, which an earlier call began; None before it. Refused where it is for another learner."""
+    folder = run.guide_folder(name)
+    if not cache_info_path(folder).exists():
+        return None
+    info = read_cache_info(folder)
+    if (info.branch, info.learner_step) != (branch, at):
+        raise NpoError(
+            f"guide {name} is for step {info.learner_step} of {info.branch}, not step {at} of {branch}",
+            f"npo replay {quote_path(run.root)} --at {at} --name NEW",
+        )
+    return info
+
+
+def _check_branch(run: RunDir, name: str, *, branch: str, at: int) -> None:
+    """Refuse a branch of that name that is no replay of this learner with the guide of the same name."""
+    first = find_first_segment(run, name)
+    if (first.parent, first.fork_step, first.guide_cache) != (branch, at, name):
+        raise NpoError(
+            f"{run.root} already has a branch {name!r}, which is no replay of step {at} of {branch} by guide {name}",
+            f"npo replay {quote_path(run.root)} --at {at} --name NEW",
+        )
+
+
+def check_same_source(root: Path, name: str, sources: Sequence[SourceSpec] | None) -> None:
+    """Refuse other candidates than the guide that an earlier call of the same name chose: they would have no effect."""
+    run = open_run(root)
+    folder = run.guide_folder(name)
+    if sources is None or not cache_info_path(folder).exists():
+        return
+    info = read_cache_info(folder)
+    if info.source.text not in {spec.text for spec in sources}:
+        raise NpoError(
+            f"{root} already has guide {name}, from {info.source.text}, which is none of these candidates",
+            f"--name NEW, or continue it: npo replay {quote_path(root)} --at {info.learner_step} --name {name} "
+            f"{format_source_option(info)}",
+        )
