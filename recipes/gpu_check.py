@@ -312,7 +312,8 @@ def check_agreement(bench: Bench) -> Figures:
 
 def child_agreement(root: str, kind: str, dtype: str) -> Figures:
     """Sample with the engine, score with the trainer: |difference| per token, in nats."""
-    settings = [f"model.compute_dtype={dtype}", "engine.vllm.cuda_graphs=false"]
+    settings = [f"model.compute_dtype={dtype}"]
+    settings += [] if kind == "transformers" else ["engine.vllm.cuda_graphs=false"]
     session = open_run_session(Path(root), kind, settings)
     prompts = session.task.train[:16]
     groups = sample_groups(session, prompts, seed_label=("agreement",), slots=range(4), sampler_step=1)

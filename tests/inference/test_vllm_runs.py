@@ -119,7 +119,7 @@ def test_vllm_run_stops_at_a_failed_weight_sync(tmp_path, monkeypatch):
 
 
 def test_vllm_session_that_cannot_open_leaves_no_engine(tmp_path):
-    recipe = tiny_recipe("engine.kind=vllm", "engine.vllm.weight_transfer=nccl")
+    recipe = tiny_recipe("engine.kind=vllm")
     with pytest.raises(NpoError, match=r"engine\.vllm\.weight_transfer=nccl needs a GPU"):
         train(tmp_path / "run", "engine.kind=vllm_server", "engine.vllm.weight_transfer=nccl")
     task = open_task(recipe)
