@@ -150,13 +150,16 @@ def _run(args: Sequence[str]) -> int | None:
 
 
 def _leave(message: str, hint: str, *, code: int, args: Sequence[str]) -> NoReturn:
-    """Report an error, and leave: two lines on stderr, or with --json one line of JSON on stdout."""
+    """Report an error, and leave: two lines on stderr, or with --json one line of JSON on stdout.
+
+    That a signal stopped the command is on stderr in both cases: nobody may read stdout any more (SIGPIPE).
+    """
     if current_group().reports_errors:
         if os.environ.get("NPO_DEBUG") == "1":
             print_status(traceback.format_exc())
         if JSON_FLAG in args:
             print_data(json.dumps({"record": "error", "error": message, "hint": hint, "exit_code": code}))
-        else:
+        if JSON_FLAG not in args or code == StoppedEarly.exit_code:
             label = "" if code == StoppedEarly.exit_code else "error: "
             print_status(f"{label}{_one_line(message)}", style="31")
             if hint:

@@ -20,7 +20,7 @@ from tests.helpers.warm_process import ForkServer, start_fork_server
 COMMAND = [sys.executable, "-c", "from npo_cli.cli.main import main; main()"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 NOBODY = 65534
-LONG = [item.replace("num_steps=4", "num_steps=100000") for item in SMALL]
+LONG = [item.replace("num_steps=4", "num_steps=4000") for item in SMALL]
 
 
 def process(*args: object, **options: object) -> subprocess.Popen:
@@ -118,19 +118,25 @@ def test_training_into_a_closed_pipe_stops_and_is_saved_as_after_a_signal(tmp_pa
 def test_closed_streams_are_not_mixed(circle):
     run = shlex.quote(str(circle))
     assert shell(f"npo index {run} >&-").stderr == ""
-    done = shell(f"npo show {run} --step 99 --json 2>&-")
+    done = shell(f"npo show {run} --step 99 2>&-")
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_errors_go_to_stderr(circle):
+def test_errors_go_to_stderr_and_with_json_to_stdout(circle):
     for args in (
-        ["eval", circle, "--step", "3", "--json"],
-        ["show", circle, "rollouts", "--step", "99", "--json"],
-        ["resume", circle, "--json"],
-        ["train", "micro", "x", "train.lrr=1", "--json"],
-        ["index", circle / "nowhere", "--json"],
+        ["eval", circle, "--step", "3"],
+        ["show", circle, "rollouts", "--step", "99"],
+        ["train", "micro", "x", "train.lrr=1"],
+        ["index", circle / "nowhere"],
     ):
-        assert_refused(*args, beside=circle.parent)
+        refused = assert_refused(*args, beside=circle.parent)
+        (line,) = npo(*args, "--json").out.splitlines()
+        assert json.loads(line) == {
+            "record": "error",
+            "error": refused.message,
+            "hint": refused.hint,
+            "exit_code": 2,
+        }
 
 
 # Terminals and alphabets

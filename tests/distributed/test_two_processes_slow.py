@@ -132,7 +132,7 @@ def test_score_sample_guide_and_resume_with_two_processes_equal_one(tmp_path):
 
 def test_a_hung_rank_ends_the_job_at_the_deadline(tmp_path):
     root, log = tmp_path / "run", tmp_path / "log"
-    limits = ("train.num_steps=100000", "train.save_every=5", "distributed.timeout=15")
+    limits = ("train.num_steps=10000", "train.save_every=5", "distributed.timeout=15")
     with launch_job("train", "micro", str(root), *TINY, *limits, log=log) as job:
         wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= 6, job, log)
         ranks = [pid_of(job, 0), pid_of(job, 1)]
@@ -148,7 +148,7 @@ def test_a_hung_rank_ends_the_job_at_the_deadline(tmp_path):
 
 def test_a_signal_to_rank_0_ends_the_step_and_saves_it(tmp_path):
     root, log = tmp_path / "run", tmp_path / "log"
-    with launch_job("train", "micro", str(root), *TINY, "train.num_steps=100000", log=log) as job:
+    with launch_job("train", "micro", str(root), *TINY, "train.num_steps=10000", log=log) as job:
         wait_until(lambda: num_lines(RunDir(root).metrics_path("main")) >= 3, job, log)
         ranks = [pid_of(job, 0), pid_of(job, 1)]
         os.kill(ranks[0], signal.SIGTERM)
