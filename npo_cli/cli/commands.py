@@ -122,7 +122,7 @@ COMMANDS = {
     "report": Command(
         target="report:report",
         group=INSPECT,
-        summary="Write an HTML report of one or several runs.",
+        summary="Write a report of one or several runs.",
         example="npo report runs/first --out report.html",
         is_slow_to_load=True,
     ),

@@ -15,7 +15,9 @@ def report(
         typer.Argument(metavar="RUN...", help="Run directories, or output folders of npo bench.", show_default=False),
     ],
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write.")] = Path("npo-report.html"),
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write (.html or .pdf).")] = Path(
+        "npo-report.html"
+    ),
     branch: Annotated[
         str | None,
         typer.Option("--branch", metavar="NAME", help="Branch whose costs and responses lead. [default: the best]"),
@@ -25,9 +27,10 @@ def report(
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Write an HTML report of one or several runs.
+    """Write a report of one or several runs.
 
-    One self-contained page: curves, lineage, Q, V and S, AutoNPO's decisions, costs, and responses of policy and guide.
+    One self-contained HTML page, or a PDF (printed by an installed Chromium): a summary in words, the commands that
+    make the run again, curves, lineage, Q, V and S, AutoNPO's decisions, costs, and responses of policy and guide.
     """
     from npo_cli.report.build import write_report
 

@@ -1,4 +1,4 @@
-"""`npo report`: runs as one self-contained HTML page. The run directories are only read."""
+"""`npo report`: runs as one self-contained HTML page, or as PDF. The run directories are only read."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.report.html import GENERATOR, list_plots, render_page
+from npo_cli.report.pdf import find_browser, is_report_pdf, write_pdf
 from npo_cli.report.plotting import save_plot
 from npo_cli.report.run_page import build_overview, build_run_section
 from npo_cli.report.table import format_bytes
@@ -17,6 +18,7 @@ from npo_cli.types.rollouts import Notice, Progress
 from npo_cli.types.views import WrittenFile
 
 HTML_SUFFIXES = (".html", ".htm")
+PDF_SUFFIX = ".pdf"
 HEAD_BYTES = 2000
 """The start of a page, where the generator tag is."""
 
@@ -40,9 +42,12 @@ def write_report(
         sections.append(build_run_section(run, title=label, prefix=prefix, branch=branch))
     title = f"npo report: {runs[0][0]}" if len(runs) == 1 else f"npo report: {len(runs)} runs"
     html = render_page(title, sections)
-    write_text_atomic(out, html)
+    if out.suffix.lower() == PDF_SUFFIX:
+        write_pdf(html, out)
+    else:
+        write_text_atomic(out, html)
     seconds = time.monotonic() - began
-    yield Notice(message=f"report: {out}, {format_bytes(len(html.encode()))}, {seconds:.1f} s")
+    yield Notice(message=f"report: {out}, {format_bytes(out.stat().st_size)}, {seconds:.1f} s")
     yield WrittenFile(path=str(out), content="report")
     if plots_folder is not None:
         plots = list_plots(sections)
@@ -74,11 +79,19 @@ def list_bench_runs(folder: Path) -> list[Path]:
 
 def validate_output(out: Path) -> None:
     """Only a report of npo is ever replaced."""
-    if out.suffix.lower() not in HTML_SUFFIXES:
-        raise NpoError(f"--out {out}: a report ends in .html", f"--out {quote_path(out)}.html")
+    if out.suffix.lower() not in (*HTML_SUFFIXES, PDF_SUFFIX):
+        raise NpoError(f"--out {out}: a report ends in .html or .pdf", f"--out {quote_path(out)}.html")
     if out.is_dir():
         raise NpoError(f"--out {out} is a folder", f"--out {quote_path(out / 'report.html')}")
-    if out.exists():
-        with out.open("rb") as file:
-            if GENERATOR.encode() not in file.read(HEAD_BYTES):
-                raise NpoError(f"--out {out} exists and is not a report of npo", "choose another file, or remove it")
+    if out.suffix.lower() == PDF_SUFFIX:
+        find_browser(out)
+    if out.exists() and not is_report(out):
+        raise NpoError(f"--out {out} exists and is not a report of npo", "choose another file, or remove it")
+
+
+def is_report(path: Path) -> bool:
+    """Whether the file is a page or a PDF that `npo report` wrote."""
+    if path.suffix.lower() == PDF_SUFFIX:
+        return is_report_pdf(path)
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(HEAD_BYTES)

@@ -229,15 +229,20 @@ def write_json_atomic(path: Path, document: object) -> None:
     write_text_atomic(path, f"{text}{CHECKSUM}{zlib.crc32(text.encode())}\n}}\n")
 
 
-@on_main_rank
 def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a text file whole, as UTF-8."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+@on_main_rank
+def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write a hidden neighbour, sync it, rename it over `path`, sync the folder."""
     with explain_write_error(path):
         make_folder(path.parent)
         hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with hidden.open("xb") as file:
-                file.write(text.encode("utf-8"))
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(hidden, path)

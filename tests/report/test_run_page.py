@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.report.build import write_report
 from npo_cli.report.prompt_history import (
     NUM_SAMPLES,
@@ -17,6 +17,7 @@ from npo_cli.report.prompt_history import (
     select_prompts,
 )
 from npo_cli.report.run_page import build_curves, collect_branch_spans
+from npo_cli.report.run_summary import list_commands, summarize_in_words
 from npo_cli.storage.bench_dir import save_bench_index
 from npo_cli.storage.layout import create_run, head_path, open_run
 from npo_cli.storage.rollout_log import RolloutLog
@@ -153,21 +154,62 @@ def test_report_of_a_run_without_steps_has_a_page(tmp_path):
     assert "Training" not in page_captions
 
 
+def fake_browser(tmp_path_factory, script: str = "exit 3") -> Path:
+    """A folder for PATH with a `chromium` that does what the script says."""
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "chromium").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "chromium").chmod(0o755)
+    return folder
+
+
+def test_pdf_without_a_browser_is_refused_before_anything_is_read(guided, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NpoError, match="a PDF needs Chromium or Chrome") as refused:
+        list(write_report([guided], tmp_path / "r.pdf", plots_folder=None))
+    assert "r.html" in refused.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_pdf_of_a_browser_that_fails_is_an_error(guided, tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("PATH", str(fake_browser(tmp_path_factory, "echo no display >&2; exit 3")))
+    with pytest.raises(RunFailed, match="printed no PDF: no display"):
+        list(write_report([guided], tmp_path / "r.pdf", plots_folder=None))
+    assert not list(tmp_path.iterdir())
+
+
+def test_summary_says_what_each_branch_brought_and_how_to_make_it_again(guided):
+    run = open_run(guided)
+    lines = {line.label: line.text for line in summarize_in_words(run, "near")}
+    assert list(lines) == ["Trained", "Best checkpoint", "Branch main", "Branch near", "Worth it?"]
+    assert "2 branches, 6 updates" in lines["Trained"]
+    (folder,) = re.findall(r"in '?([^']*step_\d{6})", lines["Best checkpoint"])
+    assert Path(folder).is_dir()
+    assert "forked from main at step 2 with guide near (checkpoint:4) until step 4" in lines["Branch near"]
+    train_again, *_, resume_again = list_commands(run)
+    assert train_again.startswith("npo train '") and train_again.endswith("-again'")
+    assert "--at 2 --guide near --new-branch near" in resume_again
+    assert "guide.inject.max_accuracy=1.0" in resume_again
+    assert any("npo sample-guide" in command and "--source checkpoint:4" in command for command in list_commands(run))
+
+
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("r.txt", "a report ends in .html"),
+        ("r.txt", "a report ends in .html or .pdf"),
+        ("mine.pdf", "exists and is not a report of npo"),
         ("folder.html", "folder.html is a folder"),
         ("mine.html", "exists and is not a report of npo"),
     ],
 )
-def test_report_does_not_overwrite_other_files(guided, tmp_path, out, message):
+def test_report_does_not_overwrite_other_files(guided, tmp_path, tmp_path_factory, monkeypatch, out, message):
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "mine.html").write_text("<p>my own page</p>")
+    (tmp_path / "mine.pdf").write_text("my own PDF")
+    monkeypatch.setenv("PATH", str(fake_browser(tmp_path_factory)))
     with pytest.raises(NpoError, match=re.escape(message)):
         list(write_report([guided], tmp_path / out, plots_folder=None))
     assert (tmp_path / "mine.html").read_text() == "<p>my own page</p>"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "mine.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.html", "mine.html", "mine.pdf"]
 
 
 def test_report_of_unreadable_runs_is_refused_before_writing(guided, tmp_path):
