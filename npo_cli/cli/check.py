@@ -1,7 +1,10 @@
 """`npo check`."""
 
+import shlex
+
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg
 from npo_cli.cli.output import print_records
+from npo_cli.cli.terminal import escape_for_terminal, print_data
 from npo_cli.errors import NpoError
 
 
@@ -27,3 +30,5 @@ def check(
     if faults:
         count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise NpoError(f"{recipe} has {count}, listed above", faults[0].hint)
+    if not as_json:
+        print_data(escape_for_terminal(f"no fault; next: npo train {shlex.quote(recipe)}"))
