@@ -114,7 +114,7 @@ def test_imported_run_is_resumed_only_with_a_fresh_optimizer(trl_run):
     sample(root, "guide.inject.max_accuracy=1.0", name="again")
     assert [one.step for one in resume(root, at=2, guide="again", fresh=True)] == [3, 4]
     # the branch has states of its own from here on
-    assert [one.step for one in resume(root, "train.num_steps=5")] == [5]
+    assert [one.step for one in resume(root, "train.num_steps=5", source_branch="again")] == [5]
 
 
 def test_imported_metrics_allow_a_dry_run_of_autonpo(tmp_path):
@@ -130,7 +130,7 @@ def test_imported_metrics_allow_a_dry_run_of_autonpo(tmp_path):
         "draw": False,
     }
     from_run = list(explain_autonpo(tmp_path / "run", **arguments))
-    assert any(isinstance(one, Notice) and "have triggered" in one.message for one in from_run)
+    assert any("have triggered" in str(one) for one in from_run)
 
 
 def test_import_without_entropy_warns_and_refuses_the_dry_run(tmp_path):
