@@ -23,7 +23,7 @@ from npo_cli.report.table import (
 )
 from npo_cli.report.tables import TABLES, metric_column, summarize_branches
 from npo_cli.report.tables_autonpo import REASON_MEANINGS, describe_evidence
-from npo_cli.report.tables_compare import CURVE, SEEDS, format_cost, format_ratio
+from npo_cli.report.tables_compare import CURVE, SEEDS, format_cost
 from npo_cli.report.tables_costs import compare_costs
 from npo_cli.report.tables_scores import name_variance, sort_candidates
 from npo_cli.types.autonpo import NonTriggerSpan, ProbeResult, Transition
@@ -50,7 +50,8 @@ NAME_CHARS = 18
 TEXT_CHARS = 18
 """Characters of a response."""
 REASON_CHARS = 56
-RATIO_NOTE = "above 1: cheaper, of seeds that both reached it."
+RATIO_AXES = ("step", "tokens")
+RATIO_NOTE = "above 1: cheaper; pairs of seeds that both reached it, of all."
 
 
 def fit(text: str, max_chars: int = NAME_CHARS) -> str:
@@ -401,15 +402,23 @@ def short_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Tabl
 
 
 def short_speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
-    """Ratios by step and by tokens, of the seeds that reached the threshold."""
+    """Ratios by step and by tokens, of the pairs of seeds that both reached the threshold."""
+
+    def pairs(one: SpeedUp) -> str:
+        ratio = one.ratio_if_reached.get("tokens")
+        return "-" if ratio is None else f"{ratio.num_used}/{ratio.num_total}"
+
     columns = (
         *(Column("method", lambda one: fit(CURVE.cell(one))), number_column("accuracy", "threshold", digits=2)),
-        Column("by step", lambda one: format_ratio(one.ratio_if_reached.get("step"), pairs=False)),
-        Column("by tokens", lambda one: format_ratio(one.ratio_if_reached.get("tokens"), pairs=False)),
+        Column("pairs", pairs),
+        *(
+            Column(f"by {axis}", lambda one, axis=axis: _estimate(one.ratio_if_reached.get(axis)))
+            for axis in RATIO_AXES
+        ),
     )
     title = f"Cost of {found[0].baseline} / cost of the method"
     table = build_table(title, found, columns, notes=(RATIO_NOTE,), drops_empty=True)
-    return (table,) if len(table.header) > 2 else ()
+    return (table,) if len(table.header) > 3 else ()
 
 
 def _estimate(one: Estimate | None, *, sign: str = "") -> str:
