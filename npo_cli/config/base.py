@@ -4,8 +4,9 @@
 so far depends on them; `fork` fields may change only where a new branch is forked; all others never. A command that
 samples or scores and trains nothing may change `fork` fields too, except those that are `used_by` training alone.
 
-`path` says that a field holds a path: of a `file`, of a `model` (a folder, or a name), or of `code`
-(`FILE.py:FUNCTION`). In a recipe file it is relative to that file's folder, on the command line to the current one.
+`path` says that a field holds a path: of a `data` file (or the id of a data set), of a `model` (a folder, or a name),
+or of `code` (`FILE.py:FUNCTION`). In a recipe file it is relative to that file's folder, on the command line to the
+current one.
 
 `applies_when` says which other settings a field needs to have an effect (`npo_cli.config.applies`).
 
@@ -16,6 +17,7 @@ section states it once for all its fields (`model_config`), or a field states it
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,7 +26,7 @@ from pydantic.fields import FieldInfo
 FREE = {"on_resume": "free"}
 FORK = {"on_resume": "fork"}
 FORK_TRAINING = {"on_resume": "fork", "used_by": "training"}
-PATH = {"path": "file"}
+DATA_PATH = {"path": "data"}
 MODEL_PATH = {"path": "model"}
 CODE_PATH = {"path": "code"}
 IS_SET = "set"
@@ -45,6 +47,8 @@ def applies_when(conditions: Mapping[str, Any]) -> dict[str, Any]:
     return {"applies_when": dict(conditions)}
 
 
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""Of files that hold rows."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -57,6 +61,11 @@ class Settings(BaseModel):
 def is_hub_id(path: str) -> bool:
     """Whether a path reads as `OWNER/NAME` on a hub; a folder of that name is another matter."""
     return HUB_ID.fullmatch(path) is not None
+
+
+def is_dataset_id(path: str) -> bool:
+    """Whether a path is `OWNER/NAME` of a data set on the hub: it reads as one, and there is no such file or folder."""
+    return is_hub_id(path) and Path(path).suffix not in DATA_SUFFIXES and not Path(path).exists()
 
 
 def walk_fields(settings: Settings, *, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from npo_cli.config.applies import find_idle_settings
-from npo_cli.config.base import Settings, is_hub_id, walk_fields
+from npo_cli.config.base import Settings, is_dataset_id, is_hub_id, walk_fields
 from npo_cli.config.locate import find_method, find_recipe, is_shipped
 from npo_cli.config.messages import describe_problems, shorten, suggest_fix
 from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
@@ -319,6 +319,8 @@ def _resolve_path(path: str, *, folder: Path, kind: str) -> str:
     if not file or file.startswith("~") or (kind == "code" and not file.endswith(".py")):
         return path
     beside = folder / file
+    if kind == "data" and is_dataset_id(file) and not beside.exists():
+        return path
     if kind != "model":
         return f"{beside}{colon}{function}"
     is_name = file in BUNDLED_MODELS or (is_hub_id(file) and not beside.is_dir() and not Path(file).is_dir())

@@ -14,13 +14,13 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from npo_cli.config.autonpo import AutonpoSettings
 from npo_cli.config.base import (
     CODE_PATH,
+    DATA_PATH,
     FORK_TRAINING,
     FREE,
     IGNORED,
     IS_SET,
     MODEL_PATH,
     MUST_MATCH,
-    PATH,
     Count,
     Decay,
     Settings,
@@ -135,9 +135,20 @@ class TaskSettings(Settings):
     )
     path: str | None = Field(
         None,
-        description="file: a .jsonl or .parquet file, relative to the recipe file (on the command line to the current "
-        "folder).",
-        json_schema_extra=PATH | FROM_FILE,
+        description="file: a .jsonl, .json, .csv or .parquet file, a folder (of parquet files, or written by "
+        "`datasets`), or OWNER/NAME of a data set on the Hugging Face hub, if there is no such folder. Relative to the "
+        "recipe file (on the command line to the current folder).",
+        json_schema_extra=DATA_PATH | FROM_FILE,
+    )
+    subset: str | None = Field(
+        None,
+        description="file: configuration of a data set on the hub, or subfolder of a folder (null: the only one).",
+        json_schema_extra=FROM_FILE,
+    )
+    split: str | None = Field(
+        None,
+        description="file: split of a data set to train on (null: `train`, or the only one).",
+        json_schema_extra=FROM_FILE,
     )
     prompt_column: str = Field(
         "prompt",
@@ -149,6 +160,12 @@ class TaskSettings(Settings):
     )
     id_column: str | None = Field(
         None, description="file: column with unique prompt ids (null: row numbers).", json_schema_extra=FROM_FILE
+    )
+    answer_mark: str = Field(
+        "",
+        description="file: the reference answer is what follows the last occurrence of this text in the column, such "
+        "as `####` of GSM8K (empty: all of it).",
+        json_schema_extra=FROM_FILE,
     )
     image_column: str | None = Field(
         None,
@@ -163,7 +180,15 @@ class TaskSettings(Settings):
         json_schema_extra=applies_when({"task.image_column": IS_SET}),
     )
     heldout_path: str | None = Field(
-        None, description="file: file with the held-out split (null: split `path`).", json_schema_extra=PATH | FROM_FILE
+        None,
+        description="file: file or data set with the held-out prompts (null: of `path`).",
+        json_schema_extra=DATA_PATH | FROM_FILE,
+    )
+    heldout_split: str | None = Field(
+        None,
+        description="file: split of a data set with the held-out prompts (null: rows of `split`, or with heldout_path "
+        "`test`, or its only one).",
+        json_schema_extra=FROM_FILE,
     )
     pool_size: Count = Field(1024, description="Number of training prompts (for a file: the maximum).")
     heldout_size: Count = Field(256, description="Number of held-out prompts, never trained on.")

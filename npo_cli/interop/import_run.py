@@ -86,7 +86,9 @@ def import_run(root: Path, spec: ImportSpec) -> Iterator[Notice | Progress | Che
     check_task_prompts(policy, task, recipe)
     yield from (Notice(message=f"skipped {bad.path}: {bad.reason}; {bad.fix}", level="warning") for bad in unusable)
     with atomic_directory(root) as folder:
-        run = create_run(folder, recipe=recipe_to_dict(recipe), npo_version=__version__)
+        run = create_run(
+            folder, recipe=recipe_to_dict(recipe), npo_version=__version__, prompts_sha256=task.compute_digest()
+        )
         record_code_permissions(run, recipe)
         with lock_run(run):
             append_segment(run, Segment(branch=MAIN, parent=None, fork_step=0, guide_cache=None, guide_until=None))

@@ -23,6 +23,7 @@ from npo_cli.preflight.environment import (
 from npo_cli.preflight.verifier import check_verifier
 from npo_cli.registry import TASKS
 from npo_cli.tasks.base import LoadedPrompts
+from npo_cli.tasks.data_sets import heldout_part, training_part
 from npo_cli.tasks.scan_file import MAX_LISTED, scan_file, scan_split
 from npo_cli.types.views import CheckedPart, ProjectCheck
 
@@ -78,9 +79,9 @@ def _check_data(recipe: Recipe) -> DataReport:
 
 def _check_file(task: TaskSettings, seed: int, faults: list[NpoError]) -> DataReport:
     """The same for a data file, row by row."""
-    assert task.path is not None
-    scan = scan_file(task.path, task, "rows")
-    heldout = None if task.heldout_path is None else scan_file(task.heldout_path, task, "heldout")
+    part = heldout_part(task)
+    scan = scan_file(training_part(task), task, "rows")
+    heldout = None if part is None else scan_file(part, task, "heldout")
     faults += scan.faults + (heldout.faults if heldout else [])
     loaded = None
     if scan.located:

@@ -88,6 +88,7 @@ def open_task(recipe: Recipe, *, run: RunDir | None = None) -> Task:
     with recorded_permissions(read_code_permissions(run)):
         task = load_task(decide_chat(recipe).task, seed=seed)
     if run is not None:
+        _check_data(run, task)
         record_code_permissions(run, recipe)
     if recipe.train.prompts_per_step > len(task.train):
         raise NpoError(
@@ -96,6 +97,18 @@ def open_task(recipe: Recipe, *, run: RunDir | None = None) -> Task:
             f"set train.prompts_per_step={len(task.train)} or less, or bring more prompts",
         )
     return task
+
+
+def _check_data(run: RunDir, task: Task) -> None:
+    """Refuse to continue with other prompts: positions, prompt ids and logs mean those with which the run began."""
+    recorded = run.info.prompts_sha256
+    if recorded is None or recorded == task.compute_digest():
+        return
+    task.close()
+    raise NpoError(
+        f"the data of task.* has changed since {run.root} was made: its prompts, answers or columns are not the same",
+        "restore the data of that time, or start a new run with: npo train RECIPE NEW_RUN",
+    )
 
 
 def read_code_permissions(run: RunDir | None) -> Permissions:

@@ -79,6 +79,8 @@ class RunInfo:
     created: str
     """ISO 8601, UTC."""
     npo_version: str
+    prompts_sha256: str | None = None
+    """Of the training and held-out prompts; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +283,10 @@ def read_run_info(root: Path) -> RunInfo:
         if not isinstance(value, str):
             raise damaged_file_error(path, f"{name} is {value!r}")
     check_time(known, "created", path)
-    return RunInfo(format=version, **known)  # type: ignore[arg-type]
+    prompts = found.get("prompts_sha256")
+    if not isinstance(prompts, str | None):
+        raise damaged_file_error(path, f"prompts_sha256 is {prompts!r}")
+    return RunInfo(format=version, prompts_sha256=prompts, **known)  # type: ignore[arg-type]
 
 
 def open_run(root: Path) -> RunDir:
@@ -295,7 +300,12 @@ def open_run(root: Path) -> RunDir:
 
 @on_main_rank
 def create_run(
-    root: Path, *, recipe: Mapping[str, Any], npo_version: str, prepare: Callable[[RunDir], None] | None = None
+    root: Path,
+    *,
+    recipe: Mapping[str, Any],
+    npo_version: str,
+    prompts_sha256: str | None = None,
+    prepare: Callable[[RunDir], None] | None = None,
 ) -> RunDir:
     """A new run directory in a new or empty folder; on failure nothing is left behind.
 
@@ -306,7 +316,7 @@ def create_run(
     made = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         with explain_write_error(root):
-            _write_new_run(root, recipe, npo_version=npo_version, prepare=prepare)
+            _write_new_run(root, recipe, npo_version=npo_version, prompts_sha256=prompts_sha256, prepare=prepare)
     except BaseException as error:
         _undo(root, made, taken=isinstance(error, FileExistsError))
         if isinstance(error, FileExistsError):
@@ -318,7 +328,12 @@ def create_run(
 
 
 def _write_new_run(
-    root: Path, recipe: Mapping[str, Any], *, npo_version: str, prepare: Callable[[RunDir], None] | None
+    root: Path,
+    recipe: Mapping[str, Any],
+    *,
+    npo_version: str,
+    prompts_sha256: str | None,
+    prepare: Callable[[RunDir], None] | None,
 ) -> None:
     root.mkdir(parents=True, exist_ok=True)
     # Two processes may create a run in one empty folder: the exclusive mode lets only one continue.
@@ -328,7 +343,13 @@ def _write_new_run(
     run.save_recipe(FIRST_BRANCH, recipe)
     if prepare is not None:
         prepare(run)
-    info = RunInfo(format=FORMAT_VERSION, run_id=uuid.uuid4().hex, created=now_utc(), npo_version=npo_version)
+    info = RunInfo(
+        format=FORMAT_VERSION,
+        run_id=uuid.uuid4().hex,
+        created=now_utc(),
+        npo_version=npo_version,
+        prompts_sha256=prompts_sha256,
+    )
     write_json_atomic(root / RUN_INFO_FILE, info)
 
 

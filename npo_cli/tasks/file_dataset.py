@@ -1,26 +1,26 @@
-"""Prompts from a .jsonl or .parquet file: checked row by row, and split into disjoint training and held-out prompts."""
+"""Prompts from the rows of a file or data set: checked, and split into disjoint training and held-out prompts."""
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.tasks.base import LoadedPrompts, TaskSource
+from npo_cli.tasks.data_sets import DataPart, check_parts, heldout_part, read_part, training_part
 from npo_cli.tasks.image_columns import ImageColumn, add_images, drop_image_locations, join_parts
 from npo_cli.tasks.prompt_format import format_prompt
-from npo_cli.tasks.table_io import TableRow, read_rows
+from npo_cli.tasks.table_io import TableRow
 from npo_cli.types.rollouts import Message, Prompt
 
 IMAGE_COLUMNS = ("images", "image")
 
 
 class FileTask(TaskSource):
-    """Prompts from a file, with columns for prompt, answer, id and images."""
+    """Prompts from a file or data set, with columns for prompt, answer, id and images."""
 
     name = "file"
     default_verifier = "math_verify"
@@ -28,10 +28,13 @@ class FileTask(TaskSource):
 
     @classmethod
     def validate(cls, settings: TaskSettings) -> None:
-        """There is a path."""
+        """There is a path, and splits only where the data has some."""
         super().validate(settings)
         if not settings.path:
-            raise NpoError("task.source=file needs a file", "set task.path to a .jsonl or .parquet file")
+            raise NpoError(
+                "task.source=file needs a file", "set task.path to a file, a folder, or OWNER/NAME on the hub"
+            )
+        check_parts(settings)
 
     @classmethod
     def load(cls, settings: TaskSettings, *, seed: int) -> LoadedPrompts:
@@ -42,9 +45,9 @@ class FileTask(TaskSource):
     @classmethod
     def locate(cls, prompt: Prompt, settings: TaskSettings) -> str:
         """`data.jsonl line 3: `, found by reading the file again, since only an error needs it."""
-        located = read_prompts(settings.path or "", settings, "rows")
-        if settings.heldout_path is not None:
-            located += read_prompts(settings.heldout_path, settings, "heldout")
+        heldout = heldout_part(settings)
+        located = read_prompts(training_part(settings), settings, "rows")
+        located += [] if heldout is None else read_prompts(heldout, settings, "heldout")
         return next(f"{location}: " for each, location in located if each.prompt_id == prompt.prompt_id)
 
 
@@ -53,14 +56,15 @@ LocatedPrompt = tuple[Prompt, str]
 
 
 def load_file_prompts(settings: TaskSettings, *, seed: int) -> tuple[tuple[Prompt, ...], tuple[Prompt, ...]]:
-    """(pool, held-out). With a held-out file: the first rows of each file. Without: a random split by the seed.
+    """(pool, held-out). With a held-out file or split: the first rows of each. Without: a random split by the seed.
 
     The held-out rows do not depend on task.pool_size, so runs with different pools are evaluated on the same prompts.
     """
-    rows = read_prompts(settings.path or "", settings, "rows")
-    if settings.heldout_path is not None:
+    part = heldout_part(settings)
+    rows = read_prompts(training_part(settings), settings, "rows")
+    if part is not None:
         train = rows[: settings.pool_size]
-        heldout = read_prompts(settings.heldout_path, settings, "heldout")[: settings.heldout_size]
+        heldout = read_prompts(part, settings, "heldout")[: settings.heldout_size]
     else:
         train, heldout = split_prompts(rows, settings, seed)
     check_unique_ids([*train, *heldout])
@@ -92,13 +96,12 @@ def check_num_rows(num_rows: int, settings: TaskSettings) -> None:
         )
 
 
-def read_prompts(path: str, settings: TaskSettings, prefix: str) -> list[LocatedPrompt]:
-    """Every row of a file as a prompt, with its place; the first fault is raised."""
-    file = Path(path).expanduser()
-    rows = read_rows(file, without=settings.image_column)
+def read_prompts(part: DataPart, settings: TaskSettings, prefix: str) -> list[LocatedPrompt]:
+    """Every row as a prompt, with its place; the first fault is raised."""
+    rows = read_part(part, without=settings.image_column)
     if settings.image_column is None:
         return [(make_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.location) for row in rows]
-    image_column = ImageColumn(file=file, column=settings.image_column, max_pixels=settings.max_image_pixels)
+    image_column = ImageColumn(file=part.file, column=settings.image_column, max_pixels=settings.max_image_pixels)
     prompts = [make_prompt(row, settings, f"{prefix}/{row.position:06d}") for row in rows]
     return [
         (add_images(prompt, images, row.location), row.location)
@@ -114,7 +117,7 @@ def make_prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prom
             f"{row.location} has images, but task.image_column is not set",
             f"set task.image_column={ignored[0]}, or remove the column",
         )
-    answer = _scalar(row, settings.answer_column, "task.answer_column")
+    answer = _cut_answer(_scalar(row, settings.answer_column, "task.answer_column"), row.location, settings)
     prompt_id = _scalar(row, settings.id_column, "task.id_column") if settings.id_column else numbered_id
     question = _cell(row, settings.prompt_column, "task.prompt_column")
     columns = {name: _as_float(value) for name, value in row.values.items() if name != settings.image_column}
@@ -132,6 +135,19 @@ def make_prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prom
     if settings.system and not settings.chat:
         raise NpoError(f"task.system needs chat prompts, but {row.location} is plain text", "set task.chat=true")
     return _check_text(format_prompt(question, settings=settings, prompt=bare), row.location)
+
+
+def _cut_answer(answer: str, location: str, settings: TaskSettings) -> str:
+    """What follows the last task.answer_mark."""
+    if not settings.answer_mark:
+        return answer
+    _, mark, rest = answer.rpartition(settings.answer_mark)
+    if not mark or not rest.strip():
+        raise NpoError(
+            f"{location}: nothing follows {settings.answer_mark!r} (task.answer_mark) in {settings.answer_column!r}",
+            "fix the row, or remove task.answer_mark",
+        )
+    return rest.strip()
 
 
 def _as_float(value: Any) -> Any:

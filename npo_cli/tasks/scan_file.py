@@ -3,11 +3,11 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.tasks.base import LoadedPrompts
+from npo_cli.tasks.data_sets import DataPart, read_part
 from npo_cli.tasks.file_dataset import (
     LocatedPrompt,
     check_disjoint,
@@ -18,7 +18,7 @@ from npo_cli.tasks.file_dataset import (
     split_prompts,
     without_id,
 )
-from npo_cli.tasks.table_io import read_json_rows, read_rows
+from npo_cli.tasks.table_io import read_json_rows
 
 MAX_LISTED = 5
 """Rows that a message lists."""
@@ -38,17 +38,17 @@ class FileScan:
     """Locations of rows with the prompt of an earlier row."""
 
 
-def scan_file(path: str, settings: TaskSettings, prefix: str) -> FileScan:
-    """Read a file row by row; rows with the same fault are one fault."""
-    scan, file = FileScan(), Path(path).expanduser()
+def scan_file(part: DataPart, settings: TaskSettings, prefix: str) -> FileScan:
+    """Read a file or data set row by row; rows with the same fault are one fault."""
+    scan, file = FileScan(), part.file
     faults: list[tuple[str, NpoError]] = []
     try:
         if settings.image_column is not None:
-            scan.located = read_prompts(path, settings, prefix)
+            scan.located = read_prompts(part, settings, prefix)
             scan.num_rows, scan.columns = len(scan.located), _columns(settings)
         else:
             is_json = file.is_file() and file.suffix == ".jsonl"
-            rows = read_json_rows(file, faults.append) if is_json else read_rows(file, columns=_columns(settings))
+            rows = read_json_rows(file, faults.append) if is_json else read_part(part, columns=_columns(settings))
             scan.num_rows = len(rows) + len(faults)
             scan.columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
             for row in rows:

@@ -1,4 +1,4 @@
-"""Tables: rows of .jsonl and .parquet files with their location for errors, and the export of verified responses.
+"""Tables: rows of .jsonl, .json, .csv and .parquet files with their location, and the export of verified responses.
 
 The exported parquet table has the columns that TRL and verl read. TRL: `prompt` and `completion` (text, or messages for
 a chat). verl: `prompt` (always messages), `data_source`, `ability`, `reward_model`, `extra_info`. Both: `images` (bytes
@@ -6,6 +6,7 @@ in Hugging Face's form), if prompts have any. `prompt_id`, `response`, `response
 `npo sample-guide --source file:PATH` reads back.
 """
 
+import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +36,14 @@ class TableRow:
 
 def read_rows(path: Path, *, columns: Sequence[str] | None = None, without: str | None = None) -> list[TableRow]:
     """All rows of a file; from parquet only the given columns (None: all), the others being None, as is `without`."""
-    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".json": _json_rows, ".csv": _csv_rows}
     if not path.is_file():
         problem = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise NpoError(f"the data file {path} {problem}", "fix task.path (relative paths start at the current folder)")
     if path.suffix not in readers:
-        raise NpoError(f"the data file {path} is neither .jsonl nor .parquet", "convert it to one JSON object per line")
+        raise NpoError(
+            f"the data file {path} is none of {', '.join(readers)}", "convert it to .jsonl: one JSON object per line"
+        )
     try:
         rows = list(readers[path.suffix](path, columns, without))
     except OSError as error:
@@ -63,6 +66,48 @@ def _jsonl_rows(path: Path, columns: Sequence[str] | None, without: str | None) 
             position += 1
 
 
+def _json_rows(path: Path, columns: Sequence[str] | None, without: str | None) -> Iterator[TableRow]:
+    """The rows of one JSON array."""
+    try:
+        values = _parse_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        hint = "name it .jsonl if each line is an object" if "Extra data" in str(error) else "write an array of objects"
+        raise NpoError(f"{path} is not valid JSON: {error}", hint) from error
+    if not isinstance(values, list):
+        kind = "object" if isinstance(values, dict) else _json_kind(values)
+        raise NpoError(f"{path} is a JSON {kind}, not an array of rows", 'write [{"prompt": ..., "answer": ...}, ...]')
+    for position, row in enumerate(values):
+        location = f"{path} row {position + 1}"
+        yield TableRow(position=position, location=location, values=_require_object(row, location))
+
+
+def _csv_rows(path: Path, columns: Sequence[str] | None, without: str | None) -> Iterator[TableRow]:
+    """The rows below a header; every cell is a text."""
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            names = next(reader, [])
+            repeated = [name for name in names if names.count(name) > 1]
+            if repeated:
+                raise NpoError(f"{path} has two columns {repeated[0]!r}", "name each column once in the first line")
+            rows = (cells for cells in reader if cells)
+            for position, cells in enumerate(rows):
+                location = f"{path} line {reader.line_num}"
+                if len(cells) != len(names):
+                    raise NpoError(
+                        f"{location} has {len(cells)} cells for {len(names)} columns",
+                        "put cells with commas or line breaks in double quotes",
+                    )
+                yield TableRow(position=position, location=location, values=dict(zip(names, cells, strict=True)))
+    except csv.Error as error:
+        raise NpoError(
+            f"{path} line {reader.line_num} is not CSV: {error}", "write commas, and quotes in a cell twice"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise NpoError(f"{path} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+
+
 def read_json_rows(path: Path, on_fault: Callable[[tuple[str, NpoError]], None]) -> list[TableRow]:
     """The rows of a .jsonl file that can be read; `on_fault` gets place and error of every other one."""
     rows: list[TableRow] = []
@@ -80,15 +125,23 @@ def read_json_rows(path: Path, on_fault: Callable[[tuple[str, NpoError]], None])
 
 def _json_object(line: bytes, location: str) -> dict[str, Any]:
     try:
-        # Decimals keep an answer such as 0.10 as it was written.
-        value = json.loads(
-            line.decode("utf-8-sig"),
-            parse_float=Decimal,
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_unique,
-        )
+        value = _parse_json(line)
     except (ValueError, RecursionError) as error:
         raise NpoError(f"{location} is not valid JSON: {error}", "write one JSON object per line, in UTF-8") from error
+    return _require_object(value, location)
+
+
+def _parse_json(text: bytes) -> Any:
+    """JSON as it is meant; decimals keep an answer such as 0.10 as it was written."""
+    return json.loads(
+        text.decode("utf-8-sig"),
+        parse_float=Decimal,
+        parse_constant=_refuse_constant,
+        object_pairs_hook=_unique,
+    )
+
+
+def _require_object(value: Any, location: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise NpoError(
             f"{location} is a JSON {_json_kind(value)}, not an object", 'write {"prompt": ..., "answer": ...}'

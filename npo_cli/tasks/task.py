@@ -4,8 +4,11 @@ The order is a pure function of (seed, position), so there is no iterator state 
 position again.
 """
 
+import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -42,6 +45,13 @@ class Task:
             )
         return self._by_id[prompt_id]
 
+    def compute_digest(self) -> str:
+        """sha256 of every prompt, answer, image and column that JSON can hold: equal for equal data."""
+        digest = hashlib.sha256()
+        for prompt in (*self.train, None, *self.heldout):
+            digest.update(b"held out" if prompt is None else _describe_prompt(prompt))
+        return digest.hexdigest()
+
     def grade(
         self, prompts: Sequence[Prompt], responses: Sequence[str], *, finished: Sequence[bool] | None = None
     ) -> list[VerifierResult]:
@@ -61,6 +71,17 @@ class Task:
         """End the verifiers' processes. Grading again starts new ones."""
         for term in self.verifiers:
             term.verifier.close()
+
+
+def _describe_prompt(prompt: Prompt) -> bytes:
+    """Its content as JSON, one line."""
+    turns = [(turn.role, turn.content) for turn in prompt.messages]
+    images = [image.sha256 for image in prompt.images]
+    fields = [json.dumps([prompt.prompt_id, prompt.answer, prompt.text, turns, images])]
+    for name, value in prompt.columns.items():
+        with suppress(TypeError, ValueError):  # bytes, dates, ...
+            fields.append(json.dumps([name, value], sort_keys=True))
+    return "\0".join([*fields, "\n"]).encode()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch.optim import Optimizer
 
 from npo_cli import __version__
+from npo_cli.config.base import is_dataset_id
 from npo_cli.config.loading import recipe_to_dict
 from npo_cli.config.recipe import BUNDLED_MODELS, Recipe
 from npo_cli.guides.online import open_online_guide
@@ -83,6 +84,7 @@ def create_session(
                 root,
                 recipe=recipe_to_dict(recipe),
                 npo_version=__version__,
+                prompts_sha256=task.compute_digest(),
                 prepare=lambda new: append_segment(new, first),
             )
             record_code_permissions(run, recipe)
@@ -134,14 +136,18 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths of data, verifier and model: a run can be resumed from any folder."""
     task, model = recipe.task, recipe.model
     paths = {
-        "path": task.path and absolute_path(task.path),
-        "heldout_path": task.heldout_path and absolute_path(task.heldout_path),
+        "path": task.path and _make_data_absolute(task.path),
+        "heldout_path": task.heldout_path and _make_data_absolute(task.heldout_path),
     }
     verifiers = tuple(map(_make_verifier_absolute, task.verifiers))
     paths["verifier"] = verifiers[0] if isinstance(task.verifier, str) else verifiers
     if model.path and model.path not in BUNDLED_MODELS and Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": absolute_path(model.path)})
     return recipe.model_copy(update={"task": task.model_copy(update=paths), "model": model})
+
+
+def _make_data_absolute(path: str) -> str:
+    return path if is_dataset_id(path) else absolute_path(path)
 
 
 def _make_verifier_absolute(verifier: str) -> str:

@@ -32,16 +32,16 @@ def training(folder: Path, *overrides: str, lines: Sequence[str] | None = None, 
     ("name", "words"),
     [
         ("missing.jsonl", "the data file missing.jsonl does not exist | fix task.path"),
-        ("folder.jsonl", "the data file folder.jsonl is a folder, not a file"),
+        ("folder.jsonl", "the folder folder.jsonl holds no data"),
         ("empty.jsonl", "the data file empty.jsonl is empty"),
         ("blank.jsonl", "the data file blank.jsonl is empty"),
-        ("table.csv", "the data file table.csv is neither .jsonl nor .parquet"),
+        ("table.txt", "the data file table.txt is none of .jsonl, .parquet, .json, .csv"),
         ("torn.parquet", "torn.parquet is not a readable parquet file"),
     ],
 )
 def test_dataset_file_that_cannot_be_read_is_refused(folder, name, words):
     (folder / "folder.jsonl").mkdir()
-    for there, text in (("empty.jsonl", ""), ("blank.jsonl", "\n \n"), ("table.csv", "a,b"), ("torn.parquet", "PAR1x")):
+    for there, text in (("empty.jsonl", ""), ("blank.jsonl", "\n \n"), ("table.txt", "a,b"), ("torn.parquet", "PAR1x")):
         (folder / there).write_text(text)
     assert words in training(folder, f"task.path={name}")
 

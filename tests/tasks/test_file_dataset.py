@@ -171,9 +171,9 @@ def test_file_dataset_invalid_utf8_names_the_line(tmp_path: Path):
 
 def test_file_dataset_refuses_other_files(tmp_path: Path):
     assert "does not exist" in refusal(tmp_path / "a.jsonl").message
-    assert "is a folder" in refusal(tmp_path).message
+    assert "holds no data" in refusal(tmp_path).message
     assert "is empty" in refusal(write(tmp_path / "b.jsonl", "", "")).message
-    assert "neither .jsonl nor .parquet" in refusal(write(tmp_path / "c.csv", "prompt,answer")).message
+    assert "is none of .jsonl, .parquet, .json, .csv" in refusal(write(tmp_path / "c.txt", "prompt,answer")).message
     assert "not a readable parquet file" in refusal(write(tmp_path / "d.parquet", "no")).message
 
 
