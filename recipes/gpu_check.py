@@ -157,7 +157,7 @@ def small_settings(bench: Bench, recipe: str) -> tuple[str, ...]:
 def check_doctor(bench: Bench) -> Figures:
     """`npo doctor --full`: every requirement is there."""
     records = bench.npo("doctor", "--full", name="doctor")
-    gpus = [each["detail"] for each in records if each["name"].startswith("gpu ")]
+    gpus = [each["detail"] for each in records if each.get("name", "").startswith("gpu ")]
     if bench.device != "cpu" and not gpus:
         raise Failed("npo doctor finds no GPU")
     return {"gpus": gpus or ["none"], "torch": torch.__version__}

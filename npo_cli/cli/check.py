@@ -4,8 +4,8 @@ import shlex
 
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg
 from npo_cli.cli.output import print_records
-from npo_cli.cli.terminal import escape_for_terminal, print_data
 from npo_cli.errors import NpoError
+from npo_cli.types.views import Verdict
 
 
 def check(
@@ -25,10 +25,11 @@ def check(
     from npo_cli.preflight.project import check_project
 
     checks = list(check_project(recipe, overrides or (), method=method))
-    print_records(checks, as_json=as_json)
     faults = [each for each in checks if each.state == "fault"]
-    if faults:
-        count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise NpoError(f"{recipe} has {count}, listed above", faults[0].hint)
-    if not as_json:
-        print_data(escape_for_terminal(f"no fault; next: npo train {shlex.quote(recipe)}"))
+    if not faults:
+        verdict = Verdict(verdict=f"{recipe} has no fault.", next=f"npo train {shlex.quote(recipe)}")
+        print_records([*checks, verdict], as_json=as_json)
+        return
+    print_records(checks, as_json=as_json)
+    count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
+    raise NpoError(f"{recipe} has {count}, listed above", faults[0].hint)
