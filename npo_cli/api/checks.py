@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Overrides = Sequence[str] | Mapping[str, Any]
 """Settings as `KEY=VALUE` texts, or by dotted key, or by section."""
 FIGURE_FORMATS = (".png", ".svg", ".pdf")
+RESULT_FORMATS = (".csv", ".json", ".jsonl")
 
 
 def list_overrides(overrides: Overrides) -> list[str]:
@@ -76,3 +77,13 @@ def check_figure_path(path: Path | None, *, option: str = "--figure", formats: S
         raise NpoError(f"{option} {path} is a folder", f"{option} {quote_path(path / 'figure.png')}")
     if path.suffix.lower() not in formats:
         raise NpoError(f"{option} {path} must end in {', '.join(formats)}", f"{option} {quote_path(path)}.png")
+
+
+def check_results_path(path: Path | None) -> None:
+    """Refuse a path that is a folder, or whose suffix names no format of results."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise NpoError(f"--out {path} is a folder", f"--out {quote_path(path / 'results.csv')}")
+    if path.suffix.lower() not in RESULT_FORMATS:
+        raise NpoError(f"--out {path} must end in {', '.join(RESULT_FORMATS)}", f"--out {quote_path(path)}.csv")

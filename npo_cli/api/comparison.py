@@ -1,15 +1,16 @@
 """`npo.compare`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from npo_cli.api.checks import check_figure_path
+from npo_cli.api.checks import check_figure_path, check_results_path
+from npo_cli.api.results import save_results
 from npo_cli.api.run import Run
 from npo_cli.api.stages import RecordStream, collect_records, returns
-from npo_cli.errors import NpoError, quote_path
+from npo_cli.errors import NpoError
 from npo_cli.types.comparison import (
     MethodDifference,
     MethodHysteresis,
@@ -98,21 +99,31 @@ def compare(
 
     `methods`: runs as the command takes them, `[NAME=]RUN[:BRANCH]`, or a dict of NAME to a run or to a list of runs,
     one per seed. `thresholds`: accuracies whose costs are compared (chosen from the data). `baseline`: NAME of the
-    method that the others are compared with (the first). `out`: CSV file of every evaluation; `figure`: the learning
-    curves.
+    method that the others are compared with (the first). `out`: file of every evaluation
+    (.csv, .json or .jsonl); `figure`: the learning curves.
     """
     picture, table = (None if path is None else Path(path) for path in (figure, out))
-    check_figure_path(picture, formats=(".png", ".svg"))
-    if table is not None and table.is_dir():
-        raise NpoError(f"--out {table} is a folder", f"--out {quote_path(table / 'evaluations.csv')}")
+    check_figure_path(picture)
+    check_results_path(table)
     for level in thresholds:
         if not 0 < level <= 1:
             raise NpoError(f"--threshold must be above 0 and at most 1, got {level:g}", "--threshold 0.9")
 
     from npo_cli.experiments.compare import compare_runs
 
-    records = compare_runs(list_methods(methods), thresholds=thresholds, baseline=baseline, csv=table, figure=picture)
+    records = compare_runs(list_methods(methods), thresholds=thresholds, baseline=baseline, figure=picture)
+    if table is not None:
+        records = _save_at_end(records, table)
     return RecordStream(records, name="compare")
+
+
+def _save_at_end(records: Iterator[CompareRecord], path: Path) -> Iterator[CompareRecord]:
+    every: list[CompareRecord] = []
+    for record in records:
+        every += [] if isinstance(record, Notice) else [record]
+        yield record
+    save_results(every, path, of=SeedPoint)
+    yield Notice(message=f"results: {path}")
 
 
 def list_methods(methods: "Sequence[str | Run | PathLike[str]] | Mapping[str, Any]") -> list[str]:

@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from npo_cli.api.checks import check_figure_path, load_run_recipe
-from npo_cli.cli.options import BranchOpt, FullOpt, JsonOpt, OverridesArg
+from npo_cli.cli.options import BranchOpt, FullOpt, JsonOpt, OverridesArg, make_results_option
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.types.autonpo import NonTriggerSpan
+from npo_cli.types.autonpo import NonTriggerSpan, Transition
 
 SourceArg = Annotated[
     Path,
@@ -54,6 +54,7 @@ def autonpo(
     reward: RewardOpt = None,
     entropy: EntropyOpt = None,
     figure: FigureOpt = None,
+    out: Annotated[Path | None, make_results_option("every transition")] = None,
     branch: BranchOpt = None,
     full: FullOpt = False,
     as_json: JsonOpt = False,
@@ -74,7 +75,14 @@ def autonpo(
         from npo_cli.report.verdicts import conclude_autonpo
 
         conclude = partial(conclude_autonpo, source)
-        print_records(report_history(source, branch=branch), as_json=as_json, full=full, conclude=conclude)
+        print_records(
+            report_history(source, branch=branch),
+            as_json=as_json,
+            full=full,
+            conclude=conclude,
+            out=out,
+            saved_as=Transition,
+        )
         return
     check_figure_path(figure)
 
@@ -88,7 +96,7 @@ def autonpo(
     )
     # With --json only transitions are printed, not the spans without a trigger.
     printed = (one for one in records if not (as_json and isinstance(one, NonTriggerSpan)))
-    print_records(printed, as_json=as_json, full=full)
+    print_records(printed, as_json=as_json, full=full, out=out, saved_as=Transition)
 
 
 def _check(source: Path, *, explain: bool, branch: str | None, given: list[str]) -> None:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import DryRunOpt, FullOpt, JsonOpt, OverridesArg, RecipeArg
+from npo_cli.cli.options import DryRunOpt, FullOpt, JsonOpt, OverridesArg, RecipeArg, make_figure_option
 from npo_cli.cli.output import print_records
+from npo_cli.cli.terminal import escape_for_terminal, print_notice
 from npo_cli.errors import NpoError
 
 MethodsOpt = Annotated[
@@ -42,6 +43,7 @@ def bench(
     tuning_seeds: TuningOpt = "100,101",
     teacher: TeacherOpt = "",
     jobs: JobsOpt = None,
+    figure: Annotated[Path | None, make_figure_option("the mean learning curves of the methods")] = None,
     dry_run: DryRunOpt = False,
     full: FullOpt = False,
     as_json: JsonOpt = False,
@@ -70,6 +72,11 @@ def bench(
     from npo_cli.report.verdicts import conclude_bench
 
     print_records(run_bench(spec), as_json=as_json, full=full, conclude=partial(conclude_bench, out))
+    if figure is not None:
+        from npo_cli.experiments.compare import compare_runs
+
+        list(compare_runs([str(out)], thresholds=(), baseline=None, figure=figure))
+        print_notice(escape_for_terminal(f"picture: {figure}"))
 
 
 def parse_seeds(text: str, *, as_list: bool = False) -> tuple[int, ...]:

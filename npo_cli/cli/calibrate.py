@@ -6,11 +6,21 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.api.checks import check_figure_path, load_run_recipe
+from npo_cli.api.checks import load_run_recipe
 from npo_cli.cli.checks import parse_steps
-from npo_cli.cli.options import AllowCodeOpt, BranchOpt, FullOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.options import (
+    AllowCodeOpt,
+    BranchOpt,
+    FullOpt,
+    JsonOpt,
+    OverridesArg,
+    RunArg,
+    make_figure_option,
+    make_results_option,
+)
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
+from npo_cli.types.calibration import CandidateGain
 
 NUM_EVALUATIONS = 4
 
@@ -42,10 +52,8 @@ def calibrate(
         int, typer.Option("--steps", min=NUM_EVALUATIONS, metavar="N", help="Steps of a replay, a multiple of 4.")
     ] = 40,
     branch: BranchOpt = None,
-    figure: Annotated[
-        Path | None,
-        typer.Option("--figure", metavar="FILE", help="Save a plot of gain against score (.png, .svg or .pdf)."),
-    ] = None,
+    out: Annotated[Path | None, make_results_option("the measured gains")] = None,
+    figure: Annotated[Path | None, make_figure_option("a plot of gain against score")] = None,
     allow_code: AllowCodeOpt = False,
     full: FullOpt = False,
     as_json: JsonOpt = False,
@@ -56,7 +64,6 @@ def calibrate(
     seeds; the gain is the difference in held-out accuracy. The same command resumes an interrupted calibration and adds
     to a finished one. No branch and no checkpoint is made.
     """
-    check_figure_path(figure)
     learners = parse_steps(at, option="--at")
     listed = [part.strip() for part in candidates.split(",")] if candidates else []
     specs = [*listed, *(source or ())]
@@ -80,4 +87,11 @@ def calibrate(
     )
     from npo_cli.report.verdicts import conclude_calibration
 
-    print_records(records, as_json=as_json, full=full, conclude=partial(conclude_calibration, run))
+    print_records(
+        records,
+        as_json=as_json,
+        full=full,
+        conclude=partial(conclude_calibration, run),
+        out=out,
+        saved_as=CandidateGain,
+    )

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import FullOpt, JsonOpt
+from npo_cli.cli.options import FullOpt, JsonOpt, make_figure_option, make_results_option
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
+from npo_cli.types.comparison import SeedPoint
 
 
 def compare(
@@ -33,12 +34,8 @@ def compare(
         str | None,
         typer.Option("--baseline", metavar="NAME", help="Method that the others are compared with. [default: first]"),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Save every evaluation with its costs (.csv).")
-    ] = None,
-    figure: Annotated[
-        Path | None, typer.Option("--figure", metavar="FILE", help="Save the learning curves (.png or .svg).")
-    ] = None,
+    out: Annotated[Path | None, make_results_option("every evaluation with its costs")] = None,
+    figure: Annotated[Path | None, make_figure_option("the learning curves")] = None,
     full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -51,10 +48,10 @@ def compare(
 
     from npo_cli.api.comparison import compare as compare_runs
 
-    records = compare_runs.stream(methods, thresholds=levels, baseline=baseline, out=out, figure=figure)
+    records = compare_runs.stream(methods, thresholds=levels, baseline=baseline, figure=figure)
     from npo_cli.report.verdicts import conclude_compare
 
-    print_records(records, as_json=as_json, full=full, conclude=conclude_compare)
+    print_records(records, as_json=as_json, full=full, conclude=conclude_compare, out=out, saved_as=SeedPoint)
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:

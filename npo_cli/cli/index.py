@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import AllowCodeOpt, FullOpt, JsonOpt, OnlyBranchOpt, OverridesArg, RunArg
+from npo_cli.cli.options import AllowCodeOpt, FullOpt, JsonOpt, OnlyBranchOpt, OverridesArg, RunArg, make_results_option
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
+from npo_cli.types.rollouts import CheckpointEntry
 
 ImportOpt = Annotated[
     Path | None,
@@ -37,6 +38,7 @@ def index(
     metrics: MetricsOpt = None,
     base: BaseOpt = False,
     allow_code: AllowCodeOpt = False,
+    out: Annotated[Path | None, make_results_option("the table of checkpoints")] = None,
     full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -55,7 +57,14 @@ def index(
         from npo_cli.storage.index import index_run
 
         conclude = partial(conclude_index, run)
-        print_records(index_run(run, branch=branch), as_json=as_json, full=full, conclude=conclude)
+        print_records(
+            index_run(run, branch=branch),
+            as_json=as_json,
+            full=full,
+            conclude=conclude,
+            out=out,
+            saved_as=CheckpointEntry,
+        )
         return
     if recipe is None:
         again = f"npo index {quote_path(run)} --import {quote_path(folder)}"
@@ -68,4 +77,11 @@ def index(
     )
     from npo_cli.report.verdicts import conclude_index
 
-    print_records(import_run(run, spec), as_json=as_json, full=full, conclude=partial(conclude_index, run))
+    print_records(
+        import_run(run, spec),
+        as_json=as_json,
+        full=full,
+        conclude=partial(conclude_index, run),
+        out=out,
+        saved_as=CheckpointEntry,
+    )

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import FullOpt, JsonOpt
+from npo_cli.cli.options import FullOpt, JsonOpt, make_results_option
 from npo_cli.cli.output import print_records
+from npo_cli.types.views import RunListing
 
 
 def list_run_directories(
@@ -15,6 +16,7 @@ def list_run_directories(
         Path, typer.Argument(metavar="FOLDER", help="Folder whose runs are listed, at any depth.")
     ] = Path("runs"),
     *,
+    out: Annotated[Path | None, make_results_option("the list of runs")] = None,
     full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -26,4 +28,5 @@ def list_run_directories(
     from npo_cli.report.verdicts import conclude_listing
     from npo_cli.storage.run_list import list_runs
 
-    print_records(list(list_runs(folder)), as_json=as_json, full=full, conclude=partial(conclude_listing, folder))
+    records, conclude = list(list_runs(folder)), partial(conclude_listing, folder)
+    print_records(records, as_json=as_json, full=full, conclude=conclude, out=out, saved_as=RunListing)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,31 @@ def _permit_code(is_allowed: bool) -> bool:
 
         permit_code()
     return is_allowed
+
+
+def _check_results(path: Path | None) -> Path | None:
+    from npo_cli.api.checks import check_results_path
+
+    check_results_path(path)
+    return path
+
+
+def _check_figure(path: Path | None) -> Path | None:
+    from npo_cli.api.checks import check_figure_path
+
+    check_figure_path(path)
+    return path
+
+
+def make_results_option(what: str) -> Any:
+    """`--out FILE`, the same in every command that prints results."""
+    text = f"Save {what} (.csv; .json or .jsonl: everything that --json prints)."
+    return typer.Option("--out", metavar="FILE", callback=_check_results, help=text)
+
+
+def make_figure_option(what: str) -> Any:
+    """`--figure FILE`, the same in every command that draws a picture."""
+    return typer.Option("--figure", metavar="FILE", callback=_check_figure, help=f"Save {what} (.png, .svg or .pdf).")
 
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
@@ -66,7 +91,6 @@ OLD_OPTIONS = {
     ("sample-guide", "--model"): "--source endpoint:URL#{value}",
     ("score-checkpoints", "--far"): "--source checkpoint:{value}",
     ("score-checkpoints", "--guide"): "--source {value}",
-    ("autonpo", "--out"): "--figure {value}",
     ("compare", "--csv"): "--out {value}",
     ("report", "--pictures"): "--figures {value}",
     ("index", "--base"): "--with-base",

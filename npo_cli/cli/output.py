@@ -13,13 +13,14 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from npo_cli.activity import Listener, listen
-from npo_cli.api.rows import to_row
+from npo_cli.api.results import save_results, to_named_row
 from npo_cli.api.stages import RecordStream
 from npo_cli.cli.progress import open_progress
-from npo_cli.cli.terminal import clear_loading, escape_for_terminal, has_color, is_terminal, print_data
+from npo_cli.cli.terminal import clear_loading, escape_for_terminal, has_color, is_terminal, print_data, print_notice
 from npo_cli.report.table import Table
 from npo_cli.types.rollouts import Notice, Progress, StepReport
 from npo_cli.types.views import Verdict
@@ -39,6 +40,8 @@ def print_records(
     tables: Collection[type] | None = None,
     full: bool = False,
     conclude: Callable[[Sequence[Any]], Verdict] | None = None,
+    out: Path | None = None,
+    saved_as: type = object,
 ) -> None:
     """Print notices and progress as they come; data as JSON lines as they come, or as tables at the end.
 
@@ -47,7 +50,8 @@ def print_records(
     records that have tables; None: all.
 
     Progress is shown for generators only: the steps in a list are not work in progress. `num_steps` is the last step of
-    the training, if known: it gives the time left.
+    the training, if known: it gives the time left. `out`: a file for the records; a .csv has those of the kind
+    `saved_as`.
     """
     from npo_cli.report.short_tables import SHORT_TABLES
     from npo_cli.report.tables import TABLES
@@ -72,6 +76,9 @@ def print_records(
                 every.append(record)
                 if as_json and not isinstance(record, Verdict):
                     print_data(to_json_line(record))
+    if out is not None:
+        save_results((one for one in every if not isinstance(one, Verdict)), out, of=saved_as)
+        print_notice(escape_for_terminal(f"results: {out}"))
     verdict = conclude(every) if conclude else next((one for one in every if isinstance(one, Verdict)), None)
     if as_json:
         _print_end((), verdict, as_json=True)
@@ -133,8 +140,7 @@ def to_json_line(record: Any) -> str:
 
     A step's metrics and timings are keys beside branch and step; a transition has the branch and phase of its state.
     """
-    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(record).__name__).lower()
-    return json.dumps({"record": kind, **to_row(record)}, allow_nan=False)
+    return json.dumps(to_named_row(record), allow_nan=False)
 
 
 def print_table(table: Table) -> None:

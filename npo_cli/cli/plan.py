@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import JsonOpt, MethodOpt, OverridesArg, RecipeArg
+from npo_cli.cli.options import JsonOpt, MethodOpt, OverridesArg, RecipeArg, make_results_option
 from npo_cli.cli.output import print_records
-from npo_cli.types.memory import Hardware
+from npo_cli.types.memory import Hardware, ResourceNeed
 
 GB = 10**9
 
@@ -32,6 +32,7 @@ def plan(
     per_machine: Annotated[int, typer.Option("--gpus-per-machine", min=1, metavar="N", help="GPUs per machine.")] = 8,
     method: MethodOpt = None,
     autonpo: Annotated[bool, typer.Option("--autonpo", help="Include AutoNPO's branches.")] = False,
+    out: Annotated[Path | None, make_results_option("the needs of memory and disk")] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Estimate GPU memory, host memory and disk space of a run.
@@ -50,5 +51,5 @@ def plan(
     from npo_cli.memory.planner import plan_resources, validate_fits
 
     estimates = list(plan_resources(recipe, overrides or (), method=method, hardware=hardware, autonpo=autonpo))
-    print_records(estimates, as_json=as_json)
+    print_records(estimates, as_json=as_json, out=out, saved_as=ResourceNeed)
     validate_fits(estimates, hardware)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import JsonOpt
+from npo_cli.cli.options import JsonOpt, make_figure_option
 from npo_cli.cli.output import print_records
 
 
@@ -22,6 +22,7 @@ def report(
         str | None,
         typer.Option("--branch", metavar="NAME", help="Branch whose costs and responses lead. [default: the best]"),
     ] = None,
+    figure: Annotated[Path | None, make_figure_option("the curves of held-out accuracy")] = None,
     figures: Annotated[
         Path | None, typer.Option("--figures", metavar="DIR", help="Also save every figure as PNG and SVG.")
     ] = None,
@@ -34,4 +35,4 @@ def report(
     """
     from npo_cli.report.build import write_report
 
-    print_records(write_report(runs, out, plots_folder=figures, branch=branch), as_json=as_json)
+    print_records(write_report(runs, out, figure=figure, plots_folder=figures, branch=branch), as_json=as_json)

@@ -6,10 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
-from npo_cli.api.checks import check_figure_path
 from npo_cli.cli.checks import parse_steps
-from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg
+from npo_cli.cli.options import (
+    AllowCodeOpt,
+    AtOpt,
+    BranchOpt,
+    DryRunOpt,
+    FullOpt,
+    JsonOpt,
+    OverridesArg,
+    RunArg,
+    make_figure_option,
+    make_results_option,
+)
 from npo_cli.cli.output import print_records
+from npo_cli.errors import NpoError
+from npo_cli.types.scores import CandidateScore
 
 
 def score_checkpoints(
@@ -34,9 +46,8 @@ def score_checkpoints(
         ),
     ] = None,
     branch: BranchOpt = None,
-    figure: Annotated[
-        Path | None, typer.Option("--figure", metavar="FILE", help="Save a plot of Q, V and S (.png, .svg or .pdf).")
-    ] = None,
+    out: Annotated[Path | None, make_results_option("the scores")] = None,
+    figure: Annotated[Path | None, make_figure_option("a plot of Q_net, V and S")] = None,
     allow_code: AllowCodeOpt = False,
     dry_run: DryRunOpt = False,
     full: FullOpt = False,
@@ -48,7 +59,8 @@ def score_checkpoints(
     candidate's samples bring into the learner's gradient. Candidates are later checkpoints of the run, any other guide
     source, and always no guide at all, which may win. Each figure has a 95 % interval.
     """
-    check_figure_path(figure)
+    if dry_run and out is not None:
+        raise NpoError("--out has no effect with --dry-run, which scores nothing", "leave one of the two out")
     steps = () if candidates is None else parse_steps(candidates)
 
     arguments: dict[str, Any] = {
@@ -69,4 +81,4 @@ def score_checkpoints(
     from npo_cli.report.verdicts import conclude_scoring
 
     conclude = partial(conclude_scoring, run, at, branch)
-    print_records(records, as_json=as_json, full=full, conclude=conclude)
+    print_records(records, as_json=as_json, full=full, conclude=conclude, out=out, saved_as=CandidateScore)

@@ -1,14 +1,12 @@
 """`npo compare`: what each method reached, what it cost on five axes, and the differences with intervals.
 
 Run directories are only read. Costs come from `storage/cost_sums.py`: everything that a method needed, rolled-back work
-and sampling included. The statistics are in `bootstrap.py` and `time_to_threshold.py`. `--out` writes the points of the
-curves as CSV, one evaluation per line.
+and sampling included. The statistics are in `bootstrap.py` and `time_to_threshold.py`.
 """
 
-import csv
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from npo_cli.errors import quote_path
@@ -59,25 +57,15 @@ from npo_cli.types.comparison import (
 )
 from npo_cli.types.rollouts import Notice
 
-
-def write_points(points: Sequence[SeedPoint], path: Path) -> None:
-    """Every field under its name; one that is not known is left empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(SeedPoint))
-        writer.writerows(astuple(point) for point in points)
-
-
 CompareRecord = (
     MethodSummary | MethodDifference | MethodTimeToThreshold | SpeedUp | MethodHysteresis | SeedPoint | Notice
 )
 
 
 def compare_runs(
-    texts: Sequence[str], *, thresholds: Sequence[float], baseline: str | None, csv: Path | None, figure: Path | None
+    texts: Sequence[str], *, thresholds: Sequence[float], baseline: str | None, figure: Path | None
 ) -> Iterator[CompareRecord]:
-    """Read, align, estimate; then the table of points and the picture, where they are wanted."""
+    """Read, align, estimate; then the picture, where it is wanted."""
     methods = load_methods(texts, baseline=baseline)
     common = find_comparison_range(methods)
     yield from collect_warnings(methods, common)
@@ -105,9 +93,6 @@ def compare_runs(
     # What others may draw and count for themselves.
     points = [point for method in methods for one in method.runs for point in (*one.points, *one.held)]
     yield from points
-    if csv is not None:
-        write_points(points, csv)
-        yield Notice(message=f"points: {csv}")
     if figure is not None:
         plot_method_curves(estimate_bands(methods, common, resampler), figure, title=format_plot_title(summaries))
         yield Notice(message=f"picture: {figure}")

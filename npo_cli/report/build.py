@@ -8,6 +8,7 @@ from npo_cli.errors import NpoError, quote_path
 from npo_cli.report.html import GENERATOR, list_plots, render_page
 from npo_cli.report.pdf import find_browser, is_report_pdf, write_pdf
 from npo_cli.report.plotting import save_plot
+from npo_cli.report.run_figures import plot_accuracy
 from npo_cli.report.run_page import build_overview, build_run_section
 from npo_cli.report.table import format_bytes
 from npo_cli.storage.bench_dir import is_bench, load_bench_index
@@ -24,9 +25,15 @@ HEAD_BYTES = 2000
 
 
 def write_report(
-    roots: Sequence[Path], out: Path, *, plots_folder: Path | None, branch: str | None = None
+    roots: Sequence[Path],
+    out: Path,
+    *,
+    plots_folder: Path | None,
+    figure: Path | None = None,
+    branch: str | None = None,
 ) -> Iterator[Progress | Notice | WrittenFile]:
-    """One section per run, after an overview if there are several; with `plots_folder` also the plots as files."""
+    """One section per run, after an overview if there are several; with `plots_folder` also the plots as files, with
+    `figure` also the accuracy curves as one."""
     validate_output(out)
     if plots_folder is not None and plots_folder.exists() and not plots_folder.is_dir():
         raise NpoError(f"--figures {plots_folder} is a file", f"name a folder: --figures {quote_path(plots_folder)}.d")
@@ -49,6 +56,10 @@ def write_report(
     seconds = time.monotonic() - began
     yield Notice(message=f"report: {out}, {format_bytes(out.stat().st_size)}, {seconds:.1f} s")
     yield WrittenFile(path=str(out), content="report")
+    if figure is not None:
+        plot_accuracy([run for _, run in runs], figure)
+        yield Notice(message=f"picture: {figure}")
+        yield WrittenFile(path=str(figure), content="figure")
     if plots_folder is not None:
         plots = list_plots(sections)
         for plot in plots:

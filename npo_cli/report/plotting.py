@@ -172,6 +172,22 @@ def open_figure(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
             canvas.print_figure(path)
 
 
+PANELS_PER_ROW = 2
+
+
+def save_panels(plots: Sequence["Plot"], path: Path, *, title: str) -> None:
+    """Several plots as the panels of one figure, two in a row; a wide plot alone."""
+    columns = min(PANELS_PER_ROW, len(plots))
+    rows = -(-len(plots) // columns)
+    height = plots[0].height if len(plots) == 1 else 0.4 + HEIGHT * rows
+    with open_figure(path, title=title, height=max(height, 2.0)) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for plot, panel in zip(plots, panels, strict=False):
+            plot.draw(panel)
+        for panel in list(panels)[len(plots) :]:
+            panel.set_axis_off()
+
+
 WIDTH, HEIGHT = 6.4, 3.7
 """Inches."""
 FIXED = {"svg.hashsalt": "npo", "svg.fonttype": "path", "text.parse_math": False, "axes.titlelocation": "left"}

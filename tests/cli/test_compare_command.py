@@ -34,7 +34,7 @@ def test_compare_json_names_the_record_types(runs, tmp_path):
         *["seed_point"] * 6,
     ]
     assert (lines[0]["method"], lines[0]["resampling_unit"], lines[0]["seeds"]) == ("a", "prompts", [0])
-    assert result.err == f"points: {tmp_path / 'p.csv'}\n"
+    assert result.err == f"results: {tmp_path / 'p.csv'}\n"
 
 
 def test_compare_prints_tables_and_saves_a_figure(runs, tmp_path):
@@ -47,7 +47,7 @@ def test_compare_prints_tables_and_saves_a_figure(runs, tmp_path):
         *("Methods", "Method minus a", "Cost of reaching a held-out accuracy")
     ]
     assert last == f"next: npo report {runs}/s0 {runs}/s1\n"
-    full = npo("compare", f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1", "--full").out
+    full = npo("compare", f"a={runs}/s0", f"a={runs}/s1", f"b={runs}/s1", "--threshold", "0.6", "--full").out
     assert [line for line in full.splitlines() if line.startswith(("Held", "What", "Method", "Cost"))][:4] == [
         "Held-out accuracy",
         "Cost of reaching step 4",
@@ -68,7 +68,7 @@ def test_compare_escapes_control_characters_in_names(runs):
     [
         (("--threshold", "0"), "--threshold must be above 0 and at most 1, got 0"),
         (("--threshold", "nan"), "--threshold must be above 0 and at most 1, got nan"),
-        (("--figure", "c.jpg"), "--figure c.jpg must end in .png, .svg"),
+        (("--figure", "c.jpg"), "--figure c.jpg must end in .png, .svg, .pdf"),
         (("--baseline", "c"), "--baseline: there is no method 'c'"),
     ],
 )

@@ -98,7 +98,7 @@ def check_last_hint(stderr: str) -> None:
     """`npo bench` ends with a command of `npo compare`, which works."""
     hint = next(line for line in stderr.splitlines() if "npo compare" in line)
     methods, _, picture = hint.partition("npo compare ")[2].partition(" --figure ")
-    records = compare_runs(shlex.split(methods), thresholds=(), baseline=None, csv=None, figure=Path(picture))
+    records = compare_runs(shlex.split(methods), thresholds=(), baseline=None, figure=Path(picture))
     assert [(one.method, one.seeds) for one in records if isinstance(one, MethodSummary)] == [("matched-grpo", (0, 1))]
 
 

@@ -25,7 +25,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compare_second(*methods: str) -> tuple[MethodSummary, list[str]]:
     """The second method, and the notices."""
-    records = list(compare_runs(methods, thresholds=(), baseline=None, csv=None, figure=None))
+    records = list(compare_runs(methods, thresholds=(), baseline=None, figure=None))
     _, method = (one for one in records if isinstance(one, MethodSummary))
     return method, [one.message for one in records if isinstance(one, Notice)]
 
