@@ -261,7 +261,7 @@ def short_account_tables(accounts: Sequence[RunCosts]) -> tuple[Table, ...]:
 def short_runs_tables(runs: Sequence[RunListing]) -> tuple[Table, ...]:
     """Runs by path: steps, best accuracy and state."""
     columns = (
-        *(name_column("run", max_chars=24), name_column("recipe", max_chars=12)),
+        *(name_column("run", max_chars=20), name_column("recipe", max_chars=10)),
         Column("branches", lambda one: str(len(one.branches))),
         Column("step", lambda one: f"{one.step}/{one.num_steps}"),
         number_column("best", "best_accuracy", digits=2),
