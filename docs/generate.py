@@ -41,6 +41,9 @@ def render_cli() -> str:
         "Every command has `--quiet` (`-q`: results, warnings and errors only) and `--verbose` (`-v`: also each step, "
         "and how long loading and saving took). `NO_COLOR` and `FORCE_COLOR` are respected.",
         "",
+        "`npo --install-completion` has the shell complete commands, options, recipes, methods, settings (`train.lr=`) "
+        "and of the run on the command line branches, guide caches and steps with a checkpoint.",
+        "",
         "With `--json` a command prints JSON lines on stdout, each with the name of its type in `record`; progress "
         "stays on stderr. An error is then the last line on stdout, usage errors included: "
         '`{"record": "error", "error": MESSAGE, "hint": HINT, "exit_code": 2}`.',

@@ -5,13 +5,17 @@ from typing import Annotated
 
 import typer
 
+from npo_cli.cli.completion import complete_key
 from npo_cli.cli.options import JsonOpt
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import print_data
 from npo_cli.errors import NpoError
 
 KeyArg = Annotated[
-    str | None, typer.Argument(metavar="KEY", help="Section or setting, such as train.lr.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="KEY", help="Section or setting, such as train.lr.", show_default=False, autocompletion=complete_key
+    ),
 ]
 SchemaOpt = Annotated[
     bool, typer.Option("--schema", help="Print the JSON schema of recipe files, for the completion of editors.")

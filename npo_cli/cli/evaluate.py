@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from npo_cli.cli.completion import complete_step
 from npo_cli.cli.options import (
     AllowCodeOpt,
     BranchOpt,
@@ -27,7 +28,13 @@ def evaluate(
     *,
     step: Annotated[
         int | None,
-        typer.Option("--step", min=0, metavar="N", help="Step of the checkpoint. [default: the last]"),
+        typer.Option(
+            "--step",
+            min=0,
+            metavar="N",
+            help="Step of the checkpoint. [default: the last]",
+            autocompletion=complete_step,
+        ),
     ] = None,
     every_step: Annotated[bool, typer.Option("--all", help="Every checkpoint of the branch.")] = False,
     branch: BranchOpt = None,

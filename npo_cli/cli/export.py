@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from npo_cli.cli.completion import complete_guide, complete_step
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, JsonOpt, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError, quote_path
@@ -19,10 +20,16 @@ def export(
         Path, typer.Option("--out", metavar="PATH", help="New .parquet file, or new folder.", show_default=False)
     ],
     guide: Annotated[
-        str | None, typer.Option("--guide", metavar="NAME", help="Export this guide cache, as a table.")
+        str | None,
+        typer.Option(
+            "--guide", metavar="NAME", help="Export this guide cache, as a table.", autocompletion=complete_guide
+        ),
     ] = None,
     step: Annotated[
-        int | None, typer.Option("--step", min=0, metavar="N", help="Export this checkpoint, as a folder.")
+        int | None,
+        typer.Option(
+            "--step", min=0, metavar="N", help="Export this checkpoint, as a folder.", autocompletion=complete_step
+        ),
     ] = None,
     columns: Annotated[
         ExportFormat,

@@ -6,6 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
+from npo_cli.cli.completion import (
+    complete_branch,
+    complete_method,
+    complete_recipe,
+    complete_setting,
+    complete_step,
+)
+
 
 def _permit_code(is_allowed: bool) -> bool:
     if is_allowed:
@@ -42,23 +50,53 @@ def make_figure_option(what: str) -> Any:
 
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
 RecipeArg = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Recipe file, or name of a shipped recipe (npo recipes).")
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="Recipe file, or name of a shipped recipe (npo recipes).", autocompletion=complete_recipe
+    ),
 ]
 OverridesArg = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Override settings of the recipe, such as train.lr=3e-4."),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Override settings of the recipe, such as train.lr=3e-4.",
+        autocompletion=complete_setting,
+    ),
 ]
 MethodOpt = Annotated[
     str | None,
-    typer.Option("--method", metavar="NAME", help="Apply this method to the recipe (npo recipes --methods)."),
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="Apply this method to the recipe (npo recipes --methods).",
+        autocompletion=complete_method,
+    ),
 ]
 AtOpt = Annotated[
-    int | None, typer.Option("--at", min=0, metavar="STEP", help="Learner step. [default: guide.replay.at_step]")
+    int | None,
+    typer.Option(
+        "--at",
+        min=0,
+        metavar="STEP",
+        help="Learner step. [default: guide.replay.at_step]",
+        autocompletion=complete_step,
+    ),
 ]
 BranchOpt = Annotated[
-    str | None, typer.Option("--branch", metavar="NAME", help="Existing branch of the run. [default: main]")
+    str | None,
+    typer.Option(
+        "--branch", metavar="NAME", help="Existing branch of the run. [default: main]", autocompletion=complete_branch
+    ),
 ]
-OnlyBranchOpt = Annotated[str | None, typer.Option("--branch", metavar="NAME", help="Only this branch. [default: all]")]
+OnlyBranchOpt = Annotated[
+    str | None,
+    typer.Option(
+        "--branch",
+        metavar="NAME",
+        help="Only this branch. [default: all]",
+        autocompletion=complete_branch,
+    ),
+]
 UntilOpt = Annotated[
     int | None,
     typer.Option("--until", min=0, metavar="STEP", help="Stop after this step and save a checkpoint."),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from npo_cli.cli.completion import complete_recipe
 from npo_cli.cli.options import JsonOpt, MethodOpt
 from npo_cli.cli.output import print_records
 from npo_cli.cli.terminal import print_data
@@ -16,7 +17,13 @@ if TYPE_CHECKING:
 
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Recipe to print, with every setting.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Recipe to print, with every setting.",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     *,
     method: MethodOpt = None,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from npo_cli.cli.completion import complete_branch
 from npo_cli.cli.options import JsonOpt, make_figure_option
 from npo_cli.cli.output import print_records
 
@@ -20,7 +21,12 @@ def report(
     ),
     branch: Annotated[
         str | None,
-        typer.Option("--branch", metavar="NAME", help="Branch whose costs and responses lead. [default: the best]"),
+        typer.Option(
+            "--branch",
+            metavar="NAME",
+            help="Branch whose costs and responses lead. [default: the best]",
+            autocompletion=complete_branch,
+        ),
     ] = None,
     figure: Annotated[Path | None, make_figure_option("the curves of held-out accuracy")] = None,
     figures: Annotated[

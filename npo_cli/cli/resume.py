@@ -5,13 +5,28 @@ from typing import Annotated, Any
 
 import typer
 
+from npo_cli.cli.completion import complete_guide, complete_step
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
 from npo_cli.cli.output import print_records
 
-ForkAtOpt = Annotated[int | None, typer.Option("--at", min=0, metavar="STEP", help="Fork a new branch at this step.")]
+ForkAtOpt = Annotated[
+    int | None,
+    typer.Option(
+        "--at",
+        min=0,
+        metavar="STEP",
+        help="Fork a new branch at this step.",
+        autocompletion=complete_step,
+    ),
+]
 GuideOpt = Annotated[
     str | None,
-    typer.Option("--guide", metavar="NAME", help="Inject responses of this guide cache (npo sample-guide)."),
+    typer.Option(
+        "--guide",
+        metavar="NAME",
+        help="Inject responses of this guide cache (npo sample-guide).",
+        autocompletion=complete_guide,
+    ),
 ]
 NoGuideOpt = Annotated[
     bool, typer.Option("--no-guide", help="Fork at --at without a guide cache: plain training from that step.")

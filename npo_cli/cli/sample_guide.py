@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from npo_cli.cli.completion import complete_source
 from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg
 from npo_cli.cli.output import print_records
 from npo_cli.guides.source import describe_sources
@@ -13,6 +14,7 @@ SourceOpt = Annotated[
     str | None,
     typer.Option(
         "--source",
+        autocompletion=complete_source,
         metavar="SPEC",
         help="Guide source, one of the list above. [default: the choice of the newest scoring of this learner, else "
         "guide.replay.guide_step]",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from npo_cli.cli.checks import parse_steps
+from npo_cli.cli.completion import complete_source, complete_steps
 from npo_cli.cli.options import (
     AllowCodeOpt,
     AtOpt,
@@ -33,6 +34,7 @@ def score_checkpoints(
         str | None,
         typer.Option(
             "--candidates",
+            autocompletion=complete_steps,
             metavar="STEPS",
             help="Later checkpoints, such as 60,80: one --source each. [default: all, if no --source is given]",
         ),
@@ -41,6 +43,7 @@ def score_checkpoints(
         list[str] | None,
         typer.Option(
             "--source",
+            autocompletion=complete_source,
             metavar="SPEC",
             help="Guide source, such as self, past or model:FOLDER (see npo sample-guide --help); repeatable.",
         ),

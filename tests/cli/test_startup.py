@@ -129,5 +129,5 @@ def test_help_imports_no_command():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name for name in done.stderr.split() if name.startswith("npo_cli.cli.")}
-    assert loaded == {f"npo_cli.cli.{name}" for name in ("main", "commands", "options", "terminal")}
+    assert loaded == {f"npo_cli.cli.{name}" for name in ("main", "commands", "completion", "options", "terminal")}
     assert "pydantic" not in done.stderr.split()
