@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs/tutorial").glob("*.md")))
-WIDTH = "150"
+WIDTH = "80"
 Lines = list[str]
 
 
@@ -34,17 +34,27 @@ def table(title: str, *, first: int | None = None, last: int = 0, with_title: bo
     return pick
 
 
+def ends(pick: Callable[[Lines], Lines]) -> Callable[[Lines], Lines]:
+    """The sentence, what `pick` takes of the rest, and the next command."""
+
+    def picked(lines: Lines) -> Lines:
+        gap = lines.index("")
+        return [*lines[:gap], "", *pick(lines[gap + 1 : -1]), "", lines[-1]]
+
+    return picked
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
     "demo": ("demo", table("Cost of reaching")),
-    "train": ("train micro runs/a", table("Training")),
-    "index": ("index runs/a", table("Checkpoints", first=5, last=1)),
-    "score": ("score-checkpoints runs/a --at 40 --candidates 60,80", table("Guide candidates")),
-    "sample": ("sample-guide runs/a --at 40 --source 80 --name late", table("Guide caches")),
-    "resume": ("resume runs/a --at 40 --guide late --new-branch late", table("Training")),
-    "costs": ("show runs/a costs", table("Cost of reaching")),
-    "train-autonpo": ("train micro-auto runs/b --autonpo", table("Training")),
-    "autonpo": ("autonpo runs/b", table("What AutoNPO did", first=10)),
-    "rollback": ("autonpo runs/b", table("Rollback distances")),
+    "train": ("train micro runs/a", ends(table("Training"))),
+    "index": ("index runs/a", ends(table("Checkpoints", first=5, last=1))),
+    "score": ("score-checkpoints runs/a --at 40 --candidates 60,80", ends(table("Guide candidates"))),
+    "sample": ("sample-guide runs/a --at 40 --source 80 --name late", ends(table("Guide caches"))),
+    "resume": ("resume runs/a --at 40 --guide late --new-branch late", ends(table("Training"))),
+    "costs": ("show runs/a costs", ends(table("Cost of reaching"))),
+    "train-autonpo": ("train micro-auto runs/b --autonpo", ends(table("Training"))),
+    "autonpo": ("autonpo runs/b", ends(table("What AutoNPO did", first=10))),
+    "rollback": ("autonpo runs/b --full", table("Rollback distances")),
     "explain": (
         "autonpo runs/a --explain autonpo.trigger.max_reward_gain_se=2 autonpo.trigger.min_entropy_drop_se=1",
         lambda lines: lines[:14],
