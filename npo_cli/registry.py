@@ -91,6 +91,7 @@ TASKS = Registry(
         "micro": "npo_cli.tasks.micro:MicroTask",
         "reasoning_gym": "npo_cli.tasks.reasoning_gym:ReasoningGymTask",
         "file": "npo_cli.tasks.file_dataset:FileTask",
+        "custom": "npo_cli.tasks.custom_task:CustomTask",
         "shapes": "npo_cli.tasks.shapes:ShapesTask",
     },
 )
@@ -103,6 +104,7 @@ VERIFIERS = Registry(
         "number": "npo_cli.tasks.verifiers:NumberVerifier",
         "last_number": "npo_cli.tasks.verifiers:LastNumberVerifier",
         "micro": "npo_cli.tasks.micro:MicroVerifier",
+        "custom": "npo_cli.tasks.custom_task:TaskVerifier",
         "math_verify": "npo_cli.tasks.math_verify:MathVerifier",
         "reasoning_gym": "npo_cli.tasks.reasoning_gym:GymVerifier",
     },

@@ -33,8 +33,10 @@ from npo_cli.config.guides import GuideSettings, MethodSettings, ScoringSettings
 from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
 
 WITH_LORA = applies_when({"model.lora.rank": IS_SET})
+ROWS = applies_when({"task.source": ["file", "custom"]})
 FROM_FILE = applies_when({"task.source": ["file"]})
-QUESTIONS = applies_when({"task.source": ["file", "reasoning_gym"]})
+QUESTIONS = applies_when({"task.source": ["file", "custom", "reasoning_gym"]})
+CUSTOM = applies_when({"task.source": ["custom"]})
 CLIPPED = applies_when({"loss.kind": ["grpo", "gspo", "gspo_token"]})
 BUNDLED_MODELS = ("micro-base", "smollm2-135m")
 """Names that `model.path` may have besides folders and hub ids."""
@@ -121,7 +123,9 @@ class TaskSettings(Settings):
     model_config = ConfigDict(json_schema_extra=MUST_MATCH)
 
     source: Annotated[str, AfterValidator(TASKS.check)] = Field(
-        "micro", description="Source of the prompts: `micro`, `reasoning_gym`, `file`, `shapes`, or one from a plug-in."
+        "micro",
+        description="Source of the prompts: `micro`, `reasoning_gym`, `file`, `custom`, `shapes`, or one from "
+        "a plug-in.",
     )
     kind: Literal["any", "addh1", "addh2", "mix3"] = Field(
         "mix3",
@@ -150,22 +154,30 @@ class TaskSettings(Settings):
         description="file: split of a data set to train on (null: `train`, or the only one).",
         json_schema_extra=FROM_FILE,
     )
+    function: str | None = Field(
+        None,
+        description="custom: file.py:function or module:function that returns the rows (needs --allow-code).",
+        json_schema_extra=CODE_PATH | CUSTOM,
+    )
+    function_args: dict[str, Any] = Field(
+        default_factory=dict, description="custom: arguments of the function, by name.", json_schema_extra=CUSTOM
+    )
     prompt_column: str = Field(
         "prompt",
-        description="file: column with the prompt, a string or list of chat messages.",
-        json_schema_extra=FROM_FILE,
+        description="file, custom: column with the prompt, a string or list of chat messages.",
+        json_schema_extra=ROWS,
     )
     answer_column: str = Field(
-        "answer", description="file: column with the reference answer.", json_schema_extra=FROM_FILE
+        "answer", description="file, custom: column with the reference answer.", json_schema_extra=ROWS
     )
     id_column: str | None = Field(
-        None, description="file: column with unique prompt ids (null: row numbers).", json_schema_extra=FROM_FILE
+        None, description="file, custom: column with unique prompt ids (null: row numbers).", json_schema_extra=ROWS
     )
     answer_mark: str = Field(
         "",
-        description="file: the reference answer is what follows the last occurrence of this text in the column, such "
-        "as `####` of GSM8K (empty: all of it).",
-        json_schema_extra=FROM_FILE,
+        description="file, custom: the reference answer is what follows the last occurrence of this text in the "
+        "column, such as `####` of GSM8K (empty: all of it).",
+        json_schema_extra=ROWS,
     )
     image_column: str | None = Field(
         None,

@@ -23,6 +23,7 @@ from npo_cli.preflight.environment import (
 from npo_cli.preflight.verifier import check_verifier
 from npo_cli.registry import TASKS
 from npo_cli.tasks.base import LoadedPrompts
+from npo_cli.tasks.custom_verifier import is_code_allowed
 from npo_cli.tasks.data_sets import heldout_part, training_part
 from npo_cli.tasks.scan_file import MAX_LISTED, scan_file, scan_split
 from npo_cli.types.views import CheckedPart, ProjectCheck
@@ -69,6 +70,10 @@ def _check_data(recipe: Recipe) -> DataReport:
     """What the data is like."""
     task, seed = recipe.task, recipe.train.seed if recipe.task.seed is None else recipe.task.seed
     source = TASKS.get(task.source)
+    code = [name for name in source.list_code(task) if not is_code_allowed(name)]
+    if code:
+        text = f"{', '.join(code)} is user code and was not run: data and verifier are not checked"
+        return [_note("data", text, "read the file, then repeat with --allow-code")], None, {}
     faults = _collect(lambda: source.validate(task))
     if task.source == "file" and task.path:
         return _check_file(task, seed, faults)

@@ -23,8 +23,8 @@ from npo_cli.session.weight_sync import WeightSync, build_check_rows
 from npo_cli.storage.checkpoints import Checkpoint, verify_checkpoint
 from npo_cli.storage.layout import RunDir
 from npo_cli.tasks.code_permission import Permissions, read_permissions, record_permissions, recorded_permissions
-from npo_cli.tasks.custom_verifier import has_allow_code, is_custom_verifier, verifier_path
-from npo_cli.tasks.task import DataOrder, Task, format_location, load_task
+from npo_cli.tasks.custom_verifier import has_allow_code
+from npo_cli.tasks.task import DataOrder, Task, format_location, list_code_files, load_task
 from npo_cli.types.rollouts import Group, Prompt, Rollout, VerifierResult
 
 
@@ -119,8 +119,8 @@ def read_code_permissions(run: RunDir | None) -> Permissions:
 
 
 def record_code_permissions(run: RunDir, recipe: Recipe) -> None:
-    """With --allow-code, later commands on this run need it no more as long as the verifier's file is the same."""
-    files = [verifier_path(name) for name in recipe.task.verifiers if is_custom_verifier(name)]
+    """With --allow-code, later commands on this run need it no more as long as the files are the same."""
+    files = list_code_files(recipe.task)
     if files and has_allow_code():
         current_group().run_on_main(lambda: record_permissions(run.run_id, files), phase="record the permissions")
 

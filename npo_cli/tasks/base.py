@@ -53,6 +53,16 @@ class TaskSource:
             )
 
     @classmethod
+    def list_code(cls, settings: "TaskSettings") -> tuple[str, ...]:
+        """User code that `load` runs, as `file.py:function` or `module:function`."""
+        return ()
+
+    @classmethod
+    def choose_verifier(cls, loaded: LoadedPrompts) -> str:
+        """Meaning of `task.verifier=auto` for these prompts."""
+        return cls.default_verifier
+
+    @classmethod
     def load(cls, settings: "TaskSettings", *, seed: int) -> LoadedPrompts:
         """The prompts, a function of settings and seed; the pool does not depend on heldout_size."""
         raise NotImplementedError

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from importlib import import_module
+from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.tasks.base import LoadedPrompts, Verifier
@@ -41,6 +44,9 @@ def code_permitted() -> Iterator[None]:
         yield
     finally:
         _IS_CODE_ALLOWED.reset(before)
+
+
+AnyCustom = TypeVar("AnyCustom", bound="CustomVerifier")
 
 
 class CustomVerifier(Verifier):
@@ -86,8 +92,8 @@ def is_custom_verifier(verifier: str) -> bool:
 def is_code_allowed(verifier: str) -> bool:
     """Whether `file.py:function` may run: with --allow-code now or earlier in the run (`code_permission.py`), or if it
     is the unchanged one of `npo init`."""
-    path = verifier_path(verifier)
-    return has_allow_code() or is_shipped_file(path) or is_permitted(path)
+    path = code_path(verifier)
+    return path is None or has_allow_code() or is_shipped_file(path) or is_permitted(path)
 
 
 def has_allow_code() -> bool:
@@ -100,6 +106,48 @@ def verifier_path(verifier: str) -> Path:
     return Path(verifier.rpartition(":")[0]).expanduser().resolve()
 
 
+def find_code(code: str) -> str:
+    """The file of `file.py:function`, or the module of `module:function`: what `load_code` takes."""
+    return str(verifier_path(code)) if is_custom_verifier(code) else code.rpartition(":")[0]
+
+
+def code_path(code: str) -> Path | None:
+    """The file whose content --allow-code permits; None if there is no such module. Nothing is imported."""
+    if is_custom_verifier(code):
+        return verifier_path(code)
+    spec, folders, name = None, None, ""
+    for part in code.rpartition(":")[0].split("."):
+        name = f"{name}.{part}" if name else part
+        spec = PathFinder.find_spec(name, folders)
+        if spec is None:
+            return None
+        folders = spec.submodule_search_locations
+    return Path(spec.origin).resolve() if spec is not None and spec.origin else None
+
+
+def check_code(code: str, setting: str) -> None:
+    """Refuse user code that was not allowed to run, or is not there; nothing is run."""
+    module, _, function = code.rpartition(":")
+    if not module or not function.isidentifier():
+        raise NpoError(f"{setting}={code} names no function", "write file.py:function or module:function")
+    path = code_path(code)
+    if path is not None and has_changed(path) and not is_code_allowed(code):
+        raise NpoError(
+            f"{path} ({setting}) has changed since --allow-code was given for this run",
+            "read the file, then add --allow-code to the command again",
+        )
+    if not is_code_allowed(code):
+        raise NpoError(
+            f"{setting}={code} is user code, which runs only with --allow-code",
+            "read the file, then add --allow-code to the command",
+        )
+    if path is None:
+        raise NpoError(f"{setting} names a module that is not installed: {module}", "install it, or write file.py")
+    if not path.is_file():
+        raise NpoError(f"{setting} names a file that does not exist: {path}", "fix the path before the colon")
+    _require_function(path, function, setting)
+
+
 def check_verifier_file(verifier: str) -> None:
     """Refuse `file.py:function` if there is no such file, or no such function in it; nothing is run."""
     path = verifier_path(verifier)
@@ -110,22 +158,18 @@ def check_verifier_file(verifier: str) -> None:
 
 def make_custom_verifier(verifier: str, settings: "TaskSettings", loaded: LoadedPrompts) -> CustomVerifier:
     """The verifier for `file.py:function`. The file is parsed here, and run only when the answers are checked."""
-    if not is_code_allowed(verifier):
-        if has_changed(verifier_path(verifier)):
-            raise NpoError(
-                f"{verifier_path(verifier)} (task.verifier) has changed since --allow-code was given for this run",
-                "read the file, then add --allow-code to the command again",
-            )
-        raise NpoError(
-            f"task.verifier={verifier} is user code, which runs only with --allow-code",
-            "read the file, then add --allow-code to the command",
-        )
-    check_verifier_file(verifier)
-    path, function = verifier_path(verifier), verifier.rpartition(":")[2]
+    check_code(verifier, "task.verifier")
+    return open_custom_pool(CustomVerifier, find_code(verifier), verifier.rpartition(":")[2], settings, loaded)
+
+
+def open_custom_pool(
+    kind: type[AnyCustom], code: str, function: str, settings: "TaskSettings", loaded: LoadedPrompts
+) -> AnyCustom:
+    """The verifier for a function of a file or module; the code runs only when the answers are checked."""
     columns = tuple(dict.fromkeys(name for prompt in (*loaded.train, *loaded.heldout) for name in prompt.columns))
-    build = partial(build_custom_check, str(path), function, settings.correct_threshold, columns)
+    build = partial(build_custom_check, code, function, settings.correct_threshold, columns)
     pool = VerifierPool(build=build, num_workers=settings.verify_workers, timeout=settings.verify_timeout)
-    return CustomVerifier(pool, data_source=settings.source, column_names=columns)
+    return kind(pool, data_source=settings.source, column_names=columns)
 
 
 def is_shipped_file(path: Path) -> bool:
@@ -137,13 +181,7 @@ def build_custom_check(
     file: str, function: str, correct_threshold: float, column_names: Sequence[str]
 ) -> Callable[[RewardCall], VerifierResult | str | None]:
     """In the worker process: run the file, and return a check that gives the function's result, or an error text."""
-    import sys
-
-    sys.path.insert(0, str(Path(file).parent))  # for imports from its folder
-    spec = spec_from_file_location("npo_user_verifier", file)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_code(file)
     reward = wrap_function(
         getattr(module, function),
         f"{file}: {function}",
@@ -162,13 +200,27 @@ def build_custom_check(
     return check
 
 
-def _require_function(path: Path, function: str) -> None:
+def load_code(code: str) -> ModuleType:
+    """Run a file, or import a module."""
+    import sys
+
+    if not code.endswith(".py"):
+        return import_module(code)
+    sys.path.insert(0, str(Path(code).parent))  # for imports from its folder
+    spec = spec_from_file_location("npo_user_code", code)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _require_function(path: Path, function: str, setting: str = "task.verifier") -> None:
     """Find the name in the syntax tree, so that a typo is found before sampling, without running the file."""
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))
     except (SyntaxError, ValueError) as error:
         location = describe_error(error, inside=str(path))
-        raise NpoError(f"task.verifier names a file that is not Python: {location}", "fix that line") from error
+        raise NpoError(f"{setting} names a file that is not Python: {location}", "fix that line") from error
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names |= {

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError
 from npo_cli.registry import TASKS, VERIFIERS
 from npo_cli.tasks.base import LoadedPrompts, TaskSource, UnusableAnswer, Verifier
-from npo_cli.tasks.custom_verifier import is_custom_verifier, make_custom_verifier
+from npo_cli.tasks.custom_verifier import code_path, is_custom_verifier, make_custom_verifier
 from npo_cli.tasks.rewards import WeightedVerifier, grade_weighted, name_terms
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
@@ -143,9 +144,16 @@ def format_location(prompt: Prompt, settings: TaskSettings) -> str:
     return TASKS.get(settings.source).locate(prompt, settings)
 
 
+def list_code_files(settings: TaskSettings) -> list[Path]:
+    """The files of the user's code that a task runs, which --allow-code permits."""
+    source: type[TaskSource] = TASKS.get(settings.source)
+    code = [*source.list_code(settings), *filter(is_custom_verifier, settings.verifiers)]
+    return [path for path in map(code_path, code) if path is not None]
+
+
 def open_verifiers(settings: TaskSettings, loaded: LoadedPrompts) -> tuple[WeightedVerifier, ...]:
     """The verifiers that task.verifier names, each with its weight."""
-    default: str = TASKS.get(settings.source).default_verifier
+    default: str = TASKS.get(settings.source).choose_verifier(loaded)
     names = [default if name == "auto" else name for name in settings.verifiers]
     weights = settings.reward_weights or (1.0,) * len(names)
     terms = tuple(

@@ -140,6 +140,7 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
         "heldout_path": task.heldout_path and _make_data_absolute(task.heldout_path),
     }
     verifiers = tuple(map(_make_verifier_absolute, task.verifiers))
+    paths["function"] = task.function and _make_verifier_absolute(task.function)
     paths["verifier"] = verifiers[0] if isinstance(task.verifier, str) else verifiers
     if model.path and model.path not in BUNDLED_MODELS and Path(model.path).expanduser().is_dir():
         model = model.model_copy(update={"path": absolute_path(model.path)})

@@ -11,11 +11,23 @@ from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.registry import TASKS, VERIFIERS
 from npo_cli.tasks.base import LoadedPrompts, TaskSource, Verifier
+from npo_cli.tasks.custom_verifier import code_permitted
 from npo_cli.tasks.task import load_task
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
 NEEDED = {"reasoning_gym": "reasoning_gym", "shapes": "PIL", "file": "math_verify"}
 """Packages that a source or its verifier needs."""
+
+
+CUSTOM_TASK = """
+def load():
+    rows = ({"prompt": f"{n} + 1 =", "answer": str(n + 1)} for n in range(20))
+    return {"rows": rows, "verifier": grade}
+
+
+def grade(response, answer):
+    return response == answer
+"""
 
 
 class SquaresTask(TaskSource):
@@ -51,7 +63,7 @@ class ShorterVerifier(Verifier):
 
 @pytest.fixture(autouse=True)
 def plug_ins():
-    with TASKS.registered(SquaresTask), VERIFIERS.registered(ShorterVerifier):
+    with TASKS.registered(SquaresTask), VERIFIERS.registered(ShorterVerifier), code_permitted():
         yield
 
 
@@ -60,8 +72,14 @@ def settings_for(source: str, folder: Path, **changes: object) -> TaskSettings:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     datasets = [{"name": "chain_sum"}] if source == "reasoning_gym" else ()
     path = str(folder / "rows.jsonl") if source == "file" else None
+    function = None
+    if source == "custom":
+        (folder / "rows.py").write_text(CUSTOM_TASK)
+        function = f"{folder}/rows.py:load"
     sizes = {"pool_size": 6, "heldout_size": 4, "verify_workers": 1}
-    return TaskSettings(**{"source": source, "datasets": datasets, "path": path} | sizes | changes)
+    return TaskSettings(
+        **{"source": source, "datasets": datasets, "path": path, "function": function} | sizes | changes
+    )
 
 
 @pytest.mark.parametrize("source", [*TASKS.names(), "squares"])
