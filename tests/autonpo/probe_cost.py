@@ -16,6 +16,7 @@ from typing import Any
 
 from npo_cli.autonpo.probe import start_probe
 from npo_cli.autonpo.rollback_choice import allocate_probe_prompts
+from npo_cli.config.loading import recipe_from_dict
 from npo_cli.session.session import count_generated_tokens, load_checkpoint, open_session, sample_groups
 from npo_cli.storage.autonpo_log import read_transitions
 from npo_cli.storage.checkpoints import list_ancestry_checkpoints
@@ -29,8 +30,8 @@ def measure_probes(root: Path) -> list[dict[str, Any]]:
     """One row per late probe of the run."""
     run = open_run(root)
     rows = []
-    with open_session(run, run.read_recipe(), checkpoint=None) as session:
-        recipe = session.recipe
+    recipe = recipe_from_dict(run.read_recipe(), source=str(root))
+    with open_session(run, recipe, checkpoint=None) as session:
         for transition in read_transitions(run):
             if (
                 transition.phase_before != "PROBE"
