@@ -39,6 +39,14 @@ def report(
     One self-contained HTML page, or a PDF (printed by an installed Chromium): a summary in words, the commands that
     make the run again, curves, lineage, Q, V and S, AutoNPO's decisions, costs, and responses of policy and guide.
     """
-    from npo_cli.report.build import write_report
+    from npo_cli.report.build import validate_output, write_report
+    from npo_cli.storage.bench_dir import is_bench
 
-    print_records(write_report(runs, out, figure=figure, plots_folder=figures, branch=branch), as_json=as_json)
+    validate_output(out)
+    comparison = None
+    if len(runs) == 1 and is_bench(runs[0]):
+        from npo_cli.experiments.compare import read_comparison
+
+        comparison = read_comparison(runs[0])
+    records = write_report(runs, out, figure=figure, plots_folder=figures, branch=branch, comparison=comparison)
+    print_records(records, as_json=as_json)

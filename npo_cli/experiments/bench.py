@@ -25,16 +25,16 @@ from npo_cli.experiments.bootstrap import area_weights
 from npo_cli.experiments.method_plan import BenchRun, Command, build_commands, check_plan, find_remaining_command
 from npo_cli.session.session import open_task
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
-from npo_cli.storage.bench_dir import save_bench_index
+from npo_cli.storage.bench_dir import DONE_FILE, load_commands, save_bench_index, save_commands
 from npo_cli.storage.cost_sums import learning_curve
-from npo_cli.storage.files import read_json, write_json_atomic
+from npo_cli.storage.files import write_json_atomic
 from npo_cli.storage.layout import RUN_INFO_FILE, open_run, used_directory_error
 from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.types.rollouts import Notice, Progress
 from npo_cli.types.views import PlannedWork, TunedSetting
 
 NPO_COMMAND = (sys.executable, "-c", "from npo_cli.cli.main import main; main()")
-DONE_FILE, LOG_FILE, TUNING_FILE = "done.json", "log.txt", "tuning.json"
+LOG_FILE, TUNING_FILE = "log.txt", "tuning.json"
 POLL_SECONDS = 0.1
 
 
@@ -225,12 +225,12 @@ def execute_runs(cells: Sequence[BenchRun], jobs: int, stop: StopFlag) -> Iterat
 
 def is_done(cell: BenchRun) -> bool:
     """Whether the cell was worked off, with these very commands."""
-    path = cell.folder / DONE_FILE
-    if not path.exists():
+    before = load_commands(cell.folder)
+    if before is None:
         return False
-    before = [tuple(command) for command in read_json(path)["commands"]]
     if before != build_commands(cell):
-        raise NpoError(f"{cell.folder} was made with other commands: {path}", "choose another --out")
+        made_by = cell.folder / DONE_FILE
+        raise NpoError(f"{cell.folder} was made with other commands: {made_by}", "choose another --out")
     return True
 
 
@@ -250,9 +250,7 @@ def _advanced(job: Job) -> str:
             job.process = _started(job.bench_run, command)
             return "running"
         job.pending_commands.pop(0)
-    write_json_atomic(
-        job.bench_run.folder / DONE_FILE, {"commands": [list(command) for command in build_commands(job.bench_run)]}
-    )
+    save_commands(job.bench_run.folder, build_commands(job.bench_run))
     return "done"
 
 

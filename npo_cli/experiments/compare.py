@@ -34,6 +34,7 @@ from npo_cli.experiments.time_to_threshold import (
     restricted_ratio,
     uncensored_ratio,
 )
+from npo_cli.report.comparison_summary import Comparison
 from npo_cli.report.curve_plots import plot_method_curves
 from npo_cli.scoring.hysteresis import estimate_hysteresis, seed_hysteresis
 from npo_cli.storage.cost_sums import (
@@ -96,6 +97,15 @@ def compare_runs(
     if figure is not None:
         plot_method_curves(estimate_bands(methods, common, resampler), figure, title=format_plot_title(summaries))
         yield Notice(message=f"picture: {figure}")
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """The comparison of all runs of a bench, for its report."""
+    texts = [str(folder)]
+    records = tuple(compare_runs(texts, thresholds=(), baseline=None, figure=None))
+    methods = load_methods(texts, baseline=None)
+    bands = estimate_bands(methods, find_comparison_range(methods), Resampler())
+    return Comparison(records=records, bands=tuple(bands))
 
 
 def choose_method_thresholds(methods: Sequence[MethodRuns]) -> tuple[float, ...]:

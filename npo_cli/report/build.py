@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from npo_cli.errors import NpoError, quote_path
+from npo_cli.report.comparison_summary import Comparison
 from npo_cli.report.html import GENERATOR, list_plots, render_page
 from npo_cli.report.pdf import find_browser, is_report_pdf, write_pdf
 from npo_cli.report.plotting import save_plot
@@ -31,9 +32,10 @@ def write_report(
     plots_folder: Path | None,
     figure: Path | None = None,
     branch: str | None = None,
+    comparison: Comparison | None = None,
 ) -> Iterator[Progress | Notice | WrittenFile]:
     """One section per run, after an overview if there are several; with `plots_folder` also the plots as files, with
-    `figure` also the accuracy curves as one."""
+    `figure` also the accuracy curves as one. `comparison`: of a bench, that of its methods."""
     validate_output(out)
     if plots_folder is not None and plots_folder.exists() and not plots_folder.is_dir():
         raise NpoError(f"--figures {plots_folder} is a file", f"name a folder: --figures {quote_path(plots_folder)}.d")
@@ -42,7 +44,7 @@ def write_report(
         for _, run in runs:
             check_branch(run, branch)
     began = time.monotonic()
-    sections = [build_overview(runs)] if len(runs) > 1 else []
+    sections = [build_overview(runs, comparison)] if len(runs) > 1 else []
     for number, (label, run) in enumerate(runs, start=1):
         yield Progress(description="read runs", done=number - 1, total=len(runs), note=label)
         prefix = f"run-{number}-" if len(runs) > 1 else ""
@@ -70,7 +72,7 @@ def write_report(
 
 def open_labelled_runs(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:
     """The runs with unique labels: the names of their folders, or the whole paths."""
-    roots = [one for root in roots for one in (list_bench_runs(root) if is_bench(root) else [root])]
+    given, roots = roots, [one for root in roots for one in (list_bench_runs(root) if is_bench(root) else [root])]
     paths = [root.resolve() for root in roots]
     duplicate = next((root for index, root in enumerate(roots) if paths[index] in paths[:index]), None)
     if duplicate is not None:
@@ -78,9 +80,20 @@ def open_labelled_runs(roots: Sequence[Path]) -> list[tuple[str, RunDir]]:
     runs = [open_run(root) for root in roots]
     for run in runs:
         find_main_branch(run)
-    names = [path.name for path in paths]
+    benched = label_bench_runs(given)
+    names = [benched.get(path, path.name) for path in paths]
     labels = names if len(set(names)) == len(names) else [str(root) for root in roots]
     return list(zip(labels, runs, strict=True))
+
+
+def label_bench_runs(roots: Sequence[Path]) -> dict[Path, str]:
+    """`METHOD, seed-0` of every run of the benches among these folders, by its path."""
+    return {
+        run.resolve(): f"{method}, {run.parent.name}"
+        for root in roots
+        if is_bench(root)
+        for method, run in load_bench_index(root)
+    }
 
 
 def list_bench_runs(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from npo_cli.report.plotting import (
     Plot,
     add_method_legend,
     draw_line,
+    fit_accuracies,
     fit_limits,
     format_compact,
     get_line_style,
@@ -92,7 +93,7 @@ def _draw_accuracy(panel: "Axes", *, methods: Sequence[Curve], cost: CostGetter,
     panel.set_title("held-out accuracy")
     panel.set_xlabel(label)
     panel.set_xlim(left=0)
-    panel.set_ylim(fit_limits([point.accuracy for method in methods for point in method.points]))
+    panel.set_ylim(fit_accuracies([point.accuracy for method in methods for point in method.points]))
     _finish(panel)
 
 
@@ -166,12 +167,7 @@ def plot_method_curves(points: Sequence[CurveBandPoint], path: Path, title: str)
     """One panel per cost axis that every method has, with mean curves and their intervals."""
     axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
     methods = list(dict.fromkeys(point.method for point in points))
-    bounds = [
-        bound
-        for point in points
-        for bound in (point.accuracy.value, point.accuracy.low, point.accuracy.high)
-        if bound is not None
-    ]
+    bounds = list_bounds(points)
     with open_figure(path, title=title, height=4.6) as figure:
         panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
         for panel, axis in zip(panels, axes, strict=True):
@@ -179,6 +175,40 @@ def plot_method_curves(points: Sequence[CurveBandPoint], path: Path, title: str)
                 _draw_method(panel, [one for one in points if (one.method, one.axis) == (method, axis)], place=place)
             label_cost_axis(panel, AXIS_LABELS[axis], bounds)
         add_method_legend(figure, panels[0])
+
+
+def make_method_plots(points: Sequence[CurveBandPoint], *, prefix: str) -> Iterator[Plot]:
+    """Mean curves of methods with their intervals, one plot per cost axis."""
+    methods = list(dict.fromkeys(point.method for point in points))
+    for axis in AXES:
+        own = [point for point in points if point.axis == axis]
+        if own:
+            ends = ", ".join(
+                f"{name} ends at {[one for one in own if one.method == name][-1].accuracy.value:.3f}"
+                for name in methods
+                if any(one.method == name for one in own)
+            )
+            yield Plot(
+                name=f"{prefix}by-{axis}",
+                alt_text=f"mean held-out accuracy against {AXIS_LABELS[axis]}: {ends}",
+                draw=partial(_draw_methods, points=own, methods=methods, label=AXIS_LABELS[axis]),
+            )
+
+
+def _draw_methods(panel: "Axes", *, points: Sequence[CurveBandPoint], methods: Sequence[str], label: str) -> None:
+    for place, method in enumerate(methods):
+        own = [one for one in points if one.method == method]
+        if own:
+            _draw_method(panel, own, place=place)
+    panel.set_title("held-out accuracy, mean over seeds")
+    label_cost_axis(panel, label, list_bounds(points))
+    _finish(panel)
+
+
+def list_bounds(points: Sequence[CurveBandPoint]) -> list[float]:
+    """Every value and every end of an interval."""
+    bounds = (bound for one in points for bound in (one.accuracy.value, one.accuracy.low, one.accuracy.high))
+    return [bound for bound in bounds if bound is not None]
 
 
 def _draw_method(panel: "Axes", points: Sequence[CurveBandPoint], *, place: int) -> None:

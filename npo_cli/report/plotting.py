@@ -108,7 +108,7 @@ def label_cost_axis(panel: "Axes", label: str, accuracies: Sequence[float]) -> N
     """Accuracy, over the range of its values, against a cost from 0."""
     panel.set_xlabel(label)
     panel.set_xlim(left=0)
-    panel.set_ylim(fit_limits(accuracies))
+    panel.set_ylim(fit_accuracies(accuracies))
     panel.xaxis.set_major_locator(make_tick_locator())
     panel.xaxis.set_major_formatter(lambda value, _: format_compact(value))
 
@@ -126,6 +126,15 @@ NEAR_ZERO = 0.35
 """An axis begins at 0 where the smallest value is less than this share of the largest."""
 AXIS_MARGIN = 0.06
 """Share of the range of values left empty at either end of an axis."""
+
+
+MAX_ACCURACY_SHOWN = 1.02
+
+
+def fit_accuracies(values: Sequence[float]) -> tuple[float, float]:
+    """The same for accuracies, which end at 1."""
+    low, high = fit_limits(values)
+    return low, min(high, MAX_ACCURACY_SHOWN)
 
 
 def fit_limits(values: Sequence[float]) -> tuple[float, float]:

@@ -6,12 +6,21 @@ And the overview of several runs.
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
+from npo_cli.report.comparison_summary import Comparison, build_comparison, summarize_comparison
 from npo_cli.report.curve_plots import Curve, make_accuracy_plots, make_training_plots
-from npo_cli.report.html import Section, Subsection
+from npo_cli.report.html import Section, Subsection, SummaryLine
 from npo_cli.report.hysteresis import replay_hysteresis
 from npo_cli.report.lineage_plot import make_lineage_plot
 from npo_cli.report.prompt_history import prompt_outcomes_table, read_outcomes, select_samples
-from npo_cli.report.run_summary import get_section, list_commands, summarize_in_words
+from npo_cli.report.run_summary import (
+    describe_best_checkpoint,
+    describe_worth,
+    find_best_accuracy,
+    get_section,
+    list_commands,
+    list_recorded_commands,
+    summarize_in_words,
+)
 from npo_cli.report.score_plots import make_probe_plots, make_score_plots
 from npo_cli.report.show import show_costs, show_metrics
 from npo_cli.report.table import Table, format_count, format_interval, format_number
@@ -66,8 +75,8 @@ def final_accuracy(run: RunDir, branch: str) -> tuple[str, str]:
     return f"held-out accuracy, step {newest.step}", accuracy
 
 
-def build_overview(runs: Sequence[tuple[str, RunDir]]) -> Section:
-    """The best branch of every run, on the same axes and in one table."""
+def build_overview(runs: Sequence[tuple[str, RunDir]], comparison: Comparison | None = None) -> Section:
+    """The best branch of every run, on the same axes and in one table; of a bench first its methods compared."""
     rows, curves = [], []
     for index, (label, run) in enumerate(runs):
         branch = find_best_branch(run)
@@ -97,7 +106,32 @@ def build_overview(runs: Sequence[tuple[str, RunDir]]) -> Section:
             *(hysteresis_tables(hysteresis) if hysteresis else ()),
         ),
     )
-    return Section(title="Overview", summary=(), subsections=(part,))
+    compared = () if comparison is None else (build_comparison(comparison),)
+    return Section(
+        title="Overview",
+        words=tuple(_summarize_runs(runs, comparison)),
+        commands=tuple(list_recorded_commands([run for _, run in runs])),
+        summary=(),
+        subsections=(*compared, part),
+    )
+
+
+def _summarize_runs(runs: Sequence[tuple[str, RunDir]], comparison: Comparison | None) -> Iterator[SummaryLine]:
+    """What was trained in all, and the best checkpoint of all; then the methods, or each run."""
+    costs = [compute_run_costs(run, find_best_branch(run)) for _, run in runs]
+    updates, tokens = sum(one.updates for one in costs), sum(one.tokens for one in costs)
+    seconds = sum(one.seconds for one in costs)
+    spent = f"{updates:,} updates, {tokens:,} generated tokens and {seconds:,.0f} s in all."
+    yield SummaryLine(label="Trained", text=f"{len(runs)} runs; {spent}")
+    label, best = max(runs, key=lambda pair: find_best_accuracy(pair[1]))
+    yield SummaryLine(label="Best checkpoint", text=f"{label}: {describe_best_checkpoint(best)}")
+    if comparison is not None:
+        yield from summarize_comparison(comparison)
+        return
+    for name, run in runs:
+        branch = find_best_branch(run)
+        what, accuracy = final_accuracy(run, branch)
+        yield SummaryLine(label=name, text=f"{what} of {branch}: {accuracy}. {describe_worth(run, branch)}")
 
 
 def _best(points: Sequence[CurvePoint]) -> float | None:

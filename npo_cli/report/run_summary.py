@@ -12,6 +12,7 @@ from npo_cli.errors import quote_path
 from npo_cli.report.html import SummaryLine
 from npo_cli.report.hysteresis import find_unguided_branch
 from npo_cli.storage.autonpo_log import read_transitions
+from npo_cli.storage.bench_dir import load_commands
 from npo_cli.storage.checkpoints import list_checkpoints
 from npo_cli.storage.cost_sums import (
     best_held_cost_to_threshold,
@@ -23,7 +24,7 @@ from npo_cli.storage.cost_sums import (
     spread_thresholds,
 )
 from npo_cli.storage.guide_cache import list_guide_caches
-from npo_cli.storage.index import select_line_evals
+from npo_cli.storage.index import select_best_evals, select_line_evals
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import ancestry, find_first_segment, list_branches
 from npo_cli.storage.metrics import read_metrics
@@ -185,6 +186,11 @@ def _compare(one: CostToThreshold, baseline: CostToThreshold) -> str:
     return f"{text} ({baseline.step / one.step:.2f}x by step: {one.step} and {baseline.step})"
 
 
+def find_best_accuracy(run: RunDir) -> float:
+    """The highest held-out accuracy of any checkpoint; -1 without an evaluation."""
+    return max((report.accuracy for report in select_best_evals(run).values()), default=-1.0)
+
+
 # Commands
 
 AGAIN = Path("again")
@@ -210,6 +216,19 @@ def list_commands(run: RunDir) -> list[str]:
             f"{_changes(run, first)}{_until(run, name)}"
         )
     return commands
+
+
+def list_recorded_commands(runs: Sequence[RunDir]) -> list[str]:
+    """What npo bench recorded of its runs, those of the first seed of each method; nothing for other runs."""
+    found: list[str] = []
+    shown: set[Path] = set()
+    for run in runs:
+        commands, method = load_commands(run.root.parent), run.root.parent.parent
+        if commands and method not in shown:
+            shown.add(method)
+            found += [f"# {method.parent.name}, {run.root.parent.name}; other seeds: another train.seed"]
+            found += [f"npo {shlex.join(command)}" for command in commands]
+    return found
 
 
 def _score_commands(run: RunDir, target: str, first: Segment) -> list[str]:

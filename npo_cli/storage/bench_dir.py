@@ -10,6 +10,21 @@ from npo_cli.errors import NpoError
 from npo_cli.storage.files import read_json, write_json_atomic
 
 BENCH_INDEX_FILE = "methods.json"
+DONE_FILE = "done.json"
+"""Beside a finished run: the commands that made it."""
+
+
+def save_commands(folder: Path, commands: Sequence[Sequence[str]]) -> None:
+    """Record that these npo commands made the run in this folder."""
+    write_json_atomic(folder / DONE_FILE, {"commands": [list(command) for command in commands]})
+
+
+def load_commands(folder: Path) -> list[tuple[str, ...]] | None:
+    """The npo commands that made the run in this folder; None before it is finished."""
+    path = folder / DONE_FILE
+    if not path.exists():
+        return None
+    return [tuple(map(str, command)) for command in read_json(path)["commands"]]
 
 
 def save_bench_index(folder: Path, runs: Sequence[tuple[str, Path]]) -> None:

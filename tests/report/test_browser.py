@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from npo_cli.report.build import write_report
+from npo_cli.report.pdf import is_report_pdf
 from npo_cli.storage.layout import head_path, open_run
 from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.runs import copy_run, resume, score
@@ -26,6 +27,8 @@ QUIETLY = (
     *("--disable-background-networking", "--disable-component-update", "--disable-quic", "--enable-logging=stderr"),
     *("--virtual-time-budget=5000", "--allow-file-access-from-files"),
 )
+WIDTHS = (1280, 390)
+HEIGHT = 6000
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
@@ -58,24 +61,32 @@ def asked_by_pages(log: str) -> list[str]:
     return [address for initiator, address in begun if initiator != "not an origin"]
 
 
-def photographed(page: Path, name: str, *, width: int, height: int) -> Path:
+def photographed(page: Path, name: str, *, width: int, height: int, mode: str) -> Path:
     folder = Path(os.environ.get("NPO_CI_OUT") or page.parent)
     folder.mkdir(parents=True, exist_ok=True)
     shot = folder / f"{name}.png"
     size = (f"--window-size={width},{height}", f"--screenshot={shot}", f"--user-data-dir={page.parent / 'profile'}")
-    subprocess.run([CHROMIUM, *QUIETLY, *size, page.as_uri()], capture_output=True, timeout=120, check=True)
+    scheme = f"--blink-settings=preferredColorScheme={'0' if mode == 'dark' else '1'}"
+    subprocess.run([CHROMIUM, *QUIETLY, scheme, *size, page.as_uri()], capture_output=True, timeout=120, check=True)
     return shot
 
 
-def framed(page: Path, *, width: int, height: int) -> Path:
-    """A page that shows ours at a width narrower than any window, and says how wide its content is."""
+def framed(page: Path, *, width: int, height: int, script: str = "''", mode: str = "light") -> Path:
+    """A page that shows ours at a width narrower than any window; its title is what the script says of `frame`."""
     frame = page.with_name(f"frame-{width}.html")
     frame.write_text(
-        f'<!DOCTYPE html><body style="margin:0"><iframe src="{page.name}" width="{width}" height="{height}" '
-        'style="border:0" onload="document.body.title = this.contentDocument.documentElement.scrollWidth">'
-        "</iframe></body>"
+        f'<!DOCTYPE html><html style="color-scheme: {mode}"><body style="margin:0">'
+        f'<iframe src="{page.name}" width="{width}" height="{height}" style="border:0" onload="measure(this)"></iframe>'
+        f"<script>function measure(frame) {{ document.body.title = String({script}) }}</script></body></html>"
     )
     return frame
+
+
+def measured(page: Path, script: str, *, width: int) -> str:
+    """What a script says of the page at this width."""
+    seen = opened(framed(page, width=width, height=900, script=script)).dom.attributes
+    (title,) = [value for tag, name, value in seen if (tag, name) == ("body", "title")]
+    return title
 
 
 @pytest.fixture(scope="module")
@@ -117,27 +128,48 @@ def test_the_watch_sees_a_page_that_misbehaves(tmp_path):
 
 def test_every_picture_can_be_drawn(page):
     """A broken picture has no size: the pictures of the page in a frame, asked for theirs."""
-    frame = framed(page, width=1280, height=900)
-    frame.write_text(
-        frame.read_text().replace(
-            "this.contentDocument.documentElement.scrollWidth",
-            "[...this.contentDocument.images].filter(one => one.naturalWidth).length",
-        )
-    )
-    titles = [value for tag, name, value in opened(frame).dom.attributes if (tag, name) == ("body", "title")]
-    assert titles == [str(ParsedPage(page.read_text()).elements["img"])]
+    drawn = "[...frame.contentDocument.images].filter(one => one.naturalWidth).length"
+    assert measured(page, drawn, width=1280) == str(ParsedPage(page.read_text()).elements["img"])
 
 
-@pytest.mark.parametrize("width", [1280, 420])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_the_page_is_no_wider_than_its_window(page, width):
-    frame = framed(page, width=width, height=900)
-    titles = [value for tag, name, value in opened(frame).dom.attributes if (tag, name) == ("body", "title")]
-    assert titles == [str(width)]
+    assert measured(page, "frame.contentDocument.documentElement.scrollWidth", width=width) == str(width)
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 6000), (420, 9000)])
-def test_a_screenshot_is_left_for_people(page, width, height):
-    frame = framed(page, width=width, height=height)
-    shot = photographed(frame, f"report-{width}", width=max(width, 500), height=height)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_table_is_cut(page, width):
+    """At 1280 pixels every table fits; on a phone a wider one scrolls inside its box."""
+    boxes = "[...frame.contentDocument.querySelectorAll('.table')].filter(one => one.offsetWidth)"
+    wider = f"{boxes}.filter(one => one.scrollWidth > one.clientWidth)"
+    cut = f"{wider}.filter(one => frame.contentWindow.getComputedStyle(one).overflowX !== 'auto')"
+    found = measured(page, f"[{boxes}.length, {wider}.length, {cut}.length]", width=width)
+    num_tables, num_wider, num_cut = map(int, found.split(","))
+    assert num_tables > 5
+    assert num_cut == 0
+    assert num_wider == 0 or width < 1280
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_page_and_charts_follow_light_and_dark(page, width, mode):
+    """The screenshots are kept for people."""
+    from PIL import Image
+
+    frame = framed(page, width=width, height=HEIGHT, mode=mode)
+    shot = photographed(frame, f"report-{width}-{mode}", width=max(width, 500), height=HEIGHT, mode=mode)
     # A blank picture of this size takes some 20 kB.
     assert shot.stat().st_size > 200_000
+    counts = Image.open(shot).convert("L").crop((0, 0, width, HEIGHT)).histogram()
+    bright, dark = sum(counts[200:]) / sum(counts), sum(counts[:80]) / sum(counts)
+    # Paper and the grounds of all charts: in the other mode each is a large part of the picture.
+    assert (bright > 0.85 and dark < 0.1) if mode == "light" else (dark > 0.85 and bright < 0.1)
+
+
+def test_a_pdf_has_the_whole_report(scout, tmp_path):
+    for _ in range(2):  # the second replaces the first
+        list(write_report([scout], tmp_path / "r.pdf", plots_folder=None))
+    data = (tmp_path / "r.pdf").read_bytes()
+    assert is_report_pdf(tmp_path / "r.pdf")
+    assert data.startswith(b"%PDF-")
+    assert len(data) > 50_000
