@@ -232,7 +232,7 @@ def short_costs_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, ...]:
     """Steps, tokens and seconds, and the ratio of each to the first curve."""
     rows = tuple(
         (
-            fit(one.name, 16),
+            f"{fit(one.name, 16)}{' *' * one.is_best_held}",
             f"{one.threshold:.2f}",
             *(format_count(value) for value in (one.step, one.total_steps, one.total_tokens)),
             *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
@@ -243,7 +243,7 @@ def short_costs_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, ...]:
     notes = (
         f"by: cost of {costs[0].name} / this cost; above 1 it is cheaper than {costs[0].name}.",
         "paid: with the guide's training, steps rolled back, scoring and samples.",
-        *(("best held: by the best policy paid for, the guide's run included.",) * any(o.is_best_held for o in costs)),
+        *(("*: by the best policy paid for, the guide's run included.",) * any(o.is_best_held for o in costs)),
     )
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 
