@@ -92,6 +92,7 @@ TASKS = Registry(
         "reasoning_gym": "npo_cli.tasks.reasoning_gym:ReasoningGymTask",
         "file": "npo_cli.tasks.file_dataset:FileTask",
         "custom": "npo_cli.tasks.custom_task:CustomTask",
+        "verifiers": "npo_cli.tasks.verifiers_environment:VerifiersTask",
         "shapes": "npo_cli.tasks.shapes:ShapesTask",
     },
 )
@@ -105,6 +106,7 @@ VERIFIERS = Registry(
         "last_number": "npo_cli.tasks.verifiers:LastNumberVerifier",
         "micro": "npo_cli.tasks.micro:MicroVerifier",
         "custom": "npo_cli.tasks.custom_task:TaskVerifier",
+        "verifiers": "npo_cli.tasks.verifiers_environment:EnvironmentVerifier",
         "math_verify": "npo_cli.tasks.math_verify:MathVerifier",
         "reasoning_gym": "npo_cli.tasks.reasoning_gym:GymVerifier",
     },

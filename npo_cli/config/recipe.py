@@ -35,8 +35,9 @@ from npo_cli.registry import MIX_STRATEGIES, TASKS, TRACKERS
 WITH_LORA = applies_when({"model.lora.rank": IS_SET})
 ROWS = applies_when({"task.source": ["file", "custom"]})
 FROM_FILE = applies_when({"task.source": ["file"]})
-QUESTIONS = applies_when({"task.source": ["file", "custom", "reasoning_gym"]})
+QUESTIONS = applies_when({"task.source": ["file", "custom", "verifiers", "reasoning_gym"]})
 CUSTOM = applies_when({"task.source": ["custom"]})
+ENVIRONMENT = applies_when({"task.source": ["verifiers"]})
 CLIPPED = applies_when({"loss.kind": ["grpo", "gspo", "gspo_token"]})
 BUNDLED_MODELS = ("micro-base", "smollm2-135m")
 """Names that `model.path` may have besides folders and hub ids."""
@@ -124,8 +125,8 @@ class TaskSettings(Settings):
 
     source: Annotated[str, AfterValidator(TASKS.check)] = Field(
         "micro",
-        description="Source of the prompts: `micro`, `reasoning_gym`, `file`, `custom`, `shapes`, or one from "
-        "a plug-in.",
+        description="Source of the prompts: `micro`, `reasoning_gym`, `file`, `custom`, `verifiers`, `shapes`, or one "
+        "from a plug-in.",
     )
     kind: Literal["any", "addh1", "addh2", "mix3"] = Field(
         "mix3",
@@ -161,6 +162,14 @@ class TaskSettings(Settings):
     )
     function_args: dict[str, Any] = Field(
         default_factory=dict, description="custom: arguments of the function, by name.", json_schema_extra=CUSTOM
+    )
+    environment: str | None = Field(
+        None,
+        description="verifiers: name of an installed one-turn environment of the package verifiers.",
+        json_schema_extra=ENVIRONMENT,
+    )
+    environment_args: dict[str, Any] = Field(
+        default_factory=dict, description="verifiers: arguments of the environment.", json_schema_extra=ENVIRONMENT
     )
     prompt_column: str = Field(
         "prompt",

@@ -129,6 +129,7 @@ def _check_packages(recipe: Recipe) -> Iterator[ProjectCheck]:
     needed = {
         "pyarrow": ("parquet", any(str(path).endswith(".parquet") for path in (task.path, task.heldout_path))),
         "reasoning-gym": ("gym", task.source == "reasoning_gym"),
+        "verifiers": ("verifiers", task.source == "verifiers"),
         "pillow": ("images", task.image_column is not None or task.source == "shapes"),
         "peft": ("lora", recipe.model.lora.rank is not None),
         "liger-kernel": ("liger", recipe.model.liger),

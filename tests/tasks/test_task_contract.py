@@ -1,7 +1,7 @@
 """What every task source and every verifier must do, for all registered ones and for ones that this test adds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,8 +15,13 @@ from npo_cli.tasks.custom_verifier import code_permitted
 from npo_cli.tasks.task import load_task
 from npo_cli.types.rollouts import Prompt, VerifierResult
 
-NEEDED = {"reasoning_gym": "reasoning_gym", "shapes": "PIL", "file": "math_verify"}
+NEEDED = {"reasoning_gym": "reasoning_gym", "shapes": "PIL", "file": "math_verify", "verifiers": "verifiers"}
 """Packages that a source or its verifier needs."""
+
+
+def params(names: Iterable[str]) -> list[object]:
+    """Each process of `verifiers` imports for seconds."""
+    return [pytest.param(name, marks=pytest.mark.slow if name == "verifiers" else ()) for name in names]
 
 
 CUSTOM_TASK = """
@@ -62,8 +67,9 @@ class ShorterVerifier(Verifier):
 
 
 @pytest.fixture(autouse=True)
-def plug_ins():
+def plug_ins(monkeypatch: pytest.MonkeyPatch):
     with TASKS.registered(SquaresTask), VERIFIERS.registered(ShorterVerifier), code_permitted():
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / "data" / "environments")
         yield
 
 
@@ -77,12 +83,12 @@ def settings_for(source: str, folder: Path, **changes: object) -> TaskSettings:
         (folder / "rows.py").write_text(CUSTOM_TASK)
         function = f"{folder}/rows.py:load"
     sizes = {"pool_size": 6, "heldout_size": 4, "verify_workers": 1}
-    return TaskSettings(
-        **{"source": source, "datasets": datasets, "path": path, "function": function} | sizes | changes
-    )
+    environment = "sums-env" if source == "verifiers" else None
+    own = {"source": source, "datasets": datasets, "path": path, "function": function, "environment": environment}
+    return TaskSettings(**own | sizes | changes)
 
 
-@pytest.mark.parametrize("source", [*TASKS.names(), "squares"])
+@pytest.mark.parametrize("source", params([*TASKS.names(), "squares"]))
 def test_task_source_loads_disjoint_splits_that_its_verifier_grades(source: str, tmp_path: Path):
     if source in NEEDED and find_spec(NEEDED[source]) is None:
         pytest.skip(f"{NEEDED[source]} is not installed")
@@ -102,7 +108,7 @@ def test_task_source_loads_disjoint_splits_that_its_verifier_grades(source: str,
         again.close()
 
 
-@pytest.mark.parametrize("source", [*TASKS.names(), "squares"])
+@pytest.mark.parametrize("source", params([*TASKS.names(), "squares"]))
 def test_task_pool_does_not_depend_on_the_number_of_heldout_prompts(source: str, tmp_path: Path):
     if source in NEEDED and find_spec(NEEDED[source]) is None:
         pytest.skip(f"{NEEDED[source]} is not installed")
@@ -113,7 +119,7 @@ def test_task_pool_does_not_depend_on_the_number_of_heldout_prompts(source: str,
     assert few == many
 
 
-@pytest.mark.parametrize("source", [*TASKS.names(), "squares"])
+@pytest.mark.parametrize("source", params([*TASKS.names(), "squares"]))
 def test_task_source_refuses_settings_that_it_does_not_use(source: str, tmp_path: Path):
     task: type[TaskSource] = TASKS.get(source)
     unused = {} if task.formats_prompts else {"suffix": "Think."}
@@ -123,9 +129,9 @@ def test_task_source_refuses_settings_that_it_does_not_use(source: str, tmp_path
             load_task(settings_for(source, tmp_path, **{key: value}), seed=0)
 
 
-@pytest.mark.parametrize("name", [*VERIFIERS.names(), "shorter"])
+@pytest.mark.parametrize("name", params([*VERIFIERS.names(), "shorter"]))
 def test_verifier_returns_one_verdict_per_response_in_order(name: str, tmp_path: Path):
-    if find_spec(name) is None and name in ("math_verify", "reasoning_gym"):
+    if find_spec(name) is None and name in ("math_verify", "reasoning_gym", "verifiers"):
         pytest.skip(f"{name} is not installed")
     verifier: type[Verifier] = VERIFIERS.get(name)
     assert verifier.name == name
