@@ -39,7 +39,7 @@ from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.sample_store import read_all_scores
 from npo_cli.types.costs import CostToThreshold, CurvePoint
 from npo_cli.types.guides import GuideCacheInfo
-from npo_cli.types.scores import CandidateScore
+from npo_cli.types.scores import NO_GUIDE, CandidateScore
 from npo_cli.types.views import BranchSpan
 
 
@@ -131,7 +131,8 @@ def _summarize_runs(runs: Sequence[tuple[str, RunDir]], comparison: Comparison |
     for name, run in runs:
         branch = find_best_branch(run)
         what, accuracy = final_accuracy(run, branch)
-        yield SummaryLine(label=name, text=f"{what} of {branch}: {accuracy}. {describe_worth(run, branch)}")
+        reached = f"{what} of {branch}: {accuracy}. Worth it? {describe_worth(run, branch)}"
+        yield SummaryLine(label=name, text="not evaluated." if accuracy == "-" else reached)
 
 
 def _best(points: Sequence[CurvePoint]) -> float | None:
@@ -294,7 +295,7 @@ def _selection(scores: Sequence[CandidateScore]) -> str:
 
 def _division(scores: Sequence[CandidateScore]) -> str:
     """The selected candidate's S as the quotient that it is: `, for checkpoint:80 0.486 / 1.361 = 0.357`."""
-    one = next((score for score in scores if score.is_selected and score.signal is not None), None)
+    one = next((score for score in scores if score.is_selected and score.candidate != NO_GUIDE and score.signal), None)
     if one is None:
         return ""
     return f", for {one.candidate} {one.quality_net:.3f} / {format_number(one.variance)} = {format_number(one.signal)}"
