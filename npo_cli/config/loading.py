@@ -359,11 +359,12 @@ def _list_lines(node: yaml.MappingNode, *, prefix: str) -> Iterator[tuple[str, i
 
 
 def _parse_override(text: str) -> SettingsLayer:
-    """KEY=VALUE with a dotted key and a YAML value."""
+    """KEY=VALUE with a dotted key and a YAML value, in which a # at the start begins no comment."""
     dotted, equals, value = text.partition("=")
     parts = dotted.split(".")
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise NpoError(f"{shorten(text)!r} is not a setting: write KEY=VALUE", "train.lr=3e-4   # for example")
+    value = json.dumps(value) if value.startswith("#") else value
     node, values = parse_yaml(value, source=f"the value of {shorten(dotted)}")
     inner = _list_lines(node, prefix=f"{dotted}.") if isinstance(node, yaml.MappingNode) else ()
     for part in reversed(parts):

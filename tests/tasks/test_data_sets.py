@@ -159,6 +159,11 @@ def test_folder_of_parquet_files_has_the_splits_and_subsets_of_their_names(tmp_p
     assert answers(load(tmp_path / "hub", split="test", heldout_split="train", **GSM8K)[0]) == [11, 12, 13, 14]
 
 
+def test_answer_mark_on_the_command_line_is_no_comment():
+    overrides = ["task.source=file", "task.path=d.jsonl", "task.answer_mark=####"]
+    assert load_recipe("micro", overrides).task.answer_mark == "####"
+
+
 # The hub
 
 
