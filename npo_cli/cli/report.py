@@ -1,5 +1,6 @@
 """`npo report`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -49,4 +50,6 @@ def report(
 
         comparison = read_comparison(runs[0])
     records = write_report(runs, out, figure=figure, plots_folder=figures, branch=branch, comparison=comparison)
-    print_records(records, as_json=as_json)
+    from npo_cli.report.verdicts import conclude_report
+
+    print_records(records, as_json=as_json, conclude=partial(conclude_report, runs, out, branch))

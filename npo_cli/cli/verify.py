@@ -8,6 +8,7 @@ import typer
 from npo_cli.cli.options import JsonOpt, RunArg
 from npo_cli.cli.output import to_json_line
 from npo_cli.cli.terminal import escape_for_terminal, print_data
+from npo_cli.errors import quote_path
 from npo_cli.types.views import Damage, VerifiedRun
 
 AcceptOpt = Annotated[
@@ -34,6 +35,8 @@ def verify(run: RunArg, *, accept: AcceptOpt = None, as_json: JsonOpt = False) -
             verdict = f"{record.num_damages} damaged" if record.num_damages else "whole"
             read = f"{record.num_checkpoints} checkpoints, {record.num_logs} logs"
             print_data(escape_for_terminal(f"{run}: {verdict} ({read})"))
-    # The verdict comes last.
+    # The record of the whole run comes last.
     if isinstance(record, VerifiedRun) and record.num_damages:
         raise typer.Exit(1)
+    if not as_json:
+        print_data(f"next: npo show {escape_for_terminal(quote_path(run))}")

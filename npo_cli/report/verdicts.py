@@ -12,7 +12,7 @@ from npo_cli.errors import quote_path
 from npo_cli.report.prompt_tables import describe_history
 from npo_cli.report.table import format_bytes
 from npo_cli.report.tables import summarize_branches
-from npo_cli.storage.bench_dir import load_bench_index
+from npo_cli.storage.bench_dir import is_bench, load_bench_index
 from npo_cli.storage.checkpoints import list_ancestry_checkpoints
 from npo_cli.storage.index import find_best_branch, select_line_evals
 from npo_cli.storage.interrupted import find_last_saved_step, list_interrupted_branches
@@ -340,6 +340,22 @@ def conclude_autonpo(root: Path, records: Records) -> Verdict:
 
 
 # Several runs
+
+
+def conclude_report(roots: Sequence[Path], out: Path, branch: str | None, records: Records) -> Verdict:
+    """Where the report is, and the branch that it leads with."""
+    if len(roots) > 1 or is_bench(roots[0]):
+        names = " ".join(quote_path(root) for root in roots)
+        return Verdict(verdict=f"{out} shows {len(roots)} folders of runs side by side", next=f"npo compare {names}")
+    run = open_run(roots[0])
+    name = branch or find_best_branch(run)
+    step = find_last_saved_step(run, name)
+    evals = select_line_evals(run, name)
+    if evals:
+        step = max(evals.values(), key=lambda one: (one.accuracy, one.step)).step
+    place = f"{quote_path(roots[0])}{format_branch_option(name)}"
+    sentence = f"{out} shows {roots[0]}: {describe_accuracy(run, name)}"
+    return Verdict(verdict=sentence, next=f"npo export {place} --step {step} --out step-{step}")
 
 
 def conclude_bench(out: Path, records: Records) -> Verdict:

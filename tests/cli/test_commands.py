@@ -83,7 +83,9 @@ def test_show_rollouts_of_one_prompt(run):
 def test_report_writes_a_page_and_figures(run, tmp_path):
     out, folder = tmp_path / "r.html", tmp_path / "pictures"
     result = called("report", str(run), "--out", str(out), "--figures", str(folder))
-    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.exit_code == 0
+    assert " ".join(result.stdout.split()).startswith(f"{out} shows {run}: main is trained to step 4")
+    assert result.stdout.endswith(f"\nnext: npo export {run} --step 4 --out step-4\n")
     *_, page, pictures = result.stderr.splitlines()
     assert page.startswith(f"report: {out}, ")
     # reward, entropy and the lineage; nothing was evaluated
