@@ -56,7 +56,9 @@ def plot_accuracy(runs: Sequence[RunDir], figure: Path, *, branch: str | None = 
         curves = [one for one in build_curves(run) if branch in (None, one.points[0].name)]
     else:
         named = [(index, run, find_best_branch(run)) for index, run in enumerate(runs)]
-        found = [(index, learning_curve(run, best, name=str(run.root))) for index, run, best in named]
+        found = [
+            (index, learning_curve(run, best, name=str(run.root).replace("$", r"\$"))) for index, run, best in named
+        ]
         curves = [
             Curve(index=index, points=tuple(points), guide_until=None, is_fork=False)
             for index, points in found

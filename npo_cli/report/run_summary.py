@@ -119,22 +119,35 @@ def _describe_origin(run: RunDir, first: Segment) -> str:
     return f"forked from {where} with guide {first.guide_cache}{source}{until}"
 
 
+MAX_JUDGED = 3
+"""Branches with a guide that are judged in words; all are in the table of costs."""
+
+
 def describe_worth(run: RunDir, branch: str) -> str:
-    """By total tokens: the branch, and the best policy that it had paid for, against the line without a guide."""
-    baseline = find_unguided_branch(run, branch)
-    if baseline == branch:
+    """Of `branch` first, and of every other last branch with a guide, whether the guide was worth it."""
+    guided = [name for name in list_branches(run) if find_unguided_branch(run, name) != name]
+    replaced = {find_first_segment(run, name).parent for name in guided} - {branch}
+    last = sorted((name for name in guided if name not in replaced), key=lambda name: name != branch)
+    if not last:
         return (
-            f"{branch} has no guide, so there is nothing to compare. "
+            "no branch has a guide, so there is nothing to compare. "
             f"Next: npo score-checkpoints {quote_path(run.root)} --at STEP"
         )
+    more = f" {len(last) - MAX_JUDGED} more branches are in the table of costs." if len(last) > MAX_JUDGED else ""
+    return " ".join(_describe_branch_worth(run, name) for name in last[:MAX_JUDGED]) + more
+
+
+def _describe_branch_worth(run: RunDir, branch: str) -> str:
+    """By total tokens: the branch, and the best policy that it had paid for, against the line without a guide."""
+    baseline = find_unguided_branch(run, branch)
     points, unguided = (learning_curve(run, name, name=name) for name in (branch, baseline))
     again = f"npo compare RUN_WITHOUT_A_GUIDE {quote_path(run.root)}:{branch}"
     if not points or not unguided:
-        return f"unknown: {baseline} or {branch} was never evaluated. npo eval {quote_path(run.root)} --all"
+        return f"Unknown: {baseline} or {branch} was never evaluated. npo eval {quote_path(run.root)} --all"
     levels = _common_thresholds(run, branch, points, unguided)
     if not levels:
         return (
-            f"cannot be said from this run: {branch} and {baseline} reached no accuracy in common after the guide "
+            f"Cannot be said from this run: {branch} and {baseline} reached no accuracy in common after the guide "
             f"began to act. Compare with a run without a guide: {again}"
         )
     mine, ours = (cost_to_threshold(curve, levels[-1]) for curve in (points, unguided))

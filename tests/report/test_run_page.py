@@ -17,7 +17,7 @@ from npo_cli.report.prompt_history import (
     select_prompts,
 )
 from npo_cli.report.run_page import build_curves, collect_branch_spans
-from npo_cli.report.run_summary import list_commands, summarize_in_words
+from npo_cli.report.run_summary import describe_worth, list_commands, summarize_in_words
 from npo_cli.storage.bench_dir import save_bench_index
 from npo_cli.storage.layout import create_run, head_path, open_run
 from npo_cli.storage.rollout_log import RolloutLog
@@ -185,6 +185,8 @@ def test_summary_says_what_each_branch_brought_and_how_to_make_it_again(guided):
     (folder,) = re.findall(r"in '?([^']*step_\d{6})", lines["Best checkpoint"])
     assert Path(folder).is_dir()
     assert "forked from main at step 2 with guide near (checkpoint:4) until step 4" in lines["Branch near"]
+    # The leading branch has no guide: the other one is judged all the same.
+    assert "near" in describe_worth(run, "main")
     train_again, *_, resume_again = list_commands(run)
     assert train_again.startswith("npo train '") and train_again.endswith("-again'")
     assert "--at 2 --guide near --new-branch near" in resume_again
