@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from npo_cli.api.rows import Row, list_columns, to_row
-from npo_cli.storage.files import write_text_atomic
 
 
 def name_record(record: Any) -> str:
@@ -28,6 +27,8 @@ def save_results(records: Iterable[Any], path: Path, *, of: type) -> None:
     `.jsonl`: every record on a line, as `--json` prints them. `.json`: a list of the same. `.csv`: the records of the
     kind `of`, one per line; unknown values are empty, values of several parts are JSON.
     """
+    from npo_cli.storage.files import write_text_atomic
+
     every = list(records)
     match path.suffix.lower():
         case ".jsonl":
