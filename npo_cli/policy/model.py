@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from npo_cli.config.recipe import ModelSettings
@@ -317,8 +318,9 @@ def _load_parts(settings: ModelSettings, folder: Path | None) -> tuple[PreTraine
 
 def check_model_size(config: PreTrainedConfig, num_weights: int, source: str) -> None:
     """Raise if the config describes a model of more than twice the weights of its files; no memory is taken."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = choose_model_class(config).from_config(config, trust_remote_code=False)
+    model.tie_weights()
     described = sum(parameter.numel() for parameter in model.parameters())
     if described > 2 * num_weights:
         raise NpoError(

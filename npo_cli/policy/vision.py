@@ -16,16 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    BaseImageProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from npo_cli.errors import NpoError
@@ -35,6 +26,7 @@ from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, ImageRef, Prompt
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import BaseImageProcessor
 
 SUPPORTED_MODEL_TYPES = ("qwen3_vl",)
 """config.model_type of supported models."""
@@ -87,7 +79,7 @@ class Vision:
 
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    processor: BaseImageProcessor
+    processor: "BaseImageProcessor"
     files: Mapping[str, bytes]
     """The processor's files by name; every checkpoint gets a copy."""
     suppressed_ids: tuple[int, ...]
@@ -165,6 +157,8 @@ class Vision:
 
     def resize_image(self, ref: ImageRef) -> "Image.Image":
         """The image in the size that the vision tower reads, resized as in `load_patches`."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
         size = self.processor.size
         height, width = smart_resize(
             ref.height,
@@ -192,6 +186,8 @@ def _parts(content: str) -> list[dict[str, str]]:
 
 def choose_model_class(config: PreTrainedConfig) -> type:
     """The transformers class for a config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
     return AutoModelForImageTextToText if _has_vision_tower(config) else AutoModelForCausalLM
 
 
@@ -211,6 +207,8 @@ def load_vision(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> V
             "choose a supported one, or a text-only model",
         )
     require_pillow()
+    from transformers import AutoImageProcessor
+
     found = [_file(source, name) for name in PROCESSOR_FILES]
     try:
         processor = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
