@@ -310,7 +310,8 @@ def replay(
 
     def work() -> Generator[Any, None, None]:
         yield Notice(message=f"replay step {at} of branch {parent}")
-        from npo_cli.training.replay import check_same_source, choose_replay_name, replay_run
+        from npo_cli.storage.lineage import choose_replay_name
+        from npo_cli.training.replay import check_same_source, replay_run
         from npo_cli.training.tracking import track_records
 
         chosen = validate_name(name or choose_replay_name(parent, at))

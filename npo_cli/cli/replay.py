@@ -62,5 +62,5 @@ def replay(
         until=until,
         overrides=overrides or (),
     )
-    conclude = partial(conclude_replay, run, at, branch)
+    conclude = partial(conclude_replay, run, at, branch, name)
     print_records(records, as_json=as_json, num_steps=records.last_step, full=full, conclude=conclude)

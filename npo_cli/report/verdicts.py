@@ -17,7 +17,7 @@ from npo_cli.storage.checkpoints import list_ancestry_checkpoints
 from npo_cli.storage.index import find_best_branch, select_line_evals
 from npo_cli.storage.interrupted import find_last_saved_step, list_interrupted_branches
 from npo_cli.storage.layout import FIRST_BRANCH, RunDir, open_run
-from npo_cli.storage.lineage import find_first_segment, list_branches
+from npo_cli.storage.lineage import choose_replay_name, find_first_segment, list_branches
 from npo_cli.types.autonpo import REJECTIONS, Transition
 from npo_cli.types.calibration import CandidateGain, RuleResult
 from npo_cli.types.comparison import MethodDifference, MethodSummary, MethodTimeToThreshold
@@ -47,13 +47,17 @@ def conclude_training(root: Path, records: Records) -> Verdict:
     last = (trained or select(records, RunCosts) or select(records, CheckpointSaved))[-1]
     branch = last.branch
     moves = select(records, Transition)
-    sentence = describe_accuracy(run, branch)
-    parent = find_first_segment(run, branch).parent
-    if parent is not None and not moves:
-        sentence += describe_parent(run, branch, parent)
     if moves:
-        return Verdict(verdict=f"{sentence}; {describe_moves(moves)}", next=f"npo autonpo {quote_path(root)}")
-    return Verdict(verdict=sentence, next=suggest_next(run, branch))
+        sentence = f"{describe_accuracy(run, branch)}; {describe_moves(moves)}"
+        return Verdict(verdict=sentence, next=f"npo autonpo {quote_path(root)}")
+    return conclude_branch(run, branch)
+
+
+def conclude_branch(run: RunDir, branch: str) -> Verdict:
+    """Accuracy of a branch, beside its parent's at the same step."""
+    parent = find_first_segment(run, branch).parent
+    beside = "" if parent is None else describe_parent(run, branch, parent)
+    return Verdict(verdict=f"{describe_accuracy(run, branch)}{beside}", next=suggest_next(run, branch))
 
 
 def describe_accuracy(run: RunDir, branch: str) -> str:
@@ -148,12 +152,13 @@ def conclude_scoring(root: Path, at: int | None, branch: str | None, records: Re
     return Verdict(verdict=sentence, next=f"npo replay {again} --at {at}")
 
 
-def conclude_replay(root: Path, at: int, branch: str | None, records: Records) -> Verdict:
+def conclude_replay(root: Path, at: int, branch: str | None, name: str | None, records: Records) -> Verdict:
     """The replay's accuracy beside its parent's, or that no guide is worth it."""
-    trained = select(records, StepReport) or select(records, CheckpointSaved)
-    if not trained:
+    if select(records, StepReport) or select(records, CheckpointSaved):
+        return conclude_training(root, records)
+    if select(records, CandidateScore):
         return conclude_scoring(root, at, branch, records)
-    return conclude_training(root, records)
+    return conclude_branch(open_run(root), name or choose_replay_name(branch or FIRST_BRANCH, at))
 
 
 def format_short(one: object, name: str) -> str:

@@ -143,6 +143,11 @@ def find_owning_branch(run: RunDir, branch: str, step: int) -> str:
     return branch
 
 
+def choose_replay_name(branch: str, at: int) -> str:
+    """Name of guide cache and branch where none is given: `replay-40`, on another branch than main `late-replay-40`."""
+    return f"replay-{at}" if branch == FIRST_BRANCH else f"{branch}-replay-{at}"
+
+
 def find_free_branch_name(run: RunDir, wish: str, *, exact: bool = False) -> str:
     """The name wished for, or the first free one of `wish-2`, `wish-3`...; with `exact` a taken name is an error.
 

@@ -8,13 +8,15 @@ own work.
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
+from npo_cli.config.loading import override_saved_recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.guides.build_cache import build_guide_cache
 from npo_cli.guides.score import score_run
 from npo_cli.guides.source import parse_spec
 from npo_cli.session.stop_signal import StopFlag
 from npo_cli.storage.guide_cache import cache_info_path, format_source_option, read_cache_info
-from npo_cli.storage.layout import FIRST_BRANCH, RunDir, open_run
+from npo_cli.storage.interrupted import find_last_saved_step
+from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_first_segment, list_branches
 from npo_cli.training.resume import resume_run
 from npo_cli.types.guides import GuideCacheInfo, SourceSpec
@@ -22,11 +24,6 @@ from npo_cli.types.rollouts import Notice, Progress, TrainingRecord
 from npo_cli.types.scores import CandidateScore, GuideChoice
 
 ReplayRecord = TrainingRecord | Progress | CandidateScore | GuideChoice | GuideCacheInfo
-
-
-def choose_replay_name(branch: str, at: int) -> str:
-    """Name of guide cache and branch where none is given: `replay-40`, on another branch than main `late-replay-40`."""
-    return f"replay-{at}" if branch == FIRST_BRANCH else f"{branch}-replay-{at}"
 
 
 def replay_run(
@@ -46,6 +43,11 @@ def replay_run(
     guide = _find_guide(run, name, branch=branch, at=at)
     if name in list_branches(run):
         _check_branch(run, name, branch=branch, at=at)
+        recipe = override_saved_recipe(run.read_recipe(name), overrides, path=run.recipe_path(name), purpose="resume")
+        step = find_last_saved_step(run, name)
+        if step >= recipe.train.num_steps:
+            yield Notice(message=f"branch {name} is trained already, to step {step}")
+            return
         yield Notice(message=f"stage 3 of 3: resume branch {name}")
         yield from resume_run(
             root,

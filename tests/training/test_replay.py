@@ -67,9 +67,12 @@ def test_replay_scores_samples_and_trains(main_only, tmp_path, chosen):
     info, _ = load_guide(run, "r")
     assert (info.source.text, info.branch, info.learner_step, info.complete) == ("checkpoint:4", "main", 2, True)
     assert [one.step for one in records if isinstance(one, StepReport)] == [3, 4]
-    # repeated, it says that there is nothing left
-    with pytest.raises(NpoError, match="has completed step 4 of 4"):
-        list(replay(root))
+    # repeated, there is nothing left
+    before = reproducible_digests(root, "r")
+    result = npo("replay", root, "--at", "2", "--name", "r", *FEW)
+    assert (result.code, reproducible_digests(root, "r")) == (0, before)
+    assert result.err.endswith("branch r is trained already, to step 4\n")
+    assert result.out.startswith("r is trained to step 4, without a held-out evaluation\n")
 
 
 @pytest.mark.parametrize("stage", [CandidateScore, GuideCacheInfo, StepReport])
