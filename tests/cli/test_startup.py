@@ -131,3 +131,46 @@ def test_help_imports_no_command():
     loaded = {name for name in done.stderr.split() if name.startswith("npo_cli.cli.")}
     assert loaded == {f"npo_cli.cli.{name}" for name in ("main", "commands", "completion", "options", "terminal")}
     assert "pydantic" not in done.stderr.split()
+
+
+def on_one_terminal(*args: str, **environment: str) -> str:
+    """What a terminal receives from stdout and stderr of a command."""
+    master, slave = pty.openpty()
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"} | environment
+    process = subprocess.Popen([sys.executable, "-c", RUN, *args], stdout=slave, stderr=slave, env=variables)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(master, 65536):
+            shown += chunk
+    os.close(master)
+    process.wait(timeout=60)
+    return shown.decode()
+
+
+def test_loading_line_comes_first_and_is_erased_before_anything_else():
+    shown = on_one_terminal("train", "micro", "new", "train.lrr=1")
+    assert shown.startswith("loading ...\r\x1b[2K")
+    assert "error: " in shown
+    assert shown.count("loading") == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("train", "micro", "new", "train.lrr=1", "--quiet"),
+        ("train", "micro", "new", "train.lrr=1", "--json"),
+        ("train", "--help"),
+        ("show", "new"),
+    ],
+)
+def test_no_loading_line_in_quiet_json_help_and_quick_commands(args):
+    assert "loading ..." not in on_one_terminal(*args)
+
+
+def test_no_color_and_force_color_decide_over_the_terminal():
+    plain = on_one_terminal("show", "new", NO_COLOR="1")
+    assert "\x1b[31m" not in plain
+    assert "\x1b[31merror: " in on_one_terminal("show", "new")
+    assert "\x1b[31merror: " in launched("show", "new", FORCE_COLOR="1").stderr
+    assert "\x1b" not in launched("show", "new", FORCE_COLOR="1", NO_COLOR="1").stderr
