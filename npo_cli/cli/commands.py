@@ -26,8 +26,6 @@ class Command:
     """First line of the function's docstring, which `npo --help` shows without importing it."""
     example: str
     """The last line of its help page."""
-    is_slow_to_load: bool = False
-    """Whether it imports torch or a plotting library, which takes seconds."""
 
 
 START, WORKFLOW, AUTONPO, INSPECT = "Start a project", "Workflow", "AutoNPO", "Inspect a run"
@@ -57,35 +55,30 @@ COMMANDS = {
         group=WORKFLOW,
         summary="Train a GRPO baseline from a recipe.",
         example="npo train micro runs/first train.num_steps=200",
-        is_slow_to_load=True,
     ),
     "index": Command(
         target="index:index",
         group=WORKFLOW,
         summary="List checkpoints, or import those of another trainer.",
         example="npo index runs/first",
-        is_slow_to_load=True,
     ),
     "score-checkpoints": Command(
         target="score_checkpoints:score_checkpoints",
         group=WORKFLOW,
         summary="Rank guide candidates for a learner by S = Q_net/V.",
         example="npo score-checkpoints runs/first --at 40 --candidates 60,80",
-        is_slow_to_load=True,
     ),
     "sample-guide": Command(
         target="sample_guide:sample_guide",
         group=WORKFLOW,
         summary="Build a guide cache: sample a guide on the prompts of a replay.",
         example="npo sample-guide runs/first --at 40 --source 80 --name late",
-        is_slow_to_load=True,
     ),
     "resume": Command(
         target="resume:resume",
         group=WORKFLOW,
         summary="Resume training, or fork from an earlier step.",
         example="npo resume runs/first --at 40 --guide late --new-branch late",
-        is_slow_to_load=True,
     ),
     "replay": Command(
         target="replay:replay",
@@ -98,7 +91,6 @@ COMMANDS = {
         group=AUTONPO,
         summary="Show what AutoNPO did in a run, or would have done.",
         example="npo autonpo runs/first --explain",
-        is_slow_to_load=True,
     ),
     "show": Command(
         target="show:show",
@@ -117,14 +109,12 @@ COMMANDS = {
         group=INSPECT,
         summary="Evaluate checkpoints on the held-out prompts.",
         example="npo eval runs/first --all",
-        is_slow_to_load=True,
     ),
     "report": Command(
         target="report:report",
         group=INSPECT,
         summary="Write a report of one or several runs.",
         example="npo report runs/first --out report.html",
-        is_slow_to_load=True,
     ),
     "ls": Command(
         target="ls:list_run_directories",
@@ -149,21 +139,18 @@ COMMANDS = {
         group=COMPARE,
         summary="Train several methods with several seeds.",
         example="npo bench micro --methods grpo,npo --seeds 3 --out runs/bench",
-        is_slow_to_load=True,
     ),
     "calibrate": Command(
         target="calibrate:calibrate",
         group=COMPARE,
         summary="Measure the gain of guide candidates, and how well each score predicts it.",
         example="npo calibrate runs/first --at 0,40 --candidates self,+20,+40,+100",
-        is_slow_to_load=True,
     ),
     "compare": Command(
         target="compare:compare",
         group=COMPARE,
         summary="Compare methods by held-out accuracy and by cost.",
         example="npo compare runs/bench --threshold 0.8",
-        is_slow_to_load=True,
     ),
     "recipes": Command(
         target="recipes:recipes",
@@ -176,28 +163,24 @@ COMMANDS = {
         group=TOOLS,
         summary="Estimate GPU memory, host memory and disk space of a run.",
         example="npo plan smollm2-135m --gpus 2 --gpu-mem 24",
-        is_slow_to_load=True,
     ),
     "export": Command(
         target="export:export",
         group=TOOLS,
         summary="Export a guide cache or a checkpoint for other programs.",
         example="npo export runs/first --step 40 --out step-40",
-        is_slow_to_load=True,
     ),
     "doctor": Command(
         target="doctor:doctor",
         group=TOOLS,
         summary="Check what this machine can run.",
         example="npo doctor",
-        is_slow_to_load=True,
     ),
     "demo": Command(
         target="demo:demo",
         group=TOOLS,
         summary="Run the whole workflow on a small task.",
         example="npo demo --out npo-demo",
-        is_slow_to_load=True,
     ),
     "docs": Command(
         target="docs:docs",

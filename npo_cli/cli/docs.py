@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.options import JsonOpt
-from npo_cli.cli.terminal import is_terminal, print_data
+from npo_cli.cli.terminal import is_terminal, open_console, print_data
 from npo_cli.errors import NpoError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -38,10 +38,9 @@ def docs(
     if not is_terminal(sys.stdout):
         print_data(text.rstrip())
         return
-    from rich.console import Console
     from rich.markdown import Markdown
 
-    Console().print(Markdown(text, hyperlinks=False))
+    open_console().print(Markdown(text, hyperlinks=False))
 
 
 def find_docs_folder() -> Path:

@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
         with contextlib.suppress(AttributeError):
             getattr(sys, name).reconfigure(errors="backslashreplace")
     args = sys.argv[1:] if args is None else list(args)
-    if _is_slow_to_load(args):
+    if _shows_loading(args):
         show_loading()
     try:
         sys.exit(_run(args) or 0)
@@ -102,15 +102,12 @@ def main(args: Sequence[str] | None = None) -> None:
         current_group().finish()
 
 
-def _is_slow_to_load(args: Sequence[str]) -> bool:
-    """Whether the command says that it is loading, which neither help pages nor JSON lines on a terminal do."""
-    if (
-        not args
-        or args[0] not in COMMANDS
-        or not {*HELP_OPTIONS["help_option_names"], "--quiet", "-q"}.isdisjoint(args)
-    ):
+def _shows_loading(args: Sequence[str]) -> bool:
+    """Whether a command says that it is loading, which neither help pages nor JSON lines on a terminal do."""
+    quiet = {*HELP_OPTIONS["help_option_names"], "--quiet", "-q"}
+    if not args or args[0] not in COMMANDS or not quiet.isdisjoint(args):
         return False
-    return COMMANDS[args[0]].is_slow_to_load and not (JSON_FLAG in args and is_terminal(sys.stdout))
+    return not (JSON_FLAG in args and is_terminal(sys.stdout))
 
 
 def _describe_usage_error(error: Any, args: Sequence[str]) -> tuple[str, str]:

@@ -20,12 +20,14 @@ from npo_cli.activity import Listener, listen
 from npo_cli.api.results import save_results, to_named_row
 from npo_cli.api.stages import RecordStream
 from npo_cli.cli.progress import open_progress
-from npo_cli.cli.terminal import clear_loading, escape_for_terminal, has_color, is_terminal, print_data, print_notice
+from npo_cli.cli.terminal import escape_for_terminal, has_color, is_terminal, open_console, print_data, print_notice
 from npo_cli.report.table import Table
 from npo_cli.types.rollouts import Notice, Progress, StepReport
 from npo_cli.types.views import Verdict
 
 COLUMN_GAP = 2
+UNLIMITED = 10_000
+"""Width of a pipe that has colors."""
 SENTENCE_WIDTH = 80
 NUM_KEY_COLUMNS = 2
 """Columns that identify a row: repeated when a table is split."""
@@ -148,11 +150,9 @@ def print_table(table: Table) -> None:
     if not has_color(sys.stdout) and not is_terminal(sys.stdout):
         print_data(format_table(table))
         return
-    clear_loading()
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = open_console(width=None if is_terminal(sys.stdout) else UNLIMITED)
     console.print(Text(escape_for_terminal(table.title), style="bold underline"))
     columns = _measure_columns(table)
     for indices in split_columns([width for *_, width in columns], limit=console.width):

@@ -6,10 +6,13 @@ Text from models and files is data: control characters are escaped, markup is no
 import os
 import sys
 from contextvars import ContextVar
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from npo_cli.report.text_sanitizer import escape_control_chars
 from npo_cli.session.stop_signal import request_stop
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 VERBOSITY: ContextVar[Verbosity] = ContextVar("verbosity", default="normal")
@@ -52,6 +55,14 @@ def clear_loading() -> None:
     """Erase that line, before anything else is printed."""
     while _LOADING_STREAM:
         print(CLEAR_LINE, end="", file=_LOADING_STREAM.pop(), flush=True)
+
+
+def open_console(*, width: int | None = None) -> "Console":
+    """stdout for what rich lays out."""
+    from rich.console import Console
+
+    clear_loading()
+    return Console(highlight=False, width=width)
 
 
 def _print_line(text: str, stream: TextIO) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from npo_cli.cli.options import JsonOpt, OnlyBranchOpt, RunArg
-from npo_cli.cli.terminal import clear_loading, escape_for_terminal, has_color, is_terminal, print_data
+from npo_cli.cli.terminal import escape_for_terminal, has_color, is_terminal, open_console, print_data
 from npo_cli.errors import NpoError
 
 STYLES = ("cyan", "magenta", "yellow", "green", "blue", "red")
@@ -54,8 +54,7 @@ def _redraw(opened: Any, branch: str | None, *, every: float) -> None:
 
     from npo_cli.report.watch import find_writer
 
-    console, failure = _console(), None
-    clear_loading()
+    console, failure = open_console(), None
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             has_ended = find_writer(opened) is None
@@ -72,10 +71,9 @@ def _redraw(opened: Any, branch: str | None, *, every: float) -> None:
 
 
 def _print_frame(opened: Any, branch: str | None) -> None:
-    console = _console()
+    console = open_console()
     frame = _draw(opened, branch, console)
     if is_terminal(sys.stdout) or has_color(sys.stdout):
-        clear_loading()
         console.print(frame)
     else:
         print_data(frame.plain)
@@ -96,9 +94,3 @@ def _draw(opened: Any, branch: str | None, console: Any) -> Any:
         for text, owner in line:
             frame.append(escape_for_terminal(text), style="" if owner is None else STYLES[owner % len(STYLES)])
     return frame
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False)
