@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.session.startup import prepare_imports
 
 if TYPE_CHECKING:
     from npo_cli.config.loading import Purpose
@@ -50,11 +49,9 @@ def load_run_recipe(
         names = ", ".join(list_branches(run)) or "none yet"
         raise NpoError(f"{root} has no branch {branch!r}: {names}", hint or f"npo show {quote_path(root)} lineage")
     branch = branch or find_main_branch(run)
-    recipe = override_saved_recipe(
+    return override_saved_recipe(
         run.read_recipe(branch), overrides or (), path=run.recipe_path(branch), purpose=purpose
     )
-    prepare_imports(recipe.engine.kind)
-    return recipe
 
 
 def resolve_last_step(until: int | None, recipe: "Recipe", *, after: int, autonpo: bool) -> int:

@@ -11,7 +11,6 @@ from npo_cli.api.checks import Overrides, list_overrides, load_run_recipe, resol
 from npo_cli.api.run import Run, resolve_root
 from npo_cli.api.stages import RecordStream, collect_records, returns
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.session.startup import prepare_imports
 from npo_cli.session.stop_signal import StopFlag
 from npo_cli.types.autonpo import Transition
 from npo_cli.types.costs import RunCosts
@@ -105,7 +104,6 @@ def train(
     A signal, such as the interrupt of a notebook, ends the step, saves it and raises `StoppedEarly`.
     """
     resolved, root, stop = _resolve_recipe(recipe, method), resolve_root(run), StopFlag()
-    prepare_imports(resolved.engine.kind)
     last = resolve_last_step(until, resolved, after=-1, autonpo=autonpo)
     if autonpo:
         from npo_cli.autonpo.run import train_autonpo

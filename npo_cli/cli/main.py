@@ -70,7 +70,7 @@ def npo(
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; always leaves through SystemExit."""
     ignore_deprecations()
-    begin_process(is_own=args is None)
+    begin_process()
     for name in ("stdout", "stderr"):
         # A closed stream discards its output: printing to None would go to the other stream.
         if getattr(sys, name) is None:

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from npo_cli import lean_imports
 from npo_cli.activity import Activity, report_activity
-from npo_cli.distributed.launch import read_launch_info
 
 if TYPE_CHECKING:
     from npo_cli.storage.layout import RunDir
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
 GC_THRESHOLDS = gc.get_threshold()
 GC_THRESHOLDS_OF_START = (100_000, 50, 100)
 StartupKind = Literal["load", "start"]
-LEAN_ENGINES = ("transformers", "vllm_server")
-"""Engines that compile nothing in the trainer's process."""
 _DEPRECATED = r"`(past_key_values|is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
 """Warnings of newer transformers about names that the oldest admitted one needs."""
 
@@ -37,29 +33,20 @@ class StartupClock:
 
     process_began: float | None = None
     """When the command began; None once a session has taken it, and in a program that uses npo as a library."""
-    is_own_process: bool = False
-    """Whether the process runs nothing but the command."""
     seconds: dict[StartupKind, float] = field(default_factory=dict)
 
 
 _CLOCK = StartupClock()
 
 
-def begin_process(*, is_own: bool = False) -> None:
-    """The command begins: until its first session opens, it starts. `is_own`: the process runs nothing but it.
+def begin_process() -> None:
+    """The command begins: until its first session opens, it starts.
 
     Importing libraries makes some hundred thousand objects that stay: looking for garbage among them takes a fifth of
     the start, so it is done less often until then.
     """
     gc.set_threshold(*GC_THRESHOLDS_OF_START)
-    _CLOCK.is_own_process = is_own
     _CLOCK.process_began = time.perf_counter()
-
-
-def prepare_imports(engine_kind: str) -> None:
-    """Before torch is imported by a command in its own process: leave out what one process never uses."""
-    if _CLOCK.is_own_process and engine_kind in LEAN_ENGINES and read_launch_info() is None:
-        lean_imports.install()
 
 
 def begin_session() -> None:

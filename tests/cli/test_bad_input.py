@@ -54,7 +54,6 @@ def test_usage_error_names_the_argument_and_the_help(folder, args, message, hint
     [
         (["base"], "there is no command base", "python recipes/make_micro_base.py"),
         (["resume", "R", "--from", "b"], "npo resume has no option --from: use --branch b", "npo resume --help"),
-        (["autonpo", "R", "--out=f.png"], "npo autonpo has no option --out: use --figure f.png", "npo autonpo --help"),
         (["compare", "R", "--csv", "a.csv"], "npo compare has no option --csv: use --out a.csv", "npo compare --help"),
         (["report", "R", "--pictures", "d"], "npo report has no option --pictures: use --figures d", "npo report --h"),
         (["index", "R", "--base"], "npo index has no option --base: use --with-base", "npo index --help"),

@@ -146,7 +146,7 @@ def test_finished_artifact_knows_its_samples_without_the_head(run, tmp_path, pat
 
 RANGES = [
     ("evals.jsonl", '"accuracy":', '"accuracy":55', ["index"], "accuracy is 55"),
-    ("branches/main/rollouts.jsonl", '"reward":1.0', '"reward":9', ROLLOUTS, "reward is 9 with"),
+    ("branches/main/rollouts.jsonl", '"reward":1.0', '"reward":1e999', ROLLOUTS, "reward is inf"),
     ("branches/main/rollouts.jsonl", '"verdict":"correct"', '"verdict":"fine"', ROLLOUTS, "verdict is"),
     ("branches/main/rollouts.jsonl", '"behavior_logps":[-', '"behavior_logps":[', ROLLOUTS, "log-prob"),
     ("branches/main/rollouts.jsonl", '"off"', '"on"', ROLLOUTS, "injection_status is 'on'"),
