@@ -147,9 +147,15 @@ def conclude_scoring(root: Path, at: int | None, branch: str | None, records: Re
     if choice.chosen is None:
         return Verdict(verdict=f"no guide is worth it here, for {where}: {choice.reason}", next=f"npo index {again}")
     one = next(score for score in scores if score.is_selected)
-    value = "" if one.value is None else f", {one.value:.2g} steps saved per step of its price"
-    sentence = f"{one.candidate} is the guide for {where}: S {format_short(one, 'signal')}{value}"
+    value = "" if one.value is None else f"; forecast: {describe_value(one.value)}"
+    sentence = f"{one.candidate} has the best score for {where}: S {format_short(one, 'signal')}{value}"
     return Verdict(verdict=sentence, next=f"npo replay {again} --at {at}")
+
+
+def describe_value(value: float) -> str:
+    """The forecast in words; a guide pays if it saves at least a step per step of its price."""
+    pays = "it pays" if value >= 1 else "it does not pay"
+    return f"{pays} ({value:.2g} steps saved per step of its price)"
 
 
 def conclude_replay(root: Path, at: int, branch: str | None, name: str | None, records: Records) -> Verdict:
