@@ -1,10 +1,19 @@
 """Fixtures that several packages share. Imports wait inside them, so that tests of pure packages need no torch."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+if find_spec("torch") is None:
+    # Modules of pure packages whose tests train a run.
+    collect_ignore = [
+        str(path)
+        for path in Path(__file__).parent.rglob("test_*.py")
+        if "from tests.helpers.runs import" in path.read_text(encoding="utf-8")
+    ]
 
 if TYPE_CHECKING:
     from tests.helpers.warm_process import ForkServer
