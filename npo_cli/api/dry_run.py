@@ -51,13 +51,14 @@ def plan_resume(
         guide=guide,
         no_guide=no_guide,
         branch=branch,
+        new_branch=new_branch,
         steps=steps,
         until=until,
         autonpo=autonpo,
         fresh_optimizer=fresh_optimizer,
         overrides=overrides,
     )
-    where = checked.where(at=at, new_branch=new_branch)
+    where = checked.where(at=at)
     yield Notice(message=checked.first_line)
     if autonpo:
         from npo_cli.autonpo.dry_training import plan_autonpo_resume

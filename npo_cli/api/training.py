@@ -156,6 +156,7 @@ def resume(
         guide=guide,
         no_guide=no_guide,
         branch=branch,
+        new_branch=new_branch,
         steps=steps,
         until=until,
         autonpo=autonpo,
@@ -163,7 +164,7 @@ def resume(
         overrides=overrides,
     )
     root, stop = checked.root, StopFlag()
-    where = checked.where(at=at, new_branch=new_branch)
+    where = checked.where(at=at)
     replay: dict[str, Any] = {"guide": checked.guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
 
     def work() -> Generator[StreamRecord, None, None]:
@@ -200,14 +201,15 @@ class CheckedResume:
     branch: str | None
     """As given; None: `first_line` names the branch that is continued or forked."""
     guide: str | None
+    new_branch: str | None
     overrides: list[str]
     first_line: str
     """Names the branch."""
     last_step: int
 
-    def where(self, *, at: int | None, new_branch: str | None) -> dict[str, Any]:
+    def where(self, *, at: int | None) -> dict[str, Any]:
         """Arguments of the functions that train: where it continues."""
-        return {"overrides": self.overrides, "at": at, "source_branch": self.branch, "new_branch": new_branch}
+        return {"overrides": self.overrides, "at": at, "source_branch": self.branch, "new_branch": self.new_branch}
 
 
 def check_resume(
@@ -217,6 +219,7 @@ def check_resume(
     guide: "str | GuideCacheInfo | None",
     no_guide: bool,
     branch: str | None,
+    new_branch: str | None,
     steps: int | None,
     until: int | None,
     autonpo: bool,
@@ -232,7 +235,14 @@ def check_resume(
     recipe = load_run_recipe(root, overrides, branch=acted_on, purpose=purpose, hint=hint)
     last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
     has_guide = guide is not None or steps is not None
-    _check_combination(root, at=at, autonpo=autonpo, fresh=fresh_optimizer, has_guide=has_guide)
+    _check_combination(
+        root,
+        at=at,
+        autonpo=autonpo,
+        fresh=fresh_optimizer,
+        has_guide=has_guide,
+        has_new_branch=new_branch is not None,
+    )
     if no_guide or (at is not None and guide is None and not autonpo):
         _check_guide_choice(root, recipe, at=at, guide=guide, no_guide=no_guide, autonpo=autonpo)
     return CheckedResume(
@@ -240,6 +250,7 @@ def check_resume(
         recipe=recipe,
         branch=branch,
         guide=guide,
+        new_branch=new_branch,
         overrides=overrides,
         first_line=first_line,
         last_step=last,
@@ -338,12 +349,16 @@ def replay(
     )
 
 
-def _check_combination(run: Path, *, at: int | None, autonpo: bool, fresh: bool, has_guide: bool) -> None:
+def _check_combination(
+    run: Path, *, at: int | None, autonpo: bool, fresh: bool, has_guide: bool, has_new_branch: bool
+) -> None:
     if fresh and (at is None or autonpo):
         raise NpoError(
             "--fresh-optimizer needs --at STEP, and is not available with --autonpo",
             f"npo resume {quote_path(run)} --at STEP --no-guide --fresh-optimizer",
         )
+    if autonpo and at is None and has_new_branch:
+        raise NpoError("--new-branch needs --at STEP", f"npo resume {quote_path(run)} --autonpo --at STEP")
     if autonpo and has_guide:
         raise NpoError(
             "--guide and --steps are not available with --autonpo, which builds its own guide caches",

@@ -40,7 +40,7 @@ from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.autonpo import AutoNPOState, NonTriggerSpan, ProbeResult, Transition, TriggerReading
 from npo_cli.types.costs import RunCosts
 from npo_cli.types.rollouts import Notice
-from npo_cli.types.views import Verdict
+from npo_cli.types.views import Conclusion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,7 +238,7 @@ def plot_dry_run(record: RecordedRun, result: DryRun, *, figure_path: Path | Non
     return Notice(message=f"plot saved to {path}")
 
 
-def summarize_dry_run(record: RecordedRun, result: DryRun) -> Iterator[Notice | Verdict]:
+def summarize_dry_run(record: RecordedRun, result: DryRun) -> Iterator[Notice | Conclusion]:
     """For a run the commands that do the same by hand; then where it would have triggered."""
     triggers = [transition.step for transition in result.transitions if transition.event == "trigger"]
     limited = [transition.step for transition in result.transitions if transition.event == "limit_reached"]
@@ -256,11 +256,11 @@ def summarize_dry_run(record: RecordedRun, result: DryRun) -> Iterator[Notice | 
         common = max(sorted(set(reasons)), key=reasons.count)
         sentence = f"AutoNPO would never have triggered {within}; most frequent reason: {common}"
     if record.run is not None:
-        yield Verdict(verdict=sentence, next=f"npo resume {quote_path(record.source)} --autonpo")
+        yield Conclusion(sentence=sentence, next=f"npo resume {quote_path(record.source)} --autonpo")
     elif triggers:
-        yield Verdict(verdict=sentence, next="npo index RUN --import FOLDER --recipe RECIPE")
+        yield Conclusion(sentence=sentence, next="npo index RUN --import FOLDER --recipe RECIPE")
     else:
-        yield Verdict(verdict=sentence, next="npo docs autonpo")
+        yield Conclusion(sentence=sentence, next="npo docs autonpo")
 
 
 def _join_steps(steps: Sequence[int]) -> str:

@@ -111,11 +111,6 @@ def find_start(
     if at is not None:
         start = fork(run, source_branch, at, overrides=overrides, guide=None, new_branch=new_branch, steps=None)
         return start, AutoNPOState(branch=start.branch, step=at)
-    if new_branch is not None:
-        raise NpoError(
-            "--new-branch needs --at STEP",
-            f"npo resume {quote_path(run.root)} --autonpo --at STEP",
-        )
     before = read_transitions(run)
     if before:
         state = before[-1].state

@@ -72,7 +72,7 @@ def autonpo(
         load_run_recipe(source, None, branch=branch)
     if not explain:
         from npo_cli.autonpo.dry_run import report_history
-        from npo_cli.report.verdicts import conclude_autonpo
+        from npo_cli.report.conclusions import conclude_autonpo
 
         conclude = partial(conclude_autonpo, source)
         print_records(

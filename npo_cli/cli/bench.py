@@ -69,7 +69,7 @@ def bench(
     if dry_run:
         print_records(plan_bench(spec), as_json=as_json)
         return
-    from npo_cli.report.verdicts import conclude_bench
+    from npo_cli.report.conclusions import conclude_bench
 
     print_records(run_bench(spec), as_json=as_json, full=full, conclude=partial(conclude_bench, out))
     if figure is not None:

@@ -85,7 +85,7 @@ def calibrate(
         overrides=overrides or (),
         figure=figure,
     )
-    from npo_cli.report.verdicts import conclude_calibration
+    from npo_cli.report.conclusions import conclude_calibration
 
     print_records(
         records,

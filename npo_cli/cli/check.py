@@ -5,7 +5,7 @@ import shlex
 from npo_cli.cli.options import AllowCodeOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg
 from npo_cli.cli.output import print_records
 from npo_cli.errors import NpoError
-from npo_cli.types.views import Verdict
+from npo_cli.types.views import Conclusion
 
 
 def check(
@@ -27,8 +27,8 @@ def check(
     checks = list(check_project(recipe, overrides or (), method=method))
     faults = [each for each in checks if each.state == "fault"]
     if not faults:
-        verdict = Verdict(verdict=f"{recipe} has no fault.", next=f"npo train {shlex.quote(recipe)}")
-        print_records([*checks, verdict], as_json=as_json)
+        conclusion = Conclusion(sentence=f"{recipe} has no fault.", next=f"npo train {shlex.quote(recipe)}")
+        print_records([*checks, conclusion], as_json=as_json)
         return
     print_records(checks, as_json=as_json)
     count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"

@@ -49,7 +49,7 @@ def compare(
     from npo_cli.api.comparison import compare as compare_runs
 
     records = compare_runs.stream(methods, thresholds=levels, baseline=baseline, figure=figure)
-    from npo_cli.report.verdicts import conclude_compare
+    from npo_cli.report.conclusions import conclude_compare
 
     print_records(records, as_json=as_json, full=full, conclude=conclude_compare, out=out, saved_as=SeedPoint)
 

@@ -51,7 +51,7 @@ def evaluate(
     from npo_cli.api.training import evaluate as evaluate_run
 
     records = evaluate_run.stream(run, step=step, every_step=every_step, branch=branch, overrides=overrides or ())
-    from npo_cli.report.verdicts import conclude_eval
+    from npo_cli.report.conclusions import conclude_eval
 
     conclude = partial(conclude_eval, run)
     print_records(records, as_json=as_json, full=full, conclude=conclude, out=out, saved_as=EvalReport)

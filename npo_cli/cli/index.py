@@ -53,7 +53,7 @@ def index(
     if folder is not None and branch is not None:
         raise NpoError("--branch is not available with --import", "an imported run has the branch main")
     if folder is None:
-        from npo_cli.report.verdicts import conclude_index
+        from npo_cli.report.conclusions import conclude_index
         from npo_cli.storage.index import index_run
 
         conclude = partial(conclude_index, run)
@@ -75,7 +75,7 @@ def index(
     spec = ImportSpec(
         source_folder=folder, recipe=recipe, overrides=tuple(overrides or ()), metrics=metrics, saves_base=base
     )
-    from npo_cli.report.verdicts import conclude_index
+    from npo_cli.report.conclusions import conclude_index
 
     print_records(
         import_run(run, spec),

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.options import JsonOpt
-from npo_cli.cli.output import print_verdict, to_json_line
+from npo_cli.cli.output import print_conclusion, to_json_line
 from npo_cli.cli.terminal import escape_for_terminal, print_data
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.types.views import Verdict, WrittenFile
+from npo_cli.types.views import Conclusion, WrittenFile
 
 PROJECT_FILES = {
     "recipe.yaml": "the settings that differ from the defaults",
@@ -33,8 +33,8 @@ def init(folder: FolderArg = Path(), *, as_json: JsonOpt = False) -> None:
     for written in files:
         print_data(to_json_line(written) if as_json else escape_for_terminal(f"{written.path}  {written.content}"))
     enter = "" if folder == Path() else f"cd {quote_path(folder)} && "
-    verdict = Verdict(verdict=f"Wrote {len(files)} files of a project.", next=f"{enter}npo check recipe.yaml")
-    print_verdict(verdict, as_json=as_json)
+    conclusion = Conclusion(sentence=f"Wrote {len(files)} files of a project.", next=f"{enter}npo check recipe.yaml")
+    print_conclusion(conclusion, as_json=as_json)
 
 
 def write_project(folder: Path) -> list[WrittenFile]:

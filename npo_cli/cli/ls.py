@@ -25,7 +25,7 @@ def list_run_directories(
     Recipe, branches, steps, best held-out accuracy, size, and state: running (a process holds the run), stopped (a
     branch was interrupted), finished, or damaged.
     """
-    from npo_cli.report.verdicts import conclude_listing
+    from npo_cli.report.conclusions import conclude_listing
     from npo_cli.storage.run_list import list_runs
 
     records, conclude = list(list_runs(folder)), partial(conclude_listing, folder)

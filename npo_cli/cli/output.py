@@ -23,7 +23,7 @@ from npo_cli.cli.progress import open_progress
 from npo_cli.cli.terminal import escape_for_terminal, has_color, is_terminal, open_console, print_data, print_notice
 from npo_cli.report.table import Table
 from npo_cli.types.rollouts import Notice, Progress, StepReport
-from npo_cli.types.views import Verdict
+from npo_cli.types.views import Conclusion
 
 COLUMN_GAP = 2
 UNLIMITED = 10_000
@@ -41,13 +41,13 @@ def print_records(
     num_steps: int | None = None,
     tables: Collection[type] | None = None,
     full: bool = False,
-    conclude: Callable[[Sequence[Any]], Verdict] | None = None,
+    conclude: Callable[[Sequence[Any]], Conclusion] | None = None,
     out: Path | None = None,
     saved_as: type = object,
 ) -> None:
     """Print notices and progress as they come; data as JSON lines as they come, or as tables at the end.
 
-    The verdict is the last JSON line; as text its sentence comes before the tables and its command after them. It is
+    The conclusion is the last JSON line; as text its sentence comes before the tables and its command after them. It is
     among the records, or `conclude` makes it of them. `full`: tables with every column and row. `tables`: the kinds of
     records that have tables; None: all.
 
@@ -76,45 +76,45 @@ def print_records(
                 log_message(record.message, level=record.level)
             if not isinstance(record, Progress | Notice):
                 every.append(record)
-                if as_json and not isinstance(record, Verdict):
+                if as_json and not isinstance(record, Conclusion):
                     print_data(to_json_line(record))
     if out is not None:
-        save_results((one for one in every if not isinstance(one, Verdict)), out, of=saved_as)
+        save_results((one for one in every if not isinstance(one, Conclusion)), out, of=saved_as)
         print_notice(escape_for_terminal(f"results: {out}"))
-    verdict = conclude(every) if conclude else next((one for one in every if isinstance(one, Verdict)), None)
+    conclusion = conclude(every) if conclude else next((one for one in every if isinstance(one, Conclusion)), None)
     if as_json:
-        _print_end((), verdict, as_json=True)
+        _print_end((), conclusion, as_json=True)
         return
     makers = TABLES if full else SHORT_TABLES
     groups = (
         (kind, [one for one in every if type(one) is kind]) for kind in makers if tables is None or kind in tables
     )
     found = [table for kind, group in groups if group for table in makers[kind](group)]
-    _print_end(found, verdict, as_json=False)
+    _print_end(found, conclusion, as_json=False)
 
 
-def _print_end(tables: Sequence[Table], verdict: Verdict | None, *, as_json: bool) -> None:
+def _print_end(tables: Sequence[Table], conclusion: Conclusion | None, *, as_json: bool) -> None:
     """The sentence, the tables, the next command."""
-    if verdict and as_json:
-        print_data(to_json_line(verdict))
+    if conclusion and as_json:
+        print_data(to_json_line(conclusion))
         return
-    if verdict:
-        print_sentence(verdict.verdict)
+    if conclusion:
+        print_sentence(conclusion.sentence)
     for table in tables:
         print_table(table)
-    if verdict and verdict.next:
-        print_data(f"next: {escape_for_terminal(verdict.next)}")
+    if conclusion and conclusion.next:
+        print_data(f"next: {escape_for_terminal(conclusion.next)}")
 
 
-def print_verdict(verdict: Verdict, *, as_json: bool) -> None:
-    """The verdict of a command without tables."""
+def print_conclusion(conclusion: Conclusion, *, as_json: bool) -> None:
+    """The conclusion of a command without tables."""
     if as_json:
-        print_data(to_json_line(verdict))
+        print_data(to_json_line(conclusion))
         return
-    for line in textwrap.wrap(escape_for_terminal(verdict.verdict), width=SENTENCE_WIDTH):
+    for line in textwrap.wrap(escape_for_terminal(conclusion.sentence), width=SENTENCE_WIDTH):
         print_data(line)
-    if verdict.next:
-        print_data(f"next: {escape_for_terminal(verdict.next)}")
+    if conclusion.next:
+        print_data(f"next: {escape_for_terminal(conclusion.next)}")
 
 
 def print_sentence(text: str) -> None:

@@ -50,7 +50,7 @@ def replay(
     later = () if candidates is None else parse_steps(candidates)
 
     from npo_cli.api.training import replay as replay_run
-    from npo_cli.report.verdicts import conclude_replay
+    from npo_cli.report.conclusions import conclude_replay
 
     records = replay_run.stream(
         run,

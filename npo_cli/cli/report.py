@@ -50,6 +50,6 @@ def report(
 
         comparison = read_comparison(runs[0])
     records = write_report(runs, out, figure=figure, plots_folder=figures, branch=branch, comparison=comparison)
-    from npo_cli.report.verdicts import conclude_report
+    from npo_cli.report.conclusions import conclude_report
 
     print_records(records, as_json=as_json, conclude=partial(conclude_report, runs, out, branch))

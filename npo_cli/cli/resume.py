@@ -88,7 +88,7 @@ def resume(
     from npo_cli.api.training import resume as resume_run
 
     records = resume_run.stream(run, **arguments)
-    from npo_cli.report.verdicts import conclude_training
+    from npo_cli.report.conclusions import conclude_training
 
     conclude = partial(conclude_training, run)
     print_records(records, as_json=as_json, num_steps=records.last_step, full=full, conclude=conclude)

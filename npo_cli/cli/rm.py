@@ -30,7 +30,7 @@ def remove(
     not used again. main cannot be deleted, nor the branch that AutoNPO is on.
     """
     root, branch = parse_place(place)
-    from npo_cli.report.verdicts import conclude_removal
+    from npo_cli.report.conclusions import conclude_removal
     from npo_cli.storage.removal import remove_branch
 
     records = list(remove_branch(root, branch, recursive=recursive, is_confirmed=yes))

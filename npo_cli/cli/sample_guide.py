@@ -60,7 +60,7 @@ def sample_guide(
     from npo_cli.api.guides import sample_guide as build_guide_cache
 
     records = build_guide_cache.stream(run, **arguments)
-    from npo_cli.report.verdicts import conclude_guide
+    from npo_cli.report.conclusions import conclude_guide
 
     print_records(records, as_json=as_json, full=full, conclude=partial(conclude_guide, run))
 

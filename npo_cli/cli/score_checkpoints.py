@@ -81,7 +81,7 @@ def score_checkpoints(
     from npo_cli.api.guides import score
 
     records = score.stream(run, **arguments)
-    from npo_cli.report.verdicts import conclude_scoring
+    from npo_cli.report.conclusions import conclude_scoring
 
     conclude = partial(conclude_scoring, run, at, branch)
     print_records(records, as_json=as_json, full=full, conclude=conclude, out=out, saved_as=CandidateScore)

@@ -55,7 +55,7 @@ def show(
     records = show_run(run, what, branch=branch, step=step, prompt_id=prompt, limit=limit)
     if not records:
         print_notice(escape_for_terminal(f"{run} has no {what} yet"))
-    from npo_cli.report.verdicts import conclude_show
+    from npo_cli.report.conclusions import conclude_show
 
     conclude = partial(conclude_show, run, what) if records else None
     kind = SAVED_KINDS[what] if prompt is None or step is not None or what != "rollouts" else PromptVisit

@@ -72,7 +72,7 @@ def train(
     records = train_run.stream(resolved, root, until=until, autonpo=autonpo)
     if given is None:
         print_notice(escape_for_terminal(f"run directory: {root}"))
-    from npo_cli.report.verdicts import conclude_training
+    from npo_cli.report.conclusions import conclude_training
 
     conclude = partial(conclude_training, root)
     print_records(records, as_json=as_json, num_steps=records.last_step, full=full, conclude=conclude)

@@ -55,11 +55,10 @@ def build_guide_cache(
     """Fill the guide cache `name`, or finish it. `spec` None: the choice of the newest scoring of this learner."""
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
-    chosen = find_chosen_guide(run, learner) if spec is None else spec
-    source = create_source(chosen, ReplayTarget(run=run, learner=learner, steps=steps))
+    source = choose_source(ReplayTarget(run=run, learner=learner, steps=steps), spec)
     if spec is None:
         yield Notice(message=f"guide source: {source.spec.text}")
-    name = validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
+    name = name_guide_cache(source, name)
     with (
         lock_run(run),
         open_task_and_policy(source.session_recipe(), learner.checkpoint, run=run) as (task, policy),
@@ -76,13 +75,7 @@ def build_guide_cache(
             )
             yield finish_guide_cache(run, info)
             return
-        prompts = list_guide_prompts(source)
-        if not prompts:
-            raise NpoError(
-                f"no prompt of steps {learner.step + 1}-{learner.step + source.num_steps} needs a guide: every "
-                f"recorded accuracy is above guide.inject.max_accuracy={selection_gate(source)}",
-                "choose another --at, or sample all prompts: guide.cache.prompts=all",
-            )
+        prompts = require_guide_prompts(source)
         if isinstance(source, CheckpointSource):
             source.reuse_recorded(prompts)
         early = source.warnings()
@@ -100,6 +93,29 @@ def build_guide_cache(
                 level="warning",
             )
         yield done
+
+
+def choose_source(target: ReplayTarget, spec: SourceSpec | None) -> GuideSource:
+    """The source of a guide cache; without a SPEC the choice of the newest scoring of this learner."""
+    return create_source(find_chosen_guide(target.run, target.learner) if spec is None else spec, target)
+
+
+def name_guide_cache(source: GuideSource, name: str | None) -> str:
+    """The name as given, or one made of learner and source."""
+    learner = source.target.learner
+    return validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
+
+
+def require_guide_prompts(source: GuideSource) -> list[Prompt]:
+    """The prompts that the source is sampled for; refused where none needs a guide."""
+    prompts, at = list_guide_prompts(source), source.target.learner.step
+    if not prompts:
+        raise NpoError(
+            f"no prompt of steps {at + 1}-{at + source.num_steps} needs a guide: every recorded accuracy is above "
+            f"guide.inject.max_accuracy={selection_gate(source)}",
+            "choose another --at, or sample all prompts: guide.cache.prompts=all",
+        )
+    return prompts
 
 
 def selection_gate(source: GuideSource) -> float | None:

@@ -3,16 +3,21 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from npo_cli.errors import NpoError
-from npo_cli.guides.build_cache import find_chosen_guide, list_guide_prompts, new_cache_info, selection_gate
+from npo_cli.guides.build_cache import (
+    choose_source,
+    name_guide_cache,
+    new_cache_info,
+    require_guide_prompts,
+    selection_gate,
+)
 from npo_cli.guides.score import create_candidates, find_horizon, plan_rounds
-from npo_cli.guides.source import ReplayTarget, create_source, open_source
+from npo_cli.guides.source import ReplayTarget, open_source
 from npo_cli.guides.sources.checkpoint import CheckpointSource, LineCheckpoint
 from npo_cli.session.dry_run import dry_session, plan_samples, recorded_length
 from npo_cli.session.learner import find_learner, list_replay_prompts
 from npo_cli.session.session import open_task_and_policy
 from npo_cli.storage.guide_cache import check_guide_cache, read_guide_prompts
-from npo_cli.storage.layout import open_run, validate_name
+from npo_cli.storage.layout import open_run
 from npo_cli.storage.lock import hold_unchanged
 from npo_cli.types.guides import SourceSpec
 from npo_cli.types.rollouts import Notice
@@ -32,22 +37,15 @@ def plan_guide_cache(
     """The prompts and at most so many samples of a guide cache, after the checks of `build_guide_cache`."""
     run = open_run(root)
     learner = find_learner(run, at=at, branch=branch, overrides=overrides)
-    chosen = find_chosen_guide(run, learner) if spec is None else spec
-    source = create_source(chosen, ReplayTarget(run=run, learner=learner, steps=steps))
-    name = validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
+    source = choose_source(ReplayTarget(run=run, learner=learner, steps=steps), spec)
+    name = name_guide_cache(source, name)
     with (
         hold_unchanged(run),
         open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),
         open_source(source, task=task, policy=policy),
     ):
         cache, is_lazy = learner.recipe.guide.cache, learner.recipe.guide.cache.lazy
-        prompts = [] if is_lazy else list_guide_prompts(source)
-        if not prompts and not is_lazy:
-            raise NpoError(
-                f"no prompt of steps {learner.step + 1}-{learner.step + source.num_steps} needs a guide: every "
-                f"recorded accuracy is above guide.inject.max_accuracy={selection_gate(source)}",
-                "choose another --at, or sample all prompts: guide.cache.prompts=all",
-            )
+        prompts = [] if is_lazy else require_guide_prompts(source)
         if isinstance(source, CheckpointSource) and prompts:
             source.reuse_recorded(prompts)
         gate = None if is_lazy else selection_gate(source)

@@ -24,7 +24,7 @@ from npo_cli.tasks.custom_verifier import (
     load_code,
     open_custom_pool,
 )
-from npo_cli.tasks.file_dataset import LocatedPrompt, check_disjoint, check_unique_ids, make_prompt
+from npo_cli.tasks.file_dataset import LocatedPrompt, check_disjoint, check_num_rows, check_unique_ids, make_prompt
 from npo_cli.tasks.table_io import TableRow
 from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
 from npo_cli.types.rollouts import Prompt
@@ -70,13 +70,10 @@ class CustomTask(TaskSource):
         found = _call_function(settings, seed)
         rows = _make_prompts(found["rows"], settings, "rows")
         if found["heldout"] is None:
+            check_num_rows(
+                len(rows), settings.heldout_size, source=f"{settings.function} returned", hint=", or return more rows"
+            )
             num_train = len(rows) - settings.heldout_size
-            if num_train <= 0:
-                raise NpoError(
-                    f"{settings.function} returned {len(rows)} rows, too few to hold out {settings.heldout_size} and "
-                    "train on the rest",
-                    f"set task.heldout_size below {len(rows)}, or return more rows",
-                )
             train, heldout = rows[:num_train], rows[num_train:]
         else:
             train, heldout = rows, _make_prompts(found["heldout"], settings, "heldout")

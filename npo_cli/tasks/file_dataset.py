@@ -51,6 +51,7 @@ class FileTask(TaskSource):
         return next(f"{location}: " for each, location in located if each.prompt_id == prompt.prompt_id)
 
 
+MORE_ROWS = ", add rows, or set task.heldout_path"
 LocatedPrompt = tuple[Prompt, str]
 """A prompt and where in a file it comes from."""
 
@@ -77,7 +78,7 @@ def split_prompts(
 ) -> tuple[list[LocatedPrompt], list[LocatedPrompt]]:
     """Shuffle; held-out rows from the end, training rows from the start, each in the order of the file."""
     num_heldout = settings.heldout_size
-    check_num_rows(len(rows), settings)
+    check_num_rows(len(rows), settings.heldout_size, source=f"{settings.path} has", hint=MORE_ROWS)
     order = list(range(len(rows)))
     random.Random(f"split:{seed}").shuffle(order)
     num_train = len(rows) - num_heldout
@@ -87,12 +88,12 @@ def split_prompts(
     )
 
 
-def check_num_rows(num_rows: int, settings: TaskSettings) -> None:
-    """Refuse a file in which the held-out split would leave nothing to train on."""
-    if num_rows <= settings.heldout_size:
+def check_num_rows(num_rows: int, num_heldout: int, *, source: str, hint: str = "", unit: str = "rows") -> None:
+    """Refuse data of which the held-out split would leave nothing to train on; `source` begins the message."""
+    if num_rows <= num_heldout:
         raise NpoError(
-            f"{settings.path} has {num_rows} rows, too few to hold out {settings.heldout_size} and train on the rest",
-            f"set task.heldout_size below {num_rows}, add rows, or set task.heldout_path",
+            f"{source} {num_rows} {unit}, too few to hold out {num_heldout} and train on the rest",
+            f"set task.heldout_size below {num_rows}{hint}",
         )
 
 

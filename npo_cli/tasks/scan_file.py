@@ -9,6 +9,7 @@ from npo_cli.errors import NpoError
 from npo_cli.tasks.base import LoadedPrompts
 from npo_cli.tasks.data_sets import DataPart, read_part
 from npo_cli.tasks.file_dataset import (
+    MORE_ROWS,
     LocatedPrompt,
     check_disjoint,
     check_num_rows,
@@ -83,7 +84,9 @@ def scan_split(
         lambda: check_disjoint(train, held),
     ]
     if heldout is None:
-        checks.append(lambda: check_num_rows(scan.num_rows, settings))
+        checks.append(
+            lambda: check_num_rows(scan.num_rows, settings.heldout_size, source=f"{settings.path} has", hint=MORE_ROWS)
+        )
     for check in checks:
         try:
             check()

@@ -19,7 +19,7 @@ from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.tasks.base import LoadedPrompts, TaskSource
 from npo_cli.tasks.custom_verifier import CustomVerifier
-from npo_cli.tasks.file_dataset import check_disjoint, check_unique_ids
+from npo_cli.tasks.file_dataset import check_disjoint, check_num_rows, check_unique_ids
 from npo_cli.tasks.prompt_format import format_prompt
 from npo_cli.tasks.reward_functions import RewardCall
 from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
@@ -51,13 +51,10 @@ class VerifiersTask(TaskSource):
     def load(cls, settings: TaskSettings, *, seed: int) -> LoadedPrompts:
         """The first tasks are trained on, the next task.heldout_size held out; of fewer tasks the last ones."""
         rows = _read_tasks(settings)
+        check_num_rows(
+            len(rows), settings.heldout_size, source=f"the environment {settings.environment} has", unit="tasks"
+        )
         num_train = len(rows) - settings.heldout_size
-        if num_train <= 0:
-            raise NpoError(
-                f"the environment {settings.environment} has {len(rows)} tasks, too few to hold out "
-                f"{settings.heldout_size} and train on the rest",
-                f"set task.heldout_size below {len(rows)}",
-            )
         located = [(_make_prompt(row, at, settings), f"task {at} of {settings.environment}") for at, row in rows]
         check_unique_ids(located)
         check_disjoint(located[:num_train], located[num_train:])

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from npo_cli.config.recipe import Recipe
@@ -11,14 +10,7 @@ from npo_cli.session.session import open_policy, open_task
 from npo_cli.storage.layout import check_unused, open_run
 from npo_cli.storage.lock import hold_unchanged
 from npo_cli.training.disk import check_disk_space, plan_disk
-from npo_cli.training.resume import (
-    check_replay_options,
-    check_steps_left,
-    find_resume_point,
-    fork,
-    format_command,
-    open_active_guide,
-)
+from npo_cli.training.resume import choose_start, open_active_guide
 from npo_cli.training.train import MAIN, settle_recipe
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import PlannedWork
@@ -55,15 +47,17 @@ def plan_resume(
     """The steps that would be trained, after the checks of `resume_run`."""
     run = open_run(root)
     with hold_unchanged(run):
-        replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps}
-        again = format_command(root, **{"--branch": source_branch, "--at": at}, **replay)
-        if at is None:
-            check_replay_options(again, **replay)
-            start = find_resume_point(run, source_branch, overrides)
-        else:
-            start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
-            start = replace(start, has_fresh_optimizer=fresh)
-        check_steps_left(run, start, command=again, until=until)
+        start = choose_start(
+            run,
+            overrides=overrides,
+            at=at,
+            guide=guide,
+            source_branch=source_branch,
+            new_branch=new_branch,
+            steps=steps,
+            until=until,
+            fresh=fresh,
+        )
         with (
             open_dry_session(run, start.recipe, checkpoint=start.checkpoint) as session,
             open_active_guide(session, start.segment) as guidance,

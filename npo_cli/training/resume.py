@@ -88,15 +88,17 @@ def resume_run(
     `steps` steps."""
     run = open_run(root)
     with lock_run(run), stop_between_steps(stop) as stop:
-        replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps}
-        again = format_command(root, **{"--branch": source_branch, "--at": at}, **replay)
-        if at is None:
-            check_replay_options(again, **replay)
-            start = find_resume_point(run, source_branch, overrides)
-        else:
-            start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
-            start = replace(start, has_fresh_optimizer=fresh)
-        check_steps_left(run, start, command=again, until=until)
+        start = choose_start(
+            run,
+            overrides=overrides,
+            at=at,
+            guide=guide,
+            source_branch=source_branch,
+            new_branch=new_branch,
+            steps=steps,
+            until=until,
+            fresh=fresh,
+        )
         with (
             open_session(run, start.recipe, checkpoint=start.checkpoint) as session,
             open_active_guide(session, start.segment) as guidance,
@@ -113,6 +115,31 @@ def resume_run(
             trainer = open_trainer(session, optimizer, branch=start.branch, active_guide=guidance)
             yield from grpo_steps(trainer, state, stop, until=until)
             record_finish(run, start.branch)
+
+
+def choose_start(
+    run: RunDir,
+    *,
+    overrides: Sequence[str],
+    at: int | None,
+    guide: str | None,
+    source_branch: str | None,
+    new_branch: str | None,
+    steps: int | None,
+    until: int | None,
+    fresh: bool,
+) -> ResumePoint:
+    """Where training continues or forks; refused if no step is left, or if an option does not fit."""
+    replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps}
+    again = format_command(run.root, **{"--branch": source_branch, "--at": at}, **replay)
+    if at is None:
+        check_replay_options(again, **replay)
+        start = find_resume_point(run, source_branch, overrides)
+    else:
+        start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
+        start = replace(start, has_fresh_optimizer=fresh)
+    check_steps_left(run, start, command=again, until=until)
+    return start
 
 
 def format_command(root: Path, **options: str | int | None) -> str:

@@ -11,10 +11,10 @@ from npo_cli.types.rollouts import Group, Rollout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class Conclusion:
     """The end of a command: its result in one sentence, and the command that comes next."""
 
-    verdict: str
+    sentence: str
     next: str | None = None
     """None where nothing comes next."""
 

@@ -23,7 +23,7 @@ from npo_cli.storage.layout import RunDir
 from npo_cli.types.autonpo import AutoNPOState, NonTriggerSpan, Transition
 from npo_cli.types.costs import RunCosts
 from npo_cli.types.rollouts import Notice
-from npo_cli.types.views import Verdict
+from npo_cli.types.views import Conclusion
 from tests.autonpo.simulated_signals import event_steps
 from tests.helpers.recorded_metrics import (
     SENSITIVE_TRIGGER,
@@ -276,9 +276,9 @@ def with_checkpoints(run: RunDir, *steps: int) -> RunDir:
 def test_dry_run_yields_transitions_reasons_and_a_summary(tmp_path):
     records = explain(write_metrics_file(tmp_path, constant_reward_rows(40)))
     kinds = list(dict.fromkeys(type(record) for record in records))
-    assert kinds == [Notice, Transition, NonTriggerSpan, Verdict]
-    assert records[-1] == Verdict(
-        verdict="AutoNPO would have triggered 2 times in 40 recorded steps: at 13 and 20",
+    assert kinds == [Notice, Transition, NonTriggerSpan, Conclusion]
+    assert records[-1] == Conclusion(
+        sentence="AutoNPO would have triggered 2 times in 40 recorded steps: at 13 and 20",
         next="npo index RUN --import FOLDER --recipe RECIPE",
     )
     assert messages(records) == [
@@ -293,7 +293,7 @@ def test_dry_run_without_a_trigger_gives_the_most_frequent_reason(tmp_path):
     path = write_metrics_file(tmp_path, [row | {"entropy": 1.0} for row in constant_reward_rows(40)])
     # 30 of the 40 steps come after the warm-up
     last = "AutoNPO would never have triggered in 40 recorded steps; most frequent reason: entropy_level"
-    assert explain(path, "train.save_every=1")[-1].verdict == last
+    assert explain(path, "train.save_every=1")[-1].sentence == last
 
 
 def test_dry_run_plot_is_saved_beside_the_source_by_default(tmp_path):

@@ -53,7 +53,7 @@ def test_init_refuses_a_file_as_folder(tmp_path):
 
 
 def test_init_prints_json(tmp_path):
-    *lines, verdict = [json.loads(line) for line in npo("init", tmp_path / "new" / "p", "--json").out.splitlines()]
-    assert verdict["record"] == "verdict"
+    *lines, conclusion = [json.loads(line) for line in npo("init", tmp_path / "new" / "p", "--json").out.splitlines()]
+    assert conclusion["record"] == "conclusion"
     assert [line["record"] for line in lines] == ["written_file"] * 3
     assert [line["path"] for line in lines] == [str(tmp_path / "new" / "p" / name) for name in PROJECT_FILES]

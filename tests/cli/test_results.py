@@ -68,7 +68,7 @@ def test_results_are_saved_by_suffix(run, tmp_path, command, column):
     assert table and column in table[0]
     listed = json.loads((tmp_path / "r.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert listed == lines == [one for one in printed if one["record"] != "verdict"]
+    assert listed == lines == [one for one in printed if one["record"] != "conclusion"]
 
 
 def test_plan_saves_its_needs(tmp_path):

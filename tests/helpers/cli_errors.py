@@ -51,7 +51,7 @@ def npo(*args: object) -> CommandResult:
 def json_rows(text: str) -> list[dict]:
     """The records that `--json` prints, without the verdict."""
     rows = [json.loads(line) for line in text.splitlines()]
-    return [row for row in rows if row["record"] != "verdict"]
+    return [row for row in rows if row["record"] != "conclusion"]
 
 
 def assert_refused(*args: object, beside: Path, code: int = 2) -> CommandResult:

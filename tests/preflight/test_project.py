@@ -66,8 +66,8 @@ def test_project_of_init_has_no_fault_and_shows_what_was_checked(project):
     result = npo("check", "recipe.yaml")
     assert (result.code, result.out.splitlines()[-1]) == (0, "next: npo train recipe.yaml")
     assert max(map(len, result.out.splitlines())) <= 80
-    *checks, verdict = [json.loads(line) for line in npo("check", "recipe.yaml", "--json").out.splitlines()]
-    assert verdict["verdict"] == "recipe.yaml has no fault."
+    *checks, conclusion = [json.loads(line) for line in npo("check", "recipe.yaml", "--json").out.splitlines()]
+    assert conclusion["sentence"] == "recipe.yaml has no fault."
     assert {check["state"] for check in checks} == {"ok"}
     parts = {check["part"]: check["message"] for check in checks}
     assert {"recipe", "data", "model", "engine", "verifier", "prompts", "memory", "disk"} == set(parts)

@@ -25,7 +25,7 @@ from npo_cli.types.costs import CostToThreshold, RunCosts
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointEntry, CheckpointSaved, EvalReport, Segment, StepReport
 from npo_cli.types.scores import CandidateScore, choose_guide
-from npo_cli.types.views import GroupView, PromptHistory, RemovedFolder, RolloutView, RunListing, Verdict
+from npo_cli.types.views import Conclusion, GroupView, PromptHistory, RemovedFolder, RolloutView, RunListing
 
 T = TypeVar("T")
 Records = Sequence[Any]
@@ -41,7 +41,7 @@ def select(records: Records, kind: type[T]) -> list[T]:
 # Training
 
 
-def conclude_training(root: Path, records: Records) -> Verdict:
+def conclude_training(root: Path, records: Records) -> Conclusion:
     """Accuracy of the branch that was trained last, and what comes after it."""
     run, trained = open_run(root), select(records, StepReport)
     last = (trained or select(records, RunCosts) or select(records, CheckpointSaved))[-1]
@@ -49,15 +49,15 @@ def conclude_training(root: Path, records: Records) -> Verdict:
     moves = select(records, Transition)
     if moves:
         sentence = f"{describe_accuracy(run, branch)}; {describe_moves(moves)}"
-        return Verdict(verdict=sentence, next=f"npo autonpo {quote_path(root)}")
+        return Conclusion(sentence=sentence, next=f"npo autonpo {quote_path(root)}")
     return conclude_branch(run, branch)
 
 
-def conclude_branch(run: RunDir, branch: str) -> Verdict:
+def conclude_branch(run: RunDir, branch: str) -> Conclusion:
     """Accuracy of a branch, beside its parent's at the same step."""
     parent = find_first_segment(run, branch).parent
     beside = "" if parent is None else describe_parent(run, branch, parent)
-    return Verdict(verdict=f"{describe_accuracy(run, branch)}{beside}", next=suggest_next(run, branch))
+    return Conclusion(sentence=f"{describe_accuracy(run, branch)}{beside}", next=suggest_next(run, branch))
 
 
 def describe_accuracy(run: RunDir, branch: str) -> str:
@@ -121,7 +121,7 @@ def format_branch_option(branch: str) -> str:
     return "" if branch == FIRST_BRANCH else f" --branch {branch}"
 
 
-def conclude_eval(root: Path, records: Records) -> Verdict:
+def conclude_eval(root: Path, records: Records) -> Conclusion:
     """The best of the evaluated checkpoints."""
     reports = select(records, EvalReport)
     best = max(reports, key=lambda one: (one.accuracy, one.step))
@@ -130,14 +130,16 @@ def conclude_eval(root: Path, records: Records) -> Verdict:
     run = open_run(root)
     more = list_ancestry_checkpoints(run, best.branch)
     if len(reports) == 1 and len(select_line_evals(run, best.branch)) < len(more):
-        return Verdict(verdict=sentence, next=f"npo eval {quote_path(root)}{format_branch_option(best.branch)} --all")
-    return Verdict(verdict=sentence, next=suggest_scoring(run, best.branch))
+        return Conclusion(
+            sentence=sentence, next=f"npo eval {quote_path(root)}{format_branch_option(best.branch)} --all"
+        )
+    return Conclusion(sentence=sentence, next=suggest_scoring(run, best.branch))
 
 
 # Guides
 
 
-def conclude_scoring(root: Path, at: int | None, branch: str | None, records: Records) -> Verdict:
+def conclude_scoring(root: Path, at: int | None, branch: str | None, records: Records) -> Conclusion:
     """The chosen guide, or that no guide is worth it."""
     scores, name = select(records, CandidateScore), branch or FIRST_BRANCH
     if at is None:
@@ -145,11 +147,13 @@ def conclude_scoring(root: Path, at: int | None, branch: str | None, records: Re
     choice, where = choose_guide(scores), f"step {at} of {name}"
     again = f"{quote_path(root)}{format_branch_option(name)}"
     if choice.chosen is None:
-        return Verdict(verdict=f"no guide is worth it here, for {where}: {choice.reason}", next=f"npo index {again}")
+        return Conclusion(
+            sentence=f"no guide is worth it here, for {where}: {choice.reason}", next=f"npo index {again}"
+        )
     one = next(score for score in scores if score.is_selected)
     value = "" if one.value is None else f"; forecast: {describe_value(one.value)}"
     sentence = f"{one.candidate} has the best score for {where}: S {format_short(one, 'signal')}{value}"
-    return Verdict(verdict=sentence, next=f"npo replay {again} --at {at}")
+    return Conclusion(sentence=sentence, next=f"npo replay {again} --at {at}")
 
 
 def describe_value(value: float) -> str:
@@ -158,7 +162,7 @@ def describe_value(value: float) -> str:
     return f"{pays} ({value:.2g} steps saved per step of its price)"
 
 
-def conclude_replay(root: Path, at: int, branch: str | None, name: str | None, records: Records) -> Verdict:
+def conclude_replay(root: Path, at: int, branch: str | None, name: str | None, records: Records) -> Conclusion:
     """The replay's accuracy beside its parent's, or that no guide is worth it."""
     if select(records, StepReport) or select(records, CheckpointSaved):
         return conclude_training(root, records)
@@ -175,7 +179,7 @@ def format_short(one: object, name: str) -> str:
     return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def conclude_guide(root: Path, records: Records) -> Verdict:
+def conclude_guide(root: Path, records: Records) -> Conclusion:
     """How many prompts the guide cache has a response to."""
     info = select(records, GuideCacheInfo)[-1]
     last = info.learner_step + info.num_steps
@@ -189,11 +193,13 @@ def conclude_guide(root: Path, records: Records) -> Verdict:
         )
     elif not info.num_prompts_with_rollouts:
         again = f"npo score-checkpoints {quote_path(root)}{format_branch_option(info.branch)} --at {info.learner_step}"
-        return Verdict(verdict=sentence, next=again)
-    return Verdict(verdict=sentence, next=f"npo resume {quote_path(root)} --at {info.learner_step} --guide {info.name}")
+        return Conclusion(sentence=sentence, next=again)
+    return Conclusion(
+        sentence=sentence, next=f"npo resume {quote_path(root)} --at {info.learner_step} --guide {info.name}"
+    )
 
 
-def conclude_calibration(root: Path, records: Records) -> Verdict:
+def conclude_calibration(root: Path, records: Records) -> Conclusion:
     """The candidate with the largest measured gain, and how well the rules predict the gain."""
     gains, rules = select(records, CandidateGain), select(records, RuleResult)
     best = max(gains, key=lambda one: one.gain)
@@ -206,19 +212,19 @@ def conclude_calibration(root: Path, records: Records) -> Verdict:
         rule = max(known, key=lambda one: one.rank_correlation or 0.0)
         sentence += f"; {rule.rule} predicts the gain best (rank correlation {rule.rank_correlation:.2f})"
     if best.gain <= 0:
-        return Verdict(verdict=f"no candidate gained: {sentence}", next=f"npo index {quote_path(root)}")
+        return Conclusion(sentence=f"no candidate gained: {sentence}", next=f"npo index {quote_path(root)}")
     place = f"{quote_path(root)}{format_branch_option(best.branch)} --at {best.learner_step}"
-    return Verdict(verdict=sentence, next=f"npo replay {place} --source {shlex.quote(best.candidate)}")
+    return Conclusion(sentence=sentence, next=f"npo replay {place} --source {shlex.quote(best.candidate)}")
 
 
 # Several runs, and removing branches
 
 
-def conclude_listing(folder: Path, records: Records) -> Verdict:
+def conclude_listing(folder: Path, records: Records) -> Conclusion:
     """How many runs there are, and how many are at work."""
     runs = select(records, RunListing)
     if not runs:
-        return Verdict(verdict=f"no run below {folder}", next=f"npo train micro {quote_path(folder / 'first')}")
+        return Conclusion(sentence=f"no run below {folder}", next=f"npo train micro {quote_path(folder / 'first')}")
     counts = [
         (state, sum(one.state == state for one in runs)) for state in ("running", "stopped", "finished", "damaged")
     ]
@@ -226,14 +232,14 @@ def conclude_listing(folder: Path, records: Records) -> Verdict:
     sentence = f"{len(runs)} run{'s' * (len(runs) != 1)} below {folder}: {states}"
     known = {state: one for one in reversed(runs) for state in (one.state,)}
     if "damaged" in known:
-        return Verdict(verdict=sentence, next=f"npo verify {quote_path(Path(known['damaged'].run))}")
+        return Conclusion(sentence=sentence, next=f"npo verify {quote_path(Path(known['damaged'].run))}")
     if "stopped" in known:
-        return Verdict(verdict=sentence, next=f"npo resume {quote_path(Path(known['stopped'].run))}")
+        return Conclusion(sentence=sentence, next=f"npo resume {quote_path(Path(known['stopped'].run))}")
     best = max(runs, key=lambda one: one.best_accuracy or 0.0)
-    return Verdict(verdict=sentence, next=f"npo show {quote_path(Path(best.run))}")
+    return Conclusion(sentence=sentence, next=f"npo show {quote_path(Path(best.run))}")
 
 
-def conclude_removal(root: Path, branch: str, recursive: bool, records: Records) -> Verdict:
+def conclude_removal(root: Path, branch: str, recursive: bool, records: Records) -> Conclusion:
     """What was deleted, or would be."""
     folders = select(records, RemovedFolder)
     size = format_bytes(sum(one.size_bytes for one in folders))
@@ -242,15 +248,15 @@ def conclude_removal(root: Path, branch: str, recursive: bool, records: Records)
     also = f" with {', '.join(others)}" if others else ""
     name = quote_path(root)
     if folders and folders[0].is_deleted:
-        return Verdict(verdict=f"deleted branch {branch}{also} of {root}: {count}", next=f"npo verify {name}")
+        return Conclusion(sentence=f"deleted branch {branch}{also} of {root}: {count}", next=f"npo verify {name}")
     sentence = f"would delete branch {branch}{also} of {root}: {count}; what it cost stays counted"
-    return Verdict(verdict=sentence, next=f"npo rm {name}:{branch}{' --recursive' * recursive} --yes")
+    return Conclusion(sentence=sentence, next=f"npo rm {name}:{branch}{' --recursive' * recursive} --yes")
 
 
 # Reading a run
 
 
-def conclude_index(root: Path, records: Records) -> Verdict:
+def conclude_index(root: Path, records: Records) -> Conclusion:
     """How many checkpoints there are, and the one with the highest accuracy."""
     run, entries = open_run(root), select(records, CheckpointEntry)
     whole = [one for one in entries if one.complete]
@@ -258,22 +264,24 @@ def conclude_index(root: Path, records: Records) -> Verdict:
     count = f"{len(whole)} checkpoint{'s' * (len(whole) != 1)} on {branches} branch{'es' * (branches != 1)}"
     measured = [one for one in whole if one.accuracy is not None]
     if not measured:
-        return Verdict(verdict=f"{count}, none evaluated", next=f"npo eval {quote_path(root)} --all")
+        return Conclusion(sentence=f"{count}, none evaluated", next=f"npo eval {quote_path(root)} --all")
     best = max(measured, key=lambda one: (one.accuracy, -one.step))
     sentence = f"{count}; best accuracy {best.accuracy:.2f} at step {best.step} of {best.branch}"
-    return Verdict(verdict=sentence, next=suggest_scoring(run, FIRST_BRANCH))
+    return Conclusion(sentence=sentence, next=suggest_scoring(run, FIRST_BRANCH))
 
 
-def conclude_show(root: Path, what: str, records: Records) -> Verdict:
+def conclude_show(root: Path, what: str, records: Records) -> Conclusion:
     """What the shown records say, by topic."""
     run, name = open_run(root), quote_path(root)
     match what:
         case "metrics":
-            return Verdict(verdict=_describe_metrics(run, select(records, StepReport)), next=f"npo show {name} costs")
+            return Conclusion(
+                sentence=_describe_metrics(run, select(records, StepReport)), next=f"npo show {name} costs"
+            )
         case "rollouts" if select(records, PromptHistory):
             seen = select(records, PromptHistory)[0]
             sentence = f"prompt {seen.prompt_id} on {seen.branch}: {describe_history(seen)}"
-            return Verdict(verdict=sentence, next=f"npo show {name} groups{format_branch_option(seen.branch)}")
+            return Conclusion(sentence=sentence, next=f"npo show {name} groups{format_branch_option(seen.branch)}")
         case "rollouts":
             return _conclude_rollouts(root, select(records, RolloutView))
         case "groups":
@@ -281,19 +289,21 @@ def conclude_show(root: Path, what: str, records: Records) -> Verdict:
             failed = sum(one.group.on_policy_accuracy == 0 for one in groups)
             where = f"step {groups[-1].step} of {groups[-1].branch}"
             sentence = f"{failed} of {len(groups)} groups of {where} have no correct on-policy rollout"
-            return Verdict(verdict=sentence, next=f"npo show {name} rollouts{format_branch_option(groups[-1].branch)}")
+            return Conclusion(
+                sentence=sentence, next=f"npo show {name} rollouts{format_branch_option(groups[-1].branch)}"
+            )
         case "guides":
             guides = select(records, GuideCacheInfo)
             done = [one for one in guides if one.complete]
             sentence = f"{len(guides)} guide cache{'s' * (len(guides) != 1)}, {len(done)} complete"
             last = (done or guides)[-1]
-            return Verdict(verdict=sentence, next=f"npo resume {name} --at {last.learner_step} --guide {last.name}")
+            return Conclusion(sentence=sentence, next=f"npo resume {name} --at {last.learner_step} --guide {last.name}")
         case "lineage":
             branches = {one.branch for one in select(records, Segment)} & set(list_branches(run))
             left = list_interrupted_branches(run)
             state = f"interrupted: {', '.join(left)}" if left else "none interrupted"
             sentence = f"{len(branches)} branch{'es' * (len(branches) != 1)}, {state}"
-            return Verdict(verdict=sentence, next=f"npo resume {name}" if left else f"npo show {name} costs")
+            return Conclusion(sentence=sentence, next=f"npo resume {name}" if left else f"npo show {name} costs")
         case _:
             return conclude_costs(root, records)
 
@@ -308,23 +318,23 @@ def _describe_metrics(run: RunDir, reports: Sequence[StepReport]) -> str:
     return sentence if len(names) == 1 else f"{sentence}, the best of {len(names)} branches"
 
 
-def _conclude_rollouts(root: Path, views: Sequence[RolloutView]) -> Verdict:
+def _conclude_rollouts(root: Path, views: Sequence[RolloutView]) -> Conclusion:
     last = views[-1]
     right = sum(one.rollout.verdict == "correct" for one in views)
     steps = len({one.step for one in views})
     where = f"step {last.step}" if steps == 1 else f"{steps} steps"
     sentence = f"{right} of {len(views)} rollouts of {where} of {last.branch} are correct"
     option = f"{format_branch_option(last.branch)} --prompt {shlex.quote(last.rollout.prompt_id)}"
-    return Verdict(verdict=sentence, next=f"npo show {quote_path(root)} rollouts{option}")
+    return Conclusion(sentence=sentence, next=f"npo show {quote_path(root)} rollouts{option}")
 
 
-def conclude_costs(root: Path, records: Records) -> Verdict:
+def conclude_costs(root: Path, records: Records) -> Conclusion:
     """The branch that reached the highest threshold with the fewest tokens, beside main."""
     reached = [one for one in select(records, CostToThreshold) if one.total_tokens and not one.is_best_held]
     name = quote_path(root)
     if not reached:
         run = open_run(root)
-        return Verdict(verdict=describe_accuracy(run, find_best_branch(run)), next=f"npo eval {name} --all")
+        return Conclusion(sentence=describe_accuracy(run, find_best_branch(run)), next=f"npo eval {name} --all")
     highest = max(one.threshold for one in reached)
     found = [one for one in reached if one.threshold == highest]
     cheapest = min(found, key=lambda one: one.total_tokens or 0)
@@ -336,10 +346,10 @@ def conclude_costs(root: Path, records: Records) -> Verdict:
         sentence += f", {other.name} for {other.total_tokens:,}"
     elif len(list_branches(open_run(root))) > 1 and len(found) == 1:
         sentence += ", no other branch does"
-    return Verdict(verdict=sentence, next=f"npo report {name}")
+    return Conclusion(sentence=sentence, next=f"npo report {name}")
 
 
-def conclude_autonpo(root: Path, records: Records) -> Verdict:
+def conclude_autonpo(root: Path, records: Records) -> Conclusion:
     """What AutoNPO did in a run."""
     moves = select(records, Transition)
     last = moves[-1]
@@ -347,17 +357,19 @@ def conclude_autonpo(root: Path, records: Records) -> Verdict:
     run = open_run(root)
     is_done = find_last_saved_step(run, last.state.branch) >= run.read_recipe(last.state.branch)["train"]["num_steps"]
     name = quote_path(root)
-    return Verdict(verdict=sentence, next=f"npo report {name}" if is_done else f"npo resume {name} --autonpo")
+    return Conclusion(sentence=sentence, next=f"npo report {name}" if is_done else f"npo resume {name} --autonpo")
 
 
 # Several runs
 
 
-def conclude_report(roots: Sequence[Path], out: Path, branch: str | None, records: Records) -> Verdict:
+def conclude_report(roots: Sequence[Path], out: Path, branch: str | None, records: Records) -> Conclusion:
     """Where the report is, and the branch that it leads with."""
     if len(roots) > 1 or is_bench(roots[0]):
         names = " ".join(quote_path(root) for root in roots)
-        return Verdict(verdict=f"{out} shows {len(roots)} folders of runs side by side", next=f"npo compare {names}")
+        return Conclusion(
+            sentence=f"{out} shows {len(roots)} folders of runs side by side", next=f"npo compare {names}"
+        )
     run = open_run(roots[0])
     name = branch or find_best_branch(run)
     step = find_last_saved_step(run, name)
@@ -366,18 +378,18 @@ def conclude_report(roots: Sequence[Path], out: Path, branch: str | None, record
         step = max(evals.values(), key=lambda one: (one.accuracy, one.step)).step
     place = f"{quote_path(roots[0])}{format_branch_option(name)}"
     sentence = f"{out} shows {roots[0]}: {describe_accuracy(run, name)}"
-    return Verdict(verdict=sentence, next=f"npo export {place} --step {step} --out step-{step}")
+    return Conclusion(sentence=sentence, next=f"npo export {place} --step {step} --out step-{step}")
 
 
-def conclude_bench(out: Path, records: Records) -> Verdict:
+def conclude_bench(out: Path, records: Records) -> Conclusion:
     """How many runs of how many methods are finished."""
     index = load_bench_index(out)
     methods = dict.fromkeys(method for method, _ in index)
     sentence = f"{len(index)} runs of {len(methods)} methods are finished: {', '.join(methods)}"
-    return Verdict(verdict=sentence, next=f"npo compare {quote_path(out)}")
+    return Conclusion(sentence=sentence, next=f"npo compare {quote_path(out)}")
 
 
-def conclude_compare(records: Records) -> Verdict:
+def conclude_compare(records: Records) -> Conclusion:
     """The method with the highest final accuracy, and its difference from the baseline or what it cost."""
     found = select(records, MethodSummary)
     best = max(found, key=lambda one: one.final_accuracy.value)
@@ -393,7 +405,7 @@ def conclude_compare(records: Records) -> Verdict:
     cheapest = _describe_cheapest(select(records, MethodTimeToThreshold))
     runs = list(dict.fromkeys(run.rpartition(":")[0] for each in found for run in each.runs))
     shown = " ".join(shlex.quote(text) for text in runs)
-    return Verdict(verdict=f"{sentence}{cheapest}", next=f"npo report {shown}")
+    return Conclusion(sentence=f"{sentence}{cheapest}", next=f"npo report {shown}")
 
 
 def _describe_cheapest(found: Sequence[MethodTimeToThreshold]) -> str:
