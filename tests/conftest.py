@@ -1,11 +1,15 @@
 """Fixtures that several packages share. Imports wait inside them, so that tests of pure packages need no torch."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# The suite is two processes of tiny models: more threads than that would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if find_spec("torch") is None:
     # Modules of pure packages whose tests train a run.
