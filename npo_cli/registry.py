@@ -128,6 +128,7 @@ GUIDE_SOURCES = Registry(
     built_in={
         "checkpoint": "npo_cli.guides.sources.checkpoint:CheckpointSource",
         "self": "npo_cli.guides.sources.checkpoint:SelfSource",
+        "earlier": "npo_cli.guides.sources.checkpoint:EarlierSource",
         "base": "npo_cli.guides.sources.checkpoint:BaseSource",
         "past": "npo_cli.guides.sources.own_history:OwnHistorySource",
         "run": "npo_cli.guides.sources.external_model:OtherRunSource",

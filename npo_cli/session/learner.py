@@ -46,8 +46,7 @@ def find_later_checkpoint(run: RunDir, learner: Learner, step: int) -> Checkpoin
     if step <= learner.step:
         raise NpoError(
             f"step {step} is not later than the learner's step {learner.step}",
-            f"choose a step above {learner.step} (npo index {quote_path(run.root)}), or name it as another run's: "
-            f"run:{quote_path(run.root)}@{learner.branch}:{step}",
+            f"choose a step above {learner.step} (npo index {quote_path(run.root)}); as a control: --source earlier:{step}",
         )
     return find_checkpoint(run, learner.branch, step)
 

@@ -366,11 +366,12 @@ def test_score_of_a_file_and_of_an_endpoint(two_epochs, tmp_path):
     assert brought.signal is served_one.signal is None
 
 
-def test_score_of_the_base_has_a_negative_distance(two_epochs, tmp_path):
-    found = score_by_name(copy_run(two_epochs, tmp_path / "run"), "base", "8")
+def test_score_of_earlier_checkpoints_has_a_negative_distance(two_epochs, tmp_path):
+    found = score_by_name(copy_run(two_epochs, tmp_path / "run"), "base", "earlier:2", "8")
     assert {name: (one.step, one.distance) for name, one in found.items()} == {
         "none": (None, 0),
         "base": (0, -4),
+        "earlier:2": (2, -2),
         "checkpoint:8": (8, 4),
     }
 
@@ -432,6 +433,9 @@ def test_score_figure_is_saved(two_epochs, other_vocabulary, tmp_path, suffix):
         ((), {"at": 8}, "has no checkpoint later than step 8"),
         (("self",), {"at": 8}, "step 8 is the run's last"),
         (("4",), {}, "step 4 is not later than the learner's step 4"),
+        (("earlier:4",), {}, "step 4 is not earlier than the learner's step 4"),
+        (("earlier:1",), {}, "no complete checkpoint of step 1"),
+        (("earlier:x",), {}, "earlier:x: the step must be a whole number"),
     ],
 )
 def test_score_refuses_an_unusable_candidate_before_sampling(two_epochs, tmp_path, sources, options, message):

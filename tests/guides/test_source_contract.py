@@ -112,6 +112,7 @@ def specs(tmp_path_factory) -> Mapping[str, str]:
             "root": str(root),
             "checkpoint": "6",
             "self": "self",
+            "earlier": "earlier:2",
             "base": "base",
             "past": "past",
             "run": f"run:{other}",
@@ -140,7 +141,7 @@ def test_guide_source_samples_verified_responses_with_the_fields_it_promises(spe
         learner_logprobs = source.learner_logprob(pairs)
     assert [entry.prompt for entry in responses] == prompts
     assert pairs and {rollout.verdict for _, rollout in pairs} <= {"correct", "wrong", "unparseable"}
-    if name not in ("checkpoint", "self", "base"):
+    if name not in ("checkpoint", "self", "earlier", "base"):
         assert all(rollout.is_off_policy for _, rollout in pairs)
     if source.has_logprobs is not None:
         assert {logps is not None for logps in logprobs} == {source.has_logprobs}

@@ -90,6 +90,13 @@ class LineCheckpoint(GuideSource):
         return means
 
 
+def parse_step(source: type[GuideSource], argument: str) -> int:
+    """The STEP of a SPEC."""
+    if not argument.isdecimal():
+        raise NpoError(f"{source.name}:{argument}: the step must be a whole number", f"use {source.usage}")
+    return int(argument)
+
+
 class CheckpointSource(LineCheckpoint):
     """A later checkpoint of the run."""
 
@@ -105,9 +112,7 @@ class CheckpointSource(LineCheckpoint):
         """`STEP`; nothing is guide.replay.guide_step of the recipe."""
         if not argument:
             return {}
-        if not argument.isdecimal():
-            raise NpoError(f"checkpoint:{argument}: the step must be a whole number", f"use {cls.usage}")
-        return {"step": int(argument)}
+        return {"step": parse_step(cls, argument)}
 
     @classmethod
     def format(cls, options: Mapping[str, OptionValue]) -> str:
@@ -163,6 +168,38 @@ class SelfSource(LineCheckpoint):
     def validate(self) -> None:
         """Always available."""
         self.checkpoint = self.target.learner.checkpoint
+
+
+class EarlierSource(LineCheckpoint):
+    """An earlier checkpoint of the run: the replayed past that the near future is compared with."""
+
+    name = "earlier"
+    usage = "earlier:STEP"
+    example = "earlier:20"
+    summary = "an earlier checkpoint of the run, a control"
+    options: ClassVar[Mapping[str, str]] = {"step": "step of the checkpoint, earlier than the learner's"}
+
+    @classmethod
+    def parse(cls, argument: str) -> dict[str, OptionValue]:
+        """`STEP`."""
+        return {"step": parse_step(cls, argument)}
+
+    @classmethod
+    def format(cls, options: Mapping[str, OptionValue]) -> str:
+        """`STEP`."""
+        return str(options["step"])
+
+    def validate(self) -> None:
+        """The step is earlier than the learner's, and saved."""
+        from npo_cli.storage.checkpoints import find_checkpoint
+
+        run, learner, step = self.target.run, self.target.learner, int(self.spec.options["step"])
+        if step >= learner.step:
+            raise NpoError(
+                f"step {step} is not earlier than the learner's step {learner.step}",
+                f"choose a step below {learner.step} (npo index {quote_path(run.root)}); a later one is checkpoint:{step}",
+            )
+        self.checkpoint = find_checkpoint(run, learner.branch, step)
 
 
 class BaseSource(LineCheckpoint):
