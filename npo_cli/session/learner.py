@@ -46,7 +46,7 @@ def find_later_checkpoint(run: RunDir, learner: Learner, step: int) -> Checkpoin
     if step <= learner.step:
         raise NpoError(
             f"step {step} is not later than the learner's step {learner.step}",
-            f"choose a step above {learner.step} (npo index {quote_path(run.root)}); as a control: --source earlier:{step}",
+            f"choose a later step (npo index {quote_path(run.root)}); as a control: --source earlier:{step}",
         )
     return find_checkpoint(run, learner.branch, step)
 

@@ -197,7 +197,7 @@ class EarlierSource(LineCheckpoint):
         if step >= learner.step:
             raise NpoError(
                 f"step {step} is not earlier than the learner's step {learner.step}",
-                f"choose a step below {learner.step} (npo index {quote_path(run.root)}); a later one is checkpoint:{step}",
+                f"a later checkpoint is checkpoint:{step}; steps: npo index {quote_path(run.root)}",
             )
         self.checkpoint = find_checkpoint(run, learner.branch, step)
 
