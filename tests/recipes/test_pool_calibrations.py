@@ -10,7 +10,9 @@ SCRIPT = Path(__file__).parents[2] / "recipes/pool_calibrations.py"
 
 
 def write_calibration(path: Path, regrets: dict[str, float]) -> Path:
-    rows = [{"record": "candidate_gain", "candidate": "self"}] + [
+    gain = {"gain": 0.25, "gain_low": 0.125, "gain_high": 0.375, "quality": 0.5, "quality_net": 0.0, "price": 4.0}
+    learner = {"learner_step": 20, "candidate": "self", "variances": {"kl_exp": 1.0, "tok2": 1.5}}
+    rows = [{"record": "candidate_gain", **learner, **gain}] + [
         {
             "record": "rule_result",
             "rule": rule,
@@ -50,6 +52,17 @@ def test_pooled_rules_have_intervals_from_three_runs_on(tmp_path):
     regrets = {"farthest": 0.0, "Q": 0.0, "Q_net": 0.0}
     files = [write_calibration(tmp_path / f"{n}.json", regrets | {"Q/kl_exp": 0.1 * n}) for n in range(3)]
     assert "| Q/kl_exp | 0.100 [0.000, 0.200] |" in pool(*files).stdout
+
+
+def test_gains_are_listed_per_run_and_candidate(tmp_path):
+    regrets = {"farthest": 0.0, "Q": 0.0, "Q_net": 0.0}
+    files = [write_calibration(tmp_path / f"{name}.json", regrets) for name in "ab"]
+    assert pool(*files, "--gains", tmp_path / "gains.csv").returncode == 0
+    with (tmp_path / "gains.csv").open() as file:
+        head, *rows = csv.reader(file)
+    assert head[:4] == ["run and seed", "learner step", "candidate", "gain"]
+    figures = ["20", "self", "0.250", "0.125", "0.375", "0.500", "0.000", "1.000", "1.500", "4.0"]
+    assert rows == [["a", *figures], ["b", *figures]]
 
 
 def test_pooling_a_file_without_rules_is_refused(tmp_path):
