@@ -202,6 +202,11 @@ def has_loss_terms(settings: LossSettings) -> bool:
     return any(term.coefficient(settings) for term in LOSS_TERMS.values())
 
 
+def needs_entropies(settings: LossSettings) -> bool:
+    """Whether a term of the loss reads the entropies."""
+    return any(term.coefficient(settings) and term.requires == "entropies_NT" for term in LOSS_TERMS.values())
+
+
 class PolicyLoss(Protocol):
     """Loss of one micro-batch (its part of the batch's loss) and what was measured."""
 

@@ -8,7 +8,7 @@ Of adapters the product B A is extrapolated, (1 + a) B_t A_t - a B_old A_old, by
 (a + a^2) (B_t - B_old) (A_t - A_old). The base is never written to.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from npo_cli.policy.logprobs import (
+    Column,
     Head,
     TokenRow,
     TokenScores,
     chunk_scores,
+    join_chunks,
     mixed_precision,
     pack_rows,
     response_hidden,
@@ -50,11 +52,13 @@ class ExtrapolatedPolicy:
         return self.newer.row(prompt, response_ids)
 
     @torch.no_grad()
-    def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
+    def score(
+        self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int, columns: Collection[Column] = ()
+    ) -> TokenScores:
         """Score responses under the extrapolated policy; logits exist for one chunk of response tokens at a time."""
         packed = pack_rows(rows, pad_id=self.newer.pad_id, device=self.newer.device)
         packed = packed if self.newer.vision is None else self.newer.vision.attach_images(packed, rows)
-        pieces = []
+        chunks = []
         with mixed_precision(self.newer.model, self.newer.compute_dtype):
             (new_MH, new_head), (old_MH, old_head) = (
                 response_hidden(policy.model, packed, plain_head=policy.plain_head)
@@ -65,13 +69,9 @@ class ExtrapolatedPolicy:
             head = suppress_tokens(head, packed.suppressed_ids)
             for start in range(0, len(packed.target_M), chunk_tokens):
                 part = slice(start, start + chunk_tokens)
-                pieces.append(chunk_scores(joined_MX[part], packed.target_M[part], head, temperature=temperature))
-        logps_M, entropies_M, collisions_M = (torch.cat(column) for column in zip(*pieces, strict=True))
-        return TokenScores(
-            logps_NT=packed.to_padded(logps_M),
-            entropies_NT=packed.to_padded(entropies_M),
-            collisions_NT=packed.to_padded(collisions_M),
-        )
+                inputs = (joined_MX[part], packed.target_M[part], head)
+                chunks.append(chunk_scores(*inputs, temperature=temperature, columns=columns))
+        return join_chunks(packed, chunks)
 
 
 def _extrapolated_head(new: Head, old: Head, *, strength: float, width: int) -> Head:

@@ -5,12 +5,12 @@ checkpoint, for an engine) are gathered one by one to rank 0, and distributed fr
 call these functions together. FSDP2 is imported only where a model is sharded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MethodType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from npo_cli.config.recipe import DistributedSettings
 from npo_cli.distributed.process_group import current_group
-from npo_cli.policy.logprobs import PackedRows, TokenScores, token_scores
+from npo_cli.policy.logprobs import Column, PackedRows, TokenScores, token_scores
 from npo_cli.policy.lora import AdapterInfo, adapter_tensors, base_tensors, read_fitting_adapters
 from npo_cli.policy.weights_io import read_fitting_weights, tied_names
 
@@ -93,13 +93,18 @@ class ShardingContext:
                 part.set_reshard_after_forward(self.reshard_after_forward and part is not model, recurse=False)
 
     def token_scores(
-        self, model: PreTrainedModel, packed: PackedRows, *, temperature: float, chunk_tokens: int, plain_head: bool
+        self,
+        model: PreTrainedModel,
+        packed: PackedRows,
+        *,
+        temperature: float,
+        chunk_tokens: int,
+        plain_head: bool,
+        columns: Collection[Column] = (),
     ) -> TokenScores:
         """`logprobs.token_scores` with the weights gathered around it."""
-        found = getattr(model, SCORE_METHOD)(
-            packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=plain_head
-        )
-        return TokenScores(logps_NT=found[0], entropies_NT=found[1], collisions_NT=found[2])
+        options = {"temperature": temperature, "chunk_tokens": chunk_tokens, "plain_head": plain_head}
+        return TokenScores(**getattr(model, SCORE_METHOD)(packed, **options, columns=columns))
 
 
 def shard_model(
@@ -126,16 +131,15 @@ def shard_model(
     return ShardingContext(tied=tied, reshard_after_forward=settings.reshard_after_forward)
 
 
-def _scores(
-    model: PreTrainedModel, packed: PackedRows, *, temperature: float, chunk_tokens: int, plain_head: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As a plain tuple: FSDP2 finds tensors in a returned tuple, not in a dataclass."""
-    found = token_scores(model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=plain_head)
+def _scores(model: PreTrainedModel, packed: PackedRows, **options: Any) -> dict[str, Tensor]:
+    """As a dictionary: FSDP2 finds tensors in a returned one, not in a dataclass."""
+    scores = token_scores(model, packed, **options)
+    found = {each.name: getattr(scores, each.name) for each in fields(scores)}
     if torch.is_grad_enabled() and not packed.vision_inputs:
         # All ranks need a gradient for the same weights: 0 for those of an unused vision tower.
         unused = [parameter for parameter in vision_tower_parameters(model) if parameter.requires_grad]
-        found = replace(found, logps_NT=found.logps_NT + sum(0.0 * parameter.sum() for parameter in unused))
-    return found.logps_NT, found.entropies_NT, found.collisions_NT
+        found["logps_NT"] = found["logps_NT"] + sum(0.0 * parameter.sum() for parameter in unused)
+    return found
 
 
 def vision_tower_parameters(model: PreTrainedModel) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from npo_cli.policy.device import choose_device, patch_with_liger
 from npo_cli.policy.fsdp import ShardingContext
 from npo_cli.policy.gguf import load_packaged, load_packaged_tokenizer
 from npo_cli.policy.logprobs import (
+    Column,
     TokenRow,
     TokenScores,
     has_plain_head,
@@ -196,8 +197,10 @@ class Policy:
         if self.vision is not None:
             self.vision.save(folder)
 
-    def score(self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int) -> TokenScores:
-        """Log-probabilities, entropies and collision probabilities of responses; differentiable if gradients are on."""
+    def score(
+        self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int, columns: Collection[Column] = ()
+    ) -> TokenScores:
+        """Log-probabilities of responses, and the columns asked for; differentiable if gradients are on."""
         packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
         packed = packed if self.vision is None else self.vision.attach_images(packed, rows)
         scores = token_scores if self.sharding is None else self.sharding.token_scores
@@ -205,7 +208,12 @@ class Policy:
         precision = mixed_precision(self.model, self.compute_dtype)
         with recompute_activations(self.model), without_adapters, precision:
             return scores(
-                self.model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=self.plain_head
+                self.model,
+                packed,
+                temperature=temperature,
+                chunk_tokens=chunk_tokens,
+                plain_head=self.plain_head,
+                columns=columns,
             )
 
 

@@ -214,9 +214,11 @@ def select_successes(
         return {name: each[derive_seed(seed, "stored", name) % len(each)] for name, each in stored.items()}
     candidates = [(name, success) for name, each in stored.items() if len(each) > 1 for success in each]
     rows = [session.policy.row(prompts[name], success.response_ids) for name, success in candidates]
+    columns = ["entropies"] if how == "entropy" else []
+    scored = run_logprob_pass(session.policy, session.recipe, rows, columns=columns)
     costs: dict[str, list[float]] = {}
-    for (name, _), scores in zip(candidates, run_logprob_pass(session.policy, session.recipe, rows), strict=True):
-        cost_T = scores.entropies_T if how == "entropy" else -scores.logps_T
+    for (name, _), scores in zip(candidates, scored, strict=True):
+        cost_T = -scores.logps_T if scores.entropies_T is None else scores.entropies_T
         costs.setdefault(name, []).append(float(cost_T.mean()))
     best = {name: each.index(min(each)) for name, each in costs.items()}
     return {name: each[best.get(name, 0)] for name, each in stored.items()}

@@ -17,10 +17,10 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.partition import partition_by_tokens
 from npo_cli.distributed.process_group import current_group
 from npo_cli.losses.importance_ratio import check_ratio_available
-from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss
+from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss, needs_entropies
 from npo_cli.losses.types import Divisors, LossInputs, LossStats
 from npo_cli.policy.fsdp import to_scalar
-from npo_cli.policy.logprobs import TokenRow, TokenScores, micro_batches
+from npo_cli.policy.logprobs import Column, TokenRow, TokenScores, micro_batches
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import set_lr
 from npo_cli.rollout.batch import GroupWithAdvantages
@@ -136,16 +136,15 @@ class Updater:
         self.policy, self.optimizer, self.recipe, self.reference = policy, optimizer, recipe, reference
         self.policy_loss = make_policy_loss(recipe.loss, recipe.guide.inject, recipe.mismatch)
         self.trains_zero_advantages = has_loss_terms(recipe.loss)
+        self.columns: list[Column] = ["entropies"] if needs_entropies(recipe.loss) else []
 
     def take_step(self, samples: Sequence[TrainingSample], *, lr: float) -> UpdateReport:
-        """Split the samples into `train.num_updates` parts and update once with each."""
-        count = self.recipe.train.num_updates
-        if count > 1:
-            before = run_logprob_pass(self.policy, self.recipe, [sample.tokens for sample in samples])
-            samples = [
-                replace(sample, old_logps_T=scores.logps_T) for sample, scores in zip(samples, before, strict=True)
-            ]
-        size = -(-len(samples) // count) if samples else 1
+        """Split the samples into `train.num_updates` parts and update once with each.
+
+        The ratio of the first part is 1: its old log-probabilities are the current ones.
+        """
+        size = -(-len(samples) // self.recipe.train.num_updates) if samples else 1
+        samples = [*samples[:size], *self._with_old_logps(samples[size:])]
         reports = [self.update(samples[start : start + size], lr=lr) for start in range(0, max(1, len(samples)), size)]
         fractions = [report.grad_norm_fraction for report in reports if report.grad_norm_fraction is not None]
         return UpdateReport(
@@ -157,6 +156,20 @@ class Updater:
             num_rows=sum(report.num_rows for report in reports),
         )
 
+    def _with_old_logps(self, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+        """The samples with log-probabilities under the current weights, where they take part in the loss."""
+        places = [place for place, sample in enumerate(samples) if self._is_trained(sample)]
+        found = list(samples)
+        if places:
+            scored = run_logprob_pass(self.policy, self.recipe, [samples[place].tokens for place in places])
+            for place, scores in zip(places, scored, strict=True):
+                found[place] = replace(samples[place], old_logps_T=scores.logps_T)
+        return found
+
+    def _is_trained(self, sample: TrainingSample) -> bool:
+        """Whether the sample needs a pass: it has an advantage, or the loss has terms beside the surrogate."""
+        return bool(sample.advantage) or self.trains_zero_advantages
+
     def update(self, samples: Sequence[TrainingSample], *, lr: float) -> UpdateReport:
         """One optimizer update. Samples without advantage count in the divisors; they need no pass."""
         divisors = Divisors(
@@ -164,7 +177,7 @@ class Updater:
             num_tokens=max(1, sum(sample.num_tokens for sample in samples)),
             max_tokens=self.recipe.sampling.max_new_tokens,
         )
-        useful = [sample for sample in samples if sample.advantage or self.trains_zero_advantages]
+        useful = [sample for sample in samples if self._is_trained(sample)]
         off_policy = [sample for sample in useful if sample.is_off_policy]
         on_policy = [sample for sample in useful if not sample.is_off_policy]
         idle = sum(sample.num_tokens for sample in samples if not sample.is_off_policy) - sum(
@@ -219,7 +232,7 @@ class Updater:
         for number, indices in enumerate(passes):
             report_activity(Activity(name="update", done=number, total=len(passes)))
             rows = [samples[index] for index in indices]
-            scores = self._score(self.policy, rows)
+            scores = self._score(self.policy, rows, columns=self.columns)
             loss, measured = self.policy_loss(
                 scores.logps_NT,
                 build_loss_inputs(rows, like=scores.logps_NT),
@@ -239,11 +252,14 @@ class Updater:
         self._reference_logps([empty])
         (self._score(self.policy, [empty]).logps_NT.sum() * 0.0).backward()
 
-    def _score(self, policy: Policy, samples: Sequence[TrainingSample]) -> TokenScores:
+    def _score(
+        self, policy: Policy, samples: Sequence[TrainingSample], *, columns: Sequence[Column] = ()
+    ) -> TokenScores:
         return policy.score(
             [sample.tokens for sample in samples],
             temperature=self.recipe.sampling.temperature,
             chunk_tokens=self.recipe.train.logit_chunk_tokens,
+            columns=columns,
         )
 
     @torch.no_grad()

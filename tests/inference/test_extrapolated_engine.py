@@ -113,7 +113,8 @@ def test_extrapolated_engine_logprobs_equal_the_trainers(policy, older):
     rows = [
         TokenRow(prompt_ids=r.prompt_ids, response_ids=s.response_ids) for r, s in zip(requests, samples, strict=True)
     ]
-    scores = ExtrapolatedPolicy(newer=policy, older=older, strength=2.0).score(rows, temperature=1.0, chunk_tokens=7)
+    pair = ExtrapolatedPolicy(newer=policy, older=older, strength=2.0)
+    scores = pair.score(rows, temperature=1.0, chunk_tokens=7, columns=["entropies"])
     requests_again = [LogprobRequest(prompt_ids=row.prompt_ids, response_ids=row.response_ids) for row in rows]
     for place, (sample, rescored_T) in enumerate(zip(samples, engine.compute_logps(requests_again), strict=True)):
         length = len(sample.response_ids)

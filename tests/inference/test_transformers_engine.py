@@ -123,7 +123,7 @@ def test_sampling_logprobs_and_entropy_equal_the_trainers(policy, temperature):
         for request, sample in zip(requests, samples, strict=True)
     ]
     with torch.no_grad():
-        scores = policy.score(rows, temperature=temperature, chunk_tokens=64)
+        scores = policy.score(rows, temperature=temperature, chunk_tokens=64, columns=["entropies"])
     for row, sample in enumerate(samples):
         length = len(sample.response_ids)
         assert sample.logps == pytest.approx(scores.logps_NT[row, :length].tolist(), abs=1e-4)

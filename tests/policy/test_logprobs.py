@@ -1,11 +1,15 @@
 """Log-probabilities: packing, chunking, suppressed tokens, micro-batches."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
 from npo_cli.policy.logprobs import (
+    PASS_TOKENS,
+    Column,
     TokenRow,
     TokenScores,
     micro_batches,
@@ -36,16 +40,46 @@ def of_lengths(*lengths: int) -> list[TokenRow]:
     return [TokenRow(prompt_ids=(1,), response_ids=(2,) * (length - 1)) for length in lengths]
 
 
-def test_micro_batches_keep_the_order_and_the_padded_size():
-    # 3 rows of at most 4 tokens make 12; the row of 6 would make 4 x 6 = 24
-    assert micro_batches(of_lengths(3, 4, 4, 6, 2), max_tokens=12) == [[0, 1, 2], [3, 4]]
+def padded_tokens(rows: list[TokenRow], batches: list[list[int]]) -> int:
+    return sum(len(batch) * max(rows[index].num_tokens for index in batch) for batch in batches)
+
+
+def test_micro_batches_hold_every_row_once_the_longest_first_and_fill_the_limit():
+    rows = of_lengths(3, 400, 4, 6, 300, 400)
+    # 2 x 400 fill the limit; 3 x 400 would be above it. 300 beside the short rows would pad them by 294 and more.
+    assert micro_batches(rows, max_tokens=1000) == [[1, 5], [4], [3, 2, 0]]
+    # a row above the limit stands alone; equal lengths keep their order
     assert micro_batches(of_lengths(5, 5), max_tokens=4) == [[0], [1]]
     assert micro_batches([], max_tokens=4) == []
 
 
-def score_rows(model, *, chunk_tokens: int, temperature: float = 1.0, plain_head: bool = True) -> TokenScores:
+def test_micro_batches_cut_only_where_it_saves_more_than_a_pass_costs():
+    # one micro-batch pads the second row by d - 1 tokens, a second one costs PASS_TOKENS
+    for difference, count in ((PASS_TOKENS, 1), (PASS_TOKENS + 1, 2)):
+        assert len(micro_batches(of_lengths(1000, 1000 - difference), max_tokens=10_000)) == count
+
+
+@pytest.mark.parametrize("num_rows", [128, 512])
+def test_micro_batches_of_long_tailed_lengths_pad_at_most_five_percent(num_rows):
+    # log-normal responses of mean 1,035, cut at 4,096, behind prompts of 50 tokens
+    generator = np.random.default_rng(0)
+    sampled = generator.lognormal(math.log(1035) - 0.9**2 / 2, 0.9, num_rows)
+    rows = of_lengths(*(50 + np.clip(sampled, 1, 4096).astype(int)))
+    batches = micro_batches(rows, max_tokens=16384)
+    assert sorted(index for batch in batches for index in batch) == list(range(num_rows))
+    assert max(padded_tokens(rows, [batch]) for batch in batches) <= 16384
+    assert padded_tokens(rows, batches) / sum(row.num_tokens for row in rows) <= 1.05
+
+
+BOTH = ("entropies", "collisions")
+
+
+def score_rows(
+    model, *, chunk_tokens: int, temperature: float = 1.0, plain_head: bool = True, columns: Sequence[Column] = BOTH
+) -> TokenScores:
     packed = pack_rows(ROWS, pad_id=0, device=torch.device("cpu"))
-    return token_scores(model, packed, temperature=temperature, chunk_tokens=chunk_tokens, plain_head=plain_head)
+    options = {"temperature": temperature, "chunk_tokens": chunk_tokens, "plain_head": plain_head}
+    return token_scores(model, packed, **options, columns=columns)
 
 
 def logprobs_by_hand(model, row: TokenRow, temperature: float) -> list[float]:
@@ -67,6 +101,16 @@ def test_logprobs_in_chunks_equal_those_of_each_row_alone(chunk_tokens: int, tem
             assert logps_T[: len(row.response_ids)].tolist() == pytest.approx(expected, abs=1e-5)
     # the padding after the first row's two tokens
     assert (scores.logps_NT[0, 2], scores.entropies_NT[0, 2], scores.collisions_NT[0, 2]) == (0, 0, 0)
+
+
+def test_columns_are_computed_only_if_asked_for():
+    model = qwen()
+    both, neither = (score_rows(model, chunk_tokens=2, columns=columns) for columns in (BOTH, ()))
+    assert torch.equal(neither.logps_NT, both.logps_NT)
+    assert (neither.entropies_NT, neither.collisions_NT) == (None, None)
+    entropies = score_rows(model, chunk_tokens=2, columns=("entropies",))
+    assert torch.equal(entropies.entropies_NT, both.entropies_NT)
+    assert entropies.collisions_NT is None
 
 
 def gradients(model, *, chunk_tokens: int, plain_head: bool = True) -> list[torch.Tensor]:

@@ -60,7 +60,7 @@ def test_has_plain_head_leaves_the_model_unchanged():
 def test_policy_score_has_entropy_and_collision_probability(tmp_path):
     policy = load_saved_policy(save_model(qwen(), tmp_path / "model"))
     with torch.no_grad():
-        scores = policy.score(ROWS[1:2], temperature=1.0, chunk_tokens=8)
+        scores = policy.score(ROWS[1:2], temperature=1.0, chunk_tokens=8, columns=["entropies", "collisions"])
         law_W = torch.softmax(policy.model(torch.tensor([[7]])).logits[0, 0], -1)
     assert scores.entropies_NT.item() == pytest.approx(-(law_W * law_W.log()).sum().item(), abs=1e-5)
     assert scores.collisions_NT.item() == pytest.approx(law_W.square().sum().item(), abs=1e-6)

@@ -79,7 +79,7 @@ def test_image_scores_equal_a_plain_forward_pass(untaught_vl: Path):
     logits_LW[:, list(policy.vision.suppressed_ids)] = -torch.inf
     first = len(row.prompt_ids)
     wanted_T = logits_LW.log_softmax(-1)[first - 1 : -1].gather(1, ids_1L[0, first:, None])[:, 0]
-    scored = policy.score([row], temperature=1.0, chunk_tokens=2)
+    scored = policy.score([row], temperature=1.0, chunk_tokens=2, columns=["entropies"])
     assert torch.allclose(scored.logps_NT[0], wanted_T, atol=1e-5)
     assert torch.isfinite(scored.entropies_NT).all()
 

@@ -11,8 +11,10 @@ from torch import Tensor, tensor
 
 from npo_cli.errors import NpoError
 from npo_cli.guides.source import compute_logprobs
+from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.rollout.batch import GroupWithAdvantages, build_batch
+from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.session import Session, sample_groups
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.rollout_log import RolloutLog
@@ -140,6 +142,25 @@ def test_update_twice_per_step_uses_old_logprobs(scout, rows):
     assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
     # After a first update this large, some ratios of the second half leave the clip range.
     assert report.stats.clipped_low + report.stats.clipped_high > 0
+
+
+def test_update_computes_old_logprobs_only_of_trained_rows_after_the_first_part(scout, rows, monkeypatch):
+    asked: list[Sequence[TokenRow]] = []
+
+    def record(policy, recipe, tokens):
+        asked.append(tokens)
+        return run_logprob_pass(policy, recipe, tokens)
+
+    monkeypatch.setattr("npo_cli.training.update.run_logprob_pass", record)
+    session = override_settings(open_session_at(scout, 2), "train", num_updates=2)
+    some = [replace(row, advantage=0.0 if place % 3 else 1.0) for place, row in enumerate(rows)]
+    learned(session, some)
+    # of the second half, rows 8 to 15: those with an advantage
+    assert asked == [[rows[9].tokens, rows[12].tokens, rows[15].tokens]]
+    learned(override_settings(session, "loss", entropy_coef=0.1), some)
+    assert asked[1] == [row.tokens for row in rows[8:]]
+    learned(override_settings(session, "train", num_updates=1), some)
+    assert len(asked) == 2
 
 
 def test_update_grad_norm_fraction_of_off_policy_rows(session, rows):
