@@ -19,8 +19,10 @@ from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError, damaged_checkpoint_hint, quote_path
 from npo_cli.storage.costs import costs_path
 from npo_cli.storage.files import (
+    DELETED_SUFFIX,
     damaged_file_error,
     decode_record,
+    delete_atomically,
     explain_write_error,
     hash_file,
     now_utc,
@@ -33,7 +35,6 @@ from npo_cli.storage.lineage import ancestry, find_owning_branch
 from npo_cli.storage.log_head import LogHead, check_size, encode_head, seal_log
 
 PARTIAL_SUFFIX = ".partial"
-DELETED_SUFFIX = ".dead"
 MANIFEST = "npo.json"
 TRAINING_STATE_FOLDER = "training_state"
 TRAINING_STATE_MANIFEST = "npo_training_state.json"
@@ -172,15 +173,6 @@ def demote_checkpoint(checkpoint: Checkpoint) -> None:
 def delete_checkpoint(checkpoint: Checkpoint) -> None:
     """Delete a checkpoint, atomically."""
     delete_atomically(checkpoint.path)
-
-
-def delete_atomically(folder: Path) -> None:
-    """Rename a folder to a hidden name, sync, and only then delete its files, with what a killed deletion left."""
-    dead = folder.parent / f".{folder.name}{DELETED_SUFFIX}"
-    shutil.rmtree(dead, ignore_errors=True)
-    folder.rename(dead)
-    sync_path(dead.parent)
-    shutil.rmtree(dead, ignore_errors=True)
 
 
 def is_complete(folder: Path, deep: bool = False) -> bool:

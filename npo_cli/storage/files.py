@@ -30,6 +30,8 @@ HASH_BLOCK_BYTES = 1 << 20
 T = TypeVar("T")
 P = ParamSpec("P")
 MAX_CACHED_FILES = 64
+DELETED_SUFFIX = ".dead"
+"""Of the hidden name of a folder that is being deleted."""
 CHECKSUM = ',\n "checksum": '
 """Precedes the CRC-32 of a document, which covers everything before this."""
 
@@ -269,6 +271,15 @@ def sync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def delete_atomically(folder: Path) -> None:
+    """Rename a folder to a hidden name, sync, and only then delete its files, with what a killed deletion left."""
+    dead = folder.parent / f".{folder.name}{DELETED_SUFFIX}"
+    shutil.rmtree(dead, ignore_errors=True)
+    folder.rename(dead)
+    sync_path(dead.parent)
+    shutil.rmtree(dead, ignore_errors=True)
 
 
 def hash_file(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.files import damaged_file_error, decode_record, read_json, to_row, write_json_atomic
-from npo_cli.storage.layout import RunDir
+from npo_cli.storage.layout import RunDir, list_folders
 from npo_cli.storage.lineage import read_segments
 from npo_cli.storage.log_head import encode_head
 from npo_cli.storage.sample_store import SampleStore
@@ -176,8 +176,4 @@ def read_finished_prompts(folder: Path, info: GuideCacheInfo) -> dict[str, Promp
 
 def list_guide_caches(run: RunDir) -> list[GuideCacheInfo]:
     """Every cache by name, incomplete ones included."""
-    if not run.guides_folder.is_dir():
-        return []
-    return [
-        read_cache_info(folder) for folder in sorted(run.guides_folder.iterdir()) if cache_info_path(folder).exists()
-    ]
+    return [read_cache_info(folder) for folder in list_folders(run.guides_folder) if cache_info_path(folder).exists()]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.storage.autonpo_log import read_transitions
-from npo_cli.storage.checkpoints import DELETED_SUFFIX, delete_atomically
 from npo_cli.storage.costs import relative_artifact
+from npo_cli.storage.files import DELETED_SUFFIX, delete_atomically
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.index import measure_size
 from npo_cli.storage.layout import FIRST_BRANCH, RunDir, open_run

@@ -7,7 +7,6 @@ another one never mixes with them; a guide cache has a name and guide.json (`gui
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from npo_cli.storage.files import (
     check_time,
     damaged_file_error,
     decode_record,
+    delete_atomically,
     encode_record,
     now_utc,
     read_json,
@@ -25,7 +25,7 @@ from npo_cli.storage.files import (
     write_json_atomic,
 )
 from npo_cli.storage.jsonl import JsonlLog
-from npo_cli.storage.layout import RunDir, format_step, validate_name
+from npo_cli.storage.layout import RunDir, format_step, list_folders, validate_name
 from npo_cli.storage.log_head import LogHead, check_log, encode_head
 from npo_cli.storage.rollout_log import decode_images, decode_rollout, encode_images, encode_rollout
 from npo_cli.types.rollouts import PromptSamples, Rollout
@@ -117,7 +117,7 @@ class SampleStore:
     @on_main_rank
     def delete(self) -> None:
         """Remove an unfinished store, whose checkpoints would otherwise never be deleted."""
-        shutil.rmtree(self.folder)
+        delete_atomically(self.folder)
 
 
 @on_main_rank
@@ -136,8 +136,7 @@ def open_sample_store(
 
 def list_sample_stores(parent: Path) -> list[SampleStore]:
     """Every store in a folder such as RUN/scores, unfinished ones included, by folder name."""
-    folders = sorted(parent.iterdir()) if parent.is_dir() else []
-    stores = [SampleStore(folder) for folder in folders if (folder / "settings.json").exists()]
+    stores = [SampleStore(folder) for folder in list_folders(parent) if (folder / "settings.json").exists()]
     for store in stores:
         _ = store.spec  # Damage is reported before anything is written.
     return stores
@@ -190,7 +189,7 @@ class ScoreSet:
 def save_scores(store: SampleStore, scores: Sequence[CandidateScore]) -> None:
     """Write scores.json; the scoring is then finished."""
     samples = store.seal()
-    others = (SampleStore(folder) for folder in store.folder.parent.iterdir())
+    others = map(SampleStore, list_folders(store.folder.parent))
     saved = [_read_sequence(other.scores_path) for other in others if other.is_finished]
     head = {
         "branch": store.spec.branch,

@@ -14,8 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PATIENCE_SECONDS = 60.0
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
+"""Audit events of Python that change a folder, beside `open`."""
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,14 @@ class NpoProcess:
     def read_stderr(self) -> str:
         return self.err.read_text()
 
+    def count_changes(self) -> int:
+        """How often it changed a file below the folder that was watched."""
+        return int(count_file(self.err).read_text() or 0)
+
+
+def count_file(err: Path) -> Path:
+    return err.with_suffix(".changes")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForkServer:
@@ -43,9 +55,20 @@ class ForkServer:
 
     process: subprocess.Popen[str]
 
-    def npo(self, *args: str, err: Path, limit: int | None = None) -> NpoProcess:
-        """Start `npo ARGS`, stderr into a file; `limit` is the largest file it may write, in bytes."""
-        self.process.stdin.write(json.dumps({"args": args, "err": str(err), "limit": limit}) + "\n")
+    def npo(
+        self,
+        *args: str,
+        err: Path,
+        limit: int | None = None,
+        watched: Path | None = None,
+        die_at: int | None = None,
+    ) -> NpoProcess:
+        """Start `npo ARGS`, stderr into a file; `limit` is the largest file it may write, in bytes.
+
+        Its changes of files below `watched` are counted, and it is killed before the one with number `die_at`.
+        """
+        request = {"args": args, "err": str(err), "limit": limit, "watched": watched and str(watched), "die_at": die_at}
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return NpoProcess(pid=self.read_reply()["pid"], server=self, err=err)
 
@@ -93,12 +116,39 @@ def serve() -> None:
         if pid == 0:
             for stream, path in ((0, os.devnull), (1, os.devnull), (2, request["err"])):
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644), stream)
+            if request["watched"]:
+                watch_changes(request["watched"], count_file(Path(request["err"])), die_at=request["die_at"])
             if request["limit"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
             main(request["args"])
         print(json.dumps({"pid": pid}), flush=True)
         _, status = os.waitpid(pid, 0)
         print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+def watch_changes(folder: str, count_to: Path, *, die_at: int | None) -> None:
+    """Count the changes that this process makes to files below a folder; die before the one with number `die_at`.
+
+    Kills between the same two changes leave the same on disk, so this number names every kill that matters. Not seen
+    is what grows an open file (a torn line is the subject of other tests), and what extension modules do.
+    """
+    num_changes, inside = 0, f"{folder}/"
+
+    def count(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal num_changes
+        if not (event in CHANGES or (event == "open" and args[2] & WRITES)):
+            return
+        path = os.fsdecode(args[0]) if isinstance(args[0], str | bytes | os.PathLike) else ""
+        # shutil.rmtree names files relative to their folder, which it has open.
+        is_in_open_folder = event in ("os.remove", "os.rmdir") and bool(path) and not os.path.isabs(path)
+        if path.startswith(inside) or is_in_open_folder:
+            num_changes += 1
+            if num_changes == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.pwrite(counted, b"%d" % num_changes, 0)
+
+    counted = os.open(count_to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    sys.addaudithook(count)
 
 
 if __name__ == "__main__":

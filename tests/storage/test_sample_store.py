@@ -1,6 +1,10 @@
 import math
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+import npo_cli.storage.files as files_module
 from npo_cli.storage.evals import append_eval, read_evals
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.sample_store import (
@@ -45,6 +49,24 @@ def test_sample_store_drops_a_torn_chunk_and_keeps_the_whole_ones(tmp_path):
     store.append("checkpoint:40", [group("a").samples])
     assert list(store.read()) == [("self", "a"), ("self", "b"), ("checkpoint:40", "a")]
     assert store.count_tokens() == 3 * sum(len(rollout.response_ids) for rollout in group("a").rollouts)
+
+
+def test_sample_store_killed_while_it_is_deleted_is_gone(tmp_path, monkeypatch):
+    run = new_run(tmp_path)
+    store = open_store(run)
+    store.append("self", [group("a").samples])
+    store.seal()
+
+    def die(folder: Path, ignore_errors: bool) -> None:
+        for path in folder.glob("*.jsonl"):
+            path.unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files_module.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        store.delete()
+    assert list_sample_stores(run.scores_folder) == []
+    assert store.path not in run.list_logs()
 
 
 def test_saved_scores_are_read_back_and_non_finite_numbers_are_nan(tmp_path):
