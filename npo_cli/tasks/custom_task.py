@@ -126,7 +126,7 @@ def _call_function(settings: TaskSettings, seed: int) -> dict[str, Any]:
         pool.close()
     if result.timed_out:
         raise NpoError(
-            f"{settings.function} (task.function) returned nothing in {LOAD_SECONDS:g} s, or its process died",
+            f"{settings.function} (task.function) returned nothing in {LOAD_SECONDS:g} s",
             "see its output above; write slow results to a file, and read them in the function",
         )
     if result.error:

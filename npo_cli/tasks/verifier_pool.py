@@ -4,8 +4,9 @@ A signal-based timeout works only in the main thread and never inside a C call. 
 No process starts before the first item. `serve_checks` is the worker process: it checks items from its pipe until the
 pipe closes. What happens to a process that does not answer:
 
-- late, or dead while it checks an item (`os._exit`, segfault, KeyboardInterrupt, closed pipe): the item is `timed_out`,
-  and a new process checks the next ones;
+- late: the item is `timed_out`, and a new process checks the next ones;
+- dead while it checks an item (`os._exit`, segfault, KeyboardInterrupt, closed pipe): the item has an `error` with the
+  exit code and the process's last output, as if the check had raised it;
 - dead between two items: a new process, nothing is lost;
 - dead before its first item: so would be the next one. The run ends (`RunFailed`) with the process's last output.
 
@@ -15,7 +16,6 @@ When the parent dies, however it dies, the kernel kills the workers and what the
 import atexit
 import fcntl
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -46,12 +46,12 @@ def serve_checks(
 ) -> None:
     """Build the check, report it, then answer every item with ("value", v) or ("error", text).
 
-    The other end of `lifeline` closes when the parent dies. What is printed before the first item goes to the file
-    behind `output`, in which the parent finds why a process died, and from there to stderr.
+    The other end of `lifeline` closes when the parent dies. What is printed goes to the file behind `output`, in which
+    the parent finds why a process died, and after each item from there to stderr.
     """
     _leave_process_group()
     _die_at_hangup(lifeline)
-    with _collect_output(output):
+    with _collect_output(output) as forward_output:
         try:
             check = build()
         except NpoError as error:
@@ -61,23 +61,23 @@ def serve_checks(
             channel.send(("broken", describe_error(error)))
             return
         channel.send(("ready", None))
-        channel.poll(None)
-    while True:
-        try:
-            item = channel.recv()
-        except (EOFError, ConnectionError):
-            return  # the parent is gone
-        # The default action of SIGALRM ends the process, even in a loop inside C code.
-        signal.setitimer(signal.ITIMER_REAL, timeout + GRACE_SECONDS)
-        try:
-            reply = ("value", check(item))
-        except Exception as error:
-            reply = ("error", describe_error(error))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        try:
-            channel.send(reply)
-        except ConnectionError:
-            return
+        while True:
+            try:
+                item = channel.recv()
+            except (EOFError, ConnectionError):
+                return  # the parent is gone
+            # The default action of SIGALRM ends the process, even in a loop inside C code.
+            signal.setitimer(signal.ITIMER_REAL, timeout + GRACE_SECONDS)
+            try:
+                reply = ("value", check(item))
+            except Exception as error:
+                reply = ("error", describe_error(error))
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            forward_output()
+            try:
+                channel.send(reply)
+            except ConnectionError:
+                return
 
 
 def describe_error(error: BaseException, *, inside: str | None = None) -> str:
@@ -91,21 +91,28 @@ def describe_error(error: BaseException, *, inside: str | None = None) -> str:
 
 
 @contextmanager
-def _collect_output(output: Connection) -> Iterator[None]:
-    """Write stdout and stderr to the file; at the end of the block copy it to stderr, where both go from then on."""
-    terminal = os.dup(2)
-    with output, open(output.fileno(), "r+b", closefd=False) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout.reconfigure(line_buffering=True)  # its last line is not lost with the process
-        yield
+def _collect_output(output: Connection) -> Iterator[Callable[[], None]]:
+    """Write stdout and stderr to the file; the function that is yielded moves what is in it to stderr."""
+    file, terminal = output.fileno(), os.dup(2)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # its last line is not lost with the process
+
+    def forward() -> None:
         sys.stdout.flush()
-        os.dup2(terminal, 1)
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        file.seek(0)
-        shutil.copyfileobj(file, sys.stderr.buffer)
-        sys.stderr.flush()
+        size = os.fstat(file).st_size
+        if size:
+            _write_all(terminal, os.pread(file, size, 0))
+            os.ftruncate(file, 0)
+            os.lseek(file, 0, os.SEEK_SET)
+
+    yield forward
+    forward()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def _die_at_hangup(lifeline: Connection) -> None:
@@ -138,7 +145,7 @@ Check = Callable[[Any], Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckResult:
-    """The result for one item: a value, or the text of an exception, or `timed_out` (late, or the process died)."""
+    """The result for one item: a value, or the text of an exception or of the process's death, or `timed_out`."""
 
     value: Any = None
     error: str | None = None
@@ -154,7 +161,7 @@ class _Worker:
     lifeline: Connection
     """Closing it kills the process."""
     output: BinaryIO
-    """What it printed before its first item."""
+    """What it printed and did not forward to stderr yet."""
     ready: bool = False
     has_worked: bool = False
     """It was given an item."""
@@ -162,12 +169,17 @@ class _Worker:
     """Index of its current item."""
 
     def describe_death(self) -> str:
-        """Its exit code and last output."""
+        """Its exit code, or the signal that killed it, and its last output."""
         self.process.join(1.0)  # its pipe closes shortly before it ends
-        self.output.seek(0)
-        lines = self.output.read().decode(errors="replace").strip().splitlines()[-LAST_OUTPUT_LINES:]
+        lines = self.read_output().decode(errors="replace").strip().splitlines()[-LAST_OUTPUT_LINES:]
         code = self.process.exitcode
-        return f"exit code {code}; " + ("last output:\n" + "\n".join(lines) if lines else "no output")
+        end = "it runs on" if code is None else f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return f"{end}; " + ("last output:\n" + "\n".join(lines) if lines else "no output")
+
+    def read_output(self) -> bytes:
+        """What it printed and did not forward."""
+        self.output.seek(0)
+        return self.output.read()
 
     def kill(self) -> None:
         """Kill its process group, with the processes that it started."""
@@ -271,7 +283,7 @@ class VerifierPool:
             if worker.channel in reported:
                 result = self._receive(worker)
             elif now >= worker.deadline:
-                result = self._lose(worker, f"did not start within {START_TIMEOUT_SECONDS:.0f} s")
+                result = self._stop_late(worker)
             else:
                 continue
             if result is not None and index is not None:
@@ -282,7 +294,7 @@ class VerifierPool:
         try:
             kind, payload = worker.channel.recv()
         except Exception:  # a closed pipe, or a reply that the check itself wrote into it
-            return self._lose(worker, "died while it started")
+            return self._describe_dead(worker)
         if kind == "refused":
             raise NpoError(*payload)
         if kind == "broken":
@@ -292,12 +304,23 @@ class VerifierPool:
             return CheckResult(error=payload)
         return CheckResult(value=payload) if kind == "value" else None
 
-    def _lose(self, worker: _Worker, why: str) -> CheckResult:
-        """Drop a process that died or is late; its current item counts as timed out. Without one the run ends."""
+    def _stop_late(self, worker: _Worker) -> CheckResult:
+        """Drop a process that is late; its current item counts as timed out. Without one the run ends."""
         if worker.item is None:
-            self._fail(worker, why)
+            self._fail(worker, f"did not start within {START_TIMEOUT_SECONDS:.0f} s")
+        sys.stderr.write(worker.read_output().decode(errors="replace"))
         self._drop(worker)
         return CheckResult(timed_out=True)
+
+    def _describe_dead(self, worker: _Worker) -> CheckResult:
+        """Drop a process that died; its current item has an error. Without one the run ends."""
+        if worker.item is None:
+            self._fail(worker, "died while it started")
+        death = worker.describe_death()
+        if worker.process.exitcode == -signal.SIGALRM:  # its own alarm came before this process could look
+            return self._stop_late(worker)
+        self._drop(worker)
+        return CheckResult(error=f"its process died ({death})")
 
     def _fail(self, worker: _Worker, why: str) -> NoReturn:
         details = worker.describe_death()

@@ -92,7 +92,7 @@ def _read_tasks(settings: TaskSettings) -> list[tuple[int, dict[str, Any]]]:
         pool.close()
     if result.timed_out:
         raise NpoError(
-            f"the environment {settings.environment} was not loaded in {LOAD_SECONDS:g} s, or its process died",
+            f"the environment {settings.environment} was not loaded in {LOAD_SECONDS:g} s",
             "see its output above",
         )
     if result.error:

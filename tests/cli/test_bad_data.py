@@ -139,6 +139,7 @@ def test_recipe_in_a_folder_of_its_own_finds_its_model_data_and_verifier(folder,
 
 
 VERIFIERS = """
+import os
 import time
 
 def raises(prompt, response, answer):
@@ -156,6 +157,10 @@ def nothing(prompt, response, answer):
 
 def leaves(prompt, response, answer):
     raise SystemExit(3)
+
+def dies(prompt, response, answer):
+    print("no license found")
+    os._exit(3)
 
 def other(question):
     return True
@@ -206,9 +211,10 @@ def test_custom_verifier_needs_allow_code(folder):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("raises", "v.py:5: ValueError: boom"),
-        ("leaves", "v.py:18: SystemExit: 3"),
+        ("raises", "v.py:6: ValueError: boom"),
+        ("leaves", "v.py:19: SystemExit: 3"),
         ("nothing", "it returned None (None is not a number)"),
+        ("dies", "its process died (exit code 3; last output: no license found)"),
     ],
 )
 def test_failing_custom_verifier_ends_the_run_which_can_be_resumed(folder, function, words):

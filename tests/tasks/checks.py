@@ -1,6 +1,7 @@
 """Checks for the pool's tests. They live in a module of their own because worker processes import them."""
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -24,7 +25,10 @@ def build_trouble() -> Callable[[str], object]:
         if item == "loop in C":
             return len(str(7 ** (10**9)))
         if item == "exit":
+            print("time to go")
             os._exit(3)
+        if item == "alarm":
+            signal.raise_signal(signal.SIGALRM)
         if item == "segfault":
             import ctypes
 
@@ -44,6 +48,10 @@ def build_trouble() -> Callable[[str], object]:
             subprocess.Popen([sys.executable, "-c", "__import__('time').sleep(60)"]).wait()
         if item == "print":
             sys.stdout.write("noise\n")
+        if item == "print and loop":
+            print("late noise")
+            while True:
+                pass
         if item == "pid":
             time.sleep(0.05)  # long enough for every worker to get one
             return os.getpid()

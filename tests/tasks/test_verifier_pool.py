@@ -67,16 +67,40 @@ def test_verifier_pool_times_out_one_item_only(trouble: VerifierPool):
     assert time.monotonic() - started >= 0.5
 
 
-@pytest.mark.parametrize("harm", ["loop in C", "exit", "segfault", "interrupt", "close", "garbage"])
-def test_verifier_pool_replaces_a_dead_process(trouble: VerifierPool, harm: str):
+def test_verifier_pool_times_out_a_loop_in_c_and_replaces_its_process(trouble: VerifierPool):
     # one worker would be enough to show it: more items than workers, so the replacement has to answer
-    outcomes = trouble.run([harm, harm, "a", "b"])
+    outcomes = trouble.run(["loop in C", "loop in C", "a", "b"])
     assert [(outcome.value, outcome.timed_out) for outcome in outcomes] == [
         (None, True),
         (None, True),
         ("A", False),
         ("B", False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("harm", "death"),
+    [
+        ("exit", "exit code 3; last output:\ntime to go"),
+        ("segfault", "SIGSEGV; no output"),
+        ("interrupt", "exit code 1; last output:\nTraceback"),
+        ("close", "exit code 1; last output:\nTraceback"),
+        ("garbage", "; no output"),
+    ],
+)
+def test_verifier_pool_tells_a_dead_process_from_a_late_one(trouble: VerifierPool, harm: str, death: str):
+    died, late, *whole = trouble.run([harm, "loop", "a", "b"])
+    assert died.error.startswith("its process died (")
+    assert death.partition("Traceback")[0] in died.error
+    assert not died.timed_out
+    assert (late.error, late.timed_out) == (None, True)
+    assert [outcome.value for outcome in whole] == ["A", "B"]
+
+
+def test_verifier_pool_process_that_ends_itself_is_late(trouble: VerifierPool):
+    # where this process is slow, the alarm of the worker comes first
+    result, after = trouble.run(["alarm", "a"])
+    assert (result.timed_out, result.error, after.value) == (True, None, "A")
 
 
 def test_verifier_pool_exception_names_the_line(trouble: VerifierPool):
@@ -134,10 +158,10 @@ def sleepers() -> list[int]:
 
 
 def test_verifier_pool_output_goes_to_stderr(capfd: pytest.CaptureFixture[str]):
-    pool = VerifierPool(build=build_trouble, num_workers=1, timeout=5)
-    assert pool.run(["print"])[0].value == "PRINT"
+    pool = VerifierPool(build=build_trouble, num_workers=1, timeout=0.5)
+    assert [outcome.value for outcome in pool.run(["print", "print", "print and loop"])] == ["PRINT", "PRINT", None]
     pool.close()
-    assert capfd.readouterr().out == ""
+    assert tuple(capfd.readouterr()) == ("", "noise\nnoise\nlate noise\n")
 
 
 def test_verifier_pool_build_error_is_reported():
