@@ -22,6 +22,7 @@ from npo_cli.types.comparison import MethodSummary
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import TunedSetting
 from tests.helpers.runs import TINY, file_digests, train
+from tests.inference.openai_server import run_server
 
 NPO = (sys.executable, "-c", "from npo_cli.cli.main import main; main()")
 SETTINGS = (*TINY, "eval.every=2", "autonpo.early.scout_steps=2", "autonpo.early.replay_steps=2")
@@ -109,6 +110,19 @@ def test_bench_continues_after_a_failed_run_and_quotes_its_error(tmp_path):
         list(run_bench(spec))
     assert commands_in(tmp_path / "runs/matched-npo-early") == ["train", "sample-guide", "resume"]
     assert (tmp_path / "runs/matched-npo-early/as-it-is/seed-0/done.json").exists()
+
+
+@pytest.mark.slow
+def test_bench_shows_no_key_that_an_endpoint_echoes(tmp_path, monkeypatch):
+    monkeypatch.setenv("NPO_ENDPOINT_KEY", "sk-secret-0123456789")
+    refusal = (401, {}, b"Bearer sk-secret-0123456789 is unknown")
+    with run_server(lambda _: {"text": ""}, failures=[refusal] * 20) as served:
+        spec = bench_spec(tmp_path, methods=("luffy",), teacher=f"--source endpoint:{served.url}#teacher")
+        with pytest.raises(RunFailed, match="status 401") as caught:
+            list(run_bench(spec))
+    assert "Bearer [key] is unknown" in logs(tmp_path)
+    assert "secret" not in f"{caught.value}{caught.value.hint}"
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and b"sk-secret" in path.read_bytes()] == []
 
 
 def test_bench_with_other_settings_in_the_same_folder_is_refused(tmp_path):
