@@ -28,10 +28,10 @@ from npo_cli.inference.base import SampleRequest, open_engine
 from npo_cli.memory.footprint import estimate_footprint
 from npo_cli.memory.model_shape import model_shape
 from npo_cli.memory.planner import sum_bytes
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
 from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.policy.packing import TokenRow
 from npo_cli.session.session import make_model_handle
 from npo_cli.training.update import TrainingSample, Updater
 from npo_cli.types.memory import Hardware

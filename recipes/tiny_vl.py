@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from npo_cli.config.recipe import ModelSettings
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.packing import TokenRow
 from npo_cli.tasks.shapes import CELL_PIXELS, QUESTIONS, generate_questions, noisy_count, shapes_prompt
 
 WORDS = (*"0123456789 ?\n", "system", "user", "assistant", "how", "many", *QUESTIONS)

@@ -317,6 +317,11 @@ class TrainSettings(Settings):
     micro_batch_tokens: Count = Field(
         16384, description="Maximum padded tokens per forward and backward pass.", json_schema_extra=IGNORED
     )
+    share_prompts: bool = Field(
+        True,
+        description="Compute a prompt once for several responses of its group, where the model can and it costs less.",
+        json_schema_extra=IGNORED,
+    )
     logit_chunk_tokens: Count = Field(
         4096, description="Maximum response tokens whose logits are in memory at once.", json_schema_extra=IGNORED
     )

@@ -19,17 +19,15 @@ from torch import Tensor
 from npo_cli.policy.logprobs import (
     Column,
     Head,
-    TokenRow,
     TokenScores,
-    chunk_scores,
-    join_chunks,
     mixed_precision,
-    pack_rows,
     response_hidden,
+    score_in_chunks,
     suppress_tokens,
 )
 from npo_cli.policy.lora import ADAPTER_NAME, PEFT_PREFIX, is_lora_A, read_fitting_adapters
 from npo_cli.policy.model import Policy
+from npo_cli.policy.packing import PackingCosts, TokenRow, pack_rows
 from npo_cli.policy.weights_io import read_fitting_weights, tied_names
 from npo_cli.types.rollouts import Prompt
 
@@ -47,39 +45,49 @@ class ExtrapolatedPolicy:
     def sharding(self) -> None:
         """Never sharded: one process holds both models."""
 
+    @property
+    def packing(self) -> PackingCosts | None:
+        """As of both models, which have the same architecture."""
+        return self.newer.packing
+
     def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
         """Token ids of a prompt and a response; both models have the same tokenizer."""
         return self.newer.row(prompt, response_ids)
 
     @torch.no_grad()
     def score(
-        self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int, columns: Collection[Column] = ()
+        self,
+        rows: Sequence[TokenRow],
+        *,
+        temperature: float,
+        chunk_tokens: int,
+        columns: Collection[Column] = (),
+        pack_sizes: Sequence[int] | None = None,
     ) -> TokenScores:
-        """Score responses under the extrapolated policy; logits exist for one chunk of response tokens at a time."""
-        packed = pack_rows(rows, pad_id=self.newer.pad_id, device=self.newer.device)
-        packed = packed if self.newer.vision is None else self.newer.vision.attach_images(packed, rows)
-        chunks = []
-        with mixed_precision(self.newer.model, self.newer.compute_dtype):
-            (new_MH, new_head), (old_MH, old_head) = (
-                response_hidden(policy.model, packed, plain_head=policy.plain_head)
-                for policy in (self.newer, self.older)
+        """Score responses under the extrapolated policy, as `Policy.score`; logits exist for one chunk at a time."""
+        newer = self.newer
+        packed = pack_rows(
+            rows, pad_id=newer.pad_id, device=newer.device, pack_sizes=pack_sizes, mask_dtype=newer.compute_dtype
+        )
+        packed = packed if newer.vision is None else newer.vision.attach_images(packed, rows)
+        with mixed_precision(newer.model, newer.compute_dtype):
+            (new_UH, new_head), (old_UH, old_head) = (
+                response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (newer, self.older)
             )
-            joined_MX = torch.cat([new_MH, old_MH], dim=1)
-            head = _extrapolated_head(new_head, old_head, strength=self.strength, width=new_MH.shape[1])
+            joined_UX = torch.cat([new_UH, old_UH], dim=1)
+            head = _extrapolated_head(new_head, old_head, strength=self.strength, width=new_UH.shape[1])
             head = suppress_tokens(head, packed.suppressed_ids)
-            for start in range(0, len(packed.target_M), chunk_tokens):
-                part = slice(start, start + chunk_tokens)
-                inputs = (joined_MX[part], packed.target_M[part], head)
-                chunks.append(chunk_scores(*inputs, temperature=temperature, columns=columns))
-        return join_chunks(packed, chunks)
+            return score_in_chunks(
+                joined_UX, packed, head, chunk_tokens=chunk_tokens, temperature=temperature, columns=columns
+            )
 
 
 def _extrapolated_head(new: Head, old: Head, *, strength: float, width: int) -> Head:
     """z_t + a (z_t - z_old) from concatenated hidden states; the first `width` columns are the newer model's."""
 
-    def logits(joined_MX: Tensor) -> Tensor:
-        new_MW, old_MW = new(joined_MX[:, :width]).float(), old(joined_MX[:, width:]).float()
-        return new_MW + strength * (new_MW - old_MW)
+    def logits(joined_UX: Tensor) -> Tensor:
+        new_UW, old_UW = new(joined_UX[:, :width]).float(), old(joined_UX[:, width:]).float()
+        return new_UW + strength * (new_UW - old_UW)
 
     return logits
 

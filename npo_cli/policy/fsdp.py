@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from npo_cli.config.recipe import DistributedSettings
 from npo_cli.distributed.process_group import current_group
-from npo_cli.policy.logprobs import Column, PackedRows, TokenScores, token_scores
+from npo_cli.policy.logprobs import Column, TokenScores, token_scores
 from npo_cli.policy.lora import AdapterInfo, adapter_tensors, base_tensors, read_fitting_adapters
+from npo_cli.policy.packing import PackedRows
 from npo_cli.policy.weights_io import read_fitting_weights, tied_names
 
 WeightScope = Literal["all", "base", "adapters"]

@@ -1,70 +1,27 @@
-"""Log-probabilities of responses under a causal language model, computed in chunks of response tokens.
+"""Log-probabilities of responses under a causal language model, computed in chunks of positions.
 
-Rows are padded on the right, so causal attention needs no mask. Logits are computed for response tokens only, one chunk
-at a time, and again in the backward pass, so a large vocabulary needs memory for one chunk.
+Logits are computed at positions that predict a response token only, one chunk at a time, and again in the backward
+pass, so a large vocabulary needs memory for one chunk.
 
-Axes: N rows, L positions of the packed batch, T response tokens (padded), M response tokens of all rows, concatenated,
-H hidden size, W vocabulary.
+Axes: N responses, T response tokens (padded), U positions whose distribution is read, M response tokens of all
+responses, H hidden size, W vocabulary.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from npo_cli.types.rollouts import ImageRef
+from npo_cli.policy.packing import PackedRows
 
 HEAD_TEST_SCALE = 1000.0
-PASS_TOKENS = 256
-"""Fixed cost of a forward and backward pass, in tokens: a further pass has to save more padding than this.
-
-Measured on one CPU core: about 200 for the micro model and 80 for SmolLM2-135M, where it is the sum of the weights'
-gradients.
-"""
-
 Column = Literal["entropies", "collisions"]
 """What can be computed beside log-probabilities, of the distribution at each token."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenRow:
-    """A prompt and a response, as token ids."""
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    images: tuple[ImageRef, ...] = ()
-    """The images behind the prompt's image tokens."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and response together."""
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackedRows:
-    """Rows as tensors: response token m is predicted at `input_ids_NL[row_M[m], position_M[m]]`."""
-
-    input_ids_NL: Tensor
-    row_M: Tensor
-    position_M: Tensor
-    target_M: Tensor
-    mask_NT: Tensor
-    """True at response tokens, the end token included."""
-    vision_inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further model inputs, for rows with images."""
-    suppressed_ids: tuple[int, ...] = ()
-    """Tokens with probability 0 under the policy."""
-
-    def to_padded(self, values_M: Tensor) -> Tensor:
-        """Concatenated per-token values as `(N, T)`, 0 in the padding."""
-        return values_M.new_zeros(self.mask_NT.shape).masked_scatter(self.mask_NT, values_M)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,66 +35,70 @@ class TokenScores:
     """sum_v p(v)^2 of the distribution at that position."""
 
 
-def pack_rows(rows: Sequence[TokenRow], *, pad_id: int, device: torch.device) -> PackedRows:
-    """Pad on the right, in order."""
-    width = max(row.num_tokens for row in rows)
-    longest = max(len(row.response_ids) for row in rows)
-    ids, mask, row_of, position, target = [], [], [], [], []
-    for index, row in enumerate(rows):
-        length, start = len(row.response_ids), len(row.prompt_ids) - 1
-        ids.append([*row.prompt_ids, *row.response_ids, *[pad_id] * (width - row.num_tokens)])
-        mask.append([True] * length + [False] * (longest - length))
-        row_of += [index] * length
-        position += range(start, start + length)
-        target += row.response_ids
-    id_options = {"dtype": torch.long, "device": device}
-    return PackedRows(
-        input_ids_NL=torch.tensor(ids, **id_options),
-        row_M=torch.tensor(row_of, **id_options),
-        position_M=torch.tensor(position, **id_options),
-        target_M=torch.tensor(target, **id_options),
-        mask_NT=torch.tensor(mask, dtype=torch.bool, device=device),
-    )
-
-
 Head = Callable[[Tensor], Tensor]
 
 
+class SelectedLogps(torch.autograd.Function):
+    """log softmax of float32 logits at chosen tokens, `(M,)`.
+
+    Only the logits are saved. The gradient, (1[v = target] - p(v)) per token, is made in place of the probabilities, so
+    that forward and backward pass hold one matrix `(U, W)` beside them; autograd would hold three.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_UW: Tensor, unit_M: Tensor, target_M: Tensor) -> Tensor:
+        """`unit_M`: the row of logits of each token."""
+        ctx.save_for_backward(logits_UW, unit_M, target_M)
+        return torch.log_softmax(logits_UW, dim=-1)[unit_M, target_M]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_M: Tensor) -> tuple[Tensor, None, None]:
+        """d log p(target) / d logits."""
+        logits_UW, unit_M, target_M = ctx.saved_tensors
+        gradient_U = gradient_M.new_zeros(len(logits_UW)).index_add_(0, unit_M, gradient_M)
+        gradient_UW = torch.softmax(logits_UW, dim=-1).mul_(-gradient_U[:, None])
+        return gradient_UW.index_put_((unit_M, target_M), gradient_M, accumulate=True), None, None
+
+
 def chunk_scores(
-    hidden_MH: Tensor, target_M: Tensor, head: Head, *, temperature: float, columns: Collection[Column] = ()
+    hidden_UH: Tensor,
+    unit_M: Tensor,
+    target_M: Tensor,
+    head: Head,
+    *,
+    temperature: float,
+    columns: Collection[Column] = (),
 ) -> dict[str, Tensor]:
-    """Log-probability of the target and the columns asked for, each `(M,)`; softmax in float32 at `temperature`."""
-    logits_MW = head(hidden_MH).float()
-    logps_MW = torch.log_softmax(logits_MW if temperature == 1 else logits_MW / temperature, dim=-1)
-    found = {"logps": logps_MW.gather(1, target_M[:, None])[:, 0]}
-    if columns:
-        probs_MW = logps_MW.exp()
-        if "entropies" in columns:
-            found["entropies"] = -(probs_MW * logps_MW).sum(-1)
-        if "collisions" in columns:
-            found["collisions"] = probs_MW.square().sum(-1)
+    """Log-probabilities of the targets and the columns asked for, each `(M,)`, at `temperature`.
+
+    The softmax is in float32, of float64 logits in float64. `unit_M`: the hidden state that predicts each target.
+    """
+    logits_UW = head(hidden_UH)
+    logits_UW = logits_UW.to(torch.promote_types(logits_UW.dtype, torch.float32))
+    if temperature != 1:
+        logits_UW = logits_UW / temperature
+    if not columns:
+        return {"logps": SelectedLogps.apply(logits_UW, unit_M, target_M)}
+    logps_UW = torch.log_softmax(logits_UW, dim=-1)
+    probs_UW = logps_UW.exp()
+    found = {"logps": logps_UW[unit_M, target_M]}
+    if "entropies" in columns:
+        found["entropies"] = -(probs_UW * logps_UW).sum(-1)[unit_M]
+    if "collisions" in columns:
+        found["collisions"] = probs_UW.square().sum(-1)[unit_M]
     return found
 
 
-def join_chunks(packed: PackedRows, chunks: Sequence[Mapping[str, Tensor]]) -> TokenScores:
-    """The results of all chunks, in order, as one record."""
-    return TokenScores(
-        **{f"{name}_NT": packed.to_padded(torch.cat([chunk[name] for chunk in chunks])) for name in chunks[0]}
-    )
-
-
 def response_hidden(model: PreTrainedModel, packed: PackedRows, *, plain_head: bool) -> tuple[Tensor, Head]:
-    """Hidden states `(M, H)` at the response positions, and the function from them to logits.
+    """Hidden states `(U, H)` at the positions that predict response tokens, and the function from them to logits.
 
     A model that scales or caps its logits after the head computes them itself, at every position.
     """
     if not plain_head:
-        logits_NLW = model(input_ids=packed.input_ids_NL, **packed.vision_inputs, use_cache=False).logits
-        return logits_NLW[packed.row_M, packed.position_M], torch.nn.Identity()
-    hidden_NLH = model.base_model(
-        input_ids=packed.input_ids_NL, **packed.vision_inputs, use_cache=False
-    ).last_hidden_state
-    return hidden_NLH[packed.row_M, packed.position_M], model.get_output_embeddings()
+        logits_BLW = model(**packed.model_inputs).logits
+        return logits_BLW[packed.row_U, packed.position_U], torch.nn.Identity()
+    hidden_BLH = model.base_model(**packed.model_inputs).last_hidden_state
+    return hidden_BLH[packed.row_U, packed.position_U], model.get_output_embeddings()
 
 
 def suppress_tokens(head: Head, suppressed_ids: Sequence[int]) -> Head:
@@ -145,11 +106,11 @@ def suppress_tokens(head: Head, suppressed_ids: Sequence[int]) -> Head:
     if not suppressed_ids:
         return head
 
-    def suppressed(hidden_MH: Tensor) -> Tensor:
-        logits_MW = head(hidden_MH)
-        ids = torch.tensor(suppressed_ids, device=logits_MW.device)
+    def suppressed(hidden_UH: Tensor) -> Tensor:
+        logits_UW = head(hidden_UH)
+        ids = torch.tensor(suppressed_ids, device=logits_UW.device)
         # The lowest number instead of -inf: the entropy would be 0 * -inf = NaN.
-        return logits_MW.index_fill(1, ids, torch.finfo(logits_MW.dtype).min)
+        return logits_UW.index_fill(1, ids, torch.finfo(logits_UW.dtype).min)
 
     return suppressed
 
@@ -164,18 +125,31 @@ def token_scores(
     columns: Collection[Column] = (),
 ) -> TokenScores:
     """Score the packed responses; differentiable if gradients are on."""
-    hidden_MH, head = response_hidden(model, packed, plain_head=plain_head)
+    hidden_UH, head = response_hidden(model, packed, plain_head=plain_head)
     head = suppress_tokens(head, packed.suppressed_ids)
+    return score_in_chunks(hidden_UH, packed, head, chunk_tokens=chunk_tokens, temperature=temperature, columns=columns)
+
+
+def score_in_chunks(
+    hidden_UH: Tensor, packed: PackedRows, head: Head, *, chunk_tokens: int, **options: Any
+) -> TokenScores:
+    """Scores from hidden states, `chunk_tokens` positions at a time; `options` are those of `chunk_scores`.
+
+    With gradients the logits of a chunk are freed and computed again in the backward pass. Those of the last chunk are
+    kept: the backward pass begins with it.
+    """
     chunks = []
-    for start in range(0, len(packed.target_M), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        inputs = (hidden_MH[part], packed.target_M[part], head)
-        if torch.is_grad_enabled():
-            options = {"temperature": temperature, "columns": columns}
+    firsts, num_units = packed.first_token_of_unit, len(hidden_UH)
+    for start in range(0, num_units, chunk_tokens):
+        end = min(start + chunk_tokens, num_units)
+        tokens = slice(firsts[start], firsts[end])
+        inputs = (hidden_UH[start:end], packed.unit_M[tokens] - start, packed.target_M[tokens], head)
+        if torch.is_grad_enabled() and end < num_units:
             chunks.append(checkpoint(chunk_scores, *inputs, **options, use_reentrant=False))
         else:
-            chunks.append(chunk_scores(*inputs, temperature=temperature, columns=columns))
-    return join_chunks(packed, chunks)
+            chunks.append(chunk_scores(*inputs, **options))
+    columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return TokenScores(**{f"{name}_NT": packed.to_padded(column_M) for name, column_M in columns.items()})
 
 
 @contextmanager
@@ -216,30 +190,6 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     finally:
         amplifier.remove()
     return bool(torch.allclose(head_logits.float(), model_logits.float(), rtol=1e-3, atol=1e-3))
-
-
-def micro_batches(rows: Sequence[TokenRow], *, max_tokens: int) -> list[list[int]]:
-    """Row indices in micro-batches of padded size (rows x longest row) at most `max_tokens`, the longest rows first.
-
-    Rows are sorted by length and cut where padding, plus PASS_TOKENS per micro-batch, is least over all of them: by
-    dynamic programming over the first j rows. A row longer than the limit gets a micro-batch of its own.
-    """
-    order = sorted(range(len(rows)), key=lambda index: -rows[index].num_tokens)
-    lengths = np.array([rows[index].num_tokens for index in order])
-    least, starts = np.zeros(len(rows) + 1), np.zeros(len(rows) + 1, dtype=int)
-    for end in range(1, len(rows) + 1):
-        padded = lengths[:end] * np.arange(end, 0, -1)
-        # The row before `end` may always stand alone.
-        first = min(end - 1, int(np.count_nonzero(padded > max_tokens)))
-        costs = least[first:end] + padded[first:] + PASS_TOKENS
-        starts[end] = first + int(costs.argmin())
-        least[end] = costs.min()
-    batches: list[list[int]] = []
-    end = len(rows)
-    while end:
-        batches.append(order[starts[end] : end])
-        end = int(starts[end])
-    return batches[::-1]
 
 
 @contextmanager

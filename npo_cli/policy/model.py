@@ -22,11 +22,9 @@ from npo_cli.policy.fsdp import ShardingContext
 from npo_cli.policy.gguf import load_packaged, load_packaged_tokenizer
 from npo_cli.policy.logprobs import (
     Column,
-    TokenRow,
     TokenScores,
     has_plain_head,
     mixed_precision,
-    pack_rows,
     recompute_activations,
     remove_dropout,
     token_scores,
@@ -41,6 +39,7 @@ from npo_cli.policy.lora import (
     save_adapters,
 )
 from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged, model_load_error
+from npo_cli.policy.packing import PackingCosts, TokenRow, pack_rows, packing_costs
 from npo_cli.policy.vision import Vision, choose_model_class, load_vision
 from npo_cli.policy.weights_io import (
     check_loaded_weights,
@@ -63,6 +62,8 @@ class Policy:
     """The trained LoRA adapters; None for full fine-tuning."""
     compute_dtype: torch.dtype
     """Precision of the forward pass."""
+    packing: PackingCosts | None = None
+    """What responses in one row with their prompt cost; None where the model cannot share prompts."""
     vision: Vision | None = None
     """Image processing; None for a text-only model."""
     is_base_only: bool = False
@@ -198,10 +199,21 @@ class Policy:
             self.vision.save(folder)
 
     def score(
-        self, rows: Sequence[TokenRow], *, temperature: float, chunk_tokens: int, columns: Collection[Column] = ()
+        self,
+        rows: Sequence[TokenRow],
+        *,
+        temperature: float,
+        chunk_tokens: int,
+        columns: Collection[Column] = (),
+        pack_sizes: Sequence[int] | None = None,
     ) -> TokenScores:
-        """Log-probabilities of responses, and the columns asked for; differentiable if gradients are on."""
-        packed = pack_rows(rows, pad_id=self.pad_id, device=self.device)
+        """Log-probabilities of responses, and the columns asked for; differentiable if gradients are on.
+
+        `pack_sizes`: how many consecutive rows share their prompt's pass; None: none.
+        """
+        packed = pack_rows(
+            rows, pad_id=self.pad_id, device=self.device, pack_sizes=pack_sizes, mask_dtype=self.compute_dtype
+        )
         packed = packed if self.vision is None else self.vision.attach_images(packed, rows)
         scores = token_scores if self.sharding is None else self.sharding.token_scores
         without_adapters = disable_adapters(self.model) if self.is_base_only else nullcontext()
@@ -278,6 +290,7 @@ def load_policy(settings: ModelSettings, folder: Path | None = None) -> Policy:
         plain_head=has_plain_head(model),
         adapters=adapters,
         compute_dtype=getattr(torch, settings.precision),
+        packing=packing_costs(model),
         vision=vision,
     )
     if with_lora and folder is not None:

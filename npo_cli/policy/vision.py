@@ -5,7 +5,7 @@ The number of image tokens follows from the image's size, so encoding a prompt o
 an image token, which would stand for an image that does not exist: its probability is 0 in sampling and in scoring.
 Only Qwen3-VL is supported.
 
-Axes: N rows, L positions.
+Axes: B rows, L positions.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from npo_cli.errors import NpoError
 from npo_cli.images import open_image, require_pillow
-from npo_cli.policy.logprobs import PackedRows, TokenRow
+from npo_cli.policy.packing import PackedRows, TokenRow
 from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, ImageRef, Prompt
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Vision:
             ) from error
         return num_patches // self.processor.merge_size**2
 
-    def build_inputs(self, ids_NL: Tensor, images: Sequence[RowImages]) -> dict[str, Tensor]:
+    def build_inputs(self, ids_BL: Tensor, images: Sequence[RowImages]) -> dict[str, Tensor]:
         """Model inputs besides the token ids, for rows with these images; empty without images.
 
         `mm_token_type_ids` is 1 at image tokens: transformers computes their positions from rows and columns.
@@ -134,16 +134,16 @@ class Vision:
         patches = [self.load_patches(ref) for row in images for ref in row]
         if not patches:
             return {}
-        device = ids_NL.device
+        device = ids_BL.device
         return {
             "pixel_values": torch.cat([each.patches for each in patches]).to(device),
             "image_grid_thw": torch.cat([each.grid_13 for each in patches]).to(device),
-            "mm_token_type_ids": (ids_NL == self.image_token_id).int(),
+            "mm_token_type_ids": (ids_BL == self.image_token_id).int(),
         }
 
     def attach_images(self, packed: PackedRows, rows: Sequence[TokenRow]) -> PackedRows:
         """The rows with their images as model inputs."""
-        inputs = self.build_inputs(packed.input_ids_NL, [row.images for row in rows])
+        inputs = self.build_inputs(packed.input_ids_BL, [row.images for row in rows])
         return replace(packed, vision_inputs=inputs, suppressed_ids=self.suppressed_ids)
 
     def load_patches(self, ref: ImageRef) -> ImagePatches:

@@ -20,8 +20,8 @@ from npo_cli.errors import NpoError
 from npo_cli.inference.base import Engine, LogprobRequest, ModelHandle, Sample, SampleRequest, open_engine
 from npo_cli.policy.device import set_process_device
 from npo_cli.policy.fsdp import shard_model
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy
+from npo_cli.policy.packing import TokenRow
 from npo_cli.registry import ENGINES
 from npo_cli.session.logprob_pass import run_logprob_pass
 

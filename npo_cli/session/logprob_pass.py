@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from npo_cli.config.recipe import Recipe
+from npo_cli.config.recipe import Recipe, TrainSettings
 from npo_cli.distributed.partition import partition_by_tokens, restore_order
 from npo_cli.distributed.process_group import current_group
 from npo_cli.policy.extrapolated import ExtrapolatedPolicy
-from npo_cli.policy.logprobs import Column, TokenRow, micro_batches
+from npo_cli.policy.logprobs import Column
 from npo_cli.policy.model import Policy
+from npo_cli.policy.packing import MicroBatch, TokenRow, plan_passes
 from npo_cli.scoring.variance import SampleRatio
 from npo_cli.types.rollouts import Prompt, Rollout
 
@@ -33,6 +34,14 @@ class ResponseLogprobs:
         return ResponseLogprobs(
             **{name: column.cpu().clone() for name, column in columns.items() if column is not None}
         )
+
+
+def plan_policy_passes(
+    policy: Policy | ExtrapolatedPolicy, settings: TrainSettings, rows: Sequence[TokenRow]
+) -> list[MicroBatch]:
+    """The forward passes over these rows, within train.micro_batch_tokens."""
+    costs = policy.packing if settings.share_prompts else None
+    return plan_passes(rows, max_tokens=settings.micro_batch_tokens, costs=costs)
 
 
 def run_logprob_pass(
@@ -75,14 +84,15 @@ def _score_rows(
     columns: Collection[Column],
 ) -> list[ResponseLogprobs]:
     found: dict[int, ResponseLogprobs] = {}
-    for indices in micro_batches(rows, max_tokens=recipe.train.micro_batch_tokens):
+    for batch in plan_policy_passes(policy, recipe.train, rows):
         scores = policy.score(
-            [rows[index] for index in indices],
+            [rows[index] for index in batch.indices],
             temperature=temperature,
             chunk_tokens=recipe.train.logit_chunk_tokens,
             columns=columns,
+            pack_sizes=batch.pack_sizes,
         )
-        for place, index in enumerate(indices):
+        for place, index in enumerate(batch.indices):
             token = (place, slice(len(rows[index].response_ids)))
             found[index] = ResponseLogprobs(
                 logps_T=scores.logps_NT[token],

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from npo_cli.config.recipe import Recipe
 from npo_cli.inference.base import Engine, LogprobRequest
 from npo_cli.inference.sync_check import TOLERANCES, SyncCheck, TokenLogps, check_agreement
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy
+from npo_cli.policy.packing import TokenRow
 from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.types.rollouts import Prompt
 

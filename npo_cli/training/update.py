@@ -20,11 +20,12 @@ from npo_cli.losses.importance_ratio import check_ratio_available
 from npo_cli.losses.policy_loss import has_loss_terms, make_policy_loss, needs_entropies
 from npo_cli.losses.types import Divisors, LossInputs, LossStats
 from npo_cli.policy.fsdp import to_scalar
-from npo_cli.policy.logprobs import Column, TokenRow, TokenScores, micro_batches
+from npo_cli.policy.logprobs import Column, TokenScores
 from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import set_lr
+from npo_cli.policy.packing import MicroBatch, TokenRow
 from npo_cli.rollout.batch import GroupWithAdvantages
-from npo_cli.session.logprob_pass import run_logprob_pass
+from npo_cli.session.logprob_pass import plan_policy_passes, run_logprob_pass
 from npo_cli.types.rollouts import TokenSpan
 
 
@@ -205,66 +206,75 @@ class Updater:
         group = current_group()
         sizes = [sample.tokens.num_tokens for sample in samples]
         parts = [[samples[index] for index in part] for part in partition_by_tokens(sizes, group.world_size)]
+        plans = [plan_policy_passes(self.policy, self.recipe.train, [each.tokens for each in part]) for part in parts]
         with group.phase("update"):
             sums = self.run_passes(
                 parts[group.rank],
                 divisors,
-                num_passes=max(len(self.split_passes(part)) for part in parts),
+                plans[group.rank],
+                num_passes=max(map(len, plans)),
                 # FSDP2 takes the mean over ranks, and the divisors are those of the whole update already.
                 gradient_scale=group.world_size,
             )
             every = group.gather(sums, phase="update")
         return sum(loss for loss, _ in every), sum((stats for _, stats in every), start=LossStats())
 
-    def split_passes(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """Indices of the samples of each forward and backward pass, within train.micro_batch_tokens."""
-        return micro_batches([sample.tokens for sample in samples], max_tokens=self.recipe.train.micro_batch_tokens)
-
     def run_passes(
-        self, samples: Sequence[TrainingSample], divisors: Divisors, *, num_passes: int, gradient_scale: float
+        self,
+        samples: Sequence[TrainingSample],
+        divisors: Divisors,
+        plan: Sequence[MicroBatch],
+        *,
+        num_passes: int,
+        gradient_scale: float,
     ) -> tuple[float, LossStats]:
         """Forward and backward, pass by pass; gradients, times `gradient_scale`, add up in the parameters.
 
         At least `num_passes` passes: the last ones add nothing, for ranks whose sharded weights are gathered in step.
         """
         total, stats = 0.0, LossStats()
-        passes = self.split_passes(samples)
-        for number, indices in enumerate(passes):
-            report_activity(Activity(name="update", done=number, total=len(passes)))
-            rows = [samples[index] for index in indices]
-            scores = self._score(self.policy, rows, columns=self.columns)
+        for number, batch in enumerate(plan):
+            report_activity(Activity(name="update", done=number, total=len(plan)))
+            rows = [samples[index] for index in batch.indices]
+            scores = self._score(self.policy, rows, batch.pack_sizes, columns=self.columns)
             loss, measured = self.policy_loss(
                 scores.logps_NT,
                 build_loss_inputs(rows, like=scores.logps_NT),
                 divisors=divisors,
-                ref_logps_NT=self._reference_logps(rows),
+                ref_logps_NT=self._reference_logps(rows, batch.pack_sizes),
                 entropies_NT=scores.entropies_NT,
             )
             (loss if gradient_scale == 1 else loss * gradient_scale).backward()
             total, stats = total + loss.item(), stats + measured
-        for _ in range(num_passes - len(passes)):
+        for _ in range(num_passes - len(plan)):
             self._run_empty_pass()
         return total, stats
 
     def _run_empty_pass(self) -> None:
         tokens = TokenRow(prompt_ids=(0,), response_ids=(0,))
         empty = TrainingSample(tokens=tokens, advantage=0.0, behavior_logps=None, spans=())
-        self._reference_logps([empty])
-        (self._score(self.policy, [empty]).logps_NT.sum() * 0.0).backward()
+        self._reference_logps([empty], [1])
+        (self._score(self.policy, [empty], [1]).logps_NT.sum() * 0.0).backward()
 
     def _score(
-        self, policy: Policy, samples: Sequence[TrainingSample], *, columns: Sequence[Column] = ()
+        self,
+        policy: Policy,
+        samples: Sequence[TrainingSample],
+        pack_sizes: Sequence[int],
+        *,
+        columns: Sequence[Column] = (),
     ) -> TokenScores:
         return policy.score(
             [sample.tokens for sample in samples],
             temperature=self.recipe.sampling.temperature,
             chunk_tokens=self.recipe.train.logit_chunk_tokens,
             columns=columns,
+            pack_sizes=pack_sizes,
         )
 
     @torch.no_grad()
-    def _reference_logps(self, samples: Sequence[TrainingSample]) -> Tensor | None:
-        return None if self.reference is None else self._score(self.reference, samples).logps_NT
+    def _reference_logps(self, samples: Sequence[TrainingSample], pack_sizes: Sequence[int]) -> Tensor | None:
+        return None if self.reference is None else self._score(self.reference, samples, pack_sizes).logps_NT
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad.clone() for parameter in self._with_gradient()]

@@ -14,7 +14,7 @@ from npo_cli.autonpo import probe as probe_module
 from npo_cli.autonpo import rollback_choice, sequential_test
 from npo_cli.autonpo.probe import Probe, run_probe, score_recorded_rollouts, start_probe
 from npo_cli.inference.base import SampleRequest
-from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.packing import TokenRow
 from npo_cli.session.session import Session
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.types.autonpo import AutoNPOState, ProbeResult

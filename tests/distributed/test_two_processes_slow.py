@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from npo_cli.config.loading import load_recipe
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import load_policy
 from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
+from npo_cli.policy.packing import TokenRow
 from npo_cli.session.logprob_pass import run_logprob_pass
 from npo_cli.session.weight_sync import build_check_rows
 from npo_cli.storage.autonpo_log import read_transitions

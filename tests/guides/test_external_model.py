@@ -10,7 +10,7 @@ from npo_cli.guides import build_cache as guide_cache
 from npo_cli.guides.build_cache import build_guide_cache
 from npo_cli.guides.source import parse_spec
 from npo_cli.guides.sources.retokenize import Retokenizer, TextResponse
-from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.packing import TokenRow
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.cost_sums import cost_at
 from npo_cli.storage.guide_cache import load_guide

@@ -19,7 +19,7 @@ from npo_cli.guides.source import (
     is_yield_low,
     parse_spec,
 )
-from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.packing import TokenRow
 from npo_cli.session.learner import find_learner
 from npo_cli.session.session import Session
 from npo_cli.storage.guide_cache import read_guide_prompts

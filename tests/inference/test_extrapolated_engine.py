@@ -12,8 +12,8 @@ from npo_cli.config.recipe import ModelSettings
 from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest
 from npo_cli.inference.extrapolated_engine import ExtrapolatedEngine, extrapolate_logits
 from npo_cli.policy.extrapolated import ExtrapolatedPolicy
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.packing import TokenRow
 from tests.helpers.images import load_vision_policy, mixed_prompts
 from tests.inference.test_image_prompts import engine_of, image_requests
 from tests.inference.test_transformers_engine import TEXTS, sample_requests, sample_responses

@@ -15,8 +15,8 @@ from npo_cli.config.engine import EngineSettings
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.inference.base import Sample, SampleRequest
 from npo_cli.inference.transformers_engine import TransformersEngine
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.packing import TokenRow
 from npo_cli.seeds import derive_seed
 from tests.inference.vllm_models import make_handle
 

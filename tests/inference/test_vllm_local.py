@@ -13,8 +13,8 @@ from npo_cli.inference import vllm_common
 from npo_cli.inference.base import LogprobRequest
 from npo_cli.inference.sync_check import named_tensors
 from npo_cli.inference.vllm_local import VllmEngine
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.packing import TokenRow
 from npo_cli.session.weight_sync import WeightSync
 from tests.inference.vllm_models import make_engine, make_requests, perturb_weights, tied_policy, untied_policy
 

@@ -11,8 +11,8 @@ from npo_cli.errors import NpoError, RunFailed
 from npo_cli.inference.base import LogprobRequest, Sample, SampleRequest, open_engine
 from npo_cli.inference.vllm_local import round_up_lora_rank
 from npo_cli.policy.extrapolated import extrapolate_weights
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.packing import TokenRow
 from npo_cli.session.session import make_adapter_port
 from tests.inference.vllm_models import make_engine, make_handle, make_requests, make_settings
 

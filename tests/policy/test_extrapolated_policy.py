@@ -8,8 +8,8 @@ import torch
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import NpoError
 from npo_cli.policy.extrapolated import extrapolate_weights
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy, load_policy
+from npo_cli.policy.packing import TokenRow
 
 ROWS = [TokenRow(prompt_ids=(1, 2, 3), response_ids=(4, 5)), TokenRow(prompt_ids=(2,), response_ids=(6, 7, 8))]
 

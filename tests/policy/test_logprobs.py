@@ -1,74 +1,26 @@
-"""Log-probabilities: packing, chunking, suppressed tokens, micro-batches."""
+"""Log-probabilities: chunks, columns, suppressed tokens."""
 
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 
 from npo_cli.policy.logprobs import (
-    PASS_TOKENS,
     Column,
-    TokenRow,
     TokenScores,
-    micro_batches,
-    pack_rows,
     recompute_activations,
     remove_dropout,
     suppress_tokens,
     token_scores,
 )
+from npo_cli.policy.packing import TokenRow, pack_rows
 from tests.policy.models import gemma, qwen
 
 ROWS = [
     TokenRow(prompt_ids=(1, 2, 3), response_ids=(4, 5)),
     TokenRow(prompt_ids=(6,), response_ids=(7, 8, 9)),
 ]
-
-
-def test_pack_rows_pads_on_the_right_and_predicts_each_token_from_the_previous_one():
-    packed = pack_rows(ROWS, pad_id=0, device=torch.device("cpu"))
-    assert packed.input_ids_NL.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]]
-    assert packed.row_M.tolist() == [0, 0, 1, 1, 1]
-    assert packed.position_M.tolist() == [2, 3, 0, 1, 2]
-    assert packed.target_M.tolist() == [4, 5, 7, 8, 9]
-    assert packed.to_padded(packed.target_M).tolist() == [[4, 5, 0], [7, 8, 9]]
-
-
-def of_lengths(*lengths: int) -> list[TokenRow]:
-    return [TokenRow(prompt_ids=(1,), response_ids=(2,) * (length - 1)) for length in lengths]
-
-
-def padded_tokens(rows: list[TokenRow], batches: list[list[int]]) -> int:
-    return sum(len(batch) * max(rows[index].num_tokens for index in batch) for batch in batches)
-
-
-def test_micro_batches_hold_every_row_once_the_longest_first_and_fill_the_limit():
-    rows = of_lengths(3, 400, 4, 6, 300, 400)
-    # 2 x 400 fill the limit; 3 x 400 would be above it. 300 beside the short rows would pad them by 294 and more.
-    assert micro_batches(rows, max_tokens=1000) == [[1, 5], [4], [3, 2, 0]]
-    # a row above the limit stands alone; equal lengths keep their order
-    assert micro_batches(of_lengths(5, 5), max_tokens=4) == [[0], [1]]
-    assert micro_batches([], max_tokens=4) == []
-
-
-def test_micro_batches_cut_only_where_it_saves_more_than_a_pass_costs():
-    # one micro-batch pads the second row by d - 1 tokens, a second one costs PASS_TOKENS
-    for difference, count in ((PASS_TOKENS, 1), (PASS_TOKENS + 1, 2)):
-        assert len(micro_batches(of_lengths(1000, 1000 - difference), max_tokens=10_000)) == count
-
-
-@pytest.mark.parametrize("num_rows", [128, 512])
-def test_micro_batches_of_long_tailed_lengths_pad_at_most_five_percent(num_rows):
-    # log-normal responses of mean 1,035, cut at 4,096, behind prompts of 50 tokens
-    generator = np.random.default_rng(0)
-    sampled = generator.lognormal(math.log(1035) - 0.9**2 / 2, 0.9, num_rows)
-    rows = of_lengths(*(50 + np.clip(sampled, 1, 4096).astype(int)))
-    batches = micro_batches(rows, max_tokens=16384)
-    assert sorted(index for batch in batches for index in batch) == list(range(num_rows))
-    assert max(padded_tokens(rows, [batch]) for batch in batches) <= 16384
-    assert padded_tokens(rows, batches) / sum(row.num_tokens for row in rows) <= 1.05
 
 
 BOTH = ("entropies", "collisions")

@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from npo_cli.config.recipe import ModelSettings
 from npo_cli.errors import NpoError
-from npo_cli.policy.logprobs import TokenRow, has_plain_head
+from npo_cli.policy.logprobs import has_plain_head
 from npo_cli.policy.model import Policy, check_prompt_support, load_policy
 from npo_cli.policy.model_folder import find_model
+from npo_cli.policy.packing import TokenRow
 from npo_cli.types.rollouts import ImageRef, Message, Prompt
 from tests.policy.models import gemma, load_saved_policy, qwen, save_model
 

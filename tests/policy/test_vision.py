@@ -10,8 +10,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from npo_cli.errors import NpoError
 from npo_cli.images import open_image
-from npo_cli.policy.logprobs import TokenRow
 from npo_cli.policy.model import Policy
+from npo_cli.policy.packing import TokenRow
 from npo_cli.policy.vision import CACHE_BYTES, ImagePatches, PixelCache
 from npo_cli.tasks.shapes import shapes_prompts
 from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, Prompt

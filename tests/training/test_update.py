@@ -11,10 +11,11 @@ from torch import Tensor, tensor
 
 from npo_cli.errors import NpoError
 from npo_cli.guides.source import compute_logprobs
-from npo_cli.policy.logprobs import TokenRow
+from npo_cli.policy.model import Policy
 from npo_cli.policy.optimizer import build_optimizer
+from npo_cli.policy.packing import TokenRow
 from npo_cli.rollout.batch import GroupWithAdvantages, build_batch
-from npo_cli.session.logprob_pass import run_logprob_pass
+from npo_cli.session.logprob_pass import plan_policy_passes, run_logprob_pass
 from npo_cli.session.session import Session, sample_groups
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.rollout_log import RolloutLog
@@ -64,11 +65,11 @@ def rows(session, tmp_path_factory) -> list[TrainingSample]:
 
 
 def learned(
-    session: Session, rows: Sequence[TrainingSample], *, every_row: bool = False
+    session: Session, rows: Sequence[TrainingSample], *, every_row: bool = False, reference: Policy | None = None
 ) -> tuple[list[Tensor], UpdateReport]:
     """Gradient (of the last update) and report."""
     recorder: Any = Recorder(session.policy.model)
-    updater = Updater(session.policy, recorder, session.recipe)
+    updater = Updater(session.policy, recorder, session.recipe, reference=reference)
     updater.trains_zero_advantages |= every_row
     report = updater.take_step(rows, lr=1.0)
     return recorder.gradients[-1], report
@@ -93,6 +94,23 @@ def test_update_gradient_does_not_depend_on_micro_batches(session, rows, loss):
         assert distance(split, whole) < 1e-6
         assert again.loss == pytest.approx(report.loss, abs=1e-6)
         assert again.grad_norm_fraction == pytest.approx(report.grad_norm_fraction, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_update_gradient_does_not_depend_on_shared_prompts(session, rows, loss):
+    session = override_settings(session, "loss", **LOSSES[loss], kl_coef=0.1, entropy_coef=0.01)
+    tokens = [row.tokens for row in rows]
+    ends = {}
+    for share in (True, False):
+        changed = override_settings(session, "train", share_prompts=share, num_updates=2)
+        plan = plan_policy_passes(changed.policy, changed.recipe.train, tokens)
+        assert (max(size for batch in plan for size in batch.pack_sizes) > 1) is share
+        ends[share] = learned(changed, rows, reference=changed.policy)
+    (plain, report), (shared, again) = ends[False], ends[True]
+    assert norm(plain) > 0.01
+    assert distance(shared, plain) < 1e-5 * norm(plain)
+    assert again.loss == pytest.approx(report.loss, abs=1e-6)
+    assert again.stats.metrics() == pytest.approx(report.stats.metrics(), abs=1e-5)
 
 
 def test_update_skips_rows_without_advantage(session, rows):
