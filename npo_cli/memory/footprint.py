@@ -9,14 +9,15 @@ from math import ceil
 
 from npo_cli.config.recipe import Recipe
 from npo_cli.inference.base import ENGINES, Engine
+from npo_cli.inference.token_sampler import CHUNK_NUMBERS
 from npo_cli.storage.disk_space import estimate_disk
 from npo_cli.types.memory import Allocation, Hardware, Location, MemoryPhase, ModelShape
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
 CHUNK_COPIES = 4
 """float32 rows over the vocabulary alive in the backward pass of a logit chunk: two saved, two intermediate."""
-SAMPLER_COPIES = 6
-"""The same per sampled token: logits, log-probabilities, probabilities, and their cumulative sums in float64."""
+SAMPLER_COPIES = 3
+"""The same where a token is chosen, a chunk of rows at a time: logits, log-probabilities, probabilities."""
 VLLM = "vLLM"
 CONTEXT_BYTES = 1_500_000_000
 """CUDA, its libraries and NCCL per process: assumed, not measured."""
@@ -147,8 +148,9 @@ class _Footprint:
             return
         rows = self.count_sampled_rows(self.num_gpus)
         self.add_kv_cache("KV cache", rows)
-        logits = rows * shape.vocab_size * (SAMPLER_COPIES * FLOAT_BYTES + compute)
-        self.add("gpu", "sampling", "logits", logits, f"{rows} rows x {shape.vocab_size:,}")
+        logits = rows * shape.vocab_size
+        num_bytes = logits * compute + min(logits, CHUNK_NUMBERS) * SAMPLER_COPIES * FLOAT_BYTES
+        self.add("gpu", "sampling", "logits", num_bytes, f"{rows} rows x {shape.vocab_size:,}")
 
     def count_sampled_rows(self, num_gpus: int) -> int:
         rollouts = self.recipe.train.prompts_per_step * self.recipe.train.group_size

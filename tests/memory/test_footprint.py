@@ -65,7 +65,8 @@ def test_gpu_memory_in_float32():
         "guide's part of the gradient": 1000 * 4,
         # 32 rollouts of 60 + 40 tokens
         "KV cache": 32 * 100 * 40 * 4,
-        "logits": 32 * 50 * (6 * 4 + 4),
+        # the head's own, and 3 float32 rows to choose a token
+        "logits": 32 * 50 * (4 + 3 * 4),
     }
 
 
@@ -87,9 +88,15 @@ def test_gpu_memory_of_four_gpus_in_mixed_precision_with_checkpointing_and_a_kl_
         "guide's part of the gradient": 1000,
         # 8 rollouts a GPU, of which 5 side by side
         "KV cache": 5 * 100 * 40 * 2,
-        "logits": 5 * 50 * 26,
+        "logits": 5 * 50 * (2 + 3 * 4),
         "whole weights": 2000,
     }
+
+
+def test_tokens_of_a_large_vocabulary_are_chosen_a_chunk_of_rows_at_a_time():
+    shape = ModelShape(**{name: getattr(SHAPE, name) for name in SHAPE.__slots__} | {"vocab_size": 10**6})
+    needs = estimate(recipe(), "gpu", shape=shape)
+    assert needs["logits"] == 32 * 10**6 * 4 + 2**23 * 3 * 4
 
 
 def test_activations_cover_a_row_longer_than_a_micro_batch():
