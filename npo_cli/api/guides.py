@@ -1,10 +1,10 @@
 """`npo.score` and `npo.sample_guide`."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from npo_cli.api.checks import Overrides, check_figure_path, list_overrides, load_run_recipe
 from npo_cli.api.run import Run, resolve_root
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas
 
     from npo_cli.api.rows import Row
+    from npo_cli.types.views import PlannedWork
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,11 +72,23 @@ def score(
     root, overrides = resolve_root(run), list_overrides(overrides)
     specs = None if candidates is None else [parse_spec(str(candidate)) for candidate in candidates]
     load_run_recipe(root, overrides, branch=branch)
+    from npo_cli.guides.candidates import find_candidates
+    from npo_cli.storage.layout import open_run
 
-    from npo_cli.guides.score import score_run
+    asked: dict[str, Any] = {"at": at, "sources": specs, "branch": branch, "overrides": overrides}
+    find_candidates(open_run(root), **asked)
 
-    records = score_run(root, at=at, sources=specs, branch=branch, overrides=overrides, figure=picture)
-    return RecordStream(records, name="score", root=root, allow_code=allow_code)
+    def work() -> Generator[CandidateScore | GuideChoice | Progress | Notice, None, None]:
+        from npo_cli.guides.score import score_run
+
+        yield from score_run(root, **asked, figure=picture)
+
+    def plan() -> Iterator["PlannedWork | Notice"]:
+        from npo_cli.guides.dry_run import plan_scoring
+
+        return plan_scoring(root, **asked)
+
+    return RecordStream(work(), name="score", root=root, allow_code=allow_code, plan=plan)
 
 
 def _collect_guide(stream: "RecordStream[GuideCacheInfo | Progress | Notice]") -> GuideCacheInfo:
@@ -103,8 +116,21 @@ def sample_guide(
     spec = None if source is None else parse_spec(str(source))
     root, overrides = resolve_root(run), list_overrides(overrides)
     load_run_recipe(root, overrides, branch=branch)
+    from npo_cli.guides.candidates import choose_source
+    from npo_cli.storage.layout import open_run
 
-    from npo_cli.guides.build_cache import build_guide_cache
+    asked: dict[str, Any] = {"at": at, "spec": spec, "name": name, "branch": branch, "steps": steps}
+    asked["overrides"] = overrides
+    choose_source(open_run(root), **asked)
 
-    records = build_guide_cache(root, spec=spec, at=at, name=name, branch=branch, steps=steps, overrides=overrides)
-    return RecordStream(records, name="sample_guide", root=root, allow_code=allow_code)
+    def work() -> Generator[GuideCacheInfo | Progress | Notice, None, None]:
+        from npo_cli.guides.build_cache import build_guide_cache
+
+        yield from build_guide_cache(root, **asked)
+
+    def plan() -> Iterator["PlannedWork | Notice"]:
+        from npo_cli.guides.dry_run import plan_guide_cache
+
+        return plan_guide_cache(root, **asked)
+
+    return RecordStream(work(), name="sample_guide", root=root, allow_code=allow_code, plan=plan)

@@ -15,13 +15,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import Context, copy_context
 from functools import update_wrapper
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from npo_cli.activity import Listener, listen
 from npo_cli.api.callbacks import Callback, CallbackCalls, copy_numbers
+from npo_cli.errors import NpoError
 from npo_cli.session.startup import ignore_deprecations
 from npo_cli.session.stop_signal import StopFlag
 from npo_cli.types.rollouts import Notice, Progress
+
+if TYPE_CHECKING:
+    from npo_cli.types.views import PlannedWork
 
 LOGGER = logging.getLogger("npo_cli")
 P = ParamSpec("P")
@@ -48,13 +52,14 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
         stop: StopFlag | None = None,
         last_step: int | None = None,
         allow_code: bool = False,
+        plan: Callable[[], Iterator["PlannedWork | Notice"]] | None = None,
     ) -> None:
         self.root = root
         """The run directory."""
         self.last_step = last_step
         """Last step of this training, where it is known."""
         self._name, self._stop = name, StopFlag() if stop is None else stop
-        self._is_read = False
+        self._plan, self._allow_code = plan, allow_code
         calls = CallbackCalls(callbacks, self._stop)
         ignore_deprecations()
         from npo_cli.storage.text_log import forget_waiting_lines
@@ -66,6 +71,7 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
 
             self._context.run(permit_code)
         self._records: Generator[Record, None, None] = calls.pass_through(_isolate(records, self._context))
+        self._is_read = False
 
     def __next__(self) -> Record:
         self._is_read = True
@@ -88,6 +94,13 @@ class RecordStream(Generator[Record, None, None], Generic[Record]):
         """End it where it stands. Training continues from its last checkpoint with `npo.resume`."""
         self._is_read = True
         self._records.close()
+
+    def plan(self) -> "RecordStream[PlannedWork | Notice]":
+        """In place of the work: what it would do and cost, after the same checks; writes nothing (`--dry-run`)."""
+        if self._plan is None:
+            raise NpoError(f"npo.{self._name} has no dry run", "iterate the stream, or call close()")
+        self.close()
+        return RecordStream(self._plan(), name=self._name, root=self.root, allow_code=self._allow_code)
 
     def stop(self, reason: str = "the program") -> None:
         """End training after the current step, saved: read on until the stream ends."""

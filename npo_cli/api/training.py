@@ -1,6 +1,6 @@
 """`npo.train`, `npo.resume` and `npo.evaluate`."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,10 @@ from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointSaved, EvalReport, Notice, Progress, StepReport, TrainingRecord
 
 if TYPE_CHECKING:
+    from npo_cli.config.loading import Purpose
     from npo_cli.config.recipe import Recipe
+    from npo_cli.types.guides import SourceSpec
+    from npo_cli.types.views import PlannedWork
 
 StreamRecord = TrainingRecord | Progress | Transition | RunCosts
 """What training yields; transitions and costs only under AutoNPO."""
@@ -105,25 +108,44 @@ def train(
     """
     resolved, root, stop = _resolve_recipe(recipe, method), resolve_root(run), StopFlag()
     last = resolve_last_step(until, resolved, after=-1, autonpo=autonpo)
-    if autonpo:
-        from npo_cli.autonpo.run import train_autonpo
 
-        records = train_autonpo(root, resolved, stop=stop)
-    else:
-        from npo_cli.training.train import train_run
+    def work() -> Generator[StreamRecord, None, None]:  # its imports take seconds
+        records: Iterator[StreamRecord]
+        if autonpo:
+            from npo_cli.autonpo.run import train_autonpo
 
-        records = train_run(root, resolved, until=until, stop=stop)
-    from npo_cli.training.tracking import track_records
+            records = train_autonpo(root, resolved, stop=stop)
+        else:
+            from npo_cli.training.train import train_run
+
+            records = train_run(root, resolved, until=until, stop=stop)
+        yield from _track(root, resolved, records)
+
+    def plan() -> Iterator["PlannedWork | Notice"]:
+        if autonpo:
+            from npo_cli.autonpo.dry_training import plan_autonpo_training
+
+            return plan_autonpo_training(root, resolved)
+        from npo_cli.training.dry_run import plan_training
+
+        return plan_training(root, resolved, until=until)
 
     return RecordStream(
-        track_records(root, resolved, records),
+        work(),
         name="train",
         root=root,
         callbacks=callbacks,
         stop=stop,
         last_step=last,
         allow_code=allow_code,
+        plan=plan,
     )
+
+
+def _track(root: Path, recipe: "Recipe", records: Iterator[Any]) -> Iterator[Any]:
+    from npo_cli.training.tracking import track_records
+
+    return track_records(root, recipe, records)
 
 
 @returns(_collect_training)
@@ -150,25 +172,35 @@ def resume(
     (`no_guide=True`). `overrides`: settings that may change on resume or at a fork. `fresh_optimizer`: fork from
     weights only.
     """
-    checked = check_resume(
-        run,
-        at=at,
-        guide=guide,
-        no_guide=no_guide,
-        branch=branch,
-        new_branch=new_branch,
-        steps=steps,
-        until=until,
-        autonpo=autonpo,
-        fresh_optimizer=fresh_optimizer,
-        overrides=overrides,
+    root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
+    guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
+    from npo_cli.storage.layout import open_run
+
+    forked, first_line = _choose_branch(root, branch, at=at, guide=guide, autonpo=autonpo)
+    purpose: Purpose = "fork" if at is not None else "resume"
+    hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
+    recipe = load_run_recipe(root, overrides, branch=forked, purpose=purpose, hint=hint)
+    last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
+    has_guide, has_new_branch = guide is not None or steps is not None, new_branch is not None
+    _check_combination(
+        root, at=at, autonpo=autonpo, fresh=fresh_optimizer, has_guide=has_guide, has_new_branch=has_new_branch
     )
-    root, stop = checked.root, StopFlag()
-    where = checked.where(at=at)
-    replay: dict[str, Any] = {"guide": checked.guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
+    if no_guide or (at is not None and guide is None and not autonpo):
+        _check_guide_choice(root, recipe, at=at, guide=guide, no_guide=no_guide, autonpo=autonpo)
+    where: dict[str, Any] = {"overrides": overrides, "at": at, "source_branch": branch, "new_branch": new_branch}
+    replay: dict[str, Any] = {"guide": guide, "steps": steps, "until": until, "fresh": fresh_optimizer}
+    if autonpo:
+        from npo_cli.autonpo.preflight import find_start
+
+        find_start(open_run(root), **where)
+    else:
+        from npo_cli.training.start_point import choose_start
+
+        choose_start(open_run(root), **where, **replay)
 
     def work() -> Generator[StreamRecord, None, None]:
-        yield Notice(message=checked.first_line)  # before the imports, which take seconds
+        yield Notice(message=first_line)  # before the imports, which take seconds
+        records: Iterator[StreamRecord]
         if autonpo:
             from npo_cli.autonpo.run import resume_autonpo
 
@@ -177,9 +209,18 @@ def resume(
             from npo_cli.training.resume import resume_run
 
             records = resume_run(root, **where, **replay, stop=stop)
-        from npo_cli.training.tracking import track_records
+        yield from _track(root, recipe, records)
 
-        yield from track_records(root, checked.recipe, records)
+    def plan() -> Iterator["PlannedWork | Notice"]:
+        yield Notice(message=first_line)
+        if autonpo:
+            from npo_cli.autonpo.dry_training import plan_autonpo_resume
+
+            yield from plan_autonpo_resume(root, **where)
+        else:
+            from npo_cli.training.dry_run import plan_resume
+
+            yield from plan_resume(root, **where, **replay)
 
     return RecordStream(
         work(),
@@ -187,73 +228,9 @@ def resume(
         root=root,
         callbacks=callbacks,
         stop=stop,
-        last_step=checked.last_step,
-        allow_code=allow_code,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckedResume:
-    """Arguments of `resume` that passed its checks."""
-
-    root: Path
-    recipe: "Recipe"
-    branch: str | None
-    """As given; None: `first_line` names the branch that is continued or forked."""
-    guide: str | None
-    new_branch: str | None
-    overrides: list[str]
-    first_line: str
-    """Names the branch."""
-    last_step: int
-
-    def where(self, *, at: int | None) -> dict[str, Any]:
-        """Arguments of the functions that train: where it continues."""
-        return {"overrides": self.overrides, "at": at, "source_branch": self.branch, "new_branch": self.new_branch}
-
-
-def check_resume(
-    run: "Run | str | PathLike[str]",
-    *,
-    at: int | None,
-    guide: "str | GuideCacheInfo | None",
-    no_guide: bool,
-    branch: str | None,
-    new_branch: str | None,
-    steps: int | None,
-    until: int | None,
-    autonpo: bool,
-    fresh_optimizer: bool,
-    overrides: Overrides,
-) -> CheckedResume:
-    """The checks of `resume` that need no model."""
-    root, overrides = resolve_root(run), list_overrides(overrides)
-    guide = guide.name if isinstance(guide, GuideCacheInfo) else guide
-    hint = "" if branch is None or at is None else f"--new-branch {quote_path(Path(branch))}   # names a new branch"
-    acted_on, first_line = _choose_branch(root, branch, at=at, guide=guide, autonpo=autonpo)
-    purpose = "fork" if at is not None else "resume"
-    recipe = load_run_recipe(root, overrides, branch=acted_on, purpose=purpose, hint=hint)
-    last = resolve_last_step(until, recipe, after=at or 0, autonpo=autonpo)
-    has_guide = guide is not None or steps is not None
-    _check_combination(
-        root,
-        at=at,
-        autonpo=autonpo,
-        fresh=fresh_optimizer,
-        has_guide=has_guide,
-        has_new_branch=new_branch is not None,
-    )
-    if no_guide or (at is not None and guide is None and not autonpo):
-        _check_guide_choice(root, recipe, at=at, guide=guide, no_guide=no_guide, autonpo=autonpo)
-    return CheckedResume(
-        root=root,
-        recipe=recipe,
-        branch=branch,
-        guide=guide,
-        new_branch=new_branch,
-        overrides=overrides,
-        first_line=first_line,
         last_step=last,
+        allow_code=allow_code,
+        plan=plan,
     )
 
 
@@ -309,22 +286,23 @@ def replay(
     after an interruption, it continues where it stopped. `steps`: length of the replay.
     """
     from npo_cli.guides.source import parse_spec
-    from npo_cli.storage.layout import FIRST_BRANCH, validate_name
+    from npo_cli.storage.checkpoints import find_checkpoint
+    from npo_cli.storage.layout import FIRST_BRANCH, open_run, validate_name
+    from npo_cli.storage.lineage import choose_replay_name
 
     root, overrides, stop = resolve_root(run), list_overrides(overrides), StopFlag()
     specs = None if candidates is None else [parse_spec(str(candidate)) for candidate in candidates]
     recipe = load_run_recipe(root, overrides, branch=branch, purpose="fork")
     last = resolve_last_step(until, recipe, after=at, autonpo=False)
     parent = branch or FIRST_BRANCH
+    find_checkpoint(open_run(root), parent, at)
+    chosen = validate_name(name or choose_replay_name(parent, at))
+    _check_same_source(root, chosen, specs)
 
     def work() -> Generator[Any, None, None]:
         yield Notice(message=f"replay step {at} of branch {parent}")
-        from npo_cli.storage.lineage import choose_replay_name
-        from npo_cli.training.replay import check_same_source, replay_run
-        from npo_cli.training.tracking import track_records
+        from npo_cli.training.replay import replay_run
 
-        chosen = validate_name(name or choose_replay_name(parent, at))
-        check_same_source(root, chosen, specs)
         records = replay_run(
             root,
             at=at,
@@ -336,7 +314,7 @@ def replay(
             overrides=overrides,
             stop=stop,
         )
-        yield from track_records(root, recipe, records)
+        yield from _track(root, recipe, records)
 
     return RecordStream(
         work(),
@@ -347,6 +325,23 @@ def replay(
         last_step=last,
         allow_code=allow_code,
     )
+
+
+def _check_same_source(root: Path, name: str, sources: "Sequence[SourceSpec] | None") -> None:
+    """Refuse other candidates than the guide that an earlier call of the same name chose: they would have no effect."""
+    from npo_cli.storage.guide_cache import cache_info_path, format_source_option, read_cache_info
+    from npo_cli.storage.layout import open_run
+
+    folder = open_run(root).guide_folder(name)
+    if sources is None or not cache_info_path(folder).exists():
+        return
+    info = read_cache_info(folder)
+    if info.source.text not in {spec.text for spec in sources}:
+        raise NpoError(
+            f"{root} already has guide {name}, from {info.source.text}, which is none of these candidates",
+            f"--name NEW, or continue it: npo replay {quote_path(root)} --at {info.learner_step} --name {name} "
+            f"{format_source_option(info)}",
+        )
 
 
 def _check_combination(
@@ -413,10 +408,18 @@ def evaluate(
     """
     if every_step and step is not None:
         raise NpoError("--step and --all cannot be combined", "give one of them, or neither for the newest checkpoint")
+    from npo_cli.storage.checkpoints import find_checkpoint
+    from npo_cli.storage.layout import open_run
+    from npo_cli.storage.lineage import find_main_branch
+
     root, overrides = resolve_root(run), list_overrides(overrides)
     load_run_recipe(root, overrides, branch=branch)
+    if step is not None:
+        find_checkpoint(open_run(root), branch or find_main_branch(open_run(root)), step)
 
-    from npo_cli.training.evaluate import evaluate_run
+    def work() -> Generator[EvalReport | Progress | Notice, None, None]:
+        from npo_cli.training.evaluate import evaluate_run
 
-    records = evaluate_run(root, step=step, every_step=every_step, branch=branch, overrides=overrides)
-    return RecordStream(records, name="evaluate", root=root, allow_code=allow_code)
+        yield from evaluate_run(root, step=step, every_step=every_step, branch=branch, overrides=overrides)
+
+    return RecordStream(work(), name="evaluate", root=root, allow_code=allow_code)

@@ -41,7 +41,8 @@ from npo_cli.storage.guide_cache import (
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import find_first_segment, list_branches, list_recorded_branches
 from npo_cli.training.checkpointing import require_training_state
-from npo_cli.training.resume import ResumePoint, record_start
+from npo_cli.training.resume import record_start
+from npo_cli.training.start_point import ResumePoint
 from npo_cli.types.autonpo import AutoNPOState
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Group, Progress, Rollout, Segment

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from npo_cli.autonpo.preflight import usable_distances, validate_autonpo_settings
-from npo_cli.autonpo.run import find_start
+from npo_cli.autonpo.preflight import find_start, usable_distances, validate_autonpo_settings
 from npo_cli.config.recipe import Recipe
 from npo_cli.session.dry_run import open_dry_session, plan_samples, plan_steps, recorded_length
 from npo_cli.storage.layout import open_run

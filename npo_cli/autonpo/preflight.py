@@ -1,10 +1,16 @@
-"""Checks of the settings before training starts: AutoNPO must be able to trigger, roll back and make progress."""
+"""Before training starts: settings with which AutoNPO can trigger, roll back and make progress, and where it begins."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from npo_cli.autonpo.rollback_choice import BIDIRECTIONAL_KINDS
 from npo_cli.config.recipe import Recipe
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.storage.autonpo_log import read_transitions
+from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import find_first_segment
+from npo_cli.training.start_point import ResumePoint, find_resume_point, fork
+from npo_cli.types.autonpo import AutoNPOState
 
 
 def usable_distances(recipe: Recipe) -> tuple[int, ...]:
@@ -181,3 +187,24 @@ def dump_autonpo_settings(recipe: Recipe) -> dict[str, Any]:
     """The sections that determine what AutoNPO does, as plain data."""
     plain = recipe.model_dump(mode="json")
     return {name: plain[name] for name in DECIDING_SECTIONS}
+
+
+def find_start(
+    run: RunDir, *, overrides: Sequence[str], at: int | None, source_branch: str | None, new_branch: str | None
+) -> tuple[ResumePoint, AutoNPOState]:
+    """The branch to continue, and the controller's state there."""
+    if at is not None:
+        start = fork(run, source_branch, at, overrides=overrides, guide=None, new_branch=new_branch, steps=None)
+        return start, AutoNPOState(branch=start.branch, step=at)
+    before = read_transitions(run)
+    if before:
+        state = before[-1].state
+        if source_branch not in (None, state.branch):
+            raise NpoError(
+                f"AutoNPO is active on branch {state.branch} of {run.root}, not on {source_branch}",
+                f"omit --branch, or fork a branch for it: npo resume {quote_path(run.root)} --autonpo "
+                f"--branch {source_branch} --at STEP",
+            )
+        return find_resume_point(run, state.branch, overrides), state
+    start = find_resume_point(run, source_branch, overrides)
+    return start, AutoNPOState(branch=start.branch, step=find_first_segment(run, start.branch).fork_step)

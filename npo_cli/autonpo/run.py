@@ -20,10 +20,10 @@ from npo_cli.autonpo.actions import (
     perform_rollback,
 )
 from npo_cli.autonpo.controller import TRAINING_PHASES, ControllerEvent, StepObserved, advance
-from npo_cli.autonpo.preflight import dump_autonpo_settings, usable_distances, validate_autonpo_settings
+from npo_cli.autonpo.preflight import dump_autonpo_settings, find_start, usable_distances, validate_autonpo_settings
 from npo_cli.autonpo.trigger import Trigger, TriggerInput, is_finite
 from npo_cli.config.recipe import Recipe
-from npo_cli.errors import NpoError, StoppedEarly, quote_path
+from npo_cli.errors import StoppedEarly, quote_path
 from npo_cli.policy.optimizer import build_optimizer
 from npo_cli.report.tables_autonpo import describe_transition
 from npo_cli.rollout.batch import ActiveGuide
@@ -35,19 +35,12 @@ from npo_cli.storage.checkpoints import Checkpoint, find_resume_checkpoint, list
 from npo_cli.storage.cost_sums import compute_run_costs
 from npo_cli.storage.interrupted import record_finish
 from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lineage import ancestry, find_first_segment, find_newest_branch
+from npo_cli.storage.lineage import ancestry, find_newest_branch
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import append_event, read_metrics
 from npo_cli.training.loop import grpo_steps
-from npo_cli.training.resume import (
-    ResumePoint,
-    damage_warnings,
-    find_resume_point,
-    fork,
-    load_first_state,
-    open_active_guide,
-    record_start,
-)
+from npo_cli.training.resume import damage_warnings, load_first_state, open_active_guide, record_start
+from npo_cli.training.start_point import ResumePoint, find_resume_point
 from npo_cli.training.train import (
     MAIN,
     create_session,
@@ -102,27 +95,6 @@ def train_autonpo(root: Path, recipe: Recipe, *, stop: StopFlag | None = None) -
     with create_session(root, recipe, check=validate_autonpo_settings, stop=stop) as (session, stop):
         yield from startup_warnings(session)
         yield from run_autonpo(session, AutoNPOState(branch=MAIN, step=0), stop=stop, reads_log=False)
-
-
-def find_start(
-    run: RunDir, *, overrides: Sequence[str], at: int | None, source_branch: str | None, new_branch: str | None
-) -> tuple[ResumePoint, AutoNPOState]:
-    """The branch to continue, and the controller's state there."""
-    if at is not None:
-        start = fork(run, source_branch, at, overrides=overrides, guide=None, new_branch=new_branch, steps=None)
-        return start, AutoNPOState(branch=start.branch, step=at)
-    before = read_transitions(run)
-    if before:
-        state = before[-1].state
-        if source_branch not in (None, state.branch):
-            raise NpoError(
-                f"AutoNPO is active on branch {state.branch} of {run.root}, not on {source_branch}",
-                f"omit --branch, or fork a branch for it: npo resume {quote_path(run.root)} --autonpo "
-                f"--branch {source_branch} --at STEP",
-            )
-        return find_resume_point(run, state.branch, overrides), state
-    start = find_resume_point(run, source_branch, overrides)
-    return start, AutoNPOState(branch=start.branch, step=find_first_segment(run, start.branch).fork_step)
 
 
 def run_autonpo(session: Session, state: AutoNPOState, *, stop: StopFlag, reads_log: bool) -> Iterator[DriverRecord]:

@@ -1,7 +1,7 @@
 """`npo resume`."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -68,26 +68,24 @@ def resume(
     new branch (npo autonpo RUN --explain is a dry run).
     Settings that earlier steps depend on cannot change; train.num_steps may be raised.
     """
-    arguments: dict[str, Any] = {
-        "at": at,
-        "guide": guide,
-        "no_guide": no_guide,
-        "branch": branch,
-        "new_branch": new_branch,
-        "steps": steps,
-        "until": until,
-        "autonpo": autonpo,
-        "fresh_optimizer": fresh,
-        "overrides": overrides or (),
-    }
-    if dry_run:
-        from npo_cli.api.dry_run import plan_resume
-
-        print_records(plan_resume(run, **arguments), as_json=as_json)
-        return
     from npo_cli.api.training import resume as resume_run
 
-    records = resume_run.stream(run, **arguments)
+    records = resume_run.stream(
+        run,
+        at=at,
+        guide=guide,
+        no_guide=no_guide,
+        branch=branch,
+        new_branch=new_branch,
+        steps=steps,
+        until=until,
+        autonpo=autonpo,
+        fresh_optimizer=fresh,
+        overrides=overrides or (),
+    )
+    if dry_run:
+        print_records(records.plan(), as_json=as_json)
+        return
     from npo_cli.report.conclusions import conclude_training
 
     conclude = partial(conclude_training, run)

@@ -1,7 +1,7 @@
 """`npo sample-guide`."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -44,22 +44,20 @@ def sample_guide(
     as_json: JsonOpt = False,
 ) -> None:
     """Build a guide cache: sample a guide on the prompts of a replay."""
-    arguments: dict[str, Any] = {
-        "at": at,
-        "source": source,
-        "name": name,
-        "steps": steps,
-        "branch": branch,
-        "overrides": overrides or (),
-    }
-    if dry_run:
-        from npo_cli.api.dry_run import plan_sample_guide
-
-        print_records(plan_sample_guide(run, **arguments), as_json=as_json)
-        return
     from npo_cli.api.guides import sample_guide as build_guide_cache
 
-    records = build_guide_cache.stream(run, **arguments)
+    records = build_guide_cache.stream(
+        run,
+        at=at,
+        source=source,
+        name=name,
+        steps=steps,
+        branch=branch,
+        overrides=overrides or (),
+    )
+    if dry_run:
+        print_records(records.plan(), as_json=as_json)
+        return
     from npo_cli.report.conclusions import conclude_guide
 
     print_records(records, as_json=as_json, full=full, conclude=partial(conclude_guide, run))

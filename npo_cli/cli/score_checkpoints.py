@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -66,21 +66,19 @@ def score_checkpoints(
         raise NpoError("--out has no effect with --dry-run, which scores nothing", "leave one of the two out")
     steps = () if candidates is None else parse_steps(candidates)
 
-    arguments: dict[str, Any] = {
-        "at": at,
-        "candidates": [*steps, *(source or ())] or None,
-        "branch": branch,
-        "overrides": overrides or (),
-        "figure": figure,
-    }
-    if dry_run:
-        from npo_cli.api.dry_run import plan_score
-
-        print_records(plan_score(run, **arguments), as_json=as_json)
-        return
     from npo_cli.api.guides import score
 
-    records = score.stream(run, **arguments)
+    records = score.stream(
+        run,
+        at=at,
+        candidates=[*steps, *(source or ())] or None,
+        branch=branch,
+        overrides=overrides or (),
+        figure=figure,
+    )
+    if dry_run:
+        print_records(records.plan(), as_json=as_json)
+        return
     from npo_cli.report.conclusions import conclude_scoring
 
     conclude = partial(conclude_scoring, run, at, branch)

@@ -62,14 +62,12 @@ def train(
 
     # Of several processes one looks: it creates the directory before the others may have looked.
     root = current_group().run_on_main(find_run_directory, phase="name the run")
-    if dry_run:
-        from npo_cli.api.dry_run import plan_train
-
-        print_records(plan_train(resolved, root, until=until, autonpo=autonpo), as_json=as_json)
-        return
     from npo_cli.api.training import train as train_run
 
     records = train_run.stream(resolved, root, until=until, autonpo=autonpo)
+    if dry_run:
+        print_records(records.plan(), as_json=as_json)
+        return
     if given is None:
         print_notice(escape_for_terminal(f"run directory: {root}"))
     from npo_cli.report.conclusions import conclude_training

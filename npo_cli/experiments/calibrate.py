@@ -22,7 +22,8 @@ from npo_cli.errors import NpoError
 from npo_cli.experiments.bootstrap import Resampler, SeedStatistics
 from npo_cli.experiments.selection_rules import LearnerGains, Rule, evaluate_rules, list_rules
 from npo_cli.guides.build_cache import fill_cache, list_guide_prompts, new_cache_info, selection_gate, warning_notices
-from npo_cli.guides.score import create_candidates, score_candidates
+from npo_cli.guides.candidates import create_candidates
+from npo_cli.guides.score import score_candidates
 from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make_spec, open_source, parse_spec
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.losses.importance_ratio import check_ratio_available

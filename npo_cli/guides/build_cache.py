@@ -15,29 +15,26 @@ from pathlib import Path
 
 from npo_cli.config.guides import GuideCacheSettings
 from npo_cli.errors import NpoError, quote_path
+from npo_cli.guides.candidates import choose_source
 from npo_cli.guides.source import (
     GuideSource,
     PromptResponses,
-    ReplayTarget,
-    create_source,
     is_yield_low,
     open_source,
-    parse_spec,
 )
 from npo_cli.guides.sources.checkpoint import CheckpointSource
 from npo_cli.seeds import derive_seed
-from npo_cli.session.learner import Learner, find_learner, list_replay_prompts
+from npo_cli.session.learner import list_replay_prompts
 from npo_cli.session.recorded_steps import RecordedSteps
 from npo_cli.session.session import open_task_and_policy
 from npo_cli.session.startup import charge_startup
 from npo_cli.storage.costs import CostKind, append_cost
 from npo_cli.storage.guide_cache import finish_guide_cache, open_guide_cache, read_guide_prompts
-from npo_cli.storage.layout import RunDir, open_run, validate_name
+from npo_cli.storage.layout import open_run
 from npo_cli.storage.lock import lock_run
-from npo_cli.storage.sample_store import SampleStore, find_latest_scores
+from npo_cli.storage.sample_store import SampleStore
 from npo_cli.types.guides import GuideCacheInfo, SourceSpec
 from npo_cli.types.rollouts import Notice, Progress, Prompt, PromptSamples, Rollout
-from npo_cli.types.scores import choose_guide
 
 CHUNK_PROMPTS = 64
 
@@ -54,11 +51,10 @@ def build_guide_cache(
 ) -> Iterator[Progress | Notice | GuideCacheInfo]:
     """Fill the guide cache `name`, or finish it. `spec` None: the choice of the newest scoring of this learner."""
     run = open_run(root)
-    learner = find_learner(run, at=at, branch=branch, overrides=overrides)
-    source = choose_source(ReplayTarget(run=run, learner=learner, steps=steps), spec)
+    source, name = choose_source(run, spec=spec, at=at, name=name, branch=branch, steps=steps, overrides=overrides)
+    learner = source.target.learner
     if spec is None:
         yield Notice(message=f"guide source: {source.spec.text}")
-    name = name_guide_cache(source, name)
     with (
         lock_run(run),
         open_task_and_policy(source.session_recipe(), learner.checkpoint, run=run) as (task, policy),
@@ -95,17 +91,6 @@ def build_guide_cache(
         yield done
 
 
-def choose_source(target: ReplayTarget, spec: SourceSpec | None) -> GuideSource:
-    """The source of a guide cache; without a SPEC the choice of the newest scoring of this learner."""
-    return create_source(find_chosen_guide(target.run, target.learner) if spec is None else spec, target)
-
-
-def name_guide_cache(source: GuideSource, name: str | None) -> str:
-    """The name as given, or one made of learner and source."""
-    learner = source.target.learner
-    return validate_name(f"{learner.branch}-{learner.step}-by-{source.default_label}" if name is None else name)
-
-
 def require_guide_prompts(source: GuideSource) -> list[Prompt]:
     """The prompts that the source is sampled for; refused where none needs a guide."""
     prompts, at = list_guide_prompts(source), source.target.learner.step
@@ -136,23 +121,6 @@ def list_guide_prompts(source: GuideSource) -> list[Prompt]:
     recorded = RecordedSteps(run=source.target.run, branch=learner.branch)
     solved = recorded.find_solved_prompts(learner.step, learner.step + source.num_steps, gate)
     return [prompt for prompt in prompts if prompt.prompt_id not in solved]
-
-
-def find_chosen_guide(run: RunDir, learner: Learner) -> SourceSpec:
-    """The guide that the newest scoring of the learner selected; without a scoring, guide.replay.guide_step.
-
-    Refused where the scoring found no guide worth it.
-    """
-    scored = find_latest_scores(run, branch=learner.branch, learner_step=learner.step)
-    if scored is None:
-        return parse_spec("checkpoint")
-    choice = choose_guide(scored.scores)
-    if choice.chosen is None:
-        raise NpoError(
-            f"the newest scoring of step {learner.step} selects no guide: {choice.reason}",
-            "name one with --source SPEC to use it all the same, score others, or choose another --at",
-        )
-    return parse_spec(choice.chosen)
 
 
 def warning_notices(warnings: Iterable[str]) -> Iterator[Notice]:

@@ -3,18 +3,12 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from npo_cli.guides.build_cache import (
-    choose_source,
-    name_guide_cache,
-    new_cache_info,
-    require_guide_prompts,
-    selection_gate,
-)
-from npo_cli.guides.score import create_candidates, find_horizon, plan_rounds
-from npo_cli.guides.source import ReplayTarget, open_source
+from npo_cli.guides.build_cache import new_cache_info, require_guide_prompts, selection_gate
+from npo_cli.guides.candidates import choose_source, find_candidates, find_horizon, plan_rounds
+from npo_cli.guides.source import open_source
 from npo_cli.guides.sources.checkpoint import CheckpointSource, LineCheckpoint
 from npo_cli.session.dry_run import dry_session, plan_samples, recorded_length
-from npo_cli.session.learner import find_learner, list_replay_prompts
+from npo_cli.session.learner import list_replay_prompts
 from npo_cli.session.session import open_task_and_policy
 from npo_cli.storage.guide_cache import check_guide_cache, read_guide_prompts
 from npo_cli.storage.layout import open_run
@@ -36,9 +30,8 @@ def plan_guide_cache(
 ) -> Iterator[PlannedWork | Notice]:
     """The prompts and at most so many samples of a guide cache, after the checks of `build_guide_cache`."""
     run = open_run(root)
-    learner = find_learner(run, at=at, branch=branch, overrides=overrides)
-    source = choose_source(ReplayTarget(run=run, learner=learner, steps=steps), spec)
-    name = name_guide_cache(source, name)
+    source, name = choose_source(run, spec=spec, at=at, name=name, branch=branch, steps=steps, overrides=overrides)
+    learner = source.target.learner
     with (
         hold_unchanged(run),
         open_task_and_policy(source.session_recipe(), learner.checkpoint) as (task, policy),
@@ -75,9 +68,8 @@ def plan_scoring(
     How many prompts the learner fails is only known once it is sampled.
     """
     run = open_run(root)
-    learner = find_learner(run, at=at, branch=branch, overrides=overrides)
+    learner, candidates = find_candidates(run, at=at, sources=sources, branch=branch, overrides=overrides)
     recipe = learner.recipe
-    candidates = create_candidates(run, learner, sources)
     horizon, rounds = find_horizon(candidates, learner), plan_rounds(candidates, recipe)
     with hold_unchanged(run), open_task_and_policy(recipe, learner.checkpoint) as (task, policy):
         for source in candidates:

@@ -14,6 +14,7 @@ from pathlib import Path
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError
 from npo_cli.guides.build_cache import warning_notices
+from npo_cli.guides.candidates import find_candidates, find_horizon, plan_rounds
 from npo_cli.guides.collect_samples import (
     CONTROL,
     SCREENING,
@@ -22,17 +23,17 @@ from npo_cli.guides.collect_samples import (
     sample_learner,
     sample_other_source,
 )
-from npo_cli.guides.source import GuideSource, ReplayTarget, create_source, make_spec
+from npo_cli.guides.source import GuideSource
 from npo_cli.guides.sources.checkpoint import LineCheckpoint
 from npo_cli.policy.model import Policy
 from npo_cli.report.score_plots import plot_scores
 from npo_cli.scoring.forecast import ReplaySegment
-from npo_cli.scoring.halving import HalvingRound, halving_rounds, select_survivors
+from npo_cli.scoring.halving import HalvingRound, select_survivors
 from npo_cli.scoring.quality import PromptPassCount
 from npo_cli.scoring.ranking import CandidateResults, rank_candidates, variance_range_warning
 from npo_cli.scoring.variance import SignalFormula
 from npo_cli.seeds import derive_seed
-from npo_cli.session.learner import Learner, find_learner, list_later_checkpoints, list_replay_prompts
+from npo_cli.session.learner import Learner, list_replay_prompts
 from npo_cli.session.logprob_pass import compute_learner_ratios
 from npo_cli.session.recorded_steps import RecordedSteps
 from npo_cli.session.session import Session, build_session, load_checkpoint, open_task_and_policy
@@ -61,12 +62,8 @@ def score_run(
     `sources` None: every later checkpoint.
     """
     run = open_run(root)
-    learner = find_learner(run, at=at, branch=branch, overrides=overrides)
+    learner, candidates = find_candidates(run, at=at, sources=sources, branch=branch, overrides=overrides)
     recipe = learner.recipe
-    candidates = create_candidates(run, learner, sources)
-    # What these refuse is refused before a model is loaded.
-    find_horizon(candidates, learner)
-    plan_rounds(candidates, recipe)
     with lock_run(run), open_task_and_policy(recipe, learner.checkpoint, run=run) as (task, policy):
         scores = yield from score_candidates(run, learner, candidates, task=task, policy=policy)
     for warning in (variance_range_warning(scores), sample_count_warning(recipe)):
@@ -114,65 +111,6 @@ def score_candidates(
     charge_startup(run, branch=learner.branch, step=learner.step, artifact=state.store.folder)
     save_scores(state.store, scores)
     return scores
-
-
-def create_candidates(run: RunDir, learner: Learner, sources: Sequence[SourceSpec] | None) -> list[GuideSource]:
-    """Each source once: checkpoints of the line by step, then the others as given; all validated without a model.
-
-    Other sources draw `scoring.samples_per_prompt` responses per prompt in one round.
-    """
-    if sources is None:
-        sources = [make_spec("checkpoint", {"step": found.step}) for found in list_later_checkpoints(run, learner)]
-    recipe, k = learner.recipe, learner.recipe.scoring.samples_per_prompt
-    cache = recipe.guide.cache.model_copy(
-        update={
-            "samples_per_prompt": k,
-            "samples_per_round": k,
-            "temperature": None,
-            "select": "random",
-            "max_responses_per_prompt": 1,
-            "min_correct": 1,
-        }
-    )
-    guide = recipe.guide.model_copy(update={"cache": cache})
-    scored = replace(learner, recipe=recipe.model_copy(update={"guide": guide}))
-    target = ReplayTarget(run=run, learner=scored, purpose="score")
-    created = [create_source(spec, target) for spec in sources]
-    candidates = list({source.spec.text: source for source in created}.values())
-    if learner.step == 0 and any(source.name == "base" for source in candidates):
-        raise NpoError("the learner at step 0 is the base itself", "use --source self, or a later --at")
-    checkpoints = [source for source in candidates if isinstance(source, LineCheckpoint)]
-    others = [source for source in candidates if not isinstance(source, LineCheckpoint)]
-    return [*sorted(checkpoints, key=lambda source: source.checkpoint.step), *others]
-
-
-def find_horizon(candidates: Sequence[GuideSource], learner: Learner) -> int:
-    """Last step of the segment whose prompts are screened: the last candidate's, else the end of the replay or run."""
-    recipe = learner.recipe
-    steps = [source.checkpoint.step for source in candidates if isinstance(source, LineCheckpoint)]
-    if any(step > learner.step for step in steps):
-        return max(steps)
-    if recipe.guide.replay.num_steps is not None:
-        return learner.step + recipe.guide.replay.num_steps
-    if recipe.train.num_steps <= learner.step:
-        raise NpoError(
-            f"step {learner.step} is the run's last: there is no segment to take prompts from",
-            "choose an earlier --at, or set guide.replay.num_steps",
-        )
-    return recipe.train.num_steps
-
-
-def plan_rounds(candidates: Sequence[GuideSource], recipe: Recipe) -> list[HalvingRound] | None:
-    """Rounds of sequential halving within `scoring.budget`; None without a budget."""
-    budget = recipe.scoring.budget
-    if budget is None:
-        return None
-    if not all(isinstance(source, LineCheckpoint) for source in candidates):
-        raise NpoError(
-            "scoring.budget is only available if all candidates are checkpoints of this run",
-            "set scoring.budget=null, or leave out the other sources",
-        )
-    return halving_rounds(len(candidates), budget)
 
 
 def sample_count_warning(recipe: Recipe) -> str | None:

@@ -1,17 +1,22 @@
 """The learner and the steps after it: which checkpoint, which branch, which prompts. Used by scoring and guides."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from npo_cli.config.loading import override_saved_recipe
 from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
-from npo_cli.session.session import Session
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, list_ancestry_checkpoints
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import ancestry, find_main_branch
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.types.rollouts import Prompt
+
+if TYPE_CHECKING:
+    from npo_cli.session.session import Session
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,8 @@ from npo_cli.session.session import open_policy, open_task
 from npo_cli.storage.layout import check_unused, open_run
 from npo_cli.storage.lock import hold_unchanged
 from npo_cli.training.disk import check_disk_space, plan_disk
-from npo_cli.training.resume import choose_start, open_active_guide
+from npo_cli.training.resume import open_active_guide
+from npo_cli.training.start_point import choose_start
 from npo_cli.training.train import MAIN, settle_recipe
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import PlannedWork

@@ -14,7 +14,7 @@ from npo_cli.guides.build_cache import build_guide_cache
 from npo_cli.guides.score import score_run
 from npo_cli.guides.source import parse_spec
 from npo_cli.session.stop_signal import StopFlag
-from npo_cli.storage.guide_cache import cache_info_path, format_source_option, read_cache_info
+from npo_cli.storage.guide_cache import cache_info_path, read_cache_info
 from npo_cli.storage.interrupted import find_last_saved_step
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_first_segment, list_branches
@@ -118,19 +118,4 @@ def _check_branch(run: RunDir, name: str, *, branch: str, at: int) -> None:
         raise NpoError(
             f"{run.root} already has a branch {name!r}, which is no replay of step {at} of {branch} by guide {name}",
             f"npo replay {quote_path(run.root)} --at {at} --name NEW",
-        )
-
-
-def check_same_source(root: Path, name: str, sources: Sequence[SourceSpec] | None) -> None:
-    """Refuse other candidates than the guide that an earlier call of the same name chose: they would have no effect."""
-    run = open_run(root)
-    folder = run.guide_folder(name)
-    if sources is None or not cache_info_path(folder).exists():
-        return
-    info = read_cache_info(folder)
-    if info.source.text not in {spec.text for spec in sources}:
-        raise NpoError(
-            f"{root} already has guide {name}, from {info.source.text}, which is none of these candidates",
-            f"--name NEW, or continue it: npo replay {quote_path(root)} --at {info.learner_step} --name {name} "
-            f"{format_source_option(info)}",
         )

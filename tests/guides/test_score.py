@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from npo_cli.errors import NpoError
+from npo_cli.guides.candidates import create_candidates
 from npo_cli.guides.collect_samples import SCREENING
-from npo_cli.guides.score import create_candidates, open_scoring_state, rank_round
+from npo_cli.guides.score import open_scoring_state, rank_round
 from npo_cli.guides.source import parse_spec
 from npo_cli.scoring.ranking import NO_LOGPROBS_NOTE, RECORDED_NOTE
 from npo_cli.scoring.variance import VARIANCE_ESTIMATORS

@@ -17,7 +17,7 @@ from npo_cli.storage.lineage import read_segments
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.checkpointing import restore_state
-from npo_cli.training.resume import fork
+from npo_cli.training.start_point import fork
 from npo_cli.training.train import train_run
 from npo_cli.types.rollouts import Notice
 from tests.helpers.runs import (

@@ -11,7 +11,8 @@ from npo_cli.policy.optimizer import TrainerState, build_optimizer
 from npo_cli.session.session import build_session, open_policy, open_task
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.layout import open_run
-from npo_cli.training.resume import fork, load_first_state
+from npo_cli.training.resume import load_first_state
+from npo_cli.training.start_point import fork
 from tests.helpers.autonpo_runs import groups_of, prompt_ids
 from tests.helpers.runs import copy_run, open_session_at, reproducible_digests, resume, sample, start_resume, stop_after
 

@@ -1,0 +1,154 @@
+"""Where training continues or forks, and whether the options fit: what `npo resume` finds out without a model."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from npo_cli.config.loading import override_saved_recipe
+from npo_cli.config.recipe import Recipe
+from npo_cli.errors import NpoError, quote_path
+from npo_cli.guides.sources.extrapolated import find_older_checkpoint
+from npo_cli.storage.checkpoints import (
+    Checkpoint,
+    check_newer_checkpoints,
+    find_checkpoint,
+    find_resume_checkpoint,
+    list_ancestry_checkpoints,
+)
+from npo_cli.storage.guide_cache import format_source_option, load_guide
+from npo_cli.storage.interrupted import find_resume_target
+from npo_cli.storage.layout import RunDir
+from npo_cli.storage.lineage import find_free_branch_name, find_main_branch, read_segments
+from npo_cli.types.guides import GuideCacheInfo
+from npo_cli.types.rollouts import Segment
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumePoint:
+    """Where training continues."""
+
+    recipe: Recipe
+    branch: str
+    checkpoint: Checkpoint | None
+    """None if the run was killed before its first checkpoint: it starts from the base model."""
+    segment: Segment
+    is_new: bool
+    """The branch does not exist yet."""
+    has_fresh_optimizer: bool = False
+    """Only weights are loaded from the checkpoint; the optimizer state is new."""
+
+
+def choose_start(
+    run: RunDir,
+    *,
+    overrides: Sequence[str],
+    at: int | None,
+    guide: str | None,
+    source_branch: str | None,
+    new_branch: str | None,
+    steps: int | None,
+    until: int | None,
+    fresh: bool,
+) -> ResumePoint:
+    """Where training continues or forks; refused if no step is left, or if an option does not fit."""
+    replay = {"--guide": guide, "--new-branch": new_branch, "--steps": steps}
+    again = format_command(run.root, **{"--branch": source_branch, "--at": at}, **replay)
+    if at is None:
+        check_replay_options(again, **replay)
+        start = find_resume_point(run, source_branch, overrides)
+    else:
+        start = fork(run, source_branch, at, overrides=overrides, guide=guide, new_branch=new_branch, steps=steps)
+        start = replace(start, has_fresh_optimizer=fresh)
+    check_steps_left(run, start, command=again, until=until)
+    return start
+
+
+def format_command(root: Path, **options: str | int | None) -> str:
+    """The command as typed, as the start of a hint."""
+    given = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return " ".join(["npo resume", quote_path(root), *given])
+
+
+def check_replay_options(again: str, **options: str | int | None) -> None:
+    """`--guide`, `--new-branch` and `--steps` describe a fork, which needs `--at`."""
+    for name, value in options.items():
+        if value is not None:
+            raise NpoError(f"{name} needs --at STEP", f"{again} --at STEP")
+
+
+def check_steps_left(run: RunDir, start: ResumePoint, *, command: str, until: int | None = None) -> None:
+    """Refuse to resume a run that has done all its steps."""
+    train, done = start.recipe.train, start.checkpoint.step if start.checkpoint else 0
+    if start.is_new and start.segment.guide_cache is None and start.recipe.guide.source == "cache":
+        command = f"{command} --no-guide"
+    if until is not None and done >= until:
+        raise NpoError(
+            f"the run is at step {done} already: --until {until} is not later", f"{command} --until {done + 1}"
+        )
+    if done < train.num_steps:
+        return
+    more = f"train.num_steps={2 * done}"
+    if train.schedule != "constant" and not start.is_new:
+        command = f"{command} --at {done} --no-guide"  # the completed steps depend on train.num_steps
+    raise NpoError(f"the run has completed step {done} of {train.num_steps}", f"{command} {more}")
+
+
+def find_resume_point(run: RunDir, branch: str | None, overrides: Sequence[str]) -> ResumePoint:
+    """The newest full checkpoint of a branch (None: see `find_resume_target`). Only settings that may change on resume
+    may be in `overrides`."""
+    branch = branch or find_resume_target(run).branch
+    recipe = override_saved_recipe(run.read_recipe(branch), overrides, path=run.recipe_path(branch), purpose="resume")
+    known = list_ancestry_checkpoints(run, branch)
+    if not known:
+        check_newer_checkpoints(run, branch, -1)
+    checkpoint = find_resume_checkpoint(run, branch) if known else None
+    segment = [entry for entry in read_segments(run) if entry.branch == branch][-1]
+    return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=False)
+
+
+def fork(
+    run: RunDir,
+    parent: str | None,
+    at: int,
+    *,
+    overrides: Sequence[str],
+    guide: str | None,
+    new_branch: str | None,
+    steps: int | None,
+) -> ResumePoint:
+    """A new branch at step `at`; the guide is used for the steps it was sampled for, or for `steps`."""
+    info = None if guide is None else load_guide(run, guide)[0]
+    if info is None and steps is not None:
+        raise NpoError("--steps needs --guide NAME", "add --guide NAME")
+    parent = parent or (info.branch if info else find_main_branch(run))
+    checkpoint = find_checkpoint(run, parent, at)
+    recipe = override_saved_recipe(run.read_recipe(parent), overrides, path=run.recipe_path(parent), purpose="fork")
+    if info:
+        check_guide(run, info, parent=parent, at=at)
+    if recipe.guide.source == "extrapolated":
+        # A missing older checkpoint is reported before a branch is created.
+        find_older_checkpoint(run, parent, k=recipe.extrapolation.k, step=at, every=recipe.train.save_every)
+    until = at + (steps or info.num_steps) if info else None
+    branch = find_free_branch_name(
+        run, guide or f"{parent}-from-{at}" if new_branch is None else new_branch, exact=new_branch is not None
+    )
+    segment = Segment(branch=branch, parent=parent, fork_step=at, guide_cache=guide, guide_until=until)
+    return ResumePoint(recipe=recipe, branch=branch, checkpoint=checkpoint, segment=segment, is_new=True)
+
+
+def check_guide(run: RunDir, info: GuideCacheInfo, *, parent: str, at: int) -> None:
+    """Refuse a guide without a response, or one that was sampled for another learner, and so for other prompts."""
+    if not info.num_prompts_with_rollouts and not info.lazy_settings:
+        raise NpoError(
+            f"guide {info.name} has no response: its source solved none of its {info.num_prompts} prompts",
+            f"sample another source: npo sample-guide {quote_path(run.root)} --at {at} --source SPEC --name NEW",
+        )
+    again = (
+        f"npo sample-guide {quote_path(run.root)} --branch {parent} {format_source_option(info)} --at {at} --name NEW"
+    )
+    if (info.branch, info.learner_step) != (parent, at):
+        raise NpoError(
+            f"guide {info.name} was sampled for step {info.learner_step} of {info.branch}, not step {at} of {parent}",
+            again,
+        )
