@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.helpers.cli_errors import SMALL, npo
+
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "matplotlib", "scipy", "rich", "yaml")
 RUN = "from npo_cli.cli.main import main; main()"
 WATCHED = f"""
@@ -46,6 +48,39 @@ def test_bad_settings_are_reported_without_torch(args):
     result = launched(*args, code=WATCHED)
     assert result.returncode == 2
     assert not {"torch", "transformers", "numpy", "matplotlib"} & set(json.loads(result.stderr.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 4 steps with checkpoints at 0, 2 and 4."""
+    root = tmp_path_factory.mktemp("startup") / "run"
+    assert npo("train", "micro", root, *SMALL).code == 0
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "words"),
+    [
+        ("resume", ("--guide", "late"), "--guide needs --at STEP"),
+        ("resume", ("--new-branch", "other"), "--new-branch needs --at STEP"),
+        ("resume", ("--at", "2", "--guide", "late"), "late"),
+        ("resume", ("--at", "3", "--no-guide"), "step 3"),
+        ("resume", (), "has completed step 4 of 4"),
+        ("resume", ("--autonpo", "--at", "3"), "step 3"),
+        ("score-checkpoints", ("--at", "4"), "no checkpoint later than step 4"),
+        ("sample-guide", ("--at", "2", "--source", "2"), "not later"),
+        ("sample-guide", ("--at", "2", "--source", "4", "--name", "../x"), "../x"),
+        ("replay", ("--at", "3"), "step 3"),
+        ("eval", ("--step", "3"), "step 3"),
+    ],
+)
+def test_options_are_refused_at_once_without_torch(run, command, args, words):
+    result = launched(command, str(run), *args, code=WATCHED)
+    assert result.returncode == 2
+    first, *_, imported = result.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert words in first
+    assert not {"torch", "transformers"} & set(json.loads(imported))
 
 
 def test_reader_that_closes_the_pipe_is_no_error():
