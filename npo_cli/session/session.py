@@ -145,8 +145,8 @@ def check_task_prompts(policy: Policy, task: Task, recipe: Recipe) -> None:
     engine.validate(recipe.engine, uses_adapters=policy.adapters is not None, uses_images=policy.vision is not None)
     prompts = [*task.train, *task.heldout]
     check_prompt_support(policy, prompts, recipe.model.path)
-    for prompt in prompts:
-        check_prompt(policy, prompt, recipe)
+    for prompt, length in zip(prompts, count_prompt_tokens(policy, prompts, recipe), strict=True):
+        check_prompt_length(policy, prompt, recipe, length=length)
 
 
 def load_checkpoint(policy: Policy, checkpoint: Checkpoint) -> None:
@@ -165,9 +165,9 @@ def load_second_policy(session: Session, checkpoint: Checkpoint) -> Policy:
     return policy
 
 
-def check_prompt(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
+def check_prompt_length(policy: Policy, prompt: Prompt, recipe: Recipe, *, length: int) -> None:
     """Refuse an empty prompt, one longer than task.max_prompt_tokens, and one that leaves no room for a response."""
-    length, limit = count_prompt_tokens(policy, prompt, recipe), recipe.task.max_prompt_tokens
+    limit = recipe.task.max_prompt_tokens
     wanted = length + recipe.sampling.max_new_tokens
     if length == 0:
         problem = "has no tokens: the model's tokenizer has none of its characters"
@@ -183,12 +183,14 @@ def check_prompt(policy: Policy, prompt: Prompt, recipe: Recipe) -> None:
     raise NpoError(f"{format_location(prompt, recipe.task)}prompt {prompt.prompt_id} {problem}", fix)
 
 
-def count_prompt_tokens(policy: Policy, prompt: Prompt, recipe: Recipe) -> int:
-    """Tokens of a prompt, those of its images included."""
+def count_prompt_tokens(policy: Policy, prompts: Sequence[Prompt], recipe: Recipe) -> list[int]:
+    """Tokens of each prompt, those of its images included."""
     try:
-        return len(policy.encode(prompt))
+        return [len(ids) for ids in policy.encode_all(prompts)]
     except NpoError as error:
-        raise NpoError(f"{format_location(prompt, recipe.task)}{error.message}", error.hint) from error
+        if len(prompts) == 1:
+            raise NpoError(f"{format_location(prompts[0], recipe.task)}{error.message}", error.hint) from error
+        return [count for prompt in prompts for count in count_prompt_tokens(policy, [prompt], recipe)]
 
 
 def build_session(
@@ -352,13 +354,13 @@ def _requests(
     return [
         SampleRequest(
             prompt_id=prompt.prompt_id,
-            prompt_ids=session.policy.encode(prompt),
+            prompt_ids=prompt_ids,
             slot=slot,
             seed=derive_seed(session.recipe.train.seed, *spec.seed_label, prompt.prompt_id, slot),
             version=spec.version,
             images=prompt.images,
         )
-        for prompt in prompts
+        for prompt, prompt_ids in zip(prompts, session.policy.encode_all(prompts), strict=True)
         for slot in slots
     ]
 

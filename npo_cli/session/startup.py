@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from npo_cli.storage.layout import RunDir
 
 GC_THRESHOLDS = gc.get_threshold()
-GC_THRESHOLDS_OF_START = (100_000, 50, 100)
+GC_THRESHOLDS_OF_START = (1_000_000, 50, 100)
 StartupKind = Literal["load", "start"]
 _DEPRECATED = r"`(past_key_values|is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
 """Warnings of newer transformers about names that the oldest admitted one needs."""
