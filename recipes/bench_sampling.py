@@ -1,12 +1,13 @@
 """Time the decode loop of the transformers engine against one call of transformers' `generate` per batch.
 
-    python recipes/bench_sampling.py [--cases micro,smollm2,long] [--turns 5] [--device cpu] [--out FILE.json]
+    python recipes/bench_sampling.py [--cases micro,smollm2,long] [--engines generate,loop,compiled] [--turns 3]
+                                     [--device cpu] [--out FILE.json]
 
 Both sample the same requests with the same seeds: `micro` 128 responses of 18 tokens, `smollm2` 32 of 20 tokens, `long`
 forced log-normal lengths (mean 1,035, at most 4,096), four times as many responses as rows, with a tiny model.
-`generate` computes a batch until its longest response ends. Each measurement is a process of its own, `generate` and
-the loop in turn, after one untimed call; the table has medians over the turns. A row-step is one row of one forward
-pass. Peak memory is that above the loaded model.
+`generate` computes a batch until its longest response ends. Each is measured in processes of its own, the engines in
+turn, after a first call, which compiles where `compiled` is asked for (engine.compile); the table has medians. A
+row-step is one row of one forward pass. Peak memory is that above the loaded model.
 """
 
 import argparse
@@ -36,13 +37,14 @@ from transformers import (
 from npo_cli.config.engine import EngineSettings
 from npo_cli.config.loading import load_recipe
 from npo_cli.inference.base import ModelHandle, Sample, SampleRequest
-from npo_cli.inference.decoding import find_cache_argument
+from npo_cli.inference.decoding import SamplingCost, find_cache_argument
 from npo_cli.inference.transformers_engine import TransformersEngine
 from npo_cli.policy.model import load_policy, load_tokenizer
 from npo_cli.seeds import derive_seed
 from npo_cli.session.session import make_model_handle, open_task
 
-CASES = ("micro", "smollm2", "long")
+CASES = {"micro": 15, "smollm2": 3, "long": 1}
+"""Timed calls per process."""
 MEAN_LENGTH, LONGEST, SPREAD = 1035, 4096, 1.0
 LONG_ROWS, LONG_VOCABULARY = 16, 512
 
@@ -227,27 +229,34 @@ def make_case(name: str, device: str) -> tuple[ModelHandle, list[SampleRequest],
     return make_recipe_case(*{"micro": ("micro", device, 16, 8), "smollm2": ("smollm2-135m", device, 4, 8)}[name])
 
 
-ENGINES = {"generate": GenerateEngine, "loop": TransformersEngine}
+ENGINES = {"generate": GenerateEngine, "loop": TransformersEngine, "compiled": TransformersEngine}
 
 
 def measure(case: str, engine_name: str, device: str) -> dict[str, float]:
-    """One call, timed, after one of two tokens per response."""
+    """Medians over calls, after one of two tokens per response."""
     handle, requests, max_rows, num_tokens = make_case(case, device)
-    settings = EngineSettings(max_num_seqs=max_rows)
-    ENGINES[engine_name](settings, handle).generate(requests, temperature=1.0, max_new_tokens=2)
+    settings = EngineSettings(max_num_seqs=max_rows, compile=engine_name == "compiled")
     engine = ENGINES[engine_name](settings, handle)
+    began = time.process_time()
+    engine.generate(requests, temperature=1.0, max_new_tokens=min(18, num_tokens))
+    first = time.process_time() - began
+    engine.cost = SamplingCost()
     reset_peak(device)
-    before, began, began_cpu = read_memory(device), time.perf_counter(), time.process_time()
-    samples = engine.generate(requests, temperature=1.0, max_new_tokens=num_tokens)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+    before, seconds, cpu_seconds = read_memory(device), [], []
+    for _ in range(CASES[case]):
+        began, began_cpu = time.perf_counter(), time.process_time()
+        engine.generate(requests, temperature=1.0, max_new_tokens=num_tokens)
+        seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - began_cpu)
+    cost, calls = engine.cost, len(seconds)
     return {
-        "tokens": engine.cost.tokens,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "row_steps": engine.cost.row_steps,
-        "passes": engine.cost.passes,
+        "tokens": cost.tokens / calls,
+        "seconds": statistics.median(seconds),
+        "cpu_seconds": statistics.median(cpu_seconds),
+        "row_steps": cost.row_steps / calls,
+        "passes": cost.passes / calls,
         "peak_bytes": read_peak(device) - before,
-        "digest": derive_seed(*(token for sample in samples for token in sample.response_ids)),
+        "first_cpu_seconds": first,
     }
 
 
@@ -275,9 +284,9 @@ def read_status(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def run_turns(case: str, device: str, turns: int) -> dict[str, dict[str, float]]:
-    """Medians of both engines, each measured in a process of its own, in turn."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+def run_turns(case: str, engines: Sequence[str], device: str, turns: int) -> dict[str, dict[str, float]]:
+    """Medians of the engines, each measured in a process of its own, in turn."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
     for _ in range(turns):
         for name, rows in found.items():
             command = [sys.executable, __file__, "--measure", case, name, "--device", device]
@@ -289,7 +298,8 @@ def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--engines", default="generate,loop")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -301,7 +311,7 @@ def main() -> None:
     print("| case | engine | ms per token | CPU ms per token | row-steps per token | passes | peak memory MB |")
     print("|---|---|---|---|---|---|---|")
     for case in given.cases.split(","):
-        table[case] = run_turns(case, given.device, given.turns)
+        table[case] = run_turns(case, given.engines.split(","), given.device, given.turns)
         for name, row in table[case].items():
             tokens = row["tokens"]
             cells = (

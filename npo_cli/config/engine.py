@@ -69,6 +69,12 @@ class EngineSettings(Settings):
         json_schema_extra=FORK,
     )
     max_num_seqs: Count = Field(512, description="Maximum number of responses sampled in parallel.")
+    compile: bool = Field(
+        False,
+        description="transformers: compile the pass that samples a token with torch.compile. Pays for small models and "
+        "long runs; responses are the same up to float rounding.",
+        json_schema_extra=applies_when({"engine.kind": ["transformers"]}),
+    )
     sync_tolerance: float | None = Field(
         None,
         gt=0,

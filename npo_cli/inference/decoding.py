@@ -11,6 +11,7 @@ Axes: N rows, P distinct prompts, L prompt tokens, T response tokens, W vocabula
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy
 import torch
@@ -67,10 +68,12 @@ class Prefill:
 class DecodedModel:
     """One model and the KV cache of the rows that it decodes."""
 
-    def __init__(self, handle: ModelHandle, window: Window, *, num_rows: int) -> None:
+    def __init__(self, handle: ModelHandle, forward: Callable[..., Any], window: Window, *, num_rows: int) -> None:
+        """`forward` is called for passes of one token per row, if the cache is written in place."""
         self.model, self.vision, self.pad_id = handle.model, handle.vision, handle.pad_id
         self.window = window
         self.rows = open_rows(self.model.config, window, num_rows=num_rows)
+        self.forward = forward if self.rows.accepts_new_rows else self.model
         self.cache_argument = find_cache_argument(self.model)
         # The mask that the attention reads, instead of one per token from which the model derives it.
         self.takes_4d_mask = (
@@ -110,8 +113,7 @@ class DecodedModel:
     def enter(self, prefill: Prefill, prompts: Sequence[PromptKey], rows: Sequence[int]) -> None:
         """Give rows the columns of their prompts."""
         sources = [prefill.rows[prompt] for prompt in prompts]
-        if prefill.num_columns:
-            self.rows.enter(prefill.cache, sources, rows)
+        self.rows.enter(prefill.cache, sources, rows)
         offsets = [prefill.position_offsets[source] for source in sources]
         self.position_offsets_N[rows] = torch.tensor(offsets, device=self.model.device)
 
@@ -130,7 +132,7 @@ class DecodedModel:
         if self.vision is not None:
             # The axes time, height and width of a position are equal in text: one is enough.
             position_N1 = (position_N1 + self.position_offsets_N[: len(starts_N), None])[None]
-        output = self.model(
+        output = self.forward(
             input_ids=token_N[:, None],
             attention_mask=mask,
             position_ids=position_N1,
@@ -187,8 +189,8 @@ class Decoding:
         suppressed = () if handle.vision is None else handle.vision.suppressed_ids
         self.suppressed_ids = torch.tensor(suppressed, dtype=torch.long, device=self.device)
         self.waiting = order_by_prompt(requests)[::-1]
-        self.newest: list[Prefill] = []
-        """Per model the newest prompt's prefill, as long as responses to it wait."""
+        self.prefills: dict[PromptKey, list[Prefill]] = {}
+        """Per prompt, of each model."""
         self.samples: list[Sample | None] = [None] * len(requests)
         self.num_wasted = self.num_done = self.num_tokens = 0
         # Of each row: its request, whether it is unfinished, the column of its first token, and the response so far.
@@ -234,7 +236,7 @@ class Decoding:
         if num_active < self.window.num_rows:
             gaps = numpy.flatnonzero(~self.is_active_N[:num_active])
             self._move(num_active + numpy.flatnonzero(self.is_active_N[num_active:]), gaps, num_rows=num_active)
-        self._update_columns()
+            self._update_columns()
 
     def _enter(self, rows: list[int]) -> None:
         """Begin the next responses in these rows; prompts that are not at hand are prefilled."""
@@ -242,20 +244,25 @@ class Decoding:
         prompts = [prompt_key(self.requests[place]) for place in entering]
         self._make_room(max(len(ids) for ids, _ in prompts) - 1)
         self.window.num_rows = max(self.window.num_rows, rows[-1] + 1)
-        known = self.newest[0].rows if self.newest else {}
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        prefills = [self.newest, self._prefill(new)] if new else [self.newest]
-        for each in prefills:
-            own = [index for index, prompt in enumerate(prompts) if each and prompt in each[0].rows]
-            for model, prefill in zip(self.models, each, strict=bool(each)):
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.prefills]
+        if missing:
+            self.prefills |= dict.fromkeys(missing, self._prefill(missing))
+        for models in {id(found): found for found in map(self.prefills.get, prompts)}.values():
+            own = [index for index, prompt in enumerate(prompts) if self.prefills[prompt] is models]
+            for model, prefill in zip(self.models, models, strict=True):
                 model.enter(prefill, [prompts[index] for index in own], [rows[index] for index in own])
-        is_split = self.waiting and prompt_key(self.requests[self.waiting[-1]]) == prompts[-1]
-        keep = is_split and self.accepts_new_rows
-        self.newest = [prefill.select(prompts[-1]) for prefill in prefills[-1]] if keep else []
+        self._drop_prefills()
         self.request_N[rows], self.length_N[rows], self.is_active_N[rows] = entering, 0, True
         self.start_N[rows] = [self.window.end + 1 - len(ids) for ids, _ in prompts]
         self.token_N[rows] = torch.tensor([ids[-1] for ids, _ in prompts], device=self.device)
         self.uniform.start(rows, [self.requests[place].seed for place in entering])
+        self._update_columns()
+
+    def _drop_prefills(self) -> None:
+        """All but that of the next prompt, if some of its responses wait."""
+        following = prompt_key(self.requests[self.waiting[-1]]) if self.waiting else None
+        kept = self.prefills.get(following) if self.accepts_new_rows else None
+        self.prefills = {} if kept is None else {following: [prefill.select(following) for prefill in kept]}
 
     def _prefill(self, prompts: Sequence[PromptKey]) -> list[Prefill]:
         found = [model.prefill(prompts) for model in self.models]
@@ -296,7 +303,7 @@ class Decoding:
         if len(start_A):
             self.window.first = int(start_A.min()) if self.accepts_new_rows else 0
             self.has_gaps = bool((start_A > self.window.first).any())
-            self.device_start_N = torch.from_numpy(self.start_N[: self.window.num_rows]).to(self.device)
+            self.device_start_N = torch.tensor(self.start_N[: self.window.num_rows], device=self.device)
 
     def _step(self) -> None:
         """One token for every row."""

@@ -142,6 +142,8 @@ class InPlaceRows:
 
     def enter(self, prefilled: DynamicCache, sources: Sequence[int], rows: Sequence[int]) -> None:
         """See `CachedRows`. Shorter prompts of the prefill are padded on the left, and bring that padding along."""
+        if not prefilled.layers[0].is_initialized:
+            return  # prompts of one token
         end, device = self.window.end, prefilled.layers[0].keys.device
         sources_N, rows_N = (torch.tensor(places, device=device) for places in (sources, rows))
         for layer, source in zip(self.layers, prefilled.layers, strict=True):

@@ -4,14 +4,19 @@ Each response belongs to a seed: it depends on that and, up to float rounding, n
 log-probabilities come for free.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from npo_cli.activity import open_meter
 from npo_cli.config.engine import EngineSettings
+from npo_cli.errors import NpoError
 from npo_cli.inference.base import (
     Engine,
     EngineStatus,
@@ -36,6 +41,7 @@ class TransformersEngine(Engine):
         super().__init__(settings, handle)
         self.model = handle.model
         self.cost = SamplingCost()
+        self.forward: Callable[..., Any] = compile_forward(self.model) if settings.compile else self.model
 
     @classmethod
     def status(cls, required: Mapping[str, SpecifierSet]) -> EngineStatus:
@@ -85,8 +91,20 @@ class TransformersEngine(Engine):
 
     def _open_models(self, window: Window, num_rows: int) -> list[DecodedModel]:
         """The models whose logits are combined, each with its own KV cache."""
-        return [DecodedModel(self.handle, window, num_rows=num_rows)]
+        return [DecodedModel(self.handle, self.forward, window, num_rows=num_rows)]
 
     def _combine(self, logits: Sequence[Tensor]) -> Tensor:
         """The logits of the distribution that is sampled `(N, W)`."""
         return logits[0]
+
+
+def compile_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    """The forward pass, compiled when it is first called, for any number of rows and columns."""
+    compiler = os.environ.get("CXX", "g++")
+    if model.device.type == "cpu" and shutil.which(compiler) is None:
+        raise NpoError(
+            f"engine.compile=true needs a C++ compiler on a CPU, and {compiler} is not installed",
+            "install g++, or set engine.compile=false",
+        )
+    compiled: Any = torch.compile(type(model).forward, dynamic=True)
+    return compiled.__get__(model)

@@ -49,6 +49,11 @@ def check_distributed_recipe(recipe: Recipe, num_processes: int) -> None:
             f"engine.kind={engine.name} samples in one process, and there are {num_processes}",
             "engine.kind=vllm_server   # or transformers",
         )
+    if recipe.engine.compile:
+        raise NpoError(
+            f"engine.compile=true compiles the model of one process, and there are {num_processes}",
+            "engine.compile=false",
+        )
     if train.optimizer == "adafactor":
         raise NpoError("train.optimizer=adafactor is not supported with sharded weights", "train.optimizer=adamw")
     if recipe.engine.vllm.weight_transfer in ("nccl", "ipc"):

@@ -66,12 +66,17 @@ def test_decoding_of_one_batch_equals_transformers_generate_bit_for_bit():
     )
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 30)])
+@pytest.mark.parametrize("build", [qwen, *GROWING], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 30), (30, 1)])
 @pytest.mark.parametrize("max_new_tokens", [1, 2])
-def test_decoding_of_short_prompts_and_responses(lengths, max_new_tokens):
-    engine, requests = open_engine(qwen, max_rows=4), make_requests(lengths)
+def test_decoding_of_short_prompts_and_responses(build, lengths, max_new_tokens):
+    """In more than one batch."""
+    engine, requests = open_engine(build, max_rows=4), make_requests(lengths)
     samples = generate(engine, requests, max_new_tokens=max_new_tokens)
     assert {len(sample.response_ids) for sample in samples} <= {1, max_new_tokens}
+    assert response_ids(samples) == [
+        generate(engine, [each], max_new_tokens=max_new_tokens)[0].response_ids for each in requests
+    ]
     for sample, logps in zip(samples, compute_logps(engine, requests, samples), strict=True):
         assert sample.logps == pytest.approx(logps, abs=1e-5)
 
@@ -127,8 +132,8 @@ def test_long_tailed_lengths_cost_at_most_1_3_rows_per_token(monkeypatch):
     monkeypatch.setattr(bench_sampling, "LONGEST", 160)
     handle, requests, max_rows, limit = bench_sampling.make_case("long", "cpu")
     costs = {}
-    for name, kind in bench_sampling.ENGINES.items():
-        engine = kind(open_engine(qwen, max_rows=max_rows).settings, handle)
+    for name in ("generate", "loop"):
+        engine = bench_sampling.ENGINES[name](open_engine(qwen, max_rows=max_rows).settings, handle)
         samples = generate(engine, requests, max_new_tokens=limit)
         costs[name] = engine.cost
     lengths = [len(sample.response_ids) for sample in samples]
