@@ -177,7 +177,9 @@ class TaskSettings(Settings):
         json_schema_extra=ROWS,
     )
     answer_column: str = Field(
-        "answer", description="file, custom: column with the reference answer.", json_schema_extra=ROWS
+        "answer",
+        description="file, custom: column with the reference answer. A row may lack it where no verifier asks for it.",
+        json_schema_extra=ROWS,
     )
     id_column: str | None = Field(
         None, description="file, custom: column with unique prompt ids (null: row numbers).", json_schema_extra=ROWS

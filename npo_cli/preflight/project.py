@@ -26,6 +26,7 @@ from npo_cli.tasks.base import LoadedPrompts
 from npo_cli.tasks.custom_verifier import is_code_allowed
 from npo_cli.tasks.data_sets import heldout_part, training_part
 from npo_cli.tasks.scan_file import MAX_LISTED, scan_file, scan_split
+from npo_cli.types.rollouts import Prompt
 from npo_cli.types.views import CheckedPart, ProjectCheck
 
 
@@ -107,7 +108,24 @@ def _check_file(task: TaskSettings, seed: int, faults: list[NpoError]) -> DataRe
             )
         )
     located = [*scan.located, *(heldout.located if heldout else ())]
+    if task.image_column is not None:
+        checks += _count_images(task, [prompt for prompt, _ in located])
     return checks, loaded, {prompt.prompt_id: place for prompt, place in located}
+
+
+def _count_images(task: TaskSettings, prompts: Sequence[Prompt]) -> Iterator[ProjectCheck]:
+    """How many images the usable rows have, and the largest of them; the others are faults."""
+    images = [image for prompt in prompts for image in prompt.images]
+    if not images:
+        yield _note("data", f"no usable row has an image in {task.image_column!r} (task.image_column)")
+        return
+    largest = max(images, key=lambda image: image.width * image.height)
+    num_rows = sum(bool(prompt.images) for prompt in prompts)
+    yield _ok(
+        "data",
+        f"{len(images)} images in {num_rows} rows, the largest {largest.width} x {largest.height} = "
+        f"{largest.width * largest.height:,} pixels, of at most {task.max_image_pixels:,}",
+    )
 
 
 def _check_batch(recipe: Recipe, loaded: LoadedPrompts) -> Iterator[ProjectCheck]:

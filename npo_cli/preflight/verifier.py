@@ -78,9 +78,11 @@ def _find_unusable_answers(
 def _grade_rows(task: Task, settings: TaskSettings) -> Iterator[ProjectCheck]:
     """Verdicts of the reference answers, in several forms, and of a wrong response."""
     prompts = task.train[:NUM_ROWS]
-    verdicts = {form: _verdicts(task, prompts, [form.format(each.answer) for each in prompts]) for form in FORMS}
+    has_answers = all(prompt.answer for prompt in prompts)
+    forms = FORMS if has_answers else ()
+    verdicts = {form: _verdicts(task, prompts, [form.format(each.answer) for each in prompts]) for form in forms}
     wrong = _verdicts(task, prompts, [WRONG_RESPONSE] * len(prompts))
-    form = next((form for form in FORMS if verdicts[form] == ["correct"] * len(prompts)), None)
+    form = next((form for form in forms if verdicts[form] == ["correct"] * len(prompts)), None)
     name, answer = ", ".join(term.name for term in task.verifiers), prompts[0].answer
     state: Literal["ok", "note", "fault"] = "fault"
     if "timeout" in [*wrong, *chain.from_iterable(verdicts.values())]:
@@ -89,6 +91,9 @@ def _grade_rows(task: Task, settings: TaskSettings) -> Iterator[ProjectCheck]:
     elif wrong == ["correct"] * len(prompts):
         message = f"{name} grades the response {WRONG_RESPONSE!r} as correct, on {len(prompts)} of {len(prompts)} rows"
         hint = "every response would be correct: fix the verifier"
+    elif not has_answers:
+        state, hint = "ok", ""
+        message = f"{name}: {WRONG_RESPONSE!r} is {wrong[0]}; tried on {len(prompts)} rows without a reference answer"
     elif form is None:
         state, tried = "note", " or ".join(repr(form.format(answer)) for form in FORMS)
         message = f"{name} grades the reference answer as correct in none of the forms {tried}"

@@ -85,6 +85,8 @@ class Verifier:
     """The value of `task.verifier`."""
     sources: ClassVar[tuple[str, ...]] = ()
     """The values of `task.source` that it works with; empty: all."""
+    needs_answer: ClassVar[bool] = True
+    """Compares with the reference answer; otherwise rows of data may have none."""
     uses_threshold: ClassVar[bool] = False
     """Applies task.correct_threshold to the numbers that it returns."""
 
@@ -105,12 +107,18 @@ class Verifier:
 
 
 class UnusableAnswer(NpoError):
-    """A reference answer that the verifier cannot read."""
+    """A reference answer that the verifier cannot read, or lacks."""
 
-    def __init__(self, prompt: Prompt, expected: str) -> None:
+    def __init__(self, prompt: Prompt, expected: str = "") -> None:
+        self.prompt = prompt
+        if not prompt.answer:
+            super().__init__(
+                f"prompt {prompt.prompt_id} has no reference answer, but other prompts have one",
+                "fill it in, or remove the column from all rows if the verifier does not ask for it",
+            )
+            return
         answer = prompt.answer if len(prompt.answer) <= 60 else f"{prompt.answer[:60]}..."
         super().__init__(
             f"the reference answer of prompt {prompt.prompt_id} is not {expected} the verifier can read: {answer!r}",
             "fix that answer, or choose another task.verifier (exact compares texts as they are)",
         )
-        self.prompt = prompt

@@ -24,7 +24,14 @@ from npo_cli.tasks.custom_verifier import (
     load_code,
     open_custom_pool,
 )
-from npo_cli.tasks.file_dataset import LocatedPrompt, check_disjoint, check_num_rows, check_unique_ids, make_prompt
+from npo_cli.tasks.file_dataset import (
+    LocatedPrompt,
+    check_disjoint,
+    check_num_rows,
+    check_unique_ids,
+    make_prompt,
+    needs_answers,
+)
 from npo_cli.tasks.table_io import TableRow
 from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
 from npo_cli.types.rollouts import Prompt
@@ -68,7 +75,9 @@ class CustomTask(TaskSource):
         """
         assert settings.function is not None
         found = _call_function(settings, seed)
-        rows = _make_prompts(found["rows"], settings, "rows")
+        verifier = cls.default_verifier if found["verifier"] is None else TaskVerifier.name
+        needs_answer = needs_answers(settings, default_verifier=verifier)
+        rows = _make_prompts(found["rows"], settings, "rows", needs_answer=needs_answer)
         if found["heldout"] is None:
             check_num_rows(
                 len(rows), settings.heldout_size, source=f"{settings.function} returned", hint=", or return more rows"
@@ -76,7 +85,7 @@ class CustomTask(TaskSource):
             num_train = len(rows) - settings.heldout_size
             train, heldout = rows[:num_train], rows[num_train:]
         else:
-            train, heldout = rows, _make_prompts(found["heldout"], settings, "heldout")
+            train, heldout = rows, _make_prompts(found["heldout"], settings, "heldout", needs_answer=needs_answer)
         check_unique_ids([*train, *heldout])
         check_disjoint(train, heldout)
         return LoadedPrompts(
@@ -106,12 +115,17 @@ class TaskVerifier(CustomVerifier):
         return open_custom_pool(cls, find_code(settings.function), loaded.verifier_data, settings, loaded)
 
 
-def _make_prompts(rows: Sequence[Mapping[str, Any]], settings: TaskSettings, prefix: str) -> list[LocatedPrompt]:
+def _make_prompts(
+    rows: Sequence[Mapping[str, Any]], settings: TaskSettings, prefix: str, *, needs_answer: bool
+) -> list[LocatedPrompt]:
     located = [
         TableRow(position=at, location=f"{settings.function} {prefix} {at + 1}", values=dict(values))
         for at, values in enumerate(rows)
     ]
-    return [(make_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.location) for row in located]
+    return [
+        (make_prompt(row, settings, f"{prefix}/{row.position:06d}", needs_answer=needs_answer), row.location)
+        for row in located
+    ]
 
 
 def _call_function(settings: TaskSettings, seed: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from npo_cli.errors import NpoError, RunFailed
-from npo_cli.tasks.base import LoadedPrompts, Verifier
+from npo_cli.tasks.base import LoadedPrompts, UnusableAnswer, Verifier
 from npo_cli.tasks.code_permission import has_changed, is_permitted
 from npo_cli.tasks.reward_functions import InvalidReward, RewardCall, make_reward_call, wrap_function
 from npo_cli.tasks.verifier_pool import VerifierPool, describe_error
@@ -27,6 +27,8 @@ from npo_cli.types.rollouts import Prompt, VerifierResult
 if TYPE_CHECKING:
     from npo_cli.config.recipe import TaskSettings
 
+ROW_SOURCES = ("file", "custom")
+"""Values of task.source whose prompts are rows of the user."""
 PROJECT_VERIFIER = Path(__file__).parents[1] / "assets" / "project" / "grade.py"
 _IS_CODE_ALLOWED: ContextVar[bool] = ContextVar("is_code_allowed", default=False)
 
@@ -53,15 +55,25 @@ class CustomVerifier(Verifier):
     """Calls the user's function. Its exceptions end the run: a reward of 0 instead would train on a bug."""
 
     name = "file.py:function"
+    needs_answer = False
     uses_threshold = True
 
-    def __init__(self, pool: VerifierPool, *, data_source: str, column_names: Sequence[str]) -> None:
+    def __init__(
+        self, pool: VerifierPool, *, data_source: str, column_names: Sequence[str], has_answers: bool = True
+    ) -> None:
         self.pool, self.data_source, self.column_names = pool, data_source, column_names
+        self.has_answers = has_answers
 
     def grade(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[VerifierResult | None]:
         """One call per response, in the pool."""
         calls = [
-            make_reward_call(prompt, response, data_source=self.data_source, column_names=self.column_names)
+            make_reward_call(
+                prompt,
+                response,
+                data_source=self.data_source,
+                column_names=self.column_names,
+                has_answers=self.has_answers,
+            )
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         results: list[VerifierResult | None] = []
@@ -76,7 +88,10 @@ class CustomVerifier(Verifier):
         return results
 
     def check_answers(self, prompts: Sequence[Prompt]) -> None:
-        """Load the file and check the function's signature; what it can compare is not known."""
+        """Load the file and check the function's signature; rows of data all have an answer, or none has."""
+        lacking = next((prompt for prompt in prompts if not prompt.answer), None)
+        if lacking is not None and self.has_answers and self.data_source in ROW_SOURCES:
+            raise UnusableAnswer(lacking)
         self.pool.start()
 
     def close(self) -> None:
@@ -166,10 +181,13 @@ def open_custom_pool(
     kind: type[AnyCustom], code: str, function: str, settings: "TaskSettings", loaded: LoadedPrompts
 ) -> AnyCustom:
     """The verifier for a function of a file or module; the code runs only when the answers are checked."""
-    columns = tuple(dict.fromkeys(name for prompt in (*loaded.train, *loaded.heldout) for name in prompt.columns))
-    build = partial(build_custom_check, code, function, settings.correct_threshold, columns)
+    prompts = (*loaded.train, *loaded.heldout)
+    columns = tuple(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    has_answers = settings.source not in ROW_SOURCES or any(prompt.answer for prompt in prompts)
+    missing = "" if has_answers else settings.answer_column
+    build = partial(build_custom_check, code, function, settings.correct_threshold, columns, missing)
     pool = VerifierPool(build=build, num_workers=settings.verify_workers, timeout=settings.verify_timeout)
-    return kind(pool, data_source=settings.source, column_names=columns)
+    return kind(pool, data_source=settings.source, column_names=columns, has_answers=has_answers)
 
 
 def is_shipped_file(path: Path) -> bool:
@@ -178,15 +196,19 @@ def is_shipped_file(path: Path) -> bool:
 
 
 def build_custom_check(
-    file: str, function: str, correct_threshold: float, column_names: Sequence[str]
+    file: str, function: str, correct_threshold: float, column_names: Sequence[str], missing_answers: str = ""
 ) -> Callable[[RewardCall], VerifierResult | str | None]:
-    """In the worker process: run the file, and return a check that gives the function's result, or an error text."""
+    """In the worker process: run the file, and return a check that gives the function's result, or an error text.
+
+    `missing_answers`: the name of the answer column where the data has none.
+    """
     module = load_code(file)
     reward = wrap_function(
         getattr(module, function),
         f"{file}: {function}",
         correct_threshold=correct_threshold,
         column_names=column_names,
+        missing_answers=missing_answers,
     )
 
     def check(call: RewardCall) -> VerifierResult | str | None:

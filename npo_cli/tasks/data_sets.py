@@ -6,7 +6,7 @@ hub (`train-00000-of-00002.parquet`). Folders and hub ids have splits and subset
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +92,15 @@ def check_parts(settings: TaskSettings) -> None:
         )
 
 
-def read_part(part: DataPart, *, columns: Sequence[str] | None = None, without: str | None = None) -> list[TableRow]:
-    """All rows, in order; `columns` and `without` as in `read_rows`."""
+def read_part(part: DataPart, *, without: str | None = None) -> list[TableRow]:
+    """All rows, in order; `without` as in `read_rows`."""
     if is_dataset_id(part.path):
         return _rows_of(part, *_open_hub(part))
     if not part.file.is_dir():
-        return read_rows(part.file, columns=columns, without=without)
+        return read_rows(part.file, without=without)
     if any((part.file / name).is_file() for name in SAVED_FILES):
         return _rows_of(part, *_open_saved(part))
-    rows = [row for file in _find_files(part) for row in read_rows(file, columns=columns, without=without)]
+    rows = [row for file in _find_files(part) for row in read_rows(file, without=without)]
     return [TableRow(position=at, location=row.location, values=row.values) for at, row in enumerate(rows)]
 
 

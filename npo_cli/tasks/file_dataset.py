@@ -2,14 +2,17 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from itertools import repeat
 from typing import Any
 
 from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
+from npo_cli.registry import TASKS, VERIFIERS
 from npo_cli.tasks.base import LoadedPrompts, TaskSource
+from npo_cli.tasks.custom_verifier import is_custom_verifier
 from npo_cli.tasks.data_sets import DataPart, check_parts, heldout_part, read_part, training_part
 from npo_cli.tasks.image_columns import ImageColumn, add_images, drop_image_locations, join_parts
 from npo_cli.tasks.prompt_format import format_prompt
@@ -17,6 +20,8 @@ from npo_cli.tasks.table_io import TableRow
 from npo_cli.types.rollouts import Message, Prompt
 
 IMAGE_COLUMNS = ("images", "image")
+DEFAULT_ANSWER_COLUMN = TaskSettings().answer_column
+"""Read where it is there; a column that task.answer_column names must be there."""
 
 
 class FileTask(TaskSource):
@@ -99,18 +104,47 @@ def check_num_rows(num_rows: int, num_heldout: int, *, source: str, hint: str = 
 
 def read_prompts(part: DataPart, settings: TaskSettings, prefix: str) -> list[LocatedPrompt]:
     """Every row as a prompt, with its place; the first fault is raised."""
-    rows = read_part(part, without=settings.image_column)
-    if settings.image_column is None:
-        return [(make_prompt(row, settings, f"{prefix}/{row.position:06d}"), row.location) for row in rows]
-    image_column = ImageColumn(file=part.file, column=settings.image_column, max_pixels=settings.max_image_pixels)
-    prompts = [make_prompt(row, settings, f"{prefix}/{row.position:06d}") for row in rows]
-    return [
-        (add_images(prompt, images, row.location), row.location)
-        for prompt, row, images in zip(prompts, rows, image_column.read_images(rows), strict=True)
-    ]
+    return list(iter_prompts(part, settings, prefix, read_part(part, without=settings.image_column)))
 
 
-def make_prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prompt:
+def iter_prompts(
+    part: DataPart,
+    settings: TaskSettings,
+    prefix: str,
+    rows: Sequence[TableRow],
+    on_fault: Callable[[tuple[str, NpoError]], None] | None = None,
+) -> Iterator[LocatedPrompt]:
+    """The rows of a file or data set as prompts, with their places and images.
+
+    A faulty row is raised, or with `on_fault` reported with its place and left out.
+    """
+    needs_answer = needs_answers(settings)
+    column = None if settings.image_column is None else ImageColumn.open(part, settings)
+    cells = repeat(None) if column is None else column.read_cells(rows)
+    for row, cell in zip(rows, cells, strict=column is not None):
+        try:
+            prompt = make_prompt(row, settings, f"{prefix}/{row.position:06d}", needs_answer=needs_answer)
+            if column is not None:
+                prompt = add_images(prompt, column.read_images(cell, row), row.location)
+            yield prompt, row.location
+        except NpoError as error:
+            if on_fault is None:
+                raise
+            on_fault((row.location, error))
+
+
+def needs_answers(settings: TaskSettings, *, default_verifier: str | None = None) -> bool:
+    """Whether a verifier of task.verifier compares with the reference answer, so that every row must have one."""
+    default = default_verifier or TASKS.get(settings.source).default_verifier
+    names = [default if name == "auto" else name for name in settings.verifiers]
+    return any(
+        name not in VERIFIERS.names() or VERIFIERS.get(name).needs_answer
+        for name in names
+        if not is_custom_verifier(name)
+    )
+
+
+def make_prompt(row: TableRow, settings: TaskSettings, numbered_id: str, *, needs_answer: bool) -> Prompt:
     """One row as a prompt without its images; `numbered_id` is its id unless task.id_column names another."""
     ignored = [column for column in IMAGE_COLUMNS if row.values.get(column)]
     if settings.image_column is None and ignored:
@@ -118,7 +152,9 @@ def make_prompt(row: TableRow, settings: TaskSettings, numbered_id: str) -> Prom
             f"{row.location} has images, but task.image_column is not set",
             f"set task.image_column={ignored[0]}, or remove the column",
         )
-    answer = _cut_answer(_scalar(row, settings.answer_column, "task.answer_column"), row.location, settings)
+    answer = ""
+    if needs_answer or settings.answer_column in row.values or settings.answer_column != DEFAULT_ANSWER_COLUMN:
+        answer = _cut_answer(_scalar(row, settings.answer_column, "task.answer_column"), row.location, settings)
     prompt_id = _scalar(row, settings.id_column, "task.id_column") if settings.id_column else numbered_id
     question = _cell(row, settings.prompt_column, "task.prompt_column")
     columns = {name: _as_float(value) for name, value in row.values.items() if name != settings.image_column}

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError
 from npo_cli.images import make_image_ref, read_file_bytes, require_pillow
+from npo_cli.tasks.data_sets import DataPart
 from npo_cli.tasks.table_io import TableRow, read_parquet_column
 from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, ImageRef, Prompt
 
@@ -25,23 +27,27 @@ class ImageColumn:
     column: str
     max_pixels: int
 
-    def read_images(self, rows: Sequence[TableRow]) -> Iterator[tuple[ImageRef, ...]]:
-        """The images of each row, in order; a parquet file is read a few rows at a time."""
+    @classmethod
+    def open(cls, part: DataPart, settings: TaskSettings) -> "ImageColumn":
+        """The column that task.image_column names; Pillow is there."""
+        assert settings.image_column is not None
         require_pillow()
-        if self.file.suffix == ".parquet":
-            cells = read_parquet_column(self.file, self.column)
-        else:
-            cells = (row.values.get(self.column) for row in rows)
-        for row, cell in zip(rows, cells, strict=True):
-            if self.column not in row.values:
-                raise NpoError(
-                    f"{row.location} has no column {self.column!r} (task.image_column)",
-                    f"set task.image_column to one of: {', '.join(map(str, row.values)) or '(it has none)'}; "
-                    "a row without images holds an empty list",
-                )
-            yield self._refs(cell, row)
+        return cls(file=part.file, column=settings.image_column, max_pixels=settings.max_image_pixels)
 
-    def _refs(self, cell: Any, row: TableRow) -> tuple[ImageRef, ...]:
+    def read_cells(self, rows: Sequence[TableRow]) -> Iterator[Any]:
+        """The cell of each row, in order; a parquet file is read a few rows at a time."""
+        if self.file.suffix == ".parquet":
+            return read_parquet_column(self.file, self.column)
+        return (row.values.get(self.column) for row in rows)
+
+    def read_images(self, cell: Any, row: TableRow) -> tuple[ImageRef, ...]:
+        """The images of a cell, each decoded once as a check."""
+        if self.column not in row.values:
+            raise NpoError(
+                f"{row.location} has no column {self.column!r} (task.image_column)",
+                f"set task.image_column to one of: {', '.join(map(str, row.values)) or '(it has none)'}; "
+                "a row without images holds an empty list",
+            )
         items = [] if cell is None else cell if isinstance(cell, list) else [cell]
         return tuple(self._ref(item, row, number) for number, item in enumerate(items))
 

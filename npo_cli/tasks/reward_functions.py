@@ -40,24 +40,27 @@ class RewardCall:
     messages: tuple[dict[str, str], ...]
     """Of a chat prompt, else empty."""
     response: str
-    answer: str
+    answer: str | None
+    """None where the data has no reference answers: the function is then not given any."""
     data_source: str
     columns: Mapping[str, Any]
 
     def arguments(self, convention: Convention) -> dict[str, Any]:
         """Every argument that there is, by name."""
-        own = {"prompt_id": self.prompt_id, "answer": self.answer}
+        own = {"prompt_id": self.prompt_id} | ({} if self.answer is None else {"answer": self.answer})
         if convention == "npo":
             return {**self.columns, **own, "prompt": self.text, "response": self.response}
         if convention == "verl":
             reward_model, extra_info = self.columns.get("reward_model"), self.columns.get("extra_info")
             truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+            truth = self.answer if truth is None else truth
+            knows_truth = truth is not None or "reward_model" in self.columns
             return {
                 **own,
                 **self.columns,
                 "data_source": self.columns.get("data_source") or self.data_source,
                 "solution_str": self.response,
-                "ground_truth": self.answer if truth is None else truth,
+                **({"ground_truth": truth} if knows_truth else {}),
                 "extra_info": extra_info if isinstance(extra_info, dict) else {**own, **self.columns},
             }
         columns = {name: [value] for name, value in {**own, **self.columns}.items() if name not in TRL_OWN_COLUMNS}
@@ -69,14 +72,16 @@ TRL_OWN_COLUMNS = ("prompt", "completion", "completion_ids")
 """Columns that TRL never passes."""
 
 
-def make_reward_call(prompt: Prompt, response: str, *, data_source: str, column_names: Sequence[str]) -> RewardCall:
+def make_reward_call(
+    prompt: Prompt, response: str, *, data_source: str, column_names: Sequence[str], has_answers: bool = True
+) -> RewardCall:
     """The call for a response; a column that is not in the prompt's row is None."""
     return RewardCall(
         prompt_id=prompt.prompt_id,
         text=prompt.text if prompt.text is not None else "\n\n".join(turn.content for turn in prompt.messages),
         messages=tuple({"role": turn.role, "content": turn.content} for turn in prompt.messages),
         response=response,
-        answer=prompt.answer,
+        answer=prompt.answer if has_answers else None,
         data_source=prompt.dataset or data_source,
         columns={name: prompt.columns.get(name) for name in column_names},
     )
@@ -148,9 +153,12 @@ class RewardFunction:
 
 
 def wrap_function(
-    function: object, name: str, *, correct_threshold: float, column_names: Sequence[str]
+    function: object, name: str, *, correct_threshold: float, column_names: Sequence[str], missing_answers: str = ""
 ) -> RewardFunction:
-    """Find out which signature a function has. A required parameter that nothing is known for is an error."""
+    """Find out which signature a function has. A required parameter that nothing is known for is an error.
+
+    `missing_answers`: the name of the answer column where the data has none.
+    """
     if not callable(function):
         raise NpoError(f"{name} is not a function", SIGNATURE_HINT)
     try:
@@ -178,7 +186,7 @@ def wrap_function(
         text="",
         messages=(),
         response="",
-        answer="",
+        answer=None if missing_answers else "",
         data_source="",
         columns=dict.fromkeys(column_names),
     )
@@ -189,6 +197,11 @@ def wrap_function(
         if one.default is one.empty and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
     ]
     unknown = [one for one in required if one not in known or parameters[one].kind is inspect.Parameter.POSITIONAL_ONLY]
+    if unknown and unknown[0] in ("answer", "ground_truth") and missing_answers:
+        raise NpoError(
+            f"{name} asks for {unknown[0]!r}, but the data has no column {missing_answers!r} (task.answer_column)",
+            f"set task.answer_column to one of: {', '.join(column_names) or '(none)'}; or do not ask for it",
+        )
     if unknown:
         columns = ", ".join(column_names) or "(none)"
         raise NpoError(

@@ -14,8 +14,7 @@ from npo_cli.tasks.file_dataset import (
     check_disjoint,
     check_num_rows,
     check_unique_ids,
-    make_prompt,
-    read_prompts,
+    iter_prompts,
     split_prompts,
     without_id,
 )
@@ -23,6 +22,8 @@ from npo_cli.tasks.table_io import read_json_rows
 
 MAX_LISTED = 5
 """Rows that a message lists."""
+OWN_WORDS = re.compile(r"(?<=JSON): .*|(?<=, image) \d+( \([^)]*\))?|\d+ x \d+ = [\d,]+(?= pixels)")
+"""What differs between two messages about the same fault: the place in a line, an image's name and size."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,22 +45,13 @@ def scan_file(part: DataPart, settings: TaskSettings, prefix: str) -> FileScan:
     scan, file = FileScan(), part.file
     faults: list[tuple[str, NpoError]] = []
     try:
-        if settings.image_column is not None:
-            scan.located = read_prompts(part, settings, prefix)
-            scan.num_rows, scan.columns = len(scan.located), _columns(settings)
-        else:
-            is_json = file.is_file() and file.suffix == ".jsonl"
-            rows = read_json_rows(file, faults.append) if is_json else read_part(part, columns=_columns(settings))
-            scan.num_rows = len(rows) + len(faults)
-            scan.columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
-            for row in rows:
-                try:
-                    prompt = make_prompt(row, settings, f"{prefix}/{row.position:06d}")
-                    scan.located.append((prompt, row.location))
-                except NpoError as error:
-                    faults.append((row.location, error))
-            if not rows and not faults:
-                faults.append(("", NpoError(f"the data file {file} is empty", "it needs one row per prompt")))
+        is_json = file.is_file() and file.suffix == ".jsonl"
+        rows = read_json_rows(file, faults.append) if is_json else read_part(part, without=settings.image_column)
+        scan.num_rows = len(rows) + len(faults)
+        scan.columns = tuple(dict.fromkeys(name for row in rows for name in row.values))
+        scan.located = list(iter_prompts(part, settings, prefix, rows, faults.append))
+        if not rows and not faults:
+            faults.append(("", NpoError(f"the data file {file} is empty", "it needs one row per prompt")))
     except NpoError as error:
         faults.append(("", error))
     scan.faults = _merge_faults(faults)
@@ -98,17 +90,12 @@ def scan_split(
     return LoadedPrompts(train=kept, heldout=rest), faults
 
 
-def _columns(settings: TaskSettings) -> tuple[str, ...]:
-    named = (settings.prompt_column, settings.answer_column, settings.id_column, settings.image_column)
-    return tuple(name for name in (*named, "images", "image") if name)
-
-
 def _merge_faults(faults: Sequence[tuple[str, NpoError]]) -> list[NpoError]:
     """One error per kind of fault, with the rows that have it."""
     kinds: dict[str, list[tuple[str, NpoError]]] = {}
     for location, error in faults:
         text = error.message.replace(location, "") if location else error.message
-        kinds.setdefault(re.sub(r"JSON: .*", "JSON", text), []).append((location, error))
+        kinds.setdefault(OWN_WORDS.sub("", text), []).append((location, error))
     merged = []
     for some in kinds.values():
         first, others = some[0][1], [location.rpartition(" ")[2] for location, _ in some[1:]]

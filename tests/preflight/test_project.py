@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.preflight.project import check_project
@@ -106,3 +107,32 @@ def test_faults_that_need_no_torch_are_found_without_it(project):
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_images_are_counted_and_every_missing_or_large_one_is_named(project):
+    for name, size in (("a", (8, 4)), ("b", (6, 5)), ("large", (40, 30))):
+        Image.new("L", size).save(project / f"{name}.png")
+    images = (["a.png", "b.png"], [], "gone.png", "large.png", "away.png", "b.png")
+    rows = [
+        {"prompt": f"{'<image>' * len([one] if isinstance(one, str) else one)}{n}", "answer": "1", "images": one}
+        for n, one in enumerate(images)
+    ]
+    (project / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["task.image_column=images", "task.heldout_size=1", "train.prompts_per_step=2", "task.verifier=exact"]
+    checks = list(check_project("recipe.yaml", [*settings, "task.max_image_pixels=100"]))
+    missing, large = (check.message for check in faults_of(checks) if check.part == "data")
+    assert "line 3, image 1 (gone.png) cannot be read: No such file or directory; and in 1 more rows: 5" in missing
+    assert "line 4, image 1 (large.png) has 40 x 30 = 1,200 pixels; task.max_image_pixels is 100" in large
+    notes = [check.message for check in checks if check.part == "data" and check.state == "ok"]
+    assert "3 images in 2 rows, the largest 8 x 4 = 32 pixels, of at most 100" in notes
+
+
+def test_verifier_that_asks_for_no_answer_is_tried_without_one(project):
+    (project / "data.jsonl").write_text("".join(f'{{"prompt": "{n}+1=", "sum": {n + 1}}}\n' for n in range(6)))
+    (project / "grade.py").write_text("def grade(response, sum):\n    return response == str(sum)\n")
+    settings = ["task.heldout_size=1", "train.prompts_per_step=2"]
+    with code_permitted():
+        checks = list(check_project("recipe.yaml", settings))
+    assert faults_of(checks) == []
+    (verifier,) = (check.message for check in checks if check.part == "verifier")
+    assert verifier == "grade: '(no answer)' is wrong; tried on 3 rows without a reference answer"

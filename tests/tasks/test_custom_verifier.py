@@ -1,5 +1,6 @@
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from contextvars import Context
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from npo_cli.config.recipe import TaskSettings
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.tasks.base import LoadedPrompts
 from npo_cli.tasks.custom_verifier import CustomVerifier, code_permitted, is_custom_verifier, make_custom_verifier
+from npo_cli.tasks.task import Task, load_task
 from npo_cli.types.rollouts import Message, Prompt, VerifierResult
 
 VERIFIER = """
@@ -123,3 +125,61 @@ def test_custom_verifier_missing_file_or_function_is_named(folder: Path):
 def test_custom_verifier_syntax_error_names_the_line(folder: Path):
     (folder / "mine.py").write_text("def check(:\n    pass\n")
     assert f"{folder / 'mine.py'}:1: SyntaxError" in refusal("mine.py:check").message
+
+
+ROWS = """
+def by_topic(response, topic):
+    return response == topic
+
+
+def compare(response, answer):
+    return response == answer
+
+
+def optional(response, answer="none given"):
+    return response == answer
+
+
+def everything(response, **columns):
+    return "answer" not in columns
+
+
+def verl(solution_str, ground_truth):
+    return solution_str == ground_truth
+"""
+
+
+def load_rows(folder: Path, function: str, *rows: str) -> Task:
+    (folder / "rows.py").write_text(ROWS)
+    (folder / "data.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    settings = TaskSettings(
+        source="file", path="data.jsonl", heldout_size=1, verifier=f"rows.py:{function}", verify_workers=1
+    )
+    return load_task(settings, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("function", "response"), [("by_topic", "sums"), ("optional", "none given"), ("everything", "x")]
+)
+def test_custom_verifier_works_without_reference_answers(folder: Path, function: str, response: str):
+    with closing(load_rows(folder, function, *(f'{{"prompt": "{n}", "topic": "sums"}}' for n in range(3)))) as task:
+        (result,) = task.grade(task.train[:1], [response])
+    assert result.verdict == "correct"
+
+
+@pytest.mark.parametrize(("function", "argument"), [("compare", "answer"), ("verl", "ground_truth")])
+def test_custom_verifier_that_asks_for_answers_names_the_column_that_is_missing(folder: Path, function, argument):
+    with pytest.raises(NpoError) as refusal:
+        load_rows(folder, function, *(f'{{"prompt": "{n}", "topic": "sums"}}' for n in range(3)))
+    assert refusal.value.message.endswith(
+        f"{function} asks for {argument!r}, but the data has no column 'answer' (task.answer_column)"
+    )
+    assert "prompt, topic" in refusal.value.hint
+
+
+def test_custom_verifier_names_the_row_without_an_answer_among_others(folder: Path):
+    rows = ('{"prompt": "1", "answer": "2"}', '{"prompt": "2"}', '{"prompt": "3", "answer": "4"}')
+    with pytest.raises(NpoError, match=r"data.jsonl line 2: prompt rows/000001 has no reference answer"):
+        load_rows(
+            folder, "compare", '{"prompt": "1", "answer": "2"}', '{"prompt": "2"}', '{"prompt": "3", "answer": "4"}'
+        )

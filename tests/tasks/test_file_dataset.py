@@ -216,3 +216,23 @@ def test_file_dataset_keeps_every_column_but_images(tmp_path: Path, form: str):
     columns = {prompt.row: prompt.columns for prompt in (*train, *heldout)}
     assert columns == {n: {name: value for name, value in row.items() if name != "pic"} for n, row in enumerate(rows)}
     assert type(columns[0]["level"]) is type(columns[0]["meta"]["share"]) is float
+
+
+@pytest.mark.parametrize("verifier", ["grade.py:grade", ("grade.py:grade", "other.py:style")])
+def test_file_dataset_needs_no_answers_where_no_verifier_compares_with_them(tmp_path: Path, verifier):
+    path = write(tmp_path / "a.jsonl", *(f'{{"prompt": "{n}", "topic": "t{n}"}}' for n in range(3)))
+    train, heldout = load(path, heldout_size=1, verifier=verifier)
+    assert {prompt.answer for prompt in (*train, *heldout)} == {""}
+    assert {prompt.columns["topic"] for prompt in (*train, *heldout)} == {"t0", "t1", "t2"}
+
+
+def test_file_dataset_needs_answers_if_one_of_several_verifiers_compares(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "a"}', '{"prompt": "b"}')
+    assert "line 1 has no column 'answer'" in refusal(path, verifier=("grade.py:grade", "exact")).message
+
+
+def test_file_dataset_needs_the_answer_column_that_is_named(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "a", "gold": "1"}', '{"prompt": "b", "gold": "2"}')
+    found = refusal(path, verifier="grade.py:grade", answer_column="golf", heldout_size=1)
+    assert "line 1 has no column 'golf' (task.answer_column)" in found.message
+    assert found.hint.endswith("prompt, gold")
