@@ -82,7 +82,9 @@ class InPlaceLayer(DynamicLayer):
         super().__init__()
         self.window, self.num_rows = window, num_rows
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write the newest column, and return those in use."""
         self.allocate(key_states, value_states)
         window = self.window

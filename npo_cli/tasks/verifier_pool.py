@@ -308,7 +308,7 @@ class VerifierPool:
         """Drop a process that is late; its current item counts as timed out. Without one the run ends."""
         if worker.item is None:
             self._fail(worker, f"did not start within {START_TIMEOUT_SECONDS:.0f} s")
-        sys.stderr.write(worker.read_output().decode(errors="replace"))
+        _write_all(2, worker.read_output())
         self._drop(worker)
         return CheckResult(timed_out=True)
 

@@ -180,6 +180,4 @@ def test_custom_verifier_that_asks_for_answers_names_the_column_that_is_missing(
 def test_custom_verifier_names_the_row_without_an_answer_among_others(folder: Path):
     rows = ('{"prompt": "1", "answer": "2"}', '{"prompt": "2"}', '{"prompt": "3", "answer": "4"}')
     with pytest.raises(NpoError, match=r"data.jsonl line 2: prompt rows/000001 has no reference answer"):
-        load_rows(
-            folder, "compare", '{"prompt": "1", "answer": "2"}', '{"prompt": "2"}', '{"prompt": "3", "answer": "4"}'
-        )
+        load_rows(folder, "compare", *rows)
