@@ -1,6 +1,7 @@
 """Fixtures that several packages share. Imports wait inside them, so that tests of pure packages need no torch."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +114,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("plain") / "run"
     train_grpo(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def producers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Producers of this process, and of the commands of `warm` that ask for them, start at once."""
+    from npo_cli.session import producer
+    from tests.helpers.warm_process import PRODUCERS_VARIABLE
+    from tests.helpers.warm_producer import fork_producers, start_producer_server
+
+    address = Path(tempfile.mkdtemp(prefix="npo-")) / "producers"  # a socket's path is short
+    with pytest.MonkeyPatch.context() as patch, start_producer_server(address):
+        patch.setenv(PRODUCERS_VARIABLE, str(address))
+        patch.setattr(producer, "start_process", fork_producers(str(address)))
+        yield
+    address.parent.rmdir()
 
 
 @pytest.fixture(scope="session")

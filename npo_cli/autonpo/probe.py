@@ -289,11 +289,11 @@ def find_failed_prompt_ids(probe: Probe, distance: int) -> frozenset[str]:
 def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
     """The recorded rollouts of the policy of `step` for failed prompts, scored by the current policy (section 10.7).
 
-    They are the rollouts of the next training step, on whichever branch of the ancestry executed it.
+    They are the rollouts of a later training step, on whichever branch of the ancestry executed it: of the next one, or
+    with train.staleness of one that the policy was sampled for ahead.
     """
     session = probe.session
-    owner = find_owning_branch(session.run, probe.branch, step + 1)
-    groups = RolloutLog(session.run.rollouts_path(owner)).read_step(step + 1) or ()
+    groups = read_sampled_groups(session, probe.branch, step)
     failed = {prompt_id for stratum in probe.strata for prompt_id in stratum.prompt_ids}
     rows = [
         (group.prompt, rollout)
@@ -302,3 +302,13 @@ def score_recorded_rollouts(probe: Probe, step: int) -> list[SampleRatio]:
         for rollout in group.on_policy.rollouts
     ]
     return compute_learner_ratios(session.policy, session.recipe, rows, cap=SignalFormula.of(session.recipe).token_cap)
+
+
+def read_sampled_groups(session: Session, branch: str, step: int) -> tuple[Group, ...]:
+    """The recorded groups of the first training step whose rollouts the policy of `step` sampled; none is empty."""
+    for later in range(step + 1, step + 2 + session.recipe.train.staleness):
+        owner = find_owning_branch(session.run, branch, later)
+        groups = RolloutLog(session.run.rollouts_path(owner)).read_step(later) or ()
+        if any(rollout.sampler_step == step for group in groups for rollout in group.on_policy.rollouts):
+            return groups
+    return ()

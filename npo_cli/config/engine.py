@@ -57,6 +57,25 @@ class VllmSettings(Settings):
     timeout: float = Field(1800.0, gt=0, description="Timeout per batch and per weight sync in seconds.")
 
 
+class ProducerSettings(Settings):
+    """The process that samples while the learner learns (`train.staleness`)."""
+
+    model_config = ConfigDict(json_schema_extra=IGNORED | applies_when({"train.staleness": IS_SET}))
+
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Number of torch CPU threads of the producer (null: model.threads).",
+        json_schema_extra=FORK,
+    )
+    device: str | None = Field(
+        None,
+        description="Device of the producer: `cpu`, `cuda` or `cuda:N` (null: model.device).",
+        json_schema_extra=FREE,
+    )
+
+
 class EngineSettings(Settings):
     """The inference engine that samples responses."""
 
@@ -82,6 +101,7 @@ class EngineSettings(Settings):
         "(null: 0.001 in float32, 0.1 in bfloat16).",
         json_schema_extra=FREE | WITH_VLLM,
     )
+    producer: ProducerSettings = ProducerSettings()
     vllm: VllmSettings = VllmSettings()
 
     @model_validator(mode="after")
@@ -102,6 +122,7 @@ class MismatchSettings(Settings):
         "token_tis",
         description="Correction by the weight w = trainer/engine: truncated importance sampling (*_tis), masked "
         "importance sampling (*_mis), a filter of whole responses (`geometric`, `k3`), or `off`.",
+        json_schema_extra=applies_when({"loss.old_policy": ["proximal"]}),
     )
     cap: Above = Field(
         2.0,

@@ -286,6 +286,14 @@ class TrainSettings(Settings):
     )
     group_size: int = Field(8, ge=2, description="Number of rollouts per prompt.", json_schema_extra=MUST_MATCH)
     num_updates: Count = Field(1, description="Number of optimizer updates (mini-batches) per step.")
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Asynchronous sampling: the rollouts of step s come from the policy after step s - 1 - staleness, "
+        "sampled by a second process while earlier steps are learned (0: synchronous).",
+        json_schema_extra=FORK_TRAINING,
+    )
     optimizer: Literal["adamw", "adafactor"] = Field(
         "adamw", description="Optimizer; adafactor factors the second moment and keeps no first moment."
     )
@@ -352,6 +360,11 @@ class LossSettings(Settings):
     """The policy loss."""
 
     kind: Literal["grpo", "gspo", "gspo_token", "cispo"] = Field("grpo", description="Policy objective.")
+    old_policy: Literal["proximal", "behavior"] = Field(
+        "proximal",
+        description="Policy in the denominator of the clipped ratio of on-policy rollouts: the policy at the start of "
+        "the step, with mismatch.mode as weight (decoupled PPO), or the one that sampled them, without a weight.",
+    )
     aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_mean_token_sum_norm"] = Field(
         "seq_mean_token_mean", description="How token losses are aggregated."
     )
@@ -532,6 +545,11 @@ class Recipe(Settings):
             raise ValueError("guide.inject.slots must be below train.group_size: a group needs on-policy rollouts")
         if replay and self.sampling.dynamic:
             raise ValueError("guide.experience.replay_fraction is not available with sampling.dynamic=true")
+        if replay and train.staleness:
+            raise ValueError(
+                "guide.experience.replay_fraction chooses prompts by the current policy: it is not available with "
+                "train.staleness above 0"
+            )
         if inject.ratio_shaping != "none" and self.loss.kind != "grpo":
             raise ValueError(f"guide.inject.ratio_shaping=soft needs loss.kind=grpo, got {self.loss.kind}")
         return self
@@ -551,6 +569,11 @@ class Recipe(Settings):
         if not self.uses_extrapolation:
             return self
         extrapolation, train = self.extrapolation, self.train
+        if train.staleness:
+            raise ValueError(
+                "guide.source=extrapolated extrapolates the current policy: it is not available with train.staleness "
+                "above 0"
+            )
         if train.save_every > extrapolation.k:
             raise ValueError(
                 f"the older checkpoint of extrapolation.k lies {extrapolation.k} steps back: "

@@ -52,7 +52,7 @@ from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.tasks.task import Task
 from npo_cli.training.checkpointing import restore_state
 from npo_cli.training.evaluate import sample_heldout
-from npo_cli.training.loop import Trainer, run_step
+from npo_cli.training.loop import Trainer, open_queue, run_step
 from npo_cli.training.train import load_reference_policy
 from npo_cli.training.update import Updater
 from npo_cli.types.calibration import CandidateGain, RuleResult
@@ -319,19 +319,21 @@ def run_replay(
             rollouts=RolloutLog(logs.rollouts_path(learner.branch)),
             branch=learner.branch,
             seed_name=f"calibration-{seed}",
+            fork_step=learner.step,
             active_guide=active,
             reference=reference,
         )
         updater = Updater(session.policy, optimizer, recipe, reference=reference)
-        while state.step < last:
-            state, report, _ = run_step(trainer, updater, state)
-            num_tokens += int(report.metrics["tokens"])
-            num_forwards += int(report.metrics.get("forwards", report.metrics["tokens"]))
-            num_injected += int(report.metrics.get("inject/slots", 0))
-            if state.step in eval_steps:
-                groups = sample_heldout(session, step=state.step)
-                num_eval_tokens += count_generated_tokens(groups)
-                counts.append(tuple(group.num_correct for group in groups))
+        with open_queue(trainer, state, last_step=last) as queue:
+            while state.step < last:
+                state, report, _ = run_step(trainer, updater, state, queue)
+                num_tokens += int(report.metrics["tokens"])
+                num_forwards += int(report.metrics.get("forwards", report.metrics["tokens"]))
+                num_injected += int(report.metrics.get("inject/slots", 0))
+                if state.step in eval_steps:
+                    groups = sample_heldout(session, step=state.step)
+                    num_eval_tokens += count_generated_tokens(groups)
+                    counts.append(tuple(group.num_correct for group in groups))
     append_cost(
         session.run,
         "calibration",

@@ -97,14 +97,14 @@ LOCK_NAME = "held.lock"
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder for the block. Folders of processes that were killed are removed on the way.
+def scratch_folder(inside: Path | None = None) -> Iterator[Path]:
+    """A folder for the block, by default in the temporary directory. Those of killed processes are removed on the way.
 
     A file lock marks a folder as used: the operating system releases it when the process ends. A process id in the name
     would not do, since ids are reused and differ between containers.
     """
-    remove_stale_folders()
-    folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
+    remove_stale_folders(inside)
+    folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=inside))
     try:
         with FileLock(folder / LOCK_NAME):
             yield folder
@@ -112,9 +112,9 @@ def scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_stale_folders() -> None:
+def remove_stale_folders(inside: Path | None = None) -> None:
     """Remove unlocked scratch folders, except those of other users."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*/{LOCK_NAME}"):
+    for lock in Path(inside or tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*/{LOCK_NAME}"):
         with suppress(Timeout, PermissionError), FileLock(lock, timeout=0):
             shutil.rmtree(lock.parent, ignore_errors=True)
 

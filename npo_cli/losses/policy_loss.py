@@ -239,7 +239,16 @@ def make_policy_loss(loss: LossSettings, inject: InjectSettings, mismatch: Misma
         entropies_NT: Tensor | None = None,
     ) -> tuple[Tensor, LossStats]:
         total = partial(aggregate, mask_NT=inputs.mask_NT, how=loss.aggregation, divisors=divisors)
-        tokens, correction = compute_columns(logps_NT, inputs, ratio, inject, mismatch, ref_logps_NT, entropies_NT)
+        tokens, correction = compute_columns(
+            logps_NT,
+            inputs,
+            ratio,
+            inject,
+            mismatch,
+            ref_logps_NT,
+            entropies_NT,
+            clips_behavior_ratio=loss.old_policy == "behavior",
+        )
         policy = surrogate(tokens, loss)
         value = total(tokens.weight_NT * policy.loss_NT)
         for name, term in terms.items():
@@ -258,8 +267,14 @@ def compute_columns(
     mismatch: MismatchSettings,
     ref_logps_NT: Tensor | None = None,
     entropies_NT: Tensor | None = None,
+    *,
+    clips_behavior_ratio: bool = False,
 ) -> tuple[TokenColumns, MismatchCorrection]:
-    """Ratio, weight and clipping of every token. Without old log-probabilities the current ones stand in."""
+    """Ratio, weight and clipping of every token. Without old log-probabilities the current ones stand in.
+
+    `clips_behavior_ratio` (loss.old_policy=behavior): the ratio of an on-policy token is pi_theta / mu with weight 1,
+    and the mismatch is only measured.
+    """
     # Padding may hold anything, NaN too: it is replaced before the first exp, or its gradient would be 0 * NaN.
     mask_NT = inputs.mask_NT.bool()
     off_policy_NT = mask_NT & inputs.off_policy_NT.bool()
@@ -268,13 +283,15 @@ def compute_columns(
     old_NT = current_NT if inputs.old_logps_NT is None else torch.where(mask_NT, inputs.old_logps_NT.detach(), 0.0)
     behavior_NT = torch.where(mask_NT, inputs.behavior_logps_NT.detach(), 0.0)
     anchor = ratio.anchor(PolicyLogps(current_NT=current_NT, old_NT=old_NT, behavior_NT=behavior_NT), inject)
-    correction = correct_mismatch(old_NT, behavior_NT, mask_NT & ~off_policy_NT, mismatch)
+    mode = mismatch.model_copy(update={"mode": "off"}) if clips_behavior_ratio else mismatch
+    correction = correct_mismatch(old_NT, behavior_NT, mask_NT & ~off_policy_NT, mode)
+    on_policy_anchor_NT = behavior_NT if clips_behavior_ratio else old_NT
     unclipped_NT = off_policy_NT if anchor.is_unclipped else torch.zeros_like(mask_NT)
     if inputs.unclipped_NT is not None:
         unclipped_NT = unclipped_NT | inputs.unclipped_NT.bool()
     tokens = TokenColumns(
         logps_NT=logps_NT,
-        log_ratio_NT=log_ratio(logps_NT, torch.where(off_policy_NT, anchor.logps_NT, old_NT)),
+        log_ratio_NT=log_ratio(logps_NT, torch.where(off_policy_NT, anchor.logps_NT, on_policy_anchor_NT)),
         weight_NT=torch.where(off_policy_NT, anchor.weight_NT, correction.weight_NT),
         behavior_logps_NT=behavior_NT,
         mask_NT=mask_NT,

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from npo_cli.errors import NpoError
 
 
-def choose_device(requested: str) -> torch.device:
-    """The device for `model.device`: `auto` is a GPU if there is one; a GPU that does not exist is an error."""
+def choose_device(requested: str, *, setting: str = "model.device") -> torch.device:
+    """The device that a setting names: `auto` is a GPU if there is one; a GPU that does not exist is an error."""
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,10 +22,10 @@ def choose_device(requested: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise NpoError(f"model.device={requested} is not supported", "set model.device to auto, cpu, cuda or cuda:N")
+        raise NpoError(f"{setting}={requested} is not supported", f"set {setting} to auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise NpoError(
-            f"model.device={requested}, but torch finds no such GPU", "set model.device=cpu (npo doctor lists the GPUs)"
+            f"{setting}={requested}, but torch finds no such GPU", f"set {setting}=cpu (npo doctor lists the GPUs)"
         )
     return device
 

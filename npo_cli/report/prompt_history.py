@@ -11,6 +11,7 @@ from npo_cli.report.html import PromptSample
 from npo_cli.report.table import Table, format_count
 from npo_cli.storage.layout import RunDir
 from npo_cli.storage.lineage import ancestry
+from npo_cli.storage.metrics import list_trained_steps
 from npo_cli.storage.rollout_log import open_rollouts
 from npo_cli.types.rollouts import IMAGE_PLACEHOLDER, Group, GroupOutcome, ImageRef, Prompt
 from npo_cli.types.views import PromptHistory, PromptVisit
@@ -22,7 +23,7 @@ def iter_visits(
     """Every group on the branch's line of descent, or those of one prompt, or of some steps, oldest first."""
     for span in ancestry(run, branch):
         log = open_rollouts(run.rollouts_path(span.branch))
-        for step in log.steps():
+        for step in list_trained_steps(run, span.branch, log):
             if span.contains(step) and (steps is None or step in steps):
                 yield from (_visit(span.branch, at, group) for at, group in log.iter_groups(step, prompt_id))
 
@@ -90,7 +91,8 @@ def read_outcomes(run: RunDir, branch: str) -> dict[str, list[GroupOutcome]]:
     found: dict[str, list[GroupOutcome]] = {}
     for span in ancestry(run, branch):
         log = open_rollouts(run.rollouts_path(span.branch))
-        for outcome in (one for step in log.steps() if span.contains(step) for one in log.iter_outcomes(step)):
+        steps = [step for step in list_trained_steps(run, span.branch, log) if span.contains(step)]
+        for outcome in (one for step in steps for one in log.iter_outcomes(step)):
             found.setdefault(outcome.prompt_id, []).append(outcome)
     return found
 

@@ -18,7 +18,7 @@ from npo_cli.storage.cost_sums import (
 from npo_cli.storage.guide_cache import list_guide_caches
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import find_main_branch, list_branches, read_segments
-from npo_cli.storage.metrics import read_metrics, read_timings
+from npo_cli.storage.metrics import list_trained_steps, read_metrics, read_timings
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.costs import BestHeldPoint, CostToThreshold, CurvePoint, RunCosts
 from npo_cli.types.guides import GuideCacheInfo
@@ -100,7 +100,7 @@ def show_groups(run: RunDir, *, branch: str | None, step: int | None, prompt_id:
     name = branch or find_main_branch(run)
     log = RolloutLog(run.rollouts_path(name))
     if step is None and prompt_id is None:
-        step = max(log.steps(), default=None)
+        step = max(list_trained_steps(run, name, log), default=None)
     for at, group in log.iter_groups(step=step, prompt_id=prompt_id):
         yield GroupView(branch=name, step=at, group=group)
 

@@ -108,14 +108,52 @@ def build_batch(
     batch_plan: BatchPlan | None = None,
     online_guide: OnlineGuide | None = None,
 ) -> StepBatch:
-    """Sample once, or with dynamic sampling until enough groups have signal after injection or the limit is reached.
+    """Read the step's batch back from the log, or sample it with the session's weights and record it.
 
     `batch_plan` None: the next prompts of the data order. `online_guide` takes the place of a guide cache.
+    """
+    batch = assemble_batch(
+        session,
+        rollout_log.read_step(step) or (),
+        seed_name=seed_name,
+        step=step,
+        sampler_step=step - 1,
+        position=position,
+        active_guide=active_guide,
+        batch_plan=batch_plan,
+        online_guide=online_guide,
+    )
+    record_batch(rollout_log, step, batch)
+    return batch
+
+
+def record_batch(rollout_log: RolloutLog, step: int, batch: StepBatch) -> None:
+    """Write a batch to the log, unless it was read from there."""
+    if not batch.is_recorded:
+        groups = [to_log_group(*pair) for pair in zip(batch.on_policy, batch.mixed, strict=True)]
+        rollout_log.write_step(step, groups)
+
+
+def assemble_batch(
+    session: Session,
+    recorded: Sequence[Group],
+    *,
+    seed_name: str,
+    step: int,
+    sampler_step: int,
+    position: int,
+    active_guide: ActiveGuide | None,
+    batch_plan: BatchPlan | None = None,
+    online_guide: OnlineGuide | None = None,
+) -> StepBatch:
+    """Sample once, or with dynamic sampling until enough groups have signal after injection or the limit is reached.
+
+    `recorded` groups of the step, if there are any, are taken instead of samples of the policy of `sampler_step`.
     """
     recipe = session.recipe
     num_groups = recipe.train.prompts_per_step
     guides = active_guide.rollouts if active_guide and step <= active_guide.until_step else None
-    recorded = [restore_prompt(session, group) for group in rollout_log.read_step(step) or ()]
+    recorded = [restore_prompt(session, group) for group in recorded]
     is_recorded = bool(recorded)
     on_policy: list[Group] = []
     mixed: list[Group] = []
@@ -129,8 +167,8 @@ def build_batch(
             before, recorded = recorded[: len(part.prompts)], recorded[len(part.prompts) :]
             if online_guide is None:
                 sample_missing = active_guide.sample_missing if active_guide and guides is not None else None
-                place = {"seed_name": seed_name, "step": step, "sample_missing": sample_missing}
-                pairs.append(build_groups(session, part, before, **place))
+                place = {"seed_name": seed_name, "step": step, "sampler_step": sampler_step}
+                pairs.append(build_groups(session, part, before, **place, sample_missing=sample_missing))
             else:
                 pairs.append(online_guide.build_groups(part, before, seed_name=seed_name, step=step))
         on_policy += chain.from_iterable(sampled for sampled, _ in pairs)
@@ -140,8 +178,6 @@ def build_batch(
         selected += [entry for entry in entries if entry.has_signal] if recipe.sampling.dynamic else entries
         if len(selected) >= num_groups:
             break
-    if not is_recorded:
-        rollout_log.write_step(step, [to_log_group(*pair) for pair in zip(on_policy, mixed, strict=True)])
     return StepBatch(
         on_policy=tuple(on_policy),
         mixed=tuple(mixed),
@@ -193,6 +229,7 @@ def build_groups(
     *,
     seed_name: str,
     step: int,
+    sampler_step: int,
     sample_missing: SampleMissing | None = None,
 ) -> tuple[Sequence[Group], Sequence[Group]]:
     """On-policy groups, recorded or sampled, and the same groups with cached guide rollouts injected.
@@ -203,7 +240,7 @@ def build_groups(
     if sample_missing and prompt_batch.strategy.is_eligible(1.0):
         sample_missing(prompt_batch.prompts)
     on_policy = [group.on_policy for group in recorded] or sample_on_policy_groups(
-        session, prompt_batch, seed_name=seed_name, step=step
+        session, prompt_batch, seed_name=seed_name, step=step, sampler_step=sampler_step
     )
     if prompt_batch.guides is None:
         return on_policy, on_policy
@@ -212,8 +249,10 @@ def build_groups(
     return on_policy, prompt_batch.strategy.mix_groups(on_policy, prompt_batch.guides)
 
 
-def sample_on_policy_groups(session: Session, prompt_batch: PromptBatch, *, seed_name: str, step: int) -> list[Group]:
-    """Sample and verify as many rollouts per prompt as the mix strategy asks for."""
+def sample_on_policy_groups(
+    session: Session, prompt_batch: PromptBatch, *, seed_name: str, step: int, sampler_step: int
+) -> list[Group]:
+    """Sample and verify as many rollouts per prompt as the mix strategy asks for, by the policy of `sampler_step`."""
     prompts_by_count: dict[int, list[Prompt]] = {}
     for prompt in prompt_batch.prompts:
         num_guides = len((prompt_batch.guides or {}).get(prompt.prompt_id, ()))
@@ -221,7 +260,7 @@ def sample_on_policy_groups(session: Session, prompt_batch: PromptBatch, *, seed
     groups: dict[str, Group] = {}
     for count, prompts in prompts_by_count.items():
         label = (seed_name, step, *prompt_batch.seed_label)
-        sampled = sample_groups(session, prompts, seed_label=label, slots=range(count), sampler_step=step - 1)
+        sampled = sample_groups(session, prompts, seed_label=label, slots=range(count), sampler_step=sampler_step)
         groups |= {group.prompt.prompt_id: group for group in sampled}
     return [groups[prompt.prompt_id] for prompt in prompt_batch.prompts]
 

@@ -18,6 +18,7 @@ from npo_cli.policy.model_folder import decide_chat
 from npo_cli.registry import ENGINES
 from npo_cli.seeds import derive_seed
 from npo_cli.session.distributed import GatheredWeights, MainRankEngine, SplitEngine, prepare_distributed, shard_policy
+from npo_cli.session.producer import Producer, ProducerEngine, check_producer
 from npo_cli.session.startup import begin_session, measure_startup
 from npo_cli.session.weight_sync import WeightSync, build_check_rows
 from npo_cli.storage.checkpoints import Checkpoint, verify_checkpoint
@@ -35,11 +36,13 @@ class Session:
     recipe: Recipe
     run: RunDir
     policy: Policy
-    engine: Engine
-    sync: WeightSync
+    engine: Engine | ProducerEngine
+    sync: WeightSync | ProducerEngine
     """Sends the policy's weights to the engine and verifies them there."""
     task: Task
     order: DataOrder
+    producer: Producer | None
+    """Samples ahead while the session trains; None with train.staleness=0."""
 
     @property
     def distributed(self) -> ProcessGroup:
@@ -47,7 +50,9 @@ class Session:
         return current_group()
 
     def close(self) -> None:
-        """Close the engine. `open_session` also closes the task."""
+        """Close the engine and the producer. `open_session` also closes the task."""
+        if self.producer is not None:
+            self.producer.close()
         self.engine.close()
 
     def prompts_between(self, first: int, last: int) -> list[Prompt]:
@@ -141,6 +146,7 @@ def open_policy(recipe: Recipe, task: Task, checkpoint: Checkpoint | None) -> Po
 
 def check_task_prompts(policy: Policy, task: Task, recipe: Recipe) -> None:
     """Refuse a task with a prompt that the policy cannot read, or that leaves no room for a response."""
+    check_producer(recipe)
     engine: type[Engine] = ENGINES.get(recipe.engine.kind)
     engine.validate(recipe.engine, uses_adapters=policy.adapters is not None, uses_images=policy.vision is not None)
     prompts = [*task.train, *task.heldout]
@@ -215,6 +221,7 @@ def build_session(
         ),
         task=task,
         order=DataOrder(num_prompts=len(task.train), seed=recipe.train.seed),
+        producer=Producer(recipe) if recipe.train.staleness else None,
     )
 
 

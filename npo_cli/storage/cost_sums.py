@@ -57,7 +57,7 @@ class CostTable:
     steps: dict[str, dict[int, Cost]] = field(default_factory=lambda: defaultdict(dict))
     """Training steps by branch and step."""
     at_step: dict[str, dict[int, Cost]] = field(default_factory=lambda: defaultdict(dict))
-    """Probes and saved checkpoints: paid from that step on."""
+    """Probes, saved checkpoints, and batches sampled ahead after that step and not trained: paid from that step on."""
     after_step: dict[str, dict[int, Cost]] = field(default_factory=lambda: defaultdict(dict))
     """Loading and starting, in order to train on: paid from the next step on."""
     artifacts: dict[str, Cost] = field(default_factory=dict)
@@ -80,11 +80,21 @@ def merge_cost_lines(run: RunDir) -> list[CostLine]:
     return list(merged.values())
 
 
+def drop_trained_tokens(lines: Sequence[CostLine]) -> list[CostLine]:
+    """Of batches that were sampled ahead only those keep their tokens that were not trained; the others have a step."""
+    trained = {(line.branch, line.step) for line in lines if line.kind == "train"}
+    return [
+        replace(line, tokens=0, forwards=0) if line.kind == "ahead" and (line.branch, line.step) in trained else line
+        for line in lines
+    ]
+
+
 @cached_by_file(costs_path)
 def read_cost_table(run: RunDir) -> CostTable:
     """One pass over costs.jsonl."""
-    lines = merge_cost_lines(run)
+    lines = drop_trained_tokens(merge_cost_lines(run))
     table = CostTable(charges=tuple(line for line in lines if line.kind in CHARGE_KINDS))
+    ahead: dict[str, list[tuple[int, Cost]]] = defaultdict(list)
     for line in lines:
         cost = Cost(
             steps=int(line.kind == "train"),
@@ -98,6 +108,8 @@ def read_cost_table(run: RunDir) -> CostTable:
             table.artifacts[line.artifact] = table.artifacts.get(line.artifact, ZERO_COST) + cost
         if line.kind == "train":
             table.steps[line.branch][line.step] = cost
+        elif line.kind == "ahead":
+            ahead[line.branch] += [(line.step, cost)]
         elif line.kind == "fork":
             table.forks[line.branch] = line
         elif line.kind == "probe" or (line.kind in STARTUP_KINDS and not line.artifact):
@@ -105,6 +117,10 @@ def read_cost_table(run: RunDir) -> CostTable:
             is_after = line.kind in ("load", "start") or line.step == 0
             by_step = (table.after_step if is_after else table.at_step)[line.branch]
             by_step[line.step] = by_step.get(line.step, ZERO_COST) + cost
+    for branch, sampled in ahead.items():
+        for step, cost in sampled:
+            last = max((known for known in table.steps[branch] if known < step), default=step)
+            table.at_step[branch][last] = table.at_step[branch].get(last, ZERO_COST) + cost
     return table
 
 
@@ -337,7 +353,7 @@ def compute_run_costs(run: RunDir, branch: str) -> RunCosts:
         guide_tokens=sum(table.kinds.get(kind, ZERO_COST).tokens for kind in ("guide_cache", "score")),
         acceptance_test_tokens=table.kinds.get("acceptance_test", ZERO_COST).tokens,
         calibration_tokens=table.kinds.get("calibration", ZERO_COST).tokens,
-        abandoned_tokens=scout.tokens + abandoned.tokens,
+        abandoned_tokens=scout.tokens + abandoned.tokens + table.kinds.get("ahead", ZERO_COST).tokens,
         seconds=sum(cost.seconds for cost in counted),
         unused_guides=tuple(unused),
         unused_guide_tokens=sum(cost.tokens for cost in unused.values()),
@@ -409,6 +425,8 @@ def costs_by_activity(run: RunDir, branch: str) -> Iterator[ActivityCost]:
         "loading task and weights": "load",
         "starting processes and engines": "start",
     }
+    if "ahead" in table.kinds:
+        sampling = {"sampled ahead, not trained": "ahead"} | sampling
     costs = training | {label: table.kinds.get(kind, ZERO_COST) for label, kind in sampling.items()}
     for label, cost in costs.items():
         yield _activity(label, cost, has_steps=label in training)

@@ -3,8 +3,9 @@
 Each line is one piece of work: a training step, a chunk of samples for a scoring, a guide cache or a probe, a held-out
 evaluation, an acceptance test, a replay of a calibration. A piece that is executed again after a kill has a second line
 with the same key (kind, branch, step, artifact, piece): its tokens count once, the seconds of both count. `save` (a
-checkpoint), `load` (task and weights) and `start` (a process, an engine) have seconds only. A branch that is forked
-starts with a line of kind `fork`, which names what the branch is charged with; `guide_empty` names a guide cache
+checkpoint), `load` (task and weights) and `start` (a process, an engine) have seconds only. `ahead` is a batch that
+asynchronous sampling recorded before its step; once the step has a line, only its seconds count. A branch that is
+forked starts with a line of kind `fork`, which names what the branch is charged with; `guide_empty` names a guide cache
 without a response, with which AutoNPO did not roll back. Order is the order of the lines; no clock decides anything.
 The sums are in `cost_sums.py`.
 """
@@ -23,7 +24,7 @@ from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import Segment
 
 WorkKind = Literal["train", "score", "guide_cache", "probe", "acceptance_test", "evaluate", "calibration"]
-CostKind = Literal[WorkKind, "save", "load", "start", "guide_empty", "fork"]
+CostKind = Literal[WorkKind, "ahead", "save", "load", "start", "guide_empty", "fork"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

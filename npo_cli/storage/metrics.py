@@ -7,6 +7,7 @@ from npo_cli.storage.costs import CostLine, costs_path, encode_cost
 from npo_cli.storage.files import check_time, damaged_file_error, now_utc
 from npo_cli.storage.jsonl import AppendResult, JsonlLog
 from npo_cli.storage.layout import RunDir
+from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.types.rollouts import StepReport
 
 
@@ -76,6 +77,13 @@ def read_events(run: RunDir) -> Iterator[dict[str, Any]]:
 def find_source_trainer(run: RunDir) -> str | None:
     """The trainer of an imported run's first branch; None for a run that npo trained."""
     return next((str(event.get("trainer")) for event in read_events(run) if event["kind"] == "imported"), None)
+
+
+def list_trained_steps(run: RunDir, branch: str, log: RolloutLog) -> tuple[int, ...]:
+    """Recorded steps of a branch, without those that train.staleness sampled ahead and that were not trained yet."""
+    staleness = run.read_recipe(branch).get("train", {}).get("staleness", 0)
+    trained = max((row["step"] for row in read_metrics(run, branch)), default=0) if staleness else None
+    return tuple(step for step in log.steps() if trained is None or step <= trained)
 
 
 class StepLog:

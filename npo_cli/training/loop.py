@@ -8,6 +8,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,8 +27,10 @@ from npo_cli.rollout.batch import (
     update_failed_prompt_pool,
 )
 from npo_cli.rollout.mixing import count_injections
+from npo_cli.rollout.queue import RolloutQueue
 from npo_cli.rollout.replay_buffer import buffer_metrics, build_replay_batch, update_buffer
 from npo_cli.session.session import Session, count_generated_tokens
+from npo_cli.session.startup import charge_startup, measure_startup
 from npo_cli.session.stop_signal import StopFlag
 from npo_cli.storage.metrics import StepLog, append_event
 from npo_cli.storage.rollout_log import RolloutLog
@@ -52,6 +55,8 @@ class Trainer:
     branch: str
     seed_name: str
     """Branch whose name enters every sampling seed: its own, or with autonpo.rollback.seed=same its parent's."""
+    fork_step: int
+    """Step of the weights that the branch starts from."""
     active_guide: ActiveGuide | None
     reference: Policy | None
     """Frozen base model; None if the loss has no KL term."""
@@ -80,46 +85,88 @@ def grpo_steps(
     session, branch, settings = trainer.session, trainer.branch, trainer.session.recipe.train
     updater = Updater(session.policy, trainer.optimizer, session.recipe, reference=trainer.reference)
     last = settings.num_steps if until is None else until
-    while state.step < last:
-        state, report, warning = run_step(trainer, updater, state)
-        yield report
-        if warning:
-            yield Notice(message=warning, level="warning")
-        # Evaluate before saving: after a kill the evaluation is done or the step is repeated, never left out.
-        every = session.recipe.eval.every
-        if every and (state.step % every == 0 or state.step == settings.num_steps):
-            yield evaluate_policy(session, branch=branch, step=state.step)
-        # A signal that arrives from here on stops the next step.
-        stopping, pausing = bool(stop), should_pause(report)
-        if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
-            yield save_checkpoint(session, trainer.optimizer, state, branch=branch)
-            stopping = stopping or bool(stop)
-        if stopping:
-            append_event(session.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
-            raise StoppedEarly(
-                f"stopped by {stop.reason} after step {state.step}, which is saved",
-                f"npo resume {quote_path(session.run.root)}",
-            )
-        if pausing:
-            return
+    # Sampled ahead beyond the last step too: train.num_steps may be raised later.
+    with open_queue(trainer, state, last_step=last + settings.staleness) as queue:
+        if queue is not None:
+            charge_startup(session.run, branch=branch, step=state.step)
+        while state.step < last:
+            state, report, warning = run_step(trainer, updater, state, queue)
+            yield report
+            if warning:
+                yield Notice(message=warning, level="warning")
+            # Evaluate before saving: after a kill the evaluation is done or the step is repeated, never left out.
+            every = session.recipe.eval.every
+            if every and (state.step % every == 0 or state.step == settings.num_steps):
+                yield evaluate_policy(session, branch=branch, step=state.step)
+            # A signal that arrives from here on stops the next step.
+            stopping, pausing = bool(stop), should_pause(report)
+            if state.step % settings.save_every == 0 or state.step == last or stopping or pausing:
+                if queue is not None:
+                    queue.record_ahead(state.step)
+                yield save_checkpoint(session, trainer.optimizer, state, branch=branch)
+                stopping = stopping or bool(stop)
+            if stopping:
+                append_event(session.run, "stopped", {"branch": branch, "step": state.step, "signal": stop.reason})
+                raise StoppedEarly(
+                    f"stopped by {stop.reason} after step {state.step}, which is saved",
+                    f"npo resume {quote_path(session.run.root)}",
+                )
+            if pausing:
+                return
 
 
-def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[TrainerState, StepReport, str]:
+@contextmanager
+def open_queue(trainer: Trainer, state: TrainerState, *, last_step: int) -> Iterator[RolloutQueue | None]:
+    """The queue of batches after `state`; None with train.staleness=0."""
+    session = trainer.session
+    if session.producer is None:
+        yield None
+        return
+    session.producer.start(session.policy)
+    with measure_startup("start", "the producer"):
+        session.producer.wait_until_ready()
+    queue = RolloutQueue(
+        session,
+        trainer.rollouts,
+        branch=trainer.branch,
+        seed_name=trainer.seed_name,
+        fork_step=trainer.fork_step,
+        step=state.step,
+        last_step=last_step,
+        position=state.position,
+        active_guide=trainer.active_guide,
+    )
+    with closing(queue):
+        queue.fill(state.step)
+        yield queue
+
+
+def run_step(
+    trainer: Trainer, updater: Updater, state: TrainerState, queue: RolloutQueue | None
+) -> tuple[TrainerState, StepReport, str]:
     """Sample, update, log. The last value is a warning if a repeated step differs from the recorded one, or empty."""
     session, step = trainer.session, state.step + 1
     session.distributed.context = f"step {step}"
     started = time.perf_counter()
     online_guide = select_online_guide(trainer, state)
-    batch, replay_buffer = build_step_batch(trainer, state, online_guide)
-    sampled = time.perf_counter()
+    if queue is None:
+        batch, replay_buffer = build_step_batch(trainer, state, online_guide)
+        sampled = time.perf_counter()
+        sampling_seconds = sampled - started
+    else:
+        (batch, sampling_seconds), replay_buffer = queue.take(step), None
+        sampled = time.perf_counter()
     session.engine.release_memory()
     lr = lr_at(step, session.recipe.train)
     update = updater.take_step(
         build_training_samples(session.policy, batch.selected, session.recipe.guide.inject), lr=lr
     )
+    updated = time.perf_counter()
+    if queue is not None:
+        queue.fill(step)
     ended = time.perf_counter()
 
-    metrics = compute_step_metrics(session, batch, update, lr=lr)
+    metrics = compute_step_metrics(session, batch, update, step=step, lr=lr)
     if replay_buffer is not None:
         metrics |= buffer_metrics(replay_buffer)
     if online_guide is not None:
@@ -129,13 +176,15 @@ def run_step(trainer: Trainer, updater: Updater, state: TrainerState) -> tuple[T
     timings = {
         "seconds": ended - started,
         "seconds/rollouts": sampled - started,
-        "seconds/update": ended - sampled,
+        "seconds/update": updated - sampled,
         "peak_memory_mb": peak_memory_mb(),
     }
+    if queue is not None:
+        timings |= {"seconds/sampling": sampling_seconds, "seconds/weight_sync": ended - updated}
     if session.policy.device.type == "cuda":
         timings["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated(session.policy.device) / 1e6
     if not batch.is_recorded:
-        timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / (sampled - started)
+        timings["tokens_per_second"] = count_generated_tokens(batch.on_policy) / sampling_seconds
     report = StepReport(branch=trainer.branch, step=step, metrics=metrics, timings=timings)
     warning = ""
     if trainer.steps.write(report) == "differs":
@@ -193,7 +242,9 @@ def find_failed_prompts(session: Session, batch: StepBatch, before: TrainerState
 # Metrics of a step; all but the memory are a function of the seed
 
 
-def compute_step_metrics(session: Session, batch: StepBatch, update: UpdateReport, *, lr: float) -> dict[str, float]:
+def compute_step_metrics(
+    session: Session, batch: StepBatch, update: UpdateReport, *, step: int, lr: float
+) -> dict[str, float]:
     """The metrics of one step, named as in TRL; `inject/...` only while a guide is in use."""
     accuracies = [group.accuracy for group in batch.on_policy]
     rollouts = [rollout for group in batch.on_policy for rollout in group.rollouts]
@@ -225,6 +276,8 @@ def compute_step_metrics(session: Session, batch: StepBatch, update: UpdateRepor
         metrics["inject/grad_norm_fraction"] = update.grad_norm_fraction
     if session.recipe.sampling.dynamic:
         metrics |= {"dynamic/batches": batch.num_gen_batches, "dynamic/groups": len(batch.selected)}
+    if session.recipe.train.staleness:
+        metrics["staleness"] = statistics.fmean(step - 1 - rollout.sampler_step for rollout in rollouts)
     if update.num_skipped:
         metrics["skipped_updates"] = update.num_skipped
     return metrics

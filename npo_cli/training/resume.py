@@ -99,6 +99,12 @@ def open_active_guide(session: Session, segment: Segment) -> Iterator[ActiveGuid
         return
     check_single_guide_source(session, other=f"guide {segment.guide_cache}")
     info, prompts = load_guide(session.run, segment.guide_cache)
+    if info.lazy_settings and session.recipe.train.staleness:
+        raise NpoError(
+            f"guide {info.name} is sampled while training: it is not available with train.staleness above 0",
+            f"sample another one before: npo sample-guide {quote_path(session.run.root)} {format_source_option(info)} "
+            f"--at {info.learner_step} --name NEW guide.cache.lazy=false",
+        )
     if info.tokenizer_digest != session.policy.tokenizer_digest:
         raise NpoError(
             f"guide {info.name} was sampled with another tokenizer; its token ids do not fit this model",

@@ -23,7 +23,7 @@ from npo_cli.session.stop_signal import StopFlag, stop_between_steps
 from npo_cli.storage.checkpoints import find_checkpoint
 from npo_cli.storage.interrupted import record_finish
 from npo_cli.storage.layout import RunDir, check_unused, create_run
-from npo_cli.storage.lineage import append_segment
+from npo_cli.storage.lineage import append_segment, find_first_segment
 from npo_cli.storage.lock import lock_run
 from npo_cli.storage.metrics import StepLog, append_event
 from npo_cli.storage.rollout_log import RolloutLog
@@ -188,6 +188,7 @@ def open_trainer(session: Session, optimizer: Optimizer, *, branch: str, active_
         rollouts=rollouts,
         branch=branch,
         seed_name=find_seed_name(run, branch),
+        fork_step=find_first_segment(run, branch).fork_step,
         active_guide=active_guide,
         reference=reference,
         online_guide=open_online_guide(session, branch),

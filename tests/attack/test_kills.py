@@ -32,6 +32,7 @@ CLOCKED_KEYS = {
     *("sequence", "logs", "checksum", "overrides"),  # numbers of saves and of starts, sums over clocks
 }
 LONGER = (*TINY, "train.num_steps=12", "train.save_every=3", "eval.every=6")
+AHEAD = ("train.staleness=2", "sampling.dynamic=true", "sampling.max_gen_batches=3")
 AT_6 = ("--at", "6")
 SCORING = ("scoring.num_prompts=8", "scoring.samples_per_prompt=2", "scoring.bootstrap_resamples=50")
 DONE = ("the run has completed step", "already has a complete guide 'near'")
@@ -40,13 +41,17 @@ Words = tuple[str, ...]
 NamedCommand = tuple[str, Callable[[], Words]]
 
 
-def commands(run: Path, auto: Path) -> list[NamedCommand]:
+def commands(run: Path, auto: Path, stale: Path) -> list[NamedCommand]:
     """Name and next words of each command of the workflow, as a user would repeat it."""
-    r, a = str(run), str(auto)
+    r, a, s = str(run), str(auto), str(stale)
 
     def train() -> Words:
         clear_unborn(run)
         return ("resume", r) if (run / "npo_run.json").exists() else ("train", "micro", r, *LONGER)
+
+    def train_asynchronously() -> Words:
+        clear_unborn(stale)
+        return ("resume", s) if (stale / "npo_run.json").exists() else ("train", "micro", s, *LONGER, *AHEAD)
 
     def replay() -> Words:
         is_there = '"branch":"near"' in (run / "segments.jsonl").read_text()
@@ -63,6 +68,7 @@ def commands(run: Path, auto: Path) -> list[NamedCommand]:
 
     return [
         ("train", train),
+        ("train train.staleness=2", train_asynchronously),
         ("score-checkpoints", lambda: ("score-checkpoints", r, *AT_6, "--candidates", "9,12", *SCORING)),
         (
             "sample-guide",
@@ -73,9 +79,10 @@ def commands(run: Path, auto: Path) -> list[NamedCommand]:
     ]
 
 
+@pytest.mark.usefixtures("producers")
 def test_killed_commands_end_the_same(warm: ForkServer, tmp_path: Path):
     straight, seconds = tmp_path / "straight", {}
-    for name, words in commands(straight / "run", straight / "auto"):
+    for name, words in commands(straight / "run", straight / "auto", straight / "stale"):
         began = time.monotonic()
         assert run_npo(warm, words(), tmp_path) == 0
         seconds[name] = time.monotonic() - began
@@ -86,7 +93,7 @@ def test_killed_commands_end_the_same(warm: ForkServer, tmp_path: Path):
     while kills.total() < NUM_KILLS:
         num_rounds += 1
         root = tmp_path / f"killed-{num_rounds}"
-        for name, words in commands(root / "run", root / "auto"):
+        for name, words in commands(root / "run", root / "auto", root / "stale"):
             for _ in range(KILLS_PER_COMMAND):
                 began = time.monotonic()
                 code = run_npo(warm, words(), tmp_path, kill_after=rng.uniform(0, seconds[name]))

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_SECONDS = 60.0
+PRODUCERS_VARIABLE = "NPO_TEST_PRODUCERS"
+"""Address of a server that forks producers (`warm_producer.py`); without it each command starts a fresh one."""
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "os.chmod")
 """Audit events of Python that change a folder, beside `open`."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -68,6 +70,7 @@ class ForkServer:
         Its changes of files below `watched` are counted, and it is killed before the one with number `die_at`.
         """
         request = {"args": args, "err": str(err), "limit": limit, "watched": watched and str(watched), "die_at": die_at}
+        request["producers"] = os.environ.get(PRODUCERS_VARIABLE)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return NpoProcess(pid=self.read_reply()["pid"], server=self, err=err)
@@ -108,6 +111,7 @@ def serve() -> None:
 
     import npo_cli.experiments.demo  # noqa: F401 - all stages, and with them torch and transformers
     from npo_cli.cli.main import main
+    from npo_cli.session import producer
 
     print(json.dumps({"ready": 1}), flush=True)
     for line in sys.stdin:
@@ -120,6 +124,10 @@ def serve() -> None:
                 watch_changes(request["watched"], count_file(Path(request["err"])), die_at=request["die_at"])
             if request["limit"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit"], request["limit"]))
+            if request["producers"]:
+                from warm_producer import fork_producers  # this folder is where the script is
+
+                producer.start_process = fork_producers(request["producers"])
             main(request["args"])
         print(json.dumps({"pid": pid}), flush=True)
         _, status = os.waitpid(pid, 0)
