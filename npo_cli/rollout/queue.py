@@ -157,7 +157,7 @@ class RolloutQueue:
                     position=position,
                     active_guide=self.active_guide,
                 )
-            except BaseException as error:  # raised by the learner, who waits for it
+            except Exception as error:  # raised by the learner, who waits for it
                 batch.built.set_exception(error)
                 return
             position = built.position
