@@ -6,7 +6,7 @@
 Both sample the same requests with the same seeds: `micro` 128 responses of 18 tokens, `smollm2` 32 of 20 tokens, `long`
 forced log-normal lengths (mean 1,035, at most 4,096), four times as many responses as rows, with a tiny model.
 `generate` computes a batch until its longest response ends. Each is measured in processes of its own, the engines in
-turn, after a first call, which compiles where `compiled` is asked for (engine.compile); the table has medians. A
+turn, after a first call, which compiles under `compiled` (engine.compile); the table has medians. A
 row-step is one row of one forward pass. Peak memory is that above the loaded model.
 """
 

@@ -75,18 +75,18 @@ def score(
     from npo_cli.guides.candidates import find_candidates
     from npo_cli.storage.layout import open_run
 
-    asked: dict[str, Any] = {"at": at, "sources": specs, "branch": branch, "overrides": overrides}
-    find_candidates(open_run(root), **asked)
+    arguments: dict[str, Any] = {"at": at, "sources": specs, "branch": branch, "overrides": overrides}
+    find_candidates(open_run(root), **arguments)
 
     def work() -> Generator[CandidateScore | GuideChoice | Progress | Notice, None, None]:
         from npo_cli.guides.score import score_run
 
-        yield from score_run(root, **asked, figure=picture)
+        yield from score_run(root, **arguments, figure=picture)
 
     def plan() -> Iterator["PlannedWork | Notice"]:
         from npo_cli.guides.dry_run import plan_scoring
 
-        return plan_scoring(root, **asked)
+        return plan_scoring(root, **arguments)
 
     return RecordStream(work(), name="score", root=root, allow_code=allow_code, plan=plan)
 
@@ -119,18 +119,18 @@ def sample_guide(
     from npo_cli.guides.candidates import choose_source
     from npo_cli.storage.layout import open_run
 
-    asked: dict[str, Any] = {"at": at, "spec": spec, "name": name, "branch": branch, "steps": steps}
-    asked["overrides"] = overrides
-    choose_source(open_run(root), **asked)
+    arguments: dict[str, Any] = {"at": at, "spec": spec, "name": name, "branch": branch, "steps": steps}
+    arguments["overrides"] = overrides
+    choose_source(open_run(root), **arguments)
 
     def work() -> Generator[GuideCacheInfo | Progress | Notice, None, None]:
         from npo_cli.guides.build_cache import build_guide_cache
 
-        yield from build_guide_cache(root, **asked)
+        yield from build_guide_cache(root, **arguments)
 
     def plan() -> Iterator["PlannedWork | Notice"]:
         from npo_cli.guides.dry_run import plan_guide_cache
 
-        return plan_guide_cache(root, **asked)
+        return plan_guide_cache(root, **arguments)
 
     return RecordStream(work(), name="sample_guide", root=root, allow_code=allow_code, plan=plan)

@@ -27,7 +27,7 @@ from npo_cli.policy.logprobs import (
 )
 from npo_cli.policy.lora import ADAPTER_NAME, PEFT_PREFIX, is_lora_A, read_fitting_adapters
 from npo_cli.policy.model import Policy
-from npo_cli.policy.packing import PackingCosts, TokenRow, pack_rows
+from npo_cli.policy.packing import PackingCosts, TokenRow
 from npo_cli.policy.weights_io import read_fitting_weights, tied_names
 from npo_cli.types.rollouts import Prompt
 
@@ -66,10 +66,7 @@ class ExtrapolatedPolicy:
     ) -> TokenScores:
         """Score responses under the extrapolated policy, as `Policy.score`; logits exist for one chunk at a time."""
         newer = self.newer
-        packed = pack_rows(
-            rows, pad_id=newer.pad_id, device=newer.device, pack_sizes=pack_sizes, mask_dtype=newer.compute_dtype
-        )
-        packed = packed if newer.vision is None else newer.vision.attach_images(packed, rows)
+        packed = newer.pack(rows, pack_sizes)
         with mixed_precision(newer.model, newer.compute_dtype):
             (new_UH, new_head), (old_UH, old_head) = (
                 response_hidden(policy.model, packed, plain_head=policy.plain_head) for policy in (newer, self.older)

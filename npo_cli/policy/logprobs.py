@@ -26,7 +26,7 @@ Column = Literal["entropies", "collisions"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScores:
-    """Results per response token, all `(N, T)` with 0 in the padding; a column that was not asked for is None."""
+    """Results per response token, all `(N, T)` with 0 in the padding; a column that was not requested is None."""
 
     logps_NT: Tensor
     entropies_NT: Tensor | None = None
@@ -69,7 +69,7 @@ def chunk_scores(
     temperature: float,
     columns: Collection[Column] = (),
 ) -> dict[str, Tensor]:
-    """Log-probabilities of the targets and the columns asked for, each `(M,)`, at `temperature`.
+    """Log-probabilities of the targets and the requested columns, each `(M,)`, at `temperature`.
 
     The softmax is in float32, of float64 logits in float64. `unit_M`: the hidden state that predicts each target.
     """

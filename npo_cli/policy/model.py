@@ -39,7 +39,7 @@ from npo_cli.policy.lora import (
     save_adapters,
 )
 from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged, model_load_error
-from npo_cli.policy.packing import PackingCosts, TokenRow, pack_rows, packing_costs
+from npo_cli.policy.packing import PackedRows, PackingCosts, TokenRow, pack_rows, packing_costs
 from npo_cli.policy.vision import Vision, choose_model_class, load_vision
 from npo_cli.policy.weights_io import (
     check_loaded_weights,
@@ -204,6 +204,13 @@ class Policy:
         if self.vision is not None:
             self.vision.save(folder)
 
+    def pack(self, rows: Sequence[TokenRow], pack_sizes: Sequence[int] | None) -> PackedRows:
+        """The rows as inputs of one forward pass, with their images."""
+        packed = pack_rows(
+            rows, pad_id=self.pad_id, device=self.device, pack_sizes=pack_sizes, mask_dtype=self.compute_dtype
+        )
+        return packed if self.vision is None else self.vision.attach_images(packed, rows)
+
     def score(
         self,
         rows: Sequence[TokenRow],
@@ -213,14 +220,11 @@ class Policy:
         columns: Collection[Column] = (),
         pack_sizes: Sequence[int] | None = None,
     ) -> TokenScores:
-        """Log-probabilities of responses, and the columns asked for; differentiable if gradients are on.
+        """Log-probabilities of responses, and the requested columns; differentiable if gradients are on.
 
         `pack_sizes`: how many consecutive rows share their prompt's pass; None: none.
         """
-        packed = pack_rows(
-            rows, pad_id=self.pad_id, device=self.device, pack_sizes=pack_sizes, mask_dtype=self.compute_dtype
-        )
-        packed = packed if self.vision is None else self.vision.attach_images(packed, rows)
+        packed = self.pack(rows, pack_sizes)
         scores = token_scores if self.sharding is None else self.sharding.token_scores
         without_adapters = disable_adapters(self.model) if self.is_base_only else nullcontext()
         precision = mixed_precision(self.model, self.compute_dtype)

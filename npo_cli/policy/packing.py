@@ -80,7 +80,7 @@ class MicroBatch:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedRows:
     """Rows as tensors. Response token m is read from the distribution at `input_ids_BL[row_U[u], position_U[u]]` with
-    u = unit_M[m], and stands at `[response_M[m], token_M[m]]` of an `(N, T)` result.
+    u = unit_M[m], and belongs at `[response_M[m], token_M[m]]` of an `(N, T)` result.
     """
 
     input_ids_BL: Tensor

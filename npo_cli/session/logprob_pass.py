@@ -20,7 +20,7 @@ from npo_cli.types.rollouts import Prompt, Rollout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponseLogprobs:
-    """One response under one forward pass, without padding; a column that was not asked for is None."""
+    """One response under one forward pass, without padding; a column that was not requested is None."""
 
     logps_T: Tensor
     entropies_T: Tensor | None = None

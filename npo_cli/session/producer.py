@@ -1,6 +1,6 @@
 """The producer: a process with a model of its own that samples while the learner learns (`train.staleness`).
 
-It is told which weights to sample from and which responses to sample, and nothing else. Weights go through a
+It receives the weights to sample from and the responses to sample, and nothing else. Weights go through a
 safetensors file in shared memory, with a checksum; requests and samples go through a pipe. The process ends with the
 learner, however that ends (`producer_process.py` is its side). A dead producer is an error with its exit code and last
 output.
@@ -38,7 +38,7 @@ from npo_cli.registry import ENGINES
 
 SHARED_MEMORY = Path("/dev/shm")
 POLL_SECONDS = 0.1
-"""How soon a thread that waits for samples notices that nobody wants them any more."""
+"""How soon a thread that waits for samples notices that they are not wanted any more."""
 LAST_OUTPUT_LINES = 3
 END_SECONDS = 5.0
 """Between the end of a process's pipe and of the process."""
@@ -55,7 +55,7 @@ class PublishedWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProducerStart:
-    """What the process is told first."""
+    """The first message to the process."""
 
     recipe: dict[str, Any]
     folder: Path
@@ -64,7 +64,7 @@ class ProducerStart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleJob:
-    """What the process is told next, again and again; it answers each with a list of samples."""
+    """Every later message; the answer is a list of samples."""
 
     requests: Sequence[SampleRequest]
     temperature: float

@@ -119,7 +119,7 @@ def supervise(client: socket.socket) -> None:
         os._exit(code)
     for number in (channel, lifeline, output):
         os.close(number)
-    with contextlib.suppress(OSError):  # the one who asked may be gone
+    with contextlib.suppress(OSError):  # the requesting process may be gone
         client.sendall(f"{pid}\n".encode())
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):

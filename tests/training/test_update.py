@@ -163,10 +163,10 @@ def test_update_twice_per_step_uses_old_logprobs(scout, rows):
 
 
 def test_update_computes_old_logprobs_only_of_trained_rows_after_the_first_part(scout, rows, monkeypatch):
-    asked: list[Sequence[TokenRow]] = []
+    passes: list[Sequence[TokenRow]] = []
 
     def record(policy, recipe, tokens):
-        asked.append(tokens)
+        passes.append(tokens)
         return run_logprob_pass(policy, recipe, tokens)
 
     monkeypatch.setattr("npo_cli.training.update.run_logprob_pass", record)
@@ -174,11 +174,11 @@ def test_update_computes_old_logprobs_only_of_trained_rows_after_the_first_part(
     some = [replace(row, advantage=0.0 if place % 3 else 1.0) for place, row in enumerate(rows)]
     learned(session, some)
     # of the second half, rows 8 to 15: those with an advantage
-    assert asked == [[rows[9].tokens, rows[12].tokens, rows[15].tokens]]
+    assert passes == [[rows[9].tokens, rows[12].tokens, rows[15].tokens]]
     learned(override_settings(session, "loss", entropy_coef=0.1), some)
-    assert asked[1] == [row.tokens for row in rows[8:]]
+    assert passes[1] == [row.tokens for row in rows[8:]]
     learned(override_settings(session, "train", num_updates=1), some)
-    assert len(asked) == 2
+    assert len(passes) == 2
 
 
 def test_update_grad_norm_fraction_of_off_policy_rows(session, rows):
