@@ -93,8 +93,8 @@ def render_settings() -> str:
         "",
         "- *may change*: `yes`, at any `npo resume`; `fork`, only for a new branch (`npo resume --at STEP ...`); "
         "`no`, never within a run.",
-        "- *comparison*: in `npo compare`, `must match` settings have to be equal in all arms, `ignored` ones do not "
-        "affect what a run learns, and `method` ones are what the arms may differ in.",
+        "- *comparison*: in `npo compare`, `must match` settings have to be equal in all methods, `ignored` ones do "
+        "not affect what a run learns, and `method` ones are what the methods may differ in.",
         "- *applies when*: without these settings it has no effect, and a recipe file or KEY=VALUE that sets it is "
         "refused; a shipped recipe's or saved value is ignored.",
         "",

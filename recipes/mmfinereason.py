@@ -160,24 +160,24 @@ def main() -> None:
     parser.add_argument("--max-pixels", type=int, default=1024 * 1024, help="of a picture")
     parser.add_argument("--heldout-one-in", type=int, default=200)
     parser.add_argument("--workers", type=int, default=4, help="processes that read answers")
-    asked = parser.parse_args()
-    if not any(asked.shards.glob("*.parquet")):
-        sys.exit(f"{asked.shards} holds no .parquet file")
-    if asked.out.exists():
-        sys.exit(f"{asked.out} exists already: name a new folder")
+    args = parser.parse_args()
+    if not any(args.shards.glob("*.parquet")):
+        sys.exit(f"{args.shards} holds no .parquet file")
+    if args.out.exists():
+        sys.exit(f"{args.out} exists already: name a new folder")
     # Inside, because each process that reads answers imports this file again.
     from transformers import AutoTokenizer
 
-    grader = MathVerifier.open(TaskSettings(verify_workers=asked.workers))
+    grader = MathVerifier.open(TaskSettings(verify_workers=args.workers))
     wanted = SelectionRules(
-        tokenizer=AutoTokenizer.from_pretrained(asked.model),
+        tokenizer=AutoTokenizer.from_pretrained(args.model),
         grader=grader,
-        max_tokens=asked.max_tokens,
-        max_pixels=asked.max_pixels,
-        heldout_one_in=asked.heldout_one_in,
+        max_tokens=args.max_tokens,
+        max_pixels=args.max_pixels,
+        heldout_one_in=args.heldout_one_in,
     )
     try:
-        counts = prepare(asked.shards, asked.out, wanted)
+        counts = prepare(args.shards, args.out, wanted)
     finally:
         grader.close()
     for what, number in sorted(counts.items()):

@@ -132,12 +132,12 @@ def sample(policy: Policy, recipe: Recipe) -> None:
     """One batch by the engine that samples with the trainer's own weights."""
     engine = open_engine(recipe.engine, make_model_handle(policy, recipe))
     prompts = torch.randint(20, 8000, (ROWS, PROMPT)).tolist()
-    asked = [
+    prompts = [
         SampleRequest(prompt_id=str(slot), prompt_ids=tuple(ids), slot=slot, seed=slot, version="0")
         for slot, ids in enumerate(prompts)
     ]
     engine.update_weights(policy.model, version="0")
-    engine.generate(asked, temperature=1.0, max_new_tokens=RESPONSE)
+    engine.generate(prompts, temperature=1.0, max_new_tokens=RESPONSE)
 
 
 def measure_peaks(recipe: Recipe) -> Peaks:
@@ -200,17 +200,17 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES), help="names of cases, with commas between them")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="bytes, a JSON line per case")
-    asked = parser.parse_args()
-    if asked.child:
-        print(json.dumps(as_dict(measure_peaks(load_recipe("micro", asked.settings)))))
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(as_dict(measure_peaks(load_recipe("micro", args.settings)))))
         return
-    if not asked.json:
+    if not args.json:
         print(
             "| case | " + " | ".join(f"{what}, MB" for what in ("held", "update", "sampling")) + " |\n|---|---|---|---|"
         )
-    for name in asked.only.split(","):
-        found = run_case(name, asked.out, asked.device)
-        if asked.json:
+    for name in args.only.split(","):
+        found = run_case(name, args.out, args.device)
+        if args.json:
             print(json.dumps({"case": name, **found}), flush=True)
             continue
         cells = [

@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("out", type=Path)
     parser.add_argument("overrides", nargs="*")
-    asked = parser.parse_args()
-    task = open_task(load_recipe(asked.recipe, asked.overrides))
+    args = parser.parse_args()
+    task = open_task(load_recipe(args.recipe, args.overrides))
     try:
         lines = [{"prompt_id": prompt.prompt_id, "response": trace(prompt)} for prompt in task.train]
     finally:
         task.close()
-    asked.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    args.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -112,9 +112,9 @@ def save_untrained(out: Path, *, seed: int) -> None:
 def generate_training_rows(policy: Policy, *, seed: int) -> Iterator[TokenRow]:
     """Endless pictures, questions and answers, as wrong as they are meant to be."""
     rng = random.Random(f"tiny-vl:{seed}")
-    for number, (shapes, asked) in enumerate(generate_questions(rng)):
-        prompt = shapes_prompt(shapes, asked, f"lesson/{number}")
-        said = policy.encode_response(str(noisy_count(shapes, asked, rng)))
+    for number, (shapes, question) in enumerate(generate_questions(rng)):
+        prompt = shapes_prompt(shapes, question, f"lesson/{number}")
+        said = policy.encode_response(str(noisy_count(shapes, question, rng)))
         yield policy.row(prompt, (*said, policy.end_id))
 
 
@@ -141,16 +141,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    if asked.out.exists():
-        parser.error(f"{asked.out} exists already")
-    save_untrained(asked.out, seed=asked.seed)
-    policy = load_policy(ModelSettings(path=str(asked.out)))
-    for step, loss in enumerate(train_supervised(policy, num_steps=asked.steps, seed=asked.seed), start=1):
-        if step % 100 == 0 or step == asked.steps:
-            print(f"step {step} of {asked.steps}: loss {loss:.3f}", flush=True)
-    policy.save(asked.out)
-    print(f"{asked.out}: {sum(tensor.numel() for tensor in policy.model.parameters()):,} parameters")
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"{args.out} exists already")
+    save_untrained(args.out, seed=args.seed)
+    policy = load_policy(ModelSettings(path=str(args.out)))
+    for step, loss in enumerate(train_supervised(policy, num_steps=args.steps, seed=args.seed), start=1):
+        if step % 100 == 0 or step == args.steps:
+            print(f"step {step} of {args.steps}: loss {loss:.3f}", flush=True)
+    policy.save(args.out)
+    print(f"{args.out}: {sum(tensor.numel() for tensor in policy.model.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

@@ -83,11 +83,11 @@ def test_vllm_image_with_another_number_of_tokens_is_refused(pair: tuple[Policy,
     policy, engine, sync = pair
     sync.sync_weights(0)
     one, _, _, four = mixed_prompts()
-    asked = LogprobRequest(prompt_ids=policy.encode(one), response_ids=(policy.end_id,), images=one.images)
-    num_tokens = len(asked.prompt_ids) + 1
+    request = LogprobRequest(prompt_ids=policy.encode(one), response_ids=(policy.end_id,), images=one.images)
+    num_tokens = len(request.prompt_ids) + 1
     # 32 x 32 pixels are 2 x 2 tokens, 48 x 64 are 3 x 4: eight more
     with pytest.raises(RunFailed, match=f"vLLM reads {num_tokens + 8} prompt tokens, the trainer {num_tokens}"):
-        engine.compute_logps([replace(asked, images=four.images)])
+        engine.compute_logps([replace(request, images=four.images)])
 
 
 def test_vllm_weight_sync_finds_a_stale_vision_tower(
@@ -114,11 +114,11 @@ def test_vllm_weight_sync_finds_a_stale_vision_tower(
 def test_vllm_server_downloads_no_image(pair: tuple[Policy, VllmServer, WeightSync]):
     policy, engine, sync = pair
     sync.sync_weights(0)
-    asked = []
+    requests = []
 
     class Door(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
 
     with HTTPServer(("127.0.0.1", 0), Door) as door:
         threading.Thread(target=door.serve_forever, daemon=True).start()
@@ -131,7 +131,7 @@ def test_vllm_server_downloads_no_image(pair: tuple[Policy, VllmServer, WeightSy
         answer = engine._session.post(f"{engine._url}/inference/v1/generate", json=body, timeout=60)
         door.shutdown()
     assert not answer.ok and "allowed domains" in answer.text
-    assert asked == []
+    assert requests == []
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from tests.helpers.runs import copy_run, open_session_at, tiny_recipe, train
 
 
 def evaluated(root, **options) -> list[EvalReport]:
-    asked = {"step": None, "every_step": False, "branch": None, "overrides": ()} | options
-    records = evaluate_run(root, **asked)
+    arguments = {"step": None, "every_step": False, "branch": None, "overrides": ()} | options
+    records = evaluate_run(root, **arguments)
     return [record for record in records if isinstance(record, EvalReport)]
 
 

@@ -89,8 +89,8 @@ def test_lora_run_is_read_by_every_command(circled, tmp_path):
     entries = index_run(root)
     assert {(entry.branch, entry.step) for entry in entries} == {("main", 0), ("main", 2), ("main", 4), ("near", 4)}
     assert all(entry.complete and entry.digest for entry in entries)
-    told = list(evaluate_run(root, step=2, every_step=False, branch="main", overrides=()))
-    assert told[-1].step == 2
+    records = list(evaluate_run(root, step=2, every_step=False, branch="main", overrides=()))
+    assert records[-1].step == 2
 
 
 def test_lora_retention_keeps_weights_only_checkpoints(tmp_path):
@@ -135,11 +135,11 @@ def test_lora_kl_reference_is_the_base(circled, tmp_path):
 
 
 def test_lora_adapters_are_float32_on_a_bfloat16_base(tmp_path):
-    told = {}
+    noticed = {}
     for kind in ((), LORA):
         records = list(train_run(tmp_path / str(len(kind)), tiny_recipe("model.dtype=bfloat16", *kind)))
-        told[kind] = any(isinstance(each, Notice) and "rounded" in each.message for each in records)
-    assert told == {(): True, LORA: False}
+        noticed[kind] = any(isinstance(each, Notice) and "rounded" in each.message for each in records)
+    assert noticed == {(): True, LORA: False}
 
 
 # The base

@@ -106,8 +106,10 @@ def test_tracker_that_fails_while_logging_gives_one_warning(tmp_path, monkeypatc
         write(self, tag, value, step)
 
     monkeypatch.setattr(summary.Writer, "add_scalar", full)
-    told = warnings_in(training(tmp_path / "run", TB))
-    assert [said.startswith("tensorboard failed and is no longer used in this run (OSError") for said in told] == [True]
+    warnings = warnings_in(training(tmp_path / "run", TB))
+    assert [text.startswith("tensorboard failed and is no longer used in this run (OSError") for said in warnings] == [
+        True
+    ]
     assert [step for step, _ in recorded(tmp_path / "run", "main", "reward")] == [1, 2, 3, 4]
     assert [step for step, _ in curve(tmp_path / "run", "main", "reward")] == [1, 2]
 

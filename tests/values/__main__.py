@@ -33,17 +33,17 @@ MOST_LINES = 20
 
 
 def main() -> int:
-    """Run the circles asked for, then record them or compare them with the file."""
-    asked = _arguments()
-    names = asked.only or list(CIRCLES)
-    recorded = json.loads(asked.file.read_text()) if asked.file.exists() else {}
-    if asked.action == "check" and (unrecorded := [name for name in names if name not in recorded]):
-        print(f"not in {asked.file}: {', '.join(unrecorded)}", file=sys.stderr)
+    """Run the requested circles, then record them or compare them with the file."""
+    args = _arguments()
+    names = args.only or list(CIRCLES)
+    recorded = json.loads(args.file.read_text()) if args.file.exists() else {}
+    if args.action == "check" and (unrecorded := [name for name in names if name not in recorded]):
+        print(f"not in {args.file}: {', '.join(unrecorded)}", file=sys.stderr)
         return 1
-    found = _run(names, recorded if asked.action == "check" else None, keep=asked.keep)
-    if asked.action == "record":
+    found = _run(names, recorded if args.action == "check" else None, keep=args.keep)
+    if args.action == "record":
         merged = {name: (recorded | found)[name] for name in CIRCLES if name in recorded | found}
-        asked.file.write_text(_as_text(merged))
+        args.file.write_text(_as_text(merged))
         return 0
     wrong = [name for name in names if list(differences(recorded[name], found[name]))]
     print(f"{len(names) - len(wrong)} of {len(names)} circles have the recorded values")

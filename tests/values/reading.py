@@ -72,11 +72,11 @@ def read_evals(run: Path) -> list[dict[str, Any]]:
 def read_guide(run: Path, name: str) -> dict[str, Any]:
     """Counts, prompts and trajectories of a guide cache."""
     folder = run / keys.GUIDE_FOLDER.format(name=name)
-    asked = [group for line in _lines(folder / keys.GUIDE_FILES["samples"]) for group in line["groups"]]
-    found = [rollout for group in asked for rollout in group["rollouts"]]
+    groups = [group for line in _lines(folder / keys.GUIDE_FILES["samples"]) for group in line["groups"]]
+    found = [rollout for group in groups for rollout in group["rollouts"]]
     return {
         **_picked(json.loads((folder / keys.GUIDE_FILES["info"]).read_text()), keys.GUIDE_INFO_KEYS),
-        "asked": _digest([[line["prompt_id"], line["num_sampled"], line["num_correct"]] for line in asked]),
+        "asked": _digest([[line["prompt_id"], line["num_sampled"], line["num_correct"]] for line in groups]),
         "token ids": _digest([[line["prompt_id"], line["response_ids"]] for line in found]),
         "sum of log-probabilities": sum(sum(line["behavior_logps"] or ()) for line in found),
     }
