@@ -8,7 +8,7 @@ from rich.text import Text
 
 from npo_cli.activity import Activity
 from npo_cli.cli.progress import GAP, Part, ProgressDisplay, Record, format_count
-from npo_cli.cli.terminal import clear_loading, escape_for_terminal
+from npo_cli.cli.terminal import clear_loading, escape_for_terminal, wrap_words
 from npo_cli.types.rollouts import Progress
 
 BAR_WIDTH = 16
@@ -61,7 +61,8 @@ class BarDisplay(ProgressDisplay):
     def write(self, line: str, *, style: str = "") -> None:
         """Above the bars."""
         self._start()
-        self.bars.console.print(Text(line, style={"33": "yellow"}.get(style, "")), soft_wrap=True)
+        for part in wrap_words(line, self.bars.console.width):
+            self.bars.console.print(Text(part, style={"33": "yellow"}.get(style, "")), soft_wrap=True)
 
     def draw(self, part: Part, now: float, *, is_step: bool) -> None:
         """The part's bar; with --verbose a line per step."""

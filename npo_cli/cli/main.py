@@ -160,7 +160,7 @@ def _leave(message: str, hint: str, *, code: int, args: Sequence[str]) -> NoRetu
             label = "" if code == StoppedEarly.exit_code else "error: "
             print_status(f"{label}{_one_line(message)}", style="31")
             if hint:
-                print_status(f"  try: {_one_line(hint)}", style="2")
+                print_status(f"  try: {_one_line(hint)}", style="2", wraps=False)
     sys.exit(code)
 
 

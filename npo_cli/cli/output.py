@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
@@ -20,7 +19,15 @@ from npo_cli.activity import Listener, listen
 from npo_cli.api.results import save_results, to_named_row
 from npo_cli.api.stages import RecordStream
 from npo_cli.cli.progress import open_progress
-from npo_cli.cli.terminal import escape_for_terminal, has_color, is_terminal, open_console, print_data, print_notice
+from npo_cli.cli.terminal import (
+    escape_for_terminal,
+    has_color,
+    is_terminal,
+    open_console,
+    print_data,
+    print_notice,
+    terminal_width,
+)
 from npo_cli.report.table import Table
 from npo_cli.types.rollouts import Notice, Progress, StepReport
 from npo_cli.types.views import Conclusion
@@ -120,7 +127,7 @@ def print_conclusion(conclusion: Conclusion, *, as_json: bool) -> None:
 def print_sentence(text: str) -> None:
     """A sentence in lines of at most 80 characters, or as wide as the terminal, and an empty line."""
     on_terminal = is_terminal(sys.stdout)
-    width = min(SENTENCE_WIDTH, shutil.get_terminal_size().columns) if on_terminal else SENTENCE_WIDTH
+    width = min(SENTENCE_WIDTH, terminal_width(sys.stdout) or SENTENCE_WIDTH)
     is_bold = on_terminal and not os.environ.get("NO_COLOR")
     for line in textwrap.wrap(escape_for_terminal(text), width=width):
         print_data(f"\x1b[1m{line}\x1b[0m" if is_bold else line)
@@ -155,9 +162,11 @@ def print_table(table: Table) -> None:
     console = open_console(width=None if is_terminal(sys.stdout) else UNLIMITED)
     console.print(Text(escape_for_terminal(table.title), style="bold underline"))
     columns = _measure_columns(table)
-    for indices in split_columns([width for *_, width in columns], limit=console.width):
+    groups = list(split_columns([width for *_, width in columns], limit=console.width))
+    for number, indices in enumerate(groups):
+        if number:
+            console.print()
         console.print(_to_rich([columns[index] for index in indices]))
-        console.print()
     for note in table.notes:
         console.print(Text(escape_for_terminal(note), style="dim"))
     console.print()

@@ -3,8 +3,11 @@
 Text from models and files is data: control characters are escaped, markup is not interpreted.
 """
 
+import contextlib
 import os
+import shutil
 import sys
+import textwrap
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -18,6 +21,8 @@ Verbosity = Literal["quiet", "normal", "verbose"]
 VERBOSITY: ContextVar[Verbosity] = ContextVar("verbosity", default="normal")
 """--quiet shows results, warnings and errors only; --verbose also each step, and how long loading and saving took."""
 LOADING = "loading ..."
+DEFAULT_WIDTH = 80
+"""Of a terminal that does not say."""
 CLEAR_LINE = "\r\x1b[2K"
 _LOADING_STREAM: list[TextIO] = []
 """Where the line `loading ...` is shown."""
@@ -33,9 +38,13 @@ def print_data(text: str) -> None:
     _print_line(text, sys.stdout)
 
 
-def print_status(text: str, *, style: str = "") -> None:
-    """Print one line on stderr, in an ANSI style (such as `1;31`) where colors are shown."""
-    _print_line(f"\x1b[{style}m{text}\x1b[0m" if style and has_color(sys.stderr) else text, sys.stderr)
+def print_status(text: str, *, style: str = "", wraps: bool = True) -> None:
+    """Print one line on stderr, in an ANSI style (such as `1;31`) where colors are shown.
+
+    On a terminal that is narrower it is cut between words, unless `wraps` is false, as for a command to be copied.
+    """
+    for line in wrap_words(text, terminal_width(sys.stderr)) if wraps else [text]:
+        _print_line(f"\x1b[{style}m{line}\x1b[0m" if style and has_color(sys.stderr) else line, sys.stderr)
 
 
 def print_notice(text: str) -> None:
@@ -75,6 +84,23 @@ def _print_line(text: str, stream: TextIO) -> None:
             raise
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), stream.fileno())  # what is still to come is discarded
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Characters per line of a terminal; None of anything else."""
+    if not is_terminal(stream):
+        return None
+    size = os.terminal_size((0, 0))
+    with contextlib.suppress(OSError):
+        size = os.get_terminal_size(stream.fileno())
+    return shutil.get_terminal_size(fallback=size).columns or DEFAULT_WIDTH
+
+
+def wrap_words(text: str, width: int | None) -> list[str]:
+    """Lines of at most `width` characters, cut between words; longer words, and a text of several lines, stay whole."""
+    if width is None or len(text) <= width or "\n" in text:
+        return [text]
+    return textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def is_terminal(stream: TextIO) -> bool:

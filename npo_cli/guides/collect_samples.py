@@ -76,6 +76,12 @@ class ScoringState:
         )
 
 
+def describe_sampling(candidate: str) -> str:
+    """What the samples of a candidate, or the learner's own, are for."""
+    own = {SCREENING: "screen prompts with the learner", CONTROL: "sample the learner again"}
+    return own.get(candidate, f"sample {candidate}")
+
+
 def sample_learner(state: ScoringState, prompts: Sequence[Prompt], *, candidate: str) -> Iterator[Progress]:
     """The learner's samples for screening, or as the control."""
     checkpoint = state.learner.checkpoint
@@ -155,7 +161,7 @@ def _sample_checkpoint(
     if left:
         session.policy.load(checkpoint.path)
     for done, chunk in _chunks(left):
-        yield Progress(description=f"sample {candidate}", done=total - len(left) + done, total=total)
+        yield Progress(description=describe_sampling(candidate), done=total - len(left) + done, total=total)
         started = time.perf_counter()
         groups = sample_groups(
             session,
@@ -165,7 +171,7 @@ def _sample_checkpoint(
             sampler_step=checkpoint.step,
         )
         _record(state, candidate, groups, started=started)
-    yield Progress(description=f"sample {candidate}", done=total, total=total)
+    yield Progress(description=describe_sampling(candidate), done=total, total=total)
 
 
 def _sample_concurrently(

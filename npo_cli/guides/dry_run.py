@@ -5,6 +5,7 @@ from pathlib import Path
 
 from npo_cli.guides.build_cache import new_cache_info, require_guide_prompts, selection_gate
 from npo_cli.guides.candidates import choose_source, find_candidates, find_horizon, plan_rounds
+from npo_cli.guides.collect_samples import CONTROL, SCREENING, describe_sampling
 from npo_cli.guides.source import open_source
 from npo_cli.guides.sources.checkpoint import CheckpointSource, LineCheckpoint
 from npo_cli.session.dry_run import dry_session, plan_samples, recorded_length
@@ -83,8 +84,8 @@ def plan_scoring(
         if rounds is not None:
             per_candidate = min(count, sum(entry.prompts_per_candidate for entry in rounds))
         for work, prompts in (
-            ("screen prompts with the learner", count),
-            ("sample the learner again", count),
+            (describe_sampling(SCREENING), count),
+            (describe_sampling(CONTROL), count),
             *((f"sample {source.spec.text}", per_candidate if source.is_fresh else 0) for source in candidates),
         ):
             yield plan_samples(

@@ -394,7 +394,7 @@ def conclude_compare(records: Records) -> Conclusion:
     found = select(records, MethodSummary)
     best = max(found, key=lambda one: one.final_accuracy.value)
     seeds = f"{len(best.seeds)} seed{'s' * (len(best.seeds) != 1)}"
-    sentence = f"{best.method} ends highest: accuracy {format_estimate(best.final_accuracy)}, {seeds}"
+    sentence = f"{best.method} ends highest: final accuracy {format_estimate(best.final_accuracy)}, {seeds}"
     differences = select(records, MethodDifference)
     one = next((each for each in differences if each.method == best.method), None)
     if one is not None:

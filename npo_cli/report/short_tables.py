@@ -23,7 +23,7 @@ from npo_cli.report.table import (
 )
 from npo_cli.report.tables import TABLES, metric_column, summarize_branches
 from npo_cli.report.tables_autonpo import REASON_MEANINGS, describe_evidence
-from npo_cli.report.tables_compare import CURVE, SEEDS, format_cost
+from npo_cli.report.tables_compare import SEEDS, describe_final, format_cost
 from npo_cli.report.tables_costs import compare_costs
 from npo_cli.report.tables_scores import name_variance, sort_candidates
 from npo_cli.types.autonpo import NonTriggerSpan, ProbeResult, Transition
@@ -51,6 +51,7 @@ TEXT_CHARS = 18
 """Characters of a response."""
 REASON_CHARS = 56
 RATIO_AXES = ("step", "tokens")
+BEST_POLICY_NOTE = "*: by the best policy paid for, the guide's run included."
 RATIO_NOTE = "above 1: cheaper; pairs of seeds that both reached it, of all."
 
 
@@ -67,6 +68,14 @@ def limit_rows(records: Sequence[Any], *, name: str, max_rows: int = MAX_ROWS) -
     if len(records) <= max_rows:
         return records, ()
     return records[-max_rows:], (f"The last {max_rows} of {len(records):,} {name}; --full shows all.",)
+
+
+def mark_best_held(name: str, is_best_held: bool) -> str:
+    """The name of a curve; with a star where it is that of the best policy held so far."""
+    return f"{fit(name, 16)}{' *' * is_best_held}"
+
+
+SHORT_CURVE = Column("method", lambda one: mark_best_held(one.method, one.curve == "best held"))
 
 
 def name_column(heading: str, name: str | None = None, *, max_chars: int = NAME_CHARS) -> Column:
@@ -232,7 +241,7 @@ def short_costs_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, ...]:
     """Steps, tokens and seconds, and the ratio of each to the first curve."""
     rows = tuple(
         (
-            f"{fit(one.name, 16)}{' *' * one.is_best_held}",
+            mark_best_held(one.name, one.is_best_held),
             f"{one.threshold:.2f}",
             *(format_count(value) for value in (one.step, one.total_steps, one.total_tokens)),
             *("-" if ratio is None else f"{ratio:.2f}x" for ratio in ratios),
@@ -243,7 +252,7 @@ def short_costs_tables(costs: Sequence[CostToThreshold]) -> tuple[Table, ...]:
     notes = (
         f"by: cost of {costs[0].name} / this cost; above 1 it is cheaper than {costs[0].name}.",
         "paid: with the guide's training, steps rolled back, scoring and samples.",
-        *(("*: by the best policy paid for, the guide's run included.",) * any(o.is_best_held for o in costs)),
+        *((BEST_POLICY_NOTE,) * any(one.is_best_held for one in costs)),
     )
     return (Table(title="Cost of reaching a held-out accuracy", header=header, rows=rows, notes=notes),)
 
@@ -277,16 +286,16 @@ def short_scores_tables(scores: Sequence[CandidateScore]) -> tuple[Table, ...]:
     """Q_net, V, S and value of each candidate."""
     ordered = sort_candidates(scores)
     columns = (
-        Column("", lambda one: "*" if one.is_selected else ""),
-        *(name_column("candidate"), Column("ahead", lambda one: format_count(one.distance))),
-        *(number_column("Q_net", "quality_net", digits=2), number_column("V", "variance", digits=2)),
-        *(short_interval_column("S", "signal"), short_interval_column("value", "value")),
+        Column("  candidate", lambda one: f"{'*' if one.is_selected else ' '} {fit(one.candidate, 16)}"),
+        Column("ahead", lambda one: format_count(one.distance)),
+        *(short_interval_column("Q_net", "quality_net"), number_column("V", "variance", digits=2)),
+        *(short_interval_column("S", "signal"), number_column("value", digits=2)),
     )
     notes = [
         f"*: selected. S = Q_net/V, {'V a distance, ' * (name_variance(ordered) != 'V')}95 % intervals.",
         "value: forecast steps saved / price; worth it from 1 on.",
         *(f"{fit(one.candidate)}: V rests on a few samples." for one in ordered if one.is_unreliable),
-        "--full adds Q, p(best), price, every kind of V and each rule's choice.",
+        "--full adds Q, p(best), price, V of every kind, all intervals and rules.",
     ]
     return (build_table("Guide candidates", ordered, columns, notes=notes),)
 
@@ -372,7 +381,7 @@ def short_summary_tables(methods: Sequence[MethodSummary]) -> tuple[Table, ...]:
         Column("seconds", lambda one: format_cost(one.mean_costs.get("seconds"))),
     )
     mismatched = [f"MISMATCH: {one.method}: {change}" for one in methods for change in one.mismatched_settings]
-    notes = (f"Up to step {methods[0].horizon}; costs with guides, scoring and rolled-back steps.", *mismatched)
+    notes = (describe_final(methods), "Costs include guides, scoring and rolled-back steps.", *mismatched)
     return (build_table("Methods", methods, columns, notes=notes, drops_empty=True),)
 
 
@@ -393,11 +402,14 @@ def short_threshold_tables(found: Sequence[MethodTimeToThreshold]) -> tuple[Tabl
         return f"{'>= ' * (one.is_censored and axis in one.costs)}{format_cost(one.costs.get(axis))}"
 
     columns = (
-        *(Column("method", lambda one: fit(CURVE.cell(one))), number_column("accuracy", "threshold", digits=2)),
+        *(SHORT_CURVE, number_column("accuracy", "threshold", digits=2)),
         Column("reached", lambda one: f"{one.num_reached} of {one.num_runs}"),
         *(Column(axis, lambda one, axis=axis: cost(one, axis)) for axis in ("step", "tokens", "seconds")),
     )
-    notes = (">=: lower bound, as some seed did not reach it.",) * any(one.is_censored for one in found)
+    notes = (
+        *((">=: lower bound, as some seed did not reach it.",) * any(one.is_censored for one in found)),
+        *((BEST_POLICY_NOTE,) * any(one.curve == "best held" for one in found)),
+    )
     return (build_table("Cost of reaching a held-out accuracy", found, columns, notes=notes, drops_empty=True),)
 
 
@@ -409,7 +421,7 @@ def short_speedup_tables(found: Sequence[SpeedUp]) -> tuple[Table, ...]:
         return "-" if ratio is None else f"{ratio.num_used}/{ratio.num_total}"
 
     columns = (
-        *(Column("method", lambda one: fit(CURVE.cell(one))), number_column("accuracy", "threshold", digits=2)),
+        *(SHORT_CURVE, number_column("accuracy", "threshold", digits=2)),
         Column("pairs", pairs),
         *(
             Column(f"by {axis}", lambda one, axis=axis: _estimate(one.ratio_if_reached.get(axis)))

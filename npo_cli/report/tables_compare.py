@@ -50,14 +50,18 @@ def summary_tables(methods: Sequence[MethodSummary]) -> tuple[Table, ...]:
     return (_accuracy_table(methods), _training_table(methods), *_settings_table(methods))
 
 
+def describe_final(methods: Sequence[MethodSummary]) -> str:
+    """What a final accuracy is."""
+    return f"final: mean of the last 3 evaluations up to step {methods[0].horizon}."
+
+
 def _accuracy_table(methods: Sequence[MethodSummary]) -> Table:
     columns = (
         *(METHOD, SEEDS, Column("final accuracy", lambda one: _plain(one.final_accuracy))),
         *_area_columns(_plain),
     )
     notes = (
-        f"final: mean of the last 3 evaluations up to step {methods[0].horizon}. "
-        "area: mean accuracy along an axis, over the range that all methods cover.",
+        f"{describe_final(methods)} area: mean accuracy along an axis, over the range that all methods cover.",
         *_resampling_notes(methods),
     )
     return build_table("Held-out accuracy", methods, columns, notes=notes, drops_empty=True)

@@ -53,7 +53,7 @@ def _describe(one: SettingView) -> Table:
     for name, value in one.recipes.items():
         same.setdefault(_value(value), []).append(name)
     lines += [
-        (f"= {value}" if len(value) <= MAX_VALUE else "elsewhere", ", ".join(names)) for value, names in same.items()
+        (f"{value} in" if len(value) <= MAX_VALUE else "elsewhere", ", ".join(names)) for value, names in same.items()
     ]
     if not one.recipes:
         lines.append(("elsewhere", "every shipped recipe and method has the default"))

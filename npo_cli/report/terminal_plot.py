@@ -55,7 +55,7 @@ def draw_curves(
         )
         for row in range(height)
     ]
-    first, last = f"{left:g}", f"{right:g}"
+    first, last = f"step {left:g}", f"{right:g}"
     axis = f"{'':{LABEL_WIDTH}} {first}{last:>{max(len(last) + 1, columns - len(first))}}"
     return [_heading(title, drawn, width=width), *rows, ((axis[:width], None),)]
 

@@ -208,10 +208,10 @@ def load_reference_policy(session: Session) -> Policy:
 def describe_batch_sizes(recipe: Recipe, *, num_prompts: int) -> str:
     """Rollouts, updates and epochs that follow from the batch settings."""
     train = recipe.train
+    updates = "1 update" if train.num_updates == 1 else f"{train.num_updates} updates"
     rollouts = train.prompts_per_step * train.group_size
     epochs = train.num_steps * train.prompts_per_step / num_prompts
     return (
-        f"{train.prompts_per_step} prompts x {train.group_size} rollouts = {rollouts} rollouts per step, "
-        f"{train.num_updates} update(s) of {rollouts // train.num_updates} rollouts; "
-        f"{train.num_steps} steps = {train.num_steps * rollouts:,} rollouts, {epochs:.2f} epochs"
+        f"each step: {train.prompts_per_step} prompts x {train.group_size} rollouts = {rollouts} rollouts, {updates}; "
+        f"{train.num_steps} steps: {train.num_steps * rollouts:,} rollouts, {epochs:.2f} epochs"
     )

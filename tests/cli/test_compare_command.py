@@ -42,7 +42,7 @@ def test_compare_prints_tables_and_saves_a_figure(runs, tmp_path):
     result = npo("compare", *both, "--threshold", "0.6", "--figure", tmp_path / "c.png")
     assert result.code == 0
     sentence, *tables, last = result.out.split("\n\n")
-    assert sentence.startswith(("a ends highest: accuracy ", "b ends highest: accuracy "))
+    assert sentence.startswith(("a ends highest: final accuracy ", "b ends highest: final accuracy "))
     assert [table.splitlines()[0] for table in tables][:3] == [
         *("Methods", "Method minus a", "Cost of reaching a held-out accuracy")
     ]

@@ -4,11 +4,13 @@ import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 
 import pytest
 
+from npo_cli.cli.terminal import CLEAR_LINE
 from tests.helpers.cli_errors import SMALL, npo
 
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "matplotlib", "scipy", "rich", "yaml")
@@ -218,3 +220,14 @@ def test_no_color_and_force_color_decide_over_the_terminal():
     assert "\x1b[31merror: " in on_one_terminal("show", "new")
     assert "\x1b[31merror: " in launched("show", "new", FORCE_COLOR="1").stderr
     assert "\x1b" not in launched("show", "new", FORCE_COLOR="1", NO_COLOR="1").stderr
+
+
+def test_errors_on_a_terminal_are_cut_between_words_and_their_commands_are_not(run):
+    shown = on_one_terminal("resume", str(run), "--at", "2", COLUMNS="40").replace(CLEAR_LINE, "\n")
+    lines = [re.sub(r"\x1b\[\d*m", "", line) for line in shown.splitlines()]
+    begin = next(place for place, line in enumerate(lines) if line.startswith("error: "))
+    *message, hint = lines[begin:]
+    assert len(message) > 2
+    assert max(map(len, message)) <= 40
+    again = f"npo resume {run} --at 2"
+    assert hint == f"  try: {again} --guide NAME, or {again} --no-guide"

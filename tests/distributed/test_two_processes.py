@@ -73,7 +73,7 @@ def test_two_processes_equal_one_over_twenty_steps(single: Path, double: Path):
 
 def test_only_rank_0_prints_and_each_record_is_written_once(double: Path):
     log = (double.parent / "log").read_text()
-    assert log.count("rollouts per step") == 1
+    assert log.count("each step: ") == 1
     assert num_lines(RunDir(double).timings_path("main")) == NUM_STEPS
     assert num_lines(RunDir(double).segments_path) == 1
 

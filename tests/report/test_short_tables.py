@@ -32,12 +32,13 @@ def test_short_names_keep_their_ends():
 
 
 def test_short_score_table_has_the_choice_and_fits():
-    scores = [replace(SCORE, candidate=f"model:/{LONG}"), FAR_SCORE]
+    widest = {"quality_net": -0.25, "quality_net_low": -0.35, "quality_net_high": -0.15}
+    scores = [replace(SCORE, candidate=f"model:/{LONG}", **widest), FAR_SCORE]
     lines = lines_of(short_scores_tables(scores))
     assert max(map(len, lines)) <= WIDTH
     assert lines[1].split() == ["candidate", "ahead", "Q_net", "V", "S", "value"]
     (selected,) = [line for line in lines if line.startswith("* ") and "model:/" in line]
-    assert f"{SCORE.quality_net:.2f}" in selected
+    assert "  -0.25 [-0.35, -0.15]  " in selected
 
 
 def test_short_index_shows_the_last_checkpoints_and_says_so():

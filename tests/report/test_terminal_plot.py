@@ -32,7 +32,7 @@ def test_every_line_fits_the_width_and_every_curve_has_its_number():
     assert all(len(text_of(line)) <= 80 for line in lines)
     assert text_of(lines[0]) == "reward  a 49.000  b -49.000"
     assert {owner for line in lines for _, owner in line} == {None, 0, 1}
-    assert text_of(lines[-1]).split() == ["0", "49"]
+    assert text_of(lines[-1]).split() == ["step", "0", "49"]
 
 
 def test_no_point_one_point_and_numbers_that_are_not_finite():
