@@ -128,10 +128,10 @@ def build_batch(
 
 
 def record_batch(rollout_log: RolloutLog, step: int, batch: StepBatch) -> None:
-    """Write a batch to the log, unless it was read from there."""
+    """Begin to write a batch to the log, unless it was read from there."""
     if not batch.is_recorded:
         groups = [to_log_group(*pair) for pair in zip(batch.on_policy, batch.mixed, strict=True)]
-        rollout_log.write_step(step, groups)
+        rollout_log.start_writing(step, groups)
 
 
 def assemble_batch(

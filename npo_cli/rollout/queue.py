@@ -112,6 +112,7 @@ class RolloutQueue:
                 tokens=count_generated_tokens(batch.on_policy),
                 seconds=time.perf_counter() - began,
             )
+        self.log.wait()
 
     def close(self) -> None:
         """End the thread."""

@@ -62,12 +62,16 @@ def encode_record(record: object) -> str:
 
     In a list the place is kept and holds null. A record without such numbers has no `dropped`.
     """
-    row = to_row(record)
-    dropped: list[str] = []
-    finite = _finite(row, "", dropped)
-    if dropped:
-        finite["dropped"] = dropped
-    return json.dumps(finite, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    try:
+        return _dump(record)
+    except ValueError:
+        dropped: list[str] = []
+        finite = _finite(json.loads(_dump(record, allow_nan=True)), "", dropped)
+        return _dump(finite | {"dropped": dropped})
+
+
+def _dump(record: object, *, allow_nan: bool = False) -> str:
+    return json.dumps(record, ensure_ascii=True, separators=(",", ":"), allow_nan=allow_nan, default=to_row)
 
 
 def _finite(value: Any, name: str, dropped: list[str]) -> Any:

@@ -29,7 +29,7 @@ from npo_cli.storage.files import (
     write_text_atomic,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FIRST_BRANCH = "main"
 RUN_INFO_FILE = "npo_run.json"
 RECIPE_FILE = "recipe.yaml"
@@ -270,7 +270,7 @@ def read_run_info(root: Path) -> RunInfo:
     if version < FORMAT_VERSION:
         raise NpoError(
             f"{root} has run directory format {version}; this version of npo reads format {FORMAT_VERSION} only",
-            "train again: format 1 was never released",
+            "train again: formats before 3 were never released",
         )
     if version > FORMAT_VERSION:
         raise NpoError(

@@ -1,21 +1,22 @@
 """rollouts.jsonl: one line per group, the groups of a step together, with every token and log-probability.
 
-T tokens. Log-probabilities are float32, written as the shortest decimal that rounds to that float32. A step counts
-when all its `num_groups` lines are there: a step cut short by a killed writer is ignored by readers and removed by the
-next writer.
+T tokens. Log-probabilities are a column: base64 of float32 numbers. A step counts when all its `num_groups` lines are
+there: a step cut short by a killed writer is ignored by readers and removed by the next writer.
 """
 
+import base64
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
-from npo_cli.distributed.process_group import on_main_rank
+from npo_cli.distributed.process_group import current_group, on_main_rank
 from npo_cli.errors import NpoError
+from npo_cli.storage.background import BackgroundWrite
 from npo_cli.storage.files import (
     cached_by_file,
     check_range,
@@ -38,9 +39,10 @@ from npo_cli.types.rollouts import (
     TokenSpan,
 )
 
-TOKEN_FIELDS = re.compile(rb'"response_ids":\[[^\]]*\],(?:"behavior_logps":\[[^\]]*\],)?')
+TOKEN_FIELDS = re.compile(rb'"response_ids":\[[^\]]*\],(?:"behavior_logps":"[^"]*",)?')
 """Within a JSON string the quotes would be escaped. Fields in another order are parsed for nothing."""
 LINE_START = re.compile(rb'\{"step":(\d+),"num_groups":(\d+),')
+ROLLOUT_FIELDS = tuple(spec.name for spec in fields(Rollout))
 LOGP_SLACK = 0.01
 """Rounding may lift the log-probability of a certain token above 0."""
 
@@ -69,15 +71,37 @@ class RolloutLog:
     """Lines of these steps."""
     _scanned: int = field(default=0, init=False)
     """Byte up to which the file was scanned."""
+    _writing: BackgroundWrite[AppendResult] | None = field(default=None, init=False)
+
+    def start_writing(self, step: int, groups: Sequence[Group]) -> None:
+        """`write_step` in a thread. Every other call waits for it first, and raises its error.
+
+        Several ranks write together, without a thread.
+        """
+        self.wait()
+        if current_group().world_size > 1:
+            self.write_step(step, groups)
+        else:
+            self._writing = BackgroundWrite(lambda: self._write(step, groups), name="rollout writer")
+
+    def wait(self) -> None:
+        """The step that is being written is in the file when this returns, or its error is raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.wait()
 
     @on_main_rank
     def write_step(self, step: int, groups: Sequence[Group]) -> AppendResult:
         """Append all groups of a step in one write, or compare them with the recorded ones."""
+        self.wait()
+        return self._write(step, groups)
+
+    def _write(self, step: int, groups: Sequence[Group]) -> AppendResult:
         if not self._repaired:
-            self.repair()
+            self._repair()
         lines = [encode_record(encode_group(group, step=step, num_groups=len(groups))) for group in groups]
         data = "".join(line + "\n" for line in lines).encode("ascii")
-        recorded = self._scan().get(step)
+        recorded = self._scan_new().get(step)
         if recorded is not None:
             return "same" if self._bytes(recorded) == data else "differs"
         with explain_write_error(self.path):
@@ -124,11 +148,19 @@ class RolloutLog:
     @on_main_rank
     def repair(self) -> int:
         """Remove a torn line and an incomplete step; returns the number of bytes removed."""
+        self.wait()
+        return self._repair()
+
+    def _repair(self) -> int:
         self._repaired = True
-        recorded = self._scan().values()
+        recorded = self._scan_new().values()
         return cut_log(self.path, max((step.end for step in recorded), default=0)) if self.path.exists() else 0
 
     def _scan(self) -> dict[int, ByteRange]:
+        self.wait()
+        return self._scan_new()
+
+    def _scan_new(self) -> dict[int, ByteRange]:
         """Find the steps written since the last scan, from the start of each line alone."""
         if not self._scanned:
             check_log(self.path)
@@ -193,18 +225,18 @@ def open_rollouts(path: Path) -> RolloutLog:
     return RolloutLog(path)
 
 
-def encode_float32(logps_T: Sequence[float]) -> list[float]:
-    """The shortest decimals that round to these float32 numbers: -1.2345677614212036 becomes -1.2345678."""
+def encode_float32(logps_T: Sequence[float]) -> str:
+    """Base64 of these numbers as float32, little-endian."""
     import numpy as np
 
-    return [float(str(number)) for number in np.asarray(logps_T, dtype=np.float32)]
+    return base64.b64encode(np.asarray(logps_T, dtype="<f4").tobytes()).decode("ascii")
 
 
-def decode_float32(logps_T: Sequence[float | None]) -> tuple[float, ...]:
-    """The float32 numbers of these decimals; null reads as NaN."""
+def decode_float32(column: str) -> tuple[float, ...]:
+    """The float32 numbers in a column. Raises ValueError for another text."""
     import numpy as np
 
-    return tuple(np.asarray(logps_T, dtype=np.float32).tolist())
+    return tuple(np.frombuffer(base64.b64decode(column, validate=True), dtype="<f4").tolist())
 
 
 def encode_group(group: Group, *, step: int, num_groups: int) -> dict[str, Any]:
@@ -241,7 +273,8 @@ def decode_images(rows: Sequence[dict[str, Any]], source: Path | str) -> tuple[I
 def encode_rollout(rollout: Rollout) -> dict[str, Any]:
     """A rollout as JSON; the spans of a plain on-policy one are left out, and reward_parts where there are none."""
     logps = rollout.behavior_logps
-    row = to_row(rollout) | {"behavior_logps": None if logps is None else encode_float32(logps)}
+    row = {name: getattr(rollout, name) for name in ROLLOUT_FIELDS}
+    row["behavior_logps"] = None if logps is None else encode_float32(logps)
     for name in ("spans", "reward_parts"):
         if not row[name]:
             del row[name]
@@ -280,12 +313,22 @@ def check_rewards(rollout: Rollout, source: Path | str) -> None:
 
 
 def decode_rollout(row: dict[str, Any], source: Path | str) -> Rollout:
-    """The rollout in one row, checked: rewards are finite, log-probabilities at most 0."""
+    """The rollout in one row, checked: rewards are finite, log-probabilities one per token and at most 0."""
     spans = tuple(decode_record(TokenSpan, span, source) for span in row.get("spans", ()))
-    rollout = decode_record(Rollout, row | {"spans": ()}, source)
-    logps = None if rollout.behavior_logps is None else decode_float32(rollout.behavior_logps)
+    logps = _decode_logps(row, source)
+    rollout = decode_record(Rollout, row | {"spans": (), "behavior_logps": logps}, source)
+    if logps is not None and len(logps) != len(rollout.response_ids):
+        raise damaged_file_error(source, f"{len(logps)} log-probabilities for {len(rollout.response_ids)} tokens")
     check_rewards(rollout, source)
     if logps and max(logps) > LOGP_SLACK:
         raise damaged_file_error(source, f"a log-probability is {max(logps)}")
     check_range(rollout, ("slot", "sampler_step", "mean_entropy"), source)
-    return replace(rollout, response_ids=tuple(rollout.response_ids), behavior_logps=logps, spans=spans)
+    return replace(rollout, response_ids=tuple(rollout.response_ids), spans=spans)
+
+
+def _decode_logps(row: dict[str, Any], source: Path | str) -> tuple[float, ...] | None:
+    column = row["behavior_logps"]
+    try:
+        return None if column is None else decode_float32(column)
+    except (TypeError, ValueError) as error:
+        raise damaged_file_error(source, "behavior_logps is not a column of float32 numbers") from error

@@ -158,10 +158,15 @@ def run_step(
         sampled = time.perf_counter()
     session.engine.release_memory()
     lr = lr_at(step, session.recipe.train)
-    update = updater.take_step(
-        build_training_samples(session.policy, batch.selected, session.recipe.guide.inject), lr=lr
-    )
-    updated = time.perf_counter()
+    try:
+        update = updater.take_step(
+            build_training_samples(session.policy, batch.selected, session.recipe.guide.inject), lr=lr
+        )
+        updated = time.perf_counter()
+    finally:
+        # A step's rollouts are on record before its metrics.
+        trainer.rollouts.wait()
+    written = time.perf_counter()
     if queue is not None:
         queue.fill(step)
     ended = time.perf_counter()
@@ -177,10 +182,11 @@ def run_step(
         "seconds": ended - started,
         "seconds/rollouts": sampled - started,
         "seconds/update": updated - sampled,
+        "seconds/write": written - updated,
         "peak_memory_mb": peak_memory_mb(),
     }
     if queue is not None:
-        timings |= {"seconds/sampling": sampling_seconds, "seconds/weight_sync": ended - updated}
+        timings |= {"seconds/sampling": sampling_seconds, "seconds/weight_sync": ended - written}
     if session.policy.device.type == "cuda":
         timings["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated(session.policy.device) / 1e6
     if not batch.is_recorded:

@@ -117,7 +117,7 @@ CHANGES = {
     "a line twice": ("costs.jsonl", repeat_line, ["show", "costs"]),
     "tokens": ("costs.jsonl", exchange('"tokens":', '"tokens":1'), ["show", "costs"]),
     "a step twice": ("branches/main/metrics.jsonl", repeat_line, ["show"]),
-    "log-probabilities": ("guides/near/rollouts.jsonl", exchange('"behavior_logps":[-', '"behavior_logps":[-1'), None),
+    "log-probabilities": ("guides/near/rollouts.jsonl", exchange('"behavior_logps":"', '"behavior_logps":"A'), None),
     "a reward": ("branches/main/rollouts.jsonl", exchange('"reward":1.0', '"reward":0.0'), ROLLOUTS),
     "scored samples": ("scores/*/rollouts.jsonl", exchange('"num_tokens":', '"num_tokens":1'), ["index"]),
 }
@@ -148,7 +148,7 @@ RANGES = [
     ("evals.jsonl", '"accuracy":', '"accuracy":55', ["index"], "accuracy is 55"),
     ("branches/main/rollouts.jsonl", '"reward":1.0', '"reward":1e999', ROLLOUTS, "reward is inf"),
     ("branches/main/rollouts.jsonl", '"verdict":"correct"', '"verdict":"fine"', ROLLOUTS, "verdict is"),
-    ("branches/main/rollouts.jsonl", '"behavior_logps":[-', '"behavior_logps":[', ROLLOUTS, "log-prob"),
+    ("branches/main/rollouts.jsonl", '"behavior_logps":"', '"behavior_logps":"AACAPwAAgD8AAIA/', ROLLOUTS, "log-prob"),
     ("branches/main/rollouts.jsonl", '"off"', '"on"', ROLLOUTS, "injection_status is 'on'"),
     ("branches/main/timings.jsonl", '"seconds":', '"seconds":-', ["show"], "seconds is -"),
     ("branches/main/timings.jsonl", '"time":"2', '"time":"x', ["show"], "which is not a time"),

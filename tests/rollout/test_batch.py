@@ -27,7 +27,9 @@ def sample_batch(
 ):
     folder.mkdir(exist_ok=True)
     rollout_log = RolloutLog(folder / "rollouts.jsonl")
-    return build_batch(session, rollout_log, seed_name="t", step=step, position=position, active_guide=active_guide)
+    batch = build_batch(session, rollout_log, seed_name="t", step=step, position=position, active_guide=active_guide)
+    rollout_log.wait()
+    return batch
 
 
 def test_batch_injects_a_guide_into_an_all_wrong_group(hard, tmp_path):

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from npo_cli.storage.guide_cache import (
     read_guide_prompts,
 )
 from npo_cli.storage.log_head import rewrite_head
+from npo_cli.storage.rollout_log import encode_float32
 from tests.storage.builders import guide_info, guide_samples, new_run
 
 
@@ -39,13 +41,19 @@ def test_interrupted_sampling_goes_on_where_it_stopped(tmp_path):
     assert read_guide_prompts(again.folder) == {"a": guide_samples("a"), "b": guide_samples("b")}
 
 
+COLUMN = encode_float32([-0.1, -1.2345678])
+
+
 @pytest.mark.parametrize(
     ("before", "after", "problem"),
     [
         ('"num_correct":1', '"num_correct":0', "the rollouts of prompt b are no verified responses"),
-        ('"behavior_logps":[-0.1,', '"behavior_logps":[', "the rollouts of prompt b are no verified responses"),
-        ('"behavior_logps":[-0.1,', '"behavior_logps":[null,', "a rollout of prompt b lacks tokens or log-prob"),
-        ('"response_ids":[7,1],"behavior_logps":[-0.1,-1.2345678]', '"response_ids":[],"behavior_logps":[]', "b lacks"),
+        (COLUMN, encode_float32([-0.1]), "1 log-probabilities for 2 tokens"),
+        (COLUMN, COLUMN[:-1], "behavior_logps is not a column of float32 numbers"),
+        (f'"{COLUMN}"', "[-0.1,-1.25]", "behavior_logps is not a column of float32 numbers"),
+        (COLUMN, encode_float32([-0.1, 1.2]), "a log-probability is 1.2"),
+        (COLUMN, encode_float32([math.nan, -1.2345678]), "a rollout of prompt b lacks tokens or log-prob"),
+        (f'"response_ids":[7,1],"behavior_logps":"{COLUMN}"', '"response_ids":[],"behavior_logps":""', "b lacks"),
         ('"groups":', '"group":', "it is not a chunk of groups"),
         ('"rollouts":[{', '"rollouts":[7,{', "it is not a chunk of groups"),
         ('"num_tokens":12', '"num_tokens":"12"', "num_tokens is '12'"),

@@ -41,7 +41,7 @@ def test_a_new_run_can_be_opened_and_knows_its_recipe(tmp_path):
     assert run.run_id == made.run_id
     assert len(run.run_id) == 32
     assert run.read_recipe() == run.read_recipe("main") == RECIPE
-    assert run.info.format == FORMAT_VERSION == 2
+    assert run.info.format == FORMAT_VERSION == 3
 
 
 def test_a_branch_has_a_recipe_of_its_own(tmp_path):
@@ -111,15 +111,15 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 def test_a_format_from_the_future_is_refused_politely(tmp_path):
     run = new_run(tmp_path)
-    (run.root / "npo_run.json").write_text(json.dumps({"format": 3, "npo_version": "9.0"}))
+    (run.root / "npo_run.json").write_text(json.dumps({"format": 4, "npo_version": "9.0"}))
     with pytest.raises(
-        NpoError, match=r"written by npo 9\.0 in run format 3; this npo reads formats up to 2"
+        NpoError, match=r"written by npo 9\.0 in run format 4; this npo reads formats up to 3"
     ) as caught:
         open_run(run.root)
     assert "upgrade" in caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "1"}', '{"format": true}', '{"format": 2}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "1"}', '{"format": true}', '{"format": 3}', "\xff"])
 def test_a_damaged_passport_is_named(tmp_path, text: str):
     run = new_run(tmp_path)
     (run.root / "npo_run.json").write_text(text, encoding="latin-1")
@@ -140,9 +140,10 @@ def test_a_recipe_that_is_lost_or_damaged_is_named(tmp_path):
         run.read_recipe("main")
 
 
-def test_a_version_1_run_directory_is_refused_in_one_line(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_run_directory_is_refused_in_one_line(tmp_path, version: int):
     run = new_run(tmp_path)
     path = run.root / "npo_run.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
-    with pytest.raises(NpoError, match=r"run directory format 1; this version of npo reads format 2 only"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": version}))
+    with pytest.raises(NpoError, match=rf"run directory format {version}; this version of npo reads format 3 only"):
         open_run(run.root)

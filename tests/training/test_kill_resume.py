@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from npo_cli.rollout.batch import build_batch
+from npo_cli.storage.jsonl import AppendResult
+from npo_cli.storage.metrics import StepLog
 from npo_cli.storage.rollout_log import RolloutLog
 from npo_cli.training.train import train_run
+from npo_cli.training.update import Updater
+from npo_cli.types.rollouts import StepReport
 from tests.helpers.runs import (
     LORA,
     TINY,
@@ -81,6 +85,32 @@ def test_resume_reads_a_recorded_step_back(tmp_path):
     assert batch.on_policy == RolloutLog(path).read_step(3)
     assert batch.position == 12
     assert path.read_bytes() == before
+
+
+def test_rollouts_of_a_step_are_on_record_before_its_metrics(tmp_path, monkeypatch):
+    seen = []
+    write = StepLog.write
+
+    def look_and_write(self: StepLog, report: StepReport) -> AppendResult:
+        seen.append((report.step, RolloutLog(tmp_path / "run/branches/main/rollouts.jsonl").steps()[-1]))
+        return write(self, report)
+
+    monkeypatch.setattr(StepLog, "write", look_and_write)
+    train(tmp_path / "run")
+    assert seen == [(step, step) for step in range(1, 5)]
+
+
+def test_rollouts_are_recorded_although_the_update_fails(tmp_path, monkeypatch):
+    train(tmp_path / "straight")
+    take_step = Updater.take_step
+    with monkeypatch.context() as patched:
+        patched.setattr(Updater, "take_step", lambda *args, **names: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "failed")
+    assert Updater.take_step is take_step
+    assert RolloutLog(tmp_path / "failed/branches/main/rollouts.jsonl").steps() == (1,)
+    resume(tmp_path / "failed")
+    assert reproducible_digests(tmp_path / "failed") == reproducible_digests(tmp_path / "straight")
 
 
 def test_resume_repairs_a_torn_line_of_every_log(tmp_path):
@@ -179,4 +209,4 @@ def kill_again_and_again(warm: ForkServer, first: list[str], *, root: Path, bran
 
 def is_born(root: Path, branch: str) -> bool:
     path = root / "segments.jsonl"
-    return path.exists() and f'"branch":"{branch}"' in path.read_text()
+    return (root / "npo_run.json").exists() and f'"branch":"{branch}"' in path.read_text()

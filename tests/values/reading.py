@@ -4,8 +4,10 @@ Names of files, metrics and most JSON keys are in `keys.py`; keys whose values a
 lineage) are spelled here. Nothing here imports the package: the files are read as any other program would read them.
 """
 
+import base64
 import hashlib
 import json
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,7 +80,7 @@ def read_guide(run: Path, name: str) -> dict[str, Any]:
         **_picked(json.loads((folder / keys.GUIDE_FILES["info"]).read_text()), keys.GUIDE_INFO_KEYS),
         "asked": _digest([[line["prompt_id"], line["num_sampled"], line["num_correct"]] for line in groups]),
         "token ids": _digest([[line["prompt_id"], line["response_ids"]] for line in found]),
-        "sum of log-probabilities": sum(sum(line["behavior_logps"] or ()) for line in found),
+        "sum of log-probabilities": sum(_sum_of_column(line["behavior_logps"]) for line in found),
     }
 
 
@@ -158,11 +160,15 @@ def _of_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "prompts": _digest([group.get("prompt", group)["prompt_id"] for group in groups]),
         "token ids": _digest([rollout["response_ids"] for rollout in rollouts]),
-        "sum of log-probabilities": sum(sum(rollout["behavior_logps"] or ()) for rollout in rollouts),
+        "sum of log-probabilities": sum(_sum_of_column(rollout["behavior_logps"]) for rollout in rollouts),
         "mixes": _counted(group.get("injection_status", "off") for group in groups),
         "sources": _counted(rollout["source"] for rollout in rollouts),
         "verdicts": _counted(rollout["verdict"] for rollout in rollouts),
     }
+
+
+def _sum_of_column(column: str | None) -> float:
+    return sum(float(number) for (number,) in struct.iter_unpack("<f", base64.b64decode(column or "")))
 
 
 def _kinds_of_variance(entry: Mapping[str, Any]) -> dict[str, Any]:
