@@ -38,17 +38,27 @@ def init(folder: FolderArg = Path(), *, as_json: JsonOpt = False) -> None:
 
 
 def write_project(folder: Path) -> list[WrittenFile]:
-    """Write the files of a project, all or none of them."""
+    """Write the files of a project, all or none of them; what a killed call wrote of them may be there."""
     if folder.exists() and not folder.is_dir():
         raise NpoError(f"{folder} is a file", "npo init DIR   # a new or existing folder")
-    taken = [name for name in PROJECT_FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    templates = Path(__file__).parents[1] / "assets" / "project"
+    contents = {name: (templates / name).read_bytes() for name in PROJECT_FILES}
+    there = [name for name in PROJECT_FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    taken = [name for name in there if not _holds(folder / name, contents[name])]
+    if len(there) == len(PROJECT_FILES):
+        taken = there
     if taken:
         names = ", ".join(str(folder / name) for name in taken)
         verb = "exists" if len(taken) == 1 else "exist"
         raise NpoError(f"{names} {verb} already; nothing was written", "npo init NEW_DIR   # or move them away")
-    folder.mkdir(parents=True, exist_ok=True)
-    templates = Path(__file__).parents[1] / "assets" / "project"
-    for name in PROJECT_FILES:
-        with (folder / name).open("xb") as file:
-            file.write((templates / name).read_bytes())
+    from npo_cli.storage.files import write_bytes_atomic
+
+    for name, content in contents.items():
+        if name not in there:
+            write_bytes_atomic(folder / name, content)
     return [WrittenFile(path=str(folder / name), content=content) for name, content in PROJECT_FILES.items()]
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether the file is what `npo init` writes."""
+    return path.is_file() and not path.is_symlink() and path.read_bytes() == content

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from npo_cli.experiments.bootstrap import area_weights
 from npo_cli.experiments.method_plan import BenchRun, Command, build_commands, check_plan, find_remaining_command
 from npo_cli.session.session import open_task
 from npo_cli.session.stop_signal import StopFlag, stop_between_steps
-from npo_cli.storage.bench_dir import DONE_FILE, load_commands, save_bench_index, save_commands
+from npo_cli.storage.bench_dir import DONE_FILE, hold_bench, load_commands, save_bench_index, save_commands
 from npo_cli.storage.cost_sums import learning_curve
 from npo_cli.storage.files import write_json_atomic
 from npo_cli.storage.layout import RUN_INFO_FILE, open_run, used_directory_error
@@ -33,7 +33,9 @@ from npo_cli.storage.lineage import find_newest_branch
 from npo_cli.types.rollouts import Notice, Progress
 from npo_cli.types.views import PlannedWork, TunedSetting
 
-NPO_COMMAND = (sys.executable, "-c", "from npo_cli.cli.main import main; main()")
+NPO_CODE = "from npo_cli.experiments.end_with_parent import end_with_parent; end_with_parent({lifeline}); " + (
+    "from npo_cli.cli.main import main; main()"
+)
 LOG_FILE, TUNING_FILE = "log.txt", "tuning.json"
 POLL_SECONDS = 0.1
 
@@ -55,18 +57,39 @@ class BenchSpec:
     jobs: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ties:
+    """Descriptors that the commands inherit."""
+
+    lock: int
+    """Of the bench's folder."""
+    lifeline: int
+    """A pipe that closes when the bench ends."""
+
+
+@contextmanager
+def open_lifeline(lock: int) -> Iterator[Ties]:
+    """A pipe whose other end this process alone has."""
+    ours, theirs = os.pipe()
+    try:
+        yield Ties(lock=lock, lifeline=ours)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
 def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]:
     """Tune, then train the table's seeds; ends with the commands that set them side by side."""
     validate_spec(question)
-    with stop_between_steps() as stop:
-        chosen = yield from tune_methods(question, stop)
+    with hold_bench(question.out) as lock, open_lifeline(lock) as ties, stop_between_steps() as stop:
+        chosen = yield from tune_methods(question, ties, stop)
         cells = [
             make_bench_run(question, method, chosen[method], seed=seed, subfolder="runs")
             for seed in question.seeds
             for method in question.methods
         ]
-        yield from execute_runs(cells, question.jobs, stop)
-    save_bench_index(question.out, [(format_method_name(cell.method), cell.run) for cell in cells])
+        yield from execute_runs(cells, question.jobs, ties, stop)
+        save_bench_index(question.out, [(format_method_name(cell.method), cell.run) for cell in cells])
     out = quote_path(question.out)
     yield Notice(message=f"as a page: npo report {out} --out {quote_path(question.out / 'report.html')}")
     if len(cells) > 1:
@@ -147,7 +170,7 @@ def format_method_name(method: str) -> str:
 
 
 def tune_methods(
-    question: BenchSpec, stop: StopFlag
+    question: BenchSpec, ties: Ties, stop: StopFlag
 ) -> Generator[Progress | Notice | TunedSetting, None, dict[str, str]]:
     """Each method's best setting of the grid by the area under its held-out curve, means over the tuning seeds."""
     if not question.grid:
@@ -158,7 +181,7 @@ def tune_methods(
         for method in question.methods
         for setting in question.grid
     ]
-    yield from execute_runs(cells, question.jobs, stop)
+    yield from execute_runs(cells, question.jobs, ties, stop)
     chosen: dict[str, str] = {}
     for method in question.methods:
         areas = {
@@ -198,7 +221,7 @@ class Job:
     started: float = 0.0
 
 
-def execute_runs(cells: Sequence[BenchRun], jobs: int, stop: StopFlag) -> Iterator[Progress | Notice]:
+def execute_runs(cells: Sequence[BenchRun], jobs: int, ties: Ties, stop: StopFlag) -> Iterator[Progress | Notice]:
     """Run every cell that is not done, `jobs` at a time, until all are done or a signal asks to stop."""
     todo = [Job(bench_run=cell, pending_commands=build_commands(cell)) for cell in cells if not is_done(cell)]
     total, running, failed = len(cells), [], []
@@ -209,7 +232,7 @@ def execute_runs(cells: Sequence[BenchRun], jobs: int, stop: StopFlag) -> Iterat
         while todo and len(running) < jobs:
             running.append(todo.pop(0))
         for job in list(running):
-            state = _advanced(job)
+            state = _advanced(job, ties)
             if state == "running":
                 continue
             running.remove(job)
@@ -234,7 +257,7 @@ def is_done(cell: BenchRun) -> bool:
     return True
 
 
-def _advanced(job: Job) -> str:
+def _advanced(job: Job, ties: Ties) -> str:
     """Look at the cell's process; start the next command when it has ended."""
     if job.process is not None:
         code = job.process.poll()
@@ -247,14 +270,14 @@ def _advanced(job: Job) -> str:
     while job.pending_commands:
         command = find_remaining_command(job.pending_commands[0], job.bench_run)
         if command is not None:
-            job.process = _started(job.bench_run, command)
+            job.process = _started(job.bench_run, command, ties)
             return "running"
         job.pending_commands.pop(0)
     save_commands(job.bench_run.folder, build_commands(job.bench_run))
     return "done"
 
 
-def _started(cell: BenchRun, command: Command) -> subprocess.Popen[bytes]:
+def _started(cell: BenchRun, command: Command, ties: Ties) -> subprocess.Popen[bytes]:
     """One npo command in a session of its own, so that a Ctrl-C reaches it only through us; its talk goes to a log."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     threads = str(cell.resolve_recipe().model.threads or 1)
@@ -262,12 +285,13 @@ def _started(cell: BenchRun, command: Command) -> subprocess.Popen[bytes]:
         log.write(f"$ npo {shlex.join(command)}\n")
         log.flush()
         return subprocess.Popen(
-            [*NPO_COMMAND, *command],
+            [sys.executable, "-c", NPO_CODE.format(lifeline=ties.lifeline), *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env={**strip_launch_variables(os.environ), "OMP_NUM_THREADS": threads},
             start_new_session=True,
+            pass_fds=(ties.lock, ties.lifeline),
         )
 
 

@@ -13,14 +13,14 @@ from npo_cli.config.recipe import Recipe
 from npo_cli.errors import NpoError, quote_path
 from npo_cli.session.session import open_task
 from npo_cli.storage.checkpoints import Checkpoint, find_checkpoint, read_manifest, verify_checkpoint
-from npo_cli.storage.files import explain_write_error
+from npo_cli.storage.files import explain_write_error, write_bytes_atomic
 from npo_cli.storage.guide_cache import describe_guide_source, load_guide
 from npo_cli.storage.index import select_best_evals
 from npo_cli.storage.layout import RunDir, open_run
 from npo_cli.storage.lineage import ancestry, find_first_segment, find_main_branch
 from npo_cli.storage.lock import atomic_directory
 from npo_cli.storage.metrics import find_source_trainer
-from npo_cli.tasks.table_io import ExportedResponse, TableFormat, validate_table_path, write_table
+from npo_cli.tasks.table_io import ExportedResponse, TableFormat, encode_table, validate_table_path
 from npo_cli.types.rollouts import EvalReport, Notice
 from npo_cli.types.views import WrittenFile
 
@@ -132,8 +132,8 @@ def export_guide(root: Path, name: str, *, out: Path, form: TableFormat) -> Iter
                 f"guide {name} was sampled with other images for prompt {each.prompt.prompt_id} than the task has now",
                 "restore the images of the data file",
             )
-    with explain_write_error(out):
-        converted = write_table(out, responses, table_format=form)
+    data, converted = encode_table(out, responses, table_format=form)
+    write_bytes_atomic(out, data)
     yield Notice(message=f"wrote {len(responses)} responses to {len(guide)} prompts to {out}")
     yield WrittenFile(path=str(out), content="guide cache")
     if converted:

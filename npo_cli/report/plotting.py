@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError
+from npo_cli.storage.files import write_bytes_atomic
 from npo_cli.types.costs import CurvePoint
 
 if TYPE_CHECKING:
@@ -252,9 +253,8 @@ def _name_colour(found: re.Match[str]) -> str:
 
 def save_plot(plot: Plot, folder: Path) -> None:
     """NAME.png and NAME.svg in that folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
-        (folder / f"{plot.name}.{kind}").write_bytes(_render(plot, kind))
+        write_bytes_atomic(folder / f"{plot.name}.{kind}", _render(plot, kind))
 
 
 def _render(plot: Plot, kind: str) -> bytes:

@@ -3,15 +3,66 @@
 Paths in it are relative to the folder, which may be moved.
 """
 
-from collections.abc import Sequence
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from npo_cli.errors import NpoError
-from npo_cli.storage.files import read_json, write_json_atomic
+from npo_cli.storage.files import make_folder, read_json, write_json_atomic
 
 BENCH_INDEX_FILE = "methods.json"
 DONE_FILE = "done.json"
 """Beside a finished run: the commands that made it."""
+WAIT_SECONDS = 60.0
+"""For the commands of a killed bench, which finish their step and save."""
+POLL_SECONDS = 0.1
+
+
+@contextmanager
+def hold_bench(folder: Path) -> Iterator[int]:
+    """Hold the folder for one bench; yields the lock's descriptor, for its commands to inherit.
+
+    The lock lasts until the bench and its commands have ended. Those of a killed bench are waited for; a bench that is
+    at work there is an error at once.
+    """
+    make_folder(folder)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not _try_lock(lock):
+            holder = os.pread(lock, 20, 0).decode(errors="replace").strip()
+            if time.monotonic() > deadline or (holder.isdecimal() and _is_running(int(holder))):
+                raise NpoError(
+                    f"{folder} is in use by another npo bench (process {holder}), or by its commands",
+                    "wait until they end, or choose another --out",
+                )
+            time.sleep(POLL_SECONDS)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def save_commands(folder: Path, commands: Sequence[Sequence[str]]) -> None:

@@ -113,27 +113,35 @@ def run_locked_error(run: RunDir) -> NpoError:
 
 
 UNFINISHED_SUFFIX = ".unfinished"
+BUILDER_LOCK_SUFFIX = ".unfinished.lock"
 
 
 @contextmanager
 def atomic_directory(root: Path, *, flag: str = "RUN") -> Iterator[Path]:
     """A hidden sibling that becomes `root` when the block ends well, else it is removed.
 
-    What a killed writer left is removed; one that is still at work there is refused by its lock.
+    What a killed writer left is removed. A second writer is refused while the first one holds the lock beside it.
     """
     check_unused(root, flag=flag)
     hidden = root.absolute().parent / f".{root.name}{UNFINISHED_SUFFIX}"
-    if hidden.exists():
-        with lock_run(RunDir(hidden)):
-            shutil.rmtree(hidden)
     made = [folder for folder in hidden.parents if not folder.exists()]
-    hidden.mkdir(parents=True)
+    hidden.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(hidden.parent / f".{root.name}{BUILDER_LOCK_SUFFIX}", timeout=0)
     try:
+        lock.acquire()
+    except Timeout as error:
+        hint = f"wait until it ends, or choose another folder for {flag}"
+        raise NpoError(f"another npo process is writing {root}", hint) from error
+    try:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir()
         yield hidden
         check_unused(root, flag=flag)
         hidden.rename(root.absolute())
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
         for folder in made:
             if not any(folder.iterdir()):
                 folder.rmdir()

@@ -204,7 +204,7 @@ def save_scores(store: SampleStore, scores: Sequence[CandidateScore]) -> None:
 def read_all_scores(run: RunDir) -> list[ScoreSet]:
     """Every finished scoring, oldest first."""
     finished = [store for store in list_sample_stores(run.scores_folder) if store.is_finished]
-    return sorted(map(_read_scores, finished), key=lambda found: found.sequence)
+    return sorted(map(read_scores, finished), key=lambda found: found.sequence)
 
 
 def _read_sequence(path: Path) -> int:
@@ -214,7 +214,8 @@ def _read_sequence(path: Path) -> int:
     return sequence
 
 
-def _read_scores(store: SampleStore) -> ScoreSet:
+def read_scores(store: SampleStore) -> ScoreSet:
+    """The scores of a finished scoring, checked."""
     path = store.scores_path
     row = read_json(path)
     _read_sequence(path)

@@ -42,7 +42,7 @@ from npo_cli.storage.log_head import (
 )
 from npo_cli.storage.metrics import read_events, read_metrics, read_timings
 from npo_cli.storage.rollout_log import RolloutLog
-from npo_cli.storage.sample_store import SampleStore, list_sample_stores, read_all_scores
+from npo_cli.storage.sample_store import SampleStore, read_scores
 from npo_cli.types.views import Damage, VerifiedRun
 
 INDISPENSABLE = ("segments", "autonpo", "metrics", "rollouts")
@@ -89,6 +89,7 @@ def list_checks(run: RunDir) -> Iterator[Check]:
     yield "", run.read_recipe
     yield from list_store_checks(run, run)
     for folder in list_folders(run.calibrations_folder):
+        yield "", partial(check_settings, folder)
         yield "", Calibration(folder).read_replays
         yield from list_store_checks(run, RunDir(folder))
 
@@ -126,11 +127,21 @@ def list_store_checks(run: RunDir, artifacts: RunDir) -> Iterator[Check]:
     for folder in list_folders(artifacts.guides_folder):
         yield describe_restore(run, folder / "rollouts.jsonl"), partial(check_guide, folder)
     for parent in (artifacts.scores_folder, artifacts.probes_folder):
-        yield "", partial(list_sample_stores, parent)
         for folder in list_folders(parent):
-            restore = describe_restore(run, folder / "rollouts.jsonl")
-            yield restore, partial(SampleStore(folder).iter_samples)
-    yield "", partial(read_all_scores, artifacts)
+            store, restore = SampleStore(folder), describe_restore(run, folder / "rollouts.jsonl")
+            yield "", partial(check_settings, folder)
+            yield restore, partial(store.iter_samples)
+            if store.is_finished:
+                yield "", partial(read_scores, store)
+
+
+def check_settings(folder: Path) -> None:
+    """Refuse a store whose settings.json is damaged; one without it was killed before it was made."""
+    store = SampleStore(folder)
+    if (folder / "settings.json").exists():
+        _ = store.spec
+    elif store.is_finished or store.path.exists():
+        raise NpoError(f"{folder / 'settings.json'} is missing", "restore it from a copy of the run directory")
 
 
 def check_guide(folder: Path) -> None:

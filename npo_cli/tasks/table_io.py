@@ -7,8 +7,8 @@ in Hugging Face's form), if prompts have any. `prompt_id`, `response`, `response
 """
 
 import csv
+import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -230,9 +230,8 @@ def validate_table_path(path: Path) -> None:
         raise NpoError(f"--out {path}: there is no folder {path.parent}", f"mkdir -p {quote_path(path.parent)}")
 
 
-def write_table(path: Path, answers: Sequence[ExportedResponse], *, table_format: TableFormat) -> bool:
-    """Write the table. Returns whether plain-text prompts had to be converted to chats."""
-    validate_table_path(path)
+def encode_table(path: Path, answers: Sequence[ExportedResponse], *, table_format: TableFormat) -> tuple[bytes, bool]:
+    """The bytes of the table for `path`, and whether plain-text prompts had to be converted to chats."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -263,13 +262,9 @@ def write_table(path: Path, answers: Sequence[ExportedResponse], *, table_format
             ),
         ]
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return chats and any(each.prompt.text is not None for each in answers)
+    with io.BytesIO() as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), file)
+        return file.getvalue(), chats and any(each.prompt.text is not None for each in answers)
 
 
 def _row(each: ExportedResponse, number: int, *, chats: bool) -> dict[str, Any]:

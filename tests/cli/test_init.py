@@ -1,12 +1,13 @@
 """`npo init`: a project that trains at once, and that never replaces a file."""
 
 import json
+import shutil
 
 import pytest
 
 from npo_cli.cli.init import PROJECT_FILES
 from npo_cli.config.loading import load_recipe
-from tests.helpers.cli_errors import assert_refused, npo
+from tests.helpers.cli_errors import assert_refused, folder_digests, npo
 
 FEW_STEPS = ("train.num_steps=2", "train.save_every=2", "eval.every=0", "model.threads=1")
 
@@ -45,6 +46,16 @@ def test_init_never_overwrites_and_then_writes_nothing(tmp_path, name):
     (tmp_path / name).write_text("mine")
     result = assert_refused("init", tmp_path, beside=tmp_path)
     assert result.message == f"{tmp_path / name} exists already; nothing was written"
+
+
+def test_init_killed_between_two_files_writes_the_others(tmp_path):
+    assert npo("init", tmp_path / "whole").code == 0
+    (tmp_path / "killed").mkdir()
+    first = next(iter(PROJECT_FILES))
+    shutil.copy(tmp_path / "whole" / first, tmp_path / "killed" / first)
+    assert npo("init", tmp_path / "killed").code == 0
+    assert folder_digests(tmp_path / "killed") == folder_digests(tmp_path / "whole")
+    assert len(list((tmp_path / "killed").iterdir())) == len(PROJECT_FILES)
 
 
 def test_init_refuses_a_file_as_folder(tmp_path):

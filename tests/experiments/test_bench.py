@@ -1,5 +1,6 @@
 """`npo bench` for real: processes, a stop in the middle, and the same command again."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ import pytest
 from npo_cli.errors import NpoError, RunFailed
 from npo_cli.experiments.bench import BenchSpec, run_bench
 from npo_cli.experiments.compare import compare_runs
-from npo_cli.storage.bench_dir import load_bench_index
+from npo_cli.storage.bench_dir import hold_bench, load_bench_index
 from npo_cli.storage.evals import read_evals
 from npo_cli.storage.files import read_json
 from npo_cli.storage.layout import open_run
@@ -69,8 +70,12 @@ def test_bench_tunes_each_method_and_run_again_does_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["one", "two"])
-def test_bench_stopped_by_a_signal_stops_its_runs_and_resumes_to_the_same_bytes(tmp_path, seeds):
+@pytest.mark.parametrize(
+    ("number", "seeds"),
+    [(signal.SIGTERM, (0,)), (signal.SIGTERM, (0, 1)), (signal.SIGKILL, (0,))],
+    ids=["one", "two", "killed"],
+)
+def test_bench_that_a_signal_ends_stops_its_runs_and_resumes_to_the_same_bytes(tmp_path, number, seeds):
     longer = [*SETTINGS, "train.num_steps=40", "eval.every=20", "train.save_every=20"]
     command = (*NPO, "bench", "micro", *longer, "--out", tmp_path / "out", "--methods", "grpo")
     command += ("--seeds", str(len(seeds)))
@@ -80,10 +85,11 @@ def test_bench_stopped_by_a_signal_stops_its_runs_and_resumes_to_the_same_bytes(
     while not any((branch / "metrics.jsonl").exists() for branch in branches):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     stderr = process.communicate()[1].decode()
-    assert process.returncode == 130
-    assert "stopped by SIGTERM" in stderr
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert "stopped by SIGTERM" in stderr
     assert not any((branch.parents[2] / "done.json").exists() for branch in branches)
     done = subprocess.run([*map(str, command)], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -123,6 +129,31 @@ def test_bench_shows_no_key_that_an_endpoint_echoes(tmp_path, monkeypatch):
     assert "Bearer [key] is unknown" in logs(tmp_path)
     assert "secret" not in f"{caught.value}{caught.value.hint}"
     assert [path for path in tmp_path.rglob("*") if path.is_file() and b"sk-secret" in path.read_bytes()] == []
+
+
+def test_second_bench_in_a_folder_is_refused_while_the_first_one_is_at_work(tmp_path):
+    with hold_bench(tmp_path), pytest.raises(NpoError, match=f"another npo bench .process {os.getpid()}.") as caught:
+        list(run_bench(bench_spec(tmp_path)))
+    assert "--out" in caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_bench_waits_for_the_commands_of_a_killed_one(tmp_path):
+    """What holds the lock is a process that inherited it; the one that took it is gone."""
+    code = """if True:
+        import subprocess, sys
+        from pathlib import Path
+        from npo_cli.storage.bench_dir import hold_bench
+        with hold_bench(Path(sys.argv[1])) as lock:
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2)"], pass_fds=(lock,))
+    """
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    lock = os.open(tmp_path / ".lock", os.O_RDWR)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(lock)
+    with hold_bench(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
 def test_bench_with_other_settings_in_the_same_folder_is_refused(tmp_path):

@@ -18,8 +18,8 @@ from npo_cli.policy.model_folder import MICRO_BASE_FOLDER
 from npo_cli.report.build import write_report
 from npo_cli.report.show import show_run
 from npo_cli.storage.checkpoints import find_checkpoint
-from npo_cli.storage.layout import RunDir, open_run
-from npo_cli.storage.lock import lock_run
+from npo_cli.storage.layout import open_run
+from npo_cli.storage.lock import atomic_directory
 from npo_cli.storage.metrics import read_metrics
 from npo_cli.training.evaluate import evaluate_run
 from npo_cli.types.rollouts import CheckpointEntry, EvalReport, Notice
@@ -234,8 +234,15 @@ def test_import_never_opens_pickled_weights(tmp_path):
 
 def test_import_removes_the_rest_of_a_killed_import_but_not_of_a_running_one(tmp_path):
     hidden = tmp_path / ".run.unfinished"
-    (hidden / "branches").mkdir(parents=True)
-    with lock_run(RunDir(hidden)), pytest.raises(NpoError, match="in use by process"):
-        list(importing(tmp_path / "run", trl_output(tmp_path / "out")))
+    trl_output(tmp_path / "out")
+    with atomic_directory(tmp_path / "run") as building:
+        assert building == hidden
+        with pytest.raises(NpoError, match="another npo process is writing"):
+            list(importing(tmp_path / "run", tmp_path / "out"))
+        assert hidden.exists()
+        building.joinpath("file").write_text("whole")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["file"]
+    shutil.rmtree(tmp_path / "run")
+    (hidden / "branches").mkdir(parents=True)  # of a killed one
     assert [entry.step for entry in imported(tmp_path / "run", tmp_path / "out")[0]] == [2, 4]
     assert not hidden.exists()
