@@ -12,12 +12,15 @@ import pytest
 # The suite is two processes of tiny models: more threads than that would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+TRAINERS = ("helpers.runs", "attack.workflow", "attack.outcomes")
+"""Modules of the tests that train runs."""
+
 if find_spec("torch") is None:
     # Modules of pure packages whose tests train a run.
     collect_ignore = [
         str(path)
         for path in Path(__file__).parent.rglob("test_*.py")
-        if "from tests.helpers.runs import" in path.read_text(encoding="utf-8")
+        if any(f"from tests.{name} import" in path.read_text(encoding="utf-8") for name in TRAINERS)
     ]
 
 if TYPE_CHECKING:
