@@ -227,7 +227,7 @@ def open_source(source: GuideSource, *, task: Task, policy: Policy) -> Iterator[
 MIN_SAMPLES_FOR_YIELD = 32
 """Samples in the last rounds below which their yield is not judged."""
 SampleFunction = Callable[[Sequence[Prompt], range], Sequence[PromptResponses]]
-"""New responses to each prompt, one per slot."""
+"""New responses to each prompt, one per slot, the unwanted ones with the verdict `wrong`."""
 
 
 def sample_in_rounds(
@@ -240,7 +240,8 @@ def sample_in_rounds(
     """Up to `samples_per_prompt` samples per prompt, `samples_per_round` at a time, until a prompt is solved.
 
     Ends early where the yield of the last rounds is below guide.cache.min_yield. With `draws_all` solved prompts are
-    sampled further. `prior_rollouts`, by prompt id, count as the first samples and cost no tokens.
+    sampled further. `prior_rollouts`, by prompt id, count as the first samples and cost no tokens. Raises ValueError
+    where `draw` leaves out a slot, which would be drawn again without end.
     """
     cache = settings.cache
     per_round = cache.draws_per_round
@@ -264,6 +265,8 @@ def sample_in_rounds(
         slots = range(first, min(first + per_round, cache.samples_per_prompt))
         batch = [entry.prompt for entry in unfinished if len(entry.rollouts) == first]
         drawn = draw(batch, slots)
+        if any(len(new.rollouts) != len(slots) for new in drawn):
+            raise ValueError("a guide source draws one rollout per prompt and slot; those it does not want are wrong")
         rounds.append((sum(new.num_sampled for new in drawn), sum(new.num_correct for new in drawn)))
         for new in drawn:
             before = responses[new.prompt.prompt_id]

@@ -19,9 +19,9 @@ class CandidateScore:
     source: str
     """Name of the guide source, such as `checkpoint`."""
     step: int | None
-    """Step of a checkpoint of the learner's line; else None."""
+    """Step of a checkpoint of this run; else None."""
     distance: int | None
-    """Optimizer steps ahead of the learner, negative behind it; None where it is not on the learner's line."""
+    """Optimizer steps ahead of the learner, negative behind it; None where it is no checkpoint of this run."""
     quality: float
     quality_low: float
     quality_high: float

@@ -15,8 +15,10 @@ from npo_cli.config.loading import load_recipe
 from npo_cli.guides.source import ReplayTarget
 from npo_cli.registry import ENGINES, GUIDE_SOURCES, MIX_STRATEGIES, Registry
 from npo_cli.session.learner import find_learner
+from npo_cli.storage.guide_cache import load_guide
 from npo_cli.storage.layout import open_run
 from npo_cli.storage.rollout_log import RolloutLog
+from npo_cli.storage.sample_store import find_latest_scores
 from npo_cli.types.guides import SourceSpec
 from tests.helpers.runs import WHOLE_REPLAY, open_session_at
 from tests.helpers.teachers import correct_response
@@ -37,10 +39,10 @@ def code_of(page: str, language: str, *, number: int = 0) -> str:
     return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(encoding="utf-8"), re.DOTALL)[number]
 
 
-def class_of(page: str, name: str) -> Any:
-    """The class that the page's Python block defines."""
+def class_of(page: str, name: str, *, number: int = 0) -> Any:
+    """The class that a Python block of the page defines, the first block by default."""
     scope: dict[str, object] = {"__name__": page}
-    exec(compile(code_of(page, "python"), page, "exec"), scope)
+    exec(compile(code_of(page, "python", number=number), page, "exec"), scope)
     found = scope[name]
     assert isinstance(found, type)
     return found
@@ -107,6 +109,27 @@ def test_add_a_guide_source_of_recorded_responses(tmp_path: Path, monkeypatch: p
     correct = sum(rollout.is_correct for group in groups for rollout in group.rollouts)
     assert sum(map(len, source.found.values())) == correct
     assert all(each.source == "past" and each.is_correct for found in source.found.values() for each in found)
+
+
+def test_add_a_guide_source_that_samples_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a limit it is the checkpoint itself; with one of a token its responses are all wrong, in Q too."""
+    monkeypatch.chdir(tmp_path)
+    run("train", "micro", "r", *TINY, *WHOLE_REPLAY, "train.prompts_per_step=4", "guide.inject.max_accuracy=1")
+    with GUIDE_SOURCES.registered(class_of("add-a-guide-source.md", "BranchSource", number=2)):
+        for name, spec in (("same", "2"), ("all", "branch:main,2,99"), ("short", "branch:main,2,1")):
+            run("sample-guide", "r", "--at", "0", "--source", spec, "--name", name)
+        run("score-checkpoints", "r", "--at", "0", "--source", "branch:main,2,99", "--source", "branch:main,2,1")
+    (_, same), (_, unlimited), (info, short) = (
+        load_guide(open_run(Path("r")), name) for name in ("same", "all", "short")
+    )
+    assert unlimited == same and same
+    assert not short
+    # none of a prompt's 8 samples is accepted, so all are drawn
+    assert info.num_samples == 8 * info.num_prompts > 0
+    found = find_latest_scores(open_run(Path("r")), branch="main", learner_step=0)
+    assert found is not None
+    quality = {score.candidate: score.quality for score in found.scores}
+    assert quality["branch:main,2,99"] > quality["branch:main,2,1"] == 0
 
 
 def test_add_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from npo_cli.storage.rollout_log import RolloutLog
 from tests.helpers.runs import copy_run, resume, sample, train, trajectories
 
 NAMED = {"name": "given"}
+CONTRACT_SPECS = {"past": "past"}
+"""What `test_source_contract.py` opens."""
 
 
 @pytest.fixture(scope="module")

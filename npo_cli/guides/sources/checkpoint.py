@@ -1,8 +1,9 @@
-"""Checkpoints of the learner's own line as guides: a later step, the learner itself, step 0."""
+"""Checkpoints of the run as guides; those of the learner's own line: a later step, the learner itself, step 0."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from npo_cli.errors import NpoError, quote_path
@@ -23,12 +24,17 @@ from npo_cli.types.guides import SourceSpec
 from npo_cli.types.rollouts import Prompt, Rollout
 
 if TYPE_CHECKING:
+    from npo_cli.policy.model import Policy
     from npo_cli.session.session import Session
     from npo_cli.storage.checkpoints import Checkpoint
+    from npo_cli.tasks.task import Task
 
 
-class LineCheckpoint(GuideSource):
-    """A checkpoint of the learner's line, whose weights take the learner's place in the session."""
+class SampledCheckpoint(GuideSource):
+    """A checkpoint of the run, whose weights take the learner's place in the session; `validate` sets `checkpoint`.
+
+    A subclass that counts responses by a rule of its own extends `draw`.
+    """
 
     uses_engine = True
 
@@ -47,6 +53,13 @@ class LineCheckpoint(GuideSource):
         """Digest of the weights."""
         return self.checkpoint.digest
 
+    def check(self, task: Task, policy: Policy) -> Sequence[str]:
+        """Its files are complete; no engine is started."""
+        from npo_cli.storage.checkpoints import verify_checkpoint
+
+        verify_checkpoint(self.checkpoint)
+        return ()
+
     def open(self, session: Session) -> None:
         """Load the guide's weights into the session's policy."""
         from npo_cli.session.session import load_checkpoint
@@ -56,22 +69,24 @@ class LineCheckpoint(GuideSource):
 
     def sample(self, prompts: Sequence[Prompt]) -> list[PromptResponses]:
         """In rounds, until a prompt is solved or all samples are drawn."""
+        return sample_in_rounds(self.session.recipe.guide, prompts, self.draw, prior_rollouts=self.prior_rollouts)
+
+    def draw(self, prompts: Sequence[Prompt], slots: range) -> list[PromptResponses]:
+        """One verified response to each prompt per slot."""
         from npo_cli.session.session import sample_groups
 
-        settings = self.session.recipe.guide
-
-        def draw(batch: Sequence[Prompt], slots: range) -> list[PromptResponses]:
-            groups = sample_groups(
-                self.session,
-                batch,
-                seed_label=("guide", self.guide_step),
-                slots=slots,
-                sampler_step=self.guide_step,
-                temperature=settings.cache.temperature,
-            )
-            return responses_per_prompt(groups)
-
-        return sample_in_rounds(settings, prompts, draw, prior_rollouts=self.prior_rollouts)
+        groups = sample_groups(
+            self.session,
+            prompts,
+            seed_label=(self.target.purpose, self.guide_step),
+            slots=slots,
+            sampler_step=self.guide_step,
+            temperature=self.session.recipe.guide.cache.temperature,
+        )
+        return [
+            replace(entry, rollouts=tuple(replace(rollout, source="guide") for rollout in entry.rollouts))
+            for entry in responses_per_prompt(groups)
+        ]
 
     def logprobs(self, pairs: Pairs) -> list[tuple[float, ...] | None]:
         """From the trainer's forward pass with the guide's weights; of recorded responses as recorded."""
@@ -88,6 +103,17 @@ class LineCheckpoint(GuideSource):
         means = compute_mean_logprobs(self.session, pairs)
         self.session.policy.load(self.checkpoint.path)
         return means
+
+
+class LineCheckpoint(SampledCheckpoint):
+    """A checkpoint of the learner's line, as it is: scoring samples its weights without calling the source."""
+
+    def __init_subclass__(cls) -> None:
+        """Raise TypeError for a subclass with a way of sampling of its own, which scoring would ignore."""
+        super().__init_subclass__()
+        for method in ("sample", "draw", "logprobs"):
+            if method in vars(cls):
+                raise TypeError(f"scoring does not call {cls.__name__}.{method}: derive it from SampledCheckpoint")
 
 
 def parse_step(source: type[GuideSource], argument: str) -> int:
