@@ -189,6 +189,11 @@ class ExperienceSettings(Settings):
         "`random`.",
         json_schema_extra=WITH_REPLAY,
     )
+    max_per_prompt: Count = Field(
+        64,
+        description="Maximum number of stored responses per prompt; the oldest are dropped first.",
+        json_schema_extra=WITH_REPLAY,
+    )
     retire_solved: bool = Field(
         True,
         description="Do not draw prompts whose rollouts were all correct again in later epochs.",

@@ -336,5 +336,14 @@ def collect_failed_prompts(
 def update_failed_prompt_pool(
     before: Sequence[FailedPrompt], new: Sequence[FailedPrompt], *, size: int
 ) -> tuple[FailedPrompt, ...]:
-    """The newest `size` failures, oldest first; within one step the last ones are kept."""
-    return tuple(sorted((*before, *new), key=lambda failure: failure.step)[-size:])
+    """The newest `size` failures, oldest first; within one step the last ones are kept.
+
+    Of a prompt's failures with the same accuracy only the newest stays, which has its age: the pool grows with the
+    number of prompts, not of steps.
+    """
+    newest: dict[tuple[str, float], FailedPrompt] = {}
+    for failure in sorted((*before, *new), key=lambda failure: failure.step):
+        key = failure.prompt_id, failure.accuracy
+        newest.pop(key, None)
+        newest[key] = failure
+    return tuple(newest.values())[-size:]

@@ -35,10 +35,12 @@ def add_successes(
     *,
     epoch: int,
     retire: bool,
+    most: int,
 ) -> ReplayBuffer:
     """Add the new successes of partly solved groups, each text once; retire the prompts of wholly solved groups.
 
-    All slots of a group count, the replayed one included. `new`: on-policy correct responses by prompt id.
+    All slots of a group count, the replayed one included. `new`: on-policy correct responses by prompt id. A prompt
+    keeps its `most` newest ones.
     """
     if not buffer.is_collecting:
         return buffer
@@ -53,7 +55,7 @@ def add_successes(
             by_text = {success.text: success for success in successes.get(prompt_id, ())}
             for success in new.get(prompt_id, ()):
                 by_text.setdefault(success.text, success)
-            successes[prompt_id] = tuple(by_text.values())
+            successes[prompt_id] = tuple(by_text.values())[-most:]
             num_correct[prompt_id] = group.num_correct
     return replace(buffer, successes=successes, num_correct=num_correct, retired_epochs=retired)
 
@@ -232,7 +234,9 @@ def update_buffer(
     if buffer.is_collecting:
         new = _on_policy_successes(session, batch.mixed, sampler_step=sampler_step)
         epoch = session.order.epoch(position)
-        buffer = add_successes(buffer, batch.mixed, new, epoch=epoch, retire=settings.retire_solved)
+        buffer = add_successes(
+            buffer, batch.mixed, new, epoch=epoch, retire=settings.retire_solved, most=settings.max_per_prompt
+        )
     num_rollouts = sum(len(group.rollouts) for group in batch.on_policy)
     accuracy = sum(group.num_correct for group in batch.on_policy) / num_rollouts
     return start_collecting(buffer, accuracy, start=settings.start_accuracy)

@@ -5,6 +5,7 @@ line. Nothing else in a log is ever changed. A bad line with a newline is damage
 what its head counts (`log_head.py`). One writer at a time: see `lock.py`.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -42,8 +43,9 @@ class JsonlLog:
 
     path: Path
     _repaired: bool = field(default=False, init=False)
-    _held: dict[KeyFields, dict[tuple[object, ...], str]] = field(default_factory=dict, init=False)
-    """Lines already there by the values of their key, for each key that `append_once` was called with."""
+    _held: dict[KeyFields, dict[tuple[object, ...], bytes]] = field(default_factory=dict, init=False)
+    """Digests of the lines already there by the values of their key, for each key that `append_once` was called
+    with."""
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """Every whole line, oldest first."""
@@ -74,9 +76,9 @@ class JsonlLog:
         held = self._lines_by(key)
         place = _key_of(json.loads(line), key)
         if place in held:
-            return "same" if held[place] == line else "differs"
+            return "same" if held[place] == _digest(line) else "differs"
         self._write([line])
-        held[place] = line
+        held[place] = _digest(line)
         return "written"
 
     @on_main_rank
@@ -102,11 +104,11 @@ class JsonlLog:
         """The same, and from now on every line must be there."""
         return seal_log(self.path)
 
-    def _lines_by(self, key: KeyFields) -> dict[tuple[object, ...], str]:
+    def _lines_by(self, key: KeyFields) -> dict[tuple[object, ...], bytes]:
         if not self._repaired:
             self.repair()
         if key not in self._held:
-            self._held[key] = {_key_of(row, key): line for line, row in iter_complete_lines(self.path)}
+            self._held[key] = {_key_of(row, key): _digest(line) for line, row in iter_complete_lines(self.path)}
         return self._held[key]
 
     def _write(self, lines: list[str]) -> None:
@@ -174,6 +176,10 @@ def measure_complete_size(path: Path, *, start: int = 0) -> int:
     with path.open("rb") as file:
         file.seek(start)
         return start + sum(len(line) for line in file if line.endswith(b"\n"))
+
+
+def _digest(line: str) -> bytes:
+    return hashlib.blake2b(line.encode("utf-8"), digest_size=16).digest()
 
 
 def _key_of(row: dict[str, Any], key: KeyFields) -> tuple[object, ...]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from npo_cli.autonpo.rollback_choice import stratify_failed_prompts
 from npo_cli.rollout.batch import collect_failed_prompts, update_failed_prompt_pool
 from npo_cli.types.autonpo import FailedPrompt
 from npo_cli.types.rollouts import Group
@@ -50,3 +51,18 @@ def test_failed_prompt_pool_drops_the_oldest_first():
     # the step decides, not the order of arrival
     assert update_failed_prompt_pool([failed("late", 9)], [failed("old", 1)], size=1) == (failed("late", 9),)
     assert update_failed_prompt_pool(before, [], size=10) == before
+
+
+def test_failed_prompt_pool_grows_with_prompts_and_not_with_steps():
+    pool = ()
+    for step in range(1, 301):
+        accuracy = 0.25 * (step % 2)
+        pool = update_failed_prompt_pool(pool, [failed(f"p{step % 5}", step, accuracy)], size=1000)
+    # The newest failure of each prompt and accuracy: of the last ten steps.
+    assert [failure.step for failure in pool] == list(range(291, 301))
+    settings = {"step": 300, "distances": [4, 8, 12]}
+    every = [failed(f"p{step % 5}", step, 0.25 * (step % 2)) for step in range(1, 301)]
+    for limit in (0.0, 0.25):
+        assert stratify_failed_prompts(pool, max_accuracy=limit, **settings) == stratify_failed_prompts(
+            every, max_accuracy=limit, **settings
+        )

@@ -27,10 +27,12 @@ def group(prompt_id: str, num_correct: int) -> Group:
     return group_of(*[True] * num_correct, *[False] * (8 - num_correct), prompt_id=prompt_id)
 
 
-def add(buffer: ReplayBuffer, groups: list[Group], *texts: str, epoch: int = 0, retire: bool = True) -> ReplayBuffer:
+def add(
+    buffer: ReplayBuffer, groups: list[Group], *texts: str, epoch: int = 0, retire: bool = True, most: int = 64
+) -> ReplayBuffer:
     """With new successes of these texts for every prompt."""
     new = {each.prompt.prompt_id: tuple(map(success, texts)) for each in groups}
-    return add_successes(buffer, groups, new, epoch=epoch, retire=retire)
+    return add_successes(buffer, groups, new, epoch=epoch, retire=retire, most=most)
 
 
 def memory_of(**num_correct: int) -> ReplayBuffer:
@@ -92,3 +94,11 @@ def test_replay_prompts_are_drawn_without_replacement():
 def test_replay_buffer_metrics():
     memory = add(memory_of(a=4, b=4), [group("b", 3), group("c", 8)], "2")
     assert buffer_metrics(memory) == {"experience/prompts": 2.0, "experience/responses": 3.0, "experience/retired": 1.0}
+
+
+def test_buffer_keeps_the_newest_responses_of_a_prompt():
+    buffer = ReplayBuffer(is_collecting=True)
+    for number in range(9):
+        buffer = add(buffer, [group("a", 3)], f"{number}", most=3)
+    assert [each.text for each in buffer.successes["a"]] == ["6", "7", "8"]
+    assert buffer == add(buffer, [group("a", 3)], "7", most=3)  # a text that is there is not newer
