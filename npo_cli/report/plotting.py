@@ -164,22 +164,24 @@ def make_tick_locator() -> "MaxNLocator":
 
 @contextlib.contextmanager
 def open_figure(path: Path, *, title: str, height: float) -> Iterator["Figure"]:
-    """A wide figure, saved when the block ends without an error; the suffix of the path is its format."""
+    """A wide figure, saved whole when the block ends without an error; the suffix of the path is its format."""
     try:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise NpoError("plots need matplotlib, which is not installed", "pip install matplotlib") from error
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | SALT):
         figure = Figure(figsize=(13.0, height), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         yield figure
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
         if current_group().is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            canvas.print_figure(path)
+            kind = path.suffix.lower().removeprefix(".")
+            with io.BytesIO() as file:
+                canvas.print_figure(file, format=kind, metadata=NO_DATE.get(kind))
+                write_bytes_atomic(path, file.getvalue())
 
 
 PANELS_PER_ROW = 2
@@ -200,8 +202,10 @@ def save_panels(plots: Sequence["Plot"], path: Path, *, title: str) -> None:
 
 WIDTH, HEIGHT = 6.4, 3.7
 """Inches."""
-FIXED = {"svg.hashsalt": "npo", "svg.fonttype": "path", "text.parse_math": False, "axes.titlelocation": "left"}
-NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+SALT = {"svg.hashsalt": "npo"}
+FIXED = SALT | {"svg.fonttype": "path", "text.parse_math": False, "axes.titlelocation": "left"}
+NO_DATE = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}, "pdf": {"CreationDate": None}}
+"""Metadata that would make two pictures of the same records differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

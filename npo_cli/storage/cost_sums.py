@@ -202,7 +202,8 @@ def learning_curve(run: RunDir, branch: str, *, name: str) -> list[CurvePoint]:
 
 @cached_by_file(RunDir.metrics_path)
 def _read_entropies(run: RunDir, branch: str) -> Mapping[int, float]:
-    return {row["step"]: row["entropy"] for row in read_metrics(run, branch)}
+    """Of the steps that have one: the log of another trainer may lack it, and a number that is none is left out."""
+    return {row["step"]: row["entropy"] for row in read_metrics(run, branch) if "entropy" in row}
 
 
 def cost_at_steps(run: RunDir, branch: str) -> dict[int, list[Cost]]:

@@ -225,6 +225,14 @@ def test_import_refuses_metrics_with_a_step_above_the_maximum(tmp_path):
         list(importing(tmp_path / "run", home, metrics=tmp_path / "log.jsonl"))
 
 
+def test_costs_of_an_imported_run_without_entropies_are_shown(tmp_path):
+    home = hf_folder(tmp_path / "out" / "checkpoint-2").parent
+    imported(tmp_path / "run", home, base=True)
+    list(evaluate_run(tmp_path / "run", step=2, every_step=False, branch=None, overrides=()))
+    point, *_ = show_run(tmp_path / "run", "costs", branch=None, step=None, prompt_id=None, limit=None)
+    assert (point.step, point.entropy, point.total_steps) == (2, None, 2)
+
+
 def test_import_never_opens_pickled_weights(tmp_path):
     folder = hf_folder(tmp_path / "out" / "checkpoint-1")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 import struct
 import sys
@@ -6,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from npo_cli.errors import NpoError
+from npo_cli.errors import NpoError, RunFailed
 from npo_cli.report.plotting import format_compact, plot_accuracy_curves
 from npo_cli.types.costs import CurvePoint
 
@@ -49,10 +51,21 @@ def test_comparison_plot_has_a_time_panel_if_every_method_has_times(tmp_path):
     assert "300" in labels(tmp_path / "both.svg")
 
 
-def test_comparison_plot_is_deterministic(tmp_path):
-    for name in ("a.png", "b.png"):
-        plot_accuracy_curves(points("GRPO", extra=0), tmp_path / name, "one method")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_comparison_plot_is_deterministic_and_whole_or_absent(tmp_path, monkeypatch, kind):
+    for name in ("a", "b"):
+        plot_accuracy_curves(points("GRPO", extra=0), tmp_path / f"{name}.{kind}", "one method")
+    before = (tmp_path / f"a.{kind}").read_bytes()
+    assert before == (tmp_path / f"b.{kind}").read_bytes()
+
+    def fail(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(RunFailed, match="no room left"):
+        plot_accuracy_curves(points("NPO", extra=5), tmp_path / f"a.{kind}", "another one")
+    assert (tmp_path / f"a.{kind}").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_comparison_plot_draws_more_methods_than_colors(tmp_path):
