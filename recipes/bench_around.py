@@ -7,6 +7,7 @@ Each measurement is a process of its own whose code comes from one checkout; pro
 is that of a pair. The table has medians. Cases:
 
 - write_micro, write_long: record a step's rollouts, 16 x 8 x 18 and 4 x 8 x 1,035 tokens; seconds and bytes of a step.
+- prompts: what a step of 16 x 8 asks of the tokenizer once its prompts have been seen.
 - step: a run of micro: seconds of a step, and of its waiting for the thread that writes rollouts.
 """
 
@@ -60,6 +61,25 @@ def write_groups(prompts: int, tokens: int, *, repeats: int) -> Figures:
     return {"seconds": statistics.median(times), "bytes": size}
 
 
+def encode_prompts() -> Figures:
+    """Seconds of the prompts of a step's requests and of its rows, from the second time on."""
+    from npo_cli.config.recipe import ModelSettings
+    from npo_cli.policy.model import load_policy
+    from npo_cli.types.rollouts import Prompt
+
+    policy = load_policy(ModelSettings(path="micro"))
+    prompts = [Prompt(prompt_id=f"p{place}", answer="7", text=f"{place}+4=") for place in range(16)]
+
+    def encode() -> None:
+        policy.encode_all(prompts)
+        for prompt in prompts:
+            for _ in range(8):
+                policy.row(prompt, (5, 6))
+
+    encode()
+    return {"seconds": statistics.median(timed(encode) for _ in range(15))}
+
+
 def run_micro() -> Figures:
     """A run of 12 steps of the micro recipe: time of the steps, and of the waiting for files in them."""
     from npo_cli.config.loading import load_recipe
@@ -85,6 +105,7 @@ def timed(work: Callable[[], object]) -> float:
 CASES: dict[str, Callable[[], Figures]] = {
     "write_micro": lambda: write_groups(16, 18, repeats=15),
     "write_long": lambda: write_groups(4, 1035, repeats=7),
+    "prompts": encode_prompts,
     "step": run_micro,
 }
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from npo_cli.policy.lora import (
 )
 from npo_cli.policy.model_folder import MODEL_HINT, find_model, is_packaged, model_load_error
 from npo_cli.policy.packing import PackedRows, PackingCosts, TokenRow, pack_rows, packing_costs
+from npo_cli.policy.prompt_tokens import PromptTokens
 from npo_cli.policy.vision import Vision, choose_model_class, load_vision
 from npo_cli.policy.weights_io import (
     check_loaded_weights,
@@ -70,6 +71,7 @@ class Policy:
     """Score without the adapters."""
     sharding: ShardingContext | None = None
     """How its weights lie in shards over several ranks; None where this rank holds all of them."""
+    prompt_tokens: PromptTokens = field(default_factory=PromptTokens, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -150,17 +152,24 @@ class Policy:
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt: plain text unchanged, messages through the chat template, images as image tokens."""
-        if self.vision is not None:
-            is_plain_text = prompt.text is not None
-            text = self.vision.render_prompt(prompt)
-            return tuple(self.tokenizer(text, add_special_tokens=is_plain_text).input_ids)
-        return encode_prompt(self.tokenizer, prompt)
+        return self.encode_all([prompt])[0]
 
     def encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """The same for several; plain texts go through the tokenizer together, in less than half of the time."""
-        if not prompts or self.vision is not None or any(prompt.text is None for prompt in prompts):
-            return [self.encode(prompt) for prompt in prompts]
+        """The same for several; each prompt goes through the tokenizer once."""
+        return self.prompt_tokens.encode(prompts, self._tokenize)
+
+    def _tokenize(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """Plain texts go through the tokenizer together, in less than half of the time."""
+        if self.vision is not None:
+            return [self._tokenize_with_images(prompt) for prompt in prompts]
+        if any(prompt.text is None for prompt in prompts):
+            return [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         return [tuple(ids) for ids in self.tokenizer([prompt.text for prompt in prompts]).input_ids]
+
+    def _tokenize_with_images(self, prompt: Prompt) -> tuple[int, ...]:
+        assert self.vision is not None, "a text-only model has no images"
+        text = self.vision.render_prompt(prompt)
+        return tuple(self.tokenizer(text, add_special_tokens=prompt.text is not None).input_ids)
 
     def row(self, prompt: Prompt, response_ids: tuple[int, ...]) -> TokenRow:
         """Prompt and response as input of `score`."""
