@@ -298,23 +298,21 @@ def replay(
     find_checkpoint(open_run(root), parent, at)
     chosen = validate_name(name or choose_replay_name(parent, at))
     _check_same_source(root, chosen, specs)
+    arguments: dict[str, Any] = {"at": at, "branch": parent, "sources": specs, "name": chosen, "steps": steps}
+    arguments |= {"until": until, "overrides": overrides}
+    first_line = Notice(message=f"replay step {at} of branch {parent}")
 
     def work() -> Generator[Any, None, None]:
-        yield Notice(message=f"replay step {at} of branch {parent}")
+        yield first_line
         from npo_cli.training.replay import replay_run
 
-        records = replay_run(
-            root,
-            at=at,
-            branch=parent,
-            sources=specs,
-            name=chosen,
-            steps=steps,
-            until=until,
-            overrides=overrides,
-            stop=stop,
-        )
-        yield from _track(root, recipe, records)
+        yield from _track(root, recipe, replay_run(root, **arguments, stop=stop))
+
+    def plan() -> Iterator["PlannedWork | Notice"]:
+        yield first_line
+        from npo_cli.training.dry_run import plan_replay
+
+        yield from plan_replay(root, **arguments)
 
     return RecordStream(
         work(),
@@ -324,6 +322,7 @@ def replay(
         stop=stop,
         last_step=last,
         allow_code=allow_code,
+        plan=plan,
     )
 
 

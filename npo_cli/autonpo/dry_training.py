@@ -42,27 +42,28 @@ def plan_autonpo_resume(
             yield from plan_interventions(start.recipe, mean_length=recorded_length(*recorded))
 
 
-def plan_interventions(recipe: Recipe, *, mean_length: float | None) -> Iterator[PlannedWork]:
+def plan_interventions(recipe: Recipe, *, mean_length: float | None) -> Iterator[PlannedWork | Notice]:
     """At most what one intervention adds: its probe, its guide cache and the steps that are trained again."""
     autonpo, train = recipe.autonpo, recipe.train
     distance = min(usable_distances(recipe)[-1], train.num_steps)
-    most = "" if autonpo.max_interventions < 0 else f" (at most {autonpo.max_interventions})"
+    if autonpo.max_interventions >= 0:
+        yield Notice(message=f"at most {autonpo.max_interventions} interventions")
     yield plan_samples(
-        f"each intervention{most}: probe",
+        "an intervention: probe",
         num_prompts=autonpo.probe.num_prompts,
         samples_per_prompt=autonpo.probe.samples_per_prompt,
         recipe=recipe,
         mean_length=mean_length,
     )
     yield plan_samples(
-        "each intervention: guide cache",
+        "an intervention: guide",
         num_prompts=min(recipe.task.pool_size, distance * train.prompts_per_step),
         samples_per_prompt=recipe.guide.cache.samples_per_prompt,
         recipe=recipe,
         mean_length=mean_length,
     )
     yield plan_samples(
-        f"each intervention: train up to {distance} steps again",
+        f"an intervention: {distance} steps",
         num_prompts=distance * train.prompts_per_step,
         samples_per_prompt=train.group_size,
         recipe=recipe,

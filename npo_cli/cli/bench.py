@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from npo_cli.cli.options import DryRunOpt, FullOpt, JsonOpt, OverridesArg, RecipeArg, make_figure_option
-from npo_cli.cli.output import print_records
+from npo_cli.cli.options import AllowCodeOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RecipeArg, make_figure_option
+from npo_cli.cli.output import print_plan, print_records
 from npo_cli.cli.terminal import escape_for_terminal, print_notice
 from npo_cli.errors import NpoError
 
@@ -44,6 +44,7 @@ def bench(
     teacher: TeacherOpt = "",
     jobs: JobsOpt = None,
     figure: Annotated[Path | None, make_figure_option("the mean learning curves of the methods")] = None,
+    allow_code: AllowCodeOpt = False,
     dry_run: DryRunOpt = False,
     full: FullOpt = False,
     as_json: JsonOpt = False,
@@ -53,7 +54,7 @@ def bench(
     With --grid, each method first selects its best value on the tuning seeds. The same command resumes an interrupted
     bench; npo compare DIR and npo report DIR evaluate it.
     """
-    from npo_cli.experiments.bench import BenchSpec, plan_bench, run_bench
+    from npo_cli.experiments.bench import BenchSpec, run_bench
 
     spec = BenchSpec(
         recipe=recipe,
@@ -67,7 +68,9 @@ def bench(
         jobs=jobs or len(os.sched_getaffinity(0)),
     )
     if dry_run:
-        print_records(plan_bench(spec), as_json=as_json)
+        from npo_cli.experiments.bench_dry_run import plan_bench
+
+        print_plan(plan_bench(spec), as_json=as_json)
         return
     from npo_cli.report.conclusions import conclude_bench
 

@@ -20,7 +20,15 @@ import typer
 
 from npo_cli.cli.commands import COMMANDS, DISTRIBUTED_COMMANDS, HELP_OPTIONS, GroupedCommands
 from npo_cli.cli.options import JSON_FLAG, OLD_COMMANDS, suggest_new_option
-from npo_cli.cli.terminal import clear_loading, escape_for_terminal, is_terminal, print_data, print_status, show_loading
+from npo_cli.cli.terminal import (
+    COMMAND_LINE,
+    clear_loading,
+    escape_for_terminal,
+    is_terminal,
+    print_data,
+    print_status,
+    show_loading,
+)
 from npo_cli.distributed.launch import read_launch_info
 from npo_cli.distributed.process_group import current_group, join_job
 from npo_cli.errors import NpoError, StoppedEarly
@@ -126,6 +134,7 @@ def _describe_usage_error(error: Any, args: Sequence[str]) -> tuple[str, str]:
 def _run(args: Sequence[str]) -> int | None:
     """Run the command. Of several processes that a launcher started, each runs it, and rank 0 alone prints."""
     launch = read_launch_info()
+    COMMAND_LINE.set(tuple(args))
     run = partial(typer.main.get_command(app).main, args, prog_name="npo", standalone_mode=False)
     command = partial(copy_context().run, run)  # --allow-code holds for this command only
     if launch is None:

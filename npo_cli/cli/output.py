@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from npo_cli.api.results import save_results, to_named_row
 from npo_cli.api.stages import RecordStream
 from npo_cli.cli.progress import open_progress
 from npo_cli.cli.terminal import (
+    COMMAND_LINE,
     escape_for_terminal,
     has_color,
     is_terminal,
@@ -38,7 +40,7 @@ UNLIMITED = 10_000
 SENTENCE_WIDTH = 80
 NUM_KEY_COLUMNS = 2
 """Columns that identify a row: repeated when a table is split."""
-_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?([kMG]?B|[%x]))?( \[.*\])?|nan|-?inf")
+_NUMBER = re.compile(r"[-+~]?[\d.,]+(e[-+]?\d+)?( ?([kMG]?B|[%x]))?( \[.*\])?|nan|-?inf")
 
 
 def print_records(
@@ -111,6 +113,13 @@ def _print_end(tables: Sequence[Table], conclusion: Conclusion | None, *, as_jso
         print_table(table)
     if conclusion and conclusion.next:
         print_data(f"next: {escape_for_terminal(conclusion.next)}")
+
+
+def print_plan(works: Iterable[Any], *, as_json: bool) -> None:
+    """What --dry-run found: the sum, the parts, and the same command without --dry-run."""
+    from npo_cli.report.conclusions import conclude_dry_run
+
+    print_records(works, as_json=as_json, conclude=partial(conclude_dry_run, COMMAND_LINE.get()))
 
 
 def print_conclusion(conclusion: Conclusion, *, as_json: bool) -> None:

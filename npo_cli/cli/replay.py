@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.checks import parse_steps
-from npo_cli.cli.options import AllowCodeOpt, BranchOpt, FullOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
-from npo_cli.cli.output import print_records
+from npo_cli.cli.options import AllowCodeOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
+from npo_cli.cli.output import print_plan, print_records
 
 StepsOpt = Annotated[
     int | None,
@@ -39,6 +39,7 @@ def replay(
     steps: StepsOpt = None,
     until: UntilOpt = None,
     allow_code: AllowCodeOpt = False,
+    dry_run: DryRunOpt = False,
     full: FullOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
@@ -50,7 +51,6 @@ def replay(
     later = () if candidates is None else parse_steps(candidates)
 
     from npo_cli.api.training import replay as replay_run
-    from npo_cli.report.conclusions import conclude_replay
 
     records = replay_run.stream(
         run,
@@ -62,5 +62,10 @@ def replay(
         until=until,
         overrides=overrides or (),
     )
+    if dry_run:
+        print_plan(records.plan(), as_json=as_json)
+        return
+    from npo_cli.report.conclusions import conclude_replay
+
     conclude = partial(conclude_replay, run, at, branch, name)
     print_records(records, as_json=as_json, num_steps=records.last_step, full=full, conclude=conclude)

@@ -7,7 +7,7 @@ import typer
 
 from npo_cli.cli.completion import complete_guide, complete_step
 from npo_cli.cli.options import AllowCodeOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg, UntilOpt
-from npo_cli.cli.output import print_records
+from npo_cli.cli.output import print_plan, print_records
 
 ForkAtOpt = Annotated[
     int | None,
@@ -84,7 +84,7 @@ def resume(
         overrides=overrides or (),
     )
     if dry_run:
-        print_records(records.plan(), as_json=as_json)
+        print_plan(records.plan(), as_json=as_json)
         return
     from npo_cli.report.conclusions import conclude_training
 

@@ -7,7 +7,7 @@ import typer
 
 from npo_cli.cli.completion import complete_source
 from npo_cli.cli.options import AllowCodeOpt, AtOpt, BranchOpt, DryRunOpt, FullOpt, JsonOpt, OverridesArg, RunArg
-from npo_cli.cli.output import print_records
+from npo_cli.cli.output import print_plan, print_records
 from npo_cli.guides.source import describe_sources
 
 SourceOpt = Annotated[
@@ -56,7 +56,7 @@ def sample_guide(
         overrides=overrides or (),
     )
     if dry_run:
-        print_records(records.plan(), as_json=as_json)
+        print_plan(records.plan(), as_json=as_json)
         return
     from npo_cli.report.conclusions import conclude_guide
 

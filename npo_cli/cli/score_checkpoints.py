@@ -20,7 +20,7 @@ from npo_cli.cli.options import (
     make_figure_option,
     make_results_option,
 )
-from npo_cli.cli.output import print_records
+from npo_cli.cli.output import print_plan, print_records
 from npo_cli.errors import NpoError
 from npo_cli.types.scores import CandidateScore
 
@@ -77,7 +77,7 @@ def score_checkpoints(
         figure=figure,
     )
     if dry_run:
-        print_records(records.plan(), as_json=as_json)
+        print_plan(records.plan(), as_json=as_json)
         return
     from npo_cli.report.conclusions import conclude_scoring
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Verbosity = Literal["quiet", "normal", "verbose"]
 VERBOSITY: ContextVar[Verbosity] = ContextVar("verbosity", default="normal")
 """--quiet shows results, warnings and errors only; --verbose also each step, and how long loading and saving took."""
+COMMAND_LINE: ContextVar[tuple[str, ...]] = ContextVar("command_line", default=())
+"""What was typed after `npo`."""
 LOADING = "loading ..."
 DEFAULT_WIDTH = 80
 """Of a terminal that does not say."""

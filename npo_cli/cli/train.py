@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from npo_cli.cli.options import AllowCodeOpt, DryRunOpt, FullOpt, JsonOpt, MethodOpt, OverridesArg, RecipeArg, UntilOpt
-from npo_cli.cli.output import print_records
+from npo_cli.cli.output import print_plan, print_records
 from npo_cli.cli.terminal import escape_for_terminal, print_notice
 from npo_cli.distributed.process_group import current_group
 from npo_cli.errors import NpoError, quote_path
@@ -66,7 +66,7 @@ def train(
 
     records = train_run.stream(resolved, root, until=until, autonpo=autonpo)
     if dry_run:
-        print_records(records.plan(), as_json=as_json)
+        print_plan(records.plan(), as_json=as_json)
         return
     if given is None:
         print_notice(escape_for_terminal(f"run directory: {root}"))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from npo_cli.autonpo.preflight import validate_autonpo_settings
 from npo_cli.config.locate import find_method
+from npo_cli.config.recipe import Recipe
 from npo_cli.distributed.launch import strip_launch_variables
 from npo_cli.errors import NpoError, RunFailed, StoppedEarly, quote_path
 from npo_cli.experiments.bootstrap import area_weights
@@ -30,8 +31,11 @@ from npo_cli.storage.cost_sums import learning_curve
 from npo_cli.storage.files import write_json_atomic
 from npo_cli.storage.layout import RUN_INFO_FILE, open_run, used_directory_error
 from npo_cli.storage.lineage import find_newest_branch
+from npo_cli.tasks.code_permission import is_permitted, read_permissions, record_permissions, recorded_permissions
+from npo_cli.tasks.custom_verifier import has_allow_code, is_shipped_file
+from npo_cli.tasks.task import list_code_files
 from npo_cli.types.rollouts import Notice, Progress
-from npo_cli.types.views import PlannedWork, TunedSetting
+from npo_cli.types.views import TunedSetting
 
 NPO_CODE = "from npo_cli.experiments.end_with_parent import end_with_parent; end_with_parent({lifeline}); " + (
     "from npo_cli.cli.main import main; main()"
@@ -80,8 +84,12 @@ def open_lifeline(lock: int) -> Iterator[Ties]:
 
 def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]:
     """Tune, then train the table's seeds; ends with the commands that set them side by side."""
-    validate_spec(question)
-    with hold_bench(question.out) as lock, open_lifeline(lock) as ties, stop_between_steps() as stop:
+    with (
+        keep_permissions(question),
+        hold_bench(question.out) as lock,
+        open_lifeline(lock) as ties,
+        stop_between_steps() as stop,
+    ):
         chosen = yield from tune_methods(question, ties, stop)
         cells = [
             make_bench_run(question, method, chosen[method], seed=seed, subfolder="runs")
@@ -96,32 +104,29 @@ def run_bench(question: BenchSpec) -> Iterator[Progress | Notice | TunedSetting]
         yield Notice(message=f"side by side: npo compare {out} --figure {quote_path(question.out / 'compare.png')}")
 
 
-def plan_bench(question: BenchSpec) -> Iterator[PlannedWork]:
-    """The runs of each method that are not done yet, after the checks of `run_bench`; nothing is written.
+@contextmanager
+def keep_permissions(question: BenchSpec, *, is_dry: bool = False) -> Iterator[None]:
+    """Check the question; user code that --allow-code allowed for this folder, now or before, runs within the block.
 
-    A run counts as the steps of its recipe; what else its method's commands sample is not counted. With a grid the
-    setting of the table's runs is known once it is tuned: the first one stands for it.
+    What is allowed is kept as for a run, by the folder's path. `is_dry`: nothing is kept.
     """
-    validate_spec(question)
-    settings = question.grid or ("",)
-    for method in question.methods:
-        yield from (_plan_runs(question, method, each, question.tuning_seeds, "tuning") for each in question.grid)
-        yield _plan_runs(question, method, settings[0], question.seeds, "runs")
+    name = f"bench {question.out.resolve()}"
+    with recorded_permissions(read_permissions(name)):
+        validate_spec(question)
+    if has_allow_code() and not is_dry:
+        runs = (
+            make_bench_run(question, method, "", seed=question.seeds[0], subfolder="runs")
+            for method in question.methods
+        )
+        record_permissions(name, {file for run in runs for file in list_code_files(run.resolve_recipe().task)})
+    with recorded_permissions(read_permissions(name)):
+        yield
 
 
-def _plan_runs(question: BenchSpec, method: str, setting: str, seeds: Sequence[int], subfolder: str) -> PlannedWork:
-    """The runs of one method with one setting."""
-    cells = [make_bench_run(question, method, setting, seed=seed, subfolder=subfolder) for seed in seeds]
-    left = [cell for cell in cells if not is_done(cell)]
-    recipe = cells[0].resolve_recipe()
-    samples = len(left) * recipe.train.num_steps * recipe.train.prompts_per_step * recipe.train.group_size
-    label = f" tuning {setting}" if subfolder == "tuning" else ""
-    return PlannedWork(
-        work=f"{format_method_name(method)}{label}: {len(left)} of {len(cells)} runs",
-        steps=f"1-{recipe.train.num_steps}",
-        samples=samples,
-        max_tokens=samples * recipe.sampling.max_new_tokens,
-    )
+def may_run_code(recipe: Recipe) -> bool:
+    """Whether a recipe has user code, all of which was allowed as it is now."""
+    files = [file for file in list_code_files(recipe.task) if not is_shipped_file(file)]
+    return bool(files) and all(has_allow_code() or is_permitted(file) for file in files)
 
 
 def validate_spec(question: BenchSpec) -> None:
@@ -280,7 +285,9 @@ def _advanced(job: Job, ties: Ties) -> str:
 def _started(cell: BenchRun, command: Command, ties: Ties) -> subprocess.Popen[bytes]:
     """One npo command in a session of its own, so that a Ctrl-C reaches it only through us; its talk goes to a log."""
     cell.folder.mkdir(parents=True, exist_ok=True)
-    threads = str(cell.resolve_recipe().model.threads or 1)
+    recipe = cell.resolve_recipe()
+    command = (*command, *(["--allow-code"] if may_run_code(recipe) else []))
+    threads = str(recipe.model.threads or 1)
     with (cell.folder / LOG_FILE).open("a", encoding="utf-8") as log:
         log.write(f"$ npo {shlex.join(command)}\n")
         log.flush()

@@ -110,35 +110,71 @@ def _teacher(cell: BenchRun) -> str:
     return cell.teacher.replace("{seed}", str(cell.seed))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandSpan:
+    """One command of a plan, and the steps that it is about."""
+
+    command: Command
+    options: Mapping[str, str]
+    branch: str
+    """That it reads or continues."""
+    first: int
+    """Training: the last step before it. A guide: the learner's step."""
+    last: int
+    """Training: its last step. A guide: the last step with it."""
+    saved: frozenset[int] | None
+    """Steps of which the branch has a checkpoint by then; None of the run's first command."""
+
+
+def list_spans(cell: BenchRun) -> list[CommandSpan]:
+    """The commands of the plan with their steps, from the settings alone; no command runs."""
+    recipe = cell.resolve_recipe()
+    every, num_steps = recipe.train.save_every, recipe.train.num_steps
+    saved: dict[str, frozenset[int]] = {}
+    newest, spans = MAIN, []
+    for command in build_commands(cell):
+        options = _options(command)
+        branch, source = options.get("--branch", newest), options.get("--source", "")
+        before = saved.get(branch, frozenset())
+        first, last = int(options.get("--at", max(before, default=0))), int(options.get("--until", num_steps))
+        if command[0] == "sample-guide":
+            ahead = int(source) - first if source.isdecimal() else 0
+            covered = recipe.guide.cache.count_covered(ahead) if ahead > 0 else num_steps - first
+            last = first + int(options.get("--steps", recipe.guide.replay.num_steps or covered))
+        spans.append(
+            CommandSpan(
+                command=command, options=options, branch=branch, first=first, last=last, saved=before if saved else None
+            )
+        )
+        if command[0] != "sample-guide":
+            newest = options.get("--new-branch", branch)
+            kept = {step for step in before if step <= first}
+            saved[newest] = frozenset({*kept, first, last, *range(first - first % every + every, last + 1, every)})
+    return spans
+
+
 def check_plan(cell: BenchRun) -> None:
     """Refuse a plan with a step that will have no checkpoint when a command needs it; no command runs."""
     recipe = cell.resolve_recipe()
     every, num_steps = recipe.train.save_every, recipe.train.num_steps
-    saved: dict[str, set[int]] = {}
-    newest = MAIN
-    for command in build_commands(cell):
-        options = _options(command)
-        parent, source = options.get("--branch", newest), options.get("--source", "")
-        reached = max(saved.get(parent, ()), default=0)
-        first, last = int(options.get("--at", reached)), int(options.get("--until", num_steps))
-        for step in (first, *([int(source)] if source.isdecimal() else [])):
-            if saved and step not in saved.get(parent, ()):
+    for span in list_spans(cell):
+        source = span.options.get("--source", "")
+        for step in (span.first, *([int(source)] if source.isdecimal() else [])):
+            if span.saved is not None and step not in span.saved:
                 raise NpoError(
-                    f"method {cell.method} needs a checkpoint of step {step} for `npo {shlex.join(command)}`, and "
-                    f"branch {parent} will have one every {every} steps up to {reached} only",
+                    f"method {cell.method} needs a checkpoint of step {step} for `npo {shlex.join(span.command)}`, and "
+                    f"branch {span.branch} will have one every {every} steps up to {max(span.saved, default=0)} only",
                     f"choose guide.replay.at_step, guide.replay.guide_step and autonpo.early.scout_steps among those, "
                     f"or another train.save_every (now {every})",
                 )
-        if command[0] not in ("train", "resume"):
+        if span.command[0] not in ("train", "resume"):
             continue
-        if last > num_steps or (last <= first and command[0] == "resume"):
+        if span.last > num_steps or (span.last <= span.first and span.command[0] == "resume"):
             raise NpoError(
-                f"method {cell.method} trains from step {first} to {last}, and train.num_steps is {num_steps}",
+                f"method {cell.method} trains from step {span.first} to {span.last}, and train.num_steps is "
+                f"{num_steps}",
                 f"choose steps of the plan between 0 and {num_steps}, or a larger train.num_steps",
             )
-        kept = {step for step in saved.get(parent, ()) if step <= first}
-        newest = options.get("--new-branch", parent)
-        saved[newest] = kept | {first, last, *range(first - first % every + every, last + 1, every)}
 
 
 def find_remaining_command(command: Command, cell: BenchRun) -> Command | None:

@@ -78,7 +78,7 @@ class ScoringState:
 
 def describe_sampling(candidate: str) -> str:
     """What the samples of a candidate, or the learner's own, are for."""
-    own = {SCREENING: "screen prompts with the learner", CONTROL: "sample the learner again"}
+    own = {SCREENING: "screen the prompts", CONTROL: "sample the learner again"}
     return own.get(candidate, f"sample {candidate}")
 
 

@@ -11,6 +11,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,9 @@ def make_silent_bar(meter: SampleMeter) -> Any:
     from tqdm import tqdm
 
     class SilentBar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options, file=StringIO())  # tqdm ends a bar with a line of its own
+
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             """Nothing."""
 

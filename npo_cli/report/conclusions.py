@@ -25,7 +25,15 @@ from npo_cli.types.costs import CostToThreshold, RunCosts
 from npo_cli.types.guides import GuideCacheInfo
 from npo_cli.types.rollouts import CheckpointEntry, CheckpointSaved, EvalReport, Segment, StepReport
 from npo_cli.types.scores import CandidateScore, choose_guide
-from npo_cli.types.views import Conclusion, GroupView, PromptHistory, RemovedFolder, RolloutView, RunListing
+from npo_cli.types.views import (
+    Conclusion,
+    GroupView,
+    PlannedWork,
+    PromptHistory,
+    RemovedFolder,
+    RolloutView,
+    RunListing,
+)
 
 T = TypeVar("T")
 Records = Sequence[Any]
@@ -387,6 +395,21 @@ def conclude_bench(out: Path, records: Records) -> Conclusion:
     methods = dict.fromkeys(method for method, _ in index)
     sentence = f"{len(index)} runs of {len(methods)} methods are finished: {', '.join(methods)}"
     return Conclusion(sentence=sentence, next=f"npo compare {quote_path(out)}")
+
+
+def conclude_dry_run(command: Sequence[str], records: Records) -> Conclusion:
+    """The sum of what a command would do; next is the same command without --dry-run."""
+    works = select(records, PlannedWork)
+    parts = []
+    samples, tokens = (sum(getattr(work, name) or 0 for work in works) for name in ("samples", "max_tokens"))
+    if samples:
+        parts.append(f"sample at most {samples:,} responses of {tokens:,} tokens")
+    disk = sum(work.num_bytes or 0 for work in works)
+    if disk:
+        parts.append(f"take at most {format_bytes(disk)} on the disk")
+    words = shlex.join(word for word in command if word != "--dry-run")
+    sentence = f"nothing was written; the command would {' and '.join(parts) or 'sample nothing'}"
+    return Conclusion(sentence=sentence, next=f"npo {words}")
 
 
 def conclude_compare(records: Records) -> Conclusion:

@@ -64,7 +64,7 @@ def plan_steps(
         evaluated |= {0} if first == 1 else set()
         count = len(evaluated) * num_heldout * recipe.eval.samples_per_prompt
         yield PlannedWork(
-            work=f"evaluate {len(evaluated)} times",
+            work=f"evaluations: {len(evaluated)}",
             prompts=num_heldout,
             samples=count,
             max_tokens=count * recipe.sampling.max_new_tokens,

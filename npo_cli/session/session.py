@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -87,10 +87,10 @@ def open_task_and_policy(
 def open_task(recipe: Recipe, *, run: RunDir | None = None) -> Task:
     """The recipe's task; its seed is the run's unless task.seed is set.
 
-    `run`: the run whose permissions let a custom verifier run without --allow-code (None: not there yet).
+    `run`: the run whose permissions let a custom verifier run without --allow-code (None: those of the caller).
     """
     seed = recipe.train.seed if recipe.task.seed is None else recipe.task.seed
-    with recorded_permissions(read_code_permissions(run)):
+    with nullcontext() if run is None else recorded_permissions(read_code_permissions(run)):
         task = load_task(decide_chat(recipe).task, seed=seed)
     if run is not None:
         _check_data(run, task)
@@ -116,10 +116,8 @@ def _check_data(run: RunDir, task: Task) -> None:
     )
 
 
-def read_code_permissions(run: RunDir | None) -> Permissions:
+def read_code_permissions(run: RunDir) -> Permissions:
     """The custom verifiers that --allow-code allowed in a run, as rank 0 knows them."""
-    if run is None:
-        return {}
     return current_group().run_on_main(lambda: read_permissions(run.run_id), phase="read the permissions")
 
 

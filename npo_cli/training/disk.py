@@ -46,8 +46,8 @@ def plan_disk(
     sizes = {label: size for label, size, _ in estimate_disk(shorter, weights_bytes=weights, state_bytes=state)}
     count = sum(count_kept_checkpoints(shorter, steps)) - known
     kept = checkpoint_bytes(shorter, steps, weights_bytes=weights, state_bytes=state) - known * weights
-    yield PlannedWork(work=f"write {count} checkpoints", num_bytes=kept)
-    yield PlannedWork(work="write logs", num_bytes=sizes["logs"])
+    yield PlannedWork(work=f"checkpoints: {count}", num_bytes=kept)
+    yield PlannedWork(work="logs", num_bytes=sizes["logs"])
 
 
 def free_bytes(root: Path) -> int:

@@ -1,18 +1,24 @@
-"""`npo train --dry-run` and `npo resume --dry-run`: what would be trained, and what it would cost."""
+"""--dry-run of `npo train`, `npo resume` and `npo replay`: what would be trained, and what it would cost."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from npo_cli.config.recipe import Recipe
+from npo_cli.guides.candidates import find_candidates
+from npo_cli.guides.dry_run import plan_guide_cache, plan_scoring
 from npo_cli.session.dry_run import open_dry_session, plan_steps
 from npo_cli.session.session import open_policy, open_task
 from npo_cli.storage.layout import check_unused, open_run
+from npo_cli.storage.lineage import list_branches
 from npo_cli.storage.lock import hold_unchanged
 from npo_cli.training.disk import check_disk_space, plan_disk
+from npo_cli.training.replay import check_replay_branch, find_replay_guide, is_trained
 from npo_cli.training.resume import open_active_guide
 from npo_cli.training.start_point import choose_start
 from npo_cli.training.train import MAIN, settle_recipe
+from npo_cli.types.guides import SourceSpec
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import PlannedWork
 
@@ -79,3 +85,41 @@ def plan_resume(
                 name, end = start.segment.guide_cache, min(last, guidance.until_step)
                 yield PlannedWork(work=f"inject guide {name}", steps=f"{first}-{end}", prompts=len(guidance.rollouts))
             yield from plan_disk(root, start.recipe, session.policy, first_step=first, last_step=last)
+
+
+def plan_replay(
+    root: Path,
+    *,
+    at: int,
+    branch: str,
+    sources: Sequence[SourceSpec] | None,
+    name: str,
+    steps: int | None,
+    until: int | None,
+    overrides: Sequence[str],
+) -> Iterator[PlannedWork | Notice]:
+    """The stages of `npo replay` that are left. Before the scoring the guide is not known: the candidate with the most
+    steps ahead stands for it."""
+    run = open_run(root)
+    fork = {"overrides": overrides, "steps": None, "until": until}
+    if name in list_branches(run):
+        check_replay_branch(run, name, branch=branch, at=at)
+        if is_trained(run, name, overrides):
+            yield Notice(message=f"branch {name} is trained already")
+            return
+        yield from plan_resume(root, **fork, at=None, guide=None, source_branch=name, new_branch=None)
+        return
+    guide = find_replay_guide(run, name, branch=branch, at=at)
+    if guide is None:
+        learner = {"at": at, "branch": branch, "overrides": overrides}
+        yield from plan_scoring(root, **learner, sources=sources)
+        _, candidates = find_candidates(run, **learner, sources=sources)
+        spec = max(candidates, key=lambda source: source.num_steps).spec
+        for work in plan_guide_cache(root, **learner, spec=spec, name=name, steps=steps):
+            yield replace(work, work="sample the chosen guide") if isinstance(work, PlannedWork) else work
+    elif not guide.complete:
+        yield from plan_guide_cache(
+            root, spec=guide.source, at=at, name=name, branch=branch, steps=steps, overrides=overrides
+        )
+    done = name if guide is not None and guide.complete else None
+    yield from plan_resume(root, **fork, at=at, guide=done, source_branch=branch, new_branch=name)

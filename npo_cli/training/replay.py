@@ -40,13 +40,11 @@ def replay_run(
 ) -> Iterator[ReplayRecord]:
     """The stages that are left. Ends after the first where no guide is worth it; the last record is then its choice."""
     run = open_run(root)
-    guide = _find_guide(run, name, branch=branch, at=at)
+    guide = find_replay_guide(run, name, branch=branch, at=at)
     if name in list_branches(run):
-        _check_branch(run, name, branch=branch, at=at)
-        recipe = override_saved_recipe(run.read_recipe(name), overrides, path=run.recipe_path(name), purpose="resume")
-        step = find_last_saved_step(run, name)
-        if step >= recipe.train.num_steps:
-            yield Notice(message=f"branch {name} is trained already, to step {step}")
+        check_replay_branch(run, name, branch=branch, at=at)
+        if is_trained(run, name, overrides):
+            yield Notice(message=f"branch {name} is trained already, to step {find_last_saved_step(run, name)}")
             return
         yield Notice(message=f"stage 3 of 3: resume branch {name}")
         yield from resume_run(
@@ -85,6 +83,12 @@ def replay_run(
     )
 
 
+def is_trained(run: RunDir, name: str, overrides: Sequence[str]) -> bool:
+    """Whether a branch has every step that its settings name."""
+    recipe = override_saved_recipe(run.read_recipe(name), overrides, path=run.recipe_path(name), purpose="resume")
+    return find_last_saved_step(run, name) >= recipe.train.num_steps
+
+
 def _score(
     root: Path, *, at: int, branch: str, sources: Sequence[SourceSpec] | None, overrides: Sequence[str]
 ) -> Generator[ReplayRecord, None, str | None]:
@@ -97,7 +101,7 @@ def _score(
     return chosen
 
 
-def _find_guide(run: RunDir, name: str, *, branch: str, at: int) -> GuideCacheInfo | None:
+def find_replay_guide(run: RunDir, name: str, *, branch: str, at: int) -> GuideCacheInfo | None:
     """The cache of that name, which an earlier call began; None before it. Refused where it is for another learner."""
     folder = run.guide_folder(name)
     if not cache_info_path(folder).exists():
@@ -111,7 +115,7 @@ def _find_guide(run: RunDir, name: str, *, branch: str, at: int) -> GuideCacheIn
     return info
 
 
-def _check_branch(run: RunDir, name: str, *, branch: str, at: int) -> None:
+def check_replay_branch(run: RunDir, name: str, *, branch: str, at: int) -> None:
     """Refuse a branch of that name that is no replay of this learner with the guide of the same name."""
     first = find_first_segment(run, name)
     if (first.parent, first.fork_step, first.guide_cache) != (branch, at, name):

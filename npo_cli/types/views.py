@@ -199,6 +199,8 @@ class PlannedWork:
     """What would be done, in a few words."""
     steps: str = ""
     """Steps of training that it covers, such as `1-300`."""
+    num_steps: int | None = None
+    """Steps trained by several runs together."""
     prompts: int | None = None
     samples: int | None = None
     """At most so many responses would be sampled."""

@@ -22,6 +22,7 @@ from npo_cli.storage.layout import open_run
 from npo_cli.types.comparison import MethodSummary
 from npo_cli.types.rollouts import Notice
 from npo_cli.types.views import TunedSetting
+from tests.helpers.cli_errors import assert_refused, npo
 from tests.helpers.runs import TINY, file_digests, train
 from tests.inference.openai_server import run_server
 
@@ -57,6 +58,7 @@ def test_bench_tunes_each_method_and_run_again_does_nothing(tmp_path):
     assert tuned.setting == max(tuned.areas, key=tuned.areas.__getitem__)
     # two settings with the tuning seed, then the better one with seed 0
     assert commands_in(tmp_path) == ["train"] * 3
+    assert "--allow-code" not in logs(tmp_path)
     made = tmp_path / "runs/matched-grpo" / tuned.setting / "seed-0/run"
     assert isinstance(last, Notice)
     assert last.message == f"as a page: npo report {tmp_path} --out {tmp_path / 'report.html'}"
@@ -67,6 +69,21 @@ def test_bench_tunes_each_method_and_run_again_does_nothing(tmp_path):
     before = logs(tmp_path)
     assert [record for record in run_bench(spec) if isinstance(record, TunedSetting)] == [tuned]
     assert logs(tmp_path) == before
+
+
+def test_bench_needs_allow_code_once_per_folder_and_content_of_the_verifier(tmp_path):
+    verifier = tmp_path / "mine.py"
+    verifier.write_text("def grade(prompt, response, answer):\n    return 1.0\n")
+    args = ("bench", "micro", "--methods", "grpo", "--out", tmp_path / "bench", *SETTINGS)
+    args += ("train.num_steps=2", f"task.verifier={verifier}:grade")
+    assert "runs only with --allow-code" in assert_refused(*args, "--seeds", "1", beside=tmp_path).message
+    npo(*args, "--seeds", "1", "--dry-run", "--allow-code")
+    assert "runs only with --allow-code" in assert_refused(*args, "--seeds", "1", beside=tmp_path).message
+    assert npo(*args, "--seeds", "1", "--allow-code").code == 0
+    assert npo(*args, "--seeds", "2").code == 0
+    assert len(commands_in(tmp_path / "bench")) == 2
+    verifier.write_text("def grade(prompt, response, answer):\n    return 0.0\n")
+    assert "has changed since --allow-code" in assert_refused(*args, "--seeds", "3", beside=tmp_path).message
 
 
 @pytest.mark.slow
